@@ -1,0 +1,49 @@
+"""What a data set is, once loaded: tensors in memory, split three ways."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Inputs `x` [n, ...] (floating point features or images, or integer tokens) and class labels `y` [n] (int64)."""
+
+    x: Tensor
+    y: Tensor
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def __getitem__(self, rows: Tensor | slice) -> Samples:
+        """The samples at `rows` (an index tensor or a slice)."""
+        return Samples(self.x[rows], self.y[rows])
+
+    def to(self, dtype: torch.dtype) -> Samples:
+        """The same samples with floating point inputs in `dtype`."""
+        return Samples(self.x.to(dtype) if self.x.is_floating_point() else self.x, self.y)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A loaded data set.
+
+    `train` is what the clients share between them; `validation` and `test` are held out from them all.
+    `class_names` names labels 0..K-1. `client_column` [len(train)] says whose sample each training row is, where the
+    data say so (None otherwise).
+    """
+
+    name: str
+    train: Samples
+    validation: Samples
+    test: Samples
+    class_names: tuple[str, ...]
+    client_column: Tensor | None = None
+
+    @property
+    def classes(self) -> int:
+        """Number of classes K."""
+        return len(self.class_names)

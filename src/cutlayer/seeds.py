@@ -1,0 +1,41 @@
+"""Randomness is born here, and only here.
+
+Every random decision has a name: (seed, "active", round, step), (seed, "batches", client, epoch), and so on. A seed
+is derived from the name alone, so a decision does not depend on the engine that asks, on the order of asking,
+or on what was drawn before; a resumed run draws what the uninterrupted one would have drawn.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+
+import numpy as np
+
+
+def derive(seed: int, *name: str | int) -> int:
+    """A 63-bit seed for the decision called `name`, e.g. `derive(0, "batches", client, epoch)`."""
+    text = "/".join(str(part) for part in (seed, *name))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+def generator(seed: int, *name: str | int) -> np.random.Generator:
+    """A NumPy generator for the decision called `name`."""
+    return np.random.default_rng(derive(seed, *name))
+
+
+@contextlib.contextmanager
+def torch_seeded(seed: int, *name: str | int) -> Iterator[None]:
+    """Run the body under torch's global generator seeded by `name`; the caller's global state comes back after.
+
+    Modules such as dropout draw from the global generator; this is the only place that touches it.
+    """
+    import torch  # here, not above: the command line's help must not wait for torch
+
+    before = torch.get_rng_state()
+    torch.manual_seed(derive(seed, *name))
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before)
