@@ -117,7 +117,9 @@ DATA_FORMATS: dict[str, str] = {
 }
 
 MODELS: dict[str, ModelInfo] = {
-    "mlp": ModelInfo("multi-layer perceptron, three hidden layers of 128", ("hidden1", "hidden2", "hidden3"), "hidden2"),
+    "mlp": ModelInfo(
+        "multi-layer perceptron, three hidden layers of 128", ("hidden1", "hidden2", "hidden3"), "hidden2"
+    ),
     "cnn": ModelInfo("small CNN: two convolution blocks, two linear layers", ("block1", "block2", "hidden"), "block1"),
     "resnet16": ModelInfo(
         "the paper's ResNet16, cut 9/7 after block4 (inputs resized to 3x32x32)",

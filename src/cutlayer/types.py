@@ -82,16 +82,19 @@ class TailGradients:
 class Round:
     """One round of training: the period between two evaluations (and between two averagings, where there are any).
 
-    `index` of `total` rounds; `clients` take part; `steps` is the number of batches of the busiest of them;
-    `lr_factor` multiplies every learning rate (the schedule); `seed` names the randomness of the round.
+    `index` of `total` rounds; `clients` [C] take part, with `batches` [C] to do each; `seed` names all randomness.
     """
 
     index: int
     total: int
     clients: tuple[int, ...]
-    steps: int
-    lr_factor: float
+    batches: tuple[int, ...]
     seed: int
+
+    @property
+    def steps(self) -> int:
+        """Number of batches of the busiest client."""
+        return max(self.batches)
 
     def progress(self, step: int) -> float:
         """Fraction of the whole training done before the round's `step`-th step, in [0, 1)."""

@@ -1,0 +1,36 @@
+# Every target sets up what it needs: a virtual environment in .venv with the pinned dependencies of constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Ten clients of a small model are many small operations: one thread per process is fastest.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test test-slow check golden clean
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Cutlayer needs Python 3.11 or newer: make PYTHON=..."; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)   ## six algorithms compete on handwritten digits
+	$(BIN)/cutlayer compare
+
+test: $(STAMP)   ## the fast test suite
+	$(BIN)/python -m pytest -m "not slow" -n 2
+
+test-slow: $(STAMP)   ## the slow tests
+	$(BIN)/python -m pytest -m slow
+
+check: $(STAMP)   ## lint, format, types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+golden: $(STAMP)   ## write the golden losses anew after a deliberate change
+	$(BIN)/python -m pytest tests/test_golden.py --rewrite-golden
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

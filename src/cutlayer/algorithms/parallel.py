@@ -1,0 +1,29 @@
+"""PSL: parallel split learning.
+
+One step:
+    1. every client i, in parallel: s_i = f(w_ci, x_i); upload (s_i, y_i)
+    2. server: ONE loss on the concatenated rows; w_s <- w_s - eta_s dLoss/dw_s
+    3. every client i: back-propagate its own cut gradient; w_ci <- w_ci - eta_c g_ci
+Client models are never exchanged.
+
+Paper: arXiv 2112.05929, baseline "PSL".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from cutlayer.algorithms.common import report
+from cutlayer.cohort import Cohort
+from cutlayer.config import RunConfig
+from cutlayer.gradients import own
+from cutlayer.server import Server
+from cutlayer.types import Round, Step
+
+
+def parallel(options: RunConfig, server: Server, clients: Cohort, this: Round) -> Iterator[Step]:
+    """One round (a local epoch) of PSL."""
+    while smashed := clients.forward():
+        step = server.step(smashed)
+        clients.backward(own(step.gradient, smashed, options.gradient_scale))
+        yield report(step, smashed)

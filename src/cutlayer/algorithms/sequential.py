@@ -1,0 +1,30 @@
+"""SSL: sequential ("vanilla") split learning (Gupta & Raskar, arXiv 1810.06060).
+
+One round: clients take turns; in client k's turn
+    0. the client model moves on from the previous client to k    (with its optimiser's state, if asked)
+    1. client k: s = f(w_c, x); upload (s, y)
+    2. server: loss; w_s <- w_s - eta_s dLoss/dw_s
+    3. client k: back-propagate dLoss/ds; w_c <- w_c - eta_c dLoss/dw_c
+A turn is one batch or a whole local epoch. There is one client model; evaluation looks at whoever holds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from cutlayer.algorithms.common import report, visits
+from cutlayer.cohort import Cohort
+from cutlayer.config import RunConfig
+from cutlayer.gradients import own
+from cutlayer.server import Server
+from cutlayer.types import Round, Step
+
+
+def sequential(options: RunConfig, server: Server, clients: Cohort, this: Round) -> Iterator[Step]:
+    """One round of SSL."""
+    for client in visits(options, this):
+        clients.hand_over(client, optimizer=options.hand_over_optimizer)
+        if smashed := clients.forward([client]):
+            step = server.step(smashed)
+            clients.backward(own(step.gradient, smashed))
+            yield report(step, smashed)

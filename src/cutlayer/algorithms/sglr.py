@@ -1,0 +1,107 @@
+"""SGLR: server-side local gradient averaging and learning rate acceleration (arXiv 2112.05929).
+
+One step:
+    1. every client i, in parallel: s_i = f(w_ci, x_i); upload (s_i, y_i)
+    2. server: ONE loss on the concatenated rows; w_s <- w_s - eta_s g_s
+    3. SplitLr:  eta_s = eta_c * C^alpha                                                  (eq. 13)
+    4. SplitAvg: draw phi * C active clients afresh; they all receive ONE common cut gradient, the average of
+       theirs (broadcast); the others receive their own (unicast)                         (eq. 14, 15)
+    5. every client i: back-propagate what it received; w_ci <- w_ci - eta_c g_ci
+Client models are never exchanged.
+
+SLR is SGLR with phi = 0, SGL is SGLR with alpha = 0; PSL is both. Where the paper can be read in several ways, the
+reading is an option: `alpha_clients`, `average_over`, `average_reduce`, `gradient_scale`, `phi_when`
+(docs/algorithms/sglr.md).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from cutlayer import seeds
+from cutlayer.algorithms.common import report
+from cutlayer.cohort import Cohort
+from cutlayer.config import RunConfig
+from cutlayer.gradients import own, scaled
+from cutlayer.server import Server
+from cutlayer.types import CutGradients, Round, Rows, Smashed, Step
+
+
+def sglr(options: RunConfig, server: Server, clients: Cohort, this: Round) -> Iterator[Step]:
+    """One round (a local epoch) of SGLR."""
+    turn = 0
+    while smashed := clients.forward():
+        step = server.step(smashed, split_lr(options, smashed, enrolled=len(clients.samples)))
+        active = draw_active(options, smashed.clients, this, turn)
+        clients.backward(split_average(options, step.gradient, smashed, active))
+        turn += 1
+        yield report(step, smashed, active)
+
+
+def slr(options: RunConfig, server: Server, clients: Cohort, this: Round) -> Iterator[Step]:
+    """SplitLr alone: phi = 0."""
+    return sglr(options.model_copy(update={"phi": 0.0}), server, clients, this)
+
+
+def sgl(options: RunConfig, server: Server, clients: Cohort, this: Round) -> Iterator[Step]:
+    """SplitAvg alone: alpha = 0."""
+    return sglr(options.model_copy(update={"alpha": 0.0}), server, clients, this)
+
+
+def split_lr(options: RunConfig, smashed: Smashed, enrolled: int) -> float:
+    """What SplitLr multiplies the server's rate with: C^alpha, C being the clients in this step, or all enrolled."""
+    count = enrolled if options.alpha_clients == "enrolled" else len(smashed.clients)
+    return float(count**options.alpha)
+
+
+def draw_active(options: RunConfig, clients: tuple[int, ...], this: Round, turn: int) -> tuple[int, ...]:
+    """The active set of the round's step number `turn`: phi x C clients (rounded half up), without replacement."""
+    done = this.progress(turn)
+    phase = {"always": True, "initial": done < options.phi_until, "final": done >= 1 - options.phi_until}
+    count = math.floor(options.phi * len(clients) + 0.5) if phase[options.phi_when] else 0
+    drawn = seeds.generator(this.seed, "active", this.index, turn).choice(clients, count, replace=False)
+    return tuple(sorted(int(k) for k in drawn))
+
+
+def split_average(options: RunConfig, gradient: Rows, smashed: Smashed, active: tuple[int, ...]) -> CutGradients:
+    """One common cut gradient for the `active` clients, their own for the others.
+
+    `gradient` is dLoss/d(smashed data) of the concatenated mean loss, each [R, s...]. Raises nothing: an empty active
+    set is PSL.
+    """
+    if not active:
+        return own(gradient, smashed, options.gradient_scale)
+    # The sum is of the concatenated loss's slices, to the letter of eq. 15; the mean is of gradients in the clients'
+    # scale.
+    shares = gradient if options.average_reduce == "sum" else scaled(gradient, smashed, options.gradient_scale)
+    common = tuple(average(options, [part for k, part in _parts(g, smashed) if k in active]) for g in shares)
+    unicast = scaled(gradient, smashed, options.gradient_scale)
+    others = [(k, n) for k, n in zip(smashed.clients, smashed.sizes, strict=True) if k not in active]
+    rows = tuple(torch.cat([g[:0], *(part for k, part in _parts(g, smashed) if k not in active)]) for g in unicast)
+    return CutGradients(rows, tuple(k for k, _ in others), tuple(n for _, n in others), common, active)
+
+
+def average(options: RunConfig, parts: list[Tensor]) -> Tensor:
+    """The common gradient of the active clients' `parts`, each [b_k, s...].
+
+    Over clients: [max b_k, s...], row j over the clients that have a row j. Over clients and rows: [1, s...].
+    """
+    longest = max(parts, key=len)
+    total = torch.zeros_like(longest)
+    count = total.new_zeros(len(longest), *[1] * (longest.dim() - 1))
+    for part in parts:
+        total[: len(part)] += part
+        count[: len(part)] += 1
+    over_rows = options.average_over == "clients-and-rows"
+    if options.average_reduce == "sum":
+        return total.mean(0, keepdim=True) if over_rows else total
+    return total.sum(0, keepdim=True) / count.sum() if over_rows else total / count
+
+
+def _parts(rows: Tensor, smashed: Smashed) -> list[tuple[int, Tensor]]:
+    """(client, its rows), client after client."""
+    return list(zip(smashed.clients, rows.split(list(smashed.sizes)), strict=True))

@@ -1,0 +1,28 @@
+"""Weighted averaging of models, parameters and buffers alike (FedAvg: weights n_k / n)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+
+def average_into(target: nn.Module, models: Sequence[nn.Module], weights: Sequence[float]) -> None:
+    """target := sum_k (w_k / sum w) models[k].
+
+    Floating point buffers (batch normalisation's running statistics) are averaged like parameters; integer ones (its
+    batch counter) take the largest value. `target` may be one of `models`.
+    """
+    total = sum(weights)
+    states = [m.state_dict() for m in models]
+    mean = {}
+    with torch.no_grad():
+        for name, first in states[0].items():
+            if first.is_floating_point():
+                mean[name] = first * (weights[0] / total)
+                for state, weight in zip(states[1:], weights[1:], strict=True):
+                    mean[name].add_(state[name], alpha=weight / total)
+            else:
+                mean[name] = torch.stack([s[name] for s in states]).amax(0)
+    target.load_state_dict(mean)

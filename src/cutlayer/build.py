@@ -1,0 +1,284 @@
+"""From a configuration to the things that train: data, partition, cut model, server, cohort. Writes nothing.
+
+Everything that can be wrong with an input is found here, before a run folder exists.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from cutlayer import seeds
+from cutlayer.catalog import ALGORITHMS, MODELS
+from cutlayer.config import RunConfig
+from cutlayer.costs.ledger import Ledger, MeteredCohort
+from cutlayer.data import Source, class_counts, from_arrays, from_dataset, load, partition
+from cutlayer.engine.local import LocalCohort
+from cutlayer.errors import ConfigError, CutError, DataError, unknown
+from cutlayer.models import Parts, build, cut
+from cutlayer.optim import MakeOptimizer, make_optimizer
+from cutlayer.server import Server
+
+Model = nn.Module | Callable[[], nn.Module]
+"""A module, or a function that makes one (needed for independent starts)."""
+
+Data = Source | torch.utils.data.Dataset[Any] | tuple[Any, Any]
+"""A loaded source, a map-style dataset of (input, label) pairs, or arrays or tensors (x, y)."""
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+_SERVER_SEES_ONE_CLIENT = {"ssl", "ussl", "sflv1", "sflv2", "sflv3"}
+
+
+@dataclass(frozen=True)
+class Training:
+    """All that a run needs: the cohort counts into `ledger`; `rounds` to do; `counts` [C, K] samples per class."""
+
+    source: Source
+    server: Server
+    clients: MeteredCohort
+    ledger: Ledger
+    rounds: int
+    rounds_per_epoch: int
+    counts: np.ndarray
+
+
+def assemble(config: RunConfig, model: Model | None = None, data: Data | None = None) -> Training:
+    """Build everything. `model` and `data` replace those named in `config`.
+
+    Raises UsageError (ConfigError, DataError, CutError) with the value, the reason and the remedy.
+    """
+    dtype = DTYPES[config.precision]
+    source = load_source(config, data, dtype)
+    parts = _partition(config, source)
+    make_model = _maker(config, model, source)
+    whole = make_model("model").to(dtype)
+    example = source.train.x[: max(2, min(3, len(source.train)))]
+    _check_output(whole, example, source.classes)
+    info = ALGORITHMS[config.algorithm]
+    cuts = _cut_names(config, model)
+    split = cut(whole, cuts, example)
+    _check_parts(config, split, cuts)
+    _check_single_rows(config, split, parts, example)
+
+    make_client, make_server = _optimizers(config)
+    server_lr = config.server_lr or config.client_lr
+    server = Server(split.server, make_server, server_lr, seeds.derive(config.seed, "server"))
+    owners = [np.concatenate(parts)] if config.algorithm == "cl" else parts
+    cohort = LocalCohort(
+        _client_models(config, split, make_model, len(owners), dtype),
+        source.train,
+        owners,
+        make_client,
+        lr=config.client_lr,
+        batch=config.batch,
+        seed=config.seed,
+        shape=_shape(config.algorithm),
+        participation=1.0 if config.algorithm == "cl" else config.participation,
+        local_epochs=config.local_epochs if "local_epochs" in info.options else 1,
+        local_steps=config.local_steps if "local_steps" in info.options else None,
+        alike=config.start == "equal",
+    )
+    ledger = Ledger(len(owners))
+    if config.algorithm == "cl":
+        ledger.add("up", "raw data", 0, _raw_bytes(source, owners[0]))
+    rounds, per_epoch = _rounds(config, [len(p) for p in owners])
+    counts = class_counts(source.train.y, parts, source.classes)
+    return Training(source, server, MeteredCohort(cohort, ledger), ledger, rounds, per_epoch, counts)
+
+
+def load_source(config: RunConfig, data: Data | None, dtype: torch.dtype) -> Source:
+    """The data set of the run, floating point inputs in `dtype`. Raises DataError."""
+    held_out: dict[str, Any] = {"validation": config.validation, "test": config.test, "seed": config.seed}
+    if isinstance(data, Source):
+        source = data
+    elif isinstance(data, tuple):
+        source = from_arrays(*data, **held_out)
+    elif data is not None:
+        source = from_dataset(data, **held_out)
+    else:
+        source = load(
+            config.data,
+            data_format=config.data_format,
+            label_column=config.label_column,
+            client_column=config.client_column,
+            **held_out,
+        )
+    return Source(
+        source.name,
+        source.train.to(dtype),
+        source.validation.to(dtype),
+        source.test.to(dtype),
+        source.class_names,
+        source.client_column,
+    )
+
+
+def _partition(config: RunConfig, source: Source) -> list[np.ndarray]:
+    column = source.client_column
+    return partition(
+        source.train.y,
+        config.clients,
+        config.partition,
+        seed=config.seed,
+        dirichlet_alpha=config.dirichlet_alpha,
+        shards_per_client=config.shards_per_client,
+        quantity=config.quantity,
+        client_column=None if column is None else column.numpy(),
+        samples_per_client=config.samples_per_client,
+    )
+
+
+def _maker(config: RunConfig, model: Model | None, source: Source) -> Callable[..., nn.Module]:
+    """A function (*name) -> a model, freshly initialised under the seed called `name`."""
+    if isinstance(model, nn.Module):
+        if config.start == "independent":
+            raise ConfigError(
+                "start = 'independent' needs to make a new model per client: give a function that returns "
+                "one instead of a module"
+            )
+        return lambda *name: copy.deepcopy(model)
+    if model is None and config.model not in MODELS:
+        raise ConfigError(unknown("model", config.model, MODELS))
+    shape = tuple(source.train.x.shape[1:])
+
+    def make(*name: str | int) -> nn.Module:
+        with seeds.torch_seeded(config.seed, *name):
+            return model() if model is not None else build(config.model, shape, source.classes)
+
+    return make
+
+
+def _check_output(model: nn.Module, example: torch.Tensor, classes: int) -> None:
+    """The model must turn rows [n, ...] into scores [n, at least K]. Raises ConfigError."""
+    probe = copy.deepcopy(model).eval()
+    try:
+        with torch.no_grad(), _sentences("the model does not take these inputs", tuple(example.shape[1:])):
+            out = probe(example)
+    finally:
+        del probe
+    out = getattr(out, "logits", out)
+    if not isinstance(out, torch.Tensor) or out.dim() != 2 or len(out) != len(example):
+        shape = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
+        raise ConfigError(
+            f"the model turns {len(example)} samples into {shape}, not into [{len(example)}, classes]: return one row of "
+            "class scores per sample"
+        )
+    if out.shape[1] < classes:
+        raise ConfigError(
+            f"the model scores {out.shape[1]} classes but the data have {classes}: widen its last layer to {classes}"
+        )
+
+
+@contextmanager
+def _sentences(what: str, value: object) -> Iterator[None]:
+    """Turn whatever a user's module raises into one sentence."""
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"{what} (shape per sample {value}): {reason}; choose a model that fits the data") from None
+
+
+def _shape(algorithm: str) -> Literal["whole", "split", "u-shaped"]:
+    if ALGORITHMS[algorithm].whole:
+        return "whole"
+    return "u-shaped" if algorithm == "ussl" else "split"
+
+
+def _cut_names(config: RunConfig, model: Model | None) -> tuple[str, ...]:
+    """Where to cut: nowhere (whole models), once, or twice (U-shaped). Raises ConfigError without a name."""
+    if ALGORITHMS[config.algorithm].whole:
+        return ("output",)
+    first = config.cut or (MODELS[config.model].default_cut if model is None else None)
+    if first is None:
+        raise ConfigError(
+            f"{config.algorithm} needs cut: name the module of your model after which it is cut, "
+            "e.g. one of dict(model.named_modules())"
+        )
+    return (first,) if config.tail_cut is None else (first, config.tail_cut)
+
+
+def _check_parts(config: RunConfig, split: Parts, cuts: tuple[str, ...]) -> None:
+    """The algorithm must have something to act on on both sides. Raises CutError."""
+    info = ALGORITHMS[config.algorithm]
+    for part, reason, side in (
+        (split.client, info.client_part, "client"),
+        (split.server, info.server_part, "server"),
+    ):
+        if reason and not any(True for _ in part.parameters()):
+            where = "later" if side == "client" else "earlier"
+            raise CutError(
+                f"{config.algorithm} cannot work with cut = {cuts[0]!r}: {reason}, but the {side} part has no parameters; "
+                f"cut {where}, or choose psl"
+            )
+
+
+def _check_single_rows(config: RunConfig, split: Parts, parts: list[np.ndarray], example: torch.Tensor) -> None:
+    """Batch normalisation over features cannot train on one row: find that out now. Raises ConfigError."""
+    alone = [k for k, rows in enumerate(parts) if len(rows) % config.batch == 1 or config.batch == 1]
+    if not alone:
+        return
+    probe = copy.deepcopy(split)
+    try:
+        rows = probe.client.train()(example[:1])
+        if config.algorithm in _SERVER_SEES_ONE_CLIENT:
+            probe.server.train()(rows)
+    except ValueError as error:
+        raise ConfigError(
+            f"batch = {config.batch} leaves client {alone[0]} ({len(parts[alone[0]])} samples) a batch of one sample, with which "
+            f"this model cannot train ({error}): choose another batch"
+        ) from None
+
+
+def _optimizers(config: RunConfig) -> tuple[MakeOptimizer, MakeOptimizer]:
+    """The makers of client and server optimisers. Raises ConfigError."""
+    client = make_optimizer(config.client_optimizer, config.client_lr, config.client_optimizer_options)
+    name = config.server_optimizer or config.client_optimizer
+    options = config.server_optimizer_options
+    if options is None:
+        options = config.client_optimizer_options if name == config.client_optimizer else {}
+    return client, make_optimizer(name, config.server_lr or config.client_lr, options)
+
+
+def _client_models(
+    config: RunConfig, split: Parts, make_model: Callable[..., nn.Module], clients: int, dtype: torch.dtype
+) -> list[tuple[nn.Module, nn.Module | None]]:
+    """Every client's (lower part, tail): equal copies, or each initialised by itself."""
+    models = []
+    for client in range(clients):
+        lower, tail = copy.deepcopy(split.client), copy.deepcopy(split.tail)
+        if config.start == "independent":
+            fresh = make_model("model", client).to(dtype).state_dict()
+            for part in (lower, tail):
+                if part is not None:
+                    part.load_state_dict({name: fresh[name] for name in part.state_dict()})
+        models.append((lower, tail))
+    return models
+
+
+def _raw_bytes(source: Source, rows: np.ndarray) -> int:
+    """What centralised learning uploads once: the training inputs and labels."""
+    return len(rows) * (source.train.x[:1].nbytes + source.train.y[:1].nbytes)
+
+
+def _rounds(config: RunConfig, sizes: list[int]) -> tuple[int, int]:
+    """(rounds to do, rounds that make about one epoch). Raises DataError where a client has no sample."""
+    if not all(sizes):
+        raise DataError(f"client {sizes.index(0)} has no sample: use fewer clients or another partition")
+    info = ALGORITHMS[config.algorithm]
+    if "local_steps" in info.options and config.local_steps:
+        per_epoch = max(1, math.ceil(max(sizes) / config.batch) // config.local_steps)
+        rounds = math.ceil(config.epochs * math.ceil(max(sizes) / config.batch) / config.local_steps)
+    else:
+        local = config.local_epochs if "local_epochs" in info.options else 1
+        per_epoch, rounds = 1, math.ceil(config.epochs / local)
+    return config.rounds or rounds, per_epoch

@@ -1,0 +1,90 @@
+"""A training state in one safetensors file, written atomically; no pickle anywhere.
+
+A state is a tree of dicts, lists, tuples, tensors and plain JSON values. Tensors become entries of the file, the rest
+of the tree JSON in its header.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from cutlayer.errors import RunFolderError
+
+_HEADER = "cutlayer"
+
+
+def write(path: Path, state: Mapping[str, Any]) -> None:
+    """Write `state` to `path`: either the new file is there, whole and on disk, or the old one still is."""
+    tensors: dict[str, Tensor] = {}
+    tree = _pack(state, tensors)
+    replace_file(path, save(tensors, metadata={_HEADER: json.dumps(tree)}))
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The state in `path`. Raises RunFolderError where the file is no whole checkpoint."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = (file.metadata() or {})[_HEADER]
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        state: dict[str, Any] = _unpack(json.loads(header), tensors)
+        return state
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise RunFolderError(
+            f"{str(path)!r} is not a whole checkpoint ({error}): start the run anew in another folder"
+        ) from None
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Put `content` at `path` atomically: a reader sees the old file or the new one, also after a power cut."""
+    fresh = path.with_name(f".{path.name}.new")
+    with fresh.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(fresh, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """JSON for `value`; its tensors go into `tensors` under numbers."""
+    if isinstance(value, Tensor):
+        name = str(len(tensors))
+        tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return {"tensor": name}
+    if isinstance(
+        value, Mapping
+    ):  # as pairs: optimiser states have integer keys, which JSON objects would turn to text
+        return {"dict": [[key, _pack(item, tensors)] for key, item in value.items()]}
+    if isinstance(value, tuple):
+        return {"tuple": [_pack(item, tensors) for item in value]}
+    if isinstance(value, list):
+        return [_pack(item, tensors) for item in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"a checkpoint holds tensors and plain values, not {type(value).__name__}")
+
+
+def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The inverse of `_pack`."""
+    if isinstance(value, list):
+        return [_unpack(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "tensor":
+        return tensors[content]
+    items = [_unpack(item, tensors) for item in content] if kind == "tuple" else []
+    return tuple(items) if kind == "tuple" else {key: _unpack(item, tensors) for key, item in content}

@@ -1,0 +1,345 @@
+"""The command line. Heavy imports happen inside the commands: `--help` and `list` answer at once."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, Self
+
+from cyclopts import App, CycloptsError, Group, Parameter
+from cyclopts import ValidationError as FlagError
+from pydantic import ValidationError
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from cutlayer import __version__
+from cutlayer.catalog import ALGORITHMS, DATA_FORMATS, DATASETS, MODELS
+from cutlayer.config import CompareConfig, RunConfig, applicable, explain, read_toml
+from cutlayer.errors import ConfigError, CutlayerError
+from cutlayer.report.text import format_bytes
+
+if TYPE_CHECKING:
+    from cutlayer.compare import Comparison, Row
+    from cutlayer.run import Record, Result, Run
+
+FILES = Group("Files", sort_key=9)
+
+app = App(
+    name="cutlayer",
+    version=__version__,
+    help="""Scalable split learning: train and compare SGLR, PSL, SSL, SplitFed, FedAvg and centralised learning.
+
+Start with `cutlayer compare`: six algorithms on handwritten digits, ten clients, three seeds. Every option of a command
+can stand in a TOML file too (`--config`), under the same name with underscores; flags win over the file. The resolved
+configuration is stored with the run, and running from it reproduces the run.
+
+Exit codes: 0 done, 1 training failed, 2 wrong input (nothing was written), 130 interrupted (`cutlayer resume` goes on).
+""",
+    help_format="markdown",
+)
+out = Console()
+err = Console(stderr=True)
+
+_Star = Parameter(name="*")
+_ConfigFile = Annotated[Path | None, Parameter(name="--config", group=FILES)]
+_Out = Annotated[Path | None, Parameter(group=FILES)]
+_Folder = Annotated[Path, Parameter(group=FILES)]
+
+
+@app.command(sort_key=1)
+def run(*, options: Annotated[RunConfig | None, _Star] = None, config: _ConfigFile = None, out: _Out = None) -> None:
+    """Train one algorithm and write a run folder.
+
+    Parameters
+    ----------
+    config
+        A TOML file with any of the options above.
+    out
+        The run folder to make. Default: runs/ALGORITHM-DATA-TIME.
+    """
+    from cutlayer.run import Run
+
+    values = _merged(RunConfig, options, config)
+    merged = RunConfig.of(values)
+    merged.check((merged.algorithm,), frozenset(values))
+    where = out or _fresh(f"{merged.algorithm}-{Path(merged.data).stem}")
+    _train(Run(merged, out=where))
+
+
+@app.command(sort_key=2)
+def compare(
+    *, options: Annotated[CompareConfig | None, _Star] = None, config: _ConfigFile = None, out: _Out = None
+) -> None:
+    """Train several algorithms over several seeds on the same data and write a table, curves and a page.
+
+    Parameters
+    ----------
+    config
+        A TOML file with any of the options above; its tables [variant.NAME] add entries with options of their own.
+    out
+        The folder to make. Default: runs/compare-DATA-TIME.
+    """
+    from cutlayer.compare import Comparison
+
+    values = _merged(CompareConfig, options, config)
+    merged = CompareConfig.of(values)
+    _compare(Comparison(merged, out=out or _fresh(f"compare-{Path(merged.data).stem}")))
+
+
+@app.command(sort_key=3)
+def resume(folder: _Folder, *, options: Annotated[RunConfig | None, _Star] = None) -> None:
+    """Go on with an interrupted run or comparison from its last checkpoint.
+
+    Options are not needed; those given must be the run's own.
+
+    Parameters
+    ----------
+    folder
+        The folder of the run or comparison.
+    """
+    from cutlayer.folder import stored_config
+
+    given = {} if options is None else options.model_dump(include=options.model_fields_set)
+    if "algorithms" in stored_config(folder):
+        from cutlayer.compare import Comparison
+
+        if given:
+            raise ConfigError(f"{next(iter(given))}: a comparison is resumed as it was started; leave options out")
+        _compare(Comparison.resume(folder))
+    else:
+        from cutlayer.run import Run
+
+        _train(Run.resume(folder, **given))
+
+
+@app.command(sort_key=4)
+def report(folder: _Folder) -> None:
+    """Draw the curves and write the page of a run or comparison, finished or not.
+
+    Parameters
+    ----------
+    folder
+        The folder of the run or comparison.
+    """
+    from cutlayer.report import write
+
+    for path in write(folder):
+        out.print(str(path), soft_wrap=True)
+
+
+@app.command(name="list", sort_key=5)
+def list_(what: Literal["all", "algorithms", "data", "models"] = "all", /) -> None:
+    """Name the algorithms with their options, the data sets and formats, the models with their cut points.
+
+    Parameters
+    ----------
+    what
+        Which of them.
+    """
+    if what in ("all", "algorithms"):
+        rows = [(n, i.title, i.summary, ", ".join(sorted(applicable(n)))) for n, i in ALGORITHMS.items()]
+        _print_table("Algorithms", ("name", "title", "what it does", "options of its own"), rows)
+    if what in ("all", "data"):
+        _print_table("Data sets", ("name", "what it is"), [(n, i.summary) for n, i in DATASETS.items()])
+        _print_table("Formats of your own data", ("--data-format", "what it is"), DATA_FORMATS.items())
+    if what in ("all", "models"):
+        rows = [(n, i.summary, ", ".join(i.cuts), i.default_cut) for n, i in MODELS.items()]
+        _print_table("Models", ("name", "what it is", "cut points, in order", "default"), rows)
+
+
+def main() -> NoReturn:
+    """Run the command line: one clear sentence on stderr and an exit code for everything that goes wrong."""
+    try:
+        app(exit_on_error=False, print_error=False, result_action="return_value")
+    except CycloptsError as error:
+        _fail(_flag_sentence(error), 2)
+    except CutlayerError as error:
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    sys.exit(0)
+
+
+def _fail(sentence: str, code: int) -> NoReturn:
+    err.print(f"[bold red]error:[/] {_escaped(sentence)}", soft_wrap=True, highlight=False)
+    sys.exit(code)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def _flag_sentence(error: CycloptsError) -> str:
+    """One sentence for a flag that cyclopts or a field's range refused."""
+    cause = error.__cause__
+    if isinstance(error, FlagError) and isinstance(cause, ValidationError):
+        return str(explain(cause, RunConfig if "algorithm" in str(cause.title) else CompareConfig))
+    return str(error).strip().replace("\n", " ")
+
+
+def _merged(model: type[Any], options: Any, config: Path | None) -> dict[str, Any]:
+    """The file's values with the flags over them."""
+    flags = {} if options is None else options.model_dump(include=options.model_fields_set)
+    return {**(read_toml(config) if config is not None else {}), **flags}
+
+
+def _fresh(name: str) -> Path:
+    """A folder of this moment that does not exist yet."""
+    stem = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    count, path = 1, stem
+    while path.exists():
+        count, path = count + 1, stem.with_name(f"{stem.name}-{count}")
+    return path
+
+
+def _train(run: Run) -> None:
+    """Train with live progress; then the result, the pictures and the page."""
+    assert run.out is not None
+    with Monitor(1) as monitor, _resumable(run.out):
+        for record in run:
+            monitor.show(run.config.algorithm, run, record)
+    assert run.result is not None
+    _print_result(run.result)
+    _write_report(run.out)
+
+
+def _compare(comparison: Comparison) -> None:
+    """Train all entries with live progress; then the table, the pictures and the page."""
+    assert comparison.out is not None
+    with Monitor(sum(map(len, comparison.plan.values()))) as monitor, _resumable(comparison.out):
+        for entry, seed, run, record in comparison:
+            monitor.show(f"{entry}, seed {seed}", run, record)
+    _print_comparison(comparison.table())
+    _write_report(comparison.out)
+
+
+@contextmanager
+def _resumable(folder: Path) -> Iterator[None]:
+    """Ctrl-C says how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _fail(f"interrupted; go on with: cutlayer resume {folder}", 130)
+
+
+class Monitor:
+    """Live progress: a bar for the run at work (and one for all runs); lines per evaluation where no terminal
+    listens.
+    """
+
+    def __init__(self, runs: int) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=out,
+            disable=not out.is_terminal,
+        )
+        self._all = self._progress.add_task("runs", total=runs, note="", visible=runs > 1)
+        self._task: TaskID | None = None
+        self._run: Run | None = None
+        self._seen = 0
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def show(self, label: str, run: Run, record: Record) -> None:
+        """Show one more record of `run`."""
+        if run is not self._run:
+            self._next(label, run)
+        assert self._task is not None
+        if len(run.evaluations) > self._seen:
+            self._seen = len(run.evaluations)
+            scores = run.evaluations[-1]
+            if not out.is_terminal:
+                out.print(f"{label}: round {scores.round}/{run.rounds}, test accuracy {scores.test_accuracy:.2%}")
+        test = f"  test accuracy {run.evaluations[-1].test_accuracy:.2%}" if run.evaluations else ""
+        self._progress.update(self._task, completed=record.round, note=f"loss {record.loss:.3f}{test}")
+
+    def _next(self, label: str, run: Run) -> None:
+        """The run before is over."""
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+            self._progress.advance(self._all)
+        self._run, self._seen = run, len(run.evaluations)
+        self._task = self._progress.add_task(label, total=run.rounds, note="")
+
+
+def _print_result(result: Result) -> None:
+    out.print(
+        f"\n[bold]{ALGORITHMS[result.algorithm].title}[/] ({result.engine} engine): test accuracy "
+        f"[bold]{result.test_accuracy:.2%}[/] (at the best validation accuracy, round {result.best_round}: "
+        f"{result.best_test_accuracy:.2%}); {result.steps} steps, {result.steps_per_second:.1f} steps/s, "
+        f"{result.samples_per_second:.0f} samples/s; {format_bytes(result.bytes_up)} up, {format_bytes(result.bytes_down)} down",
+        highlight=False,
+    )
+
+
+def _print_comparison(rows: list[Row]) -> None:
+    table = Table(title="Test accuracy: mean ± standard deviation over seeds")
+    names = (
+        "",
+        "accuracy %",
+        "at best validation %",
+        "steps",
+        "steps/s",
+        "samples/s",
+        "bytes up",
+        "bytes down",
+        "broadcast",
+    )
+    for name in names:
+        table.add_column(name, justify="left" if not name else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row.title,
+            _spread(row.accuracy_mean, row.accuracy_std),
+            _spread(row.best_accuracy_mean, row.best_accuracy_std),
+            f"{row.steps:.0f}",
+            f"{row.steps_per_second:.1f}",
+            f"{row.samples_per_second:.0f}",
+            format_bytes(round(row.bytes_up)),
+            format_bytes(round(row.bytes_down)),
+            format_bytes(round(row.bytes_down_broadcast)),
+        )
+    # A table that is piped or logged keeps its width: cut-off numbers help nobody.
+    Console(width=None if out.is_terminal else 140).print(table)
+
+
+def _spread(mean: float, std: float | None) -> str:
+    return f"{100 * mean:.2f}" + ("" if std is None else f" ± {100 * std:.2f}")
+
+
+def _write_report(folder: Path) -> None:
+    from cutlayer.report import write
+
+    for path in write(folder):
+        out.print(str(path), soft_wrap=True, highlight=False)
+
+
+def _print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+    table = Table(title=title, title_justify="left", show_lines=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    out.print(table)

@@ -1,0 +1,105 @@
+"""THE SEAM: what an algorithm can ask of a group of clients that it can only address collectively.
+
+An algorithm is written once against `Cohort` and runs unchanged on any engine: one client after another in this
+process, all clients as stacked tensors, remote machines. Wrappers (the ledger, faults, a virtual clock) are cohorts
+around a cohort.
+
+Who takes part is the cohort's business (sampling, drop-outs, deadlines): an algorithm reads it from what comes back and
+never assumes everybody. All that crosses between clients and server crosses here, so that it can be counted here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from cutlayer import seeds
+from cutlayer.data.samples import Samples
+from cutlayer.types import CutGradients, Evaluation, Round, Rows, Smashed, Step, TailGradients
+
+Predict = Callable[[int, Rows], Rows]
+"""(client, its smashed data) -> the server's outputs, for evaluation."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of what may move besides the rows: a client model (parameters and buffers) and its optimiser's state."""
+
+    model: int
+    optimizer: int
+
+
+class Cohort(Protocol):
+    """A group of clients. Clients are named 0..C-1; C = len(samples)."""
+
+    @property
+    def samples(self) -> Sequence[int]:
+        """n_k: number of training samples of each enrolled client."""
+
+    @property
+    def shape(self) -> Literal["whole", "split", "u-shaped"]:
+        """What clients hold: whole models (nothing crosses when they predict), the part below the cut, or the parts
+        below the first and above the second cut."""
+
+    @property
+    def holder(self) -> int | None:
+        """Who holds the one model that travels (sequential learning); None before the first `hand_over`."""
+
+    def footprint(self, client: int) -> Footprint:
+        """Bytes of the client's model and optimiser state, now."""
+
+    def begin_round(self, index: int, total: int, lr_factor: float) -> Round:
+        """Draw who takes part in round `index` of `total`; their rates are their base rates times `lr_factor`."""
+
+    def forward(self, clients: Sequence[int] | None = None, *, labels: bool = True) -> Smashed:
+        """Every participant (or those of `clients`) draws its next batch, runs its model and sends smashed data and
+        labels.
+
+        Participants that have done their part of the round stay silent; when all have, the result is empty.
+        Without `labels` (U-shaped split) labels stay with the clients.
+        """
+
+    def tail(self, features: Smashed) -> TailGradients:
+        """U-shaped split: each client finishes the forward pass on its rows of the server's `features`, with its own
+        mean loss, and sends dLoss/d(features) back."""
+
+    def backward(self, gradients: CutGradients) -> None:
+        """Each client of the last `forward` back-propagates its cut gradient and takes one optimiser step."""
+
+    def fit(self) -> list[Step]:
+        """Each participant trains its whole model on its part of the round, alone; nothing crosses. One record per
+        local step, over the clients that took it."""
+
+    def average(self, weights: Mapping[int, float]) -> None:
+        """Client models := sum of weights[k] x model of client k, for everybody (weights are made to sum to one)."""
+
+    def hand_over(self, client: int, *, optimizer: bool) -> None:
+        """The one model that travels moves on to `client` (which may hold it already), with its optimiser state if
+        asked.
+        """
+
+    def evaluate(self, samples: Samples, predict: Predict) -> Evaluation:
+        """Accuracy of every (client model, server model) on `samples`, in eval mode; training state is left as it
+        was.
+        """
+
+    def state(self) -> dict[str, Any]:
+        """All that a later `load` needs to go on as if nothing had happened: nested dicts of tensors and plain
+        values.
+        """
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take a state that `state()` returned."""
+
+
+def draw_participants(seed: int, index: int, clients: int, fraction: float) -> tuple[int, ...]:
+    """The clients of round `index`: max(1, fraction x C rounded half up) of them, drawn without replacement, in
+    order.
+    """
+    count = max(1, math.floor(fraction * clients + 0.5))
+    if count >= clients:
+        return tuple(range(clients))
+    drawn = seeds.generator(seed, "participants", index).choice(clients, count, replace=False)
+    return tuple(sorted(int(k) for k in drawn))

@@ -1,0 +1,159 @@
+"""Several algorithms on the same data, partitions, initial models and batches; several seeds; one table."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cutlayer.build import Data, Model, assemble
+from cutlayer.catalog import ALGORITHMS
+from cutlayer.config import CompareConfig, RunConfig
+from cutlayer.errors import RunFolderError
+from cutlayer.folder import COMPARISON, CONFIG, RESULT, Folder, refuse_used, stored_config
+from cutlayer.run import Record, Result, Run
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: an entry over its seeds. Accuracies in [0, 1], sample standard deviations; rates and bytes
+    are means over seeds, bytes those of training."""
+
+    entry: str
+    algorithm: str
+    title: str
+    seeds: tuple[int, ...]
+    accuracy_mean: float
+    accuracy_std: float | None
+    best_accuracy_mean: float
+    best_accuracy_std: float | None
+    steps: float
+    steps_per_second: float
+    samples_per_second: float
+    bytes_up: float
+    bytes_down: float
+    bytes_down_broadcast: float
+    seconds: float
+
+
+class Comparison:
+    """All runs of a comparison, one after another: iterate over (entry, seed, run, record), or call `run()`.
+
+    With `out` every run has a folder `out/<entry>/seed-<n>`, and an interrupted comparison can be resumed.
+    Raises UsageError before anything is trained or written.
+    """
+
+    def __init__(
+        self,
+        config: CompareConfig | None = None,
+        *,
+        model: Model | None = None,
+        data: Data | None = None,
+        out: str | Path | None = None,
+        **options: Any,
+    ) -> None:
+        base = {} if config is None else config.model_dump(include=config.model_fields_set)
+        self.config = CompareConfig.of({**base, **options})
+        self.plan = self.config.runs(frozenset(self.config.model_fields_set))
+        self.out = None if out is None else Path(out)
+        self._model, self._data, self._resumed = model, data, False
+        self.results: dict[str, dict[int, Result]] = {entry: {} for entry in self.plan}
+        if self.out is not None:
+            _refuse_path_names(self.plan)
+            refuse_used(self.out)
+
+    @classmethod
+    def resume(cls, out: str | Path, *, model: Model | None = None, data: Data | None = None) -> Comparison:
+        """A comparison that goes on where the one in `out` stopped. Raises RunFolderError where it can't."""
+        config = CompareConfig.of(stored_config(Path(out)))
+        comparison = cls(config, model=model, data=data)
+        comparison.out, comparison._resumed = Path(out), True
+        return comparison
+
+    def check(self) -> None:
+        """Build every entry once, so that what is wrong is found before the first is trained. Raises UsageError."""
+        for seeds in self.plan.values():
+            assemble(next(iter(seeds.values())), self._model, self._data)
+
+    def run(self) -> list[Row]:
+        """Train everything and return the table."""
+        for _ in self:
+            pass
+        return self.table()
+
+    def __iter__(self) -> Iterator[tuple[str, int, Run, Record]]:
+        self.check()
+        if self.out is None:
+            yield from self._train()
+            return
+        with Folder.reopen(self.out) if self._resumed else Folder.create(self.out, self.config.resolved()) as folder:
+            yield from self._train()
+            folder.write_json(COMPARISON, {"rows": [asdict(row) for row in self.table()]})
+
+    def table(self) -> list[Row]:
+        """One row per entry that has a result."""
+        return [_row(entry, self.plan[entry], results) for entry, results in self.results.items() if results]
+
+    def _train(self) -> Iterator[tuple[str, int, Run, Record]]:
+        # Seed by seed, not entry by entry: an interrupted comparison then has all entries on the seeds it got to.
+        for seed in self.config.seeds:
+            for entry, runs in self.plan.items():
+                where = None if self.out is None else self.out / entry / f"seed-{seed}"
+                done = _finished(where)
+                if done is None:
+                    run = self._one(runs[seed], where)
+                    for record in run:
+                        yield entry, seed, run, record
+                    assert run.result is not None
+                    done = run.result
+                self.results[entry][seed] = done
+
+    def _one(self, config: RunConfig, where: Path | None) -> Run:
+        if where is not None and (where / CONFIG).exists():
+            return Run.resume(where, model=self._model, data=self._data)
+        return Run(config, model=self._model, data=self._data, out=where)
+
+
+def _finished(where: Path | None) -> Result | None:
+    """The result of a run that is done already."""
+    if where is None or not (where / RESULT).exists():
+        return None
+    return Result(**json.loads((where / RESULT).read_text()))
+
+
+def _refuse_path_names(plan: Mapping[str, object]) -> None:
+    """Entries become folder names. Raises RunFolderError for those that can't."""
+    for entry in plan:
+        if "/" in entry or entry.startswith(".") or not entry.strip():
+            raise RunFolderError(f"variant {entry!r} cannot name a folder: use letters, digits, spaces and dashes")
+
+
+def _row(entry: str, configs: Mapping[int, RunConfig], results: Mapping[int, Result]) -> Row:
+    algorithm = next(iter(configs.values())).algorithm
+
+    def mean(name: str) -> float:
+        return statistics.fmean(getattr(r, name) for r in results.values())
+
+    def spread(name: str) -> float | None:
+        return statistics.stdev(getattr(r, name) for r in results.values()) if len(results) > 1 else None
+
+    return Row(
+        entry=entry,
+        algorithm=algorithm,
+        title=ALGORITHMS[algorithm].title if entry == algorithm else entry,
+        seeds=tuple(results),
+        accuracy_mean=mean("test_accuracy"),
+        accuracy_std=spread("test_accuracy"),
+        best_accuracy_mean=mean("best_test_accuracy"),
+        best_accuracy_std=spread("best_test_accuracy"),
+        steps=mean("steps"),
+        steps_per_second=mean("steps_per_second"),
+        samples_per_second=mean("samples_per_second"),
+        bytes_up=mean("bytes_up"),
+        bytes_down=mean("bytes_down"),
+        bytes_down_broadcast=mean("bytes_down_broadcast"),
+        seconds=mean("seconds"),
+    )

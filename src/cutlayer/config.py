@@ -1,0 +1,292 @@
+"""Every option of a run: one flat set of names, the same in Python, in a TOML file and (with dashes) as flags.
+
+A field's own range is checked when it is set; what concerns several fields is checked by `check()`, once file and flags
+have been merged. Only what applies to the chosen algorithm is kept in the resolved configuration.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from cyclopts import Group, Parameter
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cutlayer.catalog import ALGORITHMS, MODELS
+from cutlayer.errors import ConfigError, unknown
+
+DATA = Group("Data", sort_key=1)
+CLIENTS = Group("Clients and partition", sort_key=2)
+MODEL = Group("Model and cut", sort_key=3)
+TRAINING = Group("Training", sort_key=4)
+SPLIT_LR = Group("SplitLr (slr, sglr)", sort_key=5)
+SPLIT_AVG = Group("SplitAvg (sgl, sglr)", sort_key=6)
+OTHERS = Group("Other algorithms", sort_key=7)
+OUTPUT = Group("Output", sort_key=8)
+
+Options = dict[str, bool | int | float | str | list[float]]
+_options_flag = Parameter(group=TRAINING, negative=())
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """Build from plain values. Raises ConfigError with the value, the reason and the remedy."""
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise explain(error, cls) from None
+
+
+class CommonConfig(_Config):
+    """What all commands that train share."""
+
+    data: Annotated[str, Parameter(group=DATA)] = "digits"
+    """A built-in data set (see `cutlayer list data`) or the path of your own."""
+    data_format: Annotated[Literal["auto", "npz", "csv", "idx", "images", "huggingface"], Parameter(group=DATA)] = (
+        "auto"
+    )
+    """How to read a path; auto looks at the file."""
+    label_column: Annotated[str, Parameter(group=DATA)] = "label"
+    """The label's column (CSV, Hugging Face)."""
+    client_column: Annotated[str | None, Parameter(group=DATA)] = None
+    """The column that says whose sample a row is (CSV, Hugging Face), for the partition `column`."""
+    validation: Annotated[float, Parameter(group=DATA)] = Field(0.1, ge=0)
+    """Held out of training to choose by: a fraction below 1, or a number of samples."""
+    test: Annotated[float, Parameter(group=DATA)] = Field(0.2, gt=0)
+    """Held out for the reported accuracy where the data bring no test set: a fraction below 1, or a number."""
+
+    clients: Annotated[int, Parameter(group=CLIENTS)] = Field(10, ge=1)
+    """Number of clients, C."""
+    partition: Annotated[Literal["iid", "dirichlet", "shards", "quantity", "column"], Parameter(group=CLIENTS)] = "iid"
+    """How samples are dealt to clients: evenly, by label skew (dirichlet, shards), by size, or by the data's column."""
+    dirichlet_alpha: Annotated[float, Parameter(group=CLIENTS)] = Field(0.5, gt=0)
+    """Label skew of the partition `dirichlet`: small is skewed (.1), large is iid (100)."""
+    shards_per_client: Annotated[int, Parameter(group=CLIENTS)] = Field(2, ge=1)
+    """Label-sorted shards that each client gets in the partition `shards`."""
+    quantity: Annotated[Literal["linear", "square", "exponential"], Parameter(group=CLIENTS)] = "linear"
+    """How client sizes grow in the partition `quantity`."""
+    samples_per_client: Annotated[int | None, Parameter(group=CLIENTS)] = Field(None, ge=1)
+    """Use only so many samples per client (partition iid; the paper: 1000). Default: share out all."""
+    participation: Annotated[float, Parameter(group=CLIENTS)] = Field(1.0, gt=0, le=1)
+    """Fraction of the clients that takes part in a round, drawn afresh each round."""
+
+    model: Annotated[str, Parameter(group=MODEL)] = "cnn"
+    """A model of the zoo (see `cutlayer list models`)."""
+    cut: Annotated[str | None, Parameter(group=MODEL)] = None
+    """The module after which the model is cut. Default: the model's own."""
+    tail_cut: Annotated[str | None, Parameter(group=MODEL)] = None
+    """U-shaped split (ussl): the module after which the client takes over again."""
+    start: Annotated[Literal["equal", "independent"], Parameter(group=MODEL)] = "equal"
+    """Client models start equal, or each from its own random initialisation."""
+
+    epochs: Annotated[int, Parameter(group=TRAINING)] = Field(20, ge=1)
+    """Passes over every client's data."""
+    rounds: Annotated[int | None, Parameter(group=TRAINING)] = Field(None, ge=1)
+    """Number of rounds, instead of epochs. A round is one local epoch unless local_epochs or local_steps say more."""
+    batch: Annotated[int, Parameter(group=TRAINING)] = Field(8, ge=1)
+    """Batch size of a client, b (in cl: of the one model)."""
+    client_optimizer: Annotated[str, Parameter(group=TRAINING)] = "adam"
+    """A class of torch.optim in lower case: adam, sgd, adamw, rmsprop... For cl and fl: of the whole model."""
+    client_optimizer_options: Annotated[Options, _options_flag] = {}
+    """Its further arguments, e.g. --client-optimizer-options.momentum 0.9."""
+    client_lr: Annotated[float, Parameter(group=TRAINING)] = Field(1e-3, gt=0)
+    """The clients' learning rate, eta_c."""
+    server_optimizer: Annotated[str | None, Parameter(group=TRAINING)] = None
+    """The server's optimiser. Default: client_optimizer."""
+    server_optimizer_options: Annotated[Options | None, _options_flag] = None
+    """Its further arguments. Default: client_optimizer_options where the optimiser is the same."""
+    server_lr: Annotated[float | None, Parameter(group=TRAINING)] = Field(None, gt=0)
+    """The server's learning rate before SplitLr. Default: client_lr."""
+    lr_schedule: Annotated[Literal["step", "cosine", "constant"], Parameter(group=TRAINING)] = "step"
+    """How the learning rates fall over the rounds."""
+    server_lr_schedule: Annotated[Literal["step", "cosine", "constant"] | None, Parameter(group=TRAINING)] = None
+    """The server's schedule. Default: lr_schedule."""
+    lr_decay: Annotated[float, Parameter(group=TRAINING)] = Field(0.1, gt=0, le=1)
+    """Schedule `step`: factor at each of lr_decay_at."""
+    lr_decay_at: Annotated[tuple[float, ...], Parameter(group=TRAINING, negative=())] = (0.8,)
+    """Schedule `step`: fractions of the rounds."""
+    local_epochs: Annotated[int, Parameter(group=TRAINING)] = Field(1, ge=1)
+    """Local epochs per round (fl, sfl, sflv1-3)."""
+    local_steps: Annotated[int | None, Parameter(group=TRAINING)] = Field(None, ge=1)
+    """Local steps per round instead of epochs (fl, sfl, sflv1-3); fl with 1 is FedSGD."""
+
+    alpha: Annotated[float, Parameter(group=SPLIT_LR)] = Field(1.0, ge=0)
+    """Rate exponent: the server's rate is server_lr x C^alpha (eq. 13)."""
+    alpha_clients: Annotated[Literal["participating", "enrolled"], Parameter(group=SPLIT_LR)] = "participating"
+    """Which C: the clients in the step, or all enrolled."""
+
+    phi: Annotated[float, Parameter(group=SPLIT_AVG)] = Field(0.5, ge=0, le=1)
+    """Active fraction: so many clients share one common cut gradient in each step."""
+    phi_when: Annotated[Literal["always", "initial", "final"], Parameter(group=SPLIT_AVG)] = "always"
+    """Average during all of the training, or only its initial or final part (the phased variants)."""
+    phi_until: Annotated[float, Parameter(group=SPLIT_AVG)] = Field(0.6, ge=0, le=1)
+    """How large that initial or final part is, as a fraction of the training."""
+    average_over: Annotated[Literal["clients", "clients-and-rows"], Parameter(group=SPLIT_AVG)] = "clients"
+    """Average row by row over the active clients, or over all their rows into one gradient for every row."""
+    average_reduce: Annotated[Literal["mean", "sum"], Parameter(group=SPLIT_AVG)] = "mean"
+    """Mean of the clients' gradients, or sum of the concatenated loss's slices (eq. 15 to the letter)."""
+    gradient_scale: Annotated[Literal["own", "union"], Parameter(group=SPLIT_AVG)] = "own"
+    """A client's cut gradient is that of its own mean loss, or of the mean loss over all rows (psl, sfl too)."""
+
+    average_every: Annotated[Literal["step", "round"], Parameter(group=OTHERS)] = "round"
+    """sfl: when client models are averaged."""
+    hand_over: Annotated[Literal["batch", "epoch"], Parameter(group=OTHERS)] = "epoch"
+    """ssl, ussl: when the client model moves on."""
+    hand_over_optimizer: Annotated[bool, Parameter(group=OTHERS)] = False
+    """ssl, ussl: the optimiser's state moves on with the client model."""
+    visit_order: Annotated[Literal["fixed", "random"], Parameter(group=OTHERS)] = "fixed"
+    """ssl, ussl: the order in which clients are visited in a round."""
+
+    precision: Annotated[Literal["float32", "float64"], Parameter(group=OUTPUT)] = "float32"
+    """Floating point type of models and data."""
+    eval_every: Annotated[int | None, Parameter(group=OUTPUT)] = Field(None, ge=1)
+    """Evaluate every so many rounds (and at the end). Default: about once per epoch."""
+    checkpoint_every: Annotated[int | None, Parameter(group=OUTPUT)] = Field(None, ge=1)
+    """Write the checkpoint every so many rounds (and at the end). Default: about once per epoch."""
+
+    def check(self, algorithms: tuple[str, ...], given: frozenset[str]) -> None:
+        """Check what concerns several fields. `given` are the fields that the user set. Raises ConfigError."""
+        for name in algorithms:
+            if name not in ALGORITHMS:
+                raise ConfigError(unknown("algorithm", name, ALGORITHMS))
+        useful = frozenset[str]().union(*(applicable(a) for a in algorithms))
+        for option in sorted(given & (all_specific() - useful)):
+            users = ", ".join(a for a in ALGORITHMS if option in applicable(a))
+            raise ConfigError(
+                f"{option} = {getattr(self, option)!r} has no effect on {', '.join(algorithms)}: it belongs to {users}; "
+                "leave it out or choose one of these"
+            )
+        for fraction in self.lr_decay_at:
+            if not 0 < fraction < 1:
+                raise ConfigError(
+                    f"lr_decay_at = {fraction} is no fraction of the rounds: give values between 0 and 1, e.g. 0.8"
+                )
+        if {"epochs", "rounds"} <= given:
+            raise ConfigError(f"epochs = {self.epochs} and rounds = {self.rounds} say the same thing twice: give one")
+        if {"local_epochs", "local_steps"} <= given and self.local_steps is not None:
+            raise ConfigError(
+                f"local_epochs = {self.local_epochs} and local_steps = {self.local_steps} exclude each other: give one"
+            )
+        if "ussl" in algorithms and self.tail_cut is None:
+            raise ConfigError("ussl needs tail_cut: name the module after which the client takes over again")
+
+
+class RunConfig(CommonConfig):
+    """One training run."""
+
+    algorithm: Annotated[str, Parameter(group=Group("What to train", sort_key=0))] = "sglr"
+    """The algorithm (see `cutlayer list algorithms`)."""
+    seed: Annotated[int, Parameter(group=TRAINING)] = Field(0, ge=0)
+    """Names all randomness: splits, partition, initial weights, batches, active clients."""
+
+    def resolved(self) -> dict[str, Any]:
+        """The options that decide this run, defaults written out, those without effect left out. TOML-ready."""
+        values = _written_out(self, applicable(self.algorithm))
+        if "cut" in applicable(self.algorithm) and self.cut is None and self.model in MODELS:
+            values["cut"] = MODELS[self.model].default_cut
+        return values
+
+
+class CompareConfig(CommonConfig):
+    """Several algorithms, several seeds, the same data, partitions, initial models and batches for all."""
+
+    algorithms: Annotated[
+        tuple[str, ...], Parameter(group=Group("What to compare", sort_key=0), negative=(), consume_multiple=True)
+    ] = ("cl", "fl", "ssl", "psl", "sfl", "sglr")
+    """The algorithms to compare."""
+    seeds: Annotated[
+        tuple[int, ...], Parameter(group=Group("What to compare", sort_key=0), negative=(), consume_multiple=True)
+    ] = (0, 1, 2)
+    """One run of each algorithm per seed."""
+    variant: Annotated[dict[str, dict[str, Any]], Parameter(show=False, parse=False)] = {}
+    """TOML tables [variant.NAME]: further entries, each an algorithm with options of its own."""
+
+    def resolved(self) -> dict[str, Any]:
+        """The options that decide this comparison, defaults written out, those without effect left out. TOML-ready."""
+        own = [str(v.get("algorithm", "sglr")) for v in self.variant.values()]
+        return _written_out(self, frozenset[str]().union(*(applicable(a) for a in (*self.algorithms, *own))))
+
+    def runs(self, given: frozenset[str]) -> dict[str, dict[int, RunConfig]]:
+        """The runs to make: entry name -> seed -> configuration. Raises ConfigError."""
+        base = self.model_dump(include=set(given & set(CommonConfig.model_fields)))
+        if not self.algorithms and not self.variant:
+            raise ConfigError("algorithms is empty: name at least one, e.g. --algorithms psl sglr")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or len(set(self.algorithms)) < len(self.algorithms):
+            raise ConfigError("seeds and algorithms must be non-empty and name nothing twice")
+        names = tuple(str(v.get("algorithm", "sglr")) for v in self.variant.values())
+        self.check((*self.algorithms, *names), given & frozenset(CommonConfig.model_fields))
+        entries: dict[str, dict[int, RunConfig]] = {}
+        for algorithm in self.algorithms:
+            own = {k: v for k, v in base.items() if k not in all_specific() or k in applicable(algorithm)}
+            entries[algorithm] = {s: RunConfig.of({**own, "algorithm": algorithm, "seed": s}) for s in self.seeds}
+        for name, values in self.variant.items():
+            if name in entries:
+                raise ConfigError(f"variant {name!r} has the name of an algorithm that is compared too: rename it")
+            algorithm = str(values.get("algorithm", "sglr"))
+            own = {k: v for k, v in base.items() if k not in all_specific() or k in applicable(algorithm)}
+            first = RunConfig.of({**own, **normalised(values)})
+            first.check((first.algorithm,), frozenset(normalised(values)))
+            entries[name] = {s: first.model_copy(update={"seed": s}) for s in self.seeds}
+        return entries
+
+
+_EVERY_SPLIT = frozenset({"cut", "server_lr", "server_optimizer", "server_optimizer_options", "server_lr_schedule"})
+_EVERY_GROUP = frozenset({"participation", "start"})
+
+
+def applicable(algorithm: str) -> frozenset[str]:
+    """The options beyond the common ones that change what `algorithm` does."""
+    info = ALGORITHMS[algorithm]
+    groups = _EVERY_GROUP if algorithm != "cl" else frozenset[str]()
+    return info.options | groups | (frozenset() if info.whole else _EVERY_SPLIT)
+
+
+def all_specific() -> frozenset[str]:
+    """The options that only some algorithms have."""
+    return frozenset[str]().union(*(applicable(a) for a in ALGORITHMS))
+
+
+def _written_out(config: CommonConfig, useful: frozenset[str]) -> dict[str, Any]:
+    """The options that `config` is decided by: all but those that only other algorithms have, or that another one
+    replaces.
+    """
+    dumped = config.model_dump(mode="json")
+    replaced = {"epochs"} if config.rounds is not None else set[str]()
+    replaced |= {"local_epochs"} if config.local_steps is not None else set()
+    drop = (all_specific() - useful) | replaced
+    own = [name for name in type(config).model_fields if name not in CommonConfig.model_fields]
+    order = [*own, *CommonConfig.model_fields]
+    return {k: dumped[k] for k in order if k not in drop and dumped[k] not in (None, {})}
+
+
+def normalised(values: Mapping[str, Any]) -> dict[str, Any]:
+    """TOML keys may be written with dashes, as the flags are."""
+    return {key.replace("-", "_"): value for key, value in values.items()}
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The values of a configuration file. Raises ConfigError where it is missing or no TOML."""
+    try:
+        return normalised(tomllib.loads(path.read_text()))
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {str(path)!r}: {error.strerror}; check the path") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the configuration {str(path)!r} is not valid TOML: {error}; mend that line") from None
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> ConfigError:
+    """One sentence for the first thing that pydantic found wrong: value, reason, remedy."""
+    first = error.errors()[0]
+    name = str(first["loc"][0]) if first["loc"] else ""
+    if first["type"] == "extra_forbidden":
+        return ConfigError(unknown("option", name, model.model_fields))
+    field = model.model_fields.get(name)
+    about = f" ({field.description})" if field is not None and field.description else ""
+    message = str(first["msg"]).replace("Input should be", "it must be")
+    message = message[:1].lower() + message[1:]
+    return ConfigError(f"{name} = {first['input']!r} is not possible: {message}{about}")

@@ -1,0 +1,199 @@
+"""The ledger of bytes, and the cohort that fills it at the seam.
+
+Counted are the values that cross, as their tensors' own bytes (elements x bytes per element): a deployment that sends
+the same tensors adds its framing, nothing else. Two conventions, both truthful:
+- `wire-unicast`: a message to several clients counts once per client that receives it;
+- `wire-broadcast`: a message that is the same for several clients counts once (wireless broadcast, multicast).
+Evaluation is counted apart from training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from torch import Tensor
+
+from cutlayer.cohort import Cohort, Footprint, Predict
+from cutlayer.data.samples import Samples
+from cutlayer.types import CutGradients, Evaluation, Round, Rows, Smashed, Step, TailGradients
+
+Direction = Literal["up", "down"]
+Kind = Literal["smashed data", "labels", "cut gradients", "features", "models", "raw data", "evaluation"]
+Convention = Literal["wire-unicast", "wire-broadcast"]
+
+
+class Ledger:
+    """Bytes per client, direction and kind."""
+
+    def __init__(self, clients: int) -> None:
+        self.clients = clients
+        self._bytes: dict[tuple[str, str], np.ndarray] = {}
+        self._saved: dict[str, int] = {}  # per kind: what broadcasting saves against unicast
+
+    def add(self, direction: Direction, kind: Kind, client: int, count: int) -> None:
+        """`count` bytes of `kind` went between `client` and the server."""
+        if count:
+            self._bytes.setdefault((direction, kind), np.zeros(self.clients, np.int64))[client] += count
+
+    def broadcast(self, kind: Kind, clients: Sequence[int], count: int) -> None:
+        """The same `count` bytes went down to each of `clients`."""
+        for client in clients:
+            self.add("down", kind, client, count)
+        if count and len(clients) > 1:
+            self._saved[kind] = self._saved.get(kind, 0) + count * (len(clients) - 1)
+
+    def of_clients(self, direction: Direction, kind: Kind) -> np.ndarray:
+        """Bytes [C] that each client sent ("up") or received ("down"); a broadcast is received by every addressee."""
+        return self._bytes.get((direction, kind), np.zeros(self.clients, np.int64)).copy()
+
+    def total(self, direction: Direction, convention: Convention = "wire-unicast", kind: Kind | None = None) -> int:
+        """Bytes of all clients, of one kind, or of all training (everything but evaluation)."""
+        kinds = [k for d, k in self._bytes if d == direction and (k == kind or (kind is None and k != "evaluation"))]
+        total = sum(int(self._bytes[direction, k].sum()) for k in kinds)
+        saved = sum(self._saved.get(k, 0) for k in kinds)
+        return total - saved if direction == "down" and convention == "wire-broadcast" else total
+
+    def table(self) -> list[dict[str, Any]]:
+        """One row per direction and kind: both conventions' totals in bytes."""
+        return [
+            {
+                "direction": direction,
+                "kind": kind,
+                "wire-unicast": int(counts.sum()),
+                "wire-broadcast": int(counts.sum()) - (self._saved.get(kind, 0) if direction == "down" else 0),
+            }
+            for (direction, kind), counts in sorted(self._bytes.items())
+        ]
+
+    def state(self) -> dict[str, Any]:
+        """Plain values."""
+        counts = {f"{direction}/{kind}": c.tolist() for (direction, kind), c in self._bytes.items()}
+        return {"bytes": counts, "saved": dict(self._saved)}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take a state that `state()` returned."""
+        self._bytes = {}
+        for key, counts in state["bytes"].items():
+            direction, kind = key.split("/")
+            self._bytes[direction, kind] = np.array(counts, np.int64)
+        self._saved = {k: int(v) for k, v in state["saved"].items()}
+
+
+class MeteredCohort:
+    """A cohort that writes every crossing of another one into a ledger, and changes nothing else."""
+
+    def __init__(self, inner: Cohort, ledger: Ledger) -> None:
+        self.inner, self.ledger = inner, ledger
+        self._stale: set[int] = set()  # missed an averaging: will fetch the model when they next take part
+
+    @property
+    def samples(self) -> Sequence[int]:
+        """n_k of each enrolled client."""
+        return self.inner.samples
+
+    @property
+    def shape(self) -> Literal["whole", "split", "u-shaped"]:
+        """What the clients hold."""
+        return self.inner.shape
+
+    @property
+    def holder(self) -> int | None:
+        """Who holds the one model that travels."""
+        return self.inner.holder
+
+    def footprint(self, client: int) -> Footprint:
+        """Bytes of the client's model and optimiser state."""
+        return self.inner.footprint(client)
+
+    def begin_round(self, index: int, total: int, lr_factor: float) -> Round:
+        """Participants that missed an averaging fetch the averaged model first."""
+        this = self.inner.begin_round(index, total, lr_factor)
+        late = [k for k in this.clients if k in self._stale]
+        if late:
+            self.ledger.broadcast("models", late, self.footprint(late[0]).model)
+            self._stale -= set(late)
+        return this
+
+    def forward(self, clients: Sequence[int] | None = None, *, labels: bool = True) -> Smashed:
+        """Up: smashed data and labels."""
+        smashed = self.inner.forward(clients, labels=labels)
+        _add_rows(self.ledger, "up", "smashed data", smashed.rows, smashed.clients, smashed.sizes)
+        _add_rows(self.ledger, "up", "labels", (smashed.labels,), smashed.clients, smashed.sizes)
+        return smashed
+
+    def tail(self, features: Smashed) -> TailGradients:
+        """Down: features; up: their gradients."""
+        _add_rows(self.ledger, "down", "features", features.rows, features.clients, features.sizes)
+        tail = self.inner.tail(features)
+        _add_rows(self.ledger, "up", "cut gradients", tail.rows, tail.clients, tail.sizes)
+        return tail
+
+    def backward(self, gradients: CutGradients) -> None:
+        """Down: own cut gradients one by one, the common one as a broadcast."""
+        _add_rows(self.ledger, "down", "cut gradients", gradients.own, gradients.clients, gradients.sizes)
+        self.ledger.broadcast("cut gradients", gradients.active, sum(c.nbytes for c in gradients.common))
+        self.inner.backward(gradients)
+
+    def fit(self) -> list[Step]:
+        """Nothing crosses."""
+        return self.inner.fit()
+
+    def average(self, weights: Mapping[int, float]) -> None:
+        """Up: the models of those averaged; down: the average, to the same clients (to others when they next take
+        part).
+        """
+        for client in weights:
+            self.ledger.add("up", "models", client, self.footprint(client).model)
+        self.ledger.broadcast("models", list(weights), self.footprint(next(iter(weights))).model)
+        self._stale |= set(range(len(self.samples))) - set(weights)
+        self.inner.average(weights)
+
+    def hand_over(self, client: int, *, optimizer: bool) -> None:
+        """Up from the holder, down to the next: the client model, and its optimiser's state if that goes too."""
+        holder = self.inner.holder
+        if holder is not None and holder != client:
+            size = self.footprint(holder)
+            count = size.model + (size.optimizer if optimizer else 0)
+            self.ledger.add("up", "models", holder, count)
+            self.ledger.add("down", "models", client, count)
+        self.inner.hand_over(client, optimizer=optimizer)
+
+    def evaluate(self, samples: Samples, predict: Predict) -> Evaluation:
+        """Up: smashed data of the held-out samples and their labels; U-shaped: no labels, but features down."""
+
+        def metered(client: int, rows: Rows) -> Rows:
+            outputs = predict(client, rows)
+            self.ledger.add("up", "evaluation", client, sum(r.nbytes for r in rows))
+            if self.shape == "u-shaped":
+                self.ledger.add("down", "evaluation", client, sum(r.nbytes for r in outputs))
+            else:
+                self.ledger.add("up", "evaluation", client, len(rows[0]) * samples.y.element_size())
+            return outputs
+
+        return self.inner.evaluate(samples, metered)
+
+    def state(self) -> dict[str, Any]:
+        """The inner cohort's state, and the ledger's."""
+        return {"inner": self.inner.state(), "ledger": self.ledger.state(), "stale": sorted(self._stale)}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take a state that `state()` returned."""
+        self.inner.load(state["inner"])
+        self.ledger.load(state["ledger"])
+        self._stale = set(state["stale"])
+
+
+def _add_rows(
+    ledger: Ledger,
+    direction: Direction,
+    kind: Kind,
+    rows: Sequence[Tensor],
+    clients: Sequence[int],
+    sizes: Sequence[int],
+) -> None:
+    """Count concatenated rows, client by client."""
+    per_row = sum(r[:1].nbytes for r in rows)
+    for client, size in zip(clients, sizes, strict=True):
+        ledger.add(direction, kind, client, size * per_row)

@@ -1,0 +1,1 @@
+"""Where clients run. `local` is the reference; every other engine is proved equal to it."""

@@ -1,0 +1,140 @@
+"""A run's folder on disk: configuration, records, checkpoint, result; held by one process at a time.
+
+config.toml              the resolved configuration; running from it reproduces the run
+steps.jsonl              one record per step
+evaluations.jsonl        one record per evaluation
+classes.json             samples per client and class
+checkpoint.safetensors   the state after the last checkpointed round
+result.json              once the run is done
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self, TextIO
+
+import tomli_w
+
+from cutlayer.checkpoint import replace_file
+from cutlayer.config import read_toml
+from cutlayer.errors import RunFolderError
+
+CONFIG, STEPS, EVALUATIONS, CLASSES = "config.toml", "steps.jsonl", "evaluations.jsonl", "classes.json"
+CHECKPOINT, RESULT, COMPARISON = "checkpoint.safetensors", "result.json", "comparison.json"
+
+
+class Folder:
+    """An output folder, locked while this object is open. Use as a context manager."""
+
+    def __init__(self, path: Path, lock: TextIO) -> None:
+        self.path, self._lock = path, lock
+        self._files: dict[str, TextIO] = {}
+
+    @classmethod
+    def create(cls, path: Path, config: Mapping[str, Any]) -> Self:
+        """Make the folder with its configuration. Raises RunFolderError where it is in use or holds something."""
+        refuse_used(path)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            folder = cls(path, _locked(path))
+            folder.write_text(CONFIG, tomli_w.dumps(dict(config)))
+        except OSError as error:
+            raise RunFolderError(f"cannot write to {str(path)!r}: {error.strerror}; choose another --out") from None
+        return folder
+
+    @classmethod
+    def reopen(cls, path: Path) -> Self:
+        """Open a folder that a run left. Raises RunFolderError where there is none, or another process holds it."""
+        if not (path / CONFIG).is_file():
+            raise RunFolderError(f"{str(path)!r} is no run folder: it has no {CONFIG}; name the folder of a run")
+        return cls(path, _locked(path))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all files and release the lock."""
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+        self._lock.close()
+
+    def append(self, name: str, record: Mapping[str, Any]) -> None:
+        """Add a line of JSON to `name`."""
+        if name not in self._files:
+            self._files[name] = (self.path / name).open("a")
+        self._files[name].write(json.dumps(record) + "\n")
+
+    def offsets(self) -> dict[str, int]:
+        """Bytes in each record file, all of them on disk."""
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        return {n: (self.path / n).stat().st_size for n in (STEPS, EVALUATIONS) if (self.path / n).exists()}
+
+    def truncate(self, offsets: Mapping[str, int]) -> None:
+        """Forget the records written after `offsets` were taken."""
+        for name in (STEPS, EVALUATIONS):
+            if (self.path / name).exists():
+                os.truncate(self.path / name, offsets.get(name, 0))
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a small file atomically."""
+        replace_file(self.path / name, text.encode())
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a small JSON file atomically."""
+        self.write_text(name, json.dumps(value, indent=1))
+
+
+def refuse_used(path: Path) -> None:
+    """Raises RunFolderError unless `path` is free for a new run: absent, or an empty folder."""
+    if path.exists() and not path.is_dir():
+        raise RunFolderError(f"{str(path)!r} is a file: choose another --out")
+    if path.is_dir() and any(path.iterdir()):
+        if (path / ".lock").exists():
+            _locked(path).close()  # says who holds it, if somebody does
+        raise RunFolderError(
+            f"{str(path)!r} already holds files: choose another --out, or `cutlayer resume {path}` to finish that run"
+        )
+
+
+def records(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a .jsonl file; a line cut short by a crash is left out."""
+    if path.exists():
+        with path.open() as file:
+            for line in file:
+                if line.endswith("\n"):
+                    yield json.loads(line)
+
+
+def stored_config(path: Path) -> dict[str, Any]:
+    """The configuration stored in a run folder. Raises RunFolderError where there is none."""
+    if not (path / CONFIG).is_file():
+        raise RunFolderError(f"{str(path)!r} is no run folder: it has no {CONFIG}; name the folder of a run")
+    return read_toml(path / CONFIG)
+
+
+def _locked(path: Path) -> TextIO:
+    """The folder's lock file, locked. Raises RunFolderError where another process holds it."""
+    lock = (path / ".lock").open("a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        holder = lock.read().strip() or "unknown"
+        lock.close()
+        raise RunFolderError(
+            f"{str(path)!r} is in use by process {holder}: wait for it, or choose another --out"
+        ) from None
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    return lock

@@ -1,0 +1,173 @@
+"""Cutting a model in two or three at named modules, and proving that the parts are the whole.
+
+    parts = cut(model, "block4", example)
+    logits = parts.server(parts.client(x))          # == model(x)
+
+The cut lies after the last operation that is executed inside the named module. Two methods are tried in order,
+tracing (`trace.py`) and replaying (`hooks.py`), and a result is accepted only after the proof: in training and in
+evaluation, for two batch sizes, the parts give the logits, the gradients of all parameters and the buffers (batch norm
+statistics) that the whole model gives.
+
+What the named module may be: executed at least once; where it is executed several times, its last time counts (tracing
+only). What follows may be free of parameters, but not empty: that is what "output" is for.
+
+Shape legend: R rows of the batch, s... the shape of one sample's smashed data, K classes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import difflib
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cutlayer.errors import CutError, unknown
+from cutlayer.models.hooks import split_by_hooks
+from cutlayer.models.parts import CannotCut, Crossing, Part, Parts, PassThrough, one_line
+from cutlayer.models.proof import protect, prove
+from cutlayer.models.trace import split_by_trace
+from cutlayer.seeds import torch_seeded
+
+INPUT, OUTPUT = "input", "output"
+_METHODS: tuple[tuple[str, Callable[[nn.Module, Sequence[str], Tensor], list[Part]]], ...] = (
+    ("fx", split_by_trace),
+    ("hooks", split_by_hooks),
+)
+_ROWS = 4  # rows of the example that are used: enough for batch statistics
+_TRIES = 40  # names that `cut_points` tries
+_HINTS = 8  # names that an error message tries
+
+
+def cut(model: nn.Module, at: str | Sequence[str], example: Tensor) -> Parts:
+    """Cut `model` after the module called `at` (client | server), or after two (client | server | tail, U-shaped).
+
+    Names are those of `model.named_modules()`; also "input" (the whole model at the server) and "output" (the whole
+    model at the client). `example` [R >= 2, ...] is a batch of the data: samples of the shape that will be trained on.
+
+    The parts own copies of the parameters, under their original names, which they share out among them; the model is
+    left as it is. Raises CutError, with the reason and names that work.
+    """
+    names = (at,) if isinstance(at, str) else tuple(at)
+    _check(model, names, example)
+    with _undisturbed():
+        try:
+            return _cut(model, names, example[:_ROWS].detach())
+        except CannotCut as reason:
+            others = _alternatives(model, names, example)
+            raise CutError(
+                f"cannot cut {type(model).__name__} at {_quoted(names)}: {reason}. "
+                + (f"Names that work: {', '.join(others)}" if others else "Only 'input' and 'output' work")
+            ) from None
+
+
+def cut_points(model: nn.Module, example: Tensor) -> list[str]:
+    """Names at which `model` can be cut in two, in the order of `named_modules()`.
+
+    Direct children are tried first, then the modules inside them, up to 40 names in all.
+    """
+    with _undisturbed():
+        return _working(model, _by_depth(model)[:_TRIES], example)
+
+
+def _cut(model: nn.Module, names: tuple[str, ...], x: Tensor) -> Parts:
+    """Raises CannotCut with the reasons of every method."""
+    inner = [_canonical(model, name) for name in names if name not in (INPUT, OUTPUT)]
+    reasons = []
+    for method, split in _METHODS if inner else (("whole", split_by_hooks),):
+        try:
+            pieces = split(_private(model), inner, x)
+            pieces = [PassThrough()] * (names[0] == INPUT) + pieces + [PassThrough()] * (names[-1] == OUTPUT)
+            for i, piece in enumerate(pieces):
+                piece.last = i == len(pieces) - 1
+                piece.train(model.training)
+            protect(pieces, x)
+            crossings = prove(model, pieces, x, inputs_may_cross=names[0] == INPUT)
+            return _parts(pieces, crossings, method)
+        except CannotCut as reason:
+            reasons.append(f"{method}: {reason}")
+    raise CannotCut("; ".join(reasons))
+
+
+def _parts(pieces: list[Part], crossings: list[tuple[Crossing, ...]], method: str) -> Parts:
+    client, server, *tail = pieces
+    if tail:
+        return Parts(client, server, tail[0], crossings[0], method, crossings[1])
+    return Parts(client, server, None, crossings[0], method)
+
+
+def _private(model: nn.Module) -> nn.Module:
+    """A copy that a method may take apart, without the gradients."""
+    try:
+        model = copy.deepcopy(model)
+    except Exception as error:  # the user's classes: anything can come out
+        raise CannotCut(f"the model cannot be copied ({one_line(error)})") from error
+    model.zero_grad(set_to_none=True)
+    return model
+
+
+def _canonical(model: nn.Module, name: str) -> str:
+    """The first of a module's names."""
+    module = model.get_submodule(name)
+    return next(first for first, m in model.named_modules() if m is module)
+
+
+def _check(model: nn.Module, names: tuple[str, ...], example: Tensor) -> None:
+    """Raises CutError for names that the model does not have, too many of them, or an example that is no batch."""
+    if len(names) not in (1, 2):
+        raise CutError(f"cut at {names!r}: give one name (client | server) or two (client | server | tail)")
+    if len(names) == 2 and (names[0] in (names[1], OUTPUT) or names[1] == INPUT):
+        raise CutError(f"cut at {names!r}: the second cut must come after the first")
+    known = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    for name in names:
+        if name not in (INPUT, OUTPUT, *known):
+            raise CutError(unknown("module", name, [INPUT, *_worth_listing(name, model, known), OUTPUT]))
+    if example.dim() < 1 or len(example) < 2:
+        raise CutError(f"the example has shape {list(example.shape)}: give a batch of at least two samples")
+
+
+def _worth_listing(name: str, model: nn.Module, known: list[str]) -> list[str]:
+    if len(known) <= _TRIES:
+        return known
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return [*(child for child, _ in model.named_children()), *(c for c in close if "." in c)]
+
+
+def _alternatives(model: nn.Module, names: tuple[str, ...], example: Tensor) -> list[str]:
+    """A few names that work: around the one that does not, then among the direct children."""
+    near = [up for name in names if "." in name for up in (name.rpartition(".")[0],)]
+    tried = [name for name in (*near, *(child for child, _ in model.named_children())) if name not in names]
+    return _working(model, list(dict.fromkeys(tried))[:_HINTS], example)
+
+
+def _working(model: nn.Module, names: Iterable[str], example: Tensor) -> list[str]:
+    working = set()
+    for name in names:
+        with contextlib.suppress(CannotCut):
+            _cut(model, (name,), example[:_ROWS].detach())
+            working.add(name)
+    return [name for name, _ in model.named_modules() if name in working]
+
+
+def _by_depth(model: nn.Module) -> list[str]:
+    return sorted((name for name, _ in model.named_modules() if name), key=lambda name: name.count("."))
+
+
+def _quoted(names: tuple[str, ...]) -> str:
+    return " and ".join(repr(name) for name in names)
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Run the body with gradients on; the states of the global generators come back after."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch_seeded(0, "cut"), torch.enable_grad():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)

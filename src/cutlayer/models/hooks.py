@@ -1,0 +1,478 @@
+"""Cutting by replaying: a part runs the model's own `forward`, with the other parts' layers missing.
+
+The first part stops where the cut module gives its output (a forward hook raises). A later part runs from the start
+with a made-up input: stand-ins give made-up tensors of the recorded shapes for the layers of earlier parts, and the
+cut module gives what was received. Nothing of the made-up values may reach the result; the proof checks it.
+
+Works for models that `torch.fx` cannot trace (Hugging Face's, `nn.TransformerEncoder`, control flow on shapes).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from cutlayer.models.parts import (
+    CannotCut,
+    Part,
+    batch_dimension,
+    fill_owners,
+    logits,
+    one_line,
+    state_names,
+    tensors_in,
+)
+from cutlayer.types import Rows
+
+
+def split_by_hooks(model: nn.Module, names: Sequence[str], x: Tensor) -> list[Part]:
+    """The parts of `model` cut after each of `names` (none: the whole model as one part). Raises CannotCut."""
+    record = _Record(model, names, x)
+    owners = _owners(model, names, x, record)
+    return [_ReplayedPart(model, names, k, record, owners) for k in range(len(names) + 1)]
+
+
+class _Reached(BaseException):
+    """The module to stop at gave its output. Not an Exception: the user's code must not catch it."""
+
+    def __init__(self, output: Any) -> None:
+        super().__init__()
+        self.output = output
+
+
+def _stop(module: nn.Module, args: Any, output: Any) -> None:
+    raise _Reached(output)
+
+
+# Recording
+
+
+@dataclass(frozen=True)
+class _Made:
+    """Where a recorded output had a tensor: its shape for a batch of `batch` rows, and its type."""
+
+    shape: tuple[int, ...]
+    larger: tuple[int, ...]
+    dtype: torch.dtype
+    batch: int
+
+    def make(self, replay: _Replay) -> Tensor:
+        """A tensor of this shape for the replayed batch size."""
+        pairs = zip(self.shape, self.larger, strict=True)
+        shape = [a if a == b else a // self.batch * replay.batch for a, b in pairs]
+        return torch.full(shape, replay.fill, dtype=replay.dtype(self.dtype), device=replay.device)
+
+
+@dataclass
+class _Call:
+    """One execution of a module: its parent call, when it began and ended, and what it gave."""
+
+    name: str
+    parent: _Call | None
+    start: int
+    end: int = -1
+    output: Any = None
+
+
+class _Record:
+    """Which modules run in which part, in training and in evaluation, and what they give."""
+
+    def __init__(self, model: nn.Module, names: Sequence[str], x: Tensor) -> None:
+        self.names = names
+        self.batch, self.sample, self.input_dtype = len(x), tuple(x.shape[1:]), x.dtype
+        self.calls = {training: self._calls(model, training, x) for training in (True, False)}
+        for training, calls in self.calls.items():
+            ends = [self._cut_call(calls, name).end for name in names]
+            if ends != sorted(set(ends)):
+                raise CannotCut(f"{names[1]!r} does not come after {names[0]!r}")
+            self.calls[training] = calls
+        self.ends = {t: [self._cut_call(c, n).end for n in names] for t, c in self.calls.items()}
+        outputs = [[self._cut_call(self.calls[t], n).output for n in names] for t in (True, False)]
+        if outputs[0] != outputs[1]:
+            raise CannotCut("different tensors cross the cut in training and in evaluation")
+        self.outputs = outputs[0]
+
+    def runs_in(self, name: str, k: int) -> bool:
+        """Whether module `name` runs in part k, from start to end or in part."""
+        return any(
+            self._part(t, call.start) <= k <= self._part(t, call.end)
+            for t, calls in self.calls.items()
+            for call in calls
+            if call.name == name
+        )
+
+    def containers(self) -> set[str]:
+        """Modules that are never executed themselves but hold some that are: lists of layers."""
+        run = {call.name for calls in self.calls.values() for call in calls}
+        return {up for name in run for up in _above(name)} - run
+
+    def made_up(self, name: str, k: int) -> dict[bool, list[Any]]:
+        """What the stand-in for `name` gives in part k, call by call, by mode."""
+        return {
+            t: [c.output for c in calls if c.name == name and self._stands_in(t, c, k)]
+            for t, calls in self.calls.items()
+        }
+
+    def _stands_in(self, training: bool, call: _Call, k: int) -> bool:
+        """Whether a call was over before part k, made by a call that was not."""
+        if self._part(training, call.end) >= k:
+            return False
+        return call.parent is None or self._part(training, call.parent.end) >= k
+
+    def _part(self, training: bool, moment: int) -> int:
+        return sum(end < moment for end in self.ends[training])
+
+    @staticmethod
+    def _cut_call(calls: list[_Call], name: str) -> _Call:
+        found = [call for call in calls if call.name == name]
+        if not found:
+            raise CannotCut(f"{name!r} is never executed")
+        if len(found) > 1:
+            raise CannotCut(f"{name!r} is executed {len(found)} times")
+        return found[0]
+
+    def _calls(self, model: nn.Module, training: bool, x: Tensor) -> list[_Call]:
+        small, large = (_listen(model, training, batch) for batch in (x, torch.cat([x, x[:1]])))
+        if [c.name for c in small] != [c.name for c in large]:
+            raise CannotCut("which layers run depends on the batch")
+        for a, b in zip(small, large, strict=True):
+            a.output = self._template(a, b)
+        return small
+
+    def _template(self, a: _Call, b: _Call) -> _Template:
+        """What a call gave, with descriptions in place of tensors."""
+        (left, spec), (right, other) = pytree.tree_flatten(a.output), pytree.tree_flatten(b.output)
+        if spec != other:
+            return _Template(None, (), f"what {a.name!r} gives depends on the batch")
+        leaves = []
+        for small, large in zip(left, right, strict=True):
+            if isinstance(small, Tensor):
+                leaves.append(_Made(tuple(small.shape), tuple(large.shape), small.dtype, self.batch))
+            elif isinstance(small, (int, float, str, bool, type(None))) and small == large:
+                leaves.append(small)
+            else:
+                return _Template(None, (), f"{a.name!r} gives a {type(small).__name__}, which cannot be sent")
+        return _Template(spec, tuple(leaves))
+
+
+@dataclass(frozen=True)
+class _Template:
+    """The structure of a module's output, with `_Made` for its tensors; or why it cannot be described."""
+
+    spec: Any
+    leaves: tuple[Any, ...]
+    trouble: str = ""
+
+    def make(self, replay: _Replay) -> Any:
+        if self.trouble:
+            raise CannotCut(self.trouble)
+        return pytree.tree_unflatten([m.make(replay) if isinstance(m, _Made) else m for m in self.leaves], self.spec)
+
+    @property
+    def made(self) -> list[_Made]:
+        return [leaf for leaf in self.leaves if isinstance(leaf, _Made)]
+
+    def dimensions(self, name: str) -> tuple[int, ...]:
+        """Which dimension of every tensor is the batch."""
+        if self.trouble or not self.made:
+            raise CannotCut(self.trouble or f"{name!r} gives no tensor")
+        found = [batch_dimension(m.shape, m.larger, m.batch) for m in self.made]
+        for made, dimension in zip(self.made, found, strict=True):
+            if dimension is None:
+                raise CannotCut(f"{name!r} gives a tensor without a batch dimension (shape {list(made.shape)})")
+        return tuple(d for d in found if d is not None)
+
+    def fill(self, rows: Rows) -> Any:
+        """The output again, made of received tensors."""
+        received = iter(rows)
+        return pytree.tree_unflatten([next(received) if isinstance(m, _Made) else m for m in self.leaves], self.spec)
+
+
+def _listen(model: nn.Module, training: bool, x: Tensor) -> list[_Call]:
+    """The calls of one forward of a copy of the model, in order of their ends."""
+    model = copy.deepcopy(model).train(training)
+    clock, stack, done = iter(range(10**9)), [], []  # type: ignore[var-annotated]
+
+    def begin(name: str) -> Any:
+        return lambda module, args: stack.append(_Call(name, stack[-1] if stack else None, next(clock)))
+
+    def end(module: nn.Module, args: Any, output: Any) -> None:
+        call = stack.pop()
+        call.end, call.output = next(clock), output
+        done.append(call)
+
+    for name, module in model.named_modules():
+        module.register_forward_pre_hook(begin(name), prepend=True)
+        module.register_forward_hook(end)
+    try:
+        with torch.no_grad():
+            model(x.clone())
+    except Exception as error:  # the user's code: anything can come out
+        raise CannotCut(f"its forward fails on the example ({one_line(error)})") from error
+    return done
+
+
+# Who owns which parameter
+
+
+def _owners(model: nn.Module, names: Sequence[str], x: Tensor, record: _Record) -> dict[str, int]:
+    """The part of every name of the state: parameters by which part's gradients reach them, buffers by who runs."""
+    used: dict[int, set[int]] = {}
+    for training in (True, False):
+        for k, parameters in enumerate(_reached(model, names, x, training)):
+            for i in parameters:
+                used.setdefault(i, set()).add(k)
+    order = [p for _, p in model.named_parameters()]
+    position = {id(p): i for i, p in enumerate(order)}
+    owners = {}
+    for name, tensor, _ in state_names(model):
+        i = position.get(id(tensor))
+        parts = used.get(i, set()) if i is not None else set()
+        if len(parts) > 1:
+            raise CannotCut(
+                f"{name!r} is used on both sides of the cut (a shared weight, or a path around the cut module), "
+                "and a parameter can live on one side only"
+            )
+        parts = parts or _runners(record, name)  # buffers, and parameters that gradients do not reach
+        if parts:
+            owners[name] = min(parts)
+    return fill_owners((name for name, _, _ in state_names(model)), owners, len(names) + 1)
+
+
+def _runners(record: _Record, name: str) -> set[int]:
+    module = name.rpartition(".")[0]
+    return {k for k in range(len(record.names) + 1) if record.runs_in(module, k)}
+
+
+def _reached(model: nn.Module, names: Sequence[str], x: Tensor, training: bool) -> Iterator[set[int]]:
+    """For every part, the positions of the parameters that its outputs depend on."""
+    model = copy.deepcopy(model).train(training)
+    crossed: list[Rows] = []
+
+    def cross(module: nn.Module, args: Any, output: Any) -> Any:
+        """Keep what crosses, and go on with a copy that has no history."""
+        leaves, spec = pytree.tree_flatten(output)
+        crossed.append(tuple(leaf for leaf in leaves if isinstance(leaf, Tensor)))
+        fresh = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        return pytree.tree_unflatten(fresh, spec)
+
+    for name in names:
+        model.get_submodule(name).register_forward_hook(cross)
+    parameters = [p.requires_grad_(p.is_floating_point()) for p in model.parameters()]
+    with torch.enable_grad():
+        output = logits(model(x.clone()))
+    if not isinstance(output, Tensor):
+        raise CannotCut("the model does not return one tensor of logits (or an output with .logits)")
+    for rows in [*crossed, (output,)]:
+        roots = [row for row in rows if row.requires_grad]
+        if not roots or not parameters:
+            yield set()
+            continue
+        seeds = [torch.ones_like(root) for root in roots]
+        found = torch.autograd.grad(roots, parameters, seeds, allow_unused=True, retain_graph=True)
+        yield {i for i, gradient in enumerate(found) if gradient is not None}
+
+
+# Replaying
+
+
+@dataclass
+class _Replay:
+    """One run of a part: what was received, and what made-up tensors look like."""
+
+    sent_dtype: torch.dtype  # of the first tensor received, when the model was cut
+    batch: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    sent_now: torch.dtype = torch.float32
+    rows: Rows = ()
+    fill: int = 0
+    calls: dict[str, int] = field(default_factory=dict)
+
+    def begin(self, rows: Rows) -> None:
+        self.rows, self.batch, self.device, self.sent_now = rows, len(rows[0]), rows[0].device, rows[0].dtype
+        self.calls.clear()
+
+    def next_call(self, name: str) -> int:
+        """How often the stand-in `name` was called before in this run."""
+        self.calls[name] = self.calls.get(name, -1) + 1
+        return self.calls[name]
+
+    def dtype(self, recorded: torch.dtype) -> torch.dtype:
+        """Made-up tensors follow the model when it is converted, to float64 say."""
+        return self.sent_now if recorded == self.sent_dtype else recorded
+
+
+class _StandIn(nn.Module):
+    """Takes the place of a module of an earlier part, or of a later one (then it is never called).
+
+    Attributes of the module that are not tensors, which some models look at, can still be read. A module without
+    state that runs again in this part does so after its made-up calls.
+    """
+
+    def __init__(self, name: str, module: nn.Module, outputs: dict[bool, list[_Template]], replay: _Replay) -> None:
+        super().__init__()
+        self._name, self._outputs, self._replay = name, outputs, replay
+        self.__dict__["_shell"] = _without_values(module)  # not a child: its placeholders are nobody's state
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        made_up, i = self._outputs[self.training], self._replay.next_call(self._name)
+        if i < len(made_up):
+            return made_up[i].make(self._replay)
+        return self._shell(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if "_shell" not in self.__dict__ or name.startswith("__"):
+            return super().__getattr__(name)
+        return getattr(self.__dict__["_shell"], name)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._shell._apply(fn)
+        return super()._apply(fn, recurse)
+
+    def train(self, mode: bool = True) -> Any:
+        self._shell.train(mode)
+        return super().train(mode)
+
+
+class _Injector(_StandIn):
+    """Takes the place of the cut module: gives what was received."""
+
+    def __init__(self, name: str, module: nn.Module, template: _Template, replay: _Replay) -> None:
+        super().__init__(name, module, {}, replay)
+        self._template, self._dimensions = template, template.dimensions(name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        rows = zip(self._replay.rows, self._dimensions, strict=True)
+        return self._template.fill(tuple(r.movedim(0, d).contiguous() if d else r for r, d in rows))
+
+
+class _ReplayedPart(Part):
+    """Part k of a model that is run as it is."""
+
+    def __init__(
+        self, model: nn.Module, names: Sequence[str], k: int, record: _Record, owners: dict[str, int]
+    ) -> None:
+        super().__init__()
+        model = copy.deepcopy(model)
+        self._sample, self._input_dtype = record.sample, record.input_dtype
+        self._stop_at = names[k] if k < len(names) else None
+        self._given = record.outputs[k].dimensions(names[k]) if k < len(names) else ()
+        self._replay: _Replay | None = None
+        if k:
+            name, before = names[k - 1], record.outputs[k - 1]
+            before.dimensions(name)  # raises where nothing can be sent
+            self._replay = _Replay(before.made[0].dtype)
+            _replace(model, name, _Injector(name, model.get_submodule(name), before, self._replay))
+        _remove_foreign(model, k, record, owners, self._replay)
+        _disown(model, k, owners)
+        if self._stop_at is not None:
+            model.get_submodule(self._stop_at).register_forward_hook(_stop)
+        # The part has the model's state as its own, under the same names: the dictionaries are one and the same.
+        self.__dict__["_model"] = model
+        for of_module in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            self.__dict__[of_module] = model.__dict__[of_module]
+        self.train(model.training)
+
+    def run(self, rows: Rows) -> Rows:
+        try:
+            output = self._model(self._input(rows))
+        except _Reached as reached:
+            given = tensors_in(reached.output)
+            return tuple(g.movedim(d, 0) if d else g for g, d in zip(given, self._given, strict=True))
+        finally:
+            if self._replay is not None:
+                self._replay.rows = ()
+        return (logits(output),)
+
+    def _input(self, rows: Rows) -> Tensor:
+        if self._replay is None:
+            return rows[0]
+        self._replay.begin(rows)
+        shape, dtype = (len(rows[0]), *self._sample), self._replay.dtype(self._input_dtype)
+        return torch.full(shape, self._replay.fill, dtype=dtype, device=rows[0].device)
+
+    def train(self, mode: bool = True) -> Any:
+        self.training = mode
+        if "_model" in self.__dict__:
+            self._model.train(mode)  # the user's own train() decides what it means
+        return self
+
+
+def make_up_with(part: Part, fill: int) -> None:
+    """Fill a part's made-up tensors with `fill` from now on. Results do not depend on it; the proof checks that."""
+    if isinstance(part, _ReplayedPart) and part._replay is not None:
+        part._replay.fill = fill
+
+
+def _remove_foreign(
+    model: nn.Module, k: int, record: _Record, owners: dict[str, int], replay: _Replay | None
+) -> None:
+    """Put stand-ins in the place of modules that neither run in part k nor hold state of it."""
+    needed = {"", *(name.rpartition(".")[0] for name, owner in owners.items() if owner == k)}
+    needed |= {n for n, _ in model.named_modules() if record.runs_in(n, k) and not _only_borrowed(n, k, record)}
+    keep = needed | {up for name in needed for up in _above(name)} | record.containers()
+    gone: list[str] = []
+    for name, module in list(model.named_modules()):
+        if name in keep or isinstance(module, _Injector) or any(name.startswith(g + ".") for g in gone):
+            continue
+        gone.append(name)
+        stand_in = _StandIn(name, module, record.made_up(name, k), replay or _Replay(torch.float32))
+        _replace(model, name, stand_in)
+
+
+def _above(name: str) -> Iterator[str]:
+    """The names of the modules that contain module `name`."""
+    while name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
+def _only_borrowed(name: str, k: int, record: _Record) -> bool:
+    """Whether a module of part k runs in an earlier part too: then a stand-in serves the earlier calls."""
+    return k > 0 and any(outputs for outputs in record.made_up(name, k).values())
+
+
+def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put `new` wherever the module called `name` is, also under other names."""
+    old = model.get_submodule(name)
+    for parent in list(model.modules()):
+        for child, module in parent._modules.items():
+            if module is old:
+                parent._modules[child] = new
+
+
+def _disown(model: nn.Module, k: int, owners: dict[str, int]) -> None:
+    """Turn what is left of other parts' parameters into constants outside the state."""
+    for prefix, module in model.named_modules():
+        dot = f"{prefix}." if prefix else ""
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None and owners[dot + name] != k:
+                del module._parameters[name]
+                module.register_buffer(name, _placeholder(parameter), persistent=False)
+        for name in module._buffers:
+            if owners.get(dot + name, k) != k:
+                module._non_persistent_buffers_set.add(name)
+
+
+def _placeholder(tensor: Tensor) -> Tensor:
+    """Zeros of the same shape that take no memory."""
+    return torch.zeros((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
+
+
+def _without_values(module: nn.Module) -> nn.Module:
+    """The module with placeholders for its parameters and buffers."""
+    for inner in module.modules():
+        for name, parameter in list(inner._parameters.items()):
+            if parameter is not None:
+                del inner._parameters[name]
+                inner.register_buffer(name, _placeholder(parameter), persistent=False)
+        for name, buffer in inner._buffers.items():
+            if buffer is not None:
+                inner._buffers[name] = _placeholder(buffer)
+    return module

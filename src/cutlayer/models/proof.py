@@ -1,0 +1,178 @@
+"""The proof that the parts of a cut model are the whole.
+
+Equal means bit for bit, or within rounding: a tensor arrives contiguous where the whole model may have used a strided
+one, and a tensor used several times has its gradients added in another order.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from cutlayer.models.hooks import make_up_with
+from cutlayer.models.parts import CannotCut, Crossing, Part, logits, one_line
+from cutlayer.seeds import torch_seeded
+from cutlayer.types import Rows
+
+Result = TypeVar("Result")
+Exchange = tuple[Rows, Rows]  # what a part received and what it gave
+
+_ROUNDING = 1000  # units of the last place, of the largest value compared
+
+
+def prove(model: nn.Module, parts: Sequence[Part], x: Tensor, inputs_may_cross: bool = False) -> list[tuple[Crossing, ...]]:
+    """What crosses each cut, after the proof that `parts` are `model`. Raises CannotCut where they are not."""
+    _check_names(model, parts)
+    crossings = _check_crossings(parts, x, inputs_may_cross)
+    other = torch.cat([x.flip(0), x[:2]])  # the same samples, in another order and number
+    for training in (True, False):
+        for batch in (x, other):
+            _check_run(model, parts, batch, training)
+    _check_without_gradients(model, parts, other)
+    _check_made_up(parts, x)
+    return crossings
+
+
+def protect(parts: Sequence[Part], x: Tensor) -> None:
+    """Have those parts copy what they receive which would otherwise write to it."""
+    for training in (True, False):
+        rows: Rows = (x.clone(),)
+        for part in parts:
+            running = copy.deepcopy(part).train(training)
+            versions = [row._version for row in rows]
+            with torch.no_grad():
+                given = _tried(partial(running, rows))
+            part.copies |= [row._version for row in rows] != versions
+            rows = (given,) if isinstance(given, Tensor) else tuple(_wire(row) for row in given)
+
+
+def _check_names(model: nn.Module, parts: Sequence[nn.Module]) -> None:
+    names = [name for part in parts for name in part.state_dict()]
+    if sorted(names) != sorted(model.state_dict()):
+        raise CannotCut("the parts do not hold exactly the model's parameters and buffers")
+
+
+def _check_crossings(parts: Sequence[Part], x: Tensor, inputs_may_cross: bool) -> list[tuple[Crossing, ...]]:
+    """Every tensor that crosses has the batch first; none is the input itself; received tensors are not written to."""
+    parts = copy.deepcopy(list(parts))
+    crossings = []
+    rows: Rows = (x.clone(),)
+    storage = rows[0].untyped_storage().data_ptr()
+    for part in parts[:-1]:
+        with torch.no_grad():
+            rows = _tried(partial(part.eval(), rows))
+        if any(row.dim() < 1 or len(row) != len(x) for row in rows):
+            raise CannotCut("a tensor crosses whose first dimension is not the batch")
+        if not inputs_may_cross and any(row.untyped_storage().data_ptr() == storage for row in rows):
+            raise CannotCut("the raw input itself would be sent (to mean that, say 'input'): no privacy would be left")
+        crossings.append(tuple(Crossing(tuple(row.shape[1:]), row.dtype) for row in rows))
+    return crossings
+
+
+def _check_run(model: nn.Module, parts: Sequence[Part], x: Tensor, training: bool) -> None:
+    """Logits, gradients and buffers of the parts against those of the whole, for one batch."""
+    mode = "training" if training else "evaluation"
+    whole = copy.deepcopy(model).train(training)
+    whole.zero_grad(set_to_none=True)
+    with torch_seeded(1, "proof", mode):
+        expected = logits(_tried(lambda: whole(x.clone())))
+    if not isinstance(expected, Tensor) or expected.dim() < 1 or len(expected) != len(x):
+        raise CannotCut("the model does not return logits with a row for every sample")
+    weights = torch.linspace(-1, 1, expected.numel(), device=x.device).reshape(expected.shape).to(expected.dtype)
+    if expected.requires_grad:
+        (expected * weights).sum().backward()  # type: ignore[no-untyped-call]
+
+    copies = copy.deepcopy(list(parts))
+    with torch_seeded(1, "proof", mode):
+        given = _tried(lambda: _forward(copies, x, training))
+    _compare([given[-1][1][0]], [expected], f"the logits in {mode}")
+    _backward(given, weights)
+    _compare_state(whole, copies, mode)
+
+
+def _forward(parts: Sequence[Part], x: Tensor, training: bool) -> list[Exchange]:
+    """Run the parts one after another, as if their rows were sent over a wire."""
+    exchanges: list[Exchange] = []
+    rows: Rows = (x.clone(),)
+    for part in parts:
+        given = part.train(training)(rows)
+        exchanges.append((rows, (given,) if isinstance(given, Tensor) else given))
+        rows = tuple(_wire(row) for row in exchanges[-1][1])
+    return exchanges
+
+
+def _wire(row: Tensor) -> Tensor:
+    arrived = row.detach().clone(memory_format=torch.contiguous_format)
+    return arrived.requires_grad_(row.requires_grad)
+
+
+def _backward(exchanges: list[Exchange], weights: Tensor) -> None:
+    gradients: list[Tensor | None] = [weights]
+    for received, given in reversed(exchanges):
+        pairs = [(g, d) for g, d in zip(given, gradients, strict=True) if g.requires_grad and d is not None]
+        if pairs:
+            torch.autograd.backward([g for g, _ in pairs], [d for _, d in pairs])
+        gradients = [row.grad for row in received]
+
+
+def _compare_state(whole: nn.Module, parts: Sequence[nn.Module], mode: str) -> None:
+    gradients = {n: p.grad for part in parts for n, p in part.named_parameters(remove_duplicate=False)}
+    expected = {n: p.grad for n, p in whole.named_parameters(remove_duplicate=False)}
+    found = {n for n, g in gradients.items() if g is not None}
+    if differing := found ^ {n for n, g in expected.items() if g is not None}:
+        raise CannotCut(f"the parts differ from the whole in which parameters have gradients ({min(differing)!r})")
+    pairs = [(gradients[n], expected[n]) for n in sorted(found)]
+    _compare([g for g, _ in pairs if g is not None], [e for _, e in pairs if e is not None], f"the gradients in {mode}")
+    state = {n: t for part in parts for n, t in part.state_dict().items()}
+    for name, tensor in whole.state_dict().items():
+        _compare([state[name]], [tensor], f"{name!r} after a step in {mode}")
+
+
+def _check_without_gradients(model: nn.Module, parts: Sequence[Part], x: Tensor) -> None:
+    """Some modules take a faster path in evaluation when no gradients are asked for."""
+    with torch.no_grad():
+        expected = logits(copy.deepcopy(model).eval()(x.clone()))
+        given = _tried(lambda: _forward(copy.deepcopy(list(parts)), x, training=False))
+    _compare([given[-1][1][0]], [expected], "the logits in evaluation without gradients")
+
+
+def _check_made_up(parts: Sequence[Part], x: Tensor) -> None:
+    """What a part makes up in place of earlier layers must not reach its result."""
+    results = []
+    for fill in (0, 1, -1) if x.is_floating_point() else (0, 1):
+        copies = copy.deepcopy(list(parts))
+        for part in copies:
+            make_up_with(part, fill)
+        with torch.no_grad():
+            results.append(_tried(partial(_forward, copies, x, training=False))[-1][1][0])
+    for result in results[1:]:
+        _compare([result], [results[0]], "values computed before the cut (masks, positions) are used after it:\nthe logits")
+
+
+def _tried(run: Callable[[], Result]) -> Result:
+    try:
+        return run()
+    except CannotCut:
+        raise
+    except Exception as error:  # the user's code: anything can come out
+        raise CannotCut(f"it does not run ({one_line(error)})") from error
+
+
+def _compare(given: Sequence[Tensor], expected: Sequence[Tensor], what: str) -> None:
+    """Raises CannotCut unless the tensors are equal, up to rounding of the largest of them."""
+    given, expected = [g.detach() for g in given], [e.detach() for e in expected]
+    floats = [e for e in expected if e.is_floating_point() and e.numel()]
+    largest = max((float(e.abs().nan_to_num(0, 0, 0).max()) for e in floats), default=0.0)
+    for g, e in zip(given, expected, strict=True):
+        if g.shape != e.shape or g.dtype != e.dtype:
+            raise CannotCut(f"{what} have another shape or type than the whole model's")
+        if torch.equal(g, e):
+            continue
+        tolerance = _ROUNDING * torch.finfo(e.dtype).eps * largest if e.is_floating_point() else 0.0
+        if not torch.isclose(g, e, rtol=0.0, atol=tolerance, equal_nan=True).all():
+            raise CannotCut(f"{what} are not those of the whole model")

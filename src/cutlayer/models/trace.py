@@ -1,0 +1,506 @@
+"""Cutting by tracing: `torch.fx` writes down every operation, and each part gets its share of the list.
+
+A trace freezes whether the model is training (functional dropout does), so there are two, and a part runs the one
+of its mode; both use the same parameters, under the names they have in the whole model.
+
+What one part needs from an earlier one crosses, except what it can make itself: parameters and constants, sizes
+(the batch size is read off a tensor that crosses), and tensors made of sizes and constants alone, such as positions.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from cutlayer.models.parts import CannotCut, Part, batch_dimension, fill_owners, logits, one_line, state_names
+from cutlayer.types import Rows
+
+_OPERATIONS = ("call_module", "call_function", "call_method")
+_ROOT = "model."  # the prefix of every name in a trace of `_OneInput`
+
+# Reading these off a tensor says nothing about its values, so their results need not cross.
+_SHAPE_METHODS = frozenset({"size", "dim", "ndimension", "numel", "nelement", "__len__"})
+_SHAPE_ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device"})
+
+
+def split_by_trace(model: nn.Module, names: Sequence[str], x: Tensor) -> list[Part]:
+    """The parts of `model` (which the parts keep: pass a copy) cut after each of `names`. Raises CannotCut."""
+    was_training = model.training
+    programs = []
+    for training in (True, False):
+        model.train(training)
+        programs.append(_Program(model, names, x))
+    model.train(was_training)
+    for b in range(len(names)):
+        if programs[0].describe(b) != programs[1].describe(b):
+            raise CannotCut("different tensors cross the cut in training and in evaluation")
+    graphs = [[program.graph_of(k) for program in programs] for k in range(len(names) + 1)]
+    parts: list[Part] = [_TracedPart(_Code(training), _Code(evaluating)) for training, evaluating in graphs]
+    _share_out(model, parts, graphs)
+    # Modules without state may serve several parts, and must not be put in training mode by one for the others.
+    return [copy.deepcopy(part) for part in parts]
+
+
+class _TracedPart(Part):
+    """Runs its share of the traced operations."""
+
+    def __init__(self, training: _Code, evaluating: _Code) -> None:
+        super().__init__()
+        self._codes = {True: training, False: training if training.source == evaluating.source else evaluating}
+
+    def run(self, rows: Rows) -> Rows:
+        return cast(Rows, self._codes[self.training](self, rows))
+
+
+class _Code:
+    """A graph compiled to a Python function. Immutable, so that copies of a part share it."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        graph.lint()
+        self.graph = graph
+        code = graph.python_code("self")
+        self.source = code.src
+        namespace = dict(code.globals)
+        exec(compile(self.source, "<cutlayer part>", "exec"), namespace)
+        self._function = namespace["forward"]
+
+    def __call__(self, part: nn.Module, rows: Rows) -> Any:
+        return self._function(part, rows)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Code:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Code, (self.graph,)
+
+
+class _OneInput(nn.Module):
+    """The model as a function of the batch alone, giving logits. Optional arguments keep their defaults."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Any:
+        return logits(self.model(x))
+
+
+class _Tracer(fx.Tracer):
+    """Treats torch's own layers as single operations, except those that a cut lies inside."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__()
+        self._inside = tuple(names)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if any(name.startswith(module_qualified_name + ".") for name in self._inside):
+            return False
+        return super().is_leaf_module(m, module_qualified_name)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What a value was when the graph ran: a tensor's shape and type, or the value itself."""
+
+    value: Any
+
+    @property
+    def is_tensor(self) -> bool:
+        return isinstance(self.value, _Meta)
+
+
+@dataclass(frozen=True)
+class _Meta:
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class _Program:
+    """One trace of the model, and which part each of its operations belongs to."""
+
+    def __init__(self, model: nn.Module, names: Sequence[str], x: Tensor) -> None:
+        self.model, self.names = model, names
+        self.batch = len(x)
+        self.graph = _trace(model, names)
+        self.nodes = list(self.graph.nodes)
+        self.input = next(n for n in self.nodes if n.op == "placeholder")
+        self.output = self.nodes[-1]
+        if not isinstance(self.output.args[0], fx.Node):
+            raise CannotCut("the model does not return one tensor of logits (or an output with .logits)")
+        self.seen = _run(model, self.graph, x)
+        self.seen_larger = _run(model, self.graph, torch.cat([x, x[:1]]))
+        self.part = self._assign()
+        self.crossing = [self._crossing(b) for b in range(len(names))]
+
+    def describe(self, boundary: int) -> list[tuple[_Meta, int]]:
+        """The tensors that cross after part `boundary`, and which of their dimensions is the batch."""
+        return [(self.seen[n].value, self._batch_dimension(n)) for n in self.crossing[boundary]]
+
+    def graph_of(self, k: int) -> fx.Graph:
+        """Part k's own graph: a function of the rows it receives, giving the tuple of those it passes on."""
+        return _Builder(self, k).build()
+
+    def _assign(self) -> dict[fx.Node, int]:
+        """The part of each operation: that of the first cut which comes after it."""
+        ends = [_last_inside(self.nodes, name) for name in self.names]
+        if ends != sorted(set(ends)):
+            raise CannotCut(f"{self.names[1]!r} does not come after {self.names[0]!r}")
+        part = {node: sum(end < i for end in ends) for i, node in enumerate(self.nodes)}
+        for node in self.nodes:
+            if self._picks_from_tuple(node):  # that is the work of the part whose tuple it is
+                part[node] = part[node.args[0]]
+        for k, name in enumerate(self.names, start=1):
+            if not any(part[n] == k and n.op in _OPERATIONS and not self.from_sizes(n) for n in self.nodes):
+                raise CannotCut(f"nothing is computed after {name!r}" + (" and before the next cut" * (k < len(ends))))
+        return part
+
+    def _picks_from_tuple(self, node: fx.Node) -> bool:
+        source = node.args[0] if node.target is operator.getitem else None
+        if not isinstance(source, fx.Node) or self.seen[source].is_tensor:
+            return False
+        return _holds_tensors(self.seen[source].value)
+
+    # What crosses
+
+    def _crossing(self, boundary: int) -> list[fx.Node]:
+        needed: set[fx.Node] = set()
+        for node in self.nodes:
+            if self.part[node] > boundary and node.op != "get_attr" and not self.from_sizes(node):
+                for source in node.all_input_nodes:
+                    self._need(source, self.part[node], boundary, needed)
+        if not needed:
+            raise CannotCut(f"nothing that {self.names[boundary]!r} gives is used after it")
+        return [n for n in self.nodes if n in needed]
+
+    def _need(self, source: fx.Node, k: int, boundary: int, needed: set[fx.Node]) -> None:
+        if source.op == "get_attr" or self.part[source] > boundary or self.from_sizes(source):
+            return
+        if self.remade(source):
+            for inner in source.all_input_nodes:
+                self._need(inner, k, boundary, needed)
+        elif not self.seen[source].is_tensor:
+            raise CannotCut(f"a value that is neither a tensor nor a size crosses ({source.format_node()})")
+        elif source is self.input:
+            raise CannotCut(
+                f"the layers after {self.names[boundary]!r} use the raw input, which would have to be sent along: "
+                "no privacy would be left"
+            )
+        else:
+            self._batch_dimension(source)
+            needed.add(source)
+
+    def _batch_dimension(self, node: fx.Node) -> int:
+        small, large = self.seen[node].value, self.seen_larger[node].value
+        dimension = batch_dimension(small.shape, large.shape, self.batch)
+        if dimension is None:
+            raise CannotCut(f"a tensor without a batch dimension crosses ({node.name}, shape {list(small.shape)})")
+        return dimension
+
+    # What a part can make itself
+
+    def from_sizes(self, node: fx.Node) -> bool:
+        """Whether a value of an earlier part that is not a tensor can be had from shapes alone."""
+        if node.op not in _OPERATIONS or _holds_tensors(self.seen[node].value):
+            return False
+        tensors = [n for n in node.all_input_nodes if self.seen[n].is_tensor]
+        if tensors:
+            by_method = node.op == "call_method" and node.target in _SHAPE_METHODS
+            by_attribute = node.target is getattr and node.args[1] in _SHAPE_ATTRIBUTES
+            if not (by_method or by_attribute):
+                return False
+        return all(self.from_sizes(n) for n in node.all_input_nodes if n not in tensors)
+
+    def remade(self, node: fx.Node) -> bool:
+        """Whether a tensor is made of sizes and constants alone, so that each part can make it anew."""
+        if node.op == "get_attr":
+            return not isinstance(_attribute(self.model, _without_root(node)), nn.Parameter)
+        if node.op not in ("call_function", "call_method") or not self.seen[node].is_tensor:
+            return False
+        if _is_random(node) or any(_writes(user) for user in node.users):
+            return False
+        return all(self.from_sizes(n) or self.remade(n) for n in node.all_input_nodes)
+
+
+class _Builder:
+    """Writes the graph of part k."""
+
+    def __init__(self, program: _Program, k: int) -> None:
+        self.program, self.k = program, k
+        self.graph = fx.Graph()
+        self.made: dict[fx.Node, Any] = {}
+        self.first: Any = None  # the first tensor received, [R, s...]
+        self.batch: Any = None  # R, once it is needed
+
+    def build(self) -> fx.Graph:
+        self._receive(self.graph.placeholder("rows"))
+        for node in self.program.nodes:
+            if self.program.part[node] == self.k and node.op not in ("placeholder", "get_attr", "output"):
+                if not self._is_remote_size(node):
+                    self._copy(node)
+        self.graph.output(self._give())
+        return self.graph
+
+    def _receive(self, rows: fx.Node) -> None:
+        program = self.program
+        if self.k == 0:
+            self.made[program.input] = self.graph.call_function(operator.getitem, (rows, 0))
+            return
+        for i, (node, (_, dimension)) in enumerate(zip(self._crossing(-1), program.describe(self.k - 1), strict=True)):
+            row = self.graph.call_function(operator.getitem, (rows, i))  # [R, s...]
+            self.first = self.first or row
+            if dimension:
+                row = self.graph.call_method("contiguous", (self.graph.call_method("movedim", (row, 0, dimension)),))
+            self.made[node] = row
+
+    def _give(self) -> tuple[Any, ...]:
+        program = self.program
+        if self.k == len(program.names):
+            return (self._value(program.output.args[0]),)
+        given = []
+        for node, (_, dimension) in zip(self._crossing(0), program.describe(self.k), strict=True):
+            value = self._value(node)
+            given.append(self.graph.call_method("movedim", (value, dimension, 0)) if dimension else value)
+        return tuple(given)
+
+    def _crossing(self, offset: int) -> list[fx.Node]:
+        return self.program.crossing[self.k + offset]
+
+    def _is_remote_size(self, node: fx.Node) -> bool:
+        """Whether a size of an earlier part's tensor is read here (its tensor need not have crossed)."""
+        if not self.program.from_sizes(node):
+            return False
+        return any(n not in self.made and n.op != "get_attr" for n in node.all_input_nodes)
+
+    def _copy(self, node: fx.Node) -> fx.Node:
+        self.made[node] = self.graph.node_copy(node, self._value)
+        self.made[node].target = _without_root(node)
+        return cast(fx.Node, self.made[node])
+
+    def _value(self, node: fx.Node) -> Any:
+        if node not in self.made:
+            if self.program.from_sizes(node):
+                small, large = self.program.seen[node].value, self.program.seen_larger[node].value
+                self.made[node] = self._size(small, large)
+            else:  # a parameter or a constant, or a tensor made of constants and sizes
+                self._copy(node)
+        return self.made[node]
+
+    def _size(self, small: Any, large: Any) -> Any:
+        """A value seen for two batch sizes, as a constant or as a multiple of the batch size."""
+        if isinstance(small, (tuple, list)):
+            return tuple(self._size(a, b) for a, b in zip(small, large, strict=True))
+        if isinstance(small, torch.device):
+            return self.graph.call_function(getattr, (self.first, "device"))
+        if isinstance(small, torch.dtype):
+            kind = self.program.seen[self._crossing(-1)[0]].value.dtype
+            return self.graph.call_function(getattr, (self.first, "dtype")) if small == kind else small
+        if small == large:
+            return small
+        n = self.program.batch
+        if isinstance(small, int) and small % n == 0 and large == small // n * (n + 1):
+            if self.batch is None:
+                self.batch = self.graph.call_method("size", (self.first, 0))
+            return self.batch if small == n else self.graph.call_function(operator.mul, (self.batch, small // n))
+        raise CannotCut(f"a number that depends on the batch in an unknown way crosses ({small} for {n} rows)")
+
+
+# Tracing and running
+
+
+def _trace(model: nn.Module, names: Sequence[str]) -> fx.Graph:
+    root = _OneInput(model)
+    before = random.getstate(), _numpy_state(), torch.get_rng_state()
+    try:
+        graph = _Tracer([_ROOT + name for name in names]).trace(root)
+    except Exception as error:  # tracing runs the user's code: anything can come out
+        raise CannotCut(f"torch.fx cannot follow it ({one_line(error)})") from error
+    drawn = random.getstate() != before[0] or _numpy_state() != before[1]
+    if drawn or not torch.equal(torch.get_rng_state(), before[2]):
+        raise CannotCut("it draws random numbers that a trace would freeze")
+    _adopt_constants(model, root, graph)
+    return graph
+
+
+def _adopt_constants(model: nn.Module, root: nn.Module, graph: fx.Graph) -> None:
+    """Tensors made while tracing (they depend on no input) become buffers of the model that are not in its state."""
+    for node in graph.nodes:
+        if node.op == "get_attr" and not str(node.target).startswith(_ROOT):
+            name = f"traced_{'training' if model.training else 'evaluation'}{node.target}"
+            if not hasattr(model, name):
+                model.register_buffer(name, getattr(root, str(node.target)), persistent=False)
+            node.target = _ROOT + name
+
+
+def _numpy_state() -> bytes:
+    state = np.random.get_state(legacy=True)
+    return state[1].tobytes() + str(state[2:]).encode()  # type: ignore[union-attr,index]
+
+
+def _run(model: nn.Module, graph: fx.Graph, x: Tensor) -> dict[fx.Node, _Seen]:
+    """What every operation gives for the batch `x`, without changing the model."""
+    recorder = _Recorder(copy.deepcopy(_OneInput(model)), graph)
+    try:
+        with torch.no_grad():
+            recorder.run(x.clone())
+    except Exception as error:
+        raise CannotCut(f"its torch.fx trace does not run ({one_line(error)})") from error
+    return recorder.seen
+
+
+class _Recorder(fx.Interpreter):
+    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
+        super().__init__(root, graph=graph)
+        self.seen: dict[fx.Node, _Seen] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        self.seen[n] = _Seen(fx.node.map_aggregate(value, _meta))
+        return value
+
+
+def _meta(leaf: Any) -> Any:
+    return _Meta(tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else leaf
+
+
+def _holds_tensors(value: Any) -> bool:
+    found: list[Any] = []
+    fx.node.map_aggregate(value, found.append)
+    return any(isinstance(leaf, _Meta) for leaf in found)
+
+
+def _last_inside(nodes: Sequence[fx.Node], name: str) -> int:
+    """The index of the last operation executed inside module `name`."""
+    inside = [
+        i
+        for i, node in enumerate(nodes)
+        if node.op in _OPERATIONS
+        and any(path == _ROOT + name for path, _ in node.meta.get("nn_module_stack", {}).values())
+    ]
+    if not inside:
+        raise CannotCut(f"no operation is traced inside {name!r}: it is never executed, or does nothing")
+    return inside[-1]
+
+
+def _is_random(node: fx.Node) -> bool:
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return any(word in name for word in ("rand", "dropout", "bernoulli", "normal", "multinomial", "uniform", "empty"))
+
+
+def _writes(node: fx.Node) -> bool:
+    """Whether an operation changes its operand in place."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    inplace = name.endswith("_") and not name.endswith("__")
+    return inplace or name == "setitem" or (name.startswith("i") and node.target in _IN_PLACE_OPERATORS)
+
+
+_IN_PLACE_OPERATORS = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.iand, operator.ior)
+
+
+def _without_root(node: fx.Node) -> Any:
+    if node.op in ("call_module", "get_attr"):
+        return str(node.target).removeprefix(_ROOT)
+    return node.target
+
+
+# Sharing out the state
+
+
+def _share_out(model: nn.Module, parts: Sequence[nn.Module], graphs: Sequence[Sequence[fx.Graph]]) -> None:
+    """Give every part the modules, parameters and buffers that its graphs name; unused ones go with their neighbours."""
+    named = {name: (tensor, persistent) for name, tensor, persistent in state_names(model)}
+    owner: dict[int, int] = {}
+    for k, part in enumerate(parts):
+        for target, is_module in _targets(graphs[k]):
+            for tensor in _attach(model, part, target, is_module, named, owner, k):
+                owner[id(tensor)] = k
+    owners = {name: owner[id(tensor)] for name, (tensor, _) in named.items() if id(tensor) in owner}
+    for name, k in fill_owners(named, owners, len(parts)).items():
+        if not _has(parts[k], name):
+            _register(parts[k], name, *named[name])
+
+
+def _targets(graphs: Sequence[fx.Graph]) -> dict[tuple[str, bool], None]:
+    return {
+        (str(n.target), n.op == "call_module"): None
+        for graph in graphs
+        for n in graph.nodes
+        if n.op in ("call_module", "get_attr")
+    }
+
+
+def _attach(
+    model: nn.Module,
+    part: nn.Module,
+    target: str,
+    is_module: bool,
+    named: dict[str, tuple[Tensor, bool]],
+    owner: dict[int, int],
+    k: int,
+) -> list[Tensor]:
+    """Register one module, parameter or buffer in a part; returns the tensors that the part now owns."""
+    if is_module:
+        module = model.get_submodule(target)
+        for name, tensor, _ in state_names(module):
+            _refuse_if_shared(f"{target}.{name}", tensor, owner, k)
+        container, leaf = _container(part, target)
+        container.add_module(leaf, module)
+        return [tensor for _, tensor, _ in state_names(module)]
+    value = _attribute(model, target)
+    if target not in named:  # a constant met while tracing
+        _register(part, target, value, False)
+        return []
+    if isinstance(value, nn.Parameter):
+        _refuse_if_shared(target, value, owner, k)
+    elif owner.get(id(value), k) != k:  # a constant buffer that several parts read: the first one owns it
+        _register(part, target, value, False)
+        return []
+    if not _has(part, target):
+        _register(part, target, *named[target])
+    return [value]
+
+
+def _refuse_if_shared(name: str, tensor: Tensor, owner: dict[int, int], k: int) -> None:
+    if owner.get(id(tensor), k) != k:
+        raise CannotCut(f"{name!r} is used on both sides of the cut, and a parameter can live on one side only")
+
+
+def _attribute(root: Any, target: str) -> Any:
+    for name in target.split("."):
+        root = getattr(root, name)
+    return root
+
+
+def _container(part: nn.Module, target: str) -> tuple[nn.Module, str]:
+    *path, leaf = target.split(".")
+    for name in path:
+        if name not in part._modules:
+            part.add_module(name, nn.Module())
+        part = cast(nn.Module, part._modules[name])
+    return part, leaf
+
+
+def _has(part: nn.Module, target: str) -> bool:
+    *path, leaf = target.split(".")
+    for name in path:
+        if name not in part._modules:
+            return False
+        part = cast(nn.Module, part._modules[name])
+    return leaf in part._parameters or leaf in part._buffers
+
+
+def _register(part: nn.Module, target: str, value: Tensor, persistent: bool) -> None:
+    if _has(part, target):
+        return
+    container, leaf = _container(part, target)
+    if isinstance(value, nn.Parameter):
+        container.register_parameter(leaf, value)
+    else:
+        container.register_buffer(leaf, value, persistent=persistent)

@@ -1,0 +1,321 @@
+"""The run loop: rounds, records, evaluations, checkpoints. The composition root of the Python API."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cutlayer import checkpoint
+from cutlayer.algorithms import ALGORITHMS
+from cutlayer.build import Data, Model, assemble
+from cutlayer.config import RunConfig, normalised
+from cutlayer.errors import ConfigError, NonFiniteError, RunFolderError
+from cutlayer.folder import CHECKPOINT, CLASSES, EVALUATIONS, RESULT, STEPS, Folder, refuse_used, stored_config
+from cutlayer.optim import lr_factor
+from cutlayer.types import Evaluation, Step
+
+
+@dataclass(frozen=True)
+class Record:
+    """One training step, as written to steps.jsonl. Bytes are cumulative, training only, each message once per
+    receiver.
+    """
+
+    step: int
+    round: int
+    loss: float
+    clients: tuple[int, ...]
+    active: tuple[int, ...]
+    samples: int
+    client_lr: float
+    server_lr: float | None
+    bytes_up: int
+    bytes_down: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One evaluation, as written to evaluations.jsonl. Accuracies in [0, 1], mean over the clients' models."""
+
+    round: int
+    step: int
+    epochs: float
+    validation_accuracy: float | None
+    validation_loss: float | None
+    test_accuracy: float
+    test_loss: float
+    test_accuracy_worst: float
+    bytes_up: int
+    bytes_down: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run comes to.
+
+    `test_accuracy` is that of the last evaluation; `best_test_accuracy` that of the evaluation with the best validation
+    accuracy (the paper reports such a one). `bytes` holds one row per direction and kind.
+    """
+
+    algorithm: str
+    engine: str
+    test_accuracy: float
+    best_test_accuracy: float
+    best_round: int
+    rounds: int
+    steps: int
+    samples: int
+    seconds: float
+    bytes_up: int
+    bytes_down: int
+    bytes_down_broadcast: int
+    bytes: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def steps_per_second(self) -> float:
+        """Training steps per second of training (evaluations and checkpoints apart)."""
+        return self.steps / self.seconds
+
+    @property
+    def samples_per_second(self) -> float:
+        """Training samples per second of training."""
+        return self.samples / self.seconds
+
+
+class Run:
+    """One training run: iterate over its records, or call `run()`.
+
+    Options are those of `RunConfig`, as keywords or as a ready `config`. `model` may be a module of your own (or a
+    function that makes one) and `data` tensors (x, y), a dataset or a Source; names choose from the catalogue. With
+    `out` the run is written to that folder and can be resumed.
+
+    Raises UsageError before anything is trained or written; NonFiniteError (with step and client) during training.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig | None = None,
+        *,
+        model: Model | str | None = None,
+        data: Data | str | None = None,
+        out: str | Path | None = None,
+        **options: Any,
+    ) -> None:
+        named = {k: v for k, v in (("model", model), ("data", data)) if isinstance(v, str)}
+        self.config = _merged(config, {**options, **named})
+        self._model = None if isinstance(model, str) else model
+        self._data = None if isinstance(data, str) else data
+        self.out = None if out is None else Path(out)
+        if self.out is not None:
+            refuse_used(self.out)
+        self.training = assemble(self.config, self._model, self._data)
+        self.result: Result | None = None
+        self.evaluations: list[Scores] = []
+        self._start_round = 0
+        self._step = self._samples = 0
+        self._seconds = 0.0
+        self._resumed = False
+
+    @classmethod
+    def resume(cls, out: str | Path, *, model: Model | None = None, data: Data | None = None, **options: Any) -> Run:
+        """A run that goes on from the last checkpoint in `out` (from the beginning where there is none yet).
+
+        A model or data that are not from the catalogue must be given again. Raises RunFolderError where the folder is
+        no run, its checkpoint is broken or was made by another configuration than asked for.
+        """
+        out = Path(out)
+        stored = stored_config(out)
+        config = RunConfig.of({k: v for k, v in stored.items() if k not in ("own_model", "own_data")})
+        _refuse_other(config, normalised(options), out)
+        for what, given in (("own_model", model), ("own_data", data)):
+            if stored.get(what) and given is None:
+                name = what.removeprefix("own_")
+                raise RunFolderError(
+                    f"the run in {str(out)!r} was made with a {name} of your own: give it again, Run.resume(out, {name}=...)"
+                )
+        run = cls(config, model=model, data=data)
+        run.out, run._resumed = out, True
+        return run
+
+    @property
+    def rounds(self) -> int:
+        """Number of rounds of the whole run."""
+        return self.training.rounds
+
+    def run(self) -> Result:
+        """Train to the end and return the result."""
+        for _ in self:
+            pass
+        assert self.result is not None
+        return self.result
+
+    def __iter__(self) -> Iterator[Record]:
+        if self.result is not None:
+            return
+        if self.out is None:
+            yield from self._train(None)
+            return
+        own = {"own_model": self._model is not None, "own_data": self._data is not None}
+        stored = {**self.config.resolved(), **{k: True for k, v in own.items() if v}}
+        with Folder.reopen(self.out) if self._resumed else Folder.create(self.out, stored) as folder:
+            self._restore(folder)
+            yield from self._train(folder)
+
+    def _train(self, folder: Folder | None) -> Iterator[Record]:
+        t = self.training
+        if folder is not None:
+            names = list(t.source.class_names)
+            folder.write_json(CLASSES, {"class_names": names, "counts": t.counts.tolist()})
+        for index in range(self._start_round, t.rounds):
+            for record in self._round(index):
+                if folder is not None:
+                    folder.append(STEPS, asdict(record))
+                yield record
+            last = index + 1 == t.rounds
+            if last or (index + 1) % (self.config.eval_every or t.rounds_per_epoch) == 0:
+                self._evaluate(index + 1, folder)
+            if folder is not None and (last or (index + 1) % (self.config.checkpoint_every or t.rounds_per_epoch) == 0):
+                checkpoint.write(folder.path / CHECKPOINT, self._state(index + 1, folder))
+        self.result = self._result()
+        if folder is not None:
+            folder.write_json(RESULT, asdict(self.result))
+
+    def _round(self, index: int) -> Iterator[Record]:
+        """Train one round. The clock runs while the algorithm works, not while the caller looks at a record."""
+        t, c = self.training, self.config
+        progress = index / t.rounds
+        client_factor = lr_factor(c.lr_schedule, progress, c.lr_decay, c.lr_decay_at)
+        schedule = c.server_lr_schedule or c.lr_schedule
+        t.server.lr_factor = lr_factor(schedule, progress, c.lr_decay, c.lr_decay_at)
+        started = time.perf_counter()
+        this = t.clients.begin_round(index, t.rounds, client_factor)
+        steps = ALGORITHMS[c.algorithm](c, t.server, t.clients, this)
+        while True:
+            try:
+                step = next(steps, None)
+            except NonFiniteError as error:
+                raise error.at(self._step) from None
+            self._seconds += time.perf_counter() - started
+            if step is None:
+                return
+            yield self._record(step, index, c.client_lr * client_factor)
+            started = time.perf_counter()
+
+    def _record(self, step: Step, index: int, client_lr: float) -> Record:
+        ledger = self.training.ledger
+        record = Record(
+            self._step,
+            index,
+            step.loss,
+            step.clients,
+            step.active,
+            step.samples,
+            client_lr,
+            step.server_lr,
+            ledger.total("up"),
+            ledger.total("down"),
+            round(self._seconds, 4),
+        )
+        self._step += 1
+        self._samples += step.samples
+        return record
+
+    def _evaluate(self, done: int, folder: Folder | None) -> None:
+        t = self.training
+        held_out = t.source.validation
+        validation = t.clients.evaluate(held_out, t.server.predict) if len(held_out) else None
+        test = t.clients.evaluate(t.source.test, t.server.predict)
+        scores = self._scores(done, validation, test)
+        self.evaluations.append(scores)
+        if folder is not None:
+            folder.append(EVALUATIONS, asdict(scores))
+
+    def _scores(self, done: int, validation: Evaluation | None, test: Evaluation) -> Scores:
+        ledger = self.training.ledger
+        return Scores(
+            done,
+            self._step,
+            self._samples / sum(self.training.clients.samples),
+            validation.accuracy if validation else None,
+            validation.loss if validation else None,
+            test.accuracy,
+            test.loss,
+            min(test.accuracies.values()),
+            ledger.total("up"),
+            ledger.total("down"),
+            round(self._seconds, 4),
+        )
+
+    def _result(self) -> Result:
+        ledger = self.training.ledger
+        best = max(self.evaluations, key=lambda s: (s.validation_accuracy or 0.0, s.round))
+        return Result(
+            algorithm=self.config.algorithm,
+            engine="local",
+            test_accuracy=self.evaluations[-1].test_accuracy,
+            best_test_accuracy=best.test_accuracy,
+            best_round=best.round,
+            rounds=self.training.rounds,
+            steps=self._step,
+            samples=self._samples,
+            seconds=self._seconds,
+            bytes_up=ledger.total("up"),
+            bytes_down=ledger.total("down"),
+            bytes_down_broadcast=ledger.total("down", "wire-broadcast"),
+            bytes=ledger.table(),
+        )
+
+    def _state(self, rounds: int, folder: Folder) -> dict[str, Any]:
+        return {
+            "config": self.config.resolved(),
+            "rounds": rounds,
+            "steps": self._step,
+            "samples": self._samples,
+            "seconds": self._seconds,
+            "evaluations": [asdict(s) for s in self.evaluations],
+            "offsets": folder.offsets(),
+            "server": self.training.server.state(),
+            "clients": self.training.clients.state(),
+        }
+
+    def _restore(self, folder: Folder) -> None:
+        """Take the last checkpoint, where there is one, and forget what was written after it."""
+        path = folder.path / CHECKPOINT
+        if not path.exists():
+            folder.truncate({})
+            return
+        state = checkpoint.read(path)
+        _refuse_other(RunConfig.of(state["config"]), self.config.resolved(), folder.path)
+        self._start_round, self._step = state["rounds"], state["steps"]
+        self._samples, self._seconds = state["samples"], state["seconds"]
+        self.evaluations = [Scores(**s) for s in state["evaluations"]]
+        self.training.server.load(state["server"])
+        self.training.clients.load(state["clients"])
+        folder.truncate(state["offsets"])
+
+
+def _merged(config: RunConfig | None, options: dict[str, Any]) -> RunConfig:
+    """`config` with `options` over it, checked. Raises ConfigError."""
+    base = {} if config is None else config.model_dump(include=config.model_fields_set)
+    merged = RunConfig.of({**base, **options})
+    merged.check((merged.algorithm,), frozenset(merged.model_fields_set))
+    return merged
+
+
+def _refuse_other(stored: RunConfig, asked: dict[str, Any], out: Path) -> None:
+    """Raises RunFolderError where `asked` differs from what the run in `out` was made with."""
+    have = stored.model_dump(mode="json")
+    for name, value in asked.items():
+        if name not in have:
+            raise ConfigError(f"unknown option {name!r}")
+        same = list(value) == have[name] if isinstance(value, tuple) else value == have[name]
+        if not same:
+            raise RunFolderError(
+                f"the run in {str(out)!r} was made with {name} = {have[name]!r}, not {value!r}: resume without it, or start a "
+                "new run in another folder"
+            )

@@ -1,0 +1,155 @@
+"""The server's side: the upper model, its optimiser, one loss on the concatenated rows."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cutlayer import seeds
+from cutlayer.averaging import average_into
+from cutlayer.errors import NonFiniteError
+from cutlayer.gradients import per_client, row_losses
+from cutlayer.optim import MakeOptimizer, set_lr
+from cutlayer.types import Rows, Smashed, TailGradients
+
+
+@dataclass(frozen=True)
+class ServerStep:
+    """One loss and its gradient: `gradient` = dLoss/d(smashed data), each [R, s...]; `lr` is the rate stepped with."""
+
+    loss: float
+    losses: tuple[float, ...]  # [C]
+    gradient: Rows
+    lr: float
+
+
+class Server:
+    """The server model with its optimiser, and copies of both per client where an algorithm wants them (SplitFed V1,
+    V3).
+
+    `lr` is the base rate; `lr_factor` is the round's schedule factor; SplitLr's factor is given per step.
+    """
+
+    def __init__(self, model: nn.Module, make_optimizer: MakeOptimizer, lr: float, seed: int = 0) -> None:
+        self.model, self.lr, self.seed = model, lr, seed
+        self.lr_factor = 1.0
+        self._make_optimizer = make_optimizer
+        self._optimizer = make_optimizer(model)
+        self._copies: dict[int, Server] = {}
+        self._steps = 0
+        self._pending: tuple[Rows, Rows] | None = None
+
+    def step(self, smashed: Smashed, splitlr: float = 1.0) -> ServerStep:
+        """One loss (mean over all rows), its gradients, one optimiser step at rate lr x schedule x `splitlr`.
+
+        Raises NonFiniteError, before the step is taken, naming the clients whose rows are to blame.
+        """
+        outputs = self.forward(smashed)
+        losses = row_losses(outputs[0], smashed.labels)
+        loss = losses.mean()
+        own = per_client(losses.detach(), smashed.sizes)
+        if not torch.isfinite(loss):
+            raise NonFiniteError("loss", _culprits(smashed, losses.detach()))
+        gradient = self._backward(smashed, lambda: loss.backward(), splitlr)
+        return ServerStep(loss.item(), own, gradient, self._rate(splitlr))
+
+    def forward(self, smashed: Smashed) -> Rows:
+        """The server model's outputs on the rows, in training mode; kept for the backward pass to come."""
+        rows = tuple(r.detach().requires_grad_(r.is_floating_point()) for r in smashed.rows)
+        self.model.train()
+        with seeds.torch_seeded(self.seed, "server", self._steps):
+            outputs = _as_rows(self.model(rows))
+        self._pending = (rows, outputs)
+        return outputs
+
+    def backward(self, smashed: Smashed, tail: TailGradients) -> ServerStep:
+        """U-shaped split: go on from the gradients that the clients' tails sent back, and step."""
+        assert self._pending is not None, "backward() follows forward()"
+        outputs = self._pending[1]
+        weights = [size / len(smashed) for size in smashed.sizes]
+        gradient = self._backward(smashed, lambda: torch.autograd.backward(outputs, tail.rows), 1.0)
+        loss = sum(w * float(x) for w, x in zip(weights, tail.losses, strict=True))
+        return ServerStep(loss, tuple(tail.losses.tolist()), gradient, self._rate(1.0))
+
+    def predict(self, client: int, rows: Rows) -> Rows:
+        """The server's outputs in eval mode, for evaluation. All clients share the one server model."""
+        self.model.eval()
+        with torch.no_grad():
+            return _as_rows(self.model(rows))
+
+    def copy_of(self, client: int) -> Server:
+        """Client `client`'s own copy of the server (SplitFed V1, V3): the global weights, and an optimiser of its own
+        that lives as long as the client is enrolled."""
+        if client not in self._copies:
+            self._copies[client] = Server(
+                copy.deepcopy(self.model), self._make_optimizer, self.lr, seeds.derive(self.seed, "copy", client)
+            )
+        self._copies[client].lr_factor = self.lr_factor
+        return self._copies[client]
+
+    def average_copies(self, weights: Mapping[int, float]) -> None:
+        """Server model := weighted mean of the copies of the clients in `weights`; then every copy := server model."""
+        average_into(self.model, [self._copies[k].model for k in weights], list(weights.values()))
+        for replica in self._copies.values():
+            replica.model.load_state_dict(self.model.state_dict())
+
+    def state(self) -> dict[str, Any]:
+        """Model, optimiser, step counter, and the same of every copy."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self._optimizer.state_dict() if self._optimizer else {},
+            "steps": self._steps,
+            "copies": {str(k): c.state() for k, c in self._copies.items()},
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take a state that `state()` returned."""
+        self.model.load_state_dict(state["model"])
+        if self._optimizer:
+            self._optimizer.load_state_dict(state["optimizer"])
+        self._steps = state["steps"]
+        for client, replica in state["copies"].items():
+            self.copy_of(int(client)).load(replica)
+
+    def _rate(self, splitlr: float) -> float:
+        return self.lr * self.lr_factor * splitlr
+
+    def _backward(self, smashed: Smashed, backward: Callable[[], None], splitlr: float) -> Rows:
+        """Zero, back-propagate, check, step; returns the gradients of the floating point rows."""
+        assert self._pending is not None, "a backward pass follows a forward pass"
+        rows, _ = self._pending
+        self._pending = None
+        if self._optimizer:
+            self._optimizer.zero_grad()
+        backward()
+        gradient = tuple(torch.zeros_like(r) if r.grad is None else r.grad for r in rows if r.is_floating_point())
+        for g in gradient:
+            if not torch.isfinite(g).all():
+                raise NonFiniteError("cut gradient", _culprits(smashed, g.flatten(1).sum(1)))
+        if self._optimizer:
+            set_lr(self._optimizer, self._rate(splitlr))
+            self._optimizer.step()
+        self._steps += 1
+        return gradient
+
+
+def _as_rows(outputs: Tensor | Rows) -> Rows:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def _culprits(smashed: Smashed, values: Tensor) -> tuple[int, ...]:
+    """The clients whose smashed data are not finite; failing that, those whose row-wise `values` [R] are not."""
+
+    def bad(finite: Tensor) -> list[int]:
+        parts: Sequence[Tensor] = finite.split(list(smashed.sizes))
+        return [k for k, part in zip(smashed.clients, parts, strict=True) if not part.all()]
+
+    for rows in smashed.rows:
+        if found := bad(torch.isfinite(rows).flatten(1).all(1)):
+            return tuple(found)
+    return tuple(bad(torch.isfinite(values)))

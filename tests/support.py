@@ -1,0 +1,184 @@
+"""What several tests need: small models in float64, random data, an algorithm run by hand, plain SGD to compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cutlayer import Run, RunConfig, Samples, Source
+from cutlayer.algorithms import ALGORITHMS
+from cutlayer.data.batches import BatchStream
+from cutlayer.engine.local import LocalCohort
+from cutlayer.models import cut
+from cutlayer.optim import make_optimizer
+from cutlayer.server import Server
+from cutlayer.types import Step
+
+CLASSES = 4
+State = dict[str, Tensor]
+
+
+class Residual(nn.Module):
+    """x + f(x): a cut inside it lets two tensors cross."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[n, width] -> [n, width]."""
+        return functional.relu(x + self.second(functional.relu(self.first(x))))
+
+
+def mlp() -> nn.Module:
+    """Features [n, 6] -> scores [n, 4]; cuts 0..4."""
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, CLASSES))
+
+
+def residual() -> nn.Module:
+    """Features [n, 6] -> scores [n, 4]; cuts 0, 1.first (two tensors cross), 1."""
+    return nn.Sequential(nn.Linear(6, 8), Residual(8), nn.Linear(8, CLASSES))
+
+
+def conv() -> nn.Module:
+    """Images [n, 1, 6, 6] -> scores [n, 4]; cuts 0..5."""
+    return nn.Sequential(
+        nn.Conv2d(1, 3, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(3, 4, 3),
+        nn.Flatten(),
+        nn.Linear(4, CLASSES),
+    )
+
+
+MODELS: list[tuple[str, Callable[[], nn.Module], tuple[int, ...], str]] = [
+    ("mlp cut 0", mlp, (6,), "0"),
+    ("mlp cut 2", mlp, (6,), "2"),
+    ("residual cut inside", residual, (6,), "1.first"),
+    ("conv cut 2", conv, (1, 6, 6), "2"),
+]
+
+
+def make(model: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
+    """A float64 model with seeded weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return model().double()
+
+
+def samples(n: int, shape: tuple[int, ...], seed: int = 0) -> Samples:
+    """n random float64 samples; every class occurs when n >= CLASSES."""
+    rng = np.random.default_rng(seed)
+    y = torch.from_numpy(rng.permutation(np.arange(n) % CLASSES))
+    return Samples(torch.from_numpy(rng.normal(size=(n, *shape))), y)
+
+
+def source(sizes: Sequence[int], shape: tuple[int, ...], seed: int = 0) -> Source:
+    """A data set whose client column deals `sizes` samples to the clients."""
+    owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(list(sizes)))
+    names = tuple(map(str, range(CLASSES)))
+    held_out = samples(12, shape, seed + 1)
+    return Source("random", samples(sum(sizes), shape, seed), held_out, held_out, names, owner)
+
+
+def train(algorithm: str, model: nn.Module, sizes: Sequence[int], shape: tuple[int, ...], **options: Any) -> Run:
+    """Train with plain SGD in float64 on `source(sizes)`; the run, finished."""
+    defaults: dict[str, Any] = {
+        "clients": len(sizes),
+        "partition": "column",
+        "precision": "float64",
+        "client_optimizer": "sgd",
+        "client_lr": 0.1,
+        "batch": 4,
+        "lr_schedule": "constant",
+        "rounds": 2,
+    }
+    run = Run(algorithm=algorithm, model=model, data=source(sizes, shape), **{**defaults, **options})
+    run.run()
+    return run
+
+
+def client_state(run: Run, client: int = 0) -> State:
+    """The parameters of one client, under the names of the whole model."""
+    return own_names(run.training.clients.state()["inner"]["clients"][str(client)]["model"])
+
+
+def server_state(run: Run) -> State:
+    """The server's parameters, under the names of the whole model."""
+    return run.training.server.state()["model"]
+
+
+def whole(run: Run, client: int = 0) -> State:
+    """One client's model with the server's."""
+    return {**client_state(run, client), **server_state(run)}
+
+
+def own_names(state: State) -> State:
+    """Client states say which part (lower, tail) a tensor is of; the whole model's names don't."""
+    return {name.split(".", 1)[1]: value for name, value in state.items()}
+
+
+def batches_of(sizes: Sequence[int], batch: int, seed: int = 0) -> list[BatchStream]:
+    """The clients' batch streams, as `source(sizes)` deals the rows."""
+    starts = np.cumsum([0, *sizes])
+    return [BatchStream(np.arange(starts[k], starts[k + 1]), batch, seed, k) for k in range(len(sizes))]
+
+
+def sgd(
+    model: nn.Module, data: Samples, batches: Iterable[Tensor], optimizer: torch.optim.Optimizer | None = None
+) -> State:
+    """Centralised training by hand: one step per batch of row indices; the trained parameters. Rate .1 unless told."""
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.1)
+    for rows in batches:
+        optimizer.zero_grad()
+        functional.cross_entropy(model(data.x[rows]), data.y[rows]).backward()
+        optimizer.step()
+    return {k: v.detach() for k, v in model.state_dict().items()}
+
+
+def by_hand(
+    algorithm: str,
+    model: nn.Module,
+    at: str,
+    data: Samples,
+    rows: Sequence[np.ndarray],
+    *,
+    rounds: int = 1,
+    batch: int = 4,
+    same_batches: bool = False,
+    **options: Any,
+) -> tuple[list[State], State, list[Step]]:
+    """Run an algorithm on parts cut by hand, past the checks of `Run`: client states, server state, records.
+
+    With `same_batches` all clients draw client 0's order (for clients that hold the same rows).
+    """
+    config = RunConfig(algorithm=algorithm, **options)
+    parts = cut(model, at, data.x[:3])
+    maker = make_optimizer("sgd", 0.1, {})
+    import copy
+
+    models = [(copy.deepcopy(parts.client), None) for _ in rows]
+    clients = LocalCohort(
+        models, data, rows, maker, lr=0.1, batch=batch, shape="split", local_steps=options.get("local_steps")
+    )
+    if same_batches:
+        for client in clients._clients:
+            client.batches.client = 0
+    server = Server(parts.server, maker, 0.1)
+    steps = []
+    for index in range(rounds):
+        steps += list(ALGORITHMS[algorithm](config, server, clients, clients.begin_round(index, rounds, 1.0)))
+    states = clients.state()["clients"]
+    return [own_names(states[str(k)]["model"]) for k in range(len(rows))], server.state()["model"], steps
+
+
+def difference(a: State, b: State) -> float:
+    """Largest absolute difference; the names must agree."""
+    assert a.keys() == b.keys()
+    return max(((a[k] - b[k]).abs().max().item() for k in a), default=0.0)
