@@ -33,6 +33,14 @@ Model = nn.Module | Callable[[], nn.Module]
 Data = Source | torch.utils.data.Dataset[Any] | tuple[Any, Any]
 """A loaded source, a map-style dataset of (input, label) pairs, or arrays or tensors (x, y)."""
 
+
+
+def by_name(model: Model | str | None, data: Data | str | None) -> tuple[Model | None, Data | None, dict[str, str]]:
+    """(own model, own data, options): a text for `model` or `data` is the option of that name."""
+    names = {k: v for k, v in (("model", model), ("data", data)) if isinstance(v, str)}
+    return None if isinstance(model, str) else model, None if isinstance(data, str) else data, names
+
+
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 _SERVER_SEES_ONE_CLIENT = {"ssl", "ussl", "sflv1", "sflv2", "sflv3"}

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cutlayer.build import Data, Model, assemble
+from cutlayer.build import Data, Model, assemble, by_name
 from cutlayer.catalog import ALGORITHMS
 from cutlayer.config import CompareConfig, RunConfig
 from cutlayer.errors import RunFolderError
@@ -50,16 +50,17 @@ class Comparison:
         self,
         config: CompareConfig | None = None,
         *,
-        model: Model | None = None,
-        data: Data | None = None,
+        model: Model | str | None = None,
+        data: Data | str | None = None,
         out: str | Path | None = None,
         **options: Any,
     ) -> None:
         base = {} if config is None else config.model_dump(include=config.model_fields_set)
-        self.config = CompareConfig.of({**base, **options})
+        self._model, self._data, names = by_name(model, data)
+        self.config = CompareConfig.of({**base, **options, **names})
         self.plan = self.config.runs(frozenset(self.config.model_fields_set))
         self.out = None if out is None else Path(out)
-        self._model, self._data, self._resumed = model, data, False
+        self._resumed = False
         self.results: dict[str, dict[int, Result]] = {entry: {} for entry in self.plan}
         if self.out is not None:
             _refuse_path_names(self.plan)

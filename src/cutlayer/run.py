@@ -10,7 +10,7 @@ from typing import Any
 
 from cutlayer import checkpoint
 from cutlayer.algorithms import ALGORITHMS
-from cutlayer.build import Data, Model, assemble
+from cutlayer.build import Data, Model, Training, assemble, by_name
 from cutlayer.config import RunConfig, normalised
 from cutlayer.errors import ConfigError, NonFiniteError, RunFolderError
 from cutlayer.folder import CHECKPOINT, CLASSES, EVALUATIONS, RESULT, STEPS, Folder, refuse_used, stored_config
@@ -106,10 +106,8 @@ class Run:
         out: str | Path | None = None,
         **options: Any,
     ) -> None:
-        named = {k: v for k, v in (("model", model), ("data", data)) if isinstance(v, str)}
-        self.config = _merged(config, {**options, **named})
-        self._model = None if isinstance(model, str) else model
-        self._data = None if isinstance(data, str) else data
+        self._model, self._data, names = by_name(model, data)
+        self.config = _merged(config, {**options, **names})
         self.out = None if out is None else Path(out)
         if self.out is not None:
             refuse_used(self.out)

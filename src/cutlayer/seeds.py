@@ -34,7 +34,8 @@ def torch_seeded(seed: int, *name: str | int) -> Iterator[None]:
     import torch  # here, not above: the command line's help must not wait for torch
 
     before = torch.get_rng_state()
-    torch.manual_seed(derive(seed, *name))
+    # Not torch.manual_seed: without a GPU it queues the seed, with a stack trace, for a GPU that never comes.
+    torch.default_generator.manual_seed(derive(seed, *name))
     try:
         yield
     finally:

@@ -127,12 +127,13 @@ def read_npz(path: Path) -> Raw:
 def _npz_arrays(path: Path) -> dict[str, Array]:
     key = ""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
+        with path.open("rb") as file:
+            found = np.load(file, allow_pickle=False)
+            if not isinstance(found, np.lib.npyio.NpzFile):
                 raise DataError(f"{path} holds one array, not an .npz archive: save np.savez(path, x=..., y=...)")
             arrays: dict[str, Array] = {}
-            for key in file.files:
-                arrays[key] = file[key]
+            for key in found.files:
+                arrays[key] = found[key]
             return arrays
     except ValueError as error:
         if "Object arrays" in str(error):
@@ -141,7 +142,7 @@ def _npz_arrays(path: Path) -> dict[str, Array]:
                 "strings as a string array (rows of equal length, no None)"
             ) from None
         raise DataError(f"{path} is not an .npz archive ({error}): write it with np.savez") from None
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         raise DataError(f"{path} is damaged or truncated ({error}): write or copy it again") from None
 
 
@@ -180,9 +181,9 @@ def read_csv(path: Path, label_column: str, client_column: str | None) -> Raw:
     features = [at for at in range(len(header)) if at not in (label, client)]
     if not features:
         raise DataError(f"{path} has no feature column beside {label_column!r}: add numeric columns")
-    x = np.stack([_csv_floats(path, header[at], lines, [row[at] for row in rows]) for at in features], axis=1)
     y = _csv_words(path, header[label], lines, [row[label] for row in rows])
     owner = None if client is None else _csv_words(path, header[client], lines, [row[client] for row in rows])
+    x = np.stack([_csv_floats(path, header[at], lines, [row[at] for row in rows]) for at in features], axis=1)
     return Raw(path.stem, Part(x, y), client=owner, columns=tuple(header[at] for at in features))
 
 
@@ -548,8 +549,11 @@ def _hf_pictures(dataset: Any, column: str, split: str) -> Iterator[tuple[str, I
 def _hf_numbers(dataset: Any, column: str, name: str) -> Array:
     only = dataset.select_columns(column)
     dtype = np.dtype(str(_leaf(dataset.features[column]).dtype))
-    if any(part.null_count for part in only.data.column(column).chunks):
+    cells = only.with_format("arrow")[:].column(column)
+    if cells.null_count:
         raise DataError(f"column {column!r} of {name} has missing values: fill them in or remove those rows")
+    if type(dataset.features[column]).__name__ in ("Value", "ClassLabel"):
+        return np.asarray(cells.to_numpy())  # the numpy format would make objects of floats if one of them is NaN
     try:  # without dtype, 8-bit pictures would come back as 64-bit integers
         values = np.asarray(only.with_format("numpy", dtype=dtype)[:][column])
     except (ValueError, TypeError) as error:

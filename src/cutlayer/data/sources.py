@@ -128,9 +128,10 @@ def from_dataset(
     """
     hugging = sys.modules.get("datasets")  # whoever holds such a data set has imported the package
     if hugging is not None and isinstance(dataset, hugging.Dataset | hugging.DatasetDict):
+        splits = dict(dataset) if isinstance(dataset, dict) else {"train": dataset}
         if test_dataset is not None:
-            dataset = {"train": dataset, "test": test_dataset}
-        return _source(formats.from_huggingface(dataset, name, label_column, client_column), validation, test, seed)
+            splits["test"] = test_dataset
+        return _source(formats.from_huggingface(splits, name, label_column, client_column), validation, test, seed)
     _no_effect(label_column != "label", f"label_column={label_column!r}", "a data set of pairs (x, label)")
     _no_effect(client_column is not None, f"client_column={client_column!r}", "a data set of pairs (x, label)")
     tested = None if test_dataset is None else formats.from_pairs(test_dataset, "test data set")
@@ -206,7 +207,7 @@ def _check_numbers(x: Array, where: str, columns: tuple[str, ...]) -> None:
         bad = ~np.isfinite(x.astype(np.float32, copy=False))
     if bad.any():
         first = [int(at) for at in np.unravel_index(int(bad.argmax()), x.shape)]
-        at = f"column {columns[first[1]]!r}" if columns else f"position {first[1:]}"
+        at = f"column {columns[first[1]]!r}" if columns else f"position {tuple(first[1:])}"
         raise DataError(
             f"the inputs of {where} have {int(bad.sum())} values that are NaN or infinite (in float32), the first in "
             f"row {first[0]} (from 0), {at}: fill them in or remove those rows"
@@ -222,7 +223,7 @@ def _words(values: Array, what: str) -> Array:
     if values.dtype.kind == "f":
         odd = values[~(np.isfinite(values) & (values == np.round(values)))]
         if len(odd):
-            raise DataError(f"the {what} hold {odd[0]}, which is no class: use integers or strings")
+            raise DataError(f"the {what} hold {odd[0]}, which names nothing: use integers or strings")
         return values.astype(np.int64)
     if values.dtype.kind == "O" and all(isinstance(value, str) for value in values):
         return values.astype(np.str_)
@@ -322,8 +323,9 @@ class _Converter:
         if raw.columns:
             train = raw.train.x[rows].astype(np.float64)  # [n, columns]
             self.mean, self.std = train.mean(0), train.std(0)
-            # A constant column may have a deviation of rounding errors: dividing by that would blow them up.
-            self.std[self.std <= 1e-12 * np.maximum(np.abs(self.mean), 1e-300)] = 1
+            # The mean and deviation of a constant column carry rounding errors, which the division would blow up.
+            constant = train.min(0) == train.max(0)
+            self.mean[constant], self.std[constant] = train[0, constant], 1
 
     def __call__(self, x: Array) -> Tensor:
         if self.mean is not None:

@@ -139,6 +139,9 @@ class _Record:
 
     def _calls(self, model: nn.Module, training: bool, x: Tensor) -> list[_Call]:
         small, large = (_listen(model, training, batch) for batch in (x, torch.cat([x, x[:1]])))
+        for call in small:
+            if call.name in self.names and any(t is logits(small[-1].output) for t in tensors_in(call.output)):
+                raise CannotCut(f"nothing is computed after {call.name!r}")
         if [c.name for c in small] != [c.name for c in large]:
             raise CannotCut("which layers run depends on the batch")
         for a, b in zip(small, large, strict=True):

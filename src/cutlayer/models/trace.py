@@ -96,6 +96,8 @@ class _OneInput(nn.Module):
 class _Tracer(fx.Tracer):
     """Treats torch's own layers as single operations, except those that a cut lies inside."""
 
+    proxy_buffer_attributes = True  # so that slices of a buffer may have traced sizes
+
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__()
         self._inside = tuple(names)

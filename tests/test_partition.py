@@ -1,0 +1,256 @@
+"""Partitions: nobody's sample is lost or shared, the same seed gives the same deal, and skew is what it says."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cutlayer.data import class_counts, partition
+from cutlayer.errors import ConfigError, DataError
+
+# flwr-datasets' import takes seconds: the first example would miss any deadline
+settings.register_profile("partition", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+quick = settings(settings.get_profile("partition"), max_examples=25)
+brisk = settings(settings.get_profile("partition"), max_examples=100)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[np.ndarray, int, int]:
+    """Labels [n] of any distribution, a number of clients up to n (at most 12), a seed."""
+    rows = draw(st.integers(1, 120))
+    classes = draw(st.integers(1, 6))
+    weights = np.array(draw(st.lists(st.floats(0.01, 1), min_size=classes, max_size=classes)))
+    labels = np.random.default_rng(draw(st.integers(0, 99))).choice(classes, rows, p=weights / weights.sum())
+    return labels, draw(st.integers(1, min(rows, 12))), draw(st.integers(0, 2**40))
+
+
+def dealt_right(parts: list[np.ndarray], rows: int, clients: int) -> None:
+    """Disjoint, complete, nobody empty, ascending, int64."""
+    assert len(parts) == clients
+    assert all(len(part) > 0 and part.dtype == np.int64 and np.all(np.diff(part) > 0) for part in parts)
+    assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(rows))
+
+
+def same(a: list[np.ndarray], b: list[np.ndarray]) -> bool:
+    return len(a) == len(b) and all(np.array_equal(p, q) for p, q in zip(a, b, strict=True))
+
+
+def attempt(labels: np.ndarray, clients: int, how: str, **options: object) -> list[np.ndarray] | None:
+    """The partition, or None where the refusal says which client would stay empty."""
+    try:
+        return partition(labels, clients, how, **options)  # type: ignore[arg-type]
+    except DataError as error:
+        refusal = str(error)
+    assert "client " in refusal
+    assert "use" in refusal
+    return None
+
+
+@brisk
+@given(cases())
+def test_iid_deals_every_row_once_and_evenly(case: tuple[np.ndarray, int, int]) -> None:
+    labels, clients, seed = case
+    parts = partition(labels, clients, "iid", seed=seed)
+    dealt_right(parts, len(labels), clients)
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert same(parts, partition(labels, clients, "iid", seed=seed))
+
+
+@brisk
+@given(cases(), st.data())
+def test_samples_per_client_takes_just_so_many(case: tuple[np.ndarray, int, int], data: st.DataObject) -> None:
+    labels, clients, seed = case
+    each = data.draw(st.integers(1, len(labels) // clients))
+    parts = partition(labels, clients, seed=seed, samples_per_client=each)
+    assert [len(part) for part in parts] == [each] * clients
+    rows = np.concatenate(parts)
+    assert len(np.unique(rows)) == each * clients
+    assert rows.min() >= 0
+    assert rows.max() < len(labels)
+
+
+@brisk
+@given(cases(), st.integers(1, 4))
+def test_shards_deals_every_row_once(case: tuple[np.ndarray, int, int], each: int) -> None:
+    labels, clients, seed = case
+    parts = attempt(labels, clients, "shards", seed=seed, shards_per_client=each)
+    if parts is None:
+        assert clients * each > len(labels)
+        return
+    dealt_right(parts, len(labels), clients)
+    assert max(map(len, parts)) - min(map(len, parts)) <= each  # shards differ by at most one sample
+    # a client's rows lie in `each` runs of the label-sorted samples: it sees few classes
+    held = (class_counts(labels, parts, int(labels.max()) + 1) > 0).sum(1)
+    boundaries = len(np.unique(labels)) - 1
+    assert held.max() <= each + boundaries
+    assert same(parts, partition(labels, clients, "shards", seed=seed, shards_per_client=each))
+
+
+@quick
+@given(cases(), st.floats(0.05, 100))
+def test_dirichlet_deals_every_row_once(case: tuple[np.ndarray, int, int], alpha: float) -> None:
+    labels, clients, seed = case
+    parts = attempt(labels, clients, "dirichlet", seed=seed, dirichlet_alpha=alpha)
+    if parts is not None:
+        dealt_right(parts, len(labels), clients)
+        assert same(parts, partition(labels, clients, "dirichlet", seed=seed, dirichlet_alpha=alpha))
+
+
+@quick
+@given(cases(), st.sampled_from(["linear", "square", "exponential"]))
+def test_quantity_deals_every_row_once_in_growing_parts(case: tuple[np.ndarray, int, int], quantity: str) -> None:
+    labels, clients, seed = case
+    parts = attempt(labels, clients, "quantity", seed=seed, quantity=quantity)
+    if parts is not None:
+        dealt_right(parts, len(labels), clients)
+        assert [len(part) for part in parts] == sorted(len(part) for part in parts)
+        assert same(parts, partition(labels, clients, "quantity", seed=seed, quantity=quantity))
+
+
+@quick
+@given(cases(), st.booleans())
+def test_column_gives_everybody_their_own(case: tuple[np.ndarray, int, int], words: bool) -> None:
+    labels, _, seed = case
+    owner = np.random.default_rng(seed).integers(0, 7, len(labels)) * 10
+    column = np.array([f"user {value:03d}" for value in owner]) if words else torch.from_numpy(owner)
+    clients = len(np.unique(owner))
+    parts = partition(labels, clients, "column", seed=seed, client_column=column)
+    dealt_right(parts, len(labels), clients)
+    for part, value in zip(parts, np.unique(owner), strict=True):
+        assert np.array_equal(part, np.flatnonzero(owner == value))
+
+
+LABELS = np.repeat(np.arange(10), 60)
+
+
+@pytest.mark.parametrize("how", ["iid", "dirichlet", "shards", "quantity"])
+def test_another_seed_deals_otherwise_and_the_same_seed_does_not(how: str) -> None:
+    deals = [partition(LABELS, 5, how, seed=seed) for seed in range(4)]
+    assert not any(same(deals[a], deals[b]) for a in range(4) for b in range(a))
+    assert same(deals[2], partition(torch.from_numpy(LABELS), 5, how, seed=2))
+
+
+@pytest.mark.parametrize("how", ["iid", "dirichlet", "shards", "quantity"])
+def test_the_global_random_state_is_neither_read_nor_moved(how: str) -> None:
+    np.random.seed(1)
+    before = np.random.get_state()[1].copy()  # type: ignore[index]
+    first = partition(LABELS, 5, how, seed=3)
+    assert np.array_equal(before, np.random.get_state()[1])  # type: ignore[index]
+    np.random.seed(2)
+    assert same(first, partition(LABELS, 5, how, seed=3))
+
+
+def test_small_alpha_skews_more_than_large() -> None:
+    def skew(alpha: float) -> float:
+        """Mean over clients and seeds of the distance between a client's class shares and even ones (0 to 1.8)."""
+        distances = []
+        for seed in range(5):
+            counts = class_counts(LABELS, partition(LABELS, 5, "dirichlet", seed=seed, dirichlet_alpha=alpha), 10)
+            distances.append(np.abs(counts / counts.sum(1, keepdims=True) - 0.1).sum(1).mean())
+        return float(np.mean(distances))
+
+    assert skew(0.1) > skew(1.0) + 0.2 > skew(100.0) + 0.4
+    assert skew(1000.0) < 0.2
+
+
+def test_dirichlet_shares_have_the_expected_mean_and_variance() -> None:
+    # A share of a class is Beta(a, (C-1)a): mean 1/C = .25, variance (C-1)/(C^2 (C a + 1)) = 3/(16 * 3) = .0625
+    labels = np.repeat(np.arange(10), 400)
+    shares = np.concatenate(
+        [
+            class_counts(labels, partition(labels, 4, "dirichlet", seed=seed, dirichlet_alpha=0.5), 10).ravel() / 400
+            for seed in range(20)
+        ]
+    )
+    assert abs(shares.mean() - 0.25) < 1e-12
+    assert abs(shares.var() - 0.0625) < 0.01  # 800 shares: standard error about .003
+
+
+def test_shards_that_divide_evenly_give_each_client_few_classes() -> None:
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(10), 60))
+    counts = class_counts(labels, partition(labels, 10, "shards", seed=0, shards_per_client=2), 10)
+    assert np.all(counts.sum(1) == 60)
+    assert np.all((counts > 0).sum(1) <= 2)
+    assert set(np.unique(counts)) <= {0, 30, 60}
+
+
+@pytest.mark.parametrize(
+    ("quantity", "expected"),
+    [
+        ("linear", [100, 200, 300]),
+        ("square", [42, 171, 387]),  # 600 k^2 / 14, rounded down, the rest to the last
+        ("exponential", [54, 146, 400]),  # 600 e^k / (e + e^2 + e^3)
+    ],
+)
+def test_quantity_sizes(quantity: str, expected: list[int]) -> None:
+    assert [len(part) for part in partition(LABELS, 3, "quantity", seed=0, quantity=quantity)] == expected
+
+
+def test_class_counts() -> None:
+    parts = [np.array([0, 1]), np.array([2, 3, 4]), np.array([], dtype=np.int64)]
+    expected = [[2, 0, 0, 0], [0, 2, 1, 0], [0, 0, 0, 0]]
+    for labels in (np.array([0, 0, 1, 1, 2]), torch.tensor([0, 0, 1, 1, 2])):
+        assert class_counts(labels, parts, 4).tolist() == expected
+
+
+@pytest.mark.parametrize("how", ["dirichlet", "quantity", "column"])
+def test_the_library_prints_nothing(
+    how: str, capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+) -> None:
+    partition(LABELS, 5, how, seed=0, client_column=np.arange(600) % 5)
+    assert capfd.readouterr() == ("", "")
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    ("error", "words", "clients", "how", "options"),
+    [
+        (ConfigError, ["'dirichlett'", "did you mean 'dirichlet'?"], 5, "dirichlett", {}),
+        (ConfigError, ["clients=0", "1 or more"], 0, "iid", {}),
+        (DataError, ["clients=601", "600 training samples", "at most 600"], 601, "iid", {}),
+        (ConfigError, ["samples_per_client=9", "'shards'", "'iid'"], 5, "shards", {"samples_per_client": 9}),
+        (ConfigError, ["samples_per_client=0", "1 or more"], 5, "iid", {"samples_per_client": 0}),
+        (DataError, ["samples_per_client=200", "1000", "600", "at most 120", "3 clients"], 5, "iid",
+         {"samples_per_client": 200}),
+        (ConfigError, ["dirichlet_alpha=0", "positive"], 5, "dirichlet", {"dirichlet_alpha": 0}),
+        (ConfigError, ["dirichlet_alpha=-1", "positive"], 5, "dirichlet", {"dirichlet_alpha": -1}),
+        (ConfigError, ["dirichlet_alpha=nan", "positive"], 5, "dirichlet", {"dirichlet_alpha": float("nan")}),
+        (ConfigError, ["dirichlet_alpha=inf", "positive"], 5, "dirichlet", {"dirichlet_alpha": float("inf")}),
+        (DataError, ["client ", "dirichlet_alpha=0.01", "100 clients", "raise dirichlet_alpha"], 100, "dirichlet",
+         {"dirichlet_alpha": 0.01}),
+        (ConfigError, ["shards_per_client=0", "1 or more"], 5, "shards", {"shards_per_client": 0}),
+        (DataError, ["shards_per_client=121", "605 shards", "600", "at most 120"], 5, "shards",
+         {"shards_per_client": 121}),
+        (ConfigError, ["'linea'", "did you mean 'linear'?"], 5, "quantity", {"quantity": "linea"}),
+        (DataError, ["client 0 ", "'exponential'", "20 clients", "fewer clients", "'linear'"], 20, "quantity", {}),
+        (DataError, ["client 0 ", "599 clients", "fewer clients"], 599, "quantity", {"quantity": "linear"}),
+        (DataError, ["no client column", "client_column"], 5, "column", {}),
+        (DataError, ["7 distinct values", "clients=5", "pass clients=7"], 5, "column",
+         {"client_column": np.arange(600) % 7}),
+        (DataError, ["(3,)", "(600,)"], 3, "column", {"client_column": np.arange(3)}),
+    ],
+)  # fmt: skip
+def test_errors_name_the_value_and_the_remedy(
+    error: type[Exception], words: list[str], clients: int, how: str, options: dict[str, object]
+) -> None:
+    with pytest.raises(error) as caught:
+        partition(LABELS, clients, how, seed=0, **options)  # type: ignore[arg-type]
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_so_many_clients_that_their_exponential_overflows() -> None:
+    with pytest.raises(DataError, match=r"client 0 .*fewer clients"):
+        partition(np.zeros(2000, np.int64), 1000, "quantity", seed=0, quantity="exponential")
+
+
+def test_without_the_library_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flwr_datasets", None)  # what makes Python not find a module
+    with pytest.raises(ConfigError, match=r"'dirichlet' needs .* pip install .*'iid' or 'shards'"):
+        partition(LABELS, 5, "dirichlet", seed=0)
+    assert len(partition(LABELS, 5, "iid", seed=0)) == len(partition(LABELS, 5, "shards", seed=0)) == 5
