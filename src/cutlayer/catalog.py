@@ -113,7 +113,7 @@ DATA_FORMATS: dict[str, str] = {
     "csv": "a .csv file of numeric features with a label column",
     "idx": "a folder with the four idx files of MNIST and its kin, gzipped or not",
     "images": "a folder with one sub-folder of pictures per class (or train/ and test/ of such folders)",
-    "huggingface": "a folder written by datasets.save_to_disk, or holding parquet files (extra: cutlayer[huggingface])",
+    "huggingface": "a folder written by datasets.save_to_disk, or holding parquet files",
 }
 
 MODELS: dict[str, ModelInfo] = {

@@ -23,6 +23,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from cutlayer import __version__
 from cutlayer.catalog import ALGORITHMS, DATA_FORMATS, DATASETS, MODELS
@@ -149,8 +150,10 @@ def list_(what: Literal["all", "algorithms", "data", "models"] = "all", /) -> No
         Which of them.
     """
     if what in ("all", "algorithms"):
-        rows = [(n, i.title, i.summary, ", ".join(sorted(applicable(n)))) for n, i in ALGORITHMS.items()]
+        rows = [(n, i.title, i.summary, ", ".join(sorted(i.options))) for n, i in ALGORITHMS.items()]
         _print_table("Algorithms", ("name", "title", "what it does", "options of its own"), rows)
+        shared = sorted(applicable("psl") - ALGORITHMS["psl"].options)
+        out.print(f"All that cut the model also have: {', '.join(shared)}; fl has participation and start.\n")
     if what in ("all", "data"):
         _print_table("Data sets", ("name", "what it is"), [(n, i.summary) for n, i in DATASETS.items()])
         _print_table("Formats of your own data", ("--data-format", "what it is"), DATA_FORMATS.items())
@@ -341,5 +344,5 @@ def _print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(cell) for cell in row))
     out.print(table)

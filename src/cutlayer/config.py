@@ -289,4 +289,4 @@ def explain(error: ValidationError, model: type[BaseModel]) -> ConfigError:
     about = f" ({field.description})" if field is not None and field.description else ""
     message = str(first["msg"]).replace("Input should be", "it must be")
     message = message[:1].lower() + message[1:]
-    return ConfigError(f"{name} = {first['input']!r} is not possible: {message}{about}")
+    return ConfigError(f"{name} = {first['input']} is not possible: {message}{about}")

@@ -18,6 +18,9 @@ MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer | None]
 # LBFGS wants a closure, SparseAdam sparse gradients, Muon matrices only: none of them fits any model's step here.
 _UNFIT = {"optimizer", "lbfgs", "sparseadam", "muon"}
 
+# How an optimiser is computed is the engine's business.
+_OURS = {"params", "lr", "foreach", "fused", "capturable", "differentiable"}
+
 
 def optimizers() -> dict[str, type[torch.optim.Optimizer]]:
     """The classes of torch.optim that can be named, in lower case."""
@@ -35,10 +38,10 @@ def make_optimizer(name: str, lr: float, options: Mapping[str, Any]) -> MakeOpti
     if name not in known:
         raise ConfigError(unknown("optimizer", name, sorted(known)))
     kind: Callable[..., torch.optim.Optimizer] = known[name]
-    parameters = [n for n in inspect.signature(known[name]).parameters if n not in ("params", "lr")]
+    parameters = [n for n in inspect.signature(known[name]).parameters if n not in _OURS]
     for option in options:
         if option not in parameters:
-            raise ConfigError(unknown(f"option of the optimizer {name!r}", option, parameters))
+            raise ConfigError(unknown(f"option of {name}", option, parameters))
     try:
         kind([nn.Parameter(torch.zeros(1))], lr=lr, **options)
     except (ValueError, TypeError, RuntimeError) as error:

@@ -3,10 +3,10 @@
     parts = cut(model, "block4", example)
     logits = parts.server(parts.client(x))          # == model(x)
 
-The cut lies after the last operation that is executed inside the named module. Two methods are tried in order,
-tracing (`trace.py`) and replaying (`hooks.py`), and a result is accepted only after the proof: in training and in
-evaluation, for two batch sizes, the parts give the logits, the gradients of all parameters and the buffers (batch norm
-statistics) that the whole model gives.
+The cut lies after the last operation that is executed inside the named module. Three methods are tried in order:
+tracing with `torch.fx` (`trace.py`), replaying (`hooks.py`) and tracing with `torch.export`. A result is accepted only
+after the proof: in training and in evaluation, for two batch sizes, the parts give the logits, the gradients of all
+parameters and the buffers (batch norm statistics) that the whole model gives.
 
 What the named module may be: executed at least once; where it is executed several times, its last time counts (tracing
 only). What follows may be free of parameters, but not empty: that is what "output" is for.
@@ -30,13 +30,14 @@ from cutlayer.errors import CutError, unknown
 from cutlayer.models.hooks import split_by_hooks
 from cutlayer.models.parts import CannotCut, Crossing, Part, Parts, PassThrough, one_line
 from cutlayer.models.proof import protect, prove
-from cutlayer.models.trace import split_by_trace
+from cutlayer.models.trace import split_by_export, split_by_trace
 from cutlayer.seeds import torch_seeded
 
 INPUT, OUTPUT = "input", "output"
 _METHODS: tuple[tuple[str, Callable[[nn.Module, Sequence[str], Tensor], list[Part]]], ...] = (
     ("fx", split_by_trace),
     ("hooks", split_by_hooks),
+    ("export", split_by_export),
 )
 _ROWS = 4  # rows of the example that are used: enough for batch statistics
 _TRIES = 40  # names that `cut_points` tries
@@ -113,7 +114,8 @@ def _private(model: nn.Module) -> nn.Module:
 def _canonical(model: nn.Module, name: str) -> str:
     """The first of a module's names."""
     module = model.get_submodule(name)
-    return next(first for first, m in model.named_modules() if m is module)
+    names: Iterator[str] = (first for first, m in model.named_modules() if m is module)
+    return next(names)
 
 
 def _check(model: nn.Module, names: tuple[str, ...], example: Tensor) -> None:

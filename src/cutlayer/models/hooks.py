@@ -2,7 +2,7 @@
 
 The first part stops where the cut module gives its output (a forward hook raises). A later part runs from the start
 with a made-up input: stand-ins give made-up tensors of the recorded shapes for the layers of earlier parts, and the
-cut module gives what was received. Nothing of the made-up values may reach the result; the proof checks it.
+cut module gives what was received. Nothing of the made-up values may reach the result: the proof follows them.
 
 Works for models that `torch.fx` cannot trace (Hugging Face's, `nn.TransformerEncoder`, control flow on shapes).
 """
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from cutlayer.models.parts import (
@@ -66,7 +67,7 @@ class _Made:
         """A tensor of this shape for the replayed batch size."""
         pairs = zip(self.shape, self.larger, strict=True)
         shape = [a if a == b else a // self.batch * replay.batch for a, b in pairs]
-        return torch.full(shape, replay.fill, dtype=replay.dtype(self.dtype), device=replay.device)
+        return replay.make(shape, self.dtype)
 
 
 @dataclass
@@ -132,7 +133,9 @@ class _Record:
     def _cut_call(calls: list[_Call], name: str) -> _Call:
         found = [call for call in calls if call.name == name]
         if not found:
-            raise CannotCut(f"{name!r} is never executed")
+            inside = [call.name for call in calls if call.name.startswith(name + ".")]
+            hint = f" (it only holds modules: the last of them is {inside[-1]!r})" if inside else ""
+            raise CannotCut(f"{name!r} is never executed{hint}")
         if len(found) > 1:
             raise CannotCut(f"{name!r} is executed {len(found)} times")
         return found[0]
@@ -153,9 +156,9 @@ class _Record:
         (left, spec), (right, other) = pytree.tree_flatten(a.output), pytree.tree_flatten(b.output)
         if spec != other:
             return _Template(None, (), f"what {a.name!r} gives depends on the batch")
-        leaves = []
+        leaves: list[Any] = []
         for small, large in zip(left, right, strict=True):
-            if isinstance(small, Tensor):
+            if isinstance(small, Tensor) and not small.is_nested:
                 leaves.append(_Made(tuple(small.shape), tuple(large.shape), small.dtype, self.batch))
             elif isinstance(small, (int, float, str, bool, type(None))) and small == large:
                 leaves.append(small)
@@ -214,7 +217,7 @@ def _listen(model: nn.Module, training: bool, x: Tensor) -> list[_Call]:
         module.register_forward_pre_hook(begin(name), prepend=True)
         module.register_forward_hook(end)
     try:
-        with torch.no_grad():
+        with torch.enable_grad():  # without, some layers take a faster path on which inner layers do not run
             model(x.clone())
     except Exception as error:  # the user's code: anything can come out
         raise CannotCut(f"its forward fails on the example ({one_line(error)})") from error
@@ -235,8 +238,7 @@ def _owners(model: nn.Module, names: Sequence[str], x: Tensor, record: _Record) 
     position = {id(p): i for i, p in enumerate(order)}
     owners = {}
     for name, tensor, _ in state_names(model):
-        i = position.get(id(tensor))
-        parts = used.get(i, set()) if i is not None else set()
+        parts = used.get(position.get(id(tensor), -1), set())
         if len(parts) > 1:
             raise CannotCut(
                 f"{name!r} is used on both sides of the cut (a shared weight, or a path around the cut module), "
@@ -296,6 +298,7 @@ class _Replay:
     rows: Rows = ()
     fill: int = 0
     calls: dict[str, int] = field(default_factory=dict)
+    watch: _Watch | None = None
 
     def begin(self, rows: Rows) -> None:
         self.rows, self.batch, self.device, self.sent_now = rows, len(rows[0]), rows[0].device, rows[0].dtype
@@ -306,9 +309,45 @@ class _Replay:
         self.calls[name] = self.calls.get(name, -1) + 1
         return self.calls[name]
 
-    def dtype(self, recorded: torch.dtype) -> torch.dtype:
-        """Made-up tensors follow the model when it is converted, to float64 say."""
-        return self.sent_now if recorded == self.sent_dtype else recorded
+    def make(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A made-up tensor. Its type follows the model's, should that have been converted (to float64, say)."""
+        dtype = self.sent_now if dtype == self.sent_dtype else dtype
+        made = torch.full(tuple(shape), self.fill, dtype=dtype, device=self.device)
+        if self.watch is not None:
+            self.watch.mark(made)
+        return made
+
+
+# Reads no value of its operands, so that made-up operands do no harm.
+_VALUE_FREE = frozenset(
+    f"{kind}{what}" for what in ("zeros", "ones", "full", "empty", "rand", "randn") for kind in ("new_", "")
+) | frozenset(f"{what}_like" for what in ("zeros", "ones", "full", "empty", "rand", "randn"))
+
+
+class _Watch(TorchFunctionMode):
+    """Follows made-up values through every operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._storages: set[int] = set()
+        self._kept: list[Tensor] = []  # so that no storage is freed and its address used again
+
+    def mark(self, tensor: Tensor) -> None:
+        if not tensor.is_nested:
+            self._storages.add(tensor.untyped_storage().data_ptr())
+            self._kept.append(tensor)
+
+    def holds_made_up(self, values: Any) -> bool:
+        """Whether any of the tensors has made-up values, or values computed from such."""
+        return any(not t.is_nested and t.untyped_storage().data_ptr() in self._storages for t in tensors_in(values))
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        if name not in _VALUE_FREE and self.holds_made_up((args, kwargs)):
+            for tensor in tensors_in(args[0] if name == "__setitem__" else result):
+                self.mark(tensor)
+        return result
 
 
 class _StandIn(nn.Module):
@@ -336,7 +375,7 @@ class _StandIn(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._shell._apply(fn)
-        return super()._apply(fn, recurse)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def train(self, mode: bool = True) -> Any:
         self._shell.train(mode)
@@ -358,9 +397,9 @@ class _Injector(_StandIn):
 class _ReplayedPart(Part):
     """Part k of a model that is run as it is."""
 
-    def __init__(
-        self, model: nn.Module, names: Sequence[str], k: int, record: _Record, owners: dict[str, int]
-    ) -> None:
+    _model: nn.Module
+
+    def __init__(self, model: nn.Module, names: Sequence[str], k: int, record: _Record, owners: dict[str, int]) -> None:
         super().__init__()
         model = copy.deepcopy(model)
         self._sample, self._input_dtype = record.sample, record.input_dtype
@@ -397,8 +436,7 @@ class _ReplayedPart(Part):
         if self._replay is None:
             return rows[0]
         self._replay.begin(rows)
-        shape, dtype = (len(rows[0]), *self._sample), self._replay.dtype(self._input_dtype)
-        return torch.full(shape, self._replay.fill, dtype=dtype, device=rows[0].device)
+        return self._replay.make((len(rows[0]), *self._sample), self._input_dtype)
 
     def train(self, mode: bool = True) -> Any:
         self.training = mode
@@ -413,9 +451,20 @@ def make_up_with(part: Part, fill: int) -> None:
         part._replay.fill = fill
 
 
-def _remove_foreign(
-    model: nn.Module, k: int, record: _Record, owners: dict[str, int], replay: _Replay | None
-) -> None:
+def uses_made_up(part: Part, rows: Rows) -> bool:
+    """Whether made-up values reach what the part gives: a mask, say, that the model computes from its input."""
+    if not isinstance(part, _ReplayedPart) or part._replay is None:
+        return False
+    part._replay.watch = watch = _Watch()
+    try:
+        with torch.enable_grad(), watch:
+            given = part(rows)
+        return watch.holds_made_up(given)
+    finally:
+        part._replay.watch = None
+
+
+def _remove_foreign(model: nn.Module, k: int, record: _Record, owners: dict[str, int], replay: _Replay | None) -> None:
     """Put stand-ins in the place of modules that neither run in part k nor hold state of it."""
     needed = {"", *(name.rpartition(".")[0] for name, owner in owners.items() if owner == k)}
     needed |= {n for n, _ in model.named_modules() if record.runs_in(n, k) and not _only_borrowed(n, k, record)}

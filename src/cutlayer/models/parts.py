@@ -46,7 +46,7 @@ class PassThrough(Part):
 
 @dataclass(frozen=True)
 class Crossing:
-    """One tensor that crosses a cut: its shape without the batch dimension, and whether a gradient comes back for it."""
+    """One tensor that crosses a cut: its shape without the batch dimension, and its type."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype

@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from cutlayer.models.hooks import make_up_with
+from cutlayer.models.hooks import make_up_with, uses_made_up
 from cutlayer.models.parts import CannotCut, Crossing, Part, logits, one_line
 from cutlayer.seeds import torch_seeded
 from cutlayer.types import Rows
@@ -25,7 +25,9 @@ Exchange = tuple[Rows, Rows]  # what a part received and what it gave
 _ROUNDING = 1000  # units of the last place, of the largest value compared
 
 
-def prove(model: nn.Module, parts: Sequence[Part], x: Tensor, inputs_may_cross: bool = False) -> list[tuple[Crossing, ...]]:
+def prove(
+    model: nn.Module, parts: Sequence[Part], x: Tensor, inputs_may_cross: bool = False
+) -> list[tuple[Crossing, ...]]:
     """What crosses each cut, after the proof that `parts` are `model`. Raises CannotCut where they are not."""
     _check_names(model, parts)
     crossings = _check_crossings(parts, x, inputs_may_cross)
@@ -135,23 +137,33 @@ def _compare_state(whole: nn.Module, parts: Sequence[nn.Module], mode: str) -> N
 
 def _check_without_gradients(model: nn.Module, parts: Sequence[Part], x: Tensor) -> None:
     """Some modules take a faster path in evaluation when no gradients are asked for."""
-    with torch.no_grad():
+    with torch.no_grad(), torch_seeded(1, "proof"):
         expected = logits(copy.deepcopy(model).eval()(x.clone()))
+    with torch.no_grad(), torch_seeded(1, "proof"):
         given = _tried(lambda: _forward(copy.deepcopy(list(parts)), x, training=False))
     _compare([given[-1][1][0]], [expected], "the logits in evaluation without gradients")
 
 
 def _check_made_up(parts: Sequence[Part], x: Tensor) -> None:
     """What a part makes up in place of earlier layers must not reach its result."""
+    reason = "something computed from the input before the cut (a mask, say) is used after it, beside the cut's output"
+    for training in (True, False):
+        copies = copy.deepcopy(list(parts))
+        with torch_seeded(1, "proof"):
+            exchanges = _tried(partial(_forward, copies, x, training))
+            if any(
+                _tried(partial(uses_made_up, part, rows)) for part, (rows, _) in zip(copies, exchanges, strict=True)
+            ):
+                raise CannotCut(reason)
     results = []
     for fill in (0, 1, -1) if x.is_floating_point() else (0, 1):
         copies = copy.deepcopy(list(parts))
         for part in copies:
             make_up_with(part, fill)
-        with torch.no_grad():
+        with torch.no_grad(), torch_seeded(1, "proof"):
             results.append(_tried(partial(_forward, copies, x, training=False))[-1][1][0])
     for result in results[1:]:
-        _compare([result], [results[0]], "values computed before the cut (masks, positions) are used after it:\nthe logits")
+        _compare([result], [results[0]], f"{reason}: the logits")
 
 
 def _tried(run: Callable[[], Result]) -> Result:

@@ -1,4 +1,4 @@
-"""Cutting by tracing: `torch.fx` writes down every operation, and each part gets its share of the list.
+"""Cutting by tracing: `torch.fx` or `torch.export` writes down every operation; each part gets its share of the list.
 
 A trace freezes whether the model is training (functional dropout does), so there are two, and a part runs the one
 of its mode; both use the same parameters, under the names they have in the whole model.
@@ -9,10 +9,12 @@ What one part needs from an earlier one crosses, except what it can make itself:
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import operator
 import random
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -33,11 +35,20 @@ _SHAPE_ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device"})
 
 def split_by_trace(model: nn.Module, names: Sequence[str], x: Tensor) -> list[Part]:
     """The parts of `model` (which the parts keep: pass a copy) cut after each of `names`. Raises CannotCut."""
+    return _split(model, names, x, _trace)
+
+
+def split_by_export(model: nn.Module, names: Sequence[str], x: Tensor) -> list[Part]:
+    """The same with `torch.export`, which follows more models, into smaller operations, with types frozen."""
+    return _split(model, names, x, _export)
+
+
+def _split(model: nn.Module, names: Sequence[str], x: Tensor, trace: Trace) -> list[Part]:
     was_training = model.training
     programs = []
     for training in (True, False):
         model.train(training)
-        programs.append(_Program(model, names, x))
+        programs.append(_Program(model, names, x, trace(model, names, x)))
     model.train(was_training)
     for b in range(len(names)):
         if programs[0].describe(b) != programs[1].describe(b):
@@ -128,10 +139,10 @@ class _Meta:
 class _Program:
     """One trace of the model, and which part each of its operations belongs to."""
 
-    def __init__(self, model: nn.Module, names: Sequence[str], x: Tensor) -> None:
+    def __init__(self, model: nn.Module, names: Sequence[str], x: Tensor, graph: fx.Graph) -> None:
         self.model, self.names = model, names
         self.batch = len(x)
-        self.graph = _trace(model, names)
+        self.graph = graph
         self.nodes = list(self.graph.nodes)
         self.input = next(n for n in self.nodes if n.op == "placeholder")
         self.output = self.nodes[-1]
@@ -159,13 +170,39 @@ class _Program:
         for node in self.nodes:
             if self._picks_from_tuple(node):  # that is the work of the part whose tuple it is
                 part[node] = part[node.args[0]]
+        self._unpack(part)
         for k, name in enumerate(self.names, start=1):
             if not any(part[n] == k and n.op in _OPERATIONS and not self.from_sizes(n) for n in self.nodes):
                 raise CannotCut(f"nothing is computed after {name!r}" + (" and before the next cut" * (k < len(ends))))
         return part
 
+    def _unpack(self, part: dict[fx.Node, int]) -> None:
+        """Where a later part uses a whole tuple of tensors (a recurrent state), have it use the elements."""
+        for node in self.nodes:
+            for user in list(node.users):
+                used_later = user in part and part[user] > part[node]
+                if used_later and _holds_tensors(self.seen[node].value) and not self.seen[node].is_tensor:
+                    elements = self._elements(node, part)
+                    user.args, user.kwargs = (
+                        fx.node.map_arg(a, lambda n, old=node, new=elements: new if n is old else n)  # type: ignore[misc]
+                        for a in (user.args, user.kwargs)
+                    )
+        self.nodes = list(self.graph.nodes)
+
+    def _elements(self, node: fx.Node, part: dict[fx.Node, int]) -> tuple[Any, ...]:
+        elements = []
+        for i in reversed(range(len(self.seen[node].value))):
+            with self.graph.inserting_after(node):
+                element = self.graph.call_function(operator.getitem, (node, i))
+            part[element] = part[node]
+            self.seen[element] = _Seen(self.seen[node].value[i])
+            self.seen_larger[element] = _Seen(self.seen_larger[node].value[i])
+            nested = not self.seen[element].is_tensor and _holds_tensors(self.seen[element].value)
+            elements.append(self._elements(element, part) if nested else element)
+        return tuple(reversed(elements))
+
     def _picks_from_tuple(self, node: fx.Node) -> bool:
-        source = node.args[0] if node.target is operator.getitem else None
+        source = node.args[0] if node.target in (operator.getitem, getattr) else None
         if not isinstance(source, fx.Node) or self.seen[source].is_tensor:
             return False
         return _holds_tensors(self.seen[source].value)
@@ -216,7 +253,7 @@ class _Program:
         if tensors:
             by_method = node.op == "call_method" and node.target in _SHAPE_METHODS
             by_attribute = node.target is getattr and node.args[1] in _SHAPE_ATTRIBUTES
-            if not (by_method or by_attribute):
+            if not (by_method or by_attribute or node.target is torch.ops.aten.sym_size.int):
                 return False
         return all(self.from_sizes(n) for n in node.all_input_nodes if n not in tensors)
 
@@ -244,9 +281,9 @@ class _Builder:
     def build(self) -> fx.Graph:
         self._receive(self.graph.placeholder("rows"))
         for node in self.program.nodes:
-            if self.program.part[node] == self.k and node.op not in ("placeholder", "get_attr", "output"):
-                if not self._is_remote_size(node):
-                    self._copy(node)
+            mine = self.program.part[node] == self.k and node.op in _OPERATIONS
+            if mine and not self._is_remote_size(node):
+                self._copy(node)
         self.graph.output(self._give())
         return self.graph
 
@@ -317,33 +354,62 @@ class _Builder:
 # Tracing and running
 
 
-def _trace(model: nn.Module, names: Sequence[str]) -> fx.Graph:
+Trace = Callable[[nn.Module, Sequence[str], Tensor], fx.Graph]
+
+
+def _trace(model: nn.Module, names: Sequence[str], x: Tensor) -> fx.Graph:
     root = _OneInput(model)
+    with _following("torch.fx"):
+        graph = _Tracer([_ROOT + name for name in names]).trace(root)
+    _adopt_constants(model, root, graph)
+    return graph
+
+
+def _export(model: nn.Module, names: Sequence[str], x: Tensor) -> fx.Graph:
+    root = _OneInput(model)
+    with _following("torch.export"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dynamic = ({0: torch.export.Dim("batch")},)
+        module = torch.export.export(root, (x.clone(),), dynamic_shapes=dynamic, strict=False).module()
+    graph = module.graph
+    for node in list(graph.nodes):
+        if node.op == "call_module":  # checks of the shapes that the user never sees
+            graph.erase_node(node)
+        if node.op == "output" and len(node.args[0]) == 1:
+            node.args = (node.args[0][0],)
+    _adopt_constants(model, module, graph)
+    return graph
+
+
+@contextlib.contextmanager
+def _following(tracer: str) -> Iterator[None]:
+    """Turns whatever goes wrong in the body, which traces the user's code, into a reason."""
     before = random.getstate(), _numpy_state(), torch.get_rng_state()
     try:
-        graph = _Tracer([_ROOT + name for name in names]).trace(root)
-    except Exception as error:  # tracing runs the user's code: anything can come out
-        raise CannotCut(f"torch.fx cannot follow it ({one_line(error)})") from error
+        yield
+    except Exception as error:  # the user's code: anything can come out
+        raise CannotCut(f"{tracer} cannot follow it ({one_line(error)})") from error
     drawn = random.getstate() != before[0] or _numpy_state() != before[1]
     if drawn or not torch.equal(torch.get_rng_state(), before[2]):
         raise CannotCut("it draws random numbers that a trace would freeze")
-    _adopt_constants(model, root, graph)
-    return graph
 
 
 def _adopt_constants(model: nn.Module, root: nn.Module, graph: fx.Graph) -> None:
     """Tensors made while tracing (they depend on no input) become buffers of the model that are not in its state."""
     for node in graph.nodes:
-        if node.op == "get_attr" and not str(node.target).startswith(_ROOT):
-            name = f"traced_{'training' if model.training else 'evaluation'}{node.target}"
+        if node.op == "get_attr" and not _exists(_OneInput(model), str(node.target)):
+            value = _attribute(root, str(node.target))
+            name = f"traced_{'training' if model.training else 'evaluation'}_{str(node.target).replace('.', '_')}"
+            if not isinstance(value, Tensor):
+                raise CannotCut("its trace has graphs inside graphs")
             if not hasattr(model, name):
-                model.register_buffer(name, getattr(root, str(node.target)), persistent=False)
+                model.register_buffer(name, value, persistent=False)
             node.target = _ROOT + name
 
 
 def _numpy_state() -> bytes:
-    state = np.random.get_state(legacy=True)
-    return state[1].tobytes() + str(state[2:]).encode()  # type: ignore[union-attr,index]
+    state: Any = np.random.get_state()
+    return bytes(state[1].tobytes()) + str(state[2:]).encode()
 
 
 def _run(model: nn.Module, graph: fx.Graph, x: Tensor) -> dict[fx.Node, _Seen]:
@@ -351,9 +417,9 @@ def _run(model: nn.Module, graph: fx.Graph, x: Tensor) -> dict[fx.Node, _Seen]:
     recorder = _Recorder(copy.deepcopy(_OneInput(model)), graph)
     try:
         with torch.no_grad():
-            recorder.run(x.clone())
+            recorder.run(x.clone(), enable_io_processing=False)
     except Exception as error:
-        raise CannotCut(f"its torch.fx trace does not run ({one_line(error)})") from error
+        raise CannotCut(f"its trace does not run ({one_line(error)})") from error
     return recorder.seen
 
 
@@ -384,21 +450,26 @@ def _last_inside(nodes: Sequence[fx.Node], name: str) -> int:
         i
         for i, node in enumerate(nodes)
         if node.op in _OPERATIONS
-        and any(path == _ROOT + name for path, _ in node.meta.get("nn_module_stack", {}).values())
+        and any(path.split("@")[0] == _ROOT + name for path, _ in node.meta.get("nn_module_stack", {}).values())
     ]
     if not inside:
         raise CannotCut(f"no operation is traced inside {name!r}: it is never executed, or does nothing")
     return inside[-1]
 
 
-def _is_random(node: fx.Node) -> bool:
+def _name(node: fx.Node) -> str:
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return name.split(".")[0]
+
+
+def _is_random(node: fx.Node) -> bool:
+    name = _name(node)
     return any(word in name for word in ("rand", "dropout", "bernoulli", "normal", "multinomial", "uniform", "empty"))
 
 
 def _writes(node: fx.Node) -> bool:
     """Whether an operation changes its operand in place."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    name = _name(node)
     inplace = name.endswith("_") and not name.endswith("__")
     return inplace or name == "setitem" or (name.startswith("i") and node.target in _IN_PLACE_OPERATORS)
 
@@ -414,9 +485,11 @@ def _without_root(node: fx.Node) -> Any:
 
 # Sharing out the state
 
+Named = dict[str, tuple[Tensor, bool]]  # every name of the state: its tensor, and whether the state dict has it
+
 
 def _share_out(model: nn.Module, parts: Sequence[nn.Module], graphs: Sequence[Sequence[fx.Graph]]) -> None:
-    """Give every part the modules, parameters and buffers that its graphs name; unused ones go with their neighbours."""
+    """Give every part the state that its graphs name; what no graph names goes with its neighbours."""
     named = {name: (tensor, persistent) for name, tensor, persistent in state_names(model)}
     owner: dict[int, int] = {}
     for k, part in enumerate(parts):
@@ -443,7 +516,7 @@ def _attach(
     part: nn.Module,
     target: str,
     is_module: bool,
-    named: dict[str, tuple[Tensor, bool]],
+    named: Named,
     owner: dict[int, int],
     k: int,
 ) -> list[Tensor]:
@@ -451,7 +524,7 @@ def _attach(
     if is_module:
         module = model.get_submodule(target)
         for name, tensor, _ in state_names(module):
-            _refuse_if_shared(f"{target}.{name}", tensor, owner, k)
+            _refuse_if_shared(named, f"{target}.{name}", tensor, owner, k)
         container, leaf = _container(part, target)
         container.add_module(leaf, module)
         return [tensor for _, tensor, _ in state_names(module)]
@@ -460,7 +533,7 @@ def _attach(
         _register(part, target, value, False)
         return []
     if isinstance(value, nn.Parameter):
-        _refuse_if_shared(target, value, owner, k)
+        _refuse_if_shared(named, target, value, owner, k)
     elif owner.get(id(value), k) != k:  # a constant buffer that several parts read: the first one owns it
         _register(part, target, value, False)
         return []
@@ -469,15 +542,24 @@ def _attach(
     return [value]
 
 
-def _refuse_if_shared(name: str, tensor: Tensor, owner: dict[int, int], k: int) -> None:
+def _refuse_if_shared(named: Named, name: str, tensor: Tensor, owner: dict[int, int], k: int) -> None:
     if owner.get(id(tensor), k) != k:
-        raise CannotCut(f"{name!r} is used on both sides of the cut, and a parameter can live on one side only")
+        names = " = ".join(repr(n) for n, (t, _) in named.items() if t is tensor) or repr(name)
+        raise CannotCut(f"{names} is used on both sides of the cut, and a parameter can live on one side only")
 
 
 def _attribute(root: Any, target: str) -> Any:
     for name in target.split("."):
         root = getattr(root, name)
     return root
+
+
+def _exists(root: Any, target: str) -> bool:
+    try:
+        _attribute(root, target)
+    except AttributeError:
+        return False
+    return True
 
 
 def _container(part: nn.Module, target: str) -> tuple[nn.Module, str]:

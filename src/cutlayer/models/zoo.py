@@ -32,7 +32,7 @@ def build(name: str, input_shape: Shape, classes: int) -> nn.Module:
     if classes < 2:
         raise ConfigError(f"classes = {classes}: a classifier needs at least two classes; check the labels")
     if not input_shape or min(input_shape) < 1:
-        raise ConfigError(f"input shape {input_shape}: every dimension must be at least 1; check the data set's samples")
+        raise ConfigError(f"input shape {input_shape}: every dimension must be at least 1; check the data set")
     return _BUILDERS[name](tuple(input_shape), classes)
 
 

@@ -1,0 +1,276 @@
+"""What a folder holds, in the form that pictures and page need: Report > Entry > Run.
+
+A single run is a report of one entry with one run. The files are read here and not through `cutlayer.folder`, which
+needs torch for its checkpoints: a report must open where torch is not installed or slow to load.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cutlayer.catalog import ALGORITHMS
+from cutlayer.config import read_toml
+from cutlayer.errors import RunFolderError
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder: evaluations and result as stored; of the steps what is drawn, one item per step."""
+
+    seed: int
+    config: dict[str, Any]
+    evaluations: list[dict[str, Any]]
+    losses: list[float]
+    samples: list[int]
+    seconds: float
+    class_names: list[str]
+    counts: list[list[int]]
+    result: dict[str, Any] | None
+
+    @property
+    def epochs(self) -> list[float]:
+        """Epochs passed after each step."""
+        # Scores.epochs = samples so far / training samples; the evaluation thus says what an epoch is.
+        last = self.evaluations[-1]
+        seen = sum(self.samples[: last["step"]])
+        per_sample = last["epochs"] / seen if seen else 0.0
+        passed, total = [], 0
+        for samples in self.samples:
+            total += samples
+            passed.append(total * per_sample)
+        return passed
+
+    @property
+    def best(self) -> dict[str, Any]:
+        """The evaluation with the best validation accuracy (the latest of equals), as in the run's own result."""
+        return max(self.evaluations, key=lambda e: (e["validation_accuracy"] or 0.0, e["round"]))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the result table. None: not known yet. Accuracies in [0, 1]; bytes are means over seeds."""
+
+    title: str
+    seeds: list[int]
+    accuracy: tuple[float, float | None]
+    best_accuracy: tuple[float, float | None]
+    steps: float
+    steps_per_second: float | None
+    samples_per_second: float | None
+    bytes_up: float
+    bytes_down: float
+    bytes_down_broadcast: float | None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of a comparison: an algorithm, or a variant with options of its own; `runs` have an evaluation."""
+
+    name: str
+    algorithm: str
+    title: str
+    runs: list[Run]
+    row: Row
+
+
+@dataclass(frozen=True)
+class Report:
+    """All there is to report."""
+
+    folder: Path
+    config: dict[str, Any]
+    entries: list[Entry]
+    comparison: bool
+    unfinished: str
+    """What is still missing, in a sentence; empty where everything is done."""
+
+
+def read(folder: Path) -> Report:
+    """Read a run or comparison folder. Raises RunFolderError where there is nothing to report."""
+    if not (folder / "config.toml").is_file():
+        raise RunFolderError(f"{str(folder)!r} is no run folder: it has no config.toml; name the folder of a run")
+    config = read_toml(folder / "config.toml")
+    comparison = "algorithms" in config or any(folder.glob("*/seed-*/config.toml"))
+    report = _comparison(folder, config) if comparison else _single(folder, config)
+    if not report.entries:
+        raise RunFolderError(
+            f"{str(folder)!r} has no evaluation yet, so there is nothing to draw: wait until the first one is done, or "
+            f"go on with `cutlayer resume {folder}`"
+        )
+    return report
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Put `content` at `path` atomically: a reader sees the old file or the new one."""
+    fresh = path.with_name(f".{path.name}.new")
+    try:
+        with fresh.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(fresh, path)
+    except OSError as error:
+        raise RunFolderError(f"cannot write {str(path)!r}: {error.strerror}; make the folder writable") from None
+
+
+def _single(folder: Path, config: dict[str, Any]) -> Report:
+    run = _run(folder)
+    algorithm = str(config.get("algorithm", ""))
+    if run is None:
+        return Report(folder, config, [], False, "")
+    title = _title(algorithm, algorithm)
+    entry = Entry(algorithm, algorithm, title, [run], _measured(title, [run]))
+    last = run.evaluations[-1]
+    missing = f"it was last evaluated after {last['epochs']:.3g} epochs (step {last['step']:,})"
+    return Report(folder, config, [entry], False, "" if run.result else missing)
+
+
+def _comparison(folder: Path, config: dict[str, Any]) -> Report:
+    planned = [*map(str, config.get("algorithms", [])), *map(str, config.get("variant", {}))]
+    found = sorted({path.parent.parent.name for path in folder.glob("*/seed-*/config.toml")})
+    stored = _json(folder / "comparison.json") or {"rows": []}
+    rows = {str(row["entry"]): row for row in stored["rows"]}
+    entries, absent, done, expected = [], [], 0, 0
+    for name in dict.fromkeys([*planned, *found]):
+        paths = list((folder / name).glob("seed-*"))
+        runs = sorted(filter(None, map(_run, paths)), key=lambda run: run.seed)
+        expected += max(len(config.get("seeds", [])), len(paths))
+        done += sum(run.result is not None for run in runs)
+        if not runs:
+            absent.append(name)
+            continue
+        algorithm = str(runs[0].config.get("algorithm", name))
+        title = str(rows[name]["title"]) if name in rows else _title(name, algorithm)
+        row = _stored(rows[name]) if name in rows else _measured(title, runs)
+        entries.append(Entry(name, algorithm, title, runs, row))
+    unfinished = ""
+    if done < expected:
+        unfinished = f"{done} of its {expected} runs are done" + (
+            f"; not evaluated yet: {', '.join(absent)}" * bool(absent)
+        )
+    return Report(folder, config, entries, True, unfinished)
+
+
+def _run(folder: Path) -> Run | None:
+    """The run in `folder`; None where it has no evaluation yet."""
+    evaluations = list(_records(folder / "evaluations.jsonl"))
+    if not evaluations:
+        return None
+    config = read_toml(folder / "config.toml")
+    losses, samples, seconds = [], [], 0.0
+    for record in _records(folder / "steps.jsonl"):
+        losses.append(float(record["loss"]))
+        samples.append(int(record["samples"]))
+        seconds = float(record["seconds"])
+    classes = _json(folder / "classes.json")
+    if classes is None:
+        raise RunFolderError(f"{str(folder)!r} lacks classes.json: restore that file, or run anew in another folder")
+    return Run(
+        seed=int(config.get("seed", 0)),
+        config=config,
+        evaluations=evaluations,
+        losses=losses,
+        samples=samples,
+        seconds=seconds,
+        class_names=list(map(str, classes["class_names"])),
+        counts=classes["counts"],
+        result=_json(folder / "result.json"),
+    )
+
+
+def _stored(row: dict[str, Any]) -> Row:
+    """A row of comparison.json."""
+    return Row(
+        title=str(row["title"]),
+        seeds=list(row["seeds"]),
+        accuracy=(row["accuracy_mean"], row["accuracy_std"]),
+        best_accuracy=(row["best_accuracy_mean"], row["best_accuracy_std"]),
+        steps=row["steps"],
+        steps_per_second=row["steps_per_second"],
+        samples_per_second=row["samples_per_second"],
+        bytes_up=row["bytes_up"],
+        bytes_down=row["bytes_down"],
+        bytes_down_broadcast=row["bytes_down_broadcast"],
+    )
+
+
+def _measured(title: str, runs: list[Run]) -> Row:
+    """The row that the runs themselves give: of those that are done, or of all as far as they got where none is."""
+    done = [run for run in runs if run.result is not None]
+    used = done or runs
+    facts = [_facts(run) for run in used]
+
+    def mean(name: str) -> float | None:
+        values = [fact[name] for fact in facts]
+        return None if None in values else statistics.fmean(value for value in values if value is not None)
+
+    def spread(of: Callable[[Run], float]) -> tuple[float, float | None]:
+        values = [of(run) for run in used]
+        return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+    reached = min(run.evaluations[-1]["epochs"] for run in used)
+    return Row(
+        title=title,
+        seeds=[run.seed for run in used],
+        accuracy=spread(lambda run: float(run.evaluations[-1]["test_accuracy"])),
+        best_accuracy=spread(lambda run: float(run.best["test_accuracy"])),
+        steps=mean("steps") or 0.0,
+        steps_per_second=mean("steps_per_second"),
+        samples_per_second=mean("samples_per_second"),
+        bytes_up=mean("bytes_up") or 0.0,
+        bytes_down=mean("bytes_down") or 0.0,
+        bytes_down_broadcast=mean("bytes_down_broadcast"),
+        note="" if done else f"not finished: after {reached:.3g} epochs",
+    )
+
+
+def _facts(run: Run) -> dict[str, float | None]:
+    """Costs of one run: of the whole where it is done, else up to its last evaluation."""
+    last = run.evaluations[-1]
+    whole = run.result or {**last, "steps": last["step"], "samples": sum(run.samples[: last["step"]])}
+    seconds = whole["seconds"]
+    return {
+        "steps": whole["steps"],
+        "steps_per_second": whole["steps"] / seconds if seconds else None,
+        "samples_per_second": whole["samples"] / seconds if seconds else None,
+        "bytes_up": whole["bytes_up"],
+        "bytes_down": whole["bytes_down"],
+        "bytes_down_broadcast": whole.get("bytes_down_broadcast"),
+    }
+
+
+def _title(name: str, algorithm: str) -> str:
+    """An algorithm's title, or a variant's own name."""
+    return ALGORITHMS[algorithm].title if name == algorithm and algorithm in ALGORITHMS else name
+
+
+def _json(path: Path) -> Any:
+    """The content of a JSON file; None where there is none."""
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise RunFolderError(f"{str(path)!r} is damaged ({error}): restore it, or run anew in another folder") from None
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a .jsonl file; a line that is still being written, or was cut by a crash, is left out."""
+    if not path.exists():
+        return
+    with path.open() as file:
+        for number, line in enumerate(file, 1):
+            if line.endswith("\n"):
+                try:
+                    yield json.loads(line)
+                except ValueError:
+                    raise RunFolderError(
+                        f"line {number} of {str(path)!r} is no JSON: mend or remove it, or run anew in another folder"
+                    ) from None

@@ -1,0 +1,357 @@
+"""The pictures: learning curves and who holds which classes. Drawn off screen, without pyplot's global figures."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import matplotlib
+import numpy as np
+import numpy.typing as npt
+from matplotlib import font_manager
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from cutlayer.report.collect import Entry, Report, Run
+from cutlayer.report.text import shortened
+
+Array = npt.NDArray[np.float64]
+
+DPI = 150
+_STYLE = {
+    "font.size": 12,
+    "axes.titlesize": 14,
+    "axes.labelsize": 12,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#555555",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e3e3e3",
+    "grid.linewidth": 0.8,
+    "xtick.color": "#333333",
+    "ytick.color": "#333333",
+    "legend.frameon": False,
+    "lines.linewidth": 2.0,
+}
+
+# Okabe and Ito's palette without yellow, which is too pale for a line on white.
+_BLACK, _ORANGE, _SKY, _GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
+_BLUE, _VERMILLION, _PURPLE, _GREY = "#0072B2", "#D55E00", "#CC79A7", "#777777"
+
+Look = tuple[str, str]  # colour, line style
+_LOOKS: dict[str, Look] = {
+    "cl": (_BLACK, "-"),
+    "fl": (_PURPLE, "-"),
+    "ssl": (_ORANGE, "-"),
+    "psl": (_BLUE, "-"),
+    "sfl": (_GREEN, "-"),
+    "sglr": (_VERMILLION, "-"),
+    "slr": (_SKY, "-"),
+    "sgl": (_SKY, "--"),
+    "sflv1": (_GREEN, "--"),
+    "sflv2": (_GREEN, "-."),
+    "sflv3": (_GREEN, ":"),
+    "ussl": (_ORANGE, "--"),
+}
+_COLOURS = (_VERMILLION, _BLUE, _GREEN, _ORANGE, _PURPLE, _SKY, _BLACK, _GREY)
+_MARKERS = "osD^vP*X<>ph"
+
+_WINDOWS = 60  # the loss is averaged over windows of 1/60 of the training
+_ANNOTATED = 16  # up to so many clients and classes the cells of the heat map carry their numbers
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """One line: mean over seeds and, where there are several, the standard deviation (else NaN)."""
+
+    label: str
+    look: Look
+    marker: str
+    x: Array
+    mean: Array
+    std: Array
+
+
+def panels(report: Report) -> list[bytes]:
+    """Test accuracy over epochs, training loss over epochs, test accuracy over bytes: a PNG each."""
+    return [_drawn(lambda draw=draw: _figure(report, [draw])) for draw in _PANELS]  # type: ignore[misc]
+
+
+def overview(report: Report) -> bytes:
+    """The three panels side by side in one PNG."""
+    return _drawn(lambda: _figure(report, _PANELS))
+
+
+def classes(report: Report) -> bytes:
+    """Samples per class and client as a heat map, with the clients' sizes beside it, in one PNG."""
+    return _drawn(lambda: _classes_figure(shown_partition(report)))
+
+
+def shown_partition(report: Report) -> Run:
+    """The run whose partition is drawn: seeds differ in theirs, entries of a comparison as a rule do not."""
+    return report.entries[0].runs[0]
+
+
+def loss_window(report: Report) -> float:
+    """Width in epochs of the windows over which the training loss is averaged."""
+    return max(run.epochs[-1] if run.epochs else 0.0 for e in report.entries for run in e.runs) / _WINDOWS
+
+
+def _drawn(make: Callable[[], Figure]) -> bytes:
+    """The figure as a PNG, in our style whatever the user's matplotlibrc says."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_STYLE)
+        figure = make()
+        FigureCanvasAgg(figure)
+        file = io.BytesIO()
+        figure.savefig(file, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
+    return file.getvalue()
+
+
+def _figure(report: Report, draws: Sequence[Callable[[Axes, Report], None]]) -> Figure:
+    figure = Figure(figsize=(5.9 * len(draws), 5.0), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)  # type: ignore[union-attr, call-arg]
+    axes = figure.subplots(1, len(draws), squeeze=False)[0]
+    for ax, draw in zip(axes, draws, strict=True):
+        draw(ax, report)
+    handles = {line.get_label(): line for ax in axes for line in ax.get_lines() if isinstance(line, Line2D)}
+    width = max(len(str(label)) for label in handles)
+    columns = max(1, min(len(handles), int(len(draws) * 46 / (width + 6))))
+    figure.legend(
+        handles=list(handles.values()),
+        labels=list(map(str, handles)),
+        loc="outside upper center",
+        ncols=columns,
+        handlelength=2.6,
+    )
+    return figure
+
+
+def _accuracy_over_epochs(ax: Axes, report: Report) -> None:
+    for curve in _accuracies(report, lambda e: float(e["epochs"])):
+        _plot(ax, curve)
+    _titled(ax, "Test accuracy over epochs" if report.comparison else "Accuracy over epochs")
+    _percent(ax, "test accuracy (%)" if report.comparison else "accuracy (%)")
+    _epochs(ax)
+
+
+def _loss_over_epochs(ax: Axes, report: Report) -> None:
+    window = loss_window(report)
+    curves = [_loss(entry, label, look, window) for entry, label, look, _ in _looks(report)]
+    for curve in curves:
+        _plot(ax, curve)
+    values = np.concatenate([c.mean for c in curves])
+    if len(values) and values.min() > 0 and values.max() > 20 * values.min():
+        ax.set_yscale("log")
+        ax.set_ylim(values.min() / 1.8, values.max() * 1.8)  # the bands' tails would squeeze the lines
+    _titled(ax, "Training loss over epochs")
+    ax.set_ylabel(f"loss, mean per {window:.2g} epochs" + (" (log)" if ax.get_yscale() == "log" else ""))
+    _epochs(ax)
+
+
+def _accuracy_over_bytes(ax: Axes, report: Report) -> None:
+    for curve in _accuracies(report, lambda e: (e["bytes_up"] + e["bytes_down"]) / 1e6):
+        crossed = curve.x > 0  # nothing has crossed yet: has no place on a log axis
+        _plot(
+            ax, _Curve(curve.label, curve.look, curve.marker, curve.x[crossed], curve.mean[crossed], curve.std[crossed])
+        )
+    _titled(ax, ("Test accuracy" if report.comparison else "Accuracy") + " over traffic")
+    _percent(ax, "test accuracy (%)" if report.comparison else "accuracy (%)")
+    ax.set_xscale("log")
+    ax.set_xlabel("up + down, wire-unicast (MB, log)")
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}" if 1e-3 <= x < 1e5 else f"{x:.0e}"))
+    low, high = ax.get_xlim()
+    if 6 < high / low <= 1000:
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    elif high / low <= 6:  # so little that even 1, 2, 5 would leave the axis without numbers
+        ax.set_xticks(np.geomspace(low, high, 6)[1:-1], minor=False)
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.3g}"))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+
+
+_PANELS: tuple[Callable[[Axes, Report], None], ...] = (_accuracy_over_epochs, _loss_over_epochs, _accuracy_over_bytes)
+
+
+def _accuracies(report: Report, x: Callable[[dict[str, float]], float]) -> list[_Curve]:
+    """Test accuracy per entry; for a single run also validation accuracy and the worst client's."""
+    if report.comparison:
+        return [_scores(e.runs, label, look, marker, x, "test_accuracy") for e, label, look, marker in _looks(report)]
+    runs = report.entries[0].runs
+    last = runs[0].evaluations[-1]
+    kinds = [("test", (_VERMILLION, "-"), "o", "test_accuracy")]
+    if last["validation_accuracy"] is not None:
+        kinds.append(("validation", (_BLUE, "--"), "s", "validation_accuracy"))
+    if any(e["test_accuracy_worst"] != e["test_accuracy"] for e in runs[0].evaluations):
+        kinds.append(("test, worst client", (_GREY, ":"), "v", "test_accuracy_worst"))
+    return [_scores(runs, label, look, marker, x, name) for label, look, marker, name in kinds]
+
+
+def _scores(
+    runs: Iterable[Run], label: str, look: Look, marker: str, x: Callable[[dict[str, float]], float], name: str
+) -> _Curve:
+    """Evaluations of the same round belong together, across seeds."""
+    rounds: dict[int, list[tuple[float, float]]] = {}
+    for run in runs:
+        for e in run.evaluations:
+            if e[name] is not None:
+                rounds.setdefault(e["round"], []).append((x(e), 100 * float(e[name])))
+    groups = [rounds[r] for r in sorted(rounds)]
+    return _curve(label, look, marker, groups)
+
+
+def _loss(entry: Entry, label: str, look: Look, window: float) -> _Curve:
+    """Per seed the mean loss of each window, samples weighted alike; then mean and spread over the seeds."""
+    groups: dict[int, list[tuple[float, float]]] = {}
+    for run in entry.runs:
+        epochs, losses, samples = np.array(run.epochs), np.array(run.losses), np.array(run.samples, float)
+        finite = np.isfinite(losses)
+        # Half a step's rounding must not open another window, hence the tiny shift to the left.
+        windows = np.floor(np.maximum(epochs[finite] / window - 1e-9, 0)).astype(int) if window else np.zeros(0, int)
+        for index in np.unique(windows):
+            own = windows == index
+            weights = samples[finite][own]
+            if weights.sum():
+                mean = float(np.average(losses[finite][own], weights=weights))
+                groups.setdefault(int(index), []).append(((index + 0.5) * window, mean))
+    return _curve(label, look, "", [groups[i] for i in sorted(groups)])
+
+
+def _curve(label: str, look: Look, marker: str, groups: list[list[tuple[float, float]]]) -> _Curve:
+    """Mean and sample standard deviation of each group of (x, y)."""
+    x = np.array([np.mean([p[0] for p in g]) for g in groups], float)
+    mean = np.array([np.mean([p[1] for p in g]) for g in groups], float)
+    std = np.array([np.std([p[1] for p in g], ddof=1) if len(g) > 1 else math.nan for g in groups], float)
+    return _Curve(label, look, marker, x, mean, std)
+
+
+def _plot(ax: Axes, curve: _Curve) -> None:
+    colour, style = curve.look
+    few = len(curve.x) <= 12
+    ax.plot(
+        curve.x,
+        curve.mean,
+        color=colour,
+        linestyle=style,
+        label=curve.label,
+        marker=curve.marker or ("o" if len(curve.x) == 1 else None),
+        markersize=5.5,
+        markeredgecolor="white",
+        markeredgewidth=0.8,
+        markevery=1 if few else math.ceil(len(curve.x) / 10),
+    )
+    known = np.isfinite(curve.std)
+    if known.any():
+        low, high = curve.mean - curve.std, curve.mean + curve.std
+        if (curve.mean > 0).all():  # a band below zero would break a logarithmic axis, and no loss or accuracy is there
+            low = np.maximum(low, 0.05 * curve.mean)
+        if np.ptp(curve.x) > 1e-9 * abs(curve.x).max():
+            ax.fill_between(curve.x[known], low[known], high[known], color=colour, alpha=0.15, linewidth=0)
+
+
+def _looks(report: Report) -> list[tuple[Entry, str, Look, str]]:
+    """Per entry its label, look and marker. An algorithm has the same colour in every report; further entries of the
+    same algorithm get the colours that are left.
+    """
+    plain = {e.name: _LOOKS[e.algorithm] for e in report.entries if e.name == e.algorithm and e.algorithm in _LOOKS}
+    for e in report.entries:
+        own = _LOOKS.get(e.algorithm)
+        if e.name not in plain and own is not None and own not in plain.values():
+            plain[e.name] = own
+    spare = [(c, s) for s in ("-", "--", "-.", ":") for c in _COLOURS]
+    for e in report.entries:
+        if e.name not in plain:
+            # A free colour first, then a free style of any colour, then, beyond 32 entries, again from the start.
+            colours = {look[0] for look in plain.values()}
+            free = [k for k in spare if k[0] not in colours] or [k for k in spare if k not in plain.values()] or spare
+            plain[e.name] = free[0]
+    labels: dict[str, str] = {}
+    for e in report.entries:
+        label = _plain(shortened(e.title, 32))
+        labels[e.name] = label if label not in labels.values() else _plain(shortened(f"{e.title} ({e.name})", 60))
+    return [(e, labels[e.name], plain[e.name], _MARKERS[i % len(_MARKERS)]) for i, e in enumerate(report.entries)]
+
+
+def _titled(ax: Axes, title: str) -> None:
+    ax.set_title(title, loc="left", fontweight="bold")
+
+
+def _percent(ax: Axes, label: str) -> None:
+    ax.set_ylabel(label)
+    low, high = ax.get_ylim()
+    ax.set_ylim(max(low, -1), min(high, 101))
+
+
+def _epochs(ax: Axes) -> None:
+    ax.set_xlabel("epochs")
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10]))
+    ax.set_xlim(left=0)
+
+
+def _classes_figure(run: Run) -> Figure:
+    names = list(map(_plain, run.class_names))
+    counts = np.array(run.counts, int).reshape(len(run.counts), -1)
+    clients, kinds = counts.shape
+    annotated = clients <= 2 * _ANNOTATED and kinds <= _ANNOTATED
+    height = min(max(2.6, 1.8 + (0.34 if annotated else 0.13) * clients), 11.0)
+    figure = Figure(figsize=(9.6, height), layout="constrained")
+    cells, sizes = figure.subplots(1, 2, sharey=True, width_ratios=(4, 1))
+    top = max(int(counts.max(initial=0)), 1)
+    image = cells.imshow(counts, cmap="Blues", vmin=0, vmax=top, aspect="auto")
+    _rows_and_columns(cells, names, clients)
+    if annotated:
+        for (row, column), count in np.ndenumerate(counts):
+            dark = count > 0.55 * top
+            cells.text(
+                column, row, f"{count}", ha="center", va="center", fontsize=10, color="white" if dark else "#222222"
+            )
+    else:
+        figure.colorbar(image, ax=cells, location="left", label="samples", pad=0.02, shrink=min(1.0, 4 / height))
+    totals = counts.sum(axis=1)
+    sizes.barh(np.arange(clients), totals, height=0.8 if clients <= 100 else 1.0, color=_SKY)
+    sizes.set_title("All classes", loc="left", fontweight="bold")
+    sizes.set_xlabel("samples")
+    sizes.xaxis.set_major_locator(MaxNLocator(nbins=3, integer=True))
+    sizes.tick_params(left=False, labelleft=False)
+    sizes.grid(axis="y", visible=False)
+    sizes.set_xlim(0, max(int(totals.max(initial=0)), 1) * 1.08)
+    return figure
+
+
+def _rows_and_columns(cells: Axes, names: list[str], clients: int) -> None:
+    cells.grid(visible=False)
+    cells.set_title("Training samples per class and client", loc="left", fontweight="bold")
+    cells.set_xlabel("class")
+    cells.set_ylabel("client")
+    every = math.ceil(len(names) / 25)  # more labels than that run into each other
+    shown = range(0, len(names), every)
+    long = max((len(n) for n in names), default=0) * len(shown) > 70
+    cells.set_xticks(list(shown))
+    cells.set_xticklabels(
+        [shortened(names[i], 14) for i in shown], rotation=40 if long else 0, ha="right" if long else "center"
+    )
+    if clients <= 30:
+        cells.set_yticks(range(clients))
+    else:
+        cells.yaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
+
+
+def _plain(text: str) -> str:
+    """Text that matplotlib draws as it is: no mathematics between dollars, no characters that its font lacks."""
+    known = "".join(c if ord(c) in _glyphs() else "?" for c in text) or "?"
+    known = known.replace("\\", "/").replace("$", r"\$")
+    # A leading underscore would hide the line from the legend.
+    return f" {known}" if known.startswith("_") else known
+
+
+@cache
+def _glyphs() -> frozenset[int]:
+    """The characters of the font that matplotlib brings along."""
+    return frozenset(font_manager.get_font(font_manager.findfont("DejaVu Sans")).get_charmap())

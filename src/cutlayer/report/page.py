@@ -1,0 +1,166 @@
+"""The page: everything a reader needs in one HTML file that loads nothing."""
+
+from __future__ import annotations
+
+import base64
+import json
+from importlib import resources
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from cutlayer.catalog import ALGORITHMS, DATASETS, MODELS
+from cutlayer.config import CompareConfig, RunConfig
+from cutlayer.report.collect import Entry, Report
+from cutlayer.report.curves import loss_window, shown_partition
+from cutlayer.report.text import format_bytes, format_percent, format_rate, listed
+
+_CONVENTIONS = ("wire-unicast", "wire-broadcast")
+
+
+def render(report: Report, panels: list[bytes], classes: bytes) -> str:
+    """The page with the three panels of curves and the picture of the classes in it."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(resources.files("cutlayer.report").joinpath("report.html.j2").read_text())
+    partition = shown_partition(report)
+    return template.render(
+        title=_title(report),
+        sentence=sentence(report),
+        unfinished=report.unfinished,
+        comparison=report.comparison,
+        rows=[_row(entry) for entry in report.entries],
+        one_seed=all(len(entry.row.seeds) == 1 for entry in report.entries),
+        kinds=[(entry.row.title, rows) for entry in report.entries if (rows := _kinds(entry))],
+        pictures=list(zip(map(_embedded, panels), _descriptions(report), strict=True)),
+        classes=_embedded(classes),
+        classes_text=f"{len(partition.counts)} clients, {len(partition.class_names)} classes, "
+        f"{sum(map(sum, partition.counts)):,} training samples",
+        partition_of=partition.seed if report.comparison else None,
+        window=f"{loss_window(report):.2g}",
+        config=_config(report.config),
+        own=[what for what in ("model", "data") if report.config.get(f"own_{what}")],
+        algorithms={e.algorithm: ALGORITHMS[e.algorithm] for e in report.entries if e.algorithm in ALGORITHMS},
+        folder=report.folder.resolve().name,
+    )
+
+
+def sentence(report: Report) -> str:
+    """What was trained on what and how, in one sentence, from the configuration."""
+    c = report.config
+    runs = [run.config for entry in report.entries for run in entry.runs]
+
+    def value(name: str, default: str = "?") -> str:
+        """The option's value; where variants differ in it, all of its values."""
+        values = dict.fromkeys(_shown(run[name]) for run in [c, *runs] if run.get(name) is not None)
+        return " or ".join(values) or default
+
+    titles = [entry.title for entry in report.entries]
+    what = f"{listed(titles)} compared" if report.comparison and len(titles) > 1 else f"{titles[0]} trained"
+    data = "data of your own" if c.get("own_data") else _known(value("data"), DATASETS)
+    model = "a model of your own" if c.get("own_model") else _known(value("model"), MODELS)
+    clients = value("clients")
+    skew = {"dirichlet": " (alpha {})", "shards": " ({} shards each)", "quantity": " ({})"}
+    options = {"dirichlet": "dirichlet_alpha", "shards": "shards_per_client", "quantity": "quantity"}
+    partition = value("partition")
+    how = f"partition {partition}" + skew.get(partition, "").format(value(options.get(partition, "partition")))
+    length = f"{value('rounds')} rounds" if c.get("rounds") else f"{value('epochs')} epochs"
+    seeds = list(dict.fromkeys(run.seed for entry in report.entries for run in entry.runs))
+    cut = dict.fromkeys(str(run["cut"]) for run in runs if run.get("cut"))
+    whose = f"{clients} client{'s' * (clients != '1')}"
+    return (
+        f"{what} on {data}, dealt to {whose} ({how}), with {model}"
+        + (f", cut after {' or '.join(cut)}" if cut else "")
+        + f": {length}, batch {value('batch')}, {value('client_optimizer')} at rate {value('client_lr')}, "
+        + (f"{len(seeds)} seeds." if len(seeds) > 1 else f"seed {seeds[0]}.")
+    )
+
+
+def _title(report: Report) -> str:
+    data = "data of your own" if report.config.get("own_data") else str(report.config.get("data", "data"))
+    if report.comparison:
+        return f"{len(report.entries)} way{'s' * (len(report.entries) > 1)} to learn {data} together"
+    return f"{report.entries[0].title} on {data}"
+
+
+def _known(name: str, known: dict[str, Any]) -> str:
+    return name if name in known else f"“{name}”"
+
+
+def _row(entry: Entry) -> dict[str, Any]:
+    """The result table's line, ready to print."""
+    row = entry.row
+    down, broadcast = row.bytes_down, row.bytes_down_broadcast
+    return {
+        "title": row.title,
+        "note": row.note,
+        "seeds": len(row.seeds),
+        "accuracy": format_percent(*row.accuracy),
+        "best": format_percent(*row.best_accuracy),
+        "steps": f"{row.steps:,.0f}",
+        "steps_per_second": _or_dash(row.steps_per_second, format_rate),
+        "samples_per_second": _or_dash(row.samples_per_second, format_rate),
+        "up": format_bytes(round(row.bytes_up)),
+        "down": format_bytes(round(down)),
+        "broadcast": _or_dash(broadcast, lambda n: format_bytes(round(n))),
+        "total": format_bytes(round(row.bytes_up + down)),
+        "total_broadcast": _or_dash(broadcast, lambda n: format_bytes(round(row.bytes_up + n))),
+    }
+
+
+def _or_dash(value: float | None, form: Any) -> str:
+    return "–" if value is None else str(form(value))
+
+
+def _kinds(entry: Entry) -> list[dict[str, str]]:
+    """Bytes by direction and kind, mean over the runs that are done; what was not sent in a run counts as zero."""
+    results = [run.result for run in entry.runs if run.result is not None]
+    sums: dict[tuple[str, str], dict[str, int]] = {}
+    for result in results:
+        for row in result["bytes"]:
+            total = sums.setdefault((row["direction"], row["kind"]), dict.fromkeys(_CONVENTIONS, 0))
+            for convention in _CONVENTIONS:
+                total[convention] += row[convention]
+    # Up before down, training before evaluation.
+    order = sorted(sums, key=lambda key: (key[1] == "evaluation", key[0] == "down", key[1]))
+    return [
+        {"direction": d, "kind": k, **{c: format_bytes(round(sums[d, k][c] / len(results))) for c in _CONVENTIONS}}
+        for d, k in order
+    ]
+
+
+def _descriptions(report: Report) -> list[str]:
+    """Alternative texts: what the picture shows and where its lines end."""
+    ends = "; ".join(f"{e.row.title} {format_percent(*e.row.accuracy)} %" for e in report.entries[:12])
+    losses = "; ".join(f"{e.row.title} {e.runs[0].losses[-1]:.3g}" for e in report.entries[:12] if e.runs[0].losses)
+    return [
+        f"Line chart of accuracy over epochs. At the end: {ends}.",
+        f"Line chart of the training loss over epochs. In the last step (first seed): {losses}.",
+        f"Line chart of accuracy over the bytes sent up and down, on a logarithmic axis. At the end: {ends}.",
+    ]
+
+
+def _config(config: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Name, value and meaning of every option; those of variants under their full name."""
+    fields = {**CompareConfig.model_fields, **RunConfig.model_fields}
+    rows: list[tuple[str, str, str]] = []
+    for name, value in config.items():
+        if name == "variant" and isinstance(value, dict):
+            for variant, options in value.items():
+                rows.extend((f"variant.{variant}.{key}", _shown(item), "") for key, item in options.items())
+        else:
+            meaning = fields[name].description if name in fields else None
+            rows.append((name, _shown(value), meaning or ""))
+    return rows
+
+
+def _shown(value: Any) -> str:
+    """A value of the configuration as text."""
+    if isinstance(value, list):
+        return ", ".join(map(_shown, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _embedded(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"

@@ -1,0 +1,41 @@
+"""Quantities as people read them."""
+
+from __future__ import annotations
+
+_UNITS = ("B", "kB", "MB", "GB", "TB", "PB", "EB")
+
+
+def format_bytes(n: int) -> str:
+    """Bytes in powers of 1000 with three significant digits: 999 B, 1.00 kB, 12.3 MB."""
+    if n < 1000:
+        return f"{n} B"
+    value = float(n)
+    for unit in _UNITS[1:]:
+        value /= 1000
+        # 999.5 would be printed as 1000 of this unit: it is 1.00 of the next one.
+        if value < 999.5:
+            break
+    digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
+    return f"{value:.{digits}f} {unit}"
+
+
+def format_rate(value: float) -> str:
+    """A rate with three significant digits, thousands apart: 0.482, 25.3, 1,240."""
+    if value >= 99.95:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 9.995 else f"{value:.2f}" if value >= 0.9995 else f"{value:.3g}"
+
+
+def format_percent(mean: float, std: float | None) -> str:
+    """An accuracy in [0, 1] as a percentage, with its spread where there is one: 87.31 ± 0.42."""
+    return f"{100 * mean:.2f}" + ("" if std is None else f" ± {100 * std:.2f}")
+
+
+def listed(names: list[str]) -> str:
+    """Names in a sentence: a, b and c."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def shortened(text: str, length: int) -> str:
+    """`text`, cut with an ellipsis where it is longer than `length`."""
+    return text if len(text) <= length else text[: length - 1] + "…"

@@ -1,0 +1,185 @@
+"""An interrupted run, resumed, ends bit for bit as if it had never been interrupted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import source
+from torch import nn
+
+from cutlayer import Comparison, Run, RunFolderError, checkpoint
+from cutlayer.catalog import ALGORITHMS
+from cutlayer.folder import CHECKPOINT, EVALUATIONS, RESULT, STEPS, records
+
+SIZES = [10, 5, 7]
+
+
+def net() -> nn.Module:
+    """With everything that has state: batch normalisation, dropout, several layers."""
+    return nn.Sequential(
+        nn.Linear(6, 8),
+        nn.BatchNorm1d(8),
+        nn.ReLU(),
+        nn.Dropout(0.3),
+        nn.Linear(8, 8),
+        nn.Dropout(0.3),
+        nn.Linear(8, 4),
+    )
+
+
+def options(algorithm: str) -> dict[str, Any]:
+    """Adam with state on both sides, sampling of clients, schedules, an odd number of rounds."""
+    common = {"algorithm": algorithm, "clients": 3, "partition": "column", "batch": 5, "rounds": 5, "client_lr": 0.01}
+    if algorithm == "ussl":
+        return {**common, "cut": "2", "tail_cut": "4", "hand_over_optimizer": True}
+    own = {} if algorithm == "cl" else {"participation": 0.7}
+    cut = {} if ALGORITHMS[algorithm].whole else {"cut": "3", "start": "independent"}
+    if algorithm in ("fl", "sfl", "sflv1"):
+        own["local_epochs"] = 2  # rounds that are not epochs
+    return {**common, **own, **cut}
+
+
+def new(algorithm: str, out: Path | None) -> Run:
+    return Run(model=net, data=source(SIZES, (6,)), out=out, **options(algorithm))
+
+
+def without_times(path: Path) -> list[dict[str, Any]]:
+    """Records but for the one field that cannot be equal: how long it took."""
+    return [{k: v for k, v in r.items() if k != "seconds"} for r in records(path)]
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equal trees, tensors bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
+
+
+def assert_same_runs(a: Path, b: Path) -> None:
+    """Same records, and the same final state of models, optimisers, clocks and ledger."""
+    assert without_times(a / STEPS) == without_times(b / STEPS)
+    assert without_times(a / EVALUATIONS) == without_times(b / EVALUATIONS)
+    x, y = checkpoint.read(a / CHECKPOINT), checkpoint.read(b / CHECKPOINT)
+    for part in ("config", "rounds", "steps", "samples", "server", "clients"):
+        assert same(x[part], y[part]), part
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_interrupted_anywhere(algorithm: str, tmp_path: Path) -> None:
+    """Stopped in the middle of the first round, of the third, and right after the last step; resumed each time."""
+    quiet = tmp_path / "quiet"
+    new(algorithm, quiet).run()
+    total = len(without_times(quiet / STEPS))
+    for stop in {1, total // 2, total - 1}:
+        broken = tmp_path / f"broken-{stop}"
+        for count, _ in enumerate(new(algorithm, broken), 1):
+            if count == stop:
+                break  # the generator is closed: what Ctrl-C does
+        resumed = Run.resume(broken, model=net, data=source(SIZES, (6,)))
+        resumed.run()
+        assert_same_runs(quiet, broken)
+
+
+def test_interrupted_twice_and_between_checkpoints(tmp_path: Path) -> None:
+    """Checkpoints every two rounds: records written after the last one are forgotten and written anew."""
+    data = source(SIZES, (6,))
+    more = {**options("sglr"), "rounds": 7, "checkpoint_every": 2}
+    quiet, broken = tmp_path / "quiet", tmp_path / "broken"
+    Run(model=net, data=data, out=quiet, **more).run()
+    run = Run(model=net, data=data, out=broken, **more)
+    for stop in (7, 2):
+        for count, _ in enumerate(run, 1):
+            if count == stop:
+                break
+        run = Run.resume(broken, model=net, data=data)
+    run.run()
+    assert_same_runs(quiet, broken)
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
+    new("psl", tmp_path / "run").run()
+    before = (tmp_path / "run" / CHECKPOINT).read_bytes()
+    result = Run.resume(tmp_path / "run", model=net, data=source(SIZES, (6,))).run()
+    assert (tmp_path / "run" / CHECKPOINT).read_bytes() == before
+    assert json.loads((tmp_path / "run" / RESULT).read_text())["test_accuracy"] == result.test_accuracy
+
+
+def test_same_seed_same_run_other_seed_other_run(tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        Run(model=net, data=source(SIZES, (6,)), out=tmp_path / name, **options("sglr"), seed=seed).run()
+    assert_same_runs(tmp_path / "a", tmp_path / "b")
+    assert without_times(tmp_path / "a" / STEPS) != without_times(tmp_path / "c" / STEPS)
+
+
+def test_the_callers_random_state_is_left_alone(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    new("sglr", None).run()
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_another_configuration_is_refused(tmp_path: Path) -> None:
+    run = new("sglr", tmp_path / "run")
+    next(iter(run))
+    with pytest.raises(RunFolderError, match=r"made with alpha = 1\.0, not 2\.0"):
+        Run.resume(tmp_path / "run", model=net, data=source(SIZES, (6,)), alpha=2.0)
+    with pytest.raises(RunFolderError, match="a model of your own"):
+        Run.resume(tmp_path / "run")
+
+
+def test_an_edited_configuration_is_refused(tmp_path: Path) -> None:
+    new("sglr", tmp_path / "run").run()
+    config = tmp_path / "run" / "config.toml"
+    config.write_text(config.read_text().replace("phi = 0.5", "phi = 0.25"))
+    with pytest.raises(RunFolderError, match=r"phi = 0\.5, not 0\.25"):
+        Run.resume(tmp_path / "run", model=net, data=source(SIZES, (6,))).run()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "empty"])
+def test_a_broken_checkpoint_is_named(damage: str, tmp_path: Path) -> None:
+    new("psl", tmp_path / "run").run()
+    path = tmp_path / "run" / CHECKPOINT
+    whole = path.read_bytes()
+    path.write_bytes({"truncated": whole[: len(whole) // 2], "garbage": b"\x80\x04K\x01." * 99, "empty": b""}[damage])
+    with pytest.raises(RunFolderError, match="not a whole checkpoint"):
+        Run.resume(tmp_path / "run", model=net, data=source(SIZES, (6,))).run()
+
+
+def test_no_pickle_in_a_run_folder(tmp_path: Path) -> None:
+    """The checkpoint is plain safetensors; everything else is text."""
+    from safetensors import safe_open
+
+    new("sflv1", tmp_path / "run").run()
+    with safe_open(tmp_path / "run" / CHECKPOINT, framework="pt") as file:
+        assert len(list(file.keys())) > 10
+    for path in (tmp_path / "run").iterdir():
+        if path.name not in (CHECKPOINT,):
+            path.read_text()
+
+
+def test_comparison_resumes(tmp_path: Path) -> None:
+    """Interrupted in the third of four runs: the finished ones are kept, the table is that of the quiet comparison."""
+    data = source(SIZES, (6,))
+    more: dict[str, Any] = {"algorithms": ("psl", "sglr"), "seeds": (0, 1), "clients": 3, "partition": "column"}
+    more |= {"cut": "3", "rounds": 3, "batch": 5, "variant": {"half": {"algorithm": "sglr", "alpha": 0.5}}}
+    quiet = Comparison(model=net, data=data, out=tmp_path / "quiet", **more).run()
+    for entry, seed, _, record in Comparison(model=net, data=data, out=tmp_path / "broken", **more):
+        if (entry, seed, record.step) == ("sglr", 1, 2):
+            break
+    kept = (tmp_path / "broken" / "psl" / "seed-0" / RESULT).read_bytes()
+    again = Comparison.resume(tmp_path / "broken", model=net, data=data).run()
+    assert (tmp_path / "broken" / "psl" / "seed-0" / RESULT).read_bytes() == kept
+    timeless = {"seconds", "steps_per_second", "samples_per_second"}
+    for a, b in zip(quiet, again, strict=True):
+        assert {k: v for k, v in vars(a).items() if k not in timeless} == {
+            k: v for k, v in vars(b).items() if k not in timeless
+        }

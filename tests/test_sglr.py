@@ -1,0 +1,214 @@
+"""SplitAvg, SplitLr and the phases against numbers worked out by hand; the derivation stands beside each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support import client_state, make, mlp, server_state, train
+
+from cutlayer import RunConfig
+from cutlayer.algorithms.sglr import draw_active, split_average, split_lr
+from cutlayer.gradients import own
+from cutlayer.types import CutGradients, Round, Smashed
+
+# Three clients with 2, 3 and 1 rows of one number each: R = 6. The gradient of the concatenated mean loss, row by row:
+#   client 0: 6 12 | client 1: 1 2 3 | client 2: 12
+# Of each client's own mean loss (times R/b_k = 3, 2, 6):
+#   client 0: 18 36 | client 1: 2 4 6 | client 2: 72
+UNION = [6.0, 12.0, 1.0, 2.0, 3.0, 12.0]
+OWN = [18.0, 36.0, 2.0, 4.0, 6.0, 72.0]
+SIZES = (2, 3, 1)
+
+
+def smashed(clients: tuple[int, ...] = (0, 1, 2), sizes: tuple[int, ...] = SIZES) -> Smashed:
+    return Smashed((torch.zeros(sum(sizes), 1),), torch.zeros(sum(sizes)), clients, sizes)
+
+
+def average(active: tuple[int, ...], **options: Any) -> CutGradients:
+    gradient = (torch.tensor(UNION).view(6, 1),)
+    return split_average(RunConfig(**options), gradient, smashed(), active)
+
+
+def column(rows: tuple[torch.Tensor, ...]) -> list[float]:
+    return rows[0].flatten().tolist()
+
+
+def test_own_gradients_are_of_the_own_mean_loss() -> None:
+    gradient = (torch.tensor(UNION).view(6, 1),)
+    assert column(own(gradient, smashed()).own) == OWN
+    assert column(own(gradient, smashed(), "union").own) == UNION
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        # Row 0 exists at clients 0 and 1: (18 + 2) / 2; row 1 too: (36 + 4) / 2; row 2 at client 1 only: 6.
+        ({}, [10.0, 20.0, 6.0]),
+        # In the scale of the concatenated loss: (6 + 1) / 2, (12 + 2) / 2, 3.
+        ({"gradient_scale": "union"}, [3.5, 7.0, 3.0]),
+        # Sum of the concatenated loss's slices: 6 + 1, 12 + 2, 3; the scale option plays no role.
+        ({"average_reduce": "sum"}, [7.0, 14.0, 3.0]),
+        ({"average_reduce": "sum", "gradient_scale": "union"}, [7.0, 14.0, 3.0]),
+        # All rows of both clients: (18 + 36 + 2 + 4 + 6) / 5.
+        ({"average_over": "clients-and-rows"}, [13.2]),
+        # Sum over clients, mean over the three rows: (7 + 14 + 3) / 3.
+        ({"average_over": "clients-and-rows", "average_reduce": "sum"}, [8.0]),
+    ],
+)
+def test_common_gradient_of_unequal_batches(options: dict[str, Any], expected: list[float]) -> None:
+    """Clients 0 (2 rows) and 1 (3 rows) are active, client 2 is not."""
+    result = average((0, 1), **options)
+    assert column(result.common) == pytest.approx(expected)
+    assert result.clients == (2,)
+    assert column(result.own) == ([12.0] if options.get("gradient_scale") == "union" else [72.0])
+
+
+def test_what_each_client_back_propagates() -> None:
+    """Client 0 has two rows and uses the first two of the three common ones; client 1 all three; client 2 its own."""
+    result = average((0, 1))
+    assert column(result.for_client(0, 2)) == [10.0, 20.0]
+    assert column(result.for_client(1, 3)) == [10.0, 20.0, 6.0]
+    assert column(result.for_client(2, 1)) == [72.0]
+
+
+def test_one_sample_shaped_gradient_is_repeated() -> None:
+    result = average((0, 1), average_over="clients-and-rows")
+    assert column(result.for_client(1, 3)) == pytest.approx([13.2] * 3)
+
+
+def test_all_active_leaves_nothing_to_unicast() -> None:
+    """Row 0 at all three: (18 + 2 + 72) / 3; row 1 at 0 and 1: (36 + 4) / 2; row 2 at client 1: 6."""
+    result = average((0, 1, 2))
+    assert column(result.common) == pytest.approx([92 / 3, 20.0, 6.0])
+    assert result.clients == ()
+    assert result.own[0].shape == (0, 1)
+
+
+def test_nobody_active_is_psl() -> None:
+    result = average(())
+    assert column(result.own) == OWN
+    assert result.active == ()
+    assert result.common == ()
+
+
+def test_several_tensors_are_averaged_each() -> None:
+    """Two tensors cross: each is averaged by itself. Two clients with one row: own scale is times 2, mean of two: the sum."""
+    gradient = (torch.tensor([[1.0], [3.0]]), torch.tensor([[[10.0]], [[30.0]]]))
+    both = Smashed(gradient, torch.zeros(2), (0, 1), (1, 1))
+    common = split_average(RunConfig(), gradient, both, (0, 1)).common
+    assert [c.tolist() for c in common] == [[[4.0]], [[[40.0]]]]
+
+
+@pytest.mark.parametrize(
+    ("alpha", "clients", "enrolled", "which", "factor"),
+    [
+        (0.0, 5, 5, "participating", 1.0),
+        (0.5, 4, 9, "participating", 2.0),  # 4^.5
+        (0.5, 4, 9, "enrolled", 3.0),  # 9^.5
+        (1.0, 3, 10, "participating", 3.0),
+        (2.0, 3, 10, "participating", 9.0),  # 3^2
+        (1.5, 4, 4, "enrolled", 8.0),  # 4^1.5
+        (2.0, 1, 1, "participating", 1.0),
+    ],
+)
+def test_split_lr(alpha: float, clients: int, enrolled: int, which: str, factor: float) -> None:
+    options = RunConfig(alpha=alpha, alpha_clients=which)
+    assert split_lr(options, smashed(tuple(range(clients)), (1,) * clients), enrolled) == pytest.approx(factor)
+
+
+def test_server_rate_is_the_clients_times_c_to_the_alpha() -> None:
+    """Recorded rates: server 0.1 x 3^1.5 with 3 clients in the step; 0.1 x 1 where one client has a batch left alone."""
+    run = train("sglr", make(mlp), [8, 4, 4], (6,), cut="2", alpha=1.5, rounds=1)
+    run = type(run)(run.config, model=make(mlp), data=run.training.source)
+    rates = [record.server_lr for record in run]
+    assert rates == pytest.approx([0.1 * 3**1.5, 0.1])
+
+
+@pytest.mark.parametrize(
+    ("phi", "clients", "count"),
+    [(0.0, 10, 0), (0.25, 10, 3), (0.5, 10, 5), (0.75, 10, 8), (1.0, 10, 10), (0.5, 3, 2), (0.04, 10, 0), (0.25, 2, 1)],
+)
+def test_active_count_is_phi_c_rounded_half_up(phi: float, clients: int, count: int) -> None:
+    """2.5 -> 3, 7.5 -> 8, 1.5 -> 2, .4 -> 0, .5 -> 1."""
+    this = Round(0, 1, tuple(range(clients)), (4,) * clients, 0)
+    active = draw_active(RunConfig(phi=phi), this.clients, this, 0)
+    assert len(active) == len(set(active)) == count
+    assert set(active) <= set(this.clients)
+
+
+def test_active_clients_are_drawn_afresh_and_fairly() -> None:
+    """400 draws of 2 of 5: sets change from step to step, each client is active in 40 % (4 standard deviations: 10 %)."""
+    this = Round(3, 10, (1, 4, 5, 7, 9), (400,) * 5, 7)
+    draws = [draw_active(RunConfig(phi=0.4), this.clients, this, turn) for turn in range(400)]
+    assert len(set(draws)) == 10  # all pairs of five occur
+    for client in this.clients:
+        assert 0.3 < sum(client in d for d in draws) / 400 < 0.5
+    assert draws[5] == draw_active(RunConfig(phi=0.4), this.clients, this, 5)  # a name, not a sequence
+
+
+@pytest.mark.parametrize(
+    ("when", "until", "on"),
+    [
+        # Two rounds of five steps: progress 0, .1, ... .9.
+        ("always", 0.6, [True] * 10),
+        ("initial", 0.6, [True] * 6 + [False] * 4),
+        ("initial", 0.4, [True] * 4 + [False] * 6),
+        ("final", 0.6, [False] * 4 + [True] * 6),
+        ("final", 0.4, [False] * 6 + [True] * 4),
+        ("initial", 0.0, [False] * 10),
+        ("final", 1.0, [True] * 10),
+    ],
+)
+def test_phases(when: str, until: float, on: list[bool]) -> None:
+    """The paper's phased variants: SplitAvg during the initial or final 60 % or 40 % of the steps."""
+    options = RunConfig(phi=1.0, phi_when=when, phi_until=until)
+    found = []
+    for index in range(2):
+        this = Round(index, 2, (0, 1), (5, 3), 0)
+        found += [bool(draw_active(options, this.clients, this, turn)) for turn in range(this.steps)]
+    assert found == on
+
+
+def test_phases_in_training() -> None:
+    """Recorded active sets follow the phase: 2 rounds of 5 steps, the final 40 %."""
+    run = train("sgl", make(mlp), [20, 20], (6,), cut="2", phi=1.0, phi_when="final", phi_until=0.4)
+    run = type(run)(run.config, model=make(mlp), data=run.training.source)
+    assert [record.active for record in run] == [()] * 6 + [(0, 1)] * 4
+
+
+def test_one_whole_step_by_hand() -> None:
+    """Client s = w x, server u = v s [scores (u, 0)], two clients with one sample each, phi=1, alpha=1, SGD rate .1.
+
+    x = 1, 2; labels 0, 0; w = 1; v = 1. With p = sigmoid(v w x): loss = -ln p, dloss/du = p - 1.
+        u = 1: p - 1 = -.26894142; u = 2: p - 1 = -.11920292
+    Server: dL/dv of the mean loss = ((-.26894142)(1) + (-.11920292)(2)) / 2 = -.25367363; rate .1 x 2^1:
+        v = 1 + .2 x .25367363 = 1.05073473
+    Common gradient: own-mean-loss gradients are (p - 1) v = -.26894142, -.11920292; their mean g = -.19407217.
+    Clients: dL/dw = g x; w_0 = 1 + .1 x .19407217 x 1 = 1.01940722; w_1 = 1 + .1 x .19407217 x 2 = 1.03881443
+    """
+    from cutlayer import Run, Samples, Source
+
+    class Scores(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.v = torch.nn.Linear(1, 1, bias=False)
+
+        def forward(self, s: torch.Tensor) -> torch.Tensor:
+            u = self.v(s)
+            return torch.cat([u, torch.zeros_like(u)], 1)
+
+    net = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False), Scores()).double()
+    for p in net.parameters():
+        torch.nn.init.ones_(p)
+    data = Samples(torch.tensor([[1.0], [2.0]], dtype=torch.float64), torch.tensor([0, 0]))
+    source = Source("hand", data, data, data, ("a", "b"), torch.tensor([0, 1]))
+    run = Run(
+        algorithm="sglr", model=net, data=source, cut="0", clients=2, partition="column", precision="float64",
+        client_optimizer="sgd", client_lr=0.1, lr_schedule="constant", batch=1, rounds=1, phi=1.0, alpha=1.0,
+    )  # fmt: skip
+    run.run()
+    assert server_state(run)["1.v.weight"].item() == pytest.approx(1.05073473, abs=1e-8)
+    assert client_state(run, 0)["0.weight"].item() == pytest.approx(1.01940722, abs=1e-8)
+    assert client_state(run, 1)["0.weight"].item() == pytest.approx(1.03881443, abs=1e-8)
