@@ -1,4 +1,6 @@
-"""What several tests need: small models in float64, random data, an algorithm run by hand, plain SGD to compare with."""
+"""What several tests need: small models in float64, random data, an algorithm run by hand, plain SGD to compare
+with.
+"""
 
 from __future__ import annotations
 

@@ -13,7 +13,8 @@ from cutlayer.catalog import ALGORITHMS
 GOLDEN = Path(__file__).parent / "golden"
 STEPS = 20
 
-# 33 samples per client in batches of 5 (the last has 3), sampling of clients, Adam: what is off anywhere shows in the losses.
+# 33 samples per client in batches of 5 (the last has 3), sampling of clients, Adam: what is off anywhere shows in the
+# losses.
 COMMON: dict[str, Any] = {
     "data": "digits", "model": "mlp", "clients": 4, "samples_per_client": 33, "batch": 5, "rounds": 20, "seed": 1,
     "precision": "float64", "client_lr": 3e-3,

@@ -240,7 +240,9 @@ def test_identity_08_alpha_one_sums_the_clients_mean_gradients(model: Make, shap
 
 @pytest.mark.parametrize("at", ["0", "2"])
 def test_identity_09_linear_cut_layer_bias_is_fedsgds(at: str) -> None:
-    """Cut right after a linear layer, equal starts, phi=1: its bias after one step equals FedSGD's, its weight does not."""
+    """Cut right after a linear layer, equal starts, phi=1: its bias after one step equals FedSGD's, its weight does
+    not.
+    """
     a = client_state(train("sglr", make(mlp), [4, 4, 4], (6,), cut=at, phi=1.0, alpha=0.0, rounds=1))
     b = client_state(train("fl", make(mlp), [4, 4, 4], (6,), local_steps=1, rounds=1))
     assert difference({"b": a[f"{at}.bias"]}, {"b": b[f"{at}.bias"]}) < TIGHT
@@ -321,7 +323,9 @@ def test_identity_12_u_shaped_is_vanilla(model: Make, shape: tuple[int, ...], at
 @model_and_cut
 @pytest.mark.parametrize("algorithm", ["psl", "sglr", "sfl", "sflv1", "fl"])
 def test_identity_13_first_adam_step(model: Make, shape: tuple[int, ...], at: str, algorithm: str) -> None:
-    """The first step of Adam is -lr g / (|g| + eps), for server and clients; the gradients come from SGD's first step."""
+    """The first step of Adam is -lr g / (|g| + eps), for server and clients; the gradients come from SGD's first
+    step.
+    """
     cut = {} if algorithm == "fl" else {"cut": at}
     local = {} if algorithm in ("psl", "sglr") else {"local_steps": 1}
     averaged = {"average_every": "round"} if algorithm == "sfl" else {}

@@ -12,15 +12,16 @@ from cutlayer.algorithms import ALGORITHMS
 from cutlayer.cli import app
 from cutlayer.config import CommonConfig, CompareConfig, RunConfig, all_specific, applicable
 
-PUBLIC = """CompareConfig Comparison ConfigError CutError CutlayerError DataError NonFiniteError Parts Record Result Row Run
-RunConfig RunFolderError Samples Scores Source TrainingError UsageError __version__ cut cut_points from_arrays from_dataset
-load partition"""
+PUBLIC = """CompareConfig Comparison ConfigError CutError CutlayerError DataError NonFiniteError Parts Record Result Row
+Run RunConfig RunFolderError Samples Scores Source TrainingError UsageError __version__ cut cut_points from_arrays
+from_dataset load partition"""
 
-COMMON = """data data_format label_column client_column validation test clients partition dirichlet_alpha shards_per_client
-quantity samples_per_client participation model cut tail_cut start epochs rounds batch client_optimizer
-client_optimizer_options client_lr server_optimizer server_optimizer_options server_lr lr_schedule server_lr_schedule
-lr_decay lr_decay_at local_epochs local_steps alpha alpha_clients phi phi_when phi_until average_over average_reduce
-gradient_scale average_every hand_over hand_over_optimizer visit_order precision eval_every checkpoint_every"""
+COMMON = """data data_format label_column client_column validation test clients partition dirichlet_alpha
+shards_per_client quantity samples_per_client participation model cut tail_cut start epochs rounds batch
+client_optimizer client_optimizer_options client_lr server_optimizer server_optimizer_options server_lr lr_schedule
+server_lr_schedule lr_decay lr_decay_at local_epochs local_steps alpha alpha_clients phi phi_when phi_until average_over
+average_reduce gradient_scale average_every hand_over hand_over_optimizer visit_order precision eval_every
+checkpoint_every"""
 
 OWN = {
     "cl": "",

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import client_state, conv, difference, make, mlp, samples, source, train
+from support import batches_of, client_state, conv, difference, make, mlp, samples, source, train
 from torch import nn
 
 from cutlayer import NonFiniteError, Run, Samples, Source
@@ -27,11 +27,19 @@ from cutlayer.types import CutGradients, Smashed
 sizes_of_clients = st.lists(st.integers(1, 23), min_size=1, max_size=6)
 
 
+class Double(nn.Module):
+    """2 x."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[...] -> [...]."""
+        return 2 * x
+
+
 def cohort(sizes: list[int], batch: int, width: int = 1, **options: Any) -> tuple[LocalCohort, Samples]:
-    """Clients whose model is the identity on inputs that name their row: smashed data say where they come from."""
+    """Clients whose model doubles inputs that name their row: smashed data say where they come from."""
     n = sum(sizes)
     data = Samples(torch.arange(n, dtype=torch.float64).view(n, 1).expand(n, width).clone(), torch.arange(n))
-    net = nn.Sequential(nn.Identity(), nn.Linear(width, n).double())
+    net = nn.Sequential(Double(), nn.Linear(width, n).double())
     parts = cut(net, "0", data.x[:2] if n > 1 else data.x[[0, 0]])
     starts = np.cumsum([0, *sizes])
     rows = [np.arange(starts[k], starts[k + 1]) for k in range(len(sizes))]
@@ -74,13 +82,13 @@ def test_rows_owners_labels_stay_together(sizes: list[int], batch: int) -> None:
     steps = 0
     while smashed := clients.forward():
         steps += 1
-        rows = smashed.rows[0][:, 0].long()
+        rows = smashed.rows[0][:, 0].long() // 2
         assert len(smashed) == len(rows) == len(smashed.labels) == len(smashed.owner) == sum(smashed.sizes)
         assert torch.equal(rows, smashed.labels)
         for k in smashed.clients:
             mine = rows[smashed.owner == k]
             assert ((mine >= starts[k]) & (mine < starts[k + 1])).all()
-            assert torch.equal(smashed.only(k).rows[0][:, 0].long(), mine)
+            assert torch.equal(smashed.only(k).rows[0][:, 0].long() // 2, mine)
             assert torch.equal(smashed.only(k).labels, mine)
         seen += rows.tolist()
         clients.backward(own(smashed.rows, smashed))
@@ -136,7 +144,9 @@ def test_bytes_of_psl() -> None:
 
 
 def test_bytes_of_a_common_gradient() -> None:
-    """Clients 0 and 1 or others active (phi=2/3: two of three): the common gradient of 4 rows goes to two, or out once."""
+    """Clients 0 and 1 or others active (phi=2/3: two of three): the common gradient of 4 rows goes to two, or out
+    once.
+    """
     run = train("sgl", make(mlp), [4, 4, 4], (6,), rounds=1, cut="0", phi=0.67)
     ledger = run.training.ledger
     assert ledger.total("down", "wire-unicast") == 4 * 64 + 2 * 4 * 64
@@ -359,9 +369,9 @@ def test_schedules(schedule: str, expected: list[float]) -> None:
 def test_separate_optimizers_rates_and_schedules() -> None:
     """The record says with which rates client and server stepped."""
     run = Run(
-        model=make(mlp), data=source([4, 4], (6,)), algorithm="psl", cut="2", clients=2, partition="column", batch=4, rounds=5,
-        client_optimizer="sgd", client_lr=0.5, server_optimizer="adamw", server_lr=0.01, server_lr_schedule="constant",
-        lr_decay=0.5, lr_decay_at=(0.4, 0.8), precision="float64",
+        model=make(mlp), data=source([4, 4], (6,)), algorithm="psl", cut="2", clients=2, partition="column", batch=4,
+        rounds=5, client_optimizer="sgd", client_lr=0.5, server_optimizer="adamw", server_lr=0.01,
+        server_lr_schedule="constant", lr_decay=0.5, lr_decay_at=(0.4, 0.8), precision="float64",
     )  # fmt: skip
     rates = [(r.client_lr, r.server_lr) for r in run]
     assert [c for c, _ in rates] == pytest.approx([0.5, 0.5, 0.25, 0.25, 0.125])
@@ -381,14 +391,26 @@ def test_not_a_number_names_step_and_client(algorithm: str) -> None:
     cut = {} if algorithm in ("cl", "fl") else {"cut": "2"}
     tail = {"tail_cut": "3"} if algorithm == "ussl" else {}
     run = Run(
-        model=net.double(), data=data, algorithm=algorithm, clients=3, partition="column", precision="float64", rounds=2,
-        batch=4, client_optimizer="sgd", client_lr=0.1, **cut, **tail,
+        model=net.double(), data=data, algorithm=algorithm, clients=3, partition="column", precision="float64",
+        rounds=2, batch=4, client_optimizer="sgd", client_lr=0.1, **cut, **tail,
     )  # fmt: skip
-    with pytest.raises(NonFiniteError, match="is NaN or Inf at step 0|is NaN or Inf at step 1") as caught:
+    with pytest.raises(NonFiniteError, match=r"is NaN or Inf at step \d:") as caught:
         run.run()
     assert caught.value.clients == ((0,) if algorithm == "cl" else (1,))
     assert caught.value.step == (1 if algorithm in ("ssl", "ussl") else 0)
     assert "lower rates" in str(caught.value)
+
+
+def test_not_a_number_in_a_later_local_step() -> None:
+    """FedAvg reports the local step: the row that overflows is in the client's second batch."""
+    data = source([8], (6,))
+    stream = batches_of([8], 4)[0]
+    stream.next()
+    data.train.x[stream.next()[0]] *= 1e200
+    net = nn.Sequential(nn.Linear(6, 8), Square(), nn.Linear(8, 4)).double()
+    run = Run(model=net, data=data, algorithm="fl", clients=1, partition="column", precision="float64", batch=4)
+    with pytest.raises(NonFiniteError, match="of client 0 is NaN or Inf at step 1:"):
+        run.run()
 
 
 class Square(nn.Module):
@@ -406,8 +428,10 @@ def test_an_infinite_weight_gradient_is_caught_before_the_step() -> None:
     net = make(mlp)
     with torch.no_grad():
         net[0].weight.mul_(1e-320)
-    run = Run(model=net, data=data, algorithm="psl", cut="0", clients=2, partition="column", precision="float64", rounds=1,
-              batch=4, client_optimizer="sgd", client_lr=0.1)  # fmt: skip
+    run = Run(
+        model=net, data=data, algorithm="psl", cut="0", clients=2, partition="column", precision="float64", rounds=1,
+        batch=4, client_optimizer="sgd", client_lr=0.1,
+    )  # fmt: skip
     with pytest.raises(NonFiniteError, match="weight gradient of client 1 is NaN or Inf at step 0"):
         run.run()
 

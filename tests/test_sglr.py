@@ -94,7 +94,9 @@ def test_nobody_active_is_psl() -> None:
 
 
 def test_several_tensors_are_averaged_each() -> None:
-    """Two tensors cross: each is averaged by itself. Two clients with one row: own scale is times 2, mean of two: the sum."""
+    """Two tensors cross: each is averaged by itself. Two clients with one row: own scale is times 2, mean of two: the
+    sum.
+    """
     gradient = (torch.tensor([[1.0], [3.0]]), torch.tensor([[[10.0]], [[30.0]]]))
     both = Smashed(gradient, torch.zeros(2), (0, 1), (1, 1))
     common = split_average(RunConfig(), gradient, both, (0, 1)).common
@@ -119,7 +121,9 @@ def test_split_lr(alpha: float, clients: int, enrolled: int, which: str, factor:
 
 
 def test_server_rate_is_the_clients_times_c_to_the_alpha() -> None:
-    """Recorded rates: server 0.1 x 3^1.5 with 3 clients in the step; 0.1 x 1 where one client has a batch left alone."""
+    """Recorded rates: server 0.1 x 3^1.5 with 3 clients in the step; 0.1 x 1 where one client has a batch left
+    alone.
+    """
     run = train("sglr", make(mlp), [8, 4, 4], (6,), cut="2", alpha=1.5, rounds=1)
     run = type(run)(run.config, model=make(mlp), data=run.training.source)
     rates = [record.server_lr for record in run]
@@ -139,7 +143,9 @@ def test_active_count_is_phi_c_rounded_half_up(phi: float, clients: int, count: 
 
 
 def test_active_clients_are_drawn_afresh_and_fairly() -> None:
-    """400 draws of 2 of 5: sets change from step to step, each client is active in 40 % (4 standard deviations: 10 %)."""
+    """400 draws of 2 of 5: sets change from step to step, each client is active in 40 % (4 standard deviations: 10
+    %).
+    """
     this = Round(3, 10, (1, 4, 5, 7, 9), (400,) * 5, 7)
     draws = [draw_active(RunConfig(phi=0.4), this.clients, this, turn) for turn in range(400)]
     assert len(set(draws)) == 10  # all pairs of five occur

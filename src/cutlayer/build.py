@@ -34,7 +34,6 @@ Data = Source | torch.utils.data.Dataset[Any] | tuple[Any, Any]
 """A loaded source, a map-style dataset of (input, label) pairs, or arrays or tensors (x, y)."""
 
 
-
 def by_name(model: Model | str | None, data: Data | str | None) -> tuple[Model | None, Data | None, dict[str, str]]:
     """(own model, own data, options): a text for `model` or `data` is the option of that name."""
     names = {k: v for k, v in (("model", model), ("data", data)) if isinstance(v, str)}
@@ -111,7 +110,8 @@ def load_source(config: RunConfig, data: Data | None, dtype: torch.dtype) -> Sou
     elif isinstance(data, tuple):
         source = from_arrays(*data, **held_out)
     elif data is not None:
-        source = from_dataset(data, **held_out)
+        columns = {"label_column": config.label_column, "client_column": config.client_column}
+        source = from_dataset(data, **columns, **held_out)
     else:
         source = load(
             config.data,
@@ -177,8 +177,8 @@ def _check_output(model: nn.Module, example: torch.Tensor, classes: int) -> None
     if not isinstance(out, torch.Tensor) or out.dim() != 2 or len(out) != len(example):
         shape = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
         raise ConfigError(
-            f"the model turns {len(example)} samples into {shape}, not into [{len(example)}, classes]: return one row of "
-            "class scores per sample"
+            f"the model turns {len(example)} samples into {shape}, not into [{len(example)}, classes]: return one row "
+            "of class scores per sample"
         )
     if out.shape[1] < classes:
         raise ConfigError(
@@ -225,8 +225,8 @@ def _check_parts(config: RunConfig, split: Parts, cuts: tuple[str, ...]) -> None
         if reason and not any(True for _ in part.parameters()):
             where = "later" if side == "client" else "earlier"
             raise CutError(
-                f"{config.algorithm} cannot work with cut = {cuts[0]!r}: {reason}, but the {side} part has no parameters; "
-                f"cut {where}, or choose psl"
+                f"{config.algorithm} cannot work with cut = {cuts[0]!r}: {reason}, but the {side} part has no "
+                f"parameters; cut {where}, or choose psl"
             )
 
 
@@ -242,8 +242,8 @@ def _check_single_rows(config: RunConfig, split: Parts, parts: list[np.ndarray],
             probe.server.train()(rows)
     except ValueError as error:
         raise ConfigError(
-            f"batch = {config.batch} leaves client {alone[0]} ({len(parts[alone[0]])} samples) a batch of one sample, with which "
-            f"this model cannot train ({error}): choose another batch"
+            f"batch = {config.batch} leaves client {alone[0]} ({len(parts[alone[0]])} samples) a batch of one sample, "
+            f"with which this model cannot train ({error}): choose another batch"
         ) from None
 
 

@@ -292,7 +292,8 @@ def _print_result(result: Result) -> None:
         f"\n[bold]{ALGORITHMS[result.algorithm].title}[/] ({result.engine} engine): test accuracy "
         f"[bold]{result.test_accuracy:.2%}[/] (at the best validation accuracy, round {result.best_round}: "
         f"{result.best_test_accuracy:.2%}); {result.steps} steps, {result.steps_per_second:.1f} steps/s, "
-        f"{result.samples_per_second:.0f} samples/s; {format_bytes(result.bytes_up)} up, {format_bytes(result.bytes_down)} down",
+        f"{result.samples_per_second:.0f} samples/s; {format_bytes(result.bytes_up)} up, "
+        f"{format_bytes(result.bytes_down)} down",
         highlight=False,
     )
 

@@ -158,8 +158,8 @@ class CommonConfig(_Config):
         for option in sorted(given & (all_specific() - useful)):
             users = ", ".join(a for a in ALGORITHMS if option in applicable(a))
             raise ConfigError(
-                f"{option} = {getattr(self, option)!r} has no effect on {', '.join(algorithms)}: it belongs to {users}; "
-                "leave it out or choose one of these"
+                f"{option} = {getattr(self, option)!r} has no effect on {', '.join(algorithms)}: it belongs to "
+                f"{users}; leave it out or choose one of these"
             )
         for fraction in self.lr_decay_at:
             if not 0 < fraction < 1:

@@ -54,7 +54,7 @@ class NonFiniteError(TrainingError):
     """NaN or Inf appeared in a loss or a gradient.
 
     `what` says where ("loss", "cut gradient", "weight gradient"), `clients` whose rows or weights,
-    `step` at which step (None until the run loop, which counts steps, has filled it in).
+    `step` at which step of the run (while it is on its way to the run loop: of the client's local steps, if any).
     """
 
     def __init__(self, what: str, clients: tuple[int, ...] = (), step: int | None = None) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from cutlayer import checkpoint
 from cutlayer.algorithms import ALGORITHMS
-from cutlayer.build import Data, Model, Training, assemble, by_name
+from cutlayer.build import Data, Model, assemble, by_name
 from cutlayer.config import RunConfig, normalised
 from cutlayer.errors import ConfigError, NonFiniteError, RunFolderError
 from cutlayer.folder import CHECKPOINT, CLASSES, EVALUATIONS, RESULT, STEPS, Folder, refuse_used, stored_config
@@ -134,7 +134,8 @@ class Run:
             if stored.get(what) and given is None:
                 name = what.removeprefix("own_")
                 raise RunFolderError(
-                    f"the run in {str(out)!r} was made with a {name} of your own: give it again, Run.resume(out, {name}=...)"
+                    f"the run in {str(out)!r} was made with a {name} of your own: give it again, "
+                    f"Run.resume(out, {name}=...)"
                 )
         run = cls(config, model=model, data=data)
         run.out, run._resumed = out, True
@@ -197,7 +198,7 @@ class Run:
             try:
                 step = next(steps, None)
             except NonFiniteError as error:
-                raise error.at(self._step) from None
+                raise error.at(self._step + (error.step or 0)) from None
             self._seconds += time.perf_counter() - started
             if step is None:
                 return
@@ -314,6 +315,6 @@ def _refuse_other(stored: RunConfig, asked: dict[str, Any], out: Path) -> None:
         same = list(value) == have[name] if isinstance(value, tuple) else value == have[name]
         if not same:
             raise RunFolderError(
-                f"the run in {str(out)!r} was made with {name} = {have[name]!r}, not {value!r}: resume without it, or start a "
-                "new run in another folder"
+                f"the run in {str(out)!r} was made with {name} = {have[name]!r}, not {value!r}: resume without it, or "
+                "start a new run in another folder"
             )

@@ -10,7 +10,7 @@ V1 computes exactly what FedAvg computes, whatever the cut.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import torch
 
@@ -65,7 +65,7 @@ def sflv3(options: RunConfig, server: Server, clients: Cohort, this: Round) -> I
     server.average_copies(sample_weights(clients, trained))
 
 
-def _with_server_copies(server: Server, clients: Cohort) -> Iterator[Step]:
+def _with_server_copies(server: Server, clients: Cohort) -> Generator[Step, None, set[int]]:
     """Every client trains with the server copy of its own. Returns the clients that did."""
     trained: set[int] = set()
     while smashed := clients.forward():

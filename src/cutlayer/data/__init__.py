@@ -1,6 +1,6 @@
 """Data sets: loaded, split, and dealt to clients."""
 
-from cutlayer.data.partition import class_counts, partition
+from cutlayer.data.partitions import class_counts, partition
 from cutlayer.data.samples import Samples, Source
 from cutlayer.data.sources import from_arrays, from_dataset, load
 

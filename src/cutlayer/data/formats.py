@@ -426,7 +426,7 @@ def import_datasets() -> Any:
     except ImportError:
         raise DataError(
             "Hugging Face data sets need the package 'datasets', which is not installed: pip install "
-            "cutlayer[huggingface]"
+            "datasets"
         ) from None
     return datasets
 

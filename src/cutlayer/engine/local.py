@@ -190,14 +190,17 @@ class LocalCohort:
 
     def _fit_one(self, client: Client) -> list[tuple[float, int]]:
         """(loss, rows) of each local step of one client with a whole model."""
-        taken = []
+        taken: list[tuple[float, int]] = []
         while client.quota > 0:
             (outputs,) = client.forward(self._data, self._seed)
             loss = row_losses(outputs, client.labels).mean()
-            if not torch.isfinite(loss):
-                raise NonFiniteError("loss", (client.name,))
-            loss.backward()
-            client.step(self._rate)
+            try:
+                if not torch.isfinite(loss):
+                    raise NonFiniteError("loss", (client.name,))
+                loss.backward()
+                client.step(self._rate)
+            except NonFiniteError as error:
+                raise error.at(len(taken)) from None
             client.smashed = ()
             taken.append((loss.item(), len(client.labels)))
         return taken

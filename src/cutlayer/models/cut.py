@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from cutlayer.errors import CutError, unknown
 from cutlayer.models.hooks import split_by_hooks
-from cutlayer.models.parts import CannotCut, Crossing, Part, Parts, PassThrough, one_line
+from cutlayer.models.parts import CannotCutError, Crossing, Part, Parts, PassThrough, one_line
 from cutlayer.models.proof import protect, prove
 from cutlayer.models.trace import split_by_export, split_by_trace
 from cutlayer.seeds import torch_seeded
@@ -58,7 +58,7 @@ def cut(model: nn.Module, at: str | Sequence[str], example: Tensor) -> Parts:
     with _undisturbed():
         try:
             return _cut(model, names, example[:_ROWS].detach())
-        except CannotCut as reason:
+        except CannotCutError as reason:
             others = _alternatives(model, names, example)
             raise CutError(
                 f"cannot cut {type(model).__name__} at {_quoted(names)}: {reason}. "
@@ -76,7 +76,7 @@ def cut_points(model: nn.Module, example: Tensor) -> list[str]:
 
 
 def _cut(model: nn.Module, names: tuple[str, ...], x: Tensor) -> Parts:
-    """Raises CannotCut with the reasons of every method."""
+    """Raises CannotCutError with the reasons of every method."""
     inner = [_canonical(model, name) for name in names if name not in (INPUT, OUTPUT)]
     reasons = []
     for method, split in _METHODS if inner else (("whole", split_by_hooks),):
@@ -89,9 +89,9 @@ def _cut(model: nn.Module, names: tuple[str, ...], x: Tensor) -> Parts:
             protect(pieces, x)
             crossings = prove(model, pieces, x, inputs_may_cross=names[0] == INPUT)
             return _parts(pieces, crossings, method)
-        except CannotCut as reason:
+        except CannotCutError as reason:
             reasons.append(f"{method}: {reason}")
-    raise CannotCut("; ".join(reasons))
+    raise CannotCutError("; ".join(reasons))
 
 
 def _parts(pieces: list[Part], crossings: list[tuple[Crossing, ...]], method: str) -> Parts:
@@ -106,7 +106,7 @@ def _private(model: nn.Module) -> nn.Module:
     try:
         model = copy.deepcopy(model)
     except Exception as error:  # the user's classes: anything can come out
-        raise CannotCut(f"the model cannot be copied ({one_line(error)})") from error
+        raise CannotCutError(f"the model cannot be copied ({one_line(error)})") from error
     model.zero_grad(set_to_none=True)
     return model
 
@@ -149,7 +149,7 @@ def _alternatives(model: nn.Module, names: tuple[str, ...], example: Tensor) -> 
 def _working(model: nn.Module, names: Iterable[str], example: Tensor) -> list[str]:
     working = set()
     for name in names:
-        with contextlib.suppress(CannotCut):
+        with contextlib.suppress(CannotCutError):
             _cut(model, (name,), example[:_ROWS].detach())
             working.add(name)
     return [name for name, _ in model.named_modules() if name in working]

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from cutlayer.models.parts import (
-    CannotCut,
+    CannotCutError,
     Part,
     batch_dimension,
     fill_owners,
@@ -33,7 +33,7 @@ from cutlayer.types import Rows
 
 
 def split_by_hooks(model: nn.Module, names: Sequence[str], x: Tensor) -> list[Part]:
-    """The parts of `model` cut after each of `names` (none: the whole model as one part). Raises CannotCut."""
+    """The parts of `model` cut after each of `names` (none: the whole model as one part). Raises CannotCutError."""
     record = _Record(model, names, x)
     owners = _owners(model, names, x, record)
     return [_ReplayedPart(model, names, k, record, owners) for k in range(len(names) + 1)]
@@ -91,12 +91,12 @@ class _Record:
         for training, calls in self.calls.items():
             ends = [self._cut_call(calls, name).end for name in names]
             if ends != sorted(set(ends)):
-                raise CannotCut(f"{names[1]!r} does not come after {names[0]!r}")
+                raise CannotCutError(f"{names[1]!r} does not come after {names[0]!r}")
             self.calls[training] = calls
         self.ends = {t: [self._cut_call(c, n).end for n in names] for t, c in self.calls.items()}
         outputs = [[self._cut_call(self.calls[t], n).output for n in names] for t in (True, False)]
         if outputs[0] != outputs[1]:
-            raise CannotCut("different tensors cross the cut in training and in evaluation")
+            raise CannotCutError("different tensors cross the cut in training and in evaluation")
         self.outputs = outputs[0]
 
     def runs_in(self, name: str, k: int) -> bool:
@@ -135,18 +135,18 @@ class _Record:
         if not found:
             inside = [call.name for call in calls if call.name.startswith(name + ".")]
             hint = f" (it only holds modules: the last of them is {inside[-1]!r})" if inside else ""
-            raise CannotCut(f"{name!r} is never executed{hint}")
+            raise CannotCutError(f"{name!r} is never executed{hint}")
         if len(found) > 1:
-            raise CannotCut(f"{name!r} is executed {len(found)} times")
+            raise CannotCutError(f"{name!r} is executed {len(found)} times")
         return found[0]
 
     def _calls(self, model: nn.Module, training: bool, x: Tensor) -> list[_Call]:
         small, large = (_listen(model, training, batch) for batch in (x, torch.cat([x, x[:1]])))
         for call in small:
             if call.name in self.names and any(t is logits(small[-1].output) for t in tensors_in(call.output)):
-                raise CannotCut(f"nothing is computed after {call.name!r}")
+                raise CannotCutError(f"nothing is computed after {call.name!r}")
         if [c.name for c in small] != [c.name for c in large]:
-            raise CannotCut("which layers run depends on the batch")
+            raise CannotCutError("which layers run depends on the batch")
         for a, b in zip(small, large, strict=True):
             a.output = self._template(a, b)
         return small
@@ -177,7 +177,7 @@ class _Template:
 
     def make(self, replay: _Replay) -> Any:
         if self.trouble:
-            raise CannotCut(self.trouble)
+            raise CannotCutError(self.trouble)
         return pytree.tree_unflatten([m.make(replay) if isinstance(m, _Made) else m for m in self.leaves], self.spec)
 
     @property
@@ -187,11 +187,11 @@ class _Template:
     def dimensions(self, name: str) -> tuple[int, ...]:
         """Which dimension of every tensor is the batch."""
         if self.trouble or not self.made:
-            raise CannotCut(self.trouble or f"{name!r} gives no tensor")
+            raise CannotCutError(self.trouble or f"{name!r} gives no tensor")
         found = [batch_dimension(m.shape, m.larger, m.batch) for m in self.made]
         for made, dimension in zip(self.made, found, strict=True):
             if dimension is None:
-                raise CannotCut(f"{name!r} gives a tensor without a batch dimension (shape {list(made.shape)})")
+                raise CannotCutError(f"{name!r} gives a tensor without a batch dimension (shape {list(made.shape)})")
         return tuple(d for d in found if d is not None)
 
     def fill(self, rows: Rows) -> Any:
@@ -220,7 +220,7 @@ def _listen(model: nn.Module, training: bool, x: Tensor) -> list[_Call]:
         with torch.enable_grad():  # without, some layers take a faster path on which inner layers do not run
             model(x.clone())
     except Exception as error:  # the user's code: anything can come out
-        raise CannotCut(f"its forward fails on the example ({one_line(error)})") from error
+        raise CannotCutError(f"its forward fails on the example ({one_line(error)})") from error
     return done
 
 
@@ -240,7 +240,7 @@ def _owners(model: nn.Module, names: Sequence[str], x: Tensor, record: _Record) 
     for name, tensor, _ in state_names(model):
         parts = used.get(position.get(id(tensor), -1), set())
         if len(parts) > 1:
-            raise CannotCut(
+            raise CannotCutError(
                 f"{name!r} is used on both sides of the cut (a shared weight, or a path around the cut module), "
                 "and a parameter can live on one side only"
             )
@@ -273,7 +273,7 @@ def _reached(model: nn.Module, names: Sequence[str], x: Tensor, training: bool) 
     with torch.enable_grad():
         output = logits(model(x.clone()))
     if not isinstance(output, Tensor):
-        raise CannotCut("the model does not return one tensor of logits (or an output with .logits)")
+        raise CannotCutError("the model does not return one tensor of logits (or an output with .logits)")
     for rows in [*crossed, (output,)]:
         roots = [row for row in rows if row.requires_grad]
         if not roots or not parameters:

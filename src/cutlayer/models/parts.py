@@ -27,6 +27,7 @@ class Part(nn.Module):
     copies = False  # set where the part works in place on what it receives, which is not its own
 
     def forward(self, received: Tensor | Rows) -> Tensor | Rows:
+        """Rows [R, s...] each (or the batch) to rows [R, s...] each (or logits [R, K])."""
         rows = (received,) if isinstance(received, Tensor) else tuple(received)
         rows = tuple(row.clone() for row in rows) if self.copies else rows
         given = self.run(rows)
@@ -41,6 +42,7 @@ class PassThrough(Part):
     """A part without layers: gives what it received."""
 
     def run(self, rows: Rows) -> Rows:
+        """The same rows."""
         return rows
 
 
@@ -79,7 +81,7 @@ class Parts:
         return (self.client, self.server) if self.tail is None else (self.client, self.server, self.tail)
 
 
-class CannotCut(Exception):
+class CannotCutError(Exception):
     """Why one method cannot cut a model there, as a sentence without its full stop. Never leaves this package."""
 
 

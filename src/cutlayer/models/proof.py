@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cutlayer.models.hooks import make_up_with, uses_made_up
-from cutlayer.models.parts import CannotCut, Crossing, Part, logits, one_line
+from cutlayer.models.parts import CannotCutError, Crossing, Part, logits, one_line
 from cutlayer.seeds import torch_seeded
 from cutlayer.types import Rows
 
@@ -28,7 +28,7 @@ _ROUNDING = 1000  # units of the last place, of the largest value compared
 def prove(
     model: nn.Module, parts: Sequence[Part], x: Tensor, inputs_may_cross: bool = False
 ) -> list[tuple[Crossing, ...]]:
-    """What crosses each cut, after the proof that `parts` are `model`. Raises CannotCut where they are not."""
+    """What crosses each cut, after the proof that `parts` are `model`. Raises CannotCutError where they are not."""
     _check_names(model, parts)
     crossings = _check_crossings(parts, x, inputs_may_cross)
     other = torch.cat([x.flip(0), x[:2]])  # the same samples, in another order and number
@@ -56,7 +56,7 @@ def protect(parts: Sequence[Part], x: Tensor) -> None:
 def _check_names(model: nn.Module, parts: Sequence[nn.Module]) -> None:
     names = [name for part in parts for name in part.state_dict()]
     if sorted(names) != sorted(model.state_dict()):
-        raise CannotCut("the parts do not hold exactly the model's parameters and buffers")
+        raise CannotCutError("the parts do not hold exactly the model's parameters and buffers")
 
 
 def _check_crossings(parts: Sequence[Part], x: Tensor, inputs_may_cross: bool) -> list[tuple[Crossing, ...]]:
@@ -69,9 +69,11 @@ def _check_crossings(parts: Sequence[Part], x: Tensor, inputs_may_cross: bool) -
         with torch.no_grad():
             rows = _tried(partial(part.eval(), rows))
         if any(row.dim() < 1 or len(row) != len(x) for row in rows):
-            raise CannotCut("a tensor crosses whose first dimension is not the batch")
+            raise CannotCutError("a tensor crosses whose first dimension is not the batch")
         if not inputs_may_cross and any(row.untyped_storage().data_ptr() == storage for row in rows):
-            raise CannotCut("the raw input itself would be sent (to mean that, say 'input'): no privacy would be left")
+            raise CannotCutError(
+                "the raw input itself would be sent (to mean that, say 'input'): no privacy would be left"
+            )
         crossings.append(tuple(Crossing(tuple(row.shape[1:]), row.dtype) for row in rows))
     return crossings
 
@@ -84,10 +86,10 @@ def _check_run(model: nn.Module, parts: Sequence[Part], x: Tensor, training: boo
     with torch_seeded(1, "proof", mode):
         expected = logits(_tried(lambda: whole(x.clone())))
     if not isinstance(expected, Tensor) or expected.dim() < 1 or len(expected) != len(x):
-        raise CannotCut("the model does not return logits with a row for every sample")
+        raise CannotCutError("the model does not return logits with a row for every sample")
     weights = torch.linspace(-1, 1, expected.numel(), device=x.device).reshape(expected.shape).to(expected.dtype)
     if expected.requires_grad:
-        (expected * weights).sum().backward()  # type: ignore[no-untyped-call]
+        (expected * weights).sum().backward()
 
     copies = copy.deepcopy(list(parts))
     with torch_seeded(1, "proof", mode):
@@ -127,7 +129,7 @@ def _compare_state(whole: nn.Module, parts: Sequence[nn.Module], mode: str) -> N
     expected = {n: p.grad for n, p in whole.named_parameters(remove_duplicate=False)}
     found = {n for n, g in gradients.items() if g is not None}
     if differing := found ^ {n for n, g in expected.items() if g is not None}:
-        raise CannotCut(f"the parts differ from the whole in which parameters have gradients ({min(differing)!r})")
+        raise CannotCutError(f"the parts differ from the whole in which parameters have gradients ({min(differing)!r})")
     pairs = [(gradients[n], expected[n]) for n in sorted(found)]
     _compare([g for g, _ in pairs if g is not None], [e for _, e in pairs if e is not None], f"the gradients in {mode}")
     state = {n: t for part in parts for n, t in part.state_dict().items()}
@@ -154,7 +156,7 @@ def _check_made_up(parts: Sequence[Part], x: Tensor) -> None:
             if any(
                 _tried(partial(uses_made_up, part, rows)) for part, (rows, _) in zip(copies, exchanges, strict=True)
             ):
-                raise CannotCut(reason)
+                raise CannotCutError(reason)
     results = []
     for fill in (0, 1, -1) if x.is_floating_point() else (0, 1):
         copies = copy.deepcopy(list(parts))
@@ -169,22 +171,22 @@ def _check_made_up(parts: Sequence[Part], x: Tensor) -> None:
 def _tried(run: Callable[[], Result]) -> Result:
     try:
         return run()
-    except CannotCut:
+    except CannotCutError:
         raise
     except Exception as error:  # the user's code: anything can come out
-        raise CannotCut(f"it does not run ({one_line(error)})") from error
+        raise CannotCutError(f"it does not run ({one_line(error)})") from error
 
 
 def _compare(given: Sequence[Tensor], expected: Sequence[Tensor], what: str) -> None:
-    """Raises CannotCut unless the tensors are equal, up to rounding of the largest of them."""
+    """Raises CannotCutError unless the tensors are equal, up to rounding of the largest of them."""
     given, expected = [g.detach() for g in given], [e.detach() for e in expected]
     floats = [e for e in expected if e.is_floating_point() and e.numel()]
     largest = max((float(e.abs().nan_to_num(0, 0, 0).max()) for e in floats), default=0.0)
     for g, e in zip(given, expected, strict=True):
         if g.shape != e.shape or g.dtype != e.dtype:
-            raise CannotCut(f"{what} have another shape or type than the whole model's")
+            raise CannotCutError(f"{what} have another shape or type than the whole model's")
         if torch.equal(g, e):
             continue
         tolerance = _ROUNDING * torch.finfo(e.dtype).eps * largest if e.is_floating_point() else 0.0
         if not torch.isclose(g, e, rtol=0.0, atol=tolerance, equal_nan=True).all():
-            raise CannotCut(f"{what} are not those of the whole model")
+            raise CannotCutError(f"{what} are not those of the whole model")

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from cutlayer.models.parts import CannotCut, Part, batch_dimension, fill_owners, logits, one_line, state_names
+from cutlayer.models.parts import CannotCutError, Part, batch_dimension, fill_owners, logits, one_line, state_names
 from cutlayer.types import Rows
 
 _OPERATIONS = ("call_module", "call_function", "call_method")
@@ -34,7 +34,7 @@ _SHAPE_ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device"})
 
 
 def split_by_trace(model: nn.Module, names: Sequence[str], x: Tensor) -> list[Part]:
-    """The parts of `model` (which the parts keep: pass a copy) cut after each of `names`. Raises CannotCut."""
+    """The parts of `model` (which the parts keep: pass a copy) cut after each of `names`. Raises CannotCutError."""
     return _split(model, names, x, _trace)
 
 
@@ -52,7 +52,7 @@ def _split(model: nn.Module, names: Sequence[str], x: Tensor, trace: Trace) -> l
     model.train(was_training)
     for b in range(len(names)):
         if programs[0].describe(b) != programs[1].describe(b):
-            raise CannotCut("different tensors cross the cut in training and in evaluation")
+            raise CannotCutError("different tensors cross the cut in training and in evaluation")
     graphs = [[program.graph_of(k) for program in programs] for k in range(len(names) + 1)]
     parts: list[Part] = [_TracedPart(_Code(training), _Code(evaluating)) for training, evaluating in graphs]
     _share_out(model, parts, graphs)
@@ -147,9 +147,11 @@ class _Program:
         self.input = next(n for n in self.nodes if n.op == "placeholder")
         self.output = self.nodes[-1]
         if not isinstance(self.output.args[0], fx.Node):
-            raise CannotCut("the model does not return one tensor of logits (or an output with .logits)")
+            raise CannotCutError("the model does not return one tensor of logits (or an output with .logits)")
         self.seen = _run(model, self.graph, x)
         self.seen_larger = _run(model, self.graph, torch.cat([x, x[:1]]))
+        self.kinds: dict[fx.Node, set[str]] = {}
+        self._sort_out()
         self.part = self._assign()
         self.crossing = [self._crossing(b) for b in range(len(names))]
 
@@ -165,16 +167,35 @@ class _Program:
         """The part of each operation: that of the first cut which comes after it."""
         ends = [_last_inside(self.nodes, name) for name in self.names]
         if ends != sorted(set(ends)):
-            raise CannotCut(f"{self.names[1]!r} does not come after {self.names[0]!r}")
+            raise CannotCutError(f"{self.names[1]!r} does not come after {self.names[0]!r}")
         part = {node: sum(end < i for end in ends) for i, node in enumerate(self.nodes)}
         for node in self.nodes:
             if self._picks_from_tuple(node):  # that is the work of the part whose tuple it is
                 part[node] = part[node.args[0]]
+        self._mask_early(part)
         self._unpack(part)
         for k, name in enumerate(self.names, start=1):
             if not any(part[n] == k and n.op in _OPERATIONS and not self.from_sizes(n) for n in self.nodes):
-                raise CannotCut(f"nothing is computed after {name!r}" + (" and before the next cut" * (k < len(ends))))
+                raise CannotCutError(
+                    f"nothing is computed after {name!r}" + (" and before the next cut" * (k < len(ends)))
+                )
         return part
+
+    def _mask_early(self, part: dict[fx.Node, int]) -> None:
+        """Masks that a later part computes from token ids (is it padding?) are the first part's work.
+
+        The ids themselves then stay where they are.
+        """
+        if self.seen[self.input].value.dtype.is_floating_point:
+            return
+        for node in self.nodes:
+            if part[node] and self._is_mask(node) and self.of_input(node) and not self.remade(node):
+                steps = _with_sources(node)
+                if all(self.of_input(step) or self.from_sizes(step) for step in steps):
+                    part.update(dict.fromkeys(steps, 0))
+
+    def _is_mask(self, node: fx.Node) -> bool:
+        return self.seen[node].is_tensor and self.seen[node].value.dtype == torch.bool
 
     def _unpack(self, part: dict[fx.Node, int]) -> None:
         """Where a later part uses a whole tuple of tensors (a recurrent state), have it use the elements."""
@@ -194,7 +215,7 @@ class _Program:
         for i in reversed(range(len(self.seen[node].value))):
             with self.graph.inserting_after(node):
                 element = self.graph.call_function(operator.getitem, (node, i))
-            part[element] = part[node]
+            part[element], self.kinds[element] = part[node], set()
             self.seen[element] = _Seen(self.seen[node].value[i])
             self.seen_larger[element] = _Seen(self.seen_larger[node].value[i])
             nested = not self.seen[element].is_tensor and _holds_tensors(self.seen[element].value)
@@ -216,7 +237,7 @@ class _Program:
                 for source in node.all_input_nodes:
                     self._need(source, self.part[node], boundary, needed)
         if not needed:
-            raise CannotCut(f"nothing that {self.names[boundary]!r} gives is used after it")
+            raise CannotCutError(f"nothing that {self.names[boundary]!r} gives is used after it")
         return [n for n in self.nodes if n in needed]
 
     def _need(self, source: fx.Node, k: int, boundary: int, needed: set[fx.Node]) -> None:
@@ -226,9 +247,9 @@ class _Program:
             for inner in source.all_input_nodes:
                 self._need(inner, k, boundary, needed)
         elif not self.seen[source].is_tensor:
-            raise CannotCut(f"a value that is neither a tensor nor a size crosses ({source.format_node()})")
-        elif source is self.input:
-            raise CannotCut(
+            raise CannotCutError(f"a value that is neither a tensor nor a size crosses ({source.format_node()})")
+        elif source is self.input or self._is_disguised_input(source):
+            raise CannotCutError(
                 f"the layers after {self.names[boundary]!r} use the raw input, which would have to be sent along: "
                 "no privacy would be left"
             )
@@ -240,32 +261,57 @@ class _Program:
         small, large = self.seen[node].value, self.seen_larger[node].value
         dimension = batch_dimension(small.shape, large.shape, self.batch)
         if dimension is None:
-            raise CannotCut(f"a tensor without a batch dimension crosses ({node.name}, shape {list(small.shape)})")
+            raise CannotCutError(f"a tensor without a batch dimension crosses ({node.name}, shape {list(small.shape)})")
         return dimension
 
-    # What a part can make itself
+    def _is_disguised_input(self, node: fx.Node) -> bool:
+        """Whether a tensor of integers is the input, or computed from it without any parameters."""
+        dtype = self.seen[node].value.dtype
+        return not dtype.is_floating_point and dtype != torch.bool and self.of_input(node)
+
+    # What a part can make itself. Kinds are worked out in the order of execution: inputs are known before results.
+
+    def _sort_out(self) -> None:
+        for node in self.nodes:
+            kinds = self.kinds[node] = set()
+            if self._is_from_sizes(node):
+                kinds.add("from sizes")
+            if self._is_function_of(node, "remade") and not any(_writes(user) for user in node.users):
+                kinds.add("remade")
+            if node is self.input or self._is_function_of(node, "of input"):
+                kinds.add("of input")
 
     def from_sizes(self, node: fx.Node) -> bool:
-        """Whether a value of an earlier part that is not a tensor can be had from shapes alone."""
-        if node.op not in _OPERATIONS or _holds_tensors(self.seen[node].value):
-            return False
-        tensors = [n for n in node.all_input_nodes if self.seen[n].is_tensor]
-        if tensors:
-            by_method = node.op == "call_method" and node.target in _SHAPE_METHODS
-            by_attribute = node.target is getattr and node.args[1] in _SHAPE_ATTRIBUTES
-            if not (by_method or by_attribute or node.target is torch.ops.aten.sym_size.int):
-                return False
-        return all(self.from_sizes(n) for n in node.all_input_nodes if n not in tensors)
+        """Whether a value that is not a tensor follows from shapes alone."""
+        return "from sizes" in self.kinds[node]
 
     def remade(self, node: fx.Node) -> bool:
         """Whether a tensor is made of sizes and constants alone, so that each part can make it anew."""
+        return "remade" in self.kinds[node]
+
+    def of_input(self, node: fx.Node) -> bool:
+        """Whether a tensor follows from the input alone: no parameters, no randomness."""
+        return "of input" in self.kinds[node]
+
+    def _is_from_sizes(self, node: fx.Node) -> bool:
+        if node.op not in _OPERATIONS or _holds_tensors(self.seen[node].value):
+            return False
+        tensors = [n for n in node.all_input_nodes if self.seen[n].is_tensor]
+        by_method = node.op == "call_method" and node.target in _SHAPE_METHODS
+        by_attribute = node.target is getattr and node.args[1] in _SHAPE_ATTRIBUTES
+        if tensors and not (by_method or by_attribute or node.target is torch.ops.aten.sym_size.int):
+            return False
+        return all(self.from_sizes(n) for n in node.all_input_nodes if n not in tensors)
+
+    def _is_function_of(self, node: fx.Node, kind: str) -> bool:
+        """Whether a tensor is computed, without parameters and randomness, from sizes and tensors of this kind."""
         if node.op == "get_attr":
             return not isinstance(_attribute(self.model, _without_root(node)), nn.Parameter)
         if node.op not in ("call_function", "call_method") or not self.seen[node].is_tensor:
             return False
-        if _is_random(node) or any(_writes(user) for user in node.users):
+        if _is_random(node) or _writes(node):
             return False
-        return all(self.from_sizes(n) or self.remade(n) for n in node.all_input_nodes)
+        return all(self.from_sizes(n) or kind in self.kinds[n] for n in node.all_input_nodes)
 
 
 class _Builder:
@@ -348,7 +394,7 @@ class _Builder:
             if self.batch is None:
                 self.batch = self.graph.call_method("size", (self.first, 0))
             return self.batch if small == n else self.graph.call_function(operator.mul, (self.batch, small // n))
-        raise CannotCut(f"a number that depends on the batch in an unknown way crosses ({small} for {n} rows)")
+        raise CannotCutError(f"a number that depends on the batch in an unknown way crosses ({small} for {n} rows)")
 
 
 # Tracing and running
@@ -388,10 +434,10 @@ def _following(tracer: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # the user's code: anything can come out
-        raise CannotCut(f"{tracer} cannot follow it ({one_line(error)})") from error
+        raise CannotCutError(f"{tracer} cannot follow it ({one_line(error)})") from error
     drawn = random.getstate() != before[0] or _numpy_state() != before[1]
     if drawn or not torch.equal(torch.get_rng_state(), before[2]):
-        raise CannotCut("it draws random numbers that a trace would freeze")
+        raise CannotCutError("it draws random numbers that a trace would freeze")
 
 
 def _adopt_constants(model: nn.Module, root: nn.Module, graph: fx.Graph) -> None:
@@ -401,7 +447,7 @@ def _adopt_constants(model: nn.Module, root: nn.Module, graph: fx.Graph) -> None
             value = _attribute(root, str(node.target))
             name = f"traced_{'training' if model.training else 'evaluation'}_{str(node.target).replace('.', '_')}"
             if not isinstance(value, Tensor):
-                raise CannotCut("its trace has graphs inside graphs")
+                raise CannotCutError("its trace has graphs inside graphs")
             if not hasattr(model, name):
                 model.register_buffer(name, value, persistent=False)
             node.target = _ROOT + name
@@ -419,7 +465,7 @@ def _run(model: nn.Module, graph: fx.Graph, x: Tensor) -> dict[fx.Node, _Seen]:
         with torch.no_grad():
             recorder.run(x.clone(), enable_io_processing=False)
     except Exception as error:
-        raise CannotCut(f"its trace does not run ({one_line(error)})") from error
+        raise CannotCutError(f"its trace does not run ({one_line(error)})") from error
     return recorder.seen
 
 
@@ -453,8 +499,20 @@ def _last_inside(nodes: Sequence[fx.Node], name: str) -> int:
         and any(path.split("@")[0] == _ROOT + name for path, _ in node.meta.get("nn_module_stack", {}).values())
     ]
     if not inside:
-        raise CannotCut(f"no operation is traced inside {name!r}: it is never executed, or does nothing")
+        raise CannotCutError(f"no operation is traced inside {name!r}: it is never executed, or does nothing")
     return inside[-1]
+
+
+def _with_sources(node: fx.Node) -> set[fx.Node]:
+    """A node and everything that it is computed from."""
+    found: set[fx.Node] = set()
+    pending = [node]
+    while pending:
+        step = pending.pop()
+        if step not in found:
+            found.add(step)
+            pending += step.all_input_nodes
+    return found
 
 
 def _name(node: fx.Node) -> str:
@@ -545,7 +603,7 @@ def _attach(
 def _refuse_if_shared(named: Named, name: str, tensor: Tensor, owner: dict[int, int], k: int) -> None:
     if owner.get(id(tensor), k) != k:
         names = " = ".join(repr(n) for n, (t, _) in named.items() if t is tensor) or repr(name)
-        raise CannotCut(f"{names} is used on both sides of the cut, and a parameter can live on one side only")
+        raise CannotCutError(f"{names} is used on both sides of the cut, and a parameter can live on one side only")
 
 
 def _attribute(root: Any, target: str) -> Any:

@@ -12,8 +12,8 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable
 
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
 from cutlayer.catalog import MODELS
 from cutlayer.errors import ConfigError, unknown
@@ -106,9 +106,10 @@ class Prepare(nn.Module):
     """Pictures [R, 1 or 3, h, w] -> [R, 3, 32, 32]: resized bilinearly, one channel repeated three times."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """[R, 1 or 3, h, w] -> [R, 3, 32, 32]."""
         # Both steps run for every input: a condition on the shape would be a branch that tracing cannot follow, and
         # resizing 32x32 to 32x32 changes nothing.
-        x = F.interpolate(x, size=(32, 32), mode="bilinear", align_corners=False)
+        x = functional.interpolate(x, size=(32, 32), mode="bilinear", align_corners=False)
         return x.expand(-1, 3, -1, -1)
 
 
@@ -127,8 +128,9 @@ class BasicBlock(nn.Module):
             self.shortcut = nn.Sequential(projection, nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.norm1(self.conv1(x)))
-        return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
+        """[R, inputs, h, w] -> [R, outputs, h/stride, w/stride]."""
+        y = functional.relu(self.norm1(self.conv1(x)))
+        return functional.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
 
 
 _BUILDERS: dict[str, Callable[[Shape, int], nn.Module]] = {

@@ -152,9 +152,8 @@ def _comparison(folder: Path, config: dict[str, Any]) -> Report:
         entries.append(Entry(name, algorithm, title, runs, row))
     unfinished = ""
     if done < expected:
-        unfinished = f"{done} of its {expected} runs are done" + (
-            f"; not evaluated yet: {', '.join(absent)}" * bool(absent)
-        )
+        waiting = f"; not evaluated yet: {', '.join(absent)}" if absent else ""
+        unfinished = f"{done} of its {expected} runs are done{waiting}"
     return Report(folder, config, entries, True, unfinished)
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -24,7 +25,7 @@ from cutlayer.report.text import shortened
 Array = npt.NDArray[np.float64]
 
 DPI = 150
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.size": 12,
     "axes.titlesize": 14,
     "axes.labelsize": 12,
@@ -123,8 +124,10 @@ def _figure(report: Report, draws: Sequence[Callable[[Axes, Report], None]]) -> 
     for ax, draw in zip(axes, draws, strict=True):
         draw(ax, report)
     handles = {line.get_label(): line for ax in axes for line in ax.get_lines() if isinstance(line, Line2D)}
-    width = max(len(str(label)) for label in handles)
-    columns = max(1, min(len(handles), int(len(draws) * 46 / (width + 6))))
+    # About 60 characters fit beside each other in a panel; a line's sample takes the room of 6.
+    widths = [len(str(label)) + 6 for label in handles]
+    columns = len(handles) if sum(widths) <= 60 * len(draws) else max(1, 54 * len(draws) // max(widths))
+    figure.set_figheight(5.0 + 0.26 * (math.ceil(len(handles) / columns) - 1))  # room for the legend's further rows
     figure.legend(
         handles=list(handles.values()),
         labels=list(map(str, handles)),
@@ -146,6 +149,8 @@ def _accuracy_over_epochs(ax: Axes, report: Report) -> None:
 def _loss_over_epochs(ax: Axes, report: Report) -> None:
     window = loss_window(report)
     curves = [_loss(entry, label, look, window) for entry, label, look, _ in _looks(report)]
+    if not report.comparison:  # one line, beside lines for test and validation
+        curves = [replace(curves[0], label="training loss", look=(_BLACK, "-"))]
     for curve in curves:
         _plot(ax, curve)
     values = np.concatenate([c.mean for c in curves])
@@ -160,9 +165,7 @@ def _loss_over_epochs(ax: Axes, report: Report) -> None:
 def _accuracy_over_bytes(ax: Axes, report: Report) -> None:
     for curve in _accuracies(report, lambda e: (e["bytes_up"] + e["bytes_down"]) / 1e6):
         crossed = curve.x > 0  # nothing has crossed yet: has no place on a log axis
-        _plot(
-            ax, _Curve(curve.label, curve.look, curve.marker, curve.x[crossed], curve.mean[crossed], curve.std[crossed])
-        )
+        _plot(ax, replace(curve, x=curve.x[crossed], mean=curve.mean[crossed], std=curve.std[crossed]))
     _titled(ax, ("Test accuracy" if report.comparison else "Accuracy") + " over traffic")
     _percent(ax, "test accuracy (%)" if report.comparison else "accuracy (%)")
     ax.set_xscale("log")
@@ -172,7 +175,7 @@ def _accuracy_over_bytes(ax: Axes, report: Report) -> None:
     if 6 < high / low <= 1000:
         ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     elif high / low <= 6:  # so little that even 1, 2, 5 would leave the axis without numbers
-        ax.set_xticks(np.geomspace(low, high, 6)[1:-1], minor=False)
+        ax.set_xticks(sorted({float(f"{x:.2g}") for x in np.geomspace(low, high, 6)[1:-1]}))
         ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.3g}"))
     ax.xaxis.set_minor_formatter(NullFormatter())
 
@@ -308,10 +311,8 @@ def _classes_figure(run: Run) -> Figure:
     _rows_and_columns(cells, names, clients)
     if annotated:
         for (row, column), count in np.ndenumerate(counts):
-            dark = count > 0.55 * top
-            cells.text(
-                column, row, f"{count}", ha="center", va="center", fontsize=10, color="white" if dark else "#222222"
-            )
+            ink = "white" if count > 0.55 * top else "#222222"
+            cells.text(column, row, f"{count}", ha="center", va="center", fontsize=10, color=ink)
     else:
         figure.colorbar(image, ax=cells, location="left", label="samples", pad=0.02, shrink=min(1.0, 4 / height))
     totals = counts.sum(axis=1)

@@ -59,10 +59,10 @@ def sentence(report: Report) -> str:
     data = "data of your own" if c.get("own_data") else _known(value("data"), DATASETS)
     model = "a model of your own" if c.get("own_model") else _known(value("model"), MODELS)
     clients = value("clients")
-    skew = {"dirichlet": " (alpha {})", "shards": " ({} shards each)", "quantity": " ({})"}
+    skew = {"dirichlet": ", alpha {}", "shards": ", {} each", "quantity": ", {}"}
     options = {"dirichlet": "dirichlet_alpha", "shards": "shards_per_client", "quantity": "quantity"}
     partition = value("partition")
-    how = f"partition {partition}" + skew.get(partition, "").format(value(options.get(partition, "partition")))
+    how = partition + skew.get(partition, "").format(value(options.get(partition, "partition")))
     length = f"{value('rounds')} rounds" if c.get("rounds") else f"{value('epochs')} epochs"
     seeds = list(dict.fromkeys(run.seed for entry in report.entries for run in entry.runs))
     cut = dict.fromkeys(str(run["cut"]) for run in runs if run.get("cut"))
@@ -78,7 +78,8 @@ def sentence(report: Report) -> str:
 def _title(report: Report) -> str:
     data = "data of your own" if report.config.get("own_data") else str(report.config.get("data", "data"))
     if report.comparison:
-        return f"{len(report.entries)} way{'s' * (len(report.entries) > 1)} to learn {data} together"
+        titles = [entry.title for entry in report.entries]
+        return f"{listed(titles) if len(titles) <= 6 else f'{len(titles)} algorithms and variants'} on {data}"
     return f"{report.entries[0].title} on {data}"
 
 
@@ -108,7 +109,7 @@ def _row(entry: Entry) -> dict[str, Any]:
 
 
 def _or_dash(value: float | None, form: Any) -> str:
-    return "–" if value is None else str(form(value))
+    return "\N{EN DASH}" if value is None else str(form(value))
 
 
 def _kinds(entry: Entry) -> list[dict[str, str]]:

@@ -9,12 +9,9 @@ def format_bytes(n: int) -> str:
     """Bytes in powers of 1000 with three significant digits: 999 B, 1.00 kB, 12.3 MB."""
     if n < 1000:
         return f"{n} B"
-    value = float(n)
-    for unit in _UNITS[1:]:
-        value /= 1000
-        # 999.5 would be printed as 1000 of this unit: it is 1.00 of the next one.
-        if value < 999.5:
-            break
+    # 999.5 would be printed as 1000 of its unit: it is 1.00 of the next one.
+    power = next((p for p in range(1, len(_UNITS)) if n < 999.5 * 1000**p), len(_UNITS) - 1)
+    value, unit = n / 1000**power, _UNITS[power]
     digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
     return f"{value:.{digits}f} {unit}"
 

@@ -1,0 +1,323 @@
+"""The report: made from files alone, so the folders here are written by hand, as a run would write them."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+
+from cutlayer.errors import RunFolderError
+from cutlayer.report import format_bytes, write
+
+NAMES = ["curves.png", "classes.png", "report.html"]
+
+
+def make_run(
+    path: Path,
+    algorithm: str = "sglr",
+    seed: int = 0,
+    *,
+    clients: int = 4,
+    classes: int = 3,
+    epochs: int = 4,
+    accuracy: float = 0.8,
+    done: bool = True,
+    evaluated: bool = True,
+    class_names: list[str] | None = None,
+    validation: bool = True,
+) -> None:
+    """A run folder of two steps per epoch, 60 samples each; accuracy grows evenly to `accuracy`."""
+    path.mkdir(parents=True)
+    config = {"algorithm": algorithm, "seed": seed, "data": "digits", "clients": clients, "partition": "iid"}
+    config |= {
+        "model": "mlp",
+        "cut": "hidden2",
+        "epochs": epochs,
+        "batch": 8,
+        "client_optimizer": "adam",
+        "client_lr": 0.001,
+    }
+    (path / "config.toml").write_text(tomli_w.dumps(config))
+    counts = [[120 // (clients * classes)] * classes for _ in range(clients)]
+    names = class_names or [str(k) for k in range(classes)]
+    (path / "classes.json").write_text(json.dumps({"class_names": names, "counts": counts}))
+    with (path / "steps.jsonl").open("w") as file:
+        for step in range(2 * epochs):
+            record = {"step": step, "round": step // 2, "loss": 2.0 / (step + 1), "clients": list(range(clients))}
+            record |= {"active": [], "samples": 60, "client_lr": 0.001, "server_lr": 0.004}
+            record |= {"bytes_up": 1000 * (step + 1), "bytes_down": 900 * (step + 1), "seconds": 0.1 * (step + 1)}
+            file.write(json.dumps(record) + "\n")
+    with (path / "evaluations.jsonl").open("w") as file:
+        for epoch in range(1, 1 + epochs * evaluated):
+            now = accuracy * epoch / epochs
+            scores = {"round": epoch, "step": 2 * epoch, "epochs": float(epoch), "test_accuracy": now}
+            scores |= {
+                "validation_accuracy": now + 0.01 if validation else None,
+                "validation_loss": 0.5 * validation or None,
+            }
+            scores |= {"test_loss": 0.6, "test_accuracy_worst": now - 0.1, "bytes_up": 2000 * epoch}
+            file.write(json.dumps({**scores, "bytes_down": 1800 * epoch, "seconds": 0.2 * epoch}) + "\n")
+    if done:
+        result = {"algorithm": algorithm, "engine": "local", "test_accuracy": accuracy, "best_test_accuracy": accuracy}
+        result |= {"best_round": epochs, "rounds": epochs, "steps": 2 * epochs, "samples": 120 * epochs, "seconds": 0.5}
+        result |= {"bytes_up": 12_345_678, "bytes_down": 9_000_000, "bytes_down_broadcast": 4_000_000}
+        kinds = [("down", "cut gradients", 9_000_000, 4_000_000), ("up", "smashed data", 12_345_678, 12_345_678)]
+        table = [{"direction": d, "kind": k, "wire-unicast": u, "wire-broadcast": b} for d, k, u, b in kinds]
+        (path / "result.json").write_text(json.dumps({**result, "bytes": table}))
+
+
+def make_comparison(
+    path: Path, entries: dict[str, str], seeds: tuple[int, ...] = (0, 1), *, finished: bool = True, **options: Any
+) -> None:
+    """A comparison of `entries` (name: algorithm), with accuracies 80 % and, for the second seed, 82 %."""
+    path.mkdir()
+    plain = [name for name, algorithm in entries.items() if name == algorithm]
+    variants = {name: {"algorithm": algorithm, "phi": 0.25} for name, algorithm in entries.items() if name != algorithm}
+    config = {"algorithms": plain, "seeds": list(seeds), "data": "digits", "clients": 4, "partition": "iid", "batch": 8}
+    (path / "config.toml").write_text(tomli_w.dumps({**config, "epochs": 4, "variant": variants}))
+    rows = []
+    for name, algorithm in entries.items():
+        for seed in seeds:
+            make_run(path / name / f"seed-{seed}", algorithm, seed, accuracy=0.8 + 0.02 * seed, **options)
+        row = {"entry": name, "algorithm": algorithm, "title": name.upper() if name == algorithm else name}
+        row |= {"seeds": list(seeds), "accuracy_mean": 0.81, "best_accuracy_mean": 0.805}
+        row |= {
+            "accuracy_std": 0.0142 if len(seeds) > 1 else None,
+            "best_accuracy_std": 0.02 if len(seeds) > 1 else None,
+        }
+        row |= {"steps": 8.0, "steps_per_second": 16.04, "samples_per_second": 1234.5, "bytes_up": 12_345_678.0}
+        rows.append({**row, "bytes_down": 9e6, "bytes_down_broadcast": 4e6, "seconds": 0.5})
+    if finished:
+        (path / "comparison.json").write_text(json.dumps({"rows": rows}))
+
+
+class Page(HTMLParser):
+    """The tags of a page and the text that a reader sees."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.raw = (folder / "report.html").read_text()
+        self.words: list[str] = []
+        self.open: list[str] = []
+        self.feed(self.raw)
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.words.append(data)
+
+
+def png_size(path: Path) -> tuple[int, int]:
+    """Width and height in pixels."""
+    content = path.read_bytes()
+    assert content.startswith(b"\x89PNG\r\n\x1a\n")
+    assert content.endswith(b"IEND\xaeB`\x82")
+    return struct.unpack(">II", content[16:24])
+
+
+def test_comparison(tmp_path: Path) -> None:
+    folder = tmp_path / "c"
+    make_comparison(folder, {"cl": "cl", "psl": "psl", "sglr": "sglr"})
+    assert write(folder) == [folder / name for name in NAMES]
+    assert png_size(folder / "curves.png")[0] > 2000
+    assert png_size(folder / "classes.png")[0] > 1000
+    assert not list(folder.glob(".*.new"))
+    page = Page(folder)
+    assert page.open == []
+    for shown in (
+        "81.00 ± 1.42",
+        "80.50 ± 2.00",
+        "16.0",
+        "1,234",
+        "12.3 MB",
+        "9.00 MB",
+        "21.3 MB",
+        "4.00 MB",
+        "16.3 MB",
+    ):
+        assert shown in page.text
+    assert "CL, PSL and SGLR compared on digits, dealt to 4 clients" in page.text
+    assert "2 seeds" in page.text
+    assert "cutlayer compare --config config.toml" in page.text
+    assert "smashed data" in page.text
+    assert "Not finished" not in page.text
+
+
+def test_page_loads_nothing_and_describes_its_pictures(tmp_path: Path) -> None:
+    make_comparison(tmp_path / "c", {"psl": "psl"})
+    write(tmp_path / "c")
+    page = Page(tmp_path / "c")
+    links = [a[k] or "" for _, a in page.tags for k in ("src", "href", "srcset", "action") if k in a]
+    assert len(links) == 4
+    assert all(link.startswith("data:image/png;base64,") for link in links)
+    assert not {"script", "link", "iframe"} & {tag for tag, _ in page.tags}
+    assert "url(" not in page.raw
+    assert "@import" not in page.raw
+    assert all(a["alt"] for tag, a in page.tags if tag == "img")
+
+
+def test_single_run(tmp_path: Path) -> None:
+    make_run(tmp_path / "r")
+    write(tmp_path / "r")
+    page = Page(tmp_path / "r")
+    assert "SGLR on digits" in page.text
+    assert "cutlayer run --config config.toml" in page.text
+    assert "80.00" in page.text
+    assert "±" not in page.text
+    assert "One seed" in page.text
+    assert "The clients' learning rate" in page.text  # the configuration explains itself
+
+
+def test_run_without_validation(tmp_path: Path) -> None:
+    make_run(tmp_path / "r", validation=False)
+    assert len(write(tmp_path / "r")) == 3
+
+
+def test_single_seed_has_no_spread(tmp_path: Path) -> None:
+    make_comparison(tmp_path / "c", {"psl": "psl", "sgl": "sgl"}, (0,))
+    write(tmp_path / "c")
+    page = Page(tmp_path / "c")
+    assert "81.00" in page.text
+    assert "±" not in page.text
+    assert "no spread is known" in page.text
+
+
+@pytest.mark.parametrize("nasty", ["<b>x", "a $\\frac{ $b", "_hidden", "ünïcode 模型", "x" * 90, "{{ 7*7 }}"])
+def test_names_are_shown_as_they_are(tmp_path: Path, nasty: str) -> None:
+    make_comparison(tmp_path / "c", {"sglr": "sglr", nasty: "sglr"}, class_names=[nasty, "</td>", "2"])
+    rows = json.loads((tmp_path / "c/comparison.json").read_text())
+    rows["rows"][1]["title"] = f"{nasty}</b>"
+    (tmp_path / "c/comparison.json").write_text(json.dumps(rows))
+    write(tmp_path / "c")
+    page = Page(tmp_path / "c")
+    assert page.open == []
+    assert "b" not in {tag for tag, _ in page.tags}
+    assert " ".join(f"{nasty}</b>".split()) in page.text
+
+
+def test_unfinished_run(tmp_path: Path) -> None:
+    make_run(tmp_path / "r", done=False)
+    with (tmp_path / "r/steps.jsonl").open("a") as file:
+        file.write('{"step": 8, "rou')  # a crash cut this line
+    write(tmp_path / "r")
+    page = Page(tmp_path / "r")
+    assert page.text.index("Not finished") < page.text.index("Result")
+    assert "step 8" in page.text
+    assert "80.00" in page.text
+    assert "10.0" in page.text  # 8 steps in .8 seconds
+
+
+def test_unfinished_comparison(tmp_path: Path) -> None:
+    folder = tmp_path / "c"
+    make_comparison(folder, {"psl": "psl", "sfl": "sfl", "sglr": "sglr", "slow": "sglr"}, finished=False)
+    (folder / "sfl/seed-1/result.json").unlink()
+    for seed in (0, 1):
+        (folder / f"sglr/seed-{seed}/result.json").unlink()
+        (folder / f"slow/seed-{seed}/evaluations.jsonl").unlink()
+    write(folder)
+    page = Page(folder)
+    assert "5 of its 8 runs are done" not in page.text  # runs without an evaluation count as not done
+    assert "3 of its 8 runs are done; not evaluated yet: slow" in page.text
+    assert "81.00 ± 1.41" in page.text  # psl: both seeds
+    assert "80.00" in page.text  # sfl: the seed that is done
+    assert "not finished: after 4 epochs" in page.text  # sglr: none is done
+
+
+@pytest.mark.parametrize(("clients", "classes"), [(1, 1), (1, 10), (30, 10), (200, 10), (1000, 100)])
+def test_any_number_of_clients_and_classes(tmp_path: Path, clients: int, classes: int) -> None:
+    make_run(
+        tmp_path / "r", clients=clients, classes=classes, class_names=[f"class number {k}" for k in range(classes)]
+    )
+    write(tmp_path / "r")
+    width, height = png_size(tmp_path / "r/classes.png")
+    assert width > 1000
+    assert 300 < height < 1800
+
+
+def test_many_entries(tmp_path: Path) -> None:
+    entries = {"sglr": "sglr"} | {f"phi {k / 40}, a variant with a long name": "sglr" for k in range(40)}
+    make_comparison(tmp_path / "c", entries, (0,))
+    write(tmp_path / "c")
+    assert png_size(tmp_path / "c/curves.png")[1] >= 700
+
+
+def test_no_evaluation_yet(tmp_path: Path) -> None:
+    make_run(tmp_path / "r", evaluated=False, done=False)
+    make_comparison(tmp_path / "c", {"psl": "psl"}, finished=False, evaluated=False, done=False)
+    for folder in (tmp_path / "r", tmp_path / "c"):
+        with pytest.raises(RunFolderError, match=f"^'{folder}' has no evaluation yet.*cutlayer resume") as caught:
+            write(folder)
+        assert "\n" not in str(caught.value)
+        assert not any((folder / name).exists() for name in NAMES)
+
+
+def test_no_run_and_damaged_runs(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match="no run folder"):
+        write(tmp_path)
+    make_run(tmp_path / "r")
+    (tmp_path / "r/steps.jsonl").write_text("{]\n")
+    with pytest.raises(RunFolderError, match=r"line 1 of .*steps\.jsonl"):
+        write(tmp_path / "r")
+    make_run(tmp_path / "s")
+    (tmp_path / "s/result.json").write_text("{")
+    with pytest.raises(RunFolderError, match=r"result\.json.* is damaged"):
+        write(tmp_path / "s")
+
+
+def test_same_folder_same_report(tmp_path: Path) -> None:
+    make_run(tmp_path / "r")
+    first = [path.read_bytes() for path in write(tmp_path / "r")]
+    assert [path.read_bytes() for path in write(tmp_path / "r")] == first
+
+
+def test_torch_is_not_imported(tmp_path: Path) -> None:
+    make_run(tmp_path / "r")
+    code = "import sys, pathlib; from cutlayer.report import write; {}; print(sorted(sys.modules))"
+    run = f"write(pathlib.Path({str(tmp_path / 'r')!r}))"
+    loaded = [
+        subprocess.run(
+            [sys.executable, "-c", code.format(what)], capture_output=True, text=True, check=True, timeout=120
+        )
+        for what in ("pass", run)
+    ]
+    assert (tmp_path / "r/report.html").exists()
+    assert not re.search(r"'(torch|matplotlib|jinja2)'", loaded[0].stdout)  # format_bytes costs nothing
+    assert "'torch'" not in loaded[1].stdout
+    assert "'matplotlib.pyplot'" not in loaded[1].stdout
+
+
+@pytest.mark.parametrize(
+    ("n", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.00 kB"),
+        (9_994, "9.99 kB"),
+        (9_996, "10.0 kB"),
+        (99_960, "100 kB"),
+        (999_499, "999 kB"),
+        (999_500, "1.00 MB"),
+        (12_345_678, "12.3 MB"),
+        (1_800_024_000, "1.80 GB"),
+        (10**21, "1000 EB"),
+    ],
+)
+def test_format_bytes(n: int, text: str) -> None:
+    assert format_bytes(n) == text
