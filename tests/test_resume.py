@@ -13,7 +13,8 @@ from torch import nn
 
 from cutlayer import Comparison, Run, RunFolderError, checkpoint
 from cutlayer.catalog import ALGORITHMS
-from cutlayer.folder import CHECKPOINT, EVALUATIONS, RESULT, STEPS, records
+from cutlayer.files import read_records
+from cutlayer.folder import CHECKPOINT, EVALUATIONS, RESULT, STEPS
 
 SIZES = [10, 5, 7]
 
@@ -49,7 +50,7 @@ def new(algorithm: str, out: Path | None) -> Run:
 
 def without_times(path: Path) -> list[dict[str, Any]]:
     """Records but for the one field that cannot be equal: how long it took."""
-    return [{k: v for k, v in r.items() if k != "seconds"} for r in records(path)]
+    return [{k: v for k, v in r.items() if k != "seconds"} for r in read_records(path)]
 
 
 def same(a: Any, b: Any) -> bool:

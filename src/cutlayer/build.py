@@ -110,8 +110,7 @@ def load_source(config: RunConfig, data: Data | None, dtype: torch.dtype) -> Sou
     elif isinstance(data, tuple):
         source = from_arrays(*data, **held_out)
     elif data is not None:
-        columns = {"label_column": config.label_column, "client_column": config.client_column}
-        source = from_dataset(data, **columns, **held_out)
+        source = from_dataset(data, label_column=config.label_column, client_column=config.client_column, **held_out)
     else:
         source = load(
             config.data,

@@ -7,7 +7,6 @@ of the tree JSON in its header.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from cutlayer.errors import RunFolderError
+from cutlayer.files import replace_file
 
 _HEADER = "cutlayer"
 
@@ -41,21 +41,6 @@ def read(path: Path) -> dict[str, Any]:
         raise RunFolderError(
             f"{str(path)!r} is not a whole checkpoint ({error}): start the run anew in another folder"
         ) from None
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Put `content` at `path` atomically: a reader sees the old file or the new one, also after a power cut."""
-    fresh = path.with_name(f".{path.name}.new")
-    with fresh.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(fresh, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:

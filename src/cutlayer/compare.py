@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -13,6 +12,7 @@ from cutlayer.build import Data, Model, assemble, by_name
 from cutlayer.catalog import ALGORITHMS
 from cutlayer.config import CompareConfig, RunConfig
 from cutlayer.errors import RunFolderError
+from cutlayer.files import read_json
 from cutlayer.folder import COMPARISON, CONFIG, RESULT, Folder, refuse_used, stored_config
 from cutlayer.run import Record, Result, Run
 
@@ -120,9 +120,8 @@ class Comparison:
 
 def _finished(where: Path | None) -> Result | None:
     """The result of a run that is done already."""
-    if where is None or not (where / RESULT).exists():
-        return None
-    return Result(**json.loads((where / RESULT).read_text()))
+    stored = None if where is None else read_json(where / RESULT)
+    return None if stored is None else Result(**stored)
 
 
 def _refuse_path_names(plan: Mapping[str, object]) -> None:

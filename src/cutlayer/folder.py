@@ -13,15 +13,15 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self, TextIO
 
 import tomli_w
 
-from cutlayer.checkpoint import replace_file
 from cutlayer.config import read_toml
 from cutlayer.errors import RunFolderError
+from cutlayer.files import replace_file
 
 CONFIG, STEPS, EVALUATIONS, CLASSES = "config.toml", "steps.jsonl", "evaluations.jsonl", "classes.json"
 CHECKPOINT, RESULT, COMPARISON = "checkpoint.safetensors", "result.json", "comparison.json"
@@ -104,15 +104,6 @@ def refuse_used(path: Path) -> None:
         raise RunFolderError(
             f"{str(path)!r} already holds files: choose another --out, or `cutlayer resume {path}` to finish that run"
         )
-
-
-def records(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a .jsonl file; a line cut short by a crash is left out."""
-    if path.exists():
-        with path.open() as file:
-            for line in file:
-                if line.endswith("\n"):
-                    yield json.loads(line)
 
 
 def stored_config(path: Path) -> dict[str, Any]:

@@ -43,7 +43,10 @@ def make_optimizer(name: str, lr: float, options: Mapping[str, Any]) -> MakeOpti
         if option not in parameters:
             raise ConfigError(unknown(f"option of {name}", option, parameters))
     try:
-        kind([nn.Parameter(torch.zeros(1))], lr=lr, **options)
+        # One idle step: it also loads what torch loads at the first one (seconds), so that no run's clock counts it.
+        probe = nn.Parameter(torch.zeros(1))
+        probe.grad = torch.zeros(1)
+        kind([probe], lr=lr, **options).step()
     except (ValueError, TypeError, RuntimeError) as error:
         raise ConfigError(f"the optimizer {name!r} refuses {dict(options)}: {error}; mend these options") from None
 

@@ -51,6 +51,7 @@ class Scores:
     test_accuracy_worst: float
     bytes_up: int
     bytes_down: int
+    bytes_down_broadcast: int
     seconds: float
 
 
@@ -247,6 +248,7 @@ class Run:
             min(test.accuracies.values()),
             ledger.total("up"),
             ledger.total("down"),
+            ledger.total("down", "wire-broadcast"),
             round(self._seconds, 4),
         )
 

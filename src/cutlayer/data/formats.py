@@ -425,8 +425,7 @@ def import_datasets() -> Any:
         import datasets  # type: ignore[import-untyped]
     except ImportError:
         raise DataError(
-            "Hugging Face data sets need the package 'datasets', which is not installed: pip install "
-            "datasets"
+            "Hugging Face data sets need the package 'datasets', which is not installed: pip install datasets"
         ) from None
     return datasets
 

@@ -175,6 +175,9 @@ class _Template:
     leaves: tuple[Any, ...]
     trouble: str = ""
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Template:
+        return self  # immutable
+
     def make(self, replay: _Replay) -> Any:
         if self.trouble:
             raise CannotCutError(self.trouble)
@@ -318,10 +321,9 @@ class _Replay:
         return made
 
 
-# Reads no value of its operands, so that made-up operands do no harm.
-_VALUE_FREE = frozenset(
-    f"{kind}{what}" for what in ("zeros", "ones", "full", "empty", "rand", "randn") for kind in ("new_", "")
-) | frozenset(f"{what}_like" for what in ("zeros", "ones", "full", "empty", "rand", "randn"))
+# Operations that read no value of their operands, so that made-up operands do no harm.
+_KINDS = ("zeros", "ones", "full", "empty", "rand", "randn")
+_VALUE_FREE = frozenset(f"{kind}_like" for kind in _KINDS) | frozenset(f"new_{kind}" for kind in _KINDS)
 
 
 class _Watch(TorchFunctionMode):

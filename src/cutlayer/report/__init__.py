@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from cutlayer.files import replace_file
 from cutlayer.report.text import format_bytes
 
 CURVES, CLASS_COUNTS, PAGE = "curves.png", "classes.png", "report.html"
@@ -29,5 +30,5 @@ def write(folder: Path) -> list[Path]:
         PAGE: page.render(report, panels, classes).encode(),
     }
     for name, content in contents.items():
-        collect.replace_file(report.folder / name, content)
+        replace_file(report.folder / name, content)
     return [report.folder / name for name in contents]

@@ -1,22 +1,20 @@
 """What a folder holds, in the form that pictures and page need: Report > Entry > Run.
 
-A single run is a report of one entry with one run. The files are read here and not through `cutlayer.folder`, which
-needs torch for its checkpoints: a report must open where torch is not installed or slow to load.
+A single run is a report of one entry with one run. Nothing here imports torch: a report must open at once.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cutlayer.catalog import ALGORITHMS
-from cutlayer.config import read_toml
 from cutlayer.errors import RunFolderError
+from cutlayer.files import read_json, read_records
+from cutlayer.folder import CLASSES, COMPARISON, CONFIG, EVALUATIONS, RESULT, STEPS, stored_config
 
 
 @dataclass(frozen=True)
@@ -94,10 +92,8 @@ class Report:
 
 def read(folder: Path) -> Report:
     """Read a run or comparison folder. Raises RunFolderError where there is nothing to report."""
-    if not (folder / "config.toml").is_file():
-        raise RunFolderError(f"{str(folder)!r} is no run folder: it has no config.toml; name the folder of a run")
-    config = read_toml(folder / "config.toml")
-    comparison = "algorithms" in config or any(folder.glob("*/seed-*/config.toml"))
+    config = stored_config(folder)
+    comparison = "algorithms" in config or any(folder.glob(f"*/seed-*/{CONFIG}"))
     report = _comparison(folder, config) if comparison else _single(folder, config)
     if not report.entries:
         raise RunFolderError(
@@ -105,19 +101,6 @@ def read(folder: Path) -> Report:
             f"go on with `cutlayer resume {folder}`"
         )
     return report
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Put `content` at `path` atomically: a reader sees the old file or the new one."""
-    fresh = path.with_name(f".{path.name}.new")
-    try:
-        with fresh.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(fresh, path)
-    except OSError as error:
-        raise RunFolderError(f"cannot write {str(path)!r}: {error.strerror}; make the folder writable") from None
 
 
 def _single(folder: Path, config: dict[str, Any]) -> Report:
@@ -134,8 +117,8 @@ def _single(folder: Path, config: dict[str, Any]) -> Report:
 
 def _comparison(folder: Path, config: dict[str, Any]) -> Report:
     planned = [*map(str, config.get("algorithms", [])), *map(str, config.get("variant", {}))]
-    found = sorted({path.parent.parent.name for path in folder.glob("*/seed-*/config.toml")})
-    stored = _json(folder / "comparison.json") or {"rows": []}
+    found = sorted({path.parent.parent.name for path in folder.glob(f"*/seed-*/{CONFIG}")})
+    stored = read_json(folder / COMPARISON) or {"rows": []}
     rows = {str(row["entry"]): row for row in stored["rows"]}
     entries, absent, done, expected = [], [], 0, 0
     for name in dict.fromkeys([*planned, *found]):
@@ -159,16 +142,16 @@ def _comparison(folder: Path, config: dict[str, Any]) -> Report:
 
 def _run(folder: Path) -> Run | None:
     """The run in `folder`; None where it has no evaluation yet."""
-    evaluations = list(_records(folder / "evaluations.jsonl"))
+    evaluations = list(read_records(folder / EVALUATIONS))
     if not evaluations:
         return None
-    config = read_toml(folder / "config.toml")
+    config = stored_config(folder)
     losses, samples, seconds = [], [], 0.0
-    for record in _records(folder / "steps.jsonl"):
+    for record in read_records(folder / STEPS):
         losses.append(float(record["loss"]))
         samples.append(int(record["samples"]))
         seconds = float(record["seconds"])
-    classes = _json(folder / "classes.json")
+    classes = read_json(folder / CLASSES)
     if classes is None:
         raise RunFolderError(f"{str(folder)!r} lacks classes.json: restore that file, or run anew in another folder")
     return Run(
@@ -180,7 +163,7 @@ def _run(folder: Path) -> Run | None:
         seconds=seconds,
         class_names=list(map(str, classes["class_names"])),
         counts=classes["counts"],
-        result=_json(folder / "result.json"),
+        result=read_json(folder / RESULT),
     )
 
 
@@ -248,28 +231,3 @@ def _facts(run: Run) -> dict[str, float | None]:
 def _title(name: str, algorithm: str) -> str:
     """An algorithm's title, or a variant's own name."""
     return ALGORITHMS[algorithm].title if name == algorithm and algorithm in ALGORITHMS else name
-
-
-def _json(path: Path) -> Any:
-    """The content of a JSON file; None where there is none."""
-    if not path.exists():
-        return None
-    try:
-        return json.loads(path.read_text())
-    except (ValueError, OSError) as error:
-        raise RunFolderError(f"{str(path)!r} is damaged ({error}): restore it, or run anew in another folder") from None
-
-
-def _records(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a .jsonl file; a line that is still being written, or was cut by a crash, is left out."""
-    if not path.exists():
-        return
-    with path.open() as file:
-        for number, line in enumerate(file, 1):
-            if line.endswith("\n"):
-                try:
-                    yield json.loads(line)
-                except ValueError:
-                    raise RunFolderError(
-                        f"line {number} of {str(path)!r} is no JSON: mend or remove it, or run anew in another folder"
-                    ) from None

@@ -1,0 +1,62 @@
+"""The README's examples run as they stand: its Python blocks, and its `cutlayer` command lines."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+# `make` targets are what runs these tests; lines that say how long they take are not for every test run.
+COMMANDS = [
+    line.split("  #")[0].strip()
+    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if line.startswith("cutlayer ") and "minute" not in line
+]
+
+
+def shell(command: list[str], where: Path) -> str:
+    done = subprocess.run(
+        command,
+        cwd=where,
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+        env={**os.environ, "COLUMNS": "140"},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_there_are_examples() -> None:
+    assert len(PYTHON) >= 2
+    assert len(COMMANDS) >= 4
+
+
+@pytest.mark.parametrize("number", range(len(PYTHON)))
+def test_python_examples(number: int, tmp_path: Path) -> None:
+    """Each block runs by itself in an empty folder and prints something."""
+    assert shell([sys.executable, "-W", "error", "-c", PYTHON[number]], tmp_path)
+
+
+def test_commands(tmp_path: Path) -> None:
+    """All in one folder, in order: later lines use the runs of earlier ones. The TOML example is there as written."""
+    (config,) = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "sweep.toml").write_text(config)
+    for command in COMMANDS:
+        shell([sys.executable, "-m", *shlex.split(command)], tmp_path)
+
+
+def test_it_names_the_commands_that_exist() -> None:
+    """Every `make` target it names is in the Makefile."""
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"make ([a-z-]+)", README)) <= targets
