@@ -88,10 +88,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b, t, d = x.shape
-        q, k, v = (
-            part.view(b, t, self.heads, d // self.heads).transpose(1, 2)
-            for part in self.qkv(self.norm(x)).split(d, dim=2)
-        )
+        q, k, v = self.qkv(self.norm(x)).split(d, dim=2)
+        q, k, v = (y.view(b, t, self.heads, d // self.heads).transpose(1, 2) for y in (q, k, v))
         scores = (q @ k.transpose(-2, -1)).masked_fill(self.mask[:t, :t] == 0, float("-inf"))
         y = (self.drop(scores.softmax(-1)) @ v).transpose(1, 2).contiguous().view(b, t, d)
         x = x + self.proj(y)
@@ -297,7 +295,7 @@ USERS: list[tuple[Any, Any, str, str, int, str, str]] = [
     (Gpt, ids, "blocks.1.qkv", "fx", 2, "blocks.1.qkv.weight", "blocks.1.proj.weight"),
     (encoder, ids, "encoder.layers.0", "hooks", 1, "encoder.layers.0.linear1.weight", "encoder.layers.1.norm1.weight"),
     (encoder, ids, "encoder", "fx", 1, "encoder.layers.1.linear1.weight", "head.weight"),
-    (padded_encoder, ids, "embed", "fx", 2, "embed.weight", "head.weight"),
+    (padded_encoder, ids, "embed", "fx", 3, "embed.weight", "head.weight"),
     (padded_encoder, ids, "encoder.layers.0", "export", 2, "token", "encoder.layers.1.norm1.weight"),
     (lstm, ids, "rnn", "fx", 1, "rnn.weight_hh_l1", "middle.weight"),
     (gru, ids, "rnn", "fx", 1, "rnn.weight_hh_l1", "middle.weight"),
@@ -682,7 +680,7 @@ def test_the_raw_input_does_not_cross() -> None:
     message = refused(Skip(), "a", vector())
     assert "raw input" in message
     assert "privacy" in message
-    assert "Only 'input' and 'output' work" in message
+    assert "only 'input' and 'output' work" in message
 
 
 def test_a_flattened_input_is_still_the_raw_input() -> None:
@@ -771,15 +769,9 @@ def test_frozen_randomness_is_noticed() -> None:
                 y = self.b(y)
             return self.c(y)
 
-    model = LayerDrop()
-    parts = cut(model, "a", vector())
-    assert parts.method == "hooks"
-    x = vector(3)
-    for seed in range(8):  # both ways are taken
-        with torch_seeded(seed, "test"):
-            expected = model(x)
-        with torch_seeded(seed, "test"):
-            assert torch.equal(together(parts, x), expected)
+    message = refused(LayerDrop(), "a", vector())
+    assert "draws random numbers that a trace would freeze" in message
+    assert "which layers run depends on the batch, or on chance" in message
 
 
 @pytest.mark.parametrize(

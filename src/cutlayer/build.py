@@ -18,12 +18,14 @@ from torch import nn
 
 from cutlayer import seeds
 from cutlayer.catalog import ALGORITHMS, MODELS
+from cutlayer.cohort import draw_participants
 from cutlayer.config import RunConfig
 from cutlayer.costs.ledger import Ledger, MeteredCohort
 from cutlayer.data import Source, class_counts, from_arrays, from_dataset, load, partition
 from cutlayer.engine.local import LocalCohort
 from cutlayer.errors import ConfigError, CutError, DataError, unknown
 from cutlayer.models import Parts, build, cut
+from cutlayer.models.parts import one_line
 from cutlayer.optim import MakeOptimizer, make_optimizer
 from cutlayer.server import Server
 
@@ -42,7 +44,8 @@ def by_name(model: Model | str | None, data: Data | str | None) -> tuple[Model |
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
-_SERVER_SEES_ONE_CLIENT = {"ssl", "ussl", "sflv1", "sflv2", "sflv3"}
+_SERVER_SEES_ONE_CLIENT = {"ssl", "sflv1", "sflv2", "sflv3"}
+_LARGEST_RATE = 30  # as a power of ten: what is more overflows float32 at the first step
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ def assemble(config: RunConfig, model: Model | None = None, data: Data | None = 
     dtype = DTYPES[config.precision]
     source = load_source(config, data, dtype)
     parts = _partition(config, source)
+    owners = [np.concatenate(parts)] if config.algorithm == "cl" else parts
     make_model = _maker(config, model, source)
     whole = make_model("model").to(dtype)
     example = source.train.x[: max(2, min(3, len(source.train)))]
@@ -74,12 +78,13 @@ def assemble(config: RunConfig, model: Model | None = None, data: Data | None = 
     cuts = _cut_names(config, model)
     split = cut(whole, cuts, example)
     _check_parts(config, split, cuts)
-    _check_single_rows(config, split, parts, example)
+    rounds, per_epoch = _rounds(config, [len(p) for p in owners])
+    _check_single_rows(config, split, [len(p) for p in owners], rounds, example)
+    _check_rate(config)
 
     make_client, make_server = _optimizers(config)
     server_lr = config.server_lr or config.client_lr
     server = Server(split.server, make_server, server_lr, seeds.derive(config.seed, "server"))
-    owners = [np.concatenate(parts)] if config.algorithm == "cl" else parts
     cohort = LocalCohort(
         _client_models(config, split, make_model, len(owners), dtype),
         source.train,
@@ -97,7 +102,6 @@ def assemble(config: RunConfig, model: Model | None = None, data: Data | None = 
     ledger = Ledger(len(owners))
     if config.algorithm == "cl":
         ledger.add("up", "raw data", 0, _raw_bytes(source, owners[0]))
-    rounds, per_epoch = _rounds(config, [len(p) for p in owners])
     counts = class_counts(source.train.y, parts, source.classes)
     return Training(source, server, MeteredCohort(cohort, ledger), ledger, rounds, per_epoch, counts)
 
@@ -127,6 +131,11 @@ def load_source(config: RunConfig, data: Data | None, dtype: torch.dtype) -> Sou
         source.class_names,
         source.client_column,
     )
+
+
+def deal(config: RunConfig, data: Data | None = None) -> list[np.ndarray]:
+    """The rows of each client, as `assemble` deals them. Raises DataError, ConfigError."""
+    return _partition(config, load_source(config, data, DTYPES[config.precision]))
 
 
 def _partition(config: RunConfig, source: Source) -> list[np.ndarray]:
@@ -190,8 +199,8 @@ def _sentences(what: str, value: object) -> Iterator[None]:
     """Turn whatever a user's module raises into one sentence."""
     try:
         yield
-    except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # the user's module: anything can come out
+        reason = one_line(error)
         raise ConfigError(f"{what} (shape per sample {value}): {reason}; choose a model that fits the data") from None
 
 
@@ -229,21 +238,57 @@ def _check_parts(config: RunConfig, split: Parts, cuts: tuple[str, ...]) -> None
             )
 
 
-def _check_single_rows(config: RunConfig, split: Parts, parts: list[np.ndarray], example: torch.Tensor) -> None:
+def _check_single_rows(config: RunConfig, split: Parts, sizes: list[int], rounds: int, example: torch.Tensor) -> None:
     """Batch normalisation over features cannot train on one row: find that out now. Raises ConfigError."""
-    alone = [k for k, rows in enumerate(parts) if len(rows) % config.batch == 1 or config.batch == 1]
+    alone = [k for k, size in enumerate(sizes) if size % config.batch == 1 or config.batch == 1]
     if not alone:
         return
     probe = copy.deepcopy(split)
+    for part in probe.all:
+        part.train()
+    client = alone[0]
     try:
-        rows = probe.client.train()(example[:1])
-        if config.algorithm in _SERVER_SEES_ONE_CLIENT:
-            probe.server.train()(rows)
+        with seeds.torch_seeded(config.seed, "probe"):
+            rows = probe.client(example[:1])
+            if probe.tail is not None:
+                probe.tail(probe.server(rows))
+            elif config.algorithm in _SERVER_SEES_ONE_CLIENT:
+                probe.server(rows)
+            elif (lonely := _alone_in_union(config, sizes, alone, rounds)) is not None:
+                client = lonely
+                probe.server(rows)
     except ValueError as error:
         raise ConfigError(
-            f"batch = {config.batch} leaves client {alone[0]} ({len(parts[alone[0]])} samples) a batch of one sample, "
+            f"batch = {config.batch} leaves client {client} ({sizes[client]} samples) a batch of one sample, "
             f"with which this model cannot train ({error}): choose another batch"
         ) from None
+
+
+def _alone_in_union(config: RunConfig, sizes: list[int], alone: list[int], rounds: int) -> int | None:
+    """A client whose one row is at some step all that the server gets from everybody; None where there is none."""
+    if ALGORITHMS[config.algorithm].whole:
+        return None
+    for index in range(rounds if config.participation < 1 else 1):
+        here = draw_participants(config.seed, index, len(sizes), config.participation)
+        batches = {k: math.ceil(sizes[k] / config.batch) for k in here}
+        if "local_steps" in ALGORITHMS[config.algorithm].options and config.local_steps:
+            batches = dict.fromkeys(here, config.local_steps)
+        longest = [k for k in here if batches[k] == max(batches.values())]
+        if len(longest) == 1 and longest[0] in alone:
+            return longest[0]
+    return None
+
+
+def _check_rate(config: RunConfig) -> None:
+    """SplitLr must give a rate that is a number. Raises ConfigError."""
+    if "alpha" not in ALGORITHMS[config.algorithm].options:
+        return
+    base = config.server_lr or config.client_lr
+    if math.log10(base) + config.alpha * math.log10(config.clients) > _LARGEST_RATE:
+        raise ConfigError(
+            f"alpha = {config.alpha} makes the server's rate {base:g} x {config.clients}^{config.alpha:g}, more than "
+            f"1e{_LARGEST_RATE}: choose a smaller alpha, such as 1"
+        )
 
 
 def _optimizers(config: RunConfig) -> tuple[MakeOptimizer, MakeOptimizer]:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, Self
 
-from cyclopts import App, CycloptsError, Group, Parameter
+from cyclopts import App, CycloptsError, Group, Parameter, UnusedCliTokensError
 from cyclopts import ValidationError as FlagError
 from pydantic import ValidationError
 from rich.console import Console
@@ -27,7 +27,7 @@ from rich.text import Text
 
 from cutlayer import __version__
 from cutlayer.catalog import ALGORITHMS, DATA_FORMATS, DATASETS, MODELS
-from cutlayer.config import CompareConfig, RunConfig, applicable, explain, read_toml
+from cutlayer.config import CompareConfig, RunConfig, applicable, explain, overlaid, read_toml
 from cutlayer.errors import ConfigError, CutlayerError
 from cutlayer.report.text import format_bytes
 
@@ -117,7 +117,8 @@ def resume(folder: _Folder, *, options: Annotated[RunConfig | None, _Star] = Non
         from cutlayer.compare import Comparison
 
         if given:
-            raise ConfigError(f"{next(iter(given))}: a comparison is resumed as it was started; leave options out")
+            name, value = next(iter(given.items()))
+            raise ConfigError(f"{name} = {value!r}: a comparison is resumed as it was started; leave options out")
         _compare(Comparison.resume(folder))
     else:
         from cutlayer.run import Run
@@ -165,7 +166,7 @@ def list_(what: Literal["all", "algorithms", "data", "models"] = "all", /) -> No
 def main() -> NoReturn:
     """Run the command line: one clear sentence on stderr and an exit code for everything that goes wrong."""
     try:
-        app(exit_on_error=False, print_error=False, result_action="return_value")
+        app(sys.argv[1:], exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as error:
         _fail(_flag_sentence(error), 2)
     except CutlayerError as error:
@@ -176,26 +177,24 @@ def main() -> NoReturn:
 
 
 def _fail(sentence: str, code: int) -> NoReturn:
-    err.print(f"[bold red]error:[/] {_escaped(sentence)}", soft_wrap=True, highlight=False)
+    err.print(Text.assemble(("error:", "bold red"), " ", " ".join(sentence.splitlines())), soft_wrap=True)
     sys.exit(code)
-
-
-def _escaped(text: str) -> str:
-    return text.replace("[", r"\[")
 
 
 def _flag_sentence(error: CycloptsError) -> str:
     """One sentence for a flag that cyclopts or a field's range refused."""
     cause = error.__cause__
     if isinstance(error, FlagError) and isinstance(cause, ValidationError):
-        return str(explain(cause, RunConfig if "algorithm" in str(cause.title) else CompareConfig))
-    return str(error).strip().replace("\n", " ")
+        return str(explain(cause, CompareConfig if cause.title == CompareConfig.__name__ else RunConfig))
+    if isinstance(error, UnusedCliTokensError):
+        return f"unexpected {' '.join(error.unused_tokens or [])!r}: values follow their option, see `cutlayer --help`"
+    return str(error).strip()
 
 
 def _merged(model: type[Any], options: Any, config: Path | None) -> dict[str, Any]:
     """The file's values with the flags over them."""
     flags = {} if options is None else options.model_dump(include=options.model_fields_set)
-    return {**(read_toml(config) if config is not None else {}), **flags}
+    return overlaid(read_toml(config) if config is not None else {}, flags)
 
 
 def _fresh(name: str) -> Path:
@@ -262,7 +261,10 @@ class Monitor:
         self._progress.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None and self._task is not None and self._run is not None:
+            self._progress.update(self._task, completed=self._run.rounds)
+            self._progress.advance(self._all)
         self._progress.stop()
 
     def show(self, label: str, run: Run, record: Record) -> None:

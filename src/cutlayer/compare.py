@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cutlayer.build import Data, Model, assemble, by_name
+from cutlayer.build import Data, Model, assemble, by_name, deal
 from cutlayer.catalog import ALGORITHMS
-from cutlayer.config import CompareConfig, RunConfig
+from cutlayer.config import CompareConfig, RunConfig, overlaid
 from cutlayer.errors import RunFolderError
 from cutlayer.files import read_json
 from cutlayer.folder import COMPARISON, CONFIG, RESULT, Folder, refuse_used, stored_config
-from cutlayer.run import Record, Result, Run
+from cutlayer.run import Record, Result, Run, own_things, without_own
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Comparison:
     ) -> None:
         base = {} if config is None else config.model_dump(include=config.model_fields_set)
         self._model, self._data, names = by_name(model, data)
-        self.config = CompareConfig.of({**base, **options, **names})
+        self.config = CompareConfig.of(overlaid(base, {**options, **names}))
         self.plan = self.config.runs(frozenset(self.config.model_fields_set))
         self.out = None if out is None else Path(out)
         self._resumed = False
@@ -69,7 +69,7 @@ class Comparison:
     @classmethod
     def resume(cls, out: str | Path, *, model: Model | None = None, data: Data | None = None) -> Comparison:
         """A comparison that goes on where the one in `out` stopped. Raises RunFolderError where it can't."""
-        config = CompareConfig.of(stored_config(Path(out)))
+        config = CompareConfig.of(without_own(stored_config(Path(out)), Path(out), model=model, data=data))
         comparison = cls(config, model=model, data=data)
         comparison.out, comparison._resumed = Path(out), True
         return comparison
@@ -77,7 +77,11 @@ class Comparison:
     def check(self) -> None:
         """Build every entry once, so that what is wrong is found before the first is trained. Raises UsageError."""
         for seeds in self.plan.values():
-            assemble(next(iter(seeds.values())), self._model, self._data)
+            first, *others = seeds.values()
+            assemble(first, self._model, self._data)
+            for config in others:
+                if config.partition in ("dirichlet", "column"):  # with another seed a client may stay without samples
+                    deal(config, self._data)
 
     def run(self) -> list[Row]:
         """Train everything and return the table."""
@@ -90,7 +94,8 @@ class Comparison:
         if self.out is None:
             yield from self._train()
             return
-        with Folder.reopen(self.out) if self._resumed else Folder.create(self.out, self.config.resolved()) as folder:
+        stored = {**self.config.resolved(), **own_things(model=self._model, data=self._data)}
+        with Folder.reopen(self.out) if self._resumed else Folder.create(self.out, stored) as folder:
             yield from self._train()
             folder.write_json(COMPARISON, {"rows": [asdict(row) for row in self.table()]})
 

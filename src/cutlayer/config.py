@@ -6,13 +6,15 @@ have been merged. Only what applies to the chosen algorithm is kept in the resol
 
 from __future__ import annotations
 
+import json
+import math
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from cyclopts import Group, Parameter
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from cutlayer.catalog import ALGORITHMS, MODELS
 from cutlayer.errors import ConfigError, unknown
@@ -26,12 +28,31 @@ SPLIT_AVG = Group("SplitAvg (sgl, sglr)", sort_key=6)
 OTHERS = Group("Other algorithms", sort_key=7)
 OUTPUT = Group("Output", sort_key=8)
 
-Options = dict[str, bool | int | float | str | list[float]]
+
+def _typed(options: Any) -> Any:
+    """Options given as flags are texts: those that say true, 0.9 or [0.9, 0.99] become that."""
+    if not isinstance(options, Mapping):
+        return options
+    return {name: _value(v) if isinstance(v, str) else v for name, v in options.items()}
+
+
+def _value(text: str) -> Any:
+    try:
+        value = json.loads(text.lower() if text.lower() in ("true", "false") else text)
+    except ValueError:
+        return text
+    finite = isinstance(value, (bool, int)) or (isinstance(value, float) and math.isfinite(value))
+    return value if finite or isinstance(value, list) else text
+
+
+Options = Annotated[dict[str, bool | int | float | str | list[float]], BeforeValidator(_typed)]
 _options_flag = Parameter(group=TRAINING, negative=())
 
 
 class _Config(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
@@ -166,14 +187,12 @@ class CommonConfig(_Config):
                 raise ConfigError(
                     f"lr_decay_at = {fraction} is no fraction of the rounds: give values between 0 and 1, e.g. 0.8"
                 )
-        if {"epochs", "rounds"} <= given:
+        if {"epochs", "rounds"} <= given and self.rounds is not None:
             raise ConfigError(f"epochs = {self.epochs} and rounds = {self.rounds} say the same thing twice: give one")
         if {"local_epochs", "local_steps"} <= given and self.local_steps is not None:
             raise ConfigError(
                 f"local_epochs = {self.local_epochs} and local_steps = {self.local_steps} exclude each other: give one"
             )
-        if "ussl" in algorithms and self.tail_cut is None:
-            raise ConfigError("ussl needs tail_cut: name the module after which the client takes over again")
 
 
 class RunConfig(CommonConfig):
@@ -183,6 +202,15 @@ class RunConfig(CommonConfig):
     """The algorithm (see `cutlayer list algorithms`)."""
     seed: Annotated[int, Parameter(group=TRAINING)] = Field(0, ge=0)
     """Names all randomness: splits, partition, initial weights, batches, active clients."""
+
+    def check(self, algorithms: tuple[str, ...], given: frozenset[str]) -> None:
+        """Also that the U-shape has its second cut."""
+        super().check(algorithms, given)
+        if self.algorithm == "ussl" and self.tail_cut is None:
+            raise ConfigError(
+                "ussl needs tail_cut: name the module after which the client takes over again, e.g. --tail-cut hidden3 "
+                "for the mlp"
+            )
 
     def resolved(self) -> dict[str, Any]:
         """The options that decide this run, defaults written out, those without effect left out. TOML-ready."""
@@ -216,23 +244,43 @@ class CompareConfig(CommonConfig):
         base = self.model_dump(include=set(given & set(CommonConfig.model_fields)))
         if not self.algorithms and not self.variant:
             raise ConfigError("algorithms is empty: name at least one, e.g. --algorithms psl sglr")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or len(set(self.algorithms)) < len(self.algorithms):
-            raise ConfigError("seeds and algorithms must be non-empty and name nothing twice")
+        if not self.seeds:
+            raise ConfigError("seeds is empty: name at least one, e.g. --seeds 0 1 2")
+        listed: dict[str, tuple[int | str, ...]] = {"seeds": self.seeds, "algorithms": self.algorithms}
+        for option, chosen in listed.items():
+            twice = [value for value in chosen if chosen.count(value) > 1]
+            if twice:
+                raise ConfigError(f"{option} names {twice[0]!r} twice: name it once")
+        if min(self.seeds) < 0:
+            raise ConfigError(f"seeds = {min(self.seeds)} is not possible: a seed must be 0 or greater")
         names = tuple(str(v.get("algorithm", "sglr")) for v in self.variant.values())
         self.check((*self.algorithms, *names), given & frozenset(CommonConfig.model_fields))
         entries: dict[str, dict[int, RunConfig]] = {}
         for algorithm in self.algorithms:
             own = {k: v for k, v in base.items() if k not in all_specific() or k in applicable(algorithm)}
-            entries[algorithm] = {s: RunConfig.of({**own, "algorithm": algorithm, "seed": s}) for s in self.seeds}
+            first = RunConfig.of({**own, "algorithm": algorithm})
+            first.check((algorithm,), frozenset(own))
+            entries[algorithm] = {s: first.model_copy(update={"seed": s}) for s in self.seeds}
         for name, values in self.variant.items():
             if name in entries:
                 raise ConfigError(f"variant {name!r} has the name of an algorithm that is compared too: rename it")
-            algorithm = str(values.get("algorithm", "sglr"))
-            own = {k: v for k, v in base.items() if k not in all_specific() or k in applicable(algorithm)}
-            first = RunConfig.of({**own, **normalised(values)})
-            first.check((first.algorithm,), frozenset(normalised(values)))
+            try:
+                first = _variant(base, normalised(values))
+            except ConfigError as error:
+                raise ConfigError(f"variant {name!r}: {error}") from None
             entries[name] = {s: first.model_copy(update={"seed": s}) for s in self.seeds}
         return entries
+
+
+def _variant(base: Mapping[str, Any], values: Mapping[str, Any]) -> RunConfig:
+    """A variant's configuration: its own `values` over those of `base` that its algorithm has. Raises ConfigError."""
+    if "seed" in values:
+        raise ConfigError(f"seed = {values['seed']!r} is not a variant's to choose: use seeds, which all entries share")
+    algorithm = str(values.get("algorithm", "sglr"))
+    own = {k: v for k, v in base.items() if k not in all_specific() or k in applicable(algorithm)}
+    first = RunConfig.of(overlaid(own, values))
+    first.check((algorithm,), frozenset(values))
+    return first
 
 
 _EVERY_SPLIT = frozenset({"cut", "server_lr", "server_optimizer", "server_optimizer_options", "server_lr_schedule"})
@@ -261,7 +309,24 @@ def _written_out(config: CommonConfig, useful: frozenset[str]) -> dict[str, Any]
     drop = (all_specific() - useful) | replaced
     own = [name for name in type(config).model_fields if name not in CommonConfig.model_fields]
     order = [*own, *CommonConfig.model_fields]
-    return {k: dumped[k] for k in order if k not in drop and dumped[k] not in (None, {})}
+    unset: dict[str, tuple[Any, ...]] = {
+        k: (None, {}) if f.default == {} else (None,) for k, f in type(config).model_fields.items()
+    }
+    return {k: dumped[k] for k in order if k not in drop and dumped[k] not in unset[k]}
+
+
+_EITHER_OR = (("epochs", "rounds"), ("local_epochs", "local_steps"))
+
+
+def overlaid(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` on top of `base`; with rounds on top, the epochs below are gone, and so on."""
+    gone = {
+        below
+        for pair in _EITHER_OR
+        for above, below in (pair, pair[::-1])
+        if over.get(above) is not None and below not in over
+    }
+    return {**{k: v for k, v in base.items() if k not in gone}, **over}
 
 
 def normalised(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -285,8 +350,15 @@ def explain(error: ValidationError, model: type[BaseModel]) -> ConfigError:
     name = str(first["loc"][0]) if first["loc"] else ""
     if first["type"] == "extra_forbidden":
         return ConfigError(unknown("option", name, model.model_fields))
+    if first["type"] == "literal_error" and isinstance(first["input"], str):
+        return ConfigError(unknown(name, first["input"], _choices(model.model_fields[name].annotation)))
     field = model.model_fields.get(name)
     about = f" ({field.description})" if field is not None and field.description else ""
     message = str(first["msg"]).replace("Input should be", "it must be")
     message = message[:1].lower() + message[1:]
     return ConfigError(f"{name} = {first['input']} is not possible: {message}{about}")
+
+
+def _choices(annotation: Any) -> list[str]:
+    """The words of a Literal, also inside of a union."""
+    return [word for part in get_args(annotation) for word in ([part] if isinstance(part, str) else _choices(part))]

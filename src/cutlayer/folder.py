@@ -25,6 +25,7 @@ from cutlayer.files import replace_file
 
 CONFIG, STEPS, EVALUATIONS, CLASSES = "config.toml", "steps.jsonl", "evaluations.jsonl", "classes.json"
 CHECKPOINT, RESULT, COMPARISON = "checkpoint.safetensors", "result.json", "comparison.json"
+LOCK = ".lock"
 
 
 class Folder:
@@ -51,7 +52,10 @@ class Folder:
         """Open a folder that a run left. Raises RunFolderError where there is none, or another process holds it."""
         if not (path / CONFIG).is_file():
             raise RunFolderError(f"{str(path)!r} is no run folder: it has no {CONFIG}; name the folder of a run")
-        return cls(path, _locked(path))
+        try:
+            return cls(path, _locked(path))
+        except OSError as error:
+            raise RunFolderError(f"cannot write to {str(path)!r}: {error.strerror}; make it writable") from None
 
     def __enter__(self) -> Self:
         return self
@@ -95,15 +99,16 @@ class Folder:
 
 
 def refuse_used(path: Path) -> None:
-    """Raises RunFolderError unless `path` is free for a new run: absent, or an empty folder."""
+    """Raises RunFolderError unless `path` is free for a new run: absent, or an empty folder. Writes nothing."""
     if path.exists() and not path.is_dir():
         raise RunFolderError(f"{str(path)!r} is a file: choose another --out")
-    if path.is_dir() and any(path.iterdir()):
-        if (path / ".lock").exists():
-            _locked(path).close()  # says who holds it, if somebody does
-        raise RunFolderError(
-            f"{str(path)!r} already holds files: choose another --out, or `cutlayer resume {path}` to finish that run"
-        )
+    held = {inside.name for inside in path.iterdir()} if path.is_dir() else set[str]()
+    if (path / LOCK).is_file():
+        with (path / LOCK).open() as lock:
+            _lock(path, lock)  # says who holds it, if somebody does
+    if held - {LOCK, f".{CONFIG}.new"}:  # these two alone: a run that was killed before it began
+        go_on = f", or `cutlayer resume {path}` to finish that run" if CONFIG in held else ""
+        raise RunFolderError(f"{str(path)!r} already holds files: choose another --out{go_on}")
 
 
 def stored_config(path: Path) -> dict[str, Any]:
@@ -115,17 +120,25 @@ def stored_config(path: Path) -> dict[str, Any]:
 
 def _locked(path: Path) -> TextIO:
     """The folder's lock file, locked. Raises RunFolderError where another process holds it."""
-    lock = (path / ".lock").open("a+")
+    lock = (path / LOCK).open("a+")
+    try:
+        _lock(path, lock)
+    except RunFolderError:
+        lock.close()
+        raise
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    return lock
+
+
+def _lock(path: Path, lock: TextIO) -> None:
+    """Lock the open file, without waiting. Raises RunFolderError where another process holds it."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.seek(0)
         holder = lock.read().strip() or "unknown"
-        lock.close()
         raise RunFolderError(
             f"{str(path)!r} is in use by process {holder}: wait for it, or choose another --out"
         ) from None
-    lock.truncate(0)
-    lock.write(str(os.getpid()))
-    lock.flush()
-    return lock

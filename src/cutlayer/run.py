@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from cutlayer import checkpoint
 from cutlayer.algorithms import ALGORITHMS
 from cutlayer.build import Data, Model, assemble, by_name
-from cutlayer.config import RunConfig, normalised
+from cutlayer.config import RunConfig, normalised, overlaid
 from cutlayer.errors import ConfigError, NonFiniteError, RunFolderError
 from cutlayer.folder import CHECKPOINT, CLASSES, EVALUATIONS, RESULT, STEPS, Folder, refuse_used, stored_config
 from cutlayer.optim import lr_factor
@@ -129,15 +129,8 @@ class Run:
         """
         out = Path(out)
         stored = stored_config(out)
-        config = RunConfig.of({k: v for k, v in stored.items() if k not in ("own_model", "own_data")})
+        config = RunConfig.of(without_own(stored, out, model=model, data=data))
         _refuse_other(config, normalised(options), out)
-        for what, given in (("own_model", model), ("own_data", data)):
-            if stored.get(what) and given is None:
-                name = what.removeprefix("own_")
-                raise RunFolderError(
-                    f"the run in {str(out)!r} was made with a {name} of your own: give it again, "
-                    f"Run.resume(out, {name}=...)"
-                )
         run = cls(config, model=model, data=data)
         run.out, run._resumed = out, True
         return run
@@ -160,8 +153,7 @@ class Run:
         if self.out is None:
             yield from self._train(None)
             return
-        own = {"own_model": self._model is not None, "own_data": self._data is not None}
-        stored = {**self.config.resolved(), **{k: True for k, v in own.items() if v}}
+        stored = {**self.config.resolved(), **own_things(model=self._model, data=self._data)}
         with Folder.reopen(self.out) if self._resumed else Folder.create(self.out, stored) as folder:
             self._restore(folder)
             yield from self._train(folder)
@@ -300,10 +292,26 @@ class Run:
         folder.truncate(state["offsets"])
 
 
+def own_things(**given: object) -> dict[str, bool]:
+    """What a stored configuration says about the model and data that are not from the catalogue."""
+    return {f"own_{name}": True for name, thing in given.items() if thing is not None}
+
+
+def without_own(stored: Mapping[str, Any], out: Path, **given: object) -> dict[str, Any]:
+    """The options in `stored`. Raises RunFolderError where it needs a model or data of one's own and none is given."""
+    for name, thing in given.items():
+        if stored.get(f"own_{name}") and thing is None:
+            raise RunFolderError(
+                f"{str(out)!r} was made with a {name} of your own: go on from Python and give it again, "
+                f"resume(out, {name}=...)"
+            )
+    return {k: v for k, v in stored.items() if k not in {f"own_{name}" for name in given}}
+
+
 def _merged(config: RunConfig | None, options: dict[str, Any]) -> RunConfig:
     """`config` with `options` over it, checked. Raises ConfigError."""
     base = {} if config is None else config.model_dump(include=config.model_fields_set)
-    merged = RunConfig.of({**base, **options})
+    merged = RunConfig.of(overlaid(base, options))
     merged.check((merged.algorithm,), frozenset(merged.model_fields_set))
     return merged
 

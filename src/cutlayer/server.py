@@ -82,15 +82,20 @@ class Server:
         with torch.no_grad():
             return _as_rows(self.model(rows))
 
-    def copy_of(self, client: int) -> Server:
-        """Client `client`'s own copy of the server (SplitFed V1, V3): the global weights, and an optimiser of its own
-        that lives as long as the client is enrolled."""
-        if client not in self._copies:
-            self._copies[client] = Server(
-                copy.deepcopy(self.model), self._make_optimizer, self.lr, seeds.derive(self.seed, "copy", client)
-            )
-        self._copies[client].lr_factor = self.lr_factor
-        return self._copies[client]
+    def step_in_turn(self, smashed: Smashed, order: Sequence[int]) -> ServerStep:
+        """One step on each client's rows alone, client after client in `order` (SplitFed V2).
+
+        Each client's slice of the gradient is of its own mean loss, at the weights that met its rows.
+        """
+        done = {client: self.step(smashed.only(client)) for client in order}
+        return _together([done[k] for k in smashed.clients], smashed)
+
+    def step_copies(self, smashed: Smashed) -> ServerStep:
+        """Every client's copy of the server takes one step on that client's rows (SplitFed V1, V3).
+
+        Each client's slice of the gradient is of its own mean loss.
+        """
+        return _together([self._copy_of(k).step(smashed.only(k)) for k in smashed.clients], smashed)
 
     def average_copies(self, weights: Mapping[int, float]) -> None:
         """Server model := weighted mean of the copies of the clients in `weights`; then every copy := server model."""
@@ -114,7 +119,16 @@ class Server:
             self._optimizer.load_state_dict(state["optimizer"])
         self._steps = state["steps"]
         for client, replica in state["copies"].items():
-            self.copy_of(int(client)).load(replica)
+            self._copy_of(int(client)).load(replica)
+
+    def _copy_of(self, client: int) -> Server:
+        """Client `client`'s copy: the global weights, and an optimiser of its own that lives on from round to round."""
+        if client not in self._copies:
+            self._copies[client] = Server(
+                copy.deepcopy(self.model), self._make_optimizer, self.lr, seeds.derive(self.seed, "copy", client)
+            )
+        self._copies[client].lr_factor = self.lr_factor
+        return self._copies[client]
 
     def _rate(self, splitlr: float) -> float:
         return self.lr * self.lr_factor * splitlr
@@ -140,6 +154,14 @@ class Server:
 
 def _as_rows(outputs: Tensor | Rows) -> Rows:
     return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def _together(steps: list[ServerStep], smashed: Smashed) -> ServerStep:
+    """Several steps, one per client, as one: mean loss over all rows, gradients concatenated."""
+    rows = tuple(torch.cat(parts) for parts in zip(*(step.gradient for step in steps), strict=True))
+    losses = tuple(step.loss for step in steps)
+    loss = sum(x * n for x, n in zip(losses, smashed.sizes, strict=True)) / len(smashed)
+    return ServerStep(loss, losses, rows, steps[0].lr)
 
 
 def _culprits(smashed: Smashed, values: Tensor) -> tuple[int, ...]:

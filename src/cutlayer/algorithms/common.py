@@ -35,10 +35,3 @@ def visits(options: RunConfig, this: Round) -> Iterator[int]:
 def report(step: ServerStep, smashed: Smashed, active: tuple[int, ...] = ()) -> Step:
     """The record of one server step."""
     return Step(step.loss, smashed.clients, step.losses, len(smashed), active, step.lr)
-
-
-def report_each(steps: list[ServerStep], smashed: Smashed) -> Step:
-    """The record of one step in which the server stepped once per client (SplitFed V1, V2, V3)."""
-    losses = tuple(step.loss for step in steps)
-    loss = sum(x * n for x, n in zip(losses, smashed.sizes, strict=True)) / len(smashed)
-    return Step(loss, smashed.clients, losses, len(smashed), (), steps[0].lr)

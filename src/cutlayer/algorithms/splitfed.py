@@ -12,15 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 
-import torch
-
 from cutlayer import seeds
-from cutlayer.algorithms.common import report, report_each, sample_weights
+from cutlayer.algorithms.common import report, sample_weights
 from cutlayer.cohort import Cohort
 from cutlayer.config import RunConfig
 from cutlayer.gradients import own
-from cutlayer.server import Server, ServerStep
-from cutlayer.types import CutGradients, Round, Smashed, Step
+from cutlayer.server import Server
+from cutlayer.types import CutGradients, Round, Step
 
 
 def sfl(options: RunConfig, server: Server, clients: Cohort, this: Round) -> Iterator[Step]:
@@ -50,12 +48,11 @@ def sflv2(options: RunConfig, server: Server, clients: Cohort, this: Round) -> I
     turn = 0
     while smashed := clients.forward():
         order = seeds.generator(this.seed, "server order", this.index, turn).permutation(smashed.clients)
-        done = {int(k): server.step(smashed.only(int(k))) for k in order}
-        steps = [done[k] for k in smashed.clients]
-        clients.backward(_together(steps, smashed))
+        step = server.step_in_turn(smashed, [int(k) for k in order])
+        clients.backward(CutGradients(step.gradient, smashed.clients, smashed.sizes))
         trained |= set(smashed.clients)
         turn += 1
-        yield report_each(steps, smashed)
+        yield report(step, smashed)
     clients.average(sample_weights(clients, trained))
 
 
@@ -69,14 +66,8 @@ def _with_server_copies(server: Server, clients: Cohort) -> Generator[Step, None
     """Every client trains with the server copy of its own. Returns the clients that did."""
     trained: set[int] = set()
     while smashed := clients.forward():
-        steps = [server.copy_of(k).step(smashed.only(k)) for k in smashed.clients]
-        clients.backward(_together(steps, smashed))
+        step = server.step_copies(smashed)
+        clients.backward(CutGradients(step.gradient, smashed.clients, smashed.sizes))
         trained |= set(smashed.clients)
-        yield report_each(steps, smashed)
+        yield report(step, smashed)
     return trained
-
-
-def _together(steps: list[ServerStep], smashed: Smashed) -> CutGradients:
-    """Each client's own cut gradient, of the step taken on its rows alone (so already of its own mean loss)."""
-    rows = tuple(torch.cat(parts) for parts in zip(*(step.gradient for step in steps), strict=True))
-    return CutGradients(rows, smashed.clients, smashed.sizes)

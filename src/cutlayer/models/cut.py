@@ -34,7 +34,8 @@ from cutlayer.models.trace import split_by_export, split_by_trace
 from cutlayer.seeds import torch_seeded
 
 INPUT, OUTPUT = "input", "output"
-_METHODS: tuple[tuple[str, Callable[[nn.Module, Sequence[str], Tensor], list[Part]]], ...] = (
+Method = tuple[str, Callable[[nn.Module, Sequence[str], Tensor], list[Part]]]
+_METHODS: tuple[Method, ...] = (
     ("fx", split_by_trace),
     ("hooks", split_by_hooks),
     ("export", split_by_export),
@@ -57,12 +58,16 @@ def cut(model: nn.Module, at: str | Sequence[str], example: Tensor) -> Parts:
     _check(model, names, example)
     with _undisturbed():
         try:
-            return _cut(model, names, example[:_ROWS].detach())
+            return _cut(model, names, example[:_ROWS].detach(), _METHODS)
         except CannotCutError as reason:
             others = _alternatives(model, names, example)
             raise CutError(
                 f"cannot cut {type(model).__name__} at {_quoted(names)}: {reason}. "
-                + (f"Names that work: {', '.join(others)}" if others else "Only 'input' and 'output' work")
+                + (
+                    f"Names that work: {', '.join(others)}"
+                    if others
+                    else "Of the names tried, only 'input' and 'output' work"
+                )
             ) from None
 
 
@@ -72,14 +77,14 @@ def cut_points(model: nn.Module, example: Tensor) -> list[str]:
     Direct children are tried first, then the modules inside them, up to 40 names in all.
     """
     with _undisturbed():
-        return _working(model, _by_depth(model)[:_TRIES], example)
+        return _working(model, _by_depth(model)[:_TRIES], example, _METHODS)
 
 
-def _cut(model: nn.Module, names: tuple[str, ...], x: Tensor) -> Parts:
+def _cut(model: nn.Module, names: tuple[str, ...], x: Tensor, methods: Sequence[Method]) -> Parts:
     """Raises CannotCutError with the reasons of every method."""
     inner = [_canonical(model, name) for name in names if name not in (INPUT, OUTPUT)]
     reasons = []
-    for method, split in _METHODS if inner else (("whole", split_by_hooks),):
+    for method, split in methods if inner else (("whole", split_by_hooks),):
         try:
             pieces = split(_private(model), inner, x)
             pieces = [PassThrough()] * (names[0] == INPUT) + pieces + [PassThrough()] * (names[-1] == OUTPUT)
@@ -143,14 +148,14 @@ def _alternatives(model: nn.Module, names: tuple[str, ...], example: Tensor) -> 
     """A few names that work: around the one that does not, then among the direct children."""
     near = [up for name in names if "." in name for up in (name.rpartition(".")[0],)]
     tried = [name for name in (*near, *(child for child, _ in model.named_children())) if name not in names]
-    return _working(model, list(dict.fromkeys(tried))[:_HINTS], example)
+    return _working(model, list(dict.fromkeys(tried))[:_HINTS], example, _METHODS[:2])  # the fast ones
 
 
-def _working(model: nn.Module, names: Iterable[str], example: Tensor) -> list[str]:
+def _working(model: nn.Module, names: Iterable[str], example: Tensor, methods: Sequence[Method]) -> list[str]:
     working = set()
     for name in names:
         with contextlib.suppress(CannotCutError):
-            _cut(model, (name,), example[:_ROWS].detach())
+            _cut(model, (name,), example[:_ROWS].detach(), methods)
             working.add(name)
     return [name for name, _ in model.named_modules() if name in working]
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from cutlayer.errors import CutError
 from cutlayer.models.parts import (
     CannotCutError,
     Part,
@@ -30,6 +31,8 @@ from cutlayer.models.parts import (
     tensors_in,
 )
 from cutlayer.types import Rows
+
+_REPEATS = 7  # more recordings in training
 
 
 def split_by_hooks(model: nn.Module, names: Sequence[str], x: Tensor) -> list[Part]:
@@ -88,12 +91,9 @@ class _Record:
         self.names = names
         self.batch, self.sample, self.input_dtype = len(x), tuple(x.shape[1:]), x.dtype
         self.calls = {training: self._calls(model, training, x) for training in (True, False)}
-        for training, calls in self.calls.items():
-            ends = [self._cut_call(calls, name).end for name in names]
-            if ends != sorted(set(ends)):
-                raise CannotCutError(f"{names[1]!r} does not come after {names[0]!r}")
-            self.calls[training] = calls
         self.ends = {t: [self._cut_call(c, n).end for n in names] for t, c in self.calls.items()}
+        if any(ends != sorted(set(ends)) for ends in self.ends.values()):
+            raise CannotCutError(f"{names[1]!r} does not come after {names[0]!r}")
         outputs = [[self._cut_call(self.calls[t], n).output for n in names] for t in (True, False)]
         if outputs[0] != outputs[1]:
             raise CannotCutError("different tensors cross the cut in training and in evaluation")
@@ -145,8 +145,10 @@ class _Record:
         for call in small:
             if call.name in self.names and any(t is logits(small[-1].output) for t in tensors_in(call.output)):
                 raise CannotCutError(f"nothing is computed after {call.name!r}")
-        if [c.name for c in small] != [c.name for c in large]:
-            raise CannotCutError("which layers run depends on the batch")
+        # Once more with other random numbers: layers may be skipped by chance.
+        others = [large] + [_listen(model, training, x) for _ in range(_REPEATS if training else 0)]
+        if any([c.name for c in small] != [c.name for c in other] for other in others):
+            raise CannotCutError("which layers run depends on the batch, or on chance")
         for a, b in zip(small, large, strict=True):
             a.output = self._template(a, b)
         return small
@@ -359,16 +361,28 @@ class _StandIn(nn.Module):
     state that runs again in this part does so after its made-up calls.
     """
 
-    def __init__(self, name: str, module: nn.Module, outputs: dict[bool, list[_Template]], replay: _Replay) -> None:
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        outputs: dict[bool, list[_Template]],
+        replay: _Replay,
+        runs_again: bool = False,
+    ) -> None:
         super().__init__()
-        self._name, self._outputs, self._replay = name, outputs, replay
+        self._name, self._outputs, self._replay, self._runs_again = name, outputs, replay, runs_again
         self.__dict__["_shell"] = _without_values(module)  # not a child: its placeholders are nobody's state
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         made_up, i = self._outputs[self.training], self._replay.next_call(self._name)
         if i < len(made_up):
             return made_up[i].make(self._replay)
-        return self._shell(*args, **kwargs)
+        if self._runs_again:
+            return self._shell(*args, **kwargs)
+        raise CutError(
+            f"layer {self._name!r} belongs to another part, and did not run here when the model was cut: which layers "
+            "run must not depend on the batch or on chance"
+        )
 
     def __getattr__(self, name: str) -> Any:
         if "_shell" not in self.__dict__ or name.startswith("__"):
@@ -476,8 +490,8 @@ def _remove_foreign(model: nn.Module, k: int, record: _Record, owners: dict[str,
         if name in keep or isinstance(module, _Injector) or any(name.startswith(g + ".") for g in gone):
             continue
         gone.append(name)
-        stand_in = _StandIn(name, module, record.made_up(name, k), replay or _Replay(torch.float32))
-        _replace(model, name, stand_in)
+        outputs, runs_again = record.made_up(name, k), record.runs_in(name, k)
+        _replace(model, name, _StandIn(name, module, outputs, replay or _Replay(torch.float32), runs_again))
 
 
 def _above(name: str) -> Iterator[str]:
@@ -515,8 +529,9 @@ def _disown(model: nn.Module, k: int, owners: dict[str, int]) -> None:
 
 
 def _placeholder(tensor: Tensor) -> Tensor:
-    """Zeros of the same shape that take no memory."""
-    return torch.zeros((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
+    """A constant of the same shape that takes no memory: NaN where possible, so that no use of it goes unnoticed."""
+    value = float("nan") if tensor.is_floating_point() else 0
+    return torch.full((), value, dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
 
 
 def _without_values(module: nn.Module) -> nn.Module:

@@ -63,8 +63,9 @@ def _check_crossings(parts: Sequence[Part], x: Tensor, inputs_may_cross: bool) -
     """Every tensor that crosses has the batch first; none is the input itself; received tensors are not written to."""
     parts = copy.deepcopy(list(parts))
     crossings = []
-    rows: Rows = (x.clone(),)
-    storage = rows[0].untyped_storage().data_ptr()
+    batch = x.clone()  # kept, so that its memory is not used again
+    storage = batch.untyped_storage().data_ptr()
+    rows: Rows = (batch,)
     for part in parts[:-1]:
         with torch.no_grad():
             rows = _tried(partial(part.eval(), rows))

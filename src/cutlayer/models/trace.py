@@ -177,7 +177,7 @@ class _Program:
         for k, name in enumerate(self.names, start=1):
             if not any(part[n] == k and n.op in _OPERATIONS and not self.from_sizes(n) for n in self.nodes):
                 raise CannotCutError(
-                    f"nothing is computed after {name!r}" + (" and before the next cut" * (k < len(ends)))
+                    f"nothing is computed after {name!r}{' and before the next cut' if ends[k:] else ''}"
                 )
         return part
 
