@@ -694,7 +694,7 @@ def test_huggingface_that_cannot_be_read(tmp_path: Path) -> None:
 def test_without_the_package_datasets_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hugging().save_to_disk(str(tmp_path / "set"))
     monkeypatch.setitem(sys.modules, "datasets", None)  # what makes Python not find a module
-    refused(lambda: load(str(tmp_path / "set")), "pip install cutlayer[huggingface]")
+    refused(lambda: load(str(tmp_path / "set")), "pip install datasets")
 
 
 # --- torch data sets ---------------------------------------------------------------------------------------------

@@ -214,10 +214,9 @@ class RunConfig(CommonConfig):
 
     def resolved(self) -> dict[str, Any]:
         """The options that decide this run, defaults written out, those without effect left out. TOML-ready."""
-        values = _written_out(self, applicable(self.algorithm))
-        if "cut" in applicable(self.algorithm) and self.cut is None and self.model in MODELS:
-            values["cut"] = MODELS[self.model].default_cut
-        return values
+        named = self.cut is not None or self.model not in MODELS
+        whole = self if named else self.model_copy(update={"cut": MODELS[self.model].default_cut})
+        return _written_out(whole, applicable(self.algorithm))
 
 
 class CompareConfig(CommonConfig):

@@ -1,0 +1,268 @@
+"""The command line as real processes: what it writes, what it prints, and that killing it costs nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_resume import assert_same_runs
+
+from cutlayer import Run, RunFolderError, __version__, checkpoint
+from cutlayer.files import read_records
+from cutlayer.folder import CHECKPOINT, COMPARISON, EVALUATIONS, RESULT, STEPS
+
+CUTLAYER = [sys.executable, "-m", "cutlayer"]
+# Under a shell that runs its jobs in the background, processes ignore Ctrl-C from birth: make this one heed it.
+HEEDING = [
+    sys.executable,
+    "-c",
+    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])",
+]
+TINY = ["--model", "mlp", "--clients", "3", "--samples-per-client", "20"]
+TIMEOUT = 120
+
+# Rounds of 3 steps: more than fit in a buffer between two checkpoints, so that records reach the disk after one.
+LONG = {"rounds": 75, "checkpoint_every": 25, "eval_every": 25}
+
+
+def run(*argv: str, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run a command line to its end."""
+    done = subprocess.run([*CUTLAYER, *argv], cwd=cwd, timeout=TIMEOUT, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def flags(options: dict[str, Any]) -> list[str]:
+    return [part for name, value in options.items() for part in ("--" + name.replace("_", "-"), str(value))]
+
+
+@contextmanager
+def started(*argv: str, cwd: Path) -> Iterator[subprocess.Popen[str]]:
+    """A command line at work; it does not outlive the test."""
+    process = subprocess.Popen(
+        [*HEEDING, *CUTLAYER, *argv], cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate(timeout=TIMEOUT)
+
+
+def stopped_when(process: subprocess.Popen[str], ready: Callable[[], bool]) -> None:
+    """Freeze the process once `ready`."""
+    deadline = time.monotonic() + TIMEOUT
+    while not ready():
+        assert process.poll() is None, "it ended too early"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGSTOP)
+
+
+def between_checkpoints(folder: Path) -> bool:
+    """There is a checkpoint, and records after it."""
+    if not (folder / CHECKPOINT).exists():
+        return False
+    return (folder / STEPS).stat().st_size > checkpoint.read(folder / CHECKPOINT)["offsets"][STEPS]
+
+
+# ---- run ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A finished run and what it printed."""
+    cwd = tmp_path_factory.mktemp("first")
+    return cwd, run("run", *TINY, "--epochs", "2", "--out", "a", cwd=cwd).stdout
+
+
+def test_run_writes_its_folder(first: tuple[Path, str]) -> None:
+    cwd, printed = first
+    expected = "config.toml steps.jsonl evaluations.jsonl classes.json checkpoint.safetensors result.json"
+    pictures = ["curves.png", "classes.png", "report.html"]
+    assert {p.name for p in (cwd / "a").iterdir()} == {*expected.split(), *pictures, ".lock"}
+    result = json.loads((cwd / "a" / RESULT).read_text())
+    assert len(list(read_records(cwd / "a" / STEPS))) == result["steps"] == 2 * 3  # 20 samples in batches of 8
+    assert len(list(read_records(cwd / "a" / EVALUATIONS))) == result["rounds"] == 2
+    counts = json.loads((cwd / "a" / "classes.json").read_text())["counts"]
+    assert [sum(row) for row in counts] == [20, 20, 20]
+    assert "round 1/2" in printed
+    assert f"{result['test_accuracy']:.2%}" in printed
+    assert all(f"a/{name}" in printed for name in pictures)
+
+
+def test_the_stored_configuration_reproduces_the_run(first: tuple[Path, str]) -> None:
+    cwd, _ = first
+    run("run", "--config", "a/config.toml", "--out", "b", cwd=cwd)
+    assert_same_runs(cwd / "a", cwd / "b")
+    assert (cwd / "a" / "config.toml").read_text() == (cwd / "b" / "config.toml").read_text()
+
+
+def test_flags_win_over_the_file(tmp_path: Path) -> None:
+    """Keys with dashes or underscores; optimiser options as numbers; the folder's name when none is given."""
+    (tmp_path / "mine.toml").write_text(
+        "algorithm = 'psl'\nmodel = 'mlp'\nsamples-per-client = 9\nclients = 3\nepochs = 9\nclient_lr = 0.5\n"
+        "batch = 4\nclient-optimizer = 'sgd'\nclient_optimizer_options = {momentum = 0.5, nesterov = true}\n"
+    )
+    line = "run --config mine.toml --clients 2 --rounds 1 --client-optimizer-options.momentum 0.9"
+    run(*line.split(), cwd=tmp_path)
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert re.fullmatch(r"psl-digits-\d{8}-\d{6}", folder.name)
+    stored = tomllib.loads((folder / "config.toml").read_text())
+    assert "epochs" not in stored
+    assert {name: stored[name] for name in ("clients", "rounds", "samples_per_client", "client_lr", "batch")} == {
+        "clients": 2,
+        "rounds": 1,
+        "samples_per_client": 9,
+        "client_lr": 0.5,
+        "batch": 4,
+    }
+    assert stored["client_optimizer_options"] == {"momentum": 0.9}
+
+
+# ---- what needs no training -----------------------------------------------------------------------------------------
+
+
+def test_the_console_script_is_the_module(tmp_path: Path) -> None:
+    script = [str(Path(sys.executable).with_name("cutlayer"))]
+    for argv in (["--version"], ["list"], ["run", "--alhpa", "1"]):
+        a, b = (
+            subprocess.run([*how, *argv], cwd=tmp_path, timeout=TIMEOUT, capture_output=True, text=True, check=False)
+            for how in (script, CUTLAYER)
+        )
+        assert (a.returncode, a.stdout, a.stderr) == (b.returncode, b.stdout, b.stderr)
+        assert a.returncode == (2 if "--alhpa" in argv else 0)
+        if argv == ["--version"]:
+            assert a.stdout == f"{__version__}\n"
+        if argv == ["list"]:
+            assert all(name in a.stdout for name in ("sglr", "ussl", "fashion-mnist", "resnet16", "hidden2", "npz"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_answers_at_once(tmp_path: Path) -> None:
+    """Every command has help, and none waits for torch, matplotlib or scikit-learn."""
+    code = """
+import sys
+from cutlayer.cli import main
+for command in ([], ["run"], ["compare"], ["resume"], ["report"], ["list"]):
+    sys.argv = ["cutlayer", *command, "--help"]
+    try:
+        main()
+    except SystemExit as end:
+        assert end.code == 0, command
+heavy = {"torch", "matplotlib", "sklearn", "numpy", "datasets"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, timeout=TIMEOUT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    for words in ("--alpha", "--algorithms", "--config", "--out", "FOLDER", "Exit codes"):
+        assert words in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+# ---- killed and interrupted -----------------------------------------------------------------------------------------
+
+
+def test_killed_between_checkpoints_and_resumed(tmp_path: Path) -> None:
+    """kill -9; the resumed run ends as the same run made in this process, which nobody disturbed."""
+    with started("run", *TINY, *flags(LONG), "--out", "killed", cwd=tmp_path) as process:
+        stopped_when(process, lambda: between_checkpoints(tmp_path / "killed"))
+        process.kill()
+        assert process.wait(TIMEOUT) == -signal.SIGKILL
+    killed = tmp_path / "killed"
+    assert between_checkpoints(killed)
+    assert not (killed / RESULT).exists()
+    run("resume", "killed", cwd=tmp_path)
+    Run(model="mlp", clients=3, samples_per_client=20, out=tmp_path / "quiet", **LONG).run()
+    assert_same_runs(tmp_path / "quiet", killed)
+    times = ("seconds", "steps_per_second", "samples_per_second")
+    a, b = (json.loads((tmp_path / name / RESULT).read_text()) for name in ("quiet", "killed"))
+    assert {k: v for k, v in a.items() if k not in times} == {k: v for k, v in b.items() if k not in times}
+    assert (killed / "report.html").exists()
+
+
+def test_interrupted_while_others_look(tmp_path: Path) -> None:
+    """While a run works nobody else may have its folder, but its report can be written. Ctrl-C names the way on."""
+    folder = tmp_path / "run"
+    with started("run", *TINY, "--algorithm", "psl", *flags(LONG), "--out", "run", cwd=tmp_path) as process:
+        stopped_when(process, lambda: between_checkpoints(folder))
+        try:
+            before = {p.name: p.read_bytes() for p in folder.iterdir()}
+            refused = run("run", *TINY, "--out", "run", cwd=tmp_path, code=2)
+            assert re.fullmatch(rf"error: 'run' is in use by process {process.pid}: wait .*--out\n", refused.stderr)
+            with pytest.raises(RunFolderError, match=f"in use by process {process.pid}"):
+                Run.resume(folder).run()
+            assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+            run("report", "run", cwd=tmp_path)
+            assert {p.name for p in folder.iterdir()} == {*before, "curves.png", "classes.png", "report.html"}
+        finally:
+            process.send_signal(signal.SIGCONT)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 130
+    assert said == "error: interrupted; go on with: cutlayer resume run\n"
+    run("resume", "run", "--clients", "3", cwd=tmp_path)
+    assert json.loads((folder / RESULT).read_text())["rounds"] == LONG["rounds"]
+    steps = [record["step"] for record in read_records(folder / STEPS)]
+    assert steps == list(range(3 * LONG["rounds"]))
+
+
+def test_comparison_and_the_same_killed_and_resumed(tmp_path: Path) -> None:
+    """Killed in the third of four runs: the first two are kept as they are, and all ends the same."""
+    line = ["compare", *TINY, "--algorithms", "psl", "sglr", "--seeds", "0", "1", *flags(LONG)]
+    printed = run(*line, "--out", "quiet", cwd=tmp_path).stdout
+    quiet, killed = tmp_path / "quiet", tmp_path / "killed"
+    stored = json.loads((quiet / COMPARISON).read_text())["rows"]
+    assert [(row["entry"], row["seeds"]) for row in stored] == [("psl", [0, 1]), ("sglr", [0, 1])]
+    for row in stored:
+        shown = f"{100 * row['accuracy_mean']:.2f} ± {100 * row['accuracy_std']:.2f}"
+        assert any(row["title"] in text and shown in text for text in printed.splitlines())
+    pictures = ["curves.png", "classes.png", "report.html"]
+    assert {p.name for p in quiet.iterdir()} == {"psl", "sglr", "config.toml", COMPARISON, ".lock", *pictures}
+    with started(*line, "--out", "killed", cwd=tmp_path) as process:
+        stopped_when(process, lambda: between_checkpoints(killed / "psl" / "seed-1"))
+        process.kill()
+    done = [killed / entry / "seed-0" / RESULT for entry in ("psl", "sglr")]
+    before = [path.read_bytes() for path in done]
+    assert not (killed / COMPARISON).exists()
+    run("resume", "killed", cwd=tmp_path)
+    assert [path.read_bytes() for path in done] == before
+    for entry in ("psl", "sglr"):
+        for seed in (0, 1):
+            assert_same_runs(quiet / entry / f"seed-{seed}", killed / entry / f"seed-{seed}")
+    times = {"seconds", "steps_per_second", "samples_per_second"}
+    again = json.loads((killed / COMPARISON).read_text())["rows"]
+    assert [{k: v for k, v in row.items() if k not in times} for row in again] == [
+        {k: v for k, v in row.items() if k not in times} for row in stored
+    ]
+
+
+def test_a_folder_of_other_files_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("all of it")
+    refused = run("run", *TINY, "--out", "mine", cwd=tmp_path, code=2)
+    assert refused.stderr == "error: 'mine' already holds files: choose another --out\n"
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+    assert [p.name for p in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_training_that_fails_says_where(tmp_path: Path) -> None:
+    """Rates that are too high: exit code 1, the step and the clients, no traceback."""
+    failed = run("run", *TINY, "--epochs", "9", "--client-optimizer", "sgd", "--client-lr", "1e9", cwd=tmp_path, code=1)
+    assert re.search(r"NaN or Inf at step \d+: try lower rates", failed.stderr)
+    assert failed.stderr.count("\n") == 1
+    assert os.listdir(tmp_path) == ["runs"]

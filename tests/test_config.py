@@ -1,0 +1,154 @@
+"""A resolved configuration, written to TOML and read again, is the same configuration."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cutlayer import CompareConfig, RunConfig
+from cutlayer.catalog import ALGORITHMS
+from cutlayer.config import CommonConfig, all_specific, applicable, read_toml
+
+NAMES = st.text(st.characters(exclude_categories=("Cs",)), max_size=8)
+WHOLE, POSITIVE = st.integers(1, 2**40), st.floats(0, 1e30, exclude_min=True)
+UNIT, ABOVE_ZERO = st.floats(0, 1), st.floats(0, 1, exclude_min=True)
+OPTIMIZER = st.dictionaries(
+    st.sampled_from(["momentum", "weight_decay", "betas", "nesterov"]),
+    st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.lists(UNIT) | NAMES,
+)
+
+
+def words(*values: str) -> st.SearchStrategy[str]:
+    return st.sampled_from(values)
+
+
+# Something for every option but rounds, epochs and their like, of which only one may be there.
+VALUES: dict[str, st.SearchStrategy[Any]] = {
+    "data": NAMES,
+    "data_format": words("auto", "npz", "csv", "idx", "images", "huggingface"),
+    "label_column": NAMES,
+    "client_column": NAMES,
+    "validation": st.floats(0, 1e9),
+    "test": POSITIVE,
+    "clients": WHOLE,
+    "partition": words("iid", "dirichlet", "shards", "quantity", "column"),
+    "dirichlet_alpha": POSITIVE,
+    "shards_per_client": WHOLE,
+    "quantity": words("linear", "square", "exponential"),
+    "samples_per_client": WHOLE,
+    "participation": ABOVE_ZERO,
+    "model": words("mlp", "cnn", "resnet16", "alexnet"),
+    "cut": NAMES,
+    "tail_cut": NAMES,
+    "start": words("equal", "independent"),
+    "batch": WHOLE,
+    "client_optimizer": NAMES,
+    "client_optimizer_options": OPTIMIZER,
+    "client_lr": POSITIVE,
+    "server_optimizer": NAMES,
+    "server_optimizer_options": OPTIMIZER,
+    "server_lr": POSITIVE,
+    "lr_schedule": words("step", "cosine", "constant"),
+    "server_lr_schedule": words("step", "cosine", "constant"),
+    "lr_decay": ABOVE_ZERO,
+    "lr_decay_at": st.lists(st.floats(0.01, 0.99), max_size=3).map(tuple),
+    "alpha": st.floats(0, 1e30),
+    "alpha_clients": words("participating", "enrolled"),
+    "phi": UNIT,
+    "phi_when": words("always", "initial", "final"),
+    "phi_until": UNIT,
+    "average_over": words("clients", "clients-and-rows"),
+    "average_reduce": words("mean", "sum"),
+    "gradient_scale": words("own", "union"),
+    "average_every": words("step", "round"),
+    "hand_over": words("batch", "epoch"),
+    "hand_over_optimizer": st.booleans(),
+    "visit_order": words("fixed", "random"),
+    "precision": words("float32", "float64"),
+    "eval_every": WHOLE,
+    "checkpoint_every": WHOLE,
+}
+LENGTH = st.one_of(st.just({}), st.builds(dict, epochs=WHOLE), st.builds(dict, rounds=WHOLE))
+LOCAL = st.one_of(st.just({}), st.builds(dict, local_epochs=WHOLE), st.builds(dict, local_steps=WHOLE))
+
+
+@st.composite
+def values(draw: st.DrawFn, algorithms: tuple[str, ...]) -> dict[str, Any]:
+    """Any options that the algorithms have."""
+    useful = frozenset[str]().union(*(applicable(a) for a in algorithms))
+    found = draw(st.fixed_dictionaries({}, optional=VALUES)) | draw(LENGTH) | draw(LOCAL)
+    if "ussl" in algorithms:
+        found.setdefault("tail_cut", "hidden3")
+    return {k: v for k, v in found.items() if k in useful or k not in all_specific()}
+
+
+def again(resolved: dict[str, Any]) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.toml"
+        path.write_bytes(tomli_w.dumps(resolved).encode())
+        return read_toml(path)
+
+
+def test_every_option_is_tried() -> None:
+    rest = {"epochs", "rounds", "local_epochs", "local_steps"}
+    assert set(VALUES) | rest == set(CommonConfig.model_fields)
+
+
+@settings(deadline=None)
+@given(data=st.data(), algorithm=st.sampled_from(list(ALGORITHMS)), seed=st.integers(0, 2**60))
+def test_runs(data: st.DataObject, algorithm: str, seed: int) -> None:
+    config = RunConfig(algorithm=algorithm, seed=seed, **data.draw(values((algorithm,))))
+    config.check((algorithm,), frozenset(config.model_fields_set))
+    resolved = config.resolved()
+    read = RunConfig.of(again(resolved))
+    read.check((algorithm,), frozenset(read.model_fields_set))
+    assert read.resolved() == resolved
+    # Not only what is written is the same: everything is that this algorithm looks at.
+    replaced = {"epochs"} if config.rounds else set()
+    replaced |= {"local_epochs"} if config.local_steps else set()
+    for name in set(RunConfig.model_fields) - (all_specific() - applicable(algorithm)) - replaced - {"cut"}:
+        assert getattr(read, name) == getattr(config, name), name
+
+
+@settings(deadline=None)
+@given(data=st.data())
+def test_comparisons(data: st.DataObject) -> None:
+    """With variants, whose plan is the same too."""
+    algorithms = tuple(data.draw(st.lists(st.sampled_from(list(ALGORITHMS)), min_size=1, unique=True)))
+    seeds = tuple(data.draw(st.lists(st.integers(0, 2**60), min_size=1, max_size=4, unique=True)))
+    variant = {}
+    for name in data.draw(st.lists(NAMES.map("v{}".format), max_size=2, unique=True)):
+        algorithm = data.draw(st.sampled_from(list(ALGORITHMS)))
+        variant[name] = {"algorithm": algorithm, **data.draw(values((algorithm,)))}
+        for key, value in variant[name].items():
+            variant[name][key] = list(value) if isinstance(value, tuple) else value
+    options = data.draw(values(algorithms))
+    config = CompareConfig(algorithms=algorithms, seeds=seeds, variant=variant, **options)
+    resolved = config.resolved()
+    read = CompareConfig.of(again(resolved))
+    assert read.resolved() == resolved
+    assert read.variant == config.variant
+    a, b = (c.runs(frozenset(c.model_fields_set)) for c in (config, read))
+    assert {n: {s: r.resolved() for s, r in runs.items()} for n, runs in a.items()} == {
+        n: {s: r.resolved() for s, r in runs.items()} for n, runs in b.items()
+    }
+
+
+def test_no_options_of_the_server_are_not_those_of_the_client() -> None:
+    """Left out, the server's optimiser takes the client's options; an empty table says: none."""
+    options: dict[str, Any] = {"algorithm": "psl", "client_optimizer_options": {"weight_decay": 0.1}}
+    config = RunConfig(**options, server_optimizer_options={})
+    assert RunConfig.of(again(config.resolved())).server_optimizer_options == {}
+    assert RunConfig.of(again(RunConfig(**options).resolved())).server_optimizer_options is None
+
+
+def test_dashes_in_toml_keys(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text("client-lr = 0.5\nphi_until = 0.25\n[variant.mine]\nphi-when = 'initial'\n")
+    config = CompareConfig.of(read_toml(tmp_path / "c.toml"))
+    mine = config.runs(frozenset(config.model_fields_set))["mine"][0]
+    assert (mine.client_lr, mine.phi_until, mine.phi_when) == (0.5, 0.25, "initial")
