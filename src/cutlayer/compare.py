@@ -13,7 +13,7 @@ from cutlayer.catalog import ALGORITHMS
 from cutlayer.config import CompareConfig, RunConfig, overlaid
 from cutlayer.errors import RunFolderError
 from cutlayer.files import read_json
-from cutlayer.folder import COMPARISON, CONFIG, RESULT, Folder, refuse_used, stored_config
+from cutlayer.folder import COMPARISON, CONFIG, OWN_FILES, RESULT, Folder, refuse_used, stored_config
 from cutlayer.run import Record, Result, Run, own_things, without_own
 
 
@@ -132,7 +132,7 @@ def _finished(where: Path | None) -> Result | None:
 def _refuse_path_names(plan: Mapping[str, object]) -> None:
     """Entries become folder names. Raises RunFolderError for those that can't."""
     for entry in plan:
-        if "/" in entry or entry.startswith(".") or not entry.strip():
+        if "/" in entry or entry.startswith(".") or not entry.strip() or entry in OWN_FILES:
             raise RunFolderError(f"variant {entry!r} cannot name a folder: use letters, digits, spaces and dashes")
 
 

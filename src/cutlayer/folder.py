@@ -25,6 +25,8 @@ from cutlayer.files import replace_file
 
 CONFIG, STEPS, EVALUATIONS, CLASSES = "config.toml", "steps.jsonl", "evaluations.jsonl", "classes.json"
 CHECKPOINT, RESULT, COMPARISON = "checkpoint.safetensors", "result.json", "comparison.json"
+CURVES, CLASS_COUNTS, PAGE = "curves.png", "classes.png", "report.html"
+OWN_FILES = (CONFIG, STEPS, EVALUATIONS, CLASSES, CHECKPOINT, RESULT, COMPARISON, CURVES, CLASS_COUNTS, PAGE)
 LOCK = ".lock"
 
 
@@ -71,10 +73,15 @@ class Folder:
         self._lock.close()
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
-        """Add a line of JSON to `name`."""
-        if name not in self._files:
-            self._files[name] = (self.path / name).open("a")
-        self._files[name].write(json.dumps(record) + "\n")
+        """Add a line of JSON to `name`. Raises RunFolderError where it can't (a full disk)."""
+        try:
+            if name not in self._files:
+                self._files[name] = (self.path / name).open("a")
+            self._files[name].write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise RunFolderError(
+                f"cannot write to {str(self.path / name)!r}: {error.strerror}; make room, then resume the run"
+            ) from None
 
     def offsets(self) -> dict[str, int]:
         """Bytes in each record file, all of them on disk."""

@@ -100,8 +100,8 @@ def _check(rows: int, clients: int, how: str, samples_per_client: int | None) ->
     if samples_per_client * clients > rows:
         raise DataError(
             f"samples_per_client={samples_per_client} for {clients} clients needs {samples_per_client * clients} "
-            f"training samples, but there are {rows}: use at most {rows // clients} samples per client, or at most "
-            f"{rows // samples_per_client} clients"
+            f"training samples, but there are {rows}: use at most {rows // clients} samples per client, or fewer "
+            "clients"
         )
 
 

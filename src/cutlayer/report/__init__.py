@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from cutlayer.files import replace_file
+from cutlayer.folder import CLASS_COUNTS, CURVES, PAGE
 from cutlayer.report.text import format_bytes
-
-CURVES, CLASS_COUNTS, PAGE = "curves.png", "classes.png", "report.html"
 
 __all__ = ["format_bytes", "write"]
 
