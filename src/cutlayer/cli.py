@@ -255,6 +255,7 @@ class Monitor:
         self._all = self._progress.add_task("runs", total=runs, note="", visible=runs > 1)
         self._task: TaskID | None = None
         self._run: Run | None = None
+        self._label = ""
         self._seen = 0
 
     def __enter__(self) -> Self:
@@ -263,6 +264,7 @@ class Monitor:
 
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is None and self._task is not None and self._run is not None:
+            self._tell()
             self._progress.update(self._task, completed=self._run.rounds)
             self._progress.advance(self._all)
         self._progress.stop()
@@ -272,21 +274,28 @@ class Monitor:
         if run is not self._run:
             self._next(label, run)
         assert self._task is not None
-        if len(run.evaluations) > self._seen:
-            self._seen = len(run.evaluations)
-            scores = run.evaluations[-1]
-            if not out.is_terminal:
-                out.print(f"{label}: round {scores.round}/{run.rounds}, test accuracy {scores.test_accuracy:.2%}")
+        self._tell()
         test = f"  test accuracy {run.evaluations[-1].test_accuracy:.2%}" if run.evaluations else ""
         self._progress.update(self._task, completed=record.round, note=f"loss {record.loss:.3f}{test}")
 
     def _next(self, label: str, run: Run) -> None:
         """The run before is over."""
+        self._tell()
         if self._task is not None:
             self._progress.remove_task(self._task)
             self._progress.advance(self._all)
-        self._run, self._seen = run, len(run.evaluations)
+        self._run, self._label, self._seen = run, label, len(run.evaluations)
         self._task = self._progress.add_task(label, total=run.rounds, note="")
+
+    def _tell(self) -> None:
+        """Where no terminal listens: a line per evaluation."""
+        if self._run is None or len(self._run.evaluations) == self._seen:
+            return
+        self._seen = len(self._run.evaluations)
+        scores = self._run.evaluations[-1]
+        if not out.is_terminal:
+            text = f"{self._label}: round {scores.round}/{self._run.rounds}, test accuracy {scores.test_accuracy:.2%}"
+            out.print(text, highlight=False, soft_wrap=True)
 
 
 def _print_result(result: Result) -> None:
@@ -311,7 +320,7 @@ def _print_comparison(rows: list[Row]) -> None:
         "samples/s",
         "bytes up",
         "bytes down",
-        "broadcast",
+        "broadcast down",
     )
     for name in names:
         table.add_column(name, justify="left" if not name else "right", no_wrap=True)
