@@ -15,6 +15,7 @@ from torch.nn import functional
 from cutlayer import Run, RunConfig, Samples, Source
 from cutlayer.algorithms import ALGORITHMS
 from cutlayer.data.batches import BatchStream
+from cutlayer.engine.base import Clients
 from cutlayer.engine.local import LocalCohort
 from cutlayer.models import cut
 from cutlayer.optim import make_optimizer
@@ -100,6 +101,7 @@ def train(algorithm: str, model: nn.Module, sizes: Sequence[int], shape: tuple[i
         "batch": 4,
         "lr_schedule": "constant",
         "rounds": 2,
+        "engine": "local",
     }
     run = Run(algorithm=algorithm, model=model, data=source(sizes, shape), **{**defaults, **options})
     run.run()
@@ -108,7 +110,7 @@ def train(algorithm: str, model: nn.Module, sizes: Sequence[int], shape: tuple[i
 
 def client_state(run: Run, client: int = 0) -> State:
     """The parameters of one client, under the names of the whole model."""
-    return own_names(run.training.clients.state()["inner"]["clients"][str(client)]["model"])
+    return run.training.clients.inner.model_state(client)
 
 
 def server_state(run: Run) -> State:
@@ -119,11 +121,6 @@ def server_state(run: Run) -> State:
 def whole(run: Run, client: int = 0) -> State:
     """One client's model with the server's."""
     return {**client_state(run, client), **server_state(run)}
-
-
-def own_names(state: State) -> State:
-    """Client states say which part (lower, tail) a tensor is of; the whole model's names don't."""
-    return {name.split(".", 1)[1]: value for name, value in state.items()}
 
 
 def batches_of(sizes: Sequence[int], batch: int, seed: int = 0) -> list[BatchStream]:
@@ -167,17 +164,16 @@ def by_hand(
 
     models = [(copy.deepcopy(parts.client), None) for _ in rows]
     clients = LocalCohort(
-        models, data, rows, maker, lr=0.1, batch=batch, shape="split", local_steps=options.get("local_steps")
+        Clients(models, data, rows, maker, lr=0.1, batch=batch, local_steps=options.get("local_steps"))
     )
     if same_batches:
-        for client in clients._clients:
-            client.batches.client = 0
+        for stream in clients._streams:
+            stream.client = 0
     server = Server(parts.server, maker, 0.1)
     steps = []
     for index in range(rounds):
         steps += list(ALGORITHMS[algorithm](config, server, clients, clients.begin_round(index, rounds, 1.0)))
-    states = clients.state()["clients"]
-    return [own_names(states[str(k)]["model"]) for k in range(len(rows))], server.state()["model"], steps
+    return [clients.model_state(k) for k in range(len(rows))], server.state()["model"], steps
 
 
 def difference(a: State, b: State) -> float:

@@ -128,6 +128,30 @@ def test_the_callers_random_state_is_left_alone(tmp_path: Path) -> None:
     assert torch.equal(torch.rand(1), expected)
 
 
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_an_optimizer_with_state_in_another_type(precision: str, tmp_path: Path) -> None:
+    """NAdam keeps a float32 product beside float64 parameters."""
+    more = {**options("sflv1"), "client_optimizer": "nadam", "precision": precision, "engine": "local"}
+    data = source(SIZES, (6,))
+    Run(model=net, data=data, out=tmp_path / "quiet", **more).run()
+    for count, _ in enumerate(Run(model=net, data=data, out=tmp_path / "broken", **more), 1):
+        if count == 9:
+            break
+    Run.resume(tmp_path / "broken", model=net, data=data).run()
+    assert_same_runs(tmp_path / "quiet", tmp_path / "broken")
+
+
+@pytest.mark.parametrize("what", ["data set", "model"])
+def test_other_data_or_another_model_are_refused(what: str, tmp_path: Path) -> None:
+    new("psl", tmp_path / "run").run()
+    model = (
+        net if what == "data set" else lambda: nn.Sequential(*net()[:4], nn.Linear(8, 9), nn.ReLU(), nn.Linear(9, 4))
+    )
+    data = source(SIZES, (6,), seed=5 if what == "data set" else 0)
+    with pytest.raises(RunFolderError, match=f"made with another {what} than now"):
+        Run.resume(tmp_path / "run", model=model, data=data).run()
+
+
 def test_another_configuration_is_refused(tmp_path: Path) -> None:
     run = new("sglr", tmp_path / "run")
     next(iter(run))

@@ -18,6 +18,7 @@ from cutlayer.averaging import average_into
 from cutlayer.cohort import draw_participants
 from cutlayer.costs.ledger import Ledger, MeteredCohort
 from cutlayer.data.batches import BatchStream
+from cutlayer.engine.base import Clients
 from cutlayer.engine.local import LocalCohort
 from cutlayer.gradients import own
 from cutlayer.models import cut
@@ -44,7 +45,8 @@ def cohort(sizes: list[int], batch: int, width: int = 1, **options: Any) -> tupl
     starts = np.cumsum([0, *sizes])
     rows = [np.arange(starts[k], starts[k + 1]) for k in range(len(sizes))]
     models: list[tuple[nn.Module, nn.Module | None]] = [(parts.client, None) for _ in sizes]
-    return LocalCohort(models, data, rows, make_optimizer("sgd", 0.1, {}), lr=0.1, batch=batch, **options), data
+    setup = Clients(models, data, rows, make_optimizer("sgd", 0.1, {}), lr=0.1, batch=batch, **options)
+    return LocalCohort(setup), data
 
 
 @given(n=st.integers(1, 60), batch=st.integers(1, 20), epochs=st.integers(1, 3), seed=st.integers(0, 5))
@@ -67,7 +69,7 @@ def test_a_stream_resumes_from_its_clock(n: int, batch: int, skip: int) -> None:
     a, b = (BatchStream(np.arange(n), batch, 0, 1) for _ in range(2))
     for _ in range(skip):
         a.next()
-    b.load(a.state())
+    b.drawn = a.drawn
     assert all(torch.equal(a.next(), b.next()) for _ in range(5))
 
 
@@ -239,8 +241,7 @@ def test_metering_changes_nothing(algorithm: str) -> None:
     object.__setattr__(bare.training, "clients", cohort)
     bare.run()
     for k in range(2):
-        a = metered.training.clients.state()["inner"]["clients"][str(k)]["model"]
-        assert difference(a, cohort.state()["clients"][str(k)]["model"]) == 0.0
+        assert difference(client_state(metered, k), cohort.model_state(k)) == 0.0
     assert isinstance(metered.training.clients, MeteredCohort)
 
 

@@ -177,6 +177,21 @@ def test_phases(when: str, until: float, on: list[bool]) -> None:
     assert found == on
 
 
+@pytest.mark.parametrize("until", [0.1, 0.2, 0.3, 0.4, 0.6, 0.7, 0.8, 0.9])
+@pytest.mark.parametrize("rounds", [1, 3, 7, 10, 30])
+@pytest.mark.parametrize("steps", [1, 5, 6, 125])
+def test_phases_are_exact_to_the_step(until: float, rounds: int, steps: int) -> None:
+    """Counted in whole numbers: of N steps, step i is in the initial phase when 10 i < 10 until N."""
+    total = rounds * steps
+    tenths = round(until * 10)
+    for when in ("initial", "final"):
+        options = RunConfig(phi=1.0, phi_when=when, phi_until=until)
+        for i in range(total):
+            this = Round(i // steps, rounds, (0, 1), (steps, steps), 0)
+            expected = 10 * i < tenths * total if when == "initial" else 10 * i >= (10 - tenths) * total
+            assert bool(draw_active(options, this.clients, this, i % steps)) == expected, (when, i)
+
+
 def test_phases_in_training() -> None:
     """Recorded active sets follow the phase: 2 rounds of 5 steps, the final 40 %."""
     run = train("sgl", make(mlp), [20, 20], (6,), cut="2", phi=1.0, phi_when="final", phi_until=0.4)

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,12 +19,15 @@ from torch import nn
 
 from cutlayer import seeds
 from cutlayer.catalog import ALGORITHMS, MODELS
-from cutlayer.cohort import draw_participants
+from cutlayer.cohort import Cohort, draw_participants
 from cutlayer.config import RunConfig
 from cutlayer.costs.ledger import Ledger, MeteredCohort
 from cutlayer.data import Source, class_counts, from_arrays, from_dataset, load, partition
+from cutlayer.engine.base import Clients, Shape
 from cutlayer.engine.local import LocalCohort
-from cutlayer.errors import ConfigError, CutError, DataError, unknown
+from cutlayer.engine.stack import ELEMENTWISE
+from cutlayer.engine.stacked import StackedCohort, StackedServer, obstacle
+from cutlayer.errors import ConfigError, CutError, CutlayerWarning, DataError, unknown
 from cutlayer.models import Parts, build, cut
 from cutlayer.models.parts import one_line
 from cutlayer.optim import MakeOptimizer, make_optimizer
@@ -44,13 +48,18 @@ def by_name(model: Model | str | None, data: Data | str | None) -> tuple[Model |
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
+_TAKE_TURNS = {"ssl", "ussl"}
+_SERVER_COPIES = {"sflv1", "sflv3"}
+
 _SERVER_SEES_ONE_CLIENT = {"ssl", "sflv1", "sflv2", "sflv3"}
 _LARGEST_RATE = 30  # as a power of ten: what is more overflows float32 at the first step
 
 
 @dataclass(frozen=True)
 class Training:
-    """All that a run needs: the cohort counts into `ledger`; `rounds` to do; `counts` [C, K] samples per class."""
+    """All that a run needs: the cohort counts into `ledger`; `rounds` to do; `counts` [C, K] samples per class;
+    `engine` says how clients are simulated.
+    """
 
     source: Source
     server: Server
@@ -59,6 +68,7 @@ class Training:
     rounds: int
     rounds_per_epoch: int
     counts: np.ndarray
+    engine: str
 
 
 def assemble(config: RunConfig, model: Model | None = None, data: Data | None = None) -> Training:
@@ -84,8 +94,7 @@ def assemble(config: RunConfig, model: Model | None = None, data: Data | None = 
 
     make_client, make_server = _optimizers(config)
     server_lr = config.server_lr or config.client_lr
-    server = Server(split.server, make_server, server_lr, seeds.derive(config.seed, "server"))
-    cohort = LocalCohort(
+    setup = Clients(
         _client_models(config, split, make_model, len(owners), dtype),
         source.train,
         owners,
@@ -99,11 +108,40 @@ def assemble(config: RunConfig, model: Model | None = None, data: Data | None = 
         local_steps=config.local_steps if "local_steps" in info.options else None,
         alike=config.start == "equal",
     )
+    engine = _engine(config, split, setup, make_server, example)
+    server_lr = config.server_lr or config.client_lr
+    server_seed = seeds.derive(config.seed, "server")
+    stacked = engine == "stacked"
+    cohort: Cohort = StackedCohort(setup) if stacked else LocalCohort(setup)
+    server = (
+        StackedServer(split.server, make_server, server_lr, server_seed, len(owners))
+        if stacked and config.algorithm in _SERVER_COPIES
+        else Server(split.server, make_server, server_lr, server_seed)
+    )
     ledger = Ledger(len(owners))
     if config.algorithm == "cl":
         ledger.add("up", "raw data", 0, _raw_bytes(source, owners[0]))
     counts = class_counts(source.train.y, parts, source.classes)
-    return Training(source, server, MeteredCohort(cohort, ledger), ledger, rounds, per_epoch, counts)
+    return Training(source, server, MeteredCohort(cohort, ledger), ledger, rounds, per_epoch, counts, engine)
+
+
+def _engine(config: RunConfig, split: Parts, setup: Clients, make_server: MakeOptimizer, example: torch.Tensor) -> str:
+    """The engine that runs: the one asked for, or `stacked` where it applies. Warns where a model cannot be stacked."""
+    turns = config.algorithm in _TAKE_TURNS or len(setup.rows) == 1
+    if config.engine == "local" or (turns and config.engine == "auto"):
+        return "local"
+    why = "its clients take turns, there is nothing to stack" if config.algorithm in _TAKE_TURNS else ""
+    if not why and config.client_optimizer not in ELEMENTWISE:
+        why = f"the rule of {config.client_optimizer} is not elementwise"
+    if not why:
+        why = obstacle(split.client, (example,), setup.make_optimizer)
+    if not why and config.algorithm in _SERVER_COPIES:
+        rows = split.client(example)
+        why = obstacle(split.server, tuple(r.detach() for r in rows), make_server)
+    if not why:
+        return "stacked"
+    warnings.warn(f"{config.algorithm} runs on the local engine: {why}", CutlayerWarning, stacklevel=5)
+    return "local"
 
 
 def load_source(config: RunConfig, data: Data | None, dtype: torch.dtype) -> Source:
@@ -204,7 +242,7 @@ def _sentences(what: str, value: object) -> Iterator[None]:
         raise ConfigError(f"{what} (shape per sample {value}): {reason}; choose a model that fits the data") from None
 
 
-def _shape(algorithm: str) -> Literal["whole", "split", "u-shaped"]:
+def _shape(algorithm: str) -> Shape:
     if ALGORITHMS[algorithm].whole:
         return "whole"
     return "u-shaped" if algorithm == "ussl" else "split"

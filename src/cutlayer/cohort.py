@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from torch import Tensor
+
 from cutlayer import seeds
 from cutlayer.data.samples import Samples
 from cutlayer.types import CutGradients, Evaluation, Round, Rows, Smashed, Step, TailGradients
@@ -84,6 +86,9 @@ class Cohort(Protocol):
         """Accuracy of every (client model, server model) on `samples`, in eval mode; training state is left as it
         was.
         """
+
+    def model_state(self, client: int) -> Mapping[str, Tensor]:
+        """One client's parameters and buffers, under the names of the whole model."""
 
     def state(self) -> dict[str, Any]:
         """All that a later `load` needs to go on as if nothing had happened: nested dicts of tensors and plain

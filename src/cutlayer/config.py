@@ -163,6 +163,8 @@ class CommonConfig(_Config):
     visit_order: Annotated[Literal["fixed", "random"], Parameter(group=OTHERS)] = "fixed"
     """ssl, ussl: the order in which clients are visited in a round."""
 
+    engine: Annotated[Literal["auto", "local", "stacked"], Parameter(group=OUTPUT)] = "auto"
+    """How clients are simulated: one after another (local), all at once (stacked), at once where possible (auto)."""
     precision: Annotated[Literal["float32", "float64"], Parameter(group=OUTPUT)] = "float32"
     """Floating point type of models and data."""
     eval_every: Annotated[int | None, Parameter(group=OUTPUT)] = Field(None, ge=1)

@@ -18,6 +18,10 @@ import difflib
 from collections.abc import Iterable
 
 
+class CutlayerWarning(UserWarning):
+    """Something is done in another way than one would expect; the message says why."""
+
+
 class CutlayerError(Exception):
     """Base of every error that Cutlayer raises on purpose."""
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cutlayer.errors import ConfigError, unknown
 
-MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer | None]
-"""Makes the optimiser of a model's parameters; None where the model has none (an empty client or server part)."""
+MakeOptimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer | None]
+"""Makes the optimiser of parameters; None where there are none to train (an empty client or server part)."""
 
 # LBFGS wants a closure, SparseAdam sparse gradients, Muon matrices only: none of them fits any model's step here.
 _UNFIT = {"optimizer", "lbfgs", "sparseadam", "muon"}
@@ -50,11 +51,21 @@ def make_optimizer(name: str, lr: float, options: Mapping[str, Any]) -> MakeOpti
     except (ValueError, TypeError, RuntimeError) as error:
         raise ConfigError(f"the optimizer {name!r} refuses {dict(options)}: {error}; mend these options") from None
 
-    def make(model: nn.Module) -> torch.optim.Optimizer | None:
-        trained = [p for p in model.parameters() if p.requires_grad]
+    def make(parameters: Iterable[Tensor]) -> torch.optim.Optimizer | None:
+        trained = [p for p in parameters if p.requires_grad]
         return kind(trained, lr=lr, **options) if trained else None
 
     return make
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Take a `state_dict()`, tensors as they are: torch's own loading casts them to the parameters' type, which changes
+    numbers that an optimiser keeps in another one (NAdam's)."""
+    optimizer.load_state_dict(copy.deepcopy(dict(state)))
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, values in state["state"].items():
+        kept = {n: v.clone() if isinstance(v, Tensor) else v for n, v in values.items()}
+        optimizer.state[parameters[index]] = kept
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -10,9 +11,9 @@ from typing import Any
 
 from cutlayer import checkpoint
 from cutlayer.algorithms import ALGORITHMS
-from cutlayer.build import Data, Model, assemble, by_name
+from cutlayer.build import Data, Model, Training, assemble, by_name
 from cutlayer.config import RunConfig, normalised, overlaid
-from cutlayer.errors import ConfigError, NonFiniteError, RunFolderError
+from cutlayer.errors import ConfigError, NonFiniteError, RunFolderError, UsageError
 from cutlayer.folder import CHECKPOINT, CLASSES, EVALUATIONS, RESULT, STEPS, Folder, refuse_used, stored_config
 from cutlayer.optim import lr_factor
 from cutlayer.types import Evaluation, Step
@@ -118,7 +119,7 @@ class Run:
         self._start_round = 0
         self._step = self._samples = 0
         self._seconds = 0.0
-        self._resumed = False
+        self._resumed = self._begun = False
 
     @classmethod
     def resume(cls, out: str | Path, *, model: Model | None = None, data: Data | None = None, **options: Any) -> Run:
@@ -150,6 +151,11 @@ class Run:
     def __iter__(self) -> Iterator[Record]:
         if self.result is not None:
             return
+        if self._begun:
+            raise UsageError(
+                "this run has begun already: go on with the iterator that you have, or give out=... and resume it"
+            )
+        self._begun = True
         if self.out is None:
             yield from self._train(None)
             return
@@ -249,7 +255,7 @@ class Run:
         best = max(self.evaluations, key=lambda s: (s.validation_accuracy or 0.0, s.round))
         return Result(
             algorithm=self.config.algorithm,
-            engine="local",
+            engine=self.training.engine,
             test_accuracy=self.evaluations[-1].test_accuracy,
             best_test_accuracy=best.test_accuracy,
             best_round=best.round,
@@ -266,6 +272,7 @@ class Run:
     def _state(self, rounds: int, folder: Folder) -> dict[str, Any]:
         return {
             "config": self.config.resolved(),
+            "fingerprint": fingerprint(self.training),
             "rounds": rounds,
             "steps": self._step,
             "samples": self._samples,
@@ -284,6 +291,12 @@ class Run:
             return
         state = checkpoint.read(path)
         _refuse_other(RunConfig.of(state["config"]), self.config.resolved(), folder.path)
+        mine, theirs = fingerprint(self.training), state["fingerprint"]
+        if different := [what for what in mine if mine[what] != theirs.get(what)]:
+            raise RunFolderError(
+                f"the run in {str(folder.path)!r} was made with another {' and '.join(different)} than now: give what "
+                "it was made with, or start a new run in another folder"
+            )
         self._start_round, self._step = state["rounds"], state["steps"]
         self._samples, self._seconds = state["samples"], state["seconds"]
         self.evaluations = [Scores(**s) for s in state["evaluations"]]
@@ -306,6 +319,16 @@ def without_own(stored: Mapping[str, Any], out: Path, **given: object) -> dict[s
                 f"resume(out, {name}=...)"
             )
     return {k: v for k, v in stored.items() if k not in {f"own_{name}" for name in given}}
+
+
+def fingerprint(training: Training) -> dict[str, str]:
+    """What a checkpoint must agree with: model (names and shapes), training data, engine."""
+    models = {**training.clients.model_state(0), **training.server.model.state_dict()}
+    shapes = [(name, tuple(tensor.shape)) for name, tensor in sorted(models.items())]
+    train = training.source.train
+    data = (tuple(train.x.shape), train.x.double().sum().item(), training.clients.samples)
+    digest = hashlib.sha256(repr((data, train.y.tolist())).encode()).hexdigest()
+    return {"model": repr(shapes), "data set": digest, "engine": training.engine}
 
 
 def _merged(config: RunConfig | None, options: dict[str, Any]) -> RunConfig:

@@ -14,7 +14,7 @@ from cutlayer import seeds
 from cutlayer.averaging import average_into
 from cutlayer.errors import NonFiniteError
 from cutlayer.gradients import per_client, row_losses
-from cutlayer.optim import MakeOptimizer, set_lr
+from cutlayer.optim import MakeOptimizer, load_optimizer, set_lr
 from cutlayer.types import Rows, Smashed, TailGradients
 
 
@@ -39,7 +39,7 @@ class Server:
         self.model, self.lr, self.seed = model, lr, seed
         self.lr_factor = 1.0
         self._make_optimizer = make_optimizer
-        self._optimizer = make_optimizer(model)
+        self._optimizer = make_optimizer(model.parameters())
         self._copies: dict[int, Server] = {}
         self._steps = 0
         self._pending: tuple[Rows, Rows] | None = None
@@ -54,7 +54,7 @@ class Server:
         loss = losses.mean()
         own = per_client(losses.detach(), smashed.sizes)
         if not torch.isfinite(loss):
-            raise NonFiniteError("loss", _culprits(smashed, losses.detach()))
+            raise NonFiniteError("loss", culprits(smashed, losses.detach()))
         gradient = self._backward(smashed, lambda: loss.backward(), splitlr)
         return ServerStep(loss.item(), own, gradient, self._rate(splitlr))
 
@@ -70,11 +70,10 @@ class Server:
     def backward(self, smashed: Smashed, tail: TailGradients) -> ServerStep:
         """U-shaped split: go on from the gradients that the clients' tails sent back, and step."""
         assert self._pending is not None, "backward() follows forward()"
+        assert len(smashed.clients) == 1, "gradients of several clients' own mean losses do not add up to one loss"
         outputs = self._pending[1]
-        weights = [size / len(smashed) for size in smashed.sizes]
         gradient = self._backward(smashed, lambda: torch.autograd.backward(outputs, tail.rows), 1.0)
-        loss = sum(w * float(x) for w, x in zip(weights, tail.losses, strict=True))
-        return ServerStep(loss, tuple(tail.losses.tolist()), gradient, self._rate(1.0))
+        return ServerStep(tail.losses[0].item(), tuple(tail.losses.tolist()), gradient, self._rate(1.0))
 
     def predict(self, client: int, rows: Rows) -> Rows:
         """The server's outputs in eval mode, for evaluation. All clients share the one server model."""
@@ -116,7 +115,7 @@ class Server:
         """Take a state that `state()` returned."""
         self.model.load_state_dict(state["model"])
         if self._optimizer:
-            self._optimizer.load_state_dict(state["optimizer"])
+            load_optimizer(self._optimizer, state["optimizer"])
         self._steps = state["steps"]
         for client, replica in state["copies"].items():
             self._copy_of(int(client)).load(replica)
@@ -144,8 +143,11 @@ class Server:
         gradient = tuple(torch.zeros_like(r) if r.grad is None else r.grad for r in rows if r.is_floating_point())
         for g in gradient:
             if not torch.isfinite(g).all():
-                raise NonFiniteError("cut gradient", _culprits(smashed, g.flatten(1).sum(1)))
+                raise NonFiniteError("cut gradient", culprits(smashed, g.flatten(1).sum(1)))
         if self._optimizer:
+            weights = [p.grad for p in self.model.parameters() if p.grad is not None]
+            if weights and not torch.isfinite(torch.nn.utils.get_total_norm(weights)):
+                raise NonFiniteError("server's weight gradient")
             set_lr(self._optimizer, self._rate(splitlr))
             self._optimizer.step()
         self._steps += 1
@@ -164,7 +166,7 @@ def _together(steps: list[ServerStep], smashed: Smashed) -> ServerStep:
     return ServerStep(loss, losses, rows, steps[0].lr)
 
 
-def _culprits(smashed: Smashed, values: Tensor) -> tuple[int, ...]:
+def culprits(smashed: Smashed, values: Tensor) -> tuple[int, ...]:
     """The clients whose smashed data are not finite; failing that, those whose row-wise `values` [R] are not."""
 
     def bad(finite: Tensor) -> list[int]:

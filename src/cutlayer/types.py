@@ -80,7 +80,7 @@ class TailGradients:
 
 @dataclass(frozen=True)
 class Round:
-    """One round of training: the period between two evaluations (and between two averagings, where there are any).
+    """One round of training: a local epoch of every participant, or as many local epochs or steps as were asked for.
 
     `index` of `total` rounds; `clients` [C] take part, with `batches` [C] to do each; `seed` names all randomness.
     """
@@ -97,8 +97,8 @@ class Round:
         return max(self.batches)
 
     def progress(self, step: int) -> float:
-        """Fraction of the whole training done before the round's `step`-th step, in [0, 1)."""
-        return (self.index + step / self.steps) / self.total
+        """Fraction of the whole training done before the round's `step`-th step, in [0, 1), to nine digits."""
+        return round((self.index * self.steps + step) / (self.steps * self.total), 9)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ Client models are never exchanged.
 
 SLR is SGLR with phi = 0, SGL is SGLR with alpha = 0; PSL is both. Where the paper can be read in several ways, the
 reading is an option: `alpha_clients`, `average_over`, `average_reduce`, `gradient_scale`, `phi_when`
-(docs/algorithms/sglr.md).
+(docs/algorithms.md).
 """
 
 from __future__ import annotations
@@ -60,8 +60,9 @@ def split_lr(options: RunConfig, smashed: Smashed, enrolled: int) -> float:
 
 def draw_active(options: RunConfig, clients: tuple[int, ...], this: Round, turn: int) -> tuple[int, ...]:
     """The active set of the round's step number `turn`: phi x C clients (rounded half up), without replacement."""
-    done = this.progress(turn)
-    phase = {"always": True, "initial": done < options.phi_until, "final": done >= 1 - options.phi_until}
+    done = this.progress(turn)  # rounded, as the bounds are: 7/15 and .4 + .2/3 are the same moment
+    final = round(1 - options.phi_until, 9)
+    phase = {"always": True, "initial": done < round(options.phi_until, 9), "final": done >= final}
     count = math.floor(options.phi * len(clients) + 0.5) if phase[options.phi_when] else 0
     drawn = seeds.generator(this.seed, "active", this.index, turn).choice(clients, count, replace=False)
     return tuple(sorted(int(k) for k in drawn))

@@ -4,7 +4,7 @@ Counted are the values that cross, as their tensors' own bytes (elements x bytes
 the same tensors adds its framing, nothing else. Two conventions, both truthful:
 - `wire-unicast`: a message to several clients counts once per client that receives it;
 - `wire-broadcast`: a message that is the same for several clients counts once (wireless broadcast, multicast).
-Evaluation is counted apart from training.
+Evaluation is counted apart from training. A common gradient is one message: every addressee receives all its rows.
 """
 
 from __future__ import annotations
@@ -173,6 +173,10 @@ class MeteredCohort:
             return outputs
 
         return self.inner.evaluate(samples, metered)
+
+    def model_state(self, client: int) -> Mapping[str, Tensor]:
+        """One client's parameters and buffers."""
+        return self.inner.model_state(client)
 
     def state(self) -> dict[str, Any]:
         """The inner cohort's state, and the ledger's."""

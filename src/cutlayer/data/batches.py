@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +20,7 @@ class BatchStream:
 
     def __init__(self, rows: np.ndarray, batch: int, seed: int, client: int) -> None:
         self.rows, self.batch, self.seed, self.client = rows, batch, seed, client
-        self.drawn = 0  # batches drawn so far: the client's clock
+        self.drawn = 0  # batches drawn so far: the client's clock, and all the state there is
         self._epoch, self._order = -1, rows
 
     @property
@@ -38,11 +36,3 @@ class BatchStream:
             self._order = seeds.generator(self.seed, "batches", self.client, epoch).permutation(self.rows)
         self.drawn += 1
         return torch.from_numpy(self._order[at * self.batch : (at + 1) * self.batch])
-
-    def state(self) -> dict[str, Any]:
-        """The clock says everything."""
-        return {"drawn": self.drawn}
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Take a state that `state()` returned."""
-        self.drawn = int(state["drawn"])

@@ -1,0 +1,120 @@
+"""What every simulated cohort has in common: private data, batches, who takes part, who holds the travelling model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from torch import Tensor, nn
+
+from cutlayer.cohort import draw_participants
+from cutlayer.data.batches import BatchStream
+from cutlayer.data.samples import Samples
+from cutlayer.optim import MakeOptimizer
+from cutlayer.types import Evaluation, Round, Step
+
+Shape = Literal["whole", "split", "u-shaped"]
+ClientModel = tuple[nn.Module, nn.Module | None]  # (lower part, tail)
+EVALUATION_ROWS = 1024  # rows per forward pass in evaluation: bounds memory, changes no result
+
+
+@dataclass(frozen=True)
+class Clients:
+    """How a simulated group of clients is set up; every engine takes one.
+
+    `models` are (lower part, tail or None) per client; `rows` each client's indices into `data`; `lr` the base rate.
+    A round is `local_steps` batches or `local_epochs` passes; `alike` says that all models start equal.
+    """
+
+    models: Sequence[ClientModel]
+    data: Samples
+    rows: Sequence[np.ndarray]
+    make_optimizer: MakeOptimizer
+    lr: float
+    batch: int
+    seed: int = 0
+    shape: Shape = "split"
+    participation: float = 1.0
+    local_epochs: int = 1
+    local_steps: int | None = None
+    alike: bool = True
+
+
+class SimulatedCohort:
+    """The part of the seam that does not depend on how models are computed."""
+
+    def __init__(self, setup: Clients) -> None:
+        self.setup = setup
+        self._streams = [BatchStream(rows, setup.batch, setup.seed, k) for k, rows in enumerate(setup.rows)]
+        self._quota = [0] * len(setup.rows)  # batches left in this round
+        self._participants: tuple[int, ...] = ()
+        self._rate = setup.lr
+        self._alike = setup.alike  # all client models are known to be equal
+        self._holder: int | None = None
+
+    @property
+    def samples(self) -> Sequence[int]:
+        """n_k of each enrolled client."""
+        return [len(stream.rows) for stream in self._streams]
+
+    @property
+    def shape(self) -> Shape:
+        """What the clients hold."""
+        return self.setup.shape
+
+    @property
+    def holder(self) -> int | None:
+        """Who holds the one model that travels."""
+        return self._holder
+
+    def begin_round(self, index: int, total: int, lr_factor: float) -> Round:
+        """Draw the participants and give each its number of batches: local steps, or local epochs of its own data."""
+        s = self.setup
+        self._participants = draw_participants(s.seed, index, len(self._streams), s.participation)
+        for k in self._participants:
+            self._quota[k] = s.local_steps or s.local_epochs * self._streams[k].per_epoch
+        self._rate = s.lr * lr_factor
+        batches = tuple(self._quota[k] for k in self._participants)
+        return Round(index, total, self._participants, batches, s.seed)
+
+    def _willing(self, clients: Sequence[int] | None) -> tuple[int, ...]:
+        """The participants (or those of `clients`) that have batches left in this round."""
+        asked = self._participants if clients is None else clients
+        return tuple(k for k in asked if self._quota[k] > 0)
+
+    def _next(self, client: int) -> tuple[Tensor, int]:
+        """A client's next batch as row numbers [b], and its clock: how many batches it had drawn before."""
+        clock = self._streams[client].drawn
+        self._quota[client] -= 1
+        return self._streams[client].next(), clock
+
+    def _base_state(self) -> dict[str, Any]:
+        drawn = [stream.drawn for stream in self._streams]
+        return {"drawn": drawn, "holder": self._holder, "alike": self._alike}
+
+    def _load_base(self, state: Mapping[str, Any]) -> None:
+        for stream, drawn in zip(self._streams, state["drawn"], strict=True):
+            stream.drawn = drawn
+        self._holder, self._alike = state["holder"], state["alike"]
+
+
+def model_bytes(module: nn.Module) -> int:
+    """Bytes of a model's parameters and buffers; tied weights cross once."""
+    return sum({t.data_ptr(): t.nbytes for t in module.state_dict().values()}.values())
+
+
+def together(taken: Mapping[int, list[tuple[float, int]]], t: int) -> Step:
+    """Local step number t of all the clients that took so many, given (loss, rows) of each client's local steps."""
+    here = {k: steps[t] for k, steps in taken.items() if t < len(steps)}
+    rows = sum(n for _, n in here.values())
+    loss = sum(x * n for x, n in here.values()) / rows
+    return Step(loss, tuple(here), tuple(x for x, _ in here.values()), rows)
+
+
+def evaluation(found: Mapping[int, tuple[float, float]], everyone: Sequence[int], samples: int) -> Evaluation:
+    """Scores of `everyone` from (accuracy, loss) of those looked at; models known to be equal are looked at once."""
+    only = next(iter(found.values()))
+    result = {k: found.get(k, only) for k in everyone}
+    return Evaluation({k: a for k, (a, _) in result.items()}, {k: x for k, (_, x) in result.items()}, samples)
