@@ -69,6 +69,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "hand_over": words("batch", "epoch"),
     "hand_over_optimizer": st.booleans(),
     "visit_order": words("fixed", "random"),
+    "engine": words("auto", "local", "stacked"),
     "precision": words("float32", "float64"),
     "eval_every": WHOLE,
     "checkpoint_every": WHOLE,
