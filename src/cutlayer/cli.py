@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cutlayer import __version__
+from cutlayer.allocator import keep_memory
 from cutlayer.catalog import ALGORITHMS, DATA_FORMATS, DATASETS, MODELS
 from cutlayer.config import CompareConfig, RunConfig, applicable, explain, overlaid, read_toml
 from cutlayer.errors import ConfigError, CutlayerError
@@ -165,6 +167,8 @@ def list_(what: Literal["all", "algorithms", "data", "models"] = "all", /) -> No
 
 def main() -> NoReturn:
     """Run the command line: one clear sentence on stderr and an exit code for everything that goes wrong."""
+    keep_memory()
+    warnings.showwarning = _show_warning
     try:
         app(sys.argv[1:], exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as error:
@@ -174,6 +178,10 @@ def main() -> NoReturn:
     except KeyboardInterrupt:
         _fail("interrupted", 130)
     sys.exit(0)
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    err.print(Text.assemble(("note: ", "bold yellow"), str(message)), soft_wrap=True, highlight=False)
 
 
 def _fail(sentence: str, code: int) -> NoReturn:
