@@ -1,8 +1,8 @@
 """Keeping freed memory in the process: a large, free gain on the CPU.
 
 The C library hands big blocks back to the system as soon as they are freed; every large activation then costs a page
-fault per 4 kB at every step. Three settings of glibc's malloc keep them. The price is that the process stays as large as
-it once was. The command line does this at start; `CUTLAYER_KEEP_MEMORY=0` switches it off.
+fault per 4 kB at every step. Three settings of glibc's malloc keep them. The price is that the process stays as large
+as it once was. The command line does this at start; `CUTLAYER_KEEP_MEMORY=0` switches it off.
 """
 
 from __future__ import annotations
