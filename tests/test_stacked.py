@@ -14,6 +14,7 @@ from torch import nn
 
 from cutlayer import Run
 from cutlayer.catalog import MODELS as ZOO
+from cutlayer.engine.pooling import QuickPooling
 from cutlayer.errors import CutlayerWarning
 
 STACKED: list[tuple[str, dict[str, Any]]] = [
@@ -142,6 +143,22 @@ def test_independent_starts_and_scores() -> None:
         b.evaluations[-1].test_accuracy_worst,
     )
     assert worst(a, b) < 1e-10
+
+
+@given(n=st.integers(1, 3), c=st.integers(1, 3), h=st.integers(1, 6), w=st.integers(1, 6), seed=st.integers(0, 99))
+def test_quick_pooling_is_the_librarys(n: int, c: int, h: int, w: int, seed: int) -> None:
+    """Bit for bit, ties (many equal values) and odd sizes (left to the library) included."""
+    numbers = torch.Generator().manual_seed(seed)
+    x = torch.randint(0, 3, (n, c, h + h % 2, w + 1), generator=numbers).double().requires_grad_()
+    pool = nn.MaxPool2d(2)
+    expected = pool(x)
+    g = torch.randn(expected.shape, generator=numbers, dtype=torch.float64)
+    (wanted,) = torch.autograd.grad(expected, x, g)
+    with QuickPooling():
+        found = pool(x)
+    assert (type(found.grad_fn).__name__ == "MaxPool2x2Backward") is (w % 2 == 1)  # even sizes take the quick way
+    assert torch.equal(found, expected)
+    assert torch.equal(torch.autograd.grad(found, x, g)[0], wanted)
 
 
 class Mixing(nn.Module):

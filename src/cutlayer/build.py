@@ -113,9 +113,10 @@ def assemble(config: RunConfig, model: Model | None = None, data: Data | None = 
     server_seed = seeds.derive(config.seed, "server")
     stacked = engine == "stacked"
     cohort: Cohort = StackedCohort(setup) if stacked else LocalCohort(setup)
+    copies = len(owners) if config.algorithm in _SERVER_COPIES else 0
     server = (
-        StackedServer(split.server, make_server, server_lr, server_seed, len(owners))
-        if stacked and config.algorithm in _SERVER_COPIES
+        StackedServer(split.server, make_server, server_lr, server_seed, copies)
+        if stacked
         else Server(split.server, make_server, server_lr, server_seed)
     )
     ledger = Ledger(len(owners))

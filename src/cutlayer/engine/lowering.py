@@ -21,6 +21,10 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from cutlayer.engine.pooling import MaxPool2x2, quick
+
+_FEW_CHANNELS = 3  # input channels up to which a convolution is quicker as a matrix product (measured)
+
 
 class NotStackableError(Exception):
     """An operation that has no stacked form here."""
@@ -48,6 +52,8 @@ class Lowered(TorchFunctionMode):
         touches = any(id(a) in self._stacked for a in (*args, *kwargs.values()))
         if handler is not None and (touches or handler in _ALWAYS):
             return handler(self, *args, **kwargs)
+        if quick(func, args, kwargs):
+            return MaxPool2x2.apply(args[0])  # type: ignore[no-untyped-call]
         if touches and func not in _HARMLESS:
             raise NotStackableError(f"{getattr(func, '__name__', func)} on a parameter or buffer")
         return func(*args, **kwargs)
@@ -85,6 +91,8 @@ def _conv(dims: int) -> Callable[..., Tensor]:
         dilation: Any = 1,
         groups: int = 1,
     ) -> Tensor:
+        if dims == 2 and groups == 1 and weight.shape[2] <= _FEW_CHANNELS and not isinstance(padding, str):
+            return _conv_by_columns(mode, input, weight, bias, stride, padding, dilation)
         x = mode.per_client(input).transpose(0, 1)  # [b, c, in, ...]
         merged = x.reshape(x.shape[0], -1, *x.shape[3:])
         y = conv(
@@ -100,6 +108,26 @@ def _conv(dims: int) -> Callable[..., Tensor]:
         return y.transpose(0, 1).reshape(len(input), *y.shape[2:])
 
     return handler
+
+
+def _conv_by_columns(
+    mode: Lowered, input: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any
+) -> Tensor:
+    """A first layer's convolution as a batched matrix product: faster than a grouped one while columns are short."""
+    kernel = weight.shape[3:]
+    columns = functional.unfold(input, kernel, dilation, padding, stride)  # [c * b, in * kernel, positions]
+    product = torch.matmul(weight.flatten(2).unsqueeze(1), mode.per_client(columns))  # [c, b, out, positions]
+    if bias is not None:
+        product = product + bias.view(mode.clients, 1, -1, 1)
+    sides = [_pair(v) for v in (stride, padding, dilation)]
+    size = [
+        (input.shape[2 + i] + 2 * sides[1][i] - sides[2][i] * (kernel[i] - 1) - 1) // sides[0][i] + 1 for i in (0, 1)
+    ]
+    return product.view(len(input), weight.shape[1], *size)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[-1])
 
 
 def _batch_norm(

@@ -18,6 +18,7 @@ from cutlayer import seeds
 from cutlayer.cohort import Footprint, Predict
 from cutlayer.data.samples import Samples
 from cutlayer.engine.base import EVALUATION_ROWS, Clients, SimulatedCohort, evaluation, model_bytes, together
+from cutlayer.engine.pooling import QuickPooling
 from cutlayer.engine.stack import Group, Stack
 from cutlayer.errors import NonFiniteError
 from cutlayer.gradients import per_client, row_losses
@@ -166,11 +167,16 @@ class StackedCohort(SimulatedCohort):
 
 
 class StackedServer(Server):
-    """A server whose copies per client (SplitFed V1, V3) are stacked."""
+    """The server beside a stacked cohort; `copies` per client (SplitFed V1, V3; else 0) are stacked too."""
 
-    def __init__(self, model: nn.Module, make_optimizer: MakeOptimizer, lr: float, seed: int, clients: int) -> None:
+    def __init__(self, model: nn.Module, make_optimizer: MakeOptimizer, lr: float, seed: int, copies: int) -> None:
         super().__init__(model, make_optimizer, lr, seed)
-        self._stack = Stack(model, clients, make_optimizer)
+        self._stack = Stack(model, copies, make_optimizer)
+
+    def forward(self, smashed: Smashed) -> Rows:
+        """As the server's own, with quick pooling."""
+        with QuickPooling():
+            return super().forward(smashed)
 
     def step_copies(self, smashed: Smashed) -> ServerStep:
         """Every client's copy takes one step on that client's rows."""
