@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # Ten clients of a small model are many small operations: one thread per process is fastest.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow check golden clean
+.PHONY: demo test check bench golden clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Cutlayer needs Python 3.11 or newer: make PYTHON=..."; exit 2; }
@@ -19,15 +19,15 @@ demo: $(STAMP)   ## six algorithms compete on handwritten digits
 	$(BIN)/cutlayer compare
 
 test: $(STAMP)   ## the fast test suite
-	$(BIN)/python -m pytest -m "not slow" -n 2
-
-test-slow: $(STAMP)   ## the slow tests
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n 2
 
 check: $(STAMP)   ## lint, format, types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+bench: $(STAMP)   ## how fast the engines are; writes docs/benchmarks.md
+	$(BIN)/python benchmarks/engines.py --write docs/benchmarks.md
 
 golden: $(STAMP)   ## write the golden losses anew after a deliberate change
 	$(BIN)/python -m pytest tests/test_golden.py --rewrite-golden

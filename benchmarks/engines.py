@@ -4,7 +4,7 @@ run.
     ceiling   centralised training of the same model on the union batch (C x b rows)
     loop      plainly, as hand-made scripts do: per client a module, an optimiser and a pass through the server
 
-    python benchmarks/engines.py [--quick] [--write docs/benchmarks.md]
+    python benchmarks/engines.py [--quick] [--rows N] [--write docs/benchmarks.md]
 
 CPU seconds of the process on one thread, so that other tenants of the machine disturb little. Freed memory is kept in
 the process (cutlayer.allocator) for all contestants alike.
@@ -190,6 +190,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two workloads only")
     parser.add_argument("--seconds", type=float, default=20.0, help="CPU seconds per workload")
     parser.add_argument("--write", type=Path, help="write the table to this file, below its line '<!-- engines -->'")
+    parser.add_argument("--rows", type=int, default=10**9, help="leave out workloads with more than C x b rows a step")
     options = parser.parse_args()
     torch.set_num_threads(1)
     kept = keep_memory()
@@ -201,6 +202,8 @@ def main() -> None:
     ]
     print("\n".join(lines), flush=True)
     for workload in QUICK if options.quick else FULL:
+        if workload[3] * workload[4] > options.rows:
+            continue
         row = measure(*workload, options.seconds)
         cells = [
             f"{v:.2f}" if isinstance(v, float) and v < 100 else f"{v:.0f}" if isinstance(v, float) else v
