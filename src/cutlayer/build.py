@@ -135,14 +135,18 @@ def _engine(config: RunConfig, split: Parts, setup: Clients, make_server: MakeOp
     if not why and config.client_optimizer not in ELEMENTWISE:
         why = f"the rule of {config.client_optimizer} is not elementwise"
     if not why:
-        why = obstacle(split.client, (example,), setup.make_optimizer)
+        why = _of("client", obstacle(split.client, (example,), setup.make_optimizer))
     if not why and config.algorithm in _SERVER_COPIES:
         rows = split.client(example)
-        why = obstacle(split.server, tuple(r.detach() for r in rows), make_server)
+        why = _of("server", obstacle(split.server, tuple(r.detach() for r in rows), make_server))
     if not why:
         return "stacked"
-    warnings.warn(f"{config.algorithm} runs on the local engine: {why}", CutlayerWarning, stacklevel=5)
+    warnings.warn(f"{config.algorithm} runs on the local engine: {why}", CutlayerWarning, stacklevel=4)
     return "local"
+
+
+def _of(side: str, why: str) -> str:
+    return why and f"the model's {side} part cannot be stacked: {why}"
 
 
 def load_source(config: RunConfig, data: Data | None, dtype: torch.dtype) -> Source:

@@ -95,8 +95,10 @@ def _cut(model: nn.Module, names: tuple[str, ...], x: Tensor, methods: Sequence[
             crossings = prove(model, pieces, x, inputs_may_cross=names[0] == INPUT)
             return _parts(pieces, crossings, method)
         except CannotCutError as reason:
-            reasons.append(f"{method}: {reason}")
-    raise CannotCutError("; ".join(reasons))
+            reasons.append((method, str(reason)))
+    if len({reason for _, reason in reasons}) == 1:
+        raise CannotCutError(reasons[0][1])
+    raise CannotCutError("; ".join(f"{method}: {reason}" for method, reason in reasons))
 
 
 def _parts(pieces: list[Part], crossings: list[tuple[Crossing, ...]], method: str) -> Parts:
