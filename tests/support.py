@@ -4,6 +4,7 @@ with.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.nn import functional
 
 from cutlayer import Run, RunConfig, Samples, Source
 from cutlayer.algorithms import ALGORITHMS
-from cutlayer.data.batches import BatchStream
+from cutlayer.data.batches import Batches
 from cutlayer.engine.base import Clients
 from cutlayer.engine.local import LocalCohort
 from cutlayer.models import cut
@@ -123,10 +124,23 @@ def whole(run: Run, client: int = 0) -> State:
     return {**client_state(run, client), **server_state(run)}
 
 
-def batches_of(sizes: Sequence[int], batch: int, seed: int = 0) -> list[BatchStream]:
-    """The clients' batch streams, as `source(sizes)` deals the rows."""
+class Stream:
+    """One client's batches."""
+
+    def __init__(self, batches: Batches, client: int) -> None:
+        self.batches, self.client = batches, client
+        self.per_epoch = int(batches.per_epoch[client])
+
+    def next(self) -> Tensor:
+        """Indices [b] of the next batch."""
+        return self.batches.draw([self.client])[0]
+
+
+def batches_of(sizes: Sequence[int], batch: int, seed: int = 0) -> list[Stream]:
+    """The clients' batches, as `source(sizes)` deals the rows."""
     starts = np.cumsum([0, *sizes])
-    return [BatchStream(np.arange(starts[k], starts[k + 1]), batch, seed, k) for k in range(len(sizes))]
+    batches = Batches([np.arange(a, b) for a, b in itertools.pairwise(starts)], batch, seed)
+    return [Stream(batches, k) for k in range(len(sizes))]
 
 
 def sgd(
@@ -167,8 +181,7 @@ def by_hand(
         Clients(models, data, rows, maker, lr=0.1, batch=batch, local_steps=options.get("local_steps"))
     )
     if same_batches:
-        for stream in clients._streams:
-            stream.client = 0
+        clients._batches.names = [0] * len(rows)
     server = Server(parts.server, maker, 0.1)
     steps = []
     for index in range(rounds):

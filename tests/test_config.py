@@ -70,7 +70,9 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "hand_over_optimizer": st.booleans(),
     "visit_order": words("fixed", "random"),
     "engine": words("auto", "local", "stacked"),
-    "precision": words("float32", "float64"),
+    "device": words("cpu", "cuda", "cuda:1", "mps"),
+    "precision": words("float32", "float64", "bfloat16", "tf32"),
+    "memory_limit": st.floats(0.1, 100),
     "eval_every": WHOLE,
     "checkpoint_every": WHOLE,
 }

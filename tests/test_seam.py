@@ -17,7 +17,7 @@ from cutlayer import NonFiniteError, Run, Samples, Source
 from cutlayer.averaging import average_into
 from cutlayer.cohort import draw_participants
 from cutlayer.costs.ledger import Ledger, MeteredCohort
-from cutlayer.data.batches import BatchStream
+from cutlayer.data.batches import Batches
 from cutlayer.engine.base import Clients
 from cutlayer.engine.local import LocalCohort
 from cutlayer.gradients import own
@@ -52,10 +52,11 @@ def cohort(sizes: list[int], batch: int, width: int = 1, **options: Any) -> tupl
 @given(n=st.integers(1, 60), batch=st.integers(1, 20), epochs=st.integers(1, 3), seed=st.integers(0, 5))
 def test_every_epoch_deals_every_sample_once(n: int, batch: int, epochs: int, seed: int) -> None:
     rows = np.arange(100, 100 + n)
-    stream = BatchStream(rows, batch, seed, 3)
+    other = np.arange(7)
+    stream = Batches([other, rows], batch, seed)
     orders = []
     for _ in range(epochs):
-        drawn = [stream.next() for _ in range(stream.per_epoch)]
+        drawn = [stream.draw([1])[0] for _ in range(stream.per_epoch[1])]
         assert all(len(b) == batch for b in drawn[:-1])
         assert len(drawn[-1]) == (n % batch or batch)
         assert sorted(torch.cat(drawn).tolist()) == rows.tolist()
@@ -65,12 +66,31 @@ def test_every_epoch_deals_every_sample_once(n: int, batch: int, epochs: int, se
 
 
 @given(n=st.integers(1, 40), batch=st.integers(1, 9), skip=st.integers(0, 30))
-def test_a_stream_resumes_from_its_clock(n: int, batch: int, skip: int) -> None:
-    a, b = (BatchStream(np.arange(n), batch, 0, 1) for _ in range(2))
+def test_batches_resume_from_their_clocks(n: int, batch: int, skip: int) -> None:
+    a, b = (Batches([np.arange(n)], batch, 0) for _ in range(2))
     for _ in range(skip):
-        a.next()
-    b.drawn = a.drawn
-    assert all(torch.equal(a.next(), b.next()) for _ in range(5))
+        a.draw([0])
+    b.drawn[:] = a.drawn
+    assert all(torch.equal(a.draw([0])[0], b.draw([0])[0]) for _ in range(5))
+
+
+@given(
+    sizes=st.lists(st.integers(1, 12), min_size=1, max_size=6),
+    batch=st.integers(1, 5),
+    asked=st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=6, unique=True), max_size=12),
+)
+def test_drawing_together_is_drawing_alone(sizes: list[int], batch: int, asked: list[list[int]]) -> None:
+    """Whoever else draws, in whatever order: a client's batches are its own."""
+    starts = np.cumsum([0, *sizes])
+    rows = [np.arange(starts[k], starts[k + 1]) for k in range(len(sizes))]
+    together, alone = Batches(rows, batch, 1), Batches(rows, batch, 1)
+    for clients in ([k for k in some if k < len(sizes)] for some in asked):
+        if clients:
+            drawn, counts, clocks = together.draw(clients)
+            each = [alone.draw([k]) for k in clients]
+            assert torch.equal(drawn, torch.cat([d for d, _, _ in each]))
+            assert counts.tolist() == [len(d) for d, _, _ in each]
+            assert clocks.tolist() == [int(c[0]) for _, _, c in each]
 
 
 @settings(max_examples=25, deadline=None)

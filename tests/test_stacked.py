@@ -14,7 +14,6 @@ from torch import nn
 
 from cutlayer import Run
 from cutlayer.catalog import MODELS as ZOO
-from cutlayer.engine.pooling import QuickPooling
 from cutlayer.errors import CutlayerWarning
 
 STACKED: list[tuple[str, dict[str, Any]]] = [
@@ -145,22 +144,6 @@ def test_independent_starts_and_scores() -> None:
     assert worst(a, b) < 1e-10
 
 
-@given(n=st.integers(1, 3), c=st.integers(1, 3), h=st.integers(1, 6), w=st.integers(1, 6), seed=st.integers(0, 99))
-def test_quick_pooling_is_the_librarys(n: int, c: int, h: int, w: int, seed: int) -> None:
-    """Bit for bit, ties (many equal values) and odd sizes (left to the library) included."""
-    numbers = torch.Generator().manual_seed(seed)
-    x = torch.randint(0, 3, (n, c, h + h % 2, w + 1), generator=numbers).double().requires_grad_()
-    pool = nn.MaxPool2d(2)
-    expected = pool(x)
-    g = torch.randn(expected.shape, generator=numbers, dtype=torch.float64)
-    (wanted,) = torch.autograd.grad(expected, x, g)
-    with QuickPooling():
-        found = pool(x)
-    assert (type(found.grad_fn).__name__ == "MaxPool2x2Backward") is (w % 2 == 1)  # even sizes take the quick way
-    assert torch.equal(found, expected)
-    assert torch.equal(torch.autograd.grad(found, x, g)[0], wanted)
-
-
 class Mixing(nn.Module):
     """Subtracts the mean over rows: stacked without an error, and wrongly."""
 
@@ -181,13 +164,62 @@ class Gate(nn.Module):
         return x * self.gate
 
 
-@pytest.mark.parametrize(("layer", "reason"), [(Mixing(), "influence each other"), (Gate(), "on a parameter")])
+class Branch(nn.Module):
+    """Does different things with different values."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[n, 8] -> [n, 8]."""
+        return x * 2 if x.detach().sum() > 0 else x
+
+
+class Counter(nn.Module):
+    """Replaces its buffer by another one in each forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[n, 8] -> [n, 8]."""
+        self.seen = self.seen + x.detach().mean()
+        return x + self.seen
+
+
+def with_layer(layer: nn.Module) -> nn.Module:
+    """Features [n, 6] -> scores [n, 4], with the layer on the client's side."""
+    return nn.Sequential(nn.Linear(6, 8), layer, nn.Linear(8, 4))
+
+
+@pytest.mark.parametrize("layer", [Mixing(), Gate()])
+def test_what_is_not_lowered_is_mapped(layer: nn.Module) -> None:
+    """Parameters used by hand and rows mixed by hand: vmap keeps the clients apart."""
+    a, b = both(
+        20, algorithm="sglr", model=with_layer(layer).double(), cut="1", data=source([8, 8, 8], (6,)), clients=3,
+        **small(client_optimizer="sgd"),
+    )  # fmt: skip
+    assert b.training.clients.inner._stack.mapped
+    assert worst(a, b) < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [(Branch(), "client part cannot be stacked"), (Counter(), "Counter '1.layer' uses its 'seen' in 'add'"), (nn.LSTM(8, 8), "LSTM '1.layer' uses its 'weight_ih_l0'")],
+)
 def test_what_cannot_be_stacked_runs_locally_and_says_why(layer: nn.Module, reason: str) -> None:
-    net = nn.Sequential(nn.Linear(6, 8), layer, nn.Linear(8, 4))
+    class First(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.layer(x)
+            return y[0] if isinstance(y, tuple) else y
+
     with pytest.warns(CutlayerWarning, match=reason):
         run = Run(
-            algorithm="psl", model=net, data=source([4, 4], (6,)), cut="1", clients=2, partition="column", rounds=1
-        )
+            algorithm="psl", model=with_layer(First()), data=source([4, 4], (6,)), cut="1", clients=2,
+            partition="column", rounds=1,
+        )  # fmt: skip
     assert run.training.engine == "local"
     assert run.run().engine == "local"
 

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,17 +18,15 @@ from torch import nn
 
 from cutlayer import seeds
 from cutlayer.catalog import ALGORITHMS, MODELS
-from cutlayer.cohort import Cohort, draw_participants
+from cutlayer.cohort import draw_participants
 from cutlayer.config import RunConfig
 from cutlayer.costs.ledger import Ledger, MeteredCohort
 from cutlayer.data import Source, class_counts, from_arrays, from_dataset, load, partition
-from cutlayer.engine.base import Clients, Shape
-from cutlayer.engine.local import LocalCohort
-from cutlayer.engine.stack import ELEMENTWISE
-from cutlayer.engine.stacked import StackedCohort, StackedServer, obstacle
-from cutlayer.errors import ConfigError, CutError, CutlayerWarning, DataError, unknown
+from cutlayer.engine.base import ClientModel, Clients, Shape
+from cutlayer.engine.choice import laid_out, simulate
+from cutlayer.errors import ConfigError, CutError, DataError, unknown
 from cutlayer.models import Parts, build, cut
-from cutlayer.models.parts import one_line
+from cutlayer.models.parts import Part, one_line
 from cutlayer.optim import MakeOptimizer, make_optimizer
 from cutlayer.server import Server
 
@@ -46,10 +43,10 @@ def by_name(model: Model | str | None, data: Data | str | None) -> tuple[Model |
     return None if isinstance(model, str) else model, None if isinstance(data, str) else data, names
 
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
+def dtype_of(config: RunConfig) -> torch.dtype:
+    """The type that weights and data are stored in; lower precisions are those of products only."""
+    return torch.float64 if config.precision == "float64" else torch.float32
 
-_TAKE_TURNS = {"ssl", "ussl"}
-_SERVER_COPIES = {"sflv1", "sflv3"}
 
 _SERVER_SEES_ONE_CLIENT = {"ssl", "sflv1", "sflv2", "sflv3"}
 _LARGEST_RATE = 30  # as a power of ten: what is more overflows float32 at the first step
@@ -76,12 +73,12 @@ def assemble(config: RunConfig, model: Model | None = None, data: Data | None = 
 
     Raises UsageError (ConfigError, DataError, CutError) with the value, the reason and the remedy.
     """
-    dtype = DTYPES[config.precision]
-    source = load_source(config, data, dtype)
+    device = _device(config)
+    source = load_source(config, data)
     parts = _partition(config, source)
     owners = [np.concatenate(parts)] if config.algorithm == "cl" else parts
     make_model = _maker(config, model, source)
-    whole = make_model("model").to(dtype)
+    whole = make_model("model")
     example = source.train.x[: max(2, min(3, len(source.train)))]
     _check_output(whole, example, source.classes)
     info = ALGORITHMS[config.algorithm]
@@ -91,11 +88,16 @@ def assemble(config: RunConfig, model: Model | None = None, data: Data | None = 
     rounds, per_epoch = _rounds(config, [len(p) for p in owners])
     _check_single_rows(config, split, [len(p) for p in owners], rounds, example)
     _check_rate(config)
+    for part in split.all:
+        part.to(device)
+        if isinstance(part, Part) and config.precision == "bfloat16":
+            part.narrow = torch.bfloat16
+    source, example = source.to(device), example.to(device)
+    split = laid_out(config, split, example)
 
     make_client, make_server = _optimizers(config)
-    server_lr = config.server_lr or config.client_lr
     setup = Clients(
-        _client_models(config, split, make_model, len(owners), dtype),
+        _ClientModels(config, split, make_model, len(owners)),
         source.train,
         owners,
         make_client,
@@ -108,17 +110,8 @@ def assemble(config: RunConfig, model: Model | None = None, data: Data | None = 
         local_steps=config.local_steps if "local_steps" in info.options else None,
         alike=config.start == "equal",
     )
-    engine = _engine(config, split, setup, make_server, example)
-    server_lr = config.server_lr or config.client_lr
     server_seed = seeds.derive(config.seed, "server")
-    stacked = engine == "stacked"
-    cohort: Cohort = StackedCohort(setup) if stacked else LocalCohort(setup)
-    copies = len(owners) if config.algorithm in _SERVER_COPIES else 0
-    server = (
-        StackedServer(split.server, make_server, server_lr, server_seed, copies)
-        if stacked
-        else Server(split.server, make_server, server_lr, server_seed)
-    )
+    cohort, server, engine = simulate(config, split, setup, make_server, server_seed, example)
     ledger = Ledger(len(owners))
     if config.algorithm == "cl":
         ledger.add("up", "raw data", 0, _raw_bytes(source, owners[0]))
@@ -126,31 +119,26 @@ def assemble(config: RunConfig, model: Model | None = None, data: Data | None = 
     return Training(source, server, MeteredCohort(cohort, ledger), ledger, rounds, per_epoch, counts, engine)
 
 
-def _engine(config: RunConfig, split: Parts, setup: Clients, make_server: MakeOptimizer, example: torch.Tensor) -> str:
-    """The engine that runs: the one asked for, or `stacked` where it applies. Warns where a model cannot be stacked."""
-    turns = config.algorithm in _TAKE_TURNS or len(setup.rows) == 1
-    if config.engine == "local" or (turns and config.engine == "auto"):
-        return "local"
-    why = "its clients take turns, there is nothing to stack" if config.algorithm in _TAKE_TURNS else ""
-    if not why and config.client_optimizer not in ELEMENTWISE:
-        why = f"the rule of {config.client_optimizer} is not elementwise"
-    if not why:
-        why = _of("client", obstacle(split.client, (example,), setup.make_optimizer))
-    if not why and config.algorithm in _SERVER_COPIES:
-        rows = split.client(example)
-        why = _of("server", obstacle(split.server, tuple(r.detach() for r in rows), make_server))
-    if not why:
-        return "stacked"
-    warnings.warn(f"{config.algorithm} runs on the local engine: {why}", CutlayerWarning, stacklevel=4)
-    return "local"
+def _device(config: RunConfig) -> torch.device:
+    """The device asked for, set up as the precision wants it. Raises ConfigError where there is none such."""
+    try:
+        device = torch.device(config.device)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"device = {config.device!r} cannot be used here ({reason}): choose cpu") from None
+    if device.type == "mps" and config.precision == "float64":
+        raise ConfigError("precision = 'float64' is not there on mps: choose float32, or device = 'cpu'")
+    if config.precision == "tf32" and device.type != "cuda":
+        raise ConfigError(f"precision = 'tf32' is CUDA's own and has no effect on {device.type}: choose float32")
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
+    return device
 
 
-def _of(side: str, why: str) -> str:
-    return why and f"the model's {side} part cannot be stacked: {why}"
-
-
-def load_source(config: RunConfig, data: Data | None, dtype: torch.dtype) -> Source:
-    """The data set of the run, floating point inputs in `dtype`. Raises DataError."""
+def load_source(config: RunConfig, data: Data | None) -> Source:
+    """The data set of the run, floating point inputs in the run's type. Raises DataError."""
+    dtype = dtype_of(config)
     held_out: dict[str, Any] = {"validation": config.validation, "test": config.test, "seed": config.seed}
     if isinstance(data, Source):
         source = data
@@ -178,7 +166,7 @@ def load_source(config: RunConfig, data: Data | None, dtype: torch.dtype) -> Sou
 
 def deal(config: RunConfig, data: Data | None = None) -> list[np.ndarray]:
     """The rows of each client, as `assemble` deals them. Raises DataError, ConfigError."""
-    return _partition(config, load_source(config, data, DTYPES[config.precision]))
+    return _partition(config, load_source(config, data))
 
 
 def _partition(config: RunConfig, source: Source) -> list[np.ndarray]:
@@ -204,14 +192,15 @@ def _maker(config: RunConfig, model: Model | None, source: Source) -> Callable[.
                 "start = 'independent' needs to make a new model per client: give a function that returns "
                 "one instead of a module"
             )
-        return lambda *name: copy.deepcopy(model)
+        return lambda *name: copy.deepcopy(model).to(dtype_of(config))
     if model is None and config.model not in MODELS:
         raise ConfigError(unknown("model", config.model, MODELS))
     shape = tuple(source.train.x.shape[1:])
 
     def make(*name: str | int) -> nn.Module:
         with seeds.torch_seeded(config.seed, *name):
-            return model() if model is not None else build(config.model, shape, source.classes)
+            made = model() if model is not None else build(config.model, shape, source.classes)
+        return made.to(dtype_of(config))
 
     return make
 
@@ -344,20 +333,25 @@ def _optimizers(config: RunConfig) -> tuple[MakeOptimizer, MakeOptimizer]:
     return client, make_optimizer(name, config.server_lr or config.client_lr, options)
 
 
-def _client_models(
-    config: RunConfig, split: Parts, make_model: Callable[..., nn.Module], clients: int, dtype: torch.dtype
-) -> list[tuple[nn.Module, nn.Module | None]]:
-    """Every client's (lower part, tail): equal copies, or each initialised by itself."""
-    models = []
-    for client in range(clients):
-        lower, tail = copy.deepcopy(split.client), copy.deepcopy(split.tail)
-        if config.start == "independent":
-            fresh = make_model("model", client).to(dtype).state_dict()
+class _ClientModels(Sequence[ClientModel]):
+    """Every client's (lower part, tail), made when asked for: equal copies, or each initialised by itself."""
+
+    def __init__(self, config: RunConfig, split: Parts, make_model: Callable[..., nn.Module], clients: int) -> None:
+        self.config, self.split, self.make_model, self.clients = config, split, make_model, clients
+
+    def __len__(self) -> int:
+        return self.clients
+
+    def __getitem__(self, client: Any) -> Any:
+        if not 0 <= client < self.clients:
+            raise IndexError(client)
+        lower, tail = copy.deepcopy(self.split.client), copy.deepcopy(self.split.tail)
+        if self.config.start == "independent":
+            fresh = self.make_model("model", client).state_dict()
             for part in (lower, tail):
                 if part is not None:
                     part.load_state_dict({name: fresh[name] for name in part.state_dict()})
-        models.append((lower, tail))
-    return models
+        return lower, tail
 
 
 def _raw_bytes(source: Source, rows: np.ndarray) -> int:

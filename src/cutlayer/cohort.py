@@ -21,8 +21,8 @@ from cutlayer import seeds
 from cutlayer.data.samples import Samples
 from cutlayer.types import CutGradients, Evaluation, Round, Rows, Smashed, Step, TailGradients
 
-Predict = Callable[[int, Rows], Rows]
-"""(client, its smashed data) -> the server's outputs, for evaluation."""
+Predict = Callable[[Sequence[int], Rows], Rows]
+"""(clients, their smashed data, as many rows of each, one client after another) -> the server's outputs."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ by the factor R / b_k on its rows (that is C for equal batches).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -18,15 +20,16 @@ def row_losses(outputs: Tensor, labels: Tensor) -> Tensor:
     return functional.cross_entropy(outputs, labels, reduction="none")
 
 
-def per_client(values: Tensor, sizes: tuple[int, ...]) -> tuple[float, ...]:
-    """Mean of a row-wise quantity [R] over each client's rows."""
-    return tuple(float(part.mean()) for part in values.split(list(sizes)))
+def client_means(values: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Mean of a row-wise quantity [R] over each client's rows: [C]."""
+    if len(set(sizes)) == 1:
+        return values.view(len(sizes), -1).mean(1)
+    return torch.stack([part.mean() for part in values.split(list(sizes))])
 
 
-def per_row(values: list[float], sizes: tuple[int, ...], like: Tensor) -> Tensor:
-    """One value per client -> [R, 1...], to multiply rows shaped as `like` with."""
-    rows = torch.repeat_interleave(like.new_tensor(values), torch.tensor(sizes, device=like.device))
-    return rows.view(-1, *[1] * (like.dim() - 1))
+def means(losses: Tensor, sizes: Sequence[int]) -> Tensor:
+    """What a step reports of its losses [R]: the mean over all rows, then over each client's: [1 + C]."""
+    return torch.cat([losses.mean().view(1), client_means(losses, sizes)])
 
 
 def own(gradient: Rows, smashed: Smashed, scale: str = "own") -> CutGradients:
@@ -35,12 +38,19 @@ def own(gradient: Rows, smashed: Smashed, scale: str = "own") -> CutGradients:
     `scale="own"`: as the gradient of the client's own mean loss, so that a client's step does not shrink with C.
     `scale="union"`: as it is, the gradient of the concatenated mean loss. Adam hides the difference, SGD does not.
     """
-    return CutGradients(scaled(gradient, smashed, scale), smashed.clients, smashed.sizes)
+    return CutGradients(scaled(gradient, smashed.sizes, scale), smashed.clients, smashed.sizes)
 
 
-def scaled(gradient: Rows, smashed: Smashed, scale: str) -> Rows:
-    """`gradient` times R / b_k on the rows of client k (`scale="own"`), or as it is (`"union"`)."""
-    if scale == "union" or len(smashed.clients) == 1:  # one client: R / b_k = 1
+def scaled(gradient: Rows, sizes: Sequence[int], scale: str, union: int | None = None) -> Rows:
+    """`gradient` times R / b_k on the rows of client k (`scale="own"`), or as it is (`"union"`).
+
+    R is the number of rows, or `union` where `gradient` holds only some clients' rows.
+    """
+    total = sum(sizes) if union is None else union
+    if scale == "union" or total == (sizes[0] if sizes else total):  # one client: R / b_k = 1
         return gradient
-    factors = [len(smashed) / size for size in smashed.sizes]
-    return tuple(g * per_row(factors, smashed.sizes, g) for g in gradient)
+    if len(set(sizes)) == 1:
+        return tuple(g * (total / sizes[0]) for g in gradient)
+    counts = torch.tensor(list(sizes))
+    factors = torch.repeat_interleave(total / counts.double(), counts)
+    return tuple(g * factors.to(g.device, g.dtype).view(-1, *[1] * (g.dim() - 1)) for g in gradient)

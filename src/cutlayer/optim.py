@@ -6,6 +6,7 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -56,6 +57,43 @@ def make_optimizer(name: str, lr: float, options: Mapping[str, Any]) -> MakeOpti
         return kind(trained, lr=lr, **options) if trained else None
 
     return make
+
+
+# Optimisers whose rule is elementwise, so that one step on stacked tensors is every client's own step. The others
+# (Adafactor's row means, ASGD's and NAdam's history of rates) are the local engine's.
+ELEMENTWISE = {"adadelta", "adagrad", "adam", "adamax", "adamw", "radam", "rmsprop", "rprop", "sgd"}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What the stacked engine needs to know of an optimiser whose rule is elementwise.
+
+    `plain`: gradient descent and nothing else, w <- w - lr (g + weight_decay w). `fused`: torch has it as one operation
+    per tensor, here.
+    """
+
+    plain: bool
+    weight_decay: float
+    fused: bool
+
+    def quicken(self, optimizer: torch.optim.Optimizer) -> None:
+        """Have the steps computed as one operation per tensor, where there is such a one."""
+        if self.fused:
+            for group in optimizer.param_groups:
+                group["fused"], group["foreach"] = True, False
+
+    def clock_device(self, parameter: Tensor) -> torch.device:
+        """Where torch wants this optimiser's step counter."""
+        return parameter.device if self.fused else torch.device("cpu")
+
+
+def rule_of(make: MakeOptimizer) -> Rule:
+    """The rule of the optimisers that `make` makes."""
+    optimizer = make([torch.zeros(1, requires_grad=True)])
+    assert optimizer is not None, "a parameter that is trained has an optimiser"
+    d, kind = optimizer.defaults, type(optimizer)
+    plain = kind is torch.optim.SGD and not (d["momentum"] or d["nesterov"] or d["maximize"])
+    return Rule(plain, d.get("weight_decay", 0.0), kind in (torch.optim.Adam, torch.optim.AdamW))
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:

@@ -10,8 +10,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import torch
 
 
 def derive(seed: int, *name: str | int) -> int:
@@ -25,18 +29,30 @@ def generator(seed: int, *name: str | int) -> np.random.Generator:
     return np.random.default_rng(derive(seed, *name))
 
 
+def torch_generator(device: torch.device, seed: int, *name: str | int) -> torch.Generator:
+    """A generator of torch's, on `device`, for the decision called `name`."""
+    import torch  # here, not above: the command line's help must not wait for torch
+
+    return torch.Generator(device).manual_seed(derive(seed, *name))
+
+
 @contextlib.contextmanager
-def torch_seeded(seed: int, *name: str | int) -> Iterator[None]:
-    """Run the body under torch's global generator seeded by `name`; the caller's global state comes back after.
+def torch_seeded(seed: int, *name: str | int, device: torch.device | None = None) -> Iterator[None]:
+    """Run the body under torch's global generator of `device` (default: the CPU's) seeded by `name`; the caller's global
+    state comes back after.
 
     Modules such as dropout draw from the global generator; this is the only place that touches it.
     """
-    import torch  # here, not above: the command line's help must not wait for torch
+    import torch
 
-    before = torch.get_rng_state()
-    # Not torch.manual_seed: without a GPU it queues the seed, with a stack trace, for a GPU that never comes.
-    torch.default_generator.manual_seed(derive(seed, *name))
-    try:
+    kind = "cpu" if device is None else device.type
+    with contextlib.ExitStack() as stack:
+        if kind != "cpu":
+            assert device is not None
+            stack.enter_context(torch.random.fork_rng([device], device_type=kind))
+            torch.get_device_module(kind).manual_seed(derive(seed, *name))
+        else:
+            stack.callback(torch.set_rng_state, torch.get_rng_state())
+            # Not torch.manual_seed: without a GPU it queues the seed, with a stack trace, for a GPU that never comes.
+            torch.default_generator.manual_seed(derive(seed, *name))
         yield
-    finally:
-        torch.set_rng_state(before)

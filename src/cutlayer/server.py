@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,17 +14,19 @@ from torch import Tensor, nn
 from cutlayer import seeds
 from cutlayer.averaging import average_into
 from cutlayer.errors import NonFiniteError
-from cutlayer.gradients import per_client, row_losses
+from cutlayer.gradients import means, row_losses
 from cutlayer.optim import MakeOptimizer, load_optimizer, set_lr
 from cutlayer.types import Rows, Smashed, TailGradients
 
 
 @dataclass(frozen=True)
 class ServerStep:
-    """One loss and its gradient: `gradient` = dLoss/d(smashed data), each [R, s...]; `lr` is the rate stepped with."""
+    """One loss and its gradient: `gradient` = dLoss/d(smashed data), each [R, s...]; `lr` is the rate stepped with.
 
-    loss: float
-    losses: tuple[float, ...]  # [C]
+    `means` [1 + C] are the mean losses over all rows and over each client's.
+    """
+
+    means: Tensor
     gradient: Rows
     lr: float
 
@@ -47,22 +50,22 @@ class Server:
     def step(self, smashed: Smashed, splitlr: float = 1.0) -> ServerStep:
         """One loss (mean over all rows), its gradients, one optimiser step at rate lr x schedule x `splitlr`.
 
-        Raises NonFiniteError, before the step is taken, naming the clients whose rows are to blame.
+        Raises NonFiniteError, before the step is taken, naming the clients whose rows are to blame (on an accelerator,
+        which a check would stop, the run looks at the losses that come back instead).
         """
         outputs = self.forward(smashed)
         losses = row_losses(outputs[0], smashed.labels)
         loss = losses.mean()
-        own = per_client(losses.detach(), smashed.sizes)
-        if not torch.isfinite(loss):
+        if not finite(losses):
             raise NonFiniteError("loss", culprits(smashed, losses.detach()))
         gradient = self._backward(smashed, lambda: loss.backward(), splitlr)
-        return ServerStep(loss.item(), own, gradient, self._rate(splitlr))
+        return ServerStep(means(losses.detach(), smashed.sizes), gradient, self._rate(splitlr))
 
     def forward(self, smashed: Smashed) -> Rows:
         """The server model's outputs on the rows, in training mode; kept for the backward pass to come."""
         rows = tuple(r.detach().requires_grad_(r.is_floating_point()) for r in smashed.rows)
         self.model.train()
-        with seeds.torch_seeded(self.seed, "server", self._steps):
+        with seeds.torch_seeded(self.seed, "server", self._steps, device=smashed.labels.device):
             outputs = _as_rows(self.model(rows))
         self._pending = (rows, outputs)
         return outputs
@@ -73,9 +76,9 @@ class Server:
         assert len(smashed.clients) == 1, "gradients of several clients' own mean losses do not add up to one loss"
         outputs = self._pending[1]
         gradient = self._backward(smashed, lambda: torch.autograd.backward(outputs, tail.rows), 1.0)
-        return ServerStep(tail.losses[0].item(), tuple(tail.losses.tolist()), gradient, self._rate(1.0))
+        return ServerStep(torch.cat([tail.losses, tail.losses]), gradient, self._rate(1.0))
 
-    def predict(self, client: int, rows: Rows) -> Rows:
+    def predict(self, clients: Sequence[int], rows: Rows) -> Rows:
         """The server's outputs in eval mode, for evaluation. All clients share the one server model."""
         self.model.eval()
         with torch.no_grad():
@@ -142,11 +145,10 @@ class Server:
         backward()
         gradient = tuple(torch.zeros_like(r) if r.grad is None else r.grad for r in rows if r.is_floating_point())
         for g in gradient:
-            if not torch.isfinite(g).all():
+            if not finite(g):
                 raise NonFiniteError("cut gradient", culprits(smashed, g.flatten(1).sum(1)))
         if self._optimizer:
-            weights = [p.grad for p in self.model.parameters() if p.grad is not None]
-            if weights and not torch.isfinite(torch.nn.utils.get_total_norm(weights)):
+            if not finite(*(p.grad for p in self.model.parameters() if p.grad is not None)):
                 raise NonFiniteError("server's weight gradient")
             set_lr(self._optimizer, self._rate(splitlr))
             self._optimizer.step()
@@ -161,12 +163,21 @@ def _as_rows(outputs: Tensor | Rows) -> Rows:
 def _together(steps: list[ServerStep], smashed: Smashed) -> ServerStep:
     """Several steps, one per client, as one: mean loss over all rows, gradients concatenated."""
     rows = tuple(torch.cat(parts) for parts in zip(*(step.gradient for step in steps), strict=True))
-    losses = tuple(step.loss for step in steps)
-    loss = sum(x * n for x, n in zip(losses, smashed.sizes, strict=True)) / len(smashed)
-    return ServerStep(loss, losses, rows, steps[0].lr)
+    losses = torch.stack([step.means[0] for step in steps])
+    shares = torch.tensor(smashed.sizes, dtype=losses.dtype, device=losses.device) / len(smashed)
+    return ServerStep(torch.cat([(shares @ losses).view(1), losses]), rows, steps[0].lr)
 
 
-def culprits(smashed: Smashed, values: Tensor) -> tuple[int, ...]:
+def finite(*tensors: Tensor) -> bool:
+    """Whether all numbers are finite. Said of tensors on an accelerator without looking: that would stop it."""
+    for t in tensors:
+        # A sum is not finite if a number is not; if it only overflows, a second look tells.
+        if t.device.type == "cpu" and not math.isfinite(t.detach().sum()) and not torch.isfinite(t).all():
+            return False
+    return True
+
+
+def culprits(smashed: Smashed, values: Tensor | None = None) -> tuple[int, ...]:
     """The clients whose smashed data are not finite; failing that, those whose row-wise `values` [R] are not."""
 
     def bad(finite: Tensor) -> list[int]:
@@ -176,4 +187,4 @@ def culprits(smashed: Smashed, values: Tensor) -> tuple[int, ...]:
     for rows in smashed.rows:
         if found := bad(torch.isfinite(rows).flatten(1).all(1)):
             return tuple(found)
-    return tuple(bad(torch.isfinite(values)))
+    return () if values is None else tuple(bad(torch.isfinite(values)))

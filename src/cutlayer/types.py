@@ -11,9 +11,12 @@ are left out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,6 +39,15 @@ class Smashed:
     def owner(self) -> Tensor:
         """[R]: whose row each row is."""
         return torch.repeat_interleave(torch.tensor(self.clients), torch.tensor(self.sizes))
+
+    def sizes_of(self, clients: Container[int]) -> dict[int, int]:
+        """Those of `clients` that sent something, in order, with their numbers of rows."""
+        return {k: size for k, size in zip(self.clients, self.sizes, strict=True) if k in clients}
+
+    def take(self, rows: Rows, clients: Container[int]) -> Rows:
+        """Of rows shaped as the smashed data, [R, s...] each, those of `clients`."""
+        at = np.flatnonzero(np.repeat([k in clients for k in self.clients], self.sizes))
+        return tuple(select(r, at) for r in rows)
 
     def only(self, client: int) -> Smashed:
         """The part of one client."""
@@ -66,6 +78,22 @@ class CutGradients:
         at = self.clients.index(client)
         start = sum(self.sizes[:at])
         return tuple(r[start : start + self.sizes[at]] for r in self.own)
+
+    def for_all(self, clients: Sequence[int], sizes: Sequence[int]) -> Rows:
+        """What `clients`, whose batches have `sizes` rows, back-propagate, one after another: each [R, s...]."""
+        if not self.active:
+            return self.own
+        shared = np.repeat(np.isin(clients, self.active), sizes)
+        found = []
+        for own, common in zip(self.own, self.common, strict=True):
+            at = np.empty(len(shared), np.int64)  # where each row is, in own rows followed by common ones
+            at[~shared] = np.arange(len(own))
+            at[shared] = len(own) + (row_numbers(sizes)[shared] if len(common) > 1 else 0)
+            last = channels_last(own if len(own) else common)
+            both = torch.cat([as_matrix(own, last), as_matrix(common, last)])
+            rows = both.index_select(0, torch.from_numpy(at).to(both.device))
+            found.append(as_rows(rows, common.shape[1:], last))
+        return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -101,20 +129,34 @@ class Round:
         return round((self.index * self.steps + step) / (self.steps * self.total), 9)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Step:
     """What one training step reports.
 
-    `loss` is the mean over the step's rows, `losses` [C] the mean over each client's rows; `samples` = R;
-    `active` shared a common cut gradient; `server_lr` is the rate the server stepped with (None without a server).
+    `means` [1 + C] are the mean losses: over the step's rows, then over each client's. They stay on the device until
+    somebody reads `loss` or `losses`: a step does not wait for its own numbers. `samples` = R; `active` shared a common
+    cut gradient; `server_lr` is the rate the server stepped with (None without a server).
     """
 
-    loss: float
+    means: Tensor
     clients: tuple[int, ...]
-    losses: tuple[float, ...]
     samples: int
     active: tuple[int, ...] = ()
     server_lr: float | None = None
+
+    @cached_property
+    def _read(self) -> tuple[float, ...]:
+        return tuple(self.means.tolist())
+
+    @property
+    def loss(self) -> float:
+        """The mean loss over the step's rows."""
+        return self._read[0]
+
+    @property
+    def losses(self) -> tuple[float, ...]:
+        """The mean loss over each client's rows: [C]."""
+        return self._read[1:]
 
 
 @dataclass(frozen=True)
@@ -134,3 +176,33 @@ class Evaluation:
     def loss(self) -> float:
         """Mean over clients of the mean loss of (client model k, server model)."""
         return sum(self.losses.values()) / len(self.losses)
+
+
+def as_matrix(rows: Tensor, last: bool) -> Tensor:
+    """[R, s...] -> [R, numbers of a row], with an image's channels `last` or first: a view, where they lie so."""
+    return (rows.permute(0, 2, 3, 1) if last else rows).reshape(len(rows), math.prod(rows.shape[1:]))
+
+
+def as_rows(matrix: Tensor, shape: Sequence[int], last: bool) -> Tensor:
+    """[n, numbers of a row] -> [n, s...], the inverse of `as_matrix`; `shape` is s."""
+    if last:
+        channels, height, width = shape
+        return matrix.view(-1, height, width, channels).permute(0, 3, 1, 2)
+    return matrix.view(-1, *shape)
+
+
+def channels_last(rows: Tensor) -> bool:
+    """Whether images [n, c, h, w] lie in memory with their channels last."""
+    return rows.dim() == 4 and not rows.is_contiguous() and rows.is_contiguous(memory_format=torch.channels_last)
+
+
+def select(rows: Tensor, at: np.ndarray) -> Tensor:
+    """The rows [n, s...] at positions `at` [n] of `rows` [R, s...]."""
+    last = channels_last(rows)
+    chosen = as_matrix(rows, last).index_select(0, torch.from_numpy(at).to(rows.device))
+    return as_rows(chosen, rows.shape[1:], last)
+
+
+def row_numbers(sizes: Sequence[int]) -> np.ndarray:
+    """Each row's number in its client's batch: [R]."""
+    return np.concatenate([np.arange(size) for size in sizes]) if len(sizes) else np.arange(0)

@@ -13,7 +13,8 @@ from cutlayer.types import Round, Smashed, Step
 
 def sample_weights(clients: Cohort, who: Iterable[int]) -> dict[int, int]:
     """FedAvg's weights: n_k for each client of `who` (averaging divides by their sum)."""
-    return {k: clients.samples[k] for k in sorted(who)}
+    samples = clients.samples
+    return {k: samples[k] for k in sorted(who)}
 
 
 def visits(options: RunConfig, this: Round) -> Iterator[int]:
@@ -34,4 +35,4 @@ def visits(options: RunConfig, this: Round) -> Iterator[int]:
 
 def report(step: ServerStep, smashed: Smashed, active: tuple[int, ...] = ()) -> Step:
     """The record of one server step."""
-    return Step(step.loss, smashed.clients, step.losses, len(smashed), active, step.lr)
+    return Step(step.means, smashed.clients, len(smashed), active, step.lr)

@@ -28,7 +28,7 @@ from cutlayer.cohort import Cohort
 from cutlayer.config import RunConfig
 from cutlayer.gradients import own, scaled
 from cutlayer.server import Server
-from cutlayer.types import CutGradients, Round, Rows, Smashed, Step
+from cutlayer.types import CutGradients, Round, Rows, Smashed, Step, as_matrix, as_rows, channels_last, row_numbers
 
 
 def sglr(options: RunConfig, server: Server, clients: Cohort, this: Round) -> Iterator[Step]:
@@ -78,31 +78,33 @@ def split_average(options: RunConfig, gradient: Rows, smashed: Smashed, active: 
         return own(gradient, smashed, options.gradient_scale)
     # The sum is of the concatenated loss's slices, to the letter of eq. 15; the mean is of gradients in the clients'
     # scale.
-    shares = gradient if options.average_reduce == "sum" else scaled(gradient, smashed, options.gradient_scale)
-    common = tuple(average(options, [part for k, part in _parts(g, smashed) if k in active]) for g in shares)
-    unicast = scaled(gradient, smashed, options.gradient_scale)
-    others = [(k, n) for k, n in zip(smashed.clients, smashed.sizes, strict=True) if k not in active]
-    rows = tuple(torch.cat([g[:0], *(part for k, part in _parts(g, smashed) if k not in active)]) for g in unicast)
-    return CutGradients(rows, tuple(k for k, _ in others), tuple(n for _, n in others), common, active)
+    share = "union" if options.average_reduce == "sum" else options.gradient_scale
+    shared, others = smashed.sizes_of(set(active)), smashed.sizes_of(set(smashed.clients) - set(active))
+    shares = scaled(smashed.take(gradient, shared), tuple(shared.values()), share, len(smashed))
+    unicast = scaled(smashed.take(gradient, others), tuple(others.values()), options.gradient_scale, len(smashed))
+    common = tuple(average(options, g, tuple(shared.values())) for g in shares)
+    return CutGradients(unicast, tuple(others), tuple(others.values()), common, active)
 
 
-def average(options: RunConfig, parts: list[Tensor]) -> Tensor:
-    """The common gradient of the active clients' `parts`, each [b_k, s...].
+def average(options: RunConfig, gradient: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """The common gradient of the active clients' rows [sum b_k, s...], b_k = `sizes`.
 
     Over clients: [max b_k, s...], row j over the clients that have a row j. Over clients and rows: [1, s...].
     """
-    longest = max(parts, key=len)
-    total = torch.zeros_like(longest)
-    count = total.new_zeros(len(longest), *[1] * (longest.dim() - 1))
-    for part in parts:
-        total[: len(part)] += part
-        count[: len(part)] += 1
+    last = channels_last(gradient)
+    rows = as_matrix(gradient, last)
+    longest = max(sizes)
+    if longest == min(sizes):
+        total = rows.view(len(sizes), -1).sum(0).view(longest, -1)
+        count = torch.full((longest, 1), len(sizes))
+    else:
+        number = torch.from_numpy(row_numbers(sizes))
+        total = rows.new_zeros(longest, rows.shape[1]).index_add_(0, number.to(rows.device), rows)
+        count = number.bincount().view(-1, 1)
+    count = count.to(rows.device, rows.dtype)
     over_rows = options.average_over == "clients-and-rows"
     if options.average_reduce == "sum":
-        return total.mean(0, keepdim=True) if over_rows else total
-    return total.sum(0, keepdim=True) / count.sum() if over_rows else total / count
-
-
-def _parts(rows: Tensor, smashed: Smashed) -> list[tuple[int, Tensor]]:
-    """(client, its rows), client after client."""
-    return list(zip(smashed.clients, rows.split(list(smashed.sizes)), strict=True))
+        common = total.mean(0, keepdim=True) if over_rows else total
+    else:
+        common = total.sum(0, keepdim=True) / count.sum() if over_rows else total / count
+    return as_rows(common, gradient.shape[1:], last)

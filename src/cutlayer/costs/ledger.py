@@ -9,6 +9,7 @@ Evaluation is counted apart from training. A common gradient is one message: eve
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -32,15 +33,17 @@ class Ledger:
         self._bytes: dict[tuple[str, str], np.ndarray] = {}
         self._saved: dict[str, int] = {}  # per kind: what broadcasting saves against unicast
 
-    def add(self, direction: Direction, kind: Kind, client: int, count: int) -> None:
-        """`count` bytes of `kind` went between `client` and the server."""
-        if count:
-            self._bytes.setdefault((direction, kind), np.zeros(self.clients, np.int64))[client] += count
+    def add(self, direction: Direction, kind: Kind, clients: int | Sequence[int], counts: int | np.ndarray) -> None:
+        """`counts` bytes of `kind` (one number, or one per client) went between each of `clients`, all different, and the
+        server."""
+        if np.any(counts):
+            total = self._bytes.setdefault((direction, kind), np.zeros(self.clients, np.int64))
+            total[np.asarray(clients)] += counts
 
     def broadcast(self, kind: Kind, clients: Sequence[int], count: int) -> None:
         """The same `count` bytes went down to each of `clients`."""
-        for client in clients:
-            self.add("down", kind, client, count)
+        if count and len(clients):
+            self.add("down", kind, clients, count)
         if count and len(clients) > 1:
             self._saved[kind] = self._saved.get(kind, 0) + count * (len(clients) - 1)
 
@@ -144,9 +147,9 @@ class MeteredCohort:
         """Up: the models of those averaged; down: the average, to the same clients (to others when they next take
         part).
         """
-        for client in weights:
-            self.ledger.add("up", "models", client, self.footprint(client).model)
-        self.ledger.broadcast("models", list(weights), self.footprint(next(iter(weights))).model)
+        size = self.footprint(next(iter(weights))).model  # all client models are of one kind
+        self.ledger.add("up", "models", list(weights), size)
+        self.ledger.broadcast("models", list(weights), size)
         self._stale |= set(range(len(self.samples))) - set(weights)
         self.inner.average(weights)
 
@@ -163,13 +166,13 @@ class MeteredCohort:
     def evaluate(self, samples: Samples, predict: Predict) -> Evaluation:
         """Up: smashed data of the held-out samples and their labels; U-shaped: no labels, but features down."""
 
-        def metered(client: int, rows: Rows) -> Rows:
-            outputs = predict(client, rows)
-            self.ledger.add("up", "evaluation", client, sum(r.nbytes for r in rows))
+        def metered(clients: Sequence[int], rows: Rows) -> Rows:
+            outputs = predict(clients, rows)
+            each = len(rows[0]) // len(clients)
+            up = sum(row_bytes(r) for r in rows) + (0 if self.shape == "u-shaped" else samples.y.element_size())
+            self.ledger.add("up", "evaluation", clients, each * up)
             if self.shape == "u-shaped":
-                self.ledger.add("down", "evaluation", client, sum(r.nbytes for r in outputs))
-            else:
-                self.ledger.add("up", "evaluation", client, len(rows[0]) * samples.y.element_size())
+                self.ledger.add("down", "evaluation", clients, each * sum(row_bytes(r) for r in outputs))
             return outputs
 
         return self.inner.evaluate(samples, metered)
@@ -198,6 +201,10 @@ def _add_rows(
     sizes: Sequence[int],
 ) -> None:
     """Count concatenated rows, client by client."""
-    per_row = sum(r[:1].nbytes for r in rows)
-    for client, size in zip(clients, sizes, strict=True):
-        ledger.add(direction, kind, client, size * per_row)
+    if len(clients):
+        ledger.add(direction, kind, clients, np.array(sizes) * sum(row_bytes(r) for r in rows))
+
+
+def row_bytes(rows: Tensor) -> int:
+    """Bytes of one row of [R, s...]."""
+    return math.prod(rows.shape[1:]) * rows.element_size()

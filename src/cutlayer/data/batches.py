@@ -1,8 +1,8 @@
-"""Which samples make up a client's next batch."""
+"""Which samples make up the clients' next batches."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -11,28 +11,51 @@ from torch import Tensor
 from cutlayer import seeds
 
 
-class BatchStream:
-    """The endless sequence of one client's batches: epoch after epoch, each in an order of its own.
+class Batches:
+    """Every client's endless sequence of batches: epoch after epoch, each in an order of its own.
 
-    An epoch deals every one of the client's n samples once; its last batch has the n mod b samples that remain. The
-    order of epoch e depends on (seed, client, e) alone, so all algorithms and engines see the same batches.
+    An epoch deals every one of a client's n samples once; its last batch has the n mod b samples that remain. The order
+    of epoch e depends on (seed, client, e) alone, so all algorithms and engines see the same batches. The clients' orders
+    lie one behind another in one array: drawing for hundreds of clients is a few operations on arrays.
     """
 
-    def __init__(self, rows: np.ndarray, batch: int, seed: int, client: int) -> None:
-        self.rows, self.batch, self.seed, self.client = rows, batch, seed, client
-        self.drawn = 0  # batches drawn so far: the client's clock, and all the state there is
-        self._epoch, self._order = -1, rows
+    def __init__(
+        self, rows: Sequence[np.ndarray], batch: int, seed: int, names: Sequence[int] | None = None
+    ) -> None:
+        self.batch, self.seed = batch, seed
+        self.names = list(range(len(rows))) if names is None else list(names)
+        self.counts = np.array([len(r) for r in rows], np.int64)  # samples of each client, n
+        self.per_epoch = -(-self.counts // batch)  # batches in an epoch: ceil(n / b)
+        self.drawn = np.zeros(len(rows), np.int64)  # batches drawn so far: the clients' clocks, and all the state there is
+        self._first = np.concatenate([[0], np.cumsum(self.counts)])[:-1]
+        self._rows = np.concatenate(rows)
+        self._order = self._rows.copy()
+        self._epoch = np.full(len(rows), -1, np.int64)
 
-    @property
-    def per_epoch(self) -> int:
-        """Batches in an epoch: ceil(n / b)."""
-        return math.ceil(len(self.rows) / self.batch)
+    def draw(self, clients: Sequence[int] | np.ndarray) -> tuple[Tensor, np.ndarray, np.ndarray]:
+        """The next batches of `clients`: indices [R], one client after another, sizes [C] and clocks [C] (how many
+        batches each had drawn before).
+        """
+        who = np.asarray(clients, np.int64)
+        clocks = self.drawn[who]
+        epoch, at = np.divmod(clocks, self.per_epoch[who])
+        for k in who[epoch != self._epoch[who]]:
+            self._shuffle(int(k))
+        begin = at * self.batch
+        sizes = np.minimum(self.batch, self.counts[who] - begin)
+        begin += self._first[who]
+        if (sizes == sizes[0]).all():
+            places = (begin[:, None] + np.arange(sizes[0])).ravel()
+        else:
+            ends = np.cumsum(sizes)
+            places = np.repeat(begin - ends + sizes, sizes) + np.arange(ends[-1])
+        self.drawn[who] += 1
+        return torch.from_numpy(self._order[places]), sizes, clocks
 
-    def next(self) -> Tensor:
-        """Indices [b] of the next batch ([n mod b] at the end of an epoch)."""
-        epoch, at = divmod(self.drawn, self.per_epoch)
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._order = seeds.generator(self.seed, "batches", self.client, epoch).permutation(self.rows)
-        self.drawn += 1
-        return torch.from_numpy(self._order[at * self.batch : (at + 1) * self.batch])
+    def _shuffle(self, client: int) -> None:
+        """Put the client's current epoch in order."""
+        epoch = int(self.drawn[client] // self.per_epoch[client])
+        span = slice(self._first[client], self._first[client] + self.counts[client])
+        order = seeds.generator(self.seed, "batches", self.names[client], epoch)
+        self._order[span] = order.permutation(self._rows[span])
+        self._epoch[client] = epoch

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,9 +22,11 @@ class Samples:
         """The samples at `rows` (an index tensor or a slice)."""
         return Samples(self.x[rows], self.y[rows])
 
-    def to(self, dtype: torch.dtype) -> Samples:
-        """The same samples with floating point inputs in `dtype`."""
-        return Samples(self.x.to(dtype) if self.x.is_floating_point() else self.x, self.y)
+    def to(self, where: torch.dtype | torch.device) -> Samples:
+        """The same samples on a device, or with floating point inputs in a type."""
+        if isinstance(where, torch.device):
+            return Samples(self.x.to(where), self.y.to(where))
+        return Samples(self.x.to(where) if self.x.is_floating_point() else self.x, self.y)
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,11 @@ class Source:
     test: Samples
     class_names: tuple[str, ...]
     client_column: Tensor | None = None
+
+    def to(self, device: torch.device) -> Source:
+        """The same data set on a device."""
+        parts = {name: getattr(self, name).to(device) for name in ("train", "validation", "test")}
+        return replace(self, **parts)
 
     @property
     def classes(self) -> int:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from cutlayer.cohort import draw_participants
-from cutlayer.data.batches import BatchStream
+from cutlayer.data.batches import Batches
 from cutlayer.data.samples import Samples
 from cutlayer.optim import MakeOptimizer
 from cutlayer.types import Evaluation, Round, Step
@@ -47,8 +48,8 @@ class SimulatedCohort:
 
     def __init__(self, setup: Clients) -> None:
         self.setup = setup
-        self._streams = [BatchStream(rows, setup.batch, setup.seed, k) for k, rows in enumerate(setup.rows)]
-        self._quota = [0] * len(setup.rows)  # batches left in this round
+        self._batches = Batches(setup.rows, setup.batch, setup.seed)
+        self._quota = np.zeros(len(setup.rows), np.int64)  # batches left in this round
         self._participants: tuple[int, ...] = ()
         self._rate = setup.lr
         self._alike = setup.alike  # all client models are known to be equal
@@ -57,7 +58,8 @@ class SimulatedCohort:
     @property
     def samples(self) -> Sequence[int]:
         """n_k of each enrolled client."""
-        return [len(stream.rows) for stream in self._streams]
+        counts: list[int] = self._batches.counts.tolist()
+        return counts
 
     @property
     def shape(self) -> Shape:
@@ -72,31 +74,30 @@ class SimulatedCohort:
     def begin_round(self, index: int, total: int, lr_factor: float) -> Round:
         """Draw the participants and give each its number of batches: local steps, or local epochs of its own data."""
         s = self.setup
-        self._participants = draw_participants(s.seed, index, len(self._streams), s.participation)
-        for k in self._participants:
-            self._quota[k] = s.local_steps or s.local_epochs * self._streams[k].per_epoch
+        self._participants = draw_participants(s.seed, index, len(self._quota), s.participation)
+        who = np.array(self._participants)
+        self._quota[who] = s.local_steps or s.local_epochs * self._batches.per_epoch[who]
         self._rate = s.lr * lr_factor
-        batches = tuple(self._quota[k] for k in self._participants)
-        return Round(index, total, self._participants, batches, s.seed)
+        return Round(index, total, self._participants, tuple(self._quota[who].tolist()), s.seed)
 
     def _willing(self, clients: Sequence[int] | None) -> tuple[int, ...]:
         """The participants (or those of `clients`) that have batches left in this round."""
         asked = self._participants if clients is None else clients
-        return tuple(k for k in asked if self._quota[k] > 0)
+        left = self._quota[list(asked)] > 0
+        return tuple(asked) if left.all() else tuple(k for k, some in zip(asked, left, strict=True) if some)
 
-    def _next(self, client: int) -> tuple[Tensor, int]:
-        """A client's next batch as row numbers [b], and its clock: how many batches it had drawn before."""
-        clock = self._streams[client].drawn
-        self._quota[client] -= 1
-        return self._streams[client].next(), clock
+    def _draw(self, clients: Sequence[int]) -> tuple[Samples, np.ndarray, np.ndarray]:
+        """The next batches of `clients`, one after another: samples [R], sizes [C], and clocks [C] (how many batches
+        each had drawn before)."""
+        rows, sizes, clocks = self._batches.draw(clients)
+        self._quota[list(clients)] -= 1
+        return self.setup.data[rows.to(self.setup.data.y.device)], sizes, clocks
 
     def _base_state(self) -> dict[str, Any]:
-        drawn = [stream.drawn for stream in self._streams]
-        return {"drawn": drawn, "holder": self._holder, "alike": self._alike}
+        return {"drawn": self._batches.drawn.tolist(), "holder": self._holder, "alike": self._alike}
 
     def _load_base(self, state: Mapping[str, Any]) -> None:
-        for stream, drawn in zip(self._streams, state["drawn"], strict=True):
-            stream.drawn = drawn
+        self._batches.drawn[:] = state["drawn"]
         self._holder, self._alike = state["holder"], state["alike"]
 
 
@@ -110,7 +111,7 @@ def together(taken: Mapping[int, list[tuple[float, int]]], t: int) -> Step:
     here = {k: steps[t] for k, steps in taken.items() if t < len(steps)}
     rows = sum(n for _, n in here.values())
     loss = sum(x * n for x, n in here.values()) / rows
-    return Step(loss, tuple(here), tuple(x for x, _ in here.values()), rows)
+    return Step(torch.tensor([loss, *(x for x, _ in here.values())], dtype=torch.float64), tuple(here), rows)
 
 
 def evaluation(found: Mapping[int, tuple[float, float]], everyone: Sequence[int], samples: int) -> Evaluation:

@@ -35,7 +35,7 @@ class Client:
         self.labels, self.clock = batch.y, clock
         self.module.train()
         self.zero_grad()
-        with seeds.torch_seeded(seed, "forward", self.name, clock):
+        with seeds.torch_seeded(seed, "forward", self.name, clock, device=batch.y.device):
             self.smashed = self.lower(batch.x)
         return self.smashed
 
@@ -95,8 +95,8 @@ class LocalCohort(SimulatedCohort):
         return Smashed(rows, torch.cat(of) if labels else torch.empty(sum(sizes), 0), self._asked, sizes)
 
     def _forward_one(self, client: int) -> Rows:
-        batch, clock = self._next(client)
-        return self._clients[client].forward(self.setup.data[batch], self.setup.seed, clock)
+        batch, _, (clock,) = self._draw([client])
+        return self._clients[client].forward(batch, self.setup.seed, int(clock))
 
     def tail(self, features: Smashed) -> TailGradients:
         """Each client's tail finishes its rows of `features` with the client's own mean loss."""
@@ -105,7 +105,7 @@ class LocalCohort(SimulatedCohort):
             client = self._clients[k]
             assert client.tail is not None, "tail() is for the U-shaped split"
             leaves = tuple(r.detach().requires_grad_(r.is_floating_point()) for r in features.only(k).rows)
-            with seeds.torch_seeded(self.setup.seed, "tail", k, client.clock):
+            with seeds.torch_seeded(self.setup.seed, "tail", k, client.clock, device=client.labels.device):
                 loss = row_losses(client.tail(leaves), client.labels).mean()
             if not torch.isfinite(loss):
                 raise NonFiniteError("loss", (k,))
@@ -180,7 +180,7 @@ class LocalCohort(SimulatedCohort):
                 part = samples[start : start + EVALUATION_ROWS]
                 rows: Rows = client.lower(part.x)
                 if self.shape != "whole":
-                    rows = predict(client.name, rows)
+                    rows = predict([client.name], rows)
                 outputs = rows[0] if client.tail is None else client.tail(rows)
                 correct += int((outputs.argmax(1) == part.y).sum())
                 loss += float(row_losses(outputs, part.y).sum())

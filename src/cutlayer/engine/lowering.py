@@ -1,19 +1,19 @@
 """Running C copies of a module, each with its own parameters, as one module on the merged batch.
 
 The module runs ONCE, on the rows of all clients (client after client, b each). Only the operations that touch a
-parameter are replaced: a linear layer with stacked weights [c, out, in] becomes a batched matrix product, a convolution
-a grouped one, and so on; everything else runs at its native speed on all rows. An operation on a stacked tensor that is
-not known here raises NotStackableError, and the caller takes another way.
+parameter are replaced: a linear layer with stacked weights [c, out, in] becomes a batched matrix product, and so on
+(`kernels.py`); everything else runs at its native speed on all rows. An operation on a stacked tensor that is not known
+here raises NotStackableError, and the caller takes another way.
 
 A module that mixes rows by hand (`x.mean(0)`) would run without an error and wrongly: callers compare with the plain
-loop before they trust (`agrees` in `stack.py`).
+loop before they trust (`proof.py`).
 
 Shape legend: c clients in the group, b rows each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,25 +21,44 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from cutlayer.engine.pooling import MaxPool2x2, quick
+from cutlayer.engine.kernels import ColumnConvolution, Geometry, Leave, Linear, LoopedConvolution, Pair
 
-_FEW_CHANNELS = 3  # input channels up to which a convolution is quicker as a matrix product (measured)
+# Measured on the CPU. Up to so many inputs under a kernel, a first convolution is quickest as a matrix product.
+_SMALL_KERNEL = 32
+# From so many numbers per client on, batch normalisation is quicker client by client than merged (no transposed copy).
+_LARGE_INPUT = 1 << 14
 
 
 class NotStackableError(Exception):
-    """An operation that has no stacked form here."""
+    """An operation that has no stacked form here; `name` is the parameter or buffer that it uses, if any."""
+
+    def __init__(self, operation: str, name: str = "") -> None:
+        super().__init__(operation)
+        self.operation, self.name = operation, name
 
 
 class Lowered(TorchFunctionMode):
     """While active, operations on the stacked tensors run for all clients at once.
 
-    `stacked` are the parameters and buffers, each [c, ...]; `generators` gives client i's random stream (dropout).
+    `stacked` are the parameters and buffers by name, each [c, ...]; `generators` gives client i's random stream
+    (dropout); `alike` says that all clients' parameters are equal; `channels_last` how images lie in memory; `leave`
+    takes gradients as factors.
     """
 
-    def __init__(self, clients: int, stacked: Iterable[Tensor], generators: Callable[[int], torch.Generator]) -> None:
+    def __init__(
+        self,
+        clients: int,
+        stacked: Mapping[str, Tensor],
+        generators: Callable[[int], torch.Generator],
+        *,
+        alike: bool = False,
+        channels_last: bool = False,
+        leave: Leave | None = None,
+    ) -> None:
         super().__init__()
-        self.clients = clients
-        self._stacked = {id(t) for t in stacked}
+        self.clients, self.alike, self.leave = clients, alike, leave
+        self.layout = torch.channels_last if channels_last else torch.contiguous_format
+        self._stacked = {id(t): name for name, t in stacked.items()}
         self._generators = generators
         self._drawn: dict[int, torch.Generator] = {}
 
@@ -49,13 +68,11 @@ class Lowered(TorchFunctionMode):
         """Replace what touches a stacked tensor, or what must differ per client."""
         kwargs = kwargs or {}
         handler = _HANDLERS.get(func)
-        touches = any(id(a) in self._stacked for a in (*args, *kwargs.values()))
-        if handler is not None and (touches or handler in _ALWAYS):
+        touched = [name for a in _flat(args, kwargs) if (name := self._stacked.get(id(a))) is not None]
+        if handler is not None and (touched or handler in _ALWAYS):
             return handler(self, *args, **kwargs)
-        if quick(func, args, kwargs):
-            return MaxPool2x2.apply(args[0])  # type: ignore[no-untyped-call]
-        if touches and func not in _HARMLESS:
-            raise NotStackableError(f"{getattr(func, '__name__', func)} on a parameter or buffer")
+        if touched and func not in _HARMLESS:
+            raise NotStackableError(getattr(func, "__name__", str(func)), touched[0])
         return func(*args, **kwargs)
 
     def generator(self, client: int) -> torch.Generator:
@@ -69,12 +86,18 @@ class Lowered(TorchFunctionMode):
         return x.reshape(self.clients, -1, *x.shape[1:])
 
 
+def _flat(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
+    """The arguments, those in lists (an LSTM's weights) too."""
+    for a in (*args, *kwargs.values()):
+        if isinstance(a, (list, tuple)):
+            yield from a
+        else:
+            yield a
+
+
 def _linear(mode: Lowered, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     x = input.reshape(mode.clients, -1, input.shape[-1])
-    if bias is None:
-        y = torch.bmm(x, weight.transpose(1, 2))
-    else:
-        y = torch.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2))
+    y: Tensor = Linear.apply(x, weight, bias, mode.alike, mode.leave)
     return y.view(*input.shape[:-1], weight.shape[1])
 
 
@@ -91,8 +114,14 @@ def _conv(dims: int) -> Callable[..., Tensor]:
         dilation: Any = 1,
         groups: int = 1,
     ) -> Tensor:
-        if dims == 2 and groups == 1 and weight.shape[2] <= _FEW_CHANNELS and not isinstance(padding, str):
-            return _conv_by_columns(mode, input, weight, bias, stride, padding, dilation)
+        if dims == 2 and input.device.type == "cpu" and input.dim() == 4 and not isinstance(padding, str):
+            geometry = Geometry(_pair(stride), _pair(padding), _pair(dilation), groups)
+            if groups == 1 and weight[0, 0].numel() <= _SMALL_KERNEL and not input.requires_grad:
+                made: Tensor = ColumnConvolution.apply(input, weight, bias, geometry)
+            else:
+                x = input.contiguous(memory_format=mode.layout)
+                made = LoopedConvolution.apply(x, weight, bias, geometry, mode.alike)
+            return made.contiguous(memory_format=mode.layout)
         x = mode.per_client(input).transpose(0, 1)  # [b, c, in, ...]
         merged = x.reshape(x.shape[0], -1, *x.shape[3:])
         y = conv(
@@ -110,23 +139,7 @@ def _conv(dims: int) -> Callable[..., Tensor]:
     return handler
 
 
-def _conv_by_columns(
-    mode: Lowered, input: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any
-) -> Tensor:
-    """A first layer's convolution as a batched matrix product: faster than a grouped one while columns are short."""
-    kernel = weight.shape[3:]
-    columns = functional.unfold(input, kernel, dilation, padding, stride)  # [c * b, in * kernel, positions]
-    product = torch.matmul(weight.flatten(2).unsqueeze(1), mode.per_client(columns))  # [c, b, out, positions]
-    if bias is not None:
-        product = product + bias.view(mode.clients, 1, -1, 1)
-    sides = [_pair(v) for v in (stride, padding, dilation)]
-    size = [
-        (input.shape[2 + i] + 2 * sides[1][i] - sides[2][i] * (kernel[i] - 1) - 1) // sides[0][i] + 1 for i in (0, 1)
-    ]
-    return product.view(len(input), weight.shape[1], *size)
-
-
-def _pair(value: Any) -> tuple[int, int]:
+def _pair(value: Any) -> Pair:
     return (value, value) if isinstance(value, int) else (value[0], value[-1])
 
 
@@ -141,11 +154,18 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    x = mode.per_client(input).transpose(0, 1)  # [b, c, channels, ...]
-    mean, var, scale, shift = (None if t is None else t.reshape(-1) for t in (running_mean, running_var, weight, bias))
-    merged = x.reshape(x.shape[0], -1, *x.shape[3:])
-    if training and merged.numel() == merged.shape[1]:
+    channels = input.shape[1]
+    if training and mode.clients * channels == input.numel():
         raise ValueError("Expected more than 1 value per channel when training")  # as the layer itself says
+    stacked = (running_mean, running_var, weight, bias)
+    if input.device.type == "cpu" and input.numel() >= _LARGE_INPUT * mode.clients:
+        parts = [[None] * mode.clients if t is None else t.unbind(0) for t in stacked]
+        rows = input.split(len(input) // mode.clients)
+        each = zip(rows, *parts, strict=True)
+        return torch.cat([functional.batch_norm(*of, training, momentum, eps) for of in each])
+    x = mode.per_client(input).transpose(0, 1)  # [b, c, channels, ...]
+    mean, var, scale, shift = (None if t is None else t.reshape(-1) for t in stacked)
+    merged = x.reshape(x.shape[0], -1, *x.shape[3:])
     y = functional.batch_norm(merged, mean, var, scale, shift, training, momentum, eps)
     return y.view(x.shape).transpose(0, 1).reshape(input.shape)
 
@@ -182,7 +202,7 @@ def _affine(mode: Lowered, y: Tensor, weight: Tensor | None, bias: Tensor | None
         out = out * weight.view(mode.clients, 1, *shape)
     if bias is not None:
         out = out + bias.view(mode.clients, 1, *shape)
-    return out.view(y.shape)
+    return out.reshape(y.shape)
 
 
 def _embedding(mode: Lowered, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -204,7 +224,7 @@ def _dropout(mode: Lowered, input: Tensor, p: float = 0.5, training: bool = True
     keep = torch.empty_like(x, memory_format=torch.contiguous_format)
     for client in range(mode.clients):
         keep[client].bernoulli_(1 - p, generator=mode.generator(client))
-    return (x * keep.div_(1 - p)).view(input.shape)
+    return (x * keep.div_(1 - p)).reshape(input.shape)
 
 
 _HANDLERS: dict[Any, Callable[..., Tensor]] = {

@@ -1,29 +1,28 @@
 """C copies of one module as stacked tensors [C, ...]: forward passes, optimiser steps, averages, states, all at once.
 
-Clients whose batches have the same size form a group; a group runs as one. With equal clients there is one group, and
-the stacked tensors themselves are its parameters: nothing is copied. Otherwise a group works on a copy of its clients'
-slices, which is written back after the step.
+Clients with batches of the same size that stand next to each other form a group; a group runs as one. Its parameters
+are views of the stacked tensors where its clients are neighbours, else copies, written back after the step. Groups are
+no larger than `chunk` clients, so that a group's weights are still in the processor's cache when its backward pass and
+its step come to them, and so that memory is bounded.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.func import functional_call, vmap
 
+from cutlayer.engine.kernels import Factors
 from cutlayer.engine.lowering import Lowered
-from cutlayer.optim import MakeOptimizer, set_lr
+from cutlayer.optim import MakeOptimizer, rule_of, set_lr
 from cutlayer.types import Rows
-
-# Optimisers whose rule is elementwise, so that one step on stacked tensors is every client's own step. The others
-# (Adafactor's row means, ASGD's and NAdam's history of rates) are the local engine's.
-ELEMENTWISE = {"adadelta", "adagrad", "adam", "adamax", "adamw", "radam", "rmsprop", "rprop", "sgd"}
 
 Generators = Callable[[int], torch.Generator]
 """Client -> its random stream in this forward pass."""
@@ -31,240 +30,321 @@ Generators = Callable[[int], torch.Generator]
 
 @dataclass
 class Group:
-    """Some clients as one: `clients` [c], their parameters and buffers by name, each [c, ...]; `rows` are the positions
-    of their rows in the whole batch [c * b] (None: they are the whole batch)."""
+    """Some clients as one: `clients` [c] with b rows each, their parameters and buffers by name, each [c, ...].
 
-    clients: Tensor
-    everyone: bool
-    rows: Tensor | None
+    `at` are their positions among the clients of the step, `rows` those of their rows in the merged batch [c * b].
+    `views`: the tensors are views of the stack.
+    """
+
+    clients: np.ndarray
+    views: bool
     parameters: dict[str, Tensor]
     buffers: dict[str, Tensor]
-    given: Rows = field(default=())  # what they gave last, with its graph
+    at: np.ndarray = field(default_factory=lambda: np.arange(0))
+    rows: slice | Tensor = field(default_factory=lambda: slice(None))
+    factors: dict[str, list[Factors]] = field(default_factory=dict)
+
+    @property
+    def gradients(self) -> list[Tensor]:
+        """The gradients of the parameters, each [c, ...]."""
+        return [p.grad for p in self.parameters.values() if p.grad is not None]
+
+    @property
+    def places(self) -> np.ndarray:
+        """The positions of its rows in the merged batch: [c * b]."""
+        if isinstance(self.rows, slice):
+            return np.arange(self.rows.start, self.rows.stop)
+        return self.rows.cpu().numpy()
 
 
 class Stack:
-    """`count` copies of `module`, stacked."""
+    """`count` copies of `module`, stacked, in groups of at most `chunk`.
 
-    def __init__(self, module: nn.Module, count: int, make_optimizer: MakeOptimizer) -> None:
+    `mapped`: run the module through `torch.func.vmap` instead of lowering its operations.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        count: int,
+        make_optimizer: MakeOptimizer,
+        *,
+        chunk: int | None = None,
+        mapped: bool = False,
+    ) -> None:
         self.module = copy.deepcopy(module)
-        self.count = count
-        self._parameters = {
-            n: _repeated(p, count).requires_grad_(p.requires_grad) for n, p in module.named_parameters()
-        }
+        self.count, self.mapped = count, mapped
+        self._parameters = {n: _repeated(p, count) for n, p in module.named_parameters()}
         self._buffers = {n: _repeated(b, count) for n, b in module.named_buffers()}
-        self._trained = {n: p for n, p in self._parameters.items() if p.requires_grad}
+        self._trained = [n for n, p in module.named_parameters() if p.requires_grad]
         self._make_optimizer = make_optimizer
-        self._optimizer = make_optimizer(self._trained.values())
+        self._rule = rule_of(make_optimizer)
+        self._state: dict[str, dict[str, Tensor]] = {}  # parameter -> kind -> the optimiser's [C, ...]
+        self._clocked = False  # the optimiser counts steps
         self.steps = np.zeros(count, np.int64)  # optimiser steps that each client has taken
+        self.chunk = chunk or max(1, count)
+        self._neighbours: dict[tuple[int, int], Group] = {}
+        self._places = [(*_owner(self.module, n), n) for n in (*self._parameters, *self._buffers)]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        tensors = (*self._parameters.values(), *self._buffers.values())
+        return tensors[0].device if tensors else torch.device("cpu")
 
     # Running
 
-    def groups(self, clients: Sequence[int], sizes: Sequence[int]) -> list[Group]:
+    def groups(self, clients: Sequence[int], sizes: np.ndarray) -> list[Group]:
         """The groups of `clients` with batches of `sizes` rows, client after client in the merged batch."""
-        size = np.asarray(sizes)
-        kinds = np.unique(size)
-        if len(kinds) == 1:
-            return [self._group(np.asarray(clients), None)]
-        first = np.concatenate([[0], np.cumsum(size)[:-1]])
+        who, first = np.asarray(clients), np.concatenate([[0], np.cumsum(sizes)])
         found = []
-        for kind in kinds:
-            mine = np.flatnonzero(size == kind)
-            rows = (first[mine][:, None] + np.arange(kind)).ravel()
-            found.append(self._group(np.asarray(clients)[mine], torch.from_numpy(rows)))
+        for size in np.unique(sizes):
+            mine = np.flatnonzero(sizes == size)
+            for start in range(0, len(mine), self.chunk):
+                at = mine[start : start + self.chunk]
+                if at[-1] - at[0] == len(at) - 1:
+                    rows: slice | Tensor = slice(int(first[at[0]]), int(first[at[-1] + 1]))
+                else:
+                    rows = torch.from_numpy((first[at][:, None] + np.arange(size)).ravel()).to(self.device)
+                group = self._group(who[at])
+                group.at, group.rows = at, rows
+                found.append(group)
         return found
 
-    def forward(self, group: Group, rows: Rows, generators: Generators) -> Rows:
+    def forward(self, group: Group, rows: Rows, generators: Generators, *, alike: bool = False) -> Rows:
         """The group's modules in training mode on their rows: each [c * b, ...] -> each [c * b, ...].
 
-        Raises NotStackableError where the module does with its parameters what has no stacked form.
+        `alike`: all its clients' models are known to be equal. Raises NotStackableError where the module does with its
+        parameters what has no stacked form.
         """
         self.module.train()
-        given = self._run(group, rows, generators)
-        group.given = given
-        return given
+        for p in group.parameters.values():
+            p.grad = None
+        group.factors.clear()
+        return self._run(group, rows, generators, alike)
+
+    @contextmanager
+    def rehearsal(self, group: Group) -> Iterator[None]:
+        """Forward passes in here leave no trace in the group's buffers: the real one is still to come."""
+        real = group.buffers
+        group.buffers = {name: b.clone() for name, b in real.items()}
+        try:
+            yield
+        finally:
+            group.buffers = real
 
     def predict(self, clients: Sequence[int], rows: Rows) -> Rows:
         """The modules of `clients` in eval mode, each on its b of the rows: [c * b, ...] -> [c * b, ...]."""
         self.module.eval()
         with torch.no_grad():
-            return self._run(self._group(np.asarray(clients), None), rows, _no_generator)
-
-    def zero_grad(self) -> None:
-        """Forget gradients."""
-        for p in self._trained.values():
-            p.grad = None
+            return self._run(self._group(np.asarray(clients)), rows, _no_generator, False)
 
     def step(self, group: Group, lr: float) -> None:
         """One optimiser step of the group's clients at rate `lr`, from the gradients of its tensors."""
-        who = group.clients.numpy()
-        if self._optimizer is not None:
+        who = group.clients
+        if self._rule.plain:
+            self._descend(group, lr, self._rule.weight_decay)
+        else:
             taken = np.unique(self.steps[who])
-            if group.everyone and len(taken) == 1:
-                self._step_all(int(taken[0]), lr)
-            else:
-                for count in taken:
-                    self._step_some(group, torch.from_numpy(np.flatnonzero(self.steps[who] == count)), int(count), lr)
-        if not group.everyone:
+            for count in taken:
+                at = np.flatnonzero(self.steps[who] == count) if len(taken) > 1 else None
+                self._optimize(group, at, int(count), lr)
+        if not group.views:
             self._put_back(group)
         self.steps[who] += 1
-
-    def gradients(self, group: Group) -> list[Tensor]:
-        """The gradients of the group's trained parameters, each [c, ...]."""
-        return [g for n in self._trained if (g := group.parameters[n].grad) is not None]
 
     # Moving models
 
     def average(self, weights: Mapping[int, float]) -> None:
         """All copies := the weighted mean of those in `weights`; integer buffers take the largest value."""
-        who = torch.tensor(list(weights))
+        who = torch.tensor(list(weights), device=self.device)
         share = torch.tensor(list(weights.values()), dtype=torch.float64)
-        share /= share.sum()
-        with torch.no_grad():
-            for tensor in (*self._parameters.values(), *self._buffers.values()):
-                chosen = tensor if len(who) == self.count else tensor[who]
-                if tensor.is_floating_point():
-                    mean = (share.to(tensor.dtype) @ chosen.flatten(1)).view(tensor.shape[1:])
-                else:
-                    mean = chosen.amax(0)
-                tensor.copy_(mean.expand_as(tensor))
-
-    def move(self, giver: int, taker: int, *, optimizer: bool) -> None:
-        """Copy one client's model to another, with its optimiser's state if asked."""
-        with torch.no_grad():
-            for tensor in (*self._parameters.values(), *self._buffers.values()):
-                tensor[taker] = tensor[giver]
-            if optimizer:
-                for values in self._state().values():
-                    for tensor in values.values():
-                        tensor[taker] = tensor[giver]
-                self.steps[taker] = self.steps[giver]
+        share = (share / share.sum()).to(self.device, dtype=None if self.device.type != "mps" else torch.float32)
+        for tensor in (*self._parameters.values(), *self._buffers.values()):
+            chosen = tensor if len(who) == self.count else tensor[who]
+            if tensor.is_floating_point():
+                mean = (share.to(tensor.dtype) @ chosen.flatten(1)).view(tensor.shape[1:])
+            else:
+                mean = chosen.amax(0)
+            tensor.copy_(mean.expand_as(tensor))
 
     def load_one(self, client: int, state: Mapping[str, Tensor]) -> None:
         """Give one client the parameters and buffers in `state`."""
-        with torch.no_grad():
-            for name, tensor in (*self._parameters.items(), *self._buffers.items()):
-                if name in state:
-                    tensor[client] = state[name]
+        for name, tensor in (*self._parameters.items(), *self._buffers.items()):
+            if name in state:
+                tensor[client] = state[name]
 
     def state_of(self, client: int) -> dict[str, Tensor]:
         """One client's parameters and buffers, under the module's names."""
         tensors = {**self._parameters, **self._buffers}
-        return {name: tensors[name].detach()[client] for name in self.module.state_dict()}
+        return {name: tensors[name][client] for name in self.module.state_dict()}
 
     def optimizer_bytes(self, client: int) -> int:
         """Bytes of one client's optimiser state, its step counter (4 bytes per parameter tensor) included."""
         if not self.steps[client]:
             return 0
-        state = self._state()
-        return sum(t[0].nbytes for values in state.values() for t in values.values()) + sum(
-            4 for p in self._trained.values() if "step" in self._raw(p)
-        )
+        tensors = [t for kinds in self._state.values() for t in kinds.values()]
+        return sum(t[0].nbytes for t in tensors) + (4 * len(self._state) if self._clocked else 0)
 
     def state(self) -> dict[str, Any]:
         """Everything, stacked."""
         return {
             "parameters": dict(self._parameters),
             "buffers": dict(self._buffers),
-            "optimizer": self._state(),
-            "clocked": any("step" in self._raw(p) for p in self._trained.values()),
+            "optimizer": {name: dict(kinds) for name, kinds in self._state.items()},
+            "clocked": self._clocked,
             "steps": self.steps.tolist(),
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take a state that `state()` returned."""
-        with torch.no_grad():
-            for mine, theirs in ((self._parameters, state["parameters"]), (self._buffers, state["buffers"])):
-                for name, tensor in mine.items():
-                    tensor.copy_(theirs[name])
-        for name, values in state["optimizer"].items():
-            clock = {"step": torch.tensor(0.0)} if state["clocked"] else {}  # set from `steps` at each step
-            self._raw(self._trained[name]).update({k: v.clone() for k, v in values.items()}, **clock)
+        for mine, theirs in ((self._parameters, state["parameters"]), (self._buffers, state["buffers"])):
+            for name, tensor in mine.items():
+                tensor.copy_(theirs[name])
+        self._state = {
+            name: {kind: t.to(self.device, copy=True) for kind, t in kinds.items()}
+            for name, kinds in state["optimizer"].items()
+        }
+        self._clocked = state["clocked"]
         self.steps = np.array(state["steps"], np.int64)
 
     # Inside
 
-    def _group(self, clients: np.ndarray, rows: Tensor | None) -> Group:
-        everyone = rows is None and len(clients) == self.count
-        if everyone:
-            return Group(torch.from_numpy(clients), True, None, self._parameters, self._buffers)
-        who = torch.from_numpy(clients)
-        parameters = {n: p.detach()[who].requires_grad_(p.requires_grad) for n, p in self._parameters.items()}
-        return Group(who, False, rows, parameters, {n: b[who] for n, b in self._buffers.items()})
+    def _group(self, clients: np.ndarray) -> Group:
+        first, last = int(clients[0]), int(clients[-1])
+        if last - first == len(clients) - 1 and (np.diff(clients) == 1).all():
+            if (first, last) not in self._neighbours:
+                if len(self._neighbours) > 64:  # sampled clients: neighbours by chance are not worth keeping
+                    self._neighbours.clear()
+                self._neighbours[first, last] = self._take(clients, slice(first, last + 1), True)
+            return self._neighbours[first, last]
+        return self._take(clients, torch.from_numpy(clients).to(self.device), False)
 
-    def _run(self, group: Group, rows: Rows, generators: Generators) -> Rows:
+    def _take(self, clients: np.ndarray, at: slice | Tensor, views: bool) -> Group:
+        # `.data`: a step of one group must not make autograd think that another group's weights have changed.
+        parameters = {n: p[at].data.requires_grad_(n in self._trained) for n, p in self._parameters.items()}
+        return Group(clients, views, parameters, {n: b[at] for n, b in self._buffers.items()})
+
+    def _run(self, group: Group, rows: Rows, generators: Generators, alike: bool) -> Rows:
         tensors = {**group.parameters, **group.buffers}
         names = group.clients.tolist()
-        with Lowered(len(names), tensors.values(), lambda i: generators(names[i])):
-            given = functional_call(self.module, tensors, (rows,))
+        if self.mapped:
+            return self._mapped(group, rows)
+
+        def leave(weight: Tensor, factors: Factors) -> None:
+            name = next(n for n, p in group.parameters.items() if p is weight)
+            group.factors.setdefault(name, []).append(factors)
+
+        self._install(tensors)
+        try:
+            with Lowered(
+                len(names),
+                tensors,
+                lambda i: generators(names[i]),
+                alike=alike,
+                channels_last=getattr(self.module, "channels_last", False),
+                leave=leave if self._rule.plain else None,
+            ):
+                given = self.module(rows)
+        finally:
+            self._install({})
         return given if isinstance(given, tuple) else (given,)
 
-    def _step_all(self, taken: int, lr: float) -> None:
-        """Everybody has taken as many steps: the optimiser's own step on the stacked tensors."""
-        assert self._optimizer is not None
-        for p in self._trained.values():
-            state = self._optimizer.state.get(p)
-            if state and "step" in state:
-                state["step"] = torch.tensor(float(taken))
-        set_lr(self._optimizer, lr)
-        self._optimizer.step()
+    def _mapped(self, group: Group, rows: Rows) -> Rows:
+        """The same through `vmap`, for modules that use their parameters in ways that are not lowered."""
+        clients = len(group.clients)
 
-    def _step_some(self, group: Group, at: Tensor, taken: int, lr: float) -> None:
-        """The clients at positions `at` of the group, which have all taken `taken` steps, on a copy of their slices."""
-        who = group.clients[at]
-        slices = {n: group.parameters[n].detach()[at].requires_grad_() for n in self._trained}
-        for name, part in slices.items():
-            grad = group.parameters[name].grad
-            part.grad = None if grad is None else grad[at]
+        def one(parameters: dict[str, Tensor], buffers: dict[str, Tensor], mine: Rows) -> Any:
+            return functional_call(self.module, (parameters, buffers), (mine,))
+
+        apart = tuple(r.view(clients, -1, *r.shape[1:]) for r in rows)
+        given = vmap(one, randomness="error")(group.parameters, group.buffers, apart)
+        return tuple(g.flatten(0, 1) for g in (given if isinstance(given, tuple) else (given,)))
+
+    def _install(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put these tensors in the places of the module's own parameters and buffers (or its own back)."""
+        for places, key, own, name in self._places:
+            places[key] = tensors.get(name, own)
+
+    def _descend(self, group: Group, lr: float, weight_decay: float) -> None:
+        """Plain gradient descent: w <- (1 - lr * decay) w - lr g, factors multiplied right into the weights."""
+        with torch.no_grad():
+            for name in self._trained:
+                p, factors = group.parameters[name].detach(), group.factors.get(name, [])
+                gradient = group.parameters[name].grad
+                if gradient is None and not factors:
+                    continue
+                keep = 1.0 - lr * weight_decay
+                for part in factors:
+                    part.add_to(p, keep, -lr)
+                    keep = 1.0
+                if gradient is not None:
+                    if keep != 1.0:
+                        p.mul_(keep)
+                    p.add_(gradient, alpha=-lr)
+
+    def _optimize(self, group: Group, at: np.ndarray | None, taken: int, lr: float) -> None:
+        """The optimiser's own step for the clients at positions `at` (None: all), which have all taken `taken` steps."""
+        names = [n for n in self._trained if group.parameters[n].grad is not None]
+        where = None if at is None else torch.from_numpy(at).to(self.device)
+        slices = {}
+        for name in names:
+            p = group.parameters[name]
+            assert p.grad is not None
+            slices[name] = (p if where is None else p[where]).detach().requires_grad_()
+            slices[name].grad = p.grad if where is None else p.grad[where]
+        who = group.clients if at is None else group.clients[at]
+        span: slice | Tensor = torch.from_numpy(who).to(self.device)
+        if group.views and at is None:
+            span = slice(int(who[0]), int(who[-1]) + 1)
         optimizer = self._make_optimizer(slices.values())
-        assert optimizer is not None
+        if optimizer is None:
+            return
+        self._rule.quicken(optimizer)
         set_lr(optimizer, lr)
         if taken:
             for name, part in slices.items():
-                raw = self._raw(self._trained[name])
-                optimizer.state[part] = {
-                    k: torch.tensor(float(taken)) if k == "step" else v[who] for k, v in raw.items() if v is not None
-                }
+                state = {kind: t[span] for kind, t in self._state.get(name, {}).items()}
+                clock = {"step": torch.tensor(float(taken), device=self._rule.clock_device(part))}
+                optimizer.state[part] = {**(clock if self._clocked else {}), **state}
+        before = {name: dict(optimizer.state[part]) if taken else {} for name, part in slices.items()}
         optimizer.step()
         with torch.no_grad():
             for name, part in slices.items():
-                group.parameters[name][at] = part
-                self._keep(self._trained[name], optimizer.state[part], who)
+                if where is not None:
+                    group.parameters[name].detach()[where] = part
+                self._keep(name, optimizer.state[part], before[name], span)
 
-    def _keep(self, parameter: Tensor, state: Mapping[str, Any], who: Tensor) -> None:
-        """Write the optimiser state of the clients `who` into the stacked state."""
-        raw = self._raw(parameter)
-        for name, value in state.items():
-            if name == "step" or value is None:
-                raw.setdefault(name, value)
-                continue
-            if raw.get(name) is None:
-                raw[name] = torch.zeros_like(parameter, requires_grad=False)
-            raw[name][who] = value
+    def _keep(self, name: str, state: Mapping[str, Any], before: Mapping[str, Any], span: slice | Tensor) -> None:
+        """Write an optimiser's state of some clients into the stacked state, where it is not a view of it."""
+        kinds = self._state.setdefault(name, {})
+        for kind, value in state.items():
+            if kind == "step":
+                self._clocked = True
+            elif value is not None and not (isinstance(span, slice) and value is before.get(kind) and kind in kinds):
+                if kind not in kinds:
+                    kinds[kind] = torch.zeros_like(self._parameters[name], dtype=value.dtype)
+                kinds[kind][span] = value
 
     def _put_back(self, group: Group) -> None:
+        at = torch.from_numpy(group.clients).to(self.device)
         with torch.no_grad():
             for mine, theirs in ((self._parameters, group.parameters), (self._buffers, group.buffers)):
                 for name, tensor in theirs.items():
-                    mine[name][group.clients] = tensor
-
-    def _raw(self, parameter: Tensor) -> dict[str, Any]:
-        assert self._optimizer is not None
-        state: dict[str, Any] = self._optimizer.state[parameter]
-        return state
-
-    def _state(self) -> dict[str, dict[str, Tensor]]:
-        """The optimiser's stacked tensors by parameter and kind; step counters are in `steps`."""
-        if self._optimizer is None:
-            return {}
-        return {
-            name: {k: v for k, v in self._raw(p).items() if isinstance(v, Tensor) and v.shape == p.shape}
-            for name, p in self._trained.items()
-        }
+                    mine[name][at] = tensor
 
 
 def _repeated(tensor: Tensor, count: int) -> Tensor:
     """[...] -> [count, ...], contiguous, in memory of its own."""
     return tensor.detach().unsqueeze(0).repeat(count, *[1] * tensor.dim())
+
+
+def _owner(module: nn.Module, name: str) -> tuple[dict[str, Any], str, Any]:
+    """(dictionary, key, value) of the place that holds the parameter or buffer `name`."""
+    prefix, _, key = name.rpartition(".")
+    owner = module.get_submodule(prefix)
+    places: dict[str, Any] = owner._parameters if key in owner._parameters else owner._buffers
+    return places, key, places[key]
 
 
 def _no_generator(client: int) -> torch.Generator:

@@ -1,46 +1,71 @@
 """The fast engine: all clients at once, their models as stacked tensors.
 
-One forward pass, one backward pass and one optimiser step serve all clients of a step; the server's copies of SplitFed
-V1 and V3 are stacked in the same way. Algorithms in which clients take turns (ssl, ussl) have nothing to stack: the
-local engine runs them. `obstacle` says why a model cannot be stacked; everything is proved equal to `local`.
+A few kernels serve all clients of a step; the server's copies of SplitFed V1 and V3 are stacked in the same way.
+Algorithms in which clients take turns (ssl, ussl) have nothing to stack: the local engine runs them. `proof.py` says
+why a model cannot be stacked; everything is proved equal to `local`.
 """
 
 from __future__ import annotations
 
-import copy
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from cutlayer import seeds
 from cutlayer.cohort import Footprint, Predict
 from cutlayer.data.samples import Samples
-from cutlayer.engine.base import EVALUATION_ROWS, Clients, SimulatedCohort, evaluation, model_bytes, together
-from cutlayer.engine.pooling import QuickPooling
-from cutlayer.engine.stack import Group, Stack
+from cutlayer.engine.base import Clients, SimulatedCohort, evaluation, model_bytes
+from cutlayer.engine.stack import Generators, Group, Stack
 from cutlayer.errors import NonFiniteError
-from cutlayer.gradients import per_client, row_losses
+from cutlayer.gradients import row_losses
 from cutlayer.optim import MakeOptimizer
-from cutlayer.server import Server, ServerStep, culprits
-from cutlayer.types import CutGradients, Evaluation, Rows, Smashed, Step, TailGradients
+from cutlayer.server import Server, ServerStep, culprits, finite
+from cutlayer.types import CutGradients, Evaluation, Rows, Smashed, Step, TailGradients, select
+
+EVALUATION_ROWS = 4096  # rows per forward pass in evaluation: bounds memory, changes no result
+
+
+@dataclass(frozen=True)
+class Stacking:
+    """How a model is stacked: through vmap (`mapped`) or lowered; so many clients at a time (None: all); whether what
+    the forward passes of all of them leave for the backward passes fits into memory (else they run twice)."""
+
+    mapped: bool = False
+    chunk: int | None = None
+    keep: bool = True
+
+
+@dataclass
+class _Pass:
+    """A group's forward pass that waits for its gradient."""
+
+    group: Group
+    inputs: Rows
+    given: Rows = ()  # with its graph; empty where it was not kept
 
 
 class StackedCohort(SimulatedCohort):
     """All clients in this process, all at once."""
 
-    def __init__(self, setup: Clients) -> None:
+    def __init__(self, setup: Clients, how: Stacking | None = None) -> None:
         super().__init__(setup)
+        how = how or Stacking()
         first, _ = setup.models[0]
-        self._stack = Stack(first, len(setup.rows), setup.make_optimizer)
+        self._stack = Stack(first, len(setup.rows), setup.make_optimizer, chunk=how.chunk, mapped=how.mapped)
         if not setup.alike:
             for k, (lower, _) in enumerate(setup.models):
                 self._stack.load_one(k, lower.state_dict())
+        self._keep = how.keep
         self._model_bytes = model_bytes(first)
-        self._groups: list[Group] = []  # of the last forward pass
+        self._passes: list[_Pass] = []  # of the last forward pass
         self._asked: tuple[int, ...] = ()
         self._sizes: tuple[int, ...] = ()
+        self._clocks: dict[int, int] = {}
 
     def footprint(self, client: int) -> Footprint:
         """Bytes of the client's model and optimiser state."""
@@ -51,9 +76,10 @@ class StackedCohort(SimulatedCohort):
         asked = self._willing(clients)
         if not asked:
             return Smashed((), torch.empty(0), (), ())
-        rows, y, sizes = self._forward(asked)
-        sent = tuple(r.detach() for r in rows)
-        return Smashed(sent, y if labels else torch.empty(len(y), 0), asked, sizes)
+        batch, groups = self._next(asked)
+        self._passes = [_Pass(group, (batch.x[group.rows],)) for group in groups]
+        rows = merged([self._run(p) for p in self._passes], groups)
+        return Smashed(rows, batch.y if labels else torch.empty(len(batch), 0), asked, self._sizes)
 
     def tail(self, features: Smashed) -> TailGradients:
         """U-shaped learning is sequential: the local engine runs it."""
@@ -61,26 +87,37 @@ class StackedCohort(SimulatedCohort):
 
     def backward(self, gradients: CutGradients) -> None:
         """Every client of the last `forward` back-propagates what it received and takes its optimiser step."""
-        received = _by_rows(gradients, self._asked, self._sizes)
-        for group in self._groups:
-            floats = [s for s in group.given if s.is_floating_point()]
-            mine = [g if group.rows is None else g[group.rows] for g in received]
-            pairs = [(s, g) for s, g in zip(floats, mine, strict=True) if s.requires_grad]
+        received = gradients.for_all(self._asked, self._sizes)
+        for p in self._passes:
+            given = p.given or self._stack.forward(p.group, p.inputs, self._stream, alike=self._alike)
+            p.given = ()
+            floats = [s for s in given if s.is_floating_point()]
+            pairs = [(s, g[p.group.rows]) for s, g in zip(floats, received, strict=True) if s.requires_grad]
             if pairs:
                 torch.autograd.backward([s for s, _ in pairs], [g for _, g in pairs])
-        self._step()
+            del given
+            check_weights(p.group)
+            self._stack.step(p.group, self._rate)
+        self._passes = []
+        self._alike = len(self._quota) == 1
 
     def fit(self) -> list[Step]:
-        """Each participant takes all its local steps of this round, all participants in step."""
-        taken: dict[int, list[tuple[float, int]]] = {k: [] for k in self._participants}
-        count = 0
-        while asked := self._willing(None):
-            try:
-                self._fit_once(asked, taken)
-            except NonFiniteError as error:
-                raise error.at(count) from None
-            count += 1
-        return [together(taken, t) for t in range(count)]
+        """Each participant takes all its local steps of this round: group by group, so that weights stay in the cache."""
+        everybody, alike = self._participants, self._alike
+        steps: list[list[tuple[tuple[int, ...], Tensor, tuple[int, ...]]]] = []
+        for start in range(0, len(everybody), self._stack.chunk):
+            block = everybody[start : start + self._stack.chunk]
+            self._alike, count = alike, 0
+            while asked := self._willing(block):
+                try:
+                    own = self._fit_once(asked)
+                except NonFiniteError as error:
+                    raise error.at(count) from None
+                if count == len(steps):
+                    steps.append([])
+                steps[count].append((asked, own, self._sizes))
+                self._alike, count = len(self._quota) == 1, count + 1
+        return [_together(parts) for parts in steps]
 
     def average(self, weights: Mapping[int, float]) -> None:
         """All client models := the weighted mean of those in `weights`. Optimiser states stay where they are."""
@@ -88,14 +125,12 @@ class StackedCohort(SimulatedCohort):
         self._alike = True
 
     def hand_over(self, client: int, *, optimizer: bool) -> None:
-        """The travelling model moves to `client`; before anyone holds it, it is `client`'s own."""
-        if self._holder is not None and self._holder != client:
-            self._stack.move(self._holder, client, optimizer=optimizer)
-        self._holder = client
+        """Sequential learning has one model at a time: the local engine runs it."""
+        raise NotImplementedError("the stacked engine does not run sequential learning")
 
     def evaluate(self, samples: Samples, predict: Predict) -> Evaluation:
         """Every client model with the server; models known to be equal are looked at once."""
-        everyone = list(range(len(self._streams))) if self._holder is None else [self._holder]
+        everyone = list(range(len(self._quota)))
         models = everyone[:1] if self._alike else everyone
         at_once = max(1, EVALUATION_ROWS // max(1, len(samples)))
         found: dict[int, tuple[float, float]] = {}
@@ -116,90 +151,86 @@ class StackedCohort(SimulatedCohort):
         self._load_base(state)
         self._stack.load(state["stack"])
 
-    def _forward(self, asked: tuple[int, ...]) -> tuple[Rows, Tensor, tuple[int, ...]]:
-        """Next batches through the models: rows [R, s...] with their graph, labels [R], sizes."""
-        drawn = [self._next(k) for k in asked]
-        clocks = {k: clock for k, (_, clock) in zip(asked, drawn, strict=True)}
-        sizes = tuple(len(batch) for batch, _ in drawn)
-        batch = self.setup.data[torch.cat([b for b, _ in drawn])]
-        self._asked, self._sizes = asked, sizes
-        self._groups = self._stack.groups(asked, sizes)
-        self._stack.zero_grad()
+    def _next(self, asked: tuple[int, ...]) -> tuple[Samples, list[Group]]:
+        """The next batches of `asked`, and the groups they make."""
+        batch, sizes, clocks = self._draw(asked)
+        self._asked, self._sizes = asked, tuple(sizes.tolist())
+        self._clocks = dict(zip(asked, clocks.tolist(), strict=True))
+        return batch, self._stack.groups(asked, sizes)
 
-        def stream(client: int) -> torch.Generator:
-            name = seeds.derive(self.setup.seed, "forward", client, clocks[client])
-            return torch.Generator().manual_seed(name)
+    def _stream(self, client: int) -> torch.Generator:
+        name = ("forward", client, self._clocks[client])
+        return seeds.torch_generator(self._stack.device, self.setup.seed, *name)
 
-        return run_groups(self._stack, self._groups, (batch.x,), stream), batch.y, sizes
+    def _run(self, p: _Pass) -> Rows:
+        """A group's forward pass; what it gives, without its graph."""
+        if self._keep:
+            p.given = self._stack.forward(p.group, p.inputs, self._stream, alike=self._alike)
+            return tuple(g.detach() for g in p.given)
+        with torch.no_grad(), self._stack.rehearsal(p.group):
+            return self._stack.forward(p.group, p.inputs, self._stream, alike=self._alike)
 
-    def _step(self) -> None:
-        check_finite(self._stack, self._groups)
-        for group in self._groups:
+    def _fit_once(self, asked: tuple[int, ...]) -> Tensor:
+        """One local step of all clients in `asked`; their own mean losses."""
+        batch, groups = self._next(asked)
+        own = batch.x.new_empty(len(asked)) if batch.x.is_floating_point() else torch.empty(len(asked))
+        for group in groups:
+            losses = learn(self._stack, group, (batch.x[group.rows],), batch.y[group.rows], self._stream, self._alike)
+            check_weights(group)
             self._stack.step(group, self._rate)
-        self._groups = []
-        self._alike = len(self._streams) == 1
-
-    def _fit_once(self, asked: tuple[int, ...], taken: dict[int, list[tuple[float, int]]]) -> None:
-        """One local step of all clients in `asked`: the sum of their own mean losses keeps their gradients apart."""
-        rows, y, sizes = self._forward(asked)
-        losses = row_losses(rows[0], y)
-        own = torch.stack([part.mean() for part in losses.split(list(sizes))])
-        if not torch.isfinite(own).all():
-            raise NonFiniteError("loss", tuple(k for k, x in zip(asked, own.tolist(), strict=True) if not _finite(x)))
-        own.sum().backward()
-        self._step()
-        for k, loss, size in zip(asked, own.tolist(), sizes, strict=True):
-            taken[k].append((loss, size))
+            own[torch.from_numpy(group.at)] = losses.mean(1).to(own.dtype)
+        return own
 
     def _evaluate(self, clients: list[int], samples: Samples, predict: Predict) -> dict[int, tuple[float, float]]:
-        correct, loss = dict.fromkeys(clients, 0), dict.fromkeys(clients, 0.0)
+        c, correct, loss = len(clients), torch.zeros(len(clients)), torch.zeros(len(clients))
         with torch.no_grad():
             for start in range(0, len(samples), EVALUATION_ROWS):
                 part = samples[start : start + EVALUATION_ROWS]
-                repeated = part.x.repeat(len(clients), *[1] * (part.x.dim() - 1))
-                rows = self._stack.predict(clients, (repeated,))
-                for i, k in enumerate(clients):
-                    mine = tuple(r[i * len(part) : (i + 1) * len(part)] for r in rows)
-                    outputs = mine[0] if self.shape == "whole" else predict(k, mine)[0]
-                    correct[k] += int((outputs.argmax(1) == part.y).sum())
-                    loss[k] += float(row_losses(outputs, part.y).sum())
-        return {k: (correct[k] / len(samples), loss[k] / len(samples)) for k in clients}
+                rows = self._stack.predict(clients, (part.x.repeat(c, *[1] * (part.x.dim() - 1)),))
+                outputs = rows[0] if self.shape == "whole" else predict(clients, rows)[0]
+                y = part.y.repeat(c)
+                correct += (outputs.argmax(1) == y).view(c, -1).sum(1).cpu()
+                loss += row_losses(outputs, y).view(c, -1).sum(1).cpu()
+        n = len(samples)
+        return {k: (a / n, x / n) for k, a, x in zip(clients, correct.tolist(), loss.tolist(), strict=True)}
 
 
 class StackedServer(Server):
-    """The server beside a stacked cohort; `copies` per client (SplitFed V1, V3; else 0) are stacked too."""
+    """The server beside a stacked cohort; its copies per client (SplitFed V1, V3) are stacked too."""
 
-    def __init__(self, model: nn.Module, make_optimizer: MakeOptimizer, lr: float, seed: int, copies: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        make_optimizer: MakeOptimizer,
+        lr: float,
+        seed: int,
+        copies: int,
+        how: Stacking | None = None,
+    ) -> None:
         super().__init__(model, make_optimizer, lr, seed)
-        self._stack = Stack(model, copies, make_optimizer)
-
-    def forward(self, smashed: Smashed) -> Rows:
-        """As the server's own, with quick pooling."""
-        with QuickPooling():
-            return super().forward(smashed)
+        how = how or Stacking()
+        self._stack = Stack(model, copies, make_optimizer, chunk=how.chunk, mapped=how.mapped)
 
     def step_copies(self, smashed: Smashed) -> ServerStep:
         """Every client's copy takes one step on that client's rows."""
-        rows = tuple(r.detach().requires_grad_(r.is_floating_point()) for r in smashed.rows)
-        groups = self._stack.groups(smashed.clients, smashed.sizes)
-        self._stack.zero_grad()
-
-        def stream(client: int) -> torch.Generator:
-            copy_seed = seeds.derive(self.seed, "copy", client)
-            return torch.Generator().manual_seed(seeds.derive(copy_seed, "server", int(self._stack.steps[client])))
-
-        losses = row_losses(run_groups(self._stack, groups, rows, stream)[0], smashed.labels)
-        own = torch.stack([part.mean() for part in losses.split(list(smashed.sizes))])
-        if not torch.isfinite(own).all():
-            raise NonFiniteError("loss", culprits(smashed, losses.detach()))
-        own.sum().backward()  # the sum keeps the clients' gradients apart, each of its own mean loss
-        gradient = tuple(torch.zeros_like(r) if r.grad is None else r.grad for r in rows if r.is_floating_point())
-        for g in gradient:
-            if not torch.isfinite(g).all():
-                raise NonFiniteError("cut gradient", culprits(smashed, g.flatten(1).sum(1)))
+        groups = self._stack.groups(smashed.clients, np.array(smashed.sizes))
+        own = torch.empty(len(smashed.clients), dtype=torch.float64 if smashed.rows[0].dtype == torch.float64 else None)
+        own = own.to(smashed.labels.device)
+        parts = []
         for group in groups:
+            rows = tuple(r[group.rows].detach().requires_grad_(r.is_floating_point()) for r in smashed.rows)
+            try:
+                losses = learn(self._stack, group, rows, smashed.labels[group.rows], self._stream)
+            except NonFiniteError as error:  # the rows that came may be to blame
+                raise NonFiniteError(error.what, culprits(smashed) or error.clients) from None
+            own[torch.from_numpy(group.at)] = losses.mean(1).to(own.dtype)
+            parts.append(tuple(_gradient(r) for r in rows if r.is_floating_point()))
+            if not finite(*parts[-1]):
+                raise NonFiniteError("cut gradient", culprits(smashed) or tuple(group.clients.tolist()))
+            check_weights(group, "server's weight gradient")
             self._stack.step(group, self._rate(1.0))
-        return ServerStep(losses.mean().item(), per_client(losses.detach(), smashed.sizes), gradient, self._rate(1.0))
+        share = torch.tensor(smashed.sizes, dtype=own.dtype, device=own.device) / len(smashed)
+        return ServerStep(torch.cat([(share @ own).view(1), own]), merged(parts, groups), self._rate(1.0))
 
     def average_copies(self, weights: Mapping[int, float]) -> None:
         """Server model := weighted mean of the copies of the clients in `weights`; then every copy := server model."""
@@ -215,105 +246,66 @@ class StackedServer(Server):
         super().load(state)
         self._stack.load(state["stack"])
 
-
-def run_groups(stack: Stack, groups: Sequence[Group], rows: Rows, stream: Any) -> Rows:
-    """The groups' modules on their rows of the merged batch; what they give, in the order of the merged batch."""
-    if len(groups) == 1:
-        return stack.forward(groups[0], rows, stream)
-    given = [stack.forward(g, tuple(r[g.rows] for r in rows), stream) for g in groups]
-    order = torch.cat([g.rows for g in groups if g.rows is not None]).argsort()
-    return tuple(torch.cat([part[i] for part in given])[order] for i in range(len(given[0])))
+    def _stream(self, client: int) -> torch.Generator:
+        copy_seed = seeds.derive(self.seed, "copy", client)
+        return seeds.torch_generator(self._stack.device, copy_seed, "server", int(self._stack.steps[client]))
 
 
-def check_finite(stack: Stack, groups: Sequence[Group]) -> None:
-    """Raises NonFiniteError, naming the clients, where a weight gradient is not finite. One look at all of them."""
-    gradients = [stack.gradients(group) for group in groups]
-    everything = [g for of in gradients for g in of]
-    if not everything or torch.isfinite(torch.nn.utils.get_total_norm(everything)):
+def learn(
+    stack: Stack, group: Group, rows: Rows, labels: Tensor, stream: Generators, alike: bool = False
+) -> Tensor:
+    """Forward and backward pass of a group with its clients' own mean losses: the losses [c, b], without their graph.
+
+    The sum of the clients' own means keeps their gradients apart. Raises NonFiniteError, naming the clients.
+    """
+    losses = row_losses(stack.forward(group, rows, stream, alike=alike)[0], labels).view(len(group.clients), -1)
+    found = losses.detach()
+    if not finite(found):
+        bad = group.clients[~torch.isfinite(found).all(1).cpu().numpy()]
+        raise NonFiniteError("loss", tuple(bad.tolist()))
+    losses.mean(1).sum().backward()
+    return found
+
+
+def merged(parts: Sequence[Rows], groups: Sequence[Group]) -> Rows:
+    """What the groups gave, [c * b, s...] each, as one: in the order of the merged batch."""
+    if len(parts) == 1:
+        return parts[0]
+    whole = tuple(torch.cat(of) for of in zip(*parts, strict=True))
+    places = np.concatenate([group.places for group in groups])
+    if (places[:-1] < places[1:]).all():
+        return whole
+    order = np.argsort(places)
+    return tuple(select(r, order) for r in whole)
+
+
+def check_weights(group: Group, what: str = "weight gradient") -> None:
+    """Raises NonFiniteError, naming the clients, where a weight gradient is not finite."""
+    left = [f for factors in group.factors.values() for f in factors]
+    gradients = group.gradients
+    if not (left or gradients) or (left or gradients)[0].device.type != "cpu":
+        return  # a look would stop an accelerator
+    norms = [f.bound for f in left] + ([torch.nn.utils.get_total_norm(gradients)] if gradients else [])
+    if all(math.isfinite(n) for n in norms):
         return
+    gradients += [f.product() for f in left]
     bad = [
         int(k)
-        for group, of in zip(groups, gradients, strict=True)
         for i, k in enumerate(group.clients)
-        if not all(torch.isfinite(torch.linalg.vector_norm(g[i])) for g in of)
+        if not all(torch.isfinite(torch.linalg.vector_norm(g[i])) for g in gradients)
     ]
     if bad:  # else only the sum over all clients overflowed
-        raise NonFiniteError("weight gradient", tuple(sorted(bad)))
+        raise NonFiniteError(what, tuple(bad))
 
 
-def obstacle(module: nn.Module, rows: Rows, make_optimizer: MakeOptimizer) -> str:
-    """Why `module` cannot be stacked, as a clause; empty where it can.
-
-    The proof: three copies with different weights, on different rows, give together what each gives alone: outputs, all
-    gradients and buffers, in training mode (dropout masks included) and in eval mode.
-    """
-    if len(list(module.parameters())) < len(list(module.named_parameters(remove_duplicate=False))):
-        return "it has tied weights"
-    copies = [copy.deepcopy(module).double() for _ in range(3)]  # in double precision rounding is no excuse
-    noise = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in (p for c in copies for p in c.parameters()):
-            p.add_(0.1 * torch.randn(p.shape, generator=noise, dtype=p.dtype).to(p.device))
-    order = torch.randperm(3 * len(rows[0]), generator=noise) % len(rows[0])
-    rows = tuple(r.detach().double() if r.is_floating_point() else r for r in rows)
-    merged = tuple(r[order].requires_grad_(r.is_floating_point()) for r in rows)
-    stack = Stack(copies[0], 3, make_optimizer)
-    for k, c in enumerate(copies):
-        stack.load_one(k, c.state_dict())
-    try:
-        return _difference(stack, copies, merged)
-    except Exception as error:  # a user's module can raise anything; whatever it is, the local engine runs it
-        reason = str(error).strip().splitlines()
-        return f"{type(error).__name__}: {reason[0] if reason else ''}"
+def _together(parts: list[tuple[tuple[int, ...], Tensor, tuple[int, ...]]]) -> Step:
+    """One local step from those of several blocks of clients: (clients, their own mean losses, their rows) each."""
+    own = torch.cat([losses for _, losses, _ in parts])
+    sizes = [n for _, _, of in parts for n in of]
+    share = torch.tensor(sizes, dtype=own.dtype, device=own.device) / sum(sizes)
+    clients = tuple(k for who, _, _ in parts for k in who)
+    return Step(torch.cat([(share @ own).view(1), own]), clients, sum(sizes))
 
 
-def _difference(stack: Stack, copies: list[nn.Module], rows: Rows) -> str:
-    """What differs between the stack and its copies run one by one; empty where nothing does."""
-    size = len(rows[0]) // len(copies)
-    (group,) = stack.groups(range(len(copies)), [size] * len(copies))
-    given = stack.forward(group, rows, lambda k: torch.Generator().manual_seed(k))
-    weights = [torch.linspace(0.5, 1.5, g.numel(), dtype=g.dtype).view(g.shape) for g in given if g.requires_grad]
-    torch.autograd.backward([g for g in given if g.requires_grad], weights)
-    for k, module in enumerate(copies):
-        mine = tuple(r[k * size : (k + 1) * size].detach().requires_grad_(r.requires_grad) for r in rows)
-        module.train()
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(k)
-            alone = module(mine)
-        alone = alone if isinstance(alone, tuple) else (alone,)
-        trained = [a for a in alone if a.requires_grad]
-        torch.autograd.backward(trained, [w[k * size : (k + 1) * size] for w in weights])
-        span = slice(k * size, (k + 1) * size)
-        pairs = [(a, g[span]) for a, g in zip(alone, given, strict=True)]
-        pairs += [(_grad(m), _grad(r)[span]) for m, r in zip(mine, rows, strict=True) if r.requires_grad]
-        pairs += [(_grad(p), _grad(group.parameters[name])[k]) for name, p in module.named_parameters()]
-        pairs += [(b, group.buffers[name][k]) for name, b in module.named_buffers()]
-        if not _close(pairs):
-            return "its rows influence each other across clients, or it keeps state of its own"
-    return ""
-
-
-def _grad(tensor: Tensor) -> Tensor:
-    return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
-
-
-def _close(pairs: list[tuple[Tensor, Tensor]]) -> bool:
-    """Equal but for rounding, in units of the largest value of all (a gradient can be nothing but rounding)."""
-    floats = [(a, b) for a, b in pairs if a.is_floating_point() and a.numel()]
-    scale = max((float(a.detach().abs().max()) for a, _ in floats), default=0.0)
-    allowed = 1e4 * torch.finfo(torch.float64).eps * scale
-    return all(torch.equal(a, b) for a, b in pairs if not a.is_floating_point()) and all(
-        torch.allclose(a, b, rtol=0.0, atol=allowed) for a, b in floats
-    )
-
-
-def _by_rows(gradients: CutGradients, clients: tuple[int, ...], sizes: tuple[int, ...]) -> Rows:
-    """What every client back-propagates, in the order of the merged batch: each [R, s...]."""
-    if not gradients.active:
-        return gradients.own
-    each = [gradients.for_client(k, n) for k, n in zip(clients, sizes, strict=True)]
-    return tuple(torch.cat(parts) for parts in zip(*each, strict=True))
-
-
-def _finite(x: float) -> bool:
-    return x - x == 0.0
+def _gradient(row: Tensor) -> Tensor:
+    return torch.zeros_like(row) if row.grad is None else row.grad

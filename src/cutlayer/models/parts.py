@@ -25,12 +25,19 @@ class Part(nn.Module):
 
     last = False
     copies = False  # set where the part works in place on what it receives, which is not its own
+    channels_last = False  # set where its images lie in memory with their channels last
+    narrow: torch.dtype | None = None  # the type of its products in mixed precision
 
     def forward(self, received: Tensor | Rows) -> Tensor | Rows:
         """Rows [R, s...] each (or the batch) to rows [R, s...] each (or logits [R, K])."""
         rows = (received,) if isinstance(received, Tensor) else tuple(received)
         rows = tuple(row.clone() for row in rows) if self.copies else rows
-        given = self.run(rows)
+        if self.narrow is None:
+            given = self.run(rows)
+        else:
+            with torch.autocast(rows[0].device.type, self.narrow):
+                given = self.run(rows)
+            given = tuple(g.float() for g in given) if self.last else given
         return given[0] if self.last else given
 
     def run(self, rows: Rows) -> Rows:

@@ -21,6 +21,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional
 
 from cutlayer.models.parts import CannotCutError, Part, batch_dimension, fill_owners, logits, one_line, state_names
 from cutlayer.types import Rows
@@ -69,6 +70,45 @@ class _TracedPart(Part):
 
     def run(self, rows: Rows) -> Rows:
         return cast(Rows, self._codes[self.training](self, rows))
+
+
+def pool_first(part: Part) -> Part:
+    """A copy of a part in which max pooling comes before `relu`, where it came right behind: the same numbers."""
+    changed = copy.deepcopy(part)
+    if isinstance(changed, _TracedPart):
+        codes = {code: _Code(_pool_first(part, code.graph)) for code in set(changed._codes.values())}
+        changed._codes = {mode: codes[code] for mode, code in changed._codes.items()}
+    return changed
+
+
+def _pool_first(part: nn.Module, graph: fx.Graph) -> fx.Graph:
+    graph = copy.deepcopy(graph)
+    for pool in list(graph.nodes):
+        relu = pool.args[0] if pool.args else None
+        if not (isinstance(relu, fx.Node) and _is_max_pool(part, pool) and _is_relu(part, relu)):
+            continue
+        source = relu.args[0]
+        if isinstance(source, fx.Node) and len(relu.users) == len(source.users) == 1:  # nobody else sees the change
+            pool.replace_input_with(relu, source)
+            with graph.inserting_after(pool):
+                after = graph.node_copy(relu, {source: pool}.__getitem__)
+            pool.replace_all_uses_with(after, delete_user_cb=lambda user, own=after: user is not own)  # type: ignore[misc]
+            graph.erase_node(relu)
+    return graph
+
+
+def _is_max_pool(part: nn.Module, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        layer = part.get_submodule(str(node.target))
+        return type(layer) is nn.MaxPool2d and not layer.return_indices
+    functions = (functional.max_pool2d, torch.max_pool2d)
+    return node.op == "call_function" and node.target in functions and not node.kwargs.get("return_indices")
+
+
+def _is_relu(part: nn.Module, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return type(part.get_submodule(str(node.target))) is nn.ReLU
+    return node.op == "call_function" and node.target in (functional.relu, torch.relu)
 
 
 class _Code:

@@ -1,0 +1,119 @@
+"""Which engine simulates the clients, and how: `stacked` where it applies, `local` else, with the reason."""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from cutlayer.cohort import Cohort
+from cutlayer.config import RunConfig
+from cutlayer.engine.base import Clients
+from cutlayer.engine.layout import quicker
+from cutlayer.engine.local import LocalCohort
+from cutlayer.engine.proof import bytes_per_row, stackable
+from cutlayer.engine.stacked import StackedCohort, StackedServer, Stacking
+from cutlayer.errors import CutlayerWarning
+from cutlayer.models import Parts
+from cutlayer.optim import ELEMENTWISE, MakeOptimizer
+from cutlayer.server import Server
+from cutlayer.types import Rows
+
+TAKE_TURNS = {"ssl", "ussl"}
+SERVER_COPIES = {"sflv1", "sflv3"}
+
+# Bytes of results that a group of clients may make in a forward pass: beyond this, larger groups are no quicker.
+_WORTHWHILE = 256 << 20
+# Bytes of weights that a group may have on the CPU: what the cache holds until the backward pass is back (measured).
+_CACHED = 8 << 20
+
+
+def simulate(
+    config: RunConfig,
+    split: Parts,
+    setup: Clients,
+    make_server: MakeOptimizer,
+    seed: int,
+    example: Tensor,
+) -> tuple[Cohort, Server, str]:
+    """(clients, server, name of the engine). Warns where a model cannot be stacked."""
+    lr = config.server_lr or config.client_lr
+    turns = config.algorithm in TAKE_TURNS or len(setup.rows) == 1
+    if config.engine == "local" or (turns and config.engine == "auto"):
+        return LocalCohort(setup), Server(split.server, make_server, lr, seed), "local"
+    smashed = _example_smashed(split, example)
+    copies = len(setup.rows) if config.algorithm in SERVER_COPIES else 0
+    why = _unfit(config, make_server)
+    hows = []
+    for side, part, rows, make in (
+        ("client", split.client, (example,), setup.make_optimizer),
+        ("server", split.server, smashed, make_server),
+    ):
+        if side == "server" and not copies:
+            hows.append(Stacking())
+        elif not why:
+            verdict = stackable(part, rows, make)
+            why = verdict.reason and f"the model's {side} part cannot be stacked: {verdict.reason}"
+            hows.append(_bounded(config, verdict.mapped, part, rows))
+    if why:
+        warnings.warn(f"{config.algorithm} runs on the local engine: {why}", CutlayerWarning, stacklevel=4)
+        return LocalCohort(setup), Server(split.server, make_server, lr, seed), "local"
+    server = StackedServer(split.server, make_server, lr, seed, copies, hows[1])
+    return StackedCohort(setup, hows[0]), server, "stacked"
+
+
+def _unfit(config: RunConfig, make_server: MakeOptimizer) -> str:
+    """Why this algorithm or its optimisers cannot be stacked, whatever the model; empty where they can."""
+    if config.algorithm in TAKE_TURNS:
+        return "its clients take turns, there is nothing to stack"
+    names = [config.client_optimizer]
+    if config.algorithm in SERVER_COPIES:
+        names.append(config.server_optimizer or config.client_optimizer)
+    for name in names:
+        if name not in ELEMENTWISE:
+            return f"the rule of {name} is not elementwise"
+    return ""
+
+
+def laid_out(config: RunConfig, split: Parts, example: Tensor) -> Parts:
+    """The parts, laid out in memory as is quickest. The local engine, asked for by name, takes them as they are."""
+    if config.engine == "local" or config.precision == "float64" or config.device != "cpu":
+        return split  # measured to help on the CPU, whose library has no double precision convolutions
+    smashed = _example_smashed(split, example)
+    upper = quicker(split.server, smashed) if split.tail is None else split.server
+    return replace(split, client=quicker(split.client, (example,)), server=upper)
+
+
+def _example_smashed(split: Parts, example: Tensor) -> Rows:
+    """What the client part gives for `example`; nothing is drawn, no statistics are kept."""
+    with torch.no_grad():
+        given: Rows = copy.deepcopy(split.client).eval()(example)
+    return given if isinstance(given, tuple) else (given,)
+
+
+def _bounded(config: RunConfig, mapped: bool, part: nn.Module, rows: Rows) -> Stacking:
+    """So many clients at a time, and their forward passes kept or run twice, that memory suffices."""
+    limit = memory_limit(config)
+    each = max(1, bytes_per_row(part, rows) * config.batch)
+    taking_part = max(1.0, config.clients * config.participation)
+    chunk = max(1, int(min(limit / 4, _WORTHWHILE) // each))
+    if config.device == "cpu":
+        chunk = min(chunk, max(1, _CACHED // max(1, sum(p.nbytes for p in part.parameters()))))
+    return Stacking(mapped, None if chunk >= config.clients else chunk, keep=each * taking_part <= limit)
+
+
+def memory_limit(config: RunConfig) -> float:
+    """Bytes that the clients' forward passes may leave for their backward passes: as asked for, or half of what is free
+    now."""
+    if config.memory_limit is not None:
+        return config.memory_limit * 1e9
+    if config.device != "cpu":
+        return torch.cuda.mem_get_info()[0] / 2 if config.device.startswith("cuda") else 4e9
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
+    except (ValueError, OSError):  # not all systems tell
+        return 4e9

@@ -1,0 +1,177 @@
+"""Before a model is trusted to the stacked engine: do several copies, run as one, give what each gives alone?
+
+Three copies with different weights, on different rows: outputs, all gradients and buffers, in training mode (dropout
+masks included), compared in double precision, where rounding is no excuse. What differs, or cannot be run so, is named.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from cutlayer.engine.lowering import NotStackableError
+from cutlayer.engine.stack import Group, Stack
+from cutlayer.optim import MakeOptimizer
+from cutlayer.types import Rows
+
+_COPIES = 3
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a module can be stacked: lowered, or `mapped` (through vmap); else `reason` says, as a clause, why not."""
+
+    mapped: bool = False
+    reason: str = ""
+
+
+def stackable(module: nn.Module, rows: Rows, make_optimizer: MakeOptimizer) -> Verdict:
+    """Try it, with `rows` (each [b, s...]) as an example of a client's batch."""
+    if len(list(module.parameters())) < len(list(module.named_parameters(remove_duplicate=False))):
+        return Verdict(reason="it has tied weights")
+    reasons = []
+    for mapped in (False, True):
+        reason = _obstacle(module, rows, make_optimizer, mapped)
+        if not reason:
+            return Verdict(mapped)
+        reasons.append(reason)
+    return Verdict(reason=reasons[0])
+
+
+def bytes_per_row(module: nn.Module, rows: Rows) -> int:
+    """Bytes that a forward pass of `module` makes per row, if nothing of it is freed: an upper bound of what waits for
+    the backward pass."""
+    counted = _Counted()
+    module = copy.deepcopy(module).train()
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), counted:
+        module(rows)
+    return -(-counted.bytes // len(rows[0]))
+
+
+def _obstacle(module: nn.Module, rows: Rows, make_optimizer: MakeOptimizer, mapped: bool) -> str:
+    copies = [copy.deepcopy(module).double() for _ in range(_COPIES)]
+    noise = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in (p for c in copies for p in c.parameters()):
+            p.add_(0.1 * torch.randn(p.shape, generator=noise, dtype=p.dtype).to(p.device))
+    order = torch.randperm(_COPIES * len(rows[0]), generator=noise) % len(rows[0])
+    wide = tuple(r.detach().double() if r.is_floating_point() else r for r in rows)
+    merged = tuple(r[order.to(r.device)].requires_grad_(r.is_floating_point()) for r in wide)
+    try:
+        stack = Stack(copies[0], _COPIES, make_optimizer, mapped=mapped)
+        for k, c in enumerate(copies):
+            stack.load_one(k, c.state_dict())
+        return _difference(stack, copies, merged)
+    except NotStackableError as error:
+        prefix, _, key = error.name.rpartition(".")
+        owner = type(module.get_submodule(prefix)).__name__
+        return f"{owner} {prefix!r} uses its {key!r} in {error.operation!r}" if key else f"it has {error.operation}"
+    except Exception as error:  # a user's module can raise anything; whatever it is, the local engine runs it
+        reason = str(error).strip().splitlines()
+        return f"{reason[0] if reason else type(error).__name__}"
+
+
+def _difference(stack: Stack, copies: list[nn.Module], rows: Rows) -> str:
+    """What differs between the stack and its copies run one by one; empty where nothing does."""
+    size = len(rows[0]) // len(copies)
+    (group,) = stack.groups(range(len(copies)), torch.full((len(copies),), size).numpy())
+    log = _Log()
+    with nullcontext() if stack.mapped else log:
+        given = stack.forward(group, rows, lambda k: torch.Generator(stack.device).manual_seed(k))
+    trained = [g for g in given if g.requires_grad]
+    weights = [torch.linspace(0.5, 1.5, g.numel(), dtype=g.dtype, device=g.device).view(g.shape) for g in trained]
+    torch.autograd.backward(trained, weights)
+    for k, module in enumerate(copies):
+        span = slice(k * size, (k + 1) * size)
+        mine = tuple(r[span].detach().requires_grad_(r.requires_grad) for r in rows)
+        alone_log = _Log()
+        alone = run_alone(module.train(), mine, k, alone_log)
+        torch.autograd.backward([a for a in alone if a.requires_grad], [w[span] for w in weights])
+        pairs = [(a, g[span]) for a, g in zip(alone, given, strict=True)]
+        pairs += [(_grad(m), _grad(r)[span]) for m, r in zip(mine, rows, strict=True) if r.requires_grad]
+        pairs += [(_grad(p), _stacked_grad(group, name)[k]) for name, p in module.named_parameters()]
+        pairs += [(b, group.buffers[name][k]) for name, b in module.named_buffers()]
+        if not close(pairs):
+            return _first_mixing(log, alone_log, span) or "it keeps state of its own, or its rows influence each other"
+    return ""
+
+
+def run_alone(module: nn.Module, rows: Rows, seed: int, mode: AbstractContextManager[Any] | None = None) -> Rows:
+    """A module on its own rows, drawing (dropout) from a generator with this seed."""
+    with torch.random.fork_rng(devices=[]), mode or nullcontext():
+        torch.default_generator.manual_seed(seed)
+        given = module(rows)
+    return given if isinstance(given, tuple) else (given,)
+
+
+def close(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
+    """Equal but for rounding, in units of the largest value of all (a gradient can be nothing but rounding)."""
+    floats = [(a, b) for a, b in pairs if a.is_floating_point() and a.numel()]
+    scale = max((float(a.detach().abs().max()) for a, _ in floats), default=0.0)
+    allowed = 1e4 * torch.finfo(torch.float64).eps * scale
+    return all(torch.equal(a, b) for a, b in pairs if not a.is_floating_point()) and all(
+        a.shape == b.shape and torch.allclose(a, b, rtol=0.0, atol=allowed) for a, b in floats
+    )
+
+
+class _Log(TorchFunctionMode):
+    """Writes down the tensors that operations give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[tuple[str, Tensor]] = []
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Call, and note the result."""
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.dim():
+            self.made.append((getattr(func, "__name__", str(func)), result.detach()))
+        return result
+
+
+class _Counted(TorchFunctionMode):
+    """Adds up the bytes of the tensors that operations give (views of others count again)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Call, and count the result."""
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.is_floating_point():
+            self.bytes += result.nbytes
+        return result
+
+
+def _first_mixing(together: _Log, alone: _Log, span: slice) -> str:
+    """The first operation whose rows differ from those it gives alone."""
+    for (name, a), (_, b) in zip(together.made, alone.made, strict=False):
+        if a.dim() != b.dim() or a.shape[1:] != b.shape[1:] or len(a) != _COPIES * len(b):
+            return f"in {name!r} rows of different clients influence each other"
+        if not close([(b, a[span])]):
+            return f"in {name!r} rows of different clients influence each other"
+    return ""
+
+
+def _grad(tensor: Tensor) -> Tensor:
+    return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+
+
+def _stacked_grad(group: Group, name: str) -> Tensor:
+    """The gradient of a stacked parameter, its factors multiplied."""
+    total = _grad(group.parameters[name])
+    for left in group.factors.get(name, []):
+        total = total + left.product()
+    return total
