@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+import itertools
 import platform
 import statistics
 import time
@@ -32,9 +33,14 @@ from cutlayer.algorithms import ALGORITHMS
 from cutlayer.allocator import keep_memory
 from cutlayer.build import Training, assemble
 from cutlayer.models import build, cut
+from cutlayer.types import Step
 
-CLASSES, STEPS = 10, 4  # batches per client and round
-Thunk = Callable[[], None]  # trains one round: STEPS steps of C x b rows
+CLASSES = 10
+EPOCH = 16  # batches that a client has (the paper: 125)
+STEPS = 4  # steps that are timed at a time
+Thunk = Callable[[], None]  # trains STEPS steps of C x b rows
+
+AVERAGING = {"fl", "sflv1", "sflv3"}
 
 # (model, shape, algorithm, C, b)
 QUICK = [("cnn", (1, 28, 28), "sglr", 10, 8), ("mlp", (64,), "sglr", 100, 8)]
@@ -48,25 +54,26 @@ FULL = [
 
 
 def engine(name: str, x: torch.Tensor, y: torch.Tensor, model: str, algorithm: str, clients: int, batch: int) -> Thunk:
-    """One round on an engine of ours."""
+    """STEPS steps on an engine of ours. FedAvg and SplitFed average after each STEPS local steps."""
     source = from_arrays(x, y, validation=0, test=20)
     config = RunConfig(
         algorithm=algorithm, model=model, clients=clients, batch=batch, engine=name, client_optimizer="sgd",
-        client_lr=0.01, samples_per_client=STEPS * batch,
+        client_lr=0.01, samples_per_client=EPOCH * batch, local_steps=STEPS if algorithm in AVERAGING else None,
     )  # fmt: skip
-    rounds = endless(assemble(config, data=source), config)
-    return lambda: next(rounds)
+    steps = endless(assemble(config, data=source), config)
+
+    def some() -> None:
+        for _ in range(STEPS):
+            next(steps)
+
+    return some
 
 
-def endless(training: Training, config: RunConfig) -> Iterator[None]:
-    """One round at each `next`."""
-    index = 0
-    while True:
+def endless(training: Training, config: RunConfig) -> Iterator[Step]:
+    """One step at each `next`, round after round."""
+    for index in itertools.count():
         this = training.clients.begin_round(index, 10**9, 1.0)
-        for _ in ALGORITHMS[config.algorithm](config, training.server, training.clients, this):
-            pass
-        index += 1
-        yield
+        yield from ALGORITHMS[config.algorithm](config, training.server, training.clients, this)
 
 
 def ceiling(net: nn.Module, x: torch.Tensor, y: torch.Tensor, rows: int) -> Thunk:
@@ -153,7 +160,7 @@ def measure(
 ) -> dict[str, Any]:
     """One line of the table."""
     rng = np.random.default_rng(0)
-    count = clients * batch * STEPS + 20
+    count = clients * batch * EPOCH + 20
     x = torch.from_numpy(rng.random((count, *shape), dtype=np.float32))
     y = torch.from_numpy(np.arange(count) % CLASSES)
     torch.manual_seed(0)

@@ -51,6 +51,10 @@ def scaled(gradient: Rows, sizes: Sequence[int], scale: str, union: int | None =
         return gradient
     if len(set(sizes)) == 1:
         return tuple(g * (total / sizes[0]) for g in gradient)
-    counts = torch.tensor(list(sizes))
-    factors = torch.repeat_interleave(total / counts.double(), counts)
+    factors = spread([total / size for size in sizes], sizes)
     return tuple(g * factors.to(g.device, g.dtype).view(-1, *[1] * (g.dim() - 1)) for g in gradient)
+
+
+def spread(values: Sequence[float], sizes: Sequence[int]) -> Tensor:
+    """One value per client -> one per row: [R], in double precision, on the CPU."""
+    return torch.repeat_interleave(torch.tensor(list(values), dtype=torch.float64), torch.tensor(list(sizes)))

@@ -93,7 +93,8 @@ def rule_of(make: MakeOptimizer) -> Rule:
     assert optimizer is not None, "a parameter that is trained has an optimiser"
     d, kind = optimizer.defaults, type(optimizer)
     plain = kind is torch.optim.SGD and not (d["momentum"] or d["nesterov"] or d["maximize"])
-    return Rule(plain, d.get("weight_decay", 0.0), kind in (torch.optim.Adam, torch.optim.AdamW))
+    fused = kind in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
+    return Rule(plain, d.get("weight_decay", 0.0), fused)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:

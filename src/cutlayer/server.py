@@ -42,7 +42,8 @@ class Server:
         self.model, self.lr, self.seed = model, lr, seed
         self.lr_factor = 1.0
         self._make_optimizer = make_optimizer
-        self._optimizer = make_optimizer(model.parameters())
+        self._weights = list(model.parameters())
+        self._optimizer = make_optimizer(self._weights)
         self._copies: dict[int, Server] = {}
         self._steps = 0
         self._pending: tuple[Rows, Rows] | None = None
@@ -64,7 +65,8 @@ class Server:
     def forward(self, smashed: Smashed) -> Rows:
         """The server model's outputs on the rows, in training mode; kept for the backward pass to come."""
         rows = tuple(r.detach().requires_grad_(r.is_floating_point()) for r in smashed.rows)
-        self.model.train()
+        if not self.model.training:
+            self.model.train()
         with seeds.torch_seeded(self.seed, "server", self._steps, device=smashed.labels.device):
             outputs = _as_rows(self.model(rows))
         self._pending = (rows, outputs)
@@ -140,15 +142,15 @@ class Server:
         assert self._pending is not None, "a backward pass follows a forward pass"
         rows, _ = self._pending
         self._pending = None
-        if self._optimizer:
-            self._optimizer.zero_grad()
+        for p in self._weights:
+            p.grad = None
         backward()
         gradient = tuple(torch.zeros_like(r) if r.grad is None else r.grad for r in rows if r.is_floating_point())
         for g in gradient:
             if not finite(g):
                 raise NonFiniteError("cut gradient", culprits(smashed, g.flatten(1).sum(1)))
         if self._optimizer:
-            if not finite(*(p.grad for p in self.model.parameters() if p.grad is not None)):
+            if not finite(*(p.grad for p in self._weights if p.grad is not None)):
                 raise NonFiniteError("server's weight gradient")
             set_lr(self._optimizer, self._rate(splitlr))
             self._optimizer.step()

@@ -46,7 +46,7 @@ class Smashed:
 
     def take(self, rows: Rows, clients: Container[int]) -> Rows:
         """Of rows shaped as the smashed data, [R, s...] each, those of `clients`."""
-        at = np.flatnonzero(np.repeat([k in clients for k in self.clients], self.sizes))
+        at = torch.from_numpy(np.repeat([k in clients for k in self.clients], self.sizes).nonzero()[0])
         return tuple(select(r, at) for r in rows)
 
     def only(self, client: int) -> Smashed:
@@ -83,7 +83,9 @@ class CutGradients:
         """What `clients`, whose batches have `sizes` rows, back-propagate, one after another: each [R, s...]."""
         if not self.active:
             return self.own
-        shared = np.repeat(np.isin(clients, self.active), sizes)
+        active = np.zeros(max(clients) + 1, bool)
+        active[list(self.active)] = True
+        shared = np.repeat(active[list(clients)], sizes)
         found = []
         for own, common in zip(self.own, self.common, strict=True):
             at = np.empty(len(shared), np.int64)  # where each row is, in own rows followed by common ones
@@ -196,13 +198,14 @@ def channels_last(rows: Tensor) -> bool:
     return rows.dim() == 4 and not rows.is_contiguous() and rows.is_contiguous(memory_format=torch.channels_last)
 
 
-def select(rows: Tensor, at: np.ndarray) -> Tensor:
+def select(rows: Tensor, at: Tensor) -> Tensor:
     """The rows [n, s...] at positions `at` [n] of `rows` [R, s...]."""
     last = channels_last(rows)
-    chosen = as_matrix(rows, last).index_select(0, torch.from_numpy(at).to(rows.device))
+    chosen = as_matrix(rows, last).index_select(0, at.to(rows.device))
     return as_rows(chosen, rows.shape[1:], last)
 
 
 def row_numbers(sizes: Sequence[int]) -> np.ndarray:
     """Each row's number in its client's batch: [R]."""
-    return np.concatenate([np.arange(size) for size in sizes]) if len(sizes) else np.arange(0)
+    counts = np.asarray(sizes, np.int64)
+    return np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)

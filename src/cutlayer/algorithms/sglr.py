@@ -96,7 +96,7 @@ def average(options: RunConfig, gradient: Tensor, sizes: tuple[int, ...]) -> Ten
     longest = max(sizes)
     if longest == min(sizes):
         total = rows.view(len(sizes), -1).sum(0).view(longest, -1)
-        count = torch.full((longest, 1), len(sizes))
+        count = torch.tensor([[len(sizes)]]).expand(longest, 1)
     else:
         number = torch.from_numpy(row_numbers(sizes))
         total = rows.new_zeros(longest, rows.shape[1]).index_add_(0, number.to(rows.device), rows)

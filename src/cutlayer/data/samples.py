@@ -20,6 +20,8 @@ class Samples:
 
     def __getitem__(self, rows: Tensor | slice) -> Samples:
         """The samples at `rows` (an index tensor or a slice)."""
+        if isinstance(rows, Tensor):
+            return Samples(self.x.index_select(0, rows), self.y.index_select(0, rows))
         return Samples(self.x[rows], self.y[rows])
 
     def to(self, where: torch.dtype | torch.device) -> Samples:

@@ -17,9 +17,10 @@ from cutlayer.engine.layout import quicker
 from cutlayer.engine.local import LocalCohort
 from cutlayer.engine.proof import bytes_per_row, stackable
 from cutlayer.engine.stacked import StackedCohort, StackedServer, Stacking
+from cutlayer.engine.union import UnionCohort, UnionServer, row_by_row
 from cutlayer.errors import CutlayerWarning
 from cutlayer.models import Parts
-from cutlayer.optim import ELEMENTWISE, MakeOptimizer
+from cutlayer.optim import ELEMENTWISE, MakeOptimizer, rule_of
 from cutlayer.server import Server
 from cutlayer.types import Rows
 
@@ -46,6 +47,11 @@ def simulate(
     if config.engine == "local" or (turns and config.engine == "auto"):
         return LocalCohort(setup), Server(split.server, make_server, lr, seed), "local"
     smashed = _example_smashed(split, example)
+    if config.engine == "auto" and _one_union_step(config, split, setup, make_server, (example,), smashed):
+        union = UnionCohort(setup)
+        if config.algorithm in SERVER_COPIES:
+            return union, UnionServer(split.server, make_server, lr, seed, union.samples), "union"
+        return union, Server(split.server, make_server, lr, seed), "union"
     copies = len(setup.rows) if config.algorithm in SERVER_COPIES else 0
     why = _unfit(config, make_server)
     hows = []
@@ -64,6 +70,19 @@ def simulate(
         return LocalCohort(setup), Server(split.server, make_server, lr, seed), "local"
     server = StackedServer(split.server, make_server, lr, seed, copies, hows[1])
     return StackedCohort(setup, hows[0]), server, "stacked"
+
+
+def _one_union_step(
+    config: RunConfig, split: Parts, setup: Clients, make_server: MakeOptimizer, example: Rows, smashed: Rows
+) -> bool:
+    """Whether every step is followed by averaging, from equal models, with rules that make both one step."""
+    each_step = config.algorithm == "sfl" and config.average_every == "step"
+    one_step = config.algorithm in ("fl", "sflv1") and config.local_steps == 1
+    if not (each_step or one_step) or config.start != "equal" or not rule_of(setup.make_optimizer).plain:
+        return False
+    if config.algorithm == "sflv1" and not (rule_of(make_server).plain and row_by_row(split.server, smashed)):
+        return False
+    return row_by_row(split.client, example)
 
 
 def _unfit(config: RunConfig, make_server: MakeOptimizer) -> str:

@@ -19,6 +19,8 @@ from torch.nn import functional
 
 Pair = tuple[int, int]
 
+_NEAR = 1 << 20  # bytes that stay close to a core anyway
+
 
 @dataclass(frozen=True)
 class Factors:
@@ -44,6 +46,7 @@ class Factors:
     def add_to(self, weight: Tensor, keep: float, scale: float) -> None:
         """weight := keep * weight + scale * gradient, in place."""
         g, x = self.g.to(weight.dtype), self.x.to(weight.dtype)
+        _fetch(weight)
         weight.baddbmm_(g.transpose(1, 2), x, beta=keep, alpha=scale)
 
 
@@ -67,6 +70,7 @@ class Linear(torch.autograd.Function):
         w, shift = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         if alike:
             return functional.linear(x, w[0], None if shift is None else shift[0])
+        _fetch(w)
         if shift is None:
             return torch.bmm(x, w.transpose(1, 2))
         return torch.baddbmm(shift.unsqueeze(1), x, w.transpose(1, 2))
@@ -80,7 +84,11 @@ class Linear(torch.autograd.Function):
         by_x = by_weight = by_bias = None
         if ctx.needs_input_grad[0]:
             w = weight.to(g.dtype)
-            by_x = torch.matmul(g, w[0]) if ctx.alike else torch.bmm(g, w)
+            if ctx.alike:
+                by_x = torch.matmul(g, w[0])
+            else:
+                _fetch(w)
+                by_x = torch.bmm(g, w)
         if ctx.needs_input_grad[1]:
             if ctx.leave is not None:
                 ctx.leave(weight, Factors(g, x))
@@ -212,6 +220,12 @@ def _convolution_backward(
         g, x, weight, shape, stride, padding, dilation, False, [0, 0], geometry.groups, list(needs)
     )
     return found
+
+
+def _fetch(weight: Tensor) -> None:
+    """Bring weights that have left the cache back in one quick sweep: products of small matrices fetch them slowly."""
+    if weight.nbytes > _NEAR and weight.device.type == "cpu":
+        weight.sum()
 
 
 def _channels_last(x: Tensor) -> bool:

@@ -96,7 +96,12 @@ class Stack:
 
     def groups(self, clients: Sequence[int], sizes: np.ndarray) -> list[Group]:
         """The groups of `clients` with batches of `sizes` rows, client after client in the merged batch."""
-        who, first = np.asarray(clients), np.concatenate([[0], np.cumsum(sizes)])
+        who = np.asarray(clients)
+        if len(who) <= self.chunk and (sizes == sizes[0]).all():  # the usual case: one group
+            group = self._group(who)
+            group.at, group.rows = np.arange(len(who)), slice(0, len(who) * int(sizes[0]))
+            return [group]
+        first = np.concatenate([[0], np.cumsum(sizes)])
         found = []
         for size in np.unique(sizes):
             mine = np.flatnonzero(sizes == size)
@@ -117,7 +122,8 @@ class Stack:
         `alike`: all its clients' models are known to be equal. Raises NotStackableError where the module does with its
         parameters what has no stacked form.
         """
-        self.module.train()
+        if not self.module.training:  # setting the mode walks through all modules
+            self.module.train()
         for p in group.parameters.values():
             p.grad = None
         group.factors.clear()

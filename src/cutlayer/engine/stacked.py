@@ -23,7 +23,7 @@ from cutlayer.engine.base import Clients, SimulatedCohort, evaluation, model_byt
 from cutlayer.engine.stack import Generators, Group, Stack
 from cutlayer.errors import NonFiniteError
 from cutlayer.gradients import row_losses
-from cutlayer.optim import MakeOptimizer
+from cutlayer.optim import MakeOptimizer, rule_of
 from cutlayer.server import Server, ServerStep, culprits, finite
 from cutlayer.types import CutGradients, Evaluation, Rows, Smashed, Step, TailGradients, select
 
@@ -209,6 +209,8 @@ class StackedServer(Server):
     ) -> None:
         super().__init__(model, make_optimizer, lr, seed)
         how = how or Stacking()
+        if self._optimizer is not None:
+            rule_of(make_optimizer).quicken(self._optimizer)
         self._stack = Stack(model, copies, make_optimizer, chunk=how.chunk, mapped=how.mapped)
 
     def step_copies(self, smashed: Smashed) -> ServerStep:
@@ -275,7 +277,7 @@ def merged(parts: Sequence[Rows], groups: Sequence[Group]) -> Rows:
     places = np.concatenate([group.places for group in groups])
     if (places[:-1] < places[1:]).all():
         return whole
-    order = np.argsort(places)
+    order = torch.from_numpy(np.argsort(places))
     return tuple(select(r, order) for r in whole)
 
 
@@ -285,7 +287,7 @@ def check_weights(group: Group, what: str = "weight gradient") -> None:
     gradients = group.gradients
     if not (left or gradients) or (left or gradients)[0].device.type != "cpu":
         return  # a look would stop an accelerator
-    norms = [f.bound for f in left] + ([torch.nn.utils.get_total_norm(gradients)] if gradients else [])
+    norms = [*(f.bound for f in left), *(torch.linalg.vector_norm(g) for g in gradients)]
     if all(math.isfinite(n) for n in norms):
         return
     gradients += [f.product() for f in left]

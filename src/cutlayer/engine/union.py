@@ -1,0 +1,209 @@
+"""The exact shortcut for one local step followed by averaging: one step on the union of all batches.
+
+With plain gradient descent from equal models, sum_k p_k (w - eta g_k) = w - eta sum_k p_k g_k, p_k = n_k / n: FedAvg
+and SplitFed V1 with one local step, and SFL averaged at every step, need one model, not one per client. That holds where
+a row's result does not depend on other rows and nothing is drawn or kept in buffers (no batch normalisation, no
+dropout); `row_by_row` finds out.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cutlayer.cohort import Footprint, Predict
+from cutlayer.data.samples import Samples
+from cutlayer.engine.base import EVALUATION_ROWS, Clients, SimulatedCohort, evaluation, model_bytes
+from cutlayer.engine.proof import close
+from cutlayer.errors import NonFiniteError
+from cutlayer.gradients import means, row_losses, spread
+from cutlayer.optim import MakeOptimizer, set_lr
+from cutlayer.server import Server, ServerStep, culprits, finite
+from cutlayer.types import CutGradients, Evaluation, Rows, Smashed, Step, TailGradients
+
+
+class UnionCohort(SimulatedCohort):
+    """Clients whose models are equal before and after every step: one model for all."""
+
+    def __init__(self, setup: Clients) -> None:
+        super().__init__(setup)
+        self._model, _ = setup.models[0]
+        self._weights = [p for p in self._model.parameters() if p.requires_grad]
+        self._optimizer = setup.make_optimizer(self._weights)
+        self._asked: tuple[int, ...] = ()
+        self._sizes: tuple[int, ...] = ()
+        self._given: Rows = ()
+
+    def footprint(self, client: int) -> Footprint:
+        """Bytes of the client's model; plain gradient descent has no state."""
+        return Footprint(model_bytes(self._model), 0)
+
+    def forward(self, clients: Sequence[int] | None = None, *, labels: bool = True) -> Smashed:
+        """Every participant with a batch left in this round sends smashed data and labels."""
+        asked = self._willing(clients)
+        if not asked:
+            return Smashed((), torch.empty(0), (), ())
+        batch = self._forward(asked)
+        return Smashed(tuple(g.detach() for g in self._given), batch.y, asked, self._sizes)
+
+    def tail(self, features: Smashed) -> TailGradients:
+        """U-shaped learning does not average."""
+        raise NotImplementedError("the union engine does not run the U-shaped split")
+
+    def backward(self, gradients: CutGradients) -> None:
+        """The weighted mean of the steps that the clients of the last `forward` would take."""
+        received = gradients.for_all(self._asked, self._sizes)
+        share = spread(shares(self.samples, self._asked), self._sizes)
+        floats = [s for s in self._given if s.is_floating_point()]
+        pairs = [(s, g * column(share, g)) for s, g in zip(floats, received, strict=True) if s.requires_grad]
+        self._step([s for s, _ in pairs], [g for _, g in pairs])
+
+    def fit(self) -> list[Step]:
+        """Each participant's one local step on its whole model, averaged."""
+        batch = self._forward(self._participants)
+        losses = row_losses(self._given[0], batch.y)
+        if not finite(losses.detach()):
+            bad = culprits(Smashed((), batch.y, self._asked, self._sizes), losses.detach())
+            raise NonFiniteError("loss", bad).at(0)
+        share = spread(shares(self.samples, self._asked), self._sizes) / rows_of(self._sizes)
+        self._step([losses], [share.to(losses.device, losses.dtype)])
+        return [Step(means(losses.detach(), self._sizes), self._asked, len(batch))]
+
+    def average(self, weights: Mapping[int, float]) -> None:
+        """Done already, by the weights n_k / n."""
+        check_done(weights, self.samples, self._asked)
+
+    def hand_over(self, client: int, *, optimizer: bool) -> None:
+        """Nothing travels where everybody has the same."""
+        raise NotImplementedError("the union engine does not run sequential learning")
+
+    def evaluate(self, samples: Samples, predict: Predict) -> Evaluation:
+        """The one model, for all."""
+        self._model.eval()
+        correct, loss = 0, 0.0
+        with torch.no_grad():
+            for start in range(0, len(samples), EVALUATION_ROWS):
+                part = samples[start : start + EVALUATION_ROWS]
+                rows = _as_rows(self._model((part.x,)))
+                outputs = rows[0] if self.shape == "whole" else predict([0], rows)[0]
+                correct += int((outputs.argmax(1) == part.y).sum())
+                loss += float(row_losses(outputs, part.y).sum())
+        n = len(samples)
+        return evaluation({0: (correct / n, loss / n)}, range(len(self._quota)), n)
+
+    def model_state(self, client: int) -> dict[str, Tensor]:
+        """One client's parameters, under the names of the whole model."""
+        return {name: t.detach() for name, t in self._model.state_dict().items()}
+
+    def state(self) -> dict[str, Any]:
+        """The model and the clocks."""
+        return {**self._base_state(), "model": self._model.state_dict()}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take a state that `state()` returned."""
+        self._load_base(state)
+        self._model.load_state_dict(state["model"])
+
+    def _forward(self, asked: tuple[int, ...]) -> Samples:
+        batch, sizes, _ = self._draw(asked)
+        self._asked, self._sizes = asked, tuple(sizes.tolist())
+        self._model.train()
+        self._given = _as_rows(self._model((batch.x,)))
+        return batch
+
+    def _step(self, outputs: list[Tensor], gradients: list[Tensor]) -> None:
+        self._given = ()
+        if not outputs or self._optimizer is None:
+            return
+        found = torch.autograd.grad(outputs, self._weights, gradients, allow_unused=True, retain_graph=True)
+        if not finite(*(g for g in found if g is not None)):
+            raise NonFiniteError("weight gradient", self._blamed(outputs, gradients))
+        for p, g in zip(self._weights, found, strict=True):
+            p.grad = g
+        set_lr(self._optimizer, self._rate)
+        self._optimizer.step()
+
+    def _blamed(self, outputs: list[Tensor], gradients: list[Tensor]) -> tuple[int, ...]:
+        """The clients whose own rows make a weight gradient that is not finite."""
+        bad = []
+        for i, k in enumerate(self._asked):
+            mine = spread([float(i == j) for j in range(len(self._asked))], self._sizes)
+            own = [torch.where(column(mine, g) > 0, g, torch.zeros_like(g)) for g in gradients]
+            found = torch.autograd.grad(outputs, self._weights, own, allow_unused=True, retain_graph=True)
+            if not finite(*(g for g in found if g is not None)):
+                bad.append(k)
+        return tuple(bad)
+
+
+class UnionServer(Server):
+    """The server of SplitFed V1 with one local step: its copies, stepped once and averaged, are one."""
+
+    def __init__(
+        self, model: nn.Module, make_optimizer: MakeOptimizer, lr: float, seed: int, samples: Sequence[int]
+    ) -> None:
+        super().__init__(model, make_optimizer, lr, seed)
+        self._samples = samples
+        self._asked: tuple[int, ...] = ()
+
+    def step_copies(self, smashed: Smashed) -> ServerStep:
+        """The weighted mean of the steps of all copies; each client's slice of the gradient is of its own mean loss."""
+        self._asked = smashed.clients
+        losses = row_losses(self.forward(smashed)[0], smashed.labels)
+        if not finite(losses.detach()):
+            raise NonFiniteError("loss", culprits(smashed, losses.detach()))
+        share = spread(shares(self._samples, smashed.clients), smashed.sizes).to(losses.device, losses.dtype)
+        gradient = self._backward(smashed, lambda: losses.backward(share / rows_of(smashed.sizes).to(share)), 1.0)
+        own = tuple(g / column(share, g) for g in gradient)
+        return ServerStep(means(losses.detach(), smashed.sizes), own, self._rate(1.0))
+
+    def average_copies(self, weights: Mapping[int, float]) -> None:
+        """Done already, by the weights n_k / n."""
+        check_done(weights, self._samples, self._asked)
+
+
+def row_by_row(part: nn.Module, rows: Rows) -> bool:
+    """Whether, in training mode, what a part gives for a row depends on that row alone, and nothing is kept."""
+    if list(part.buffers()):
+        return False
+    twin = copy.deepcopy(part).double().train()
+    wide = tuple(r.double() if r.is_floating_point() else r for r in rows)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        try:
+            together, again = _as_rows(twin(wide)), _as_rows(twin(wide))
+            apart = [_as_rows(twin(tuple(r[i : i + 1] for r in wide))) for i in range(len(wide[0]))]
+        except (RuntimeError, ValueError):  # batch normalisation of features refuses single rows
+            return False
+    alone = [torch.cat(parts) for parts in zip(*apart, strict=True)]
+    return close(list(zip(together, alone, strict=True))) and close(list(zip(together, again, strict=True)))
+
+
+def shares(samples: Sequence[int], clients: Sequence[int]) -> list[float]:
+    """p_k = n_k / n of each of `clients`, n their sum."""
+    counts = [samples[k] for k in clients]
+    return [count / sum(counts) for count in counts]
+
+
+def check_done(weights: Mapping[int, float], samples: Sequence[int], asked: Sequence[int]) -> None:
+    """The averaging that is asked for must be the one that was done."""
+    total = sum(weights.values())
+    done = dict(zip(asked, shares(samples, asked), strict=True))
+    same = weights.keys() == done.keys() and all(abs(w / total - done[k]) < 1e-9 for k, w in weights.items())
+    assert same, "one union step is the average by the clients' numbers of samples"
+
+
+def rows_of(sizes: Sequence[int]) -> Tensor:
+    """For each row, how many its client has: [R]."""
+    return spread([float(n) for n in sizes], sizes)
+
+
+def column(values: Tensor, rows: Tensor) -> Tensor:
+    """Row-wise values [R] as a factor of rows [R, s...]."""
+    return values.to(rows.device, rows.dtype).view(-1, *[1] * (rows.dim() - 1))
+
+
+def _as_rows(given: Tensor | Rows) -> Rows:
+    return given if isinstance(given, tuple) else (given,)
