@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -11,10 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import MODELS, client_state, difference, make, mlp, server_state, source
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cutlayer import Run
+from cutlayer.algorithms import ALGORITHMS
 from cutlayer.catalog import MODELS as ZOO
-from cutlayer.errors import CutlayerWarning
+from cutlayer.engine.stacked import Stacking
+from cutlayer.errors import ConfigError, CutlayerWarning
 
 STACKED: list[tuple[str, dict[str, Any]]] = [
     ("fl", {"local_steps": 3}),
@@ -33,10 +37,10 @@ STACKED: list[tuple[str, dict[str, Any]]] = [
 algorithms = pytest.mark.parametrize(("algorithm", "options"), STACKED, ids=[f"{a} {o}" for a, o in STACKED])
 
 
-def both(steps: int, **options: Any) -> tuple[Run, Run]:
-    """The same run on both engines, so many steps long; records are compared on the way."""
-    runs = tuple(Run(engine=engine, **options) for engine in ("local", "stacked"))
-    assert [run.training.engine for run in runs] == ["local", "stacked"]
+def both(steps: int, other: str = "stacked", **options: Any) -> tuple[Run, Run]:
+    """The same run on two engines, so many steps long; records are compared on the way."""
+    runs = tuple(Run(engine=engine, **options) for engine in ("local", other.replace("union", "auto")))
+    assert [run.training.engine for run in runs] == ["local", other]
     for (a, b), _ in zip(zip(*runs, strict=True), range(steps), strict=False):
         assert (a.clients, a.active, a.samples, a.bytes_up, a.bytes_down) == (
             b.clients, b.active, b.samples, b.bytes_up, b.bytes_down
@@ -144,6 +148,202 @@ def test_independent_starts_and_scores() -> None:
     assert worst(a, b) < 1e-10
 
 
+@pytest.mark.parametrize("name", ["mlp", "cnn"])
+@pytest.mark.parametrize(
+    ("algorithm", "options"),
+    [("fl", {"local_steps": 1}), ("sflv1", {"local_steps": 1}), ("sfl", {"average_every": "step"})],
+)
+@pytest.mark.parametrize("sizes", [[8, 8, 8], [10, 5, 7, 1]], ids=["equal", "unequal"])
+def test_one_union_step(algorithm: str, options: dict[str, Any], name: str, sizes: list[int]) -> None:
+    """One local step, then averaging: one step on the union of the batches."""
+    data = source(sizes, (1, 8, 8))
+    a, b = both(
+        20, other="union", algorithm=algorithm, model=name, data=data, clients=len(sizes), participation=0.75,
+        **small(client_optimizer="sgd", client_optimizer_options={"weight_decay": 0.1}, rounds=20, **options),
+    )  # fmt: skip
+    assert worst(a, b) < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("options", "engine"),
+    [
+        ({}, "union"),
+        ({"local_steps": 2}, "stacked"),
+        ({"client_optimizer": "adam"}, "stacked"),
+        ({"client_optimizer_options": {"momentum": 0.9}}, "stacked"),
+        ({"model": "alexnet"}, "stacked"),  # draws (dropout)
+        ({"model": "resnet16"}, "stacked"),  # mixes rows (batch normalisation)
+        ({"start": "independent"}, "stacked"),
+        ({"engine": "stacked"}, "stacked"),
+    ],
+)
+def test_a_union_step_only_where_it_is_exact(options: dict[str, Any], engine: str) -> None:
+    base = {"algorithm": "fl", "model": "mlp", "client_optimizer": "sgd", "local_steps": 1, "clients": 3}
+    assert Run(data="digits", samples_per_client=9, **{**base, **options}).training.engine == engine
+
+
+@pytest.mark.parametrize("algorithm", ["sglr", "fl", "sflv1", "sflv3"])
+@pytest.mark.parametrize("name", ["mlp", "resnet16"])
+def test_a_single_client(algorithm: str, name: str) -> None:
+    a, b = both(
+        6, algorithm=algorithm, model=name, data="digits", clients=1, samples_per_client=9, batch=3, rounds=2,
+        precision="float64", test=30,
+    )  # fmt: skip
+    assert worst(a, b) < 1e-10
+
+
+class Everything(nn.Module):
+    """Layers of all kinds that are lowered, in the order of their rows' sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(
+            nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(4, 8, 3, padding=1, groups=2, bias=False), nn.GroupNorm(2, 8), nn.GELU(), nn.Dropout2d(0.2),
+            nn.Conv2d(8, 40, (1, 3), stride=(1, 2), padding=(0, 2), dilation=(1, 2)), nn.AvgPool2d(2),
+        )  # fmt: skip
+        self.sequence = nn.Conv1d(40, 6, 1)
+        self.norm = nn.LayerNorm(6)
+        self.out = nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[n, 2, 8, 8] -> [n, 4]."""
+        y = self.sequence(self.conv(x).flatten(2))
+        return self.out(self.norm(y.mean(2)))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("at", ["conv.0", "conv.5", "norm"])
+@pytest.mark.parametrize("algorithm", ["sglr", "fl", "sflv1"])
+def test_layers_of_all_kinds(algorithm: str, at: str, optimizer: str) -> None:
+    cut = {} if algorithm == "fl" else {"cut": at}
+    sizes = [9, 9, 6, 3]
+    a, b = both(
+        20, algorithm=algorithm, model=make(Everything), data=source(sizes, (2, 8, 8)), clients=4,
+        **small(batch=3, rounds=9, client_optimizer=optimizer, **cut),
+    )  # fmt: skip
+    assert worst(a, b) < 1e-10
+
+
+@pytest.mark.parametrize("algorithm", ["sglr", "fl", "sflv1"])
+@pytest.mark.parametrize("keep", [True, False], ids=["kept", "run twice"])
+def test_in_groups_and_within_memory(algorithm: str, keep: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two clients at a time; without memory for graphs forward passes run twice: dropout masks, buffers and all."""
+
+    def bounded(*_: object) -> Stacking:
+        return Stacking(chunk=2, keep=keep)
+
+    monkeypatch.setattr("cutlayer.engine.choice._bounded", bounded)
+    for model, data in ((make(Everything), source([9, 9, 6, 6, 3], (2, 8, 8))), ("alexnet", "digits")):
+        own: dict[str, Any] = {"partition": "iid", "samples_per_client": 7} if data == "digits" else {}
+        cut = {} if algorithm == "fl" or data == "digits" else {"cut": "conv.9"}
+        a, b = both(
+            8, algorithm=algorithm, model=model, data=data, clients=5, **{**small(batch=3, rounds=4), **own, **cut}
+        )
+        assert worst(a, b) < 1e-10
+
+
+def test_memory_limit_decides_what_is_kept() -> None:
+    def how(limit: float) -> tuple[bool, int]:
+        run = Run(
+            algorithm="sglr", model="cnn", data="digits", clients=50, samples_per_client=9, memory_limit=limit,
+            eval_every=100, rounds=1,
+        )  # fmt: skip
+        cohort = run.training.clients.inner
+        run.run()
+        return cohort._keep, cohort._stack.chunk
+
+    assert how(1.0) == (True, 50)
+    keep, chunk = how(0.001)
+    assert (keep, chunk < 10) == (False, True)
+
+
+def test_bfloat16_is_near_float32() -> None:
+    """Mixed precision: half the bytes cross, the losses agree to two digits, on all engines."""
+    base: dict[str, Any] = {
+        "algorithm": "sglr", "model": "mlp", "data": "digits", "clients": 4, "samples_per_client": 40, "rounds": 4,
+        "client_optimizer": "sgd", "client_lr": 0.05,
+    }  # fmt: skip
+    runs = {
+        (engine, precision): Run(engine=engine, precision=precision, **base)
+        for engine in ("local", "stacked")
+        for precision in ("float32", "bfloat16")
+    }
+    losses = {name: torch.tensor([r.loss for r in run]) for name, run in runs.items()}
+    exact = losses["local", "float32"]
+    for name, found in losses.items():
+        assert torch.allclose(found, exact, rtol=1e-5 if name[1] == "float32" else 3e-2), name
+    assert not torch.equal(losses["stacked", "bfloat16"], losses["stacked", "float32"])
+    sent = {p: runs["stacked", p].training.ledger.total("up", kind="smashed data") for p in ("float32", "bfloat16")}
+    assert sent["float32"] == 2 * sent["bfloat16"]
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"device": "cuda:7"}, "device = 'cuda:7' cannot be used here"),
+        ({"device": "abacus"}, "device = 'abacus' cannot be used here"),
+        ({"precision": "tf32"}, "precision = 'tf32' is CUDA's own"),
+    ],
+)
+def test_devices_and_precisions_that_are_not_there(options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        Run(model="mlp", data="digits", **options)
+
+
+class Counted(TorchDispatchMode):
+    """Counts the operations that reach the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count, and call."""
+        self.names[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def operations(clients: int, **options: Any) -> Counter[str]:
+    """The operations of one step in the middle of a round."""
+    run = Run(data="digits", engine="stacked", clients=clients, samples_per_client=16, batch=4, test=30, **options)
+    t = run.training
+    this = t.clients.begin_round(0, 1, 1.0)
+    steps = ALGORITHMS[run.config.algorithm](run.config, t.server, t.clients, this)
+    next(steps)
+    with Counted() as counted:
+        next(steps)
+    return counted.names
+
+
+@pytest.mark.parametrize("model", ["mlp", "cnn"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize(("algorithm", "options"), [("psl", {}), ("sglr", {}), ("sfl", {"average_every": "step"})])
+def test_the_number_of_operations_does_not_depend_on_the_number_of_clients(
+    algorithm: str, options: dict[str, Any], model: str, optimizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cutlayer.engine.kernels._NEAR", 1 << 40)  # reads ahead what has left the cache: not counted
+    few, many = (
+        operations(c, algorithm=algorithm, model=model, client_optimizer=optimizer, **options) for c in (4, 60)
+    )
+    assert few == many
+    assert sum(few.values()) < 300
+
+
+@pytest.mark.parametrize("model", ["mlp", "cnn"])
+@pytest.mark.parametrize("algorithm", ["psl", "sglr", "sflv1"])
+def test_no_step_waits_for_the_device(algorithm: str, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What would stop an accelerator: reading a number, asking for the positions of something.
+
+    On the CPU the checks of NaN do read numbers: they are left out here, as they are on an accelerator.
+    """
+    monkeypatch.setattr("cutlayer.server.finite", lambda *_: True)
+    monkeypatch.setattr("cutlayer.engine.stacked.finite", lambda *_: True)
+    monkeypatch.setattr("cutlayer.engine.stacked.check_weights", lambda *_: None)
+    counted = operations(6, algorithm=algorithm, model=model)
+    assert not {"_local_scalar_dense", "nonzero", "is_nonzero", "_unique2", "equal"} & set(counted)
+
+
 class Mixing(nn.Module):
     """Subtracts the mean over rows: stacked without an error, and wrongly."""
 
@@ -172,7 +372,7 @@ class Branch(nn.Module):
         return x * 2 if x.detach().sum() > 0 else x
 
 
-class Counter(nn.Module):
+class Replacing(nn.Module):
     """Replaces its buffer by another one in each forward pass."""
 
     def __init__(self) -> None:
@@ -203,7 +403,11 @@ def test_what_is_not_lowered_is_mapped(layer: nn.Module) -> None:
 
 @pytest.mark.parametrize(
     ("layer", "reason"),
-    [(Branch(), "client part cannot be stacked"), (Counter(), "Counter '1.layer' uses its 'seen' in 'add'"), (nn.LSTM(8, 8), "LSTM '1.layer' uses its 'weight_ih_l0'")],
+    [
+        (Branch(), "client part cannot be stacked"),
+        (Replacing(), "Replacing '1.layer' uses its 'seen' in 'add'"),
+        (nn.LSTM(8, 8), "LSTM '1.layer' uses its 'weight_ih_l0'"),
+    ],
 )
 def test_what_cannot_be_stacked_runs_locally_and_says_why(layer: nn.Module, reason: str) -> None:
     class First(nn.Module):

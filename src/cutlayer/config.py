@@ -170,7 +170,7 @@ class CommonConfig(_Config):
     precision: Annotated[Literal["float32", "float64", "bfloat16", "tf32"], Parameter(group=OUTPUT)] = "float32"
     """Floating point type of models and data; bfloat16: products in mixed precision; tf32: CUDA's faster products."""
     memory_limit: Annotated[float | None, Parameter(group=OUTPUT)] = Field(None, gt=0)
-    """Gigabytes for what the clients' forward passes leave behind; beyond, they run twice. Default: half of what is free."""
+    """Gigabytes for what the clients' forward passes leave; beyond, they run twice. Default: half of what is free."""
     eval_every: Annotated[int | None, Parameter(group=OUTPUT)] = Field(None, ge=1)
     """Evaluate every so many rounds (and at the end). Default: about once per epoch."""
     checkpoint_every: Annotated[int | None, Parameter(group=OUTPUT)] = Field(None, ge=1)

@@ -38,8 +38,8 @@ def torch_generator(device: torch.device, seed: int, *name: str | int) -> torch.
 
 @contextlib.contextmanager
 def torch_seeded(seed: int, *name: str | int, device: torch.device | None = None) -> Iterator[None]:
-    """Run the body under torch's global generator of `device` (default: the CPU's) seeded by `name`; the caller's global
-    state comes back after.
+    """Run the body under torch's global generator of `device` (default: the CPU's) seeded by `name`; the caller's
+    global state comes back after.
 
     Modules such as dropout draw from the global generator; this is the only place that touches it.
     """

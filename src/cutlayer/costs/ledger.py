@@ -34,8 +34,9 @@ class Ledger:
         self._saved: dict[str, int] = {}  # per kind: what broadcasting saves against unicast
 
     def add(self, direction: Direction, kind: Kind, clients: int | Sequence[int], counts: int | np.ndarray) -> None:
-        """`counts` bytes of `kind` (one number, or one per client) went between each of `clients`, all different, and the
-        server."""
+        """`counts` bytes of `kind` (one number, or one per client) went between `clients`, all different, and the
+        server.
+        """
         if np.any(counts):
             total = self._bytes.setdefault((direction, kind), np.zeros(self.clients, np.int64))
             total[np.asarray(clients)] += counts

@@ -15,18 +15,18 @@ class Batches:
     """Every client's endless sequence of batches: epoch after epoch, each in an order of its own.
 
     An epoch deals every one of a client's n samples once; its last batch has the n mod b samples that remain. The order
-    of epoch e depends on (seed, client, e) alone, so all algorithms and engines see the same batches. The clients' orders
-    lie one behind another in one array: drawing for hundreds of clients is a few operations on arrays.
+    of epoch e depends on (seed, client, e) alone, so all algorithms and engines see the same batches. The clients'
+    orders lie one behind another in one array: drawing for hundreds of clients is a few operations on arrays.
     """
 
-    def __init__(
-        self, rows: Sequence[np.ndarray], batch: int, seed: int, names: Sequence[int] | None = None
-    ) -> None:
+    def __init__(self, rows: Sequence[np.ndarray], batch: int, seed: int, names: Sequence[int] | None = None) -> None:
         self.batch, self.seed = batch, seed
         self.names = list(range(len(rows))) if names is None else list(names)
         self.counts = np.array([len(r) for r in rows], np.int64)  # samples of each client, n
         self.per_epoch = -(-self.counts // batch)  # batches in an epoch: ceil(n / b)
-        self.drawn = np.zeros(len(rows), np.int64)  # batches drawn so far: the clients' clocks, and all the state there is
+        self.drawn = np.zeros(
+            len(rows), np.int64
+        )  # batches drawn so far: the clients' clocks, and all the state there is
         self._first = np.concatenate([[0], np.cumsum(self.counts)])[:-1]
         self._rows = np.concatenate(rows)
         self._order = self._rows.copy()

@@ -8,13 +8,12 @@ it is. `CUTLAYER_LAYOUT=plain` leaves all as they are.
 
 from __future__ import annotations
 
-import copy
 import os
 
 import torch
 from torch import Tensor, nn
 
-from cutlayer.engine.proof import close, run_alone
+from cutlayer.engine.proof import close, exact, run_alone
 from cutlayer.models.parts import Part
 from cutlayer.models.trace import pool_first
 from cutlayer.types import Rows
@@ -37,12 +36,13 @@ def _same(part: nn.Module, changed: nn.Module, rows: Rows) -> bool:
     """Whether both give the same in training mode, in double precision: outputs and all gradients."""
     results = []
     for module in (part, changed):
-        twin = copy.deepcopy(module).double().train()
+        twin = exact(module).train()
         mine = tuple((r.double() if r.is_floating_point() else r).detach() for r in rows)
         mine = tuple(r.requires_grad_(r.is_floating_point()) for r in mine)
         try:
             given = [g for g in run_alone(twin, mine, 0) if g.requires_grad]
-            torch.autograd.backward(given, [torch.linspace(0.5, 1.5, g.numel(), dtype=g.dtype).view(g.shape) for g in given])
+            weights = [torch.linspace(0.5, 1.5, g.numel(), dtype=g.dtype).view(g.shape) for g in given]
+            torch.autograd.backward(given, weights)
         except RuntimeError:
             return False
         results.append([*given, *(_grad(t) for t in (*mine, *twin.parameters())), *twin.buffers()])

@@ -97,7 +97,7 @@ def _flat(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
 
 def _linear(mode: Lowered, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     x = input.reshape(mode.clients, -1, input.shape[-1])
-    y: Tensor = Linear.apply(x, weight, bias, mode.alike, mode.leave)
+    y: Tensor = Linear.apply(x, weight, bias, mode.alike, mode.leave)  # type: ignore[no-untyped-call]
     return y.view(*input.shape[:-1], weight.shape[1])
 
 
@@ -117,10 +117,10 @@ def _conv(dims: int) -> Callable[..., Tensor]:
         if dims == 2 and input.device.type == "cpu" and input.dim() == 4 and not isinstance(padding, str):
             geometry = Geometry(_pair(stride), _pair(padding), _pair(dilation), groups)
             if groups == 1 and weight[0, 0].numel() <= _SMALL_KERNEL and not input.requires_grad:
-                made: Tensor = ColumnConvolution.apply(input, weight, bias, geometry)
+                made: Tensor = ColumnConvolution.apply(input, weight, bias, geometry)  # type: ignore[no-untyped-call]
             else:
                 x = input.contiguous(memory_format=mode.layout)
-                made = LoopedConvolution.apply(x, weight, bias, geometry, mode.alike)
+                made = LoopedConvolution.apply(x, weight, bias, geometry, mode.alike)  # type: ignore[no-untyped-call]
             return made.contiguous(memory_format=mode.layout)
         x = mode.per_client(input).transpose(0, 1)  # [b, c, in, ...]
         merged = x.reshape(x.shape[0], -1, *x.shape[3:])
@@ -159,15 +159,19 @@ def _batch_norm(
         raise ValueError("Expected more than 1 value per channel when training")  # as the layer itself says
     stacked = (running_mean, running_var, weight, bias)
     if input.device.type == "cpu" and input.numel() >= _LARGE_INPUT * mode.clients:
-        parts = [[None] * mode.clients if t is None else t.unbind(0) for t in stacked]
         rows = input.split(len(input) // mode.clients)
-        each = zip(rows, *parts, strict=True)
-        return torch.cat([functional.batch_norm(*of, training, momentum, eps) for of in each])
+        each = zip(rows, *(_each(t, mode.clients) for t in stacked), strict=True)
+        return torch.cat([functional.batch_norm(x, m, v, w, b, training, momentum, eps) for x, m, v, w, b in each])
     x = mode.per_client(input).transpose(0, 1)  # [b, c, channels, ...]
     mean, var, scale, shift = (None if t is None else t.reshape(-1) for t in stacked)
     merged = x.reshape(x.shape[0], -1, *x.shape[3:])
     y = functional.batch_norm(merged, mean, var, scale, shift, training, momentum, eps)
     return y.view(x.shape).transpose(0, 1).reshape(input.shape)
+
+
+def _each(stacked: Tensor | None, clients: int) -> Sequence[Tensor | None]:
+    """Every client's own."""
+    return [None] * clients if stacked is None else stacked.unbind(0)
 
 
 def _group_norm(
@@ -218,13 +222,25 @@ def _dropout(mode: Lowered, input: Tensor, p: float = 0.5, training: bool = True
     """Every client draws its own mask, the one that it would draw alone."""
     if not training or p == 0.0:
         return input
+    return _drop(mode, input, input.shape, p, inplace)
+
+
+def _channel_dropout(
+    mode: Lowered, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> Tensor:
+    """The same for whole channels."""
+    if not training or p == 0.0:
+        return input
+    return _drop(mode, input, (*input.shape[:2], *[1] * (input.dim() - 2)), p, inplace)
+
+
+def _drop(mode: Lowered, input: Tensor, mask: Sequence[int], p: float, inplace: bool) -> Tensor:
     if inplace:
         raise NotStackableError("dropout in place")
-    x = mode.per_client(input)
-    keep = torch.empty_like(x, memory_format=torch.contiguous_format)
-    for client in range(mode.clients):
-        keep[client].bernoulli_(1 - p, generator=mode.generator(client))
-    return (x * keep.div_(1 - p)).reshape(input.shape)
+    keep = torch.empty(mask, dtype=input.dtype, device=input.device)
+    for client, mine in enumerate(mode.per_client(keep)):
+        mine.bernoulli_(1 - p, generator=mode.generator(client))
+    return input * keep.div_(1 - p)
 
 
 _HANDLERS: dict[Any, Callable[..., Tensor]] = {
@@ -237,8 +253,15 @@ _HANDLERS: dict[Any, Callable[..., Tensor]] = {
     functional.layer_norm: _layer_norm,
     functional.embedding: _embedding,
     functional.dropout: _dropout,
+    functional.dropout1d: _channel_dropout,
+    functional.dropout2d: _channel_dropout,
+    functional.dropout3d: _channel_dropout,
 }
-_ALWAYS = {_dropout, _batch_norm}  # these mix rows or draw: they must know the clients even without parameters
+_ALWAYS = {
+    _dropout,
+    _channel_dropout,
+    _batch_norm,
+}  # these mix rows or draw: they must know the clients even without parameters
 
 _Tensor: Any = torch.Tensor  # typed loosely: its properties are asked for as functions
 

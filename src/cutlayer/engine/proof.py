@@ -7,7 +7,7 @@ masks included), compared in double precision, where rounding is no excuse. What
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from cutlayer.engine.lowering import NotStackableError
 from cutlayer.engine.stack import Group, Stack
+from cutlayer.models.parts import Part
 from cutlayer.optim import MakeOptimizer
 from cutlayer.types import Rows
 
@@ -26,7 +27,7 @@ _COPIES = 3
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a module can be stacked: lowered, or `mapped` (through vmap); else `reason` says, as a clause, why not."""
+    """Whether a module can be stacked: lowered, or `mapped` (through vmap); else why not: `reason`, a clause."""
 
     mapped: bool = False
     reason: str = ""
@@ -45,6 +46,14 @@ def stackable(module: nn.Module, rows: Rows, make_optimizer: MakeOptimizer) -> V
     return Verdict(reason=reasons[0])
 
 
+def exact(module: nn.Module) -> nn.Module:
+    """A copy that computes in double precision, where rounding is no excuse."""
+    twin = copy.deepcopy(module).double()
+    if isinstance(twin, Part):
+        twin.narrow = None
+    return twin
+
+
 def bytes_per_row(module: nn.Module, rows: Rows) -> int:
     """Bytes that a forward pass of `module` makes per row, if nothing of it is freed: an upper bound of what waits for
     the backward pass."""
@@ -56,7 +65,7 @@ def bytes_per_row(module: nn.Module, rows: Rows) -> int:
 
 
 def _obstacle(module: nn.Module, rows: Rows, make_optimizer: MakeOptimizer, mapped: bool) -> str:
-    copies = [copy.deepcopy(module).double() for _ in range(_COPIES)]
+    copies = [exact(module) for _ in range(_COPIES)]
     noise = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in (p for c in copies for p in c.parameters()):

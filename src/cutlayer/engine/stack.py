@@ -290,7 +290,7 @@ class Stack:
                     p.add_(gradient, alpha=-lr)
 
     def _optimize(self, group: Group, at: np.ndarray | None, taken: int, lr: float) -> None:
-        """The optimiser's own step for the clients at positions `at` (None: all), which have all taken `taken` steps."""
+        """The optimiser's own step for the clients at positions `at` (None: all), who have all taken `taken` steps."""
         names = [n for n in self._trained if group.parameters[n].grad is not None]
         where = None if at is None else torch.from_numpy(at).to(self.device)
         slices = {}

@@ -102,7 +102,7 @@ class StackedCohort(SimulatedCohort):
         self._alike = len(self._quota) == 1
 
     def fit(self) -> list[Step]:
-        """Each participant takes all its local steps of this round: group by group, so that weights stay in the cache."""
+        """Each participant takes all its local steps of this round: group by group, for the cache's sake."""
         everybody, alike = self._participants, self._alike
         steps: list[list[tuple[tuple[int, ...], Tensor, tuple[int, ...]]]] = []
         for start in range(0, len(everybody), self._stack.chunk):
@@ -253,9 +253,7 @@ class StackedServer(Server):
         return seeds.torch_generator(self._stack.device, copy_seed, "server", int(self._stack.steps[client]))
 
 
-def learn(
-    stack: Stack, group: Group, rows: Rows, labels: Tensor, stream: Generators, alike: bool = False
-) -> Tensor:
+def learn(stack: Stack, group: Group, rows: Rows, labels: Tensor, stream: Generators, alike: bool = False) -> Tensor:
     """Forward and backward pass of a group with its clients' own mean losses: the losses [c, b], without their graph.
 
     The sum of the clients' own means keeps their gradients apart. Raises NonFiniteError, naming the clients.

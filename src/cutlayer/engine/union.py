@@ -1,14 +1,13 @@
 """The exact shortcut for one local step followed by averaging: one step on the union of all batches.
 
 With plain gradient descent from equal models, sum_k p_k (w - eta g_k) = w - eta sum_k p_k g_k, p_k = n_k / n: FedAvg
-and SplitFed V1 with one local step, and SFL averaged at every step, need one model, not one per client. That holds where
-a row's result does not depend on other rows and nothing is drawn or kept in buffers (no batch normalisation, no
+and SplitFed V1 with one local step, and SFL averaged at every step, need one model, not one per client. That holds
+where a row's result does not depend on other rows and nothing is drawn or kept in buffers (no batch normalisation, no
 dropout); `row_by_row` finds out.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from cutlayer.cohort import Footprint, Predict
 from cutlayer.data.samples import Samples
 from cutlayer.engine.base import EVALUATION_ROWS, Clients, SimulatedCohort, evaluation, model_bytes
-from cutlayer.engine.proof import close
+from cutlayer.engine.proof import close, exact
 from cutlayer.errors import NonFiniteError
 from cutlayer.gradients import means, row_losses, spread
 from cutlayer.optim import MakeOptimizer, set_lr
@@ -169,7 +168,7 @@ def row_by_row(part: nn.Module, rows: Rows) -> bool:
     """Whether, in training mode, what a part gives for a row depends on that row alone, and nothing is kept."""
     if list(part.buffers()):
         return False
-    twin = copy.deepcopy(part).double().train()
+    twin = exact(part).train()
     wide = tuple(r.double() if r.is_floating_point() else r for r in rows)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:

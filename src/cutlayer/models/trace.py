@@ -92,7 +92,7 @@ def _pool_first(part: nn.Module, graph: fx.Graph) -> fx.Graph:
             pool.replace_input_with(relu, source)
             with graph.inserting_after(pool):
                 after = graph.node_copy(relu, {source: pool}.__getitem__)
-            pool.replace_all_uses_with(after, delete_user_cb=lambda user, own=after: user is not own)  # type: ignore[misc]
+            pool.replace_all_uses_with(after, delete_user_cb=lambda user, own=after: user is not own)
             graph.erase_node(relu)
     return graph
 
