@@ -74,6 +74,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "precision": words("float32", "float64", "bfloat16", "tf32"),
     "memory_limit": st.floats(0.1, 100),
     "eval_every": WHOLE,
+    "eval_clients": WHOLE,
     "checkpoint_every": WHOLE,
 }
 LENGTH = st.one_of(st.just({}), st.builds(dict, epochs=WHOLE), st.builds(dict, rounds=WHOLE))

@@ -20,8 +20,8 @@ COMMON = """data data_format label_column client_column validation test clients 
 shards_per_client quantity samples_per_client participation model cut tail_cut start epochs rounds batch
 client_optimizer client_optimizer_options client_lr server_optimizer server_optimizer_options server_lr lr_schedule
 server_lr_schedule lr_decay lr_decay_at local_epochs local_steps alpha alpha_clients phi phi_when phi_until average_over
-average_reduce gradient_scale average_every hand_over hand_over_optimizer visit_order engine device precision memory_limit
-eval_every checkpoint_every"""
+average_reduce gradient_scale average_every hand_over hand_over_optimizer visit_order engine device precision
+memory_limit eval_every eval_clients checkpoint_every"""
 
 OWN = {
     "cl": "",

@@ -192,6 +192,27 @@ def test_a_single_client(algorithm: str, name: str) -> None:
     assert worst(a, b) < 1e-10
 
 
+@pytest.mark.parametrize("algorithm", ["sglr", "fl"])
+def test_evaluating_some_clients(algorithm: str) -> None:
+    """The same clients on every engine, each with the score that it has among all."""
+    options: dict[str, Any] = {
+        "algorithm": algorithm, "model": "mlp", "data": "digits", "clients": 9, "samples_per_client": 9, "rounds": 3,
+    }  # fmt: skip
+
+    def scores(**more: Any) -> dict[int, float]:
+        run = Run(**options, **more)
+        run.run()
+        t = run.training
+        return dict(t.clients.evaluate(t.source.test, t.server.predict).accuracies)
+
+    everybody = scores()
+    some, same = scores(eval_clients=4), scores(eval_clients=4, engine="local")
+    assert len(everybody) == 9
+    assert len(some) == 4
+    assert some.items() <= everybody.items()
+    assert some == same
+
+
 class Everything(nn.Module):
     """Layers of all kinds that are lowered, in the order of their rows' sizes."""
 

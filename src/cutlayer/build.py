@@ -109,6 +109,7 @@ def assemble(config: RunConfig, model: Model | None = None, data: Data | None = 
         local_epochs=config.local_epochs if "local_epochs" in info.options else 1,
         local_steps=config.local_steps if "local_steps" in info.options else None,
         alike=config.start == "equal",
+        eval_clients=config.eval_clients,
     )
     server_seed = seeds.derive(config.seed, "server")
     cohort, server, engine = simulate(config, split, setup, make_server, server_seed, example)

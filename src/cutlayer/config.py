@@ -173,6 +173,8 @@ class CommonConfig(_Config):
     """Gigabytes for what the clients' forward passes leave; beyond, they run twice. Default: half of what is free."""
     eval_every: Annotated[int | None, Parameter(group=OUTPUT)] = Field(None, ge=1)
     """Evaluate every so many rounds (and at the end). Default: about once per epoch."""
+    eval_clients: Annotated[int | None, Parameter(group=OUTPUT)] = Field(None, ge=1)
+    """Evaluate the models of so many clients, drawn once, where all would take long. Default: all."""
     checkpoint_every: Annotated[int | None, Parameter(group=OUTPUT)] = Field(None, ge=1)
     """Write the checkpoint every so many rounds (and at the end). Default: about once per epoch."""
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from cutlayer import seeds
 from cutlayer.cohort import draw_participants
 from cutlayer.data.batches import Batches
 from cutlayer.data.samples import Samples
@@ -26,7 +27,8 @@ class Clients:
     """How a simulated group of clients is set up; every engine takes one.
 
     `models` are (lower part, tail or None) per client; `rows` each client's indices into `data`; `lr` the base rate.
-    A round is `local_steps` batches or `local_epochs` passes; `alike` says that all models start equal.
+    A round is `local_steps` batches or `local_epochs` passes; `alike` says that all models start equal;
+    `eval_clients` how many models are evaluated (None: all).
     """
 
     models: Sequence[ClientModel]
@@ -41,6 +43,7 @@ class Clients:
     local_epochs: int = 1
     local_steps: int | None = None
     alike: bool = True
+    eval_clients: int | None = None
 
 
 class SimulatedCohort:
@@ -92,6 +95,17 @@ class SimulatedCohort:
         rows, sizes, clocks = self._batches.draw(clients)
         self._quota[list(clients)] -= 1
         return self.setup.data[rows.to(self.setup.data.y.device)], sizes, clocks
+
+    def _judged(self) -> tuple[list[int], list[int]]:
+        """(whose scores are asked for, whose models are looked at): models known to be equal are looked at once."""
+        if self._holder is not None:
+            return [self._holder], [self._holder]
+        everyone = list(range(len(self._quota)))
+        count = self.setup.eval_clients
+        if count is not None and count < len(everyone):
+            drawn = seeds.generator(self.setup.seed, "evaluated clients").choice(len(everyone), count, replace=False)
+            everyone = sorted(drawn.tolist())
+        return everyone, everyone[:1] if self._alike else everyone
 
     def _base_state(self) -> dict[str, Any]:
         return {"drawn": self._batches.drawn.tolist(), "holder": self._holder, "alike": self._alike}

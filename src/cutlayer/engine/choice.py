@@ -62,7 +62,7 @@ def simulate(
         if side == "server" and not copies:
             hows.append(Stacking())
         elif not why:
-            verdict = stackable(part, rows, make)
+            verdict = stackable(part, rows, make, data=side == "client")
             why = verdict.reason and f"the model's {side} part cannot be stacked: {verdict.reason}"
             hows.append(_bounded(config, verdict.mapped, part, rows))
     if why:

@@ -37,8 +37,8 @@ class Factors:
     @property
     def bound(self) -> Tensor:
         """No less than the norm of the product, and far cheaper: the product of the factors' norms."""
-        g: Tensor = torch.linalg.vector_norm(self.g.detach())
-        return g * torch.linalg.vector_norm(self.x.detach())
+        bound: Tensor = torch.linalg.vector_norm(self.g.detach()) * torch.linalg.vector_norm(self.x.detach())
+        return bound
 
     def product(self) -> Tensor:
         """The gradient itself: [c, o, i]."""

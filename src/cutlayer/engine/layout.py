@@ -13,7 +13,7 @@ import os
 import torch
 from torch import Tensor, nn
 
-from cutlayer.engine.proof import close, exact, run_alone
+from cutlayer.engine.proof import close, exact, jittered, run_alone
 from cutlayer.models.parts import Part
 from cutlayer.models.trace import pool_first
 from cutlayer.types import Rows
@@ -37,8 +37,7 @@ def _same(part: nn.Module, changed: nn.Module, rows: Rows) -> bool:
     results = []
     for module in (part, changed):
         twin = exact(module).train()
-        mine = tuple((r.double() if r.is_floating_point() else r).detach() for r in rows)
-        mine = tuple(r.requires_grad_(r.is_floating_point()) for r in mine)
+        mine = tuple(r.requires_grad_(r.is_floating_point()) for r in jittered(rows))
         try:
             given = [g for g in run_alone(twin, mine, 0) if g.requires_grad]
             weights = [torch.linspace(0.5, 1.5, g.numel(), dtype=g.dtype).view(g.shape) for g in given]

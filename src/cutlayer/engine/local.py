@@ -166,8 +166,7 @@ class LocalCohort(SimulatedCohort):
 
     def evaluate(self, samples: Samples, predict: Predict) -> Evaluation:
         """Every client model with the server, one after another; models known to be equal are looked at once."""
-        everyone = range(len(self._clients)) if self._holder is None else [self._holder]
-        models = list(everyone)[:1] if self._alike else everyone
+        everyone, models = self._judged()
         found = {k: self._evaluate_one(self._clients[k], samples, predict) for k in models}
         return evaluation(found, everyone, len(samples))
 

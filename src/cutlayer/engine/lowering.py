@@ -71,6 +71,8 @@ class Lowered(TorchFunctionMode):
         touched = [name for a in _flat(args, kwargs) if (name := self._stacked.get(id(a))) is not None]
         if handler is not None and (touched or handler in _ALWAYS):
             return handler(self, *args, **kwargs)
+        if func in _VALUES:
+            raise NotStackableError("control flow that depends on values")
         if touched and func not in _HARMLESS:
             raise NotStackableError(getattr(func, "__name__", str(func)), touched[0])
         return func(*args, **kwargs)
@@ -264,6 +266,9 @@ _ALWAYS = {
 }  # these mix rows or draw: they must know the clients even without parameters
 
 _Tensor: Any = torch.Tensor  # typed loosely: its properties are asked for as functions
+
+# Turning values into Python's numbers: what follows depends on them, and clients differ.
+_VALUES = {_Tensor.__bool__, _Tensor.__int__, _Tensor.__float__, _Tensor.__index__, _Tensor.item, _Tensor.tolist}
 
 # Reading a property of a stacked tensor, and batch normalisation's counter, which is one number per client.
 _HARMLESS = {

@@ -33,13 +33,13 @@ class Verdict:
     reason: str = ""
 
 
-def stackable(module: nn.Module, rows: Rows, make_optimizer: MakeOptimizer) -> Verdict:
-    """Try it, with `rows` (each [b, s...]) as an example of a client's batch."""
+def stackable(module: nn.Module, rows: Rows, make_optimizer: MakeOptimizer, *, data: bool) -> Verdict:
+    """Try it, with `rows` (each [b, s...]) as an example of a client's batch: `data`, which needs no gradient, or not."""
     if len(list(module.parameters())) < len(list(module.named_parameters(remove_duplicate=False))):
         return Verdict(reason="it has tied weights")
     reasons = []
     for mapped in (False, True):
-        reason = _obstacle(module, rows, make_optimizer, mapped)
+        reason = _obstacle(module, rows, make_optimizer, mapped, data)
         if not reason:
             return Verdict(mapped)
         reasons.append(reason)
@@ -64,15 +64,27 @@ def bytes_per_row(module: nn.Module, rows: Rows) -> int:
     return -(-counted.bytes // len(rows[0]))
 
 
-def _obstacle(module: nn.Module, rows: Rows, make_optimizer: MakeOptimizer, mapped: bool) -> str:
+def jittered(rows: Rows) -> Rows:
+    """Rows in double precision with a little noise: where two values are equal, as in the background of a picture, which
+    of them is the maximum is a matter of rounding."""
+    noise = torch.Generator().manual_seed(1)
+    return tuple(
+        r.detach().double() + 1e-3 * torch.randn(r.shape, generator=noise, dtype=torch.float64).to(r.device)
+        if r.is_floating_point()
+        else r
+        for r in rows
+    )
+
+
+def _obstacle(module: nn.Module, rows: Rows, make_optimizer: MakeOptimizer, mapped: bool, data: bool) -> str:
     copies = [exact(module) for _ in range(_COPIES)]
     noise = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in (p for c in copies for p in c.parameters()):
             p.add_(0.1 * torch.randn(p.shape, generator=noise, dtype=p.dtype).to(p.device))
     order = torch.randperm(_COPIES * len(rows[0]), generator=noise) % len(rows[0])
-    wide = tuple(r.detach().double() if r.is_floating_point() else r for r in rows)
-    merged = tuple(r[order.to(r.device)].requires_grad_(r.is_floating_point()) for r in wide)
+    merged = jittered(tuple(r[order.to(r.device)] for r in rows))
+    merged = tuple(r.requires_grad_(r.is_floating_point() and not data) for r in merged)
     try:
         stack = Stack(copies[0], _COPIES, make_optimizer, mapped=mapped)
         for k, c in enumerate(copies):

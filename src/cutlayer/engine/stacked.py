@@ -130,8 +130,7 @@ class StackedCohort(SimulatedCohort):
 
     def evaluate(self, samples: Samples, predict: Predict) -> Evaluation:
         """Every client model with the server; models known to be equal are looked at once."""
-        everyone = list(range(len(self._quota)))
-        models = everyone[:1] if self._alike else everyone
+        everyone, models = self._judged()
         at_once = max(1, EVALUATION_ROWS // max(1, len(samples)))
         found: dict[int, tuple[float, float]] = {}
         for start in range(0, len(models), at_once):

@@ -92,7 +92,7 @@ class UnionCohort(SimulatedCohort):
                 correct += int((outputs.argmax(1) == part.y).sum())
                 loss += float(row_losses(outputs, part.y).sum())
         n = len(samples)
-        return evaluation({0: (correct / n, loss / n)}, range(len(self._quota)), n)
+        return evaluation({0: (correct / n, loss / n)}, self._judged()[0], n)
 
     def model_state(self, client: int) -> dict[str, Tensor]:
         """One client's parameters, under the names of the whole model."""
