@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -26,6 +25,11 @@ def write(path: Path, state: Mapping[str, Any]) -> None:
     """Write `state` to `path`: either the new file is there, whole and on disk, or the old one still is."""
     tensors: dict[str, Tensor] = {}
     tree = _pack(state, tensors)
+    seen: set[int] = set()
+    for name, tensor in tensors.items():  # and no two entries may share theirs
+        if tensor.data_ptr() in seen:
+            tensors[name] = tensor.clone()
+        seen.add(tensor.data_ptr())
     replace_file(path, save(tensors, metadata={_HEADER: json.dumps(tree)}))
 
 
@@ -47,7 +51,9 @@ def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
     """JSON for `value`; its tensors go into `tensors` under numbers."""
     if isinstance(value, Tensor):
         name = str(len(tensors))
-        tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        flat = value.detach().cpu().contiguous()
+        # The file format wants tensors with memory of their own; only views need a copy for that.
+        tensors[name] = flat if flat.nbytes == flat.untyped_storage().nbytes() else flat.clone()
         return {"tensor": name}
     if isinstance(
         value, Mapping

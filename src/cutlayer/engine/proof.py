@@ -34,7 +34,7 @@ class Verdict:
 
 
 def stackable(module: nn.Module, rows: Rows, make_optimizer: MakeOptimizer, *, data: bool) -> Verdict:
-    """Try it, with `rows` (each [b, s...]) as an example of a client's batch: `data`, which needs no gradient, or not."""
+    """Try it, with `rows` (each [b, s...]) as an example of a client's batch (`data` needs no gradient)."""
     if len(list(module.parameters())) < len(list(module.named_parameters(remove_duplicate=False))):
         return Verdict(reason="it has tied weights")
     reasons = []
@@ -65,8 +65,9 @@ def bytes_per_row(module: nn.Module, rows: Rows) -> int:
 
 
 def jittered(rows: Rows) -> Rows:
-    """Rows in double precision with a little noise: where two values are equal, as in the background of a picture, which
-    of them is the maximum is a matter of rounding."""
+    """Rows in double precision with a little noise: where two values are equal, as in the background of a picture,
+    which of them is the maximum is a matter of rounding.
+    """
     noise = torch.Generator().manual_seed(1)
     return tuple(
         r.detach().double() + 1e-3 * torch.randn(r.shape, generator=noise, dtype=torch.float64).to(r.device)
