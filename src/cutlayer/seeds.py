@@ -29,11 +29,11 @@ def generator(seed: int, *name: str | int) -> np.random.Generator:
     return np.random.default_rng(derive(seed, *name))
 
 
-def torch_generator(device: torch.device, seed: int, *name: str | int) -> torch.Generator:
-    """A generator of torch's, on `device`, for the decision called `name`."""
+def torch_generator(seed: int, *name: str | int, device: torch.device | None = None) -> torch.Generator:
+    """A generator of torch's, on `device` (default: the CPU), for the decision called `name`."""
     import torch  # here, not above: the command line's help must not wait for torch
 
-    return torch.Generator(device).manual_seed(derive(seed, *name))
+    return torch.Generator("cpu" if device is None else device).manual_seed(derive(seed, *name))
 
 
 @contextlib.contextmanager

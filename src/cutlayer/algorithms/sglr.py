@@ -64,8 +64,8 @@ def draw_active(options: RunConfig, clients: tuple[int, ...], this: Round, turn:
     final = round(1 - options.phi_until, 9)
     phase = {"always": True, "initial": done < round(options.phi_until, 9), "final": done >= final}
     count = math.floor(options.phi * len(clients) + 0.5) if phase[options.phi_when] else 0
-    drawn = seeds.generator(this.seed, "active", this.index, turn).choice(clients, count, replace=False)
-    return tuple(sorted(int(k) for k in drawn))
+    order = torch.randperm(len(clients), generator=seeds.torch_generator(this.seed, "active", this.index, turn))
+    return tuple(clients[i] for i in sorted(order[:count].tolist()))
 
 
 def split_average(options: RunConfig, gradient: Rows, smashed: Smashed, active: tuple[int, ...]) -> CutGradients:
@@ -96,15 +96,14 @@ def average(options: RunConfig, gradient: Tensor, sizes: tuple[int, ...]) -> Ten
     longest = max(sizes)
     if longest == min(sizes):
         total = rows.view(len(sizes), -1).sum(0).view(longest, -1)
-        count = torch.tensor([[len(sizes)]]).expand(longest, 1)
+        count: int | Tensor = len(sizes)
     else:
         number = torch.from_numpy(row_numbers(sizes))
         total = rows.new_zeros(longest, rows.shape[1]).index_add_(0, number.to(rows.device), rows)
-        count = number.bincount().view(-1, 1)
-    count = count.to(rows.device, rows.dtype)
+        count = number.bincount().view(-1, 1).to(rows.device, rows.dtype)
     over_rows = options.average_over == "clients-and-rows"
     if options.average_reduce == "sum":
         common = total.mean(0, keepdim=True) if over_rows else total
     else:
-        common = total.sum(0, keepdim=True) / count.sum() if over_rows else total / count
+        common = total.sum(0, keepdim=True) / sum(sizes) if over_rows else total / count
     return as_rows(common, gradient.shape[1:], last)

@@ -37,9 +37,11 @@ class Ledger:
         """`counts` bytes of `kind` (one number, or one per client) went between `clients`, all different, and the
         server.
         """
-        if np.any(counts):
-            total = self._bytes.setdefault((direction, kind), np.zeros(self.clients, np.int64))
-            total[np.asarray(clients)] += counts
+        if isinstance(counts, int) and not counts:
+            return
+        if (direction, kind) not in self._bytes:
+            self._bytes[direction, kind] = np.zeros(self.clients, np.int64)
+        self._bytes[direction, kind][np.asarray(clients)] += counts
 
     def broadcast(self, kind: Kind, clients: Sequence[int], count: int) -> None:
         """The same `count` bytes went down to each of `clients`."""
@@ -202,8 +204,9 @@ def _add_rows(
     sizes: Sequence[int],
 ) -> None:
     """Count concatenated rows, client by client."""
-    if len(clients):
-        ledger.add(direction, kind, clients, np.array(sizes) * sum(row_bytes(r) for r in rows))
+    each = sum(row_bytes(r) for r in rows)
+    if len(clients) and each:
+        ledger.add(direction, kind, clients, np.array(sizes) * each)
 
 
 def row_bytes(rows: Tensor) -> int:

@@ -13,7 +13,7 @@ Shape legend: c clients in the group, b rows each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -68,14 +68,24 @@ class Lowered(TorchFunctionMode):
         """Replace what touches a stacked tensor, or what must differ per client."""
         kwargs = kwargs or {}
         handler = _HANDLERS.get(func)
-        touched = [name for a in _flat(args, kwargs) if (name := self._stacked.get(id(a))) is not None]
-        if handler is not None and (touched or handler in _ALWAYS):
+        if handler is not None and handler in _ALWAYS:
             return handler(self, *args, **kwargs)
         if func in _VALUES:
             raise NotStackableError("control flow that depends on values")
-        if touched and func not in _HARMLESS:
-            raise NotStackableError(getattr(func, "__name__", str(func)), touched[0])
+        if (touched := self._touched(args, kwargs)) and func not in _HARMLESS:
+            if handler is not None:
+                return handler(self, *args, **kwargs)
+            raise NotStackableError(getattr(func, "__name__", str(func)), touched)
         return func(*args, **kwargs)
+
+    def _touched(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+        """The name of a stacked tensor among the arguments, those in lists (an LSTM's weights) too; else nothing."""
+        for a in (*args, *kwargs.values()):
+            if id(a) in self._stacked:
+                return self._stacked[id(a)]
+            if isinstance(a, (list, tuple)) and (name := self._touched(a, {})):
+                return name
+        return ""
 
     def generator(self, client: int) -> torch.Generator:
         """Client number `client`'s random stream of this forward pass."""
@@ -86,15 +96,6 @@ class Lowered(TorchFunctionMode):
     def per_client(self, x: Tensor) -> Tensor:
         """[c * b, ...] -> [c, b, ...]."""
         return x.reshape(self.clients, -1, *x.shape[1:])
-
-
-def _flat(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
-    """The arguments, those in lists (an LSTM's weights) too."""
-    for a in (*args, *kwargs.values()):
-        if isinstance(a, (list, tuple)):
-            yield from a
-        else:
-            yield a
 
 
 def _linear(mode: Lowered, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -159,7 +159,7 @@ class StackedCohort(SimulatedCohort):
 
     def _stream(self, client: int) -> torch.Generator:
         name = ("forward", client, self._clocks[client])
-        return seeds.torch_generator(self._stack.device, self.setup.seed, *name)
+        return seeds.torch_generator(self.setup.seed, *name, device=self._stack.device)
 
     def _run(self, p: _Pass) -> Rows:
         """A group's forward pass; what it gives, without its graph."""
@@ -249,7 +249,8 @@ class StackedServer(Server):
 
     def _stream(self, client: int) -> torch.Generator:
         copy_seed = seeds.derive(self.seed, "copy", client)
-        return seeds.torch_generator(self._stack.device, copy_seed, "server", int(self._stack.steps[client]))
+        name = ("server", int(self._stack.steps[client]))
+        return seeds.torch_generator(copy_seed, *name, device=self._stack.device)
 
 
 def learn(stack: Stack, group: Group, rows: Rows, labels: Tensor, stream: Generators, alike: bool = False) -> Tensor:
