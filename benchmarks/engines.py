@@ -4,10 +4,10 @@ run.
     ceiling   centralised training of the same model on the union batch (C x b rows)
     loop      plainly, as hand-made scripts do: per client a module, an optimiser and a pass through the server
 
-    python benchmarks/engines.py [--quick] [--rows N] [--write docs/benchmarks.md]
+    python benchmarks/engines.py [--quick] [--device cuda] [--write docs/benchmarks.md]
 
-CPU seconds of the process on one thread, so that other tenants of the machine disturb little. Freed memory is kept in
-the process (cutlayer.allocator) for all contestants alike.
+On the CPU: CPU seconds of the process on one thread, so that other tenants of the machine disturb little; freed memory
+is kept in the process (cutlayer.allocator) for all contestants alike. On CUDA: seconds, the device awaited.
 """
 
 from __future__ import annotations
@@ -16,10 +16,15 @@ import argparse
 import copy
 import gc
 import itertools
+import os
 import platform
+import resource
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,27 +45,81 @@ EPOCH = 16  # batches that a client has (the paper: 125)
 STEPS = 4  # steps that are timed at a time
 Thunk = Callable[[], None]  # trains STEPS steps of C x b rows
 
-AVERAGING = {"fl", "sflv1", "sflv3"}
+SHAPES = {"cnn": (1, 28, 28), "mlp": (64,), "resnet16": (1, 28, 28)}
+CUTS = {"cnn": "block1", "mlp": "hidden2", "resnet16": "block4"}
+OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
+AVERAGING = {"fl", "sflv1"}
 
-# (model, shape, algorithm, C, b)
-QUICK = [("cnn", (1, 28, 28), "sglr", 10, 8), ("mlp", (64,), "sglr", 100, 8)]
+
+@dataclass(frozen=True)
+class Workload:
+    """One line of the table. FedAvg and SplitFed V1 average after `local_steps` steps."""
+
+    model: str
+    algorithm: str
+    clients: int
+    batch: int
+    optimizer: str = "sgd"
+    local_steps: int = STEPS
+    device: str = "cpu"
+
+    @property
+    def rows(self) -> int:
+        """Rows that one step trains on."""
+        return self.batch if self.algorithm == "ssl" else self.clients * self.batch
+
+    def __str__(self) -> str:
+        more = [self.optimizer] if self.optimizer != "sgd" else []
+        more += ["averaged at each step"] if self.local_steps == 1 else []
+        return f"{self.model} {self.algorithm} C={self.clients} b={self.batch}{''.join(', ' + m for m in more)}"
+
+
+QUICK = [Workload("cnn", "sglr", 10, 8), Workload("mlp", "sglr", 100, 8)]
 FULL = [
-    *[("cnn", (1, 28, 28), a, c, b) for a in ("sglr", "psl") for c in (10, 50, 100, 500) for b in (8, 32)],
-    *[("mlp", (64,), "sglr", c, b) for c in (10, 50, 100, 500) for b in (8, 32)],
-    *[("resnet16", (1, 28, 28), "sglr", c, 8) for c in (5, 20)],
-    *[("cnn", (1, 28, 28), a, c, 8) for a in ("fl", "sflv1") for c in (10, 100)],
-    ("cnn", (1, 28, 28), "sglr", 200, 4),
+    *[Workload("mlp", "sglr", c, b) for c in (10, 50, 100, 500) for b in (8, 32)],
+    *[Workload("cnn", a, c, b) for a in ("sglr", "psl") for c in (10, 50, 100, 500) for b in (8, 32)],
+    Workload("cnn", "sglr", 200, 4),
+    Workload("cnn", "sglr", 1000, 8),
+    *[Workload("resnet16", "sglr", c, 8) for c in (5, 20)],
+    *[Workload("cnn", a, c, 8) for a in ("fl", "sflv1") for c in (10, 100)],
+    *[Workload("cnn", a, 100, 8, local_steps=1) for a in ("fl", "sflv1")],
+    *[Workload("mlp", "sglr", c, 8, "adam") for c in (10, 100)],
+    Workload("cnn", "sglr", 100, 8, "adam"),
+    *[Workload(m, a, 10, 8) for m in ("mlp", "cnn") for a in ("ssl", "sflv2")],
 ]
+CUDA = [*[Workload("cnn", "sglr", c, 8) for c in (10, 100, 500)], Workload("resnet16", "sglr", 20, 8),
+        Workload("mlp", "sglr", 100, 8), Workload("cnn", "fl", 100, 8)]  # fmt: skip
+MEMORY = [Workload("cnn", "sglr", 100, 8), Workload("cnn", "sglr", 500, 8), Workload("mlp", "sglr", 500, 8)]
 
 
-def engine(name: str, x: torch.Tensor, y: torch.Tensor, model: str, algorithm: str, clients: int, batch: int) -> Thunk:
-    """STEPS steps on an engine of ours. FedAvg and SplitFed average after each STEPS local steps."""
-    source = from_arrays(x, y, validation=0, test=20)
+@dataclass(frozen=True)
+class Data:
+    """Random samples, on the workload's device."""
+
+    x: torch.Tensor
+    y: torch.Tensor
+
+    @classmethod
+    def of(cls, w: Workload) -> Data:
+        """Enough for an epoch of all clients, and some to evaluate on."""
+        count = w.clients * w.batch * EPOCH + 20
+        x = np.random.default_rng(0).random((count, *SHAPES[w.model]), dtype=np.float32)
+        return cls(torch.from_numpy(x), torch.from_numpy(np.arange(count) % CLASSES))
+
+    def to(self, device: str) -> Data:
+        """The same, elsewhere."""
+        return Data(self.x.to(device), self.y.to(device))
+
+
+def engine(name: str, w: Workload, data: Data) -> Thunk:
+    """STEPS steps on an engine of ours."""
+    averaging = w.algorithm in AVERAGING
     config = RunConfig(
-        algorithm=algorithm, model=model, clients=clients, batch=batch, engine=name, client_optimizer="sgd",
-        client_lr=0.01, samples_per_client=EPOCH * batch, local_steps=STEPS if algorithm in AVERAGING else None,
+        algorithm=w.algorithm, model=w.model, clients=w.clients, batch=w.batch, engine=name, client_lr=0.01,
+        client_optimizer=w.optimizer, samples_per_client=EPOCH * w.batch, device=w.device,
+        local_steps=w.local_steps if averaging else None,
     )  # fmt: skip
-    steps = endless(assemble(config, data=source), config)
+    steps = endless(assemble(config, data=from_arrays(data.x, data.y, validation=0, test=20)), config)
 
     def some() -> None:
         for _ in range(STEPS):
@@ -76,76 +135,110 @@ def endless(training: Training, config: RunConfig) -> Iterator[Step]:
         yield from ALGORITHMS[config.algorithm](config, training.server, training.clients, this)
 
 
-def ceiling(net: nn.Module, x: torch.Tensor, y: torch.Tensor, rows: int) -> Thunk:
-    """Centralised training: STEPS steps on `rows` rows."""
-    net = copy.deepcopy(net)
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+def ceiling(w: Workload, net: nn.Module, data: Data) -> Thunk:
+    """Centralised training: STEPS steps on as many rows."""
+    net, rows = copy.deepcopy(net), w.rows
+    optimizer = OPTIMIZERS[w.optimizer](net.parameters(), lr=0.01)
 
-    def round_() -> None:
+    def steps() -> None:
         for i in range(STEPS):
+            x, y = data.x[i * rows : (i + 1) * rows], data.y[i * rows : (i + 1) * rows]
             optimizer.zero_grad()
-            functional.cross_entropy(net(x[i * rows : (i + 1) * rows]), y[i * rows : (i + 1) * rows]).backward()
+            functional.cross_entropy(net(x), y).backward()
             optimizer.step()
 
-    return round_
+    return steps
 
 
-def loop(lower: nn.Module, upper: nn.Module, x: torch.Tensor, y: torch.Tensor, clients: int, batch: int) -> Thunk:
-    """Parallel split learning by hand: per client a module, an optimiser and a pass through the server."""
-    lowers = [copy.deepcopy(lower) for _ in range(clients)]
-    upper = copy.deepcopy(upper)
-    optimizers = [torch.optim.SGD(m.parameters(), lr=0.01) for m in lowers]
-    server = torch.optim.SGD(upper.parameters(), lr=0.01)
-    xs, ys = x[: clients * STEPS * batch].split(batch), y[: clients * STEPS * batch].split(batch)
+def loop(w: Workload, net: nn.Module, data: Data) -> Thunk:
+    """Split learning by hand: per client a module, an optimiser and a pass through the server (V1: its copy)."""
+    if w.algorithm == "fl":
+        return loop_fedavg(w, net, data)
+    parts = cut(copy.deepcopy(net).cpu(), CUTS[w.model], data.x[:3].cpu())
+    clients = 1 if w.algorithm == "ssl" else w.clients  # one model travels
+    own_server, one_by_one = w.algorithm == "sflv1", w.algorithm in ("ssl", "sflv2")
+    lowers = [copy.deepcopy(parts.client).to(w.device) for _ in range(clients)]
+    uppers = [copy.deepcopy(parts.server).to(w.device) for _ in range(clients if own_server else 1)]
+    make = OPTIMIZERS[w.optimizer]
+    optimizers = [make(m.parameters(), lr=0.01) for m in lowers]
+    servers = [make(m.parameters(), lr=0.01) for m in uppers]
+    xs, ys = data.x.split(w.batch), data.y.split(w.batch)
 
-    def round_() -> None:
+    def steps() -> None:
         for i in range(STEPS):
-            server.zero_grad()
             for k in range(clients):
+                upper, server = (uppers[k], servers[k]) if own_server else (uppers[0], servers[0])
+                if own_server or one_by_one or k == 0:
+                    server.zero_grad()
                 (smashed,) = lowers[k](xs[i * clients + k])
                 received = smashed.detach().requires_grad_()
-                (functional.cross_entropy(upper((received,)), ys[i * clients + k]) / clients).backward()
+                share = 1 if own_server or one_by_one else clients
+                (functional.cross_entropy(upper((received,)), ys[i * clients + k]) / share).backward()
                 optimizers[k].zero_grad()
-                smashed.backward(received.grad * clients)
+                smashed.backward(received.grad * share)
                 optimizers[k].step()
-            server.step()
+                if own_server or one_by_one or k == clients - 1:
+                    server.step()
+            if own_server and (i + 1) % w.local_steps == 0:
+                average(lowers)
+                average(uppers)
 
-    return round_
+    return steps
 
 
-def loop_fedavg(net: nn.Module, x: torch.Tensor, y: torch.Tensor, clients: int, batch: int) -> Thunk:
+def loop_fedavg(w: Workload, net: nn.Module, data: Data) -> Thunk:
     """FedAvg by hand: per client a module and an optimiser; then the mean of the state dicts."""
-    nets = [copy.deepcopy(net) for _ in range(clients)]
-    optimizers = [torch.optim.SGD(m.parameters(), lr=0.01) for m in nets]
-    xs, ys = x[: clients * STEPS * batch].split(batch), y[: clients * STEPS * batch].split(batch)
+    nets = [copy.deepcopy(net) for _ in range(w.clients)]
+    optimizers = [OPTIMIZERS[w.optimizer](m.parameters(), lr=0.01) for m in nets]
+    xs, ys = data.x.split(w.batch), data.y.split(w.batch)
 
-    def round_() -> None:
-        for k in range(clients):
-            for i in range(STEPS):
-                optimizers[k].zero_grad()
-                functional.cross_entropy(nets[k](xs[i * clients + k]), ys[i * clients + k]).backward()
-                optimizers[k].step()
-        states = [m.state_dict() for m in nets]
-        mean = {n: torch.stack([s[n] for s in states]).mean(0) for n in states[0]}
-        for m in nets:
-            m.load_state_dict(mean)
+    def steps() -> None:
+        for first in range(0, STEPS, w.local_steps):
+            for k in range(w.clients):
+                for i in range(first, first + w.local_steps):
+                    optimizers[k].zero_grad()
+                    functional.cross_entropy(nets[k](xs[i * w.clients + k]), ys[i * w.clients + k]).backward()
+                    optimizers[k].step()
+            average(nets)
 
-    return round_
+    return steps
 
 
-def interleave(contestants: dict[str, Thunk], repeats: int, seconds: float) -> dict[str, list[float]]:
-    """CPU seconds of each contestant's rounds, A B A B ..., after one round each to warm up."""
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    for thunk in contestants.values():
+def average(nets: list[nn.Module]) -> None:
+    """Every model := the mean of all."""
+    states = [m.state_dict() for m in nets]
+    mean = {n: torch.stack([s[n] for s in states]).mean(0) for n in states[0]}
+    for m in nets:
+        m.load_state_dict(mean)
+
+
+def contestants(w: Workload) -> dict[str, Callable[[], Thunk]]:
+    """Who competes, each to be made."""
+    data = Data.of(w)
+    torch.manual_seed(0)
+    net = build(w.model, SHAPES[w.model], CLASSES).to(w.device)
+    there = data.to(w.device)
+    return {
+        "ceiling": lambda: ceiling(w, net, there),
+        "loop": lambda: loop(w, net, there),
+        "local": lambda: engine("local", w, data),
+        "fast": lambda: engine("auto", w, data),
+    }
+
+
+def interleave(thunks: dict[str, Thunk], repeats: int, seconds: float, clock: Callable[[], float]) -> dict[str, Any]:
+    """Seconds of each contestant, A B A B ..., after one time each to warm up."""
+    times: dict[str, list[float]] = {name: [] for name in thunks}
+    for thunk in thunks.values():
         thunk()
     gc.collect()
-    began = time.process_time()
+    began = clock()
     for repeat in range(repeats):
-        for name, thunk in contestants.items():
-            start = time.process_time()
+        for name, thunk in thunks.items():
+            start = clock()
             thunk()
-            times[name].append(time.process_time() - start)
-        if repeat >= 2 and time.process_time() - began > seconds:
+            times[name].append(clock() - start)
+        if repeat >= 2 and clock() - began > seconds:
             break
     return times
 
@@ -155,40 +248,42 @@ def ratio(reference: list[float], times: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(reference, times, strict=True))
 
 
-def measure(
-    model: str, shape: tuple[int, ...], algorithm: str, clients: int, batch: int, seconds: float
-) -> dict[str, Any]:
+def awaited() -> float:
+    """The time once the device has done all its work."""
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def measure(w: Workload, seconds: float) -> dict[str, Any]:
     """One line of the table."""
-    rng = np.random.default_rng(0)
-    count = clients * batch * EPOCH + 20
-    x = torch.from_numpy(rng.random((count, *shape), dtype=np.float32))
-    y = torch.from_numpy(np.arange(count) % CLASSES)
-    torch.manual_seed(0)
-    net = build(model, shape, CLASSES)
-    at = {"cnn": "block1", "mlp": "hidden2", "resnet16": "block4"}[model]
-    parts = cut(net, at, x[:3])
-    by_hand = (
-        loop_fedavg(net, x, y, clients, batch)
-        if algorithm == "fl"
-        else loop(parts.client, parts.server, x, y, clients, batch)
-    )
-    contestants = {
-        "ceiling": ceiling(net, x, y, clients * batch),
-        "loop": by_hand,
-        "local": engine("local", x, y, model, algorithm, clients, batch),
-        "stacked": engine("stacked", x, y, model, algorithm, clients, batch),
-    }
-    times = interleave(contestants, 9, seconds)
-    samples = clients * batch * STEPS
+    clock = awaited if w.device != "cpu" else time.process_time
+    times = interleave({name: make() for name, make in contestants(w).items()}, 25, seconds, clock)
     return {
-        "workload": f"{model} {algorithm} C={clients} b={batch}",
-        "samples/s": samples / statistics.median(times["stacked"]),
-        "stacked/ceiling": ratio(times["ceiling"], times["stacked"]),
-        "stacked/loop": ratio(times["loop"], times["stacked"]),
+        "workload": str(w),
+        "samples/s": w.rows * STEPS / statistics.median(times["fast"]),
+        "fast/ceiling": ratio(times["ceiling"], times["fast"]),
+        "fast/loop": ratio(times["loop"], times["fast"]),
         "local/ceiling": ratio(times["ceiling"], times["local"]),
         "loop/ceiling": ratio(times["ceiling"], times["loop"]),
-        "rounds": len(times["stacked"]),
+        "rounds": len(times["fast"]),
     }
+
+
+def peak_memory(w: Workload) -> dict[str, Any]:
+    """Peak resident memory of each contestant in a process of its own, in MB, data and libraries included."""
+    found: dict[str, Any] = {"workload": str(w)}
+    for name in ("ceiling", "loop", "local", "fast"):
+        command = [sys.executable, __file__, "--memory-of", name, w.model, w.algorithm, str(w.clients), str(w.batch)]
+        found[name] = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+    return found
+
+
+def memory_of(name: str, model: str, algorithm: str, clients: str, batch: str) -> None:
+    """Print this process's peak memory after two times STEPS steps."""
+    thunk = contestants(Workload(model, algorithm, int(clients), int(batch)))[name]()
+    thunk()
+    thunk()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 
 
 def processor() -> str:
@@ -196,36 +291,48 @@ def processor() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, one thread"
+
+
+def table(rows: Iterator[dict[str, Any]], lines: list[str]) -> None:
+    """Print rows as they come, and keep them."""
+    for number, row in enumerate(rows):
+        if number == 0:
+            head = ["| " + " | ".join(row) + " |", "|" + "---|" * len(row)]
+            lines += head
+            print("\n".join(head), flush=True)
+        cells = [f"{v:.2f}" if isinstance(v, float) and v < 100 else f"{v:.0f}" if isinstance(v, float) else v
+                 for v in row.values()]  # fmt: skip
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+        print(lines[-1], flush=True)
 
 
 def main() -> None:
     """Measure and print, row by row."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two workloads only")
-    parser.add_argument("--seconds", type=float, default=20.0, help="CPU seconds per workload")
-    parser.add_argument("--write", type=Path, help="write the table to this file, below its line '<!-- engines -->'")
-    parser.add_argument("--rows", type=int, default=10**9, help="leave out workloads with more than C x b rows a step")
+    parser.add_argument("--only", default="", help="workloads whose name starts so")
+    parser.add_argument("--seconds", type=float, default=15.0, help="seconds per workload (three rounds at least)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--write", type=Path, help="write the tables to this file, below its line '<!-- engines -->'")
+    parser.add_argument("--memory-of", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     kept = keep_memory()
-    lines = [
-        f"{processor()}, one thread, torch {torch.__version__}, freed memory kept: {kept}; SGD on both sides.",
-        "",
-        "| workload | stacked, samples/s | stacked/ceiling | stacked/loop | local/ceiling | loop/ceiling | rounds |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    if options.memory_of:
+        memory_of(*options.memory_of)
+        return
+    on_cpu = options.device == "cpu"
+    where = f"{processor()}, freed memory kept: {kept}" if on_cpu else torch.cuda.get_device_name()
+    lines = [f"{where}; torch {torch.__version__}; the same optimiser on both sides, SGD unless said.", ""]
     print("\n".join(lines), flush=True)
-    for workload in QUICK if options.quick else FULL:
-        if workload[3] * workload[4] > options.rows:
-            continue
-        row = measure(*workload, options.seconds)
-        cells = [
-            f"{v:.2f}" if isinstance(v, float) and v < 100 else f"{v:.0f}" if isinstance(v, float) else v
-            for v in row.values()
-        ]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-        print(lines[-1], flush=True)
+    workloads = [Workload(**{**vars(w), "device": options.device}) for w in (FULL if on_cpu else CUDA)]
+    workloads = QUICK if options.quick else [w for w in workloads if str(w).startswith(options.only)]
+    table((measure(w, options.seconds) for w in workloads), lines)
+    if on_cpu and not options.quick and not options.only:
+        lines += ["", "Peak memory of a process of its own, MB, torch and data included:", ""]
+        print("\n".join(lines[-3:]), flush=True)
+        table((peak_memory(w) for w in MEMORY), lines)
     if options.write:
         mark = "<!-- engines -->"
         head = options.write.read_text().split(mark)[0]

@@ -45,14 +45,15 @@ def torch_seeded(seed: int, *name: str | int, device: torch.device | None = None
     """
     import torch
 
-    kind = "cpu" if device is None else device.type
-    with contextlib.ExitStack() as stack:
-        if kind != "cpu":
-            assert device is not None
-            stack.enter_context(torch.random.fork_rng([device], device_type=kind))
-            torch.get_device_module(kind).manual_seed(derive(seed, *name))
-        else:
-            stack.callback(torch.set_rng_state, torch.get_rng_state())
-            # Not torch.manual_seed: without a GPU it queues the seed, with a stack trace, for a GPU that never comes.
-            torch.default_generator.manual_seed(derive(seed, *name))
+    if device is not None and device.type != "cpu":
+        with torch.random.fork_rng([device], device_type=device.type):
+            torch.get_device_module(device.type).manual_seed(derive(seed, *name))
+            yield
+        return
+    before = torch.get_rng_state()
+    # Not torch.manual_seed: without a GPU it queues the seed, with a stack trace, for a GPU that never comes.
+    torch.default_generator.manual_seed(derive(seed, *name))
+    try:
         yield
+    finally:
+        torch.set_rng_state(before)

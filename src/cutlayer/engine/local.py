@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,7 +26,8 @@ class Client:
     def __init__(self, name: int, lower: nn.Module, tail: nn.Module | None, make_optimizer: MakeOptimizer) -> None:
         self.name, self.lower, self.tail = name, lower, tail
         self.module = nn.ModuleDict({"lower": lower} if tail is None else {"lower": lower, "tail": tail})
-        self.optimizer = make_optimizer(self.module.parameters())
+        self.weights = list(self.module.parameters())
+        self.optimizer = make_optimizer(self.weights)
         self.smashed: Rows = ()  # of the last forward pass, with its graph
         self.labels = torch.empty(0)
         self.clock = 0  # batches drawn before this one
@@ -33,16 +35,13 @@ class Client:
     def forward(self, batch: Samples, seed: int, clock: int) -> Rows:
         """Run the lower part on a batch in training mode: smashed data, each [b, s...]."""
         self.labels, self.clock = batch.y, clock
-        self.module.train()
-        self.zero_grad()
+        if not self.module.training:  # setting the mode walks through all modules
+            self.module.train()
+        for p in self.weights:
+            p.grad = None
         with seeds.torch_seeded(seed, "forward", self.name, clock, device=batch.y.device):
             self.smashed = self.lower(batch.x)
         return self.smashed
-
-    def zero_grad(self) -> None:
-        """Forget the last batch's gradients."""
-        if self.optimizer:
-            self.optimizer.zero_grad()
 
     def backward(self, gradient: Rows) -> None:
         """Back-propagate `gradient` from the cut; gradients add to those the tail has left."""
@@ -56,8 +55,9 @@ class Client:
         """One optimiser step at rate `lr`. Raises NonFiniteError instead, naming the client."""
         if self.optimizer is None:
             return
-        grads = [p.grad for p in self.module.parameters() if p.grad is not None]
-        if grads and not torch.isfinite(torch.nn.utils.get_total_norm(grads)):
+        grads = [p.grad for p in self.weights if p.grad is not None]
+        on_cpu = bool(grads) and grads[0].device.type == "cpu"  # a look would stop an accelerator
+        if on_cpu and not math.isfinite(torch.nn.utils.get_total_norm(grads)):
             raise NonFiniteError("weight gradient", (self.name,))
         set_lr(self.optimizer, lr)
         self.optimizer.step()
