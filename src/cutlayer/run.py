@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -205,6 +206,9 @@ class Run:
             started = time.perf_counter()
 
     def _record(self, step: Step, index: int, client_lr: float) -> Record:
+        if not math.isfinite(step.loss):  # where the engine did not look: a look would have stopped the device
+            bad = tuple(k for k, x in zip(step.clients, step.losses, strict=True) if not math.isfinite(x))
+            raise NonFiniteError("loss", bad).at(self._step)
         ledger = self.training.ledger
         record = Record(
             self._step,

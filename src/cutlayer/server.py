@@ -137,6 +137,11 @@ class Server:
     def _rate(self, splitlr: float) -> float:
         return self.lr * self.lr_factor * splitlr
 
+    def _take_step(self, lr: float) -> None:
+        assert self._optimizer is not None
+        set_lr(self._optimizer, lr)
+        self._optimizer.step()
+
     def _backward(self, smashed: Smashed, backward: Callable[[], None], splitlr: float) -> Rows:
         """Zero, back-propagate, check, step; returns the gradients of the floating point rows."""
         assert self._pending is not None, "a backward pass follows a forward pass"
@@ -152,8 +157,7 @@ class Server:
         if self._optimizer:
             if not finite(*(p.grad for p in self._weights if p.grad is not None)):
                 raise NonFiniteError("server's weight gradient")
-            set_lr(self._optimizer, self._rate(splitlr))
-            self._optimizer.step()
+            self._take_step(self._rate(splitlr))
         self._steps += 1
         return gradient
 

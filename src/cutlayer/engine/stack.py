@@ -285,9 +285,7 @@ class Stack:
                     part.add_to(p, keep, -lr)
                     keep = 1.0
                 if gradient is not None:
-                    if keep != 1.0:
-                        p.mul_(keep)
-                    p.add_(gradient, alpha=-lr)
+                    descend(p, gradient, lr, 0.0 if factors else weight_decay)
 
     def _optimize(self, group: Group, at: np.ndarray | None, taken: int, lr: float) -> None:
         """The optimiser's own step for the clients at positions `at` (None: all), who have all taken `taken` steps."""
@@ -338,6 +336,13 @@ class Stack:
             for mine, theirs in ((self._parameters, group.parameters), (self._buffers, group.buffers)):
                 for name, tensor in theirs.items():
                     mine[name][at] = tensor
+
+
+def descend(weight: Tensor, gradient: Tensor, lr: float, weight_decay: float) -> None:
+    """Plain gradient descent, in place: w <- (1 - lr * decay) w - lr g."""
+    if weight_decay:
+        weight.mul_(1.0 - lr * weight_decay)
+    weight.add_(gradient, alpha=-lr)
 
 
 def _repeated(tensor: Tensor, count: int) -> Tensor:

@@ -20,7 +20,7 @@ from cutlayer import seeds
 from cutlayer.cohort import Footprint, Predict
 from cutlayer.data.samples import Samples
 from cutlayer.engine.base import Clients, SimulatedCohort, evaluation, model_bytes
-from cutlayer.engine.stack import Generators, Group, Stack
+from cutlayer.engine.stack import Generators, Group, Stack, descend
 from cutlayer.errors import NonFiniteError
 from cutlayer.gradients import row_losses
 from cutlayer.optim import MakeOptimizer, rule_of
@@ -208,8 +208,9 @@ class StackedServer(Server):
     ) -> None:
         super().__init__(model, make_optimizer, lr, seed)
         how = how or Stacking()
+        self._rule = rule_of(make_optimizer)
         if self._optimizer is not None:
-            rule_of(make_optimizer).quicken(self._optimizer)
+            self._rule.quicken(self._optimizer)
         self._stack = Stack(model, copies, make_optimizer, chunk=how.chunk, mapped=how.mapped)
 
     def step_copies(self, smashed: Smashed) -> ServerStep:
@@ -232,6 +233,16 @@ class StackedServer(Server):
             self._stack.step(group, self._rate(1.0))
         share = torch.tensor(smashed.sizes, dtype=own.dtype, device=own.device) / len(smashed)
         return ServerStep(torch.cat([(share @ own).view(1), own]), merged(parts, groups), self._rate(1.0))
+
+    def _take_step(self, lr: float) -> None:
+        """Plain gradient descent by hand: for a small model the optimiser's own bookkeeping takes longer."""
+        if not self._rule.plain:
+            return super()._take_step(lr)
+        with torch.no_grad():
+            for p in self._weights:
+                if p.grad is not None:
+                    descend(p, p.grad, lr, self._rule.weight_decay)
+        return None
 
     def average_copies(self, weights: Mapping[int, float]) -> None:
         """Server model := weighted mean of the copies of the clients in `weights`; then every copy := server model."""
