@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # Ten clients of a small model are many small operations: one thread per process is fastest.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check bench golden clean
+.PHONY: demo test test-slow check bench golden clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Cutlayer needs Python 3.11 or newer: make PYTHON=..."; exit 2; }
@@ -20,6 +20,9 @@ demo: $(STAMP)   ## six algorithms compete on handwritten digits
 
 test: $(STAMP)   ## the fast test suite
 	$(BIN)/python -m pytest -n 2
+
+test-slow: $(STAMP)   ## what takes minutes: large models, twenty steps on both engines
+	$(BIN)/python -m pytest -n 2 -m slow
 
 check: $(STAMP)   ## lint, format, types
 	$(BIN)/ruff check

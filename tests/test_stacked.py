@@ -34,6 +34,7 @@ STACKED: list[tuple[str, dict[str, Any]]] = [
     ("sglr", {"phi": 0.5}),
     ("sglr", {"phi": 1.0, "average_reduce": "sum"}),
 ]
+LARGE = ("resnet16", "alexnet")
 algorithms = pytest.mark.parametrize(("algorithm", "options"), STACKED, ids=[f"{a} {o}" for a, o in STACKED])
 
 
@@ -80,16 +81,26 @@ def test_small_models(
     assert worst(a, b) < 1e-10
 
 
+def zoo(steps: int, algorithm: str, options: dict[str, Any], name: str) -> float:
+    """Batch normalisation (buffers too) and dropout (masks too), default cuts, 4 clients of which 3 take part."""
+    a, b = both(
+        steps, algorithm=algorithm, model=name, data="digits", clients=4, samples_per_client=7, batch=3, rounds=7,
+        participation=0.75, precision="float64", test=30, eval_every=100, **options,
+    )  # fmt: skip
+    return worst(a, b)
+
+
 @algorithms
 @pytest.mark.parametrize("name", ZOO)
 def test_zoo(algorithm: str, options: dict[str, Any], name: str) -> None:
-    """Batch normalisation (buffers too) and dropout (masks too), default cuts, 4 clients of which 3 take part."""
-    steps = 4 if name in ("resnet16", "alexnet") else 20
-    a, b = both(
-        steps, algorithm=algorithm, model=name, data="digits", clients=4, samples_per_client=7, batch=3, rounds=3,
-        participation=0.75, precision="float64", test=30, eval_every=100, **options,
-    )  # fmt: skip
-    assert worst(a, b) < 1e-10
+    assert zoo(4 if name in LARGE else 20, algorithm, options, name) < 1e-10
+
+
+@pytest.mark.slow
+@algorithms
+@pytest.mark.parametrize("name", LARGE)
+def test_twenty_steps_of_large_models(algorithm: str, options: dict[str, Any], name: str) -> None:
+    assert zoo(20, algorithm, options, name) < 1e-10
 
 
 @pytest.mark.parametrize(
