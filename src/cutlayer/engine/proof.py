@@ -104,9 +104,8 @@ def _difference(stack: Stack, copies: list[nn.Module], rows: Rows) -> str:
     """What differs between the stack and its copies run one by one; empty where nothing does."""
     size = len(rows[0]) // len(copies)
     (group,) = stack.groups(range(len(copies)), torch.full((len(copies),), size).numpy())
-    log = _Log()
-    with nullcontext() if stack.mapped else log:
-        given = stack.forward(group, rows, lambda k: torch.Generator(stack.device).manual_seed(k))
+    stack.watch = log = _Log()
+    given = stack.forward(group, rows, lambda k: torch.Generator(stack.device).manual_seed(k))
     trained = [g for g in given if g.requires_grad]
     weights = [torch.linspace(0.5, 1.5, g.numel(), dtype=g.dtype, device=g.device).view(g.shape) for g in trained]
     torch.autograd.backward(trained, weights)
@@ -178,12 +177,11 @@ class _Counted(TorchFunctionMode):
 
 
 def _first_mixing(together: _Log, alone: _Log, span: slice) -> str:
-    """The first operation whose rows differ from those it gives alone."""
+    """The first operation that gives clients together other rows than alone."""
     for (name, a), (_, b) in zip(together.made, alone.made, strict=False):
-        if a.dim() != b.dim() or a.shape[1:] != b.shape[1:] or len(a) != _COPIES * len(b):
-            return f"in {name!r} rows of different clients influence each other"
-        if not close([(b, a[span])]):
-            return f"in {name!r} rows of different clients influence each other"
+        fits = a.dim() == b.dim() and a.shape[1:] == b.shape[1:] and len(a) == _COPIES * len(b)
+        if not fits or not close([(b, a[span])]):
+            return f"{name!r} does not give clients together what it gives each alone: it mixes rows, or draws"
     return ""
 
 

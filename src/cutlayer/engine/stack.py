@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,6 +81,7 @@ class Stack:
         self._rule = rule_of(make_optimizer)
         self._state: dict[str, dict[str, Tensor]] = {}  # parameter -> kind -> the optimiser's [C, ...]
         self._clocked = False  # the optimiser counts steps
+        self.watch: AbstractContextManager[Any] = nullcontext()  # sees the module's operations (for the proof)
         self.steps = np.zeros(count, np.int64)  # optimiser steps that each client has taken
         self.chunk = chunk or max(1, count)
         self._neighbours: dict[tuple[int, int], Group] = {}
@@ -243,14 +244,15 @@ class Stack:
 
         self._install(tensors)
         try:
-            with Lowered(
+            lowered = Lowered(
                 len(names),
                 tensors,
                 lambda i: generators(names[i]),
                 alike=alike,
                 channels_last=getattr(self.module, "channels_last", False),
                 leave=leave if self._rule.plain else None,
-            ):
+            )
+            with lowered, self.watch:
                 given = self.module(rows)
         finally:
             self._install({})
