@@ -18,7 +18,6 @@ import gc
 import itertools
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -279,11 +278,12 @@ def peak_memory(w: Workload) -> dict[str, Any]:
 
 
 def memory_of(name: str, model: str, algorithm: str, clients: str, batch: str) -> None:
-    """Print this process's peak memory after two times STEPS steps."""
+    """Print this process's peak memory in MB after two times STEPS steps (of this process alone: Linux tells)."""
     thunk = contestants(Workload(model, algorithm, int(clients), int(batch)))[name]()
     thunk()
     thunk()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+    (peak,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    print(int(peak.split()[1]) // 1024)
 
 
 def processor() -> str:
@@ -329,7 +329,7 @@ def main() -> None:
     workloads = [Workload(**{**vars(w), "device": options.device}) for w in (FULL if on_cpu else CUDA)]
     workloads = QUICK if options.quick else [w for w in workloads if str(w).startswith(options.only)]
     table((measure(w, options.seconds) for w in workloads), lines)
-    if on_cpu and not options.quick and not options.only:
+    if on_cpu and not options.quick and options.only in ("", "memory"):
         lines += ["", "Peak memory of a process of its own, MB, torch and data included:", ""]
         print("\n".join(lines[-3:]), flush=True)
         table((peak_memory(w) for w in MEMORY), lines)

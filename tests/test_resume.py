@@ -89,6 +89,32 @@ def test_interrupted_anywhere(algorithm: str, tmp_path: Path) -> None:
         assert_same_runs(quiet, broken)
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "more"),
+    [
+        ("fl", {"local_steps": 1}),
+        ("sflv1", {"local_steps": 1, "cut": "2"}),
+        ("sfl", {"average_every": "step", "cut": "2"}),
+    ],
+)
+def test_interrupted_union_steps(algorithm: str, more: dict[str, Any], tmp_path: Path) -> None:
+    """One local step, then averaging: one model for all, and no optimiser state."""
+    every: dict[str, Any] = {
+        "algorithm": algorithm, "clients": 3, "partition": "column", "batch": 5, "rounds": 6, "participation": 0.7,
+        "client_optimizer": "sgd", "checkpoint_every": 2, **more,
+    }  # fmt: skip
+    plain = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 4))
+    quiet, broken = tmp_path / "quiet", tmp_path / "broken"
+    run = Run(model=plain, data=source(SIZES, (6,)), out=quiet, **every)
+    assert run.training.engine == "union"
+    run.run()
+    for count, _ in enumerate(Run(model=plain, data=source(SIZES, (6,)), out=broken, **every), 1):
+        if count == 4:
+            break
+    Run.resume(broken, model=plain, data=source(SIZES, (6,))).run()
+    assert_same_runs(quiet, broken)
+
+
 def test_interrupted_twice_and_between_checkpoints(tmp_path: Path) -> None:
     """Checkpoints every two rounds: records written after the last one are forgotten and written anew."""
     data = source(SIZES, (6,))
