@@ -14,7 +14,7 @@ from support import MODELS, client_state, difference, make, mlp, server_state, s
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cutlayer import Run
+from cutlayer import Run, Samples, Source
 from cutlayer.algorithms import ALGORITHMS
 from cutlayer.catalog import MODELS as ZOO
 from cutlayer.engine.stacked import Stacking
@@ -471,3 +471,166 @@ def test_turns_are_local_without_a_warning(algorithm: str) -> None:
 def test_automatic_choice_is_stacked() -> None:
     run = Run(algorithm="sglr", data="digits", model="cnn", clients=3, samples_per_client=9)
     assert run.training.engine == "stacked"
+
+
+class Flattened(nn.Module):
+    """Takes it for granted how the convolution's output lies in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.pool, self.out = nn.Conv2d(1, 8, 3, padding=1), nn.MaxPool2d(2), nn.Linear(8 * 16, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[n, 1, 8, 8] -> [n, 10]."""
+        x = self.pool(nn.functional.relu(self.conv(x)))
+        return self.out(x.view(x.size(0), -1))
+
+
+@pytest.mark.parametrize("algorithm", ["sglr", "ssl", "sflv3", "fl"])
+@pytest.mark.parametrize("cut", ["conv", "pool"])
+def test_views_behind_the_cut(algorithm: str, cut: str) -> None:
+    """The layout that is quick on the CPU is taken only where both parts can live with it."""
+    options: dict[str, Any] = {"clients": 3, "samples_per_client": 9, "rounds": 2, "data": "digits"}
+    if algorithm != "fl":
+        options["cut"] = cut
+    torch.manual_seed(0)
+    net = Flattened()
+    a, b = (Run(algorithm=algorithm, model=net, engine=e, **options) for e in ("local", "auto"))
+    a.run()
+    b.run()
+    assert worst(a, b) < 1e-4
+
+
+class Temperature(nn.Module):
+    """A parameter and a buffer that are single numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.5))
+        self.register_buffer("shift", torch.tensor(0.1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[n, 8] -> [n, 8]."""
+        return x * self.scale.exp() + self.shift
+
+
+class Unsaved(nn.Module):
+    """A running mean that no checkpoint and no averaging knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(8), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[n, 8] -> [n, 8]."""
+        if self.training:
+            self.mean.mul_(0.9).add_(0.1 * x.detach().mean(0))
+        return x - self.mean
+
+
+@pytest.mark.parametrize("layer", [Temperature(), Unsaved(), nn.BatchNorm1d(8)])
+@pytest.mark.parametrize("algorithm", ["fl", "sfl", "sflv1", "sglr"])
+def test_small_things_are_averaged_too(layer: nn.Module, algorithm: str) -> None:
+    cut = {} if algorithm == "fl" else {"cut": "1"}
+    a, b = both(
+        20, algorithm=algorithm, model=with_layer(layer).double(), data=source([8, 8, 8], (6,)), clients=3,
+        **small(client_optimizer="sgd", rounds=12, **cut),
+    )  # fmt: skip
+    assert worst(a, b) < 1e-10
+
+
+@pytest.mark.parametrize("padding", [None, 0, 2, 7])
+def test_padding_of_an_embedding_is_not_trained(padding: int | None) -> None:
+    """Also where the first rows, which the proof looks at, hold no padding."""
+    numbers = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 10, (24, 5), generator=numbers)
+    x[:3] = torch.tensor([[3, 4, 5, 6, 8]])
+    y = torch.arange(24) % 4
+    held_out = Samples(x[:12], y[:12])
+    data = Source("tokens", Samples(x, y), held_out, held_out, tuple("0123"), torch.arange(24) // 8)
+    net = nn.Sequential(nn.Embedding(10, 8, padding_idx=padding), nn.Flatten(), nn.Linear(40, 4)).double()
+    a, b = both(
+        20, algorithm="psl", model=net, data=data, cut="1", clients=3, **small(client_optimizer="sgd", client_lr=0.5)
+    )
+    assert worst(a, b) < 1e-10
+
+
+class DropPath(nn.Module):
+    """Drops rows, seldom, by drawing itself."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[n, 8] -> [n, 8]."""
+        return x * x.new_empty((len(x), 1)).bernoulli_(0.98) if self.training else x
+
+
+class Evaluated(nn.Module):
+    """Mixes rows, but only in evaluation."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[n, 8] -> [n, 8]."""
+        return x if self.training else x - x.mean()
+
+
+class Judged(nn.Module):
+    """Looks at values, but only in evaluation."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[n, 8] -> [n, 8]."""
+        return x * 2 if not self.training and x.abs().max() > 100 else x
+
+
+def shared_norm() -> nn.Module:
+    """One normalisation used twice."""
+    norm = nn.BatchNorm1d(8, affine=False)
+    return nn.Sequential(norm, nn.Linear(8, 8), norm)
+
+
+@pytest.mark.parametrize("layer", [DropPath(), Judged(), shared_norm(), nn.Embedding(4, 8, max_norm=1.0)])
+def test_what_would_go_wrong_later_is_refused_at_once(layer: nn.Module) -> None:
+    if isinstance(layer, nn.Embedding):
+        x = torch.randint(0, 4, (16,))
+        held_out = Samples(x, x)
+        data, net = Source("t", held_out, held_out, held_out, tuple("0123"), torch.arange(16) // 8), layer
+        net, cut = nn.Sequential(layer, nn.Linear(8, 4)), "0"
+    else:
+        data, net, cut = source([8, 8], (6,)), with_layer(layer), "1"
+    with pytest.warns(CutlayerWarning, match="client part cannot be stacked"):
+        run = Run(algorithm="psl", model=net, data=data, cut=cut, clients=2, partition="column", rounds=2)
+    assert run.run().engine == "local"
+
+
+def test_rows_mixed_in_evaluation_alone() -> None:
+    options: dict[str, Any] = {"algorithm": "psl", "cut": "1", "clients": 2, "data": source([8, 8], (6,)), **small()}
+    net = with_layer(Evaluated()).double()
+    a, b = (Run(model=net, engine=engine, **options) for engine in ("local", "stacked"))
+    a.run()
+    b.run()
+    assert a.evaluations[-1].test_loss == pytest.approx(b.evaluations[-1].test_loss, rel=1e-12)
+
+
+def test_a_union_step_is_refused_to_whatever_draws() -> None:
+    """However seldom it drops, and whatever the caller's random state."""
+    net = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.001), nn.Linear(8, 4))
+    engines = set()
+    for seed in range(8):
+        torch.manual_seed(seed)
+        run = Run(
+            algorithm="fl", model=net, data=source([8, 8], (6,)), clients=2, partition="column", local_steps=1,
+            client_optimizer="sgd",
+        )  # fmt: skip
+        engines.add(run.training.engine)
+    assert engines == {"stacked"}
+
+
+@pytest.mark.parametrize("model", ["mlp", "cnn", "resnet16", "alexnet"])
+def test_the_zoo_is_lowered(model: str) -> None:
+    run = Run(algorithm="sglr", model=model, data="digits", clients=3, samples_per_client=9)
+    assert run.training.engine == "stacked"
+    assert not run.training.clients.inner._stack.mapped
+
+
+def test_complex_buffers_stay_complex() -> None:
+    net = nn.Sequential(nn.Linear(6, 4))
+    net.register_buffer("angles", torch.ones(3, dtype=torch.complex64))
+    run = Run(algorithm="fl", model=net, data=source([4, 4], (6,)), clients=2, partition="column")
+    assert run.training.clients.model_state(0)["angles"].is_complex()

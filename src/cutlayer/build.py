@@ -37,6 +37,11 @@ Data = Source | torch.utils.data.Dataset[Any] | tuple[Any, Any]
 """A loaded source, a map-style dataset of (input, label) pairs, or arrays or tensors (x, y)."""
 
 
+def typed(model: nn.Module, config: RunConfig) -> nn.Module:
+    """The model with its real numbers in the run's type (complex ones stay as they are)."""
+    return model.double() if dtype_of(config) == torch.float64 else model.float()
+
+
 def by_name(model: Model | str | None, data: Data | str | None) -> tuple[Model | None, Data | None, dict[str, str]]:
     """(own model, own data, options): a text for `model` or `data` is the option of that name."""
     names = {k: v for k, v in (("model", model), ("data", data)) if isinstance(v, str)}
@@ -193,7 +198,7 @@ def _maker(config: RunConfig, model: Model | None, source: Source) -> Callable[.
                 "start = 'independent' needs to make a new model per client: give a function that returns "
                 "one instead of a module"
             )
-        return lambda *name: copy.deepcopy(model).to(dtype_of(config))
+        return lambda *name: typed(copy.deepcopy(model), config)
     if model is None and config.model not in MODELS:
         raise ConfigError(unknown("model", config.model, MODELS))
     shape = tuple(source.train.x.shape[1:])
@@ -201,7 +206,7 @@ def _maker(config: RunConfig, model: Model | None, source: Source) -> Callable[.
     def make(*name: str | int) -> nn.Module:
         with seeds.torch_seeded(config.seed, *name):
             made = model() if model is not None else build(config.model, shape, source.classes)
-        return made.to(dtype_of(config))
+        return typed(made, config)
 
     return make
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import warnings
 from dataclasses import replace
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from cutlayer.cohort import Cohort
 from cutlayer.config import RunConfig
 from cutlayer.engine.base import Clients
-from cutlayer.engine.layout import quicker
+from cutlayer.engine.layout import quicker, smashed
 from cutlayer.engine.local import LocalCohort
 from cutlayer.engine.proof import bytes_per_row, stackable
 from cutlayer.engine.stacked import StackedCohort, StackedServer, Stacking
@@ -46,8 +45,8 @@ def simulate(
     turns = config.algorithm in TAKE_TURNS or len(setup.rows) == 1
     if config.engine == "local" or (turns and config.engine == "auto"):
         return LocalCohort(setup), Server(split.server, make_server, lr, seed), "local"
-    smashed = _example_smashed(split, example)
-    if config.engine == "auto" and _one_union_step(config, split, setup, make_server, (example,), smashed):
+    rows = smashed(split.client, example)
+    if config.engine == "auto" and _one_union_step(config, split, setup, make_server, (example,), rows):
         union = UnionCohort(setup)
         if config.algorithm in SERVER_COPIES:
             return union, UnionServer(split.server, make_server, lr, seed, union.samples), "union"
@@ -55,16 +54,16 @@ def simulate(
     copies = len(setup.rows) if config.algorithm in SERVER_COPIES else 0
     why = _unfit(config, make_server)
     hows = []
-    for side, part, rows, make in (
+    for side, part, received, make in (
         ("client", split.client, (example,), setup.make_optimizer),
-        ("server", split.server, smashed, make_server),
+        ("server", split.server, rows, make_server),
     ):
         if side == "server" and not copies:
             hows.append(Stacking())
         elif not why:
-            verdict = stackable(part, rows, make, data=side == "client")
+            verdict = stackable(part, received, make, data=side == "client")
             why = verdict.reason and f"the model's {side} part cannot be stacked: {verdict.reason}"
-            hows.append(_bounded(config, verdict.mapped, part, rows))
+            hows.append(_bounded(config, verdict.mapped, part, received))
     if why:
         warnings.warn(f"{config.algorithm} runs on the local engine: {why}", CutlayerWarning, stacklevel=4)
         return LocalCohort(setup), Server(split.server, make_server, lr, seed), "local"
@@ -73,14 +72,14 @@ def simulate(
 
 
 def _one_union_step(
-    config: RunConfig, split: Parts, setup: Clients, make_server: MakeOptimizer, example: Rows, smashed: Rows
+    config: RunConfig, split: Parts, setup: Clients, make_server: MakeOptimizer, example: Rows, rows: Rows
 ) -> bool:
     """Whether every step is followed by averaging, from equal models, with rules that make both one step."""
     each_step = config.algorithm == "sfl" and config.average_every == "step"
     one_step = config.algorithm in ("fl", "sflv1") and config.local_steps == 1
     if not (each_step or one_step) or config.start != "equal" or not rule_of(setup.make_optimizer).plain:
         return False
-    if config.algorithm == "sflv1" and not (rule_of(make_server).plain and row_by_row(split.server, smashed)):
+    if config.algorithm == "sflv1" and not (rule_of(make_server).plain and row_by_row(split.server, rows)):
         return False
     return row_by_row(split.client, example)
 
@@ -102,16 +101,10 @@ def laid_out(config: RunConfig, split: Parts, example: Tensor) -> Parts:
     """The parts, laid out in memory as is quickest. The local engine, asked for by name, takes them as they are."""
     if config.engine == "local" or config.precision == "float64" or config.device != "cpu":
         return split  # measured to help on the CPU, whose library has no double precision convolutions
-    smashed = _example_smashed(split, example)
-    upper = quicker(split.server, smashed) if split.tail is None else split.server
-    return replace(split, client=quicker(split.client, (example,)), server=upper)
-
-
-def _example_smashed(split: Parts, example: Tensor) -> Rows:
-    """What the client part gives for `example`; nothing is drawn, no statistics are kept."""
-    with torch.no_grad():
-        given: Rows = copy.deepcopy(split.client).eval()(example)
-    return given if isinstance(given, tuple) else (given,)
+    if split.tail is not None:
+        return split
+    client, server = quicker(split.client, split.server, example)
+    return replace(split, client=client, server=server)
 
 
 def _bounded(config: RunConfig, mapped: bool, part: nn.Module, rows: Rows) -> Stacking:

@@ -29,6 +29,9 @@ _SMALL_KERNEL = 32
 _LARGE_INPUT = 1 << 14
 
 
+EMBEDDING = "an embedding with norms, frequencies or sparse gradients"
+
+
 class NotStackableError(Exception):
     """An operation that has no stacked form here; `name` is the parameter or buffer that it uses, if any."""
 
@@ -212,13 +215,26 @@ def _affine(mode: Lowered, y: Tensor, weight: Tensor | None, bias: Tensor | None
     return out.reshape(y.shape)
 
 
-def _embedding(mode: Lowered, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    if any(a not in (None, False, 2.0) for a in (*args, *kwargs.values())):
-        raise NotStackableError("embedding with padding, norms or sparse gradients")
+def _embedding(
+    mode: Lowered,
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    if max_norm is not None or scale_grad_by_freq or sparse:
+        raise NotStackableError(EMBEDDING)
     first = torch.arange(mode.clients, device=input.device) * weight.shape[1]
     tokens = mode.per_client(input)
     shifted = tokens + first.view(-1, *[1] * (tokens.dim() - 1))
-    return functional.embedding(shifted.view(input.shape), weight.reshape(-1, weight.shape[2]))
+    found = functional.embedding(shifted.view(input.shape), weight.reshape(-1, weight.shape[2]))
+    if padding_idx is None:
+        return found
+    padding = (input == padding_idx % weight.shape[1]).unsqueeze(-1)
+    return torch.where(padding, found.detach(), found)  # padding is not trained
 
 
 def _dropout(mode: Lowered, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:

@@ -1,14 +1,15 @@
 """Before a model is trusted to the stacked engine: do several copies, run as one, give what each gives alone?
 
-Three copies with different weights, on different rows: outputs, all gradients and buffers, in training mode (dropout
-masks included), compared in double precision, where rounding is no excuse. What differs, or cannot be run so, is named.
+Three copies with different weights, on a few different rows: outputs, all gradients and buffers in training mode
+(dropout masks included), outputs in evaluation mode, compared in double precision, where rounding is no excuse. What
+differs, draws by itself, or cannot be run so, is named. What depends on values that the few rows don't have is not seen.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from cutlayer.engine.lowering import NotStackableError
+from cutlayer.engine.lowering import EMBEDDING, NotStackableError
 from cutlayer.engine.stack import Group, Stack
 from cutlayer.models.parts import Part
 from cutlayer.optim import MakeOptimizer
-from cutlayer.types import Rows
+from cutlayer.types import Rows, channels_last, select
 
 _COPIES = 3
+_EMBEDDING = f"it has {EMBEDDING}"
 
 
 @dataclass(frozen=True)
@@ -35,14 +37,17 @@ class Verdict:
 
 def stackable(module: nn.Module, rows: Rows, make_optimizer: MakeOptimizer, *, data: bool) -> Verdict:
     """Try it, with `rows` (each [b, s...]) as an example of a client's batch (`data` needs no gradient)."""
-    if len(list(module.parameters())) < len(list(module.named_parameters(remove_duplicate=False))):
-        return Verdict(reason="it has tied weights")
+    for named in (module.named_parameters, module.named_buffers):
+        if len(list(named())) < len(list(named(remove_duplicate=False))):
+            return Verdict(reason="it has tied weights")
     reasons = []
     for mapped in (False, True):
         reason = _obstacle(module, rows, make_optimizer, mapped, data)
         if not reason:
             return Verdict(mapped)
         reasons.append(reason)
+        if reason == _EMBEDDING:  # vmap takes it, and ignores what makes it special
+            break
     return Verdict(reason=reasons[0])
 
 
@@ -69,12 +74,15 @@ def jittered(rows: Rows) -> Rows:
     which of them is the maximum is a matter of rounding.
     """
     noise = torch.Generator().manual_seed(1)
-    return tuple(
-        r.detach().double() + 1e-3 * torch.randn(r.shape, generator=noise, dtype=torch.float64).to(r.device)
-        if r.is_floating_point()
-        else r
-        for r in rows
-    )
+    made = []
+    for r in rows:
+        if not r.is_floating_point():
+            made.append(r)
+            continue
+        moved = r.detach().double() + 1e-3 * torch.randn(r.shape, generator=noise, dtype=torch.float64).to(r.device)
+        layout = torch.channels_last if channels_last(r) else torch.contiguous_format
+        made.append(moved.contiguous(memory_format=layout))
+    return tuple(made)
 
 
 def _obstacle(module: nn.Module, rows: Rows, make_optimizer: MakeOptimizer, mapped: bool, data: bool) -> str:
@@ -84,7 +92,7 @@ def _obstacle(module: nn.Module, rows: Rows, make_optimizer: MakeOptimizer, mapp
         for p in (p for c in copies for p in c.parameters()):
             p.add_(0.1 * torch.randn(p.shape, generator=noise, dtype=p.dtype).to(p.device))
     order = torch.randperm(_COPIES * len(rows[0]), generator=noise) % len(rows[0])
-    merged = jittered(tuple(r[order.to(r.device)] for r in rows))
+    merged = jittered(tuple(select(r, order) for r in rows))
     merged = tuple(r.requires_grad_(r.is_floating_point() and not data) for r in merged)
     try:
         stack = Stack(copies[0], _COPIES, make_optimizer, mapped=mapped)
@@ -105,7 +113,11 @@ def _difference(stack: Stack, copies: list[nn.Module], rows: Rows) -> str:
     size = len(rows[0]) // len(copies)
     (group,) = stack.groups(range(len(copies)), torch.full((len(copies),), size).numpy())
     stack.watch = log = _Log()
-    given = stack.forward(group, rows, lambda k: torch.Generator(stack.device).manual_seed(k))
+    with drawing(stack.device) as drew:
+        given = stack.forward(group, rows, lambda k: torch.Generator(stack.device).manual_seed(k))
+    stack.watch = nullcontext()
+    if drew:
+        return "it draws random numbers otherwise than by dropout"
     trained = [g for g in given if g.requires_grad]
     weights = [torch.linspace(0.5, 1.5, g.numel(), dtype=g.dtype, device=g.device).view(g.shape) for g in trained]
     torch.autograd.backward(trained, weights)
@@ -121,7 +133,28 @@ def _difference(stack: Stack, copies: list[nn.Module], rows: Rows) -> str:
         pairs += [(b, group.buffers[name][k]) for name, b in module.named_buffers()]
         if not close(pairs):
             return _first_mixing(log, alone_log, span) or "it keeps state of its own, or its rows influence each other"
+    predicted = stack.predict(range(len(copies)), tuple(r.detach() for r in rows))
+    for k, module in enumerate(copies):
+        span = slice(k * size, (k + 1) * size)
+        alone = run_alone(module.eval(), tuple(r[span].detach() for r in rows), k)
+        if not close([(a, p[span]) for a, p in zip(alone, predicted, strict=True)]):
+            return "in evaluation its rows influence each other"
     return ""
+
+
+@contextmanager
+def drawing(device: torch.device) -> Iterator[list[str]]:
+    """A list that is filled, at the end, if anything in here drew from torch's global generators."""
+    found: list[str] = []
+    kinds = {"cpu", device.type}
+
+    def states() -> list[Tensor]:
+        return [torch.get_rng_state() if k == "cpu" else torch.get_device_module(k).get_rng_state() for k in kinds]
+
+    before = states()
+    yield found
+    if not all(torch.equal(a, b) for a, b in zip(before, states(), strict=True)):
+        found.append("something")
 
 
 def run_alone(module: nn.Module, rows: Rows, seed: int, mode: AbstractContextManager[Any] | None = None) -> Rows:
@@ -154,8 +187,8 @@ class _Log(TorchFunctionMode):
     ) -> Any:
         """Call, and note the result."""
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and result.dim():
-            self.made.append((getattr(func, "__name__", str(func)), result.detach()))
+        if isinstance(result, Tensor):  # only noted: asking it anything would be one more operation
+            self.made.append((getattr(func, "__name__", str(func)), result))
         return result
 
 
@@ -179,6 +212,8 @@ class _Counted(TorchFunctionMode):
 def _first_mixing(together: _Log, alone: _Log, span: slice) -> str:
     """The first operation that gives clients together other rows than alone."""
     for (name, a), (_, b) in zip(together.made, alone.made, strict=False):
+        if not a.dim() or not b.dim():
+            continue
         fits = a.dim() == b.dim() and a.shape[1:] == b.shape[1:] and len(a) == _COPIES * len(b)
         if not fits or not close([(b, a[span])]):
             return f"{name!r} does not give clients together what it gives each alone: it mixes rows, or draws"

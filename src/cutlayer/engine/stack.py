@@ -167,10 +167,11 @@ class Stack:
         who = torch.tensor(list(weights), device=self.device)
         share = torch.tensor(list(weights.values()), dtype=torch.float64)
         share = (share / share.sum()).to(self.device, dtype=None if self.device.type != "mps" else torch.float32)
-        for tensor in (*self._parameters.values(), *self._buffers.values()):
+        tensors = {**self._parameters, **self._buffers}
+        for tensor in (tensors[name] for name in self.module.state_dict()):  # what is not persistent stays
             chosen = tensor if len(who) == self.count else tensor[who]
             if tensor.is_floating_point():
-                mean = (share.to(tensor.dtype) @ chosen.flatten(1)).view(tensor.shape[1:])
+                mean = (share.to(tensor.dtype) @ chosen.reshape(len(who), -1)).view(tensor.shape[1:])
             else:
                 mean = chosen.amax(0)
             tensor.copy_(mean.expand_as(tensor))

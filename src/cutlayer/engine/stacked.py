@@ -27,7 +27,7 @@ from cutlayer.optim import MakeOptimizer, rule_of
 from cutlayer.server import Server, ServerStep, culprits, finite
 from cutlayer.types import CutGradients, Evaluation, Rows, Smashed, Step, TailGradients, select
 
-EVALUATION_ROWS = 4096  # rows per forward pass in evaluation: bounds memory, changes no result
+_MERGED_ROWS = 4096  # rows of all clients per forward pass in evaluation: bounds memory
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class StackedCohort(SimulatedCohort):
     def evaluate(self, samples: Samples, predict: Predict) -> Evaluation:
         """Every client model with the server; models known to be equal are looked at once."""
         everyone, models = self._judged()
-        at_once = max(1, EVALUATION_ROWS // max(1, len(samples)))
+        at_once = max(1, _MERGED_ROWS // max(1, len(samples)))
         found: dict[int, tuple[float, float]] = {}
         for start in range(0, len(models), at_once):
             found.update(self._evaluate(models[start : start + at_once], samples, predict))
@@ -172,19 +172,21 @@ class StackedCohort(SimulatedCohort):
     def _fit_once(self, asked: tuple[int, ...]) -> Tensor:
         """One local step of all clients in `asked`; their own mean losses."""
         batch, groups = self._next(asked)
-        own = batch.x.new_empty(len(asked)) if batch.x.is_floating_point() else torch.empty(len(asked))
+        own = torch.empty(0)
         for group in groups:
             losses = learn(self._stack, group, (batch.x[group.rows],), batch.y[group.rows], self._stream, self._alike)
             check_weights(group)
             self._stack.step(group, self._rate)
-            own[torch.from_numpy(group.at)] = losses.mean(1).to(own.dtype)
+            own = own if len(own) else losses.new_empty(len(asked))
+            own[torch.from_numpy(group.at)] = losses.mean(1)
         return own
 
     def _evaluate(self, clients: list[int], samples: Samples, predict: Predict) -> dict[int, tuple[float, float]]:
-        c, correct, loss = len(clients), torch.zeros(len(clients)), torch.zeros(len(clients))
+        c = len(clients)
+        correct, loss = torch.zeros(2, c, dtype=torch.float64)
         with torch.no_grad():
-            for start in range(0, len(samples), EVALUATION_ROWS):
-                part = samples[start : start + EVALUATION_ROWS]
+            for start in range(0, len(samples), _MERGED_ROWS):
+                part = samples[start : start + _MERGED_ROWS]
                 rows = self._stack.predict(clients, (part.x.repeat(c, *[1] * (part.x.dim() - 1)),))
                 outputs = rows[0] if self.shape == "whole" else predict(clients, rows)[0]
                 y = part.y.repeat(c)
