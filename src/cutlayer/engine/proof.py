@@ -2,7 +2,7 @@
 
 Three copies with different weights, on a few different rows: outputs, all gradients and buffers in training mode
 (dropout masks included), outputs in evaluation mode, compared in double precision, where rounding is no excuse. What
-differs, draws by itself, or cannot be run so, is named. What depends on values that the few rows don't have is not seen.
+differs, draws by itself, or cannot be run so, is named. What depends on values that these rows don't have is not seen.
 """
 
 from __future__ import annotations
