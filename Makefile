@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Ten clients of a small model are many small operations: one thread per process is fastest.
-export OMP_NUM_THREADS ?= 1
+# Tests run in two processes: one thread each.
+test test-slow golden: export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test test-slow check bench golden clean
 
