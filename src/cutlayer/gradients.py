@@ -32,6 +32,17 @@ def means(losses: Tensor, sizes: Sequence[int]) -> Tensor:
     return torch.cat([losses.mean().view(1), client_means(losses, sizes)])
 
 
+def means_of_clients(own: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The same from the clients' own mean losses [C]: [1 + C]."""
+    share = torch.tensor(list(sizes), dtype=own.dtype, device=own.device) / sum(sizes)
+    return torch.cat([(share @ own).view(1), own])
+
+
+def gradient_of(tensor: Tensor) -> Tensor:
+    """A tensor's gradient; zeros where nothing reached it."""
+    return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+
+
 def own(gradient: Rows, smashed: Smashed, scale: str = "own") -> CutGradients:
     """Every client gets its own slice of `gradient` = dLoss/d(smashed data), each [R, s...].
 
@@ -52,9 +63,14 @@ def scaled(gradient: Rows, sizes: Sequence[int], scale: str, union: int | None =
     if len(set(sizes)) == 1:
         return tuple(g * (total / sizes[0]) for g in gradient)
     factors = spread([total / size for size in sizes], sizes)
-    return tuple(g * factors.to(g.device, g.dtype).view(-1, *[1] * (g.dim() - 1)) for g in gradient)
+    return tuple(g * column(factors, g) for g in gradient)
 
 
 def spread(values: Sequence[float], sizes: Sequence[int]) -> Tensor:
     """One value per client -> one per row: [R], in double precision, on the CPU."""
     return torch.repeat_interleave(torch.tensor(list(values), dtype=torch.float64), torch.tensor(list(sizes)))
+
+
+def column(values: Tensor, rows: Tensor) -> Tensor:
+    """Row-wise values [R] as a factor of rows [R, s...]."""
+    return values.to(rows.device, rows.dtype).view(-1, *[1] * (rows.dim() - 1))

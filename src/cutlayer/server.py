@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from cutlayer import seeds
 from cutlayer.averaging import average_into
 from cutlayer.errors import NonFiniteError
-from cutlayer.gradients import means, row_losses
+from cutlayer.gradients import gradient_of, means, means_of_clients, row_losses
 from cutlayer.optim import MakeOptimizer, load_optimizer, set_lr
-from cutlayer.types import Rows, Smashed, TailGradients
+from cutlayer.types import Rows, Smashed, TailGradients, as_tuple
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Server:
         if not self.model.training:
             self.model.train()
         with seeds.torch_seeded(self.seed, "server", self._steps, device=smashed.labels.device):
-            outputs = _as_rows(self.model(rows))
+            outputs = as_tuple(self.model(rows))
         self._pending = (rows, outputs)
         return outputs
 
@@ -84,7 +84,7 @@ class Server:
         """The server's outputs in eval mode, for evaluation. All clients share the one server model."""
         self.model.eval()
         with torch.no_grad():
-            return _as_rows(self.model(rows))
+            return as_tuple(self.model(rows))
 
     def step_in_turn(self, smashed: Smashed, order: Sequence[int]) -> ServerStep:
         """One step on each client's rows alone, client after client in `order` (SplitFed V2).
@@ -150,7 +150,7 @@ class Server:
         for p in self._weights:
             p.grad = None
         backward()
-        gradient = tuple(torch.zeros_like(r) if r.grad is None else r.grad for r in rows if r.is_floating_point())
+        gradient = tuple(gradient_of(r) for r in rows if r.is_floating_point())
         for g in gradient:
             if not finite(g):
                 raise NonFiniteError("cut gradient", culprits(smashed, g.flatten(1).sum(1)))
@@ -162,16 +162,11 @@ class Server:
         return gradient
 
 
-def _as_rows(outputs: Tensor | Rows) -> Rows:
-    return outputs if isinstance(outputs, tuple) else (outputs,)
-
-
 def _together(steps: list[ServerStep], smashed: Smashed) -> ServerStep:
     """Several steps, one per client, as one: mean loss over all rows, gradients concatenated."""
     rows = tuple(torch.cat(parts) for parts in zip(*(step.gradient for step in steps), strict=True))
     losses = torch.stack([step.means[0] for step in steps])
-    shares = torch.tensor(smashed.sizes, dtype=losses.dtype, device=losses.device) / len(smashed)
-    return ServerStep(torch.cat([(shares @ losses).view(1), losses]), rows, steps[0].lr)
+    return ServerStep(means_of_clients(losses, smashed.sizes), rows, steps[0].lr)
 
 
 def finite(*tensors: Tensor) -> bool:

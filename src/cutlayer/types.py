@@ -180,6 +180,11 @@ class Evaluation:
         return sum(self.losses.values()) / len(self.losses)
 
 
+def as_tuple(given: Tensor | Rows) -> Rows:
+    """What a part of a model gave, one tensor or several, as several."""
+    return given if isinstance(given, tuple) else (given,)
+
+
 def as_matrix(rows: Tensor, last: bool) -> Tensor:
     """[R, s...] -> [R, numbers of a row], with an image's channels `last` or first: a view, where they lie so."""
     return (rows.permute(0, 2, 3, 1) if last else rows).reshape(len(rows), math.prod(rows.shape[1:]))

@@ -24,9 +24,8 @@ class Batches:
         self.names = list(range(len(rows))) if names is None else list(names)
         self.counts = np.array([len(r) for r in rows], np.int64)  # samples of each client, n
         self.per_epoch = -(-self.counts // batch)  # batches in an epoch: ceil(n / b)
-        self.drawn = np.zeros(
-            len(rows), np.int64
-        )  # batches drawn so far: the clients' clocks, and all the state there is
+        # Batches drawn so far: the clients' clocks, and all the state there is.
+        self.drawn = np.zeros(len(rows), np.int64)
         self._first = np.concatenate([[0], np.cumsum(self.counts)])[:-1]
         self._rows = np.concatenate(rows)
         self._order = self._rows.copy()

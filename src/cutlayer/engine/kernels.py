@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cutlayer.types import channels_last
+
 Pair = tuple[int, int]
 
 _NEAR = 1 << 20  # bytes that stay close to a core anyway
@@ -193,7 +195,7 @@ class LoopedConvolution(torch.autograd.Function):
         """Client by client; the input's in one where the weights are alike."""
         x, weight = ctx.x, ctx.weight
         ctx.x = ctx.weight = None
-        g = gradients[0].contiguous(memory_format=torch.channels_last if _channels_last(x) else torch.contiguous_format)
+        g = gradients[0].contiguous(memory_format=torch.channels_last if channels_last(x) else torch.contiguous_format)
         w, size = weight.to(x.dtype), len(x) // len(weight)
         at_once = ctx.alike and ctx.needs_input_grad[0]
         needs = (ctx.needs_input_grad[0] and not at_once, True, ctx.biased)
@@ -227,10 +229,6 @@ def _fetch(weight: Tensor) -> None:
     """Bring weights that have left the cache back in one quick sweep: products of small matrices fetch them slowly."""
     if weight.nbytes > _NEAR and weight.device.type == "cpu":
         weight.sum()
-
-
-def _channels_last(x: Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def _autocast(x: Tensor) -> torch.dtype | None:

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from cutlayer.engine.proof import close, exact, jittered, run_alone
+from cutlayer.gradients import gradient_of
 from cutlayer.models.parts import Part
 from cutlayer.models.trace import pool_first
-from cutlayer.types import Rows, channels_last
+from cutlayer.types import Rows, as_tuple, channels_last
 
 
 def quicker(client: nn.Module, server: nn.Module, example: Tensor) -> tuple[nn.Module, nn.Module]:
@@ -42,8 +43,7 @@ def quicker(client: nn.Module, server: nn.Module, example: Tensor) -> tuple[nn.M
 def smashed(client: nn.Module, example: Tensor) -> Rows:
     """What the client part gives for `example`; nothing is drawn, no statistics are kept."""
     with torch.no_grad():
-        given: Rows = copy.deepcopy(client).eval()(example)
-    return given if isinstance(given, tuple) else (given,)
+        return as_tuple(copy.deepcopy(client).eval()(example))
 
 
 def _changed(part: nn.Module) -> nn.Module:
@@ -70,9 +70,5 @@ def _same(part: nn.Module, changed: nn.Module, rows: Rows, changed_rows: Rows) -
             torch.autograd.backward(given, weights)
         except RuntimeError:
             return False
-        results.append([*given, *(_grad(t) for t in (*mine, *twin.parameters())), *twin.buffers()])
+        results.append([*given, *(gradient_of(t) for t in (*mine, *twin.parameters())), *twin.buffers()])
     return close(list(zip(*results, strict=True)))
-
-
-def _grad(tensor: Tensor) -> Tensor:
-    return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad

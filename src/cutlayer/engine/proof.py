@@ -19,9 +19,10 @@ from torch.overrides import TorchFunctionMode
 
 from cutlayer.engine.lowering import EMBEDDING, NotStackableError
 from cutlayer.engine.stack import Group, Stack
+from cutlayer.gradients import gradient_of
 from cutlayer.models.parts import Part
 from cutlayer.optim import MakeOptimizer
-from cutlayer.types import Rows, channels_last, select
+from cutlayer.types import Rows, as_tuple, channels_last, select
 
 _COPIES = 3
 _EMBEDDING = f"it has {EMBEDDING}"
@@ -128,8 +129,8 @@ def _difference(stack: Stack, copies: list[nn.Module], rows: Rows) -> str:
         alone = run_alone(module.train(), mine, k, alone_log)
         torch.autograd.backward([a for a in alone if a.requires_grad], [w[span] for w in weights])
         pairs = [(a, g[span]) for a, g in zip(alone, given, strict=True)]
-        pairs += [(_grad(m), _grad(r)[span]) for m, r in zip(mine, rows, strict=True) if r.requires_grad]
-        pairs += [(_grad(p), _stacked_grad(group, name)[k]) for name, p in module.named_parameters()]
+        pairs += [(gradient_of(m), gradient_of(r)[span]) for m, r in zip(mine, rows, strict=True) if r.requires_grad]
+        pairs += [(gradient_of(p), _stacked_gradient(group, name)[k]) for name, p in module.named_parameters()]
         pairs += [(b, group.buffers[name][k]) for name, b in module.named_buffers()]
         if not close(pairs):
             return _first_mixing(log, alone_log, span) or "it keeps state of its own, or its rows influence each other"
@@ -161,8 +162,7 @@ def run_alone(module: nn.Module, rows: Rows, seed: int, mode: AbstractContextMan
     """A module on its own rows, drawing (dropout) from a generator with this seed."""
     with torch.random.fork_rng(devices=[]), mode or nullcontext():
         torch.default_generator.manual_seed(seed)
-        given = module(rows)
-    return given if isinstance(given, tuple) else (given,)
+        return as_tuple(module(rows))
 
 
 def close(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
@@ -220,13 +220,9 @@ def _first_mixing(together: _Log, alone: _Log, span: slice) -> str:
     return ""
 
 
-def _grad(tensor: Tensor) -> Tensor:
-    return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
-
-
-def _stacked_grad(group: Group, name: str) -> Tensor:
+def _stacked_gradient(group: Group, name: str) -> Tensor:
     """The gradient of a stacked parameter, its factors multiplied."""
-    total = _grad(group.parameters[name])
+    total = gradient_of(group.parameters[name])
     for left in group.factors.get(name, []):
         total = total + left.product()
     return total

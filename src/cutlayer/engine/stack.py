@@ -22,7 +22,7 @@ from torch.func import functional_call, vmap
 from cutlayer.engine.kernels import Factors
 from cutlayer.engine.lowering import Lowered
 from cutlayer.optim import MakeOptimizer, rule_of, set_lr
-from cutlayer.types import Rows
+from cutlayer.types import Rows, as_tuple
 
 Generators = Callable[[int], torch.Generator]
 """Client -> its random stream in this forward pass."""
@@ -257,7 +257,7 @@ class Stack:
                 given = self.module(rows)
         finally:
             self._install({})
-        return given if isinstance(given, tuple) else (given,)
+        return as_tuple(given)
 
     def _mapped(self, group: Group, rows: Rows) -> Rows:
         """The same through `vmap`, for modules that use their parameters in ways that are not lowered."""
@@ -268,7 +268,7 @@ class Stack:
 
         apart = tuple(r.view(clients, -1, *r.shape[1:]) for r in rows)
         given = vmap(one, randomness="error")(group.parameters, group.buffers, apart)
-        return tuple(g.flatten(0, 1) for g in (given if isinstance(given, tuple) else (given,)))
+        return tuple(g.flatten(0, 1) for g in as_tuple(given))
 
     def _install(self, tensors: Mapping[str, Tensor]) -> None:
         """Put these tensors in the places of the module's own parameters and buffers (or its own back)."""

@@ -22,7 +22,7 @@ from cutlayer.data.samples import Samples
 from cutlayer.engine.base import Clients, SimulatedCohort, evaluation, model_bytes
 from cutlayer.engine.stack import Generators, Group, Stack, descend
 from cutlayer.errors import NonFiniteError
-from cutlayer.gradients import row_losses
+from cutlayer.gradients import gradient_of, means_of_clients, row_losses
 from cutlayer.optim import MakeOptimizer, rule_of
 from cutlayer.server import Server, ServerStep, culprits, finite
 from cutlayer.types import CutGradients, Evaluation, Rows, Smashed, Step, TailGradients, select
@@ -228,13 +228,12 @@ class StackedServer(Server):
             except NonFiniteError as error:  # the rows that came may be to blame
                 raise NonFiniteError(error.what, culprits(smashed) or error.clients) from None
             own[torch.from_numpy(group.at)] = losses.mean(1).to(own.dtype)
-            parts.append(tuple(_gradient(r) for r in rows if r.is_floating_point()))
+            parts.append(tuple(gradient_of(r) for r in rows if r.is_floating_point()))
             if not finite(*parts[-1]):
                 raise NonFiniteError("cut gradient", culprits(smashed) or tuple(group.clients.tolist()))
             check_weights(group, "server's weight gradient")
             self._stack.step(group, self._rate(1.0))
-        share = torch.tensor(smashed.sizes, dtype=own.dtype, device=own.device) / len(smashed)
-        return ServerStep(torch.cat([(share @ own).view(1), own]), merged(parts, groups), self._rate(1.0))
+        return ServerStep(means_of_clients(own, smashed.sizes), merged(parts, groups), self._rate(1.0))
 
     def _take_step(self, lr: float) -> None:
         """Plain gradient descent by hand: for a small model the optimiser's own bookkeeping takes longer."""
@@ -315,10 +314,5 @@ def _together(parts: list[tuple[tuple[int, ...], Tensor, tuple[int, ...]]]) -> S
     """One local step from those of several blocks of clients: (clients, their own mean losses, their rows) each."""
     own = torch.cat([losses for _, losses, _ in parts])
     sizes = [n for _, _, of in parts for n in of]
-    share = torch.tensor(sizes, dtype=own.dtype, device=own.device) / sum(sizes)
     clients = tuple(k for who, _, _ in parts for k in who)
-    return Step(torch.cat([(share @ own).view(1), own]), clients, sum(sizes))
-
-
-def _gradient(row: Tensor) -> Tensor:
-    return torch.zeros_like(row) if row.grad is None else row.grad
+    return Step(means_of_clients(own, sizes), clients, sum(sizes))

@@ -19,10 +19,10 @@ from cutlayer.data.samples import Samples
 from cutlayer.engine.base import EVALUATION_ROWS, Clients, SimulatedCohort, evaluation, model_bytes
 from cutlayer.engine.proof import close, drawing, exact
 from cutlayer.errors import NonFiniteError
-from cutlayer.gradients import means, row_losses, spread
+from cutlayer.gradients import column, means, row_losses, spread
 from cutlayer.optim import MakeOptimizer, set_lr
 from cutlayer.server import Server, ServerStep, culprits, finite
-from cutlayer.types import CutGradients, Evaluation, Rows, Smashed, Step, TailGradients
+from cutlayer.types import CutGradients, Evaluation, Rows, Smashed, Step, TailGradients, as_tuple
 
 
 class UnionCohort(SimulatedCohort):
@@ -87,7 +87,7 @@ class UnionCohort(SimulatedCohort):
         with torch.no_grad():
             for start in range(0, len(samples), EVALUATION_ROWS):
                 part = samples[start : start + EVALUATION_ROWS]
-                rows = _as_rows(self._model((part.x,)))
+                rows = as_tuple(self._model((part.x,)))
                 outputs = rows[0] if self.shape == "whole" else predict([0], rows)[0]
                 correct += int((outputs.argmax(1) == part.y).sum())
                 loss += float(row_losses(outputs, part.y).sum())
@@ -111,7 +111,7 @@ class UnionCohort(SimulatedCohort):
         batch, sizes, _ = self._draw(asked)
         self._asked, self._sizes = asked, tuple(sizes.tolist())
         self._model.train()
-        self._given = _as_rows(self._model((batch.x,)))
+        self._given = as_tuple(self._model((batch.x,)))
         return batch
 
     def _step(self, outputs: list[Tensor], gradients: list[Tensor]) -> None:
@@ -174,8 +174,8 @@ def row_by_row(part: nn.Module, rows: Rows) -> bool:
     wide = tuple(r.double() if r.is_floating_point() else r for r in rows)
     with torch.no_grad(), torch.random.fork_rng(devices=[]), drawing(wide[0].device) as drew:
         try:
-            together = _as_rows(twin(wide))
-            apart = [_as_rows(twin(tuple(r[i : i + 1] for r in wide))) for i in range(len(wide[0]))]
+            together = as_tuple(twin(wide))
+            apart = [as_tuple(twin(tuple(r[i : i + 1] for r in wide))) for i in range(len(wide[0]))]
         except (RuntimeError, ValueError):  # batch normalisation of features refuses single rows
             return False
     alone = [torch.cat(parts) for parts in zip(*apart, strict=True)]
@@ -199,12 +199,3 @@ def check_done(weights: Mapping[int, float], samples: Sequence[int], asked: Sequ
 def rows_of(sizes: Sequence[int]) -> Tensor:
     """For each row, how many its client has: [R]."""
     return spread([float(n) for n in sizes], sizes)
-
-
-def column(values: Tensor, rows: Tensor) -> Tensor:
-    """Row-wise values [R] as a factor of rows [R, s...]."""
-    return values.to(rows.device, rows.dtype).view(-1, *[1] * (rows.dim() - 1))
-
-
-def _as_rows(given: Tensor | Rows) -> Rows:
-    return given if isinstance(given, tuple) else (given,)
