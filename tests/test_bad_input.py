@@ -105,7 +105,7 @@ FLAGS: list[tuple[str, list[str]]] = [
     ("run --clients 2.5", ["clients = 2.5", "integer"]),
     ("run --model mlp --clients 5000", ["clients=5000", "training samples", "at most"]),
     ("run --model mlp --samples-per-client 900", ["samples_per_client=900", "at most 129 samples per client"]),
-    ("run --model mlp --samples-per-client 9 --partition shards", ["samples_per_client=9", "'shards'", "leave it out"]),
+    ("run --model mlp --samples-per-client 9 --partition column", ["samples_per_client=9", "'column'", "leave it out"]),
     ("run --model mlp --partition dirichlet --dirichlet-alpha 0", ["dirichlet_alpha = 0", "greater than 0"]),
     ("run --model mlp --partition column", ["client column", "client_column", "another partition"]),
     ("run --model mlp --clients 50 --partition quantity --quantity exponential", ["client", "none", "fewer clients"]),

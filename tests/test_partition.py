@@ -74,6 +74,16 @@ def test_samples_per_client_takes_just_so_many(case: tuple[np.ndarray, int, int]
     assert rows.max() < len(labels)
 
 
+@pytest.mark.parametrize("how", ["dirichlet", "shards", "quantity"])
+def test_samples_per_client_is_the_mean_where_sizes_differ(how: str) -> None:
+    parts = partition(LABELS, 4, how, seed=0, samples_per_client=60)
+    rows = np.concatenate(parts)
+    assert len(rows) == len(np.unique(rows)) == 240
+    assert all(len(part) for part in parts)
+    taken = partition(LABELS, 4, "iid", seed=0, samples_per_client=60)
+    assert same([np.sort(rows)], [np.sort(np.concatenate(taken))])
+
+
 @brisk
 @given(cases(), st.integers(1, 4))
 def test_shards_deals_every_row_once(case: tuple[np.ndarray, int, int], each: int) -> None:
@@ -213,7 +223,7 @@ def test_the_library_prints_nothing(
         (ConfigError, ["'dirichlett'", "did you mean 'dirichlet'?"], 5, "dirichlett", {}),
         (ConfigError, ["clients=0", "1 or more"], 0, "iid", {}),
         (DataError, ["clients=601", "600 training samples", "at most 600"], 601, "iid", {}),
-        (ConfigError, ["samples_per_client=9", "'shards'", "'iid'"], 5, "shards", {"samples_per_client": 9}),
+        (ConfigError, ["samples_per_client=9", "'column'", "another partition"], 5, "column", {"samples_per_client": 9}),
         (ConfigError, ["samples_per_client=0", "1 or more"], 5, "iid", {"samples_per_client": 0}),
         (DataError, ["samples_per_client=200", "1000", "600", "at most 120", "fewer clients"], 5, "iid",
          {"samples_per_client": 200}),

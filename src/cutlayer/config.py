@@ -92,7 +92,7 @@ class CommonConfig(_Config):
     quantity: Annotated[Literal["linear", "square", "exponential"], Parameter(group=CLIENTS)] = "linear"
     """How client sizes grow in the partition `quantity`."""
     samples_per_client: Annotated[int | None, Parameter(group=CLIENTS)] = Field(None, ge=1)
-    """Use only so many samples per client (partition iid; the paper: 1000). Default: share out all."""
+    """Use only so many samples per client, on average where sizes differ (the paper: 1000). Default: share out all."""
     participation: Annotated[float, Parameter(group=CLIENTS)] = Field(1.0, gt=0, le=1)
     """Fraction of the clients that takes part in a round, drawn afresh each round."""
 

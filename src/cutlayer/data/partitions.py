@@ -45,8 +45,8 @@ def partition(
     """Deal the training samples with `labels` [n] (integers) to `clients` clients.
 
     Returns one ascending int64 array of row numbers per client; none is empty, no row is in two, and together they
-    are all rows, except that with `samples_per_client` (iid only) every client gets just so many. The same arguments
-    always give the same result.
+    are all rows, or with `samples_per_client` just C times so many, drawn at random (iid: each client gets just that
+    number; else it is their mean). The same arguments always give the same result.
 
     how="iid": client sizes differ by at most one.
     how="dirichlet": `dirichlet_alpha` > 0; drawn again, up to ten times, while a client remains without samples.
@@ -60,9 +60,9 @@ def partition(
     rows = len(y)
     _check(rows, clients, how, samples_per_client)
     order = seeds.generator(seed, "partition", "shuffle").permutation(rows)
+    order = order if samples_per_client is None else order[: clients * samples_per_client]
     if how == "iid":
-        kept = order if samples_per_client is None else order[: clients * samples_per_client]
-        parts: list[Any] = np.array_split(kept, clients)
+        parts: list[Any] = np.array_split(order, clients)
     elif how == "dirichlet":
         parts = _dirichlet(y, order, clients, dirichlet_alpha, seed)
     elif how == "shards":
@@ -90,10 +90,10 @@ def _check(rows: int, clients: int, how: str, samples_per_client: int | None) ->
         raise DataError(f"clients={clients} is more than the {rows} training samples: use at most {rows} clients")
     if samples_per_client is None:
         return
-    if how != "iid":
+    if how == "column":
         raise ConfigError(
-            f"samples_per_client={samples_per_client} has no effect on the partition {how!r}: use partition 'iid', or "
-            "leave it out"
+            f"samples_per_client={samples_per_client} has no effect on the partition 'column': use another partition, "
+            "or leave it out"
         )
     if samples_per_client < 1:
         raise ConfigError(f"samples_per_client={samples_per_client} is too few: use 1 or more")
@@ -126,7 +126,7 @@ def _dirichlet(y: npt.NDArray[Any], order: Indices, clients: int, alpha: float, 
         if not empty:
             return parts
     raise DataError(
-        f"client {empty[0]} would get none of the {len(y)} training samples with dirichlet_alpha={alpha} and "
+        f"client {empty[0]} would get none of the {len(order)} training samples with dirichlet_alpha={alpha} and "
         f"{clients} clients ({_DIRICHLET_TRIES} draws tried): raise dirichlet_alpha or use fewer clients"
     )
 
@@ -135,10 +135,10 @@ def _shards(y: npt.NDArray[Any], order: Indices, clients: int, each: int, seed: 
     if each < 1:
         raise ConfigError(f"shards_per_client={each} is too few: use 1 or more")
     total = clients * each
-    if total > len(y):
+    if total > len(order):
         raise DataError(
-            f"shards_per_client={each} for {clients} clients makes {total} shards of {len(y)} training samples, and "
-            f"client {clients - 1} could get an empty one: use at most {len(y) // clients} shards per client"
+            f"shards_per_client={each} for {clients} clients makes {total} shards of {len(order)} training samples, and "
+            f"client {clients - 1} could get an empty one: use at most {len(order) // clients} shards per client"
         )
     by_label = order[np.argsort(y[order], kind="stable")]  # equal labels stay shuffled
     shards = np.array_split(by_label, total)

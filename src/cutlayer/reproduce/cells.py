@@ -1,0 +1,173 @@
+"""What the paper's tables need trained: cells, one configuration each, at three sizes.
+
+A cell is trained once whichever tables use it. Its name is its folder, so that a later call finds it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from cutlayer.config import RunConfig
+
+SizeName = Literal["smoke", "reduced", "full"]
+When = tuple[Literal["always", "initial", "final"], float]
+
+ALPHAS = (0.0, 0.5, 1.0, 1.5, 2.0)  # Table 1; 0: no SplitLr
+ALPHAS_WITH_PHI = (0.0, 0.5, 1.0)  # Table 2
+PHIS = (0.0, 0.25, 0.5, 0.75)  # Table 2; 0: no SplitAvg
+PHASES: dict[str, When] = {  # Table 3, at phi = 1 and alpha = 1
+    "initial 60 %": ("initial", 0.6),
+    "initial 40 %": ("initial", 0.4),
+    "final 60 %": ("final", 0.6),
+    "final 40 %": ("final", 0.4),
+    "full": ("always", 1.0),
+}
+METHODS = ("cl", "fl", "sglr", "sfl", "psl")  # Table 4
+SKEWED_METHODS = ("fl", "psl", "slr", "sfl", "sglr")  # beyond the paper
+SKEWS: dict[str, dict[str, Any]] = {
+    "dirichlet .1": {"partition": "dirichlet", "dirichlet_alpha": 0.1},
+    "dirichlet .5": {"partition": "dirichlet", "dirichlet_alpha": 0.5},
+    "2 shards": {"partition": "shards", "shards_per_client": 2},
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is trained. Rates in `rates` are what each method of Table 4 is tuned over; `evaluations` and
+    `curve_evaluations` (Table 4's methods) are how often a run is evaluated, on the models of `eval_clients` clients.
+    """
+
+    model: str
+    clients: tuple[int, ...]
+    epochs: int
+    seeds: tuple[int, ...]
+    samples_per_client: int
+    validation: int
+    evaluations: int
+    curve_evaluations: int
+    eval_clients: int | None
+    methods_model: str
+    methods_clients: int
+    rates: tuple[float, ...]
+    skewed_clients: int
+    engine: Literal["auto", "local"] = "auto"
+
+
+SIZES: dict[str, Size] = {
+    "smoke": Size("mlp", (1, 2, 5), 2, (0, 1), 100, 500, 2, 2, 2, "mlp", 5, (1e-3, 3e-3), 5),
+    "reduced": Size("cnn", (1, 2, 5, 10, 20), 20, (0, 1, 2), 1000, 1000, 4, 10, 3, "cnn", 5, (3e-4, 1e-3, 3e-3), 10),
+    "full": Size(
+        "resnet16",
+        (1, 2, 4, 6, 8, 10, 15, 20),
+        200,
+        (0, 1, 2),
+        1000,
+        10000,
+        40,
+        40,
+        None,
+        "alexnet",
+        5,
+        (3e-4, 1e-3, 3e-3),
+        10,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One configuration, to be trained once per seed."""
+
+    name: str
+    config: RunConfig
+
+    def at(self, seed: int) -> RunConfig:
+        """The configuration with that seed."""
+        return self.config.model_copy(update={"seed": seed})
+
+    @property
+    def weight(self) -> int:
+        """Samples that one of its runs trains on: what it costs, about."""
+        return (self.config.samples_per_client or 0) * self.config.clients * self.config.epochs
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cells of a reproduction at one size, on one data set and device."""
+
+    size: Size
+    data: str
+    device: str = "cpu"
+
+    def grid(self, clients: int, alpha: float, phi: float, phase: str | None = None) -> Cell:
+        """A cell of Tables 1 to 3. With one client, alpha and phi change nothing (identity 1): one cell for all."""
+        own: dict[str, Any] = {}
+        if clients == 1:
+            return self._cell("C1/psl", 1, "psl", {})
+        algorithm = {(False, False): "psl", (True, False): "slr", (False, True): "sgl", (True, True): "sglr"}[
+            alpha > 0, phi > 0
+        ]
+        own |= {"alpha": alpha} if alpha > 0 else {}
+        own |= {"phi": phi} if phi > 0 else {}
+        name = f"C{clients}/alpha-{alpha:g}-phi-{phi:g}"
+        if phase is not None:
+            when, until = PHASES[phase]
+            own |= {"phi_when": when} | ({} if when == "always" else {"phi_until": until})
+            name += "" if when == "always" else f"-{when}-{until:g}"
+        return self._cell(name, clients, algorithm, own)
+
+    def method(self, algorithm: str, rate: float) -> Cell:
+        """A cell of Table 4: one method at one learning rate."""
+        s = self.size
+        own = {"client_lr": rate, "eval_every": max(1, s.epochs // s.curve_evaluations), "model": s.methods_model}
+        name = f"methods/{algorithm}-rate-{rate:g}"
+        return self._cell(name, s.methods_clients, algorithm, own)
+
+    def skewed(self, algorithm: str, skew: str) -> Cell:
+        """A cell beyond the paper: one method on clients whose labels are skewed. All clients are evaluated."""
+        own = {**SKEWS[skew], "eval_clients": None}
+        return self._cell(f"{skew.replace(' ', '-')}/{algorithm}", self.size.skewed_clients, algorithm, own)
+
+    def table1(self) -> Iterator[Cell]:
+        """SplitLr: alpha by number of clients."""
+        yield from (self.grid(c, alpha, 0) for c in self.size.clients for alpha in ALPHAS)
+
+    def table2(self) -> Iterator[Cell]:
+        """SplitLr and SplitAvg: alpha and phi by number of clients."""
+        yield from (self.grid(c, alpha, phi) for c in self.size.clients for alpha in ALPHAS_WITH_PHI for phi in PHIS)
+
+    def table3(self) -> Iterator[Cell]:
+        """Phased SplitAvg at phi = 1, alpha = 1."""
+        for clients in self.size.clients:
+            yield self.grid(clients, 1, 0)
+            yield from (self.grid(clients, 1, 1, phase) for phase in PHASES)
+
+    def table4(self) -> Iterator[Cell]:
+        """The methods, each at each rate."""
+        yield from (self.method(algorithm, rate) for algorithm in METHODS for rate in self.size.rates)
+
+    def skew(self) -> Iterator[Cell]:
+        """The methods under label skew."""
+        yield from (self.skewed(algorithm, skew) for skew in SKEWS for algorithm in SKEWED_METHODS)
+
+    def _cell(self, name: str, clients: int, algorithm: str, own: dict[str, Any]) -> Cell:
+        s = self.size
+        options: dict[str, Any] = {
+            "algorithm": algorithm,
+            "data": self.data,
+            "model": s.model,
+            "clients": clients,
+            "samples_per_client": s.samples_per_client,
+            "validation": s.validation,
+            "epochs": s.epochs,
+            "eval_every": max(1, s.epochs // s.evaluations),
+            "eval_clients": None if s.eval_clients is None or s.eval_clients >= clients else s.eval_clients,
+            "device": self.device,
+            "engine": s.engine,
+            **own,
+        }
+        config = RunConfig.of({k: v for k, v in options.items() if v is not None})
+        config.check((algorithm,), frozenset())
+        return Cell(name, config)
