@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cutlayer import CompareConfig, RunConfig
 from cutlayer.catalog import ALGORITHMS
-from cutlayer.config import CommonConfig, all_specific, applicable, read_toml
+from cutlayer.config import CommonConfig, FleetConfig, all_specific, applicable, read_toml
 
 NAMES = st.text(st.characters(exclude_categories=("Cs",)), max_size=8)
 WHOLE, POSITIVE = st.integers(1, 2**40), st.floats(0, 1e30, exclude_min=True)
@@ -29,6 +29,20 @@ def words(*values: str) -> st.SearchStrategy[str]:
 
 # Something for every option but rounds, epochs and their like, of which only one may be there.
 VALUES: dict[str, st.SearchStrategy[Any]] = {
+    "client_device": NAMES,
+    "server_device": NAMES,
+    "link": NAMES,
+    "up_mbps": POSITIVE,
+    "down_mbps": POSITIVE,
+    "latency_ms": st.floats(0, 1e9),
+    "server_mbps": POSITIVE,
+    "multicast": st.booleans(),
+    "utilisation": ABOVE_ZERO,
+    "speed_spread": st.floats(0, 5),
+    "rate_spread": st.floats(0, 5),
+    "stragglers": UNIT,
+    "straggler_slowdown": st.floats(1, 1e9),
+    "profiles": NAMES,
     "data": NAMES,
     "data_format": words("auto", "npz", "csv", "idx", "images", "huggingface"),
     "label_column": NAMES,
@@ -86,6 +100,8 @@ def values(draw: st.DrawFn, algorithms: tuple[str, ...]) -> dict[str, Any]:
     """Any options that the algorithms have."""
     useful = frozenset[str]().union(*(applicable(a) for a in algorithms))
     found = draw(st.fixed_dictionaries({}, optional=VALUES)) | draw(LENGTH) | draw(LOCAL)
+    if "client_device" not in found:
+        found = {k: v for k, v in found.items() if k not in FleetConfig.model_fields}
     if "ussl" in algorithms:
         found.setdefault("tail_cut", "hidden3")
     return {k: v for k, v in found.items() if k in useful or k not in all_specific()}

@@ -9,7 +9,8 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,11 @@ from torch import nn
 
 from cutlayer import seeds
 from cutlayer.catalog import ALGORITHMS, MODELS
-from cutlayer.cohort import draw_participants
+from cutlayer.cohort import Cohort, draw_participants
 from cutlayer.config import RunConfig
+from cutlayer.costs.clock import Clock, ClockedCohort
+from cutlayer.costs.fleet import fleet
+from cutlayer.costs.flops import ModelFlops, count
 from cutlayer.costs.ledger import Ledger, MeteredCohort
 from cutlayer.data import Source, class_counts, from_arrays, from_dataset, load, partition
 from cutlayer.engine.base import ClientModel, Clients, Shape
@@ -57,20 +61,29 @@ _SERVER_SEES_ONE_CLIENT = {"ssl", "sflv1", "sflv2", "sflv3"}
 _LARGEST_RATE = 30  # as a power of ten: what is more overflows float32 at the first step
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Training:
     """All that a run needs: the cohort counts into `ledger`; `rounds` to do; `counts` [C, K] samples per class;
-    `engine` says how clients are simulated.
+    `engine` says how clients are simulated; `clock` runs where the machines are known. `parts` is the model as cut, with
+    an `example` [n, ...] of its inputs.
     """
 
     source: Source
     server: Server
-    clients: MeteredCohort
+    clients: Cohort
     ledger: Ledger
     rounds: int
     rounds_per_epoch: int
     counts: np.ndarray
     engine: str
+    parts: Parts
+    example: torch.Tensor
+    clock: Clock | None = None
+
+    @cached_property
+    def flops(self) -> ModelFlops:
+        """FLOPs per sample of the parts."""
+        return count(self.parts, self.example)
 
 
 def assemble(config: RunConfig, model: Model | None = None, data: Data | None = None) -> Training:
@@ -79,6 +92,7 @@ def assemble(config: RunConfig, model: Model | None = None, data: Data | None = 
     Raises UsageError (ConfigError, DataError, CutError) with the value, the reason and the remedy.
     """
     device = _device(config)
+    machines = fleet(config, config.clients)
     source = load_source(config, data)
     parts = _partition(config, source)
     owners = [np.concatenate(parts)] if config.algorithm == "cl" else parts
@@ -122,7 +136,16 @@ def assemble(config: RunConfig, model: Model | None = None, data: Data | None = 
     if config.algorithm == "cl":
         ledger.add("up", "raw data", 0, _raw_bytes(source, owners[0]))
     counts = class_counts(source.train.y, parts, source.classes)
-    return Training(source, server, MeteredCohort(cohort, ledger), ledger, rounds, per_epoch, counts, engine)
+    metered = MeteredCohort(cohort, ledger)
+    training = Training(source, server, metered, ledger, rounds, per_epoch, counts, engine, split, example)
+    if machines is None:
+        return training
+    clock = Clock(machines)
+    if config.algorithm == "cl":  # who trains is the server, once everybody's data have come
+        clock.begin(range(config.clients))
+        clock.upload(8.0 * np.array([_raw_bytes(source, p) for p in parts]))
+    clocked = ClockedCohort(metered, clock, training.flops, config.batch, central=config.algorithm == "cl")
+    return replace(training, clients=clocked, clock=clock)
 
 
 def _device(config: RunConfig) -> torch.device:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import sys
 import time
 import warnings
@@ -31,10 +33,13 @@ from cutlayer.allocator import keep_memory
 from cutlayer.catalog import ALGORITHMS, DATA_FORMATS, DATASETS, MODELS
 from cutlayer.config import CompareConfig, RunConfig, applicable, explain, overlaid, read_toml
 from cutlayer.errors import ConfigError, CutlayerError
+from cutlayer.files import replace_file
 from cutlayer.report.text import format_bytes
+from cutlayer.reproduce.cells import SizeName
 
 if TYPE_CHECKING:
     from cutlayer.compare import Comparison, Row
+    from cutlayer.reproduce.reproduction import Reproduction
     from cutlayer.run import Record, Result, Run
 
 FILES = Group("Files", sort_key=9)
@@ -143,7 +148,51 @@ def report(folder: _Folder) -> None:
         out.print(str(path), soft_wrap=True)
 
 
-@app.command(name="list", sort_key=5)
+@app.command(sort_key=5)
+def reproduce(
+    *tables: str,
+    size: SizeName = "smoke",
+    out: _Out = None,
+    data: str = "fashion-mnist",
+    device: str = "cpu",
+    jobs: int | None = None,
+) -> None:
+    """Train what the SGLR paper's tables are made of and write them beside the paper's, with a verdict on each claim.
+
+    The same command in the same folder goes on where it was; other tables can be added there. What is trained already
+    is never trained again.
+
+    Parameters
+    ----------
+    tables
+        Any of table1, table2, table3, table4, fig5 (learning curves of Table 4's methods) and skew (label skew, which
+        is not in the paper), or all, which is the default.
+    size
+        How much is trained: smoke (a minute, to see that it works), reduced (hours) or full (the paper's models and
+        numbers of clients).
+    out
+        The folder. Default: runs/reproduce-SIZE.
+    data
+        A built-in data set, or the path of your own, such as a folder of idx files.
+    device
+        Where the tensors are, as for `cutlayer run`.
+    jobs
+        How many runs at once. Default: as many as there are cores on the CPU, else 1. 0 trains nothing and writes the
+        report on what is there.
+    """
+    from cutlayer.reproduce.reproduction import Reproduction
+
+    if jobs is not None and jobs < 0:
+        raise ConfigError(f"jobs = {jobs} is not possible: give how many runs to train at once, or 0 for none")
+    workers = jobs if jobs is not None else (os.cpu_count() or 1) if device == "cpu" else 1
+    where = out or Path("runs") / f"reproduce-{size}"
+    chosen = {"--size": size, "--out": where, "--data": data, "--device": device, "--jobs": jobs}
+    flags = [word for name, value in chosen.items() if value is not None for word in (name, str(value))]
+    work = Reproduction(tables, size, where, data, device)
+    _reproduce(work, workers, shlex.join(["cutlayer", "reproduce", *tables, *flags]))
+
+
+@app.command(name="list", sort_key=6)
 def list_(what: Literal["all", "algorithms", "data", "models"] = "all", /) -> None:
     """Name the algorithms with their options, the data sets and formats, the models with their cut points.
 
@@ -163,6 +212,61 @@ def list_(what: Literal["all", "algorithms", "data", "models"] = "all", /) -> No
     if what in ("all", "models"):
         rows = [(n, i.summary, ", ".join(i.cuts), i.default_cut) for n, i in MODELS.items()]
         _print_table("Models", ("name", "what it is", "cut points, in order", "default"), rows)
+
+
+@app.command(sort_key=8)
+def calibrate(
+    *,
+    name: Annotated[str, Parameter(group=FILES)] = "this-machine",
+    model: Annotated[str, Parameter(group=FILES)] = "cnn",
+    batch: Annotated[int, Parameter(group=FILES)] = 8,
+    device: Annotated[str, Parameter(group=FILES)] = "cpu",
+    seconds: Annotated[float, Parameter(group=FILES)] = 10.0,
+    watts: Annotated[float | None, Parameter(group=FILES)] = None,
+    idle_watts: Annotated[float | None, Parameter(group=FILES)] = None,
+    out: _Out = None,
+) -> None:
+    """Measure how fast this machine trains, and what it draws, and write a device profile for `--profiles`.
+
+    Parameters
+    ----------
+    name
+        What the profile is called.
+    model
+        The model of the zoo that is trained.
+    batch
+        Its batch size.
+    device
+        Where it is trained: cpu, cuda...
+    seconds
+        For how long.
+    watts
+        What a meter at the wall shows meanwhile, where this machine cannot measure its power.
+    idle_watts
+        What it shows while the machine does nothing.
+    out
+        The file to write. Default: print the profile.
+    """
+    from cutlayer.costs.calibrate import calibrate as measure
+
+    for option, value in (("batch", batch), ("seconds", seconds), ("watts", watts), ("idle_watts", idle_watts)):
+        if value is not None and not 0 < value < float("inf"):
+            raise ConfigError(f"{option} = {value} is not possible: it must be greater than 0")
+    if out is not None and out.exists():
+        raise ConfigError(f"out = {str(out)!r} exists already: choose another file")
+    found = measure(model, batch=batch, device=device, seconds=seconds, watts=watts, idle_watts=idle_watts)
+    spread = f"{found.lowest / 1e9:.3g} to {found.highest / 1e9:.3g}"
+    err.print(f"{found.flops_per_second / 1e9:.3g} GFLOP/s ({spread}) at {found.watts:.3g} W", highlight=False)
+    if out is None:
+        _out_text(found.toml(name))
+    else:
+        replace_file(out, found.toml(name).encode())
+        err.print(f"use it with: --profiles {out} --client-device {name}", highlight=False, soft_wrap=True)
+
+
+def _out_text(text: str) -> None:
+    """Print as it is, for a pipe."""
+    out.print(text, end="", markup=False, highlight=False, soft_wrap=True)
 
 
 def main() -> NoReturn:
@@ -217,7 +321,7 @@ def _fresh(name: str) -> Path:
 def _train(run: Run) -> None:
     """Train with live progress; then the result, the pictures and the page."""
     assert run.out is not None
-    with Monitor(1) as monitor, _resumable(run.out):
+    with Monitor(1) as monitor, _resumable(f"cutlayer resume {run.out}"):
         for record in run:
             monitor.show(run.config.algorithm, run, record)
     assert run.result is not None
@@ -228,20 +332,36 @@ def _train(run: Run) -> None:
 def _compare(comparison: Comparison) -> None:
     """Train all entries with live progress; then the table, the pictures and the page."""
     assert comparison.out is not None
-    with Monitor(sum(map(len, comparison.plan.values()))) as monitor, _resumable(comparison.out):
+    with Monitor(sum(map(len, comparison.plan.values()))) as monitor, _resumable(f"cutlayer resume {comparison.out}"):
         for entry, seed, run, record in comparison:
             monitor.show(f"{entry}, seed {seed}", run, record)
     _print_comparison(comparison.table())
     _write_report(comparison.out)
 
 
+def _reproduce(work: Reproduction, workers: int, command: str) -> None:
+    """Train what is missing with live progress; then tables, verdicts and the report on all that is there."""
+    from cutlayer.reproduce.terminal import Meter, show
+
+    if workers and (waiting := work.waiting()):
+        with _resumable(command):
+            work.check()
+            with Meter(out, work.jobs, waiting) as meter:
+                for job in work.train(workers):
+                    meter.tell(job, work.outcome(job))
+    findings = work.find()
+    show(findings, work.size, out)
+    for path in work.write(findings):
+        out.print(str(path), soft_wrap=True, highlight=False)
+
+
 @contextmanager
-def _resumable(folder: Path) -> Iterator[None]:
+def _resumable(command: str) -> Iterator[None]:
     """Ctrl-C says how to go on."""
     try:
         yield
     except KeyboardInterrupt:
-        _fail(f"interrupted; go on with: cutlayer resume {folder}", 130)
+        _fail(f"interrupted; go on with: {command}", 130)
 
 
 class Monitor:
@@ -315,6 +435,21 @@ def _print_result(result: Result) -> None:
         f"{format_bytes(result.bytes_down)} down",
         highlight=False,
     )
+    _print_run_costs(result)
+
+
+def _print_run_costs(result: Result) -> None:
+    from cutlayer.report import costs
+
+    text = f"A client computed {costs.flops(result.client_flops)}, the server {costs.flops(result.server_flops)}"
+    if result.virtual_seconds is not None:
+        text += (
+            f"; on these machines it takes {costs.duration(result.virtual_seconds)} (virtual time), the clients' energy "
+            f"is {costs.joules(result.clients_marginal_joules)} marginal, {costs.joules(result.clients_joules)} total, "
+            f"the server's {costs.joules(result.server_joules)} (modelled)"
+        )
+    drawn = "" if result.measured_joules is None else f"{costs.joules(result.measured_joules)} "
+    out.print(f"{text}. Energy of this machine: {drawn}{result.measured_by}.", highlight=False, soft_wrap=True)
 
 
 def _print_comparison(rows: list[Row]) -> None:
@@ -345,6 +480,36 @@ def _print_comparison(rows: list[Row]) -> None:
             format_bytes(round(row.bytes_down_broadcast)),
         )
     # A table that is piped or logged keeps its width: cut-off numbers help nobody.
+    Console(width=None if out.is_terminal else 140).print(table)
+    _print_costs(rows)
+
+
+def _print_costs(rows: list[Row]) -> None:
+    """What was computed; time and energy where devices and links were named."""
+    from cutlayer.report import costs
+
+    clocked = any(row.virtual_seconds is not None for row in rows)
+    table = Table(title="Costs of training" + (", time and energy modelled" if clocked else ""))
+    table.add_column("", no_wrap=True)
+    for name in ("a client computes", "the server computes"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in ("virtual time", "clients' energy: marginal", "total", "server's energy") if clocked else ():
+        table.add_column(name, justify="right")
+    table.add_column("this machine drew", justify="right")
+    for row in rows:
+        modelled = (
+            costs.duration(row.virtual_seconds),
+            costs.joules(row.clients_marginal_joules),
+            costs.joules(row.clients_joules),
+            costs.joules(row.server_joules),
+        )
+        table.add_row(
+            row.title,
+            costs.flops(row.client_flops),
+            costs.flops(row.server_flops),
+            *(modelled if clocked else ()),
+            costs.joules(row.measured_joules, "not measured"),
+        )
     Console(width=None if out.is_terminal else 140).print(table)
 
 

@@ -19,8 +19,10 @@ from cutlayer.run import Record, Result, Run, own_things, without_own
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: an entry over its seeds. Accuracies in [0, 1], sample standard deviations; rates and bytes
-    are means over seeds, bytes those of training."""
+    """One line of the table: an entry over its seeds. Accuracies in [0, 1], sample standard deviations; all else are
+    means over seeds, bytes and FLOPs those of training (FLOPs of a client in the mean, and of the server). Virtual time
+    and modelled energy (of all clients, of the server) are None where they are not known.
+    """
 
     entry: str
     algorithm: str
@@ -37,6 +39,13 @@ class Row:
     bytes_down: float
     bytes_down_broadcast: float
     seconds: float
+    client_flops: float | None = None
+    server_flops: float | None = None
+    virtual_seconds: float | None = None
+    clients_joules: float | None = None
+    clients_marginal_joules: float | None = None
+    server_joules: float | None = None
+    measured_joules: float | None = None
 
 
 class Comparison:
@@ -142,6 +151,10 @@ def _row(entry: str, configs: Mapping[int, RunConfig], results: Mapping[int, Res
     def mean(name: str) -> float:
         return statistics.fmean(getattr(r, name) for r in results.values())
 
+    def known(name: str) -> float | None:
+        values = [getattr(r, name) for r in results.values()]
+        return None if None in values else statistics.fmean(values)
+
     def spread(name: str) -> float | None:
         return statistics.stdev(getattr(r, name) for r in results.values()) if len(results) > 1 else None
 
@@ -161,4 +174,11 @@ def _row(entry: str, configs: Mapping[int, RunConfig], results: Mapping[int, Res
         bytes_down=mean("bytes_down"),
         bytes_down_broadcast=mean("bytes_down_broadcast"),
         seconds=mean("seconds"),
+        client_flops=known("client_flops"),
+        server_flops=known("server_flops"),
+        virtual_seconds=known("virtual_seconds"),
+        clients_joules=known("clients_joules"),
+        clients_marginal_joules=known("clients_marginal_joules"),
+        server_joules=known("server_joules"),
+        measured_joules=known("measured_joules"),
     )

@@ -26,7 +26,8 @@ TRAINING = Group("Training", sort_key=4)
 SPLIT_LR = Group("SplitLr (slr, sglr)", sort_key=5)
 SPLIT_AVG = Group("SplitAvg (sgl, sglr)", sort_key=6)
 OTHERS = Group("Other algorithms", sort_key=7)
-OUTPUT = Group("Output", sort_key=8)
+COSTS = Group("Virtual clock and energy model (none without a client device)", sort_key=8)
+OUTPUT = Group("Output", sort_key=9)
 
 
 def _typed(options: Any) -> Any:
@@ -63,7 +64,40 @@ class _Config(BaseModel):
             raise explain(error, cls) from None
 
 
-class CommonConfig(_Config):
+class FleetConfig(_Config):
+    """The machines and links that a virtual clock and an energy model reckon with."""
+
+    client_device: Annotated[str | None, Parameter(group=COSTS)] = None
+    """What clients compute on, a profile (see `cutlayer list profiles`). Gives every run virtual time and energy."""
+    server_device: Annotated[str | None, Parameter(group=COSTS)] = None
+    """What the server computes on. Default: its computing takes no time, its energy is not known."""
+    link: Annotated[str | None, Parameter(group=COSTS)] = None
+    """The clients' link, a profile. Default: rates as given, its energy not known."""
+    up_mbps: Annotated[float | None, Parameter(group=COSTS)] = Field(None, gt=0)
+    """A client's rate of sending in Mbit/s. Default: the link's."""
+    down_mbps: Annotated[float | None, Parameter(group=COSTS)] = Field(None, gt=0)
+    """A client's rate of receiving in Mbit/s. Default: the link's."""
+    latency_ms: Annotated[float | None, Parameter(group=COSTS)] = Field(None, ge=0)
+    """Milliseconds that each message takes besides, one way. Default: the link's."""
+    server_mbps: Annotated[float | None, Parameter(group=COSTS)] = Field(None, gt=0)
+    """What all clients together can send to the server, and receive, in Mbit/s. Default: no limit."""
+    multicast: Annotated[bool, Parameter(group=COSTS)] = False
+    """A message that is the same for several clients leaves the server once."""
+    utilisation: Annotated[float, Parameter(group=COSTS)] = Field(1.0, gt=0, le=1)
+    """Fraction of the profiles' FLOP/s that training reaches."""
+    speed_spread: Annotated[float, Parameter(group=COSTS)] = Field(0.0, ge=0, le=5)
+    """Clients' speeds differ: standard deviation of their logarithm (.5: most within a factor of 2.7)."""
+    rate_spread: Annotated[float, Parameter(group=COSTS)] = Field(0.0, ge=0, le=5)
+    """Clients' link rates differ: standard deviation of their logarithm."""
+    stragglers: Annotated[float, Parameter(group=COSTS)] = Field(0.0, ge=0, le=1)
+    """Fraction of the clients that are slower than the rest, in computing and on their link."""
+    straggler_slowdown: Annotated[float, Parameter(group=COSTS)] = Field(10.0, ge=1)
+    """How many times slower stragglers are."""
+    profiles: Annotated[str | None, Parameter(group=COSTS)] = None
+    """A TOML file with profiles of your own: tables [device.NAME] and [link.NAME]."""
+
+
+class CommonConfig(FleetConfig):
     """What all commands that train share."""
 
     data: Annotated[str, Parameter(group=DATA)] = "digits"
@@ -190,6 +224,11 @@ class CommonConfig(_Config):
                 f"{option} = {getattr(self, option)!r} has no effect on {', '.join(algorithms)}: it belongs to "
                 f"{users}; leave it out or choose one of these"
             )
+        if self.client_device is None and (idle := sorted(given & set(FleetConfig.model_fields))):
+            raise ConfigError(
+                f"{idle[0]} = {getattr(self, idle[0])!r} has no effect without client_device: name what the clients "
+                "compute on, e.g. raspberry-pi-4 (see `cutlayer list profiles`), or leave it out"
+            )
         for fraction in self.lr_decay_at:
             if not 0 < fraction < 1:
                 raise ConfigError(
@@ -314,6 +353,7 @@ def _written_out(config: CommonConfig, useful: frozenset[str]) -> dict[str, Any]
     replaced = {"epochs"} if config.rounds is not None else set[str]()
     replaced |= {"local_epochs"} if config.local_steps is not None else set()
     drop = (all_specific() - useful) | replaced
+    drop |= set(FleetConfig.model_fields) if config.client_device is None else set()
     own = [name for name in type(config).model_fields if name not in CommonConfig.model_fields]
     order = [*own, *CommonConfig.model_fields]
     unset: dict[str, tuple[Any, ...]] = {

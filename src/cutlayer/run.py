@@ -13,7 +13,9 @@ from typing import Any
 from cutlayer import checkpoint
 from cutlayer.algorithms import ALGORITHMS
 from cutlayer.build import Data, Model, Training, assemble, by_name
+from cutlayer.catalog import ALGORITHMS as ALGORITHM_INFO
 from cutlayer.config import RunConfig, normalised, overlaid
+from cutlayer.costs.measured import Meter
 from cutlayer.errors import ConfigError, NonFiniteError, RunFolderError, UsageError
 from cutlayer.folder import CHECKPOINT, CLASSES, EVALUATIONS, RESULT, STEPS, Folder, refuse_used, stored_config
 from cutlayer.optim import lr_factor
@@ -41,7 +43,9 @@ class Record:
 
 @dataclass(frozen=True)
 class Scores:
-    """One evaluation, as written to evaluations.jsonl. Accuracies in [0, 1], mean over the clients' models."""
+    """One evaluation, as written to evaluations.jsonl. Accuracies in [0, 1], mean over the clients' models. Virtual
+    time and modelled energy so far, of all clients together, where the run has a client device (None: not known).
+    """
 
     round: int
     step: int
@@ -55,6 +59,10 @@ class Scores:
     bytes_down: int
     bytes_down_broadcast: int
     seconds: float
+    virtual_seconds: float | None = None
+    clients_joules: float | None = None
+    clients_marginal_joules: float | None = None
+    server_joules: float | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,10 @@ class Result:
     """What a finished run comes to.
 
     `test_accuracy` is that of the last evaluation; `best_test_accuracy` that of the evaluation with the best validation
-    accuracy (the paper reports such a one). `bytes` holds one row per direction and kind.
+    accuracy (the paper reports such a one). `bytes` holds one row per direction and kind, under every convention.
+    `client_flops` are those of a client, in the mean, `server_flops` those of the server, all of training. Virtual time
+    and modelled energy are there where the run has a client device (None: not known); `measured_joules` is what this
+    process's machine drew, `measured_by` by what, or why it is not measured.
     """
 
     algorithm: str
@@ -78,6 +89,14 @@ class Result:
     bytes_down: int
     bytes_down_broadcast: int
     bytes: list[dict[str, Any]] = field(default_factory=list)
+    client_flops: float | None = None
+    server_flops: float | None = None
+    virtual_seconds: float | None = None
+    clients_joules: float | None = None
+    clients_marginal_joules: float | None = None
+    server_joules: float | None = None
+    measured_joules: float | None = None
+    measured_by: str = "not measured"
 
     @property
     def steps_per_second(self) -> float:
@@ -120,6 +139,7 @@ class Run:
         self._start_round = 0
         self._step = self._samples = 0
         self._seconds = 0.0
+        self._meter = Meter()
         self._resumed = self._begun = False
 
     @classmethod
@@ -171,10 +191,11 @@ class Run:
             names = list(t.source.class_names)
             folder.write_json(CLASSES, {"class_names": names, "counts": t.counts.tolist()})
         for index in range(self._start_round, t.rounds):
-            for record in self._round(index):
-                if folder is not None:
-                    folder.append(STEPS, asdict(record))
-                yield record
+            with self._meter:
+                for record in self._round(index):
+                    if folder is not None:
+                        folder.append(STEPS, asdict(record))
+                    yield record
             last = index + 1 == t.rounds
             if last or (index + 1) % (self.config.eval_every or t.rounds_per_epoch) == 0:
                 self._evaluate(index + 1, folder)
@@ -252,7 +273,20 @@ class Run:
             ledger.total("down"),
             ledger.total("down", "wire-broadcast"),
             round(self._seconds, 4),
+            **self._virtual(),
         )
+
+    def _virtual(self) -> dict[str, float | None]:
+        """What the clock says."""
+        if self.training.clock is None:
+            return {}
+        now = self.training.clock.read()
+        return {
+            "virtual_seconds": now.seconds,
+            "clients_joules": now.clients.total,
+            "clients_marginal_joules": now.clients.marginal,
+            "server_joules": now.server_joules,
+        }
 
     def _result(self) -> Result:
         ledger = self.training.ledger
@@ -271,7 +305,24 @@ class Run:
             bytes_down=ledger.total("down"),
             bytes_down_broadcast=ledger.total("down", "wire-broadcast"),
             bytes=ledger.table(),
+            **self._computed(),
+            **self._virtual(),
+            measured_joules=self._meter.joules,
+            measured_by=self._meter.method,
         )
+
+    def _computed(self) -> dict[str, float]:
+        """FLOPs of a client, in the mean, and of the server."""
+        flops, info = self.training.flops, ALGORITHM_INFO[self.config.algorithm]
+        each = self._samples / self.config.clients
+        if self.config.algorithm == "cl":
+            return {"client_flops": 0.0, "server_flops": self._samples * flops.whole.training}
+        if info.whole:
+            return {"client_flops": each * flops.whole.training, "server_flops": 0.0}
+        return {
+            "client_flops": each * flops.at_client.training,
+            "server_flops": self._samples * flops.server.training,
+        }
 
     def _state(self, rounds: int, folder: Folder) -> dict[str, Any]:
         return {
@@ -281,6 +332,7 @@ class Run:
             "steps": self._step,
             "samples": self._samples,
             "seconds": self._seconds,
+            "measured": self._meter.state(),
             "evaluations": [asdict(s) for s in self.evaluations],
             "offsets": folder.offsets(),
             "server": self.training.server.state(),
@@ -303,6 +355,7 @@ class Run:
             )
         self._start_round, self._step = state["rounds"], state["steps"]
         self._samples, self._seconds = state["samples"], state["seconds"]
+        self._meter.load(state["measured"])
         self.evaluations = [Scores(**s) for s in state["evaluations"]]
         self.training.server.load(state["server"])
         self.training.clients.load(state["clients"])

@@ -1,9 +1,11 @@
 """The ledger of bytes, and the cohort that fills it at the seam.
 
 Counted are the values that cross, as their tensors' own bytes (elements x bytes per element): a deployment that sends
-the same tensors adds its framing, nothing else. Two conventions, both truthful:
+the same tensors adds its framing, nothing else. Two conventions are truthful, the third is there to compare with:
 - `wire-unicast`: a message to several clients counts once per client that receives it;
-- `wire-broadcast`: a message that is the same for several clients counts once (wireless broadcast, multicast).
+- `wire-broadcast`: a message that is the same for several clients counts once (wireless broadcast, multicast);
+- `paper`: as Table 6 of arXiv 2112.05929 counts: no labels, models once per client, and of all common gradients of an
+  epoch (here: a round) one sample's.
 Evaluation is counted apart from training. A common gradient is one message: every addressee receives all its rows.
 """
 
@@ -22,7 +24,8 @@ from cutlayer.types import CutGradients, Evaluation, Round, Rows, Smashed, Step,
 
 Direction = Literal["up", "down"]
 Kind = Literal["smashed data", "labels", "cut gradients", "features", "models", "raw data", "evaluation"]
-Convention = Literal["wire-unicast", "wire-broadcast"]
+Convention = Literal["wire-unicast", "wire-broadcast", "paper"]
+CONVENTIONS: tuple[Convention, ...] = ("wire-unicast", "wire-broadcast", "paper")
 
 
 class Ledger:
@@ -32,6 +35,8 @@ class Ledger:
         self.clients = clients
         self._bytes: dict[tuple[str, str], np.ndarray] = {}
         self._saved: dict[str, int] = {}  # per kind: what broadcasting saves against unicast
+        self._common = 0  # bytes of common gradients, once per receiver
+        self._common_once = 0  # those that the paper counts
 
     def add(self, direction: Direction, kind: Kind, clients: int | Sequence[int], counts: int | np.ndarray) -> None:
         """`counts` bytes of `kind` (one number, or one per client) went between `clients`, all different, and the
@@ -50,6 +55,17 @@ class Ledger:
         if count and len(clients) > 1:
             self._saved[kind] = self._saved.get(kind, 0) + count * (len(clients) - 1)
 
+    def common(self, clients: Sequence[int], count: int, once: int) -> None:
+        """A common gradient of `count` bytes went down to `clients`; the paper counts `once` of them."""
+        self.broadcast("cut gradients", clients, count)
+        self._common += count * len(clients)
+        self._common_once += once
+
+    def trained(self, direction: Direction) -> np.ndarray:
+        """Bytes [C] of all training (everything but evaluation) that each client sent or received."""
+        kinds = [c for (d, k), c in self._bytes.items() if d == direction and k != "evaluation"]
+        return np.sum(kinds, 0) if kinds else np.zeros(self.clients, np.int64)
+
     def of_clients(self, direction: Direction, kind: Kind) -> np.ndarray:
         """Bytes [C] that each client sent ("up") or received ("down"); a broadcast is received by every addressee."""
         return self._bytes.get((direction, kind), np.zeros(self.clients, np.int64)).copy()
@@ -57,26 +73,29 @@ class Ledger:
     def total(self, direction: Direction, convention: Convention = "wire-unicast", kind: Kind | None = None) -> int:
         """Bytes of all clients, of one kind, or of all training (everything but evaluation)."""
         kinds = [k for d, k in self._bytes if d == direction and (k == kind or (kind is None and k != "evaluation"))]
-        total = sum(int(self._bytes[direction, k].sum()) for k in kinds)
-        saved = sum(self._saved.get(k, 0) for k in kinds)
-        return total - saved if direction == "down" and convention == "wire-broadcast" else total
+        return sum(self._total(direction, k, convention) for k in kinds)
 
     def table(self) -> list[dict[str, Any]]:
-        """One row per direction and kind: both conventions' totals in bytes."""
+        """One row per direction and kind: every convention's total in bytes."""
         return [
-            {
-                "direction": direction,
-                "kind": kind,
-                "wire-unicast": int(counts.sum()),
-                "wire-broadcast": int(counts.sum()) - (self._saved.get(kind, 0) if direction == "down" else 0),
-            }
-            for (direction, kind), counts in sorted(self._bytes.items())
+            {"direction": d, "kind": k, **{name: self._total(d, k, name) for name in CONVENTIONS}}
+            for d, k in sorted(self._bytes)
         ]
+
+    def _total(self, direction: str, kind: str, convention: Convention) -> int:
+        count = int(self._bytes[direction, kind].sum())
+        if convention == "wire-broadcast" and direction == "down":
+            return count - self._saved.get(kind, 0)
+        if convention == "paper" and kind == "labels":
+            return 0
+        if convention == "paper" and direction == "down" and kind == "cut gradients":
+            return count - self._common + self._common_once
+        return count
 
     def state(self) -> dict[str, Any]:
         """Plain values."""
         counts = {f"{direction}/{kind}": c.tolist() for (direction, kind), c in self._bytes.items()}
-        return {"bytes": counts, "saved": dict(self._saved)}
+        return {"bytes": counts, "saved": dict(self._saved), "common": [self._common, self._common_once]}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take a state that `state()` returned."""
@@ -85,6 +104,7 @@ class Ledger:
             direction, kind = key.split("/")
             self._bytes[direction, kind] = np.array(counts, np.int64)
         self._saved = {k: int(v) for k, v in state["saved"].items()}
+        self._common, self._common_once = map(int, state["common"])
 
 
 class MeteredCohort:
@@ -93,6 +113,7 @@ class MeteredCohort:
     def __init__(self, inner: Cohort, ledger: Ledger) -> None:
         self.inner, self.ledger = inner, ledger
         self._stale: set[int] = set()  # missed an averaging: will fetch the model when they next take part
+        self._common_seen = False  # in this round
 
     @property
     def samples(self) -> Sequence[int]:
@@ -116,6 +137,7 @@ class MeteredCohort:
     def begin_round(self, index: int, total: int, lr_factor: float) -> Round:
         """Participants that missed an averaging fetch the averaged model first."""
         this = self.inner.begin_round(index, total, lr_factor)
+        self._common_seen = False
         late = [k for k in this.clients if k in self._stale]
         if late:
             self.ledger.broadcast("models", late, self.footprint(late[0]).model)
@@ -139,7 +161,10 @@ class MeteredCohort:
     def backward(self, gradients: CutGradients) -> None:
         """Down: own cut gradients one by one, the common one as a broadcast."""
         _add_rows(self.ledger, "down", "cut gradients", gradients.own, gradients.clients, gradients.sizes)
-        self.ledger.broadcast("cut gradients", gradients.active, sum(c.nbytes for c in gradients.common))
+        if gradients.active:
+            once = 0 if self._common_seen else sum(row_bytes(c) for c in gradients.common)
+            self.ledger.common(gradients.active, sum(c.nbytes for c in gradients.common), once)
+            self._common_seen = True
         self.inner.backward(gradients)
 
     def fit(self) -> list[Step]:

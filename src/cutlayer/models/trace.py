@@ -36,29 +36,45 @@ _SHAPE_ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device"})
 
 def split_by_trace(model: nn.Module, names: Sequence[str], x: Tensor) -> list[Part]:
     """The parts of `model` (which the parts keep: pass a copy) cut after each of `names`. Raises CannotCutError."""
-    return _split(model, names, x, _trace)
+    return Traced(model, names, x, _trace).split(names)
 
 
 def split_by_export(model: nn.Module, names: Sequence[str], x: Tensor) -> list[Part]:
     """The same with `torch.export`, which follows more models, into smaller operations, with types frozen."""
-    return _split(model, names, x, _export)
+    return Traced(model, names, x, _export).split(names)
 
 
-def _split(model: nn.Module, names: Sequence[str], x: Tensor, trace: Trace) -> list[Part]:
-    was_training = model.training
-    programs = []
-    for training in (True, False):
-        model.train(training)
-        programs.append(_Program(model, names, x, trace(model, names, x)))
-    model.train(was_training)
-    for b in range(len(names)):
-        if programs[0].describe(b) != programs[1].describe(b):
-            raise CannotCutError("different tensors cross the cut in training and in evaluation")
-    graphs = [[program.graph_of(k) for program in programs] for k in range(len(names) + 1)]
-    parts: list[Part] = [_TracedPart(_Code(training), _Code(evaluating)) for training, evaluating in graphs]
-    _share_out(model, parts, graphs)
-    # Modules without state may serve several parts, and must not be put in training mode by one for the others.
-    return [copy.deepcopy(part) for part in parts]
+class Traced:
+    """A model's two traces, each made once, and cut as often as one likes: after any of `names`, which the traces see."""
+
+    def __init__(self, model: nn.Module, names: Sequence[str], x: Tensor, trace: Trace | None = None) -> None:
+        self.model, self.names, self.x = model, names, x
+        self._trace = trace or _trace
+        self._runs: dict[bool, _Ran] = {}
+
+    def split(self, names: Sequence[str]) -> list[Part]:
+        """The parts, which keep the model. Raises CannotCutError."""
+        was_training = self.model.training
+        programs = []
+        for training in (True, False):
+            self.model.train(training)
+            programs.append(_Program(self.model, names, len(self.x), self._run(training)))
+        self.model.train(was_training)
+        for b in range(len(names)):
+            if programs[0].describe(b) != programs[1].describe(b):
+                raise CannotCutError("different tensors cross the cut in training and in evaluation")
+        graphs = [[program.graph_of(k) for program in programs] for k in range(len(names) + 1)]
+        parts: list[Part] = [_TracedPart(_Code(training), _Code(evaluating)) for training, evaluating in graphs]
+        _share_out(self.model, parts, graphs)
+        # Modules without state may serve several parts, and must not be put in training mode by one for the others.
+        return [copy.deepcopy(part) for part in parts]
+
+    def _run(self, training: bool) -> _Ran:
+        if training not in self._runs:
+            graph = self._trace(self.model, self.names, self.x)
+            larger = torch.cat([self.x, self.x[:1]])
+            self._runs[training] = _Ran(graph, _run(self.model, graph, self.x), _run(self.model, graph, larger))
+        return self._runs[training]
 
 
 class _TracedPart(Part):
@@ -176,20 +192,26 @@ class _Meta:
     dtype: torch.dtype
 
 
-class _Program:
-    """One trace of the model, and which part each of its operations belongs to."""
+@dataclass(frozen=True)
+class _Ran:
+    """A trace, and what its operations gave for a batch and for one row more."""
 
-    def __init__(self, model: nn.Module, names: Sequence[str], x: Tensor, graph: fx.Graph) -> None:
-        self.model, self.names = model, names
-        self.batch = len(x)
-        self.graph = graph
+    graph: fx.Graph
+    seen: dict[fx.Node, _Seen]
+    seen_larger: dict[fx.Node, _Seen]
+
+
+class _Program:
+    """One trace of the model, run for `batch` rows, and which part each of its operations belongs to."""
+
+    def __init__(self, model: nn.Module, names: Sequence[str], batch: int, ran: _Ran) -> None:
+        self.model, self.names, self.batch = model, names, batch
+        self.graph, self.seen, self.seen_larger = ran.graph, ran.seen, ran.seen_larger
         self.nodes = list(self.graph.nodes)
         self.input = next(n for n in self.nodes if n.op == "placeholder")
         self.output = self.nodes[-1]
         if not isinstance(self.output.args[0], fx.Node):
             raise CannotCutError("the model does not return one tensor of logits (or an output with .logits)")
-        self.seen = _run(model, self.graph, x)
-        self.seen_larger = _run(model, self.graph, torch.cat([x, x[:1]]))
         self.kinds: dict[fx.Node, set[str]] = {}
         self._sort_out()
         self.part = self._assign()

@@ -77,6 +77,11 @@ class Entry:
     runs: list[Run]
     row: Row
 
+    @property
+    def facts(self) -> list[dict[str, Any]]:
+        """The results of the runs that are done."""
+        return [run.result for run in self.runs if run.result is not None]
+
 
 @dataclass(frozen=True)
 class Report:

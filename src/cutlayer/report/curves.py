@@ -81,13 +81,15 @@ class _Curve:
 
 
 def panels(report: Report) -> list[bytes]:
-    """Test accuracy over epochs, training loss over epochs, test accuracy over bytes: a PNG each."""
-    return [_drawn(lambda draw=draw: _figure(report, [draw])) for draw in _PANELS]  # type: ignore[misc]
+    """Test accuracy over epochs, training loss over epochs, test accuracy over bytes, and where the runs have a clock over
+    virtual time and over energy: a PNG each.
+    """
+    return [_drawn(lambda draw=draw: _figure(report, [draw])) for draw in _panels(report)]  # type: ignore[misc]
 
 
 def overview(report: Report) -> bytes:
-    """The three panels side by side in one PNG."""
-    return _drawn(lambda: _figure(report, _PANELS))
+    """The panels in one PNG, three to a row."""
+    return _drawn(lambda: _figure(report, _panels(report)))
 
 
 def classes(report: Report) -> bytes:
@@ -118,16 +120,21 @@ def _drawn(make: Callable[[], Figure]) -> bytes:
 
 
 def _figure(report: Report, draws: Sequence[Callable[[Axes, Report], None]]) -> Figure:
-    figure = Figure(figsize=(5.9 * len(draws), 5.0), layout="constrained")
+    across, rows = min(len(draws), 3), math.ceil(len(draws) / 3)
+    figure = Figure(figsize=(5.9 * across, 5.0 * rows), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)  # type: ignore[union-attr, call-arg]
-    axes = figure.subplots(1, len(draws), squeeze=False)[0]
-    for ax, draw in zip(axes, draws, strict=True):
+    axes = figure.subplots(rows, across, squeeze=False).ravel()
+    for ax, draw in zip(axes, draws, strict=False):
         draw(ax, report)
+    for ax in axes[len(draws) :]:
+        ax.set_axis_off()
     handles = {line.get_label(): line for ax in axes for line in ax.get_lines() if isinstance(line, Line2D)}
     # About 60 characters fit beside each other in a panel; a line's sample takes the room of 6.
     widths = [len(str(label)) + 6 for label in handles]
-    columns = len(handles) if sum(widths) <= 60 * len(draws) else max(1, 54 * len(draws) // max(widths))
-    figure.set_figheight(5.0 + 0.26 * (math.ceil(len(handles) / columns) - 1))  # room for the legend's further rows
+    columns = len(handles) if sum(widths) <= 60 * across else max(1, 54 * across // max(widths))
+    figure.set_figheight(
+        5.0 * rows + 0.26 * (math.ceil(len(handles) / columns) - 1)
+    )  # room for the legend's further rows
     figure.legend(
         handles=list(handles.values()),
         labels=list(map(str, handles)),
@@ -163,13 +170,30 @@ def _loss_over_epochs(ax: Axes, report: Report) -> None:
 
 
 def _accuracy_over_bytes(ax: Axes, report: Report) -> None:
-    for curve in _accuracies(report, lambda e: (e["bytes_up"] + e["bytes_down"]) / 1e6):
-        crossed = curve.x > 0  # nothing has crossed yet: has no place on a log axis
+    _accuracy_over(
+        ax, report, lambda e: (e["bytes_up"] + e["bytes_down"]) / 1e6, "traffic", "up + down, wire-unicast (MB, log)"
+    )
+
+
+def _accuracy_over_time(ax: Axes, report: Report) -> None:
+    _accuracy_over(ax, report, lambda e: e["virtual_seconds"], "virtual time", "virtual time (s, log)")
+
+
+def _accuracy_over_energy(ax: Axes, report: Report) -> None:
+    # Total energy where it is known of every run, else what is: marginal.
+    known = all(run.evaluations[-1].get("clients_joules") is not None for e in report.entries for run in e.runs)
+    name, kind = ("clients_joules", "total") if known else ("clients_marginal_joules", "marginal")
+    _accuracy_over(ax, report, lambda e: e[name], "energy", f"all clients' energy, {kind} (J, log)")
+
+
+def _accuracy_over(ax: Axes, report: Report, x: Callable[[dict[str, float]], float], over: str, label: str) -> None:
+    for curve in _accuracies(report, x):
+        crossed = curve.x > 0  # nothing has been spent yet: has no place on a log axis
         _plot(ax, replace(curve, x=curve.x[crossed], mean=curve.mean[crossed], std=curve.std[crossed]))
-    _titled(ax, ("Test accuracy" if report.comparison else "Accuracy") + " over traffic")
+    _titled(ax, ("Test accuracy" if report.comparison else "Accuracy") + f" over {over}")
     _percent(ax, "test accuracy (%)" if report.comparison else "accuracy (%)")
     ax.set_xscale("log")
-    ax.set_xlabel("up + down, wire-unicast (MB, log)")
+    ax.set_xlabel(label)
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}" if 1e-3 <= x < 1e5 else f"{x:.0e}"))
     low, high = ax.get_xlim()
     if 6 < high / low <= 1000:
@@ -180,7 +204,14 @@ def _accuracy_over_bytes(ax: Axes, report: Report) -> None:
     ax.xaxis.set_minor_formatter(NullFormatter())
 
 
-_PANELS: tuple[Callable[[Axes, Report], None], ...] = (_accuracy_over_epochs, _loss_over_epochs, _accuracy_over_bytes)
+def _panels(report: Report) -> list[Callable[[Axes, Report], None]]:
+    found: list[Callable[[Axes, Report], None]] = [_accuracy_over_epochs, _loss_over_epochs, _accuracy_over_bytes]
+    last = [run.evaluations[-1] for e in report.entries for run in e.runs]
+    if all(e.get("virtual_seconds") is not None for e in last):
+        found.append(_accuracy_over_time)
+    if all(e.get("clients_marginal_joules") is not None for e in last):
+        found.append(_accuracy_over_energy)
+    return found
 
 
 def _accuracies(report: Report, x: Callable[[dict[str, float]], float]) -> list[_Curve]:

@@ -11,11 +11,12 @@ from jinja2 import Environment, StrictUndefined
 
 from cutlayer.catalog import ALGORITHMS, DATASETS, MODELS
 from cutlayer.config import CompareConfig, RunConfig
+from cutlayer.report import costs
 from cutlayer.report.collect import Entry, Report
 from cutlayer.report.curves import loss_window, shown_partition
 from cutlayer.report.text import format_bytes, format_percent, format_rate, listed
 
-_CONVENTIONS = ("wire-unicast", "wire-broadcast")
+_CONVENTIONS = ("wire-unicast", "wire-broadcast", "paper")
 
 
 def render(report: Report, panels: list[bytes], classes: bytes) -> str:
@@ -30,8 +31,11 @@ def render(report: Report, panels: list[bytes], classes: bytes) -> str:
         comparison=report.comparison,
         rows=[_row(entry) for entry in report.entries],
         one_seed=all(len(entry.row.seeds) == 1 for entry in report.entries),
+        costs=[costs.line(entry) for entry in report.entries if entry.facts],
+        clocked=costs.clocked(report),
+        reached=costs.reached(report),
         kinds=[(entry.row.title, rows) for entry in report.entries if (rows := _kinds(entry))],
-        pictures=list(zip(map(_embedded, panels), _descriptions(report), strict=True)),
+        pictures=list(zip(map(_embedded, panels), _descriptions(report), strict=False)),
         classes=_embedded(classes),
         classes_text=f"{len(partition.counts)} clients, {len(partition.class_names)} classes, "
         f"{sum(map(sum, partition.counts)):,} training samples",
@@ -120,7 +124,7 @@ def _kinds(entry: Entry) -> list[dict[str, str]]:
         for row in result["bytes"]:
             total = sums.setdefault((row["direction"], row["kind"]), dict.fromkeys(_CONVENTIONS, 0))
             for convention in _CONVENTIONS:
-                total[convention] += row[convention]
+                total[convention] += row.get(convention, 0)
     # Up before down, training before evaluation.
     order = sorted(sums, key=lambda key: (key[1] == "evaluation", key[0] == "down", key[1]))
     return [
@@ -137,6 +141,8 @@ def _descriptions(report: Report) -> list[str]:
         f"Line chart of accuracy over epochs. At the end: {ends}.",
         f"Line chart of the training loss over epochs. In the last step (first seed): {losses}.",
         f"Line chart of accuracy over the bytes sent up and down, on a logarithmic axis. At the end: {ends}.",
+        f"Line chart of accuracy over virtual time, on a logarithmic axis: {ends}.",
+        f"Line chart of accuracy over the clients' modelled energy, on a logarithmic axis. At the end: {ends}.",
     ]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB", "EB")
 
 
@@ -14,6 +16,31 @@ def format_bytes(n: int) -> str:
     value, unit = n / 1000**power, _UNITS[power]
     digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
     return f"{value:.{digits}f} {unit}"
+
+
+_PREFIXES = ("n", "µ", "m", "", "k", "M", "G", "T", "P", "E", "Z", "Y")
+
+
+def format_quantity(value: float, unit: str) -> str:
+    """A quantity with three significant digits and the SI prefix that suits it: 12.3 MJ, 4.50 GFLOP, 0 J."""
+    if value == 0:
+        return f"0 {unit}"
+    power = math.floor(math.log10(abs(value)) / 3 + 1e-9)
+    if abs(value) >= 999.5 * 1000.0**power:  # it would be printed as 1000 of its unit
+        power += 1
+    power = min(max(power, -3), len(_PREFIXES) - 4)
+    return f"{format_rate(value / 1000.0**power)} {_PREFIXES[power + 3]}{unit}"
+
+
+_TIMES = ((365.25 * 86400, "years"), (86400.0, "days"), (3600.0, "h"), (60.0, "min"))
+
+
+def format_duration(seconds: float) -> str:
+    """A time with three significant digits in the unit that suits it: 12.3 ms, 45.0 s, 3.20 h, 12.0 days."""
+    for size, unit in _TIMES:
+        if seconds >= 2 * size:
+            return f"{format_rate(seconds / size)} {unit}"
+    return format_quantity(seconds, "s")
 
 
 def format_rate(value: float) -> str:

@@ -1,0 +1,1 @@
+"""The paper's tables, trained anew: cells, training, outcomes, tables, claims, plots, pages."""

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
+import warnings
+from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
-from cutlayer.errors import NonFiniteError
+from cutlayer.errors import CutlayerError, CutlayerWarning, NonFiniteError, TrainingError
 from cutlayer.files import replace_file
 from cutlayer.folder import CONFIG, RESULT
 from cutlayer.reproduce.cells import Cell
@@ -29,38 +33,97 @@ def is_done(folder: Path) -> bool:
 
 
 def train(out: Path, jobs: Sequence[Job], workers: int) -> Iterator[Job]:
-    """Train what is not done yet, `workers` at once, in the order given; yields each as it ends.
+    """Train those of `jobs` that are not done yet, `workers` at once, begun in the order given; yields each as it ends.
 
     A run that was interrupted goes on from its checkpoint. A run whose numbers are no longer finite ends there: that is
-    a result too. Raises UsageError as `Run` does.
+    a result too. However this ends, no process stays behind. Raises UsageError as `Run` does, TrainingError where a
+    process was ended from outside.
     """
-    waiting = [job for job in jobs if not is_done(folder_of(out, *job))]
-    yield from (job for job in jobs if job not in waiting)
+    waiting = deque(job for job in jobs if not is_done(folder_of(out, *job)))
     if workers == 1:
         for job in waiting:
             _one(out, *job)
             yield job
         return
     threads = max(1, (os.cpu_count() or 1) // workers)
-    context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-    with ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(threads,)) as pool:
-        futures = {pool.submit(_one, out, *job): job for job in waiting}
+    crew: list[_Worker] = []
+    try:
+        with _deaf():
+            crew.extend(_Worker(out, threads) for _ in range(min(workers, len(waiting))))
+        for worker in crew:
+            worker.begin(waiting.popleft())
+        while busy := {worker.pipe: worker for worker in crew if worker.job is not None}:
+            for pipe in wait(list(busy)):
+                worker = busy[pipe]  # type: ignore[index]
+                yield worker.ended()
+                if waiting:
+                    worker.begin(waiting.popleft())
+    finally:
+        for worker in crew:
+            worker.process.kill()
+        for worker in crew:
+            worker.process.join()
+
+
+class _Worker:
+    """A process that trains one run after another. (An executor of the standard library would let the run at work go
+    on after Ctrl-C; its pool would wait for ever for a process that was killed.)
+    """
+
+    def __init__(self, out: Path, threads: int) -> None:
+        context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_work, args=(theirs, out, threads), daemon=True)
+        self.process.start()
+        theirs.close()  # else its end would not be noticed here
+        self.job: Job | None = None
+
+    def begin(self, job: Job) -> None:
+        """Have `job` trained."""
+        self.job = job
         try:
-            for future in as_completed(futures):
-                future.result()
-                yield futures[future]
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            self.pipe.send(job)
+        except BrokenPipeError:
+            self._lost()
+
+    def ended(self) -> Job:
+        """The job that has come to its end. Raises what its training raised."""
+        try:
+            error = self.pipe.recv()
+        except (EOFError, ConnectionResetError):
+            self._lost()
+        if error is not None:
+            raise error
+        assert self.job is not None
+        job, self.job = self.job, None
+        return job
+
+    def _lost(self) -> None:
+        assert self.job is not None
+        self.process.join()
+        code = self.process.exitcode or 0
+        how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        raise TrainingError(
+            f"the process that trained {self.job[0].name} with seed {self.job[1]} {how}: call the same command again "
+            "to go on, with fewer --jobs if memory was short"
+        )
 
 
-def _begin(threads: int) -> None:
-    """In a worker, before its first run: its share of the cores; it ends when its parent does, however that ends."""
-    import torch
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Processes started in here ignore Ctrl-C, from their first moment: it is their parent that ends them."""
+    if threading.current_thread() is not threading.main_thread():  # where Python doesn't let us, and no Ctrl-C arrives
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
-    from cutlayer.allocator import keep_memory
 
-    keep_memory()
-    torch.set_num_threads(threads)
+def _work(pipe: Connection, out: Path, threads: int) -> None:
+    """A worker's life: jobs in, None or the error out. It ends when its parent does, however that ends."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -69,6 +132,24 @@ def _begin(threads: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+    import torch
+
+    from cutlayer.allocator import keep_memory
+
+    keep_memory()
+    torch.set_num_threads(threads)
+    warnings.simplefilter("ignore", CutlayerWarning)  # the same note from every process; result.json has the engine
+    while True:
+        try:
+            job = pipe.recv()
+        except EOFError:
+            return
+        try:
+            _one(out, *job)
+        except CutlayerError as error:
+            pipe.send(error)
+        else:
+            pipe.send(None)
 
 
 def _one(out: Path, cell: Cell, seed: int) -> None:
@@ -82,4 +163,4 @@ def _one(out: Path, cell: Cell, seed: int) -> None:
     try:
         run.run()
     except NonFiniteError as error:
-        replace_file(folder / DIVERGED, str(error).encode())
+        replace_file(folder / DIVERGED, f"{error}\n".encode())

@@ -1,0 +1,115 @@
+"""How fast this machine trains, and what it draws meanwhile: a device profile of one's own.
+
+A model of the zoo is trained on random rows, as a client would, for some seconds. FLOP/s are counted FLOPs over time, so
+that a profile from here needs no `utilisation`. Power is measured where the machine can (`measured.py`), or else what a
+meter at the wall says.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import tomli_w
+import torch
+from torch import nn
+
+from cutlayer import seeds
+from cutlayer.costs.flops import count
+from cutlayer.costs.measured import Meter
+from cutlayer.errors import ConfigError
+from cutlayer.models import cut
+from cutlayer.models.zoo import build
+
+_WINDOWS = 10
+_SHAPE = (1, 28, 28)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """FLOP/s reached: median of the windows, and the lowest and highest; watts while training, and while idle."""
+
+    flops_per_second: float
+    lowest: float
+    highest: float
+    watts: float
+    idle_watts: float | None
+    basis: str
+    source: str
+
+    def toml(self, name: str) -> str:
+        """A profile table for the option `profiles`."""
+        figures: dict[str, object] = {
+            "title": name,
+            "flops_per_second": float(f"{self.flops_per_second:.4g}"),
+            "watts": float(f"{self.watts:.4g}"),
+            **({} if self.idle_watts is None else {"idle_watts": float(f"{self.idle_watts:.4g}")}),
+            "basis": self.basis,
+            "source": self.source,
+        }
+        return tomli_w.dumps({"device": {name: figures}})
+
+
+def calibrate(
+    model: str, *, batch: int, device: str, seconds: float, watts: float | None, idle_watts: float | None
+) -> Calibration:
+    """Train `model` on 28x28 pictures for about `seconds`. `watts` (read from a meter) where nothing measures.
+
+    Raises ConfigError: nothing measures and no watts are given, an unknown model or device.
+    """
+    meter = Meter()
+    with meter:
+        pass
+    if meter.joules is None and watts is None:
+        raise ConfigError(
+            f"the power of this machine is {meter.method}: give watts, what a meter at the wall shows while this runs"
+        )
+    with seeds.torch_seeded(0, "calibrate"):
+        net = build(model, _SHAPE, 10)
+        x, y = torch.rand(max(2, batch), *_SHAPE), torch.arange(max(2, batch)) % 10
+    flops = count(cut(net, "output", x), x).whole.training * len(x)
+    try:
+        net, x, y = net.to(device), x.to(device), y.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device = {device!r} cannot be used here ({str(error).splitlines()[0]})") from None
+    idle = _idle(meter) if idle_watts is None and meter.joules is not None else idle_watts
+    before, started = meter.joules, time.perf_counter()
+    with meter:
+        rates = [steps * flops / took for steps, took in _windows(net, x, y, seconds / _WINDOWS)]
+    took = time.perf_counter() - started
+    measured = None if meter.joules is None or before is None else (meter.joules - before) / took
+    return Calibration(
+        statistics.median(rates),
+        min(rates),
+        max(rates),
+        watts if watts is not None else measured or 0.0,
+        idle,
+        f"training {model}, batch {batch}, single precision, on {device} with {torch.get_num_threads()} threads",
+        "calibration; power " + ("as given" if watts is not None else meter.method),
+    )
+
+
+def _windows(net: nn.Module, x: torch.Tensor, y: torch.Tensor, seconds: float) -> Iterator[tuple[int, float]]:
+    """Train; (steps, seconds) of each window, after one to warm up."""
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
+    for window in range(_WINDOWS + 1):
+        steps, started = 0, time.perf_counter()
+        while (took := time.perf_counter() - started) < seconds or not steps:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net(x), y).backward()
+            optimizer.step()
+            if x.device.type == "cuda":
+                torch.cuda.synchronize()
+            steps += 1
+        if window:
+            yield steps, took
+
+
+def _idle(meter: Meter, seconds: float = 3.0) -> float:
+    """Watts while nothing is done."""
+    before = meter.joules or 0.0
+    with meter:
+        time.sleep(seconds)
+    return ((meter.joules or 0.0) - before) / seconds

@@ -1,0 +1,271 @@
+"""A virtual clock around a cohort: how long a training would take on a fleet of clients, and what their energy is.
+
+Time follows from what the algorithm waits for, and so needs no knowledge of the algorithm: a client does one thing after
+another; what goes up together arrives when the last of it has; what the server sends leaves when it has computed. In
+sequential learning that is a relay, in parallel learning a wait for the slowest in each step, in federated learning one
+in each round. The numbers of the training are not touched.
+
+Not reckoned: evaluation, optimiser steps, averaging, and what a client does while others are asked.
+
+Shape legend: C clients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from torch import Tensor
+
+from cutlayer.cohort import Footprint, Predict
+from cutlayer.costs.energy import Energy, Use, clients_energy, server_energy
+from cutlayer.costs.fleet import Array, Fleet
+from cutlayer.costs.flops import ModelFlops
+from cutlayer.costs.ledger import MeteredCohort
+from cutlayer.data.samples import Samples
+from cutlayer.types import CutGradients, Evaluation, Round, Smashed, Step, TailGradients
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Virtual seconds since the start; joules of all clients (modelled) and of the server (None: not known)."""
+
+    seconds: float
+    clients: Energy
+    server_joules: float | None
+
+
+class Clock:
+    """Who has worked, sent, received and waited until when. Times in seconds, arrays [C]."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self.fleet = fleet
+        zeros = np.zeros(fleet.clients)
+        self.ready = zeros.copy()  # when each client is through with what it was asked for
+        self.server = 0.0  # when the server is
+        self.server_flops = 0.0
+        self.flops, self.asleep = zeros.copy(), zeros.copy()
+        self.up_bits, self.up_seconds = zeros.copy(), zeros.copy()
+        self.down_bits, self.down_seconds = zeros.copy(), zeros.copy()
+        self.here = np.zeros(fleet.clients, bool)  # takes part in the round that runs
+
+    def begin(self, clients: Sequence[int]) -> None:
+        """A round with `clients`: those that were not asked for the last one wake up now."""
+        at = np.zeros_like(self.here)
+        at[list(clients)] = True
+        waking = at & ~self.here
+        woken = np.maximum(self.ready, self.server)
+        self.asleep[waking] += woken[waking] - self.ready[waking]
+        self.ready[waking] = woken[waking]
+        self.here = at
+
+    def not_before(self, client: int, time: float) -> None:
+        """A client cannot begin before `time`."""
+        self.ready[client] = max(self.ready[client], time)
+
+    def compute(self, flops: Array) -> None:
+        """Every client computes its `flops` [C]."""
+        self.flops += flops
+        self.ready += flops / self.fleet.speeds
+
+    def serve(self, flops: float) -> None:
+        """The server computes."""
+        self.server_flops += flops
+        self.server += flops / self.fleet.server_speed
+
+    def upload(self, bits: Array) -> None:
+        """Clients send `bits` [C] together; the server has them when the last has arrived."""
+        who = bits > 0
+        if not who.any():
+            return
+        seconds = np.where(who, np.maximum(bits / self.fleet.up, bits.sum() / self.fleet.server_rate), 0.0)
+        self.ready += seconds
+        self.up_bits += bits
+        self.up_seconds += seconds
+        self.server = max(self.server, float(self.ready[who].max()) + self.fleet.latency)
+
+    def download(self, bits: Array, at_server: float) -> None:
+        """The server sends `bits` [C] together, of which `at_server` leave it (one copy of what is multicast)."""
+        who = bits > 0
+        if not who.any():
+            return
+        seconds = np.where(who, np.maximum(bits / self.fleet.down, at_server / self.fleet.server_rate), 0.0)
+        arrives = np.maximum(self.ready, self.server + self.fleet.latency) + seconds
+        self.ready = np.where(who, arrives, self.ready)
+        self.down_bits += bits
+        self.down_seconds += seconds
+
+    @property
+    def now(self) -> float:
+        """When everybody is through."""
+        return max(self.server, float(self.ready.max()))
+
+    def read(self) -> Reading:
+        """The time and the energy so far. Clients of the round that runs have waited for the others until now."""
+        busy = self.asleep + self.flops / self.fleet.speeds + self.up_seconds + self.down_seconds
+        until = np.where(self.here, self.now, self.ready)
+        waiting = np.maximum(until - busy, 0.0)
+        waiting[waiting < 1e-9 * max(self.now, 1.0)] = 0.0  # what rounding leaves is no waiting
+        use = Use(self.flops, self.up_bits, self.up_seconds, self.down_bits, self.down_seconds, waiting)
+        return Reading(self.now, clients_energy(self.fleet, use), server_energy(self.fleet, self.server_flops))
+
+    _ARRAYS = ("ready", "flops", "asleep", "up_bits", "up_seconds", "down_bits", "down_seconds")
+
+    def state(self) -> dict[str, Any]:
+        """Plain values."""
+        arrays = {name: getattr(self, name).tolist() for name in self._ARRAYS}
+        return {**arrays, "here": self.here.tolist(), "server": self.server, "server_flops": self.server_flops}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take a state that `state()` returned."""
+        for name in self._ARRAYS:
+            setattr(self, name, np.array(state[name], np.float64))
+        self.here = np.array(state["here"], bool)
+        self.server, self.server_flops = float(state["server"]), float(state["server_flops"])
+
+
+class ClockedCohort:
+    """A cohort that tells a clock what another one does, and changes nothing else.
+
+    Bytes are those of the ledger; FLOPs per sample those of `flops`; `batch` is b, of which only local training makes
+    use (its rows do not cross). `central`: the one model is trained by the server, on data that the fleet has sent.
+    """
+
+    def __init__(
+        self, inner: MeteredCohort, clock: Clock, flops: ModelFlops, batch: int, *, central: bool = False
+    ) -> None:
+        self.inner, self.clock, self.flops, self.batch, self.central = inner, clock, flops, batch, central
+        self._rows = np.zeros(len(inner.samples))  # of the step that runs
+        self._tail_done = False
+        self._round: Round | None = None
+        self._sent = self._seen()
+
+    @property
+    def samples(self) -> Sequence[int]:
+        """n_k of each enrolled client."""
+        return self.inner.samples
+
+    @property
+    def shape(self) -> Literal["whole", "split", "u-shaped"]:
+        """What the clients hold."""
+        return self.inner.shape
+
+    @property
+    def holder(self) -> int | None:
+        """Who holds the one model that travels."""
+        return self.inner.holder
+
+    def footprint(self, client: int) -> Footprint:
+        """Bytes of the client's model and optimiser state."""
+        return self.inner.footprint(client)
+
+    def begin_round(self, index: int, total: int, lr_factor: float) -> Round:
+        """Participants wake up; those that missed an averaging fetch the model."""
+        this = self._round = self.inner.begin_round(index, total, lr_factor)
+        self.clock.begin(range(self.clock.fleet.clients) if self.central else this.clients)
+        self._download()
+        return this
+
+    def forward(self, clients: Sequence[int] | None = None, *, labels: bool = True) -> Smashed:
+        """Forward passes, then the uploads; the server waits for the last."""
+        smashed = self.inner.forward(clients, labels=labels)
+        self._rows[:] = 0
+        self._rows[list(smashed.clients)] = smashed.sizes
+        self._tail_done = False
+        self.clock.compute(self._rows * self.flops.client.forward)
+        self._upload()
+        return smashed
+
+    def tail(self, features: Smashed) -> TailGradients:
+        """The server's forward pass, features down, the tails' passes, gradients up."""
+        tail = self.inner.tail(features)
+        sizes = np.zeros_like(self._rows)
+        sizes[list(features.clients)] = features.sizes
+        self.clock.serve(float(sizes.sum()) * self.flops.server.forward)
+        self._download()
+        self.clock.compute(sizes * self.flops.tail.training)
+        self._upload()
+        self._tail_done = True
+        return tail
+
+    def backward(self, gradients: CutGradients) -> None:
+        """The server's passes, cut gradients down, the backward passes."""
+        self.inner.backward(gradients)
+        server = self.flops.server
+        rows = np.zeros_like(self._rows)
+        addressed = [*gradients.clients, *gradients.active]
+        rows[addressed] = self._rows[addressed]
+        self.clock.serve(float(rows.sum()) * (server.backward if self._tail_done else server.training))
+        self._download()
+        self.clock.compute(rows * self.flops.client.backward)
+
+    def fit(self) -> list[Step]:
+        """Local training of whole models; nobody waits."""
+        steps = self.inner.fit()
+        assert self._round is not None
+        rows = np.zeros_like(self._rows)
+        for client, batches in zip(self._round.clients, self._round.batches, strict=True):
+            n = self.samples[client]
+            epochs, rest = divmod(batches, -(-n // self.batch))
+            rows[client] = epochs * n + min(rest * self.batch, n)
+        work = rows * self.flops.whole.training
+        if self.central:
+            self.clock.serve(float(work.sum()))
+        else:
+            self.clock.compute(work)
+        return steps
+
+    def average(self, weights: Mapping[int, float]) -> None:
+        """Models up, the average down: everybody waits for the last."""
+        self.inner.average(weights)
+        self._upload()
+        self._download()
+
+    def hand_over(self, client: int, *, optimizer: bool) -> None:
+        """The next client begins when the last is through and the model has come."""
+        before = self.holder
+        self.inner.hand_over(client, optimizer=optimizer)
+        if before is not None and before != client:
+            self._upload()
+            self._download()
+            self.clock.not_before(client, float(self.clock.ready[before]))
+
+    def evaluate(self, samples: Samples, predict: Predict) -> Evaluation:
+        """Takes no virtual time."""
+        return self.inner.evaluate(samples, predict)
+
+    def model_state(self, client: int) -> Mapping[str, Tensor]:
+        """One client's parameters and buffers."""
+        return self.inner.model_state(client)
+
+    def state(self) -> dict[str, Any]:
+        """The inner cohort's state, and the clock's."""
+        return {"inner": self.inner.state(), "clock": self.clock.state()}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take a state that `state()` returned."""
+        self.inner.load(state["inner"])
+        self.clock.load(state["clock"])
+        self._sent = self._seen()
+
+    def _seen(self) -> tuple[Array, Array, int]:
+        ledger = self.inner.ledger
+        convention: Literal["wire-broadcast", "wire-unicast"] = (
+            "wire-broadcast" if self.clock.fleet.multicast else "wire-unicast"
+        )
+        return ledger.trained("up"), ledger.trained("down"), ledger.total("down", convention)
+
+    def _upload(self) -> None:
+        """What has gone up since the last look."""
+        up, down, total = self._sent
+        self._sent = (self._seen()[0], down, total)
+        self.clock.upload(8.0 * (self._sent[0] - up))
+
+    def _download(self) -> None:
+        """What has come down since the last look."""
+        up, down, total = self._sent
+        _, now, now_total = self._seen()
+        self._sent = (up, now, now_total)
+        self.clock.download(8.0 * (now - down), 8.0 * (now_total - total))

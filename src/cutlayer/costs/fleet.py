@@ -1,0 +1,116 @@
+"""The clients' machines and links, and the server's: what a virtual clock and a plan reckon with.
+
+Shape legend: C clients.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from cutlayer import seeds
+from cutlayer.costs.profiles import Device, Link, Profiles
+from cutlayer.errors import ConfigError, CutlayerWarning
+
+Array = npt.NDArray[np.float64]
+MBPS = 1e6  # bit/s
+
+
+class FleetOptions(Protocol):
+    """The options (of `RunConfig` and of `PlanConfig`) that say what the machines and links are."""
+
+    seed: int
+    client_device: str | None
+    server_device: str | None
+    link: str | None
+    up_mbps: float | None
+    down_mbps: float | None
+    latency_ms: float | None
+    server_mbps: float | None
+    multicast: bool
+    utilisation: float
+    speed_spread: float
+    rate_spread: float
+    stragglers: float
+    straggler_slowdown: float
+    profiles: str | None
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """C clients and a server. `server_speed` is infinite where nothing is known of the server: it then takes no time.
+
+    `server_rate` is what all clients together can send to (or receive from) the server; with `multicast` a message that
+    is the same for several clients passes there once.
+    """
+
+    client: Device
+    link: Link
+    server: Device | None
+    speeds: Array  # [C] FLOP/s, as reached
+    up: Array  # [C] bit/s
+    down: Array  # [C] bit/s
+    latency: float  # s
+    server_speed: float = math.inf  # FLOP/s, as reached
+    server_rate: float = math.inf  # bit/s
+    multicast: bool = False
+
+    @property
+    def clients(self) -> int:
+        """C."""
+        return len(self.speeds)
+
+
+def fleet(options: FleetOptions, clients: int) -> Fleet | None:
+    """The fleet that the options describe, or None where no client device is named.
+
+    Raises ConfigError: an unknown profile, or a link without rates.
+    """
+    if options.client_device is None:
+        return None
+    profiles = Profiles.load(None if options.profiles is None else Path(options.profiles))
+    client = profiles.device(options.client_device)
+    server = None if options.server_device is None else profiles.device(options.server_device)
+    link = (
+        Link.of("own", {"source": "the user"}, "the options") if options.link is None else profiles.link(options.link)
+    )
+    for profile in (client, server, link):
+        if profile is not None and profile.warning:
+            warnings.warn(CutlayerWarning(profile.warning), stacklevel=2)
+    up = options.up_mbps or link.up_mbps
+    down = options.down_mbps or link.down_mbps
+    if up is None or down is None:
+        missing = [name for name, value in (("up_mbps", up), ("down_mbps", down)) if value is None]
+        what = "there is no link" if options.link is None else f"link {options.link!r} has no rates of its own"
+        raise ConfigError(f"{what}: give {' and '.join(missing)} in Mbit/s, e.g. --up-mbps 10 --down-mbps 50")
+    slow = _slowness(options, clients)
+    latency = link.latency_ms if options.latency_ms is None else options.latency_ms
+    return Fleet(
+        client=client,
+        link=link,
+        server=server,
+        speeds=client.flops_per_second * options.utilisation * slow[0],
+        up=up * MBPS * slow[1],
+        down=down * MBPS * slow[1],
+        latency=latency / 1e3,
+        server_speed=math.inf if server is None else server.flops_per_second * options.utilisation,
+        server_rate=math.inf if options.server_mbps is None else options.server_mbps * MBPS,
+        multicast=options.multicast,
+    )
+
+
+def _slowness(options: FleetOptions, clients: int) -> tuple[Array, Array]:
+    """Factors on each client's speed and rate: [C] each. The median is 1, that of stragglers 1 / straggler_slowdown."""
+    draw = seeds.generator(options.seed, "fleet")
+    speed = np.exp(options.speed_spread * draw.standard_normal(clients))
+    rate = np.exp(options.rate_spread * draw.standard_normal(clients))
+    slow = np.ones(clients)
+    count = math.floor(options.stragglers * clients + 0.5)
+    slow[draw.permutation(clients)[:count]] = 1 / options.straggler_slowdown
+    return speed * slow, rate * slow

@@ -1,0 +1,103 @@
+"""How much a cut model computes: floating point operations of each part, forward and backward, per sample.
+
+Counted by torch's own counter (`torch.utils.flop_counter`) while the real modules run: one multiply-add is two FLOPs;
+matrix products, convolutions and attention count, what is elementwise (activations, normalisation, pooling, optimiser
+steps) does not. Works on the meta device too, where nothing is computed or allocated.
+
+The client part's first layer has no gradient of its input to compute, the server's has (the cut gradient), so a part's
+backward pass is less than twice its forward pass. The paper (Table 4) counts three times the forward pass instead:
+`Flops.three_forwards`.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from cutlayer.models.parts import Parts
+from cutlayer.types import Rows, as_tuple
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs per sample of one part."""
+
+    forward: float
+    backward: float
+
+    @property
+    def training(self) -> float:
+        """Forward and backward pass, as counted."""
+        return self.forward + self.backward
+
+    @property
+    def three_forwards(self) -> float:
+        """What the paper counts for training: three times the forward pass."""
+        return 3 * self.forward
+
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(self.forward + other.forward, self.backward + other.backward)
+
+
+@dataclass(frozen=True)
+class ModelFlops:
+    """FLOPs per sample of a cut model's parts. `tail` is what comes back to the client in the U-shape (else zero)."""
+
+    client: Flops
+    server: Flops
+    tail: Flops = Flops(0.0, 0.0)
+
+    @property
+    def whole(self) -> Flops:
+        """Of the model as one: what a client of federated learning computes."""
+        return self.client + self.server + self.tail
+
+    @property
+    def at_client(self) -> Flops:
+        """Of all that a client of split learning computes."""
+        return self.client + self.tail
+
+
+def count(parts: Parts, example: Tensor) -> ModelFlops:
+    """FLOPs per sample of `parts` on rows like `example` [n, ...] (two or more; on the parts' own device).
+
+    The parts are run on copies, in training mode, so that nothing of theirs changes. Warns where a part has parameters
+    and yet nothing that the counter knows (recurrent layers, say): its figure is then too low.
+    """
+    modules = [copy.deepcopy(part).train() for part in parts.all]
+    rows: Rows | Tensor = example
+    found = []
+    random_state = torch.get_rng_state()
+    try:
+        for name, module in zip(("client", "server", "tail"), modules, strict=False):
+            part, rows = _count(module, rows, len(example))
+            if not part.forward and any(True for _ in module.parameters()):
+                warnings.warn(
+                    f"the FLOPs of the {name} part are not known: torch's counter knows none of its operations",
+                    stacklevel=2,
+                )
+            found.append(part)
+    finally:
+        torch.set_rng_state(random_state)
+    return ModelFlops(*found)
+
+
+def _count(module: nn.Module, received: Rows | Tensor, rows: int) -> tuple[Flops, Rows]:
+    """FLOPs per sample of one part, and what it gives to the next."""
+    first = isinstance(received, Tensor)
+    given = tuple(r.detach() for r in as_tuple(received))
+    if not first:
+        given = tuple(r.requires_grad_() if r.is_floating_point() else r for r in given)
+    with FlopCounterMode(display=False) as forward:
+        outputs = as_tuple(module(given[0] if first else given))
+    total = [o.sum() for o in outputs if o.is_floating_point() and o.requires_grad]
+    with FlopCounterMode(display=False) as backward:
+        if total:
+            torch.autograd.backward(total)
+    flops = Flops(forward.get_total_flops() / rows, backward.get_total_flops() / rows)
+    return flops, tuple(o.detach() for o in outputs)

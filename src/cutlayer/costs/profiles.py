@@ -1,0 +1,136 @@
+"""Device and link profiles: figures with their sources, the built-in ones and the user's own (TOML).
+
+Units: FLOP/s, watts, bits per second, seconds. What a profile does not know is None, and what follows from it is then not
+known either: nothing is made up.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cutlayer.errors import ConfigError, unknown
+
+
+class _Profile(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+    name: str
+    """What it is called by."""
+    title: str = ""
+    """Its full name."""
+    source: str
+    """Where the figures come from."""
+    note: str = ""
+    """What else is to be known."""
+    warning: str = ""
+    """What the user is told each time that it is used."""
+
+    @classmethod
+    def of(cls, name: str, values: Mapping[str, Any], where: str) -> Self:
+        """From a TOML table. Raises ConfigError with the value, the reason and the place."""
+        try:
+            return cls(**{"name": name, **values})
+        except ValidationError as error:
+            first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")  # a misspelt figure comes first
+            field = str(first["loc"][0]) if first["loc"] else ""
+            if first["type"] == "extra_forbidden":
+                reason = unknown("figure", field, [f for f in cls.model_fields if f != "name"])
+            elif first["type"] == "missing":
+                reason = f"{field} is missing"
+            else:
+                reason = f"{field} = {first['input']!r} is not possible: {str(first['msg']).lower()}"
+            raise ConfigError(f"profile {name!r} in {where}: {reason}; mend that table") from None
+
+
+class Device(_Profile):
+    """What computes. `basis` says what kind of computation the figures were taken on."""
+
+    flops_per_second: float = Field(gt=0)
+    """FLOP/s that it reaches."""
+    watts: float = Field(ge=0)
+    """Power while it computes, of the whole device."""
+    idle_watts: float | None = Field(None, ge=0)
+    """Power while it waits."""
+    basis: str = "as measured by its owner"
+    """The computation that was measured."""
+
+    @property
+    def joules_per_flop(self) -> float:
+        """Energy of one FLOP at that speed and power."""
+        return self.watts / self.flops_per_second
+
+
+class Link(_Profile):
+    """What carries data between a client and the server, seen from the client: up is sending."""
+
+    up_mbps: float | None = Field(None, gt=0)
+    """Rate of sending, in Mbit/s."""
+    down_mbps: float | None = Field(None, gt=0)
+    """Rate of receiving, in Mbit/s."""
+    latency_ms: float = Field(0.0, ge=0)
+    """One way."""
+    up_watts: float | None = Field(None, ge=0)
+    """Power while sending that does not depend on the rate."""
+    up_watts_per_mbps: float | None = Field(None, ge=0)
+    """Power that each Mbit/s of sending adds."""
+    down_watts: float | None = Field(None, ge=0)
+    """Power while receiving that does not depend on the rate."""
+    down_watts_per_mbps: float | None = Field(None, ge=0)
+    """Power that each Mbit/s of receiving adds."""
+
+
+class Profiles(BaseModel):
+    """Named devices and links."""
+
+    model_config = ConfigDict(frozen=True)
+
+    devices: dict[str, Device]
+    links: dict[str, Link]
+
+    @classmethod
+    def load(cls, own: Path | None = None) -> Self:
+        """The built-in profiles, with the user's over them.
+
+        A file of one's own has tables [device.NAME] and [link.NAME] with the fields of `Device` and `Link`. Raises
+        ConfigError for a file that cannot be read, is not TOML, or has a figure that cannot be.
+        """
+        built_in = resources.files("cutlayer.costs").joinpath("profiles.toml").read_text()
+        tables = [("the built-in profiles", tomllib.loads(built_in))]
+        if own is not None:
+            tables.append((repr(str(own)), _read(own)))
+        devices: dict[str, Device] = {}
+        links: dict[str, Link] = {}
+        for where, table in tables:
+            for kind in table:
+                if kind not in ("device", "link"):
+                    raise ConfigError(f"{where}: {unknown('table', kind, ('device', 'link'))}")
+            devices |= {n: Device.of(n, v, where) for n, v in table.get("device", {}).items()}
+            links |= {n: Link.of(n, v, where) for n, v in table.get("link", {}).items()}
+        return cls(devices=devices, links=links)
+
+    def device(self, name: str) -> Device:
+        """The device called `name`. Raises ConfigError with the names there are."""
+        if name not in self.devices:
+            raise ConfigError(unknown("device profile", name, self.devices))
+        return self.devices[name]
+
+    def link(self, name: str) -> Link:
+        """The link called `name`. Raises ConfigError with the names there are."""
+        if name not in self.links:
+            raise ConfigError(unknown("link profile", name, self.links))
+        return self.links[name]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read the profiles {str(path)!r}: {error.strerror}; check the path") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the profiles {str(path)!r} are not valid TOML: {error}; mend that line") from None

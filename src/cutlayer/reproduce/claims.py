@@ -1,0 +1,341 @@
+"""The paper's claims, and some beyond it, each with a verdict from our own numbers.
+
+A claim is that one set of cells is better than another by more than a threshold. Differences are taken between runs of
+the same seed (same split, partition and initial weights), averaged over the pairs of cells that the claim covers; the
+verdict is read off the two-sided 95 % interval of Student's t over the seeds.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+# Quantiles of t, as scipy.stats has them, without its second of loading.
+from scipy.special import stdtrit  # type: ignore[import-untyped]
+
+from cutlayer.report.text import listed
+from cutlayer.reproduce.cells import ALPHAS_WITH_PHI, PHASES, PHIS, SKEWS, Cell
+from cutlayer.reproduce.outcomes import Outcomes
+
+Word = Literal["holds", "does not hold", "within noise", "not measured"]
+WORDS: tuple[Word, ...] = ("holds", "does not hold", "within noise", "not measured")
+
+COLLAPSE = 10.0  # points that alpha 2 must lose to have collapsed
+FAILURE = 5.0  # points that phi 1 must lose to have failed
+CLOSE = 1.5  # points below FL or CL that count as close
+MANY = 10  # clients from which phi 1 is said to fail
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two cells that a claim compares: `more` is claimed to be the better one. Labels say where it stands in the
+    breakdown: its row may have several, each of which gets a row of its own too.
+    """
+
+    more: Cell
+    less: Cell
+    row: tuple[str, ...] = ()
+    column: str = ""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim: that `more` is better than `less` by more than `threshold` points, on average over the pairs in the
+    `covered` columns (all where there are none); the other columns are only shown. `loss`: the difference is what the
+    cells that the claim speaks of lose.
+    """
+
+    name: str
+    title: str
+    sentence: str
+    pairs: tuple[Pair, ...]
+    threshold: float = 0.0
+    covered: frozenset[str] = frozenset()
+    loss: bool = False
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A mean difference in points with its 95 % interval over `seeds`, averaged over `cells` pairs, and the verdict."""
+
+    verdict: Word
+    mean: float | None = None
+    low: float | None = None
+    high: float | None = None
+    seeds: int = 0
+    cells: int = 0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A claim with its verdict, and the same for every row and column of its breakdown (None: no such pair)."""
+
+    claim: Claim
+    overall: Difference
+    columns: tuple[str, ...] = ()
+    rows: tuple[tuple[str, tuple[Difference | None, ...]], ...] = field(default=())
+
+
+def judge(outcomes: Outcomes) -> list[Verdict]:
+    """Every claim with its verdict."""
+    return [_judged(outcomes, claim) for claim in claims(outcomes)]
+
+
+def interval(differences: Sequence[float], threshold: float) -> Difference:
+    """Mean and 95 % t interval of one difference per seed, and the verdict against `threshold`."""
+    n = len(differences)
+    mean = statistics.fmean(differences) if differences else None
+    if mean is None or n < 2:
+        return Difference("not measured", mean, seeds=n)
+    half = float(stdtrit(n - 1, 0.975)) * statistics.stdev(differences) / math.sqrt(n)
+    low, high = mean - half, mean + half
+    word: Word = "holds" if low > threshold else "does not hold" if high < threshold else "within noise"
+    return Difference(word, mean, low, high, n)
+
+
+def claims(outcomes: Outcomes) -> list[Claim]:
+    """What is claimed, in terms of this plan's cells. Table 4's are the cells at the chosen rates."""
+    makers = (_split_lr, _split_avg, _phases, _both, _methods, _skew)
+    return [claim for maker in makers for claim in maker(outcomes)]
+
+
+def summary(verdicts: Sequence[Verdict]) -> list[str]:
+    """What came out, in five lines."""
+    meaning = {
+        "holds": "Holds",
+        "does not hold": "Does not hold",
+        "within noise": "Within noise, so neither shown nor refuted",
+        "not measured": "Not measured",
+    }
+    lines = []
+    for word in WORDS:
+        titles = [_counted(v) for v in verdicts if v.overall.verdict == word]
+        lines.append(f"{meaning[word]} ({len(titles)} of {len(verdicts)}): {'; '.join(titles) or 'none'}.")
+    sized = [v for v in verdicts if v.overall.verdict in ("holds", "does not hold") and v.overall.mean is not None]
+    sized.sort(key=lambda v: -abs(v.overall.mean or 0.0))
+    effects = "; ".join(_counted(v) for v in sized[:3])
+    lines.append(f"Largest differences beyond noise, in points: {effects or 'none'}.")
+    return lines
+
+
+def points(difference: Difference | None) -> str:
+    """A difference as text: +0.84 [+0.31, +1.37]."""
+    if difference is None or difference.mean is None:
+        return "\N{EN DASH}"
+    text = f"{_signed(difference.mean)}"
+    if difference.low is not None and difference.high is not None:
+        text += f" [{_signed(difference.low)}, {_signed(difference.high)}]"
+    return text
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.2f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _counted(verdict: Verdict) -> str:
+    """A claim's title with its difference, where one is known."""
+    mean = verdict.overall.mean if verdict.overall.verdict != "not measured" else None
+    return verdict.claim.title + ("" if mean is None else f" ({'loss ' * verdict.claim.loss}{_signed(mean)})")
+
+
+# ---- the test --------------------------------------------------------------------------------------------------------
+
+
+def _judged(outcomes: Outcomes, claim: Claim) -> Verdict:
+    def measured(pairs: Iterable[Pair]) -> Difference | None:
+        chosen = list(pairs)
+        return _difference(outcomes, chosen, claim.threshold) if chosen else None
+
+    order = {f"C = {c}": c for c in outcomes.plan.size.clients}
+    columns = sorted(dict.fromkeys(p.column for p in claim.pairs), key=lambda column: order.get(column, 0))
+    covered = [p for p in claim.pairs if not claim.covered or p.column in claim.covered]
+    overall = measured(covered) or Difference("not measured")
+    if len(claim.pairs) < 2:
+        return Verdict(claim, overall)
+    # Rows of one label each (over all others), then every combination, then all together.
+    places = range(max(len(p.row) for p in claim.pairs))
+    groups: list[tuple[str, ...]] = list(dict.fromkeys((p.row[i],) for i in places for p in claim.pairs))
+    groups += list(dict.fromkeys(p.row for p in claim.pairs if len(p.row) > 1))
+    if len(groups) != 1:
+        groups.append(())
+    rows = []
+    for labels in groups:
+        own = [p for p in claim.pairs if set(labels) <= set(p.row)]
+        cells = [measured(p for p in own if p.column == column) for column in columns]
+        if len(columns) > 1:
+            cells.append(measured(p for p in own if p in covered))
+        rows.append((", ".join(labels) or ("all" if len(groups) > 1 else "difference"), tuple(cells)))
+    last = (f"all {listed(sorted(claim.covered, key=columns.index))}" if claim.covered else "all",)
+    return Verdict(claim, overall, (*columns, *(last if len(columns) > 1 else ())), tuple(rows))
+
+
+def _difference(outcomes: Outcomes, pairs: list[Pair], threshold: float) -> Difference:
+    """Over the seeds that all cells of all pairs have."""
+    sides = [(outcomes.of(p.more), outcomes.of(p.less)) for p in pairs]
+    seeds = frozenset.intersection(*(frozenset(more) & frozenset(less) for more, less in sides))
+    per_seed = [statistics.fmean(more[s].best - less[s].best for more, less in sides) for s in sorted(seeds)]
+    d = interval(per_seed, threshold)
+    return Difference(d.verdict, d.mean, d.low, d.high, d.seeds, len(pairs))
+
+
+# ---- what is claimed -------------------------------------------------------------------------------------------------
+
+
+def _several(outcomes: Outcomes) -> list[int]:
+    return [c for c in outcomes.plan.size.clients if c > 1]
+
+
+def _shared(outcomes: Outcomes, phi: float) -> list[int]:
+    """Numbers of clients of which at least two share the common gradient: phi x C, rounded half up. With one, SplitAvg
+    gives that client its own gradient: nothing changes, so nothing can be measured.
+    """
+    return [c for c in _several(outcomes) if math.floor(phi * c + 0.5) > 1]
+
+
+_WHERE_SHARED = "on average over all C of which at least two clients are active"
+
+
+def _split_lr(outcomes: Outcomes) -> list[Claim]:
+    """Paper, Table 1."""
+    grid, several = outcomes.plan.grid, _several(outcomes)
+    helps = tuple(
+        Pair(grid(c, alpha, 0), grid(c, 0, 0), (f"alpha {alpha:g}",), f"C = {c}")
+        for alpha in (0.5, 1.0, 1.5)
+        for c in several
+    )
+    collapses = tuple(Pair(grid(c, 0, 0), grid(c, 2, 0), ("loss of alpha 2",), f"C = {c}") for c in several)
+    most = f"C = {max(several)}"
+    return [
+        Claim(
+            "splitlr",
+            "SplitLr helps",
+            "SplitLr (alpha 0.5, 1 and 1.5) is better than no SplitLr, on average over C > 1.",
+            helps,
+        ),
+        Claim(
+            "collapse",
+            f"alpha 2 collapses at {most}",
+            f"With {max(several)} clients, alpha 2 loses more than {COLLAPSE:g} points against no SplitLr.",
+            collapses,
+            COLLAPSE,
+            frozenset({most}),
+            loss=True,
+        ),
+    ]
+
+
+def _split_avg(outcomes: Outcomes) -> list[Claim]:
+    """Paper, Table 2: against phi 0 at the same alpha."""
+    grid = outcomes.plan.grid
+    pairs = tuple(
+        Pair(grid(c, alpha, phi), grid(c, alpha, 0), (f"phi {phi:g}", f"alpha {alpha:g}"), f"C = {c}")
+        for phi in PHIS[1:]
+        for alpha in ALPHAS_WITH_PHI
+        for c in _shared(outcomes, phi)
+    )
+    sentence = f"SplitAvg (phi 0.25, 0.5 and 0.75) is better than no SplitAvg at the same alpha, {_WHERE_SHARED}."
+    return [Claim("splitavg", "SplitAvg helps", sentence, pairs)]
+
+
+def _phases(outcomes: Outcomes) -> list[Claim]:
+    """Paper, Table 3, at alpha 1."""
+    grid, several = outcomes.plan.grid, _several(outcomes)
+    many = [c for c in several if c >= MANY] or [max(several)]
+    covered = frozenset(f"C = {c}" for c in many)
+    where = f"with {listed([str(c) for c in many])} clients"
+    fails = tuple(Pair(grid(c, 1, 0), grid(c, 1, 1, "full"), ("loss of full",), f"C = {c}") for c in several)
+    phased = tuple(
+        Pair(grid(c, 1, 1, phase), grid(c, 1, 1, "full"), (phase,), f"C = {c}")
+        for phase in PHASES
+        if phase != "full"
+        for c in several
+    )
+    return [
+        Claim(
+            "full",
+            "phi 1 without phases fails",
+            f"SplitAvg with all clients all the time (phi 1) loses more than {FAILURE:g} points against none, {where}.",
+            fails,
+            FAILURE,
+            covered,
+            loss=True,
+        ),
+        Claim(
+            "phases",
+            "phases repair phi 1",
+            f"SplitAvg with all clients in one phase only is better than all the time, {where}.",
+            phased,
+            0.0,
+            covered,
+        ),
+    ]
+
+
+def _both(outcomes: Outcomes) -> list[Claim]:
+    """Paper, Table 2: SGLR against each of its halves."""
+    grid = outcomes.plan.grid
+    settings = [(a, phi, c) for a in ALPHAS_WITH_PHI[1:] for phi in PHIS[1:] for c in _shared(outcomes, phi)]
+
+    def against(alpha: bool) -> tuple[Pair, ...]:
+        return tuple(
+            Pair(
+                grid(c, a, phi),
+                grid(c, a, 0) if alpha else grid(c, 0, phi),
+                (f"alpha {a:g}", f"phi {phi:g}"),
+                f"C = {c}",
+            )
+            for a, phi, c in settings
+        )
+
+    mean = f"at alpha 0.5 and 1, phi 0.25, 0.5 and 0.75, {_WHERE_SHARED}"
+    return [
+        Claim("both-slr", "SGLR beats SplitLr alone", f"SGLR is better than SplitLr alone, {mean}.", against(True)),
+        Claim("both-sgl", "SGLR beats SplitAvg alone", f"SGLR is better than SplitAvg alone, {mean}.", against(False)),
+    ]
+
+
+def _methods(outcomes: Outcomes) -> list[Claim]:
+    """Paper, Table 4: each method at the rate chosen for it."""
+
+    def pair(more: str, less: str) -> tuple[Pair, ...]:
+        a, b = outcomes.chosen(more), outcomes.chosen(less)
+        return () if a is None or b is None else (Pair(a, b),)
+
+    c, tuned = outcomes.plan.size.methods_clients, "each at its own best rate"
+    return [
+        Claim("sglr-sfl", "SGLR beats SFL", f"SGLR is better than SFL with {c} clients, {tuned}.", pair("sglr", "sfl")),
+        Claim("sfl-psl", "SFL beats PSL", f"SFL is better than PSL with {c} clients, {tuned}.", pair("sfl", "psl")),
+        *(
+            Claim(
+                f"sglr-{other}",
+                f"SGLR comes within {CLOSE:g} points of {other.upper()}",
+                f"SGLR loses less than {CLOSE:g} points against {other.upper()} with {c} clients, {tuned}.",
+                pair("sglr", other),
+                -CLOSE,
+            )
+            for other in ("fl", "cl")
+        ),
+    ]
+
+
+def _skew(outcomes: Outcomes) -> list[Claim]:
+    """Beyond the paper: clients whose labels are skewed."""
+    compared = {
+        ("sglr", "psl"): "SGLR beats PSL under label skew",
+        ("sfl", "psl"): "SFL beats PSL under label skew",
+        ("sglr", "slr"): "SplitAvg helps under label skew (SGLR against SLR)",
+        ("fl", "sglr"): "FL beats SGLR under label skew",
+    }
+    how = f"with {outcomes.plan.size.skewed_clients} clients whose labels are skewed, on average over the kinds of skew"
+    return [
+        Claim(
+            f"skew-{more}-{less}",
+            title,
+            f"{more.upper()} is better than {less.upper()} {how} (not in the paper).",
+            tuple(Pair(outcomes.plan.skewed(more, s), outcomes.plan.skewed(less, s), (), s) for s in SKEWS),
+        )
+        for (more, less), title in compared.items()
+    ]

@@ -1,0 +1,38 @@
+"""All that a reproduction has to say, in the form that pages, plots and terminal show."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cutlayer.reproduce.claims import Verdict, judge, summary
+from cutlayer.reproduce.outcomes import Outcomes
+from cutlayer.reproduce.tables import PARTS, Table
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Tables, verdicts and five lines about them, from the outcomes of the `parts` asked for (see `PARTS`)."""
+
+    outcomes: Outcomes
+    parts: tuple[str, ...]
+    tables: list[Table]
+    verdicts: list[Verdict]
+    lines: list[str]
+
+    @property
+    def done(self) -> tuple[int, int]:
+        """How many runs are done, of how many."""
+        cells = self.outcomes.cells.values()
+        return sum(len(self.outcomes.of(c)) for c in cells), len(cells) * len(self.outcomes.plan.size.seeds)
+
+    def table(self, name: str) -> Table | None:
+        """The table of that name, where it was asked for."""
+        return next((t for t in self.tables if t.name == name), None)
+
+
+def find(outcomes: Outcomes, parts: Sequence[str]) -> Findings:
+    """Everything that follows from the outcomes."""
+    verdicts = judge(outcomes)
+    tables = [table for name in parts for table in PARTS[name].tables(outcomes)]
+    return Findings(outcomes, tuple(parts), tables, verdicts, summary(verdicts))

@@ -1,0 +1,122 @@
+"""What the trained cells came to, read from their folders. Imports no torch and needs no steps.jsonl."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cutlayer.config import RunConfig
+from cutlayer.errors import RunFolderError
+from cutlayer.files import read_json, read_records
+from cutlayer.folder import CLASSES, EVALUATIONS, RESULT, stored_config
+from cutlayer.reproduce.cells import Cell, Plan
+from cutlayer.reproduce.train import DIVERGED, folder_of, is_done
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One finished run; accuracies in percent.
+
+    `best` is the test accuracy at the evaluation with the best validation accuracy (`validation`), which is what the
+    paper reports; `last` that at the end. A run that diverged counts as chance: 100 over the number of classes.
+    `result` is the run's result.json, None where it diverged.
+    """
+
+    best: float
+    last: float
+    validation: float
+    diverged: bool
+    evaluations: list[dict[str, Any]]
+    result: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Score:
+    """An accuracy in percent over the seeds that are done: mean, sample standard deviation (None below two seeds), how
+    many seeds of how many, how many of them diverged; beside it the paper's number, where it has one.
+    """
+
+    mean: float | None
+    std: float | None
+    seeds: int
+    planned: int
+    diverged: int = 0
+    paper: float | None = None
+
+
+class Outcomes:
+    """Everything that is finished of `plan` in the folder `out`.
+
+    Raises RunFolderError where a run is damaged, or was made with another configuration than the plan's.
+    """
+
+    def __init__(self, plan: Plan, out: Path, cells: Iterable[Cell]) -> None:
+        self.plan, self.out = plan, out
+        self.cells = {cell.name: cell for cell in cells}
+        self._of: dict[str, dict[int, Outcome]] = {}
+        for name, cell in self.cells.items():
+            folders = {seed: folder_of(out, cell, seed) for seed in plan.size.seeds}
+            self._of[name] = {s: read(folder, cell.at(s)) for s, folder in folders.items() if is_done(folder)}
+
+    def of(self, cell: Cell) -> dict[int, Outcome]:
+        """Seed -> outcome of what is done of `cell`."""
+        return self._of.get(cell.name, {})
+
+    def score(self, cell: Cell, paper: float | None = None) -> Score:
+        """The cell's test accuracy at the best validation accuracy, over seeds."""
+        done = self.of(cell).values()
+        mean, std = spread([o.best for o in done])
+        return Score(mean, std, len(done), len(self.plan.size.seeds), sum(o.diverged for o in done), paper)
+
+    def chosen_rate(self, algorithm: str) -> float | None:
+        """The rate of Table 4 for a method: that with the highest best validation accuracy, mean over the seeds that
+        all rates have (the smaller of equals). None while there is no such seed.
+        """
+        sweep = {rate: self.of(self.plan.method(algorithm, rate)) for rate in self.plan.size.rates}
+        seeds = frozenset.intersection(*(frozenset(done) for done in sweep.values()))
+        if not seeds:
+            return None
+        means = {rate: statistics.fmean(done[s].validation for s in seeds) for rate, done in sweep.items()}
+        return max(sorted(means), key=means.__getitem__)
+
+    def chosen(self, algorithm: str) -> Cell | None:
+        """The cell of Table 4 for a method at its chosen rate."""
+        rate = self.chosen_rate(algorithm)
+        return None if rate is None else self.plan.method(algorithm, rate)
+
+
+def spread(values: list[float]) -> tuple[float | None, float | None]:
+    """Mean and sample standard deviation, None where there are too few values."""
+    return statistics.fmean(values) if values else None, statistics.stdev(values) if len(values) > 1 else None
+
+
+def read(folder: Path, config: RunConfig) -> Outcome:
+    """The outcome of a run that is done. Raises RunFolderError where it is damaged, or was not made with `config`."""
+    stored, asked = RunConfig.of(stored_config(folder)).resolved(), config.resolved()
+    for name, value in asked.items():
+        if stored.get(name) != value:
+            raise RunFolderError(
+                f"the run in {str(folder)!r} was made with {name} = {stored.get(name)!r}, not {value!r}: remove it to "
+                "have it trained anew, or choose another --out"
+            )
+    evaluations = list(read_records(folder / EVALUATIONS))
+    if (folder / DIVERGED).exists():
+        classes = read_json(folder / CLASSES)
+        if not classes:
+            raise RunFolderError(f"{str(folder)!r} lacks {CLASSES}: remove that folder to have its run trained anew")
+        chance = 100 / len(classes["class_names"])
+        return Outcome(chance, chance, chance, True, evaluations, None)
+    result = read_json(folder / RESULT)
+    if not evaluations or not {"best_test_accuracy", "test_accuracy"} <= set(result):
+        raise RunFolderError(f"{str(folder)!r} is damaged: remove that folder to have its run trained anew")
+    return Outcome(
+        best=100 * result["best_test_accuracy"],
+        last=100 * result["test_accuracy"],
+        validation=100 * max(e["validation_accuracy"] or 0.0 for e in evaluations),
+        diverged=False,
+        evaluations=evaluations,
+        result=result,
+    )

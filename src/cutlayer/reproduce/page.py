@@ -1,0 +1,181 @@
+"""The report's files: JSON with everything, Markdown with the tables, one self-contained page, the plots."""
+
+from __future__ import annotations
+
+import base64
+import json
+from dataclasses import asdict
+from importlib import resources
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from cutlayer import __version__
+from cutlayer.report.text import listed
+from cutlayer.reproduce.claims import WORDS, Difference, Verdict, points
+from cutlayer.reproduce.findings import Findings
+from cutlayer.reproduce.plots import PLOTS, draw
+from cutlayer.reproduce.tables import Table, paper, paper_of, shown
+
+JSON, MARKDOWN, PAGE = "reproduction.json", "reproduction.md", "reproduction.html"
+MARKS = dict(zip(WORDS, ("✓", "✗", "~", ""), strict=True))
+
+
+def files(findings: Findings, size: str) -> dict[str, bytes]:
+    """Name -> content of every file of the report."""
+    pictures = draw(findings)
+    content = _content(findings, size)
+    return {
+        JSON: (json.dumps(_data(findings, size), indent=1) + "\n").encode(),
+        MARKDOWN: _rendered("page.md.j2", False, **content).encode(),
+        PAGE: _rendered("page.html.j2", True, **content, style=_style(), pictures=_embedded(pictures)).encode(),
+        **{f"{name}.png": png for name, png in pictures.items()},
+    }
+
+
+def setting(findings: Findings, size: str) -> str:
+    """What was trained, in a sentence."""
+    plan = findings.outcomes.plan
+    s = plan.size
+    models = s.model if s.model == s.methods_model else f"{s.model} ({s.methods_model} in Table 4)"
+    return (
+        f"Size {size}: {models} on {plan.data}, {s.samples_per_client} samples per client, {s.validation} held out for "
+        f"validation, {s.epochs} epochs, seed{'s' * (len(s.seeds) > 1)} {listed([str(n) for n in s.seeds])}."
+    )
+
+
+def reading(findings: Findings, size: str) -> list[str]:
+    """How the numbers come about: paragraphs that hold for all tables."""
+    s = findings.outcomes.plan.size
+    models = "all clients" if s.eval_clients is None else f"{s.eval_clients} clients"
+    chance = sorted(
+        {o.best for c in findings.outcomes.cells.values() for o in findings.outcomes.of(c).values() if o.diverged}
+    )
+    count = f" ({chance[0]:g} %)" if chance else ""
+    smoke = "The size smoke is there to see that everything works: its numbers say nothing about the paper. "
+    return [
+        smoke
+        * (size == "smoke")
+        + "Accuracies are test accuracies in percent at the evaluation with the best validation accuracy, as the paper "
+        f"reports them, mean over the models of {models} (label skew: all), mean ± sample standard deviation over "
+        f"{len(s.seeds)} seeds. The paper's number is beside ours where it has one for the same setting. Where fewer "
+        f"seeds are done, that is said; a dash stands for what is not. A run whose numbers became NaN or infinite is "
+        f"called diverged, and counts as chance{count} in means and differences.",
+        "The paper trains its ResNet16 (an AlexNet in Table 4) with 10000 images held out for validation, does not say "
+        "for how many epochs, and gives neither seeds nor spread: compare the order of the numbers, not the numbers.",
+    ]
+
+
+TEST = (
+    "Each verdict is that of one test. Differences are taken between runs of the same seed (same split of the data, "
+    "partition and initial weights), averaged over all cells that the claim covers; over the seeds they give a "
+    "two-sided 95 % interval of Student's t. A claim holds where the interval lies above its threshold (0 points if it "
+    "names none), does not hold where it lies below, and is within noise where it contains it; fewer than two "
+    "seeds: not measured. Few seeds make wide intervals. Nothing is corrected for there being several claims, nor for "
+    "the cells of a breakdown."
+)
+
+
+def _content(findings: Findings, size: str) -> dict[str, Any]:
+    """What both pages are filled with."""
+    done, planned = findings.done
+    return {
+        "setting": setting(findings, size),
+        "unfinished": "" if done == planned else f"{done} of {planned} runs are done",
+        "lines": findings.lines,
+        "reading": reading(findings, size),
+        "test": TEST,
+        "source": paper()["source"],
+        "tables": [_lines(table) for table in findings.tables],
+        "verdicts": [_verdict(v) for v in findings.verdicts],
+        "command": f"cutlayer reproduce {' '.join(findings.parts)} --size {size}",
+        "marks": MARKS,
+    }
+
+
+def _lines(table: Table) -> dict[str, Any]:
+    """A table, ready to print: cells are (ours, the paper's)."""
+    rows = [(label, [(shown(v), paper_of(v)) for v in values]) for label, values in table.rows]
+    with_paper = any(theirs for _, cells in rows for _, theirs in cells)
+    return {**asdict(table), "rows": rows, "with_paper": with_paper}
+
+
+def _verdict(verdict: Verdict) -> dict[str, Any]:
+    d = verdict.overall
+    return {
+        "claim": verdict.claim,
+        "word": d.verdict,
+        "points": "loss " * (verdict.claim.loss and d.mean is not None) + points(d),
+        "evidence": f"{d.seeds} seed{'s' * (d.seeds != 1)}, {d.cells} pair{'s' * (d.cells != 1)} of cells",
+        "columns": verdict.columns,
+        "rows": [(label, [_marked(cell) for cell in cells]) for label, cells in verdict.rows],
+    }
+
+
+def _marked(difference: Difference | None) -> str:
+    mark = "" if difference is None else MARKS[difference.verdict]
+    return f"{points(difference)} {mark}".strip()
+
+
+def _data(findings: Findings, size: str) -> dict[str, Any]:
+    """Everything, for programs: accuracies in percent, differences in points."""
+    outcomes = findings.outcomes
+    plan = outcomes.plan
+    cells = {
+        name: {
+            "config": cell.config.model_dump(mode="json", include=cell.config.model_fields_set),
+            "seeds": {
+                str(seed): {
+                    "best_test_accuracy": o.best,
+                    "test_accuracy": o.last,
+                    "best_validation_accuracy": o.validation,
+                    "diverged": o.diverged,
+                }
+                for seed, o in outcomes.of(cell).items()
+            },
+        }
+        for name, cell in outcomes.cells.items()
+    }
+    return {
+        "version": __version__,
+        "settings": {"size": size, "data": plan.data, "device": plan.device, **asdict(plan.size)},
+        "tables": [asdict(table) for table in findings.tables],
+        "claims": [
+            {
+                "name": v.claim.name,
+                "title": v.claim.title,
+                "sentence": v.claim.sentence,
+                "threshold": v.claim.threshold,
+                "overall": asdict(v.overall),
+                "breakdown": [
+                    {
+                        "row": label,
+                        "cells": {c: None if d is None else asdict(d) for c, d in zip(v.columns, cells, strict=True)},
+                    }
+                    for label, cells in v.rows
+                ],
+            }
+            for v in findings.verdicts
+        ],
+        "lines": findings.lines,
+        "cells": cells,
+    }
+
+
+def _rendered(template: str, escape: bool, **content: Any) -> str:
+    environment = Environment(autoescape=escape, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(resources.files("cutlayer.reproduce").joinpath(template).read_text()).render(content)
+
+
+def _style() -> str:
+    """The style sheet of a run's page: one look for all."""
+    page = resources.files("cutlayer.report").joinpath("report.html.j2").read_text()
+    return page.partition("<style>")[2].partition("</style>")[0]
+
+
+def _embedded(pictures: dict[str, bytes]) -> list[tuple[str, str, str]]:
+    """(title, text, source) of every plot."""
+    return [
+        (PLOTS[n].title, PLOTS[n].text, f"data:image/png;base64,{base64.b64encode(png).decode()}")
+        for n, png in pictures.items()
+    ]

@@ -1,0 +1,298 @@
+"""The plots, in the look of a run's report. A plot is one function of the findings, entered in `PLOTS`; a panel of the
+learning curves is one function of a report, entered in `PANELS`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+from cutlayer.catalog import ALGORITHMS
+from cutlayer.report import collect
+from cutlayer.report.collect import Entry, Report, Run
+from cutlayer.report.curves import (
+    _COLOURS,
+    _GREEN,
+    _GREY,
+    _LOOKS,
+    _MARKERS,
+    _VERMILLION,
+    _accuracy_over,
+    _accuracy_over_bytes,
+    _accuracy_over_epochs,
+    _drawn,
+    _figure,
+    _titled,
+)
+from cutlayer.reproduce.cells import ALPHAS, ALPHAS_WITH_PHI, METHODS, PHASES, PHIS, SKEWED_METHODS, SKEWS, Cell
+from cutlayer.reproduce.findings import Findings
+from cutlayer.reproduce.outcomes import Outcomes, Score
+from cutlayer.reproduce.tables import PARTS, paper
+
+_RANGE = 14.0  # points below the median accuracy that a plot shows; what has collapsed leaves it at the bottom
+_STRAIGHT = 2.0  # points up to which the axis of differences is linear
+
+Line = tuple[str, Sequence[float], Sequence[Score]]  # label, x, scores
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A picture: the part of the command line that asks for it ("" for any), title, what to know about it, whether
+    there is anything to draw yet, and the function that draws it.
+    """
+
+    part: str
+    title: str
+    text: str
+    ready: Callable[[Findings], bool]
+    figure: Callable[[Findings], Figure]
+
+
+def draw(findings: Findings) -> dict[str, bytes]:
+    """Name of a plot -> PNG, for what was asked for and has something to show."""
+    asked = {name: plot for name, plot in PLOTS.items() if plot.part in ("", *findings.parts)}
+    return {n: _drawn(partial(plot.figure, findings)) for n, plot in asked.items() if plot.ready(findings)}
+
+
+def _trained(part: str) -> Callable[[Findings], bool]:
+    """Whether a cell of the part is done."""
+    return lambda f: any(f.outcomes.of(cell) for cell in PARTS[part].cells(f.outcomes.plan))
+
+
+# ---- accuracy over the number of clients: Tables 1 to 3 -------------------------------------------------------------
+
+
+def _clients(name: str, groups: Mapping[str, Mapping[str, str]], findings: Findings) -> Figure:
+    """Ours beside the paper's. `groups`: title of a panel -> row of the table -> label."""
+    table, theirs = findings.table(name), paper()[name]
+    assert table is not None
+    rows, clients = dict(table.rows), findings.outcomes.plan.size.clients
+    shape = (1, 2) if len(groups) == 1 else (2, len(groups))
+    figure = Figure(figsize=(5.4 * shape[1], 0.6 + 4.2 * shape[0]), layout="constrained")
+    axes = figure.subplots(*shape, squeeze=False).reshape(2, len(groups))
+    for column, (title, labels) in enumerate(groups.items()):
+        for index, (row, label) in enumerate(labels.items()):
+            beside = 1.012 ** (index - (len(labels) - 1) / 2)  # equal lines must not hide each other
+            look = {"color": _COLOURS[index % len(_COLOURS)], "marker": _MARKERS[index % len(_MARKERS)]}
+            scores = [s for s in rows[row] if isinstance(s, Score)]
+            _line(axes[0, column], (label, [c * beside for c in clients], scores), **look)
+            known = [None if v is None else Score(v, None, 1, 1) for v in theirs["rows"][row]]
+            pairs = [(c, s) for c, s in zip(theirs["clients"], known, strict=True) if s is not None]
+            _line(axes[1, column], (label, [c * beside for c, _ in pairs], [s for _, s in pairs]), **look)
+        for ax, whose, there in zip(axes[:, column], ("ours", "the paper"), (clients, theirs["clients"]), strict=True):
+            _titled(ax, f"{title}, {whose}" if title else whose.capitalize())
+            _log2(ax, there)
+            ax.set_xlabel("clients")
+    for own in axes:
+        _accuracy_axis(own)
+    _legend(figure, axes[0, 0])
+    return figure
+
+
+def _table1(findings: Findings) -> Figure:
+    return _clients("table1", {"": {f"alpha {a:g}": f"alpha {a:g}" for a in ALPHAS}}, findings)
+
+
+def _table2(findings: Findings) -> Figure:
+    groups = {f"Alpha {a:g}": {f"alpha {a:g}, phi {p:g}": f"phi {p:g}" for p in PHIS} for a in ALPHAS_WITH_PHI}
+    return _clients("table2", groups, findings)
+
+
+def _table3(findings: Findings) -> Figure:
+    return _clients("table3", {"": {phase: phase for phase in ("none", *PHASES)}}, findings)
+
+
+# ---- the methods ----------------------------------------------------------------------------------------------------
+
+
+def _table4(findings: Findings) -> Figure:
+    outcomes, rates = findings.outcomes, findings.outcomes.plan.size.rates
+    figure = Figure(figsize=(7.2, 4.8), layout="constrained")
+    ax = figure.subplots()
+    for index, method in enumerate(METHODS):
+        scores = [outcomes.score(outcomes.plan.method(method, rate)) for rate in rates]
+        colour, style = _LOOKS[method]
+        look = {"color": colour, "linestyle": style, "marker": _MARKERS[index]}
+        _line(ax, (ALGORITHMS[method].title, rates, scores), **look)
+        chosen = outcomes.chosen_rate(method)
+        if chosen is not None:
+            mean = scores[rates.index(chosen)].mean or math.nan
+            ax.plot([chosen], [mean], "o", ms=13, mfc="none", mec=colour, mew=1.5, linestyle="none")
+    ax.set_xscale("log")
+    ax.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_xlabel("learning rate (log); circled: chosen by validation accuracy")
+    _accuracy_axis([ax])
+    _legend(figure, ax)
+    return figure
+
+
+def _skew(findings: Findings) -> Figure:
+    outcomes = findings.outcomes
+    figure = Figure(figsize=(7.2, 4.8), layout="constrained")
+    ax = figure.subplots()
+    for index, method in enumerate(SKEWED_METHODS):
+        scores = [outcomes.score(outcomes.plan.skewed(method, skew)) for skew in SKEWS]
+        shift = 0.12 * (index - (len(SKEWED_METHODS) - 1) / 2)
+        x = [i + shift for i in range(len(SKEWS))]
+        look = {"color": _LOOKS[method][0], "linestyle": "none", "marker": _MARKERS[index]}
+        _line(ax, (ALGORITHMS[method].title, x, scores), **look)
+    ax.set_xticks(range(len(SKEWS)), list(SKEWS))
+    ax.set_xlim(-0.5, len(SKEWS) - 0.5)
+    ax.grid(axis="x", visible=False)
+    ax.set_ylabel("test accuracy (%)")
+    _legend(figure, ax)
+    return figure
+
+
+# ---- learning curves ------------------------------------------------------------------------------------------------
+
+
+def _over_broadcast_bytes(ax: Axes, report: Report) -> None:
+    """As over bytes, with what is the same for several clients counted once."""
+    total = "up + down, wire-broadcast (MB, log)"
+    _accuracy_over(ax, report, lambda e: (e["bytes_up"] + e["bytes_down_broadcast"]) / 1e6, "traffic, broadcast", total)
+
+
+PANELS: tuple[Callable[[Axes, Report], None], ...] = (
+    _accuracy_over_epochs,
+    _accuracy_over_bytes,
+    _over_broadcast_bytes,
+)
+
+
+def _curves(findings: Findings) -> Figure:
+    return _figure(curves_report(findings.outcomes), PANELS)
+
+
+def curves_report(outcomes: Outcomes) -> Report:
+    """Table 4's methods at their chosen rates, as a report of the same methods would have them."""
+    chosen = {method: outcomes.chosen(method) for method in METHODS}
+    entries = [_entry(outcomes, cell) for cell in chosen.values() if cell is not None]
+    return Report(outcomes.out, {}, [entry for entry in entries if entry.runs], True, "")
+
+
+def _entry(outcomes: Outcomes, cell: Cell) -> Entry:
+    runs = [
+        Run(seed, {}, o.evaluations, [], [], 0.0, [], [], o.result)
+        for seed, o in outcomes.of(cell).items()
+        if not o.diverged
+    ]
+    name = cell.config.algorithm
+    title = f"{ALGORITHMS[name].title}, rate {cell.config.client_lr:g}"
+    row = collect.Row(title, [r.seed for r in runs], (0.0, None), (0.0, None), 0.0, None, None, 0.0, 0.0, None)
+    return Entry(name, name, title, runs, row)
+
+
+# ---- claims ---------------------------------------------------------------------------------------------------------
+
+
+def _claims(findings: Findings) -> Figure:
+    """Every claim's difference with its interval."""
+    measured = [v for v in findings.verdicts if v.overall.low is not None]
+    figure = Figure(figsize=(10.5, 1.5 + 0.42 * len(measured)), layout="constrained")
+    ax = figure.subplots()
+    colours = {"holds": _GREEN, "does not hold": _VERMILLION, "within noise": _GREY}
+    ends = [0.0]
+    for y, verdict in enumerate(measured):
+        d = verdict.overall
+        assert d.mean is not None
+        assert d.low is not None
+        assert d.high is not None
+        colour = colours[d.verdict]
+        ax.plot([d.low, d.high], [y, y], color=colour, linewidth=2.5, solid_capstyle="butt")
+        ax.plot([d.mean], [y], "o", color=colour, markersize=8)
+        ax.plot([verdict.claim.threshold] * 2, [y - 0.32, y + 0.32], color="#222222", linewidth=1.5)
+        ends += [d.low, d.high, verdict.claim.threshold]
+    for word, colour in colours.items():
+        ax.plot([], [], "o-", color=colour, label=word)
+    ax.plot(
+        [], [], color="#222222", linestyle="none", marker="|", markersize=12, markeredgewidth=1.5, label="threshold"
+    )
+    ax.set_yticks(range(len(measured)), [v.claim.title for v in measured])
+    ax.set_ylim(len(measured) - 0.4, -0.6)
+    ax.grid(axis="y", visible=False)
+    ax.set_xscale("symlog", linthresh=_STRAIGHT, linscale=0.8)
+    low, high = min(ends) * 1.15, max(ends) * 1.15
+    ax.set_xlim(min(low, -_STRAIGHT), max(high, _STRAIGHT))
+    ticks = [t for t in (-50, -20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 50) if low - 1 <= t <= high + 1]
+    ax.set_xticks(ticks)
+    ax.tick_params(axis="x", labelsize=10)
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:+g}".replace("-", "\N{MINUS SIGN}") if x else "0"))
+    ax.set_xlabel(f"difference in points, mean and 95 % interval (logarithmic beyond ±{_STRAIGHT:g})")
+    _legend(figure, ax)
+    return figure
+
+
+_BARS = "Bars: one standard deviation over seeds."
+PLOTS: dict[str, Plot] = {
+    "claims": Plot(
+        "",
+        "The claims",
+        "Difference in points with its 95 % interval; the black tick is the claim's threshold.",
+        lambda f: any(v.overall.low is not None for v in f.verdicts),
+        _claims,
+    ),
+    "table1": Plot("table1", "SplitLr", f"{_BARS} What falls far behind leaves below.", _trained("table1"), _table1),
+    "table2": Plot("table2", "SplitLr and SplitAvg", _BARS, _trained("table2"), _table2),
+    "table3": Plot(
+        "table3", "SplitAvg in phases", f"{_BARS} What falls far behind leaves below.", _trained("table3"), _table3
+    ),
+    "table4": Plot("table4", "The methods at every rate", _BARS, _trained("table4"), _table4),
+    "fig5": Plot(
+        "fig5",
+        "Learning curves of the methods",
+        "Table 4's methods at their chosen rates: means over seeds, bands one standard deviation to either side. "
+        "Traffic is counted once per receiver (wire-unicast), and with what is the same for several clients counted "
+        "once (wire-broadcast). These are our own curves; nothing is said about those in the paper's figure 5.",
+        lambda f: bool(curves_report(f.outcomes).entries),
+        _curves,
+    ),
+    "skew": Plot("skew", "Label skew", f"Not in the paper. {_BARS}", _trained("skew"), _skew),
+}
+
+
+# ---- shared ---------------------------------------------------------------------------------------------------------
+
+
+def _line(ax: Axes, line: Line, **look: Any) -> None:
+    """Means with bars of one standard deviation, what is unknown left out."""
+    label, x, scores = line
+    means = [math.nan if s.mean is None else s.mean for s in scores]
+    stds = [s.std or 0.0 for s in scores]
+    ax.errorbar(x, means, stds, label=label, capsize=2, elinewidth=1.2, markeredgecolor="white", markersize=7, **look)
+
+
+def _log2(ax: Axes, clients: Sequence[int]) -> None:
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(clients, [str(c) for c in clients])
+    ax.xaxis.set_minor_locator(NullLocator())
+
+
+def _accuracy_axis(axes: Iterable[Axes]) -> None:
+    """Axes that share their range of accuracies, down to `_RANGE` points below the median."""
+    own = list(axes)
+    values = np.concatenate([np.asarray(line.get_ydata(), float) for ax in own for line in ax.get_lines()])
+    values = values[np.isfinite(values)]
+    own[0].set_ylabel("test accuracy (%)")
+    for ax in own[1:]:
+        ax.tick_params(labelleft=False)
+    if len(values):
+        top, bottom = values.max(), max(values.min(), np.median(values) - _RANGE)
+        margin = 0.06 * max(top - bottom, 1.0)
+        for ax in own:
+            ax.set_ylim(bottom - margin, top + margin)
+
+
+def _legend(figure: Figure, ax: Axes) -> None:
+    handles, labels = ax.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 6))

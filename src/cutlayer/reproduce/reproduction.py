@@ -1,0 +1,161 @@
+"""A reproduction: a folder in which cells are trained, and the report on what is there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tomli_w
+
+from cutlayer.catalog import DATASETS
+from cutlayer.config import read_toml
+from cutlayer.errors import RunFolderError
+from cutlayer.files import replace_file
+from cutlayer.folder import LOCK, Folder, _locked
+from cutlayer.reproduce.cells import SIZES, Cell, Plan, SizeName
+from cutlayer.reproduce.outcomes import Outcome, Outcomes, read
+from cutlayer.reproduce.tables import PARTS, cells_of, named
+from cutlayer.reproduce.train import Job, folder_of, is_done, train
+
+if TYPE_CHECKING:
+    from cutlayer.reproduce.findings import Findings
+
+SETTINGS = "reproduction.toml"
+
+
+class Reproduction:
+    """What was asked for: tables at a size, on a data set and device, in the folder `out`.
+
+    Raises ConfigError for an unknown table; RunFolderError where `out` is of other settings, or holds other things.
+    Nothing is written before `train`.
+    """
+
+    def __init__(
+        self, tables: Iterable[str], size: SizeName, out: Path, data: str = "fashion-mnist", device: str = "cpu"
+    ) -> None:
+        if data not in DATASETS and Path(data).exists():
+            data = str(Path(data).resolve())  # the same folder, from wherever the command is called
+        self.size, self.out = size, out
+        self.plan = Plan(SIZES[size], data, device)
+        self.asked = named(tables)
+        stored = self._stored()
+        self.parts = tuple(name for name in PARTS if name in self.asked or name in stored)
+
+    @property
+    def jobs(self) -> list[Job]:
+        """What was asked for, each cell once, all cells of a seed before those of the next: an interrupted reproduction
+        then has all cells on the seeds it got to.
+        """
+        cells = cells_of(self.plan, self.asked).values()
+        return [(cell, seed) for seed in self.plan.size.seeds for cell in cells]
+
+    def waiting(self) -> list[Job]:
+        """The jobs that are not done yet."""
+        return [job for job in self.jobs if not is_done(folder_of(self.out, *job))]
+
+    def check(self) -> None:
+        """That the data are there, every kind of cell can be built and what is done fits. Raises UsageError."""
+        from cutlayer.build import assemble, deal
+
+        self.outcomes()
+        kinds: dict[tuple[str, ...], Cell] = {}
+        for cell, _ in sorted(self.waiting(), key=lambda job: -job[0].config.clients):
+            c = cell.config
+            # Whole models have no cut to check, so a split one stands for its kind where there is one.
+            kinds.setdefault((c.model, c.partition, str(c.algorithm in ("cl", "fl"))), cell)
+        for cell in kinds.values():
+            first, *others = (cell.at(seed) for seed in self.plan.size.seeds)
+            assemble(first)
+            if cell.config.partition != "iid":  # with another seed a client may stay without samples
+                for config in others:
+                    deal(config)
+
+    def train(self, workers: int) -> Iterator[Job]:
+        """Train what is waiting, `workers` runs at once; yields each job as it ends. Raises CutlayerError."""
+        with self._held():
+            yield from train(self.out, self.waiting(), workers)
+
+    def outcomes(self) -> Outcomes:
+        """What is there by now, for all tables that were ever asked for in this folder."""
+        return Outcomes(self.plan, self.out, cells_of(self.plan, self.parts).values())
+
+    def outcome(self, job: Job) -> Outcome:
+        """What a job that is done came to."""
+        cell, seed = job
+        return read(folder_of(self.out, cell, seed), cell.at(seed))
+
+    def find(self) -> Findings:
+        """Everything there is to say by now. Raises RunFolderError where no run is done, or one is damaged."""
+        from cutlayer.reproduce.findings import find
+
+        findings = find(self.outcomes(), self.parts)
+        if not findings.done[0]:
+            raise RunFolderError(
+                f"{str(self.out)!r} has no finished run to report on: train some, with --jobs 1 or more"
+            )
+        return findings
+
+    def write(self, findings: Findings) -> list[Path]:
+        """Write the report; the paths written. Raises RunFolderError where the folder cannot be written to."""
+        from cutlayer.reproduce.page import files
+
+        contents = files(findings, self.size)
+        for name, content in contents.items():
+            replace_file(self.out / name, content)
+        return [self.out / name for name in contents]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What all runs of a folder must agree in, TOML-ready: size, data, device, and what the size stands for."""
+        size = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.plan.size).items() if v is not None}
+        return {"size": self.size, "data": self.plan.data, "device": self.plan.device, "settings": size}
+
+    def _stored(self) -> list[str]:
+        """The tables asked for in this folder before. Raises RunFolderError where the folder is not for us."""
+        if self.out.exists() and not self.out.is_dir():
+            raise RunFolderError(f"{str(self.out)!r} is a file: choose another --out")
+        path = self.out / SETTINGS
+        if not path.exists():
+            if self.out.is_dir() and not all(map(_own, self.out.iterdir())):
+                raise RunFolderError(f"{str(self.out)!r} already holds files, of no reproduction: choose another --out")
+            return []
+        stored = read_toml(path)
+        for name, have, want in _differences(stored, self.settings):
+            raise RunFolderError(
+                f"the reproduction in {str(self.out)!r} was made with {name} = {have!r}, not {want!r}: ask for what it "
+                "was made with, or choose another --out"
+            )
+        return [str(name) for name in stored.get("tables", [])]
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        """The folder, with its settings in it, kept from other processes. Raises RunFolderError."""
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            folder = Folder(self.out, _locked(self.out))
+        except OSError as error:
+            raise RunFolderError(f"cannot write to {str(self.out)!r}: {error.strerror}; choose another --out") from None
+        with folder:
+            settings = self.settings
+            size = settings.pop("settings")
+            folder.write_text(SETTINGS, tomli_w.dumps({**settings, "tables": list(self.parts), "settings": size}))
+            yield
+
+
+def _own(path: Path) -> bool:
+    """Whether a file or folder is one that reproductions make."""
+    return path.name in ("runs", LOCK, f".{SETTINGS}.new") or path.stem == Path(SETTINGS).stem or path.suffix == ".png"
+
+
+def _differences(stored: dict[str, Any], asked: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """(name, stored, asked) of every setting that differs."""
+    for name, want in asked.items():
+        have = stored.get(name)
+        if isinstance(want, dict) and isinstance(have, dict):
+            names = dict.fromkeys([*want, *have])
+            yield from ((n, have.get(n), want.get(n)) for n in names if have.get(n) != want.get(n))
+        elif have != want:
+            yield name, have, want

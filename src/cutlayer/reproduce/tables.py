@@ -1,0 +1,185 @@
+"""The tables: ours beside the paper's. A table is one function of the outcomes, entered in `PARTS`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from cutlayer.catalog import ALGORITHMS
+from cutlayer.errors import ConfigError, unknown
+from cutlayer.report.text import listed
+from cutlayer.reproduce.cells import (
+    ALPHAS,
+    ALPHAS_WITH_PHI,
+    METHODS,
+    PHASES,
+    PHIS,
+    SKEWED_METHODS,
+    SKEWS,
+    Cell,
+    Plan,
+)
+from cutlayer.reproduce.outcomes import Outcomes, Score, spread
+
+DASH = "\N{EN DASH}"
+Rows = dict[str, tuple[float, float, str | None]]  # label -> alpha, phi, phase
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table as every page shows it: rows of scores or ready texts, below a title; `text` says how to read it."""
+
+    name: str
+    title: str
+    head: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[Score | str, ...]], ...]
+    text: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one name on the command line asks for: the cells to train and the tables made of them."""
+
+    cells: Callable[[Plan], Iterator[Cell]]
+    tables: Callable[[Outcomes], list[Table]]
+
+
+def table1(outcomes: Outcomes) -> list[Table]:
+    """SplitLr: alpha by number of clients (paper, Table 1)."""
+    rows: Rows = {f"alpha {alpha:g}": (alpha, 0.0, None) for alpha in ALPHAS}
+    text = "The server's rate is the clients' times C^alpha; alpha 0 is no SplitLr. No SplitAvg."
+    return [_by_clients(outcomes, "table1", "Table 1: SplitLr", "", rows, text)]
+
+
+def table2(outcomes: Outcomes) -> list[Table]:
+    """SplitLr and SplitAvg: alpha and phi by number of clients (paper, Table 2)."""
+    rows: Rows = {f"alpha {alpha:g}, phi {phi:g}": (alpha, phi, None) for alpha in ALPHAS_WITH_PHI for phi in PHIS}
+    text = "At each step a random fraction phi of the clients back-propagates one common gradient; phi 0: no SplitAvg."
+    return [_by_clients(outcomes, "table2", "Table 2: SplitLr and SplitAvg", "", rows, text)]
+
+
+def table3(outcomes: Outcomes) -> list[Table]:
+    """Phased SplitAvg (paper, Table 3)."""
+    rows: Rows = {"none": (1.0, 0.0, None)}
+    rows |= {phase: (1.0, 1.0, phase) for phase in PHASES}
+    text = (
+        "Alpha 1. All clients back-propagate the common gradient (phi 1), during the first or last part of the "
+        "training, all the time (full) or never (none)."
+    )
+    return [_by_clients(outcomes, "table3", "Table 3: SplitAvg in phases", "when", rows, text)]
+
+
+def table4(outcomes: Outcomes) -> list[Table]:
+    """The methods at the rates chosen for them (paper, Table 4), and all rates that were tried."""
+    size, theirs = outcomes.plan.size, paper()["table4"]
+    best, tried = [], []
+    for method in METHODS:
+        title, rate, chosen = ALGORITHMS[method].title, outcomes.chosen_rate(method), outcomes.chosen(method)
+        none = Score(None, None, 0, len(size.seeds), 0, theirs[method])
+        score = none if chosen is None else outcomes.score(chosen, theirs[method])
+        best.append((title, (score, DASH if rate is None else f"{rate:g}")))
+        cells = [outcomes.plan.method(method, r) for r in size.rates]
+        tried.append((title, tuple(v for cell in cells for v in (_validation(outcomes, cell), outcomes.score(cell)))))
+    sglr = outcomes.plan.method("sglr", size.rates[0]).config
+    text = (
+        f"{size.methods_clients} clients, {size.methods_model} (paper: AlexNet). Each method has the learning rate of "
+        f"the highest best validation accuracy, mean over seeds, of the same {len(size.rates)} rates: equal tuning "
+        f"effort for all; SGLR's alpha {sglr.alpha:g} and phi {sglr.phi:g} were not tuned further."
+    )
+    columns = tuple(c for rate in size.rates for c in (f"validation, {rate:g}", f"test, {rate:g}"))
+    rates = "Best validation accuracy, by which the rate is chosen, and the test accuracy at it, per learning rate."
+    return [
+        Table("table4", "Table 4: the methods", "method", ("accuracy", "rate"), tuple(best), text),
+        Table("table4-rates", "Table 4: all rates that were tried", "method", columns, tuple(tried), rates),
+    ]
+
+
+def skew(outcomes: Outcomes) -> list[Table]:
+    """The methods on clients whose labels are skewed (beyond the paper)."""
+    plan = outcomes.plan
+    rows = tuple(
+        (ALGORITHMS[m].title, tuple(outcomes.score(plan.skewed(m, skew)) for skew in SKEWS)) for m in SKEWED_METHODS
+    )
+    config = plan.skewed("sglr", next(iter(SKEWS))).config
+    text = (
+        f"Not in the paper. {plan.size.skewed_clients} clients, {plan.size.model}, rate {config.client_lr:g} for all; "
+        f"SLR and SGLR have alpha {config.alpha:g}, SGLR phi {config.phi:g}. Dirichlet: each class is dealt to the "
+        "clients in proportions drawn from a Dirichlet distribution, the smaller the number the more skewed; 2 shards: "
+        "each client holds about two classes. Accuracy on the whole test set, mean over all clients' models."
+    )
+    return [Table("skew", "Label skew", "method", tuple(SKEWS), rows, text)]
+
+
+PARTS: dict[str, Part] = {
+    "table1": Part(Plan.table1, table1),
+    "table2": Part(Plan.table2, table2),
+    "table3": Part(Plan.table3, table3),
+    "table4": Part(Plan.table4, table4),
+    "fig5": Part(Plan.table4, lambda _: []),  # curves of Table 4's runs
+    "skew": Part(Plan.skew, skew),
+}
+
+
+def named(names: Iterable[str]) -> tuple[str, ...]:
+    """The parts asked for, in the order of the paper; none and `all` are all. Raises ConfigError for unknown ones."""
+    asked = set(names) or {"all"}
+    for name in asked:
+        if name not in {*PARTS, "all"}:
+            raise ConfigError(unknown("table", name, [*PARTS, "all"]))
+    return tuple(name for name in PARTS if name in asked or "all" in asked)
+
+
+def cells_of(plan: Plan, names: Sequence[str]) -> dict[str, Cell]:
+    """The cells of these parts by name, each once."""
+    return {cell.name: cell for name in names for cell in PARTS[name].cells(plan)}
+
+
+def shown(score: Score | str) -> str:
+    """Our side of a cell: 84.12 ± 0.31; a dash where nothing is known; what is peculiar in brackets."""
+    if isinstance(score, str):
+        return score
+    if score.mean is None:
+        return DASH
+    if score.diverged == score.seeds > 0:
+        number = "diverged"
+    else:
+        number = f"{score.mean:.2f}" + ("" if score.std is None else f" ± {score.std:.2f}")
+    notes = [f"{score.diverged} diverged"] if 0 < score.diverged < score.seeds else []
+    if score.seeds < score.planned:
+        notes.append(f"{score.seeds} seed{'s' * (score.seeds > 1)}")
+    return number + (f" [{listed(notes)}]" if notes else "")
+
+
+def paper_of(score: Score | str) -> str:
+    """The paper's side of a cell; empty where it has no number."""
+    return "" if isinstance(score, str) or score.paper is None else f"{score.paper:.2f}"
+
+
+def _by_clients(outcomes: Outcomes, name: str, title: str, head: str, rows: Rows, text: str) -> Table:
+    """A table of (alpha, phi, phase) by number of clients, beside the paper's table of that name."""
+    plan, theirs = outcomes.plan, paper()[name]
+
+    def score(label: str, clients: int) -> Score:
+        there = clients in theirs["clients"]
+        paper = theirs["rows"][label][theirs["clients"].index(clients)] if there else None
+        return outcomes.score(plan.grid(clients, *rows[label]), paper)
+
+    lines = tuple((label, tuple(score(label, c) for c in plan.size.clients)) for label in rows)
+    return Table(name, title, head, tuple(f"C = {c}" for c in plan.size.clients), lines, text)
+
+
+def _validation(outcomes: Outcomes, cell: Cell) -> Score:
+    done = outcomes.of(cell).values()
+    mean, std = spread([o.validation for o in done])
+    return Score(mean, std, len(done), len(outcomes.plan.size.seeds), sum(o.diverged for o in done))
+
+
+@cache
+def paper() -> Any:
+    """The numbers of the paper's tables, by the names of ours and their rows."""
+    return json.loads(resources.files("cutlayer.reproduce").joinpath("paper.json").read_text())

@@ -1,0 +1,336 @@
+"""Bytes, FLOPs, virtual time and energy: against hand counts, against the paper's example, and against each other."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support import client_state, difference  # type: ignore[import-not-found]
+from torch import nn
+
+from cutlayer import ConfigError, Run
+from cutlayer.build import assemble
+from cutlayer.config import RunConfig
+from cutlayer.costs.clock import Clock
+from cutlayer.costs.energy import Use, clients_energy
+from cutlayer.costs.expect import ALGORITHMS, Workload, expect
+from cutlayer.costs.fleet import Fleet, fleet
+from cutlayer.costs.flops import Flops, count
+from cutlayer.costs.measured import Meter
+from cutlayer.costs.paper import EXAMPLE, METHODS, Sizes, per_client, time, total
+from cutlayer.costs.profiles import Device, Link, Profiles
+from cutlayer.models import cut
+from cutlayer.models.zoo import build
+
+SMALL: dict[str, Any] = {"data": "digits", "model": "mlp", "clients": 4, "samples_per_client": 20, "test": 30}
+FLEET: dict[str, Any] = {"client_device": "raspberry-pi-zero-2w", "link": "lte", "server_device": "h100"}
+
+
+def test_the_papers_example() -> None:
+    found = {m: total(m, EXAMPLE) for m in METHODS}
+    assert found == {"sglr": 1800.024, "psl": 2400, "sfl": 15800, "fl": 40000}
+    assert round(100 * (1 - found["sglr"] / found["sfl"]), 1) == 88.6
+    assert math.floor(100e3 * (1 - found["sglr"] / found["fl"])) / 1e3 == 95.499
+    assert per_client("fl", EXAMPLE) == 400
+    assert time("psl", EXAMPLE, rate=10, compute=1) == 1 + 2400 / 10  # sic
+    assert time("sglr", EXAMPLE, rate=10, compute=1) == pytest.approx(1 + 18.00024 / 10)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_ledgers_paper_convention_is_the_papers_formula(method: str) -> None:
+    run = Run(algorithm=method, rounds=1, **SMALL)
+    run.run()
+    whole, client = 4 * sum(p.numel() for p in build("mlp", (1, 8, 8), 10).parameters()), 4 * (65 * 128 + 129 * 128)
+    sizes = Sizes(clients=4, samples=80, smashed=4 * 128, model=whole, client_model=client, phi=0.5)
+    ledger = run.training.ledger
+    assert ledger.total("up", "paper") + ledger.total("down", "paper") == total(method, sizes)  # type: ignore[arg-type]
+
+
+def test_flops_of_the_zoo_by_hand() -> None:
+    """Forward: 2 x multiply-adds. Backward: as much for the weights, and for the input, but for the first layer."""
+    picture = torch.rand(4, 1, 28, 28)
+    mlp = count(cut(build("mlp", (1, 28, 28), 10), "hidden2", picture), picture)
+    first, second = 2 * 784 * 128, 2 * 128 * 128
+    assert mlp.client == Flops(first + second, first + 2 * second)
+    rest = 2 * 128 * 128 + 2 * 128 * 10
+    assert mlp.server == Flops(rest, 2 * rest)
+    cnn = count(cut(build("cnn", (1, 28, 28), 10), "block1", picture), picture)
+    first = 2 * 28 * 28 * 16 * 9
+    assert cnn.client == Flops(first, first)
+    rest = 2 * (14 * 14 * 32 * 16 * 9 + 32 * 7 * 7 * 64 + 64 * 10)
+    assert cnn.server == Flops(rest, 2 * rest)
+    resnet = count(cut(build("resnet16", (1, 28, 28), 10), "block4", picture), picture)
+    stem, block16 = 2 * 32 * 32 * 16 * 27, 2 * (2 * 32 * 32 * 16 * 16 * 9)
+    block32 = 2 * 16 * 16 * (16 * 32 * 9 + 32 * 32 * 9 + 16 * 32) + 2 * (2 * 16 * 16 * 32 * 32 * 9)
+    assert resnet.client.forward == stem + 2 * block16 + block32
+    assert resnet.client.backward == 2 * resnet.client.forward - stem
+
+
+def test_table_4_the_client_computes_94_7_percent_less() -> None:
+    picture = torch.rand(4, 1, 28, 28)
+    flops = count(cut(build("alexnet", (1, 28, 28), 10), "block1", picture), picture)
+    assert round(100 * (1 - flops.client.three_forwards / flops.whole.three_forwards), 1) == 94.7
+    # As truly counted the client saves more: its first layer has no input gradient to compute.
+    assert round(100 * (1 - flops.client.training / flops.whole.training), 1) == 96.4
+    runs = {a: Run(algorithm=a, rounds=1, **{**SMALL, "clients": 5}).run() for a in ("cl", "fl", "sglr")}
+    assert runs["fl"].client_flops
+    assert runs["cl"].server_flops == 5 * runs["fl"].client_flops
+
+
+def test_flops_need_no_values() -> None:
+    """The same on the meta device, where nothing is computed."""
+    real, example = build("cnn", (1, 28, 28), 10), torch.rand(3, 1, 28, 28)
+    parts = cut(real, "block1", example)
+    expected = count(parts, example)
+    for part in parts.all:
+        part.to("meta")
+    assert count(parts, example.to("meta")) == expected
+
+
+def test_flops_change_nothing_and_say_what_they_do_not_know() -> None:
+    net = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 3))
+    example = torch.rand(4, 8)
+    parts = cut(net, "1", example)
+    before, random = [{k: v.clone() for k, v in p.state_dict().items()} for p in parts.all], torch.get_rng_state()
+    count(parts, example)
+    assert all(difference(b, p.state_dict()) == 0 for b, p in zip(before, parts.all, strict=True))
+    assert torch.equal(random, torch.get_rng_state())
+    assert all(p.grad is None for part in parts.all for p in part.parameters())
+    with pytest.warns(UserWarning, match="server part are not known"):
+        count(cut(nn.Sequential(nn.Linear(8, 8), nn.PReLU()), "0", example), example)
+
+
+def work_of(run: Run, **options: Any) -> Workload:
+    training, config = run.training, run.config
+    crossing = sum(math.prod(c.shape) * c.dtype.itemsize for c in training.parts.crossing)
+    parameters = [sum(p.nbytes for p in [*m.parameters(), *m.buffers()]) for m in training.parts.all]
+    train = training.source.train
+    return Workload(
+        clients=config.clients,
+        samples_per_client=config.samples_per_client or 0,
+        batch=config.batch,
+        smashed=crossing,
+        gradient=crossing,
+        label=train.y[:1].nbytes,
+        raw=train.x[:1].nbytes,
+        model=sum(parameters),
+        client_model=parameters[0],
+        flops=training.flops,
+        phi=config.phi,
+        **options,
+    )
+
+
+CIRCUMSTANCES: dict[str, dict[str, Any]] = {
+    "alike": {},
+    "multicast": {"multicast": True},
+    "narrow server": {"server_mbps": 3.0},
+    "narrow server, multicast": {"server_mbps": 3.0, "multicast": True},
+    "stragglers": {"speed_spread": 0.7, "rate_spread": 0.5, "stragglers": 0.25},
+    "whole batches": {"batch": 10},
+    "one batch": {"batch": 64, "speed_spread": 1.0},
+    "no server device, latency": {"server_device": None, "latency_ms": 50.0},
+}
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+@pytest.mark.parametrize("circumstance", CIRCUMSTANCES)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_the_closed_forms_are_what_ledger_and_clock_count(algorithm: str, circumstance: str, epochs: int) -> None:
+    options = {**SMALL, **FLEET, **CIRCUMSTANCES[circumstance], "epochs": epochs}
+    run = Run(algorithm=algorithm, **{k: v for k, v in options.items() if v is not None})
+    result = run.run()
+    machines = fleet(run.config, 4)
+    assert machines is not None
+    found = expect(algorithm, work_of(run, epochs=epochs), machines)
+    ledger = run.training.ledger
+    assert found.up + found.once_up == ledger.total("up")
+    assert found.down == ledger.total("down")
+    assert found.down_broadcast == ledger.total("down", "wire-broadcast")
+    assert found.paper == ledger.total("up", "paper") + ledger.total("down", "paper")
+    assert found.client_flops == result.client_flops
+    assert found.server_flops == result.server_flops
+    assert found.seconds == pytest.approx(result.virtual_seconds, rel=1e-9)
+    assert found.clients is not None
+    assert found.clients.total == pytest.approx(result.clients_joules, rel=1e-9)
+    assert found.clients.marginal == pytest.approx(result.clients_marginal_joules, rel=1e-9)
+    assert (found.server_joules is None) == (result.server_joules is None)
+    if found.server_joules is not None:
+        assert found.server_joules == pytest.approx(result.server_joules, rel=1e-9)
+    assert run.training.clock is not None
+    use = run.training.clock
+    assert found.clients.radio_rate == pytest.approx(
+        (0.0767 * use.up_bits.sum() + 0.0115 * use.down_bits.sum()) / 1e6, rel=1e-9
+    )
+
+
+@pytest.mark.parametrize("algorithm", ["cl", "fl", "ssl", "psl", "sfl", "sflv1", "sflv2", "sflv3", "sglr", "ussl"])
+def test_the_clock_changes_no_number_of_the_training(algorithm: str) -> None:
+    own = {"cut": "hidden1", "tail_cut": "hidden2"} if algorithm == "ussl" else {}
+    plain = Run(algorithm=algorithm, rounds=2, **SMALL, **own)
+    timed = Run(algorithm=algorithm, rounds=2, **SMALL, **own, **FLEET, stragglers=0.5, rate_spread=1.0)
+    losses = [[r.loss for r in run] for run in (plain, timed)]
+    assert losses[0] == losses[1]
+    assert plain.training.ledger.state() == timed.training.ledger.state()
+    assert difference(client_state(plain), client_state(timed)) == 0
+    assert timed.result is not None
+    assert timed.result.virtual_seconds
+
+
+def two(speeds: list[float], **options: Any) -> Clock:
+    device = Device(name="d", source="test", flops_per_second=1.0, watts=2.0, idle_watts=0.5)
+    link = Link(name="l", source="test", up_watts=1.0, up_watts_per_mbps=0.1, down_watts=0.5, down_watts_per_mbps=0.2)
+    return Clock(
+        Fleet(device, link, None, np.array(speeds), np.array([1e6, 2e6]), np.array([4e6, 4e6]), 0.25, **options)
+    )
+
+
+def test_the_clock_by_hand() -> None:
+    clock = two([10.0, 20.0], server_speed=100.0)
+    clock.begin([0, 1])
+    clock.compute(np.array([10.0, 10.0]))  # 1 s; .5 s
+    clock.upload(np.array([1e6, 1e6]))  # until 2 s; 1 s
+    assert clock.server == 2.25  # the slower one's arrival
+    clock.serve(50.0)
+    clock.download(np.array([2e6, 0.0]), 2e6)  # leaves at 2.75, arrives at 3, takes .5
+    clock.compute(np.array([5.0, 0.0]))
+    assert clock.ready.tolist() == [4.0, 1.0]
+    now = clock.read()
+    assert now.seconds == 4.0
+    # Client 0 computed 1.5 s, sent 1 s, received .5 s, waited 1 s; client 1 .5, .5, 0 and 3 s.
+    assert now.clients.computing == pytest.approx(2.0 * (1.5 + 0.5))
+    assert now.clients.radio_rate == pytest.approx(0.1 * 2 + 0.2 * 2)
+    assert now.clients.radio_base == pytest.approx(1.0 * 1.5 + 0.5 * 0.5)
+    assert now.clients.waiting == pytest.approx(0.5 * (1.0 + 3.0))
+    assert now.clients.marginal == pytest.approx(4.0 + 0.6)
+    assert now.clients.total == pytest.approx(4.0 + 0.6 + 1.75 + 2.0)
+    assert now.server_joules is None
+
+
+def test_who_is_not_asked_sleeps() -> None:
+    clock = two([10.0, 10.0])
+    clock.begin([0])
+    clock.compute(np.array([100.0, 0.0]))
+    clock.upload(np.array([1e6, 0.0]))  # until 11 s
+    assert clock.read().clients.waiting == pytest.approx(0.5 * 0.25)  # client 0 until its message has come
+    clock.begin([1])  # wakes at 11.25, the server's time
+    clock.compute(np.array([0.0, 10.0]))
+    assert clock.now == 12.25
+    assert clock.read().clients.waiting == 0.0  # client 0's .25 s too are now between two rounds
+
+
+def test_a_narrow_server_and_multicast() -> None:
+    clock = two([10.0, 10.0], server_rate=1e6)
+    clock.begin([0, 1])
+    clock.upload(np.array([1e6, 1e6]))  # together 2 Mbit through 1 Mbit/s
+    assert clock.ready.tolist() == [2.0, 2.0]
+    clock.download(np.array([1e6, 1e6]), 1e6)  # one copy for both
+    assert clock.ready.tolist() == [3.5, 3.5]
+
+
+def test_unknown_figures_stay_unknown() -> None:
+    zeros, ones = np.zeros(1), np.ones(1)
+    device = Device(name="d", source="test", flops_per_second=1.0, watts=2.0)
+    machines = Fleet(device, Link(name="l", source="test", up_watts_per_mbps=1.0), None, ones, ones, ones, 0.0)
+    nothing_known = clients_energy(machines, Use(ones, zeros, zeros, ones, ones, ones))
+    assert (nothing_known.computing, nothing_known.marginal, nothing_known.total) == (2.0, None, None)
+    idle = clients_energy(machines, Use(ones, zeros, zeros, zeros, zeros, ones))
+    assert (idle.marginal, idle.waiting, idle.total) == (2.0, None, None)
+    busy = clients_energy(machines, Use(ones, zeros, zeros, zeros, zeros, zeros))
+    assert busy.total == 2.0
+
+
+def test_what_cannot_be_measured_is_not_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("cutlayer.costs.measured._RAPL", tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with Meter() as meter:
+        pass
+    assert meter.joules is None
+    assert meter.method.startswith("not measured")
+
+
+def test_every_profile_has_a_source() -> None:
+    profiles = Profiles.load()
+    assert all(p.source and p.title for p in [*profiles.devices.values(), *profiles.links.values()])
+    figures = {n: d.joules_per_flop for n, d in profiles.devices.items()}
+    known = {"raspberry-pi-4": 6.1e-10, "raspberry-pi-5": 3.6e-10, "raspberry-pi-zero-2w": 5.7e-9}
+    known |= {"desktop-i5-7400t": 5.7e-10, "desktop-ryzen-5600x": 8.6e-10, "mac-mini-m4": 1.3e-10}
+    assert {n: float(f"{figures[n]:.1e}") for n in known} == known
+    lora = profiles.link("lora")
+    assert lora.up_watts is not None
+    assert lora.up_mbps is not None
+    assert lora.up_watts * 8e6 / (lora.up_mbps * 1e6) == pytest.approx(135, rel=0.01)  # J per MB
+
+
+def test_profiles_of_ones_own(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.toml"
+    mine.write_text('[device.mote]\nflops_per_second = 1e6\nwatts = 0.1\nsource = "me"\n')
+    options = {**SMALL, "rounds": 1, "algorithm": "psl", "profiles": str(mine)}
+    run = Run(client_device="mote", up_mbps=1.0, down_mbps=1.0, **options)
+    result = run.run()
+    assert result.clients_joules is None  # nothing is known of the link's energy
+    assert result.virtual_seconds is not None
+    compute = 20 * run.training.flops.client.training / 1e6
+    assert result.virtual_seconds > compute
+    with pytest.raises(ConfigError, match="did you mean 'mote'"):
+        Run(client_device="moat", up_mbps=1.0, down_mbps=1.0, **options)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[device.x]\nflops_per_second = -1\nwatts = 1\nsource = 'me'", ["'x'", "flops_per_second = -1", "mend"]),
+        ("[device.x]\nflops_per_second = 1\nwatts = 1", ["'x'", "source is missing"]),
+        ("[device.x]\nwats = 1", ["'x'", "did you mean 'watts'"]),
+        ("[devices.x]\nwatts = 1", ["did you mean 'device'"]),
+        ("[link.x]\nup_mbps = 0\nsource = 'me'", ["up_mbps = 0"]),
+        ("[link.x", ["not valid TOML"]),
+    ],
+)
+def test_bad_profiles(tmp_path: Path, text: str, words: list[str]) -> None:
+    mine = tmp_path / "mine.toml"
+    mine.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        Profiles.load(mine)
+    assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"client_device": "raspberry-pi-3"}, ["'raspberry-pi-3'", "did you mean 'raspberry-pi-"]),
+        ({"client_device": "raspberry-pi-4", "link": "lta"}, ["did you mean 'lte'"]),
+        ({"client_device": "raspberry-pi-4"}, ["no link", "--up-mbps"]),
+        ({"client_device": "raspberry-pi-4", "link": "5g-low-band"}, ["no rates", "down_mbps"]),
+        ({"link": "lte"}, ["link = 'lte'", "without client_device"]),
+        ({"multicast": True}, ["multicast = True", "without client_device"]),
+        ({"client_device": "raspberry-pi-4", "link": "lte", "up_mbps": -1.0}, ["up_mbps = -1.0", "greater than 0"]),
+        ({"client_device": "raspberry-pi-4", "link": "lte", "profiles": "nowhere.toml"}, ["nowhere.toml", "check"]),
+    ],
+)
+def test_bad_fleets(options: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        Run(rounds=1, **SMALL, **options)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_lora_warns() -> None:
+    with pytest.warns(UserWarning, match="24 minutes"):
+        assemble(RunConfig(rounds=1, client_device="raspberry-pi-4", link="lora", **SMALL))
+
+
+def test_a_resumed_clock_reads_the_same(tmp_path: Path) -> None:
+    options = {**SMALL, **FLEET, "algorithm": "sfl", "rounds": 3, "participation": 0.5}
+    whole = Run(**options).run()
+    broken = Run(**options, out=tmp_path / "run")
+    for record in broken:
+        if record.round == 2:
+            break
+    resumed = Run.resume(tmp_path / "run").run()
+    assert resumed.virtual_seconds == whole.virtual_seconds
+    assert resumed.clients_joules == whole.clients_joules
+    assert resumed.bytes == whole.bytes
