@@ -43,7 +43,7 @@ class Folder:
         refuse_used(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            folder = cls(path, _locked(path))
+            folder = cls(path, locked(path))
             folder.write_text(CONFIG, tomli_w.dumps(dict(config)))
         except OSError as error:
             raise RunFolderError(f"cannot write to {str(path)!r}: {error.strerror}; choose another --out") from None
@@ -55,7 +55,7 @@ class Folder:
         if not (path / CONFIG).is_file():
             raise RunFolderError(f"{str(path)!r} is no run folder: it has no {CONFIG}; name the folder of a run")
         try:
-            return cls(path, _locked(path))
+            return cls(path, locked(path))
         except OSError as error:
             raise RunFolderError(f"cannot write to {str(path)!r}: {error.strerror}; make it writable") from None
 
@@ -125,7 +125,7 @@ def stored_config(path: Path) -> dict[str, Any]:
     return read_toml(path / CONFIG)
 
 
-def _locked(path: Path) -> TextIO:
+def locked(path: Path) -> TextIO:
     """The folder's lock file, locked. Raises RunFolderError where another process holds it."""
     lock = (path / LOCK).open("a+")
     try:

@@ -43,26 +43,26 @@ _STYLE: dict[Any, Any] = {
 }
 
 # Okabe and Ito's palette without yellow, which is too pale for a line on white.
-_BLACK, _ORANGE, _SKY, _GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
-_BLUE, _VERMILLION, _PURPLE, _GREY = "#0072B2", "#D55E00", "#CC79A7", "#777777"
+BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
+BLUE, VERMILLION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#777777"
 
 Look = tuple[str, str]  # colour, line style
-_LOOKS: dict[str, Look] = {
-    "cl": (_BLACK, "-"),
-    "fl": (_PURPLE, "-"),
-    "ssl": (_ORANGE, "-"),
-    "psl": (_BLUE, "-"),
-    "sfl": (_GREEN, "-"),
-    "sglr": (_VERMILLION, "-"),
-    "slr": (_SKY, "-"),
-    "sgl": (_SKY, "--"),
-    "sflv1": (_GREEN, "--"),
-    "sflv2": (_GREEN, "-."),
-    "sflv3": (_GREEN, ":"),
-    "ussl": (_ORANGE, "--"),
+LOOKS: dict[str, Look] = {
+    "cl": (BLACK, "-"),
+    "fl": (PURPLE, "-"),
+    "ssl": (ORANGE, "-"),
+    "psl": (BLUE, "-"),
+    "sfl": (GREEN, "-"),
+    "sglr": (VERMILLION, "-"),
+    "slr": (SKY, "-"),
+    "sgl": (SKY, "--"),
+    "sflv1": (GREEN, "--"),
+    "sflv2": (GREEN, "-."),
+    "sflv3": (GREEN, ":"),
+    "ussl": (ORANGE, "--"),
 }
-_COLOURS = (_VERMILLION, _BLUE, _GREEN, _ORANGE, _PURPLE, _SKY, _BLACK, _GREY)
-_MARKERS = "osD^vP*X<>ph"
+COLOURS = (VERMILLION, BLUE, GREEN, ORANGE, PURPLE, SKY, BLACK, GREY)
+MARKERS = "osD^vP*X<>ph"
 
 _WINDOWS = 60  # the loss is averaged over windows of 1/60 of the training
 _ANNOTATED = 16  # up to so many clients and classes the cells of the heat map carry their numbers
@@ -84,17 +84,17 @@ def panels(report: Report) -> list[bytes]:
     """Test accuracy over epochs, training loss over epochs, test accuracy over bytes, and where the runs have a clock over
     virtual time and over energy: a PNG each.
     """
-    return [_drawn(lambda draw=draw: _figure(report, [draw])) for draw in _panels(report)]  # type: ignore[misc]
+    return [drawn(lambda draw=draw: figure_of(report, [draw])) for draw in _panels(report)]  # type: ignore[misc]
 
 
 def overview(report: Report) -> bytes:
     """The panels in one PNG, three to a row."""
-    return _drawn(lambda: _figure(report, _panels(report)))
+    return drawn(lambda: figure_of(report, _panels(report)))
 
 
 def classes(report: Report) -> bytes:
     """Samples per class and client as a heat map, with the clients' sizes beside it, in one PNG."""
-    return _drawn(lambda: _classes_figure(shown_partition(report)))
+    return drawn(lambda: _classes_figure(shown_partition(report)))
 
 
 def shown_partition(report: Report) -> Run:
@@ -107,7 +107,7 @@ def loss_window(report: Report) -> float:
     return max(run.epochs[-1] if run.epochs else 0.0 for e in report.entries for run in e.runs) / _WINDOWS
 
 
-def _drawn(make: Callable[[], Figure]) -> bytes:
+def drawn(make: Callable[[], Figure]) -> bytes:
     """The figure as a PNG, in our style whatever the user's matplotlibrc says."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
@@ -119,7 +119,7 @@ def _drawn(make: Callable[[], Figure]) -> bytes:
     return file.getvalue()
 
 
-def _figure(report: Report, draws: Sequence[Callable[[Axes, Report], None]]) -> Figure:
+def figure_of(report: Report, draws: Sequence[Callable[[Axes, Report], None]]) -> Figure:
     across, rows = min(len(draws), 3), math.ceil(len(draws) / 3)
     figure = Figure(figsize=(5.9 * across, 5.0 * rows), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)  # type: ignore[union-attr, call-arg]
@@ -145,10 +145,10 @@ def _figure(report: Report, draws: Sequence[Callable[[Axes, Report], None]]) -> 
     return figure
 
 
-def _accuracy_over_epochs(ax: Axes, report: Report) -> None:
+def accuracy_over_epochs(ax: Axes, report: Report) -> None:
     for curve in _accuracies(report, lambda e: float(e["epochs"])):
         _plot(ax, curve)
-    _titled(ax, "Test accuracy over epochs" if report.comparison else "Accuracy over epochs")
+    titled(ax, "Test accuracy over epochs" if report.comparison else "Accuracy over epochs")
     _percent(ax, "test accuracy (%)" if report.comparison else "accuracy (%)")
     _epochs(ax)
 
@@ -157,40 +157,40 @@ def _loss_over_epochs(ax: Axes, report: Report) -> None:
     window = loss_window(report)
     curves = [_loss(entry, label, look, window) for entry, label, look, _ in _looks(report)]
     if not report.comparison:  # one line, beside lines for test and validation
-        curves = [replace(curves[0], label="training loss", look=(_BLACK, "-"))]
+        curves = [replace(curves[0], label="training loss", look=(BLACK, "-"))]
     for curve in curves:
         _plot(ax, curve)
     values = np.concatenate([c.mean for c in curves])
     if len(values) and values.min() > 0 and values.max() > 20 * values.min():
         ax.set_yscale("log")
         ax.set_ylim(values.min() / 1.8, values.max() * 1.8)  # the bands' tails would squeeze the lines
-    _titled(ax, "Training loss over epochs")
+    titled(ax, "Training loss over epochs")
     ax.set_ylabel(f"loss, mean per {window:.2g} epochs" + (" (log)" if ax.get_yscale() == "log" else ""))
     _epochs(ax)
 
 
-def _accuracy_over_bytes(ax: Axes, report: Report) -> None:
-    _accuracy_over(
+def accuracy_over_bytes(ax: Axes, report: Report) -> None:
+    accuracy_over(
         ax, report, lambda e: (e["bytes_up"] + e["bytes_down"]) / 1e6, "traffic", "up + down, wire-unicast (MB, log)"
     )
 
 
-def _accuracy_over_time(ax: Axes, report: Report) -> None:
-    _accuracy_over(ax, report, lambda e: e["virtual_seconds"], "virtual time", "virtual time (s, log)")
+def accuracy_over_time(ax: Axes, report: Report) -> None:
+    accuracy_over(ax, report, lambda e: e["virtual_seconds"], "virtual time", "virtual time (s, log)")
 
 
-def _accuracy_over_energy(ax: Axes, report: Report) -> None:
+def accuracy_over_energy(ax: Axes, report: Report) -> None:
     # Total energy where it is known of every run, else what is: marginal.
     known = all(run.evaluations[-1].get("clients_joules") is not None for e in report.entries for run in e.runs)
     name, kind = ("clients_joules", "total") if known else ("clients_marginal_joules", "marginal")
-    _accuracy_over(ax, report, lambda e: e[name], "energy", f"all clients' energy, {kind} (J, log)")
+    accuracy_over(ax, report, lambda e: e[name], "energy", f"all clients' energy, {kind} (J, log)")
 
 
-def _accuracy_over(ax: Axes, report: Report, x: Callable[[dict[str, float]], float], over: str, label: str) -> None:
+def accuracy_over(ax: Axes, report: Report, x: Callable[[dict[str, float]], float], over: str, label: str) -> None:
     for curve in _accuracies(report, x):
         crossed = curve.x > 0  # nothing has been spent yet: has no place on a log axis
         _plot(ax, replace(curve, x=curve.x[crossed], mean=curve.mean[crossed], std=curve.std[crossed]))
-    _titled(ax, ("Test accuracy" if report.comparison else "Accuracy") + f" over {over}")
+    titled(ax, ("Test accuracy" if report.comparison else "Accuracy") + f" over {over}")
     _percent(ax, "test accuracy (%)" if report.comparison else "accuracy (%)")
     ax.set_xscale("log")
     ax.set_xlabel(label)
@@ -205,12 +205,12 @@ def _accuracy_over(ax: Axes, report: Report, x: Callable[[dict[str, float]], flo
 
 
 def _panels(report: Report) -> list[Callable[[Axes, Report], None]]:
-    found: list[Callable[[Axes, Report], None]] = [_accuracy_over_epochs, _loss_over_epochs, _accuracy_over_bytes]
+    found: list[Callable[[Axes, Report], None]] = [accuracy_over_epochs, _loss_over_epochs, accuracy_over_bytes]
     last = [run.evaluations[-1] for e in report.entries for run in e.runs]
     if all(e.get("virtual_seconds") is not None for e in last):
-        found.append(_accuracy_over_time)
+        found.append(accuracy_over_time)
     if all(e.get("clients_marginal_joules") is not None for e in last):
-        found.append(_accuracy_over_energy)
+        found.append(accuracy_over_energy)
     return found
 
 
@@ -220,11 +220,11 @@ def _accuracies(report: Report, x: Callable[[dict[str, float]], float]) -> list[
         return [_scores(e.runs, label, look, marker, x, "test_accuracy") for e, label, look, marker in _looks(report)]
     runs = report.entries[0].runs
     last = runs[0].evaluations[-1]
-    kinds = [("test", (_VERMILLION, "-"), "o", "test_accuracy")]
+    kinds = [("test", (VERMILLION, "-"), "o", "test_accuracy")]
     if last["validation_accuracy"] is not None:
-        kinds.append(("validation", (_BLUE, "--"), "s", "validation_accuracy"))
+        kinds.append(("validation", (BLUE, "--"), "s", "validation_accuracy"))
     if any(e["test_accuracy_worst"] != e["test_accuracy"] for e in runs[0].evaluations):
-        kinds.append(("test, worst client", (_GREY, ":"), "v", "test_accuracy_worst"))
+        kinds.append(("test, worst client", (GREY, ":"), "v", "test_accuracy_worst"))
     return [_scores(runs, label, look, marker, x, name) for label, look, marker, name in kinds]
 
 
@@ -294,12 +294,12 @@ def _looks(report: Report) -> list[tuple[Entry, str, Look, str]]:
     """Per entry its label, look and marker. An algorithm has the same colour in every report; further entries of the
     same algorithm get the colours that are left.
     """
-    plain = {e.name: _LOOKS[e.algorithm] for e in report.entries if e.name == e.algorithm and e.algorithm in _LOOKS}
+    plain = {e.name: LOOKS[e.algorithm] for e in report.entries if e.name == e.algorithm and e.algorithm in LOOKS}
     for e in report.entries:
-        own = _LOOKS.get(e.algorithm)
+        own = LOOKS.get(e.algorithm)
         if e.name not in plain and own is not None and own not in plain.values():
             plain[e.name] = own
-    spare = [(c, s) for s in ("-", "--", "-.", ":") for c in _COLOURS]
+    spare = [(c, s) for s in ("-", "--", "-.", ":") for c in COLOURS]
     for e in report.entries:
         if e.name not in plain:
             # A free colour first, then a free style of any colour, then, beyond 32 entries, again from the start.
@@ -310,10 +310,10 @@ def _looks(report: Report) -> list[tuple[Entry, str, Look, str]]:
     for e in report.entries:
         label = _plain(shortened(e.title, 32))
         labels[e.name] = label if label not in labels.values() else _plain(shortened(f"{e.title} ({e.name})", 60))
-    return [(e, labels[e.name], plain[e.name], _MARKERS[i % len(_MARKERS)]) for i, e in enumerate(report.entries)]
+    return [(e, labels[e.name], plain[e.name], MARKERS[i % len(MARKERS)]) for i, e in enumerate(report.entries)]
 
 
-def _titled(ax: Axes, title: str) -> None:
+def titled(ax: Axes, title: str) -> None:
     ax.set_title(title, loc="left", fontweight="bold")
 
 
@@ -347,7 +347,7 @@ def _classes_figure(run: Run) -> Figure:
     else:
         figure.colorbar(image, ax=cells, location="left", label="samples", pad=0.02, shrink=min(1.0, 4 / height))
     totals = counts.sum(axis=1)
-    sizes.barh(np.arange(clients), totals, height=0.8 if clients <= 100 else 1.0, color=_SKY)
+    sizes.barh(np.arange(clients), totals, height=0.8 if clients <= 100 else 1.0, color=SKY)
     sizes.set_title("All classes", loc="left", fontweight="bold")
     sizes.set_xlabel("samples")
     sizes.xaxis.set_major_locator(MaxNLocator(nbins=3, integer=True))

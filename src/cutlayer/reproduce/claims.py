@@ -18,6 +18,7 @@ from scipy.special import stdtrit  # type: ignore[import-untyped]
 
 from cutlayer.report.text import listed
 from cutlayer.reproduce.cells import ALPHAS_WITH_PHI, PHASES, PHIS, SKEWS, Cell
+from cutlayer.reproduce.costs import Fact
 from cutlayer.reproduce.outcomes import Outcomes
 
 Word = Literal["holds", "does not hold", "within noise", "not measured"]
@@ -102,8 +103,8 @@ def claims(outcomes: Outcomes) -> list[Claim]:
     return [claim for maker in makers for claim in maker(outcomes)]
 
 
-def summary(verdicts: Sequence[Verdict]) -> list[str]:
-    """What came out, in five lines."""
+def summary(verdicts: Sequence[Verdict], counted: Sequence[Fact] = ()) -> list[str]:
+    """What came out, in five lines: the verdicts, and what counting settles."""
     meaning = {
         "holds": "Holds",
         "does not hold": "Does not hold",
@@ -113,7 +114,9 @@ def summary(verdicts: Sequence[Verdict]) -> list[str]:
     lines = []
     for word in WORDS:
         titles = [_counted(v) for v in verdicts if v.overall.verdict == word]
-        lines.append(f"{meaning[word]} ({len(titles)} of {len(verdicts)}): {'; '.join(titles) or 'none'}.")
+        titles += [f.title for f in counted if word == ("holds" if f.holds else "does not hold")]
+        total = len(verdicts) + len(counted)
+        lines.append(f"{meaning[word]} ({len(titles)} of {total}): {'; '.join(titles) or 'none'}.")
     sized = [v for v in verdicts if v.overall.verdict in ("holds", "does not hold") and v.overall.mean is not None]
     sized.sort(key=lambda v: -abs(v.overall.mean or 0.0))
     effects = "; ".join(_counted(v) for v in sized[:3])

@@ -6,18 +6,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cutlayer.reproduce.claims import Verdict, judge, summary
+from cutlayer.reproduce.costs import Fact, facts
 from cutlayer.reproduce.outcomes import Outcomes
 from cutlayer.reproduce.tables import PARTS, Table
 
 
 @dataclass(frozen=True)
 class Findings:
-    """Tables, verdicts and five lines about them, from the outcomes of the `parts` asked for (see `PARTS`)."""
+    """Tables, verdicts, what counting settles, and five lines about all of it, from the outcomes of the `parts` asked
+    for (see `PARTS`).
+    """
 
     outcomes: Outcomes
     parts: tuple[str, ...]
     tables: list[Table]
     verdicts: list[Verdict]
+    facts: list[Fact]
     lines: list[str]
 
     @property
@@ -35,4 +39,5 @@ def find(outcomes: Outcomes, parts: Sequence[str]) -> Findings:
     """Everything that follows from the outcomes."""
     verdicts = judge(outcomes)
     tables = [table for name in parts for table in PARTS[name].tables(outcomes)]
-    return Findings(outcomes, tuple(parts), tables, verdicts, summary(verdicts))
+    counted = facts(outcomes.plan)
+    return Findings(outcomes, tuple(parts), tables, verdicts, counted, summary(verdicts, counted))

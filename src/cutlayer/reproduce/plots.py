@@ -19,20 +19,23 @@ from cutlayer.catalog import ALGORITHMS
 from cutlayer.report import collect
 from cutlayer.report.collect import Entry, Report, Run
 from cutlayer.report.curves import (
-    _COLOURS,
-    _GREEN,
-    _GREY,
-    _LOOKS,
-    _MARKERS,
-    _VERMILLION,
-    _accuracy_over,
-    _accuracy_over_bytes,
-    _accuracy_over_epochs,
-    _drawn,
-    _figure,
-    _titled,
+    COLOURS,
+    GREEN,
+    GREY,
+    LOOKS,
+    MARKERS,
+    VERMILLION,
+    accuracy_over,
+    accuracy_over_bytes,
+    accuracy_over_energy,
+    accuracy_over_epochs,
+    accuracy_over_time,
+    drawn,
+    figure_of,
+    titled,
 )
 from cutlayer.reproduce.cells import ALPHAS, ALPHAS_WITH_PHI, METHODS, PHASES, PHIS, SKEWED_METHODS, SKEWS, Cell
+from cutlayer.reproduce.costs import FLEET_TEXT, spent
 from cutlayer.reproduce.findings import Findings
 from cutlayer.reproduce.outcomes import Outcomes, Score
 from cutlayer.reproduce.tables import PARTS, paper
@@ -59,7 +62,7 @@ class Plot:
 def draw(findings: Findings) -> dict[str, bytes]:
     """Name of a plot -> PNG, for what was asked for and has something to show."""
     asked = {name: plot for name, plot in PLOTS.items() if plot.part in ("", *findings.parts)}
-    return {n: _drawn(partial(plot.figure, findings)) for n, plot in asked.items() if plot.ready(findings)}
+    return {n: drawn(partial(plot.figure, findings)) for n, plot in asked.items() if plot.ready(findings)}
 
 
 def _trained(part: str) -> Callable[[Findings], bool]:
@@ -81,14 +84,14 @@ def _clients(name: str, groups: Mapping[str, Mapping[str, str]], findings: Findi
     for column, (title, labels) in enumerate(groups.items()):
         for index, (row, label) in enumerate(labels.items()):
             beside = 1.012 ** (index - (len(labels) - 1) / 2)  # equal lines must not hide each other
-            look = {"color": _COLOURS[index % len(_COLOURS)], "marker": _MARKERS[index % len(_MARKERS)]}
+            look = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
             scores = [s for s in rows[row] if isinstance(s, Score)]
             _line(axes[0, column], (label, [c * beside for c in clients], scores), **look)
             known = [None if v is None else Score(v, None, 1, 1) for v in theirs["rows"][row]]
             pairs = [(c, s) for c, s in zip(theirs["clients"], known, strict=True) if s is not None]
             _line(axes[1, column], (label, [c * beside for c, _ in pairs], [s for _, s in pairs]), **look)
         for ax, whose, there in zip(axes[:, column], ("ours", "the paper"), (clients, theirs["clients"]), strict=True):
-            _titled(ax, f"{title}, {whose}" if title else whose.capitalize())
+            titled(ax, f"{title}, {whose}" if title else whose.capitalize())
             _log2(ax, there)
             ax.set_xlabel("clients")
     for own in axes:
@@ -115,12 +118,12 @@ def _table3(findings: Findings) -> Figure:
 
 def _table4(findings: Findings) -> Figure:
     outcomes, rates = findings.outcomes, findings.outcomes.plan.size.rates
-    figure = Figure(figsize=(7.2, 4.8), layout="constrained")
+    figure = Figure(figsize=(9.6, 4.8), layout="constrained")
     ax = figure.subplots()
     for index, method in enumerate(METHODS):
         scores = [outcomes.score(outcomes.plan.method(method, rate)) for rate in rates]
-        colour, style = _LOOKS[method]
-        look = {"color": colour, "linestyle": style, "marker": _MARKERS[index]}
+        colour, style = LOOKS[method]
+        look = {"color": colour, "linestyle": style, "marker": MARKERS[index]}
         _line(ax, (ALGORITHMS[method].title, rates, scores), **look)
         chosen = outcomes.chosen_rate(method)
         if chosen is not None:
@@ -137,13 +140,13 @@ def _table4(findings: Findings) -> Figure:
 
 def _skew(findings: Findings) -> Figure:
     outcomes = findings.outcomes
-    figure = Figure(figsize=(7.2, 4.8), layout="constrained")
+    figure = Figure(figsize=(9.6, 4.8), layout="constrained")
     ax = figure.subplots()
     for index, method in enumerate(SKEWED_METHODS):
         scores = [outcomes.score(outcomes.plan.skewed(method, skew)) for skew in SKEWS]
         shift = 0.12 * (index - (len(SKEWED_METHODS) - 1) / 2)
         x = [i + shift for i in range(len(SKEWS))]
-        look = {"color": _LOOKS[method][0], "linestyle": "none", "marker": _MARKERS[index]}
+        look = {"color": LOOKS[method][0], "linestyle": "none", "marker": MARKERS[index]}
         _line(ax, (ALGORITHMS[method].title, x, scores), **look)
     ax.set_xticks(range(len(SKEWS)), list(SKEWS))
     ax.set_xlim(-0.5, len(SKEWS) - 0.5)
@@ -159,18 +162,20 @@ def _skew(findings: Findings) -> Figure:
 def _over_broadcast_bytes(ax: Axes, report: Report) -> None:
     """As over bytes, with what is the same for several clients counted once."""
     total = "up + down, wire-broadcast (MB, log)"
-    _accuracy_over(ax, report, lambda e: (e["bytes_up"] + e["bytes_down_broadcast"]) / 1e6, "traffic, broadcast", total)
+    accuracy_over(ax, report, lambda e: (e["bytes_up"] + e["bytes_down_broadcast"]) / 1e6, "traffic, broadcast", total)
 
 
 PANELS: tuple[Callable[[Axes, Report], None], ...] = (
-    _accuracy_over_epochs,
-    _accuracy_over_bytes,
+    accuracy_over_epochs,
+    accuracy_over_bytes,
     _over_broadcast_bytes,
+    accuracy_over_time,
+    accuracy_over_energy,
 )
 
 
 def _curves(findings: Findings) -> Figure:
-    return _figure(curves_report(findings.outcomes), PANELS)
+    return figure_of(curves_report(findings.outcomes), PANELS)
 
 
 def curves_report(outcomes: Outcomes) -> Report:
@@ -181,12 +186,12 @@ def curves_report(outcomes: Outcomes) -> Report:
 
 
 def _entry(outcomes: Outcomes, cell: Cell) -> Entry:
+    name = cell.config.algorithm
     runs = [
-        Run(seed, {}, o.evaluations, [], [], 0.0, [], [], o.result)
+        Run(seed, {}, [{**e, **spent(outcomes.plan, name, e)} for e in o.evaluations], [], [], 0.0, [], [], o.result)
         for seed, o in outcomes.of(cell).items()
         if not o.diverged
     ]
-    name = cell.config.algorithm
     title = f"{ALGORITHMS[name].title}, rate {cell.config.client_lr:g}"
     row = collect.Row(title, [r.seed for r in runs], (0.0, None), (0.0, None), 0.0, None, None, 0.0, 0.0, None)
     return Entry(name, name, title, runs, row)
@@ -200,7 +205,7 @@ def _claims(findings: Findings) -> Figure:
     measured = [v for v in findings.verdicts if v.overall.low is not None]
     figure = Figure(figsize=(10.5, 1.5 + 0.42 * len(measured)), layout="constrained")
     ax = figure.subplots()
-    colours = {"holds": _GREEN, "does not hold": _VERMILLION, "within noise": _GREY}
+    colours = {"holds": GREEN, "does not hold": VERMILLION, "within noise": GREY}
     ends = [0.0]
     for y, verdict in enumerate(measured):
         d = verdict.overall
@@ -233,7 +238,7 @@ def _claims(findings: Findings) -> Figure:
     return figure
 
 
-_BARS = "Bars: one standard deviation over seeds."
+_BARS = "Bars: one standard deviation over seeds. What falls far behind leaves below."
 PLOTS: dict[str, Plot] = {
     "claims": Plot(
         "",
@@ -242,18 +247,18 @@ PLOTS: dict[str, Plot] = {
         lambda f: any(v.overall.low is not None for v in f.verdicts),
         _claims,
     ),
-    "table1": Plot("table1", "SplitLr", f"{_BARS} What falls far behind leaves below.", _trained("table1"), _table1),
+    "table1": Plot("table1", "SplitLr", _BARS, _trained("table1"), _table1),
     "table2": Plot("table2", "SplitLr and SplitAvg", _BARS, _trained("table2"), _table2),
-    "table3": Plot(
-        "table3", "SplitAvg in phases", f"{_BARS} What falls far behind leaves below.", _trained("table3"), _table3
-    ),
+    "table3": Plot("table3", "SplitAvg in phases", _BARS, _trained("table3"), _table3),
     "table4": Plot("table4", "The methods at every rate", _BARS, _trained("table4"), _table4),
     "fig5": Plot(
         "fig5",
         "Learning curves of the methods",
         "Table 4's methods at their chosen rates: means over seeds, bands one standard deviation to either side. "
         "Traffic is counted once per receiver (wire-unicast), and with what is the same for several clients counted "
-        "once (wire-broadcast). These are our own curves; nothing is said about those in the paper's figure 5.",
+        "once (wire-broadcast). "
+        + FLEET_TEXT
+        + " These are our own curves; nothing is said about those in the paper's figure 5.",
         lambda f: bool(curves_report(f.outcomes).entries),
         _curves,
     ),

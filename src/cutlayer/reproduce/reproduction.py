@@ -14,7 +14,7 @@ from cutlayer.catalog import DATASETS
 from cutlayer.config import read_toml
 from cutlayer.errors import RunFolderError
 from cutlayer.files import replace_file
-from cutlayer.folder import LOCK, Folder, _locked
+from cutlayer.folder import LOCK, Folder, locked
 from cutlayer.reproduce.cells import SIZES, Cell, Plan, SizeName
 from cutlayer.reproduce.outcomes import Outcome, Outcomes, read
 from cutlayer.reproduce.tables import PARTS, cells_of, named
@@ -135,7 +135,7 @@ class Reproduction:
         """The folder, with its settings in it, kept from other processes. Raises RunFolderError."""
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            folder = Folder(self.out, _locked(self.out))
+            folder = Folder(self.out, locked(self.out))
         except OSError as error:
             raise RunFolderError(f"cannot write to {str(self.out)!r}: {error.strerror}; choose another --out") from None
         with folder:

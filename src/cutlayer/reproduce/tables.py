@@ -96,7 +96,45 @@ def table4(outcomes: Outcomes) -> list[Table]:
     return [
         Table("table4", "Table 4: the methods", "method", ("accuracy", "rate"), tuple(best), text),
         Table("table4-rates", "Table 4: all rates that were tried", "method", columns, tuple(tried), rates),
+        _computation(outcomes.plan),
     ]
+
+
+def _computation(plan: Plan) -> Table:
+    """Table 4's last column: what a client computes."""
+    from cutlayer.reproduce import costs  # here, not above: it needs torch
+
+    theirs = paper()["table4-compute"]
+    rows = tuple(
+        (title, (*values, f"{theirs[method]:g} PFLOP"))
+        for method, (title, values) in zip(METHODS, costs.computation(plan), strict=True)
+    )
+    columns = (plan.size.methods_model, "AlexNet", "AlexNet, 3 x forward", "of FL", "paper, whole training")
+    text = (
+        f"Per client and epoch of {plan.size.samples_per_client} samples (CL: the one machine that has everybody's "
+        "data). FLOPs are counted on the real modules; the paper counts three forward passes, which overstates the "
+        "first layers, whose input needs no gradient. The paper gives no widths for its AlexNet: ours are chosen for "
+        "its share."
+    )
+    return Table("table4-compute", "Table 4: computation of a client", "method", columns, rows, text)
+
+
+def table6(outcomes: Outcomes) -> list[Table]:
+    """Communication per epoch (paper, Table 6 and section 4.4)."""
+    from cutlayer.reproduce import costs
+
+    plan = outcomes.plan
+    size = plan.size
+    columns = ("worked example, by formula", "counted as the paper", "wire-unicast", "wire-broadcast")
+    text = (
+        "All clients together, per epoch. Worked example of section 4.4: 100 clients, phi .5, 50 000 samples, .024 MB of "
+        "smashed data each, models of 200 and 67 MB; the paper's numbers are the same. The other columns: "
+        f"{size.methods_clients} clients with {size.samples_per_client} samples each, {size.methods_model}, as a "
+        "run's ledger counts. The paper leaves out labels and counts SplitAvg's common gradient once per epoch; on a "
+        "wire it is sent in every step: once where it can be broadcast, else once to every active client, and then SGLR "
+        "sends just what PSL sends."
+    )
+    return [Table("table6", "Table 6: communication", "method", columns, tuple(costs.communication(plan)), text)]
 
 
 def skew(outcomes: Outcomes) -> list[Table]:
@@ -120,6 +158,7 @@ PARTS: dict[str, Part] = {
     "table2": Part(Plan.table2, table2),
     "table3": Part(Plan.table3, table3),
     "table4": Part(Plan.table4, table4),
+    "table6": Part(lambda _: iter(()), table6),
     "fig5": Part(Plan.table4, lambda _: []),  # curves of Table 4's runs
     "skew": Part(Plan.skew, skew),
 }

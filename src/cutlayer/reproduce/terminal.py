@@ -12,6 +12,7 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from cutlayer.reproduce.claims import Verdict, points
+from cutlayer.reproduce.costs import Fact
 from cutlayer.reproduce.findings import Findings
 from cutlayer.reproduce.outcomes import Outcome
 from cutlayer.reproduce.page import setting
@@ -94,6 +95,7 @@ def show(findings: Findings, size: str, console: Console) -> None:
     for table in findings.tables:
         wide.print(_grid(table))
     wide.print(_claims(findings.verdicts))
+    wide.print(_facts(findings.facts))
     for line in findings.lines:
         wide.print(f"- {line}", highlight=False)
 
@@ -111,6 +113,16 @@ def _grid(table: Table) -> Grid:
             Text(shown(v)) + Text(f"\n{p}" if with_paper else "", "dim") for v, p in zip(values, theirs, strict=True)
         ]
         grid.add_row(Text(label), *cells)
+    return grid
+
+
+def _facts(facts: Sequence[Fact]) -> Grid:
+    grid = Grid(title="What counting settles")
+    for name in ("claim", "verdict", "counted"):
+        grid.add_column(name, no_wrap=name == "verdict")
+    for f in facts:
+        word = "holds" if f.holds else "does not hold"
+        grid.add_row(Text(f.title), Text(word, _STYLES[word]), Text(f.evidence))
     return grid
 
 

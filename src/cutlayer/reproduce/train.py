@@ -5,7 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
+import time
 import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -20,6 +22,7 @@ from cutlayer.reproduce.cells import Cell
 
 Job = tuple[Cell, int]
 DIVERGED = "diverged.txt"
+_PATIENCE = 10.0  # seconds that a process has to end by itself
 
 
 def folder_of(out: Path, cell: Cell, seed: int) -> Path:
@@ -60,8 +63,10 @@ def train(out: Path, jobs: Sequence[Job], workers: int) -> Iterator[Job]:
                     worker.begin(waiting.popleft())
     finally:
         for worker in crew:
-            worker.process.kill()
+            worker.process.terminate()
         for worker in crew:
+            worker.process.join(_PATIENCE)
+            worker.process.kill()
             worker.process.join()
 
 
@@ -129,8 +134,12 @@ def _work(pipe: Connection, out: Path, threads: int) -> None:
 
     def watch() -> None:
         parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(_PATIENCE)
         os._exit(1)
 
+    # An orderly end gives back what libraries hold in the system, such as semaphores.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     threading.Thread(target=watch, daemon=True).start()
     import torch
 

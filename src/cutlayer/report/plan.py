@@ -1,0 +1,289 @@
+"""A plan as people read it: tables and sentences for the terminal, and one picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from cutlayer.catalog import ALGORITHMS
+from cutlayer.config import PlanConfig
+from cutlayer.costs.breakeven import bytes_of, sentences
+from cutlayer.costs.expect import Workload, expect
+from cutlayer.costs.ledger import CONVENTIONS, Convention
+from cutlayer.costs.plan import Plan, flops_share, workload
+from cutlayer.report.costs import duration, flops, joules
+from cutlayer.report.curves import BLUE, LOOKS, VERMILLION, _plain, drawn, titled
+from cutlayer.report.text import format_bytes, format_quantity, listed, shortened
+
+_CONVENTIONS: dict[Convention, str] = {
+    "wire-unicast": "Each message once per receiver (wire-unicast)",
+    "wire-broadcast": "What is the same for several clients once (wire-broadcast)",
+    "paper": "As the SGLR paper counts (paper)",
+}
+_NAMED = 14  # cuts whose names fit below the axis
+
+
+def show(plan: Plan, console: Console) -> None:
+    """Print tables and sentences."""
+    for line in heading(plan):
+        console.print(line, highlight=False, soft_wrap=True)
+    if len(plan.cuts) > 1:
+        console.print(_cuts(plan))
+        for name, reason in list(plan.refused.items())[:3]:
+            console.print(f"No cut at {name!r}: {reason}.", highlight=False, soft_wrap=True)
+        if len(plan.refused) > 3:
+            rest = list(plan.refused)[3:]
+            more = f" and {len(rest) - 5} more" if len(rest) > 5 else ""
+            console.print(f"Nor at {', '.join(rest[:5])}{more}.", highlight=False, soft_wrap=True)
+    if plan.verdict:
+        console.print(Text(plan.verdict, style="bold"), soft_wrap=True)
+    console.print(_communication(plan))
+    console.print(_computation(plan))
+    for line in notes(plan):
+        console.print(line, highlight=False, soft_wrap=True)
+    for convention, name in _CONVENTIONS.items():
+        found = [b for b in plan.break_evens if b.convention == convention]
+        if found:
+            console.print(Text(f"\n{name}:", style="bold"))
+        for sentence in sentences(found):
+            console.print(f"  {sentence}", highlight=False, soft_wrap=True)
+    if timed := [b for b in plan.break_evens if b.convention is None]:
+        console.print(Text("\nTime of an epoch on these machines:", style="bold"))
+        for sentence in sentences(timed):
+            console.print(f"  {sentence}", highlight=False, soft_wrap=True)
+
+
+def heading(plan: Plan) -> list[str]:
+    """What is planned, in sentences."""
+    m, c = plan.chosen.measured, plan.config
+    tensors = listed([f"{_times(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in m.crossing])
+    down = "" if m.gradient == m.smashed else f", {format_bytes(m.gradient)} come down"
+    share = m.client_parameters / m.parameters if m.parameters else 0.0
+    return [
+        f"{plan.title}: {m.parameters:,} parameters ({format_bytes(m.whole.state)}), "
+        f"{flops(m.flops.whole.training)} to train on one sample of {_times(c.input)}",
+        f"cut after {m.name!r}: the client has {m.client_parameters:,} parameters ({share:.2%}) and "
+        f"{flops_share(m):.2%} of the FLOPs; {format_bytes(m.smashed)} of smashed data go up per sample "
+        f"({tensors}){down}",
+        f"{c.clients:,} {'client' if c.clients == 1 else 'clients'} with {c.samples_per_client:,} samples each, "
+        f"batches of {c.batch}, phi {c.phi:g}; all figures are one epoch's",
+    ]
+
+
+def notes(plan: Plan) -> list[str]:
+    """What one must know to read the tables."""
+    c, m = plan.config, plan.chosen.measured
+    optimizer = "Adam's two moments" if c.client_optimizer == "adam" else "no state of plain SGD"
+    lines = [
+        f"Memory of a client: weights, gradients, {optimizer}, and what the forward pass of one batch saves for the "
+        "backward pass."
+    ]
+    if not m.flops.whole.forward and m.parameters:
+        lines.append("FLOPs: none of the model's operations is known to torch's counter, so that 0 means not known.")
+    if "cl" in c.algorithms:
+        lines.append("CL: the raw data and labels go up once, whatever the number of epochs.")
+    if c.client_device is not None:
+        clients = f"{c.client_device} over {c.link or 'a link of your own'}"
+        server = f"{c.servers} x {c.server_device}" if c.server_device else "a server that takes no time"
+        lines.append(
+            f"Time and energy are modelled, for clients on {clients} and {server}"
+            + ("" if c.utilisation == 1 else f", at {c.utilisation:.0%} of their FLOP/s")
+            + ". Energy is a client's mean: marginal is what training adds, total also what the device draws anyway "
+            "while it sends, receives and waits. Server: its share of the time."
+        )
+    return lines
+
+
+def picture(plan: Plan) -> bytes:
+    """Bytes over samples per client with the break-evens; with several cuts also what each means. One PNG."""
+    return drawn(lambda: _figure(plan))
+
+
+# Tables
+
+
+def _table(title: str, columns: Iterable[str], rows: Iterable[Sequence[str]], bold: str = "") -> Table:
+    table = Table(title=title, title_justify="left")
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="right" if i else "left", no_wrap=i == 0)
+    for row in rows:
+        table.add_row(*map(Text, row), style="bold" if row[0] == bold else None)
+    return table
+
+
+def _communication(plan: Plan) -> Table:
+    columns = ("", "up", "down", "broadcast down", "wire-unicast", "wire-broadcast", "paper's convention")
+    rows = []
+    for cost in plan.costs:
+        e = cost.expected
+        counts = (e.up + e.once_up, e.down, e.down_broadcast, *(bytes_of(e, c) for c in CONVENTIONS))
+        rows.append((ALGORITHMS[cost.algorithm].title, *map(format_bytes, counts)))
+    return _table("Communication of all clients, per epoch", columns, rows)
+
+
+def _computation(plan: Plan) -> Table:
+    timed = plan.config.client_device is not None
+    columns = ["", "a client computes", "the server", "a client's memory"]
+    columns += ["time", "of it server", "marginal energy", "total energy", "server's energy"] if timed else []
+    rows = []
+    for cost in plan.costs:
+        e = cost.expected
+        row = [
+            ALGORITHMS[cost.algorithm].title,
+            flops(e.client_flops),
+            flops(e.server_flops),
+            format_bytes(cost.memory),
+        ]
+        if timed:
+            share = "not known" if cost.server_share is None else f"{cost.server_share:.2%}"
+            row += [duration(e.seconds), share, joules(cost.marginal), joules(cost.total), joules(e.server_joules)]
+        rows.append(row)
+    return _table("Computation of a client and of the server, per epoch", columns, rows)
+
+
+def _cuts(plan: Plan) -> Table:
+    timed, budget = plan.config.client_device is not None, _has_budget(plan.config)
+    columns = ["cut after", "client's parameters", "of FLOPs", "smashed/sample", "client's memory"]
+    columns += ["marginal energy", "time"] if timed else []
+    columns += ["unicast", "broadcast", *(["fits"] if budget else [])]
+    rows = []
+    for cut in plan.cuts:
+        m = cut.measured
+        row = [m.name, f"{m.client_parameters:,}", f"{flops_share(m):.2%}", format_bytes(m.smashed)]
+        row += [format_bytes(cut.cost.memory)]
+        row += [joules(cut.cost.marginal), duration(cut.costs.seconds)] if timed else []
+        row += [format_bytes(cut.costs.unicast), format_bytes(cut.costs.broadcast)]
+        rows.append([*row, *([] if not budget else ["yes" if cut.strain <= 1 else "no"])])
+    title = f"Cuts in the order data flows, with {ALGORITHMS[plan.judged].title}, per epoch"
+    return _table(title, columns, rows, plan.chosen.measured.name)
+
+
+def _has_budget(config: PlanConfig) -> bool:
+    return config.memory_budget is not None or config.energy_budget is not None
+
+
+def _times(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape)) or "one number"
+
+
+# Picture
+
+
+def _figure(plan: Plan) -> Figure:
+    draws: list[Callable[[Axes, Plan], None]] = [_bytes_over_samples]
+    if len(plan.cuts) > 1:
+        draws += [_smashed_over_cuts, _flops_over_cuts]
+    figure = Figure(figsize=(7.2 if len(draws) == 1 else 6.2 * len(draws), 5.4), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)  # type: ignore[union-attr, call-arg]
+    for ax, draw in zip(figure.subplots(1, len(draws), squeeze=False)[0], draws, strict=True):
+        draw(ax, plan)
+    return figure
+
+
+def _bytes_over_samples(ax: Axes, plan: Plan) -> None:
+    convention: Convention = "wire-broadcast" if plan.config.multicast else "wire-unicast"
+    marks = [
+        b for b in plan.break_evens if b.convention == convention and b.quantity == "samples per client" and b.last
+    ]
+    n = plan.config.samples_per_client
+    points = [n, *(b.exact for b in marks if b.exact)]
+    grid = np.unique(np.geomspace(max(1, min(points) / 30), max(points) * 30, 120).round().astype(int))
+    work = workload(plan.chosen.measured, plan.config)
+    lines: dict[tuple[int, ...], list[str]] = {}
+    for cost in plan.costs:
+        counts = [_bytes(cost.algorithm, work, int(k), convention) for k in grid]
+        lines.setdefault(tuple(counts), []).append(cost.algorithm)
+    for values, names in lines.items():
+        if max(values) > 0:
+            colour, style = LOOKS[names[-1]]
+            label = listed([ALGORITHMS[a].title for a in names]) + (", once" if names == ["cl"] else "")
+            ax.plot(grid, values, color=colour, linestyle=style, label=label)
+    for i, at in enumerate(sorted({b.last for b in marks if b.last is not None})):
+        same = [b for b in marks if b.last == at]
+        height = _bytes("fl", work, at, convention)
+        ax.plot(
+            [at], [height], "o", color=LOOKS[same[-1].algorithm][0], markeredgecolor="white", markersize=9, zorder=4
+        )
+        ax.annotate(f"{at:,}", (at, height), xytext=(9, -15 - 13 * (i % 2)), textcoords="offset points", fontsize=10)
+    ax.axvline(n, color="#777777", linestyle=":", linewidth=1.4)
+    ax.annotate(
+        " planned", (n, 0.02), xycoords=("data", "axes fraction"), color="#555555", fontsize=10, ha="left", va="bottom"
+    )
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.set_xlabel("samples per client (log)")
+    ax.set_ylabel(f"bytes of all clients per epoch, {convention} (log)")
+    _log_ticks(ax, lambda v: _short(v, "B"))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}" if v < 1e6 else f"{v:.0e}"))
+    ax.legend(loc="upper left", fontsize=10)
+    titled(ax, _plain(shortened(f"Bytes over samples, cut after {plan.chosen.measured.name}", 48)))
+
+
+def _bytes(algorithm: str, work: Workload, samples: int, convention: Convention) -> int:
+    return bytes_of(expect(algorithm, replace(work, samples_per_client=samples)), convention)
+
+
+def _smashed_over_cuts(ax: Axes, plan: Plan) -> None:
+    _over_cuts(ax, plan, [c.measured.smashed for c in plan.cuts], VERMILLION)
+    ax.set_ylabel("smashed data per sample (log)")
+    _log_ticks(ax, lambda v: _short(v, "B"))
+    titled(ax, "What crosses at each cut")
+
+
+def _flops_over_cuts(ax: Axes, plan: Plan) -> None:
+    _over_cuts(ax, plan, [c.costs.client_flops for c in plan.cuts], BLUE)
+    ax.set_ylabel("FLOPs of a client per epoch (log)")
+    _log_ticks(ax, lambda v: _short(v, ""))
+    titled(ax, "What a client computes")
+
+
+def _over_cuts(ax: Axes, plan: Plan, values: Sequence[float], colour: str) -> None:
+    x = range(len(values))
+    shown = [v if v > 0 else math.nan for v in values]
+    ax.plot(x, shown, color=colour, alpha=0.5)
+    for fits, face in ((True, colour), (False, "white")):
+        own = [i for i in x if (plan.cuts[i].strain <= 1) == fits]
+        label = "within the budgets" if fits else "beyond the budgets"
+        ax.plot(own, [shown[i] for i in own], "o", color=colour, markerfacecolor=face, label=label, markersize=6)
+    at = plan.cuts.index(plan.chosen)
+    ax.plot([at], [shown[at]], "o", color="#000000", markerfacecolor="none", markersize=13, label="chosen")
+    ax.set_yscale("log")
+    every = math.ceil(len(values) / _NAMED)
+    ticks = list(range(0, len(values), every))
+    ax.set_xticks(ticks)
+    ax.set_xticklabels(
+        [_plain(shortened(plan.cuts[i].measured.name, 16)) for i in ticks], rotation=40, ha="right", fontsize=10
+    )
+    ax.set_xlabel("cut after, in the order data flows")
+    handles, labels = ax.get_legend_handles_labels()
+    if not _has_budget(plan.config):
+        handles, labels = handles[-1:], labels[-1:]
+    ax.legend(handles, labels, loc="best", fontsize=10)
+
+
+def _log_ticks(ax: Axes, text: Callable[[float], str]) -> None:
+    """Numbers at powers of ten; where fewer than two of them are in sight, at 1, 2 and 5 too."""
+    low, high = ax.get_ylim()
+    decades = math.log10(high / low)
+    if decades < 2:
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    if decades < 0.35:
+        values = sorted({float(f"{v:.2g}") for v in np.geomspace(low, high, 6)[1:-1]})
+        ax.yaxis.set_major_locator(FixedLocator(values))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: text(v)))
+    ax.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _short(value: float, unit: str) -> str:
+    number, _, rest = format_quantity(value, unit).partition(" ")
+    number = number.rstrip("0").rstrip(".") if "." in number else number
+    return f"{number} {rest}".strip()
