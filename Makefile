@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # Tests run in two processes: one thread each.
 test test-slow golden: export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow check bench golden clean
+.PHONY: demo test test-slow check reproduce bench golden clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Cutlayer needs Python 3.11 or newer: make PYTHON=..."; exit 2; }
@@ -28,6 +28,10 @@ check: $(STAMP)   ## lint, format, types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+reproduce: $(STAMP)   ## the paper's tables at the smallest size, on Fashion-MNIST: does it work
+	rm -rf build/reproduce
+	$(BIN)/cutlayer reproduce --size smoke --out build/reproduce
 
 bench: $(STAMP)   ## how fast the engines are; writes docs/benchmarks.md
 	$(BIN)/python benchmarks/engines.py --write docs/benchmarks.md

@@ -14,6 +14,7 @@ from torch import nn
 
 from cutlayer import ConfigError, Run
 from cutlayer.build import assemble
+from cutlayer.cli import app
 from cutlayer.config import RunConfig
 from cutlayer.costs.clock import Clock
 from cutlayer.costs.energy import Use, clients_energy
@@ -26,6 +27,7 @@ from cutlayer.costs.profiles import Device, Link, Profiles
 from cutlayer.models import cut
 from cutlayer.models.zoo import build
 
+NO_EXIT: dict[str, Any] = {"exit_on_error": False, "print_error": False, "result_action": "return_value"}
 SMALL: dict[str, Any] = {"data": "digits", "model": "mlp", "clients": 4, "samples_per_client": 20, "test": 30}
 FLEET: dict[str, Any] = {"client_device": "raspberry-pi-zero-2w", "link": "lte", "server_device": "h100"}
 
@@ -334,3 +336,35 @@ def test_a_resumed_clock_reads_the_same(tmp_path: Path) -> None:
     assert resumed.virtual_seconds == whole.virtual_seconds
     assert resumed.clients_joules == whole.clients_joules
     assert resumed.bytes == whole.bytes
+
+
+def test_calibration_makes_a_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = tmp_path / "mine.toml"
+    app(["calibrate", "--seconds", "0.2", "--watts", "12.5", "--name", "desk", "--out", str(mine)], **NO_EXIT)
+    device = Profiles.load(mine).device("desk")
+    assert device.watts == 12.5
+    assert device.idle_watts is None
+    assert 1e6 < device.flops_per_second < 1e15
+    assert "cnn, batch 8" in device.basis
+    assert "as given" in device.source
+    app(["calibrate", "--seconds", "0.2", "--watts", "12.5", "--idle-watts", "3"], **NO_EXIT)
+    assert "idle_watts = 3.0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--seconds 0.2", ["not measured", "give watts"]),
+        ("--watts -1", ["watts = -1.0", "greater than 0"]),
+        ("--watts 1 --seconds 0", ["seconds = 0.0", "greater than 0"]),
+        ("--watts 1 --batch 0", ["batch = 0", "greater than 0"]),
+        ("--watts 1 --model cmn", ["did you mean 'cnn'"]),
+        ("--watts 1 --device cuda:9", ["device = 'cuda:9'"]),
+    ],
+)
+def test_bad_calibrations(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, words: str, said: list[str]) -> None:
+    monkeypatch.setattr("cutlayer.costs.measured._RAPL", tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ConfigError) as error:
+        app(["calibrate", *words.split()], **NO_EXIT)
+    assert all(part in str(error.value) for part in said)

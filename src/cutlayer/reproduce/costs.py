@@ -23,8 +23,8 @@ from cutlayer.reproduce.cells import METHODS, Plan
 
 FLEET = {"client_device": "raspberry-pi-4", "link": "lte", "server_device": "h100"}
 FLEET_TEXT = (
-    "Modelled: clients are Raspberry Pi 4 on LTE (5.64 Mbit/s up, 12.74 down), the server an H100 at its peak; energy is "
-    "the clients' marginal one, of all together."
+    "Modelled: clients are Raspberry Pi 4 on LTE (5.64 Mbit/s up, 12.74 down), the server an H100 at its peak; energy "
+    "is the clients' marginal one, of all together."
 )
 _COMMUNICATING: tuple[table6_of.Method, ...] = ("fl", "psl", "sfl", "sglr")
 _SAVED = 94.7  # percent, Table 4's client against federated learning
@@ -72,7 +72,9 @@ def _work(plan: Plan, model: str) -> Workload:
 
 
 def computation(plan: Plan) -> list[tuple[str, tuple[str, ...]]]:
-    """Table 4's computation per client and epoch: (method, (trained model, AlexNet, AlexNet as the paper counts, of FL))."""
+    """Table 4's computation per client and epoch, per method: of the trained model, of AlexNet, of AlexNet as the paper
+    counts, and that as a share of FL's.
+    """
     trained, alexnet = _work(plan, plan.size.methods_model), _work(plan, "alexnet")
     rows: list[tuple[str, tuple[str, ...]]] = []
     for method in METHODS:

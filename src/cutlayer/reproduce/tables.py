@@ -127,12 +127,12 @@ def table6(outcomes: Outcomes) -> list[Table]:
     size = plan.size
     columns = ("worked example, by formula", "counted as the paper", "wire-unicast", "wire-broadcast")
     text = (
-        "All clients together, per epoch. Worked example of section 4.4: 100 clients, phi .5, 50 000 samples, .024 MB of "
-        "smashed data each, models of 200 and 67 MB; the paper's numbers are the same. The other columns: "
+        "All clients together, per epoch. Worked example of section 4.4: 100 clients, phi .5, 50 000 samples, .024 MB "
+        "of smashed data each, models of 200 and 67 MB; the paper's numbers are the same. The other columns: "
         f"{size.methods_clients} clients with {size.samples_per_client} samples each, {size.methods_model}, as a "
         "run's ledger counts. The paper leaves out labels and counts SplitAvg's common gradient once per epoch; on a "
-        "wire it is sent in every step: once where it can be broadcast, else once to every active client, and then SGLR "
-        "sends just what PSL sends."
+        "wire it is sent in every step: once where it can be broadcast, else once to every active client, and then "
+        "SGLR sends just what PSL sends."
     )
     return [Table("table6", "Table 6: communication", "method", columns, tuple(costs.communication(plan)), text)]
 
