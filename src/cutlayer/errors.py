@@ -6,6 +6,7 @@ CutlayerError
 │   ├── DataError           a data set: missing, truncated, wrongly shaped, impossible to partition
 │   ├── CutError            a model cannot be cut there, or its parts are not the whole
 │   └── RunFolderError      a run folder: in use, not a run, or of another configuration
+├── WireError               a message is malformed, too large, of another protocol, or not expected now
 └── TrainingError           training cannot go on (exit code 1)
     └── NonFiniteError      NaN or Inf in a loss or a gradient
 
@@ -48,6 +49,10 @@ class CutError(UsageError):
 
 class RunFolderError(UsageError):
     """A run folder is in use, is not a run, or belongs to another configuration."""
+
+
+class WireError(CutlayerError):
+    """A message between server and client is malformed, too large, of another protocol, or not expected now."""
 
 
 class TrainingError(CutlayerError):

@@ -1,0 +1,44 @@
+"""What travels between a server and its clients, as bytes and as rules, without any input or output.
+
+`tensors` and `codecs`: tensors as bytes. `messages` and `frames`: what is said, and one message as bytes. `handshake`:
+do both mean the same run. `conversation`: what may be said when.
+"""
+
+from cutlayer.wire.codecs import RAW, Codec, error_bound
+from cutlayer.wire.conversation import ClientSide, ServerSide
+from cutlayer.wire.frames import Frame, pack, unpack
+from cutlayer.wire.handshake import agree, fingerprint
+from cutlayer.wire.limits import Limits
+from cutlayer.wire.messages import PROTOCOL, specs
+from cutlayer.wire.tensors import (
+    decode,
+    decode_named,
+    described,
+    encode,
+    encode_named,
+    encoded_bytes,
+    encoded_bytes_named,
+)
+
+__all__ = [
+    "PROTOCOL",
+    "RAW",
+    "ClientSide",
+    "Codec",
+    "Frame",
+    "Limits",
+    "ServerSide",
+    "agree",
+    "decode",
+    "decode_named",
+    "described",
+    "encode",
+    "encode_named",
+    "encoded_bytes",
+    "encoded_bytes_named",
+    "error_bound",
+    "fingerprint",
+    "pack",
+    "specs",
+    "unpack",
+]

@@ -1,0 +1,112 @@
+"""Frames: one message with the bytes of its tensors, as one run of bytes.
+
+    "CUT1" | u32 length of header | u64 length of body | u64 conversation | u64 number | u64 checksum |
+    header (the message in MessagePack) | zeros up to a multiple of 16 | body
+
+All integers are little-endian. The checksum (XXH3) is over all the rest: it finds what was damaged on the way, at the
+speed of memory; it does not find what was forged, which is what an encrypted connection is for. `conversation` and
+`number` say where the frame belongs (see `conversation.py`).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+import xxhash
+
+from cutlayer.errors import WireError
+from cutlayer.wire.limits import Limits
+from cutlayer.wire.messages import PROTOCOL, Direction, FromClient, FromServer, Message
+from cutlayer.wire.tensors import Buffer, padded, size_of
+
+MAGIC = b"CUT%d" % PROTOCOL
+_PLACE = struct.Struct("<4sIQQQ")  # all of the prefix but the checksum
+_CHECKSUM = struct.Struct("<Q")
+PREFIX = _PLACE.size + _CHECKSUM.size
+_ENCODER = msgspec.msgpack.Encoder()
+_DECODERS: dict[Direction, msgspec.msgpack.Decoder[Any]] = {
+    "to server": msgspec.msgpack.Decoder(FromClient),
+    "to client": msgspec.msgpack.Decoder(FromServer),
+}
+
+
+class Frame(NamedTuple):
+    """A message that came: the bytes of its tensors (a view of the frame), and where it belongs."""
+
+    message: Any
+    body: memoryview
+    number: int = 0
+    conversation: int = 0
+
+
+def pack(message: Message, body: Sequence[Buffer] = (), number: int = 0, conversation: int = 0) -> bytes:
+    """The frame of `message` with the buffers that `tensors.encode` gave. One copy of the body is made.
+
+    Raises WireError where the message breaks a bound that the receiver would refuse it for.
+    """
+    try:
+        header = _ENCODER.encode(message)
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise WireError(f"{type(message).__name__} cannot be sent: {error}") from None
+    _message(header, "to server" if isinstance(message, FromClient) else "to client")
+    place = _PLACE.pack(MAGIC, len(header), size_of(body), conversation, number)
+    rest = [header, bytes(padded(PREFIX + len(header)) - PREFIX - len(header)), *body]
+    return b"".join([place, _CHECKSUM.pack(_checksum(place, rest)), *rest])
+
+
+def unpack(data: Buffer, direction: Direction, limits: Limits | None = None) -> Frame:
+    """The message in a frame that goes in `direction`, and its body, which is not copied.
+
+    Raises WireError where `data` is not exactly one whole, undamaged frame of this protocol within the limits, with a
+    message that goes in this direction.
+    """
+    limits = limits or Limits()
+    view = memoryview(data).cast("B")
+    if len(view) > limits.message_bytes:
+        raise WireError(
+            f"a message of {len(view)} bytes: {limits.message_bytes} are taken here; raise the limit, or send smaller "
+            "batches"
+        )
+    if len(view) < PREFIX:
+        raise WireError(f"{len(view)} bytes are no message, which has {PREFIX} at least: it was cut off")
+    magic, header_size, body_size, conversation, number = _PLACE.unpack(view[: _PLACE.size])
+    if magic != MAGIC:
+        raise WireError(_not_ours(magic))
+    if header_size > limits.header_bytes:
+        raise WireError(f"a message with a header of {header_size} bytes: {limits.header_bytes} are taken here")
+    start = padded(PREFIX + header_size)
+    if len(view) != start + body_size:
+        raise WireError(
+            f"a message of {len(view)} bytes says that it has {start + body_size}: it was cut off or run on"
+        )
+    (checksum,) = _CHECKSUM.unpack(view[_PLACE.size : PREFIX])
+    if checksum != _checksum(view[: _PLACE.size], [view[PREFIX:]]):
+        raise WireError("a message does not have the checksum that it says: it was damaged on its way")
+    message = _message(view[PREFIX : PREFIX + header_size], direction)
+    return Frame(message, view[start:], number, conversation)
+
+
+def _message(header: Buffer, direction: Direction) -> Any:
+    try:
+        return _DECODERS[direction].decode(header)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise WireError(
+            f"a message {direction} cannot be understood ({error}): both sides need the same version"
+        ) from None
+
+
+def _checksum(place: Buffer, rest: Sequence[Buffer]) -> int:
+    state = xxhash.xxh3_64(place)
+    for buffer in rest:
+        state.update(buffer)
+    return state.intdigest()
+
+
+def _not_ours(magic: bytes) -> str:
+    if magic[:3] == MAGIC[:3]:
+        theirs = magic[3:].decode("ascii", "backslashreplace")
+        return f"a message of protocol {theirs}, this side speaks {PROTOCOL}: install the same version on both sides"
+    return f"a message that begins with {magic!r} is not Cutlayer's: is another program at this address?"

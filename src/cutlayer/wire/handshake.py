@@ -1,0 +1,77 @@
+"""Do both sides mean the same run? Each compares the other's terms with its own, and says what differs."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import cast
+
+from torch import nn
+
+from cutlayer.models.parts import state_names
+from cutlayer.wire.messages import Reason, Refused, StepTerms, TensorSpec, Terms
+
+_REMEDIES: dict[str, tuple[Reason, str, str]] = {
+    "protocol": ("protocol", "the protocol", "install the same version of cutlayer on both sides"),
+    "run": ("run", "the run", "give both sides the same run, or the client the address of its own server"),
+    "algorithm": ("algorithm", "the algorithm", "start both with the same configuration"),
+    "crossing": ("crossing", "what goes up at the cut", "give both sides the same model, cut and data"),
+    "returning": ("crossing", "what comes down at the second cut", "give both sides the same model and tail_cut"),
+    "part": (
+        "model",
+        "the fingerprint of the client's model",
+        "give both sides the same model, cut and number of classes, and the same version of torch",
+    ),
+    "batch": ("step", "batch", "start both with the same configuration"),
+    "gradient_scale": ("step", "gradient_scale", "start both with the same configuration"),
+    "local_epochs": ("step", "local_epochs", "start both with the same configuration"),
+    "local_steps": ("step", "local_steps", "start both with the same configuration"),
+    "up": ("codec", "the codec of what goes up", "give both sides the same codec"),
+    "down": ("codec", "the codec of what comes down", "give both sides the same codec"),
+}
+
+
+def agree(theirs: Terms, ours: Terms, they: str = "the client", we: str = "the server") -> Refused | None:
+    """None where the terms are the same; or the first difference, with both values and the remedy.
+
+    Either side can ask: the server with a Hello's terms, the client with those of Welcome (and the names changed).
+    """
+    for field, (reason, what, remedy) in _REMEDIES.items():
+        holders = (theirs.step, ours.step) if field in StepTerms.__struct_fields__ else (theirs, ours)
+        a, b = (_shown(getattr(holder, field)) for holder in holders)
+        if a != b:
+            return Refused(
+                reason=reason, sentence=f"{what} is {_short(a)} for {they} and {_short(b)} for {we}: {remedy}"
+            )
+    return None
+
+
+def fingerprint(*modules: nn.Module) -> str:
+    """SHA-256, in hexadecimal, of what makes models interchangeable: names, shapes and types of all parameters and
+    buffers, the layers with their settings, and the code that a cut has made. Weights don't count.
+    """
+    digest = hashlib.sha256()
+    for module in modules:
+        state = sorted((name, list(t.shape), str(t.dtype), saved) for name, t, saved in state_names(module))
+        lines = [*map(str, state), *(_layer(name, m) for name, m in module.named_modules())]
+        digest.update("\n".join([*lines, "end\n"]).encode())
+    return digest.hexdigest()
+
+
+def _layer(name: str, module: nn.Module) -> str:
+    """One layer's name, kind and settings; of a traced part, the code too."""
+    codes = getattr(module, "_codes", {})
+    source = "\n".join(code.source for _, code in sorted(codes.items())) if isinstance(codes, dict) else ""
+    text = f"{name}: {type(module).__qualname__}({module.extra_repr()}) {source}"
+    return re.sub(r"\bat 0x[0-9a-f]+", "", text)  # addresses in memory
+
+
+def _shown(value: object) -> str:
+    """A value as a sentence shows it."""
+    if isinstance(value, list):
+        return ", ".join(f"{t.dtype} {t.shape}" for t in cast(list[TensorSpec], value)) or "nothing"
+    return "none" if value is None else str(value)
+
+
+def _short(text: str, limit: int = 200) -> str:
+    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -1,0 +1,328 @@
+"""The messages between a server and its clients: what each says besides the tensors that travel behind it.
+
+Everything has a type and a bound, so that a message that can be read is one that can be believed in form. A change of
+any field, its meaning or its bounds needs a new PROTOCOL.
+
+Shape legend: R = `rows` of the message, s... one sample's shape at the cut, f... at the second cut, K classes.
+"Behind it" says which tensors follow; `step` numbers the steps of a run, from 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from cutlayer.errors import WireError
+from cutlayer.models.parts import Crossing
+from cutlayer.wire.tensors import TYPES
+
+PROTOCOL = 1
+
+Count = Annotated[int, Meta(ge=0, le=(1 << 53))]
+Protocol = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
+Size = Annotated[int, Meta(ge=0, le=(1 << 32) - 1)]
+Name = Annotated[str, Meta(max_length=256)]
+Text = Annotated[str, Meta(max_length=4096)]
+Factor = Annotated[float, Meta(ge=0, le=1e300)]  # not NaN
+Shape = Annotated[list[Size], Meta(max_length=16)]
+LocalStep = tuple[float, Size]  # (mean loss, rows)
+Scalar = bool | int | float | Text | None
+Option = (
+    bool
+    | int
+    | float
+    | Text
+    | Annotated[list[Scalar], Meta(max_length=256)]
+    | Annotated[dict[Name, Scalar], Meta(max_length=256)]
+    | None
+)
+Reason = Literal[
+    "protocol", "run", "token", "client", "full", "state", "model", "crossing", "algorithm", "step", "codec"
+]
+
+
+class Struct(msgspec.Struct, forbid_unknown_fields=True):
+    """Parts of messages."""
+
+
+class Message(msgspec.Struct, forbid_unknown_fields=True, tag_field="type"):
+    """Base of all messages. The name of the class is its tag on the wire."""
+
+
+class TensorSpec(Struct):
+    """A tensor that crosses a cut: the shape of one row, and the type by its name in torch."""
+
+    shape: Shape
+    dtype: Name
+
+
+class StepTerms(Struct):
+    """What a step means: rows per batch, what cut gradients are gradients of, how long a round is, and the codecs of
+    what goes up and down, as texts.
+    """
+
+    batch: Size
+    gradient_scale: Literal["own", "union"] = "own"
+    local_epochs: Size = 1
+    local_steps: Size | None = None
+    up: Name = "raw"
+    down: Name = "raw"
+
+
+class Terms(Struct):
+    """What both sides must agree on, word for word, before anything is trained (see `handshake.agree`)."""
+
+    run: Name
+    algorithm: Name
+    part: Name  # the fingerprint of what the client holds
+    crossing: Annotated[list[TensorSpec], Meta(max_length=256)]
+    returning: Annotated[list[TensorSpec], Meta(max_length=256)]
+    step: StepTerms
+    protocol: Protocol = PROTOCOL
+
+
+# Client to server
+
+
+class Hello(Message):
+    """The first message: who the client is, and what it takes the run to be. It has `samples` training samples (n_k)
+    and a state after `step` steps (0: a fresh one).
+    """
+
+    client: Name
+    terms: Terms
+    samples: Count
+    step: Count = 0
+    token: Text = ""
+
+    def __repr__(self) -> str:  # goes to logs: without the token
+        return f"Hello(client={self.client!r}, samples={self.samples}, step={self.step}, terms={self.terms})"
+
+
+class Smashed(Message):
+    """Answers Forward. Behind it: smashed data, each [R, s...], and the labels [R] if they were asked for."""
+
+    step: Count
+    rows: Size
+
+
+class TailGradients(Message):
+    """Answers Tail: the mean loss over the rows. Behind it: dLoss/d(features), each [R, f...]."""
+
+    step: Count
+    rows: Size
+    loss: float
+
+
+class Stepped(Message):
+    """Answers Backward: the optimiser's step was taken."""
+
+    step: Count
+
+
+class Fitted(Message):
+    """Answers Fit: (mean loss, rows) of each local step."""
+
+    step: Count
+    losses: Annotated[list[LocalStep], Meta(max_length=1 << 16)]
+
+
+class Model(Message):
+    """Answers GiveModel. Behind it: the state of the client's model, named tensors."""
+
+    step: Count
+
+
+class Optimizer(Message):
+    """Answers GiveOptimizer. Behind it: the state of the client's optimiser, named tensors."""
+
+    step: Count
+
+
+class EvaluationRows(Message):
+    """Answers Evaluate: what the client's part gives in evaluation mode. Behind it: tensors of R rows."""
+
+    step: Count
+    rows: Size
+
+
+class Scores(Message):
+    """Answers Evaluate where the client knows the labels: how many of the rows it got right, and their mean loss."""
+
+    step: Count
+    rows: Size
+    correct: Size
+    loss: float
+
+
+class Saved(Message):
+    """Answers Save: the state after `step` steps is written beside the old one (prepare), or in its place (commit)."""
+
+    step: Count
+    phase: Literal["prepare", "commit"]
+
+
+class Failed(Message):
+    """The client cannot go on: the last that it says. `kind` is the name of the error, e.g. NonFiniteError."""
+
+    step: Count
+    kind: Name
+    sentence: Text
+
+
+# Server to client
+
+
+class Welcome(Message):
+    """Answers a Hello that was accepted: the client is number `index` of `clients`, the run goes on after `step` steps.
+
+    `terms` are the server's own, for the client to check in turn; `config` the options that the client needs.
+    """
+
+    index: Size
+    clients: Size
+    step: Count
+    terms: Terms
+    config: Annotated[dict[Name, Option], Meta(max_length=256)] = {}
+
+
+class Refused(Message):
+    """Answers a Hello that was not: what is wrong, and what to do about it. The last that the server says."""
+
+    reason: Reason
+    sentence: Text
+
+
+class BeginRound(Message):
+    """The client takes part in round `index` of `total`, with `batches` batches at its base rate times `lr_factor`."""
+
+    index: Count
+    total: Count
+    lr_factor: Factor
+    batches: Count
+
+
+class Forward(Message):
+    """Draw the next batch, run the model on it, send smashed data; with `labels` or without (U-shaped split)."""
+
+    step: Count
+    labels: bool = True
+
+
+class Tail(Message):
+    """U-shaped split: finish the forward pass. Behind it: the server's features, each [R, f...]."""
+
+    step: Count
+    rows: Size
+
+
+class Backward(Message):
+    """Back-propagate and step. Behind it: cut gradients, each [R, s...].
+
+    `own`: R is the client's batch. `common`: the one gradient that several clients share; a client uses the first rows,
+    or the only one for each of its rows.
+    """
+
+    step: Count
+    mode: Literal["own", "common"]
+    rows: Size
+
+
+class Fit(Message):
+    """Train the whole model alone, for the batches of this round; `step` is the first of the local steps."""
+
+    step: Count
+
+
+class GiveModel(Message):
+    """Send the model."""
+
+    step: Count
+
+
+class TakeModel(Message):
+    """Replace the model. Behind it: named tensors. Has no answer."""
+
+    step: Count
+
+
+class GiveOptimizer(Message):
+    """Send the optimiser's state."""
+
+    step: Count
+
+
+class TakeOptimizer(Message):
+    """Replace the optimiser's state. Behind it: named tensors. Has no answer."""
+
+    step: Count
+
+
+class Evaluate(Message):
+    """Run a part of the model in evaluation mode, leaving the state of training as it is. Behind it: tensors of R rows,
+    what the part receives: samples for `lower` and `whole`, features for `tail`; labels [R] last if `labels`, and then
+    Scores are the answer.
+
+    Nothing is behind it where the client's own held-out samples are meant; R is 0 then.
+    """
+
+    step: Count
+    part: Literal["lower", "tail", "whole"]
+    rows: Size
+    labels: bool = False
+
+
+class Save(Message):
+    """Keep the state after `step` steps, in two phases, so that all clients keep it or none: first write it beside the
+    old one, then, when all have, put it in its place.
+    """
+
+    step: Count
+    phase: Literal["prepare", "commit"]
+
+
+class Bye(Message):
+    """The end: the last that the server says."""
+
+    reason: Text
+
+
+FromClient = (
+    Hello | Smashed | TailGradients | Stepped | Fitted | Model | Optimizer | EvaluationRows | Scores | Saved | Failed
+)
+FromServer = (
+    Welcome
+    | Refused
+    | BeginRound
+    | Forward
+    | Tail
+    | Backward
+    | Fit
+    | GiveModel
+    | TakeModel
+    | GiveOptimizer
+    | TakeOptimizer
+    | Evaluate
+    | Save
+    | Bye
+)
+Direction = Literal["to server", "to client"]
+
+
+def failed(step: int, error: BaseException) -> Failed:
+    """What a client says of an error that it cannot go on from, shortened to what a message holds."""
+    return Failed(step, type(error).__name__[:256], str(error)[:4096])
+
+
+def specs(crossings: Iterable[Crossing]) -> list[TensorSpec]:
+    """What crosses, as messages say it. Raises WireError for a type that does not travel."""
+    names = {dtype: name for name, dtype in TYPES.items()}
+    found = []
+    for c in crossings:
+        if c.dtype not in names:
+            raise WireError(f"tensors of {c.dtype} cannot be sent: let one of {', '.join(TYPES)} cross the cut")
+        found.append(TensorSpec(shape=list(c.shape), dtype=names[c.dtype]))
+    return found
