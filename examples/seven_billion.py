@@ -1,5 +1,5 @@
-"""A decoder of Llama-2-7B's shape in plain torch: 6.7 billion parameters. For `cutlayer plan`, which builds it on torch's
-meta device, where it takes no memory:
+"""A decoder of Llama-2-7B's shape in plain torch: 6.7 billion parameters. For `cutlayer plan`, which builds it on
+torch's meta device, where it takes no memory:
 
     cutlayer plan --model examples/seven_billion.py:model --cut blocks.1 --input 2048 --input-type int64 \\
         --precision bfloat16 --clients 1000000 --samples-per-client 100 --batch 1 \\

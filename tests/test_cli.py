@@ -147,7 +147,10 @@ def test_the_console_script_is_the_module(tmp_path: Path) -> None:
         if argv == ["--version"]:
             assert a.stdout == f"{__version__}\n"
         if argv == ["list"]:
-            assert all(name in a.stdout for name in ("sglr", "ussl", "fashion-mnist", "resnet16", "hidden2", "npz"))
+            assert all(
+                name in a.stdout
+                for name in ("sglr", "ussl", "fashion-mnist", "resnet16", "hidden2", "npz", "jetson-orin-nano", "lte")
+            )
     assert not list(tmp_path.iterdir())
 
 
@@ -156,7 +159,7 @@ def test_help_answers_at_once(tmp_path: Path) -> None:
     code = """
 import sys
 from cutlayer.cli import main
-for command in ([], ["run"], ["compare"], ["resume"], ["report"], ["list"]):
+for command in ([], ["run"], ["compare"], ["resume"], ["report"], ["plan"], ["list"]):
     sys.argv = ["cutlayer", *command, "--help"]
     try:
         main()

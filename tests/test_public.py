@@ -10,7 +10,7 @@ import cutlayer
 from cutlayer import catalog
 from cutlayer.algorithms import ALGORITHMS
 from cutlayer.cli import app
-from cutlayer.config import CommonConfig, CompareConfig, RunConfig, all_specific, applicable
+from cutlayer.config import CommonConfig, CompareConfig, FleetConfig, PlanConfig, RunConfig, all_specific, applicable
 
 PUBLIC = """CompareConfig Comparison ConfigError CutError CutlayerError DataError NonFiniteError Parts Record Result Row
 Run RunConfig RunFolderError Samples Scores Source TrainingError UsageError __version__ cut cut_points from_arrays
@@ -23,6 +23,9 @@ rounds batch client_optimizer client_optimizer_options client_lr server_optimize
 lr_schedule server_lr_schedule lr_decay lr_decay_at local_epochs local_steps alpha alpha_clients phi phi_when phi_until
 average_over average_reduce gradient_scale average_every hand_over hand_over_optimizer visit_order engine device
 precision memory_limit eval_every eval_clients checkpoint_every"""
+
+PLAN = """model cut algorithms input input_type classes label_bytes clients samples_per_client batch phi precision
+client_optimizer memory_budget energy_budget servers seed"""
 
 OWN = {
     "cl": "",
@@ -50,7 +53,9 @@ def test_options() -> None:
     assert list(CommonConfig.model_fields) == COMMON.split()
     assert set(RunConfig.model_fields) - set(CommonConfig.model_fields) == {"algorithm", "seed"}
     assert set(CompareConfig.model_fields) - set(CommonConfig.model_fields) == {"algorithms", "seeds", "variant"}
-    assert all(field.description for field in CompareConfig.model_fields.values())
+    assert list(PlanConfig.model_fields) == [*FleetConfig.model_fields, *PLAN.split()]
+    for config in (CompareConfig, PlanConfig):
+        assert all(field.description for field in config.model_fields.values())
 
 
 def test_commands() -> None:
@@ -59,6 +64,7 @@ def test_commands() -> None:
         "compare",
         "resume",
         "report",
+        "plan",
         "reproduce",
         "list",
     }

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def average_into(target: nn.Module, models: Sequence[nn.Module], weights: Sequence[float]) -> None:
-    """target := sum_k (w_k / sum w) models[k].
+    """target := sum_k (w_k / sum w) models[k]. `target` may be one of `models`."""
+    target.load_state_dict(average([m.state_dict() for m in models], weights))
+
+
+def average(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
+    """sum_k (w_k / sum w) states[k], name by name.
 
     Floating point buffers (batch normalisation's running statistics) are averaged like parameters; integer ones (its
-    batch counter) take the largest value. `target` may be one of `models`.
+    batch counter) take the largest value.
     """
     total = sum(weights)
-    states = [m.state_dict() for m in models]
     mean = {}
     with torch.no_grad():
         for name, first in states[0].items():
@@ -25,4 +29,4 @@ def average_into(target: nn.Module, models: Sequence[nn.Module], weights: Sequen
                     mean[name].add_(state[name], alpha=weight / total)
             else:
                 mean[name] = torch.stack([s[name] for s in states]).amax(0)
-    target.load_state_dict(mean)
+    return mean

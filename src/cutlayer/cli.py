@@ -31,7 +31,7 @@ from rich.text import Text
 from cutlayer import __version__
 from cutlayer.allocator import keep_memory
 from cutlayer.catalog import ALGORITHMS, DATA_FORMATS, DATASETS, MODELS
-from cutlayer.config import CompareConfig, RunConfig, applicable, explain, overlaid, read_toml
+from cutlayer.config import CompareConfig, PlanConfig, RunConfig, applicable, explain, overlaid, read_toml
 from cutlayer.errors import ConfigError, CutlayerError
 from cutlayer.files import replace_file
 from cutlayer.report.text import format_bytes
@@ -192,9 +192,37 @@ def reproduce(
     _reproduce(work, workers, shlex.join(["cutlayer", "reproduce", *tables, *flags]))
 
 
-@app.command(name="list", sort_key=6)
-def list_(what: Literal["all", "algorithms", "data", "models"] = "all", /) -> None:
-    """Name the algorithms with their options, the data sets and formats, the models with their cut points.
+@app.command(sort_key=6)
+def plan(
+    *,
+    options: Annotated[PlanConfig | None, _Star] = None,
+    config: _ConfigFile = None,
+    out: _Out = None,
+    json: Annotated[bool, Parameter(group=FILES, negative=())] = False,
+) -> None:
+    """Say what split learning would cost, without training: bytes, FLOPs, memory, time, energy, and the best cut.
+
+    The model is built without values, so that billions of parameters and a million clients take seconds. It may be your
+    own: any function without arguments that returns an nn.Module.
+
+    Parameters
+    ----------
+    config
+        A TOML file with any of the options above.
+    out
+        A folder to make, for plan.json and plan.png. Default: nothing is written.
+    json
+        Print JSON instead of tables.
+    """
+    merged = PlanConfig.of(_merged(PlanConfig, options, config))
+    merged.check(frozenset(merged.model_fields_set))
+    _plan(merged, out, json)
+
+
+@app.command(name="list", sort_key=7)
+def list_(what: Literal["all", "algorithms", "data", "models", "profiles"] = "all", /) -> None:
+    """Name the algorithms with their options, the data sets and formats, the models with their cut points, and the
+    profiles of devices and links with their figures.
 
     Parameters
     ----------
@@ -212,6 +240,8 @@ def list_(what: Literal["all", "algorithms", "data", "models"] = "all", /) -> No
     if what in ("all", "models"):
         rows = [(n, i.summary, ", ".join(i.cuts), i.default_cut) for n, i in MODELS.items()]
         _print_table("Models", ("name", "what it is", "cut points, in order", "default"), rows)
+    if what in ("all", "profiles"):
+        _print_profiles()
 
 
 @app.command(sort_key=8)
@@ -297,7 +327,8 @@ def _flag_sentence(error: CycloptsError) -> str:
     """One sentence for a flag that cyclopts or a field's range refused."""
     cause = error.__cause__
     if isinstance(error, FlagError) and isinstance(cause, ValidationError):
-        return str(explain(cause, CompareConfig if cause.title == CompareConfig.__name__ else RunConfig))
+        models = (CompareConfig, PlanConfig)
+        return str(explain(cause, next((m for m in models if m.__name__ in cause.title), RunConfig)))
     if isinstance(error, UnusedCliTokensError):
         return f"unexpected {' '.join(error.unused_tokens or [])!r}: values follow their option, see `cutlayer --help`"
     return str(error).strip()
@@ -353,6 +384,36 @@ def _reproduce(work: Reproduction, workers: int, command: str) -> None:
     show(findings, work.size, out)
     for path in work.write(findings):
         out.print(str(path), soft_wrap=True, highlight=False)
+
+
+def _plan(config: PlanConfig, folder: Path | None, as_json: bool) -> None:
+    """Reckon, write, print."""
+    import json
+
+    from cutlayer.costs.plan import plan
+    from cutlayer.files import replace_file
+    from cutlayer.folder import refuse_used
+
+    if folder is not None:
+        refuse_used(folder)
+    found = plan(config)
+    text = json.dumps(found.as_dict(), indent=1, allow_nan=False)
+    if as_json:
+        sys.stdout.write(f"{text}\n")
+    else:
+        from cutlayer.report.plan import show
+
+        show(found, out if out.is_terminal else Console(width=140))
+    if folder is not None:
+        from cutlayer.report.plan import picture
+
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"out = {str(folder)!r} cannot be made: {error.strerror}; choose another --out") from None
+        for name, content in (("plan.json", f"{text}\n".encode()), ("plan.png", picture(found))):
+            replace_file(folder / name, content)
+            (err if as_json else out).print(str(folder / name), soft_wrap=True, highlight=False)
 
 
 @contextmanager
@@ -522,6 +583,45 @@ def _write_report(folder: Path) -> None:
 
     for path in write(folder):
         out.print(str(path), soft_wrap=True, highlight=False)
+
+
+def _print_profiles() -> None:
+    """Figures of devices and links with their sources; where there is no figure it is not known."""
+    from cutlayer.costs.profiles import Profiles
+
+    def figure(value: float | None, unit: str) -> str:
+        return "not known" if value is None else f"{value:g} {unit}"
+
+    found = Profiles.load()
+    devices = [
+        (d.name, d.title, figure(d.flops_per_second / 1e9, "GFLOP/s"), figure(d.watts, "W"), figure(d.idle_watts, "W"))
+        for d in found.devices.values()
+    ]
+    _print_table("Devices", ("name", "what it is", "speed", "power", "idle"), devices)
+    for d in found.devices.values():
+        out.print(Text(f"{d.name}: {d.basis}; {d.source}"), soft_wrap=True)
+    links = [
+        (
+            p.name,
+            figure(p.up_mbps, "Mbit/s"),
+            figure(p.down_mbps, "Mbit/s"),
+            figure(p.latency_ms, "ms"),
+            _power(p.up_watts, p.up_watts_per_mbps),
+            _power(p.down_watts, p.down_watts_per_mbps),
+        )
+        for p in found.links.values()
+    ]
+    out.print()
+    names = ("name", "up", "down", "latency", "W sending at R Mbit/s", "W receiving")
+    _print_table("Links", names, links)
+    for p in found.links.values():
+        out.print(Text(f"{p.name}: {p.title}; {p.source}"), soft_wrap=True)
+    out.print(Text("\nYour own: --profiles FILE, a TOML file with tables [device.NAME] and [link.NAME]."))
+
+
+def _power(base: float | None, per_mbps: float | None) -> str:
+    """Power of a radio at a rate of R Mbit/s."""
+    return "not known" if base is None or per_mbps is None else f"{base:g} + {per_mbps:g} R"
 
 
 def _print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:

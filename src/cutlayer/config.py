@@ -96,6 +96,14 @@ class FleetConfig(_Config):
     profiles: Annotated[str | None, Parameter(group=COSTS)] = None
     """A TOML file with profiles of your own: tables [device.NAME] and [link.NAME]."""
 
+    def check_fleet(self, given: frozenset[str]) -> None:
+        """Without a client device the rest has no effect. `given` are what the user set. Raises ConfigError."""
+        if self.client_device is None and (idle := sorted(given & set(FleetConfig.model_fields))):
+            raise ConfigError(
+                f"{idle[0]} = {getattr(self, idle[0])!r} has no effect without client_device: name what the clients "
+                "compute on, e.g. raspberry-pi-4 (see `cutlayer list profiles`), or leave it out"
+            )
+
 
 class CommonConfig(FleetConfig):
     """What all commands that train share."""
@@ -224,11 +232,7 @@ class CommonConfig(FleetConfig):
                 f"{option} = {getattr(self, option)!r} has no effect on {', '.join(algorithms)}: it belongs to "
                 f"{users}; leave it out or choose one of these"
             )
-        if self.client_device is None and (idle := sorted(given & set(FleetConfig.model_fields))):
-            raise ConfigError(
-                f"{idle[0]} = {getattr(self, idle[0])!r} has no effect without client_device: name what the clients "
-                "compute on, e.g. raspberry-pi-4 (see `cutlayer list profiles`), or leave it out"
-            )
+        self.check_fleet(given)
         for fraction in self.lr_decay_at:
             if not 0 < fraction < 1:
                 raise ConfigError(
@@ -316,6 +320,78 @@ class CompareConfig(CommonConfig):
                 raise ConfigError(f"variant {name!r}: {error}") from None
             entries[name] = {s: first.model_copy(update={"seed": s}) for s in self.seeds}
         return entries
+
+
+_PLANNED = Group("What is planned", sort_key=0)
+_BUDGETS = Group("Budgets of a client", sort_key=7)
+
+
+class PlanConfig(FleetConfig):
+    """What split learning would cost, without training."""
+
+    model: Annotated[str, Parameter(group=_PLANNED)] = "cnn"
+    """A model of the zoo, or your own: path/to/file.py:function or package.module:function, without arguments."""
+    cut: Annotated[str | None, Parameter(group=_PLANNED)] = None
+    """The module after which the model is cut, or all. Default: the zoo's own; all for a model of yours."""
+    algorithms: Annotated[tuple[str, ...], Parameter(group=_PLANNED, negative=(), consume_multiple=True)] = (
+        "cl",
+        "fl",
+        "ssl",
+        "psl",
+        "sfl",
+        "sglr",
+    )
+    """The algorithms whose costs are told."""
+    input: Annotated[tuple[int, ...], Parameter(group=DATA, negative=(), consume_multiple=True)] = (1, 28, 28)
+    """The shape of one sample."""
+    input_type: Annotated[Literal["float32", "int64"], Parameter(group=DATA)] = "float32"
+    """Real numbers, in the type that precision says, or integers, such as token ids."""
+    classes: Annotated[int, Parameter(group=DATA)] = Field(10, ge=2)
+    """Classes that a model of the zoo tells apart."""
+    label_bytes: Annotated[int, Parameter(group=DATA)] = Field(8, ge=0)
+    """Bytes of one sample's label."""
+    clients: Annotated[int, Parameter(group=CLIENTS)] = Field(10, ge=1)
+    """Number of clients, C."""
+    samples_per_client: Annotated[int, Parameter(group=CLIENTS)] = Field(1000, ge=1)
+    """Samples that each client holds."""
+    batch: Annotated[int, Parameter(group=TRAINING)] = Field(8, ge=1)
+    """Batch size of a client, b."""
+    phi: Annotated[float, Parameter(group=TRAINING)] = Field(0.5, ge=0, le=1)
+    """sgl, sglr: the active fraction, so many clients share one common cut gradient in each step."""
+    precision: Annotated[Literal["float32", "bfloat16", "float16"], Parameter(group=TRAINING)] = "float32"
+    """The type of weights and of what crosses."""
+    client_optimizer: Annotated[Literal["adam", "sgd"], Parameter(group=TRAINING)] = "adam"
+    """What the clients' memory holds besides weights and gradients: adam two numbers per parameter, sgd none."""
+    memory_budget: Annotated[float | None, Parameter(group=_BUDGETS)] = Field(None, gt=0)
+    """Gigabytes (1e9 bytes) that a client has for training."""
+    energy_budget: Annotated[float | None, Parameter(group=_BUDGETS)] = Field(None, gt=0)
+    """Joules that a client may spend in an epoch, marginal: what training itself adds."""
+    servers: Annotated[int, Parameter(group=COSTS)] = Field(1, ge=1)
+    """So many server devices share the server's work."""
+    seed: Annotated[int, Parameter(group=COSTS)] = Field(0, ge=0)
+    """Names the draw of clients' speeds, rates and stragglers."""
+
+    def check(self, given: frozenset[str]) -> None:
+        """Check what concerns several fields. `given` are the fields that the user set. Raises ConfigError."""
+        if not self.algorithms:
+            raise ConfigError("algorithms is empty: name at least one, e.g. --algorithms fl sglr")
+        for name in self.algorithms:
+            if name not in ALGORITHMS or name == "ussl":
+                raise ConfigError(unknown("algorithm", name, (a for a in ALGORITHMS if a != "ussl")))
+            if self.algorithms.count(name) > 1:
+                raise ConfigError(f"algorithms names {name!r} twice: name it once")
+        if not self.input or min(self.input) < 1:
+            raise ConfigError(f"input = {list(self.input)} is no shape: give sizes of 1 or more, e.g. --input 1 28 28")
+        if "classes" in given and self.model not in MODELS:
+            raise ConfigError(f"classes = {self.classes} has no effect on a model of your own: leave it out")
+        self.check_fleet(given)
+        needs = (("servers", "server_device"), ("energy_budget", "client_device"), ("seed", "client_device"))
+        for option, needed in needs:
+            if option in given and getattr(self, needed) is None:
+                raise ConfigError(
+                    f"{option} = {getattr(self, option)!r} has no effect without {needed}: name one "
+                    "(see `cutlayer list profiles`), or leave it out"
+                )
 
 
 def _variant(base: Mapping[str, Any], values: Mapping[str, Any]) -> RunConfig:

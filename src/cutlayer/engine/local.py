@@ -62,6 +62,29 @@ class Client:
         set_lr(self.optimizer, lr)
         self.optimizer.step()
 
+    def finish(self, features: Rows, seed: int) -> tuple[Tensor, list[Tensor]]:
+        """U-shaped split: the tail goes on from `features`, each [b, f...]: the mean loss over the rows, and its
+        gradients with respect to them. Raises NonFiniteError, naming the client.
+        """
+        assert self.tail is not None, "only the U-shaped split has tails"
+        leaves = tuple(r.detach().requires_grad_(r.is_floating_point()) for r in features)
+        with seeds.torch_seeded(seed, "tail", self.name, self.clock, device=self.labels.device):
+            loss = row_losses(self.tail(leaves), self.labels).mean()
+        if not torch.isfinite(loss):
+            raise NonFiniteError("loss", (self.name,))
+        loss.backward()
+        return loss.detach(), [leaf.grad for leaf in leaves if leaf.grad is not None]
+
+    def learn(self, outputs: Tensor, lr: float) -> tuple[float, int]:
+        """A whole model's step on the batch that gave `outputs`: (mean loss, rows). Raises NonFiniteError."""
+        loss = row_losses(outputs, self.labels).mean()
+        if not torch.isfinite(loss):
+            raise NonFiniteError("loss", (self.name,))
+        loss.backward()
+        self.step(lr)
+        self.smashed = ()
+        return loss.item(), len(self.labels)
+
     def footprint(self) -> Footprint:
         """Bytes of the model and of the optimiser's state."""
         model = model_bytes(self.module)
@@ -102,16 +125,9 @@ class LocalCohort(SimulatedCohort):
         """Each client's tail finishes its rows of `features` with the client's own mean loss."""
         rows, losses = [], []
         for k in features.clients:
-            client = self._clients[k]
-            assert client.tail is not None, "tail() is for the U-shaped split"
-            leaves = tuple(r.detach().requires_grad_(r.is_floating_point()) for r in features.only(k).rows)
-            with seeds.torch_seeded(self.setup.seed, "tail", k, client.clock, device=client.labels.device):
-                loss = row_losses(client.tail(leaves), client.labels).mean()
-            if not torch.isfinite(loss):
-                raise NonFiniteError("loss", (k,))
-            loss.backward()
-            rows.append([leaf.grad for leaf in leaves if leaf.grad is not None])
-            losses.append(loss.detach())
+            loss, own = self._clients[k].finish(features.only(k).rows, self.setup.seed)
+            rows.append(own)
+            losses.append(loss)
         cat = tuple(torch.cat(parts) for parts in zip(*rows, strict=True))
         return TailGradients(cat, torch.stack(losses), features.clients, features.sizes)
 
@@ -135,16 +151,10 @@ class LocalCohort(SimulatedCohort):
         taken: list[tuple[float, int]] = []
         while self._quota[client.name] > 0:
             (outputs,) = self._forward_one(client.name)
-            loss = row_losses(outputs, client.labels).mean()
             try:
-                if not torch.isfinite(loss):
-                    raise NonFiniteError("loss", (client.name,))
-                loss.backward()
-                client.step(self._rate)
+                taken.append(client.learn(outputs, self._rate))
             except NonFiniteError as error:
                 raise error.at(len(taken)) from None
-            client.smashed = ()
-            taken.append((loss.item(), len(client.labels)))
         return taken
 
     def average(self, weights: Mapping[int, float]) -> None:

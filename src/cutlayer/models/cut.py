@@ -21,19 +21,21 @@ import copy
 import difflib
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from cutlayer.errors import CutError, unknown
-from cutlayer.models.hooks import split_by_hooks
+from cutlayer.models.hooks import listen, split_by_hooks
 from cutlayer.models.parts import CannotCutError, Crossing, Part, Parts, PassThrough, one_line
-from cutlayer.models.proof import protect, prove
-from cutlayer.models.trace import split_by_export, split_by_trace
+from cutlayer.models.proof import check_names, describe, protect, prove
+from cutlayer.models.trace import Traced, is_within_layer, split_by_export, split_by_trace
 from cutlayer.seeds import torch_seeded
 
 INPUT, OUTPUT = "input", "output"
+Result = TypeVar("Result")
 Method = tuple[str, Callable[[nn.Module, Sequence[str], Tensor], list[Part]]]
 _METHODS: tuple[Method, ...] = (
     ("fx", split_by_trace),
@@ -78,6 +80,91 @@ def cut_points(model: nn.Module, example: Tensor) -> list[str]:
     """
     with _undisturbed():
         return _working(model, _by_depth(model)[:_TRIES], example, _METHODS)
+
+
+def cut_unproved(model: nn.Module, at: str, example: Tensor) -> Parts:
+    """Cut in two a model on the meta device, which has shapes and no values, and so no proof: tracing, then replaying.
+
+    `example` [R >= 2, ...] is on the meta device too. All else as `cut`: crossings, parameters and refusals are those
+    of the same model with values, but for what only values can tell.
+    """
+    _check(model, (at,), example)
+    cuts = UnprovedCuts(model, (at,), example)
+    try:
+        return cuts.at(at)
+    except CannotCutError as reason:
+        raise CutError(f"cannot cut {type(model).__name__} at {at!r}: {reason}; choose another module") from None
+
+
+class UnprovedCuts:
+    """Cuts of one model on the meta device, each as `cut_unproved` makes it. What they share is done once."""
+
+    def __init__(self, model: nn.Module, names: Sequence[str], example: Tensor) -> None:
+        self.model, self.x = model, example[:_ROWS].detach()
+        inner = [_canonical(model, name) for name in names if name not in (INPUT, OUTPUT)]
+        # To see inside torch's own layers changes the trace, and may make it impossible.
+        self._names = {within: [n for n in inner if is_within_layer(model, n) == within] for within in (True, False)}
+        self._traced: dict[bool, Traced | CannotCutError] = {}
+        self._heard: dict[bool, list[Any]] | CannotCutError | None = None
+
+    def at(self, name: str) -> Parts:
+        """The parts of a cut after `name`, one of the names given. Raises CannotCutError."""
+        if name in (INPUT, OUTPUT):
+            return self._first(name, ("whole", lambda _: self._replay([])))
+        return self._first(name, ("fx", lambda n: self._trace(n).split([n])), ("hooks", lambda n: self._replay([n])))
+
+    def look(self, name: str) -> Parts:
+        """As `at`, sooner: where tracing works the parts only hold what they own, and cannot be run."""
+        inner = _canonical(self.model, name)
+        with _undisturbed(), torch.device("meta"), contextlib.suppress(CannotCutError):
+            owners, crossing = self._trace(inner).look(inner)
+            check_names(self.model, owners)
+            return Parts(owners[0], owners[1], None, crossing, "fx")
+        return self.at(name)
+
+    def _first(self, name: str, *methods: tuple[str, Callable[[str], list[Part]]]) -> Parts:
+        """The parts of the first method that works."""
+        reasons = []
+        with _undisturbed(), torch.device("meta"):
+            for method, split in methods:
+                try:
+                    inner = name if name in (INPUT, OUTPUT) else _canonical(self.model, name)
+                    pieces = [PassThrough()] * (name == INPUT) + split(inner) + [PassThrough()] * (name == OUTPUT)
+                    for piece in pieces:
+                        piece.last = piece is pieces[-1]
+                        piece.train(self.model.training)
+                    protect(pieces, self.x)
+                    return _parts(pieces, describe(self.model, pieces, self.x, name == INPUT), method)
+                except CannotCutError as reason:
+                    reasons.append((method, str(reason)))
+        if len({reason for _, reason in reasons}) == 1:
+            raise CannotCutError(reasons[0][1])
+        raise CannotCutError("; ".join(f"{method}: {reason}" for method, reason in reasons))
+
+    def _trace(self, name: str) -> Traced:
+        within = is_within_layer(self.model, name)
+        if within not in self._traced:
+            traced = Traced(_private(self.model), self._names[within], self.x)
+            try:
+                traced.run()
+                self._traced[within] = traced
+            except CannotCutError as reason:
+                self._traced[within] = reason
+        return _or_raise(self._traced[within])
+
+    def _replay(self, names: list[str]) -> list[Part]:
+        if self._heard is None:
+            try:
+                self._heard = listen(_private(self.model), self.x)
+            except CannotCutError as reason:
+                self._heard = reason
+        return split_by_hooks(_private(self.model), names, self.x, _or_raise(self._heard))
+
+
+def _or_raise(result: Result | CannotCutError) -> Result:
+    if isinstance(result, CannotCutError):
+        raise result
+    return result
 
 
 def _cut(model: nn.Module, names: tuple[str, ...], x: Tensor, methods: Sequence[Method]) -> Parts:

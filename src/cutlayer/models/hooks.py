@@ -28,6 +28,7 @@ from cutlayer.models.parts import (
     logits,
     one_line,
     state_names,
+    storage_of,
     tensors_in,
 )
 from cutlayer.types import Rows
@@ -35,9 +36,14 @@ from cutlayer.types import Rows
 _REPEATS = 7  # more recordings in training
 
 
-def split_by_hooks(model: nn.Module, names: Sequence[str], x: Tensor) -> list[Part]:
-    """The parts of `model` cut after each of `names` (none: the whole model as one part). Raises CannotCutError."""
-    record = _Record(model, names, x)
+def split_by_hooks(
+    model: nn.Module, names: Sequence[str], x: Tensor, heard: dict[bool, list[_Call]] | None = None
+) -> list[Part]:
+    """The parts of `model` cut after each of `names` (none: the whole model as one part). Raises CannotCutError.
+
+    `heard` is what `listen(model, x)` gave, for who cuts the same model again and again.
+    """
+    record = _Record(model, names, x, heard or listen(model, x))
     owners = _owners(model, names, x, record)
     return [_ReplayedPart(model, names, k, record, owners) for k in range(len(names) + 1)]
 
@@ -82,15 +88,18 @@ class _Call:
     start: int
     end: int = -1
     output: Any = None
+    final: bool = False  # it gave what the model gives
 
 
 class _Record:
     """Which modules run in which part, in training and in evaluation, and what they give."""
 
-    def __init__(self, model: nn.Module, names: Sequence[str], x: Tensor) -> None:
+    def __init__(self, model: nn.Module, names: Sequence[str], x: Tensor, heard: dict[bool, list[_Call]]) -> None:
         self.names = names
         self.batch, self.sample, self.input_dtype = len(x), tuple(x.shape[1:]), x.dtype
-        self.calls = {training: self._calls(model, training, x) for training in (True, False)}
+        self.calls = heard
+        if last := [call.name for calls in heard.values() for call in calls if call.name in names and call.final]:
+            raise CannotCutError(f"nothing is computed after {last[0]!r}")
         self.ends = {t: [self._cut_call(c, n).end for n in names] for t, c in self.calls.items()}
         if any(ends != sorted(set(ends)) for ends in self.ends.values()):
             raise CannotCutError(f"{names[1]!r} does not come after {names[0]!r}")
@@ -140,33 +149,39 @@ class _Record:
             raise CannotCutError(f"{name!r} is executed {len(found)} times")
         return found[0]
 
-    def _calls(self, model: nn.Module, training: bool, x: Tensor) -> list[_Call]:
-        small, large = (_listen(model, training, batch) for batch in (x, torch.cat([x, x[:1]])))
-        for call in small:
-            if call.name in self.names and any(t is logits(small[-1].output) for t in tensors_in(call.output)):
-                raise CannotCutError(f"nothing is computed after {call.name!r}")
-        # Once more with other random numbers: layers may be skipped by chance.
-        others = [large] + [_listen(model, training, x) for _ in range(_REPEATS if training else 0)]
-        if any([c.name for c in small] != [c.name for c in other] for other in others):
-            raise CannotCutError("which layers run depends on the batch, or on chance")
-        for a, b in zip(small, large, strict=True):
-            a.output = self._template(a, b)
-        return small
 
-    def _template(self, a: _Call, b: _Call) -> _Template:
-        """What a call gave, with descriptions in place of tensors."""
-        (left, spec), (right, other) = pytree.tree_flatten(a.output), pytree.tree_flatten(b.output)
-        if spec != other:
-            return _Template(None, (), f"what {a.name!r} gives depends on the batch")
-        leaves: list[Any] = []
-        for small, large in zip(left, right, strict=True):
-            if isinstance(small, Tensor) and not small.is_nested:
-                leaves.append(_Made(tuple(small.shape), tuple(large.shape), small.dtype, self.batch))
-            elif isinstance(small, (int, float, str, bool, type(None))) and small == large:
-                leaves.append(small)
-            else:
-                return _Template(None, (), f"{a.name!r} gives a {type(small).__name__}, which cannot be sent")
-        return _Template(spec, tuple(leaves))
+def listen(model: nn.Module, x: Tensor) -> dict[bool, list[_Call]]:
+    """Which modules run, in training and in evaluation, and what they give. Raises CannotCutError."""
+    return {training: _calls(model, training, x) for training in (True, False)}
+
+
+def _calls(model: nn.Module, training: bool, x: Tensor) -> list[_Call]:
+    small, large = (_listen(model, training, batch) for batch in (x, torch.cat([x, x[:1]])))
+    for call in small:
+        call.final = any(t is logits(small[-1].output) for t in tensors_in(call.output))
+    # Once more with other random numbers: layers may be skipped by chance.
+    others = [large] + [_listen(model, training, x) for _ in range(_REPEATS if training else 0)]
+    if any([c.name for c in small] != [c.name for c in other] for other in others):
+        raise CannotCutError("which layers run depends on the batch, or on chance")
+    for a, b in zip(small, large, strict=True):
+        a.output = _template(a, b, len(x))
+    return small
+
+
+def _template(a: _Call, b: _Call, batch: int) -> _Template:
+    """What a call gave, with descriptions in place of tensors."""
+    (left, spec), (right, other) = pytree.tree_flatten(a.output), pytree.tree_flatten(b.output)
+    if spec != other:
+        return _Template(None, (), f"what {a.name!r} gives depends on the batch")
+    leaves: list[Any] = []
+    for small, large in zip(left, right, strict=True):
+        if isinstance(small, Tensor) and not small.is_nested:
+            leaves.append(_Made(tuple(small.shape), tuple(large.shape), small.dtype, batch))
+        elif isinstance(small, (int, float, str, bool, type(None))) and small == large:
+            leaves.append(small)
+        else:
+            return _Template(None, (), f"{a.name!r} gives a {type(small).__name__}, which cannot be sent")
+    return _Template(spec, tuple(leaves))
 
 
 @dataclass(frozen=True)
@@ -334,16 +349,16 @@ class _Watch(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self._storages: set[int] = set()
-        self._kept: list[Tensor] = []  # so that no storage is freed and its address used again
+        self._kept: list[Tensor] = []  # so that no storage is freed and another one put in its place
 
     def mark(self, tensor: Tensor) -> None:
         if not tensor.is_nested:
-            self._storages.add(tensor.untyped_storage().data_ptr())
+            self._storages.add(storage_of(tensor))
             self._kept.append(tensor)
 
     def holds_made_up(self, values: Any) -> bool:
         """Whether any of the tensors has made-up values, or values computed from such."""
-        return any(not t.is_nested and t.untyped_storage().data_ptr() in self._storages for t in tensors_in(values))
+        return any(not t.is_nested and storage_of(t) in self._storages for t in tensors_in(values))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

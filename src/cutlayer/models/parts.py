@@ -92,6 +92,9 @@ class CannotCutError(Exception):
     """Why one method cannot cut a model there, as a sentence without its full stop. Never leaves this package."""
 
 
+RAW_INPUT = "the raw input itself would be sent (to mean that, say 'input'): no privacy would be left"
+
+
 def one_line(error: BaseException, limit: int = 160) -> str:
     """The kind of an error and the first line of its message."""
     text = str(error).strip().splitlines()
@@ -109,6 +112,11 @@ def logits(output: Any) -> Any:
 def tensors_in(value: Any) -> Rows:
     """The tensors in a (nested) tuple, list or dict, in order."""
     return tuple(leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor))
+
+
+def storage_of(tensor: Tensor) -> int:
+    """Which memory a tensor lies in. Not its address: on the meta device every address is 0."""
+    return int(tensor.untyped_storage()._cdata)
 
 
 def batch_dimension(shape: tuple[int, ...], larger: tuple[int, ...], batch: int) -> int | None:

@@ -15,13 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from cutlayer.models.hooks import make_up_with, uses_made_up
-from cutlayer.models.parts import CannotCutError, Crossing, Part, logits, one_line
+from cutlayer.models.parts import RAW_INPUT, CannotCutError, Crossing, Part, logits, one_line, storage_of
 from cutlayer.seeds import torch_seeded
 from cutlayer.types import Rows
 
 Result = TypeVar("Result")
 Exchange = tuple[Rows, Rows]  # what a part received and what it gave
 
+_NO_LOGITS = "the model does not return logits with a row for every sample"
+_MADE_UP = "something computed from the input before the cut (a mask, say) is used after it, beside the cut's output"
 _ROUNDING = 1000  # units of the last place, of the largest value compared
 
 
@@ -29,7 +31,7 @@ def prove(
     model: nn.Module, parts: Sequence[Part], x: Tensor, inputs_may_cross: bool = False
 ) -> list[tuple[Crossing, ...]]:
     """What crosses each cut, after the proof that `parts` are `model`. Raises CannotCutError where they are not."""
-    _check_names(model, parts)
+    check_names(model, parts)
     crossings = _check_crossings(parts, x, inputs_may_cross)
     other = torch.cat([x.flip(0), x[:2]])  # the same samples, in another order and number
     for training in (True, False):
@@ -37,6 +39,21 @@ def prove(
             _check_run(model, parts, batch, training)
     _check_without_gradients(model, parts, other)
     _check_made_up(parts, x)
+    return crossings
+
+
+def describe(
+    model: nn.Module, parts: Sequence[Part], x: Tensor, inputs_may_cross: bool = False
+) -> list[tuple[Crossing, ...]]:
+    """What crosses each cut, after those checks of `prove` that need no values. Raises CannotCutError."""
+    check_names(model, parts)
+    crossings = _check_crossings(parts, x, inputs_may_cross)
+    exchanges = _tried(partial(_forward, copy.deepcopy(list(parts)), x, training=False))
+    result = exchanges[-1][1][0]
+    if result.dim() < 1 or len(result) != len(x):
+        raise CannotCutError(_NO_LOGITS)
+    if any(uses_made_up(copy.deepcopy(part), rows) for part, (rows, _) in zip(parts, exchanges, strict=True)):
+        raise CannotCutError(_MADE_UP)
     return crossings
 
 
@@ -53,7 +70,8 @@ def protect(parts: Sequence[Part], x: Tensor) -> None:
             rows = (given,) if isinstance(given, Tensor) else tuple(_wire(row) for row in given)
 
 
-def _check_names(model: nn.Module, parts: Sequence[nn.Module]) -> None:
+def check_names(model: nn.Module, parts: Sequence[nn.Module]) -> None:
+    """Raises CannotCutError unless the parts share out the model's state among them."""
     names = [name for part in parts for name in part.state_dict()]
     if sorted(names) != sorted(model.state_dict()):
         raise CannotCutError("the parts do not hold exactly the model's parameters and buffers")
@@ -64,17 +82,15 @@ def _check_crossings(parts: Sequence[Part], x: Tensor, inputs_may_cross: bool) -
     parts = copy.deepcopy(list(parts))
     crossings = []
     batch = x.clone()  # kept, so that its memory is not used again
-    storage = batch.untyped_storage().data_ptr()
+    storage = storage_of(batch)
     rows: Rows = (batch,)
     for part in parts[:-1]:
         with torch.no_grad():
             rows = _tried(partial(part.eval(), rows))
         if any(row.dim() < 1 or len(row) != len(x) for row in rows):
             raise CannotCutError("a tensor crosses whose first dimension is not the batch")
-        if not inputs_may_cross and any(row.untyped_storage().data_ptr() == storage for row in rows):
-            raise CannotCutError(
-                "the raw input itself would be sent (to mean that, say 'input'): no privacy would be left"
-            )
+        if not inputs_may_cross and any(storage_of(row) == storage for row in rows):
+            raise CannotCutError(RAW_INPUT)
         crossings.append(tuple(Crossing(tuple(row.shape[1:]), row.dtype) for row in rows))
     return crossings
 
@@ -87,7 +103,7 @@ def _check_run(model: nn.Module, parts: Sequence[Part], x: Tensor, training: boo
     with torch_seeded(1, "proof", mode):
         expected = logits(_tried(lambda: whole(x.clone())))
     if not isinstance(expected, Tensor) or expected.dim() < 1 or len(expected) != len(x):
-        raise CannotCutError("the model does not return logits with a row for every sample")
+        raise CannotCutError(_NO_LOGITS)
     weights = torch.linspace(-1, 1, expected.numel(), device=x.device).reshape(expected.shape).to(expected.dtype)
     if expected.requires_grad:
         (expected * weights).sum().backward()
@@ -149,7 +165,6 @@ def _check_without_gradients(model: nn.Module, parts: Sequence[Part], x: Tensor)
 
 def _check_made_up(parts: Sequence[Part], x: Tensor) -> None:
     """What a part makes up in place of earlier layers must not reach its result."""
-    reason = "something computed from the input before the cut (a mask, say) is used after it, beside the cut's output"
     for training in (True, False):
         copies = copy.deepcopy(list(parts))
         with torch_seeded(1, "proof"):
@@ -157,7 +172,7 @@ def _check_made_up(parts: Sequence[Part], x: Tensor) -> None:
             if any(
                 _tried(partial(uses_made_up, part, rows)) for part, (rows, _) in zip(copies, exchanges, strict=True)
             ):
-                raise CannotCutError(reason)
+                raise CannotCutError(_MADE_UP)
     results = []
     for fill in (0, 1, -1) if x.is_floating_point() else (0, 1):
         copies = copy.deepcopy(list(parts))
@@ -166,7 +181,7 @@ def _check_made_up(parts: Sequence[Part], x: Tensor) -> None:
         with torch.no_grad(), torch_seeded(1, "proof"):
             results.append(_tried(partial(_forward, copies, x, training=False))[-1][1][0])
     for result in results[1:]:
-        _compare([result], [results[0]], f"{reason}: the logits")
+        _compare([result], [results[0]], f"{_MADE_UP}: the logits")
 
 
 def _tried(run: Callable[[], Result]) -> Result:

@@ -23,7 +23,18 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from cutlayer.models.parts import CannotCutError, Part, batch_dimension, fill_owners, logits, one_line, state_names
+from cutlayer.models.parts import (
+    RAW_INPUT,
+    CannotCutError,
+    Crossing,
+    Part,
+    batch_dimension,
+    fill_owners,
+    logits,
+    one_line,
+    state_names,
+    storage_of,
+)
 from cutlayer.types import Rows
 
 _OPERATIONS = ("call_module", "call_function", "call_method")
@@ -45,7 +56,7 @@ def split_by_export(model: nn.Module, names: Sequence[str], x: Tensor) -> list[P
 
 
 class Traced:
-    """A model's two traces, each made once, and cut as often as one likes: after any of `names`, which the traces see."""
+    """A model's two traces, each made once and cut as often as one likes, after any of `names`, which they see."""
 
     def __init__(self, model: nn.Module, names: Sequence[str], x: Tensor, trace: Trace | None = None) -> None:
         self.model, self.names, self.x = model, names, x
@@ -54,27 +65,62 @@ class Traced:
 
     def split(self, names: Sequence[str]) -> list[Part]:
         """The parts, which keep the model. Raises CannotCutError."""
-        was_training = self.model.training
-        programs = []
-        for training in (True, False):
-            self.model.train(training)
-            programs.append(_Program(self.model, names, len(self.x), self._run(training)))
-        self.model.train(was_training)
-        for b in range(len(names)):
-            if programs[0].describe(b) != programs[1].describe(b):
-                raise CannotCutError("different tensors cross the cut in training and in evaluation")
+        programs = self._programs(names)
         graphs = [[program.graph_of(k) for program in programs] for k in range(len(names) + 1)]
         parts: list[Part] = [_TracedPart(_Code(training), _Code(evaluating)) for training, evaluating in graphs]
         _share_out(self.model, parts, graphs)
         # Modules without state may serve several parts, and must not be put in training mode by one for the others.
         return [copy.deepcopy(part) for part in parts]
 
-    def _run(self, training: bool) -> _Ran:
+    def look(self, name: str) -> tuple[list[nn.Module], tuple[Crossing, ...]]:
+        """What each part of a cut after `name` would own, in modules that cannot be run, and what would cross. Takes a
+        fraction of `split`'s time. Raises CannotCutError.
+        """
+        program = self._programs([name])[0]
+        owners = [nn.Module(), nn.Module()]
+        _share_out(self.model, owners, [[program.graph_of(k)] for k in range(2)])
+        crossing = program.describe(0)
+        if any(meta.raw for meta, _ in crossing):
+            raise CannotCutError(RAW_INPUT)
+        return owners, tuple(Crossing(meta.shape[:d] + meta.shape[d + 1 :], meta.dtype) for meta, d in crossing)
+
+    def _programs(self, names: Sequence[str]) -> list[_Program]:
+        """One for training, one for evaluation, between which the same tensors cross."""
+        was_training = self.model.training
+        programs = []
+        for training in (True, False):
+            self.model.train(training)
+            programs.append(_Program(self.model, names, len(self.x), self._ran(training)))
+        self.model.train(was_training)
+        for b in range(len(names)):
+            if programs[0].describe(b) != programs[1].describe(b):
+                raise CannotCutError("different tensors cross the cut in training and in evaluation")
+        return programs
+
+    def run(self) -> None:
+        """Trace, if that has not been done. Raises CannotCutError."""
+        was_training = self.model.training
+        for training in (True, False):
+            self.model.train(training)
+            self._ran(training)
+        self.model.train(was_training)
+
+    def _ran(self, training: bool) -> _Ran:
         if training not in self._runs:
             graph = self._trace(self.model, self.names, self.x)
+            if not isinstance(list(graph.nodes)[-1].args[0], fx.Node):
+                raise CannotCutError("the model does not return one tensor of logits (or an output with .logits)")
             larger = torch.cat([self.x, self.x[:1]])
             self._runs[training] = _Ran(graph, _run(self.model, graph, self.x), _run(self.model, graph, larger))
         return self._runs[training]
+
+
+def is_within_layer(model: nn.Module, name: str) -> bool:
+    """Whether the module called `name` lies in one of torch's own layers, which a trace shows as one operation."""
+    tracer, path = _Tracer(()), name.split(".")[:-1]
+    above = {".".join(path[:i]): model.get_submodule(".".join(path[:i])) for i in range(1, len(path) + 1)}
+    lists = (nn.ModuleList, nn.ModuleDict)  # never executed themselves
+    return any(tracer.is_leaf_module(m, n) for n, m in above.items() if not isinstance(m, lists))
 
 
 class _TracedPart(Part):
@@ -190,6 +236,7 @@ class _Seen:
 class _Meta:
     shape: tuple[int, ...]
     dtype: torch.dtype
+    raw: bool  # it lies in the input's own memory
 
 
 @dataclass(frozen=True)
@@ -210,8 +257,6 @@ class _Program:
         self.nodes = list(self.graph.nodes)
         self.input = next(n for n in self.nodes if n.op == "placeholder")
         self.output = self.nodes[-1]
-        if not isinstance(self.output.args[0], fx.Node):
-            raise CannotCutError("the model does not return one tensor of logits (or an output with .logits)")
         self.kinds: dict[fx.Node, set[str]] = {}
         self._sort_out()
         self.part = self._assign()
@@ -525,7 +570,7 @@ def _run(model: nn.Module, graph: fx.Graph, x: Tensor) -> dict[fx.Node, _Seen]:
     recorder = _Recorder(copy.deepcopy(_OneInput(model)), graph)
     try:
         with torch.no_grad():
-            recorder.run(x.clone(), enable_io_processing=False)
+            recorder.run_on(x.clone())
     except Exception as error:
         raise CannotCutError(f"its trace does not run ({one_line(error)})") from error
     return recorder.seen
@@ -536,14 +581,20 @@ class _Recorder(fx.Interpreter):
         super().__init__(root, graph=graph)
         self.seen: dict[fx.Node, _Seen] = {}
 
+    def run_on(self, x: Tensor) -> None:
+        """Run for a batch, and remember."""
+        self._input = storage_of(x)
+        self.run(x, enable_io_processing=False)
+
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        self.seen[n] = _Seen(fx.node.map_aggregate(value, _meta))
+        self.seen[n] = _Seen(fx.node.map_aggregate(value, self._meta))
         return value
 
-
-def _meta(leaf: Any) -> Any:
-    return _Meta(tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else leaf
+    def _meta(self, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return _Meta(tuple(leaf.shape), leaf.dtype, not leaf.is_nested and storage_of(leaf) == self._input)
 
 
 def _holds_tensors(value: Any) -> bool:

@@ -224,7 +224,7 @@ def _bytes_over_samples(ax: Axes, plan: Plan) -> None:
     ax.set_ylabel(f"bytes of all clients per epoch, {convention} (log)")
     _log_ticks(ax, lambda v: _short(v, "B"))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}" if v < 1e6 else f"{v:.0e}"))
-    ax.legend(loc="upper left", fontsize=10)
+    ax.legend(loc="best", fontsize=10)
     titled(ax, _plain(shortened(f"Bytes over samples, cut after {plan.chosen.measured.name}", 48)))
 
 

@@ -1,0 +1,251 @@
+"""Where split learning and federated learning cost the same: in closed form, checked with `expect` on both sides.
+
+Per epoch, with C clients, n samples of each, N = C n; s, g, l bytes of a sample's smashed data, cut gradient and
+label; W and w bytes of the model and of the client's part; a = 1 where client models are averaged (SFL), else 0; phi
+the active fraction of SplitAvg (SGL, SGLR), else 0, and A = phi C:
+
+| convention | split | federated |
+|---|---|---|
+| wire-unicast | N (s + g + l) + 2 a C w | 2 C W |
+| wire-broadcast | N (s + l) + n g (C - A + [A > 0]) + a (C + 1) w | (C + 1) W |
+| paper | N s + n g (C - A) + g [A > 0] + 2 a C w | 2 C W |
+
+and 2 (C - 1) w more where one model travels (SSL). All are linear in n; with N fixed, in C too but for SplitAvg under
+wire-broadcast, which is quadratic.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import cache
+from typing import Literal, cast
+
+from cutlayer.catalog import ALGORITHMS
+from cutlayer.costs.expect import Expected, Workload, expect
+from cutlayer.costs.fleet import Fleet
+from cutlayer.costs.ledger import CONVENTIONS, Convention
+from cutlayer.report.text import format_bytes, listed
+
+Quantity = Literal["samples per client", "clients", "model bytes", "time"]
+Side = Literal["below", "above", "always", "never"]
+
+_AVERAGED = frozenset({"sfl", "sflv1", "sflv2"})
+_SPLIT_AVG = frozenset({"sgl", "sglr"})
+_FAR = 10**15  # clients, samples or bytes that nobody has
+
+
+@dataclass(frozen=True)
+class BreakEven:
+    """Up to which number of `quantity` (all else as planned) `algorithm` costs less than fl, or from where on.
+
+    `exact` is the closed form. `last` is the last whole number before the order changes; `dearer` says on which side
+    of it `algorithm` costs more than fl: "above" or "below" it, or "always", "never" (`last` is then None).
+    `convention` is None for time; `total` is the number of all clients' samples where it is kept.
+    """
+
+    algorithm: str
+    quantity: Quantity
+    convention: Convention | None
+    dearer: Side
+    last: int | None
+    exact: float | None
+    total: int | None = None
+
+    def __str__(self) -> str:
+        """One sentence."""
+        return _sentence([self])
+
+
+def sentences(found: list[BreakEven]) -> list[str]:
+    """One sentence for all that say the same of several algorithms under one convention, in order."""
+    groups: dict[tuple[object, ...], list[BreakEven]] = {}
+    for b in found:
+        groups.setdefault((b.convention, b.quantity, b.dearer, b.last), []).append(b)
+    return [_sentence(group) for group in groups.values()]
+
+
+def _sentence(group: list[BreakEven]) -> str:
+    first, s = group[0], "s" if len(group) == 1 else ""
+    titles = listed([ALGORITHMS[b.algorithm].title for b in group])
+    verb, more, less = (
+        (f"take{s}", "longer", "no longer") if first.convention is None else (f"cost{s}", "more", "no more")
+    )
+    if first.last is None:
+        what = more if first.dearer == "always" else less
+        whatever = {"model bytes": "large the whole model is", "clients": "many clients share the samples out"}
+        return f"{titles} {verb} {what} than FL, however {whatever.get(first.quantity, 'many samples a client has')}."
+    until, then = (less, more) if first.dearer == "above" else (more, less)
+    limit = f"with up to {first.last:,} samples per client"
+    if first.quantity == "model bytes":
+        limit = f"for models of up to {format_bytes(first.last)}"
+    elif first.quantity == "clients":
+        limit = f"when up to {first.last:,} clients share the {first.total:,} samples out"
+    return f"{titles} {verb} {until} than FL {limit}, and {then} beyond."
+
+
+def break_evens(algorithms: tuple[str, ...], work: Workload, fleet: Fleet | None) -> list[BreakEven]:
+    """All of those `algorithms` that cut the model against fl: under each convention, and in time with a fleet."""
+    found = []
+    for name in algorithms:
+        if ALGORITHMS[name].whole:
+            continue
+        for convention in CONVENTIONS:
+            found += [
+                samples_per_client(name, work, convention),
+                clients(name, work, convention),
+                model_size(name, work, convention),
+            ]
+        if fleet is not None:
+            found.append(duration(name, work, fleet))
+    return found
+
+
+def samples_per_client(algorithm: str, work: Workload, convention: Convention) -> BreakEven:
+    """The number of samples per client above which a split algorithm costs more than fl."""
+    c, (per_sample, fixed) = work.clients, _linear(algorithm, work, convention)
+    exact = (_federated(c, work.model, convention) - fixed) / per_sample if per_sample else math.inf
+
+    def dearer(n: int) -> bool:
+        return _difference(algorithm, replace(work, samples_per_client=n), convention) > 0
+
+    return _settled(algorithm, "samples per client", convention, dearer, exact)
+
+
+def clients(algorithm: str, work: Workload, convention: Convention) -> BreakEven:
+    """The number of clients above which a split algorithm costs less than fl, for as many samples in all as planned."""
+    n, w, whole = work.samples, work.client_model, work.model
+    s, g, label = work.smashed, work.gradient, 0 if convention == "paper" else work.label
+    own = w if algorithm in _AVERAGED else 0
+    moves = 2 * w if algorithm == "ssl" else 0
+    phi = work.phi if algorithm in _SPLIT_AVG else 0.0
+    each = 1 if convention == "wire-broadcast" else 2  # models down once, or once per client
+    once = phi > 0
+    # In total: constant + curved / C on one side, rise x C on the other.
+    curved = 0.0
+    if convention == "wire-unicast":
+        constant = float(n * (s + g + label))
+    elif convention == "wire-broadcast":
+        constant, curved = n * (s + label + (1 - phi) * g) + own - whole, float(n * g * once)
+    else:
+        constant = n * (s + (1 - phi) * g) + g * once
+    constant, rise = constant - moves, each * (whole - own) - moves
+    exact = (constant + math.sqrt(constant**2 + 4 * rise * curved)) / (2 * rise) if rise > 0 else math.inf
+
+    def cheaper(c: int) -> bool:
+        # A part of a sample is fine where only bytes are counted.
+        dealt = replace(work, clients=c, samples_per_client=cast(int, Fraction(n, c)))
+        return _difference(algorithm, dealt, convention) < 0
+
+    return _settled(algorithm, "clients", convention, cheaper, exact, total=n, says_cheaper=True)
+
+
+def model_size(algorithm: str, work: Workload, convention: Convention) -> BreakEven:
+    """The size of the model in bytes above which a split algorithm costs less than fl, the client's part as it is."""
+    per_sample, fixed = _linear(algorithm, work, convention)
+    copies = _federated(work.clients, 1, convention)
+    exact = (work.samples_per_client * per_sample + fixed) / copies
+
+    def cheaper(size: int) -> bool:
+        return _difference(algorithm, replace(work, model=size), convention) < 0
+
+    return _settled(algorithm, "model bytes", convention, cheaper, exact, says_cheaper=True)
+
+
+def duration(algorithm: str, work: Workload, fleet: Fleet) -> BreakEven:
+    """The number of samples per client from which on an epoch takes longer (or shorter) than with fl.
+
+    Both are linear in the number of whole batches, which gives the point; `expect` then finds it to the sample.
+    """
+
+    @cache
+    def longer(n: int) -> float:
+        """Seconds, but for rounding."""
+        found, other = (expect(name, replace(work, samples_per_client=n), fleet).seconds for name in (algorithm, "fl"))
+        assert found is not None
+        assert other is not None
+        return found - other if abs(found - other) > 1e-12 * other else 0.0
+
+    b = work.batch
+    slope = (longer(2 * b) - longer(b)) / b
+    at_none = longer(b) - slope * b  # of clients without samples, so to speak
+    exact = -at_none / slope if slope else math.inf
+    first = longer(1) > 0
+    return _settled(
+        algorithm,
+        "time",
+        None,
+        lambda n: (longer(n) > 0) != first,
+        exact if exact > 0 else math.inf,
+        says_cheaper=first,
+    )
+
+
+def _settled(
+    algorithm: str,
+    quantity: Quantity,
+    convention: Convention | None,
+    changed: Callable[[int], bool],
+    exact: float,
+    *,
+    total: int | None = None,
+    says_cheaper: bool = False,
+) -> BreakEven:
+    """The break-even near the closed form's `exact`, found by asking `changed(n)`: has the order changed at n?
+
+    Active clients are whole numbers and so are samples: the change may lie a little beside the closed form. What
+    changes is that the algorithm becomes cheaper (`says_cheaper`) or dearer.
+    """
+    if changed(1):
+        return BreakEven(algorithm, quantity, convention, "never" if says_cheaper else "always", None, None, total)
+    if not changed(_FAR):
+        return BreakEven(algorithm, quantity, convention, "always" if says_cheaper else "never", None, None, total)
+    guess = max(1, min(_FAR, math.floor(exact))) if math.isfinite(exact) else _FAR
+    step = 1
+    if changed(guess):
+        high = guess
+        while changed(max(1, high - step)):
+            high, step = high - step, 2 * step
+        low = max(1, high - step)
+    else:
+        low = guess
+        while not changed(min(_FAR, low + step)):
+            low, step = low + step, 2 * step
+        high = min(_FAR, low + step)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if changed(middle) else (middle, high)
+    return BreakEven(algorithm, quantity, convention, "below" if says_cheaper else "above", low, exact, total)
+
+
+def bytes_of(costs: Expected, convention: Convention) -> int:
+    """Up and down of all clients under a convention."""
+    return {"wire-unicast": costs.unicast, "wire-broadcast": costs.broadcast, "paper": costs.paper}[convention]
+
+
+def _difference(algorithm: str, work: Workload, convention: Convention) -> int:
+    """Bytes that a split algorithm costs more than fl."""
+    return bytes_of(expect(algorithm, work), convention) - bytes_of(expect("fl", work), convention)
+
+
+def _federated(c: int, model: int, convention: Convention) -> int:
+    return (c + 1 if convention == "wire-broadcast" else 2 * c) * model
+
+
+def _linear(algorithm: str, w: Workload, convention: Convention) -> tuple[int, int]:
+    """(a, b): all clients' bytes are a x samples per client + b."""
+    c, active = w.clients, w.active if algorithm in _SPLIT_AVG else 0
+    a, b = c * (w.smashed + w.gradient), 0
+    if convention != "paper":
+        a += c * w.label
+    if active and convention == "wire-broadcast":
+        a -= (active - 1) * w.gradient
+    if active and convention == "paper":
+        a, b = a - active * w.gradient, w.gradient
+    if algorithm in _AVERAGED:
+        b += _federated(c, w.client_model, convention)
+    if algorithm == "ssl":
+        b += 2 * (c - 1) * w.client_model
+    return a, b

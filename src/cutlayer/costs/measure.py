@@ -1,0 +1,440 @@
+"""What a model is at its cuts: sizes, FLOPs and memory, measured on torch's meta device, where tensors have shapes and
+no values. Billions of parameters take no memory there and no time.
+
+One forward and backward pass of the whole model serves all cuts: what has happened when a module gives its output is
+the client's part, the rest is the server's. A test shows that the parts, cut and counted, come to the same.
+
+Shape legend: R rows of the batch, s... the shape of one sample.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib
+import importlib.util
+import math
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
+
+from cutlayer.catalog import MODELS
+from cutlayer.costs.flops import Flops, ModelFlops, count
+from cutlayer.errors import ConfigError, CutError, unknown
+from cutlayer.models import Crossing, Parts, build
+from cutlayer.models.cut import INPUT, OUTPUT, UnprovedCuts, cut_unproved
+from cutlayer.models.parts import CannotCutError, logits, one_line, storage_of
+
+Optimizer = Literal["adam", "sgd"]
+_STATES: dict[Optimizer, int] = {"adam": 2, "sgd": 0}  # numbers that an optimiser keeps per parameter
+_CONTAINERS = (nn.Sequential, nn.ModuleList)
+_META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Footing:
+    """Bytes that training a model (or a part of one) keeps: `state` of parameters and buffers, `trainable` of the
+    parameters that have gradients, and what the forward pass saves for the backward pass: `fixed` + `per_row` x rows.
+    """
+
+    state: int
+    trainable: int
+    fixed: int
+    per_row: int
+
+    def peak(self, batch: int, optimizer: Optimizer) -> int:
+        """Bytes with a batch of `batch` rows under way: the state, gradients, what the optimiser keeps (Adam two
+        numbers per parameter, plain SGD none) and all that is saved. Not reckoned: what is freed again at once.
+        """
+        return self.state + self.trainable * (1 + _STATES[optimizer]) + self.fixed + batch * self.per_row
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A model at a cut. Counts of `parameters` (of the whole and of the client's part); FLOPs per sample; `client` and
+    `whole` as they train; `crossing` is what goes up.
+    """
+
+    name: str
+    crossing: tuple[Crossing, ...]
+    parameters: int
+    client_parameters: int
+    flops: ModelFlops
+    client: Footing
+    whole: Footing
+
+    @property
+    def smashed(self) -> int:
+        """Bytes of one sample that go up."""
+        return sum(math.prod(c.shape) * c.dtype.itemsize for c in self.crossing)
+
+    @property
+    def gradient(self) -> int:
+        """Bytes of one sample that come down: tensors that are not floating point have no gradient."""
+        return sum(math.prod(c.shape) * c.dtype.itemsize for c in self.crossing if c.differentiable)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """All cuts of a model in the order data flows, and the names at which it cannot be cut, with the reasons."""
+
+    cuts: tuple[Measured, ...]
+    refused: dict[str, str]
+
+
+# The model
+
+
+def load_model(name: str, shape: Sequence[int], classes: int) -> nn.Module:
+    """A model on the meta device: one of the zoo, or what a function without arguments returns, named as
+    `path/to/file.py:function` or `package.module:function`.
+
+    Raises ConfigError: no such model, file or function, or one that cannot be made without values.
+    """
+    if name in MODELS:
+        with _META:
+            return build(name, tuple(shape), classes)
+    place, colon, function = name.rpartition(":")
+    if not colon:
+        raise ConfigError(f"{unknown('model', name, MODELS)}; or your own: path/to/file.py:function")
+    return make(_function(name, place, function), name)
+
+
+def make(function: Callable[[], nn.Module], name: str) -> nn.Module:
+    """What `function` returns when it is called under the meta device. Raises ConfigError."""
+    try:
+        with _META, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = function()
+    except Exception as error:  # the user's code: anything can come out
+        raise ConfigError(
+            f"model {name!r} cannot be made on the meta device, where tensors have no values ({one_line(error)}): have "
+            "the function return the module as it is when new, without reading values or loading weights"
+        ) from None
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model {name!r} returns a {type(model).__name__}: have it return an nn.Module")
+    return model
+
+
+def _function(name: str, place: str, function: str) -> Callable[[], nn.Module]:
+    is_file = place.endswith(".py")
+    folder = str(Path(place).resolve().parent if is_file else Path.cwd())
+    sys.path.insert(0, folder)  # for what the file imports from beside it
+    try:
+        module = _file(Path(place)) if is_file else importlib.import_module(place)
+    except Exception as error:  # the user's code: anything can come out
+        raise ConfigError(
+            f"model {name!r}: {place!r} cannot be imported ({one_line(error)}); give path/to/file.py:function or "
+            "package.module:function"
+        ) from None
+    finally:
+        sys.path.remove(folder)
+    found = getattr(module, function, None)
+    if not callable(found):
+        own = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__]
+        raise ConfigError(f"model {name!r}: {unknown('function', function, own)}")
+    return found  # type: ignore[no-any-return]
+
+
+def _file(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError("there is no such file")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    before = sys.modules.get(path.stem)
+    sys.modules[path.stem] = module  # dataclasses look themselves up there
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        if before is not None:
+            sys.modules[path.stem] = before
+    return module
+
+
+def placed(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy on the meta device with its real numbers in `dtype`; tied weights stay tied, the model as it is."""
+    new: dict[int, Any] = {}
+
+    def moved(tensor: Tensor) -> Tensor:
+        return tensor.detach().to(_META, dtype if tensor.is_floating_point() else tensor.dtype)
+
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None and id(parameter) not in new:
+                new[id(parameter)] = nn.Parameter(moved(parameter), parameter.requires_grad)
+        for buffer in module._buffers.values():
+            if buffer is not None and id(buffer) not in new:
+                new[id(buffer)] = moved(buffer)
+    return copy.deepcopy(model, new)
+
+
+# Measuring
+
+
+def example(shape: Sequence[int], dtype: torch.dtype, rows: int = 2) -> Tensor:
+    """A batch [R, s...] on the meta device."""
+    return torch.zeros(rows, *shape, dtype=dtype, device=_META)
+
+
+def measure(model: nn.Module, name: str, x: Tensor) -> Measured:
+    """`model` (on the meta device, as `x` [R >= 2, ...]) cut after the module called `name`, or at "input" or "output".
+
+    Raises CutError where it cannot be cut there, ConfigError where it does not take such a batch.
+    """
+    _check(model, x)
+    parts = cut_unproved(model, name, x)
+    inner = [] if name in (INPUT, OUTPUT) else [name]
+    return _Measurement(model, x, inner).at(name, parts, lambda: parts)
+
+
+def survey(model: nn.Module, x: Tensor, names: Sequence[str] | None = None) -> Survey:
+    """`model` at all its cuts: `names`, by default those of `candidates`. Raises ConfigError as `measure`, CutError
+    where it can be cut nowhere.
+    """
+    _check(model, x)
+    measurement = _Measurement(model, x, candidates(model) if names is None else names)
+    cuts = UnprovedCuts(model, measurement.order, x)
+    found: list[Measured] = []
+    refused = {name: f"nothing is computed after {name!r}" for name in measurement.counted.last}
+    for name in measurement.order:
+        if name in refused:
+            continue
+        try:
+            found.append(measurement.at(name, cuts.look(name), lambda name=name: cuts.at(name)))  # type: ignore[misc]
+        except CannotCutError as reason:
+            refused[name] = str(reason)
+    if not found:
+        tried = "; ".join(f"{name!r}: {why}" for name, why in list(refused.items())[:3])
+        raise CutError(
+            f"{type(model).__name__} cannot be cut at its children ({tried or 'none is ever executed'}): name a module "
+            "inside one of them as --cut"
+        )
+    return Survey(tuple(found), refused)
+
+
+def candidates(model: nn.Module) -> list[str]:
+    """Where one might cut: direct children, members of lists and sequences of layers, but not what lies in those."""
+
+    def inside(module: nn.Module, prefix: str, wrapped: bool) -> Iterator[str]:
+        for name, child in module.named_children():
+            path = f"{prefix}{name}"
+            if not isinstance(child, nn.ModuleList) and (not wrapped or isinstance(module, _CONTAINERS)):
+                yield path
+            if isinstance(child, _CONTAINERS) or not isinstance(module, _CONTAINERS):  # or what wraps them
+                yield from inside(child, f"{path}.", True)
+
+    return list(inside(model, "", False))
+
+
+def _check(model: nn.Module, x: Tensor) -> None:
+    """The model takes such a batch and gives a row of scores per sample. Raises ConfigError."""
+    shape, kind = tuple(x.shape[1:]), str(x.dtype).removeprefix("torch.")
+    try:
+        with torch.no_grad(), _META:
+            out = logits(copy.deepcopy(model).eval()(x))
+    except Exception as error:  # the user's module: anything can come out
+        raise ConfigError(
+            f"the model does not take samples of shape {shape} and type {kind} ({one_line(error)}): give what it "
+            "takes, e.g. --input 3 32 32, or --input 128 --input-type int64 for token ids"
+        ) from None
+    if not isinstance(out, Tensor) or out.dim() < 1 or len(out) != len(x):
+        given = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise ConfigError(
+            f"the model turns {len(x)} samples of shape {shape} into {given}, not into a row of scores per sample: "
+            "check --input, or have it return [rows, classes]"
+        )
+
+
+class _Measurement:
+    """Passes of the whole model with a note at the end of each of `names`; `order` are those executed, as data flows,
+    without those that end where one above them does.
+    """
+
+    def __init__(self, model: nn.Module, x: Tensor, names: Sequence[str]) -> None:
+        self.model, self.x = model, x
+        self.counted = _counted(model, x, names)
+        self.kept = [_kept(model, torch.cat([x, x[:1]]) if more else x, names) for more in (False, True)]
+        self.order = self.counted.order
+
+    def at(self, name: str, parts: Parts, runnable: Callable[[], Parts]) -> Measured:
+        """The model cut after `name`. `parts` are looked at; `runnable` gives some that can be run, if need be."""
+        state, trainable, parameters = _state(parts.client)
+        if name in (INPUT, OUTPUT):
+            saved = [0, 0] if name == INPUT else [k.total for k in self.kept]
+            flops = _directly(runnable(), self.x)
+        else:
+            saved = [k.marks[name] for k in self.kept]
+            backward = self.counted.backward.get(name)
+            # A server computes gradients of all that it receives, also where the whole model would not.
+            exact = backward is not None and trainable and len(parts.crossing) == 1
+            if exact and backward is not None:
+                flops = self.counted.split(name, backward)
+            else:
+                flops = _directly(runnable(), self.x)
+        whole_state, whole_trainable, whole_parameters = _state(self.model)
+        return Measured(
+            name,
+            parts.crossing,
+            whole_parameters,
+            parameters,
+            flops,
+            _footing(state, trainable, saved, len(self.x)),
+            _footing(whole_state, whole_trainable, [k.total for k in self.kept], len(self.x)),
+        )
+
+
+def _footing(state: int, trainable: int, saved: Sequence[int], rows: int) -> Footing:
+    """From what is saved for `rows` rows and for one more."""
+    each = saved[1] - saved[0]
+    return Footing(state, trainable, saved[0] - rows * each, each)
+
+
+def _state(module: nn.Module) -> tuple[int, int, int]:
+    """Bytes of parameters and buffers, bytes of trainable parameters, number of parameters: tied ones once."""
+    tensors = {id(t): t for t in module.state_dict(keep_vars=True).values() if isinstance(t, Tensor)}
+    parameters = list(module.parameters())
+    trainable = sum(p.nbytes for p in parameters if p.requires_grad)
+    return sum(t.nbytes for t in tensors.values()), trainable, sum(p.numel() for p in parameters)
+
+
+def _directly(parts: Parts, x: Tensor) -> ModelFlops:
+    with warnings.catch_warnings(), _META:
+        warnings.simplefilter("ignore")  # that a part has none is for the user to see
+        return count(parts, x)
+
+
+@dataclass
+class _Counted:
+    """FLOPs of a batch of `rows`: until each module gave its last output, and until its gradient came back."""
+
+    rows: int
+    forward: dict[str, int] = field(default_factory=dict)
+    backward: dict[str, int] = field(default_factory=dict)
+    order: list[str] = field(default_factory=list)
+    last: list[str] = field(default_factory=list)  # those that give what the model gives
+    total: tuple[int, int] = (0, 0)
+
+    def split(self, name: str, server_backward: int) -> ModelFlops:
+        """Of both parts, per sample."""
+        forward, backward = self.total
+        client = Flops(self.forward[name] / self.rows, (backward - server_backward) / self.rows)
+        return ModelFlops(client, Flops((forward - self.forward[name]) / self.rows, server_backward / self.rows))
+
+
+def _counted(model: nn.Module, x: Tensor, names: Sequence[str]) -> _Counted:
+    """The FLOPs of one forward and one backward pass in training."""
+    model = copy.deepcopy(model).train()
+    counter = FlopCounterMode(display=False)
+    found = _Counted(len(x))
+    given: dict[int, str] = {}  # the mark of an output -> whose it is
+    alive: list[Tensor] = []
+
+    def mark(name: str, output: Any) -> Any:
+        leaves, spec = pytree.tree_flatten(output)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        found.forward[name] = counter.get_total_flops()
+        if name in found.order:  # its last time counts
+            found.order.remove(name)
+        if tensors and all(id(t) in given for t in tensors):  # an inner module ended right here
+            inner = given[id(tensors[0])]
+            if inner in found.order:
+                found.order[found.order.index(inner)] = name
+        else:
+            found.order.append(name)
+        leaves = [_noticed(leaf, name) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        return pytree.tree_unflatten(leaves, spec)
+
+    def _noticed(tensor: Tensor, name: str) -> Tensor:
+        """The tensor in the clothes of another, whose gradient is noticed when all that comes later has its own."""
+        if not tensor.requires_grad:
+            return tensor
+        same = tensor.view_as(tensor)
+        same.register_hook(lambda _: arrived(name))
+        given[id(same)] = name
+        alive.append(same)
+        return same
+
+    def arrived(name: str) -> None:
+        found.backward.setdefault(name, counter.get_total_flops() - forward)
+
+    for name in names:
+        model.get_submodule(name).register_forward_hook(lambda m, args, out, name=name: mark(name, out))
+    forward = 0
+    with _META, torch.enable_grad(), counter:
+        result = logits(model(x))
+        forward = counter.get_total_flops()
+        if id(result) in given:
+            found.last.append(given[id(result)])
+        if result.requires_grad:
+            result.sum().backward()
+    found.total = (forward, counter.get_total_flops() - forward)
+    return found
+
+
+@dataclass
+class _Kept:
+    """Bytes that are saved for the backward pass: until each module gave its last output, and in all."""
+
+    marks: dict[str, int] = field(default_factory=dict)
+    total: int = 0
+
+
+def _kept(model: nn.Module, x: Tensor, names: Sequence[str]) -> _Kept:
+    """What a forward pass saves: every memory once, parameters and buffers not."""
+    model = copy.deepcopy(model).train()
+    found = _Kept()
+    seen = {storage_of(t) for t in [*model.parameters(), *model.buffers()]}
+    alive: list[Tensor] = []  # so that no memory is used again
+
+    def save(tensor: Tensor) -> Tensor:
+        alive.append(tensor)
+        if storage_of(tensor) not in seen:
+            seen.add(storage_of(tensor))
+            found.total += tensor.untyped_storage().nbytes()
+        return tensor
+
+    for name in names:
+        model.get_submodule(name).register_forward_hook(
+            lambda m, args, out, name=name: found.marks.__setitem__(name, found.total)
+        )
+    with _META, torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(save, lambda t: t), _Fused():
+        model(x)
+    return found
+
+
+class _Fused(TorchFunctionMode):
+    """Attention as a fused kernel does it, which keeps no scores: on the meta device torch would take products."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is functional.scaled_dot_product_attention:
+            with contextlib.suppress(Exception):
+                return _fused(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _fused(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """[R, heads, n, d] each. Raises where the kernel cannot do what is asked."""
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out: Tensor = kernel(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+    return out

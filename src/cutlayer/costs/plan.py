@@ -1,0 +1,314 @@
+"""A plan: what split learning would cost, with a model cut here or there, without training.
+
+Every figure is one epoch's. Costs are those of `expect`, for what `measure` finds the model to be on the meta device,
+so that a million clients and billions of parameters take seconds. What is not known is None.
+
+    from cutlayer.config import PlanConfig
+    from cutlayer.costs.plan import plan
+
+    found = plan(PlanConfig(model="resnet16", cut="all", clients=100, memory_budget=0.5))
+    print(found.chosen.measured.name, found.chosen.costs.unicast)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from cutlayer.catalog import ALGORITHMS, MODELS
+from cutlayer.config import PlanConfig
+from cutlayer.costs.breakeven import BreakEven, break_evens
+from cutlayer.costs.expect import Expected, Workload, expect
+from cutlayer.costs.fleet import Fleet, fleet
+from cutlayer.costs.measure import Measured, example, load_model, make, measure, placed, survey
+from cutlayer.errors import ConfigError
+from cutlayer.report.text import format_bytes, format_quantity, listed
+
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an epoch costs with one algorithm. `memory` is a client's peak in bytes. Joules per client are the mean of
+    all; `server_share` is the part of the time that the server computes. None: not known, or no client device.
+    """
+
+    algorithm: str
+    expected: Expected
+    memory: int
+    marginal: float | None
+    total: float | None
+    server_share: float | None
+
+    def row(self) -> dict[str, Any]:
+        """Plain values: bytes of all clients together, FLOPs and joules of one client and of the server."""
+        e = self.expected
+        return {
+            "algorithm": self.algorithm,
+            "bytes_up": e.up + e.once_up,
+            "bytes_down": e.down,
+            "bytes_down_broadcast": e.down_broadcast,
+            "wire_unicast": e.unicast,
+            "wire_broadcast": e.broadcast,
+            "paper": e.paper,
+            "client_flops": e.client_flops,
+            "server_flops": e.server_flops,
+            "client_memory": self.memory,
+            "seconds": e.seconds,
+            "server_share": self.server_share,
+            "client_joules_marginal": self.marginal,
+            "client_joules_total": self.total,
+            "server_joules": e.server_joules,
+        }
+
+
+@dataclass(frozen=True)
+class CutPlan:
+    """One cut, and what the judged algorithm costs there. `strain` is the largest share of a budget that it takes:
+    more than 1 does not fit.
+    """
+
+    measured: Measured
+    cost: Cost
+    strain: float
+
+    @property
+    def costs(self) -> Expected:
+        """The judged algorithm's."""
+        return self.cost.expected
+
+    def row(self) -> dict[str, Any]:
+        """Plain values; shares are of the whole model's, joules marginal and of one client."""
+        m = self.measured
+        return {
+            "cut": m.name,
+            "client_parameters": m.client_parameters,
+            "client_flops_share": flops_share(m),
+            "smashed_bytes": m.smashed,
+            "gradient_bytes": m.gradient,
+            "crossing": [{"shape": list(c.shape), "type": str(c.dtype).removeprefix("torch.")} for c in m.crossing],
+            "client_memory": self.cost.memory,
+            "client_joules_marginal": self.cost.marginal,
+            "client_joules_total": self.cost.total,
+            "seconds": self.costs.seconds,
+            "wire_unicast": self.costs.unicast,
+            "wire_broadcast": self.costs.broadcast,
+            "client_flops": self.costs.client_flops,
+            "fits": self.strain <= 1,
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is planned and what it costs. `judged` is the algorithm that cuts are judged by; `cuts` in the order data
+    flows (with one cut named: that one), `refused` where the model cannot be cut, with the reasons; `costs` of every
+    algorithm at the `chosen` cut; `bests` by quantity (bytes, energy, time), None where no cut fits the budgets.
+    """
+
+    config: PlanConfig
+    title: str
+    judged: str
+    cuts: tuple[CutPlan, ...]
+    refused: dict[str, str]
+    chosen: CutPlan
+    costs: tuple[Cost, ...]
+    break_evens: tuple[BreakEven, ...]
+    bests: dict[str, str]
+    verdict: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        m, work = self.chosen.measured, workload(self.chosen.measured, self.config)
+        return {
+            "config": self.config.model_dump(mode="json"),
+            "model": {
+                "title": self.title,
+                "parameters": m.parameters,
+                "bytes": m.whole.state,
+                "flops_forward": m.flops.whole.forward,
+                "flops_training": m.flops.whole.training,
+                "raw_bytes": work.raw,
+            },
+            "cut": m.name,
+            "judged_by": self.judged,
+            "algorithms": [cost.row() for cost in self.costs],
+            "cuts": [cut.row() for cut in self.cuts],
+            "refused": self.refused,
+            "best": self.bests,
+            "verdict": self.verdict,
+            "break_evens": [{**asdict(b), "sentence": str(b)} for b in self.break_evens],
+        }
+
+
+def plan(config: PlanConfig, model: nn.Module | Callable[[], nn.Module] | None = None) -> Plan:
+    """Measure the model, reckon, compare. `model` replaces the one named in `config`: a module, which stays as it is,
+    or a function that makes one.
+
+    Raises ConfigError and CutError with the value, the reason and the remedy.
+    """
+    config.check(frozenset(config.model_fields_set))
+    machines = _machines(config)
+    title = config.model if model is None else type(model).__name__ if isinstance(model, nn.Module) else "own model"
+    net, x = _on_meta(config, model)
+    judged = _judged(config.algorithms)
+    name = config.cut or (MODELS[config.model].default_cut if model is None and config.model in MODELS else "all")
+    found = survey(net, x) if name == "all" else None
+    cuts = [_cut_plan(judged, m, config, machines) for m in (found.cuts if found else (measure(net, name, x),))]
+    if config.energy_budget is not None and cuts[0].cost.marginal is None:
+        link = "a link of your own" if config.link is None else f"link {config.link!r}"
+        raise ConfigError(
+            f"energy_budget = {config.energy_budget:g} cannot be held against anything: {link} has no figures for "
+            "energy; name a link that has, such as lte, or leave the budget out"
+        )
+    chosen, bests, verdict = _best(judged, cuts, config)
+    work = workload(chosen.measured, config)
+    return Plan(
+        config,
+        title,
+        judged,
+        tuple(cuts),
+        found.refused if found else {},
+        chosen,
+        tuple(_cost(a, chosen.measured, config, machines) for a in config.algorithms),
+        tuple(break_evens(config.algorithms, work, machines)) if "fl" in config.algorithms else (),
+        bests,
+        verdict,
+    )
+
+
+def workload(m: Measured, config: PlanConfig) -> Workload:
+    """What `expect` takes: an epoch of the model at that cut."""
+    item = torch.int64.itemsize if config.input_type == "int64" else getattr(torch, config.precision).itemsize
+    return Workload(
+        clients=config.clients,
+        samples_per_client=config.samples_per_client,
+        batch=config.batch,
+        smashed=m.smashed,
+        gradient=m.gradient,
+        label=config.label_bytes,
+        raw=math.prod(config.input) * item,
+        model=m.whole.state,
+        client_model=m.client.state,
+        flops=m.flops,
+        phi=config.phi,
+    )
+
+
+def flops_share(m: Measured) -> float:
+    """The client's part of an epoch's FLOPs, in [0, 1]."""
+    return m.flops.client.training / m.flops.whole.training if m.flops.whole.training else 0.0
+
+
+def _on_meta(config: PlanConfig, model: nn.Module | Callable[[], nn.Module] | None) -> tuple[nn.Module, torch.Tensor]:
+    """The model in the planned precision, and a batch of two for it."""
+    dtype = getattr(torch, config.precision)
+    if model is None:
+        net = load_model(config.model, config.input, config.classes)
+    else:
+        net = model if isinstance(model, nn.Module) else make(model, getattr(model, "__name__", "own model"))
+    try:
+        net = placed(net, dtype)
+    except Exception as error:  # the user's module: anything can come out
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"model {config.model!r} cannot be put on the meta device ({reason}): have it hold plain parameters and "
+            "buffers, all of them made when it is made"
+        ) from None
+    return net, example(config.input, torch.int64 if config.input_type == "int64" else dtype)
+
+
+def _machines(config: PlanConfig) -> Fleet | None:
+    """The fleet, with the server's devices as one of their speed and power together."""
+    machines = fleet(config, config.clients)
+    if machines is None or machines.server is None or config.servers == 1:
+        return machines
+    together = machines.server.model_copy(update={"watts": machines.server.watts * config.servers})
+    return replace(machines, server=together, server_speed=machines.server_speed * config.servers)
+
+
+def _judged(algorithms: tuple[str, ...]) -> str:
+    """SGLR, or where that is not asked for the last that cuts the model."""
+    cutting = [a for a in algorithms if not ALGORITHMS[a].whole]
+    return "sglr" if "sglr" in cutting or not cutting else cutting[-1]
+
+
+def _cost(algorithm: str, m: Measured, config: PlanConfig, machines: Fleet | None) -> Cost:
+    e = expect(algorithm, workload(m, config), machines)
+    footing = m.whole if ALGORITHMS[algorithm].whole else m.client
+    memory = 0 if algorithm == "cl" else footing.peak(config.batch, config.client_optimizer)
+    share = None
+    if machines is not None and machines.server is not None and e.seconds:
+        share = e.server_flops / machines.server_speed / e.seconds
+    marginal, total = (None, None) if e.clients is None else (e.clients.marginal, e.clients.total)
+    each = config.clients
+    return Cost(
+        algorithm,
+        e,
+        memory,
+        None if marginal is None else marginal / each,
+        None if total is None else total / each,
+        share,
+    )
+
+
+def _cut_plan(judged: str, m: Measured, config: PlanConfig, machines: Fleet | None) -> CutPlan:
+    cost = _cost(judged, m, config, machines)
+    strains = [0.0]
+    if config.memory_budget is not None:
+        strains.append(cost.memory / (config.memory_budget * GB))
+    if config.energy_budget is not None and cost.marginal is not None:
+        strains.append(cost.marginal / config.energy_budget)
+    return CutPlan(m, cost, max(strains))
+
+
+def _best(judged: str, cuts: list[CutPlan], config: PlanConfig) -> tuple[CutPlan, dict[str, str], str]:
+    """The cut with the least bytes (then the least client FLOPs) of those within the budgets; the best by quantity; a
+    sentence. Where none fits: the one that comes nearest.
+    """
+    fitting = [c for c in cuts if c.strain <= 1]
+    title, budgets = ALGORITHMS[judged].title, _budgets(config)
+    within = f" within {budgets}" if budgets else ""
+    if not fitting:
+        nearest = min(cuts, key=lambda c: c.strain)
+        need = [f"{format_bytes(nearest.cost.memory)} of memory"] if config.memory_budget is not None else []
+        if config.energy_budget is not None and nearest.cost.marginal is not None:
+            need.append(f"{format_quantity(nearest.cost.marginal, 'J')} per epoch")
+        which = "no cut" if len(cuts) > 1 else f"the cut at {nearest.measured.name!r} is not"
+        text = f"{which[0].upper()}{which[1:]}{within if len(cuts) == 1 else f' is{within}'}: "
+        near = f"{nearest.measured.name!r} comes nearest and needs" if len(cuts) > 1 else "it needs"
+        return nearest, {}, f"{text}{near} {listed(need)}."
+    best = min(fitting, key=lambda c: (_bytes(c, config), c.costs.client_flops))
+    bests = {"bytes": best.measured.name}
+    energies = [c for c in fitting if c.cost.marginal is not None]
+    times = [c for c in fitting if c.costs.seconds is not None]
+    if energies:
+        bests["energy"] = min(energies, key=lambda c: c.cost.marginal or 0.0).measured.name
+    if times:
+        bests["time"] = min(times, key=lambda c: c.costs.seconds or 0.0).measured.name
+    if len(cuts) == 1:
+        return best, bests, f"The cut at {best.measured.name!r} is{within}." if budgets else ""
+    others = [
+        f"{what} at {bests[key]!r}"
+        for key, what in (("energy", "least marginal energy of a client"), ("time", "least time"))
+        if key in bests
+    ]
+    also = f"; {listed(others)}" if others else ""
+    return best, bests, f"Of the cuts{within}, {title} sends the least bytes at {best.measured.name!r}{also}."
+
+
+def _bytes(cut: CutPlan, config: PlanConfig) -> int:
+    return cut.costs.broadcast if config.multicast else cut.costs.unicast
+
+
+def _budgets(config: PlanConfig) -> str:
+    parts = []
+    if config.memory_budget is not None:
+        parts.append(f"{format_bytes(round(config.memory_budget * GB))} of a client's memory")
+    if config.energy_budget is not None:
+        parts.append(f"{format_quantity(config.energy_budget, 'J')} of a client's energy per epoch (marginal)")
+    return listed(parts) if parts else ""

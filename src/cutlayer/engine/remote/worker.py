@@ -1,0 +1,262 @@
+"""What runs where the data are: one client that answers a fixed list of verbs, and never runs code that it is sent.
+
+It holds its data, its part of the model and its optimiser, and nothing of the server's part. The model leaves it only
+where the algorithm averages or hands over. Between rounds its state can be written beside the old one (prepare) and put
+in its place (commit), so that all clients keep the same round or none does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cutlayer import checkpoint, seeds
+from cutlayer.data.batches import Batches
+from cutlayer.data.samples import Samples
+from cutlayer.engine.local import Client
+from cutlayer.errors import NonFiniteError, RunFolderError, WireError
+from cutlayer.gradients import row_losses
+from cutlayer.models.parts import Crossing
+from cutlayer.optim import MakeOptimizer, load_optimizer
+from cutlayer.types import Rows, as_tuple
+from cutlayer.wire import RAW, Codec, Frame, agree, decode, decode_named, described, encode, encode_named
+from cutlayer.wire import messages as m
+from cutlayer.wire.tensors import Buffer
+
+Answer = tuple[m.Message, Sequence[Buffer]]
+
+
+@dataclass(frozen=True)
+class Duty:
+    """What a client is set up with: its name and number, private data, its parts of the model, the terms that both
+    sides agree on. `folder` keeps its state (None: it has no memory).
+    """
+
+    name: str
+    index: int
+    samples: Samples
+    lower: nn.Module
+    tail: nn.Module | None
+    make_optimizer: MakeOptimizer
+    lr: float
+    batch: int
+    seed: int
+    terms: m.Terms
+    crossing: Sequence[Crossing]
+    returning: Sequence[Crossing] = ()
+    up: Codec = RAW
+    down: Codec = RAW
+    token: str = ""
+    folder: Path | None = None
+
+
+class Worker:
+    """One client. `handle` answers one request; requests come in order."""
+
+    def __init__(self, duty: Duty) -> None:
+        self.duty = duty
+        self.client = Client(duty.index, duty.lower, duty.tail, duty.make_optimizer)
+        self._batches = Batches([np.arange(len(duty.samples))], duty.batch, duty.seed, [duty.index])
+        self._rate = duty.lr
+        self._quota = 0  # batches of this round, for local training
+        self.steps = 0  # of the run, at the last state that was kept
+        self._gradients = [c for c in duty.crossing if c.differentiable]
+
+    def hello(self) -> m.Hello:
+        """Who this is, and what it takes the run to be."""
+        d = self.duty
+        return m.Hello(client=d.name, terms=d.terms, samples=len(d.samples), step=self.steps, token=d.token)
+
+    def welcome(self, welcome: m.Welcome) -> m.Refused | None:
+        """Check the server's terms in turn, and go back to the state that the run goes on from."""
+        if refused := agree(welcome.terms, self.duty.terms, "the server", "the client"):
+            return refused
+        if welcome.index != self.duty.index:
+            sentence = f"the server counts {self.duty.name} as number {welcome.index}, not {self.duty.index}"
+            return m.Refused("client", sentence)
+        try:
+            self._return_to(welcome.step)
+        except RunFolderError as error:
+            return m.Refused("state", str(error))
+        return None
+
+    def handle(self, frame: Frame) -> Answer | None:
+        """Answer a request; None where it has no answer. Raises WireError, NonFiniteError."""
+        message, body = frame.message, frame.body
+        if isinstance(message, m.Forward):
+            return self._forward(message)
+        if isinstance(message, m.Backward):
+            return self._backward(message, body)
+        if isinstance(message, m.Tail):
+            return self._tail(message, body)
+        if isinstance(message, m.BeginRound):
+            self._rate, self._quota = self.duty.lr * message.lr_factor, message.batches
+            return None
+        if isinstance(message, m.Fit):
+            return m.Fitted(message.step, self._fit()), ()
+        if isinstance(message, m.Evaluate):
+            return self._evaluate(message, body)
+        if isinstance(message, m.Save):
+            self._save(message)
+            return m.Saved(message.step, message.phase), ()
+        return self._models(message, body)
+
+    def _models(self, message: Any, body: memoryview) -> Answer | None:
+        """What averaging and handing over need."""
+        module, optimizer = self.client.module, self.client.optimizer
+        if isinstance(message, m.GiveModel):
+            return m.Model(message.step), encode_named(state_of(module))
+        if isinstance(message, m.TakeModel):
+            module.load_state_dict(decode_named(body, described(state_of(module))))
+            return None
+        if isinstance(message, m.GiveOptimizer):
+            return m.Optimizer(message.step), encode_named({} if optimizer is None else flattened(optimizer))
+        if isinstance(message, m.TakeOptimizer):
+            if optimizer is not None:
+                restore(optimizer, body)
+            return None
+        raise WireError(f"{type(message).__name__} is no request that a client answers")
+
+    def _draw(self) -> tuple[Samples, int]:
+        rows, _, clocks = self._batches.draw([0])
+        return self.duty.samples[rows], int(clocks[0])
+
+    def _forward(self, message: m.Forward) -> Answer:
+        batch, clock = self._draw()
+        smashed = self.client.forward(batch, self.duty.seed, clock)
+        sent = [s.detach() for s in smashed]
+        codecs = [self.duty.up] * len(sent)
+        if message.labels:
+            sent, codecs = [*sent, batch.y], [*codecs, RAW]
+        return m.Smashed(message.step, len(batch.y)), encode(sent, codecs)
+
+    def _backward(self, message: m.Backward, body: memoryview) -> Answer:
+        gradient = decode(body, self._gradients, message.rows, self.duty.down)
+        size = len(self.client.labels)
+        if message.mode == "common":
+            gradient = tuple(g.expand(size, *g.shape[1:]) if len(g) == 1 else g[:size] for g in gradient)
+        self.client.backward(gradient)
+        self.client.step(self._rate)
+        return m.Stepped(message.step), ()
+
+    def _tail(self, message: m.Tail, body: memoryview) -> Answer:
+        client, d = self.client, self.duty
+        assert client.tail is not None, "Tail is for the U-shaped split"
+        features = decode(body, d.returning, message.rows, d.down)
+        loss, rows = client.finish(features, d.seed)
+        return m.TailGradients(message.step, message.rows, loss.item()), encode(rows, d.up)
+
+    def _fit(self) -> list[tuple[float, int]]:
+        taken: list[tuple[float, int]] = []
+        for _ in range(self._quota):
+            batch, clock = self._draw()
+            (outputs,) = self.client.forward(batch, self.duty.seed, clock)
+            try:
+                taken.append(self.client.learn(outputs, self._rate))
+            except NonFiniteError as error:
+                raise error.at(len(taken)) from None
+        return taken
+
+    def _evaluate(self, message: m.Evaluate, body: memoryview) -> Answer:
+        d = self.duty
+        if message.part == "tail":
+            like: Sequence[Crossing] = d.returning
+        else:
+            like = [Crossing(tuple(d.samples.x.shape[1:]), d.samples.x.dtype)]
+        received = decode(body, like, message.rows)
+        self.client.module.eval()
+        with torch.no_grad():
+            if message.part == "tail":
+                assert self.client.tail is not None, "there is a tail in the U-shaped split alone"
+                given = as_tuple(self.client.tail(received))
+            else:
+                given = as_tuple(self.client.lower(received[0]))
+        return m.EvaluationRows(message.step, message.rows), encode(given)
+
+    def _save(self, message: m.Save) -> None:
+        folder = self.duty.folder
+        if message.phase == "prepare":
+            if folder is not None:
+                checkpoint.write(folder / _PREPARED, self._state(message.step))
+            return
+        if folder is not None and (folder / _PREPARED).exists():
+            (folder / _PREPARED).replace(folder / _KEPT)
+        self.steps = message.step
+
+    def _state(self, step: int) -> dict[str, Any]:
+        c = self.client
+        return {
+            "step": step,
+            "drawn": self._batches.drawn.tolist(),
+            "model": c.module.state_dict(),
+            "optimizer": c.optimizer.state_dict() if c.optimizer else {},
+        }
+
+    def _return_to(self, step: int) -> None:
+        """Take the state that was kept after `step` steps. Raises RunFolderError where there is none such."""
+        folder = self.duty.folder
+        for path in () if folder is None else (folder / _KEPT, folder / _PREPARED):
+            if path.exists() and (state := checkpoint.read(path))["step"] == step:
+                self._batches.drawn[:] = state["drawn"]
+                self.client.module.load_state_dict(state["model"])
+                if self.client.optimizer:
+                    load_optimizer(self.client.optimizer, state["optimizer"])
+                self.steps = step
+                return
+        if step and self.steps != step:
+            raise RunFolderError(
+                f"the run goes on after step {step}, of which {self.duty.name} kept no state: join from its own folder"
+            )
+
+
+_PREPARED, _KEPT = "client-next.safetensors", "client.safetensors"
+
+
+def state_of(module: nn.Module) -> dict[str, Tensor]:
+    """A module's parameters and buffers by name."""
+    return {name: tensor.detach() for name, tensor in module.state_dict().items()}
+
+
+def flattened(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """An optimiser's state as named tensors: "<number of the parameter>/<name>", plain numbers as tensors too."""
+    found = {}
+    for number, values in optimizer.state_dict()["state"].items():
+        for name, value in values.items():
+            kept = value if isinstance(value, Tensor) else torch.tensor(value)
+            found[f"{number}/{name}"] = kept
+    return found
+
+
+def restore(optimizer: torch.optim.Optimizer, body: Buffer) -> None:
+    """Take the state that `flattened` gave of an optimiser of the same kind, whose parameters have the same shapes.
+
+    Raises WireError where it is not one.
+    """
+    state = optimizer.state_dict()
+    tensors = decode_named(body, described(expected_state(optimizer)))
+    grouped: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        number, name = key.split("/", 1)
+        grouped.setdefault(int(number), {})[name] = tensor
+    load_optimizer(optimizer, {**state, "state": grouped})
+
+
+def expected_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What the state looks like once steps have been taken: that of a copy of the optimiser after one step."""
+    copies: list[Tensor] = []
+    groups = []
+    for group in optimizer.param_groups:
+        own = [torch.zeros_like(p).requires_grad_() for p in group["params"]]
+        copies += own
+        groups.append({**{k: v for k, v in group.items() if k != "params"}, "params": own})
+    for copy in copies:
+        copy.grad = torch.zeros_like(copy)
+    twin = type(optimizer)(groups, **{k: v for k, v in optimizer.defaults.items()})
+    twin.step()
+    return flattened(twin)
