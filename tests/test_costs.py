@@ -93,6 +93,29 @@ def test_flops_need_no_values() -> None:
     assert count(parts, example.to("meta")) == expected
 
 
+def test_attention_counts() -> None:
+    """Four projections, scores and weighted values, forward; FlashAttention's own backward pass is not counted."""
+    rows, tokens, width = 3, 5, 8
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mixed, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = (t.view(len(x), tokens, 2, width // 2).transpose(1, 2) for t in self.mixed(x).split(width, 2))
+            y = nn.functional.scaled_dot_product_attention(q, k, v)
+            return self.out(y.transpose(1, 2).reshape(len(x), tokens, width))
+
+    net = nn.Sequential(nn.Linear(width, width), Attention(), nn.Flatten(), nn.Linear(tokens * width, 2))
+    example = torch.rand(rows, tokens, width)
+    server = count(cut(net, "0", example), example).server
+    projections, attention = 2 * tokens * width * 4 * width, 2 * 2 * tokens * tokens * width
+    last = 2 * tokens * width * 2
+    assert server.forward == projections + attention + last
+    assert server.backward == 2 * (projections + attention + last)
+
+
 def test_flops_change_nothing_and_say_what_they_do_not_know() -> None:
     net = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 3))
     example = torch.rand(4, 8)

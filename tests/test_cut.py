@@ -3,6 +3,7 @@
 import copy
 import io
 import random
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -821,3 +822,12 @@ def test_cut_points_are_those_that_work() -> None:
     order = [name for name, _ in model.named_modules()]
     assert names == sorted(names, key=order.index)
     assert cut_points(build("cnn", (1, 8, 8), 10), picture())[0] == "block1"
+
+
+@pytest.mark.parametrize("name", ["last", "copies", "narrow", "channels_last", "run", "client"])
+def test_children_may_be_called_anything(name: str) -> None:
+    net = nn.Sequential(OrderedDict([("first", nn.Linear(4, 4)), (name, nn.Linear(4, 4)), ("head", nn.Linear(4, 2))]))
+    x = torch.randn(3, 4)
+    for at in ("first", name):
+        parts = cut(net, at, x)
+        assert torch.equal(parts.server(parts.client(x)), net(x))

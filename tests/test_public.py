@@ -65,6 +65,7 @@ def test_commands() -> None:
         "resume",
         "report",
         "plan",
+        "calibrate",
         "reproduce",
         "list",
     }

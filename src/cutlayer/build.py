@@ -22,7 +22,7 @@ from cutlayer.catalog import ALGORITHMS, MODELS
 from cutlayer.cohort import Cohort, draw_participants
 from cutlayer.config import RunConfig
 from cutlayer.costs.clock import Clock, ClockedCohort
-from cutlayer.costs.fleet import fleet
+from cutlayer.costs.fleet import Fleet, fleet
 from cutlayer.costs.flops import ModelFlops, count
 from cutlayer.costs.ledger import Ledger, MeteredCohort
 from cutlayer.data import Source, class_counts, from_arrays, from_dataset, load, partition
@@ -64,8 +64,8 @@ _LARGEST_RATE = 30  # as a power of ten: what is more overflows float32 at the f
 @dataclass(frozen=True, eq=False)
 class Training:
     """All that a run needs: the cohort counts into `ledger`; `rounds` to do; `counts` [C, K] samples per class;
-    `engine` says how clients are simulated; `clock` runs where the machines are known. `parts` is the model as cut, with
-    an `example` [n, ...] of its inputs.
+    `engine` says how clients are simulated; `clock` runs where the machines are known. `parts` is the model as cut,
+    with an `example` [n, ...] of its inputs.
     """
 
     source: Source
@@ -86,11 +86,72 @@ class Training:
         return count(self.parts, self.example)
 
 
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """All but the cohort and its server: what a simulation, a remote run's server and each of its clients start from.
+
+    `owners` are the rows of each client of the cohort (in cl: of the one that holds all), `partition` those of each
+    client that the configuration names.
+    """
+
+    config: RunConfig
+    source: Source
+    split: Parts
+    example: torch.Tensor
+    clients: Clients
+    make_server: MakeOptimizer
+    partition: list[np.ndarray]
+    rounds: int
+    rounds_per_epoch: int
+    fleet: Fleet | None
+
+    @property
+    def server_seed(self) -> int:
+        """Names the server's randomness."""
+        return seeds.derive(self.config.seed, "server")
+
+    def training(self, cohort: Cohort, server: Server, engine: str) -> Training:
+        """The whole, around this cohort and its server: with a ledger, and a clock where the machines are known."""
+        config, source, partition = self.config, self.source, self.partition
+        ledger = Ledger(len(self.clients.rows))
+        if config.algorithm == "cl":
+            ledger.add("up", "raw data", 0, _raw_bytes(source, self.clients.rows[0]))
+        counts = class_counts(source.train.y, partition, source.classes)
+        metered = MeteredCohort(cohort, ledger)
+        training = Training(
+            source,
+            server,
+            metered,
+            ledger,
+            self.rounds,
+            self.rounds_per_epoch,
+            counts,
+            engine,
+            self.split,
+            self.example,
+        )
+        if self.fleet is None:
+            return training
+        clock = Clock(self.fleet)
+        if config.algorithm == "cl":  # who trains is the server, once everybody's data have come
+            clock.begin(range(config.clients))
+            clock.upload(8.0 * np.array([_raw_bytes(source, p) for p in partition]))
+        clocked = ClockedCohort(metered, clock, training.flops, config.batch, central=config.algorithm == "cl")
+        return replace(training, clients=clocked, clock=clock)
+
+
 def assemble(config: RunConfig, model: Model | None = None, data: Data | None = None) -> Training:
-    """Build everything. `model` and `data` replace those named in `config`.
+    """Build everything for a simulation. `model` and `data` replace those named in `config`.
 
     Raises UsageError (ConfigError, DataError, CutError) with the value, the reason and the remedy.
     """
+    p = prepare(config, model, data)
+    cohort, server, engine = simulate(config, p.split, p.clients, p.make_server, p.server_seed, p.example)
+    return p.training(cohort, server, engine)
+
+
+def prepare(config: RunConfig, model: Model | None = None, data: Data | None = None) -> Prepared:
+    """Build all but the cohort. Raises UsageError as `assemble` does."""
     device = _device(config)
     machines = fleet(config, config.clients)
     source = load_source(config, data)
@@ -110,10 +171,9 @@ def assemble(config: RunConfig, model: Model | None = None, data: Data | None = 
     for part in split.all:
         part.to(device)
         if isinstance(part, Part) and config.precision == "bfloat16":
-            part.narrow = torch.bfloat16
+            part.narrow_to = torch.bfloat16
     source, example = source.to(device), example.to(device)
     split = laid_out(config, split, example)
-
     make_client, make_server = _optimizers(config)
     setup = Clients(
         _ClientModels(config, split, make_model, len(owners)),
@@ -130,22 +190,7 @@ def assemble(config: RunConfig, model: Model | None = None, data: Data | None = 
         alike=config.start == "equal",
         eval_clients=config.eval_clients,
     )
-    server_seed = seeds.derive(config.seed, "server")
-    cohort, server, engine = simulate(config, split, setup, make_server, server_seed, example)
-    ledger = Ledger(len(owners))
-    if config.algorithm == "cl":
-        ledger.add("up", "raw data", 0, _raw_bytes(source, owners[0]))
-    counts = class_counts(source.train.y, parts, source.classes)
-    metered = MeteredCohort(cohort, ledger)
-    training = Training(source, server, metered, ledger, rounds, per_epoch, counts, engine, split, example)
-    if machines is None:
-        return training
-    clock = Clock(machines)
-    if config.algorithm == "cl":  # who trains is the server, once everybody's data have come
-        clock.begin(range(config.clients))
-        clock.upload(8.0 * np.array([_raw_bytes(source, p) for p in parts]))
-    clocked = ClockedCohort(metered, clock, training.flops, config.batch, central=config.algorithm == "cl")
-    return replace(training, clients=clocked, clock=clock)
+    return Prepared(config, source, split, example, setup, make_server, parts, rounds, per_epoch, machines)
 
 
 def _device(config: RunConfig) -> torch.device:

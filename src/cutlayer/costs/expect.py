@@ -9,6 +9,7 @@ Shape legend: C clients.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -211,7 +212,7 @@ class _Path:
         turns: Counter[tuple[int, int]] = Counter()
         for size, count in batches.items():
             turns[size, size] += rounds * (count - 1)
-        for before, after in zip(order, order[1:], strict=False):
+        for before, after in itertools.pairwise(order):
             turns[before, after] += rounds
         turns[order[-1], order[0]] += rounds - 1
         between = sum(n * float((come[a] + go[b]).max()) for (a, b), n in turns.items() if n)
@@ -249,7 +250,7 @@ class _Path:
         return seconds
 
     def _down(self, count: int, leaving: int, times: int) -> Array:
-        """Seconds [C] that `count` bytes take each client down, while `leaving` bytes leave the server; `times` times."""
+        """Seconds [C] that `count` bytes take each client down, while `leaving` bytes leave the server; `times` over."""
         bits = 8.0 * count
         seconds = np.maximum(bits / self.fleet.down, 8.0 * leaving / self.fleet.server_rate)
         self.down_bits += times * bits

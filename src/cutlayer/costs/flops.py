@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from cutlayer.models.parts import Parts
@@ -93,7 +94,8 @@ def _count(module: nn.Module, received: Rows | Tensor, rows: int) -> tuple[Flops
     given = tuple(r.detach() for r in as_tuple(received))
     if not first:
         given = tuple(r.requires_grad_() if r.is_floating_point() else r for r in given)
-    with FlopCounterMode(display=False) as forward:
+    # The counter does not know the CPU's own attention; as plain products it is known, and they are as many.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as forward:
         outputs = as_tuple(module(given[0] if first else given))
     total = [o.sum() for o in outputs if o.is_floating_point() and o.requires_grad]
     with FlopCounterMode(display=False) as backward:

@@ -1,7 +1,7 @@
 """Device and link profiles: figures with their sources, the built-in ones and the user's own (TOML).
 
-Units: FLOP/s, watts, bits per second, seconds. What a profile does not know is None, and what follows from it is then not
-known either: nothing is made up.
+Units: FLOP/s, watts, bits per second, seconds. What a profile does not know is None, and what follows from it is then
+not known either: nothing is made up.
 """
 
 from __future__ import annotations

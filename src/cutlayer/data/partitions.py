@@ -137,8 +137,8 @@ def _shards(y: npt.NDArray[Any], order: Indices, clients: int, each: int, seed: 
     total = clients * each
     if total > len(order):
         raise DataError(
-            f"shards_per_client={each} for {clients} clients makes {total} shards of {len(order)} training samples, and "
-            f"client {clients - 1} could get an empty one: use at most {len(order) // clients} shards per client"
+            f"shards_per_client={each} for {clients} clients makes {total} shards of {len(order)} training samples, "
+            f"and client {clients - 1} could get an empty one: use at most {len(order) // clients} shards per client"
         )
     by_label = order[np.argsort(y[order], kind="stable")]  # equal labels stay shuffled
     shards = np.array_split(by_label, total)

@@ -100,11 +100,7 @@ class SimulatedCohort:
         """(whose scores are asked for, whose models are looked at): models known to be equal are looked at once."""
         if self._holder is not None:
             return [self._holder], [self._holder]
-        everyone = list(range(len(self._quota)))
-        count = self.setup.eval_clients
-        if count is not None and count < len(everyone):
-            drawn = seeds.generator(self.setup.seed, "evaluated clients").choice(len(everyone), count, replace=False)
-            everyone = sorted(drawn.tolist())
+        everyone = judged(len(self._quota), self.setup.eval_clients, self.setup.seed)
         return everyone, everyone[:1] if self._alike else everyone
 
     def _base_state(self) -> dict[str, Any]:
@@ -113,6 +109,14 @@ class SimulatedCohort:
     def _load_base(self, state: Mapping[str, Any]) -> None:
         self._batches.drawn[:] = state["drawn"]
         self._holder, self._alike = state["holder"], state["alike"]
+
+
+def judged(clients: int, count: int | None, seed: int) -> list[int]:
+    """Whose models are evaluated: `count` of the clients, drawn once, or all."""
+    if count is None or count >= clients:
+        return list(range(clients))
+    drawn = seeds.generator(seed, "evaluated clients").choice(clients, count, replace=False)
+    return sorted(drawn.tolist())
 
 
 def model_bytes(module: nn.Module) -> int:

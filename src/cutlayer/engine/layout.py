@@ -51,7 +51,7 @@ def _changed(part: nn.Module) -> nn.Module:
     if os.environ.get("CUTLAYER_LAYOUT") == "plain" or not isinstance(part, Part) or not images:
         return part
     changed = pool_first(part)
-    changed.channels_last = True
+    changed.images_channels_last = True
     for module in changed.modules():
         if isinstance(module, nn.Conv2d):
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

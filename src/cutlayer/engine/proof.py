@@ -56,7 +56,7 @@ def exact(module: nn.Module) -> nn.Module:
     """A copy that computes in double precision, where rounding is no excuse."""
     twin = copy.deepcopy(module).double()
     if isinstance(twin, Part):
-        twin.narrow = None
+        twin.narrow_to = None
     return twin
 
 

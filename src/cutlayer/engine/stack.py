@@ -250,7 +250,7 @@ class Stack:
                 tensors,
                 lambda i: generators(names[i]),
                 alike=alike,
-                channels_last=getattr(self.module, "channels_last", False),
+                channels_last=getattr(self.module, "images_channels_last", False),
                 leave=leave if self._rule.plain else None,
             )
             with lowered, self.watch:

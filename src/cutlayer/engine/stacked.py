@@ -27,7 +27,9 @@ from cutlayer.optim import MakeOptimizer, rule_of
 from cutlayer.server import Server, ServerStep, culprits, finite
 from cutlayer.types import CutGradients, Evaluation, Rows, Smashed, Step, TailGradients, select
 
-_MERGED_ROWS = 2048  # rows of all clients per forward pass in evaluation: bounds memory; what fits the cache runs twice as fast
+_MERGED_ROWS = (
+    2048  # rows of all clients per forward pass in evaluation: bounds memory; what fits the cache runs twice as fast
+)
 
 
 @dataclass(frozen=True)

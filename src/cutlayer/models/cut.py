@@ -131,7 +131,7 @@ class UnprovedCuts:
                     inner = name if name in (INPUT, OUTPUT) else _canonical(self.model, name)
                     pieces = [PassThrough()] * (name == INPUT) + split(inner) + [PassThrough()] * (name == OUTPUT)
                     for piece in pieces:
-                        piece.last = piece is pieces[-1]
+                        piece.is_last_part = piece is pieces[-1]
                         piece.train(self.model.training)
                     protect(pieces, self.x)
                     return _parts(pieces, describe(self.model, pieces, self.x, name == INPUT), method)
@@ -176,7 +176,7 @@ def _cut(model: nn.Module, names: tuple[str, ...], x: Tensor, methods: Sequence[
             pieces = split(_private(model), inner, x)
             pieces = [PassThrough()] * (names[0] == INPUT) + pieces + [PassThrough()] * (names[-1] == OUTPUT)
             for i, piece in enumerate(pieces):
-                piece.last = i == len(pieces) - 1
+                piece.is_last_part = i == len(pieces) - 1
                 piece.train(model.training)
             protect(pieces, x)
             crossings = prove(model, pieces, x, inputs_may_cross=names[0] == INPUT)

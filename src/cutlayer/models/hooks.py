@@ -452,7 +452,7 @@ class _ReplayedPart(Part):
             self.__dict__[of_module] = model.__dict__[of_module]
         self.train(model.training)
 
-    def run(self, rows: Rows) -> Rows:
+    def run_rows(self, rows: Rows) -> Rows:
         try:
             output = self._model(self._input(rows))
         except _Reached as reached:

@@ -23,24 +23,25 @@ class Part(nn.Module):
     Gives the tuple of tensors that cross to the next part (each [R, s...]) or, being last, the logits [R, K].
     """
 
-    last = False
-    copies = False  # set where the part works in place on what it receives, which is not its own
-    channels_last = False  # set where its images lie in memory with their channels last
-    narrow: torch.dtype | None = None  # the type of its products in mixed precision
+    # Names that a model's own children will hardly have: a part owns them as attributes.
+    is_last_part = False
+    copies_rows = False  # set where the part works in place on what it receives, which is not its own
+    images_channels_last = False  # set where its images lie in memory with their channels last
+    narrow_to: torch.dtype | None = None  # the type of its products in mixed precision
 
     def forward(self, received: Tensor | Rows) -> Tensor | Rows:
         """Rows [R, s...] each (or the batch) to rows [R, s...] each (or logits [R, K])."""
         rows = (received,) if isinstance(received, Tensor) else tuple(received)
-        rows = tuple(row.clone() for row in rows) if self.copies else rows
-        if self.narrow is None:
-            given = self.run(rows)
+        rows = tuple(row.clone() for row in rows) if self.copies_rows else rows
+        if self.narrow_to is None:
+            given = self.run_rows(rows)
         else:
-            with torch.autocast(rows[0].device.type, self.narrow):
-                given = self.run(rows)
-            given = tuple(g.float() for g in given) if self.last else given
-        return given[0] if self.last else given
+            with torch.autocast(rows[0].device.type, self.narrow_to):
+                given = self.run_rows(rows)
+            given = tuple(g.float() for g in given) if self.is_last_part else given
+        return given[0] if self.is_last_part else given
 
-    def run(self, rows: Rows) -> Rows:
+    def run_rows(self, rows: Rows) -> Rows:
         """The part's computation: what it received, [R, s...] each, to what it gives, [R, s...] each."""
         raise NotImplementedError
 
@@ -48,7 +49,7 @@ class Part(nn.Module):
 class PassThrough(Part):
     """A part without layers: gives what it received."""
 
-    def run(self, rows: Rows) -> Rows:
+    def run_rows(self, rows: Rows) -> Rows:
         """The same rows."""
         return rows
 

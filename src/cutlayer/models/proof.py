@@ -66,7 +66,7 @@ def protect(parts: Sequence[Part], x: Tensor) -> None:
             versions = [row._version for row in rows]
             with torch.no_grad():
                 given = _tried(partial(running, rows))
-            part.copies |= [row._version for row in rows] != versions
+            part.copies_rows |= [row._version for row in rows] != versions
             rows = (given,) if isinstance(given, Tensor) else tuple(_wire(row) for row in given)
 
 

@@ -130,7 +130,7 @@ class _TracedPart(Part):
         super().__init__()
         self._codes = {True: training, False: training if training.source == evaluating.source else evaluating}
 
-    def run(self, rows: Rows) -> Rows:
+    def run_rows(self, rows: Rows) -> Rows:
         return cast(Rows, self._codes[self.training](self, rows))
 
 

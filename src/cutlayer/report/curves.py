@@ -81,8 +81,8 @@ class _Curve:
 
 
 def panels(report: Report) -> list[bytes]:
-    """Test accuracy over epochs, training loss over epochs, test accuracy over bytes, and where the runs have a clock over
-    virtual time and over energy: a PNG each.
+    """Test accuracy over epochs, training loss over epochs, test accuracy over bytes, and where the runs have a clock
+    over virtual time and over energy: a PNG each.
     """
     return [drawn(lambda draw=draw: figure_of(report, [draw])) for draw in _panels(report)]  # type: ignore[misc]
 
@@ -120,6 +120,7 @@ def drawn(make: Callable[[], Figure]) -> bytes:
 
 
 def figure_of(report: Report, draws: Sequence[Callable[[Axes, Report], None]]) -> Figure:
+    """Panels side by side, three to a row, with one legend."""
     across, rows = min(len(draws), 3), math.ceil(len(draws) / 3)
     figure = Figure(figsize=(5.9 * across, 5.0 * rows), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)  # type: ignore[union-attr, call-arg]
@@ -146,6 +147,7 @@ def figure_of(report: Report, draws: Sequence[Callable[[Axes, Report], None]]) -
 
 
 def accuracy_over_epochs(ax: Axes, report: Report) -> None:
+    """Test accuracy over epochs."""
     for curve in _accuracies(report, lambda e: float(e["epochs"])):
         _plot(ax, curve)
     titled(ax, "Test accuracy over epochs" if report.comparison else "Accuracy over epochs")
@@ -170,16 +172,19 @@ def _loss_over_epochs(ax: Axes, report: Report) -> None:
 
 
 def accuracy_over_bytes(ax: Axes, report: Report) -> None:
+    """Test accuracy over the bytes of training, each message once per receiver."""
     accuracy_over(
         ax, report, lambda e: (e["bytes_up"] + e["bytes_down"]) / 1e6, "traffic", "up + down, wire-unicast (MB, log)"
     )
 
 
 def accuracy_over_time(ax: Axes, report: Report) -> None:
+    """Test accuracy over virtual time."""
     accuracy_over(ax, report, lambda e: e["virtual_seconds"], "virtual time", "virtual time (s, log)")
 
 
 def accuracy_over_energy(ax: Axes, report: Report) -> None:
+    """Test accuracy over the clients' modelled energy."""
     # Total energy where it is known of every run, else what is: marginal.
     known = all(run.evaluations[-1].get("clients_joules") is not None for e in report.entries for run in e.runs)
     name, kind = ("clients_joules", "total") if known else ("clients_marginal_joules", "marginal")
@@ -187,6 +192,7 @@ def accuracy_over_energy(ax: Axes, report: Report) -> None:
 
 
 def accuracy_over(ax: Axes, report: Report, x: Callable[[dict[str, float]], float], over: str, label: str) -> None:
+    """Test accuracy over a quantity of an evaluation, on a logarithmic axis called `label`."""
     for curve in _accuracies(report, x):
         crossed = curve.x > 0  # nothing has been spent yet: has no place on a log axis
         _plot(ax, replace(curve, x=curve.x[crossed], mean=curve.mean[crossed], std=curve.std[crossed]))
@@ -314,6 +320,7 @@ def _looks(report: Report) -> list[tuple[Entry, str, Look, str]]:
 
 
 def titled(ax: Axes, title: str) -> None:
+    """The title of a panel."""
     ax.set_title(title, loc="left", fontweight="bold")
 
 

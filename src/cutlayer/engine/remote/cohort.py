@@ -18,13 +18,13 @@ from torch import Tensor
 from cutlayer.averaging import average
 from cutlayer.cohort import Footprint, Predict, draw_participants
 from cutlayer.data.samples import Samples
-from cutlayer.engine.base import EVALUATION_ROWS, Shape, evaluation, together
+from cutlayer.engine.base import EVALUATION_ROWS, Shape, evaluation, judged, together
 from cutlayer.engine.local import Client
 from cutlayer.engine.remote.worker import expected_state, state_of
 from cutlayer.errors import NonFiniteError, TrainingError, WireError
 from cutlayer.gradients import row_losses
 from cutlayer.models.parts import Crossing
-from cutlayer.types import CutGradients, Evaluation, Round, Rows, Smashed, Step, TailGradients
+from cutlayer.types import CutGradients, Evaluation, Round, Smashed, Step, TailGradients
 from cutlayer.wire import RAW, Codec, Frame, decode, decode_named, described, encode, encode_named
 from cutlayer.wire import messages as m
 from cutlayer.wire.tensors import Buffer
@@ -79,6 +79,7 @@ class Remote:
     local_epochs: int = 1
     local_steps: int | None = None
     alike: bool = True
+    eval_clients: int | None = None
     up: Codec = RAW
     down: Codec = RAW
     deadline: float | None = None
@@ -102,7 +103,7 @@ class RemoteCohort:
         self._average: dict[str, Tensor] | None = None
         self._stale: set[int] = set()  # have missed an averaging
         self._like = described(state_of(setup.twin.module))
-        self._gradients = [c for c in setup.crossing if c.differentiable]
+        self._alike = setup.alike  # all models are known to be equal
 
     @property
     def samples(self) -> Sequence[int]:
@@ -135,12 +136,8 @@ class RemoteCohort:
         self._participants = here
         for k in here:
             self._quota[k] = s.local_steps or s.local_epochs * -(-s.samples[k] // s.batch)
-            begin = m.BeginRound(index, total, lr_factor, int(self._quota[k]))
-            self._post(k, begin)
-            if k in self._stale:
-                assert self._average is not None, "what was missed is an average"
-                self._post(k, m.TakeModel(self._step), encode_named(self._average))
-        self._stale -= set(here)
+            self._post(k, m.BeginRound(index, total, lr_factor, int(self._quota[k])))
+        self._catch_up(here)
         return Round(index, total, here, tuple(self._quota[list(here)].tolist()), s.seed)
 
     def forward(self, clients: Sequence[int] | None = None, *, labels: bool = True) -> Smashed:
@@ -183,6 +180,7 @@ class RemoteCohort:
 
     def backward(self, gradients: CutGradients) -> None:
         """Every client of the last `forward` back-propagates what it is sent; it goes out with the next request."""
+        self._alike = len(self.samples) == 1
         common: list[Buffer] = encode(gradients.common, self.setup.down) if gradients.active else []
         ends = np.cumsum(gradients.sizes).tolist()
         spans = {k: slice(end - n, end) for k, n, end in zip(gradients.clients, gradients.sizes, ends, strict=True)}
@@ -197,6 +195,7 @@ class RemoteCohort:
         """Each participant takes all its local steps of this round."""
         self._step += 1
         answers = self._exchange(self._participants, lambda k: [(m.Fit(self._step), ())], quorum=True)
+        self._alike = len(self.samples) == 1
         taken = {k: [(loss, rows) for loss, rows in answers[k].message.losses] for k in answers}
         if not taken:
             raise TrainingError("no client has trained: all are gone")
@@ -213,6 +212,7 @@ class RemoteCohort:
         for k in here:
             self._post(k, m.TakeModel(self._step), body)
         self._stale |= set(range(len(self.samples))) - set(here)
+        self._alike = True  # who has missed it gets it before anything else
 
     def hand_over(self, client: int, *, optimizer: bool) -> None:
         """The travelling model moves to `client`; before anyone holds it, it is `client`'s own."""
@@ -234,23 +234,28 @@ class RemoteCohort:
         """Every connected client's model with the server: the held-out inputs go to the client, what it gives comes
         back.
         """
-        everyone = [self._holder] if self._holder is not None else sorted(self.hub.connected)
-        found: dict[int, tuple[float, float]] = {}
-        totals = {k: (0, 0.0) for k in everyone}
+        everyone = [self._holder] if self._holder is not None else self._judged()
+        looked_at = everyone[:1] if self._alike else everyone
+        self._catch_up(looked_at)
+        totals = dict.fromkeys(looked_at, (0, 0.0))
         for start in range(0, len(samples), EVALUATION_ROWS):
             part = samples[start : start + EVALUATION_ROWS]
             outputs = self._outputs(list(totals), part, predict)
             totals = {
-                k: (totals[k][0] + int((o.argmax(1) == part.y).sum()), totals[k][1] + float(row_losses(o, part.y).sum()))
+                k: (
+                    totals[k][0] + int((o.argmax(1) == part.y).sum()),
+                    totals[k][1] + float(row_losses(o, part.y).sum()),
+                )
                 for k, o in outputs.items()
             }
         if not totals:
             raise TrainingError("no client's model could be evaluated: all are gone")
         found = {k: (correct / len(samples), loss / len(samples)) for k, (correct, loss) in totals.items()}
-        return evaluation(found, list(found), len(samples))
+        return evaluation(found, everyone if self._alike else list(found), len(samples))
 
     def model_state(self, client: int) -> Mapping[str, Tensor]:
         """One client's parameters and buffers, under the names of the whole model."""
+        self._catch_up([client])
         models = self._models([client])
         if client not in models:
             raise TrainingError(f"client {client} is not connected: its model is with it")
@@ -266,19 +271,32 @@ class RemoteCohort:
         return {
             "step": self._step,
             "holder": self._holder,
+            "alike": self._alike,
             "average": self._average or {},
             "stale": sorted(self._stale),
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take a state that `state()` returned: before clients join, who then go back to the same step."""
-        self._step, self._holder = state["step"], state["holder"]
+        self._step, self._holder, self._alike = state["step"], state["holder"], state["alike"]
         self._average, self._stale = dict(state["average"]) or None, set(state["stale"])
 
     @property
     def step(self) -> int:
         """The step that clients join at."""
         return self._step
+
+    def _catch_up(self, clients: Collection[int]) -> None:
+        """Those of `clients` that have missed an averaging get what came of it."""
+        for k in self._stale & set(clients) & self.hub.connected:
+            assert self._average is not None, "what was missed is an average"
+            self._post(k, m.TakeModel(self._step), encode_named(self._average))
+            self._stale.discard(k)
+
+    def _judged(self) -> list[int]:
+        """Whose models are evaluated: all that are asked for and connected; failing that, all that are connected."""
+        asked = judged(len(self.samples), self.setup.eval_clients, self.setup.seed)
+        return [k for k in asked if k in self.hub.connected] or sorted(self.hub.connected)
 
     def _outputs(self, clients: Sequence[int], part: Samples, predict: Predict) -> dict[int, Tensor]:
         """The logits [n, K] of each client's model, with the server's where there is one, on held-out rows."""

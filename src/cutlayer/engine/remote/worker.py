@@ -16,15 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cutlayer import checkpoint, seeds
+from cutlayer import checkpoint
 from cutlayer.data.batches import Batches
 from cutlayer.data.samples import Samples
 from cutlayer.engine.local import Client
 from cutlayer.errors import NonFiniteError, RunFolderError, WireError
-from cutlayer.gradients import row_losses
 from cutlayer.models.parts import Crossing
 from cutlayer.optim import MakeOptimizer, load_optimizer
-from cutlayer.types import Rows, as_tuple
+from cutlayer.types import as_tuple
 from cutlayer.wire import RAW, Codec, Frame, agree, decode, decode_named, described, encode, encode_named
 from cutlayer.wire import messages as m
 from cutlayer.wire.tensors import Buffer
@@ -257,6 +256,6 @@ def expected_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         groups.append({**{k: v for k, v in group.items() if k != "params"}, "params": own})
     for copy in copies:
         copy.grad = torch.zeros_like(copy)
-    twin = type(optimizer)(groups, **{k: v for k, v in optimizer.defaults.items()})
+    twin = type(optimizer)(groups, **optimizer.defaults)
     twin.step()
     return flattened(twin)

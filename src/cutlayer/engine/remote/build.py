@@ -1,0 +1,153 @@
+"""From a configuration to a remote run's two sides: the server's training, and a client's worker.
+
+Both sides build from the same configuration, and both check that they mean the same (`wire.handshake`). A client keeps
+its share of the data, or data of its own, and its part of the model; the rest is let go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from cutlayer.build import Data, Model, Prepared, Training, prepare
+from cutlayer.catalog import ALGORITHMS
+from cutlayer.config import RunConfig
+from cutlayer.engine.local import Client
+from cutlayer.engine.remote.cohort import Hub, Lost, Remote, RemoteCohort
+from cutlayer.engine.remote.worker import Duty, Worker
+from cutlayer.errors import ConfigError
+from cutlayer.server import Server
+from cutlayer.wire import agree, fingerprint, specs
+from cutlayer.wire import messages as m
+
+Greet = Callable[[m.Hello, int], m.Welcome | m.Refused]
+
+
+def remote_training(
+    config: RunConfig,
+    hub: Hub,
+    samples: Sequence[int],
+    *,
+    run: str = "",
+    deadline: float | None = None,
+    quorum: float = 0.5,
+    notice: Callable[[int, Lost], None] | None = None,
+    model: Model | None = None,
+    data: Data | None = None,
+) -> tuple[Training, Greet]:
+    """The server's side: a training whose cohort is at the other end of `hub`, and what greets client k with a Welcome
+    or a Refused. `samples` are the clients' n_k.
+
+    Raises UsageError as `assemble` does; ConfigError for centralised learning, which has no clients.
+    """
+    p = prepare(_remotely(config), model, data)
+    setup = Remote(
+        samples=samples,
+        twin=Client(0, *p.clients.models[0], p.clients.make_optimizer),
+        crossing=p.split.crossing,
+        returning=p.split.returning,
+        classes=_classes(p),
+        batch=config.batch,
+        lr=config.client_lr,
+        seed=config.seed,
+        shape=p.clients.shape,
+        participation=p.clients.participation,
+        local_epochs=p.clients.local_epochs,
+        local_steps=p.clients.local_steps,
+        alike=p.clients.alike,
+        eval_clients=p.clients.eval_clients,
+        deadline=deadline,
+        quorum=quorum,
+    )
+    cohort = RemoteCohort(hub, setup, notice)
+    server = Server(p.split.server, p.make_server, config.server_lr or config.client_lr, p.server_seed)
+    ours = terms(p, run)
+
+    def greet(hello: m.Hello, client: int) -> m.Welcome | m.Refused:
+        if refused := agree(hello.terms, ours):
+            return refused
+        if hello.samples != samples[client]:
+            sentence = f"client {client} has {hello.samples} samples, {samples[client]} were announced"
+            return m.Refused("client", sentence + ": give it the data of this run")
+        return m.Welcome(client, len(samples), cohort.step, ours)
+
+    return p.training(cohort, server, "remote"), greet
+
+
+def worker_of(
+    config: RunConfig,
+    client: int,
+    *,
+    name: str,
+    run: str = "",
+    token: str = "",
+    folder: Path | None = None,
+    model: Model | None = None,
+    data: Data | None = None,
+) -> Worker:
+    """A client's side: client number `client` of the configuration, with its share of the data.
+
+    Raises UsageError as `assemble` does; ConfigError for a number that is no client's.
+    """
+    if not 0 <= client < config.clients:
+        raise ConfigError(f"client = {client} is none of the {config.clients} clients, 0 to {config.clients - 1}")
+    p = prepare(_remotely(config), model, data)
+    lower, tail = p.clients.models[client]
+    share = torch.from_numpy(p.clients.rows[client])
+    return Worker(
+        Duty(
+            name=name,
+            index=client,
+            samples=p.source.train[share],
+            lower=lower,
+            tail=tail,
+            make_optimizer=p.clients.make_optimizer,
+            lr=config.client_lr,
+            batch=config.batch,
+            seed=config.seed,
+            terms=terms(p, run),
+            crossing=p.split.crossing,
+            returning=p.split.returning,
+            token=token,
+            folder=folder,
+        )
+    )
+
+
+def terms(p: Prepared, run: str) -> m.Terms:
+    """What both sides must agree on."""
+    config = p.config
+    held = [part for part in p.clients.models[0] if part is not None]
+    return m.Terms(
+        run=run,
+        algorithm=config.algorithm,
+        part=fingerprint(*held),
+        crossing=specs(p.split.crossing),
+        returning=specs(p.split.returning),
+        step=m.StepTerms(
+            batch=config.batch,
+            gradient_scale=config.gradient_scale,
+            local_epochs=p.clients.local_epochs,
+            local_steps=p.clients.local_steps,
+        ),
+    )
+
+
+def _remotely(config: RunConfig) -> RunConfig:
+    """The configuration as both sides build it: models as they are, whatever would be quicker on one's own machine."""
+    if ALGORITHMS[config.algorithm].whole and config.algorithm == "cl":
+        raise ConfigError("cl has no clients to be remote: it trains one model on everybody's data; choose another")
+    return config.model_copy(update={"engine": "local"})
+
+
+def _classes(p: Prepared) -> int:
+    """Number of scores that the model gives."""
+    with torch.no_grad():
+        probe = [part.eval() for part in p.split.all]
+        rows = probe[0](p.example)
+        for part in probe[1:]:
+            rows = part(rows)
+    outputs = rows if isinstance(rows, torch.Tensor) else rows[0]
+    return int(outputs.shape[1])

@@ -1,0 +1,163 @@
+"""Remote clients give the numbers of the simulation, bit for bit; here over frames that are passed on in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+from support import difference  # type: ignore[import-not-found]
+
+from cutlayer import Run
+from cutlayer.algorithms import ALGORITHMS
+from cutlayer.build import assemble
+from cutlayer.config import RunConfig
+from cutlayer.engine.remote.build import remote_training, worker_of
+from cutlayer.engine.remote.cohort import Lost, Request
+from cutlayer.engine.remote.worker import Worker
+from cutlayer.errors import NonFiniteError
+from cutlayer.wire import ClientSide, Frame, ServerSide
+
+SMALL: dict[str, Any] = {
+    "data": "digits",
+    "model": "mlp",
+    "clients": 3,
+    "samples_per_client": 20,
+    "test": 30,
+    "rounds": 3,
+    "engine": "local",
+}
+OWN: dict[str, dict[str, Any]] = {
+    "ussl": {"cut": "hidden1", "tail_cut": "hidden2"},
+    "ssl": {"hand_over": "batch", "hand_over_optimizer": True, "visit_order": "random"},
+    "sfl": {"average_every": "step"},
+    "fl": {"local_steps": 2},
+}
+
+
+class Passing:
+    """A hub whose clients are in this process: every message becomes a frame and is read again."""
+
+    def __init__(self, workers: Mapping[int, Worker]) -> None:
+        self.workers = dict(workers)
+        self.servers: dict[int, ServerSide] = {}
+        self.clients: dict[int, ClientSide] = {}
+        self.bytes = 0
+
+    def join(self, client: int, welcome: Any) -> None:
+        server, worker, own = ServerSide(), self.workers[client], ClientSide()
+        hello = server.receive(own.send(worker.hello())).message
+        frame = own.receive(server.send(welcome(hello)))
+        assert worker.welcome(frame.message) is None
+        self.servers[client], self.clients[client] = server, own
+
+    @property
+    def connected(self) -> frozenset[int]:
+        return frozenset(self.servers)
+
+    def exchange(
+        self, requests: Mapping[int, Sequence[Request]], *, deadline: float | None = None, quorum: int | None = None
+    ) -> dict[int, list[Frame] | Lost]:
+        return {k: self._one(k, asked) for k, asked in requests.items()}
+
+    def _one(self, client: int, asked: Sequence[Request]) -> list[Frame] | Lost:
+        if client not in self.servers:
+            return Lost("gone", "it is gone")
+        server, own, found = self.servers[client], self.clients[client], []
+        for message, body in asked:
+            data = server.send(message, body)
+            try:
+                answer = self.workers[client].handle(own.receive(data))
+            except NonFiniteError as error:
+                del self.servers[client]
+                return Lost("failed", str(error), type(error).__name__)
+            self.bytes += len(data)
+            if answer is not None:
+                back = own.send(*answer)
+                self.bytes += len(back)
+                found.append(server.receive(back))
+        return found
+
+
+def remote(config: RunConfig) -> tuple[Run, Passing]:
+    """A run whose clients are remote."""
+    hub = Passing({k: worker_of(config, k, name=f"client-{k}") for k in range(config.clients)})
+    run = Run(config)
+    samples = [len(w.duty.samples) for w in hub.workers.values()]
+    training, greet = remote_training(config, hub, samples)
+    for k in hub.workers:
+        hub.join(k, lambda hello, k=k: greet(hello, k))
+    run.training = training
+    return run, hub
+
+
+@pytest.mark.parametrize("clients", [1, 3, 8])
+@pytest.mark.parametrize("algorithm", [a for a in ALGORITHMS if a != "cl"])
+def test_remote_is_local_bit_for_bit(algorithm: str, clients: int) -> None:
+    if clients == 8 and algorithm not in ("fl", "sglr", "sflv2"):
+        pytest.skip("three algorithms are enough for eight clients")
+    own = {**SMALL, **OWN.get(algorithm, {}), "clients": clients, "algorithm": algorithm}
+    config = RunConfig.of(own)
+    here = Run(config)
+    there, hub = remote(config)
+    records = [list(here), list(there)]
+    for a, b in zip(*records, strict=True):
+        assert (a.loss, a.clients, a.active, a.bytes_up, a.bytes_down) == (
+            b.loss,
+            b.clients,
+            b.active,
+            b.bytes_up,
+            b.bytes_down,
+        )
+    assert [e.test_accuracy for e in here.evaluations] == [e.test_accuracy for e in there.evaluations]
+    assert here.training.ledger.state() == there.training.ledger.state()
+    assert difference(here.training.server.model.state_dict(), there.training.server.model.state_dict()) == 0
+    for k in [there.training.clients.holder] if there.training.clients.holder is not None else range(clients):
+        assert difference(here.training.clients.model_state(k), there.training.clients.model_state(k)) == 0
+    # Whatever goes over the wire is at least what the ledger counts.
+    assert hub.bytes >= here.training.ledger.total("up") + here.training.ledger.total("down")
+
+
+def test_participation_and_independent_starts() -> None:
+    for options in ({"algorithm": "sfl", "participation": 0.4, "clients": 5}, {"algorithm": "psl"}):
+        config = RunConfig.of(
+            {**SMALL, **options, "start": "independent" if "participation" not in options else "equal"}
+        )
+        here, (there, _) = Run(config), remote(config)
+        assert [r.loss for r in here] == [r.loss for r in there]
+        assert [e.test_loss for e in here.evaluations] == [e.test_loss for e in there.evaluations]
+        for k in range(config.clients):
+            assert difference(here.training.clients.model_state(k), there.training.clients.model_state(k)) == 0
+        assert here.training.ledger.state() == there.training.ledger.state()
+
+
+def test_a_client_that_is_gone_takes_no_part() -> None:
+    config = RunConfig.of({**SMALL, "algorithm": "sglr", "rounds": 2})
+    run, hub = remote(config)
+    seen = []
+    for record in run:
+        seen.append(record.clients)
+        if record.step == 1:
+            del hub.servers[1]
+    assert seen[:2] == [(0, 1, 2), (0, 1, 2)]
+    assert all(clients == (0, 2) for clients in seen[2:])
+    assert run.result is not None
+
+
+def test_not_a_number_names_the_client() -> None:
+    config = RunConfig.of({**SMALL, "algorithm": "fl"})
+    run, hub = remote(config)
+    hub.workers[2].duty.samples.x[:] = float("nan")
+    with pytest.raises(NonFiniteError, match="client 2"):
+        run.run()
+
+
+def test_twice_the_same_weights() -> None:
+    """What a client is set up with is what the simulation sets it up with."""
+    config = RunConfig.of({**SMALL, "algorithm": "psl", "start": "independent"})
+    local = assemble(config).clients
+    for k in range(3):
+        own = {n.split(".", 1)[1]: t for n, t in worker_of(config, k, name="x").client.module.state_dict().items()}
+        assert difference(local.model_state(k), own) == 0
+    assert torch.is_tensor(next(iter(own.values())))
