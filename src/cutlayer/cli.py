@@ -506,7 +506,8 @@ def _print_run_costs(result: Result) -> None:
     if result.virtual_seconds is not None:
         text += (
             f"; on these machines it takes {costs.duration(result.virtual_seconds)} (virtual time), the clients' "
-            f"energy is {costs.joules(result.clients_marginal_joules)} marginal, {costs.joules(result.clients_joules)} total, "
+            f"energy is {costs.joules(result.clients_marginal_joules)} marginal, "
+            f"{costs.joules(result.clients_joules)} total, "
             f"the server's {costs.joules(result.server_joules)} (modelled)"
         )
     drawn = "" if result.measured_joules is None else f"{costs.joules(result.measured_joules)} "

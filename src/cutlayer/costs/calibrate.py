@@ -1,8 +1,8 @@
 """How fast this machine trains, and what it draws meanwhile: a device profile of one's own.
 
 A model of the zoo is trained on random rows, as a client would, for some seconds. FLOP/s are counted FLOPs over time,
-so that a profile from here needs no `utilisation`. Power is measured where the machine can (`measured.py`), or else what a
-meter at the wall says.
+so that a profile from here needs no `utilisation`. Power is measured where the machine can (`measured.py`), or else
+what a meter at the wall says.
 """
 
 from __future__ import annotations

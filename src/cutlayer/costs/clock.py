@@ -1,9 +1,9 @@
 """A virtual clock around a cohort: how long a training would take on a fleet of clients, and what their energy is.
 
 Time follows from what the algorithm waits for, and so needs no knowledge of the algorithm: a client does one thing
-after another; what goes up together arrives when the last of it has; what the server sends leaves when it has computed. In
-sequential learning that is a relay, in parallel learning a wait for the slowest in each step, in federated learning one
-in each round. The numbers of the training are not touched.
+after another; what goes up together arrives when the last of it has; what the server sends leaves when it has computed.
+In sequential learning that is a relay, in parallel learning a wait for the slowest in each step, in federated learning
+one in each round. The numbers of the training are not touched.
 
 Not reckoned: evaluation, optimiser steps, averaging, and what a client does while others are asked.
 

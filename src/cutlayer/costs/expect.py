@@ -250,7 +250,7 @@ class _Path:
         return seconds
 
     def _down(self, count: int, leaving: int, times: int) -> Array:
-        """Seconds [C] that `count` bytes take each client down, while `leaving` bytes leave the server; `times` over."""
+        """Seconds [C] that `count` bytes take each client down, while `leaving` leave the server; `times` over."""
         bits = 8.0 * count
         seconds = np.maximum(bits / self.fleet.down, 8.0 * leaving / self.fleet.server_rate)
         self.down_bits += times * bits
