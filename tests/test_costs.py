@@ -361,6 +361,27 @@ def test_a_resumed_clock_reads_the_same(tmp_path: Path) -> None:
     assert resumed.bytes == whole.bytes
 
 
+@pytest.mark.parametrize("participation", [1.0, 0.5])
+def test_local_steps_go_on_where_the_last_round_stopped(participation: float) -> None:
+    """20 samples in batches of 8: 8, 8, 4, then anew. Two steps a round are 16, 12, 12, 16 samples and so on."""
+    run = Run(algorithm="fl", local_steps=2, rounds=5, participation=participation, **SMALL, **FLEET)
+    result, clock = run.run(), run.training.clock
+    assert clock is not None
+    assert clock.flops.mean() == result.client_flops
+
+
+def test_a_resumed_clock_knows_how_many_local_steps_were_taken(tmp_path: Path) -> None:
+    options = {**SMALL, **FLEET, "algorithm": "fl", "local_steps": 2, "rounds": 4, "checkpoint_every": 1}
+    whole = Run(**options).run()
+    broken = Run(**options, out=tmp_path / "run")
+    for record in broken:
+        if record.round == 1:
+            break
+    resumed = Run.resume(tmp_path / "run").run()
+    assert resumed.virtual_seconds == whole.virtual_seconds
+    assert resumed.clients_joules == whole.clients_joules
+
+
 def test_calibration_makes_a_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mine = tmp_path / "mine.toml"
     app(["calibrate", "--seconds", "0.2", "--watts", "12.5", "--name", "desk", "--out", str(mine)], **NO_EXIT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from cutlayer.algorithms import ALGORITHMS
 from cutlayer.build import assemble
 from cutlayer.config import RunConfig
 from cutlayer.engine.remote.build import remote_training, worker_of
-from cutlayer.engine.remote.cohort import Lost, Request
+from cutlayer.engine.remote.exchange import Lost, Request
 from cutlayer.engine.remote.worker import Worker
 from cutlayer.errors import NonFiniteError
 from cutlayer.wire import ClientSide, Frame, ServerSide
@@ -44,13 +45,21 @@ class Passing:
         self.servers: dict[int, ServerSide] = {}
         self.clients: dict[int, ClientSide] = {}
         self.bytes = 0
+        self.gone: set[int] = set()
+        self.new: dict[int, Any] = {}
 
     def join(self, client: int, welcome: Any) -> None:
         server, worker, own = ServerSide(), self.workers[client], ClientSide()
         hello = server.receive(own.send(worker.hello())).message
         frame = own.receive(server.send(welcome(hello)))
-        assert worker.welcome(frame.message) is None
+        refused = worker.welcome(frame.message)
+        assert refused is None, refused.sentence
         self.servers[client], self.clients[client] = server, own
+        self.new[client] = hello
+
+    def arrivals(self) -> dict[int, Any]:
+        new, self.new = self.new, {}
+        return new
 
     @property
     def connected(self) -> frozenset[int]:
@@ -80,16 +89,23 @@ class Passing:
         return found
 
 
-def remote(config: RunConfig) -> tuple[Run, Passing]:
-    """A run whose clients are remote."""
-    hub = Passing({k: worker_of(config, k, name=f"client-{k}") for k in range(config.clients)})
-    run = Run(config)
-    samples = [len(w.duty.samples) for w in hub.workers.values()]
-    training, greet = remote_training(config, hub, samples)
-    for k in hub.workers:
-        hub.join(k, lambda hello, k=k: greet(hello, k))
-    run.training = training
-    return run, hub
+def remote(config: RunConfig, folder: Path | None = None, *, resume: bool = False) -> tuple[Run, Passing]:
+    """A run whose clients are remote, and keep their states in `folder`."""
+    places = {k: None if folder is None else folder / f"client-{k}" for k in range(config.clients)}
+    for place in places.values():
+        if place is not None:
+            place.mkdir(parents=True, exist_ok=True)
+    hub = Passing({k: worker_of(config, k, name=f"client-{k}", folder=places[k]) for k in places})
+
+    def ready() -> None:
+        for k in set(hub.workers) - hub.connected - hub.gone:
+            hub.join(k, lambda hello, k=k: greet(hello, k))
+
+    training, greet = remote_training(config, hub, [0] * config.clients, ready=ready)
+    if resume:
+        assert folder is not None
+        return Run.resume(folder / "run", training=training), hub
+    return Run(config, training=training, out=None if folder is None else folder / "run"), hub
 
 
 @pytest.mark.parametrize("clients", [1, 3, 8])
@@ -140,6 +156,7 @@ def test_a_client_that_is_gone_takes_no_part() -> None:
         seen.append(record.clients)
         if record.step == 1:
             del hub.servers[1]
+            hub.gone.add(1)
     assert seen[:2] == [(0, 1, 2), (0, 1, 2)]
     assert all(clients == (0, 2) for clients in seen[2:])
     assert run.result is not None
@@ -161,3 +178,46 @@ def test_twice_the_same_weights() -> None:
         own = {n.split(".", 1)[1]: t for n, t in worker_of(config, k, name="x").client.module.state_dict().items()}
         assert difference(local.model_state(k), own) == 0
     assert torch.is_tensor(next(iter(own.values())))
+
+
+@pytest.mark.parametrize("algorithm", ["sfl", "sglr", "ssl"])
+@pytest.mark.parametrize("committed", [True, False])
+def test_all_go_on_from_the_same_round(algorithm: str, committed: bool, tmp_path: Path) -> None:
+    """Server and clients are killed in the third round, or just after the second was kept but before anybody heard of
+    it; all begin anew from what each has kept, and end as if nothing had happened.
+    """
+    config = RunConfig.of({**SMALL, **OWN.get(algorithm, {}), "algorithm": algorithm, "rounds": 4})
+    whole = Run(config)
+    whole.run()
+    broken, hub = remote(config, tmp_path)
+    steps = iter(broken)
+    for record in steps:
+        if record.round == 2:
+            break
+    steps.close()  # type: ignore[attr-defined]
+    if not committed:
+        for k in hub.workers:
+            place = tmp_path / f"client-{k}"
+            (place / "client.safetensors").rename(place / "client-next.safetensors")
+    again, _ = remote(config, tmp_path, resume=True)
+    again.run()
+    assert again.result is not None
+    assert whole.result is not None
+    assert again.result.test_accuracy == whole.result.test_accuracy
+    assert again.result.bytes == whole.result.bytes
+    assert difference(whole.training.server.model.state_dict(), again.training.server.model.state_dict()) == 0
+    for k in range(3) if algorithm != "ssl" else [whole.training.clients.holder]:
+        assert difference(whole.training.clients.model_state(k), again.training.clients.model_state(k)) == 0
+
+
+def test_a_client_without_its_state_is_refused(tmp_path: Path) -> None:
+    config = RunConfig.of({**SMALL, "algorithm": "psl"})
+    run, _ = remote(config, tmp_path)
+    for record in run:
+        if record.round == 2:
+            break
+    (tmp_path / "client-1" / "client.safetensors").unlink()
+    again, hub = remote(config, tmp_path, resume=True)
+    with pytest.raises(AssertionError, match="kept no state"):
+        again.run()
+    assert 1 not in hub.connected

@@ -5,7 +5,9 @@ CutlayerError
 │   ├── ConfigError         an option: unknown, out of range, or without effect on this algorithm
 │   ├── DataError           a data set: missing, truncated, wrongly shaped, impossible to partition
 │   ├── CutError            a model cannot be cut there, or its parts are not the whole
-│   └── RunFolderError      a run folder: in use, not a run, or of another configuration
+│   ├── RunFolderError      a run folder: in use, not a run, or of another configuration
+│   └── RefusedError        one side of a connection does not take the other
+├── NetworkError            the other side of a connection cannot be reached any more (exit code 1)
 ├── WireError               a message is malformed, too large, of another protocol, or not expected now
 └── TrainingError           training cannot go on (exit code 1)
     └── NonFiniteError      NaN or Inf in a loss or a gradient
@@ -49,6 +51,21 @@ class CutError(UsageError):
 
 class RunFolderError(UsageError):
     """A run folder is in use, is not a run, or belongs to another configuration."""
+
+
+class RefusedError(UsageError):
+    """One side of a connection does not take the other: another run, model or protocol, a wrong token or certificate.
+
+    `reason` is that of the message `Refused`, or "certificate".
+    """
+
+    def __init__(self, reason: str, sentence: str) -> None:
+        self.reason, self.sentence = reason, sentence
+        super().__init__(sentence)
+
+
+class NetworkError(CutlayerError):
+    """The other side of a connection cannot be reached, or cannot be reached any more."""
 
 
 class WireError(CutlayerError):

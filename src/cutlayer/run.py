@@ -114,7 +114,8 @@ class Run:
 
     Options are those of `RunConfig`, as keywords or as a ready `config`. `model` may be a module of your own (or a
     function that makes one) and `data` tensors (x, y), a dataset or a Source; names choose from the catalogue. With
-    `out` the run is written to that folder and can be resumed.
+    `out` the run is written to that folder and can be resumed. `training` replaces the simulation that is built from
+    all this (clients on other machines: `engine/remote`).
 
     Raises UsageError before anything is trained or written; NonFiniteError (with step and client) during training.
     """
@@ -126,6 +127,7 @@ class Run:
         model: Model | str | None = None,
         data: Data | str | None = None,
         out: str | Path | None = None,
+        training: Training | None = None,
         **options: Any,
     ) -> None:
         self._model, self._data, names = by_name(model, data)
@@ -133,7 +135,7 @@ class Run:
         self.out = None if out is None else Path(out)
         if self.out is not None:
             refuse_used(self.out)
-        self.training = assemble(self.config, self._model, self._data)
+        self.training = assemble(self.config, self._model, self._data) if training is None else training
         self.result: Result | None = None
         self.evaluations: list[Scores] = []
         self._start_round = 0
@@ -143,7 +145,15 @@ class Run:
         self._resumed = self._begun = False
 
     @classmethod
-    def resume(cls, out: str | Path, *, model: Model | None = None, data: Data | None = None, **options: Any) -> Run:
+    def resume(
+        cls,
+        out: str | Path,
+        *,
+        model: Model | None = None,
+        data: Data | None = None,
+        training: Training | None = None,
+        **options: Any,
+    ) -> Run:
         """A run that goes on from the last checkpoint in `out` (from the beginning where there is none yet).
 
         A model or data that are not from the catalogue must be given again. Raises RunFolderError where the folder is
@@ -153,7 +163,7 @@ class Run:
         stored = stored_config(out)
         config = RunConfig.of(without_own(stored, out, model=model, data=data))
         _refuse_other(config, normalised(options), out)
-        run = cls(config, model=model, data=data)
+        run = cls(config, model=model, data=data, training=training)
         run.out, run._resumed = out, True
         return run
 
@@ -353,12 +363,18 @@ class Run:
                 f"the run in {str(folder.path)!r} was made with another {' and '.join(different)} than now: give what "
                 "it was made with, or start a new run in another folder"
             )
-        self._start_round, self._step = state["rounds"], state["steps"]
-        self._samples, self._seconds = state["samples"], state["seconds"]
-        self._meter.load(state["measured"])
-        self.evaluations = [Scores(**s) for s in state["evaluations"]]
-        self.training.server.load(state["server"])
-        self.training.clients.load(state["clients"])
+        try:
+            self._start_round, self._step = state["rounds"], state["steps"]
+            self._samples, self._seconds = state["samples"], state["seconds"]
+            self._meter.load(state["measured"])
+            self.evaluations = [Scores(**s) for s in state["evaluations"]]
+            self.training.server.load(state["server"])
+            self.training.clients.load(state["clients"])
+        except KeyError as lacking:
+            raise RunFolderError(
+                f"{str(path)!r} was written by another version of Cutlayer (it lacks {lacking}): start the run anew in "
+                "another folder"
+            ) from None
         folder.truncate(state["offsets"])
 
 
@@ -380,10 +396,10 @@ def without_own(stored: Mapping[str, Any], out: Path, **given: object) -> dict[s
 
 def fingerprint(training: Training) -> dict[str, str]:
     """What a checkpoint must agree with: model (names and shapes), training data, engine."""
-    models = {**training.clients.model_state(0), **training.server.model.state_dict()}
+    models = {name: tensor for part in training.parts.all for name, tensor in part.state_dict().items()}
     shapes = [(name, tuple(tensor.shape)) for name, tensor in sorted(models.items())]
     train = training.source.train
-    data = (tuple(train.x.shape), train.x.double().sum().item(), training.clients.samples)
+    data = (tuple(train.x.shape), train.x.double().sum().item(), training.counts.tolist())
     digest = hashlib.sha256(repr((data, train.y.tolist())).encode()).hexdigest()
     return {"model": repr(shapes), "data set": digest, "engine": training.engine}
 

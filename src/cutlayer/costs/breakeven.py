@@ -115,7 +115,11 @@ def samples_per_client(algorithm: str, work: Workload, convention: Convention) -
 
 
 def clients(algorithm: str, work: Workload, convention: Convention) -> BreakEven:
-    """The number of clients above which a split algorithm costs less than fl, for as many samples in all as planned."""
+    """The number of clients above which a split algorithm costs less than fl, for as many samples in all as planned.
+
+    Under wire-broadcast fl's models go down once for all, SSL's model to one client after another: with more than half
+    of the whole in the client's part, SSL is the one that costs more above that number.
+    """
     n, w, whole = work.samples, work.client_model, work.model
     s, g, label = work.smashed, work.gradient, 0 if convention == "paper" else work.label
     own = w if algorithm in _AVERAGED else 0
@@ -134,12 +138,14 @@ def clients(algorithm: str, work: Workload, convention: Convention) -> BreakEven
     constant, rise = constant - moves, each * (whole - own) - moves
     exact = (constant + math.sqrt(constant**2 + 4 * rise * curved)) / (2 * rise) if rise > 0 else math.inf
 
-    def cheaper(c: int) -> bool:
+    def difference(c: int) -> int:
         # A part of a sample is fine where only bytes are counted.
         dealt = replace(work, clients=c, samples_per_client=cast(int, Fraction(n, c)))
-        return _difference(algorithm, dealt, convention) < 0
+        return _difference(algorithm, dealt, convention)
 
-    return _settled(algorithm, "clients", convention, cheaper, exact, total=n, says_cheaper=True)
+    if rise < 0:
+        return _settled(algorithm, "clients", convention, lambda c: difference(c) > 0, constant / rise, total=n)
+    return _settled(algorithm, "clients", convention, lambda c: difference(c) < 0, exact, total=n, says_cheaper=True)
 
 
 def model_size(algorithm: str, work: Workload, convention: Convention) -> BreakEven:

@@ -140,6 +140,7 @@ class ClockedCohort:
         self._rows = np.zeros(len(inner.samples))  # of the step that runs
         self._tail_done = False
         self._round: Round | None = None
+        self._fitted = np.zeros(len(inner.samples), np.int64)  # batches of local training so far
         self._sent = self._seen()
 
     @property
@@ -207,15 +208,21 @@ class ClockedCohort:
         assert self._round is not None
         rows = np.zeros_like(self._rows)
         for client, batches in zip(self._round.clients, self._round.batches, strict=True):
-            n = self.samples[client]
-            epochs, rest = divmod(batches, -(-n // self.batch))
-            rows[client] = epochs * n + min(rest * self.batch, n)
+            before = int(self._fitted[client])
+            rows[client] = self._dealt(client, before + batches) - self._dealt(client, before)
+            self._fitted[client] += batches
         work = rows * self.flops.whole.training
         if self.central:
             self.clock.serve(float(work.sum()))
         else:
             self.clock.compute(work)
         return steps
+
+    def _dealt(self, client: int, batches: int) -> int:
+        """Rows of a client's first `batches` batches: an epoch's last one has what remains."""
+        n = self.samples[client]
+        epochs, rest = divmod(batches, -(-n // self.batch))
+        return epochs * n + rest * self.batch
 
     def average(self, weights: Mapping[int, float]) -> None:
         """Models up, the average down: everybody waits for the last."""
@@ -242,12 +249,13 @@ class ClockedCohort:
 
     def state(self) -> dict[str, Any]:
         """The inner cohort's state, and the clock's."""
-        return {"inner": self.inner.state(), "clock": self.clock.state()}
+        return {"inner": self.inner.state(), "clock": self.clock.state(), "fitted": self._fitted.tolist()}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take a state that `state()` returned."""
         self.inner.load(state["inner"])
         self.clock.load(state["clock"])
+        self._fitted = np.array(state["fitted"], np.int64)
         self._sent = self._seen()
 
     def _seen(self) -> tuple[Array, Array, int]:

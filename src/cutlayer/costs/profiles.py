@@ -34,13 +34,16 @@ class _Profile(BaseModel):
     @classmethod
     def of(cls, name: str, values: Mapping[str, Any], where: str) -> Self:
         """From a TOML table. Raises ConfigError with the value, the reason and the place."""
+        figures = [f for f in cls.model_fields if f != "name"]
+        if "name" in values:
+            raise ConfigError(f"profile {name!r} in {where}: {unknown('figure', 'name', figures)}; mend that table")
         try:
-            return cls(**{"name": name, **values})
+            return cls(name=name, **values)
         except ValidationError as error:
             first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")  # a misspelt figure comes first
             field = str(first["loc"][0]) if first["loc"] else ""
             if first["type"] == "extra_forbidden":
-                reason = unknown("figure", field, [f for f in cls.model_fields if f != "name"])
+                reason = unknown("figure", field, figures)
             elif first["type"] == "missing":
                 reason = f"{field} is missing"
             else:
@@ -110,8 +113,8 @@ class Profiles(BaseModel):
             for kind in table:
                 if kind not in ("device", "link"):
                     raise ConfigError(f"{where}: {unknown('table', kind, ('device', 'link'))}")
-            devices |= {n: Device.of(n, v, where) for n, v in table.get("device", {}).items()}
-            links |= {n: Link.of(n, v, where) for n, v in table.get("link", {}).items()}
+            devices |= {n: Device.of(n, v, where) for n, v in _named(table, "device", where)}
+            links |= {n: Link.of(n, v, where) for n, v in _named(table, "link", where)}
         return cls(devices=devices, links=links)
 
     def device(self, name: str) -> Device:
@@ -125,6 +128,19 @@ class Profiles(BaseModel):
         if name not in self.links:
             raise ConfigError(unknown("link profile", name, self.links))
         return self.links[name]
+
+
+def _named(table: Mapping[str, Any], kind: str, where: str) -> list[tuple[str, Mapping[str, Any]]]:
+    """The tables [kind.NAME] by name. Raises ConfigError where figures stand outside of one."""
+    named = table.get(kind, {})
+    if not isinstance(named, Mapping):
+        raise ConfigError(f"{where}: {kind} = {named!r} is no table: give each {kind} one of its own, [{kind}.NAME]")
+    for name, values in named.items():
+        if not isinstance(values, Mapping):
+            raise ConfigError(
+                f"{where}: {name} = {values!r} stands in no profile: give each {kind} a table of its own, [{kind}.NAME]"
+            )
+    return list(named.items())
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -117,8 +117,11 @@ def _or_dash(value: float | None, form: Any) -> str:
 
 
 def _kinds(entry: Entry) -> list[dict[str, str]]:
-    """Bytes by direction and kind, mean over the runs that are done; what was not sent in a run counts as zero."""
+    """Bytes by direction and kind, mean over the runs that are done; what was not sent in a run counts as zero. What a
+    run of an older version did not count is not known.
+    """
     results = [run.result for run in entry.runs if run.result is not None]
+    uncounted = {c for result in results for row in result["bytes"] for c in _CONVENTIONS if c not in row}
     sums: dict[tuple[str, str], dict[str, int]] = {}
     for result in results:
         for row in result["bytes"]:
@@ -127,9 +130,12 @@ def _kinds(entry: Entry) -> list[dict[str, str]]:
                 total[convention] += row.get(convention, 0)
     # Up before down, training before evaluation.
     order = sorted(sums, key=lambda key: (key[1] == "evaluation", key[0] == "down", key[1]))
+
+    def shown(sent: dict[str, int], convention: str) -> str:
+        return costs.NOT_KNOWN if convention in uncounted else format_bytes(round(sent[convention] / len(results)))
+
     return [
-        {"direction": d, "kind": k, **{c: format_bytes(round(sums[d, k][c] / len(results))) for c in _CONVENTIONS}}
-        for d, k in order
+        {"direction": d, "kind": k, **{c: shown(sums[d, k], c) for c in _CONVENTIONS}} for d, k in order
     ]
 
 

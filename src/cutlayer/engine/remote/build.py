@@ -6,7 +6,7 @@ its share of the data, or data of its own, and its part of the model; the rest i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableSequence
 from pathlib import Path
 
 import torch
@@ -15,7 +15,8 @@ from cutlayer.build import Data, Model, Prepared, Training, prepare
 from cutlayer.catalog import ALGORITHMS
 from cutlayer.config import RunConfig
 from cutlayer.engine.local import Client
-from cutlayer.engine.remote.cohort import Hub, Lost, Remote, RemoteCohort
+from cutlayer.engine.remote.cohort import Hub, Remote, RemoteCohort
+from cutlayer.engine.remote.exchange import Lost
 from cutlayer.engine.remote.worker import Duty, Worker
 from cutlayer.errors import ConfigError
 from cutlayer.server import Server
@@ -28,17 +29,18 @@ Greet = Callable[[m.Hello, int], m.Welcome | m.Refused]
 def remote_training(
     config: RunConfig,
     hub: Hub,
-    samples: Sequence[int],
+    samples: MutableSequence[int],
     *,
     run: str = "",
     deadline: float | None = None,
     quorum: float = 0.5,
     notice: Callable[[int, Lost], None] | None = None,
+    ready: Callable[[], None] | None = None,
     model: Model | None = None,
     data: Data | None = None,
 ) -> tuple[Training, Greet]:
     """The server's side: a training whose cohort is at the other end of `hub`, and what greets client k with a Welcome
-    or a Refused. `samples` are the clients' n_k.
+    or a Refused. `samples` are the clients' n_k; where one is 0, it is what the client says when it joins.
 
     Raises UsageError as `assemble` does; ConfigError for centralised learning, which has no clients.
     """
@@ -61,13 +63,14 @@ def remote_training(
         deadline=deadline,
         quorum=quorum,
     )
-    cohort = RemoteCohort(hub, setup, notice)
+    cohort = RemoteCohort(hub, setup, notice=notice, ready=ready)
     server = Server(p.split.server, p.make_server, config.server_lr or config.client_lr, p.server_seed)
     ours = terms(p, run)
 
     def greet(hello: m.Hello, client: int) -> m.Welcome | m.Refused:
         if refused := agree(hello.terms, ours):
             return refused
+        samples[client] = samples[client] or hello.samples
         if hello.samples != samples[client]:
             sentence = f"client {client} has {hello.samples} samples, {samples[client]} were announced"
             return m.Refused("client", sentence + ": give it the data of this run")

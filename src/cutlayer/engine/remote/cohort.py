@@ -7,7 +7,7 @@ together with the next request, so that a step costs one journey there and back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ from cutlayer.cohort import Footprint, Predict, draw_participants
 from cutlayer.data.samples import Samples
 from cutlayer.engine.base import EVALUATION_ROWS, Shape, evaluation, judged, together
 from cutlayer.engine.local import Client
+from cutlayer.engine.remote.exchange import Lost, Request
 from cutlayer.engine.remote.worker import expected_state, state_of
 from cutlayer.errors import NonFiniteError, TrainingError, WireError
 from cutlayer.gradients import row_losses
@@ -29,24 +30,15 @@ from cutlayer.wire import RAW, Codec, Frame, decode, decode_named, described, en
 from cutlayer.wire import messages as m
 from cutlayer.wire.tensors import Buffer
 
-Request = tuple[m.Message, Sequence[Buffer]]
-
-
-@dataclass(frozen=True)
-class Lost:
-    """A client that gave no answer: it was "late", is "gone", has "failed", or said "garbage". `kind`: of its error."""
-
-    reason: str
-    sentence: str
-    kind: str = ""
-
-
 class Hub(Protocol):
-    """What carries the requests (see `transport.py`)."""
+    """What carries the requests (see `hub.py`)."""
 
     @property
     def connected(self) -> frozenset[int]:
-        """Clients with an open connection."""
+        """Clients that can be asked something now."""
+
+    def arrivals(self) -> Mapping[int, m.Hello]:
+        """Who has come, or come back, since this was asked last; they are connected from then on."""
 
     def exchange(
         self,
@@ -67,7 +59,7 @@ class Remote:
     have answered by then.
     """
 
-    samples: Sequence[int]
+    samples: MutableSequence[int]
     twin: Client
     crossing: Sequence[Crossing]
     classes: int
@@ -88,11 +80,21 @@ class Remote:
 
 
 class RemoteCohort:
-    """All clients on the other side of a hub."""
+    """All clients on the other side of a hub. `notice` hears of each that gave no answer; `ready` is called before each
+    round, and comes back when enough clients are there.
+    """
 
-    def __init__(self, hub: Hub, setup: Remote, notice: Callable[[int, Lost], None] | None = None) -> None:
+    def __init__(
+        self,
+        hub: Hub,
+        setup: Remote,
+        *,
+        notice: Callable[[int, Lost], None] | None = None,
+        ready: Callable[[], None] | None = None,
+    ) -> None:
         self.hub, self.setup = hub, setup
         self._notice = notice or (lambda client, lost: None)
+        self._ready = ready or (lambda: None)
         self._step = 0  # numbers exchanges that belong together
         self._quota = np.zeros(len(setup.samples), np.int64)
         self._participants: tuple[int, ...] = ()
@@ -103,6 +105,7 @@ class RemoteCohort:
         self._average: dict[str, Tensor] | None = None
         self._stale: set[int] = set()  # have missed an averaging
         self._like = described(state_of(setup.twin.module))
+        self._absent: set[int] = set(range(len(setup.samples)))  # at the beginning of the round before
         self._alike = setup.alike  # all models are known to be equal
 
     @property
@@ -129,6 +132,10 @@ class RemoteCohort:
     def begin_round(self, index: int, total: int, lr_factor: float) -> Round:
         """Draw the participants; those that are connected get their number of batches, and a model they missed."""
         s = self.setup
+        self._ready()
+        if self.hub.arrivals() and self._average is not None:
+            self._stale |= self._absent & self.hub.connected  # what they have missed is not known
+        self._absent = set(range(len(s.samples))) - self.hub.connected
         drawn = draw_participants(s.seed, index, len(s.samples), s.participation)
         here = tuple(k for k in drawn if k in self.hub.connected)
         if not here:
@@ -270,6 +277,7 @@ class RemoteCohort:
             self._post(k, m.Save(self._step, "commit"))
         return {
             "step": self._step,
+            "samples": list(self.samples),
             "holder": self._holder,
             "alike": self._alike,
             "average": self._average or {},
@@ -279,7 +287,12 @@ class RemoteCohort:
     def load(self, state: Mapping[str, Any]) -> None:
         """Take a state that `state()` returned: before clients join, who then go back to the same step."""
         self._step, self._holder, self._alike = state["step"], state["holder"], state["alike"]
+        self.setup.samples[:] = state["samples"]
         self._average, self._stale = dict(state["average"]) or None, set(state["stale"])
+
+    def finish(self) -> None:
+        """Send what has been posted: the last of all."""
+        self._all((), lambda k: [])
 
     @property
     def step(self) -> int:

@@ -7,7 +7,7 @@ in its place (commit), so that all clients keep the same round or none does.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,7 @@ class Worker:
         self._rate = duty.lr
         self._quota = 0  # batches of this round, for local training
         self.steps = 0  # of the run, at the last state that was kept
+        self._seen = 0  # the step of the last request: how far this process has come
         self._gradients = [c for c in duty.crossing if c.differentiable]
 
     def hello(self) -> m.Hello:
@@ -88,6 +89,7 @@ class Worker:
     def handle(self, frame: Frame) -> Answer | None:
         """Answer a request; None where it has no answer. Raises WireError, NonFiniteError."""
         message, body = frame.message, frame.body
+        self._seen = getattr(message, "step", self._seen)
         if isinstance(message, m.Forward):
             return self._forward(message)
         if isinstance(message, m.Backward):
@@ -198,20 +200,37 @@ class Worker:
         }
 
     def _return_to(self, step: int) -> None:
-        """Take the state that was kept after `step` steps. Raises RunFolderError where there is none such."""
-        folder = self.duty.folder
-        for path in () if folder is None else (folder / _KEPT, folder / _PREPARED):
-            if path.exists() and (state := checkpoint.read(path))["step"] == step:
-                self._batches.drawn[:] = state["drawn"]
-                self.client.module.load_state_dict(state["model"])
-                if self.client.optimizer:
-                    load_optimizer(self.client.optimizer, state["optimizer"])
-                self.steps = step
-                return
-        if step and self.steps != step:
+        """Take the state that the run goes on from after `step` steps.
+
+        Who has only lost the connection goes on as it is. Where the server has gone back to an earlier step, or this
+        process is new, it is the state that was kept after that very step; failing that, a new process in a run that
+        went on without it takes the last that it has kept. Raises RunFolderError where there is none such.
+        """
+        if 0 < self._seen <= step or step == self._seen == self.steps == 0 and not self._kept():
+            return
+        kept = self._kept()
+        if step in kept:
+            self._take(kept[step])
+        elif not self._seen and (earlier := [at for at in kept if at < step]):
+            self._take(kept[max(earlier)])
+        elif step:
             raise RunFolderError(
                 f"the run goes on after step {step}, of which {self.duty.name} kept no state: join from its own folder"
             )
+
+    def _kept(self) -> dict[int, dict[str, Any]]:
+        """The states in the folder, by their steps."""
+        folder = self.duty.folder
+        paths = [] if folder is None else [folder / _PREPARED, folder / _KEPT]
+        states = [checkpoint.read(path) for path in paths if path.exists()]
+        return {state["step"]: state for state in states}
+
+    def _take(self, state: Mapping[str, Any]) -> None:
+        self._batches.drawn[:] = state["drawn"]
+        self.client.module.load_state_dict(state["model"])
+        if self.client.optimizer:
+            load_optimizer(self.client.optimizer, state["optimizer"])
+        self.steps = self._seen = state["step"]
 
 
 _PREPARED, _KEPT = "client-next.safetensors", "client.safetensors"

@@ -1,0 +1,184 @@
+"""Certificates for a federation of one's own: an authority, and what it certifies for the server and its clients.
+
+ECDSA on P-256. The authority's key (`ca.key`) stays where the certificates are made; a client needs `ca.crt` and its
+own `NAME.crt` and `NAME.key`. A client's certificate names the client, and that is who it is to the server.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+import secrets
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from cutlayer.errors import ConfigError
+
+CA = "ca"
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+Kind = Literal["server", "client"]
+_EARLIER = timedelta(minutes=10)  # clocks of other machines may be slow
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # a common name has 64 characters at most; it names files too
+_HOST = re.compile(r"(\*\.)?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\.?")
+_PURPOSE = {"server": ExtendedKeyUsageOID.SERVER_AUTH, "client": ExtendedKeyUsageOID.CLIENT_AUTH}
+
+
+class Pair(NamedTuple):
+    """Where a certificate and its private key lie."""
+
+    certificate: Path
+    key: Path
+
+
+def make_ca(folder: Path, *, days: int = 3650) -> Pair:
+    """A new authority in `folder`: ca.crt and ca.key. Raises ConfigError where there is one, or nothing can be written.
+
+    It certifies servers and clients, no further authorities.
+    """
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"Cutlayer authority {secrets.token_hex(4)}")])
+    usage = _usage(key_cert_sign=True, crl_sign=True)
+    builder = _builder(name, name, key, *_validity(days)).add_extension(x509.BasicConstraints(True, 0), critical=True)
+    return _write(folder, CA, builder.add_extension(usage, critical=True).sign(key, hashes.SHA256()), key)
+
+
+def make_certificate(
+    folder: Path, name: str, kind: Kind = "client", *, hosts: Sequence[str] = (), days: int = 365
+) -> Pair:
+    """A certificate by the authority in `folder` for the server, which is reached under `hosts` (names and addresses;
+    this machine's own alone unless told), or for the client that is called `name`.
+
+    Raises ConfigError where the authority is missing, the name is taken or cannot name a file, or nothing can be
+    written.
+    """
+    if not _NAME.fullmatch(name) or name == CA:
+        raise ConfigError(
+            f"{name!r} cannot name a certificate: give up to 64 letters, digits, points, hyphens and underscores, "
+            f"beginning with a letter or digit, other than {CA!r}"
+        )
+    if hosts and kind == "client":
+        raise ConfigError(f"hosts have no effect on {name!r}, which is a client: nobody connects to it")
+    issuer, issuer_key = _authority(folder)
+    key = ec.generate_private_key(ec.SECP256R1())
+    begin, end = _validity(days)
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    reached = [_host(host) for host in hosts or LOOPBACK] if kind == "server" else [x509.DNSName(name)]
+    own = issuer.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+    builder = (
+        _builder(subject, issuer.subject, key, begin, min(end, issuer.not_valid_after_utc))
+        .add_extension(x509.BasicConstraints(False, None), critical=True)
+        .add_extension(_usage(digital_signature=True), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([_PURPOSE[kind]]), critical=False)
+        .add_extension(x509.SubjectAlternativeName(reached), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(own), critical=False)
+    )
+    return _write(folder, name, builder.sign(issuer_key, hashes.SHA256()), key)
+
+
+def _builder(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, begin: datetime, end: datetime
+) -> x509.CertificateBuilder:
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(min(begin, end - _EARLIER))
+        .not_valid_after(end)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+    )
+
+
+def _validity(days: int) -> tuple[datetime, datetime]:
+    """From a little while ago, for `days` days; what has negative days has expired already."""
+    now = datetime.now(UTC)
+    return now - _EARLIER, now + timedelta(days=days)
+
+
+def _usage(*, digital_signature: bool = False, key_cert_sign: bool = False, crl_sign: bool = False) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=digital_signature,
+        key_cert_sign=key_cert_sign,
+        crl_sign=crl_sign,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _host(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host.strip("[]")))
+    except ValueError:
+        if not _HOST.fullmatch(host):
+            raise ConfigError(
+                f"{host!r} is no host: give names and addresses without ports, e.g. split.example.org"
+            ) from None
+        return x509.DNSName(host)
+
+
+def _authority(folder: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
+    certificate, key = _paths(folder, CA)
+    try:
+        issuer = x509.load_pem_x509_certificate(certificate.read_bytes())
+        issuer_key = serialization.load_pem_private_key(key.read_bytes(), password=None)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read {str(error.filename)!r}: {error.strerror}; make an authority in this folder first"
+        ) from None
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"the authority in {str(folder)!r} cannot be used ({error}): make a new one") from None
+    if not isinstance(issuer_key, ec.EllipticCurvePrivateKey) or issuer_key.public_key() != issuer.public_key():
+        raise ConfigError(f"{str(key)!r} is not the key of {str(certificate)!r}: restore it, or make a new authority")
+    return issuer, issuer_key
+
+
+def _paths(folder: Path, name: str) -> Pair:
+    return Pair(folder / f"{name}.crt", folder / f"{name}.key")
+
+
+def _write(folder: Path, name: str, certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> Pair:
+    pair = _paths(folder, name)
+    secret = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        taken = next((path for path in pair if path.exists()), None)
+        if taken is not None:
+            raise FileExistsError(0, "", str(taken))
+        _write_new(pair.key, secret, 0o600)
+        _write_new(pair.certificate, certificate.public_bytes(serialization.Encoding.PEM), 0o644)
+    except FileExistsError as error:
+        raise ConfigError(
+            f"{str(error.filename2 or error.filename)!r} exists: keep it, or remove it first if nothing needs it"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"cannot write to {str(folder)!r}: {error.strerror}; choose another folder") from None
+    return pair
+
+
+def _write_new(path: Path, content: bytes, mode: int) -> None:
+    """Atomically, and only where nothing is: readable to nobody else at any moment."""
+    fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        try:
+            file.write(content)
+            file.flush()
+            os.fchmod(file.fileno(), mode)
+            os.fsync(file.fileno())
+            os.link(fresh, path)  # unlike a rename, this fails where something is
+        finally:
+            fresh.unlink()

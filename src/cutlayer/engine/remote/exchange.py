@@ -1,0 +1,192 @@
+"""One exchange: the same moment of training for several clients. Who has answered, who is lost, is it over?
+
+Everything here happens on the thread of the hub's loop, except `wait`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from cutlayer.errors import WireError
+from cutlayer.wire.frames import Frame
+from cutlayer.wire.messages import Message
+from cutlayer.wire.tensors import Buffer, size_of
+
+Request = tuple[Message, Sequence[Buffer]]
+Reason = Literal["late", "gone", "failed", "garbage"]
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A client that did not answer all it was asked: why, as a word and as a sentence; `kind` is the name of the
+    client's error where it has "failed".
+
+    A "late" client has got, or is getting, all that it was sent, in order, and stays connected: what it answers is
+    thrown away. All others are no longer connected; it is not known how far they came.
+    """
+
+    reason: Reason
+    sentence: str
+    kind: str = ""
+
+
+class Body:
+    """Buffers behind a message, for one client or several."""
+
+    def __init__(self, buffers: Sequence[Buffer]) -> None:
+        self._buffers, self.size, self.users = buffers, size_of(buffers), 0
+
+    @property
+    def buffers(self) -> Sequence[Buffer]:
+        """The buffers; joined once where several clients get them."""
+        if self.users > 1:
+            self.keep()
+        return self._buffers
+
+    def keep(self) -> None:
+        """Copy what is shared with tensors, which may change once an exchange is over."""
+        if len(self._buffers) != 1 or not isinstance(self._buffers[0], bytes):
+            self._buffers = [b"".join(self._buffers)]
+
+
+class Out:
+    """A message on its way to one client. `slot` numbers the answers that an exchange expects; None: there is none."""
+
+    __slots__ = ("body", "exchange", "message", "slot")
+
+    def __init__(self, message: Any, body: Body, exchange: Exchange, slot: int | None) -> None:
+        self.message, self.body, self.exchange, self.slot = message, body, exchange, slot
+
+
+class Hooks(Protocol):
+    """What an exchange needs of its hub."""
+
+    def call(self, function: Callable[..., object], *args: object) -> None:
+        """Run `function` on the loop, soon."""
+
+    def garbled(self, client: int, sentence: str) -> None:
+        """The client has said something that cannot be what was agreed."""
+
+    def keep_bodies(self, exchange: Exchange) -> None:
+        """The exchange ends: what it has not sent yet must not depend on tensors any more."""
+
+
+class Exchange:
+    """Collects what clients answer. `counts`: how many answers each owes."""
+
+    def __init__(
+        self,
+        counts: Mapping[int, int],
+        quorum: int | None,
+        on_answer: Callable[[int, Frame], Any] | None,
+        pool: ThreadPoolExecutor | None,
+        hub: Hooks,
+    ) -> None:
+        self.results: dict[int, list[Any] | Lost] = {}
+        self.error: BaseException | None = None
+        self._answers: dict[int, list[Any]] = {k: [None] * n for k, n in counts.items()}
+        self._due = dict(counts)  # answers to come
+        self._decoding = dict.fromkeys(counts, 0)
+        self._unsent = dict.fromkeys(counts, 0)
+        self._quorum, self._on_answer, self._pool = quorum, on_answer, pool
+        self._hub = hub
+        self._expired = self._over = False
+        self._done = threading.Event()
+        if not counts:
+            self._done.set()
+
+    @property
+    def over(self) -> bool:
+        """Is nothing that comes of interest any more?"""
+        return self._over or self._done.is_set()
+
+    def wait(self) -> dict[int, list[Any] | Lost]:
+        """All results; from another thread. Raises what went wrong on this side."""
+        self._done.wait()
+        if self.error is not None:
+            raise self.error
+        return self.results
+
+    def sending(self, client: int, count: int) -> None:
+        """`count` messages are to be written to the client."""
+        self._unsent[client] = count
+        self._settle(client)
+
+    def sent(self, client: int) -> None:
+        """One of them is."""
+        self._unsent[client] -= 1
+        self._settle(client)
+
+    def answered(self, client: int, slot: int, frame: Frame) -> None:
+        """The client has given one of its answers."""
+        if client in self.results:
+            return
+        self._due[client] -= 1
+        if self._on_answer is None or self._pool is None:
+            self._answers[client][slot] = frame
+            self._settle(client)
+            return
+        self._decoding[client] += 1
+        future = self._pool.submit(self._on_answer, client, frame)
+        future.add_done_callback(lambda done: self._hub.call(self._decoded, client, slot, done))
+
+    def lose(self, client: int, lost: Lost) -> None:
+        """The client will not answer."""
+        if client in self._answers and client not in self.results:
+            self._finish(client, lost)
+
+    def fail(self, error: BaseException) -> None:
+        """Something is wrong on this side: end at once."""
+        if not self.over:
+            self.error = error
+            self._end()
+
+    def expire(self) -> None:
+        """The deadline has passed."""
+        self._expired = True
+        self._close_if_enough()
+
+    def _decoded(self, client: int, slot: int, done: Future[Any]) -> None:
+        self._decoding[client] -= 1
+        error = done.exception()
+        if client in self.results:
+            return
+        if isinstance(error, WireError):
+            self._hub.garbled(client, str(error))
+            self.lose(client, Lost("garbage", str(error), type(error).__name__))
+        elif error is not None:
+            self.fail(error)
+        else:
+            self._answers[client][slot] = done.result()
+            self._settle(client)
+
+    def _settle(self, client: int) -> None:
+        waits = self._due[client] or self._decoding[client] or self._unsent[client]
+        if client not in self.results and not waits:
+            self._finish(client, self._answers[client])
+
+    def _finish(self, client: int, result: list[Any] | Lost) -> None:
+        self.results[client] = result
+        if len(self.results) == len(self._answers):
+            self._end()
+        else:
+            self._close_if_enough()
+
+    def _close_if_enough(self) -> None:
+        answered = sum(not isinstance(r, Lost) for r in self.results.values())
+        if not self._expired or self._over or answered < (self._quorum or 0):
+            return
+        self._over = True
+        self._hub.keep_bodies(self)
+        for client in [k for k in self._answers if k not in self.results]:
+            if self._due[client] or self._unsent[client]:  # others are being decoded, and came in time
+                self.lose(client, Lost("late", f"client {client} had not answered when the deadline passed"))
+
+    def _end(self) -> None:
+        self._over = True
+        self._hub.keep_bodies(self)
+        self._done.set()

@@ -1,0 +1,93 @@
+"""A client of a remote run: its data, its part of the model, and a connection that it opens itself."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from cutlayer.config import RunConfig
+from cutlayer.engine.remote.build import worker_of
+from cutlayer.engine.remote.dial import dial
+from cutlayer.engine.remote.security import ClientSecurity
+from cutlayer.errors import ConfigError
+from cutlayer.folder import locked
+
+_PREFIX = "client-"
+
+
+@dataclass(frozen=True)
+class Joining:
+    """How a client joins: the server's `address`, its name (`client-<k>`), what it trusts and shows, the folder that
+    keeps its state, and seconds of trying after which it gives up (None: never).
+    """
+
+    address: str
+    name: str
+    security: ClientSecurity
+    folder: Path | None = None
+    give_up_after: float | None = None
+
+
+def join(config: RunConfig, joining: Sequence[Joining]) -> list[str]:
+    """Work as these clients, each on a thread of its own, until the server says that the run is done; its reasons.
+
+    SIGTERM and Ctrl-C end it cleanly: what was kept stays. Raises UsageError before anything is sent; NetworkError,
+    RefusedError, WireError as `dial` does.
+    """
+    stop = threading.Event()
+    before = {number: signal.signal(number, _setting(stop)) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        return _work(config, joining, stop)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _work(config: RunConfig, joining: Sequence[Joining], stop: threading.Event) -> list[str]:
+    workers = []
+    for j in joining:
+        if j.folder is not None:
+            j.folder.mkdir(parents=True, exist_ok=True)
+            locked(j.folder)
+        token = j.security.token or ""
+        number = client_number(j.name)
+        workers.append(worker_of(config, number, name=j.name, run=config.algorithm, token=token, folder=j.folder))
+    reasons: dict[int, str] = {}
+    errors: list[BaseException] = []
+
+    def one(index: int) -> None:
+        j = joining[index]
+        try:
+            reasons[index] = dial(j.address, j.security, workers[index], stop=stop, give_up_after=j.give_up_after)
+        except BaseException as error:
+            errors.append(error)
+            stop.set()
+
+    threads = [threading.Thread(target=one, args=(i,), name=joining[i].name) for i in range(len(joining))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        while thread.is_alive():  # so that signals are heard meanwhile
+            thread.join(0.2)
+    if errors:
+        raise errors[0]
+    return [reasons[i] for i in sorted(reasons)]
+
+
+def client_number(name: str) -> int:
+    """The k of `client-<k>`. Raises ConfigError."""
+    number = name.removeprefix(_PREFIX)
+    if not name.startswith(_PREFIX) or not (number.isascii() and number.isdigit()):
+        raise ConfigError(f"client = {name!r} is no client's name: they are called client-0, client-1 and so on")
+    return int(number)
+
+
+def _setting(stop: threading.Event) -> Callable[[int, FrameType | None], None]:
+    def handler(number: int, frame: FrameType | None) -> None:
+        stop.set()
+
+    return handler

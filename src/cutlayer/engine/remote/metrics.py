@@ -1,0 +1,98 @@
+"""Figures of a hub for Prometheus, on a port of their own: of this machine alone unless told otherwise.
+
+They are counted by the hub, and read when they are asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Protocol
+
+from prometheus_client import CollectorRegistry, Histogram, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from cutlayer.engine.remote.security import split_address
+from cutlayer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from cutlayer.engine.remote.exchange import Reason
+    from cutlayer.engine.remote.hub import Traffic
+
+_SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
+
+
+class Counted(Protocol):
+    """What is read of a hub."""
+
+    @property
+    def present(self) -> frozenset[int]:
+        """Clients with an open stream."""
+
+    @property
+    def lost(self) -> Mapping[Reason, int]:
+        """How often clients were lost, by reason."""
+
+    def traffic(self) -> dict[int, Traffic]:
+        """Bytes and messages of every client."""
+
+
+class Exporter:
+    """Serves a hub's figures at `address`: host:port, or a port of this machine. Raises ConfigError."""
+
+    def __init__(self, hub: Counted, address: str | int) -> None:
+        host, port = split_address(f"127.0.0.1:{address}" if str(address).isdigit() else str(address))
+        registry = CollectorRegistry()
+        registry.register(_Figures(hub))
+        self._exchanges = Histogram(
+            "cutlayer_exchange_seconds", "from asking clients to the last answer", buckets=_SECONDS, registry=registry
+        )
+        try:
+            self._server, self._thread = start_http_server(port, host, registry)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot serve metrics at {address}: {error.strerror}; choose another address or port"
+            ) from None
+        self.port: int = self._server.server_port
+
+    def observe(self, seconds: float) -> None:
+        """An exchange took so long."""
+        self._exchanges.observe(seconds)
+
+    def close(self) -> None:
+        """Stop serving."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join(5)
+
+
+class _Figures(Collector):
+    def __init__(self, hub: Counted) -> None:
+        self._hub = hub
+
+    def collect(self) -> Iterator[Metric]:
+        """What there is to say now."""
+        hub, traffic = self._hub, sorted(self._hub.traffic().items())
+        yield GaugeMetricFamily("cutlayer_clients", "clients with an open connection", len(hub.present))
+        size = CounterMetricFamily("cutlayer_bytes", "bytes of whole messages", labels=["client", "direction"])
+        payload = CounterMetricFamily("cutlayer_payload_bytes", "bytes of tensors", labels=["client", "direction"])
+        messages = CounterMetricFamily("cutlayer_messages", "messages", labels=["client", "direction"])
+        came = CounterMetricFamily("cutlayer_connections", "times that a client was welcome", labels=["client"])
+        latency = GaugeMetricFamily(
+            "cutlayer_latency_seconds", "from the last request to its answer", labels=["client"]
+        )
+        for client, t in traffic:
+            name = str(client)
+            for direction, values in (
+                ("down", (t.sent, t.payload_sent, t.messages_sent)),
+                ("up", (t.received, t.payload_received, t.messages_received)),
+            ):
+                for family, value in zip((size, payload, messages), values, strict=True):
+                    family.add_metric((name, direction), value)
+            came.add_metric((name,), t.connections)
+            if t.latency is not None:
+                latency.add_metric((name,), t.latency)
+        lost = CounterMetricFamily("cutlayer_lost", "clients that did not answer", labels=["reason"])
+        for reason, times in hub.lost.items():
+            lost.add_metric((reason,), times)
+        yield from (size, payload, messages, came, latency, lost)

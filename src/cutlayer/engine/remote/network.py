@@ -1,0 +1,75 @@
+"""What both ends of a connection must have alike: one bidirectional stream of opaque messages, over gRPC.
+
+Clients dial out; a stream is one conversation (`wire.conversation`). Hello, alone of all frames, is no message of the
+stream: it travels in the metadata that opens it. gRPC bounds metadata by itself and before it hands anything over, so
+nobody makes the server hold more than `HELLO_BYTES` before the server knows who it is; a stream's messages are not read
+before that.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cutlayer.errors import WireError
+from cutlayer.wire.limits import Limits
+
+SERVICE, METHOD = "cutlayer.Split", "Talk"
+HELLO, INSTANCE = "cutlayer-hello-bin", "cutlayer-instance"
+"""Metadata: the Hello frame; and a random text that is the same whenever one process dials again, so that the server
+knows that this process's earlier stream is dead."""
+
+HELLO_BYTES = 16 << 10
+_METADATA_BYTES = 4 * HELLO_BYTES  # Hello in base 64, what gRPC adds, and room
+_SLACK = 1 << 10  # a message somewhat too large is refused by us, with a better sentence
+
+KEEPALIVE = 10.0
+"""Seconds between pings; a peer that takes half of that to answer is gone."""
+
+
+def patience(keepalive: float) -> float:
+    """Seconds until a peer that vanished without a word is known to be gone."""
+    return 1.5 * keepalive + 0.5
+
+
+def options(limits: Limits, keepalive: float) -> list[tuple[str, Any]]:
+    """gRPC's settings for either end."""
+    return [
+        ("grpc.max_receive_message_length", limits.message_bytes + _SLACK),
+        ("grpc.max_send_message_length", limits.message_bytes + _SLACK),
+        ("grpc.max_metadata_size", _METADATA_BYTES),
+        ("grpc.absolute_max_metadata_size", _METADATA_BYTES),
+        ("grpc.keepalive_time_ms", int(keepalive * 1000)),
+        ("grpc.keepalive_timeout_ms", int(keepalive * 500)),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+    ]
+
+
+def server_options(limits: Limits, keepalive: float) -> list[tuple[str, Any]]:
+    """gRPC's settings for the server."""
+    return [
+        *options(limits, keepalive),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", int(keepalive * 250)),
+        ("grpc.so_reuseport", 0),  # else a second server takes half of the clients
+        ("grpc.max_concurrent_streams", 16),
+        ("grpc.server_handshake_timeout_ms", 10_000),
+        ("grpc.max_connection_idle_ms", 30_000),  # connections that open no stream
+    ]
+
+
+def client_options(limits: Limits, keepalive: float, server_name: str | None, *, local: bool) -> list[tuple[str, Any]]:
+    """gRPC's settings for a client."""
+    return [
+        *options(limits, keepalive),
+        ("grpc.use_local_subchannel_pool", 1),  # a connection of its own: one that is stuck holds up no other
+        ("grpc.enable_retries", 0),
+        *([("grpc.enable_http_proxy", 0)] if local else []),
+        *([("grpc.ssl_target_name_override", server_name)] if server_name else []),
+    ]
+
+
+def check_hello(frame: bytes) -> bytes:
+    """`frame`, if it is small enough. Raises WireError."""
+    if len(frame) > HELLO_BYTES:
+        raise WireError(f"Hello has {len(frame)} bytes: {HELLO_BYTES} are taken; let fewer tensors cross the cut")
+    return frame

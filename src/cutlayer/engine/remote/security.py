@@ -1,0 +1,342 @@
+"""Who may talk to whom: mutual TLS, TLS with a token per client, or nothing at all on one's own machine.
+
+Files are read and checked before anything starts, so that what is wrong with them is a sentence and not a failed
+handshake. TLS is 1.2 or newer (gRPC's own floor).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+import secrets
+import socket
+import ssl
+import stat
+import tomllib
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import grpc
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from cutlayer.errors import ConfigError, CutlayerWarning
+
+TOKEN_LENGTH = 20
+"""Characters that a token has at least. Tokens are made by `make_token`, not thought up: their hashes are quick."""
+
+_HASHED = "sha256"
+
+
+@dataclass(frozen=True)
+class ServerSecurity:
+    """What the server shows, and what it asks of clients: a certificate by the authority in the file `ca` (mutual TLS),
+    or the token that the file `tokens` (TOML: name = token, or its hash) has for them, or, without files, nothing.
+    """
+
+    certificate: Path | None = None
+    key: Path | None = None
+    ca: Path | None = None
+    tokens: Path | None = None
+
+    @property
+    def insecure(self) -> bool:
+        """Nothing is asked, nothing is encrypted."""
+        return not any((self.certificate, self.key, self.ca, self.tokens))
+
+    def open(self, address: str) -> Gate:
+        """Read and check everything. Raises ConfigError, naming the file and the remedy."""
+        _check_exposure(self.insecure, address, "clients' data")
+        if self.insecure:
+            return Gate(None, None, certified=False)
+        if not self.certificate or not self.key:
+            raise ConfigError("a server with TLS needs both its certificate and its key: give the missing one")
+        if bool(self.ca) == bool(self.tokens):
+            raise ConfigError(
+                "clients show certificates (ca) or tokens (tokens): give one of the two, so that everybody knows which"
+            )
+        chain, key = _read_pair(self.certificate, self.key, ExtendedKeyUsageOID.SERVER_AUTH, "server")
+        authority = _read_authority(self.ca) if self.ca else None
+        credentials = grpc.ssl_server_credentials([(key, chain)], authority, require_client_auth=bool(authority))
+        return Gate(credentials, Tokens.read(self.tokens) if self.tokens else None, certified=bool(authority))
+
+
+@dataclass(frozen=True)
+class ClientSecurity:
+    """What a client trusts, and what it shows: the authority `ca` of the server's certificate, and a certificate with
+    its key, or a token. Without any of them: nothing, on one's own machine only.
+
+    `server_name`: the name in the server's certificate, where that is not the address's (a tunnel).
+    """
+
+    ca: Path | None = None
+    certificate: Path | None = None
+    key: Path | None = None
+    token: str | None = field(default=None, repr=False)
+    server_name: str | None = None
+
+    @property
+    def insecure(self) -> bool:
+        """Nothing is asked, nothing is encrypted."""
+        return not any((self.ca, self.certificate, self.key, self.token))
+
+    def credentials(self, address: str) -> Any:
+        """gRPC's credentials for a channel to `address`, None for none. Raises ConfigError, naming the file and the
+        remedy.
+        """
+        _check_exposure(self.insecure, address, "this client's data")
+        if self.insecure:
+            return None
+        if not self.ca:
+            raise ConfigError("a client with TLS needs the authority that made the server's certificate: give ca")
+        authority = _read_authority(self.ca)
+        if not self.certificate and not self.key:
+            return grpc.ssl_channel_credentials(authority)
+        if not self.certificate or not self.key:
+            raise ConfigError("a client's certificate needs its key, and the key its certificate: give the missing one")
+        chain, key = _read_pair(self.certificate, self.key, ExtendedKeyUsageOID.CLIENT_AUTH, "client")
+        return grpc.ssl_channel_credentials(authority, key, chain)
+
+    def diagnose(self, address: str) -> str | None:
+        """Why no TLS connection comes about, as a sentence, if that is the reason why there is none.
+
+        gRPC's own words for it are those of its library; Python's can be told apart.
+        """
+        host, port = split_address(address)
+        context = ssl.create_default_context(cafile=None if self.insecure else self.ca)
+        if self.insecure:
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        context.set_alpn_protocols(["h2"])
+        try:
+            if self.certificate:
+                context.load_cert_chain(self.certificate, self.key)
+            with (
+                socket.create_connection((host, port), timeout=5) as raw,
+                context.wrap_socket(raw, server_hostname=self.server_name or host) as tls,
+            ):
+                tls.recv(1)  # what the server thinks of our certificate comes after the handshake
+        except ssl.SSLCertVerificationError as error:
+            return (
+                f"the certificate of the server at {address} is not accepted ({error.verify_message}): give ca, the "
+                "authority that made it, or the address that it was made for"
+            )
+        except ssl.SSLError as error:
+            reason = error.reason or ""
+            if reason == "WRONG_VERSION_NUMBER":
+                return None if self.insecure else f"the server at {address} speaks no TLS: start it with a certificate"
+            if "ALERT" in reason and not self.insecure:
+                said = reason.partition("ALERT_")[2].lower().replace("_", " ")
+                return (
+                    f"the server at {address} does not accept this client's certificate ({said}): give certificate "
+                    "and key, made by the authority that the server knows, and not expired"
+                )
+            return None
+        except OSError:
+            return None
+        if not self.insecure:
+            return None
+        return f"the server at {address} speaks TLS: give ca, and this client's certificate or token"
+
+
+class Tokens:
+    """Who may come with which token. What is kept of them are salted hashes."""
+
+    def __init__(self, entries: Mapping[str, str]) -> None:
+        self._entries = {name: _entry(name, text) for name, text in entries.items()}
+        self._nobody = _entry("", hash_token(make_token()))
+
+    @classmethod
+    def read(cls, path: Path) -> Tokens:
+        """From a TOML file, name = "token" or name = "its hash". Raises ConfigError."""
+        _warn_if_open(path)
+        try:
+            found = tomllib.loads(_read(path).decode())
+        except ValueError as error:
+            raise ConfigError(
+                f'{str(path)!r} is no TOML ({error}): write a line NAME = "TOKEN" for each client'
+            ) from None
+        if not found or not all(isinstance(text, str) for text in found.values()):
+            raise ConfigError(f'{str(path)!r} must have a line NAME = "TOKEN" for each client, one at least')
+        return cls(found)
+
+    def __contains__(self, shown: tuple[str, str]) -> bool:
+        """Is (name, token) one of them? Takes as long where it is not."""
+        name, token = shown
+        salt, digest = self._entries.get(name, self._nobody)
+        return hmac.compare_digest(_digest(salt, token), digest) and name in self._entries
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What an open server asks of whoever comes. `credentials` are gRPC's, None for none."""
+
+    credentials: Any
+    tokens: Tokens | None
+    certified: bool
+
+    def identity(self, name: str, token: str, certificate: Mapping[str, Iterable[bytes]]) -> str | None:
+        """Who it is that calls itself `name`, None where that cannot be known. Raises StrangerError.
+
+        `certificate` is gRPC's description of the caller's (the "auth context").
+        """
+        if self.tokens is not None:
+            if (name, token) not in self.tokens:
+                raise StrangerError(
+                    "token", f"there is no client {name!r} with this token: give the name and its own token"
+                )
+            return name
+        if not self.certified:
+            return None
+        names = [
+            text.decode(errors="replace")
+            for key in ("x509_common_name", "x509_subject_alternative_name")
+            for text in certificate.get(key, ())
+        ]
+        if name not in names:
+            whose = repr(names[0]) if names else "nobody"
+            raise StrangerError(
+                "client", f"this certificate is made for {whose}, not for {name!r}: give the certificate of that client"
+            )
+        return name
+
+
+class StrangerError(Exception):
+    """Somebody came who is not who they say. `reason` is one of a Refused's."""
+
+    def __init__(self, reason: Literal["token", "client"], sentence: str) -> None:
+        super().__init__(sentence)
+        self.reason: Literal["token", "client"] = reason
+        self.sentence = sentence
+
+
+def make_token() -> str:
+    """A new token, of 256 random bits."""
+    return secrets.token_urlsafe(32)
+
+
+def hash_token(token: str) -> str:
+    """What a server's file can hold instead of the token. Raises ConfigError where the token is too short."""
+    if len(token) < TOKEN_LENGTH:
+        raise ConfigError(f"a token of {len(token)} characters can be guessed: use {TOKEN_LENGTH} random ones at least")
+    salt = secrets.token_bytes(16)
+    return f"{_HASHED}${salt.hex()}${_digest(salt, token).hex()}"
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """(host, port) of "host:port" or "[ipv6]:port". Raises ConfigError."""
+    host, colon, port = address.rpartition(":")
+    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    if not colon or not bare or (":" in bare and bare == host) or not port.isascii() or not port.isdigit():
+        raise ConfigError(f"{address!r} is no address: give host:port, e.g. localhost:4747 or [::1]:4747")
+    if int(port) > 65535:
+        raise ConfigError(f"{address!r}: a port is at most 65535")
+    return bare, int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Does `host` mean this machine, whatever a name server says?"""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _check_exposure(insecure: bool, address: str, what: str) -> None:
+    host, _ = split_address(address)
+    if insecure and not is_loopback(host):
+        raise ConfigError(
+            f"without TLS everybody between here and {host} reads {what}: give certificates, or stay on localhost"
+        )
+
+
+def _entry(name: str, text: str) -> tuple[bytes, bytes]:
+    """(salt, hash) of a token, or of what `hash_token` made of it."""
+    kind, *rest = text.split("$")
+    if kind != _HASHED or not rest:
+        try:
+            return _entry(name, hash_token(text))
+        except ConfigError as error:
+            raise ConfigError(f"client {name!r}: {error}") from None
+    try:
+        salt, digest = map(bytes.fromhex, rest)
+        if len(digest) != hashlib.sha256().digest_size:
+            raise ValueError
+    except ValueError:
+        raise ConfigError(f"the hash of client {name!r}'s token is damaged: make it anew") from None
+    return salt, digest
+
+
+def _digest(salt: bytes, token: str) -> bytes:
+    return hashlib.sha256(salt + token.encode()).digest()
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"cannot read {str(path)!r}: {error.strerror}; name a file that you may read") from None
+
+
+def _warn_if_open(path: Path) -> None:
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return  # reading it says what is wrong
+    if stat.S_IMODE(mode) & 0o077:
+        warnings.warn(f"others on this machine may read {str(path)!r}: chmod 600 it", CutlayerWarning, stacklevel=5)
+
+
+def _read_certificates(path: Path) -> tuple[list[x509.Certificate], bytes]:
+    """The certificates in a file, the first of which is in force now, with the file's content."""
+    content = _read(path)
+    try:
+        found = x509.load_pem_x509_certificates(content)
+    except ValueError:
+        raise ConfigError(f"{str(path)!r} holds no certificate in PEM: name a .crt of `cutlayer certs`") from None
+    now = datetime.now(UTC)
+    if found[0].not_valid_after_utc < now:
+        raise ConfigError(f"{str(path)!r} expired on {found[0].not_valid_after_utc:%Y-%m-%d %H:%M} UTC: make a new one")
+    if found[0].not_valid_before_utc > now:
+        since = f"{found[0].not_valid_before_utc:%Y-%m-%d %H:%M}"
+        raise ConfigError(f"{str(path)!r} is valid from {since} UTC on: set this machine's clock, or make a new one")
+    return found, content
+
+
+def _read_authority(path: Path) -> bytes:
+    found, content = _read_certificates(path)
+    try:
+        is_authority = found[0].extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    except x509.ExtensionNotFound:
+        is_authority = False
+    if not is_authority:
+        raise ConfigError(f"{str(path)!r} is a certificate, but no authority's: give ca the authority's own, ca.crt")
+    return content
+
+
+def _read_pair(certificate: Path, key: Path, purpose: x509.ObjectIdentifier, kind: str) -> tuple[bytes, bytes]:
+    """(certificate chain, private key), which belong together, for this purpose."""
+    found, chain = _read_certificates(certificate)
+    _warn_if_open(key)
+    secret = _read(key)
+    try:
+        private = serialization.load_pem_private_key(secret, password=None)
+    except TypeError:
+        raise ConfigError(f"{str(key)!r} is locked by a password, for which nobody can be asked: unlock it") from None
+    except ValueError:
+        raise ConfigError(f"{str(key)!r} holds no private key in PEM: name a .key of `cutlayer certs`") from None
+    if private.public_key() != found[0].public_key():
+        raise ConfigError(f"{str(key)!r} is not the key of {str(certificate)!r}: give the two that were made together")
+    try:
+        purposes = list(found[0].extensions.get_extension_for_class(x509.ExtendedKeyUsage).value)
+    except x509.ExtensionNotFound:
+        purposes = [purpose]
+    if purpose not in purposes:
+        name = next((str(a.value) for a in found[0].subject.get_attributes_for_oid(NameOID.COMMON_NAME)), "it")
+        raise ConfigError(f"{str(certificate)!r} ({name}) is not made for a {kind}: make one of kind {kind}")
+    return chain, secret
