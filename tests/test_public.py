@@ -66,6 +66,9 @@ def test_commands() -> None:
         "report",
         "plan",
         "calibrate",
+        "serve",
+        "join",
+        "certs",
         "reproduce",
         "list",
     }

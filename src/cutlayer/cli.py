@@ -299,6 +299,195 @@ def _out_text(text: str) -> None:
     out.print(text, end="", markup=False, highlight=False, soft_wrap=True)
 
 
+_Network = Group("Network", sort_key=8)
+_Flag = Parameter(group=_Network)
+_File = Annotated[Path | None, _Flag]
+
+
+@app.command(sort_key=9)
+def serve(
+    *,
+    options: Annotated[RunConfig | None, _Star] = None,
+    config: _ConfigFile = None,
+    out: _Out = None,
+    listen: Annotated[str, _Flag] = "127.0.0.1:4747",
+    certificate: _File = None,
+    key: _File = None,
+    ca: _File = None,
+    tokens: _File = None,
+    insecure: Annotated[bool, _Flag] = False,
+    deadline: Annotated[float | None, _Flag] = None,
+    quorum: Annotated[float, _Flag] = 0.5,
+    patience: Annotated[float | None, _Flag] = None,
+    metrics: Annotated[str | None, _Flag] = None,
+) -> None:
+    """Train with clients on other machines: hold the server's part, wait for all clients to join, go on after a restart.
+
+    The same command with the same folder goes on from the last checkpoint; clients reconnect by themselves. Clients
+    are called client-0, client-1 and so on; so are the names in their certificates or in the file of tokens.
+
+    Parameters
+    ----------
+    config
+        A TOML file with any of the options above. Clients join with the same one.
+    out
+        The run folder. Default: runs/serve-ALGORITHM-DATA.
+    listen
+        Address and port.
+    certificate
+        The server's certificate (`cutlayer certs` makes one for a trial).
+    key
+        Its private key.
+    ca
+        The authority that has made the clients' certificates: they must show one.
+    tokens
+        Instead of ca: a TOML file with a line NAME = "TOKEN" for each client.
+    insecure
+        No encryption, nobody is asked who they are: on this machine only.
+    deadline
+        Seconds for a step, after which it goes on with the clients that have answered, if they are a quorum.
+    quorum
+        Fraction of the clients that a step needs after the deadline, and a round to begin.
+    patience
+        Seconds to wait for clients that are missing. Default: for ever.
+    metrics
+        Port (or address:port) to serve figures for Prometheus at.
+    """
+    from cutlayer.engine.remote.security import ServerSecurity
+    from cutlayer.engine.remote.serve import Service, Serving
+
+    values = _merged(RunConfig, options, config)
+    merged = RunConfig.of(values)
+    merged.check((merged.algorithm,), frozenset(values))
+    _check_network(insecure, certificate=certificate, key=key, ca=ca, tokens=tokens)
+    for name, value in (("deadline", deadline), ("patience", patience)):
+        if value is not None and not 0 < value < float("inf"):
+            raise ConfigError(f"{name} = {value} is not possible: it must be greater than 0")
+    if not 0 < quorum <= 1:
+        raise ConfigError(f"quorum = {quorum} is not possible: it is a fraction above 0, at most 1")
+    _show_log()
+    security = ServerSecurity(certificate, key, ca, tokens)
+    serving = Serving(listen, security, deadline, quorum, patience, metrics)
+    where = out or Path("runs") / f"serve-{merged.algorithm}-{Path(merged.data).stem}"
+    service = Service(merged, serving, where)
+    with _resumable(f"the same command with --out {where}"), service.open() as run, Monitor(1) as monitor:
+        for record in run:
+            monitor.show(merged.algorithm, run, record)
+    assert service.run.result is not None
+    _print_result(service.run.result)
+    _write_report(where)
+
+
+@app.command(sort_key=10)
+def join(
+    address: Annotated[str, _Flag],
+    *,
+    client: Annotated[tuple[str, ...], Parameter(group=_Network, negative=(), consume_multiple=True)],
+    options: Annotated[RunConfig | None, _Star] = None,
+    config: _ConfigFile = None,
+    folder: _File = None,
+    certificate: _File = None,
+    key: _File = None,
+    ca: _File = None,
+    token_file: _File = None,
+    insecure: Annotated[bool, _Flag] = False,
+    give_up_after: Annotated[float | None, _Flag] = None,
+) -> None:
+    """Work as a client of a `serve` on another machine: dials out, keeps its data and its model, reconnects by itself.
+
+    Parameters
+    ----------
+    address
+        The server's host:port.
+    client
+        Who this is: client-0, client-1... Several names: several clients in this process (with tokens or insecure).
+    config
+        The server's configuration; its data are where this client's are.
+    folder
+        Keeps this client's state, so that it can go on after a restart. Default: nothing is kept.
+    certificate
+        This client's certificate.
+    key
+        Its private key.
+    ca
+        The authority that has made the server's certificate.
+    token_file
+        Instead of a certificate: a file that holds this client's token.
+    insecure
+        No encryption: on this machine only.
+    give_up_after
+        Seconds without a connection after which to give up. Default: never.
+    """
+    from cutlayer.engine.remote.join import Joining
+    from cutlayer.engine.remote.join import join as work
+    from cutlayer.engine.remote.security import ClientSecurity, read_token
+
+    values = _merged(RunConfig, options, config)
+    merged = RunConfig.of(values)
+    merged.check((merged.algorithm,), frozenset(values))
+    _check_network(insecure, certificate=certificate, key=key, ca=ca, token_file=token_file)
+    if len(client) > 1 and (certificate or token_file):
+        raise ConfigError(f"{len(client)} clients cannot share one certificate or token: start one process for each")
+    _show_log()
+    token = None if token_file is None else read_token(token_file)
+    security = ClientSecurity(ca, certificate, key, token)
+    joining = [
+        Joining(address, name, security, None if folder is None else folder / name, give_up_after) for name in client
+    ]
+    for reason in dict.fromkeys(work(merged, joining)):
+        out.print(reason, highlight=False, soft_wrap=True)
+
+
+@app.command(sort_key=11)
+def certs(
+    folder: Annotated[Path, _Flag],
+    *,
+    clients: Annotated[int, _Flag] = 3,
+    host: Annotated[tuple[str, ...], Parameter(group=_Network, negative=(), consume_multiple=True)] = (),
+    days: Annotated[int, _Flag] = 365,
+) -> None:
+    """Make an authority, a server's and clients' certificates for a trial.
+
+    Parameters
+    ----------
+    folder
+        Where to: ca.crt, server.crt, client-0.crt..., each with its .key.
+    clients
+        Certificates for so many clients.
+    host
+        Names and addresses under which the server is reached. Default: this machine only.
+    days
+        How long they are good.
+    """
+    from cutlayer.engine.remote.certs import make_ca, make_certificate
+
+    if clients < 1 or days < 1:
+        raise ConfigError(f"clients = {clients} and days = {days}: both must be 1 or greater")
+    pairs = [make_ca(folder), make_certificate(folder, "server", "server", hosts=host, days=days)]
+    pairs += [make_certificate(folder, f"client-{k}", days=days) for k in range(clients)]
+    for pair in pairs:
+        out.print(f"{pair.certificate} {pair.key}", highlight=False, soft_wrap=True)
+
+
+def _check_network(insecure: bool, **files: Path | None) -> None:
+    """TLS is the default: without files one must say so."""
+    given = [name for name, path in files.items() if path is not None]
+    if insecure and given:
+        raise ConfigError(f"insecure and {given[0]} exclude each other: leave one out")
+    if not insecure and not given:
+        raise ConfigError(
+            "connections are encrypted: give certificate, key and ca (`cutlayer certs` makes them for a trial), or "
+            "--insecure on this machine alone"
+        )
+
+
+def _show_log() -> None:
+    """What happens to connections, as lines on stderr."""
+    import logging
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+
+
 def main() -> NoReturn:
     """Run the command line: one clear sentence on stderr and an exit code for everything that goes wrong."""
     keep_memory()

@@ -147,22 +147,32 @@ def facts(plan: Plan) -> list[Fact]:
             ("wire-unicast", sglr.unicast, e.unicast),
             ("wire-broadcast", sglr.broadcast, e.broadcast),
         ):
-            even = _break_even(work, other, name)
-            at = (
-                "below it at any number of samples"
-                if even == math.inf
-                else f"below it up to {even:,.0f} samples per client and epoch"
-            )
             found.append(
                 Fact(
                     f"traffic-{other}-{name}",
                     f"SGLR sends less than {title} ({name})",
                     f"SGLR's communication per epoch is below {title}'s, counted as {name}.",
                     mine < theirs,
-                    f"{format_bytes(mine)} against {format_bytes(theirs)} here; {at}",
+                    f"{_against(mine, theirs)} here; {_until(_break_even(work, other, name))}",
                 )
             )
     return found
+
+
+def _against(mine: int, theirs: int) -> str:
+    """Two numbers of bytes, to the byte where three digits do not tell them apart."""
+    texts = [format_bytes(n) for n in (mine, theirs)]
+    if texts[0] == texts[1] and mine != theirs:
+        texts = [f"{n:,} B" for n in (mine, theirs)]
+    return " against ".join(texts)
+
+
+def _until(even: float) -> str:
+    """Up to which number of samples SGLR sends less, where it sends as much at `even`."""
+    if even == math.inf:
+        return "below it at any number of samples"
+    most = math.ceil(even) - 1
+    return f"below it up to {most:,} samples per client and epoch" if most > 0 else "below it at no number of samples"
 
 
 def _break_even(w: Workload, other: str, convention: str) -> float:

@@ -220,6 +220,15 @@ def make_token() -> str:
     return secrets.token_urlsafe(32)
 
 
+def read_token(path: Path) -> str:
+    """The token in a client's file. Raises ConfigError where the file cannot be read, or holds none."""
+    _warn_if_open(path)
+    token = _read(path).decode(errors="replace").strip()
+    if len(token) < TOKEN_LENGTH:
+        raise ConfigError(f"{str(path)!r} holds no token of {TOKEN_LENGTH} characters at least: write the client's into it")
+    return token
+
+
 def hash_token(token: str) -> str:
     """What a server's file can hold instead of the token. Raises ConfigError where the token is too short."""
     if len(token) < TOKEN_LENGTH:

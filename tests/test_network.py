@@ -1,0 +1,211 @@
+"""Server and clients as processes of their own, over TLS on this machine: the simulation's numbers, faults included."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cutlayer import Run
+from cutlayer.config import RunConfig, read_toml
+from cutlayer.engine.remote.certs import make_ca, make_certificate
+
+CUTLAYER = [sys.executable, "-m", "cutlayer"]
+PATIENCE = 100.0  # seconds for anything here
+CONFIG = """algorithm = "{algorithm}"
+data = "digits"
+model = "mlp"
+clients = 3
+samples_per_client = 60
+rounds = {rounds}
+batch = 10
+"""
+
+
+class Trial:
+    """A folder with certificates and a configuration, and the processes started in it."""
+
+    def __init__(self, folder: Path, algorithm: str, rounds: int) -> None:
+        self.folder = folder
+        (folder / "c.toml").write_text(CONFIG.format(algorithm=algorithm, rounds=rounds))
+        make_ca(folder / "ca")
+        make_certificate(folder / "ca", "server", "server")
+        for k in range(3):
+            make_certificate(folder / "ca", f"client-{k}")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.address = f"127.0.0.1:{probe.getsockname()[1]}"
+        self.processes: list[subprocess.Popen[bytes]] = []
+
+    def start(self, name: str, *words: str) -> subprocess.Popen[bytes]:
+        with (self.folder / f"{name}.log").open("ab") as log:
+            process = subprocess.Popen(
+                [*CUTLAYER, *words, "--config", "c.toml"],
+                cwd=self.folder,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+        self.processes.append(process)
+        return process
+
+    def serve(self, *more: str) -> subprocess.Popen[bytes]:
+        tls = ["--certificate", "ca/server.crt", "--key", "ca/server.key", "--ca", "ca/ca.crt"]
+        return self.start("server", "serve", "--listen", self.address, *tls, "--out", "run", *more)
+
+    def join(self, k: int, *more: str) -> subprocess.Popen[bytes]:
+        tls = ["--certificate", f"ca/client-{k}.crt", "--key", f"ca/client-{k}.key", "--ca", "ca/ca.crt"]
+        return self.start(f"client-{k}", "join", self.address, "--client", f"client-{k}", *tls, *more, "--folder", "c")
+
+    def steps(self) -> list[dict[str, Any]]:
+        path = self.folder / "run" / "steps.jsonl"
+        if not path.exists():
+            return []
+        return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+    def log(self, name: str) -> str:
+        path = self.folder / f"{name}.log"
+        return path.read_text() if path.exists() else ""
+
+    def stop(self) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def trial(tmp_path: Path) -> Iterator[Callable[..., Trial]]:
+    made: list[Trial] = []
+
+    def make(algorithm: str, rounds: int = 3) -> Trial:
+        made.append(Trial(tmp_path, algorithm, rounds))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.stop()
+
+
+def until(condition: Callable[[], bool], what: str, trial: Trial) -> None:
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, f"{what}\n{trial.log('server')[-3000:]}"
+        time.sleep(0.05)
+
+
+def finished(trial: Trial, *processes: subprocess.Popen[bytes]) -> None:
+    for process in processes:
+        assert process.wait(PATIENCE) == 0, trial.log("server")[-3000:]
+
+
+def same_as_local(trial: Trial) -> None:
+    config = RunConfig.of({**read_toml(trial.folder / "c.toml"), "engine": "local"})
+    local = Run(config)
+    records = list(local)
+    remote = trial.steps()
+    assert [r["loss"] for r in remote] == [r.loss for r in records]
+    assert [(r["bytes_up"], r["bytes_down"]) for r in remote] == [(r.bytes_up, r.bytes_down) for r in records]
+    result = json.loads((trial.folder / "run" / "result.json").read_text())
+    assert local.result is not None
+    assert result["test_accuracy"] == local.result.test_accuracy
+    assert result["bytes"] == local.result.bytes
+
+
+@pytest.mark.parametrize("algorithm", ["sglr", "fl"])
+def test_processes_over_tls_give_the_simulations_numbers(algorithm: str, trial: Callable[..., Trial]) -> None:
+    t = trial(algorithm)
+    finished(t, t.serve(), *(t.join(k) for k in range(3)))
+    same_as_local(t)
+
+
+def test_the_server_is_killed_and_comes_back(trial: Callable[..., Trial]) -> None:
+    """Clients go back to the round of its checkpoint; the end is that of a run without any fault."""
+    t = trial("sglr", rounds=60)
+    server = t.serve()
+    clients = [t.join(k) for k in range(3)]
+    until(lambda: len(t.steps()) > 40, "forty steps", t)
+    server.kill()
+    server.wait()
+    assert all(client.poll() is None for client in clients)
+    finished(t, t.serve(), *clients)
+    same_as_local(t)
+
+
+def test_a_client_is_killed_and_comes_back(trial: Callable[..., Trial]) -> None:
+    """The others go on without it; it takes part again, as a new process with the state that it kept."""
+    t = trial("sglr", rounds=150)
+    server = t.serve("--deadline", "20", "--quorum", "0.6")
+    clients = [t.join(k) for k in range(3)]
+    until(lambda: len(t.steps()) > 20, "twenty steps", t)
+    clients[1].kill()
+    clients[1].wait()
+    until(lambda: any(r["clients"] == [0, 2] for r in t.steps()), "a step without the client that is gone", t)
+    clients[1] = t.join(1)
+    lonely = max(r["step"] for r in t.steps() if r["clients"] == [0, 2])
+    until(lambda: any(r["clients"] == [0, 1, 2] and r["step"] > lonely for r in t.steps()), "a step with all again", t)
+    finished(t, server, *clients)
+    assert [r["step"] for r in t.steps()] == list(range(900))
+
+
+def test_wrong_hands(trial: Callable[..., Trial]) -> None:
+    """Another's certificate, another authority's, no encryption, another configuration: refused with a reason."""
+    t = trial("sglr")
+    server = t.serve()
+    until(lambda: "listening" in t.log("server"), "listening", t)
+    make_ca(t.folder / "rogue")
+    make_certificate(t.folder / "rogue", "client-0")
+    tls = ["--ca", "ca/ca.crt"]
+    (t.folder / "other.toml").write_text(CONFIG.format(algorithm="psl", rounds=3).replace("batch = 10", "batch = 5"))
+    attempts = {
+        "another": (["--certificate", "ca/client-1.crt", "--key", "ca/client-1.key", *tls], "made for 'client-1'"),
+        "rogue": (["--certificate", "rogue/client-0.crt", "--key", "rogue/client-0.key", *tls], "certificate"),
+        "plain": (["--insecure"], "TLS"),
+    }
+    for name, (words, said) in attempts.items():
+        process = t.start(name, "join", t.address, "--client", "client-0", *words, "--give-up-after", "5")
+        assert process.wait(PATIENCE) != 0
+        assert said in t.log(name), t.log(name)
+        assert "Traceback" not in t.log(name)
+    own = ["--certificate", "ca/client-0.crt", "--key", "ca/client-0.key", *tls]
+    process = subprocess.run(
+        [*CUTLAYER, "join", t.address, "--client", "client-0", *own, "--config", "other.toml"],
+        cwd=t.folder, capture_output=True, text=True, timeout=PATIENCE, check=False,
+    )  # fmt: skip
+    assert process.returncode == 2
+    assert "'psl'" in process.stderr or "psl" in process.stderr
+    assert server.poll() is None
+    server.send_signal(signal.SIGTERM)
+    assert server.wait(PATIENCE) == 130
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("serve", "connections are encrypted"),
+        ("serve --insecure --listen 0.0.0.0:0", "without TLS"),
+        ("serve --insecure --quorum 2", "quorum = 2.0"),
+        ("serve --insecure --algorithm cl", "cl has no clients"),
+        ("serve --ca ca.crt", "certificate"),
+        ("join localhost:1 --client hospital --insecure", "client-0, client-1"),
+        ("join localhost --client client-0 --insecure", "host:port"),
+        ("join localhost:1 --client client-99 --insecure", "none of the"),
+        ("certs there --clients 0", "1 or greater"),
+    ],
+)
+def test_wrong_words(words: str, said: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [*CUTLAYER, *words.split()], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert said in done.stderr.replace("\n", " ")
+    assert "Traceback" not in done.stderr
