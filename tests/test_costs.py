@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from support import client_state, difference  # type: ignore[import-not-found]
 from torch import nn
 
-from cutlayer import ConfigError, Run
+from cutlayer import ConfigError, Run, RunFolderError, checkpoint
 from cutlayer.build import assemble
 from cutlayer.cli import app
 from cutlayer.config import RunConfig
@@ -26,6 +27,8 @@ from cutlayer.costs.paper import EXAMPLE, METHODS, Sizes, per_client, time, tota
 from cutlayer.costs.profiles import Device, Link, Profiles
 from cutlayer.models import cut
 from cutlayer.models.zoo import build
+from cutlayer.report import page
+from cutlayer.report.collect import read
 
 NO_EXIT: dict[str, Any] = {"exit_on_error": False, "print_error": False, "result_action": "return_value"}
 SMALL: dict[str, Any] = {"data": "digits", "model": "mlp", "clients": 4, "samples_per_client": 20, "test": 30}
@@ -312,6 +315,9 @@ def test_profiles_of_ones_own(tmp_path: Path) -> None:
         ("[device.x]\nflops_per_second = 1\nwatts = 1", ["'x'", "source is missing"]),
         ("[device.x]\nwats = 1", ["'x'", "did you mean 'watts'"]),
         ("[devices.x]\nwatts = 1", ["did you mean 'device'"]),
+        ("[device]\nwatts = 1", ["watts = 1", "[device.NAME]"]),
+        ("link = [1]", ["link = [1]", "[link.NAME]"]),
+        ("[device.x]\nname = 'y'", ["'x'", "unknown figure 'name'"]),
         ("[link.x]\nup_mbps = 0\nsource = 'me'", ["up_mbps = 0"]),
         ("[link.x", ["not valid TOML"]),
     ],
@@ -380,6 +386,33 @@ def test_a_resumed_clock_knows_how_many_local_steps_were_taken(tmp_path: Path) -
     resumed = Run.resume(tmp_path / "run").run()
     assert resumed.virtual_seconds == whole.virtual_seconds
     assert resumed.clients_joules == whole.clients_joules
+
+
+def test_a_checkpoint_of_another_version_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    broken = Run(**SMALL, algorithm="psl", rounds=3, checkpoint_every=1, out=tmp_path / "run")
+    for record in broken:
+        if record.round == 1:
+            break
+    path = tmp_path / "run" / "checkpoint.safetensors"
+    state = checkpoint.read(path)
+    del state["measured"]
+    checkpoint.write(path, state)
+    with pytest.raises(RunFolderError, match="another version of Cutlayer"):
+        Run.resume(tmp_path / "run").run()
+
+
+def test_what_an_older_run_did_not_count_is_not_known(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    Run(**SMALL, algorithm="psl", rounds=1, out=folder).run()
+    result = json.loads((folder / "result.json").read_text())
+    for row in result["bytes"]:
+        del row["paper"]
+    for name in ("client_flops", "server_flops", "measured_joules", "measured_by"):
+        del result[name]
+    (folder / "result.json").write_text(json.dumps(result))
+    (entry,) = read(folder).entries
+    assert {kind["paper"] for kind in page._kinds(entry)} == {"not known"}
+    assert all(kind["wire-unicast"][0].isdigit() for kind in page._kinds(entry))
 
 
 def test_calibration_makes_a_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -357,6 +357,26 @@ def test_on_both_sides_of_a_break_even_the_order_differs(algorithm: str, phi: fl
             assert abs(b.last - b.exact) <= 2
 
 
+def test_ssl_with_most_of_the_model_costs_more_with_many_clients() -> None:
+    """Under wire-broadcast fl's models go down once for all, SSL's from client to client: every client count tried."""
+    work = replace(WORK, clients=2, samples_per_client=12, smashed=6, gradient=6, label=1, model=430, client_model=245)
+    found = breakeven.clients("ssl", work, "wire-broadcast")
+
+    def dearer(c: int) -> bool:
+        return 24 * (6 + 6 + 1) + 2 * (c - 1) * 245 > (c + 1) * 430
+
+    assert (found.dearer, found.last) == ("above", max(c for c in range(1, 200) if not dearer(c)))
+    assert str(found) == "SSL costs no more than FL when up to 10 clients share the 24 samples out, and more beyond."
+    few = breakeven.clients("ssl", replace(work, samples_per_client=1000), "wire-broadcast")
+    assert str(few) == "SSL costs more than FL, however many clients share the samples out."
+
+
+def test_break_evens_that_read_alike_are_one_sentence() -> None:
+    found = [breakeven.model_size(a, WORK, "wire-unicast") for a in ("psl", "sfl")]
+    near = [replace(found[0], last=12_500_000), replace(found[1], last=12_500_321)]
+    assert sentences(near) == ["PSL and SFL cost more than FL for models of up to 12.5 MB, and no more beyond."]
+
+
 def test_the_papers_break_even() -> None:
     """At the paper's sizes PSL and FL meet at 2 C S(w) = 2 |D| S(L)."""
     work = replace(WORK, clients=100, smashed=24_000, gradient=24_000, model=200_000_000, client_model=67_000_000)

@@ -277,6 +277,15 @@ def test_table_6_and_what_counting_settles() -> None:
     assert above[0] >= above[1]
 
 
+def test_what_counting_settles_names_whole_samples_that_are_below() -> None:
+    assert costs._until(33.7475) == "below it up to 33 samples per client and epoch"
+    assert costs._until(34.0) == "below it up to 33 samples per client and epoch"
+    assert costs._until(0.5) == "below it at no number of samples"
+    assert costs._until(math.inf) == "below it at any number of samples"
+    assert costs._against(1_000, 2_000) == "1.00 kB against 2.00 kB"
+    assert costs._against(125_480_000, 125_486_400) == "125,480,000 B against 125,486,400 B"
+
+
 def test_cells_are_shared_by_tables() -> None:
     plan = Plan(TINY, "digits")
     together = tables.cells_of(plan, ["table1", "table2", "table3"])

@@ -63,7 +63,8 @@ def sentences(found: list[BreakEven]) -> list[str]:
     """One sentence for all that say the same of several algorithms under one convention, in order."""
     groups: dict[tuple[object, ...], list[BreakEven]] = {}
     for b in found:
-        groups.setdefault((b.convention, b.quantity, b.dearer, b.last), []).append(b)
+        last = b.last if b.last is None or b.quantity != "model bytes" else format_bytes(b.last)
+        groups.setdefault((b.convention, b.quantity, b.dearer, last), []).append(b)
     return [_sentence(group) for group in groups.values()]
 
 

@@ -134,9 +134,7 @@ def _kinds(entry: Entry) -> list[dict[str, str]]:
     def shown(sent: dict[str, int], convention: str) -> str:
         return costs.NOT_KNOWN if convention in uncounted else format_bytes(round(sent[convention] / len(results)))
 
-    return [
-        {"direction": d, "kind": k, **{c: shown(sums[d, k], c) for c in _CONVENTIONS}} for d, k in order
-    ]
+    return [{"direction": d, "kind": k, **{c: shown(sums[d, k], c) for c in _CONVENTIONS}} for d, k in order]
 
 
 def _descriptions(report: Report) -> list[str]:

@@ -18,9 +18,9 @@ from typing import Any
 
 from cutlayer.errors import WireError
 from cutlayer.wire import messages as m
-from cutlayer.wire.frames import Frame, pack, unpack
+from cutlayer.wire.frames import Frame, parts, unpack
 from cutlayer.wire.limits import Limits
-from cutlayer.wire.tensors import Buffer
+from cutlayer.wire.tensors import Buffer, size_of
 
 ANSWERS: dict[type[m.Message], tuple[type[m.Message], ...]] = {
     m.Forward: (m.Smashed,),
@@ -74,13 +74,17 @@ class _Side:
 
     def send(self, message: Any, body: Sequence[Buffer] = ()) -> bytes:
         """The frame of `message`, to be sent next. Raises WireError where it may not be said now, and sends nothing."""
+        return b"".join(self.parts(message, body))
+
+    def parts(self, message: Any, body: Sequence[Buffer] = ()) -> list[Buffer]:
+        """The frame that `send` gives, as buffers that follow one another. Raises WireError."""
         if self.state == "closed":
             raise WireError(f"{_name(message)} cannot be sent after the end of the conversation")
         self._say(message)
-        data = pack(message, body, self._sent, self.conversation)
-        if len(data) > self.limits.message_bytes:
+        data = parts(message, body, self._sent, self.conversation)
+        if size_of(data) > self.limits.message_bytes:
             raise WireError(
-                f"{_name(message)} would have {len(data)} bytes: {self.limits.message_bytes} are taken; raise the "
+                f"{_name(message)} would have {size_of(data)} bytes: {self.limits.message_bytes} are taken; raise the "
                 "limit, or send smaller batches"
             )
         self._sent += 1

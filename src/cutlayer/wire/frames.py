@@ -11,7 +11,7 @@ speed of memory; it does not find what was forged, which is what an encrypted co
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -47,6 +47,11 @@ def pack(message: Message, body: Sequence[Buffer] = (), number: int = 0, convers
 
     Raises WireError where the message breaks a bound that the receiver would refuse it for.
     """
+    return b"".join(parts(message, body, number, conversation))
+
+
+def parts(message: Message, body: Sequence[Buffer] = (), number: int = 0, conversation: int = 0) -> list[Buffer]:
+    """The frame that `pack` gives, as buffers that follow one another; the body is not copied. Raises WireError."""
     try:
         header = _ENCODER.encode(message)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
@@ -54,7 +59,7 @@ def pack(message: Message, body: Sequence[Buffer] = (), number: int = 0, convers
     _message(header, "to server" if isinstance(message, FromClient) else "to client")
     place = _PLACE.pack(MAGIC, len(header), size_of(body), conversation, number)
     rest = [header, bytes(padded(PREFIX + len(header)) - PREFIX - len(header)), *body]
-    return b"".join([place, _CHECKSUM.pack(_checksum(place, rest)), *rest])
+    return [place, _CHECKSUM.pack(_checksum(place, rest)), *rest]
 
 
 def unpack(data: Buffer, direction: Direction, limits: Limits | None = None) -> Frame:
@@ -87,6 +92,19 @@ def unpack(data: Buffer, direction: Direction, limits: Limits | None = None) -> 
         raise WireError("a message does not have the checksum that it says: it was damaged on its way")
     message = _message(view[PREFIX : PREFIX + header_size], direction)
     return Frame(message, view[start:], number, conversation)
+
+
+def split(data: Buffer) -> Iterator[memoryview]:
+    """The frames in `data`, one after another; what is no whole frame comes last: `unpack` says what is wrong."""
+    view = memoryview(data).cast("B")
+    while len(view) >= PREFIX:
+        magic, header_size, body_size, _, _ = _PLACE.unpack(view[: _PLACE.size])
+        size = padded(PREFIX + header_size) + body_size
+        if magic != MAGIC or size >= len(view):
+            break
+        yield view[:size]
+        view = view[size:]
+    yield view
 
 
 def _message(header: Buffer, direction: Direction) -> Any:

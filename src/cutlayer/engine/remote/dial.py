@@ -11,6 +11,7 @@ import random
 import secrets
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from cutlayer.engine.remote.security import ClientSecurity, is_loopback, split_a
 from cutlayer.errors import NetworkError, RefusedError, WireError
 from cutlayer.wire import messages as m
 from cutlayer.wire.conversation import ClientSide
-from cutlayer.wire.frames import Frame
+from cutlayer.wire.frames import Frame, split
 from cutlayer.wire.limits import Limits
 from cutlayer.wire.tensors import Buffer
 
@@ -240,6 +241,7 @@ class _Stream:
     def __init__(self, channel: Any, hello: m.Hello, instance: str, limits: Limits) -> None:
         self.side = ClientSide(limits)
         self.worked = self.welcome = False
+        self._came: deque[memoryview] = deque()  # frames that came together
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         method = channel.stream_stream(f"/{network.SERVICE}/{network.METHOD}")
         metadata = ((network.HELLO, network.check_hello(self.side.send(hello))), (network.INSTANCE, instance))
@@ -255,10 +257,12 @@ class _Stream:
 
     def receive(self) -> Frame:
         """The next frame. Raises RpcError, or _AwayError at the end; WireError."""
-        data = next(self.call, None)
-        if data is None:
-            raise _AwayError("the server has ended the connection", worked=self.worked)
-        frame = self.side.receive(data)
+        if not self._came:
+            data = next(self.call, None)
+            if data is None:
+                raise _AwayError("the server has ended the connection", worked=self.worked)
+            self._came.extend(split(data))
+        frame = self.side.receive(self._came.popleft())
         self.welcome = True
         return frame
 

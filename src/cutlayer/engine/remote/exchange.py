@@ -5,6 +5,7 @@ Everything here happens on the thread of the hub's loop, except `wait`.
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -88,6 +89,7 @@ class Exchange:
     ) -> None:
         self.results: dict[int, list[Any] | Lost] = {}
         self.error: BaseException | None = None
+        self.timer: asyncio.TimerHandle | None = None
         self._answers: dict[int, list[Any]] = {k: [None] * n for k, n in counts.items()}
         self._due = dict(counts)  # answers to come
         self._decoding = dict.fromkeys(counts, 0)
@@ -188,5 +190,7 @@ class Exchange:
 
     def _end(self) -> None:
         self._over = True
+        if self.timer is not None:
+            self.timer.cancel()  # it would hold all answers until the deadline
         self._hub.keep_bodies(self)
         self._done.set()

@@ -18,9 +18,9 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar, overload
 
@@ -37,7 +37,7 @@ from cutlayer.wire import messages as m
 from cutlayer.wire.conversation import ANSWERS, ServerSide
 from cutlayer.wire.frames import Frame
 from cutlayer.wire.limits import Limits
-from cutlayer.wire.tensors import size_of
+from cutlayer.wire.tensors import Buffer, size_of
 
 log = logging.getLogger(__name__)
 Greet = Callable[[m.Hello, str | None], m.Welcome | m.Refused]
@@ -49,7 +49,7 @@ _STUCK = 0.5  # seconds after which a message that is being written counts as st
 _TEXT = 1000  # characters of a sentence that ends a stream: it travels in a header
 
 
-@dataclass(frozen=True)
+@dataclass
 class Traffic:
     """What has crossed the network between the server and one client, over all its connections.
 
@@ -100,6 +100,7 @@ class Hub:
         self._traffic: dict[int, Traffic] = {}
         self._changed = threading.Condition()
         self._exchanges: set[Exchange] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._waiting = 0
         self._budget = _Budget(max(self.limits.message_bytes, 1 << 20))
         self._gate: Gate
@@ -200,7 +201,7 @@ class Hub:
 
     def traffic(self) -> dict[int, Traffic]:
         """Bytes and messages of every client that has ever come."""
-        return dict(self._traffic)
+        return {k: replace(t) for k, t in list(self._traffic.items())}
 
     @overload
     def exchange(
@@ -368,7 +369,7 @@ class Hub:
                 link.outbox.extend(outs)
                 self._send_soon(link)
         if deadline is not None and not exchange.over:
-            self._loop.call_later(deadline, exchange.expire)
+            exchange.timer = self._loop.call_later(deadline, exchange.expire)
 
     def _is_stuck(self, link: _Link, outs: list[Out], answers: int) -> bool:
         """Close the stream of a client that has not taken what it was sent before."""
@@ -406,37 +407,60 @@ class Hub:
         """Write what is in the outbox, in order."""
         try:
             while link.outbox:
-                out = link.outbox[0]  # stays there, to be found, until it is packed
-                async with self._budget.share(out.body.size):
+                count, size = self._how_many(link)  # they stay there, to be found, until they are packed
+                share = await self._budget.take(size)
+                try:
                     if link.ended.is_set():
                         return
-                    link.outbox.popleft()
-                    link.writing = out.exchange
-                    await self._write(link, out)
-                out.exchange.sent(link.index)
-                link.writing = None
+                    link.writing = [link.outbox.popleft() for _ in range(count)]
+                    for data in list(self._packed(link)):  # before anything waits: buffers may change then
+                        await link.context.write(data)
+                        link.traffic.sent += len(data)
+                finally:
+                    self._budget.give_back(share)
+                sent, link.writing = link.writing, []
+                for out in sent:
+                    out.exchange.sent(link.index)
         except (grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError) as error:
             log.debug("client %d: %r", link.index, error)  # the reader ends, too, and says why
         finally:
             link.sending = None
 
-    async def _write(self, link: _Link, out: Out) -> None:
-        try:
-            data = link.side.send(out.message, out.body.buffers)
-        except WireError as error:  # nothing was sent; whoever asked must know better
-            out.exchange.fail(error)
-            return
-        if out.slot is not None:
-            link.due.append((out.exchange, out.slot, self._loop.time()))
-        await link.context.write(data)
-        self._count(link.index, sent=len(data), payload_sent=out.body.size, messages_sent=1)
+    def _how_many(self, link: _Link) -> tuple[int, int]:
+        """How many of the messages that wait can be packed together, and the bytes behind them."""
+        count = size = 0
+        for out in link.outbox:
+            if count and size + out.body.size > self.limits.message_bytes:
+                break
+            count, size = count + 1, size + out.body.size
+        return count, size
+
+    def _packed(self, link: _Link) -> Iterator[bytes]:
+        """The messages that are to be written, as few runs of bytes, each within the limit."""
+        run: list[Buffer] = []
+        for out in link.writing:
+            try:
+                parts = link.side.parts(out.message, out.body.buffers)
+            except WireError as error:  # nothing was sent; whoever asked must know better
+                out.exchange.fail(error)
+                continue
+            if out.slot is not None:
+                link.due.append((out.exchange, out.slot, self._loop.time()))
+            link.traffic.messages_sent += 1
+            link.traffic.payload_sent += out.body.size
+            if run and size_of(run) + size_of(parts) > self.limits.message_bytes:
+                yield b"".join(run)
+                run = []
+            run += parts
+        if run:
+            yield b"".join(run)
 
     async def _talk(self, _: object, context: Any) -> None:
         """One stream, from its opening to its end."""
         link = await self._handshake(context)
         if link is None:
             return
-        lost = Lost("gone", f"client {link.index}'s connection broke")
+        lost = Lost("gone", f"client {link.index} is gone: its connection has ended")
         try:
             lost = await self._listen(link)
         except WireError as error:
@@ -451,16 +475,19 @@ class Hub:
         while True:
             data = await link.context.read()
             if data is grpc.aio.EOF:
-                return Lost("gone", f"client {link.index} ended its connection")
+                return Lost("gone", f"client {link.index} is gone: its connection has ended")
             if link.side.state == "closed":
                 continue  # Bye has been said, and crossed an answer
             frame = link.side.receive(data)
-            self._count(link.index, received=len(data), payload_received=len(frame.body), messages_received=1)
+            traffic = link.traffic
+            traffic.received += len(data)
+            traffic.payload_received += len(frame.body)
+            traffic.messages_received += 1
             if isinstance(frame.message, m.Failed):
                 log.warning("client %d has failed: %s: %s", link.index, frame.message.kind, frame.message.sentence)
                 return Lost("failed", f"client {link.index}: {frame.message.sentence}", frame.message.kind)
             exchange, slot, since = link.due.popleft()
-            self._traffic[link.index] = replace(self._traffic[link.index], latency=self._loop.time() - since)
+            traffic.latency = self._loop.time() - since
             if exchange.over:
                 log.info("client %d: an answer came too late", link.index)
             else:
@@ -503,7 +530,11 @@ class Hub:
         finally:
             if self._names.get(hello.client, link) is None:
                 del self._names[hello.client]
-        self._count(link.index, sent=len(data), messages_sent=1, received=len(metadata[network.HELLO]), connections=1)
+        link.traffic = traffic = self._traffic.setdefault(link.index, Traffic())
+        traffic.sent += len(data)
+        traffic.received += len(metadata[network.HELLO])
+        traffic.messages_sent += 1
+        traffic.connections += 1
         with self._changed:
             link.open = True
             self._endings.pop(link.index, None)
@@ -552,8 +583,9 @@ class Hub:
                 del self._names[link.hello.client]
             self._changed.notify_all()
         log.info("client %d: %s", link.index, lost.sentence)
-        waiting = [exchange for exchange, *_ in link.due] + [out.exchange for out in link.outbox]
-        for exchange in {*waiting, *([link.writing] if link.writing else [])}:
+        for exchange in {exchange for exchange, *_ in link.due} | {
+            out.exchange for out in [*link.outbox, *link.writing]
+        }:
             exchange.lose(link.index, lost)
         link.due.clear()
         link.outbox.clear()
@@ -568,7 +600,9 @@ class Hub:
             except (grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError) as error:
                 log.debug("client %d: %r", link.index, error)
 
-        self._loop.create_task(abort())
+        task = self._loop.create_task(abort())
+        self._tasks.add(task)  # a task that nobody holds may vanish
+        task.add_done_callback(self._tasks.discard)
 
     def garbled(self, client: int, sentence: str) -> None:
         """Close the stream of a client that has said something which cannot be what was agreed."""
@@ -576,10 +610,6 @@ class Hub:
         if link is not None:
             lost = Lost("garbage", f"client {client}: {sentence}", WireError.__name__)
             self._cut(link, lost, grpc.StatusCode.INVALID_ARGUMENT)
-
-    def _count(self, client: int, **more: int) -> None:
-        old = self._traffic.get(client) or Traffic()
-        self._traffic[client] = replace(old, **{name: getattr(old, name) + n for name, n in more.items()})
 
 
 class _Link:
@@ -592,7 +622,8 @@ class _Link:
         self.ended = asyncio.Event()
         self.outbox: deque[Out] = deque()
         self.due: deque[tuple[Exchange, int, float]] = deque()  # as side.asked: for whom an answer is, and since when
-        self.writing: Exchange | None = None
+        self.writing: list[Out] = []  # out of the outbox, not through yet
+        self.traffic = Traffic()
         self.sending: asyncio.Task[None] | None = None
 
 
@@ -604,38 +635,32 @@ class _Budget:
 
     def __init__(self, total: int) -> None:
         self._total, self._used = total, 0
-        self._queue: deque[tuple[int, asyncio.Future[None]]] = deque()
+        self._held: dict[int, tuple[int, float]] = {}  # (bytes, until when they count), the oldest first
+        self._last = 0
+        self._freed = asyncio.Event()
 
-    @asynccontextmanager
-    async def share(self, size: int) -> AsyncIterator[None]:
-        """Wait for `size` bytes to be free, and hold them."""
+    async def take(self, size: int) -> int:
+        """Wait for `size` bytes to be free, and hold them: until what this returns is given back."""
         loop = asyncio.get_running_loop()
-        if self._used and (self._queue or self._used + size > self._total):
-            turn = loop.create_future()
-            self._queue.append((size, turn))
-            await turn
-        else:
-            self._used += size
-        held = [size]
+        while self._used and self._used + size > self._total:
+            now = loop.time()
+            for share in [share for share, (_, until) in self._held.items() if until <= now]:
+                self.give_back(share)
+            if self._held:
+                oldest = next(iter(self._held.values()))[1]
+                self._freed.clear()
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._freed.wait(), max(0.0, oldest - now))
+        self._last += 1
+        self._held[self._last] = (size, loop.time() + _STUCK)
+        self._used += size
+        return self._last
 
-        def give_back() -> None:
-            if held:
-                self._give_back(held.pop())
-
-        timer = loop.call_later(_STUCK, give_back)
-        try:
-            yield
-        finally:
-            timer.cancel()
-            give_back()
-
-    def _give_back(self, size: int) -> None:
+    def give_back(self, share: int) -> None:
+        """What was taken is written, or stuck."""
+        size, _ = self._held.pop(share, (0, 0))
         self._used -= size
-        while self._queue and (not self._used or self._used + self._queue[0][0] <= self._total):
-            size, turn = self._queue.popleft()
-            if not turn.done():
-                self._used += size
-                turn.set_result(None)
+        self._freed.set()
 
 
 def _health(hub: Hub) -> Any:

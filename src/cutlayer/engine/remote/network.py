@@ -1,9 +1,12 @@
 """What both ends of a connection must have alike: one bidirectional stream of opaque messages, over gRPC.
 
-Clients dial out; a stream is one conversation (`wire.conversation`). Hello, alone of all frames, is no message of the
-stream: it travels in the metadata that opens it. gRPC bounds metadata by itself and before it hands anything over, so
-nobody makes the server hold more than `HELLO_BYTES` before the server knows who it is; a stream's messages are not read
-before that.
+Clients dial out; a stream is one conversation (`wire.conversation`). A message of the stream is one frame from a
+client; from the server it is one, or several that follow one another (`frames.split`): a message costs gRPC about as
+much as 50 kB do.
+
+Hello, alone of all frames, is no message of the stream: it travels in the metadata that opens it. gRPC bounds metadata
+by itself and before it hands anything over, so nobody makes the server hold more than `HELLO_BYTES` before the server
+knows who it is; a stream's messages are not read before that.
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ def options(limits: Limits, keepalive: float) -> list[tuple[str, Any]]:
         ("grpc.absolute_max_metadata_size", _METADATA_BYTES),
         ("grpc.keepalive_time_ms", int(keepalive * 1000)),
         ("grpc.keepalive_timeout_ms", int(keepalive * 500)),
+        ("grpc.http2.ping_timeout_ms", int(keepalive * 500)),  # what gRPC goes by; a minute unless told
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
     ]

@@ -13,6 +13,7 @@ import secrets
 import socket
 import ssl
 import stat
+import time
 import tomllib
 import warnings
 from collections.abc import Iterable, Mapping
@@ -32,6 +33,7 @@ TOKEN_LENGTH = 20
 """Characters that a token has at least. Tokens are made by `make_token`, not thought up: their hashes are quick."""
 
 _HASHED = "sha256"
+_CLOSED = "it hung up after the handshake"
 
 
 @dataclass(frozen=True)
@@ -106,21 +108,13 @@ class ClientSecurity:
     def diagnose(self, address: str) -> str | None:
         """Why no TLS connection comes about, as a sentence, if that is the reason why there is none.
 
-        gRPC's own words for it are those of its library; Python's can be told apart.
+        gRPC's own words for it are those of its library, or none; Python's can be told apart.
         """
-        host, port = split_address(address)
-        context = ssl.create_default_context(cafile=None if self.insecure else self.ca)
-        if self.insecure:
-            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        context.set_alpn_protocols(["h2"])
         try:
-            if self.certificate:
-                context.load_cert_chain(self.certificate, self.key)
-            with (
-                socket.create_connection((host, port), timeout=5) as raw,
-                context.wrap_socket(raw, server_hostname=self.server_name or host) as tls,
-            ):
-                tls.recv(1)  # what the server thinks of our certificate comes after the handshake
+            said = self._shake_hands(address)
+            if said == _CLOSED:  # as a server would, too, that stops just now
+                time.sleep(0.2)
+                said = self._shake_hands(address)
         except ssl.SSLCertVerificationError as error:
             return (
                 f"the certificate of the server at {address} is not accepted ({error.verify_message}): give ca, the "
@@ -130,18 +124,38 @@ class ClientSecurity:
             reason = error.reason or ""
             if reason == "WRONG_VERSION_NUMBER":
                 return None if self.insecure else f"the server at {address} speaks no TLS: start it with a certificate"
-            if "ALERT" in reason and not self.insecure:
-                said = reason.partition("ALERT_")[2].lower().replace("_", " ")
-                return (
-                    f"the server at {address} does not accept this client's certificate ({said}): give certificate "
-                    "and key, made by the authority that the server knows, and not expired"
-                )
-            return None
+            if "ALERT" not in reason:
+                return None
+            said = reason.partition("ALERT_")[2].lower().replace("_", " ")
         except OSError:
             return None
-        if not self.insecure:
+        if self.insecure:
+            return f"the server at {address} speaks TLS: give ca, and this client's certificate or token"
+        if not said:
             return None
-        return f"the server at {address} speaks TLS: give ca, and this client's certificate or token"
+        return (
+            f"the server at {address} does not accept this client's certificate ({said}): give certificate and key, "
+            "made by the authority that the server knows, and not expired"
+        )
+
+    def _shake_hands(self, address: str) -> str:
+        """Open a TLS connection; what the server said to our certificate, "" where it took it. Raises OSError."""
+        host, port = split_address(address)
+        context = ssl.create_default_context(cafile=None if self.insecure else self.ca)
+        if self.insecure:
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        if self.certificate:
+            context.load_cert_chain(self.certificate, self.key)
+        context.set_alpn_protocols(["h2"])
+        with (
+            socket.create_connection((host, port), timeout=5) as raw,
+            context.wrap_socket(raw, server_hostname=self.server_name or host) as tls,
+        ):
+            # The server judges our certificate after the handshake. gRPC just hangs up; else it is the first to speak.
+            try:
+                return "" if tls.recv(1) else _CLOSED
+            except (ConnectionError, ssl.SSLEOFError):
+                return _CLOSED
 
 
 class Tokens:
@@ -225,7 +239,9 @@ def read_token(path: Path) -> str:
     _warn_if_open(path)
     token = _read(path).decode(errors="replace").strip()
     if len(token) < TOKEN_LENGTH:
-        raise ConfigError(f"{str(path)!r} holds no token of {TOKEN_LENGTH} characters at least: write the client's into it")
+        raise ConfigError(
+            f"{str(path)!r} holds no token of {TOKEN_LENGTH} characters at least: write the client's into it"
+        )
     return token
 
 
