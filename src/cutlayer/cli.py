@@ -321,7 +321,7 @@ def serve(
     patience: Annotated[float | None, _Flag] = None,
     metrics: Annotated[str | None, _Flag] = None,
 ) -> None:
-    """Train with clients on other machines: hold the server's part, wait for all clients to join, go on after a restart.
+    """Train with clients on other machines: hold the server's part, wait for all clients, go on after a restart.
 
     The same command with the same folder goes on from the last checkpoint; clients reconnect by themselves. Clients
     are called client-0, client-1 and so on; so are the names in their certificates or in the file of tokens.

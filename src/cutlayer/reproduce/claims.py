@@ -60,7 +60,9 @@ class Claim:
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean difference in points with its 95 % interval over `seeds`, averaged over `cells` pairs, and the verdict."""
+    """A mean difference in points with its 95 % interval over `seeds`, averaged over `cells` pairs, and the verdict. In
+    `at_chance` of the pairs a cell has collapsed to chance level for some seed: such pairs outweigh all others.
+    """
 
     verdict: Word
     mean: float | None = None
@@ -68,6 +70,7 @@ class Difference:
     high: float | None = None
     seeds: int = 0
     cells: int = 0
+    at_chance: int = 0
 
 
 @dataclass(frozen=True)
@@ -114,8 +117,8 @@ def summary(verdicts: Sequence[Verdict], counted: Sequence[Fact] = ()) -> list[s
     lines = []
     for word in WORDS:
         titles = [_counted(v) for v in verdicts if v.overall.verdict == word]
-        titles += [f.title for f in counted if word == ("holds" if f.holds else "does not hold")]
-        total = len(verdicts) + len(counted)
+        titles += [f.title for f in counted if f.word == word]
+        total = len(verdicts) + sum(f.word in WORDS for f in counted)
         lines.append(f"{meaning[word]} ({len(titles)} of {total}): {'; '.join(titles) or 'none'}.")
     sized = [v for v in verdicts if v.overall.verdict in ("holds", "does not hold") and v.overall.mean is not None]
     sized.sort(key=lambda v: -abs(v.overall.mean or 0.0))
@@ -181,7 +184,8 @@ def _difference(outcomes: Outcomes, pairs: list[Pair], threshold: float) -> Diff
     seeds = frozenset.intersection(*(frozenset(more) & frozenset(less) for more, less in sides))
     per_seed = [statistics.fmean(more[s].best - less[s].best for more, less in sides) for s in sorted(seeds)]
     d = interval(per_seed, threshold)
-    return Difference(d.verdict, d.mean, d.low, d.high, d.seeds, len(pairs))
+    collapsed = sum(any(o.best < o.chance + 1 for o in [*more.values(), *less.values()]) for more, less in sides)
+    return Difference(d.verdict, d.mean, d.low, d.high, d.seeds, len(pairs), collapsed)
 
 
 # ---- what is claimed -------------------------------------------------------------------------------------------------

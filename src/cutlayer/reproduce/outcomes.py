@@ -21,7 +21,8 @@ class Outcome:
     """One finished run; accuracies in percent.
 
     `best` is the test accuracy at the evaluation with the best validation accuracy (`validation`), which is what the
-    paper reports; `last` that at the end. A run that diverged counts as chance: 100 over the number of classes.
+    paper reports; `last` that at the end; `chance` is 100 over the number of classes. A run that diverged counts as
+    chance.
     `result` is the run's result.json, None where it diverged.
     """
 
@@ -29,6 +30,7 @@ class Outcome:
     last: float
     validation: float
     diverged: bool
+    chance: float
     evaluations: list[dict[str, Any]]
     result: dict[str, Any] | None
 
@@ -103,12 +105,12 @@ def read(folder: Path, config: RunConfig) -> Outcome:
                 "have it trained anew, or choose another --out"
             )
     evaluations = list(read_records(folder / EVALUATIONS))
+    classes = read_json(folder / CLASSES)
+    if not classes:
+        raise RunFolderError(f"{str(folder)!r} lacks {CLASSES}: remove that folder to have its run trained anew")
+    chance = 100 / len(classes["class_names"])
     if (folder / DIVERGED).exists():
-        classes = read_json(folder / CLASSES)
-        if not classes:
-            raise RunFolderError(f"{str(folder)!r} lacks {CLASSES}: remove that folder to have its run trained anew")
-        chance = 100 / len(classes["class_names"])
-        return Outcome(chance, chance, chance, True, evaluations, None)
+        return Outcome(chance, chance, chance, True, chance, evaluations, None)
     result = read_json(folder / RESULT)
     if not evaluations or not {"best_test_accuracy", "test_accuracy"} <= set(result):
         raise RunFolderError(f"{str(folder)!r} is damaged: remove that folder to have its run trained anew")
@@ -117,6 +119,7 @@ def read(folder: Path, config: RunConfig) -> Outcome:
         last=100 * result["test_accuracy"],
         validation=100 * max(e["validation_accuracy"] or 0.0 for e in evaluations),
         diverged=False,
+        chance=chance,
         evaluations=evaluations,
         result=result,
     )

@@ -12,13 +12,19 @@ from jinja2 import Environment, StrictUndefined
 
 from cutlayer import __version__
 from cutlayer.report.text import listed
-from cutlayer.reproduce.claims import WORDS, Difference, Verdict, points
+from cutlayer.reproduce.claims import Difference, Verdict, points
 from cutlayer.reproduce.findings import Findings
 from cutlayer.reproduce.plots import PLOTS, draw
 from cutlayer.reproduce.tables import Table, paper, paper_of, shown
 
 JSON, MARKDOWN, PAGE = "reproduction.json", "reproduction.md", "reproduction.html"
-MARKS = dict(zip(WORDS, ("✓", "✗", "~", ""), strict=True))
+MARKS: dict[str, str] = {
+    "holds": "✓",
+    "does not hold": "✗",
+    "within noise": "~",
+    "not measured": "",
+    "by construction": "",
+}
 
 
 def files(findings: Findings, size: str) -> dict[str, bytes]:
@@ -27,7 +33,7 @@ def files(findings: Findings, size: str) -> dict[str, bytes]:
     content = _content(findings, size)
     return {
         JSON: (json.dumps(_data(findings, size), indent=1) + "\n").encode(),
-        MARKDOWN: _rendered("page.md.j2", False, **content).encode(),
+        MARKDOWN: _rendered("page.md.j2", False, **content, pictures=_named(pictures), folder="").encode(),
         PAGE: _rendered("page.html.j2", True, **content, style=_style(), pictures=_embedded(pictures)).encode(),
         **{f"{name}.png": png for name, png in pictures.items()},
     }
@@ -89,7 +95,7 @@ def _content(findings: Findings, size: str) -> dict[str, Any]:
         "source": paper()["source"],
         "tables": [_lines(table) for table in findings.tables],
         "verdicts": [_verdict(v) for v in findings.verdicts],
-        "facts": [{**asdict(f), "word": "holds" if f.holds else "does not hold"} for f in findings.facts],
+        "facts": [{**asdict(f), "word": f.word} for f in findings.facts],
         "command": f"cutlayer reproduce {' '.join(findings.parts)} --size {size}",
         "marks": MARKS,
     }
@@ -104,11 +110,12 @@ def _lines(table: Table) -> dict[str, Any]:
 
 def _verdict(verdict: Verdict) -> dict[str, Any]:
     d = verdict.overall
+    collapsed = f", {d.at_chance} with a cell at chance" if d.at_chance else ""
     return {
         "claim": verdict.claim,
         "word": d.verdict,
         "points": "loss " * (verdict.claim.loss and d.mean is not None) + points(d),
-        "evidence": f"{d.seeds} seed{'s' * (d.seeds != 1)}, {d.cells} pair{'s' * (d.cells != 1)}",
+        "evidence": f"{d.seeds} seed{'s' * (d.seeds != 1)}, {d.cells} pair{'s' * (d.cells != 1)}{collapsed}",
         "columns": verdict.columns,
         "rows": [(label, [_marked(cell) for cell in cells]) for label, cells in verdict.rows],
     }
@@ -174,6 +181,11 @@ def _style() -> str:
     """The style sheet of a run's page: one look for all."""
     page = resources.files("cutlayer.report").joinpath("report.html.j2").read_text()
     return page.partition("<style>")[2].partition("</style>")[0]
+
+
+def _named(pictures: dict[str, bytes]) -> list[tuple[str, str, str]]:
+    """(file name, title, text) of every plot."""
+    return [(name, PLOTS[name].title, PLOTS[name].text) for name in pictures]
 
 
 def _embedded(pictures: dict[str, bytes]) -> list[tuple[str, str, str]]:

@@ -295,7 +295,7 @@ def _accuracy_axis(axes: Iterable[Axes]) -> None:
         top, bottom = values.max(), max(values.min(), np.median(values) - _RANGE)
         margin = 0.06 * max(top - bottom, 1.0)
         for ax in own:
-            ax.set_ylim(bottom - margin, top + margin)
+            ax.set_ylim(bottom - margin, min(top + margin, 101))
 
 
 def _legend(figure: Figure, ax: Axes) -> None:

@@ -121,8 +121,7 @@ def _facts(facts: Sequence[Fact]) -> Grid:
     for name in ("claim", "verdict", "counted"):
         grid.add_column(name, no_wrap=name == "verdict")
     for f in facts:
-        word = "holds" if f.holds else "does not hold"
-        grid.add_row(Text(f.title), Text(word, _STYLES[word]), Text(f.evidence))
+        grid.add_row(Text(f.title), Text(f.word, _STYLES.get(f.word, "dim")), Text(f.evidence))
     return grid
 
 

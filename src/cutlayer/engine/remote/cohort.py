@@ -30,6 +30,7 @@ from cutlayer.wire import RAW, Codec, Frame, decode, decode_named, described, en
 from cutlayer.wire import messages as m
 from cutlayer.wire.tensors import Buffer
 
+
 class Hub(Protocol):
     """What carries the requests (see `hub.py`)."""
 
@@ -105,7 +106,7 @@ class RemoteCohort:
         self._average: dict[str, Tensor] | None = None
         self._stale: set[int] = set()  # have missed an averaging
         self._like = described(state_of(setup.twin.module))
-        self._absent: set[int] = set(range(len(setup.samples)))  # at the beginning of the round before
+        self._begun = False  # a round, in this process
         self._alike = setup.alike  # all models are known to be equal
 
     @property
@@ -133,9 +134,10 @@ class RemoteCohort:
         """Draw the participants; those that are connected get their number of batches, and a model they missed."""
         s = self.setup
         self._ready()
-        if self.hub.arrivals() and self._average is not None:
-            self._stale |= self._absent & self.hub.connected  # what they have missed is not known
-        self._absent = set(range(len(s.samples))) - self.hub.connected
+        new = set(self.hub.arrivals())
+        if self._begun and self._average is not None:
+            self._stale |= new  # what those who come back have missed is not known
+        self._begun = True
         drawn = draw_participants(s.seed, index, len(s.samples), s.participation)
         here = tuple(k for k in drawn if k in self.hub.connected)
         if not here:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +29,8 @@ GRACE = 5.0  # seconds that clients have to hear of the end
 @dataclass(frozen=True)
 class Serving:
     """How a server serves: `address` to listen at; seconds (`deadline`) for every exchange, after which it goes on with
-    those who have answered if they are a `quorum` (a fraction); seconds to wait for clients that are missing (`patience`:
-    all of them at the start, a quorum later; None: for ever).
+    those who have answered if they are a `quorum` (a fraction); seconds to wait for clients that are missing
+    (`patience`: all of them at the start, a quorum later; None: for ever).
     """
 
     address: str

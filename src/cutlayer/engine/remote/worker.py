@@ -206,7 +206,7 @@ class Worker:
         process is new, it is the state that was kept after that very step; failing that, a new process in a run that
         went on without it takes the last that it has kept. Raises RunFolderError where there is none such.
         """
-        if 0 < self._seen <= step or step == self._seen == self.steps == 0 and not self._kept():
+        if 0 < self._seen <= step or (step == self._seen == self.steps == 0 and not self._kept()):
             return
         kept = self._kept()
         if step in kept:
