@@ -1,1 +1,1 @@
-"""What a run costs: bytes."""
+"""What training costs: bytes, computation, time, energy; counted, measured or modelled."""
