@@ -128,8 +128,21 @@ def test_flops_change_nothing_and_say_what_they_do_not_know() -> None:
     assert all(difference(b, p.state_dict()) == 0 for b, p in zip(before, parts.all, strict=True))
     assert torch.equal(random, torch.get_rng_state())
     assert all(p.grad is None for part in parts.all for p in part.parameters())
+
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = nn.LSTM(8, 3, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            outputs: torch.Tensor = self.cell(x[:, None])[0]
+            return outputs[:, -1]
+
     with pytest.warns(UserWarning, match="server part are not known"):
-        count(cut(nn.Sequential(nn.Linear(8, 8), nn.PReLU()), "0", example), example)
+        count(cut(nn.Sequential(nn.Linear(8, 8), Recurrent()), "0", example), example)
+    looked_up = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(8, 3))
+    words = torch.randint(9, (4, 2))
+    assert count(cut(looked_up, "0", words), words).client == Flops(0.0, 0.0)  # and no warning
 
 
 def work_of(run: Run, **options: Any) -> Workload:

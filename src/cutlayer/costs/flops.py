@@ -77,7 +77,7 @@ def count(parts: Parts, example: Tensor) -> ModelFlops:
     try:
         for name, module in zip(("client", "server", "tail"), modules, strict=False):
             part, rows = _count(module, rows, len(example))
-            if not part.forward and any(True for _ in module.parameters()):
+            if not part.forward and _multiplies(module):
                 warnings.warn(
                     f"the FLOPs of the {name} part are not known: torch's counter knows none of its operations",
                     stacklevel=2,
@@ -86,6 +86,22 @@ def count(parts: Parts, example: Tensor) -> ModelFlops:
     finally:
         torch.set_rng_state(random_state)
     return ModelFlops(*found)
+
+
+_WITHOUT_PRODUCTS = (
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.modules.batchnorm._NormBase,
+    nn.PReLU,
+)
+
+
+def _multiplies(part: nn.Module) -> bool:
+    """Whether a part has parameters of other layers than those that look up or scale."""
+    idle = {id(p) for m in part.modules() if isinstance(m, _WITHOUT_PRODUCTS) for p in m.parameters(recurse=False)}
+    return any(id(p) not in idle for p in part.parameters())
 
 
 def _count(module: nn.Module, received: Rows | Tensor, rows: int) -> tuple[Flops, Rows]:
