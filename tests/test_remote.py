@@ -101,7 +101,7 @@ def remote(config: RunConfig, folder: Path | None = None, *, resume: bool = Fals
         for k in set(hub.workers) - hub.connected - hub.gone:
             hub.join(k, lambda hello, k=k: greet(hello, k))
 
-    training, greet = remote_training(config, hub, [0] * config.clients, ready=ready)
+    training, _, greet = remote_training(config, hub, [0] * config.clients, ready=ready)
     if resume:
         assert folder is not None
         return Run.resume(folder / "run", training=training), hub

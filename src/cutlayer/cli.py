@@ -79,9 +79,7 @@ def run(*, options: Annotated[RunConfig | None, _Star] = None, config: _ConfigFi
     """
     from cutlayer.run import Run
 
-    values = _merged(RunConfig, options, config)
-    merged = RunConfig.of(values)
-    merged.check((merged.algorithm,), frozenset(values))
+    merged = _run_config(options, config)
     where = out or _fresh(f"{merged.algorithm}-{Path(merged.data).stem}")
     _train(Run(merged, out=where))
 
@@ -279,9 +277,7 @@ def calibrate(
     """
     from cutlayer.costs.calibrate import calibrate as measure
 
-    for option, value in (("batch", batch), ("seconds", seconds), ("watts", watts), ("idle_watts", idle_watts)):
-        if value is not None and not 0 < value < float("inf"):
-            raise ConfigError(f"{option} = {value} is not possible: it must be greater than 0")
+    _check_positive(batch=batch, seconds=seconds, watts=watts, idle_watts=idle_watts)
     if out is not None and out.exists():
         raise ConfigError(f"out = {str(out)!r} exists already: choose another file")
     found = measure(model, batch=batch, device=device, seconds=seconds, watts=watts, idle_watts=idle_watts)
@@ -356,13 +352,9 @@ def serve(
     from cutlayer.engine.remote.security import ServerSecurity
     from cutlayer.engine.remote.serve import Service, Serving
 
-    values = _merged(RunConfig, options, config)
-    merged = RunConfig.of(values)
-    merged.check((merged.algorithm,), frozenset(values))
+    merged = _run_config(options, config)
     _check_network(insecure, certificate=certificate, key=key, ca=ca, tokens=tokens)
-    for name, value in (("deadline", deadline), ("patience", patience)):
-        if value is not None and not 0 < value < float("inf"):
-            raise ConfigError(f"{name} = {value} is not possible: it must be greater than 0")
+    _check_positive(deadline=deadline, patience=patience)
     if not 0 < quorum <= 1:
         raise ConfigError(f"quorum = {quorum} is not possible: it is a fraction above 0, at most 1")
     _show_log()
@@ -422,9 +414,7 @@ def join(
     from cutlayer.engine.remote.join import join as work
     from cutlayer.engine.remote.security import ClientSecurity, read_token
 
-    values = _merged(RunConfig, options, config)
-    merged = RunConfig.of(values)
-    merged.check((merged.algorithm,), frozenset(values))
+    merged = _run_config(options, config)
     _check_network(insecure, certificate=certificate, key=key, ca=ca, token_file=token_file)
     if len(client) > 1 and (certificate or token_file):
         raise ConfigError(f"{len(client)} clients cannot share one certificate or token: start one process for each")
@@ -523,6 +513,21 @@ def _flag_sentence(error: CycloptsError) -> str:
     return str(error).strip()
 
 
+def _run_config(options: RunConfig | None, config: Path | None) -> RunConfig:
+    """A run's options, of the file with the flags over them, checked. Raises ConfigError."""
+    values = _merged(RunConfig, options, config)
+    merged = RunConfig.of(values)
+    merged.check((merged.algorithm,), frozenset(values))
+    return merged
+
+
+def _check_positive(**values: float | None) -> None:
+    """Raises ConfigError for what is given and not a finite number above 0."""
+    for name, value in values.items():
+        if value is not None and not 0 < value < float("inf"):
+            raise ConfigError(f"{name} = {value} is not possible: it must be greater than 0")
+
+
 def _merged(model: type[Any], options: Any, config: Path | None) -> dict[str, Any]:
     """The file's values with the flags over them."""
     flags = {} if options is None else options.model_dump(include=options.model_fields_set)
@@ -580,7 +585,6 @@ def _plan(config: PlanConfig, folder: Path | None, as_json: bool) -> None:
     import json
 
     from cutlayer.costs.plan import plan
-    from cutlayer.files import replace_file
     from cutlayer.folder import refuse_used
 
     if folder is not None:

@@ -99,6 +99,76 @@ class Cohort(Protocol):
         """Take a state that `state()` returned."""
 
 
+class CohortAround:
+    """A cohort around a cohort: passes everything on. Wrappers say what they do besides."""
+
+    def __init__(self, inner: Cohort) -> None:
+        self.inner = inner
+
+    @property
+    def samples(self) -> Sequence[int]:
+        """As the inner cohort's."""
+        return self.inner.samples
+
+    @property
+    def shape(self) -> Literal["whole", "split", "u-shaped"]:
+        """As the inner cohort's."""
+        return self.inner.shape
+
+    @property
+    def holder(self) -> int | None:
+        """As the inner cohort's."""
+        return self.inner.holder
+
+    def footprint(self, client: int) -> Footprint:
+        """As the inner cohort's."""
+        return self.inner.footprint(client)
+
+    def begin_round(self, index: int, total: int, lr_factor: float) -> Round:
+        """Passed on."""
+        return self.inner.begin_round(index, total, lr_factor)
+
+    def forward(self, clients: Sequence[int] | None = None, *, labels: bool = True) -> Smashed:
+        """Passed on."""
+        return self.inner.forward(clients, labels=labels)
+
+    def tail(self, features: Smashed) -> TailGradients:
+        """Passed on."""
+        return self.inner.tail(features)
+
+    def backward(self, gradients: CutGradients) -> None:
+        """Passed on."""
+        self.inner.backward(gradients)
+
+    def fit(self) -> list[Step]:
+        """Passed on."""
+        return self.inner.fit()
+
+    def average(self, weights: Mapping[int, float]) -> None:
+        """Passed on."""
+        self.inner.average(weights)
+
+    def hand_over(self, client: int, *, optimizer: bool) -> None:
+        """Passed on."""
+        self.inner.hand_over(client, optimizer=optimizer)
+
+    def evaluate(self, samples: Samples, predict: Predict) -> Evaluation:
+        """Passed on."""
+        return self.inner.evaluate(samples, predict)
+
+    def model_state(self, client: int) -> Mapping[str, Tensor]:
+        """As the inner cohort's."""
+        return self.inner.model_state(client)
+
+    def state(self) -> dict[str, Any]:
+        """The inner cohort's state."""
+        return {"inner": self.inner.state()}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take a state that `state()` returned."""
+        self.inner.load(state["inner"])
+
+
 def draw_participants(seed: int, index: int, clients: int, fraction: float) -> tuple[int, ...]:
     """The clients of round `index`: max(1, fraction x C rounded half up) of them, drawn without replacement, in
     order.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,14 @@ from cutlayer.config import CompareConfig, RunConfig, overlaid
 from cutlayer.errors import RunFolderError
 from cutlayer.files import read_json
 from cutlayer.folder import COMPARISON, CONFIG, OWN_FILES, RESULT, Folder, refuse_used, stored_config
-from cutlayer.run import Record, Result, Run, own_things, without_own
+from cutlayer.run import Record, Result, Run, Spent, own_things, without_own
+from cutlayer.summary import mean_of_known
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(Spent):
     """One line of the table: an entry over its seeds. Accuracies in [0, 1], sample standard deviations; all else are
-    means over seeds, bytes and FLOPs those of training (FLOPs of a client in the mean, and of the server). Virtual time
-    and modelled energy (of all clients, of the server) are None where they are not known.
+    means over seeds, bytes those of training.
     """
 
     entry: str
@@ -39,13 +39,6 @@ class Row:
     bytes_down: float
     bytes_down_broadcast: float
     seconds: float
-    client_flops: float | None = None
-    server_flops: float | None = None
-    virtual_seconds: float | None = None
-    clients_joules: float | None = None
-    clients_marginal_joules: float | None = None
-    server_joules: float | None = None
-    measured_joules: float | None = None
 
 
 class Comparison:
@@ -151,10 +144,6 @@ def _row(entry: str, configs: Mapping[int, RunConfig], results: Mapping[int, Res
     def mean(name: str) -> float:
         return statistics.fmean(getattr(r, name) for r in results.values())
 
-    def known(name: str) -> float | None:
-        values = [getattr(r, name) for r in results.values()]
-        return None if None in values else statistics.fmean(values)
-
     def spread(name: str) -> float | None:
         return statistics.stdev(getattr(r, name) for r in results.values()) if len(results) > 1 else None
 
@@ -174,11 +163,5 @@ def _row(entry: str, configs: Mapping[int, RunConfig], results: Mapping[int, Res
         bytes_down=mean("bytes_down"),
         bytes_down_broadcast=mean("bytes_down_broadcast"),
         seconds=mean("seconds"),
-        client_flops=known("client_flops"),
-        server_flops=known("server_flops"),
-        virtual_seconds=known("virtual_seconds"),
-        clients_joules=known("clients_joules"),
-        clients_marginal_joules=known("clients_marginal_joules"),
-        server_joules=known("server_joules"),
-        measured_joules=known("measured_joules"),
+        **{f.name: mean_of_known(getattr(r, f.name) for r in results.values()) for f in fields(Spent)},
     )

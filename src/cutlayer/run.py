@@ -41,10 +41,33 @@ class Record:
     seconds: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class Modelled:
+    """Virtual time, and modelled energy of all clients together and of the server, where the run has a client device.
+    None: not known.
+    """
+
+    virtual_seconds: float | None = None
+    clients_joules: float | None = None
+    clients_marginal_joules: float | None = None
+    server_joules: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spent(Modelled):
+    """Also FLOPs of training, of a client in the mean and of the server, and the energy that this process's machine
+    drew. None: not known, not measured.
+    """
+
+    client_flops: float | None = None
+    server_flops: float | None = None
+    measured_joules: float | None = None
+
+
 @dataclass(frozen=True)
-class Scores:
-    """One evaluation, as written to evaluations.jsonl. Accuracies in [0, 1], mean over the clients' models. Virtual
-    time and modelled energy so far, of all clients together, where the run has a client device (None: not known).
+class Scores(Modelled):
+    """One evaluation, as written to evaluations.jsonl. Accuracies in [0, 1], mean over the clients' models; time and
+    energy so far.
     """
 
     round: int
@@ -59,21 +82,15 @@ class Scores:
     bytes_down: int
     bytes_down_broadcast: int
     seconds: float
-    virtual_seconds: float | None = None
-    clients_joules: float | None = None
-    clients_marginal_joules: float | None = None
-    server_joules: float | None = None
 
 
 @dataclass(frozen=True)
-class Result:
+class Result(Spent):
     """What a finished run comes to.
 
     `test_accuracy` is that of the last evaluation; `best_test_accuracy` that of the evaluation with the best validation
     accuracy (the paper reports such a one). `bytes` holds one row per direction and kind, under every convention.
-    `client_flops` are those of a client, in the mean, `server_flops` those of the server, all of training. Virtual time
-    and modelled energy are there where the run has a client device (None: not known); `measured_joules` is what this
-    process's machine drew, `measured_by` by what, or why it is not measured.
+    `measured_by` says by what the energy of this process's machine is measured, or why it is not.
     """
 
     algorithm: str
@@ -89,13 +106,6 @@ class Result:
     bytes_down: int
     bytes_down_broadcast: int
     bytes: list[dict[str, Any]] = field(default_factory=list)
-    client_flops: float | None = None
-    server_flops: float | None = None
-    virtual_seconds: float | None = None
-    clients_joules: float | None = None
-    clients_marginal_joules: float | None = None
-    server_joules: float | None = None
-    measured_joules: float | None = None
     measured_by: str = "not measured"
 
     @property

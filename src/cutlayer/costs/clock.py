@@ -17,15 +17,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from torch import Tensor
 
-from cutlayer.cohort import Footprint, Predict
+from cutlayer.cohort import CohortAround
 from cutlayer.costs.energy import Energy, Use, clients_energy, server_energy
 from cutlayer.costs.fleet import Array, Fleet
 from cutlayer.costs.flops import ModelFlops
 from cutlayer.costs.ledger import MeteredCohort
-from cutlayer.data.samples import Samples
-from cutlayer.types import CutGradients, Evaluation, Round, Smashed, Step, TailGradients
+from cutlayer.types import CutGradients, Round, Smashed, Step, TailGradients
 
 
 @dataclass(frozen=True)
@@ -126,7 +124,7 @@ class Clock:
         self.server, self.server_flops = float(state["server"]), float(state["server_flops"])
 
 
-class ClockedCohort:
+class ClockedCohort(CohortAround):
     """A cohort that tells a clock what another one does, and changes nothing else.
 
     Bytes are those of the ledger; FLOPs per sample those of `flops`; `batch` is b, of which only local training makes
@@ -136,31 +134,14 @@ class ClockedCohort:
     def __init__(
         self, inner: MeteredCohort, clock: Clock, flops: ModelFlops, batch: int, *, central: bool = False
     ) -> None:
-        self.inner, self.clock, self.flops, self.batch, self.central = inner, clock, flops, batch, central
+        super().__init__(inner)
+        self.ledger = inner.ledger
+        self.clock, self.flops, self.batch, self.central = clock, flops, batch, central
         self._rows = np.zeros(len(inner.samples))  # of the step that runs
         self._tail_done = False
         self._round: Round | None = None
         self._fitted = np.zeros(len(inner.samples), np.int64)  # batches of local training so far
         self._sent = self._seen()
-
-    @property
-    def samples(self) -> Sequence[int]:
-        """n_k of each enrolled client."""
-        return self.inner.samples
-
-    @property
-    def shape(self) -> Literal["whole", "split", "u-shaped"]:
-        """What the clients hold."""
-        return self.inner.shape
-
-    @property
-    def holder(self) -> int | None:
-        """Who holds the one model that travels."""
-        return self.inner.holder
-
-    def footprint(self, client: int) -> Footprint:
-        """Bytes of the client's model and optimiser state."""
-        return self.inner.footprint(client)
 
     def begin_round(self, index: int, total: int, lr_factor: float) -> Round:
         """Participants wake up; those that missed an averaging fetch the model."""
@@ -239,27 +220,19 @@ class ClockedCohort:
             self._download()
             self.clock.not_before(client, float(self.clock.ready[before]))
 
-    def evaluate(self, samples: Samples, predict: Predict) -> Evaluation:
-        """Takes no virtual time."""
-        return self.inner.evaluate(samples, predict)
-
-    def model_state(self, client: int) -> Mapping[str, Tensor]:
-        """One client's parameters and buffers."""
-        return self.inner.model_state(client)
-
     def state(self) -> dict[str, Any]:
         """The inner cohort's state, and the clock's."""
-        return {"inner": self.inner.state(), "clock": self.clock.state(), "fitted": self._fitted.tolist()}
+        return {**super().state(), "clock": self.clock.state(), "fitted": self._fitted.tolist()}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take a state that `state()` returned."""
-        self.inner.load(state["inner"])
+        super().load(state)
         self.clock.load(state["clock"])
         self._fitted = np.array(state["fitted"], np.int64)
         self._sent = self._seen()
 
     def _seen(self) -> tuple[Array, Array, int]:
-        ledger = self.inner.ledger
+        ledger = self.ledger
         convention: Literal["wire-broadcast", "wire-unicast"] = (
             "wire-broadcast" if self.clock.fleet.multicast else "wire-unicast"
         )

@@ -9,12 +9,12 @@ import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from cutlayer import seeds
+from cutlayer.config import PlanConfig, RunConfig
 from cutlayer.costs.profiles import Device, Link, Profiles
 from cutlayer.errors import ConfigError, CutlayerWarning
 
@@ -22,24 +22,8 @@ Array = npt.NDArray[np.float64]
 MBPS = 1e6  # bit/s
 
 
-class FleetOptions(Protocol):
-    """The options (of `RunConfig` and of `PlanConfig`) that say what the machines and links are."""
-
-    seed: int
-    client_device: str | None
-    server_device: str | None
-    link: str | None
-    up_mbps: float | None
-    down_mbps: float | None
-    latency_ms: float | None
-    server_mbps: float | None
-    multicast: bool
-    utilisation: float
-    speed_spread: float
-    rate_spread: float
-    stragglers: float
-    straggler_slowdown: float
-    profiles: str | None
+FleetOptions = RunConfig | PlanConfig
+"""What says what the machines and links are, and names the draw of the clients' differences."""
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
-from cutlayer.cohort import Cohort, Footprint, Predict
+from cutlayer.cohort import Cohort, CohortAround, Predict
 from cutlayer.data.samples import Samples
-from cutlayer.types import CutGradients, Evaluation, Round, Rows, Smashed, Step, TailGradients
+from cutlayer.types import CutGradients, Evaluation, Round, Rows, Smashed, TailGradients
 
 Direction = Literal["up", "down"]
 Kind = Literal["smashed data", "labels", "cut gradients", "features", "models", "raw data", "evaluation"]
@@ -107,32 +107,14 @@ class Ledger:
         self._common, self._common_once = map(int, state["common"])
 
 
-class MeteredCohort:
+class MeteredCohort(CohortAround):
     """A cohort that writes every crossing of another one into a ledger, and changes nothing else."""
 
     def __init__(self, inner: Cohort, ledger: Ledger) -> None:
-        self.inner, self.ledger = inner, ledger
+        super().__init__(inner)
+        self.ledger = ledger
         self._stale: set[int] = set()  # missed an averaging: will fetch the model when they next take part
         self._common_seen = False  # in this round
-
-    @property
-    def samples(self) -> Sequence[int]:
-        """n_k of each enrolled client."""
-        return self.inner.samples
-
-    @property
-    def shape(self) -> Literal["whole", "split", "u-shaped"]:
-        """What the clients hold."""
-        return self.inner.shape
-
-    @property
-    def holder(self) -> int | None:
-        """Who holds the one model that travels."""
-        return self.inner.holder
-
-    def footprint(self, client: int) -> Footprint:
-        """Bytes of the client's model and optimiser state."""
-        return self.inner.footprint(client)
 
     def begin_round(self, index: int, total: int, lr_factor: float) -> Round:
         """Participants that missed an averaging fetch the averaged model first."""
@@ -166,10 +148,6 @@ class MeteredCohort:
             self.ledger.common(gradients.active, sum(c.nbytes for c in gradients.common), once)
             self._common_seen = True
         self.inner.backward(gradients)
-
-    def fit(self) -> list[Step]:
-        """Nothing crosses."""
-        return self.inner.fit()
 
     def average(self, weights: Mapping[int, float]) -> None:
         """Up: the models of those averaged; down: the average, to the same clients (to others when they next take
@@ -205,17 +183,13 @@ class MeteredCohort:
 
         return self.inner.evaluate(samples, metered)
 
-    def model_state(self, client: int) -> Mapping[str, Tensor]:
-        """One client's parameters and buffers."""
-        return self.inner.model_state(client)
-
     def state(self) -> dict[str, Any]:
         """The inner cohort's state, and the ledger's."""
-        return {"inner": self.inner.state(), "ledger": self.ledger.state(), "stale": sorted(self._stale)}
+        return {**super().state(), "ledger": self.ledger.state(), "stale": sorted(self._stale)}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take a state that `state()` returned."""
-        self.inner.load(state["inner"])
+        super().load(state)
         self.ledger.load(state["ledger"])
         self._stale = set(state["stale"])
 

@@ -29,6 +29,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from cutlayer.catalog import MODELS
+from cutlayer.costs.expect import Workload
 from cutlayer.costs.flops import Flops, ModelFlops, count
 from cutlayer.errors import ConfigError, CutError, unknown
 from cutlayer.models import Crossing, Parts, build
@@ -82,6 +83,24 @@ class Measured:
     def gradient(self) -> int:
         """Bytes of one sample that come down: tensors that are not floating point have no gradient."""
         return sum(math.prod(c.shape) * c.dtype.itemsize for c in self.crossing if c.differentiable)
+
+    def workload(
+        self, *, clients: int, samples_per_client: int, batch: int, label: int, raw: int, phi: float
+    ) -> Workload:
+        """What `expect` takes: an epoch of training this. `label` and `raw` are bytes of one sample."""
+        return Workload(
+            clients=clients,
+            samples_per_client=samples_per_client,
+            batch=batch,
+            smashed=self.smashed,
+            gradient=self.gradient,
+            label=label,
+            raw=raw,
+            model=self.whole.state,
+            client_model=self.client.state,
+            flops=self.flops,
+            phi=phi,
+        )
 
 
 @dataclass(frozen=True)

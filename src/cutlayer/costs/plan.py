@@ -184,17 +184,12 @@ def plan(config: PlanConfig, model: nn.Module | Callable[[], nn.Module] | None =
 def workload(m: Measured, config: PlanConfig) -> Workload:
     """What `expect` takes: an epoch of the model at that cut."""
     item = torch.int64.itemsize if config.input_type == "int64" else getattr(torch, config.precision).itemsize
-    return Workload(
+    return m.workload(
         clients=config.clients,
         samples_per_client=config.samples_per_client,
         batch=config.batch,
-        smashed=m.smashed,
-        gradient=m.gradient,
         label=config.label_bytes,
         raw=math.prod(config.input) * item,
-        model=m.whole.state,
-        client_model=m.client.state,
-        flops=m.flops,
         phi=config.phi,
     )
 

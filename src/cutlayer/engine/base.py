@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import numpy as np
@@ -22,19 +22,12 @@ ClientModel = tuple[nn.Module, nn.Module | None]  # (lower part, tail)
 EVALUATION_ROWS = 1024  # rows per forward pass in evaluation: bounds memory, changes no result
 
 
-@dataclass(frozen=True)
-class Clients:
-    """How a simulated group of clients is set up; every engine takes one.
-
-    `models` are (lower part, tail or None) per client; `rows` each client's indices into `data`; `lr` the base rate.
-    A round is `local_steps` batches or `local_epochs` passes; `alike` says that all models start equal;
-    `eval_clients` how many models are evaluated (None: all).
+@dataclass(frozen=True, kw_only=True)
+class Routine:
+    """How clients train, wherever they are. `lr` is the base rate; a round is `local_steps` batches or `local_epochs`
+    passes; `alike` says that all models start equal; `eval_clients` how many models are evaluated (None: all).
     """
 
-    models: Sequence[ClientModel]
-    data: Samples
-    rows: Sequence[np.ndarray]
-    make_optimizer: MakeOptimizer
     lr: float
     batch: int
     seed: int = 0
@@ -44,6 +37,32 @@ class Clients:
     local_steps: int | None = None
     alike: bool = True
     eval_clients: int | None = None
+
+    def participants(self, index: int, clients: int) -> tuple[int, ...]:
+        """The clients of round `index`."""
+        return draw_participants(self.seed, index, clients, self.participation)
+
+    def quota(self, per_epoch: np.ndarray) -> np.ndarray:
+        """Batches that clients have to do in a round, who have `per_epoch` [C] in an epoch of their own data."""
+        return np.full_like(per_epoch, self.local_steps) if self.local_steps else self.local_epochs * per_epoch
+
+    @property
+    def routine(self) -> dict[str, Any]:
+        """These fields alone, by name: to set others up alike."""
+        return {f.name: getattr(self, f.name) for f in fields(Routine)}
+
+
+@dataclass(frozen=True)
+class Clients(Routine):
+    """How a simulated group of clients is set up; every engine takes one.
+
+    `models` are (lower part, tail or None) per client; `rows` each client's indices into `data`.
+    """
+
+    models: Sequence[ClientModel]
+    data: Samples
+    rows: Sequence[np.ndarray]
+    make_optimizer: MakeOptimizer
 
 
 class SimulatedCohort:
@@ -77,9 +96,9 @@ class SimulatedCohort:
     def begin_round(self, index: int, total: int, lr_factor: float) -> Round:
         """Draw the participants and give each its number of batches: local steps, or local epochs of its own data."""
         s = self.setup
-        self._participants = draw_participants(s.seed, index, len(self._quota), s.participation)
+        self._participants = s.participants(index, len(self._quota))
         who = np.array(self._participants)
-        self._quota[who] = s.local_steps or s.local_epochs * self._batches.per_epoch[who]
+        self._quota[who] = s.quota(self._batches.per_epoch[who])
         self._rate = s.lr * lr_factor
         return Round(index, total, self._participants, tuple(self._quota[who].tolist()), s.seed)
 

@@ -124,22 +124,15 @@ class UnprovedCuts:
 
     def _first(self, name: str, *methods: tuple[str, Callable[[str], list[Part]]]) -> Parts:
         """The parts of the first method that works."""
-        reasons = []
+
+        def pieces(split: Callable[[str], list[Part]]) -> Callable[[], list[Part]]:
+            return lambda: split(name if name in (INPUT, OUTPUT) else _canonical(self.model, name))
+
+        def crossings(found: list[Part]) -> list[tuple[Crossing, ...]]:
+            return describe(self.model, found, self.x, name == INPUT)
+
         with _undisturbed(), torch.device("meta"):
-            for method, split in methods:
-                try:
-                    inner = name if name in (INPUT, OUTPUT) else _canonical(self.model, name)
-                    pieces = [PassThrough()] * (name == INPUT) + split(inner) + [PassThrough()] * (name == OUTPUT)
-                    for piece in pieces:
-                        piece.is_last_part = piece is pieces[-1]
-                        piece.train(self.model.training)
-                    protect(pieces, self.x)
-                    return _parts(pieces, describe(self.model, pieces, self.x, name == INPUT), method)
-                except CannotCutError as reason:
-                    reasons.append((method, str(reason)))
-        if len({reason for _, reason in reasons}) == 1:
-            raise CannotCutError(reasons[0][1])
-        raise CannotCutError("; ".join(f"{method}: {reason}" for method, reason in reasons))
+            return _first_that_works(self.model, (name,), self.x, [(m, pieces(s)) for m, s in methods], crossings)
 
     def _trace(self, name: str) -> Traced:
         within = is_within_layer(self.model, name)
@@ -170,17 +163,36 @@ def _or_raise(result: Result | CannotCutError) -> Result:
 def _cut(model: nn.Module, names: tuple[str, ...], x: Tensor, methods: Sequence[Method]) -> Parts:
     """Raises CannotCutError with the reasons of every method."""
     inner = [_canonical(model, name) for name in names if name not in (INPUT, OUTPUT)]
+
+    def pieces(split: Callable[[nn.Module, Sequence[str], Tensor], list[Part]]) -> Callable[[], list[Part]]:
+        return lambda: split(_private(model), inner, x)
+
+    def crossings(found: list[Part]) -> list[tuple[Crossing, ...]]:
+        return prove(model, found, x, inputs_may_cross=names[0] == INPUT)
+
+    tried = methods if inner else (("whole", split_by_hooks),)
+    return _first_that_works(model, names, x, [(method, pieces(split)) for method, split in tried], crossings)
+
+
+def _first_that_works(
+    model: nn.Module,
+    names: Sequence[str],
+    x: Tensor,
+    methods: Sequence[tuple[str, Callable[[], list[Part]]]],
+    crossings: Callable[[list[Part]], list[tuple[Crossing, ...]]],
+) -> Parts:
+    """The parts of the first of `methods` whose pieces pass what `crossings` asks of them. Raises CannotCutError with
+    the reasons of every method.
+    """
     reasons = []
-    for method, split in methods if inner else (("whole", split_by_hooks),):
+    for method, split in methods:
         try:
-            pieces = split(_private(model), inner, x)
-            pieces = [PassThrough()] * (names[0] == INPUT) + pieces + [PassThrough()] * (names[-1] == OUTPUT)
+            pieces = [PassThrough()] * (names[0] == INPUT) + split() + [PassThrough()] * (names[-1] == OUTPUT)
             for i, piece in enumerate(pieces):
                 piece.is_last_part = i == len(pieces) - 1
                 piece.train(model.training)
             protect(pieces, x)
-            crossings = prove(model, pieces, x, inputs_may_cross=names[0] == INPUT)
-            return _parts(pieces, crossings, method)
+            return _parts(pieces, crossings(pieces), method)
         except CannotCutError as reason:
             reasons.append((method, str(reason)))
     if len({reason for _, reason in reasons}) == 1:

@@ -5,7 +5,6 @@ A single run is a report of one entry with one run. Nothing here imports torch: 
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from cutlayer.catalog import ALGORITHMS
 from cutlayer.errors import RunFolderError
 from cutlayer.files import read_json, read_records
 from cutlayer.folder import CLASSES, COMPARISON, CONFIG, EVALUATIONS, RESULT, STEPS, stored_config
+from cutlayer.summary import mean_of_known, spread
 
 
 @dataclass(frozen=True)
@@ -195,19 +195,19 @@ def _measured(title: str, runs: list[Run]) -> Row:
     facts = [_facts(run) for run in used]
 
     def mean(name: str) -> float | None:
-        values = [fact[name] for fact in facts]
-        return None if None in values else statistics.fmean(value for value in values if value is not None)
+        return mean_of_known(fact[name] for fact in facts)
 
-    def spread(of: Callable[[Run], float]) -> tuple[float, float | None]:
-        values = [of(run) for run in used]
-        return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+    def accuracy(of: Callable[[Run], float]) -> tuple[float, float | None]:
+        found, std = spread(of(run) for run in used)
+        assert found is not None, "an entry has a run"
+        return found, std
 
     reached = min(run.evaluations[-1]["epochs"] for run in used)
     return Row(
         title=title,
         seeds=[run.seed for run in used],
-        accuracy=spread(lambda run: float(run.evaluations[-1]["test_accuracy"])),
-        best_accuracy=spread(lambda run: float(run.best["test_accuracy"])),
+        accuracy=accuracy(lambda run: float(run.evaluations[-1]["test_accuracy"])),
+        best_accuracy=accuracy(lambda run: float(run.best["test_accuracy"])),
         steps=mean("steps") or 0.0,
         steps_per_second=mean("steps_per_second"),
         samples_per_second=mean("samples_per_second"),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable
 from typing import Any
 
 from cutlayer.report.collect import Entry, Report, Run
 from cutlayer.report.text import format_bytes, format_duration, format_quantity, format_rate
+from cutlayer.summary import mean_of_known
 
 NOT_KNOWN = "not known"
 
@@ -22,7 +22,7 @@ def line(entry: Entry) -> dict[str, str]:
     """Means over the finished runs of an entry."""
 
     def mean(name: str) -> float | None:
-        return _mean([result.get(name) for result in entry.facts])
+        return mean_of_known([result.get(name) for result in entry.facts])
 
     return {
         "title": entry.row.title,
@@ -50,7 +50,7 @@ def _reached(entry: Entry, target: float) -> dict[str, str]:
     firsts = [_first(run, target) for run in entry.runs]
 
     def mean(of: Callable[[dict[str, Any]], float | None]) -> float | None:
-        return _mean([of(first) for first in firsts])
+        return mean_of_known([of(first) for first in firsts])
 
     unicast = mean(lambda e: e["bytes_up"] + e["bytes_down"])
     broadcast = mean(lambda e: e["bytes_up"] + e["bytes_down_broadcast"] if "bytes_down_broadcast" in e else None)
@@ -68,11 +68,6 @@ def _reached(entry: Entry, target: float) -> dict[str, str]:
 def _first(run: Run, target: float) -> dict[str, Any]:
     """The first evaluation of `run` with that test accuracy."""
     return next(e for e in run.evaluations if e["test_accuracy"] >= target)
-
-
-def _mean(values: list[float | None]) -> float | None:
-    known = [v for v in values if v is not None]
-    return statistics.fmean(known) if known and len(known) == len(values) else None
 
 
 def flops(value: float | None) -> str:

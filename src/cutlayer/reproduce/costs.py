@@ -15,9 +15,7 @@ from cutlayer.catalog import ALGORITHMS, MODELS
 from cutlayer.costs import paper as table6_of
 from cutlayer.costs.expect import Expected, Workload, expect
 from cutlayer.costs.fleet import fleet
-from cutlayer.costs.flops import count
-from cutlayer.models import cut
-from cutlayer.models.zoo import build
+from cutlayer.costs.measure import example, load_model, measure
 from cutlayer.report.text import format_bytes, format_quantity
 from cutlayer.reproduce.cells import METHODS, Plan
 
@@ -58,21 +56,14 @@ def of_method(plan: Plan, method: str, epochs: int = 1) -> Expected:
 def _work(plan: Plan, model: str) -> Workload:
     config = plan.method("sglr", plan.size.rates[0]).config.model_copy(update={"model": model})
     train = load_source(config, None).train
-    net = build(model, tuple(train.x.shape[1:]), 10)
-    parts = cut(net, MODELS[model].default_cut, train.x[:4])
-    crossing = sum(math.prod(c.shape) * c.dtype.itemsize for c in parts.crossing)
-    client, server = (sum(t.nbytes for t in [*part.parameters(), *part.buffers()]) for part in parts.all)
-    return Workload(
+    shape = tuple(train.x.shape[1:])
+    net = load_model(model, shape, 10)
+    return measure(net, MODELS[model].default_cut, example(shape, train.x.dtype)).workload(
         clients=config.clients,
         samples_per_client=config.samples_per_client or 0,
         batch=config.batch,
-        smashed=crossing,
-        gradient=crossing,
         label=train.y[:1].nbytes,
         raw=train.x[:1].nbytes,
-        model=client + server,
-        client_model=client,
-        flops=count(parts, train.x[:4]),
         phi=config.phi,
     )
 

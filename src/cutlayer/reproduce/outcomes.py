@@ -14,6 +14,7 @@ from cutlayer.files import read_json, read_records
 from cutlayer.folder import CLASSES, EVALUATIONS, RESULT, stored_config
 from cutlayer.reproduce.cells import Cell, Plan
 from cutlayer.reproduce.train import DIVERGED, folder_of, is_done
+from cutlayer.summary import spread
 
 
 @dataclass(frozen=True)
@@ -88,11 +89,6 @@ class Outcomes:
         """The cell of Table 4 for a method at its chosen rate."""
         rate = self.chosen_rate(algorithm)
         return None if rate is None else self.plan.method(algorithm, rate)
-
-
-def spread(values: list[float]) -> tuple[float | None, float | None]:
-    """Mean and sample standard deviation, None where there are too few values."""
-    return statistics.fmean(values) if values else None, statistics.stdev(values) if len(values) > 1 else None
 
 
 def read(folder: Path, config: RunConfig) -> Outcome:

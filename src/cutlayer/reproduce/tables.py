@@ -23,7 +23,8 @@ from cutlayer.reproduce.cells import (
     Cell,
     Plan,
 )
-from cutlayer.reproduce.outcomes import Outcomes, Score, spread
+from cutlayer.reproduce.outcomes import Outcomes, Score
+from cutlayer.summary import spread
 
 DASH = "\N{EN DASH}"
 Rows = dict[str, tuple[float, float, str | None]]  # label -> alpha, phi, phase

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 from cutlayer.build import Data, Model, Prepared, Training, prepare
-from cutlayer.catalog import ALGORITHMS
 from cutlayer.config import RunConfig
 from cutlayer.engine.local import Client
 from cutlayer.engine.remote.cohort import Hub, Remote, RemoteCohort
@@ -24,6 +23,20 @@ from cutlayer.wire import agree, fingerprint, specs
 from cutlayer.wire import messages as m
 
 Greet = Callable[[m.Hello, int], m.Welcome | m.Refused]
+_NAME = "client-"
+
+
+def client_name(client: int) -> str:
+    """What client number `client` is called, in certificates too."""
+    return f"{_NAME}{client}"
+
+
+def client_number(name: str) -> int:
+    """The number of the client called `name`. Raises ConfigError."""
+    number = name.removeprefix(_NAME)
+    if not name.startswith(_NAME) or not (number.isascii() and number.isdigit()):
+        raise ConfigError(f"client = {name!r} is no client's name: they are called client-0, client-1 and so on")
+    return int(number)
 
 
 def remote_training(
@@ -38,9 +51,9 @@ def remote_training(
     ready: Callable[[], None] | None = None,
     model: Model | None = None,
     data: Data | None = None,
-) -> tuple[Training, Greet]:
-    """The server's side: a training whose cohort is at the other end of `hub`, and what greets client k with a Welcome
-    or a Refused. `samples` are the clients' n_k; where one is 0, it is what the client says when it joins.
+) -> tuple[Training, RemoteCohort, Greet]:
+    """The server's side: a training, its cohort at the other end of `hub`, and what greets client k with a Welcome or a
+    Refused. `samples` are the clients' n_k; where one is 0, it is what the client says when it joins.
 
     Raises UsageError as `assemble` does; ConfigError for centralised learning, which has no clients.
     """
@@ -51,15 +64,7 @@ def remote_training(
         crossing=p.split.crossing,
         returning=p.split.returning,
         classes=_classes(p),
-        batch=config.batch,
-        lr=config.client_lr,
-        seed=config.seed,
-        shape=p.clients.shape,
-        participation=p.clients.participation,
-        local_epochs=p.clients.local_epochs,
-        local_steps=p.clients.local_steps,
-        alike=p.clients.alike,
-        eval_clients=p.clients.eval_clients,
+        **p.clients.routine,
         deadline=deadline,
         quorum=quorum,
     )
@@ -76,7 +81,7 @@ def remote_training(
             return m.Refused("client", sentence + ": give it the data of this run")
         return m.Welcome(client, len(samples), cohort.step, ours)
 
-    return p.training(cohort, server, "remote"), greet
+    return p.training(cohort, server, "remote"), cohort, greet
 
 
 def worker_of(
@@ -140,7 +145,7 @@ def terms(p: Prepared, run: str) -> m.Terms:
 
 def _remotely(config: RunConfig) -> RunConfig:
     """The configuration as both sides build it: models as they are, whatever would be quicker on one's own machine."""
-    if ALGORITHMS[config.algorithm].whole and config.algorithm == "cl":
+    if config.algorithm == "cl":
         raise ConfigError("cl has no clients to be remote: it trains one model on everybody's data; choose another")
     return config.model_copy(update={"engine": "local"})
 

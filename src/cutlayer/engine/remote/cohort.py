@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,9 +17,9 @@ import torch
 from torch import Tensor
 
 from cutlayer.averaging import average
-from cutlayer.cohort import Footprint, Predict, draw_participants
+from cutlayer.cohort import Footprint, Predict
 from cutlayer.data.samples import Samples
-from cutlayer.engine.base import EVALUATION_ROWS, Shape, evaluation, judged, together
+from cutlayer.engine.base import EVALUATION_ROWS, Routine, Shape, evaluation, judged, together
 from cutlayer.engine.local import Client
 from cutlayer.engine.remote.exchange import Lost, Request
 from cutlayer.engine.remote.worker import expected_state, state_of
@@ -52,7 +53,7 @@ class Hub(Protocol):
 
 
 @dataclass(frozen=True)
-class Remote:
+class Remote(Routine):
     """How a group of clients is set up, as the server sees it. `samples` are n_k; `twin` is a client like theirs, of
     which the server knows shapes and names alone; `crossing` and `returning` go up and down at the cuts.
 
@@ -64,15 +65,6 @@ class Remote:
     twin: Client
     crossing: Sequence[Crossing]
     classes: int
-    batch: int
-    lr: float
-    seed: int = 0
-    shape: Shape = "split"
-    participation: float = 1.0
-    local_epochs: int = 1
-    local_steps: int | None = None
-    alike: bool = True
-    eval_clients: int | None = None
     up: Codec = RAW
     down: Codec = RAW
     deadline: float | None = None
@@ -126,6 +118,11 @@ class RemoteCohort:
 
     def footprint(self, client: int) -> Footprint:
         """Bytes of the client's model and optimiser state (which it has once it has stepped)."""
+        return self._footprint
+
+    @cached_property
+    def _footprint(self) -> Footprint:
+        """Of every client alike."""
         twin = self.setup.twin
         state = {} if twin.optimizer is None else expected_state(twin.optimizer)
         return Footprint(twin.footprint().model, sum(t.nbytes for t in state.values()))
@@ -138,13 +135,13 @@ class RemoteCohort:
         if self._begun and self._average is not None:
             self._stale |= new  # what those who come back have missed is not known
         self._begun = True
-        drawn = draw_participants(s.seed, index, len(s.samples), s.participation)
+        drawn = s.participants(index, len(s.samples))
         here = tuple(k for k in drawn if k in self.hub.connected)
         if not here:
             raise TrainingError("no client is connected: wait for one, or look at why they have gone")
         self._participants = here
+        self._quota[list(here)] = s.quota(np.array([-(-s.samples[k] // s.batch) for k in here]))
         for k in here:
-            self._quota[k] = s.local_steps or s.local_epochs * -(-s.samples[k] // s.batch)
             self._post(k, m.BeginRound(index, total, lr_factor, int(self._quota[k])))
         self._catch_up(here)
         return Round(index, total, here, tuple(self._quota[list(here)].tolist()), s.seed)
@@ -164,10 +161,9 @@ class RemoteCohort:
         sizes = {k: answers[k].message.rows for k in self._asked}
         rows = [decode(answers[k].body, like, sizes[k], codecs) for k in self._asked]
         self._sizes = sizes
-        together = tuple(torch.cat(parts) for parts in zip(*rows, strict=True))
-        count = sum(sizes.values())
-        y = together[-1] if labels else torch.empty(count, 0)
-        return Smashed(together[: len(self.setup.crossing)], y, self._asked, tuple(sizes.values()))
+        came = tuple(torch.cat(parts) for parts in zip(*rows, strict=True))
+        y = came[-1] if labels else torch.empty(sum(sizes.values()), 0)
+        return Smashed(came[: len(self.setup.crossing)], y, self._asked, tuple(sizes.values()))
 
     def tail(self, features: Smashed) -> TailGradients:
         """Each client's tail finishes its rows of `features` with the client's own mean loss."""
@@ -303,10 +299,12 @@ class RemoteCohort:
 
     def _catch_up(self, clients: Collection[int]) -> None:
         """Those of `clients` that have missed an averaging get what came of it."""
-        for k in self._stale & set(clients) & self.hub.connected:
+        if missed := self._stale & set(clients) & self.hub.connected:
             assert self._average is not None, "what was missed is an average"
-            self._post(k, m.TakeModel(self._step), encode_named(self._average))
-            self._stale.discard(k)
+            body = encode_named(self._average)
+            for k in missed:
+                self._post(k, m.TakeModel(self._step), body)
+            self._stale -= missed
 
     def _judged(self) -> list[int]:
         """Whose models are evaluated: all that are asked for and connected; failing that, all that are connected."""
@@ -348,7 +346,8 @@ class RemoteCohort:
     ) -> dict[int, list[Frame]]:
         """Ask `clients`, and send what has been posted for anybody. Raises NonFiniteError where a client reports it."""
         posted, self._later = self._later, {}
-        requests = {k: [*posted.get(k, []), *(ask(k) if k in clients else [])] for k in {*clients, *posted}}
+        asked = {k: ask(k) for k in clients}
+        requests = {k: [*posted.get(k, []), *asked.get(k, [])] for k in {*clients, *posted}}
         needed = None
         if quorum and self.setup.deadline is not None:
             needed = max(1, int(np.ceil(self.setup.quorum * len(clients))))
@@ -360,8 +359,8 @@ class RemoteCohort:
                     raise NonFiniteError("weight gradient or loss", (k,))
                 self._notice(k, came)
             elif k in clients:
-                asked = len(ask(k))
-                if len(came) < asked:
-                    raise WireError(f"client {k} gave {len(came)} answers, {asked} were due")
-                found[k] = came[-asked:]
+                due = len(asked[k])
+                if len(came) < due:
+                    raise WireError(f"client {k} gave {len(came)} answers, {due} were due")
+                found[k] = came[-due:]
         return {k: found[k] for k in clients if k in found}

@@ -10,13 +10,10 @@ from pathlib import Path
 from types import FrameType
 
 from cutlayer.config import RunConfig
-from cutlayer.engine.remote.build import worker_of
+from cutlayer.engine.remote.build import client_number, worker_of
 from cutlayer.engine.remote.dial import dial
 from cutlayer.engine.remote.security import ClientSecurity
-from cutlayer.errors import ConfigError
 from cutlayer.folder import locked
-
-_PREFIX = "client-"
 
 
 @dataclass(frozen=True)
@@ -48,11 +45,11 @@ def join(config: RunConfig, joining: Sequence[Joining]) -> list[str]:
 
 
 def _work(config: RunConfig, joining: Sequence[Joining], stop: threading.Event) -> list[str]:
-    workers = []
+    workers, locks = [], []  # a lock holds as long as its file is open
     for j in joining:
         if j.folder is not None:
             j.folder.mkdir(parents=True, exist_ok=True)
-            locked(j.folder)
+            locks.append(locked(j.folder))
         token = j.security.token or ""
         number = client_number(j.name)
         workers.append(worker_of(config, number, name=j.name, run=config.algorithm, token=token, folder=j.folder))
@@ -73,17 +70,11 @@ def _work(config: RunConfig, joining: Sequence[Joining], stop: threading.Event) 
     for thread in threads:
         while thread.is_alive():  # so that signals are heard meanwhile
             thread.join(0.2)
+    for lock in locks:
+        lock.close()
     if errors:
         raise errors[0]
     return [reasons[i] for i in sorted(reasons)]
-
-
-def client_number(name: str) -> int:
-    """The k of `client-<k>`. Raises ConfigError."""
-    number = name.removeprefix(_PREFIX)
-    if not name.startswith(_PREFIX) or not (number.isascii() and number.isdigit()):
-        raise ConfigError(f"client = {name!r} is no client's name: they are called client-0, client-1 and so on")
-    return int(number)
 
 
 def _setting(stop: threading.Event) -> Callable[[int, FrameType | None], None]:

@@ -12,8 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 from cutlayer.config import RunConfig
-from cutlayer.engine.remote.build import remote_training
-from cutlayer.engine.remote.cohort import RemoteCohort
+from cutlayer.engine.remote.build import client_name, remote_training
 from cutlayer.engine.remote.exchange import Lost
 from cutlayer.engine.remote.hub import Hub
 from cutlayer.engine.remote.security import ServerSecurity
@@ -47,11 +46,11 @@ class Service:
     def __init__(self, config: RunConfig, serving: Serving, out: Path) -> None:
         self.config, self.serving = config, serving
         self._names = {client_name(k): k for k in range(config.clients)}
-        self._port: int | None = None
+        self._listening = False
         self._all_came = False
         self.hub = Hub(serving.address, serving.security, self._greet, metrics=serving.metrics)
         resumed = (out / CONFIG).exists()
-        training, self._greet_client = remote_training(
+        training, self._cohort, self._greet_client = remote_training(
             config,
             self.hub,
             [0] * config.clients,
@@ -78,13 +77,6 @@ class Service:
             self.hub.stop("the server stops; it may come back", GRACE)
             signal.signal(signal.SIGTERM, before)
 
-    @property
-    def _cohort(self) -> RemoteCohort:
-        inner = self.run.training.clients
-        while not isinstance(inner, RemoteCohort):
-            inner = inner.inner  # type: ignore[attr-defined]
-        return inner
-
     def _greet(self, hello: m.Hello, identity: str | None) -> m.Welcome | m.Refused:
         """Who says Hello is client `client-<k>`, known by that name."""
         if hello.client not in self._names:
@@ -92,17 +84,12 @@ class Service:
             return m.Refused("client", f"there is no client {hello.client!r} in this run: they are client-0 to {last}")
         return self._greet_client(hello, self._names[hello.client])
 
-    @property
-    def port(self) -> int | None:
-        """Where it listens, once it does."""
-        return self._port
-
     def _ready(self) -> None:
         """Listen, once; then wait until enough clients are connected."""
-        if self._port is None:
-            self._port = self.hub.start()
-            log.info("listening at port %d for %d clients", self._port, self.config.clients)
         clients = self.config.clients
+        if not self._listening:
+            log.info("listening at port %d for %d clients", self.hub.start(), clients)
+            self._listening = True
         need = math.ceil(self.serving.quorum * clients) if self._all_came else clients
         here = self.hub.wait_for(need, self.serving.patience)
         if len(here) < need:
@@ -114,11 +101,6 @@ class Service:
 
     def _notice(self, client: int, lost: Lost) -> None:
         log.warning("%s takes no part: %s (%s)", client_name(client), lost.sentence, lost.reason)
-
-
-def client_name(client: int) -> str:
-    """What client number `client` is called, in certificates too."""
-    return f"client-{client}"
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
