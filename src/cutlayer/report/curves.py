@@ -130,12 +130,11 @@ def figure_of(report: Report, draws: Sequence[Callable[[Axes, Report], None]]) -
     for ax in axes[len(draws) :]:
         ax.set_axis_off()
     handles = {line.get_label(): line for ax in axes for line in ax.get_lines() if isinstance(line, Line2D)}
-    # About 60 characters fit beside each other in a panel; a line's sample takes the room of 6.
-    widths = [len(str(label)) + 6 for label in handles]
-    columns = len(handles) if sum(widths) <= 60 * across else max(1, 54 * across // max(widths))
-    figure.set_figheight(
-        5.0 * rows + 0.26 * (math.ceil(len(handles) / columns) - 1)
-    )  # room for the legend's further rows
+    # About 60 characters fit beside each other in a panel; a line's sample and the gap to the next take the room of 10.
+    widths = [len(str(label)) + 10 for label in handles]
+    columns = len(handles) if sum(widths) <= 60 * across else max(1, 60 * across // max(widths))
+    lines = math.ceil(len(handles) / columns)
+    figure.set_figheight(5.0 * rows + 0.26 * (lines - 1))  # room for the legend's further lines
     figure.legend(
         handles=list(handles.values()),
         labels=list(map(str, handles)),
