@@ -81,6 +81,12 @@ FLAGS: list[tuple[str, list[str]]] = [
     ("compare --algorithms psl sgrl", ["'sgrl'", "did you mean 'sgl'"]),
     ("run --data digit", ["'digit'", "did you mean 'digits'", "file or folder"]),
     ("run --data data/none.npz", ["data/none.npz", "digits", "file or folder"]),
+    ("run --up-codec int7", ["up_codec", "'int7'", "did you mean 'int8'"]),
+    ("run --down-codec top-k", ["down_codec", "fraction", "top-k:0.1"]),
+    ("run --algorithm fl --up-codec int8", ["up_codec = 'int8' has no effect on fl"]),
+    ("run --class-names a b", ["digits", "'0'", "none of class_names"]),
+    ("serve --insecure --deadline 0", ["deadline = 0", "greater than 0"]),
+    ("serve --insecure --faulty ignore", ["ignore", "exclude", "stop"]),
     ("run --model mpl", ["'mpl'", "did you mean 'mlp'"]),
     ("run --model mlp --cut hiden2", ["'hiden2'", "did you mean 'hidden2'"]),
     ("run --model mlp --algorithm ussl --cut hidden1 --tail-cut hiden3", ["'hiden3'", "did you mean 'hidden3'"]),
@@ -150,6 +156,8 @@ def test_flags(desk: Desk, line: str, words: list[str]) -> None:
 
 # The same through a file, where names and types are the user's to get wrong.
 TOMLS: list[tuple[str, str, list[str]]] = [
+    ("serve --insecure", "[faults]\ndeadlin = 3", ["'deadlin'", "did you mean 'deadline'"]),
+    ("serve --insecure", "faults = 3", ["faults = 3", "[faults]"]),
     ("run", "clietns = 3", ["'clietns'", "did you mean 'clients'"]),
     ("run", "clients-per-round = 3", ["'clients_per_round'", "known: "]),
     ("compare", "algorithm = 'psl'", ["'algorithm'", "did you mean 'algorithms'"]),
@@ -178,7 +186,7 @@ TOMLS: list[tuple[str, str, list[str]]] = [
 
 @pytest.mark.parametrize(("command", "text", "words"), TOMLS, ids=[f"{c} {t!r}" for c, t, _ in TOMLS])
 def test_configuration_files(desk: Desk, command: str, text: str, words: list[str]) -> None:
-    holds(desk.refused(command, "--config", desk.toml(text)), *words)
+    holds(desk.refused(*command.split(), "--config", desk.toml(text)), *words)
 
 
 def test_configurations_that_are_no_file(desk: Desk) -> None:

@@ -31,6 +31,9 @@ def words(*values: str) -> st.SearchStrategy[str]:
 VALUES: dict[str, st.SearchStrategy[Any]] = {
     "client_device": NAMES,
     "server_device": NAMES,
+    "class_names": st.lists(NAMES, unique=True, max_size=4).map(tuple),
+    "up_codec": st.sampled_from(["raw", "int8", "top-k:0.1+zstd"]),
+    "down_codec": st.sampled_from(["raw", "bfloat16", "float8+zstd"]),
     "link": NAMES,
     "up_mbps": POSITIVE,
     "down_mbps": POSITIVE,

@@ -203,7 +203,7 @@ def test_a_clients_folder_is_held_while_it_works(trial: Callable[..., Trial]) ->
     [
         ("serve", "connections are encrypted"),
         ("serve --insecure --listen 0.0.0.0:0", "without TLS"),
-        ("serve --insecure --quorum 2", "quorum = 2.0"),
+        ("serve --insecure --quorum 2", "quorum = 2 is not possible"),
         ("serve --insecure --algorithm cl", "cl has no clients"),
         ("serve --ca ca.crt", "certificate"),
         ("join localhost:1 --client hospital --insecure", "client-0, client-1"),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support import difference  # type: ignore[import-not-found]
@@ -14,11 +15,13 @@ from cutlayer import Run
 from cutlayer.algorithms import ALGORITHMS
 from cutlayer.build import assemble
 from cutlayer.config import RunConfig
+from cutlayer.data import load_whole
 from cutlayer.engine.remote.build import remote_training, worker_of
 from cutlayer.engine.remote.exchange import Lost, Request
 from cutlayer.engine.remote.worker import Worker
-from cutlayer.errors import NonFiniteError
-from cutlayer.wire import ClientSide, Frame, ServerSide
+from cutlayer.errors import DataError, NonFiniteError, TrainingError, WireError
+from cutlayer.wire import ClientSide, Frame, ServerSide, encode
+from cutlayer.wire import messages as m
 
 SMALL: dict[str, Any] = {
     "data": "digits",
@@ -47,11 +50,16 @@ class Passing:
         self.bytes = 0
         self.gone: set[int] = set()
         self.new: dict[int, Any] = {}
+        self.tamper: Callable[[int, Any, Any], tuple[Any, Any]] = lambda client, message, body: (message, body)
+        self.refused: dict[int, str] = {}
 
     def join(self, client: int, welcome: Any) -> None:
         server, worker, own = ServerSide(), self.workers[client], ClientSide()
         hello = server.receive(own.send(worker.hello())).message
         frame = own.receive(server.send(welcome(hello)))
+        if isinstance(frame.message, m.Refused):
+            self.refused[client] = frame.message.sentence
+            return
         refused = worker.welcome(frame.message)
         assert refused is None, refused.sentence
         self.servers[client], self.clients[client] = server, own
@@ -66,11 +74,16 @@ class Passing:
         return frozenset(self.servers)
 
     def exchange(
-        self, requests: Mapping[int, Sequence[Request]], *, deadline: float | None = None, quorum: int | None = None
-    ) -> dict[int, list[Frame] | Lost]:
-        return {k: self._one(k, asked) for k, asked in requests.items()}
+        self,
+        requests: Mapping[int, Sequence[Request]],
+        *,
+        deadline: float | None = None,
+        quorum: int | None = None,
+        on_answer: Callable[[int, Frame], Any],
+    ) -> dict[int, list[Any] | Lost]:
+        return {k: self._one(k, asked, on_answer) for k, asked in requests.items()}
 
-    def _one(self, client: int, asked: Sequence[Request]) -> list[Frame] | Lost:
+    def _one(self, client: int, asked: Sequence[Request], on_answer: Callable[[int, Frame], Any]) -> list[Any] | Lost:
         if client not in self.servers:
             return Lost("gone", "it is gone")
         server, own, found = self.servers[client], self.clients[client], []
@@ -78,18 +91,23 @@ class Passing:
             data = server.send(message, body)
             try:
                 answer = self.workers[client].handle(own.receive(data))
+                self.bytes += len(data)
+                if answer is not None:
+                    back = own.send(*self.tamper(client, *answer))
+                    self.bytes += len(back)
+                    found.append(on_answer(client, server.receive(back)))
             except NonFiniteError as error:
                 del self.servers[client]
                 return Lost("failed", str(error), type(error).__name__)
-            self.bytes += len(data)
-            if answer is not None:
-                back = own.send(*answer)
-                self.bytes += len(back)
-                found.append(server.receive(back))
+            except WireError as error:
+                del self.servers[client]
+                return Lost("garbage", str(error), type(error).__name__)
         return found
 
 
-def remote(config: RunConfig, folder: Path | None = None, *, resume: bool = False) -> tuple[Run, Passing]:
+def remote(
+    config: RunConfig, folder: Path | None = None, *, resume: bool = False, **options: Any
+) -> tuple[Run, Passing]:
     """A run whose clients are remote, and keep their states in `folder`."""
     places = {k: None if folder is None else folder / f"client-{k}" for k in range(config.clients)}
     for place in places.values():
@@ -101,7 +119,7 @@ def remote(config: RunConfig, folder: Path | None = None, *, resume: bool = Fals
         for k in set(hub.workers) - hub.connected - hub.gone:
             hub.join(k, lambda hello, k=k: greet(hello, k))
 
-    training, _, greet = remote_training(config, hub, [0] * config.clients, ready=ready)
+    training, _, greet = remote_training(config, hub, [0] * config.clients, ready=ready, **options)
     if resume:
         assert folder is not None
         return Run.resume(folder / "run", training=training), hub
@@ -112,16 +130,11 @@ REMOTE = [a for a in ALGORITHMS if a != "cl"]
 EIGHT = ["fl", "sglr", "sflv2"]  # one of each kind
 
 
-@pytest.mark.parametrize(
-    ("algorithm", "clients"), [*((a, c) for a in REMOTE for c in (1, 3)), *((a, 8) for a in EIGHT)]
-)
-def test_remote_is_local_bit_for_bit(algorithm: str, clients: int) -> None:
-    own = {**SMALL, **OWN.get(algorithm, {}), "clients": clients, "algorithm": algorithm}
-    config = RunConfig.of(own)
+def same(config: RunConfig) -> Passing:
+    """Train here and remotely, and compare everything."""
     here = Run(config)
     there, hub = remote(config)
-    records = [list(here), list(there)]
-    for a, b in zip(*records, strict=True):
+    for a, b in zip(here, there, strict=True):
         assert (a.loss, a.clients, a.active, a.bytes_up, a.bytes_down) == (
             b.loss,
             b.clients,
@@ -130,12 +143,46 @@ def test_remote_is_local_bit_for_bit(algorithm: str, clients: int) -> None:
             b.bytes_down,
         )
     assert [e.test_accuracy for e in here.evaluations] == [e.test_accuracy for e in there.evaluations]
+    assert [e.test_loss for e in here.evaluations] == [e.test_loss for e in there.evaluations]
     assert here.training.ledger.state() == there.training.ledger.state()
     assert difference(here.training.server.model.state_dict(), there.training.server.model.state_dict()) == 0
-    for k in [there.training.clients.holder] if there.training.clients.holder is not None else range(clients):
+    holder = there.training.clients.holder
+    for k in range(config.clients) if holder is None else [holder]:
         assert difference(here.training.clients.model_state(k), there.training.clients.model_state(k)) == 0
     # Whatever goes over the wire is at least what the ledger counts.
     assert hub.bytes >= here.training.ledger.total("up") + here.training.ledger.total("down")
+    return hub
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "clients"), [*((a, c) for a in REMOTE for c in (1, 3)), *((a, 8) for a in EIGHT)]
+)
+def test_remote_is_local_bit_for_bit(algorithm: str, clients: int) -> None:
+    same(RunConfig.of({**SMALL, **OWN.get(algorithm, {}), "clients": clients, "algorithm": algorithm}))
+
+
+@pytest.mark.parametrize("algorithm", ["sglr", "ussl", "sflv2"])
+@pytest.mark.parametrize(
+    ("up", "down"),
+    [
+        ("bfloat16", "float16"),
+        ("int8", "int8"),
+        ("float8", "top-k:0.3"),
+        ("raw+zstd", "int8+zstd"),
+        ("int8+zstd", "raw"),
+    ],
+)
+def test_codecs_do_the_same_in_a_simulation(algorithm: str, up: str, down: str) -> None:
+    same(RunConfig.of({**SMALL, **OWN.get(algorithm, {}), "algorithm": algorithm, "up_codec": up, "down_codec": down}))
+
+
+def test_codecs_of_pictures() -> None:
+    """Scales of int8 are those of a client's channels, whoever else is there; also where all clients are stacked."""
+    codecs = {"up_codec": "int8", "down_codec": "int8+zstd"}
+    config = RunConfig.of({**SMALL, "model": "cnn", "algorithm": "sglr", **codecs})
+    same(config)
+    stacked = Run(config.model_copy(update={"engine": "stacked"}))
+    assert [r.loss for r in stacked] == pytest.approx([r.loss for r in Run(config)], rel=1e-3)
 
 
 def test_participation_and_independent_starts() -> None:
@@ -165,11 +212,125 @@ def test_a_client_that_is_gone_takes_no_part() -> None:
     assert run.result is not None
 
 
-def test_not_a_number_names_the_client() -> None:
-    config = RunConfig.of({**SMALL, "algorithm": "fl"})
-    run, hub = remote(config)
+@pytest.mark.parametrize("algorithm", ["fl", "sglr"])
+def test_not_a_number_ends_the_run_where_it_should(algorithm: str) -> None:
+    run, hub = remote(RunConfig.of({**SMALL, "algorithm": algorithm}), faulty="stop")
     hub.workers[2].duty.samples.x[:] = float("nan")
-    with pytest.raises(NonFiniteError, match="client 2"):
+    with pytest.raises((NonFiniteError, WireError), match="client 2"):
+        run.run()
+
+
+def _nan(message: Any, body: Any) -> tuple[Any, Any]:
+    return message, encode(
+        [torch.full((message.rows, 128), float("nan")), torch.zeros(message.rows, dtype=torch.int64)]
+    )
+
+
+def _wrong_shape(message: Any, body: Any) -> tuple[Any, Any]:
+    return message, encode([torch.zeros(message.rows, 127), torch.zeros(message.rows, dtype=torch.int64)])
+
+
+def _wrong_label(message: Any, body: Any) -> tuple[Any, Any]:
+    return message, encode([torch.zeros(message.rows, 128), torch.full((message.rows,), 10)])
+
+
+def _many_rows(message: Any, body: Any) -> tuple[Any, Any]:
+    return m.Smashed(message.step, 9), encode([torch.zeros(9, 128), torch.zeros(9, dtype=torch.int64)])
+
+
+def _no_tensors(message: Any, body: Any) -> tuple[Any, Any]:
+    return message, [b"\x07" * 64]
+
+
+@pytest.mark.parametrize("faulty", [_nan, _wrong_shape, _wrong_label, _many_rows, _no_tensors])
+def test_a_faulty_client_is_excluded(faulty: Callable[[Any, Any], tuple[Any, Any]]) -> None:
+    """What it sent is in no step; the others go on; it cannot come back; the record says why."""
+    told: list[tuple[str, Mapping[str, Any]]] = []
+    config = RunConfig.of({**SMALL, "algorithm": "sglr"})
+    run, hub = remote(config, tell=lambda happened, facts: told.append((happened, facts)))
+    seen = []
+    for record in run:
+        seen.append(record.clients)
+        if record.step == 1:
+            hub.tamper = lambda client, message, body: (
+                faulty(message, body) if client == 1 and isinstance(message, m.Smashed) else (message, body)
+            )
+    assert seen[:2] == [(0, 1, 2)] * 2
+    assert seen[2:] == [(0, 2)] * (len(seen) - 2)
+    assert [facts["client"] for happened, facts in told if happened == "excluded"] == [1]
+    assert [facts["participants"] for happened, facts in told if happened == "round"] == [[0, 1, 2], [0, 2], [0, 2]]
+    assert "client 1 is excluded" in hub.refused[1]
+    assert run.result is not None
+
+
+def test_exclusions_outlive_the_server(tmp_path: Path) -> None:
+    config = RunConfig.of({**SMALL, "algorithm": "sglr", "rounds": 4})
+    run, hub = remote(config, tmp_path)
+    hub.tamper = lambda client, message, body: (
+        _nan(message, body) if client == 1 and isinstance(message, m.Smashed) else (message, body)
+    )
+    steps = iter(run)
+    for record in steps:
+        if record.round == 2:
+            break
+    steps.close()  # type: ignore[attr-defined]
+    again, hub = remote(config, tmp_path, resume=True)
+    assert {r.clients for r in again} == {(0, 2)}
+    assert "NaN" in hub.refused[1]
+
+
+def test_a_model_that_is_not_a_number_is_not_averaged() -> None:
+    config = RunConfig.of({**SMALL, "algorithm": "sfl"})
+    run, hub = remote(config)
+
+    def spoilt(client: int, message: Any, body: Any) -> tuple[Any, Any]:
+        if client == 0 and isinstance(message, m.Model):
+            return message, [bytes(b"".join(body))[:-4] + b"\xff\xff\xff\x7f"]
+        return message, body
+
+    hub.tamper = spoilt
+    run.run()
+    assert run.result is not None
+    assert 0 not in hub.connected
+    for name, tensor in run.training.clients.model_state(1).items():
+        assert torch.isfinite(tensor).all(), name
+
+
+def test_a_client_with_data_of_its_own(tmp_path: Path) -> None:
+    """Three files train as the one data set that they were dealt from, whatever classes they lack."""
+    names = [str(k) for k in range(10)]
+    config = RunConfig.of({**SMALL, "algorithm": "sglr", "class_names": names})
+    shares = {k: worker_of(config, k, name=f"client-{k}").duty.samples for k in range(3)}
+    own = {}
+    for k, share in shares.items():
+        np.savez(tmp_path / f"{k}.npz", x=share.x.numpy(), y=share.y.numpy())
+        own[k] = load_whole(str(tmp_path / f"{k}.npz"), class_names=names)
+        assert torch.equal(own[k].train.x, share.x)
+        assert torch.equal(own[k].train.y, share.y)
+    assert any(len(share.y.unique()) < 10 for share in shares.values())
+    hub = Passing({k: worker_of(config, k, name=f"client-{k}", own=own[k]) for k in own})
+
+    def ready() -> None:
+        for k in set(hub.workers) - hub.connected:
+            hub.join(k, lambda hello, k=k: greet(hello, k))
+
+    training, _, greet = remote_training(config, hub, [0] * 3, ready=ready)
+    assert [r.loss for r in Run(config, training=training)] == [r.loss for r in Run(config)]
+
+
+def test_labels_that_nobody_knows(tmp_path: Path) -> None:
+    np.savez(tmp_path / "own.npz", x=np.zeros((4, 3), np.float32), y=np.array([0, 1, 7, 1]))
+    with pytest.raises(DataError, match="label '7', which is none of"):
+        load_whole(str(tmp_path / "own.npz"), class_names=["0", "1"])
+
+
+def test_too_few_are_left() -> None:
+    """All are faulty: the run ends with a sentence."""
+    run, hub = remote(RunConfig.of({**SMALL, "algorithm": "sglr"}))
+    hub.tamper = lambda client, message, body: (
+        _nan(message, body) if isinstance(message, m.Smashed) else (message, body)
+    )
+    with pytest.raises(TrainingError, match="all are gone"):
         run.run()
 
 

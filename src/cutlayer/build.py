@@ -33,6 +33,7 @@ from cutlayer.models import Parts, build, cut
 from cutlayer.models.parts import Part, one_line
 from cutlayer.optim import MakeOptimizer, make_optimizer
 from cutlayer.server import Server
+from cutlayer.wire import Codec, Coding
 
 Model = nn.Module | Callable[[], nn.Module]
 """A module, or a function that makes one (needed for independent starts)."""
@@ -104,6 +105,7 @@ class Prepared:
     rounds: int
     rounds_per_epoch: int
     fleet: Fleet | None
+    coding: Coding
 
     @property
     def server_seed(self) -> int:
@@ -117,7 +119,7 @@ class Prepared:
         if config.algorithm == "cl":
             ledger.add("up", "raw data", 0, _raw_bytes(source, self.clients.rows[0]))
         counts = class_counts(source.train.y, partition, source.classes)
-        metered = MeteredCohort(cohort, ledger)
+        metered = MeteredCohort(cohort, ledger, replace(self.coding, carried=engine == "remote"))
         training = Training(
             source,
             server,
@@ -150,12 +152,17 @@ def assemble(config: RunConfig, model: Model | None = None, data: Data | None = 
     return p.training(cohort, server, engine)
 
 
-def prepare(config: RunConfig, model: Model | None = None, data: Data | None = None) -> Prepared:
-    """Build all but the cohort. Raises UsageError as `assemble` does."""
+def prepare(
+    config: RunConfig, model: Model | None = None, data: Data | None = None, *, alone: bool = False
+) -> Prepared:
+    """Build all but the cohort; `alone`: the data are one client's own, all of them. Raises UsageError as `assemble`
+    does.
+    """
+    coding = Coding(*_codecs(config))
     device = _device(config)
     machines = fleet(config, config.clients)
     source = load_source(config, data)
-    parts = _partition(config, source)
+    parts = [np.arange(len(source.train))] * config.clients if alone else _partition(config, source)
     owners = [np.concatenate(parts)] if config.algorithm == "cl" else parts
     make_model = _maker(config, model, source)
     whole = make_model("model")
@@ -190,7 +197,18 @@ def prepare(config: RunConfig, model: Model | None = None, data: Data | None = N
         alike=config.start == "equal",
         eval_clients=config.eval_clients,
     )
-    return Prepared(config, source, split, example, setup, make_server, parts, rounds, per_epoch, machines)
+    return Prepared(config, source, split, example, setup, make_server, parts, rounds, per_epoch, machines, coding)
+
+
+def _codecs(config: RunConfig) -> tuple[Codec, Codec]:
+    """(up, down). Raises ConfigError."""
+    found = []
+    for option in ("up_codec", "down_codec"):
+        try:
+            found.append(Codec.parse(getattr(config, option)))
+        except ConfigError as error:
+            raise ConfigError(f"{option}: {error}") from None
+    return found[0], found[1]
 
 
 def _device(config: RunConfig) -> torch.device:
@@ -226,6 +244,7 @@ def load_source(config: RunConfig, data: Data | None) -> Source:
             data_format=config.data_format,
             label_column=config.label_column,
             client_column=config.client_column,
+            class_names=config.class_names,
             **held_out,
         )
     return Source(

@@ -31,7 +31,17 @@ from rich.text import Text
 from cutlayer import __version__
 from cutlayer.allocator import keep_memory
 from cutlayer.catalog import ALGORITHMS, DATA_FORMATS, DATASETS, MODELS
-from cutlayer.config import CompareConfig, PlanConfig, RunConfig, applicable, explain, overlaid, read_toml
+from cutlayer.config import (
+    CompareConfig,
+    FaultConfig,
+    PlanConfig,
+    RunConfig,
+    applicable,
+    explain,
+    normalised,
+    overlaid,
+    read_toml,
+)
 from cutlayer.errors import ConfigError, CutlayerError
 from cutlayer.files import replace_file
 from cutlayer.report.text import format_bytes
@@ -295,9 +305,10 @@ def _out_text(text: str) -> None:
     out.print(text, end="", markup=False, highlight=False, soft_wrap=True)
 
 
-_Network = Group("Network", sort_key=8)
+_Network = Group("Network", sort_key=12)
 _Flag = Parameter(group=_Network)
 _File = Annotated[Path | None, _Flag]
+_LogForm = Annotated[Literal["text", "json"], _Flag]
 
 
 @app.command(sort_key=9)
@@ -312,10 +323,9 @@ def serve(
     ca: _File = None,
     tokens: _File = None,
     insecure: Annotated[bool, _Flag] = False,
-    deadline: Annotated[float | None, _Flag] = None,
-    quorum: Annotated[float, _Flag] = 0.5,
-    patience: Annotated[float | None, _Flag] = None,
+    faults: Annotated[FaultConfig | None, _Star] = None,
     metrics: Annotated[str | None, _Flag] = None,
+    log: _LogForm = "text",
 ) -> None:
     """Train with clients on other machines: hold the server's part, wait for all clients, go on after a restart.
 
@@ -325,7 +335,8 @@ def serve(
     Parameters
     ----------
     config
-        A TOML file with any of the options above. Clients join with the same one.
+        A TOML file with any of the options above, those about faults in a table [faults]. Clients join with the same
+        one.
     out
         The run folder. Default: runs/serve-ALGORITHM-DATA.
     listen
@@ -340,26 +351,20 @@ def serve(
         Instead of ca: a TOML file with a line NAME = "TOKEN" for each client.
     insecure
         No encryption, nobody is asked who they are: on this machine only.
-    deadline
-        Seconds for a step, after which it goes on with the clients that have answered, if they are a quorum.
-    quorum
-        Fraction of the clients that a step needs after the deadline, and a round to begin.
-    patience
-        Seconds to wait for clients that are missing. Default: for ever.
     metrics
         Port (or address:port) to serve figures for Prometheus at.
+    log
+        What happens to connections, on stderr: as text, or as JSON, one object per line.
     """
+    from cutlayer.engine.remote.logs import show_log
     from cutlayer.engine.remote.security import ServerSecurity
     from cutlayer.engine.remote.serve import Service, Serving
 
     merged = _run_config(options, config)
     _check_network(insecure, certificate=certificate, key=key, ca=ca, tokens=tokens)
-    _check_positive(deadline=deadline, patience=patience)
-    if not 0 < quorum <= 1:
-        raise ConfigError(f"quorum = {quorum} is not possible: it is a fraction above 0, at most 1")
-    _show_log()
+    show_log(log)
     security = ServerSecurity(certificate, key, ca, tokens)
-    serving = Serving(listen, security, deadline, quorum, patience, metrics)
+    serving = Serving(listen, security, _fault_config(faults, config), metrics)
     where = out or Path("runs") / f"serve-{merged.algorithm}-{Path(merged.data).stem}"
     service = Service(merged, serving, where)
     with _resumable(f"the same command with --out {where}"), service.open() as run, Monitor(1) as monitor:
@@ -383,7 +388,9 @@ def join(
     ca: _File = None,
     token_file: _File = None,
     insecure: Annotated[bool, _Flag] = False,
+    own_data: Annotated[str | None, _Flag] = None,
     give_up_after: Annotated[float | None, _Flag] = None,
+    log: _LogForm = "text",
 ) -> None:
     """Work as a client of a `serve` on another machine: dials out, keeps its data and its model, reconnects by itself.
 
@@ -394,7 +401,7 @@ def join(
     client
         Who this is: client-0, client-1... Several names: several clients in this process (with tokens or insecure).
     config
-        The server's configuration; its data are where this client's are.
+        The server's configuration.
     folder
         Keeps this client's state, so that it can go on after a restart. Default: nothing is kept.
     certificate
@@ -407,22 +414,35 @@ def join(
         Instead of a certificate: a file that holds this client's token.
     insecure
         No encryption: on this machine only.
+    own_data
+        The path of this client's own data, all of which it trains on. Default: its share of the configuration's data.
     give_up_after
         Seconds without a connection after which to give up. Default: never.
+    log
+        What happens to the connection, on stderr: as text, or as JSON, one object per line.
     """
+    from cutlayer.data import load_whole
     from cutlayer.engine.remote.join import Joining
     from cutlayer.engine.remote.join import join as work
+    from cutlayer.engine.remote.logs import show_log
     from cutlayer.engine.remote.security import ClientSecurity, read_token
 
     merged = _run_config(options, config)
     _check_network(insecure, certificate=certificate, key=key, ca=ca, token_file=token_file)
     if len(client) > 1 and (certificate or token_file):
         raise ConfigError(f"{len(client)} clients cannot share one certificate or token: start one process for each")
-    _show_log()
+    if len(client) > 1 and own_data is not None:
+        raise ConfigError(f"own_data = {own_data!r} would be {len(client)} clients' own: start one process for each")
+    show_log(log)
+    own = None
+    if own_data is not None:
+        columns = {"data_format": merged.data_format, "label_column": merged.label_column}
+        own = load_whole(own_data, class_names=merged.class_names, **columns)
     token = None if token_file is None else read_token(token_file)
     security = ClientSecurity(ca, certificate, key, token)
     joining = [
-        Joining(address, name, security, None if folder is None else folder / name, give_up_after) for name in client
+        Joining(address, name, security, None if folder is None else folder / name, own, give_up_after)
+        for name in client
     ]
     for reason in dict.fromkeys(work(merged, joining)):
         out.print(reason, highlight=False, soft_wrap=True)
@@ -471,13 +491,6 @@ def _check_network(insecure: bool, **files: Path | None) -> None:
         )
 
 
-def _show_log() -> None:
-    """What happens to connections, as lines on stderr."""
-    import logging
-
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-
-
 def main() -> NoReturn:
     """Run the command line: one clear sentence on stderr and an exit code for everything that goes wrong."""
     keep_memory()
@@ -506,7 +519,7 @@ def _flag_sentence(error: CycloptsError) -> str:
     """One sentence for a flag that cyclopts or a field's range refused."""
     cause = error.__cause__
     if isinstance(error, FlagError) and isinstance(cause, ValidationError):
-        models = (CompareConfig, PlanConfig)
+        models = (CompareConfig, FaultConfig, PlanConfig)
         return str(explain(cause, next((m for m in models if m.__name__ in cause.title), RunConfig)))
     if isinstance(error, UnusedCliTokensError):
         return f"unexpected {' '.join(error.unused_tokens or [])!r}: values follow their option, see `cutlayer --help`"
@@ -521,6 +534,15 @@ def _run_config(options: RunConfig | None, config: Path | None) -> RunConfig:
     return merged
 
 
+def _fault_config(flags: FaultConfig | None, config: Path | None) -> FaultConfig:
+    """What is done about faults: of the file's table [faults], with the flags over it. Raises ConfigError."""
+    table = {} if config is None else read_toml(config).get("faults", {})
+    if not isinstance(table, dict):
+        raise ConfigError(f"faults = {table!r} is no table: write [faults] on a line, and below it e.g. deadline = 30")
+    given = {} if flags is None else flags.model_dump(include=flags.model_fields_set)
+    return FaultConfig.of({**normalised(table), **given})
+
+
 def _check_positive(**values: float | None) -> None:
     """Raises ConfigError for what is given and not a finite number above 0."""
     for name, value in values.items():
@@ -531,7 +553,10 @@ def _check_positive(**values: float | None) -> None:
 def _merged(model: type[Any], options: Any, config: Path | None) -> dict[str, Any]:
     """The file's values with the flags over them."""
     flags = {} if options is None else options.model_dump(include=options.model_fields_set)
-    return overlaid(read_toml(config) if config is not None else {}, flags)
+    values = read_toml(config) if config is not None else {}
+    if model is RunConfig:
+        values.pop("faults", None)  # the server's: of no effect where all clients are in this process
+    return overlaid(values, flags)
 
 
 def _fresh(name: str) -> Path:

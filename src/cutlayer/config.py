@@ -26,8 +26,10 @@ TRAINING = Group("Training", sort_key=4)
 SPLIT_LR = Group("SplitLr (slr, sglr)", sort_key=5)
 SPLIT_AVG = Group("SplitAvg (sgl, sglr)", sort_key=6)
 OTHERS = Group("Other algorithms", sort_key=7)
-COSTS = Group("Virtual clock and energy model (none without a client device)", sort_key=8)
-OUTPUT = Group("Output", sort_key=9)
+CROSSING = Group("What crosses the cut", sort_key=8)
+COSTS = Group("Virtual clock and energy model (none without a client device)", sort_key=9)
+OUTPUT = Group("Output", sort_key=10)
+FAULTS = Group("Faults", sort_key=11)
 
 
 def _typed(options: Any) -> Any:
@@ -105,6 +107,20 @@ class FleetConfig(_Config):
             )
 
 
+class FaultConfig(_Config):
+    """What a server does about clients that are late, away or faulty: the table [faults] of a file, or flags."""
+
+    deadline: Annotated[float | None, Parameter(group=FAULTS)] = Field(None, gt=0)
+    """Seconds for a step, after which it goes on with the clients that have answered, if they are a quorum. Default: as
+    long as it takes."""
+    quorum: Annotated[float, Parameter(group=FAULTS)] = Field(0.5, gt=0, le=1)
+    """Fraction of the clients that a step needs after the deadline, and a round to begin."""
+    patience: Annotated[float | None, Parameter(group=FAULTS)] = Field(None, gt=0)
+    """Seconds to wait for clients that are missing: all of them at the start, a quorum later. Default: for ever."""
+    faulty: Annotated[Literal["exclude", "stop"], Parameter(group=FAULTS)] = "exclude"
+    """A client that sends NaN, wrong shapes or no message at all is excluded from the run, or ends it."""
+
+
 class CommonConfig(FleetConfig):
     """What all commands that train share."""
 
@@ -118,6 +134,8 @@ class CommonConfig(FleetConfig):
     """The label's column (CSV, Hugging Face)."""
     client_column: Annotated[str | None, Parameter(group=DATA)] = None
     """The column that says whose sample a row is (CSV, Hugging Face), for the partition `column`."""
+    class_names: Annotated[tuple[str, ...], Parameter(group=DATA, negative=(), consume_multiple=True)] = ()
+    """All labels, in order, where the data at hand may lack some (a client's own). Default: those in the data."""
     validation: Annotated[float, Parameter(group=DATA)] = Field(0.1, ge=0)
     """Held out of training to choose by: a fraction below 1, or a number of samples."""
     test: Annotated[float, Parameter(group=DATA)] = Field(0.2, gt=0)
@@ -195,6 +213,12 @@ class CommonConfig(FleetConfig):
     """Mean of the clients' gradients, or sum of the concatenated loss's slices (eq. 15 to the letter)."""
     gradient_scale: Annotated[Literal["own", "union"], Parameter(group=SPLIT_AVG)] = "own"
     """A client's cut gradient is that of its own mean loss, or of the mean loss over all rows (psl, sfl too)."""
+
+    up_codec: Annotated[str, Parameter(group=CROSSING)] = "raw"
+    """How smashed data are written (in ussl gradients too): raw, bfloat16, float16, int8, float8 or top-k:FRACTION,
+    with +zstd or without."""
+    down_codec: Annotated[str, Parameter(group=CROSSING)] = "raw"
+    """How cut gradients are written (in ussl features too), likewise."""
 
     average_every: Annotated[Literal["step", "round"], Parameter(group=OTHERS)] = "round"
     """sfl: when client models are averaged."""
@@ -405,7 +429,9 @@ def _variant(base: Mapping[str, Any], values: Mapping[str, Any]) -> RunConfig:
     return first
 
 
-_EVERY_SPLIT = frozenset({"cut", "server_lr", "server_optimizer", "server_optimizer_options", "server_lr_schedule"})
+_EVERY_SPLIT = frozenset(
+    {"cut", "server_lr", "server_optimizer", "server_optimizer_options", "server_lr_schedule", "up_codec", "down_codec"}
+)
 _EVERY_GROUP = frozenset({"participation", "start"})
 
 
@@ -433,7 +459,7 @@ def _written_out(config: CommonConfig, useful: frozenset[str]) -> dict[str, Any]
     own = [name for name in type(config).model_fields if name not in CommonConfig.model_fields]
     order = [*own, *CommonConfig.model_fields]
     unset: dict[str, tuple[Any, ...]] = {
-        k: (None, {}) if f.default == {} else (None,) for k, f in type(config).model_fields.items()
+        k: (None, {}, []) if f.default in ({}, ()) else (None,) for k, f in type(config).model_fields.items()
     }
     return {k: dumped[k] for k in order if k not in drop and dumped[k] not in unset[k]}
 

@@ -182,6 +182,11 @@ class Run:
         """Number of rounds of the whole run."""
         return self.training.rounds
 
+    @property
+    def steps(self) -> int:
+        """Training steps so far."""
+        return self._step
+
     def run(self) -> Result:
         """Train to the end and return the result."""
         for _ in self:

@@ -31,6 +31,7 @@ class Smashed:
     labels: Tensor  # [R]
     clients: tuple[int, ...]  # [C]
     sizes: tuple[int, ...]  # [C], the b_k
+    written: tuple[int, ...] = ()  # [C], bytes that each client's rows came in, where only the carrier can know
 
     def __len__(self) -> int:
         return sum(self.sizes)
@@ -106,6 +107,7 @@ class TailGradients:
     losses: Tensor  # [C], each client's own mean loss
     clients: tuple[int, ...]
     sizes: tuple[int, ...]
+    written: tuple[int, ...] = ()  # as in Smashed
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """The ledger of bytes, and the cohort that fills it at the seam.
 
-Counted are the values that cross, as their tensors' own bytes (elements x bytes per element): a deployment that sends
-the same tensors adds its framing, nothing else. Two conventions are truthful, the third is there to compare with:
+Counted are the values that cross, as the bytes that codecs write them in; without one, their tensors' own (elements x
+bytes per element). A deployment that sends the same tensors adds its framing, nothing else. Two conventions are
+truthful, the third is there to compare with:
 - `wire-unicast`: a message to several clients counts once per client that receives it;
 - `wire-broadcast`: a message that is the same for several clients counts once (wireless broadcast, multicast);
 - `paper`: as Table 6 of arXiv 2112.05929 counts: no labels, models once per client, and of all common gradients of an
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -21,6 +23,7 @@ from torch import Tensor
 from cutlayer.cohort import Cohort, CohortAround, Predict
 from cutlayer.data.samples import Samples
 from cutlayer.types import CutGradients, Evaluation, Round, Rows, Smashed, TailGradients
+from cutlayer.wire import Coding
 
 Direction = Literal["up", "down"]
 Kind = Literal["smashed data", "labels", "cut gradients", "features", "models", "raw data", "evaluation"]
@@ -108,11 +111,11 @@ class Ledger:
 
 
 class MeteredCohort(CohortAround):
-    """A cohort that writes every crossing of another one into a ledger, and changes nothing else."""
+    """A cohort whose crossings go through codecs, and into a ledger. Without a lossy codec nothing else is changed."""
 
-    def __init__(self, inner: Cohort, ledger: Ledger) -> None:
+    def __init__(self, inner: Cohort, ledger: Ledger, coding: Coding | None = None) -> None:
         super().__init__(inner)
-        self.ledger = ledger
+        self.ledger, self.coding = ledger, coding or Coding()
         self._stale: set[int] = set()  # missed an averaging: will fetch the model when they next take part
         self._common_seen = False  # in this round
 
@@ -129,25 +132,31 @@ class MeteredCohort(CohortAround):
     def forward(self, clients: Sequence[int] | None = None, *, labels: bool = True) -> Smashed:
         """Up: smashed data and labels."""
         smashed = self.inner.forward(clients, labels=labels)
-        _add_rows(self.ledger, "up", "smashed data", smashed.rows, smashed.clients, smashed.sizes)
-        _add_rows(self.ledger, "up", "labels", (smashed.labels,), smashed.clients, smashed.sizes)
-        return smashed
+        rows, counts = self.coding.rows(self.coding.up, smashed.rows, smashed.sizes)
+        self._add("up", "smashed data", smashed.clients, smashed.written or counts)
+        self._add("up", "labels", smashed.clients, np.array(smashed.sizes, np.int64) * row_bytes(smashed.labels))
+        return replace(smashed, rows=rows)
 
     def tail(self, features: Smashed) -> TailGradients:
         """Down: features; up: their gradients."""
-        _add_rows(self.ledger, "down", "features", features.rows, features.clients, features.sizes)
-        tail = self.inner.tail(features)
-        _add_rows(self.ledger, "up", "cut gradients", tail.rows, tail.clients, tail.sizes)
-        return tail
+        rows, counts = self.coding.rows(self.coding.down, features.rows, features.sizes)
+        self._add("down", "features", features.clients, counts)
+        tail = self.inner.tail(replace(features, rows=rows))
+        rows, counts = self.coding.rows(self.coding.up, tail.rows, tail.sizes)
+        self._add("up", "cut gradients", tail.clients, tail.written or counts)
+        return replace(tail, rows=rows)
 
     def backward(self, gradients: CutGradients) -> None:
         """Down: own cut gradients one by one, the common one as a broadcast."""
-        _add_rows(self.ledger, "down", "cut gradients", gradients.own, gradients.clients, gradients.sizes)
+        own, counts = self.coding.rows(self.coding.down, gradients.own, gradients.sizes)
+        self._add("down", "cut gradients", gradients.clients, counts)
+        common = gradients.common
         if gradients.active:
-            once = 0 if self._common_seen else sum(row_bytes(c) for c in gradients.common)
-            self.ledger.common(gradients.active, sum(c.nbytes for c in gradients.common), once)
+            common, count = self.coding.common(common)
+            once = 0 if self._common_seen else count // len(common[0])
+            self.ledger.common(gradients.active, count, once)
             self._common_seen = True
-        self.inner.backward(gradients)
+        self.inner.backward(replace(gradients, own=own, common=common))
 
     def average(self, weights: Mapping[int, float]) -> None:
         """Up: the models of those averaged; down: the average, to the same clients (to others when they next take
@@ -172,16 +181,28 @@ class MeteredCohort(CohortAround):
     def evaluate(self, samples: Samples, predict: Predict) -> Evaluation:
         """Up: smashed data of the held-out samples and their labels; U-shaped: no labels, but features down."""
 
+        up, down = self.coding.up.plain, self.coding.down.plain  # as remote clients do it
+
         def metered(clients: Sequence[int], rows: Rows) -> Rows:
+            sizes = [len(rows[0]) // len(clients)] * len(clients)
+            rows, counts = self.coding.rows(up, rows, sizes)
+            labels = 0 if self.shape == "u-shaped" else sizes[0] * samples.y.element_size()
+            self._add("up", "evaluation", clients, counts + labels)
             outputs = predict(clients, rows)
-            each = len(rows[0]) // len(clients)
-            up = sum(row_bytes(r) for r in rows) + (0 if self.shape == "u-shaped" else samples.y.element_size())
-            self.ledger.add("up", "evaluation", clients, each * up)
             if self.shape == "u-shaped":
-                self.ledger.add("down", "evaluation", clients, each * sum(row_bytes(r) for r in outputs))
+                outputs, counts = self.coding.rows(down, outputs, sizes)
+                self._add("down", "evaluation", clients, counts)
             return outputs
 
         return self.inner.evaluate(samples, metered)
+
+    def _add(
+        self, direction: Direction, kind: Kind, clients: Sequence[int], counts: Sequence[int] | np.ndarray
+    ) -> None:
+        """Count bytes [C] of `clients`."""
+        counts = np.asarray(counts, np.int64)
+        if counts.any():
+            self.ledger.add(direction, kind, clients, counts)
 
     def state(self) -> dict[str, Any]:
         """The inner cohort's state, and the ledger's."""
@@ -192,20 +213,6 @@ class MeteredCohort(CohortAround):
         super().load(state)
         self.ledger.load(state["ledger"])
         self._stale = set(state["stale"])
-
-
-def _add_rows(
-    ledger: Ledger,
-    direction: Direction,
-    kind: Kind,
-    rows: Sequence[Tensor],
-    clients: Sequence[int],
-    sizes: Sequence[int],
-) -> None:
-    """Count concatenated rows, client by client."""
-    each = sum(row_bytes(r) for r in rows)
-    if len(clients) and each:
-        ledger.add(direction, kind, clients, np.array(sizes) * each)
 
 
 def row_bytes(rows: Tensor) -> int:

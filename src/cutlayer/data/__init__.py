@@ -2,6 +2,6 @@
 
 from cutlayer.data.partitions import class_counts, partition
 from cutlayer.data.samples import Samples, Source
-from cutlayer.data.sources import from_arrays, from_dataset, load
+from cutlayer.data.sources import from_arrays, from_dataset, load, load_whole
 
-__all__ = ["Samples", "Source", "class_counts", "from_arrays", "from_dataset", "load", "partition"]
+__all__ = ["Samples", "Source", "class_counts", "from_arrays", "from_dataset", "load", "load_whole", "partition"]

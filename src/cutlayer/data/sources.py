@@ -19,8 +19,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -50,6 +51,7 @@ def load(
     data_format: str = "auto",
     label_column: str = "label",
     client_column: str | None = None,
+    class_names: Sequence[str] = (),
     validation: float = 0.1,
     test: float = 0.2,
     seed: int = 0,
@@ -57,11 +59,38 @@ def load(
     """Load a built-in data set (`catalog.DATASETS`) or a path in one of the formats of `catalog.DATA_FORMATS`.
 
     `label_column` and `client_column` name columns of CSV and Hugging Face data; an .npz file has its owners in an
-    array `client` (or `client_train`). Inputs come as [n, ...]: pictures [n, c, h, w], tables [n, columns].
+    array `client` (or `client_train`). `class_names`: all labels in order, where the data may lack some. Inputs come as
+    [n, ...]: pictures [n, c, h, w], tables [n, columns].
 
     Raises DataError if the data are missing, damaged, or not fit for classification; ConfigError if an option is out
     of range or has no effect on these data.
     """
+    return _source(_read(data, data_format, label_column, client_column, class_names), validation, test, seed)
+
+
+def load_whole(
+    data: str, *, data_format: str = "auto", label_column: str = "label", class_names: Sequence[str] = ()
+) -> Source:
+    """The same with nothing held out, and without what the data bring to test with: what a client trains on, alone.
+
+    Data of one class need `class_names`. Raises DataError and ConfigError as `load` does.
+    """
+    raw = dataclasses.replace(_read(data, data_format, label_column, None, class_names), test=None, validation=None)
+    _check(raw)
+    y, class_names = _encode(raw)
+    if len(class_names) < 2:
+        _refuse_single(raw, class_names[0])
+    x = _Converter(raw, np.arange(len(y["train"])))(raw.train.x)
+    whole = Samples(x, torch.from_numpy(y["train"]))
+    return Source(raw.name, whole, whole[:0], whole[:0], class_names)
+
+
+def _refuse_single(raw: Raw, name: str) -> NoReturn:
+    raise DataError(f"{raw.name} has one class only, {name}: classification needs at least two")
+
+
+def _read(data: str, data_format: str, label_column: str, client_column: str | None, class_names: Sequence[str]) -> Raw:
+    """What a reader finds. Raises DataError, ConfigError."""
     if data_format not in ("auto", *DATA_FORMATS):
         raise ConfigError(unknown("data_format", data_format, ["auto", *DATA_FORMATS]))
     path = Path(data).expanduser()
@@ -81,7 +110,31 @@ def load(
     except OSError as error:
         reason = f"{error.strerror or error} ({error.filename})"
         raise DataError(f"{data!r} cannot be read as {what}: {reason}; name another data_format or path") from None
-    return _source(raw, validation, test, seed)
+    return _named(raw, class_names) if class_names else raw
+
+
+def _named(raw: Raw, class_names: Sequence[str]) -> Raw:
+    """The same with labels counted as `class_names` name them. Raises DataError for a label that they lack."""
+    numbers = {name: number for number, name in enumerate(class_names)}
+    if len(numbers) < max(2, len(class_names)):
+        raise ConfigError(f"class_names = {list(class_names)}: name at least two, each once")
+
+    def counted(part: Part | None) -> Part | None:
+        if part is None:
+            return None
+        labels = _words(part.y, f"labels of {raw.name}").tolist()
+        own = raw.class_names
+        words = [own[w] if own else w.decode() if isinstance(w, bytes) else str(w) for w in labels]
+        if unheard := sorted(set(words) - set(numbers)):
+            raise DataError(
+                f"{raw.name} has the label {unheard[0]!r}, which is none of class_names = {list(class_names)}: mend one"
+            )
+        return dataclasses.replace(part, y=np.array([numbers[w] for w in words]))
+
+    train = counted(raw.train)
+    assert train is not None
+    validation, test = counted(raw.validation), counted(raw.test)
+    return dataclasses.replace(raw, train=train, validation=validation, test=test, class_names=tuple(class_names))
 
 
 def from_arrays(
@@ -239,8 +292,6 @@ def _encode(raw: Raw) -> tuple[dict[str, npt.NDArray[np.int64]], tuple[str, ...]
     if len(kinds) > 1:
         raise DataError(f"the labels of {raw.name} are integers in one part and strings in another: use one kind")
     present = np.unique(np.concatenate(list(words.values())))
-    if len(np.unique(words["train"])) < 2:
-        raise DataError(f"{raw.name} has one class only, {present[0]!s}: classification needs at least two")
     if raw.class_names is not None:
         last = len(raw.class_names) - 1
         if present[0] < 0 or present[-1] > last:
@@ -285,6 +336,8 @@ def _source(raw: Raw, validation: float, test: float, seed: int) -> Source:
     """Check, split and convert what a reader found."""
     _check(raw)
     y, class_names = _encode(raw)
+    if len(np.unique(y["train"])) < 2:
+        _refuse_single(raw, class_names[int(y["train"][0])])
     rows = np.arange(len(y["train"]))
     held: dict[str, npt.NDArray[np.int64]] = {}
     for part, size in (("test", test), ("validation", validation)):

@@ -1,10 +1,11 @@
 """What travels between a server and its clients, as bytes and as rules, without any input or output.
 
-`tensors` and `codecs`: tensors as bytes. `messages` and `frames`: what is said, and one message as bytes. `handshake`:
-do both mean the same run. `conversation`: what may be said when.
+`tensors` and `codecs`: tensors as bytes. `coding`: what codecs do to rows that cross. `messages` and `frames`: what is
+said, and one message as bytes. `handshake`: do both mean the same run. `conversation`: what may be said when.
 """
 
 from cutlayer.wire.codecs import RAW, Codec, error_bound
+from cutlayer.wire.coding import Coding
 from cutlayer.wire.conversation import ClientSide, ServerSide
 from cutlayer.wire.frames import Frame, pack, unpack
 from cutlayer.wire.handshake import agree, fingerprint
@@ -18,6 +19,7 @@ from cutlayer.wire.tensors import (
     encode_named,
     encoded_bytes,
     encoded_bytes_named,
+    payload_sizes,
 )
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "RAW",
     "ClientSide",
     "Codec",
+    "Coding",
     "Frame",
     "Limits",
     "ServerSide",
@@ -39,6 +42,7 @@ __all__ = [
     "error_bound",
     "fingerprint",
     "pack",
+    "payload_sizes",
     "specs",
     "unpack",
 ]

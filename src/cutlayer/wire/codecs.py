@@ -26,10 +26,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import zstandard
 from torch import Tensor
 
 from cutlayer.errors import ConfigError, WireError, unknown
@@ -77,6 +78,11 @@ class Codec:
         kept = f":{self.fraction!r}" if self.kind == "top-k" else ""
         return f"{self.kind}{kept}{'+zstd' if self.zstd else ''}"
 
+    @property
+    def plain(self) -> Codec:
+        """The same without zstd."""
+        return replace(self, zstd=False)
+
     def kind_for(self, dtype: torch.dtype) -> str:
         """What is done to tensors of type `dtype`: this codec's kind, or raw where it does not apply."""
         least = 4 if self.kind in _HALVES else 2
@@ -122,6 +128,17 @@ def write(codec: Codec, tensor: Tensor) -> list[Tensor]:
             q = q if torch.isfinite(scale).all() else q.nan_to_num(0, 0, 0)  # there is no integer for NaN
             pieces = [scale, q.round_().to(torch.int8)]
     return [piece.cpu().contiguous() for piece in pieces]
+
+
+def raw_bytes(piece: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, which share its memory."""
+    data: memoryview = piece.reshape(-1).view(torch.uint8).numpy().data
+    return data
+
+
+def compressed(payload: bytes) -> bytes:
+    """A payload behind zstd. What it declares is its own size."""
+    return zstandard.ZstdCompressor(level=1).compress(payload)
 
 
 def read(codec: Codec, payload: memoryview, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

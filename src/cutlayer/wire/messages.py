@@ -40,7 +40,18 @@ Option = (
     | None
 )
 Reason = Literal[
-    "protocol", "run", "token", "client", "full", "state", "model", "crossing", "algorithm", "step", "codec"
+    "protocol",
+    "run",
+    "token",
+    "client",
+    "full",
+    "state",
+    "model",
+    "crossing",
+    "algorithm",
+    "step",
+    "codec",
+    "excluded",
 ]
 
 

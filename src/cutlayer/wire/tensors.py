@@ -24,7 +24,7 @@ from torch import Tensor
 from cutlayer.errors import WireError
 from cutlayer.models.parts import Crossing
 from cutlayer.types import Rows
-from cutlayer.wire.codecs import KINDS, RAW, Codec, payload_bytes, read, write
+from cutlayer.wire.codecs import KINDS, RAW, Codec, compressed, payload_bytes, raw_bytes, read, write
 from cutlayer.wire.limits import Limits
 
 Buffer = bytes | bytearray | memoryview
@@ -91,6 +91,22 @@ def described(tensors: Mapping[str, Tensor]) -> dict[str, Crossing]:
     return {name: Crossing(tuple(t.shape), t.dtype) for name, t in tensors.items()}
 
 
+def payload_sizes(body: Buffer) -> list[int]:
+    """Bytes of each tensor's payload, in a body of unnamed tensors that has been decoded: behind zstd, what came."""
+    reader = _Reader(body)
+    (count,) = reader.unpack(_COUNT, "the number of tensors")
+    reader.skip()
+    sizes: list[int] = []
+    for _ in range(count):
+        _, _, rank = reader.unpack(_START, "a description")
+        reader.take(4 * rank, "dimensions")
+        sizes += reader.unpack(_LENGTH, "a length")
+        reader.skip()
+        reader.take(sizes[-1], "a payload")
+        reader.skip()
+    return sizes
+
+
 def encoded_bytes(like: Sequence[Crossing], rows: int, codec: Codecs = RAW) -> int | None:
     """Bytes of the body of `rows` rows of each of `like`; None where zstandard makes that a question of the numbers."""
     expected = [(None, Crossing((rows, *c.shape), c.dtype)) for c in like]
@@ -119,10 +135,9 @@ def _encode(tensors: Sequence[tuple[str | None, Tensor]], codec: Codecs) -> list
             raise WireError(
                 f"a {tensor.layout} tensor of {tensor.dtype} cannot be sent: make it dense, of a usual type"
             )
-        payload = [piece.reshape(-1).view(torch.uint8).numpy().data for piece in write(one, tensor)]
+        payload = [raw_bytes(piece) for piece in write(one, tensor)]
         if one.zstd:
-            packed = zstandard.ZstdCompressor(level=1).compress(b"".join(payload))
-            payload = [memoryview(packed)]
+            payload = [memoryview(compressed(b"".join(payload)))]
         length = size_of(payload)
         buffers += [_head(name, tensor.dtype, tuple(tensor.shape), one, length), *(p for p in payload if p.nbytes)]
         if length % ALIGNED:

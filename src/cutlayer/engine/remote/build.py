@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, MutableSequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from cutlayer.build import Data, Model, Prepared, Training, prepare
 from cutlayer.config import RunConfig
+from cutlayer.data.samples import Source
 from cutlayer.engine.local import Client
-from cutlayer.engine.remote.cohort import Hub, Remote, RemoteCohort
-from cutlayer.engine.remote.exchange import Lost
+from cutlayer.engine.remote.cohort import Hub, Remote, RemoteCohort, Tell
 from cutlayer.engine.remote.worker import Duty, Worker
 from cutlayer.errors import ConfigError
 from cutlayer.server import Server
@@ -47,7 +48,8 @@ def remote_training(
     run: str = "",
     deadline: float | None = None,
     quorum: float = 0.5,
-    notice: Callable[[int, Lost], None] | None = None,
+    faulty: Literal["exclude", "stop"] = "exclude",
+    tell: Tell | None = None,
     ready: Callable[[], None] | None = None,
     model: Model | None = None,
     data: Data | None = None,
@@ -65,16 +67,22 @@ def remote_training(
         returning=p.split.returning,
         classes=_classes(p),
         **p.clients.routine,
+        up=p.coding.up,
+        down=p.coding.down,
         deadline=deadline,
         quorum=quorum,
+        faulty=faulty,
     )
-    cohort = RemoteCohort(hub, setup, notice=notice, ready=ready)
+    cohort = RemoteCohort(hub, setup, tell=tell, ready=ready)
     server = Server(p.split.server, p.make_server, config.server_lr or config.client_lr, p.server_seed)
     ours = terms(p, run)
 
     def greet(hello: m.Hello, client: int) -> m.Welcome | m.Refused:
         if refused := agree(hello.terms, ours):
             return refused
+        if client in cohort.excluded:
+            why = f"client {client} is excluded from the run: {cohort.excluded[client]}"
+            return m.Refused("excluded", why)
         samples[client] = samples[client] or hello.samples
         if hello.samples != samples[client]:
             sentence = f"client {client} has {hello.samples} samples, {samples[client]} were announced"
@@ -94,14 +102,16 @@ def worker_of(
     folder: Path | None = None,
     model: Model | None = None,
     data: Data | None = None,
+    own: Source | None = None,
 ) -> Worker:
-    """A client's side: client number `client` of the configuration, with its share of the data.
+    """A client's side: client number `client` of the configuration, with its share of the data, or with data of its
+    `own`.
 
     Raises UsageError as `assemble` does; ConfigError for a number that is no client's.
     """
     if not 0 <= client < config.clients:
         raise ConfigError(f"client = {client} is none of the {config.clients} clients, 0 to {config.clients - 1}")
-    p = prepare(_remotely(config), model, data)
+    p = prepare(_remotely(config), model, data if own is None else own, alone=own is not None)
     lower, tail = p.clients.models[client]
     share = torch.from_numpy(p.clients.rows[client])
     return Worker(
@@ -118,6 +128,8 @@ def worker_of(
             terms=terms(p, run),
             crossing=p.split.crossing,
             returning=p.split.returning,
+            up=p.coding.up,
+            down=p.coding.down,
             token=token,
             folder=folder,
         )
@@ -139,6 +151,8 @@ def terms(p: Prepared, run: str) -> m.Terms:
             gradient_scale=config.gradient_scale,
             local_epochs=p.clients.local_epochs,
             local_steps=p.clients.local_steps,
+            up=str(p.coding.up),
+            down=str(p.coding.down),
         ),
     )
 

@@ -7,10 +7,11 @@ together with the next request, so that a step costs one journey there and back.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -26,10 +27,17 @@ from cutlayer.engine.remote.worker import expected_state, state_of
 from cutlayer.errors import NonFiniteError, TrainingError, WireError
 from cutlayer.gradients import row_losses
 from cutlayer.models.parts import Crossing
-from cutlayer.types import CutGradients, Evaluation, Round, Smashed, Step, TailGradients
-from cutlayer.wire import RAW, Codec, Frame, decode, decode_named, described, encode, encode_named
+from cutlayer.types import CutGradients, Evaluation, Round, Rows, Smashed, Step, TailGradients
+from cutlayer.wire import RAW, Codec, Frame, decode, decode_named, described, encode, encode_named, payload_sizes
 from cutlayer.wire import messages as m
+from cutlayer.wire.conversation import ANSWERS
 from cutlayer.wire.tensors import Buffer
+
+T = TypeVar("T")
+Tell = Callable[[str, Mapping[str, Any]], None]
+"""Hears what has happened, as a word and as facts."""
+
+_ACKNOWLEDGED = (m.Stepped, m.Saved)  # answers to what goes out with a later request
 
 
 class Hub(Protocol):
@@ -48,8 +56,11 @@ class Hub(Protocol):
         *,
         deadline: float | None = None,
         quorum: int | None = None,
-    ) -> Mapping[int, list[Frame] | Lost]:
-        """Send each client its requests, in order; the answers of those that gave them all, or why there are none."""
+        on_answer: Callable[[int, Frame], Any],
+    ) -> Mapping[int, list[Any] | Lost]:
+        """Send each client its requests, in order; what `on_answer` makes of the answers of those that gave them all,
+        or why there are none. Where it raises WireError, the client is lost for "garbage".
+        """
 
 
 @dataclass(frozen=True)
@@ -58,7 +69,8 @@ class Remote(Routine):
     which the server knows shapes and names alone; `crossing` and `returning` go up and down at the cuts.
 
     `deadline` seconds are given for every exchange (None: as long as it takes), unless fewer than `quorum` (a fraction)
-    have answered by then.
+    have answered by then. A client that sends what is no number, of a wrong shape or no message at all is excluded from
+    the run; or it ends the run (`faulty` = "stop").
     """
 
     samples: MutableSequence[int]
@@ -69,12 +81,13 @@ class Remote(Routine):
     down: Codec = RAW
     deadline: float | None = None
     quorum: float = 0.5
+    faulty: Literal["exclude", "stop"] = "exclude"
     returning: Sequence[Crossing] = field(default=())
 
 
 class RemoteCohort:
-    """All clients on the other side of a hub. `notice` hears of each that gave no answer; `ready` is called before each
-    round, and comes back when enough clients are there.
+    """All clients on the other side of a hub. `tell` hears of rounds, of clients that come, give no answer or are
+    excluded; `ready` is called before each round, and comes back when enough clients are there.
     """
 
     def __init__(
@@ -82,11 +95,11 @@ class RemoteCohort:
         hub: Hub,
         setup: Remote,
         *,
-        notice: Callable[[int, Lost], None] | None = None,
+        tell: Tell | None = None,
         ready: Callable[[], None] | None = None,
     ) -> None:
         self.hub, self.setup = hub, setup
-        self._notice = notice or (lambda client, lost: None)
+        self._tell = tell or (lambda happened, facts: None)
         self._ready = ready or (lambda: None)
         self._step = 0  # numbers exchanges that belong together
         self._quota = np.zeros(len(setup.samples), np.int64)
@@ -97,6 +110,7 @@ class RemoteCohort:
         self._later: dict[int, list[Request]] = {}  # goes out with the next exchange
         self._average: dict[str, Tensor] | None = None
         self._stale: set[int] = set()  # have missed an averaging
+        self.excluded: dict[int, str] = {}  # why
         self._like = described(state_of(setup.twin.module))
         self._begun = False  # a round, in this process
         self._alike = setup.alike  # all models are known to be equal
@@ -130,13 +144,11 @@ class RemoteCohort:
     def begin_round(self, index: int, total: int, lr_factor: float) -> Round:
         """Draw the participants; those that are connected get their number of batches, and a model they missed."""
         s = self.setup
-        self._ready()
-        new = set(self.hub.arrivals())
-        if self._begun and self._average is not None:
-            self._stale |= new  # what those who come back have missed is not known
-        self._begun = True
+        self._admit()
         drawn = s.participants(index, len(s.samples))
         here = tuple(k for k in drawn if k in self.hub.connected)
+        facts = {"drawn": len(drawn), "connected": len(self.hub.connected), "needed": self._needed(here)}
+        self._tell("round", {"round": index, "participants": list(here), **facts})
         if not here:
             raise TrainingError("no client is connected: wait for one, or look at why they have gone")
         self._participants = here
@@ -146,24 +158,47 @@ class RemoteCohort:
         self._catch_up(here)
         return Round(index, total, here, tuple(self._quota[list(here)].tolist()), s.seed)
 
+    def _admit(self) -> None:
+        """Wait until enough clients are there; those that have come anew are asked from now on."""
+        self._ready()
+        new = set(self.hub.arrivals())
+        for k in sorted(new):
+            self._tell("came", {"client": k})
+        if self._begun and self._average is not None:
+            self._stale |= new  # what those who come back have missed is not known
+        self._begun = True
+
     def forward(self, clients: Sequence[int] | None = None, *, labels: bool = True) -> Smashed:
         """Every participant with batches left in this round (or those of `clients`) sends smashed data and labels."""
         wanted = self._participants if clients is None else clients
         asked = [k for k in wanted if self._quota[k] > 0 and k in self.hub.connected]
         self._quota[asked] -= 1
         step = self._step = self._step + 1
-        answers = self._exchange(asked, lambda k: [(m.Forward(step, labels), ())], quorum=True)
+
+        def read(client: int, frame: Frame) -> _Came:
+            return self._smashed(client, frame, labels)
+
+        answers = self._exchange(asked, lambda k: [(m.Forward(step, labels), ())], read, quorum=True)
         self._asked = tuple(k for k in asked if k in answers)
         if not self._asked:
             return Smashed((), torch.empty(0), (), ())
-        like = [*self.setup.crossing, *([Crossing((), torch.int64)] if labels else [])]
-        codecs = [*[self.setup.up] * len(self.setup.crossing), *([RAW] if labels else [])]
-        sizes = {k: answers[k].message.rows for k in self._asked}
-        rows = [decode(answers[k].body, like, sizes[k], codecs) for k in self._asked]
-        self._sizes = sizes
-        came = tuple(torch.cat(parts) for parts in zip(*rows, strict=True))
-        y = came[-1] if labels else torch.empty(sum(sizes.values()), 0)
-        return Smashed(came[: len(self.setup.crossing)], y, self._asked, tuple(sizes.values()))
+        came = [answers[k] for k in self._asked]
+        sizes = self._sizes = {k: len(one.rows[0]) for k, one in zip(self._asked, came, strict=True)}
+        rows = _joined([one.rows for one in came])
+        y = rows[-1] if labels else torch.empty(sum(sizes.values()), 0)
+        return Smashed(rows[: len(self.setup.crossing)], y, self._asked, tuple(sizes.values()), _written(came))
+
+    def _smashed(self, client: int, frame: Frame, labels: bool) -> _Came:
+        """One client's smashed data, and its labels where they were asked for. Raises WireError."""
+        s, n = self.setup, frame.message.rows
+        if not 0 < n <= s.batch:
+            raise WireError(f"a batch of {n} rows came, of at most {s.batch} were agreed")
+        like = [*s.crossing, *([Crossing((), torch.int64)] if labels else [])]
+        rows = decode(frame.body, like, n, [*[s.up] * len(s.crossing), *([RAW] if labels else [])])
+        _check_finite(rows, "smashed data", client)
+        if labels and not bool(((rows[-1] >= 0) & (rows[-1] < s.classes)).all()):
+            raise WireError(f"labels are not 0 to {s.classes - 1}: give the client labels of the same classes")
+        return _Came(rows, sum(payload_sizes(frame.body)[: len(s.crossing)]) if s.up.zstd else 0)
 
     def tail(self, features: Smashed) -> TailGradients:
         """Each client's tail finishes its rows of `features` with the client's own mean loss."""
@@ -173,15 +208,20 @@ class RemoteCohort:
             rows = features.only(k).rows
             return [(m.Tail(self._step, len(rows[0])), encode(rows, self.setup.down))]
 
-        answers = self._exchange(features.clients, request)
+        def read(k: int, frame: Frame) -> _Came:
+            loss = frame.message.loss
+            rows = decode(frame.body, like, self._sizes[k], self.setup.up)
+            _check_finite((*rows, torch.tensor(loss)), "cut gradients", k)
+            return _Came(rows, sum(payload_sizes(frame.body)) if self.setup.up.zstd else 0, loss)
+
+        answers = self._exchange(features.clients, request, read)
         who = tuple(k for k in features.clients if k in answers)
         if not who:
             raise TrainingError("no client has finished the forward pass: all are gone")
-        sizes = tuple(self._sizes[k] for k in who)
-        rows = [decode(answers[k].body, like, self._sizes[k], self.setup.up) for k in who]
-        cat = tuple(torch.cat(parts) for parts in zip(*rows, strict=True))
-        losses = torch.tensor([answers[k].message.loss for k in who], dtype=cat[0].dtype)
-        return TailGradients(cat, losses, who, sizes)
+        came = [answers[k] for k in who]
+        rows = _joined([one.rows for one in came])
+        losses = torch.tensor([one.loss for one in came], dtype=rows[0].dtype)
+        return TailGradients(rows, losses, who, tuple(self._sizes[k] for k in who), _written(came))
 
     def backward(self, gradients: CutGradients) -> None:
         """Every client of the last `forward` back-propagates what it is sent; it goes out with the next request."""
@@ -199,12 +239,21 @@ class RemoteCohort:
     def fit(self) -> list[Step]:
         """Each participant takes all its local steps of this round."""
         self._step += 1
-        answers = self._exchange(self._participants, lambda k: [(m.Fit(self._step), ())], quorum=True)
+        taken = self._exchange(self._participants, lambda k: [(m.Fit(self._step), ())], self._fitted, quorum=True)
         self._alike = len(self.samples) == 1
-        taken = {k: [(loss, rows) for loss, rows in answers[k].message.losses] for k in answers}
         if not taken:
             raise TrainingError("no client has trained: all are gone")
         return [together(taken, t) for t in range(max(map(len, taken.values())))]
+
+    def _fitted(self, client: int, frame: Frame) -> list[tuple[float, int]]:
+        """(mean loss, rows) of each local step of a client. Raises WireError."""
+        steps = [(loss, rows) for loss, rows in frame.message.losses]
+        if len(steps) != self._quota[client] or not all(0 < rows <= self.setup.batch for _, rows in steps):
+            raise WireError(
+                f"{len(steps)} local steps came, {self._quota[client]} were asked for, or their rows are not"
+            )
+        _check_finite((torch.tensor([loss for loss, _ in steps]),), "losses", client)
+        return steps
 
     def average(self, weights: Mapping[int, float]) -> None:
         """The weighted mean of the models of `weights`, for everybody: now, or when they next take part."""
@@ -225,20 +274,22 @@ class RemoteCohort:
         if holder is not None and holder != client:
             asks: list[Request] = [(m.GiveModel(self._step), ())]
             asks += [(m.GiveOptimizer(self._step), ())] if optimizer else []
-            given = self._all([holder], lambda k: asks)
+            given = self._all([holder], lambda k: asks, lambda k, frame: frame.body)
             if holder not in given:
                 raise TrainingError(f"client {holder} is gone with the one model: the run goes on from its checkpoint")
             model, *state = given[holder]
-            decode_named(model.body, self._like)  # what is passed on is what was expected
-            self._post(client, m.TakeModel(self._step), [model.body])
-            for frame in state:
-                self._post(client, m.TakeOptimizer(self._step), [frame.body])
+            decode_named(model, self._like)  # what is passed on is what was expected
+            self._post(client, m.TakeModel(self._step), [model])
+            for body in state:
+                self._post(client, m.TakeOptimizer(self._step), [body])
         self._holder = client
 
     def evaluate(self, samples: Samples, predict: Predict) -> Evaluation:
         """Every connected client's model with the server: the held-out inputs go to the client, what it gives comes
         back.
         """
+        if not self.hub.connected:
+            self._admit()
         everyone = [self._holder] if self._holder is not None else self._judged()
         looked_at = everyone[:1] if self._alike else everyone
         self._catch_up(looked_at)
@@ -270,7 +321,7 @@ class RemoteCohort:
         """What the server keeps; every connected client has written its own state beside its old one when this is
         back, and puts it in its place with the next request.
         """
-        self._exchange(sorted(self.hub.connected), lambda k: [(m.Save(self._step, "prepare"), ())])
+        self._exchange(sorted(self.hub.connected), lambda k: [(m.Save(self._step, "prepare"), ())], _nothing)
         for k in self.hub.connected:
             self._post(k, m.Save(self._step, "commit"))
         return {
@@ -280,6 +331,7 @@ class RemoteCohort:
             "alike": self._alike,
             "average": self._average or {},
             "stale": sorted(self._stale),
+            "excluded": {str(k): why for k, why in self.excluded.items()},
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -287,10 +339,11 @@ class RemoteCohort:
         self._step, self._holder, self._alike = state["step"], state["holder"], state["alike"]
         self.setup.samples[:] = state["samples"]
         self._average, self._stale = dict(state["average"]) or None, set(state["stale"])
+        self.excluded = {int(k): why for k, why in state["excluded"].items()}
 
     def finish(self) -> None:
         """Send what has been posted: the last of all."""
-        self._all((), lambda k: [])
+        self._all((), lambda k: [], _nothing)
 
     @property
     def step(self) -> int:
@@ -313,54 +366,129 @@ class RemoteCohort:
 
     def _outputs(self, clients: Sequence[int], part: Samples, predict: Predict) -> dict[int, Tensor]:
         """The logits [n, K] of each client's model, with the server's where there is one, on held-out rows."""
-        n, dtype = len(part), part.x.dtype
+        s, n = self.setup, len(part)
         body = encode([part.x])
-        whole = self.shape == "whole"
-        request = m.Evaluate(self._step, "whole" if whole else "lower", n)
-        answers = self._exchange(clients, lambda k: [(request, body)])
-        logits = [Crossing((self.setup.classes,), dtype)]
-        if whole:
-            return {k: decode(a.body, logits, n)[0] for k, a in answers.items()}
-        given = {k: predict([k], decode(a.body, self.setup.crossing, n)) for k, a in answers.items()}
+        logits = [Crossing((s.classes,), part.x.dtype)]
+
+        def ask(
+            request: m.Evaluate, body: Callable[[int], Sequence[Buffer]], like: Sequence[Crossing], codec: Codec
+        ) -> dict[int, Rows]:
+            return self._exchange(clients, lambda k: [(request, body(k))], lambda k, a: decode(a.body, like, n, codec))
+
+        if self.shape == "whole":
+            return {
+                k: rows[0] for k, rows in ask(m.Evaluate(self._step, "whole", n), lambda k: body, logits, RAW).items()
+            }
+        smashed = ask(m.Evaluate(self._step, "lower", n), lambda k: body, s.crossing, s.up.plain)
+        given = {k: predict([k], rows) for k, rows in smashed.items()}
         if self.shape == "split":
             return {k: rows[0] for k, rows in given.items()}
+        clients = list(given)
         tail = m.Evaluate(self._step, "tail", n)
-        answers = self._exchange(list(given), lambda k: [(tail, encode(given[k]))])
-        return {k: decode(a.body, logits, n)[0] for k, a in answers.items()}
+        return {k: rows[0] for k, rows in ask(tail, lambda k: encode(given[k], s.down.plain), logits, RAW).items()}
 
     def _models(self, clients: Sequence[int]) -> dict[int, dict[str, Tensor]]:
-        answers = self._exchange(clients, lambda k: [(m.GiveModel(self._step), ())])
-        return {k: decode_named(a.body, self._like) for k, a in answers.items()}
+        def read(k: int, frame: Frame) -> dict[str, Tensor]:
+            model = decode_named(frame.body, self._like)
+            _check_finite(tuple(model.values()), "model", k)
+            return model
+
+        return self._exchange(clients, lambda k: [(m.GiveModel(self._step), ())], read)
 
     def _post(self, client: int, message: m.Message, body: Sequence[Buffer] = ()) -> None:
         self._later.setdefault(client, []).append((message, body))
 
+    def _needed(self, clients: Collection[int]) -> int:
+        """How many of `clients` are a quorum."""
+        return max(1, math.ceil(self.setup.quorum * len(clients)))
+
     def _exchange(
-        self, clients: Collection[int], ask: Callable[[int], list[Request]], *, quorum: bool = False
-    ) -> dict[int, Frame]:
-        """The one answer that each of `clients` gives to what it is asked. `quorum`: not all are needed."""
-        return {k: frames[0] for k, frames in self._all(clients, ask, quorum=quorum).items()}
+        self,
+        clients: Collection[int],
+        ask: Callable[[int], list[Request]],
+        read: Callable[[int, Frame], T],
+        *,
+        quorum: bool = False,
+    ) -> dict[int, T]:
+        """What `read` makes of the one answer that each of `clients` gives to what it is asked; `quorum`: not all are
+        needed.
+        """
+        return {k: answers[0] for k, answers in self._all(clients, ask, read, quorum=quorum).items()}
 
     def _all(
-        self, clients: Collection[int], ask: Callable[[int], list[Request]], *, quorum: bool = False
-    ) -> dict[int, list[Frame]]:
-        """Ask `clients`, and send what has been posted for anybody. Raises NonFiniteError where a client reports it."""
+        self,
+        clients: Collection[int],
+        ask: Callable[[int], list[Request]],
+        read: Callable[[int, Frame], T],
+        *,
+        quorum: bool = False,
+    ) -> dict[int, list[T]]:
+        """Ask `clients`, and send what has been posted for anybody. Raises NonFiniteError and WireError where a client
+        is faulty and that ends the run.
+        """
         posted, self._later = self._later, {}
         asked = {k: ask(k) for k in clients}
         requests = {k: [*posted.get(k, []), *asked.get(k, [])] for k in {*clients, *posted}}
-        needed = None
-        if quorum and self.setup.deadline is not None:
-            needed = max(1, int(np.ceil(self.setup.quorum * len(clients))))
-        found: dict[int, list[Frame]] = {}
-        answered = self.hub.exchange(requests, deadline=self.setup.deadline, quorum=needed)
+        due = {k: sum(type(message) in ANSWERS for message, _ in requests) for k, requests in asked.items()}
+
+        def on_answer(k: int, frame: Frame) -> T | Frame:
+            return frame if type(frame.message) in _ACKNOWLEDGED else read(k, frame)
+
+        answered = self.hub.exchange(
+            requests,
+            deadline=self.setup.deadline,
+            quorum=self._needed(clients) if quorum and self.setup.deadline is not None else None,
+            on_answer=on_answer,
+        )
+        found: dict[int, list[Any]] = {}
         for k, came in answered.items():
             if isinstance(came, Lost):
-                if came.kind == NonFiniteError.__name__:
-                    raise NonFiniteError("weight gradient or loss", (k,))
-                self._notice(k, came)
+                self._lose(k, came)
             elif k in clients:
-                due = len(asked[k])
-                if len(came) < due:
-                    raise WireError(f"client {k} gave {len(came)} answers, {due} were due")
-                found[k] = came[-due:]
+                found[k] = came[len(came) - due[k] :]
         return {k: found[k] for k in clients if k in found}
+
+    def _lose(self, client: int, lost: Lost) -> None:
+        """A client has not answered. Raises NonFiniteError or WireError where it is faulty and that ends the run."""
+        faulty = lost.reason == "garbage" or lost.kind == NonFiniteError.__name__
+        if faulty and self.setup.faulty == "stop":
+            if lost.kind == NonFiniteError.__name__:
+                raise NonFiniteError("weight gradient or loss", (client,))
+            raise WireError(f"client {client}: {lost.sentence}")
+        self._tell(lost.reason, {"client": client, "why": lost.sentence})
+        if faulty:
+            self.excluded[client] = lost.sentence
+            self._tell("excluded", {"client": client, "why": lost.sentence})
+
+
+@dataclass(frozen=True)
+class _Came:
+    """What a client has sent: its rows, the bytes that those were written in where codecs make that a question of the
+    numbers, its loss.
+    """
+
+    rows: Rows
+    written: int = 0
+    loss: float = 0.0
+
+
+def _joined(rows: Sequence[Rows]) -> Rows:
+    return tuple(torch.cat(parts) for parts in zip(*rows, strict=True))
+
+
+def _written(came: Sequence[_Came]) -> tuple[int, ...]:
+    sizes = tuple(one.written for one in came)
+    return sizes if any(sizes) else ()
+
+
+def _check_finite(tensors: Sequence[Tensor], what: str, client: int) -> None:
+    """Raises WireError where a number is NaN or infinite."""
+    for tensor in tensors:
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise WireError(
+                f"the {what} of client {client} hold NaN or infinite numbers: look at its data and its rate"
+            )
+
+
+def _nothing(client: int, frame: Frame) -> None:
+    """Of an answer that says no more than that it is done."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import FrameType
 
 from cutlayer.config import RunConfig
+from cutlayer.data.samples import Source
 from cutlayer.engine.remote.build import client_number, worker_of
 from cutlayer.engine.remote.dial import dial
 from cutlayer.engine.remote.security import ClientSecurity
@@ -19,13 +20,15 @@ from cutlayer.folder import locked
 @dataclass(frozen=True)
 class Joining:
     """How a client joins: the server's `address`, its name (`client-<k>`), what it trusts and shows, the folder that
-    keeps its state, and seconds of trying after which it gives up (None: never).
+    keeps its state, data of its own (None: its share of the configuration's), and seconds of trying after which it
+    gives up (None: never).
     """
 
     address: str
     name: str
     security: ClientSecurity
     folder: Path | None = None
+    data: Source | None = None
     give_up_after: float | None = None
 
 
@@ -52,7 +55,9 @@ def _work(config: RunConfig, joining: Sequence[Joining], stop: threading.Event) 
             locks.append(locked(j.folder))
         token = j.security.token or ""
         number = client_number(j.name)
-        workers.append(worker_of(config, number, name=j.name, run=config.algorithm, token=token, folder=j.folder))
+        workers.append(
+            worker_of(config, number, name=j.name, run=config.algorithm, token=token, folder=j.folder, own=j.data)
+        )
     reasons: dict[int, str] = {}
     errors: list[BaseException] = []
 

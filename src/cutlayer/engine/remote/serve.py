@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
-from cutlayer.config import RunConfig
+from cutlayer.config import FaultConfig, RunConfig
 from cutlayer.engine.remote.build import client_name, remote_training
-from cutlayer.engine.remote.exchange import Lost
 from cutlayer.engine.remote.hub import Hub
 from cutlayer.engine.remote.security import ServerSecurity
 from cutlayer.errors import TrainingError
-from cutlayer.folder import CONFIG
+from cutlayer.folder import CONFIG, EVENTS
 from cutlayer.run import Run
 from cutlayer.wire import messages as m
 
@@ -27,16 +29,13 @@ GRACE = 5.0  # seconds that clients have to hear of the end
 
 @dataclass(frozen=True)
 class Serving:
-    """How a server serves: `address` to listen at; seconds (`deadline`) for every exchange, after which it goes on with
-    those who have answered if they are a `quorum` (a fraction); seconds to wait for clients that are missing
-    (`patience`: all of them at the start, a quorum later; None: for ever).
+    """How a server serves: the `address` that it listens at, who may come, what it does about faults; `metrics` is the
+    address (or port) of figures for Prometheus.
     """
 
     address: str
     security: ServerSecurity
-    deadline: float | None = None
-    quorum: float = 0.5
-    patience: float | None = None
+    faults: FaultConfig = field(default_factory=lambda: FaultConfig.of({}))
     metrics: str | None = None
 
 
@@ -44,7 +43,7 @@ class Service:
     """A run whose clients dial in. Iterate over `run` inside of `open()`."""
 
     def __init__(self, config: RunConfig, serving: Serving, out: Path) -> None:
-        self.config, self.serving = config, serving
+        self.config, self.serving, self.out = config, serving, out
         self._names = {client_name(k): k for k in range(config.clients)}
         self._listening = False
         self._all_came = False
@@ -55,9 +54,10 @@ class Service:
             self.hub,
             [0] * config.clients,
             run=config.algorithm,
-            deadline=serving.deadline,
-            quorum=serving.quorum,
-            notice=self._notice,
+            deadline=serving.faults.deadline,
+            quorum=serving.faults.quorum,
+            faulty=serving.faults.faulty,
+            tell=self._tell,
             ready=self._ready,
         )
         if resumed:
@@ -72,7 +72,12 @@ class Service:
         try:
             yield self.run
             self._cohort.finish()
+            self._tell("done", self._traffic())
             self.hub.stop("the run is done", GRACE)
+        except BaseException as error:
+            if self._listening:
+                self._tell("stopped", {"why": str(error) or "interrupted", **self._traffic()})
+            raise
         finally:
             self.hub.stop("the server stops; it may come back", GRACE)
             signal.signal(signal.SIGTERM, before)
@@ -86,21 +91,44 @@ class Service:
 
     def _ready(self) -> None:
         """Listen, once; then wait until enough clients are connected."""
-        clients = self.config.clients
+        clients, faults = self.config.clients, self.serving.faults
         if not self._listening:
-            log.info("listening at port %d for %d clients", self.hub.start(), clients)
             self._listening = True
-        need = math.ceil(self.serving.quorum * clients) if self._all_came else clients
-        here = self.hub.wait_for(need, self.serving.patience)
+            self._tell("listening", {"port": self.hub.start(), "clients": clients, **faults.model_dump()})
+        able = clients - len(self._cohort.excluded)
+        need = math.ceil(faults.quorum * clients) if self._all_came or self._cohort.excluded else clients
+        if able < need:
+            raise TrainingError(
+                f"{clients - able} of {clients} clients are excluded, {need} are needed: mend them (the record "
+                f"{EVENTS} says why), or lower --quorum"
+            )
+        here = self.hub.wait_for(need, faults.patience)
         if len(here) < need:
             raise TrainingError(
-                f"{len(here)} of {clients} clients are connected after {self.serving.patience} seconds, {need} are "
+                f"{len(here)} of {clients} clients are connected after {faults.patience} seconds, {need} are "
                 "needed: start the others, or have the server wait longer (--patience)"
             )
         self._all_came = True
 
-    def _notice(self, client: int, lost: Lost) -> None:
-        log.warning("%s takes no part: %s (%s)", client_name(client), lost.sentence, lost.reason)
+    def _traffic(self) -> dict[str, Any]:
+        """Bytes and latency of every client."""
+        return {"traffic": {client_name(k): asdict(t) for k, t in sorted(self.hub.traffic().items())}}
+
+    def _tell(self, happened: str, facts: Mapping[str, Any]) -> None:
+        """Log what has happened, and add it to the run's record."""
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        entry = {"time": now, "step": self.run.steps, "event": happened, **facts}
+        with (self.out / EVENTS).open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+        worry = happened in ("late", "gone", "failed", "garbage", "excluded")
+        log.log(logging.WARNING if worry else logging.INFO, "%s", _sentence(happened, facts), extra={"facts": entry})
+
+
+def _sentence(happened: str, facts: Mapping[str, Any]) -> str:
+    """An event as a line for people: what is single, and not long."""
+    shown = [f"{n} {v}" for n, v in facts.items() if n != "client" and isinstance(v, int | float | str)]
+    who = f"{client_name(facts['client'])} " if "client" in facts else ""
+    return f"{who}{happened}{': ' if shown else ''}{', '.join(shown)}"
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

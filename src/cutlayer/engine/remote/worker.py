@@ -165,20 +165,18 @@ class Worker:
         return taken
 
     def _evaluate(self, message: m.Evaluate, body: memoryview) -> Answer:
-        d = self.duty
-        if message.part == "tail":
-            like: Sequence[Crossing] = d.returning
-        else:
-            like = [Crossing(tuple(d.samples.x.shape[1:]), d.samples.x.dtype)]
-        received = decode(body, like, message.rows)
-        self.client.module.eval()
+        d, c = self.duty, self.client
+        c.module.eval()
         with torch.no_grad():
             if message.part == "tail":
-                assert self.client.tail is not None, "there is a tail in the U-shaped split alone"
-                given = as_tuple(self.client.tail(received))
+                assert c.tail is not None, "there is a tail in the U-shaped split alone"
+                features = decode(body, d.returning, message.rows, d.down.plain)
+                given, codec = as_tuple(c.tail(features)), RAW
             else:
-                given = as_tuple(self.client.lower(received[0]))
-        return m.EvaluationRows(message.step, message.rows), encode(given)
+                inputs = Crossing(tuple(d.samples.x.shape[1:]), d.samples.x.dtype)
+                (x,) = decode(body, [inputs], message.rows)
+                given, codec = as_tuple(c.lower(x)), RAW if message.part == "whole" else d.up.plain
+        return m.EvaluationRows(message.step, message.rows), encode(given, codec)
 
     def _save(self, message: m.Save) -> None:
         folder = self.duty.folder
