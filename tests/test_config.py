@@ -93,6 +93,12 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "eval_every": WHOLE,
     "eval_clients": WHOLE,
     "checkpoint_every": WHOLE,
+    "snapshot_every": WHOLE,
+    "clip": POSITIVE,
+    "gaussian_noise": st.floats(0, 1e3),
+    "laplace_noise": st.floats(0, 1e3),
+    "feature_dropout": st.floats(0, 0.99),
+    "nopeek": st.floats(0, 1e3),
 }
 LENGTH = st.one_of(st.just({}), st.builds(dict, epochs=WHOLE), st.builds(dict, rounds=WHOLE))
 LOCAL = st.one_of(st.just({}), st.builds(dict, local_epochs=WHOLE), st.builds(dict, local_steps=WHOLE))
@@ -105,6 +111,10 @@ def values(draw: st.DrawFn, algorithms: tuple[str, ...]) -> dict[str, Any]:
     found = draw(st.fixed_dictionaries({}, optional=VALUES)) | draw(LENGTH) | draw(LOCAL)
     if "client_device" not in found:
         found = {k: v for k, v in found.items() if k not in FleetConfig.model_fields}
+    if "clip" not in found or found.get("gaussian_noise"):
+        found.pop("laplace_noise", None)
+    if "clip" not in found:
+        found.pop("gaussian_noise", None)
     if "ussl" in algorithms:
         found.setdefault("tail_cut", "hidden3")
     return {k: v for k, v in found.items() if k in useful or k not in all_specific()}

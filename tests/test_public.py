@@ -21,9 +21,9 @@ rate_spread stragglers straggler_slowdown profiles data data_format label_column
 test clients partition dirichlet_alpha shards_per_client quantity samples_per_client participation model cut tail_cut
 start epochs rounds batch client_optimizer client_optimizer_options client_lr server_optimizer
 server_optimizer_options server_lr lr_schedule server_lr_schedule lr_decay lr_decay_at local_epochs local_steps alpha
-alpha_clients phi phi_when phi_until average_over average_reduce gradient_scale up_codec down_codec average_every
-hand_over hand_over_optimizer visit_order engine device precision memory_limit eval_every eval_clients
-checkpoint_every"""
+alpha_clients phi phi_when phi_until average_over average_reduce gradient_scale up_codec down_codec clip
+gaussian_noise laplace_noise feature_dropout nopeek average_every hand_over hand_over_optimizer visit_order engine
+device precision memory_limit eval_every eval_clients checkpoint_every snapshot_every"""
 
 PLAN = """model cut algorithms input input_type classes label_bytes clients samples_per_client batch phi precision
 client_optimizer memory_budget energy_budget servers seed"""

@@ -27,9 +27,10 @@ SPLIT_LR = Group("SplitLr (slr, sglr)", sort_key=5)
 SPLIT_AVG = Group("SplitAvg (sgl, sglr)", sort_key=6)
 OTHERS = Group("Other algorithms", sort_key=7)
 CROSSING = Group("What crosses the cut", sort_key=8)
-COSTS = Group("Virtual clock and energy model (none without a client device)", sort_key=9)
-OUTPUT = Group("Output", sort_key=10)
-FAULTS = Group("Faults", sort_key=11)
+DEFENCES = Group("Defences of the smashed data", sort_key=9)
+COSTS = Group("Virtual clock and energy model (none without a client device)", sort_key=10)
+OUTPUT = Group("Output", sort_key=11)
+FAULTS = Group("Faults", sort_key=12)
 
 
 def _typed(options: Any) -> Any:
@@ -220,6 +221,18 @@ class CommonConfig(FleetConfig):
     down_codec: Annotated[str, Parameter(group=CROSSING)] = "raw"
     """How cut gradients are written (in ussl features too), likewise."""
 
+    clip: Annotated[float | None, Parameter(group=DEFENCES)] = Field(None, gt=0)
+    """Clip each sample's smashed data to this length: the Euclidean norm, or with laplace_noise the sum of absolute
+    values."""
+    gaussian_noise: Annotated[float, Parameter(group=DEFENCES)] = Field(0.0, ge=0)
+    """Add Gaussian noise to smashed data: its standard deviation, in units of clip."""
+    laplace_noise: Annotated[float, Parameter(group=DEFENCES)] = Field(0.0, ge=0)
+    """Add Laplace noise to smashed data: its scale, in units of clip."""
+    feature_dropout: Annotated[float, Parameter(group=DEFENCES)] = Field(0.0, ge=0, lt=1)
+    """Zero each number of the smashed data with this probability, also in evaluation."""
+    nopeek: Annotated[float, Parameter(group=DEFENCES)] = Field(0.0, ge=0)
+    """Weight of NoPeek: a penalty on the distance correlation of inputs and smashed data, in the client's loss."""
+
     average_every: Annotated[Literal["step", "round"], Parameter(group=OTHERS)] = "round"
     """sfl: when client models are averaged."""
     hand_over: Annotated[Literal["batch", "epoch"], Parameter(group=OTHERS)] = "epoch"
@@ -243,6 +256,8 @@ class CommonConfig(FleetConfig):
     """Evaluate the models of so many clients, drawn once, where all would take long. Default: all."""
     checkpoint_every: Annotated[int | None, Parameter(group=OUTPUT)] = Field(None, ge=1)
     """Write the checkpoint every so many rounds (and at the end). Default: about once per epoch."""
+    snapshot_every: Annotated[int | None, Parameter(group=OUTPUT)] = Field(None, ge=1)
+    """Keep the client models of every so many rounds in the run folder, for `cutlayer leakage`. Default: the last."""
 
     def check(self, algorithms: tuple[str, ...], given: frozenset[str]) -> None:
         """Check what concerns several fields. `given` are the fields that the user set. Raises ConfigError."""
@@ -257,6 +272,7 @@ class CommonConfig(FleetConfig):
                 f"{users}; leave it out or choose one of these"
             )
         self.check_fleet(given)
+        self._check_noise()
         for fraction in self.lr_decay_at:
             if not 0 < fraction < 1:
                 raise ConfigError(
@@ -267,6 +283,19 @@ class CommonConfig(FleetConfig):
         if {"local_epochs", "local_steps"} <= given and self.local_steps is not None:
             raise ConfigError(
                 f"local_epochs = {self.local_epochs} and local_steps = {self.local_steps} exclude each other: give one"
+            )
+
+    def _check_noise(self) -> None:
+        """Noise has a meaning relative to what it hides. Raises ConfigError."""
+        for option in ("gaussian_noise", "laplace_noise"):
+            if getattr(self, option) and self.clip is None:
+                raise ConfigError(
+                    f"{option} = {getattr(self, option)!r} needs clip, in units of which it is: give e.g. clip = 1.0"
+                )
+        if self.gaussian_noise and self.laplace_noise:
+            raise ConfigError(
+                f"gaussian_noise = {self.gaussian_noise!r} and laplace_noise = {self.laplace_noise!r} exclude each "
+                "other: give one"
             )
 
 
@@ -429,9 +458,16 @@ def _variant(base: Mapping[str, Any], values: Mapping[str, Any]) -> RunConfig:
     return first
 
 
-_EVERY_SPLIT = frozenset(
-    {"cut", "server_lr", "server_optimizer", "server_optimizer_options", "server_lr_schedule", "up_codec", "down_codec"}
-)
+_DEFENCES = frozenset({"clip", "gaussian_noise", "laplace_noise", "feature_dropout", "nopeek"})
+_EVERY_SPLIT = _DEFENCES | {
+    "cut",
+    "server_lr",
+    "server_optimizer",
+    "server_optimizer_options",
+    "server_lr_schedule",
+    "up_codec",
+    "down_codec",
+}
 _EVERY_GROUP = frozenset({"participation", "start"})
 
 
@@ -464,16 +500,13 @@ def _written_out(config: CommonConfig, useful: frozenset[str]) -> dict[str, Any]
     return {k: dumped[k] for k in order if k not in drop and dumped[k] not in unset[k]}
 
 
-_EITHER_OR = (("epochs", "rounds"), ("local_epochs", "local_steps"))
+_EITHER_OR = (("epochs", "rounds"), ("local_epochs", "local_steps"), ("gaussian_noise", "laplace_noise"))
 
 
 def overlaid(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """`over` on top of `base`; with rounds on top, the epochs below are gone, and so on."""
     gone = {
-        below
-        for pair in _EITHER_OR
-        for above, below in (pair, pair[::-1])
-        if over.get(above) is not None and below not in over
+        below for pair in _EITHER_OR for above, below in (pair, pair[::-1]) if over.get(above) and below not in over
     }
     return {**{k: v for k, v in base.items() if k not in gone}, **over}
 

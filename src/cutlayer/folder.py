@@ -6,6 +6,7 @@ evaluations.jsonl        one record per evaluation
 classes.json             samples per client and class
 events.jsonl             who came, was late or excluded, round by round (runs with clients on other machines)
 checkpoint.safetensors   the state after the last checkpointed round
+snapshots/               client models of some rounds, where asked for
 result.json              once the run is done
 """
 
@@ -25,10 +26,23 @@ from cutlayer.errors import RunFolderError
 from cutlayer.files import replace_file
 
 CONFIG, STEPS, EVALUATIONS, CLASSES = "config.toml", "steps.jsonl", "evaluations.jsonl", "classes.json"
-EVENTS = "events.jsonl"
+EVENTS, SNAPSHOTS = "events.jsonl", "snapshots"
 CHECKPOINT, RESULT, COMPARISON = "checkpoint.safetensors", "result.json", "comparison.json"
 CURVES, CLASS_COUNTS, PAGE = "curves.png", "classes.png", "report.html"
-OWN_FILES = (CONFIG, STEPS, EVALUATIONS, CLASSES, EVENTS, CHECKPOINT, RESULT, COMPARISON, CURVES, CLASS_COUNTS, PAGE)
+OWN_FILES = (
+    CONFIG,
+    STEPS,
+    EVALUATIONS,
+    CLASSES,
+    EVENTS,
+    SNAPSHOTS,
+    CHECKPOINT,
+    RESULT,
+    COMPARISON,
+    CURVES,
+    CLASS_COUNTS,
+    PAGE,
+)
 LOCK = ".lock"
 
 

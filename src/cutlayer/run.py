@@ -16,8 +16,19 @@ from cutlayer.build import Data, Model, Training, assemble, by_name
 from cutlayer.catalog import ALGORITHMS as ALGORITHM_INFO
 from cutlayer.config import RunConfig, normalised, overlaid
 from cutlayer.costs.measured import Meter
+from cutlayer.engine.base import judged
 from cutlayer.errors import ConfigError, NonFiniteError, RunFolderError, UsageError
-from cutlayer.folder import CHECKPOINT, CLASSES, EVALUATIONS, RESULT, STEPS, Folder, refuse_used, stored_config
+from cutlayer.folder import (
+    CHECKPOINT,
+    CLASSES,
+    EVALUATIONS,
+    RESULT,
+    SNAPSHOTS,
+    STEPS,
+    Folder,
+    refuse_used,
+    stored_config,
+)
 from cutlayer.optim import lr_factor
 from cutlayer.types import Evaluation, Step
 
@@ -224,11 +235,26 @@ class Run:
             last = index + 1 == t.rounds
             if last or (index + 1) % (self.config.eval_every or t.rounds_per_epoch) == 0:
                 self._evaluate(index + 1, folder)
+            if folder is not None and self.config.snapshot_every and (index + 1) % self.config.snapshot_every == 0:
+                self._snapshot(index + 1, folder)
             if folder is not None and (last or (index + 1) % (self.config.checkpoint_every or t.rounds_per_epoch) == 0):
                 checkpoint.write(folder.path / CHECKPOINT, self._state(index + 1, folder))
         self.result = self._result()
         if folder is not None:
             folder.write_json(RESULT, asdict(self.result))
+
+    def _snapshot(self, rounds: int, folder: Folder) -> None:
+        """Keep the models of those clients whose models are evaluated."""
+        clients, holder = self.training.clients, self.training.clients.holder
+        whose = (
+            [holder] if holder is not None else judged(len(clients.samples), self.config.eval_clients, self.config.seed)
+        )
+        place = folder.path / SNAPSHOTS
+        place.mkdir(exist_ok=True)
+        models = {str(k): dict(clients.model_state(k)) for k in whose}
+        checkpoint.write(
+            place / f"round-{rounds:06}.safetensors", {"rounds": rounds, "steps": self._step, "models": models}
+        )
 
     def _round(self, index: int) -> Iterator[Record]:
         """Train one round. The clock runs while the algorithm works, not while the caller looks at a record."""

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cutlayer import seeds
 from cutlayer.cohort import draw_participants
@@ -65,6 +65,15 @@ class Clients(Routine):
     make_optimizer: MakeOptimizer
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """Batches of C clients: their inputs `x` [R, ...], sizes [C], and how many batches each had drawn before [C]."""
+
+    x: Tensor
+    sizes: np.ndarray
+    clocks: np.ndarray
+
+
 class SimulatedCohort:
     """The part of the seam that does not depend on how models are computed."""
 
@@ -76,6 +85,12 @@ class SimulatedCohort:
         self._rate = setup.lr
         self._alike = setup.alike  # all client models are known to be equal
         self._holder: int | None = None
+        self._kept: list[Drawn] | None = None
+
+    def keep_batches(self) -> list[Drawn]:
+        """A list that every batch is added to from now on; whoever reads it empties it."""
+        self._kept = []
+        return self._kept
 
     @property
     def samples(self) -> Sequence[int]:
@@ -113,7 +128,10 @@ class SimulatedCohort:
         each had drawn before)."""
         rows, sizes, clocks = self._batches.draw(clients)
         self._quota[list(clients)] -= 1
-        return self.setup.data[rows.to(self.setup.data.y.device)], sizes, clocks
+        batch = self.setup.data[rows.to(self.setup.data.y.device)]
+        if self._kept is not None:
+            self._kept.append(Drawn(batch.x, sizes, clocks))
+        return batch, sizes, clocks
 
     def _judged(self) -> tuple[list[int], list[int]]:
         """(whose scores are asked for, whose models are looked at): models known to be equal are looked at once."""

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from cutlayer.cohort import Cohort
 from cutlayer.config import RunConfig
+from cutlayer.defences import Defence
 from cutlayer.engine.base import Clients
+from cutlayer.engine.defended import DefendedCohort
 from cutlayer.engine.layout import quicker, smashed
 from cutlayer.engine.local import LocalCohort
 from cutlayer.engine.proof import bytes_per_row, stackable
@@ -41,6 +43,22 @@ def simulate(
     example: Tensor,
 ) -> tuple[Cohort, Server, str]:
     """(clients, server, name of the engine). Warns where a model cannot be stacked."""
+    cohort, server, engine = _chosen(config, split, setup, make_server, seed, example)
+    defence = defence_of(config)
+    if defence.active:
+        return DefendedCohort(cohort, cohort.keep_batches(), defence), server, engine
+    return cohort, server, engine
+
+
+def defence_of(config: RunConfig) -> Defence:
+    """What clients do to their smashed data."""
+    c = config
+    return Defence(c.seed, c.clip, c.gaussian_noise, c.laplace_noise, c.feature_dropout, c.nopeek)
+
+
+def _chosen(
+    config: RunConfig, split: Parts, setup: Clients, make_server: MakeOptimizer, seed: int, example: Tensor
+) -> tuple[LocalCohort | StackedCohort | UnionCohort, Server, str]:
     lr = config.server_lr or config.client_lr
     turns = config.algorithm in TAKE_TURNS or len(setup.rows) == 1
     if config.engine == "local" or (turns and config.engine == "auto"):

@@ -277,12 +277,14 @@ class Evaluate(Message):
     what the part receives: samples for `lower` and `whole`, features for `tail`; labels [R] last if `labels`, and then
     Scores are the answer.
 
-    Nothing is behind it where the client's own held-out samples are meant; R is 0 then.
+    Nothing is behind it where the client's own held-out samples are meant; R is 0 then. `start`: number of the first
+    row in its data set, by which a client's noise is named.
     """
 
     step: Count
     part: Literal["lower", "tail", "whole"]
     rows: Size
+    start: Count = 0
     labels: bool = False
 
 

@@ -15,6 +15,7 @@ import torch
 from cutlayer.build import Data, Model, Prepared, Training, prepare
 from cutlayer.config import RunConfig
 from cutlayer.data.samples import Source
+from cutlayer.engine.choice import defence_of
 from cutlayer.engine.local import Client
 from cutlayer.engine.remote.cohort import Hub, Remote, RemoteCohort, Tell
 from cutlayer.engine.remote.worker import Duty, Worker
@@ -130,6 +131,7 @@ def worker_of(
             returning=p.split.returning,
             up=p.coding.up,
             down=p.coding.down,
+            defence=defence_of(config),
             token=token,
             folder=folder,
         )
@@ -161,6 +163,11 @@ def _remotely(config: RunConfig) -> RunConfig:
     """The configuration as both sides build it: models as they are, whatever would be quicker on one's own machine."""
     if config.algorithm == "cl":
         raise ConfigError("cl has no clients to be remote: it trains one model on everybody's data; choose another")
+    if config.snapshot_every is not None:
+        raise ConfigError(
+            f"snapshot_every = {config.snapshot_every} has no effect on clients on other machines: their models stay "
+            "with them; leave it out"
+        )
     return config.model_copy(update={"engine": "local"})
 
 

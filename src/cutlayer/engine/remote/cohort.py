@@ -296,7 +296,7 @@ class RemoteCohort:
         totals = dict.fromkeys(looked_at, (0, 0.0))
         for start in range(0, len(samples), EVALUATION_ROWS):
             part = samples[start : start + EVALUATION_ROWS]
-            outputs = self._outputs(list(totals), part, predict)
+            outputs = self._outputs(list(totals), part, start, predict)
             totals = {
                 k: (
                     totals[k][0] + int((o.argmax(1) == part.y).sum()),
@@ -364,8 +364,10 @@ class RemoteCohort:
         asked = judged(len(self.samples), self.setup.eval_clients, self.setup.seed)
         return [k for k in asked if k in self.hub.connected] or sorted(self.hub.connected)
 
-    def _outputs(self, clients: Sequence[int], part: Samples, predict: Predict) -> dict[int, Tensor]:
-        """The logits [n, K] of each client's model, with the server's where there is one, on held-out rows."""
+    def _outputs(self, clients: Sequence[int], part: Samples, start: int, predict: Predict) -> dict[int, Tensor]:
+        """The logits [n, K] of each client's model, with the server's where there is one, on held-out rows from number
+        `start` on.
+        """
         s, n = self.setup, len(part)
         body = encode([part.x])
         logits = [Crossing((s.classes,), part.x.dtype)]
@@ -376,10 +378,9 @@ class RemoteCohort:
             return self._exchange(clients, lambda k: [(request, body(k))], lambda k, a: decode(a.body, like, n, codec))
 
         if self.shape == "whole":
-            return {
-                k: rows[0] for k, rows in ask(m.Evaluate(self._step, "whole", n), lambda k: body, logits, RAW).items()
-            }
-        smashed = ask(m.Evaluate(self._step, "lower", n), lambda k: body, s.crossing, s.up.plain)
+            whole = ask(m.Evaluate(self._step, "whole", n), lambda k: body, logits, RAW)
+            return {k: rows[0] for k, rows in whole.items()}
+        smashed = ask(m.Evaluate(self._step, "lower", n, start), lambda k: body, s.crossing, s.up.plain)
         given = {k: predict([k], rows) for k, rows in smashed.items()}
         if self.shape == "split":
             return {k: rows[0] for k, rows in given.items()}

@@ -8,7 +8,7 @@ in its place (commit), so that all clients keep the same round or none does.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from cutlayer import checkpoint
 from cutlayer.data.batches import Batches
 from cutlayer.data.samples import Samples
+from cutlayer.defences import Defence, Guarded
 from cutlayer.engine.local import Client
 from cutlayer.errors import NonFiniteError, RunFolderError, WireError
 from cutlayer.models.parts import Crossing
@@ -51,6 +52,7 @@ class Duty:
     returning: Sequence[Crossing] = ()
     up: Codec = RAW
     down: Codec = RAW
+    defence: Defence = field(default_factory=Defence)
     token: str = ""
     folder: Path | None = None
 
@@ -66,6 +68,7 @@ class Worker:
         self._quota = 0  # batches of this round, for local training
         self.steps = 0  # of the run, at the last state that was kept
         self._seen = 0  # the step of the last request: how far this process has come
+        self._guarded: Guarded | None = None
         self._gradients = [c for c in duty.crossing if c.differentiable]
 
     def hello(self) -> m.Hello:
@@ -132,6 +135,9 @@ class Worker:
         batch, clock = self._draw()
         smashed = self.client.forward(batch, self.duty.seed, clock)
         sent = [s.detach() for s in smashed]
+        if self.duty.defence.active:
+            self._guarded = self.duty.defence.step(tuple(sent), [batch.x], [self.duty.index], [len(batch.y)], [clock])
+            sent = list(self._guarded.rows)
         codecs = [self.duty.up] * len(sent)
         if message.labels:
             sent, codecs = [*sent, batch.y], [*codecs, RAW]
@@ -142,6 +148,8 @@ class Worker:
         size = len(self.client.labels)
         if message.mode == "common":
             gradient = tuple(g.expand(size, *g.shape[1:]) if len(g) == 1 else g[:size] for g in gradient)
+        if self._guarded is not None:
+            gradient = self._guarded.back(gradient)
         self.client.backward(gradient)
         self.client.step(self._rate)
         return m.Stepped(message.step), ()
@@ -176,6 +184,8 @@ class Worker:
                 inputs = Crossing(tuple(d.samples.x.shape[1:]), d.samples.x.dtype)
                 (x,) = decode(body, [inputs], message.rows)
                 given, codec = as_tuple(c.lower(x)), RAW if message.part == "whole" else d.up.plain
+                if message.part == "lower" and d.defence.active:
+                    given = d.defence.evaluation(given, [d.index], message.start)
         return m.EvaluationRows(message.step, message.rows), encode(given, codec)
 
     def _save(self, message: m.Save) -> None:
