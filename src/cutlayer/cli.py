@@ -315,6 +315,7 @@ def serve(
     deadline: Annotated[float | None, _Flag] = None,
     quorum: Annotated[float, _Flag] = 0.5,
     patience: Annotated[float | None, _Flag] = None,
+    keepalive: Annotated[float, _Flag] = 10.0,
     metrics: Annotated[str | None, _Flag] = None,
 ) -> None:
     """Train with clients on other machines: hold the server's part, wait for all clients, go on after a restart.
@@ -346,6 +347,8 @@ def serve(
         Fraction of the clients that a step needs after the deadline, and a round to begin.
     patience
         Seconds to wait for clients that are missing. Default: for ever.
+    keepalive
+        Seconds between pings: a client that vanishes without a word is noticed after one and a half times that.
     metrics
         Port (or address:port) to serve figures for Prometheus at.
     """
@@ -355,11 +358,12 @@ def serve(
     merged = _run_config(options, config)
     _check_network(insecure, certificate=certificate, key=key, ca=ca, tokens=tokens)
     _check_positive(deadline=deadline, patience=patience)
+    _check_keepalive(keepalive)
     if not 0 < quorum <= 1:
         raise ConfigError(f"quorum = {quorum} is not possible: it is a fraction above 0, at most 1")
     _show_log()
     security = ServerSecurity(certificate, key, ca, tokens)
-    serving = Serving(listen, security, deadline, quorum, patience, metrics)
+    serving = Serving(listen, security, deadline, quorum, patience, metrics, keepalive)
     where = out or Path("runs") / f"serve-{merged.algorithm}-{Path(merged.data).stem}"
     service = Service(merged, serving, where)
     with _resumable(f"the same command with --out {where}"), service.open() as run, Monitor(1) as monitor:
@@ -384,6 +388,7 @@ def join(
     token_file: _File = None,
     insecure: Annotated[bool, _Flag] = False,
     give_up_after: Annotated[float | None, _Flag] = None,
+    keepalive: Annotated[float, _Flag] = 10.0,
 ) -> None:
     """Work as a client of a `serve` on another machine: dials out, keeps its data and its model, reconnects by itself.
 
@@ -409,6 +414,8 @@ def join(
         No encryption: on this machine only.
     give_up_after
         Seconds without a connection after which to give up. Default: never.
+    keepalive
+        Seconds between pings: a server that vanishes without a word is noticed after one and a half times that.
     """
     from cutlayer.engine.remote.join import Joining
     from cutlayer.engine.remote.join import join as work
@@ -416,13 +423,15 @@ def join(
 
     merged = _run_config(options, config)
     _check_network(insecure, certificate=certificate, key=key, ca=ca, token_file=token_file)
+    _check_keepalive(keepalive)
     if len(client) > 1 and (certificate or token_file):
         raise ConfigError(f"{len(client)} clients cannot share one certificate or token: start one process for each")
     _show_log()
     token = None if token_file is None else read_token(token_file)
     security = ClientSecurity(ca, certificate, key, token)
     joining = [
-        Joining(address, name, security, None if folder is None else folder / name, give_up_after) for name in client
+        Joining(address, name, security, None if folder is None else folder / name, give_up_after, keepalive)
+        for name in client
     ]
     for reason in dict.fromkeys(work(merged, joining)):
         out.print(reason, highlight=False, soft_wrap=True)
@@ -469,6 +478,14 @@ def _check_network(insecure: bool, **files: Path | None) -> None:
             "connections are encrypted: give certificate, key and ca (`cutlayer certs` makes them for a trial), or "
             "--insecure on this machine alone"
         )
+
+
+def _check_keepalive(seconds: float) -> None:
+    """Raises ConfigError for pings that come too thick for the other side, or practically never."""
+    from cutlayer.engine.remote.network import LEAST
+
+    if not LEAST <= seconds <= 3600:
+        raise ConfigError(f"keepalive = {seconds} is not possible: it is {LEAST:g} to 3600 seconds")
 
 
 def _show_log() -> None:

@@ -12,6 +12,7 @@ from types import FrameType
 from cutlayer.config import RunConfig
 from cutlayer.engine.remote.build import client_number, worker_of
 from cutlayer.engine.remote.dial import dial
+from cutlayer.engine.remote.network import KEEPALIVE
 from cutlayer.engine.remote.security import ClientSecurity
 from cutlayer.folder import locked
 
@@ -19,7 +20,7 @@ from cutlayer.folder import locked
 @dataclass(frozen=True)
 class Joining:
     """How a client joins: the server's `address`, its name (`client-<k>`), what it trusts and shows, the folder that
-    keeps its state, and seconds of trying after which it gives up (None: never).
+    keeps its state, seconds of trying after which it gives up (None: never), and between pings.
     """
 
     address: str
@@ -27,6 +28,7 @@ class Joining:
     security: ClientSecurity
     folder: Path | None = None
     give_up_after: float | None = None
+    keepalive: float = KEEPALIVE
 
 
 def join(config: RunConfig, joining: Sequence[Joining]) -> list[str]:
@@ -59,7 +61,14 @@ def _work(config: RunConfig, joining: Sequence[Joining], stop: threading.Event) 
     def one(index: int) -> None:
         j = joining[index]
         try:
-            reasons[index] = dial(j.address, j.security, workers[index], stop=stop, give_up_after=j.give_up_after)
+            reasons[index] = dial(
+                j.address,
+                j.security,
+                workers[index],
+                stop=stop,
+                give_up_after=j.give_up_after,
+                keepalive=j.keepalive,
+            )
         except BaseException as error:
             errors.append(error)
             stop.set()

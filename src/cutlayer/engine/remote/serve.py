@@ -15,6 +15,7 @@ from cutlayer.config import RunConfig
 from cutlayer.engine.remote.build import client_name, remote_training
 from cutlayer.engine.remote.exchange import Lost
 from cutlayer.engine.remote.hub import Hub
+from cutlayer.engine.remote.network import KEEPALIVE
 from cutlayer.engine.remote.security import ServerSecurity
 from cutlayer.errors import TrainingError
 from cutlayer.folder import CONFIG
@@ -29,7 +30,7 @@ GRACE = 5.0  # seconds that clients have to hear of the end
 class Serving:
     """How a server serves: `address` to listen at; seconds (`deadline`) for every exchange, after which it goes on with
     those who have answered if they are a `quorum` (a fraction); seconds to wait for clients that are missing
-    (`patience`: all of them at the start, a quorum later; None: for ever).
+    (`patience`: all of them at the start, a quorum later; None: for ever); `keepalive` seconds between pings.
     """
 
     address: str
@@ -38,6 +39,7 @@ class Serving:
     quorum: float = 0.5
     patience: float | None = None
     metrics: str | None = None
+    keepalive: float = KEEPALIVE
 
 
 class Service:
@@ -48,7 +50,9 @@ class Service:
         self._names = {client_name(k): k for k in range(config.clients)}
         self._listening = False
         self._all_came = False
-        self.hub = Hub(serving.address, serving.security, self._greet, metrics=serving.metrics)
+        self.hub = Hub(
+            serving.address, serving.security, self._greet, metrics=serving.metrics, keepalive=serving.keepalive
+        )
         resumed = (out / CONFIG).exists()
         training, self._cohort, self._greet_client = remote_training(
             config,
