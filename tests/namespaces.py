@@ -21,7 +21,7 @@ import sys
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 _NUMBERS = itertools.count()
 _TUN = Path("/dev/net/tun")
@@ -54,6 +54,15 @@ def _run(*words: str) -> None:
     done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=30)
     if done.returncode:
         raise OSError(f"{' '.join(words)}: {done.stderr.strip()}")
+
+
+class Carried(NamedTuple):
+    """Bytes, Ethernet's headers included, and packets, each no longer than a cable takes."""
+
+    sent: int
+    received: int
+    packets_sent: int
+    packets_received: int
 
 
 class Network:
@@ -105,6 +114,8 @@ class Network:
         else:
             words = ["link", "add", "name", at_switch, "type", "veth", "peer", "name", at_host, "netns", self.space(host)]
             _run("ip", "-n", self.space(SWITCH), *words)
+            for space, device in ((SWITCH, at_switch), (host, at_host)):  # else what is counted are 64 kB at a time
+                _run("ip", "-n", self.space(space), "link", "set", device, "gso_max_segs", "1")
         _run("ip", "-n", self.space(SWITCH), "link", "set", at_switch, "master", "bridge0")
         address = f"10.77.0.{len(self.addresses) + 1}"
         _run("ip", "-n", self.space(host), "addr", "add", f"{address}/24", "dev", at_host)
@@ -121,12 +132,12 @@ class Network:
         """Put it in again."""
         self._up(SWITCH, f"to-{host}")
 
-    def bytes(self, host: str) -> tuple[int, int]:
-        """What the host's device has sent and received, bytes, Ethernet's headers included."""
+    def carried(self, host: str) -> Carried:
+        """What the host's device has sent and received so far."""
         words = ["ip", "-n", self.space(host), "-s", "-j", "link", "show", "eth0"]
         done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=30)
-        stats = json.loads(done.stdout)[0]["stats64"]
-        return stats["tx"]["bytes"], stats["rx"]["bytes"]
+        sent, received = (json.loads(done.stdout)[0]["stats64"][way] for way in ("tx", "rx"))
+        return Carried(sent["bytes"], received["bytes"], sent["packets"], received["packets"])
 
     def end_cable(self, host: str) -> tuple[int, int]:
         """Packets that a long cable has carried and lost; it is gone then."""

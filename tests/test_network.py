@@ -32,8 +32,8 @@ batch = 10
 
 
 class Trial:
-    """A folder with certificates and a configuration, and the processes started in it. `own`: further options of the
-    run, as TOML; `host`: the server's, this machine unless told; `where`: words to put before a process's own, by name.
+    """A folder with certificates and a configuration, and the processes started in it. `config`: the run's, as TOML;
+    `host`: the server's, this machine unless told; `where`: words to put before a process's own, by its name.
     """
 
     def __init__(
@@ -42,13 +42,13 @@ class Trial:
         algorithm: str,
         rounds: int,
         *,
-        own: str = "",
+        config: str = CONFIG,
         host: str = "127.0.0.1",
         where: Callable[[str], list[str]] = lambda name: [],
     ) -> None:
         self.folder, self.where = folder, where
         folder.mkdir(exist_ok=True)
-        (folder / "c.toml").write_text(CONFIG.format(algorithm=algorithm, rounds=rounds) + own)
+        (folder / "c.toml").write_text(config.format(algorithm=algorithm, rounds=rounds))
         make_ca(folder / "ca")
         make_certificate(folder / "ca", "server", "server", hosts=[host])
         for k in range(3):
