@@ -10,7 +10,7 @@ import pytest
 import torch
 from support import difference  # type: ignore[import-not-found]
 
-from cutlayer import Run
+from cutlayer import Run, checkpoint
 from cutlayer.algorithms import ALGORITHMS
 from cutlayer.build import assemble
 from cutlayer.config import RunConfig
@@ -89,13 +89,19 @@ class Passing:
         return found
 
 
-def remote(config: RunConfig, folder: Path | None = None, *, resume: bool = False) -> tuple[Run, Passing]:
-    """A run whose clients are remote, and keep their states in `folder`."""
+def remote(
+    config: RunConfig,
+    folder: Path | None = None,
+    *,
+    resume: bool = False,
+    workers: Mapping[int, Worker] | None = None,
+) -> tuple[Run, Passing]:
+    """A run whose clients are remote, and keep their states in `folder`; `workers` are those of an earlier run."""
     places = {k: None if folder is None else folder / f"client-{k}" for k in range(config.clients)}
     for place in places.values():
         if place is not None:
             place.mkdir(parents=True, exist_ok=True)
-    hub = Passing({k: worker_of(config, k, name=f"client-{k}", folder=places[k]) for k in places})
+    hub = Passing(workers or {k: worker_of(config, k, name=f"client-{k}", folder=places[k]) for k in places})
 
     def ready() -> None:
         for k in set(hub.workers) - hub.connected - hub.gone:
@@ -211,6 +217,74 @@ def test_all_go_on_from_the_same_round(algorithm: str, committed: bool, tmp_path
     assert difference(whole.training.server.model.state_dict(), again.training.server.model.state_dict()) == 0
     for k in range(3) if algorithm != "ssl" else [whole.training.clients.holder]:
         assert difference(whole.training.clients.model_state(k), again.training.clients.model_state(k)) == 0
+
+
+def crash(run: Run, steps: int) -> None:
+    """Train so many steps, and stop in the midst of it."""
+    records = iter(run)
+    for _ in range(steps):
+        next(records)
+    records.close()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("steps", [3, 9])
+def test_the_server_goes_back_and_the_clients_live_on(steps: int, tmp_path: Path) -> None:
+    """It is killed in the second round, before it has kept anything, or in the fourth; the clients reconnect."""
+    config = RunConfig.of({**SMALL, "algorithm": "sglr", "rounds": 5, "batch": 8, "checkpoint_every": 2})
+    whole = Run(config)
+    whole.run()
+    broken, hub = remote(config, tmp_path)
+    crash(broken, steps)
+    again, _ = remote(config, tmp_path, resume=True, workers=hub.workers)
+    again.run()
+    assert again.result is not None
+    assert whole.result is not None
+    assert again.result.steps == whole.result.steps == 15
+    assert difference(whole.training.server.model.state_dict(), again.training.server.model.state_dict()) == 0
+    for k in range(3):
+        assert difference(whole.training.clients.model_state(k), again.training.clients.model_state(k)) == 0
+
+
+def test_a_server_that_begins_anew_is_not_met_with_another_model(tmp_path: Path) -> None:
+    """A client without a folder cannot go back: it says so, rather than go on from where it is."""
+    config = RunConfig.of({**SMALL, "algorithm": "sglr", "rounds": 5})
+    broken, hub = remote(config)
+    crash(broken, 2)
+    again, _ = remote(config, workers=hub.workers)
+    with pytest.raises(AssertionError, match="after step 0, of which client-0 kept no state"):
+        again.run()
+
+
+def test_killed_again_before_anybody_was_told_of_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All die after a checkpoint was written but before its commit came; and once more when the clients have prepared
+    the next state, but the server has not written its checkpoint.
+    """
+    config = RunConfig.of({**SMALL, "algorithm": "sglr", "rounds": 5, "batch": 8, "checkpoint_every": 2})
+    whole = Run(config)
+    whole.run()
+    crash(remote(config, tmp_path)[0], 7)
+    for k in range(3):
+        place = tmp_path / f"client-{k}"
+        (place / "client.safetensors").rename(place / "client-next.safetensors")
+    again, _ = remote(config, tmp_path, resume=True)
+    write = checkpoint.write
+
+    def die(path: Path, state: Mapping[str, Any]) -> None:
+        if path.name == "checkpoint.safetensors":
+            raise KeyboardInterrupt
+        write(path, state)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "write", die)
+        with pytest.raises(KeyboardInterrupt):
+            again.run()
+    last, _ = remote(config, tmp_path, resume=True)
+    last.run()
+    assert difference(whole.training.server.model.state_dict(), last.training.server.model.state_dict()) == 0
+    for k in range(3):
+        assert difference(whole.training.clients.model_state(k), last.training.clients.model_state(k)) == 0
 
 
 def test_a_client_without_its_state_is_refused(tmp_path: Path) -> None:
