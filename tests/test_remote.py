@@ -17,8 +17,9 @@ from cutlayer.config import RunConfig
 from cutlayer.engine.remote.build import remote_training, worker_of
 from cutlayer.engine.remote.exchange import Lost, Request
 from cutlayer.engine.remote.worker import Worker
-from cutlayer.errors import NonFiniteError
+from cutlayer.errors import NonFiniteError, TrainingError
 from cutlayer.wire import ClientSide, Frame, ServerSide
+from cutlayer.wire import messages as m
 
 SMALL: dict[str, Any] = {
     "data": "digits",
@@ -47,6 +48,7 @@ class Passing:
         self.bytes = 0
         self.gone: set[int] = set()
         self.new: dict[int, Any] = {}
+        self.breaks_at: type[m.Message] | None = None  # all connections do, before this is sent
 
     def join(self, client: int, welcome: Any) -> None:
         server, worker, own = ServerSide(), self.workers[client], ClientSide()
@@ -68,6 +70,9 @@ class Passing:
     def exchange(
         self, requests: Mapping[int, Sequence[Request]], *, deadline: float | None = None, quorum: int | None = None
     ) -> dict[int, list[Frame] | Lost]:
+        if self.breaks_at and any(isinstance(x, self.breaks_at) for asked in requests.values() for x, _ in asked):
+            self.breaks_at = None
+            self.servers.clear()
         return {k: self._one(k, asked) for k, asked in requests.items()}
 
     def _one(self, client: int, asked: Sequence[Request]) -> list[Frame] | Lost:
@@ -217,6 +222,37 @@ def test_all_go_on_from_the_same_round(algorithm: str, committed: bool, tmp_path
     assert difference(whole.training.server.model.state_dict(), again.training.server.model.state_dict()) == 0
     for k in range(3) if algorithm != "ssl" else [whole.training.clients.holder]:
         assert difference(whole.training.clients.model_state(k), again.training.clients.model_state(k)) == 0
+
+
+@pytest.mark.parametrize("verb", [m.Fit, m.GiveModel, m.Evaluate])
+@pytest.mark.parametrize("algorithm", ["fl", "sfl"])
+def test_all_clients_are_gone_for_a_while(algorithm: str, verb: type[m.Message]) -> None:
+    """The server's own network is: whatever it asks just then, it waits for its clients, asks again, and ends with the
+    numbers of a run without any fault.
+    """
+    config = RunConfig.of({**SMALL, "algorithm": algorithm})
+    whole = Run(config)
+    expected = whole.run()
+    run, hub = remote(config)
+    for record in run:
+        if record.round == 0:
+            hub.breaks_at = verb
+    assert (hub.breaks_at is None) == (verb is not m.Fit or algorithm == "fl")
+    assert run.result is not None
+    assert (run.result.steps, run.result.test_accuracy) == (expected.steps, expected.test_accuracy)
+    for k in range(3):
+        assert difference(whole.training.clients.model_state(k), run.training.clients.model_state(k)) == 0
+
+
+def test_nobody_can_stand_in_for_who_is_gone() -> None:
+    """The one that holds the model does not come back: the run ends with a sentence, it does not wait for ever."""
+    run, hub = remote(RunConfig.of({**SMALL, "algorithm": "ssl", "eval_every": 1}))
+    records = iter(run)
+    next(records)
+    hub.breaks_at = m.Evaluate
+    with pytest.raises(TrainingError, match="are gone"):
+        for _ in records:
+            hub.gone = {k for k in range(3) if k == run.training.clients.holder}
 
 
 def crash(run: Run, steps: int) -> None:

@@ -7,10 +7,10 @@ together with the next request, so that a step costs one journey there and back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, MutableSequence, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +30,9 @@ from cutlayer.types import CutGradients, Evaluation, Round, Smashed, Step, TailG
 from cutlayer.wire import RAW, Codec, Frame, decode, decode_named, described, encode, encode_named
 from cutlayer.wire import messages as m
 from cutlayer.wire.tensors import Buffer
+
+
+T = TypeVar("T")
 
 
 class Hub(Protocol):
@@ -99,6 +102,7 @@ class RemoteCohort:
         self._stale: set[int] = set()  # have missed an averaging
         self._like = described(state_of(setup.twin.module))
         self._begun = False  # a round, in this process
+        self._posts: dict[int, m.BeginRound] = {}  # of this round
         self._alike = setup.alike  # all models are known to be equal
 
     @property
@@ -130,10 +134,7 @@ class RemoteCohort:
     def begin_round(self, index: int, total: int, lr_factor: float) -> Round:
         """Draw the participants; those that are connected get their number of batches, and a model they missed."""
         s = self.setup
-        self._ready()
-        new = set(self.hub.arrivals())
-        if self._begun and self._average is not None:
-            self._stale |= new  # what those who come back have missed is not known
+        self._wait()
         self._begun = True
         drawn = s.participants(index, len(s.samples))
         here = tuple(k for k in drawn if k in self.hub.connected)
@@ -141,8 +142,9 @@ class RemoteCohort:
             raise TrainingError("no client is connected: wait for one, or look at why they have gone")
         self._participants = here
         self._quota[list(here)] = s.quota(np.array([-(-s.samples[k] // s.batch) for k in here]))
-        for k in here:
-            self._post(k, m.BeginRound(index, total, lr_factor, int(self._quota[k])))
+        self._posts = {k: m.BeginRound(index, total, lr_factor, int(self._quota[k])) for k in here}
+        for k, post in self._posts.items():
+            self._post(k, post)
         self._catch_up(here)
         return Round(index, total, here, tuple(self._quota[list(here)].tolist()), s.seed)
 
@@ -199,19 +201,18 @@ class RemoteCohort:
     def fit(self) -> list[Step]:
         """Each participant takes all its local steps of this round."""
         self._step += 1
-        answers = self._exchange(self._participants, lambda k: [(m.Fit(self._step), ())], quorum=True)
+        answers = self._patiently(
+            self._participants,
+            lambda: self._exchange(self._participants, lambda k: [(m.Fit(self._step), ())], quorum=True),
+        )
         self._alike = len(self.samples) == 1
         taken = {k: [(loss, rows) for loss, rows in answers[k].message.losses] for k in answers}
-        if not taken:
-            raise TrainingError("no client has trained: all are gone")
         return [together(taken, t) for t in range(max(map(len, taken.values())))]
 
     def average(self, weights: Mapping[int, float]) -> None:
         """The weighted mean of the models of `weights`, for everybody: now, or when they next take part."""
-        models = self._models(list(weights))
+        models = self._patiently(weights, lambda: self._models(list(weights)))
         here = [k for k in weights if k in models]
-        if not here:
-            raise TrainingError("no client has sent its model: all are gone")
         self._average = average([models[k] for k in here], [weights[k] for k in here])
         body = encode_named(self._average)
         for k in here:
@@ -239,6 +240,11 @@ class RemoteCohort:
         """Every connected client's model with the server: the held-out inputs go to the client, what it gives comes
         back.
         """
+        among = range(len(self.samples)) if self._holder is None else [self._holder]
+        return self._patiently(among, lambda: self._evaluated(samples, predict))
+
+    def _evaluated(self, samples: Samples, predict: Predict) -> Evaluation | None:
+        """None where nobody has given anything."""
         everyone = [self._holder] if self._holder is not None else self._judged()
         looked_at = everyone[:1] if self._alike else everyone
         self._catch_up(looked_at)
@@ -254,7 +260,7 @@ class RemoteCohort:
                 for k, o in outputs.items()
             }
         if not totals:
-            raise TrainingError("no client's model could be evaluated: all are gone")
+            return None
         found = {k: (correct / len(samples), loss / len(samples)) for k, (correct, loss) in totals.items()}
         return evaluation(found, everyone if self._alike else list(found), len(samples))
 
@@ -297,6 +303,32 @@ class RemoteCohort:
         """The step that clients join at."""
         return self._step
 
+    def _wait(self) -> None:
+        """Until enough clients are there; what those who come back have missed is not known. Raises TrainingError."""
+        self._ready()
+        new = set(self.hub.arrivals())
+        if self._begun and self._average is not None:
+            self._stale |= new
+
+    def _patiently(self, clients: Iterable[int], attempt: Callable[[], T | None]) -> T:
+        """What `attempt` gives. Where all of `clients` are gone (the server's own network is), they are waited for, and
+        it is made again: a client that has done its part, but could not say so, does it twice.
+
+        Raises TrainingError where none of them comes back.
+        """
+        while not (found := attempt()):
+            self._wait()
+            back = self.hub.connected.intersection(clients)
+            if not back:
+                raise TrainingError(
+                    f"clients {', '.join(map(str, clients))} are gone, and no others can do their part: the run goes on "
+                    "from its checkpoint when they are back"
+                )
+            for k in back & self._posts.keys():
+                self._post(k, self._posts[k])
+            self._catch_up(back)
+        return found
+
     def _catch_up(self, clients: Collection[int]) -> None:
         """Those of `clients` that have missed an averaging get what came of it."""
         if missed := self._stale & set(clients) & self.hub.connected:
@@ -317,7 +349,7 @@ class RemoteCohort:
         body = encode([part.x])
         whole = self.shape == "whole"
         request = m.Evaluate(self._step, "whole" if whole else "lower", n)
-        answers = self._exchange(clients, lambda k: [(request, body)])
+        answers = self._exchange(clients, lambda k: [(request, body)], quorum=True)
         logits = [Crossing((self.setup.classes,), dtype)]
         if whole:
             return {k: decode(a.body, logits, n)[0] for k, a in answers.items()}
@@ -325,11 +357,11 @@ class RemoteCohort:
         if self.shape == "split":
             return {k: rows[0] for k, rows in given.items()}
         tail = m.Evaluate(self._step, "tail", n)
-        answers = self._exchange(list(given), lambda k: [(tail, encode(given[k]))])
+        answers = self._exchange(list(given), lambda k: [(tail, encode(given[k]))], quorum=True)
         return {k: decode(a.body, logits, n)[0] for k, a in answers.items()}
 
     def _models(self, clients: Sequence[int]) -> dict[int, dict[str, Tensor]]:
-        answers = self._exchange(clients, lambda k: [(m.GiveModel(self._step), ())])
+        answers = self._exchange(clients, lambda k: [(m.GiveModel(self._step), ())], quorum=True)
         return {k: decode_named(a.body, self._like) for k, a in answers.items()}
 
     def _post(self, client: int, message: m.Message, body: Sequence[Buffer] = ()) -> None:
