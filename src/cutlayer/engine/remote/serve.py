@@ -71,14 +71,14 @@ class Service:
 
     @contextmanager
     def open(self) -> Iterator[Run]:
-        """The run, with a clean end on SIGTERM: clients hear of it, and go on when the server is back."""
+        """The run, with a clean end on SIGTERM. Unless the run is done, clients dial again until the server is back."""
         before = signal.signal(signal.SIGTERM, _interrupt)
         try:
             yield self.run
             self._cohort.finish()
             self.hub.stop("the run is done", GRACE)
         finally:
-            self.hub.stop("the server stops; it may come back", GRACE)
+            self.hub.stop("the server stops; it may come back", GRACE, returning=True)
             signal.signal(signal.SIGTERM, before)
 
     def _greet(self, hello: m.Hello, identity: str | None) -> m.Welcome | m.Refused:
