@@ -224,8 +224,10 @@ def test_all_go_on_from_the_same_round(algorithm: str, committed: bool, tmp_path
         assert difference(whole.training.clients.model_state(k), again.training.clients.model_state(k)) == 0
 
 
-@pytest.mark.parametrize("verb", [m.Fit, m.GiveModel, m.Evaluate])
-@pytest.mark.parametrize("algorithm", ["fl", "sfl"])
+@pytest.mark.parametrize(
+    ("algorithm", "verb"),
+    [("fl", m.Fit), ("fl", m.GiveModel), ("fl", m.Evaluate), ("sfl", m.GiveModel)],
+)
 def test_all_clients_are_gone_for_a_while(algorithm: str, verb: type[m.Message]) -> None:
     """The server's own network is: whatever it asks just then, it waits for its clients, asks again, and ends with the
     numbers of a run without any fault.
@@ -237,11 +239,24 @@ def test_all_clients_are_gone_for_a_while(algorithm: str, verb: type[m.Message])
     for record in run:
         if record.round == 0:
             hub.breaks_at = verb
-    assert (hub.breaks_at is None) == (verb is not m.Fit or algorithm == "fl")
+    assert hub.breaks_at is None
     assert run.result is not None
     assert (run.result.steps, run.result.test_accuracy) == (expected.steps, expected.test_accuracy)
     for k in range(3):
         assert difference(whole.training.clients.model_state(k), run.training.clients.model_state(k)) == 0
+
+
+def test_all_clients_are_gone_in_the_midst_of_a_round() -> None:
+    """It goes on with its next step; what was lost is the backward pass that was under way."""
+    run, hub = remote(RunConfig.of({**SMALL, "algorithm": "sglr"}))
+    rounds = []
+    for record in run:
+        rounds.append(record.round)
+        assert record.clients == (0, 1, 2)
+        if len(rounds) == 4:
+            hub.breaks_at = m.Forward
+    assert hub.breaks_at is None
+    assert rounds == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
 
 def test_nobody_can_stand_in_for_who_is_gone() -> None:

@@ -151,10 +151,16 @@ class RemoteCohort:
     def forward(self, clients: Sequence[int] | None = None, *, labels: bool = True) -> Smashed:
         """Every participant with batches left in this round (or those of `clients`) sends smashed data and labels."""
         wanted = self._participants if clients is None else clients
-        asked = [k for k in wanted if self._quota[k] > 0 and k in self.hub.connected]
+        due = [k for k in wanted if self._quota[k] > 0]
+        while True:
+            asked = [k for k in due if k in self.hub.connected]
+            step = self._step = self._step + 1
+            requests: dict[int, list[Request]] = {k: [(m.Forward(step, labels), ())] for k in asked}
+            answers = self._exchange(asked, requests.__getitem__, quorum=True)
+            if answers or not due or self.hub.connected:
+                break
+            self._come_back(due)
         self._quota[asked] -= 1
-        step = self._step = self._step + 1
-        answers = self._exchange(asked, lambda k: [(m.Forward(step, labels), ())], quorum=True)
         self._asked = tuple(k for k in asked if k in answers)
         if not self._asked:
             return Smashed((), torch.empty(0), (), ())
@@ -317,17 +323,23 @@ class RemoteCohort:
         Raises TrainingError where none of them comes back.
         """
         while not (found := attempt()):
-            self._wait()
-            back = self.hub.connected.intersection(clients)
-            if not back:
+            if not self._come_back(clients):
                 raise TrainingError(
                     f"clients {', '.join(map(str, clients))} are gone, and no others can do their part: the run goes on "
                     "from its checkpoint when they are back"
                 )
-            for k in back & self._posts.keys():
-                self._post(k, self._posts[k])
-            self._catch_up(back)
         return found
+
+    def _come_back(self, clients: Iterable[int]) -> frozenset[int]:
+        """Wait until enough clients are there; those of `clients` that are, who now know the round. Raises
+        TrainingError.
+        """
+        self._wait()
+        back = self.hub.connected.intersection(clients)
+        for k in back & self._posts.keys():
+            self._post(k, self._posts[k])
+        self._catch_up(back)
+        return back
 
     def _catch_up(self, clients: Collection[int]) -> None:
         """Those of `clients` that have missed an averaging get what came of it."""
