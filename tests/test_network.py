@@ -32,24 +32,36 @@ batch = 10
 
 
 class Trial:
-    """A folder with certificates and a configuration, and the processes started in it."""
+    """A folder with certificates and a configuration, and the processes started in it. `config`: the run's, as TOML;
+    `host`: the server's, this machine unless told; `where`: words to put before a process's own, by its name.
+    """
 
-    def __init__(self, folder: Path, algorithm: str, rounds: int) -> None:
-        self.folder = folder
-        (folder / "c.toml").write_text(CONFIG.format(algorithm=algorithm, rounds=rounds))
+    def __init__(
+        self,
+        folder: Path,
+        algorithm: str,
+        rounds: int,
+        *,
+        config: str = CONFIG,
+        host: str = "127.0.0.1",
+        where: Callable[[str], list[str]] = lambda name: [],
+    ) -> None:
+        self.folder, self.where = folder, where
+        folder.mkdir(exist_ok=True)
+        (folder / "c.toml").write_text(config.format(algorithm=algorithm, rounds=rounds))
         make_ca(folder / "ca")
-        make_certificate(folder / "ca", "server", "server")
+        make_certificate(folder / "ca", "server", "server", hosts=[host])
         for k in range(3):
             make_certificate(folder / "ca", f"client-{k}")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            self.address = f"127.0.0.1:{probe.getsockname()[1]}"
+            self.address = self.reached = f"{host}:{probe.getsockname()[1]}"
         self.processes: list[subprocess.Popen[bytes]] = []
 
     def start(self, name: str, *words: str) -> subprocess.Popen[bytes]:
         with (self.folder / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
-                [*CUTLAYER, *words, "--config", "c.toml"],
+                [*self.where(name), *CUTLAYER, *words, "--config", "c.toml"],
                 cwd=self.folder,
                 stdout=log,
                 stderr=log,
@@ -64,7 +76,7 @@ class Trial:
 
     def join(self, k: int, *more: str) -> subprocess.Popen[bytes]:
         tls = ["--certificate", f"ca/client-{k}.crt", "--key", f"ca/client-{k}.key", "--ca", "ca/ca.crt"]
-        return self.start(f"client-{k}", "join", self.address, "--client", f"client-{k}", *tls, *more, "--folder", "c")
+        return self.start(f"client-{k}", "join", self.reached, "--client", f"client-{k}", *tls, *more, "--folder", "c")
 
     def steps(self) -> list[dict[str, Any]]:
         path = self.folder / "run" / "steps.jsonl"
@@ -206,9 +218,11 @@ def test_a_clients_folder_is_held_while_it_works(trial: Callable[..., Trial]) ->
         ("serve --insecure --quorum 2", "quorum = 2 is not possible"),
         ("serve --insecure --algorithm cl", "cl has no clients"),
         ("serve --ca ca.crt", "certificate"),
+        ("serve --insecure --keepalive 0.5", "keepalive = 0.5"),
         ("join localhost:1 --client hospital --insecure", "client-0, client-1"),
         ("join localhost --client client-0 --insecure", "host:port"),
         ("join localhost:1 --client client-99 --insecure", "none of the"),
+        ("join localhost:1 --client client-0 --insecure --keepalive nan", "keepalive = nan"),
         ("certs there --clients 0", "1 or greater"),
     ],
 )

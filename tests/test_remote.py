@@ -11,7 +11,7 @@ import pytest
 import torch
 from support import difference  # type: ignore[import-not-found]
 
-from cutlayer import Run
+from cutlayer import Run, checkpoint
 from cutlayer.algorithms import ALGORITHMS
 from cutlayer.build import assemble
 from cutlayer.config import RunConfig
@@ -52,6 +52,7 @@ class Passing:
         self.new: dict[int, Any] = {}
         self.tamper: Callable[[int, Any, Any], tuple[Any, Any]] = lambda client, message, body: (message, body)
         self.refused: dict[int, str] = {}
+        self.breaks_at: type[m.Message] | None = None  # all connections do, before this is sent
 
     def join(self, client: int, welcome: Any) -> None:
         server, worker, own = ServerSide(), self.workers[client], ClientSide()
@@ -81,6 +82,9 @@ class Passing:
         quorum: int | None = None,
         on_answer: Callable[[int, Frame], Any],
     ) -> dict[int, list[Any] | Lost]:
+        if self.breaks_at and any(isinstance(x, self.breaks_at) for asked in requests.values() for x, _ in asked):
+            self.breaks_at = None
+            self.servers.clear()
         return {k: self._one(k, asked, on_answer) for k, asked in requests.items()}
 
     def _one(self, client: int, asked: Sequence[Request], on_answer: Callable[[int, Frame], Any]) -> list[Any] | Lost:
@@ -106,14 +110,19 @@ class Passing:
 
 
 def remote(
-    config: RunConfig, folder: Path | None = None, *, resume: bool = False, **options: Any
+    config: RunConfig,
+    folder: Path | None = None,
+    *,
+    resume: bool = False,
+    workers: Mapping[int, Worker] | None = None,
+    **options: Any,
 ) -> tuple[Run, Passing]:
-    """A run whose clients are remote, and keep their states in `folder`."""
+    """A run whose clients are remote, and keep their states in `folder`; `workers` are those of an earlier run."""
     places = {k: None if folder is None else folder / f"client-{k}" for k in range(config.clients)}
     for place in places.values():
         if place is not None:
             place.mkdir(parents=True, exist_ok=True)
-    hub = Passing({k: worker_of(config, k, name=f"client-{k}", folder=places[k]) for k in places})
+    hub = Passing(workers or {k: worker_of(config, k, name=f"client-{k}", folder=places[k]) for k in places})
 
     def ready() -> None:
         for k in set(hub.workers) - hub.connected - hub.gone:
@@ -330,7 +339,7 @@ def test_too_few_are_left() -> None:
     hub.tamper = lambda client, message, body: (
         _nan(message, body) if isinstance(message, m.Smashed) else (message, body)
     )
-    with pytest.raises(TrainingError, match="all are gone"):
+    with pytest.raises(TrainingError, match="are excluded"):
         run.run()
 
 
@@ -372,6 +381,124 @@ def test_all_go_on_from_the_same_round(algorithm: str, committed: bool, tmp_path
     assert difference(whole.training.server.model.state_dict(), again.training.server.model.state_dict()) == 0
     for k in range(3) if algorithm != "ssl" else [whole.training.clients.holder]:
         assert difference(whole.training.clients.model_state(k), again.training.clients.model_state(k)) == 0
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "verb"),
+    [("fl", m.Fit), ("fl", m.GiveModel), ("fl", m.Evaluate), ("sfl", m.GiveModel)],
+)
+def test_all_clients_are_gone_for_a_while(algorithm: str, verb: type[m.Message]) -> None:
+    """The server's own network is: whatever it asks just then, it waits for its clients, asks again, and ends with the
+    numbers of a run without any fault.
+    """
+    config = RunConfig.of({**SMALL, "algorithm": algorithm})
+    whole = Run(config)
+    expected = whole.run()
+    run, hub = remote(config)
+    for record in run:
+        if record.round == 0:
+            hub.breaks_at = verb
+    assert hub.breaks_at is None
+    assert run.result is not None
+    assert (run.result.steps, run.result.test_accuracy) == (expected.steps, expected.test_accuracy)
+    for k in range(3):
+        assert difference(whole.training.clients.model_state(k), run.training.clients.model_state(k)) == 0
+
+
+def test_all_clients_are_gone_in_the_midst_of_a_round() -> None:
+    """It goes on with its next step; what was lost is the backward pass that was under way."""
+    run, hub = remote(RunConfig.of({**SMALL, "algorithm": "sglr"}))
+    rounds = []
+    for record in run:
+        rounds.append(record.round)
+        assert record.clients == (0, 1, 2)
+        if len(rounds) == 4:
+            hub.breaks_at = m.Forward
+    assert hub.breaks_at is None
+    assert rounds == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
+def test_nobody_can_stand_in_for_who_is_gone() -> None:
+    """The one that holds the model does not come back: the run ends with a sentence, it does not wait for ever."""
+    run, hub = remote(RunConfig.of({**SMALL, "algorithm": "ssl", "eval_every": 1}))
+    records = iter(run)
+    next(records)
+    hub.breaks_at = m.Evaluate
+
+    def drain() -> None:
+        for _ in records:
+            hub.gone = {k for k in range(3) if k == run.training.clients.holder}
+
+    with pytest.raises(TrainingError, match="are gone"):
+        drain()
+
+
+def crash(run: Run, steps: int) -> None:
+    """Train so many steps, and stop in the midst of it."""
+    records = iter(run)
+    for _ in range(steps):
+        next(records)
+    records.close()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("steps", [3, 9])
+def test_the_server_goes_back_and_the_clients_live_on(steps: int, tmp_path: Path) -> None:
+    """It is killed in the second round, before it has kept anything, or in the fourth; the clients reconnect."""
+    config = RunConfig.of({**SMALL, "algorithm": "sglr", "rounds": 5, "batch": 8, "checkpoint_every": 2})
+    whole = Run(config)
+    whole.run()
+    broken, hub = remote(config, tmp_path)
+    crash(broken, steps)
+    again, _ = remote(config, tmp_path, resume=True, workers=hub.workers)
+    again.run()
+    assert again.result is not None
+    assert whole.result is not None
+    assert again.result.steps == whole.result.steps == 15
+    assert difference(whole.training.server.model.state_dict(), again.training.server.model.state_dict()) == 0
+    for k in range(3):
+        assert difference(whole.training.clients.model_state(k), again.training.clients.model_state(k)) == 0
+
+
+def test_a_server_that_begins_anew_is_not_met_with_another_model(tmp_path: Path) -> None:
+    """A client without a folder cannot go back: it says so, rather than go on from where it is."""
+    config = RunConfig.of({**SMALL, "algorithm": "sglr", "rounds": 5})
+    broken, hub = remote(config)
+    crash(broken, 2)
+    again, _ = remote(config, workers=hub.workers)
+    with pytest.raises(AssertionError, match="after step 0, of which client-0 kept no state"):
+        again.run()
+
+
+def test_killed_again_before_anybody_was_told_of_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All die after a checkpoint was written but before its commit came; and once more when the clients have prepared
+    the next state, but the server has not written its checkpoint.
+    """
+    config = RunConfig.of({**SMALL, "algorithm": "sglr", "rounds": 5, "batch": 8, "checkpoint_every": 2})
+    whole = Run(config)
+    whole.run()
+    crash(remote(config, tmp_path)[0], 7)
+    for k in range(3):
+        place = tmp_path / f"client-{k}"
+        (place / "client.safetensors").rename(place / "client-next.safetensors")
+    again, _ = remote(config, tmp_path, resume=True)
+    write = checkpoint.write
+
+    def die(path: Path, state: Mapping[str, Any]) -> None:
+        if path.name == "checkpoint.safetensors":
+            raise KeyboardInterrupt
+        write(path, state)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "write", die)
+        with pytest.raises(KeyboardInterrupt):
+            again.run()
+    last, _ = remote(config, tmp_path, resume=True)
+    last.run()
+    assert difference(whole.training.server.model.state_dict(), last.training.server.model.state_dict()) == 0
+    for k in range(3):
+        assert difference(whole.training.clients.model_state(k), last.training.clients.model_state(k)) == 0
 
 
 def test_a_client_without_its_state_is_refused(tmp_path: Path) -> None:

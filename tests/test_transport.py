@@ -470,6 +470,25 @@ def test_clients_come_back_when_the_server_does() -> None:
     cable.close()
 
 
+def test_a_server_that_will_return_says_no_bye() -> None:
+    hub = Hub("localhost:0", ServerSecurity(), greet)
+    port = hub.start()
+    with Clients(port, INSECURE[1]).add(Echo(0), Echo(1)) as group:
+        hub.wait_for(2, SOON)
+        group.workers[1].pause.clear()
+        assert bodies(hub.exchange({k: step(1) for k in (0, 1)}, deadline=0.2)) == {0: b"x", 1: "late"}
+        begin = time.monotonic()
+        hub.stop("back soon", 5, returning=True)
+        assert time.monotonic() - begin < 4
+        group.workers[1].pause.set()
+        hub = Hub(f"localhost:{port}", ServerSecurity(), greet)
+        assert hub.start() == port
+        assert hub.wait_for(2, SOON) == {0, 1}
+        assert bodies(hub.exchange({k: step(2) for k in (0, 1)})) == {0: b"x", 1: b"x"}
+        hub.stop("now really", 5)
+        assert {group.end(), group.end()} == {"now really"}
+
+
 def test_nobody_there() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

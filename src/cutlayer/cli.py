@@ -324,6 +324,7 @@ def serve(
     tokens: _File = None,
     insecure: Annotated[bool, _Flag] = False,
     faults: Annotated[FaultConfig | None, _Star] = None,
+    keepalive: Annotated[float, _Flag] = 10.0,
     metrics: Annotated[str | None, _Flag] = None,
     log: _LogForm = "text",
 ) -> None:
@@ -351,6 +352,8 @@ def serve(
         Instead of ca: a TOML file with a line NAME = "TOKEN" for each client.
     insecure
         No encryption, nobody is asked who they are: on this machine only.
+    keepalive
+        Seconds between pings: a client that vanishes without a word is noticed after one and a half times that.
     metrics
         Port (or address:port) to serve figures for Prometheus at.
     log
@@ -362,9 +365,10 @@ def serve(
 
     merged = _run_config(options, config)
     _check_network(insecure, certificate=certificate, key=key, ca=ca, tokens=tokens)
+    _check_keepalive(keepalive)
     show_log(log)
     security = ServerSecurity(certificate, key, ca, tokens)
-    serving = Serving(listen, security, _fault_config(faults, config), metrics)
+    serving = Serving(listen, security, _fault_config(faults, config), metrics, keepalive)
     where = out or Path("runs") / f"serve-{merged.algorithm}-{Path(merged.data).stem}"
     service = Service(merged, serving, where)
     with _resumable(f"the same command with --out {where}"), service.open() as run, Monitor(1) as monitor:
@@ -390,6 +394,7 @@ def join(
     insecure: Annotated[bool, _Flag] = False,
     own_data: Annotated[str | None, _Flag] = None,
     give_up_after: Annotated[float | None, _Flag] = None,
+    keepalive: Annotated[float, _Flag] = 10.0,
     log: _LogForm = "text",
 ) -> None:
     """Work as a client of a `serve` on another machine: dials out, keeps its data and its model, reconnects by itself.
@@ -418,6 +423,8 @@ def join(
         The path of this client's own data, all of which it trains on. Default: its share of the configuration's data.
     give_up_after
         Seconds without a connection after which to give up. Default: never.
+    keepalive
+        Seconds between pings: a server that vanishes without a word is noticed after one and a half times that.
     log
         What happens to the connection, on stderr: as text, or as JSON, one object per line.
     """
@@ -429,6 +436,7 @@ def join(
 
     merged = _run_config(options, config)
     _check_network(insecure, certificate=certificate, key=key, ca=ca, token_file=token_file)
+    _check_keepalive(keepalive)
     if len(client) > 1 and (certificate or token_file):
         raise ConfigError(f"{len(client)} clients cannot share one certificate or token: start one process for each")
     if len(client) > 1 and own_data is not None:
@@ -441,7 +449,7 @@ def join(
     token = None if token_file is None else read_token(token_file)
     security = ClientSecurity(ca, certificate, key, token)
     joining = [
-        Joining(address, name, security, None if folder is None else folder / name, own, give_up_after)
+        Joining(address, name, security, None if folder is None else folder / name, own, give_up_after, keepalive)
         for name in client
     ]
     for reason in dict.fromkeys(work(merged, joining)):
@@ -489,6 +497,14 @@ def _check_network(insecure: bool, **files: Path | None) -> None:
             "connections are encrypted: give certificate, key and ca (`cutlayer certs` makes them for a trial), or "
             "--insecure on this machine alone"
         )
+
+
+def _check_keepalive(seconds: float) -> None:
+    """Raises ConfigError for pings that come too thick for the other side, or practically never."""
+    from cutlayer.engine.remote.network import LEAST
+
+    if not LEAST <= seconds <= 3600:
+        raise ConfigError(f"keepalive = {seconds} is not possible: it is {LEAST:g} to 3600 seconds")
 
 
 def main() -> NoReturn:

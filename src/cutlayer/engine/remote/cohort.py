@@ -8,7 +8,7 @@ together with the next request, so that a step costs one journey there and back.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, MutableSequence, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, Protocol, TypeVar
@@ -113,6 +113,7 @@ class RemoteCohort:
         self.excluded: dict[int, str] = {}  # why
         self._like = described(state_of(setup.twin.module))
         self._begun = False  # a round, in this process
+        self._posts: dict[int, m.BeginRound] = {}  # of this round
         self._alike = setup.alike  # all models are known to be equal
 
     @property
@@ -144,7 +145,8 @@ class RemoteCohort:
     def begin_round(self, index: int, total: int, lr_factor: float) -> Round:
         """Draw the participants; those that are connected get their number of batches, and a model they missed."""
         s = self.setup
-        self._admit()
+        self._wait()
+        self._begun = True
         drawn = s.participants(index, len(s.samples))
         here = tuple(k for k in drawn if k in self.hub.connected)
         facts = {"drawn": len(drawn), "connected": len(self.hub.connected), "needed": self._needed(here)}
@@ -153,32 +155,29 @@ class RemoteCohort:
             raise TrainingError("no client is connected: wait for one, or look at why they have gone")
         self._participants = here
         self._quota[list(here)] = s.quota(np.array([-(-s.samples[k] // s.batch) for k in here]))
-        for k in here:
-            self._post(k, m.BeginRound(index, total, lr_factor, int(self._quota[k])))
+        self._posts = {k: m.BeginRound(index, total, lr_factor, int(self._quota[k])) for k in here}
+        for k, post in self._posts.items():
+            self._post(k, post)
         self._catch_up(here)
         return Round(index, total, here, tuple(self._quota[list(here)].tolist()), s.seed)
-
-    def _admit(self) -> None:
-        """Wait until enough clients are there; those that have come anew are asked from now on."""
-        self._ready()
-        new = set(self.hub.arrivals())
-        for k in sorted(new):
-            self._tell("came", {"client": k})
-        if self._begun and self._average is not None:
-            self._stale |= new  # what those who come back have missed is not known
-        self._begun = True
 
     def forward(self, clients: Sequence[int] | None = None, *, labels: bool = True) -> Smashed:
         """Every participant with batches left in this round (or those of `clients`) sends smashed data and labels."""
         wanted = self._participants if clients is None else clients
-        asked = [k for k in wanted if self._quota[k] > 0 and k in self.hub.connected]
-        self._quota[asked] -= 1
-        step = self._step = self._step + 1
+        due = [k for k in wanted if self._quota[k] > 0]
 
         def read(client: int, frame: Frame) -> _Came:
             return self._smashed(client, frame, labels)
 
-        answers = self._exchange(asked, lambda k: [(m.Forward(step, labels), ())], read, quorum=True)
+        while True:
+            asked = [k for k in due if k in self.hub.connected]
+            step = self._step = self._step + 1
+            requests: dict[int, list[Request]] = {k: [(m.Forward(step, labels), ())] for k in asked}
+            answers = self._exchange(asked, requests.__getitem__, read, quorum=True)
+            if answers or not due or self.hub.connected:
+                break
+            self._come_back(due)
+        self._quota[asked] -= 1
         self._asked = tuple(k for k in asked if k in answers)
         if not self._asked:
             return Smashed((), torch.empty(0), (), ())
@@ -239,10 +238,11 @@ class RemoteCohort:
     def fit(self) -> list[Step]:
         """Each participant takes all its local steps of this round."""
         self._step += 1
-        taken = self._exchange(self._participants, lambda k: [(m.Fit(self._step), ())], self._fitted, quorum=True)
+        taken = self._patiently(
+            self._participants,
+            lambda: self._exchange(self._participants, lambda k: [(m.Fit(self._step), ())], self._fitted, quorum=True),
+        )
         self._alike = len(self.samples) == 1
-        if not taken:
-            raise TrainingError("no client has trained: all are gone")
         return [together(taken, t) for t in range(max(map(len, taken.values())))]
 
     def _fitted(self, client: int, frame: Frame) -> list[tuple[float, int]]:
@@ -257,10 +257,8 @@ class RemoteCohort:
 
     def average(self, weights: Mapping[int, float]) -> None:
         """The weighted mean of the models of `weights`, for everybody: now, or when they next take part."""
-        models = self._models(list(weights))
+        models = self._patiently(weights, lambda: self._models(list(weights)))
         here = [k for k in weights if k in models]
-        if not here:
-            raise TrainingError("no client has sent its model: all are gone")
         self._average = average([models[k] for k in here], [weights[k] for k in here])
         body = encode_named(self._average)
         for k in here:
@@ -288,8 +286,11 @@ class RemoteCohort:
         """Every connected client's model with the server: the held-out inputs go to the client, what it gives comes
         back.
         """
-        if not self.hub.connected:
-            self._admit()
+        among = range(len(self.samples)) if self._holder is None else [self._holder]
+        return self._patiently(among, lambda: self._evaluated(samples, predict))
+
+    def _evaluated(self, samples: Samples, predict: Predict) -> Evaluation | None:
+        """None where nobody has given anything."""
         everyone = [self._holder] if self._holder is not None else self._judged()
         looked_at = everyone[:1] if self._alike else everyone
         self._catch_up(looked_at)
@@ -305,7 +306,7 @@ class RemoteCohort:
                 for k, o in outputs.items()
             }
         if not totals:
-            raise TrainingError("no client's model could be evaluated: all are gone")
+            return None
         found = {k: (correct / len(samples), loss / len(samples)) for k, (correct, loss) in totals.items()}
         return evaluation(found, everyone if self._alike else list(found), len(samples))
 
@@ -350,6 +351,42 @@ class RemoteCohort:
         """The step that clients join at."""
         return self._step
 
+    def _wait(self) -> None:
+        """Until enough clients are there; what those who come back have missed is not known. Raises TrainingError."""
+        self._ready()
+        new = set(self.hub.arrivals())
+        for k in sorted(new):
+            self._tell("came", {"client": k})
+        if self._begun and self._average is not None:
+            self._stale |= new
+
+    def _patiently(self, clients: Iterable[int], attempt: Callable[[], T | None]) -> T:
+        """What `attempt` gives. Where all of `clients` are gone (the server's own network is), they are waited for, and
+        it is made again: a client that has done its part, but could not say so, does it twice.
+
+        Raises TrainingError where none of them comes back.
+        """
+        while not (found := attempt()):
+            if not self._come_back(clients):
+                raise TrainingError(
+                    f"clients {', '.join(map(str, clients))} are gone, and no others can do their part: the run goes "
+                    "on from its checkpoint when they are back"
+                )
+        return found
+
+    def _come_back(self, clients: Iterable[int]) -> frozenset[int]:
+        """Wait until enough clients are there; those of `clients` that are, who now know the round. Raises
+        TrainingError.
+        """
+        if self.excluded.keys() >= set(clients):
+            raise TrainingError("all clients that could go on are excluded: look at why, in the record")
+        self._wait()
+        back = self.hub.connected.intersection(clients)
+        for k in back & self._posts.keys():
+            self._post(k, self._posts[k])
+        self._catch_up(back)
+        return back
+
     def _catch_up(self, clients: Collection[int]) -> None:
         """Those of `clients` that have missed an averaging get what came of it."""
         if missed := self._stale & set(clients) & self.hub.connected:
@@ -375,7 +412,12 @@ class RemoteCohort:
         def ask(
             request: m.Evaluate, body: Callable[[int], Sequence[Buffer]], like: Sequence[Crossing], codec: Codec
         ) -> dict[int, Rows]:
-            return self._exchange(clients, lambda k: [(request, body(k))], lambda k, a: decode(a.body, like, n, codec))
+            return self._exchange(
+                clients,
+                lambda k: [(request, body(k))],
+                lambda k, answer: decode(answer.body, like, n, codec),
+                quorum=True,
+            )
 
         if self.shape == "whole":
             whole = ask(m.Evaluate(self._step, "whole", n), lambda k: body, logits, RAW)
@@ -394,7 +436,7 @@ class RemoteCohort:
             _check_finite(tuple(model.values()), "model", k)
             return model
 
-        return self._exchange(clients, lambda k: [(m.GiveModel(self._step), ())], read)
+        return self._exchange(clients, lambda k: [(m.GiveModel(self._step), ())], read, quorum=True)
 
     def _post(self, client: int, message: m.Message, body: Sequence[Buffer] = ()) -> None:
         self._later.setdefault(client, []).append((message, body))

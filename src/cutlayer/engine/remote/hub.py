@@ -105,7 +105,7 @@ class Hub:
         self._budget = _Budget(max(self.limits.message_bytes, 1 << 20))
         self._gate: Gate
         self._loop: asyncio.AbstractEventLoop
-        self._stopping: asyncio.Future[tuple[str, float]]
+        self._stopping: asyncio.Future[tuple[str, float, bool]]
         self._thread: threading.Thread | None = None
         self._pool: ThreadPoolExecutor | None = None
         self._exporter: Any = None
@@ -131,12 +131,14 @@ class Hub:
             raise
         return port
 
-    def stop(self, reason: str, grace: float) -> None:
-        """Say Bye to all clients, give them `grace` seconds to go, close everything. Doing it again does nothing."""
+    def stop(self, reason: str, grace: float, *, returning: bool = False) -> None:
+        """Say Bye to all clients, or, where the server is `returning`, just hang up: they dial again. Give them `grace`
+        seconds to go, close everything. Doing it again does nothing.
+        """
         if self._thread is None:
             return
         if self._running:
-            self.call(self._request_stop, reason, grace)
+            self.call(self._request_stop, reason, grace, returning)
         self._thread.join(grace + 10)
         if self._pool is not None:
             self._pool.shutdown()
@@ -304,10 +306,16 @@ class Hub:
         self._running = True
         log.info("listening at %s, port %d", self.address, port)
         started.set_result(port)
-        reason, grace = await self._stopping
+        reason, grace, returning = await self._stopping
         end = self._loop.time() + grace
         self._running = False
-        ways = [asyncio.create_task(self._say_bye(link, reason)) for link in self._links.values()]
+        links = list(self._links.values())
+        if returning:
+            for link in links:
+                self._cut(link, Lost("gone", reason), grpc.StatusCode.UNAVAILABLE)
+            ways = list(self._tasks)
+        else:
+            ways = [asyncio.create_task(self._say_bye(link, reason)) for link in links]
         if ways:
             await asyncio.wait(ways, timeout=max(0.0, grace * 0.8))
         await server.stop(max(0.0, end - self._loop.time()))
@@ -315,9 +323,9 @@ class Hub:
             way.cancel()
         await asyncio.gather(*ways, return_exceptions=True)
 
-    def _request_stop(self, reason: str, grace: float) -> None:
+    def _request_stop(self, reason: str, grace: float, returning: bool) -> None:
         if not self._stopping.done():
-            self._stopping.set_result((reason[:4096], grace))
+            self._stopping.set_result((reason[:4096], grace, returning))
 
     async def _say_bye(self, link: _Link, reason: str) -> None:
         while link.outbox or link.sending:

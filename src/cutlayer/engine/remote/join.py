@@ -13,6 +13,7 @@ from cutlayer.config import RunConfig
 from cutlayer.data.samples import Source
 from cutlayer.engine.remote.build import client_number, worker_of
 from cutlayer.engine.remote.dial import dial
+from cutlayer.engine.remote.network import KEEPALIVE
 from cutlayer.engine.remote.security import ClientSecurity
 from cutlayer.folder import locked
 
@@ -20,8 +21,8 @@ from cutlayer.folder import locked
 @dataclass(frozen=True)
 class Joining:
     """How a client joins: the server's `address`, its name (`client-<k>`), what it trusts and shows, the folder that
-    keeps its state, data of its own (None: its share of the configuration's), and seconds of trying after which it
-    gives up (None: never).
+    keeps its state, data of its own (None: its share of the configuration's), seconds of trying after which it gives up
+    (None: never), and between pings.
     """
 
     address: str
@@ -30,6 +31,7 @@ class Joining:
     folder: Path | None = None
     data: Source | None = None
     give_up_after: float | None = None
+    keepalive: float = KEEPALIVE
 
 
 def join(config: RunConfig, joining: Sequence[Joining]) -> list[str]:
@@ -64,7 +66,14 @@ def _work(config: RunConfig, joining: Sequence[Joining], stop: threading.Event) 
     def one(index: int) -> None:
         j = joining[index]
         try:
-            reasons[index] = dial(j.address, j.security, workers[index], stop=stop, give_up_after=j.give_up_after)
+            reasons[index] = dial(
+                j.address,
+                j.security,
+                workers[index],
+                stop=stop,
+                give_up_after=j.give_up_after,
+                keepalive=j.keepalive,
+            )
         except BaseException as error:
             errors.append(error)
             stop.set()

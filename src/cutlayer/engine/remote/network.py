@@ -25,8 +25,8 @@ HELLO_BYTES = 16 << 10
 _METADATA_BYTES = 4 * HELLO_BYTES  # Hello in base 64, what gRPC adds, and room
 _SLACK = 1 << 10  # a message somewhat too large is refused by us, with a better sentence
 
-KEEPALIVE = 10.0
-"""Seconds between pings; a peer that takes half of that to answer is gone."""
+KEEPALIVE, LEAST = 10.0, 1.0
+"""Seconds between pings, and the least that a client may be told; a peer that takes half of that to answer is gone."""
 
 
 def patience(keepalive: float) -> float:
@@ -53,7 +53,7 @@ def server_options(limits: Limits, keepalive: float) -> list[tuple[str, Any]]:
     """gRPC's settings for the server."""
     return [
         *options(limits, keepalive),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", int(keepalive * 250)),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", int(min(keepalive, LEAST) * 250)),
         ("grpc.so_reuseport", 0),  # else a second server takes half of the clients
         ("grpc.max_concurrent_streams", 16),
         ("grpc.server_handshake_timeout_ms", 10_000),

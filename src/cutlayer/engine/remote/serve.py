@@ -17,6 +17,7 @@ from typing import Any
 from cutlayer.config import FaultConfig, RunConfig
 from cutlayer.engine.remote.build import client_name, remote_training
 from cutlayer.engine.remote.hub import Hub
+from cutlayer.engine.remote.network import KEEPALIVE
 from cutlayer.engine.remote.security import ServerSecurity
 from cutlayer.errors import TrainingError
 from cutlayer.folder import CONFIG, EVENTS
@@ -30,13 +31,14 @@ GRACE = 5.0  # seconds that clients have to hear of the end
 @dataclass(frozen=True)
 class Serving:
     """How a server serves: the `address` that it listens at, who may come, what it does about faults; `metrics` is the
-    address (or port) of figures for Prometheus.
+    address (or port) of figures for Prometheus; `keepalive` seconds pass between pings.
     """
 
     address: str
     security: ServerSecurity
     faults: FaultConfig = field(default_factory=lambda: FaultConfig.of({}))
     metrics: str | None = None
+    keepalive: float = KEEPALIVE
 
 
 class Service:
@@ -47,7 +49,9 @@ class Service:
         self._names = {client_name(k): k for k in range(config.clients)}
         self._listening = False
         self._all_came = False
-        self.hub = Hub(serving.address, serving.security, self._greet, metrics=serving.metrics)
+        self.hub = Hub(
+            serving.address, serving.security, self._greet, metrics=serving.metrics, keepalive=serving.keepalive
+        )
         resumed = (out / CONFIG).exists()
         training, self._cohort, self._greet_client = remote_training(
             config,
@@ -67,7 +71,7 @@ class Service:
 
     @contextmanager
     def open(self) -> Iterator[Run]:
-        """The run, with a clean end on SIGTERM: clients hear of it, and go on when the server is back."""
+        """The run, with a clean end on SIGTERM. Unless the run is done, clients dial again until the server is back."""
         before = signal.signal(signal.SIGTERM, _interrupt)
         try:
             yield self.run
@@ -79,7 +83,7 @@ class Service:
                 self._tell("stopped", {"why": str(error) or "interrupted", **self._traffic()})
             raise
         finally:
-            self.hub.stop("the server stops; it may come back", GRACE)
+            self.hub.stop("the server stops; it may come back", GRACE, returning=True)
             signal.signal(signal.SIGTERM, before)
 
     def _greet(self, hello: m.Hello, identity: str | None) -> m.Welcome | m.Refused:

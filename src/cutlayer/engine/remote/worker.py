@@ -192,11 +192,17 @@ class Worker:
         folder = self.duty.folder
         if message.phase == "prepare":
             if folder is not None:
+                self._commit(folder)  # the server has gone on from what was prepared before, whoever has heard of it
                 checkpoint.write(folder / _PREPARED, self._state(message.step))
             return
-        if folder is not None and (folder / _PREPARED).exists():
-            (folder / _PREPARED).replace(folder / _KEPT)
+        if folder is not None:
+            self._commit(folder)
         self.steps = message.step
+
+    def _commit(self, folder: Path) -> None:
+        """Put the prepared state, if there is one, in the place of the one that was kept before."""
+        if (folder / _PREPARED).exists():
+            (folder / _PREPARED).replace(folder / _KEPT)
 
     def _state(self, step: int) -> dict[str, Any]:
         c = self.client
@@ -213,15 +219,22 @@ class Worker:
         Who has only lost the connection goes on as it is. Where the server has gone back to an earlier step, or this
         process is new, it is the state that was kept after that very step; failing that, a new process in a run that
         went on without it takes the last that it has kept. Raises RunFolderError where there is none such.
+
+        A state of a later step was prepared for a checkpoint that the server never wrote: it is forgotten.
         """
-        if 0 < self._seen <= step or (step == self._seen == self.steps == 0 and not self._kept()):
+        if 0 < self._seen <= step:
             return
-        kept = self._kept()
-        if step in kept:
+        kept, folder = self._kept(), self.duty.folder
+        if folder is not None and any(at > step for at in kept):
+            (folder / _PREPARED).unlink(missing_ok=True)
+        if step == self._seen == 0 and step not in kept:
+            if folder is not None:  # to go back to, should the server begin anew before it has kept anything
+                checkpoint.write(folder / _KEPT, self._state(step))
+        elif step in kept:
             self._take(kept[step])
         elif not self._seen and (earlier := [at for at in kept if at < step]):
             self._take(kept[max(earlier)])
-        elif step:
+        else:
             raise RunFolderError(
                 f"the run goes on after step {step}, of which {self.duty.name} kept no state: join from its own folder"
             )
