@@ -23,7 +23,7 @@ from cutlayer.engine.local import LocalCohort
 from cutlayer.gradients import own
 from cutlayer.models import cut
 from cutlayer.optim import lr_factor, make_optimizer
-from cutlayer.types import CutGradients, Smashed
+from cutlayer.types import CutGradients, Smashed, aligned
 
 sizes_of_clients = st.lists(st.integers(1, 23), min_size=1, max_size=6)
 
@@ -462,3 +462,19 @@ def test_smashed_data_know_their_owner() -> None:
     assert smashed.owner.tolist() == [4, 2, 2, 2, 9, 9]
     assert len(smashed) == 6
     assert not Smashed((), torch.zeros(0), (), ())
+
+
+def test_rounding_does_not_depend_on_where_rows_lie() -> None:
+    """Aligned rows give a layer's gradient the same bits, wherever they came from."""
+    g = torch.Generator().manual_seed(0)
+    x, w, gradient = (torch.randn(*s, generator=g) for s in ((8, 128), (10, 128), (8, 10)))
+    found = set()
+    for offset in range(16):
+        room = torch.empty(gradient.numel() + 16)
+        lying = room[offset : offset + gradient.numel()].view(8, 10)
+        lying.copy_(gradient)
+        (rows,) = aligned((lying,))
+        assert rows.data_ptr() % 64 == 0
+        assert torch.equal(rows, gradient)
+        found.add((rows.t() @ x).numpy().tobytes() + (rows @ w).numpy().tobytes())
+    assert len(found) == 1

@@ -187,6 +187,13 @@ def as_tuple(given: Tensor | Rows) -> Rows:
     return given if isinstance(given, tuple) else (given,)
 
 
+def aligned(rows: Rows) -> Rows:
+    """The same numbers where memory begins at a multiple of 64 bytes, copied if need be: kernels round differently by
+    where numbers lie, and what came over a network lies anywhere.
+    """
+    return tuple(r.clone() if r.data_ptr() % 64 or 0 in r.stride() else r for r in rows)
+
+
 def as_matrix(rows: Tensor, last: bool) -> Tensor:
     """[R, s...] -> [R, numbers of a row], with an image's channels `last` or first: a view, where they lie so."""
     return (rows.permute(0, 2, 3, 1) if last else rows).reshape(len(rows), math.prod(rows.shape[1:]))

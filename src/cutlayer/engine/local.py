@@ -17,7 +17,7 @@ from cutlayer.engine.base import EVALUATION_ROWS, Clients, SimulatedCohort, eval
 from cutlayer.errors import NonFiniteError
 from cutlayer.gradients import row_losses
 from cutlayer.optim import MakeOptimizer, load_optimizer, set_lr
-from cutlayer.types import CutGradients, Evaluation, Rows, Smashed, Step, TailGradients
+from cutlayer.types import CutGradients, Evaluation, Rows, Smashed, Step, TailGradients, aligned
 
 
 class Client:
@@ -46,7 +46,7 @@ class Client:
     def backward(self, gradient: Rows) -> None:
         """Back-propagate `gradient` from the cut; gradients add to those the tail has left."""
         floats = [s for s in self.smashed if s.is_floating_point()]
-        pairs = [(s, g) for s, g in zip(floats, gradient, strict=True) if s.requires_grad]
+        pairs = [(s, g) for s, g in zip(floats, aligned(gradient), strict=True) if s.requires_grad]
         if pairs:
             torch.autograd.backward([s for s, _ in pairs], [g for _, g in pairs])
         self.smashed = ()
@@ -67,7 +67,7 @@ class Client:
         gradients with respect to them. Raises NonFiniteError, naming the client.
         """
         assert self.tail is not None, "only the U-shaped split has tails"
-        leaves = tuple(r.detach().requires_grad_(r.is_floating_point()) for r in features)
+        leaves = tuple(r.detach().requires_grad_(r.is_floating_point()) for r in aligned(features))
         with seeds.torch_seeded(seed, "tail", self.name, self.clock, device=self.labels.device):
             loss = row_losses(self.tail(leaves), self.labels).mean()
         if not torch.isfinite(loss):

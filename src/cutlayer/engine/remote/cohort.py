@@ -27,7 +27,7 @@ from cutlayer.engine.remote.worker import expected_state, state_of
 from cutlayer.errors import NonFiniteError, TrainingError, WireError
 from cutlayer.gradients import row_losses
 from cutlayer.models.parts import Crossing
-from cutlayer.types import CutGradients, Evaluation, Round, Rows, Smashed, Step, TailGradients
+from cutlayer.types import CutGradients, Evaluation, Round, Rows, Smashed, Step, TailGradients, aligned
 from cutlayer.wire import RAW, Codec, Frame, decode, decode_named, described, encode, encode_named, payload_sizes
 from cutlayer.wire import messages as m
 from cutlayer.wire.conversation import ANSWERS
@@ -415,7 +415,7 @@ class RemoteCohort:
             return self._exchange(
                 clients,
                 lambda k: [(request, body(k))],
-                lambda k, answer: decode(answer.body, like, n, codec),
+                lambda k, answer: aligned(decode(answer.body, like, n, codec)),
                 quorum=True,
             )
 

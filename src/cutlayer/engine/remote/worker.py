@@ -24,7 +24,7 @@ from cutlayer.engine.local import Client
 from cutlayer.errors import NonFiniteError, RunFolderError, WireError
 from cutlayer.models.parts import Crossing
 from cutlayer.optim import MakeOptimizer, load_optimizer
-from cutlayer.types import as_tuple
+from cutlayer.types import aligned, as_tuple
 from cutlayer.wire import RAW, Codec, Frame, agree, decode, decode_named, described, encode, encode_named
 from cutlayer.wire import messages as m
 from cutlayer.wire.tensors import Buffer
@@ -178,11 +178,11 @@ class Worker:
         with torch.no_grad():
             if message.part == "tail":
                 assert c.tail is not None, "there is a tail in the U-shaped split alone"
-                features = decode(body, d.returning, message.rows, d.down.plain)
+                features = aligned(decode(body, d.returning, message.rows, d.down.plain))
                 given, codec = as_tuple(c.tail(features)), RAW
             else:
                 inputs = Crossing(tuple(d.samples.x.shape[1:]), d.samples.x.dtype)
-                (x,) = decode(body, [inputs], message.rows)
+                (x,) = aligned(decode(body, [inputs], message.rows))
                 given, codec = as_tuple(c.lower(x)), RAW if message.part == "whole" else d.up.plain
                 if message.part == "lower" and d.defence.active:
                     given = d.defence.evaluation(given, [d.index], message.start)
