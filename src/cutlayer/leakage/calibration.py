@@ -2,12 +2,12 @@
 
 Known answers, of the sizes of the run at hand:
 - "pairs": x and z are Gaussian vectors whose leading coordinates are correlated one to one;
-- "channel": x is Gaussian with the data's own covariance (pictures stay smooth), z = A x + N(0, s^2) with A the client part's
-  Jacobian at the mean input, or a random matrix of its shape; I(x; z) = 1/2 log det(1 + A Cov(x) A^T / s^2).
+- "channel": x is Gaussian with the data's own covariance (pictures stay smooth), z = A x + N(0, s^2) with A the client
+  part's Jacobian at the mean input, or a random matrix of its shape; I(x; z) = 1/2 log det(1 + A Cov(x) A^T / s^2).
 The strength (correlation, or s) is set so that the true information is a wanted number of nats.
 
-The error of an estimator is how far its reading is from the truth there. It is mostly bias: it shrinks little with seeds, and
-for high-dimensional data and strong leakage it is large. Two runs are ranked only where they differ by more.
+The error of an estimator is how far its reading is from the truth there. It is mostly bias: it shrinks little with
+seeds, and for high-dimensional data and strong leakage it is large. Two runs are ranked only where they differ by more.
 
 Shape legend: n samples, d values of x, m values of z.
 """
@@ -78,8 +78,8 @@ def calibrate(
 ) -> Calibrated:
     """Read (x [n, ...], z [n, ...]), then known answers of the same sizes, with the same estimator.
 
-    `levels` are the true informations in nats; by default the reading itself and twice that (at least .5 and 1), since a
-    reading may be far too low. With `client` its Jacobian makes the channel. Costs 1 + 2 len(levels) estimates.
+    `levels` are the true informations in nats; by default the reading itself and twice that (at least .5 and 1), since
+    a reading may be far too low. With `client` its Jacobian makes the channel. Costs 1 + 2 len(levels) estimates.
     Raises ConfigError for a level <= 0; DataError as the estimator does.
     """
     check_real(x, "x")
@@ -91,13 +91,13 @@ def calibrate(
     matrix = jacobian(client, x.mean(0)) if client is not None else None
     known = []
     for at, level in enumerate(levels):
-        for case in ("pairs", "channel"):
-            if case == "pairs":
-                a, b, truth = pairs(n, width(x), width(z), level, seed + at)
-            else:
-                a, b, truth = channel(x, width(z), level, seed + at, matrix)
+        cases: dict[Case, tuple[Tensor, Tensor, float]] = {
+            "pairs": pairs(n, width(x), width(z), level, seed + at),
+            "channel": channel(x, width(z), level, seed + at, matrix),
+        }
+        for case, (a, b, truth) in cases.items():
             answer = estimator(a.view(x.shape).to(x), b.view(z.shape).to(z), seed)
-            known.append(Known(case, truth, answer, answer - truth))  # type: ignore[arg-type]
+            known.append(Known(case, truth, answer, answer - truth))
     error = max(abs(k.error) for k in known)
     return Calibrated(
         name=name,
@@ -166,14 +166,15 @@ def _noise(power: Tensor, nats: float) -> float:
 
 
 def jacobian(client: Client, at: Tensor) -> Tensor:
-    """The client part's derivative at one input `at` [...]: [m, d]; its random draws, if any, are held still."""
+    """The client part's derivative at one input `at` [...]: [m, d]; its random draws, if any, are held still.
+
+    A module must be in evaluation mode: batch normalisation would normalise the one row to 0.
+    """
 
     def once(v: Tensor) -> Tensor:
         with seeds.torch_seeded(0, "leakage", "jacobian", device=at.device):
             return client(v[None]).flatten()
 
-    if hasattr(client, "training"):
-        client.train(False)
     with torch.enable_grad():
         derivative: Tensor = torch.func.jacrev(once, chunk_size=256)(at)
     return derivative.detach().flatten(1)
@@ -202,8 +203,8 @@ def rank(a: Calibrated, b: Calibrated) -> Ranking:
     difference, error = a.reading - b.reading, max(a.error, b.error)
     if abs(difference) <= error:
         sentence = (
-            f"not ranked: {a.reading:.2f} and {b.reading:.2f} nats by {a.name} differ by {abs(difference):.2f}, and where "
-            f"the answer is known it is wrong by up to {error:.2f}"
+            f"not ranked: {a.reading:.2f} and {b.reading:.2f} nats by {a.name} differ by {abs(difference):.2f}, and "
+            f"where the answer is known it is wrong by up to {error:.2f}"
         )
         return Ranking(0, difference, error, sentence)
     more, less = ("first", "second") if difference > 0 else ("second", "first")

@@ -1,8 +1,9 @@
 """What noise on clipped smashed data guarantees: differential privacy of a sample against the server.
 
-The mechanism: at every release the client clips the smashed data of each of its samples to norm `clip` (all tensors that
-cross taken together; L2 for Gaussian noise, L1 for Laplace) and adds independent noise to every value. Replacing a
-sample by any other moves its clipped row by at most 2 clip: that is the sensitivity, and the adjacency is "replace one".
+The mechanism: at every release the client clips the smashed data of each of its samples to norm `clip` (all tensors
+that cross taken together; L2 for Gaussian noise, L1 for Laplace) and adds independent noise to every value. Replacing a
+sample by any other moves its clipped row by at most 2 clip: that is the sensitivity, and the adjacency is "replace
+one".
 
 Composition: batches are shuffled epochs without replacement, so a sample is released exactly once per epoch; within an
 epoch the rows of different samples are different data (parallel composition), over T epochs T releases compose.
@@ -139,7 +140,7 @@ def sampled_gaussian(multiplier: float, rate: float, steps: int, delta: float = 
             "(0, 1] and at least one step"
         )
     import numpy as np
-    from opacus.accountants import PRVAccountant, RDPAccountant
+    from opacus.accountants import PRVAccountant, RDPAccountant  # type: ignore[import-untyped]
 
     rdp, prv = RDPAccountant(), PRVAccountant()
     rdp.history = prv.history = [(multiplier, rate, steps)]

@@ -1,17 +1,21 @@
 """An active attack, and what a client can do to notice it.
 
-Feature-space hijacking (Pasquini, Ateniese & Bernaschi, arXiv 2012.02670): the server does not train the task. On auxiliary
-data it trains an autoencoder, x -> f~(x) -> x, and a discriminator that tells f~(x) from the clients' smashed data. The
-gradients that it sends down make the clients' smashed data look like f~(x) to the discriminator; its decoder then reads them.
-As in the paper's code the discriminator is a Wasserstein critic with gradient penalty (Gulrajani et al., arXiv 1704.00028).
+Feature-space hijacking (Pasquini, Ateniese & Bernaschi, arXiv 2012.02670): the server does not train the task. On
+auxiliary data it trains an autoencoder, x -> f~(x) -> x, and a discriminator that tells f~(x) from the clients'
+smashed data. The gradients that it sends down make the clients' smashed data look like f~(x) to the discriminator; its
+decoder then reads them. As in the paper's code the discriminator is a Wasserstein critic with gradient penalty
+(Gulrajani et al., arXiv 1704.00028).
 
-What a client can see (`Watch`) is the observation of the Gradients Scrutinizer (Fu et al., NDSS 2023): under the task, gradients
-of rows with the same label resemble each other more than those of different labels; a hijacker's, who ignores labels, do not.
-Theirs is a score of means, spread and overlap; here it is the probability that a same-label pair is the more alike (an AUC).
+What a client can see (`Watch`) rests on the observation of the Gradients Scrutinizer (Fu et al., NDSS 2023): under the
+task, gradients of rows with the same label resemble each other more than those of different labels; a hijacker ignores
+labels. Theirs is a score of means, spread and overlap. But inputs of one class are alike, so a hijacker's gradients
+for them are alike too. The score here is therefore about what labels explain beyond the smashed rows' own likeness,
+which the client knows.
 
-Limits: an attacker that mixes in the task's gradient evades it; so does one that knows of the test (SplitSpy, ibid., evades the
-older SplitGuard, arXiv 2108.09052). Gradients that are averaged over clients or rows, or noisy, carry no labels of their
-own: an honest server then looks suspicious, so only rows that were sent for the client alone may be observed.
+Limits: an attacker that mixes in the task's gradient evades it; so does one that knows of the test (SplitSpy, ibid.,
+evades the older SplitGuard, arXiv 2108.09052). Gradients that are averaged over clients or rows, or noisy, carry no
+labels of their own: an honest server then looks suspicious, so only rows that were sent for the client alone may be
+observed.
 
 Shape legend: R rows, s... one sample's smashed data.
 """
@@ -59,7 +63,8 @@ class Hijack:
         self._critic = torch.optim.Adam(self.critic.parameters(), lr=lr, betas=(0.5, 0.9))
 
     def gradients(self, rows: Tensor) -> Tensor:
-        """One step of the attack on smashed rows [R, s...]: d(mean over rows of the attacker's loss) / d rows, [R, s...].
+        """One step of the attack on smashed rows [R, s...]: d(mean over rows of the attacker's loss) / d rows, [R,
+        s...].
 
         Scaled as the gradient of the clients' own mean loss would be. Raises DataError: rows of another shape.
         """
@@ -99,8 +104,8 @@ class Hijack:
     def _check(self, rows: Tensor) -> None:
         if tuple(rows.shape[1:]) != self._code:
             raise DataError(
-                f"smashed rows have shape {tuple(rows.shape[1:])}, the attacker was made for {self._code}: give the cut's "
-                "own shape"
+                f"smashed rows have shape {tuple(rows.shape[1:])}, the attacker was made for {self._code}: give "
+                "the cut's own shape"
             )
 
 
@@ -121,34 +126,39 @@ def _critic(code: Shape) -> nn.Module:
 class Watch:
     """A client's check on the cut gradients that it receives, over the last `window` batches.
 
-    `score` is the probability that two gradients of one label are more alike (cosine) than two of different labels: about
-    .5 where labels play no part. Below `least` after at least `after` batches the server is `suspicious`.
+    In each batch the cosines of all pairs of gradients are regressed (quadratically) on the cosines of the pairs of
+    smashed rows; `score` is the probability that a same-label pair lies higher above that curve than a pair of
+    different labels: about .5 where labels play no part. Below `least` after at least `after` batches the server is
+    `suspicious`.
     """
 
-    def __init__(self, *, window: int = 50, least: float = 0.6, after: int = 10) -> None:
+    def __init__(self, *, window: int = 50, least: float = 0.7, after: int = 10) -> None:
         """Raises ConfigError: window or after < 1, window < after, least outside (.5, 1)."""
         if not (1 <= after <= window and 0.5 < least < 1):
             raise ConfigError(
-                f"window={window}, after={after}, least={least}: give 1 <= after <= window and a threshold between .5 and 1"
+                f"window={window}, after={after}, least={least}: give 1 <= after <= window and a threshold "
+                "between .5 and 1"
             )
         self._least, self._after = least, after
         self._scores: deque[float] = deque(maxlen=window)
 
-    def observe(self, gradients: Tensor, labels: Tensor) -> None:
-        """Note one batch: gradients [R, s...] of rows with labels [R]. Batches without both kinds of pairs tell nothing.
+    def observe(self, gradients: Tensor, rows: Tensor, labels: Tensor) -> None:
+        """Note one batch: gradients [R, s...] received for smashed rows [R, s...] with labels [R].
 
-        Raises DataError: unequal numbers of rows, NaN.
+        Batches that lack pairs of either kind tell nothing and are left out. Raises DataError: unequal numbers of
+        rows, NaN.
         """
-        check_rows(1, "to watch", gradients=gradients, labels=labels)
-        directions = functional.normalize(flat(gradients), dim=1)
+        check_rows(1, "to watch", gradients=gradients, rows=rows, labels=labels)
         above = torch.ones(len(labels), len(labels), dtype=torch.bool, device=labels.device).triu(1)
-        alike = (directions @ directions.T)[above]
         same = (labels[:, None] == labels[None])[above]
         if not bool(same.any()) or bool(same.all()):
             return
+        alike, near = (_cosines(t)[above].double() for t in (gradients, rows))
+        curve = torch.stack([torch.ones_like(near), near, near**2], dim=1)
+        beyond = alike - curve @ (torch.linalg.pinv(curve) @ alike)
         from sklearn.metrics import roc_auc_score  # type: ignore[import-untyped]
 
-        self._scores.append(float(roc_auc_score(same.cpu().numpy(), alike.cpu().numpy())))
+        self._scores.append(float(roc_auc_score(same.cpu().numpy(), beyond.cpu().numpy())))
 
     @property
     def observed(self) -> int:
@@ -164,3 +174,9 @@ class Watch:
     def suspicious(self) -> bool:
         """Whether enough was seen and it does not look like the task's gradients."""
         return self.observed >= self._after and self.score < self._least
+
+
+def _cosines(rows: Tensor) -> Tensor:
+    """Of all pairs of rows [R, s...]: [R, R]."""
+    directions = functional.normalize(flat(rows), dim=1)
+    return directions @ directions.T

@@ -21,7 +21,6 @@ Shape legend: n samples, d values of x.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,8 +45,8 @@ BUDGET = Budget(steps=600, batch=64, lr=1e-3, check_every=40, patience=4)
 class Usable:
     """The drop in held-out coding cost of x when z is known.
 
-    `nats` per sample (may be below 0 by chance) with a 95 % interval `low`..`high` from resampling test samples: it tells how
-    sure the mean over samples is, not how much better another training would do. `bits_per_dimension` is
+    `nats` per sample (may be below 0 by chance) with a 95 % interval `low`..`high` from resampling test samples: it
+    tells how sure the mean over samples is, not how much better another training would do. `bits_per_dimension` is
     nats / (d ln 2). `cost` and `cost_given_z` are nats per sample at `resolution` (in units of x); `marginal`, `mean`
     and `residual` name what coded best.
     """
@@ -78,9 +77,9 @@ def usable(
 ) -> Usable:
     """The usable information of z [n, ...] about x [n, ...]; `resolution` as a share of x's overall deviation.
 
-    Rows: 50 % train the means, 20 % (validation) stop them early and fit the covariances of what they leave, 10 % choose, the
-    rest (test) is coded. Raises DataError: fewer than 200 samples, unequal rows, NaN, x not real; ConfigError:
-    resolution <= 0.
+    Rows: 50 % train the means, 20 % (validation) stop them early and fit the covariances of what they leave, 10 %
+    choose, the rest (test) is coded. Raises DataError: fewer than 200 samples, unequal rows, NaN, x not real;
+    ConfigError: resolution <= 0.
     """
     check_real(x, "x")
     check_real(z, "z")
@@ -133,7 +132,7 @@ def usable(
 
 @dataclass(frozen=True)
 class _Code:
-    """A Gaussian code for rows of mean 0: its kind and covariance [d, d], and the mean cost of the rows that chose it."""
+    """A Gaussian code for rows of mean 0: its kind, its covariance [d, d], the mean cost of the rows that chose it."""
 
     name: str
     covariance: Array
@@ -145,7 +144,8 @@ class _Code:
 
 
 def _best(rows: Array, judges: Array, floor: float, prior: _Code | None = None) -> _Code:
-    """The covariance, fitted to rows [n, d], under which the rows that judge cost least. Variances are at least `floor`.
+    """The covariance, fitted to rows [n, d], under which the rows that judge cost least. Variances are at least
+    `floor`.
 
     With `prior`, mixtures of the best one with the prior's covariance compete too: few rows fit a covariance badly.
     """
@@ -207,7 +207,8 @@ def _cost(covariance: Array, rows: Array) -> Array:
 def _ridge(z: Tensor, target: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
     """Ridge regression of target [n, d] on z: predictions for all rows, and the known rows' leave-one-out residuals.
 
-    The penalty is the one with the least leave-one-out error; both in closed form, in the eigenbasis of the Gram matrix.
+    The penalty is the one with the least leave-one-out error; both in closed form, in the eigenbasis of the Gram
+    matrix.
     """
     z = Scale.of(z[known])(z)
     centre, wanted = target[known].mean(0), target[known]

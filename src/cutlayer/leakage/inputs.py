@@ -69,8 +69,8 @@ def width(t: Tensor) -> int:
 class Scale:
     """An affine map to mean 0, deviation 1, fitted on some rows.
 
-    Values that hardly vary (below a tenth of the root mean square deviation) are divided by that tenth: one row in which a
-    pixel that was always black is white would otherwise weigh more than all the rest.
+    Values that hardly vary (below a tenth of the root mean square deviation) are divided by that tenth: one row in
+    which a pixel that was always black is white would otherwise weigh more than all the rest.
     """
 
     mean: Tensor  # [d]

@@ -1,7 +1,8 @@
 """Mutual information of inputs and smashed data, in nats: held-out lower estimates and upper bounds.
 
 Estimators, on pairs (a, b) of few dimensions (see `calibration` for what they read where the answer is known):
-- KSG: nearest neighbours (Kraskov, Stoegbauer & Grassberger 2004, algorithm 1); no bound, biased down in high dimension;
+- KSG: nearest neighbours (Kraskov, Stoegbauer & Grassberger 2004, algorithm 1); no bound, biased down in high
+  dimension;
 - InfoNCE (van den Oord et al., arXiv 1807.03748): a lower bound, at most ln N for N test rows;
 - MINE (Belghazi et al., arXiv 1801.04062): Donsker-Varadhan, its gradient's bias corrected by a moving average;
 - SMILE (Song & Ermon, arXiv 1910.06222): clipped densities, trained on the Jensen-Shannon bound. Not a bound.
@@ -47,9 +48,10 @@ _CLIP = 5.0  # SMILE's tau
 class Estimate:
     """A held-out reading, in nats.
 
-    `nats` is the mean over the view's slices, `null` what the same procedure reads after z's rows are shuffled (about 0;
-    what it exceeds 0 by is noise), `cap` the most that this estimator could read (None: no cap). `bound` says whether
-    the expected reading is a lower bound on the view's information. `warning` is None or a reason not to trust it.
+    `nats` is the mean over the view's slices, `null` what the same procedure reads after z's rows are shuffled (about
+    0; what it exceeds 0 by is noise), `cap` the most that this estimator could read (None: no cap). `bound` says
+    whether the expected reading is a lower bound on the view's information. `warning` is None or a reason not to trust
+    it.
     """
 
     method: Method
@@ -90,9 +92,9 @@ def estimate(
 ) -> Estimate:
     """The reading of one estimator on one view of x [n, ...] and z [n, ...].
 
-    Projections and critics are fitted on 60 % of the rows, chosen on 20 %, reported on the rest. `slices` counts for the
-    random view only. Raises ConfigError: unknown method or view, k or slices < 1; DataError: fewer than 100 samples,
-    unequal rows, NaN.
+    Projections and critics are fitted on 60 % of the rows, chosen on 20 %, reported on the rest. `slices` counts for
+    the random view only. Raises ConfigError: unknown method or view, k or slices < 1; DataError: fewer than 100
+    samples, unequal rows, NaN.
     """
     if method not in get_args(Method):
         raise ConfigError(unknown("method", method, get_args(Method)))
@@ -151,7 +153,7 @@ def ksg(a: np.ndarray, b: np.ndarray, neighbours: int = 3) -> float:
     than the K-th neighbour in the joint space. Distinct values are assumed: ties (discrete data) read too high.
     """
     from scipy.spatial import cKDTree  # type: ignore[import-untyped]
-    from scipy.special import digamma
+    from scipy.special import digamma  # type: ignore[import-untyped]
 
     n = len(a)
     joint = np.concatenate([a, b], axis=1)
@@ -183,14 +185,16 @@ def _views(x: Tensor, z: Tensor, view: View, k: int, slices: int, parts: Split, 
 def _directions(d: int, k: int, seed: int, side: str, index: int) -> Tensor:
     """Uniformly random orthonormal directions: [d, min(k, d)]."""
     draw = seeds.torch_generator(seed, "leakage", "slice", side, index)
-    return torch.linalg.qr(torch.randn(d, min(k, d), generator=draw))[0]
+    directions: Tensor = torch.linalg.qr(torch.randn(d, min(k, d), generator=draw))[0]
+    return directions
 
 
 def _principal(rows: Tensor, k: int) -> Tensor:
     """The leading principal directions of rows [n, d], scaled to unit variance: [d, min(k, rank)]."""
     _, size, right = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)
     keep = min(k, max(1, int((size > 1e-4 * size[0]).sum())))
-    return right[:keep].T / size[:keep].clamp_min(1e-12) * math.sqrt(len(rows))
+    directions: Tensor = right[:keep].T / size[:keep].clamp_min(1e-12) * math.sqrt(len(rows))
+    return directions
 
 
 def _canonical(x: Tensor, z: Tensor, train: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -323,7 +327,9 @@ def gaussian_channel(f: Tensor, sigma: float, releases: int = 1) -> UpperBound:
     sigma = 0 gives infinity. Raises ConfigError: sigma < 0, releases < 1.
     """
     if sigma < 0 or releases < 1:
-        raise ConfigError(f"sigma={sigma}, releases={releases}: give a deviation of at least 0 and at least one release")
+        raise ConfigError(
+            f"sigma={sigma}, releases={releases}: give a deviation of at least 0 and at least one release"
+        )
     if sigma == 0:
         return deterministic()
     n = check_rows(2, "for a covariance", f=f)
@@ -379,6 +385,6 @@ Reader = Callable[[Tensor, Tensor, int], float]
 
 def reader(method: Method, view: View = "cca", k: int = 2, slices: int = 8, budget: Budget = NEURAL) -> Reader:
     """The estimator as a function of (x, z, seed), to be calibrated."""
-    return lambda x, z, seed: estimate(
-        x, z, method=method, view=view, k=k, slices=slices, seed=seed, budget=budget
-    ).nats
+    return lambda x, z, seed: (
+        estimate(x, z, method=method, view=view, k=k, slices=slices, seed=seed, budget=budget).nats
+    )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -28,7 +27,8 @@ class SkipMLP(nn.Module):
     def forward(self, rows: Tensor) -> Tensor:
         """[R, a...] -> [R, b...]."""
         rows = rows.flatten(1)
-        return (self.linear(rows) + self.out(self.bend(rows))).view(-1, *self.outputs)
+        out: Tensor = self.linear(rows) + self.out(self.bend(rows))
+        return out.view(-1, *self.outputs)
 
 
 class Upsampler(nn.Module):
@@ -119,8 +119,3 @@ def spatial(inputs: Shape, code: Shape) -> bool:
 def decoder(code: Shape, inputs: Shape) -> nn.Module:
     """A network from smashed data [R, *code] to inputs [R, *inputs]."""
     return Upsampler(code, inputs) if spatial(inputs, code) else SkipMLP(code, inputs)
-
-
-def build(make: type[nn.Module], *arguments: object, device: torch.device) -> nn.Module:
-    """A network on a device, its weights drawn on the CPU so that they are the same on every device."""
-    return make(*arguments).to(device)

@@ -1,8 +1,8 @@
 """Cheap measures that order runs, and what cut gradients tell about labels.
 
-None of them is an amount of information. Distance correlation: Szekely, Rizzo & Bakirov 2007 (biased: independent data of
-high dimension read far above 0) and Szekely & Rizzo 2014 (unbiased, squared); split learning uses the biased one as a
-penalty (Vepakomma et al., NoPeek). Linear CKA: Kornblith et al., arXiv 1905.00414. Label leakage: Li et al., arXiv
+None of them is an amount of information. Distance correlation: Szekely, Rizzo & Bakirov 2007 (biased: independent data
+of high dimension read far above 0) and Szekely & Rizzo 2014 (unbiased, squared); split learning uses the biased one as
+a penalty (Vepakomma et al., NoPeek). Linear CKA: Kornblith et al., arXiv 1905.00414. Label leakage: Li et al., arXiv
 2102.08504.
 
 Shape legend: n samples, K classes.
@@ -28,9 +28,10 @@ Array = npt.NDArray[np.float64]
 class Dependence:
     """How much z goes with x.
 
-    `distance_correlation` in [0, 1], biased; `unbiased_squared` the unbiased squared one: 0 in expectation for independent data, and
-    below 0 by chance. `linear_r2`: the share of x's held-out variance that a ridge regression on z explains (may be below
-    0). `cka` in [0, 1]: linear centred kernel alignment, biased up by few samples of many dimensions.
+    `distance_correlation` in [0, 1], biased; `unbiased_squared` the unbiased squared one: 0 in expectation for
+    independent data, and below 0 by chance. `linear_r2`: the share of x's held-out variance that a ridge regression on
+    z explains (may be below 0). `cka` in [0, 1]: linear centred kernel alignment, biased up by few samples of many
+    dimensions.
     """
 
     distance_correlation: float
@@ -87,10 +88,10 @@ def _cka(x: Tensor, z: Tensor) -> float:
 class LabelLeakage:
     """How well labels are read off cut gradients, where they are meant to stay private.
 
-    AUCs are one class against the rest, averaged over classes; .5 is chance. `norm_auc`: by the gradient's norm alone (whichever
-    direction is right for a class: below .5 counts as above). `cosine_auc`: by the cosine with the gradient of ONE sample of
-    the class whose label the attacker knows. `cluster_accuracy`: K-means on directions without any label, clusters matched to
-    classes in the best way; `majority` is what always guessing the commonest class gives.
+    AUCs are one class against the rest, averaged over classes; .5 is chance. `norm_auc`: by the gradient's norm alone
+    (whichever direction is right for a class: below .5 counts as above). `cosine_auc`: by the cosine with the gradient
+    of ONE sample of the class whose label the attacker knows. `cluster_accuracy`: K-means on directions without any
+    label, clusters matched to classes in the best way; `majority` is what always guessing the commonest class gives.
     """
 
     norm_auc: float

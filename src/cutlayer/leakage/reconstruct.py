@@ -1,4 +1,5 @@
-"""How well an honest-but-curious server reconstructs inputs from smashed data: a decoder z -> x, trained on auxiliary data.
+"""How well an honest-but-curious server reconstructs inputs from smashed data: a decoder z -> x, trained on auxiliary
+data.
 
 Auxiliary data are of the clients' distribution and share no sample with them. What the attacker knows:
 - "model": the client part. It makes pairs (z, x) at will, with fresh noise each time, and trains a decoder on them
@@ -7,8 +8,8 @@ Auxiliary data are of the clients' distribution and share no sample with them. W
 - "smashed": only the smashed data observed, their labels, and its own server part. It trains a surrogate client part on
   auxiliary data so that the server part classifies its output (PCAT, Gao & Zhang, USENIX Security 2023) and so that
   that output is distributed as the observed smashed data. SDAR (Zhu et al., arXiv 2310.10483) does the latter with a
-  discriminator; here it is the mean and the deviation of every value, class by class: weaker, but it cannot diverge. The
-  decoder is trained on the surrogate's output. Without a server part only the matching is left.
+  discriminator; here it is the mean and the deviation of every value, class by class: weaker, but it cannot diverge.
+  The decoder is trained on the surrogate's output. Without a server part only the matching is left.
 
 What is reported is what THIS attacker reached with this budget: a lower bound on what can be done, never a guarantee.
 
@@ -47,8 +48,8 @@ class Quality:
     """How near reconstructions are to the inputs.
 
     `mse` in squared units of x; `psnr` in dB, 10 log10(range^2 / mse) with the auxiliary data's range; `ssim` the mean
-    structural similarity (Wang et al. 2004), None where x are no pictures of at least 3x3; `accuracy` of a classifier that
-    was trained on true auxiliary inputs.
+    structural similarity (Wang et al. 2004), None where x are no pictures of at least 3x3; `accuracy` of a classifier
+    that was trained on true auxiliary inputs.
     """
 
     mse: float
@@ -62,8 +63,8 @@ class Reconstruction:
     """The attack beside attackers that do nothing: all of them guess the same n targets.
 
     `mean_input` answers with the mean auxiliary input, `nearest` with the auxiliary input whose smashed data (by the
-    client part, or by the surrogate) lie nearest. `true_accuracy` is the classifier's on the true inputs. `explained` is
-    1 - mse / mse of the mean input: 0 for an attack that learned nothing, 1 for a perfect one.
+    client part, or by the surrogate) lie nearest. `true_accuracy` is the classifier's on the true inputs. `explained`
+    is 1 - mse / mse of the mean input: 0 for an attack that learned nothing, 1 for a perfect one.
     """
 
     knowledge: Knowledge
@@ -79,7 +80,7 @@ class Reconstruction:
 
 @dataclass(frozen=True)
 class Reconstructed:
-    """The report, and for a grid of pictures the first inputs and their reconstructions [at most 64, ...] on the CPU."""
+    """The report, and for a grid of pictures the first inputs and reconstructions [at most 64, ...], on the CPU."""
 
     report: Reconstruction
     inputs: Tensor
@@ -103,15 +104,18 @@ def reconstruct(
     """Attack the smashed data z [n, s...] of x [n, ...] with labels y [n].
 
     "model" needs `client` (deterministic or with noise of its own; only called). "smashed" may have `server` (smashed
-    data to logits; not trained here) and `surrogate` (the attacker's guess at the client part's architecture, fresh weights;
-    trained in place; by default a small network fitted to the shapes) and `defence`: what is done to the client part's output
-    before it is sent, such as noise, since a defence's settings are no secret. x serves for scoring only.
-    Raises DataError: fewer than 100 auxiliary samples, shapes that differ, NaN, tokens; ConfigError: no `client`.
+    data to logits; not trained here) and `surrogate` (the attacker's guess at the client part's architecture, fresh
+    weights; trained in place; by default a small network fitted to the shapes) and `defence`: what is done to the
+    client part's output before it is sent, such as noise, since a defence's settings are no secret. x serves for
+    scoring only. Raises DataError: fewer than 100 auxiliary samples, shapes that differ, NaN, tokens; ConfigError: no
+    `client`.
     """
     if knowledge not in get_args(Knowledge):
         raise ConfigError(unknown("knowledge", knowledge, get_args(Knowledge)))
     if knowledge == "model" and client is None:
-        raise ConfigError("knowledge='model' means that the attacker has the client part: give client=..., or 'smashed'")
+        raise ConfigError(
+            "knowledge='model' means that the attacker has the client part: give client=..., or 'smashed'"
+        )
     check_real(x, "the inputs")
     check_real(z, "the smashed data")
     n = check_rows(1, "to reconstruct", x=x, z=z, y=y)
@@ -179,7 +183,9 @@ class Judge:
     @torch.no_grad()
     def accuracy(self, x: Tensor, y: Tensor) -> float:
         """The classifier's accuracy on x [n, ...]."""
-        return float(sum((self._logits(a).argmax(1) == b).sum() for a, b in zip(x.split(256), y.split(256), strict=True))) / len(y)
+        return float(
+            sum((self._logits(a).argmax(1) == b).sum() for a, b in zip(x.split(256), y.split(256), strict=True))
+        ) / len(y)
 
     def quality(self, x: Tensor, guess: Tensor, y: Tensor) -> Quality:
         """How near `guess` [n, ...] is to x [n, ...]."""
@@ -217,8 +223,8 @@ def _decoder(
 ) -> tuple[Callable[[Tensor], Tensor], int]:
     """Train a decoder on the pairs (encode(x), x); the attack z -> x, and the steps made.
 
-    `observed` are smashed data of the real client part where `encode` is not: they are then brought to the same mean and
-    deviation value by value, and the decoder is trained on jittered codes, to forgive what else differs.
+    `observed` are smashed data of the real client part where `encode` is not: they are then brought to the same mean
+    and deviation value by value, and the decoder is trained on jittered codes, to forgive what else differs.
     """
     device = train.x.device
     random = is_random(encode, train.x, seed)
@@ -226,7 +232,8 @@ def _decoder(
     scale, code, shape = Scale.of(flat(z)), z.shape[1:], tuple(train.x.shape[1:])
     real = scale if observed is None else Scale.of(flat(observed))
     jitter = 0.0 if observed is None else _JITTER
-    # Per value for vectors, whose units differ; one deviation for pictures, which keeps the error a plain squared error.
+    # Per value for vectors, whose units differ; one deviation for pictures, which keeps the error a plain squared
+    # error.
     centre = train.x.mean(0)
     unit = train.x.std(0).clamp_min(1e-6) if len(shape) == 1 else train.x.std().clamp_min(1e-6)
     low, high = train.x.amin(), train.x.amax()
@@ -278,7 +285,9 @@ def _surrogate(
     """Train a stand-in for the client part from observed (z, y), auxiliary data and the server part."""
     device, code = z.device, tuple(z.shape[1:])
     with seeds.torch_seeded(seed, "leakage", "surrogate"):
-        model = surrogate or Encoder(tuple(train.x.shape[1:]), code, nonnegative=defence is None and bool((z >= 0).all()))
+        model = surrogate or Encoder(
+            tuple(train.x.shape[1:]), code, nonnegative=defence is None and bool((z >= 0).all())
+        )
         model.to(device)
     observed, centre, unit = _moments(flat(z), y), train.x.mean(), train.x.std().clamp_min(1e-6)
     spread = flat(z).std(0).square().mean().clamp_min(1e-12)
@@ -298,7 +307,9 @@ def _surrogate(
         return apart + (functional.cross_entropy(frozen(given), samples.y) if frozen is not None else 0.0)
 
     # Moments per class need more rows than a decoder's step does.
-    larger = Budget(steps=budget.steps // 2, batch=256, lr=2e-3, check_every=budget.check_every, patience=budget.patience)
+    larger = Budget(
+        steps=budget.steps // 2, batch=256, lr=2e-3, check_every=budget.check_every, patience=budget.patience
+    )
     fit(
         model,
         lambda rows: distance(train[rows]),
