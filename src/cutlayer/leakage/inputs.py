@@ -1,0 +1,101 @@
+"""Checked inputs, splits and scales that the instruments share.
+
+Shape legend: n samples, d = number of values of one sample.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cutlayer import seeds
+from cutlayer.errors import DataError
+
+Client = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Row numbers of three disjoint parts: estimators are trained, chosen and reported on one each."""
+
+    train: Tensor
+    validation: Tensor
+    test: Tensor
+
+
+def split(n: int, seed: int, *name: str | int, shares: tuple[float, float] = (0.6, 0.2)) -> Split:
+    """`n` rows, shuffled, in three: the shares of training and validation, and the rest for the test."""
+    order = torch.from_numpy(seeds.generator(seed, "leakage", "split", *name).permutation(n))
+    first, second = round(n * shares[0]), round(n * (shares[0] + shares[1]))
+    return Split(order[:first], order[first:second], order[second:])
+
+
+def check_rows(least: int, what: str, **tensors: Tensor) -> int:
+    """The common number of rows. Raises DataError: rows that differ, fewer than `least` rows, NaN or infinity."""
+    sizes = {name: len(t) for name, t in tensors.items()}
+    if len(set(sizes.values())) != 1:
+        counts = ", ".join(f"{name} has {size}" for name, size in sizes.items())
+        raise DataError(f"rows do not match ({counts}): row i of each must be sample i")
+    n = next(iter(sizes.values()))
+    if n < least:
+        raise DataError(f"{n} samples are too few {what}: give at least {least}")
+    for name, t in tensors.items():
+        if t.is_floating_point() and not bool(t.isfinite().all()):
+            raise DataError(f"{name} holds NaN or infinite values: leave those samples out")
+    return n
+
+
+def check_real(x: Tensor, what: str) -> None:
+    """Raises DataError unless `x` is floating point: tokens have no mean squared error."""
+    if not x.is_floating_point():
+        raise DataError(f"{what} are of type {x.dtype}: this instrument takes real numbers, such as images or features")
+
+
+def flat(t: Tensor) -> Tensor:
+    """[n, ...] -> [n, d], float32, detached."""
+    return t.detach().reshape(len(t), -1).float()
+
+
+def width(t: Tensor) -> int:
+    """The number of values of one sample."""
+    return math.prod(t.shape[1:])
+
+
+@dataclass(frozen=True)
+class Scale:
+    """An affine map to mean 0, deviation 1, fitted on some rows.
+
+    Values that hardly vary (below a tenth of the root mean square deviation) are divided by that tenth: one row in
+    which a pixel that was always black is white would otherwise weigh more than all the rest.
+    """
+
+    mean: Tensor  # [d]
+    deviation: Tensor  # [d]
+
+    @staticmethod
+    def of(rows: Tensor) -> Scale:
+        """Fitted to rows [n, d]."""
+        deviation = rows.std(0)
+        least = float(deviation.square().mean().sqrt()) / 10
+        return Scale(rows.mean(0), deviation.clamp_min(least or 1.0))
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """[n, d] -> [n, d]."""
+        return (rows - self.mean) / self.deviation
+
+
+@torch.no_grad()
+def smash(client: Client, x: Tensor, seed: int, *name: str | int, batch: int = 256) -> Tensor:
+    """The client part's output for x [n, ...], batch by batch, with its own random draws seeded by `name`: [n, ...]."""
+    with seeds.torch_seeded(seed, "leakage", "smash", *name, device=x.device):
+        return torch.cat([client(rows) for rows in x.split(batch)])
+
+
+def is_random(client: Client, x: Tensor, seed: int) -> bool:
+    """Whether the client part gives different smashed data when the same rows go through it twice."""
+    few = x[:8]
+    return not torch.equal(smash(client, few, seed, "first"), smash(client, few, seed, "second"))
