@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,13 +41,19 @@ class Serving:
 
 
 class Service:
-    """A run whose clients dial in. Iterate over `run` inside of `open()`."""
+    """A run whose clients dial in. Iterate over `run` inside of `open()`.
 
-    def __init__(self, config: RunConfig, serving: Serving, out: Path) -> None:
+    `listening(port)` is called once, when clients may come. `all_came`: all of them have.
+    """
+
+    def __init__(
+        self, config: RunConfig, serving: Serving, out: Path, *, listening: Callable[[int], None] | None = None
+    ) -> None:
         self.config, self.serving = config, serving
+        self.all_came = False
         self._names = {client_name(k): k for k in range(config.clients)}
         self._listening = False
-        self._all_came = False
+        self._on_listening = listening
         self.hub = Hub(serving.address, serving.security, self._greet, metrics=serving.metrics)
         resumed = (out / CONFIG).exists()
         training, self._cohort, self._greet_client = remote_training(
@@ -88,16 +94,19 @@ class Service:
         """Listen, once; then wait until enough clients are connected."""
         clients = self.config.clients
         if not self._listening:
-            log.info("listening at port %d for %d clients", self.hub.start(), clients)
+            port = self.hub.start()
+            log.info("listening at port %d for %d clients", port, clients)
             self._listening = True
-        need = math.ceil(self.serving.quorum * clients) if self._all_came else clients
+            if self._on_listening is not None:
+                self._on_listening(port)
+        need = math.ceil(self.serving.quorum * clients) if self.all_came else clients
         here = self.hub.wait_for(need, self.serving.patience)
         if len(here) < need:
             raise TrainingError(
                 f"{len(here)} of {clients} clients are connected after {self.serving.patience} seconds, {need} are "
                 "needed: start the others, or have the server wait longer (--patience)"
             )
-        self._all_came = True
+        self.all_came = True
 
     def _notice(self, client: int, lost: Lost) -> None:
         log.warning("%s takes no part: %s (%s)", client_name(client), lost.sentence, lost.reason)
