@@ -35,12 +35,13 @@ class Federation:
     """The processes of one federation. Use as a context manager: at its end all of them are stopped."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder = folder.resolve()
+        (self.folder / "flwr").mkdir(parents=True, exist_ok=True)
         self.port = free_port()
         self.processes: list[subprocess.Popen[bytes]] = []
         self.environment = {
             **os.environ,
-            "FLWR_HOME": str(folder / "flwr"),
+            "FLWR_HOME": str(self.folder / "flwr"),
             "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}",
@@ -73,18 +74,21 @@ class Federation:
         return process
 
     def superlink(self, until: float) -> None:
-        """Start the SuperLink, and wait until it answers."""
+        """Start the SuperLink, wait until it answers, and tell `flwr` where it is: as "local"."""
         command = ("flower-superlink", "--insecure", "--disable-runtime-dependency-installation")
         process = self.start("superlink", *command, "--host", LOOPBACK, "--port", str(self.port))
         while not answers(f"http://{LOOPBACK}:{self.port}/health"):
             if process.poll() is not None or time.monotonic() > until:
                 sys.exit(f"the SuperLink did not start:\n{(self.folder / 'superlink.log').read_text()}")
             time.sleep(0.2)
+        link = {"local": {"address": f"{LOOPBACK}:{self.port}", "insecure": True}, "default": "local"}
+        (self.folder / "flwr" / "config.toml").write_text(tomli_w.dumps({"superlink": link}))
 
-    def supernode(self, number: int) -> None:
-        """Start a SuperNode; what it runs for us is in its log."""
+    def supernode(self, number: int, config: str = "") -> None:
+        """Start a SuperNode with this `--node-config`; what it runs for us is in its log."""
         where = ("--superlink", f"{LOOPBACK}:{self.port}", "--host", LOOPBACK, "--port", str(free_port()))
-        self.start(f"supernode-{number}", "flower-supernode", "--insecure", *where)
+        own = ("--node-config", config) if config else ()
+        self.start(f"supernode-{number}", "flower-supernode", "--insecure", *where, *own)
 
     def flwr(self, *words: str, until: float, quiet: bool = False) -> str:
         """One command of Flower's, to its end; what it prints, where that is not shown."""
@@ -116,13 +120,10 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for everything")
     words = parser.parse_args()
     folder = (words.folder or Path(tempfile.mkdtemp(prefix="cutlayer-flower-"))).resolve()
-    (folder / "flwr").mkdir(parents=True, exist_ok=True)
     until = time.monotonic() + words.timeout
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: everything is stopped
     with Federation(folder) as federation:
         federation.superlink(until)
-        link = {"local": {"address": f"{LOOPBACK}:{federation.port}", "insecure": True}, "default": "local"}
-        (folder / "flwr" / "config.toml").write_text(tomli_w.dumps({"superlink": link}))
         for number in range(words.nodes):
             federation.supernode(number)
         options = ["--run-config", f'serve.out="{folder / "run"}"']
@@ -140,7 +141,9 @@ def show(folder: Path) -> None:
     """The result, and what each client did."""
     result = json.loads((folder / "result.json").read_text())
     clients = json.loads((folder / "clients.json").read_text())
-    table = Table(title=f"{result['algorithm']}: test accuracy {result['test_accuracy']:.2%} in {result['steps']} steps")
+    table = Table(
+        title=f"{result['algorithm']}: test accuracy {result['test_accuracy']:.2%} in {result['steps']} steps"
+    )
     for name in ("client", "node", "samples", "kB up", "kB down", "end"):
         table.add_column(name, justify="left" if name in ("client", "end") else "right")
     for c in clients:

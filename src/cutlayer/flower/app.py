@@ -60,12 +60,12 @@ def serve(grid: Grid, context: Context) -> None:
 
     Raises UsageError before any node hears of the run; TrainingError, NetworkError where it cannot be finished.
     """
-    _show_log()
     if threading.current_thread() is not threading.main_thread():
         raise ConfigError(
             "Flower's simulation has no nodes that could dial: start a SuperLink and SuperNodes, or simulate with "
             "`cutlayer run`"
         )
+    _show_log()
     config, hosting = read(context.run_config)
     out = Path(hosting.out or f"runs/flower-{context.run_id}")
     refuse_used(out)

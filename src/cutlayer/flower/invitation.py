@@ -62,9 +62,7 @@ class Farewell:
 
     def content(self) -> RecordDict:
         """As a message's content."""
-        return RecordDict(
-            {_END: ConfigRecord({"reason": self.reason}), _WORK: MetricRecord({"samples": self.samples})}
-        )
+        return RecordDict({_END: ConfigRecord({"reason": self.reason}), _WORK: MetricRecord({"samples": self.samples})})
 
     @classmethod
     def of(cls, content: RecordDict) -> Self:

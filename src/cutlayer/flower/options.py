@@ -32,7 +32,7 @@ class Hosting(BaseModel):
     out: str | None = None
     """The run folder. Default: runs/flower-RUN."""
     patience: float = Field(120.0, gt=0)
-    """Seconds until enough SuperNodes are there, and then until all their clients are connected."""
+    """Seconds to wait for SuperNodes, and then for clients that are missing: all at the start, a quorum later."""
     deadline: float | None = Field(None, gt=0)
     """Seconds for a step, after which it goes on with the clients that have answered, if they are a quorum."""
     quorum: float = Field(0.5, gt=0, le=1)
@@ -41,7 +41,7 @@ class Hosting(BaseModel):
     """So long Flower keeps the messages, and clients may connect."""
 
     @classmethod
-    def of(cls, values: Any) -> Self:
+    def of(cls, values: Mapping[str, Any]) -> Self:
         """Build from plain values. Raises ConfigError."""
         try:
             hosting = cls.model_validate(values)
@@ -85,7 +85,9 @@ def read(values: Mapping[str, Any]) -> tuple[RunConfig, Hosting]:
         else:
             tables[key] = value
     serve, file = tables.pop(SERVE, {}), tables.pop(FILE, None)
-    hosting = Hosting.of(normalised(serve) if isinstance(serve, Mapping) else serve)
+    if not isinstance(serve, Mapping):
+        raise ConfigError(f"serve = {serve!r} is no table: write its names below [tool.flwr.app.config.serve]")
+    hosting = Hosting.of(normalised(serve))
     merged = overlaid(read_toml(Path(str(file))) if file else {}, normalised(tables))
     config = RunConfig.of(merged)
     config.check((config.algorithm,), frozenset(merged))

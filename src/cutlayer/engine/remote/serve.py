@@ -104,7 +104,7 @@ class Service:
         if len(here) < need:
             raise TrainingError(
                 f"{len(here)} of {clients} clients are connected after {self.serving.patience} seconds, {need} are "
-                "needed: start the others, or have the server wait longer (--patience)"
+                "needed: start the others, or have the server wait longer (patience)"
             )
         self.all_came = True
 
