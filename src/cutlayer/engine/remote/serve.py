@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -42,13 +42,19 @@ class Serving:
 
 
 class Service:
-    """A run whose clients dial in. Iterate over `run` inside of `open()`."""
+    """A run whose clients dial in. Iterate over `run` inside of `open()`.
 
-    def __init__(self, config: RunConfig, serving: Serving, out: Path) -> None:
+    `listening(port)` is called once, when clients may come. `all_came`: all of them have.
+    """
+
+    def __init__(
+        self, config: RunConfig, serving: Serving, out: Path, *, listening: Callable[[int], None] | None = None
+    ) -> None:
         self.config, self.serving, self.out = config, serving, out
+        self.all_came = False
         self._names = {client_name(k): k for k in range(config.clients)}
         self._listening = False
-        self._all_came = False
+        self._on_listening = listening
         self.hub = Hub(
             serving.address, serving.security, self._greet, metrics=serving.metrics, keepalive=serving.keepalive
         )
@@ -98,21 +104,25 @@ class Service:
         clients, faults = self.config.clients, self.serving.faults
         if not self._listening:
             self._listening = True
-            self._tell("listening", {"port": self.hub.start(), "clients": clients, **faults.model_dump()})
+            port = self.hub.start()
+            policy = faults.model_dump(include=set(FaultConfig.model_fields))
+            self._tell("listening", {"port": port, "clients": clients, **policy})
+            if self._on_listening is not None:
+                self._on_listening(port)
         able = clients - len(self._cohort.excluded)
-        need = math.ceil(faults.quorum * clients) if self._all_came or self._cohort.excluded else clients
+        need = math.ceil(faults.quorum * clients) if self.all_came or self._cohort.excluded else clients
         if able < need:
             raise TrainingError(
                 f"{clients - able} of {clients} clients are excluded, {need} are needed: mend them (the record "
-                f"{EVENTS} says why), or lower --quorum"
+                f"{EVENTS} says why), or lower the quorum"
             )
         here = self.hub.wait_for(need, faults.patience)
         if len(here) < need:
             raise TrainingError(
                 f"{len(here)} of {clients} clients are connected after {faults.patience} seconds, {need} are "
-                "needed: start the others, or have the server wait longer (--patience)"
+                "needed: start the others, or have the server wait longer (patience)"
             )
-        self._all_came = True
+        self.all_came = True
 
     def _traffic(self) -> dict[str, Any]:
         """Bytes and latency of every client."""
