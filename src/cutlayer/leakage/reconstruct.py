@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -38,8 +38,8 @@ from cutlayer.leakage.networks import Classifier, Encoder, decoder
 Knowledge = Literal["model", "smashed"]
 
 LEAST = 100  # auxiliary samples
-BUDGET = Budget(steps=1200, batch=64, lr=2e-3, check_every=60, patience=5)
-_CLASSIFIER = Budget(steps=600, batch=64, lr=2e-3, check_every=50, patience=4)
+BUDGET = Budget(steps=800, batch=64, lr=2e-3, check_every=80, patience=4)
+_CLASSIFIER = Budget(steps=400, batch=64, lr=2e-3, check_every=50, patience=4)
 _JITTER = 0.3
 
 
@@ -307,9 +307,7 @@ def _surrogate(
         return apart + (functional.cross_entropy(frozen(given), samples.y) if frozen is not None else 0.0)
 
     # Moments per class need more rows than a decoder's step does.
-    larger = Budget(
-        steps=budget.steps // 2, batch=256, lr=2e-3, check_every=budget.check_every, patience=budget.patience
-    )
+    larger = replace(budget, steps=budget.steps // 2, batch=2 * budget.batch)
     fit(
         model,
         lambda rows: distance(train[rows]),
