@@ -18,6 +18,7 @@ Shape legend: n targets, N auxiliary samples, s... one sample's smashed data.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -161,7 +162,6 @@ class Judge:
         shape = tuple(train.x.shape[1:])
         self._centre, self._unit = float(train.x.mean()), float(train.x.std()) or 1.0
         self._range = float(train.x.max() - train.x.min()) or 1.0
-        self.low, self.high = float(train.x.min()), float(train.x.max())
         classes = int(max(train.y.max(), held.y.max())) + 1
         with seeds.torch_seeded(seed, "leakage", "classifier"):
             self._classifier = Classifier(shape, classes).to(train.x.device)
@@ -325,8 +325,6 @@ def _frozen(server: nn.Module | None) -> nn.Module | None:
     """A copy of the server part in evaluation mode, whose weights take no gradients."""
     if server is None:
         return None
-    import copy
-
     return copy.deepcopy(server).eval().requires_grad_(False)
 
 
