@@ -160,27 +160,28 @@ def test_rare_labels_show_in_the_norm_of_cut_gradients():
 
 @functools.cache
 def hijacked_and_honest() -> tuple[Hijack, nn.Module, Watch, Watch]:
-    """250 steps of a client under a hijacking server, and of the same client under an honest one, each watched."""
+    """400 steps of a client under a hijacking server, and of an equal client under an honest one, each watched."""
     auxiliary, own = digits()
-    _, server = shallow()
-    attacker, watches = Hijack(auxiliary.x, (16, 4, 4), lr=2e-3), (Watch(), Watch())
+    attacker, watches = Hijack(auxiliary.x, (8, 4, 4)), (Watch(), Watch())
     clients = []
     with torch.random.fork_rng():
         for honest, watch in zip((False, True), watches, strict=True):
             torch.manual_seed(0)
-            client = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
-            optimizer = torch.optim.Adam(client.parameters(), 2e-3)
-            for _ in range(250):
+            client = nn.Sequential(
+                nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 8, 3, padding=1)
+            )
+            server = nn.Sequential(nn.ReLU(), nn.Flatten(), nn.Linear(128, 10))
+            optimizer = torch.optim.Adam([*client.parameters(), *server.parameters()], 1e-3)
+            for _ in range(400):
                 rows = torch.randint(len(own), (32,))
                 z = client(own.x[rows])
-                if honest:
-                    loss = functional.cross_entropy(server(z), own.y[rows])
-                    (gradient,) = torch.autograd.grad(loss, z, retain_graph=True)
-                else:
-                    gradient = attacker.gradients(z)
-                watch.observe(gradient, z, own.y[rows])
+                z.retain_grad()
                 optimizer.zero_grad()
-                z.backward(gradient)
+                if honest:
+                    functional.cross_entropy(server(z), own.y[rows]).backward()
+                else:
+                    z.backward(attacker.gradients(z))
+                watch.observe(z.grad, z, own.y[rows])
                 optimizer.step()
             clients.append(client.requires_grad_(False))
     return attacker, clients[0], *watches
@@ -192,14 +193,14 @@ def test_a_hijacking_server_reads_the_clients_inputs():
     guess = attacker.reconstruct(client(own.x))
     assert guess.shape == own.x.shape
     mean_picture = (auxiliary.x.mean(0) - own.x).square().mean()
-    assert (guess - own.x).square().mean() < 0.75 * mean_picture
+    assert (guess - own.x).square().mean() < 0.8 * mean_picture
 
 
 def test_the_watch_tells_a_hijacker_from_an_honest_server():
     _, _, hijacked, honest = hijacked_and_honest()
     assert hijacked.suspicious
     assert not honest.suspicious
-    assert hijacked.score < 0.65 < 0.8 < honest.score
+    assert hijacked.score < 0.7 < 0.9 < honest.score
 
 
 def test_a_watch_says_nothing_before_it_has_seen_enough():

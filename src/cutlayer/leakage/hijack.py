@@ -46,15 +46,27 @@ class Hijack:
     than 100 auxiliary samples, NaN, tokens.
     """
 
-    def __init__(self, auxiliary: Tensor, code: Shape, *, seed: int = 0, lr: float = 1e-3, batch: int = 64) -> None:
-        """`auxiliary` [N, ...] are inputs of the clients' kind, `code` is the shape s... of smashed data."""
+    def __init__(
+        self,
+        auxiliary: Tensor,
+        code: Shape,
+        *,
+        nonnegative: bool = False,
+        seed: int = 0,
+        lr: float = 1e-3,
+        batch: int = 64,
+    ) -> None:
+        """`auxiliary` [N, ...] are inputs of the clients' kind, `code` is the shape s... of smashed data.
+
+        `nonnegative` where the client part ends in a ReLU: codes that it cannot take would never be reached.
+        """
         check_real(auxiliary, "the auxiliary inputs")
         check_rows(LEAST, "for an attacker's auxiliary data", auxiliary=auxiliary)
         self._x, self._batch, self._code = auxiliary, batch, code
         device, shape = auxiliary.device, tuple(auxiliary.shape[1:])
         self._centre, self._unit = auxiliary.mean(), auxiliary.std().clamp_min(1e-6)
         with seeds.torch_seeded(seed, "leakage", "hijack"):
-            self.encoder = nn.Sequential(Encoder(shape, code, nonnegative=False), nn.Tanh()).to(device)
+            self.encoder = nn.Sequential(Encoder(shape, code, nonnegative), nn.Tanh()).to(device)
             self.decoder = decoder(code, shape).to(device)
             self.critic = _critic(code).to(device)
         self._draw = seeds.torch_generator(seed, "leakage", "hijack batches")
@@ -132,7 +144,7 @@ class Watch:
     `suspicious`.
     """
 
-    def __init__(self, *, window: int = 50, least: float = 0.7, after: int = 10) -> None:
+    def __init__(self, *, window: int = 50, least: float = 0.75, after: int = 10) -> None:
         """Raises ConfigError: window or after < 1, window < after, least outside (.5, 1)."""
         if not (1 <= after <= window and 0.5 < least < 1):
             raise ConfigError(

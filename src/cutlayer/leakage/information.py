@@ -5,7 +5,8 @@ cost -log q(x) that a predictor of the family V reaches. V here: Gaussian predic
 - without z: a mean and a covariance;
 - with z: a mean that depends on z (a network's or a ridge regression's), or does not, and the residuals' covariance.
 Covariances are diagonal, shrunk full (Ledoit & Wolf), or low-rank plus diagonal (factor analysis); each side takes what
-codes best on validation rows, and the cost is that of test rows.
+codes best on validation rows (z is used only where it saves more than a standard error there), and the cost is that of
+test rows.
 
 What it bounds: the cost with z is that of a predictor that was really found, so better predictors exist and the
 CONDITIONAL cost is an upper bound. For Gaussian x the drop is then a lower estimate of I(x; z), up to the error of the
@@ -105,7 +106,11 @@ def usable(
     fits = {"ridge": _array(left_out), "network": means["network"][_numpy(fitting)]}  # the same on rows not trained on
     chosen = {"none": marginal}
     for name, rows in fits.items():
-        chosen[name] = _best(rows, means[name][judges], floor, marginal)
+        code = _best(rows, means[name][judges], floor, marginal)
+        saved = marginal.cost(around[judges]) - code.cost(means[name][judges])
+        # Within a standard error of the judges' mean a predictor is noise, and would only cost more on the test rows.
+        if saved.mean() > saved.std() / math.sqrt(len(saved)):
+            chosen[name] = code
     best = min(chosen, key=lambda name: chosen[name].judged)
     tested = _numpy(test)
     without = marginal.cost(around[tested])

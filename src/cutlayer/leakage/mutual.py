@@ -22,7 +22,6 @@ Shape legend: n samples, S slices, k dimensions of a slice, e dimensions of an e
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -33,6 +32,7 @@ from torch.nn import functional
 
 from cutlayer import seeds
 from cutlayer.errors import ConfigError, unknown
+from cutlayer.leakage.calibration import Estimator
 from cutlayer.leakage.fitting import Budget
 from cutlayer.leakage.inputs import Scale, Split, check_real, check_rows, flat, split
 
@@ -380,10 +380,7 @@ def deterministic() -> UpperBound:
     )
 
 
-Reader = Callable[[Tensor, Tensor, int], float]
-
-
-def reader(method: Method, view: View = "cca", k: int = 2, slices: int = 8, budget: Budget = NEURAL) -> Reader:
+def reader(method: Method, view: View = "cca", k: int = 2, slices: int = 8, budget: Budget = NEURAL) -> Estimator:
     """The estimator as a function of (x, z, seed), to be calibrated."""
     return lambda x, z, seed: (
         estimate(x, z, method=method, view=view, k=k, slices=slices, seed=seed, budget=budget).nats

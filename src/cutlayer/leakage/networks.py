@@ -96,12 +96,15 @@ class Encoder(nn.Module):
         super().__init__()
         self.nonnegative = nonnegative
         if spatial(inputs, code):
-            self.body: nn.Module = nn.Sequential(
-                nn.Conv2d(inputs[0], channels, 3, padding=1),
+            stride = max(1, min(inputs[1] // code[1], inputs[2] // code[2]))
+            layers = [
+                nn.Conv2d(inputs[0], channels, 2 * stride + 1, stride=stride, padding=stride),
                 nn.ReLU(),
-                nn.AdaptiveAvgPool2d(code[1:]),
                 nn.Conv2d(channels, code[0], 3, padding=1),
-            )
+            ]
+            # The stride brings the usual sizes about; pooling, which is slow on a CPU, is for the others.
+            exact = all((i - 1) // stride + 1 == c for i, c in zip(inputs[1:], code[1:], strict=True))
+            self.body: nn.Module = nn.Sequential(*layers, *([] if exact else [nn.AdaptiveAvgPool2d(code[1:])]))
         else:
             self.body = SkipMLP(inputs, code)
 

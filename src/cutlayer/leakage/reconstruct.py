@@ -18,9 +18,10 @@ Shape legend: n targets, N auxiliary samples, s... one sample's smashed data.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -38,8 +39,8 @@ from cutlayer.leakage.networks import Classifier, Encoder, decoder
 Knowledge = Literal["model", "smashed"]
 
 LEAST = 100  # auxiliary samples
-BUDGET = Budget(steps=1200, batch=64, lr=2e-3, check_every=60, patience=5)
-_CLASSIFIER = Budget(steps=600, batch=64, lr=2e-3, check_every=50, patience=4)
+BUDGET = Budget(steps=800, batch=64, lr=2e-3, check_every=80, patience=4)
+_CLASSIFIER = Budget(steps=400, batch=64, lr=2e-3, check_every=50, patience=4)
 _JITTER = 0.3
 
 
@@ -161,7 +162,6 @@ class Judge:
         shape = tuple(train.x.shape[1:])
         self._centre, self._unit = float(train.x.mean()), float(train.x.std()) or 1.0
         self._range = float(train.x.max() - train.x.min()) or 1.0
-        self.low, self.high = float(train.x.min()), float(train.x.max())
         classes = int(max(train.y.max(), held.y.max())) + 1
         with seeds.torch_seeded(seed, "leakage", "classifier"):
             self._classifier = Classifier(shape, classes).to(train.x.device)
@@ -307,9 +307,7 @@ def _surrogate(
         return apart + (functional.cross_entropy(frozen(given), samples.y) if frozen is not None else 0.0)
 
     # Moments per class need more rows than a decoder's step does.
-    larger = Budget(
-        steps=budget.steps // 2, batch=256, lr=2e-3, check_every=budget.check_every, patience=budget.patience
-    )
+    larger = replace(budget, steps=budget.steps // 2, batch=2 * budget.batch)
     fit(
         model,
         lambda rows: distance(train[rows]),
@@ -327,8 +325,6 @@ def _frozen(server: nn.Module | None) -> nn.Module | None:
     """A copy of the server part in evaluation mode, whose weights take no gradients."""
     if server is None:
         return None
-    import copy
-
     return copy.deepcopy(server).eval().requires_grad_(False)
 
 
