@@ -209,7 +209,7 @@ def test_a_clients_folder_is_held_while_it_works(trial: Callable[..., Trial]) ->
         ("join localhost:1 --client hospital --insecure", "client-0, client-1"),
         ("join localhost --client client-0 --insecure", "host:port"),
         ("join localhost:1 --client client-99 --insecure", "none of the"),
-        ("certs there --clients 0", "1 or greater"),
+        ("certs there --clients -1", "0 or greater"),
     ],
 )
 def test_wrong_words(words: str, said: str, tmp_path: Path) -> None:
