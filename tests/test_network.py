@@ -128,14 +128,15 @@ def test_processes_over_tls_give_the_simulations_numbers(algorithm: str, trial: 
     same_as_local(t)
 
 
-def test_the_server_is_killed_and_comes_back(trial: Callable[..., Trial]) -> None:
-    """Clients go back to the round of its checkpoint; the end is that of a run without any fault."""
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_the_server_ends_and_comes_back(how: signal.Signals, trial: Callable[..., Trial]) -> None:
+    """Killed or stopped: clients go back to the round of its checkpoint; the end is that of a run without any fault."""
     t = trial("sglr", rounds=60)
     server = t.serve()
     clients = [t.join(k) for k in range(3)]
     until(lambda: len(t.steps()) > 40, "forty steps", t)
-    server.kill()
-    server.wait()
+    server.send_signal(how)
+    server.wait(PATIENCE)
     assert all(client.poll() is None for client in clients)
     finished(t, t.serve(), *clients)
     same_as_local(t)

@@ -105,7 +105,7 @@ class Hub:
         self._budget = _Budget(max(self.limits.message_bytes, 1 << 20))
         self._gate: Gate
         self._loop: asyncio.AbstractEventLoop
-        self._stopping: asyncio.Future[tuple[str, float]]
+        self._stopping: asyncio.Future[tuple[str, float, bool]]
         self._thread: threading.Thread | None = None
         self._pool: ThreadPoolExecutor | None = None
         self._exporter: Any = None
@@ -131,12 +131,15 @@ class Hub:
             raise
         return port
 
-    def stop(self, reason: str, grace: float) -> None:
-        """Say Bye to all clients, give them `grace` seconds to go, close everything. Doing it again does nothing."""
+    def stop(self, reason: str, grace: float, *, done: bool = True) -> None:
+        """Say Bye to all clients, give them `grace` seconds to go, close everything. Doing it again does nothing.
+
+        Who hears Bye has no more to do. Unless all is `done`, their streams are ended without one: they dial again.
+        """
         if self._thread is None:
             return
         if self._running:
-            self.call(self._request_stop, reason, grace)
+            self.call(self._request_stop, reason, grace, done)
         self._thread.join(grace + 10)
         if self._pool is not None:
             self._pool.shutdown()
@@ -304,9 +307,12 @@ class Hub:
         self._running = True
         log.info("listening at %s, port %d", self.address, port)
         started.set_result(port)
-        reason, grace = await self._stopping
+        reason, grace, done = await self._stopping
         end = self._loop.time() + grace
         self._running = False
+        if not done:
+            for link in list(self._links.values()):
+                self._cut(link, Lost("gone", reason), grpc.StatusCode.UNAVAILABLE)
         ways = [asyncio.create_task(self._say_bye(link, reason)) for link in self._links.values()]
         if ways:
             await asyncio.wait(ways, timeout=max(0.0, grace * 0.8))
@@ -315,9 +321,9 @@ class Hub:
             way.cancel()
         await asyncio.gather(*ways, return_exceptions=True)
 
-    def _request_stop(self, reason: str, grace: float) -> None:
+    def _request_stop(self, reason: str, grace: float, done: bool) -> None:
         if not self._stopping.done():
-            self._stopping.set_result((reason[:4096], grace))
+            self._stopping.set_result((reason[:4096], grace, done))
 
     async def _say_bye(self, link: _Link, reason: str) -> None:
         while link.outbox or link.sending:

@@ -24,7 +24,7 @@ from cutlayer.run import Run
 from cutlayer.wire import messages as m
 
 log = logging.getLogger("cutlayer.server")
-GRACE = 5.0  # seconds that clients have to hear of the end
+GRACE = 5.0  # seconds that clients have to hear of the end (the unit files of deploy/ wait longer)
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Service:
 
     @contextmanager
     def open(self) -> Iterator[Run]:
-        """The run, with a clean end on SIGTERM: clients hear of it, and go on when the server is back."""
+        """The run, with a clean end on SIGTERM: clients dial again until the server is back."""
         before = signal.signal(signal.SIGTERM, _interrupt)
         try:
             yield self.run
@@ -79,7 +79,7 @@ class Service:
                 self._tell("stopped", {"why": str(error) or "interrupted", **self._traffic()})
             raise
         finally:
-            self.hub.stop("the server stops; it may come back", GRACE)
+            self.hub.stop("the server stops; it may come back", GRACE, done=False)
             signal.signal(signal.SIGTERM, before)
 
     def _greet(self, hello: m.Hello, identity: str | None) -> m.Welcome | m.Refused:
