@@ -44,6 +44,7 @@ class Service:
 
     def __init__(self, config: RunConfig, serving: Serving, out: Path) -> None:
         self.config, self.serving, self.out = config, serving, out
+        serving.security.open(serving.address)  # says what is wrong before a folder is made
         self._names = {client_name(k): k for k in range(config.clients)}
         self._listening = False
         self._all_came = False
@@ -71,9 +72,10 @@ class Service:
         before = signal.signal(signal.SIGTERM, _interrupt)
         try:
             yield self.run
-            self._cohort.finish()
-            self._tell("done", self._traffic())
-            self.hub.stop("the run is done", GRACE)
+            if self._listening:  # else the run was done before
+                self._cohort.finish()
+                self._tell("done", self._traffic())
+                self.hub.stop("the run is done", GRACE)
         except BaseException as error:
             if self._listening:
                 self._tell("stopped", {"why": str(error) or "interrupted", **self._traffic()})
@@ -93,8 +95,9 @@ class Service:
         """Listen, once; then wait until enough clients are connected."""
         clients, faults = self.config.clients, self.serving.faults
         if not self._listening:
+            port = self.hub.start()
             self._listening = True
-            self._tell("listening", {"port": self.hub.start(), "clients": clients, **faults.model_dump()})
+            self._tell("listening", {"port": port, "clients": clients, **faults.model_dump()})
         able = clients - len(self._cohort.excluded)
         need = math.ceil(faults.quorum * clients) if self._all_came or self._cohort.excluded else clients
         if able < need:
