@@ -46,6 +46,7 @@ class Machines:
         self.environment = {**os.environ, "PATH": f"{root / 'bin'}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
         self.environment["PYTHONPATH"] = str(ROOT / "src")
         self.background: dict[str, subprocess.Popen[bytes]] = {}
+        self.trials: list[subprocess.Popen[bytes]] = []
         self.said: dict[str, str] = {}
 
     def here(self, text: str) -> str:
@@ -62,10 +63,17 @@ class Machines:
         assert done.returncode == 0, f"{machine}: {commands}\n{done.stdout}{done.stderr}"
 
     def start(self, machine: str, commands: str) -> None:
-        with (self.root / machine / "log").open("ab") as log:
-            self.background[machine] = subprocess.Popen(
-                ["bash", "-c", f"exec {self.here(commands)}"],
-                cwd=self.root / machine, env=self.environment, stdout=log, stderr=log,
+        self.background[machine] = self._popen(machine, f"exec {self.here(commands)}", "log")
+
+    def start_trial(self, machine: str, commands: str) -> None:
+        """What nothing else builds on runs beside the rest."""
+        self.trials.append(self._popen(machine, commands, "trial.log"))
+
+    def _popen(self, machine: str, commands: str, log: str) -> subprocess.Popen[bytes]:
+        with (self.root / machine / log).open("ab") as file:
+            return subprocess.Popen(
+                ["bash", "-e", "-c", commands],
+                cwd=self.root / machine, env=self.environment, stdout=file, stderr=file, start_new_session=True,
             )  # fmt: skip
 
     def log(self) -> str:
@@ -77,9 +85,9 @@ class Machines:
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def stop(self) -> None:
-        for process in self.background.values():
+        for process in (*self.background.values(), *self.trials):
             if process.poll() is None:
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
 
@@ -110,16 +118,18 @@ def test_the_guide(machines: Machines) -> None:
         elif names[-1] == "background":
             serve = serve or content
             machines.start(names[0], content)
+        elif names[-1] == "trial":
+            machines.start_trial(names[0], content)
         elif names[-1] == "running":
             wait_for_steps(machines, 60)
             machines.run(names[0], content)
             stop_the_server(machines)
         else:
-            for machine in names:
-                machines.run(machine, content)
+            machines.run(purpose, content)
     machines.start("coordinator", serve)
     for machine, process in machines.background.items():
         assert process.wait(PATIENCE) == 0, f"{machine}\n{machines.log()}"
+    assert [trial.wait(PATIENCE) for trial in machines.trials] == [0, 0]
     what_came_of_it(machines)
 
 
