@@ -140,14 +140,15 @@ def test_processes_over_tls_give_the_simulations_numbers(algorithm: str, trial: 
     same_as_local(t)
 
 
-def test_the_server_is_killed_and_comes_back(trial: Callable[..., Trial]) -> None:
-    """Clients go back to the round of its checkpoint; the end is that of a run without any fault."""
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_the_server_ends_and_comes_back(how: signal.Signals, trial: Callable[..., Trial]) -> None:
+    """Killed or stopped: clients go back to the round of its checkpoint; the end is that of a run without any fault."""
     t = trial("sglr", rounds=60)
     server = t.serve()
     clients = [t.join(k) for k in range(3)]
     until(lambda: len(t.steps()) > 40, "forty steps", t)
-    server.kill()
-    server.wait()
+    server.send_signal(how)
+    server.wait(PATIENCE)
     assert all(client.poll() is None for client in clients)
     finished(t, t.serve(), *clients)
     same_as_local(t)
@@ -223,7 +224,7 @@ def test_a_clients_folder_is_held_while_it_works(trial: Callable[..., Trial]) ->
         ("join localhost --client client-0 --insecure", "host:port"),
         ("join localhost:1 --client client-99 --insecure", "none of the"),
         ("join localhost:1 --client client-0 --insecure --keepalive nan", "keepalive = nan"),
-        ("certs there --clients 0", "1 or greater"),
+        ("certs there --clients -1", "0 or greater"),
     ],
 )
 def test_wrong_words(words: str, said: str, tmp_path: Path) -> None:

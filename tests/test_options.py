@@ -150,3 +150,11 @@ def test_a_run_begins_once() -> None:
     next(iter(run))
     with pytest.raises(UsageError, match="has begun already"):
         run.run()
+
+
+@pytest.mark.parametrize("codec", ["float16", "int8", "float16+zstd"])
+def test_codecs_where_nobody_gets_rows_of_their_own(codec: str) -> None:
+    """All clients are active: what goes down is the common gradient alone."""
+    run = Run(data="digits", model="cnn", clients=2, samples_per_client=16, rounds=1, phi=1.0, down_codec=codec)
+    plain = Run(data="digits", model="cnn", clients=2, samples_per_client=16, rounds=1, phi=1.0)
+    assert 0 < next(iter(run)).bytes_down < next(iter(plain)).bytes_down

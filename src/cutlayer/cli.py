@@ -368,6 +368,7 @@ def serve(
     _check_keepalive(keepalive)
     show_log(log)
     security = ServerSecurity(certificate, key, ca, tokens)
+    security.open(listen)  # says what is wrong before a folder is made
     serving = Serving(listen, security, _fault_config(faults, config), metrics, keepalive)
     where = out or Path("runs") / f"serve-{merged.algorithm}-{Path(merged.data).stem}"
     service = Service(merged, serving, where)
@@ -460,31 +461,53 @@ def join(
 def certs(
     folder: Annotated[Path, _Flag],
     *,
-    clients: Annotated[int, _Flag] = 3,
+    clients: Annotated[int | None, _Flag] = None,
     host: Annotated[tuple[str, ...], Parameter(group=_Network, negative=(), consume_multiple=True)] = (),
     days: Annotated[int, _Flag] = 365,
+    request: Annotated[str | None, _Flag] = None,
+    sign: _File = None,
 ) -> None:
-    """Make an authority, a server's and clients' certificates for a trial.
+    """Make an authority, a server's and clients' certificates; or a key with a request, and its certificate from that.
 
     Parameters
     ----------
     folder
         Where to: ca.crt, server.crt, client-0.crt..., each with its .key.
     clients
-        Certificates for so many clients.
+        Certificates with keys for so many clients; 0 where they make their own keys. Default: 3.
     host
         Names and addresses under which the server is reached. Default: this machine only.
     days
         How long they are good.
+    request
+        The name of a client, or server: makes NAME.key and NAME.csr in the folder, nothing else. The key stays there;
+        the .csr goes to the authority.
+    sign
+        A NAME.csr that has come: makes NAME.crt, by the authority in the folder. Compare the fingerprints first.
     """
-    from cutlayer.engine.remote.certs import make_ca, make_certificate
+    from cutlayer.engine.remote.certs import SERVER, key_fingerprint, make_ca, make_certificate, make_request
+    from cutlayer.engine.remote.certs import sign_request as signed
 
-    if clients < 1 or days < 1:
-        raise ConfigError(f"clients = {clients} and days = {days}: both must be 1 or greater")
-    pairs = [make_ca(folder), make_certificate(folder, "server", "server", hosts=host, days=days)]
-    pairs += [make_certificate(folder, f"client-{k}", days=days) for k in range(clients)]
-    for pair in pairs:
-        out.print(f"{pair.certificate} {pair.key}", highlight=False, soft_wrap=True)
+    if request is not None and sign is not None:
+        raise ConfigError(f"request = {request!r} and sign = {str(sign)!r} are two sides' work: give one")
+    if clients is not None and (request is not None or sign is not None):
+        raise ConfigError(f"clients = {clients} has no effect beside request or sign, which are of one: leave it out")
+    if request is not None and (host or days != 365):
+        raise ConfigError("host and days have no effect on a request: whoever signs it decides, leave them out")
+    count = 3 if clients is None else clients
+    if count < 0 or days < 1:
+        raise ConfigError(f"clients = {count} and days = {days}: clients must be 0 or greater, days 1 or greater")
+    if request is not None:
+        made = make_request(folder, request)
+        lines = [f"{made.certificate} {made.key}", f"key {key_fingerprint(made.certificate)}"]
+    elif sign is not None:
+        lines = [str(signed(folder, sign, hosts=host, days=days)), f"key {key_fingerprint(sign)}"]
+    else:
+        pairs = [make_ca(folder), make_certificate(folder, SERVER, SERVER, hosts=host, days=days)]
+        pairs += [make_certificate(folder, f"client-{k}", days=days) for k in range(count)]
+        lines = [f"{pair.certificate} {pair.key}" for pair in pairs]
+    for line in lines:
+        out.print(line, highlight=False, soft_wrap=True)
 
 
 def _check_network(insecure: bool, **files: Path | None) -> None:

@@ -33,6 +33,8 @@ class Coding:
     def rows(self, codec: Codec, rows: Rows, sizes: Sequence[int]) -> tuple[Rows, np.ndarray]:
         """Concatenated rows, each [R, s...], as they are received; bytes [C] of each client's b_k = `sizes` rows."""
         counts = np.zeros(len(sizes), np.int64)
+        if not sizes:  # of nobody: all clients get the common gradient
+            return rows, counts
         received = []
         for tensor in rows:
             each = math.prod(tensor.shape[1:]) * tensor.element_size()

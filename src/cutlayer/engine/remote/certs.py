@@ -2,27 +2,33 @@
 
 ECDSA on P-256. The authority's key (`ca.key`) stays where the certificates are made; a client needs `ca.crt` and its
 own `NAME.crt` and `NAME.key`. A client's certificate names the client, and that is who it is to the server.
+
+Keys need not travel: whoever uses one makes it with a request (PKCS #10), and the authority signs that.
 """
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
 import os
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes as PublicKey
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from cutlayer.errors import ConfigError
 
-CA = "ca"
+CA: Final = "ca"
+SERVER: Final = "server"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 Kind = Literal["server", "client"]
 _EARLIER = timedelta(minutes=10)  # clocks of other machines may be slow
@@ -46,7 +52,9 @@ def make_ca(folder: Path, *, days: int = 3650) -> Pair:
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"Cutlayer authority {secrets.token_hex(4)}")])
     usage = _usage(key_cert_sign=True, crl_sign=True)
-    builder = _builder(name, name, key, *_validity(days)).add_extension(x509.BasicConstraints(True, 0), critical=True)
+    builder = _builder(name, name, key.public_key(), *_validity(days)).add_extension(
+        x509.BasicConstraints(True, 0), critical=True
+    )
     return _write(folder, CA, builder.add_extension(usage, critical=True).sign(key, hashes.SHA256()), key)
 
 
@@ -59,15 +67,86 @@ def make_certificate(
     Raises ConfigError where the authority is missing, the name is taken or cannot name a file, or nothing can be
     written.
     """
+    key = ec.generate_private_key(ec.SECP256R1())
+    return _write(folder, name, _certified(folder, name, kind, key.public_key(), hosts, days), key)
+
+
+def make_request(folder: Path, name: str) -> Pair:
+    """A new key in `folder` for who is called `name`, NAME.key, with a request for its certificate, NAME.csr.
+
+    The key stays there; the request has no secrets. Raises ConfigError where the name is taken or cannot name a file,
+    or nothing can be written.
+    """
+    _check_name(name)
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    request = x509.CertificateSigningRequestBuilder().subject_name(subject).sign(key, hashes.SHA256())
+    pair = Pair(folder / f"{name}.csr", folder / f"{name}.key")
+    _write_files(folder, {pair.key: (_secret(key), 0o600), pair.certificate: (_pem(request), 0o644)})
+    return pair
+
+
+def sign_request(folder: Path, path: Path, *, hosts: Sequence[str] = (), days: int = 365) -> Path:
+    """NAME.crt by the authority in `folder` for the request NAME.csr at `path`: the server's, reached under `hosts`,
+    where the name is `server`, else a client's. Name and key are all that is taken from the request.
+
+    Raises ConfigError where the request cannot be read, is damaged, asks for another name than its file's or has a weak
+    key, and as `make_certificate` does.
+    """
+    request = _read_request(path)
+    name = next((str(a.value) for a in request.subject.get_attributes_for_oid(NameOID.COMMON_NAME)), "")
+    if name != path.stem:
+        raise ConfigError(
+            f"{str(path)!r} asks for a certificate for {name!r}: rename it to {name + '.csr'!r} if that is who sent it"
+        )
+    key = request.public_key()
+    strong = isinstance(key, ec.EllipticCurvePublicKey) or (isinstance(key, rsa.RSAPublicKey) and key.key_size >= 2048)
+    if not strong:
+        raise ConfigError(f"the key of {str(path)!r} is weak or of an unknown kind: make one on the curve P-256")
+    kind: Kind = "server" if name == SERVER else "client"
+    certificate = _certified(folder, name, kind, key, hosts, days)
+    made = _paths(folder, name).certificate
+    _write_files(folder, {made: (_pem(certificate), 0o644)})
+    return made
+
+
+def key_fingerprint(path: Path) -> str:
+    """SHA-256 of the public key in a request, which both sides compare. Raises ConfigError."""
+    key = _read_request(path).public_key()
+    der = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+    return hashlib.sha256(der).hexdigest()
+
+
+def _read_request(path: Path) -> x509.CertificateSigningRequest:
+    """Whose signature is right: it was made by who holds the key. Raises ConfigError."""
+    try:
+        request = x509.load_pem_x509_csr(path.read_bytes())
+        sound = request.is_signature_valid
+    except OSError as error:
+        raise ConfigError(f"cannot read {str(path)!r}: {error.strerror}; name a .csr of `cutlayer certs`") from None
+    except (ValueError, UnsupportedAlgorithm):
+        raise ConfigError(f"{str(path)!r} holds no request in PEM: name a .csr of `cutlayer certs`") from None
+    if not sound:
+        raise ConfigError(f"{str(path)!r} is damaged (its signature is wrong): have it sent again")
+    return request
+
+
+def _check_name(name: str) -> None:
     if not _NAME.fullmatch(name) or name == CA:
         raise ConfigError(
             f"{name!r} cannot name a certificate: give up to 64 letters, digits, points, hyphens and underscores, "
             f"beginning with a letter or digit, other than {CA!r}"
         )
+
+
+def _certified(
+    folder: Path, name: str, kind: Kind, key: PublicKey, hosts: Sequence[str], days: int
+) -> x509.Certificate:
+    """What the authority in `folder` says of who is called `name` and holds `key`. Raises ConfigError."""
+    _check_name(name)
     if hosts and kind == "client":
         raise ConfigError(f"hosts have no effect on {name!r}, which is a client: nobody connects to it")
     issuer, issuer_key = _authority(folder)
-    key = ec.generate_private_key(ec.SECP256R1())
     begin, end = _validity(days)
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     reached = [_host(host) for host in hosts or LOOPBACK] if kind == "server" else [x509.DNSName(name)]
@@ -80,21 +159,21 @@ def make_certificate(
         .add_extension(x509.SubjectAlternativeName(reached), critical=False)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(own), critical=False)
     )
-    return _write(folder, name, builder.sign(issuer_key, hashes.SHA256()), key)
+    return builder.sign(issuer_key, hashes.SHA256())
 
 
 def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, begin: datetime, end: datetime
+    subject: x509.Name, issuer: x509.Name, key: PublicKey, begin: datetime, end: datetime
 ) -> x509.CertificateBuilder:
     return (
         x509.CertificateBuilder()
         .subject_name(subject)
         .issuer_name(issuer)
-        .public_key(key.public_key())
+        .public_key(key)
         .serial_number(x509.random_serial_number())
         .not_valid_before(min(begin, end - _EARLIER))
         .not_valid_after(end)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
     )
 
 
@@ -151,23 +230,35 @@ def _paths(folder: Path, name: str) -> Pair:
 
 def _write(folder: Path, name: str, certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> Pair:
     pair = _paths(folder, name)
-    secret = key.private_bytes(
+    _write_files(folder, {pair.key: (_secret(key), 0o600), pair.certificate: (_pem(certificate), 0o644)})
+    return pair
+
+
+def _secret(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
+
+
+def _pem(made: x509.Certificate | x509.CertificateSigningRequest) -> bytes:
+    return made.public_bytes(serialization.Encoding.PEM)
+
+
+def _write_files(folder: Path, files: Mapping[Path, tuple[bytes, int]]) -> None:
+    """Contents and modes, where nothing of that name is. Raises ConfigError."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        taken = next((path for path in pair if path.exists()), None)
+        taken = next((path for path in files if path.exists()), None)
         if taken is not None:
             raise FileExistsError(0, "", str(taken))
-        _write_new(pair.key, secret, 0o600)
-        _write_new(pair.certificate, certificate.public_bytes(serialization.Encoding.PEM), 0o644)
+        for path, (content, mode) in files.items():
+            _write_new(path, content, mode)
     except FileExistsError as error:
         raise ConfigError(
             f"{str(error.filename2 or error.filename)!r} exists: keep it, or remove it first if nothing needs it"
         ) from None
     except OSError as error:
         raise ConfigError(f"cannot write to {str(folder)!r}: {error.strerror}; choose another folder") from None
-    return pair
 
 
 def _write_new(path: Path, content: bytes, mode: int) -> None:

@@ -25,7 +25,7 @@ from cutlayer.run import Run
 from cutlayer.wire import messages as m
 
 log = logging.getLogger("cutlayer.server")
-GRACE = 5.0  # seconds that clients have to hear of the end
+GRACE = 5.0  # seconds that clients have to hear of the end (the unit files of deploy/ wait longer)
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,10 @@ class Service:
         before = signal.signal(signal.SIGTERM, _interrupt)
         try:
             yield self.run
-            self._cohort.finish()
-            self._tell("done", self._traffic())
-            self.hub.stop("the run is done", GRACE)
+            if self._listening:  # else the run was done before
+                self._cohort.finish()
+                self._tell("done", self._traffic())
+                self.hub.stop("the run is done", GRACE)
         except BaseException as error:
             if self._listening:
                 self._tell("stopped", {"why": str(error) or "interrupted", **self._traffic()})
@@ -103,8 +104,8 @@ class Service:
         """Listen, once; then wait until enough clients are connected."""
         clients, faults = self.config.clients, self.serving.faults
         if not self._listening:
-            self._listening = True
             port = self.hub.start()
+            self._listening = True
             policy = faults.model_dump(include=set(FaultConfig.model_fields))
             self._tell("listening", {"port": port, "clients": clients, **policy})
             if self._on_listening is not None:
