@@ -29,7 +29,9 @@ from cutlayer.errors import WireError
 from cutlayer.models import Crossing
 
 ROWS = 5
-CODECS = [Codec.parse(n) for n in ("raw", "bfloat16", "float16", "int8", "float8", "top-k:0.3", "raw+zstd", "int8+zstd")]
+CODECS = [
+    Codec.parse(n) for n in ("raw", "bfloat16", "float16", "int8", "float8", "top-k:0.3", "raw+zstd", "int8+zstd")
+]
 LIKE = [Crossing((3, 4), torch.float32), Crossing((), torch.bool)]
 STATE = {"0.weight": torch.ones(3, 2), "0.bias": torch.zeros(3), "n": torch.tensor(4)}
 TERMS = m.Terms(run="r", algorithm="psl", part="p", crossing=[], returning=[], step=m.StepTerms(batch=4))

@@ -121,7 +121,7 @@ def test_bytes_on_the_cables(federation: Callable[..., Federation], capsys: pyte
         assert ledger < messages < 1.01 * ledger
         assert messages < carried < 1.1 * ledger
     with capsys.disabled():
-        print("", *lines, sep="\n")
+        print("", *lines, sep="\n")  # noqa: T201
 
 
 @pytest.mark.skipif(long_cables() is not None, reason=str(long_cables()))

@@ -31,7 +31,6 @@ from cutlayer.wire import RAW, Codec, Frame, decode, decode_named, described, en
 from cutlayer.wire import messages as m
 from cutlayer.wire.tensors import Buffer
 
-
 T = TypeVar("T")
 
 
@@ -324,9 +323,10 @@ class RemoteCohort:
         """
         while not (found := attempt()):
             if not self._come_back(clients):
+                gone = ", ".join(map(str, clients))
                 raise TrainingError(
-                    f"clients {', '.join(map(str, clients))} are gone, and no others can do their part: the run goes on "
-                    "from its checkpoint when they are back"
+                    f"clients {gone} are gone, and no others can do their part: the run goes on from its checkpoint "
+                    "when they are back"
                 )
         return found
 
