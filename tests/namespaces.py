@@ -105,36 +105,17 @@ class Network:
         self._namespace(host)
         at_host, at_switch = "eth0", f"to-{host}"
         if delay or loss:
-            words = [
-                *self.inside(SWITCH),
-                sys.executable,
-                __file__,
-                at_host,
-                at_switch,
-                str(delay),
-                str(loss),
-                str(seed),
-            ]
-            cable = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-            self._cables[host] = cable
-            assert cable.stdout is not None
-            assert cable.stdout.readline() == "ready\n"
+            cable = [sys.executable, __file__, at_host, at_switch, str(delay), str(loss), str(seed)]
+            process = subprocess.Popen(
+                [*self.inside(SWITCH), *cable], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
+            self._cables[host] = process
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
             _run("ip", "-n", self.space(SWITCH), "link", "set", at_host, "netns", self.space(host))
         else:
-            words = [
-                "link",
-                "add",
-                "name",
-                at_switch,
-                "type",
-                "veth",
-                "peer",
-                "name",
-                at_host,
-                "netns",
-                self.space(host),
-            ]
-            _run("ip", "-n", self.space(SWITCH), *words)
+            peer = ("peer", "name", at_host, "netns", self.space(host))
+            _run("ip", "-n", self.space(SWITCH), "link", "add", "name", at_switch, "type", "veth", *peer)
             for space, device in ((SWITCH, at_switch), (host, at_host)):  # else what is counted are 64 kB at a time
                 _run("ip", "-n", self.space(space), "link", "set", device, "gso_max_segs", "1")
         _run("ip", "-n", self.space(SWITCH), "link", "set", at_switch, "master", "bridge0")

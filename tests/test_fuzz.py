@@ -15,15 +15,10 @@ import pytest
 @pytest.mark.timeout(300)
 def test_guided_fuzzing(tmp_path: Path) -> None:
     pytest.importorskip("atheris", reason="needs atheris: pip install cutlayer[fuzz]")
-    bounds = [
-        "-max_total_time=90",
-        "-rss_limit_mb=2048",
-        "-timeout=10",
-        "-max_len=4096",
-        f"-artifact_prefix={tmp_path}/",
-    ]
+    bounds = ["-max_total_time=90", "-rss_limit_mb=2048", "-timeout=10", "-max_len=4096"]
     done = subprocess.run(
         [sys.executable, str(Path(__file__).parent / "fuzz_wire.py"), str(tmp_path / "corpus"), *bounds],
+        cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=280, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-5000:]

@@ -368,9 +368,10 @@ class RemoteCohort:
         """
         while not (found := attempt()):
             if not self._come_back(clients):
+                gone = ", ".join(map(str, clients))
                 raise TrainingError(
-                    f"clients {', '.join(map(str, clients))} are gone, and no others can do their part: the run goes "
-                    "on from its checkpoint when they are back"
+                    f"clients {gone} are gone, and no others can do their part: the run goes on from its checkpoint "
+                    "when they are back"
                 )
         return found
 
