@@ -28,7 +28,7 @@ from cutlayer.wire import messages as m
 from cutlayer.wire.conversation import ClientSide
 from cutlayer.wire.frames import Frame, split
 from cutlayer.wire.limits import Limits
-from cutlayer.wire.tensors import Buffer
+from cutlayer.wire.tensors import Buffer, size_of
 
 log = logging.getLogger(__name__)
 
@@ -213,7 +213,7 @@ class _Dialler:
         try:
             answer = self.worker.handle(frame)
             if answer is not None:
-                stream.send(*answer)
+                stream.answer(*answer)
         except Exception as error:
             stream.send(m.failed(getattr(frame.message, "step", 0), error))
             watch.allow(_LEAVING)
@@ -242,6 +242,7 @@ class _Stream:
         self.side = ClientSide(limits)
         self.worked = self.welcome = False
         self._came: deque[memoryview] = deque()  # frames that came together
+        self._said: list[Buffer] = []  # answers to those of them that are done
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         method = channel.stream_stream(f"/{network.SERVICE}/{network.METHOD}")
         metadata = ((network.HELLO, network.check_hello(self.side.send(hello))), (network.INSTANCE, instance))
@@ -266,9 +267,23 @@ class _Stream:
         self.welcome = True
         return frame
 
+    def answer(self, message: Any, body: Sequence[Buffer] = ()) -> None:
+        """Say this, together with what else answers requests that came together: a message of its own is dear."""
+        parts = self.side.parts(message, body)
+        if self._said and size_of(self._said) + size_of(parts) > self.side.limits.message_bytes:
+            self._flush()
+        self._said += parts if not self._came else [b"".join(parts)]  # tensors change with the next request
+        if not self._came:
+            self._flush()
+
     def send(self, message: Any, body: Sequence[Buffer] = ()) -> None:
-        """Hand a frame to gRPC's thread."""
-        self._outbox.put(self.side.send(message, body))
+        """Hand a frame to gRPC's thread, and what waits."""
+        self._said += self.side.parts(message, body)
+        self._flush()
+
+    def _flush(self) -> None:
+        self._outbox.put(b"".join(self._said))
+        self._said = []
 
     def leave(self) -> None:
         """Say no more, and wait until the server ends the call, too: what was said before has arrived then."""

@@ -35,7 +35,7 @@ from cutlayer.engine.remote.security import Gate, ServerSecurity, StrangerError,
 from cutlayer.errors import ConfigError, NetworkError, WireError
 from cutlayer.wire import messages as m
 from cutlayer.wire.conversation import ANSWERS, ServerSide
-from cutlayer.wire.frames import Frame
+from cutlayer.wire.frames import Frame, split
 from cutlayer.wire.limits import Limits
 from cutlayer.wire.tensors import Buffer, size_of
 
@@ -476,22 +476,27 @@ class Hub:
             data = await link.context.read()
             if data is grpc.aio.EOF:
                 return Lost("gone", f"client {link.index} is gone: its connection has ended")
-            if link.side.state == "closed":
-                continue  # Bye has been said, and crossed an answer
-            frame = link.side.receive(data)
-            traffic = link.traffic
-            traffic.received += len(data)
-            traffic.payload_received += len(frame.body)
-            traffic.messages_received += 1
-            if isinstance(frame.message, m.Failed):
-                log.warning("client %d has failed: %s: %s", link.index, frame.message.kind, frame.message.sentence)
-                return Lost("failed", f"client {link.index}: {frame.message.sentence}", frame.message.kind)
-            exchange, slot, since = link.due.popleft()
-            traffic.latency = self._loop.time() - since
-            if exchange.over:
-                log.info("client %d: an answer came too late", link.index)
-            else:
-                exchange.answered(link.index, slot, frame)
+            link.traffic.received += len(data)
+            for part in split(data):
+                if link.side.state == "closed":
+                    break  # Bye has been said, and crossed an answer
+                frame = link.side.receive(part)
+                if isinstance(frame.message, m.Failed):
+                    log.warning("client %d has failed: %s: %s", link.index, frame.message.kind, frame.message.sentence)
+                    return Lost("failed", f"client {link.index}: {frame.message.sentence}", frame.message.kind)
+                self._take(link, frame)
+
+    def _take(self, link: _Link, frame: Frame) -> None:
+        """An answer has come."""
+        traffic = link.traffic
+        traffic.payload_received += len(frame.body)
+        traffic.messages_received += 1
+        exchange, slot, since = link.due.popleft()
+        traffic.latency = self._loop.time() - since
+        if exchange.over:
+            log.info("client %d: an answer came too late", link.index)
+        else:
+            exchange.answered(link.index, slot, frame)
 
     async def _handshake(self, context: Any) -> _Link | None:
         """Let a client in, or not. Nothing that it sends is read before."""
