@@ -86,9 +86,7 @@ def unpack(data: Buffer, direction: Direction, limits: Limits | None = None) -> 
         raise WireError(f"a message with a header of {header_size} bytes: {limits.header_bytes} are taken here")
     start = padded(PREFIX + header_size)
     if size != start + body_size:
-        raise WireError(
-            f"a message of {size} bytes says that it has {start + body_size}: it was cut off or run on"
-        )
+        raise WireError(f"a message of {size} bytes says that it has {start + body_size}: it was cut off or run on")
     (checksum,) = _CHECKSUM.unpack_from(view, _PLACE.size)
     if checksum != _checksum(view[: _PLACE.size], [view[PREFIX:]]):
         raise WireError("a message does not have the checksum that it says: it was damaged on its way")
