@@ -15,7 +15,6 @@ import os
 import platform
 import statistics
 import tempfile
-import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +34,7 @@ from cutlayer.allocator import keep_memory
 from cutlayer.engine.remote import network
 from cutlayer.engine.remote.build import client_name, client_number, remote_training, worker_of
 from cutlayer.engine.remote.certs import make_ca, make_certificate
-from cutlayer.engine.remote.dial import dial
+from cutlayer.engine.remote.dial import Dialler, dial, dial_all
 from cutlayer.engine.remote.exchange import Lost
 from cutlayer.engine.remote.hub import Hub
 from cutlayer.engine.remote.security import ClientSecurity, ServerSecurity
@@ -189,11 +188,7 @@ def hub_client(pki: Path, client: int, port: int, size: int) -> None:
 
 def hub_clients(pki: Path, clients: Sequence[int], port: int, size: int) -> None:
     """Several in one process."""
-    threads = [threading.Thread(target=hub_client, args=(pki, k, port, size)) for k in clients]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    dial_all([Dialler(f"localhost:{port}", shown(pki, k), Idle(k, size)) for k in clients])
 
 
 def shown(pki: Path, client: int) -> ClientSecurity:
@@ -374,7 +369,7 @@ def training_config(clients: int) -> RunConfig:
             "cut": "block1",
             "test": 1000,
             "validation": 0,
-        }  # fmt: skip
+        }
     )
 
 
@@ -407,14 +402,7 @@ def training_clients(pki: Path, clients: Sequence[int], port: int, _: int) -> No
     torch.set_num_threads(1)
     config = training_config(TRAINING_CLIENTS)
     workers = [worker_of(config, k, name=client_name(k), model=lenet) for k in clients]
-    threads = [
-        threading.Thread(target=dial, args=(f"localhost:{port}", shown(pki, k), worker))
-        for k, worker in zip(clients, workers, strict=True)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    dial_all([Dialler(f"localhost:{port}", shown(pki, k), worker) for k, worker in zip(clients, workers, strict=True)])
 
 
 def training(pki: Path, processes: int) -> dict[str, Any]:

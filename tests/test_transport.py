@@ -960,7 +960,7 @@ def test_frames_in_one_message() -> None:
 
 def test_what_waits_for_a_client_is_what_it_was() -> None:
     """Buffers may change after an exchange, also those of messages that could not be sent yet."""
-    size = 4 << 20
+    size = 32 << 20  # more than gRPC's windows ever take
     with serving() as (hub, port), Raw(port, 0) as raw:
         hub.wait_for(1, SOON)
         buffers = [bytearray(b"a" * size) for _ in range(3)]

@@ -279,7 +279,7 @@ class Hub:
 
     async def _serve(self, started: Future[int]) -> None:
         self._loop = asyncio.get_running_loop()
-        self._loop.set_exception_handler(_on_loop_error)
+        self._loop.set_exception_handler(network.on_loop_error)
         self._stopping = self._loop.create_future()
         server = grpc.aio.server(
             options=network.server_options(self.limits, self.keepalive), maximum_concurrent_rpcs=_STREAMS
@@ -681,9 +681,3 @@ def _health(hub: Hub) -> Any:
         check, health_pb2.HealthCheckRequest.FromString, health_pb2.HealthCheckResponse.SerializeToString
     )
     return grpc.method_handlers_generic_handler("grpc.health.v1.Health", {"Check": handler})
-
-
-def _on_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    # gRPC wakes all loops of a process for each event; those that come second find nothing to read.
-    if not isinstance(context.get("exception"), BlockingIOError):
-        loop.default_exception_handler(context)
