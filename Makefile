@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # Tests run in two processes: one thread each.
 test test-slow golden: export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow check reproduce bench golden clean
+.PHONY: demo test test-slow check reproduce bench bench-remote golden clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Cutlayer needs Python 3.11 or newer: make PYTHON=..."; exit 2; }
@@ -35,6 +35,9 @@ reproduce: $(STAMP)   ## the paper's tables at the smallest size, on Fashion-MNI
 
 bench: $(STAMP)   ## how fast the engines are; writes docs/benchmarks.md
 	$(BIN)/python benchmarks/engines.py --write docs/benchmarks.md
+
+bench-remote: $(STAMP)   ## the remote engine against bare gRPC; writes docs/benchmarks.md
+	$(BIN)/python benchmarks/remote.py --write docs/benchmarks.md
 
 golden: $(STAMP)   ## write the golden losses anew after a deliberate change
 	$(BIN)/python -m pytest tests/test_golden.py --rewrite-golden

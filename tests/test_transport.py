@@ -889,14 +889,15 @@ def test_sixty_four_clients() -> None:
         assert {group.end() for _ in range(64)} == {"enough"}
 
 
-def test_three_hundred_clients_and_few_threads() -> None:
+@pytest.mark.parametrize("count", [300, pytest.param(1000, marks=pytest.mark.slow)])
+def test_many_clients_and_few_threads(count: int) -> None:
     """More clients than there are threads to decode with, all over a few connections, answered one after another."""
-    count = 300
     with serving() as (hub, port):
         channels = [
-            grpc.insecure_channel(f"localhost:{port}", [("grpc.use_local_subchannel_pool", 1)]) for _ in range(20)
+            grpc.insecure_channel(f"localhost:{port}", [("grpc.use_local_subchannel_pool", 1)])
+            for _ in range(count // 15)  # a connection takes 16 streams
         ]
-        streams = [Raw(port, k, channel=channels[k % 20]) for k in range(count)]
+        streams = [Raw(port, k, channel=channels[k % len(channels)]) for k in range(count)]
         assert len(hub.wait_for(count, SOON)) == count
         server_threads = [t for t in threading.enumerate() if t.name.startswith("cutlayer")]
         assert len(server_threads) <= 5
@@ -978,7 +979,7 @@ def test_frames_in_one_message() -> None:
 
 def test_what_waits_for_a_client_is_what_it_was() -> None:
     """Buffers may change after an exchange, also those of messages that could not be sent yet."""
-    size = 4 << 20
+    size = 32 << 20  # more than gRPC's windows ever take
     with serving() as (hub, port), Raw(port, 0) as raw:
         hub.wait_for(1, SOON)
         buffers = [bytearray(b"a" * size) for _ in range(3)]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import secrets
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 from cutlayer.errors import WireError
 from cutlayer.wire import messages as m
@@ -33,6 +33,9 @@ ANSWERS: dict[type[m.Message], tuple[type[m.Message], ...]] = {
     m.Save: (m.Saved,),
 }
 """What each request may be answered with. Other messages of the server have no answer."""
+
+
+_REQUESTS = frozenset(get_args(m.FromServer))
 
 
 class _Side:
@@ -82,9 +85,10 @@ class _Side:
             raise WireError(f"{_name(message)} cannot be sent after the end of the conversation")
         self._say(message)
         data = parts(message, body, self._sent, self.conversation)
-        if size_of(data) > self.limits.message_bytes:
+        size = size_of(data)
+        if size > self.limits.message_bytes:
             raise WireError(
-                f"{_name(message)} would have {size_of(data)} bytes: {self.limits.message_bytes} are taken; raise the "
+                f"{_name(message)} would have {size} bytes: {self.limits.message_bytes} are taken; raise the "
                 "limit, or send smaller batches"
             )
         self._sent += 1
@@ -185,7 +189,7 @@ class ServerSide(_Side):
             else:
                 self.state, self._step = "open", message.step
                 self.conversation = secrets.randbits(63) + 1
-        elif self.state != "open" or not isinstance(message, m.FromServer):
+        elif self.state != "open" or type(message) not in _REQUESTS:
             raise self._wrong_time(message)
         else:
             self._ask(message)
@@ -225,10 +229,18 @@ class ClientSide(_Side):
                 raise self._wrong_time(message)
             self.state = "greeted"
         else:
-            possible: Any = {"open": m.FromClient, "greeted": m.Failed}.get(self.state)
-            if possible is None or not isinstance(message, possible):
+            if type(message) not in _SAID[self.state]:
                 raise self._wrong_time(message)
             self._answer(message)
+
+
+_SAID: dict[str, tuple[type[m.Message], ...]] = {
+    "new": (),
+    "greeted": (m.Failed,),
+    "open": get_args(m.FromClient),
+    "closed": (),
+}
+"""What a client may say, by the state of its side; Hello apart."""
 
 
 def _name(message: Any) -> str:

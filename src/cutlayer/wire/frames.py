@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import msgspec
 import xxhash
@@ -26,6 +26,7 @@ MAGIC = b"CUT%d" % PROTOCOL
 _PLACE = struct.Struct("<4sIQQQ")  # all of the prefix but the checksum
 _CHECKSUM = struct.Struct("<Q")
 PREFIX = _PLACE.size + _CHECKSUM.size
+_SENT_BY_CLIENTS = frozenset(get_args(FromClient))
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODERS: dict[Direction, msgspec.msgpack.Decoder[Any]] = {
     "to server": msgspec.msgpack.Decoder(FromClient),
@@ -56,10 +57,10 @@ def parts(message: Message, body: Sequence[Buffer] = (), number: int = 0, conver
         header = _ENCODER.encode(message)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise WireError(f"{type(message).__name__} cannot be sent: {error}") from None
-    _message(header, "to server" if isinstance(message, FromClient) else "to client")
+    _message(header, "to server" if type(message) in _SENT_BY_CLIENTS else "to client")
     place = _PLACE.pack(MAGIC, len(header), size_of(body), conversation, number)
-    rest = [header, bytes(padded(PREFIX + len(header)) - PREFIX - len(header)), *body]
-    return [place, _CHECKSUM.pack(_checksum(place, rest)), *rest]
+    rest = [header.ljust(padded(PREFIX + len(header)) - PREFIX, b"\0"), *body]
+    return [place + _CHECKSUM.pack(_checksum(place, rest)), *rest]
 
 
 def unpack(data: Buffer, direction: Direction, limits: Limits | None = None) -> Frame:
@@ -70,24 +71,23 @@ def unpack(data: Buffer, direction: Direction, limits: Limits | None = None) -> 
     """
     limits = limits or Limits()
     view = memoryview(data).cast("B")
-    if len(view) > limits.message_bytes:
+    size = len(view)
+    if size > limits.message_bytes:
         raise WireError(
-            f"a message of {len(view)} bytes: {limits.message_bytes} are taken here; raise the limit, or send smaller "
+            f"a message of {size} bytes: {limits.message_bytes} are taken here; raise the limit, or send smaller "
             "batches"
         )
-    if len(view) < PREFIX:
-        raise WireError(f"{len(view)} bytes are no message, which has {PREFIX} at least: it was cut off")
-    magic, header_size, body_size, conversation, number = _PLACE.unpack(view[: _PLACE.size])
+    if size < PREFIX:
+        raise WireError(f"{size} bytes are no message, which has {PREFIX} at least: it was cut off")
+    magic, header_size, body_size, conversation, number = _PLACE.unpack_from(view)
     if magic != MAGIC:
         raise WireError(_not_ours(magic))
     if header_size > limits.header_bytes:
         raise WireError(f"a message with a header of {header_size} bytes: {limits.header_bytes} are taken here")
     start = padded(PREFIX + header_size)
-    if len(view) != start + body_size:
-        raise WireError(
-            f"a message of {len(view)} bytes says that it has {start + body_size}: it was cut off or run on"
-        )
-    (checksum,) = _CHECKSUM.unpack(view[_PLACE.size : PREFIX])
+    if size != start + body_size:
+        raise WireError(f"a message of {size} bytes says that it has {start + body_size}: it was cut off or run on")
+    (checksum,) = _CHECKSUM.unpack_from(view, _PLACE.size)
     if checksum != _checksum(view[: _PLACE.size], [view[PREFIX:]]):
         raise WireError("a message does not have the checksum that it says: it was damaged on its way")
     message = _message(view[PREFIX : PREFIX + header_size], direction)
@@ -98,7 +98,7 @@ def split(data: Buffer) -> Iterator[memoryview]:
     """The frames in `data`, one after another; what is no whole frame comes last: `unpack` says what is wrong."""
     view = memoryview(data).cast("B")
     while len(view) >= PREFIX:
-        magic, header_size, body_size, _, _ = _PLACE.unpack(view[: _PLACE.size])
+        magic, header_size, body_size, _, _ = _PLACE.unpack_from(view)
         size = padded(PREFIX + header_size) + body_size
         if magic != MAGIC or size >= len(view):
             break

@@ -125,7 +125,7 @@ def padded(size: int) -> int:
 
 def size_of(buffers: Sequence[Buffer]) -> int:
     """Bytes of all buffers together."""
-    return sum(memoryview(b).nbytes for b in buffers)
+    return sum([b.nbytes if isinstance(b, memoryview) else len(b) for b in buffers])
 
 
 def _encode(tensors: Sequence[tuple[str | None, Tensor]], codec: Codecs) -> list[Buffer]:

@@ -1,24 +1,26 @@
 """A client's end: it dials out, answers what it is asked, and dials again when the network or the server goes away.
 
-Everything runs on the thread that calls `dial`, compute included; gRPC's own threads answer pings meanwhile.
+Everything runs on the thread that calls `dial`, compute included; gRPC's own threads answer pings meanwhile. Several
+clients of one process share a thread (`dial_all`) and are served in turn: who waits costs nothing, so that a thousand
+can wait. For more than one at a time, start several processes.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
-import queue
 import random
 import secrets
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import grpc
+import grpc.aio
 import msgspec
 
 from cutlayer.engine.remote import network
@@ -28,7 +30,7 @@ from cutlayer.wire import messages as m
 from cutlayer.wire.conversation import ClientSide
 from cutlayer.wire.frames import Frame, split
 from cutlayer.wire.limits import Limits
-from cutlayer.wire.tensors import Buffer
+from cutlayer.wire.tensors import Buffer, size_of
 
 log = logging.getLogger(__name__)
 
@@ -87,28 +89,28 @@ def dial(
     Raises ConfigError where files are wrong; RefusedError where one side does not take the other; WireError where one
     side says what it must not; and what `worker` raises, after telling the server.
     """
-    backoff, stop = backoff or Backoff(), stop or threading.Event()
-    dialler = _Dialler(address, security, worker, limits or Limits(), keepalive)
-    failures, last_well = 0, time.monotonic()
-    with _Watch(stop) as watch:
-        while not stop.is_set():
-            try:
-                return dialler.work(watch)
-            except _AwayError as away:
-                if stop.is_set():
-                    break
-                if away.worked:
-                    failures, last_well = 0, time.monotonic()
-                failures += 1
-                delay = backoff.delay(failures)
-                if give_up_after is not None and time.monotonic() + delay - last_well > give_up_after:
-                    raise NetworkError(
-                        f"the server at {address} cannot be reached ({away}): is it running, and can it be reached "
-                        "from here?"
-                    ) from None
-                log.warning("%s: %s; dialling again in %.1f s", address, away, delay)
-                stop.wait(delay)
-    return STOPPED
+    dialler = Dialler(address, security, worker, limits, backoff, give_up_after, keepalive)
+    return dial_all([dialler], stop)[0]
+
+
+def dial_all(diallers: Sequence[Dialler], stop: threading.Event | None = None) -> list[str]:
+    """Work as several clients, on this one thread, as `dial` does; their reasons. The first error ends them all."""
+    return asyncio.run(_dial_all(diallers, stop or threading.Event()))
+
+
+async def _dial_all(diallers: Sequence[Dialler], stop: threading.Event) -> list[str]:
+    asyncio.get_running_loop().set_exception_handler(network.on_loop_error)
+    tasks = [asyncio.create_task(dialler.run()) for dialler in diallers]
+    pending: set[asyncio.Task[str]] = set(tasks)
+    while pending:
+        done, pending = await asyncio.wait(pending, timeout=_TICK, return_when=asyncio.FIRST_EXCEPTION)
+        if stop.is_set() or any(task.exception() for task in done):
+            for dialler in diallers:
+                dialler.stop()
+    errors = [error for task in tasks if (error := task.exception())]
+    if errors:
+        raise errors[0]
+    return [task.result() for task in tasks]
 
 
 class _AwayError(Exception):
@@ -119,106 +121,111 @@ class _AwayError(Exception):
         self.worked = worked
 
 
-class _Watch:
-    """Cancels the current call when `stop` is set, or when its time is up: a thread that waits for gRPC cannot look."""
-
-    def __init__(self, stop: threading.Event) -> None:
-        self._stop = stop
-        self._call: Any = None
-        self._until: float | None = None
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="cutlayer-watch", daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._closed.set()
-        self._thread.join()
-
-    @contextmanager
-    def over(self, call: Any) -> Iterator[None]:
-        """Watch `call`."""
-        self._call = call
-        try:
-            yield
-        finally:
-            self._call = self._until = None
-            call.cancel()
-
-    def allow(self, seconds: float | None) -> None:
-        """So long from now; None: as long as it takes."""
-        self._until = None if seconds is None else time.monotonic() + seconds
-
-    def _run(self) -> None:
-        while not self._closed.wait(_TICK):
-            call, until = self._call, self._until
-            if call is not None and (self._stop.is_set() or (until is not None and time.monotonic() > until)):
-                call.cancel()
-
-
-class _Dialler:
-    """Dials one server for one worker, again and again."""
+class Dialler:
+    """Dials one server for one worker, again and again; the options are those of `dial`."""
 
     def __init__(
-        self, address: str, security: ClientSecurity, worker: Worker, limits: Limits, keepalive: float
+        self,
+        address: str,
+        security: ClientSecurity,
+        worker: Worker,
+        limits: Limits | None = None,
+        backoff: Backoff | None = None,
+        give_up_after: float | None = None,
+        keepalive: float = network.KEEPALIVE,
     ) -> None:
-        self.address, self.security, self.worker, self.limits = address, security, worker, limits
+        self.address, self.security, self.worker, self.limits = address, security, worker, limits or Limits()
+        self._backoff, self._give_up_after = backoff or Backoff(), give_up_after
         self._credentials = security.credentials(address)
         local = is_loopback(split_address(address)[0])
-        self._options = network.client_options(limits, keepalive, security.server_name, local=local)
+        self._options = network.client_options(self.limits, keepalive, security.server_name, local=local)
         self._patience = _GREETING + network.patience(keepalive)
         self._instance = secrets.token_hex(8)
+        self._stopped = asyncio.Event()
+        self._call: Any = None
 
-    def work(self, watch: _Watch) -> str:
+    def stop(self) -> None:
+        """End soon; on the loop's thread."""
+        self._stopped.set()
+        if self._call is not None:
+            self._call.cancel()
+
+    async def run(self) -> str:
+        """Work, and dial again, until Bye; its reason, or STOPPED."""
+        failures, last_well = 0, time.monotonic()
+        while not self._stopped.is_set():
+            try:
+                return await self._work()
+            except _AwayError as away:
+                if self._stopped.is_set():
+                    break
+                if away.worked:
+                    failures, last_well = 0, time.monotonic()
+                failures += 1
+                delay = self._backoff.delay(failures)
+                if self._give_up_after is not None and time.monotonic() + delay - last_well > self._give_up_after:
+                    raise NetworkError(
+                        f"the server at {self.address} cannot be reached ({away}): is it running, and can it be "
+                        "reached from here?"
+                    ) from None
+                log.warning("%s: %s; dialling again in %.1f s", self.address, away, delay)
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._stopped.wait(), delay)
+        return STOPPED
+
+    async def _work(self) -> str:
         """One connection, from Hello to Bye. Raises _AwayError where it ends otherwise."""
         if self._credentials is None:
-            channel = grpc.insecure_channel(self.address, self._options)
+            channel = grpc.aio.insecure_channel(self.address, self._options)
         else:
-            channel = grpc.secure_channel(self.address, self._credentials, self._options)
-        with channel, _Stream(channel, self._hello(), self._instance, self.limits) as stream, watch.over(stream.call):
+            channel = grpc.aio.secure_channel(self.address, self._credentials, self._options)
+        async with channel:
+            stream = _Stream(channel, self._hello(), self._instance, self.limits)
+            self._call = stream.call
             try:
-                watch.allow(self._patience)
-                self._greet(stream)
-                watch.allow(None)
+                with stream.within(self._patience):
+                    await self._greet(stream)
                 while True:
-                    frame = stream.receive()
+                    frame = await stream.receive()
                     if isinstance(frame.message, m.Bye):
-                        watch.allow(_LEAVING)
-                        stream.leave()
+                        await stream.leave()
                         return frame.message.reason
-                    self._answer(stream, frame, watch)
+                    await self._answer(stream, frame)
             except grpc.RpcError as error:
                 raise self._named(error, stream) from None
+            except asyncio.CancelledError:
+                if not stream.call.cancelled():
+                    raise
+                raise _AwayError("no answer in time", worked=stream.worked) from None
+            finally:
+                self._call = None
 
     def _hello(self) -> m.Hello:
         hello = self.worker.hello()
         token = self.security.token
         return msgspec.structs.replace(hello, token=token) if token else hello
 
-    def _greet(self, stream: _Stream) -> None:
-        message = stream.receive().message
+    async def _greet(self, stream: _Stream) -> None:
+        message = (await stream.receive()).message
         if isinstance(message, m.Refused):
             raise RefusedError(message.reason, message.sentence)
         if not isinstance(message, m.Welcome):  # Bye: it stops just now
             raise _AwayError(getattr(message, "reason", "the server stops"), worked=False)
         log.info("%s: welcome as number %d of %d", self.address, message.index, message.clients)
         if refused := self.worker.welcome(message):
-            stream.send(m.Failed(message.step, "Refused", refused.sentence))
-            stream.leave()
+            await stream.send(m.Failed(message.step, "Refused", refused.sentence))
+            await stream.leave()
             raise RefusedError(refused.reason, refused.sentence)
 
-    def _answer(self, stream: _Stream, frame: Frame, watch: _Watch) -> None:
+    async def _answer(self, stream: _Stream, frame: Frame) -> None:
         try:
             answer = self.worker.handle(frame)
-            if answer is not None:
-                stream.send(*answer)
+            parts = None if answer is None else stream.side.parts(*answer)
         except Exception as error:
-            stream.send(m.failed(getattr(frame.message, "step", 0), error))
-            watch.allow(_LEAVING)
-            stream.leave()
+            await stream.send(m.failed(getattr(frame.message, "step", 0), error))
+            await stream.leave()
             raise
+        await stream.say(parts)
         stream.worked = True
 
     def _named(self, error: Any, stream: _Stream) -> Exception:
@@ -230,8 +237,6 @@ class _Dialler:
             return RefusedError("protocol", f"{self.address} is not a Cutlayer server: check host and port")
         if not stream.welcome and code is grpc.StatusCode.UNAVAILABLE and (why := self.security.diagnose(self.address)):
             return RefusedError("certificate", why)
-        if code is grpc.StatusCode.CANCELLED:
-            details = "no answer in time"
         return _AwayError(details or str(code), worked=stream.worked)
 
 
@@ -242,39 +247,59 @@ class _Stream:
         self.side = ClientSide(limits)
         self.worked = self.welcome = False
         self._came: deque[memoryview] = deque()  # frames that came together
-        self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._said: list[Buffer] = []  # answers to those of them that are done
         method = channel.stream_stream(f"/{network.SERVICE}/{network.METHOD}")
         metadata = ((network.HELLO, network.check_hello(self.side.send(hello))), (network.INSTANCE, instance))
-        self.call = method(iter(self._outbox.get, None), metadata=metadata)
+        self.call = method(metadata=metadata)
 
-    def __enter__(self) -> Self:
-        return self
+    @contextmanager
+    def within(self, seconds: float) -> Iterator[None]:
+        """Cancel the call unless this is over by then."""
+        timer = asyncio.get_running_loop().call_later(seconds, self.call.cancel)
+        try:
+            yield
+        finally:
+            timer.cancel()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._outbox.put(None)  # lets gRPC's thread go that waits for what is to be sent
-
-    def receive(self) -> Frame:
+    async def receive(self) -> Frame:
         """The next frame. Raises RpcError, or _AwayError at the end; WireError."""
         if not self._came:
-            data = next(self.call, None)
-            if data is None:
+            data = await self.call.read()
+            if data is grpc.aio.EOF:
                 raise _AwayError("the server has ended the connection", worked=self.worked)
             self._came.extend(split(data))
         frame = self.side.receive(self._came.popleft())
         self.welcome = True
         return frame
 
-    def send(self, message: Any, body: Sequence[Buffer] = ()) -> None:
-        """Hand a frame to gRPC's thread."""
-        self._outbox.put(self.side.send(message, body))
+    async def say(self, parts: Sequence[Buffer] | None) -> None:
+        """Send an answer, together with all that answers requests that came together: each message costs by itself."""
+        if parts is not None:
+            if self._said and size_of(self._said) + size_of(parts) > self.side.limits.message_bytes:
+                await self._flush()
+            self._said += [b"".join(parts)] if self._came else parts  # tensors change with the next request
+        if self._said and not self._came:
+            await self._flush()
 
-    def leave(self) -> None:
+    async def send(self, message: Any) -> None:
+        """Send a message now, behind what waits."""
+        self._said += self.side.parts(message)
+        await self._flush()
+
+    async def leave(self) -> None:
         """Say no more, and wait until the server ends the call, too: what was said before has arrived then."""
-        self._outbox.put(None)
         try:
-            for _ in self.call:
-                pass
+            with self.within(_LEAVING):
+                await self.call.done_writing()
+                while await self.call.read() is not grpc.aio.EOF:
+                    pass
         except grpc.RpcError as error:
             log.debug("at the end: %r", error)
+        except asyncio.CancelledError:
+            if not self.call.cancelled():
+                raise
+
+    async def _flush(self) -> None:
+        data, self._said = b"".join(self._said), []
+        with suppress(asyncio.InvalidStateError):  # the call has ended: reading says why
+            await self.call.write(data)

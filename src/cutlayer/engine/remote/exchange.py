@@ -96,19 +96,16 @@ class Exchange:
         self._unsent = dict.fromkeys(counts, 0)
         self._quorum, self._on_answer, self._pool = quorum, on_answer, pool
         self._hub = hub
-        self._expired = self._over = False
-        self._done = threading.Event()
-        if not counts:
-            self._done.set()
-
-    @property
-    def over(self) -> bool:
+        self._expired = self._ended = False
+        self.over = not counts
         """Is nothing that comes of interest any more?"""
-        return self._over or self._done.is_set()
+        self._done = threading.Lock()  # held until the end: wakes whoever waits at half the cost of an Event
+        if counts:
+            self._done.acquire()
 
     def wait(self) -> dict[int, list[Any] | Lost]:
-        """All results; from another thread. Raises what went wrong on this side."""
-        self._done.wait()
+        """All results; from another thread, once. Raises what went wrong on this side."""
+        self._done.acquire()
         if self.error is not None:
             raise self.error
         return self.results
@@ -121,7 +118,8 @@ class Exchange:
     def sent(self, client: int) -> None:
         """One of them is."""
         self._unsent[client] -= 1
-        self._settle(client)
+        if not self._unsent[client]:
+            self._settle(client)
 
     def answered(self, client: int, slot: int, frame: Frame) -> None:
         """The client has given one of its answers."""
@@ -130,7 +128,8 @@ class Exchange:
         self._due[client] -= 1
         if self._on_answer is None or self._pool is None:
             self._answers[client][slot] = frame
-            self._settle(client)
+            if not self._due[client]:
+                self._settle(client)
             return
         self._decoding[client] += 1
         future = self._pool.submit(self._on_answer, client, frame)
@@ -143,7 +142,7 @@ class Exchange:
 
     def fail(self, error: BaseException) -> None:
         """Something is wrong on this side: end at once."""
-        if not self.over:
+        if not self._ended:
             self.error = error
             self._end()
 
@@ -179,18 +178,20 @@ class Exchange:
             self._close_if_enough()
 
     def _close_if_enough(self) -> None:
-        answered = sum(not isinstance(r, Lost) for r in self.results.values())
-        if not self._expired or self._over or answered < (self._quorum or 0):
+        if not self._expired or self.over:
             return
-        self._over = True
+        answered = sum(not isinstance(r, Lost) for r in self.results.values())
+        if answered < (self._quorum or 0):
+            return
+        self.over = True
         self._hub.keep_bodies(self)
         for client in [k for k in self._answers if k not in self.results]:
             if self._due[client] or self._unsent[client]:  # others are being decoded, and came in time
                 self.lose(client, Lost("late", f"client {client} had not answered when the deadline passed"))
 
     def _end(self) -> None:
-        self._over = True
+        self.over = self._ended = True
         if self.timer is not None:
             self.timer.cancel()  # it would hold all answers until the deadline
         self._hub.keep_bodies(self)
-        self._done.set()
+        self._done.release()

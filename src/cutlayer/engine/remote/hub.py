@@ -35,7 +35,7 @@ from cutlayer.engine.remote.security import Gate, ServerSecurity, StrangerError,
 from cutlayer.errors import ConfigError, NetworkError, WireError
 from cutlayer.wire import messages as m
 from cutlayer.wire.conversation import ANSWERS, ServerSide
-from cutlayer.wire.frames import Frame
+from cutlayer.wire.frames import Frame, split
 from cutlayer.wire.limits import Limits
 from cutlayer.wire.tensors import Buffer, size_of
 
@@ -281,7 +281,7 @@ class Hub:
 
     async def _serve(self, started: Future[int]) -> None:
         self._loop = asyncio.get_running_loop()
-        self._loop.set_exception_handler(_on_loop_error)
+        self._loop.set_exception_handler(network.on_loop_error)
         self._stopping = self._loop.create_future()
         server = grpc.aio.server(
             options=network.server_options(self.limits, self.keepalive), maximum_concurrent_rpcs=_STREAMS
@@ -484,22 +484,27 @@ class Hub:
             data = await link.context.read()
             if data is grpc.aio.EOF:
                 return Lost("gone", f"client {link.index} is gone: its connection has ended")
-            if link.side.state == "closed":
-                continue  # Bye has been said, and crossed an answer
-            frame = link.side.receive(data)
-            traffic = link.traffic
-            traffic.received += len(data)
-            traffic.payload_received += len(frame.body)
-            traffic.messages_received += 1
-            if isinstance(frame.message, m.Failed):
-                log.warning("client %d has failed: %s: %s", link.index, frame.message.kind, frame.message.sentence)
-                return Lost("failed", f"client {link.index}: {frame.message.sentence}", frame.message.kind)
-            exchange, slot, since = link.due.popleft()
-            traffic.latency = self._loop.time() - since
-            if exchange.over:
-                log.info("client %d: an answer came too late", link.index)
-            else:
-                exchange.answered(link.index, slot, frame)
+            link.traffic.received += len(data)
+            for part in split(data):
+                if link.side.state == "closed":
+                    break  # Bye has been said, and crossed an answer
+                frame = link.side.receive(part)
+                if isinstance(frame.message, m.Failed):
+                    log.warning("client %d has failed: %s: %s", link.index, frame.message.kind, frame.message.sentence)
+                    return Lost("failed", f"client {link.index}: {frame.message.sentence}", frame.message.kind)
+                self._take(link, frame)
+
+    def _take(self, link: _Link, frame: Frame) -> None:
+        """An answer has come."""
+        traffic = link.traffic
+        traffic.payload_received += len(frame.body)
+        traffic.messages_received += 1
+        exchange, slot, since = link.due.popleft()
+        traffic.latency = self._loop.time() - since
+        if exchange.over:
+            log.info("client %d: an answer came too late", link.index)
+        else:
+            exchange.answered(link.index, slot, frame)
 
     async def _handshake(self, context: Any) -> _Link | None:
         """Let a client in, or not. Nothing that it sends is read before."""
@@ -684,9 +689,3 @@ def _health(hub: Hub) -> Any:
         check, health_pb2.HealthCheckRequest.FromString, health_pb2.HealthCheckResponse.SerializeToString
     )
     return grpc.method_handlers_generic_handler("grpc.health.v1.Health", {"Check": handler})
-
-
-def _on_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    # gRPC wakes all loops of a process for each event; those that come second find nothing to read.
-    if not isinstance(context.get("exception"), BlockingIOError):
-        loop.default_exception_handler(context)

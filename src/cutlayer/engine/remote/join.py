@@ -12,7 +12,7 @@ from types import FrameType
 from cutlayer.config import RunConfig
 from cutlayer.data.samples import Source
 from cutlayer.engine.remote.build import client_number, worker_of
-from cutlayer.engine.remote.dial import dial
+from cutlayer.engine.remote.dial import Dialler, dial_all
 from cutlayer.engine.remote.network import KEEPALIVE
 from cutlayer.engine.remote.security import ClientSecurity
 from cutlayer.folder import locked
@@ -35,7 +35,7 @@ class Joining:
 
 
 def join(config: RunConfig, joining: Sequence[Joining]) -> list[str]:
-    """Work as these clients, each on a thread of its own, until the server says that the run is done; its reasons.
+    """Work as these clients, one after another on this thread, until the server says that the run is done; its reasons.
 
     SIGTERM and Ctrl-C end it cleanly: what was kept stays. Raises UsageError before anything is sent; NetworkError,
     RefusedError, WireError as `dial` does.
@@ -60,35 +60,15 @@ def _work(config: RunConfig, joining: Sequence[Joining], stop: threading.Event) 
         workers.append(
             worker_of(config, number, name=j.name, run=config.algorithm, token=token, folder=j.folder, own=j.data)
         )
-    reasons: dict[int, str] = {}
-    errors: list[BaseException] = []
-
-    def one(index: int) -> None:
-        j = joining[index]
-        try:
-            reasons[index] = dial(
-                j.address,
-                j.security,
-                workers[index],
-                stop=stop,
-                give_up_after=j.give_up_after,
-                keepalive=j.keepalive,
-            )
-        except BaseException as error:
-            errors.append(error)
-            stop.set()
-
-    threads = [threading.Thread(target=one, args=(i,), name=joining[i].name) for i in range(len(joining))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        while thread.is_alive():  # so that signals are heard meanwhile
-            thread.join(0.2)
-    for lock in locks:
-        lock.close()
-    if errors:
-        raise errors[0]
-    return [reasons[i] for i in sorted(reasons)]
+    diallers = [
+        Dialler(j.address, j.security, worker, give_up_after=j.give_up_after, keepalive=j.keepalive)
+        for j, worker in zip(joining, workers, strict=True)
+    ]
+    try:
+        return dial_all(diallers, stop)
+    finally:
+        for lock in locks:
+            lock.close()
 
 
 def _setting(stop: threading.Event) -> Callable[[int, FrameType | None], None]:

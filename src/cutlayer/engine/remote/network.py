@@ -1,8 +1,8 @@
 """What both ends of a connection must have alike: one bidirectional stream of opaque messages, over gRPC.
 
-Clients dial out; a stream is one conversation (`wire.conversation`). A message of the stream is one frame from a
-client; from the server it is one, or several that follow one another (`frames.split`): a message costs gRPC about as
-much as 50 kB do.
+Clients dial out; a stream is one conversation (`wire.conversation`). A message of the stream is one frame, or several
+that follow one another (`frames.split`): requests that go out together, and the answers to them. A message costs gRPC
+about as much as 50 kB do.
 
 Hello, alone of all frames, is no message of the stream: it travels in the metadata that opens it. gRPC bounds metadata
 by itself and before it hands anything over, so nobody makes the server hold more than `HELLO_BYTES` before the server
@@ -11,6 +11,7 @@ knows who it is; a stream's messages are not read before that.
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from cutlayer.errors import WireError
@@ -77,3 +78,10 @@ def check_hello(frame: bytes) -> bytes:
     if len(frame) > HELLO_BYTES:
         raise WireError(f"Hello has {len(frame)} bytes: {HELLO_BYTES} are taken; let fewer tensors cross the cut")
     return frame
+
+
+def on_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """asyncio's handler of errors that nobody caught, less what means nothing."""
+    # gRPC wakes all loops of a process for each event; those that come second find nothing to read.
+    if not isinstance(context.get("exception"), BlockingIOError):
+        loop.default_exception_handler(context)
