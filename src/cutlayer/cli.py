@@ -300,9 +300,89 @@ def calibrate(
         err.print(f"use it with: --profiles {out} --client-device {name}", highlight=False, soft_wrap=True)
 
 
+def _say(what: str | Table) -> None:
+    """Print a line, or a table."""
+    out.print(what, highlight=False, soft_wrap=isinstance(what, str))
+
+
 def _out_text(text: str) -> None:
     """Print as it is, for a pipe."""
     out.print(text, end="", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command(sort_key=12)
+def leakage(
+    *runs: Path,
+    out: _Out = None,
+    clients: int = 2,
+    samples: int = 1000,
+    auxiliary: int = 1000,
+    knowledge: Annotated[tuple[str, ...], Parameter(negative=(), consume_multiple=True)] = ("model", "smashed"),
+    estimators: Annotated[tuple[str, ...], Parameter(negative=(), consume_multiple=True)] = (
+        "usable",
+        "infonce",
+        "ksg",
+    ),
+    snapshots: bool = False,
+    seed: int = 0,
+) -> None:
+    """Measure what the server can learn about private inputs from the smashed data of trained runs.
+
+    Attacks are made with samples that no client has (those held out), on samples that clients trained on. Every
+    estimate of information stands beside what it reads where the answer is known. Needs the extra `leakage`.
+
+    Parameters
+    ----------
+    runs
+        Run folders.
+    out
+        Where leakage.json and leakage.png go. Default: the first run's folder.
+    clients
+        So many clients of each run, drawn once.
+    samples
+        Private samples of each client.
+    auxiliary
+        Samples that the attacker has.
+    knowledge
+        What the attacker knows: model (the client part), smashed (only the smashed data, and the server's own part).
+    estimators
+        Any of usable, infonce, smile, mine and ksg.
+    snapshots
+        Also at the snapshots that the runs have kept (snapshot_every).
+    seed
+        Names all draws of the attackers.
+    """
+    if not runs:
+        raise ConfigError("no run is named: give run folders, e.g. cutlayer leakage runs/sglr-digits")
+    _check_positive(clients=clients, samples=samples, auxiliary=auxiliary)
+    try:
+        from cutlayer.leakage.assess import Asked, comparisons, examine
+        from cutlayer.leakage.subject import moments, subjects
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{error.name} is not installed: pip install 'cutlayer[leakage]'") from None
+    from cutlayer.report import leakage as report
+
+    asked = Asked(tuple(knowledge), tuple(estimators), seed)  # type: ignore[arg-type]  # checked there
+    every = [m for run in runs for m in moments(run, snapshots)]
+    examined = []
+    for moment in every:
+        for subject in subjects(moment, clients, samples, auxiliary, seed):
+            err.print(f"{moment.out}, round {moment.rounds}: client {subject.name}", highlight=False, soft_wrap=True)
+            examined.append(examine(subject, asked))
+    findings = [e.finding for e in examined]
+    sentences = comparisons(findings)
+    for table in report.tables(findings):
+        if table.row_count:
+            _say(table)
+    for sentence in [*report.notes(findings), *sentences]:
+        _say(sentence)
+    where = out or runs[0]
+    where.mkdir(parents=True, exist_ok=True)
+    written = {report.JSON: report.as_json(findings, sentences).encode(), report.PICTURES: report.pictures(examined)}
+    for name, content in written.items():
+        if content is not None:
+            replace_file(where / name, content)
+            _say(str(where / name))
 
 
 _Network = Group("Network", sort_key=12)

@@ -51,21 +51,29 @@ class Defence:
         """Smashed data [R, s...] of one training step; `x` are the clients' inputs, each [b_k, ...], `clocks` how many
         batches each had drawn before.
         """
-        names = [("step", k, clock) for k, clock in zip(clients, clocks, strict=True)]
+        draws = [self._draw("step", k, clock) for k, clock in zip(clients, clocks, strict=True)]
         leaves = tuple(r.detach().requires_grad_(r.is_floating_point()) for r in rows)
         with torch.enable_grad():
-            sent = self._sent(leaves, sizes, names)
+            sent = self._sent(leaves, sizes, draws)
         return Guarded(leaves, sent, tuple(x), tuple(sizes), self.nopeek)
 
     def evaluation(self, rows: Rows, clients: Sequence[int], start: int) -> Rows:
         """Smashed data of held-out samples from number `start` on, as many rows of each of `clients`."""
         sizes = [len(rows[0]) // len(clients)] * len(clients)
         with torch.no_grad():
-            return self._sent(rows, sizes, [("evaluation", k, start) for k in clients])
+            return self._sent(rows, sizes, [self._draw("evaluation", k, start) for k in clients])
 
-    def _sent(self, rows: Rows, sizes: Sequence[int], names: Sequence[tuple[str, int, int]]) -> Rows:
+    def fresh(self, rows: Rows) -> Rows:
+        """The same for anyone's rows, with draws of torch's global generator: what an attacker who knows the defence
+        can do as often as it likes.
+        """
+        return self._sent(rows, [len(rows[0])], [torch.default_generator])
+
+    def _draw(self, *name: str | int) -> torch.Generator:
+        return seeds.torch_generator(self.seed, "defence", *name)
+
+    def _sent(self, rows: Rows, sizes: Sequence[int], draws: Sequence[torch.Generator]) -> Rows:
         real = [i for i, r in enumerate(rows) if r.is_floating_point()]
-        draws = [seeds.torch_generator(self.seed, "defence", *name) for name in names]
         sent = {i: rows[i] for i in real}
         if self.dropout:
             for i in real:

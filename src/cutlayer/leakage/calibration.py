@@ -75,17 +75,19 @@ def calibrate(
     client: Client | None = None,
     levels: tuple[float, ...] | None = None,
     seed: int = 0,
+    reading: float | None = None,
 ) -> Calibrated:
     """Read (x [n, ...], z [n, ...]), then known answers of the same sizes, with the same estimator.
 
     `levels` are the true informations in nats; by default the reading itself and twice that (at least .5 and 1), since
-    a reading may be far too low. With `client` its Jacobian makes the channel. Costs 1 + 2 len(levels) estimates.
+    a reading may be far too low. `reading`, where it has been taken already. With `client` its Jacobian makes the
+    channel. Costs 1 + 2 len(levels) estimates.
     Raises ConfigError for a level <= 0; DataError as the estimator does.
     """
     check_real(x, "x")
     check_real(z, "z")
     n = check_rows(20, "to calibrate with", x=x, z=z)
-    reading = estimator(x, z, seed)
+    reading = estimator(x, z, seed) if reading is None else reading
     if levels is None:
         levels = (max(reading, 0.5), max(2 * reading, 1.0))
     matrix = jacobian(client, x.mean(0)) if client is not None else None

@@ -71,7 +71,7 @@ class Estimate:
 class UpperBound:
     """At most this much information about x crosses the cut, in nats per sample; why, and what it rests on."""
 
-    kind: Literal["gaussian channel", "quantisation", "deterministic"]
+    kind: Literal["gaussian channel", "laplace channel", "quantisation", "deterministic"]
     nats: float
     reason: str
 
@@ -343,6 +343,27 @@ def gaussian_channel(f: Tensor, sigma: float, releases: int = 1) -> UpperBound:
         nats = 0.5 * torch.log1p(torch.linalg.eigvalsh(torch.atleast_2d(rows.T.cov())).clamp_min(0) / noise).sum()
         how = f"the covariance of {d} dimensions, from {n} samples"
     return UpperBound("gaussian channel", float(nats), f"Gaussian noise of deviation {sigma:.4g}; computed from {how}")
+
+
+def laplace_channel(f: Tensor, scale: float) -> UpperBound:
+    """For z = f(x) + Laplace noise of `scale` on each of d values: I(x; z) = h(z) - h(noise), and h(z) is at most the
+    sum of the entropies of Gaussians with its variances: sum of 1/2 log(2 pi e (variance + 2 s^2)) - log(2 e s).
+
+    `f` [n, ...] are (clipped) smashed data without the noise. Raises ConfigError: scale <= 0.
+    """
+    if scale <= 0:
+        raise ConfigError(f"scale={scale}: give a scale above 0")
+    check_rows(2, "for variances", f=f)
+    variance = flat(f).double().var(0) + 2 * scale**2
+    nats = (0.5 * torch.log(2 * math.pi * math.e * variance) - math.log(2 * math.e * scale)).sum()
+    reason = f"Laplace noise of scale {scale:.4g}; computed from the variances of {len(variance)} dimensions"
+    return UpperBound("laplace channel", float(nats), reason)
+
+
+def bits_sent(size: int, samples: int, codec: str) -> UpperBound:
+    """No more than the bits that `samples` samples were written in, `size` bytes together: in nats per sample."""
+    nats = 8 * size / samples * math.log(2)
+    return UpperBound("quantisation", nats, f"{8 * size / samples:.0f} bits cross per sample, written by {codec}")
 
 
 def quantised(codes: Tensor, levels: int) -> UpperBound:

@@ -41,8 +41,8 @@ class Dependence:
     samples: int
 
 
-def dependence(x: Tensor, z: Tensor, *, seed: int = 0, at_most: int = 1000) -> Dependence:
-    """All of them on x [n, ...], z [n, ...]; distance correlation on a random 1000 of the samples (it is quadratic).
+def dependence(x: Tensor, z: Tensor, *, seed: int = 0, at_most: int = 400) -> Dependence:
+    """All of them on x [n, ...], z [n, ...]; distance correlation on a random 400 of the samples (its memory is cubic).
 
     Raises DataError: fewer than 20 samples, unequal rows, NaN, tokens.
     """
@@ -51,7 +51,7 @@ def dependence(x: Tensor, z: Tensor, *, seed: int = 0, at_most: int = 1000) -> D
     n = check_rows(20, "for a measure of dependence", x=x, z=z)
     a, b = flat(x).double(), flat(z).double()
     some = torch.from_numpy(seeds.generator(seed, "leakage", "dependence").permutation(n)[:at_most]).to(a.device)
-    few = a[some].cpu().numpy(), b[some].cpu().numpy()
+    few = _narrow(a[some]), _narrow(b[some])
     import dcor  # compiles when it is imported: seconds
 
     return Dependence(
@@ -61,6 +61,13 @@ def dependence(x: Tensor, z: Tensor, *, seed: int = 0, at_most: int = 1000) -> D
         cka=_cka(a, b),
         samples=n,
     )
+
+
+def _narrow(rows: Tensor) -> Array:
+    """Rows [n, d] in the coordinates of the space that they span, at most n: their distances stay."""
+    if rows.shape[1] <= len(rows):
+        return np.asarray(rows.cpu().numpy())
+    return np.asarray(torch.linalg.qr(rows.T).R.T.cpu().numpy())
 
 
 def _linear_r2(x: Tensor, z: Tensor, seed: int) -> float:

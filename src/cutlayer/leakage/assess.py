@@ -1,0 +1,204 @@
+"""The whole battery on one client of a trained run, and what several runs say beside each other."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from cutlayer.errors import ConfigError, unknown
+from cutlayer.gradients import row_losses
+from cutlayer.leakage import mutual
+from cutlayer.leakage.calibration import Calibrated, calibrate, rank
+from cutlayer.leakage.dp import Statement
+from cutlayer.leakage.information import Usable, usable
+from cutlayer.leakage.inputs import smash
+from cutlayer.leakage.mutual import Method, UpperBound
+from cutlayer.leakage.ranks import Dependence, LabelLeakage, dependence, label_leakage
+from cutlayer.leakage.reconstruct import Knowledge, Reconstructed, Reconstruction, reconstruct
+from cutlayer.leakage.subject import Subject
+from cutlayer.types import as_tuple
+from cutlayer.wire import Codec
+from cutlayer.wire.codecs import payload_bytes
+
+Estimator = Literal["usable", "infonce", "smile", "mine", "ksg"]
+ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is measured: the attackers' `knowledge`, the `estimators` (each beside what it reads where the answer is
+    known), whether dependence is.
+    """
+
+    knowledge: tuple[Knowledge, ...] = ("model", "smashed")
+    estimators: tuple[Estimator, ...] = ("usable", "infonce", "ksg")
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in self.estimators:
+            if name not in ESTIMATORS:
+                raise ConfigError(unknown("estimator", name, ESTIMATORS))
+        for known in self.knowledge:
+            if known not in get_args(Knowledge):
+                raise ConfigError(unknown("knowledge", known, get_args(Knowledge)))
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found of one client after `rounds` rounds. `accuracy` in [0, 1] is the run's."""
+
+    run: str
+    algorithm: str
+    seed: int
+    rounds: int
+    client: int
+    accuracy: float | None
+    samples: int
+    auxiliary: int
+    upper: tuple[UpperBound, ...]
+    attacks: dict[str, Reconstruction]
+    usable: Usable | None
+    estimates: tuple[Calibrated, ...]
+    dependence: Dependence
+    labels: LabelLeakage | None
+    privacy: Statement | None
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        """For JSON, which has no infinity: null stands for it."""
+        return dict(_plain(asdict(self)))
+
+
+@dataclass(frozen=True)
+class Examined:
+    """A finding, and pictures by the attacker's knowledge."""
+
+    finding: Finding
+    pictures: Mapping[str, Reconstructed]
+
+
+def examine(subject: Subject, asked: Asked) -> Examined:
+    """Measure everything that is asked for. Raises DataError where there are too few samples, or tokens."""
+    s, x, z = subject, subject.samples.x, subject.z
+    pictures: dict[str, Reconstructed] = {}
+    for knowledge in asked.knowledge:
+        pictures[knowledge] = reconstruct(
+            x,
+            z,
+            s.samples.y,
+            s.auxiliary,
+            client=s.client if knowledge == "model" else None,
+            server=s.server,
+            surrogate=s.fresh if knowledge == "smashed" else None,
+            defence=s.defence,
+            knowledge=knowledge,
+            seed=asked.seed,
+        )
+    wanted = [name for name in asked.estimators if name != "usable"]
+    read = usable(x, z, seed=asked.seed) if "usable" in asked.estimators else None
+    moment = s.moment
+    finding = Finding(
+        run=str(moment.out),
+        algorithm=moment.config.algorithm,
+        seed=moment.config.seed,
+        rounds=moment.rounds,
+        client=s.name,
+        accuracy=moment.accuracy,
+        samples=len(x),
+        auxiliary=len(s.auxiliary),
+        upper=tuple(_upper(s, asked.seed)),
+        attacks={knowledge: p.report for knowledge, p in pictures.items()},
+        usable=read,
+        estimates=tuple(_calibrated(s, wanted, read, asked.seed)),
+        dependence=dependence(x, z, seed=asked.seed),
+        labels=_labels(s, asked.seed),
+        privacy=s.statement,
+    )
+    return Examined(finding, pictures)
+
+
+def _calibrated(s: Subject, wanted: Sequence[str], read: Usable | None, seed: int) -> Iterator[Calibrated]:
+    """Each estimator beside its reading of a known answer of the same size, as large as its own reading."""
+
+    def by_code(x: Tensor, z: Tensor, seed: int) -> float:
+        return usable(x, z, seed=seed).nats
+
+    estimators = {name: mutual.reader(_method(name)) for name in wanted}
+    every = {"usable": by_code, **estimators} if read is not None else estimators
+    for name, estimator in every.items():
+        reading = estimator(s.samples.x, s.z, seed)
+        level = max(reading, 0.5)
+        yield calibrate(name, estimator, s.samples.x, s.z, client=s.bare, levels=(level,), seed=seed, reading=reading)
+
+
+def _method(name: str) -> Method:
+    found: Method = next(m for m in get_args(Method) if m == name)
+    return found
+
+
+def _upper(s: Subject, seed: int) -> Iterator[UpperBound]:
+    """Every bound that there is; without noise and codec, that there is none."""
+    config, codec = s.moment.config, Codec.parse(s.moment.config.up_codec)
+    bare = smash(s.bare, s.samples.x, seed, "bare")
+    if config.clip is not None and (config.gaussian_noise or config.laplace_noise):
+        order = 1 if config.laplace_noise else 2
+        length = torch.linalg.vector_norm(bare.flatten(1), order, 1).clamp(min=config.clip)
+        clipped = bare.flatten(1) * (config.clip / length)[:, None]
+        if config.laplace_noise:
+            yield mutual.laplace_channel(clipped, config.laplace_noise * config.clip)
+        else:
+            yield mutual.gaussian_channel(clipped, config.gaussian_noise * config.clip)
+    elif codec.kind == "raw":
+        yield mutual.deterministic()
+    if codec.kind != "raw":
+        size = payload_bytes(codec, s.z.shape, s.z.dtype)
+        yield mutual.bits_sent(size, len(s.z), str(codec.plain))
+
+
+def _labels(s: Subject, seed: int) -> LabelLeakage | None:
+    """Where labels stay with the client: what the gradients give away that it sends."""
+    server, tail = s.moment.server, copy.deepcopy(s.moment.training.parts.tail)
+    if tail is None or server is None:
+        return None
+    model = s.moment.models[s.name]
+    tail.load_state_dict({name: tensor for name, tensor in model.items() if name in tail.state_dict()})
+    server.eval()
+    tail.eval()
+    with torch.no_grad():
+        features = as_tuple(server((s.bare(s.samples.x),)))
+    leaves = tuple(f.detach().requires_grad_(f.is_floating_point()) for f in features)
+    with torch.enable_grad():
+        loss = row_losses(as_tuple(tail(leaves))[0], s.samples.y).sum()
+        found = torch.autograd.grad(loss, [leaf for leaf in leaves if leaf.requires_grad])
+    return label_leakage(torch.cat([g.flatten(1) for g in found], 1), s.samples.y, seed=seed)
+
+
+def comparisons(findings: Sequence[Finding]) -> list[str]:
+    """Whether runs may be ranked: a sentence per estimator and pair of runs, of their first clients."""
+    first: dict[tuple[str, int], Finding] = {}
+    for finding in findings:
+        first.setdefault((finding.run, finding.rounds), finding)
+    sentences = []
+    for (one, at), (two, later) in combinations(first, 2):
+        for a, b in zip(first[one, at].estimates, first[two, later].estimates, strict=True):
+            try:
+                why = rank(a, b).sentence
+            except ConfigError as error:
+                why = f"not ranked: {error}"
+            sentences.append(f"{one} (round {at}) and {two} (round {later}): {why}")
+    return sentences
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,241 @@
+"""What is examined: one client of a trained run, as its smashed data show it to the server.
+
+Shape legend: n private training samples of the client, N auxiliary samples, s... one sample's smashed data.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cutlayer import checkpoint, seeds
+from cutlayer.build import Training, assemble, deal, load_source
+from cutlayer.catalog import ALGORITHMS
+from cutlayer.config import RunConfig
+from cutlayer.data.samples import Samples
+from cutlayer.defences import Defence
+from cutlayer.engine.choice import defence_of
+from cutlayer.errors import ConfigError, DataError, RunFolderError
+from cutlayer.files import read_records
+from cutlayer.folder import CHECKPOINT, EVALUATIONS, SNAPSHOTS, stored_config
+from cutlayer.leakage import dp
+from cutlayer.leakage.inputs import Client, smash
+from cutlayer.run import without_own
+from cutlayer.types import Rows
+from cutlayer.wire import Codec
+from cutlayer.wire.coding import written
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A run after `rounds` rounds: its configuration, its parts, the models of its clients, its test accuracy in [0, 1]
+    at the last evaluation until then (None: there was none).
+    """
+
+    out: Path
+    config: RunConfig
+    training: Training
+    rounds: int
+    accuracy: float | None
+    models: dict[int, dict[str, Tensor]]
+    server: nn.Module | None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One client at one moment.
+
+    `samples` are n of its private ones, `z` [n, s...] their smashed data as they are sent. `client` makes smashed data
+    of any inputs, as the client would send them, `bare` without noise and quantisation; `defence` is what lies between.
+    `auxiliary` are N samples that no client has. `server` goes from smashed data to logits (None where it has no such
+    part). `fresh` is the client's part with new weights, which takes inputs to smashed data: a guess at the
+    architecture.
+    """
+
+    moment: Moment
+    name: int
+    samples: Samples
+    z: Tensor
+    client: Client
+    bare: Client
+    defence: Client
+    auxiliary: Samples
+    server: nn.Module | None
+    fresh: nn.Module
+
+    @property
+    def statement(self) -> dp.Statement | None:
+        """What its noise guarantees over all epochs (None: it adds no noise)."""
+        c = self.moment.config
+        if c.clip is None or not (c.gaussian_noise or c.laplace_noise):
+            return None
+        epochs = max(1, round(self.moment.rounds / self.moment.training.rounds_per_epoch))
+        if c.laplace_noise:
+            return dp.laplace(c.laplace_noise * c.clip, c.clip, epochs)
+        return dp.gaussian(c.gaussian_noise * c.clip, c.clip, epochs)
+
+
+def moments(out: Path, snapshots: bool = False) -> list[Moment]:
+    """A run at its last checkpoint; with `snapshots`, at each of these before.
+
+    Raises RunFolderError where there are no client models to look at; ConfigError where none of its algorithm ever
+    sends smashed data.
+    """
+    config = RunConfig.of(without_own(stored_config(out), out, model=None, data=None))
+    info = ALGORITHMS[config.algorithm]
+    if info.whole:
+        what = "everybody's data" if config.algorithm == "cl" else "whole models (gradient inversion attacks these)"
+        raise ConfigError(
+            f"{str(out)!r} is a run of {config.algorithm}, whose clients send no smashed data but {what}: name runs of "
+            "split algorithms"
+        )
+    if not (out / CHECKPOINT).exists():
+        raise RunFolderError(f"{str(out)!r} has no stored client models: let the run come to its first checkpoint")
+    state = checkpoint.read(out / CHECKPOINT)
+    if state["fingerprint"]["engine"] == "remote":
+        raise RunFolderError(
+            f"{str(out)!r} has no stored client models, they are with the clients: train the same configuration with "
+            "`cutlayer run` to examine it"
+        )
+    training = assemble(config)
+    evaluations = list(read_records(out / EVALUATIONS))
+    found = []
+    paths = sorted((out / SNAPSHOTS).glob("round-*.safetensors")) if snapshots else []
+    if snapshots and not paths:
+        raise RunFolderError(f"{str(out)!r} has no snapshots: train it with snapshot_every = N")
+    for path in paths:
+        snapshot = checkpoint.read(path)
+        if snapshot["rounds"] < state["rounds"]:
+            models = {int(k): dict(model) for k, model in snapshot["models"].items()}
+            found.append(_moment(out, config, training, snapshot["rounds"], evaluations, models, None))
+    training.clients.load(state["clients"])
+    training.server.load(state["server"])
+    holder = training.clients.holder
+    whose = range(config.clients) if holder is None else [holder]
+    models = {k: dict(training.clients.model_state(k)) for k in whose}
+    found.append(_moment(out, config, training, state["rounds"], evaluations, models, training.server.model))
+    return found
+
+
+def _moment(
+    out: Path,
+    config: RunConfig,
+    training: Training,
+    rounds: int,
+    evaluations: Sequence[dict[str, object]],
+    models: dict[int, dict[str, Tensor]],
+    server: nn.Module | None,
+) -> Moment:
+    until = [e["test_accuracy"] for e in evaluations if int(str(e["round"])) <= rounds]
+    accuracy = float(str(until[-1])) if until else None
+    return Moment(out, config, training, rounds, accuracy, models, server)
+
+
+def subjects(moment: Moment, clients: int, samples: int, auxiliary: int, seed: int) -> Iterator[Subject]:
+    """Up to `clients` of the moment's clients, each with up to `samples` of its private samples; all attacked with the
+    same `auxiliary` samples, drawn of those that were held out.
+
+    Raises DataError where fewer are held out.
+    """
+    config = moment.config
+    source = load_source(config, None)
+    held = Samples(torch.cat([source.validation.x, source.test.x]), torch.cat([source.validation.y, source.test.y]))
+    if auxiliary > len(held):
+        raise DataError(
+            f"auxiliary = {auxiliary}, but the run held out {len(held)} samples that no client has: ask for fewer, or "
+            "train with a larger test or validation set"
+        )
+    drawn = seeds.generator(seed, "leakage", "auxiliary").permutation(len(held))[:auxiliary]
+    known = held[torch.from_numpy(drawn)]
+    rows = deal(config)
+    names = sorted(moment.models)
+    chosen = sorted(seeds.generator(seed, "leakage", "clients").permutation(len(names))[:clients].tolist())
+    server = _served(moment)
+    for k in (names[i] for i in chosen):
+        own = seeds.generator(seed, "leakage", "samples", k).permutation(rows[k])[:samples]
+        private = source.train[torch.from_numpy(own)]
+        yield _subject(moment, k, private, known, server, seed)
+
+
+def _subject(
+    moment: Moment, name: int, private: Samples, known: Samples, server: nn.Module | None, seed: int
+) -> Subject:
+    config, parts = moment.config, moment.training.parts
+    lower, fresh = copy.deepcopy(parts.client), copy.deepcopy(parts.client)
+    model = moment.models[name]
+    lower.load_state_dict({n: t for n, t in model.items() if n in lower.state_dict()})
+    for part in (lower, fresh):
+        part.eval()
+    with seeds.torch_seeded(seed, "leakage", "fresh"):
+        for module in fresh.modules():
+            if callable(reset := getattr(module, "reset_parameters", None)):
+                reset()
+    defence = _Defended(defence_of(config), Codec.parse(config.up_codec).plain, config.batch)
+
+    def bare(x: Tensor) -> Tensor:
+        return _single(lower(x))
+
+    def client(x: Tensor) -> Tensor:
+        return defence(bare(x))
+
+    z = smash(client, private.x, seed, "private", name)
+    return Subject(moment, name, private, z, client, bare, defence, known, server, _Lower(fresh))
+
+
+class _Defended:
+    """What a client does to smashed data [n, s...] before they are sent: its defence, and its codec, which writes a
+    batch at a time. A gradient goes through the codec as if it did nothing.
+    """
+
+    def __init__(self, defence: Defence, codec: Codec, batch: int) -> None:
+        self.defence, self.codec, self.batch = defence, codec, batch
+        self.quiet = replace(defence, gaussian=0.0, laplace=0.0, dropout=0.0)
+
+    def __call__(self, z: Tensor) -> Tensor:
+        (sent,) = self.defence.fresh((z,))
+        if self.codec.kind == "raw":
+            return sent
+        coded = torch.cat([written(self.codec, rows.detach())[0] for rows in sent.split(self.batch)])
+        return sent + (coded - sent).detach()
+
+
+def _single(rows: Rows) -> Tensor:
+    """The one tensor that crosses, or all real ones of several, flattened."""
+    real = [r for r in rows if r.is_floating_point()]
+    return real[0] if len(real) == 1 else torch.cat([r.flatten(1) for r in real], 1)
+
+
+class _Lower(nn.Module):
+    """A client part that gives one tensor."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _single(self.part(x))
+
+
+class _Server(nn.Module):
+    """A server part that takes the one tensor that crosses, and gives logits."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, z: Tensor) -> Tensor:
+        given = self.part((z,))
+        outputs: Tensor = given[0] if isinstance(given, tuple) else given
+        return outputs
+
+
+def _served(moment: Moment) -> nn.Module | None:
+    parts = moment.training.parts
+    if moment.server is None or parts.tail is not None or len(parts.crossing) != 1:
+        return None
+    return _Server(copy.deepcopy(moment.server)).eval()

@@ -1,0 +1,179 @@
+"""What an examination found: tables for the terminal, JSON, and a grid of pictures."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cutlayer.leakage.assess import Examined, Finding
+
+JSON, PICTURES = "leakage.json", "leakage.png"
+_SHOWN = 10  # pictures in a row
+
+
+def tables(findings: Sequence[Finding]) -> list[Table]:
+    """Reconstruction, and information, client by client."""
+    return [_attacks(findings), _information(findings), _known(findings)]
+
+
+def notes(findings: Sequence[Finding]) -> list[str]:
+    """What the numbers rest on: each sentence once."""
+    said: dict[str, None] = {}
+    for f in findings:
+        said |= dict.fromkeys(f"upper bound: {bound.reason}." for bound in f.upper)
+        if f.privacy is not None:
+            said[
+                f"privacy: {f.privacy} It is about {f.privacy.protects}; not about {'; '.join(f.privacy.not_covered)}."
+            ] = None
+        for one in f.estimates:
+            if not one.reliable:
+                said[f"{one}"] = None
+        if f.labels is not None:
+            said[
+                f"labels of {_name(f)}, from the gradients that go up: AUC {f.labels.norm_auc:.2f} by length, "
+                f"{f.labels.cosine_auc:.2f} by direction (.5 is chance), {f.labels.cluster_accuracy:.0%} by clusters "
+                f"(always the commonest: {f.labels.majority:.0%})"
+            ] = None
+    return list(said)
+
+
+def as_json(findings: Sequence[Finding], sentences: Sequence[str]) -> str:
+    """Everything, for programs; null stands for infinity."""
+    return json.dumps({"findings": [f.plain for f in findings], "comparisons": list(sentences)}, indent=1) + "\n"
+
+
+def pictures(examined: Sequence[Examined]) -> bytes | None:
+    """A PNG: inputs, and below them what attackers made of their smashed data. None where inputs are no pictures."""
+    shown = [e for e in examined if e.pictures and _are_pictures(next(iter(e.pictures.values())).inputs)]
+    if not shown:
+        return None
+    import matplotlib.pyplot as plt
+
+    rows: list[tuple[str, Tensor, Tensor]] = []
+    for e in shown:
+        name = _name(e.finding)
+        first = next(iter(e.pictures.values()))
+        rows.append((f"{name}\ninputs", first.inputs, first.inputs))
+        for knowledge, p in e.pictures.items():
+            share = p.report.explained
+            rows.append((f"knows the {_KNOWS[knowledge]}\n{share:.0%} explained", p.reconstructions, first.inputs))
+    figure, axes = plt.subplots(
+        len(rows),
+        _SHOWN + 1,
+        figsize=(0.8 * _SHOWN + 2.6, 0.85 * len(rows)),
+        squeeze=False,
+        gridspec_kw={"width_ratios": [2.6, *[1] * _SHOWN]},
+    )
+    for line, (label, made, inputs) in zip(axes, rows, strict=True):
+        for ax in line:
+            ax.axis("off")
+        line[0].text(0, 0.5, label, va="center", fontsize=8)
+        low, high = float(inputs.min()), float(inputs.max())
+        for ax, picture in zip(line[1:], made, strict=False):
+            ax.imshow(_picture(picture, low, high), cmap="gray", vmin=0, vmax=1)
+    figure.tight_layout(pad=0.3)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+_KNOWS = {"model": "client part", "smashed": "smashed data only"}
+
+
+def _are_pictures(x: Tensor) -> bool:
+    return x.ndim == 4 and x.shape[1] in (1, 3)
+
+
+def _picture(x: Tensor, low: float, high: float) -> Tensor:
+    """[c, h, w] -> [h, w] or [h, w, 3], in [0, 1]."""
+    unit = ((x - low) / ((high - low) or 1)).clamp(0, 1)
+    return unit[0] if len(unit) == 1 else unit.permute(1, 2, 0)
+
+
+def _name(f: Finding) -> str:
+    return f"{f.run.rstrip('/').rsplit('/', 1)[-1]}, round {f.rounds}, client {f.client}"
+
+
+def _attacks(findings: Sequence[Finding]) -> Table:
+    columns = [
+        "run",
+        "test",
+        "attacker knows",
+        "MSE",
+        "mean input",
+        "nearest",
+        "PSNR",
+        "SSIM",
+        "explained",
+        "classified",
+        "truly",
+    ]
+    table = Table(*columns, title="Reconstruction of private inputs by the server")
+    for f in findings:
+        accuracy = "" if f.accuracy is None else f"{f.accuracy:.1%}"
+        for knowledge, r in f.attacks.items():
+            similar = "" if r.attack.ssim is None else f"{r.attack.ssim:.2f}"
+            table.add_row(
+                _name(f),
+                accuracy,
+                _KNOWS[knowledge],
+                f"{r.attack.mse:.4f}",
+                f"{r.mean_input.mse:.4f}",
+                f"{r.nearest.mse:.4f}",
+                f"{r.attack.psnr:.1f} dB",
+                similar,
+                f"{r.explained:.0%}",
+                f"{r.attack.accuracy:.0%}",
+                f"{r.true_accuracy:.0%}",
+            )
+    return table
+
+
+def _information(findings: Sequence[Finding]) -> Table:
+    table = Table(
+        "run", "at most", "usable", "95 %", "bits per value", "distance correlation", "unbiased", "linear R2",
+        title="Information about private inputs, nats per sample",
+    )  # fmt: skip
+    for f in findings:
+        most = min((bound.nats for bound in f.upper), default=math.inf)
+        u = f.usable
+        table.add_row(
+            _name(f),
+            "infinite" if math.isinf(most) else f"{most:.1f}",
+            *(
+                ("", "", "")
+                if u is None
+                else (f"{u.nats:.2f}", f"{u.low:.2f} to {u.high:.2f}", f"{u.bits_per_dimension:.3f}")
+            ),
+            f"{f.dependence.distance_correlation:.3f}",
+            f"{f.dependence.unbiased_squared:.3f}",
+            f"{f.dependence.linear_r2:.3f}",
+        )
+    return table
+
+
+def _known(findings: Sequence[Finding]) -> Table:
+    table = Table(
+        "run",
+        "estimator",
+        "reads",
+        "known answers: truth -> reading",
+        "error",
+        "to be trusted",
+        title="Estimates, nats, beside what they read where the answer is known",
+    )
+    for f in findings:
+        for one in f.estimates:
+            known = ", ".join(f"{k.case} {k.truth:.2f} -> {k.reading:.2f}" for k in one.known)
+            trust = "yes" if one.reliable else "no"
+            table.add_row(_name(f), one.name, f"{one.reading:.2f}", known, f"{one.error:.2f}", trust)
+    return table
