@@ -69,6 +69,7 @@ ATTACKS: dict[str, Callable[[Scene], list[bytes]]] = {
     "of an earlier conversation": lambda s: [s.earlier[-1]],
     "not asked for": lambda s: [s.frame(m.Model(s.request.step))],
     "of another step": lambda s: [s.frame(m.Smashed(s.request.step + 1, 10))],
+    "a wrong body": lambda s: [s.frame(m.Smashed(s.request.step, 10), body=bytes(64))],
     "no rows": lambda s: [s.frame(m.Smashed(s.request.step, 0))],
     "too many rows": lambda s: [s.frame(m.Smashed(s.request.step, (1 << 32) - 1))],
     "a header of gigabytes": lambda s: [resized(s.frame(), 1 << 31, 0)],

@@ -118,8 +118,9 @@ class FaultConfig(_Config):
     """Fraction of the clients that a step needs after the deadline, and a round to begin."""
     patience: Annotated[float | None, Parameter(group=FAULTS)] = Field(None, gt=0)
     """Seconds to wait for clients that are missing: all of them at the start, a quorum later. Default: for ever."""
-    faulty: Annotated[Literal["exclude", "stop"], Parameter(group=FAULTS)] = "exclude"
-    """A client that sends NaN, wrong shapes or no message at all is excluded from the run, or ends it."""
+    faulty: Annotated[Literal["exclude", "readmit", "stop"], Parameter(group=FAULTS)] = "exclude"
+    """A client that sends NaN, wrong shapes or no message at all is excluded from the run; or it loses its connection,
+    and may come back; or the run ends."""
 
 
 class CommonConfig(FleetConfig):

@@ -49,7 +49,7 @@ def remote_training(
     run: str = "",
     deadline: float | None = None,
     quorum: float = 0.5,
-    faulty: Literal["exclude", "stop"] = "exclude",
+    faulty: Literal["exclude", "readmit", "stop"] = "exclude",
     tell: Tell | None = None,
     ready: Callable[[], None] | None = None,
     model: Model | None = None,

@@ -70,7 +70,7 @@ class Remote(Routine):
 
     `deadline` seconds are given for every exchange (None: as long as it takes), unless fewer than `quorum` (a fraction)
     have answered by then. A client that sends what is no number, of a wrong shape or no message at all is excluded from
-    the run; or it ends the run (`faulty` = "stop").
+    the run; or it may come back ("readmit"), or ends the run ("stop").
     """
 
     samples: MutableSequence[int]
@@ -81,7 +81,7 @@ class Remote(Routine):
     down: Codec = RAW
     deadline: float | None = None
     quorum: float = 0.5
-    faulty: Literal["exclude", "stop"] = "exclude"
+    faulty: Literal["exclude", "readmit", "stop"] = "exclude"
     returning: Sequence[Crossing] = field(default=())
 
 
@@ -500,7 +500,7 @@ class RemoteCohort:
                 raise NonFiniteError("weight gradient or loss", (client,))
             raise WireError(f"client {client}: {lost.sentence}")
         self._tell(lost.reason, {"client": client, "why": lost.sentence})
-        if faulty:
+        if faulty and self.setup.faulty == "exclude":
             self.excluded[client] = lost.sentence
             self._tell("excluded", {"client": client, "why": lost.sentence})
 
