@@ -11,6 +11,7 @@ Shape legend: n samples, K classes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -52,8 +53,7 @@ def dependence(x: Tensor, z: Tensor, *, seed: int = 0, at_most: int = 400) -> De
     a, b = flat(x).double(), flat(z).double()
     some = torch.from_numpy(seeds.generator(seed, "leakage", "dependence").permutation(n)[:at_most]).to(a.device)
     few = _narrow(a[some]), _narrow(b[some])
-    import dcor  # compiles when it is imported: seconds
-
+    dcor = dcor_library()
     return Dependence(
         distance_correlation=float(dcor.distance_correlation(*few)),
         unbiased_squared=float(dcor.u_distance_correlation_sqr(*few)),
@@ -61,6 +61,15 @@ def dependence(x: Tensor, z: Tensor, *, seed: int = 0, at_most: int = 400) -> De
         cka=_cka(a, b),
         samples=n,
     )
+
+
+def dcor_library() -> Any:
+    """dcor, which compiles for seconds when it is imported, and lets OpenMP use all cores: torch's threads, too."""
+    threads = torch.get_num_threads()
+    import dcor
+
+    torch.set_num_threads(threads)
+    return dcor
 
 
 def _narrow(rows: Tensor) -> Array:

@@ -6,9 +6,10 @@ A cell is trained once whichever tables use it. Its name is its folder, so that 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from cutlayer.catalog import MODELS
 from cutlayer.config import RunConfig
 
 SizeName = Literal["smoke", "reduced", "full"]
@@ -31,6 +32,17 @@ SKEWS: dict[str, dict[str, Any]] = {
     "dirichlet .5": {"partition": "dirichlet", "dirichlet_alpha": 0.5},
     "2 shards": {"partition": "shards", "shards_per_client": 2},
 }
+LEAKING_PHIS = (0.0, 0.25, 0.5, 0.75, 1.0)  # Table 5
+LEAKING_METHODS = ("psl", "sfl", "ssl", "sglr")
+# Defences of PSL, by kind and strength. With the reduced size's model smashed data are some 25 long (Euclidean norm),
+# or some 700 (sum of absolute values).
+DEFENCES: dict[str, dict[str, dict[str, Any]]] = {
+    "Gaussian noise": {f"{s:g} x clip 10": {"clip": 10.0, "gaussian_noise": s} for s in (0.02, 0.1)},
+    "Laplace noise": {f"{s:g} x clip 300": {"clip": 300.0, "laplace_noise": s} for s in (0.0005, 0.003)},
+    "feature dropout": {f"{p:g}": {"feature_dropout": p} for p in (0.5, 0.9)},
+    "NoPeek": {f"weight {w:g}": {"nopeek": w} for w in (0.5, 5.0)},
+    "codec": {c: {"up_codec": c} for c in ("int8", "top-k:0.05")},
+}
 
 
 @dataclass(frozen=True)
@@ -52,12 +64,16 @@ class Size:
     methods_clients: int
     rates: tuple[float, ...]
     skewed_clients: int
+    leakage_epochs: int
+    leakage_samples: int
     engine: Literal["auto", "local"] = "auto"
 
 
 SIZES: dict[str, Size] = {
-    "smoke": Size("mlp", (1, 2, 5), 2, (0, 1), 100, 500, 2, 2, 2, "mlp", 5, (1e-3, 3e-3), 5),
-    "reduced": Size("cnn", (1, 2, 5, 10, 20), 20, (0, 1, 2), 1000, 1000, 4, 10, 3, "cnn", 5, (3e-4, 1e-3, 3e-3), 10),
+    "smoke": Size("mlp", (1, 2, 5), 2, (0, 1), 100, 500, 2, 2, 2, "mlp", 5, (1e-3, 3e-3), 5, 1, 100),
+    "reduced": Size(
+        "cnn", (1, 2, 5, 10, 20), 20, (0, 1, 2), 1000, 1000, 4, 10, 3, "cnn", 5, (3e-4, 1e-3, 3e-3), 10, 5, 1000
+    ),
     "full": Size(
         "resnet16",
         (1, 2, 4, 6, 8, 10, 15, 20),
@@ -72,16 +88,19 @@ SIZES: dict[str, Size] = {
         5,
         (3e-4, 1e-3, 3e-3),
         10,
+        200,
+        1000,
     ),
 }
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One configuration, to be trained once per seed."""
+    """One configuration, to be trained once per seed; where it is `examined`, what it leaks is measured, too."""
 
     name: str
     config: RunConfig
+    examined: bool = False
 
     def at(self, seed: int) -> RunConfig:
         """The configuration with that seed."""
@@ -151,6 +170,42 @@ class Plan:
     def skew(self) -> Iterator[Cell]:
         """The methods under label skew."""
         yield from (self.skewed(algorithm, skew) for skew in SKEWS for algorithm in SKEWED_METHODS)
+
+    def leaking(self, name: str, algorithm: str, **own: Any) -> Cell:
+        """A run that is attacked once it is trained."""
+        s = self.size
+        options = {"epochs": s.leakage_epochs, "eval_every": s.leakage_epochs, **own}
+        return replace(self._cell(f"leakage/{name}", s.methods_clients, algorithm, options), examined=True)
+
+    def by_phi(self, phi: float) -> Cell:
+        """A cell of Table 5: SGLR with that active fraction."""
+        if phi == 0:
+            return self.leaking("slr", "slr")
+        return self.leaking(f"sglr-phi-{phi:g}", "sglr", phi=phi)
+
+    def attacked(self, method: str) -> Cell:
+        """A method, undefended."""
+        return self.by_phi(0.5) if method == "sglr" else self.leaking(method, method)
+
+    def at_depth(self, cut: str) -> Cell:
+        """PSL cut there."""
+        default = MODELS[self.size.model].default_cut
+        return self.attacked("psl") if cut == default else self.leaking(f"psl-cut-{cut}", "psl", cut=cut)
+
+    def defended(self, kind: str, strength: str) -> Cell:
+        """PSL with a defence."""
+        name = f"psl-{kind}-{strength}".lower().replace(" ", "-").replace(":", "-")
+        return self.leaking(name, "psl", **DEFENCES[kind][strength])
+
+    def table5(self) -> Iterator[Cell]:
+        """Reconstruction by phi."""
+        yield from (self.by_phi(phi) for phi in LEAKING_PHIS)
+
+    def leakage(self) -> Iterator[Cell]:
+        """Methods, depths of the cut and defences (beyond the paper)."""
+        yield from (self.attacked(method) for method in LEAKING_METHODS)
+        yield from (self.at_depth(cut) for cut in MODELS[self.size.model].cuts)
+        yield from (self.defended(kind, strength) for kind, own in DEFENCES.items() for strength in own)
 
     def _cell(self, name: str, clients: int, algorithm: str, own: dict[str, Any]) -> Cell:
         s = self.size

@@ -13,7 +13,7 @@ from cutlayer.errors import RunFolderError
 from cutlayer.files import read_json, read_records
 from cutlayer.folder import CLASSES, EVALUATIONS, RESULT, stored_config
 from cutlayer.reproduce.cells import Cell, Plan
-from cutlayer.reproduce.train import DIVERGED, folder_of, is_done
+from cutlayer.reproduce.train import DIVERGED, EXAMINED, folder_of, is_trained
 from cutlayer.summary import spread
 
 
@@ -24,7 +24,7 @@ class Outcome:
     `best` is the test accuracy at the evaluation with the best validation accuracy (`validation`), which is what the
     paper reports; `last` that at the end; `chance` is 100 over the number of classes. A run that diverged counts as
     chance.
-    `result` is the run's result.json, None where it diverged.
+    `result` is the run's result.json, None where it diverged; `leakage` what was found when it was examined.
     """
 
     best: float
@@ -34,6 +34,7 @@ class Outcome:
     chance: float
     evaluations: list[dict[str, Any]]
     result: dict[str, Any] | None
+    leakage: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Outcomes:
         self._of: dict[str, dict[int, Outcome]] = {}
         for name, cell in self.cells.items():
             folders = {seed: folder_of(out, cell, seed) for seed in plan.size.seeds}
-            self._of[name] = {s: read(folder, cell.at(s)) for s, folder in folders.items() if is_done(folder)}
+            self._of[name] = {s: read(folder, cell.at(s)) for s, folder in folders.items() if is_trained(folder)}
 
     def of(self, cell: Cell) -> dict[int, Outcome]:
         """Seed -> outcome of what is done of `cell`."""
@@ -118,4 +119,5 @@ def read(folder: Path, config: RunConfig) -> Outcome:
         chance=chance,
         evaluations=evaluations,
         result=result,
+        leakage=read_json(folder / EXAMINED) or None,
     )

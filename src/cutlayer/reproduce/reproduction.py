@@ -54,7 +54,7 @@ class Reproduction:
 
     def waiting(self) -> list[Job]:
         """The jobs that are not done yet."""
-        return [job for job in self.jobs if not is_done(folder_of(self.out, *job))]
+        return [job for job in self.jobs if not is_done(self.out, *job)]
 
     def check(self) -> None:
         """That the data are there, every kind of cell can be built and what is done fits. Raises UsageError."""

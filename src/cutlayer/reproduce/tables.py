@@ -9,12 +9,15 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from cutlayer.catalog import ALGORITHMS
+from cutlayer.catalog import ALGORITHMS, MODELS
 from cutlayer.errors import ConfigError, unknown
 from cutlayer.report.text import listed
 from cutlayer.reproduce.cells import (
     ALPHAS,
     ALPHAS_WITH_PHI,
+    DEFENCES,
+    LEAKING_METHODS,
+    LEAKING_PHIS,
     METHODS,
     PHASES,
     PHIS,
@@ -154,6 +157,76 @@ def skew(outcomes: Outcomes) -> list[Table]:
     return [Table("skew", "Label skew", "method", tuple(SKEWS), rows, text)]
 
 
+def table5(outcomes: Outcomes) -> list[Table]:
+    """Reconstruction by phi (paper, Table 5)."""
+    plan, theirs = outcomes.plan, paper()["table5"]
+    rows = tuple(
+        (f"phi {phi:g}", (*_leaks(outcomes, plan.by_phi(phi)), f"{theirs[f'{phi:g}']:.4f}")) for phi in LEAKING_PHIS
+    )
+    text = (
+        "SGLR (SLR at phi 0). The mean squared error of a decoder that is trained on samples which no client has, by "
+        "an attacker that knows the client part; its pixels are those of the data set, scaled to [-1, 1]. The paper "
+        "does not say what its decoder was trained on, nor its pixels' scale: compare how the numbers go, not the numbers."
+    )
+    return [Table("table5", "Table 5: reconstruction", "", (*_LEAKS, "paper"), rows, text)]
+
+
+def leakage(outcomes: Outcomes) -> list[Table]:
+    """What methods, depths of the cut and defences change (beyond the paper)."""
+    plan = outcomes.plan
+    cuts = MODELS[plan.size.model].cuts
+    methods = tuple((ALGORITHMS[m].title, _leaks(outcomes, plan.attacked(m))) for m in LEAKING_METHODS)
+    depths = tuple((f"after {cut}", _leaks(outcomes, plan.at_depth(cut))) for cut in cuts)
+    defences = tuple(
+        (f"{kind}, {strength}", _leaks(outcomes, plan.defended(kind, strength)))
+        for kind, own in DEFENCES.items()
+        for strength in own
+    )
+    none = (("none", _leaks(outcomes, plan.attacked("psl"))),)
+    text = (
+        "An attacker that knows the client part trains a decoder on samples which no client has. Explained: 1 - MSE / "
+        "MSE of the mean input, 0 for an attack that has learned nothing. At most: the least upper bound on the "
+        "information about an input, in nats; infinite for a client part without noise or coarse codes."
+    )
+    skipped = (
+        " CL and FL send no smashed data. FL sends models, which gradient inversion attacks: another channel, not "
+        "measured here."
+    )
+    return [
+        Table("leakage-methods", "Leakage: methods", "method", _LEAKS, methods, text + skipped),
+        Table("leakage-depth", "Leakage: depth of the cut", "PSL cut", _LEAKS, depths, text),
+        Table("leakage-defences", "Leakage: defences", "PSL with", _LEAKS, none + defences, text),
+    ]
+
+
+_LEAKS = ("accuracy", "MSE", "explained", "SSIM", "classified", "distance correlation", "at most")
+
+
+def _leaks(outcomes: Outcomes, cell: Cell) -> tuple[Score | str, ...]:
+    """What was found of a cell, over its seeds."""
+    found = [o.leakage for o in outcomes.of(cell).values() if o.leakage is not None]
+    attacks = [f["attacks"]["model"] for f in found]
+
+    def text(values: Sequence[float | None], form: str) -> str:
+        known = [v for v in values if v is not None]
+        mean, std = spread(known)
+        if mean is None or len(known) < len(values):
+            return DASH
+        return format(mean, form) + ("" if std is None else f" ± {format(std, form)}")
+
+    bounds = [[b["nats"] for b in f["upper"] if b["nats"] is not None] for f in found]
+    most = text([min(b) for b in bounds], ".0f") if bounds and all(bounds) else "infinite" if bounds else DASH
+    return (
+        outcomes.score(cell),
+        text([a["attack"]["mse"] for a in attacks], ".4f"),
+        text([a["explained"] for a in attacks], ".3f"),
+        text([a["attack"]["ssim"] for a in attacks], ".3f"),
+        text([a["attack"]["accuracy"] for a in attacks], ".3f"),
+        text([f["dependence"]["distance_correlation"] for f in found], ".3f"),
+        most,
+    )
+
+
 PARTS: dict[str, Part] = {
     "table1": Part(Plan.table1, table1),
     "table2": Part(Plan.table2, table2),
@@ -162,7 +235,11 @@ PARTS: dict[str, Part] = {
     "table6": Part(lambda _: iter(()), table6),
     "fig5": Part(Plan.table4, lambda _: []),  # curves of Table 4's runs
     "skew": Part(Plan.skew, skew),
+    "table5": Part(Plan.table5, table5),
+    "leakage": Part(Plan.leakage, leakage),
 }
+BY_NAME = frozenset({"table5", "leakage"})
+"""Parts that `all` does not mean: they need the extra `leakage`, and attack what they train."""
 
 
 def named(names: Iterable[str]) -> tuple[str, ...]:
@@ -171,7 +248,7 @@ def named(names: Iterable[str]) -> tuple[str, ...]:
     for name in asked:
         if name not in {*PARTS, "all"}:
             raise ConfigError(unknown("table", name, [*PARTS, "all"]))
-    return tuple(name for name in PARTS if name in asked or "all" in asked)
+    return tuple(name for name in PARTS if name in asked or ("all" in asked and name not in BY_NAME))
 
 
 def cells_of(plan: Plan, names: Sequence[str]) -> dict[str, Cell]:

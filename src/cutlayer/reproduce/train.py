@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -21,7 +22,7 @@ from cutlayer.folder import CONFIG, RESULT
 from cutlayer.reproduce.cells import Cell
 
 Job = tuple[Cell, int]
-DIVERGED = "diverged.txt"
+DIVERGED, EXAMINED = "diverged.txt", "leakage.json"
 _PATIENCE = 10.0  # seconds that a process has to end by itself
 
 
@@ -30,9 +31,15 @@ def folder_of(out: Path, cell: Cell, seed: int) -> Path:
     return out / "runs" / cell.name / f"seed-{seed}"
 
 
-def is_done(folder: Path) -> bool:
+def is_trained(folder: Path) -> bool:
     """The run in `folder` has come to its end, or to numbers that are none."""
     return (folder / RESULT).exists() or (folder / DIVERGED).exists()
+
+
+def is_done(out: Path, cell: Cell, seed: int) -> bool:
+    """The run of `cell` with `seed` is trained, and examined where that is asked for."""
+    folder = folder_of(out, cell, seed)
+    return is_trained(folder) and (not cell.examined or (folder / EXAMINED).exists() or (folder / DIVERGED).exists())
 
 
 def train(out: Path, jobs: Sequence[Job], workers: int) -> Iterator[Job]:
@@ -42,7 +49,7 @@ def train(out: Path, jobs: Sequence[Job], workers: int) -> Iterator[Job]:
     a result too. However this ends, no process stays behind. Raises UsageError as `Run` does, TrainingError where a
     process was ended from outside.
     """
-    waiting = deque(job for job in jobs if not is_done(folder_of(out, *job)))
+    waiting = deque(job for job in jobs if not is_done(out, *job))
     if workers == 1:
         for job in waiting:
             _one(out, *job)
@@ -165,6 +172,9 @@ def _one(out: Path, cell: Cell, seed: int) -> None:
     from cutlayer.run import Run
 
     folder, config = folder_of(out, cell, seed), cell.at(seed)
+    if is_trained(folder):
+        _examine(folder, cell)
+        return
     if (folder / CONFIG).exists():
         run = Run.resume(folder, **config.model_dump(mode="json", include=config.model_fields_set))
     else:
@@ -173,3 +183,18 @@ def _one(out: Path, cell: Cell, seed: int) -> None:
         run.run()
     except NonFiniteError as error:
         replace_file(folder / DIVERGED, f"{error}\n".encode())
+    else:
+        _examine(folder, cell)
+
+
+def _examine(folder: Path, cell: Cell) -> None:
+    """Attack one client of the run, where that is asked for."""
+    if not cell.examined:
+        return
+    from cutlayer.leakage.assess import Asked, examine
+    from cutlayer.leakage.subject import moments, subjects
+
+    samples = cell.config.samples_per_client or 1000
+    subject = next(iter(subjects(moments(folder)[-1], 1, samples, min(1000, samples), 0)))
+    finding = examine(subject, Asked(("model",), ())).finding
+    replace_file(folder / EXAMINED, (json.dumps(finding.plain, indent=1) + "\n").encode())
