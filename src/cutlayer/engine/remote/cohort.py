@@ -136,7 +136,8 @@ class RemoteCohort:
             self._stale |= new  # what those who come back have missed is not known
         self._begun = True
         drawn = s.participants(index, len(s.samples))
-        here = tuple(k for k in drawn if k in self.hub.connected)
+        connected = self.hub.connected
+        here = tuple(k for k in drawn if k in connected)
         if not here:
             raise TrainingError("no client is connected: wait for one, or look at why they have gone")
         self._participants = here
@@ -149,7 +150,8 @@ class RemoteCohort:
     def forward(self, clients: Sequence[int] | None = None, *, labels: bool = True) -> Smashed:
         """Every participant with batches left in this round (or those of `clients`) sends smashed data and labels."""
         wanted = self._participants if clients is None else clients
-        asked = [k for k in wanted if self._quota[k] > 0 and k in self.hub.connected]
+        connected = self.hub.connected
+        asked = [k for k in wanted if self._quota[k] > 0 and k in connected]
         self._quota[asked] -= 1
         step = self._step = self._step + 1
         answers = self._exchange(asked, lambda k: [(m.Forward(step, labels), ())], quorum=True)
