@@ -34,7 +34,7 @@ from cutlayer.allocator import keep_memory
 from cutlayer.engine.remote import network
 from cutlayer.engine.remote.build import client_name, client_number, remote_training, worker_of
 from cutlayer.engine.remote.certs import make_ca, make_certificate
-from cutlayer.engine.remote.dial import Dialler, dial, dial_all
+from cutlayer.engine.remote.dial import Dialler, dial_all
 from cutlayer.engine.remote.exchange import Lost
 from cutlayer.engine.remote.hub import Hub
 from cutlayer.engine.remote.security import ClientSecurity, ServerSecurity
@@ -43,6 +43,7 @@ from cutlayer.wire import messages as m
 
 CONTEXT = multiprocessing.get_context("spawn")  # gRPC does not survive a fork
 PATIENCE = 300.0  # seconds for anything here
+KEEPALIVE = 60.0  # seconds between pings: a thousand connections of two busy cores do not answer at once
 MEMORY = -1
 ROWS = 2
 TERMS = m.Terms(run="r", algorithm="psl", part="p", crossing=[], returning=[], step=m.StepTerms(batch=ROWS))
@@ -70,7 +71,7 @@ def bare_server(pki: Path, clients: int, size: int, pipe: Connection) -> None:
         assert len(await context.read()) == size
 
     async def main() -> None:
-        server = grpc.aio.server(options=network.server_options(Limits(), network.KEEPALIVE))
+        server = grpc.aio.server(options=network.server_options(Limits(), KEEPALIVE))
         handler = grpc.stream_stream_rpc_method_handler(talk)
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler}),))
         credentials = grpc.ssl_server_credentials([(key, certificate)], ca, True)
@@ -96,7 +97,7 @@ def bare_client(pki: Path, client: int, port: int, size: int) -> None:
     )
 
     async def main() -> None:
-        options = network.client_options(Limits(), network.KEEPALIVE, None, local=True)
+        options = network.client_options(Limits(), KEEPALIVE, None, local=True)
         credentials = grpc.ssl_channel_credentials(ca, key, certificate)
         async with grpc.aio.secure_channel(f"localhost:{port}", credentials, options) as channel:
             call = channel.stream_stream(f"/{SERVICE}/{METHOD}")()
@@ -166,7 +167,7 @@ def greet(hello: m.Hello, _: str | None) -> m.Welcome | m.Refused:
 def hub_server(pki: Path, clients: int, size: int, pipe: Connection) -> None:
     """Steps when asked for; their seconds."""
     security = ServerSecurity(pki / "server.crt", pki / "server.key", pki / "ca.crt")
-    hub = Hub("localhost:0", security, greet)
+    hub = Hub("localhost:0", security, greet, keepalive=KEEPALIVE)
     pipe.send(hub.start())
     assert len(hub.wait_for(clients, PATIENCE)) == clients
     steps = Steps(hub, clients, size)
@@ -183,12 +184,12 @@ def hub_server(pki: Path, clients: int, size: int, pipe: Connection) -> None:
 
 def hub_client(pki: Path, client: int, port: int, size: int) -> None:
     """Answer until Bye."""
-    dial(f"localhost:{port}", shown(pki, client), Idle(client, size))
+    hub_clients(pki, [client], port, size)
 
 
 def hub_clients(pki: Path, clients: Sequence[int], port: int, size: int) -> None:
     """Several in one process."""
-    dial_all([Dialler(f"localhost:{port}", shown(pki, k), Idle(k, size)) for k in clients])
+    dial_all([Dialler(f"localhost:{port}", shown(pki, k), Idle(k, size), keepalive=KEEPALIVE) for k in clients])
 
 
 def shown(pki: Path, client: int) -> ClientSecurity:
@@ -423,6 +424,14 @@ def training(pki: Path, processes: int) -> dict[str, Any]:
     }
 
 
+def processor() -> str:
+    """The processor's name, where the system tells."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+
+
 def table(title: str, rows: Iterator[dict[str, Any]], lines: list[str]) -> None:
     """Print rows as they come, and keep them."""
     lines += ["", title, ""]
@@ -445,7 +454,7 @@ def main() -> None:
     options = parser.parse_args()
     what = options.what or ["exchange", "memory", "enrolled", "training"]
     load = os.getloadavg()[0]
-    lines = [f"{platform.machine()}, {os.cpu_count()} cores, load when it began {load:.1f}; grpcio {grpc.__version__}."]
+    lines = [f"{processor()}; load when it began {load:.1f}; grpcio {grpc.__version__}."]
     print(lines[0], flush=True)
     with certificates(1000 if "enrolled" in what else 64) as pki:
         if "exchange" in what:
@@ -460,7 +469,7 @@ def main() -> None:
             table("Training, samples per second:", (training(pki, n) for n in (2, 4)), lines)
     if options.write:
         head, _, tail = options.write.read_text().split("<!-- remote -->")
-        options.write.write_text("<!-- remote -->".join([head, "\n" + "\n".join(lines) + "\n", tail]))
+        options.write.write_text("<!-- remote -->".join([head, "\n" + "\n".join(lines) + "\n\n", tail]))
 
 
 if __name__ == "__main__":

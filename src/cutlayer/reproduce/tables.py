@@ -166,7 +166,7 @@ def table5(outcomes: Outcomes) -> list[Table]:
     text = (
         "SGLR (SLR at phi 0). The mean squared error of a decoder that is trained on samples which no client has, by "
         "an attacker that knows the client part; its pixels are those of the data set, scaled to [-1, 1]. The paper "
-        "does not say what its decoder was trained on, nor its pixels' scale: compare how the numbers go, not the numbers."
+        "does not say what its decoder was trained on, nor its pixels' scale: compare how the numbers go, not them."
     )
     return [Table("table5", "Table 5: reconstruction", "", (*_LEAKS, "paper"), rows, text)]
 

@@ -148,8 +148,9 @@ class RemoteCohort:
         self._wait()
         self._begun = True
         drawn = s.participants(index, len(s.samples))
-        here = tuple(k for k in drawn if k in self.hub.connected)
-        facts = {"drawn": len(drawn), "connected": len(self.hub.connected), "needed": self._needed(here)}
+        connected = self.hub.connected
+        here = tuple(k for k in drawn if k in connected)
+        facts = {"drawn": len(drawn), "connected": len(connected), "needed": self._needed(here)}
         self._tell("round", {"round": index, "participants": list(here), **facts})
         if not here:
             raise TrainingError("no client is connected: wait for one, or look at why they have gone")
@@ -170,7 +171,8 @@ class RemoteCohort:
             return self._smashed(client, frame, labels)
 
         while True:
-            asked = [k for k in due if k in self.hub.connected]
+            connected = self.hub.connected
+            asked = [k for k in due if k in connected]
             step = self._step = self._step + 1
             requests: dict[int, list[Request]] = {k: [(m.Forward(step, labels), ())] for k in asked}
             answers = self._exchange(asked, requests.__getitem__, read, quorum=True)
