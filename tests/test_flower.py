@@ -125,6 +125,7 @@ def _keeps_no_secret(tmp_path: Path) -> None:
                 assert not re.search(rb"(?<![\w-])[\w-]{43}(?![\w-])", text), file  # the form of a token
 
 
+@pytest.mark.slow
 def test_an_interrupted_example_leaves_nothing_behind(tmp_path: Path) -> None:
     process = _start(tmp_path / "f", "--run-config", "rounds=100000")
     try:
@@ -162,6 +163,7 @@ def _ended(federation: Any, *config: str) -> str:
     return f"{newest['status']} {newest['status-details']}"
 
 
+@pytest.mark.slow
 def test_what_goes_wrong_has_a_sentence(federation: Any, tmp_path: Path) -> None:
     """Wrong options, too few nodes, a node whose data are missing, a node that does not answer."""
     said = _ended(federation, 'algorithm="sgrl"')
@@ -188,6 +190,7 @@ def test_what_goes_wrong_has_a_sentence(federation: Any, tmp_path: Path) -> None
     _keeps_no_secret(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_ends_on_both_sides(federation: Any, tmp_path: Path) -> None:
     """`flwr stop`: the ServerApp says Bye, the ClientApp hears it, and nobody waits for the other."""
     federation.supernode(0)
