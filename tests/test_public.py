@@ -71,6 +71,7 @@ def test_commands() -> None:
         "join",
         "certs",
         "reproduce",
+        "leakage",
         "list",
     }
 

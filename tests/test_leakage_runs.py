@@ -1,0 +1,192 @@
+"""From a trained run to what it leaks: subjects, the battery, the command, the reproduction's tables."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cutlayer import ConfigError, DataError, Run
+from cutlayer.build import deal
+from cutlayer.config import RunConfig
+from cutlayer.errors import RunFolderError
+from cutlayer.folder import CHECKPOINT
+from cutlayer.leakage.assess import Asked, comparisons, examine
+from cutlayer.leakage.subject import Subject, moments, subjects
+from cutlayer.report import leakage as report
+from cutlayer.reproduce.cells import SIZES, Plan
+from cutlayer.reproduce.outcomes import Outcomes
+from cutlayer.reproduce.tables import PARTS, cells_of, named, shown
+from cutlayer.reproduce.train import EXAMINED, folder_of, is_done, is_trained
+
+SMALL: dict[str, Any] = {
+    "data": "digits",
+    "model": "cnn",
+    "clients": 3,
+    "samples_per_client": 150,
+    "validation": 300,
+    "test": 700,
+    "rounds": 2,
+    "algorithm": "psl",
+}
+
+
+def trained(folder: Path, **options: Any) -> Path:
+    Run(RunConfig.of({**SMALL, **options}), out=folder).run()
+    return folder
+
+
+def subject(folder: Path, **options: Any) -> Subject:
+    return next(iter(subjects(moments(trained(folder, **options))[-1], 1, 150, 300, 0)))
+
+
+def test_a_subject_is_what_the_run_left(tmp_path: Path) -> None:
+    """The models are the trained ones, targets are the client's own, the attacker's are nobody's."""
+    run = Run(RunConfig.of(SMALL), out=tmp_path / "run")
+    run.run()
+    (moment,) = moments(tmp_path / "run")
+    assert moment.accuracy == run.evaluations[-1].test_accuracy
+    rows, train = deal(run.config), run.training.source.train
+    seen = []
+    for s in subjects(moment, 3, 100, 300, 0):
+        seen.append(s.name)
+        own = {tuple(x.flatten().tolist()) for x in train.x[torch.from_numpy(rows[s.name])]}
+        assert all(tuple(x.flatten().tolist()) in own for x in s.samples.x)
+        held = {tuple(x.flatten().tolist()) for x in s.auxiliary.x}
+        everyone = {tuple(x.flatten().tolist()) for x in train.x}
+        assert len(held & everyone) < 3  # digits has a few pictures twice
+        state = run.training.clients.model_state(s.name)
+        lower = run.training.parts.client
+        lower.load_state_dict({n: t for n, t in state.items() if n in lower.state_dict()})
+        with torch.no_grad():
+            assert torch.equal(lower.eval()(s.samples.x)[0], s.z)
+        assert s.server is not None
+        with torch.no_grad():
+            right = (s.server(s.z).argmax(1) == s.samples.y).float().mean()
+        assert right > 0.3
+        assert s.statement is None
+    assert seen == [0, 1, 2]
+
+
+def test_what_is_sent_is_defended(tmp_path: Path) -> None:
+    s = subject(tmp_path, clip=2.0, gaussian_noise=0.5, up_codec="int8")
+    again = s.client(s.samples.x)
+    assert not torch.equal(again, s.z)  # noise is new each time
+    noise = s.z - s.bare(s.samples.x)
+    assert float(noise.std()) > 0.5
+    assert s.statement is not None
+    assert (s.statement.scale, s.statement.clip, s.statement.releases) == (1.0, 2.0, 2)
+    finding = examine(s, Asked(("model",), ())).finding
+    assert [bound.kind for bound in finding.upper] == ["gaussian channel", "quantisation"]
+    assert all(math.isfinite(bound.nats) for bound in finding.upper)
+
+
+def test_the_battery(tmp_path: Path) -> None:
+    """Undefended against drowned in noise: the attack, the information and the tables tell."""
+    bare = examine(subject(tmp_path / "bare"), Asked(("model", "smashed"), ("ksg",)))
+    drowned = examine(subject(tmp_path / "drowned", clip=1.0, gaussian_noise=30.0), Asked(("model",), ("ksg",)))
+    a, b = bare.finding, drowned.finding
+    assert a.attacks["model"].explained > 0.5 > 0.15 > abs(b.attacks["model"].explained)
+    assert a.attacks["model"].attack.mse < a.attacks["model"].nearest.mse
+    assert math.isinf(a.upper[0].nats)
+    assert b.upper[0].nats < 5
+    assert a.dependence.distance_correlation > b.dependence.distance_correlation + 0.2
+    assert [one.name for one in a.estimates] == ["ksg"]
+    assert a.estimates[0].known
+    sentences = comparisons([a, b])
+    assert len(sentences) == 1
+    assert "ksg" in sentences[0]
+    assert sum(table.row_count for table in report.tables([a, b])) == 3 + 2 + 2
+    assert any("infinite" in note for note in report.notes([a]))
+    assert any("epsilon" in note for note in report.notes([b]))
+    found = json.loads(report.as_json([a, b], sentences))
+    assert found["findings"][0]["upper"][0]["nats"] is None
+    png = report.pictures([bare, drowned])
+    assert png is not None
+    assert png.startswith(b"\x89PNG")
+
+
+def test_labels_that_stay_private(tmp_path: Path) -> None:
+    """In the U-shaped split labels do not go up, but gradients do."""
+    s = subject(tmp_path, algorithm="ussl", model="mlp", cut="hidden1", tail_cut="hidden2")
+    labels = examine(s, Asked(("model",), ())).finding.labels
+    assert labels is not None
+    assert labels.cosine_auc > 0.7
+
+
+def test_snapshots(tmp_path: Path) -> None:
+    run = trained(tmp_path / "run", rounds=4, snapshot_every=1, eval_every=1)
+    found = moments(run, snapshots=True)
+    assert [m.rounds for m in found] == [1, 2, 3, 4]
+    models = [m.models[0] for m in found]
+    assert all(not torch.equal(next(iter(a.values())), next(iter(models[-1].values()))) for a in models[:-1])
+    with pytest.raises(RunFolderError, match="snapshot_every"):
+        moments(trained(tmp_path / "other"), snapshots=True)
+
+
+def test_one_that_holds_the_model_is_examined(tmp_path: Path) -> None:
+    (moment,) = moments(trained(tmp_path, algorithm="ssl"))
+    assert list(moment.models) == [moment.training.clients.holder]
+
+
+@pytest.mark.parametrize(("algorithm", "words"), [("fl", "whole models"), ("cl", "everybody's data")])
+def test_what_sends_no_smashed_data(algorithm: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=words):
+        moments(trained(tmp_path, algorithm=algorithm))
+
+
+def test_what_cannot_be_examined(tmp_path: Path) -> None:
+    run = trained(tmp_path / "run")
+    (moment,) = moments(run)
+    with pytest.raises(DataError, match="auxiliary = 5000, but the run held out 1000"):
+        next(iter(subjects(moment, 1, 100, 5000, 0)))
+    few = next(iter(subjects(moment, 1, 100, 50, 0)))
+    with pytest.raises(DataError, match="50 samples are too few for an attacker's auxiliary data"):
+        examine(few, Asked(("model",), ()))
+    with pytest.raises(ConfigError, match="did you mean 'infonce'"):
+        Asked(estimators=("infonse",))  # type: ignore[arg-type]
+    (run / CHECKPOINT).unlink()
+    with pytest.raises(RunFolderError, match="no stored client models"):
+        moments(run)
+    with pytest.raises(RunFolderError, match="no run folder"):
+        moments(tmp_path)
+
+
+def test_the_reproductions_cells_are_examined(tmp_path: Path) -> None:
+    """One cell of it for real: trained, attacked, in the tables; what is not done is a dash."""
+    from cutlayer.reproduce.train import train
+
+    plan = Plan(SIZES["smoke"], "digits")
+    cell = plan.by_phi(0.5)
+    small = cell.config.model_copy(update={"validation": 300, "samples_per_client": 100})
+    one = type(cell)(cell.name, small, examined=True)
+    assert list(train(tmp_path, [(one, 0)], 1)) == [(one, 0)]
+    folder = folder_of(tmp_path, one, 0)
+    assert is_done(tmp_path, one, 0)
+    (folder / EXAMINED).unlink()
+    assert is_trained(folder)
+    assert not is_done(tmp_path, one, 0)
+    assert list(train(tmp_path, [(one, 0)], 1)) == [(one, 0)]  # trained already: only attacked
+    outcomes = Outcomes(plan, tmp_path, [])
+    outcomes.cells = {one.name: one}
+    from cutlayer.reproduce.outcomes import read
+
+    outcomes._of = {one.name: {0: read(folder, one.at(0))}}
+    for name in ("table5", "leakage"):
+        for table in PARTS[name].tables(outcomes):
+            lines = {label: [shown(v) for v in values] for label, values in table.rows}
+            done = [label for label, values in lines.items() if values[1] != "\N{EN DASH}"]
+            assert set(done) <= {"phi 0.5", "SGLR"}
+            assert all(lines[label][-1 if name == "leakage" else -2] == "infinite" for label in done)
+
+
+def test_attacks_are_asked_for_by_name() -> None:
+    assert not {"table5", "leakage"} & set(named([]))
+    assert named(["leakage", "table5"]) == ("table5", "leakage")
+    cells = cells_of(Plan(SIZES["smoke"], "digits"), ["table5", "leakage"])
+    assert all(cell.examined for cell in cells.values())
+    assert len(cells) == 5 + 3 + 2 + 10
