@@ -13,6 +13,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -994,20 +995,36 @@ def test_what_waits_for_a_client_is_what_it_was() -> None:
         until(lambda: not hub.present)
 
 
+STRANGERS = """
+import sys
+from test_transport import Raw, m
+strangers = []
+for k in range(20):
+    stranger = Raw(int(sys.argv[1]), k, welcome=False)
+    stranger.said.put(bytes(10 << 20))
+    strangers.append(stranger)
+print(all(isinstance(stranger.receive().message, m.Refused) for stranger in strangers), flush=True)
+sys.stdin.readline()
+"""
+
+
 def test_strangers_cannot_fill_the_memory() -> None:
-    """What is sent along with a Hello that is refused is not read."""
+    """What is sent along with a Hello that is refused is not read. They are in a process of their own, whose memory is
+    not looked at.
+    """
     with serving(greet=lambda said, _: m.Refused("full", "no")) as (_, port):
         before = resident()
-        strangers = []
-        for k in range(20):
-            stranger = Raw(port, k, welcome=False)
-            stranger.said.put(bytes(10 << 20))
-            strangers.append(stranger)
-        for stranger in strangers:
-            assert isinstance(stranger.receive().message, m.Refused)
-        assert resident() - before < 150 << 20
-        for stranger in strangers:
-            stranger.close()
+        words = [sys.executable, "-c", STRANGERS, str(port)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        assert process.stdout is not None
+        try:
+            with ThreadPoolExecutor(1) as pool:
+                assert pool.submit(process.stdout.readline).result(60) == "True\n"
+            assert resident() - before < 50 << 20
+        finally:
+            process.kill()
+            process.communicate()
 
 
 def test_a_request_that_may_not_be() -> None:
