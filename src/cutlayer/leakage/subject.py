@@ -169,8 +169,8 @@ def _subject(
     lower, fresh = copy.deepcopy(parts.client), copy.deepcopy(parts.client)
     model = moment.models[name]
     lower.load_state_dict({n: t for n, t in model.items() if n in lower.state_dict()})
-    for part in (lower, fresh):
-        part.eval()
+    lower.eval().requires_grad_(False)
+    fresh.eval()
     with seeds.torch_seeded(seed, "leakage", "fresh"):
         for module in fresh.modules():
             if callable(reset := getattr(module, "reset_parameters", None)):

@@ -6,7 +6,7 @@ import io
 import json
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
@@ -55,7 +55,7 @@ def pictures(examined: Sequence[Examined]) -> bytes | None:
     shown = [e for e in examined if e.pictures and _are_pictures(next(iter(e.pictures.values())).inputs)]
     if not shown:
         return None
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     rows: list[tuple[str, Tensor, Tensor]] = []
     for e in shown:
@@ -65,10 +65,10 @@ def pictures(examined: Sequence[Examined]) -> bytes | None:
         for knowledge, p in e.pictures.items():
             share = p.report.explained
             rows.append((f"knows the {_KNOWS[knowledge]}\n{share:.0%} explained", p.reconstructions, first.inputs))
-    figure, axes = plt.subplots(
+    figure = Figure(figsize=(0.8 * _SHOWN + 2.6, 0.85 * len(rows)))
+    axes = figure.subplots(
         len(rows),
         _SHOWN + 1,
-        figsize=(0.8 * _SHOWN + 2.6, 0.85 * len(rows)),
         squeeze=False,
         gridspec_kw={"width_ratios": [2.6, *[1] * _SHOWN]},
     )
@@ -82,7 +82,6 @@ def pictures(examined: Sequence[Examined]) -> bytes | None:
     figure.tight_layout(pad=0.3)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
-    plt.close(figure)
     return buffer.getvalue()
 
 
@@ -93,10 +92,10 @@ def _are_pictures(x: Tensor) -> bool:
     return x.ndim == 4 and x.shape[1] in (1, 3)
 
 
-def _picture(x: Tensor, low: float, high: float) -> Tensor:
+def _picture(x: Tensor, low: float, high: float) -> Any:
     """[c, h, w] -> [h, w] or [h, w, 3], in [0, 1]."""
-    unit = ((x - low) / ((high - low) or 1)).clamp(0, 1)
-    return unit[0] if len(unit) == 1 else unit.permute(1, 2, 0)
+    unit = ((x - low) / ((high - low) or 1)).clamp(0, 1).numpy()
+    return unit[0] if len(unit) == 1 else unit.transpose(1, 2, 0)
 
 
 def _name(f: Finding) -> str:
