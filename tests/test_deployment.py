@@ -30,7 +30,7 @@ BLOCKS = re.findall(r"```(\w+) ([^\n]+)\n(.*?)```", GUIDE, re.DOTALL)
 """(language, what it is for, content) of those that are for this test: the others have a language alone."""
 
 MACHINES = ("coordinator", "hospital-a", "hospital-b")
-PATIENCE = 60.0  # seconds for any one thing; usually a tenth of that
+PATIENCE = 120.0  # seconds for any one thing; usually a tenth of that
 
 
 class Machines:

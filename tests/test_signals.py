@@ -19,7 +19,7 @@ pytestmark = pytest.mark.timeout(400)  # seven processes begin, one after anothe
 
 @pytest.fixture
 def trial(tmp_path: Path) -> Iterator[Trial]:
-    made = Trial(tmp_path, "sglr", rounds=40, config=SAVING)
+    made = Trial(tmp_path, "sglr", rounds=200, config=SAVING)
     yield made
     made.stop()
 
@@ -84,7 +84,7 @@ def test_a_client_is_asked_to_stop(trial: Trial) -> None:
         done, clients[1] = len(t.steps()), t.join(1)
         until(lambda done=done: len(t.steps()) > done + 6, "steps with it again", t)
     finished(t, server, *clients)
-    assert [r["step"] for r in t.steps()] == list(range(240))
+    assert [r["step"] for r in t.steps()] == list(range(1200))
 
 
 def test_a_signal_while_a_command_begins(trial: Trial) -> None:

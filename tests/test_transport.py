@@ -28,7 +28,7 @@ from grpc_health.v1 import health_pb2
 from cutlayer.engine.remote import network
 from cutlayer.engine.remote.certs import make_ca, make_certificate
 from cutlayer.engine.remote.dial import STOPPED, Backoff, dial
-from cutlayer.engine.remote.exchange import Body, Lost
+from cutlayer.engine.remote.exchange import Body, Exchange, Lost
 from cutlayer.engine.remote.hub import Hub
 from cutlayer.engine.remote.security import ClientSecurity, ServerSecurity, hash_token, make_token
 from cutlayer.errors import ConfigError, CutlayerWarning, NetworkError, RefusedError, WireError
@@ -1064,6 +1064,21 @@ def test_a_clean_end(caplog: pytest.LogCaptureFixture) -> None:
     assert hub.wait_for(1, SOON) == frozenset()
     until(lambda: not set(threading.enumerate()) - before)
     assert not [r for r in caplog.records if r.name == "asyncio" and r.levelno > logging.INFO]
+
+
+def test_an_exchange_ends_once() -> None:
+    """Whoever waited has been interrupted; then the server hangs up on the clients that were asked."""
+
+    class Nothing:
+        def keep_bodies(self, exchange: Exchange) -> None:
+            pass
+
+    exchange = Exchange({0: 1, 1: 1}, None, None, None, Nothing())  # type: ignore[arg-type]
+    exchange.fail(KeyboardInterrupt())
+    for client in (0, 1):
+        exchange.lose(client, Lost("gone", "the server stops"))
+    with pytest.raises(KeyboardInterrupt):
+        exchange.wait()
 
 
 def test_stopping_ends_an_exchange() -> None:

@@ -64,16 +64,13 @@ class Size:
     methods_clients: int
     rates: tuple[float, ...]
     skewed_clients: int
-    leakage_epochs: int
-    leakage_samples: int
     engine: Literal["auto", "local"] = "auto"
+    leakage_epochs: int = 5
 
 
 SIZES: dict[str, Size] = {
-    "smoke": Size("mlp", (1, 2, 5), 2, (0, 1), 100, 500, 2, 2, 2, "mlp", 5, (1e-3, 3e-3), 5, 1, 100),
-    "reduced": Size(
-        "cnn", (1, 2, 5, 10, 20), 20, (0, 1, 2), 1000, 1000, 4, 10, 3, "cnn", 5, (3e-4, 1e-3, 3e-3), 10, 5, 1000
-    ),
+    "smoke": Size("mlp", (1, 2, 5), 2, (0, 1), 100, 500, 2, 2, 2, "mlp", 5, (1e-3, 3e-3), 5, leakage_epochs=1),
+    "reduced": Size("cnn", (1, 2, 5, 10, 20), 20, (0, 1, 2), 1000, 1000, 4, 10, 3, "cnn", 5, (3e-4, 1e-3, 3e-3), 10),
     "full": Size(
         "resnet16",
         (1, 2, 4, 6, 8, 10, 15, 20),
@@ -88,8 +85,7 @@ SIZES: dict[str, Size] = {
         5,
         (3e-4, 1e-3, 3e-3),
         10,
-        200,
-        1000,
+        leakage_epochs=200,
     ),
 }
 

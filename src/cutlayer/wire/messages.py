@@ -284,8 +284,8 @@ class Evaluate(Message):
     step: Count
     part: Literal["lower", "tail", "whole"]
     rows: Size
-    start: Count = 0
     labels: bool = False
+    start: Count = 0
 
 
 class Save(Message):

@@ -425,7 +425,7 @@ class RemoteCohort:
         if self.shape == "whole":
             whole = ask(m.Evaluate(self._step, "whole", n), lambda k: body, logits, RAW)
             return {k: rows[0] for k, rows in whole.items()}
-        smashed = ask(m.Evaluate(self._step, "lower", n, start), lambda k: body, s.crossing, s.up.plain)
+        smashed = ask(m.Evaluate(self._step, "lower", n, start=start), lambda k: body, s.crossing, s.up.plain)
         given = {k: predict([k], rows) for k, rows in smashed.items()}
         if self.shape == "split":
             return {k: rows[0] for k, rows in given.items()}

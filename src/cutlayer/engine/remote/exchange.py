@@ -190,6 +190,8 @@ class Exchange:
                 self.lose(client, Lost("late", f"client {client} had not answered when the deadline passed"))
 
     def _end(self) -> None:
+        if self._ended:  # given up on from outside, and then its clients were lost
+            return
         self.over = self._ended = True
         if self.timer is not None:
             self.timer.cancel()  # it would hold all answers until the deadline
