@@ -301,9 +301,9 @@ def calibrate(
         err.print(f"use it with: --profiles {out} --client-device {name}", highlight=False, soft_wrap=True)
 
 
-def _say(what: str | Table) -> None:
-    """Print a line, or a table."""
-    out.print(what, highlight=False, soft_wrap=isinstance(what, str))
+def _say(what: str) -> None:
+    """Print a line."""
+    out.print(what, highlight=False, soft_wrap=True)
 
 
 def _out_text(text: str) -> None:
@@ -374,7 +374,7 @@ def leakage(
     sentences = comparisons(findings)
     for table in report.tables(findings):
         if table.row_count:
-            _say(table)
+            Console(width=None if sys.stdout.isatty() else 170).print(table)
     for sentence in [*report.notes(findings), *sentences]:
         _say(sentence)
     where = out or runs[0]
