@@ -208,8 +208,8 @@ def test_the_containers_name_what_there_is() -> None:
         command = app.parse_args(words, exit_on_error=False, print_error=False)[0]
         assert command.__name__ == {"server": "serve", "client": "join"}[name]
         written = words[words.index({"server": "--out", "client": "--folder"}[name]) + 1]
-        assert written.startswith("/work/")  # the rest is read-only
-        assert any(volume.endswith(":/work") for volume in service["volumes"])
+        assert written.startswith("/srv/cutlayer/")  # the rest is read-only
+        assert any(volume.endswith(":/srv/cutlayer") for volume in service["volumes"])
         assert float(service["stop_grace_period"].removesuffix("s")) > 2 * GRACE
     container = (ROOT / "deploy" / "Containerfile").read_text()
     (torch,) = re.findall(r"torch==\S+", container)
