@@ -33,8 +33,16 @@ def stopped(t: Trial, name: str, process: subprocess.Popen[bytes], code: int) ->
 
 
 def saving(t: Trial, place: str) -> Callable[[], bool]:
-    """Is a state being written there just now?"""
-    return lambda: any(p.name.endswith(".new") for p in (t.folder / place).glob(".*"))
+    """Is a state being written there just now? Looks without a pause for a while: it is soon written."""
+
+    def look() -> bool:
+        end = time.monotonic() + 0.3
+        while time.monotonic() < end:
+            if any(p.name.endswith(".new") for p in (t.folder / place).glob(".*")):
+                return True
+        return False
+
+    return look
 
 
 def test_the_server_is_asked_to_stop(trial: Trial) -> None:
