@@ -134,6 +134,7 @@ class Raw:
         credentials: Any = None,
         channel: Any = None,
         welcome: bool = True,
+        timeout: float = SOON,
     ) -> None:
         self.side = ClientSide()
         self.said: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
@@ -149,7 +150,7 @@ class Raw:
             channel = self.own = grpc.secure_channel(target, credentials, options)
         method = channel.stream_stream(f"/{network.SERVICE}/{network.METHOD}")
         metadata = ((network.HELLO, first if said is None else said),) if said != b"" else ()
-        self.call = method(iter(self.said.get, None), metadata=metadata, timeout=SOON)
+        self.call = method(iter(self.said.get, None), metadata=metadata, timeout=timeout)
         if welcome:
             assert isinstance(self.receive().message, m.Welcome)
 
@@ -893,13 +894,14 @@ def test_sixty_four_clients() -> None:
 @pytest.mark.parametrize("count", [300, pytest.param(1000, marks=pytest.mark.slow)])
 def test_many_clients_and_few_threads(count: int) -> None:
     """More clients than there are threads to decode with, all over a few connections, answered one after another."""
+    patience = 160.0 if count > 300 else SOON
     with serving() as (hub, port):
         channels = [
             grpc.insecure_channel(f"localhost:{port}", [("grpc.use_local_subchannel_pool", 1)])
             for _ in range(count // 15)  # a connection takes 16 streams
         ]
-        streams = [Raw(port, k, channel=channels[k % len(channels)]) for k in range(count)]
-        assert len(hub.wait_for(count, SOON)) == count
+        streams = [Raw(port, k, channel=channels[k % len(channels)], timeout=patience) for k in range(count)]
+        assert len(hub.wait_for(count, patience)) == count
         server_threads = [t for t in threading.enumerate() if t.name.startswith("cutlayer")]
         assert len(server_threads) <= 5
 
@@ -913,10 +915,12 @@ def test_many_clients_and_few_threads(count: int) -> None:
         thread.start()
         for number in (1, 2):
             results = hub.exchange(
-                {k: step(number, [b"%d" % k]) for k in range(count)}, deadline=60, on_answer=lambda _, f: bytes(f.body)
+                {k: step(number, [b"%d" % k]) for k in range(count)},
+                deadline=patience,
+                on_answer=lambda _, f: bytes(f.body),
             )
             assert results == {k: [b"%d" % k] for k in range(count)}
-        thread.join(SOON)
+        thread.join(patience)
         for stream in streams:
             stream.close()
         for channel in channels:
