@@ -15,21 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_network import Trial  # type: ignore[import-not-found]
+from test_network import CONFIG, Trial  # type: ignore[import-not-found]
 
 from cutlayer import Run
 from cutlayer.config import RunConfig, read_toml
 
-CONFIG = """algorithm = "{algorithm}"
-data = "digits"
-model = "mlp"
-clients = 3
-samples_per_client = 60
-rounds = {rounds}
-batch = 10
-eval_every = 20
-checkpoint_every = 20
-"""
+KEEPING = CONFIG + "eval_every = 20\ncheckpoint_every = 20\n"
 SEEDS = 4
 WAY = 0.005  # seconds that a proxy takes for each piece: without, a run would be over before anything could happen
 PATIENT = ("--keepalive", "1")
@@ -127,7 +118,7 @@ class Chaos:
     KINDS = ("kill client", "stall client", "cut", "delay", "flip", "stall server", "kill server")
 
     def __init__(self, folder: Path, rounds: int, seed: int) -> None:
-        self.trial = Trial(folder, "sglr", rounds, config=CONFIG)
+        self.trial = Trial(folder, "sglr", rounds, config=KEEPING)
         self.chance = random.Random(seed)
         port = int(self.trial.address.rpartition(":")[2])
         self.proxies = [Proxy(port, seed + k) for k in range(3)]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from cutlayer import ConfigError, DataError, Run
+from cutlayer import ConfigError, DataError, Run, leakage
 from cutlayer.build import deal
 from cutlayer.config import RunConfig
 from cutlayer.errors import RunFolderError
@@ -20,6 +20,7 @@ from cutlayer.leakage.subject import Subject, moments, subjects
 from cutlayer.report import leakage as report
 from cutlayer.reproduce.cells import SIZES, Plan
 from cutlayer.reproduce.outcomes import Outcomes
+from cutlayer.reproduce.reproduction import Reproduction
 from cutlayer.reproduce.tables import PARTS, cells_of, named, shown
 from cutlayer.reproduce.train import EXAMINED, folder_of, is_done, is_trained
 
@@ -182,6 +183,16 @@ def test_the_reproductions_cells_are_examined(tmp_path: Path) -> None:
             done = [label for label, values in lines.items() if values[1] != "\N{EN DASH}"]
             assert set(done) <= {"phi 0.5", "SGLR"}
             assert all(lines[label][-1 if name == "leakage" else -2] == "infinite" for label in done)
+
+
+def test_without_its_libraries_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Before anything is trained or attacked."""
+    monkeypatch.setattr(leakage, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"needs dcor: install the extra, pip install 'cutlayer\[leakage\]'"):
+        leakage.check_installed()
+    with pytest.raises(ConfigError, match="needs dcor"):
+        Reproduction(["table5"], "smoke", tmp_path / "r", "digits").check()
+    assert not (tmp_path / "r").exists()
 
 
 def test_attacks_are_asked_for_by_name() -> None:

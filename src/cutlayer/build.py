@@ -25,12 +25,12 @@ from cutlayer.costs.clock import Clock, ClockedCohort
 from cutlayer.costs.fleet import Fleet, fleet
 from cutlayer.costs.flops import ModelFlops, count
 from cutlayer.costs.ledger import Ledger, MeteredCohort
-from cutlayer.data import Source, class_counts, from_arrays, from_dataset, load, partition
+from cutlayer.data import Source, class_counts, from_arrays, from_dataset, load, load_whole, partition
 from cutlayer.engine.base import ClientModel, Clients, Shape
 from cutlayer.engine.choice import laid_out, simulate
 from cutlayer.errors import ConfigError, CutError, DataError, unknown
 from cutlayer.models import Parts, build, cut
-from cutlayer.models.parts import Part, one_line
+from cutlayer.models.parts import Part, load_own, one_line
 from cutlayer.optim import MakeOptimizer, make_optimizer
 from cutlayer.server import Server
 from cutlayer.wire import Codec, Coding
@@ -257,6 +257,16 @@ def load_source(config: RunConfig, data: Data | None) -> Source:
     )
 
 
+def own_source(config: RunConfig, path: str) -> Source:
+    """A client's own data, read as the configuration says, all of them to train on. Raises DataError, ConfigError."""
+    return load_whole(
+        path,
+        data_format=config.data_format,
+        label_column=config.label_column,
+        class_names=config.class_names,
+    )
+
+
 def deal(config: RunConfig, data: Data | None = None) -> list[np.ndarray]:
     """The rows of each client, as `assemble` deals them. Raises DataError, ConfigError."""
     return _partition(config, load_source(config, data))
@@ -443,7 +453,7 @@ class _ClientModels(Sequence[ClientModel]):
             fresh = self.make_model("model", client).state_dict()
             for part in (lower, tail):
                 if part is not None:
-                    part.load_state_dict({name: fresh[name] for name in part.state_dict()})
+                    load_own(part, fresh)
         return lower, tail
 
 

@@ -356,11 +356,11 @@ def leakage(
     if not runs:
         raise ConfigError("no run is named: give run folders, e.g. cutlayer leakage runs/sglr-digits")
     _check_positive(clients=clients, samples=samples, auxiliary=auxiliary)
-    try:
-        from cutlayer.leakage.assess import Asked, comparisons, examine
-        from cutlayer.leakage.subject import moments, subjects
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"{error.name} is not installed: pip install 'cutlayer[leakage]'") from None
+    from cutlayer.leakage import check_installed
+
+    check_installed()
+    from cutlayer.leakage.assess import Asked, comparisons, examine
+    from cutlayer.leakage.subject import moments, subjects
     from cutlayer.report import leakage as report
 
     asked = Asked(tuple(knowledge), tuple(estimators), seed)  # type: ignore[arg-type]  # checked there
@@ -510,7 +510,7 @@ def join(
     log
         What happens to the connection, on stderr: as text, or as JSON, one object per line.
     """
-    from cutlayer.data import load_whole
+    from cutlayer.build import own_source
     from cutlayer.engine.remote.join import Joining
     from cutlayer.engine.remote.join import join as work
     from cutlayer.engine.remote.logs import show_log
@@ -524,10 +524,7 @@ def join(
     if len(client) > 1 and own_data is not None:
         raise ConfigError(f"own_data = {own_data!r} would be {len(client)} clients' own: start one process for each")
     show_log(log)
-    own = None
-    if own_data is not None:
-        columns = {"data_format": merged.data_format, "label_column": merged.label_column}
-        own = load_whole(own_data, class_names=merged.class_names, **columns)
+    own = None if own_data is None else own_source(merged, own_data)
     token = None if token_file is None else read_token(token_file)
     security = ClientSecurity(ca, certificate, key, token)
     joining = [

@@ -13,8 +13,9 @@ Shape legend: R rows of all clients, b_k those of client k, s... the shape of on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -45,6 +46,18 @@ class Defence:
         """Does it do anything?"""
         return self.clip is not None or bool(self.dropout or self.nopeek)
 
+    @property
+    def noise(self) -> float:
+        """The noise's standard deviation (Gaussian) or scale (Laplace), in units of smashed data; 0: there is none."""
+        return (self.clip or 0.0) * (self.gaussian or self.laplace)
+
+    def clipped(self, rows: Rows) -> Rows:
+        """Real rows, each [R, s...], of which each sample is at most `clip` long, over all tensors."""
+        if self.clip is None:
+            return rows
+        factor = self.clip / _length(rows, 1 if self.laplace else 2).clamp(min=self.clip)
+        return tuple(r * factor.view(-1, *[1] * (r.dim() - 1)).to(r.dtype) for r in rows)
+
     def step(
         self, rows: Rows, x: Sequence[Tensor], clients: Sequence[int], sizes: Sequence[int], clocks: Sequence[int]
     ) -> Guarded:
@@ -74,20 +87,18 @@ class Defence:
 
     def _sent(self, rows: Rows, sizes: Sequence[int], draws: Sequence[torch.Generator]) -> Rows:
         real = [i for i, r in enumerate(rows) if r.is_floating_point()]
-        sent = {i: rows[i] for i in real}
+        sent = tuple(rows[i] for i in real)
+
+        def drawn(draw: Callable[[Sequence[int], torch.Generator], Tensor], r: Tensor) -> Tensor:
+            return torch.cat([draw(r[:n].shape, g) for n, g in zip(sizes, draws, strict=True)]).to(r)
+
         if self.dropout:
-            for i in real:
-                kept = torch.cat([_kept(rows[i][:n].shape, self.dropout, g) for n, g in zip(sizes, draws, strict=True)])
-                sent[i] = sent[i] * kept.to(sent[i])
-        if self.clip is not None:
-            factor = self.clip / _length(list(sent.values()), 1 if self.laplace else 2).clamp(min=self.clip)
-            sent = {i: r * factor.view(-1, *[1] * (r.dim() - 1)).to(r.dtype) for i, r in sent.items()}
-            scale = self.clip * (self.gaussian or self.laplace)
-            for i in real if scale else ():
-                draw = _laplace if self.laplace else _gaussian
-                noise = torch.cat([draw(rows[i][:n].shape, g) for n, g in zip(sizes, draws, strict=True)])
-                sent[i] = sent[i] + scale * noise.to(sent[i])
-        return tuple(sent.get(i, r) for i, r in enumerate(rows))
+            sent = tuple(r * drawn(partial(_kept, self.dropout), r) for r in sent)
+        sent = self.clipped(sent)
+        if self.noise:
+            sent = tuple(r + self.noise * drawn(_laplace if self.laplace else _gaussian, r) for r in sent)
+        done = dict(zip(real, sent, strict=True))
+        return tuple(done.get(i, r) for i, r in enumerate(rows))
 
 
 @dataclass(frozen=True)
@@ -148,7 +159,7 @@ def _length(rows: Sequence[Tensor], order: int) -> Tensor:
     return lengths
 
 
-def _kept(shape: Sequence[int], probability: float, draw: torch.Generator) -> Tensor:
+def _kept(probability: float, shape: Sequence[int], draw: torch.Generator) -> Tensor:
     """Factors: 0 with this probability, else what keeps the mean."""
     return (torch.rand(tuple(shape), generator=draw) >= probability) / (1 - probability)
 

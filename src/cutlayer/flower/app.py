@@ -27,8 +27,8 @@ from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
 
+from cutlayer.build import own_source
 from cutlayer.config import RunConfig, normalised
-from cutlayer.data import load_whole
 from cutlayer.engine.remote.build import client_name, client_number, worker_of
 from cutlayer.engine.remote.certs import make_ca, make_certificate
 from cutlayer.engine.remote.dial import STOPPED, dial
@@ -214,10 +214,8 @@ def _work(invitation: Invitation, context: Context) -> Farewell:
 def _worker(invitation: Invitation, context: Context) -> Worker:
     """The client that this node is, with the node's own data or its share of the configuration's."""
     config, number = invitation.config(context), client_number(invitation.client)
-    path, own = normalised(context.node_config).get("own_data"), None
-    if path is not None:
-        columns = {"data_format": config.data_format, "label_column": config.label_column}
-        own = load_whole(str(path), class_names=config.class_names, **columns)
+    path = normalised(context.node_config).get("own_data")
+    own = None if path is None else own_source(config, str(path))
     return worker_of(config, number, name=invitation.client, run=config.algorithm, own=own)
 
 

@@ -12,3 +12,14 @@ No single number measures leakage; the instruments make a bracket:
 
 Every function takes a seed, leaves global random state alone, and returns frozen dataclasses of plain numbers.
 """
+
+from importlib.util import find_spec
+
+from cutlayer.errors import ConfigError
+
+
+def check_installed() -> None:
+    """Raises ConfigError where a library of the extra `leakage` is missing that a measurement would end at."""
+    for name in ("dcor", "skimage"):
+        if find_spec(name) is None:
+            raise ConfigError(f"measuring leakage needs {name}: install the extra, pip install 'cutlayer[leakage]'")

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from cutlayer.engine.choice import defence_of
 from cutlayer.errors import ConfigError, unknown
 from cutlayer.gradients import row_losses
 from cutlayer.leakage import mutual
@@ -19,10 +20,11 @@ from cutlayer.leakage.calibration import Calibrated, calibrate, rank
 from cutlayer.leakage.dp import Statement
 from cutlayer.leakage.information import Usable, usable
 from cutlayer.leakage.inputs import smash
-from cutlayer.leakage.mutual import Method, UpperBound
+from cutlayer.leakage.mutual import UpperBound
 from cutlayer.leakage.ranks import Dependence, LabelLeakage, dependence, label_leakage
 from cutlayer.leakage.reconstruct import Knowledge, Reconstructed, Reconstruction, reconstruct
 from cutlayer.leakage.subject import Subject
+from cutlayer.models.parts import load_own
 from cutlayer.types import as_tuple
 from cutlayer.wire import Codec
 from cutlayer.wire.codecs import payload_bytes
@@ -34,7 +36,7 @@ ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
 @dataclass(frozen=True)
 class Asked:
     """What is measured: the attackers' `knowledge`, the `estimators` (each beside what it reads where the answer is
-    known), whether dependence is.
+    known).
     """
 
     knowledge: tuple[Knowledge, ...] = ("model", "smashed")
@@ -101,7 +103,6 @@ def examine(subject: Subject, asked: Asked) -> Examined:
             knowledge=knowledge,
             seed=asked.seed,
         )
-    wanted = [name for name in asked.estimators if name != "usable"]
     read = usable(x, z, seed=asked.seed) if "usable" in asked.estimators else None
     moment = s.moment
     finding = Finding(
@@ -116,7 +117,7 @@ def examine(subject: Subject, asked: Asked) -> Examined:
         upper=tuple(_upper(s, asked.seed)),
         attacks={knowledge: p.report for knowledge, p in pictures.items()},
         usable=read,
-        estimates=tuple(_calibrated(s, wanted, read, asked.seed)),
+        estimates=tuple(_calibrated(s, asked, read)),
         dependence=dependence(x, z, seed=asked.seed),
         labels=_labels(s, asked.seed),
         privacy=s.statement,
@@ -124,37 +125,30 @@ def examine(subject: Subject, asked: Asked) -> Examined:
     return Examined(finding, pictures)
 
 
-def _calibrated(s: Subject, wanted: Sequence[str], read: Usable | None, seed: int) -> Iterator[Calibrated]:
-    """Each estimator beside its reading of a known answer of the same size, as large as its own reading."""
+def _calibrated(s: Subject, asked: Asked, read: Usable | None) -> Iterator[Calibrated]:
+    """Each estimator beside its reading of a known answer of the same size, as large as its own reading; `read` is one
+    that has been taken.
+    """
 
     def by_code(x: Tensor, z: Tensor, seed: int) -> float:
         return usable(x, z, seed=seed).nats
 
-    estimators = {name: mutual.reader(_method(name)) for name in wanted}
-    every = {"usable": by_code, **estimators} if read is not None else estimators
-    for name, estimator in every.items():
-        reading = estimator(s.samples.x, s.z, seed)
-        level = max(reading, 0.5)
-        yield calibrate(name, estimator, s.samples.x, s.z, client=s.bare, levels=(level,), seed=seed, reading=reading)
-
-
-def _method(name: str) -> Method:
-    found: Method = next(m for m in get_args(Method) if m == name)
-    return found
+    for name in asked.estimators:
+        estimator = by_code if name == "usable" else mutual.reader(name)
+        reading = estimator(s.samples.x, s.z, asked.seed) if name != "usable" or read is None else read.nats
+        levels = (max(reading, 0.5),)
+        yield calibrate(
+            name, estimator, s.samples.x, s.z, client=s.bare, levels=levels, seed=asked.seed, reading=reading
+        )
 
 
 def _upper(s: Subject, seed: int) -> Iterator[UpperBound]:
     """Every bound that there is; without noise and codec, that there is none."""
-    config, codec = s.moment.config, Codec.parse(s.moment.config.up_codec)
-    bare = smash(s.bare, s.samples.x, seed, "bare")
-    if config.clip is not None and (config.gaussian_noise or config.laplace_noise):
-        order = 1 if config.laplace_noise else 2
-        length = torch.linalg.vector_norm(bare.flatten(1), order, 1).clamp(min=config.clip)
-        clipped = bare.flatten(1) * (config.clip / length)[:, None]
-        if config.laplace_noise:
-            yield mutual.laplace_channel(clipped, config.laplace_noise * config.clip)
-        else:
-            yield mutual.gaussian_channel(clipped, config.gaussian_noise * config.clip)
+    config = s.moment.config
+    d, codec = defence_of(config), Codec.parse(config.up_codec)
+    if d.noise:
+        (clipped,) = d.clipped((smash(s.bare, s.samples.x, seed, "bare"),))
+        yield mutual.laplace_channel(clipped, d.noise) if d.laplace else mutual.gaussian_channel(clipped, d.noise)
     elif codec.kind == "raw":
         yield mutual.deterministic()
     if codec.kind != "raw":
@@ -167,8 +161,7 @@ def _labels(s: Subject, seed: int) -> LabelLeakage | None:
     server, tail = s.moment.server, copy.deepcopy(s.moment.training.parts.tail)
     if tail is None or server is None:
         return None
-    model = s.moment.models[s.name]
-    tail.load_state_dict({name: tensor for name, tensor in model.items() if name in tail.state_dict()})
+    load_own(tail, s.moment.models[s.name])
     server.eval()
     tail.eval()
     with torch.no_grad():

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cutlayer import checkpoint, seeds
-from cutlayer.build import Training, assemble, deal, load_source
+from cutlayer.build import Training, assemble, deal
 from cutlayer.catalog import ALGORITHMS
 from cutlayer.config import RunConfig
 from cutlayer.data.samples import Samples
@@ -25,8 +26,9 @@ from cutlayer.files import read_records
 from cutlayer.folder import CHECKPOINT, EVALUATIONS, SNAPSHOTS, stored_config
 from cutlayer.leakage import dp
 from cutlayer.leakage.inputs import Client, smash
+from cutlayer.models.parts import load_own
 from cutlayer.run import without_own
-from cutlayer.types import Rows
+from cutlayer.types import as_tuple
 from cutlayer.wire import Codec
 from cutlayer.wire.coding import written
 
@@ -71,13 +73,11 @@ class Subject:
     @property
     def statement(self) -> dp.Statement | None:
         """What its noise guarantees over all epochs (None: it adds no noise)."""
-        c = self.moment.config
-        if c.clip is None or not (c.gaussian_noise or c.laplace_noise):
+        d = defence_of(self.moment.config)
+        if d.clip is None or not d.noise:
             return None
         epochs = max(1, round(self.moment.rounds / self.moment.training.rounds_per_epoch))
-        if c.laplace_noise:
-            return dp.laplace(c.laplace_noise * c.clip, c.clip, epochs)
-        return dp.gaussian(c.gaussian_noise * c.clip, c.clip, epochs)
+        return dp.laplace(d.noise, d.clip, epochs) if d.laplace else dp.gaussian(d.noise, d.clip, epochs)
 
 
 def moments(out: Path, snapshots: bool = False) -> list[Moment]:
@@ -127,13 +127,12 @@ def _moment(
     config: RunConfig,
     training: Training,
     rounds: int,
-    evaluations: Sequence[dict[str, object]],
+    evaluations: Sequence[dict[str, Any]],
     models: dict[int, dict[str, Tensor]],
     server: nn.Module | None,
 ) -> Moment:
-    until = [e["test_accuracy"] for e in evaluations if int(str(e["round"])) <= rounds]
-    accuracy = float(str(until[-1])) if until else None
-    return Moment(out, config, training, rounds, accuracy, models, server)
+    until = [e["test_accuracy"] for e in evaluations if e["round"] <= rounds]
+    return Moment(out, config, training, rounds, until[-1] if until else None, models, server)
 
 
 def subjects(moment: Moment, clients: int, samples: int, auxiliary: int, seed: int) -> Iterator[Subject]:
@@ -143,7 +142,7 @@ def subjects(moment: Moment, clients: int, samples: int, auxiliary: int, seed: i
     Raises DataError where fewer are held out.
     """
     config = moment.config
-    source = load_source(config, None)
+    source = moment.training.source
     held = Samples(torch.cat([source.validation.x, source.test.x]), torch.cat([source.validation.y, source.test.y]))
     if auxiliary > len(held):
         raise DataError(
@@ -151,14 +150,14 @@ def subjects(moment: Moment, clients: int, samples: int, auxiliary: int, seed: i
             "train with a larger test or validation set"
         )
     drawn = seeds.generator(seed, "leakage", "auxiliary").permutation(len(held))[:auxiliary]
-    known = held[torch.from_numpy(drawn)]
-    rows = deal(config)
+    known = held[torch.from_numpy(drawn).to(held.y.device)]
+    rows = deal(config, source)
     names = sorted(moment.models)
     chosen = sorted(seeds.generator(seed, "leakage", "clients").permutation(len(names))[:clients].tolist())
     server = _served(moment)
     for k in (names[i] for i in chosen):
         own = seeds.generator(seed, "leakage", "samples", k).permutation(rows[k])[:samples]
-        private = source.train[torch.from_numpy(own)]
+        private = source.train[torch.from_numpy(own).to(source.train.y.device)]
         yield _subject(moment, k, private, known, server, seed)
 
 
@@ -166,25 +165,20 @@ def _subject(
     moment: Moment, name: int, private: Samples, known: Samples, server: nn.Module | None, seed: int
 ) -> Subject:
     config, parts = moment.config, moment.training.parts
-    lower, fresh = copy.deepcopy(parts.client), copy.deepcopy(parts.client)
-    model = moment.models[name]
-    lower.load_state_dict({n: t for n, t in model.items() if n in lower.state_dict()})
-    lower.eval().requires_grad_(False)
-    fresh.eval()
+    bare, fresh = (_Lower(copy.deepcopy(parts.client)).eval() for _ in range(2))
+    load_own(bare.part, moment.models[name])
+    bare.requires_grad_(False)
     with seeds.torch_seeded(seed, "leakage", "fresh"):
         for module in fresh.modules():
             if callable(reset := getattr(module, "reset_parameters", None)):
                 reset()
     defence = _Defended(defence_of(config), Codec.parse(config.up_codec).plain, config.batch)
 
-    def bare(x: Tensor) -> Tensor:
-        return _single(lower(x))
-
     def client(x: Tensor) -> Tensor:
         return defence(bare(x))
 
     z = smash(client, private.x, seed, "private", name)
-    return Subject(moment, name, private, z, client, bare, defence, known, server, _Lower(fresh))
+    return Subject(moment, name, private, z, client, bare, defence, known, server, fresh)
 
 
 class _Defended:
@@ -194,7 +188,6 @@ class _Defended:
 
     def __init__(self, defence: Defence, codec: Codec, batch: int) -> None:
         self.defence, self.codec, self.batch = defence, codec, batch
-        self.quiet = replace(defence, gaussian=0.0, laplace=0.0, dropout=0.0)
 
     def __call__(self, z: Tensor) -> Tensor:
         (sent,) = self.defence.fresh((z,))
@@ -204,21 +197,16 @@ class _Defended:
         return sent + (coded - sent).detach()
 
 
-def _single(rows: Rows) -> Tensor:
-    """The one tensor that crosses, or all real ones of several, flattened."""
-    real = [r for r in rows if r.is_floating_point()]
-    return real[0] if len(real) == 1 else torch.cat([r.flatten(1) for r in real], 1)
-
-
 class _Lower(nn.Module):
-    """A client part that gives one tensor."""
+    """A client part that gives one tensor: the one that crosses, or all real ones of several, flattened."""
 
     def __init__(self, part: nn.Module) -> None:
         super().__init__()
         self.part = part
 
     def forward(self, x: Tensor) -> Tensor:
-        return _single(self.part(x))
+        real = [r for r in self.part(x) if r.is_floating_point()]
+        return real[0] if len(real) == 1 else torch.cat([r.flatten(1) for r in real], 1)
 
 
 class _Server(nn.Module):
@@ -229,9 +217,7 @@ class _Server(nn.Module):
         self.part = part
 
     def forward(self, z: Tensor) -> Tensor:
-        given = self.part((z,))
-        outputs: Tensor = given[0] if isinstance(given, tuple) else given
-        return outputs
+        return as_tuple(self.part((z,)))[0]
 
 
 def _served(moment: Moment) -> nn.Module | None:

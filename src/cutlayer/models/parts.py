@@ -5,7 +5,7 @@ Shape legend: R rows of the batch, s... the shape of one sample's smashed data, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,6 +140,11 @@ def state_names(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 yield dot + name, buffer, name not in module._non_persistent_buffers_set
+
+
+def load_own(part: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Give a part its share of a whole model's state, which has more names."""
+    part.load_state_dict({name: state[name] for name in part.state_dict()})
 
 
 def fill_owners(names: Iterable[str], owners: dict[str, int], parts: int) -> dict[str, int]:

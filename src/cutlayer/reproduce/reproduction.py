@@ -15,6 +15,7 @@ from cutlayer.config import read_toml
 from cutlayer.errors import RunFolderError
 from cutlayer.files import replace_file
 from cutlayer.folder import LOCK, Folder, locked
+from cutlayer.leakage import check_installed
 from cutlayer.reproduce.cells import SIZES, Cell, Plan, SizeName
 from cutlayer.reproduce.outcomes import Outcome, Outcomes, read
 from cutlayer.reproduce.tables import PARTS, cells_of, named
@@ -61,6 +62,8 @@ class Reproduction:
         from cutlayer.build import assemble, deal
 
         self.outcomes()
+        if any(cell.examined for cell, _ in self.waiting()):
+            check_installed()
         kinds: dict[tuple[str, ...], Cell] = {}
         for cell, _ in sorted(self.waiting(), key=lambda job: -job[0].config.clients):
             c = cell.config

@@ -402,7 +402,8 @@ class RemoteCohort:
     def _judged(self) -> list[int]:
         """Whose models are evaluated: all that are asked for and connected; failing that, all that are connected."""
         asked = judged(len(self.samples), self.setup.eval_clients, self.setup.seed)
-        return [k for k in asked if k in self.hub.connected] or sorted(self.hub.connected)
+        connected = self.hub.connected
+        return [k for k in asked if k in connected] or sorted(connected)
 
     def _outputs(self, clients: Sequence[int], part: Samples, start: int, predict: Predict) -> dict[int, Tensor]:
         """The logits [n, K] of each client's model, with the server's where there is one, on held-out rows from number

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from cutlayer.build import load_source
 from cutlayer.config import RunConfig
 from cutlayer.data.samples import Source
 from cutlayer.engine.remote.build import client_number, worker_of
@@ -50,6 +51,7 @@ def join(config: RunConfig, joining: Sequence[Joining]) -> list[str]:
 
 
 def _work(config: RunConfig, joining: Sequence[Joining], stop: threading.Event) -> list[str]:
+    shared: Source | None = None  # what several clients are dealt from is read once
     workers, locks = [], []  # a lock holds as long as its file is open
     for j in joining:
         if j.folder is not None:
@@ -57,8 +59,11 @@ def _work(config: RunConfig, joining: Sequence[Joining], stop: threading.Event) 
             locks.append(locked(j.folder))
         token = j.security.token or ""
         number = client_number(j.name)
+        if j.data is None and shared is None:
+            shared = load_source(config, None)
+        own = {"own": j.data} if j.data is not None else {"data": shared}
         workers.append(
-            worker_of(config, number, name=j.name, run=config.algorithm, token=token, folder=j.folder, own=j.data)
+            worker_of(config, number, name=j.name, run=config.algorithm, token=token, folder=j.folder, **own)
         )
     diallers = [
         Dialler(j.address, j.security, worker, give_up_after=j.give_up_after, keepalive=j.keepalive)
