@@ -18,7 +18,6 @@ from test_network import CONFIG, PATIENCE, Trial, finished, same_as_local, until
 WHY_NOT = lacking()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 HOSTS = ("server", "client-0", "client-1", "client-2")
-KEEPALIVE = ("--keepalive", "1")
 NOTICED = 10.0  # seconds after which a host that is cut off is known to be, on a busy machine; usually two
 
 
@@ -32,13 +31,13 @@ class Federation:
         host = network.addresses["server"]
         self.trial = Trial(folder, "sglr", rounds, config=config, host=host, where=network.inside)
 
-    def start(self, *words: str) -> list[Any]:
+    def start(self, *words: str, keepalive: int = 1) -> list[Any]:
         """Server and clients."""
-        return [self.trial.serve(*words, *KEEPALIVE), *self.join()]
+        return [self.trial.serve(*words, "--keepalive", str(keepalive)), *self.join(keepalive)]
 
-    def join(self) -> list[Any]:
+    def join(self, keepalive: int = 1) -> list[Any]:
         """The clients."""
-        return [self.trial.join(k, *KEEPALIVE) for k in range(3)]
+        return [self.trial.join(k, "--keepalive", str(keepalive)) for k in range(3)]
 
     def clients(self) -> list[list[int]]:
         """Who took part, by step."""
@@ -128,7 +127,7 @@ def test_bytes_on_the_cables(federation: Callable[..., Federation], capsys: pyte
 def test_long_cables_that_lose_packets(federation: Callable[..., Federation]) -> None:
     """10 ms each way, and one packet in fifty is lost: slower, and the same numbers to the last bit."""
     f = federation(rounds=3, delay=0.01, loss=0.02)
-    finished(f.trial, *f.start())
+    finished(f.trial, *f.start(keepalive=10))  # as is usual: pings that get lost end no connection
     cables = [f.network.end_cable(host) for host in HOSTS]
     assert all(lost > 0 for _, lost in cables), cables
     same_as_local(f.trial)

@@ -486,8 +486,8 @@ class Hub:
                 return Lost("gone", f"client {link.index} is gone: its connection has ended")
             link.traffic.received += len(data)
             for part in split(data):
-                if link.side.state == "closed":
-                    break  # Bye has been said, and crossed an answer
+                if not link.open or link.side.state == "closed":
+                    break  # it has been cut, or Bye has been said, and that crossed an answer
                 frame = link.side.receive(part)
                 if isinstance(frame.message, m.Failed):
                     log.warning("client %d has failed: %s: %s", link.index, frame.message.kind, frame.message.sentence)
