@@ -13,9 +13,10 @@ from torch.nn import functional
 from cutlayer import Samples
 from cutlayer.errors import ConfigError, DataError
 from cutlayer.leakage.fitting import Budget
-from cutlayer.leakage.hijack import Hijack, Watch
+from cutlayer.leakage.hijack import Hijack
 from cutlayer.leakage.ranks import label_leakage
 from cutlayer.leakage.reconstruct import reconstruct, ssim
+from cutlayer.leakage.watch import Watch
 
 BUDGET = Budget(steps=480, batch=64, lr=2e-3, check_every=60, patience=4)
 
@@ -162,7 +163,7 @@ def test_rare_labels_show_in_the_norm_of_cut_gradients():
 def hijacked_and_honest() -> tuple[Hijack, nn.Module, Watch, Watch]:
     """400 steps of a client under a hijacking server, and of an equal client under an honest one, each watched."""
     auxiliary, own = digits()
-    attacker, watches = Hijack(auxiliary.x, (8, 4, 4)), (Watch(), Watch())
+    attacker, watches = Hijack(auxiliary, (8, 4, 4), ahead=0, critic_steps=1), (Watch(), Watch())
     clients = []
     with torch.random.fork_rng():
         for honest, watch in zip((False, True), watches, strict=True):
@@ -180,7 +181,7 @@ def hijacked_and_honest() -> tuple[Hijack, nn.Module, Watch, Watch]:
                 if honest:
                     functional.cross_entropy(server(z), own.y[rows]).backward()
                 else:
-                    z.backward(attacker.gradients(z))
+                    z.backward(attacker.gradients(z, own.y[rows]))
                 watch.observe(z.grad, z, own.y[rows])
                 optimizer.step()
             clients.append(client.requires_grad_(False))
@@ -229,8 +230,8 @@ def test_a_watch_says_nothing_before_it_has_seen_enough():
         ),
         (lambda a, x: reconstruct(x.y, x.x, x.y, a, client=nn.Identity()), DataError, "takes real numbers"),
         (lambda a, x: label_leakage(x.x, torch.zeros_like(x.y)), DataError, "at least two classes"),
-        (lambda a, x: Hijack(a.x[:10], (4,)), DataError, "10 samples are too few"),
-        (lambda a, x: Hijack(a.x, (4,)).gradients(torch.ones(3, 5)), DataError, r"shape \(5,\)"),
+        (lambda a, x: Hijack(a[:10], (4,)), DataError, "10 samples are too few"),
+        (lambda a, x: Hijack(a, (4,), ahead=0).gradients(torch.ones(3, 5), x.y[:3]), DataError, r"shape \(5,\)"),
         (lambda a, x: Watch(window=5, after=9), ConfigError, "window=5, after=9"),
     ],
 )

@@ -11,15 +11,17 @@ import pytest
 import torch
 
 from cutlayer import ConfigError, DataError, Run, leakage
-from cutlayer.build import deal
+from cutlayer.build import assemble, deal
 from cutlayer.config import RunConfig
 from cutlayer.errors import RunFolderError
 from cutlayer.folder import CHECKPOINT
+from cutlayer.leakage.active import _trained, hijack
 from cutlayer.leakage.assess import Asked, comparisons, examine
 from cutlayer.leakage.subject import Subject, moments, subjects
 from cutlayer.report import leakage as report
 from cutlayer.reproduce.cells import SIZES, Plan
-from cutlayer.reproduce.outcomes import Outcomes
+from cutlayer.reproduce.claims import explained, explained_at_equal_accuracy
+from cutlayer.reproduce.outcomes import Outcome, Outcomes
 from cutlayer.reproduce.reproduction import Reproduction
 from cutlayer.reproduce.tables import PARTS, cells_of, named, shown
 from cutlayer.reproduce.train import EXAMINED, folder_of, is_done, is_trained
@@ -200,4 +202,78 @@ def test_attacks_are_asked_for_by_name() -> None:
     assert named(["leakage", "table5"]) == ("table5", "leakage")
     cells = cells_of(Plan(SIZES["smoke"], "digits"), ["table5", "leakage"])
     assert all(cell.examined for cell in cells.values())
-    assert len(cells) == 5 + 3 + 2 + 10
+    assert len(cells) == 5 + 3 + 2 + 15
+    followed = ["slr", *(f"sglr-phi-{phi:g}" for phi in (0.25, 0.5, 0.75, 1)), "psl", "sfl", "ssl"]
+    assert [c.name.removeprefix("leakage/") for c in cells.values() if c.config.snapshot_every] == followed
+
+
+def test_an_active_server(tmp_path: Path) -> None:
+    """Under hijackers that ignore and that know labels, beside an honest server; the run's folder is left alone."""
+    run = trained(tmp_path / "run", rounds=8, cut="hidden")
+    before = (run / CHECKPOINT).read_bytes()
+    (moment,) = moments(run)
+    said: list[str] = []
+    (plain, _), (labelled, kept) = hijack(moment, 100, 300, 0, said.append)
+    assert (run / CHECKPOINT).read_bytes() == before
+    assert [line.split("rounds under ")[1] for line in said] == [
+        "an honest server",
+        "a hijacking server that ignores labels",
+        "a hijacking server that knows labels",
+    ]
+    assert (plain.labelled, labelled.labelled, plain.samples, plain.auxiliary, plain.rounds) == (0, 1, 100, 300, 8)
+    assert plain.honest == labelled.honest
+    assert all(w.suspicious and w.score is not None and w.score < 0.7 for w in plain.hijacked)
+    assert not any(w.suspicious for w in plain.honest)
+    assert all(w.score is not None and w.score > 0.8 for w in plain.honest)
+    evading = [a.score - b.score for a, b in zip(labelled.hijacked, plain.hijacked, strict=True) if a.score and b.score]
+    assert min(evading) > 0.1  # its gradients depend on labels, too
+    assert kept["inputs"].shape == kept["reconstructions"].shape
+    table = report.active([plain, labelled])
+    assert table.row_count == 2
+    assert json.loads(report.as_json([], [], [plain]))["hijacked"][0]["labelled"] is False
+
+
+def test_an_honest_server_is_the_runs_own(tmp_path: Path) -> None:
+    """What the watch is compared with is the very training of the run, to the last bit."""
+    run = Run(RunConfig.of(SMALL), out=tmp_path / "run")
+    run.run()
+    (moment,) = moments(tmp_path / "run")
+    training = assemble(run.config)
+    watched = _trained(moment, training, training.server)
+    for k, model in moment.models.items():
+        assert all(torch.equal(t, model[name]) for name, t in training.clients.model_state(k).items())
+    assert [w.client for w in watched] == [0, 1, 2]
+    assert all(w.batches > 20 for w in watched)
+
+
+def test_shared_gradients_are_not_watched(tmp_path: Path) -> None:
+    """With phi = 1 a client receives none of its own, and its watch says nothing."""
+    run = trained(tmp_path / "run", algorithm="sglr", phi=1.0)
+    (moment,) = moments(run)
+    training = assemble(moment.config)
+    assert [(w.score, w.batches, w.suspicious) for w in _trained(moment, training, training.server)] == [
+        (None, 0, False)
+    ] * 3
+
+
+def test_what_cannot_be_hijacked(tmp_path: Path) -> None:
+    run = trained(tmp_path / "run", algorithm="ussl", model="mlp", cut="hidden1", tail_cut="hidden2")
+    with pytest.raises(ConfigError, match=r"cannot be hijacked: .* labels stay with the clients: leave hijack out"):
+        hijack(moments(run)[-1], 100, 300, 0)
+
+
+def test_equal_accuracy() -> None:
+    """Each run is looked at when it first came to what both reach; between moments, linearly."""
+
+    def outcome(*found: tuple[float, float]) -> Outcome:
+        leaks = tuple({"accuracy": a, "attacks": {"model": {"explained": e}}} for a, e in found)
+        return Outcome(80.0, 80.0, 80.0, False, 10.0, [], {}, leaks)
+
+    fast, slow = outcome((0.6, 0.9), (0.8, 0.7), (0.9, 0.6)), outcome((0.5, 0.8), (0.7, 0.5))
+    assert (fast.reached, slow.reached, fast.explained, slow.explained) == (90.0, 70.0, 60.0, 50.0)
+    assert fast.explained_at(70.0) == pytest.approx(80.0)
+    assert fast.explained_at(30.0) == pytest.approx(90.0)  # the first moment, where it had more by then
+    assert slow.explained_at(80.0) is None
+    assert explained(fast, slow) == pytest.approx(10.0)
+    assert explained_at_equal_accuracy(fast, slow) == pytest.approx(80.0 - 50.0)
+    assert explained_at_equal_accuracy(outcome(), slow) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from cutlayer.data import load_whole
 from cutlayer.engine.remote.build import remote_training, worker_of
 from cutlayer.engine.remote.exchange import Lost, Request
 from cutlayer.engine.remote.worker import Worker
-from cutlayer.errors import DataError, NonFiniteError, TrainingError, WireError
+from cutlayer.errors import DataError, DistrustError, NonFiniteError, TrainingError, WireError
+from cutlayer.leakage.hijack import Hijack, HijackingServer
 from cutlayer.wire import ClientSide, Frame, ServerSide, encode
 from cutlayer.wire import messages as m
 
@@ -227,6 +229,39 @@ def test_not_a_number_ends_the_run_where_it_should(algorithm: str) -> None:
     hub.workers[2].duty.samples.x[:] = float("nan")
     with pytest.raises((NonFiniteError, WireError), match="client 2"):
         run.run()
+
+
+WATCHED = {**SMALL, "algorithm": "psl", "samples_per_client": 60, "batch": 20, "rounds": 8}
+
+
+@pytest.mark.parametrize("watch", ["warn", "leave"])
+def test_a_client_that_watches_notices_a_hijacker(watch: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """The algorithm runs as ever, but the gradients are an attacker's."""
+    config = RunConfig.of(WATCHED)
+    workers = {k: worker_of(config, k, name=f"client-{k}", watch=watch) for k in range(3)}
+    run, _ = remote(config, workers=workers)
+    known = assemble(RunConfig.of({**WATCHED, "test": 300})).source.test
+    attacker = Hijack(known, (128,), nonnegative=True)
+    run.training = replace(run.training, server=HijackingServer(attacker))
+    if watch == "leave":
+        with pytest.raises(DistrustError, match="do not look like those of the task: in the last 10 batches"):
+            run.run()
+        return
+    for _ in run:
+        pass
+    warned = [r.message for r in caplog.records if "do not look like" in r.message]
+    assert {sentence.split(":")[0] for sentence in warned} == {"client-0", "client-1", "client-2"}
+    assert len(warned) == 3  # once each
+
+
+def test_a_client_that_watches_trusts_an_honest_server(caplog: pytest.LogCaptureFixture) -> None:
+    """And changes nothing."""
+    config = RunConfig.of(WATCHED)
+    workers = {k: worker_of(config, k, name=f"client-{k}", watch="leave") for k in range(3)}
+    run, _ = remote(config, workers=workers)
+    assert [r.loss for r in run] == [r.loss for r in Run(config)]
+    assert all(w.watch.observed > 10 and w.watch.score > 0.85 for w in workers.values())
+    assert not caplog.records
 
 
 def _nan(message: Any, body: Any) -> tuple[Any, Any]:

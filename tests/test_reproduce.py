@@ -16,9 +16,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tomli_w
 from matplotlib.image import imread
+from safetensors.numpy import save
 
 from cutlayer import Run
 from cutlayer.config import RunConfig
@@ -31,7 +33,8 @@ from cutlayer.reproduce.findings import find
 from cutlayer.reproduce.outcomes import Outcomes
 from cutlayer.reproduce.reproduction import SETTINGS, Reproduction
 from cutlayer.reproduce.terminal import remaining
-from cutlayer.reproduce.train import DIVERGED, folder_of, train
+from cutlayer.reproduce.train import DIVERGED, EXAMINED, PICTURES, folder_of, train
+from cutlayer.reproduce.train import SHOWN as KEPT
 
 CUTLAYER = [sys.executable, "-m", "cutlayer"]
 # Under a shell that runs its jobs in the background, processes ignore Ctrl-C from birth: make this one heed it.
@@ -614,3 +617,51 @@ def test_wrong_input_is_one_sentence(argv: list[str], said: str, tmp_path: Path)
     assert said in done.stderr
     assert done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_report_of_attacks(tmp_path: Path) -> None:
+    """Made-up findings: what phi and noise hide, at the end and at equal accuracy, in claims, tables and pictures."""
+    plan = Plan(TINY, "digits")
+    parts = ["table5", "leakage"]
+    cells = tables.cells_of(plan, parts)
+    for cell in cells.values():
+        for seed in plan.size.seeds:
+            folder = pretend(tmp_path, cell, seed, 80 + seed)
+            found = [_found(0.6, 0.9), _found(0.8, 0.7)]  # the attacker explains less of what is trained longer
+            if cell.config.algorithm == "sglr":
+                found[1] = _found(0.7, 0.8)  # as the others did when they had come so far
+            if cell.config.gaussian_noise:
+                found[1] = _found(0.8, 0.4 + 0.001 * seed)
+            (folder / EXAMINED).write_text(json.dumps(found if cell.config.snapshot_every else found[1:]))
+            rows = np.full((KEPT, 1, 4, 4), seed, np.float32)
+            (folder / PICTURES).write_bytes(save({"inputs": rows, "reconstructions": rows + 1}))
+    outcomes = Outcomes(plan, tmp_path, cells.values())
+    verdicts = by_name(judge(outcomes))
+    assert set(verdicts) == {
+        *("phi", "phi-equal", "leaks-depth"),
+        *(f"leaks-{m}{when}" for m in ("psl", "sfl", "ssl") for when in ("", "-equal")),
+        *(f"leaks-{d}" for d in ("gaussian-noise", "laplace-noise", "feature-dropout", "nopeek", "codec")),
+    }
+    assert verdicts["phi"].overall.mean == pytest.approx(-10.0)
+    assert verdicts["phi-equal"].overall.mean == pytest.approx(0.0)
+    assert verdicts["leaks-gaussian-noise"].overall.mean == pytest.approx(30.0, abs=0.1)
+    assert verdicts["leaks-gaussian-noise"].overall.verdict == "holds"
+    written = files_of(outcomes, parts)
+    plots = ["claims", "table5", "leakage-defences", "leakage-pictures"]
+    assert [name for name in written if name.endswith(".png")] == [f"{p}.png" for p in plots]
+    text = written["reproduction.md"].decode()
+    assert "| phi 0.5 | 80.50 ± 0.71 | 0.0100 ± 0.0000 | 0.800 ± 0.000 |" in text
+    assert "at equal accuracy means that each of two runs is looked at" in text
+
+
+def _found(accuracy: float, explained: float) -> dict[str, object]:
+    """A finding, as far as reports read it."""
+    quality = {"mse": 0.01, "psnr": 20.0, "ssim": 0.9, "accuracy": 0.8}
+    attack = {"attack": quality, "explained": explained}
+    bounds = [{"nats": None}]
+    return {
+        "accuracy": accuracy,
+        "attacks": {"model": attack},
+        "dependence": {"distance_correlation": 0.9},
+        "upper": bounds,
+    }

@@ -325,6 +325,7 @@ def leakage(
         "ksg",
     ),
     snapshots: bool = False,
+    hijack: bool = False,
     seed: int = 0,
 ) -> None:
     """Measure what the server can learn about private inputs from the smashed data of trained runs.
@@ -350,6 +351,9 @@ def leakage(
         Any of usable, infonce, smile, mine and ksg.
     snapshots
         Also at the snapshots that the runs have kept (snapshot_every).
+    hijack
+        Also train each run's clients anew, under an honest and under a hijacking server: what an active server would
+        have read, and whether clients notice.
     seed
         Names all draws of the attackers.
     """
@@ -359,27 +363,41 @@ def leakage(
     from cutlayer.leakage import check_installed
 
     check_installed()
+    from cutlayer.leakage.active import check_hijackable
+    from cutlayer.leakage.active import hijack as hijacking
     from cutlayer.leakage.assess import Asked, comparisons, examine
     from cutlayer.leakage.subject import moments, subjects
     from cutlayer.report import leakage as report
 
     asked = Asked(tuple(knowledge), tuple(estimators), seed)  # type: ignore[arg-type]  # checked there
-    every = [m for run in runs for m in moments(run, snapshots)]
+    of_runs = [moments(run, snapshots) for run in runs]
+
+    def tell(what: str) -> None:
+        err.print(what, highlight=False, soft_wrap=True)
+
+    if hijack:
+        for found in of_runs:
+            check_hijackable(found[-1])
     examined = []
-    for moment in every:
+    for moment in (m for found in of_runs for m in found):
         for subject in subjects(moment, clients, samples, auxiliary, seed):
-            err.print(f"{moment.out}, round {moment.rounds}: client {subject.name}", highlight=False, soft_wrap=True)
+            tell(f"{moment.out}, round {moment.rounds}: client {subject.name}")
             examined.append(examine(subject, asked))
+    active = [one for found in of_runs if hijack for one in hijacking(found[-1], samples, auxiliary, seed, tell)]
     findings = [e.finding for e in examined]
     sentences = comparisons(findings)
-    for table in report.tables(findings):
+    bent = [h for h, _ in active]
+    for table in [*report.tables(findings), report.active(bent)]:
         if table.row_count:
             Console(width=None if sys.stdout.isatty() else 170).print(table)
     for sentence in [*report.notes(findings), *sentences]:
         _say(sentence)
     where = out or runs[0]
     where.mkdir(parents=True, exist_ok=True)
-    written = {report.JSON: report.as_json(findings, sentences).encode(), report.PICTURES: report.pictures(examined)}
+    written = {
+        report.JSON: report.as_json(findings, sentences, bent).encode(),
+        report.PICTURES: report.pictures(examined, active),
+    }
     for name, content in written.items():
         if content is not None:
             replace_file(where / name, content)
@@ -477,6 +495,7 @@ def join(
     own_data: Annotated[str | None, _Flag] = None,
     give_up_after: Annotated[float | None, _Flag] = None,
     keepalive: Annotated[float, _Flag] = 10.0,
+    watch: Annotated[Literal["off", "warn", "leave"], _Flag] = "off",
     log: _LogForm = "text",
 ) -> None:
     """Work as a client of a `serve` on another machine: dials out, keeps its data and its model, reconnects by itself.
@@ -507,6 +526,9 @@ def join(
         Seconds without a connection after which to give up. Default: never.
     keepalive
         Seconds between pings: a server that vanishes without a word is noticed after one and a half times that.
+    watch
+        Look whether the gradients that come are those of the task (a server may send others, to read the inputs), and
+        where they do not look like it: warn, or leave. Gradients that clients share (SplitAvg) are not looked at.
     log
         What happens to the connection, on stderr: as text, or as JSON, one object per line.
     """
@@ -528,7 +550,9 @@ def join(
     token = None if token_file is None else read_token(token_file)
     security = ClientSecurity(ca, certificate, key, token)
     joining = [
-        Joining(address, name, security, None if folder is None else folder / name, own, give_up_after, keepalive)
+        Joining(
+            address, name, security, None if folder is None else folder / name, own, give_up_after, keepalive, watch
+        )
         for name in client
     ]
     for reason in dict.fromkeys(work(merged, joining)):

@@ -8,6 +8,7 @@ CutlayerError
 │   ├── RunFolderError      a run folder: in use, not a run, or of another configuration
 │   └── RefusedError        one side of a connection does not take the other
 ├── NetworkError            the other side of a connection cannot be reached any more (exit code 1)
+├── DistrustError           the server's gradients are not those of the task, says a client's watch (exit code 1)
 ├── WireError               a message is malformed, too large, of another protocol, or not expected now
 └── TrainingError           training cannot go on (exit code 1)
     └── NonFiniteError      NaN or Inf in a loss or a gradient
@@ -66,6 +67,10 @@ class RefusedError(UsageError):
 
 class NetworkError(CutlayerError):
     """The other side of a connection cannot be reached, or cannot be reached any more."""
+
+
+class DistrustError(CutlayerError):
+    """A client's watch says that the server's gradients are not those of the task, and the client was told to leave."""
 
 
 class WireError(CutlayerError):

@@ -14,6 +14,7 @@ from cutlayer import checkpoint
 from cutlayer.algorithms import ALGORITHMS
 from cutlayer.build import Data, Model, Training, assemble, by_name
 from cutlayer.catalog import ALGORITHMS as ALGORITHM_INFO
+from cutlayer.cohort import Cohort
 from cutlayer.config import RunConfig, normalised, overlaid
 from cutlayer.costs.measured import Meter
 from cutlayer.engine.base import judged
@@ -30,6 +31,7 @@ from cutlayer.folder import (
     stored_config,
 )
 from cutlayer.optim import lr_factor
+from cutlayer.server import Server
 from cutlayer.types import Evaluation, Step
 
 
@@ -259,13 +261,9 @@ class Run:
     def _round(self, index: int) -> Iterator[Record]:
         """Train one round. The clock runs while the algorithm works, not while the caller looks at a record."""
         t, c = self.training, self.config
-        progress = index / t.rounds
-        client_factor = lr_factor(c.lr_schedule, progress, c.lr_decay, c.lr_decay_at)
-        schedule = c.server_lr_schedule or c.lr_schedule
-        t.server.lr_factor = lr_factor(schedule, progress, c.lr_decay, c.lr_decay_at)
+        client_factor, _ = lr_factors(c, index, t.rounds)
         started = time.perf_counter()
-        this = t.clients.begin_round(index, t.rounds, client_factor)
-        steps = ALGORITHMS[c.algorithm](c, t.server, t.clients, this)
+        steps = round_of(c, t.server, t.clients, index, t.rounds)
         while True:
             try:
                 step = next(steps, None)
@@ -417,6 +415,20 @@ class Run:
                 "another folder"
             ) from None
         folder.truncate(state["offsets"])
+
+
+def lr_factors(config: RunConfig, index: int, total: int) -> tuple[float, float]:
+    """What round `index` of `total` multiplies the clients' and the server's base rates with."""
+    c, progress = config, index / total
+    schedules = c.lr_schedule, c.server_lr_schedule or c.lr_schedule
+    clients, server = (lr_factor(schedule, progress, c.lr_decay, c.lr_decay_at) for schedule in schedules)
+    return clients, server
+
+
+def round_of(config: RunConfig, server: Server, clients: Cohort, index: int, total: int) -> Iterator[Step]:
+    """Begin round `index` of `total`; its steps."""
+    factor, server.lr_factor = lr_factors(config, index, total)
+    return ALGORITHMS[config.algorithm](config, server, clients, clients.begin_round(index, total, factor))
 
 
 def own_things(**given: object) -> dict[str, bool]:

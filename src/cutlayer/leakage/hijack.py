@@ -1,21 +1,15 @@
-"""An active attack, and what a client can do to notice it.
+"""An active attack: a server that does not train the task, but its own reading of the clients.
 
 Feature-space hijacking (Pasquini, Ateniese & Bernaschi, arXiv 2012.02670): the server does not train the task. On
 auxiliary data it trains an autoencoder, x -> f~(x) -> x, and a discriminator that tells f~(x) from the clients'
 smashed data. The gradients that it sends down make the clients' smashed data look like f~(x) to the discriminator; its
 decoder then reads them. As in the paper's code the discriminator is a Wasserstein critic with gradient penalty
-(Gulrajani et al., arXiv 1704.00028).
+(Gulrajani et al., arXiv 1704.00028). Two things that any attacker can do are added: the autoencoder is trained ahead,
+so that the clients are not bent towards a moving target, and the critic may see the labels (`classes`), which go up in
+clear: codes of a class then come to lie where the attacker's own codes of that class lie, and the gradients depend on
+labels as an honest server's do.
 
-What a client can see (`Watch`) rests on the observation of the Gradients Scrutinizer (Fu et al., NDSS 2023): under the
-task, gradients of rows with the same label resemble each other more than those of different labels; a hijacker ignores
-labels. Theirs is a score of means, spread and overlap. But inputs of one class are alike, so a hijacker's gradients
-for them are alike too. The score here is therefore about what labels explain beyond the smashed rows' own likeness,
-which the client knows.
-
-Limits: an attacker that mixes in the task's gradient evades it; so does one that knows of the test (SplitSpy, ibid.,
-evades the older SplitGuard, arXiv 2108.09052). Gradients that are averaged over clients or rows, or noisy, carry no
-labels of their own: an honest server then looks suspicious, so only rows that were sent for the client alone may be
-observed.
+What a client can do to notice it: `watch`.
 
 Shape legend: R rows, s... one sample's smashed data.
 """
@@ -23,16 +17,19 @@ Shape legend: R rows, s... one sample's smashed data.
 from __future__ import annotations
 
 import math
-from collections import deque
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from cutlayer import seeds
-from cutlayer.errors import ConfigError, DataError
-from cutlayer.leakage.inputs import check_real, check_rows, flat
+from cutlayer.data.samples import Samples
+from cutlayer.errors import DataError
+from cutlayer.leakage.inputs import check_real, check_rows
 from cutlayer.leakage.networks import Encoder, SkipMLP, decoder
+from cutlayer.server import Server, ServerStep
+from cutlayer.types import Smashed
 
 Shape = tuple[int, ...]
 
@@ -42,55 +39,58 @@ LEAST = 100  # auxiliary samples
 class Hijack:
     """A malicious server: gives gradients of its own for given smashed rows, and reads them.
 
-    One call of `gradients` makes one step of the attacker's networks on `batch` auxiliary rows. Raises DataError: fewer
-    than 100 auxiliary samples, NaN, tokens.
+    Raises DataError: fewer than 100 auxiliary samples, NaN, tokens.
     """
 
     def __init__(
         self,
-        auxiliary: Tensor,
+        auxiliary: Samples,
         code: Shape,
         *,
+        labelled: bool = False,
         nonnegative: bool = False,
         seed: int = 0,
         lr: float = 1e-3,
         batch: int = 64,
+        ahead: int = 500,
+        critic_steps: int = 3,
     ) -> None:
-        """`auxiliary` [N, ...] are inputs of the clients' kind, `code` is the shape s... of smashed data.
+        """`auxiliary` are N samples of the clients' kind, `code` is the shape s... of smashed data.
 
-        `nonnegative` where the client part ends in a ReLU: codes that it cannot take would never be reached.
+        `labelled`: the critic sees labels, too. `nonnegative` where the client part ends in a ReLU: codes that it
+        cannot take would never be reached. The autoencoder makes `ahead` steps of `batch` rows before it begins, then
+        one with each of the critic's `critic_steps` per call of `gradients`.
         """
-        check_real(auxiliary, "the auxiliary inputs")
-        check_rows(LEAST, "for an attacker's auxiliary data", auxiliary=auxiliary)
-        self._x, self._batch, self._code = auxiliary, batch, code
-        device, shape = auxiliary.device, tuple(auxiliary.shape[1:])
-        self._centre, self._unit = auxiliary.mean(), auxiliary.std().clamp_min(1e-6)
+        check_real(auxiliary.x, "the auxiliary inputs")
+        check_rows(LEAST, "for an attacker's auxiliary data", auxiliary=auxiliary.x, labels=auxiliary.y)
+        self._x, self._y, self._batch, self._code = auxiliary.x, auxiliary.y, batch, code
+        self._classes = int(auxiliary.y.max()) + 1 if labelled else 0
+        self._critic_steps = critic_steps
+        device, shape = self._x.device, tuple(self._x.shape[1:])
+        self._centre, self._unit = self._x.mean(), self._x.std().clamp_min(1e-6)
         with seeds.torch_seeded(seed, "leakage", "hijack"):
             self.encoder = nn.Sequential(Encoder(shape, code, nonnegative), nn.Tanh()).to(device)
             self.decoder = decoder(code, shape).to(device)
-            self.critic = _critic(code).to(device)
+            self.critic = _critic((code[0] + self._classes, *code[1:])).to(device)
         self._draw = seeds.torch_generator(seed, "leakage", "hijack batches")
         own = [*self.encoder.parameters(), *self.decoder.parameters()]
         self._own = torch.optim.Adam(own, lr=lr)
         self._critic = torch.optim.Adam(self.critic.parameters(), lr=lr, betas=(0.5, 0.9))
+        for _ in range(ahead):
+            self._autoencode()
 
-    def gradients(self, rows: Tensor) -> Tensor:
-        """One step of the attack on smashed rows [R, s...]: d(mean over rows of the attacker's loss) / d rows, [R,
-        s...].
+    def gradients(self, rows: Tensor, labels: Tensor) -> Tensor:
+        """One step of the attack on smashed rows [R, s...] with labels [R]: d(mean over rows of the attacker's loss) /
+        d rows, [R, s...].
 
         Scaled as the gradient of the clients' own mean loss would be. Raises DataError: rows of another shape.
         """
         self._check(rows)
         rows = rows.detach().float()
-        chosen = torch.randint(len(self._x), (self._batch,), generator=self._draw).to(self._x.device)
-        x = (self._x[chosen] - self._centre) / self._unit
-        code = self.encoder(x)
-        self._own.zero_grad()
-        functional.mse_loss(self.decoder(code), x).backward()
-        self._own.step()
-        self._teach_critic(code.detach(), rows)
+        for _ in range(self._critic_steps):
+            self._teach_critic(self._autoencode(), self._seen(rows, labels))
         wanted = rows.clone().requires_grad_()
-        (gradient,) = torch.autograd.grad(-self.critic(wanted).mean(), wanted)
+        (gradient,) = torch.autograd.grad(-self.critic(self._seen(wanted, labels)).mean(), wanted)
         return gradient
 
     @torch.no_grad()
@@ -101,6 +101,24 @@ class Hijack:
         return torch.cat(
             [(self.decoder(rows.float()) * self._unit + self._centre).clamp(low, high) for rows in z.split(256)]
         )
+
+    def _autoencode(self) -> Tensor:
+        """One step of the autoencoder on auxiliary rows; their codes, as the critic sees them."""
+        chosen = torch.randint(len(self._x), (self._batch,), generator=self._draw).to(self._x.device)
+        x = (self._x[chosen] - self._centre) / self._unit
+        code = self.encoder(x)
+        self._own.zero_grad()
+        functional.mse_loss(self.decoder(code), x).backward()
+        self._own.step()
+        return self._seen(code.detach(), self._y[chosen])
+
+    def _seen(self, code: Tensor, labels: Tensor) -> Tensor:
+        """Codes [R, s...], and where labels count, a plane for each class: [R, channels + classes, ...]."""
+        if not self._classes:
+            return code
+        ones = functional.one_hot(labels.clamp(max=self._classes - 1), self._classes).to(code)
+        planes = ones.view(*ones.shape, *[1] * (code.dim() - 2)).expand(-1, -1, *code.shape[2:])
+        return torch.cat([code, planes], 1)
 
     def _teach_critic(self, own: Tensor, theirs: Tensor) -> None:
         """One step of the critic: high on the attacker's codes, low on the clients', slope 1 in between."""
@@ -121,6 +139,33 @@ class Hijack:
             )
 
 
+class HijackingServer(Server):
+    """In the place of a server: whatever the algorithm asks of it, its gradients are the attacker's. It has no model,
+    and so no losses to report (zeros stand for them).
+    """
+
+    def __init__(self, attacker: Hijack) -> None:
+        super().__init__(nn.Identity(), _no_optimizer, lr=0.0)
+        self.attacker = attacker
+
+    def step(self, smashed: Smashed, splitlr: float = 1.0) -> ServerStep:
+        """One step of the attack on all rows together."""
+        at = next(i for i, rows in enumerate(smashed.rows) if rows.is_floating_point())
+        gradient = self.attacker.gradients(smashed.rows[at], smashed.labels)
+        return ServerStep(torch.zeros(1 + len(smashed.sizes)), (gradient,), 0.0)
+
+    def step_copies(self, smashed: Smashed) -> ServerStep:
+        """Copies of the server are the attacker's business: it makes one step on all rows together."""
+        return self.step(smashed)
+
+    def average_copies(self, weights: Any) -> None:
+        """There are none."""
+
+
+def _no_optimizer(weights: Any) -> None:
+    """Nothing of it is trained but the attacker's own."""
+
+
 def _critic(code: Shape) -> nn.Module:
     """Smashed data [R, s...] -> scores [R, 1]."""
     if len(code) != 3:
@@ -133,62 +178,3 @@ def _critic(code: Shape) -> nn.Module:
         nn.Flatten(),
         nn.Linear(32 * math.ceil(code[1] / 2) * math.ceil(code[2] / 2), 1),
     )
-
-
-class Watch:
-    """A client's check on the cut gradients that it receives, over the last `window` batches.
-
-    In each batch the cosines of all pairs of gradients are regressed (quadratically) on the cosines of the pairs of
-    smashed rows; `score` is the probability that a same-label pair lies higher above that curve than a pair of
-    different labels: about .5 where labels play no part. Below `least` after at least `after` batches the server is
-    `suspicious`.
-    """
-
-    def __init__(self, *, window: int = 50, least: float = 0.75, after: int = 10) -> None:
-        """Raises ConfigError: window or after < 1, window < after, least outside (.5, 1)."""
-        if not (1 <= after <= window and 0.5 < least < 1):
-            raise ConfigError(
-                f"window={window}, after={after}, least={least}: give 1 <= after <= window and a threshold "
-                "between .5 and 1"
-            )
-        self._least, self._after = least, after
-        self._scores: deque[float] = deque(maxlen=window)
-
-    def observe(self, gradients: Tensor, rows: Tensor, labels: Tensor) -> None:
-        """Note one batch: gradients [R, s...] received for smashed rows [R, s...] with labels [R].
-
-        Batches that lack pairs of either kind tell nothing and are left out. Raises DataError: unequal numbers of
-        rows, NaN.
-        """
-        check_rows(1, "to watch", gradients=gradients, rows=rows, labels=labels)
-        above = torch.ones(len(labels), len(labels), dtype=torch.bool, device=labels.device).triu(1)
-        same = (labels[:, None] == labels[None])[above]
-        if not bool(same.any()) or bool(same.all()):
-            return
-        alike, near = (_cosines(t)[above].double() for t in (gradients, rows))
-        curve = torch.stack([torch.ones_like(near), near, near**2], dim=1)
-        beyond = alike - curve @ (torch.linalg.pinv(curve) @ alike)
-        from sklearn.metrics import roc_auc_score  # type: ignore[import-untyped]
-
-        self._scores.append(float(roc_auc_score(same.cpu().numpy(), beyond.cpu().numpy())))
-
-    @property
-    def observed(self) -> int:
-        """How many batches the score rests on."""
-        return len(self._scores)
-
-    @property
-    def score(self) -> float:
-        """The mean over the window; NaN before the first batch."""
-        return sum(self._scores) / len(self._scores) if self._scores else math.nan
-
-    @property
-    def suspicious(self) -> bool:
-        """Whether enough was seen and it does not look like the task's gradients."""
-        return self.observed >= self._after and self.score < self._least
-
-
-def _cosines(rows: Tensor) -> Tensor:
-    """Of all pairs of rows [R, s...]: [R, R]."""
-    directions = functional.normalize(flat(rows), dim=1)
-    return directions @ directions.T

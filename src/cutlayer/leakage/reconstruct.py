@@ -126,8 +126,7 @@ def reconstruct(
             f"auxiliary inputs have shape {tuple(auxiliary.x.shape[1:])}, the clients' {tuple(x.shape[1:])}: give "
             "auxiliary data of the clients' kind"
         )
-    parts = split(count, seed, "auxiliary", shares=(0.8, 0.2))
-    train, held = auxiliary[parts.train.to(x.device)], auxiliary[parts.validation.to(x.device)]
+    train, held = _halves(auxiliary, seed)
     if knowledge == "model":
         assert client is not None
         encode: Client = client
@@ -135,7 +134,7 @@ def reconstruct(
         encode = _surrogate(z, y, train, held, server, surrogate, defence, seed, budget)
     attack, steps = _decoder(encode, z if knowledge == "smashed" else None, train, held, seed, budget)
 
-    judge = Judge(train, held, seed)
+    judge = _judge(train, held, seed)
     guess = attack(z)
     with torch.no_grad():
         found = _nearest(smash(encode, train.x, seed, "neighbours"), z)
@@ -153,6 +152,23 @@ def reconstruct(
         targets=n,
     )
     return Reconstructed(report, x[:64].detach().cpu(), guess[:64].cpu())
+
+
+def score(x: Tensor, y: Tensor, guess: Tensor, auxiliary: Samples, seed: int = 0) -> tuple[Quality, Quality]:
+    """How near guesses [n, ...] at x [n, ...] with labels y [n] are, and how near the mean auxiliary input is.
+
+    The judge is trained on the auxiliary samples.
+    """
+    train, held = _halves(auxiliary, seed)
+    judge = _judge(train, held, seed)
+    return judge.quality(x, guess, y), judge.quality(x, train.x.mean(0).expand_as(x), y)
+
+
+def _halves(auxiliary: Samples, seed: int) -> tuple[Samples, Samples]:
+    """What attackers train on, and what they choose by."""
+    parts = split(len(auxiliary), seed, "auxiliary", shares=(0.8, 0.2))
+    device = auxiliary.x.device
+    return auxiliary[parts.train.to(device)], auxiliary[parts.validation.to(device)]
 
 
 class Judge:
@@ -192,6 +208,20 @@ class Judge:
         mse = float((guess - x).double().square().mean())
         psnr = 10 * math.log10(self._range**2 / mse) if mse else math.inf
         return Quality(mse, psnr, ssim(x, guess, self._range), self.accuracy(guess, y))
+
+
+_LAST: list[tuple[Samples, Samples, int, Judge]] = []
+
+
+def _judge(train: Samples, held: Samples, seed: int) -> Judge:
+    """The judge for these samples; the last one is kept, since attacks on one run, or on like runs, share theirs."""
+    for a, b, of, judge in _LAST:
+        mine, theirs = (train.x, train.y, held.x, held.y), (a.x, a.y, b.x, b.y)
+        if of == seed and all(m.device == t.device and torch.equal(m, t) for m, t in zip(mine, theirs, strict=True)):
+            return judge
+    judge = Judge(train, held, seed)
+    _LAST[:] = [(train, held, seed, judge)]
+    return judge
 
 
 def ssim(x: Tensor, guess: Tensor, value_range: float, at_most: int = 500) -> float | None:

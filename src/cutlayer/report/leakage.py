@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -13,6 +13,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from cutlayer.leakage.active import Hijacked, Watched
     from cutlayer.leakage.assess import Examined, Finding
 
 JSON, PICTURES = "leakage.json", "leakage.png"
@@ -45,12 +46,52 @@ def notes(findings: Sequence[Finding]) -> list[str]:
     return list(said)
 
 
-def as_json(findings: Sequence[Finding], sentences: Sequence[str]) -> str:
+def as_json(findings: Sequence[Finding], sentences: Sequence[str], hijacked: Sequence[Hijacked] = ()) -> str:
     """Everything, for programs; null stands for infinity."""
-    return json.dumps({"findings": [f.plain for f in findings], "comparisons": list(sentences)}, indent=1) + "\n"
+    found = {
+        "findings": [f.plain for f in findings],
+        "comparisons": list(sentences),
+        "hijacked": [h.plain for h in hijacked],
+    }
+    return json.dumps(found, indent=1) + "\n"
 
 
-def pictures(examined: Sequence[Examined]) -> bytes | None:
+def active(hijacked: Sequence[Hijacked]) -> Table:
+    """What hijacking servers read, and what clients notice."""
+    table = Table(
+        "run", "hijacker", "MSE", "mean input", "explained", "watch", "notice", "watch, honest server", "suspect it",
+        title="An active server: feature-space hijacking, and what the clients' watch says",
+    )  # fmt: skip
+    for h in hijacked:
+        table.add_row(
+            f"{_short(h.run)}, {h.rounds} rounds, client {h.client}",
+            _HIJACKS[h.labelled],
+            f"{h.attack.mse:.4f}",
+            f"{h.mean_input.mse:.4f}",
+            f"{h.explained:.0%}",
+            _scores(h.hijacked),
+            _suspicious(h.hijacked),
+            _scores(h.honest),
+            _suspicious(h.honest),
+        )
+    return table
+
+
+_HIJACKS = {False: "ignores labels", True: "knows labels"}
+
+
+def _scores(watched: Sequence[Watched]) -> str:
+    scores = [w.score for w in watched if w.score is not None]
+    return f"{min(scores):.2f} to {max(scores):.2f}" if scores else "nothing to see"
+
+
+def _suspicious(watched: Sequence[Watched]) -> str:
+    return f"{sum(w.suspicious for w in watched)} of {len(watched)}"
+
+
+def pictures(
+    examined: Sequence[Examined], hijacked: Sequence[tuple[Hijacked, Mapping[str, Tensor]]] = ()
+) -> bytes | None:
     """A PNG: inputs, and below them what attackers made of their smashed data. None where inputs are no pictures."""
     shown = [e for e in examined if e.pictures and _are_pictures(next(iter(e.pictures.values())).inputs)]
     if not shown:
@@ -65,6 +106,10 @@ def pictures(examined: Sequence[Examined]) -> bytes | None:
         for knowledge, p in e.pictures.items():
             share = p.report.explained
             rows.append((f"knows the {_KNOWS[knowledge]}\n{share:.0%} explained", p.reconstructions, first.inputs))
+    for h, found in hijacked:
+        x = found["inputs"]
+        rows.append((f"{_short(h.run)}, client {h.client}\ninputs", x, x))
+        rows.append((f"hijacker that {_HIJACKS[h.labelled]}\n{h.explained:.0%} explained", found["reconstructions"], x))
     figure = Figure(figsize=(0.8 * _SHOWN + 2.6, 0.85 * len(rows)))
     axes = figure.subplots(
         len(rows),
@@ -99,7 +144,11 @@ def _picture(x: Tensor, low: float, high: float) -> Any:
 
 
 def _name(f: Finding) -> str:
-    return f"{f.run.rstrip('/').rsplit('/', 1)[-1]}, round {f.rounds}, client {f.client}"
+    return f"{_short(f.run)}, round {f.rounds}, client {f.client}"
+
+
+def _short(run: str) -> str:
+    return run.rstrip("/").rsplit("/", 1)[-1]
 
 
 def _attacks(findings: Sequence[Finding]) -> Table:

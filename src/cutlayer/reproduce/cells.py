@@ -37,11 +37,11 @@ LEAKING_METHODS = ("psl", "sfl", "ssl", "sglr")
 # Defences of PSL, by kind and strength. With the reduced size's model smashed data are some 25 long (Euclidean norm),
 # or some 700 (sum of absolute values).
 DEFENCES: dict[str, dict[str, dict[str, Any]]] = {
-    "Gaussian noise": {f"{s:g} x clip 10": {"clip": 10.0, "gaussian_noise": s} for s in (0.02, 0.1)},
-    "Laplace noise": {f"{s:g} x clip 300": {"clip": 300.0, "laplace_noise": s} for s in (0.0005, 0.003)},
-    "feature dropout": {f"{p:g}": {"feature_dropout": p} for p in (0.5, 0.9)},
-    "NoPeek": {f"weight {w:g}": {"nopeek": w} for w in (0.5, 5.0)},
-    "codec": {c: {"up_codec": c} for c in ("int8", "top-k:0.05")},
+    "Gaussian noise": {f"{s:g} x clip 10": {"clip": 10.0, "gaussian_noise": s} for s in (0.005, 0.02, 0.1)},
+    "Laplace noise": {f"{s:g} x clip 300": {"clip": 300.0, "laplace_noise": s} for s in (1e-4, 5e-4, 3e-3)},
+    "feature dropout": {f"{p:g}": {"feature_dropout": p} for p in (0.5, 0.9, 0.98)},
+    "NoPeek": {f"weight {w:g}": {"nopeek": w} for w in (0.5, 5.0, 50.0)},
+    "codec": {c: {"up_codec": c} for c in ("int8", "top-k:0.05", "top-k:0.01")},
 }
 
 
@@ -65,7 +65,8 @@ class Size:
     rates: tuple[float, ...]
     skewed_clients: int
     engine: Literal["auto", "local"] = "auto"
-    leakage_epochs: int = 5
+    leakage_epochs: int = 6
+    leakage_moments: int = 3
 
 
 SIZES: dict[str, Size] = {
@@ -92,7 +93,9 @@ SIZES: dict[str, Size] = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One configuration, to be trained once per seed; where it is `examined`, what it leaks is measured, too."""
+    """One configuration, to be trained once per seed; where it is `examined`, what it leaks is measured, too, at its
+    end and at every snapshot that it keeps.
+    """
 
     name: str
     config: RunConfig
@@ -167,21 +170,24 @@ class Plan:
         """The methods under label skew."""
         yield from (self.skewed(algorithm, skew) for skew in SKEWS for algorithm in SKEWED_METHODS)
 
-    def leaking(self, name: str, algorithm: str, **own: Any) -> Cell:
-        """A run that is attacked once it is trained."""
+    def leaking(self, name: str, algorithm: str, *, followed: bool = False, **own: Any) -> Cell:
+        """A run that is attacked once it is trained, and where it is `followed` also on the way."""
         s = self.size
-        options = {"epochs": s.leakage_epochs, "eval_every": s.leakage_epochs, **own}
+        every = max(1, s.leakage_epochs // s.leakage_moments)
+        options = {"epochs": s.leakage_epochs, "eval_every": every, "eval_clients": None, **own}
+        if followed:
+            options["snapshot_every"] = every
         return replace(self._cell(f"leakage/{name}", s.methods_clients, algorithm, options), examined=True)
 
     def by_phi(self, phi: float) -> Cell:
         """A cell of Table 5: SGLR with that active fraction."""
         if phi == 0:
-            return self.leaking("slr", "slr")
-        return self.leaking(f"sglr-phi-{phi:g}", "sglr", phi=phi)
+            return self.leaking("slr", "slr", followed=True)
+        return self.leaking(f"sglr-phi-{phi:g}", "sglr", followed=True, phi=phi)
 
     def attacked(self, method: str) -> Cell:
         """A method, undefended."""
-        return self.by_phi(0.5) if method == "sglr" else self.leaking(method, method)
+        return self.by_phi(0.5) if method == "sglr" else self.leaking(method, method, followed=True)
 
     def at_depth(self, cut: str) -> Cell:
         """PSL cut there."""

@@ -2,24 +2,39 @@
 
 A claim is that one set of cells is better than another by more than a threshold. Differences are taken between runs of
 the same seed (same split, partition and initial weights), averaged over the pairs of cells that the claim covers; the
-verdict is read off the two-sided 95 % interval of Student's t over the seeds.
+verdict is read off the two-sided 95 % interval of Student's t over the seeds. What is compared is accuracy, or how much
+of the inputs an attacker explains.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
 # Quantiles of t, as scipy.stats has them, without its second of loading.
 from scipy.special import stdtrit  # type: ignore[import-untyped]
 
+from cutlayer.catalog import ALGORITHMS, MODELS
 from cutlayer.report.text import listed
-from cutlayer.reproduce.cells import ALPHAS_WITH_PHI, PHASES, PHIS, SKEWS, Cell
+from cutlayer.reproduce.cells import (
+    ALPHAS_WITH_PHI,
+    DEFENCES,
+    LEAKING_METHODS,
+    LEAKING_PHIS,
+    PHASES,
+    PHIS,
+    SKEWS,
+    Cell,
+)
 from cutlayer.reproduce.costs import Fact
-from cutlayer.reproduce.outcomes import Outcomes
+from cutlayer.reproduce.outcomes import Outcome, Outcomes
+
+Gap = Callable[[Outcome, Outcome], float | None]
+"""What the first of two runs of one seed has more than the second, in points; None where it was not measured."""
 
 Word = Literal["holds", "does not hold", "within noise", "not measured"]
 WORDS: tuple[Word, ...] = ("holds", "does not hold", "within noise", "not measured")
@@ -30,10 +45,30 @@ CLOSE = 1.5  # points below FL or CL that count as close
 MANY = 10  # clients from which phi 1 is said to fail
 
 
+def accuracy(more: Outcome, less: Outcome) -> float:
+    """Test accuracy at the best validation accuracy."""
+    return more.best - less.best
+
+
+def explained(more: Outcome, less: Outcome) -> float | None:
+    """The share of the inputs' variance that the attacker explains, at the end of both runs."""
+    a, b = more.explained, less.explained
+    return None if a is None or b is None else a - b
+
+
+def explained_at_equal_accuracy(more: Outcome, less: Outcome) -> float | None:
+    """The same when each of the two first came to the test accuracy that both reach."""
+    if more.reached is None or less.reached is None:
+        return None
+    both = min(more.reached, less.reached)
+    a, b = more.explained_at(both), less.explained_at(both)
+    return None if a is None or b is None else a - b
+
+
 @dataclass(frozen=True)
 class Pair:
-    """Two cells that a claim compares: `more` is claimed to be the better one. Labels say where it stands in the
-    breakdown: its row may have several, each of which gets a row of its own too.
+    """Two cells that a claim compares: `more` is claimed to have more of what is compared. Labels say where it stands
+    in the breakdown: its row may have several, each of which gets a row of its own too.
     """
 
     more: Cell
@@ -44,9 +79,9 @@ class Pair:
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim: that `more` is better than `less` by more than `threshold` points, on average over the pairs in the
+    """A claim: that `more` has more than `less` by more than `threshold` points, on average over the pairs in the
     `covered` columns (all where there are none); the other columns are only shown. `loss`: the difference is what the
-    cells that the claim speaks of lose.
+    cells that the claim speaks of lose. `gap` says what is compared.
     """
 
     name: str
@@ -56,6 +91,7 @@ class Claim:
     threshold: float = 0.0
     covered: frozenset[str] = frozenset()
     loss: bool = False
+    gap: Gap = accuracy
 
 
 @dataclass(frozen=True)
@@ -101,9 +137,20 @@ def interval(differences: Sequence[float], threshold: float) -> Difference:
 
 
 def claims(outcomes: Outcomes) -> list[Claim]:
-    """What is claimed, in terms of this plan's cells. Table 4's are the cells at the chosen rates."""
-    makers = (_split_lr, _split_avg, _phases, _both, _methods, _skew)
-    return [claim for maker in makers for claim in maker(outcomes)]
+    """What is claimed, in terms of the cells of the parts that `outcomes` has. Table 4's are those at the chosen
+    rates.
+    """
+    makers: dict[str, Callable[[Outcomes], list[Claim]]] = {
+        "table1": _split_lr,
+        "table2": _split_avg,
+        "table3": _phases,
+        "table4": _methods,
+        "skew": _skew,
+        "table5": _phi,
+        "leakage": _leaking,
+    }
+    asked = [p for p in makers if all(cell.name in outcomes.cells for cell in getattr(outcomes.plan, p)())]
+    return [claim for part in asked for claim in makers[part](outcomes)]
 
 
 def summary(verdicts: Sequence[Verdict], counted: Sequence[Fact] = ()) -> list[str]:
@@ -153,7 +200,7 @@ def _counted(verdict: Verdict) -> str:
 def _judged(outcomes: Outcomes, claim: Claim) -> Verdict:
     def measured(pairs: Iterable[Pair]) -> Difference | None:
         chosen = list(pairs)
-        return _difference(outcomes, chosen, claim.threshold) if chosen else None
+        return _difference(outcomes, chosen, claim) if chosen else None
 
     order = {f"C = {c}": c for c in outcomes.plan.size.clients}
     columns = sorted(dict.fromkeys(p.column for p in claim.pairs), key=lambda column: order.get(column, 0))
@@ -178,12 +225,17 @@ def _judged(outcomes: Outcomes, claim: Claim) -> Verdict:
     return Verdict(claim, overall, (*columns, *(last if len(columns) > 1 else ())), tuple(rows))
 
 
-def _difference(outcomes: Outcomes, pairs: list[Pair], threshold: float) -> Difference:
+def _difference(outcomes: Outcomes, pairs: list[Pair], claim: Claim) -> Difference:
     """Over the seeds that all cells of all pairs have."""
     sides = [(outcomes.of(p.more), outcomes.of(p.less)) for p in pairs]
     seeds = frozenset.intersection(*(frozenset(more) & frozenset(less) for more, less in sides))
-    per_seed = [statistics.fmean(more[s].best - less[s].best for more, less in sides) for s in sorted(seeds)]
-    d = interval(per_seed, threshold)
+    per_seed = []
+    for s in sorted(seeds):
+        gaps = [claim.gap(more[s], less[s]) for more, less in sides]
+        known = [gap for gap in gaps if gap is not None]
+        if len(known) == len(gaps):
+            per_seed.append(statistics.fmean(known))
+    d = interval(per_seed, claim.threshold)
     collapsed = sum(any(o.best < o.chance + 1 for o in [*more.values(), *less.values()]) for more, less in sides)
     return Difference(d.verdict, d.mean, d.low, d.high, d.seeds, len(pairs), collapsed)
 
@@ -244,7 +296,7 @@ def _split_avg(outcomes: Outcomes) -> list[Claim]:
         for c in _shared(outcomes, phi)
     )
     sentence = f"SplitAvg (phi 0.25, 0.5 and 0.75) is better than no SplitAvg at the same alpha, {_WHERE_SHARED}."
-    return [Claim("splitavg", "SplitAvg helps", sentence, pairs)]
+    return [Claim("splitavg", "SplitAvg helps", sentence, pairs), *_both(outcomes)]
 
 
 def _phases(outcomes: Outcomes) -> list[Claim]:
@@ -346,3 +398,63 @@ def _skew(outcomes: Outcomes) -> list[Claim]:
         )
         for (more, less), title in compared.items()
     ]
+
+
+_TWICE: tuple[tuple[str, str, Gap], ...] = (
+    ("", "", explained),
+    ("-equal", ", at equal accuracy", explained_at_equal_accuracy),
+)
+
+
+def _phi(outcomes: Outcomes) -> list[Claim]:
+    """Paper, Table 5, and the same at equal accuracy."""
+    plan = outcomes.plan
+    pairs = tuple(Pair(plan.by_phi(0), plan.by_phi(phi), (f"phi {phi:g}",)) for phi in LEAKING_PHIS if phi)
+    return [
+        Claim(
+            f"phi{name}",
+            f"SplitAvg makes reconstruction harder{when}",
+            f"An attacker explains less of the inputs of SGLR (phi 0.25, 0.5, 0.75 and 1) than of SLR (phi 0){when}, "
+            "on average over phi.",
+            pairs,
+            gap=gap,
+        )
+        for name, when, gap in _TWICE
+    ]
+
+
+def _leaking(outcomes: Outcomes) -> list[Claim]:
+    """Methods, depths of the cut and defences (beyond the paper)."""
+    plan = outcomes.plan
+    cuts = MODELS[plan.size.model].cuts
+    methods = [
+        Claim(
+            f"leaks-{other}{name}",
+            f"SGLR leaks less than {ALGORITHMS[other].title}{when}",
+            f"An attacker explains less of the inputs of SGLR than of those of {ALGORITHMS[other].title}{when}.",
+            (Pair(plan.attacked(other), plan.attacked("sglr")),),
+            gap=gap,
+        )
+        for other in LEAKING_METHODS
+        if other != "sglr"
+        for name, when, gap in _TWICE
+    ]
+    steps = tuple(Pair(plan.at_depth(a), plan.at_depth(b), (f"{a} to {b}",)) for a, b in pairwise(cuts))
+    deeper = Claim(
+        "leaks-depth",
+        "a deeper cut leaks less",
+        "An attacker explains less of the inputs the deeper the cut of PSL, on average over one step down.",
+        steps,
+        gap=explained,
+    )
+    defences = [
+        Claim(
+            f"leaks-{kind.lower().replace(' ', '-')}",
+            f"{kind} makes reconstruction harder",
+            f"An attacker explains less of the inputs of PSL with {kind} than without, on average over strengths.",
+            tuple(Pair(plan.attacked("psl"), plan.defended(kind, s), (s,)) for s in strengths),
+            gap=explained,
+        )
+        for kind, strengths in DEFENCES.items()
+    ]
+    return [*methods, deeper, *defences]

@@ -24,7 +24,8 @@ class Outcome:
     `best` is the test accuracy at the evaluation with the best validation accuracy (`validation`), which is what the
     paper reports; `last` that at the end; `chance` is 100 over the number of classes. A run that diverged counts as
     chance.
-    `result` is the run's result.json, None where it diverged; `leakage` what was found when it was examined.
+    `result` is the run's result.json, None where it diverged; `leakage` what was found when it was examined, at each
+    moment at which that was done, the end being the last.
     """
 
     best: float
@@ -34,7 +35,40 @@ class Outcome:
     chance: float
     evaluations: list[dict[str, Any]]
     result: dict[str, Any] | None
-    leakage: dict[str, Any] | None = None
+    leakage: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def explained(self) -> float | None:
+        """Percent of the inputs' variance that the attacker explains at the end; None where nobody looked."""
+        return _explained(self.leakage[-1]) if self.leakage else None
+
+    @property
+    def mse(self) -> float:
+        """Mean squared error of the reconstruction at the end, in squared units of the inputs."""
+        return float(self.leakage[-1]["attacks"]["model"]["attack"]["mse"])
+
+    @property
+    def reached(self) -> float | None:
+        """The highest test accuracy, in percent, of the moments that were examined."""
+        return max((100 * found["accuracy"] for found in self.leakage), default=None)
+
+    def explained_at(self, accuracy: float) -> float | None:
+        """The same when the run first came to that test accuracy: linear between the moments that were examined, the
+        first of them where it had more by then. None where it never came to it.
+        """
+        before: tuple[float, float] | None = None
+        for found in self.leakage:
+            now = 100 * float(found["accuracy"]), _explained(found)
+            if now[0] >= accuracy:
+                if before is None:
+                    return now[1]
+                return before[1] + (now[1] - before[1]) * (accuracy - before[0]) / (now[0] - before[0])
+            before = now
+        return None
+
+
+def _explained(found: dict[str, Any]) -> float:
+    return 100 * float(found["attacks"]["model"]["explained"])
 
 
 @dataclass(frozen=True)
@@ -119,5 +153,5 @@ def read(folder: Path, config: RunConfig) -> Outcome:
         chance=chance,
         evaluations=evaluations,
         result=result,
-        leakage=read_json(folder / EXAMINED) or None,
+        leakage=tuple(read_json(folder / EXAMINED) or ()),
     )

@@ -78,8 +78,10 @@ TEST = (
     "partition and initial weights), averaged over all cells that the claim covers; over the seeds they give a "
     "two-sided 95 % interval of Student's t. A claim holds where the interval lies above its threshold (0 points if it "
     "names none), does not hold where it lies below, and is within noise where it contains it; fewer than two "
-    "seeds: not measured. Few seeds make wide intervals. Nothing is corrected for there being several claims, nor for "
-    "the cells of a breakdown."
+    "seeds: not measured. Points are those of test accuracy; where a claim is about reconstruction, percent of the "
+    "inputs' variance that the attacker explains, and at equal accuracy means that each of two runs is looked at when "
+    "it first came to the highest test accuracy that both reach. Few seeds make wide intervals. Nothing is corrected "
+    "for there being several claims, nor for the cells of a breakdown."
 )
 
 

@@ -14,8 +14,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
+from safetensors.numpy import load_file
 
-from cutlayer.catalog import ALGORITHMS
+from cutlayer.catalog import ALGORITHMS, MODELS
 from cutlayer.report import collect
 from cutlayer.report.collect import Entry, Report, Run
 from cutlayer.report.curves import (
@@ -34,11 +35,25 @@ from cutlayer.report.curves import (
     figure_of,
     titled,
 )
-from cutlayer.reproduce.cells import ALPHAS, ALPHAS_WITH_PHI, METHODS, PHASES, PHIS, SKEWED_METHODS, SKEWS, Cell
+from cutlayer.reproduce.cells import (
+    ALPHAS,
+    ALPHAS_WITH_PHI,
+    DEFENCES,
+    LEAKING_METHODS,
+    LEAKING_PHIS,
+    METHODS,
+    PHASES,
+    PHIS,
+    SKEWED_METHODS,
+    SKEWS,
+    Cell,
+)
 from cutlayer.reproduce.costs import FLEET_TEXT, spent
 from cutlayer.reproduce.findings import Findings
 from cutlayer.reproduce.outcomes import Outcomes, Score
 from cutlayer.reproduce.tables import PARTS, paper
+from cutlayer.reproduce.train import PICTURES, SHOWN, folder_of
+from cutlayer.summary import spread
 
 _RANGE = 14.0  # points below the median accuracy that a plot shows; what has collapsed leaves it at the bottom
 _STRAIGHT = 2.0  # points up to which the axis of differences is linear
@@ -68,6 +83,11 @@ def draw(findings: Findings) -> dict[str, bytes]:
 def _trained(part: str) -> Callable[[Findings], bool]:
     """Whether a cell of the part is done."""
     return lambda f: any(f.outcomes.of(cell) for cell in PARTS[part].cells(f.outcomes.plan))
+
+
+def _attacked(part: str) -> Callable[[Findings], bool]:
+    """Whether a cell of the part is attacked."""
+    return lambda f: any(o.leakage for cell in PARTS[part].cells(f.outcomes.plan) for o in f.outcomes.of(cell).values())
 
 
 # ---- accuracy over the number of clients: Tables 1 to 3 -------------------------------------------------------------
@@ -153,6 +173,96 @@ def _skew(findings: Findings) -> Figure:
     ax.grid(axis="x", visible=False)
     ax.set_ylabel("test accuracy (%)")
     _legend(figure, ax)
+    return figure
+
+
+# ---- leakage --------------------------------------------------------------------------------------------------------
+
+
+def _phi(findings: Findings) -> Figure:
+    """Table 5, ours beside the paper's: the scales of the two have nothing in common."""
+    outcomes, theirs = findings.outcomes, paper()["table5"]
+    figure = Figure(figsize=(10.8, 4.4), layout="constrained")
+    ours, papers = figure.subplots(1, 2)
+    errors = [[o.mse for o in outcomes.of(outcomes.plan.by_phi(phi)).values() if o.leakage] for phi in LEAKING_PHIS]
+    known = [(phi, *spread(values)) for phi, values in zip(LEAKING_PHIS, errors, strict=True) if values]
+    ours.errorbar(
+        [phi for phi, _, _ in known],
+        [mean for _, mean, _ in known],
+        [std or 0.0 for _, _, std in known],
+        color=VERMILLION,
+        marker="o",
+        capsize=3,
+    )
+    papers.plot(LEAKING_PHIS, [theirs[f"{phi:g}"] for phi in LEAKING_PHIS], color=GREY, marker="s")
+    for ax, whose in ((ours, "Ours"), (papers, "The paper")):
+        titled(ax, whose)
+        ax.set_xticks(LEAKING_PHIS)
+        ax.set_xlabel("phi")
+        ax.set_ylim(0, ax.get_ylim()[1] * 1.08)
+    ours.set_ylabel("mean squared error of the reconstruction")
+    return figure
+
+
+def _defences(findings: Findings) -> Figure:
+    """What each defence hides, and what it costs: a line from no defence to the strongest."""
+    outcomes = findings.outcomes
+    plan = outcomes.plan
+    lines: dict[str, list[Cell]] = {
+        kind: [plan.attacked("psl"), *(plan.defended(kind, s) for s in strengths)]
+        for kind, strengths in DEFENCES.items()
+    }
+    if "table5" in findings.parts:
+        lines["SplitAvg (SGLR, by phi)"] = [plan.by_phi(phi) for phi in LEAKING_PHIS]
+    figure = Figure(figsize=(9.6, 5.6), layout="constrained")
+    ax = figure.subplots()
+    for index, (label, cells) in enumerate(lines.items()):
+        points = [[(o.last, o.explained) for o in outcomes.of(c).values() if o.explained is not None] for c in cells]
+        at = [np.mean(np.asarray(p, float), axis=0) for p in points if p]
+        wide = [np.std(np.asarray(p, float), axis=0, ddof=1) if len(p) > 1 else np.zeros(2) for p in points if p]
+        if at:
+            x, y = np.asarray(at).T
+            dx, dy = np.asarray(wide).T
+            look: dict[str, Any] = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+            ax.errorbar(x, y, dy, dx, label=label, capsize=2, elinewidth=1.0, markeredgecolor="white", **look)
+    ax.set_xlabel("test accuracy (%)")
+    ax.set_ylabel("inputs' variance that the attacker explains (%)")
+    _legend(figure, ax, 3)
+    return figure
+
+
+def _kept(findings: Findings) -> dict[str, dict[str, Any]]:
+    """By what was trained: the pictures kept of the first seed, inputs and reconstructions [n, channels, h, w]."""
+    outcomes = findings.outcomes
+    plan = outcomes.plan
+    cells = {ALGORITHMS[m].title: plan.attacked(m) for m in LEAKING_METHODS}
+    cells |= {f"PSL after {c}": plan.at_depth(c) for c in MODELS[plan.size.model].cuts[1:]}
+    cells |= {f"PSL, {k} {s[-1]}": plan.defended(k, s[-1]) for k, s in ((k, list(v)) for k, v in DEFENCES.items())}
+    if "table5" in findings.parts:
+        cells |= {f"SGLR, phi {phi:g}": plan.by_phi(phi) for phi in LEAKING_PHIS[-1:]}
+    files = {label: folder_of(outcomes.out, cell, plan.size.seeds[0]) / PICTURES for label, cell in cells.items()}
+    return {label: load_file(path) for label, path in files.items() if path.exists()}
+
+
+def _pictures(findings: Findings) -> Figure:
+    """A row of inputs, and below it what was made of their smashed data; inputs again where they are others."""
+    rows: list[tuple[str, Any, Any]] = []
+    last = None
+    for label, kept in _kept(findings).items():
+        inputs = kept["inputs"]
+        if last is None or not np.array_equal(last, inputs):
+            rows.append(("private inputs", inputs, inputs))
+        rows.append((label, kept["reconstructions"], inputs))
+        last = inputs
+    figure = Figure(figsize=(0.75 * SHOWN + 3.2, 0.78 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), SHOWN + 1, squeeze=False, gridspec_kw={"width_ratios": [3.6, *[1] * SHOWN]})
+    for line, (label, made, inputs) in zip(axes, rows, strict=True):
+        for ax in line:
+            ax.axis("off")
+        line[0].text(0, 0.5, label, va="center", fontsize=11, weight="bold" if label == "private inputs" else "normal")
+        for ax, picture in zip(line[1:], made, strict=False):
+            shown = picture[0] if len(picture) == 1 else np.moveaxis(picture, 0, -1)
+            ax.imshow(shown, cmap="gray", vmin=inputs.min(), vmax=inputs.max())
     return figure
 
 
@@ -263,6 +373,31 @@ PLOTS: dict[str, Plot] = {
         _curves,
     ),
     "skew": Plot("skew", "Label skew", f"Not in the paper. {_BARS}", _trained("skew"), _skew),
+    "table5": Plot(
+        "table5",
+        "Reconstruction by phi",
+        "Bars: one standard deviation over seeds. Whether it is the reconstruction that got harder, or the model that "
+        "got worse, the claims at equal accuracy say.",
+        _attacked("table5"),
+        _phi,
+    ),
+    "leakage-defences": Plot(
+        "leakage",
+        "Privacy and accuracy, by defence",
+        "Each line goes from no defence to the strongest. Bars: one standard deviation over seeds, either way. Down is "
+        "private, right is accurate. Below zero an attacker who was trained for it does worse than one who always "
+        "answers with the mean input.",
+        _attacked("leakage"),
+        _defences,
+    ),
+    "leakage-pictures": Plot(
+        "leakage",
+        "What the attacker sees",
+        "One client's inputs and their reconstructions by an attacker who knows the client part; of each defence the "
+        "strongest; the first seed.",
+        lambda f: bool(_kept(f)),
+        _pictures,
+    ),
 }
 
 
@@ -298,6 +433,6 @@ def _accuracy_axis(axes: Iterable[Axes]) -> None:
             ax.set_ylim(bottom - margin, min(top + margin, 101))
 
 
-def _legend(figure: Figure, ax: Axes) -> None:
+def _legend(figure: Figure, ax: Axes, columns: int = 6) -> None:
     handles, labels = ax.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 6))
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), columns))

@@ -204,7 +204,7 @@ _LEAKS = ("accuracy", "MSE", "explained", "SSIM", "classified", "distance correl
 
 def _leaks(outcomes: Outcomes, cell: Cell) -> tuple[Score | str, ...]:
     """What was found of a cell, over its seeds."""
-    found = [o.leakage for o in outcomes.of(cell).values() if o.leakage is not None]
+    found = [o.leakage[-1] for o in outcomes.of(cell).values() if o.leakage]
     attacks = [f["attacks"]["model"] for f in found]
 
     def text(values: Sequence[float | None], form: str) -> str:

@@ -22,7 +22,8 @@ from cutlayer.folder import CONFIG, RESULT
 from cutlayer.reproduce.cells import Cell
 
 Job = tuple[Cell, int]
-DIVERGED, EXAMINED = "diverged.txt", "leakage.json"
+DIVERGED, EXAMINED, PICTURES = "diverged.txt", "leakage.json", "leakage.safetensors"
+SHOWN = 10  # pictures that are kept
 _PATIENCE = 10.0  # seconds that a process has to end by itself
 
 
@@ -55,6 +56,10 @@ def train(out: Path, jobs: Sequence[Job], workers: int) -> Iterator[Job]:
             _one(out, *job)
             yield job
         return
+    if any(cell.examined for cell, _ in waiting):
+        from cutlayer.leakage.ranks import dcor_library
+
+        dcor_library()  # what it compiles on the first use ever is spoiled where two processes do so at once
     threads = max(1, (os.cpu_count() or 1) // workers)
     crew: list[_Worker] = []
     try:
@@ -188,13 +193,23 @@ def _one(out: Path, cell: Cell, seed: int) -> None:
 
 
 def _examine(folder: Path, cell: Cell) -> None:
-    """Attack one client of the run, where that is asked for."""
+    """Attack one client of the run, at its end and at its snapshots, where that is asked for. The first pictures of the
+    end are kept.
+    """
     if not cell.examined:
         return
+    from safetensors.torch import save
+
     from cutlayer.leakage.assess import Asked, examine
     from cutlayer.leakage.subject import moments, subjects
 
     samples = cell.config.samples_per_client or 1000
-    subject = next(iter(subjects(moments(folder)[-1], 1, samples, min(1000, samples), 0)))
-    finding = examine(subject, Asked(("model",), ())).finding
-    replace_file(folder / EXAMINED, (json.dumps(finding.plain, indent=1) + "\n").encode())
+    found = []
+    for moment in moments(folder, snapshots=cell.config.snapshot_every is not None):
+        subject = next(iter(subjects(moment, 1, samples, min(1000, samples), 0)))
+        examined = examine(subject, Asked(("model",), ()))
+        found.append(examined.finding.plain)
+        made = examined.pictures["model"]
+        shown = {"inputs": made.inputs[:SHOWN], "reconstructions": made.reconstructions[:SHOWN]}
+        replace_file(folder / PICTURES, save({name: x.contiguous() for name, x in shown.items()}))
+    replace_file(folder / EXAMINED, (json.dumps(found, indent=1) + "\n").encode())

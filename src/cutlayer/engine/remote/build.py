@@ -18,7 +18,7 @@ from cutlayer.data.samples import Source
 from cutlayer.engine.choice import defence_of
 from cutlayer.engine.local import Client
 from cutlayer.engine.remote.cohort import Hub, Remote, RemoteCohort, Tell
-from cutlayer.engine.remote.worker import Duty, Worker
+from cutlayer.engine.remote.worker import Duty, Watching, Worker
 from cutlayer.errors import ConfigError
 from cutlayer.server import Server
 from cutlayer.wire import agree, fingerprint, specs
@@ -101,6 +101,7 @@ def worker_of(
     run: str = "",
     token: str = "",
     folder: Path | None = None,
+    watch: Watching = "off",
     model: Model | None = None,
     data: Data | None = None,
     own: Source | None = None,
@@ -134,6 +135,7 @@ def worker_of(
             defence=defence_of(config),
             token=token,
             folder=folder,
+            watch=watch,
         )
     )
 

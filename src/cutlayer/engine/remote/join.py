@@ -16,6 +16,7 @@ from cutlayer.engine.remote.build import client_number, worker_of
 from cutlayer.engine.remote.dial import Dialler, dial_all
 from cutlayer.engine.remote.network import KEEPALIVE
 from cutlayer.engine.remote.security import ClientSecurity
+from cutlayer.engine.remote.worker import Watching
 from cutlayer.folder import locked
 
 
@@ -23,7 +24,7 @@ from cutlayer.folder import locked
 class Joining:
     """How a client joins: the server's `address`, its name (`client-<k>`), what it trusts and shows, the folder that
     keeps its state, data of its own (None: its share of the configuration's), seconds of trying after which it gives up
-    (None: never), and between pings.
+    (None: never), and between pings; `watch`: what to do where the server's gradients do not look like the task's.
     """
 
     address: str
@@ -33,6 +34,7 @@ class Joining:
     data: Source | None = None
     give_up_after: float | None = None
     keepalive: float = KEEPALIVE
+    watch: Watching = "off"
 
 
 def join(config: RunConfig, joining: Sequence[Joining]) -> list[str]:
@@ -63,7 +65,9 @@ def _work(config: RunConfig, joining: Sequence[Joining], stop: threading.Event) 
             shared = load_source(config, None)
         own = {"own": j.data} if j.data is not None else {"data": shared}
         workers.append(
-            worker_of(config, number, name=j.name, run=config.algorithm, token=token, folder=j.folder, **own)
+            worker_of(
+                config, number, name=j.name, run=config.algorithm, token=token, folder=j.folder, watch=j.watch, **own
+            )
         )
     diallers = [
         Dialler(j.address, j.security, worker, give_up_after=j.give_up_after, keepalive=j.keepalive)

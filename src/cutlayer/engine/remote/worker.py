@@ -7,10 +7,11 @@ in its place (commit), so that all clients keep the same round or none does.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,21 +22,26 @@ from cutlayer.data.batches import Batches
 from cutlayer.data.samples import Samples
 from cutlayer.defences import Defence, Guarded
 from cutlayer.engine.local import Client
-from cutlayer.errors import NonFiniteError, RunFolderError, WireError
+from cutlayer.errors import DistrustError, NonFiniteError, RunFolderError, WireError
+from cutlayer.leakage.watch import Watch, joined
 from cutlayer.models.parts import Crossing
 from cutlayer.optim import MakeOptimizer, load_optimizer
-from cutlayer.types import aligned, as_tuple
+from cutlayer.types import Rows, aligned, as_tuple
 from cutlayer.wire import RAW, Codec, Frame, agree, decode, decode_named, described, encode, encode_named
 from cutlayer.wire import messages as m
 from cutlayer.wire.tensors import Buffer
 
+log = logging.getLogger(__name__)
+
+Watching = Literal["off", "warn", "leave"]
 Answer = tuple[m.Message, Sequence[Buffer]]
 
 
 @dataclass(frozen=True)
 class Duty:
     """What a client is set up with: its name and number, private data, its parts of the model, the terms that both
-    sides agree on. `folder` keeps its state (None: it has no memory).
+    sides agree on. `folder` keeps its state (None: it has no memory). `watch`: what to do where the gradients do not
+    look like the task's.
     """
 
     name: str
@@ -55,6 +61,7 @@ class Duty:
     defence: Defence = field(default_factory=Defence)
     token: str = ""
     folder: Path | None = None
+    watch: Watching = "off"
 
 
 class Worker:
@@ -69,6 +76,8 @@ class Worker:
         self.steps = 0  # of the run, at the last state that was kept
         self._seen = 0  # the step of the last request: how far this process has come
         self._guarded: Guarded | None = None
+        self.watch = Watch()
+        self._warned = False
         self._gradients = [c for c in duty.crossing if c.differentiable]
 
     def hello(self) -> m.Hello:
@@ -148,11 +157,28 @@ class Worker:
         size = len(self.client.labels)
         if message.mode == "common":
             gradient = tuple(g.expand(size, *g.shape[1:]) if len(g) == 1 else g[:size] for g in gradient)
+        elif self.duty.watch != "off":
+            self._look(gradient)
         if self._guarded is not None:
             gradient = self._guarded.back(gradient)
         self.client.backward(gradient)
         self.client.step(self._rate)
         return m.Stepped(message.step), ()
+
+    def _look(self, gradient: Rows) -> None:
+        """Watch a gradient that came for this client alone. Raises DistrustError where it is to leave."""
+        self.watch.observe(joined(gradient), joined(self.client.smashed), self.client.labels)
+        if not self.watch.suspicious or self._warned:
+            return
+        sentence = (
+            f"the server's gradients do not look like those of the task: in the last {self.watch.observed} batches "
+            f"labels explain them with a score of {self.watch.score:.2f}, where .5 is chance and honest servers come "
+            f"above {self.watch.least:g}"
+        )
+        if self.duty.watch == "leave":
+            raise DistrustError(f"{sentence}; {self.duty.name} leaves, as --watch leave says")
+        self._warned = True
+        log.warning("%s: %s", self.duty.name, sentence)
 
     def _tail(self, message: m.Tail, body: memoryview) -> Answer:
         client, d = self.client, self.duty

@@ -1,0 +1,135 @@
+"""What an active server would have learned: a run's clients, trained anew under a server that hijacks them.
+
+Twice from the same start, with the run's own algorithm, data, defence and number of rounds: under the honest server,
+and under `HijackingServer`. All clients watch both, which shows what their watch is worth.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from cutlayer.build import Training, assemble
+from cutlayer.errors import ConfigError
+from cutlayer.leakage.hijack import Hijack, HijackingServer
+from cutlayer.leakage.reconstruct import Quality, score
+from cutlayer.leakage.subject import Moment, Subject, subjects
+from cutlayer.leakage.watch import WatchedCohort
+from cutlayer.run import round_of
+from cutlayer.server import Server
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What one client's watch said at the end: its `score` over the last `batches` (None: it saw no gradient of its
+    own).
+    """
+
+    client: int
+    score: float | None
+    batches: int
+    suspicious: bool
+
+
+@dataclass(frozen=True)
+class Hijacked:
+    """What the hijacker read of `samples` private inputs of one client after `rounds` rounds, beside an attacker who
+    answers with the mean input, as in `Reconstruction`; what the clients' watches said of it, and of an honest server.
+    `labelled`: its critic saw the labels.
+    """
+
+    run: str
+    algorithm: str
+    seed: int
+    rounds: int
+    client: int
+    samples: int
+    auxiliary: int
+    labelled: bool
+    attack: Quality
+    mean_input: Quality
+    explained: float
+    honest: tuple[Watched, ...]
+    hijacked: tuple[Watched, ...]
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def check_hijackable(moment: Moment) -> None:
+    """Raises ConfigError where labels stay with the clients, or not one real tensor crosses."""
+    parts = moment.training.parts
+    if parts.tail is not None or len(parts.crossing) != 1 or not parts.crossing[0].differentiable:
+        labels = " and labels stay with the clients" if parts.tail is not None else ""
+        raise ConfigError(
+            f"{str(moment.out)!r} cannot be hijacked: the attack is made for one real tensor that crosses one cut, "
+            f"here {len(parts.crossing)} cross{labels}: leave hijack out, or name other runs"
+        )
+
+
+def hijack(
+    moment: Moment, samples: int, auxiliary: int, seed: int, tell: Callable[[str], None] = lambda _: None
+) -> list[tuple[Hijacked, dict[str, Tensor]]]:
+    """Train the run's clients anew, under an honest and under two hijacking servers, without labels and with them, for
+    as many rounds as it had; what came of each, and the first `inputs` and `reconstructions` [at most 64, ...], on the
+    CPU. `tell` hears what is done.
+
+    Raises ConfigError as `check_hijackable` does; DataError as `Hijack` does.
+    """
+    check_hijackable(moment)
+    (before,) = subjects(moment, 1, samples, auxiliary, seed)
+    tell(f"{moment.out}: {moment.rounds} rounds under an honest server")
+    training = assemble(moment.config)
+    honest = _trained(moment, training, training.server)
+    return [_hijacked(moment, before, labelled, honest, seed, tell) for labelled in (False, True)]
+
+
+def _hijacked(
+    moment: Moment, before: Subject, labelled: bool, honest: tuple[Watched, ...], seed: int, tell: Callable[[str], None]
+) -> tuple[Hijacked, dict[str, Tensor]]:
+    """Under one hijacking server; `before` is the victim as the run left it."""
+    kind = "knows labels" if labelled else "ignores labels"
+    tell(f"{moment.out}: {moment.rounds} rounds under a hijacking server that {kind}")
+    training, known = assemble(moment.config), before.auxiliary
+    code, nonnegative = tuple(before.z.shape[1:]), bool((before.z >= 0).all())
+    attacker = Hijack(known, code, labelled=labelled, nonnegative=nonnegative, seed=seed)
+    bent = _trained(moment, training, HijackingServer(attacker))
+    models = {k: dict(training.clients.model_state(k)) for k in moment.models}
+    after = replace(moment, models=models, server=None)
+    (victim,) = subjects(after, 1, len(before.samples), len(known), seed)
+    guess = attacker.reconstruct(victim.z)
+    attack, nothing = score(victim.samples.x, victim.samples.y, guess, known, seed)
+    found = Hijacked(
+        run=str(moment.out),
+        algorithm=moment.config.algorithm,
+        seed=moment.config.seed,
+        rounds=moment.rounds,
+        client=victim.name,
+        samples=len(victim.samples),
+        auxiliary=len(known),
+        labelled=labelled,
+        attack=attack,
+        mean_input=nothing,
+        explained=1 - attack.mse / nothing.mse if nothing.mse else 0.0,
+        honest=honest,
+        hijacked=bent,
+    )
+    return found, {"inputs": victim.samples.x[:64].cpu(), "reconstructions": guess[:64].cpu()}
+
+
+def _trained(moment: Moment, training: Training, server: Server) -> tuple[Watched, ...]:
+    """Train the clients with that server until the moment; what their watches say then."""
+    clients = WatchedCohort(training.clients)
+    for index in range(moment.rounds):
+        for _ in round_of(moment.config, server, clients, index, training.rounds):
+            pass
+    return tuple(
+        Watched(k, None if math.isnan(w.score) else w.score, w.observed, w.suspicious)
+        for k, w in clients.watches.items()
+    )

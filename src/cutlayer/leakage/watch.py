@@ -1,0 +1,117 @@
+"""What a client can do to notice a server that does not train the task.
+
+It rests on the observation of the Gradients Scrutinizer (Fu et al., NDSS 2023): under the task, gradients of rows with
+the same label resemble each other more than those of different labels; a hijacker ignores labels. Theirs is a score of
+means, spread and overlap. But inputs of one class are alike, so a hijacker's gradients for them are alike too. The
+score here is therefore about what labels explain beyond the smashed rows' own likeness, which the client knows.
+
+Limits: an attacker that mixes in the task's gradient evades it; so does one that knows of the test (SplitSpy, ibid.,
+evades the older SplitGuard, arXiv 2108.09052). Gradients that are averaged over clients or rows, or noisy, carry no
+labels of their own: an honest server then looks suspicious, so only rows that were sent for the client alone may be
+observed.
+
+Shape legend: R rows, s... one sample's smashed data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from cutlayer.cohort import Cohort, CohortAround
+from cutlayer.errors import ConfigError
+from cutlayer.leakage.inputs import check_rows, flat
+from cutlayer.types import CutGradients, Rows, Smashed
+
+
+class Watch:
+    """A client's check on the cut gradients that it receives, over the last `window` batches.
+
+    In each batch the cosines of all pairs of gradients are regressed (quadratically) on the cosines of the pairs of
+    smashed rows; `score` is the probability that a same-label pair lies higher above that curve than a pair of
+    different labels: about .5 where labels play no part. Below `least` after at least `after` batches the server is
+    `suspicious`.
+    """
+
+    def __init__(self, *, window: int = 50, least: float = 0.75, after: int = 10) -> None:
+        """Raises ConfigError: window or after < 1, window < after, least outside (.5, 1)."""
+        if not (1 <= after <= window and 0.5 < least < 1):
+            raise ConfigError(
+                f"window={window}, after={after}, least={least}: give 1 <= after <= window and a threshold "
+                "between .5 and 1"
+            )
+        self.least, self._after = least, after
+        self._scores: deque[float] = deque(maxlen=window)
+
+    def observe(self, gradients: Tensor, rows: Tensor, labels: Tensor) -> None:
+        """Note one batch: gradients [R, s...] received for smashed rows [R, s...] with labels [R].
+
+        Batches that lack pairs of either kind tell nothing and are left out. Raises DataError: unequal numbers of
+        rows, NaN.
+        """
+        check_rows(1, "to watch", gradients=gradients, rows=rows, labels=labels)
+        above = torch.ones(len(labels), len(labels), dtype=torch.bool, device=labels.device).triu(1)
+        same = (labels[:, None] == labels[None])[above]
+        if not bool(same.any()) or bool(same.all()):
+            return
+        alike, near = (_cosines(t)[above].double() for t in (gradients, rows))
+        curve = torch.stack([torch.ones_like(near), near, near**2], dim=1)
+        beyond = alike - curve @ (torch.linalg.pinv(curve) @ alike)
+        from sklearn.metrics import roc_auc_score  # type: ignore[import-untyped]
+
+        self._scores.append(float(roc_auc_score(same.cpu().numpy(), beyond.cpu().numpy())))
+
+    @property
+    def observed(self) -> int:
+        """How many batches the score rests on."""
+        return len(self._scores)
+
+    @property
+    def score(self) -> float:
+        """The mean over the window; NaN before the first batch."""
+        return sum(self._scores) / len(self._scores) if self._scores else math.nan
+
+    @property
+    def suspicious(self) -> bool:
+        """Whether enough was seen and it does not look like the task's gradients."""
+        return self.observed >= self._after and self.score < self.least
+
+
+def _cosines(rows: Tensor) -> Tensor:
+    """Of all pairs of rows [R, s...]: [R, R]."""
+    directions = functional.normalize(flat(rows), dim=1)
+    return directions @ directions.T
+
+
+class WatchedCohort(CohortAround):
+    """Simulated clients that watch the server, each for itself: `watches` by client. Gradients that a client shares
+    with others it does not look at.
+    """
+
+    def __init__(self, inner: Cohort) -> None:
+        super().__init__(inner)
+        self.watches = {k: Watch() for k in range(len(inner.samples))}
+        self._smashed: Smashed | None = None
+
+    def forward(self, clients: Sequence[int] | None = None, *, labels: bool = True) -> Smashed:
+        """Passed on, and remembered."""
+        self._smashed = self.inner.forward(clients, labels=labels)
+        return self._smashed
+
+    def backward(self, gradients: CutGradients) -> None:
+        """Passed on, and looked at."""
+        assert self._smashed is not None, "a backward pass follows a forward pass"
+        for k, size in zip(gradients.clients, gradients.sizes, strict=True):
+            own = self._smashed.only(k)
+            self.watches[k].observe(joined(gradients.for_client(k, size)), joined(own.rows), own.labels)
+        self.inner.backward(gradients)
+
+
+def joined(rows: Rows) -> Tensor:
+    """All real tensors that cross, as one row per sample: [R, d]."""
+    return torch.cat([r.flatten(1) for r in rows if r.is_floating_point()], 1)
