@@ -55,6 +55,7 @@ class Passing:
         self.tamper: Callable[[int, Any, Any], tuple[Any, Any]] = lambda client, message, body: (message, body)
         self.refused: dict[int, str] = {}
         self.breaks_at: type[m.Message] | None = None  # all connections do, before this is sent
+        self.loses: type[m.Message] | None = None  # the first answer to this, with all connections
 
     def join(self, client: int, welcome: Any) -> None:
         server, worker, own = ServerSide(), self.workers[client], ClientSide()
@@ -98,6 +99,10 @@ class Passing:
             try:
                 answer = self.workers[client].handle(own.receive(data))
                 self.bytes += len(data)
+                if self.loses is type(message):
+                    self.loses = None
+                    self.servers.clear()
+                    return Lost("gone", "it is gone")
                 if answer is not None:
                     back = own.send(*self.tamper(client, *answer))
                     self.bytes += len(back)
@@ -436,6 +441,19 @@ def test_all_clients_are_gone_for_a_while(algorithm: str, verb: type[m.Message])
     assert hub.breaks_at is None
     assert run.result is not None
     assert (run.result.steps, run.result.test_accuracy) == (expected.steps, expected.test_accuracy)
+    for k in range(3):
+        assert difference(whole.training.clients.model_state(k), run.training.clients.model_state(k)) == 0
+
+
+def test_no_client_trains_twice_for_an_answer_that_was_lost() -> None:
+    """The client has done its local steps when the connection breaks: it is asked again, and says what came of them."""
+    config = RunConfig.of({**SMALL, "algorithm": "fl"})
+    whole = Run(config)
+    losses = [record.loss for record in whole]
+    run, hub = remote(config)
+    hub.loses = m.Fit
+    assert [record.loss for record in run] == losses
+    assert hub.loses is None
     for k in range(3):
         assert difference(whole.training.clients.model_state(k), run.training.clients.model_state(k)) == 0
 

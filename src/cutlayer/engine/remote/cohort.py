@@ -364,7 +364,7 @@ class RemoteCohort:
 
     def _patiently(self, clients: Iterable[int], attempt: Callable[[], T | None]) -> T:
         """What `attempt` gives. Where all of `clients` are gone (the server's own network is), they are waited for, and
-        it is made again: a client that has done its part, but could not say so, does it twice.
+        it is made again: a client that has done its part, but could not say so, says it then.
 
         Raises TrainingError where none of them comes back.
         """

@@ -140,9 +140,14 @@ class Service:
 
 
 def _sentence(happened: str, facts: Mapping[str, Any]) -> str:
-    """An event as a line for people: what is single, and not long."""
-    shown = [f"{n} {v}" for n, v in facts.items() if n != "client" and isinstance(v, int | float | str)]
-    who = f"{client_name(facts['client'])} " if "client" in facts else ""
+    """An event as a line for people: what is single, and not long; a reason without the name that it begins with."""
+    single = {n: v for n, v in facts.items() if n not in ("client", "why") and isinstance(v, int | float | str)}
+    shown = [f"{n} {v}" for n, v in single.items()]
+    who, why = "", str(facts.get("why", ""))
+    if "client" in facts:
+        who, number = f"{client_name(facts['client'])} ", facts["client"]
+        why = why.removeprefix(f"client {number} is gone: ").removeprefix(f"client {number}: ")
+    shown += [why] if why else []
     return f"{who}{happened}{': ' if shown else ''}{', '.join(shown)}"
 
 

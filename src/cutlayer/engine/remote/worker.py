@@ -75,7 +75,11 @@ class Worker:
         self._quota = 0  # batches of this round, for local training
         self.steps = 0  # of the run, at the last state that was kept
         self._seen = 0  # the step of the last request: how far this process has come
+        self._joined = False  # it has been welcome before, if only to wait
         self._guarded: Guarded | None = None
+        self._fitted: tuple[int, list[tuple[float, int]]] | None = (
+            None  # the last step of local training, and what came
+        )
         self.watch = Watch()
         self._warned = False
         self._gradients = [c for c in duty.crossing if c.differentiable]
@@ -96,6 +100,7 @@ class Worker:
             self._return_to(welcome.step)
         except RunFolderError as error:
             return m.Refused("state", str(error))
+        self._joined = True
         return None
 
     def handle(self, frame: Frame) -> Answer | None:
@@ -112,7 +117,9 @@ class Worker:
             self._rate, self._quota = self.duty.lr * message.lr_factor, message.batches
             return None
         if isinstance(message, m.Fit):
-            return m.Fitted(message.step, self._fit()), ()
+            if self._fitted is None or self._fitted[0] != message.step:  # else the answer was lost on its way
+                self._fitted = message.step, self._fit()
+            return m.Fitted(message.step, self._fitted[1]), ()
         if isinstance(message, m.Evaluate):
             return self._evaluate(message, body)
         if isinstance(message, m.Save):
@@ -248,7 +255,7 @@ class Worker:
 
         A state of a later step was prepared for a checkpoint that the server never wrote: it is forgotten.
         """
-        if 0 < self._seen <= step:
+        if (self._joined or self._seen) and self._seen <= step:
             return
         kept, folder = self._kept(), self.duty.folder
         if folder is not None and any(at > step for at in kept):
@@ -273,6 +280,7 @@ class Worker:
         return {state["step"]: state for state in states}
 
     def _take(self, state: Mapping[str, Any]) -> None:
+        self._fitted = None
         self._batches.drawn[:] = state["drawn"]
         self.client.module.load_state_dict(state["model"])
         if self.client.optimizer:
