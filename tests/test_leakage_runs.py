@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -16,7 +17,9 @@ from cutlayer.config import RunConfig
 from cutlayer.errors import RunFolderError
 from cutlayer.folder import CHECKPOINT
 from cutlayer.leakage.active import _trained, hijack
-from cutlayer.leakage.assess import Asked, comparisons, examine
+from cutlayer.leakage.assess import Asked, _upper, check, comparisons, examine
+from cutlayer.leakage.fitting import Budget
+from cutlayer.leakage.reconstruct import reconstruct
 from cutlayer.leakage.subject import Subject, moments, subjects
 from cutlayer.report import leakage as report
 from cutlayer.reproduce.cells import SIZES, Plan
@@ -152,6 +155,18 @@ def test_what_cannot_be_examined(tmp_path: Path) -> None:
         examine(few, Asked(("model",), ()))
     with pytest.raises(ConfigError, match="did you mean 'infonce'"):
         Asked(estimators=("infonse",))  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="attacked with 50 auxiliary samples, too few to train an attacker on"):
+        check(few, Asked(("model",), ()))
+    one = next(iter(subjects(moment, 1, 60, None, 0)))
+    assert len(one.auxiliary) == 1000
+    with pytest.raises(DataError, match="on 60 samples, too few for infonce and ksg: they take 100"):
+        check(one, Asked(("model",), ("usable", "infonce", "ksg")))
+    check(one, Asked(("model",), ("usable",)))  # which is then left out, with a note
+    config = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(config.replace("seed = 0", "seed = 1"))
+    with pytest.raises(RunFolderError, match="was trained on other data"):
+        moments(run)
+    (run / "config.toml").write_text(config)
     (run / CHECKPOINT).unlink()
     with pytest.raises(RunFolderError, match="no stored client models"):
         moments(run)
@@ -184,7 +199,7 @@ def test_the_reproductions_cells_are_examined(tmp_path: Path) -> None:
             lines = {label: [shown(v) for v in values] for label, values in table.rows}
             done = [label for label, values in lines.items() if values[1] != "\N{EN DASH}"]
             assert set(done) <= {"phi 0.5", "SGLR"}
-            assert all(lines[label][-1 if name == "leakage" else -2] == "infinite" for label in done)
+            assert all(lines[label][-2 if name == "leakage" else -3] == "infinite" for label in done)
 
 
 def test_without_its_libraries_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -202,7 +217,7 @@ def test_attacks_are_asked_for_by_name() -> None:
     assert named(["leakage", "table5"]) == ("table5", "leakage")
     cells = cells_of(Plan(SIZES["smoke"], "digits"), ["table5", "leakage"])
     assert all(cell.examined for cell in cells.values())
-    assert len(cells) == 5 + 3 + 2 + 15
+    assert len(cells) == 5 + 3 + 2 + 16
     followed = ["slr", *(f"sglr-phi-{phi:g}" for phi in (0.25, 0.5, 0.75, 1)), "psl", "sfl", "ssl"]
     assert [c.name.removeprefix("leakage/") for c in cells.values() if c.config.snapshot_every] == followed
 
@@ -272,8 +287,55 @@ def test_equal_accuracy() -> None:
     fast, slow = outcome((0.6, 0.9), (0.8, 0.7), (0.9, 0.6)), outcome((0.5, 0.8), (0.7, 0.5))
     assert (fast.reached, slow.reached, fast.explained, slow.explained) == (90.0, 70.0, 60.0, 50.0)
     assert fast.explained_at(70.0) == pytest.approx(80.0)
-    assert fast.explained_at(30.0) == pytest.approx(90.0)  # the first moment, where it had more by then
+    assert fast.explained_at(30.0) is None  # it had left that behind before anyone looked
+    assert fast.explained_at(59.8) == pytest.approx(90.0)
     assert slow.explained_at(80.0) is None
     assert explained(fast, slow) == pytest.approx(10.0)
     assert explained_at_equal_accuracy(fast, slow) == pytest.approx(80.0 - 50.0)
     assert explained_at_equal_accuracy(outcome(), slow) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "releases"),
+    [
+        ({"algorithm": "psl", "rounds": 3}, 3),
+        ({"algorithm": "sfl", "rounds": 2, "local_epochs": 4}, 8),
+        ({"algorithm": "sfl", "rounds": 3, "local_steps": 5, "batch": 10}, 1),  # 15 of 15 batches
+        ({"algorithm": "sfl", "rounds": 4, "local_steps": 5, "batch": 10}, 2),  # one begun
+        ({"algorithm": "ssl", "rounds": 2}, 2),
+    ],
+)
+def test_how_often_a_sample_was_sent(options: dict[str, Any], releases: int, tmp_path: Path) -> None:
+    """What a privacy statement composes: passes through the client's data, one that has begun counted whole."""
+    s = subject(tmp_path, clip=1.0, gaussian_noise=5.0, model="mlp", cut="hidden1", **options)
+    assert s.statement is not None
+    assert (s.releases, s.statement.releases) == (releases, releases)
+    assert s.statement.epsilon > s.statement.once or releases == 1
+
+
+def test_private_labels_are_no_help(tmp_path: Path) -> None:
+    """In the U-shaped split an attacker that has smashed data alone guesses without labels."""
+    options: dict[str, Any] = {"model": "mlp", "cut": "hidden1", "tail_cut": "hidden2", "algorithm": "ussl"}
+    s = subject(tmp_path, **options)
+    few = Budget(steps=40, batch=32, check_every=20)
+
+    def attack(y: torch.Tensor, labelled: bool) -> float:
+        found = reconstruct(
+            s.samples.x, s.z, y, s.auxiliary, surrogate=copy.deepcopy(s.fresh), knowledge="smashed", labelled=labelled,
+            budget=few,
+        )  # fmt: skip
+        return found.report.attack.mse
+
+    y, other = s.samples.y, (s.samples.y + 3) % 10
+    assert attack(y, labelled=False) == attack(other, labelled=False)
+    assert attack(y, labelled=True) != attack(other, labelled=True)
+
+
+def test_the_upper_bound_counts_dropout(tmp_path: Path) -> None:
+    """Dropped features make the others larger, and so the channel carries more."""
+    bare = subject(tmp_path / "a", model="mlp", cut="hidden1", clip=50.0, gaussian_noise=0.02)
+    dropped = subject(tmp_path / "b", model="mlp", cut="hidden1", clip=50.0, gaussian_noise=0.02, feature_dropout=0.5)
+    a, b = (next(iter(_upper(s, 0))).nats for s in (bare, dropped))
+    assert b > a
+    only = subject(tmp_path / "c", model="mlp", cut="hidden1", feature_dropout=0.5)
+    assert "keeps some features exactly" in next(iter(_upper(only, 0))).reason

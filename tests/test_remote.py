@@ -19,8 +19,9 @@ from cutlayer.config import RunConfig
 from cutlayer.data import load_whole
 from cutlayer.engine.remote.build import remote_training, worker_of
 from cutlayer.engine.remote.exchange import Lost, Request
+from cutlayer.engine.remote.join import _secret
 from cutlayer.engine.remote.worker import Worker
-from cutlayer.errors import DataError, DistrustError, NonFiniteError, TrainingError, WireError
+from cutlayer.errors import DataError, DistrustError, NonFiniteError, RunFolderError, TrainingError, WireError
 from cutlayer.leakage.hijack import Hijack, HijackingServer
 from cutlayer.wire import ClientSide, Frame, ServerSide, encode
 from cutlayer.wire import messages as m
@@ -249,7 +250,7 @@ def test_a_client_that_watches_notices_a_hijacker(watch: Any, caplog: pytest.Log
     attacker = Hijack(known, (128,), nonnegative=True)
     run.training = replace(run.training, server=HijackingServer(attacker))
     if watch == "leave":
-        with pytest.raises(DistrustError, match="do not look like those of the task: in the last 10 batches"):
+        with pytest.raises(DistrustError, match="do not look like those of the task: over 10 batches"):
             run.run()
         return
     for _ in run:
@@ -267,6 +268,48 @@ def test_a_client_that_watches_trusts_an_honest_server(caplog: pytest.LogCapture
     assert [r.loss for r in run] == [r.loss for r in Run(config)]
     assert all(w.watch.observed > 10 and w.watch.score > 0.85 for w in workers.values())
     assert not caplog.records
+
+
+def test_a_server_cannot_evade_the_watch_by_sharing() -> None:
+    """In PSL nothing is shared: a gradient that is said to be is refused."""
+    config = RunConfig.of(WATCHED)
+    worker = worker_of(config, 0, name="client-0")
+    assert not worker.duty.shares
+    worker.handle(Frame(m.Forward(1, True), memoryview(b"")))
+    body = b"".join(bytes(part) for part in encode([torch.zeros(20, 128)]))
+    with pytest.raises(WireError, match="a gradient came that clients share"):
+        worker.handle(Frame(m.Backward(1, "common", 20), memoryview(body)))
+
+
+def test_a_watch_that_sees_nothing_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    config = RunConfig.of({**WATCHED, "algorithm": "sglr", "phi": 1.0, "batch": 4, "rounds": 8})
+    workers = {k: worker_of(config, k, name=f"client-{k}", watch="leave") for k in range(3)}
+    run, _ = remote(config, workers=workers)
+    run.run()
+    assert [r.message.split(":")[0] for r in caplog.records] == ["client-0", "client-1", "client-2"]
+    assert "has seen nothing in 100 batches" in caplog.records[0].message
+
+
+def test_noise_is_the_clients_secret(tmp_path: Path) -> None:
+    """What a client adds is drawn from a seed that it keeps, and nobody else has; the same after a restart."""
+    options = {**SMALL, "algorithm": "psl", "clip": 1.0, "gaussian_noise": 1.0}
+    config = RunConfig.of(options)
+
+    def sent(noise_seed: int | None) -> bytes:
+        worker = worker_of(config, 0, name="client-0", noise_seed=noise_seed)
+        answer = worker.handle(Frame(m.Forward(1, True), memoryview(b"")))
+        assert answer is not None
+        return b"".join(bytes(part) for part in answer[1])
+
+    secret = _secret(tmp_path)
+    assert secret == _secret(tmp_path) != config.seed
+    assert (tmp_path / "noise.seed").stat().st_mode & 0o077 == 0
+    assert sent(None) == sent(config.seed)  # what the server can draw as well
+    assert sent(secret) == sent(secret) != sent(None)
+    assert _secret(None) != _secret(None)
+    (tmp_path / "noise.seed").write_text("none")
+    with pytest.raises(RunFolderError, match=r"noise.seed' is damaged"):
+        _secret(tmp_path)
 
 
 def _nan(message: Any, body: Any) -> tuple[Any, Any]:

@@ -317,7 +317,7 @@ def leakage(
     out: _Out = None,
     clients: int = 2,
     samples: int = 1000,
-    auxiliary: int = 1000,
+    auxiliary: int | None = None,
     knowledge: Annotated[tuple[str, ...], Parameter(negative=(), consume_multiple=True)] = ("model", "smashed"),
     estimators: Annotated[tuple[str, ...], Parameter(negative=(), consume_multiple=True)] = (
         "usable",
@@ -342,9 +342,9 @@ def leakage(
     clients
         So many clients of each run, drawn once.
     samples
-        Private samples of each client.
+        Private samples of each client, at most.
     auxiliary
-        Samples that the attacker has.
+        Samples that the attacker has. Default: all that were held out, up to 1000.
     knowledge
         What the attacker knows: model (the client part), smashed (only the smashed data, and the server's own part).
     estimators
@@ -359,13 +359,13 @@ def leakage(
     """
     if not runs:
         raise ConfigError("no run is named: give run folders, e.g. cutlayer leakage runs/sglr-digits")
-    _check_positive(clients=clients, samples=samples, auxiliary=auxiliary)
+    _check_positive(clients=clients, samples=samples, auxiliary=1 if auxiliary is None else auxiliary)
     from cutlayer.leakage import check_installed
 
     check_installed()
     from cutlayer.leakage.active import check_hijackable
     from cutlayer.leakage.active import hijack as hijacking
-    from cutlayer.leakage.assess import Asked, comparisons, examine
+    from cutlayer.leakage.assess import Asked, check, comparisons, examine
     from cutlayer.leakage.subject import moments, subjects
     from cutlayer.report import leakage as report
 
@@ -378,11 +378,13 @@ def leakage(
     if hijack:
         for found in of_runs:
             check_hijackable(found[-1])
+    every = [s for found in of_runs for m in found for s in subjects(m, clients, samples, auxiliary, seed)]
+    for subject in every:
+        check(subject, asked)
     examined = []
-    for moment in (m for found in of_runs for m in found):
-        for subject in subjects(moment, clients, samples, auxiliary, seed):
-            tell(f"{moment.out}, round {moment.rounds}: client {subject.name}")
-            examined.append(examine(subject, asked))
+    for subject in every:
+        tell(f"{subject.moment.out}, round {subject.moment.rounds}: client {subject.name}")
+        examined.append(examine(subject, asked))
     active = [one for found in of_runs if hijack for one in hijacking(found[-1], samples, auxiliary, seed, tell)]
     findings = [e.finding for e in examined]
     sentences = comparisons(findings)

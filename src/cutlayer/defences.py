@@ -56,7 +56,15 @@ class Defence:
         if self.clip is None:
             return rows
         factor = self.clip / _length(rows, 1 if self.laplace else 2).clamp(min=self.clip)
-        return tuple(r * factor.view(-1, *[1] * (r.dim() - 1)).to(r.dtype) for r in rows)
+
+        def shortened(r: Tensor) -> Tensor:
+            f = factor.view(-1, *[1] * (r.dim() - 1))
+            if r.element_size() >= 4:
+                return r * f.to(r.dtype)
+            slack = 1 - torch.finfo(r.dtype).eps  # what rounding to few digits may add again
+            return (r.float() * torch.where(f < 1, f * slack, f)).to(r.dtype)
+
+        return tuple(map(shortened, rows))
 
     def step(
         self, rows: Rows, x: Sequence[Tensor], clients: Sequence[int], sizes: Sequence[int], clocks: Sequence[int]
@@ -155,7 +163,8 @@ def _centred(rows: Tensor) -> Tensor:
 
 def _length(rows: Sequence[Tensor], order: int) -> Tensor:
     """The norm of each sample over all tensors: [R]."""
-    lengths: Tensor = torch.linalg.vector_norm(torch.cat([r.flatten(1) for r in rows], 1), order, 1)
+    flat = torch.cat([r.flatten(1) for r in rows], 1)
+    lengths: Tensor = torch.linalg.vector_norm(flat if flat.element_size() >= 4 else flat.float(), order, 1)
     return lengths
 
 

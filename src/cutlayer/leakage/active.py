@@ -74,7 +74,7 @@ def check_hijackable(moment: Moment) -> None:
 
 
 def hijack(
-    moment: Moment, samples: int, auxiliary: int, seed: int, tell: Callable[[str], None] = lambda _: None
+    moment: Moment, samples: int, auxiliary: int | None, seed: int, tell: Callable[[str], None] = lambda _: None
 ) -> list[tuple[Hijacked, dict[str, Tensor]]]:
     """Train the run's clients anew, under an honest and under two hijacking servers, without labels and with them, for
     as many rounds as it had; what came of each, and the first `inputs` and `reconstructions` [at most 64, ...], on the
@@ -100,7 +100,9 @@ def _hijacked(
     code, nonnegative = tuple(before.z.shape[1:]), bool((before.z >= 0).all())
     attacker = Hijack(known, code, labelled=labelled, nonnegative=nonnegative, seed=seed)
     bent = _trained(moment, training, HijackingServer(attacker))
-    models = {k: dict(training.clients.model_state(k)) for k in moment.models}
+    holder = training.clients.holder
+    whose = moment.models if holder is None else [holder]
+    models = {k: dict(training.clients.model_state(k)) for k in whose}
     after = replace(moment, models=models, server=None)
     (victim,) = subjects(after, 1, len(before.samples), len(known), seed)
     guess = attacker.reconstruct(victim.z)
@@ -125,9 +127,11 @@ def _hijacked(
 
 def _trained(moment: Moment, training: Training, server: Server) -> tuple[Watched, ...]:
     """Train the clients with that server until the moment; what their watches say then."""
-    clients = WatchedCohort(training.clients)
+    clients, config = WatchedCohort(training.clients), moment.config
+    if isinstance(server, HijackingServer) and config.algorithm in ("sglr", "sgl"):
+        config = config.model_copy(update={"algorithm": "psl"})  # whoever means harm does not average
     for index in range(moment.rounds):
-        for _ in round_of(moment.config, server, clients, index, training.rounds):
+        for _ in round_of(config, server, clients, index, training.rounds):
             pass
     return tuple(
         Watched(k, None if math.isnan(w.score) else w.score, w.observed, w.suspicious)

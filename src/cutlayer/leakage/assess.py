@@ -5,23 +5,26 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from cutlayer import seeds
 from cutlayer.engine.choice import defence_of
-from cutlayer.errors import ConfigError, unknown
+from cutlayer.errors import ConfigError, DataError, unknown
 from cutlayer.gradients import row_losses
 from cutlayer.leakage import mutual
 from cutlayer.leakage.calibration import Calibrated, calibrate, rank
+from cutlayer.leakage.calibration import Estimator as KnownEstimator
 from cutlayer.leakage.dp import Statement
-from cutlayer.leakage.information import Usable, usable
+from cutlayer.leakage.information import LEAST, Usable, usable
 from cutlayer.leakage.inputs import smash
 from cutlayer.leakage.mutual import UpperBound
 from cutlayer.leakage.ranks import Dependence, LabelLeakage, dependence, label_leakage
+from cutlayer.leakage.reconstruct import LEAST as ENOUGH
 from cutlayer.leakage.reconstruct import Knowledge, Reconstructed, Reconstruction, reconstruct
 from cutlayer.leakage.subject import Subject
 from cutlayer.models.parts import load_own
@@ -54,7 +57,11 @@ class Asked:
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found of one client after `rounds` rounds. `accuracy` in [0, 1] is the run's."""
+    """What was found of one client after `rounds` rounds. `accuracy` in [0, 1] is the run's.
+
+    `upper` bounds and attacks are about one sending of a sample; it has been sent `releases` times until then, by a
+    client part that changed meanwhile: in all at most so many times the bound.
+    """
 
     run: str
     algorithm: str
@@ -64,6 +71,7 @@ class Finding:
     accuracy: float | None
     samples: int
     auxiliary: int
+    releases: int
     upper: tuple[UpperBound, ...]
     attacks: dict[str, Reconstruction]
     usable: Usable | None
@@ -86,6 +94,22 @@ class Examined:
     pictures: Mapping[str, Reconstructed]
 
 
+def check(subject: Subject, asked: Asked) -> None:
+    """Raises DataError where there are too few samples for what is asked, before anything is measured."""
+    s, run = subject, f"client {subject.name} of {str(subject.moment.out)!r}"
+    neural = [name for name in asked.estimators if name != "usable"]
+    if neural and len(s.samples) < mutual.LEAST:
+        raise DataError(
+            f"{run} is examined on {len(s.samples)} samples, too few for {' and '.join(neural)}: they take "
+            f"{mutual.LEAST}; ask for other clients, or leave them out with --estimators usable"
+        )
+    if len(s.auxiliary) < ENOUGH:
+        raise DataError(
+            f"{run} is attacked with {len(s.auxiliary)} auxiliary samples, too few to train an attacker on: give at "
+            f"least {ENOUGH}, or train with a larger test or validation set"
+        )
+
+
 def examine(subject: Subject, asked: Asked) -> Examined:
     """Measure everything that is asked for. Raises DataError where there are too few samples, or tokens."""
     s, x, z = subject, subject.samples.x, subject.z
@@ -101,9 +125,10 @@ def examine(subject: Subject, asked: Asked) -> Examined:
             surrogate=s.fresh if knowledge == "smashed" else None,
             defence=s.defence,
             knowledge=knowledge,
+            labelled=s.labelled,
             seed=asked.seed,
         )
-    read = usable(x, z, seed=asked.seed) if "usable" in asked.estimators else None
+    read = usable(x, z, seed=asked.seed) if "usable" in asked.estimators and len(x) >= LEAST else None
     moment = s.moment
     finding = Finding(
         run=str(moment.out),
@@ -114,6 +139,7 @@ def examine(subject: Subject, asked: Asked) -> Examined:
         accuracy=moment.accuracy,
         samples=len(x),
         auxiliary=len(s.auxiliary),
+        releases=s.releases,
         upper=tuple(_upper(s, asked.seed)),
         attacks={knowledge: p.report for knowledge, p in pictures.items()},
         usable=read,
@@ -126,20 +152,24 @@ def examine(subject: Subject, asked: Asked) -> Examined:
 
 
 def _calibrated(s: Subject, asked: Asked, read: Usable | None) -> Iterator[Calibrated]:
-    """Each estimator beside its reading of a known answer of the same size, as large as its own reading; `read` is one
-    that has been taken.
+    """Each estimator beside its readings of known answers of the same size; `read` is what usable information has
+    read, where there were samples enough.
     """
 
     def by_code(x: Tensor, z: Tensor, seed: int) -> float:
         return usable(x, z, seed=seed).nats
 
+    def calibrated(name: str, by: KnownEstimator, reading: float, levels: tuple[float, ...] | None) -> Calibrated:
+        x, z, seed = s.samples.x, s.z, asked.seed
+        return calibrate(name, by, x, z, client=s.bare, levels=levels, seed=seed, reading=reading)
+
     for name in asked.estimators:
-        estimator = by_code if name == "usable" else mutual.reader(name)
-        reading = estimator(s.samples.x, s.z, asked.seed) if name != "usable" or read is None else read.nats
-        levels = (max(reading, 0.5),)
-        yield calibrate(
-            name, estimator, s.samples.x, s.z, client=s.bare, levels=levels, seed=asked.seed, reading=reading
-        )
+        if name == "usable":
+            if read is not None:  # one level alone: it is the slow one
+                yield calibrated(name, by_code, read.nats, (max(read.nats, 0.5),))
+            continue
+        found = mutual.estimate(s.samples.x, s.z, method=name, seed=asked.seed)
+        yield replace(calibrated(name, mutual.reader(name), found.nats, None), null=found.null, cap=found.cap)
 
 
 def _upper(s: Subject, seed: int) -> Iterator[UpperBound]:
@@ -147,10 +177,12 @@ def _upper(s: Subject, seed: int) -> Iterator[UpperBound]:
     config = s.moment.config
     d, codec = defence_of(config), Codec.parse(config.up_codec)
     if d.noise:
-        (clipped,) = d.clipped((smash(s.bare, s.samples.x, seed, "bare"),))
+        silent = replace(d, gaussian=0.0, laplace=0.0)
+        with seeds.torch_seeded(seed, "leakage", "dropout"):
+            (clipped,) = silent.fresh((smash(s.bare, s.samples.x, seed, "bare"),))
         yield mutual.laplace_channel(clipped, d.noise) if d.laplace else mutual.gaussian_channel(clipped, d.noise)
     elif codec.kind == "raw":
-        yield mutual.deterministic()
+        yield mutual.deterministic(dropout=bool(d.dropout))
     if codec.kind != "raw":
         size = payload_bytes(codec, s.z.shape, s.z.dtype)
         yield mutual.bits_sent(size, len(s.z), str(codec.plain))
@@ -161,7 +193,7 @@ def _labels(s: Subject, seed: int) -> LabelLeakage | None:
     server, tail = s.moment.server, copy.deepcopy(s.moment.training.parts.tail)
     if tail is None or server is None:
         return None
-    load_own(tail, s.moment.models[s.name])
+    load_own(tail, s.moment.model_of(s.name))
     server.eval()
     tail.eval()
     with torch.no_grad():
@@ -180,7 +212,10 @@ def comparisons(findings: Sequence[Finding]) -> list[str]:
         first.setdefault((finding.run, finding.rounds), finding)
     sentences = []
     for (one, at), (two, later) in combinations(first, 2):
-        for a, b in zip(first[one, at].estimates, first[two, later].estimates, strict=True):
+        others = {b.name: b for b in first[two, later].estimates}
+        for a in first[one, at].estimates:
+            if (b := others.get(a.name)) is None:
+                continue
             try:
                 why = rank(a, b).sentence
             except ConfigError as error:

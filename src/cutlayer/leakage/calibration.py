@@ -45,6 +45,8 @@ class Calibrated:
     """A reading (nats) beside what the same estimator reads where the answer is known.
 
     `error` is the largest absolute error among `known`; `reliable` where that is below half of the largest truth.
+    Where the estimator has them: `null`, what it reads after z's rows are shuffled, and `cap`, the most that it could
+    read.
     """
 
     name: str
@@ -54,6 +56,8 @@ class Calibrated:
     reliable: bool
     dimensions: tuple[int, int]
     samples: int
+    null: float | None = None
+    cap: float | None = None
 
     def __str__(self) -> str:
         """One sentence."""

@@ -32,13 +32,17 @@ PROTECTS = (
     "the smashed data of one sample against the server, at every release, given the weights that the client part has "
     "then: replacing the sample by any other changes the probability of what the server sees of it by at most this"
 )
+LABELS = "the labels, which go up in clear"
+TAILS = "the gradients that the client's tail sends up, which depend on labels and have no noise"
 NOT_COVERED = (
-    "the labels, which go up in clear",
     "what a sample does to other rows through the client part's weights, which are trained on it without noise "
     "(a frozen client part has no such path)",
     "batch normalisation in training mode, which lets a sample change the other rows of its batch",
     "client models that leave the client, as where they are averaged or handed over",
     "several samples of one person: k samples cost k times epsilon",
+    "an observer who can draw the noise again: torch's generator is no cryptographic one, and in a simulation it is "
+    "seeded by the run's seed (clients on other machines draw from a secret of their own)",
+    "whole numbers and masks that cross beside the smashed data",
 )
 
 
@@ -60,7 +64,7 @@ class Statement:
     delta: float
     once: float
     protects: str = PROTECTS
-    not_covered: tuple[str, ...] = NOT_COVERED
+    not_covered: tuple[str, ...] = (LABELS, *NOT_COVERED)
 
     def __str__(self) -> str:
         """One sentence."""
@@ -73,8 +77,9 @@ class Statement:
         )
 
 
-def gaussian(sigma: float, clip: float, epochs: int, delta: float = 1e-5) -> Statement:
+def gaussian(sigma: float, clip: float, epochs: int, delta: float = 1e-5, *, labels: bool = True) -> Statement:
     """The statement for Gaussian noise of standard deviation `sigma` per value, L2 clipping, one release per epoch.
+    `labels` go up, or stay.
 
     Raises ConfigError: sigma < 0, clip <= 0, epochs < 1, delta outside (0, 1).
     """
@@ -83,18 +88,27 @@ def gaussian(sigma: float, clip: float, epochs: int, delta: float = 1e-5) -> Sta
     _check_scale("sigma", sigma)
     step = 2 * clip / sigma if sigma else math.inf
     epsilon, once = _epsilon(step * math.sqrt(epochs), delta), _epsilon(step, delta)
-    return Statement("gaussian", sigma, "L2", clip, 2 * clip, epochs, epsilon, delta, once)
+    return Statement(
+        "gaussian", sigma, "L2", clip, 2 * clip, epochs, epsilon, delta, once, not_covered=_not_covered(labels)
+    )
 
 
-def laplace(scale: float, clip: float, epochs: int) -> Statement:
+def laplace(scale: float, clip: float, epochs: int, *, labels: bool = True) -> Statement:
     """The statement for Laplace noise of scale `scale` (deviation sqrt(2) scale) per value, L1 clipping; delta is 0.
+    `labels` go up, or stay.
 
     Raises ConfigError: scale < 0, clip <= 0, epochs < 1.
     """
     _check(clip, epochs)
     _check_scale("scale", scale)
     once = 2 * clip / scale if scale else math.inf
-    return Statement("laplace", scale, "L1", clip, 2 * clip, epochs, epochs * once, 0.0, once)
+    return Statement(
+        "laplace", scale, "L1", clip, 2 * clip, epochs, epochs * once, 0.0, once, not_covered=_not_covered(labels)
+    )
+
+
+def _not_covered(labels: bool) -> tuple[str, ...]:
+    return (LABELS if labels else TAILS, *NOT_COVERED)
 
 
 def gaussian_for(epsilon: float, clip: float, epochs: int, delta: float = 1e-5) -> Statement:

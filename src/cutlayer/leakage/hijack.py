@@ -63,7 +63,7 @@ class Hijack:
         """
         check_real(auxiliary.x, "the auxiliary inputs")
         check_rows(LEAST, "for an attacker's auxiliary data", auxiliary=auxiliary.x, labels=auxiliary.y)
-        self._x, self._y, self._batch, self._code = auxiliary.x, auxiliary.y, batch, code
+        self._x, self._y, self._batch, self._code = auxiliary.x.float(), auxiliary.y, batch, code
         self._classes = int(auxiliary.y.max()) + 1 if labelled else 0
         self._critic_steps = critic_steps
         device, shape = self._x.device, tuple(self._x.shape[1:])
@@ -86,12 +86,12 @@ class Hijack:
         Scaled as the gradient of the clients' own mean loss would be. Raises DataError: rows of another shape.
         """
         self._check(rows)
-        rows = rows.detach().float()
+        given, rows = rows, rows.detach().float()
         for _ in range(self._critic_steps):
             self._teach_critic(self._autoencode(), self._seen(rows, labels))
         wanted = rows.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(-self.critic(self._seen(wanted, labels)).mean(), wanted)
-        return gradient
+        return gradient.to(given.dtype)
 
     @torch.no_grad()
     def reconstruct(self, z: Tensor) -> Tensor:

@@ -391,13 +391,14 @@ def quantised(codes: Tensor, levels: int) -> UpperBound:
     )
 
 
-def deterministic() -> UpperBound:
-    """Without noise and without quantisation there is no finite bound."""
+def deterministic(*, dropout: bool = False) -> UpperBound:
+    """Without noise and without quantisation there is no finite bound. Nor with `dropout`: what it keeps is exact."""
+    what = "keeps some features exactly" if dropout else "is a deterministic continuous map"
     return UpperBound(
         "deterministic",
         math.inf,
-        "the client part is a deterministic continuous map: the information that smashed data carry about a continuous "
-        "input is infinite, unless a map is constant; only noise or quantisation makes it finite",
+        f"the client part {what}: the information that smashed data carry about a continuous input is infinite, unless "
+        "the map is constant; only noise or quantisation makes it finite",
     )
 
 

@@ -99,6 +99,7 @@ def reconstruct(
     surrogate: nn.Module | None = None,
     defence: Client | None = None,
     knowledge: Knowledge = "model",
+    labelled: bool = True,
     seed: int = 0,
     budget: Budget = BUDGET,
 ) -> Reconstructed:
@@ -108,8 +109,8 @@ def reconstruct(
     data to logits; not trained here) and `surrogate` (the attacker's guess at the client part's architecture, fresh
     weights; trained in place; by default a small network fitted to the shapes) and `defence`: what is done to the
     client part's output before it is sent, such as noise, since a defence's settings are no secret. x serves for
-    scoring only. Raises DataError: fewer than 100 auxiliary samples, shapes that differ, NaN, tokens; ConfigError: no
-    `client`.
+    scoring only; so does y where labels stay with the clients (not `labelled`). Raises DataError: fewer than 100
+    auxiliary samples, shapes that differ, NaN, tokens; ConfigError: no `client`.
     """
     if knowledge not in get_args(Knowledge):
         raise ConfigError(unknown("knowledge", knowledge, get_args(Knowledge)))
@@ -131,7 +132,11 @@ def reconstruct(
         assert client is not None
         encode: Client = client
     else:
-        encode = _surrogate(z, y, train, held, server, surrogate, defence, seed, budget)
+        seen, own, of_held = y, train, held
+        if not labelled:  # everything is of one class
+            seen = torch.zeros_like(y)
+            own, of_held = (Samples(part.x, torch.zeros_like(part.y)) for part in (train, held))
+        encode = _surrogate(z, seen, own, of_held, server, surrogate, defence, seed, budget)
     attack, steps = _decoder(encode, z if knowledge == "smashed" else None, train, held, seed, budget)
 
     judge = _judge(train, held, seed)

@@ -6,6 +6,7 @@ Shape legend: n private training samples of the client, N auxiliary samples, s..
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,10 +28,12 @@ from cutlayer.folder import CHECKPOINT, EVALUATIONS, SNAPSHOTS, stored_config
 from cutlayer.leakage import dp
 from cutlayer.leakage.inputs import Client, smash
 from cutlayer.models.parts import load_own
-from cutlayer.run import without_own
+from cutlayer.run import fingerprint, without_own
 from cutlayer.types import as_tuple
 from cutlayer.wire import Codec
 from cutlayer.wire.coding import written
+
+_AUXILIARY = 1000
 
 
 @dataclass(frozen=True)
@@ -47,13 +50,18 @@ class Moment:
     models: dict[int, dict[str, Tensor]]
     server: nn.Module | None
 
+    def model_of(self, client: int) -> dict[str, Tensor]:
+        """The model that meets this client's data: its own, or the one that travels."""
+        return self.models[client] if client in self.models else next(iter(self.models.values()))
+
 
 @dataclass(frozen=True)
 class Subject:
     """One client at one moment.
 
-    `samples` are n of its private ones, `z` [n, s...] their smashed data as they are sent. `client` makes smashed data
-    of any inputs, as the client would send them, `bare` without noise and quantisation; `defence` is what lies between.
+    It owns `owned` samples; `samples` are n of these, `z` [n, s...] their smashed data as they are sent. `client` makes
+    smashed data of any inputs, as the client would send them, `bare` without noise and quantisation; `defence` is what
+    lies between.
     `auxiliary` are N samples that no client has. `server` goes from smashed data to logits (None where it has no such
     part). `fresh` is the client's part with new weights, which takes inputs to smashed data: a guess at the
     architecture.
@@ -61,6 +69,7 @@ class Subject:
 
     moment: Moment
     name: int
+    owned: int
     samples: Samples
     z: Tensor
     client: Client
@@ -76,8 +85,27 @@ class Subject:
         d = defence_of(self.moment.config)
         if d.clip is None or not d.noise:
             return None
-        epochs = max(1, round(self.moment.rounds / self.moment.training.rounds_per_epoch))
-        return dp.laplace(d.noise, d.clip, epochs) if d.laplace else dp.gaussian(d.noise, d.clip, epochs)
+        if d.laplace:
+            return dp.laplace(d.noise, d.clip, self.releases, labels=self.labelled)
+        return dp.gaussian(d.noise, d.clip, self.releases, labels=self.labelled)
+
+    @property
+    def labelled(self) -> bool:
+        """Do labels go up with the smashed data?"""
+        return self.moment.training.parts.tail is None
+
+    @property
+    def releases(self) -> int:
+        """How often each sample has been sent, at most: once per pass through the client's data, the last one counted
+        whole, as if the client had taken part in every round.
+        """
+        config = self.moment.config
+        per_epoch = math.ceil(self.owned / config.batch)
+        info = ALGORITHMS[config.algorithm]
+        per_round = per_epoch * (config.local_epochs if "local_epochs" in info.options else 1)
+        if "local_steps" in info.options and config.local_steps:
+            per_round = config.local_steps
+        return math.ceil(self.moment.rounds * per_round / per_epoch)
 
 
 def moments(out: Path, snapshots: bool = False) -> list[Moment]:
@@ -103,6 +131,12 @@ def moments(out: Path, snapshots: bool = False) -> list[Moment]:
             "`cutlayer run` to examine it"
         )
     training = assemble(config)
+    ours, theirs = fingerprint(training), state["fingerprint"]
+    if ours["data set"] != theirs["data set"] or ours["model"] != theirs["model"]:
+        raise RunFolderError(
+            f"{str(out)!r} was trained on other data, or with another model, than its configuration names now: put "
+            "back what it was trained with"
+        )
     evaluations = list(read_records(out / EVALUATIONS))
     found = []
     paths = sorted((out / SNAPSHOTS).glob("round-*.safetensors")) if snapshots else []
@@ -135,15 +169,17 @@ def _moment(
     return Moment(out, config, training, rounds, until[-1] if until else None, models, server)
 
 
-def subjects(moment: Moment, clients: int, samples: int, auxiliary: int, seed: int) -> Iterator[Subject]:
+def subjects(moment: Moment, clients: int, samples: int, auxiliary: int | None, seed: int) -> Iterator[Subject]:
     """Up to `clients` of the moment's clients, each with up to `samples` of its private samples; all attacked with the
-    same `auxiliary` samples, drawn of those that were held out.
+    same `auxiliary` samples, drawn of those that were held out (None: up to 1000).
 
     Raises DataError where fewer are held out.
     """
     config = moment.config
     source = moment.training.source
     held = Samples(torch.cat([source.validation.x, source.test.x]), torch.cat([source.validation.y, source.test.y]))
+    if auxiliary is None:
+        auxiliary = min(_AUXILIARY, len(held))
     if auxiliary > len(held):
         raise DataError(
             f"auxiliary = {auxiliary}, but the run held out {len(held)} samples that no client has: ask for fewer, or "
@@ -152,21 +188,22 @@ def subjects(moment: Moment, clients: int, samples: int, auxiliary: int, seed: i
     drawn = seeds.generator(seed, "leakage", "auxiliary").permutation(len(held))[:auxiliary]
     known = held[torch.from_numpy(drawn).to(held.y.device)]
     rows = deal(config, source)
-    names = sorted(moment.models)
-    chosen = sorted(seeds.generator(seed, "leakage", "clients").permutation(len(names))[:clients].tolist())
+    order = seeds.generator(seed, "leakage", "clients").permutation(config.clients).tolist()
+    travels = moment.training.clients.holder is not None  # the one model meets everybody's data
+    chosen = sorted([k for k in order if travels or k in moment.models][:clients])
     server = _served(moment)
-    for k in (names[i] for i in chosen):
+    for k in chosen:
         own = seeds.generator(seed, "leakage", "samples", k).permutation(rows[k])[:samples]
         private = source.train[torch.from_numpy(own).to(source.train.y.device)]
-        yield _subject(moment, k, private, known, server, seed)
+        yield _subject(moment, k, len(rows[k]), private, known, server, seed)
 
 
 def _subject(
-    moment: Moment, name: int, private: Samples, known: Samples, server: nn.Module | None, seed: int
+    moment: Moment, name: int, owned: int, private: Samples, known: Samples, server: nn.Module | None, seed: int
 ) -> Subject:
     config, parts = moment.config, moment.training.parts
     bare, fresh = (_Lower(copy.deepcopy(parts.client)).eval() for _ in range(2))
-    load_own(bare.part, moment.models[name])
+    load_own(bare.part, moment.model_of(name))
     bare.requires_grad_(False)
     with seeds.torch_seeded(seed, "leakage", "fresh"):
         for module in fresh.modules():
@@ -178,7 +215,7 @@ def _subject(
         return defence(bare(x))
 
     z = smash(client, private.x, seed, "private", name)
-    return Subject(moment, name, private, z, client, bare, defence, known, server, fresh)
+    return Subject(moment, name, owned, private, z, client, bare, defence, known, server, fresh)
 
 
 class _Defended:

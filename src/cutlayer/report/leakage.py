@@ -27,9 +27,21 @@ def tables(findings: Sequence[Finding]) -> list[Table]:
 
 def notes(findings: Sequence[Finding]) -> list[str]:
     """What the numbers rest on: each sentence once."""
+    from cutlayer.leakage.information import LEAST  # here, not above: it needs torch
+
     said: dict[str, None] = {}
     for f in findings:
         said |= dict.fromkeys(f"upper bound: {bound.reason}." for bound in f.upper)
+        if any(math.isfinite(bound.nats) for bound in f.upper):
+            said[
+                f"{_name(f)}: bounds and attacks are about one sending of a sample; each was sent {f.releases} times, "
+                "which give away at most so many times the bound."
+            ] = None
+        if f.usable is None and f.samples < LEAST:
+            said[
+                f"{_name(f)}: usable information cannot be read: {f.samples} samples are too few to code, {LEAST} "
+                "are needed."
+            ] = None
         if f.privacy is not None:
             said[
                 f"privacy: {f.privacy} It is about {f.privacy.protects}; not about {'; '.join(f.privacy.not_covered)}."
@@ -37,11 +49,11 @@ def notes(findings: Sequence[Finding]) -> list[str]:
         for one in f.estimates:
             if not one.reliable:
                 said[f"{one}"] = None
-        if f.labels is not None:
+        if (shown := f.labels) is not None:
             said[
-                f"labels of {_name(f)}, from the gradients that go up: AUC {f.labels.norm_auc:.2f} by length, "
-                f"{f.labels.cosine_auc:.2f} by direction (.5 is chance), {f.labels.cluster_accuracy:.0%} by clusters "
-                f"(always the commonest: {f.labels.majority:.0%})"
+                f"labels of {_name(f)}, from the gradients that go up: AUC {shown.norm_auc:.2f} by length (by chance a "
+                f"little above .5), {shown.cosine_auc:.2f} by direction (.5), {shown.cluster_accuracy:.0%} by clusters "
+                f"(always the commonest: {shown.majority:.0%})"
             ] = None
     return list(said)
 
@@ -188,7 +200,7 @@ def _attacks(findings: Sequence[Finding]) -> Table:
 
 def _information(findings: Sequence[Finding]) -> Table:
     table = Table(
-        "run", "at most", "usable", "95 %", "bits per value", "distance correlation", "unbiased", "linear R2",
+        "run", "at most, once", "usable", "95 %", "bits per value", "distance correlation", "unbiased", "linear R2",
         title="Information about private inputs, nats per sample",
     )  # fmt: skip
     for f in findings:
@@ -214,6 +226,8 @@ def _known(findings: Sequence[Finding]) -> Table:
         "run",
         "estimator",
         "reads",
+        "shuffled",
+        "at most",
         "known answers: truth -> reading",
         "error",
         "to be trusted",
@@ -223,5 +237,6 @@ def _known(findings: Sequence[Finding]) -> Table:
         for one in f.estimates:
             known = ", ".join(f"{k.case} {k.truth:.2f} -> {k.reading:.2f}" for k in one.known)
             trust = "yes" if one.reliable else "no"
-            table.add_row(_name(f), one.name, f"{one.reading:.2f}", known, f"{one.error:.2f}", trust)
+            null, cap = ("" if v is None else f"{v:.2f}" for v in (one.null, one.cap))
+            table.add_row(_name(f), one.name, f"{one.reading:.2f}", null, cap, known, f"{one.error:.2f}", trust)
     return table

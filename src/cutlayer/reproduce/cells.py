@@ -37,7 +37,7 @@ LEAKING_METHODS = ("psl", "sfl", "ssl", "sglr")
 # Defences of PSL, by kind and strength. With the reduced size's model smashed data are some 25 long (Euclidean norm),
 # or some 700 (sum of absolute values).
 DEFENCES: dict[str, dict[str, dict[str, Any]]] = {
-    "Gaussian noise": {f"{s:g} x clip 10": {"clip": 10.0, "gaussian_noise": s} for s in (0.005, 0.02, 0.1)},
+    "Gaussian noise": {f"{s:g} x clip 10": {"clip": 10.0, "gaussian_noise": s} for s in (0.005, 0.02, 0.1, 3.0)},
     "Laplace noise": {f"{s:g} x clip 300": {"clip": 300.0, "laplace_noise": s} for s in (1e-4, 5e-4, 3e-3)},
     "feature dropout": {f"{p:g}": {"feature_dropout": p} for p in (0.5, 0.9, 0.98)},
     "NoPeek": {f"weight {w:g}": {"nopeek": w} for w in (0.5, 5.0, 50.0)},

@@ -53,18 +53,21 @@ class Outcome:
         return max((100 * found["accuracy"] for found in self.leakage), default=None)
 
     def explained_at(self, accuracy: float) -> float | None:
-        """The same when the run first came to that test accuracy: linear between the moments that were examined, the
-        first of them where it had more by then. None where it never came to it.
+        """The same when the run first came to that test accuracy: linear between the moments that were examined. None
+        where it never came to it, or had left it behind (by more than half a point) before anyone looked.
         """
         before: tuple[float, float] | None = None
         for found in self.leakage:
             now = 100 * float(found["accuracy"]), _explained(found)
             if now[0] >= accuracy:
                 if before is None:
-                    return now[1]
+                    return now[1] if now[0] <= accuracy + _NEAR else None
                 return before[1] + (now[1] - before[1]) * (accuracy - before[0]) / (now[0] - before[0])
             before = now
         return None
+
+
+_NEAR = 0.5  # points of accuracy that count as none
 
 
 def _explained(found: dict[str, Any]) -> float:

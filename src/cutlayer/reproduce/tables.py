@@ -164,9 +164,11 @@ def table5(outcomes: Outcomes) -> list[Table]:
         (f"phi {phi:g}", (*_leaks(outcomes, plan.by_phi(phi)), f"{theirs[f'{phi:g}']:.4f}")) for phi in LEAKING_PHIS
     )
     text = (
-        "SGLR (SLR at phi 0). The mean squared error of a decoder that is trained on samples which no client has, by "
-        "an attacker that knows the client part; its pixels are those of the data set, scaled to [-1, 1]. The paper "
-        "does not say what its decoder was trained on, nor its pixels' scale: compare how the numbers go, not them."
+        f"SGLR (SLR at phi 0), {plan.size.methods_clients} clients, {plan.size.leakage_epochs} epochs; accuracy is "
+        "that at their end. Where phi x clients, rounded, is one, nothing is averaged. MSE: the mean squared error of "
+        "a decoder that is trained on samples which no client has, by an attacker that knows the client part; its "
+        "pixels are those of the data set, scaled to [-1, 1]. The paper does not say what its decoder was trained on, "
+        "nor its pixels' scale: compare how the numbers go, not them."
     )
     return [Table("table5", "Table 5: reconstruction", "", (*_LEAKS, "paper"), rows, text)]
 
@@ -185,8 +187,12 @@ def leakage(outcomes: Outcomes) -> list[Table]:
     none = (("none", _leaks(outcomes, plan.attacked("psl"))),)
     text = (
         "An attacker that knows the client part trains a decoder on samples which no client has. Explained: 1 - MSE / "
-        "MSE of the mean input, 0 for an attack that has learned nothing. At most: the least upper bound on the "
-        "information about an input, in nats; infinite for a client part without noise or coarse codes."
+        "MSE of the mean input, 0 for an attack that has learned nothing; it sees one sending of each sample. Distance "
+        "correlation: the unbiased squared one. At most, once: the least upper bound on the information about an input "
+        "in one sending, in nats; infinite for a client part without noise or coarse codes. Epsilon: differential "
+        "privacy of all sendings of a sample together, at delta 1e-5 (Laplace noise: 0), as far as it goes (see the "
+        f"documentation of leakage); none: nothing is guaranteed. These runs have {plan.size.leakage_epochs} epochs; "
+        "accuracy is that at their end."
     )
     skipped = (
         " CL and FL send no smashed data. FL sends models, which gradient inversion attacks: another channel, not "
@@ -199,7 +205,7 @@ def leakage(outcomes: Outcomes) -> list[Table]:
     ]
 
 
-_LEAKS = ("accuracy", "MSE", "explained", "SSIM", "classified", "distance correlation", "at most")
+_LEAKS = ("accuracy", "MSE", "explained", "SSIM", "classified", "distance correlation", "at most, once", "epsilon")
 
 
 def _leaks(outcomes: Outcomes, cell: Cell) -> tuple[Score | str, ...]:
@@ -217,14 +223,22 @@ def _leaks(outcomes: Outcomes, cell: Cell) -> tuple[Score | str, ...]:
     bounds = [[b["nats"] for b in f["upper"] if b["nats"] is not None] for f in found]
     most = text([min(b) for b in bounds], ".0f") if bounds and all(bounds) else "infinite" if bounds else DASH
     return (
-        outcomes.score(cell),
+        _last(outcomes, cell),
         text([a["attack"]["mse"] for a in attacks], ".4f"),
         text([a["explained"] for a in attacks], ".3f"),
         text([a["attack"]["ssim"] for a in attacks], ".3f"),
         text([a["attack"]["accuracy"] for a in attacks], ".3f"),
-        text([f["dependence"]["distance_correlation"] for f in found], ".3f"),
+        text([f["dependence"]["unbiased_squared"] for f in found], ".3f"),
         most,
+        text([f["privacy"]["epsilon"] for f in found], ".3g") if found and all(f["privacy"] for f in found) else "none",
     )
+
+
+def _last(outcomes: Outcomes, cell: Cell) -> Score:
+    """The test accuracy of the models that were attacked: those at the end."""
+    done = outcomes.of(cell).values()
+    mean, std = spread([o.last for o in done])
+    return Score(mean, std, len(done), len(outcomes.plan.size.seeds), sum(o.diverged for o in done))
 
 
 PARTS: dict[str, Part] = {

@@ -7,6 +7,7 @@ its share of the data, or data of its own, and its part of the model; the rest i
 from __future__ import annotations
 
 from collections.abc import Callable, MutableSequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -102,12 +103,14 @@ def worker_of(
     token: str = "",
     folder: Path | None = None,
     watch: Watching = "off",
+    noise_seed: int | None = None,
     model: Model | None = None,
     data: Data | None = None,
     own: Source | None = None,
 ) -> Worker:
     """A client's side: client number `client` of the configuration, with its share of the data, or with data of its
-    `own`.
+    `own`. What its defence draws is named by `noise_seed`: by default the configuration's seed, as in a simulation,
+    which the server knows, so that it could subtract the noise.
 
     Raises UsageError as `assemble` does; ConfigError for a number that is no client's.
     """
@@ -115,7 +118,7 @@ def worker_of(
         raise ConfigError(f"client = {client} is none of the {config.clients} clients, 0 to {config.clients - 1}")
     p = prepare(_remotely(config), model, data if own is None else own, alone=own is not None)
     lower, tail = p.clients.models[client]
-    share = torch.from_numpy(p.clients.rows[client])
+    share, defence = torch.from_numpy(p.clients.rows[client]), defence_of(config)
     return Worker(
         Duty(
             name=name,
@@ -132,10 +135,11 @@ def worker_of(
             returning=p.split.returning,
             up=p.coding.up,
             down=p.coding.down,
-            defence=defence_of(config),
+            defence=defence if noise_seed is None else replace(defence, seed=noise_seed),
             token=token,
             folder=folder,
             watch=watch,
+            shares=config.algorithm in ("sglr", "sgl") and config.phi > 0,
         )
     )
 

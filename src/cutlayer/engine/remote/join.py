@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import signal
 import threading
 from collections.abc import Callable, Sequence
@@ -17,6 +18,8 @@ from cutlayer.engine.remote.dial import Dialler, dial_all
 from cutlayer.engine.remote.network import KEEPALIVE
 from cutlayer.engine.remote.security import ClientSecurity
 from cutlayer.engine.remote.worker import Watching
+from cutlayer.errors import RunFolderError
+from cutlayer.files import replace_file
 from cutlayer.folder import locked
 
 
@@ -66,7 +69,15 @@ def _work(config: RunConfig, joining: Sequence[Joining], stop: threading.Event) 
         own = {"own": j.data} if j.data is not None else {"data": shared}
         workers.append(
             worker_of(
-                config, number, name=j.name, run=config.algorithm, token=token, folder=j.folder, watch=j.watch, **own
+                config,
+                number,
+                name=j.name,
+                run=config.algorithm,
+                token=token,
+                folder=j.folder,
+                watch=j.watch,
+                noise_seed=_secret(j.folder),
+                **own,
             )
         )
     diallers = [
@@ -78,6 +89,26 @@ def _work(config: RunConfig, joining: Sequence[Joining], stop: threading.Event) 
     finally:
         for lock in locks:
             lock.close()
+
+
+def _secret(folder: Path | None) -> int:
+    """What names the draws of this client's defence: nobody else knows it. Kept in its folder, since noise drawn anew
+    for the same batch after a restart would be a second release.
+    """
+    if folder is None:
+        return secrets.randbits(63)
+    path = folder / _NOISE
+    if not path.exists():
+        path.touch(mode=0o600)
+        replace_file(path, f"{secrets.randbits(63)}\n".encode())
+        path.chmod(0o600)
+    try:
+        return int(path.read_text())
+    except ValueError:
+        raise RunFolderError(f"{str(path)!r} is damaged: remove it, and this client's defence draws anew") from None
+
+
+_NOISE = "noise.seed"
 
 
 def _setting(stop: threading.Event) -> Callable[[int, FrameType | None], None]:

@@ -34,6 +34,7 @@ from cutlayer.wire.tensors import Buffer
 log = logging.getLogger(__name__)
 
 Watching = Literal["off", "warn", "leave"]
+_BLIND = 100  # backward passes after which a watch that has seen nothing says so
 Answer = tuple[m.Message, Sequence[Buffer]]
 
 
@@ -41,7 +42,7 @@ Answer = tuple[m.Message, Sequence[Buffer]]
 class Duty:
     """What a client is set up with: its name and number, private data, its parts of the model, the terms that both
     sides agree on. `folder` keeps its state (None: it has no memory). `watch`: what to do where the gradients do not
-    look like the task's.
+    look like the task's. `shares`: the algorithm may send a gradient that several clients share.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Duty:
     token: str = ""
     folder: Path | None = None
     watch: Watching = "off"
+    shares: bool = False
 
 
 class Worker:
@@ -82,6 +84,7 @@ class Worker:
         )
         self.watch = Watch()
         self._warned = False
+        self._passes = 0  # backward passes since the watch began
         self._gradients = [c for c in duty.crossing if c.differentiable]
 
     def hello(self) -> m.Hello:
@@ -162,28 +165,42 @@ class Worker:
     def _backward(self, message: m.Backward, body: memoryview) -> Answer:
         gradient = decode(body, self._gradients, message.rows, self.duty.down)
         size = len(self.client.labels)
+        if message.mode == "common" and not self.duty.shares:
+            raise WireError("a gradient came that clients share: the configuration's algorithm sends each its own")
+        if self.duty.watch != "off":
+            self._look(gradient if message.mode == "own" else None)
         if message.mode == "common":
             gradient = tuple(g.expand(size, *g.shape[1:]) if len(g) == 1 else g[:size] for g in gradient)
-        elif self.duty.watch != "off":
-            self._look(gradient)
         if self._guarded is not None:
             gradient = self._guarded.back(gradient)
         self.client.backward(gradient)
         self.client.step(self._rate)
         return m.Stepped(message.step), ()
 
-    def _look(self, gradient: Rows) -> None:
-        """Watch a gradient that came for this client alone. Raises DistrustError where it is to leave."""
-        self.watch.observe(joined(gradient), joined(self.client.smashed), self.client.labels)
-        if not self.watch.suspicious or self._warned:
+    def _look(self, own: Rows | None) -> None:
+        """Watch a gradient that came for this client alone (None: it is shared). Raises DistrustError where the client
+        is to leave.
+        """
+        self._passes += 1
+        if own is not None:
+            sent = self.client.smashed if self._guarded is None else self._guarded.rows
+            self.watch.observe(joined(own), joined(sent), self.client.labels)
+        if self._warned:
             return
-        sentence = (
-            f"the server's gradients do not look like those of the task: in the last {self.watch.observed} batches "
-            f"labels explain them with a score of {self.watch.score:.2f}, where .5 is chance and honest servers come "
-            f"above {self.watch.least:g}"
-        )
-        if self.duty.watch == "leave":
-            raise DistrustError(f"{sentence}; {self.duty.name} leaves, as --watch leave says")
+        if self.watch.suspicious:
+            sentence = (
+                f"the server's gradients do not look like those of the task: over {self.watch.observed} batches labels "
+                f"explain them with a score of {self.watch.score:.2f}, where .5 is chance"
+            )
+            if self.duty.watch == "leave":
+                raise DistrustError(f"{sentence}; {self.duty.name} leaves, as --watch leave says")
+        elif self._passes == _BLIND and not self.watch.observed:
+            sentence = (
+                f"the watch has seen nothing in {_BLIND} batches: their gradients were shared, or no two samples of a "
+                "batch had the same label, or all"
+            )
+        else:
+            return
         self._warned = True
         log.warning("%s: %s", self.duty.name, sentence)
 
