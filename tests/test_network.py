@@ -234,3 +234,45 @@ def test_wrong_words(words: str, said: str, tmp_path: Path) -> None:
     assert done.returncode == 2, done.stderr
     assert said in done.stderr.replace("\n", " ")
     assert "Traceback" not in done.stderr
+
+
+def test_tokens_that_were_made_let_clients_in(trial: Callable[..., Trial]) -> None:
+    """`cutlayer certs --tokens`: the server has hashes, each client its token; whoever shows another's is refused."""
+    t = trial("psl", 2)
+    made = subprocess.run(
+        [*CUTLAYER, "certs", "tk", "--clients", "3", "--tokens"],
+        cwd=t.folder,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (t.folder / "tk" / "client-2.token").stat().st_mode & 0o077 == 0
+    token = (t.folder / "tk" / "client-0.token").read_text().strip()
+    assert token not in (t.folder / "tk" / "tokens.toml").read_text()
+    assert "tk/tokens.toml" in made.stdout
+    tls = ["--certificate", "tk/server.crt", "--key", "tk/server.key", "--tokens", "tk/tokens.toml"]
+    server = t.start("server", "serve", "--listen", t.address, *tls, "--out", "run", "--message-limit", "10")
+
+    def join(k: int, whose: int) -> subprocess.Popen[bytes]:
+        shows = ["--ca", "tk/ca.crt", "--token-file", f"tk/client-{whose}.token", "--message-limit", "10"]
+        return t.start(f"client-{k}", "join", t.reached, "--client", f"client-{k}", *shows)
+
+    wrong = join(0, 1)
+    assert wrong.wait(PATIENCE) == 2
+    assert "there is no client 'client-0' with this token" in t.log("client-0")
+    finished(t, *[join(k, k) for k in range(3)], server)
+    assert token not in t.log("server") + t.log("client-0")
+
+
+def test_a_dead_client_does_not_hold_up_a_server_that_restarts(trial: Callable[..., Trial]) -> None:
+    """It had gone on without the client before: once it is back it waits for all, but not for ever."""
+    t = trial("sglr", rounds=40)
+    server = t.serve()
+    clients = [t.join(k) for k in range(3)]
+    until(lambda: len(t.steps()) > 20, "twenty steps", t)
+    clients[2].kill()
+    until(lambda: bool(t.steps()) and t.steps()[-1]["clients"] == [0, 1], "steps without it", t)
+    server.kill()
+    server.wait(PATIENCE)
+    finished(t, t.serve("--patience", "20"), *clients[:2])
+    assert t.steps()[-1]["clients"] == [0, 1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +16,13 @@ from support import difference  # type: ignore[import-not-found]
 from cutlayer import Run, checkpoint
 from cutlayer.algorithms import ALGORITHMS
 from cutlayer.build import assemble
+from cutlayer.cohort import draw_participants
 from cutlayer.config import RunConfig
 from cutlayer.data import load_whole
 from cutlayer.engine.remote.build import remote_training, worker_of
 from cutlayer.engine.remote.exchange import Lost, Request
 from cutlayer.engine.remote.join import _secret
+from cutlayer.engine.remote.logs import _TextLines
 from cutlayer.engine.remote.worker import Worker
 from cutlayer.errors import DataError, DistrustError, NonFiniteError, RunFolderError, TrainingError, WireError
 from cutlayer.leakage.hijack import Hijack, HijackingServer
@@ -55,6 +58,7 @@ class Passing:
         self.new: dict[int, Any] = {}
         self.tamper: Callable[[int, Any, Any], tuple[Any, Any]] = lambda client, message, body: (message, body)
         self.refused: dict[int, str] = {}
+        self.greet: Callable[[Any, int], Any] = lambda hello, client: None
         self.breaks_at: type[m.Message] | None = None  # all connections do, before this is sent
         self.loses: type[m.Message] | None = None  # the first answer to this, with all connections
 
@@ -131,6 +135,8 @@ def remote(
         if place is not None:
             place.mkdir(parents=True, exist_ok=True)
     hub = Passing(workers or {k: worker_of(config, k, name=f"client-{k}", folder=places[k]) for k in places})
+
+    hub.greet = lambda hello, k: greet(hello, k)
 
     def ready() -> None:
         for k in set(hub.workers) - hub.connected - hub.gone:
@@ -312,6 +318,121 @@ def test_noise_is_the_clients_secret(tmp_path: Path) -> None:
         _secret(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "shown"),
+    [
+        ("client_lr", 0.5, "client_lr is 0.5 for the client and 0.001 for the server"),
+        ("seed", 7, "seed is 7 for the client and 0 for the server"),
+        ("client_optimizer", "sgd", "client_optimizer is sgd"),
+        ("start", "independent", "start is independent"),
+        ("phi", 0.25, "phi is 0.25"),
+    ],
+)
+def test_both_sides_train_by_the_same_options(option: str, value: Any, shown: str) -> None:
+    config = RunConfig.of({**SMALL, "algorithm": "sglr"})
+    other = config.model_copy(update={option: value})
+    run, hub = remote(config, workers={k: worker_of(other if k else config, k, name=f"client-{k}") for k in range(3)})
+    next(iter(run))
+    assert set(hub.refused) == {1, 2}
+    assert hub.refused[1].startswith(shown)
+
+
+def test_what_is_ones_own_may_differ() -> None:
+    """How a client protects its data is not the server's business."""
+    config = RunConfig.of({**SMALL, "algorithm": "sglr"})
+    own = config.model_copy(update={"clip": 1.0, "gaussian_noise": 0.1, "eval_every": 2, "server_lr": 0.1})
+    run, hub = remote(config, workers={k: worker_of(own, k, name=f"client-{k}") for k in range(3)})
+    next(iter(run))
+    assert not hub.refused
+
+
+def test_a_state_of_another_run_is_not_overwritten(tmp_path: Path) -> None:
+    """The server comes with an empty folder, the client with what it kept: it is told so, and keeps it."""
+    config = RunConfig.of({**SMALL, "algorithm": "psl"})
+    run, _ = remote(config, tmp_path)
+    run.run()
+    kept = (tmp_path / "client-0" / "client.safetensors").read_bytes()
+    worker = worker_of(config, 0, name="client-0", folder=tmp_path / "client-0")
+    refused = worker.welcome(m.Welcome(0, 3, 0, worker.duty.terms))
+    assert refused is not None
+    assert refused.sentence.startswith(f"{str(tmp_path / 'client-0')!r} holds the state of client-0 after step ")
+    assert (tmp_path / "client-0" / "client.safetensors").read_bytes() == kept
+
+
+@pytest.mark.parametrize("algorithm", ["ssl", "ussl"])
+def test_who_is_gone_misses_its_turn(algorithm: str) -> None:
+    """The model stays with its holder, and goes on to the next who is there."""
+    run, hub = remote(
+        RunConfig.of(
+            {
+                **SMALL,
+                **(OWN["ussl"] if algorithm == "ussl" else {}),
+                "algorithm": algorithm,
+                "eval_every": 3,
+                "visit_order": "fixed",
+            }
+        )
+    )
+    seen = []
+    for record in run:
+        seen.append(record.clients)
+        if len(seen) == 1:
+            del hub.servers[1]
+            hub.gone.add(1)
+    assert (1,) not in seen
+    assert {(0,), (2,)} == set(seen)
+    assert run.training.clients.holder in (0, 2)
+    sent = run.training.ledger.table()
+    assert not any("client 1" in str(row) for row in sent)
+
+
+def test_a_holder_that_gives_garbage_is_the_one_that_is_blamed() -> None:
+    config = RunConfig.of({**SMALL, "algorithm": "ssl", "hand_over_optimizer": True, "client_optimizer": "adam"})
+    run, hub = remote(config, faulty="stop")
+
+    def tamper(client: int, message: Any, body: Any) -> tuple[Any, Any]:
+        return (message, [b"\0" * 40]) if client == 0 and isinstance(message, m.Optimizer) else (message, body)
+
+    hub.tamper = tamper
+    with pytest.raises(WireError, match="client 0"):
+        run.run()
+
+
+def test_nobody_trained() -> None:
+    """Who was drawn goes away before its first batch: nothing is averaged, and others train in the next rounds."""
+    config = RunConfig.of({**SMALL, "algorithm": "sfl", "participation": 0.3, "rounds": 6, "eval_every": 6})
+    (drawn,) = draw_participants(config.seed, 0, 3, config.participation)
+    run, hub = remote(config)
+    hub.loses, hub.gone = m.Forward, set()
+    hub.gone.add(drawn)
+    hub.join(drawn, lambda hello: hub.greet(hello, drawn))
+    records = list(run)
+    assert hub.loses is None
+    assert run.result is not None
+    assert records
+    assert drawn not in {k for record in records for k in record.clients}
+
+
+def test_numbers_that_are_none_in_evaluation() -> None:
+    run, hub = remote(RunConfig.of({**SMALL, "algorithm": "fl"}), faulty="stop")
+
+    def tamper(client: int, message: Any, body: Any) -> tuple[Any, Any]:
+        if isinstance(message, m.EvaluationRows):
+            return message, encode([torch.full((message.rows, 10), float("nan"))])
+        return message, body
+
+    hub.tamper = tamper
+    with pytest.raises(WireError, match="results in evaluation of client 0"):
+        run.run()
+
+
+def test_strangers_write_no_lines_of_the_log() -> None:
+    record = logging.LogRecord(
+        "x", logging.INFO, "", 0, "%s is refused", ("a\nINFO client 2 has joined\x1b[31m",), None
+    )
+    assert _TextLines("%(message)s").format(record) == "a\\nINFO client 2 has joined\\x1b[31m is refused"
+
+
 def _nan(message: Any, body: Any) -> tuple[Any, Any]:
     return message, encode(
         [torch.full((message.rows, 128), float("nan")), torch.zeros(message.rows, dtype=torch.int64)]
@@ -401,6 +522,8 @@ def test_a_client_with_data_of_its_own(tmp_path: Path) -> None:
         assert torch.equal(own[k].train.y, share.y)
     assert any(len(share.y.unique()) < 10 for share in shares.values())
     hub = Passing({k: worker_of(config, k, name=f"client-{k}", own=own[k]) for k in own})
+
+    hub.greet = lambda hello, k: greet(hello, k)
 
     def ready() -> None:
         for k in set(hub.workers) - hub.connected:

@@ -462,7 +462,7 @@ def test_what_differs_is_named(field: str, value: Any, reason: str, says: str) -
 def test_every_term_is_compared() -> None:
     tested = {"protocol", "run", "algorithm", "part", "crossing", "returning"}
     assert set(m.Terms.__struct_fields__) == tested | {"step"}
-    step = {"batch", "gradient_scale", "local_epochs", "local_steps", "up", "down"}
+    step = {"batch", "gradient_scale", "local_epochs", "local_steps", "up", "down", "options"}
     assert set(m.StepTerms.__struct_fields__) == step
 
 

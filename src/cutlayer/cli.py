@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from cutlayer.compare import Comparison, Row
     from cutlayer.reproduce.reproduction import Reproduction
     from cutlayer.run import Record, Result, Run
+    from cutlayer.wire.limits import Limits
 
 FILES = Group("Files", sort_key=9)
 
@@ -426,6 +427,7 @@ def serve(
     insecure: Annotated[bool, _Flag] = False,
     faults: Annotated[FaultConfig | None, _Star] = None,
     keepalive: Annotated[float, _Flag] = 10.0,
+    message_limit: Annotated[float | None, _Flag] = None,
     metrics: Annotated[str | None, _Flag] = None,
     log: _LogForm = "text",
 ) -> None:
@@ -454,7 +456,10 @@ def serve(
     insecure
         No encryption, nobody is asked who they are: on this machine only.
     keepalive
-        Seconds between pings: a client that vanishes without a word is noticed after one and a half times that.
+        Seconds between pings: a client that vanishes without a word is noticed after one and a half times that. Give a
+        minute where hundreds of clients share few cores.
+    message_limit
+        MB that a message may have, such as a model that is averaged; the same for clients. Default: 268.
     metrics
         Port (or address:port) to serve figures for Prometheus at.
     log
@@ -470,7 +475,8 @@ def serve(
     show_log(log)
     security = ServerSecurity(certificate, key, ca, tokens)
     security.open(listen)  # says what is wrong before a folder is made
-    serving = Serving(listen, security, _fault_config(faults, config), metrics, keepalive)
+    limits = _limits(message_limit)
+    serving = Serving(listen, security, _fault_config(faults, config), metrics, keepalive, limits)
     where = out or Path("runs") / f"serve-{merged.algorithm}-{Path(merged.data).stem}"
     service = Service(merged, serving, where)
     with _resumable(f"the same command with --out {where}"), service.open() as run, Monitor(1) as monitor:
@@ -497,6 +503,7 @@ def join(
     own_data: Annotated[str | None, _Flag] = None,
     give_up_after: Annotated[float | None, _Flag] = None,
     keepalive: Annotated[float, _Flag] = 10.0,
+    message_limit: Annotated[float | None, _Flag] = None,
     watch: Annotated[Literal["off", "warn", "leave"], _Flag] = "off",
     log: _LogForm = "text",
 ) -> None:
@@ -528,6 +535,8 @@ def join(
         Seconds without a connection after which to give up. Default: never.
     keepalive
         Seconds between pings: a server that vanishes without a word is noticed after one and a half times that.
+    message_limit
+        MB that a message may have, as at the server. Default: 268.
     watch
         Look whether the gradients that come are those of the task (a server may send others, to read the inputs), and
         where they do not look like it: warn, or leave. Gradients that clients share (SplitAvg) are not looked at.
@@ -551,11 +560,10 @@ def join(
     own = None if own_data is None else own_source(merged, own_data)
     token = None if token_file is None else read_token(token_file)
     security = ClientSecurity(ca, certificate, key, token)
+    folders = {name: None if folder is None else folder / name for name in client}
+    limits = _limits(message_limit)
     joining = [
-        Joining(
-            address, name, security, None if folder is None else folder / name, own, give_up_after, keepalive, watch
-        )
-        for name in client
+        Joining(address, name, security, folders[name], own, give_up_after, keepalive, watch, limits) for name in client
     ]
     for reason in dict.fromkeys(work(merged, joining)):
         out.print(reason, highlight=False, soft_wrap=True)
@@ -566,6 +574,7 @@ def certs(
     folder: Annotated[Path, _Flag],
     *,
     clients: Annotated[int | None, _Flag] = None,
+    tokens: Annotated[bool, Parameter(group=_Network, negative=())] = False,
     host: Annotated[tuple[str, ...], Parameter(group=_Network, negative=(), consume_multiple=True)] = (),
     days: Annotated[int, _Flag] = 365,
     request: Annotated[str | None, _Flag] = None,
@@ -579,6 +588,8 @@ def certs(
         Where to: ca.crt, server.crt, client-0.crt..., each with its .key.
     clients
         Certificates with keys for so many clients; 0 where they make their own keys. Default: 3.
+    tokens
+        Instead of clients' certificates, tokens: client-0.token... for them, and tokens.toml for the server.
     host
         Names and addresses under which the server is reached. Default: this machine only.
     days
@@ -589,13 +600,22 @@ def certs(
     sign
         A NAME.csr that has come: makes NAME.crt, by the authority in the folder. Compare the fingerprints first.
     """
-    from cutlayer.engine.remote.certs import SERVER, key_fingerprint, make_ca, make_certificate, make_request
+    from cutlayer.engine.remote.certs import (
+        SERVER,
+        key_fingerprint,
+        make_ca,
+        make_certificate,
+        make_request,
+        make_tokens,
+    )
     from cutlayer.engine.remote.certs import sign_request as signed
 
     if request is not None and sign is not None:
         raise ConfigError(f"request = {request!r} and sign = {str(sign)!r} are two sides' work: give one")
     if clients is not None and (request is not None or sign is not None):
         raise ConfigError(f"clients = {clients} has no effect beside request or sign, which are of one: leave it out")
+    if tokens and (request is not None or sign is not None):
+        raise ConfigError("tokens has no effect beside request or sign, which are about certificates: leave it out")
     if request is not None and (host or days != 365):
         raise ConfigError("host and days have no effect on a request: whoever signs it decides, leave them out")
     count = 3 if clients is None else clients
@@ -608,8 +628,12 @@ def certs(
         lines = [str(signed(folder, sign, hosts=host, days=days)), f"key {key_fingerprint(sign)}"]
     else:
         pairs = [make_ca(folder), make_certificate(folder, SERVER, SERVER, hosts=host, days=days)]
-        pairs += [make_certificate(folder, f"client-{k}", days=days) for k in range(count)]
+        names = [f"client-{k}" for k in range(count)]
+        pairs += [] if tokens else [make_certificate(folder, name, days=days) for name in names]
         lines = [f"{pair.certificate} {pair.key}" for pair in pairs]
+        if tokens:
+            hashes, own = make_tokens(folder, names)
+            lines += [str(hashes), *map(str, own)]
     for line in lines:
         out.print(line, highlight=False, soft_wrap=True)
 
@@ -624,6 +648,17 @@ def _check_network(insecure: bool, **files: Path | None) -> None:
             "connections are encrypted: give certificate, key and ca (`cutlayer certs` makes them for a trial), or "
             "--insecure on this machine alone"
         )
+
+
+def _limits(megabytes: float | None) -> Limits:
+    """What a message may have. Raises ConfigError for more than gRPC carries."""
+    from cutlayer.wire.limits import Limits
+
+    if megabytes is None:
+        return Limits()
+    if not 1 <= megabytes <= 2000:
+        raise ConfigError(f"message_limit = {megabytes} MB is not possible: gRPC carries up to 2000, give 1 at least")
+    return Limits(message_bytes=int(megabytes * 1e6))
 
 
 def _check_keepalive(seconds: float) -> None:

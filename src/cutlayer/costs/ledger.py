@@ -162,6 +162,8 @@ class MeteredCohort(CohortAround):
         """Up: the models of those averaged; down: the average, to the same clients (to others when they next take
         part).
         """
+        if not weights:  # nobody has trained
+            return
         size = self.footprint(next(iter(weights))).model  # all client models are of one kind
         self.ledger.add("up", "models", list(weights), size)
         self.ledger.broadcast("models", list(weights), size)
@@ -174,8 +176,11 @@ class MeteredCohort(CohortAround):
         if holder is not None and holder != client:
             size = self.footprint(holder)
             count = size.model + (size.optimizer if optimizer else 0)
-            self.ledger.add("up", "models", holder, count)
-            self.ledger.add("down", "models", client, count)
+            self.inner.hand_over(client, optimizer=optimizer)
+            if self.inner.holder == client:  # else it was not there to take it
+                self.ledger.add("up", "models", holder, count)
+                self.ledger.add("down", "models", client, count)
+            return
         self.inner.hand_over(client, optimizer=optimizer)
 
     def evaluate(self, samples: Samples, predict: Predict) -> Evaluation:

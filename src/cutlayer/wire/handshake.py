@@ -43,6 +43,12 @@ def agree(theirs: Terms, ours: Terms, they: str = "the client", we: str = "the s
             return Refused(
                 reason=reason, sentence=f"{what} is {_short(a)} for {they} and {_short(b)} for {we}: {remedy}"
             )
+    a_options, b_options = theirs.step.options, ours.step.options
+    for name in sorted({*a_options, *b_options}):
+        a, b = (options.get(name, "not known") for options in (a_options, b_options))
+        if a != b:
+            same = "start both with the same configuration"
+            return Refused(reason="step", sentence=f"{name} is {_short(a)} for {they} and {_short(b)} for {we}: {same}")
     return None
 
 

@@ -71,8 +71,8 @@ class TensorSpec(Struct):
 
 
 class StepTerms(Struct):
-    """What a step means: rows per batch, what cut gradients are gradients of, how long a round is, and the codecs of
-    what goes up and down, as texts.
+    """What a step means: rows per batch, what cut gradients are gradients of, how long a round is, the codecs of what
+    goes up and down, and all other `options` that both sides train by, as texts.
     """
 
     batch: Size
@@ -81,6 +81,7 @@ class StepTerms(Struct):
     local_steps: Size | None = None
     up: Name = "raw"
     down: Name = "raw"
+    options: Annotated[dict[Name, Text], Meta(max_length=64)] = {}
 
 
 class Terms(Struct):

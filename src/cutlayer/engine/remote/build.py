@@ -144,6 +144,16 @@ def worker_of(
     )
 
 
+_SHARED = (
+    *("seed", "start", "clients", "participation", "precision"),
+    *("client_optimizer", "client_optimizer_options", "client_lr", "lr_schedule", "lr_decay", "lr_decay_at"),
+    *("alpha", "phi", "average_over", "average_reduce", "average_every", "hand_over", "hand_over_optimizer"),
+)
+"""Options that a client trains by, besides those that terms have fields for. Where data lie, how they are protected and
+what they are computed on is each side's own business.
+"""
+
+
 def terms(p: Prepared, run: str) -> m.Terms:
     """What both sides must agree on."""
     config = p.config
@@ -161,6 +171,7 @@ def terms(p: Prepared, run: str) -> m.Terms:
             local_steps=p.clients.local_steps,
             up=str(p.coding.up),
             down=str(p.coding.down),
+            options={name: str(getattr(config, name)) for name in _SHARED},
         ),
     )
 

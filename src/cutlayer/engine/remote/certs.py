@@ -25,10 +25,12 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes as PublicKey
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from cutlayer.engine.remote.security import hash_token, make_token
 from cutlayer.errors import ConfigError
 
 CA: Final = "ca"
 SERVER: Final = "server"
+TOKENS: Final = "tokens.toml"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 Kind = Literal["server", "client"]
 _EARLIER = timedelta(minutes=10)  # clocks of other machines may be slow
@@ -69,6 +71,22 @@ def make_certificate(
     """
     key = ec.generate_private_key(ec.SECP256R1())
     return _write(folder, name, _certified(folder, name, kind, key.public_key(), hosts, days), key)
+
+
+def make_tokens(folder: Path, names: Sequence[str]) -> tuple[Path, list[Path]]:
+    """A token for each of `names` in `folder`: NAME.token for the client, and tokens.toml with the hashes for the
+    server.
+
+    Raises ConfigError where a name is taken or cannot name a file, or nothing can be written.
+    """
+    for name in names:
+        _check_name(name)
+    tokens = {name: make_token() for name in names}
+    server, files = folder / TOKENS, {name: folder / f"{name}.token" for name in names}
+    lines = "".join(f'"{name}" = "{hash_token(token)}"\n' for name, token in tokens.items())
+    own = {files[name]: (f"{token}\n".encode(), 0o600) for name, token in tokens.items()}
+    _write_files(folder, {server: (lines.encode(), 0o600), **own})
+    return server, list(files.values())
 
 
 def make_request(folder: Path, name: str) -> Pair:

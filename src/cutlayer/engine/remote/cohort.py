@@ -150,10 +150,15 @@ class RemoteCohort:
         drawn = s.participants(index, len(s.samples))
         connected = self.hub.connected
         here = tuple(k for k in drawn if k in connected)
+        if not here and len(connected) > 0:  # enough are there, but none of those whose turn it is
+            here = tuple(sorted(connected))[: len(drawn)]
         facts = {"drawn": len(drawn), "connected": len(connected), "needed": self._needed(here)}
         self._tell("round", {"round": index, "participants": list(here), **facts})
         if not here:
-            raise TrainingError("no client is connected: wait for one, or look at why they have gone")
+            raise TrainingError(
+                f"none of the {len(drawn)} clients drawn for round {index} is connected: start them, or have more take "
+                "part (participation)"
+            )
         self._participants = here
         self._quota[list(here)] = s.quota(np.array([-(-s.samples[k] // s.batch) for k in here]))
         self._posts = {k: m.BeginRound(index, total, lr_factor, int(self._quota[k])) for k in here}
@@ -165,7 +170,8 @@ class RemoteCohort:
     def forward(self, clients: Sequence[int] | None = None, *, labels: bool = True) -> Smashed:
         """Every participant with batches left in this round (or those of `clients`) sends smashed data and labels."""
         wanted = self._participants if clients is None else clients
-        due = [k for k in wanted if self._quota[k] > 0]
+        # A model that travels has one holder, and nobody else's forward pass would be of it.
+        due = [k for k in wanted if self._quota[k] > 0 and self._holder in (None, k)]
 
         def read(client: int, frame: Frame) -> _Came:
             return self._smashed(client, frame, labels)
@@ -258,7 +264,11 @@ class RemoteCohort:
         return steps
 
     def average(self, weights: Mapping[int, float]) -> None:
-        """The weighted mean of the models of `weights`, for everybody: now, or when they next take part."""
+        """The weighted mean of the models of `weights`, for everybody: now, or when they next take part. Nothing where
+        nobody has trained.
+        """
+        if not weights:
+            return
         models = self._patiently(weights, lambda: self._models(list(weights)))
         here = [k for k in weights if k in models]
         self._average = average([models[k] for k in here], [weights[k] for k in here])
@@ -269,20 +279,32 @@ class RemoteCohort:
         self._alike = True  # who has missed it gets it before anything else
 
     def hand_over(self, client: int, *, optimizer: bool) -> None:
-        """The travelling model moves to `client`; before anyone holds it, it is `client`'s own."""
+        """The travelling model moves to `client`; before anyone holds it, it is `client`'s own. Where `client` is not
+        connected, but others are, it stays where it is. Raises TrainingError where its holder does not come back.
+        """
         holder = self._holder
+        if not self.hub.connected:
+            self._come_back({client} if holder is None else {client, holder})
+        if client not in self.hub.connected:
+            return
         if holder is not None and holder != client:
             asks: list[Request] = [(m.GiveModel(self._step), ())]
             asks += [(m.GiveOptimizer(self._step), ())] if optimizer else []
-            given = self._all([holder], lambda k: asks, lambda k, frame: frame.body)
-            if holder not in given:
-                raise TrainingError(f"client {holder} is gone with the one model: the run goes on from its checkpoint")
+            given = self._patiently([holder], lambda: self._all([holder], lambda k: asks, self._given))
             model, *state = given[holder]
-            decode_named(model, self._like)  # what is passed on is what was expected
             self._post(client, m.TakeModel(self._step), [model])
             for body in state:
                 self._post(client, m.TakeOptimizer(self._step), [body])
         self._holder = client
+
+    def _given(self, client: int, frame: Frame) -> Buffer:
+        """What is passed on is what was expected. Raises WireError."""
+        model = isinstance(frame.message, m.Model)
+        twin = self.setup.twin.optimizer
+        like = self._like if model else described({} if twin is None else expected_state(twin))
+        tensors = decode_named(frame.body, like)
+        _check_finite(tuple(tensors.values()), "model" if model else "optimiser state", client)
+        return frame.body
 
     def evaluate(self, samples: Samples, predict: Predict) -> Evaluation:
         """Every connected client's model with the server: the held-out inputs go to the client, what it gives comes
@@ -324,16 +346,19 @@ class RemoteCohort:
         """What the server keeps; every connected client has written its own state beside its old one when this is
         back, and puts it in its place with the next request.
         """
-        self._exchange(sorted(self.hub.connected), lambda k: [(m.Save(self._step, "prepare"), ())], _nothing)
-        for k in self.hub.connected:
+        asks: list[Request] = [(m.Save(self._step, "prepare"), ())]
+        kept = self._all(sorted(self.hub.connected), lambda k: asks, _nothing)
+        for k in kept:
             self._post(k, m.Save(self._step, "commit"))
+        # Who has kept nothing of this step comes back with an earlier model.
+        away = set(range(len(self.samples))) - set(kept) if self._average is not None else set()
         return {
             "step": self._step,
             "samples": list(self.samples),
             "holder": self._holder,
             "alike": self._alike,
             "average": self._average or {},
-            "stale": sorted(self._stale),
+            "stale": sorted(self._stale | away),
             "excluded": {str(k): why for k, why in self.excluded.items()},
         }
 
@@ -359,6 +384,9 @@ class RemoteCohort:
         new = set(self.hub.arrivals())
         for k in sorted(new):
             self._tell("came", {"client": k})
+            # A forward pass does not outlive its connection, so its backward pass has lost its meaning.
+            if k in self._later:
+                self._later[k] = [post for post in self._later[k] if not isinstance(post[0], m.Backward)]
         if self._begun and self._average is not None:
             self._stale |= new
 
@@ -419,7 +447,7 @@ class RemoteCohort:
             return self._exchange(
                 clients,
                 lambda k: [(request, body(k))],
-                lambda k, answer: aligned(decode(answer.body, like, n, codec)),
+                lambda k, answer: _finite(aligned(decode(answer.body, like, n, codec)), k),
                 quorum=True,
             )
 
@@ -526,6 +554,12 @@ def _joined(rows: Sequence[Rows]) -> Rows:
 def _written(came: Sequence[_Came]) -> tuple[int, ...]:
     sizes = tuple(one.written for one in came)
     return sizes if any(sizes) else ()
+
+
+def _finite(rows: Rows, client: int) -> Rows:
+    """The same rows. Raises WireError."""
+    _check_finite(rows, "results in evaluation", client)
+    return rows
 
 
 def _check_finite(tensors: Sequence[Tensor], what: str, client: int) -> None:

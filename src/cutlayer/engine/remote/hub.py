@@ -46,6 +46,7 @@ T = TypeVar("T")
 _WAITING = 64  # who may wait, at once, for an earlier stream of theirs to end
 _STREAMS = 4096
 _STUCK = 0.5  # seconds after which a message that is being written counts as stuck
+_GREETING = 20.0  # seconds that a client has to take what it is answered
 _TEXT = 1000  # characters of a sentence that ends a stream: it travels in a header
 
 
@@ -353,7 +354,7 @@ class Hub:
             if size > self.limits.message_bytes:
                 raise WireError(
                     f"{type(message).__name__} to client {client} would have {size} bytes: {self.limits.message_bytes} "
-                    "are taken; raise the limit, or send smaller batches"
+                    "are taken; raise the limit (--message-limit), or send smaller batches"
                 )
 
     def _begin(self, exchange: Exchange, requests: Mapping[int, Sequence[Request]], deadline: float | None) -> None:
@@ -536,7 +537,7 @@ class Hub:
                 self._names[hello.client] = self._links[answer.index] = link
             try:
                 data = side.send(answer)
-                await context.write(data)
+                await asyncio.wait_for(context.write(data), _GREETING)
             except BaseException:
                 self._unlink(link, Lost("gone", f"client {link.index} left before it was welcome"))
                 raise
@@ -580,7 +581,7 @@ class Hub:
 
     async def _refuse(self, link: _Link, refused: m.Refused) -> None:
         log.warning("%s, %s, is refused: %s", link.context.peer(), link.hello.client, refused.sentence)
-        await link.context.write(link.side.send(refused))
+        await asyncio.wait_for(link.context.write(link.side.send(refused)), _GREETING)
 
     def _unlink(self, link: _Link, lost: Lost) -> None:
         """The stream has ended: tell those who wait for its answers."""

@@ -6,7 +6,7 @@ import secrets
 import signal
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
@@ -21,13 +21,15 @@ from cutlayer.engine.remote.worker import Watching
 from cutlayer.errors import RunFolderError
 from cutlayer.files import replace_file
 from cutlayer.folder import locked
+from cutlayer.wire.limits import Limits
 
 
 @dataclass(frozen=True)
 class Joining:
     """How a client joins: the server's `address`, its name (`client-<k>`), what it trusts and shows, the folder that
     keeps its state, data of its own (None: its share of the configuration's), seconds of trying after which it gives up
-    (None: never), and between pings; `watch`: what to do where the server's gradients do not look like the task's.
+    (None: never), and between pings; `watch`: what to do where the server's gradients do not look like the task's;
+    `limits` bound messages.
     """
 
     address: str
@@ -38,6 +40,7 @@ class Joining:
     give_up_after: float | None = None
     keepalive: float = KEEPALIVE
     watch: Watching = "off"
+    limits: Limits = field(default_factory=Limits)
 
 
 def join(config: RunConfig, joining: Sequence[Joining]) -> list[str]:
@@ -81,7 +84,7 @@ def _work(config: RunConfig, joining: Sequence[Joining], stop: threading.Event) 
             )
         )
     diallers = [
-        Dialler(j.address, j.security, worker, give_up_after=j.give_up_after, keepalive=j.keepalive)
+        Dialler(j.address, j.security, worker, limits=j.limits, give_up_after=j.give_up_after, keepalive=j.keepalive)
         for j, worker in zip(joining, workers, strict=True)
     ]
     try:

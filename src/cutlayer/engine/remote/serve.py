@@ -20,18 +20,20 @@ from cutlayer.engine.remote.hub import Hub
 from cutlayer.engine.remote.network import KEEPALIVE
 from cutlayer.engine.remote.security import ServerSecurity
 from cutlayer.errors import TrainingError
-from cutlayer.folder import CONFIG, EVENTS
+from cutlayer.folder import CHECKPOINT, CONFIG, EVENTS
 from cutlayer.run import Run
 from cutlayer.wire import messages as m
+from cutlayer.wire.limits import Limits
 
 log = logging.getLogger("cutlayer.server")
+_RETURN = 90.0  # seconds that clients have to dial a server again that has restarted: three times their longest pause
 GRACE = 5.0  # seconds that clients have to hear of the end (the unit files of deploy/ wait longer)
 
 
 @dataclass(frozen=True)
 class Serving:
     """How a server serves: the `address` that it listens at, who may come, what it does about faults; `metrics` is the
-    address (or port) of figures for Prometheus; `keepalive` seconds pass between pings.
+    address (or port) of figures for Prometheus; `keepalive` seconds pass between pings; `limits` bound messages.
     """
 
     address: str
@@ -39,6 +41,7 @@ class Serving:
     faults: FaultConfig = field(default_factory=lambda: FaultConfig.of({}))
     metrics: str | None = None
     keepalive: float = KEEPALIVE
+    limits: Limits = field(default_factory=Limits)
 
 
 class Service:
@@ -53,10 +56,15 @@ class Service:
         self.config, self.serving, self.out = config, serving, out
         self.all_came = False
         self._names = {client_name(k): k for k in range(config.clients)}
-        self._listening = False
+        self._listening = self._returned = False
         self._on_listening = listening
         self.hub = Hub(
-            serving.address, serving.security, self._greet, metrics=serving.metrics, keepalive=serving.keepalive
+            serving.address,
+            serving.security,
+            self._greet,
+            metrics=serving.metrics,
+            keepalive=serving.keepalive,
+            limits=serving.limits,
         )
         resumed = (out / CONFIG).exists()
         training, self._cohort, self._greet_client = remote_training(
@@ -72,6 +80,7 @@ class Service:
         )
         if resumed:
             self.run = Run.resume(out, training=training)
+            self._returned = (out / CHECKPOINT).exists()  # which says how many samples everybody has
         else:
             self.run = Run(config, out=out, training=training)
 
@@ -117,6 +126,11 @@ class Service:
                 f"{clients - able} of {clients} clients are excluded, {need} are needed: mend them (the record "
                 f"{EVENTS} says why), or lower the quorum"
             )
+        if self._returned and need == clients:
+            # They dial again by themselves; those who are dead must not hold up a run that went on without them before.
+            self._returned = False
+            if len(self.hub.wait_for(need, min(_RETURN, faults.patience or _RETURN))) < need:
+                need = math.ceil(faults.quorum * clients)
         here = self.hub.wait_for(need, faults.patience)
         if len(here) < need:
             raise TrainingError(

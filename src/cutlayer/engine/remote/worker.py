@@ -60,7 +60,7 @@ class Duty:
     up: Codec = RAW
     down: Codec = RAW
     defence: Defence = field(default_factory=Defence)
-    token: str = ""
+    token: str = field(default="", repr=False)
     folder: Path | None = None
     watch: Watching = "off"
     shares: bool = False
@@ -267,14 +267,21 @@ class Worker:
         """Take the state that the run goes on from after `step` steps.
 
         Who has only lost the connection goes on as it is. Where the server has gone back to an earlier step, or this
-        process is new, it is the state that was kept after that very step; failing that, a new process in a run that
-        went on without it takes the last that it has kept. Raises RunFolderError where there is none such.
+        process is new, it is the state that was kept after that very step; failing that, where the run went on without
+        it, the last that it has kept before. Raises RunFolderError where there is none such, or where one that both
+        sides kept is of a later step: it is not overwritten.
 
         A state of a later step was prepared for a checkpoint that the server never wrote: it is forgotten.
         """
         if (self._joined or self._seen) and self._seen <= step:
             return
         kept, folder = self._kept(), self.duty.folder
+        if folder is not None and (folder / _KEPT).exists() and (last := self._kept_step(folder)) > step:
+            raise RunFolderError(
+                f"{str(folder)!r} holds the state of {self.duty.name} after step {last}, but the run goes on after "
+                f"step {step}: it is another run, or the server has lost its folder; join from another folder, or "
+                "remove this one to begin anew"
+            )
         if folder is not None and any(at > step for at in kept):
             (folder / _PREPARED).unlink(missing_ok=True)
         if step == self._seen == 0 and step not in kept:
@@ -282,12 +289,15 @@ class Worker:
                 checkpoint.write(folder / _KEPT, self._state(step))
         elif step in kept:
             self._take(kept[step])
-        elif not self._seen and (earlier := [at for at in kept if at < step]):
+        elif earlier := [at for at in kept if at < step]:
             self._take(kept[max(earlier)])
         else:
             raise RunFolderError(
                 f"the run goes on after step {step}, of which {self.duty.name} kept no state: join from its own folder"
             )
+
+    def _kept_step(self, folder: Path) -> int:
+        return int(checkpoint.read(folder / _KEPT)["step"])
 
     def _kept(self) -> dict[int, dict[str, Any]]:
         """The states in the folder, by their steps."""
