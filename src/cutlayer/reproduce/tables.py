@@ -218,7 +218,7 @@ def _leaks(outcomes: Outcomes, cell: Cell) -> tuple[Score | str, ...]:
         mean, std = spread(known)
         if mean is None or len(known) < len(values):
             return DASH
-        return format(mean, form) + ("" if std is None else f" ± {format(std, form)}")
+        return format(mean, form) + (f" ± {format(std, form)}" if std else "")
 
     bounds = [[b["nats"] for b in f["upper"] if b["nats"] is not None] for f in found]
     most = text([min(b) for b in bounds], ".0f") if bounds and all(bounds) else "infinite" if bounds else DASH
