@@ -44,9 +44,11 @@ def setting(findings: Findings, size: str) -> str:
     plan = findings.outcomes.plan
     s = plan.size
     models = s.model if s.model == s.methods_model else f"{s.model} ({s.methods_model} in Table 4)"
+    epochs = dict.fromkeys(cell.config.epochs for cell in findings.outcomes.cells.values())
+    many = "s" * (len(s.seeds) > 1)
     return (
         f"Size {size}: {models} on {plan.data}, {s.samples_per_client} samples per client, {s.validation} held out for "
-        f"validation, {s.epochs} epochs, seed{'s' * (len(s.seeds) > 1)} {listed([str(n) for n in s.seeds])}."
+        f"validation, {listed([str(n) for n in epochs])} epochs, seed{many} {listed([str(n) for n in s.seeds])}."
     )
 
 

@@ -343,7 +343,7 @@ def _claims(findings: Findings) -> Figure:
     ax.tick_params(axis="x", labelsize=10)
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:+g}".replace("-", "\N{MINUS SIGN}") if x else "0"))
-    ax.set_xlabel(f"difference in points, mean and 95 % interval (logarithmic beyond ±{_STRAIGHT:g})")
+    ax.set_xlabel(f"difference in points, mean and 95 % interval\n(logarithmic beyond ±{_STRAIGHT:g})")
     _legend(figure, ax)
     return figure
 
