@@ -337,6 +337,25 @@ def test_both_sides_train_by_the_same_options(option: str, value: Any, shown: st
     assert hub.refused[1].startswith(shown)
 
 
+def test_a_client_may_come_with_other_data_before_training() -> None:
+    """It joined with the wrong file, and comes again; once training has begun its number of samples stands."""
+    config = RunConfig.of({**SMALL, "algorithm": "psl"})
+    run, hub = remote(config)
+    worker = hub.workers[1]
+
+    def greeted(samples: int) -> Any:
+        hello = m.Hello(client="client-1", terms=worker.duty.terms, samples=samples)
+        return hub.greet(hello, 1)
+
+    assert isinstance(greeted(300), m.Welcome)
+    assert isinstance(greeted(20), m.Welcome)
+    assert run.training.clients.samples[1] == 20
+    next(iter(run))
+    refused = greeted(300)
+    assert isinstance(refused, m.Refused)
+    assert "300 samples, 20 were announced" in refused.sentence
+
+
 def test_what_is_ones_own_may_differ() -> None:
     """How a client protects its data is not the server's business."""
     config = RunConfig.of({**SMALL, "algorithm": "sglr"})

@@ -85,7 +85,8 @@ def remote_training(
         if client in cohort.excluded:
             why = f"client {client} is excluded from the run: {cohort.excluded[client]}"
             return m.Refused("excluded", why)
-        samples[client] = samples[client] or hello.samples
+        if not samples[client] or cohort.fresh:  # before anything is trained a client may come again with other data
+            samples[client] = hello.samples
         if hello.samples != samples[client]:
             sentence = f"client {client} has {hello.samples} samples, {samples[client]} were announced"
             return m.Refused("client", sentence + ": give it the data of this run")

@@ -374,6 +374,11 @@ class RemoteCohort:
         self._all((), lambda k: [], _nothing)
 
     @property
+    def fresh(self) -> bool:
+        """Nothing has been trained, here or before."""
+        return not self._begun and self._step == 0
+
+    @property
     def step(self) -> int:
         """The step that clients join at."""
         return self._step
