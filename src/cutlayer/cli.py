@@ -393,7 +393,9 @@ def leakage(
     for table in [*report.tables(findings), report.active(bent)]:
         if table.row_count:
             Console(width=None if sys.stdout.isatty() else 170).print(table)
-    for sentence in [*report.notes(findings), *sentences]:
+    if len(runs) > 1 and not sentences:
+        sentences = ["nothing is ranked: no estimate was read of both of two runs"]
+    for sentence in [*report.notes(findings), *report.active_notes(bent), *sentences]:
         _say(sentence)
     where = out or runs[0]
     where.mkdir(parents=True, exist_ok=True)

@@ -40,7 +40,7 @@ def notes(findings: Sequence[Finding]) -> list[str]:
         if f.usable is None and f.samples < LEAST:
             said[
                 f"{_name(f)}: usable information cannot be read: {f.samples} samples are too few to code, {LEAST} "
-                "are needed."
+                "are needed; train with fewer clients, or more samples per client."
             ] = None
         if f.privacy is not None:
             said[
@@ -87,6 +87,27 @@ def active(hijacked: Sequence[Hijacked]) -> Table:
             _suspicious(h.honest),
         )
     return table
+
+
+def active_notes(hijacked: Sequence[Hijacked]) -> list[str]:
+    """What the table of an active server rests on."""
+    if not hijacked:
+        return []
+    from cutlayer.leakage.watch import Watch  # here, not above: it needs torch
+
+    said = [
+        f"watch: how far labels explain the gradients that a client gets, .5 is chance; below {Watch().least:g} it is "
+        "suspicious (notice: so many clients of those that watch; suspect it: the same of the honest server). A "
+        "hijacker shares no gradients, whatever the algorithm."
+    ]
+    lost = [h for h in hijacked if h.explained < 0]
+    if lost:
+        said.append(
+            "explained below 0: the hijacker's decoder does worse than one who always answers with the mean input. It "
+            f"had {min(h.rounds for h in lost)} rounds to bend the clients; longer runs, deeper cuts and knowing "
+            "labels help it, and an honest-but-curious server may well read more."
+        )
+    return said
 
 
 _HIJACKS = {False: "ignores labels", True: "knows labels"}
@@ -227,7 +248,7 @@ def _known(findings: Sequence[Finding]) -> Table:
         "estimator",
         "reads",
         "shuffled",
-        "at most",
+        "ceiling",
         "known answers: truth -> reading",
         "error",
         "to be trusted",

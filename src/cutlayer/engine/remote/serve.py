@@ -131,6 +131,9 @@ class Service:
             self._returned = False
             if len(self.hub.wait_for(need, min(_RETURN, faults.patience or _RETURN))) < need:
                 need = math.ceil(faults.quorum * clients)
+        if len(connected := self.hub.connected) < need:
+            away = [client_name(k) for k in range(clients) if k not in connected and k not in self._cohort.excluded]
+            log.info("waiting for %d of %d clients; not here: %s", need, clients, ", ".join(away[:10]))
         here = self.hub.wait_for(need, faults.patience)
         if len(here) < need:
             raise TrainingError(
