@@ -116,6 +116,17 @@ def test_the_battery(tmp_path: Path) -> None:
     assert png.startswith(b"\x89PNG")
 
 
+def test_raw_tensors_are_flagged(tmp_path: Path) -> None:
+    """More dimensions than an estimator can read: the report says so, beside readings of known answers."""
+    s = subject(tmp_path, model="mlp", cut="hidden1")
+    finding = examine(s, Asked(("model",), ("ksg",), view="raw")).finding
+    (one,) = finding.estimates
+    assert one.warning is not None
+    (note,) = [note for note in report.notes([finding]) if note.startswith("ksg reads")]
+    assert one.warning in note
+    assert "where the truth is" in note
+
+
 def test_labels_that_stay_private(tmp_path: Path) -> None:
     """In the U-shaped split labels do not go up, but gradients do."""
     s = subject(tmp_path, algorithm="ussl", model="mlp", cut="hidden1", tail_cut="hidden2")
@@ -153,6 +164,8 @@ def test_what_cannot_be_examined(tmp_path: Path) -> None:
     few = next(iter(subjects(moment, 1, 100, 50, 0)))
     with pytest.raises(DataError, match="50 samples are too few for an attacker's auxiliary data"):
         examine(few, Asked(("model",), ()))
+    with pytest.raises(ConfigError, match="did you mean 'random'"):
+        Asked(view="rando")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="did you mean 'infonce'"):
         Asked(estimators=("infonse",))  # type: ignore[arg-type]
     with pytest.raises(DataError, match="attacked with 50 auxiliary samples, too few to train an attacker on"):

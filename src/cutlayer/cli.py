@@ -325,6 +325,7 @@ def leakage(
         "infonce",
         "ksg",
     ),
+    view: Literal["cca", "pca", "random", "raw"] = "cca",
     snapshots: bool = False,
     hijack: bool = False,
     seed: int = 0,
@@ -350,6 +351,9 @@ def leakage(
         What the attacker knows: model (the client part), smashed (only the smashed data, and the server's own part).
     estimators
         Any of usable, infonce, smile, mine and ksg.
+    view
+        What estimators of mutual information look at: two canonical or principal components, random lines (sliced), or
+        the raw tensors, of which their readings are far from true.
     snapshots
         Also at the snapshots that the runs have kept (snapshot_every).
     hijack
@@ -370,7 +374,7 @@ def leakage(
     from cutlayer.leakage.subject import moments, subjects
     from cutlayer.report import leakage as report
 
-    asked = Asked(tuple(knowledge), tuple(estimators), seed)  # type: ignore[arg-type]  # checked there
+    asked = Asked(tuple(knowledge), tuple(estimators), seed, view)  # type: ignore[arg-type]  # checked there
     of_runs = [moments(run, snapshots) for run in runs]
 
     def tell(what: str) -> None:

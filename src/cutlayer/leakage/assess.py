@@ -22,7 +22,7 @@ from cutlayer.leakage.calibration import Estimator as KnownEstimator
 from cutlayer.leakage.dp import Statement
 from cutlayer.leakage.information import LEAST, Usable, usable
 from cutlayer.leakage.inputs import smash
-from cutlayer.leakage.mutual import UpperBound
+from cutlayer.leakage.mutual import UpperBound, View
 from cutlayer.leakage.ranks import Dependence, LabelLeakage, dependence, label_leakage
 from cutlayer.leakage.reconstruct import LEAST as ENOUGH
 from cutlayer.leakage.reconstruct import Knowledge, Reconstructed, Reconstruction, reconstruct
@@ -39,12 +39,13 @@ ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
 @dataclass(frozen=True)
 class Asked:
     """What is measured: the attackers' `knowledge`, the `estimators` (each beside what it reads where the answer is
-    known).
+    known), and what those of mutual information look at (`view`).
     """
 
     knowledge: tuple[Knowledge, ...] = ("model", "smashed")
     estimators: tuple[Estimator, ...] = ("usable", "infonce", "ksg")
     seed: int = 0
+    view: View = "cca"
 
     def __post_init__(self) -> None:
         for name in self.estimators:
@@ -53,6 +54,8 @@ class Asked:
         for known in self.knowledge:
             if known not in get_args(Knowledge):
                 raise ConfigError(unknown("knowledge", known, get_args(Knowledge)))
+        if self.view not in get_args(View):
+            raise ConfigError(unknown("view", self.view, get_args(View)))
 
 
 @dataclass(frozen=True)
@@ -168,8 +171,9 @@ def _calibrated(s: Subject, asked: Asked, read: Usable | None) -> Iterator[Calib
             if read is not None:  # one level alone: it is the slow one
                 yield calibrated(name, by_code, read.nats, (max(read.nats, 0.5),))
             continue
-        found = mutual.estimate(s.samples.x, s.z, method=name, seed=asked.seed)
-        yield replace(calibrated(name, mutual.reader(name), found.nats, None), null=found.null, cap=found.cap)
+        found = mutual.estimate(s.samples.x, s.z, method=name, view=asked.view, seed=asked.seed)
+        by = mutual.reader(name, asked.view)
+        yield replace(calibrated(name, by, found.nats, None), null=found.null, cap=found.cap, warning=found.warning)
 
 
 def _upper(s: Subject, seed: int) -> Iterator[UpperBound]:

@@ -45,8 +45,8 @@ class Calibrated:
     """A reading (nats) beside what the same estimator reads where the answer is known.
 
     `error` is the largest absolute error among `known`; `reliable` where that is below half of the largest truth.
-    Where the estimator has them: `null`, what it reads after z's rows are shuffled, and `cap`, the most that it could
-    read.
+    Where the estimator has them: `null`, what it reads after z's rows are shuffled, `cap`, the most that it could read,
+    and `warning`, why not to trust it.
     """
 
     name: str
@@ -58,6 +58,7 @@ class Calibrated:
     samples: int
     null: float | None = None
     cap: float | None = None
+    warning: str | None = None
 
     def __str__(self) -> str:
         """One sentence."""
@@ -66,7 +67,7 @@ class Calibrated:
         return (
             f"{self.name} reads {self.reading:.2f} nats; with {self.samples} samples of {self.dimensions[0]} and "
             f"{self.dimensions[1]} values, where the truth is {worst.truth:.2f} nats, it reads "
-            f"{worst.reading:.2f} ({worst.case}){verdict}."
+            f"{worst.reading:.2f} ({worst.case}){verdict}{f'; {self.warning}' if self.warning else ''}."
         )
 
 

@@ -47,7 +47,7 @@ def notes(findings: Sequence[Finding]) -> list[str]:
                 f"privacy: {f.privacy} It is about {f.privacy.protects}; not about {'; '.join(f.privacy.not_covered)}."
             ] = None
         for one in f.estimates:
-            if not one.reliable:
+            if not one.reliable or one.warning:
                 said[f"{one}"] = None
         if (shown := f.labels) is not None:
             said[
