@@ -141,7 +141,8 @@ def pictures(
             rows.append((f"knows the {_KNOWS[knowledge]}\n{share:.0%} explained", p.reconstructions, first.inputs))
     for h, found in hijacked:
         x = found["inputs"]
-        rows.append((f"{_short(h.run)}, client {h.client}\ninputs", x, x))
+        if x.shape != rows[-1][2].shape or not bool((x == rows[-1][2]).all()):  # else they stand above already
+            rows.append((f"{_short(h.run)}, client {h.client}\ninputs", x, x))
         rows.append((f"hijacker that {_HIJACKS[h.labelled]}\n{h.explained:.0%} explained", found["reconstructions"], x))
     figure = Figure(figsize=(0.8 * _SHOWN + 2.6, 0.85 * len(rows)))
     axes = figure.subplots(
