@@ -173,15 +173,12 @@ class MeteredCohort(CohortAround):
     def hand_over(self, client: int, *, optimizer: bool) -> None:
         """Up from the holder, down to the next: the client model, and its optimiser's state if that goes too."""
         holder = self.inner.holder
-        if holder is not None and holder != client:
+        self.inner.hand_over(client, optimizer=optimizer)
+        if holder is not None and holder != client == self.inner.holder:  # else it was not there to take it
             size = self.footprint(holder)
             count = size.model + (size.optimizer if optimizer else 0)
-            self.inner.hand_over(client, optimizer=optimizer)
-            if self.inner.holder == client:  # else it was not there to take it
-                self.ledger.add("up", "models", holder, count)
-                self.ledger.add("down", "models", client, count)
-            return
-        self.inner.hand_over(client, optimizer=optimizer)
+            self.ledger.add("up", "models", holder, count)
+            self.ledger.add("down", "models", client, count)
 
     def evaluate(self, samples: Samples, predict: Predict) -> Evaluation:
         """Up: smashed data of the held-out samples and their labels; U-shaped: no labels, but features down."""

@@ -1,7 +1,7 @@
 """What an active server would have learned: a run's clients, trained anew under a server that hijacks them.
 
-Twice from the same start, with the run's own algorithm, data, defence and number of rounds: under the honest server,
-and under `HijackingServer`. All clients watch both, which shows what their watch is worth.
+Each time from the same start, with the run's own algorithm, data, defence and number of rounds: under the honest
+server, and under a `HijackingServer` without and with labels. All clients watch, which shows what their watch is worth.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from cutlayer.build import Training, assemble
+from cutlayer.catalog import ALGORITHMS
 from cutlayer.errors import ConfigError
 from cutlayer.leakage.hijack import Hijack, HijackingServer
 from cutlayer.leakage.reconstruct import Quality, score
@@ -118,7 +119,7 @@ def _hijacked(
         labelled=labelled,
         attack=attack,
         mean_input=nothing,
-        explained=1 - attack.mse / nothing.mse if nothing.mse else 0.0,
+        explained=attack.explained(nothing),
         honest=honest,
         hijacked=bent,
     )
@@ -128,7 +129,7 @@ def _hijacked(
 def _trained(moment: Moment, training: Training, server: Server) -> tuple[Watched, ...]:
     """Train the clients with that server until the moment; what their watches say then."""
     clients, config = WatchedCohort(training.clients), moment.config
-    if isinstance(server, HijackingServer) and config.algorithm in ("sglr", "sgl"):
+    if isinstance(server, HijackingServer) and "phi" in ALGORITHMS[config.algorithm].options:
         config = config.model_copy(update={"algorithm": "psl"})  # whoever means harm does not average
     for index in range(moment.rounds):
         for _ in round_of(config, server, clients, index, training.rounds):

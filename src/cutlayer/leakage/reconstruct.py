@@ -58,6 +58,10 @@ class Quality:
     ssim: float | None
     accuracy: float
 
+    def explained(self, mean_input: Quality) -> float:
+        """1 - mse / mse of the mean input."""
+        return 1 - self.mse / mean_input.mse if mean_input.mse else 0.0
+
 
 @dataclass(frozen=True)
 class Reconstruction:
@@ -151,7 +155,7 @@ def reconstruct(
         mean_input=zero,
         nearest=judge.quality(x, train.x[found], y),
         true_accuracy=judge.accuracy(x, y),
-        explained=1 - quality.mse / zero.mse if zero.mse else 0.0,
+        explained=quality.explained(zero),
         steps=steps,
         auxiliary=count,
         targets=n,

@@ -49,6 +49,8 @@ DEFENCES: dict[str, dict[str, dict[str, Any]]] = {
 class Size:
     """How much is trained. Rates in `rates` are what each method of Table 4 is tuned over; `evaluations` and
     `curve_evaluations` (Table 4's methods) are how often a run is evaluated, on the models of `eval_clients` clients.
+    Runs that are attacked take `leakage_epochs`, and are evaluated (and attacked, where they are followed)
+    `leakage_moments` times.
     """
 
     model: str

@@ -251,7 +251,11 @@ def _shared(outcomes: Outcomes, phi: float) -> list[int]:
     """Numbers of clients of which at least two share the common gradient: phi x C, rounded half up. With one, SplitAvg
     gives that client its own gradient: nothing changes, so nothing can be measured.
     """
-    return [c for c in _several(outcomes) if math.floor(phi * c + 0.5) > 1]
+    return [c for c in _several(outcomes) if _is_shared(phi, c)]
+
+
+def _is_shared(phi: float, clients: int) -> bool:
+    return math.floor(phi * clients + 0.5) > 1
 
 
 _WHERE_SHARED = "on average over all C of which at least two clients are active"
@@ -409,7 +413,7 @@ _TWICE: tuple[tuple[str, str, Gap], ...] = (
 def _phi(outcomes: Outcomes) -> list[Claim]:
     """Paper, Table 5, and the same at equal accuracy."""
     plan = outcomes.plan
-    shared = [phi for phi in LEAKING_PHIS if math.floor(phi * plan.size.methods_clients + 0.5) > 1]
+    shared = [phi for phi in LEAKING_PHIS if _is_shared(phi, plan.size.methods_clients)]
     pairs = tuple(Pair(plan.by_phi(0), plan.by_phi(phi), (f"phi {phi:g}",)) for phi in shared)
     return [
         Claim(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -106,10 +107,12 @@ class Outcomes:
         """Seed -> outcome of what is done of `cell`."""
         return self._of.get(cell.name, {})
 
-    def score(self, cell: Cell, paper: float | None = None) -> Score:
-        """The cell's test accuracy at the best validation accuracy, over seeds."""
+    def score(
+        self, cell: Cell, paper: float | None = None, by: Callable[[Outcome], float] = attrgetter("best")
+    ) -> Score:
+        """The cell's test accuracy at the best validation accuracy, or what `by` says, over seeds."""
         done = self.of(cell).values()
-        mean, std = spread([o.best for o in done])
+        mean, std = spread([by(o) for o in done])
         return Score(mean, std, len(done), len(self.plan.size.seeds), sum(o.diverged for o in done), paper)
 
     def chosen_rate(self, algorithm: str) -> float | None:

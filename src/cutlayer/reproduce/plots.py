@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -231,8 +232,10 @@ def _defences(findings: Findings) -> Figure:
     return figure
 
 
-def _kept(findings: Findings) -> dict[str, dict[str, Any]]:
-    """By what was trained: the pictures kept of the first seed, inputs and reconstructions [n, channels, h, w]."""
+def _kept(findings: Findings) -> dict[str, Path]:
+    """By what was trained: where the pictures kept of the first seed are, inputs and reconstructions [n, channels, h,
+    w].
+    """
     outcomes = findings.outcomes
     plan = outcomes.plan
     cells = {ALGORITHMS[m].title: plan.attacked(m) for m in LEAKING_METHODS}
@@ -241,14 +244,15 @@ def _kept(findings: Findings) -> dict[str, dict[str, Any]]:
     if "table5" in findings.parts:
         cells |= {f"SGLR, phi {phi:g}": plan.by_phi(phi) for phi in LEAKING_PHIS[-1:]}
     files = {label: folder_of(outcomes.out, cell, plan.size.seeds[0]) / PICTURES for label, cell in cells.items()}
-    return {label: load_file(path) for label, path in files.items() if path.exists()}
+    return {label: path for label, path in files.items() if path.exists()}
 
 
 def _pictures(findings: Findings) -> Figure:
     """A row of inputs, and below it what was made of their smashed data; inputs again where they are others."""
     rows: list[tuple[str, Any, Any]] = []
     last = None
-    for label, kept in _kept(findings).items():
+    for label, path in _kept(findings).items():
+        kept = load_file(path)
         inputs = kept["inputs"]
         if last is None or not np.array_equal(last, inputs):
             rows.append(("private inputs", inputs, inputs))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from operator import attrgetter
 from typing import Any
 
 from cutlayer.catalog import ALGORITHMS, MODELS
@@ -88,7 +89,8 @@ def table4(outcomes: Outcomes) -> list[Table]:
         score = none if chosen is None else outcomes.score(chosen, theirs[method])
         best.append((title, (score, DASH if rate is None else f"{rate:g}")))
         cells = [outcomes.plan.method(method, r) for r in size.rates]
-        tried.append((title, tuple(v for cell in cells for v in (_validation(outcomes, cell), outcomes.score(cell)))))
+        each = [(outcomes.score(cell, by=attrgetter("validation")), outcomes.score(cell)) for cell in cells]
+        tried.append((title, tuple(score for pair in each for score in pair)))
     sglr = outcomes.plan.method("sglr", size.rates[0]).config
     text = (
         f"{size.methods_clients} clients, {size.methods_model} (paper: AlexNet). Each method has the learning rate of "
@@ -223,7 +225,7 @@ def _leaks(outcomes: Outcomes, cell: Cell) -> tuple[Score | str, ...]:
     bounds = [[b["nats"] for b in f["upper"] if b["nats"] is not None] for f in found]
     most = text([min(b) for b in bounds], ".0f") if bounds and all(bounds) else "infinite" if bounds else DASH
     return (
-        _last(outcomes, cell),
+        outcomes.score(cell, by=attrgetter("last")),  # of the models that were attacked
         text([a["attack"]["mse"] for a in attacks], ".4f"),
         text([a["explained"] for a in attacks], ".3f"),
         text([a["attack"]["ssim"] for a in attacks], ".3f"),
@@ -232,13 +234,6 @@ def _leaks(outcomes: Outcomes, cell: Cell) -> tuple[Score | str, ...]:
         most,
         text([f["privacy"]["epsilon"] for f in found], ".3g") if found and all(f["privacy"] for f in found) else "none",
     )
-
-
-def _last(outcomes: Outcomes, cell: Cell) -> Score:
-    """The test accuracy of the models that were attacked: those at the end."""
-    done = outcomes.of(cell).values()
-    mean, std = spread([o.last for o in done])
-    return Score(mean, std, len(done), len(outcomes.plan.size.seeds), sum(o.diverged for o in done))
 
 
 PARTS: dict[str, Part] = {
@@ -302,12 +297,6 @@ def _by_clients(outcomes: Outcomes, name: str, title: str, head: str, rows: Rows
 
     lines = tuple((label, tuple(score(label, c) for c in plan.size.clients)) for label in rows)
     return Table(name, title, head, tuple(f"C = {c}" for c in plan.size.clients), lines, text)
-
-
-def _validation(outcomes: Outcomes, cell: Cell) -> Score:
-    done = outcomes.of(cell).values()
-    mean, std = spread([o.validation for o in done])
-    return Score(mean, std, len(done), len(outcomes.plan.size.seeds), sum(o.diverged for o in done))
 
 
 @cache

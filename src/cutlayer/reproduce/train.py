@@ -209,7 +209,7 @@ def _examine(folder: Path, cell: Cell) -> None:
         subject = next(iter(subjects(moment, 1, samples, min(1000, samples), 0)))
         examined = examine(subject, Asked(("model",), ()))
         found.append(examined.finding.plain)
-        made = examined.pictures["model"]
-        shown = {"inputs": made.inputs[:SHOWN], "reconstructions": made.reconstructions[:SHOWN]}
-        replace_file(folder / PICTURES, save({name: x.contiguous() for name, x in shown.items()}))
+    made = examined.pictures["model"]
+    shown = {"inputs": made.inputs[:SHOWN], "reconstructions": made.reconstructions[:SHOWN]}
+    replace_file(folder / PICTURES, save({name: x.contiguous() for name, x in shown.items()}))
     replace_file(folder / EXAMINED, (json.dumps(found, indent=1) + "\n").encode())

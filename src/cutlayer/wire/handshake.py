@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterator
 from typing import cast
 
 from torch import nn
@@ -11,10 +12,11 @@ from torch import nn
 from cutlayer.models.parts import state_names
 from cutlayer.wire.messages import Reason, Refused, StepTerms, TensorSpec, Terms
 
+_SAME = "start both with the same configuration"
 _REMEDIES: dict[str, tuple[Reason, str, str]] = {
     "protocol": ("protocol", "the protocol", "install the same version of cutlayer on both sides"),
     "run": ("run", "the run", "give both sides the same run, or the client the address of its own server"),
-    "algorithm": ("algorithm", "the algorithm", "start both with the same configuration"),
+    "algorithm": ("algorithm", "the algorithm", _SAME),
     "crossing": ("crossing", "what goes up at the cut", "give both sides the same model, cut and data"),
     "returning": ("crossing", "what comes down at the second cut", "give both sides the same model and tail_cut"),
     "part": (
@@ -22,10 +24,10 @@ _REMEDIES: dict[str, tuple[Reason, str, str]] = {
         "the fingerprint of the client's model",
         "give both sides the same model, cut and number of classes, and the same version of torch",
     ),
-    "batch": ("step", "batch", "start both with the same configuration"),
-    "gradient_scale": ("step", "gradient_scale", "start both with the same configuration"),
-    "local_epochs": ("step", "local_epochs", "start both with the same configuration"),
-    "local_steps": ("step", "local_steps", "start both with the same configuration"),
+    "batch": ("step", "batch", _SAME),
+    "gradient_scale": ("step", "gradient_scale", _SAME),
+    "local_epochs": ("step", "local_epochs", _SAME),
+    "local_steps": ("step", "local_steps", _SAME),
     "up": ("codec", "the codec of what goes up", "give both sides the same codec"),
     "down": ("codec", "the codec of what comes down", "give both sides the same codec"),
 }
@@ -36,20 +38,24 @@ def agree(theirs: Terms, ours: Terms, they: str = "the client", we: str = "the s
 
     Either side can ask: the server with a Hello's terms, the client with those of Welcome (and the names changed).
     """
-    for field, (reason, what, remedy) in _REMEDIES.items():
-        holders = (theirs.step, ours.step) if field in StepTerms.__struct_fields__ else (theirs, ours)
-        a, b = (_shown(getattr(holder, field)) for holder in holders)
+    for (reason, what, remedy), a, b in _compared(theirs, ours):
         if a != b:
             return Refused(
                 reason=reason, sentence=f"{what} is {_short(a)} for {they} and {_short(b)} for {we}: {remedy}"
             )
-    a_options, b_options = theirs.step.options, ours.step.options
-    for name in sorted({*a_options, *b_options}):
-        a, b = (options.get(name, "not known") for options in (a_options, b_options))
-        if a != b:
-            same = "start both with the same configuration"
-            return Refused(reason="step", sentence=f"{name} is {_short(a)} for {they} and {_short(b)} for {we}: {same}")
     return None
+
+
+def _compared(theirs: Terms, ours: Terms) -> Iterator[tuple[tuple[Reason, str, str], str, str]]:
+    """(reason, what, remedy), with both sides' values as texts: of every field, then of every option."""
+    for field, remedy in _REMEDIES.items():
+        holders = (theirs.step, ours.step) if field in StepTerms.__struct_fields__ else (theirs, ours)
+        a, b = (_shown(getattr(holder, field)) for holder in holders)
+        yield remedy, a, b
+    both = theirs.step.options, ours.step.options
+    for name in sorted({*both[0], *both[1]}):
+        a, b = (options.get(name, "not known") for options in both)
+        yield ("step", name, _SAME), a, b
 
 
 def fingerprint(*modules: nn.Module) -> str:

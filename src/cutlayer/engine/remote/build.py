@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 
 from cutlayer.build import Data, Model, Prepared, Training, prepare
+from cutlayer.catalog import ALGORITHMS
 from cutlayer.config import RunConfig
 from cutlayer.data.samples import Source
 from cutlayer.engine.choice import defence_of
@@ -140,7 +141,7 @@ def worker_of(
             token=token,
             folder=folder,
             watch=watch,
-            shares=config.algorithm in ("sglr", "sgl") and config.phi > 0,
+            shares="phi" in ALGORITHMS[config.algorithm].options and config.phi > 0,
         )
     )
 

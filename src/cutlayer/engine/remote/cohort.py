@@ -150,7 +150,7 @@ class RemoteCohort:
         drawn = s.participants(index, len(s.samples))
         connected = self.hub.connected
         here = tuple(k for k in drawn if k in connected)
-        if not here and len(connected) > 0:  # enough are there, but none of those whose turn it is
+        if not here:  # enough are there, but none of those whose turn it is
             here = tuple(sorted(connected))[: len(drawn)]
         facts = {"drawn": len(drawn), "connected": len(connected), "needed": self._needed(here)}
         self._tell("round", {"round": index, "participants": list(here), **facts})

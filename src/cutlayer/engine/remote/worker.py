@@ -79,9 +79,8 @@ class Worker:
         self._seen = 0  # the step of the last request: how far this process has come
         self._joined = False  # it has been welcome before, if only to wait
         self._guarded: Guarded | None = None
-        self._fitted: tuple[int, list[tuple[float, int]]] | None = (
-            None  # the last step of local training, and what came
-        )
+        # The last step of local training, and its losses.
+        self._fitted: tuple[int, list[tuple[float, int]]] | None = None
         self.watch = Watch()
         self._warned = False
         self._passes = 0  # backward passes since the watch began
@@ -275,8 +274,9 @@ class Worker:
         """
         if (self._joined or self._seen) and self._seen <= step:
             return
-        kept, folder = self._kept(), self.duty.folder
-        if folder is not None and (folder / _KEPT).exists() and (last := self._kept_step(folder)) > step:
+        states, folder = self._states(), self.duty.folder
+        kept = {state["step"]: state for state in states.values()}
+        if _KEPT in states and (last := states[_KEPT]["step"]) > step:
             raise RunFolderError(
                 f"{str(folder)!r} holds the state of {self.duty.name} after step {last}, but the run goes on after "
                 f"step {step}: it is another run, or the server has lost its folder; join from another folder, or "
@@ -296,15 +296,11 @@ class Worker:
                 f"the run goes on after step {step}, of which {self.duty.name} kept no state: join from its own folder"
             )
 
-    def _kept_step(self, folder: Path) -> int:
-        return int(checkpoint.read(folder / _KEPT)["step"])
-
-    def _kept(self) -> dict[int, dict[str, Any]]:
-        """The states in the folder, by their steps."""
+    def _states(self) -> dict[str, dict[str, Any]]:
+        """The states in the folder, by their files' names."""
         folder = self.duty.folder
         paths = [] if folder is None else [folder / _PREPARED, folder / _KEPT]
-        states = [checkpoint.read(path) for path in paths if path.exists()]
-        return {state["step"]: state for state in states}
+        return {path.name: checkpoint.read(path) for path in paths if path.exists()}
 
     def _take(self, state: Mapping[str, Any]) -> None:
         self._fitted = None
