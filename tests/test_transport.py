@@ -692,6 +692,15 @@ def test_joining_twice_and_taking_anothers_number() -> None:
         assert bodies(hub.exchange({0: step(1)})) == {0: b"x"}
 
 
+def test_who_waits_stays() -> None:
+    """Pings alone, with nothing else said, are no reason to hang up: a client may wait for its turn for hours."""
+    with serving(keepalive=0.2) as (hub, port), Clients(port, INSECURE[1], keepalive=0.2).add(Echo(0)):
+        hub.wait_for(1, SOON)
+        time.sleep(6)  # six pings: gRPC sends at most one a second
+        assert hub.traffic()[0].connections == 1
+        assert bodies(hub.exchange({0: step(1)})) == {0: b"x"}
+
+
 def test_who_vanishes_makes_way() -> None:
     """A client whose packets are lost, without a word, is noticed by pings; its successor waits for that."""
     with serving(keepalive=0.4) as (hub, port):

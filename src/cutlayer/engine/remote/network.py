@@ -54,7 +54,7 @@ def server_options(limits: Limits, keepalive: float) -> list[tuple[str, Any]]:
     """gRPC's settings for the server."""
     return [
         *options(limits, keepalive),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", int(min(keepalive, LEAST) * 250)),
+        ("grpc.http2.min_ping_interval_without_data_ms", int(min(keepalive, LEAST) * 250)),
         ("grpc.so_reuseport", 0),  # else a second server takes half of the clients
         ("grpc.max_concurrent_streams", 16),
         ("grpc.server_handshake_timeout_ms", 10_000),
