@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -556,6 +557,22 @@ def test_frames_that_are_repeated_lost_overtaken_or_foreign() -> None:
         pair.server.receive(other.client.send(m.Smashed(0, 4)))
     with pytest.raises(WireError, match="after the end"):  # and nothing more after that
         pair.server.receive(pair.client.send(m.Smashed(0, 4)))
+
+
+def test_only_an_open_connection_needs_checksums() -> None:
+    plain, sealed = (pack_hello(encrypted) for encrypted in (False, True))
+    assert plain[32:40] != sealed[32:40] == bytes(8)
+    assert plain[:32] + plain[40:] == sealed[:32] + sealed[40:]
+    for data in (plain, sealed):  # whoever receives it need not know which it is
+        assert ServerSide().receive(data).message.client == "ada"
+    for data, refused in ((plain, True), (sealed, False)):
+        damaged = data.replace(b"ada", b"eda")
+        with pytest.raises(WireError, match="damaged on its way") if refused else nullcontext():
+            ServerSide(encrypted=True).receive(damaged)
+
+
+def pack_hello(encrypted: bool) -> bytes:
+    return ClientSide(encrypted=encrypted).send(m.Hello("ada", TERMS, 1))
 
 
 @pytest.mark.parametrize("message", TO_CLIENT[2:], ids=lambda x: type(x).__name__)

@@ -41,14 +41,15 @@ _REQUESTS = frozenset(get_args(m.FromServer))
 class _Side:
     """What both sides keep: numbers of frames, the requests that wait for their answers, how far it has come.
 
-    `state` is "new" (before Hello), "greeted" (before Welcome), "open", or "closed".
+    `state` is "new" (before Hello), "greeted" (before Welcome), "open", or "closed". `encrypted`: the connection is, so
+    that what is sent needs no checksum.
     """
 
     _direction: m.Direction  # of what is received
     _they: str
 
-    def __init__(self, limits: Limits | None = None) -> None:
-        self.limits = limits or Limits()
+    def __init__(self, limits: Limits | None = None, *, encrypted: bool = False) -> None:
+        self.limits, self._encrypted = limits or Limits(), encrypted
         self.state = "new"
         self.conversation = 0
         self.asked: deque[Any] = deque()
@@ -84,7 +85,7 @@ class _Side:
         if self.state == "closed":
             raise WireError(f"{_name(message)} cannot be sent after the end of the conversation")
         self._say(message)
-        data = parts(message, body, self._sent, self.conversation)
+        data = parts(message, body, self._sent, self.conversation, checksum=not self._encrypted)
         size = size_of(data)
         if size > self.limits.message_bytes:
             raise WireError(

@@ -3,8 +3,8 @@
     "CUT1" | u32 length of header | u64 length of body | u64 conversation | u64 number | u64 checksum |
     header (the message in MessagePack) | zeros up to a multiple of 16 | body
 
-All integers are little-endian. The checksum (XXH3) is over all the rest: it finds what was damaged on the way, at the
-speed of memory; it does not find what was forged, which is what an encrypted connection is for. `conversation` and
+All integers are little-endian. The checksum (XXH3) is over all the rest: it finds what was damaged on the way; it does
+not find what was forged. An encrypted connection finds both, so there the sender gives none: 0. `conversation` and
 `number` say where the frame belongs (see `conversation.py`).
 """
 
@@ -23,9 +23,9 @@ from cutlayer.wire.messages import PROTOCOL, Direction, FromClient, FromServer, 
 from cutlayer.wire.tensors import Buffer, padded, size_of
 
 MAGIC = b"CUT%d" % PROTOCOL
-_PLACE = struct.Struct("<4sIQQQ")  # all of the prefix but the checksum
-_CHECKSUM = struct.Struct("<Q")
-PREFIX = _PLACE.size + _CHECKSUM.size
+_PREFIX = struct.Struct("<4sIQQQQ")
+PREFIX, _PLACE = _PREFIX.size, _PREFIX.size - 8  # bytes of it, and of all in it but the checksum
+_NONE = 0  # for a checksum
 _SENT_BY_CLIENTS = frozenset(get_args(FromClient))
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODERS: dict[Direction, msgspec.msgpack.Decoder[Any]] = {
@@ -44,23 +44,27 @@ class Frame(NamedTuple):
 
 
 def pack(message: Message, body: Sequence[Buffer] = (), number: int = 0, conversation: int = 0) -> bytes:
-    """The frame of `message` with the buffers that `tensors.encode` gave. One copy of the body is made.
+    """The frame of `message` with the buffers that `tensors.encode` gave, and a checksum. The body is copied once.
 
     Raises WireError where the message breaks a bound that the receiver would refuse it for.
     """
     return b"".join(parts(message, body, number, conversation))
 
 
-def parts(message: Message, body: Sequence[Buffer] = (), number: int = 0, conversation: int = 0) -> list[Buffer]:
+def parts(
+    message: Message, body: Sequence[Buffer] = (), number: int = 0, conversation: int = 0, *, checksum: bool = True
+) -> list[Buffer]:
     """The frame that `pack` gives, as buffers that follow one another; the body is not copied. Raises WireError."""
     try:
         header = _ENCODER.encode(message)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise WireError(f"{type(message).__name__} cannot be sent: {error}") from None
     _message(header, "to server" if type(message) in _SENT_BY_CLIENTS else "to client")
-    place = _PLACE.pack(MAGIC, len(header), size_of(body), conversation, number)
+    prefix = _PREFIX.pack(MAGIC, len(header), size_of(body), conversation, number, _NONE)
     rest = [header.ljust(padded(PREFIX + len(header)) - PREFIX, b"\0"), *body]
-    return [place + _CHECKSUM.pack(_checksum(place, rest)), *rest]
+    if checksum:
+        prefix = prefix[:_PLACE] + _checksum(prefix[:_PLACE], rest).to_bytes(8, "little")
+    return [prefix, *rest]
 
 
 def unpack(data: Buffer, direction: Direction, limits: Limits | None = None) -> Frame:
@@ -79,7 +83,7 @@ def unpack(data: Buffer, direction: Direction, limits: Limits | None = None) -> 
         )
     if size < PREFIX:
         raise WireError(f"{size} bytes are no message, which has {PREFIX} at least: it was cut off")
-    magic, header_size, body_size, conversation, number = _PLACE.unpack_from(view)
+    magic, header_size, body_size, conversation, number, checksum = _PREFIX.unpack_from(view)
     if magic != MAGIC:
         raise WireError(_not_ours(magic))
     if header_size > limits.header_bytes:
@@ -87,8 +91,7 @@ def unpack(data: Buffer, direction: Direction, limits: Limits | None = None) -> 
     start = padded(PREFIX + header_size)
     if size != start + body_size:
         raise WireError(f"a message of {size} bytes says that it has {start + body_size}: it was cut off or run on")
-    (checksum,) = _CHECKSUM.unpack_from(view, _PLACE.size)
-    if checksum != _checksum(view[: _PLACE.size], [view[PREFIX:]]):
+    if checksum != _NONE and checksum != _checksum(view[:_PLACE], [view[PREFIX:]]):
         raise WireError("a message does not have the checksum that it says: it was damaged on its way")
     message = _message(view[PREFIX : PREFIX + header_size], direction)
     return Frame(message, view[start:], number, conversation)
@@ -98,7 +101,7 @@ def split(data: Buffer) -> Iterator[memoryview]:
     """The frames in `data`, one after another; what is no whole frame comes last: `unpack` says what is wrong."""
     view = memoryview(data).cast("B")
     while len(view) >= PREFIX:
-        magic, header_size, body_size, _, _ = _PLACE.unpack_from(view)
+        magic, header_size, body_size, *_ = _PREFIX.unpack_from(view)
         size = padded(PREFIX + header_size) + body_size
         if magic != MAGIC or size >= len(view):
             break
@@ -120,7 +123,7 @@ def _checksum(place: Buffer, rest: Sequence[Buffer]) -> int:
     state = xxhash.xxh3_64(place)
     for buffer in rest:
         state.update(buffer)
-    return state.intdigest()
+    return state.intdigest() or 1
 
 
 def _not_ours(magic: bytes) -> str:

@@ -180,7 +180,8 @@ class Dialler:
         else:
             channel = grpc.aio.secure_channel(self.address, self._credentials, self._options)
         async with channel:
-            stream = _Stream(channel, self._hello(), self._instance, self.limits)
+            side = ClientSide(self.limits, encrypted=self._credentials is not None)
+            stream = _Stream(channel, side, self._hello(), self._instance)
             self._call = stream.call
             try:
                 with stream.within(self._patience):
@@ -243,8 +244,8 @@ class Dialler:
 class _Stream:
     """One call, and the client's side of the conversation over it."""
 
-    def __init__(self, channel: Any, hello: m.Hello, instance: str, limits: Limits) -> None:
-        self.side = ClientSide(limits)
+    def __init__(self, channel: Any, side: ClientSide, hello: m.Hello, instance: str) -> None:
+        self.side = side
         self.worked = self.welcome = False
         self._came: deque[memoryview] = deque()  # frames that came together
         self._said: list[Buffer] = []  # answers to those of them that are done

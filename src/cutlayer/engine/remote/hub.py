@@ -510,7 +510,7 @@ class Hub:
     async def _handshake(self, context: Any) -> _Link | None:
         """Let a client in, or not. Nothing that it sends is read before."""
         metadata = dict(context.invocation_metadata() or ())
-        side = ServerSide(self.limits)
+        side = ServerSide(self.limits, encrypted=self._gate.credentials is not None)
         try:
             hello = side.receive(network.check_hello(metadata.get(network.HELLO, b""))).message
         except WireError as error:
