@@ -163,12 +163,9 @@ class Idle:
         """Check the terms."""
         return agree(welcome.terms, TERMS)
 
-    def handle(self, frame: Frame) -> tuple[m.Message, list[bytes]]:
-        """A backward pass is done, a forward pass gives the bytes."""
-        step = frame.message.step
-        return (
-            (m.Smashed(step, ROWS), [self._payload]) if isinstance(frame.message, m.Forward) else (m.Stepped(step), [])
-        )
+    def handle(self, frame: Frame) -> tuple[m.Message, list[bytes]] | None:
+        """A forward pass gives the bytes."""
+        return (m.Smashed(frame.message.step, ROWS), [self._payload]) if isinstance(frame.message, m.Forward) else None
 
 
 class Steps:

@@ -38,7 +38,7 @@ class Scene:
 
     def frame(self, message: m.Message | None = None, body: bytes = b"", number: int = 1) -> bytes:
         """A frame that is right in form."""
-        said = message or m.Stepped(self.request.step)
+        said = message or m.Model(self.request.step)
         return pack(said, [body], number, self.side.conversation)
 
 
@@ -120,7 +120,7 @@ def main(address: str, config: Path, ca: Path) -> None:
     hello = worker_of(RunConfig.of(read_toml(config)), 2, name=NAME, run="sglr").hello()
     security = ClientSecurity(ca / "ca.crt", ca / f"{NAME}.crt", ca / f"{NAME}.key")
     options = [("grpc.max_send_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
-    earlier = [pack(m.Stepped(0), (), 1, 1)]
+    earlier = [pack(m.Model(0), (), 1, 1)]
     with grpc.secure_channel(address, security.credentials(address), options) as channel:
         grpc.channel_ready_future(channel).result(timeout=120)
     rounds = 0

@@ -521,12 +521,12 @@ class Faulty(Echo):
         if getattr(frame.message, "step", 0) == 2:
             raise ZeroDivisionError("no samples left")
         if getattr(frame.message, "step", 0) == 3:
-            return m.Stepped(3), ()
+            return m.Model(3), ()
         return super().handle(frame)
 
 
 @pytest.mark.parametrize(
-    ("number", "kind", "sentence"), [(2, "ZeroDivisionError", "no samples left"), (3, "WireError", "Stepped of step 3")]
+    ("number", "kind", "sentence"), [(2, "ZeroDivisionError", "no samples left"), (3, "WireError", "Model of step 3")]
 )
 def test_a_clients_error_is_heard_on_both_sides(number: int, kind: str, sentence: str) -> None:
     with serving() as (hub, port), Clients(port, INSECURE[1]).add(Faulty(0), Echo(1)) as group:
@@ -601,7 +601,7 @@ def test_a_client_that_talks_nonsense(what: str, sentence: str) -> None:
                 raw.said.put(pack(m.Smashed(2, 2), (), number, conversation))
             elif what == "not asked":
                 raw.send(smashed)
-                raw.said.put(pack(m.Stepped(1), (), number + 1, conversation))
+                raw.said.put(pack(m.Model(1), (), number + 1, conversation))
             else:
                 raw.said.put(pack(smashed, [bytes(16384 if what == "too large" else 10**6)], number, conversation))
 
@@ -629,7 +629,7 @@ def test_a_first_word_that_is_none(caplog: pytest.LogCaptureFixture) -> None:
     wrong = [
         (b"", "no message"),
         (b"garbage" * 10, "not Cutlayer's"),
-        (older, "protocol 0, this side speaks 1: install the same version"),
+        (older, "protocol 0, this side speaks 2: install the same version"),
         (right[:-1], "cut off"),
         (pack(m.Smashed(1, 1)), "before Hello"),
         (big + bytes(network.HELLO_BYTES), "16384 are taken"),
@@ -667,7 +667,7 @@ class Saying(Echo):
 @pytest.mark.parametrize(
     ("changes", "reason", "sentence"),
     [
-        ({"protocol": 0}, "protocol", "the protocol is 0 for the client and 1 for the server: install the same"),
+        ({"protocol": 0}, "protocol", "the protocol is 0 for the client and 2 for the server: install the same"),
         ({"run": "another"}, "run", "the run is another for the client"),
     ],
 )

@@ -320,12 +320,10 @@ TO_SERVER = [
     m.Hello("ada", TERMS, 100, 3, "secret"),
     m.Smashed(1, 4),
     m.TailGradients(1, 4, math.inf),
-    m.Stepped(1),
     m.Fitted(1, [(0.5, 4), (0.25, 3)]),
     m.Model(1),
     m.Optimizer(1),
     m.EvaluationRows(1, 9),
-    m.Scores(1, 9, 8, 0.1),
     m.Saved(1, "prepare"),
     m.Failed(1, "NonFiniteError", "the loss is NaN"),
 ]
@@ -341,7 +339,7 @@ TO_CLIENT = [
     m.TakeModel(1),
     m.GiveOptimizer(1),
     m.TakeOptimizer(1),
-    m.Evaluate(1, "whole", 9, True),
+    m.Evaluate(1, "whole", 9),
     m.Save(1, "commit"),
     m.Bye("done"),
 ]
@@ -384,9 +382,9 @@ def test_the_token_is_not_shown() -> None:
         m.Failed(1, "k" * 257, ""),
         m.Failed(1, "k", "s" * 4097),
         m.Failed(1, "k", "\ud800"),
-        m.Stepped(-1),
-        m.Stepped(1 << 60),
-        m.Stepped(1 << 70),
+        m.Model(-1),
+        m.Model(1 << 60),
+        m.Model(1 << 70),
         m.Saved(1, "perhaps"),  # type: ignore[arg-type]
         m.BeginRound(0, 1, math.nan, 1),
         m.Fitted(1, [(0.5, 4)] * ((1 << 16) + 1)),
@@ -406,9 +404,9 @@ def test_an_error_of_any_length_can_be_told() -> None:
 
 
 def test_other_protocols_and_other_programs() -> None:
-    data = pack(m.Stepped(1))
-    with pytest.raises(WireError, match="protocol 2, this side speaks 1"):
-        unpack(b"CUT2" + data[4:], "to server")
+    data = pack(m.Model(1))
+    with pytest.raises(WireError, match="protocol 1, this side speaks 2"):
+        unpack(b"CUT1" + data[4:], "to server")
     with pytest.raises(WireError, match="another program"):
         unpack(b"HTTP/1.1 400 Bad Request" * 4, "to server")
     with pytest.raises(WireError, match=r"bytes: \d+ are taken"):
@@ -431,7 +429,7 @@ def changed(**fields: Any) -> m.Terms:
 @pytest.mark.parametrize(
     ("field", "value", "reason", "says"),
     [
-        ("protocol", 2, "protocol", "the protocol is 2 for the client and 1 for the server: install"),
+        ("protocol", 1, "protocol", "the protocol is 1 for the client and 2 for the server: install"),
         ("run", "mnist", "run", "the run is mnist for the client and digits for"),
         ("algorithm", "psl", "algorithm", "the algorithm is psl for the client and sglr for the server"),
         ("part", "0" * 64, "model", "fingerprint of the client's model is 0000"),
@@ -517,14 +515,12 @@ def test_a_whole_conversation() -> None:
     pair.down(m.Forward(0))
     pair.up(m.Smashed(0, 4))
     pair.down(m.Backward(0, "own", 4))
-    pair.down(m.Forward(1, labels=False))  # at once: no waiting for Stepped
-    assert len(pair.client.asked) == 2
-    pair.up(m.Stepped(0))
+    pair.down(m.Forward(1, labels=False))  # at once: a backward pass has no answer
+    assert len(pair.client.asked) == 1
     pair.up(m.Smashed(1, 3))
     pair.down(m.Tail(1, 3))
     pair.up(m.TailGradients(1, 3, 0.5))
     pair.down(m.Backward(1, "common", 1))
-    pair.up(m.Stepped(1))
     pair.down(m.Fit(1))
     pair.up(m.Fitted(1, [(0.1, 3)]))
     pair.down(m.GiveModel(2))
@@ -535,8 +531,6 @@ def test_a_whole_conversation() -> None:
     pair.down(m.TakeOptimizer(2))
     pair.down(m.Evaluate(2, "lower", 5))
     pair.up(m.EvaluationRows(2, 5))
-    pair.down(m.Evaluate(2, "whole", 5, labels=True))
-    pair.up(m.Scores(2, 5, 5, 0.1))
     pair.down(m.Save(2, "prepare"))
     pair.up(m.Saved(2, "prepare"))
     pair.down(m.Save(2, "commit"))
@@ -591,7 +585,7 @@ def test_nothing_is_asked_before_welcome(message: m.Message) -> None:
 
 def test_hello_and_welcome_come_once() -> None:
     with pytest.raises(WireError, match="not expected before Hello"):
-        ServerSide().receive(pack(m.Stepped(0)))
+        ServerSide().receive(pack(m.Model(0)))
     with pytest.raises(WireError, match="Welcome is not expected before Hello"):
         ClientSide().receive(pack(m.Welcome(0, 1, 0, TERMS), conversation=0))
     pair = Pair()
@@ -625,14 +619,11 @@ def test_refused_and_failed_end_it() -> None:
 @pytest.mark.parametrize(
     ("asked", "answer", "says"),
     [
-        (m.Forward(3), m.Stepped(3), "Stepped of step 3 came in answer to Forward of step 3"),
+        (m.Forward(3), m.Model(3), "Model of step 3 came in answer to Forward of step 3"),
         (m.Forward(3), m.Smashed(2, 4), "Smashed of step 2 came in answer to Forward of step 3"),
         (m.Forward(3), m.Smashed(3, 0), "Smashed of 0 rows"),
         (m.Forward(3), m.Smashed(3, 101), "Smashed of 101 rows"),
         (m.Evaluate(3, "lower", 5), m.EvaluationRows(3, 4), "has 4 rows, Evaluate had 5"),
-        (m.Evaluate(3, "lower", 5), m.Scores(3, 5, 5, 0.0), "Evaluate without labels"),
-        (m.Evaluate(3, "whole", 5, True), m.EvaluationRows(3, 5), "Evaluate with labels"),
-        (m.Evaluate(3, "whole", 5, True), m.Scores(3, 5, 6, 0.0), "6 of 5 rows"),
         (m.Save(3, "prepare"), m.Saved(3, "commit"), "commit came in answer to Save of phase prepare"),
         (m.TakeModel(3), m.Model(3), "was not asked for"),
     ],

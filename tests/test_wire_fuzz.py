@@ -157,7 +157,7 @@ def test_every_truncation_of_tensors_is_found(name: str) -> None:
 @given(st.binary(max_size=400), st.sampled_from(["to server", "to client"]), st.booleans())
 def test_foreign_bytes(data: bytes, direction: Any, ours: bool) -> None:
     with pytest.raises(WireError):
-        unpack(b"CUT1" + data if ours else data, direction)
+        unpack(b"CUT2" + data if ours else data, direction)
     with pytest.raises(WireError):
         ServerSide().receive(data)
     for name in NAMES:
@@ -215,7 +215,7 @@ def header(message: str, **fields: bytes) -> bytes:
 def framed(head: bytes) -> bytes:
     """A frame around any header."""
     start = -(-(40 + len(head)) // 16) * 16
-    place = struct.pack("<4sIQQQQ", b"CUT1", len(head), 0, 0, 0, 0)
+    place = struct.pack("<4sIQQQQ", b"CUT2", len(head), 0, 0, 0, 0)
     return mended(place + head.ljust(start - 40, b"\0"))
 
 
@@ -225,13 +225,13 @@ HOSTILE = [
     header("Fitted", step=STEP, losses=b"\xdd\x00\x00\xff\xff"),
     header("Failed", step=STEP, kind=b"\xdb\xff\xff\xff\xff", sentence=b"\xa0"),  # a name of four gigabytes
     header("Failed", step=STEP, kind=b"\xa2\xff\xfe", sentence=b"\xa0"),  # not UTF-8
-    header("Stepped", step=b"\x91" * 100_000),  # nested without end
-    header("Stepped", step=STEP, more=b"\x91" * 100_000),
-    header("Stepped", more=b"\xdf\xff\xff\xff\xff"),
-    header("Stepped", step=b"\xcb" + struct.pack(">d", 1.0)),
-    header("Stepped", step=b"\xa11"),
-    header("Stepped", step=b"\xc0"),
-    header("Stepped"),
+    header("Model", step=b"\x91" * 100_000),  # nested without end
+    header("Model", step=STEP, more=b"\x91" * 100_000),
+    header("Model", more=b"\xdf\xff\xff\xff\xff"),
+    header("Model", step=b"\xcb" + struct.pack(">d", 1.0)),
+    header("Model", step=b"\xa11"),
+    header("Model", step=b"\xc0"),
+    header("Model"),
     header("Nothing", step=STEP),
     b"\x91" * 100_000,
     b"\xdf\xff\xff\xff\xff",
@@ -250,7 +250,7 @@ def test_hostile_headers(head: bytes) -> None:
 
 def test_framed_makes_frames() -> None:
     """Else the headers above would be refused for another reason."""
-    assert unpack(framed(header("Stepped", step=STEP)), "to server").message == m.Stepped(1)
+    assert unpack(framed(header("Model", step=STEP)), "to server").message == m.Model(1)
 
 
 def zstd_body(payload: bytes) -> bytes:

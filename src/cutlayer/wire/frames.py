@@ -1,6 +1,6 @@
 """Frames: one message with the bytes of its tensors, as one run of bytes.
 
-    "CUT1" | u32 length of header | u64 length of body | u64 conversation | u64 number | u64 checksum |
+    "CUT2" | u32 length of header | u64 length of body | u64 conversation | u64 number | u64 checksum |
     header (the message in MessagePack) | zeros up to a multiple of 16 | body
 
 All integers are little-endian. The checksum (XXH3) is over all the rest: it finds what was damaged on the way; it does

@@ -19,7 +19,7 @@ from cutlayer.errors import WireError
 from cutlayer.models.parts import Crossing
 from cutlayer.wire.tensors import TYPES
 
-PROTOCOL = 1
+PROTOCOL = 2
 
 Count = Annotated[int, Meta(ge=0, le=(1 << 53))]
 Protocol = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
@@ -129,12 +129,6 @@ class TailGradients(Message):
     loss: float
 
 
-class Stepped(Message):
-    """Answers Backward: the optimiser's step was taken."""
-
-    step: Count
-
-
 class Fitted(Message):
     """Answers Fit: (mean loss, rows) of each local step."""
 
@@ -159,15 +153,6 @@ class EvaluationRows(Message):
 
     step: Count
     rows: Size
-
-
-class Scores(Message):
-    """Answers Evaluate where the client knows the labels: how many of the rows it got right, and their mean loss."""
-
-    step: Count
-    rows: Size
-    correct: Size
-    loss: float
 
 
 class Saved(Message):
@@ -235,7 +220,7 @@ class Backward(Message):
     """Back-propagate and step. Behind it: cut gradients, each [R, s...].
 
     `own`: R is the client's batch. `common`: the one gradient that several clients share; a client uses the first rows,
-    or the only one for each of its rows.
+    or the only one for each of its rows. Has no answer: who answers what is asked next has done this before.
     """
 
     step: Count
@@ -275,17 +260,13 @@ class TakeOptimizer(Message):
 
 class Evaluate(Message):
     """Run a part of the model in evaluation mode, leaving the state of training as it is. Behind it: tensors of R rows,
-    what the part receives: samples for `lower` and `whole`, features for `tail`; labels [R] last if `labels`, and then
-    Scores are the answer.
-
-    Nothing is behind it where the client's own held-out samples are meant; R is 0 then. `start`: number of the first
-    row in its data set, by which a client's noise is named.
+    what the part receives: samples for `lower` and `whole`, features for `tail`. `start`: number of the first row in
+    its data set, by which a client's noise is named.
     """
 
     step: Count
     part: Literal["lower", "tail", "whole"]
     rows: Size
-    labels: bool = False
     start: Count = 0
 
 
@@ -304,9 +285,7 @@ class Bye(Message):
     reason: Text
 
 
-FromClient = (
-    Hello | Smashed | TailGradients | Stepped | Fitted | Model | Optimizer | EvaluationRows | Scores | Saved | Failed
-)
+FromClient = Hello | Smashed | TailGradients | Fitted | Model | Optimizer | EvaluationRows | Saved | Failed
 FromServer = (
     Welcome
     | Refused

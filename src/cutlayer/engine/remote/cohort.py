@@ -37,8 +37,6 @@ T = TypeVar("T")
 Tell = Callable[[str, Mapping[str, Any]], None]
 """Hears what has happened, as a word and as facts."""
 
-_ACKNOWLEDGED = (m.Stepped, m.Saved)  # answers to what goes out with a later request
-
 
 class Hub(Protocol):
     """What carries the requests (see `hub.py`)."""
@@ -512,7 +510,8 @@ class RemoteCohort:
         due = {k: sum(type(message) in ANSWERS for message, _ in requests) for k, requests in asked.items()}
 
         def on_answer(k: int, frame: Frame) -> T | Frame:
-            return frame if type(frame.message) in _ACKNOWLEDGED else read(k, frame)
+            # What was posted has at most this answer, which says no more than that it is done.
+            return frame if type(frame.message) is m.Saved else read(k, frame)
 
         answered = self.hub.exchange(
             requests,

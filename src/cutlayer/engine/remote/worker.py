@@ -112,7 +112,8 @@ class Worker:
         if isinstance(message, m.Forward):
             return self._forward(message)
         if isinstance(message, m.Backward):
-            return self._backward(message, body)
+            self._backward(message, body)
+            return None
         if isinstance(message, m.Tail):
             return self._tail(message, body)
         if isinstance(message, m.BeginRound):
@@ -161,7 +162,7 @@ class Worker:
             sent, codecs = [*sent, batch.y], [*codecs, RAW]
         return m.Smashed(message.step, len(batch.y)), encode(sent, codecs)
 
-    def _backward(self, message: m.Backward, body: memoryview) -> Answer:
+    def _backward(self, message: m.Backward, body: memoryview) -> None:
         gradient = decode(body, self._gradients, message.rows, self.duty.down)
         size = len(self.client.labels)
         if message.mode == "common" and not self.duty.shares:
@@ -174,7 +175,6 @@ class Worker:
             gradient = self._guarded.back(gradient)
         self.client.backward(gradient)
         self.client.step(self._rate)
-        return m.Stepped(message.step), ()
 
     def _look(self, own: Rows | None) -> None:
         """Watch a gradient that came for this client alone (None: it is shared). Raises DistrustError where the client
