@@ -3,8 +3,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Tests run in two processes: one thread each.
-test test-slow golden: export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test test-slow check reproduce bench bench-remote golden clean
 

@@ -46,7 +46,6 @@ from cutlayer.wire import messages as m
 
 CONTEXT = multiprocessing.get_context("spawn")  # gRPC does not survive a fork
 PATIENCE = 300.0  # seconds for anything here
-KEEPALIVE = 60.0  # seconds between pings: a thousand connections of two busy cores do not answer at once
 MEMORY = -1
 ROWS = 2
 TERMS = m.Terms(run="r", algorithm="psl", part="p", crossing=[], returning=[], step=m.StepTerms(batch=ROWS))
@@ -74,7 +73,7 @@ def bare_server(pki: Path, clients: int, size: int, pipe: Connection) -> None:
         assert len(await context.read()) == size
 
     async def main() -> None:
-        server = grpc.aio.server(options=network.server_options(Limits(), KEEPALIVE))
+        server = grpc.aio.server(options=network.server_options(Limits(), network.KEEPALIVE))
         handler = grpc.stream_stream_rpc_method_handler(talk)
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler}),))
         credentials = grpc.ssl_server_credentials([(key, certificate)], ca, True)
@@ -108,7 +107,7 @@ def bare_threads(pki: Path, clients: int, size: int, pipe: Connection) -> None:
             assert len(next(received)) == size
             done.put(None)
 
-    options = network.server_options(Limits(), KEEPALIVE)
+    options = network.server_options(Limits(), network.KEEPALIVE)
     server = grpc.server(ThreadPoolExecutor(clients), options=options)
     handler = grpc.stream_stream_rpc_method_handler(talk)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler}),))
@@ -135,7 +134,7 @@ def bare_client(pki: Path, client: int, port: int, size: int) -> None:
     )
 
     async def main() -> None:
-        options = network.client_options(Limits(), KEEPALIVE, None, local=True)
+        options = network.client_options(Limits(), network.KEEPALIVE, None, local=True)
         credentials = grpc.ssl_channel_credentials(ca, key, certificate)
         async with grpc.aio.secure_channel(f"localhost:{port}", credentials, options) as channel:
             call = channel.stream_stream(f"/{SERVICE}/{METHOD}")()
@@ -202,7 +201,7 @@ def greet(hello: m.Hello, _: str | None) -> m.Welcome | m.Refused:
 def hub_server(pki: Path, clients: int, size: int, pipe: Connection) -> None:
     """Steps when asked for; their seconds."""
     security = ServerSecurity(pki / "server.crt", pki / "server.key", pki / "ca.crt")
-    hub = Hub("localhost:0", security, greet, keepalive=KEEPALIVE)
+    hub = Hub("localhost:0", security, greet)
     pipe.send(hub.start())
     assert len(hub.wait_for(clients, PATIENCE)) == clients
     steps = Steps(hub, clients, size)
@@ -224,7 +223,7 @@ def hub_client(pki: Path, client: int, port: int, size: int) -> None:
 
 def hub_clients(pki: Path, clients: Sequence[int], port: int, size: int) -> None:
     """Several in one process."""
-    dial_all([Dialler(f"localhost:{port}", shown(pki, k), Idle(k, size), keepalive=KEEPALIVE) for k in clients])
+    dial_all([Dialler(f"localhost:{port}", shown(pki, k), Idle(k, size)) for k in clients])
 
 
 def shown(pki: Path, client: int) -> ClientSecurity:

@@ -1,6 +1,12 @@
 """Shared by all tests."""
 
+import os
+
 import pytest
+
+# One thread for each process of the suite, and for those that tests start: more of them would wait for one another, and
+# sums differ in their last digits by the number of threads. Before anything imports torch.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

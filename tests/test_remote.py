@@ -235,6 +235,26 @@ def test_a_client_that_is_gone_takes_no_part() -> None:
     assert run.result is not None
 
 
+@pytest.mark.parametrize("algorithm", ["fl", "sfl"])
+def test_who_is_lost_within_an_averaging_is_not_counted(algorithm: str) -> None:
+    config = RunConfig.of({**SMALL, "algorithm": algorithm, "rounds": 2})
+    run, hub = remote(config)
+
+    def tamper(client: int, message: Any, body: Any) -> tuple[Any, Any]:
+        if client == 1 and isinstance(message, m.Model):
+            raise WireError("it breaks off")
+        return message, body
+
+    hub.tamper = tamper
+    hub.gone.add(1)
+    run.run()
+    assert run.result is not None
+    ledger = run.training.ledger
+    size = run.training.clients.footprint(0).model
+    for direction in ("up", "down"):
+        assert ledger.of_clients(direction, "models").tolist() == [2 * size, 0, 2 * size]
+
+
 @pytest.mark.parametrize("algorithm", ["fl", "sglr"])
 def test_not_a_number_ends_the_run_where_it_should(algorithm: str) -> None:
     run, hub = remote(RunConfig.of({**SMALL, "algorithm": algorithm}), faulty="stop")

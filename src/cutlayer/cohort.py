@@ -74,8 +74,11 @@ class Cohort(Protocol):
         """Each participant trains its whole model on its part of the round, alone; nothing crosses. One record per
         local step, over the clients that took it."""
 
-    def average(self, weights: Mapping[int, float]) -> None:
-        """Client models := sum of weights[k] x model of client k, for everybody (weights are made to sum to one)."""
+    def average(self, weights: Mapping[int, float]) -> tuple[int, ...]:
+        """Client models := sum of weights[k] x model of client k, for everybody (weights are made to sum to one).
+
+        Whose models were there to be averaged: all of `weights`, unless some have gone meanwhile.
+        """
 
     def hand_over(self, client: int, *, optimizer: bool) -> None:
         """The one model that travels moves on to `client` (which may hold it already), with its optimiser state if
@@ -144,9 +147,9 @@ class CohortAround:
         """Passed on."""
         return self.inner.fit()
 
-    def average(self, weights: Mapping[int, float]) -> None:
+    def average(self, weights: Mapping[int, float]) -> tuple[int, ...]:
         """Passed on."""
-        self.inner.average(weights)
+        return self.inner.average(weights)
 
     def hand_over(self, client: int, *, optimizer: bool) -> None:
         """Passed on."""

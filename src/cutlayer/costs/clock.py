@@ -205,11 +205,12 @@ class ClockedCohort(CohortAround):
         epochs, rest = divmod(batches, -(-n // self.batch))
         return epochs * n + rest * self.batch
 
-    def average(self, weights: Mapping[int, float]) -> None:
+    def average(self, weights: Mapping[int, float]) -> tuple[int, ...]:
         """Models up, the average down: everybody waits for the last."""
-        self.inner.average(weights)
+        averaged = self.inner.average(weights)
         self._upload()
         self._download()
+        return averaged
 
     def hand_over(self, client: int, *, optimizer: bool) -> None:
         """The next client begins when the last is through and the model has come."""

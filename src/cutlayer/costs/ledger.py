@@ -158,17 +158,18 @@ class MeteredCohort(CohortAround):
             self._common_seen = True
         self.inner.backward(replace(gradients, own=own, common=common))
 
-    def average(self, weights: Mapping[int, float]) -> None:
+    def average(self, weights: Mapping[int, float]) -> tuple[int, ...]:
         """Up: the models of those averaged; down: the average, to the same clients (to others when they next take
         part).
         """
         if not weights:  # nobody has trained
-            return
-        size = self.footprint(next(iter(weights))).model  # all client models are of one kind
-        self.ledger.add("up", "models", list(weights), size)
-        self.ledger.broadcast("models", list(weights), size)
-        self._stale |= set(range(len(self.samples))) - set(weights)
-        self.inner.average(weights)
+            return ()
+        averaged = self.inner.average(weights)
+        size = self.footprint(averaged[0]).model  # all client models are of one kind
+        self.ledger.add("up", "models", averaged, size)
+        self.ledger.broadcast("models", averaged, size)
+        self._stale |= set(range(len(self.samples))) - set(averaged)
+        return averaged
 
     def hand_over(self, client: int, *, optimizer: bool) -> None:
         """Up from the holder, down to the next: the client model, and its optimiser's state if that goes too."""

@@ -157,13 +157,14 @@ class LocalCohort(SimulatedCohort):
                 raise error.at(len(taken)) from None
         return taken
 
-    def average(self, weights: Mapping[int, float]) -> None:
+    def average(self, weights: Mapping[int, float]) -> tuple[int, ...]:
         """All client models := the weighted mean of those in `weights`. Optimiser states stay where they are."""
         first = self._clients[0].module
         average_into(first, [self._clients[k].module for k in weights], list(weights.values()))
         for client in self._clients[1:]:
             client.module.load_state_dict(first.state_dict())
         self._alike = True
+        return tuple(weights)
 
     def hand_over(self, client: int, *, optimizer: bool) -> None:
         """The travelling model moves to `client`; before anyone holds it, it is `client`'s own."""

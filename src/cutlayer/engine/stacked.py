@@ -121,10 +121,11 @@ class StackedCohort(SimulatedCohort):
                 self._alike, count = len(self._quota) == 1, count + 1
         return [_together(parts) for parts in steps]
 
-    def average(self, weights: Mapping[int, float]) -> None:
+    def average(self, weights: Mapping[int, float]) -> tuple[int, ...]:
         """All client models := the weighted mean of those in `weights`. Optimiser states stay where they are."""
         self._stack.average(weights)
         self._alike = True
+        return tuple(weights)
 
     def hand_over(self, client: int, *, optimizer: bool) -> None:
         """Sequential learning has one model at a time: the local engine runs it."""

@@ -72,9 +72,10 @@ class UnionCohort(SimulatedCohort):
         self._step([losses], [share.to(losses.device, losses.dtype)])
         return [Step(means(losses.detach(), self._sizes), self._asked, len(batch))]
 
-    def average(self, weights: Mapping[int, float]) -> None:
+    def average(self, weights: Mapping[int, float]) -> tuple[int, ...]:
         """Done already, by the weights n_k / n."""
         check_done(weights, self.samples, self._asked)
+        return tuple(weights)
 
     def hand_over(self, client: int, *, optimizer: bool) -> None:
         """Nothing travels where everybody has the same."""

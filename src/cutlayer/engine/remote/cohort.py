@@ -261,12 +261,12 @@ class RemoteCohort:
         _check_finite((torch.tensor([loss for loss, _ in steps]),), "losses", client)
         return steps
 
-    def average(self, weights: Mapping[int, float]) -> None:
-        """The weighted mean of the models of `weights`, for everybody: now, or when they next take part. Nothing where
-        nobody has trained.
+    def average(self, weights: Mapping[int, float]) -> tuple[int, ...]:
+        """The weighted mean of the models of `weights`, for everybody: now, or when they next take part; whose models
+        came. Nothing where nobody has trained.
         """
         if not weights:
-            return
+            return ()
         models = self._patiently(weights, lambda: self._models(list(weights)))
         here = [k for k in weights if k in models]
         self._average = average([models[k] for k in here], [weights[k] for k in here])
@@ -275,6 +275,7 @@ class RemoteCohort:
             self._post(k, m.TakeModel(self._step), body)
         self._stale |= set(range(len(self.samples))) - set(here)
         self._alike = True  # who has missed it gets it before anything else
+        return tuple(here)
 
     def hand_over(self, client: int, *, optimizer: bool) -> None:
         """The travelling model moves to `client`; before anyone holds it, it is `client`'s own. Where `client` is not
