@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from cutlayer.errors import DataError, DistrustError, NonFiniteError, RunFolderE
 from cutlayer.leakage.hijack import Hijack, HijackingServer
 from cutlayer.wire import ClientSide, Frame, ServerSide, encode
 from cutlayer.wire import messages as m
+from cutlayer.wire.conversation import ANSWERS
 
 SMALL: dict[str, Any] = {
     "data": "digits",
@@ -88,6 +89,7 @@ class Passing:
         *,
         deadline: float | None = None,
         quorum: int | None = None,
+        voters: Collection[int] | None = None,
         on_answer: Callable[[int, Frame], Any],
     ) -> dict[int, list[Any] | Lost]:
         if self.breaks_at and any(isinstance(x, self.breaks_at) for asked in requests.values() for x, _ in asked):
@@ -99,6 +101,13 @@ class Passing:
         if client not in self.servers:
             return Lost("gone", "it is gone")
         server, own, found = self.servers[client], self.clients[client], []
+        owes = sum(type(message) in ANSWERS for message, _ in asked)
+
+        def lost(reason: Any, error: Exception) -> list[Any] | Lost:
+            """As over a network: who has nothing more to say is not heard of."""
+            del self.servers[client]
+            return Lost(reason, str(error), type(error).__name__) if len(found) < owes else found
+
         for message, body in asked:
             data = server.send(message, body)
             try:
@@ -113,11 +122,9 @@ class Passing:
                     self.bytes += len(back)
                     found.append(on_answer(client, server.receive(back)))
             except NonFiniteError as error:
-                del self.servers[client]
-                return Lost("failed", str(error), type(error).__name__)
+                return lost("failed", error)
             except WireError as error:
-                del self.servers[client]
-                return Lost("garbage", str(error), type(error).__name__)
+                return lost("garbage", error)
         return found
 
 
@@ -233,6 +240,27 @@ def test_a_client_that_is_gone_takes_no_part() -> None:
     assert seen[:2] == [(0, 1, 2), (0, 1, 2)]
     assert all(clients == (0, 2) for clients in seen[2:])
     assert run.result is not None
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_a_fault_in_a_last_backward_pass_is_heard_of(rounds: int) -> None:
+    """A client is through with its round, but not with its last step: nobody asks it for anything meanwhile."""
+    config = RunConfig.of({**SMALL, "algorithm": "psl", "partition": "quantity", "rounds": rounds, "batch": 4})
+    run, hub = remote(config, faulty="stop")
+    sizes = [len(hub.workers[k].duty.samples.y) for k in range(3)]
+    first = min(range(3), key=sizes.__getitem__)
+    assert -(-sizes[first] // 4) < max(-(-n // 4) for n in sizes)
+    client, left = hub.workers[first].client, [rounds * -(-sizes[first] // 4)]
+
+    def step(rate: float, own: Callable[[float], None] = client.step) -> None:
+        own(rate)
+        left[0] -= 1
+        if not left[0]:
+            raise NonFiniteError("weight gradient or loss", (first,))
+
+    client.step = step  # type: ignore[method-assign]
+    with pytest.raises(NonFiniteError, match=f"client {first}"):
+        run.run()
 
 
 @pytest.mark.parametrize("algorithm", ["fl", "sfl"])

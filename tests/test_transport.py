@@ -319,6 +319,16 @@ def test_quorum() -> None:
         )  # a quorum that cannot be: everybody is waited for
 
 
+def test_only_voters_make_a_quorum() -> None:
+    with serving() as (hub, port), Clients(port, INSECURE[1]).add(*map(Echo, range(3))) as group:
+        hub.wait_for(3, SOON)
+        group.workers[0].pause.clear()
+        threading.Timer(0.5, group.workers[0].pause.set).start()
+        requests: dict[int, Any] = {0: step(1), 1: [(m.TakeModel(1), (b"x",))], 2: step(1)}
+        results = hub.exchange(requests, deadline=0.1, quorum=1, voters=[0])
+        assert bodies(results) == {0: b"x", 1: b"", 2: b"x"}
+
+
 def test_what_is_decoded_while_more_comes() -> None:
     names = set()
 
@@ -692,11 +702,35 @@ def test_joining_twice_and_taking_anothers_number() -> None:
         assert bodies(hub.exchange({0: step(1)})) == {0: b"x"}
 
 
+def test_a_message_too_large_for_the_server_ends_the_client() -> None:
+    small, large = Limits(message_bytes=5000), Limits()
+    with serving(limits=small) as (hub, port), Clients(port, INSECURE[1], limits=large).add(Echo(0)) as group:
+        hub.wait_for(1, SOON)
+        group.workers[0].model = bytes(10_000)
+        assert bodies(hub.exchange({0: [(m.Forward(1), ())]})) == {0: "gone"}
+        ended = group.end()
+        assert isinstance(ended, WireError)
+        assert "larger than max" in str(ended)
+
+
+def test_a_crowded_server_is_dialled_again(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr("cutlayer.engine.remote.hub._STREAMS", 1)
+    with serving() as (hub, port), Clients(port, INSECURE[1]).add(Echo(0)) as first:
+        hub.wait_for(1, SOON)
+        with Clients(port, INSECURE[1]).add(Echo(1)) as second:
+            until(lambda: "dialling again" in caplog.text)
+            assert hub.present == {0}
+            assert second.ends.empty()
+            first.stop.set()
+            until(lambda: hub.present == {1})
+
+
 def test_who_waits_stays() -> None:
     """Pings alone, with nothing else said, are no reason to hang up: a client may wait for its turn for hours."""
-    with serving(keepalive=0.2) as (hub, port), Clients(port, INSECURE[1], keepalive=0.2).add(Echo(0)):
+    often = {"keepalive": network.LEAST}
+    with serving(**often) as (hub, port), Clients(port, INSECURE[1], **often).add(Echo(0)):
         hub.wait_for(1, SOON)
-        time.sleep(6)  # six pings: gRPC sends at most one a second
+        time.sleep(7 * network.LEAST)
         assert hub.traffic()[0].connections == 1
         assert bodies(hub.exchange({0: step(1)})) == {0: b"x"}
 

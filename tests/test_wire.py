@@ -320,6 +320,7 @@ TO_SERVER = [
     m.Hello("ada", TERMS, 100, 3, "secret"),
     m.Smashed(1, 4),
     m.TailGradients(1, 4, math.inf),
+    m.Settled(1),
     m.Fitted(1, [(0.5, 4), (0.25, 3)]),
     m.Model(1),
     m.Optimizer(1),
@@ -334,6 +335,7 @@ TO_CLIENT = [
     m.Forward(1),
     m.Tail(1, 4),
     m.Backward(1, "common", 1),
+    m.Settle(1),
     m.Fit(1),
     m.GiveModel(1),
     m.TakeModel(1),
@@ -521,6 +523,8 @@ def test_a_whole_conversation() -> None:
     pair.down(m.Tail(1, 3))
     pair.up(m.TailGradients(1, 3, 0.5))
     pair.down(m.Backward(1, "common", 1))
+    pair.down(m.Settle(1))
+    pair.up(m.Settled(1))
     pair.down(m.Fit(1))
     pair.up(m.Fitted(1, [(0.1, 3)]))
     pair.down(m.GiveModel(2))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,15 @@ def replace_file(path: Path, content: bytes) -> None:
             os.close(folder)
     except OSError as error:
         raise RunFolderError(f"cannot write {str(path)!r}: {error.strerror}; make the folder writable") from None
+
+
+def finite_or_null(value: Any) -> Any:
+    """`value`, in depth, with None for every number that JSON does not know: infinite ones, and NaN."""
+    if isinstance(value, Mapping):
+        return {key: finite_or_null(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_or_null(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json(path: Path) -> Any:

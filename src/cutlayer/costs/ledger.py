@@ -123,15 +123,13 @@ class MeteredCohort(CohortAround):
         """Participants that missed an averaging fetch the averaged model first."""
         this = self.inner.begin_round(index, total, lr_factor)
         self._common_seen = False
-        late = [k for k in this.clients if k in self._stale]
-        if late:
-            self.ledger.broadcast("models", late, self.footprint(late[0]).model)
-            self._stale -= set(late)
+        self._fetch(this.clients)
         return this
 
     def forward(self, clients: Sequence[int] | None = None, *, labels: bool = True) -> Smashed:
-        """Up: smashed data and labels."""
+        """Up: smashed data and labels. Who was too late for an averaging in this round has fetched the model before."""
         smashed = self.inner.forward(clients, labels=labels)
+        self._fetch(smashed.clients)
         rows, counts = self.coding.rows(self.coding.up, smashed.rows, smashed.sizes)
         self._add("up", "smashed data", smashed.clients, smashed.written or counts)
         self._add("up", "labels", smashed.clients, np.array(smashed.sizes, np.int64) * row_bytes(smashed.labels))
@@ -168,7 +166,7 @@ class MeteredCohort(CohortAround):
         size = self.footprint(averaged[0]).model  # all client models are of one kind
         self.ledger.add("up", "models", averaged, size)
         self.ledger.broadcast("models", averaged, size)
-        self._stale |= set(range(len(self.samples))) - set(averaged)
+        self._stale = set(range(len(self.samples))) - set(averaged)
         return averaged
 
     def hand_over(self, client: int, *, optimizer: bool) -> None:
@@ -198,6 +196,13 @@ class MeteredCohort(CohortAround):
             return outputs
 
         return self.inner.evaluate(samples, metered)
+
+    def _fetch(self, clients: Sequence[int]) -> None:
+        """Down: the averaged model, to those of `clients` that have missed it."""
+        late = [k for k in clients if k in self._stale]
+        if late:
+            self.ledger.broadcast("models", late, self.footprint(late[0]).model)
+            self._stale -= set(late)
 
     def _add(
         self, direction: Direction, kind: Kind, clients: Sequence[int], counts: Sequence[int] | np.ndarray

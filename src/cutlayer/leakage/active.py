@@ -16,6 +16,7 @@ from torch import Tensor
 from cutlayer.build import Training, assemble
 from cutlayer.catalog import ALGORITHMS
 from cutlayer.errors import ConfigError
+from cutlayer.files import finite_or_null
 from cutlayer.leakage.hijack import Hijack, HijackingServer
 from cutlayer.leakage.reconstruct import Quality, score
 from cutlayer.leakage.subject import Moment, Subject, subjects
@@ -59,8 +60,8 @@ class Hijacked:
 
     @property
     def plain(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
+        """For JSON, which has no infinity: null stands for it."""
+        return dict(finite_or_null(asdict(self)))
 
 
 def check_hijackable(moment: Moment) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
@@ -15,6 +14,7 @@ from torch import Tensor
 from cutlayer import seeds
 from cutlayer.engine.choice import defence_of
 from cutlayer.errors import ConfigError, DataError, unknown
+from cutlayer.files import finite_or_null
 from cutlayer.gradients import row_losses
 from cutlayer.leakage import mutual
 from cutlayer.leakage.calibration import Calibrated, calibrate, rank
@@ -86,7 +86,7 @@ class Finding:
     @property
     def plain(self) -> dict[str, Any]:
         """For JSON, which has no infinity: null stands for it."""
-        return dict(_plain(asdict(self)))
+        return dict(finite_or_null(asdict(self)))
 
 
 @dataclass(frozen=True)
@@ -226,11 +226,3 @@ def comparisons(findings: Sequence[Finding]) -> list[str]:
                 why = f"not ranked: {error}"
             sentences.append(f"{one} (round {at}) and {two} (round {later}): {why}")
     return sentences
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

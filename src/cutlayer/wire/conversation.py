@@ -25,6 +25,7 @@ from cutlayer.wire.tensors import Buffer, size_of
 ANSWERS: dict[type[m.Message], type[Any]] = {
     m.Forward: m.Smashed,
     m.Tail: m.TailGradients,
+    m.Settle: m.Settled,
     m.Fit: m.Fitted,
     m.GiveModel: m.Model,
     m.GiveOptimizer: m.Optimizer,

@@ -129,6 +129,12 @@ class TailGradients(Message):
     loss: float
 
 
+class Settled(Message):
+    """Answers Settle: all that was asked before is done."""
+
+    step: Count
+
+
 class Fitted(Message):
     """Answers Fit: (mean loss, rows) of each local step."""
 
@@ -220,12 +226,19 @@ class Backward(Message):
     """Back-propagate and step. Behind it: cut gradients, each [R, s...].
 
     `own`: R is the client's batch. `common`: the one gradient that several clients share; a client uses the first rows,
-    or the only one for each of its rows. Has no answer: who answers what is asked next has done this before.
+    or the only one for each of its rows. Has no answer of its own: whoever answers the next request, which may be
+    Settle, has done this.
     """
 
     step: Count
     mode: Literal["own", "common"]
     rows: Size
+
+
+class Settle(Message):
+    """Say when all that was asked before is done."""
+
+    step: Count
 
 
 class Fit(Message):
@@ -285,7 +298,7 @@ class Bye(Message):
     reason: Text
 
 
-FromClient = Hello | Smashed | TailGradients | Fitted | Model | Optimizer | EvaluationRows | Saved | Failed
+FromClient = Hello | Smashed | TailGradients | Settled | Fitted | Model | Optimizer | EvaluationRows | Saved | Failed
 FromServer = (
     Welcome
     | Refused
@@ -293,6 +306,7 @@ FromServer = (
     | Forward
     | Tail
     | Backward
+    | Settle
     | Fit
     | GiveModel
     | TakeModel

@@ -33,6 +33,7 @@ from cutlayer.wire import messages as m
 from cutlayer.wire.conversation import ANSWERS
 from cutlayer.wire.tensors import Buffer
 
+_ACKNOWLEDGED = (m.Saved, m.Settled)  # answers to what was posted: they say no more than that it is done
 T = TypeVar("T")
 Tell = Callable[[str, Mapping[str, Any]], None]
 """Hears what has happened, as a word and as facts."""
@@ -54,6 +55,7 @@ class Hub(Protocol):
         *,
         deadline: float | None = None,
         quorum: int | None = None,
+        voters: Collection[int] | None = None,
         on_answer: Callable[[int, Frame], Any],
     ) -> Mapping[int, list[Any] | Lost]:
         """Send each client its requests, in order; what `on_answer` makes of the answers of those that gave them all,
@@ -177,6 +179,7 @@ class RemoteCohort:
         while True:
             connected = self.hub.connected
             asked = [k for k in due if k in connected]
+            self._catch_up(asked)
             step = self._step = self._step + 1
             requests: dict[int, list[Request]] = {k: [(m.Forward(step, labels), ())] for k in asked}
             answers = self._exchange(asked, requests.__getitem__, read, quorum=True)
@@ -273,7 +276,7 @@ class RemoteCohort:
         body = encode_named(self._average)
         for k in here:
             self._post(k, m.TakeModel(self._step), body)
-        self._stale |= set(range(len(self.samples))) - set(here)
+        self._stale = set(range(len(self.samples))) - set(here)
         self._alike = True  # who has missed it gets it before anything else
         return tuple(here)
 
@@ -507,17 +510,20 @@ class RemoteCohort:
         """
         posted, self._later = self._later, {}
         asked = {k: ask(k) for k in clients}
+        for k in posted.keys() - asked.keys():  # whoever fails in a backward pass must be heard of
+            if any(isinstance(message, m.Backward) for message, _ in posted[k]):
+                posted[k].append((m.Settle(self._step), ()))
         requests = {k: [*posted.get(k, []), *asked.get(k, [])] for k in {*clients, *posted}}
         due = {k: sum(type(message) in ANSWERS for message, _ in requests) for k, requests in asked.items()}
 
         def on_answer(k: int, frame: Frame) -> T | Frame:
-            # What was posted has at most this answer, which says no more than that it is done.
-            return frame if type(frame.message) is m.Saved else read(k, frame)
+            return frame if type(frame.message) in _ACKNOWLEDGED else read(k, frame)
 
         answered = self.hub.exchange(
             requests,
             deadline=self.setup.deadline,
             quorum=self._needed(clients) if quorum and self.setup.deadline is not None else None,
+            voters=clients,
             on_answer=on_answer,
         )
         found: dict[int, list[Any]] = {}

@@ -40,7 +40,8 @@ STOPPED = "stopped here"
 _GREETING = 20.0  # seconds for Welcome, besides those that the server waits for an earlier stream of ours to end
 _LEAVING = 5.0
 _TICK = 0.2
-_DAMAGED = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.OUT_OF_RANGE)
+_DAMAGED = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.OUT_OF_RANGE)
+_TOO_LARGE = "message larger than max"  # what RESOURCE_EXHAUSTED says then; else it is said of a crowded server
 
 
 class Worker(Protocol):
@@ -232,7 +233,7 @@ class Dialler:
     def _named(self, error: Any, stream: _Stream) -> Exception:
         """What a failed call means."""
         code, details = error.code(), (error.details() or "").strip()
-        if code in _DAMAGED:
+        if code in _DAMAGED or (code is grpc.StatusCode.RESOURCE_EXHAUSTED and _TOO_LARGE in details):
             return WireError(f"the server at {self.address} has ended the connection: {details}")
         if code is grpc.StatusCode.UNIMPLEMENTED:
             return RefusedError("protocol", f"{self.address} is not a Cutlayer server: check host and port")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -77,7 +77,7 @@ class Hooks(Protocol):
 
 
 class Exchange:
-    """Collects what clients answer. `counts`: how many answers each owes."""
+    """Collects what clients answer. `counts`: how many answers each owes; `voters`: who counts for the quorum, None: all."""
 
     def __init__(
         self,
@@ -86,6 +86,8 @@ class Exchange:
         on_answer: Callable[[int, Frame], Any] | None,
         pool: ThreadPoolExecutor | None,
         hub: Hooks,
+        *,
+        voters: Collection[int] | None = None,
     ) -> None:
         self.results: dict[int, list[Any] | Lost] = {}
         self.error: BaseException | None = None
@@ -95,6 +97,7 @@ class Exchange:
         self._decoding = dict.fromkeys(counts, 0)
         self._unsent = dict.fromkeys(counts, 0)
         self._quorum, self._on_answer, self._pool = quorum, on_answer, pool
+        self._voters = counts if voters is None else voters
         self._hub = hub
         self._expired = self._ended = False
         self.over = not counts
@@ -180,7 +183,7 @@ class Exchange:
     def _close_if_enough(self) -> None:
         if not self._expired or self.over:
             return
-        answered = sum(not isinstance(r, Lost) for r in self.results.values())
+        answered = sum(k in self._voters and not isinstance(r, Lost) for k, r in self.results.items())
         if answered < (self._quorum or 0):
             return
         self.over = True

@@ -208,7 +208,12 @@ class Hub:
 
     @overload
     def exchange(
-        self, requests: Mapping[int, Sequence[Request]], *, deadline: float | None = ..., quorum: int | None = ...
+        self,
+        requests: Mapping[int, Sequence[Request]],
+        *,
+        deadline: float | None = ...,
+        quorum: int | None = ...,
+        voters: Collection[int] | None = ...,
     ) -> dict[int, list[Frame] | Lost]: ...
 
     @overload
@@ -218,6 +223,7 @@ class Hub:
         *,
         deadline: float | None = ...,
         quorum: int | None = ...,
+        voters: Collection[int] | None = ...,
         on_answer: Callable[[int, Frame], T],
     ) -> dict[int, list[T] | Lost]: ...
 
@@ -227,12 +233,14 @@ class Hub:
         *,
         deadline: float | None = None,
         quorum: int | None = None,
+        voters: Collection[int] | None = None,
         on_answer: Callable[[int, Frame], Any] | None = None,
     ) -> dict[int, Any]:
         """Send each client its requests, in order, all clients at once; each one's answers, in order, or why not.
 
         It is over when every client has answered (or has been sent all, where nothing is answered) or is lost, or when
-        `deadline` seconds have passed and `quorum` clients have answered. A later answer is thrown away. With
+        `deadline` seconds have passed and `quorum` clients (of `voters`, if told) have answered. A later answer is
+        thrown away. With
         `on_answer`, what that makes of each answer is returned in its place; it is called on other threads while
         further answers come, and where it raises WireError, the client has said "garbage", and its stream is closed.
 
@@ -243,7 +251,7 @@ class Hub:
         for client, asked in requests.items():
             self._check(client, asked)
         counts = {k: sum(type(message) in ANSWERS for message, _ in asked) for k, asked in requests.items()}
-        exchange = Exchange(counts, quorum, on_answer, self._pool, self)
+        exchange = Exchange(counts, quorum, on_answer, self._pool, self, voters=voters)
         with self._changed:
             if not self._running:
                 raise NetworkError("the server is not running: nobody can be asked")

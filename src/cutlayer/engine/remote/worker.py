@@ -114,6 +114,8 @@ class Worker:
         if isinstance(message, m.Backward):
             self._backward(message, body)
             return None
+        if isinstance(message, m.Settle):
+            return m.Settled(message.step), ()
         if isinstance(message, m.Tail):
             return self._tail(message, body)
         if isinstance(message, m.BeginRound):
