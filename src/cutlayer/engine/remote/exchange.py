@@ -77,7 +77,7 @@ class Hooks(Protocol):
 
 
 class Exchange:
-    """Collects what clients answer. `counts`: how many answers each owes; `voters`: who counts for the quorum, None: all."""
+    """Collects what clients answer. `counts`: how many each owes; `voters`: who counts for the quorum (None: all)."""
 
     def __init__(
         self,
