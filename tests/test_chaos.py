@@ -259,5 +259,5 @@ def test_many_of_each(seed: int, tmp_path: Path) -> None:
     chance = random.Random(seed)
     kinds = list(Chaos.KINDS) * 6
     chance.shuffle(kinds)
-    chaos = run_chaos(tmp_path, rounds=4000, seed=seed, kinds=kinds, pause=2, limit=1500)
+    chaos = run_chaos(tmp_path, rounds=2400, seed=seed, kinds=kinds, pause=2, limit=1500)
     check(chaos, quiet_runs(chaos))
