@@ -19,6 +19,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import tomli_w
@@ -59,6 +60,13 @@ class Federation:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        # An app that still has something to tell a node that is gone would try for ever: it gets time to tidy up.
+        end = time.monotonic() + 15
+        while any(map(group_lives, self.processes)) and time.monotonic() < end:
+            time.sleep(0.2)
+        for process in self.processes:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
     def start(self, name: str, *command: str) -> subprocess.Popen[bytes]:
         """Start a process in the folder, with its output in a file of that name."""
@@ -69,6 +77,7 @@ class Federation:
                 env=self.environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,
+                process_group=0,  # with all that it starts
             )
         self.processes.append(process)
         return process
@@ -151,6 +160,15 @@ def show(folder: Path) -> None:
         table.add_row(c["client"], c["node"], str(c["samples"]), *sizes, c["reason"])
     (out if out.is_terminal else Console(width=120)).print(table)
     out.print(f"the run's folder: {folder}", soft_wrap=True)
+
+
+def group_lives(process: subprocess.Popen[bytes]) -> bool:
+    """Is there still something that `process` has started?"""
+    try:
+        os.killpg(process.pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def free_port() -> int:
