@@ -123,7 +123,7 @@ def _checksum(place: Buffer, rest: Sequence[Buffer]) -> int:
     state = xxhash.xxh3_64(place)
     for buffer in rest:
         state.update(buffer)
-    return state.intdigest() or 1
+    return state.intdigest() or 1  # 0 says that there is none
 
 
 def _not_ours(magic: bytes) -> str:

@@ -240,9 +240,9 @@ class Hub:
 
         It is over when every client has answered (or has been sent all, where nothing is answered) or is lost, or when
         `deadline` seconds have passed and `quorum` clients (of `voters`, if told) have answered. A later answer is
-        thrown away. With
-        `on_answer`, what that makes of each answer is returned in its place; it is called on other threads while
-        further answers come, and where it raises WireError, the client has said "garbage", and its stream is closed.
+        thrown away. With `on_answer`, what that makes of each answer is returned in its place; it is called on other
+        threads while further answers come, and where it raises WireError, the client has said "garbage", and its stream
+        is closed.
 
         Bodies that are one object for several clients are joined once. Buffers may change when this is back.
         Raises WireError for what may not be said now or is too large, and what `on_answer` raises otherwise.
