@@ -34,13 +34,13 @@ from cutlayer import RunConfig
 from cutlayer.algorithms import ALGORITHMS
 from cutlayer.allocator import keep_memory
 from cutlayer.build import load_source
-from cutlayer.engine.remote import network
-from cutlayer.engine.remote.build import client_name, client_number, remote_training, worker_of
-from cutlayer.engine.remote.certs import make_ca, make_certificate
-from cutlayer.engine.remote.dial import Dialler, dial_all
-from cutlayer.engine.remote.exchange import Lost
-from cutlayer.engine.remote.hub import Hub
-from cutlayer.engine.remote.security import ClientSecurity, ServerSecurity
+from cutlayer.remote import network
+from cutlayer.remote.certs import make_ca, make_certificate
+from cutlayer.remote.dial import Dialler, dial_all
+from cutlayer.remote.exchange import Lost
+from cutlayer.remote.hub import Hub
+from cutlayer.remote.security import ClientSecurity, ServerSecurity
+from cutlayer.remote.sides import client_name, client_number, remote_training, worker_of
 from cutlayer.wire import Frame, Limits, agree
 from cutlayer.wire import messages as m
 

@@ -18,10 +18,10 @@ from typing import Any
 import grpc
 import xxhash
 
-from cutlayer.config import RunConfig, read_toml
-from cutlayer.engine.remote import network
-from cutlayer.engine.remote.build import worker_of
-from cutlayer.engine.remote.security import ClientSecurity
+from cutlayer.options import RunConfig, read_toml
+from cutlayer.remote import network
+from cutlayer.remote.security import ClientSecurity
+from cutlayer.remote.sides import worker_of
 from cutlayer.wire import ClientSide, Limits, pack
 from cutlayer.wire import messages as m
 from cutlayer.wire.frames import split

@@ -18,7 +18,7 @@ import pytest
 from test_network import CONFIG, Trial  # type: ignore[import-not-found]
 
 from cutlayer import Run
-from cutlayer.config import RunConfig, read_toml
+from cutlayer.options import RunConfig, read_toml
 
 KEEPING = CONFIG + "eval_every = 20\ncheckpoint_every = 20\n"
 SEEDS = 4

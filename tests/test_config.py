@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cutlayer import CompareConfig, RunConfig
 from cutlayer.catalog import ALGORITHMS
-from cutlayer.config import CommonConfig, FleetConfig, all_specific, applicable, read_toml
+from cutlayer.options import CommonConfig, FleetConfig, all_specific, applicable, read_toml
 
 NAMES = st.text(st.characters(exclude_categories=("Cs",)), max_size=8)
 WHOLE, POSITIVE = st.integers(1, 2**40), st.floats(0, 1e30, exclude_min=True)

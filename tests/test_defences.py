@@ -13,9 +13,9 @@ from support import difference  # type: ignore[import-not-found]
 from test_remote import OWN, SMALL, same
 
 from cutlayer import ConfigError, Run
-from cutlayer.config import RunConfig
-from cutlayer.defences import Defence, distance_correlation
+from cutlayer.defences.pipeline import Defence, distance_correlation
 from cutlayer.leakage.ranks import dcor_library
+from cutlayer.options import RunConfig
 
 STRONG = {"clip": 0.5, "gaussian_noise": 0.2, "feature_dropout": 0.3, "nopeek": 0.5}
 

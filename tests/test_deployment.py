@@ -20,9 +20,9 @@ import pytest
 import yaml
 
 from cutlayer.cli import app
-from cutlayer.engine.remote.certs import key_fingerprint, make_ca, make_request, sign_request
-from cutlayer.engine.remote.serve import GRACE
 from cutlayer.errors import ConfigError, UsageError
+from cutlayer.remote.certs import key_fingerprint, make_ca, make_request, sign_request
+from cutlayer.remote.serve import GRACE
 
 ROOT = Path(__file__).parents[1]
 GUIDE = (ROOT / "docs" / "deployment.md").read_text()
@@ -296,7 +296,7 @@ def test_words_that_exclude_each_other(words: str, said: str, tmp_path: Path) ->
 
 def test_keys_that_systemd_hands_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their group bits are those of an access list: no warning (which would fail this test)."""
-    from cutlayer.engine.remote.security import ServerSecurity
+    from cutlayer.remote.security import ServerSecurity
 
     ca = make_ca(tmp_path)
     server = sign_request(tmp_path, make_request(tmp_path, "server").certificate)

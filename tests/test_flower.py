@@ -19,8 +19,8 @@ import pytest
 import torch
 
 from cutlayer import Run, checkpoint
-from cutlayer.config import RunConfig
 from cutlayer.errors import ConfigError
+from cutlayer.options import RunConfig
 
 pytest.importorskip("flwr", reason="Flower is not installed (the extra `flower`)")
 

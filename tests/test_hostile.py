@@ -15,7 +15,7 @@ from hostile import ATTACKS  # type: ignore[import-not-found]
 from test_network import CONFIG, PATIENCE, Trial  # type: ignore[import-not-found]
 from test_remote import remote  # type: ignore[import-not-found]
 
-from cutlayer.config import RunConfig, read_toml
+from cutlayer.options import RunConfig, read_toml
 
 SAID = {
     "truncated": "cut off or run on",

@@ -11,12 +11,12 @@ from torch import nn
 from torch.nn import functional
 
 from cutlayer import Samples
+from cutlayer.defences.watch import Watch
 from cutlayer.errors import ConfigError, DataError
 from cutlayer.leakage.fitting import Budget
 from cutlayer.leakage.hijack import Hijack
 from cutlayer.leakage.ranks import label_leakage
 from cutlayer.leakage.reconstruct import reconstruct, ssim
-from cutlayer.leakage.watch import Watch
 
 BUDGET = Budget(steps=480, batch=64, lr=2e-3, check_every=60, patience=4)
 

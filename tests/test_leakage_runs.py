@@ -13,7 +13,6 @@ import torch
 
 from cutlayer import ConfigError, DataError, Run, leakage
 from cutlayer.build import assemble, deal
-from cutlayer.config import RunConfig
 from cutlayer.errors import RunFolderError
 from cutlayer.folder import CHECKPOINT
 from cutlayer.leakage.active import _trained, hijack
@@ -21,6 +20,7 @@ from cutlayer.leakage.assess import Asked, _upper, check, comparisons, examine
 from cutlayer.leakage.fitting import Budget
 from cutlayer.leakage.reconstruct import reconstruct
 from cutlayer.leakage.subject import Subject, moments, subjects
+from cutlayer.options import RunConfig
 from cutlayer.report import leakage as report
 from cutlayer.reproduce.cells import SIZES, Plan
 from cutlayer.reproduce.claims import explained, explained_at_equal_accuracy

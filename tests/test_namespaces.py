@@ -79,9 +79,9 @@ eval_every = {rounds}
 SERVER = """
 import json, sys
 from pathlib import Path
-from cutlayer.config import RunConfig, read_toml
-from cutlayer.engine.remote.security import ServerSecurity
-from cutlayer.engine.remote.serve import Service, Serving
+from cutlayer.options import RunConfig, read_toml
+from cutlayer.remote.security import ServerSecurity
+from cutlayer.remote.serve import Service, Serving
 
 ca = Path("ca")
 security = ServerSecurity(ca / "server.crt", ca / "server.key", ca / "ca.crt")

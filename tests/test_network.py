@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from cutlayer import Run
-from cutlayer.config import RunConfig, read_toml
-from cutlayer.engine.remote.certs import make_ca, make_certificate
+from cutlayer.options import RunConfig, read_toml
+from cutlayer.remote.certs import make_ca, make_certificate
 
 CUTLAYER = [sys.executable, "-m", "cutlayer"]
 PATIENCE = 100.0  # seconds for anything here

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cutlayer import ConfigError, CutError, Run, cut
-from cutlayer.config import PlanConfig
 from cutlayer.costs import breakeven
 from cutlayer.costs.breakeven import BreakEven, break_evens, bytes_of, sentences
 from cutlayer.costs.expect import ALGORITHMS, Workload, expect
@@ -35,6 +34,7 @@ from cutlayer.costs.measure import candidates, example, measure, placed, survey
 from cutlayer.costs.plan import plan
 from cutlayer.models.cut import cut_unproved
 from cutlayer.models.zoo import build
+from cutlayer.options import PlanConfig
 
 META = torch.device("meta")
 DIGITS: dict[str, Any] = {"input": (1, 8, 8), "clients": 4, "samples_per_client": 20}

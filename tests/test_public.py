@@ -10,7 +10,7 @@ import cutlayer
 from cutlayer import catalog
 from cutlayer.algorithms import ALGORITHMS
 from cutlayer.cli import app
-from cutlayer.config import CommonConfig, CompareConfig, FleetConfig, PlanConfig, RunConfig, all_specific, applicable
+from cutlayer.options import CommonConfig, CompareConfig, FleetConfig, PlanConfig, RunConfig, all_specific, applicable
 
 PUBLIC = """CompareConfig Comparison ConfigError CutError CutlayerError DataError NonFiniteError Parts Record Result Row
 Run RunConfig RunFolderError Samples Scores Source TrainingError UsageError __version__ cut cut_points from_arrays

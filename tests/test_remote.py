@@ -17,15 +17,15 @@ from cutlayer import Run, checkpoint
 from cutlayer.algorithms import ALGORITHMS
 from cutlayer.build import assemble
 from cutlayer.cohort import draw_participants
-from cutlayer.config import RunConfig
 from cutlayer.data import load_whole
-from cutlayer.engine.remote.build import remote_training, worker_of
-from cutlayer.engine.remote.exchange import Lost, Request
-from cutlayer.engine.remote.join import _secret
-from cutlayer.engine.remote.logs import _TextLines
-from cutlayer.engine.remote.worker import Worker
 from cutlayer.errors import DataError, DistrustError, NonFiniteError, RunFolderError, TrainingError, WireError
 from cutlayer.leakage.hijack import Hijack, HijackingServer
+from cutlayer.options import RunConfig
+from cutlayer.remote.exchange import Lost, Request
+from cutlayer.remote.join import _secret
+from cutlayer.remote.logs import _TextLines
+from cutlayer.remote.sides import remote_training, worker_of
+from cutlayer.remote.worker import Worker
 from cutlayer.wire import ClientSide, Frame, ServerSide, encode
 from cutlayer.wire import messages as m
 from cutlayer.wire.conversation import ANSWERS

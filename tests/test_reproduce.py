@@ -23,10 +23,10 @@ from matplotlib.image import imread
 from safetensors.numpy import save
 
 from cutlayer import Run
-from cutlayer.config import RunConfig
 from cutlayer.costs.expect import expect
 from cutlayer.errors import ConfigError, DataError, RunFolderError, TrainingError
-from cutlayer.reproduce import costs, tables
+from cutlayer.options import RunConfig
+from cutlayer.reproduce import table6, tables
 from cutlayer.reproduce.cells import METHODS, SIZES, Cell, Plan, Size
 from cutlayer.reproduce.claims import Verdict, interval, judge, summary
 from cutlayer.reproduce.findings import find
@@ -253,26 +253,26 @@ def test_costs_are_those_of_the_runs(method: str) -> None:
     plan = Plan(TINY, "digits")
     run = Run(plan.method(method, 1e-3).at(0))
     result = run.run()
-    counted = costs.of_method(plan, method)
+    counted = table6.of_method(plan, method)
     assert counted.unicast == result.bytes_up + result.bytes_down
     assert counted.broadcast == result.bytes_up + result.bytes_down_broadcast
     assert counted.client_flops == result.client_flops
-    halfway = costs.spent(plan, method, {"epochs": 1.0})
+    halfway = table6.spent(plan, method, {"epochs": 1.0})
     assert halfway["virtual_seconds"] == counted.seconds
     if method != "cl":  # which sends its data once
-        assert costs.spent(plan, method, {"epochs": 2.0})["virtual_seconds"] > 1.5 * halfway["virtual_seconds"]
+        assert table6.spent(plan, method, {"epochs": 2.0})["virtual_seconds"] > 1.5 * halfway["virtual_seconds"]
 
 
 def test_table_6_and_what_counting_settles() -> None:
     plan = Plan(TINY, "digits")
-    example = {title: values[0] for title, values in costs.communication(plan)}
+    example = {title: values[0] for title, values in table6.communication(plan)}
     assert example == {"FL": "40,000 MB", "PSL": "2,400 MB", "SFL": "15,800 MB", "SGLR": "1,800.024 MB"}
-    counted = {fact.name: fact for fact in costs.facts(plan)}
+    counted = {fact.name: fact for fact in table6.facts(plan)}
     assert counted["client-compute"].evidence.startswith("95.3 %")  # of 8x8 pictures; 94.7 % of 28x28 (test_costs.py)
     assert counted["traffic-sfl-wire-unicast"].holds
     # The point that the sentence names is where the two are equal.
-    work = costs._work(plan, "mlp")
-    even = costs._break_even(work, "fl", "wire-unicast")
+    work = table6._work(plan, "mlp")
+    even = table6._break_even(work, "fl", "wire-unicast")
     below, above = (
         [expect(m, replace(work, samples_per_client=n)).unicast for m in ("sglr", "fl")]
         for n in (math.floor(even), math.ceil(even))
@@ -282,12 +282,12 @@ def test_table_6_and_what_counting_settles() -> None:
 
 
 def test_what_counting_settles_names_whole_samples_that_are_below() -> None:
-    assert costs._until(33.7475) == "below it up to 33 samples per client and epoch"
-    assert costs._until(34.0) == "below it up to 33 samples per client and epoch"
-    assert costs._until(0.5) == "below it at no number of samples"
-    assert costs._until(math.inf) == "below it at any number of samples"
-    assert costs._against(1_000, 2_000) == "1.00 kB against 2.00 kB"
-    assert costs._against(125_480_000, 125_486_400) == "125,480,000 B against 125,486,400 B"
+    assert table6._until(33.7475) == "below it up to 33 samples per client and epoch"
+    assert table6._until(34.0) == "below it up to 33 samples per client and epoch"
+    assert table6._until(0.5) == "below it at no number of samples"
+    assert table6._until(math.inf) == "below it at any number of samples"
+    assert table6._against(1_000, 2_000) == "1.00 kB against 2.00 kB"
+    assert table6._against(125_480_000, 125_486_400) == "125,480,000 B against 125,486,400 B"
 
 
 def test_cells_are_shared_by_tables() -> None:

@@ -25,13 +25,13 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from grpc_health.v1 import health_pb2
 
-from cutlayer.engine.remote import network
-from cutlayer.engine.remote.certs import make_ca, make_certificate
-from cutlayer.engine.remote.dial import STOPPED, Backoff, dial
-from cutlayer.engine.remote.exchange import Body, Exchange, Lost
-from cutlayer.engine.remote.hub import Hub
-from cutlayer.engine.remote.security import ClientSecurity, ServerSecurity, hash_token, make_token
 from cutlayer.errors import ConfigError, CutlayerWarning, NetworkError, RefusedError, WireError
+from cutlayer.remote import network
+from cutlayer.remote.certs import make_ca, make_certificate
+from cutlayer.remote.dial import STOPPED, Backoff, dial
+from cutlayer.remote.exchange import Body, Exchange, Lost
+from cutlayer.remote.hub import Hub
+from cutlayer.remote.security import ClientSecurity, ServerSecurity, hash_token, make_token
 from cutlayer.wire import ClientSide, Frame, Limits, agree, pack, unpack
 from cutlayer.wire import messages as m
 from cutlayer.wire.frames import split
@@ -714,7 +714,7 @@ def test_a_message_too_large_for_the_server_ends_the_client() -> None:
 
 
 def test_a_crowded_server_is_dialled_again(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr("cutlayer.engine.remote.hub._STREAMS", 1)
+    monkeypatch.setattr("cutlayer.remote.hub._STREAMS", 1)
     with serving() as (hub, port), Clients(port, INSECURE[1]).add(Echo(0)) as first:
         hub.wait_for(1, SOON)
         with Clients(port, INSECURE[1]).add(Echo(1)) as second:

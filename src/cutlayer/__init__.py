@@ -18,8 +18,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cutlayer.compare import Comparison as Comparison
     from cutlayer.compare import Row as Row
-    from cutlayer.config import CompareConfig as CompareConfig
-    from cutlayer.config import RunConfig as RunConfig
     from cutlayer.data import Samples as Samples
     from cutlayer.data import Source as Source
     from cutlayer.data import from_arrays as from_arrays
@@ -37,6 +35,8 @@ if TYPE_CHECKING:
     from cutlayer.models import Parts as Parts
     from cutlayer.models import cut as cut
     from cutlayer.models import cut_points as cut_points
+    from cutlayer.options import CompareConfig as CompareConfig
+    from cutlayer.options import RunConfig as RunConfig
     from cutlayer.run import Record as Record
     from cutlayer.run import Result as Result
     from cutlayer.run import Run as Run
@@ -46,7 +46,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "cutlayer.compare": ("Comparison", "Row"),
-    "cutlayer.config": ("CompareConfig", "RunConfig"),
+    "cutlayer.options": ("CompareConfig", "RunConfig"),
     "cutlayer.data": ("Samples", "Source", "from_arrays", "from_dataset", "load", "partition"),
     "cutlayer.errors": (
         "ConfigError",

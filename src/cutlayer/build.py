@@ -20,7 +20,6 @@ from torch import nn
 from cutlayer import seeds
 from cutlayer.catalog import ALGORITHMS, MODELS
 from cutlayer.cohort import Cohort, draw_participants
-from cutlayer.config import RunConfig
 from cutlayer.costs.clock import Clock, ClockedCohort
 from cutlayer.costs.fleet import Fleet, fleet
 from cutlayer.costs.flops import ModelFlops, count
@@ -32,6 +31,7 @@ from cutlayer.errors import ConfigError, CutError, DataError, unknown
 from cutlayer.models import Parts, build, cut
 from cutlayer.models.parts import Part, load_own, one_line
 from cutlayer.optim import MakeOptimizer, make_optimizer
+from cutlayer.options import RunConfig
 from cutlayer.server import Server
 from cutlayer.wire import Codec, Coding
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from cutlayer.build import Data, Model, assemble, by_name, deal
 from cutlayer.catalog import ALGORITHMS
-from cutlayer.config import CompareConfig, RunConfig, overlaid
 from cutlayer.errors import RunFolderError
 from cutlayer.files import read_json
 from cutlayer.folder import COMPARISON, CONFIG, OWN_FILES, RESULT, Folder, refuse_used, stored_config
+from cutlayer.options import CompareConfig, RunConfig, overlaid
 from cutlayer.run import Record, Result, Run, Spent, own_things, without_own
 from cutlayer.summary import mean_of_known
 

@@ -21,9 +21,9 @@ from typing import Any, Self, TextIO
 
 import tomli_w
 
-from cutlayer.config import read_toml
 from cutlayer.errors import RunFolderError
 from cutlayer.files import replace_file
+from cutlayer.options import read_toml
 
 CONFIG, STEPS, EVALUATIONS, CLASSES = "config.toml", "steps.jsonl", "evaluations.jsonl", "classes.json"
 EVENTS, SNAPSHOTS = "events.jsonl", "snapshots"

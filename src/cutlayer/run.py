@@ -15,7 +15,6 @@ from cutlayer.algorithms import ALGORITHMS
 from cutlayer.build import Data, Model, Training, assemble, by_name
 from cutlayer.catalog import ALGORITHMS as ALGORITHM_INFO
 from cutlayer.cohort import Cohort
-from cutlayer.config import RunConfig, normalised, overlaid
 from cutlayer.costs.measured import Meter
 from cutlayer.engine.base import judged
 from cutlayer.errors import ConfigError, NonFiniteError, RunFolderError, UsageError
@@ -31,6 +30,7 @@ from cutlayer.folder import (
     stored_config,
 )
 from cutlayer.optim import lr_factor
+from cutlayer.options import RunConfig, normalised, overlaid
 from cutlayer.server import Server
 from cutlayer.types import Evaluation, Step
 
@@ -138,7 +138,7 @@ class Run:
     Options are those of `RunConfig`, as keywords or as a ready `config`. `model` may be a module of your own (or a
     function that makes one) and `data` tensors (x, y), a dataset or a Source; names choose from the catalogue. With
     `out` the run is written to that folder and can be resumed. `training` replaces the simulation that is built from
-    all this (clients on other machines: `engine/remote`).
+    all this (clients on other machines: `remote`).
 
     Raises UsageError before anything is trained or written; NonFiniteError (with step and client) during training.
     """

@@ -12,7 +12,7 @@ from cutlayer.algorithms.sglr import sgl, sglr, slr
 from cutlayer.algorithms.splitfed import sfl, sflv1, sflv2, sflv3
 from cutlayer.algorithms.ushaped import ushaped
 from cutlayer.cohort import Cohort
-from cutlayer.config import RunConfig
+from cutlayer.options import RunConfig
 from cutlayer.server import Server
 from cutlayer.types import Round, Step
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from cutlayer.cohort import Cohort
-from cutlayer.config import RunConfig
+from cutlayer.options import RunConfig
 from cutlayer.server import Server
 from cutlayer.types import Round, Step
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from cutlayer import seeds
 from cutlayer.cohort import Cohort
-from cutlayer.config import RunConfig
+from cutlayer.options import RunConfig
 from cutlayer.server import ServerStep
 from cutlayer.types import Round, Smashed, Step
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from cutlayer.algorithms.common import sample_weights
 from cutlayer.cohort import Cohort
-from cutlayer.config import RunConfig
+from cutlayer.options import RunConfig
 from cutlayer.server import Server
 from cutlayer.types import Round, Step
 

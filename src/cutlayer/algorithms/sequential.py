@@ -14,8 +14,8 @@ from collections.abc import Iterator
 
 from cutlayer.algorithms.common import report, visits
 from cutlayer.cohort import Cohort
-from cutlayer.config import RunConfig
 from cutlayer.gradients import own
+from cutlayer.options import RunConfig
 from cutlayer.server import Server
 from cutlayer.types import Round, Step
 

@@ -25,8 +25,8 @@ from torch import Tensor
 from cutlayer import seeds
 from cutlayer.algorithms.common import report
 from cutlayer.cohort import Cohort
-from cutlayer.config import RunConfig
 from cutlayer.gradients import own, scaled
+from cutlayer.options import RunConfig
 from cutlayer.server import Server
 from cutlayer.types import CutGradients, Round, Rows, Smashed, Step, as_matrix, as_rows, channels_last, row_numbers
 

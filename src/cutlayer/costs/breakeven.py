@@ -27,7 +27,7 @@ from cutlayer.catalog import ALGORITHMS
 from cutlayer.costs.expect import Expected, Workload, expect
 from cutlayer.costs.fleet import Fleet
 from cutlayer.costs.ledger import CONVENTIONS, Convention
-from cutlayer.report.text import format_bytes, listed
+from cutlayer.text import format_bytes, listed
 
 Quantity = Literal["samples per client", "clients", "model bytes", "time"]
 Side = Literal["below", "above", "always", "never"]

@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from cutlayer import seeds
-from cutlayer.config import PlanConfig, RunConfig
 from cutlayer.costs.profiles import Device, Link, Profiles
 from cutlayer.errors import ConfigError, CutlayerWarning
+from cutlayer.options import PlanConfig, RunConfig
 
 Array = npt.NDArray[np.float64]
 MBPS = 1e6  # bit/s

@@ -3,7 +3,7 @@
 Every figure is one epoch's. Costs are those of `expect`, for what `measure` finds the model to be on the meta device,
 so that a million clients and billions of parameters take seconds. What is not known is None.
 
-    from cutlayer.config import PlanConfig
+    from cutlayer.options import PlanConfig
     from cutlayer.costs.plan import plan
 
     found = plan(PlanConfig(model="resnet16", cut="all", clients=100, memory_budget=0.5))
@@ -21,13 +21,13 @@ import torch
 from torch import nn
 
 from cutlayer.catalog import ALGORITHMS, MODELS
-from cutlayer.config import PlanConfig
 from cutlayer.costs.breakeven import BreakEven, break_evens
 from cutlayer.costs.expect import Expected, Workload, expect
 from cutlayer.costs.fleet import Fleet, fleet
 from cutlayer.costs.measure import Measured, example, load_model, make, measure, placed, survey
 from cutlayer.errors import ConfigError
-from cutlayer.report.text import format_bytes, format_quantity, listed
+from cutlayer.options import PlanConfig
+from cutlayer.text import format_bytes, format_quantity, listed
 
 GB = 1e9
 

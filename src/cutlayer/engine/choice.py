@@ -10,18 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from cutlayer.cohort import Cohort
-from cutlayer.config import RunConfig
-from cutlayer.defences import Defence
+from cutlayer.defences.defended import DefendedCohort
+from cutlayer.defences.pipeline import Defence
 from cutlayer.engine.base import Clients
-from cutlayer.engine.defended import DefendedCohort
 from cutlayer.engine.layout import quicker, smashed
 from cutlayer.engine.local import LocalCohort
-from cutlayer.engine.proof import bytes_per_row, stackable
+from cutlayer.engine.stackable import bytes_per_row, stackable
 from cutlayer.engine.stacked import StackedCohort, StackedServer, Stacking
 from cutlayer.engine.union import UnionCohort, UnionServer, row_by_row
 from cutlayer.errors import CutlayerWarning
 from cutlayer.models import Parts
 from cutlayer.optim import ELEMENTWISE, MakeOptimizer, rule_of
+from cutlayer.options import RunConfig
 from cutlayer.server import Server
 from cutlayer.types import Rows
 

@@ -14,7 +14,7 @@ import os
 import torch
 from torch import Tensor, nn
 
-from cutlayer.engine.proof import close, exact, jittered, run_alone
+from cutlayer.engine.stackable import close, exact, jittered, run_alone
 from cutlayer.gradients import gradient_of
 from cutlayer.models.parts import Part
 from cutlayer.models.trace import pool_first

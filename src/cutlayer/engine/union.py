@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from cutlayer.cohort import Footprint, Predict
 from cutlayer.data.samples import Samples
 from cutlayer.engine.base import EVALUATION_ROWS, Clients, SimulatedCohort, evaluation, model_bytes
-from cutlayer.engine.proof import close, drawing, exact
+from cutlayer.engine.stackable import close, drawing, exact
 from cutlayer.errors import NonFiniteError
 from cutlayer.gradients import column, means, row_losses, spread
 from cutlayer.optim import MakeOptimizer, set_lr

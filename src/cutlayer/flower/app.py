@@ -1,7 +1,7 @@
 """What Flower loads: the ServerApp `server` and the ClientApp `client`.
 
 The ServerApp sends each chosen node one message and trains; the ClientApp answers it when its work is done. What is
-exchanged in a step goes over the streams that the ClientApps open to the ServerApp (`engine/remote`).
+exchanged in a step goes over the streams that the ClientApps open to the ServerApp (`remote`).
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
 
 from cutlayer.build import own_source
-from cutlayer.config import RunConfig, normalised
-from cutlayer.engine.remote.build import client_name, client_number, worker_of
-from cutlayer.engine.remote.certs import make_ca, make_certificate
-from cutlayer.engine.remote.dial import STOPPED, dial
-from cutlayer.engine.remote.security import ClientSecurity, ServerSecurity, hash_token, make_token
-from cutlayer.engine.remote.serve import GRACE, Service, Serving
-from cutlayer.engine.remote.worker import Worker
 from cutlayer.errors import ConfigError, CutlayerError, NetworkError, TrainingError
 from cutlayer.files import replace_file
 from cutlayer.flower.invitation import Farewell, Invitation
 from cutlayer.flower.options import Hosting, read
 from cutlayer.flower.replies import Replies
 from cutlayer.folder import refuse_used
+from cutlayer.options import RunConfig, normalised
+from cutlayer.remote.certs import make_ca, make_certificate
+from cutlayer.remote.dial import STOPPED, dial
+from cutlayer.remote.security import ClientSecurity, ServerSecurity, hash_token, make_token
+from cutlayer.remote.serve import GRACE, Service, Serving
+from cutlayer.remote.sides import client_name, client_number, worker_of
+from cutlayer.remote.worker import Worker
 from cutlayer.report import write
 from cutlayer.run import Run
 

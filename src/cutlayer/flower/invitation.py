@@ -10,8 +10,8 @@ from typing import Any, Self
 import msgspec
 from flwr.app import ConfigRecord, Context, MetricRecord, RecordDict
 
-from cutlayer.config import RunConfig, normalised
 from cutlayer.errors import WireError
+from cutlayer.options import RunConfig, normalised
 
 _INVITATION, _END, _WORK = "cutlayer-invitation", "cutlayer-end", "cutlayer-work"
 _OF_THE_NODE = ("data", "data_format", "device")

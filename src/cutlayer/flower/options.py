@@ -12,9 +12,9 @@ from typing import Any, Self
 
 from pydantic import Field
 
-from cutlayer.config import FaultConfig, RunConfig, normalised, overlaid, read_toml
-from cutlayer.engine.remote.security import split_address
 from cutlayer.errors import ConfigError
+from cutlayer.options import FaultConfig, RunConfig, normalised, overlaid, read_toml
+from cutlayer.remote.security import split_address
 
 SERVE, FILE = "serve", "config"
 _EVERYWHERE = ("0.0.0.0", "::")

@@ -12,9 +12,9 @@ from typing import Self
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from cutlayer.engine.remote.build import client_name
 from cutlayer.errors import CutlayerError, NetworkError, TrainingError, WireError
 from cutlayer.flower.invitation import Farewell
+from cutlayer.remote.sides import client_name
 
 log = logging.getLogger(__name__)
 _TICK = 1.0  # seconds between questions to the SuperLink

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from cutlayer.build import Training, assemble
 from cutlayer.catalog import ALGORITHMS
+from cutlayer.defences.watch import WatchedCohort
 from cutlayer.errors import ConfigError
 from cutlayer.files import finite_or_null
 from cutlayer.leakage.hijack import Hijack, HijackingServer
 from cutlayer.leakage.reconstruct import Quality, score
 from cutlayer.leakage.subject import Moment, Subject, subjects
-from cutlayer.leakage.watch import WatchedCohort
 from cutlayer.run import round_of
 from cutlayer.server import Server
 

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from cutlayer import checkpoint, seeds
 from cutlayer.build import Training, assemble, deal
 from cutlayer.catalog import ALGORITHMS
-from cutlayer.config import RunConfig
 from cutlayer.data.samples import Samples
-from cutlayer.defences import Defence
+from cutlayer.defences.pipeline import Defence
 from cutlayer.engine.choice import defence_of
 from cutlayer.errors import ConfigError, DataError, RunFolderError
 from cutlayer.files import read_records
@@ -28,6 +27,7 @@ from cutlayer.folder import CHECKPOINT, EVALUATIONS, SNAPSHOTS, stored_config
 from cutlayer.leakage import dp
 from cutlayer.leakage.inputs import Client, smash
 from cutlayer.models.parts import load_own
+from cutlayer.options import RunConfig
 from cutlayer.run import fingerprint, without_own
 from cutlayer.types import as_tuple
 from cutlayer.wire import Codec

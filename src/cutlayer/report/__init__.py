@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cutlayer.files import replace_file
 from cutlayer.folder import CLASS_COUNTS, CURVES, PAGE
-from cutlayer.report.text import format_bytes
+from cutlayer.text import format_bytes
 
 __all__ = ["format_bytes", "write"]
 
@@ -18,7 +18,7 @@ def write(folder: Path) -> list[Path]:
     three could be made. Raises RunFolderError where `folder` is no run, is damaged, or has no evaluation yet.
     """
     # Imported here: the command line reads format_bytes from this package, and `--help` should not load matplotlib.
-    from cutlayer.report import collect, curves, page
+    from cutlayer.report import collect, curves, html
 
     report = collect.read(Path(folder))
     panels = curves.panels(report)
@@ -26,7 +26,7 @@ def write(folder: Path) -> list[Path]:
     contents = {
         CURVES: curves.overview(report),
         CLASS_COUNTS: classes,
-        PAGE: page.render(report, panels, classes).encode(),
+        PAGE: html.render(report, panels, classes).encode(),
     }
     for name, content in contents.items():
         replace_file(report.folder / name, content)

@@ -20,7 +20,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from cutlayer.report.collect import Entry, Report, Run
-from cutlayer.report.text import shortened
+from cutlayer.text import shortened
 
 Array = npt.NDArray[np.float64]
 

@@ -93,7 +93,7 @@ def active_notes(hijacked: Sequence[Hijacked]) -> list[str]:
     """What the table of an active server rests on."""
     if not hijacked:
         return []
-    from cutlayer.leakage.watch import Watch  # here, not above: it needs torch
+    from cutlayer.defences.watch import Watch  # here, not above: it needs torch
 
     said = [
         f"watch: how far labels explain the gradients that a client gets, .5 is chance; below {Watch().least:g} it is "

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from cutlayer.catalog import MODELS
-from cutlayer.config import RunConfig
+from cutlayer.options import RunConfig
 
 SizeName = Literal["smoke", "reduced", "full"]
 When = tuple[Literal["always", "initial", "final"], float]

@@ -19,7 +19,6 @@ from typing import Literal
 from scipy.special import stdtrit  # type: ignore[import-untyped]
 
 from cutlayer.catalog import ALGORITHMS, MODELS
-from cutlayer.report.text import listed
 from cutlayer.reproduce.cells import (
     ALPHAS_WITH_PHI,
     DEFENCES,
@@ -30,8 +29,9 @@ from cutlayer.reproduce.cells import (
     SKEWS,
     Cell,
 )
-from cutlayer.reproduce.costs import Fact
 from cutlayer.reproduce.outcomes import Outcome, Outcomes
+from cutlayer.reproduce.table6 import Fact
+from cutlayer.text import listed
 
 Gap = Callable[[Outcome, Outcome], float | None]
 """What the first of two runs of one seed has more than the second, in points; None where it was not measured."""

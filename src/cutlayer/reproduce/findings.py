@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cutlayer.reproduce.claims import Verdict, judge, summary
-from cutlayer.reproduce.costs import Fact, facts
 from cutlayer.reproduce.outcomes import Outcomes
+from cutlayer.reproduce.table6 import Fact, facts
 from cutlayer.reproduce.tables import PARTS, Table
 
 

@@ -9,10 +9,10 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from cutlayer.config import RunConfig
 from cutlayer.errors import RunFolderError
 from cutlayer.files import read_json, read_records
 from cutlayer.folder import CLASSES, EVALUATIONS, RESULT, stored_config
+from cutlayer.options import RunConfig
 from cutlayer.reproduce.cells import Cell, Plan
 from cutlayer.reproduce.train import DIVERGED, EXAMINED, folder_of, is_trained
 from cutlayer.summary import spread

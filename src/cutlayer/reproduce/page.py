@@ -11,11 +11,11 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from cutlayer import __version__
-from cutlayer.report.text import listed
 from cutlayer.reproduce.claims import Difference, Verdict, points
 from cutlayer.reproduce.findings import Findings
 from cutlayer.reproduce.plots import PLOTS, draw
 from cutlayer.reproduce.tables import Table, paper, paper_of, shown
+from cutlayer.text import listed
 
 JSON, MARKDOWN, PAGE = "reproduction.json", "reproduction.md", "reproduction.html"
 MARKS: dict[str, str] = {

@@ -49,9 +49,9 @@ from cutlayer.reproduce.cells import (
     SKEWS,
     Cell,
 )
-from cutlayer.reproduce.costs import FLEET_TEXT, spent
 from cutlayer.reproduce.findings import Findings
 from cutlayer.reproduce.outcomes import Outcomes, Score
+from cutlayer.reproduce.table6 import FLEET_TEXT, spent
 from cutlayer.reproduce.tables import PARTS, paper
 from cutlayer.reproduce.train import PICTURES, SHOWN, folder_of
 from cutlayer.summary import spread

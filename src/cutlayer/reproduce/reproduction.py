@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import tomli_w
 
 from cutlayer.catalog import DATASETS
-from cutlayer.config import read_toml
 from cutlayer.errors import RunFolderError
 from cutlayer.files import replace_file
 from cutlayer.folder import LOCK, Folder, locked
 from cutlayer.leakage import check_installed
+from cutlayer.options import read_toml
 from cutlayer.reproduce.cells import SIZES, Cell, Plan, SizeName
 from cutlayer.reproduce.outcomes import Outcome, Outcomes, read
 from cutlayer.reproduce.tables import PARTS, cells_of, named

@@ -12,7 +12,6 @@ from typing import Any
 
 from cutlayer.catalog import ALGORITHMS, MODELS
 from cutlayer.errors import ConfigError, unknown
-from cutlayer.report.text import listed
 from cutlayer.reproduce.cells import (
     ALPHAS,
     ALPHAS_WITH_PHI,
@@ -29,6 +28,7 @@ from cutlayer.reproduce.cells import (
 )
 from cutlayer.reproduce.outcomes import Outcomes, Score
 from cutlayer.summary import spread
+from cutlayer.text import listed
 
 DASH = "\N{EN DASH}"
 Rows = dict[str, tuple[float, float, str | None]]  # label -> alpha, phi, phase
@@ -108,12 +108,12 @@ def table4(outcomes: Outcomes) -> list[Table]:
 
 def _computation(plan: Plan) -> Table:
     """Table 4's last column: what a client computes."""
-    from cutlayer.reproduce import costs  # here, not above: it needs torch
+    from cutlayer.reproduce import table6  # here, not above: it needs torch
 
     theirs = paper()["table4-compute"]
     rows = tuple(
         (title, (*values, f"{theirs[method]:g} PFLOP"))
-        for method, (title, values) in zip(METHODS, costs.computation(plan), strict=True)
+        for method, (title, values) in zip(METHODS, table6.computation(plan), strict=True)
     )
     columns = (plan.size.methods_model, "AlexNet", "AlexNet, 3 x forward", "of FL", "paper, whole training")
     text = (
@@ -127,7 +127,7 @@ def _computation(plan: Plan) -> Table:
 
 def table6(outcomes: Outcomes) -> list[Table]:
     """Communication per epoch (paper, Table 6 and section 4.4)."""
-    from cutlayer.reproduce import costs
+    from cutlayer.reproduce import table6
 
     plan = outcomes.plan
     size = plan.size
@@ -140,7 +140,7 @@ def table6(outcomes: Outcomes) -> list[Table]:
         "wire it is sent in every step: once where it can be broadcast, else once to every active client, and then "
         "SGLR sends just what PSL sends."
     )
-    return [Table("table6", "Table 6: communication", "method", columns, tuple(costs.communication(plan)), text)]
+    return [Table("table6", "Table 6: communication", "method", columns, tuple(table6.communication(plan)), text)]
 
 
 def skew(outcomes: Outcomes) -> list[Table]:

@@ -12,10 +12,10 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from cutlayer.reproduce.claims import Verdict, points
-from cutlayer.reproduce.costs import Fact
 from cutlayer.reproduce.findings import Findings
 from cutlayer.reproduce.outcomes import Outcome
 from cutlayer.reproduce.page import setting
+from cutlayer.reproduce.table6 import Fact
 from cutlayer.reproduce.tables import Table, paper_of, shown
 from cutlayer.reproduce.train import Job
 

@@ -15,14 +15,14 @@ from rich.table import Table
 from rich.text import Text
 
 from cutlayer.catalog import ALGORITHMS
-from cutlayer.config import PlanConfig
 from cutlayer.costs.breakeven import bytes_of, sentences
 from cutlayer.costs.expect import Workload, expect
 from cutlayer.costs.ledger import CONVENTIONS, Convention
 from cutlayer.costs.plan import Plan, flops_share, workload
-from cutlayer.report.costs import duration, flops, joules
+from cutlayer.options import PlanConfig
 from cutlayer.report.curves import BLUE, LOOKS, VERMILLION, _plain, drawn, titled
-from cutlayer.report.text import format_bytes, format_quantity, listed, shortened
+from cutlayer.report.spending import duration, flops, joules
+from cutlayer.text import format_bytes, format_quantity, listed, shortened
 
 _CONVENTIONS: dict[Convention, str] = {
     "wire-unicast": "Each message once per receiver (wire-unicast)",

@@ -22,11 +22,11 @@ from cutlayer.cohort import Footprint, Predict
 from cutlayer.data.samples import Samples
 from cutlayer.engine.base import EVALUATION_ROWS, Routine, Shape, evaluation, judged, together
 from cutlayer.engine.local import Client
-from cutlayer.engine.remote.exchange import Lost, Request
-from cutlayer.engine.remote.worker import expected_state, state_of
 from cutlayer.errors import NonFiniteError, TrainingError, WireError
 from cutlayer.gradients import row_losses
 from cutlayer.models.parts import Crossing
+from cutlayer.remote.exchange import Lost, Request
+from cutlayer.remote.worker import expected_state, state_of
 from cutlayer.types import CutGradients, Evaluation, Round, Rows, Smashed, Step, TailGradients, aligned
 from cutlayer.wire import RAW, Codec, Frame, decode, decode_named, described, encode, encode_named, payload_sizes
 from cutlayer.wire import messages as m

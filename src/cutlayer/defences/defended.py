@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from cutlayer.cohort import Cohort, CohortAround, Predict
 from cutlayer.data.samples import Samples
-from cutlayer.defences import Defence, Guarded
+from cutlayer.defences.pipeline import Defence, Guarded
 from cutlayer.engine.base import Drawn
 from cutlayer.types import CutGradients, Evaluation, Rows, Smashed
 

@@ -12,19 +12,19 @@ from typing import Any
 
 from cutlayer.build import load_source
 from cutlayer.catalog import ALGORITHMS, MODELS
-from cutlayer.costs import paper as table6_of
 from cutlayer.costs.expect import Expected, Workload, expect
 from cutlayer.costs.fleet import fleet
 from cutlayer.costs.measure import example, load_model, measure
-from cutlayer.report.text import format_bytes, format_quantity
+from cutlayer.reproduce import formulas
 from cutlayer.reproduce.cells import METHODS, Plan
+from cutlayer.text import format_bytes, format_quantity
 
 FLEET = {"client_device": "raspberry-pi-4", "link": "lte", "server_device": "h100"}
 FLEET_TEXT = (
     "Modelled: clients are Raspberry Pi 4 on LTE (5.64 Mbit/s up, 12.74 down), the server an H100 at its peak; energy "
     "is the clients' marginal one, of all together."
 )
-_COMMUNICATING: tuple[table6_of.Method, ...] = ("fl", "psl", "sfl", "sglr")
+_COMMUNICATING: tuple[formulas.Method, ...] = ("fl", "psl", "sfl", "sglr")
 _SAVED = 94.7  # percent, Table 4's client against federated learning
 
 
@@ -105,7 +105,7 @@ def communication(plan: Plan) -> list[tuple[str, tuple[str, ...]]]:
     rows: list[tuple[str, tuple[str, ...]]] = []
     for method in _COMMUNICATING:
         e = of_method(plan, method)
-        example = table6_of.total(method, table6_of.EXAMPLE)
+        example = formulas.total(method, formulas.EXAMPLE)
         rows.append(
             (
                 ALGORITHMS[method].title,

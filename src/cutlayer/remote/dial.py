@@ -23,9 +23,9 @@ import grpc
 import grpc.aio
 import msgspec
 
-from cutlayer.engine.remote import network
-from cutlayer.engine.remote.security import ClientSecurity, is_loopback, split_address
 from cutlayer.errors import NetworkError, RefusedError, WireError
+from cutlayer.remote import network
+from cutlayer.remote.security import ClientSecurity, is_loopback, split_address
 from cutlayer.wire import messages as m
 from cutlayer.wire.conversation import ClientSide
 from cutlayer.wire.frames import Frame, split

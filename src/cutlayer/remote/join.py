@@ -11,16 +11,16 @@ from pathlib import Path
 from types import FrameType
 
 from cutlayer.build import load_source
-from cutlayer.config import RunConfig
 from cutlayer.data.samples import Source
-from cutlayer.engine.remote.build import client_number, worker_of
-from cutlayer.engine.remote.dial import Dialler, dial_all
-from cutlayer.engine.remote.network import KEEPALIVE
-from cutlayer.engine.remote.security import ClientSecurity
-from cutlayer.engine.remote.worker import Watching
 from cutlayer.errors import RunFolderError
 from cutlayer.files import replace_file
 from cutlayer.folder import locked
+from cutlayer.options import RunConfig
+from cutlayer.remote.dial import Dialler, dial_all
+from cutlayer.remote.network import KEEPALIVE
+from cutlayer.remote.security import ClientSecurity
+from cutlayer.remote.sides import client_number, worker_of
+from cutlayer.remote.worker import Watching
 from cutlayer.wire.limits import Limits
 
 

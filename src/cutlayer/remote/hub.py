@@ -29,10 +29,10 @@ import grpc.aio
 import msgspec
 from grpc_health.v1 import health_pb2
 
-from cutlayer.engine.remote import network
-from cutlayer.engine.remote.exchange import Body, Exchange, Lost, Out, Reason, Request
-from cutlayer.engine.remote.security import Gate, ServerSecurity, StrangerError, split_address
 from cutlayer.errors import ConfigError, NetworkError, WireError
+from cutlayer.remote import network
+from cutlayer.remote.exchange import Body, Exchange, Lost, Out, Reason, Request
+from cutlayer.remote.security import Gate, ServerSecurity, StrangerError, split_address
 from cutlayer.wire import messages as m
 from cutlayer.wire.conversation import ANSWERS, ServerSide
 from cutlayer.wire.frames import Frame, split
@@ -124,7 +124,7 @@ class Hub:
         try:
             port = started.result()
             if self._metrics is not None:
-                from cutlayer.engine.remote.metrics import Exporter
+                from cutlayer.remote.metrics import Exporter
 
                 self._exporter = Exporter(self, self._metrics)
         except BaseException:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from cutlayer.report.collect import Entry, Report, Run
-from cutlayer.report.text import format_bytes, format_duration, format_quantity, format_rate
 from cutlayer.summary import mean_of_known
+from cutlayer.text import format_bytes, format_duration, format_quantity, format_rate
 
 NOT_KNOWN = "not known"
 

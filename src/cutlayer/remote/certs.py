@@ -25,8 +25,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes as PublicKey
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from cutlayer.engine.remote.security import hash_token, make_token
 from cutlayer.errors import ConfigError
+from cutlayer.remote.security import hash_token, make_token
 
 CA: Final = "ca"
 SERVER: Final = "server"

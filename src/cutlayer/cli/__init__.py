@@ -31,7 +31,9 @@ from rich.text import Text
 from cutlayer import __version__
 from cutlayer.allocator import keep_memory
 from cutlayer.catalog import ALGORITHMS, DATA_FORMATS, DATASETS, MODELS
-from cutlayer.config import (
+from cutlayer.errors import ConfigError, CutlayerError
+from cutlayer.files import replace_file
+from cutlayer.options import (
     CompareConfig,
     FaultConfig,
     PlanConfig,
@@ -42,10 +44,8 @@ from cutlayer.config import (
     overlaid,
     read_toml,
 )
-from cutlayer.errors import ConfigError, CutlayerError
-from cutlayer.files import replace_file
-from cutlayer.report.text import format_bytes
 from cutlayer.reproduce.cells import SizeName
+from cutlayer.text import format_bytes
 
 if TYPE_CHECKING:
     from cutlayer.compare import Comparison, Row
@@ -471,9 +471,9 @@ def serve(
     log
         What happens to connections, on stderr: as text, or as JSON, one object per line.
     """
-    from cutlayer.engine.remote.logs import show_log
-    from cutlayer.engine.remote.security import ServerSecurity
-    from cutlayer.engine.remote.serve import Service, Serving
+    from cutlayer.remote.logs import show_log
+    from cutlayer.remote.security import ServerSecurity
+    from cutlayer.remote.serve import Service, Serving
 
     merged = _run_config(options, config)
     _check_network(insecure, certificate=certificate, key=key, ca=ca, tokens=tokens)
@@ -550,10 +550,10 @@ def join(
         What happens to the connection, on stderr: as text, or as JSON, one object per line.
     """
     from cutlayer.build import own_source
-    from cutlayer.engine.remote.join import Joining
-    from cutlayer.engine.remote.join import join as work
-    from cutlayer.engine.remote.logs import show_log
-    from cutlayer.engine.remote.security import ClientSecurity, read_token
+    from cutlayer.remote.join import Joining
+    from cutlayer.remote.join import join as work
+    from cutlayer.remote.logs import show_log
+    from cutlayer.remote.security import ClientSecurity, read_token
 
     merged = _run_config(options, config)
     _check_network(insecure, certificate=certificate, key=key, ca=ca, token_file=token_file)
@@ -606,7 +606,7 @@ def certs(
     sign
         A NAME.csr that has come: makes NAME.crt, by the authority in the folder. Compare the fingerprints first.
     """
-    from cutlayer.engine.remote.certs import (
+    from cutlayer.remote.certs import (
         SERVER,
         key_fingerprint,
         make_ca,
@@ -614,7 +614,7 @@ def certs(
         make_request,
         make_tokens,
     )
-    from cutlayer.engine.remote.certs import sign_request as signed
+    from cutlayer.remote.certs import sign_request as signed
 
     if request is not None and sign is not None:
         raise ConfigError(f"request = {request!r} and sign = {str(sign)!r} are two sides' work: give one")
@@ -669,7 +669,7 @@ def _limits(megabytes: float | None) -> Limits:
 
 def _check_keepalive(seconds: float) -> None:
     """Raises ConfigError for pings that come too thick for the other side, or practically never."""
-    from cutlayer.engine.remote.network import LEAST
+    from cutlayer.remote.network import LEAST
 
     if not LEAST <= seconds <= 3600:
         raise ConfigError(f"keepalive = {seconds} is not possible: it is {LEAST:g} to 3600 seconds")
@@ -803,11 +803,11 @@ def _plan(config: PlanConfig, folder: Path | None, as_json: bool) -> None:
     if as_json:
         sys.stdout.write(f"{text}\n")
     else:
-        from cutlayer.report.plan import show
+        from cutlayer.report.planned import show
 
         show(found, out if out.is_terminal else Console(width=140))
     if folder is not None:
-        from cutlayer.report.plan import picture
+        from cutlayer.report.planned import picture
 
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -902,17 +902,17 @@ def _print_result(result: Result) -> None:
 
 
 def _print_run_costs(result: Result) -> None:
-    from cutlayer.report import costs
+    from cutlayer.report import spending
 
-    text = f"A client computed {costs.flops(result.client_flops)}, the server {costs.flops(result.server_flops)}"
+    text = f"A client computed {spending.flops(result.client_flops)}, the server {spending.flops(result.server_flops)}"
     if result.virtual_seconds is not None:
         text += (
-            f"; on these machines it takes {costs.duration(result.virtual_seconds)} (virtual time), the clients' "
-            f"energy is {costs.joules(result.clients_marginal_joules)} marginal, "
-            f"{costs.joules(result.clients_joules)} total, "
-            f"the server's {costs.joules(result.server_joules)} (modelled)"
+            f"; on these machines it takes {spending.duration(result.virtual_seconds)} (virtual time), the clients' "
+            f"energy is {spending.joules(result.clients_marginal_joules)} marginal, "
+            f"{spending.joules(result.clients_joules)} total, "
+            f"the server's {spending.joules(result.server_joules)} (modelled)"
         )
-    drawn = "" if result.measured_joules is None else f"{costs.joules(result.measured_joules)} "
+    drawn = "" if result.measured_joules is None else f"{spending.joules(result.measured_joules)} "
     out.print(f"{text}. Energy of this machine: {drawn}{result.measured_by}.", highlight=False, soft_wrap=True)
 
 
@@ -950,7 +950,7 @@ def _print_comparison(rows: list[Row]) -> None:
 
 def _print_costs(rows: list[Row]) -> None:
     """What was computed; time and energy where devices and links were named."""
-    from cutlayer.report import costs
+    from cutlayer.report import spending
 
     clocked = any(row.virtual_seconds is not None for row in rows)
     table = Table(title="Costs of training" + (", time and energy modelled" if clocked else ""))
@@ -962,17 +962,17 @@ def _print_costs(rows: list[Row]) -> None:
     table.add_column("this machine drew", justify="right")
     for row in rows:
         modelled = (
-            costs.duration(row.virtual_seconds),
-            costs.joules(row.clients_marginal_joules),
-            costs.joules(row.clients_joules),
-            costs.joules(row.server_joules),
+            spending.duration(row.virtual_seconds),
+            spending.joules(row.clients_marginal_joules),
+            spending.joules(row.clients_joules),
+            spending.joules(row.server_joules),
         )
         table.add_row(
             row.title,
-            costs.flops(row.client_flops),
-            costs.flops(row.server_flops),
+            spending.flops(row.client_flops),
+            spending.flops(row.server_flops),
             *(modelled if clocked else ()),
-            costs.joules(row.measured_joules, "not measured"),
+            spending.joules(row.measured_joules, "not measured"),
         )
     Console(width=None if out.is_terminal else 140).print(table)
 

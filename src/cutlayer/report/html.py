@@ -10,11 +10,11 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from cutlayer.catalog import ALGORITHMS, DATASETS, MODELS
-from cutlayer.config import CompareConfig, RunConfig
-from cutlayer.report import costs
+from cutlayer.options import CompareConfig, RunConfig
+from cutlayer.report import spending
 from cutlayer.report.collect import Entry, Report
 from cutlayer.report.curves import loss_window, shown_partition
-from cutlayer.report.text import format_bytes, format_percent, format_rate, listed
+from cutlayer.text import format_bytes, format_percent, format_rate, listed
 
 _CONVENTIONS = ("wire-unicast", "wire-broadcast", "paper")
 
@@ -31,9 +31,9 @@ def render(report: Report, panels: list[bytes], classes: bytes) -> str:
         comparison=report.comparison,
         rows=[_row(entry) for entry in report.entries],
         one_seed=all(len(entry.row.seeds) == 1 for entry in report.entries),
-        costs=[costs.line(entry) for entry in report.entries if entry.facts],
-        clocked=costs.clocked(report),
-        reached=costs.reached(report),
+        costs=[spending.line(entry) for entry in report.entries if entry.facts],
+        clocked=spending.clocked(report),
+        reached=spending.reached(report),
         kinds=[(entry.row.title, rows) for entry in report.entries if (rows := _kinds(entry))],
         pictures=list(zip(map(_embedded, panels), _descriptions(report), strict=False)),
         classes=_embedded(classes),
@@ -132,7 +132,7 @@ def _kinds(entry: Entry) -> list[dict[str, str]]:
     order = sorted(sums, key=lambda key: (key[1] == "evaluation", key[0] == "down", key[1]))
 
     def shown(sent: dict[str, int], convention: str) -> str:
-        return costs.NOT_KNOWN if convention in uncounted else format_bytes(round(sent[convention] / len(results)))
+        return spending.NOT_KNOWN if convention in uncounted else format_bytes(round(sent[convention] / len(results)))
 
     return [{"direction": d, "kind": k, **{c: shown(sums[d, k], c) for c in _CONVENTIONS}} for d, k in order]
 

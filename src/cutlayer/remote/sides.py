@@ -15,13 +15,13 @@ import torch
 
 from cutlayer.build import Data, Model, Prepared, Training, prepare
 from cutlayer.catalog import ALGORITHMS
-from cutlayer.config import RunConfig
 from cutlayer.data.samples import Source
 from cutlayer.engine.choice import defence_of
 from cutlayer.engine.local import Client
-from cutlayer.engine.remote.cohort import Hub, Remote, RemoteCohort, Tell
-from cutlayer.engine.remote.worker import Duty, Watching, Worker
 from cutlayer.errors import ConfigError
+from cutlayer.options import RunConfig
+from cutlayer.remote.far import Hub, Remote, RemoteCohort, Tell
+from cutlayer.remote.worker import Duty, Watching, Worker
 from cutlayer.server import Server
 from cutlayer.wire import agree, fingerprint, specs
 from cutlayer.wire import messages as m

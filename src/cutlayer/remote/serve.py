@@ -14,13 +14,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from cutlayer.config import FaultConfig, RunConfig
-from cutlayer.engine.remote.build import client_name, remote_training
-from cutlayer.engine.remote.hub import Hub
-from cutlayer.engine.remote.network import KEEPALIVE
-from cutlayer.engine.remote.security import ServerSecurity
 from cutlayer.errors import TrainingError
 from cutlayer.folder import CHECKPOINT, CONFIG, EVENTS
+from cutlayer.options import FaultConfig, RunConfig
+from cutlayer.remote.hub import Hub
+from cutlayer.remote.network import KEEPALIVE
+from cutlayer.remote.security import ServerSecurity
+from cutlayer.remote.sides import client_name, remote_training
 from cutlayer.run import Run
 from cutlayer.wire import messages as m
 from cutlayer.wire.limits import Limits

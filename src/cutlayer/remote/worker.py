@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from cutlayer import checkpoint
 from cutlayer.data.batches import Batches
 from cutlayer.data.samples import Samples
-from cutlayer.defences import Defence, Guarded
+from cutlayer.defences.pipeline import Defence, Guarded
+from cutlayer.defences.watch import Watch, joined
 from cutlayer.engine.local import Client
 from cutlayer.errors import DistrustError, NonFiniteError, RunFolderError, WireError
-from cutlayer.leakage.watch import Watch, joined
 from cutlayer.models.parts import Crossing
 from cutlayer.optim import MakeOptimizer, load_optimizer
 from cutlayer.types import Rows, aligned, as_tuple

@@ -12,12 +12,12 @@ from prometheus_client import CollectorRegistry, Histogram, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from cutlayer.engine.remote.security import split_address
 from cutlayer.errors import ConfigError
+from cutlayer.remote.security import split_address
 
 if TYPE_CHECKING:
-    from cutlayer.engine.remote.exchange import Reason
-    from cutlayer.engine.remote.hub import Traffic
+    from cutlayer.remote.exchange import Reason
+    from cutlayer.remote.hub import Traffic
 
 _SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 
