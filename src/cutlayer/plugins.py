@@ -1,0 +1,572 @@
+"""What there is to choose from, and how a thing is found: algorithms, models, data, partitions, codecs, defences.
+
+One thing is one file with one registration. A thing is found by
+1. its name in this package;
+2. the name of an entry point of an installed package, in the group of its kind (`cutlayer.algorithms`, ...);
+3. `path/to/file.py:name` or `package.module:name`;
+4. the object itself, from Python.
+
+`index.json` holds what the registrations of this package say, so that the command line's help imports no torch. It is
+derived: `python -m cutlayer.plugins` writes it, a test keeps it true, and where it is out of date the files are
+imported instead, which is slower and never wrong. A file is only ever read because the operator of this machine named
+it; nothing that was received is imported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import json
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic.fields import FieldInfo
+
+from cutlayer.errors import ConfigError, unknown
+
+T = TypeVar("T")
+_PACKAGE = Path(__file__).parent
+_INDEX = "index.json"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of thing: the word for it, the modules of this package that register some, its group of entry points."""
+
+    word: str
+    places: tuple[str, ...]
+    group: str
+
+
+KINDS: dict[str, Kind] = {
+    "algorithm": Kind("algorithm", ("algorithms",), "cutlayer.algorithms"),
+    "model": Kind("model", ("models/zoo",), "cutlayer.models"),
+    "data": Kind("data set", ("data/built_in",), "cutlayer.data"),
+    "format": Kind("data format", ("data/formats",), "cutlayer.formats"),
+    "partition": Kind("partition", ("data/partitions",), "cutlayer.partitions"),
+    "schedule": Kind("schedule", ("schedules",), "cutlayer.schedules"),
+    "codec": Kind("codec", ("wire/codecs",), "cutlayer.codecs"),
+    "defence": Kind("defence", ("defences",), "cutlayer.defences"),
+}
+
+_BASES = {"bool": bool, "int": int, "float": float, "str": str}
+_BOUNDS = ("ge", "gt", "le", "lt")
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option of a thing, as it was declared: enough to make a flag, to check a value, and to write a table.
+
+    `base` is bool, int, float or str; `choices` are the only values, where there are some; `many` values make a tuple;
+    `none` is allowed. `shared`: a client that runs elsewhere must have the same value. `planned`: `plan` reads it.
+    """
+
+    name: str
+    base: str
+    default: Any
+    help: str = ""
+    choices: tuple[str, ...] = ()
+    many: bool = False
+    none: bool = False
+    bounds: Mapping[str, float] = field(default_factory=dict)
+    shared: bool = True
+    planned: bool = False
+
+    @property
+    def annotation(self) -> Any:
+        """The type of its values."""
+        one: Any = Literal[self.choices] if self.choices else _BASES[self.base]
+        several: Any = tuple[one, ...] if self.many else one
+        return several | None if self.none else several
+
+    @property
+    def info(self) -> Any:
+        """The pydantic field: default, bounds, help."""
+        bounds: dict[str, Any] = dict(self.bounds)
+        return Field(self.default, description=self.help, **bounds)
+
+    @classmethod
+    def from_field(cls, name: str, info: FieldInfo) -> Option:
+        """The option that a pydantic field declares. Raises TypeError for a type that no flag can have."""
+        base, choices, many, none = _plain(name, info.annotation)
+        bounds = {b: getattr(m, b) for m in info.metadata for b in _BOUNDS if hasattr(m, b)}
+        extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
+        return cls(
+            name,
+            base,
+            info.get_default(),
+            " ".join((info.description or "").split()),
+            choices,
+            many,
+            none,
+            bounds,
+            bool(extra.get("shared", True)),
+            bool(extra.get("planned", False)),
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, without what is as by default."""
+        plain = {f: getattr(self, f) for f in self.__dataclass_fields__}
+        unset: dict[str, Any] = {
+            f: () if f == "choices" else {} if f == "bounds" else info.default
+            for f, info in self.__dataclass_fields__.items()
+        }
+        return {f: v for f, v in plain.items() if f in ("name", "base", "default") or v != unset[f]}
+
+    @classmethod
+    def from_json(cls, plain: Mapping[str, Any]) -> Option:
+        """What `as_json` gave."""
+        made = dict(plain)
+        made["choices"] = tuple(made.get("choices", ()))
+        if made.get("many") and made["default"] is not None:
+            made["default"] = tuple(made["default"])
+        return cls(**made)
+
+
+def option(
+    default: Any,
+    *,
+    help: str | None = None,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+    shared: bool = True,
+    planned: bool = False,
+) -> Any:
+    """Declares an option of a thing, as a class attribute: `phi: float = option(0.5, ge=0, le=1)`.
+
+    Its help is `help`, or the string literal below the attribute. `shared=False`: clients on other machines need not
+    know it. `planned=True`: `traffic` reads it, so that `plan` has it too.
+    """
+    return Field(
+        default,
+        description=help,
+        ge=ge,
+        gt=gt,
+        le=le,
+        lt=lt,
+        json_schema_extra={"shared": shared, "planned": planned},
+    )
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is known of a thing without importing it.
+
+    `where` is "module:attribute" (or "path.py:attribute"); `facts` are what its registration says besides.
+    """
+
+    kind: str
+    name: str
+    where: str
+    title: str
+    summary: str = ""
+    options: tuple[Option, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def option_names(self) -> frozenset[str]:
+        """The names of its options."""
+        return frozenset(o.name for o in self.options)
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Its options' defaults."""
+        return {o.name: o.default for o in self.options}
+
+    def checked(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """`values` of its options, converted and complete. Raises ConfigError: value, reason, remedy."""
+        try:
+            return dict(_form(self)(**values))
+        except ValidationError as error:
+            raise explain(error, _form(self)) from None
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        facts = {k: sorted(v) if isinstance(v, set | frozenset) else v for k, v in self.facts.items()}
+        return {
+            "kind": self.kind,
+            "name": self.name,
+            "where": self.where,
+            "title": self.title,
+            "summary": self.summary,
+            "options": [o.as_json() for o in self.options],
+            "facts": facts,
+        }
+
+    @classmethod
+    def from_json(cls, plain: Mapping[str, Any]) -> Entry:
+        """What `as_json` gave."""
+        return cls(**{**plain, "options": tuple(Option.from_json(o) for o in plain["options"])})
+
+
+_forms: dict[int, tuple[Entry, type[BaseModel]]] = {}
+
+
+def _form(entry: Entry) -> type[BaseModel]:
+    """A pydantic model of the entry's options."""
+    if id(entry) not in _forms:
+        fields: dict[str, Any] = {o.name: (o.annotation, o.info) for o in entry.options}
+        config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+        _forms[id(entry)] = entry, create_model(entry.title or entry.name, __config__=config, **fields)
+    return _forms[id(entry)][1]
+
+
+class Thing(BaseModel):
+    """Base of things that have options: a frozen pydantic model whose fields are made by `option`."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
+    entry: ClassVar[Entry]
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> typing.Self:
+        """Built from plain values. Raises ConfigError: value, reason, remedy."""
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise explain(error, cls) from None
+
+
+_registered: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}  # by a decorator, in this process
+_given: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}  # objects from Python, by their references
+
+
+def register(kind: str, name: str, *, title: str = "", summary: str = "", **facts: Any) -> Callable[[T], T]:
+    """A decorator that registers a class (a `Thing`) or a function under `name`. `facts` are readable without import.
+
+    Kinds have decorators of their own, with the facts that they need: `algorithms.algorithm`, `models.model`, ...
+    """
+
+    def decorate(thing: T) -> T:
+        found: Any = thing
+        first = (inspect.getdoc(found) or "").split("\n", 1)[0]
+        where = f"{found.__module__}:{found.__qualname__}"
+        try:
+            options = options_of(found)
+        except TypeError as error:
+            raise ConfigError(f"{KINDS[kind].word} {name!r}: {error}") from None
+        found.entry = Entry(kind, name, where, title or name, summary or first, options, facts)
+        _registered[kind][name] = found
+        return thing
+
+    return decorate
+
+
+def options_of(thing: Any) -> tuple[Option, ...]:
+    """The options that a class declares with `option`, or a function as keyword-only parameters."""
+    if inspect.isclass(thing) and issubclass(thing, BaseModel):
+        return tuple(Option.from_field(name, info) for name, info in thing.model_fields.items())
+    if inspect.isclass(thing) or not callable(thing):
+        return ()
+    hints = typing.get_type_hints(thing)
+    found = []
+    for name, p in inspect.signature(thing).parameters.items():
+        if p.kind is inspect.Parameter.KEYWORD_ONLY:
+            info = p.default if isinstance(p.default, FieldInfo) else FieldInfo(default=p.default)
+            info.annotation = hints.get(name, str)
+            found.append(Option.from_field(name, info))
+    return tuple(found)
+
+
+def index(kind: str) -> dict[str, Entry]:
+    """This package's things of a kind, by name."""
+    return _index()[kind]
+
+
+def names(kind: str) -> list[str]:
+    """All that can be named: this package's things, then those of installed packages."""
+    return [*index(kind), *(name for name in _entry_points(kind) if name not in index(kind))]
+
+
+def known(kind: str, reference: object) -> bool:
+    """Whether `reference` is the name of a thing (not that of a file, a module or anything else)."""
+    return isinstance(reference, str) and (reference in _given[kind] or reference in names(kind))
+
+
+def is_reference(text: str) -> bool:
+    """Whether `text` looks like path/to/file.py:name or package.module:name."""
+    place, colon, name = text.rpartition(":")
+    return bool(colon) and name.isidentifier() and (place.endswith(".py") or _dotted(place))
+
+
+def find(kind: str, reference: str) -> Entry:
+    """What is known of the thing of that name or reference. Imports only what is not this package's own.
+
+    Raises ConfigError with what there is to choose from.
+    """
+    if reference in _given[kind]:
+        return _entry_of(kind, reference, _given[kind][reference])
+    if reference in index(kind):
+        return index(kind)[reference]
+    if reference in _entry_points(kind) or is_reference(reference):
+        return _entry_of(kind, reference, load(kind, reference))
+    raise ConfigError(
+        f"{unknown(KINDS[kind].word, reference, names(kind))}; or your own: path/to/file.py:name or package.module:name"
+    )
+
+
+def load(kind: str, reference: str) -> Any:
+    """The thing itself: a class or a function. Raises ConfigError where it is unknown or cannot be imported."""
+    if reference in _given[kind]:
+        return _given[kind][reference]
+    if reference in index(kind):
+        module, _, attribute = index(kind)[reference].where.partition(":")
+        return getattr(importlib.import_module(module), attribute)
+    if reference in _entry_points(kind):
+        return _loaded_entry_point(_entry_points(kind)[reference], KINDS[kind].word)
+    if is_reference(reference):
+        return _loaded(KINDS[kind].word, reference)
+    find(kind, reference)  # raises
+    raise AssertionError
+
+
+def adopt(kind: str, thing: Any) -> tuple[str, dict[str, Any]]:
+    """(reference, option values) of an object from Python: a name as it is; a class, function or configured instance.
+
+    The reference of an object can be stored; in another process it is found again if its module can be imported.
+    """
+    if isinstance(thing, str):
+        return thing, {}
+    values = thing.model_dump(exclude_defaults=True) if isinstance(thing, Thing) else {}
+    made = type(thing) if isinstance(thing, Thing) else thing
+    entry = getattr(made, "entry", None)
+    if entry is not None and entry.name in index(kind) and index(kind)[entry.name].where == entry.where:
+        return entry.name, values
+    reference = f"{made.__module__}:{made.__qualname__}"
+    _given[kind][reference] = made
+    return reference, values
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> ConfigError:
+    """One sentence for the first thing that pydantic found wrong: value, reason, remedy."""
+    first = error.errors()[0]
+    name = str(first["loc"][0]) if first["loc"] else ""
+    if first["type"] == "extra_forbidden":
+        return ConfigError(unknown("option", name, model.model_fields))
+    if first["type"] == "literal_error" and isinstance(first["input"], str):
+        return ConfigError(unknown(name, first["input"], _choices(model.model_fields[name].annotation)))
+    info = model.model_fields.get(name)
+    about = f" ({' '.join(info.description.split())})" if info is not None and info.description else ""
+    message = str(first["msg"]).replace("Input should be", "it must be")
+    message = message[:1].lower() + message[1:]
+    return ConfigError(f"{name} = {first['input']} is not possible: {message}{about}")
+
+
+def fingerprint(kind: str, reference: str) -> str:
+    """SHA-256, in hexadecimal, of the file of a thing that is not this package's; empty for this package's own."""
+    if reference in index(kind):
+        return ""
+    thing = load(kind, reference)
+    path = inspect.getsourcefile(thing)
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
+
+
+# The index
+
+
+def _modules(kind: str) -> list[str]:
+    """The modules of this package that register things of a kind, in order."""
+    found = []
+    for place in KINDS[kind].places:
+        folder = _PACKAGE / place
+        base = f"cutlayer.{place.replace('/', '.')}"
+        if folder.is_dir():
+            found += [f"{base}.{p.stem}" for p in sorted(folder.glob("*.py")) if not p.stem.startswith("_")]
+        else:
+            found.append(base)
+    return found
+
+
+def _digest() -> str:
+    """Of all files that could register something."""
+    digest = hashlib.sha256()
+    for kind in KINDS:
+        for module in _modules(kind):
+            path = _PACKAGE.joinpath(*module.split(".")[1:]).with_suffix(".py")
+            digest.update(f"{module}\n".encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+@cache
+def _index() -> dict[str, dict[str, Entry]]:
+    path = _PACKAGE / _INDEX
+    try:
+        stored = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        stored = {}
+    if stored.get("digest") != _digest():
+        return scan()
+    found: dict[str, dict[str, Entry]] = {kind: {} for kind in KINDS}
+    for plain in stored["things"]:
+        found[plain["kind"]][plain["name"]] = Entry.from_json(plain)
+    return found
+
+
+def scan() -> dict[str, dict[str, Entry]]:
+    """What this package's files register, by importing them all."""
+    found: dict[str, dict[str, Entry]] = {}
+    for kind in KINDS:
+        modules = _modules(kind)
+        for module in modules:
+            importlib.import_module(module)
+        own = [t for t in _registered[kind].values() if t.__module__ in modules]
+        found[kind] = {t.entry.name: t.entry for t in sorted(own, key=lambda t: modules.index(t.__module__))}
+    return found
+
+
+def write_index() -> Path:
+    """Write `index.json` from what the files register."""
+    things = [entry.as_json() for kind in scan().values() for entry in kind.values()]
+    path = _PACKAGE / _INDEX
+    path.write_text(json.dumps({"digest": _digest(), "things": things}, indent=1) + "\n")
+    _index.cache_clear()
+    return path
+
+
+# Things from elsewhere
+
+
+@cache
+def _entry_points(kind: str) -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=KINDS[kind].group)}
+
+
+def _loaded_entry_point(point: EntryPoint, word: str) -> Any:
+    try:
+        return point.load()
+    except Exception as error:  # somebody else's package: anything can come out
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(
+            f"the {word} {point.name!r} of an installed package cannot be imported ({reason}): update or uninstall it"
+        ) from error
+
+
+@cache
+def _module_of(place: str) -> types.ModuleType:
+    """The module of a file (given as an absolute path) or of a dotted name."""
+    if not place.endswith(".py"):
+        return importlib.import_module(place)
+    path = Path(place)
+    name = f"cutlayer_own_{path.stem}_{hashlib.sha256(place.encode()).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None, "a path that ends in .py has a spec"
+    assert spec.loader is not None, "and a loader"
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _loaded(word: str, reference: str) -> Any:
+    place, _, name = reference.rpartition(":")
+    if place.endswith(".py"):
+        path = Path(place).expanduser()
+        if not path.is_file():
+            raise ConfigError(f"{word} {reference!r}: there is no file {place!r} (from {Path.cwd()}); check the path")
+        place = str(path.resolve())
+    try:
+        module = _module_of(place)
+    except Exception as error:  # the user's file: anything can come out
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}".rstrip(": ")
+        raise ConfigError(
+            f"{word} {reference!r} cannot be imported ({reason}): correct the file or the name"
+        ) from error
+    if not hasattr(module, name):
+        public = [n for n in vars(module) if not n.startswith("_")]
+        raise ConfigError(unknown(f"{word} in {place!r}:", name, public))
+    return getattr(module, name)
+
+
+def _entry_of(kind: str, reference: str, thing: Any) -> Entry:
+    """The entry of a thing that is not this package's, under the name by which it was asked for."""
+    entry: Entry | None = getattr(thing, "entry", None)
+    if entry is not None and entry.kind != kind:
+        raise ConfigError(f"{reference!r} is a {KINDS[entry.kind].word}, not a {KINDS[kind].word}")
+    if entry is not None:
+        return _renamed(entry, reference)
+    if kind in ("model", "data") and callable(thing):  # a plain function will do
+        return Entry(kind, reference, reference, thing.__name__, options=options_of(thing))
+    raise ConfigError(
+        f"{KINDS[kind].word} {reference!r} is not registered: decorate it (see docs/extending.md), or name another"
+    )
+
+
+_renamed_entries: dict[tuple[int, str], Entry] = {}
+
+
+def _renamed(entry: Entry, reference: str) -> Entry:
+    key = id(entry), reference
+    if key not in _renamed_entries:
+        made = {f: getattr(entry, f) for f in entry.__dataclass_fields__}
+        _renamed_entries[key] = Entry(**{**made, "name": reference})
+    return _renamed_entries[key]
+
+
+def _dotted(text: str) -> bool:
+    return "." in text and all(part.isidentifier() for part in text.split("."))
+
+
+# Types
+
+
+def _plain(name: str, annotation: Any) -> tuple[str, tuple[str, ...], bool, bool]:
+    """(base, choices, many, none) of a type. Raises TypeError where no flag could have it."""
+    none = many = False
+    if get_origin(annotation) in (typing.Union, types.UnionType):
+        parts = [p for p in get_args(annotation) if p is not type(None)]
+        none = len(parts) < len(get_args(annotation))
+        if len(parts) != 1:
+            raise TypeError(f"option {name!r} has the type {annotation}: give it one type, or None")
+        annotation = parts[0]
+    if get_origin(annotation) is tuple:
+        inner = get_args(annotation)
+        if len(inner) != 2 or inner[1] is not Ellipsis:
+            raise TypeError(f"option {name!r} has the type {annotation}: make it tuple[..., ...] of one type")
+        many, annotation = True, inner[0]
+    if get_origin(annotation) is Literal:
+        words = get_args(annotation)
+        if not all(isinstance(w, str) for w in words):
+            raise TypeError(f"option {name!r} has the type {annotation}: choices must be words")
+        return "str", tuple(words), many, none
+    base = next((word for word, kind in _BASES.items() if kind is annotation), None)
+    if base is None:
+        raise TypeError(
+            f"option {name!r} has the type {annotation}: an option is bool, int, float, str or a Literal of words, "
+            "optional or a tuple of these"
+        )
+    return base, (), many, none
+
+
+def _choices(annotation: Any) -> list[str]:
+    """The words of a Literal, also inside of a union."""
+    return [word for part in get_args(annotation) for word in ([part] if isinstance(part, str) else _choices(part))]
+
+
+def listing(kind: str) -> Iterable[Entry]:
+    """All that can be named, for tables: entries of installed packages are imported for that."""
+    for name in names(kind):
+        yield find(kind, name)
+
+
+if __name__ == "__main__":
+    from cutlayer import plugins
+
+    print(plugins.write_index())  # noqa: T201

@@ -1,0 +1,78 @@
+"""The verbs of the seam, as words: what an algorithm needs, and what an engine can do.
+
+An algorithm states its `needs`; an engine states what it `can`. The engine is chosen from these two sets, before
+anything is trained. The methods of these names are `cohort.Cohort`'s (clients) and `server.Server`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+# Of the clients.
+FORWARD = "forward"  # smashed data and labels go up
+TAIL = "tail"  # U-shaped split: features go down, their gradients come up
+BACKWARD = "backward"  # cut gradients go down; every client steps
+LEARN = "learn"  # local steps of the client part on its own loss; the last batch's smashed data go up
+FIT = "fit"  # local training of whole models
+AVERAGE = "average"  # client models go up, their weighted mean comes down
+HAND_OVER = "hand_over"  # the one client model moves on
+
+# Of the server.
+STEP_EACH = "step_in_turn"  # one server model, stepped on one client's rows after another's
+STEP_COPIES = "step_copies"  # a copy of the server model per client
+
+CLIENT_VERBS = frozenset({FORWARD, TAIL, BACKWARD, LEARN, FIT, AVERAGE, HAND_OVER})
+SERVER_VERBS = frozenset({STEP_EACH, STEP_COPIES})
+VERBS = CLIENT_VERBS | SERVER_VERBS
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What follows from an algorithm's `needs`; `central`: everybody's data are gathered in one place first."""
+
+    needs: frozenset[str]
+    central: bool = False
+
+    @classmethod
+    def of(cls, needs: Iterable[str], central: bool = False) -> Traits:
+        """Raises ValueError for a word that is not a verb."""
+        found = frozenset(needs)
+        if strangers := sorted(found - VERBS):
+            raise ValueError(f"needs = {strangers[0]!r} is not a verb of the seam: they are {', '.join(sorted(VERBS))}")
+        return cls(found, central)
+
+    @property
+    def whole(self) -> bool:
+        """Clients hold whole models, so that the cut plays no role."""
+        return not self.needs & {FORWARD, LEARN}
+
+    @property
+    def split(self) -> bool:
+        """The model is cut between client and server."""
+        return not self.whole
+
+    @property
+    def u_shaped(self) -> bool:
+        """Clients hold the last layers too; labels stay with them."""
+        return TAIL in self.needs
+
+    @property
+    def takes_turns(self) -> bool:
+        """One client model travels, and one client works at a time."""
+        return HAND_OVER in self.needs
+
+    @property
+    def server_copies(self) -> bool:
+        """The server keeps a copy of its model per client."""
+        return STEP_COPIES in self.needs
+
+    @property
+    def averages(self) -> bool:
+        """Client models are averaged."""
+        return AVERAGE in self.needs
+
+    @property
+    def server_sees_one_client(self) -> bool:
+        """A forward pass of the server has the rows of a single client."""
+        return bool(self.needs & {STEP_EACH, STEP_COPIES, HAND_OVER})
