@@ -23,7 +23,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -160,7 +160,7 @@ def option(
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Entry:
     """What is known of a thing without importing it.
 
@@ -211,16 +211,12 @@ class Entry:
         return cls(**{**plain, "options": tuple(Option.from_json(o) for o in plain["options"])})
 
 
-_forms: dict[int, tuple[Entry, type[BaseModel]]] = {}
-
-
+@cache
 def _form(entry: Entry) -> type[BaseModel]:
     """A pydantic model of the entry's options."""
-    if id(entry) not in _forms:
-        fields: dict[str, Any] = {o.name: (o.annotation, o.info) for o in entry.options}
-        config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
-        _forms[id(entry)] = entry, create_model(entry.title or entry.name, __config__=config, **fields)
-    return _forms[id(entry)][1]
+    fields: dict[str, Any] = {o.name: (o.annotation, o.info) for o in entry.options}
+    config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+    return create_model(entry.title or entry.name, __config__=config, **fields)
 
 
 class Thing(BaseModel):
@@ -230,6 +226,7 @@ class Thing(BaseModel):
         extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
     )
     entry: ClassVar[Entry]
+    exclusive: ClassVar[tuple[tuple[str, str], ...]] = ()  # pairs of options: the second replaces the first
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> typing.Self:
@@ -238,6 +235,9 @@ class Thing(BaseModel):
             return cls(**values)
         except ValidationError as error:
             raise explain(error, cls) from None
+
+    def check(self, given: frozenset[str]) -> None:
+        """Check what concerns several options. `given` differ from their defaults. Raises ConfigError."""
 
 
 _registered: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}  # by a decorator, in this process
@@ -258,6 +258,7 @@ def register(kind: str, name: str, *, title: str = "", summary: str = "", **fact
             options = options_of(found)
         except TypeError as error:
             raise ConfigError(f"{KINDS[kind].word} {name!r}: {error}") from None
+        facts.setdefault("exclusive", [list(pair) for pair in getattr(found, "exclusive", ())])
         found.entry = Entry(kind, name, where, title or name, summary or first, options, facts)
         _registered[kind][name] = found
         return thing
@@ -509,15 +510,9 @@ def _entry_of(kind: str, reference: str, thing: Any) -> Entry:
     )
 
 
-_renamed_entries: dict[tuple[int, str], Entry] = {}
-
-
+@cache
 def _renamed(entry: Entry, reference: str) -> Entry:
-    key = id(entry), reference
-    if key not in _renamed_entries:
-        made = {f: getattr(entry, f) for f in entry.__dataclass_fields__}
-        _renamed_entries[key] = Entry(**{**made, "name": reference})
-    return _renamed_entries[key]
+    return replace(entry, name=reference)
 
 
 def _dotted(text: str) -> bool:

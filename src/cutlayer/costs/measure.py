@@ -84,9 +84,7 @@ class Measured:
         """Bytes of one sample that come down: tensors that are not floating point have no gradient."""
         return sum(math.prod(c.shape) * c.dtype.itemsize for c in self.crossing if c.differentiable)
 
-    def workload(
-        self, *, clients: int, samples_per_client: int, batch: int, label: int, raw: int, phi: float
-    ) -> Workload:
+    def workload(self, *, clients: int, samples_per_client: int, batch: int, label: int, raw: int) -> Workload:
         """What `expect` takes: an epoch of training this. `label` and `raw` are bytes of one sample."""
         return Workload(
             clients=clients,
@@ -99,7 +97,6 @@ class Measured:
             model=self.whole.state,
             client_model=self.client.state,
             flops=self.flops,
-            phi=phi,
         )
 
 

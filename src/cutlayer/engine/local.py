@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from cutlayer.errors import NonFiniteError
 from cutlayer.gradients import row_losses
 from cutlayer.optim import MakeOptimizer, load_optimizer, set_lr
 from cutlayer.types import CutGradients, Evaluation, Rows, Smashed, Step, TailGradients, aligned
+from cutlayer.verbs import VERBS
 
 
 class Client:
@@ -96,6 +97,8 @@ class Client:
 
 class LocalCohort(SimulatedCohort):
     """All clients in this process, one after another."""
+
+    can: ClassVar[frozenset[str]] = VERBS
 
     def __init__(self, setup: Clients) -> None:
         super().__init__(setup)

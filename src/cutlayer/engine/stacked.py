@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -25,7 +25,8 @@ from cutlayer.errors import NonFiniteError
 from cutlayer.gradients import gradient_of, means_of_clients, row_losses
 from cutlayer.optim import MakeOptimizer, rule_of
 from cutlayer.server import Server, ServerStep, culprits, finite
-from cutlayer.types import CutGradients, Evaluation, Rows, Smashed, Step, TailGradients, select
+from cutlayer.types import CutGradients, Evaluation, Rows, Smashed, Step, select
+from cutlayer.verbs import AVERAGE, BACKWARD, FIT, FORWARD, SERVER_VERBS
 
 _MERGED_ROWS = (
     2048  # rows of all clients per forward pass in evaluation: bounds memory; what fits the cache runs twice as fast
@@ -53,6 +54,8 @@ class _Pass:
 
 class StackedCohort(SimulatedCohort):
     """All clients in this process, all at once."""
+
+    can: ClassVar[frozenset[str]] = frozenset({FORWARD, BACKWARD, FIT, AVERAGE}) | SERVER_VERBS
 
     def __init__(self, setup: Clients, how: Stacking | None = None) -> None:
         super().__init__(setup)
@@ -82,10 +85,6 @@ class StackedCohort(SimulatedCohort):
         self._passes = [_Pass(group, (batch.x[group.rows],)) for group in groups]
         rows = merged([self._run(p) for p in self._passes], groups)
         return Smashed(rows, batch.y if labels else torch.empty(len(batch), 0), asked, self._sizes)
-
-    def tail(self, features: Smashed) -> TailGradients:
-        """U-shaped learning is sequential: the local engine runs it."""
-        raise NotImplementedError("the stacked engine does not run the U-shaped split")
 
     def backward(self, gradients: CutGradients) -> None:
         """Every client of the last `forward` back-propagates what it received and takes its optimiser step."""
@@ -126,10 +125,6 @@ class StackedCohort(SimulatedCohort):
         self._stack.average(weights)
         self._alike = True
         return tuple(weights)
-
-    def hand_over(self, client: int, *, optimizer: bool) -> None:
-        """Sequential learning has one model at a time: the local engine runs it."""
-        raise NotImplementedError("the stacked engine does not run sequential learning")
 
     def evaluate(self, samples: Samples, predict: Predict) -> Evaluation:
         """Every client model with the server; models known to be equal are looked at once."""

@@ -9,7 +9,7 @@ dropout); `row_by_row` finds out.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +22,14 @@ from cutlayer.errors import NonFiniteError
 from cutlayer.gradients import column, means, row_losses, spread
 from cutlayer.optim import MakeOptimizer, set_lr
 from cutlayer.server import Server, ServerStep, culprits, finite
-from cutlayer.types import CutGradients, Evaluation, Rows, Smashed, Step, TailGradients, as_tuple
+from cutlayer.types import CutGradients, Evaluation, Rows, Smashed, Step, as_tuple
+from cutlayer.verbs import AVERAGE, BACKWARD, FIT, FORWARD, STEP_COPIES
 
 
 class UnionCohort(SimulatedCohort):
     """Clients whose models are equal before and after every step: one model for all."""
+
+    can: ClassVar[frozenset[str]] = frozenset({FORWARD, BACKWARD, FIT, AVERAGE, STEP_COPIES})
 
     def __init__(self, setup: Clients) -> None:
         super().__init__(setup)
@@ -48,10 +51,6 @@ class UnionCohort(SimulatedCohort):
             return Smashed((), torch.empty(0), (), ())
         batch = self._forward(asked)
         return Smashed(tuple(g.detach() for g in self._given), batch.y, asked, self._sizes)
-
-    def tail(self, features: Smashed) -> TailGradients:
-        """U-shaped learning does not average."""
-        raise NotImplementedError("the union engine does not run the U-shaped split")
 
     def backward(self, gradients: CutGradients) -> None:
         """The weighted mean of the steps that the clients of the last `forward` would take."""
@@ -76,10 +75,6 @@ class UnionCohort(SimulatedCohort):
         """Done already, by the weights n_k / n."""
         check_done(weights, self.samples, self._asked)
         return tuple(weights)
-
-    def hand_over(self, client: int, *, optimizer: bool) -> None:
-        """Nothing travels where everybody has the same."""
-        raise NotImplementedError("the union engine does not run sequential learning")
 
     def evaluate(self, samples: Samples, predict: Predict) -> Evaluation:
         """The one model, for all."""

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cutlayer.catalog import ALGORITHMS
+from cutlayer import plugins
 from cutlayer.errors import RunFolderError
 from cutlayer.files import read_json, read_records
-from cutlayer.folder import CLASSES, COMPARISON, CONFIG, EVALUATIONS, RESULT, STEPS, stored_config
+from cutlayer.folder import ALGORITHM, CLASSES, COMPARISON, CONFIG, EVALUATIONS, RESULT, STEPS, stored_config
 from cutlayer.summary import mean_of_known, spread
 
 
@@ -29,6 +29,7 @@ class Run:
     seconds: float
     class_names: list[str]
     counts: list[list[int]]
+    about: dict[str, Any]
     result: dict[str, Any] | None
 
     @property
@@ -78,6 +79,11 @@ class Entry:
     row: Row
 
     @property
+    def about(self) -> dict[str, Any]:
+        """Title, summary and look of the algorithm."""
+        return self.runs[0].about
+
+    @property
     def facts(self) -> list[dict[str, Any]]:
         """The results of the runs that are done."""
         return [run.result for run in self.runs if run.result is not None]
@@ -113,7 +119,7 @@ def _single(folder: Path, config: dict[str, Any]) -> Report:
     algorithm = str(config.get("algorithm", ""))
     if run is None:
         return Report(folder, config, [], False, "")
-    title = _title(algorithm, algorithm)
+    title = _title(algorithm, algorithm, run.about)
     entry = Entry(algorithm, algorithm, title, [run], _measured(title, [run]))
     last = run.evaluations[-1]
     missing = f"it was last evaluated after {last['epochs']:.3g} epochs (step {last['step']:,})"
@@ -135,7 +141,7 @@ def _comparison(folder: Path, config: dict[str, Any]) -> Report:
             absent.append(name)
             continue
         algorithm = str(runs[0].config.get("algorithm", name))
-        title = str(rows[name]["title"]) if name in rows else _title(name, algorithm)
+        title = str(rows[name]["title"]) if name in rows else _title(name, algorithm, runs[0].about)
         row = _stored(rows[name]) if name in rows else _measured(title, runs)
         entries.append(Entry(name, algorithm, title, runs, row))
     unfinished = ""
@@ -168,6 +174,7 @@ def _run(folder: Path) -> Run | None:
         seconds=seconds,
         class_names=list(map(str, classes["class_names"])),
         counts=classes["counts"],
+        about=_about(folder, str(config.get("algorithm", ""))),
         result=read_json(folder / RESULT),
     )
 
@@ -233,6 +240,16 @@ def _facts(run: Run) -> dict[str, float | None]:
     }
 
 
-def _title(name: str, algorithm: str) -> str:
+def _title(name: str, algorithm: str, about: dict[str, Any]) -> str:
     """An algorithm's title, or a variant's own name."""
-    return ALGORITHMS[algorithm].title if name == algorithm and algorithm in ALGORITHMS else name
+    return str(about.get("title", name)) if name == algorithm else name
+
+
+def _about(folder: Path, algorithm: str) -> dict[str, Any]:
+    """Title, summary and look of a run's algorithm: this package's own, or as the run has noted them. Nothing is
+    imported for that.
+    """
+    own = plugins.index("algorithm").get(algorithm)
+    if own is not None:
+        return {"title": own.title, "summary": own.summary, **own.facts}
+    return read_json(folder / ALGORITHM) or {}

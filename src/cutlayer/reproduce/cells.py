@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from cutlayer.catalog import MODELS
-from cutlayer.options import RunConfig
+from cutlayer import plugins
+from cutlayer.options import RunConfig, cuts_of, default_cut
 
 SizeName = Literal["smoke", "reduced", "full"]
 When = tuple[Literal["always", "initial", "final"], float]
@@ -25,6 +25,7 @@ PHASES: dict[str, When] = {  # Table 3, at phi = 1 and alpha = 1
     "final 40 %": ("final", 0.4),
     "full": ("always", 1.0),
 }
+HALVES = {(False, False): "psl", (True, False): "slr", (False, True): "sgl", (True, True): "sglr"}  # SplitLr, SplitAvg
 METHODS = ("cl", "fl", "sglr", "sfl", "psl")  # Table 4
 SKEWED_METHODS = ("fl", "psl", "slr", "sfl", "sglr")  # beyond the paper
 SKEWS: dict[str, dict[str, Any]] = {
@@ -126,9 +127,7 @@ class Plan:
         own: dict[str, Any] = {}
         if clients == 1:
             return self._cell("C1/psl", 1, "psl", {})
-        algorithm = {(False, False): "psl", (True, False): "slr", (False, True): "sgl", (True, True): "sglr"}[
-            alpha > 0, phi > 0
-        ]
+        algorithm = HALVES[alpha > 0, phi > 0]
         own |= {"alpha": alpha} if alpha > 0 else {}
         own |= {"phi": phi} if phi > 0 else {}
         name = f"C{clients}/alpha-{alpha:g}-phi-{phi:g}"
@@ -188,12 +187,13 @@ class Plan:
         return self.leaking(f"sglr-phi-{phi:g}", "sglr", followed=True, phi=phi)
 
     def attacked(self, method: str) -> Cell:
-        """A method, undefended."""
-        return self.by_phi(0.5) if method == "sglr" else self.leaking(method, method, followed=True)
+        """A method, undefended; SplitAvg's with its default fraction, which is a cell of Table 5 too."""
+        phi = plugins.find("algorithm", method).defaults.get("phi")
+        return self.leaking(method, method, followed=True) if phi is None else self.by_phi(phi)
 
     def at_depth(self, cut: str) -> Cell:
         """PSL cut there."""
-        default = MODELS[self.size.model].default_cut
+        default = default_cut(self.size.model)
         return self.attacked("psl") if cut == default else self.leaking(f"psl-cut-{cut}", "psl", cut=cut)
 
     def defended(self, kind: str, strength: str) -> Cell:
@@ -208,7 +208,7 @@ class Plan:
     def leakage(self) -> Iterator[Cell]:
         """Methods, depths of the cut and defences (beyond the paper)."""
         yield from (self.attacked(method) for method in LEAKING_METHODS)
-        yield from (self.at_depth(cut) for cut in MODELS[self.size.model].cuts)
+        yield from (self.at_depth(cut) for cut in cuts_of(self.size.model))
         yield from (self.defended(kind, strength) for kind, own in DEFENCES.items() for strength in own)
 
     def _cell(self, name: str, clients: int, algorithm: str, own: dict[str, Any]) -> Cell:
@@ -228,5 +228,5 @@ class Plan:
             **own,
         }
         config = RunConfig.of({k: v for k, v in options.items() if v is not None})
-        config.check((algorithm,), frozenset())
+        config.check(frozenset())
         return Cell(name, config)

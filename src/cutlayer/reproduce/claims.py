@@ -18,7 +18,8 @@ from typing import Literal
 # Quantiles of t, as scipy.stats has them, without its second of loading.
 from scipy.special import stdtrit  # type: ignore[import-untyped]
 
-from cutlayer.catalog import ALGORITHMS, MODELS
+from cutlayer.options import cuts_of
+from cutlayer.report.looks import title_of_algorithm
 from cutlayer.reproduce.cells import (
     ALPHAS_WITH_PHI,
     DEFENCES,
@@ -431,12 +432,12 @@ def _phi(outcomes: Outcomes) -> list[Claim]:
 def _leaking(outcomes: Outcomes) -> list[Claim]:
     """Methods, depths of the cut and defences (beyond the paper)."""
     plan = outcomes.plan
-    cuts = MODELS[plan.size.model].cuts
+    cuts = cuts_of(plan.size.model)
     methods = [
         Claim(
             f"leaks-{other}{name}",
-            f"SGLR leaks less than {ALGORITHMS[other].title}{when}",
-            f"An attacker explains less of the inputs of SGLR than of those of {ALGORITHMS[other].title}{when}.",
+            f"SGLR leaks less than {title_of_algorithm(other)}{when}",
+            f"An attacker explains less of the inputs of SGLR than of those of {title_of_algorithm(other)}{when}.",
             (Pair(plan.attacked(other), plan.attacked("sglr")),),
             gap=gap,
         )

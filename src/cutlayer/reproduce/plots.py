@@ -17,16 +17,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 from safetensors.numpy import load_file
 
-from cutlayer.catalog import ALGORITHMS, MODELS
+from cutlayer import plugins
+from cutlayer.options import cuts_of
 from cutlayer.report import collect
 from cutlayer.report.collect import Entry, Report, Run
 from cutlayer.report.curves import (
-    COLOURS,
-    GREEN,
-    GREY,
-    LOOKS,
     MARKERS,
-    VERMILLION,
     accuracy_over,
     accuracy_over_bytes,
     accuracy_over_energy,
@@ -36,6 +32,7 @@ from cutlayer.report.curves import (
     figure_of,
     titled,
 )
+from cutlayer.report.looks import COLOURS, GREEN, PALETTE, VERMILLION, look_of_algorithm, title_of_algorithm
 from cutlayer.reproduce.cells import (
     ALPHAS,
     ALPHAS_WITH_PHI,
@@ -143,9 +140,9 @@ def _table4(findings: Findings) -> Figure:
     ax = figure.subplots()
     for index, method in enumerate(METHODS):
         scores = [outcomes.score(outcomes.plan.method(method, rate)) for rate in rates]
-        colour, style = LOOKS[method]
+        colour, style = look_of_algorithm(method)
         look = {"color": colour, "linestyle": style, "marker": MARKERS[index]}
-        _line(ax, (ALGORITHMS[method].title, rates, scores), **look)
+        _line(ax, (title_of_algorithm(method), rates, scores), **look)
         chosen = outcomes.chosen_rate(method)
         if chosen is not None:
             mean = scores[rates.index(chosen)].mean or math.nan
@@ -167,8 +164,8 @@ def _skew(findings: Findings) -> Figure:
         scores = [outcomes.score(outcomes.plan.skewed(method, skew)) for skew in SKEWS]
         shift = 0.12 * (index - (len(SKEWED_METHODS) - 1) / 2)
         x = [i + shift for i in range(len(SKEWS))]
-        look = {"color": LOOKS[method][0], "linestyle": "none", "marker": MARKERS[index]}
-        _line(ax, (ALGORITHMS[method].title, x, scores), **look)
+        look = {"color": look_of_algorithm(method)[0], "linestyle": "none", "marker": MARKERS[index]}
+        _line(ax, (title_of_algorithm(method), x, scores), **look)
     ax.set_xticks(range(len(SKEWS)), list(SKEWS))
     ax.set_xlim(-0.5, len(SKEWS) - 0.5)
     ax.grid(axis="x", visible=False)
@@ -195,7 +192,7 @@ def _phi(findings: Findings) -> Figure:
         marker="o",
         capsize=3,
     )
-    papers.plot(LEAKING_PHIS, [theirs[f"{phi:g}"] for phi in LEAKING_PHIS], color=GREY, marker="s")
+    papers.plot(LEAKING_PHIS, [theirs[f"{phi:g}"] for phi in LEAKING_PHIS], color=PALETTE["grey"], marker="s")
     for ax, whose in ((ours, "Ours"), (papers, "The paper")):
         titled(ax, whose)
         ax.set_xticks(LEAKING_PHIS)
@@ -238,8 +235,8 @@ def _kept(findings: Findings) -> dict[str, Path]:
     """
     outcomes = findings.outcomes
     plan = outcomes.plan
-    cells = {ALGORITHMS[m].title: plan.attacked(m) for m in LEAKING_METHODS}
-    cells |= {f"PSL after {c}": plan.at_depth(c) for c in MODELS[plan.size.model].cuts[1:]}
+    cells = {title_of_algorithm(m): plan.attacked(m) for m in LEAKING_METHODS}
+    cells |= {f"PSL after {c}": plan.at_depth(c) for c in cuts_of(plan.size.model)[1:]}
     cells |= {f"PSL, {k} {s[-1]}": plan.defended(k, s[-1]) for k, s in ((k, list(v)) for k, v in DEFENCES.items())}
     if "table5" in findings.parts:
         cells |= {f"SGLR, phi {phi:g}": plan.by_phi(phi) for phi in LEAKING_PHIS[-1:]}
@@ -301,12 +298,25 @@ def curves_report(outcomes: Outcomes) -> Report:
 
 def _entry(outcomes: Outcomes, cell: Cell) -> Entry:
     name = cell.config.algorithm
+    entry = plugins.find("algorithm", name)
+    about = {"title": entry.title, **entry.facts}
     runs = [
-        Run(seed, {}, [{**e, **spent(outcomes.plan, name, e)} for e in o.evaluations], [], [], 0.0, [], [], o.result)
+        Run(
+            seed,
+            {},
+            [{**e, **spent(outcomes.plan, name, e)} for e in o.evaluations],
+            [],
+            [],
+            0.0,
+            [],
+            [],
+            about,
+            o.result,
+        )
         for seed, o in outcomes.of(cell).items()
         if not o.diverged
     ]
-    title = f"{ALGORITHMS[name].title}, rate {cell.config.client_lr:g}"
+    title = f"{title_of_algorithm(name)}, rate {cell.config.client_lr:g}"
     row = collect.Row(title, [r.seed for r in runs], (0.0, None), (0.0, None), 0.0, None, None, 0.0, 0.0, None)
     return Entry(name, name, title, runs, row)
 
@@ -319,7 +329,7 @@ def _claims(findings: Findings) -> Figure:
     measured = [v for v in findings.verdicts if v.overall.low is not None]
     figure = Figure(figsize=(10.5, 1.5 + 0.42 * len(measured)), layout="constrained")
     ax = figure.subplots()
-    colours = {"holds": GREEN, "does not hold": VERMILLION, "within noise": GREY}
+    colours = {"holds": GREEN, "does not hold": VERMILLION, "within noise": PALETTE["grey"]}
     ends = [0.0]
     for y, verdict in enumerate(measured):
         d = verdict.overall

@@ -11,10 +11,11 @@ from functools import cache
 from typing import Any
 
 from cutlayer.build import load_source
-from cutlayer.catalog import ALGORITHMS, MODELS
 from cutlayer.costs.expect import Expected, Workload, expect
 from cutlayer.costs.fleet import fleet
 from cutlayer.costs.measure import example, load_model, measure
+from cutlayer.options import default_cut, traits
+from cutlayer.report.looks import title_of_algorithm
 from cutlayer.reproduce import formulas
 from cutlayer.reproduce.cells import METHODS, Plan
 from cutlayer.text import format_bytes, format_quantity
@@ -49,7 +50,8 @@ def of_method(plan: Plan, method: str, epochs: int = 1) -> Expected:
     """Costs of Table 4's setting at one method, for so many epochs."""
     config = plan.method(method, plan.size.rates[0]).config
     machines = fleet(config.model_copy(update=FLEET), config.clients)
-    return expect(method, replace(_work(plan, config.model), epochs=epochs), machines)
+    algorithm = config.thing("algorithm", method)
+    return expect(algorithm, replace(_work(plan, config.model), epochs=epochs), machines)
 
 
 @cache
@@ -58,13 +60,12 @@ def _work(plan: Plan, model: str) -> Workload:
     train = load_source(config, None).train
     shape = tuple(train.x.shape[1:])
     net = load_model(model, shape, 10)
-    return measure(net, MODELS[model].default_cut, example(shape, train.x.dtype)).workload(
+    return measure(net, default_cut(model) or "", example(shape, train.x.dtype)).workload(
         clients=config.clients,
         samples_per_client=config.samples_per_client or 0,
         batch=config.batch,
         label=train.y[:1].nbytes,
         raw=train.x[:1].nbytes,
-        phi=config.phi,
     )
 
 
@@ -81,7 +82,7 @@ def computation(plan: Plan) -> list[tuple[str, tuple[str, ...]]]:
         share = theirs / _per_client("fl", alexnet, counted=False)
         rows.append(
             (
-                ALGORITHMS[method].title,
+                title_of_algorithm(method),
                 (
                     format_quantity(ours, "FLOP"),
                     format_quantity(truly, "FLOP"),
@@ -95,9 +96,10 @@ def computation(plan: Plan) -> list[tuple[str, tuple[str, ...]]]:
 
 def _per_client(method: str, w: Workload, *, counted: bool) -> float:
     """FLOPs per epoch of whoever trains there: a client, or in centralised learning the one machine."""
-    part = w.flops.whole if method in ("cl", "fl") else w.flops.at_client
+    of_method = traits(method)
+    part = w.flops.whole if of_method.whole else w.flops.at_client
     each = part.training if counted else part.three_forwards
-    return each * w.samples_per_client * (w.clients if method == "cl" else 1)
+    return each * w.samples_per_client * (w.clients if of_method.central else 1)
 
 
 def communication(plan: Plan) -> list[tuple[str, tuple[str, ...]]]:
@@ -108,7 +110,7 @@ def communication(plan: Plan) -> list[tuple[str, tuple[str, ...]]]:
         example = formulas.total(method, formulas.EXAMPLE)
         rows.append(
             (
-                ALGORITHMS[method].title,
+                title_of_algorithm(method),
                 (
                     f"{example:,.10g} MB",
                     format_bytes(e.paper),
@@ -140,7 +142,7 @@ def facts(plan: Plan) -> list[Fact]:
     sglr = of_method(plan, "sglr")
     for other in ("sfl", "fl"):
         e = of_method(plan, other)
-        title = ALGORITHMS[other].title
+        title = title_of_algorithm(other)
         for name, mine, theirs in (
             ("wire-unicast", sglr.unicast, e.unicast),
             ("wire-broadcast", sglr.broadcast, e.broadcast),
@@ -151,7 +153,7 @@ def facts(plan: Plan) -> list[Fact]:
                     f"SGLR sends less than {title} ({name})",
                     f"SGLR's communication per epoch is below {title}'s, counted as {name}.",
                     mine < theirs,
-                    f"{_against(mine, theirs)} here; {_until(_break_even(work, other, name))}",
+                    f"{_against(mine, theirs)} here; {_until(_break_even(plan, work, other, name))}",
                 )
             )
     return found
@@ -173,11 +175,12 @@ def _until(even: float) -> str:
     return f"below it up to {most:,} samples per client and epoch" if most > 0 else "below it at no number of samples"
 
 
-def _break_even(w: Workload, other: str, convention: str) -> float:
+def _break_even(plan: Plan, w: Workload, other: str, convention: str) -> float:
     """Samples per client from which SGLR sends more than `other` in an epoch; infinite where it never does."""
 
     def gap(samples: int) -> int:
-        a, b = (expect(m, replace(w, samples_per_client=samples)) for m in ("sglr", other))
+        methods = (plan.method(m, plan.size.rates[0]).config.thing("algorithm", m) for m in ("sglr", other))
+        a, b = (expect(m, replace(w, samples_per_client=samples)) for m in methods)
         unicast = convention == "wire-unicast"
         return (a.unicast - b.unicast) if unicast else (a.broadcast - b.broadcast)
 

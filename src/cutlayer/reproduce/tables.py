@@ -10,8 +10,9 @@ from importlib import resources
 from operator import attrgetter
 from typing import Any
 
-from cutlayer.catalog import ALGORITHMS, MODELS
 from cutlayer.errors import ConfigError, unknown
+from cutlayer.options import cuts_of
+from cutlayer.report.looks import title_of_algorithm
 from cutlayer.reproduce.cells import (
     ALPHAS,
     ALPHAS_WITH_PHI,
@@ -84,7 +85,7 @@ def table4(outcomes: Outcomes) -> list[Table]:
     size, theirs = outcomes.plan.size, paper()["table4"]
     best, tried = [], []
     for method in METHODS:
-        title, rate, chosen = ALGORITHMS[method].title, outcomes.chosen_rate(method), outcomes.chosen(method)
+        title, rate, chosen = title_of_algorithm(method), outcomes.chosen_rate(method), outcomes.chosen(method)
         none = Score(None, None, 0, len(size.seeds), 0, theirs[method])
         score = none if chosen is None else outcomes.score(chosen, theirs[method])
         best.append((title, (score, DASH if rate is None else f"{rate:g}")))
@@ -92,10 +93,11 @@ def table4(outcomes: Outcomes) -> list[Table]:
         each = [(outcomes.score(cell, by=attrgetter("validation")), outcomes.score(cell)) for cell in cells]
         tried.append((title, tuple(score for pair in each for score in pair)))
     sglr = outcomes.plan.method("sglr", size.rates[0]).config
+    own = sglr.specific
     text = (
         f"{size.methods_clients} clients, {size.methods_model} (paper: AlexNet). Each method has the learning rate of "
         f"the highest best validation accuracy, mean over seeds, of the same {len(size.rates)} rates: equal tuning "
-        f"effort for all; SGLR's alpha {sglr.alpha:g} and phi {sglr.phi:g} were not tuned further."
+        f"effort for all; SGLR's alpha {own['alpha']:g} and phi {own['phi']:g} were not tuned further."
     )
     columns = tuple(c for rate in size.rates for c in (f"validation, {rate:g}", f"test, {rate:g}"))
     rates = "Best validation accuracy, by which the rate is chosen, and the test accuracy at it, per learning rate."
@@ -147,12 +149,13 @@ def skew(outcomes: Outcomes) -> list[Table]:
     """The methods on clients whose labels are skewed (beyond the paper)."""
     plan = outcomes.plan
     rows = tuple(
-        (ALGORITHMS[m].title, tuple(outcomes.score(plan.skewed(m, skew)) for skew in SKEWS)) for m in SKEWED_METHODS
+        (title_of_algorithm(m), tuple(outcomes.score(plan.skewed(m, skew)) for skew in SKEWS)) for m in SKEWED_METHODS
     )
     config = plan.skewed("sglr", next(iter(SKEWS))).config
+    own = config.specific
     text = (
         f"Not in the paper. {plan.size.skewed_clients} clients, {plan.size.model}, rate {config.client_lr:g} for all; "
-        f"SLR and SGLR have alpha {config.alpha:g}, SGLR phi {config.phi:g}. Dirichlet: each class is dealt to the "
+        f"SLR and SGLR have alpha {own['alpha']:g}, SGLR phi {own['phi']:g}. Dirichlet: each class is dealt to the "
         "clients in proportions drawn from a Dirichlet distribution, the smaller the number the more skewed; 2 shards: "
         "each client holds about two classes. Accuracy on the whole test set, mean over all clients' models."
     )
@@ -178,8 +181,8 @@ def table5(outcomes: Outcomes) -> list[Table]:
 def leakage(outcomes: Outcomes) -> list[Table]:
     """What methods, depths of the cut and defences change (beyond the paper)."""
     plan = outcomes.plan
-    cuts = MODELS[plan.size.model].cuts
-    methods = tuple((ALGORITHMS[m].title, _leaks(outcomes, plan.attacked(m))) for m in LEAKING_METHODS)
+    cuts = cuts_of(plan.size.model)
+    methods = tuple((title_of_algorithm(m), _leaks(outcomes, plan.attacked(m))) for m in LEAKING_METHODS)
     depths = tuple((f"after {cut}", _leaks(outcomes, plan.at_depth(cut))) for cut in cuts)
     defences = tuple(
         (f"{kind}, {strength}", _leaks(outcomes, plan.defended(kind, strength)))
