@@ -260,7 +260,7 @@ def zstd_body(payload: bytes) -> bytes:
 
 
 def receive_zstd(payload: bytes) -> torch.Tensor:
-    return decode(zstd_body(payload), [Crossing((3,), torch.float32)], 2, Codec(zstd=True))[0]
+    return decode(zstd_body(payload), [Crossing((3,), torch.float32)], 2, Codec.parse("raw+zstd"))[0]
 
 
 def undeclared(size: int) -> bytes:

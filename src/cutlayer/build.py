@@ -36,6 +36,7 @@ from cutlayer.schedules import Schedule
 from cutlayer.server import Server
 from cutlayer.verbs import Traits
 from cutlayer.wire import Codec, Coding
+from cutlayer.wire.coded import CodedCohort
 
 Model = nn.Module | Callable[[], nn.Module]
 """A module, or a function that makes one (needed for independent starts)."""
@@ -120,7 +121,8 @@ class Prepared:
         if self.algorithm.traits.central:
             ledger.add("up", "raw data", 0, _raw_bytes(source, self.clients.rows[0]))
         counts = class_counts(source.train.y, partition, source.classes)
-        metered = MeteredCohort(cohort, ledger, replace(self.coding, carried=engine == "remote"))
+        coded = CodedCohort(cohort, replace(self.coding, carried=engine == "remote"))
+        metered = MeteredCohort(coded, ledger, coded.crossed)
         training = Training(
             source,
             server,
