@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from cutlayer import seeds
-from cutlayer.catalog import ALGORITHMS, MODELS
+from cutlayer import plugins, seeds
+from cutlayer.catalog import ALGORITHMS
 from cutlayer.cohort import Cohort, draw_participants
 from cutlayer.costs.clock import Clock, ClockedCohort
 from cutlayer.costs.fleet import Fleet, fleet
@@ -27,16 +27,18 @@ from cutlayer.costs.ledger import Ledger, MeteredCohort
 from cutlayer.data import Source, class_counts, from_arrays, from_dataset, load, load_whole, partition
 from cutlayer.engine.base import ClientModel, Clients, Shape
 from cutlayer.engine.choice import laid_out, simulate
-from cutlayer.errors import ConfigError, CutError, DataError, unknown
-from cutlayer.models import Parts, build, cut
+from cutlayer.errors import ConfigError, CutError, DataError
+from cutlayer.models import Parts, build, cut, default_cut
+from cutlayer.models import make as make_own
 from cutlayer.models.parts import Part, load_own, one_line
 from cutlayer.optim import MakeOptimizer, make_optimizer
 from cutlayer.options import RunConfig
 from cutlayer.server import Server
 from cutlayer.wire import Codec, Coding
 
-Model = nn.Module | Callable[[], nn.Module]
-"""A module, or a function that makes one (needed for independent starts)."""
+Model = nn.Module | Callable[..., nn.Module]
+"""A module, or a function that makes one (needed for independent starts), without arguments or with `input_shape` and
+`classes`."""
 
 Data = Source | torch.utils.data.Dataset[Any] | tuple[Any, Any]
 """A loaded source, a map-style dataset of (input, label) pairs, or arrays or tensors (x, y)."""
@@ -296,13 +298,16 @@ def _maker(config: RunConfig, model: Model | None, source: Source) -> Callable[.
                 "one instead of a module"
             )
         return lambda *name: typed(copy.deepcopy(model), config)
-    if model is None and config.model not in MODELS:
-        raise ConfigError(unknown("model", config.model, MODELS))
+    if model is None:
+        plugins.find("model", config.model)  # an unknown name is an error now
     shape = tuple(source.train.x.shape[1:])
 
     def make(*name: str | int) -> nn.Module:
         with seeds.torch_seeded(config.seed, *name):
-            made = model() if model is not None else build(config.model, shape, source.classes)
+            if model is None:
+                made = build(config.model, shape, source.classes)
+            else:
+                made = make_own(model, shape, source.classes)
         return typed(made, config)
 
     return make
@@ -349,7 +354,7 @@ def _cut_names(config: RunConfig, model: Model | None) -> tuple[str, ...]:
     """Where to cut: nowhere (whole models), once, or twice (U-shaped). Raises ConfigError without a name."""
     if ALGORITHMS[config.algorithm].whole:
         return ("output",)
-    first = config.cut or (MODELS[config.model].default_cut if model is None else None)
+    first = config.cut or (default_cut(config.model) if model is None else None)
     if first is None:
         raise ConfigError(
             f"{config.algorithm} needs cut: name the module of your model after which it is cut, "

@@ -20,12 +20,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from cutlayer.catalog import ALGORITHMS, MODELS
+from cutlayer.catalog import ALGORITHMS
 from cutlayer.costs.breakeven import BreakEven, break_evens
 from cutlayer.costs.expect import Expected, Workload, expect
 from cutlayer.costs.fleet import Fleet, fleet
 from cutlayer.costs.measure import Measured, example, load_model, make, measure, placed, survey
 from cutlayer.errors import ConfigError
+from cutlayer.models import default_cut
 from cutlayer.options import PlanConfig
 from cutlayer.text import format_bytes, format_quantity, listed
 
@@ -145,7 +146,7 @@ class Plan:
         }
 
 
-def plan(config: PlanConfig, model: nn.Module | Callable[[], nn.Module] | None = None) -> Plan:
+def plan(config: PlanConfig, model: nn.Module | Callable[..., nn.Module] | None = None) -> Plan:
     """Measure the model, reckon, compare. `model` replaces the one named in `config`: a module, which stays as it is,
     or a function that makes one.
 
@@ -156,7 +157,7 @@ def plan(config: PlanConfig, model: nn.Module | Callable[[], nn.Module] | None =
     title = config.model if model is None else type(model).__name__ if isinstance(model, nn.Module) else "own model"
     net, x = _on_meta(config, model)
     judged = _judged(config.algorithms)
-    name = config.cut or (MODELS[config.model].default_cut if model is None and config.model in MODELS else "all")
+    name = config.cut or (default_cut(config.model) if model is None else None) or "all"
     found = survey(net, x) if name == "all" else None
     cuts = [_cut_plan(judged, m, config, machines) for m in (found.cuts if found else (measure(net, name, x),))]
     if config.energy_budget is not None and cuts[0].cost.marginal is None:
@@ -199,13 +200,13 @@ def flops_share(m: Measured) -> float:
     return m.flops.client.training / m.flops.whole.training if m.flops.whole.training else 0.0
 
 
-def _on_meta(config: PlanConfig, model: nn.Module | Callable[[], nn.Module] | None) -> tuple[nn.Module, torch.Tensor]:
+def _on_meta(config: PlanConfig, model: nn.Module | Callable[..., nn.Module] | None) -> tuple[nn.Module, torch.Tensor]:
     """The model in the planned precision, and a batch of two for it."""
     dtype = getattr(torch, config.precision)
     if model is None:
         net = load_model(config.model, config.input, config.classes)
     else:
-        net = model if isinstance(model, nn.Module) else make(model, getattr(model, "__name__", "own model"))
+        net = model if isinstance(model, nn.Module) else make(model, config.input, config.classes)
     try:
         net = placed(net, dtype)
     except Exception as error:  # the user's module: anything can come out
