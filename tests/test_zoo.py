@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cutlayer.catalog import MODELS
 from cutlayer.errors import ConfigError
 from cutlayer.models import build, cut
-from cutlayer.models.zoo import Prepare
+from cutlayer.models.zoo.resnet16 import Prepare
 
 SHAPES = {
     "mlp": [(64,), (1, 8, 8), (2, 5, 3)],

@@ -29,6 +29,7 @@ from cutlayer.engine.base import ClientModel, Clients, Shape
 from cutlayer.engine.choice import laid_out, simulate
 from cutlayer.errors import ConfigError, DataError
 from cutlayer.models import Parts, build, cut
+from cutlayer.models import make as make_own
 from cutlayer.models.parts import Part, load_own
 from cutlayer.optim import MakeOptimizer, make_optimizer
 from cutlayer.options import RunConfig, default_cut
@@ -38,8 +39,9 @@ from cutlayer.verbs import Traits
 from cutlayer.wire import Codec, Coding
 from cutlayer.wire.coded import CodedCohort
 
-Model = nn.Module | Callable[[], nn.Module]
-"""A module, or a function that makes one (needed for independent starts)."""
+Model = nn.Module | Callable[..., nn.Module]
+"""A module, or a function that makes one (needed for independent starts), without arguments or with `input_shape` and
+`classes`."""
 
 Data = Source | torch.utils.data.Dataset[Any] | tuple[Any, Any]
 """A loaded source, a map-style dataset of (input, label) pairs, or arrays or tensors (x, y)."""
@@ -313,7 +315,10 @@ def _maker(config: RunConfig, model: Model | None, source: Source) -> Callable[.
 
     def make(*name: str | int) -> nn.Module:
         with seeds.torch_seeded(config.seed, *name):
-            made = model() if model is not None else build(config.model, shape, source.classes, **own)
+            if model is None:
+                made = build(config.model, shape, source.classes, **own)
+            else:
+                made = make_own(model, shape, source.classes)
         return typed(made, config)
 
     return make

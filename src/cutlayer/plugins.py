@@ -59,6 +59,9 @@ KINDS: dict[str, Kind] = {
     "defence": Kind("defence", ("defences",), "cutlayer.defences"),
 }
 
+SUPPLIED = frozenset({"input_shape", "classes"})
+"""Parameters of a model's function that the data decide: they are not options."""
+
 _BASES = {"bool": bool, "int": int, "float": float, "str": str}
 _BOUNDS = ("ge", "gt", "le", "lt")
 
@@ -267,18 +270,24 @@ def register(kind: str, name: str, *, title: str = "", summary: str = "", **fact
 
 
 def options_of(thing: Any) -> tuple[Option, ...]:
-    """The options that a class declares with `option`, or a function as keyword-only parameters."""
+    """The options that a class declares with `option`, or a function (or another class's constructor) as keyword-only
+    parameters with defaults, except those that the caller supplies by name.
+    """
     if inspect.isclass(thing) and issubclass(thing, BaseModel):
         return tuple(Option.from_field(name, info) for name, info in thing.model_fields.items())
-    if inspect.isclass(thing) or not callable(thing):
+    if not callable(thing):
         return ()
-    hints = typing.get_type_hints(thing)
+    own = {
+        name: p
+        for name, p in inspect.signature(thing).parameters.items()
+        if p.kind is p.KEYWORD_ONLY and p.default is not p.empty and name not in SUPPLIED
+    }
+    hints = typing.get_type_hints(thing.__init__ if inspect.isclass(thing) else thing) if own else {}
     found = []
-    for name, p in inspect.signature(thing).parameters.items():
-        if p.kind is inspect.Parameter.KEYWORD_ONLY:
-            info = p.default if isinstance(p.default, FieldInfo) else FieldInfo(default=p.default)
-            info.annotation = hints.get(name, str)
-            found.append(Option.from_field(name, info))
+    for name, p in own.items():
+        info = p.default if isinstance(p.default, FieldInfo) else FieldInfo(default=p.default)
+        info.annotation = hints.get(name, str)
+        found.append(Option.from_field(name, info))
     return tuple(found)
 
 
@@ -463,10 +472,17 @@ def _loaded_entry_point(point: EntryPoint, word: str) -> Any:
 
 @cache
 def _module_of(place: str) -> types.ModuleType:
-    """The module of a file (given as an absolute path) or of a dotted name."""
-    if not place.endswith(".py"):
-        return importlib.import_module(place)
-    path = Path(place)
+    """The module of a file (given as an absolute path) or of a dotted name. What lies beside it can be imported."""
+    folder = str(Path(place).parent if place.endswith(".py") else Path.cwd())
+    sys.path.insert(0, folder)
+    try:
+        return _file_module(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+    finally:
+        sys.path.remove(folder)
+
+
+def _file_module(path: Path) -> types.ModuleType:
+    place = str(path)
     name = f"cutlayer_own_{path.stem}_{hashlib.sha256(place.encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None, "a path that ends in .py has a spec"
@@ -509,7 +525,11 @@ def _entry_of(kind: str, reference: str, thing: Any) -> Entry:
     if entry is not None:
         return _renamed(entry, reference)
     if kind in ("model", "data") and callable(thing):  # a plain function will do
-        return Entry(kind, reference, reference, thing.__name__, options=options_of(thing))
+        try:
+            options = options_of(thing)
+        except (TypeError, NameError) as error:
+            raise ConfigError(f"{KINDS[kind].word} {reference!r}: {error}") from None
+        return Entry(kind, reference, reference, getattr(thing, "__name__", reference), options=options)
     raise ConfigError(
         f"{KINDS[kind].word} {reference!r} is not registered: decorate it (see docs/extending.md), or name another"
     )
@@ -521,7 +541,7 @@ def _renamed(entry: Entry, reference: str) -> Entry:
 
 
 def _dotted(text: str) -> bool:
-    return "." in text and all(part.isidentifier() for part in text.split("."))
+    return bool(text) and all(part.isidentifier() for part in text.split("."))
 
 
 # Types

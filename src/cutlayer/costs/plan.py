@@ -152,7 +152,7 @@ class Plan:
         }
 
 
-def plan(config: PlanConfig, model: nn.Module | Callable[[], nn.Module] | None = None) -> Plan:
+def plan(config: PlanConfig, model: nn.Module | Callable[..., nn.Module] | None = None) -> Plan:
     """Measure the model, reckon, compare. `model` replaces the one named in `config`: a module, which stays as it is,
     or a function that makes one.
 
@@ -207,13 +207,13 @@ def flops_share(m: Measured) -> float:
     return m.flops.client.training / m.flops.whole.training if m.flops.whole.training else 0.0
 
 
-def _on_meta(config: PlanConfig, model: nn.Module | Callable[[], nn.Module] | None) -> tuple[nn.Module, torch.Tensor]:
+def _on_meta(config: PlanConfig, model: nn.Module | Callable[..., nn.Module] | None) -> tuple[nn.Module, torch.Tensor]:
     """The model in the planned precision, and a batch of two for it."""
     dtype = getattr(torch, config.precision)
     if model is None:
         net = load_model(config.model, config.input, config.classes)
     else:
-        net = model if isinstance(model, nn.Module) else make(model, getattr(model, "__name__", "own model"))
+        net = model if isinstance(model, nn.Module) else make(model, config.input, config.classes)
     try:
         net = placed(net, dtype)
     except Exception as error:  # the user's module: anything can come out
