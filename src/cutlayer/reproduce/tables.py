@@ -153,8 +153,8 @@ def skew(outcomes: Outcomes) -> list[Table]:
     text = (
         f"Not in the paper. {study.size.skewed_clients} clients, {study.size.model}, rate {config.client_lr:g} for "
         f"all; SLR and SGLR have alpha {config.alpha:g}, SGLR phi {config.phi:g}. Dirichlet: each class is dealt to "
-        "the clients in proportions drawn from a Dirichlet distribution, the smaller the number the more skewed; 2 shards: "
-        "each client holds about two classes. Accuracy on the whole test set, mean over all clients' models."
+        "the clients in proportions drawn from a Dirichlet distribution, the smaller the number the more skewed; 2 "
+        "shards: each client holds about two classes. Accuracy on the whole test set, mean over all clients' models."
     )
     return [Table("skew", "Label skew", "method", tuple(SKEWS), rows, text)]
 
