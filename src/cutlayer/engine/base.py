@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cutlayer import seeds
 from cutlayer.cohort import draw_participants
-from cutlayer.data.batches import Batches
+from cutlayer.data.batches import Batches, Drawn
 from cutlayer.data.samples import Samples
 from cutlayer.optim import MakeOptimizer
 from cutlayer.types import Evaluation, Round, Step
@@ -63,15 +63,6 @@ class Clients(Routine):
     data: Samples
     rows: Sequence[np.ndarray]
     make_optimizer: MakeOptimizer
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """Batches of C clients: their inputs `x` [R, ...], sizes [C], and how many batches each had drawn before [C]."""
-
-    x: Tensor
-    sizes: np.ndarray
-    clocks: np.ndarray
 
 
 class SimulatedCohort:

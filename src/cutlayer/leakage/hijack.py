@@ -27,8 +27,9 @@ from cutlayer import seeds
 from cutlayer.data.samples import Samples
 from cutlayer.errors import DataError
 from cutlayer.gradients import RowLoss, row_losses
-from cutlayer.leakage.inputs import check_real, check_rows
+from cutlayer.leakage.inputs import check_real
 from cutlayer.leakage.networks import Encoder, SkipMLP, decoder
+from cutlayer.rows import check_rows
 from cutlayer.server import Server, ServerStep
 from cutlayer.types import Smashed
 

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from cutlayer.report.collect import Entry, Report, Run
+from cutlayer.report.collect import Report, ReportEntry, StoredRun
 from cutlayer.report.looks import BLACK, BLUE, COLOURS, PALETTE, VERMILLION, Look, look_of
 from cutlayer.text import shortened
 
@@ -78,7 +78,7 @@ def classes(report: Report) -> bytes:
     return drawn(lambda: _classes_figure(shown_partition(report)))
 
 
-def shown_partition(report: Report) -> Run:
+def shown_partition(report: Report) -> StoredRun:
     """The run whose partition is drawn: seeds differ in theirs, entries of a comparison as a rule do not."""
     return report.entries[0].runs[0]
 
@@ -215,7 +215,7 @@ def _accuracies(report: Report, x: Callable[[dict[str, float]], float]) -> list[
 
 
 def _scores(
-    runs: Iterable[Run], label: str, look: Look, marker: str, x: Callable[[dict[str, float]], float], name: str
+    runs: Iterable[StoredRun], label: str, look: Look, marker: str, x: Callable[[dict[str, float]], float], name: str
 ) -> _Curve:
     """Evaluations of the same round belong together, across seeds."""
     rounds: dict[int, list[tuple[float, float]]] = {}
@@ -227,7 +227,7 @@ def _scores(
     return _curve(label, look, marker, groups)
 
 
-def _loss(entry: Entry, label: str, look: Look, window: float) -> _Curve:
+def _loss(entry: ReportEntry, label: str, look: Look, window: float) -> _Curve:
     """Per seed the mean loss of each window, samples weighted alike; then mean and spread over the seeds."""
     groups: dict[int, list[tuple[float, float]]] = {}
     for run in entry.runs:
@@ -276,7 +276,7 @@ def _plot(ax: Axes, curve: _Curve) -> None:
             ax.fill_between(curve.x[known], low[known], high[known], color=colour, alpha=0.15, linewidth=0)
 
 
-def _looks(report: Report) -> list[tuple[Entry, str, Look, str]]:
+def _looks(report: Report) -> list[tuple[ReportEntry, str, Look, str]]:
     """Per entry its label, look and marker. An algorithm has the same colour in every report; further entries of the
     same algorithm get the colours that are left.
     """
@@ -317,7 +317,7 @@ def _epochs(ax: Axes) -> None:
     ax.set_xlim(left=0)
 
 
-def _classes_figure(run: Run) -> Figure:
+def _classes_figure(run: StoredRun) -> Figure:
     names = list(map(_plain, run.class_names))
     counts = np.array(run.counts, int).reshape(len(run.counts), -1)
     clients, kinds = counts.shape

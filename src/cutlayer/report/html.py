@@ -12,7 +12,7 @@ from jinja2 import Environment, StrictUndefined
 from cutlayer import plugins
 from cutlayer.options import CompareConfig, RunConfig
 from cutlayer.report import spending
-from cutlayer.report.collect import Entry, Report
+from cutlayer.report.collect import Report, ReportEntry
 from cutlayer.report.curves import loss_window, shown_partition
 from cutlayer.text import format_bytes, format_percent, format_rate, listed
 
@@ -90,7 +90,7 @@ def _known(kind: str, name: str) -> str:
     return name if name in plugins.index(kind) else f"“{name}”"
 
 
-def _row(entry: Entry) -> dict[str, Any]:
+def _row(entry: ReportEntry) -> dict[str, Any]:
     """The result table's line, ready to print."""
     row = entry.row
     down, broadcast = row.bytes_down, row.bytes_down_broadcast
@@ -115,7 +115,7 @@ def _or_dash(value: float | None, form: Any) -> str:
     return "\N{EN DASH}" if value is None else str(form(value))
 
 
-def _kinds(entry: Entry) -> list[dict[str, str]]:
+def _kinds(entry: ReportEntry) -> list[dict[str, str]]:
     """Bytes by direction and kind, mean over the runs that are done; what was not sent in a run counts as zero. What a
     run of an older version did not count is not known.
     """
