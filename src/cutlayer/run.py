@@ -16,7 +16,6 @@ from cutlayer.build import Data, Model, Training, assemble, by_name
 from cutlayer.catalog import ALGORITHMS as ALGORITHM_INFO
 from cutlayer.cohort import Cohort
 from cutlayer.costs.measured import Meter
-from cutlayer.engine.base import judged
 from cutlayer.errors import ConfigError, NonFiniteError, RunFolderError, UsageError
 from cutlayer.folder import (
     CHECKPOINT,
@@ -31,6 +30,7 @@ from cutlayer.folder import (
 )
 from cutlayer.optim import lr_factor
 from cutlayer.options import RunConfig, normalised, overlaid
+from cutlayer.scoring import judged
 from cutlayer.server import Server
 from cutlayer.types import Evaluation, Step
 
