@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from cutlayer.engine.base import Routine, Shape, together
 from cutlayer.engine.local import Client
 from cutlayer.errors import NonFiniteError, TrainingError, WireError
 from cutlayer.models.parts import Crossing
-from cutlayer.remote.exchange import Lost, Request
+from cutlayer.remote.carrier import Carrier, Lost, Request
 from cutlayer.remote.worker import expected_state, state_of
 from cutlayer.scoring import Outputs, evaluate, evaluation, judged
 from cutlayer.types import CutGradients, Evaluation, Round, Rows, Smashed, Step, TailGradients, aligned
@@ -37,30 +37,6 @@ _ACKNOWLEDGED = (m.Saved, m.Settled)  # answers to what was posted: they say no 
 T = TypeVar("T")
 Tell = Callable[[str, Mapping[str, Any]], None]
 """Hears what has happened, as a word and as facts."""
-
-
-class Hub(Protocol):
-    """What carries the requests (see `hub.py`)."""
-
-    @property
-    def connected(self) -> frozenset[int]:
-        """Clients that can be asked something now."""
-
-    def arrivals(self) -> Mapping[int, m.Hello]:
-        """Who has come, or come back, since this was asked last; they are connected from then on."""
-
-    def exchange(
-        self,
-        requests: Mapping[int, Sequence[Request]],
-        *,
-        deadline: float | None = None,
-        quorum: int | None = None,
-        voters: Collection[int] | None = None,
-        on_answer: Callable[[int, Frame], Any],
-    ) -> Mapping[int, list[Any] | Lost]:
-        """Send each client its requests, in order; what `on_answer` makes of the answers of those that gave them all,
-        or why there are none. Where it raises WireError, the client is lost for "garbage".
-        """
 
 
 @dataclass(frozen=True)
@@ -92,7 +68,7 @@ class RemoteCohort:
 
     def __init__(
         self,
-        hub: Hub,
+        hub: Carrier,
         setup: Remote,
         *,
         tell: Tell | None = None,
