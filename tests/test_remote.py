@@ -21,7 +21,7 @@ from cutlayer.data import load_whole
 from cutlayer.errors import DataError, DistrustError, NonFiniteError, RunFolderError, TrainingError, WireError
 from cutlayer.leakage.hijack import Hijack, HijackingServer
 from cutlayer.options import RunConfig
-from cutlayer.remote.exchange import Lost, Request
+from cutlayer.remote.carrier import Lost, Request
 from cutlayer.remote.join import _secret
 from cutlayer.remote.logs import _TextLines
 from cutlayer.remote.sides import remote_training, worker_of

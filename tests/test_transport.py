@@ -27,9 +27,10 @@ from grpc_health.v1 import health_pb2
 
 from cutlayer.errors import ConfigError, CutlayerWarning, NetworkError, RefusedError, WireError
 from cutlayer.remote import network
+from cutlayer.remote.carrier import Lost
 from cutlayer.remote.certs import make_ca, make_certificate
 from cutlayer.remote.dial import STOPPED, Backoff, dial
-from cutlayer.remote.exchange import Body, Exchange, Lost
+from cutlayer.remote.exchange import Body, Exchange
 from cutlayer.remote.hub import Hub
 from cutlayer.remote.security import ClientSecurity, ServerSecurity, hash_token, make_token
 from cutlayer.wire import ClientSide, Frame, Limits, agree, pack, unpack

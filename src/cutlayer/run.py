@@ -13,7 +13,6 @@ from typing import Any
 from cutlayer import checkpoint
 from cutlayer.build import Data, Model, Training, assemble, by_name
 from cutlayer.costs.measured import Meter
-from cutlayer.engine.base import judged
 from cutlayer.errors import ConfigError, NonFiniteError, RunFolderError, UsageError
 from cutlayer.folder import (
     ALGORITHM,
@@ -28,6 +27,7 @@ from cutlayer.folder import (
     stored_config,
 )
 from cutlayer.options import RunConfig, normalised, overlaid
+from cutlayer.scoring import judged
 from cutlayer.types import Evaluation, Step
 
 

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from cutlayer.cohort import Footprint, Predict
 from cutlayer.data.samples import Samples
-from cutlayer.engine.base import EVALUATION_ROWS, Clients, SimulatedCohort, evaluation, model_bytes
+from cutlayer.engine.base import Clients, SimulatedCohort, model_bytes
 from cutlayer.engine.stackable import close, drawing, exact
 from cutlayer.errors import NonFiniteError
 from cutlayer.gradients import column, means, row_losses, spread
 from cutlayer.optim import MakeOptimizer, set_lr
+from cutlayer.scoring import Outputs, evaluate, evaluation
 from cutlayer.server import Server, ServerStep, culprits, finite
 from cutlayer.types import CutGradients, Evaluation, Rows, Smashed, Step, as_tuple
 from cutlayer.verbs import AVERAGE, BACKWARD, FIT, FORWARD, STEP_COPIES
@@ -79,16 +80,12 @@ class UnionCohort(SimulatedCohort):
     def evaluate(self, samples: Samples, predict: Predict) -> Evaluation:
         """The one model, for all."""
         self._model.eval()
-        correct, loss = 0, 0.0
-        with torch.no_grad():
-            for start in range(0, len(samples), EVALUATION_ROWS):
-                part = samples[start : start + EVALUATION_ROWS]
-                rows = as_tuple(self._model((part.x,)))
-                outputs = rows[0] if self.shape == "whole" else predict([0], rows)[0]
-                correct += int((outputs.argmax(1) == part.y).sum())
-                loss += float(row_losses(outputs, part.y).sum())
-        n = len(samples)
-        return evaluation({0: (correct / n, loss / n)}, self._judged()[0], n)
+
+        def outputs_of(clients: Sequence[int], part: Samples, start: int) -> Outputs:
+            rows = as_tuple(self._model((part.x,)))
+            return clients, rows[0] if self.shape == "whole" else predict(clients, rows)[0]
+
+        return evaluation(evaluate(samples, [0], outputs_of), self._judged()[0], len(samples))
 
     def model_state(self, client: int) -> dict[str, Tensor]:
         """One client's parameters, under the names of the whole model."""

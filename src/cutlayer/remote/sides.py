@@ -20,7 +20,8 @@ from cutlayer.engine.choice import defence_of
 from cutlayer.engine.local import Client
 from cutlayer.errors import ConfigError
 from cutlayer.options import RunConfig, about
-from cutlayer.remote.far import Hub, Remote, RemoteCohort, Tell
+from cutlayer.remote.carrier import Carrier
+from cutlayer.remote.far import Remote, RemoteCohort, Tell
 from cutlayer.remote.worker import Duty, Watching, Worker
 from cutlayer.server import Server
 from cutlayer.wire import agree, fingerprint, specs
@@ -45,7 +46,7 @@ def client_number(name: str) -> int:
 
 def remote_training(
     config: RunConfig,
-    hub: Hub,
+    hub: Carrier,
     samples: MutableSequence[int],
     *,
     run: str = "",

@@ -26,6 +26,7 @@ from cutlayer.engine.local import Client
 from cutlayer.errors import DistrustError, NonFiniteError, RunFolderError, WireError
 from cutlayer.models.parts import Crossing
 from cutlayer.optim import MakeOptimizer, load_optimizer
+from cutlayer.remote.carrier import Answer
 from cutlayer.types import Rows, aligned, as_tuple
 from cutlayer.wire import RAW, Codec, Frame, agree, decode, decode_named, described, encode, encode_named
 from cutlayer.wire import messages as m
@@ -35,7 +36,6 @@ log = logging.getLogger(__name__)
 
 Watching = Literal["off", "warn", "leave"]
 _BLIND = 100  # backward passes after which a watch that has seen nothing says so
-Answer = tuple[m.Message, Sequence[Buffer]]
 
 
 @dataclass(frozen=True)
