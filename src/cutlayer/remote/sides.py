@@ -143,6 +143,7 @@ def worker_of(
             folder=folder,
             watch=watch,
             shares=p.algorithm.shares_gradients,
+            needs=p.algorithm.traits.needs,
         )
     )
 
@@ -159,8 +160,8 @@ def terms(p: Prepared, run: str) -> m.Terms:
         returning=specs(p.split.returning),
         step=m.StepTerms(
             batch=config.batch,
-            up=str(p.coding.up),
-            down=str(p.coding.down),
+            up=p.coding.up.agreed,
+            down=p.coding.down.agreed,
             options=shared_options(p),
         ),
     )

@@ -136,12 +136,12 @@ class Worker:
         """What averaging and handing over need."""
         module, optimizer = self.client.module, self.client.optimizer
         if isinstance(message, m.GiveModel):
-            return m.Model(message.step), encode_named(state_of(module))
+            return m.ModelUp(message.step), encode_named(state_of(module))
         if isinstance(message, m.TakeModel):
             module.load_state_dict(decode_named(body, described(state_of(module))))
             return None
         if isinstance(message, m.GiveOptimizer):
-            return m.Optimizer(message.step), encode_named({} if optimizer is None else flattened(optimizer))
+            return m.OptimizerUp(message.step), encode_named({} if optimizer is None else flattened(optimizer))
         if isinstance(message, m.TakeOptimizer):
             if optimizer is not None:
                 restore(optimizer, body)
@@ -162,7 +162,7 @@ class Worker:
         codecs = [self.duty.up] * len(sent)
         if message.labels:
             sent, codecs = [*sent, batch.y], [*codecs, RAW]
-        return m.Smashed(message.step, len(batch.y)), encode(sent, codecs)
+        return m.SmashedUp(message.step, len(batch.y)), encode(sent, codecs)
 
     def _backward(self, message: m.Backward, body: memoryview) -> None:
         gradient = decode(body, self._gradients, message.rows, self.duty.down)
@@ -210,7 +210,7 @@ class Worker:
         assert client.tail is not None, "Tail is for the U-shaped split"
         features = decode(body, d.returning, message.rows, d.down)
         loss, rows = client.finish(features, d.seed)
-        return m.TailGradients(message.step, message.rows, loss.item()), encode(rows, d.up)
+        return m.TailUp(message.step, message.rows, loss.item()), encode(rows, d.up)
 
     def _fit(self) -> list[tuple[float, int]]:
         taken: list[tuple[float, int]] = []
