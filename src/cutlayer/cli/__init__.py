@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Sequence
 from typing import NoReturn
 
-from cyclopts import CycloptsError, UnusedCliTokensError
+from cyclopts import App, CycloptsError, UnusedCliTokensError
 from cyclopts import ValidationError as FlagError
 from pydantic import ValidationError
 
+from cutlayer import __version__
 from cutlayer.allocator import keep_memory
 from cutlayer.cli import (  # noqa: F401  (importing them registers their commands)
     certs_command,
@@ -20,22 +22,34 @@ from cutlayer.cli import (  # noqa: F401  (importing them registers their comman
     reproduce_command,
     training_commands,
 )
-from cutlayer.cli.application import app
+from cutlayer.cli.application import HELP
+from cutlayer.cli.flags import COMMANDS, flags_of, own_things
 from cutlayer.cli.printing import fail, show_warning
 from cutlayer.errors import CutlayerError
-from cutlayer.options import CompareConfig, FaultConfig, PlanConfig, RunConfig, explain
+from cutlayer.options import CompareConfig, FaultConfig, PlanConfig, RunConfig
+from cutlayer.plugins import Entry, explain
 
-__all__ = ["app", "main"]
+__all__ = ["application", "main"]
+
+
+def application(own: Sequence[Entry] = ()) -> App:
+    """All commands, with the options of the user's `own` things among their flags."""
+    app = App(name="cutlayer", version=__version__, help=HELP, help_format="markdown")
+    for command in COMMANDS:
+        command.add_to(app, own)
+    return app
 
 
 def main() -> NoReturn:
     """Run the command line: one clear sentence on stderr and an exit code for everything that goes wrong."""
     keep_memory()
     warnings.showwarning = show_warning
+    words, own = sys.argv[1:], list[Entry]()
     try:
-        app(sys.argv[1:], exit_on_error=False, print_error=False, result_action="return_value")
+        own = own_things(words)
+        application(own)(words, exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as error:
-        fail(_flag_sentence(error), 2)
+        fail(_flag_sentence(error, own), 2)
     except CutlayerError as error:
         fail(str(error), error.exit_code)
     except KeyboardInterrupt:
@@ -43,12 +57,13 @@ def main() -> NoReturn:
     sys.exit(0)
 
 
-def _flag_sentence(error: CycloptsError) -> str:
+def _flag_sentence(error: CycloptsError, own: Sequence[Entry]) -> str:
     """One sentence for a flag that cyclopts or a field's range refused."""
     cause = error.__cause__
     if isinstance(error, FlagError) and isinstance(cause, ValidationError):
         models = (CompareConfig, FaultConfig, PlanConfig)
-        return str(explain(cause, next((m for m in models if m.__name__ in cause.title), RunConfig)))
+        config = next((m for m in models if m.__name__ in cause.title), RunConfig)
+        return str(explain(cause, flags_of(config, own)))
     if isinstance(error, UnusedCliTokensError):
         return f"unexpected {' '.join(error.unused_tokens or [])!r}: values follow their option, see `cutlayer --help`"
     return str(error).strip()

@@ -7,13 +7,13 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from cutlayer.cli.application import app
+from cutlayer.cli.flags import command
 from cutlayer.cli.network_commands import FLAG, NETWORK, File
 from cutlayer.cli.printing import say
 from cutlayer.errors import ConfigError
 
 
-@app.command(sort_key=11)
+@command(sort_key=11)
 def certs(
     folder: Annotated[Path, FLAG],
     *,

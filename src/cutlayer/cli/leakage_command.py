@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
-from cutlayer.cli.application import Out, app, err
+from cutlayer.cli.application import Out, err
+from cutlayer.cli.flags import command
 from cutlayer.cli.merging import check_positive
 from cutlayer.cli.printing import say, wide
 from cutlayer.errors import ConfigError
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from cutlayer.leakage.assess import Examined
 
 
-@app.command(sort_key=12)
+@command(sort_key=12)
 def leakage(
     *runs: Path,
     out: Out = None,

@@ -6,19 +6,26 @@ from typing import TYPE_CHECKING, Literal
 
 from rich.text import Text
 
-from cutlayer.catalog import ALGORITHMS, DATA_FORMATS, DATASETS, MODELS
-from cutlayer.cli.application import app, out
+from cutlayer import plugins
+from cutlayer.cli.application import out
+from cutlayer.cli.flags import command
 from cutlayer.cli.printing import print_table
-from cutlayer.options import applicable
+from cutlayer.options import CommonConfig, about
+from cutlayer.plugins import Entry
 
 if TYPE_CHECKING:
     from cutlayer.costs.profiles import Profiles
 
+What = Literal[
+    "all", "algorithms", "data", "formats", "partitions", "models", "schedules", "codecs", "defences", "profiles"
+]
 
-@app.command(name="list", sort_key=7)
-def list_(what: Literal["all", "algorithms", "data", "models", "profiles"] = "all", /) -> None:
-    """Name the algorithms with their options, the data sets and formats, the models with their cut points, and the
-    profiles of devices and links with their figures.
+
+@command(sort_key=7, name="list")
+def list_(what: What = "all", /) -> None:
+    """Name what there is to choose from: algorithms, data sets and formats, partitions, models with their cut points,
+    schedules, codecs and defences, each with its options; and profiles of devices and links with their figures. What
+    installed packages add is listed too.
 
     Parameters
     ----------
@@ -31,20 +38,31 @@ def list_(what: Literal["all", "algorithms", "data", "models", "profiles"] = "al
 
 
 def _print_algorithms() -> None:
-    rows = [(n, i.title, i.summary, ", ".join(sorted(i.options))) for n, i in ALGORITHMS.items()]
-    print_table("Algorithms", ("name", "title", "what it does", "options of its own"), rows)
-    shared = sorted(applicable("psl") - ALGORITHMS["psl"].options)
-    out.print(f"All that cut the model also have: {', '.join(shared)}; fl has participation and start.\n")
-
-
-def _print_data() -> None:
-    print_table("Data sets", ("name", "what it is"), [(n, i.summary) for n, i in DATASETS.items()])
-    print_table("Formats of your own data", ("--data-format", "what it is"), DATA_FORMATS.items())
+    rows = [(e.name, e.title, e.summary, _options(e), e.facts["paper"]) for e in plugins.listing("algorithm")]
+    print_table("Algorithms", ("name", "title", "what it does", "options of its own", "paper"), rows)
+    split = [n for n, f in CommonConfig.model_fields.items() if about(f, "when") == "split"]
+    out.print(f"All that cut the model also have: {', '.join(split)}.\n")
 
 
 def _print_models() -> None:
-    rows = [(n, i.summary, ", ".join(i.cuts), i.default_cut) for n, i in MODELS.items()]
-    print_table("Models", ("name", "what it is", "cut points, in order", "default"), rows)
+    rows = [
+        (e.name, e.summary, ", ".join(e.facts.get("cuts", ())), e.facts.get("default_cut") or "", _options(e))
+        for e in plugins.listing("model")
+    ]
+    print_table("Models", ("name", "what it is", "cut points, in order", "default", "options of its own"), rows)
+
+
+def _print_kind(kind: str, title: str, names: str = "name") -> None:
+    entries = list(plugins.listing(kind))
+    rows = [(e.name, e.summary, _options(e)) for e in entries]
+    if any(e.options for e in entries):
+        print_table(title, (names, "what it is", "options of its own"), rows)
+    else:
+        print_table(title, (names, "what it is"), [row[:2] for row in rows])
+
+
+def _options(entry: Entry) -> str:
+    return ", ".join(o.name for o in entry.options)
 
 
 def _print_profiles() -> None:
@@ -104,7 +122,12 @@ def _power(base: float | None, per_mbps: float | None) -> str:
 
 _SHOWN = {
     "algorithms": _print_algorithms,
-    "data": _print_data,
+    "data": lambda: _print_kind("data", "Data sets"),
+    "formats": lambda: _print_kind("format", "Formats of your own data", "--data-format"),
+    "partitions": lambda: _print_kind("partition", "Partitions"),
     "models": _print_models,
+    "schedules": lambda: _print_kind("schedule", "Schedules of the learning rates", "--lr-schedule"),
+    "codecs": lambda: _print_kind("codec", "Codecs", "--up-codec, --down-codec"),
+    "defences": lambda: _print_kind("defence", "Defences of the smashed data"),
     "profiles": _print_profiles,
 }

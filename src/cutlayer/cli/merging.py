@@ -6,19 +6,21 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from cutlayer.errors import ConfigError
 from cutlayer.options import FaultConfig, RunConfig, normalised, overlaid, read_toml
 
 
-def run_config(options: RunConfig | None, config: Path | None) -> RunConfig:
+def run_config(options: BaseModel | None, config: Path | None) -> RunConfig:
     """A run's options: the file's with the flags over them, checked. Raises ConfigError."""
     values = merged_values(RunConfig, options, config)
     merged = RunConfig.of(values)
-    merged.check((merged.algorithm,), frozenset(values))
+    merged.check(frozenset(values))
     return merged
 
 
-def fault_config(flags: FaultConfig | None, config: Path | None) -> FaultConfig:
+def fault_config(flags: BaseModel | None, config: Path | None) -> FaultConfig:
     """What is done about faults: the file's table [faults] with the flags over it. Raises ConfigError."""
     table = {} if config is None else read_toml(config).get("faults", {})
     if not isinstance(table, dict):
@@ -27,7 +29,7 @@ def fault_config(flags: FaultConfig | None, config: Path | None) -> FaultConfig:
     return FaultConfig.of({**normalised(table), **given})
 
 
-def merged_values(model: type[Any], options: Any, config: Path | None) -> dict[str, Any]:
+def merged_values(model: type[BaseModel], options: BaseModel | None, config: Path | None) -> dict[str, Any]:
     """The file's values with the flags over them."""
     flags = {} if options is None else options.model_dump(include=options.model_fields_set)
     values = read_toml(config) if config is not None else {}

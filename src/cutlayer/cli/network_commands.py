@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Group, Parameter
+from pydantic import BaseModel
 
-from cutlayer.cli.application import ConfigFile, Out, Star, app
+from cutlayer.cli.application import ConfigFile, Out
+from cutlayer.cli.flags import command
 from cutlayer.cli.merging import fault_config, run_config
 from cutlayer.cli.printing import say
 from cutlayer.cli.progress import Monitor, resumable
@@ -24,10 +26,10 @@ File = Annotated[Path | None, FLAG]
 LogForm = Annotated[Literal["text", "json"], FLAG]
 
 
-@app.command(sort_key=9)
+@command(sort_key=9, options=RunConfig, faults=FaultConfig)
 def serve(
     *,
-    options: Annotated[RunConfig | None, Star] = None,
+    options: BaseModel | None = None,
     config: ConfigFile = None,
     out: Out = None,
     listen: Annotated[str, FLAG] = "127.0.0.1:4747",
@@ -36,7 +38,7 @@ def serve(
     ca: File = None,
     tokens: File = None,
     insecure: Annotated[bool, FLAG] = False,
-    faults: Annotated[FaultConfig | None, Star] = None,
+    faults: BaseModel | None = None,
     keepalive: Annotated[float, FLAG] = 10.0,
     message_limit: Annotated[float | None, FLAG] = None,
     metrics: Annotated[str | None, FLAG] = None,
@@ -98,12 +100,12 @@ def serve(
     write_report(where)
 
 
-@app.command(sort_key=10)
+@command(sort_key=10, options=RunConfig)
 def join(
     address: Annotated[str, FLAG],
     *,
     client: Annotated[tuple[str, ...], Parameter(group=NETWORK, negative=(), consume_multiple=True)],
-    options: Annotated[RunConfig | None, Star] = None,
+    options: BaseModel | None = None,
     config: ConfigFile = None,
     folder: File = None,
     certificate: File = None,

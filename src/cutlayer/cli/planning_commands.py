@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
+from pydantic import BaseModel
 
-from cutlayer.cli.application import FILES, ConfigFile, Out, Star, app, err, out
+from cutlayer.cli.application import FILES, ConfigFile, Out, err, out
+from cutlayer.cli.flags import command
 from cutlayer.cli.merging import check_positive, merged_values
 from cutlayer.cli.printing import print_exactly, wide
 from cutlayer.errors import ConfigError
@@ -21,10 +23,10 @@ if TYPE_CHECKING:
     from cutlayer.costs.plan import Plan
 
 
-@app.command(sort_key=6)
+@command(sort_key=6, options=PlanConfig)
 def plan(
     *,
-    options: Annotated[PlanConfig | None, Star] = None,
+    options: BaseModel | None = None,
     config: ConfigFile = None,
     out: Out = None,
     json: Annotated[bool, Parameter(group=FILES, negative=())] = False,
@@ -48,7 +50,7 @@ def plan(
     _plan(merged, out, json)
 
 
-@app.command(sort_key=8)
+@command(sort_key=8)
 def calibrate(
     *,
     name: Annotated[str, Parameter(group=FILES)] = "this-machine",

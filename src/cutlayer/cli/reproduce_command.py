@@ -7,7 +7,8 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cutlayer.cli.application import Out, app, out
+from cutlayer.cli.application import Out, out
+from cutlayer.cli.flags import command
 from cutlayer.cli.printing import say
 from cutlayer.cli.progress import resumable
 from cutlayer.errors import ConfigError
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from cutlayer.reproduce.reproduction import Reproduction
 
 
-@app.command(sort_key=5)
+@command(sort_key=5)
 def reproduce(
     *tables: str,
     size: SizeName = "smoke",

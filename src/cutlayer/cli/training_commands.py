@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-from cutlayer.cli.application import ConfigFile, Folder, Out, Star, app
+from pydantic import BaseModel
+
+from cutlayer.cli.application import ConfigFile, Folder, Out
+from cutlayer.cli.flags import command
 from cutlayer.cli.merging import fresh_folder, merged_values, run_config
 from cutlayer.cli.progress import Monitor, resumable
 from cutlayer.cli.results import print_comparison, print_result, write_report
@@ -17,8 +20,8 @@ if TYPE_CHECKING:
     from cutlayer.run import Run
 
 
-@app.command(sort_key=1)
-def run(*, options: Annotated[RunConfig | None, Star] = None, config: ConfigFile = None, out: Out = None) -> None:
+@command(sort_key=1, options=RunConfig)
+def run(*, options: BaseModel | None = None, config: ConfigFile = None, out: Out = None) -> None:
     """Train one algorithm and write a run folder.
 
     Parameters
@@ -35,10 +38,8 @@ def run(*, options: Annotated[RunConfig | None, Star] = None, config: ConfigFile
     _train(Run(merged, out=where))
 
 
-@app.command(sort_key=2)
-def compare(
-    *, options: Annotated[CompareConfig | None, Star] = None, config: ConfigFile = None, out: Out = None
-) -> None:
+@command(sort_key=2, options=CompareConfig)
+def compare(*, options: BaseModel | None = None, config: ConfigFile = None, out: Out = None) -> None:
     """Train several algorithms over several seeds on the same data and write a table, curves and a page.
 
     Parameters
@@ -55,8 +56,8 @@ def compare(
     _compare(Comparison(merged, out=out or fresh_folder(f"compare-{Path(merged.data).stem}")))
 
 
-@app.command(sort_key=3)
-def resume(folder: Folder, *, options: Annotated[RunConfig | None, Star] = None) -> None:
+@command(sort_key=3, options=RunConfig)
+def resume(folder: Folder, *, options: BaseModel | None = None) -> None:
     """Go on with an interrupted run or comparison from its last checkpoint.
 
     Options are not needed; those given must be the run's own.
@@ -82,7 +83,7 @@ def resume(folder: Folder, *, options: Annotated[RunConfig | None, Star] = None)
         _train(Run.resume(folder, **given))
 
 
-@app.command(sort_key=4)
+@command(sort_key=4)
 def report(folder: Folder) -> None:
     """Draw the curves and write the page of a run or comparison, finished or not.
 
