@@ -7,7 +7,7 @@ One thing is one file with one registration. A thing is found by
 4. the object itself, from Python.
 
 `index.json` holds what the registrations of this package say, so that the command line's help imports no torch. It is
-derived: `python -m cutlayer.plugins` writes it, a test keeps it true, and where it is out of date the files are
+derived: `python -m cutlayer.derive` writes it, a test keeps it true, and where it is out of date the files are
 imported instead, which is slower and never wrong. A file is only ever read because the operator of this machine named
 it; nothing that was received is imported.
 """
@@ -584,9 +584,3 @@ def listing(kind: str) -> Iterable[Entry]:
     """All that can be named, for tables: entries of installed packages are imported for that."""
     for name in names(kind):
         yield find(kind, name)
-
-
-if __name__ == "__main__":
-    from cutlayer import plugins
-
-    print(plugins.write_index())  # noqa: T201
