@@ -256,10 +256,9 @@ def load_source(config: RunConfig, data: Data | None) -> Source:
         source = load(
             config.data,
             data_format=config.data_format,
-            label_column=config.label_column,
-            client_column=config.client_column,
             class_names=config.class_names,
             **held_out,
+            **_columns(config, "label_column", "client_column"),
         )
     return Source(
         source.name,
@@ -276,9 +275,15 @@ def own_source(config: RunConfig, path: str) -> Source:
     return load_whole(
         path,
         data_format=config.data_format,
-        label_column=config.label_column,
         class_names=config.class_names,
+        **_columns(config, "label_column"),
     )
+
+
+def _columns(config: RunConfig, *options: str) -> dict[str, Any]:
+    """Those of the options that are not as by default: only some formats have them."""
+    fields = type(config).model_fields
+    return {name: getattr(config, name) for name in options if getattr(config, name) != fields[name].default}
 
 
 def deal(config: RunConfig, data: Data | None = None) -> list[np.ndarray]:
@@ -293,11 +298,9 @@ def _partition(config: RunConfig, source: Source) -> list[np.ndarray]:
         config.clients,
         config.partition,
         seed=config.seed,
-        dirichlet_alpha=config.dirichlet_alpha,
-        shards_per_client=config.shards_per_client,
-        quantity=config.quantity,
         client_column=None if column is None else column.numpy(),
         samples_per_client=config.samples_per_client,
+        **{name: getattr(config, name) for name in plugins.find("partition", config.partition).option_names},
     )
 
 
