@@ -1,9 +1,9 @@
-"""Remote clients give the numbers of the simulation, bit for bit; here over frames that are passed on in memory."""
+"""Remote clients give the numbers of the simulation, bit for bit; here over frames in memory."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,17 +18,25 @@ from cutlayer.algorithms import ALGORITHMS
 from cutlayer.build import assemble
 from cutlayer.cohort import draw_participants
 from cutlayer.data import load_whole
-from cutlayer.errors import DataError, DistrustError, NonFiniteError, RunFolderError, TrainingError, WireError
+from cutlayer.errors import (
+    DataError,
+    DistrustError,
+    NonFiniteError,
+    RefusedError,
+    RunFolderError,
+    TrainingError,
+    WireError,
+)
 from cutlayer.leakage.hijack import Hijack, HijackingServer
 from cutlayer.options import RunConfig
-from cutlayer.remote.carrier import Lost, Request
+from cutlayer.remote.carrier import Answer, Lost, Request
 from cutlayer.remote.join import _secret
 from cutlayer.remote.logs import _TextLines
 from cutlayer.remote.sides import remote_training, worker_of
+from cutlayer.remote.transports.memory import MemoryCarrier
 from cutlayer.remote.worker import Worker
-from cutlayer.wire import ClientSide, Frame, ServerSide, encode
+from cutlayer.wire import Frame, encode
 from cutlayer.wire import messages as m
-from cutlayer.wire.conversation import ANSWERS
 
 SMALL: dict[str, Any] = {
     "data": "digits",
@@ -47,85 +55,42 @@ OWN: dict[str, dict[str, Any]] = {
 }
 
 
-class Passing:
-    """A hub whose clients are in this process: every message becomes a frame and is read again."""
+class Passing(MemoryCarrier):
+    """Clients in this process, with faults to order."""
 
     def __init__(self, workers: Mapping[int, Worker]) -> None:
-        self.workers = dict(workers)
-        self.servers: dict[int, ServerSide] = {}
-        self.clients: dict[int, ClientSide] = {}
-        self.bytes = 0
-        self.gone: set[int] = set()
-        self.new: dict[int, Any] = {}
+        super().__init__(workers)
+        self.workers: dict[int, Worker] = dict(workers)  # type: ignore[assignment]
+        self.gone: set[int] = set()  # do not join
         self.tamper: Callable[[int, Any, Any], tuple[Any, Any]] = lambda client, message, body: (message, body)
         self.refused: dict[int, str] = {}
         self.greet: Callable[[Any, int], Any] = lambda hello, client: None
+        self.flush: Callable[[], None] = lambda: None
         self.breaks_at: type[m.Message] | None = None  # all connections do, before this is sent
         self.loses: type[m.Message] | None = None  # the first answer to this, with all connections
 
-    def join(self, client: int, welcome: Any) -> None:
-        server, worker, own = ServerSide(), self.workers[client], ClientSide()
-        hello = server.receive(own.send(worker.hello())).message
-        frame = own.receive(server.send(welcome(hello)))
-        if isinstance(frame.message, m.Refused):
-            self.refused[client] = frame.message.sentence
-            return
-        refused = worker.welcome(frame.message)
-        assert refused is None, refused.sentence
-        self.servers[client], self.clients[client] = server, own
-        self.new[client] = hello
+    def cut_all(self) -> None:
+        for client in self.present:
+            self.cut(client)
 
-    def arrivals(self) -> dict[int, Any]:
-        new, self.new = self.new, {}
-        return new
-
-    @property
-    def connected(self) -> frozenset[int]:
-        return frozenset(self.servers)
-
-    def exchange(
-        self,
-        requests: Mapping[int, Sequence[Request]],
-        *,
-        deadline: float | None = None,
-        quorum: int | None = None,
-        voters: Collection[int] | None = None,
-        on_answer: Callable[[int, Frame], Any],
-    ) -> dict[int, list[Any] | Lost]:
+    def exchange(self, requests: Mapping[int, Sequence[Request]], **options: Any) -> dict[int, list[Any] | Lost]:
         if self.breaks_at and any(isinstance(x, self.breaks_at) for asked in requests.values() for x, _ in asked):
             self.breaks_at = None
-            self.servers.clear()
-        return {k: self._one(k, asked, on_answer) for k, asked in requests.items()}
+            self.cut_all()
+        return super().exchange(requests, **options)
 
-    def _one(self, client: int, asked: Sequence[Request], on_answer: Callable[[int, Frame], Any]) -> list[Any] | Lost:
-        if client not in self.servers:
-            return Lost("gone", "it is gone")
-        server, own, found = self.servers[client], self.clients[client], []
-        owes = sum(type(message) in ANSWERS for message, _ in asked)
+    def answer(self, client: int, frame: Frame) -> Answer | None:
+        answer = super().answer(client, frame)
+        if self.loses is type(frame.message):
+            self.loses = None
+            self.cut_all()
+        return None if answer is None else self.tamper(client, *answer)
 
-        def lost(reason: Any, error: Exception) -> list[Any] | Lost:
-            """As over a network: who has nothing more to say is not heard of."""
-            del self.servers[client]
-            return Lost(reason, str(error), type(error).__name__) if len(found) < owes else found
-
-        for message, body in asked:
-            data = server.send(message, body)
-            try:
-                answer = self.workers[client].handle(own.receive(data))
-                self.bytes += len(data)
-                if self.loses is type(message):
-                    self.loses = None
-                    self.servers.clear()
-                    return Lost("gone", "it is gone")
-                if answer is not None:
-                    back = own.send(*self.tamper(client, *answer))
-                    self.bytes += len(back)
-                    found.append(on_answer(client, server.receive(back)))
-            except NonFiniteError as error:
-                return lost("failed", error)
-            except WireError as error:
-                return lost("garbage", error)
-        return found
+    def model(self, run: Run, client: int) -> dict[str, torch.Tensor]:
+        """A client's own model, under the names of the whole model, with all that was posted to it."""
+        self.flush()
+        state = self.workers[client].client.module.state_dict()
+        return {name.split(".", 1)[1]: tensor for name, tensor in state.items()}
 
 
 def remote(
@@ -146,10 +111,12 @@ def remote(
     hub.greet = lambda hello, k: greet(hello, k)
 
     def ready() -> None:
-        for k in set(hub.workers) - hub.connected - hub.gone:
-            hub.join(k, lambda hello, k=k: greet(hello, k))
+        for k in set(hub.workers) - hub.present - hub.gone:
+            if refused := hub.join(k, greet):
+                hub.refused[k] = refused.sentence
 
-    training, _, greet = remote_training(config, hub, [0] * config.clients, ready=ready, **options)
+    training, cohort, greet = remote_training(config, hub, [0] * config.clients, ready=ready, **options)
+    hub.flush = cohort.finish
     if resume:
         assert folder is not None
         return Run.resume(folder / "run", training=training), hub
@@ -180,7 +147,8 @@ def same(config: RunConfig) -> Passing:
     for k in range(config.clients) if holder is None else [holder]:
         assert difference(here.training.clients.model_state(k), there.training.clients.model_state(k)) == 0
     # Whatever goes over the wire is at least what the ledger counts.
-    assert hub.bytes >= here.training.ledger.total("up") + here.training.ledger.total("down")
+    crossed = sum(t.sent + t.received for t in hub.traffic().values())
+    assert crossed >= here.training.ledger.total("up") + here.training.ledger.total("down")
     return hub
 
 
@@ -235,7 +203,7 @@ def test_a_client_that_is_gone_takes_no_part() -> None:
     for record in run:
         seen.append(record.clients)
         if record.step == 1:
-            del hub.servers[1]
+            hub.cut(1)
             hub.gone.add(1)
     assert seen[:2] == [(0, 1, 2), (0, 1, 2)]
     assert all(clients == (0, 2) for clients in seen[2:])
@@ -444,7 +412,7 @@ def test_who_is_gone_misses_its_turn(algorithm: str) -> None:
     for record in run:
         seen.append(record.clients)
         if len(seen) == 1:
-            del hub.servers[1]
+            hub.cut(1)
             hub.gone.add(1)
     assert (1,) not in seen
     assert {(0,), (2,)} == set(seen)
@@ -472,7 +440,7 @@ def test_nobody_trained() -> None:
     run, hub = remote(config)
     hub.loses, hub.gone = m.Forward, set()
     hub.gone.add(drawn)
-    hub.join(drawn, lambda hello: hub.greet(hello, drawn))
+    hub.join(drawn, hub.greet)
     records = list(run)
     assert hub.loses is None
     assert run.result is not None
@@ -747,7 +715,7 @@ def test_a_server_that_begins_anew_is_not_met_with_another_model(tmp_path: Path)
     broken, hub = remote(config)
     crash(broken, 2)
     again, _ = remote(config, workers=hub.workers)
-    with pytest.raises(AssertionError, match="after step 0, of which client-0 kept no state"):
+    with pytest.raises(RefusedError, match="after step 0, of which client-0 kept no state"):
         again.run()
 
 
@@ -791,6 +759,6 @@ def test_a_client_without_its_state_is_refused(tmp_path: Path) -> None:
             break
     (tmp_path / "client-1" / "client.safetensors").unlink()
     again, hub = remote(config, tmp_path, resume=True)
-    with pytest.raises(AssertionError, match="kept no state"):
+    with pytest.raises(RefusedError, match="kept no state"):
         again.run()
     assert 1 not in hub.connected
