@@ -65,7 +65,7 @@ class Passing(MemoryCarrier):
         self.tamper: Callable[[int, Any, Any], tuple[Any, Any]] = lambda client, message, body: (message, body)
         self.refused: dict[int, str] = {}
         self.greet: Callable[[Any, int], Any] = lambda hello, client: None
-        self.flush: Callable[[], None] = lambda: None
+        self.catch_up: Callable[[int], None] = lambda client: None
         self.breaks_at: type[m.Message] | None = None  # all connections do, before this is sent
         self.loses: type[m.Message] | None = None  # the first answer to this, with all connections
 
@@ -86,9 +86,9 @@ class Passing(MemoryCarrier):
             self.cut_all()
         return None if answer is None else self.tamper(client, *answer)
 
-    def model(self, run: Run, client: int) -> dict[str, torch.Tensor]:
-        """A client's own model, under the names of the whole model, with all that was posted to it."""
-        self.flush()
+    def model(self, client: int) -> dict[str, torch.Tensor]:
+        """A client's own model, under the names of the whole model, with everything that was posted to it."""
+        self.catch_up(client)
         state = self.workers[client].client.module.state_dict()
         return {name.split(".", 1)[1]: tensor for name, tensor in state.items()}
 
@@ -116,7 +116,12 @@ def remote(
                 hub.refused[k] = refused.sentence
 
     training, cohort, greet = remote_training(config, hub, [0] * config.clients, ready=ready, **options)
-    hub.flush = cohort.finish
+
+    def catch_up(client: int) -> None:
+        cohort._catch_up([client])
+        cohort.finish()
+
+    hub.catch_up = catch_up
     if resume:
         assert folder is not None
         return Run.resume(folder / "run", training=training), hub
@@ -145,7 +150,7 @@ def same(config: RunConfig) -> Passing:
     assert difference(here.training.server.model.state_dict(), there.training.server.model.state_dict()) == 0
     holder = there.training.clients.holder
     for k in range(config.clients) if holder is None else [holder]:
-        assert difference(here.training.clients.model_state(k), there.training.clients.model_state(k)) == 0
+        assert difference(here.training.clients.model_state(k), hub.model(k)) == 0
     # Whatever goes over the wire is at least what the ledger counts.
     crossed = sum(t.sent + t.received for t in hub.traffic().values())
     assert crossed >= here.training.ledger.total("up") + here.training.ledger.total("down")
@@ -188,11 +193,11 @@ def test_participation_and_independent_starts() -> None:
         config = RunConfig.of(
             {**SMALL, **options, "start": "independent" if "participation" not in options else "equal"}
         )
-        here, (there, _) = Run(config), remote(config)
+        here, (there, hub) = Run(config), remote(config)
         assert [r.loss for r in here] == [r.loss for r in there]
         assert [e.test_loss for e in here.evaluations] == [e.test_loss for e in there.evaluations]
         for k in range(config.clients):
-            assert difference(here.training.clients.model_state(k), there.training.clients.model_state(k)) == 0
+            assert difference(here.training.clients.model_state(k), hub.model(k)) == 0
         assert here.training.ledger.state() == there.training.ledger.state()
 
 
@@ -613,7 +618,7 @@ def test_all_go_on_from_the_same_round(algorithm: str, committed: bool, tmp_path
         for k in hub.workers:
             place = tmp_path / f"client-{k}"
             (place / "client.safetensors").rename(place / "client-next.safetensors")
-    again, _ = remote(config, tmp_path, resume=True)
+    again, hub = remote(config, tmp_path, resume=True)
     again.run()
     assert again.result is not None
     assert whole.result is not None
@@ -621,7 +626,7 @@ def test_all_go_on_from_the_same_round(algorithm: str, committed: bool, tmp_path
     assert again.result.bytes == whole.result.bytes
     assert difference(whole.training.server.model.state_dict(), again.training.server.model.state_dict()) == 0
     for k in range(3) if algorithm != "ssl" else [whole.training.clients.holder]:
-        assert difference(whole.training.clients.model_state(k), again.training.clients.model_state(k)) == 0
+        assert difference(whole.training.clients.model_state(k), hub.model(k)) == 0
 
 
 @pytest.mark.parametrize(
@@ -643,7 +648,7 @@ def test_all_clients_are_gone_for_a_while(algorithm: str, verb: type[m.Message])
     assert run.result is not None
     assert (run.result.steps, run.result.test_accuracy) == (expected.steps, expected.test_accuracy)
     for k in range(3):
-        assert difference(whole.training.clients.model_state(k), run.training.clients.model_state(k)) == 0
+        assert difference(whole.training.clients.model_state(k), hub.model(k)) == 0
 
 
 def test_no_client_trains_twice_for_an_answer_that_was_lost() -> None:
@@ -656,7 +661,7 @@ def test_no_client_trains_twice_for_an_answer_that_was_lost() -> None:
     assert [record.loss for record in run] == losses
     assert hub.loses is None
     for k in range(3):
-        assert difference(whole.training.clients.model_state(k), run.training.clients.model_state(k)) == 0
+        assert difference(whole.training.clients.model_state(k), hub.model(k)) == 0
 
 
 def test_all_clients_are_gone_in_the_midst_of_a_round() -> None:
@@ -699,14 +704,14 @@ def test_the_server_goes_back_and_the_clients_live_on(steps: int, tmp_path: Path
     whole.run()
     broken, hub = remote(config, tmp_path)
     crash(broken, steps)
-    again, _ = remote(config, tmp_path, resume=True, workers=hub.workers)
+    again, hub = remote(config, tmp_path, resume=True, workers=hub.workers)
     again.run()
     assert again.result is not None
     assert whole.result is not None
     assert again.result.steps == whole.result.steps == 15
     assert difference(whole.training.server.model.state_dict(), again.training.server.model.state_dict()) == 0
     for k in range(3):
-        assert difference(whole.training.clients.model_state(k), again.training.clients.model_state(k)) == 0
+        assert difference(whole.training.clients.model_state(k), hub.model(k)) == 0
 
 
 def test_a_server_that_begins_anew_is_not_met_with_another_model(tmp_path: Path) -> None:
@@ -744,11 +749,11 @@ def test_killed_again_before_anybody_was_told_of_the_checkpoint(
         patched.setattr(checkpoint, "write", die)
         with pytest.raises(KeyboardInterrupt):
             again.run()
-    last, _ = remote(config, tmp_path, resume=True)
+    last, hub = remote(config, tmp_path, resume=True)
     last.run()
     assert difference(whole.training.server.model.state_dict(), last.training.server.model.state_dict()) == 0
     for k in range(3):
-        assert difference(whole.training.clients.model_state(k), last.training.clients.model_state(k)) == 0
+        assert difference(whole.training.clients.model_state(k), hub.model(k)) == 0
 
 
 def test_a_client_without_its_state_is_refused(tmp_path: Path) -> None:
