@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -35,6 +35,7 @@ from cutlayer.remote.logs import _TextLines
 from cutlayer.remote.sides import remote_training, worker_of
 from cutlayer.remote.transports.memory import MemoryCarrier
 from cutlayer.remote.worker import Worker
+from cutlayer.verbs import AVERAGE, BACKWARD, CLIENT_VERBS, FIT, FORWARD, HAND_OVER, TAIL
 from cutlayer.wire import Frame, encode
 from cutlayer.wire import messages as m
 
@@ -306,6 +307,102 @@ def test_a_server_cannot_evade_the_watch_by_sharing() -> None:
     body = b"".join(bytes(part) for part in encode([torch.zeros(20, 128)]))
     with pytest.raises(WireError, match="a gradient came that clients share"):
         worker.handle(Frame(m.Backward(1, "common", 20), memoryview(body)))
+
+
+NEEDS = {
+    **{a: {FORWARD, BACKWARD} for a in ("psl", "slr", "sgl", "sglr", "sflv3")},
+    **{a: {FORWARD, BACKWARD, AVERAGE} for a in ("sfl", "sflv1", "sflv2")},
+    "ssl": {FORWARD, BACKWARD, HAND_OVER},
+    "ussl": {FORWARD, TAIL, BACKWARD, HAND_OVER},
+    "fl": {FIT, AVERAGE},
+}
+
+
+def bound_to(needs: Collection[str], worker: Worker) -> Worker:
+    """The same client, which answers only what an algorithm with these `needs` asks."""
+    worker.duty = replace(worker.duty, needs=frozenset(needs))
+    return worker
+
+
+@pytest.mark.parametrize("algorithm", REMOTE)
+def test_an_algorithm_needs_nothing_that_its_clients_refuse(algorithm: str) -> None:
+    """With checkpoints, and, if models are averaged, a client that misses an averaging and catches up."""
+    config = RunConfig.of({**SMALL, **OWN.get(algorithm, {}), "algorithm": algorithm, "eval_every": 1})
+    workers = {k: bound_to(NEEDS[algorithm], worker_of(config, k, name=f"client-{k}")) for k in range(3)}
+    run, hub = remote(config, workers=workers)
+    for record in run:
+        run.training.clients.state()
+        if record.round == 0 and 2 in hub.connected and run.training.clients.holder is None:
+            hub.cut(2)  # it joins again before the next round
+    assert hub.connected == {0, 1, 2}
+    assert run.result is not None
+    if AVERAGE in NEEDS[algorithm]:
+        assert hub.traffic()[2].connections == 2
+        assert difference(hub.model(0), hub.model(2)) == 0
+
+
+def complaint(worker: Worker, request: m.Message) -> str:
+    """What a client says against a request; nothing if it answers."""
+    try:
+        worker.handle(Frame(request, memoryview(b"")))
+    except (WireError, AssertionError) as error:
+        return str(error)
+    return ""
+
+
+REQUESTS: list[tuple[m.Message, set[str]]] = [
+    (m.Forward(1), {FORWARD}),
+    (m.Tail(1, 1), {TAIL}),
+    (m.Backward(1, "own", 1), {BACKWARD}),
+    (m.Fit(1), {FIT}),
+    (m.GiveModel(1), {AVERAGE, HAND_OVER}),
+    (m.TakeModel(1), {AVERAGE, HAND_OVER}),
+    (m.GiveOptimizer(1), {HAND_OVER}),
+    (m.TakeOptimizer(1), {HAND_OVER}),
+]
+
+
+@pytest.mark.parametrize(("request_", "serves"), REQUESTS)
+def test_a_client_refuses_what_its_algorithm_does_not_need(request_: m.Message, serves: set[str]) -> None:
+    """And is left as it was; the server hears why."""
+    name = type(request_).__name__
+    config = RunConfig.of({**SMALL, "algorithm": "psl"})
+    worker = bound_to(CLIENT_VERBS - serves, worker_of(config, 0, name="client-0"))
+    before = {n: t.clone() for n, t in worker.client.module.state_dict().items()}
+    with pytest.raises(WireError, match=f"asks for {name}, which psl does not need") as error:
+        worker.handle(Frame(request_, memoryview(b"")))
+    assert all(verb in str(error.value) for verb in CLIENT_VERBS - serves)
+    assert difference(before, dict(worker.client.module.state_dict())) == 0
+    for verb in serves:  # one of them is enough; what is wrong then is the empty body, or nothing
+        worker = bound_to({verb}, worker_of(config, 0, name="client-0"))
+        assert "does not need" not in complaint(worker, request_)
+
+
+def test_every_request_is_served_or_refused() -> None:
+    """Some requests are permitted whatever an algorithm needs: none of them trains, or gives the model away."""
+    requests = set(get_args(m.FromServer)) - {m.Welcome, m.Refused, m.Bye}
+    worker = bound_to((), worker_of(RunConfig.of({**SMALL, "algorithm": "psl"}), 0, name="client-0"))
+    always = [m.BeginRound(0, 1, 1.0, 1), m.Settle(1), m.Save(1, "prepare"), m.Save(1, "commit")]
+    assert not any(complaint(worker, request) for request in always)
+    with pytest.raises(WireError, match="a tail, which only clients of a U-shaped split have"):
+        worker.handle(Frame(m.Evaluate(1, "tail", 1), memoryview(b"")))
+    assert requests == {type(r) for r in always} | {type(r) for r, _ in REQUESTS} | {m.Evaluate}
+    with pytest.raises(WireError, match="Bye is not a request that a client answers"):
+        worker.handle(Frame(m.Bye("the end"), memoryview(b"")))
+
+
+def test_a_refusal_reaches_the_server() -> None:
+    """A server that asks a client of PSL for its model loses that client, and hears the sentence."""
+    told: list[tuple[str, Mapping[str, Any]]] = []
+    config = RunConfig.of({**SMALL, "algorithm": "psl"})
+    workers = {k: bound_to(NEEDS["psl"], worker_of(config, k, name=f"client-{k}")) for k in range(3)}
+    run, hub = remote(config, workers=workers, tell=lambda happened, facts: told.append((happened, facts)))
+    next(iter(run))
+    with pytest.raises(TrainingError, match="client 1 is not connected"):
+        run.training.clients.model_state(1)
+    assert hub.connected == {0, 2}
+    ((_, facts),) = [one for one in told if one[0] == "failed"]
+    assert "asks for GiveModel, which psl does not need (it needs backward, forward)" in facts["why"]
 
 
 def test_a_watch_that_sees_nothing_says_so(caplog: pytest.LogCaptureFixture) -> None:
