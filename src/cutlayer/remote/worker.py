@@ -123,10 +123,10 @@ class Worker:
         """Raises WireError if this client's own algorithm does not need the request."""
         needs = self.duty.needs
         if served.verbs and not served.verbs & needs:
-            listed = ", ".join(v for v in sorted(needs & CLIENT_VERBS)) or "nothing"
+            listed = ", ".join(sorted(needs & CLIENT_VERBS)) or "nothing"
             raise WireError(
-                f"the server asks for {type(message).__name__}, which {self.duty.terms.algorithm} does not need (it needs "
-                f"{listed}): give server and clients the same algorithm, or do not join this server"
+                f"the server asks for {type(message).__name__}, which {self.duty.terms.algorithm} does not need (it "
+                f"needs {listed}): give server and clients the same algorithm, or do not join this server"
             )
 
     def _begin_round(self, message: m.BeginRound, body: memoryview) -> None:
