@@ -164,7 +164,9 @@ class Idle:
 
     def handle(self, frame: Frame) -> tuple[m.Message, list[bytes]] | None:
         """A forward pass gives the bytes."""
-        return (m.Smashed(frame.message.step, ROWS), [self._payload]) if isinstance(frame.message, m.Forward) else None
+        return (
+            (m.SmashedUp(frame.message.step, ROWS), [self._payload]) if isinstance(frame.message, m.Forward) else None
+        )
 
 
 class Steps:

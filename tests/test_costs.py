@@ -424,8 +424,8 @@ def test_what_an_older_run_did_not_count_is_not_known(tmp_path: Path) -> None:
         del result[name]
     (folder / "result.json").write_text(json.dumps(result))
     (entry,) = read(folder).entries
-    assert {kind["paper"] for kind in page._kinds(entry)} == {"not known"}
-    assert all(kind["wire-unicast"][0].isdigit() for kind in page._kinds(entry))
+    assert {kind["paper"] for kind in html._kinds(entry)} == {"not known"}
+    assert all(kind["wire-unicast"][0].isdigit() for kind in html._kinds(entry))
 
 
 def test_calibration_makes_a_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

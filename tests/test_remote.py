@@ -243,7 +243,7 @@ def test_who_is_lost_within_an_averaging_is_not_counted(algorithm: str) -> None:
     run, hub = remote(config)
 
     def tamper(client: int, message: Any, body: Any) -> tuple[Any, Any]:
-        if client == 1 and isinstance(message, m.Model):
+        if client == 1 and isinstance(message, m.ModelUp):
             raise WireError("it breaks off")
         return message, body
 
@@ -528,7 +528,7 @@ def test_a_holder_that_gives_garbage_is_the_one_that_is_blamed() -> None:
     run, hub = remote(config, faulty="stop")
 
     def tamper(client: int, message: Any, body: Any) -> tuple[Any, Any]:
-        return (message, [b"\0" * 40]) if client == 0 and isinstance(message, m.Optimizer) else (message, body)
+        return (message, [b"\0" * 40]) if client == 0 and isinstance(message, m.OptimizerUp) else (message, body)
 
     hub.tamper = tamper
     with pytest.raises(WireError, match="client 0"):
@@ -585,7 +585,7 @@ def _wrong_label(message: Any, body: Any) -> tuple[Any, Any]:
 
 
 def _many_rows(message: Any, body: Any) -> tuple[Any, Any]:
-    return m.Smashed(message.step, 9), encode([torch.zeros(9, 128), torch.zeros(9, dtype=torch.int64)])
+    return m.SmashedUp(message.step, 9), encode([torch.zeros(9, 128), torch.zeros(9, dtype=torch.int64)])
 
 
 def _no_tensors(message: Any, body: Any) -> tuple[Any, Any]:
@@ -603,7 +603,7 @@ def test_a_faulty_client_is_excluded(faulty: Callable[[Any, Any], tuple[Any, Any
         seen.append(record.clients)
         if record.step == 1:
             hub.tamper = lambda client, message, body: (
-                faulty(message, body) if client == 1 and isinstance(message, m.Smashed) else (message, body)
+                faulty(message, body) if client == 1 and isinstance(message, m.SmashedUp) else (message, body)
             )
     assert seen[:2] == [(0, 1, 2)] * 2
     assert seen[2:] == [(0, 2)] * (len(seen) - 2)
@@ -617,7 +617,7 @@ def test_exclusions_outlive_the_server(tmp_path: Path) -> None:
     config = RunConfig.of({**SMALL, "algorithm": "sglr", "rounds": 4})
     run, hub = remote(config, tmp_path)
     hub.tamper = lambda client, message, body: (
-        _nan(message, body) if client == 1 and isinstance(message, m.Smashed) else (message, body)
+        _nan(message, body) if client == 1 and isinstance(message, m.SmashedUp) else (message, body)
     )
     steps = iter(run)
     for record in steps:
@@ -634,7 +634,7 @@ def test_a_model_that_is_not_a_number_is_not_averaged() -> None:
     run, hub = remote(config)
 
     def spoilt(client: int, message: Any, body: Any) -> tuple[Any, Any]:
-        if client == 0 and isinstance(message, m.Model):
+        if client == 0 and isinstance(message, m.ModelUp):
             return message, [bytes(b"".join(body))[:-4] + b"\xff\xff\xff\x7f"]
         return message, body
 
@@ -680,7 +680,7 @@ def test_too_few_are_left() -> None:
     """All are faulty: the run ends with a sentence."""
     run, hub = remote(RunConfig.of({**SMALL, "algorithm": "sglr"}))
     hub.tamper = lambda client, message, body: (
-        _nan(message, body) if isinstance(message, m.Smashed) else (message, body)
+        _nan(message, body) if isinstance(message, m.SmashedUp) else (message, body)
     )
     with pytest.raises(TrainingError, match="are excluded"):
         run.run()

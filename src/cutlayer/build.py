@@ -34,6 +34,7 @@ from cutlayer.optim import MakeOptimizer, make_optimizer
 from cutlayer.options import RunConfig
 from cutlayer.server import Server
 from cutlayer.wire import Codec, Coding
+from cutlayer.wire.coded import CodedCohort
 
 Model = nn.Module | Callable[[], nn.Module]
 """A module, or a function that makes one (needed for independent starts)."""
@@ -119,7 +120,8 @@ class Prepared:
         if config.algorithm == "cl":
             ledger.add("up", "raw data", 0, _raw_bytes(source, self.clients.rows[0]))
         counts = class_counts(source.train.y, partition, source.classes)
-        metered = MeteredCohort(cohort, ledger, replace(self.coding, carried=engine == "remote"))
+        coded = CodedCohort(cohort, replace(self.coding, carried=engine == "remote"))
+        metered = MeteredCohort(coded, ledger, coded.crossed)
         training = Training(
             source,
             server,

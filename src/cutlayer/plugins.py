@@ -367,11 +367,16 @@ def explain(error: ValidationError, model: type[BaseModel]) -> ConfigError:
 
 def fingerprint(kind: str, reference: str) -> str:
     """SHA-256, in hexadecimal, of the file of a thing that is not this package's; empty for this package's own."""
-    if reference in index(kind):
-        return ""
-    thing = load(kind, reference)
-    path = inspect.getsourcefile(thing)
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
+    return "" if reference in index(kind) else source_digest(load(kind, reference))
+
+
+def source_digest(thing: Any) -> str:
+    """SHA-256, in hexadecimal, of the file that defines a class or function; empty if there is none."""
+    try:
+        path = inspect.getsourcefile(thing)
+    except TypeError:  # defined at a prompt
+        path = None
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path and Path(path).is_file() else ""
 
 
 # The index
@@ -385,7 +390,7 @@ def _modules(kind: str) -> list[str]:
         base = f"cutlayer.{place.replace('/', '.')}"
         if folder.is_dir():
             found += [f"{base}.{p.stem}" for p in sorted(folder.glob("*.py")) if not p.stem.startswith("_")]
-        else:
+        elif folder.with_suffix(".py").is_file():
             found.append(base)
     return found
 

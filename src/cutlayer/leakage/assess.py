@@ -185,9 +185,9 @@ def _upper(s: Subject, seed: int) -> Iterator[UpperBound]:
         with seeds.torch_seeded(seed, "leakage", "dropout"):
             (clipped,) = silent.fresh((smash(s.bare, s.samples.x, seed, "bare"),))
         yield mutual.laplace_channel(clipped, d.noise) if d.laplace else mutual.gaussian_channel(clipped, d.noise)
-    elif codec.kind == "raw":
+    elif not codec.lossy:
         yield mutual.deterministic(dropout=bool(d.dropout))
-    if codec.kind != "raw":
+    if codec.lossy:
         size = payload_bytes(codec, s.z.shape, s.z.dtype)
         yield mutual.bits_sent(size, len(s.z), str(codec.plain))
 

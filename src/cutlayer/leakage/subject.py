@@ -228,7 +228,7 @@ class _Defended:
 
     def __call__(self, z: Tensor) -> Tensor:
         (sent,) = self.defence.fresh((z,))
-        if self.codec.kind == "raw":
+        if not self.codec.lossy:
             return sent
         coded = torch.cat([written(self.codec, rows.detach())[0] for rows in sent.split(self.batch)])
         return sent + (coded - sent).detach()

@@ -281,7 +281,7 @@ class RemoteCohort:
 
     def _given(self, client: int, frame: Frame) -> Buffer:
         """What is passed on is what was expected. Raises WireError."""
-        model = isinstance(frame.message, m.Model)
+        model = isinstance(frame.message, m.ModelUp)
         twin = self.setup.twin.optimizer
         like = self._like if model else described({} if twin is None else expected_state(twin))
         tensors = decode_named(frame.body, like)

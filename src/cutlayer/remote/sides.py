@@ -151,6 +151,7 @@ _SHARED = (
     *("seed", "start", "clients", "participation", "precision"),
     *("client_optimizer", "client_optimizer_options", "client_lr", "lr_schedule", "lr_decay", "lr_decay_at"),
     *("alpha", "phi", "average_over", "average_reduce", "average_every", "hand_over", "hand_over_optimizer"),
+    "gradient_scale",
 )
 """Options that a client trains by, besides those that terms have fields for. Where data lie, how they are protected and
 what they are computed on is each side's own business.
@@ -169,12 +170,13 @@ def terms(p: Prepared, run: str) -> m.Terms:
         returning=specs(p.split.returning),
         step=m.StepTerms(
             batch=config.batch,
-            gradient_scale=config.gradient_scale,
-            local_epochs=p.clients.local_epochs,
-            local_steps=p.clients.local_steps,
-            up=str(p.coding.up),
-            down=str(p.coding.down),
-            options={name: str(getattr(config, name)) for name in _SHARED},
+            up=p.coding.up.agreed,
+            down=p.coding.down.agreed,
+            options={
+                **{name: str(getattr(config, name)) for name in _SHARED},
+                "local_epochs": str(p.clients.local_epochs),
+                "local_steps": str(p.clients.local_steps),
+            },
         ),
     )
 

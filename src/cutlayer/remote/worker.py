@@ -136,7 +136,7 @@ class Worker:
         return m.Settled(message.step), ()
 
     def _give_model(self, message: m.GiveModel, body: memoryview) -> Answer:
-        return m.Model(message.step), encode_named(state_of(self.client.module))
+        return m.ModelUp(message.step), encode_named(state_of(self.client.module))
 
     def _take_model(self, message: m.TakeModel, body: memoryview) -> None:
         module = self.client.module
@@ -144,7 +144,7 @@ class Worker:
 
     def _give_optimizer(self, message: m.GiveOptimizer, body: memoryview) -> Answer:
         optimizer = self.client.optimizer
-        return m.Optimizer(message.step), encode_named({} if optimizer is None else flattened(optimizer))
+        return m.OptimizerUp(message.step), encode_named({} if optimizer is None else flattened(optimizer))
 
     def _take_optimizer(self, message: m.TakeOptimizer, body: memoryview) -> None:
         if self.client.optimizer is not None:
@@ -164,7 +164,7 @@ class Worker:
         codecs = [self.duty.up] * len(sent)
         if message.labels:
             sent, codecs = [*sent, batch.y], [*codecs, RAW]
-        return m.Smashed(message.step, len(batch.y)), encode(sent, codecs)
+        return m.SmashedUp(message.step, len(batch.y)), encode(sent, codecs)
 
     def _backward(self, message: m.Backward, body: memoryview) -> None:
         gradient = decode(body, self._gradients, message.rows, self.duty.down)
@@ -212,7 +212,7 @@ class Worker:
         assert client.tail is not None, "Tail is for the U-shaped split"
         features = decode(body, d.returning, message.rows, d.down)
         loss, rows = client.finish(features, d.seed)
-        return m.TailGradients(message.step, message.rows, loss.item()), encode(rows, d.up)
+        return m.TailUp(message.step, message.rows, loss.item()), encode(rows, d.up)
 
     def _fit(self, message: m.Fit, body: memoryview) -> Answer:
         if self._fitted is None or self._fitted[0] != message.step:  # otherwise the answer was lost on its way
