@@ -38,7 +38,7 @@ bench-remote: $(STAMP)   ## the remote engine against bare gRPC; writes docs/ben
 	$(BIN)/python benchmarks/remote.py --write docs/benchmarks.md
 
 golden: $(STAMP)   ## write the golden losses anew after a deliberate change
-	$(BIN)/python -m pytest tests/test_golden.py --rewrite-golden
+	$(BIN)/python -m pytest tests/algorithms/test_golden.py --rewrite-golden
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""Golden losses: twenty steps of every algorithm, as plain text under tests/golden. `make golden` writes them anew."""
+"""Golden losses: twenty steps of every algorithm, as plain text under golden. `make golden` writes them anew."""
 
 from __future__ import annotations
 

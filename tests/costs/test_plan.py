@@ -53,7 +53,7 @@ def on_meta(make: Callable[[], nn.Module]) -> nn.Module:
 
 
 def seven_billion() -> types.ModuleType:
-    path = Path(__file__).parents[1] / "examples" / "seven_billion.py"
+    path = Path(__file__).parents[2] / "examples" / "seven_billion.py"
     spec = importlib.util.spec_from_file_location("seven_billion", path)
     assert spec is not None
     assert spec.loader is not None

@@ -24,7 +24,7 @@ from cutlayer.errors import ConfigError, UsageError
 from cutlayer.remote.certs import key_fingerprint, make_ca, make_request, sign_request
 from cutlayer.remote.serve import GRACE
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs" / "deployment.md").read_text()
 BLOCKS = re.findall(r"```(\w+) ([^\n]+)\n(.*?)```", GUIDE, re.DOTALL)
 """(language, what it is for, content) of those that are for this test: the others have a language alone."""

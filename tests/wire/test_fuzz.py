@@ -1,4 +1,4 @@
-"""Coverage-guided fuzzing for a while; `tests/fuzz_wire.py` says how to go on by hand."""
+"""Coverage-guided fuzzing for a while; `tests/wire/fuzz_wire.py` says how to go on by hand."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from cutlayer.options import RunConfig
 
 pytest.importorskip("flwr", reason="Flower is not installed (the extra `flower`)")
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "flower"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "flower"
 PATIENCE = 150.0  # seconds for anything here
 pytestmark = pytest.mark.timeout(400)
 

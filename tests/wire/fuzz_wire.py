@@ -1,6 +1,6 @@
 """Coverage-guided fuzzing of all that is read from the network (needs atheris: `pip install cutlayer[fuzz]`).
 
-    python tests/fuzz_wire.py [CORPUS...] [-max_total_time=SECONDS] [libFuzzer's other options]
+    python tests/wire/fuzz_wire.py [CORPUS...] [-max_total_time=SECONDS] [libFuzzer's other options]
 
 The first byte chooses what the others are given to. Anything but WireError, or a result of the right form, is a
 finding; so is what takes longer or more memory than libFuzzer is told to allow.
