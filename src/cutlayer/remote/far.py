@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from cutlayer.remote.carrier import Carrier, Lost, Request
 from cutlayer.remote.worker import expected_state, state_of
 from cutlayer.scoring import Outputs, evaluate, evaluation, judged
 from cutlayer.types import CutGradients, Evaluation, Round, Rows, Smashed, Step, TailGradients, aligned
+from cutlayer.verbs import CLIENT_VERBS, LEARN
 from cutlayer.wire import RAW, Codec, Frame, decode, decode_named, described, encode, encode_named, payload_sizes
 from cutlayer.wire import messages as m
 from cutlayer.wire.conversation import ANSWERS
@@ -63,8 +64,11 @@ class Remote(Routine):
 
 class RemoteCohort:
     """All clients on the other side of a hub. `tell` hears of rounds, of clients that come, give no answer or are
-    excluded; `ready` is called before each round, and comes back when enough clients are there.
+    excluded; `ready` is called before each round, and comes back when enough clients are there. `can`: the verbs of the
+    seam that it offers.
     """
+
+    can: ClassVar[frozenset[str]] = CLIENT_VERBS - {LEARN}
 
     def __init__(
         self,
