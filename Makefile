@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow check reproduce bench bench-remote golden clean
+.PHONY: demo test test-network test-slow check reproduce bench bench-remote golden clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Cutlayer needs Python 3.11 or newer: make PYTHON=..."; exit 2; }
@@ -18,6 +18,9 @@ demo: $(STAMP)   ## six algorithms compete on handwritten digits
 
 test: $(STAMP)   ## the fast test suite
 	$(BIN)/python -m pytest -n 2
+
+test-network: $(STAMP)   ## servers and clients as processes, killed, stopped, cut off and attacked; some of it as root
+	$(BIN)/python -m pytest -n 2 -m 'network and not slow'
 
 test-slow: $(STAMP)   ## what takes minutes: large models, twenty steps on both engines
 	$(BIN)/python -m pytest -n 2 -m slow

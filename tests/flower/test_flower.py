@@ -79,6 +79,7 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     return [tensor for part in parts for tensor in _tensors(part)]
 
 
+@pytest.mark.network
 def test_the_example_gives_the_simulations_numbers(tmp_path: Path) -> None:
     process = _start(tmp_path / "f")
     try:

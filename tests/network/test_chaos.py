@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_network import CONFIG, Trial  # type: ignore[import-not-found]
+from trial import CONFIG, Trial  # type: ignore[import-not-found]
 
 from cutlayer import Run
 from cutlayer.options import RunConfig, read_toml
@@ -24,6 +24,7 @@ KEEPING = CONFIG + "eval_every = 20\ncheckpoint_every = 20\n"
 SEEDS = 4
 WAY = 0.005  # seconds that a proxy takes for each piece: without, a run would be over before anything could happen
 PATIENT = ("--keepalive", "1")
+pytestmark = pytest.mark.network
 
 
 class Proxy:

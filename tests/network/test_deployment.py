@@ -104,6 +104,7 @@ def machines(tmp_path: Path) -> Iterator[Machines]:
     made.stop()
 
 
+@pytest.mark.network
 def test_the_guide(machines: Machines) -> None:
     """All blocks in order. The server is stopped while it trains, gets its new certificate, and goes on with it."""
     serve = ""

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 from hostile import ATTACKS  # type: ignore[import-not-found]
-from test_network import CONFIG, PATIENCE, Trial  # type: ignore[import-not-found]
 from test_remote import remote  # type: ignore[import-not-found]
+from trial import CONFIG, PATIENCE, Trial  # type: ignore[import-not-found]
 
 from cutlayer.options import RunConfig, read_toml
 
@@ -42,7 +42,10 @@ SAID = {
 }
 CODES = {"oversized": "RESOURCE_EXHAUSTED", "failed": "OK"}  # it has said itself that it cannot go on
 GROWTH = 100 << 20  # bytes that the server may need for all of it
-pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
+pytestmark = [
+    pytest.mark.network,
+    pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc"),
+]
 
 
 def resident(pid: int) -> int:

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 from namespaces import Network, lacking, long_cables  # type: ignore[import-not-found]
-from test_network import CONFIG, PATIENCE, Trial, finished, same_as_local, until  # type: ignore[import-not-found]
+from trial import CONFIG, PATIENCE, Trial, finished, same_as_local, until  # type: ignore[import-not-found]
 
 WHY_NOT = lacking()
-pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
+pytestmark = [pytest.mark.network, pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))]
 HOSTS = ("server", "client-0", "client-1", "client-2")
 NOTICED = 10.0  # seconds after which a host that is cut off is known to be, on a busy machine; usually two
 
@@ -29,7 +29,7 @@ class Federation:
         for number, host in enumerate(HOSTS):
             network.add(host, **({**cable, "seed": number} if cable else {}))
         host = network.addresses["server"]
-        self.trial = Trial(folder, "sglr", rounds, config=config, host=host, where=network.inside)
+        self.trial = Trial(folder, "sglr", rounds, config=config, host=host, space=network.space)
 
     def start(self, *words: str, keepalive: int = 1) -> list[Any]:
         """Server and clients."""

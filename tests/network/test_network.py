@@ -2,97 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support import call
+from trial import CONFIG, PATIENCE, Trial, finished, same_as_local, until
 
-from cutlayer import Run
-from cutlayer.options import RunConfig, read_toml
 from cutlayer.remote.certs import make_ca, make_certificate
-
-CUTLAYER = [sys.executable, "-m", "cutlayer"]
-PATIENCE = 100.0  # seconds for anything here
-CONFIG = """algorithm = "{algorithm}"
-data = "digits"
-model = "mlp"
-clients = 3
-samples_per_client = 60
-rounds = {rounds}
-batch = 10
-"""
-
-
-class Trial:
-    """A folder with certificates and a configuration, and the processes started in it. `config`: the run's, as TOML;
-    `host`: the server's, this machine unless told; `where`: words to put before a process's own, by its name.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        algorithm: str,
-        rounds: int,
-        *,
-        config: str = CONFIG,
-        host: str = "127.0.0.1",
-        where: Callable[[str], list[str]] = lambda name: [],
-    ) -> None:
-        self.folder, self.where = folder, where
-        folder.mkdir(exist_ok=True)
-        (folder / "c.toml").write_text(config.format(algorithm=algorithm, rounds=rounds))
-        make_ca(folder / "ca")
-        make_certificate(folder / "ca", "server", "server", hosts=[host])
-        for k in range(3):
-            make_certificate(folder / "ca", f"client-{k}")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.address = self.reached = f"{host}:{probe.getsockname()[1]}"
-        self.processes: list[subprocess.Popen[bytes]] = []
-
-    def start(self, name: str, *words: str) -> subprocess.Popen[bytes]:
-        with (self.folder / f"{name}.log").open("ab") as log:
-            process = subprocess.Popen(
-                [*self.where(name), *CUTLAYER, *words, "--config", "c.toml"],
-                cwd=self.folder,
-                stdout=log,
-                stderr=log,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )
-        self.processes.append(process)
-        return process
-
-    def serve(self, *more: str) -> subprocess.Popen[bytes]:
-        tls = ["--certificate", "ca/server.crt", "--key", "ca/server.key", "--ca", "ca/ca.crt"]
-        return self.start("server", "serve", "--listen", self.address, *tls, "--out", "run", *more)
-
-    def join(self, k: int, *more: str) -> subprocess.Popen[bytes]:
-        tls = ["--certificate", f"ca/client-{k}.crt", "--key", f"ca/client-{k}.key", "--ca", "ca/ca.crt"]
-        return self.start(f"client-{k}", "join", self.reached, "--client", f"client-{k}", *tls, *more, "--folder", "c")
-
-    def steps(self) -> list[dict[str, Any]]:
-        path = self.folder / "run" / "steps.jsonl"
-        if not path.exists():
-            return []
-        return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-
-    def log(self, name: str) -> str:
-        path = self.folder / f"{name}.log"
-        return path.read_text() if path.exists() else ""
-
-    def stop(self) -> None:
-        for process in self.processes:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
 
 
 @pytest.fixture
@@ -108,34 +27,14 @@ def trial(tmp_path: Path) -> Iterator[Callable[..., Trial]]:
         one.stop()
 
 
-def until(condition: Callable[[], bool], what: str, trial: Trial) -> None:
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < end, f"{what}\n{trial.log('server')[-3000:]}"
-        time.sleep(0.05)
-
-
-def finished(trial: Trial, *processes: subprocess.Popen[bytes]) -> None:
-    for process in processes:
-        assert process.wait(PATIENCE) == 0, trial.log("server")[-3000:]
-
-
-def same_as_local(trial: Trial) -> None:
-    config = RunConfig.of({**read_toml(trial.folder / "c.toml"), "engine": "local"})
-    local = Run(config)
-    records = list(local)
-    remote = trial.steps()
-    assert [r["loss"] for r in remote] == [r.loss for r in records]
-    assert [(r["bytes_up"], r["bytes_down"]) for r in remote] == [(r.bytes_up, r.bytes_down) for r in records]
-    result = json.loads((trial.folder / "run" / "result.json").read_text())
-    assert local.result is not None
-    assert result["test_accuracy"] == local.result.test_accuracy
-    assert result["bytes"] == local.result.bytes
-
-
-@pytest.mark.parametrize("algorithm", ["sglr", "fl"])
-def test_processes_over_tls_give_the_simulations_numbers(algorithm: str, trial: Callable[..., Trial]) -> None:
+@pytest.mark.parametrize(
+    ("algorithm", "forked"), [("sglr", True), pytest.param("fl", False, marks=pytest.mark.network)]
+)
+def test_processes_over_tls_give_the_simulations_numbers(
+    algorithm: str, forked: bool, trial: Callable[..., Trial]
+) -> None:
     t = trial(algorithm)
+    t.forked = forked
     finished(t, t.serve(), *(t.join(k) for k in range(3)))
     same_as_local(t)
 
@@ -154,6 +53,7 @@ def test_the_server_ends_and_comes_back(how: signal.Signals, trial: Callable[...
     same_as_local(t)
 
 
+@pytest.mark.network
 def test_a_client_is_killed_and_comes_back(trial: Callable[..., Trial]) -> None:
     """The others go on without it; it takes part again, as a new process with the state that it kept."""
     t = trial("sglr", rounds=150)
@@ -170,6 +70,7 @@ def test_a_client_is_killed_and_comes_back(trial: Callable[..., Trial]) -> None:
     assert [r["step"] for r in t.steps()] == list(range(900))
 
 
+@pytest.mark.network
 def test_wrong_hands(trial: Callable[..., Trial]) -> None:
     """Another's certificate, another authority's, no encryption, another configuration: refused with a reason."""
     t = trial("sglr")
@@ -190,17 +91,14 @@ def test_wrong_hands(trial: Callable[..., Trial]) -> None:
         assert said in t.log(name), t.log(name)
         assert "Traceback" not in t.log(name)
     own = ["--certificate", "ca/client-0.crt", "--key", "ca/client-0.key", *tls]
-    process = subprocess.run(
-        [*CUTLAYER, "join", t.address, "--client", "client-0", *own, "--config", "other.toml"],
-        cwd=t.folder, capture_output=True, text=True, timeout=PATIENCE, check=False,
-    )  # fmt: skip
-    assert process.returncode == 2
-    assert "'psl'" in process.stderr or "psl" in process.stderr
+    words = ["join", t.address, "--client", "client-0", *own, "--config", "other.toml"]
+    assert "psl" in call(*words, cwd=t.folder, code=2).stderr
     assert server.poll() is None
     server.send_signal(signal.SIGTERM)
     assert server.wait(PATIENCE) == 130
 
 
+@pytest.mark.network
 def test_a_clients_folder_is_held_while_it_works(trial: Callable[..., Trial]) -> None:
     t = trial("sglr")
     first = t.join(0)  # there is no server: it dials again and again
@@ -228,24 +126,15 @@ def test_a_clients_folder_is_held_while_it_works(trial: Callable[..., Trial]) ->
     ],
 )
 def test_wrong_words(words: str, said: str, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [*CUTLAYER, *words.split()], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE, check=False
-    )
-    assert done.returncode == 2, done.stderr
+    done = call(*words.split(), cwd=tmp_path, code=2)
     assert said in done.stderr.replace("\n", " ")
-    assert "Traceback" not in done.stderr
 
 
+@pytest.mark.network
 def test_tokens_that_were_made_let_clients_in(trial: Callable[..., Trial]) -> None:
     """`cutlayer certs --tokens`: the server has hashes, each client its token; whoever shows another's is refused."""
     t = trial("psl", 2)
-    made = subprocess.run(
-        [*CUTLAYER, "certs", "tk", "--clients", "3", "--tokens"],
-        cwd=t.folder,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    made = call("certs", "tk", "--clients", "3", "--tokens", cwd=t.folder)
     assert (t.folder / "tk" / "client-2.token").stat().st_mode & 0o077 == 0
     token = (t.folder / "tk" / "client-0.token").read_text().strip()
     assert token not in (t.folder / "tk" / "tokens.toml").read_text()
@@ -253,7 +142,7 @@ def test_tokens_that_were_made_let_clients_in(trial: Callable[..., Trial]) -> No
     tls = ["--certificate", "tk/server.crt", "--key", "tk/server.key", "--tokens", "tk/tokens.toml"]
     server = t.start("server", "serve", "--listen", t.address, *tls, "--out", "run", "--message-limit", "10")
 
-    def join(k: int, whose: int) -> subprocess.Popen[bytes]:
+    def join(k: int, whose: int) -> Any:
         shows = ["--ca", "tk/ca.crt", "--token-file", f"tk/client-{whose}.token", "--message-limit", "10"]
         return t.start(f"client-{k}", "join", t.reached, "--client", f"client-{k}", *shows)
 
@@ -264,6 +153,7 @@ def test_tokens_that_were_made_let_clients_in(trial: Callable[..., Trial]) -> No
     assert token not in t.log("server") + t.log("client-0")
 
 
+@pytest.mark.network
 def test_a_dead_client_does_not_hold_up_a_server_that_restarts(trial: Callable[..., Trial]) -> None:
     """It had gone on without the client before: once it is back it waits for all, but not for ever."""
     t = trial("sglr", rounds=40)

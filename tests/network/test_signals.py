@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_network import CONFIG, PATIENCE, Trial, finished, same_as_local, until  # type: ignore[import-not-found]
+from trial import CONFIG, PATIENCE, Trial, finished, same_as_local, until  # type: ignore[import-not-found]
 
 SAVING = CONFIG + "checkpoint_every = 1\n"
-pytestmark = pytest.mark.timeout(400)  # seven processes begin, one after another
+pytestmark = [pytest.mark.network, pytest.mark.timeout(400)]  # seven processes begin, one after another
 
 
 @pytest.fixture
@@ -24,7 +23,7 @@ def trial(tmp_path: Path) -> Iterator[Trial]:
     made.stop()
 
 
-def stopped(t: Trial, name: str, process: subprocess.Popen[bytes], code: int) -> None:
+def stopped(t: Trial, name: str, process: Any, code: int) -> None:
     """It ends soon, with this code, and says so."""
     begin = time.monotonic()
     assert process.wait(PATIENCE) == code, t.log(name)[-3000:]
@@ -96,8 +95,9 @@ def test_a_client_is_asked_to_stop(trial: Trial) -> None:
 
 
 def test_a_signal_while_a_command_begins(trial: Trial) -> None:
-    """Before there is anything to clean up."""
+    """Before there is anything to clean up: Python itself starts, and imports."""
     t = trial
+    t.forked = False
     for name, start in (("server", t.serve), ("client-0", lambda: t.join(0))):
         for pause in (0.3, 1.0, 2.0):
             process: Any = start()
