@@ -221,6 +221,15 @@ def test_bytes_of_hand_over(turns: str, moves: int) -> None:
     assert ledger.of_clients("down", "models").tolist() == [448, 2 * 448, 2 * 448]
 
 
+def test_who_is_through_is_not_visited_again() -> None:
+    """One batch each in turn; 1, 3 and 2 batches: the model goes 0, 1, 2, then 1, 2, then 1, who keeps it."""
+    run = train("ssl", make(mlp), [4, 12, 8], (6,), cut="0", rounds=1, hand_over="batch", visit_order="fixed")
+    ledger = run.training.ledger
+    assert ledger.of_clients("up", "models").tolist() == [448, 2 * 448, 2 * 448]
+    assert ledger.of_clients("down", "models").tolist() == [0, 3 * 448, 2 * 448]
+    assert run.training.clients.holder == 1
+
+
 def test_bytes_of_handing_over_the_optimizer() -> None:
     """Momentum: one number per parameter more. Clients 1 and 2 get client 0's and 1's, who have stepped."""
     more: dict[str, Any] = {"client_optimizer_options": {"momentum": 0.9}, "hand_over_optimizer": True}
