@@ -118,6 +118,33 @@ def test_optimizers(optimizer: str, algorithm: str) -> None:
     assert worst(a, b) < 1e-10
 
 
+class Twice(nn.Module):
+    """One layer used twice: the gradient of its weights comes in two parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[n, 8] -> [n, 8]."""
+        return self.inner(torch.tanh(self.inner(x)))
+
+
+@pytest.mark.parametrize("algorithm", ["fl", "psl", "sfl", "sflv1", "sflv2", "sflv3", "sglr"])
+def test_plain_descent_with_weight_decay(algorithm: str) -> None:
+    """Weights decay once a step, on both sides of the cut, and so much that forgetting it shows."""
+    options: dict[str, Any] = {
+        "algorithm": algorithm, "model": make(lambda: nn.Sequential(*with_layer(Twice()), nn.Tanh(), nn.Linear(4, 4))),
+        "data": source([10, 5, 7], (6,)), "clients": 3, **({} if algorithm == "fl" else {"cut": "1"}),
+    }  # fmt: skip
+    decay = {"client_optimizer": "sgd", "client_optimizer_options": {"weight_decay": 0.5}}
+    a, b = both(12, **options, **small(client_lr=0.1, **decay))
+    assert worst(a, b) < 1e-10
+    plain, _ = both(12, **options, **small(client_lr=0.1, client_optimizer="sgd"))
+    assert difference(server_state(a), server_state(plain)) > 1e-2 or algorithm == "fl"
+    assert difference(client_state(a), client_state(plain)) > 1e-2
+
+
 @settings(max_examples=15, deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 12), min_size=2, max_size=5),
