@@ -13,9 +13,9 @@ from support import difference  # type: ignore[import-not-found]
 from test_remote import OWN, SMALL, same
 
 from cutlayer import ConfigError, Run
-from cutlayer.defences.pipeline import Defence, distance_correlation
+from cutlayer.config import RunConfig
+from cutlayer.defences import Defence, distance_correlation
 from cutlayer.leakage.ranks import dcor_library
-from cutlayer.options import RunConfig
 
 STRONG = {"clip": 0.5, "gaussian_noise": 0.2, "feature_dropout": 0.3, "nopeek": 0.5}
 
@@ -63,6 +63,15 @@ def test_noise_has_the_deviation_asked_for(kind: str) -> None:
     # As many beyond three scales as the distribution has.
     beyond = float((sent.abs() > 1.5).float().mean())
     assert beyond == pytest.approx(0.0498 if kind == "laplace" else 0.0027, rel=0.2)
+
+
+def test_dropped_features_keep_their_mean() -> None:
+    """Two fifths are zero; what is left is scaled up."""
+    sent = step(Defence(seed=3, dropout=0.4), torch.full((5, 20000), 3.0)).rows[0]
+    kept = sent != 0
+    assert float(kept.float().mean()) == pytest.approx(0.6, rel=0.02)
+    torch.testing.assert_close(sent[kept], torch.full_like(sent[kept], 5.0))
+    assert float(sent.mean()) == pytest.approx(3, rel=0.02)
 
 
 def test_noise_is_new_for_every_sample_client_and_batch() -> None:
