@@ -251,14 +251,21 @@ def load_source(config: RunConfig, data: Data | None) -> Source:
     elif isinstance(data, tuple):
         source = from_arrays(*data, **held_out)
     elif data is not None:
-        source = from_dataset(data, label_column=config.label_column, client_column=config.client_column, **held_out)
+        source = from_dataset(
+            data,
+            given=config.given,
+            label_column=config.label_column,
+            client_column=config.client_column,
+            **held_out,
+        )
     else:
         source = load(
             config.data,
             data_format=config.data_format,
             class_names=config.class_names,
             **held_out,
-            **_columns(config, "label_column", "client_column"),
+            given=config.given,
+            **_reading_options(config),
         )
     return Source(
         source.name,
@@ -276,14 +283,14 @@ def own_source(config: RunConfig, path: str) -> Source:
         path,
         data_format=config.data_format,
         class_names=config.class_names,
-        **_columns(config, "label_column"),
+        **{k: v for k, v in _reading_options(config).items() if k != "client_column"},
     )
 
 
-def _columns(config: RunConfig, *options: str) -> dict[str, Any]:
-    """Those of the options that are not as by default: only some formats have them."""
-    fields = type(config).model_fields
-    return {name: getattr(config, name) for name in options if getattr(config, name) != fields[name].default}
+def _reading_options(config: RunConfig) -> dict[str, Any]:
+    """Options of whatever reads the data, as far as they differ from their defaults: only some formats have them."""
+    names = {"label_column", "client_column"}.union(*(entry.option_names for entry in config.reading()))
+    return {name: getattr(config, name) for name in names & config.given}
 
 
 def deal(config: RunConfig, data: Data | None = None) -> list[np.ndarray]:

@@ -33,7 +33,7 @@ _WORDS = {
 def keywords() -> str:
     """The text of `keywords.py`: the options of runs and comparisons as typed keywords, for editors and checkers."""
     lines = [
-        '"""The options of runs and comparisons as typed keywords. Written by `python -m cutlayer.derive`: do not edit."""',
+        '"""The options of runs and comparisons as typed keywords. Written by cutlayer.derive: do not edit."""',
         "",
         "from __future__ import annotations",
         "",
@@ -47,7 +47,9 @@ def keywords() -> str:
     ):
         common = config is CommonConfig
         base = "TypedDict" if common else "CommonKeywords"
-        what = {"CommonKeywords": "a run or comparison", "RunKeywords": "a run", "CompareKeywords": "a comparison"}[name]
+        what = {"CommonKeywords": "a run or comparison", "RunKeywords": "a run", "CompareKeywords": "a comparison"}[
+            name
+        ]
         lines += ["", f"class {name}({base}, total=False):", f'    """Keywords of {what}."""', ""]
         for option, info in config.model_fields.items():
             if option not in skipped:

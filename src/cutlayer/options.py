@@ -308,10 +308,10 @@ class CommonConfig(FleetConfig):
         found += [plugins.find("schedule", name) for name in (self.lr_schedule, self.server_lr_schedule) if name]
         if plugins.known("model", self.model) or plugins.is_reference(self.model):
             found.append(plugins.find("model", self.model))
-        found += self._reading()
+        found += self.reading()
         return found + self._defending()
 
-    def _reading(self) -> list[Entry]:
+    def reading(self) -> list[Entry]:
         """What reads the data: a source, a format, or (where the file must tell) those formats that have an option
         that was given.
         """
@@ -417,8 +417,9 @@ class RunConfig(CommonConfig):
 
 
 def default_cut(model: str) -> str | None:
-    """Where a model of the registry is cut unless told otherwise."""
-    found = plugins.find("model", model).facts.get("default_cut") if plugins.known("model", model) else None
+    """Where a model is cut unless told otherwise; None for a model that does not say."""
+    can_be_found = plugins.known("model", model) or plugins.is_reference(model)
+    found = plugins.find("model", model).facts.get("default_cut") if can_be_found else None
     return None if found is None else str(found)
 
 

@@ -51,12 +51,6 @@ def build(reference: str, input_shape: Sequence[int], classes: int, **options: A
     return make(function, input_shape, classes, name=reference, options=entry.checked(options))
 
 
-def default_cut(reference: str) -> str | None:
-    """Where the model is cut if no cut is named: None for a model of the user's own that does not say so."""
-    named: str | None = find("model", reference).facts.get("default_cut")
-    return named
-
-
 def make(
     function: Callable[..., Any],
     input_shape: Sequence[int],
