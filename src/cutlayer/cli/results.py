@@ -21,7 +21,7 @@ def print_result(result: Result) -> None:
     """Print what a run has reached and what it cost."""
     title = plugins.find("algorithm", result.algorithm).title
     out.print(
-        f"\n[bold]{plugins.find('algorithm', result.algorithm).title}[/] ({result.engine} engine): test accuracy "
+        f"\n[bold]{title}[/] ({result.engine} engine): test accuracy "
         f"[bold]{result.test_accuracy:.2%}[/] (at the best validation accuracy, round {result.best_round}: "
         f"{result.best_test_accuracy:.2%}); {result.steps} steps, {result.steps_per_second:.1f} steps/s, "
         f"{result.samples_per_second:.0f} samples/s; {format_bytes(result.bytes_up)} up, "
