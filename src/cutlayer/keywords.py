@@ -77,6 +77,11 @@ class CommonKeywords(TypedDict, total=False):
     lr_decay: float
     lr_decay_at: tuple[float, ...]
     zstd: bool
+    feature_dropout: float
+    clip: float | None
+    gaussian_noise: float
+    laplace_noise: float
+    nopeek: float
 
 
 class RunKeywords(CommonKeywords, total=False):
