@@ -31,7 +31,6 @@ import torch
 from torch import nn
 
 from cutlayer import RunConfig
-from cutlayer.algorithms import ALGORITHMS
 from cutlayer.allocator import keep_memory
 from cutlayer.build import load_source
 from cutlayer.remote import network
@@ -431,7 +430,7 @@ def training_server(pki: Path, clients: int, _: int, pipe: Connection) -> None:
     def endless() -> Iterator[Any]:
         for index in itertools.count():
             this = training.clients.begin_round(index, 10**9, 1.0)
-            yield from ALGORITHMS[config.algorithm](config, training.server, training.clients, this)
+            yield from training.algorithm.round(training.server, training.clients, this)
 
     pipe.send(hub.start())
     assert len(hub.wait_for(clients, PATIENCE)) == clients

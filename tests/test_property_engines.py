@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
-from support import client_state, difference, make, server_state, source
+from support import ALGORITHMS, client_state, difference, make, server_state, source
 from torch import nn
 
 from cutlayer import Run
-from cutlayer.catalog import ALGORITHMS
 from cutlayer.engine.choice import TAKE_TURNS
 from cutlayer.engine.stacked import Stacking
 

@@ -95,12 +95,11 @@ def _quoted(word: str) -> str:
 def _specific() -> Iterator[Option]:
     """The options of all things of this package, each once."""
     seen = set(CommonConfig.model_fields)
-    for kind in plugins.KINDS:
-        for entry in plugins.index(kind).values():
-            for option in entry.options:
-                if option.name not in seen:
-                    seen.add(option.name)
-                    yield option
+    for entry in plugins.flat():
+        for option in entry.options:
+            if option.name not in seen:
+                seen.add(option.name)
+                yield option
 
 
 def options() -> str:

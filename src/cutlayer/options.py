@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -122,7 +123,9 @@ def _settled(things: Iterable[Entry], values: Mapping[str, Any], model: type[Bas
     left, settled = dict(values), dict[str, Any]()
     for entry in things:
         mine = {name: values[name] for name in entry.option_names & set(values)}
-        settled |= {**entry.checked(mine), **{k: v for k, v in settled.items() if k not in mine}}
+        for name, value in entry.checked(mine).items():
+            if name not in model.model_fields and (name in mine or name not in settled):
+                settled[name] = value
         for name in mine:
             left.pop(name, None)
     for name, value in left.items():
@@ -147,7 +150,7 @@ def _useless(name: str, value: Any, things: list[Entry], model: type[BaseModel])
 
 def owners_of(name: str) -> list[Entry]:
     """This package's things that have an option called `name`."""
-    return [e for kind in plugins.KINDS for e in plugins.index(kind).values() if name in e.option_names]
+    return [e for e in plugins.flat() if name in e.option_names]
 
 
 def traits(algorithm: str) -> Traits:
@@ -482,20 +485,23 @@ class CompareConfig(CommonConfig):
             entries[name] = {s: first.model_copy(update={"seed": s}) for s in self.seeds}
         return entries
 
-    def _own(self, base: Mapping[str, Any], algorithm: str) -> dict[str, Any]:
-        """Those values of `base` that have an effect on `algorithm`: all but options of other algorithms alone."""
-        entry, mine = plugins.find("algorithm", algorithm), traits(algorithm)
-        others = {o for name in self.algorithm_names() for o in plugins.find("algorithm", name).option_names}
-        others -= entry.option_names
-        if mine.whole:
-            others |= {o for e in self._defending() for o in e.option_names}
+    def _own(
+        self, base: Mapping[str, Any], algorithm: str, over: Mapping[str, Any] = MappingProxyType({})
+    ) -> dict[str, Any]:
+        """Those values of `base` that have an effect on a run of `algorithm` with the values `over` them: all but those
+        of things that the run does not choose.
+        """
+        mine = traits(algorithm)
 
         def fits(name: str) -> bool:
-            if name in CommonConfig.model_fields:
-                return _WHEN[about(CommonConfig.model_fields[name], "when") or ""](mine)
-            return name not in others
+            info = CommonConfig.model_fields.get(name)
+            return info is None or _WHEN[about(info, "when") or ""](mine)
 
-        return {name: value for name, value in base.items() if fits(name)}
+        kept = {name: value for name, value in base.items() if fits(name)}
+        plain = {k: v for k, v in {**kept, **over, "algorithm": algorithm}.items() if k in RunConfig.model_fields}
+        things = [*RunConfig.of(plain).chosen(), *self.reading(), *(self._defending() if mine.split else ())]
+        options = {option for entry in things for option in entry.option_names}
+        return {name: value for name, value in kept.items() if name in CommonConfig.model_fields or name in options}
 
     def _variant(self, base: Mapping[str, Any], values: Mapping[str, Any]) -> RunConfig:
         """A variant's configuration: its own `values` over those of `base` that fit it. Raises ConfigError."""
@@ -504,7 +510,7 @@ class CompareConfig(CommonConfig):
                 f"seed = {values['seed']!r} cannot be chosen by a variant: use seeds, which all entries share"
             )
         algorithm = str(values.get("algorithm", RunConfig.model_fields["algorithm"].get_default()))
-        first = RunConfig.of(overlaid(self._own(base, algorithm), values))
+        first = RunConfig.of(overlaid(self._own(base, algorithm, values), values))
         first.check(frozenset(values))
         return first
 
@@ -604,7 +610,7 @@ _COMMON_PAIRS = (("epochs", "rounds"),)
 
 def exclusive_pairs() -> list[tuple[str, str]]:
     """Pairs of options that exclude each other; the second replaces the default of the first."""
-    things = [pair for kind in plugins.KINDS for e in plugins.index(kind).values() for pair in e.facts["exclusive"]]
+    things = [pair for e in plugins.flat() for pair in e.facts["exclusive"]]
     return list(dict.fromkeys([*_COMMON_PAIRS, *((first, second) for first, second in things)]))
 
 

@@ -41,11 +41,14 @@ _INDEX = "index.json"
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of thing: the word for it, the modules of this package that register some, its group of entry points."""
+    """A kind of thing: the word for it, the modules of this package that register some, its group of entry points.
+    `flat`: its options stand among those of a run (those of a codec are written with its name).
+    """
 
     word: str
     places: tuple[str, ...]
     group: str
+    flat: bool = True
 
 
 KINDS: dict[str, Kind] = {
@@ -55,7 +58,7 @@ KINDS: dict[str, Kind] = {
     "format": Kind("data format", ("data/formats",), "cutlayer.formats"),
     "partition": Kind("partition", ("data/partitions",), "cutlayer.partitions"),
     "schedule": Kind("schedule", ("schedules",), "cutlayer.schedules"),
-    "codec": Kind("codec", ("wire/codecs",), "cutlayer.codecs"),
+    "codec": Kind("codec", ("wire/codecs",), "cutlayer.codecs", flat=False),
     "defence": Kind("defence", ("defences",), "cutlayer.defences"),
 }
 
@@ -294,6 +297,11 @@ def options_of(thing: Any) -> tuple[Option, ...]:
 def index(kind: str) -> dict[str, Entry]:
     """This package's things of a kind, by name."""
     return _index()[kind]
+
+
+def flat() -> list[Entry]:
+    """This package's things whose options stand among those of a run."""
+    return [entry for name, kind in KINDS.items() if kind.flat for entry in index(name).values()]
 
 
 def names(kind: str) -> list[str]:

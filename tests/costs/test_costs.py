@@ -16,19 +16,19 @@ from torch import nn
 from cutlayer import ConfigError, Run, RunFolderError, checkpoint
 from cutlayer.build import assemble
 from cutlayer.cli import app
-from cutlayer.options import RunConfig
 from cutlayer.costs.clock import Clock
 from cutlayer.costs.energy import Use, clients_energy
 from cutlayer.costs.expect import ALGORITHMS, Workload, expect
 from cutlayer.costs.fleet import Fleet, fleet
 from cutlayer.costs.flops import Flops, count
 from cutlayer.costs.measured import Meter
-from cutlayer.reproduce.formulas import EXAMPLE, METHODS, Sizes, per_client, time, total
 from cutlayer.costs.profiles import Device, Link, Profiles
 from cutlayer.models import cut
 from cutlayer.models.zoo import build
+from cutlayer.options import RunConfig
 from cutlayer.report import html
 from cutlayer.report.collect import read
+from cutlayer.reproduce.formulas import EXAMPLE, METHODS, Sizes, per_client, time, total
 
 NO_EXIT: dict[str, Any] = {"exit_on_error": False, "print_error": False, "result_action": "return_value"}
 SMALL: dict[str, Any] = {"data": "digits", "model": "mlp", "clients": 4, "samples_per_client": 20, "test": 30}

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cutlayer.catalog import DATA_FORMATS, DATASETS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from cutlayer import plugins
-from cutlayer.catalog import DATA_FORMATS, DATASETS
 from cutlayer.data import Source, from_arrays, from_dataset, load, load_whole
 from cutlayer.data.built_in.fashion_mnist import FASHION_MNIST_FOLDER
 from cutlayer.errors import ConfigError, CutlayerError, DataError

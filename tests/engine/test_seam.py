@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from support import batches_of, client_state, conv, difference, make, mlp, samples, source, train
 from torch import nn
 
-from cutlayer import NonFiniteError, Run, Samples, Source
+from cutlayer import NonFiniteError, Run, Samples, Source, plugins
 from cutlayer.averaging import average_into
 from cutlayer.cohort import draw_participants
 from cutlayer.costs.ledger import Ledger, MeteredCohort
@@ -22,7 +22,7 @@ from cutlayer.engine.base import Clients
 from cutlayer.engine.local import LocalCohort
 from cutlayer.gradients import own
 from cutlayer.models import cut
-from cutlayer.optim import lr_factor, make_optimizer
+from cutlayer.optim import make_optimizer
 from cutlayer.types import CutGradients, Smashed, aligned
 
 sizes_of_clients = st.lists(st.integers(1, 23), min_size=1, max_size=6)
@@ -393,7 +393,8 @@ def test_gradients_are_zeroed() -> None:
 )
 def test_schedules(schedule: str, expected: list[float]) -> None:
     """Five rounds; the step comes at 80 %."""
-    assert [lr_factor(schedule, i / 5, 0.1, (0.8,)) for i in range(5)] == pytest.approx(expected)
+    made = plugins.load("schedule", schedule)()
+    assert [made.factor(i / 5) for i in range(5)] == pytest.approx(expected)
 
 
 def test_separate_optimizers_rates_and_schedules() -> None:

@@ -10,13 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import MODELS, client_state, difference, make, mlp, server_state, source
+from support import MODELS, ZOO, client_state, difference, make, mlp, server_state, source
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cutlayer import Run, Samples, Source
-from cutlayer.algorithms import ALGORITHMS
-from cutlayer.catalog import MODELS as ZOO
 from cutlayer.engine.stacked import Stacking
 from cutlayer.errors import ConfigError, CutlayerWarning
 
@@ -368,7 +366,7 @@ def operations(clients: int, **options: Any) -> Counter[str]:
     run = Run(data="digits", engine="stacked", clients=clients, samples_per_client=16, batch=4, test=30, **options)
     t = run.training
     this = t.clients.begin_round(0, 1, 1.0)
-    steps = ALGORITHMS[run.config.algorithm](run.config, t.server, t.clients, this)
+    steps = t.algorithm.round(t.server, t.clients, this)
     next(steps)
     with Counted() as counted:
         next(steps)

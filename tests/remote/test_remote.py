@@ -11,10 +11,9 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
-from support import difference  # type: ignore[import-not-found]
+from support import ALGORITHMS, difference  # type: ignore[import-not-found]
 
 from cutlayer import Run, checkpoint
-from cutlayer.algorithms import ALGORITHMS
 from cutlayer.build import assemble
 from cutlayer.cohort import draw_participants
 from cutlayer.data import load_whole

@@ -36,7 +36,7 @@ _AVERAGES = "it averages the client models"
     client_part=_AVERAGES,
     colour="green",
 )
-class Sfl(Scaled):
+class Sfl(Scaled, LocalWork):
     """SplitFed as the SGLR paper writes it."""
 
     average_every: Literal["step", "round"] = option("round")

@@ -152,7 +152,7 @@ def _descriptions(report: Report) -> list[str]:
 def _config(config: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Name, value and meaning of every option; those of variants under their full name."""
     fields = {**CompareConfig.model_fields, **RunConfig.model_fields}
-    things = {o.name: o.help for kind in plugins.KINDS for e in plugins.index(kind).values() for o in e.options}
+    things = {o.name: o.help for e in plugins.flat() for o in e.options}
     rows: list[tuple[str, str, str]] = []
     for name, value in config.items():
         if name == "variant" and isinstance(value, dict):
