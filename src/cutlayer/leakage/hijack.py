@@ -26,8 +26,8 @@ from torch.nn import functional
 from cutlayer import seeds
 from cutlayer.data.samples import Samples
 from cutlayer.errors import DataError
-from cutlayer.leakage.inputs import check_real, check_rows
 from cutlayer.leakage.networks import Encoder, SkipMLP, decoder
+from cutlayer.rows import check_real, check_rows
 from cutlayer.server import Server, ServerStep
 from cutlayer.types import Smashed
 
