@@ -639,7 +639,7 @@ def test_a_first_word_that_is_none(caplog: pytest.LogCaptureFixture) -> None:
     wrong = [
         (b"", "no message"),
         (b"garbage" * 10, "not Cutlayer's"),
-        (older, "protocol 0, this side speaks 2: install the same version"),
+        (older, "protocol 0, this side speaks 3: install the same version"),
         (right[:-1], "cut off"),
         (pack(m.SmashedUp(1, 1)), "before Hello"),
         (big + bytes(network.HELLO_BYTES), "16384 are taken"),
@@ -677,7 +677,7 @@ class Saying(Echo):
 @pytest.mark.parametrize(
     ("changes", "reason", "sentence"),
     [
-        ({"protocol": 0}, "protocol", "the protocol is 0 for the client and 2 for the server: install the same"),
+        ({"protocol": 0}, "protocol", "the protocol is 0 for the client and 3 for the server: install the same"),
         ({"run": "another"}, "run", "the run is another for the client"),
     ],
 )
