@@ -9,9 +9,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from cutlayer import defences
 from cutlayer.cohort import Cohort
 from cutlayer.defences.defended import DefendedCohort
-from cutlayer.defences.pipeline import Defence
 from cutlayer.engine.base import Clients
 from cutlayer.engine.layout import quicker, smashed
 from cutlayer.engine.local import LocalCohort
@@ -44,16 +44,10 @@ def simulate(
 ) -> tuple[Cohort, Server, str]:
     """(clients, server, name of the engine). Warns where a model cannot be stacked."""
     cohort, server, engine = _chosen(config, split, setup, make_server, seed, example)
-    defence = defence_of(config)
-    if defence.active:
-        return DefendedCohort(cohort, cohort.keep_batches(), defence), server, engine
+    protection = defences.of(config)
+    if protection.active:
+        return DefendedCohort(cohort, cohort.keep_batches(), protection), server, engine
     return cohort, server, engine
-
-
-def defence_of(config: RunConfig) -> Defence:
-    """What clients do to their smashed data."""
-    c = config
-    return Defence(c.seed, c.clip, c.gaussian_noise, c.laplace_noise, c.feature_dropout, c.nopeek)
 
 
 def _chosen(

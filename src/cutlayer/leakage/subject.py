@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cutlayer import checkpoint, seeds
+from cutlayer import checkpoint, defences, seeds
 from cutlayer.build import Training, assemble, deal
 from cutlayer.catalog import ALGORITHMS
 from cutlayer.data.samples import Samples
-from cutlayer.defences.pipeline import Defence
-from cutlayer.engine.choice import defence_of
+from cutlayer.defences.noise import Noise
+from cutlayer.defences.pipeline import Defences
 from cutlayer.errors import ConfigError, DataError, RunFolderError
 from cutlayer.files import read_records
 from cutlayer.folder import CHECKPOINT, EVALUATIONS, SNAPSHOTS, stored_config
@@ -82,12 +82,11 @@ class Subject:
     @property
     def statement(self) -> dp.Statement | None:
         """What its noise guarantees over all epochs (None: it adds no noise)."""
-        d = defence_of(self.moment.config)
-        if d.clip is None or not d.noise:
+        noise = defences.of(self.moment.config).get(Noise)
+        if noise is None or noise.clip is None or not noise.scale:
             return None
-        if d.laplace:
-            return dp.laplace(d.noise, d.clip, self.releases, labels=self.labelled)
-        return dp.gaussian(d.noise, d.clip, self.releases, labels=self.labelled)
+        mechanism = dp.laplace if noise.laplace_noise else dp.gaussian
+        return mechanism(noise.scale, noise.clip, self.releases, labels=self.labelled)
 
     @property
     def labelled(self) -> bool:
@@ -209,7 +208,7 @@ def _subject(
         for module in fresh.modules():
             if callable(reset := getattr(module, "reset_parameters", None)):
                 reset()
-    defence = _Defended(defence_of(config), Codec.parse(config.up_codec).plain, config.batch)
+    defence = _Defended(defences.of(config), Codec.parse(config.up_codec).plain, config.batch)
 
     def client(x: Tensor) -> Tensor:
         return defence(bare(x))
@@ -219,15 +218,15 @@ def _subject(
 
 
 class _Defended:
-    """What a client does to smashed data [n, s...] before they are sent: its defence, and its codec, which writes a
+    """What a client does to smashed data [n, s...] before they are sent: its defences, and its codec, which writes a
     batch at a time. A gradient goes through the codec as if it did nothing.
     """
 
-    def __init__(self, defence: Defence, codec: Codec, batch: int) -> None:
-        self.defence, self.codec, self.batch = defence, codec, batch
+    def __init__(self, defences: Defences, codec: Codec, batch: int) -> None:
+        self.defences, self.codec, self.batch = defences, codec, batch
 
     def __call__(self, z: Tensor) -> Tensor:
-        (sent,) = self.defence.fresh((z,))
+        (sent,) = self.defences.fresh((z,))
         if not self.codec.lossy:
             return sent
         coded = torch.cat([written(self.codec, rows.detach())[0] for rows in sent.split(self.batch)])

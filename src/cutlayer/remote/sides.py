@@ -13,10 +13,10 @@ from typing import Literal
 
 import torch
 
+from cutlayer import defences
 from cutlayer.build import Data, Model, Prepared, Training, prepare
 from cutlayer.catalog import ALGORITHMS
 from cutlayer.data.samples import Source
-from cutlayer.engine.choice import defence_of
 from cutlayer.engine.local import Client
 from cutlayer.errors import ConfigError
 from cutlayer.options import RunConfig
@@ -111,7 +111,7 @@ def worker_of(
     own: Source | None = None,
 ) -> Worker:
     """A client's side: client number `client` of the configuration, with its share of the data, or with data of its
-    `own`. What its defence draws is named by `noise_seed`: by default the configuration's seed, as in a simulation,
+    `own`. What its defences draw is named by `noise_seed`: by default the configuration's seed, as in a simulation,
     which the server knows, so that it could subtract the noise.
 
     Raises UsageError as `assemble` does; ConfigError for a number that is no client's.
@@ -120,7 +120,7 @@ def worker_of(
         raise ConfigError(f"client = {client} is none of the {config.clients} clients, 0 to {config.clients - 1}")
     p = prepare(_remotely(config), model, data if own is None else own, alone=own is not None)
     lower, tail = p.clients.models[client]
-    share, defence = torch.from_numpy(p.clients.rows[client]), defence_of(config)
+    share, protection = torch.from_numpy(p.clients.rows[client]), defences.of(config)
     return Worker(
         Duty(
             name=name,
@@ -137,7 +137,7 @@ def worker_of(
             returning=p.split.returning,
             up=p.coding.up,
             down=p.coding.down,
-            defence=defence if noise_seed is None else replace(defence, seed=noise_seed),
+            defences=protection if noise_seed is None else replace(protection, seed=noise_seed),
             token=token,
             folder=folder,
             watch=watch,

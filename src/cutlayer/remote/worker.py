@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from cutlayer import checkpoint
 from cutlayer.data.batches import Batches
 from cutlayer.data.samples import Samples
-from cutlayer.defences.pipeline import Defence, Guarded
+from cutlayer.defences.pipeline import Defences, Guarded
 from cutlayer.defences.watch import Watch, joined
 from cutlayer.engine.local import Client
 from cutlayer.errors import DistrustError, NonFiniteError, RunFolderError, WireError
@@ -59,7 +59,7 @@ class Duty:
     returning: Sequence[Crossing] = ()
     up: Codec = RAW
     down: Codec = RAW
-    defence: Defence = field(default_factory=Defence)
+    defences: Defences = field(default_factory=Defences)
     token: str = field(default="", repr=False)
     folder: Path | None = None
     watch: Watching = "off"
@@ -156,8 +156,8 @@ class Worker:
         batch, clock = self._draw()
         smashed = self.client.forward(batch, self.duty.seed, clock)
         sent = [s.detach() for s in smashed]
-        if self.duty.defence.active:
-            self._guarded = self.duty.defence.step(tuple(sent), [batch.x], [self.duty.index], [len(batch.y)], [clock])
+        if self.duty.defences.active:
+            self._guarded = self.duty.defences.step(tuple(sent), [batch.x], [self.duty.index], [len(batch.y)], [clock])
             sent = list(self._guarded.rows)
         codecs = [self.duty.up] * len(sent)
         if message.labels:
@@ -235,8 +235,8 @@ class Worker:
                 inputs = Crossing(tuple(d.samples.x.shape[1:]), d.samples.x.dtype)
                 (x,) = aligned(decode(body, [inputs], message.rows))
                 given, codec = as_tuple(c.lower(x)), RAW if message.part == "whole" else d.up.plain
-                if message.part == "lower" and d.defence.active:
-                    given = d.defence.evaluation(given, [d.index], message.start)
+                if message.part == "lower" and d.defences.active:
+                    given = d.defences.evaluation(given, [d.index], message.start)
         return m.EvaluationRows(message.step, message.rows), encode(given, codec)
 
     def _save(self, message: m.Save) -> None:
