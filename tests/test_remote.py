@@ -206,6 +206,24 @@ def test_codecs_do_the_same_in_a_simulation(algorithm: str, up: str, down: str) 
     same(RunConfig.of({**SMALL, **OWN.get(algorithm, {}), "algorithm": algorithm, "up_codec": up, "down_codec": down}))
 
 
+OWN_CODEC = f"{Path(__file__).with_name('own.py')}:Grid:0.01"
+
+
+@pytest.mark.parametrize("algorithm", ["sglr", "ussl"])
+@pytest.mark.parametrize(("up", "down"), [(OWN_CODEC, "raw"), ("int8", OWN_CODEC), (f"{OWN_CODEC}+zstd", OWN_CODEC)])
+def test_codecs_of_ones_own_do_the_same_in_a_simulation(algorithm: str, up: str, down: str) -> None:
+    same(RunConfig.of({**SMALL, **OWN.get(algorithm, {}), "algorithm": algorithm, "up_codec": up, "down_codec": down}))
+
+
+def test_bytes_of_a_codec_of_ones_own() -> None:
+    """Three rounds of one batch of 20 rows, 128 features: 8 bytes for each client's mean, 2 for each number."""
+    config = RunConfig.of({**SMALL, "algorithm": "psl", "batch": 20, "up_codec": OWN_CODEC})
+    same(config)
+    run = Run(config)
+    run.run()
+    assert run.training.ledger.total("up", kind="smashed data") == 3 * 3 * (8 + 2 * 20 * 128)
+
+
 def test_codecs_of_pictures() -> None:
     """Scales of int8 are those of a client's channels, whoever else is there; also where all clients are stacked."""
     codecs = {"up_codec": "int8", "down_codec": "int8+zstd"}

@@ -6,6 +6,8 @@ import copy
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from importlib.metadata import EntryPoint
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 from support import conv, make, mlp
 from torch import Tensor, nn
 
+from cutlayer import plugins
 from cutlayer.errors import ConfigError, WireError
 from cutlayer.models import Crossing, cut
 from cutlayer.wire import (
@@ -243,6 +246,88 @@ def test_codecs_have_names(text: str) -> None:
 def test_wrong_codecs(text: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         Codec.parse(text)
+
+
+OWN = f"{Path(__file__).with_name('own.py')}:Grid"
+
+
+@pytest.mark.parametrize(
+    ("text", "called"),
+    [
+        (OWN, "grid:0.001"),
+        (f"{OWN}:0.25+zstd", "grid:0.25+zstd"),
+        ("own:Grid", "unknown"),
+        ("test_wire_package.own:Grid:0.5", "grid:0.5"),
+        ("installed:0.5", "grid:0.5"),
+    ],
+)
+def test_codecs_of_ones_own_are_named_by_file_module_or_entry_point(
+    text: str, called: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    package = tmp_path / "test_wire_package"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "own.py").write_text(Path(__file__).with_name("own.py").read_text())
+    monkeypatch.syspath_prepend(tmp_path)
+    point = EntryPoint("installed", "test_wire_package.own:Grid", "cutlayer.codecs")
+    monkeypatch.setattr(plugins, "_entry_points", lambda kind: {"installed": point} if kind == "codec" else {})
+    if called == "unknown":
+        with pytest.raises(ConfigError, match=r"unknown codec 'own'.*or your own: path/to/file.py:name"):
+            Codec.parse(text)
+        return
+    found = Codec.parse(text)
+    assert str(found) == called
+    assert found.plain == Codec.parse(text.removesuffix("+zstd"))
+    assert found.zstd == text.endswith("+zstd")
+
+
+@pytest.mark.parametrize("zstd", ["", "+zstd"])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_codec_of_ones_own(dtype: torch.dtype, zstd: str) -> None:
+    found, x = Codec.parse(f"{OWN}:0.01{zstd}"), numbers((4, 3, 2), dtype, 1).clamp(-50, 50)
+    body = b"".join(encode([x], found))
+    like = [Crossing((3, 2), dtype)]
+    (received,) = decode(body, like, 4, found)
+    assert bool(((received.double() - x.double()).abs() <= error_bound(found, x)).all())
+    assert encoded_bytes(like, 4, found) == (None if zstd else len(body))
+    with pytest.raises(WireError, match=r"came as codec 127.* where raw was agreed"):
+        decode(body, like, 4)
+
+
+def test_both_sides_compare_the_file_of_a_codec(tmp_path: Path) -> None:
+    text = Path(__file__).with_name("own.py").read_text()
+    for name, content in (("a", text), ("b", text), ("c", text + "# changed\n")):
+        (tmp_path / f"{name}.py").write_text(content)
+    a, b, c = (Codec.parse(f"{tmp_path / name}.py:Grid:0.1").agreed for name in "abc")
+    assert a == b != c
+    assert a.startswith("grid:0.1 (file ")
+    assert Codec.parse("top-k:0.1+zstd").agreed == "top-k:0.1+zstd"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (f"{OWN}:far", "codec '.*own.py:Grid:far': 'far' is not a step"),
+        (OWN.replace("Grid", "Careless") + ":3", "careless takes no '3'"),
+        (OWN.replace("Grid", "Shrink"), "is a defence, not a codec"),
+        (OWN.replace("Grid", "math"), "is not registered"),
+        (OWN.replace("own.py", "owns.py"), "there is no file"),
+    ],
+)
+def test_wrong_codecs_of_ones_own(text: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        Codec.parse(text)
+
+
+def test_a_codec_that_writes_another_size_than_it_says() -> None:
+    with pytest.raises(ConfigError, match=r"careless wrote 12 bytes .* `size` says 11"):
+        encode([torch.ones(2, 3)], Codec.parse(OWN.replace("Grid", "Careless")))
+
+
+def test_codes_of_codecs_stay() -> None:
+    names = ["raw", "bfloat16", "float16", "int8", "float8", "top-k"]
+    codes = {entry.name: entry.facts["code"] for entry in plugins.index("codec").values()}
+    assert codes == {name: code for code, name in enumerate(names)}
 
 
 def test_named_tensors() -> None:
