@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow check reproduce bench bench-remote golden clean
+.PHONY: demo test test-network test-slow check reproduce bench bench-remote golden clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Cutlayer needs Python 3.11 or newer: make PYTHON=..."; exit 2; }
@@ -19,13 +19,17 @@ demo: $(STAMP)   ## six algorithms compete on handwritten digits
 test: $(STAMP)   ## the fast test suite
 	$(BIN)/python -m pytest -n 2
 
+test-network: $(STAMP)   ## servers and clients as processes, killed, stopped, cut off and attacked; some of it as root
+	$(BIN)/python -m pytest -n 2 -m 'network and not slow'
+
 test-slow: $(STAMP)   ## what takes minutes: large models, twenty steps on both engines
 	$(BIN)/python -m pytest -n 2 -m slow
 
-check: $(STAMP)   ## lint, format, types
+check: $(STAMP)   ## lint, format, types, the direction of imports
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 reproduce: $(STAMP)   ## the paper's tables at the smallest size, on Fashion-MNIST: does it work
 	rm -rf build/reproduce
@@ -38,7 +42,7 @@ bench-remote: $(STAMP)   ## the remote engine against bare gRPC; writes docs/ben
 	$(BIN)/python benchmarks/remote.py --write docs/benchmarks.md
 
 golden: $(STAMP)   ## write the golden losses anew after a deliberate change
-	$(BIN)/python -m pytest tests/test_golden.py --rewrite-golden
+	$(BIN)/python -m pytest tests/algorithms/test_golden.py --rewrite-golden
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

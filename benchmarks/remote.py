@@ -35,9 +35,9 @@ from cutlayer.algorithms import ALGORITHMS
 from cutlayer.allocator import keep_memory
 from cutlayer.build import load_source
 from cutlayer.remote import network
+from cutlayer.remote.carrier import Lost
 from cutlayer.remote.certs import make_ca, make_certificate
 from cutlayer.remote.dial import Dialler, dial_all
-from cutlayer.remote.exchange import Lost
 from cutlayer.remote.hub import Hub
 from cutlayer.remote.security import ClientSecurity, ServerSecurity
 from cutlayer.remote.sides import client_name, client_number, remote_training, worker_of

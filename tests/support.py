@@ -1,19 +1,26 @@
-"""What several tests need: small models in float64, random data, an algorithm run by hand, plain SGD to compare
-with.
+"""What several tests need: small models in float64, random data, an algorithm run by hand, plain SGD to compare with,
+the command line called in this process.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import itertools
+import sys
+import traceback
+import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cutlayer import Run, RunConfig, Samples, Source
+from cutlayer import Run, RunConfig, Samples, Source, cli
 from cutlayer.algorithms import ALGORITHMS
 from cutlayer.data.batches import Batches
 from cutlayer.engine.base import Clients
@@ -23,6 +30,7 @@ from cutlayer.optim import make_optimizer
 from cutlayer.server import Server
 from cutlayer.types import Step
 
+ROOT = Path(__file__).parents[1]
 CLASSES = 4
 State = dict[str, Tensor]
 
@@ -193,3 +201,43 @@ def difference(a: State, b: State) -> float:
     """Largest absolute difference; the names must agree."""
     assert a.keys() == b.keys()
     return max(((a[k] - b[k]).abs().max().item() for k in a), default=0.0)
+
+
+class Done(NamedTuple):
+    """How a command line ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def call(*argv: str, cwd: Path | None = None, code: int | None = 0) -> Done:
+    """Run `cutlayer ARGV` in this process, in the folder `cwd`; it has to end with `code`, unless that is None.
+
+    What a process of its own would see is as in one: pipes for its streams, Python's usual warnings. What would outlast
+    the command (the allocator's settings, how warnings are shown) is left as it was.
+    """
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.ExitStack() as stack:
+        if cwd is not None:
+            stack.enter_context(contextlib.chdir(cwd))
+        stack.enter_context(mock.patch.object(sys, "argv", ["cutlayer", *argv]))
+        stack.enter_context(mock.patch.object(cli, "keep_memory"))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.resetwarnings()
+        for kind in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+            warnings.simplefilter("ignore", kind)
+        stack.enter_context(contextlib.redirect_stdout(out))
+        stack.enter_context(contextlib.redirect_stderr(err))
+        try:
+            cli.main()
+        except SystemExit as end:
+            ended = end.code
+        except BaseException:
+            traceback.print_exc()
+            ended = 1
+    assert isinstance(ended, int)
+    done = Done(ended, out.getvalue(), err.getvalue())
+    assert "Traceback" not in done.stderr, done.stderr
+    assert code in (None, done.returncode), done.stderr
+    return done

@@ -1,11 +1,9 @@
-"""Rows of samples, checked and flattened.
+"""Tensors with a row per sample, as instruments and checks take them.
 
 Shape legend: n samples, d = number of values of one sample.
 """
 
 from __future__ import annotations
-
-import math
 
 from torch import Tensor
 
@@ -27,17 +25,6 @@ def check_rows(least: int, what: str, **tensors: Tensor) -> int:
     return n
 
 
-def check_real(x: Tensor, what: str) -> None:
-    """Raises DataError unless `x` is floating point: tokens have no mean squared error."""
-    if not x.is_floating_point():
-        raise DataError(f"{what} are of type {x.dtype}: this instrument takes real numbers, such as images or features")
-
-
 def flat(t: Tensor) -> Tensor:
     """[n, ...] -> [n, d], float32, detached."""
     return t.detach().reshape(len(t), -1).float()
-
-
-def width(t: Tensor) -> int:
-    """The number of values of one sample."""
-    return math.prod(t.shape[1:])

@@ -41,9 +41,6 @@ class Defence(plugins.Thing):
         """How much the penalty counts in the client's loss."""
         return 1.0
 
-    def check(self) -> None:
-        """Check what concerns several options. Raises ConfigError: value, reason, remedy."""
-
     def protect(self, rows: Rows, sizes: Sequence[int], draws: Sequence[torch.Generator]) -> Rows:
         """What is sent instead of floating point rows, each [R, s...], differentiable in them.
 

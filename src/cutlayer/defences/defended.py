@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from cutlayer.cohort import Cohort, CohortAround, Predict
+from cutlayer.data.batches import Drawn
 from cutlayer.data.samples import Samples
 from cutlayer.defences.pipeline import Defences, Guarded
-from cutlayer.engine.base import Drawn
 from cutlayer.types import CutGradients, Evaluation, Rows, Smashed
 
 

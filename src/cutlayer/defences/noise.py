@@ -54,7 +54,7 @@ class Noise(Defence):
         """The same without noise."""
         return Noise(clip=self.clip)
 
-    def check(self) -> None:
+    def check(self, given: frozenset[str]) -> None:
         """Noise has a meaning relative to what it hides. Raises ConfigError."""
         for name in ("gaussian_noise", "laplace_noise"):
             if getattr(self, name) and self.clip is None:

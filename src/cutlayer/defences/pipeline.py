@@ -41,7 +41,7 @@ def of(config: Seeded) -> Defences:
     """
     named = tuple(getattr(config, "defences", ()))
     parts = []
-    for reference in dict.fromkeys([*plugins.names("defence"), *named]):
+    for reference in dict.fromkeys([*plugins.index("defence"), *named]):
         entry = plugins.find("defence", reference)
         values = {name: getattr(config, name, default) for name, default in entry.defaults.items()}
         if reference in named or values != entry.defaults:
@@ -55,7 +55,9 @@ def _made(reference: str, values: dict[str, Any]) -> Defence:
     if not (isinstance(kind, type) and issubclass(kind, Defence)):
         raise ConfigError(f"defence {reference!r} is not a subclass of cutlayer.defences.Defence; make it one")
     made = kind.of(values)
-    made.check()
+    made.check(
+        frozenset(n for n, default in plugins.find("defence", reference).defaults.items() if values[n] != default)
+    )
     return made
 
 

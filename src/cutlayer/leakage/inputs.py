@@ -1,10 +1,11 @@
-"""Splits and scales that the instruments share.
+"""Checked inputs, splits and scales that the instruments share.
 
 Shape legend: n samples, d = number of values of one sample.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cutlayer import seeds
+from cutlayer.errors import DataError
 
 Client = Callable[[Tensor], Tensor]
 
@@ -30,6 +32,17 @@ def split(n: int, seed: int, *name: str | int, shares: tuple[float, float] = (0.
     order = torch.from_numpy(seeds.generator(seed, "leakage", "split", *name).permutation(n))
     first, second = round(n * shares[0]), round(n * (shares[0] + shares[1]))
     return Split(order[:first], order[first:second], order[second:])
+
+
+def check_real(x: Tensor, what: str) -> None:
+    """Raises DataError unless `x` is floating point: tokens have no mean squared error."""
+    if not x.is_floating_point():
+        raise DataError(f"{what} are of type {x.dtype}: this instrument takes real numbers, such as images or features")
+
+
+def width(t: Tensor) -> int:
+    """The number of values of one sample."""
+    return math.prod(t.shape[1:])
 
 
 @dataclass(frozen=True)

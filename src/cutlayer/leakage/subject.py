@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from cutlayer import checkpoint, defences, seeds
 from cutlayer.build import Training, assemble, deal
-from cutlayer.catalog import ALGORITHMS
 from cutlayer.data.samples import Samples
 from cutlayer.defences.noise import Noise
 from cutlayer.defences.pipeline import Defences
@@ -98,12 +97,9 @@ class Subject:
         """How often each sample has been sent, at most: once per pass through the client's data, the last one counted
         whole, as if the client had taken part in every round.
         """
-        config = self.moment.config
-        per_epoch = math.ceil(self.owned / config.batch)
-        info = ALGORITHMS[config.algorithm]
-        per_round = per_epoch * (config.local_epochs if "local_epochs" in info.options else 1)
-        if "local_steps" in info.options and config.local_steps:
-            per_round = config.local_steps
+        per_epoch = math.ceil(self.owned / self.moment.config.batch)
+        local_epochs, local_steps = self.moment.training.algorithm.part_of_round
+        per_round = local_steps or per_epoch * local_epochs
         return math.ceil(self.moment.rounds * per_round / per_epoch)
 
 
@@ -114,9 +110,8 @@ def moments(out: Path, snapshots: bool = False) -> list[Moment]:
     sends smashed data.
     """
     config = RunConfig.of(without_own(stored_config(out), out, model=None, data=None))
-    info = ALGORITHMS[config.algorithm]
-    if info.whole:
-        what = "everybody's data" if config.algorithm == "cl" else "whole models (gradient inversion attacks these)"
+    if config.traits.whole:
+        what = "everybody's data" if config.traits.central else "whole models (gradient inversion attacks these)"
         raise ConfigError(
             f"{str(out)!r} is a run of {config.algorithm}, whose clients send no smashed data but {what}: name runs of "
             "split algorithms"

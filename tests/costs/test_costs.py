@@ -1,0 +1,509 @@
+"""Bytes, FLOPs, virtual time and energy: against hand counts, against the paper's example, and against each other."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support import client_state, difference, make, mlp, train  # type: ignore[import-not-found]
+from torch import nn
+
+from cutlayer import ConfigError, Run, RunFolderError, checkpoint
+from cutlayer.build import assemble
+from cutlayer.cli import app
+from cutlayer.options import RunConfig
+from cutlayer.costs.clock import Clock
+from cutlayer.costs.energy import Use, clients_energy
+from cutlayer.costs.expect import ALGORITHMS, Workload, expect
+from cutlayer.costs.fleet import Fleet, fleet
+from cutlayer.costs.flops import Flops, count
+from cutlayer.costs.measured import Meter
+from cutlayer.reproduce.formulas import EXAMPLE, METHODS, Sizes, per_client, time, total
+from cutlayer.costs.profiles import Device, Link, Profiles
+from cutlayer.models import cut
+from cutlayer.models.zoo import build
+from cutlayer.report import html
+from cutlayer.report.collect import read
+
+NO_EXIT: dict[str, Any] = {"exit_on_error": False, "print_error": False, "result_action": "return_value"}
+SMALL: dict[str, Any] = {"data": "digits", "model": "mlp", "clients": 4, "samples_per_client": 20, "test": 30}
+FLEET: dict[str, Any] = {"client_device": "raspberry-pi-zero-2w", "link": "lte", "server_device": "h100"}
+
+
+def test_the_papers_example() -> None:
+    found = {m: total(m, EXAMPLE) for m in METHODS}
+    assert found == {"sglr": 1800.024, "psl": 2400, "sfl": 15800, "fl": 40000}
+    assert round(100 * (1 - found["sglr"] / found["sfl"]), 1) == 88.6
+    assert math.floor(100e3 * (1 - found["sglr"] / found["fl"])) / 1e3 == 95.499
+    assert per_client("fl", EXAMPLE) == 400
+    assert time("psl", EXAMPLE, rate=10, compute=1) == 1 + 2400 / 10  # sic
+    assert time("sglr", EXAMPLE, rate=10, compute=1) == pytest.approx(1 + 18.00024 / 10)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_ledgers_paper_convention_is_the_papers_formula(method: str) -> None:
+    run = Run(algorithm=method, rounds=1, **SMALL)
+    run.run()
+    whole, client = 4 * sum(p.numel() for p in build("mlp", (1, 8, 8), 10).parameters()), 4 * (65 * 128 + 129 * 128)
+    sizes = Sizes(clients=4, samples=80, smashed=4 * 128, model=whole, client_model=client, phi=0.5)
+    ledger = run.training.ledger
+    assert ledger.total("up", "paper") + ledger.total("down", "paper") == total(method, sizes)  # type: ignore[arg-type]
+
+
+def test_flops_of_the_zoo_by_hand() -> None:
+    """Forward: 2 x multiply-adds. Backward: as much for the weights, and for the input, but for the first layer."""
+    picture = torch.rand(4, 1, 28, 28)
+    mlp = count(cut(build("mlp", (1, 28, 28), 10), "hidden2", picture), picture)
+    first, second = 2 * 784 * 128, 2 * 128 * 128
+    assert mlp.client == Flops(first + second, first + 2 * second)
+    rest = 2 * 128 * 128 + 2 * 128 * 10
+    assert mlp.server == Flops(rest, 2 * rest)
+    cnn = count(cut(build("cnn", (1, 28, 28), 10), "block1", picture), picture)
+    first = 2 * 28 * 28 * 16 * 9
+    assert cnn.client == Flops(first, first)
+    rest = 2 * (14 * 14 * 32 * 16 * 9 + 32 * 7 * 7 * 64 + 64 * 10)
+    assert cnn.server == Flops(rest, 2 * rest)
+    resnet = count(cut(build("resnet16", (1, 28, 28), 10), "block4", picture), picture)
+    stem, block16 = 2 * 32 * 32 * 16 * 27, 2 * (2 * 32 * 32 * 16 * 16 * 9)
+    block32 = 2 * 16 * 16 * (16 * 32 * 9 + 32 * 32 * 9 + 16 * 32) + 2 * (2 * 16 * 16 * 32 * 32 * 9)
+    assert resnet.client.forward == stem + 2 * block16 + block32
+    assert resnet.client.backward == 2 * resnet.client.forward - stem
+
+
+def test_table_4_the_client_computes_94_7_percent_less() -> None:
+    picture = torch.rand(4, 1, 28, 28)
+    flops = count(cut(build("alexnet", (1, 28, 28), 10), "block1", picture), picture)
+    assert round(100 * (1 - flops.client.three_forwards / flops.whole.three_forwards), 1) == 94.7
+    # As truly counted the client saves more: its first layer has no input gradient to compute.
+    assert round(100 * (1 - flops.client.training / flops.whole.training), 1) == 96.4
+    runs = {a: Run(algorithm=a, rounds=1, **{**SMALL, "clients": 5}).run() for a in ("cl", "fl", "sglr")}
+    assert runs["fl"].client_flops
+    assert runs["cl"].server_flops == 5 * runs["fl"].client_flops
+
+
+def test_flops_need_no_values() -> None:
+    """The same on the meta device, where nothing is computed."""
+    real, example = build("cnn", (1, 28, 28), 10), torch.rand(3, 1, 28, 28)
+    parts = cut(real, "block1", example)
+    expected = count(parts, example)
+    for part in parts.all:
+        part.to("meta")
+    assert count(parts, example.to("meta")) == expected
+
+
+def test_attention_counts() -> None:
+    """Four projections, scores and weighted values, forward; FlashAttention's own backward pass is not counted."""
+    rows, tokens, width = 3, 5, 8
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mixed, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = (t.view(len(x), tokens, 2, width // 2).transpose(1, 2) for t in self.mixed(x).split(width, 2))
+            y = nn.functional.scaled_dot_product_attention(q, k, v)
+            return self.out(y.transpose(1, 2).reshape(len(x), tokens, width))
+
+    net = nn.Sequential(nn.Linear(width, width), Attention(), nn.Flatten(), nn.Linear(tokens * width, 2))
+    example = torch.rand(rows, tokens, width)
+    server = count(cut(net, "0", example), example).server
+    projections, attention = 2 * tokens * width * 4 * width, 2 * 2 * tokens * tokens * width
+    last = 2 * tokens * width * 2
+    assert server.forward == projections + attention + last
+    assert server.backward == 2 * (projections + attention + last)
+
+
+def test_flops_change_nothing_and_say_what_they_do_not_know() -> None:
+    net = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 3))
+    example = torch.rand(4, 8)
+    parts = cut(net, "1", example)
+    before, random = [{k: v.clone() for k, v in p.state_dict().items()} for p in parts.all], torch.get_rng_state()
+    count(parts, example)
+    assert all(difference(b, p.state_dict()) == 0 for b, p in zip(before, parts.all, strict=True))
+    assert torch.equal(random, torch.get_rng_state())
+    assert all(p.grad is None for part in parts.all for p in part.parameters())
+
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = nn.LSTM(8, 3, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            outputs: torch.Tensor = self.cell(x[:, None])[0]
+            return outputs[:, -1]
+
+    with pytest.warns(UserWarning, match="server part are not known"):
+        count(cut(nn.Sequential(nn.Linear(8, 8), Recurrent()), "0", example), example)
+    looked_up = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(8, 3))
+    words = torch.randint(9, (4, 2))
+    assert count(cut(looked_up, "0", words), words).client == Flops(0.0, 0.0)  # and no warning
+
+
+def work_of(run: Run, **options: Any) -> Workload:
+    training, config = run.training, run.config
+    crossing = sum(math.prod(c.shape) * c.dtype.itemsize for c in training.parts.crossing)
+    parameters = [sum(p.nbytes for p in [*m.parameters(), *m.buffers()]) for m in training.parts.all]
+    train = training.source.train
+    return Workload(
+        clients=config.clients,
+        samples_per_client=config.samples_per_client or 0,
+        batch=config.batch,
+        smashed=crossing,
+        gradient=crossing,
+        label=train.y[:1].nbytes,
+        raw=train.x[:1].nbytes,
+        model=sum(parameters),
+        client_model=parameters[0],
+        flops=training.flops,
+        phi=config.phi,
+        **options,
+    )
+
+
+CIRCUMSTANCES: dict[str, dict[str, Any]] = {
+    "alike": {},
+    "multicast": {"multicast": True},
+    "narrow server": {"server_mbps": 3.0},
+    "narrow server, multicast": {"server_mbps": 3.0, "multicast": True},
+    "stragglers": {"speed_spread": 0.7, "rate_spread": 0.5, "stragglers": 0.25},
+    "whole batches": {"batch": 10},
+    "one batch": {"batch": 64, "speed_spread": 1.0},
+    "no server device, latency": {"server_device": None, "latency_ms": 50.0},
+}
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+@pytest.mark.parametrize("circumstance", CIRCUMSTANCES)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_the_closed_forms_are_what_ledger_and_clock_count(algorithm: str, circumstance: str, epochs: int) -> None:
+    options = {**SMALL, **FLEET, **CIRCUMSTANCES[circumstance], "epochs": epochs}
+    run = Run(algorithm=algorithm, **{k: v for k, v in options.items() if v is not None})
+    result = run.run()
+    machines = fleet(run.config, 4)
+    assert machines is not None
+    found = expect(algorithm, work_of(run, epochs=epochs), machines)
+    ledger = run.training.ledger
+    assert found.up + found.once_up == ledger.total("up")
+    assert found.down == ledger.total("down")
+    assert found.down_broadcast == ledger.total("down", "wire-broadcast")
+    assert found.paper == ledger.total("up", "paper") + ledger.total("down", "paper")
+    assert found.client_flops == result.client_flops
+    assert found.server_flops == result.server_flops
+    assert found.seconds == pytest.approx(result.virtual_seconds, rel=1e-9)
+    assert found.clients is not None
+    assert found.clients.total == pytest.approx(result.clients_joules, rel=1e-9)
+    assert found.clients.marginal == pytest.approx(result.clients_marginal_joules, rel=1e-9)
+    assert (found.server_joules is None) == (result.server_joules is None)
+    if found.server_joules is not None:
+        assert found.server_joules == pytest.approx(result.server_joules, rel=1e-9)
+    assert run.training.clock is not None
+    use = run.training.clock
+    assert found.clients.radio_rate == pytest.approx(
+        (0.0767 * use.up_bits.sum() + 0.0115 * use.down_bits.sum()) / 1e6, rel=1e-9
+    )
+
+
+@pytest.mark.parametrize("algorithm", ["cl", "fl", "ssl", "psl", "sfl", "sflv1", "sflv2", "sflv3", "sglr", "ussl"])
+def test_the_clock_changes_no_number_of_the_training(algorithm: str) -> None:
+    own = {"cut": "hidden1", "tail_cut": "hidden2"} if algorithm == "ussl" else {}
+    plain = Run(algorithm=algorithm, rounds=2, **SMALL, **own)
+    timed = Run(algorithm=algorithm, rounds=2, **SMALL, **own, **FLEET, stragglers=0.5, rate_spread=1.0)
+    losses = [[r.loss for r in run] for run in (plain, timed)]
+    assert losses[0] == losses[1]
+    assert plain.training.ledger.state() == timed.training.ledger.state()
+    assert difference(client_state(plain), client_state(timed)) == 0
+    assert timed.result is not None
+    assert timed.result.virtual_seconds
+
+
+def two(speeds: list[float], **options: Any) -> Clock:
+    device = Device(name="d", source="test", flops_per_second=1.0, watts=2.0, idle_watts=0.5)
+    link = Link(name="l", source="test", up_watts=1.0, up_watts_per_mbps=0.1, down_watts=0.5, down_watts_per_mbps=0.2)
+    return Clock(
+        Fleet(device, link, None, np.array(speeds), np.array([1e6, 2e6]), np.array([4e6, 4e6]), 0.25, **options)
+    )
+
+
+def test_the_clock_by_hand() -> None:
+    clock = two([10.0, 20.0], server_speed=100.0)
+    clock.begin([0, 1])
+    clock.compute(np.array([10.0, 10.0]))  # 1 s; .5 s
+    clock.upload(np.array([1e6, 1e6]))  # until 2 s; 1 s
+    assert clock.server == 2.25  # the slower one's arrival
+    clock.serve(50.0)
+    clock.download(np.array([2e6, 0.0]), 2e6)  # leaves at 2.75, arrives at 3, takes .5
+    clock.compute(np.array([5.0, 0.0]))
+    assert clock.ready.tolist() == [4.0, 1.0]
+    now = clock.read()
+    assert now.seconds == 4.0
+    # Client 0 computed 1.5 s, sent 1 s, received .5 s, waited 1 s; client 1 .5, .5, 0 and 3 s.
+    assert now.clients.computing == pytest.approx(2.0 * (1.5 + 0.5))
+    assert now.clients.radio_rate == pytest.approx(0.1 * 2 + 0.2 * 2)
+    assert now.clients.radio_base == pytest.approx(1.0 * 1.5 + 0.5 * 0.5)
+    assert now.clients.waiting == pytest.approx(0.5 * (1.0 + 3.0))
+    assert now.clients.marginal == pytest.approx(4.0 + 0.6)
+    assert now.clients.total == pytest.approx(4.0 + 0.6 + 1.75 + 2.0)
+    assert now.server_joules is None
+
+
+def test_who_is_not_asked_sleeps() -> None:
+    clock = two([10.0, 10.0])
+    clock.begin([0])
+    clock.compute(np.array([100.0, 0.0]))
+    clock.upload(np.array([1e6, 0.0]))  # until 11 s
+    assert clock.read().clients.waiting == pytest.approx(0.5 * 0.25)  # client 0 until its message has come
+    clock.begin([1])  # wakes at 11.25, the server's time
+    clock.compute(np.array([0.0, 10.0]))
+    assert clock.now == 12.25
+    assert clock.read().clients.waiting == 0.0  # client 0's .25 s too are now between two rounds
+
+
+def test_the_server_waits_for_those_that_send() -> None:
+    """Whoever computes for 10 s more and sends nothing does not hold the others up."""
+    clock = two([10.0, 10.0])
+    clock.begin([0, 1])
+    clock.compute(np.array([100.0, 0.0]))
+    clock.upload(np.array([0.0, 1e6]))
+    assert clock.server == 0.75  # half a second on air, a quarter on the way
+    assert clock.ready.tolist() == [10.0, 0.5]
+
+
+def test_the_u_shape_by_hand(tmp_path: Path) -> None:
+    """Two clients take turns, of three rows and of two, one batch each; the model goes from one to the other."""
+    mine = tmp_path / "mine.toml"
+    mine.write_text(
+        "[device.mote]\nflops_per_second = 1e3\nwatts = 2.0\nidle_watts = 0.5\nsource = 'me'\n"
+        "[device.desk]\nflops_per_second = 1e4\nwatts = 30.0\nsource = 'me'\n"
+        "[link.air]\nup_mbps = 0.01\ndown_mbps = 0.02\nlatency_ms = 100\nsource = 'me'\n"
+        "up_watts = 3.0\nup_watts_per_mbps = 20.0\ndown_watts = 1.0\ndown_watts_per_mbps = 5.0\n"
+    )
+    run = train(
+        "ussl", make(mlp), [3, 2], (6,), cut="0", tail_cut="2", rounds=1, profiles=str(mine), utilisation=1.0,
+        client_device="mote", server_device="desk", link="air",
+    )  # fmt: skip
+    # FLOPs of a row: 2 x 6 x 8 in the lower part, whose backward pass has no gradient of its input, 2 x 8 x 8 in the
+    # middle, 2 x 8 x 4 in the tail. What crosses is 8 numbers of 8 bytes a row, up and down, twice each.
+    lower, middle, middle_back, tail = 96.0, 128.0, 256.0, 64.0 + 128.0
+    crossing, model = 8 * 64.0, 8 * 8.0 * (6 * 8 + 8 + 8 * 4 + 4)  # bits
+    up, down, latency = 1e4, 2e4, 0.1
+
+    def turn(rows: int) -> float:
+        """The seconds of a turn, from the first pass to the last."""
+        computing = (2 * lower + tail) / 1e3 + (middle + middle_back) / 1e4
+        return rows * (computing + 2 * crossing / up + 2 * crossing / down) + 4 * latency
+
+    seconds = turn(3) + (model / up + model / down + 2 * latency) + turn(2)
+    work, bits = 5 * (2 * lower + tail), 5 * 2 * crossing + model  # of both clients, the latter in each direction
+    busy = work / 1e3 + bits / up + bits / down
+    marginal = 2.0 * work / 1e3 + (20.0 + 5.0) * bits / 1e6
+    waiting = 2 * seconds - busy  # each client waits while the other has its turn, and for the server
+    result = run.result
+    assert result is not None
+    assert result.virtual_seconds == pytest.approx(seconds, rel=1e-12)
+    assert result.clients_marginal_joules == pytest.approx(marginal, rel=1e-12)
+    assert result.clients_joules == pytest.approx(
+        marginal + 3.0 * bits / up + 1.0 * bits / down + 0.5 * waiting, rel=1e-12
+    )
+    assert result.server_joules == pytest.approx(30.0 * 5 * (middle + middle_back) / 1e4, rel=1e-12)
+
+
+def test_a_narrow_server_and_multicast() -> None:
+    clock = two([10.0, 10.0], server_rate=1e6)
+    clock.begin([0, 1])
+    clock.upload(np.array([1e6, 1e6]))  # together 2 Mbit through 1 Mbit/s
+    assert clock.ready.tolist() == [2.0, 2.0]
+    clock.download(np.array([1e6, 1e6]), 1e6)  # one copy for both
+    assert clock.ready.tolist() == [3.5, 3.5]
+
+
+def test_unknown_figures_stay_unknown() -> None:
+    zeros, ones = np.zeros(1), np.ones(1)
+    device = Device(name="d", source="test", flops_per_second=1.0, watts=2.0)
+    machines = Fleet(device, Link(name="l", source="test", up_watts_per_mbps=1.0), None, ones, ones, ones, 0.0)
+    nothing_known = clients_energy(machines, Use(ones, zeros, zeros, ones, ones, ones))
+    assert (nothing_known.computing, nothing_known.marginal, nothing_known.total) == (2.0, None, None)
+    idle = clients_energy(machines, Use(ones, zeros, zeros, zeros, zeros, ones))
+    assert (idle.marginal, idle.waiting, idle.total) == (2.0, None, None)
+    busy = clients_energy(machines, Use(ones, zeros, zeros, zeros, zeros, zeros))
+    assert busy.total == 2.0
+
+
+def test_what_cannot_be_measured_is_not_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("cutlayer.costs.measured._RAPL", tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with Meter() as meter:
+        pass
+    assert meter.joules is None
+    assert meter.method.startswith("not measured")
+
+
+def test_every_profile_has_a_source() -> None:
+    profiles = Profiles.load()
+    assert all(p.source and p.title for p in [*profiles.devices.values(), *profiles.links.values()])
+    figures = {n: d.joules_per_flop for n, d in profiles.devices.items()}
+    known = {"raspberry-pi-4": 6.1e-10, "raspberry-pi-5": 3.6e-10, "raspberry-pi-zero-2w": 5.7e-9}
+    known |= {"desktop-i5-7400t": 5.7e-10, "desktop-ryzen-5600x": 8.6e-10, "mac-mini-m4": 1.3e-10}
+    assert {n: float(f"{figures[n]:.1e}") for n in known} == known
+    lora = profiles.link("lora")
+    assert lora.up_watts is not None
+    assert lora.up_mbps is not None
+    assert lora.up_watts * 8e6 / (lora.up_mbps * 1e6) == pytest.approx(135, rel=0.01)  # J per MB
+
+
+def test_profiles_of_ones_own(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.toml"
+    mine.write_text('[device.mote]\nflops_per_second = 1e6\nwatts = 0.1\nsource = "me"\n')
+    options = {**SMALL, "rounds": 1, "algorithm": "psl", "profiles": str(mine)}
+    run = Run(client_device="mote", up_mbps=1.0, down_mbps=1.0, **options)
+    result = run.run()
+    assert result.clients_joules is None  # nothing is known of the link's energy
+    assert result.virtual_seconds is not None
+    compute = 20 * run.training.flops.client.training / 1e6
+    assert result.virtual_seconds > compute
+    with pytest.raises(ConfigError, match="did you mean 'mote'"):
+        Run(client_device="moat", up_mbps=1.0, down_mbps=1.0, **options)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[device.x]\nflops_per_second = -1\nwatts = 1\nsource = 'me'", ["'x'", "flops_per_second = -1", "mend"]),
+        ("[device.x]\nflops_per_second = 1\nwatts = 1", ["'x'", "source is missing"]),
+        ("[device.x]\nwats = 1", ["'x'", "did you mean 'watts'"]),
+        ("[devices.x]\nwatts = 1", ["did you mean 'device'"]),
+        ("[device]\nwatts = 1", ["watts = 1", "[device.NAME]"]),
+        ("link = [1]", ["link = [1]", "[link.NAME]"]),
+        ("[device.x]\nname = 'y'", ["'x'", "unknown figure 'name'"]),
+        ("[link.x]\nup_mbps = 0\nsource = 'me'", ["up_mbps = 0"]),
+        ("[link.x", ["not valid TOML"]),
+    ],
+)
+def test_bad_profiles(tmp_path: Path, text: str, words: list[str]) -> None:
+    mine = tmp_path / "mine.toml"
+    mine.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        Profiles.load(mine)
+    assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"client_device": "raspberry-pi-3"}, ["'raspberry-pi-3'", "did you mean 'raspberry-pi-"]),
+        ({"client_device": "raspberry-pi-4", "link": "lta"}, ["did you mean 'lte'"]),
+        ({"client_device": "raspberry-pi-4"}, ["no link", "--up-mbps"]),
+        ({"client_device": "raspberry-pi-4", "link": "5g-low-band"}, ["no rates", "down_mbps"]),
+        ({"link": "lte"}, ["link = 'lte'", "without client_device"]),
+        ({"multicast": True}, ["multicast = True", "without client_device"]),
+        ({"client_device": "raspberry-pi-4", "link": "lte", "up_mbps": -1.0}, ["up_mbps = -1.0", "greater than 0"]),
+        ({"client_device": "raspberry-pi-4", "link": "lte", "profiles": "nowhere.toml"}, ["nowhere.toml", "check"]),
+    ],
+)
+def test_bad_fleets(options: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        Run(rounds=1, **SMALL, **options)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_lora_warns() -> None:
+    with pytest.warns(UserWarning, match="24 minutes"):
+        assemble(RunConfig(rounds=1, client_device="raspberry-pi-4", link="lora", **SMALL))
+
+
+def test_a_resumed_clock_reads_the_same(tmp_path: Path) -> None:
+    options = {**SMALL, **FLEET, "algorithm": "sfl", "rounds": 3, "participation": 0.5}
+    whole = Run(**options).run()
+    broken = Run(**options, out=tmp_path / "run")
+    for record in broken:
+        if record.round == 2:
+            break
+    resumed = Run.resume(tmp_path / "run").run()
+    assert resumed.virtual_seconds == whole.virtual_seconds
+    assert resumed.clients_joules == whole.clients_joules
+    assert resumed.bytes == whole.bytes
+
+
+@pytest.mark.parametrize("participation", [1.0, 0.5])
+def test_local_steps_go_on_where_the_last_round_stopped(participation: float) -> None:
+    """20 samples in batches of 8: 8, 8, 4, then anew. Two steps a round are 16, 12, 12, 16 samples and so on."""
+    run = Run(algorithm="fl", local_steps=2, rounds=5, participation=participation, **SMALL, **FLEET)
+    result, clock = run.run(), run.training.clock
+    assert clock is not None
+    assert clock.flops.mean() == result.client_flops
+
+
+def test_a_resumed_clock_knows_how_many_local_steps_were_taken(tmp_path: Path) -> None:
+    options = {**SMALL, **FLEET, "algorithm": "fl", "local_steps": 2, "rounds": 4, "checkpoint_every": 1}
+    whole = Run(**options).run()
+    broken = Run(**options, out=tmp_path / "run")
+    for record in broken:
+        if record.round == 1:
+            break
+    resumed = Run.resume(tmp_path / "run").run()
+    assert resumed.virtual_seconds == whole.virtual_seconds
+    assert resumed.clients_joules == whole.clients_joules
+
+
+def test_a_checkpoint_of_another_version_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    broken = Run(**SMALL, algorithm="psl", rounds=3, checkpoint_every=1, out=tmp_path / "run")
+    for record in broken:
+        if record.round == 1:
+            break
+    path = tmp_path / "run" / "checkpoint.safetensors"
+    state = checkpoint.read(path)
+    del state["measured"]
+    checkpoint.write(path, state)
+    with pytest.raises(RunFolderError, match="another version of Cutlayer"):
+        Run.resume(tmp_path / "run").run()
+
+
+def test_what_an_older_run_did_not_count_is_not_known(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    Run(**SMALL, algorithm="psl", rounds=1, out=folder).run()
+    result = json.loads((folder / "result.json").read_text())
+    for row in result["bytes"]:
+        del row["paper"]
+    for name in ("client_flops", "server_flops", "measured_joules", "measured_by"):
+        del result[name]
+    (folder / "result.json").write_text(json.dumps(result))
+    (entry,) = read(folder).entries
+    assert {kind["paper"] for kind in html._kinds(entry)} == {"not known"}
+    assert all(kind["wire-unicast"][0].isdigit() for kind in html._kinds(entry))
+
+
+def test_calibration_makes_a_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = tmp_path / "mine.toml"
+    app(["calibrate", "--seconds", "0.2", "--watts", "12.5", "--name", "desk", "--out", str(mine)], **NO_EXIT)
+    device = Profiles.load(mine).device("desk")
+    assert device.watts == 12.5
+    assert device.idle_watts is None
+    assert 1e6 < device.flops_per_second < 1e15
+    assert "cnn, batch 8" in device.basis
+    assert "as given" in device.source
+    app(["calibrate", "--seconds", "0.2", "--watts", "12.5", "--idle-watts", "3"], **NO_EXIT)
+    assert "idle_watts = 3.0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--seconds 0.2", ["not measured", "give watts"]),
+        ("--watts -1", ["watts = -1.0", "greater than 0"]),
+        ("--watts 1 --seconds 0", ["seconds = 0.0", "greater than 0"]),
+        ("--watts 1 --batch 0", ["batch = 0", "greater than 0"]),
+        ("--watts 1 --model cmn", ["did you mean 'cnn'"]),
+        ("--watts 1 --device cuda:9", ["device = 'cuda:9'"]),
+    ],
+)
+def test_bad_calibrations(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, words: str, said: list[str]) -> None:
+    monkeypatch.setattr("cutlayer.costs.measured._RAPL", tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ConfigError) as error:
+        app(["calibrate", *words.split()], **NO_EXIT)
+    assert all(part in str(error.value) for part in said)

@@ -1,0 +1,264 @@
+"""Whatever can happen to processes and connections happens, by a seeded schedule, while a run goes on over TLS."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import signal
+import socket
+import statistics
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from trial import CONFIG, Trial  # type: ignore[import-not-found]
+
+from cutlayer import Run
+from cutlayer.options import RunConfig, read_toml
+
+KEEPING = CONFIG + "eval_every = 20\ncheckpoint_every = 20\n"
+SEEDS = 4
+WAY = 0.005  # seconds that a proxy takes for each piece: without, a run would be over before anything could happen
+PATIENT = ("--keepalive", "1")
+pytestmark = pytest.mark.network
+
+
+class Proxy:
+    """A way to the server's port that does not always do what a cable does: it cuts, delays, flips bits."""
+
+    def __init__(self, port: int, seed: int) -> None:
+        self.to, self._chance = port, random.Random(seed)
+        self._ends: list[socket.socket] = []
+        self._lock = threading.Lock()
+        self._delay = WAY
+        self._flips = 0
+        self.flipped = 0
+        self._threads: list[threading.Thread] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self._start(self._accept)
+
+    def cut(self) -> None:
+        """All connections break."""
+        with self._lock:
+            ends, self._ends = self._ends, []
+        for end in ends:
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def delay(self, seconds: float) -> None:
+        """From now on each piece arrives so much later."""
+        self._delay = seconds
+
+    def flip(self) -> None:
+        """One bit of the next piece, in whichever direction, is wrong."""
+        with self._lock:
+            self._flips += 1
+
+    def close(self) -> None:
+        """No more; all threads have ended then."""
+        self._delay = 0.0
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self.cut()
+        for thread in self._threads:
+            thread.join(10)
+            assert not thread.is_alive()
+
+    def _start(self, what: Any, *args: Any) -> None:
+        thread = threading.Thread(target=what, args=args)
+        self._threads.append(thread)
+        thread.start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _ = self._listener.accept()
+            except OSError:
+                return
+            try:
+                far = socket.create_connection(("127.0.0.1", self.to), timeout=5)
+            except OSError:  # the server is not there
+                near.close()
+                continue
+            far.settimeout(None)
+            with self._lock:
+                self._ends += [near, far]
+            self._start(self._copy, near, far)
+            self._start(self._copy, far, near)
+
+    def _copy(self, a: socket.socket, b: socket.socket) -> None:
+        with suppress(OSError):
+            while data := a.recv(1 << 16):
+                time.sleep(self._delay)
+                b.sendall(self._damaged(data))
+        for end in (a, b):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+        a.close()  # the other is what the other direction reads
+
+    def _damaged(self, data: bytes) -> bytes:
+        with self._lock:
+            if not self._flips:
+                return data
+            self._flips -= 1
+            self.flipped += 1
+        changed = bytearray(data)
+        changed[self._chance.randrange(len(changed))] ^= 1 << self._chance.randrange(8)
+        return bytes(changed)
+
+
+class Chaos:
+    """A run, each client behind a proxy of its own, and what happens to it: `done` counts the faults by kind."""
+
+    KINDS = ("kill client", "stall client", "cut", "delay", "flip", "stall server", "kill server")
+
+    def __init__(self, folder: Path, rounds: int, seed: int) -> None:
+        self.trial = Trial(folder, "sglr", rounds, config=KEEPING)
+        self.chance = random.Random(seed)
+        port = int(self.trial.address.rpartition(":")[2])
+        self.proxies = [Proxy(port, seed + k) for k in range(3)]
+        self.server = self._serve()
+        self.clients = [self._join(k) for k in range(3)]
+        self.done: dict[str, int] = dict.fromkeys(self.KINDS, 0)
+
+    def _serve(self) -> Any:
+        return self.trial.serve("--deadline", "2", "--quorum", "0.6", *PATIENT)
+
+    def _join(self, k: int) -> Any:
+        self.trial.reached = f"127.0.0.1:{self.proxies[k].port}"
+        return self.trial.join(k, *PATIENT)
+
+    @property
+    def over(self) -> bool:
+        """Has the server done its work?"""
+        return self.server.poll() is not None
+
+    def happen(self, kind: str) -> None:
+        """One fault, which is over when this is back."""
+        k = self.chance.randrange(3)
+        self.done[kind] += 1
+        if kind == "kill client":
+            self.clients[k].kill()
+            self.clients[k].wait()
+            self.clients[k] = self._join(k)
+        elif kind == "kill server":
+            self.server.kill()
+            self.server.wait()
+            self.server = self._serve()
+        elif kind.startswith("stall"):
+            process = self.server if kind == "stall server" else self.clients[k]
+            process.send_signal(signal.SIGSTOP)
+            time.sleep(self.chance.uniform(0.5, 3))
+            process.send_signal(signal.SIGCONT)
+        elif kind == "cut":
+            self.proxies[k].cut()
+        elif kind == "flip":
+            self.proxies[k].flip()
+        else:
+            self.proxies[k].delay(0.05)
+            time.sleep(self.chance.uniform(0.5, 2))
+            self.proxies[k].delay(WAY)
+
+    def steps(self) -> int:
+        return len(self.trial.steps())
+
+    def stop(self) -> None:
+        for process in self.trial.processes:
+            with suppress(OSError):
+                process.send_signal(signal.SIGCONT)
+        self.trial.stop()
+        for proxy in self.proxies:
+            proxy.close()
+
+
+def run_chaos(folder: Path, rounds: int, seed: int, kinds: list[str], pause: float, limit: float) -> Chaos:
+    """The run under the faults of `kinds`, in this order, from its first steps on; it has to end within `limit`."""
+    end = time.monotonic() + limit
+    chaos = Chaos(folder, rounds, seed)
+
+    def wait(condition: Any, what: str) -> None:
+        while not condition():
+            assert time.monotonic() < end, f"{what}: {chaos.done}\n{chaos.trial.log('server')[-3000:]}"
+            time.sleep(0.05)
+
+    try:
+        for kind in kinds:
+            begun = chaos.steps()
+            wait(lambda begun=begun: chaos.steps() != begun or chaos.over, "a step")
+            assert not chaos.over, f"too short a run for {kinds}: {chaos.trial.log('server')[-3000:]}"
+            chaos.happen(kind)
+            time.sleep(chaos.chance.uniform(0, pause))
+        wait(lambda: chaos.over, "the end")
+        for process in (chaos.server, *chaos.clients):
+            assert process.wait(max(1.0, end - time.monotonic())) == 0, chaos.trial.log("server")[-3000:]
+    finally:
+        chaos.stop()
+    return chaos
+
+
+def check(chaos: Chaos, quiet: list[tuple[float, float]]) -> None:
+    """Every step and every round once; records, ledger and result agree; the end is as good as that of quiet runs."""
+    records = chaos.trial.steps()
+    result = json.loads((chaos.trial.folder / "run" / "result.json").read_text())
+    config = RunConfig.of(read_toml(chaos.trial.folder / "c.toml"))
+    assert [r["step"] for r in records] == list(range(result["steps"]))
+    rounds = [r["round"] for r in records]
+    assert rounds == sorted(rounds)
+    assert set(rounds) == set(range(result["rounds"]))
+    assert sum(r["samples"] for r in records) == result["samples"]
+    assert all(r["samples"] == 10 * len(r["clients"]) for r in records)
+    for way in ("up", "down"):
+        counted = [r[f"bytes_{way}"] for r in records]
+        assert all(a < b for a, b in itertools.pairwise(counted))
+        rows = [r for r in result["bytes"] if r["direction"] == way and r["kind"] != "evaluation"]
+        assert sum(r["wire-unicast"] for r in rows) == counted[-1] == result[f"bytes_{way}"]
+    smashed = sum(len(r["clients"]) for r in records) * config.batch * 128 * 4
+    (up,) = [r for r in result["bytes"] if r["kind"] == "smashed data"]
+    assert up["wire-unicast"] == smashed
+    for name in ("server", "client-0", "client-1", "client-2"):
+        assert "Traceback" not in chaos.trial.log(name), chaos.trial.log(name)[-3000:]
+    evaluations = (chaos.trial.folder / "run" / "evaluations.jsonl").read_text().splitlines()
+    found = (result["test_accuracy"], json.loads(evaluations[-1])["test_loss"])
+    for value, values, least in zip(found, zip(*quiet, strict=True), (0.02, 0.1), strict=True):
+        noise = max(least, 4 * statistics.stdev(values))
+        assert abs(value - statistics.mean(values)) < noise, (value, values)
+
+
+def quiet_runs(chaos: Chaos) -> list[tuple[float, float]]:
+    """Accuracy and loss on the test set that the same training comes to without any fault, from other beginnings: their
+    spread is the noise that faults may not exceed.
+    """
+    config = read_toml(chaos.trial.folder / "c.toml")
+    options = [{**config, "seed": seed, "eval_every": config["rounds"]} for seed in range(SEEDS)]
+    runs = [Run(RunConfig.of(o)) for o in options]
+    for run in runs:
+        run.run()
+    return [(run.evaluations[-1].test_accuracy, run.evaluations[-1].test_loss) for run in runs]
+
+
+@pytest.mark.timeout(300)
+def test_one_of_each(tmp_path: Path) -> None:
+    chance = random.Random(5)
+    kinds = list(Chaos.KINDS)
+    chance.shuffle(kinds)
+    chaos = run_chaos(tmp_path, rounds=150, seed=5, kinds=kinds, pause=0.3, limit=240)
+    assert set(chaos.done.values()) == {1}
+    assert sum(proxy.flipped for proxy in chaos.proxies) == 1
+    check(chaos, quiet_runs(chaos))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1700)
+@pytest.mark.parametrize("seed", [1, 2])
+def test_many_of_each(seed: int, tmp_path: Path) -> None:
+    chance = random.Random(seed)
+    kinds = list(Chaos.KINDS) * 6
+    chance.shuffle(kinds)
+    chaos = run_chaos(tmp_path, rounds=2400, seed=seed, kinds=kinds, pause=2, limit=1500)
+    check(chaos, quiet_runs(chaos))

@@ -1,0 +1,107 @@
+"""SIGTERM and SIGINT at every moment: a sentence and an exit code, no traceback, and the run goes on afterwards."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from trial import CONFIG, PATIENCE, Trial, finished, same_as_local, until  # type: ignore[import-not-found]
+
+SAVING = CONFIG + "checkpoint_every = 1\n"
+pytestmark = [pytest.mark.network, pytest.mark.timeout(400)]  # seven processes begin, one after another
+
+
+@pytest.fixture
+def trial(tmp_path: Path) -> Iterator[Trial]:
+    made = Trial(tmp_path, "sglr", rounds=200, config=SAVING)
+    yield made
+    made.stop()
+
+
+def stopped(t: Trial, name: str, process: Any, code: int) -> None:
+    """It ends soon, with this code, and says so."""
+    begin = time.monotonic()
+    assert process.wait(PATIENCE) == code, t.log(name)[-3000:]
+    assert time.monotonic() - begin < 30
+    assert "Traceback" not in t.log(name), t.log(name)[-3000:]
+
+
+def saving(t: Trial, place: str) -> Callable[[], bool]:
+    """Is a state being written there just now? Looks without a pause for a while: it is soon written."""
+
+    def look() -> bool:
+        end = time.monotonic() + 0.3
+        while time.monotonic() < end:
+            if any(p.name.endswith(".new") for p in (t.folder / place).glob(".*")):
+                return True
+        return False
+
+    return look
+
+
+def test_the_server_is_asked_to_stop(trial: Trial) -> None:
+    """While it waits for clients, in the midst of training, while it saves; the clients stay, and go on with it."""
+    t = trial
+    server = t.serve()
+    until(lambda: "listening" in t.log("server"), "listening", t)
+    server.send_signal(signal.SIGTERM)
+    stopped(t, "server", server, 130)
+    assert "go on with: the same command" in " ".join(t.log("server").split())
+
+    server, clients = t.serve(), [t.join(k) for k in range(3)]
+    until(lambda: len(t.steps()) > 20, "twenty steps", t)
+    server.send_signal(signal.SIGTERM)
+    stopped(t, "server", server, 130)
+    done = len(t.steps())
+    server = t.serve()
+    until(lambda: len(t.steps()) > done + 6, "steps beyond", t)
+    until(saving(t, "run"), "a checkpoint that is being written", t)
+    server.send_signal(signal.SIGINT)
+    stopped(t, "server", server, 130)
+    assert all(client.poll() is None for client in clients)
+    finished(t, t.serve(), *clients)
+    same_as_local(t)
+
+
+def test_a_client_is_asked_to_stop(trial: Trial) -> None:
+    """While it dials, in the midst of training, while it saves; each time it comes back as a new process."""
+    t = trial
+    client = t.join(0)
+    until(lambda: "dialling again" in t.log("client-0"), "dialling", t)
+    client.send_signal(signal.SIGTERM)
+    stopped(t, "client-0", client, 0)
+    assert "stopped here" in t.log("client-0")
+
+    # With a quorum of all, each round waits for the client.
+    server, clients = t.serve("--quorum", "1"), [t.join(k) for k in range(3)]
+    until(lambda: len(t.steps()) > 6, "six steps", t)
+    moments: list[tuple[int, Callable[[], bool]]] = [
+        (signal.SIGTERM, lambda: True),
+        (signal.SIGINT, saving(t, "c/client-1")),
+    ]
+    for number, moment in moments:
+        until(moment, "the moment", t)
+        clients[1].send_signal(number)
+        stopped(t, "client-1", clients[1], 0)
+        done, clients[1] = len(t.steps()), t.join(1)
+        until(lambda done=done: len(t.steps()) > done + 6, "steps with it again", t)
+    finished(t, server, *clients)
+    assert [r["step"] for r in t.steps()] == list(range(1200))
+
+
+def test_a_signal_while_a_command_begins(trial: Trial) -> None:
+    """Before there is anything to clean up: Python itself starts, and imports."""
+    t = trial
+    t.forked = False
+    for name, start in (("server", t.serve), ("client-0", lambda: t.join(0))):
+        for pause in (0.3, 1.0, 2.0):
+            process: Any = start()
+            time.sleep(pause)
+            os.kill(process.pid, signal.SIGTERM)
+            assert process.wait(PATIENCE) in (0, 130, -signal.SIGTERM)
+            assert "Traceback" not in t.log(name), t.log(name)[-3000:]

@@ -1,0 +1,120 @@
+"""A server and three clients as processes of their own, over TLS: what the tests of the network share."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import processes
+
+from cutlayer import Run
+from cutlayer.options import RunConfig, read_toml
+from cutlayer.remote.certs import make_ca, make_certificate
+
+PATIENCE = 100.0  # seconds for anything here
+CONFIG = """algorithm = "{algorithm}"
+data = "digits"
+model = "mlp"
+clients = 3
+samples_per_client = 60
+rounds = {rounds}
+batch = 10
+"""
+
+
+class Trial:
+    """A folder with certificates and a configuration, and the processes started in it. `config`: the run's, as TOML;
+    `host`: the server's address, this machine by default; `space`: a process's network namespace, by its name;
+    `forked`: the processes are forked, which is quick; otherwise each is a Python of its own from the start.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        algorithm: str,
+        rounds: int,
+        *,
+        config: str = CONFIG,
+        host: str = "127.0.0.1",
+        space: Callable[[str], str | None] = lambda name: None,
+        forked: bool = True,
+    ) -> None:
+        self.folder, self.space, self.forked = folder, space, forked
+        folder.mkdir(exist_ok=True)
+        (folder / "c.toml").write_text(config.format(algorithm=algorithm, rounds=rounds))
+        make_ca(folder / "ca")
+        make_certificate(folder / "ca", "server", "server", hosts=[host])
+        for k in range(3):
+            make_certificate(folder / "ca", f"client-{k}")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.address = self.reached = f"{host}:{probe.getsockname()[1]}"
+        self.processes: list[Any] = []
+
+    def start(self, name: str, *words: str) -> Any:
+        """A process that runs `cutlayer WORDS` with the configuration."""
+        argv = [*words, "--config", "c.toml"]
+        with (self.folder / f"{name}.log").open("ab") as log:
+            if self.forked:
+                process = processes.start(argv, cwd=self.folder, stdout=log, stderr=log, namespace=self.space(name))
+            else:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "cutlayer", *argv], cwd=self.folder, stdout=log, stderr=log
+                )
+        self.processes.append(process)
+        return process
+
+    def serve(self, *more: str) -> Any:
+        tls = ["--certificate", "ca/server.crt", "--key", "ca/server.key", "--ca", "ca/ca.crt"]
+        return self.start("server", "serve", "--listen", self.address, *tls, "--out", "run", *more)
+
+    def join(self, k: int, *more: str) -> Any:
+        tls = ["--certificate", f"ca/client-{k}.crt", "--key", f"ca/client-{k}.key", "--ca", "ca/ca.crt"]
+        return self.start(f"client-{k}", "join", self.reached, "--client", f"client-{k}", *tls, *more, "--folder", "c")
+
+    def steps(self) -> list[dict[str, Any]]:
+        path = self.folder / "run" / "steps.jsonl"
+        if not path.exists():
+            return []
+        return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+    def log(self, name: str) -> str:
+        path = self.folder / f"{name}.log"
+        return path.read_text() if path.exists() else ""
+
+    def stop(self) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+
+
+def until(condition: Callable[[], bool], what: str, trial: Trial) -> None:
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, f"{what}\n{trial.log('server')[-3000:]}"
+        time.sleep(0.05)
+
+
+def finished(trial: Trial, *ended: Any) -> None:
+    for process in ended:
+        assert process.wait(PATIENCE) == 0, trial.log("server")[-3000:]
+
+
+def same_as_local(trial: Trial) -> None:
+    config = RunConfig.of({**read_toml(trial.folder / "c.toml"), "engine": "local"})
+    local = Run(config)
+    records = list(local)
+    remote = trial.steps()
+    assert [r["loss"] for r in remote] == [r.loss for r in records]
+    assert [(r["bytes_up"], r["bytes_down"]) for r in remote] == [(r.bytes_up, r.bytes_down) for r in records]
+    result = json.loads((trial.folder / "run" / "result.json").read_text())
+    assert local.result is not None
+    assert result["test_accuracy"] == local.result.test_accuracy
+    assert result["bytes"] == local.result.bytes

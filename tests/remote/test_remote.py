@@ -1,0 +1,884 @@
+"""Remote clients give the numbers of the simulation, bit for bit; here over frames in memory."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+from support import difference  # type: ignore[import-not-found]
+
+from cutlayer import Run, checkpoint
+from cutlayer.algorithms import ALGORITHMS
+from cutlayer.build import assemble
+from cutlayer.cohort import draw_participants
+from cutlayer.data import load_whole
+from cutlayer.errors import (
+    DataError,
+    DistrustError,
+    NonFiniteError,
+    RefusedError,
+    RunFolderError,
+    TrainingError,
+    WireError,
+)
+from cutlayer.leakage.hijack import Hijack, HijackingServer
+from cutlayer.options import RunConfig
+from cutlayer.remote.carrier import Answer, Lost, Request
+from cutlayer.remote.join import _secret
+from cutlayer.remote.logs import _TextLines
+from cutlayer.remote.sides import remote_training, worker_of
+from cutlayer.remote.transports.memory import MemoryCarrier
+from cutlayer.remote.worker import Worker
+from cutlayer.verbs import AVERAGE, BACKWARD, CLIENT_VERBS, FIT, FORWARD, HAND_OVER, TAIL
+from cutlayer.wire import Frame, encode
+from cutlayer.wire import messages as m
+
+SMALL: dict[str, Any] = {
+    "data": "digits",
+    "model": "mlp",
+    "clients": 3,
+    "samples_per_client": 20,
+    "test": 30,
+    "rounds": 3,
+    "engine": "local",
+}
+OWN: dict[str, dict[str, Any]] = {
+    "ussl": {"cut": "hidden1", "tail_cut": "hidden2"},
+    "ssl": {"hand_over": "batch", "hand_over_optimizer": True, "visit_order": "random"},
+    "sfl": {"average_every": "step"},
+    "fl": {"local_steps": 2},
+}
+
+
+class Passing(MemoryCarrier):
+    """Clients in this process, with faults to order."""
+
+    def __init__(self, workers: Mapping[int, Worker]) -> None:
+        super().__init__(workers)
+        self.workers: dict[int, Worker] = dict(workers)  # type: ignore[assignment]
+        self.gone: set[int] = set()  # do not join
+        self.tamper: Callable[[int, Any, Any], tuple[Any, Any]] = lambda client, message, body: (message, body)
+        self.refused: dict[int, str] = {}
+        self.greet: Callable[[Any, int], Any] = lambda hello, client: None
+        self.catch_up: Callable[[int], None] = lambda client: None
+        self.breaks_at: type[m.Message] | None = None  # all connections do, before this is sent
+        self.loses: type[m.Message] | None = None  # the first answer to this, with all connections
+
+    def cut_all(self) -> None:
+        for client in self.present:
+            self.cut(client)
+
+    def exchange(self, requests: Mapping[int, Sequence[Request]], **options: Any) -> dict[int, list[Any] | Lost]:
+        if self.breaks_at and any(isinstance(x, self.breaks_at) for asked in requests.values() for x, _ in asked):
+            self.breaks_at = None
+            self.cut_all()
+        return super().exchange(requests, **options)
+
+    def answer(self, client: int, frame: Frame) -> Answer | None:
+        answer = super().answer(client, frame)
+        if self.loses is type(frame.message):
+            self.loses = None
+            self.cut_all()
+        return None if answer is None else self.tamper(client, *answer)
+
+    def model(self, client: int) -> dict[str, torch.Tensor]:
+        """A client's own model, under the names of the whole model, with everything that was posted to it."""
+        self.catch_up(client)
+        state = self.workers[client].client.module.state_dict()
+        return {name.split(".", 1)[1]: tensor for name, tensor in state.items()}
+
+
+def remote(
+    config: RunConfig,
+    folder: Path | None = None,
+    *,
+    resume: bool = False,
+    workers: Mapping[int, Worker] | None = None,
+    **options: Any,
+) -> tuple[Run, Passing]:
+    """A run whose clients are remote, and keep their states in `folder`; `workers` are those of an earlier run."""
+    places = {k: None if folder is None else folder / f"client-{k}" for k in range(config.clients)}
+    for place in places.values():
+        if place is not None:
+            place.mkdir(parents=True, exist_ok=True)
+    hub = Passing(workers or {k: worker_of(config, k, name=f"client-{k}", folder=places[k]) for k in places})
+
+    hub.greet = lambda hello, k: greet(hello, k)
+
+    def ready() -> None:
+        for k in set(hub.workers) - hub.present - hub.gone:
+            if refused := hub.join(k, greet):
+                hub.refused[k] = refused.sentence
+
+    training, cohort, greet = remote_training(config, hub, [0] * config.clients, ready=ready, **options)
+
+    def catch_up(client: int) -> None:
+        cohort._catch_up([client])
+        cohort.finish()
+
+    hub.catch_up = catch_up
+    if resume:
+        assert folder is not None
+        return Run.resume(folder / "run", training=training), hub
+    return Run(config, training=training, out=None if folder is None else folder / "run"), hub
+
+
+REMOTE = [a for a in ALGORITHMS if a != "cl"]
+EIGHT = ["fl", "sglr", "sflv2"]  # one of each kind
+
+
+def same(config: RunConfig) -> Passing:
+    """Train here and remotely, and compare everything."""
+    here = Run(config)
+    there, hub = remote(config)
+    for a, b in zip(here, there, strict=True):
+        assert (a.loss, a.clients, a.active, a.bytes_up, a.bytes_down) == (
+            b.loss,
+            b.clients,
+            b.active,
+            b.bytes_up,
+            b.bytes_down,
+        )
+    assert [e.test_accuracy for e in here.evaluations] == [e.test_accuracy for e in there.evaluations]
+    assert [e.test_loss for e in here.evaluations] == [e.test_loss for e in there.evaluations]
+    assert here.training.ledger.state() == there.training.ledger.state()
+    assert difference(here.training.server.model.state_dict(), there.training.server.model.state_dict()) == 0
+    holder = there.training.clients.holder
+    for k in range(config.clients) if holder is None else [holder]:
+        assert difference(here.training.clients.model_state(k), hub.model(k)) == 0
+    # Whatever goes over the wire is at least what the ledger counts.
+    crossed = sum(t.sent + t.received for t in hub.traffic().values())
+    assert crossed >= here.training.ledger.total("up") + here.training.ledger.total("down")
+    return hub
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "clients"), [*((a, c) for a in REMOTE for c in (1, 3)), *((a, 8) for a in EIGHT)]
+)
+def test_remote_is_local_bit_for_bit(algorithm: str, clients: int) -> None:
+    same(RunConfig.of({**SMALL, **OWN.get(algorithm, {}), "clients": clients, "algorithm": algorithm}))
+
+
+@pytest.mark.parametrize("algorithm", ["sglr", "ussl", "sflv2"])
+@pytest.mark.parametrize(
+    ("up", "down"),
+    [
+        ("bfloat16", "float16"),
+        ("int8", "int8"),
+        ("float8", "top-k:0.3"),
+        ("raw+zstd", "int8+zstd"),
+        ("int8+zstd", "raw"),
+    ],
+)
+def test_codecs_do_the_same_in_a_simulation(algorithm: str, up: str, down: str) -> None:
+    same(RunConfig.of({**SMALL, **OWN.get(algorithm, {}), "algorithm": algorithm, "up_codec": up, "down_codec": down}))
+
+
+OWN_CODEC = f"{Path(__file__).with_name('own.py')}:Grid:0.01"
+
+
+@pytest.mark.parametrize("algorithm", ["sglr", "ussl"])
+@pytest.mark.parametrize(("up", "down"), [(OWN_CODEC, "raw"), ("int8", OWN_CODEC), (f"{OWN_CODEC}+zstd", OWN_CODEC)])
+def test_codecs_of_ones_own_do_the_same_in_a_simulation(algorithm: str, up: str, down: str) -> None:
+    same(RunConfig.of({**SMALL, **OWN.get(algorithm, {}), "algorithm": algorithm, "up_codec": up, "down_codec": down}))
+
+
+def test_bytes_of_a_codec_of_ones_own() -> None:
+    """Three rounds of one batch of 20 rows, 128 features: 8 bytes for each client's mean, 2 for each number."""
+    config = RunConfig.of({**SMALL, "algorithm": "psl", "batch": 20, "up_codec": OWN_CODEC})
+    same(config)
+    run = Run(config)
+    run.run()
+    assert run.training.ledger.total("up", kind="smashed data") == 3 * 3 * (8 + 2 * 20 * 128)
+
+
+def test_codecs_of_pictures() -> None:
+    """Scales of int8 are those of a client's channels, whoever else is there; also where all clients are stacked."""
+    codecs = {"up_codec": "int8", "down_codec": "int8+zstd"}
+    config = RunConfig.of({**SMALL, "model": "cnn", "algorithm": "sglr", **codecs})
+    same(config)
+    stacked = Run(config.model_copy(update={"engine": "stacked"}))
+    assert [r.loss for r in stacked] == pytest.approx([r.loss for r in Run(config)], rel=1e-3)
+
+
+def test_participation_and_independent_starts() -> None:
+    for options in ({"algorithm": "sfl", "participation": 0.4, "clients": 5}, {"algorithm": "psl"}):
+        config = RunConfig.of(
+            {**SMALL, **options, "start": "independent" if "participation" not in options else "equal"}
+        )
+        here, (there, hub) = Run(config), remote(config)
+        assert [r.loss for r in here] == [r.loss for r in there]
+        assert [e.test_loss for e in here.evaluations] == [e.test_loss for e in there.evaluations]
+        for k in range(config.clients):
+            assert difference(here.training.clients.model_state(k), hub.model(k)) == 0
+        assert here.training.ledger.state() == there.training.ledger.state()
+
+
+def test_a_client_that_is_gone_takes_no_part() -> None:
+    config = RunConfig.of({**SMALL, "algorithm": "sglr", "rounds": 2})
+    run, hub = remote(config)
+    seen = []
+    for record in run:
+        seen.append(record.clients)
+        if record.step == 1:
+            hub.cut(1)
+            hub.gone.add(1)
+    assert seen[:2] == [(0, 1, 2), (0, 1, 2)]
+    assert all(clients == (0, 2) for clients in seen[2:])
+    assert run.result is not None
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_a_fault_in_a_last_backward_pass_is_heard_of(rounds: int) -> None:
+    """A client is through with its round, but not with its last step: nobody asks it for anything meanwhile."""
+    config = RunConfig.of({**SMALL, "algorithm": "psl", "partition": "quantity", "rounds": rounds, "batch": 4})
+    run, hub = remote(config, faulty="stop")
+    sizes = [len(hub.workers[k].duty.samples.y) for k in range(3)]
+    first = min(range(3), key=sizes.__getitem__)
+    assert -(-sizes[first] // 4) < max(-(-n // 4) for n in sizes)
+    client, left = hub.workers[first].client, [rounds * -(-sizes[first] // 4)]
+
+    def step(rate: float, own: Callable[[float], None] = client.step) -> None:
+        own(rate)
+        left[0] -= 1
+        if not left[0]:
+            raise NonFiniteError("weight gradient or loss", (first,))
+
+    client.step = step  # type: ignore[method-assign]
+    with pytest.raises(NonFiniteError, match=f"client {first}"):
+        run.run()
+
+
+@pytest.mark.parametrize("algorithm", ["fl", "sfl"])
+def test_who_is_lost_within_an_averaging_is_not_counted(algorithm: str) -> None:
+    config = RunConfig.of({**SMALL, "algorithm": algorithm, "rounds": 2})
+    run, hub = remote(config)
+
+    def tamper(client: int, message: Any, body: Any) -> tuple[Any, Any]:
+        if client == 1 and isinstance(message, m.ModelUp):
+            raise WireError("it breaks off")
+        return message, body
+
+    hub.tamper = tamper
+    hub.gone.add(1)
+    run.run()
+    assert run.result is not None
+    ledger = run.training.ledger
+    size = run.training.clients.footprint(0).model
+    for direction in ("up", "down"):
+        assert ledger.of_clients(direction, "models").tolist() == [2 * size, 0, 2 * size]
+
+
+@pytest.mark.parametrize("algorithm", ["fl", "sglr"])
+def test_not_a_number_ends_the_run_where_it_should(algorithm: str) -> None:
+    run, hub = remote(RunConfig.of({**SMALL, "algorithm": algorithm}), faulty="stop")
+    hub.workers[2].duty.samples.x[:] = float("nan")
+    with pytest.raises((NonFiniteError, WireError), match="client 2"):
+        run.run()
+
+
+WATCHED = {**SMALL, "algorithm": "psl", "samples_per_client": 60, "batch": 20, "rounds": 8}
+
+
+@pytest.mark.parametrize("watch", ["warn", "leave"])
+def test_a_client_that_watches_notices_a_hijacker(watch: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """The algorithm runs as ever, but the gradients are an attacker's."""
+    config = RunConfig.of(WATCHED)
+    workers = {k: worker_of(config, k, name=f"client-{k}", watch=watch) for k in range(3)}
+    run, _ = remote(config, workers=workers)
+    known = assemble(RunConfig.of({**WATCHED, "test": 300})).source.test
+    attacker = Hijack(known, (128,), nonnegative=True)
+    run.training = replace(run.training, server=HijackingServer(attacker))
+    if watch == "leave":
+        with pytest.raises(DistrustError, match="do not look like those of the task: over 10 batches"):
+            run.run()
+        return
+    for _ in run:
+        pass
+    warned = [r.message for r in caplog.records if "do not look like" in r.message]
+    assert {sentence.split(":")[0] for sentence in warned} == {"client-0", "client-1", "client-2"}
+    assert len(warned) == 3  # once each
+
+
+def test_a_client_that_watches_trusts_an_honest_server(caplog: pytest.LogCaptureFixture) -> None:
+    """And changes nothing."""
+    config = RunConfig.of(WATCHED)
+    workers = {k: worker_of(config, k, name=f"client-{k}", watch="leave") for k in range(3)}
+    run, _ = remote(config, workers=workers)
+    assert [r.loss for r in run] == [r.loss for r in Run(config)]
+    assert all(w.watch.observed > 10 and w.watch.score > 0.85 for w in workers.values())
+    assert not caplog.records
+
+
+def test_a_server_cannot_evade_the_watch_by_sharing() -> None:
+    """In PSL nothing is shared: a gradient that is said to be is refused."""
+    config = RunConfig.of(WATCHED)
+    worker = worker_of(config, 0, name="client-0")
+    assert not worker.duty.shares
+    worker.handle(Frame(m.Forward(1, True), memoryview(b"")))
+    body = b"".join(bytes(part) for part in encode([torch.zeros(20, 128)]))
+    with pytest.raises(WireError, match="a gradient came that clients share"):
+        worker.handle(Frame(m.Backward(1, "common", 20), memoryview(body)))
+
+
+NEEDS = {
+    **{a: {FORWARD, BACKWARD} for a in ("psl", "slr", "sgl", "sglr", "sflv3")},
+    **{a: {FORWARD, BACKWARD, AVERAGE} for a in ("sfl", "sflv1", "sflv2")},
+    "ssl": {FORWARD, BACKWARD, HAND_OVER},
+    "ussl": {FORWARD, TAIL, BACKWARD, HAND_OVER},
+    "fl": {FIT, AVERAGE},
+}
+
+
+def bound_to(needs: Collection[str], worker: Worker) -> Worker:
+    """The same client, which answers only what an algorithm with these `needs` asks."""
+    worker.duty = replace(worker.duty, needs=frozenset(needs))
+    return worker
+
+
+@pytest.mark.parametrize("algorithm", REMOTE)
+def test_an_algorithm_needs_nothing_that_its_clients_refuse(algorithm: str) -> None:
+    """With checkpoints, and, if models are averaged, a client that misses an averaging and catches up."""
+    config = RunConfig.of({**SMALL, **OWN.get(algorithm, {}), "algorithm": algorithm, "eval_every": 1})
+    workers = {k: bound_to(NEEDS[algorithm], worker_of(config, k, name=f"client-{k}")) for k in range(3)}
+    run, hub = remote(config, workers=workers)
+    for record in run:
+        run.training.clients.state()
+        if record.round == 0 and 2 in hub.connected and run.training.clients.holder is None:
+            hub.cut(2)  # it joins again before the next round
+    assert hub.connected == {0, 1, 2}
+    assert run.result is not None
+    if AVERAGE in NEEDS[algorithm]:
+        assert hub.traffic()[2].connections == 2
+        assert difference(hub.model(0), hub.model(2)) == 0
+
+
+def complaint(worker: Worker, request: m.Message) -> str:
+    """What a client says against a request; nothing if it answers."""
+    try:
+        worker.handle(Frame(request, memoryview(b"")))
+    except (WireError, AssertionError) as error:
+        return str(error)
+    return ""
+
+
+REQUESTS: list[tuple[m.Message, set[str]]] = [
+    (m.Forward(1), {FORWARD}),
+    (m.Tail(1, 1), {TAIL}),
+    (m.Backward(1, "own", 1), {BACKWARD}),
+    (m.Fit(1), {FIT}),
+    (m.GiveModel(1), {AVERAGE, HAND_OVER}),
+    (m.TakeModel(1), {AVERAGE, HAND_OVER}),
+    (m.GiveOptimizer(1), {HAND_OVER}),
+    (m.TakeOptimizer(1), {HAND_OVER}),
+]
+
+
+@pytest.mark.parametrize(("request_", "serves"), REQUESTS)
+def test_a_client_refuses_what_its_algorithm_does_not_need(request_: m.Message, serves: set[str]) -> None:
+    """And is left as it was; the server hears why."""
+    name = type(request_).__name__
+    config = RunConfig.of({**SMALL, "algorithm": "psl"})
+    worker = bound_to(CLIENT_VERBS - serves, worker_of(config, 0, name="client-0"))
+    before = {n: t.clone() for n, t in worker.client.module.state_dict().items()}
+    with pytest.raises(WireError, match=f"asks for {name}, which psl does not need") as error:
+        worker.handle(Frame(request_, memoryview(b"")))
+    assert all(verb in str(error.value) for verb in CLIENT_VERBS - serves)
+    assert difference(before, dict(worker.client.module.state_dict())) == 0
+    for verb in serves:  # one of them is enough; what is wrong then is the empty body, or nothing
+        worker = bound_to({verb}, worker_of(config, 0, name="client-0"))
+        assert "does not need" not in complaint(worker, request_)
+
+
+def test_every_request_is_served_or_refused() -> None:
+    """Some requests are permitted whatever an algorithm needs: none of them trains, or gives the model away."""
+    requests = set(get_args(m.FromServer)) - {m.Welcome, m.Refused, m.Bye}
+    worker = bound_to((), worker_of(RunConfig.of({**SMALL, "algorithm": "psl"}), 0, name="client-0"))
+    always = [m.BeginRound(0, 1, 1.0, 1), m.Settle(1), m.Save(1, "prepare"), m.Save(1, "commit")]
+    assert not any(complaint(worker, request) for request in always)
+    with pytest.raises(WireError, match="a tail, which only clients of a U-shaped split have"):
+        worker.handle(Frame(m.Evaluate(1, "tail", 1), memoryview(b"")))
+    assert requests == {type(r) for r in always} | {type(r) for r, _ in REQUESTS} | {m.Evaluate}
+    with pytest.raises(WireError, match="Bye is not a request that a client answers"):
+        worker.handle(Frame(m.Bye("the end"), memoryview(b"")))
+
+
+def test_a_refusal_reaches_the_server() -> None:
+    """A server that asks a client of PSL for its model loses that client, and hears the sentence."""
+    told: list[tuple[str, Mapping[str, Any]]] = []
+    config = RunConfig.of({**SMALL, "algorithm": "psl"})
+    workers = {k: bound_to(NEEDS["psl"], worker_of(config, k, name=f"client-{k}")) for k in range(3)}
+    run, hub = remote(config, workers=workers, tell=lambda happened, facts: told.append((happened, facts)))
+    next(iter(run))
+    with pytest.raises(TrainingError, match="client 1 is not connected"):
+        run.training.clients.model_state(1)
+    assert hub.connected == {0, 2}
+    ((_, facts),) = [one for one in told if one[0] == "failed"]
+    assert "asks for GiveModel, which psl does not need (it needs backward, forward)" in facts["why"]
+
+
+def test_a_watch_that_sees_nothing_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    config = RunConfig.of({**WATCHED, "algorithm": "sglr", "phi": 1.0, "batch": 4, "rounds": 8})
+    workers = {k: worker_of(config, k, name=f"client-{k}", watch="leave") for k in range(3)}
+    run, _ = remote(config, workers=workers)
+    run.run()
+    assert [r.message.split(":")[0] for r in caplog.records] == ["client-0", "client-1", "client-2"]
+    assert "has seen nothing in 100 batches" in caplog.records[0].message
+
+
+def test_noise_is_the_clients_secret(tmp_path: Path) -> None:
+    """What a client adds is drawn from a seed that it keeps, and nobody else has; the same after a restart."""
+    options = {**SMALL, "algorithm": "psl", "clip": 1.0, "gaussian_noise": 1.0}
+    config = RunConfig.of(options)
+
+    def sent(noise_seed: int | None) -> bytes:
+        worker = worker_of(config, 0, name="client-0", noise_seed=noise_seed)
+        answer = worker.handle(Frame(m.Forward(1, True), memoryview(b"")))
+        assert answer is not None
+        return b"".join(bytes(part) for part in answer[1])
+
+    secret = _secret(tmp_path)
+    assert secret == _secret(tmp_path) != config.seed
+    assert (tmp_path / "noise.seed").stat().st_mode & 0o077 == 0
+    assert sent(None) == sent(config.seed)  # what the server can draw as well
+    assert sent(secret) == sent(secret) != sent(None)
+    assert _secret(None) != _secret(None)
+    (tmp_path / "noise.seed").write_text("none")
+    with pytest.raises(RunFolderError, match=r"noise.seed' is damaged"):
+        _secret(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "shown"),
+    [
+        ("client_lr", 0.5, "client_lr is 0.5 for the client and 0.001 for the server"),
+        ("seed", 7, "seed is 7 for the client and 0 for the server"),
+        ("client_optimizer", "sgd", "client_optimizer is sgd"),
+        ("start", "independent", "start is independent"),
+        ("phi", 0.25, "phi is 0.25"),
+    ],
+)
+def test_both_sides_train_by_the_same_options(option: str, value: Any, shown: str) -> None:
+    config = RunConfig.of({**SMALL, "algorithm": "sglr"})
+    other = config.model_copy(update={option: value})
+    run, hub = remote(config, workers={k: worker_of(other if k else config, k, name=f"client-{k}") for k in range(3)})
+    next(iter(run))
+    assert set(hub.refused) == {1, 2}
+    assert hub.refused[1].startswith(shown)
+
+
+def test_a_client_may_come_with_other_data_before_training() -> None:
+    """It joined with the wrong file, and comes again; once training has begun its number of samples stands."""
+    config = RunConfig.of({**SMALL, "algorithm": "psl"})
+    run, hub = remote(config)
+    worker = hub.workers[1]
+
+    def greeted(samples: int) -> Any:
+        hello = m.Hello(client="client-1", terms=worker.duty.terms, samples=samples)
+        return hub.greet(hello, 1)
+
+    assert isinstance(greeted(300), m.Welcome)
+    assert isinstance(greeted(20), m.Welcome)
+    assert run.training.clients.samples[1] == 20
+    next(iter(run))
+    refused = greeted(300)
+    assert isinstance(refused, m.Refused)
+    assert "300 samples, 20 were announced" in refused.sentence
+
+
+def test_what_is_ones_own_may_differ() -> None:
+    """How a client protects its data is not the server's business."""
+    config = RunConfig.of({**SMALL, "algorithm": "sglr"})
+    own = config.model_copy(update={"clip": 1.0, "gaussian_noise": 0.1, "eval_every": 2, "server_lr": 0.1})
+    run, hub = remote(config, workers={k: worker_of(own, k, name=f"client-{k}") for k in range(3)})
+    next(iter(run))
+    assert not hub.refused
+
+
+def test_a_state_of_another_run_is_not_overwritten(tmp_path: Path) -> None:
+    """The server comes with an empty folder, the client with what it kept: it is told so, and keeps it."""
+    config = RunConfig.of({**SMALL, "algorithm": "psl"})
+    run, _ = remote(config, tmp_path)
+    run.run()
+    kept = (tmp_path / "client-0" / "client.safetensors").read_bytes()
+    worker = worker_of(config, 0, name="client-0", folder=tmp_path / "client-0")
+    refused = worker.welcome(m.Welcome(0, 3, 0, worker.duty.terms))
+    assert refused is not None
+    assert refused.sentence.startswith(f"{str(tmp_path / 'client-0')!r} holds the state of client-0 after step ")
+    assert (tmp_path / "client-0" / "client.safetensors").read_bytes() == kept
+
+
+@pytest.mark.parametrize("algorithm", ["ssl", "ussl"])
+def test_who_is_gone_misses_its_turn(algorithm: str) -> None:
+    """The model stays with its holder, and goes on to the next who is there."""
+    run, hub = remote(
+        RunConfig.of(
+            {
+                **SMALL,
+                **(OWN["ussl"] if algorithm == "ussl" else {}),
+                "algorithm": algorithm,
+                "eval_every": 3,
+                "visit_order": "fixed",
+            }
+        )
+    )
+    seen = []
+    for record in run:
+        seen.append(record.clients)
+        if len(seen) == 1:
+            hub.cut(1)
+            hub.gone.add(1)
+    assert (1,) not in seen
+    assert {(0,), (2,)} == set(seen)
+    assert run.training.clients.holder in (0, 2)
+    sent = run.training.ledger.table()
+    assert not any("client 1" in str(row) for row in sent)
+
+
+def test_a_holder_that_gives_garbage_is_the_one_that_is_blamed() -> None:
+    config = RunConfig.of({**SMALL, "algorithm": "ssl", "hand_over_optimizer": True, "client_optimizer": "adam"})
+    run, hub = remote(config, faulty="stop")
+
+    def tamper(client: int, message: Any, body: Any) -> tuple[Any, Any]:
+        return (message, [b"\0" * 40]) if client == 0 and isinstance(message, m.OptimizerUp) else (message, body)
+
+    hub.tamper = tamper
+    with pytest.raises(WireError, match="client 0"):
+        run.run()
+
+
+def test_nobody_trained() -> None:
+    """Who was drawn goes away before its first batch: nothing is averaged, and others train in the next rounds."""
+    config = RunConfig.of({**SMALL, "algorithm": "sfl", "participation": 0.3, "rounds": 6, "eval_every": 6})
+    (drawn,) = draw_participants(config.seed, 0, 3, config.participation)
+    run, hub = remote(config)
+    hub.loses, hub.gone = m.Forward, set()
+    hub.gone.add(drawn)
+    hub.join(drawn, hub.greet)
+    records = list(run)
+    assert hub.loses is None
+    assert run.result is not None
+    assert records
+    assert drawn not in {k for record in records for k in record.clients}
+
+
+def test_numbers_that_are_none_in_evaluation() -> None:
+    run, hub = remote(RunConfig.of({**SMALL, "algorithm": "fl"}), faulty="stop")
+
+    def tamper(client: int, message: Any, body: Any) -> tuple[Any, Any]:
+        if isinstance(message, m.EvaluationRows):
+            return message, encode([torch.full((message.rows, 10), float("nan"))])
+        return message, body
+
+    hub.tamper = tamper
+    with pytest.raises(WireError, match="results in evaluation of client 0"):
+        run.run()
+
+
+def test_strangers_write_no_lines_of_the_log() -> None:
+    record = logging.LogRecord(
+        "x", logging.INFO, "", 0, "%s is refused", ("a\nINFO client 2 has joined\x1b[31m",), None
+    )
+    assert _TextLines("%(message)s").format(record) == "a\\nINFO client 2 has joined\\x1b[31m is refused"
+
+
+def _nan(message: Any, body: Any) -> tuple[Any, Any]:
+    return message, encode(
+        [torch.full((message.rows, 128), float("nan")), torch.zeros(message.rows, dtype=torch.int64)]
+    )
+
+
+def _wrong_shape(message: Any, body: Any) -> tuple[Any, Any]:
+    return message, encode([torch.zeros(message.rows, 127), torch.zeros(message.rows, dtype=torch.int64)])
+
+
+def _wrong_label(message: Any, body: Any) -> tuple[Any, Any]:
+    return message, encode([torch.zeros(message.rows, 128), torch.full((message.rows,), 10)])
+
+
+def _many_rows(message: Any, body: Any) -> tuple[Any, Any]:
+    return m.SmashedUp(message.step, 9), encode([torch.zeros(9, 128), torch.zeros(9, dtype=torch.int64)])
+
+
+def _no_tensors(message: Any, body: Any) -> tuple[Any, Any]:
+    return message, [b"\x07" * 64]
+
+
+@pytest.mark.parametrize("faulty", [_nan, _wrong_shape, _wrong_label, _many_rows, _no_tensors])
+def test_a_faulty_client_is_excluded(faulty: Callable[[Any, Any], tuple[Any, Any]]) -> None:
+    """What it sent is in no step; the others go on; it cannot come back; the record says why."""
+    told: list[tuple[str, Mapping[str, Any]]] = []
+    config = RunConfig.of({**SMALL, "algorithm": "sglr"})
+    run, hub = remote(config, tell=lambda happened, facts: told.append((happened, facts)))
+    seen = []
+    for record in run:
+        seen.append(record.clients)
+        if record.step == 1:
+            hub.tamper = lambda client, message, body: (
+                faulty(message, body) if client == 1 and isinstance(message, m.SmashedUp) else (message, body)
+            )
+    assert seen[:2] == [(0, 1, 2)] * 2
+    assert seen[2:] == [(0, 2)] * (len(seen) - 2)
+    assert [facts["client"] for happened, facts in told if happened == "excluded"] == [1]
+    assert [facts["participants"] for happened, facts in told if happened == "round"] == [[0, 1, 2], [0, 2], [0, 2]]
+    assert "client 1 is excluded" in hub.refused[1]
+    assert run.result is not None
+
+
+def test_exclusions_outlive_the_server(tmp_path: Path) -> None:
+    config = RunConfig.of({**SMALL, "algorithm": "sglr", "rounds": 4})
+    run, hub = remote(config, tmp_path)
+    hub.tamper = lambda client, message, body: (
+        _nan(message, body) if client == 1 and isinstance(message, m.SmashedUp) else (message, body)
+    )
+    steps = iter(run)
+    for record in steps:
+        if record.round == 2:
+            break
+    steps.close()  # type: ignore[attr-defined]
+    again, hub = remote(config, tmp_path, resume=True)
+    assert {r.clients for r in again} == {(0, 2)}
+    assert "NaN" in hub.refused[1]
+
+
+def test_a_model_that_is_not_a_number_is_not_averaged() -> None:
+    config = RunConfig.of({**SMALL, "algorithm": "sfl"})
+    run, hub = remote(config)
+
+    def spoilt(client: int, message: Any, body: Any) -> tuple[Any, Any]:
+        if client == 0 and isinstance(message, m.ModelUp):
+            return message, [bytes(b"".join(body))[:-4] + b"\xff\xff\xff\x7f"]
+        return message, body
+
+    hub.tamper = spoilt
+    run.run()
+    assert run.result is not None
+    assert 0 not in hub.connected
+    for name, tensor in run.training.clients.model_state(1).items():
+        assert torch.isfinite(tensor).all(), name
+
+
+def test_a_client_with_data_of_its_own(tmp_path: Path) -> None:
+    """Three files train as the one data set that they were dealt from, whatever classes they lack."""
+    names = [str(k) for k in range(10)]
+    config = RunConfig.of({**SMALL, "algorithm": "sglr", "class_names": names})
+    shares = {k: worker_of(config, k, name=f"client-{k}").duty.samples for k in range(3)}
+    own = {}
+    for k, share in shares.items():
+        np.savez(tmp_path / f"{k}.npz", x=share.x.numpy(), y=share.y.numpy())
+        own[k] = load_whole(str(tmp_path / f"{k}.npz"), class_names=names)
+        assert torch.equal(own[k].train.x, share.x)
+        assert torch.equal(own[k].train.y, share.y)
+    assert any(len(share.y.unique()) < 10 for share in shares.values())
+    hub = Passing({k: worker_of(config, k, name=f"client-{k}", own=own[k]) for k in own})
+
+    hub.greet = lambda hello, k: greet(hello, k)
+
+    def ready() -> None:
+        for k in set(hub.workers) - hub.connected:
+            hub.join(k, lambda hello, k=k: greet(hello, k))
+
+    training, _, greet = remote_training(config, hub, [0] * 3, ready=ready)
+    assert [r.loss for r in Run(config, training=training)] == [r.loss for r in Run(config)]
+
+
+def test_labels_that_nobody_knows(tmp_path: Path) -> None:
+    np.savez(tmp_path / "own.npz", x=np.zeros((4, 3), np.float32), y=np.array([0, 1, 7, 1]))
+    with pytest.raises(DataError, match="label '7', which is none of"):
+        load_whole(str(tmp_path / "own.npz"), class_names=["0", "1"])
+
+
+def test_too_few_are_left() -> None:
+    """All are faulty: the run ends with a sentence."""
+    run, hub = remote(RunConfig.of({**SMALL, "algorithm": "sglr"}))
+    hub.tamper = lambda client, message, body: (
+        _nan(message, body) if isinstance(message, m.SmashedUp) else (message, body)
+    )
+    with pytest.raises(TrainingError, match="are excluded"):
+        run.run()
+
+
+def test_twice_the_same_weights() -> None:
+    """What a client is set up with is what the simulation sets it up with."""
+    config = RunConfig.of({**SMALL, "algorithm": "psl", "start": "independent"})
+    local = assemble(config).clients
+    for k in range(3):
+        own = {n.split(".", 1)[1]: t for n, t in worker_of(config, k, name="x").client.module.state_dict().items()}
+        assert difference(local.model_state(k), own) == 0
+    assert torch.is_tensor(next(iter(own.values())))
+
+
+@pytest.mark.parametrize("algorithm", ["sfl", "sglr", "ssl"])
+@pytest.mark.parametrize("committed", [True, False])
+def test_all_go_on_from_the_same_round(algorithm: str, committed: bool, tmp_path: Path) -> None:
+    """Server and clients are killed in the third round, or just after the second was kept but before anybody heard of
+    it; all begin anew from what each has kept, and end as if nothing had happened.
+    """
+    config = RunConfig.of({**SMALL, **OWN.get(algorithm, {}), "algorithm": algorithm, "rounds": 4})
+    whole = Run(config)
+    whole.run()
+    broken, hub = remote(config, tmp_path)
+    steps = iter(broken)
+    for record in steps:
+        if record.round == 2:
+            break
+    steps.close()  # type: ignore[attr-defined]
+    if not committed:
+        for k in hub.workers:
+            place = tmp_path / f"client-{k}"
+            (place / "client.safetensors").rename(place / "client-next.safetensors")
+    again, hub = remote(config, tmp_path, resume=True)
+    again.run()
+    assert again.result is not None
+    assert whole.result is not None
+    assert again.result.test_accuracy == whole.result.test_accuracy
+    assert again.result.bytes == whole.result.bytes
+    assert difference(whole.training.server.model.state_dict(), again.training.server.model.state_dict()) == 0
+    for k in range(3) if algorithm != "ssl" else [whole.training.clients.holder]:
+        assert difference(whole.training.clients.model_state(k), hub.model(k)) == 0
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "verb"),
+    [("fl", m.Fit), ("fl", m.GiveModel), ("fl", m.Evaluate), ("sfl", m.GiveModel)],
+)
+def test_all_clients_are_gone_for_a_while(algorithm: str, verb: type[m.Message]) -> None:
+    """The server's own network is: whatever it asks just then, it waits for its clients, asks again, and ends with the
+    numbers of a run without any fault.
+    """
+    config = RunConfig.of({**SMALL, "algorithm": algorithm})
+    whole = Run(config)
+    expected = whole.run()
+    run, hub = remote(config)
+    for record in run:
+        if record.round == 0:
+            hub.breaks_at = verb
+    assert hub.breaks_at is None
+    assert run.result is not None
+    assert (run.result.steps, run.result.test_accuracy) == (expected.steps, expected.test_accuracy)
+    for k in range(3):
+        assert difference(whole.training.clients.model_state(k), hub.model(k)) == 0
+
+
+def test_no_client_trains_twice_for_an_answer_that_was_lost() -> None:
+    """The client has done its local steps when the connection breaks: it is asked again, and says what came of them."""
+    config = RunConfig.of({**SMALL, "algorithm": "fl"})
+    whole = Run(config)
+    losses = [record.loss for record in whole]
+    run, hub = remote(config)
+    hub.loses = m.Fit
+    assert [record.loss for record in run] == losses
+    assert hub.loses is None
+    for k in range(3):
+        assert difference(whole.training.clients.model_state(k), hub.model(k)) == 0
+
+
+def test_all_clients_are_gone_in_the_midst_of_a_round() -> None:
+    """It goes on with its next step; what was lost is the backward pass that was under way."""
+    run, hub = remote(RunConfig.of({**SMALL, "algorithm": "sglr"}))
+    rounds = []
+    for record in run:
+        rounds.append(record.round)
+        assert record.clients == (0, 1, 2)
+        if len(rounds) == 4:
+            hub.breaks_at = m.Forward
+    assert hub.breaks_at is None
+    assert rounds == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
+def test_nobody_can_stand_in_for_who_is_gone() -> None:
+    """The one that holds the model does not come back: the run ends with a sentence, it does not wait for ever."""
+    run, hub = remote(RunConfig.of({**SMALL, "algorithm": "ssl", "eval_every": 1}))
+    records = iter(run)
+    next(records)
+    hub.breaks_at = m.Evaluate
+    hub.gone = set(range(3))
+    with pytest.raises(TrainingError, match="are gone"):
+        list(records)
+
+
+def crash(run: Run, steps: int) -> None:
+    """Train so many steps, and stop in the midst of it."""
+    records = iter(run)
+    for _ in range(steps):
+        next(records)
+    records.close()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("steps", [3, 9])
+def test_the_server_goes_back_and_the_clients_live_on(steps: int, tmp_path: Path) -> None:
+    """It is killed in the second round, before it has kept anything, or in the fourth; the clients reconnect."""
+    config = RunConfig.of({**SMALL, "algorithm": "sglr", "rounds": 5, "batch": 8, "checkpoint_every": 2})
+    whole = Run(config)
+    whole.run()
+    broken, hub = remote(config, tmp_path)
+    crash(broken, steps)
+    again, hub = remote(config, tmp_path, resume=True, workers=hub.workers)
+    again.run()
+    assert again.result is not None
+    assert whole.result is not None
+    assert again.result.steps == whole.result.steps == 15
+    assert difference(whole.training.server.model.state_dict(), again.training.server.model.state_dict()) == 0
+    for k in range(3):
+        assert difference(whole.training.clients.model_state(k), hub.model(k)) == 0
+
+
+def test_a_server_that_begins_anew_is_not_met_with_another_model(tmp_path: Path) -> None:
+    """A client without a folder cannot go back: it says so, rather than go on from where it is."""
+    config = RunConfig.of({**SMALL, "algorithm": "sglr", "rounds": 5})
+    broken, hub = remote(config)
+    crash(broken, 2)
+    again, _ = remote(config, workers=hub.workers)
+    with pytest.raises(RefusedError, match="after step 0, of which client-0 kept no state"):
+        again.run()
+
+
+def test_killed_again_before_anybody_was_told_of_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All die after a checkpoint was written but before its commit came; and once more when the clients have prepared
+    the next state, but the server has not written its checkpoint.
+    """
+    config = RunConfig.of({**SMALL, "algorithm": "sglr", "rounds": 5, "batch": 8, "checkpoint_every": 2})
+    whole = Run(config)
+    whole.run()
+    crash(remote(config, tmp_path)[0], 7)
+    for k in range(3):
+        place = tmp_path / f"client-{k}"
+        (place / "client.safetensors").rename(place / "client-next.safetensors")
+    again, _ = remote(config, tmp_path, resume=True)
+    write = checkpoint.write
+
+    def die(path: Path, state: Mapping[str, Any]) -> None:
+        if path.name == "checkpoint.safetensors":
+            raise KeyboardInterrupt
+        write(path, state)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "write", die)
+        with pytest.raises(KeyboardInterrupt):
+            again.run()
+    last, hub = remote(config, tmp_path, resume=True)
+    last.run()
+    assert difference(whole.training.server.model.state_dict(), last.training.server.model.state_dict()) == 0
+    for k in range(3):
+        assert difference(whole.training.clients.model_state(k), hub.model(k)) == 0
+
+
+def test_a_client_without_its_state_is_refused(tmp_path: Path) -> None:
+    config = RunConfig.of({**SMALL, "algorithm": "psl"})
+    run, _ = remote(config, tmp_path)
+    for record in run:
+        if record.round == 2:
+            break
+    (tmp_path / "client-1" / "client.safetensors").unlink()
+    again, hub = remote(config, tmp_path, resume=True)
+    with pytest.raises(RefusedError, match="kept no state"):
+        again.run()
+    assert 1 not in hub.connected
