@@ -22,8 +22,8 @@ from cutlayer.defences.feature_dropout import FeatureDropout
 from cutlayer.defences.noise import Noise
 from cutlayer.defences.nopeek import NoPeek, distance_correlation
 from cutlayer.defences.watch import Watch
-from cutlayer.options import RunConfig
 from cutlayer.leakage.ranks import dcor_library
+from cutlayer.options import RunConfig
 
 STRONG = {"clip": 0.5, "gaussian_noise": 0.2, "feature_dropout": 0.3, "nopeek": 0.5}
 
