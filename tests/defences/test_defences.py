@@ -200,7 +200,7 @@ def test_defences_between_machines(algorithm: str) -> None:
     same(RunConfig.of({**SMALL, **OWN.get(algorithm, {}), "algorithm": algorithm, "up_codec": "int8", **STRONG}))
 
 
-OWN_DEFENCE = f"{Path(__file__).with_name('own.py')}:Shrink"
+OWN_DEFENCE = f"{Path(__file__).parents[1] / 'own.py'}:Shrink"
 
 
 def own(config: RunConfig, shrink: float = 0.5) -> RunConfig:

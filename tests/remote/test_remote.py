@@ -179,7 +179,7 @@ def test_codecs_do_the_same_in_a_simulation(algorithm: str, up: str, down: str) 
     same(RunConfig.of({**SMALL, **OWN.get(algorithm, {}), "algorithm": algorithm, "up_codec": up, "down_codec": down}))
 
 
-OWN_CODEC = f"{Path(__file__).with_name('own.py')}:Grid:0.01"
+OWN_CODEC = f"{Path(__file__).parents[1] / 'own.py'}:Grid:0.01"
 
 
 @pytest.mark.parametrize("algorithm", ["sglr", "ussl"])

@@ -233,6 +233,7 @@ def test_codecs_have_names(text: str) -> None:
     [
         ("int9", "did you mean 'int8'"),
         ("int8:3", "takes no '3'"),
+        ("int8:some", "takes no 'some'"),
         ("int8+gzip", "only zstd can follow"),
         ("raw+", "only zstd can follow"),
         ("top-k", "needs the fraction"),
@@ -248,7 +249,7 @@ def test_wrong_codecs(text: str, says: str) -> None:
         Codec.parse(text)
 
 
-OWN = f"{Path(__file__).with_name('own.py')}:Grid"
+OWN = f"{Path(__file__).parents[1] / 'own.py'}:Grid"
 
 
 @pytest.mark.parametrize(
@@ -256,7 +257,8 @@ OWN = f"{Path(__file__).with_name('own.py')}:Grid"
     [
         (OWN, "grid:0.001"),
         (f"{OWN}:0.25+zstd", "grid:0.25+zstd"),
-        ("own:Grid", "unknown"),
+        ("own:Grid", "grid:0.001"),
+        ("top-l:Grid", "unknown"),
         ("test_wire_package.own:Grid:0.5", "grid:0.5"),
         ("installed:0.5", "grid:0.5"),
     ],
@@ -267,12 +269,12 @@ def test_codecs_of_ones_own_are_named_by_file_module_or_entry_point(
     package = tmp_path / "test_wire_package"
     package.mkdir()
     (package / "__init__.py").touch()
-    (package / "own.py").write_text(Path(__file__).with_name("own.py").read_text())
+    (package / "own.py").write_text((Path(__file__).parents[1] / "own.py").read_text())
     monkeypatch.syspath_prepend(tmp_path)
     point = EntryPoint("installed", "test_wire_package.own:Grid", "cutlayer.codecs")
     monkeypatch.setattr(plugins, "_entry_points", lambda kind: {"installed": point} if kind == "codec" else {})
     if called == "unknown":
-        with pytest.raises(ConfigError, match=r"unknown codec 'own'.*or your own: path/to/file.py:name"):
+        with pytest.raises(ConfigError, match=r"unknown codec 'top-l'.*or your own: path/to/file.py:name"):
             Codec.parse(text)
         return
     found = Codec.parse(text)
@@ -295,7 +297,7 @@ def test_a_codec_of_ones_own(dtype: torch.dtype, zstd: str) -> None:
 
 
 def test_both_sides_compare_the_file_of_a_codec(tmp_path: Path) -> None:
-    text = Path(__file__).with_name("own.py").read_text()
+    text = (Path(__file__).parents[1] / "own.py").read_text()
     for name, content in (("a", text), ("b", text), ("c", text + "# changed\n")):
         (tmp_path / f"{name}.py").write_text(content)
     a, b, c = (Codec.parse(f"{tmp_path / name}.py:Grid:0.1").agreed for name in "abc")

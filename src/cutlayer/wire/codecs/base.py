@@ -151,11 +151,11 @@ def name_of(code: int) -> str:
 
 def _parted(text: str) -> tuple[str, str | None]:
     """(name or reference, argument). A reference has a colon of its own."""
-    parts = text.split(":")
+    name, colon, argument = text.partition(":")
+    parts = [] if plugins.known("codec", name) else text.split(":")
     for n in range(2, len(parts) + 1):
         if plugins.is_reference(":".join(parts[:n])):
             return ":".join(parts[:n]), ":".join(parts[n:]) if len(parts) > n else None
-    name, colon, argument = text.partition(":")
     return name, argument if colon else None
 
 
