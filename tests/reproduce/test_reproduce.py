@@ -37,6 +37,9 @@ from cutlayer.reproduce.terminal import remaining
 from cutlayer.reproduce.train import DIVERGED, EXAMINED, PICTURES, folder_of, train
 from cutlayer.reproduce.train import SHOWN as KEPT
 
+fashion_mnist = pytest.mark.skipif(
+    not Path("/usr/share/datasets/fashion-mnist").is_dir(), reason="Fashion-MNIST is not installed"
+)
 TIMEOUT = 120
 SHOWN = ["table1", "table2", "table3", "table4", "table4-rates", "table4-compute", "table6", "skew"]
 ATTACKED = ["table5", "leakage-methods", "leakage-depth", "leakage-defences"]
@@ -224,6 +227,7 @@ def files_of(outcomes: Outcomes, parts: list[str]) -> dict[str, bytes]:
     return files(find(outcomes, parts), "smoke")
 
 
+@fashion_mnist
 def test_the_papers_numbers_stand_beside_ours(tmp_path: Path) -> None:
     """Rows carry the names that the paper's numbers are stored under; where it has none there is nothing."""
     full = Plan(SIZES["full"], "fashion-mnist")
@@ -381,7 +385,7 @@ def test_tables_are_added_to_a_folder(tiny: Size, tmp_path: Path) -> None:
     assert imread(out / "table1.png").shape[1] > 1000
 
 
-@pytest.mark.skipif(not Path("/usr/share/datasets/fashion-mnist").is_dir(), reason="Fashion-MNIST is not installed")
+@fashion_mnist
 def test_every_kind_of_cell_can_be_built(tmp_path: Path) -> None:
     Reproduction([], "smoke", tmp_path / "out").check()
     assert not (tmp_path / "out").exists()
@@ -579,7 +583,7 @@ def test_killed_without_leaving_anything_behind(tmp_path: Path) -> None:
         (["tabel1"], "unknown table 'tabel1': did you mean 'table1'? known: table1, table2"),
         (["--size", "smok"], 'Did you mean "smoke"?'),
         (["--jobs", "-1"], "jobs = -1 is not possible"),
-        (["--jobs", "0"], "has no finished run to report on"),
+        (["--data", "digits", "--jobs", "0"], "has no finished run to report on"),
         (["--data", "fashoin-mnist"], "did you mean 'fashion-mnist'"),
         (["--data", "digits", "--device", "abacus"], "device = 'abacus' cannot be used here"),
     ],
