@@ -25,10 +25,11 @@ test-network: $(STAMP)   ## servers and clients as processes, killed, stopped, c
 test-slow: $(STAMP)   ## what takes minutes: large models, twenty steps on both engines
 	$(BIN)/python -m pytest -n 2 -m slow
 
-check: $(STAMP)   ## lint, format, types
+check: $(STAMP)   ## lint, format, types, the direction of imports
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 reproduce: $(STAMP)   ## the paper's tables at the smallest size, on Fashion-MNIST: does it work
 	rm -rf build/reproduce
@@ -44,4 +45,4 @@ golden: $(STAMP)   ## write the golden losses anew after a deliberate change
 	$(BIN)/python -m pytest tests/algorithms/test_golden.py --rewrite-golden
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -33,7 +33,6 @@ from torch import nn
 from torch.nn import functional
 
 from cutlayer import RunConfig, from_arrays
-from cutlayer.algorithms import ALGORITHMS
 from cutlayer.allocator import keep_memory
 from cutlayer.build import Training, assemble
 from cutlayer.models import build, cut
@@ -131,7 +130,7 @@ def endless(training: Training, config: RunConfig) -> Iterator[Step]:
     """One step at each `next`, round after round."""
     for index in itertools.count():
         this = training.clients.begin_round(index, 10**9, 1.0)
-        yield from ALGORITHMS[config.algorithm](config, training.server, training.clients, this)
+        yield from training.algorithm.round(training.server, training.clients, this)
 
 
 def ceiling(w: Workload, net: nn.Module, data: Data) -> Thunk:

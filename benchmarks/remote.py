@@ -31,13 +31,12 @@ import torch
 from torch import nn
 
 from cutlayer import RunConfig
-from cutlayer.algorithms import ALGORITHMS
 from cutlayer.allocator import keep_memory
 from cutlayer.build import load_source
 from cutlayer.remote import network
+from cutlayer.remote.carrier import Lost
 from cutlayer.remote.certs import make_ca, make_certificate
 from cutlayer.remote.dial import Dialler, dial_all
-from cutlayer.remote.exchange import Lost
 from cutlayer.remote.hub import Hub
 from cutlayer.remote.security import ClientSecurity, ServerSecurity
 from cutlayer.remote.sides import client_name, client_number, remote_training, worker_of
@@ -164,7 +163,9 @@ class Idle:
 
     def handle(self, frame: Frame) -> tuple[m.Message, list[bytes]] | None:
         """A forward pass gives the bytes."""
-        return (m.Smashed(frame.message.step, ROWS), [self._payload]) if isinstance(frame.message, m.Forward) else None
+        return (
+            (m.SmashedUp(frame.message.step, ROWS), [self._payload]) if isinstance(frame.message, m.Forward) else None
+        )
 
 
 class Steps:
@@ -429,7 +430,7 @@ def training_server(pki: Path, clients: int, _: int, pipe: Connection) -> None:
     def endless() -> Iterator[Any]:
         for index in itertools.count():
             this = training.clients.begin_round(index, 10**9, 1.0)
-            yield from ALGORITHMS[config.algorithm](config, training.server, training.clients, this)
+            yield from training.algorithm.round(training.server, training.clients, this)
 
     pipe.send(hub.start())
     assert len(hub.wait_for(clients, PATIENCE)) == clients

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cutlayer import Run, RunConfig, Samples, Source, cli
-from cutlayer.algorithms import ALGORITHMS
+from cutlayer import Run, RunConfig, Samples, Source, cli, plugins
 from cutlayer.data.batches import Batches
 from cutlayer.engine.base import Clients
 from cutlayer.engine.local import LocalCohort
@@ -32,6 +31,8 @@ from cutlayer.types import Step
 
 ROOT = Path(__file__).parents[1]
 CLASSES = 4
+ALGORITHMS = tuple(plugins.index("algorithm"))
+ZOO = plugins.index("model")
 State = dict[str, Tensor]
 
 
@@ -179,7 +180,7 @@ def by_hand(
 
     With `same_batches` all clients draw client 0's order (for clients that hold the same rows).
     """
-    config = RunConfig(algorithm=algorithm, **options)
+    made = RunConfig(algorithm=algorithm, **options).thing("algorithm", algorithm)
     parts = cut(model, at, data.x[:3])
     maker = make_optimizer("sgd", 0.1, {})
     import copy
@@ -193,7 +194,7 @@ def by_hand(
     server = Server(parts.server, maker, 0.1)
     steps = []
     for index in range(rounds):
-        steps += list(ALGORITHMS[algorithm](config, server, clients, clients.begin_round(index, rounds, 1.0)))
+        steps += list(made.round(server, clients, clients.begin_round(index, rounds, 1.0)))
     return [clients.model_state(k) for k in range(len(rows))], server.state()["model"], steps
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import tomli_w
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import ALGORITHMS
 
-from cutlayer import CompareConfig, RunConfig
-from cutlayer.catalog import ALGORITHMS
-from cutlayer.options import CommonConfig, FleetConfig, all_specific, applicable, read_toml
+from cutlayer import CompareConfig, plugins
+from cutlayer.options import CommonConfig, FleetConfig, RunConfig, about, read_toml, traits
 
 NAMES = st.text(st.characters(exclude_categories=("Cs",)), max_size=8)
 WHOLE, POSITIVE = st.integers(1, 2**40), st.floats(0, 1e30, exclude_min=True)
@@ -107,7 +107,6 @@ LOCAL = st.one_of(st.just({}), st.builds(dict, local_epochs=WHOLE), st.builds(di
 @st.composite
 def values(draw: st.DrawFn, algorithms: tuple[str, ...]) -> dict[str, Any]:
     """Any options that the algorithms have."""
-    useful = frozenset[str]().union(*(applicable(a) for a in algorithms))
     found = draw(st.fixed_dictionaries({}, optional=VALUES)) | draw(LENGTH) | draw(LOCAL)
     if "client_device" not in found:
         found = {k: v for k, v in found.items() if k not in FleetConfig.model_fields}
@@ -117,7 +116,24 @@ def values(draw: st.DrawFn, algorithms: tuple[str, ...]) -> dict[str, Any]:
         found.pop("gaussian_noise", None)
     if "ussl" in algorithms:
         found.setdefault("tail_cut", "hidden3")
-    return {k: v for k, v in found.items() if k in useful or k not in all_specific()}
+    return {k: v for k, v in found.items() if has_effect(k, found, algorithms)}
+
+
+def has_effect(name: str, chosen: dict[str, Any], algorithms: tuple[str, ...]) -> bool:
+    """Whether an option belongs to something that is chosen."""
+    own = [traits(a) for a in algorithms]
+    if name in CommonConfig.model_fields:
+        when = about(CommonConfig.model_fields[name], "when")
+        return any({"": True, "split": t.split, "u-shaped": t.u_shaped, "group": not t.central}[when] for t in own)
+    schedules = [chosen.get("lr_schedule", "step")]
+    if any(t.split for t in own):
+        schedules.append(chosen.get("server_lr_schedule") or schedules[0])
+    things = [("algorithm", a) for a in algorithms] + [("schedule", s) for s in schedules]
+    things.append(("partition", chosen.get("partition", "iid")))
+    entries = [plugins.find(kind, thing) for kind, thing in things]
+    if any(t.split for t in own):
+        entries += plugins.index("defence").values()
+    return any(name in entry.option_names for entry in entries)
 
 
 def again(resolved: dict[str, Any]) -> dict[str, Any]:
@@ -128,23 +144,26 @@ def again(resolved: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_every_option_is_tried() -> None:
-    rest = {"epochs", "rounds", "local_epochs", "local_steps"}
-    assert set(VALUES) | rest == set(CommonConfig.model_fields)
+    rest = {"epochs", "rounds", "local_epochs", "local_steps", "defences"}
+    of_things = {o for e in plugins.flat() for o in e.option_names}
+    assert set(VALUES) | rest == set(CommonConfig.model_fields) | of_things
 
 
 @settings(deadline=None)
 @given(data=st.data(), algorithm=st.sampled_from(list(ALGORITHMS)), seed=st.integers(0, 2**60))
 def test_runs(data: st.DataObject, algorithm: str, seed: int) -> None:
     config = RunConfig(algorithm=algorithm, seed=seed, **data.draw(values((algorithm,))))
-    config.check((algorithm,), frozenset(config.model_fields_set))
+    config.check(frozenset(config.model_fields_set))
     resolved = config.resolved()
     read = RunConfig.of(again(resolved))
-    read.check((algorithm,), frozenset(read.model_fields_set))
+    read.check(frozenset(read.model_fields_set))
     assert read.resolved() == resolved
     # Not only what is written is the same: everything is that this algorithm looks at.
     replaced = {"epochs"} if config.rounds else set()
-    replaced |= {"local_epochs"} if config.local_steps else set()
-    for name in set(RunConfig.model_fields) - (all_specific() - applicable(algorithm)) - replaced - {"cut"}:
+    replaced |= {"local_epochs"} if config.specific.get("local_steps") else set()
+    looked_at = {n for n in RunConfig.model_fields if n not in CommonConfig.model_fields}
+    looked_at |= {n for n in CommonConfig.model_fields if has_effect(n, {}, (algorithm,))} | set(config.specific)
+    for name in looked_at - replaced - {"cut"}:
         assert getattr(read, name) == getattr(config, name), name
 
 

@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from support import source
+from support import ALGORITHMS, source
 from torch import nn
 
 from cutlayer import Comparison, Run, RunFolderError, checkpoint
-from cutlayer.catalog import ALGORITHMS
 from cutlayer.files import read_records
 from cutlayer.folder import CHECKPOINT, EVALUATIONS, RESULT, STEPS
 

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from cutlayer.errors import TrainingError as TrainingError
     from cutlayer.errors import UsageError as UsageError
     from cutlayer.models import Parts as Parts
-    from cutlayer.models import cut as cut
-    from cutlayer.models import cut_points as cut_points
+    from cutlayer.models.cut import cut as cut
+    from cutlayer.models.cut import cut_points as cut_points
     from cutlayer.options import CompareConfig as CompareConfig
     from cutlayer.options import RunConfig as RunConfig
     from cutlayer.run import Record as Record

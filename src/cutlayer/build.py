@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -17,9 +16,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from cutlayer import seeds
-from cutlayer.catalog import ALGORITHMS, MODELS
-from cutlayer.cohort import Cohort, draw_participants
+from cutlayer import plugins, seeds
+from cutlayer.algorithms import Algorithm
+from cutlayer.checks import check_output, check_parts, check_rate, check_single_rows
+from cutlayer.cohort import Cohort
 from cutlayer.costs.clock import Clock, ClockedCohort
 from cutlayer.costs.fleet import Fleet, fleet
 from cutlayer.costs.flops import ModelFlops, count
@@ -27,16 +27,21 @@ from cutlayer.costs.ledger import Ledger, MeteredCohort
 from cutlayer.data import Source, class_counts, from_arrays, from_dataset, load, load_whole, partition
 from cutlayer.engine.base import ClientModel, Clients, Shape
 from cutlayer.engine.choice import laid_out, simulate
-from cutlayer.errors import ConfigError, CutError, DataError, unknown
+from cutlayer.errors import ConfigError, DataError
 from cutlayer.models import Parts, build, cut
-from cutlayer.models.parts import Part, load_own, one_line
+from cutlayer.models import make as make_own
+from cutlayer.models.parts import Part, load_own
 from cutlayer.optim import MakeOptimizer, make_optimizer
-from cutlayer.options import RunConfig
+from cutlayer.options import RunConfig, default_cut
+from cutlayer.schedules import Schedule
 from cutlayer.server import Server
+from cutlayer.verbs import Traits
 from cutlayer.wire import Codec, Coding
+from cutlayer.wire.coded import CodedCohort
 
-Model = nn.Module | Callable[[], nn.Module]
-"""A module, or a function that makes one (needed for independent starts)."""
+Model = nn.Module | Callable[..., nn.Module]
+"""A module, or a function that makes one (needed for independent starts), without arguments or with `input_shape` and
+`classes`."""
 
 Data = Source | torch.utils.data.Dataset[Any] | tuple[Any, Any]
 """A loaded source, a map-style dataset of (input, label) pairs, or arrays or tensors (x, y)."""
@@ -58,15 +63,11 @@ def dtype_of(config: RunConfig) -> torch.dtype:
     return torch.float64 if config.precision == "float64" else torch.float32
 
 
-_SERVER_SEES_ONE_CLIENT = {"ssl", "sflv1", "sflv2", "sflv3"}
-_LARGEST_RATE = 30  # as a power of ten: what is more overflows float32 at the first step
-
-
 @dataclass(frozen=True, eq=False)
 class Training:
     """All that a run needs: the cohort counts into `ledger`; `rounds` to do; `counts` [C, K] samples per class;
-    `engine` says how clients are simulated; `clock` runs where the machines are known. `parts` is the model as cut,
-    with an `example` [n, ...] of its inputs.
+    `engine` says how clients are simulated; `clock` runs if the machines are known. `parts` is the model as cut, with
+    an `example` [n, ...] of its inputs; `schedules` are the clients' and the server's.
     """
 
     source: Source
@@ -79,6 +80,8 @@ class Training:
     engine: str
     parts: Parts
     example: torch.Tensor
+    algorithm: Algorithm
+    schedules: tuple[Schedule, Schedule]
     clock: Clock | None = None
 
     @cached_property
@@ -96,6 +99,7 @@ class Prepared:
     """
 
     config: RunConfig
+    algorithm: Algorithm
     source: Source
     split: Parts
     example: torch.Tensor
@@ -116,10 +120,11 @@ class Prepared:
         """The whole, around this cohort and its server: with a ledger, and a clock where the machines are known."""
         config, source, partition = self.config, self.source, self.partition
         ledger = Ledger(len(self.clients.rows))
-        if config.algorithm == "cl":
+        if self.algorithm.traits.central:
             ledger.add("up", "raw data", 0, _raw_bytes(source, self.clients.rows[0]))
         counts = class_counts(source.train.y, partition, source.classes)
-        metered = MeteredCohort(cohort, ledger, replace(self.coding, carried=engine == "remote"))
+        coded = CodedCohort(cohort, replace(self.coding, carried=engine == "remote"))
+        metered = MeteredCohort(coded, ledger, coded.crossed)
         training = Training(
             source,
             server,
@@ -131,14 +136,17 @@ class Prepared:
             engine,
             self.split,
             self.example,
+            self.algorithm,
+            schedules(config),
         )
         if self.fleet is None:
             return training
         clock = Clock(self.fleet)
-        if config.algorithm == "cl":  # who trains is the server, once everybody's data have come
+        central = self.algorithm.traits.central
+        if central:  # the server trains, once everybody's data have come
             clock.begin(range(config.clients))
             clock.upload(8.0 * np.array([_raw_bytes(source, p) for p in partition]))
-        clocked = ClockedCohort(metered, clock, training.flops, config.batch, central=config.algorithm == "cl")
+        clocked = ClockedCohort(metered, clock, training.flops, config.batch, central=central)
         return replace(training, clients=clocked, clock=clock)
 
 
@@ -148,7 +156,7 @@ def assemble(config: RunConfig, model: Model | None = None, data: Data | None = 
     Raises UsageError (ConfigError, DataError, CutError) with the value, the reason and the remedy.
     """
     p = prepare(config, model, data)
-    cohort, server, engine = simulate(config, p.split, p.clients, p.make_server, p.server_seed, p.example)
+    cohort, server, engine = simulate(config, p.algorithm, p.split, p.clients, p.make_server, p.server_seed, p.example)
     return p.training(cohort, server, engine)
 
 
@@ -158,23 +166,26 @@ def prepare(
     """Build all but the cohort; `alone`: the data are one client's own, all of them. Raises UsageError as `assemble`
     does.
     """
+    algorithm: Algorithm = config.thing("algorithm", config.algorithm)
+    for thing in (algorithm, *schedules(config)):
+        thing.check(config.given)
     coding = Coding(*_codecs(config))
     device = _device(config)
     machines = fleet(config, config.clients)
     source = load_source(config, data)
     parts = [np.arange(len(source.train))] * config.clients if alone else _partition(config, source)
-    owners = [np.concatenate(parts)] if config.algorithm == "cl" else parts
+    owners = [np.concatenate(parts)] if algorithm.traits.central else parts
     make_model = _maker(config, model, source)
     whole = make_model("model")
     example = source.train.x[: max(2, min(3, len(source.train)))]
-    _check_output(whole, example, source.classes)
-    info = ALGORITHMS[config.algorithm]
-    cuts = _cut_names(config, model)
+    check_output(whole, example, source.classes)
+    cuts = _cut_names(config, algorithm.traits, model)
     split = cut(whole, cuts, example)
-    _check_parts(config, split, cuts)
-    rounds, per_epoch = _rounds(config, [len(p) for p in owners])
-    _check_single_rows(config, split, [len(p) for p in owners], rounds, example)
-    _check_rate(config)
+    check_parts(config, algorithm, split, cuts)
+    sizes = [len(p) for p in owners]
+    rounds, per_epoch = _rounds(config, algorithm, sizes)
+    check_single_rows(config, algorithm, split, sizes, rounds, example)
+    check_rate(config, algorithm)
     for part in split.all:
         part.to(device)
         if isinstance(part, Part) and config.precision == "bfloat16":
@@ -182,6 +193,7 @@ def prepare(
     source, example = source.to(device), example.to(device)
     split = laid_out(config, split, example)
     make_client, make_server = _optimizers(config)
+    local_epochs, local_steps = algorithm.part_of_round
     setup = Clients(
         _ClientModels(config, split, make_model, len(owners)),
         source.train,
@@ -190,14 +202,16 @@ def prepare(
         lr=config.client_lr,
         batch=config.batch,
         seed=config.seed,
-        shape=_shape(config.algorithm),
-        participation=1.0 if config.algorithm == "cl" else config.participation,
-        local_epochs=config.local_epochs if "local_epochs" in info.options else 1,
-        local_steps=config.local_steps if "local_steps" in info.options else None,
+        shape=_shape(algorithm.traits),
+        participation=1.0 if algorithm.traits.central else config.participation,
+        local_epochs=local_epochs,
+        local_steps=local_steps,
         alike=config.start == "equal",
         eval_clients=config.eval_clients,
     )
-    return Prepared(config, source, split, example, setup, make_server, parts, rounds, per_epoch, machines, coding)
+    return Prepared(
+        config, algorithm, source, split, example, setup, make_server, parts, rounds, per_epoch, machines, coding
+    )
 
 
 def _codecs(config: RunConfig) -> tuple[Codec, Codec]:
@@ -237,15 +251,21 @@ def load_source(config: RunConfig, data: Data | None) -> Source:
     elif isinstance(data, tuple):
         source = from_arrays(*data, **held_out)
     elif data is not None:
-        source = from_dataset(data, label_column=config.label_column, client_column=config.client_column, **held_out)
+        source = from_dataset(
+            data,
+            given=config.given,
+            label_column=config.label_column,
+            client_column=config.client_column,
+            **held_out,
+        )
     else:
         source = load(
             config.data,
             data_format=config.data_format,
-            label_column=config.label_column,
-            client_column=config.client_column,
             class_names=config.class_names,
             **held_out,
+            given=config.given,
+            **_reading_options(config),
         )
     return Source(
         source.name,
@@ -262,9 +282,15 @@ def own_source(config: RunConfig, path: str) -> Source:
     return load_whole(
         path,
         data_format=config.data_format,
-        label_column=config.label_column,
         class_names=config.class_names,
+        **{k: v for k, v in _reading_options(config).items() if k != "client_column"},
     )
+
+
+def _reading_options(config: RunConfig) -> dict[str, Any]:
+    """Options of whatever reads the data, as far as they differ from their defaults: only some formats have them."""
+    names = {"label_column", "client_column"}.union(*(entry.option_names for entry in config.reading()))
+    return {name: getattr(config, name) for name in names & config.given}
 
 
 def deal(config: RunConfig, data: Data | None = None) -> list[np.ndarray]:
@@ -279,11 +305,9 @@ def _partition(config: RunConfig, source: Source) -> list[np.ndarray]:
         config.clients,
         config.partition,
         seed=config.seed,
-        dirichlet_alpha=config.dirichlet_alpha,
-        shards_per_client=config.shards_per_client,
-        quantity=config.quantity,
         client_column=None if column is None else column.numpy(),
         samples_per_client=config.samples_per_client,
+        **{name: getattr(config, name) for name in plugins.find("partition", config.partition).option_names},
     )
 
 
@@ -296,134 +320,37 @@ def _maker(config: RunConfig, model: Model | None, source: Source) -> Callable[.
                 "one instead of a module"
             )
         return lambda *name: typed(copy.deepcopy(model), config)
-    if model is None and config.model not in MODELS:
-        raise ConfigError(unknown("model", config.model, MODELS))
     shape = tuple(source.train.x.shape[1:])
+    own = {} if model is not None else config.options_of(plugins.find("model", config.model))
 
     def make(*name: str | int) -> nn.Module:
         with seeds.torch_seeded(config.seed, *name):
-            made = model() if model is not None else build(config.model, shape, source.classes)
+            if model is None:
+                made = build(config.model, shape, source.classes, **own)
+            else:
+                made = make_own(model, shape, source.classes)
         return typed(made, config)
 
     return make
 
 
-def _check_output(model: nn.Module, example: torch.Tensor, classes: int) -> None:
-    """The model must turn rows [n, ...] into scores [n, at least K]. Raises ConfigError."""
-    probe = copy.deepcopy(model).eval()
-    try:
-        with torch.no_grad(), _sentences("the model does not take these inputs", tuple(example.shape[1:])):
-            out = probe(example)
-    finally:
-        del probe
-    out = getattr(out, "logits", out)
-    if not isinstance(out, torch.Tensor) or out.dim() != 2 or len(out) != len(example):
-        shape = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
-        raise ConfigError(
-            f"the model turns {len(example)} samples into {shape}, not into [{len(example)}, classes]: return one row "
-            "of class scores per sample"
-        )
-    if out.shape[1] < classes:
-        raise ConfigError(
-            f"the model scores {out.shape[1]} classes but the data have {classes}: widen its last layer to {classes}"
-        )
-
-
-@contextmanager
-def _sentences(what: str, value: object) -> Iterator[None]:
-    """Turn whatever a user's module raises into one sentence."""
-    try:
-        yield
-    except Exception as error:  # the user's module: anything can come out
-        reason = one_line(error)
-        raise ConfigError(f"{what} (shape per sample {value}): {reason}; choose a model that fits the data") from None
-
-
-def _shape(algorithm: str) -> Shape:
-    if ALGORITHMS[algorithm].whole:
+def _shape(traits: Traits) -> Shape:
+    if traits.whole:
         return "whole"
-    return "u-shaped" if algorithm == "ussl" else "split"
+    return "u-shaped" if traits.u_shaped else "split"
 
 
-def _cut_names(config: RunConfig, model: Model | None) -> tuple[str, ...]:
+def _cut_names(config: RunConfig, traits: Traits, model: Model | None) -> tuple[str, ...]:
     """Where to cut: nowhere (whole models), once, or twice (U-shaped). Raises ConfigError without a name."""
-    if ALGORITHMS[config.algorithm].whole:
+    if traits.whole:
         return ("output",)
-    first = config.cut or (MODELS[config.model].default_cut if model is None else None)
+    first = config.cut or (default_cut(config.model) if model is None else None)
     if first is None:
         raise ConfigError(
             f"{config.algorithm} needs cut: name the module of your model after which it is cut, "
             "e.g. one of dict(model.named_modules())"
         )
     return (first,) if config.tail_cut is None else (first, config.tail_cut)
-
-
-def _check_parts(config: RunConfig, split: Parts, cuts: tuple[str, ...]) -> None:
-    """The algorithm must have something to act on on both sides. Raises CutError."""
-    info = ALGORITHMS[config.algorithm]
-    for part, reason, side in (
-        (split.client, info.client_part, "client"),
-        (split.server, info.server_part, "server"),
-    ):
-        if reason and not any(True for _ in part.parameters()):
-            where = "later" if side == "client" else "earlier"
-            raise CutError(
-                f"{config.algorithm} cannot work with cut = {cuts[0]!r}: {reason}, but the {side} part has no "
-                f"parameters; cut {where}, or choose psl"
-            )
-
-
-def _check_single_rows(config: RunConfig, split: Parts, sizes: list[int], rounds: int, example: torch.Tensor) -> None:
-    """Batch normalisation over features cannot train on one row: find that out now. Raises ConfigError."""
-    alone = [k for k, size in enumerate(sizes) if size % config.batch == 1 or config.batch == 1]
-    if not alone:
-        return
-    probe = copy.deepcopy(split)
-    for part in probe.all:
-        part.train()
-    client = alone[0]
-    try:
-        with seeds.torch_seeded(config.seed, "probe"):
-            rows = probe.client(example[:1])
-            if probe.tail is not None:
-                probe.tail(probe.server(rows))
-            elif config.algorithm in _SERVER_SEES_ONE_CLIENT:
-                probe.server(rows)
-            elif (lonely := _alone_in_union(config, sizes, alone, rounds)) is not None:
-                client = lonely
-                probe.server(rows)
-    except ValueError as error:
-        raise ConfigError(
-            f"batch = {config.batch} leaves client {client} ({sizes[client]} samples) a batch of one sample, "
-            f"with which this model cannot train ({error}): choose another batch"
-        ) from None
-
-
-def _alone_in_union(config: RunConfig, sizes: list[int], alone: list[int], rounds: int) -> int | None:
-    """A client whose one row is at some step all that the server gets from everybody; None where there is none."""
-    if ALGORITHMS[config.algorithm].whole:
-        return None
-    for index in range(rounds if config.participation < 1 else 1):
-        here = draw_participants(config.seed, index, len(sizes), config.participation)
-        batches = {k: math.ceil(sizes[k] / config.batch) for k in here}
-        if "local_steps" in ALGORITHMS[config.algorithm].options and config.local_steps:
-            batches = dict.fromkeys(here, config.local_steps)
-        longest = [k for k in here if batches[k] == max(batches.values())]
-        if len(longest) == 1 and longest[0] in alone:
-            return longest[0]
-    return None
-
-
-def _check_rate(config: RunConfig) -> None:
-    """SplitLr must give a rate that is a number. Raises ConfigError."""
-    if "alpha" not in ALGORITHMS[config.algorithm].options:
-        return
-    base = config.server_lr or config.client_lr
-    if math.log10(base) + config.alpha * math.log10(config.clients) > _LARGEST_RATE:
-        raise ConfigError(
-            f"alpha = {config.alpha} makes the server's rate {base:g} x {config.clients}^{config.alpha:g}, more than "
-            f"1e{_LARGEST_RATE}: choose a smaller alpha, such as 1"
-        )
 
 
 def _optimizers(config: RunConfig) -> tuple[MakeOptimizer, MakeOptimizer]:
@@ -462,15 +389,22 @@ def _raw_bytes(source: Source, rows: np.ndarray) -> int:
     return len(rows) * (source.train.x[:1].nbytes + source.train.y[:1].nbytes)
 
 
-def _rounds(config: RunConfig, sizes: list[int]) -> tuple[int, int]:
+def _rounds(config: RunConfig, algorithm: Algorithm, sizes: list[int]) -> tuple[int, int]:
     """(rounds to do, rounds that make about one epoch). Raises DataError where a client has no sample."""
     if not all(sizes):
         raise DataError(f"client {sizes.index(0)} has no sample: use fewer clients or another partition")
-    info = ALGORITHMS[config.algorithm]
-    if "local_steps" in info.options and config.local_steps:
-        per_epoch = max(1, math.ceil(max(sizes) / config.batch) // config.local_steps)
-        rounds = math.ceil(config.epochs * math.ceil(max(sizes) / config.batch) / config.local_steps)
+    local_epochs, local_steps = algorithm.part_of_round
+    if local_steps:
+        batches = math.ceil(max(sizes) / config.batch)
+        per_epoch = max(1, batches // local_steps)
+        rounds = math.ceil(config.epochs * batches / local_steps)
     else:
-        local = config.local_epochs if "local_epochs" in info.options else 1
-        per_epoch, rounds = 1, math.ceil(config.epochs / local)
+        per_epoch, rounds = 1, math.ceil(config.epochs / local_epochs)
     return config.rounds or rounds, per_epoch
+
+
+def schedules(config: RunConfig) -> tuple[Schedule, Schedule]:
+    """How the clients' and the server's rates change. Raises ConfigError."""
+    clients: Schedule = config.thing("schedule", config.lr_schedule)
+    server: Schedule = config.thing("schedule", config.server_lr_schedule or config.lr_schedule)
+    return clients, server

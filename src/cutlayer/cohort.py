@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+import numpy as np
 from torch import Tensor
 
 from cutlayer import seeds
@@ -23,6 +24,21 @@ from cutlayer.types import CutGradients, Evaluation, Round, Rows, Smashed, Step,
 
 Predict = Callable[[Sequence[int], Rows], Rows]
 """(clients, their smashed data, as many rows of each, one client after another) -> the server's outputs."""
+
+
+Direction = Literal["up", "down"]
+
+
+@dataclass(frozen=True)
+class Crossed:
+    """Bytes that rows took on their way between `clients` and the server: a number for each client, or the number of
+    one `common` message to all of them.
+    """
+
+    direction: Direction
+    clients: Sequence[int]
+    counts: int | np.ndarray
+    common: bool = False
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from cutlayer.build import Data, Model, assemble, by_name, deal
-from cutlayer.catalog import ALGORITHMS
 from cutlayer.errors import RunFolderError
 from cutlayer.files import read_json
 from cutlayer.folder import COMPARISON, CONFIG, OWN_FILES, RESULT, Folder, refuse_used, stored_config
@@ -82,8 +81,7 @@ class Comparison:
             first, *others = seeds.values()
             assemble(first, self._model, self._data)
             for config in others:
-                if config.partition in ("dirichlet", "column"):  # with another seed a client may stay without samples
-                    deal(config, self._data)
+                deal(config, self._data)  # with another seed a client may stay without samples
 
     def run(self) -> list[Row]:
         """Train everything and return the table."""
@@ -139,7 +137,8 @@ def _refuse_path_names(plan: Mapping[str, object]) -> None:
 
 
 def _row(entry: str, configs: Mapping[int, RunConfig], results: Mapping[int, Result]) -> Row:
-    algorithm = next(iter(configs.values())).algorithm
+    first = next(iter(configs.values()))
+    algorithm = first.algorithm
 
     def mean(name: str) -> float:
         return statistics.fmean(getattr(r, name) for r in results.values())
@@ -150,7 +149,7 @@ def _row(entry: str, configs: Mapping[int, RunConfig], results: Mapping[int, Res
     return Row(
         entry=entry,
         algorithm=algorithm,
-        title=ALGORITHMS[algorithm].title if entry == algorithm else entry,
+        title=first.title if entry == algorithm else entry,
         seeds=tuple(results),
         accuracy_mean=mean("test_accuracy"),
         accuracy_std=spread("test_accuracy"),

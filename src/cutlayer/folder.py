@@ -25,7 +25,8 @@ from cutlayer.errors import RunFolderError
 from cutlayer.files import replace_file
 from cutlayer.options import read_toml
 
-CONFIG, STEPS, EVALUATIONS, CLASSES = "config.toml", "steps.jsonl", "evaluations.jsonl", "classes.json"
+CONFIG, STEPS, EVALUATIONS = "config.toml", "steps.jsonl", "evaluations.jsonl"
+ALGORITHM, CLASSES = "algorithm.json", "classes.json"
 EVENTS, SNAPSHOTS = "events.jsonl", "snapshots"
 CHECKPOINT, RESULT, COMPARISON = "checkpoint.safetensors", "result.json", "comparison.json"
 CURVES, CLASS_COUNTS, PAGE = "curves.png", "classes.png", "report.html"
@@ -33,6 +34,7 @@ OWN_FILES = (
     CONFIG,
     STEPS,
     EVALUATIONS,
+    ALGORITHM,
     CLASSES,
     EVENTS,
     SNAPSHOTS,

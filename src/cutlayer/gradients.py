@@ -6,13 +6,16 @@ by the factor R / b_k on its rows (that is C for equal batches).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from cutlayer.types import CutGradients, Rows, Smashed
+
+RowLoss = Callable[[Tensor, Tensor], Tensor]
+"""(outputs [R, K], labels [R]) -> the loss of each row [R]."""
 
 
 def row_losses(outputs: Tensor, labels: Tensor) -> Tensor:

@@ -1,10 +1,9 @@
-"""Optimisers by name, and learning-rate schedules."""
+"""Optimisers by name."""
 
 from __future__ import annotations
 
 import copy
 import inspect
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -111,10 +110,3 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Set the rate of the next step."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-
-
-def lr_factor(schedule: str, progress: float, decay: float, decay_at: tuple[float, ...]) -> float:
-    """What multiplies the rates at `progress` in [0, 1): `step` (the paper: x0.1 at 80 %), `cosine` or `constant`."""
-    if schedule == "step":
-        return decay ** sum(progress >= at for at in decay_at)
-    return 0.5 * (1 + math.cos(math.pi * progress)) if schedule == "cosine" else 1.0

@@ -1,7 +1,9 @@
 """Every option of a run: one flat set of names, the same in Python, in a TOML file and (with dashes) as flags.
 
-A field's own range is checked when it is set; what concerns several fields is checked by `check()`, once file and flags
-have been merged. Only what applies to the chosen algorithm is kept in the resolved configuration.
+What belongs to a thing that is chosen (an algorithm, a partition, a schedule, a defence, ...) is declared with that
+thing and found through the registries; here are the options that all runs have. A field's own range is checked when it
+is set; what concerns several fields is checked by `check()`, once file and flags have been merged. Only what has an
+effect is kept in the resolved configuration.
 """
 
 from __future__ import annotations
@@ -9,28 +11,48 @@ from __future__ import annotations
 import json
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, Self
 
-from cyclopts import Group, Parameter
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
-from cutlayer.catalog import ALGORITHMS, MODELS
+from cutlayer import plugins
 from cutlayer.errors import ConfigError, unknown
+from cutlayer.plugins import Entry, explain
+from cutlayer.verbs import Traits
 
-DATA = Group("Data", sort_key=1)
-CLIENTS = Group("Clients and partition", sort_key=2)
-MODEL = Group("Model and cut", sort_key=3)
-TRAINING = Group("Training", sort_key=4)
-SPLIT_LR = Group("SplitLr (slr, sglr)", sort_key=5)
-SPLIT_AVG = Group("SplitAvg (sgl, sglr)", sort_key=6)
-OTHERS = Group("Other algorithms", sort_key=7)
-CROSSING = Group("What crosses the cut", sort_key=8)
-DEFENCES = Group("Defences of the smashed data", sort_key=9)
-COSTS = Group("Virtual clock and energy model (none without a client device)", sort_key=10)
-OUTPUT = Group("Output", sort_key=11)
-FAULTS = Group("Faults", sort_key=12)
+# Groups of the command line's help, in order.
+WHAT, DATA, CLIENTS, MODEL, TRAINING = "What to train", "Data", "Clients and partition", "Model and cut", "Training"
+CROSSING, DEFENCES = "What crosses the cut", "Defences of the smashed data"
+COSTS, OUTPUT, FAULTS = "Virtual clock and energy model (none without a client device)", "Output", "Faults"
+BUDGETS = "Budgets of a client"
+GROUPS = (WHAT, DATA, CLIENTS, MODEL, TRAINING, "", CROSSING, DEFENCES, BUDGETS, COSTS, OUTPUT, FAULTS)
+
+When = Literal["", "split", "u-shaped", "group"]
+"""With which algorithms an option has an effect: all; those that cut the model; those whose clients finish the forward
+pass; those that have a group of clients."""
+_WHEN: dict[str, Callable[[Traits], bool]] = {
+    "": lambda traits: True,
+    "split": lambda traits: traits.split,
+    "u-shaped": lambda traits: traits.u_shaped,
+    "group": lambda traits: not traits.central,
+}
+
+
+def _field(default: Any, group: str, when: When = "", *, shared: bool = False, **bounds: Any) -> Any:
+    """An option of all runs. `shared`: clients on other machines must have the same value."""
+    return Field(default, json_schema_extra={"group": group, "when": when, "shared": shared}, **bounds)
+
+
+def about(info: FieldInfo, what: str) -> Any:
+    """What `_field` noted of a field: its group, when it has an effect, whether it is shared."""
+    extra = info.json_schema_extra
+    return extra.get(what) if isinstance(extra, dict) else None
 
 
 def _typed(options: Any) -> Any:
@@ -49,8 +71,7 @@ def _value(text: str) -> Any:
     return value if finite or isinstance(value, list) else text
 
 
-Options = Annotated[dict[str, bool | int | float | str | list[float]], BeforeValidator(_typed)]
-_options_flag = Parameter(group=TRAINING, negative=())
+OptimizerOptions = Annotated[dict[str, bool | int | float | str | list[float]], BeforeValidator(_typed)]
 
 
 class _Config(BaseModel):
@@ -67,36 +88,107 @@ class _Config(BaseModel):
             raise explain(error, cls) from None
 
 
-class FleetConfig(_Config):
+class _Chooser(_Config):
+    """A configuration that chooses things, whose options are among its values: flat, and complete once it is made."""
+
+    model_config = ConfigDict(extra="allow")
+
+    def chosen(self) -> list[Entry]:
+        """The things that are chosen. Raises ConfigError for one that cannot be found."""
+        return []
+
+    @model_validator(mode="after")
+    def _settle(self) -> Self:
+        extra = self.__pydantic_extra__
+        assert extra is not None, "extra values are allowed"
+        things = self.chosen()
+        settled = _settled(things, extra, type(self))
+        extra.clear()
+        extra.update(settled)
+        return self
+
+    def options_of(self, entry: Entry) -> dict[str, Any]:
+        """The values of a thing's options: as given, or its defaults."""
+        extra = self.__pydantic_extra__ or {}
+        return {o.name: extra.get(o.name, o.default) for o in entry.options}
+
+    @property
+    def specific(self) -> dict[str, Any]:
+        """The options of all chosen things."""
+        return dict(self.__pydantic_extra__ or {})
+
+
+def _settled(things: Iterable[Entry], values: Mapping[str, Any], model: type[BaseModel]) -> dict[str, Any]:
+    """`values`, checked and complete. Raises ConfigError for a wrong value, or one of an option that no thing has."""
+    left, settled = dict(values), dict[str, Any]()
+    for entry in things:
+        mine = {name: values[name] for name in entry.option_names & set(values)}
+        for name, value in entry.checked(mine).items():
+            if name not in model.model_fields and (name in mine or name not in settled):
+                settled[name] = value
+        for name in mine:
+            left.pop(name, None)
+    for name, value in left.items():
+        raise _useless(name, value, list(things), model)
+    return settled
+
+
+def _useless(name: str, value: Any, things: list[Entry], model: type[BaseModel]) -> ConfigError:
+    """Why an option has no place in a configuration of these `things`."""
+    owners = owners_of(name)
+    if not owners:
+        own = [o.name for entry in things for o in entry.options]
+        return ConfigError(unknown("option", name, [*model.model_fields, *own]))
+    kind = owners[0].kind
+    chosen = [entry.name for entry in things if entry.kind == kind]
+    what = ", ".join(chosen) if chosen else f"a run without this {plugins.KINDS[kind].word}"
+    return ConfigError(
+        f"{name} = {value!r} has no effect on {what}: it belongs to {', '.join(o.name for o in owners)}; leave it out "
+        "or choose one of these"
+    )
+
+
+def owners_of(name: str) -> list[Entry]:
+    """This package's things that have an option called `name`."""
+    return [e for e in plugins.flat() if name in e.option_names]
+
+
+def traits(algorithm: str) -> Traits:
+    """What follows from the needs of an algorithm. Raises ConfigError where it is unknown."""
+    facts = plugins.find("algorithm", algorithm).facts
+    return Traits.of(facts["needs"], facts["central"])
+
+
+class FleetConfig(_Chooser):
     """The machines and links that a virtual clock and an energy model reckon with."""
 
-    client_device: Annotated[str | None, Parameter(group=COSTS)] = None
+    client_device: str | None = _field(None, COSTS)
     """What clients compute on, a profile (see `cutlayer list profiles`). Gives every run virtual time and energy."""
-    server_device: Annotated[str | None, Parameter(group=COSTS)] = None
+    server_device: str | None = _field(None, COSTS)
     """What the server computes on. Default: its computing takes no time, its energy is not known."""
-    link: Annotated[str | None, Parameter(group=COSTS)] = None
+    link: str | None = _field(None, COSTS)
     """The clients' link, a profile. Default: rates as given, its energy not known."""
-    up_mbps: Annotated[float | None, Parameter(group=COSTS)] = Field(None, gt=0)
+    up_mbps: float | None = _field(None, COSTS, gt=0)
     """A client's rate of sending in Mbit/s. Default: the link's."""
-    down_mbps: Annotated[float | None, Parameter(group=COSTS)] = Field(None, gt=0)
+    down_mbps: float | None = _field(None, COSTS, gt=0)
     """A client's rate of receiving in Mbit/s. Default: the link's."""
-    latency_ms: Annotated[float | None, Parameter(group=COSTS)] = Field(None, ge=0)
+    latency_ms: float | None = _field(None, COSTS, ge=0)
     """Milliseconds that each message takes besides, one way. Default: the link's."""
-    server_mbps: Annotated[float | None, Parameter(group=COSTS)] = Field(None, gt=0)
+    server_mbps: float | None = _field(None, COSTS, gt=0)
     """What all clients together can send to the server, and receive, in Mbit/s. Default: no limit."""
-    multicast: Annotated[bool, Parameter(group=COSTS)] = False
+    multicast: bool = _field(False, COSTS)
     """A message that is the same for several clients leaves the server once."""
-    utilisation: Annotated[float, Parameter(group=COSTS)] = Field(1.0, gt=0, le=1)
+    utilisation: float = _field(1.0, COSTS, gt=0, le=1)
     """Fraction of the profiles' FLOP/s that training reaches."""
-    speed_spread: Annotated[float, Parameter(group=COSTS)] = Field(0.0, ge=0, le=5)
-    """Clients' speeds differ: standard deviation of their logarithm (.5: most within a factor of 2.7)."""
-    rate_spread: Annotated[float, Parameter(group=COSTS)] = Field(0.0, ge=0, le=5)
+    speed_spread: float = _field(0.0, COSTS, ge=0, le=5)
+    """Clients' speeds differ: standard deviation of their logarithm (0.5: most within a factor of 2.7)."""
+    rate_spread: float = _field(0.0, COSTS, ge=0, le=5)
     """Clients' link rates differ: standard deviation of their logarithm."""
-    stragglers: Annotated[float, Parameter(group=COSTS)] = Field(0.0, ge=0, le=1)
+    stragglers: float = _field(0.0, COSTS, ge=0, le=1)
     """Fraction of the clients that are slower than the rest, in computing and on their link."""
-    straggler_slowdown: Annotated[float, Parameter(group=COSTS)] = Field(10.0, ge=1)
+    straggler_slowdown: float = _field(10.0, COSTS, ge=1)
     """How many times slower stragglers are."""
-    profiles: Annotated[str | None, Parameter(group=COSTS)] = None
+    profiles: str | None = _field(None, COSTS)
     """A TOML file with profiles of your own: tables [device.NAME] and [link.NAME]."""
 
     def check_fleet(self, given: frozenset[str]) -> None:
@@ -111,241 +203,260 @@ class FleetConfig(_Config):
 class FaultConfig(_Config):
     """What a server does about clients that are late, away or faulty: the table [faults] of a file, or flags."""
 
-    deadline: Annotated[float | None, Parameter(group=FAULTS)] = Field(None, gt=0)
-    """Seconds for a step, after which it goes on with the clients that have answered, if they are a quorum. Default: as
-    long as it takes."""
-    quorum: Annotated[float, Parameter(group=FAULTS)] = Field(0.5, gt=0, le=1)
+    deadline: float | None = _field(None, FAULTS, gt=0)
+    """Seconds for a step. After it the server goes on with the clients that have answered, if they are a quorum.
+    Default: no limit."""
+    quorum: float = _field(0.5, FAULTS, gt=0, le=1)
     """Fraction of the clients that a step needs after the deadline, and a round to begin."""
-    patience: Annotated[float | None, Parameter(group=FAULTS)] = Field(None, gt=0)
-    """Seconds to wait for clients that are missing: all of them at the start, a quorum later. Default: for ever."""
-    faulty: Annotated[Literal["exclude", "readmit", "stop"], Parameter(group=FAULTS)] = "exclude"
-    """A client that sends NaN, wrong shapes or no message at all is excluded from the run; or it loses its connection,
-    and may come back; or the run ends."""
+    patience: float | None = _field(None, FAULTS, gt=0)
+    """Seconds to wait for missing clients: for all of them at the start, for a quorum later. Default: no limit."""
+    faulty: Literal["exclude", "readmit", "stop"] = _field("exclude", FAULTS)
+    """What happens to a client that sends NaN, wrong shapes or no message at all: it is excluded from the run; or it
+    loses its connection and may come back; or the run ends."""
 
 
 class CommonConfig(FleetConfig):
     """What all commands that train share."""
 
-    data: Annotated[str, Parameter(group=DATA)] = "digits"
-    """A built-in data set (see `cutlayer list data`) or the path of your own."""
-    data_format: Annotated[Literal["auto", "npz", "csv", "idx", "images", "huggingface"], Parameter(group=DATA)] = (
-        "auto"
-    )
-    """How to read a path; auto looks at the file."""
-    label_column: Annotated[str, Parameter(group=DATA)] = "label"
+    data: str = _field("digits", DATA)
+    """A data set by name (see `cutlayer list data`), the path of your own, or a function: path/to/file.py:name."""
+    data_format: str = _field("auto", DATA)
+    """How to read a path (see `cutlayer list data`), or your own: path/to/file.py:name. auto looks at the file."""
+    label_column: str = _field("label", DATA)
     """The label's column (CSV, Hugging Face)."""
-    client_column: Annotated[str | None, Parameter(group=DATA)] = None
+    client_column: str | None = _field(None, DATA)
     """The column that says whose sample a row is (CSV, Hugging Face), for the partition `column`."""
-    class_names: Annotated[tuple[str, ...], Parameter(group=DATA, negative=(), consume_multiple=True)] = ()
+    class_names: tuple[str, ...] = _field((), DATA)
     """All labels, in order, where the data at hand may lack some (a client's own). Default: those in the data."""
-    validation: Annotated[float, Parameter(group=DATA)] = Field(0.1, ge=0)
+    validation: float = _field(0.1, DATA, ge=0)
     """Held out of training to choose by: a fraction below 1, or a number of samples."""
-    test: Annotated[float, Parameter(group=DATA)] = Field(0.2, gt=0)
-    """Held out for the reported accuracy where the data bring no test set: a fraction below 1, or a number."""
+    test: float = _field(0.2, DATA, gt=0)
+    """Held out for the reported accuracy if the data have no test set: a fraction below 1, or a number of samples."""
 
-    clients: Annotated[int, Parameter(group=CLIENTS)] = Field(10, ge=1)
+    clients: int = _field(10, CLIENTS, shared=True, ge=1)
     """Number of clients, C."""
-    partition: Annotated[Literal["iid", "dirichlet", "shards", "quantity", "column"], Parameter(group=CLIENTS)] = "iid"
-    """How samples are dealt to clients: evenly, by label skew (dirichlet, shards), by size, or by the data's column."""
-    dirichlet_alpha: Annotated[float, Parameter(group=CLIENTS)] = Field(0.5, gt=0)
-    """Label skew of the partition `dirichlet`: small is skewed (.1), large is iid (100)."""
-    shards_per_client: Annotated[int, Parameter(group=CLIENTS)] = Field(2, ge=1)
-    """Label-sorted shards that each client gets in the partition `shards`."""
-    quantity: Annotated[Literal["linear", "square", "exponential"], Parameter(group=CLIENTS)] = "linear"
-    """How client sizes grow in the partition `quantity`."""
-    samples_per_client: Annotated[int | None, Parameter(group=CLIENTS)] = Field(None, ge=1)
-    """Use only so many samples per client, on average where sizes differ (the paper: 1000). Default: share out all."""
-    participation: Annotated[float, Parameter(group=CLIENTS)] = Field(1.0, gt=0, le=1)
+    partition: str = _field("iid", CLIENTS)
+    """How samples are dealt to clients (see `cutlayer list partitions`), or your own: path/to/file.py:name."""
+    samples_per_client: int | None = _field(None, CLIENTS, ge=1)
+    """Samples per client (the mean if sizes differ). Default: all samples. The paper uses 1000."""
+    participation: float = _field(1.0, CLIENTS, "group", shared=True, gt=0, le=1)
     """Fraction of the clients that takes part in a round, drawn afresh each round."""
 
-    model: Annotated[str, Parameter(group=MODEL)] = "cnn"
-    """A model of the zoo (see `cutlayer list models`)."""
-    cut: Annotated[str | None, Parameter(group=MODEL)] = None
-    """The module after which the model is cut. Default: the model's own."""
-    tail_cut: Annotated[str | None, Parameter(group=MODEL)] = None
-    """U-shaped split (ussl): the module after which the client takes over again."""
-    start: Annotated[Literal["equal", "independent"], Parameter(group=MODEL)] = "equal"
+    model: str = _field("cnn", MODEL)
+    """A model by name (see `cutlayer list models`), or your own: path/to/file.py:function."""
+    cut: str | None = _field(None, MODEL)
+    """The module after which the model is cut. Default: the model's own. Of no effect on algorithms that train whole
+    models."""
+    tail_cut: str | None = _field(None, MODEL, "u-shaped")
+    """U-shaped split: the module after which the client takes over again."""
+    start: Literal["equal", "independent"] = _field("equal", MODEL, "group", shared=True)
     """Client models start equal, or each from its own random initialisation."""
 
-    epochs: Annotated[int, Parameter(group=TRAINING)] = Field(20, ge=1)
+    epochs: int = _field(20, TRAINING, ge=1)
     """Passes over every client's data."""
-    rounds: Annotated[int | None, Parameter(group=TRAINING)] = Field(None, ge=1)
-    """Number of rounds, instead of epochs. A round is one local epoch unless local_epochs or local_steps say more."""
-    batch: Annotated[int, Parameter(group=TRAINING)] = Field(8, ge=1)
-    """Batch size of a client, b (in cl: of the one model)."""
-    client_optimizer: Annotated[str, Parameter(group=TRAINING)] = "adam"
-    """A class of torch.optim in lower case: adam, sgd, adamw, rmsprop... For cl and fl: of the whole model."""
-    client_optimizer_options: Annotated[Options, _options_flag] = {}
+    rounds: int | None = _field(None, TRAINING, ge=1)
+    """Number of rounds, instead of epochs. A round is one local epoch unless the algorithm's options say more."""
+    batch: int = _field(8, TRAINING, ge=1)
+    """Batch size of a client, b (in centralised learning: of the one model)."""
+    client_optimizer: str = _field("adam", TRAINING, shared=True)
+    """A class of torch.optim in lower case: adam, sgd, adamw, rmsprop... For whole models: of the whole model."""
+    client_optimizer_options: OptimizerOptions = _field({}, TRAINING, shared=True)
     """Its further arguments, e.g. --client-optimizer-options.momentum 0.9."""
-    client_lr: Annotated[float, Parameter(group=TRAINING)] = Field(1e-3, gt=0)
+    client_lr: float = _field(1e-3, TRAINING, shared=True, gt=0)
     """The clients' learning rate, eta_c."""
-    server_optimizer: Annotated[str | None, Parameter(group=TRAINING)] = None
+    server_optimizer: str | None = _field(None, TRAINING, "split")
     """The server's optimiser. Default: client_optimizer."""
-    server_optimizer_options: Annotated[Options | None, _options_flag] = None
-    """Its further arguments. Default: client_optimizer_options where the optimiser is the same."""
-    server_lr: Annotated[float | None, Parameter(group=TRAINING)] = Field(None, gt=0)
+    server_optimizer_options: OptimizerOptions | None = _field(None, TRAINING, "split")
+    """Its further arguments. Default: client_optimizer_options if the optimiser is the same."""
+    server_lr: float | None = _field(None, TRAINING, "split", gt=0)
     """The server's learning rate before SplitLr. Default: client_lr."""
-    lr_schedule: Annotated[Literal["step", "cosine", "constant"], Parameter(group=TRAINING)] = "step"
-    """How the learning rates fall over the rounds."""
-    server_lr_schedule: Annotated[Literal["step", "cosine", "constant"] | None, Parameter(group=TRAINING)] = None
+    lr_schedule: str = _field("step", TRAINING, shared=True)
+    """How the learning rates change over the rounds: step, cosine, constant, or your own: path/to/file.py:name."""
+    server_lr_schedule: str | None = _field(None, TRAINING, "split")
     """The server's schedule. Default: lr_schedule."""
-    lr_decay: Annotated[float, Parameter(group=TRAINING)] = Field(0.1, gt=0, le=1)
-    """Schedule `step`: factor at each of lr_decay_at."""
-    lr_decay_at: Annotated[tuple[float, ...], Parameter(group=TRAINING, negative=())] = (0.8,)
-    """Schedule `step`: fractions of the rounds."""
-    local_epochs: Annotated[int, Parameter(group=TRAINING)] = Field(1, ge=1)
-    """Local epochs per round (fl, sfl, sflv1-3)."""
-    local_steps: Annotated[int | None, Parameter(group=TRAINING)] = Field(None, ge=1)
-    """Local steps per round instead of epochs (fl, sfl, sflv1-3); fl with 1 is FedSGD."""
 
-    alpha: Annotated[float, Parameter(group=SPLIT_LR)] = Field(1.0, ge=0)
-    """Rate exponent: the server's rate is server_lr x C^alpha (eq. 13)."""
-    alpha_clients: Annotated[Literal["participating", "enrolled"], Parameter(group=SPLIT_LR)] = "participating"
-    """Which C: the clients in the step, or all enrolled."""
+    up_codec: str = _field("raw", CROSSING, "split")
+    """How smashed data are written (U-shaped: gradients too): a codec (see `cutlayer list codecs`), +zstd or not."""
+    down_codec: str = _field("raw", CROSSING, "split")
+    """How cut gradients are written (U-shaped: features too), likewise."""
+    defences: tuple[str, ...] = _field((), DEFENCES, "split")
+    """Defences of your own: path/to/file.py:name. The built-in ones take part when one of their options is set."""
 
-    phi: Annotated[float, Parameter(group=SPLIT_AVG)] = Field(0.5, ge=0, le=1)
-    """Active fraction: so many clients share one common cut gradient in each step."""
-    phi_when: Annotated[Literal["always", "initial", "final"], Parameter(group=SPLIT_AVG)] = "always"
-    """Average during all of the training, or only its initial or final part (the phased variants)."""
-    phi_until: Annotated[float, Parameter(group=SPLIT_AVG)] = Field(0.6, ge=0, le=1)
-    """How large that initial or final part is, as a fraction of the training."""
-    average_over: Annotated[Literal["clients", "clients-and-rows"], Parameter(group=SPLIT_AVG)] = "clients"
-    """Average row by row over the active clients, or over all their rows into one gradient for every row."""
-    average_reduce: Annotated[Literal["mean", "sum"], Parameter(group=SPLIT_AVG)] = "mean"
-    """Mean of the clients' gradients, or sum of the concatenated loss's slices (eq. 15 to the letter)."""
-    gradient_scale: Annotated[Literal["own", "union"], Parameter(group=SPLIT_AVG)] = "own"
-    """A client's cut gradient is that of its own mean loss, or of the mean loss over all rows (psl, sfl too)."""
-
-    up_codec: Annotated[str, Parameter(group=CROSSING)] = "raw"
-    """How smashed data are written (in ussl gradients too): raw, bfloat16, float16, int8, float8 or top-k:FRACTION,
-    with +zstd or without."""
-    down_codec: Annotated[str, Parameter(group=CROSSING)] = "raw"
-    """How cut gradients are written (in ussl features too), likewise."""
-
-    clip: Annotated[float | None, Parameter(group=DEFENCES)] = Field(None, gt=0)
-    """Clip each sample's smashed data to this length: the Euclidean norm, or with laplace_noise the sum of absolute
-    values."""
-    gaussian_noise: Annotated[float, Parameter(group=DEFENCES)] = Field(0.0, ge=0)
-    """Add Gaussian noise to smashed data: its standard deviation, in units of clip."""
-    laplace_noise: Annotated[float, Parameter(group=DEFENCES)] = Field(0.0, ge=0)
-    """Add Laplace noise to smashed data: its scale, in units of clip."""
-    feature_dropout: Annotated[float, Parameter(group=DEFENCES)] = Field(0.0, ge=0, lt=1)
-    """Zero each number of the smashed data with this probability, also in evaluation."""
-    nopeek: Annotated[float, Parameter(group=DEFENCES)] = Field(0.0, ge=0)
-    """Weight of NoPeek: a penalty on the distance correlation of inputs and smashed data, in the client's loss."""
-
-    average_every: Annotated[Literal["step", "round"], Parameter(group=OTHERS)] = "round"
-    """sfl: when client models are averaged."""
-    hand_over: Annotated[Literal["batch", "epoch"], Parameter(group=OTHERS)] = "epoch"
-    """ssl, ussl: when the client model moves on."""
-    hand_over_optimizer: Annotated[bool, Parameter(group=OTHERS)] = False
-    """ssl, ussl: the optimiser's state moves on with the client model."""
-    visit_order: Annotated[Literal["fixed", "random"], Parameter(group=OTHERS)] = "fixed"
-    """ssl, ussl: the order in which clients are visited in a round."""
-
-    engine: Annotated[Literal["auto", "local", "stacked"], Parameter(group=OUTPUT)] = "auto"
+    engine: Literal["auto", "local", "stacked"] = _field("auto", OUTPUT)
     """How clients are simulated: one after another (local), all at once (stacked), at once where possible (auto)."""
-    device: Annotated[str, Parameter(group=OUTPUT)] = "cpu"
+    device: str = _field("cpu", OUTPUT)
     """Where everything is computed: cpu, cuda (cuda:1...) or mps."""
-    precision: Annotated[Literal["float32", "float64", "bfloat16", "tf32"], Parameter(group=OUTPUT)] = "float32"
+    precision: Literal["float32", "float64", "bfloat16", "tf32"] = _field("float32", OUTPUT, shared=True)
     """Floating point type of models and data; bfloat16: products in mixed precision; tf32: CUDA's faster products."""
-    memory_limit: Annotated[float | None, Parameter(group=OUTPUT)] = Field(None, gt=0)
-    """Gigabytes for what the clients' forward passes leave; beyond, they run twice. Default: half of what is free."""
-    eval_every: Annotated[int | None, Parameter(group=OUTPUT)] = Field(None, ge=1)
-    """Evaluate every so many rounds (and at the end). Default: about once per epoch."""
-    eval_clients: Annotated[int | None, Parameter(group=OUTPUT)] = Field(None, ge=1)
-    """Evaluate the models of so many clients, drawn once, where all would take long. Default: all."""
-    checkpoint_every: Annotated[int | None, Parameter(group=OUTPUT)] = Field(None, ge=1)
-    """Write the checkpoint every so many rounds (and at the end). Default: about once per epoch."""
-    snapshot_every: Annotated[int | None, Parameter(group=OUTPUT)] = Field(None, ge=1)
-    """Keep the client models of every so many rounds in the run folder, for `cutlayer leakage`. Default: the last."""
+    memory_limit: float | None = _field(None, OUTPUT, gt=0)
+    """Activation memory of the clients in GB. Above it, forward passes are recomputed in the backward pass. Default:
+    half of the free memory."""
+    eval_every: int | None = _field(None, OUTPUT, ge=1)
+    """Rounds between two evaluations (there is one at the end too). Default: about once per epoch."""
+    eval_clients: int | None = _field(None, OUTPUT, ge=1)
+    """Number of clients, drawn once, whose models are evaluated. Default: all."""
+    checkpoint_every: int | None = _field(None, OUTPUT, ge=1)
+    """Rounds between two checkpoints (there is one at the end too). Default: about once per epoch."""
+    snapshot_every: int | None = _field(None, OUTPUT, ge=1)
+    """Rounds between two snapshots of the client models in the run folder, for `cutlayer leakage`. Default: none."""
 
-    def check(self, algorithms: tuple[str, ...], given: frozenset[str]) -> None:
-        """Check what concerns several fields. `given` are the fields that the user set. Raises ConfigError."""
-        for name in algorithms:
-            if name not in ALGORITHMS:
-                raise ConfigError(unknown("algorithm", name, ALGORITHMS))
-        useful = frozenset[str]().union(*(applicable(a) for a in algorithms))
-        for option in sorted(given & (all_specific() - useful)):
-            users = ", ".join(a for a in ALGORITHMS if option in applicable(a))
-            raise ConfigError(
-                f"{option} = {getattr(self, option)!r} has no effect on {', '.join(algorithms)}: it belongs to "
-                f"{users}; leave it out or choose one of these"
-            )
+    def algorithm_names(self) -> tuple[str, ...]:
+        """The algorithms that are trained."""
+        raise TypeError(f"{type(self).__name__} names no algorithms")
+
+    def chosen(self) -> list[Entry]:
+        """Algorithms, partition, schedules, model, data and defences."""
+        found = [plugins.find("algorithm", name) for name in dict.fromkeys(self.algorithm_names())]
+        found.append(plugins.find("partition", self.partition))
+        found += [plugins.find("schedule", name) for name in (self.lr_schedule, self.server_lr_schedule) if name]
+        if plugins.known("model", self.model) or plugins.is_reference(self.model):
+            found.append(plugins.find("model", self.model))
+        found += self.reading()
+        return found + self._defending()
+
+    def reading(self) -> list[Entry]:
+        """What reads the data: a source, a format, or (where the file must tell) those formats that have an option
+        that was given.
+        """
+        if self.data_format != "auto":
+            return [plugins.find("format", self.data_format)]
+        if plugins.known("data", self.data) or plugins.is_reference(self.data):
+            return [plugins.find("data", self.data)]
+        given = set(self.__pydantic_extra__ or {})
+        return [entry for entry in plugins.index("format").values() if entry.option_names & given]
+
+    def _defending(self) -> list[Entry]:
+        """The defences named, and those of which an option is given."""
+        given = set(self.__pydantic_extra__ or {})
+        named = [plugins.find("defence", name) for name in self.defences]
+        return named + [e for e in plugins.index("defence").values() if e.option_names & given and e not in named]
+
+    def check_common(self, algorithms: Iterable[str], given: frozenset[str]) -> None:
+        """Check what concerns several fields, for these algorithms. `given`: what the user set. Raises ConfigError."""
+        found = {name: traits(name) for name in algorithms}
+        for option in sorted(given & set(CommonConfig.model_fields)):
+            when = about(CommonConfig.model_fields[option], "when") or ""
+            if not any(_WHEN[when](t) for t in found.values()):
+                raise _idle(option, getattr(self, option), found, when)
+        for entry in self._defending():
+            if not any(t.split for t in found.values()):
+                option = sorted(entry.option_names & given or entry.option_names)[0]
+                raise _idle(option, getattr(self, option, None), found, "split")
         self.check_fleet(given)
-        self._check_noise()
-        for fraction in self.lr_decay_at:
-            if not 0 < fraction < 1:
+        for first, second in exclusive_pairs():
+            if {first, second} <= given and getattr(self, second) is not None and getattr(self, first):
                 raise ConfigError(
-                    f"lr_decay_at = {fraction} is no fraction of the rounds: give values between 0 and 1, e.g. 0.8"
+                    f"{first} = {getattr(self, first)} and {second} = {getattr(self, second)} exclude each other: "
+                    "give one"
                 )
-        if {"epochs", "rounds"} <= given and self.rounds is not None:
-            raise ConfigError(f"epochs = {self.epochs} and rounds = {self.rounds} say the same thing twice: give one")
-        if {"local_epochs", "local_steps"} <= given and self.local_steps is not None:
-            raise ConfigError(
-                f"local_epochs = {self.local_epochs} and local_steps = {self.local_steps} exclude each other: give one"
-            )
 
-    def _check_noise(self) -> None:
-        """Noise has a meaning relative to what it hides. Raises ConfigError."""
-        for option in ("gaussian_noise", "laplace_noise"):
-            if getattr(self, option) and self.clip is None:
-                raise ConfigError(
-                    f"{option} = {getattr(self, option)!r} needs clip, in units of which it is: give e.g. clip = 1.0"
-                )
-        if self.gaussian_noise and self.laplace_noise:
-            raise ConfigError(
-                f"gaussian_noise = {self.gaussian_noise!r} and laplace_noise = {self.laplace_noise!r} exclude each "
-                "other: give one"
-            )
+
+def _idle(option: str, value: Any, found: Mapping[str, Traits], when: str) -> ConfigError:
+    users = [name for name in plugins.names("algorithm") if name not in found and _fits(name, when)]
+    return ConfigError(
+        f"{option} = {value!r} has no effect on {', '.join(found)}: it belongs to {', '.join(users)}; leave it out or "
+        "choose one of these"
+    )
+
+
+def _fits(algorithm: str, when: str) -> bool:
+    return algorithm in plugins.index("algorithm") and _WHEN[when](traits(algorithm))
 
 
 class RunConfig(CommonConfig):
-    """One training run."""
+    """One training run.
 
-    algorithm: Annotated[str, Parameter(group=Group("What to train", sort_key=0))] = "sglr"
-    """The algorithm (see `cutlayer list algorithms`)."""
-    seed: Annotated[int, Parameter(group=TRAINING)] = Field(0, ge=0)
+    Options are keywords: those below, and those of the things that are chosen (`cutlayer list` names them all; for
+    algorithm="sglr": phi, alpha, ...). `RunConfig.of(mapping)` gives errors in a sentence.
+    """
+
+    algorithm: str = _field("sglr", WHAT)
+    """The algorithm (see `cutlayer list algorithms`), or your own: path/to/file.py:name."""
+    seed: int = _field(0, TRAINING, shared=True, ge=0)
     """Names all randomness: splits, partition, initial weights, batches, active clients."""
 
-    def check(self, algorithms: tuple[str, ...], given: frozenset[str]) -> None:
-        """Also that the U-shape has its second cut."""
-        super().check(algorithms, given)
-        if self.algorithm == "ussl" and self.tail_cut is None:
+    def algorithm_names(self) -> tuple[str, ...]:
+        """The one algorithm."""
+        return (self.algorithm,)
+
+    @property
+    def traits(self) -> Traits:
+        """What follows from the needs of the algorithm."""
+        return traits(self.algorithm)
+
+    @property
+    def title(self) -> str:
+        """The algorithm's title."""
+        return plugins.find("algorithm", self.algorithm).title
+
+    @property
+    def given(self) -> frozenset[str]:
+        """The options that are set to something else than their default."""
+        things = {o.name: o.default for entry in self.chosen() for o in entry.options}
+        defaults = {**things, **{n: f.get_default() for n, f in type(self).model_fields.items()}}
+        return frozenset(n for n in self.model_fields_set if getattr(self, n) != defaults.get(n))
+
+    def check(self, given: frozenset[str]) -> None:
+        """Check what concerns several fields. `given` are those that the user set. Raises ConfigError."""
+        self.check_common((self.algorithm,), given)
+        if self.traits.u_shaped and self.tail_cut is None:
             raise ConfigError(
-                "ussl needs tail_cut: name the module after which the client takes over again, e.g. --tail-cut hidden3 "
-                "for the mlp"
+                f"{self.algorithm} needs tail_cut: name the module after which the client takes over again, e.g. "
+                "--tail-cut hidden3 for the mlp"
             )
+
+    def thing(self, kind: str, reference: str) -> Any:
+        """The chosen thing itself, with its options. Raises ConfigError."""
+        made = plugins.load(kind, reference)
+        entry = plugins.find(kind, reference)
+        values = {o.name: getattr(self, o.name, o.default) for o in entry.options}
+        return made.of(values) if isinstance(made, type) and issubclass(made, plugins.Thing) else made
 
     def resolved(self) -> dict[str, Any]:
         """The options that decide this run, defaults written out, those without effect left out. TOML-ready."""
-        named = self.cut is not None or self.model not in MODELS
-        whole = self if named else self.model_copy(update={"cut": MODELS[self.model].default_cut})
-        return _written_out(whole, applicable(self.algorithm))
+        default = default_cut(self.model)
+        whole = self if self.cut is not None or default is None else self.model_copy(update={"cut": default})
+        return _written_out(whole, [self.traits])
+
+
+def default_cut(model: str) -> str | None:
+    """Where a model is cut unless told otherwise; None for a model that does not say."""
+    can_be_found = plugins.known("model", model) or plugins.is_reference(model)
+    found = plugins.find("model", model).facts.get("default_cut") if can_be_found else None
+    return None if found is None else str(found)
+
+
+def cuts_of(model: str) -> tuple[str, ...]:
+    """The named cut points of a model of the registry, in the order data flows."""
+    return tuple(plugins.find("model", model).facts["cuts"])
 
 
 class CompareConfig(CommonConfig):
     """Several algorithms, several seeds, the same data, partitions, initial models and batches for all."""
 
-    algorithms: Annotated[
-        tuple[str, ...], Parameter(group=Group("What to compare", sort_key=0), negative=(), consume_multiple=True)
-    ] = ("cl", "fl", "ssl", "psl", "sfl", "sglr")
+    algorithms: tuple[str, ...] = _field(("cl", "fl", "ssl", "psl", "sfl", "sglr"), WHAT)
     """The algorithms to compare."""
-    seeds: Annotated[
-        tuple[int, ...], Parameter(group=Group("What to compare", sort_key=0), negative=(), consume_multiple=True)
-    ] = (0, 1, 2)
+    seeds: tuple[int, ...] = _field((0, 1, 2), WHAT)
     """One run of each algorithm per seed."""
-    variant: Annotated[dict[str, dict[str, Any]], Parameter(show=False, parse=False)] = {}
+    variant: dict[str, dict[str, Any]] = _field({}, "")
     """TOML tables [variant.NAME]: further entries, each an algorithm with options of its own."""
+
+    def algorithm_names(self) -> tuple[str, ...]:
+        """Those compared and those of the variants."""
+        return (*self.algorithms, *self._variant_algorithms())
+
+    def _variant_algorithms(self) -> tuple[str, ...]:
+        default = RunConfig.model_fields["algorithm"].get_default()
+        return tuple(str(v.get("algorithm", default)) for v in self.variant.values())
 
     def resolved(self) -> dict[str, Any]:
         """The options that decide this comparison, defaults written out, those without effect left out. TOML-ready."""
-        own = [str(v.get("algorithm", "sglr")) for v in self.variant.values()]
-        return _written_out(self, frozenset[str]().union(*(applicable(a) for a in (*self.algorithms, *own))))
+        return _written_out(self, [traits(name) for name in self.algorithm_names()])
 
     def runs(self, given: frozenset[str]) -> dict[str, dict[int, RunConfig]]:
         """The runs to make: entry name -> seed -> configuration. Raises ConfigError."""
-        base = self.model_dump(include=set(given & set(CommonConfig.model_fields)))
+        given = given - {"algorithms", "seeds", "variant"}
+        base = self.model_dump(include=set(given))
         if not self.algorithms and not self.variant:
             raise ConfigError("algorithms is empty: name at least one, e.g. --algorithms psl sglr")
         if not self.seeds:
@@ -357,86 +468,109 @@ class CompareConfig(CommonConfig):
                 raise ConfigError(f"{option} names {twice[0]!r} twice: name it once")
         if min(self.seeds) < 0:
             raise ConfigError(f"seeds = {min(self.seeds)} is not possible: a seed must be 0 or greater")
-        names = tuple(str(v.get("algorithm", "sglr")) for v in self.variant.values())
-        self.check((*self.algorithms, *names), given & frozenset(CommonConfig.model_fields))
+        self.check_common(self.algorithm_names(), given)
         entries: dict[str, dict[int, RunConfig]] = {}
         for algorithm in self.algorithms:
-            own = {k: v for k, v in base.items() if k not in all_specific() or k in applicable(algorithm)}
+            own = self._own(base, algorithm)
             first = RunConfig.of({**own, "algorithm": algorithm})
-            first.check((algorithm,), frozenset(own))
+            first.check(frozenset(own))
             entries[algorithm] = {s: first.model_copy(update={"seed": s}) for s in self.seeds}
         for name, values in self.variant.items():
             if name in entries:
                 raise ConfigError(f"variant {name!r} has the name of an algorithm that is compared too: rename it")
             try:
-                first = _variant(base, normalised(values))
+                first = self._variant(base, normalised(values))
             except ConfigError as error:
                 raise ConfigError(f"variant {name!r}: {error}") from None
             entries[name] = {s: first.model_copy(update={"seed": s}) for s in self.seeds}
         return entries
 
+    def _own(
+        self, base: Mapping[str, Any], algorithm: str, over: Mapping[str, Any] = MappingProxyType({})
+    ) -> dict[str, Any]:
+        """Those values of `base` that have an effect on a run of `algorithm` with the values `over` them: all but those
+        of things that the run does not choose.
+        """
+        mine = traits(algorithm)
 
-_PLANNED = Group("What is planned", sort_key=0)
-_BUDGETS = Group("Budgets of a client", sort_key=7)
+        def fits(name: str) -> bool:
+            info = CommonConfig.model_fields.get(name)
+            return info is None or _WHEN[about(info, "when") or ""](mine)
+
+        kept = {name: value for name, value in base.items() if fits(name)}
+        plain = {k: v for k, v in {**kept, **over, "algorithm": algorithm}.items() if k in RunConfig.model_fields}
+        things = [*RunConfig.of(plain).chosen(), *self.reading(), *(self._defending() if mine.split else ())]
+        options = {option for entry in things for option in entry.option_names}
+        return {name: value for name, value in kept.items() if name in CommonConfig.model_fields or name in options}
+
+    def _variant(self, base: Mapping[str, Any], values: Mapping[str, Any]) -> RunConfig:
+        """A variant's configuration: its own `values` over those of `base` that fit it. Raises ConfigError."""
+        if "seed" in values:
+            raise ConfigError(
+                f"seed = {values['seed']!r} cannot be chosen by a variant: use seeds, which all entries share"
+            )
+        algorithm = str(values.get("algorithm", RunConfig.model_fields["algorithm"].get_default()))
+        first = RunConfig.of(overlaid(self._own(base, algorithm, values), values))
+        first.check(frozenset(values))
+        return first
 
 
 class PlanConfig(FleetConfig):
     """What split learning would cost, without training."""
 
-    model: Annotated[str, Parameter(group=_PLANNED)] = "cnn"
-    """A model of the zoo, or your own: path/to/file.py:function or package.module:function, without arguments."""
-    cut: Annotated[str | None, Parameter(group=_PLANNED)] = None
-    """The module after which the model is cut, or all. Default: the zoo's own; all for a model of yours."""
-    algorithms: Annotated[tuple[str, ...], Parameter(group=_PLANNED, negative=(), consume_multiple=True)] = (
-        "cl",
-        "fl",
-        "ssl",
-        "psl",
-        "sfl",
-        "sglr",
-    )
+    model: str = _field("cnn", WHAT)
+    """A model by name (see `cutlayer list models`), or your own: path/to/file.py:name or package.module:name."""
+    cut: str | None = _field(None, WHAT)
+    """The module after which the model is cut, or all. Default: the model's own; all for a model without one."""
+    algorithms: tuple[str, ...] = _field(("cl", "fl", "ssl", "psl", "sfl", "sglr"), WHAT)
     """The algorithms whose costs are told."""
-    input: Annotated[tuple[int, ...], Parameter(group=DATA, negative=(), consume_multiple=True)] = (1, 28, 28)
+    input: tuple[int, ...] = _field((1, 28, 28), DATA)
     """The shape of one sample."""
-    input_type: Annotated[Literal["float32", "int64"], Parameter(group=DATA)] = "float32"
+    input_type: Literal["float32", "int64"] = _field("float32", DATA)
     """Real numbers, in the type that precision says, or integers, such as token ids."""
-    classes: Annotated[int, Parameter(group=DATA)] = Field(10, ge=2)
-    """Classes that a model of the zoo tells apart."""
-    label_bytes: Annotated[int, Parameter(group=DATA)] = Field(8, ge=0)
+    classes: int = _field(10, DATA, ge=2)
+    """Classes that a built-in model tells apart."""
+    label_bytes: int = _field(8, DATA, ge=0)
     """Bytes of one sample's label."""
-    clients: Annotated[int, Parameter(group=CLIENTS)] = Field(10, ge=1)
+    clients: int = _field(10, CLIENTS, ge=1)
     """Number of clients, C."""
-    samples_per_client: Annotated[int, Parameter(group=CLIENTS)] = Field(1000, ge=1)
+    samples_per_client: int = _field(1000, CLIENTS, ge=1)
     """Samples that each client holds."""
-    batch: Annotated[int, Parameter(group=TRAINING)] = Field(8, ge=1)
+    batch: int = _field(8, TRAINING, ge=1)
     """Batch size of a client, b."""
-    phi: Annotated[float, Parameter(group=TRAINING)] = Field(0.5, ge=0, le=1)
-    """sgl, sglr: the active fraction, so many clients share one common cut gradient in each step."""
-    precision: Annotated[Literal["float32", "bfloat16", "float16"], Parameter(group=TRAINING)] = "float32"
+    precision: Literal["float32", "bfloat16", "float16"] = _field("float32", TRAINING)
     """The type of weights and of what crosses."""
-    client_optimizer: Annotated[Literal["adam", "sgd"], Parameter(group=TRAINING)] = "adam"
+    client_optimizer: Literal["adam", "sgd"] = _field("adam", TRAINING)
     """What the clients' memory holds besides weights and gradients: adam two numbers per parameter, sgd none."""
-    memory_budget: Annotated[float | None, Parameter(group=_BUDGETS)] = Field(None, gt=0)
+    memory_budget: float | None = _field(None, BUDGETS, gt=0)
     """Gigabytes (1e9 bytes) that a client has for training."""
-    energy_budget: Annotated[float | None, Parameter(group=_BUDGETS)] = Field(None, gt=0)
+    energy_budget: float | None = _field(None, BUDGETS, gt=0)
     """Joules that a client may spend in an epoch, marginal: what training itself adds."""
-    servers: Annotated[int, Parameter(group=COSTS)] = Field(1, ge=1)
-    """So many server devices share the server's work."""
-    seed: Annotated[int, Parameter(group=COSTS)] = Field(0, ge=0)
+    servers: int = _field(1, COSTS, ge=1)
+    """Number of server devices that share the server's work."""
+    seed: int = _field(0, COSTS, ge=0)
     """Names the draw of clients' speeds, rates and stragglers."""
+
+    def chosen(self) -> list[Entry]:
+        """The algorithms, with those of their options that `traffic` reads."""
+        return [_planned(plugins.find("algorithm", name)) for name in self.algorithms]
+
+    def algorithm(self, name: str) -> Any:
+        """One of the algorithms, with its options. Raises ConfigError."""
+        return plugins.load("algorithm", name).of(self.options_of(_planned(plugins.find("algorithm", name))))
 
     def check(self, given: frozenset[str]) -> None:
         """Check what concerns several fields. `given` are the fields that the user set. Raises ConfigError."""
         if not self.algorithms:
             raise ConfigError("algorithms is empty: name at least one, e.g. --algorithms fl sglr")
         for name in self.algorithms:
-            if name not in ALGORITHMS or name == "ussl":
-                raise ConfigError(unknown("algorithm", name, (a for a in ALGORITHMS if a != "ussl")))
             if self.algorithms.count(name) > 1:
                 raise ConfigError(f"algorithms names {name!r} twice: name it once")
         if not self.input or min(self.input) < 1:
-            raise ConfigError(f"input = {list(self.input)} is no shape: give sizes of 1 or more, e.g. --input 1 28 28")
-        if "classes" in given and self.model not in MODELS:
+            raise ConfigError(
+                f"input = {list(self.input)} is not a shape: give sizes of 1 or more, e.g. --input 1 28 28"
+            )
+        if "classes" in given and not plugins.known("model", self.model):
             raise ConfigError(f"classes = {self.classes} has no effect on a model of your own: leave it out")
         self.check_fleet(given)
         needs = (("servers", "server_device"), ("energy_budget", "client_device"), ("seed", "client_device"))
@@ -448,66 +582,45 @@ class PlanConfig(FleetConfig):
                 )
 
 
-def _variant(base: Mapping[str, Any], values: Mapping[str, Any]) -> RunConfig:
-    """A variant's configuration: its own `values` over those of `base` that its algorithm has. Raises ConfigError."""
-    if "seed" in values:
-        raise ConfigError(f"seed = {values['seed']!r} is not a variant's to choose: use seeds, which all entries share")
-    algorithm = str(values.get("algorithm", "sglr"))
-    own = {k: v for k, v in base.items() if k not in all_specific() or k in applicable(algorithm)}
-    first = RunConfig.of(overlaid(own, values))
-    first.check((algorithm,), frozenset(values))
-    return first
+@cache
+def _planned(entry: Entry) -> Entry:
+    return replace(entry, options=tuple(o for o in entry.options if o.planned))
 
 
-_DEFENCES = frozenset({"clip", "gaussian_noise", "laplace_noise", "feature_dropout", "nopeek"})
-_EVERY_SPLIT = _DEFENCES | {
-    "cut",
-    "server_lr",
-    "server_optimizer",
-    "server_optimizer_options",
-    "server_lr_schedule",
-    "up_codec",
-    "down_codec",
-}
-_EVERY_GROUP = frozenset({"participation", "start"})
-
-
-def applicable(algorithm: str) -> frozenset[str]:
-    """The options beyond the common ones that change what `algorithm` does."""
-    info = ALGORITHMS[algorithm]
-    groups = _EVERY_GROUP if algorithm != "cl" else frozenset[str]()
-    return info.options | groups | (frozenset() if info.whole else _EVERY_SPLIT)
-
-
-def all_specific() -> frozenset[str]:
-    """The options that only some algorithms have."""
-    return frozenset[str]().union(*(applicable(a) for a in ALGORITHMS))
-
-
-def _written_out(config: CommonConfig, useful: frozenset[str]) -> dict[str, Any]:
-    """The options that `config` is decided by: all but those that only other algorithms have, or that another one
-    replaces.
-    """
+def _written_out(config: CommonConfig, found: list[Traits]) -> dict[str, Any]:
+    """The options that `config` is decided by: all but those without effect, and those that another one replaces."""
     dumped = config.model_dump(mode="json")
-    replaced = {"epochs"} if config.rounds is not None else set[str]()
-    replaced |= {"local_epochs"} if config.local_steps is not None else set()
-    drop = (all_specific() - useful) | replaced
+    drop = {
+        name
+        for name, info in CommonConfig.model_fields.items()
+        if not any(_WHEN[about(info, "when") or ""](t) for t in found)
+    }
+    drop |= {first for first, second in exclusive_pairs() if dumped.get(second)}
     drop |= set(FleetConfig.model_fields) if config.client_device is None else set()
     own = [name for name in type(config).model_fields if name not in CommonConfig.model_fields]
-    order = [*own, *CommonConfig.model_fields]
+    order = [*own, *CommonConfig.model_fields, *config.specific]
     unset: dict[str, tuple[Any, ...]] = {
         k: (None, {}, []) if f.default in ({}, ()) else (None,) for k, f in type(config).model_fields.items()
     }
-    return {k: dumped[k] for k in order if k not in drop and dumped[k] not in unset[k]}
+    return {k: dumped[k] for k in order if k not in drop and dumped[k] not in unset.get(k, (None,))}
 
 
-_EITHER_OR = (("epochs", "rounds"), ("local_epochs", "local_steps"), ("gaussian_noise", "laplace_noise"))
+_COMMON_PAIRS = (("epochs", "rounds"),)
+
+
+def exclusive_pairs() -> list[tuple[str, str]]:
+    """Pairs of options that exclude each other; the second replaces the default of the first."""
+    things = [pair for e in plugins.flat() for pair in e.facts["exclusive"]]
+    return list(dict.fromkeys([*_COMMON_PAIRS, *((first, second) for first, second in things)]))
 
 
 def overlaid(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """`over` on top of `base`; with rounds on top, the epochs below are gone, and so on."""
     gone = {
-        below for pair in _EITHER_OR for above, below in (pair, pair[::-1]) if over.get(above) and below not in over
+        below
+        for pair in exclusive_pairs()
+        for above, below in (pair, pair[::-1])
+        if over.get(above) and below not in over
     }
     return {**{k: v for k, v in base.items() if k not in gone}, **over}
 
@@ -518,30 +631,10 @@ def normalised(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The values of a configuration file. Raises ConfigError where it is missing or no TOML."""
+    """The values of a configuration file. Raises ConfigError where it is missing or not TOML."""
     try:
-        return normalised(tomllib.loads(path.read_text()))
+        return normalised(tomllib.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {str(path)!r}: {error.strerror}; check the path") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the configuration {str(path)!r} is not valid TOML: {error}; mend that line") from None
-
-
-def explain(error: ValidationError, model: type[BaseModel]) -> ConfigError:
-    """One sentence for the first thing that pydantic found wrong: value, reason, remedy."""
-    first = error.errors()[0]
-    name = str(first["loc"][0]) if first["loc"] else ""
-    if first["type"] == "extra_forbidden":
-        return ConfigError(unknown("option", name, model.model_fields))
-    if first["type"] == "literal_error" and isinstance(first["input"], str):
-        return ConfigError(unknown(name, first["input"], _choices(model.model_fields[name].annotation)))
-    field = model.model_fields.get(name)
-    about = f" ({field.description})" if field is not None and field.description else ""
-    message = str(first["msg"]).replace("Input should be", "it must be")
-    message = message[:1].lower() + message[1:]
-    return ConfigError(f"{name} = {first['input']} is not possible: {message}{about}")
-
-
-def _choices(annotation: Any) -> list[str]:
-    """The words of a Literal, also inside of a union."""
-    return [word for part in get_args(annotation) for word in ([part] if isinstance(part, str) else _choices(part))]
+        raise ConfigError(f"the configuration {str(path)!r} is not valid TOML: {error}; correct that line") from None

@@ -7,7 +7,7 @@ One thing is one file with one registration. A thing is found by
 4. the object itself, from Python.
 
 `index.json` holds what the registrations of this package say, so that the command line's help imports no torch. It is
-derived: `python -m cutlayer.plugins` writes it, a test keeps it true, and where it is out of date the files are
+derived: `python -m cutlayer.derive` writes it, a test keeps it true, and where it is out of date the files are
 imported instead, which is slower and never wrong. A file is only ever read because the operator of this machine named
 it; nothing that was received is imported.
 """
@@ -23,7 +23,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -41,11 +41,14 @@ _INDEX = "index.json"
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of thing: the word for it, the modules of this package that register some, its group of entry points."""
+    """A kind of thing: the word for it, the modules of this package that register some, its group of entry points.
+    `flat`: its options stand among those of a run (those of a codec are written with its name).
+    """
 
     word: str
     places: tuple[str, ...]
     group: str
+    flat: bool = True
 
 
 KINDS: dict[str, Kind] = {
@@ -55,9 +58,12 @@ KINDS: dict[str, Kind] = {
     "format": Kind("data format", ("data/formats",), "cutlayer.formats"),
     "partition": Kind("partition", ("data/partitions",), "cutlayer.partitions"),
     "schedule": Kind("schedule", ("schedules",), "cutlayer.schedules"),
-    "codec": Kind("codec", ("wire/codecs",), "cutlayer.codecs"),
+    "codec": Kind("codec", ("wire/codecs",), "cutlayer.codecs", flat=False),
     "defence": Kind("defence", ("defences",), "cutlayer.defences"),
 }
+
+SUPPLIED = frozenset({"input_shape", "classes"})
+"""Parameters of a model's function that the data decide: they are not options."""
 
 _BASES = {"bool": bool, "int": int, "float": float, "str": str}
 _BOUNDS = ("ge", "gt", "le", "lt")
@@ -160,7 +166,7 @@ def option(
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Entry:
     """What is known of a thing without importing it.
 
@@ -211,16 +217,12 @@ class Entry:
         return cls(**{**plain, "options": tuple(Option.from_json(o) for o in plain["options"])})
 
 
-_forms: dict[int, tuple[Entry, type[BaseModel]]] = {}
-
-
+@cache
 def _form(entry: Entry) -> type[BaseModel]:
     """A pydantic model of the entry's options."""
-    if id(entry) not in _forms:
-        fields: dict[str, Any] = {o.name: (o.annotation, o.info) for o in entry.options}
-        config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
-        _forms[id(entry)] = entry, create_model(entry.title or entry.name, __config__=config, **fields)
-    return _forms[id(entry)][1]
+    fields: dict[str, Any] = {o.name: (o.annotation, o.info) for o in entry.options}
+    config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+    return create_model(entry.title or entry.name, __config__=config, **fields)
 
 
 class Thing(BaseModel):
@@ -230,6 +232,7 @@ class Thing(BaseModel):
         extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
     )
     entry: ClassVar[Entry]
+    exclusive: ClassVar[tuple[tuple[str, str], ...]] = ()  # pairs of options: the second replaces the first
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> typing.Self:
@@ -238,6 +241,9 @@ class Thing(BaseModel):
             return cls(**values)
         except ValidationError as error:
             raise explain(error, cls) from None
+
+    def check(self, given: frozenset[str]) -> None:
+        """Check what concerns several options. `given` differ from their defaults. Raises ConfigError."""
 
 
 _registered: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}  # by a decorator, in this process
@@ -258,6 +264,7 @@ def register(kind: str, name: str, *, title: str = "", summary: str = "", **fact
             options = options_of(found)
         except TypeError as error:
             raise ConfigError(f"{KINDS[kind].word} {name!r}: {error}") from None
+        facts.setdefault("exclusive", [list(pair) for pair in getattr(found, "exclusive", ())])
         found.entry = Entry(kind, name, where, title or name, summary or first, options, facts)
         _registered[kind][name] = found
         return thing
@@ -266,24 +273,35 @@ def register(kind: str, name: str, *, title: str = "", summary: str = "", **fact
 
 
 def options_of(thing: Any) -> tuple[Option, ...]:
-    """The options that a class declares with `option`, or a function as keyword-only parameters."""
+    """The options that a class declares with `option`, or a function (or another class's constructor) as keyword-only
+    parameters with defaults, except those that the caller supplies by name.
+    """
     if inspect.isclass(thing) and issubclass(thing, BaseModel):
         return tuple(Option.from_field(name, info) for name, info in thing.model_fields.items())
-    if inspect.isclass(thing) or not callable(thing):
+    if not callable(thing):
         return ()
-    hints = typing.get_type_hints(thing)
+    own = {
+        name: p
+        for name, p in inspect.signature(thing).parameters.items()
+        if p.kind is p.KEYWORD_ONLY and p.default is not p.empty and name not in SUPPLIED
+    }
+    hints = typing.get_type_hints(thing.__init__ if inspect.isclass(thing) else thing) if own else {}
     found = []
-    for name, p in inspect.signature(thing).parameters.items():
-        if p.kind is inspect.Parameter.KEYWORD_ONLY:
-            info = p.default if isinstance(p.default, FieldInfo) else FieldInfo(default=p.default)
-            info.annotation = hints.get(name, str)
-            found.append(Option.from_field(name, info))
+    for name, p in own.items():
+        info = p.default if isinstance(p.default, FieldInfo) else FieldInfo(default=p.default)
+        info.annotation = hints.get(name, str)
+        found.append(Option.from_field(name, info))
     return tuple(found)
 
 
 def index(kind: str) -> dict[str, Entry]:
     """This package's things of a kind, by name."""
     return _index()[kind]
+
+
+def flat() -> list[Entry]:
+    """This package's things whose options stand among those of a run."""
+    return [entry for name, kind in KINDS.items() if kind.flat for entry in index(name).values()]
 
 
 def names(kind: str) -> list[str]:
@@ -367,11 +385,16 @@ def explain(error: ValidationError, model: type[BaseModel]) -> ConfigError:
 
 def fingerprint(kind: str, reference: str) -> str:
     """SHA-256, in hexadecimal, of the file of a thing that is not this package's; empty for this package's own."""
-    if reference in index(kind):
-        return ""
-    thing = load(kind, reference)
-    path = inspect.getsourcefile(thing)
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
+    return "" if reference in index(kind) else source_digest(load(kind, reference))
+
+
+def source_digest(thing: Any) -> str:
+    """SHA-256, in hexadecimal, of the file that defines a class or function; empty if there is none."""
+    try:
+        path = inspect.getsourcefile(thing)
+    except TypeError:  # defined at a prompt
+        path = None
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path and Path(path).is_file() else ""
 
 
 # The index
@@ -385,7 +408,7 @@ def _modules(kind: str) -> list[str]:
         base = f"cutlayer.{place.replace('/', '.')}"
         if folder.is_dir():
             found += [f"{base}.{p.stem}" for p in sorted(folder.glob("*.py")) if not p.stem.startswith("_")]
-        else:
+        elif folder.with_suffix(".py").is_file():
             found.append(base)
     return found
 
@@ -457,10 +480,17 @@ def _loaded_entry_point(point: EntryPoint, word: str) -> Any:
 
 @cache
 def _module_of(place: str) -> types.ModuleType:
-    """The module of a file (given as an absolute path) or of a dotted name."""
-    if not place.endswith(".py"):
-        return importlib.import_module(place)
-    path = Path(place)
+    """The module of a file (given as an absolute path) or of a dotted name. What lies beside it can be imported."""
+    folder = str(Path(place).parent if place.endswith(".py") else Path.cwd())
+    sys.path.insert(0, folder)
+    try:
+        return _file_module(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+    finally:
+        sys.path.remove(folder)
+
+
+def _file_module(path: Path) -> types.ModuleType:
+    place = str(path)
     name = f"cutlayer_own_{path.stem}_{hashlib.sha256(place.encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None, "a path that ends in .py has a spec"
@@ -503,25 +533,23 @@ def _entry_of(kind: str, reference: str, thing: Any) -> Entry:
     if entry is not None:
         return _renamed(entry, reference)
     if kind in ("model", "data") and callable(thing):  # a plain function will do
-        return Entry(kind, reference, reference, thing.__name__, options=options_of(thing))
+        try:
+            options = options_of(thing)
+        except (TypeError, NameError) as error:
+            raise ConfigError(f"{KINDS[kind].word} {reference!r}: {error}") from None
+        return Entry(kind, reference, reference, getattr(thing, "__name__", reference), options=options)
     raise ConfigError(
         f"{KINDS[kind].word} {reference!r} is not registered: decorate it (see docs/extending.md), or name another"
     )
 
 
-_renamed_entries: dict[tuple[int, str], Entry] = {}
-
-
+@cache
 def _renamed(entry: Entry, reference: str) -> Entry:
-    key = id(entry), reference
-    if key not in _renamed_entries:
-        made = {f: getattr(entry, f) for f in entry.__dataclass_fields__}
-        _renamed_entries[key] = Entry(**{**made, "name": reference})
-    return _renamed_entries[key]
+    return replace(entry, name=reference)
 
 
 def _dotted(text: str) -> bool:
-    return "." in text and all(part.isidentifier() for part in text.split("."))
+    return bool(text) and all(part.isidentifier() for part in text.split("."))
 
 
 # Types
@@ -564,9 +592,3 @@ def listing(kind: str) -> Iterable[Entry]:
     """All that can be named, for tables: entries of installed packages are imported for that."""
     for name in names(kind):
         yield find(kind, name)
-
-
-if __name__ == "__main__":
-    from cutlayer import plugins
-
-    print(plugins.write_index())  # noqa: T201

@@ -11,14 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from cutlayer import checkpoint
-from cutlayer.algorithms import ALGORITHMS
 from cutlayer.build import Data, Model, Training, assemble, by_name
-from cutlayer.catalog import ALGORITHMS as ALGORITHM_INFO
-from cutlayer.cohort import Cohort
 from cutlayer.costs.measured import Meter
-from cutlayer.engine.base import judged
 from cutlayer.errors import ConfigError, NonFiniteError, RunFolderError, UsageError
 from cutlayer.folder import (
+    ALGORITHM,
     CHECKPOINT,
     CLASSES,
     EVALUATIONS,
@@ -29,9 +26,8 @@ from cutlayer.folder import (
     refuse_used,
     stored_config,
 )
-from cutlayer.optim import lr_factor
 from cutlayer.options import RunConfig, normalised, overlaid
-from cutlayer.server import Server
+from cutlayer.scoring import judged
 from cutlayer.types import Evaluation, Step
 
 
@@ -227,6 +223,8 @@ class Run:
         t = self.training
         if folder is not None:
             names = list(t.source.class_names)
+            entry = t.algorithm.entry
+            folder.write_json(ALGORITHM, {"title": entry.title, "summary": entry.summary, **entry.facts})
             folder.write_json(CLASSES, {"class_names": names, "counts": t.counts.tolist()})
         for index in range(self._start_round, t.rounds):
             with self._meter:
@@ -261,9 +259,9 @@ class Run:
     def _round(self, index: int) -> Iterator[Record]:
         """Train one round. The clock runs while the algorithm works, not while the caller looks at a record."""
         t, c = self.training, self.config
-        client_factor, _ = lr_factors(c, index, t.rounds)
+        client_factor, _ = rate_factors(t, index)
         started = time.perf_counter()
-        steps = round_of(c, t.server, t.clients, index, t.rounds)
+        steps = round_of(t, index)
         while True:
             try:
                 step = next(steps, None)
@@ -362,11 +360,11 @@ class Run:
 
     def _computed(self) -> dict[str, float]:
         """FLOPs of a client, in the mean, and of the server."""
-        flops, info = self.training.flops, ALGORITHM_INFO[self.config.algorithm]
+        flops, traits = self.training.flops, self.training.algorithm.traits
         each = self._samples / self.config.clients
-        if self.config.algorithm == "cl":
+        if traits.central:
             return {"client_flops": 0.0, "server_flops": self._samples * flops.whole.training}
-        if info.whole:
+        if traits.whole:
             return {"client_flops": each * flops.whole.training, "server_flops": 0.0}
         return {
             "client_flops": each * flops.at_client.training,
@@ -417,18 +415,17 @@ class Run:
         folder.truncate(state["offsets"])
 
 
-def lr_factors(config: RunConfig, index: int, total: int) -> tuple[float, float]:
-    """What round `index` of `total` multiplies the clients' and the server's base rates with."""
-    c, progress = config, index / total
-    schedules = c.lr_schedule, c.server_lr_schedule or c.lr_schedule
-    clients, server = (lr_factor(schedule, progress, c.lr_decay, c.lr_decay_at) for schedule in schedules)
-    return clients, server
+def rate_factors(training: Training, index: int) -> tuple[float, float]:
+    """What round `index` multiplies the clients' and the server's base rates with."""
+    clients, server = training.schedules
+    return clients.factor(index / training.rounds), server.factor(index / training.rounds)
 
 
-def round_of(config: RunConfig, server: Server, clients: Cohort, index: int, total: int) -> Iterator[Step]:
-    """Begin round `index` of `total`; its steps."""
-    factor, server.lr_factor = lr_factors(config, index, total)
-    return ALGORITHMS[config.algorithm](config, server, clients, clients.begin_round(index, total, factor))
+def round_of(training: Training, index: int) -> Iterator[Step]:
+    """Begin round `index`; its steps."""
+    t = training
+    factor, t.server.lr_factor = rate_factors(t, index)
+    return t.algorithm.round(t.server, t.clients, t.clients.begin_round(index, t.rounds, factor))
 
 
 def own_things(**given: object) -> dict[str, bool]:
@@ -461,7 +458,7 @@ def _merged(config: RunConfig | None, options: dict[str, Any]) -> RunConfig:
     """`config` with `options` over it, checked. Raises ConfigError."""
     base = {} if config is None else config.model_dump(include=config.model_fields_set)
     merged = RunConfig.of(overlaid(base, options))
-    merged.check((merged.algorithm,), frozenset(merged.model_fields_set))
+    merged.check(frozenset(merged.model_fields_set))
     return merged
 
 

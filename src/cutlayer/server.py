@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cutlayer import seeds
 from cutlayer.averaging import average_into
 from cutlayer.errors import NonFiniteError
-from cutlayer.gradients import gradient_of, means, means_of_clients, row_losses
+from cutlayer.gradients import RowLoss, column, gradient_of, means, means_of_clients, row_losses, spread
 from cutlayer.optim import MakeOptimizer, load_optimizer, set_lr
 from cutlayer.types import Rows, Smashed, TailGradients, as_tuple
 
@@ -35,7 +35,7 @@ class Server:
     """The server model with its optimiser, and copies of both per client where an algorithm wants them (SplitFed V1,
     V3).
 
-    `lr` is the base rate; `lr_factor` is the round's schedule factor; SplitLr's factor is given per step.
+    `lr` is the base rate; `lr_factor` is the round's schedule factor; a step may have a factor of its own (SplitLr).
     """
 
     def __init__(self, model: nn.Module, make_optimizer: MakeOptimizer, lr: float, seed: int = 0) -> None:
@@ -48,37 +48,73 @@ class Server:
         self._steps = 0
         self._pending: tuple[Rows, Rows] | None = None
 
-    def step(self, smashed: Smashed, splitlr: float = 1.0) -> ServerStep:
-        """One loss (mean over all rows), its gradients, one optimiser step at rate lr x schedule x `splitlr`.
+    def step(self, smashed: Smashed, factor: float = 1.0, loss: RowLoss = row_losses) -> ServerStep:
+        """One loss (mean over all rows), its gradients, one optimiser step at rate lr x schedule x `factor`.
 
-        Raises NonFiniteError, before the step is taken, naming the clients whose rows are to blame (on an accelerator,
-        which a check would stop, the run looks at the losses that come back instead).
+        `loss` gives each row's. Raises NonFiniteError, before the step is taken, naming the clients whose rows are to
+        blame (on an accelerator, which a check would stop, the run looks at the losses that come back instead).
         """
-        outputs = self.forward(smashed)
-        losses = row_losses(outputs[0], smashed.labels)
-        loss = losses.mean()
+        losses, gradient = self._through(smashed, loss, factor)
+        return ServerStep(means(losses, smashed.sizes), gradient, self._rate(factor))
+
+    def step_on(self, rows: Rows, labels: Tensor, factor: float = 1.0, loss: RowLoss = row_losses) -> Tensor:
+        """One step on rows that the algorithm has made up (resampled, buffered): each [n, s...], labels [n]. The mean
+        loss. Raises NonFiniteError.
+        """
+        losses, _ = self._through(Smashed(rows, labels, (), ()), loss, factor)
+        return losses.mean()
+
+    def gradients(
+        self, smashed: Smashed, loss: RowLoss = row_losses, *, running_statistics: bool = False
+    ) -> ServerStep:
+        """One loss (mean over all rows) and its gradients; the server does not step, and `lr` is 0.
+
+        `running_statistics`: batch normalisation uses and keeps its running statistics (evaluation mode; there is no
+        dropout then either). Raises NonFiniteError as `step` does.
+        """
+        self._pending = None
+        losses, gradient = self._through(smashed, loss, None, evaluating=running_statistics)
+        return ServerStep(means(losses, smashed.sizes), gradient, 0.0)
+
+    def _through(
+        self, smashed: Smashed, loss: RowLoss, factor: float | None, *, evaluating: bool = False
+    ) -> tuple[Tensor, Rows]:
+        """(losses [R], gradients) of the rows' mean loss, with a step at rate lr x schedule x `factor` (None: none)."""
+        outputs = self.forward(smashed, evaluating=evaluating)
+        losses = loss(outputs[0], smashed.labels)
+        mean = losses.mean()
         if not finite(losses):
             raise NonFiniteError("loss", culprits(smashed, losses.detach()))
-        gradient = self._backward(smashed, lambda: loss.backward(), splitlr)
-        return ServerStep(means(losses.detach(), smashed.sizes), gradient, self._rate(splitlr))
+        gradient = self._backward(smashed, lambda: mean.backward(), factor)
+        return losses.detach(), gradient
 
-    def forward(self, smashed: Smashed) -> Rows:
-        """The server model's outputs on the rows, in training mode; kept for the backward pass to come."""
+    def forward(self, smashed: Smashed, *, evaluating: bool = False) -> Rows:
+        """The server model's outputs on the rows, in training mode (or in evaluation mode); kept for the backward pass
+        to come.
+        """
         rows = tuple(r.detach().requires_grad_(r.is_floating_point()) for r in smashed.rows)
-        if not self.model.training:
-            self.model.train()
+        if self.model.training == evaluating:
+            self.model.train(not evaluating)
         with seeds.torch_seeded(self.seed, "server", self._steps, device=smashed.labels.device):
             outputs = as_tuple(self.model(rows))
         self._pending = (rows, outputs)
         return outputs
 
-    def backward(self, smashed: Smashed, tail: TailGradients) -> ServerStep:
-        """U-shaped split: go on from the gradients that the clients' tails sent back, and step."""
+    def backward(self, smashed: Smashed, tail: TailGradients, factor: float = 1.0) -> ServerStep:
+        """U-shaped split: go on from the gradients that the clients' tails sent back, and step at rate lr x schedule x
+        `factor`.
+
+        Each client's tail has its own mean loss; weighted by b_k / R they add up to the mean over all rows, whose
+        gradient this is: rows of several clients are treated as in `step`.
+        """
         assert self._pending is not None, "backward() follows forward()"
-        assert len(smashed.clients) == 1, "gradients of several clients' own mean losses do not add up to one loss"
-        outputs = self._pending[1]
-        gradient = self._backward(smashed, lambda: torch.autograd.backward(outputs, tail.rows), 1.0)
-        return ServerStep(torch.cat([tail.losses, tail.losses]), gradient, self._rate(1.0))
+        outputs = tuple(o for o in self._pending[1] if o.requires_grad)
+        rows, share = tail.rows, [size / len(smashed) for size in smashed.sizes]
+        if len(share) > 1:
+            factors = spread(share, smashed.sizes)
+            rows = tuple(r * column(factors, r) for r in rows)
+        gradient = self._backward(smashed, lambda: torch.autograd.backward(outputs, rows), factor)
+        return ServerStep(means_of_clients(tail.losses, smashed.sizes), gradient, self._rate(factor))
 
     def predict(self, clients: Sequence[int], rows: Rows) -> Rows:
         """The server's outputs in eval mode, for evaluation. All clients share the one server model."""
@@ -134,16 +170,16 @@ class Server:
         self._copies[client].lr_factor = self.lr_factor
         return self._copies[client]
 
-    def _rate(self, splitlr: float) -> float:
-        return self.lr * self.lr_factor * splitlr
+    def _rate(self, factor: float) -> float:
+        return self.lr * self.lr_factor * factor
 
     def _take_step(self, lr: float) -> None:
         assert self._optimizer is not None
         set_lr(self._optimizer, lr)
         self._optimizer.step()
 
-    def _backward(self, smashed: Smashed, backward: Callable[[], None], splitlr: float) -> Rows:
-        """Zero, back-propagate, check, step; returns the gradients of the floating point rows."""
+    def _backward(self, smashed: Smashed, backward: Callable[[], None], factor: float | None) -> Rows:
+        """Zero, back-propagate, check, step (unless `factor` is None); the gradients of the floating point rows."""
         assert self._pending is not None, "a backward pass follows a forward pass"
         rows, _ = self._pending
         self._pending = None
@@ -154,10 +190,10 @@ class Server:
         for g in gradient:
             if not finite(g):
                 raise NonFiniteError("cut gradient", culprits(smashed, g.flatten(1).sum(1)))
-        if self._optimizer:
+        if self._optimizer and factor is not None:
             if not finite(*(p.grad for p in self._weights if p.grad is not None)):
                 raise NonFiniteError("server's weight gradient")
-            self._take_step(self._rate(splitlr))
+            self._take_step(self._rate(factor))
         self._steps += 1
         return gradient
 
@@ -180,6 +216,9 @@ def finite(*tensors: Tensor) -> bool:
 
 def culprits(smashed: Smashed, values: Tensor | None = None) -> tuple[int, ...]:
     """The clients whose smashed data are not finite; failing that, those whose row-wise `values` [R] are not."""
+
+    if not smashed.clients:  # rows that are nobody's own
+        return ()
 
     def bad(finite: Tensor) -> list[int]:
         parts: Sequence[Tensor] = finite.split(list(smashed.sizes))

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import ALGORITHMS
 
 from cutlayer import Run
-from cutlayer.catalog import ALGORITHMS
 
 GOLDEN = Path(__file__).parent / "golden"
 STEPS = 20

@@ -8,8 +8,7 @@ import pytest
 import torch
 from support import client_state, make, mlp, server_state, train
 
-from cutlayer import RunConfig
-from cutlayer.algorithms.sglr import draw_active, split_average, split_lr
+from cutlayer.algorithms.sglr import Sglr
 from cutlayer.gradients import own
 from cutlayer.types import CutGradients, Round, Smashed
 
@@ -28,7 +27,7 @@ def smashed(clients: tuple[int, ...] = (0, 1, 2), sizes: tuple[int, ...] = SIZES
 
 def average(active: tuple[int, ...], **options: Any) -> CutGradients:
     gradient = (torch.tensor(UNION).view(6, 1),)
-    return split_average(RunConfig(**options), gradient, smashed(), active)
+    return Sglr(**options).split_average(gradient, smashed(), active)
 
 
 def column(rows: tuple[torch.Tensor, ...]) -> list[float]:
@@ -99,7 +98,7 @@ def test_several_tensors_are_averaged_each() -> None:
     """
     gradient = (torch.tensor([[1.0], [3.0]]), torch.tensor([[[10.0]], [[30.0]]]))
     both = Smashed(gradient, torch.zeros(2), (0, 1), (1, 1))
-    common = split_average(RunConfig(), gradient, both, (0, 1)).common
+    common = Sglr().split_average(gradient, both, (0, 1)).common
     assert [c.tolist() for c in common] == [[[4.0]], [[[40.0]]]]
 
 
@@ -116,8 +115,8 @@ def test_several_tensors_are_averaged_each() -> None:
     ],
 )
 def test_split_lr(alpha: float, clients: int, enrolled: int, which: str, factor: float) -> None:
-    options = RunConfig(alpha=alpha, alpha_clients=which)
-    assert split_lr(options, smashed(tuple(range(clients)), (1,) * clients), enrolled) == pytest.approx(factor)
+    options = Sglr(alpha=alpha, alpha_clients=which)
+    assert options.split_lr(smashed(tuple(range(clients)), (1,) * clients), enrolled) == pytest.approx(factor)
 
 
 def test_server_rate_is_the_clients_times_c_to_the_alpha() -> None:
@@ -137,7 +136,7 @@ def test_server_rate_is_the_clients_times_c_to_the_alpha() -> None:
 def test_active_count_is_phi_c_rounded_half_up(phi: float, clients: int, count: int) -> None:
     """2.5 -> 3, 7.5 -> 8, 1.5 -> 2, .4 -> 0, .5 -> 1."""
     this = Round(0, 1, tuple(range(clients)), (4,) * clients, 0)
-    active = draw_active(RunConfig(phi=phi), this.clients, this, 0)
+    active = Sglr(phi=phi).draw_active(this.clients, this, 0)
     assert len(active) == len(set(active)) == count
     assert set(active) <= set(this.clients)
 
@@ -147,11 +146,11 @@ def test_active_clients_are_drawn_afresh_and_fairly() -> None:
     %).
     """
     this = Round(3, 10, (1, 4, 5, 7, 9), (400,) * 5, 7)
-    draws = [draw_active(RunConfig(phi=0.4), this.clients, this, turn) for turn in range(400)]
+    draws = [Sglr(phi=0.4).draw_active(this.clients, this, turn) for turn in range(400)]
     assert len(set(draws)) == 10  # all pairs of five occur
     for client in this.clients:
         assert 0.3 < sum(client in d for d in draws) / 400 < 0.5
-    assert draws[5] == draw_active(RunConfig(phi=0.4), this.clients, this, 5)  # a name, not a sequence
+    assert draws[5] == Sglr(phi=0.4).draw_active(this.clients, this, 5)  # a name, not a sequence
 
 
 @pytest.mark.parametrize(
@@ -169,11 +168,11 @@ def test_active_clients_are_drawn_afresh_and_fairly() -> None:
 )
 def test_phases(when: str, until: float, on: list[bool]) -> None:
     """The paper's phased variants: SplitAvg during the initial or final 60 % or 40 % of the steps."""
-    options = RunConfig(phi=1.0, phi_when=when, phi_until=until)
+    options = Sglr(phi=1.0, phi_when=when, phi_until=until)
     found = []
     for index in range(2):
         this = Round(index, 2, (0, 1), (5, 3), 0)
-        found += [bool(draw_active(options, this.clients, this, turn)) for turn in range(this.steps)]
+        found += [bool(options.draw_active(this.clients, this, turn)) for turn in range(this.steps)]
     assert found == on
 
 
@@ -185,11 +184,11 @@ def test_phases_are_exact_to_the_step(until: float, rounds: int, steps: int) -> 
     total = rounds * steps
     tenths = round(until * 10)
     for when in ("initial", "final"):
-        options = RunConfig(phi=1.0, phi_when=when, phi_until=until)
+        options = Sglr(phi=1.0, phi_when=when, phi_until=until)
         for i in range(total):
             this = Round(i // steps, rounds, (0, 1), (steps, steps), 0)
             expected = 10 * i < tenths * total if when == "initial" else 10 * i >= (10 - tenths) * total
-            assert bool(draw_active(options, this.clients, this, i % steps)) == expected, (when, i)
+            assert bool(options.draw_active(this.clients, this, i % steps)) == expected, (when, i)
 
 
 def test_phases_in_training() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support import client_state, difference  # type: ignore[import-not-found]
+from support import client_state, difference, make, mlp, train  # type: ignore[import-not-found]
 from torch import nn
 
 from cutlayer import ConfigError, Run, RunFolderError, checkpoint
@@ -262,6 +262,55 @@ def test_who_is_not_asked_sleeps() -> None:
     clock.compute(np.array([0.0, 10.0]))
     assert clock.now == 12.25
     assert clock.read().clients.waiting == 0.0  # client 0's .25 s too are now between two rounds
+
+
+def test_the_server_waits_for_those_that_send() -> None:
+    """Whoever computes for 10 s more and sends nothing does not hold the others up."""
+    clock = two([10.0, 10.0])
+    clock.begin([0, 1])
+    clock.compute(np.array([100.0, 0.0]))
+    clock.upload(np.array([0.0, 1e6]))
+    assert clock.server == 0.75  # half a second on air, a quarter on the way
+    assert clock.ready.tolist() == [10.0, 0.5]
+
+
+def test_the_u_shape_by_hand(tmp_path: Path) -> None:
+    """Two clients take turns, of three rows and of two, one batch each; the model goes from one to the other."""
+    mine = tmp_path / "mine.toml"
+    mine.write_text(
+        "[device.mote]\nflops_per_second = 1e3\nwatts = 2.0\nidle_watts = 0.5\nsource = 'me'\n"
+        "[device.desk]\nflops_per_second = 1e4\nwatts = 30.0\nsource = 'me'\n"
+        "[link.air]\nup_mbps = 0.01\ndown_mbps = 0.02\nlatency_ms = 100\nsource = 'me'\n"
+        "up_watts = 3.0\nup_watts_per_mbps = 20.0\ndown_watts = 1.0\ndown_watts_per_mbps = 5.0\n"
+    )
+    run = train(
+        "ussl", make(mlp), [3, 2], (6,), cut="0", tail_cut="2", rounds=1, profiles=str(mine), utilisation=1.0,
+        client_device="mote", server_device="desk", link="air",
+    )  # fmt: skip
+    # FLOPs of a row: 2 x 6 x 8 in the lower part, whose backward pass has no gradient of its input, 2 x 8 x 8 in the
+    # middle, 2 x 8 x 4 in the tail. What crosses is 8 numbers of 8 bytes a row, up and down, twice each.
+    lower, middle, middle_back, tail = 96.0, 128.0, 256.0, 64.0 + 128.0
+    crossing, model = 8 * 64.0, 8 * 8.0 * (6 * 8 + 8 + 8 * 4 + 4)  # bits
+    up, down, latency = 1e4, 2e4, 0.1
+
+    def turn(rows: int) -> float:
+        """The seconds of a turn, from the first pass to the last."""
+        computing = (2 * lower + tail) / 1e3 + (middle + middle_back) / 1e4
+        return rows * (computing + 2 * crossing / up + 2 * crossing / down) + 4 * latency
+
+    seconds = turn(3) + (model / up + model / down + 2 * latency) + turn(2)
+    work, bits = 5 * (2 * lower + tail), 5 * 2 * crossing + model  # of both clients, the latter in each direction
+    busy = work / 1e3 + bits / up + bits / down
+    marginal = 2.0 * work / 1e3 + (20.0 + 5.0) * bits / 1e6
+    waiting = 2 * seconds - busy  # each client waits while the other has its turn, and for the server
+    result = run.result
+    assert result is not None
+    assert result.virtual_seconds == pytest.approx(seconds, rel=1e-12)
+    assert result.clients_marginal_joules == pytest.approx(marginal, rel=1e-12)
+    assert result.clients_joules == pytest.approx(
+        marginal + 3.0 * bits / up + 1.0 * bits / down + 0.5 * waiting, rel=1e-12
+    )
+    assert result.server_joules == pytest.approx(30.0 * 5 * (middle + middle_back) / 1e4, rel=1e-12)
 
 
 def test_a_narrow_server_and_multicast() -> None:

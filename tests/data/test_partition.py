@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import sys
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,10 +11,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cutlayer.data import class_counts, partition
+from cutlayer import plugins, seeds
+from cutlayer.data import Partition, class_counts, partition
+from cutlayer.data.partitions.dirichlet import Dirichlet
 from cutlayer.errors import ConfigError, DataError
+from cutlayer.options import CommonConfig
 
-# flwr-datasets' import takes seconds: the first example would miss any deadline
+# the registries are read in the first example, which would miss any deadline
 settings.register_profile("partition", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 quick = settings(settings.get_profile("partition"), max_examples=25)
 brisk = settings(settings.get_profile("partition"), max_examples=100)
@@ -209,9 +213,7 @@ def test_class_counts() -> None:
 
 
 @pytest.mark.parametrize("how", ["dirichlet", "quantity", "column"])
-def test_the_library_prints_nothing(
-    how: str, capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
-) -> None:
+def test_dealing_prints_nothing(how: str, capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder) -> None:
     partition(LABELS, 5, how, seed=0, client_column=np.arange(600) % 5)
     assert capfd.readouterr() == ("", "")
     assert not recwarn.list
@@ -228,22 +230,26 @@ def test_the_library_prints_nothing(
         (ConfigError, ["samples_per_client=0", "1 or more"], 5, "iid", {"samples_per_client": 0}),
         (DataError, ["samples_per_client=200", "1000", "600", "at most 120", "fewer clients"], 5, "iid",
          {"samples_per_client": 200}),
-        (ConfigError, ["dirichlet_alpha=0", "positive"], 5, "dirichlet", {"dirichlet_alpha": 0}),
-        (ConfigError, ["dirichlet_alpha=-1", "positive"], 5, "dirichlet", {"dirichlet_alpha": -1}),
-        (ConfigError, ["dirichlet_alpha=nan", "positive"], 5, "dirichlet", {"dirichlet_alpha": float("nan")}),
-        (ConfigError, ["dirichlet_alpha=inf", "positive"], 5, "dirichlet", {"dirichlet_alpha": float("inf")}),
+        (ConfigError, ["dirichlet_alpha = 0", "greater than 0", "Label skew"], 5, "dirichlet", {"dirichlet_alpha": 0}),
+        (ConfigError, ["dirichlet_alpha = -1", "greater than 0"], 5, "dirichlet", {"dirichlet_alpha": -1}),
+        (ConfigError, ["dirichlet_alpha = nan", "finite number"], 5, "dirichlet", {"dirichlet_alpha": float("nan")}),
+        (ConfigError, ["dirichlet_alpha = inf", "finite number"], 5, "dirichlet", {"dirichlet_alpha": float("inf")}),
         (DataError, ["client ", "dirichlet_alpha=0.01", "100 clients", "raise dirichlet_alpha"], 100, "dirichlet",
          {"dirichlet_alpha": 0.01}),
-        (ConfigError, ["shards_per_client=0", "1 or more"], 5, "shards", {"shards_per_client": 0}),
+        (ConfigError, ["shards_per_client = 0", "greater than or equal to 1"], 5, "shards", {"shards_per_client": 0}),
         (DataError, ["shards_per_client=121", "605 shards", "600", "at most 120"], 5, "shards",
          {"shards_per_client": 121}),
         (ConfigError, ["'linea'", "did you mean 'linear'?"], 5, "quantity", {"quantity": "linea"}),
-        (DataError, ["client 0 ", "'exponential'", "20 clients", "fewer clients", "'linear'"], 20, "quantity", {}),
+        (DataError, ["client 0 ", "'exponential'", "20 clients", "fewer clients", "'linear'"], 20, "quantity",
+         {"quantity": "exponential"}),
         (DataError, ["client 0 ", "599 clients", "fewer clients"], 599, "quantity", {"quantity": "linear"}),
         (DataError, ["no client column", "client_column"], 5, "column", {}),
         (DataError, ["7 distinct values", "clients=5", "pass clients=7"], 5, "column",
          {"client_column": np.arange(600) % 7}),
         (DataError, ["(3,)", "(600,)"], 3, "column", {"client_column": np.arange(3)}),
+        (ConfigError, ["dirichlet_alpha = 0.5", "no effect", "'iid'", "'dirichlet'"], 5, "iid",
+         {"dirichlet_alpha": 0.5}),
+        (ConfigError, ["alfa = 1", "no effect", "'dirichlet'"], 5, "dirichlet", {"alfa": 1}),
     ],
 )  # fmt: skip
 def test_errors_name_the_value_and_the_remedy(
@@ -260,8 +266,177 @@ def test_so_many_clients_that_their_exponential_overflows() -> None:
         partition(np.zeros(2000, np.int64), 1000, "quantity", seed=0, quantity="exponential")
 
 
-def test_without_the_library_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "flwr_datasets", None)  # what makes Python not find a module
-    with pytest.raises(ConfigError, match=r"'dirichlet' needs .* pip install .*'iid' or 'shards'"):
-        partition(LABELS, 5, "dirichlet", seed=0)
-    assert len(partition(LABELS, 5, "iid", seed=0)) == len(partition(LABELS, 5, "shards", seed=0)) == 5
+# --- against flwr-datasets ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def flower() -> Any:
+    """The partitioners of flwr-datasets, which takes seconds to import."""
+    pytest.importorskip("datasets", reason="the extra cutlayer[datasets] is not installed")
+    return pytest.importorskip("flwr_datasets.partitioner", reason="the extra cutlayer[datasets] is not installed")
+
+
+def theirs(partitioner: Any, clients: int, **columns: np.ndarray) -> list[list[int]]:
+    """The column `row` of each client, as flwr-datasets deals it."""
+    import datasets
+
+    partitioner.dataset = datasets.Dataset.from_dict(columns)
+    return [partitioner.load_partition(client)["row"][:] for client in range(clients)]
+
+
+def ours(how: str, clients: int, seed: int, labels: np.ndarray, order: np.ndarray, **options: Any) -> list[list[int]]:
+    """The rows of each client in the order in which the scheme deals them."""
+    scheme = plugins.load("partition", how).of(options)
+    return [np.asarray(part).tolist() for part in scheme.deal(labels, order, clients, seed, None)]
+
+
+def random_case(n: int) -> tuple[np.random.Generator, np.ndarray, np.ndarray, int]:
+    """Labels of any distribution, the rows to deal (all or some), a number of clients."""
+    rng = np.random.default_rng(n)
+    rows = int(rng.integers(5, 400))
+    labels = rng.choice(int(rng.integers(1, 12)), rows) * int(rng.integers(1, 4)) - 1
+    order = rng.permutation(rows)[: rows if n % 3 else int(rng.integers(4, rows + 1))]
+    return rng, labels, order, int(rng.integers(1, min(len(order), 15) + 1))
+
+
+@pytest.mark.parametrize("n", range(60))
+def test_dirichlet_deals_what_flwr_datasets_deals(flower: Any, n: int) -> None:
+    rng, labels, order, clients = random_case(n)
+    alpha = float(10 ** rng.uniform(-1.5, 2))
+    if n % 5 == 0:
+        labels = np.array([f"class {label}" for label in labels])
+    for attempt in range(10):
+        seed = seeds.derive(n, "partition", "dirichlet", attempt)
+        drawn = flower.DirichletPartitioner(clients, "label", alpha, min_partition_size=0, shuffle=False, seed=seed)
+        expected = theirs(drawn, clients, row=order, label=labels[order])
+        if all(expected):
+            assert ours("dirichlet", clients, n, labels, order, dirichlet_alpha=alpha) == expected
+            return
+    with pytest.raises(DataError, match="10 draws tried"):
+        ours("dirichlet", clients, n, labels, order, dirichlet_alpha=alpha)
+
+
+@pytest.mark.parametrize("n", range(60))
+def test_quantity_deals_what_flwr_datasets_deals(flower: Any, n: int) -> None:
+    _, labels, order, clients = random_case(n)
+    quantity, kind = [("linear", "Linear"), ("square", "Square"), ("exponential", "Exponential")][n % 3]
+    try:
+        expected = theirs(getattr(flower, f"{kind}Partitioner")(clients), clients, row=order)
+    except ValueError:
+        with pytest.raises(DataError, match="would get none"):
+            ours("quantity", clients, n, labels, order, quantity=quantity)
+        return
+    assert ours("quantity", clients, n, labels, order, quantity=quantity) == expected
+
+
+@pytest.mark.parametrize("n", range(30))
+def test_column_deals_what_flwr_datasets_deals(flower: Any, n: int, capfd: pytest.CaptureFixture[str]) -> None:
+    rng, labels, _, _ = random_case(n)
+    owner = rng.integers(-3, 9, len(labels)) * 5
+    if n % 2:
+        owner = np.array([["Zoë", "amy", "B 10", "b 9", ""][value % 5] + str(value) for value in owner])
+    clients = len(np.unique(owner))
+    natural = flower.NaturalIdPartitioner(partition_by="owner")
+    expected = theirs(natural, clients, row=np.arange(len(labels)), owner=owner)
+    assert [part.tolist() for part in partition(labels, clients, "column", seed=n, client_column=owner)] == expected
+
+
+# --- of the user's own, and options ------------------------------------------------------------------------------
+
+OWN = """
+import numpy as np
+from cutlayer import seeds
+from cutlayer.data import Partition, partition_scheme
+from cutlayer.plugins import option
+
+
+@partition_scheme("first", title="First", summary="the first client gets a share of its own")
+class First(Partition):
+    share: float = option(0.5, gt=0, lt=1, help="The first client's share.")
+
+    def deal(self, labels, order, clients, seed, owners):
+        many = int(self.share * len(order))
+        return [order[:many], *np.array_split(order[many:], clients - 1)]
+
+
+@partition_scheme("wrong", title="Wrong", summary="makes a mistake")
+class Wrong(Partition):
+    mistake: str = option("few")
+
+    def deal(self, labels, order, clients, seed, owners):
+        return {
+            "few": [order],
+            "none": [order, order[:0]],
+            "twice": [order, order[:3]],
+            "beyond": [order, [len(order)]],
+            "real": [order / 2, order],
+        }[self.mistake]
+
+
+@partition_scheme("empty", title="Empty", summary="has no method")
+class Empty(Partition):
+    pass
+
+
+class Plain:
+    pass
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> str:
+    """The file of the user's own partitions."""
+    (tmp_path / "deals.py").write_text(OWN)
+    return str(tmp_path / "deals.py")
+
+
+def test_a_partition_of_ones_own(own: str) -> None:
+    parts = partition(LABELS, 5, f"{own}:First", seed=1, share=0.25)
+    dealt_right(parts, 600, 5)
+    assert [len(part) for part in parts] == [150, 113, 113, 112, 112]
+    assert len(partition(LABELS, 5, f"{own}:First", seed=1)[0]) == 300
+    made = plugins.load("partition", f"{own}:First")(share=0.25)
+    assert same(parts, partition(LABELS, 5, made, seed=1))
+    assert len(partition(LABELS, 5, made, seed=1, samples_per_client=40)[0]) == 50
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "error", "words"),
+    [
+        ("First", {"share": 2}, ConfigError, ["share = 2", "less than 1", "first client's"]),
+        ("First", {"part": 2}, ConfigError, ["part = 2", "no effect"]),
+        ("Wrong", {}, DataError, ["1 parts for 2 clients"]),
+        ("Wrong", {"mistake": "none"}, DataError, ["client 1", "(0,)", "at least one"]),
+        ("Wrong", {"mistake": "twice"}, DataError, ["each row once"]),
+        ("Wrong", {"mistake": "beyond"}, DataError, ["not to be dealt"]),
+        ("Wrong", {"mistake": "real"}, DataError, ["client 0", "float64", "row numbers"]),
+        ("Wrong", {"mistake": "else"}, ConfigError, ["KeyError: 'else'", "correct"]),
+        ("Empty", {}, ConfigError, ["method deal"]),
+        ("Plain", {}, ConfigError, ["not registered"]),
+        ("Frist", {}, ConfigError, ["did you mean 'First'"]),
+    ],
+)
+def test_partitions_of_ones_own_that_cannot_be_used(
+    own: str, name: str, options: dict[str, Any], error: type[Exception], words: list[str]
+) -> None:
+    with pytest.raises(error) as caught:
+        partition(LABELS, 2, f"{own}:{name}", seed=0, **options)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_configured_partition_has_its_options() -> None:
+    scheme: Partition = Dirichlet(dirichlet_alpha=0.2)
+    expected = partition(LABELS, 5, "dirichlet", seed=3, dirichlet_alpha=0.2)
+    assert same(partition(LABELS, 5, scheme, seed=3), expected)
+    with pytest.raises(ConfigError, match="dirichlet_alpha is given beside"):
+        partition(LABELS, 5, scheme, seed=3, dirichlet_alpha=0.3)
+
+
+def test_options_are_those_of_a_run() -> None:
+    entries = plugins.index("partition")
+    assert set(entries) == {"iid", "dirichlet", "shards", "quantity", "column"}
+    options = [o for entry in entries.values() for o in entry.options]
+    assert {o.name for o in options} == {"dirichlet_alpha", "shards_per_client", "quantity"}
+    fields = CommonConfig.model_fields
+    assert all(o.default == fields[o.name].default and o.help for o in options)

@@ -5,21 +5,26 @@ from __future__ import annotations
 import gzip
 import itertools
 import struct
+import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from cutlayer.catalog import DATA_FORMATS, DATASETS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from cutlayer.data import Source, from_arrays, from_dataset, load
-from cutlayer.data.sources import FASHION_MNIST_FOLDER
+from cutlayer import plugins
+from cutlayer.data import Source, from_arrays, from_dataset, load, load_whole
+from cutlayer.data.built_in.fashion_mnist import FASHION_MNIST_FOLDER
 from cutlayer.errors import ConfigError, CutlayerError, DataError
+from cutlayer.options import CommonConfig
 
 RNG = np.random.default_rng(0)
 
@@ -194,7 +199,7 @@ def test_unfit_arrays_are_refused_with_a_remedy(call: Callable[[], object], word
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"test": 0}, ["test=0", "test=.2"]),
+        ({"test": 0}, ["test=0", "test=0.2"]),
         ({"test": -0.1}, ["test=-0.1", "fraction below 1"]),
         ({"test": float("nan")}, ["test=nan"]),
         ({"test": float("inf")}, ["test=inf"]),
@@ -566,7 +571,11 @@ def test_images_with_a_folder_beside_train(tmp_path: Path) -> None:
 
 # --- Hugging Face ------------------------------------------------------------------------------------------------
 
-datasets = pytest.importorskip("datasets", reason="the package datasets is not installed (cutlayer[huggingface])")
+try:
+    import datasets  # type: ignore[import-untyped]
+except ImportError:
+    datasets = None
+needs_datasets = pytest.mark.skipif(datasets is None, reason="the extra cutlayer[datasets] is not installed")
 
 
 def hugging(rows: int = 40, start: int = 0, **features: Any) -> Any:
@@ -579,6 +588,7 @@ def hugging(rows: int = 40, start: int = 0, **features: Any) -> Any:
     return datasets.Dataset.from_dict(columns)
 
 
+@needs_datasets
 def test_huggingface_folder_of_a_table(tmp_path: Path) -> None:
     hugging().save_to_disk(str(tmp_path / "set"))
     source = load(str(tmp_path / "set"), client_column="who")
@@ -590,6 +600,7 @@ def test_huggingface_folder_of_a_table(tmp_path: Path) -> None:
     assert set(source.client_column.tolist()) == {0, 1, 2}
 
 
+@needs_datasets
 def test_huggingface_dictionary_with_its_own_parts(tmp_path: Path) -> None:
     parts = {"train": hugging(30), "validation": hugging(4, 30), "test": hugging(6, 34)}
     datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "set"))
@@ -598,6 +609,7 @@ def test_huggingface_dictionary_with_its_own_parts(tmp_path: Path) -> None:
     assert (len(source.train), len(source.validation), len(source.test)) == (30, 4, 6)
 
 
+@needs_datasets
 def test_huggingface_parquet(tmp_path: Path) -> None:
     (tmp_path / "set" / "data").mkdir(parents=True)
     hugging(20).to_parquet(str(tmp_path / "set" / "data" / "train-00000-of-00002.parquet"))
@@ -612,6 +624,7 @@ def test_huggingface_parquet(tmp_path: Path) -> None:
     disjoint(only, 6)
 
 
+@needs_datasets
 @pytest.mark.parametrize("parquet", [False, True])
 def test_huggingface_pictures_and_class_labels(tmp_path: Path, parquet: bool) -> None:
     features = datasets.Features(
@@ -636,6 +649,7 @@ def test_huggingface_pictures_and_class_labels(tmp_path: Path, parquet: bool) ->
     assert torch.equal(source.train.y, (source.train.x[:, 0, 0, 0] * 255).round().long() % 2)
 
 
+@needs_datasets
 @pytest.mark.parametrize(
     ("feature", "shape", "expected"),
     [
@@ -657,6 +671,7 @@ def test_huggingface_arrays_and_lists(
     assert source.train.x.dtype == expected
 
 
+@needs_datasets
 def test_huggingface_rows_that_were_filtered_out_do_not_matter() -> None:
     dataset = datasets.Dataset.from_dict({"x": [1.0, None, *range(20)], "label": [None, 0, *([0, 1] * 10)]})
     refused(lambda: from_dataset(dataset.select(range(1, 22))), "'x'", "missing values")
@@ -664,6 +679,7 @@ def test_huggingface_rows_that_were_filtered_out_do_not_matter() -> None:
     disjoint(from_dataset(dataset.select(range(2, 22))), 20)
 
 
+@needs_datasets
 def test_huggingface_that_cannot_be_read(tmp_path: Path) -> None:
     dataset = hugging()
     refused(lambda: from_dataset(dataset, label_column="lable"), "'lable'", "did you mean 'label'?", "label_column")
@@ -691,10 +707,11 @@ def test_huggingface_that_cannot_be_read(tmp_path: Path) -> None:
     refused(lambda: load(str(tmp_path)), "save_to_disk or as parquet")
 
 
+@needs_datasets
 def test_without_the_package_datasets_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hugging().save_to_disk(str(tmp_path / "set"))
     monkeypatch.setitem(sys.modules, "datasets", None)  # what makes Python not find a module
-    refused(lambda: load(str(tmp_path / "set")), "pip install datasets")
+    refused(lambda: load(str(tmp_path / "set")), "pip install 'cutlayer[datasets]'")
 
 
 # --- torch data sets ---------------------------------------------------------------------------------------------
@@ -738,3 +755,196 @@ def test_dataset_of_pairs_that_cannot_be_read() -> None:
     refused(lambda: from_dataset(x for x in [good]), "no length", "map-style")
     refused(lambda: from_dataset(Pairs([good] * 5)), "one class only")
     refused(lambda: from_dataset(Pairs([good]), label_column="y"), "label_column='y'", "no effect", error=ConfigError)
+
+
+# --- of the user's own -------------------------------------------------------------------------------------------
+
+OWN = """
+import numpy as np
+import torch
+from cutlayer.data import Format, Raw, Section, data_format, data_set, from_arrays
+from cutlayer.plugins import option
+
+X, Y = np.arange(40.0)[:, None], np.arange(40) % 2
+
+
+@data_format("lines", title="Lines", summary="a number a line")
+class Lines(Format):
+    skip: int = option(0, ge=0, help="Lines to leave out at the beginning.")
+
+    @classmethod
+    def fits(cls, path):
+        return path.suffix == ".lines"
+
+    def read(self, path):
+        x = np.array([float(line) for line in path.read_text().split()[self.skip:]])[:, None]
+        return Raw(path.stem, Section(x, (x[:, 0] % 2).astype(int)))
+
+
+@data_format("short", title="Short", summary="returns arrays")
+class Short(Format):
+    def read(self, path):
+        return X, Y
+
+
+class Unregistered(Format):
+    def read(self, path):
+        return X, Y
+
+
+def pair():
+    return X, Y
+
+
+def arrays():
+    return {"x": X[:30], "y": Y[:30], "x_test": X[30:], "y_test": Y[30:], "client": Y[:30]}
+
+
+def source():
+    return from_arrays(X, Y, name="whole", validation=4, test=6)
+
+
+class Pairs(torch.utils.data.Dataset):
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, row):
+        return X[row], int(Y[row])
+
+
+@data_set("some", title="Some")
+def some(*, rows: int = 40):
+    return X[:rows], Y[:rows]
+
+
+def odd():
+    return {"x": X, "z": Y}
+
+
+def nothing():
+    return None
+
+
+def broken():
+    raise RuntimeError("the disk is full")
+
+
+def greedy(folder):
+    return X, Y
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> str:
+    """The file of the user's own things."""
+    (tmp_path / "own.py").write_text(OWN)
+    return str(tmp_path / "own.py")
+
+
+@pytest.mark.parametrize(("name", "test"), [("pair", 8), ("arrays", 10), ("source", 6), ("Pairs", 8), ("some", 8)])
+def test_a_function_of_ones_own(own: str, name: str, test: int) -> None:
+    data = load(f"{own}:{name}")
+    disjoint(data, 40)
+    assert len(data.test) == test
+    assert data.class_names == ("0", "1")
+    assert (data.client_column is not None) == (name == "arrays")
+    whole = load_whole(f"{own}:{name}")
+    assert len(whole.train) == {"arrays": 30, "source": 30}.get(name, 40)
+    assert len(whole.validation) == len(whole.test) == 0
+
+
+def test_a_function_of_ones_own_has_options(own: str) -> None:
+    disjoint(load(f"{own}:some", rows=20), 20)
+    refused(lambda: load(f"{own}:some", rows="many"), "rows = many", error=ConfigError)
+    refused(lambda: load(f"{own}:some", row=20), "row=20", "no effect", "own.py:some", error=ConfigError)
+
+
+def test_a_function_is_found_in_a_module(own: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path(own).parent
+    (folder / "own_things").mkdir()
+    (folder / "own_things" / "__init__.py").write_text("")
+    (folder / "own_things" / "here.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(folder))
+    disjoint(load("own_things.here:pair"), 40)
+
+
+@needs_datasets
+def test_a_function_may_return_hugging_face_data(tmp_path: Path) -> None:
+    (tmp_path / "hugging.py").write_text(
+        "import datasets\n\n\ndef table():\n    rows = list(range(40))\n"
+        "    return datasets.Dataset.from_dict({'a': rows, 'kind': [n % 2 for n in rows]})\n"
+    )
+    disjoint(load(f"{tmp_path / 'hugging.py'}:table", label_column="kind"), 40)
+    refused(lambda: load(f"{tmp_path / 'hugging.py'}:table"), "'label'", "label_column")
+
+
+def test_functions_that_cannot_be_used(own: str) -> None:
+    refused(lambda: load(f"{own}:odd"), "'z'", "known: x, y")
+    refused(lambda: load(f"{own}:nothing"), "NoneType", "own.py:nothing", "return a Source")
+    refused(lambda: load(f"{own}:broken"), "RuntimeError: the disk is full", "correct", error=ConfigError)
+    refused(lambda: load(f"{own}:greedy"), "missing 1 required", "'folder'", error=ConfigError)
+    refused(lambda: load(f"{own}:pear"), "'pear'", "did you mean 'pair'?", error=ConfigError)
+    refused(lambda: load("nowhere.py:pair"), "no file 'nowhere.py'", error=ConfigError)
+    refused(lambda: load(f"{own}:pair", data_format="csv"), "data_format='csv'", "no effect", error=ConfigError)
+    refused(lambda: load(f"{own}:pair", label_column="y"), "label_column='y'", "csv and huggingface", error=ConfigError)
+    refused(lambda: load(f"{own}:source", class_names=("a", "b")), "class_names", "['0', '1']", error=ConfigError)
+    refused(lambda: load(f"{own}:Lines"), "data format", "data set", error=ConfigError)
+    assert load(f"{own}:source", class_names=("0", "1")).classes == 2
+    assert load(f"{own}:pair", class_names=("0", "1", "2")).classes == 3
+
+
+def test_a_format_of_ones_own(own: str, tmp_path: Path) -> None:
+    path = tmp_path / "numbers.lines"
+    path.write_text("\n".join(map(str, range(40))))
+    disjoint(load(str(path), data_format=f"{own}:Lines"), 40)
+    disjoint(load(str(path), data_format=f"{own}:Lines", skip=10), 30)
+    disjoint(load(str(path), data_format=f"{own}:Short"), 40)
+    assert len(load_whole(str(path), data_format=f"{own}:Lines", skip=10).train) == 30
+    refused(lambda: load(str(path), data_format=f"{own}:Lines", skip=-1), "skip = -1", "Lines to", error=ConfigError)
+    refused(lambda: load(str(path), data_format=f"{own}:Lines", skpi=1), "skpi=1", "no effect", error=ConfigError)
+    refused(lambda: load(str(path), data_format=f"{own}:pair"), "not registered", error=ConfigError)
+    refused(lambda: load(str(path), data_format=f"{own}:Unregistered"), "not registered", error=ConfigError)
+    path.write_text("1\ntwo")
+    refused(lambda: load(str(path), data_format=f"{own}:Lines"), "ValueError", "'two'", error=ConfigError)
+
+
+def test_detection_asks_every_format(own: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those of installed packages."""
+    path = tmp_path / "numbers.lines"
+    path.write_text("\n".join(map(str, range(40))))
+    refused(lambda: load(str(path)), "not recognised", "npz")
+    point = EntryPoint("lines", "own:Lines", "cutlayer.formats")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(plugins, "_entry_points", lambda kind: {"lines": point} if kind == "format" else {})
+    disjoint(load(str(path)), 40)
+    disjoint(load(str(path), data_format="lines", skip=10), 30)
+
+
+def test_a_part_that_the_data_bring_is_not_held_out(own: str, tmp_path: Path) -> None:
+    asked = frozenset({"test", "validation"})
+    disjoint(load(f"{own}:pair", given=asked), 40)
+    refused(
+        lambda: load(f"{own}:arrays", test=0.3, given=asked), "test=0.3", "no effect", "own test", error=ConfigError
+    )
+    refused(lambda: load(f"{own}:source", given=frozenset({"validation"})), "validation=0.1", "own", error=ConfigError)
+    disjoint(load(f"{own}:arrays", test=0.3), 40)
+    path = npz(tmp_path, x=ONES, y=Y, x_val=ONES, y_val=Y)
+    refused(lambda: load(path, given=asked), "validation=0.1", "own validation set", error=ConfigError)
+    assert len(load(path, given=frozenset({"test"})).validation) == 10
+
+
+def test_built_in_things_are_those_of_the_catalogue() -> None:
+    assert {n: e.summary for n, e in plugins.index("data").items()} == {n: i.summary for n, i in DATASETS.items()}
+    assert {n: e.summary for n, e in plugins.index("format").items()} == DATA_FORMATS
+    columns = {"label_column", "client_column"}
+    for name, entry in plugins.index("format").items():
+        assert entry.option_names == (columns if name in ("csv", "huggingface") else set())
+    for option in (o for entry in plugins.index("format").values() for o in entry.options):
+        assert option.help == " ".join((CommonConfig.model_fields[option.name].description or "").split())
+        assert option.default == CommonConfig.model_fields[option.name].default
+
+
+def test_nothing_imports_the_package_datasets_unasked() -> None:
+    code = "import sys, cutlayer.run, cutlayer.data, cutlayer.plugins as p; p.index('format')"
+    code += "; cutlayer.data.load('digits'); sys.exit('datasets' in sys.modules or 'flwr_datasets' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 0

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,17 +13,35 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import difference  # type: ignore[import-not-found]
-from test_remote import OWN, SMALL, same
+from test_remote import OWN, SMALL, remote, same
 
-from cutlayer import ConfigError, Run
-from cutlayer.defences.pipeline import Defence, distance_correlation
+from cutlayer import ConfigError, Run, defences
+from cutlayer.build import assemble
+from cutlayer.defences import Defences
+from cutlayer.defences.feature_dropout import FeatureDropout
+from cutlayer.defences.noise import Noise
+from cutlayer.defences.nopeek import NoPeek, distance_correlation
+from cutlayer.defences.watch import Watch
 from cutlayer.leakage.ranks import dcor_library
 from cutlayer.options import RunConfig
 
 STRONG = {"clip": 0.5, "gaussian_noise": 0.2, "feature_dropout": 0.3, "nopeek": 0.5}
 
 
-def step(defence: Defence, *rows: torch.Tensor, sizes: tuple[int, ...] = (3, 2)) -> Any:
+def protection(
+    seed: int = 0,
+    clip: float | None = None,
+    gaussian: float = 0.0,
+    laplace: float = 0.0,
+    dropout: float = 0.0,
+    nopeek: float = 0.0,
+) -> Defences:
+    """The built-in defences, named in another order than that in which they are applied."""
+    noise = Noise(clip=clip, gaussian_noise=gaussian, laplace_noise=laplace)
+    return Defences(seed, (NoPeek(nopeek=nopeek), noise, FeatureDropout(feature_dropout=dropout)))
+
+
+def step(defence: Defences, *rows: torch.Tensor, sizes: tuple[int, ...] = (3, 2)) -> Any:
     clients = tuple(range(len(sizes)))
     x = [torch.arange(4.0 * n).view(n, 4) for n in sizes]
     return defence.step(rows, x, clients, sizes, [0] * len(sizes))
@@ -41,8 +62,8 @@ def test_nothing_sent_is_longer_than_the_clip(
     g = torch.Generator().manual_seed(seed)
     one, two = (torch.randn(5, *shape, generator=g) * scale for shape in ((2, 3), (4,)))
     # A scale of noise that is lost in rounding, so that the norm is Laplace's and the noise cannot be seen.
-    defence = Defence(seed=1, clip=clip, laplace=1e-30 if laplace else 0.0, dropout=dropout)
-    bare = step(Defence(seed=1, clip=1e30, dropout=dropout), one, two).rows
+    defence = protection(seed=1, clip=clip, laplace=1e-30 if laplace else 0.0, dropout=dropout)
+    bare = step(protection(seed=1, clip=1e30, dropout=dropout), one, two).rows
     sent = step(defence, one, two).rows
     flat, before = (torch.cat([r.flatten(1) for r in rows], 1) for rows in (sent, bare))
     order = 1 if laplace else 2
@@ -55,7 +76,7 @@ def test_nothing_sent_is_longer_than_the_clip(
 
 @pytest.mark.parametrize("kind", ["gaussian", "laplace"])
 def test_noise_has_the_deviation_asked_for(kind: str) -> None:
-    defence = Defence(seed=3, clip=2.0, **{kind: 0.25})
+    defence = protection(seed=3, clip=2.0, **{kind: 0.25})
     sent = step(defence, torch.zeros(5, 20000)).rows[0]
     expected = 0.5 * (2**0.5 if kind == "laplace" else 1)
     assert float(sent.std()) == pytest.approx(expected, rel=0.02)
@@ -65,8 +86,17 @@ def test_noise_has_the_deviation_asked_for(kind: str) -> None:
     assert beyond == pytest.approx(0.0498 if kind == "laplace" else 0.0027, rel=0.2)
 
 
+def test_dropped_features_keep_their_mean() -> None:
+    """Two fifths are zero; what is left is scaled up."""
+    sent = step(protection(seed=3, dropout=0.4), torch.full((5, 20000), 3.0)).rows[0]
+    kept = sent != 0
+    assert float(kept.float().mean()) == pytest.approx(0.6, rel=0.02)
+    torch.testing.assert_close(sent[kept], torch.full_like(sent[kept], 5.0))
+    assert float(sent.mean()) == pytest.approx(3, rel=0.02)
+
+
 def test_noise_is_new_for_every_sample_client_and_batch() -> None:
-    defence, rows = Defence(seed=3, clip=1.0, gaussian=1.0), torch.zeros(6, 50)
+    defence, rows = protection(seed=3, clip=1.0, gaussian=1.0), torch.zeros(6, 50)
     draws = [defence.step((rows,), [rows], [k], [6], [clock]).rows[0] for k in (0, 1) for clock in (0, 1)]
     draws.append(defence.evaluation((rows,), [0], 0)[0])
     draws.append(defence.evaluation((rows,), [0], 6)[0])
@@ -79,7 +109,7 @@ def test_noise_is_new_for_every_sample_client_and_batch() -> None:
 
 def test_the_way_back_is_the_derivative() -> None:
     """Through dropout and clipping, against finite differences."""
-    defence = Defence(seed=5, clip=1.0, dropout=0.4, gaussian=0.1)
+    defence = protection(seed=5, clip=1.0, dropout=0.4, gaussian=0.1)
     rows = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     weights = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     (found,) = step(defence, rows).back((weights,))
@@ -96,7 +126,7 @@ def test_the_way_back_is_the_derivative() -> None:
 
 def test_whole_numbers_are_not_touched() -> None:
     whole = torch.arange(10).view(5, 2)
-    guarded = step(Defence(seed=1, clip=0.1, gaussian=1.0, dropout=0.5), torch.ones(5, 3), whole)
+    guarded = step(protection(seed=1, clip=0.1, gaussian=1.0, dropout=0.5), torch.ones(5, 3), whole)
     assert torch.equal(guarded.rows[1], whole)
     assert len(guarded.back((torch.ones(5, 3),))) == 1
 
@@ -117,7 +147,7 @@ def test_nopeek_adds_the_penaltys_slope() -> None:
     z = torch.randn(11, 3, generator=g)
     x[1][1], z[7] = x[1][0], z[6]
     gradient = torch.randn(11, 3, generator=g)
-    (found,) = Defence(nopeek=0.7).step((z,), x, [0, 1], [6, 5], [0, 0]).back((gradient,))
+    (found,) = protection(nopeek=0.7).step((z,), x, [0, 1], [6, 5], [0, 0]).back((gradient,))
     parts = []
     for inputs, own in zip(x, z.split([6, 5]), strict=True):
         leaf = own.double().requires_grad_()
@@ -168,6 +198,80 @@ def test_a_clip_that_nothing_reaches_changes_nothing() -> None:
 def test_defences_between_machines(algorithm: str) -> None:
     """Bit for bit those of the simulation, with codecs on top."""
     same(RunConfig.of({**SMALL, **OWN.get(algorithm, {}), "algorithm": algorithm, "up_codec": "int8", **STRONG}))
+
+
+OWN_DEFENCE = f"{Path(__file__).parents[1] / 'own.py'}:Shrink"
+
+
+def own(config: RunConfig, shrink: float = 0.5) -> RunConfig:
+    return config.model_copy(update={"defences": (OWN_DEFENCE,), "shrink": shrink})
+
+
+def test_a_defence_of_ones_own_is_found_and_ordered() -> None:
+    found = defences.of(own(RunConfig.of({**STRONG, "seed": 7})))
+    assert [p.entry.name for p in found.in_order] == ["feature-dropout", "shrink", "noise", "nopeek"]
+    assert found.seed == 7
+    assert found.active
+    noise = found.get(Noise)
+    assert noise is not None
+    assert noise.scale == pytest.approx(0.1)
+    assert [p.entry.name for p in found.before(noise)] == ["feature-dropout", "shrink"]
+    assert not defences.of(RunConfig()).active
+    with pytest.raises(ConfigError, match=r"shrink = 2.* is not possible"):
+        defences.of(own(RunConfig(), 2.0))
+
+
+@pytest.mark.parametrize(
+    ("reference", "says"),
+    [
+        ("nopeak", "unknown defence 'nopeak': did you mean 'nopeek'"),
+        (OWN_DEFENCE.replace("Shrink", "Grid"), "is a codec, not a defence"),
+        ("no.py:Shrink", "there is no file"),
+    ],
+)
+def test_wrong_defences(reference: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        defences.of(RunConfig().model_copy(update={"defences": (reference,)}))
+
+
+def test_a_defence_of_ones_own_guards_rows_and_adds_its_penalty() -> None:
+    z, x = torch.ones(5, 3), [torch.zeros(3, 4), torch.zeros(2, 4)]
+    guarded = defences.of(own(RunConfig(), 0.25)).step((z,), x, [0, 1], [3, 2], [0, 0])
+    (sent,) = guarded.rows
+    assert 0.25 <= float(sent.min()) < 0.5 < float(sent.max()) < 1
+    slope = torch.cat([torch.full((3, 3), 2 / 9), torch.full((2, 3), 2 / 6)])  # of each client's mean square
+    torch.testing.assert_close(guarded.back((torch.ones(5, 3),))[0], sent + slope)
+
+
+def test_a_defence_of_ones_own_between_machines() -> None:
+    config = own(RunConfig.of({**SMALL, "algorithm": "sglr", **STRONG}))
+    here, (there, _) = Run(config, training=assemble(config)), remote(config)
+    losses = [r.loss for r in here]
+    assert losses == [r.loss for r in there]
+    assert [e.test_loss for e in here.evaluations] == [e.test_loss for e in there.evaluations]
+    assert losses[0] != next(iter(Run(RunConfig.of({**SMALL, "algorithm": "sglr", **STRONG})))).loss
+
+
+def test_a_client_does_not_import_the_attacks() -> None:
+    code = "import sys, cutlayer.remote.sides, cutlayer.defences.watch; print('cutlayer.leakage' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
+
+
+def test_a_watch_says_nothing_before_it_has_seen_enough() -> None:
+    watch = Watch(after=3)
+    rows = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    watch.observe(rows, rows, torch.zeros(6, dtype=torch.long))  # one label only: no pairs to compare
+    assert watch.observed == 0
+    assert not watch.suspicious
+    for _ in range(2):
+        watch.observe(rows.flip(1), rows, torch.tensor([0, 1, 0, 1, 0, 1]))
+    assert watch.observed == 2
+    assert not watch.suspicious
+
+
+def test_a_watch_that_cannot_be() -> None:
+    with pytest.raises(ConfigError, match="window=5, after=9"):
+        Watch(window=5, after=9)
 
 
 @pytest.mark.parametrize("algorithm", ["sglr", "psl", "sflv1"])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from support import batches_of, client_state, conv, difference, make, mlp, samples, source, train
 from torch import nn
 
-from cutlayer import NonFiniteError, Run, Samples, Source
+from cutlayer import NonFiniteError, Run, Samples, Source, plugins
 from cutlayer.averaging import average_into
 from cutlayer.cohort import draw_participants
 from cutlayer.costs.ledger import Ledger, MeteredCohort
@@ -22,7 +22,7 @@ from cutlayer.engine.base import Clients
 from cutlayer.engine.local import LocalCohort
 from cutlayer.gradients import own
 from cutlayer.models import cut
-from cutlayer.optim import lr_factor, make_optimizer
+from cutlayer.optim import make_optimizer
 from cutlayer.types import CutGradients, Smashed, aligned
 
 sizes_of_clients = st.lists(st.integers(1, 23), min_size=1, max_size=6)
@@ -221,6 +221,15 @@ def test_bytes_of_hand_over(turns: str, moves: int) -> None:
     assert ledger.of_clients("down", "models").tolist() == [448, 2 * 448, 2 * 448]
 
 
+def test_who_is_through_is_not_visited_again() -> None:
+    """One batch each in turn; 1, 3 and 2 batches: the model goes 0, 1, 2, then 1, 2, then 1, who keeps it."""
+    run = train("ssl", make(mlp), [4, 12, 8], (6,), cut="0", rounds=1, hand_over="batch", visit_order="fixed")
+    ledger = run.training.ledger
+    assert ledger.of_clients("up", "models").tolist() == [448, 2 * 448, 2 * 448]
+    assert ledger.of_clients("down", "models").tolist() == [0, 3 * 448, 2 * 448]
+    assert run.training.clients.holder == 1
+
+
 def test_bytes_of_handing_over_the_optimizer() -> None:
     """Momentum: one number per parameter more. Clients 1 and 2 get client 0's and 1's, who have stepped."""
     more: dict[str, Any] = {"client_optimizer_options": {"momentum": 0.9}, "hand_over_optimizer": True}
@@ -384,7 +393,8 @@ def test_gradients_are_zeroed() -> None:
 )
 def test_schedules(schedule: str, expected: list[float]) -> None:
     """Five rounds; the step comes at 80 %."""
-    assert [lr_factor(schedule, i / 5, 0.1, (0.8,)) for i in range(5)] == pytest.approx(expected)
+    made = plugins.load("schedule", schedule)()
+    assert [made.factor(i / 5) for i in range(5)] == pytest.approx(expected)
 
 
 def test_separate_optimizers_rates_and_schedules() -> None:

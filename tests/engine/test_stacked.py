@@ -10,13 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import MODELS, client_state, difference, make, mlp, server_state, source
+from support import MODELS, ZOO, client_state, difference, make, mlp, server_state, source
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cutlayer import Run, Samples, Source
-from cutlayer.algorithms import ALGORITHMS
-from cutlayer.catalog import MODELS as ZOO
 from cutlayer.engine.stacked import Stacking
 from cutlayer.errors import ConfigError, CutlayerWarning
 
@@ -116,6 +114,33 @@ def test_optimizers(optimizer: str, algorithm: str) -> None:
         **small(client_optimizer=optimizer, client_optimizer_options=more, **cut),
     )  # fmt: skip
     assert worst(a, b) < 1e-10
+
+
+class Twice(nn.Module):
+    """One layer used twice: the gradient of its weights comes in two parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[n, 8] -> [n, 8]."""
+        return self.inner(torch.tanh(self.inner(x)))
+
+
+@pytest.mark.parametrize("algorithm", ["fl", "psl", "sfl", "sflv1", "sflv2", "sflv3", "sglr"])
+def test_plain_descent_with_weight_decay(algorithm: str) -> None:
+    """Weights decay once a step, on both sides of the cut, and so much that forgetting it shows."""
+    options: dict[str, Any] = {
+        "algorithm": algorithm, "model": make(lambda: nn.Sequential(*with_layer(Twice()), nn.Tanh(), nn.Linear(4, 4))),
+        "data": source([10, 5, 7], (6,)), "clients": 3, **({} if algorithm == "fl" else {"cut": "1"}),
+    }  # fmt: skip
+    decay = {"client_optimizer": "sgd", "client_optimizer_options": {"weight_decay": 0.5}}
+    a, b = both(12, **options, **small(client_lr=0.1, **decay))
+    assert worst(a, b) < 1e-10
+    plain, _ = both(12, **options, **small(client_lr=0.1, client_optimizer="sgd"))
+    assert difference(server_state(a), server_state(plain)) > 1e-2 or algorithm == "fl"
+    assert difference(client_state(a), client_state(plain)) > 1e-2
 
 
 @settings(max_examples=15, deadline=None)
@@ -341,7 +366,7 @@ def operations(clients: int, **options: Any) -> Counter[str]:
     run = Run(data="digits", engine="stacked", clients=clients, samples_per_client=16, batch=4, test=30, **options)
     t = run.training
     this = t.clients.begin_round(0, 1, 1.0)
-    steps = ALGORITHMS[run.config.algorithm](run.config, t.server, t.clients, this)
+    steps = t.algorithm.round(t.server, t.clients, this)
     next(steps)
     with Counted() as counted:
         next(steps)

@@ -209,7 +209,7 @@ def test_a_run_that_is_stopped_ends_on_both_sides(federation: Any, tmp_path: Pat
 
 
 def _read(**values: Any) -> Any:
-    from cutlayer.flower.options import read
+    from cutlayer.flower.hosting import read
 
     return read({name.replace("__", "."): value for name, value in values.items()})
 

@@ -204,18 +204,6 @@ def test_the_watch_tells_a_hijacker_from_an_honest_server():
     assert hijacked.score < 0.7 < 0.9 < honest.score
 
 
-def test_a_watch_says_nothing_before_it_has_seen_enough():
-    watch = Watch(after=3)
-    rows = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
-    watch.observe(rows, rows, torch.zeros(6, dtype=torch.long))  # one label only: no pairs to compare
-    assert watch.observed == 0
-    assert not watch.suspicious
-    for _ in range(2):
-        watch.observe(rows.flip(1), rows, torch.tensor([0, 1, 0, 1, 0, 1]))
-    assert watch.observed == 2
-    assert not watch.suspicious
-
-
 @pytest.mark.parametrize(
     ("ask", "error", "sentence"),
     [
@@ -232,7 +220,6 @@ def test_a_watch_says_nothing_before_it_has_seen_enough():
         (lambda a, x: label_leakage(x.x, torch.zeros_like(x.y)), DataError, "at least two classes"),
         (lambda a, x: Hijack(a[:10], (4,)), DataError, "10 samples are too few"),
         (lambda a, x: Hijack(a, (4,), ahead=0).gradients(torch.ones(3, 5), x.y[:3]), DataError, r"shape \(5,\)"),
-        (lambda a, x: Watch(window=5, after=9), ConfigError, "window=5, after=9"),
     ],
 )
 def test_bad_input_gets_one_sentence(ask, error, sentence):

@@ -25,11 +25,11 @@ from cutlayer.leakage.reconstruct import reconstruct
 from cutlayer.leakage.subject import Subject, moments, subjects
 from cutlayer.options import RunConfig
 from cutlayer.report import leakage as report
-from cutlayer.reproduce.cells import SIZES, Plan
+from cutlayer.reproduce.cells import SIZES, Study
 from cutlayer.reproduce.claims import explained, explained_at_equal_accuracy
 from cutlayer.reproduce.outcomes import Outcome, Outcomes
 from cutlayer.reproduce.reproduction import Reproduction
-from cutlayer.reproduce.tables import PARTS, cells_of, named, shown
+from cutlayer.reproduce.tables import SECTIONS, cells_of, named, shown
 from cutlayer.reproduce.train import EXAMINED, folder_of, is_done, is_trained
 
 SMALL: dict[str, Any] = {
@@ -194,8 +194,8 @@ def test_the_reproductions_cells_are_examined(tmp_path: Path) -> None:
     """One cell of it for real: trained, attacked, in the tables; what is not done is a dash."""
     from cutlayer.reproduce.train import train
 
-    plan = Plan(SIZES["smoke"], "digits")
-    cell = plan.by_phi(0.5)
+    study = Study(SIZES["smoke"], "digits")
+    cell = study.by_phi(0.5)
     small = cell.config.model_copy(update={"validation": 300, "samples_per_client": 100})
     one = type(cell)(cell.name, small, examined=True)
     assert list(train(tmp_path, [(one, 0)], 1)) == [(one, 0)]
@@ -205,13 +205,13 @@ def test_the_reproductions_cells_are_examined(tmp_path: Path) -> None:
     assert is_trained(folder)
     assert not is_done(tmp_path, one, 0)
     assert list(train(tmp_path, [(one, 0)], 1)) == [(one, 0)]  # trained already: only attacked
-    outcomes = Outcomes(plan, tmp_path, [])
+    outcomes = Outcomes(study, tmp_path, [])
     outcomes.cells = {one.name: one}
     from cutlayer.reproduce.outcomes import read
 
     outcomes._of = {one.name: {0: read(folder, one.at(0))}}
     for name in ("table5", "leakage"):
-        for table in PARTS[name].tables(outcomes):
+        for table in SECTIONS[name].tables(outcomes):
             lines = {label: [shown(v) for v in values] for label, values in table.rows}
             done = [label for label, values in lines.items() if values[1] != "\N{EN DASH}"]
             assert set(done) <= {"phi 0.5", "SGLR"}
@@ -231,7 +231,7 @@ def test_without_its_libraries_the_extra_is_named(monkeypatch: pytest.MonkeyPatc
 def test_attacks_are_asked_for_by_name() -> None:
     assert not {"table5", "leakage"} & set(named([]))
     assert named(["leakage", "table5"]) == ("table5", "leakage")
-    cells = cells_of(Plan(SIZES["smoke"], "digits"), ["table5", "leakage"])
+    cells = cells_of(Study(SIZES["smoke"], "digits"), ["table5", "leakage"])
     assert all(cell.examined for cell in cells.values())
     assert len(cells) == 5 + 3 + 2 + 16
     followed = ["slr", *(f"sglr-phi-{phi:g}" for phi in (0.25, 0.5, 0.75, 1)), "psl", "sfl", "ssl"]

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support import ZOO
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn import functional
 
-from cutlayer.catalog import MODELS
 from cutlayer.errors import CutError
 from cutlayer.models import Crossing, Parts, build, cut, cut_points
 from cutlayer.seeds import torch_seeded
@@ -404,7 +404,7 @@ def _seeded() -> Any:
 
 
 @pytest.mark.parametrize(
-    ("name", "at"), [(name, at) for name, info in MODELS.items() for at in ("input", *info.cuts, "output")]
+    ("name", "at"), [(name, at) for name, info in ZOO.items() for at in ("input", *info.facts["cuts"], "output")]
 )
 def test_zoo_parts_are_the_whole_bit_for_bit(name: str, at: str) -> None:
     shape = ZOO_SHAPES[name]
@@ -425,28 +425,28 @@ def test_zoo_parts_are_the_whole_bit_for_bit(name: str, at: str) -> None:
         assert [Crossing(tuple(r.shape[1:]), r.dtype) for r in rows] == list(parts.crossing)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ZOO)
 def test_zoo_parts_train_as_the_whole(name: str) -> None:
     shape = ZOO_SHAPES[name]
     model = build(name, shape, 10)
-    assert_whole(model, cut(model, MODELS[name].default_cut, torch.randn(4, *shape)), torch.randn(5, *shape))
+    assert_whole(model, cut(model, ZOO[name].facts["default_cut"], torch.randn(4, *shape)), torch.randn(5, *shape))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ZOO)
 def test_zoo_parts_survive_conversion_to_float64(name: str) -> None:
     shape = ZOO_SHAPES[name]
     model = build(name, shape, 10)
-    parts = cut(model, MODELS[name].default_cut, torch.randn(4, *shape))
+    parts = cut(model, ZOO[name].facts["default_cut"], torch.randn(4, *shape))
     for part in parts.all:
         part.to(torch.float64)
     assert_whole(copy.deepcopy(model).double(), parts, torch.randn(3, *shape, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ZOO)
 def test_u_shaped_cuts_of_the_zoo(name: str) -> None:
     shape = ZOO_SHAPES[name]
     model = build(name, shape, 10)
-    first, last = MODELS[name].cuts[0], MODELS[name].cuts[-1]
+    first, last = ZOO[name].facts["cuts"][0], ZOO[name].facts["cuts"][-1]
     parts = cut(model, (first, last), torch.randn(4, *shape))
     assert parts.tail is not None
     assert set(parts.tail.state_dict()) == {n for n in model.state_dict() if n.startswith("head.")}

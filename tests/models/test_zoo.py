@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from support import ZOO
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from cutlayer.catalog import MODELS
 from cutlayer.errors import ConfigError
 from cutlayer.models import build, cut
-from cutlayer.models.zoo import Prepare
+from cutlayer.models.zoo.resnet16 import Prepare
 
 SHAPES = {
     "mlp": [(64,), (1, 8, 8), (2, 5, 3)],
@@ -19,16 +19,16 @@ SHAPES = {
 
 
 def test_every_model_of_the_catalogue_can_be_built() -> None:
-    assert set(SHAPES) == set(MODELS)
+    assert set(SHAPES) == set(ZOO)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ZOO)
 def test_cut_names_are_children_in_the_order_data_flows(name: str) -> None:
     children = [child for child, _ in build(name, SHAPES[name][-1], 10).named_children()]
     inner = [child for child in children if child not in ("prepare", "head")]
-    assert tuple(inner) == MODELS[name].cuts
+    assert tuple(inner) == ZOO[name].facts["cuts"]
     assert children[-1] == "head"
-    assert MODELS[name].default_cut in MODELS[name].cuts
+    assert ZOO[name].facts["default_cut"] in ZOO[name].facts["cuts"]
 
 
 @pytest.mark.parametrize(("name", "shape"), [(name, shape) for name, shapes in SHAPES.items() for shape in shapes])
@@ -42,7 +42,7 @@ def test_logits_have_one_row_for_every_sample(name: str, shape: tuple[int, ...])
 
 def test_resnet16_is_cut_where_the_paper_cuts_it() -> None:
     model = build("resnet16", (1, 28, 28), 10)
-    parts = cut(model, MODELS["resnet16"].default_cut, torch.randn(2, 1, 28, 28))
+    parts = cut(model, ZOO["resnet16"].facts["default_cut"], torch.randn(2, 1, 28, 28))
     assert parts.crossing[0].shape == (32, 16, 16)
     # 16 layers as the paper counts them: the stem, two convolutions in each of seven blocks, and the last linear layer.
     spatial = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]

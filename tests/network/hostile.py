@@ -38,7 +38,7 @@ class Scene:
 
     def frame(self, message: m.Message | None = None, body: bytes = b"", number: int = 1) -> bytes:
         """A frame that is right in form."""
-        said = message or m.Model(self.request.step)
+        said = message or m.ModelUp(self.request.step)
         return pack(said, [body], number, self.side.conversation)
 
 
@@ -67,11 +67,11 @@ ATTACKS: dict[str, Callable[[Scene], list[bytes]]] = {
     "overtaken": lambda s: [s.frame(number=2), s.frame(number=1)],
     "replayed": lambda s: [s.hello],
     "of an earlier conversation": lambda s: [s.earlier[-1]],
-    "not asked for": lambda s: [s.frame(m.Model(s.request.step))],
-    "of another step": lambda s: [s.frame(m.Smashed(s.request.step + 1, 10))],
-    "a wrong body": lambda s: [s.frame(m.Smashed(s.request.step, 10), body=bytes(64))],
-    "no rows": lambda s: [s.frame(m.Smashed(s.request.step, 0))],
-    "too many rows": lambda s: [s.frame(m.Smashed(s.request.step, (1 << 32) - 1))],
+    "not asked for": lambda s: [s.frame(m.ModelUp(s.request.step))],
+    "of another step": lambda s: [s.frame(m.SmashedUp(s.request.step + 1, 10))],
+    "a wrong body": lambda s: [s.frame(m.SmashedUp(s.request.step, 10), body=bytes(64))],
+    "no rows": lambda s: [s.frame(m.SmashedUp(s.request.step, 0))],
+    "too many rows": lambda s: [s.frame(m.SmashedUp(s.request.step, (1 << 32) - 1))],
     "a header of gigabytes": lambda s: [resized(s.frame(), 1 << 31, 0)],
     "a body of gigabytes": lambda s: [resized(s.frame(), 20, 1 << 62)],
     "a server's message": lambda s: [s.frame(m.Forward(s.request.step))],
@@ -120,7 +120,7 @@ def main(address: str, config: Path, ca: Path) -> None:
     hello = worker_of(RunConfig.of(read_toml(config)), 2, name=NAME, run="sglr").hello()
     security = ClientSecurity(ca / "ca.crt", ca / f"{NAME}.crt", ca / f"{NAME}.key")
     options = [("grpc.max_send_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
-    earlier = [pack(m.Model(0), (), 1, 1)]
+    earlier = [pack(m.ModelUp(0), (), 1, 1)]
     with grpc.secure_channel(address, security.credentials(address), options) as channel:
         grpc.channel_ready_future(channel).result(timeout=120)
     rounds = 0

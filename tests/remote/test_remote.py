@@ -1,4 +1,4 @@
-"""Remote clients give the numbers of the simulation, bit for bit; here over frames that are passed on in memory."""
+"""Remote clients give the numbers of the simulation, bit for bit; here over frames in memory."""
 
 from __future__ import annotations
 
@@ -6,29 +6,37 @@ import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
-from support import difference  # type: ignore[import-not-found]
+from support import ALGORITHMS, difference  # type: ignore[import-not-found]
 
 from cutlayer import Run, checkpoint
-from cutlayer.algorithms import ALGORITHMS
 from cutlayer.build import assemble
 from cutlayer.cohort import draw_participants
 from cutlayer.data import load_whole
-from cutlayer.errors import DataError, DistrustError, NonFiniteError, RunFolderError, TrainingError, WireError
+from cutlayer.errors import (
+    DataError,
+    DistrustError,
+    NonFiniteError,
+    RefusedError,
+    RunFolderError,
+    TrainingError,
+    WireError,
+)
 from cutlayer.leakage.hijack import Hijack, HijackingServer
 from cutlayer.options import RunConfig
-from cutlayer.remote.exchange import Lost, Request
+from cutlayer.remote.carrier import Answer, Lost, Request
 from cutlayer.remote.join import _secret
 from cutlayer.remote.logs import _TextLines
 from cutlayer.remote.sides import remote_training, worker_of
+from cutlayer.remote.transports.memory import MemoryCarrier
 from cutlayer.remote.worker import Worker
-from cutlayer.wire import ClientSide, Frame, ServerSide, encode
+from cutlayer.verbs import AVERAGE, BACKWARD, CLIENT_VERBS, FIT, FORWARD, HAND_OVER, TAIL
+from cutlayer.wire import Frame, encode
 from cutlayer.wire import messages as m
-from cutlayer.wire.conversation import ANSWERS
 
 SMALL: dict[str, Any] = {
     "data": "digits",
@@ -47,85 +55,42 @@ OWN: dict[str, dict[str, Any]] = {
 }
 
 
-class Passing:
-    """A hub whose clients are in this process: every message becomes a frame and is read again."""
+class Passing(MemoryCarrier):
+    """Clients in this process, with faults to order."""
 
     def __init__(self, workers: Mapping[int, Worker]) -> None:
-        self.workers = dict(workers)
-        self.servers: dict[int, ServerSide] = {}
-        self.clients: dict[int, ClientSide] = {}
-        self.bytes = 0
-        self.gone: set[int] = set()
-        self.new: dict[int, Any] = {}
+        super().__init__(workers)
+        self.workers: dict[int, Worker] = dict(workers)  # type: ignore[assignment]
+        self.gone: set[int] = set()  # do not join
         self.tamper: Callable[[int, Any, Any], tuple[Any, Any]] = lambda client, message, body: (message, body)
         self.refused: dict[int, str] = {}
         self.greet: Callable[[Any, int], Any] = lambda hello, client: None
+        self.catch_up: Callable[[int], None] = lambda client: None
         self.breaks_at: type[m.Message] | None = None  # all connections do, before this is sent
         self.loses: type[m.Message] | None = None  # the first answer to this, with all connections
 
-    def join(self, client: int, welcome: Any) -> None:
-        server, worker, own = ServerSide(), self.workers[client], ClientSide()
-        hello = server.receive(own.send(worker.hello())).message
-        frame = own.receive(server.send(welcome(hello)))
-        if isinstance(frame.message, m.Refused):
-            self.refused[client] = frame.message.sentence
-            return
-        refused = worker.welcome(frame.message)
-        assert refused is None, refused.sentence
-        self.servers[client], self.clients[client] = server, own
-        self.new[client] = hello
+    def cut_all(self) -> None:
+        for client in self.present:
+            self.cut(client)
 
-    def arrivals(self) -> dict[int, Any]:
-        new, self.new = self.new, {}
-        return new
-
-    @property
-    def connected(self) -> frozenset[int]:
-        return frozenset(self.servers)
-
-    def exchange(
-        self,
-        requests: Mapping[int, Sequence[Request]],
-        *,
-        deadline: float | None = None,
-        quorum: int | None = None,
-        voters: Collection[int] | None = None,
-        on_answer: Callable[[int, Frame], Any],
-    ) -> dict[int, list[Any] | Lost]:
+    def exchange(self, requests: Mapping[int, Sequence[Request]], **options: Any) -> dict[int, list[Any] | Lost]:
         if self.breaks_at and any(isinstance(x, self.breaks_at) for asked in requests.values() for x, _ in asked):
             self.breaks_at = None
-            self.servers.clear()
-        return {k: self._one(k, asked, on_answer) for k, asked in requests.items()}
+            self.cut_all()
+        return super().exchange(requests, **options)
 
-    def _one(self, client: int, asked: Sequence[Request], on_answer: Callable[[int, Frame], Any]) -> list[Any] | Lost:
-        if client not in self.servers:
-            return Lost("gone", "it is gone")
-        server, own, found = self.servers[client], self.clients[client], []
-        owes = sum(type(message) in ANSWERS for message, _ in asked)
+    def answer(self, client: int, frame: Frame) -> Answer | None:
+        answer = super().answer(client, frame)
+        if self.loses is type(frame.message):
+            self.loses = None
+            self.cut_all()
+        return None if answer is None else self.tamper(client, *answer)
 
-        def lost(reason: Any, error: Exception) -> list[Any] | Lost:
-            """As over a network: who has nothing more to say is not heard of."""
-            del self.servers[client]
-            return Lost(reason, str(error), type(error).__name__) if len(found) < owes else found
-
-        for message, body in asked:
-            data = server.send(message, body)
-            try:
-                answer = self.workers[client].handle(own.receive(data))
-                self.bytes += len(data)
-                if self.loses is type(message):
-                    self.loses = None
-                    self.servers.clear()
-                    return Lost("gone", "it is gone")
-                if answer is not None:
-                    back = own.send(*self.tamper(client, *answer))
-                    self.bytes += len(back)
-                    found.append(on_answer(client, server.receive(back)))
-            except NonFiniteError as error:
-                return lost("failed", error)
-            except WireError as error:
-                return lost("garbage", error)
-        return found
+    def model(self, client: int) -> dict[str, torch.Tensor]:
+        """A client's own model, under the names of the whole model, with everything that was posted to it."""
+        self.catch_up(client)
+        state = self.workers[client].client.module.state_dict()
+        return {name.split(".", 1)[1]: tensor for name, tensor in state.items()}
 
 
 def remote(
@@ -146,10 +111,17 @@ def remote(
     hub.greet = lambda hello, k: greet(hello, k)
 
     def ready() -> None:
-        for k in set(hub.workers) - hub.connected - hub.gone:
-            hub.join(k, lambda hello, k=k: greet(hello, k))
+        for k in set(hub.workers) - hub.present - hub.gone:
+            if refused := hub.join(k, greet):
+                hub.refused[k] = refused.sentence
 
-    training, _, greet = remote_training(config, hub, [0] * config.clients, ready=ready, **options)
+    training, cohort, greet = remote_training(config, hub, [0] * config.clients, ready=ready, **options)
+
+    def catch_up(client: int) -> None:
+        cohort._catch_up([client])
+        cohort.finish()
+
+    hub.catch_up = catch_up
     if resume:
         assert folder is not None
         return Run.resume(folder / "run", training=training), hub
@@ -178,9 +150,10 @@ def same(config: RunConfig) -> Passing:
     assert difference(here.training.server.model.state_dict(), there.training.server.model.state_dict()) == 0
     holder = there.training.clients.holder
     for k in range(config.clients) if holder is None else [holder]:
-        assert difference(here.training.clients.model_state(k), there.training.clients.model_state(k)) == 0
+        assert difference(here.training.clients.model_state(k), hub.model(k)) == 0
     # Whatever goes over the wire is at least what the ledger counts.
-    assert hub.bytes >= here.training.ledger.total("up") + here.training.ledger.total("down")
+    crossed = sum(t.sent + t.received for t in hub.traffic().values())
+    assert crossed >= here.training.ledger.total("up") + here.training.ledger.total("down")
     return hub
 
 
@@ -206,6 +179,24 @@ def test_codecs_do_the_same_in_a_simulation(algorithm: str, up: str, down: str) 
     same(RunConfig.of({**SMALL, **OWN.get(algorithm, {}), "algorithm": algorithm, "up_codec": up, "down_codec": down}))
 
 
+OWN_CODEC = f"{Path(__file__).parents[1] / 'own.py'}:Grid:0.01"
+
+
+@pytest.mark.parametrize("algorithm", ["sglr", "ussl"])
+@pytest.mark.parametrize(("up", "down"), [(OWN_CODEC, "raw"), ("int8", OWN_CODEC), (f"{OWN_CODEC}+zstd", OWN_CODEC)])
+def test_codecs_of_ones_own_do_the_same_in_a_simulation(algorithm: str, up: str, down: str) -> None:
+    same(RunConfig.of({**SMALL, **OWN.get(algorithm, {}), "algorithm": algorithm, "up_codec": up, "down_codec": down}))
+
+
+def test_bytes_of_a_codec_of_ones_own() -> None:
+    """Three rounds of one batch of 20 rows, 128 features: 8 bytes for each client's mean, 2 for each number."""
+    config = RunConfig.of({**SMALL, "algorithm": "psl", "batch": 20, "up_codec": OWN_CODEC})
+    same(config)
+    run = Run(config)
+    run.run()
+    assert run.training.ledger.total("up", kind="smashed data") == 3 * 3 * (8 + 2 * 20 * 128)
+
+
 def test_codecs_of_pictures() -> None:
     """Scales of int8 are those of a client's channels, whoever else is there; also where all clients are stacked."""
     codecs = {"up_codec": "int8", "down_codec": "int8+zstd"}
@@ -220,11 +211,11 @@ def test_participation_and_independent_starts() -> None:
         config = RunConfig.of(
             {**SMALL, **options, "start": "independent" if "participation" not in options else "equal"}
         )
-        here, (there, _) = Run(config), remote(config)
+        here, (there, hub) = Run(config), remote(config)
         assert [r.loss for r in here] == [r.loss for r in there]
         assert [e.test_loss for e in here.evaluations] == [e.test_loss for e in there.evaluations]
         for k in range(config.clients):
-            assert difference(here.training.clients.model_state(k), there.training.clients.model_state(k)) == 0
+            assert difference(here.training.clients.model_state(k), hub.model(k)) == 0
         assert here.training.ledger.state() == there.training.ledger.state()
 
 
@@ -235,7 +226,7 @@ def test_a_client_that_is_gone_takes_no_part() -> None:
     for record in run:
         seen.append(record.clients)
         if record.step == 1:
-            del hub.servers[1]
+            hub.cut(1)
             hub.gone.add(1)
     assert seen[:2] == [(0, 1, 2), (0, 1, 2)]
     assert all(clients == (0, 2) for clients in seen[2:])
@@ -269,7 +260,7 @@ def test_who_is_lost_within_an_averaging_is_not_counted(algorithm: str) -> None:
     run, hub = remote(config)
 
     def tamper(client: int, message: Any, body: Any) -> tuple[Any, Any]:
-        if client == 1 and isinstance(message, m.Model):
+        if client == 1 and isinstance(message, m.ModelUp):
             raise WireError("it breaks off")
         return message, body
 
@@ -333,6 +324,102 @@ def test_a_server_cannot_evade_the_watch_by_sharing() -> None:
     body = b"".join(bytes(part) for part in encode([torch.zeros(20, 128)]))
     with pytest.raises(WireError, match="a gradient came that clients share"):
         worker.handle(Frame(m.Backward(1, "common", 20), memoryview(body)))
+
+
+NEEDS = {
+    **{a: {FORWARD, BACKWARD} for a in ("psl", "slr", "sgl", "sglr", "sflv3")},
+    **{a: {FORWARD, BACKWARD, AVERAGE} for a in ("sfl", "sflv1", "sflv2")},
+    "ssl": {FORWARD, BACKWARD, HAND_OVER},
+    "ussl": {FORWARD, TAIL, BACKWARD, HAND_OVER},
+    "fl": {FIT, AVERAGE},
+}
+
+
+def bound_to(needs: Collection[str], worker: Worker) -> Worker:
+    """The same client, which answers only what an algorithm with these `needs` asks."""
+    worker.duty = replace(worker.duty, needs=frozenset(needs))
+    return worker
+
+
+@pytest.mark.parametrize("algorithm", REMOTE)
+def test_an_algorithm_needs_nothing_that_its_clients_refuse(algorithm: str) -> None:
+    """With checkpoints, and, if models are averaged, a client that misses an averaging and catches up."""
+    config = RunConfig.of({**SMALL, **OWN.get(algorithm, {}), "algorithm": algorithm, "eval_every": 1})
+    workers = {k: bound_to(NEEDS[algorithm], worker_of(config, k, name=f"client-{k}")) for k in range(3)}
+    run, hub = remote(config, workers=workers)
+    for record in run:
+        run.training.clients.state()
+        if record.round == 0 and 2 in hub.connected and run.training.clients.holder is None:
+            hub.cut(2)  # it joins again before the next round
+    assert hub.connected == {0, 1, 2}
+    assert run.result is not None
+    if AVERAGE in NEEDS[algorithm]:
+        assert hub.traffic()[2].connections == 2
+        assert difference(hub.model(0), hub.model(2)) == 0
+
+
+def complaint(worker: Worker, request: m.Message) -> str:
+    """What a client says against a request; nothing if it answers."""
+    try:
+        worker.handle(Frame(request, memoryview(b"")))
+    except (WireError, AssertionError) as error:
+        return str(error)
+    return ""
+
+
+REQUESTS: list[tuple[m.Message, set[str]]] = [
+    (m.Forward(1), {FORWARD}),
+    (m.Tail(1, 1), {TAIL}),
+    (m.Backward(1, "own", 1), {BACKWARD}),
+    (m.Fit(1), {FIT}),
+    (m.GiveModel(1), {AVERAGE, HAND_OVER}),
+    (m.TakeModel(1), {AVERAGE, HAND_OVER}),
+    (m.GiveOptimizer(1), {HAND_OVER}),
+    (m.TakeOptimizer(1), {HAND_OVER}),
+]
+
+
+@pytest.mark.parametrize(("request_", "serves"), REQUESTS)
+def test_a_client_refuses_what_its_algorithm_does_not_need(request_: m.Message, serves: set[str]) -> None:
+    """And is left as it was; the server hears why."""
+    name = type(request_).__name__
+    config = RunConfig.of({**SMALL, "algorithm": "psl"})
+    worker = bound_to(CLIENT_VERBS - serves, worker_of(config, 0, name="client-0"))
+    before = {n: t.clone() for n, t in worker.client.module.state_dict().items()}
+    with pytest.raises(WireError, match=f"asks for {name}, which psl does not need") as error:
+        worker.handle(Frame(request_, memoryview(b"")))
+    assert all(verb in str(error.value) for verb in CLIENT_VERBS - serves)
+    assert difference(before, dict(worker.client.module.state_dict())) == 0
+    for verb in serves:  # one of them is enough; what is wrong then is the empty body, or nothing
+        worker = bound_to({verb}, worker_of(config, 0, name="client-0"))
+        assert "does not need" not in complaint(worker, request_)
+
+
+def test_every_request_is_served_or_refused() -> None:
+    """Some requests are permitted whatever an algorithm needs: none of them trains, or gives the model away."""
+    requests = set(get_args(m.FromServer)) - {m.Welcome, m.Refused, m.Bye}
+    worker = bound_to((), worker_of(RunConfig.of({**SMALL, "algorithm": "psl"}), 0, name="client-0"))
+    always = [m.BeginRound(0, 1, 1.0, 1), m.Settle(1), m.Save(1, "prepare"), m.Save(1, "commit")]
+    assert not any(complaint(worker, request) for request in always)
+    with pytest.raises(WireError, match="a tail, which only clients of a U-shaped split have"):
+        worker.handle(Frame(m.Evaluate(1, "tail", 1), memoryview(b"")))
+    assert requests == {type(r) for r in always} | {type(r) for r, _ in REQUESTS} | {m.Evaluate}
+    with pytest.raises(WireError, match="Bye is not a request that a client answers"):
+        worker.handle(Frame(m.Bye("the end"), memoryview(b"")))
+
+
+def test_a_refusal_reaches_the_server() -> None:
+    """A server that asks a client of PSL for its model loses that client, and hears the sentence."""
+    told: list[tuple[str, Mapping[str, Any]]] = []
+    config = RunConfig.of({**SMALL, "algorithm": "psl"})
+    workers = {k: bound_to(NEEDS["psl"], worker_of(config, k, name=f"client-{k}")) for k in range(3)}
+    run, hub = remote(config, workers=workers, tell=lambda happened, facts: told.append((happened, facts)))
+    next(iter(run))
+    with pytest.raises(TrainingError, match="client 1 is not connected"):
+        run.training.clients.model_state(1)
+    assert hub.connected == {0, 2}
+    ((_, facts),) = [one for one in told if one[0] == "failed"]
+    assert "asks for GiveModel, which psl does not need (it needs backward, forward)" in facts["why"]
 
 
 def test_a_watch_that_sees_nothing_says_so(caplog: pytest.LogCaptureFixture) -> None:
@@ -444,7 +531,7 @@ def test_who_is_gone_misses_its_turn(algorithm: str) -> None:
     for record in run:
         seen.append(record.clients)
         if len(seen) == 1:
-            del hub.servers[1]
+            hub.cut(1)
             hub.gone.add(1)
     assert (1,) not in seen
     assert {(0,), (2,)} == set(seen)
@@ -458,7 +545,7 @@ def test_a_holder_that_gives_garbage_is_the_one_that_is_blamed() -> None:
     run, hub = remote(config, faulty="stop")
 
     def tamper(client: int, message: Any, body: Any) -> tuple[Any, Any]:
-        return (message, [b"\0" * 40]) if client == 0 and isinstance(message, m.Optimizer) else (message, body)
+        return (message, [b"\0" * 40]) if client == 0 and isinstance(message, m.OptimizerUp) else (message, body)
 
     hub.tamper = tamper
     with pytest.raises(WireError, match="client 0"):
@@ -472,7 +559,7 @@ def test_nobody_trained() -> None:
     run, hub = remote(config)
     hub.loses, hub.gone = m.Forward, set()
     hub.gone.add(drawn)
-    hub.join(drawn, lambda hello: hub.greet(hello, drawn))
+    hub.join(drawn, hub.greet)
     records = list(run)
     assert hub.loses is None
     assert run.result is not None
@@ -515,7 +602,7 @@ def _wrong_label(message: Any, body: Any) -> tuple[Any, Any]:
 
 
 def _many_rows(message: Any, body: Any) -> tuple[Any, Any]:
-    return m.Smashed(message.step, 9), encode([torch.zeros(9, 128), torch.zeros(9, dtype=torch.int64)])
+    return m.SmashedUp(message.step, 9), encode([torch.zeros(9, 128), torch.zeros(9, dtype=torch.int64)])
 
 
 def _no_tensors(message: Any, body: Any) -> tuple[Any, Any]:
@@ -533,7 +620,7 @@ def test_a_faulty_client_is_excluded(faulty: Callable[[Any, Any], tuple[Any, Any
         seen.append(record.clients)
         if record.step == 1:
             hub.tamper = lambda client, message, body: (
-                faulty(message, body) if client == 1 and isinstance(message, m.Smashed) else (message, body)
+                faulty(message, body) if client == 1 and isinstance(message, m.SmashedUp) else (message, body)
             )
     assert seen[:2] == [(0, 1, 2)] * 2
     assert seen[2:] == [(0, 2)] * (len(seen) - 2)
@@ -547,7 +634,7 @@ def test_exclusions_outlive_the_server(tmp_path: Path) -> None:
     config = RunConfig.of({**SMALL, "algorithm": "sglr", "rounds": 4})
     run, hub = remote(config, tmp_path)
     hub.tamper = lambda client, message, body: (
-        _nan(message, body) if client == 1 and isinstance(message, m.Smashed) else (message, body)
+        _nan(message, body) if client == 1 and isinstance(message, m.SmashedUp) else (message, body)
     )
     steps = iter(run)
     for record in steps:
@@ -564,7 +651,7 @@ def test_a_model_that_is_not_a_number_is_not_averaged() -> None:
     run, hub = remote(config)
 
     def spoilt(client: int, message: Any, body: Any) -> tuple[Any, Any]:
-        if client == 0 and isinstance(message, m.Model):
+        if client == 0 and isinstance(message, m.ModelUp):
             return message, [bytes(b"".join(body))[:-4] + b"\xff\xff\xff\x7f"]
         return message, body
 
@@ -610,7 +697,7 @@ def test_too_few_are_left() -> None:
     """All are faulty: the run ends with a sentence."""
     run, hub = remote(RunConfig.of({**SMALL, "algorithm": "sglr"}))
     hub.tamper = lambda client, message, body: (
-        _nan(message, body) if isinstance(message, m.Smashed) else (message, body)
+        _nan(message, body) if isinstance(message, m.SmashedUp) else (message, body)
     )
     with pytest.raises(TrainingError, match="are excluded"):
         run.run()
@@ -645,7 +732,7 @@ def test_all_go_on_from_the_same_round(algorithm: str, committed: bool, tmp_path
         for k in hub.workers:
             place = tmp_path / f"client-{k}"
             (place / "client.safetensors").rename(place / "client-next.safetensors")
-    again, _ = remote(config, tmp_path, resume=True)
+    again, hub = remote(config, tmp_path, resume=True)
     again.run()
     assert again.result is not None
     assert whole.result is not None
@@ -653,7 +740,7 @@ def test_all_go_on_from_the_same_round(algorithm: str, committed: bool, tmp_path
     assert again.result.bytes == whole.result.bytes
     assert difference(whole.training.server.model.state_dict(), again.training.server.model.state_dict()) == 0
     for k in range(3) if algorithm != "ssl" else [whole.training.clients.holder]:
-        assert difference(whole.training.clients.model_state(k), again.training.clients.model_state(k)) == 0
+        assert difference(whole.training.clients.model_state(k), hub.model(k)) == 0
 
 
 @pytest.mark.parametrize(
@@ -675,7 +762,7 @@ def test_all_clients_are_gone_for_a_while(algorithm: str, verb: type[m.Message])
     assert run.result is not None
     assert (run.result.steps, run.result.test_accuracy) == (expected.steps, expected.test_accuracy)
     for k in range(3):
-        assert difference(whole.training.clients.model_state(k), run.training.clients.model_state(k)) == 0
+        assert difference(whole.training.clients.model_state(k), hub.model(k)) == 0
 
 
 def test_no_client_trains_twice_for_an_answer_that_was_lost() -> None:
@@ -688,7 +775,7 @@ def test_no_client_trains_twice_for_an_answer_that_was_lost() -> None:
     assert [record.loss for record in run] == losses
     assert hub.loses is None
     for k in range(3):
-        assert difference(whole.training.clients.model_state(k), run.training.clients.model_state(k)) == 0
+        assert difference(whole.training.clients.model_state(k), hub.model(k)) == 0
 
 
 def test_all_clients_are_gone_in_the_midst_of_a_round() -> None:
@@ -731,14 +818,14 @@ def test_the_server_goes_back_and_the_clients_live_on(steps: int, tmp_path: Path
     whole.run()
     broken, hub = remote(config, tmp_path)
     crash(broken, steps)
-    again, _ = remote(config, tmp_path, resume=True, workers=hub.workers)
+    again, hub = remote(config, tmp_path, resume=True, workers=hub.workers)
     again.run()
     assert again.result is not None
     assert whole.result is not None
     assert again.result.steps == whole.result.steps == 15
     assert difference(whole.training.server.model.state_dict(), again.training.server.model.state_dict()) == 0
     for k in range(3):
-        assert difference(whole.training.clients.model_state(k), again.training.clients.model_state(k)) == 0
+        assert difference(whole.training.clients.model_state(k), hub.model(k)) == 0
 
 
 def test_a_server_that_begins_anew_is_not_met_with_another_model(tmp_path: Path) -> None:
@@ -747,7 +834,7 @@ def test_a_server_that_begins_anew_is_not_met_with_another_model(tmp_path: Path)
     broken, hub = remote(config)
     crash(broken, 2)
     again, _ = remote(config, workers=hub.workers)
-    with pytest.raises(AssertionError, match="after step 0, of which client-0 kept no state"):
+    with pytest.raises(RefusedError, match="after step 0, of which client-0 kept no state"):
         again.run()
 
 
@@ -776,11 +863,11 @@ def test_killed_again_before_anybody_was_told_of_the_checkpoint(
         patched.setattr(checkpoint, "write", die)
         with pytest.raises(KeyboardInterrupt):
             again.run()
-    last, _ = remote(config, tmp_path, resume=True)
+    last, hub = remote(config, tmp_path, resume=True)
     last.run()
     assert difference(whole.training.server.model.state_dict(), last.training.server.model.state_dict()) == 0
     for k in range(3):
-        assert difference(whole.training.clients.model_state(k), last.training.clients.model_state(k)) == 0
+        assert difference(whole.training.clients.model_state(k), hub.model(k)) == 0
 
 
 def test_a_client_without_its_state_is_refused(tmp_path: Path) -> None:
@@ -791,6 +878,6 @@ def test_a_client_without_its_state_is_refused(tmp_path: Path) -> None:
             break
     (tmp_path / "client-1" / "client.safetensors").unlink()
     again, hub = remote(config, tmp_path, resume=True)
-    with pytest.raises(AssertionError, match="kept no state"):
+    with pytest.raises(RefusedError, match="kept no state"):
         again.run()
     assert 1 not in hub.connected

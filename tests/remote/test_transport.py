@@ -27,9 +27,10 @@ from grpc_health.v1 import health_pb2
 
 from cutlayer.errors import ConfigError, CutlayerWarning, NetworkError, RefusedError, WireError
 from cutlayer.remote import network
+from cutlayer.remote.carrier import Lost
 from cutlayer.remote.certs import make_ca, make_certificate
 from cutlayer.remote.dial import STOPPED, Backoff, dial
-from cutlayer.remote.exchange import Body, Exchange, Lost
+from cutlayer.remote.exchange import Body, Exchange
 from cutlayer.remote.hub import Hub
 from cutlayer.remote.security import ClientSecurity, ServerSecurity, hash_token, make_token
 from cutlayer.wire import ClientSide, Frame, Limits, agree, pack, unpack
@@ -52,7 +53,7 @@ def greet(said: m.Hello, identity: str | None) -> m.Welcome | m.Refused:
 
 def answer(request: Any, body: Any = b"") -> tuple[m.Message, Sequence[Any]] | None:
     """What a client gives back: the bytes that came with TakeModel, after Forward."""
-    return (m.Smashed(request.step, 2), [bytes(body)]) if isinstance(request, m.Forward) else None
+    return (m.SmashedUp(request.step, 2), [bytes(body)]) if isinstance(request, m.Forward) else None
 
 
 class Echo:
@@ -531,7 +532,7 @@ class Faulty(Echo):
         if getattr(frame.message, "step", 0) == 2:
             raise ZeroDivisionError("no samples left")
         if getattr(frame.message, "step", 0) == 3:
-            return m.Model(3), ()
+            return m.ModelUp(3), ()
         return super().handle(frame)
 
 
@@ -596,7 +597,7 @@ def test_a_client_that_talks_nonsense(what: str, sentence: str) -> None:
         def talk() -> None:
             forward = raw.receive()
             number, conversation = 1, forward.conversation
-            smashed = m.Smashed(1, 2)
+            smashed = m.SmashedUp(1, 2)
             if what == "garbage":
                 raw.said.put(os.urandom(500))
             elif what == "truncated":
@@ -608,10 +609,10 @@ def test_a_client_that_talks_nonsense(what: str, sentence: str) -> None:
             elif what == "other conversation":
                 raw.said.put(pack(smashed, (), number, conversation + 1))
             elif what == "wrong step":
-                raw.said.put(pack(m.Smashed(2, 2), (), number, conversation))
+                raw.said.put(pack(m.SmashedUp(2, 2), (), number, conversation))
             elif what == "not asked":
                 raw.send(smashed)
-                raw.said.put(pack(m.Model(1), (), number + 1, conversation))
+                raw.said.put(pack(m.ModelUp(1), (), number + 1, conversation))
             else:
                 raw.said.put(pack(smashed, [bytes(16384 if what == "too large" else 10**6)], number, conversation))
 
@@ -639,9 +640,9 @@ def test_a_first_word_that_is_none(caplog: pytest.LogCaptureFixture) -> None:
     wrong = [
         (b"", "no message"),
         (b"garbage" * 10, "not Cutlayer's"),
-        (older, "protocol 0, this side speaks 2: install the same version"),
+        (older, "protocol 0, this side speaks 3: install the same version"),
         (right[:-1], "cut off"),
-        (pack(m.Smashed(1, 1)), "before Hello"),
+        (pack(m.SmashedUp(1, 1)), "before Hello"),
         (big + bytes(network.HELLO_BYTES), "16384 are taken"),
     ]
     with serving() as (hub, port):
@@ -677,7 +678,7 @@ class Saying(Echo):
 @pytest.mark.parametrize(
     ("changes", "reason", "sentence"),
     [
-        ({"protocol": 0}, "protocol", "the protocol is 0 for the client and 2 for the server: install the same"),
+        ({"protocol": 0}, "protocol", "the protocol is 0 for the client and 3 for the server: install the same"),
         ({"run": "another"}, "run", "the run is another for the client"),
     ],
 )
@@ -1037,7 +1038,7 @@ def test_what_waits_for_a_client_is_what_it_was() -> None:
         assert bodies(hub.exchange({0: [(m.Forward(3), ())]}, deadline=0.2)) == {0: "late"}
         assert all(raw.receive().body == b"a" * size for _ in buffers)
         assert isinstance(raw.receive().message, m.Forward)
-        raw.send(m.Smashed(3, 1))
+        raw.send(m.SmashedUp(3, 1))
         raw.send(m.Failed(3, "Enough", "that will do"))
         until(lambda: not hub.present)
 

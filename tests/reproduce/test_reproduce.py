@@ -28,8 +28,8 @@ from cutlayer.costs.expect import expect
 from cutlayer.errors import ConfigError, DataError, RunFolderError, TrainingError
 from cutlayer.options import RunConfig
 from cutlayer.reproduce import table6, tables
-from cutlayer.reproduce.cells import METHODS, SIZES, Cell, Plan, Size
-from cutlayer.reproduce.claims import Verdict, interval, judge, summary
+from cutlayer.reproduce.cells import SIZES, TABLE4_METHODS, Cell, Size, Study
+from cutlayer.reproduce.claims import ClaimVerdict, interval, judge, summary
 from cutlayer.reproduce.findings import find
 from cutlayer.reproduce.outcomes import Outcomes
 from cutlayer.reproduce.reproduction import SETTINGS, Reproduction
@@ -73,16 +73,16 @@ def pretend(out: Path, cell: Cell, seed: int, test: float, validation: float | N
     return folder
 
 
-def pretended(out: Path, plan: Plan, accuracy: Accuracy) -> Outcomes:
-    """All cells of a plan with made-up accuracies."""
-    cells = tables.cells_of(plan, list(tables.PARTS))
+def pretended(out: Path, study: Study, accuracy: Accuracy) -> Outcomes:
+    """All cells of a study with made-up accuracies."""
+    cells = tables.cells_of(study, list(tables.SECTIONS))
     for cell in cells.values():
-        for seed in plan.size.seeds:
+        for seed in study.size.seeds:
             pretend(out, cell, seed, accuracy(cell, seed))
-    return Outcomes(plan, out, cells.values())
+    return Outcomes(study, out, cells.values())
 
 
-def by_name(verdicts: list[Verdict]) -> dict[str, Verdict]:
+def by_name(verdicts: list[ClaimVerdict]) -> dict[str, ClaimVerdict]:
     return {v.claim.name: v for v in verdicts}
 
 
@@ -119,14 +119,14 @@ def test_verdicts(differences: list[float], threshold: float, verdict: str) -> N
 
 def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
     """Seeds that differ by 20 points hide nothing: the differences between runs of the same seed are all alike."""
-    plan = Plan(TINY, "digits")
+    study = Study(TINY, "digits")
 
     def accuracy(cell: Cell, seed: int) -> float:
         c = cell.config
         gain = {0.0: 0.0, 0.5: 1.0, 1.0: 2.0, 1.5: 3.0, 2.0: -30.0}[c.alpha if c.algorithm in ("slr", "sglr") else 0.0]
         return 50 + 20 * seed + (gain + 0.01 * seed if c.clients > 1 else 0)
 
-    verdicts = by_name(judge(pretended(tmp_path, plan, accuracy)))
+    verdicts = by_name(judge(pretended(tmp_path, study, accuracy)))
     helps = verdicts["splitlr"]
     assert helps.overall.verdict == "holds"
     assert helps.overall.mean == pytest.approx(2.0)  # (1 + 2 + 3) / 3; both cells have the .01 of their seed
@@ -143,8 +143,8 @@ def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
 
 def test_one_active_client_is_no_evidence_about_splitavg(tmp_path: Path) -> None:
     """phi x C rounds to 1 for two clients at phi .25 and .5, four at .25: PSL by definition, so left out."""
-    plan = Plan(TINY, "digits")
-    verdict = by_name(judge(pretended(tmp_path, plan, lambda cell, seed: 50.0)))["splitavg"]
+    study = Study(TINY, "digits")
+    verdict = by_name(judge(pretended(tmp_path, study, lambda cell, seed: 50.0)))["splitavg"]
     cells = {label: dict(zip(verdict.columns, cells, strict=True)) for label, cells in verdict.rows}
     assert verdict.overall.cells == 3 * 3  # alphas x (two clients at .75; four at .5 and .75)
     assert "phi 0.25" not in cells
@@ -154,13 +154,13 @@ def test_one_active_client_is_no_evidence_about_splitavg(tmp_path: Path) -> None
 
 def test_rates_are_chosen_by_validation_alone(tmp_path: Path) -> None:
     """The rate with the better test accuracy loses where its validation accuracy is worse; then FL beats SGLR."""
-    plan = Plan(TINY, "digits")
-    for method in METHODS:
+    study = Study(TINY, "digits")
+    for method in TABLE4_METHODS:
         for seed in TINY.seeds:
-            pretend(tmp_path, plan.method(method, 1e-3), seed, test=60 + (method == "fl"), validation=70)
-            pretend(tmp_path, plan.method(method, 1e-2), seed, test=90, validation=69)
-    outcomes = Outcomes(plan, tmp_path, plan.table4())
-    assert [outcomes.chosen_rate(method) for method in METHODS] == [1e-3] * 5
+            pretend(tmp_path, study.method(method, 1e-3), seed, test=60 + (method == "fl"), validation=70)
+            pretend(tmp_path, study.method(method, 1e-2), seed, test=90, validation=69)
+    outcomes = Outcomes(study, tmp_path, study.table4())
+    assert [outcomes.chosen_rate(method) for method in TABLE4_METHODS] == [1e-3] * 5
     best, tried, _ = tables.table4(outcomes)
     assert [label for label, _ in best.rows] == ["CL", "FL", "SGLR", "SFL", "PSL"]
     _, (score, rate) = best.rows[1]
@@ -178,11 +178,11 @@ def test_rates_are_chosen_by_validation_alone(tmp_path: Path) -> None:
 
 
 def test_a_rate_is_chosen_once_all_rates_have_a_seed(tmp_path: Path) -> None:
-    plan = Plan(TINY, "digits")
-    pretend(tmp_path, plan.method("fl", 1e-3), 0, 60)
-    assert Outcomes(plan, tmp_path, plan.table4()).chosen_rate("fl") is None
-    pretend(tmp_path, plan.method("fl", 1e-2), 0, 61)
-    outcomes = Outcomes(plan, tmp_path, plan.table4())
+    study = Study(TINY, "digits")
+    pretend(tmp_path, study.method("fl", 1e-3), 0, 60)
+    assert Outcomes(study, tmp_path, study.table4()).chosen_rate("fl") is None
+    pretend(tmp_path, study.method("fl", 1e-2), 0, 61)
+    outcomes = Outcomes(study, tmp_path, study.table4())
     assert outcomes.chosen_rate("fl") == 1e-2
     ((_, (score, _)), *_) = tables.table4(outcomes)[0].rows[1:]
     assert tables.shown(score) == "61.00 [1 seed]"
@@ -190,13 +190,13 @@ def test_a_rate_is_chosen_once_all_rates_have_a_seed(tmp_path: Path) -> None:
 
 
 def test_diverged_runs_count_as_chance(tmp_path: Path) -> None:
-    plan = Plan(TINY, "digits")
+    study = Study(TINY, "digits")
 
     def accuracy(cell: Cell, seed: int) -> float:
         lost = cell.config.algorithm == "slr" and (cell.config.alpha == 2 or (cell.config.alpha == 1.5 and seed == 1))
         return math.nan if lost else 80.0
 
-    outcomes = pretended(tmp_path, plan, accuracy)
+    outcomes = pretended(tmp_path, study, accuracy)
     (table,) = tables.table1(outcomes)
     rows = {label: [tables.shown(v) for v in values] for label, values in table.rows}
     assert rows["alpha 2"] == ["80.00 ± 0.00", "diverged", "diverged"]
@@ -206,8 +206,8 @@ def test_diverged_runs_count_as_chance(tmp_path: Path) -> None:
 
 
 def test_five_lines_say_what_came_out(tmp_path: Path) -> None:
-    plan = Plan(TINY, "digits")
-    verdicts = judge(pretended(tmp_path, plan, lambda cell, seed: 80.0 - 40 * (cell.config.alpha == 2)))
+    study = Study(TINY, "digits")
+    verdicts = judge(pretended(tmp_path, study, lambda cell, seed: 80.0 - 40 * (cell.config.alpha == 2)))
     lines = summary(verdicts)
     assert len(lines) == 5
     assert lines[0].startswith(f"Holds (3 of {len(verdicts)}): alpha 2 collapses at C = 4 (loss +40.00); ")
@@ -230,12 +230,12 @@ def files_of(outcomes: Outcomes, parts: list[str]) -> dict[str, bytes]:
 @fashion_mnist
 def test_the_papers_numbers_stand_beside_ours(tmp_path: Path) -> None:
     """Rows carry the names that the paper's numbers are stored under; where it has none there is nothing."""
-    full = Plan(SIZES["full"], "fashion-mnist")
+    full = Study(SIZES["full"], "fashion-mnist")
     outcomes = Outcomes(full, tmp_path, [])
     paper = {
         t.name: {label: [tables.paper_of(v) for v in values] for label, values in t.rows}
         for name in ("table1", "table2", "table3", "table4")
-        for t in tables.PARTS[name].tables(outcomes)
+        for t in tables.SECTIONS[name].tables(outcomes)
     }
     assert paper["table1"]["alpha 2"] == ["82.45", "82.11", "82.14", "83.56", "58.41", "34.37", "", ""]
     assert paper["table2"]["alpha 0.5, phi 0.75"][-1] == "87.47"
@@ -246,30 +246,30 @@ def test_the_papers_numbers_stand_beside_ours(tmp_path: Path) -> None:
     assert all(tables.shown(v) == tables.DASH for t in tables.table2(outcomes) for _, values in t.rows for v in values)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", TABLE4_METHODS)
 def test_costs_are_those_of_the_runs(method: str) -> None:
-    plan = Plan(TINY, "digits")
-    run = Run(plan.method(method, 1e-3).at(0))
+    study = Study(TINY, "digits")
+    run = Run(study.method(method, 1e-3).at(0))
     result = run.run()
-    counted = table6.of_method(plan, method)
+    counted = table6.of_method(study, method)
     assert counted.unicast == result.bytes_up + result.bytes_down
     assert counted.broadcast == result.bytes_up + result.bytes_down_broadcast
     assert counted.client_flops == result.client_flops
-    halfway = table6.spent(plan, method, {"epochs": 1.0})
+    halfway = table6.spent(study, method, {"epochs": 1.0})
     assert halfway["virtual_seconds"] == counted.seconds
     if method != "cl":  # which sends its data once
-        assert table6.spent(plan, method, {"epochs": 2.0})["virtual_seconds"] > 1.5 * halfway["virtual_seconds"]
+        assert table6.spent(study, method, {"epochs": 2.0})["virtual_seconds"] > 1.5 * halfway["virtual_seconds"]
 
 
 def test_table_6_and_what_counting_settles() -> None:
-    plan = Plan(TINY, "digits")
-    example = {title: values[0] for title, values in table6.communication(plan)}
+    study = Study(TINY, "digits")
+    example = {title: values[0] for title, values in table6.communication(study)}
     assert example == {"FL": "40,000 MB", "PSL": "2,400 MB", "SFL": "15,800 MB", "SGLR": "1,800.024 MB"}
-    counted = {fact.name: fact for fact in table6.facts(plan)}
+    counted = {fact.name: fact for fact in table6.facts(study)}
     assert counted["client-compute"].evidence.startswith("95.3 %")  # of 8x8 pictures; 94.7 % of 28x28 (test_costs.py)
     assert counted["traffic-sfl-wire-unicast"].holds
     # The point that the sentence names is where the two are equal.
-    work = table6._work(plan, "mlp")
+    work = table6._work(study, "mlp")
     even = table6._break_even(work, "fl", "wire-unicast")
     below, above = (
         [expect(m, replace(work, samples_per_client=n)).unicast for m in ("sglr", "fl")]
@@ -289,16 +289,16 @@ def test_what_counting_settles_names_whole_samples_that_are_below() -> None:
 
 
 def test_cells_are_shared_by_tables() -> None:
-    plan = Plan(TINY, "digits")
-    together = tables.cells_of(plan, ["table1", "table2", "table3"])
+    study = Study(TINY, "digits")
+    together = tables.cells_of(study, ["table1", "table2", "table3"])
     assert len(together) == 1 + 2 * (5 + 9 + 5)  # one client: one cell for all
-    assert tables.cells_of(plan, ["fig5"]) == tables.cells_of(plan, ["table4"])
+    assert tables.cells_of(study, ["fig5"]) == tables.cells_of(study, ["table4"])
 
 
 def test_the_report_of_all_that_there_is(tmp_path: Path) -> None:
-    plan = Plan(TINY, "digits")
-    outcomes = pretended(tmp_path, plan, lambda cell, seed: 80.0 + seed + cell.config.alpha)
-    written = files_of(outcomes, list(tables.PARTS))
+    study = Study(TINY, "digits")
+    outcomes = pretended(tmp_path, study, lambda cell, seed: 80.0 + seed + cell.config.alpha)
+    written = files_of(outcomes, list(tables.SECTIONS))
     plots = ["claims", "table1", "table2", "table3", "table4", "fig5", "skew"]
     assert list(written) == ["reproduction.json", "reproduction.md", "reproduction.html", *(f"{p}.png" for p in plots)]
     data = json.loads(written["reproduction.json"])
@@ -325,10 +325,10 @@ def test_the_report_of_all_that_there_is(tmp_path: Path) -> None:
 
 def test_the_report_of_a_beginning(tmp_path: Path) -> None:
     """One run is done: dashes for the rest, no plot without points."""
-    plan = Plan(TINY, "digits")
-    pretend(tmp_path, plan.grid(1, 0, 0), 0, 80)
-    outcomes = Outcomes(plan, tmp_path, tables.cells_of(plan, list(tables.PARTS)).values())
-    written = files_of(outcomes, list(tables.PARTS))
+    study = Study(TINY, "digits")
+    pretend(tmp_path, study.grid(1, 0, 0), 0, 80)
+    outcomes = Outcomes(study, tmp_path, tables.cells_of(study, list(tables.SECTIONS)).values())
+    written = files_of(outcomes, list(tables.SECTIONS))
     assert [name for name in written if name.endswith(".png")] == ["table1.png", "table2.png", "table3.png"]
     text = written["reproduction.md"].decode()
     assert "**Not finished: 1 of " in text
@@ -429,7 +429,7 @@ def test_folders_of_other_things_are_left_alone(tiny: Size, tmp_path: Path) -> N
 
 def test_runs_of_other_settings_are_not_reported(tiny: Size, tmp_path: Path) -> None:
     """A run that found its way into the folder, made otherwise."""
-    cell = Plan(TINY, "digits").grid(1, 0, 0)
+    cell = Study(TINY, "digits").grid(1, 0, 0)
     pretend(tmp_path, Cell(cell.name, cell.config.model_copy(update={"epochs": 7})), 0, 80)
     with pytest.raises(RunFolderError, match=r"C1/psl/seed-0' was made with epochs = 7, not 1: remove it"):
         Reproduction(["table1"], "smoke", tmp_path, "digits").check()
@@ -597,11 +597,11 @@ def test_wrong_input_is_one_sentence(argv: list[str], said: str, tmp_path: Path)
 
 def test_the_report_of_attacks(tmp_path: Path) -> None:
     """Made-up findings: what phi and noise hide, at the end and at equal accuracy, in claims, tables and pictures."""
-    plan = Plan(TINY, "digits")
+    study = Study(TINY, "digits")
     parts = ["table5", "leakage"]
-    cells = tables.cells_of(plan, parts)
+    cells = tables.cells_of(study, parts)
     for cell in cells.values():
-        for seed in plan.size.seeds:
+        for seed in study.size.seeds:
             folder = pretend(tmp_path, cell, seed, 80 + seed)
             found = [_found(0.6, 0.9), _found(0.8, 0.7)]  # the attacker explains less of what is trained longer
             if cell.config.algorithm == "sglr":
@@ -611,7 +611,7 @@ def test_the_report_of_attacks(tmp_path: Path) -> None:
             (folder / EXAMINED).write_text(json.dumps(found if cell.config.snapshot_every else found[1:]))
             rows = np.full((KEPT, 1, 4, 4), seed, np.float32)
             (folder / PICTURES).write_bytes(save({"inputs": rows, "reconstructions": rows + 1}))
-    outcomes = Outcomes(plan, tmp_path, cells.values())
+    outcomes = Outcomes(study, tmp_path, cells.values())
     verdicts = by_name(judge(outcomes))
     assert set(verdicts) == {
         *("phi", "phi-equal", "leaks-depth"),

@@ -119,7 +119,7 @@ def seeds(folder: Path) -> None:
     batch = [torch.ones(ROWS, 3, 4), torch.ones(ROWS, dtype=torch.bool)]
     found: dict[str, bytes] = {}
     said: Any
-    for said in (HELLO, m.Smashed(1, ROWS), m.Fitted(1, [(0.5, 2)]), m.Failed(1, "k", "s"), m.Saved(1, "commit")):
+    for said in (HELLO, m.SmashedUp(1, ROWS), m.Fitted(1, [(0.5, 2)]), m.Failed(1, "k", "s"), m.Saved(1, "commit")):
         frame = pack(said, encode(batch))
         found[f"0-{type(said).__name__}"] = b"\0" + frame
         found[f"4-{type(said).__name__}"] = b"\4" + len(frame).to_bytes(2, "little") + frame

@@ -6,6 +6,8 @@ import copy
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from importlib.metadata import EntryPoint
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 from support import conv, make, mlp
 from torch import Tensor, nn
 
+from cutlayer import plugins
 from cutlayer.errors import ConfigError, WireError
 from cutlayer.models import Crossing, cut
 from cutlayer.wire import (
@@ -86,7 +89,7 @@ def through(tensor: Tensor, codec: Codec = RAW) -> Tensor:
 @settings(max_examples=15)
 def test_raw_is_bit_for_bit(dtype: torch.dtype, shape: tuple[int, ...], seed: int, zstd: bool) -> None:
     x = random_bits(shape, dtype, seed)
-    like, codec = {"x": Crossing(shape, dtype)}, Codec(zstd=zstd)
+    like, codec = {"x": Crossing(shape, dtype)}, Codec.parse("raw+zstd" if zstd else "raw")
     for buffer in (bytes, bytearray):
         received = decode_named(buffer(b"".join(encode_named({"x": x}, codec))), like, codec)["x"]
         assert received.dtype == dtype
@@ -230,19 +233,103 @@ def test_codecs_have_names(text: str) -> None:
     [
         ("int9", "did you mean 'int8'"),
         ("int8:3", "takes no '3'"),
-        ("int8+gzip", "can only be zstd"),
-        ("raw+", "can only be zstd"),
+        ("int8:some", "takes no 'some'"),
+        ("int8+gzip", "only zstd can follow"),
+        ("raw+", "only zstd can follow"),
         ("top-k", "needs the fraction"),
-        ("top-k:", "no fraction"),
-        ("top-k:0", "no fraction"),
-        ("top-k:nan", "no fraction"),
-        ("top-k:1.5+zstd", "no fraction"),
+        ("top-k:", "not a fraction"),
+        ("top-k:0", "not a fraction"),
+        ("top-k:nan", "not a fraction"),
+        ("top-k:1.5+zstd", "not a fraction"),
         ("", "unknown codec"),
     ],
 )
 def test_wrong_codecs(text: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         Codec.parse(text)
+
+
+OWN = f"{Path(__file__).parents[1] / 'own.py'}:Grid"
+
+
+@pytest.mark.parametrize(
+    ("text", "called"),
+    [
+        (OWN, "grid:0.001"),
+        (f"{OWN}:0.25+zstd", "grid:0.25+zstd"),
+        ("own:Grid", "grid:0.001"),
+        ("top-l:Grid", "unknown"),
+        ("test_wire_package.own:Grid:0.5", "grid:0.5"),
+        ("installed:0.5", "grid:0.5"),
+    ],
+)
+def test_codecs_of_ones_own_are_named_by_file_module_or_entry_point(
+    text: str, called: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    package = tmp_path / "test_wire_package"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "own.py").write_text((Path(__file__).parents[1] / "own.py").read_text())
+    monkeypatch.syspath_prepend(tmp_path)
+    point = EntryPoint("installed", "test_wire_package.own:Grid", "cutlayer.codecs")
+    monkeypatch.setattr(plugins, "_entry_points", lambda kind: {"installed": point} if kind == "codec" else {})
+    if called == "unknown":
+        with pytest.raises(ConfigError, match=r"unknown codec 'top-l'.*or your own: path/to/file.py:name"):
+            Codec.parse(text)
+        return
+    found = Codec.parse(text)
+    assert str(found) == called
+    assert found.plain == Codec.parse(text.removesuffix("+zstd"))
+    assert found.zstd == text.endswith("+zstd")
+
+
+@pytest.mark.parametrize("zstd", ["", "+zstd"])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_codec_of_ones_own(dtype: torch.dtype, zstd: str) -> None:
+    found, x = Codec.parse(f"{OWN}:0.01{zstd}"), numbers((4, 3, 2), dtype, 1).clamp(-50, 50)
+    body = b"".join(encode([x], found))
+    like = [Crossing((3, 2), dtype)]
+    (received,) = decode(body, like, 4, found)
+    assert bool(((received.double() - x.double()).abs() <= error_bound(found, x)).all())
+    assert encoded_bytes(like, 4, found) == (None if zstd else len(body))
+    with pytest.raises(WireError, match=r"came as codec 127.* where raw was agreed"):
+        decode(body, like, 4)
+
+
+def test_both_sides_compare_the_file_of_a_codec(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / "own.py").read_text()
+    for name, content in (("a", text), ("b", text), ("c", text + "# changed\n")):
+        (tmp_path / f"{name}.py").write_text(content)
+    a, b, c = (Codec.parse(f"{tmp_path / name}.py:Grid:0.1").agreed for name in "abc")
+    assert a == b != c
+    assert a.startswith("grid:0.1 (file ")
+    assert Codec.parse("top-k:0.1+zstd").agreed == "top-k:0.1+zstd"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (f"{OWN}:far", "codec '.*own.py:Grid:far': 'far' is not a step"),
+        (OWN.replace("Grid", "Careless") + ":3", "careless takes no '3'"),
+        (OWN.replace("Grid", "Shrink"), "is a defence, not a codec"),
+        (OWN.replace("Grid", "math"), "is not registered"),
+        (OWN.replace("own.py", "owns.py"), "there is no file"),
+    ],
+)
+def test_wrong_codecs_of_ones_own(text: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        Codec.parse(text)
+
+
+def test_a_codec_that_writes_another_size_than_it_says() -> None:
+    with pytest.raises(ConfigError, match=r"careless wrote 12 bytes .* `size` says 11"):
+        encode([torch.ones(2, 3)], Codec.parse(OWN.replace("Grid", "Careless")))
+
+
+def test_codes_of_codecs_stay() -> None:
+    names = ["raw", "bfloat16", "float16", "int8", "float8", "top-k"]
+    codes = {entry.name: entry.facts["code"] for entry in plugins.index("codec").values()}
+    assert codes == {name: code for code, name in enumerate(names)}
 
 
 def test_named_tensors() -> None:
@@ -269,8 +356,8 @@ LIKE = [Crossing((3,), torch.float32), Crossing((), torch.int64)]
         (LIKE, 3, RAW, {}, r"must be float32 \[3, 3\], float32 \[2, 3\] came"),
         ([Crossing((3,), torch.float64), LIKE[1]], 2, RAW, {}, r"must be float64 \[2, 3\], float32"),
         ([Crossing((3, 1), torch.float32), LIKE[1]], 2, RAW, {}, r"must be float32 \[2, 3, 1\]"),
-        (LIKE, 2, Codec("int8"), {}, "came as raw where int8 was agreed"),
-        (LIKE, 2, Codec(zstd=True), {}, r"came as raw where raw\+zstd was agreed"),
+        (LIKE, 2, Codec.parse("int8"), {}, "came as raw where int8 was agreed"),
+        (LIKE, 2, Codec.parse("raw+zstd"), {}, r"came as raw where raw\+zstd was agreed"),
         (LIKE, 2, RAW, {"rows": 1}, "2 rows"),
         (LIKE, -1, RAW, {}, "-1 rows"),
         (LIKE, 2, RAW, {"rank": 1}, "2 dimensions"),
@@ -314,16 +401,16 @@ TERMS = m.Terms(
     part="f" * 64,
     crossing=specs([Crossing((8,), torch.float32)]),
     returning=[],
-    step=m.StepTerms(batch=4),
+    step=m.StepTerms(batch=4, options={"alpha": "1.0"}),
 )
 TO_SERVER = [
     m.Hello("ada", TERMS, 100, 3, "secret"),
-    m.Smashed(1, 4),
-    m.TailGradients(1, 4, math.inf),
+    m.SmashedUp(1, 4),
+    m.TailUp(1, 4, math.inf),
     m.Settled(1),
     m.Fitted(1, [(0.5, 4), (0.25, 3)]),
-    m.Model(1),
-    m.Optimizer(1),
+    m.ModelUp(1),
+    m.OptimizerUp(1),
     m.EvaluationRows(1, 9),
     m.Saved(1, "prepare"),
     m.Failed(1, "NonFiniteError", "the loss is NaN"),
@@ -384,9 +471,9 @@ def test_the_token_is_not_shown() -> None:
         m.Failed(1, "k" * 257, ""),
         m.Failed(1, "k", "s" * 4097),
         m.Failed(1, "k", "\ud800"),
-        m.Model(-1),
-        m.Model(1 << 60),
-        m.Model(1 << 70),
+        m.ModelUp(-1),
+        m.ModelUp(1 << 60),
+        m.ModelUp(1 << 70),
         m.Saved(1, "perhaps"),  # type: ignore[arg-type]
         m.BeginRound(0, 1, math.nan, 1),
         m.Fitted(1, [(0.5, 4)] * ((1 << 16) + 1)),
@@ -406,8 +493,8 @@ def test_an_error_of_any_length_can_be_told() -> None:
 
 
 def test_other_protocols_and_other_programs() -> None:
-    data = pack(m.Model(1))
-    with pytest.raises(WireError, match="protocol 1, this side speaks 2"):
+    data = pack(m.ModelUp(1))
+    with pytest.raises(WireError, match="protocol 1, this side speaks 3"):
         unpack(b"CUT1" + data[4:], "to server")
     with pytest.raises(WireError, match="another program"):
         unpack(b"HTTP/1.1 400 Bad Request" * 4, "to server")
@@ -431,7 +518,7 @@ def changed(**fields: Any) -> m.Terms:
 @pytest.mark.parametrize(
     ("field", "value", "reason", "says"),
     [
-        ("protocol", 1, "protocol", "the protocol is 1 for the client and 2 for the server: install"),
+        ("protocol", 1, "protocol", "the protocol is 1 for the client and 3 for the server: install"),
         ("run", "mnist", "run", "the run is mnist for the client and digits for"),
         ("algorithm", "psl", "algorithm", "the algorithm is psl for the client and sglr for the server"),
         ("part", "0" * 64, "model", "fingerprint of the client's model is 0000"),
@@ -439,9 +526,8 @@ def changed(**fields: Any) -> m.Terms:
         ("crossing", specs([Crossing((8,), torch.float64)]), "crossing", r"is float64 \[8\] for the client"),
         ("returning", specs([Crossing((8,), torch.float32)]), "crossing", r"\[8\] for the client and nothing for the"),
         ("batch", 5, "step", "batch is 5 for the client and 4 for the server"),
-        ("gradient_scale", "union", "step", "gradient_scale is union for the client and own for"),
-        ("local_epochs", 3, "step", "local_epochs is 3 for"),
-        ("local_steps", 7, "step", "local_steps is 7 for the client and none for"),
+        ("options", {"alpha": "2.0"}, "step", "alpha is 2.0 for the client and 1.0 for"),
+        ("options", {"alpha": "1.0", "beta": "3"}, "step", "beta is 3 for the client and not known for"),
         ("up", "int8", "codec", "codec of what goes up is int8 for the client and raw for"),
         ("down", "top-k:0.1", "codec", "codec of what comes down is top-k:0.1 for"),
     ],
@@ -463,7 +549,7 @@ def test_what_differs_is_named(field: str, value: Any, reason: str, says: str) -
 def test_every_term_is_compared() -> None:
     tested = {"protocol", "run", "algorithm", "part", "crossing", "returning"}
     assert set(m.Terms.__struct_fields__) == tested | {"step"}
-    step = {"batch", "gradient_scale", "local_epochs", "local_steps", "up", "down", "options"}
+    step = {"batch", "up", "down", "options"}
     assert set(m.StepTerms.__struct_fields__) == step
 
 
@@ -515,23 +601,23 @@ def test_a_whole_conversation() -> None:
     pair = Pair()
     pair.down(m.BeginRound(0, 2, 1.0, 2))
     pair.down(m.Forward(0))
-    pair.up(m.Smashed(0, 4))
+    pair.up(m.SmashedUp(0, 4))
     pair.down(m.Backward(0, "own", 4))
     pair.down(m.Forward(1, labels=False))  # at once: a backward pass has no answer
     assert len(pair.client.asked) == 1
-    pair.up(m.Smashed(1, 3))
+    pair.up(m.SmashedUp(1, 3))
     pair.down(m.Tail(1, 3))
-    pair.up(m.TailGradients(1, 3, 0.5))
+    pair.up(m.TailUp(1, 3, 0.5))
     pair.down(m.Backward(1, "common", 1))
     pair.down(m.Settle(1))
     pair.up(m.Settled(1))
     pair.down(m.Fit(1))
     pair.up(m.Fitted(1, [(0.1, 3)]))
     pair.down(m.GiveModel(2))
-    pair.up(m.Model(2))
+    pair.up(m.ModelUp(2))
     pair.down(m.TakeModel(2))
     pair.down(m.GiveOptimizer(2))
-    pair.up(m.Optimizer(2))
+    pair.up(m.OptimizerUp(2))
     pair.down(m.TakeOptimizer(2))
     pair.down(m.Evaluate(2, "lower", 5))
     pair.up(m.EvaluationRows(2, 5))
@@ -552,9 +638,9 @@ def test_frames_that_are_repeated_lost_overtaken_or_foreign() -> None:
     other = Pair()
     other.down(m.Forward(0))
     with pytest.raises(WireError, match="belongs to another conversation"):
-        pair.server.receive(other.client.send(m.Smashed(0, 4)))
+        pair.server.receive(other.client.send(m.SmashedUp(0, 4)))
     with pytest.raises(WireError, match="after the end"):  # and nothing more after that
-        pair.server.receive(pair.client.send(m.Smashed(0, 4)))
+        pair.server.receive(pair.client.send(m.SmashedUp(0, 4)))
 
 
 def test_only_an_open_connection_needs_checksums() -> None:
@@ -589,7 +675,7 @@ def test_nothing_is_asked_before_welcome(message: m.Message) -> None:
 
 def test_hello_and_welcome_come_once() -> None:
     with pytest.raises(WireError, match="not expected before Hello"):
-        ServerSide().receive(pack(m.Model(0)))
+        ServerSide().receive(pack(m.ModelUp(0)))
     with pytest.raises(WireError, match="Welcome is not expected before Hello"):
         ClientSide().receive(pack(m.Welcome(0, 1, 0, TERMS), conversation=0))
     pair = Pair()
@@ -615,7 +701,7 @@ def test_refused_and_failed_end_it() -> None:
     pair = Pair()
     pair.down(m.Forward(0))
     pair.up(m.Failed(0, "DataError", "the file is gone"))
-    for side, message in ((pair.server, m.Forward(1)), (pair.client, m.Smashed(0, 4))):
+    for side, message in ((pair.server, m.Forward(1)), (pair.client, m.SmashedUp(0, 4))):
         with pytest.raises(WireError, match="after the end"):
             side.send(message)
 
@@ -623,13 +709,13 @@ def test_refused_and_failed_end_it() -> None:
 @pytest.mark.parametrize(
     ("asked", "answer", "says"),
     [
-        (m.Forward(3), m.Model(3), "Model of step 3 came in answer to Forward of step 3"),
-        (m.Forward(3), m.Smashed(2, 4), "Smashed of step 2 came in answer to Forward of step 3"),
-        (m.Forward(3), m.Smashed(3, 0), "Smashed of 0 rows"),
-        (m.Forward(3), m.Smashed(3, 101), "Smashed of 101 rows"),
+        (m.Forward(3), m.ModelUp(3), "Model of step 3 came in answer to Forward of step 3"),
+        (m.Forward(3), m.SmashedUp(2, 4), "Smashed of step 2 came in answer to Forward of step 3"),
+        (m.Forward(3), m.SmashedUp(3, 0), "Smashed of 0 rows"),
+        (m.Forward(3), m.SmashedUp(3, 101), "Smashed of 101 rows"),
         (m.Evaluate(3, "lower", 5), m.EvaluationRows(3, 4), "has 4 rows, Evaluate had 5"),
         (m.Save(3, "prepare"), m.Saved(3, "commit"), "commit came in answer to Save of phase prepare"),
-        (m.TakeModel(3), m.Model(3), "was not asked for"),
+        (m.TakeModel(3), m.ModelUp(3), "was not asked for"),
     ],
 )
 def test_only_the_answer_that_was_asked_for(asked: m.Message, answer: m.Message, says: str) -> None:
@@ -658,7 +744,7 @@ def test_only_requests_that_make_sense(request_: m.Message, says: str) -> None:
     """The server does not ask it, and the client does not take it."""
     pair = Pair()
     pair.down(m.Forward(5))
-    pair.up(m.Smashed(5, 4))
+    pair.up(m.SmashedUp(5, 4))
     with pytest.raises(WireError, match=says):
         pair.server.send(request_)
     with pytest.raises(WireError, match=says):
@@ -668,7 +754,7 @@ def test_only_requests_that_make_sense(request_: m.Message, says: str) -> None:
 def test_a_batch_goes_back_once() -> None:
     pair = Pair()
     pair.down(m.Forward(5))
-    pair.up(m.Smashed(5, 4))
+    pair.up(m.SmashedUp(5, 4))
     pair.down(m.Backward(5, "common", 6))
     with pytest.raises(WireError, match="no forward pass"):
         pair.server.send(m.Backward(5, "own", 4))
@@ -681,4 +767,4 @@ def test_requests_and_messages_are_limited() -> None:
     with pytest.raises(WireError, match="2 requests wait"):
         pair.server.send(m.Forward(2))
     with pytest.raises(WireError, match="would have"):
-        pair.client.send(m.Smashed(0, 4), encode([torch.zeros(999)]))
+        pair.client.send(m.SmashedUp(0, 4), encode([torch.zeros(999)]))

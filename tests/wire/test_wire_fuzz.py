@@ -157,7 +157,7 @@ def test_every_truncation_of_tensors_is_found(name: str) -> None:
 @given(st.binary(max_size=400), st.sampled_from(["to server", "to client"]), st.booleans())
 def test_foreign_bytes(data: bytes, direction: Any, ours: bool) -> None:
     with pytest.raises(WireError):
-        unpack(b"CUT2" + data if ours else data, direction)
+        unpack(b"CUT3" + data if ours else data, direction)
     with pytest.raises(WireError):
         ServerSide().receive(data)
     for name in NAMES:
@@ -215,7 +215,7 @@ def header(message: str, **fields: bytes) -> bytes:
 def framed(head: bytes) -> bytes:
     """A frame around any header."""
     start = -(-(40 + len(head)) // 16) * 16
-    place = struct.pack("<4sIQQQQ", b"CUT2", len(head), 0, 0, 0, 0)
+    place = struct.pack("<4sIQQQQ", b"CUT3", len(head), 0, 0, 0, 0)
     return mended(place + head.ljust(start - 40, b"\0"))
 
 
@@ -250,7 +250,7 @@ def test_hostile_headers(head: bytes) -> None:
 
 def test_framed_makes_frames() -> None:
     """Else the headers above would be refused for another reason."""
-    assert unpack(framed(header("Model", step=STEP)), "to server").message == m.Model(1)
+    assert unpack(framed(header("Model", step=STEP)), "to server").message == m.ModelUp(1)
 
 
 def zstd_body(payload: bytes) -> bytes:
@@ -260,7 +260,7 @@ def zstd_body(payload: bytes) -> bytes:
 
 
 def receive_zstd(payload: bytes) -> torch.Tensor:
-    return decode(zstd_body(payload), [Crossing((3,), torch.float32)], 2, Codec(zstd=True))[0]
+    return decode(zstd_body(payload), [Crossing((3,), torch.float32)], 2, Codec.parse("raw+zstd"))[0]
 
 
 def undeclared(size: int) -> bytes:
@@ -335,6 +335,6 @@ def test_positions_of_top_k() -> None:
 
 
 def test_a_message_over_the_limit_is_not_looked_at() -> None:
-    data = pack(m.Smashed(0, 4), encode([torch.zeros(MEGABYTE)]))
+    data = pack(m.SmashedUp(0, 4), encode([torch.zeros(MEGABYTE)]))
     with bounded(seconds=0.5, memory=MEGABYTE // 4), pytest.raises(WireError, match="are taken here"):
         unpack(data, "to server", Limits(message_bytes=MEGABYTE))

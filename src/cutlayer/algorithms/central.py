@@ -10,12 +10,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from cutlayer.algorithms.base import Algorithm, algorithm
 from cutlayer.cohort import Cohort
-from cutlayer.options import RunConfig
 from cutlayer.server import Server
+from cutlayer.traffic import Epoch, Traffic
 from cutlayer.types import Round, Step
+from cutlayer.verbs import FIT
 
 
-def central(options: RunConfig, server: Server, clients: Cohort, this: Round) -> Iterator[Step]:
-    """One round of CL: the cohort is a single client that holds all the data and the whole model."""
-    yield from clients.fit()
+@algorithm(
+    "cl",
+    title="CL",
+    summary="centralised: one model trained on everybody's data",
+    paper="arXiv 2112.05929",
+    needs={FIT},
+    central=True,
+    colour="black",
+)
+class Central(Algorithm):
+    """Centralised learning."""
+
+    def round(self, server: Server, clients: Cohort, this: Round) -> Iterator[Step]:
+        """One round of CL: the cohort is a single client that holds all the data and the whole model."""
+        yield from clients.fit()
+
+    def traffic(self, epoch: Epoch) -> Traffic:
+        """The raw data, once."""
+        return Traffic("gather")

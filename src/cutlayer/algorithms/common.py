@@ -1,36 +1,71 @@
-"""Small things that several algorithms share."""
+"""What several algorithms share: options, weights of an averaging, and the order of visits."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import ClassVar, Literal
 
 from cutlayer import seeds
+from cutlayer.algorithms.base import Algorithm
 from cutlayer.cohort import Cohort
-from cutlayer.options import RunConfig
+from cutlayer.plugins import option
 from cutlayer.server import ServerStep
 from cutlayer.types import Round, Smashed, Step
+
+
+class Scaled(Algorithm):
+    """Algorithms whose server has one loss on the rows of all clients."""
+
+    gradient_scale: Literal["own", "union"] = option("own")
+    """A client's cut gradient is that of its own mean loss, or of the mean loss over all rows."""
+
+
+class LocalWork(Algorithm):
+    """Algorithms whose clients work for several epochs or steps between two averagings."""
+
+    exclusive: ClassVar = (("local_epochs", "local_steps"),)
+
+    local_epochs: int = option(1, ge=1)
+    """Local epochs per round."""
+    local_steps: int | None = option(None, ge=1)
+    """Local steps per round instead of epochs; fl with 1 is FedSGD."""
+
+    @property
+    def part_of_round(self) -> tuple[int, int | None]:
+        """(local epochs, local steps) of a round."""
+        return self.local_epochs, self.local_steps
+
+
+class Tour(Algorithm):
+    """Sequential learning: clients take turns, and the one client model travels."""
+
+    hand_over: Literal["batch", "epoch"] = option("epoch")
+    """When the client model moves on."""
+    hand_over_optimizer: bool = option(False)
+    """The optimiser's state moves on with the client model."""
+    visit_order: Literal["fixed", "random"] = option("fixed")
+    """The order in which clients are visited in a round."""
+
+    def visits(self, this: Round) -> Iterator[int]:
+        """Whose turn each step of the round is.
+
+        `hand_over="epoch"`: a client does all its batches, then the next. `"batch"`: one batch each in turn; clients
+        with fewer batches drop out of the later turns.
+        """
+        batches = dict(zip(this.clients, this.batches, strict=True))
+        order = list(this.clients)
+        if self.visit_order == "random":
+            seeds.generator(this.seed, "visits", this.index).shuffle(order)
+        if self.hand_over == "epoch":
+            yield from (k for k in order for _ in range(batches[k]))
+        else:
+            yield from (k for turn in range(this.steps) for k in order if turn < batches[k])
 
 
 def sample_weights(clients: Cohort, who: Iterable[int]) -> dict[int, int]:
     """FedAvg's weights: n_k for each client of `who` (averaging divides by their sum)."""
     samples = clients.samples
     return {k: samples[k] for k in sorted(who)}
-
-
-def visits(options: RunConfig, this: Round) -> Iterator[int]:
-    """Sequential learning: whose turn each step of the round is.
-
-    `hand_over="epoch"`: a client does all its batches, then the next. `"batch"`: one batch each in turn; clients with
-    fewer batches drop out of the later turns.
-    """
-    batches = dict(zip(this.clients, this.batches, strict=True))
-    order = list(this.clients)
-    if options.visit_order == "random":
-        seeds.generator(this.seed, "visits", this.index).shuffle(order)
-    if options.hand_over == "epoch":
-        yield from (k for k in order for _ in range(batches[k]))
-    else:
-        yield from (k for turn in range(this.steps) for k in order if turn < batches[k])
 
 
 def report(step: ServerStep, smashed: Smashed, active: tuple[int, ...] = ()) -> Step:

@@ -11,15 +11,37 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from cutlayer.algorithms.common import sample_weights
+from cutlayer.algorithms.base import algorithm
+from cutlayer.algorithms.common import LocalWork, sample_weights
 from cutlayer.cohort import Cohort
-from cutlayer.options import RunConfig
 from cutlayer.server import Server
+from cutlayer.traffic import Epoch, Traffic
 from cutlayer.types import Round, Step
+from cutlayer.verbs import AVERAGE, FIT
 
 
-def fedavg(options: RunConfig, server: Server, clients: Cohort, this: Round) -> Iterator[Step]:
-    """One round of FedAvg. The weights are those of the clients that did train."""
-    steps = clients.fit()
-    yield from steps
-    clients.average(sample_weights(clients, {k for step in steps for k in step.clients}))
+@algorithm(
+    "fl",
+    title="FL",
+    summary="federated (FedAvg): whole models trained locally, averaged every round",
+    paper="arXiv 1602.05629",
+    needs={FIT, AVERAGE},
+    colour="purple",
+)
+class FedAvg(LocalWork):
+    """Federated averaging."""
+
+    def round(self, server: Server, clients: Cohort, this: Round) -> Iterator[Step]:
+        """One round of FedAvg. The weights are those of the clients that did train."""
+        steps = clients.fit()
+        yield from steps
+        clients.average(sample_weights(clients, {k for step in steps for k in step.clients}))
+
+    @property
+    def averages_every_step(self) -> bool:
+        """With one local step."""
+        return self.local_steps == 1
+
+    def traffic(self, epoch: Epoch) -> Traffic:
+        """Whole models, up and down."""
+        return Traffic("rounds", averaged=epoch.model)

@@ -13,17 +13,34 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from cutlayer.algorithms.common import report
+from cutlayer.algorithms.base import algorithm
+from cutlayer.algorithms.common import Scaled, report
 from cutlayer.cohort import Cohort
 from cutlayer.gradients import own
-from cutlayer.options import RunConfig
 from cutlayer.server import Server
+from cutlayer.traffic import Epoch, Traffic
 from cutlayer.types import Round, Step
+from cutlayer.verbs import BACKWARD, FORWARD
 
 
-def parallel(options: RunConfig, server: Server, clients: Cohort, this: Round) -> Iterator[Step]:
-    """One round (a local epoch) of PSL."""
-    while smashed := clients.forward():
-        step = server.step(smashed)
-        clients.backward(own(step.gradient, smashed, options.gradient_scale))
-        yield report(step, smashed)
+@algorithm(
+    "psl",
+    title="PSL",
+    summary="parallel split learning: one server step on all clients' smashed data",
+    paper="arXiv 2112.05929",
+    needs={FORWARD, BACKWARD},
+    colour="blue",
+)
+class Psl(Scaled):
+    """Parallel split learning."""
+
+    def round(self, server: Server, clients: Cohort, this: Round) -> Iterator[Step]:
+        """One round (a local epoch) of PSL."""
+        while smashed := clients.forward():
+            step = server.step(smashed)
+            clients.backward(own(step.gradient, smashed, self.gradient_scale))
+            yield report(step, smashed)
+
+    def traffic(self, epoch: Epoch) -> Traffic:
+        """Smashed data up, own cut gradients down."""
+        return Traffic("steps")

@@ -9,101 +9,208 @@ One step:
     5. every client i: back-propagate what it received; w_ci <- w_ci - eta_c g_ci
 Client models are never exchanged.
 
-SLR is SGLR with phi = 0, SGL is SGLR with alpha = 0; PSL is both. Where the paper can be read in several ways, the
-reading is an option: `alpha_clients`, `average_over`, `average_reduce`, `gradient_scale`, `phi_when`
-(docs/algorithms.md).
+SLR is SplitLr alone, SGL is SplitAvg alone, PSL is neither. Where the paper can be read in several ways, the reading is
+an option: `alpha_clients`, `average_over`, `average_reduce`, `gradient_scale`, `phi_when`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import count
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from cutlayer import seeds
-from cutlayer.algorithms.common import report
+from cutlayer.algorithms.base import Algorithm, algorithm
+from cutlayer.algorithms.common import Scaled, report
 from cutlayer.cohort import Cohort
+from cutlayer.errors import ConfigError
 from cutlayer.gradients import own, scaled
-from cutlayer.options import RunConfig
+from cutlayer.plugins import option
 from cutlayer.server import Server
+from cutlayer.traffic import Epoch, Traffic
 from cutlayer.types import CutGradients, Round, Rows, Smashed, Step, as_matrix, as_rows, channels_last, row_numbers
+from cutlayer.verbs import BACKWARD, FORWARD
+
+_SPLITS_LR = "SplitLr accelerates the server model"
+_SPLITS_AVG = "SplitAvg averages the gradients that reach the client models"
 
 
-def sglr(options: RunConfig, server: Server, clients: Cohort, this: Round) -> Iterator[Step]:
-    """One round (a local epoch) of SGLR."""
-    turn = 0
-    while smashed := clients.forward():
-        step = server.step(smashed, split_lr(options, smashed, enrolled=len(clients.samples)))
-        active = draw_active(options, smashed.clients, this, turn)
-        clients.backward(split_average(options, step.gradient, smashed, active))
-        turn += 1
-        yield report(step, smashed, active)
+class SplitLr(Scaled):
+    """SplitLr, eq. 13."""
+
+    alpha: float = option(1.0, ge=0)
+    """Rate exponent: the server's rate is server_lr x C^alpha (eq. 13)."""
+    alpha_clients: Literal["participating", "enrolled"] = option("participating")
+    """Which C: the clients in the step, or all enrolled."""
+
+    def split_lr(self, smashed: Smashed, enrolled: int) -> float:
+        """What the server's rate is multiplied with: C^alpha, C being the clients in this step, or all enrolled."""
+        clients = enrolled if self.alpha_clients == "enrolled" else len(smashed.clients)
+        return float(clients**self.alpha)
+
+    def largest_rate_factor(self, clients: int) -> float:
+        """Powers of ten in C^alpha."""
+        return self.alpha * math.log10(clients)
 
 
-def slr(options: RunConfig, server: Server, clients: Cohort, this: Round) -> Iterator[Step]:
-    """SplitLr alone: phi = 0."""
-    return sglr(options.model_copy(update={"phi": 0.0}), server, clients, this)
+class SplitAvg(Scaled):
+    """SplitAvg, eq. 14 and 15."""
+
+    phi: float = option(0.5, ge=0, le=1, planned=True)
+    """Active fraction: phi x C clients share one common cut gradient in each step."""
+    phi_when: Literal["always", "initial", "final"] = option("always")
+    """Average during all of the training, or only its initial or final part (the phased variants)."""
+    phi_until: float = option(0.6, ge=0, le=1)
+    """Length of that initial or final part, as a fraction of training."""
+    average_over: Literal["clients", "clients-and-rows"] = option("clients")
+    """Average row by row over the active clients, or over all their rows into one gradient for every row."""
+    average_reduce: Literal["mean", "sum"] = option("mean")
+    """Mean of the clients' gradients, or sum of the concatenated loss's slices (eq. 15 to the letter)."""
+
+    def check(self, given: frozenset[str]) -> None:
+        """A phase's length needs a phase. Raises ConfigError."""
+        if "phi_until" in given and self.phi_when == "always":
+            raise ConfigError(
+                f"phi_until = {self.phi_until:g} has no effect with phi_when = 'always': choose initial or final, or "
+                "leave it out"
+            )
+
+    @property
+    def shares_gradients(self) -> bool:
+        """Where somebody is active."""
+        return self.phi > 0
+
+    def without_sharing(self) -> Algorithm:
+        """Nobody is active."""
+        return self.model_copy(update={"phi": 0.0})
+
+    def draw_active(self, clients: tuple[int, ...], this: Round, turn: int) -> tuple[int, ...]:
+        """The active set of the round's step number `turn`: phi x C clients (rounded half up), without replacement."""
+        done = this.progress(turn)  # rounded, as the bounds are: 7/15 and 0.4 + 0.2/3 are the same moment
+        final = round(1 - self.phi_until, 9)
+        phase = {"always": True, "initial": done < round(self.phi_until, 9), "final": done >= final}
+        active = self._active_of(len(clients)) if phase[self.phi_when] else 0
+        order = torch.randperm(len(clients), generator=seeds.torch_generator(this.seed, "active", this.index, turn))
+        return tuple(clients[i] for i in sorted(order[:active].tolist()))
+
+    def split_average(self, gradient: Rows, smashed: Smashed, active: tuple[int, ...]) -> CutGradients:
+        """One common cut gradient for the `active` clients, their own for the others.
+
+        `gradient` is dLoss/d(smashed data) of the concatenated mean loss, each [R, s...]. Raises nothing: an empty
+        active set is PSL.
+        """
+        if not active:
+            return own(gradient, smashed, self.gradient_scale)
+        # The sum is of the concatenated loss's slices, to the letter of eq. 15; the mean is of gradients in the
+        # clients' scale.
+        share = "union" if self.average_reduce == "sum" else self.gradient_scale
+        shared, others = smashed.sizes_of(set(active)), smashed.sizes_of(set(smashed.clients) - set(active))
+        shares = scaled(smashed.take(gradient, shared), tuple(shared.values()), share, len(smashed))
+        unicast = scaled(smashed.take(gradient, others), tuple(others.values()), self.gradient_scale, len(smashed))
+        common = tuple(self.average(g, tuple(shared.values())) for g in shares)
+        return CutGradients(unicast, tuple(others), tuple(others.values()), common, active)
+
+    def average(self, gradient: Tensor, sizes: tuple[int, ...]) -> Tensor:
+        """The common gradient of the active clients' rows [sum b_k, s...], b_k = `sizes`.
+
+        Over clients: [max b_k, s...], row j over the clients that have a row j. Over clients and rows: [1, s...].
+        """
+        last = channels_last(gradient)
+        rows = as_matrix(gradient, last)
+        longest = max(sizes)
+        if longest == min(sizes):
+            total = rows.view(len(sizes), -1).sum(0).view(longest, -1)
+            each: int | Tensor = len(sizes)
+        else:
+            number = torch.from_numpy(row_numbers(sizes))
+            total = rows.new_zeros(longest, rows.shape[1]).index_add_(0, number.to(rows.device), rows)
+            each = number.bincount().view(-1, 1).to(rows.device, rows.dtype)
+        over_rows = self.average_over == "clients-and-rows"
+        if self.average_reduce == "sum":
+            common = total.mean(0, keepdim=True) if over_rows else total
+        else:
+            common = total.sum(0, keepdim=True) / sum(sizes) if over_rows else total / each
+        return as_rows(common, gradient.shape[1:], last)
+
+    def traffic(self, epoch: Epoch) -> Traffic:
+        """As PSL, with one gradient for the active clients."""
+        return Traffic("steps", sharing=self._active_of(epoch.clients))
+
+    def _active_of(self, clients: int) -> int:
+        return math.floor(self.phi * clients + 0.5)
 
 
-def sgl(options: RunConfig, server: Server, clients: Cohort, this: Round) -> Iterator[Step]:
-    """SplitAvg alone: alpha = 0."""
-    return sglr(options.model_copy(update={"alpha": 0.0}), server, clients, this)
+@algorithm(
+    "slr",
+    title="SLR",
+    summary="PSL with the server's rate scaled by C^alpha (SplitLr)",
+    paper="arXiv 2112.05929",
+    needs={FORWARD, BACKWARD},
+    server_part=_SPLITS_LR,
+    colour="sky",
+)
+class Slr(SplitLr):
+    """SplitLr alone."""
+
+    def round(self, server: Server, clients: Cohort, this: Round) -> Iterator[Step]:
+        """One round (a local epoch) of SLR."""
+        while smashed := clients.forward():
+            step = server.step(smashed, self.split_lr(smashed, enrolled=len(clients.samples)))
+            clients.backward(own(step.gradient, smashed, self.gradient_scale))
+            yield report(step, smashed)
+
+    def traffic(self, epoch: Epoch) -> Traffic:
+        """As PSL."""
+        return Traffic("steps")
 
 
-def split_lr(options: RunConfig, smashed: Smashed, enrolled: int) -> float:
-    """What SplitLr multiplies the server's rate with: C^alpha, C being the clients in this step, or all enrolled."""
-    count = enrolled if options.alpha_clients == "enrolled" else len(smashed.clients)
-    return float(count**options.alpha)
+@algorithm(
+    "sgl",
+    title="SGL",
+    summary="PSL with one common cut gradient for a random fraction phi of the clients (SplitAvg)",
+    paper="arXiv 2112.05929",
+    needs={FORWARD, BACKWARD},
+    client_part=_SPLITS_AVG,
+    colour="sky",
+    line="--",
+)
+class Sgl(SplitAvg):
+    """SplitAvg alone."""
+
+    def round(self, server: Server, clients: Cohort, this: Round) -> Iterator[Step]:
+        """One round (a local epoch) of SGL."""
+        for turn in count():
+            if not (smashed := clients.forward()):
+                return
+            step = server.step(smashed)
+            active = self.draw_active(smashed.clients, this, turn)
+            clients.backward(self.split_average(step.gradient, smashed, active))
+            yield report(step, smashed, active)
 
 
-def draw_active(options: RunConfig, clients: tuple[int, ...], this: Round, turn: int) -> tuple[int, ...]:
-    """The active set of the round's step number `turn`: phi x C clients (rounded half up), without replacement."""
-    done = this.progress(turn)  # rounded, as the bounds are: 7/15 and .4 + .2/3 are the same moment
-    final = round(1 - options.phi_until, 9)
-    phase = {"always": True, "initial": done < round(options.phi_until, 9), "final": done >= final}
-    count = math.floor(options.phi * len(clients) + 0.5) if phase[options.phi_when] else 0
-    order = torch.randperm(len(clients), generator=seeds.torch_generator(this.seed, "active", this.index, turn))
-    return tuple(clients[i] for i in sorted(order[:count].tolist()))
+@algorithm(
+    "sglr",
+    title="SGLR",
+    summary="both: SplitAvg and SplitLr",
+    paper="arXiv 2112.05929",
+    needs={FORWARD, BACKWARD},
+    client_part=_SPLITS_AVG,
+    server_part=_SPLITS_LR,
+    colour="vermillion",
+)
+class Sglr(SplitAvg, SplitLr):
+    """SGLR: SplitAvg and SplitLr."""
 
-
-def split_average(options: RunConfig, gradient: Rows, smashed: Smashed, active: tuple[int, ...]) -> CutGradients:
-    """One common cut gradient for the `active` clients, their own for the others.
-
-    `gradient` is dLoss/d(smashed data) of the concatenated mean loss, each [R, s...]. Raises nothing: an empty active
-    set is PSL.
-    """
-    if not active:
-        return own(gradient, smashed, options.gradient_scale)
-    # The sum is of the concatenated loss's slices, to the letter of eq. 15; the mean is of gradients in the clients'
-    # scale.
-    share = "union" if options.average_reduce == "sum" else options.gradient_scale
-    shared, others = smashed.sizes_of(set(active)), smashed.sizes_of(set(smashed.clients) - set(active))
-    shares = scaled(smashed.take(gradient, shared), tuple(shared.values()), share, len(smashed))
-    unicast = scaled(smashed.take(gradient, others), tuple(others.values()), options.gradient_scale, len(smashed))
-    common = tuple(average(options, g, tuple(shared.values())) for g in shares)
-    return CutGradients(unicast, tuple(others), tuple(others.values()), common, active)
-
-
-def average(options: RunConfig, gradient: Tensor, sizes: tuple[int, ...]) -> Tensor:
-    """The common gradient of the active clients' rows [sum b_k, s...], b_k = `sizes`.
-
-    Over clients: [max b_k, s...], row j over the clients that have a row j. Over clients and rows: [1, s...].
-    """
-    last = channels_last(gradient)
-    rows = as_matrix(gradient, last)
-    longest = max(sizes)
-    if longest == min(sizes):
-        total = rows.view(len(sizes), -1).sum(0).view(longest, -1)
-        count: int | Tensor = len(sizes)
-    else:
-        number = torch.from_numpy(row_numbers(sizes))
-        total = rows.new_zeros(longest, rows.shape[1]).index_add_(0, number.to(rows.device), rows)
-        count = number.bincount().view(-1, 1).to(rows.device, rows.dtype)
-    over_rows = options.average_over == "clients-and-rows"
-    if options.average_reduce == "sum":
-        common = total.mean(0, keepdim=True) if over_rows else total
-    else:
-        common = total.sum(0, keepdim=True) / sum(sizes) if over_rows else total / count
-    return as_rows(common, gradient.shape[1:], last)
+    def round(self, server: Server, clients: Cohort, this: Round) -> Iterator[Step]:
+        """One round (a local epoch) of SGLR."""
+        for turn in count():
+            if not (smashed := clients.forward()):
+                return
+            step = server.step(smashed, self.split_lr(smashed, enrolled=len(clients.samples)))
+            active = self.draw_active(smashed.clients, this, turn)
+            clients.backward(self.split_average(step.gradient, smashed, active))
+            yield report(step, smashed, active)

@@ -11,55 +11,141 @@ V1 computes exactly what FedAvg computes, whatever the cut.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
+from typing import Literal
 
 from cutlayer import seeds
-from cutlayer.algorithms.common import report, sample_weights
+from cutlayer.algorithms.base import algorithm
+from cutlayer.algorithms.common import LocalWork, Scaled, report, sample_weights
 from cutlayer.cohort import Cohort
 from cutlayer.gradients import own
-from cutlayer.options import RunConfig
+from cutlayer.plugins import option
 from cutlayer.server import Server
+from cutlayer.traffic import Epoch, Traffic
 from cutlayer.types import CutGradients, Round, Step
+from cutlayer.verbs import AVERAGE, BACKWARD, FORWARD, STEP_COPIES, STEP_EACH
+
+_AVERAGES = "it averages the client models"
 
 
-def sfl(options: RunConfig, server: Server, clients: Cohort, this: Round) -> Iterator[Step]:
-    """One round of SFL: PSL plus averaging of the client models."""
-    trained: set[int] = set()
-    while smashed := clients.forward():
-        step = server.step(smashed)
-        clients.backward(own(step.gradient, smashed, options.gradient_scale))
-        trained |= set(smashed.clients)
-        if options.average_every == "step":
-            clients.average(sample_weights(clients, smashed.clients))
-        yield report(step, smashed)
-    if options.average_every == "round":
+@algorithm(
+    "sfl",
+    title="SFL",
+    summary="PSL plus averaging of the client models every step or round",
+    paper="arXiv 2112.05929",
+    needs={FORWARD, BACKWARD, AVERAGE},
+    client_part=_AVERAGES,
+    colour="green",
+)
+class Sfl(Scaled, LocalWork):
+    """SplitFed as the SGLR paper writes it."""
+
+    average_every: Literal["step", "round"] = option("round")
+    """When client models are averaged."""
+
+    def round(self, server: Server, clients: Cohort, this: Round) -> Iterator[Step]:
+        """One round of SFL: PSL plus averaging of the client models."""
+        trained: set[int] = set()
+        while smashed := clients.forward():
+            step = server.step(smashed)
+            clients.backward(own(step.gradient, smashed, self.gradient_scale))
+            trained |= set(smashed.clients)
+            if self.average_every == "step":
+                clients.average(sample_weights(clients, smashed.clients))
+            yield report(step, smashed)
+        if self.average_every == "round":
+            clients.average(sample_weights(clients, trained))
+
+    @property
+    def averages_every_step(self) -> bool:
+        """As the option says."""
+        return self.average_every == "step"
+
+    def traffic(self, epoch: Epoch) -> Traffic:
+        """As PSL, and the client models up and down, once a round."""
+        return Traffic("steps", averaged=epoch.client_model)
+
+
+@algorithm(
+    "sflv1",
+    title="SplitFed V1",
+    summary="a server copy per client, both sides averaged every round",
+    paper="arXiv 2004.12088",
+    needs={FORWARD, BACKWARD, AVERAGE, STEP_COPIES},
+    client_part=_AVERAGES,
+    colour="green",
+    line="--",
+)
+class SflV1(LocalWork):
+    """SplitFed V1."""
+
+    def round(self, server: Server, clients: Cohort, this: Round) -> Iterator[Step]:
+        """One round of SplitFed V1."""
+        trained = yield from _with_server_copies(server, clients)
+        clients.average(sample_weights(clients, trained))
+        server.average_copies(sample_weights(clients, trained))
+
+    @property
+    def averages_every_step(self) -> bool:
+        """With one local step."""
+        return self.local_steps == 1
+
+    def traffic(self, epoch: Epoch) -> Traffic:
+        """As SFL."""
+        return Traffic("steps", averaged=epoch.client_model)
+
+
+@algorithm(
+    "sflv2",
+    title="SplitFed V2",
+    summary="one server model stepped client by client in random order, client models averaged every round",
+    paper="arXiv 2004.12088",
+    needs={FORWARD, BACKWARD, AVERAGE, STEP_EACH},
+    client_part=_AVERAGES,
+    colour="green",
+    line="-.",
+)
+class SflV2(LocalWork):
+    """SplitFed V2."""
+
+    def round(self, server: Server, clients: Cohort, this: Round) -> Iterator[Step]:
+        """One round of SplitFed V2."""
+        trained: set[int] = set()
+        turn = 0
+        while smashed := clients.forward():
+            order = seeds.generator(this.seed, "server order", this.index, turn).permutation(smashed.clients)
+            step = server.step_in_turn(smashed, [int(k) for k in order])
+            clients.backward(CutGradients(step.gradient, smashed.clients, smashed.sizes))
+            trained |= set(smashed.clients)
+            turn += 1
+            yield report(step, smashed)
         clients.average(sample_weights(clients, trained))
 
-
-def sflv1(options: RunConfig, server: Server, clients: Cohort, this: Round) -> Iterator[Step]:
-    """One round of SplitFed V1."""
-    trained = yield from _with_server_copies(server, clients)
-    clients.average(sample_weights(clients, trained))
-    server.average_copies(sample_weights(clients, trained))
+    def traffic(self, epoch: Epoch) -> Traffic:
+        """As SFL."""
+        return Traffic("steps", averaged=epoch.client_model)
 
 
-def sflv2(options: RunConfig, server: Server, clients: Cohort, this: Round) -> Iterator[Step]:
-    """One round of SplitFed V2."""
-    trained: set[int] = set()
-    turn = 0
-    while smashed := clients.forward():
-        order = seeds.generator(this.seed, "server order", this.index, turn).permutation(smashed.clients)
-        step = server.step_in_turn(smashed, [int(k) for k in order])
-        clients.backward(CutGradients(step.gradient, smashed.clients, smashed.sizes))
-        trained |= set(smashed.clients)
-        turn += 1
-        yield report(step, smashed)
-    clients.average(sample_weights(clients, trained))
+@algorithm(
+    "sflv3",
+    title="SplitFed V3",
+    summary="a server copy per client, server copies averaged every round, client models never",
+    paper="arXiv 2012.12591",
+    needs={FORWARD, BACKWARD, STEP_COPIES},
+    server_part="it averages the server copies",
+    colour="green",
+    line=":",
+)
+class SflV3(LocalWork):
+    """SplitFed V3."""
 
+    def round(self, server: Server, clients: Cohort, this: Round) -> Iterator[Step]:
+        """One round of SplitFed V3."""
+        trained = yield from _with_server_copies(server, clients)
+        server.average_copies(sample_weights(clients, trained))
 
-def sflv3(options: RunConfig, server: Server, clients: Cohort, this: Round) -> Iterator[Step]:
-    """One round of SplitFed V3."""
-    trained = yield from _with_server_copies(server, clients)
-    server.average_copies(sample_weights(clients, trained))
+    def traffic(self, epoch: Epoch) -> Traffic:
+        """As PSL."""
+        return Traffic("steps")
 
 
 def _with_server_copies(server: Server, clients: Cohort) -> Generator[Step, None, set[int]]:

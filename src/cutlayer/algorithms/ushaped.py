@@ -14,20 +14,33 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from cutlayer.algorithms.common import report, visits
+from cutlayer.algorithms.base import algorithm
+from cutlayer.algorithms.common import Tour, report
 from cutlayer.cohort import Cohort
 from cutlayer.gradients import own
-from cutlayer.options import RunConfig
 from cutlayer.server import Server
 from cutlayer.types import Round, Step
+from cutlayer.verbs import BACKWARD, FORWARD, HAND_OVER, TAIL
 
 
-def ushaped(options: RunConfig, server: Server, clients: Cohort, this: Round) -> Iterator[Step]:
-    """One round of U-shaped SSL."""
-    for client in visits(options, this):
-        clients.hand_over(client, optimizer=options.hand_over_optimizer)
-        if smashed := clients.forward([client], labels=False):
-            features = replace(smashed, rows=server.forward(smashed))
-            step = server.backward(smashed, clients.tail(features))
-            clients.backward(own(step.gradient, smashed))
-            yield report(step, smashed)
+@algorithm(
+    "ussl",
+    title="U-shaped SSL",
+    summary="sequential split learning that keeps labels private: the last layers stay with the client too",
+    paper="arXiv 1812.00564",
+    needs={FORWARD, TAIL, BACKWARD, HAND_OVER},
+    colour="orange",
+    line="--",
+)
+class UShapedSsl(Tour):
+    """U-shaped sequential split learning."""
+
+    def round(self, server: Server, clients: Cohort, this: Round) -> Iterator[Step]:
+        """One round of U-shaped SSL."""
+        for client in self.visits(this):
+            clients.hand_over(client, optimizer=self.hand_over_optimizer)
+            if smashed := clients.forward([client], labels=False):
+                features = replace(smashed, rows=server.forward(smashed))
+                step = server.backward(smashed, clients.tail(features))
+                clients.backward(own(step.gradient, smashed))
+                yield report(step, smashed)

@@ -17,36 +17,40 @@ wire-broadcast, which is quadratic.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache
 from typing import Literal, cast
 
-from cutlayer.catalog import ALGORITHMS
+from cutlayer.algorithms import Algorithm
 from cutlayer.costs.expect import Expected, Workload, expect
 from cutlayer.costs.fleet import Fleet
 from cutlayer.costs.ledger import CONVENTIONS, Convention
 from cutlayer.text import format_bytes, listed
+from cutlayer.traffic import Traffic
 
 Quantity = Literal["samples per client", "clients", "model bytes", "time"]
 Side = Literal["below", "above", "always", "never"]
 
-_AVERAGED = frozenset({"sfl", "sflv1", "sflv2"})
-_SPLIT_AVG = frozenset({"sgl", "sglr"})
 _FAR = 10**15  # clients, samples or bytes that nobody has
 
 
 @dataclass(frozen=True)
 class BreakEven:
-    """Up to which number of `quantity` (all else as planned) `algorithm` costs less than fl, or from where on.
+    """Up to which number of `quantity` (all else as planned) `algorithm` costs less than federated learning, or from
+    where on.
 
     `exact` is the closed form. `last` is the last whole number before the order changes; `dearer` says on which side
-    of it `algorithm` costs more than fl: "above" or "below" it, or "always", "never" (`last` is then None).
+    of it `algorithm` costs more: "above" or "below" it, or "always", "never" (`last` is then None). `against` is the
+    title of the federated algorithm, `against_name` its name.
     `convention` is None for time; `total` is the number of all clients' samples where it is kept.
     """
 
     algorithm: str
+    title: str
+    against: str
+    against_name: str
     quantity: Quantity
     convention: Convention | None
     dearer: Side
@@ -70,62 +74,85 @@ def sentences(found: list[BreakEven]) -> list[str]:
 
 def _sentence(group: list[BreakEven]) -> str:
     first, s = group[0], "s" if len(group) == 1 else ""
-    titles = listed([ALGORITHMS[b.algorithm].title for b in group])
+    titles = listed([b.title for b in group])
     verb, more, less = (
         (f"take{s}", "longer", "no longer") if first.convention is None else (f"cost{s}", "more", "no more")
     )
     if first.last is None:
         what = more if first.dearer == "always" else less
         whatever = {"model bytes": "large the whole model is", "clients": "many clients share the samples out"}
-        return f"{titles} {verb} {what} than FL, however {whatever.get(first.quantity, 'many samples a client has')}."
+        however = whatever.get(first.quantity, "many samples a client has")
+        return f"{titles} {verb} {what} than {first.against}, however {however}."
     until, then = (less, more) if first.dearer == "above" else (more, less)
     limit = f"with up to {first.last:,} samples per client"
     if first.quantity == "model bytes":
         limit = f"for models of up to {format_bytes(first.last)}"
     elif first.quantity == "clients":
         limit = f"when up to {first.last:,} clients share the {first.total:,} samples out"
-    return f"{titles} {verb} {until} than FL {limit}, and {then} beyond."
+    return f"{titles} {verb} {until} than {first.against} {limit}, and {then} beyond."
 
 
-def break_evens(algorithms: tuple[str, ...], work: Workload, fleet: Fleet | None) -> list[BreakEven]:
-    """All of those `algorithms` that cut the model against fl: under each convention, and in time with a fleet."""
+@dataclass(frozen=True)
+class Duel:
+    """A `split` algorithm against a `federated` one."""
+
+    split: Algorithm
+    federated: Algorithm
+
+    def moves(self, work: Workload) -> Traffic:
+        """What the split algorithm moves in an epoch."""
+        found = self.split.traffic(work)
+        assert found is not None, "only planned algorithms are compared"
+        return found
+
+
+def break_evens(algorithms: Sequence[Algorithm], work: Workload, fleet: Fleet | None) -> list[BreakEven]:
+    """All of those `algorithms` that cut the model against the first that trains whole models in rounds, if there is
+    one: under each convention, and in time with a fleet.
+    """
+    stated = [(a, t.pattern) for a in algorithms if (t := a.traffic(work)) is not None]
+    federated = next((a for a, pattern in stated if pattern == "rounds"), None)
+    if federated is None:
+        return []
     found = []
-    for name in algorithms:
-        if ALGORITHMS[name].whole:
+    for algorithm, pattern in stated:
+        if pattern not in ("steps", "relay"):
             continue
+        duel = Duel(algorithm, federated)
         for convention in CONVENTIONS:
             found += [
-                samples_per_client(name, work, convention),
-                clients(name, work, convention),
-                model_size(name, work, convention),
+                samples_per_client(duel, work, convention),
+                clients(duel, work, convention),
+                model_size(duel, work, convention),
             ]
         if fleet is not None:
-            found.append(duration(name, work, fleet))
+            found.append(duration(duel, work, fleet))
     return found
 
 
-def samples_per_client(algorithm: str, work: Workload, convention: Convention) -> BreakEven:
-    """The number of samples per client above which a split algorithm costs more than fl."""
-    c, (per_sample, fixed) = work.clients, _linear(algorithm, work, convention)
+def samples_per_client(duel: Duel, work: Workload, convention: Convention) -> BreakEven:
+    """The number of samples per client above which a split algorithm costs more than a federated one."""
+    c, (per_sample, fixed) = work.clients, _linear(duel, work, convention)
     exact = (_federated(c, work.model, convention) - fixed) / per_sample if per_sample else math.inf
 
     def dearer(n: int) -> bool:
-        return _difference(algorithm, replace(work, samples_per_client=n), convention) > 0
+        return _difference(duel, replace(work, samples_per_client=n), convention) > 0
 
-    return _settled(algorithm, "samples per client", convention, dearer, exact)
+    return _settled(duel, "samples per client", convention, dearer, exact)
 
 
-def clients(algorithm: str, work: Workload, convention: Convention) -> BreakEven:
-    """The number of clients above which a split algorithm costs less than fl, for as many samples in all as planned.
+def clients(duel: Duel, work: Workload, convention: Convention) -> BreakEven:
+    """The number of clients above which a split algorithm costs less than a federated one, for as many samples in all
+    as planned.
 
-    Under wire-broadcast fl's models go down once for all, SSL's model to one client after another: with more than half
-    of the whole in the client's part, SSL is the one that costs more above that number.
+    Under wire-broadcast whole models go down once for all, but a travelling model from one client to the next: with
+    more than half of the whole in the client's part, it is the one that costs more above that number.
     """
-    n, w, whole = work.samples, work.client_model, work.model
-    s, g, label = work.smashed, work.gradient, 0 if convention == "paper" else work.label
-    own = w if algorithm in _AVERAGED else 0
-    moves = 2 * w if algorithm == "ssl" else 0
-    phi = work.phi if algorithm in _SPLIT_AVG else 0.0
+    n, whole, t = work.samples, work.model, duel.moves(work)
+    s, g = work.smashed, work.gradient * t.gradients
+    label = 0 if convention == "paper" else work.label * t.labels
+    own, moves = t.averaged, 2 * t.moved
+    phi = duel.moves(replace(work, clients=_FAR)).sharing / _FAR
     each = 1 if convention == "wire-broadcast" else 2  # models down once, or once per client
     once = phi > 0
     # In total: constant + curved / C on one side, rise x C on the other.
@@ -142,27 +169,27 @@ def clients(algorithm: str, work: Workload, convention: Convention) -> BreakEven
     def difference(c: int) -> int:
         # A part of a sample is fine where only bytes are counted.
         dealt = replace(work, clients=c, samples_per_client=cast(int, Fraction(n, c)))
-        return _difference(algorithm, dealt, convention)
+        return _difference(duel, dealt, convention)
 
     if rise < 0:
-        return _settled(algorithm, "clients", convention, lambda c: difference(c) > 0, constant / rise, total=n)
-    return _settled(algorithm, "clients", convention, lambda c: difference(c) < 0, exact, total=n, says_cheaper=True)
+        return _settled(duel, "clients", convention, lambda c: difference(c) > 0, constant / rise, total=n)
+    return _settled(duel, "clients", convention, lambda c: difference(c) < 0, exact, total=n, says_cheaper=True)
 
 
-def model_size(algorithm: str, work: Workload, convention: Convention) -> BreakEven:
+def model_size(duel: Duel, work: Workload, convention: Convention) -> BreakEven:
     """The size of the model in bytes above which a split algorithm costs less than fl, the client's part as it is."""
-    per_sample, fixed = _linear(algorithm, work, convention)
+    per_sample, fixed = _linear(duel, work, convention)
     copies = _federated(work.clients, 1, convention)
     exact = (work.samples_per_client * per_sample + fixed) / copies
 
     def cheaper(size: int) -> bool:
-        return _difference(algorithm, replace(work, model=size), convention) < 0
+        return _difference(duel, replace(work, model=size), convention) < 0
 
-    return _settled(algorithm, "model bytes", convention, cheaper, exact, says_cheaper=True)
+    return _settled(duel, "model bytes", convention, cheaper, exact, says_cheaper=True)
 
 
-def duration(algorithm: str, work: Workload, fleet: Fleet) -> BreakEven:
-    """The number of samples per client from which on an epoch takes longer (or shorter) than with fl.
+def duration(duel: Duel, work: Workload, fleet: Fleet) -> BreakEven:
+    """The number of samples per client from which on an epoch takes longer (or shorter) than in federated learning.
 
     Both are linear in the number of whole batches, which gives the point; `expect` then finds it to the sample.
     """
@@ -170,7 +197,8 @@ def duration(algorithm: str, work: Workload, fleet: Fleet) -> BreakEven:
     @cache
     def longer(n: int) -> float:
         """Seconds, but for rounding."""
-        found, other = (expect(name, replace(work, samples_per_client=n), fleet).seconds for name in (algorithm, "fl"))
+        dealt = replace(work, samples_per_client=n)
+        found, other = (expect(a, dealt, fleet).seconds for a in (duel.split, duel.federated))
         assert found is not None
         assert other is not None
         return found - other if abs(found - other) > 1e-12 * other else 0.0
@@ -181,7 +209,7 @@ def duration(algorithm: str, work: Workload, fleet: Fleet) -> BreakEven:
     exact = -at_none / slope if slope else math.inf
     first = longer(1) > 0
     return _settled(
-        algorithm,
+        duel,
         "time",
         None,
         lambda n: (longer(n) > 0) != first,
@@ -191,7 +219,7 @@ def duration(algorithm: str, work: Workload, fleet: Fleet) -> BreakEven:
 
 
 def _settled(
-    algorithm: str,
+    duel: Duel,
     quantity: Quantity,
     convention: Convention | None,
     changed: Callable[[int], bool],
@@ -205,10 +233,11 @@ def _settled(
     Active clients are whole numbers and so are samples: the change may lie a little beside the closed form. What
     changes is that the algorithm becomes cheaper (`says_cheaper`) or dearer.
     """
+    who = duel.split.entry.name, duel.split.entry.title, duel.federated.entry.title, duel.federated.entry.name
     if changed(1):
-        return BreakEven(algorithm, quantity, convention, "never" if says_cheaper else "always", None, None, total)
+        return BreakEven(*who, quantity, convention, "never" if says_cheaper else "always", None, None, total)
     if not changed(_FAR):
-        return BreakEven(algorithm, quantity, convention, "always" if says_cheaper else "never", None, None, total)
+        return BreakEven(*who, quantity, convention, "always" if says_cheaper else "never", None, None, total)
     guess = max(1, min(_FAR, math.floor(exact))) if math.isfinite(exact) else _FAR
     step = 1
     if changed(guess):
@@ -224,7 +253,7 @@ def _settled(
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if changed(middle) else (middle, high)
-    return BreakEven(algorithm, quantity, convention, "below" if says_cheaper else "above", low, exact, total)
+    return BreakEven(*who, quantity, convention, "below" if says_cheaper else "above", low, exact, total)
 
 
 def bytes_of(costs: Expected, convention: Convention) -> int:
@@ -232,27 +261,25 @@ def bytes_of(costs: Expected, convention: Convention) -> int:
     return {"wire-unicast": costs.unicast, "wire-broadcast": costs.broadcast, "paper": costs.paper}[convention]
 
 
-def _difference(algorithm: str, work: Workload, convention: Convention) -> int:
-    """Bytes that a split algorithm costs more than fl."""
-    return bytes_of(expect(algorithm, work), convention) - bytes_of(expect("fl", work), convention)
+def _difference(duel: Duel, work: Workload, convention: Convention) -> int:
+    """Bytes that the split algorithm costs more."""
+    return bytes_of(expect(duel.split, work), convention) - bytes_of(expect(duel.federated, work), convention)
 
 
 def _federated(c: int, model: int, convention: Convention) -> int:
     return (c + 1 if convention == "wire-broadcast" else 2 * c) * model
 
 
-def _linear(algorithm: str, w: Workload, convention: Convention) -> tuple[int, int]:
+def _linear(duel: Duel, w: Workload, convention: Convention) -> tuple[int, int]:
     """(a, b): all clients' bytes are a x samples per client + b."""
-    c, active = w.clients, w.active if algorithm in _SPLIT_AVG else 0
-    a, b = c * (w.smashed + w.gradient), 0
+    c, t = w.clients, duel.moves(w)
+    gradient = w.gradient * t.gradients
+    a, b = c * (w.smashed + gradient), 0
     if convention != "paper":
-        a += c * w.label
-    if active and convention == "wire-broadcast":
-        a -= (active - 1) * w.gradient
-    if active and convention == "paper":
-        a, b = a - active * w.gradient, w.gradient
-    if algorithm in _AVERAGED:
-        b += _federated(c, w.client_model, convention)
-    if algorithm == "ssl":
-        b += 2 * (c - 1) * w.client_model
+        a += c * w.label * t.labels
+    if t.sharing and convention == "wire-broadcast":
+        a -= (t.sharing - 1) * gradient
+    if t.sharing and convention == "paper":
+        a, b = a - t.sharing * gradient, gradient
+    b += _federated(c, t.averaged, convention) + 2 * (c - 1) * t.moved
     return a, b

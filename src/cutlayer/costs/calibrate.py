@@ -20,8 +20,7 @@ from cutlayer import seeds
 from cutlayer.costs.flops import count
 from cutlayer.costs.measured import Meter
 from cutlayer.errors import ConfigError
-from cutlayer.models import cut
-from cutlayer.models.zoo import build
+from cutlayer.models import build, cut
 
 _WINDOWS = 10
 _SHAPE = (1, 28, 28)

@@ -10,50 +10,25 @@ Shape legend: C clients.
 from __future__ import annotations
 
 import itertools
-import math
 from collections import Counter
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from cutlayer.algorithms import Algorithm
 from cutlayer.costs.energy import Energy, Use, clients_energy, server_energy
 from cutlayer.costs.fleet import Array, Fleet
 from cutlayer.costs.flops import ModelFlops
-from cutlayer.errors import ConfigError, unknown
-
-ALGORITHMS = ("cl", "fl", "ssl", "psl", "slr", "sfl", "sflv1", "sflv2", "sflv3", "sgl", "sglr")
-_AVERAGED = ("sfl", "sflv1", "sflv2")
-_SPLIT_AVG = ("sgl", "sglr")
+from cutlayer.errors import ConfigError
+from cutlayer.traffic import Epoch, Traffic
 
 
 @dataclass(frozen=True)
-class Workload:
-    """What is trained. Sizes in bytes: `smashed` and `gradient` of one sample at the cut (up, down), `label` and `raw`
-    of one sample, `model` and `client_model` with their buffers. FLOPs are those of one sample.
-    """
+class Workload(Epoch):
+    """What is trained: an epoch's sizes, FLOPs of one sample, and how many epochs."""
 
-    clients: int
-    samples_per_client: int
-    batch: int
-    smashed: int
-    gradient: int
-    label: int
-    raw: int
-    model: int
-    client_model: int
     flops: ModelFlops
-    phi: float = 0.5
     epochs: int = 1
-
-    @property
-    def samples(self) -> int:
-        """Of all clients, |D|."""
-        return self.clients * self.samples_per_client
-
-    @property
-    def active(self) -> int:
-        """Clients that share the common gradient: phi x C, rounded half up (as `algorithms.sglr.draw_active`)."""
-        return math.floor(self.phi * self.clients + 0.5)
 
 
 @dataclass(frozen=True)
@@ -85,54 +60,56 @@ class Expected:
         return self.up + self.down_broadcast + self.once_up
 
 
-def expect(algorithm: str, work: Workload, fleet: Fleet | None = None) -> Expected:
-    """The costs of training `work` with `algorithm`, on `fleet` if there is one. Raises ConfigError for an unknown
-    algorithm (the U-shape is not among those known here).
+def expect(algorithm: Algorithm, work: Workload, fleet: Fleet | None = None) -> Expected:
+    """The costs of training `work` with `algorithm`, on `fleet` if there is one. Raises ConfigError for an algorithm
+    that does not state its traffic.
     """
-    if algorithm not in ALGORITHMS:
-        raise ConfigError(unknown("algorithm", algorithm, ALGORITHMS))
-    counted = _counted(algorithm, work)
-    return counted if fleet is None else _timed(counted, work, fleet)
+    traffic = algorithm.traffic(work)
+    if traffic is None:
+        raise ConfigError(
+            f"{algorithm.entry.name} is not planned: it does not say what it moves (a method `traffic`); leave it out"
+        )
+    counted = _counted(algorithm.entry.name, traffic, work)
+    return counted if fleet is None else _timed(counted, traffic, work, fleet)
 
 
-def _counted(algorithm: str, w: Workload) -> Expected:
+def _counted(name: str, t: Traffic, w: Workload) -> Expected:
     """Bytes and FLOPs."""
     c, rows, epochs = w.clients, w.samples, w.epochs
-    if algorithm == "cl":
+    if t.pattern == "gather":
         work = epochs * rows * w.flops.whole.training
         raw = rows * (w.raw + w.label)
-        return Expected("cl", 0, 0, 0, raw, 0.0, work, once_up=raw)
-    if algorithm == "fl":
-        model = epochs * c * w.model
+        return Expected(name, 0, 0, 0, raw, 0.0, work, once_up=raw)
+    if t.pattern == "rounds":
+        model = epochs * c * t.averaged
         flops = epochs * w.samples_per_client * w.flops.whole.training
-        return Expected("fl", model, model, epochs * w.model, 2 * model, flops, 0.0)
-    up, down = rows * (w.smashed + w.label), rows * w.gradient
+        return Expected(name, model, model, epochs * t.averaged, 2 * model, flops, 0.0)
+    label, gradient = w.label * t.labels, w.gradient * t.gradients
+    up, down = rows * (w.smashed + label), rows * gradient
     broadcast, paper = down, rows * w.smashed + down
-    if algorithm in _SPLIT_AVG and w.active:
-        alone = (c - w.active) * w.samples_per_client * w.gradient
-        broadcast = alone + w.samples_per_client * w.gradient
-        paper = rows * w.smashed + alone + w.gradient
-    if algorithm in _AVERAGED:
-        up, down = up + c * w.client_model, down + c * w.client_model
-        broadcast, paper = broadcast + w.client_model, paper + 2 * c * w.client_model
-    moves = 0
-    if algorithm == "ssl" and c > 1:  # the very first client has the model already
-        moves = (epochs * c - 1) * w.client_model
+    if t.sharing:
+        alone = (c - t.sharing) * w.samples_per_client * gradient
+        broadcast = alone + w.samples_per_client * gradient
+        paper = rows * w.smashed + alone + gradient
+    up, down = up + c * t.averaged, down + c * t.averaged
+    broadcast, paper = broadcast + t.averaged, paper + 2 * c * t.averaged
+    moves = (epochs * c - 1) * t.moved if c > 1 else 0  # the very first client has the model already
     return Expected(
-        algorithm,
+        name,
         epochs * up + moves,
         epochs * down + moves,
         epochs * broadcast + moves,
         epochs * paper + 2 * moves,
         epochs * w.samples_per_client * w.flops.client.training,
-        epochs * rows * w.flops.server.training,
+        epochs * rows * w.flops.server.training * t.server_passes,
     )
 
 
-def _timed(e: Expected, w: Workload, fleet: Fleet) -> Expected:
+def _timed(e: Expected, t: Traffic, w: Workload, fleet: Fleet) -> Expected:
     """With time and energy: what `costs.clock.Clock` would read at the end."""
-    path = _Path(e, w, fleet)
-    seconds = {"cl": path.central, "fl": path.federated, "ssl": path.relay}.get(e.algorithm, path.parallel)()
+    path = _Path(e, t, w, fleet)
+    patterns = {"gather": path.central, "rounds": path.federated, "relay": path.relay, "steps": path.parallel}
+    seconds = patterns[t.pattern]()
     busy = path.flops / fleet.speeds + path.up_seconds + path.down_seconds
     waiting = np.maximum(seconds - busy, 0.0)
     waiting[waiting < 1e-9 * max(seconds, 1.0)] = 0.0
@@ -145,8 +122,10 @@ def _timed(e: Expected, w: Workload, fleet: Fleet) -> Expected:
 class _Path:
     """What each client does along the way: [C] each. Every method adds it up and returns the seconds of the whole."""
 
-    def __init__(self, e: Expected, w: Workload, fleet: Fleet) -> None:
-        self.e, self.w, self.fleet = e, w, fleet
+    def __init__(self, e: Expected, t: Traffic, w: Workload, fleet: Fleet) -> None:
+        self.e, self.t, self.w, self.fleet = e, t, w, fleet
+        self.label, self.gradient = w.label * t.labels, w.gradient * t.gradients
+        self.serving = w.flops.server.training * t.server_passes  # FLOPs per sample
         zeros = np.zeros(w.clients)
         self.flops = zeros + e.client_flops
         self.up_bits, self.up_seconds = zeros.copy(), zeros.copy()
@@ -161,8 +140,9 @@ class _Path:
         """Rounds: the slowest in computing and sending, then the slowest in receiving; computing goes on from there."""
         w, f = self.w, self.fleet
         fit = self.flops / w.epochs / f.speeds
-        up = self._up(w.model, w.epochs)
-        down = self._down(w.model, w.model if f.multicast else w.model * w.clients, w.epochs)
+        model = self.t.averaged
+        up = self._up(model, w.epochs)
+        down = self._down(model, model if f.multicast else model * w.clients, w.epochs)
         first = float((fit + up).max())
         between = float((down + fit + up).max())
         return first + (w.epochs - 1) * between + float(down.max()) + 2 * w.epochs * f.latency
@@ -173,18 +153,18 @@ class _Path:
         total = 0.0
         for size, count in self._batches().items():
             turns = count * w.epochs
-            up = self._up(size * (w.smashed + w.label), turns, together=False)
-            down = self._down(size * w.gradient, size * w.gradient, turns)
+            up = self._up(size * (w.smashed + self.label), turns, together=False)
+            down = self._down(size * self.gradient, size * self.gradient, turns)
             own = size * w.flops.client.training / f.speeds
-            serve = size * w.flops.server.training / f.server_speed
+            serve = size * self.serving / f.server_speed
             total += turns * float((up + down + own + serve + 2 * f.latency).sum())
         if w.clients > 1:
             # Each client passes the model on once an epoch and takes it once, but for the first and last time.
-            up = self._up(w.client_model, w.epochs, together=False)
-            down = self._down(w.client_model, w.client_model, w.epochs)
+            up = self._up(self.t.moved, w.epochs, together=False)
+            down = self._down(self.t.moved, self.t.moved, w.epochs)
             total += w.epochs * float((up + down + 2 * f.latency).sum())
             total -= float(up[-1] + down[0]) + 2 * f.latency
-            bits = 8.0 * w.client_model
+            bits = 8.0 * self.t.moved
             self.up_bits[-1] -= bits
             self.up_seconds[-1] -= up[-1]
             self.down_bits[0] -= bits
@@ -199,13 +179,13 @@ class _Path:
         serve: dict[int, float] = {}
         batches = self._batches()
         for size, count in batches.items():
-            up = self._up(size * (w.smashed + w.label), count * w.epochs)
-            down = self._down(size * w.gradient, self._leaving(size), count * w.epochs)
+            up = self._up(size * (w.smashed + self.label), count * w.epochs)
+            down = self._down(size * self.gradient, self._leaving(size), count * w.epochs)
             go[size] = size * w.flops.client.forward / f.speeds + up
             come[size] = size * w.flops.client.backward / f.speeds + down
-            serve[size] = size * w.clients * w.flops.server.training / f.server_speed
+            serve[size] = size * w.clients * self.serving / f.server_speed
         order = list(batches)  # the full batches, then the rest
-        averaged = self.e.algorithm in _AVERAGED
+        averaged = self.t.averaged
         rounds = 1 if averaged else w.epochs  # that hang together; an averaging stands between the others
         epochs = w.epochs // rounds
         total = float(go[order[0]].max())
@@ -221,8 +201,8 @@ class _Path:
         last = come[order[-1]]
         if not averaged:
             return total + between + served + latencies + float(last.max())
-        up = self._up(w.client_model, w.epochs)
-        down = self._down(w.client_model, w.client_model if f.multicast else w.client_model * w.clients, w.epochs)
+        up = self._up(averaged, w.epochs)
+        down = self._down(averaged, averaged if f.multicast else averaged * w.clients, w.epochs)
         inside = between + served + latencies + float((last + up).max()) + 2 * f.latency
         return total + epochs * inside + (epochs - 1) * float((down + go[order[0]]).max()) + float(down.max())
 
@@ -234,11 +214,10 @@ class _Path:
 
     def _leaving(self, size: int) -> int:
         """Bytes of cut gradients that leave the server in a step."""
-        w = self.w
-        copies = w.clients
-        if self.e.algorithm in _SPLIT_AVG and w.active and self.fleet.multicast:
-            copies = w.clients - w.active + 1
-        return copies * size * w.gradient
+        copies, sharing = self.w.clients, self.t.sharing
+        if sharing and self.fleet.multicast:
+            copies = self.w.clients - sharing + 1
+        return copies * size * self.gradient
 
     def _up(self, count: int, times: int, *, together: bool = True) -> Array:
         """Seconds [C] that `count` bytes take each client up, all of them `together` or one alone; `times` times."""

@@ -13,19 +13,17 @@ Evaluation is counted apart from training. A common gradient is one message: eve
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
 
-from cutlayer.cohort import Cohort, CohortAround, Predict
+from cutlayer.cohort import Cohort, CohortAround, Crossed, Direction, Predict
 from cutlayer.data.samples import Samples
 from cutlayer.types import CutGradients, Evaluation, Round, Rows, Smashed, TailGradients
-from cutlayer.wire import Coding
 
-Direction = Literal["up", "down"]
 Kind = Literal["smashed data", "labels", "cut gradients", "features", "models", "raw data", "evaluation"]
 Convention = Literal["wire-unicast", "wire-broadcast", "paper"]
 CONVENTIONS: tuple[Convention, ...] = ("wire-unicast", "wire-broadcast", "paper")
@@ -111,11 +109,14 @@ class Ledger:
 
 
 class MeteredCohort(CohortAround):
-    """A cohort whose crossings go through codecs, and into a ledger. Without a lossy codec nothing else is changed."""
+    """A cohort whose crossings go into a ledger. It counts, and changes nothing.
 
-    def __init__(self, inner: Cohort, ledger: Ledger, coding: Coding | None = None) -> None:
+    `crossed` is where the inner cohort notes the bytes of rows that have crossed; here they are taken out.
+    """
+
+    def __init__(self, inner: Cohort, ledger: Ledger, crossed: list[Crossed]) -> None:
         super().__init__(inner)
-        self.ledger, self.coding = ledger, coding or Coding()
+        self.ledger, self._crossed = ledger, crossed
         self._stale: set[int] = set()  # missed an averaging: will fetch the model when they next take part
         self._common_seen = False  # in this round
 
@@ -127,34 +128,22 @@ class MeteredCohort(CohortAround):
         return this
 
     def forward(self, clients: Sequence[int] | None = None, *, labels: bool = True) -> Smashed:
-        """Up: smashed data and labels. Who was too late for an averaging in this round has fetched the model before."""
-        smashed = self.inner.forward(clients, labels=labels)
+        """Up: smashed data and labels. A client that missed an averaging in this round has fetched the model before."""
+        with self._counted("smashed data"):
+            smashed = self.inner.forward(clients, labels=labels)
         self._fetch(smashed.clients)
-        rows, counts = self.coding.rows(self.coding.up, smashed.rows, smashed.sizes)
-        self._add("up", "smashed data", smashed.clients, smashed.written or counts)
         self._add("up", "labels", smashed.clients, np.array(smashed.sizes, np.int64) * row_bytes(smashed.labels))
-        return replace(smashed, rows=rows)
+        return smashed
 
     def tail(self, features: Smashed) -> TailGradients:
         """Down: features; up: their gradients."""
-        rows, counts = self.coding.rows(self.coding.down, features.rows, features.sizes)
-        self._add("down", "features", features.clients, counts)
-        tail = self.inner.tail(replace(features, rows=rows))
-        rows, counts = self.coding.rows(self.coding.up, tail.rows, tail.sizes)
-        self._add("up", "cut gradients", tail.clients, tail.written or counts)
-        return replace(tail, rows=rows)
+        with self._counted("features", up="cut gradients"):
+            return self.inner.tail(features)
 
     def backward(self, gradients: CutGradients) -> None:
         """Down: own cut gradients one by one, the common one as a broadcast."""
-        own, counts = self.coding.rows(self.coding.down, gradients.own, gradients.sizes)
-        self._add("down", "cut gradients", gradients.clients, counts)
-        common = gradients.common
-        if gradients.active:
-            common, count = self.coding.common(common)
-            once = 0 if self._common_seen else count // len(common[0])
-            self.ledger.common(gradients.active, count, once)
-            self._common_seen = True
-        self.inner.backward(replace(gradients, own=own, common=common))
+        with self._counted("cut gradients", common_rows=len(gradients.common[0]) if gradients.active else 0):
+            self.inner.backward(gradients)
 
     def average(self, weights: Mapping[int, float]) -> tuple[int, ...]:
         """Up: the models of those averaged; down: the average, to the same clients (to others when they next take
@@ -182,20 +171,14 @@ class MeteredCohort(CohortAround):
     def evaluate(self, samples: Samples, predict: Predict) -> Evaluation:
         """Up: smashed data of the held-out samples and their labels; U-shaped: no labels, but features down."""
 
-        up, down = self.coding.up.plain, self.coding.down.plain  # as remote clients do it
-
         def metered(clients: Sequence[int], rows: Rows) -> Rows:
-            sizes = [len(rows[0]) // len(clients)] * len(clients)
-            rows, counts = self.coding.rows(up, rows, sizes)
-            labels = 0 if self.shape == "u-shaped" else sizes[0] * samples.y.element_size()
-            self._add("up", "evaluation", clients, counts + labels)
-            outputs = predict(clients, rows)
-            if self.shape == "u-shaped":
-                outputs, counts = self.coding.rows(down, outputs, sizes)
-                self._add("down", "evaluation", clients, counts)
-            return outputs
+            if self.shape != "u-shaped":
+                labels = len(rows[0]) // len(clients) * samples.y.element_size()
+                self.ledger.add("up", "evaluation", clients, labels)
+            return predict(clients, rows)
 
-        return self.inner.evaluate(samples, metered)
+        with self._counted("evaluation"):
+            return self.inner.evaluate(samples, metered)
 
     def _fetch(self, clients: Sequence[int]) -> None:
         """Down: the averaged model, to those of `clients` that have missed it."""
@@ -204,12 +187,29 @@ class MeteredCohort(CohortAround):
             self.ledger.broadcast("models", late, self.footprint(late[0]).model)
             self._stale -= set(late)
 
-    def _add(
-        self, direction: Direction, kind: Kind, clients: Sequence[int], counts: Sequence[int] | np.ndarray
-    ) -> None:
+    @contextmanager
+    def _counted(self, kind: Kind, *, up: Kind | None = None, common_rows: int = 0) -> Iterator[None]:
+        """Count the rows that cross in the block as `kind`, those that go up as `up` if it is given; a common gradient
+        has `common_rows` rows.
+        """
+        try:
+            yield
+        finally:
+            for one in self._crossed:
+                if one.common:
+                    self._common(one.clients, int(one.counts), common_rows)
+                else:
+                    self._add(one.direction, up if up and one.direction == "up" else kind, one.clients, one.counts)
+            self._crossed.clear()
+
+    def _common(self, clients: Sequence[int], count: int, rows: int) -> None:
+        """Count a common gradient. The paper counts one row of the first in a round."""
+        self.ledger.common(clients, count, 0 if self._common_seen else count // rows)
+        self._common_seen = True
+
+    def _add(self, direction: Direction, kind: Kind, clients: Sequence[int], counts: int | np.ndarray) -> None:
         """Count bytes [C] of `clients`."""
-        counts = np.asarray(counts, np.int64)
-        if counts.any():
+        if np.any(counts):
             self.ledger.add(direction, kind, clients, counts)
 
     def state(self) -> dict[str, Any]:

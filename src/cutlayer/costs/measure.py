@@ -11,14 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib
-import importlib.util
 import math
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -28,11 +24,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from cutlayer.catalog import MODELS
 from cutlayer.costs.expect import Workload
 from cutlayer.costs.flops import Flops, ModelFlops, count
-from cutlayer.errors import ConfigError, CutError, unknown
+from cutlayer.errors import ConfigError, CutError
 from cutlayer.models import Crossing, Parts, build
+from cutlayer.models import make as make_own
 from cutlayer.models.cut import INPUT, OUTPUT, UnprovedCuts, cut_unproved
 from cutlayer.models.parts import CannotCutError, logits, one_line, storage_of
 
@@ -84,9 +80,7 @@ class Measured:
         """Bytes of one sample that come down: tensors that are not floating point have no gradient."""
         return sum(math.prod(c.shape) * c.dtype.itemsize for c in self.crossing if c.differentiable)
 
-    def workload(
-        self, *, clients: int, samples_per_client: int, batch: int, label: int, raw: int, phi: float
-    ) -> Workload:
+    def workload(self, *, clients: int, samples_per_client: int, batch: int, label: int, raw: int) -> Workload:
         """What `expect` takes: an epoch of training this. `label` and `raw` are bytes of one sample."""
         return Workload(
             clients=clients,
@@ -99,7 +93,6 @@ class Measured:
             model=self.whole.state,
             client_model=self.client.state,
             flops=self.flops,
-            phi=phi,
         )
 
 
@@ -114,72 +107,16 @@ class Survey:
 # The model
 
 
-def load_model(name: str, shape: Sequence[int], classes: int) -> nn.Module:
-    """A model on the meta device: one of the zoo, or what a function without arguments returns, named as
-    `path/to/file.py:function` or `package.module:function`.
-
-    Raises ConfigError: no such model, file or function, or one that cannot be made without values.
-    """
-    if name in MODELS:
-        with _META:
-            return build(name, tuple(shape), classes)
-    place, colon, function = name.rpartition(":")
-    if not colon:
-        raise ConfigError(f"{unknown('model', name, MODELS)}; or your own: path/to/file.py:function")
-    return make(_function(name, place, function), name)
+def load_model(name: str, shape: Sequence[int], classes: int, **options: Any) -> nn.Module:
+    """A model on the meta device, found and made as `models.build` does. Raises ConfigError also if it needs values."""
+    with _META:
+        return build(name, tuple(shape), classes, **options)
 
 
-def make(function: Callable[[], nn.Module], name: str) -> nn.Module:
-    """What `function` returns when it is called under the meta device. Raises ConfigError."""
-    try:
-        with _META, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model = function()
-    except Exception as error:  # the user's code: anything can come out
-        raise ConfigError(
-            f"model {name!r} cannot be made on the meta device, where tensors have no values ({one_line(error)}): have "
-            "the function return the module as it is when new, without reading values or loading weights"
-        ) from None
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"model {name!r} returns a {type(model).__name__}: have it return an nn.Module")
-    return model
-
-
-def _function(name: str, place: str, function: str) -> Callable[[], nn.Module]:
-    is_file = place.endswith(".py")
-    folder = str(Path(place).resolve().parent if is_file else Path.cwd())
-    sys.path.insert(0, folder)  # for what the file imports from beside it
-    try:
-        module = _file(Path(place)) if is_file else importlib.import_module(place)
-    except Exception as error:  # the user's code: anything can come out
-        raise ConfigError(
-            f"model {name!r}: {place!r} cannot be imported ({one_line(error)}); give path/to/file.py:function or "
-            "package.module:function"
-        ) from None
-    finally:
-        sys.path.remove(folder)
-    found = getattr(module, function, None)
-    if not callable(found):
-        own = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__]
-        raise ConfigError(f"model {name!r}: {unknown('function', function, own)}")
-    return found  # type: ignore[no-any-return]
-
-
-def _file(path: Path) -> Any:
-    if not path.is_file():
-        raise FileNotFoundError("there is no such file")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    before = sys.modules.get(path.stem)
-    sys.modules[path.stem] = module  # dataclasses look themselves up there
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        if before is not None:
-            sys.modules[path.stem] = before
-    return module
+def make(function: Callable[..., nn.Module], shape: Sequence[int], classes: int) -> nn.Module:
+    """What a user's `function` makes on the meta device. Raises ConfigError."""
+    with _META:
+        return make_own(function, shape, classes)
 
 
 def placed(model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -3,7 +3,7 @@
 Every figure is one epoch's. Costs are those of `expect`, for what `measure` finds the model to be on the meta device,
 so that a million clients and billions of parameters take seconds. What is not known is None.
 
-    from cutlayer.options import PlanConfig
+    from cutlayer.options import PlanConfig, RunConfig, default_cut
     from cutlayer.costs.plan import plan
 
     found = plan(PlanConfig(model="resnet16", cut="all", clients=100, memory_budget=0.5))
@@ -20,16 +20,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from cutlayer.catalog import ALGORITHMS, MODELS
+from cutlayer.algorithms import Algorithm
 from cutlayer.costs.breakeven import BreakEven, break_evens
 from cutlayer.costs.expect import Expected, Workload, expect
 from cutlayer.costs.fleet import Fleet, fleet
 from cutlayer.costs.measure import Measured, example, load_model, make, measure, placed, survey
 from cutlayer.errors import ConfigError
-from cutlayer.options import PlanConfig
+from cutlayer.options import PlanConfig, RunConfig, default_cut
 from cutlayer.text import format_bytes, format_quantity, listed
+from cutlayer.traffic import Epoch
 
 GB = 1e9
+_ANY = Epoch(2, 2, 1, 1, 1, 1, 1, 1, 1)  # to ask whether an algorithm states its traffic
 
 
 @dataclass(frozen=True)
@@ -105,9 +107,12 @@ class CutPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is planned and what it costs. `judged` is the algorithm that cuts are judged by; `cuts` in the order data
-    flows (with one cut named: that one), `refused` where the model cannot be cut, with the reasons; `costs` of every
-    algorithm at the `chosen` cut; `bests` by quantity (bytes, energy, time), None where no cut fits the budgets.
+    """What is planned and what it costs.
+
+    `judged` is the algorithm that cuts are judged by; `cuts` in the order data flows (with one cut named: that one),
+    `refused` where the model cannot be cut, with the reasons; `costs` of every algorithm at the `chosen` cut, but of
+    those that are `not_planned`, since they do not state their traffic; `bests` by quantity (bytes, energy, time), None
+    where no cut fits the budgets.
     """
 
     config: PlanConfig
@@ -117,6 +122,7 @@ class Plan:
     refused: dict[str, str]
     chosen: CutPlan
     costs: tuple[Cost, ...]
+    not_planned: tuple[str, ...]
     break_evens: tuple[BreakEven, ...]
     bests: dict[str, str]
     verdict: str
@@ -137,6 +143,7 @@ class Plan:
             "cut": m.name,
             "judged_by": self.judged,
             "algorithms": [cost.row() for cost in self.costs],
+            "not_planned": list(self.not_planned),
             "cuts": [cut.row() for cut in self.cuts],
             "refused": self.refused,
             "best": self.bests,
@@ -145,7 +152,7 @@ class Plan:
         }
 
 
-def plan(config: PlanConfig, model: nn.Module | Callable[[], nn.Module] | None = None) -> Plan:
+def plan(config: PlanConfig, model: nn.Module | Callable[..., nn.Module] | None = None) -> Plan:
     """Measure the model, reckon, compare. `model` replaces the one named in `config`: a module, which stays as it is,
     or a function that makes one.
 
@@ -155,8 +162,9 @@ def plan(config: PlanConfig, model: nn.Module | Callable[[], nn.Module] | None =
     machines = _machines(config)
     title = config.model if model is None else type(model).__name__ if isinstance(model, nn.Module) else "own model"
     net, x = _on_meta(config, model)
-    judged = _judged(config.algorithms)
-    name = config.cut or (MODELS[config.model].default_cut if model is None and config.model in MODELS else "all")
+    algorithms, not_planned = _algorithms(config)
+    judged = _judged(algorithms)
+    name = config.cut or (default_cut(config.model) if model is None else None) or "all"
     found = survey(net, x) if name == "all" else None
     cuts = [_cut_plan(judged, m, config, machines) for m in (found.cuts if found else (measure(net, name, x),))]
     if config.energy_budget is not None and cuts[0].cost.marginal is None:
@@ -170,12 +178,13 @@ def plan(config: PlanConfig, model: nn.Module | Callable[[], nn.Module] | None =
     return Plan(
         config,
         title,
-        judged,
+        judged.entry.name,
         tuple(cuts),
         found.refused if found else {},
         chosen,
-        tuple(_cost(a, chosen.measured, config, machines) for a in config.algorithms),
-        tuple(break_evens(config.algorithms, work, machines)) if "fl" in config.algorithms else (),
+        tuple(_cost(a, chosen.measured, config, machines) for a in algorithms),
+        not_planned,
+        tuple(break_evens(algorithms, work, machines)),
         bests,
         verdict,
     )
@@ -190,7 +199,6 @@ def workload(m: Measured, config: PlanConfig) -> Workload:
         batch=config.batch,
         label=config.label_bytes,
         raw=math.prod(config.input) * item,
-        phi=config.phi,
     )
 
 
@@ -199,13 +207,13 @@ def flops_share(m: Measured) -> float:
     return m.flops.client.training / m.flops.whole.training if m.flops.whole.training else 0.0
 
 
-def _on_meta(config: PlanConfig, model: nn.Module | Callable[[], nn.Module] | None) -> tuple[nn.Module, torch.Tensor]:
+def _on_meta(config: PlanConfig, model: nn.Module | Callable[..., nn.Module] | None) -> tuple[nn.Module, torch.Tensor]:
     """The model in the planned precision, and a batch of two for it."""
     dtype = getattr(torch, config.precision)
     if model is None:
         net = load_model(config.model, config.input, config.classes)
     else:
-        net = model if isinstance(model, nn.Module) else make(model, getattr(model, "__name__", "own model"))
+        net = model if isinstance(model, nn.Module) else make(model, config.input, config.classes)
     try:
         net = placed(net, dtype)
     except Exception as error:  # the user's module: anything can come out
@@ -226,23 +234,37 @@ def _machines(config: PlanConfig) -> Fleet | None:
     return replace(machines, server=together, server_speed=machines.server_speed * config.servers)
 
 
-def _judged(algorithms: tuple[str, ...]) -> str:
-    """SGLR, or where that is not asked for the last that cuts the model."""
-    cutting = [a for a in algorithms if not ALGORITHMS[a].whole]
-    return "sglr" if "sglr" in cutting or not cutting else cutting[-1]
+def _algorithms(config: PlanConfig) -> tuple[list[Algorithm], tuple[str, ...]]:
+    """Those that state their traffic, with their options; the names of the others. Raises ConfigError without any."""
+    made = {name: config.algorithm(name) for name in config.algorithms}
+    stated = [a for a in made.values() if a.traffic(_ANY) is not None]
+    others = tuple(name for name, a in made.items() if a not in stated)
+    if not stated:
+        raise ConfigError(
+            f"{listed(list(others))} cannot be planned: an algorithm that is has a method `traffic`; name another one, "
+            "e.g. --algorithms fl sglr"
+        )
+    return stated, others
 
 
-def _cost(algorithm: str, m: Measured, config: PlanConfig, machines: Fleet | None) -> Cost:
-    e = expect(algorithm, workload(m, config), machines)
-    footing = m.whole if ALGORITHMS[algorithm].whole else m.client
-    memory = 0 if algorithm == "cl" else footing.peak(config.batch, config.client_optimizer)
+def _judged(algorithms: list[Algorithm]) -> Algorithm:
+    """The default algorithm of a run, if it is among these; or the last that cuts the model; or the last."""
+    default = RunConfig.model_fields["algorithm"].get_default()
+    cutting = [a for a in algorithms if a.traits.split]
+    return next((a for a in cutting if a.entry.name == default), (cutting or algorithms)[-1])
+
+
+def _cost(algorithm: Algorithm, m: Measured, config: PlanConfig, machines: Fleet | None) -> Cost:
+    e, traits = expect(algorithm, workload(m, config), machines), algorithm.traits
+    footing = m.whole if traits.whole else m.client
+    memory = 0 if traits.central else footing.peak(config.batch, config.client_optimizer)
     share = None
     if machines is not None and machines.server is not None and e.seconds:
         share = e.server_flops / machines.server_speed / e.seconds
     marginal, total = (None, None) if e.clients is None else (e.clients.marginal, e.clients.total)
     each = config.clients
     return Cost(
-        algorithm,
+        algorithm.entry.name,
         e,
         memory,
         None if marginal is None else marginal / each,
@@ -251,7 +273,7 @@ def _cost(algorithm: str, m: Measured, config: PlanConfig, machines: Fleet | Non
     )
 
 
-def _cut_plan(judged: str, m: Measured, config: PlanConfig, machines: Fleet | None) -> CutPlan:
+def _cut_plan(judged: Algorithm, m: Measured, config: PlanConfig, machines: Fleet | None) -> CutPlan:
     cost = _cost(judged, m, config, machines)
     strains = [0.0]
     if config.memory_budget is not None:
@@ -261,12 +283,12 @@ def _cut_plan(judged: str, m: Measured, config: PlanConfig, machines: Fleet | No
     return CutPlan(m, cost, max(strains))
 
 
-def _best(judged: str, cuts: list[CutPlan], config: PlanConfig) -> tuple[CutPlan, dict[str, str], str]:
+def _best(judged: Algorithm, cuts: list[CutPlan], config: PlanConfig) -> tuple[CutPlan, dict[str, str], str]:
     """The cut with the least bytes (then the least client FLOPs) of those within the budgets; the best by quantity; a
     sentence. Where none fits: the one that comes nearest.
     """
     fitting = [c for c in cuts if c.strain <= 1]
-    title, budgets = ALGORITHMS[judged].title, _budgets(config)
+    title, budgets = judged.entry.title, _budgets(config)
     within = f" within {budgets}" if budgets else ""
     if not fitting:
         nearest = min(cuts, key=lambda c: c.strain)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -58,3 +59,12 @@ class Batches:
         order = seeds.generator(self.seed, "batches", self.names[client], epoch)
         self._order[span] = order.permutation(self._rows[span])
         self._epoch[client] = epoch
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Batches of C clients: their inputs `x` [R, ...], sizes [C], and how many batches each had drawn before [C]."""
+
+    x: Tensor
+    sizes: np.ndarray
+    clocks: np.ndarray

@@ -1,1 +1,6 @@
-"""What clients do to smashed data before it leaves them, and how they watch the server."""
+"""What clients do to smashed data before it leaves them, one file per defence, and how they watch the server."""
+
+from cutlayer.defences.base import Defence, defence
+from cutlayer.defences.pipeline import Defences, of
+
+__all__ = ["Defence", "Defences", "defence", "of"]

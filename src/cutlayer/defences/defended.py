@@ -1,4 +1,4 @@
-"""Simulated clients that protect their smashed data before these cross."""
+"""Simulated clients that protect their smashed data before it crosses."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from cutlayer.cohort import Cohort, CohortAround, Predict
+from cutlayer.data.batches import Drawn
 from cutlayer.data.samples import Samples
-from cutlayer.defences.pipeline import Defence, Guarded
-from cutlayer.engine.base import Drawn
+from cutlayer.defences.pipeline import Defences, Guarded
 from cutlayer.types import CutGradients, Evaluation, Rows, Smashed
 
 
 class DefendedCohort(CohortAround):
-    """A simulated cohort whose clients all have the same defence. `drawn` gets every batch that it draws."""
+    """A simulated cohort whose clients all have the same defences. `drawn` gets every batch that it draws."""
 
-    def __init__(self, inner: Cohort, drawn: list[Drawn], defence: Defence) -> None:
+    def __init__(self, inner: Cohort, drawn: list[Drawn], defences: Defences) -> None:
         super().__init__(inner)
-        self.defence, self._drawn = defence, drawn
+        self.defences, self._drawn = defences, drawn
         self._guarded: Guarded | None = None
         self._asked: tuple[int, ...] = ()
 
@@ -31,22 +31,22 @@ class DefendedCohort(CohortAround):
         clocks = [clock for d in self._drawn for clock in d.clocks.tolist()]
         x = [part for d in self._drawn for part in d.x.split(d.sizes.tolist())]
         self._asked = smashed.clients
-        self._guarded = self.defence.step(smashed.rows, x, smashed.clients, smashed.sizes, clocks)
+        self._guarded = self.defences.step(smashed.rows, x, smashed.clients, smashed.sizes, clocks)
         return replace(smashed, rows=self._guarded.rows)
 
     def backward(self, gradients: CutGradients) -> None:
-        """Every client takes its gradient, own or common, back through its defence."""
+        """Every client takes its gradient, own or common, back through its defences."""
         assert self._guarded is not None, "a backward pass follows a forward pass"
         sizes = self._guarded.sizes
         own = self._guarded.back(gradients.for_all(self._asked, sizes))
         self.inner.backward(CutGradients(own, self._asked, sizes))
 
     def evaluate(self, samples: Samples, predict: Predict) -> Evaluation:
-        """Smashed data of held-out samples are protected, too."""
+        """Smashed data of held-out samples is protected, too."""
         seen: Counter[int] = Counter()  # rows of each client so far
 
         def protected(clients: Sequence[int], rows: Rows) -> Rows:
-            sent = self.defence.evaluation(rows, clients, seen[clients[0]])
+            sent = self.defences.evaluation(rows, clients, seen[clients[0]])
             seen.update(dict.fromkeys(clients, len(rows[0]) // len(clients)))
             return predict(clients, sent)
 

@@ -1,70 +1,90 @@
-"""What a client does to its smashed data before they leave it, so that the server learns less about its inputs.
+"""All defences of a run's clients, one after another: what is done to smashed data before it is sent.
 
-In this order: features are dropped at random, each sample's are clipped to a length, noise is added. The client's own
-backward pass goes through all of it (noise has no derivative). NoPeek changes nothing that is sent: it adds a penalty
-on the distance correlation of inputs and smashed data to the client's loss (Vepakomma et al. 2020, arXiv 2008.09161).
-The precision of what is sent, another defence, is the codec's (`up_codec`); averaged gradients, `phi`, are SplitAvg's.
+The client's own backward pass goes through all of them, and their penalties are added. The precision of what is sent,
+another defence, is the codec's (`up_codec`); averaged gradients, `phi`, are SplitAvg's.
 
-Noise on clipped features is differentially private, as `leakage.dp` states it. Draws are named by client and batch, so
-that every engine, and a client on another machine, draws the same.
+Draws are named by client and batch, so that every engine, and a client on another machine, draws the same.
 
-Shape legend: R rows of all clients, b_k those of client k, s... the shape of one.
+Shape legend: R rows of all clients, b_k those of client k, s... the shape of one row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from cutlayer import seeds
+from cutlayer import plugins, seeds
+from cutlayer.defences.base import Defence
+from cutlayer.errors import ConfigError
 from cutlayer.types import Rows
+
+D = TypeVar("D", bound=Defence)
+
+
+class Seeded(Protocol):
+    """A configuration, as far as `of` needs it: defences' options are read from it by name."""
+
+    @property
+    def seed(self) -> int:
+        """Names all draws."""
+
+
+def of(config: Seeded) -> Defences:
+    """The defences whose options the configuration sets, and those that it names in `defences`.
+
+    Raises ConfigError where a name is unknown or options do not go together.
+    """
+    named = tuple(getattr(config, "defences", ()))
+    parts = []
+    for reference in dict.fromkeys([*plugins.index("defence"), *named]):
+        entry = plugins.find("defence", reference)
+        values = {name: getattr(config, name, default) for name, default in entry.defaults.items()}
+        if reference in named or values != entry.defaults:
+            parts.append(_made(reference, values))
+    return Defences(config.seed, tuple(parts))
+
+
+def _made(reference: str, values: dict[str, Any]) -> Defence:
+    """A defence with these options. Raises ConfigError."""
+    kind = plugins.load("defence", reference)
+    if not (isinstance(kind, type) and issubclass(kind, Defence)):
+        raise ConfigError(f"defence {reference!r} is not a subclass of cutlayer.defences.Defence; make it one")
+    made = kind.of(values)
+    made.check(
+        frozenset(n for n, default in plugins.find("defence", reference).defaults.items() if values[n] != default)
+    )
+    return made
 
 
 @dataclass(frozen=True)
-class Defence:
-    """How strongly smashed data are protected; 0 and None do nothing.
-
-    `clip`: the length that a sample's smashed data have at most, by the Euclidean norm (with Laplace noise: the sum of
-    absolute values), over all tensors that cross. `gaussian`: the noise's standard deviation, `laplace`: its scale,
-    both in units of `clip`. `dropout`: probability that a feature is zeroed (others are scaled up). `nopeek`: weight of
-    the penalty.
-    """
+class Defences:
+    """The defences of all clients; `seed` names what they draw."""
 
     seed: int = 0
-    clip: float | None = None
-    gaussian: float = 0.0
-    laplace: float = 0.0
-    dropout: float = 0.0
-    nopeek: float = 0.0
+    parts: tuple[Defence, ...] = ()
+
+    @cached_property
+    def in_order(self) -> tuple[Defence, ...]:
+        """Those that do anything, as they are applied."""
+        return tuple(sorted((p for p in self.parts if p.active), key=lambda p: p.order))
 
     @property
     def active(self) -> bool:
-        """Does it do anything?"""
-        return self.clip is not None or bool(self.dropout or self.nopeek)
+        """Whether any does anything."""
+        return bool(self.in_order)
 
-    @property
-    def noise(self) -> float:
-        """The noise's standard deviation (Gaussian) or scale (Laplace), in units of smashed data; 0: there is none."""
-        return (self.clip or 0.0) * (self.gaussian or self.laplace)
+    def get(self, kind: type[D]) -> D | None:
+        """The active defence of this class; None if there is none."""
+        return next((p for p in self.in_order if isinstance(p, kind)), None)
 
-    def clipped(self, rows: Rows) -> Rows:
-        """Real rows, each [R, s...], of which each sample is at most `clip` long, over all tensors."""
-        if self.clip is None:
-            return rows
-        factor = self.clip / _length(rows, 1 if self.laplace else 2).clamp(min=self.clip)
-
-        def shortened(r: Tensor) -> Tensor:
-            f = factor.view(-1, *[1] * (r.dim() - 1))
-            if r.element_size() >= 4:
-                return r * f.to(r.dtype)
-            slack = 1 - torch.finfo(r.dtype).eps  # what rounding to few digits may add again
-            return (r.float() * torch.where(f < 1, f * slack, f)).to(r.dtype)
-
-        return tuple(map(shortened, rows))
+    def before(self, part: Defence) -> tuple[Defence, ...]:
+        """Those that are applied before `part`."""
+        return self.in_order[: self.in_order.index(part)]
 
     def step(
         self, rows: Rows, x: Sequence[Tensor], clients: Sequence[int], sizes: Sequence[int], clocks: Sequence[int]
@@ -76,7 +96,7 @@ class Defence:
         leaves = tuple(r.detach().requires_grad_(r.is_floating_point()) for r in rows)
         with torch.enable_grad():
             sent = self._sent(leaves, sizes, draws)
-        return Guarded(leaves, sent, tuple(x), tuple(sizes), self.nopeek)
+        return Guarded(leaves, sent, tuple(x), tuple(sizes), self.in_order)
 
     def evaluation(self, rows: Rows, clients: Sequence[int], start: int) -> Rows:
         """Smashed data of held-out samples from number `start` on, as many rows of each of `clients`."""
@@ -85,7 +105,7 @@ class Defence:
             return self._sent(rows, sizes, [self._draw("evaluation", k, start) for k in clients])
 
     def fresh(self, rows: Rows) -> Rows:
-        """The same for anyone's rows, with draws of torch's global generator: what an attacker who knows the defence
+        """The same for anyone's rows, with draws of torch's global generator: what an attacker who knows the defences
         can do as often as it likes.
         """
         return self._sent(rows, [len(rows[0])], [torch.default_generator])
@@ -94,17 +114,11 @@ class Defence:
         return seeds.torch_generator(self.seed, "defence", *name)
 
     def _sent(self, rows: Rows, sizes: Sequence[int], draws: Sequence[torch.Generator]) -> Rows:
+        """Floating point rows after all defences; others as they are."""
         real = [i for i, r in enumerate(rows) if r.is_floating_point()]
         sent = tuple(rows[i] for i in real)
-
-        def drawn(draw: Callable[[Sequence[int], torch.Generator], Tensor], r: Tensor) -> Tensor:
-            return torch.cat([draw(r[:n].shape, g) for n, g in zip(sizes, draws, strict=True)]).to(r)
-
-        if self.dropout:
-            sent = tuple(r * drawn(partial(_kept, self.dropout), r) for r in sent)
-        sent = self.clipped(sent)
-        if self.noise:
-            sent = tuple(r + self.noise * drawn(_laplace if self.laplace else _gaussian, r) for r in sent)
+        for part in self.in_order:
+            sent = part.protect(sent, sizes, draws)
         done = dict(zip(real, sent, strict=True))
         return tuple(done.get(i, r) for i, r in enumerate(rows))
 
@@ -117,7 +131,7 @@ class Guarded:
     sent: Rows
     x: tuple[Tensor, ...]
     sizes: tuple[int, ...]
-    nopeek: float
+    parts: tuple[Defence, ...]
 
     @property
     def rows(self) -> Rows:
@@ -128,56 +142,21 @@ class Guarded:
         """From dLoss/d(what was sent), each [R, s...], to the gradients with respect to what the client computed."""
         leaves = [r for r in self.leaves if r.requires_grad]
         sent = [r for r, leaf in zip(self.sent, self.leaves, strict=True) if leaf.requires_grad]
-        through = torch.autograd.grad(sent, leaves, gradients)
-        if not self.nopeek:
-            return through
-        return tuple(g + self.nopeek * p for g, p in zip(through, self._penalties(leaves), strict=True))
+        total: Rows = torch.autograd.grad(sent, leaves, gradients)
+        for part in self.parts:
+            slopes = self._slopes(part, leaves)
+            if slopes:
+                total = tuple(g + part.weight * s for g, s in zip(total, slopes, strict=True))
+        return total
 
-    def _penalties(self, leaves: Sequence[Tensor]) -> Rows:
-        """d(distance correlation of each client's inputs and smashed data)/d(smashed data)."""
+    def _slopes(self, part: Defence, leaves: Sequence[Tensor]) -> Rows:
+        """d(each client's penalty)/d(its smashed data), each [R, s...]; empty if the defence has no penalty."""
         found = []
         for x, *z in zip(self.x, *[leaf.detach().split(self.sizes) for leaf in leaves], strict=True):
-            own = [part.requires_grad_() for part in z]
+            own = [piece.requires_grad_() for piece in z]
             with torch.enable_grad():
-                flat = torch.cat([part.flatten(1) for part in own], 1)
-                found.append(torch.autograd.grad(distance_correlation(x.flatten(1), flat), own))
-        return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
-
-
-def distance_correlation(x: Tensor, z: Tensor) -> Tensor:
-    """Distance correlation, in [0, 1], of rows x [n, d] and z [n, m], by the biased estimator, differentiable in z
-    (Szekely et al. 2007). 0 where one of them does not vary.
-    """
-    a, b = (_centred(r.double()) for r in (x, z))
-    product = (a.square().mean() * b.square().mean()).sqrt()
-    squared = (a * b).mean() / product.clamp(min=1e-30)
-    return squared.clamp(min=1e-12).sqrt()
-
-
-def _centred(rows: Tensor) -> Tensor:
-    """Euclidean distances [n, n] between rows, their means taken out in both directions."""
-    distances = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")  # the other way is inexact
-    centred: Tensor = distances - distances.mean(0) - distances.mean(1, keepdim=True) + distances.mean()
-    return centred
-
-
-def _length(rows: Sequence[Tensor], order: int) -> Tensor:
-    """The norm of each sample over all tensors: [R]."""
-    flat = torch.cat([r.flatten(1) for r in rows], 1)
-    lengths: Tensor = torch.linalg.vector_norm(flat if flat.element_size() >= 4 else flat.float(), order, 1)
-    return lengths
-
-
-def _kept(probability: float, shape: Sequence[int], draw: torch.Generator) -> Tensor:
-    """Factors: 0 with this probability, else what keeps the mean."""
-    return (torch.rand(tuple(shape), generator=draw) >= probability) / (1 - probability)
-
-
-def _gaussian(shape: Sequence[int], draw: torch.Generator) -> Tensor:
-    return torch.randn(tuple(shape), generator=draw)
-
-
-def _laplace(shape: Sequence[int], draw: torch.Generator) -> Tensor:
-    """Of scale 1: the difference of two exponential draws."""
-    one, two = (torch.empty(tuple(shape)).exponential_(generator=draw) for _ in range(2))
-    return one - two
+                penalty = part.penalty(x.flatten(1), torch.cat([piece.flatten(1) for piece in own], 1))
+                if penalty is None:
+                    return ()
+                found.append(torch.autograd.grad(penalty, own))
+        return tuple(torch.cat(pieces) for pieces in zip(*found, strict=True))

@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from cutlayer.cohort import Cohort, CohortAround
 from cutlayer.errors import ConfigError
-from cutlayer.leakage.inputs import check_rows, flat
+from cutlayer.rows import check_rows, flat
 from cutlayer.types import CutGradients, Rows, Smashed
 
 

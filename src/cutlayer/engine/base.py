@@ -8,18 +8,17 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from cutlayer import seeds
 from cutlayer.cohort import draw_participants
-from cutlayer.data.batches import Batches
+from cutlayer.data.batches import Batches, Drawn
 from cutlayer.data.samples import Samples
 from cutlayer.optim import MakeOptimizer
-from cutlayer.types import Evaluation, Round, Step
+from cutlayer.scoring import judged
+from cutlayer.types import Round, Step
 
 Shape = Literal["whole", "split", "u-shaped"]
 ClientModel = tuple[nn.Module, nn.Module | None]  # (lower part, tail)
-EVALUATION_ROWS = 1024  # rows per forward pass in evaluation: bounds memory, changes no result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,15 +62,6 @@ class Clients(Routine):
     data: Samples
     rows: Sequence[np.ndarray]
     make_optimizer: MakeOptimizer
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """Batches of C clients: their inputs `x` [R, ...], sizes [C], and how many batches each had drawn before [C]."""
-
-    x: Tensor
-    sizes: np.ndarray
-    clocks: np.ndarray
 
 
 class SimulatedCohort:
@@ -148,14 +138,6 @@ class SimulatedCohort:
         self._holder, self._alike = state["holder"], state["alike"]
 
 
-def judged(clients: int, count: int | None, seed: int) -> list[int]:
-    """Whose models are evaluated: `count` of the clients, drawn once, or all."""
-    if count is None or count >= clients:
-        return list(range(clients))
-    drawn = seeds.generator(seed, "evaluated clients").choice(clients, count, replace=False)
-    return sorted(drawn.tolist())
-
-
 def model_bytes(module: nn.Module) -> int:
     """Bytes of a model's parameters and buffers; tied weights cross once."""
     return sum({t.data_ptr(): t.nbytes for t in module.state_dict().values()}.values())
@@ -167,10 +149,3 @@ def together(taken: Mapping[int, list[tuple[float, int]]], t: int) -> Step:
     rows = sum(n for _, n in here.values())
     loss = sum(x * n for x, n in here.values()) / rows
     return Step(torch.tensor([loss, *(x for x, _ in here.values())], dtype=torch.float64), tuple(here), rows)
-
-
-def evaluation(found: Mapping[int, tuple[float, float]], everyone: Sequence[int], samples: int) -> Evaluation:
-    """Scores of `everyone` from (accuracy, loss) of those looked at; models known to be equal are looked at once."""
-    only = next(iter(found.values()))
-    result = {k: found.get(k, only) for k in everyone}
-    return Evaluation({k: a for k, (a, _) in result.items()}, {k: x for k, (_, x) in result.items()}, samples)

@@ -5,28 +5,27 @@ from __future__ import annotations
 import os
 import warnings
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from cutlayer import defences
+from cutlayer.algorithms import Algorithm
 from cutlayer.cohort import Cohort
 from cutlayer.defences.defended import DefendedCohort
-from cutlayer.defences.pipeline import Defence
 from cutlayer.engine.base import Clients
 from cutlayer.engine.layout import quicker, smashed
 from cutlayer.engine.local import LocalCohort
 from cutlayer.engine.stackable import bytes_per_row, stackable
 from cutlayer.engine.stacked import StackedCohort, StackedServer, Stacking
 from cutlayer.engine.union import UnionCohort, UnionServer, row_by_row
-from cutlayer.errors import CutlayerWarning
+from cutlayer.errors import ConfigError, CutlayerWarning
 from cutlayer.models import Parts
 from cutlayer.optim import ELEMENTWISE, MakeOptimizer, rule_of
 from cutlayer.options import RunConfig
 from cutlayer.server import Server
 from cutlayer.types import Rows
-
-TAKE_TURNS = {"ssl", "ussl"}
-SERVER_COPIES = {"sflv1", "sflv3"}
 
 # Bytes of results that a group of clients may make in a forward pass: beyond this, larger groups are no quicker.
 _WORTHWHILE = 256 << 20
@@ -36,6 +35,7 @@ _CACHED = 8 << 20
 
 def simulate(
     config: RunConfig,
+    algorithm: Algorithm,
     split: Parts,
     setup: Clients,
     make_server: MakeOptimizer,
@@ -43,34 +43,37 @@ def simulate(
     example: Tensor,
 ) -> tuple[Cohort, Server, str]:
     """(clients, server, name of the engine). Warns where a model cannot be stacked."""
-    cohort, server, engine = _chosen(config, split, setup, make_server, seed, example)
-    defence = defence_of(config)
-    if defence.active:
-        return DefendedCohort(cohort, cohort.keep_batches(), defence), server, engine
+    simulated, server, engine = _chosen(config, algorithm, split, setup, make_server, seed, example)
+    cohort = cast(Cohort, simulated)  # its verbs are those that the algorithm needs
+    protection = defences.of(config)
+    if protection.active:
+        return DefendedCohort(cohort, simulated.keep_batches(), protection), server, engine
     return cohort, server, engine
 
 
-def defence_of(config: RunConfig) -> Defence:
-    """What clients do to their smashed data."""
-    c = config
-    return Defence(c.seed, c.clip, c.gaussian_noise, c.laplace_noise, c.feature_dropout, c.nopeek)
-
-
 def _chosen(
-    config: RunConfig, split: Parts, setup: Clients, make_server: MakeOptimizer, seed: int, example: Tensor
+    config: RunConfig,
+    algorithm: Algorithm,
+    split: Parts,
+    setup: Clients,
+    make_server: MakeOptimizer,
+    seed: int,
+    example: Tensor,
 ) -> tuple[LocalCohort | StackedCohort | UnionCohort, Server, str]:
-    lr = config.server_lr or config.client_lr
-    turns = config.algorithm in TAKE_TURNS or len(setup.rows) == 1
-    if config.engine == "local" or (turns and config.engine == "auto"):
+    lr, needs = config.server_lr or config.client_lr, algorithm.traits.needs
+    nothing_to_stack = algorithm.traits.takes_turns or len(setup.rows) == 1
+    if config.engine == "local" or (nothing_to_stack and config.engine == "auto"):
         return LocalCohort(setup), Server(split.server, make_server, lr, seed), "local"
     rows = smashed(split.client, example)
-    if config.engine == "auto" and _one_union_step(config, split, setup, make_server, (example,), rows):
+    if config.engine == "auto" and _one_union_step(config, algorithm, split, setup, make_server, (example,), rows):
         union = UnionCohort(setup)
-        if config.algorithm in SERVER_COPIES:
+        if algorithm.traits.server_copies:
             return union, UnionServer(split.server, make_server, lr, seed, union.samples), "union"
         return union, Server(split.server, make_server, lr, seed), "union"
-    copies = len(setup.rows) if config.algorithm in SERVER_COPIES else 0
-    why = _unfit(config, make_server)
+    if config.engine == "stacked":
+        _check_can("stacked", StackedCohort.can, config.algorithm, needs)
+    copies = len(setup.rows) if algorithm.traits.server_copies else 0
+    why = _unfit(config, algorithm, make_server)
     hows = []
     for side, part, received, make in (
         ("client", split.client, (example,), setup.make_optimizer),
@@ -90,24 +93,39 @@ def _chosen(
 
 
 def _one_union_step(
-    config: RunConfig, split: Parts, setup: Clients, make_server: MakeOptimizer, example: Rows, rows: Rows
+    config: RunConfig,
+    algorithm: Algorithm,
+    split: Parts,
+    setup: Clients,
+    make_server: MakeOptimizer,
+    example: Rows,
+    rows: Rows,
 ) -> bool:
     """Whether every step is followed by averaging, from equal models, with rules that make both one step."""
-    each_step = config.algorithm == "sfl" and config.average_every == "step"
-    one_step = config.algorithm in ("fl", "sflv1") and config.local_steps == 1
-    if not (each_step or one_step) or config.start != "equal" or not rule_of(setup.make_optimizer).plain:
+    if not algorithm.averages_every_step or algorithm.traits.needs - UnionCohort.can:
         return False
-    if config.algorithm == "sflv1" and not (rule_of(make_server).plain and row_by_row(split.server, rows)):
+    if config.start != "equal" or not rule_of(setup.make_optimizer).plain:
+        return False
+    copies = algorithm.traits.server_copies
+    if copies and not (rule_of(make_server).plain and row_by_row(split.server, rows)):
         return False
     return row_by_row(split.client, example)
 
 
-def _unfit(config: RunConfig, make_server: MakeOptimizer) -> str:
+def _check_can(engine: str, can: frozenset[str], algorithm: str, needs: frozenset[str]) -> None:
+    """Raises ConfigError where an engine that was asked for lacks a verb that the algorithm needs."""
+    if lacking := sorted(needs - can):
+        raise ConfigError(
+            f"engine = {engine!r} cannot run {algorithm}, which needs {', '.join(lacking)}: choose 'local' or 'auto'"
+        )
+
+
+def _unfit(config: RunConfig, algorithm: Algorithm, make_server: MakeOptimizer) -> str:
     """Why this algorithm or its optimisers cannot be stacked, whatever the model; empty where they can."""
-    if config.algorithm in TAKE_TURNS:
-        return "its clients take turns, there is nothing to stack"
+    if lacking := sorted(algorithm.traits.needs - StackedCohort.can):
+        return f"it needs {', '.join(lacking)}, which the stacked engine cannot do"
     names = [config.client_optimizer]
-    if config.algorithm in SERVER_COPIES:
+    if algorithm.traits.server_copies:
         names.append(config.server_optimizer or config.client_optimizer)
     for name in names:
         if name not in ELEMENTWISE:

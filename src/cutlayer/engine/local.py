@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,13 @@ from cutlayer import seeds
 from cutlayer.averaging import average_into
 from cutlayer.cohort import Footprint, Predict
 from cutlayer.data.samples import Samples
-from cutlayer.engine.base import EVALUATION_ROWS, Clients, SimulatedCohort, evaluation, model_bytes, together
+from cutlayer.engine.base import Clients, SimulatedCohort, model_bytes, together
 from cutlayer.errors import NonFiniteError
 from cutlayer.gradients import row_losses
 from cutlayer.optim import MakeOptimizer, load_optimizer, set_lr
+from cutlayer.scoring import Outputs, evaluate, evaluation
 from cutlayer.types import CutGradients, Evaluation, Rows, Smashed, Step, TailGradients, aligned
+from cutlayer.verbs import VERBS
 
 
 class Client:
@@ -96,6 +98,8 @@ class Client:
 
 class LocalCohort(SimulatedCohort):
     """All clients in this process, one after another."""
+
+    can: ClassVar[frozenset[str]] = VERBS
 
     def __init__(self, setup: Clients) -> None:
         super().__init__(setup)
@@ -178,23 +182,20 @@ class LocalCohort(SimulatedCohort):
     def evaluate(self, samples: Samples, predict: Predict) -> Evaluation:
         """Every client model with the server, one after another; models known to be equal are looked at once."""
         everyone, models = self._judged()
-        found = {k: self._evaluate_one(self._clients[k], samples, predict) for k in models}
-        return evaluation(found, everyone, len(samples))
 
-    def _evaluate_one(self, client: Client, samples: Samples, predict: Predict) -> tuple[float, float]:
-        """(accuracy, mean loss) of one client's model with the server."""
+        def outputs_of(clients: Sequence[int], part: Samples, start: int) -> Outputs:
+            (k,) = clients
+            return clients, self._outputs(self._clients[k], part.x, predict)
+
+        return evaluation(evaluate(samples, models, outputs_of, at_once=1), everyone, len(samples))
+
+    def _outputs(self, client: Client, x: Tensor, predict: Predict) -> Tensor:
+        """One client's model with the server's, in eval mode: [n, K]."""
         client.module.eval()
-        correct, loss = 0, 0.0
-        with torch.no_grad():
-            for start in range(0, len(samples), EVALUATION_ROWS):
-                part = samples[start : start + EVALUATION_ROWS]
-                rows: Rows = client.lower(part.x)
-                if self.shape != "whole":
-                    rows = predict([client.name], rows)
-                outputs = rows[0] if client.tail is None else client.tail(rows)
-                correct += int((outputs.argmax(1) == part.y).sum())
-                loss += float(row_losses(outputs, part.y).sum())
-        return correct / len(samples), loss / len(samples)
+        rows: Rows = client.lower(x)
+        if self.shape != "whole":
+            rows = predict([client.name], rows)
+        return rows[0] if client.tail is None else client.tail(rows)
 
     def model_state(self, client: int) -> dict[str, Tensor]:
         """One client's parameters and buffers, under the names of the whole model."""

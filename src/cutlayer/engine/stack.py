@@ -229,9 +229,9 @@ class Stack:
         return self._take(clients, torch.from_numpy(clients).to(self.device), False)
 
     def _take(self, clients: np.ndarray, at: slice | Tensor, views: bool) -> Group:
-        # `.data`: a step of one group must not make autograd think that another group's weights have changed.
+        # `.data`: a step of one group must not make autograd think that another group's tensors have changed.
         parameters = {n: p[at].data.requires_grad_(n in self._trained) for n, p in self._parameters.items()}
-        return Group(clients, views, parameters, {n: b[at] for n, b in self._buffers.items()})
+        return Group(clients, views, parameters, {n: b[at].data for n, b in self._buffers.items()})
 
     def _run(self, group: Group, rows: Rows, generators: Generators, alike: bool) -> Rows:
         tensors = {**group.parameters, **group.buffers}

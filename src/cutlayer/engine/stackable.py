@@ -29,27 +29,27 @@ _EMBEDDING = f"it has {EMBEDDING}"
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Stackability:
     """Whether a module can be stacked: lowered, or `mapped` (through vmap); else why not: `reason`, a clause."""
 
     mapped: bool = False
     reason: str = ""
 
 
-def stackable(module: nn.Module, rows: Rows, make_optimizer: MakeOptimizer, *, data: bool) -> Verdict:
+def stackable(module: nn.Module, rows: Rows, make_optimizer: MakeOptimizer, *, data: bool) -> Stackability:
     """Try it, with `rows` (each [b, s...]) as an example of a client's batch (`data` needs no gradient)."""
     for named in (module.named_parameters, module.named_buffers):
         if len(list(named())) < len(list(named(remove_duplicate=False))):
-            return Verdict(reason="it has tied weights")
+            return Stackability(reason="it has tied weights")
     reasons = []
     for mapped in (False, True):
         reason = _obstacle(module, rows, make_optimizer, mapped, data)
         if not reason:
-            return Verdict(mapped)
+            return Stackability(mapped)
         reasons.append(reason)
         if reason == _EMBEDDING:  # vmap takes it, and ignores what makes it special
             break
-    return Verdict(reason=reasons[0])
+    return Stackability(reason=reasons[0])
 
 
 def exact(module: nn.Module) -> nn.Module:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -19,17 +19,18 @@ from torch import Tensor, nn
 from cutlayer import seeds
 from cutlayer.cohort import Footprint, Predict
 from cutlayer.data.samples import Samples
-from cutlayer.engine.base import Clients, SimulatedCohort, evaluation, model_bytes
+from cutlayer.engine.base import Clients, SimulatedCohort, model_bytes
 from cutlayer.engine.stack import Generators, Group, Stack, descend
 from cutlayer.errors import NonFiniteError
 from cutlayer.gradients import gradient_of, means_of_clients, row_losses
 from cutlayer.optim import MakeOptimizer, rule_of
+from cutlayer.scoring import Outputs, evaluate, evaluation
 from cutlayer.server import Server, ServerStep, culprits, finite
-from cutlayer.types import CutGradients, Evaluation, Rows, Smashed, Step, TailGradients, select
+from cutlayer.types import CutGradients, Evaluation, Rows, Smashed, Step, select
+from cutlayer.verbs import AVERAGE, BACKWARD, FIT, FORWARD, SERVER_VERBS
 
-_MERGED_ROWS = (
-    2048  # rows of all clients per forward pass in evaluation: bounds memory; what fits the cache runs twice as fast
-)
+_MERGED_ROWS = 2048
+"""Rows of all clients per forward pass in evaluation: bounds memory, and what fits the cache runs twice as fast."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class _Pass:
 
 class StackedCohort(SimulatedCohort):
     """All clients in this process, all at once."""
+
+    can: ClassVar[frozenset[str]] = frozenset({FORWARD, BACKWARD, FIT, AVERAGE}) | SERVER_VERBS
 
     def __init__(self, setup: Clients, how: Stacking | None = None) -> None:
         super().__init__(setup)
@@ -82,10 +85,6 @@ class StackedCohort(SimulatedCohort):
         self._passes = [_Pass(group, (batch.x[group.rows],)) for group in groups]
         rows = merged([self._run(p) for p in self._passes], groups)
         return Smashed(rows, batch.y if labels else torch.empty(len(batch), 0), asked, self._sizes)
-
-    def tail(self, features: Smashed) -> TailGradients:
-        """U-shaped learning is sequential: the local engine runs it."""
-        raise NotImplementedError("the stacked engine does not run the U-shaped split")
 
     def backward(self, gradients: CutGradients) -> None:
         """Every client of the last `forward` back-propagates what it received and takes its optimiser step."""
@@ -127,17 +126,17 @@ class StackedCohort(SimulatedCohort):
         self._alike = True
         return tuple(weights)
 
-    def hand_over(self, client: int, *, optimizer: bool) -> None:
-        """Sequential learning has one model at a time: the local engine runs it."""
-        raise NotImplementedError("the stacked engine does not run sequential learning")
-
     def evaluate(self, samples: Samples, predict: Predict) -> Evaluation:
         """Every client model with the server; models known to be equal are looked at once."""
         everyone, models = self._judged()
         at_once = max(1, _MERGED_ROWS // max(1, len(samples)))
-        found: dict[int, tuple[float, float]] = {}
-        for start in range(0, len(models), at_once):
-            found.update(self._evaluate(models[start : start + at_once], samples, predict))
+
+        def outputs_of(clients: Sequence[int], part: Samples, start: int) -> Outputs:
+            inputs = part.x.repeat(len(clients), *[1] * (part.x.dim() - 1))
+            rows = self._stack.predict(list(clients), (inputs,))
+            return clients, rows[0] if self.shape == "whole" else predict(clients, rows)[0]
+
+        found = evaluate(samples, models, outputs_of, at_once=at_once, rows_per_pass=_MERGED_ROWS)
         return evaluation(found, everyone, len(samples))
 
     def model_state(self, client: int) -> dict[str, Tensor]:
@@ -183,20 +182,6 @@ class StackedCohort(SimulatedCohort):
             own = own if len(own) else losses.new_empty(len(asked))
             own[torch.from_numpy(group.at)] = losses.mean(1)
         return own
-
-    def _evaluate(self, clients: list[int], samples: Samples, predict: Predict) -> dict[int, tuple[float, float]]:
-        c = len(clients)
-        correct, loss = torch.zeros(2, c, dtype=torch.float64)
-        with torch.no_grad():
-            for start in range(0, len(samples), _MERGED_ROWS):
-                part = samples[start : start + _MERGED_ROWS]
-                rows = self._stack.predict(clients, (part.x.repeat(c, *[1] * (part.x.dim() - 1)),))
-                outputs = rows[0] if self.shape == "whole" else predict(clients, rows)[0]
-                y = part.y.repeat(c)
-                correct += (outputs.argmax(1) == y).view(c, -1).sum(1).cpu()
-                loss += row_losses(outputs, y).view(c, -1).sum(1).cpu()
-        n = len(samples)
-        return {k: (a / n, x / n) for k, a, x in zip(clients, correct.tolist(), loss.tolist(), strict=True)}
 
 
 class StackedServer(Server):

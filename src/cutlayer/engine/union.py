@@ -9,24 +9,28 @@ dropout); `row_by_row` finds out.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from cutlayer.cohort import Footprint, Predict
 from cutlayer.data.samples import Samples
-from cutlayer.engine.base import EVALUATION_ROWS, Clients, SimulatedCohort, evaluation, model_bytes
+from cutlayer.engine.base import Clients, SimulatedCohort, model_bytes
 from cutlayer.engine.stackable import close, drawing, exact
 from cutlayer.errors import NonFiniteError
 from cutlayer.gradients import column, means, row_losses, spread
 from cutlayer.optim import MakeOptimizer, set_lr
+from cutlayer.scoring import Outputs, evaluate, evaluation
 from cutlayer.server import Server, ServerStep, culprits, finite
-from cutlayer.types import CutGradients, Evaluation, Rows, Smashed, Step, TailGradients, as_tuple
+from cutlayer.types import CutGradients, Evaluation, Rows, Smashed, Step, as_tuple
+from cutlayer.verbs import AVERAGE, BACKWARD, FIT, FORWARD, STEP_COPIES
 
 
 class UnionCohort(SimulatedCohort):
     """Clients whose models are equal before and after every step: one model for all."""
+
+    can: ClassVar[frozenset[str]] = frozenset({FORWARD, BACKWARD, FIT, AVERAGE, STEP_COPIES})
 
     def __init__(self, setup: Clients) -> None:
         super().__init__(setup)
@@ -48,10 +52,6 @@ class UnionCohort(SimulatedCohort):
             return Smashed((), torch.empty(0), (), ())
         batch = self._forward(asked)
         return Smashed(tuple(g.detach() for g in self._given), batch.y, asked, self._sizes)
-
-    def tail(self, features: Smashed) -> TailGradients:
-        """U-shaped learning does not average."""
-        raise NotImplementedError("the union engine does not run the U-shaped split")
 
     def backward(self, gradients: CutGradients) -> None:
         """The weighted mean of the steps that the clients of the last `forward` would take."""
@@ -77,23 +77,15 @@ class UnionCohort(SimulatedCohort):
         check_done(weights, self.samples, self._asked)
         return tuple(weights)
 
-    def hand_over(self, client: int, *, optimizer: bool) -> None:
-        """Nothing travels where everybody has the same."""
-        raise NotImplementedError("the union engine does not run sequential learning")
-
     def evaluate(self, samples: Samples, predict: Predict) -> Evaluation:
         """The one model, for all."""
         self._model.eval()
-        correct, loss = 0, 0.0
-        with torch.no_grad():
-            for start in range(0, len(samples), EVALUATION_ROWS):
-                part = samples[start : start + EVALUATION_ROWS]
-                rows = as_tuple(self._model((part.x,)))
-                outputs = rows[0] if self.shape == "whole" else predict([0], rows)[0]
-                correct += int((outputs.argmax(1) == part.y).sum())
-                loss += float(row_losses(outputs, part.y).sum())
-        n = len(samples)
-        return evaluation({0: (correct / n, loss / n)}, self._judged()[0], n)
+
+        def outputs_of(clients: Sequence[int], part: Samples, start: int) -> Outputs:
+            rows = as_tuple(self._model((part.x,)))
+            return clients, rows[0] if self.shape == "whole" else predict(clients, rows)[0]
+
+        return evaluation(evaluate(samples, [0], outputs_of), self._judged()[0], len(samples))
 
     def model_state(self, client: int) -> dict[str, Tensor]:
         """One client's parameters, under the names of the whole model."""

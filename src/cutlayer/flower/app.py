@@ -30,8 +30,8 @@ from flwr.serverapp import Grid, ServerApp
 from cutlayer.build import own_source
 from cutlayer.errors import ConfigError, CutlayerError, NetworkError, TrainingError
 from cutlayer.files import replace_file
+from cutlayer.flower.hosting import Hosting, read
 from cutlayer.flower.invitation import Farewell, Invitation
-from cutlayer.flower.options import Hosting, read
 from cutlayer.flower.replies import Replies
 from cutlayer.folder import refuse_used
 from cutlayer.options import RunConfig, normalised

@@ -14,7 +14,6 @@ from typing import Any
 from torch import Tensor
 
 from cutlayer.build import Training, assemble
-from cutlayer.catalog import ALGORITHMS
 from cutlayer.defences.watch import WatchedCohort
 from cutlayer.errors import ConfigError
 from cutlayer.files import finite_or_null
@@ -129,11 +128,13 @@ def _hijacked(
 
 def _trained(moment: Moment, training: Training, server: Server) -> tuple[Watched, ...]:
     """Train the clients with that server until the moment; what their watches say then."""
-    clients, config = WatchedCohort(training.clients), moment.config
-    if isinstance(server, HijackingServer) and "phi" in ALGORITHMS[config.algorithm].options:
-        config = config.model_copy(update={"algorithm": "psl"})  # whoever means harm does not average
+    clients = WatchedCohort(training.clients)
+    algorithm = training.algorithm
+    if isinstance(server, HijackingServer) and algorithm.shares_gradients:
+        algorithm = algorithm.without_sharing()  # a server that means harm does not average
+    watched = replace(training, clients=clients, server=server, algorithm=algorithm)
     for index in range(moment.rounds):
-        for _ in round_of(config, server, clients, index, training.rounds):
+        for _ in round_of(watched, index):
             pass
     return tuple(
         Watched(k, None if math.isnan(w.score) else w.score, w.observed, w.suspicious)

@@ -11,8 +11,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from cutlayer import seeds
-from cutlayer.engine.choice import defence_of
+from cutlayer import defences, seeds
+from cutlayer.defences.feature_dropout import FeatureDropout
+from cutlayer.defences.noise import Noise
 from cutlayer.errors import ConfigError, DataError, unknown
 from cutlayer.files import finite_or_null
 from cutlayer.gradients import row_losses
@@ -179,15 +180,17 @@ def _calibrated(s: Subject, asked: Asked, read: Usable | None) -> Iterator[Calib
 def _upper(s: Subject, seed: int) -> Iterator[UpperBound]:
     """Every bound that there is; without noise and codec, that there is none."""
     config = s.moment.config
-    d, codec = defence_of(config), Codec.parse(config.up_codec)
-    if d.noise:
-        silent = replace(d, gaussian=0.0, laplace=0.0)
+    d, codec = defences.of(config), Codec.parse(config.up_codec)
+    noise = d.get(Noise)
+    if noise is not None and noise.scale:
+        silent = replace(d, parts=(*d.before(noise), noise.silent))
         with seeds.torch_seeded(seed, "leakage", "dropout"):
             (clipped,) = silent.fresh((smash(s.bare, s.samples.x, seed, "bare"),))
-        yield mutual.laplace_channel(clipped, d.noise) if d.laplace else mutual.gaussian_channel(clipped, d.noise)
-    elif codec.kind == "raw":
-        yield mutual.deterministic(dropout=bool(d.dropout))
-    if codec.kind != "raw":
+        channel = mutual.laplace_channel if noise.laplace_noise else mutual.gaussian_channel
+        yield channel(clipped, noise.scale)
+    elif not codec.lossy and all(part.exact for part in d.in_order):
+        yield mutual.deterministic(dropout=d.get(FeatureDropout) is not None)
+    if codec.lossy:
         size = payload_bytes(codec, s.z.shape, s.z.dtype)
         yield mutual.bits_sent(size, len(s.z), str(codec.plain))
 

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from cutlayer import seeds
 from cutlayer.errors import ConfigError
-from cutlayer.leakage.inputs import Client, check_real, check_rows, flat, width
+from cutlayer.leakage.inputs import Client, check_real, width
+from cutlayer.rows import check_rows, flat
 
 Case = Literal["pairs", "channel"]
 Estimator = Callable[[Tensor, Tensor, int], float]  # (x, z, seed) -> nats

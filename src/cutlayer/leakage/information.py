@@ -33,8 +33,9 @@ from torch.nn import functional
 from cutlayer import seeds
 from cutlayer.errors import ConfigError
 from cutlayer.leakage.fitting import Budget, fit
-from cutlayer.leakage.inputs import Scale, check_real, check_rows, flat, split
+from cutlayer.leakage.inputs import Scale, check_real, split
 from cutlayer.leakage.networks import decoder
+from cutlayer.rows import check_rows, flat
 
 Array = npt.NDArray[np.float64]
 

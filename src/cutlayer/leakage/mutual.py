@@ -34,7 +34,8 @@ from cutlayer import seeds
 from cutlayer.errors import ConfigError, unknown
 from cutlayer.leakage.calibration import Estimator
 from cutlayer.leakage.fitting import Budget
-from cutlayer.leakage.inputs import Scale, Split, check_real, check_rows, flat, split
+from cutlayer.leakage.inputs import Scale, Split, check_real, split
+from cutlayer.rows import check_rows, flat
 
 Method = Literal["ksg", "infonce", "smile", "mine"]
 View = Literal["random", "pca", "cca", "raw"]

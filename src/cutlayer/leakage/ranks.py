@@ -20,7 +20,8 @@ from torch import Tensor
 
 from cutlayer import seeds
 from cutlayer.errors import DataError
-from cutlayer.leakage.inputs import Scale, check_real, check_rows, flat, split
+from cutlayer.leakage.inputs import Scale, check_real, split
+from cutlayer.rows import check_rows, flat
 
 Array = npt.NDArray[np.float64]
 

@@ -33,8 +33,9 @@ from cutlayer import seeds
 from cutlayer.data.samples import Samples
 from cutlayer.errors import ConfigError, DataError, unknown
 from cutlayer.leakage.fitting import Budget, fit
-from cutlayer.leakage.inputs import Client, Scale, check_real, check_rows, flat, is_random, smash, split
+from cutlayer.leakage.inputs import Client, Scale, check_real, is_random, smash, split
 from cutlayer.leakage.networks import Classifier, Encoder, decoder
+from cutlayer.rows import check_rows, flat
 
 Knowledge = Literal["model", "smashed"]
 

@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cutlayer import checkpoint, seeds
+from cutlayer import checkpoint, defences, seeds
 from cutlayer.build import Training, assemble, deal
-from cutlayer.catalog import ALGORITHMS
 from cutlayer.data.samples import Samples
-from cutlayer.defences.pipeline import Defence
-from cutlayer.engine.choice import defence_of
+from cutlayer.defences.noise import Noise
+from cutlayer.defences.pipeline import Defences
 from cutlayer.errors import ConfigError, DataError, RunFolderError
 from cutlayer.files import read_records
 from cutlayer.folder import CHECKPOINT, EVALUATIONS, SNAPSHOTS, stored_config
@@ -82,12 +81,11 @@ class Subject:
     @property
     def statement(self) -> dp.Statement | None:
         """What its noise guarantees over all epochs (None: it adds no noise)."""
-        d = defence_of(self.moment.config)
-        if d.clip is None or not d.noise:
+        noise = defences.of(self.moment.config).get(Noise)
+        if noise is None or noise.clip is None or not noise.scale:
             return None
-        if d.laplace:
-            return dp.laplace(d.noise, d.clip, self.releases, labels=self.labelled)
-        return dp.gaussian(d.noise, d.clip, self.releases, labels=self.labelled)
+        mechanism = dp.laplace if noise.laplace_noise else dp.gaussian
+        return mechanism(noise.scale, noise.clip, self.releases, labels=self.labelled)
 
     @property
     def labelled(self) -> bool:
@@ -99,12 +97,9 @@ class Subject:
         """How often each sample has been sent, at most: once per pass through the client's data, the last one counted
         whole, as if the client had taken part in every round.
         """
-        config = self.moment.config
-        per_epoch = math.ceil(self.owned / config.batch)
-        info = ALGORITHMS[config.algorithm]
-        per_round = per_epoch * (config.local_epochs if "local_epochs" in info.options else 1)
-        if "local_steps" in info.options and config.local_steps:
-            per_round = config.local_steps
+        per_epoch = math.ceil(self.owned / self.moment.config.batch)
+        local_epochs, local_steps = self.moment.training.algorithm.part_of_round
+        per_round = local_steps or per_epoch * local_epochs
         return math.ceil(self.moment.rounds * per_round / per_epoch)
 
 
@@ -115,9 +110,8 @@ def moments(out: Path, snapshots: bool = False) -> list[Moment]:
     sends smashed data.
     """
     config = RunConfig.of(without_own(stored_config(out), out, model=None, data=None))
-    info = ALGORITHMS[config.algorithm]
-    if info.whole:
-        what = "everybody's data" if config.algorithm == "cl" else "whole models (gradient inversion attacks these)"
+    if config.traits.whole:
+        what = "everybody's data" if config.traits.central else "whole models (gradient inversion attacks these)"
         raise ConfigError(
             f"{str(out)!r} is a run of {config.algorithm}, whose clients send no smashed data but {what}: name runs of "
             "split algorithms"
@@ -209,7 +203,7 @@ def _subject(
         for module in fresh.modules():
             if callable(reset := getattr(module, "reset_parameters", None)):
                 reset()
-    defence = _Defended(defence_of(config), Codec.parse(config.up_codec).plain, config.batch)
+    defence = _Defended(defences.of(config), Codec.parse(config.up_codec).plain, config.batch)
 
     def client(x: Tensor) -> Tensor:
         return defence(bare(x))
@@ -219,16 +213,16 @@ def _subject(
 
 
 class _Defended:
-    """What a client does to smashed data [n, s...] before they are sent: its defence, and its codec, which writes a
+    """What a client does to smashed data [n, s...] before they are sent: its defences, and its codec, which writes a
     batch at a time. A gradient goes through the codec as if it did nothing.
     """
 
-    def __init__(self, defence: Defence, codec: Codec, batch: int) -> None:
-        self.defence, self.codec, self.batch = defence, codec, batch
+    def __init__(self, defences: Defences, codec: Codec, batch: int) -> None:
+        self.defences, self.codec, self.batch = defences, codec, batch
 
     def __call__(self, z: Tensor) -> Tensor:
-        (sent,) = self.defence.fresh((z,))
-        if self.codec.kind == "raw":
+        (sent,) = self.defences.fresh((z,))
+        if not self.codec.lossy:
             return sent
         coded = torch.cat([written(self.codec, rows.detach())[0] for rows in sent.split(self.batch)])
         return sent + (coded - sent).detach()

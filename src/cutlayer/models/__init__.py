@@ -1,7 +1,7 @@
-"""Models that can be cut: the zoo, and `cut` for any module."""
+"""Models that can be cut: the zoo, a user's own, and `cut` for any module."""
 
 from cutlayer.models.cut import cut, cut_points
+from cutlayer.models.making import build, make, model
 from cutlayer.models.parts import Crossing, Part, Parts
-from cutlayer.models.zoo import build
 
-__all__ = ["Crossing", "Part", "Parts", "build", "cut", "cut_points"]
+__all__ = ["Crossing", "Part", "Parts", "build", "cut", "cut_points", "make", "model"]

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -25,7 +25,9 @@ import msgspec
 
 from cutlayer.errors import NetworkError, RefusedError, WireError
 from cutlayer.remote import network
+from cutlayer.remote.carrier import Responder
 from cutlayer.remote.security import ClientSecurity, is_loopback, split_address
+from cutlayer.remote.transports import host_and_port
 from cutlayer.wire import messages as m
 from cutlayer.wire.conversation import ClientSide
 from cutlayer.wire.frames import Frame, split
@@ -42,19 +44,6 @@ _LEAVING = 5.0
 _TICK = 0.2
 _DAMAGED = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.OUT_OF_RANGE)
 _TOO_LARGE = "message larger than max"  # what RESOURCE_EXHAUSTED says then; else it is said of a crowded server
-
-
-class Worker(Protocol):
-    """What a client does. All is called on the thread of `dial`, one after another."""
-
-    def hello(self) -> m.Hello:
-        """Who it is; asked at each connection."""
-
-    def welcome(self, welcome: m.Welcome) -> m.Refused | None:
-        """Check the server's terms in turn."""
-
-    def handle(self, frame: Frame) -> tuple[m.Message, Sequence[Buffer]] | None:
-        """Answer a request; None where it has no answer."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +65,7 @@ class Backoff:
 def dial(
     address: str,
     security: ClientSecurity,
-    worker: Worker,
+    worker: Responder,
     *,
     limits: Limits | None = None,
     backoff: Backoff | None = None,
@@ -129,16 +118,17 @@ class Dialler:
         self,
         address: str,
         security: ClientSecurity,
-        worker: Worker,
+        worker: Responder,
         limits: Limits | None = None,
         backoff: Backoff | None = None,
         give_up_after: float | None = None,
         keepalive: float = network.KEEPALIVE,
     ) -> None:
-        self.address, self.security, self.worker, self.limits = address, security, worker, limits or Limits()
+        self.address = host_and_port(address, encrypted=not security.insecure)
+        self.security, self.worker, self.limits = security, worker, limits or Limits()
         self._backoff, self._give_up_after = backoff or Backoff(), give_up_after
-        self._credentials = security.credentials(address)
-        local = is_loopback(split_address(address)[0])
+        self._credentials = security.credentials(self.address)
+        local = is_loopback(split_address(self.address)[0])
         self._options = network.client_options(self.limits, keepalive, security.server_name, local=local)
         self._patience = _GREETING + network.patience(keepalive)
         self._instance = secrets.token_hex(8)

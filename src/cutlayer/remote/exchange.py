@@ -9,30 +9,12 @@ import asyncio
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from cutlayer.errors import WireError
+from cutlayer.remote.carrier import Lost
 from cutlayer.wire.frames import Frame
-from cutlayer.wire.messages import Message
 from cutlayer.wire.tensors import Buffer, size_of
-
-Request = tuple[Message, Sequence[Buffer]]
-Reason = Literal["late", "gone", "failed", "garbage"]
-
-
-@dataclass(frozen=True)
-class Lost:
-    """A client that did not answer all it was asked: why, as a word and as a sentence; `kind` is the name of the
-    client's error where it has "failed".
-
-    A "late" client has got, or is getting, all that it was sent, in order, and stays connected: what it answers is
-    thrown away. All others are no longer connected; it is not known how far they came.
-    """
-
-    reason: Reason
-    sentence: str
-    kind: str = ""
 
 
 class Body:

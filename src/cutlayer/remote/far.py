@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -20,14 +20,15 @@ from torch import Tensor
 from cutlayer.averaging import average
 from cutlayer.cohort import Footprint, Predict
 from cutlayer.data.samples import Samples
-from cutlayer.engine.base import EVALUATION_ROWS, Routine, Shape, evaluation, judged, together
+from cutlayer.engine.base import Routine, Shape, together
 from cutlayer.engine.local import Client
 from cutlayer.errors import NonFiniteError, TrainingError, WireError
-from cutlayer.gradients import row_losses
 from cutlayer.models.parts import Crossing
-from cutlayer.remote.exchange import Lost, Request
+from cutlayer.remote.carrier import Carrier, Lost, Request
 from cutlayer.remote.worker import expected_state, state_of
+from cutlayer.scoring import Outputs, evaluate, evaluation, judged
 from cutlayer.types import CutGradients, Evaluation, Round, Rows, Smashed, Step, TailGradients, aligned
+from cutlayer.verbs import CLIENT_VERBS, LEARN
 from cutlayer.wire import RAW, Codec, Frame, decode, decode_named, described, encode, encode_named, payload_sizes
 from cutlayer.wire import messages as m
 from cutlayer.wire.conversation import ANSWERS
@@ -37,30 +38,6 @@ _ACKNOWLEDGED = (m.Saved, m.Settled)  # answers to what was posted: they say no 
 T = TypeVar("T")
 Tell = Callable[[str, Mapping[str, Any]], None]
 """Hears what has happened, as a word and as facts."""
-
-
-class Hub(Protocol):
-    """What carries the requests (see `hub.py`)."""
-
-    @property
-    def connected(self) -> frozenset[int]:
-        """Clients that can be asked something now."""
-
-    def arrivals(self) -> Mapping[int, m.Hello]:
-        """Who has come, or come back, since this was asked last; they are connected from then on."""
-
-    def exchange(
-        self,
-        requests: Mapping[int, Sequence[Request]],
-        *,
-        deadline: float | None = None,
-        quorum: int | None = None,
-        voters: Collection[int] | None = None,
-        on_answer: Callable[[int, Frame], Any],
-    ) -> Mapping[int, list[Any] | Lost]:
-        """Send each client its requests, in order; what `on_answer` makes of the answers of those that gave them all,
-        or why there are none. Where it raises WireError, the client is lost for "garbage".
-        """
 
 
 @dataclass(frozen=True)
@@ -87,12 +64,15 @@ class Remote(Routine):
 
 class RemoteCohort:
     """All clients on the other side of a hub. `tell` hears of rounds, of clients that come, give no answer or are
-    excluded; `ready` is called before each round, and comes back when enough clients are there.
+    excluded; `ready` is called before each round, and comes back when enough clients are there. `can`: the verbs of the
+    seam that it offers.
     """
+
+    can: ClassVar[frozenset[str]] = CLIENT_VERBS - {LEARN}
 
     def __init__(
         self,
-        hub: Hub,
+        hub: Carrier,
         setup: Remote,
         *,
         tell: Tell | None = None,
@@ -301,7 +281,7 @@ class RemoteCohort:
 
     def _given(self, client: int, frame: Frame) -> Buffer:
         """What is passed on is what was expected. Raises WireError."""
-        model = isinstance(frame.message, m.Model)
+        model = isinstance(frame.message, m.ModelUp)
         twin = self.setup.twin.optimizer
         like = self._like if model else described({} if twin is None else expected_state(twin))
         tensors = decode_named(frame.body, like)
@@ -316,25 +296,17 @@ class RemoteCohort:
         return self._patiently(among, lambda: self._evaluated(samples, predict))
 
     def _evaluated(self, samples: Samples, predict: Predict) -> Evaluation | None:
-        """None where nobody has given anything."""
+        """None if no client answered."""
         everyone = [self._holder] if self._holder is not None else self._judged()
         looked_at = everyone[:1] if self._alike else everyone
         self._catch_up(looked_at)
-        totals = dict.fromkeys(looked_at, (0, 0.0))
-        for start in range(0, len(samples), EVALUATION_ROWS):
-            part = samples[start : start + EVALUATION_ROWS]
-            outputs = self._outputs(list(totals), part, start, predict)
-            totals = {
-                k: (
-                    totals[k][0] + int((o.argmax(1) == part.y).sum()),
-                    totals[k][1] + float(row_losses(o, part.y).sum()),
-                )
-                for k, o in outputs.items()
-            }
-        if not totals:
-            return None
-        found = {k: (correct / len(samples), loss / len(samples)) for k, (correct, loss) in totals.items()}
-        return evaluation(found, everyone if self._alike else list(found), len(samples))
+
+        def outputs_of(clients: Sequence[int], part: Samples, start: int) -> Outputs:
+            given = self._outputs(clients, part, start, predict)
+            return list(given), torch.cat(list(given.values())) if given else torch.empty(0)
+
+        found = evaluate(samples, looked_at, outputs_of)
+        return evaluation(found, everyone if self._alike else list(found), len(samples)) if found else None
 
     def model_state(self, client: int) -> Mapping[str, Tensor]:
         """One client's parameters and buffers, under the names of the whole model."""

@@ -16,8 +16,8 @@ from cutlayer.errors import ConfigError
 from cutlayer.remote.security import split_address
 
 if TYPE_CHECKING:
-    from cutlayer.remote.exchange import Reason
-    from cutlayer.remote.hub import Traffic
+    from cutlayer.remote.carrier import Reason
+    from cutlayer.remote.traffic import Traffic
 
 _SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 

@@ -29,6 +29,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from cutlayer.errors import ConfigError, CutlayerWarning
+from cutlayer.remote.transports import host_and_port
 
 TOKEN_LENGTH = 20
 """Characters that a token has at least. Tokens are made by `make_token`, not thought up: their hashes are quick."""
@@ -274,7 +275,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _check_exposure(insecure: bool, address: str, what: str) -> None:
-    host, _ = split_address(address)
+    host, _ = split_address(host_and_port(address, encrypted=not insecure))
     if insecure and not is_loopback(host):
         raise ConfigError(
             f"without TLS everybody between here and {host} reads {what}: give certificates, or stay on localhost"

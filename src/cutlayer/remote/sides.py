@@ -9,18 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, MutableSequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
+from cutlayer import defences, plugins
 from cutlayer.build import Data, Model, Prepared, Training, prepare
-from cutlayer.catalog import ALGORITHMS
 from cutlayer.data.samples import Source
-from cutlayer.engine.choice import defence_of
 from cutlayer.engine.local import Client
 from cutlayer.errors import ConfigError
-from cutlayer.options import RunConfig
-from cutlayer.remote.far import Hub, Remote, RemoteCohort, Tell
+from cutlayer.options import RunConfig, about
+from cutlayer.remote.carrier import Carrier
+from cutlayer.remote.far import Remote, RemoteCohort, Tell
 from cutlayer.remote.worker import Duty, Watching, Worker
 from cutlayer.server import Server
 from cutlayer.wire import agree, fingerprint, specs
@@ -45,7 +45,7 @@ def client_number(name: str) -> int:
 
 def remote_training(
     config: RunConfig,
-    hub: Hub,
+    hub: Carrier,
     samples: MutableSequence[int],
     *,
     run: str = "",
@@ -111,7 +111,7 @@ def worker_of(
     own: Source | None = None,
 ) -> Worker:
     """A client's side: client number `client` of the configuration, with its share of the data, or with data of its
-    `own`. What its defence draws is named by `noise_seed`: by default the configuration's seed, as in a simulation,
+    `own`. What its defences draw is named by `noise_seed`: by default the configuration's seed, as in a simulation,
     which the server knows, so that it could subtract the noise.
 
     Raises UsageError as `assemble` does; ConfigError for a number that is no client's.
@@ -120,7 +120,7 @@ def worker_of(
         raise ConfigError(f"client = {client} is none of the {config.clients} clients, 0 to {config.clients - 1}")
     p = prepare(_remotely(config), model, data if own is None else own, alone=own is not None)
     lower, tail = p.clients.models[client]
-    share, defence = torch.from_numpy(p.clients.rows[client]), defence_of(config)
+    share, protection = torch.from_numpy(p.clients.rows[client]), defences.of(config)
     return Worker(
         Duty(
             name=name,
@@ -137,23 +137,14 @@ def worker_of(
             returning=p.split.returning,
             up=p.coding.up,
             down=p.coding.down,
-            defence=defence if noise_seed is None else replace(defence, seed=noise_seed),
+            defences=protection if noise_seed is None else replace(protection, seed=noise_seed),
             token=token,
             folder=folder,
             watch=watch,
-            shares="phi" in ALGORITHMS[config.algorithm].options and config.phi > 0,
+            shares=p.algorithm.shares_gradients,
+            needs=p.algorithm.traits.needs,
         )
     )
-
-
-_SHARED = (
-    *("seed", "start", "clients", "participation", "precision"),
-    *("client_optimizer", "client_optimizer_options", "client_lr", "lr_schedule", "lr_decay", "lr_decay_at"),
-    *("alpha", "phi", "average_over", "average_reduce", "average_every", "hand_over", "hand_over_optimizer"),
-)
-"""Options that a client trains by, besides those that terms have fields for. Where data lie, how they are protected and
-what they are computed on is each side's own business.
-"""
 
 
 def terms(p: Prepared, run: str) -> m.Terms:
@@ -168,20 +159,34 @@ def terms(p: Prepared, run: str) -> m.Terms:
         returning=specs(p.split.returning),
         step=m.StepTerms(
             batch=config.batch,
-            gradient_scale=config.gradient_scale,
-            local_epochs=p.clients.local_epochs,
-            local_steps=p.clients.local_steps,
-            up=str(p.coding.up),
-            down=str(p.coding.down),
-            options={name: str(getattr(config, name)) for name in _SHARED},
+            up=p.coding.up.agreed,
+            down=p.coding.down.agreed,
+            options=shared_options(p),
         ),
     )
 
 
+def shared_options(p: Prepared) -> dict[str, str]:
+    """Options that a client trains by, besides those that terms have fields for: as they and their owners declare.
+    Where data lie, how they are protected and what they are computed on is each side's own business.
+    """
+    config = p.config
+    common = {n: getattr(config, n) for n, f in RunConfig.model_fields.items() if about(f, "shared")}
+    things: dict[str, Any] = {}
+    for kind, reference in (("algorithm", config.algorithm), ("schedule", config.lr_schedule)):
+        entry = plugins.find(kind, reference)
+        things |= {o.name: getattr(config, o.name) for o in entry.options if o.shared}
+        if code := plugins.fingerprint(kind, reference):
+            things[f"code of the {plugins.KINDS[kind].word}"] = code
+    return {name: str(value) for name, value in {**common, **things}.items()}
+
+
 def _remotely(config: RunConfig) -> RunConfig:
     """The configuration as both sides build it: models as they are, whatever would be quicker on one's own machine."""
-    if config.algorithm == "cl":
-        raise ConfigError("cl has no clients to be remote: it trains one model on everybody's data; choose another")
+    if config.traits.central:
+        raise ConfigError(
+            f"{config.algorithm} has no clients to be remote: it trains one model on everybody's data; choose another"
+        )
     if config.snapshot_every is not None:
         raise ConfigError(
             f"snapshot_every = {config.snapshot_every} has no effect on clients on other machines: their models stay "

@@ -1,14 +1,15 @@
-"""What runs where the data are: one client that answers a fixed list of verbs, and never runs code that it is sent.
+"""What runs where the data are: one client, which answers a fixed list of requests and never runs code that it is sent.
 
-It holds its data, its part of the model and its optimiser, and nothing of the server's part. The model leaves it only
-where the algorithm averages or hands over. Between rounds its state can be written beside the old one (prepare) and put
-in its place (commit), so that all clients keep the same round or none does.
+It holds its data, its part of the model and its optimiser, and nothing of the server's part. It refuses every request
+that its own algorithm does not need (`_SERVED`): the model leaves it only if the algorithm averages models or hands
+them over. Between rounds its state can be written beside the old one (prepare) and put in its place (commit), so that
+all clients keep the same round or none does.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,13 +21,15 @@ from torch import Tensor, nn
 from cutlayer import checkpoint
 from cutlayer.data.batches import Batches
 from cutlayer.data.samples import Samples
-from cutlayer.defences.pipeline import Defence, Guarded
+from cutlayer.defences.pipeline import Defences, Guarded
 from cutlayer.defences.watch import Watch, joined
 from cutlayer.engine.local import Client
 from cutlayer.errors import DistrustError, NonFiniteError, RunFolderError, WireError
 from cutlayer.models.parts import Crossing
 from cutlayer.optim import MakeOptimizer, load_optimizer
+from cutlayer.remote.carrier import Answer
 from cutlayer.types import Rows, aligned, as_tuple
+from cutlayer.verbs import AVERAGE, BACKWARD, CLIENT_VERBS, FIT, FORWARD, HAND_OVER, TAIL, VERBS
 from cutlayer.wire import RAW, Codec, Frame, agree, decode, decode_named, described, encode, encode_named
 from cutlayer.wire import messages as m
 from cutlayer.wire.tensors import Buffer
@@ -35,14 +38,14 @@ log = logging.getLogger(__name__)
 
 Watching = Literal["off", "warn", "leave"]
 _BLIND = 100  # backward passes after which a watch that has seen nothing says so
-Answer = tuple[m.Message, Sequence[Buffer]]
 
 
 @dataclass(frozen=True)
 class Duty:
     """What a client is set up with: its name and number, private data, its parts of the model, the terms that both
-    sides agree on. `folder` keeps its state (None: it has no memory). `watch`: what to do where the gradients do not
-    look like the task's. `shares`: the algorithm may send a gradient that several clients share.
+    sides agree on. `folder` keeps its state (None: nothing is kept). `watch`: what to do if the gradients do not look
+    like the task's. `shares`: the algorithm may send a gradient that several clients share. `needs`: the verbs
+    that the algorithm uses; requests that serve other verbs are refused.
     """
 
     name: str
@@ -59,11 +62,12 @@ class Duty:
     returning: Sequence[Crossing] = ()
     up: Codec = RAW
     down: Codec = RAW
-    defence: Defence = field(default_factory=Defence)
+    defences: Defences = field(default_factory=Defences)
     token: str = field(default="", repr=False)
     folder: Path | None = None
     watch: Watching = "off"
     shares: bool = False
+    needs: frozenset[str] = VERBS
 
 
 class Worker:
@@ -106,63 +110,61 @@ class Worker:
         return None
 
     def handle(self, frame: Frame) -> Answer | None:
-        """Answer a request; None where it has no answer. Raises WireError, NonFiniteError."""
-        message, body = frame.message, frame.body
+        """Answer a request; None if it has no answer. Raises WireError, NonFiniteError, DistrustError."""
+        message = frame.message
+        served = _SERVED.get(type(message))
+        if served is None:
+            raise WireError(f"{type(message).__name__} is not a request that a client answers")
+        self._check_needed(message, served)
         self._seen = getattr(message, "step", self._seen)
-        if isinstance(message, m.Forward):
-            return self._forward(message)
-        if isinstance(message, m.Backward):
-            self._backward(message, body)
-            return None
-        if isinstance(message, m.Settle):
-            return m.Settled(message.step), ()
-        if isinstance(message, m.Tail):
-            return self._tail(message, body)
-        if isinstance(message, m.BeginRound):
-            self._rate, self._quota = self.duty.lr * message.lr_factor, message.batches
-            return None
-        if isinstance(message, m.Fit):
-            if self._fitted is None or self._fitted[0] != message.step:  # else the answer was lost on its way
-                self._fitted = message.step, self._fit()
-            return m.Fitted(message.step, self._fitted[1]), ()
-        if isinstance(message, m.Evaluate):
-            return self._evaluate(message, body)
-        if isinstance(message, m.Save):
-            self._save(message)
-            return m.Saved(message.step, message.phase), ()
-        return self._models(message, body)
+        return served.method(self, message, frame.body)
 
-    def _models(self, message: Any, body: memoryview) -> Answer | None:
-        """What averaging and handing over need."""
-        module, optimizer = self.client.module, self.client.optimizer
-        if isinstance(message, m.GiveModel):
-            return m.Model(message.step), encode_named(state_of(module))
-        if isinstance(message, m.TakeModel):
-            module.load_state_dict(decode_named(body, described(state_of(module))))
-            return None
-        if isinstance(message, m.GiveOptimizer):
-            return m.Optimizer(message.step), encode_named({} if optimizer is None else flattened(optimizer))
-        if isinstance(message, m.TakeOptimizer):
-            if optimizer is not None:
-                restore(optimizer, body)
-            return None
-        raise WireError(f"{type(message).__name__} is no request that a client answers")
+    def _check_needed(self, message: m.Message, served: _Served) -> None:
+        """Raises WireError if this client's own algorithm does not need the request."""
+        needs = self.duty.needs
+        if served.verbs and not served.verbs & needs:
+            listed = ", ".join(sorted(needs & CLIENT_VERBS)) or "nothing"
+            raise WireError(
+                f"the server asks for {type(message).__name__}, which {self.duty.terms.algorithm} does not need (it "
+                f"needs {listed}): give server and clients the same algorithm, or do not join this server"
+            )
+
+    def _begin_round(self, message: m.BeginRound, body: memoryview) -> None:
+        self._rate, self._quota = self.duty.lr * message.lr_factor, message.batches
+
+    def _settle(self, message: m.Settle, body: memoryview) -> Answer:
+        return m.Settled(message.step), ()
+
+    def _give_model(self, message: m.GiveModel, body: memoryview) -> Answer:
+        return m.ModelUp(message.step), encode_named(state_of(self.client.module))
+
+    def _take_model(self, message: m.TakeModel, body: memoryview) -> None:
+        module = self.client.module
+        module.load_state_dict(decode_named(body, described(state_of(module))))
+
+    def _give_optimizer(self, message: m.GiveOptimizer, body: memoryview) -> Answer:
+        optimizer = self.client.optimizer
+        return m.OptimizerUp(message.step), encode_named({} if optimizer is None else flattened(optimizer))
+
+    def _take_optimizer(self, message: m.TakeOptimizer, body: memoryview) -> None:
+        if self.client.optimizer is not None:
+            restore(self.client.optimizer, body)
 
     def _draw(self) -> tuple[Samples, int]:
         rows, _, clocks = self._batches.draw([0])
         return self.duty.samples[rows], int(clocks[0])
 
-    def _forward(self, message: m.Forward) -> Answer:
+    def _forward(self, message: m.Forward, body: memoryview) -> Answer:
         batch, clock = self._draw()
         smashed = self.client.forward(batch, self.duty.seed, clock)
         sent = [s.detach() for s in smashed]
-        if self.duty.defence.active:
-            self._guarded = self.duty.defence.step(tuple(sent), [batch.x], [self.duty.index], [len(batch.y)], [clock])
+        if self.duty.defences.active:
+            self._guarded = self.duty.defences.step(tuple(sent), [batch.x], [self.duty.index], [len(batch.y)], [clock])
             sent = list(self._guarded.rows)
         codecs = [self.duty.up] * len(sent)
         if message.labels:
             sent, codecs = [*sent, batch.y], [*codecs, RAW]
-        return m.Smashed(message.step, len(batch.y)), encode(sent, codecs)
+        return m.SmashedUp(message.step, len(batch.y)), encode(sent, codecs)
 
     def _backward(self, message: m.Backward, body: memoryview) -> None:
         gradient = decode(body, self._gradients, message.rows, self.duty.down)
@@ -210,9 +212,15 @@ class Worker:
         assert client.tail is not None, "Tail is for the U-shaped split"
         features = decode(body, d.returning, message.rows, d.down)
         loss, rows = client.finish(features, d.seed)
-        return m.TailGradients(message.step, message.rows, loss.item()), encode(rows, d.up)
+        return m.TailUp(message.step, message.rows, loss.item()), encode(rows, d.up)
 
-    def _fit(self) -> list[tuple[float, int]]:
+    def _fit(self, message: m.Fit, body: memoryview) -> Answer:
+        if self._fitted is None or self._fitted[0] != message.step:  # otherwise the answer was lost on its way
+            self._fitted = message.step, self._train()
+        return m.Fitted(message.step, self._fitted[1]), ()
+
+    def _train(self) -> list[tuple[float, int]]:
+        """The local steps of this round: (mean loss, rows) of each."""
         taken: list[tuple[float, int]] = []
         for _ in range(self._quota):
             batch, clock = self._draw()
@@ -228,27 +236,27 @@ class Worker:
         c.module.eval()
         with torch.no_grad():
             if message.part == "tail":
-                assert c.tail is not None, "there is a tail in the U-shaped split alone"
+                if c.tail is None:
+                    raise WireError("the server asks to evaluate a tail, which only clients of a U-shaped split have")
                 features = aligned(decode(body, d.returning, message.rows, d.down.plain))
                 given, codec = as_tuple(c.tail(features)), RAW
             else:
                 inputs = Crossing(tuple(d.samples.x.shape[1:]), d.samples.x.dtype)
                 (x,) = aligned(decode(body, [inputs], message.rows))
                 given, codec = as_tuple(c.lower(x)), RAW if message.part == "whole" else d.up.plain
-                if message.part == "lower" and d.defence.active:
-                    given = d.defence.evaluation(given, [d.index], message.start)
+                if message.part == "lower" and d.defences.active:
+                    given = d.defences.evaluation(given, [d.index], message.start)
         return m.EvaluationRows(message.step, message.rows), encode(given, codec)
 
-    def _save(self, message: m.Save) -> None:
+    def _save(self, message: m.Save, body: memoryview) -> Answer:
         folder = self.duty.folder
-        if message.phase == "prepare":
-            if folder is not None:
-                self._commit(folder)  # the server has gone on from what was prepared before, whoever has heard of it
-                checkpoint.write(folder / _PREPARED, self._state(message.step))
-            return
         if folder is not None:
-            self._commit(folder)
-        self.steps = message.step
+            self._commit(folder)  # at "prepare", too: the server has gone on from what was prepared before
+        if message.phase == "commit":
+            self.steps = message.step
+        elif folder is not None:
+            checkpoint.write(folder / _PREPARED, self._state(message.step))
+        return m.Saved(message.step, message.phase), ()
 
     def _commit(self, folder: Path) -> None:
         """Put the prepared state, if there is one, in the place of the one that was kept before."""
@@ -314,6 +322,33 @@ class Worker:
 
 
 _PREPARED, _KEPT = "client-next.safetensors", "client.safetensors"
+
+
+@dataclass(frozen=True)
+class _Served:
+    """How a request is answered, and which verbs of the seam it serves: one of them must be among the algorithm's
+    needs. Without verbs it is always permitted.
+    """
+
+    method: Callable[[Worker, Any, memoryview], Answer | None]
+    verbs: frozenset[str] = frozenset()
+
+
+_SERVED: dict[type[m.Message], _Served] = {
+    m.BeginRound: _Served(Worker._begin_round),
+    m.Forward: _Served(Worker._forward, frozenset({FORWARD})),
+    m.Tail: _Served(Worker._tail, frozenset({TAIL})),
+    m.Backward: _Served(Worker._backward, frozenset({BACKWARD})),
+    m.Fit: _Served(Worker._fit, frozenset({FIT})),
+    m.GiveModel: _Served(Worker._give_model, frozenset({AVERAGE, HAND_OVER})),
+    m.TakeModel: _Served(Worker._take_model, frozenset({AVERAGE, HAND_OVER})),
+    m.GiveOptimizer: _Served(Worker._give_optimizer, frozenset({HAND_OVER})),
+    m.TakeOptimizer: _Served(Worker._take_optimizer, frozenset({HAND_OVER})),
+    m.Settle: _Served(Worker._settle),
+    m.Evaluate: _Served(Worker._evaluate),
+    m.Save: _Served(Worker._save),
+}
+"""All requests that a client answers."""
 
 
 def state_of(module: nn.Module) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What a folder holds, in the form that pictures and page need: Report > Entry > Run.
+"""What a folder holds, in the form that pictures and page need: Report > ReportEntry > StoredRun.
 
 A single run is a report of one entry with one run. Nothing here imports torch: a report must open at once.
 """
@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cutlayer.catalog import ALGORITHMS
+from cutlayer import plugins
 from cutlayer.errors import RunFolderError
 from cutlayer.files import read_json, read_records
-from cutlayer.folder import CLASSES, COMPARISON, CONFIG, EVALUATIONS, RESULT, STEPS, stored_config
+from cutlayer.folder import ALGORITHM, CLASSES, COMPARISON, CONFIG, EVALUATIONS, RESULT, STEPS, stored_config
 from cutlayer.summary import mean_of_known, spread
 
 
 @dataclass(frozen=True)
-class Run:
+class StoredRun:
     """One run folder: evaluations and result as stored; of the steps what is drawn, one item per step."""
 
     seed: int
@@ -29,6 +29,7 @@ class Run:
     seconds: float
     class_names: list[str]
     counts: list[list[int]]
+    about: dict[str, Any]
     result: dict[str, Any] | None
 
     @property
@@ -51,7 +52,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Row:
+class ResultRow:
     """One line of the result table. None: not known yet. Accuracies in [0, 1]; bytes are means over seeds."""
 
     title: str
@@ -68,14 +69,19 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Entry:
+class ReportEntry:
     """One line of a comparison: an algorithm, or a variant with options of its own; `runs` have an evaluation."""
 
     name: str
     algorithm: str
     title: str
-    runs: list[Run]
-    row: Row
+    runs: list[StoredRun]
+    row: ResultRow
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Title, summary and look of the algorithm."""
+        return self.runs[0].about
 
     @property
     def facts(self) -> list[dict[str, Any]]:
@@ -89,7 +95,7 @@ class Report:
 
     folder: Path
     config: dict[str, Any]
-    entries: list[Entry]
+    entries: list[ReportEntry]
     comparison: bool
     unfinished: str
     """What is still missing, in a sentence; empty where everything is done."""
@@ -113,8 +119,8 @@ def _single(folder: Path, config: dict[str, Any]) -> Report:
     algorithm = str(config.get("algorithm", ""))
     if run is None:
         return Report(folder, config, [], False, "")
-    title = _title(algorithm, algorithm)
-    entry = Entry(algorithm, algorithm, title, [run], _measured(title, [run]))
+    title = _title(algorithm, algorithm, run.about)
+    entry = ReportEntry(algorithm, algorithm, title, [run], _measured(title, [run]))
     last = run.evaluations[-1]
     missing = f"it was last evaluated after {last['epochs']:.3g} epochs (step {last['step']:,})"
     return Report(folder, config, [entry], False, "" if run.result else missing)
@@ -135,9 +141,9 @@ def _comparison(folder: Path, config: dict[str, Any]) -> Report:
             absent.append(name)
             continue
         algorithm = str(runs[0].config.get("algorithm", name))
-        title = str(rows[name]["title"]) if name in rows else _title(name, algorithm)
+        title = str(rows[name]["title"]) if name in rows else _title(name, algorithm, runs[0].about)
         row = _stored(rows[name]) if name in rows else _measured(title, runs)
-        entries.append(Entry(name, algorithm, title, runs, row))
+        entries.append(ReportEntry(name, algorithm, title, runs, row))
     unfinished = ""
     if done < expected:
         waiting = f"; not evaluated yet: {', '.join(absent)}" if absent else ""
@@ -145,7 +151,7 @@ def _comparison(folder: Path, config: dict[str, Any]) -> Report:
     return Report(folder, config, entries, True, unfinished)
 
 
-def _run(folder: Path) -> Run | None:
+def _run(folder: Path) -> StoredRun | None:
     """The run in `folder`; None where it has no evaluation yet."""
     evaluations = list(read_records(folder / EVALUATIONS))
     if not evaluations:
@@ -159,7 +165,7 @@ def _run(folder: Path) -> Run | None:
     classes = read_json(folder / CLASSES)
     if classes is None:
         raise RunFolderError(f"{str(folder)!r} lacks classes.json: restore that file, or run anew in another folder")
-    return Run(
+    return StoredRun(
         seed=int(config.get("seed", 0)),
         config=config,
         evaluations=evaluations,
@@ -168,13 +174,14 @@ def _run(folder: Path) -> Run | None:
         seconds=seconds,
         class_names=list(map(str, classes["class_names"])),
         counts=classes["counts"],
+        about=_about(folder, str(config.get("algorithm", ""))),
         result=read_json(folder / RESULT),
     )
 
 
-def _stored(row: dict[str, Any]) -> Row:
+def _stored(row: dict[str, Any]) -> ResultRow:
     """A row of comparison.json."""
-    return Row(
+    return ResultRow(
         title=str(row["title"]),
         seeds=list(row["seeds"]),
         accuracy=(row["accuracy_mean"], row["accuracy_std"]),
@@ -188,7 +195,7 @@ def _stored(row: dict[str, Any]) -> Row:
     )
 
 
-def _measured(title: str, runs: list[Run]) -> Row:
+def _measured(title: str, runs: list[StoredRun]) -> ResultRow:
     """The row that the runs themselves give: of those that are done, or of all as far as they got where none is."""
     done = [run for run in runs if run.result is not None]
     used = done or runs
@@ -197,13 +204,13 @@ def _measured(title: str, runs: list[Run]) -> Row:
     def mean(name: str) -> float | None:
         return mean_of_known(fact[name] for fact in facts)
 
-    def accuracy(of: Callable[[Run], float]) -> tuple[float, float | None]:
+    def accuracy(of: Callable[[StoredRun], float]) -> tuple[float, float | None]:
         found, std = spread(of(run) for run in used)
         assert found is not None, "an entry has a run"
         return found, std
 
     reached = min(run.evaluations[-1]["epochs"] for run in used)
-    return Row(
+    return ResultRow(
         title=title,
         seeds=[run.seed for run in used],
         accuracy=accuracy(lambda run: float(run.evaluations[-1]["test_accuracy"])),
@@ -218,7 +225,7 @@ def _measured(title: str, runs: list[Run]) -> Row:
     )
 
 
-def _facts(run: Run) -> dict[str, float | None]:
+def _facts(run: StoredRun) -> dict[str, float | None]:
     """Costs of one run: of the whole where it is done, else up to its last evaluation."""
     last = run.evaluations[-1]
     whole = run.result or {**last, "steps": last["step"], "samples": sum(run.samples[: last["step"]])}
@@ -233,6 +240,16 @@ def _facts(run: Run) -> dict[str, float | None]:
     }
 
 
-def _title(name: str, algorithm: str) -> str:
+def _title(name: str, algorithm: str, about: dict[str, Any]) -> str:
     """An algorithm's title, or a variant's own name."""
-    return ALGORITHMS[algorithm].title if name == algorithm and algorithm in ALGORITHMS else name
+    return str(about.get("title", name)) if name == algorithm else name
+
+
+def _about(folder: Path, algorithm: str) -> dict[str, Any]:
+    """Title, summary and look of a run's algorithm: this package's own, or as the run has noted them. Nothing is
+    imported for that.
+    """
+    own = plugins.index("algorithm").get(algorithm)
+    if own is not None:
+        return {"title": own.title, "summary": own.summary, **own.facts}
+    return read_json(folder / ALGORITHM) or {}

@@ -19,7 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from cutlayer.report.collect import Entry, Report, Run
+from cutlayer.report.collect import Report, ReportEntry, StoredRun
+from cutlayer.report.looks import BLACK, BLUE, COLOURS, PALETTE, VERMILLION, Look, look_of
 from cutlayer.text import shortened
 
 Array = npt.NDArray[np.float64]
@@ -42,26 +43,6 @@ _STYLE: dict[Any, Any] = {
     "lines.linewidth": 2.0,
 }
 
-# Okabe and Ito's palette without yellow, which is too pale for a line on white.
-BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
-BLUE, VERMILLION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#777777"
-
-Look = tuple[str, str]  # colour, line style
-LOOKS: dict[str, Look] = {
-    "cl": (BLACK, "-"),
-    "fl": (PURPLE, "-"),
-    "ssl": (ORANGE, "-"),
-    "psl": (BLUE, "-"),
-    "sfl": (GREEN, "-"),
-    "sglr": (VERMILLION, "-"),
-    "slr": (SKY, "-"),
-    "sgl": (SKY, "--"),
-    "sflv1": (GREEN, "--"),
-    "sflv2": (GREEN, "-."),
-    "sflv3": (GREEN, ":"),
-    "ussl": (ORANGE, "--"),
-}
-COLOURS = (VERMILLION, BLUE, GREEN, ORANGE, PURPLE, SKY, BLACK, GREY)
 MARKERS = "osD^vP*X<>ph"
 
 _WINDOWS = 60  # the loss is averaged over windows of 1/60 of the training
@@ -97,7 +78,7 @@ def classes(report: Report) -> bytes:
     return drawn(lambda: _classes_figure(shown_partition(report)))
 
 
-def shown_partition(report: Report) -> Run:
+def shown_partition(report: Report) -> StoredRun:
     """The run whose partition is drawn: seeds differ in theirs, entries of a comparison as a rule do not."""
     return report.entries[0].runs[0]
 
@@ -229,12 +210,12 @@ def _accuracies(report: Report, x: Callable[[dict[str, float]], float]) -> list[
     if last["validation_accuracy"] is not None:
         kinds.append(("validation", (BLUE, "--"), "s", "validation_accuracy"))
     if any(e["test_accuracy_worst"] != e["test_accuracy"] for e in runs[0].evaluations):
-        kinds.append(("test, worst client", (GREY, ":"), "v", "test_accuracy_worst"))
+        kinds.append(("test, worst client", (PALETTE["grey"], ":"), "v", "test_accuracy_worst"))
     return [_scores(runs, label, look, marker, x, name) for label, look, marker, name in kinds]
 
 
 def _scores(
-    runs: Iterable[Run], label: str, look: Look, marker: str, x: Callable[[dict[str, float]], float], name: str
+    runs: Iterable[StoredRun], label: str, look: Look, marker: str, x: Callable[[dict[str, float]], float], name: str
 ) -> _Curve:
     """Evaluations of the same round belong together, across seeds."""
     rounds: dict[int, list[tuple[float, float]]] = {}
@@ -246,7 +227,7 @@ def _scores(
     return _curve(label, look, marker, groups)
 
 
-def _loss(entry: Entry, label: str, look: Look, window: float) -> _Curve:
+def _loss(entry: ReportEntry, label: str, look: Look, window: float) -> _Curve:
     """Per seed the mean loss of each window, samples weighted alike; then mean and spread over the seeds."""
     groups: dict[int, list[tuple[float, float]]] = {}
     for run in entry.runs:
@@ -295,13 +276,14 @@ def _plot(ax: Axes, curve: _Curve) -> None:
             ax.fill_between(curve.x[known], low[known], high[known], color=colour, alpha=0.15, linewidth=0)
 
 
-def _looks(report: Report) -> list[tuple[Entry, str, Look, str]]:
+def _looks(report: Report) -> list[tuple[ReportEntry, str, Look, str]]:
     """Per entry its label, look and marker. An algorithm has the same colour in every report; further entries of the
     same algorithm get the colours that are left.
     """
-    plain = {e.name: LOOKS[e.algorithm] for e in report.entries if e.name == e.algorithm and e.algorithm in LOOKS}
+    owned = {e.name: look for e in report.entries if (look := look_of(e.about)) is not None}
+    plain = {e.name: owned[e.name] for e in report.entries if e.name == e.algorithm and e.name in owned}
     for e in report.entries:
-        own = LOOKS.get(e.algorithm)
+        own = owned.get(e.name)
         if e.name not in plain and own is not None and own not in plain.values():
             plain[e.name] = own
     spare = [(c, s) for s in ("-", "--", "-.", ":") for c in COLOURS]
@@ -335,7 +317,7 @@ def _epochs(ax: Axes) -> None:
     ax.set_xlim(left=0)
 
 
-def _classes_figure(run: Run) -> Figure:
+def _classes_figure(run: StoredRun) -> Figure:
     names = list(map(_plain, run.class_names))
     counts = np.array(run.counts, int).reshape(len(run.counts), -1)
     clients, kinds = counts.shape
@@ -353,7 +335,7 @@ def _classes_figure(run: Run) -> Figure:
     else:
         figure.colorbar(image, ax=cells, location="left", label="samples", pad=0.02, shrink=min(1.0, 4 / height))
     totals = counts.sum(axis=1)
-    sizes.barh(np.arange(clients), totals, height=0.8 if clients <= 100 else 1.0, color=SKY)
+    sizes.barh(np.arange(clients), totals, height=0.8 if clients <= 100 else 1.0, color=PALETTE["sky"])
     sizes.set_title("All classes", loc="left", fontweight="bold")
     sizes.set_xlabel("samples")
     sizes.xaxis.set_major_locator(MaxNLocator(nbins=3, integer=True))

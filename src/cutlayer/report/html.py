@@ -9,10 +9,10 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from cutlayer.catalog import ALGORITHMS, DATASETS, MODELS
+from cutlayer import plugins
 from cutlayer.options import CompareConfig, RunConfig
 from cutlayer.report import spending
-from cutlayer.report.collect import Entry, Report
+from cutlayer.report.collect import Report, ReportEntry
 from cutlayer.report.curves import loss_window, shown_partition
 from cutlayer.text import format_bytes, format_percent, format_rate, listed
 
@@ -43,7 +43,7 @@ def render(report: Report, panels: list[bytes], classes: bytes) -> str:
         window=f"{loss_window(report):.2g}",
         config=_config(report.config),
         own=[what for what in ("model", "data") if report.config.get(f"own_{what}")],
-        algorithms={e.algorithm: ALGORITHMS[e.algorithm] for e in report.entries if e.algorithm in ALGORITHMS},
+        algorithms={e.algorithm: e.about for e in report.entries if e.about.get("summary")},
         folder=report.folder.resolve().name,
     )
 
@@ -60,13 +60,12 @@ def sentence(report: Report) -> str:
 
     titles = [entry.title for entry in report.entries]
     what = f"{listed(titles)} compared" if report.comparison and len(titles) > 1 else f"{titles[0]} trained"
-    data = "data of your own" if c.get("own_data") else _known(value("data"), DATASETS)
-    model = "a model of your own" if c.get("own_model") else _known(value("model"), MODELS)
+    data = "data of your own" if c.get("own_data") else _known("data", value("data"))
+    model = "a model of your own" if c.get("own_model") else _known("model", value("model"))
     clients = value("clients")
-    skew = {"dirichlet": ", alpha {}", "shards": ", {} each", "quantity": ", {}"}
-    options = {"dirichlet": "dirichlet_alpha", "shards": "shards_per_client", "quantity": "quantity"}
     partition = value("partition")
-    how = partition + skew.get(partition, "").format(value(options.get(partition, "partition")))
+    entry = plugins.index("partition").get(partition)
+    how = ", ".join([partition, *(f"{o.name} {value(o.name)}" for o in (entry.options if entry else ()))])
     length = f"{value('rounds')} rounds" if c.get("rounds") else f"{value('epochs')} epochs"
     seeds = list(dict.fromkeys(run.seed for entry in report.entries for run in entry.runs))
     cut = dict.fromkeys(str(run["cut"]) for run in runs if run.get("cut"))
@@ -87,11 +86,11 @@ def _title(report: Report) -> str:
     return f"{report.entries[0].title} on {data}"
 
 
-def _known(name: str, known: dict[str, Any]) -> str:
-    return name if name in known else f"“{name}”"
+def _known(kind: str, name: str) -> str:
+    return name if name in plugins.index(kind) else f"“{name}”"
 
 
-def _row(entry: Entry) -> dict[str, Any]:
+def _row(entry: ReportEntry) -> dict[str, Any]:
     """The result table's line, ready to print."""
     row = entry.row
     down, broadcast = row.bytes_down, row.bytes_down_broadcast
@@ -116,7 +115,7 @@ def _or_dash(value: float | None, form: Any) -> str:
     return "\N{EN DASH}" if value is None else str(form(value))
 
 
-def _kinds(entry: Entry) -> list[dict[str, str]]:
+def _kinds(entry: ReportEntry) -> list[dict[str, str]]:
     """Bytes by direction and kind, mean over the runs that are done; what was not sent in a run counts as zero. What a
     run of an older version did not count is not known.
     """
@@ -153,14 +152,15 @@ def _descriptions(report: Report) -> list[str]:
 def _config(config: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Name, value and meaning of every option; those of variants under their full name."""
     fields = {**CompareConfig.model_fields, **RunConfig.model_fields}
+    things = {o.name: o.help for e in plugins.flat() for o in e.options}
     rows: list[tuple[str, str, str]] = []
     for name, value in config.items():
         if name == "variant" and isinstance(value, dict):
             for variant, options in value.items():
                 rows.extend((f"variant.{variant}.{key}", _shown(item), "") for key, item in options.items())
         else:
-            meaning = fields[name].description if name in fields else None
-            rows.append((name, _shown(value), meaning or ""))
+            meaning = fields[name].description if name in fields else things.get(name)
+            rows.append((name, _shown(value), " ".join((meaning or "").split())))
     return rows
 
 

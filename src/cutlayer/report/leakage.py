@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from cutlayer.leakage.active import Hijacked, Watched
     from cutlayer.leakage.assess import Examined, Finding
 
-JSON, PICTURES = "leakage.json", "leakage.png"
+LEAKAGE_JSON, LEAKAGE_PICTURES = "leakage.json", "leakage.png"
 _SHOWN = 10  # pictures in a row
 
 

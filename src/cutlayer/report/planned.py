@@ -14,13 +14,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cutlayer.catalog import ALGORITHMS
 from cutlayer.costs.breakeven import bytes_of, sentences
 from cutlayer.costs.expect import Workload, expect
 from cutlayer.costs.ledger import CONVENTIONS, Convention
 from cutlayer.costs.plan import Plan, flops_share, workload
 from cutlayer.options import PlanConfig
-from cutlayer.report.curves import BLUE, LOOKS, VERMILLION, _plain, drawn, titled
+from cutlayer.report.curves import _plain, drawn, titled
+from cutlayer.report.looks import BLUE, VERMILLION, look_of_algorithm, title_of_algorithm
 from cutlayer.report.spending import duration, flops, joules
 from cutlayer.text import format_bytes, format_quantity, listed, shortened
 
@@ -75,7 +75,7 @@ def heading(plan: Plan) -> list[str]:
         f"{flops_share(m):.2%} of the FLOPs; {format_bytes(m.smashed)} of smashed data go up per sample "
         f"({tensors}){down}",
         f"{c.clients:,} {'client' if c.clients == 1 else 'clients'} with {c.samples_per_client:,} samples each, "
-        f"batches of {c.batch}, phi {c.phi:g}; all figures are one epoch's",
+        f"batches of {c.batch}{_options(c)}; all figures are one epoch's",
     ]
 
 
@@ -89,8 +89,10 @@ def notes(plan: Plan) -> list[str]:
     ]
     if not m.flops.whole.forward and m.parameters:
         lines.append("FLOPs: none of the model's operations is known to torch's counter, so that 0 means not known.")
-    if "cl" in c.algorithms:
-        lines.append("CL: the raw data and labels go up once, whatever the number of epochs.")
+    if once := [title_of_algorithm(cost.algorithm) for cost in plan.costs if cost.expected.once_up]:
+        lines.append(f"{listed(once)}: the raw data and labels go up once, whatever the number of epochs.")
+    if plan.not_planned:
+        lines.append(f"Not planned, since they do not say what they move: {', '.join(plan.not_planned)}.")
     if c.client_device is not None:
         clients = f"{c.client_device} over {c.link or 'a link of your own'}"
         server = f"{c.servers} x {c.server_device}" if c.server_device else "a server that takes no time"
@@ -126,7 +128,7 @@ def _communication(plan: Plan) -> Table:
     for cost in plan.costs:
         e = cost.expected
         counts = (e.up + e.once_up, e.down, e.down_broadcast, *(bytes_of(e, c) for c in CONVENTIONS))
-        rows.append((ALGORITHMS[cost.algorithm].title, *map(format_bytes, counts)))
+        rows.append((title_of_algorithm(cost.algorithm), *map(format_bytes, counts)))
     return _table("Communication of all clients, per epoch", columns, rows)
 
 
@@ -138,7 +140,7 @@ def _computation(plan: Plan) -> Table:
     for cost in plan.costs:
         e = cost.expected
         row = [
-            ALGORITHMS[cost.algorithm].title,
+            title_of_algorithm(cost.algorithm),
             flops(e.client_flops),
             flops(e.server_flops),
             format_bytes(cost.memory),
@@ -163,7 +165,7 @@ def _cuts(plan: Plan) -> Table:
         row += [joules(cut.cost.marginal), duration(cut.costs.seconds)] if timed else []
         row += [format_bytes(cut.costs.unicast), format_bytes(cut.costs.broadcast)]
         rows.append([*row, *([] if not budget else ["yes" if cut.strain <= 1 else "no"])])
-    title = f"Cuts in the order data flows, with {ALGORITHMS[plan.judged].title}, per epoch"
+    title = f"Cuts in the order data flows, with {title_of_algorithm(plan.judged)}, per epoch"
     return _table(title, columns, rows, plan.chosen.measured.name)
 
 
@@ -198,21 +200,21 @@ def _bytes_over_samples(ax: Axes, plan: Plan) -> None:
     points = [n, *(b.exact for b in marks if b.exact)]
     grid = np.unique(np.geomspace(max(1, min(points) / 30), max(points) * 30, 120).round().astype(int))
     work = workload(plan.chosen.measured, plan.config)
+    once = {cost.algorithm for cost in plan.costs if cost.expected.once_up}
     lines: dict[tuple[int, ...], list[str]] = {}
     for cost in plan.costs:
-        counts = [_bytes(cost.algorithm, work, int(k), convention) for k in grid]
+        counts = [_bytes(plan.config, cost.algorithm, work, int(k), convention) for k in grid]
         lines.setdefault(tuple(counts), []).append(cost.algorithm)
     for values, names in lines.items():
         if max(values) > 0:
-            colour, style = LOOKS[names[-1]]
-            label = listed([ALGORITHMS[a].title for a in names]) + (", once" if names == ["cl"] else "")
+            colour, style = look_of_algorithm(names[-1])
+            label = listed([title_of_algorithm(a) for a in names]) + (", once" if set(names) <= once else "")
             ax.plot(grid, values, color=colour, linestyle=style, label=label)
     for i, at in enumerate(sorted({b.last for b in marks if b.last is not None})):
         same = [b for b in marks if b.last == at]
-        height = _bytes("fl", work, at, convention)
-        ax.plot(
-            [at], [height], "o", color=LOOKS[same[-1].algorithm][0], markeredgecolor="white", markersize=9, zorder=4
-        )
+        height = _bytes(plan.config, same[0].against_name, work, at, convention)
+        colour, _ = look_of_algorithm(same[-1].algorithm)
+        ax.plot([at], [height], "o", color=colour, markeredgecolor="white", markersize=9, zorder=4)
         ax.annotate(f"{at:,}", (at, height), xytext=(9, -15 - 13 * (i % 2)), textcoords="offset points", fontsize=10)
     ax.axvline(n, color="#777777", linestyle=":", linewidth=1.4)
     ax.annotate(
@@ -228,8 +230,14 @@ def _bytes_over_samples(ax: Axes, plan: Plan) -> None:
     titled(ax, _plain(shortened(f"Bytes over samples, cut after {plan.chosen.measured.name}", 48)))
 
 
-def _bytes(algorithm: str, work: Workload, samples: int, convention: Convention) -> int:
-    return bytes_of(expect(algorithm, replace(work, samples_per_client=samples)), convention)
+def _bytes(config: PlanConfig, algorithm: str, work: Workload, samples: int, convention: Convention) -> int:
+    return bytes_of(expect(config.algorithm(algorithm), replace(work, samples_per_client=samples)), convention)
+
+
+def _options(config: PlanConfig) -> str:
+    """The options of the planned algorithms."""
+    shown = (f"{value:g}" if isinstance(value, float) else str(value) for value in config.specific.values())
+    return "".join(f", {name} {value}" for name, value in zip(config.specific, shown, strict=True))
 
 
 def _smashed_over_cuts(ax: Axes, plan: Plan) -> None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from cutlayer.report.collect import Entry, Report, Run
+from cutlayer.report.collect import Report, ReportEntry, StoredRun
 from cutlayer.summary import mean_of_known
 from cutlayer.text import format_bytes, format_duration, format_quantity, format_rate
 
@@ -18,7 +18,7 @@ def clocked(report: Report) -> bool:
     return any(run.evaluations[-1].get("virtual_seconds") is not None for e in report.entries for run in e.runs)
 
 
-def line(entry: Entry) -> dict[str, str]:
+def line(entry: ReportEntry) -> dict[str, str]:
     """Means over the finished runs of an entry."""
 
     def mean(name: str) -> float | None:
@@ -46,7 +46,7 @@ def reached(report: Report) -> dict[str, Any] | None:
     return {"target": f"{target} % test accuracy", "lines": lines}
 
 
-def _reached(entry: Entry, target: float) -> dict[str, str]:
+def _reached(entry: ReportEntry, target: float) -> dict[str, str]:
     firsts = [_first(run, target) for run in entry.runs]
 
     def mean(of: Callable[[dict[str, Any]], float | None]) -> float | None:
@@ -65,7 +65,7 @@ def _reached(entry: Entry, target: float) -> dict[str, str]:
     }
 
 
-def _first(run: Run, target: float) -> dict[str, Any]:
+def _first(run: StoredRun, target: float) -> dict[str, Any]:
     """The first evaluation of `run` with that test accuracy."""
     return next(e for e in run.evaluations if e["test_accuracy"] >= target)
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from cutlayer.catalog import MODELS
-from cutlayer.options import RunConfig
+from cutlayer import plugins
+from cutlayer.options import RunConfig, cuts_of, default_cut
 
 SizeName = Literal["smoke", "reduced", "full"]
 When = tuple[Literal["always", "initial", "final"], float]
@@ -25,7 +25,13 @@ PHASES: dict[str, When] = {  # Table 3, at phi = 1 and alpha = 1
     "final 40 %": ("final", 0.4),
     "full": ("always", 1.0),
 }
-METHODS = ("cl", "fl", "sglr", "sfl", "psl")  # Table 4
+HALVES = {  # with SplitLr, with SplitAvg
+    (False, False): "psl",
+    (True, False): "slr",
+    (False, True): "sgl",
+    (True, True): "sglr",
+}
+TABLE4_METHODS = ("cl", "fl", "sglr", "sfl", "psl")  # Table 4
 SKEWED_METHODS = ("fl", "psl", "slr", "sfl", "sglr")  # beyond the paper
 SKEWS: dict[str, dict[str, Any]] = {
     "dirichlet .1": {"partition": "dirichlet", "dirichlet_alpha": 0.1},
@@ -36,7 +42,7 @@ LEAKING_PHIS = (0.0, 0.25, 0.5, 0.75, 1.0)  # Table 5
 LEAKING_METHODS = ("psl", "sfl", "ssl", "sglr")
 # Defences of PSL, by kind and strength. With the reduced size's model smashed data are some 25 long (Euclidean norm),
 # or some 700 (sum of absolute values).
-DEFENCES: dict[str, dict[str, dict[str, Any]]] = {
+LEAKING_DEFENCES: dict[str, dict[str, dict[str, Any]]] = {
     "Gaussian noise": {f"{s:g} x clip 10": {"clip": 10.0, "gaussian_noise": s} for s in (0.005, 0.02, 0.1, 3.0)},
     "Laplace noise": {f"{s:g} x clip 300": {"clip": 300.0, "laplace_noise": s} for s in (1e-4, 5e-4, 3e-3)},
     "feature dropout": {f"{p:g}": {"feature_dropout": p} for p in (0.5, 0.9, 0.98)},
@@ -114,7 +120,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Study:
     """The cells of a reproduction at one size, on one data set and device."""
 
     size: Size
@@ -126,9 +132,7 @@ class Plan:
         own: dict[str, Any] = {}
         if clients == 1:
             return self._cell("C1/psl", 1, "psl", {})
-        algorithm = {(False, False): "psl", (True, False): "slr", (False, True): "sgl", (True, True): "sglr"}[
-            alpha > 0, phi > 0
-        ]
+        algorithm = HALVES[alpha > 0, phi > 0]
         own |= {"alpha": alpha} if alpha > 0 else {}
         own |= {"phi": phi} if phi > 0 else {}
         name = f"C{clients}/alpha-{alpha:g}-phi-{phi:g}"
@@ -166,7 +170,7 @@ class Plan:
 
     def table4(self) -> Iterator[Cell]:
         """The methods, each at each rate."""
-        yield from (self.method(algorithm, rate) for algorithm in METHODS for rate in self.size.rates)
+        yield from (self.method(algorithm, rate) for algorithm in TABLE4_METHODS for rate in self.size.rates)
 
     def skew(self) -> Iterator[Cell]:
         """The methods under label skew."""
@@ -188,18 +192,19 @@ class Plan:
         return self.leaking(f"sglr-phi-{phi:g}", "sglr", followed=True, phi=phi)
 
     def attacked(self, method: str) -> Cell:
-        """A method, undefended."""
-        return self.by_phi(0.5) if method == "sglr" else self.leaking(method, method, followed=True)
+        """A method, undefended; SplitAvg's with its default fraction, which is a cell of Table 5 too."""
+        phi = plugins.find("algorithm", method).defaults.get("phi")
+        return self.leaking(method, method, followed=True) if phi is None else self.by_phi(phi)
 
     def at_depth(self, cut: str) -> Cell:
         """PSL cut there."""
-        default = MODELS[self.size.model].default_cut
+        default = default_cut(self.size.model)
         return self.attacked("psl") if cut == default else self.leaking(f"psl-cut-{cut}", "psl", cut=cut)
 
     def defended(self, kind: str, strength: str) -> Cell:
         """PSL with a defence."""
         name = f"psl-{kind}-{strength}".lower().replace(" ", "-").replace(":", "-")
-        return self.leaking(name, "psl", **DEFENCES[kind][strength])
+        return self.leaking(name, "psl", **LEAKING_DEFENCES[kind][strength])
 
     def table5(self) -> Iterator[Cell]:
         """Reconstruction by phi."""
@@ -208,8 +213,8 @@ class Plan:
     def leakage(self) -> Iterator[Cell]:
         """Methods, depths of the cut and defences (beyond the paper)."""
         yield from (self.attacked(method) for method in LEAKING_METHODS)
-        yield from (self.at_depth(cut) for cut in MODELS[self.size.model].cuts)
-        yield from (self.defended(kind, strength) for kind, own in DEFENCES.items() for strength in own)
+        yield from (self.at_depth(cut) for cut in cuts_of(self.size.model))
+        yield from (self.defended(kind, strength) for kind, own in LEAKING_DEFENCES.items() for strength in own)
 
     def _cell(self, name: str, clients: int, algorithm: str, own: dict[str, Any]) -> Cell:
         s = self.size
@@ -228,5 +233,5 @@ class Plan:
             **own,
         }
         config = RunConfig.of({k: v for k, v in options.items() if v is not None})
-        config.check((algorithm,), frozenset())
+        config.check(frozenset())
         return Cell(name, config)

@@ -18,10 +18,11 @@ from typing import Literal
 # Quantiles of t, as scipy.stats has them, without its second of loading.
 from scipy.special import stdtrit  # type: ignore[import-untyped]
 
-from cutlayer.catalog import ALGORITHMS, MODELS
+from cutlayer.options import cuts_of
+from cutlayer.report.looks import title_of_algorithm
 from cutlayer.reproduce.cells import (
     ALPHAS_WITH_PHI,
-    DEFENCES,
+    LEAKING_DEFENCES,
     LEAKING_METHODS,
     LEAKING_PHIS,
     PHASES,
@@ -66,9 +67,10 @@ def explained_at_equal_accuracy(more: Outcome, less: Outcome) -> float | None:
 
 
 @dataclass(frozen=True)
-class Pair:
-    """Two cells that a claim compares: `more` is claimed to have more of what is compared. Labels say where it stands
-    in the breakdown: its row may have several, each of which gets a row of its own too.
+class CellPair:
+    """Two cells that a claim compares: `more` is claimed to have more of what is compared.
+
+    `row` and `column` are its labels in the breakdown. If there are several row labels, each gets a row of its own too.
     """
 
     more: Cell
@@ -87,7 +89,7 @@ class Claim:
     name: str
     title: str
     sentence: str
-    pairs: tuple[Pair, ...]
+    pairs: tuple[CellPair, ...]
     threshold: float = 0.0
     covered: frozenset[str] = frozenset()
     loss: bool = False
@@ -110,7 +112,7 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ClaimVerdict:
     """A claim with its verdict, and the same for every row and column of its breakdown (None: no such pair)."""
 
     claim: Claim
@@ -119,7 +121,7 @@ class Verdict:
     rows: tuple[tuple[str, tuple[Difference | None, ...]], ...] = field(default=())
 
 
-def judge(outcomes: Outcomes) -> list[Verdict]:
+def judge(outcomes: Outcomes) -> list[ClaimVerdict]:
     """Every claim with its verdict."""
     return [_judged(outcomes, claim) for claim in claims(outcomes)]
 
@@ -149,11 +151,11 @@ def claims(outcomes: Outcomes) -> list[Claim]:
         "table5": _phi,
         "leakage": _leaking,
     }
-    asked = [p for p in makers if all(cell.name in outcomes.cells for cell in getattr(outcomes.plan, p)())]
+    asked = [p for p in makers if all(cell.name in outcomes.cells for cell in getattr(outcomes.study, p)())]
     return [claim for part in asked for claim in makers[part](outcomes)]
 
 
-def summary(verdicts: Sequence[Verdict], counted: Sequence[Fact] = ()) -> list[str]:
+def summary(verdicts: Sequence[ClaimVerdict], counted: Sequence[Fact] = ()) -> list[str]:
     """What came out, in five lines: the verdicts, and what counting settles."""
     meaning = {
         "holds": "Holds",
@@ -188,7 +190,7 @@ def _signed(value: float) -> str:
     return f"{value:+.2f}".replace("-", "\N{MINUS SIGN}")
 
 
-def _counted(verdict: Verdict) -> str:
+def _counted(verdict: ClaimVerdict) -> str:
     """A claim's title with its difference, where one is known."""
     mean = verdict.overall.mean if verdict.overall.verdict != "not measured" else None
     return verdict.claim.title + ("" if mean is None else f" ({'loss ' * verdict.claim.loss}{_signed(mean)})")
@@ -197,17 +199,17 @@ def _counted(verdict: Verdict) -> str:
 # ---- the test --------------------------------------------------------------------------------------------------------
 
 
-def _judged(outcomes: Outcomes, claim: Claim) -> Verdict:
-    def measured(pairs: Iterable[Pair]) -> Difference | None:
+def _judged(outcomes: Outcomes, claim: Claim) -> ClaimVerdict:
+    def measured(pairs: Iterable[CellPair]) -> Difference | None:
         chosen = list(pairs)
         return _difference(outcomes, chosen, claim) if chosen else None
 
-    order = {f"C = {c}": c for c in outcomes.plan.size.clients}
+    order = {f"C = {c}": c for c in outcomes.study.size.clients}
     columns = sorted(dict.fromkeys(p.column for p in claim.pairs), key=lambda column: order.get(column, 0))
     covered = [p for p in claim.pairs if not claim.covered or p.column in claim.covered]
     overall = measured(covered) or Difference("not measured")
     if len(claim.pairs) < 2:
-        return Verdict(claim, overall)
+        return ClaimVerdict(claim, overall)
     # Rows of one label each (over all others), then every combination, then all together.
     places = range(max(len(p.row) for p in claim.pairs))
     groups: list[tuple[str, ...]] = list(dict.fromkeys((p.row[i],) for i in places for p in claim.pairs))
@@ -222,10 +224,10 @@ def _judged(outcomes: Outcomes, claim: Claim) -> Verdict:
             cells.append(measured(p for p in own if p in covered))
         rows.append((", ".join(labels) or ("all" if len(groups) > 1 else "difference"), tuple(cells)))
     last = (f"all {listed(sorted(claim.covered, key=columns.index))}" if claim.covered else "all",)
-    return Verdict(claim, overall, (*columns, *(last if len(columns) > 1 else ())), tuple(rows))
+    return ClaimVerdict(claim, overall, (*columns, *(last if len(columns) > 1 else ())), tuple(rows))
 
 
-def _difference(outcomes: Outcomes, pairs: list[Pair], claim: Claim) -> Difference:
+def _difference(outcomes: Outcomes, pairs: list[CellPair], claim: Claim) -> Difference:
     """Over the seeds that all cells of all pairs have."""
     sides = [(outcomes.of(p.more), outcomes.of(p.less)) for p in pairs]
     seeds = frozenset.intersection(*(frozenset(more) & frozenset(less) for more, less in sides))
@@ -244,7 +246,7 @@ def _difference(outcomes: Outcomes, pairs: list[Pair], claim: Claim) -> Differen
 
 
 def _several(outcomes: Outcomes) -> list[int]:
-    return [c for c in outcomes.plan.size.clients if c > 1]
+    return [c for c in outcomes.study.size.clients if c > 1]
 
 
 def _shared(outcomes: Outcomes, phi: float) -> list[int]:
@@ -263,13 +265,13 @@ _WHERE_SHARED = "on average over all C of which at least two clients are active"
 
 def _split_lr(outcomes: Outcomes) -> list[Claim]:
     """Paper, Table 1."""
-    grid, several = outcomes.plan.grid, _several(outcomes)
+    grid, several = outcomes.study.grid, _several(outcomes)
     helps = tuple(
-        Pair(grid(c, alpha, 0), grid(c, 0, 0), (f"alpha {alpha:g}",), f"C = {c}")
+        CellPair(grid(c, alpha, 0), grid(c, 0, 0), (f"alpha {alpha:g}",), f"C = {c}")
         for alpha in (0.5, 1.0, 1.5)
         for c in several
     )
-    collapses = tuple(Pair(grid(c, 0, 0), grid(c, 2, 0), ("loss of alpha 2",), f"C = {c}") for c in several)
+    collapses = tuple(CellPair(grid(c, 0, 0), grid(c, 2, 0), ("loss of alpha 2",), f"C = {c}") for c in several)
     most = f"C = {max(several)}"
     return [
         Claim(
@@ -292,9 +294,9 @@ def _split_lr(outcomes: Outcomes) -> list[Claim]:
 
 def _split_avg(outcomes: Outcomes) -> list[Claim]:
     """Paper, Table 2: against phi 0 at the same alpha."""
-    grid = outcomes.plan.grid
+    grid = outcomes.study.grid
     pairs = tuple(
-        Pair(grid(c, alpha, phi), grid(c, alpha, 0), (f"phi {phi:g}", f"alpha {alpha:g}"), f"C = {c}")
+        CellPair(grid(c, alpha, phi), grid(c, alpha, 0), (f"phi {phi:g}", f"alpha {alpha:g}"), f"C = {c}")
         for phi in PHIS[1:]
         for alpha in ALPHAS_WITH_PHI
         for c in _shared(outcomes, phi)
@@ -305,13 +307,13 @@ def _split_avg(outcomes: Outcomes) -> list[Claim]:
 
 def _phases(outcomes: Outcomes) -> list[Claim]:
     """Paper, Table 3, at alpha 1."""
-    grid, several = outcomes.plan.grid, _several(outcomes)
+    grid, several = outcomes.study.grid, _several(outcomes)
     many = [c for c in several if c >= MANY] or [max(several)]
     covered = frozenset(f"C = {c}" for c in many)
     where = f"with {listed([str(c) for c in many])} clients"
-    fails = tuple(Pair(grid(c, 1, 0), grid(c, 1, 1, "full"), ("loss of full",), f"C = {c}") for c in several)
+    fails = tuple(CellPair(grid(c, 1, 0), grid(c, 1, 1, "full"), ("loss of full",), f"C = {c}") for c in several)
     phased = tuple(
-        Pair(grid(c, 1, 1, phase), grid(c, 1, 1, "full"), (phase,), f"C = {c}")
+        CellPair(grid(c, 1, 1, phase), grid(c, 1, 1, "full"), (phase,), f"C = {c}")
         for phase in PHASES
         if phase != "full"
         for c in several
@@ -339,12 +341,12 @@ def _phases(outcomes: Outcomes) -> list[Claim]:
 
 def _both(outcomes: Outcomes) -> list[Claim]:
     """Paper, Table 2: SGLR against each of its halves."""
-    grid = outcomes.plan.grid
+    grid = outcomes.study.grid
     settings = [(a, phi, c) for a in ALPHAS_WITH_PHI[1:] for phi in PHIS[1:] for c in _shared(outcomes, phi)]
 
-    def against(alpha: bool) -> tuple[Pair, ...]:
+    def against(alpha: bool) -> tuple[CellPair, ...]:
         return tuple(
-            Pair(
+            CellPair(
                 grid(c, a, phi),
                 grid(c, a, 0) if alpha else grid(c, 0, phi),
                 (f"alpha {a:g}", f"phi {phi:g}"),
@@ -363,11 +365,11 @@ def _both(outcomes: Outcomes) -> list[Claim]:
 def _methods(outcomes: Outcomes) -> list[Claim]:
     """Paper, Table 4: each method at the rate chosen for it."""
 
-    def pair(more: str, less: str) -> tuple[Pair, ...]:
+    def pair(more: str, less: str) -> tuple[CellPair, ...]:
         a, b = outcomes.chosen(more), outcomes.chosen(less)
-        return () if a is None or b is None else (Pair(a, b),)
+        return () if a is None or b is None else (CellPair(a, b),)
 
-    c, tuned = outcomes.plan.size.methods_clients, "each at its own best rate"
+    c, tuned = outcomes.study.size.methods_clients, "each at its own best rate"
     return [
         Claim("sglr-sfl", "SGLR beats SFL", f"SGLR is better than SFL with {c} clients, {tuned}.", pair("sglr", "sfl")),
         Claim("sfl-psl", "SFL beats PSL", f"SFL is better than PSL with {c} clients, {tuned}.", pair("sfl", "psl")),
@@ -392,13 +394,15 @@ def _skew(outcomes: Outcomes) -> list[Claim]:
         ("sglr", "slr"): "SplitAvg helps under label skew (SGLR against SLR)",
         ("fl", "sglr"): "FL beats SGLR under label skew",
     }
-    how = f"with {outcomes.plan.size.skewed_clients} clients whose labels are skewed, on average over the kinds of skew"
+    how = (
+        f"with {outcomes.study.size.skewed_clients} clients whose labels are skewed, on average over the kinds of skew"
+    )
     return [
         Claim(
             f"skew-{more}-{less}",
             title,
             f"{more.upper()} is better than {less.upper()} {how} (not in the paper).",
-            tuple(Pair(outcomes.plan.skewed(more, s), outcomes.plan.skewed(less, s), (), s) for s in SKEWS),
+            tuple(CellPair(outcomes.study.skewed(more, s), outcomes.study.skewed(less, s), (), s) for s in SKEWS),
         )
         for (more, less), title in compared.items()
     ]
@@ -412,9 +416,9 @@ _TWICE: tuple[tuple[str, str, Gap], ...] = (
 
 def _phi(outcomes: Outcomes) -> list[Claim]:
     """Paper, Table 5, and the same at equal accuracy."""
-    plan = outcomes.plan
-    shared = [phi for phi in LEAKING_PHIS if _is_shared(phi, plan.size.methods_clients)]
-    pairs = tuple(Pair(plan.by_phi(0), plan.by_phi(phi), (f"phi {phi:g}",)) for phi in shared)
+    study = outcomes.study
+    shared = [phi for phi in LEAKING_PHIS if _is_shared(phi, study.size.methods_clients)]
+    pairs = tuple(CellPair(study.by_phi(0), study.by_phi(phi), (f"phi {phi:g}",)) for phi in shared)
     return [
         Claim(
             f"phi{name}",
@@ -430,21 +434,21 @@ def _phi(outcomes: Outcomes) -> list[Claim]:
 
 def _leaking(outcomes: Outcomes) -> list[Claim]:
     """Methods, depths of the cut and defences (beyond the paper)."""
-    plan = outcomes.plan
-    cuts = MODELS[plan.size.model].cuts
+    study = outcomes.study
+    cuts = cuts_of(study.size.model)
     methods = [
         Claim(
             f"leaks-{other}{name}",
-            f"SGLR leaks less than {ALGORITHMS[other].title}{when}",
-            f"An attacker explains less of the inputs of SGLR than of those of {ALGORITHMS[other].title}{when}.",
-            (Pair(plan.attacked(other), plan.attacked("sglr")),),
+            f"SGLR leaks less than {title_of_algorithm(other)}{when}",
+            f"An attacker explains less of the inputs of SGLR than of those of {title_of_algorithm(other)}{when}.",
+            (CellPair(study.attacked(other), study.attacked("sglr")),),
             gap=gap,
         )
         for other in LEAKING_METHODS
         if other != "sglr"
         for name, when, gap in _TWICE
     ]
-    steps = tuple(Pair(plan.at_depth(a), plan.at_depth(b), (f"{a} to {b}",)) for a, b in pairwise(cuts))
+    steps = tuple(CellPair(study.at_depth(a), study.at_depth(b), (f"{a} to {b}",)) for a, b in pairwise(cuts))
     deeper = Claim(
         "leaks-depth",
         "a deeper cut leaks less",
@@ -457,9 +461,9 @@ def _leaking(outcomes: Outcomes) -> list[Claim]:
             f"leaks-{kind.lower().replace(' ', '-')}",
             f"{kind} makes reconstruction harder",
             f"An attacker explains less of the inputs of PSL with {kind} than without, on average over strengths.",
-            tuple(Pair(plan.attacked("psl"), plan.defended(kind, s), (s,)) for s in strengths),
+            tuple(CellPair(study.attacked("psl"), study.defended(kind, s), (s,)) for s in strengths),
             gap=explained,
         )
-        for kind, strengths in DEFENCES.items()
+        for kind, strengths in LEAKING_DEFENCES.items()
     ]
     return [*methods, deeper, *defences]

@@ -5,22 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cutlayer.reproduce.claims import Verdict, judge, summary
+from cutlayer.reproduce.claims import ClaimVerdict, judge, summary
 from cutlayer.reproduce.outcomes import Outcomes
 from cutlayer.reproduce.table6 import Fact, facts
-from cutlayer.reproduce.tables import PARTS, Table
+from cutlayer.reproduce.tables import SECTIONS, Table
 
 
 @dataclass(frozen=True)
 class Findings:
     """Tables, verdicts, what counting settles, and five lines about all of it, from the outcomes of the `parts` asked
-    for (see `PARTS`).
+    for (see `SECTIONS`).
     """
 
     outcomes: Outcomes
     parts: tuple[str, ...]
     tables: list[Table]
-    verdicts: list[Verdict]
+    verdicts: list[ClaimVerdict]
     facts: list[Fact]
     lines: list[str]
 
@@ -28,7 +28,7 @@ class Findings:
     def done(self) -> tuple[int, int]:
         """How many runs are done, of how many."""
         cells = self.outcomes.cells.values()
-        return sum(len(self.outcomes.of(c)) for c in cells), len(cells) * len(self.outcomes.plan.size.seeds)
+        return sum(len(self.outcomes.of(c)) for c in cells), len(cells) * len(self.outcomes.study.size.seeds)
 
     def table(self, name: str) -> Table | None:
         """The table of that name, where it was asked for."""
@@ -38,6 +38,6 @@ class Findings:
 def find(outcomes: Outcomes, parts: Sequence[str]) -> Findings:
     """Everything that follows from the outcomes."""
     verdicts = judge(outcomes)
-    tables = [table for name in parts for table in PARTS[name].tables(outcomes)]
-    counted = facts(outcomes.plan)
+    tables = [table for name in parts for table in SECTIONS[name].tables(outcomes)]
+    counted = facts(outcomes.study)
     return Findings(outcomes, tuple(parts), tables, verdicts, counted, summary(verdicts, counted))

@@ -35,24 +35,25 @@ def per_client(method: Method, s: Sizes) -> float:
 
 def total(method: Method, s: Sizes) -> float:
     """Communication of all clients in an epoch."""
-    if method == "fl":
-        return 2 * s.clients * s.model
-    if method == "psl":
-        return 2 * s.samples * s.smashed
-    if method == "sfl":
-        return 2 * s.samples * s.smashed + 2 * s.clients * s.client_model
-    return (2 - s.phi) * s.samples * s.smashed + s.smashed
+    smashed = 2 * s.samples * s.smashed
+    return {
+        "fl": 2 * s.clients * s.model,
+        "psl": smashed,
+        "sfl": smashed + 2 * s.clients * s.client_model,
+        "sglr": (2 - s.phi) * s.samples * s.smashed + s.smashed,
+    }[method]
 
 
 def time(method: Method, s: Sizes, rate: float, compute: float) -> float:
     """Duration of an epoch, for `rate` (size per second) and `compute` seconds of computing."""
-    if method == "fl":
-        return compute + 2 * s.model / rate
-    if method == "psl":
-        return compute + 2 * s.samples * s.smashed / rate  # sic: no 1/C
-    if method == "sfl":
-        return compute + 2 * s.samples * s.smashed / (s.clients * rate) + 2 * s.client_model / rate
-    return compute + per_client("sglr", s) / rate
+    smashed = 2 * s.samples * s.smashed
+    sent = {
+        "fl": 2 * s.model,
+        "psl": smashed,  # sic: no 1/C
+        "sfl": smashed / s.clients + 2 * s.client_model,
+        "sglr": per_client("sglr", s),
+    }[method]
+    return compute + sent / rate
 
 
 EXAMPLE = Sizes(clients=100, samples=50_000, smashed=0.024, model=200, client_model=67, phi=0.5)

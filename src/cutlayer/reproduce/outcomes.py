@@ -13,7 +13,7 @@ from cutlayer.errors import RunFolderError
 from cutlayer.files import read_json, read_records
 from cutlayer.folder import CLASSES, EVALUATIONS, RESULT, stored_config
 from cutlayer.options import RunConfig
-from cutlayer.reproduce.cells import Cell, Plan
+from cutlayer.reproduce.cells import Cell, Study
 from cutlayer.reproduce.train import DIVERGED, EXAMINED, folder_of, is_trained
 from cutlayer.summary import spread
 
@@ -90,17 +90,17 @@ class Score:
 
 
 class Outcomes:
-    """Everything that is finished of `plan` in the folder `out`.
+    """Everything that is finished of `study` in the folder `out`.
 
-    Raises RunFolderError where a run is damaged, or was made with another configuration than the plan's.
+    Raises RunFolderError where a run is damaged, or was made with another configuration than the study's.
     """
 
-    def __init__(self, plan: Plan, out: Path, cells: Iterable[Cell]) -> None:
-        self.plan, self.out = plan, out
+    def __init__(self, study: Study, out: Path, cells: Iterable[Cell]) -> None:
+        self.study, self.out = study, out
         self.cells = {cell.name: cell for cell in cells}
         self._of: dict[str, dict[int, Outcome]] = {}
         for name, cell in self.cells.items():
-            folders = {seed: folder_of(out, cell, seed) for seed in plan.size.seeds}
+            folders = {seed: folder_of(out, cell, seed) for seed in study.size.seeds}
             self._of[name] = {s: read(folder, cell.at(s)) for s, folder in folders.items() if is_trained(folder)}
 
     def of(self, cell: Cell) -> dict[int, Outcome]:
@@ -113,13 +113,13 @@ class Outcomes:
         """The cell's test accuracy at the best validation accuracy, or what `by` says, over seeds."""
         done = self.of(cell).values()
         mean, std = spread([by(o) for o in done])
-        return Score(mean, std, len(done), len(self.plan.size.seeds), sum(o.diverged for o in done), paper)
+        return Score(mean, std, len(done), len(self.study.size.seeds), sum(o.diverged for o in done), paper)
 
     def chosen_rate(self, algorithm: str) -> float | None:
         """The rate of Table 4 for a method: that with the highest best validation accuracy, mean over the seeds that
         all rates have (the smaller of equals). None while there is no such seed.
         """
-        sweep = {rate: self.of(self.plan.method(algorithm, rate)) for rate in self.plan.size.rates}
+        sweep = {rate: self.of(self.study.method(algorithm, rate)) for rate in self.study.size.rates}
         seeds = frozenset.intersection(*(frozenset(done) for done in sweep.values()))
         if not seeds:
             return None
@@ -129,7 +129,7 @@ class Outcomes:
     def chosen(self, algorithm: str) -> Cell | None:
         """The cell of Table 4 for a method at its chosen rate."""
         rate = self.chosen_rate(algorithm)
-        return None if rate is None else self.plan.method(algorithm, rate)
+        return None if rate is None else self.study.method(algorithm, rate)
 
 
 def read(folder: Path, config: RunConfig) -> Outcome:

@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from cutlayer import __version__
-from cutlayer.reproduce.claims import Difference, Verdict, points
+from cutlayer.reproduce.claims import ClaimVerdict, Difference, points
 from cutlayer.reproduce.findings import Findings
 from cutlayer.reproduce.plots import PLOTS, draw
 from cutlayer.reproduce.tables import Table, paper, paper_of, shown
@@ -41,20 +41,20 @@ def files(findings: Findings, size: str) -> dict[str, bytes]:
 
 def setting(findings: Findings, size: str) -> str:
     """What was trained, in a sentence."""
-    plan = findings.outcomes.plan
-    s = plan.size
+    study = findings.outcomes.study
+    s = study.size
     models = s.model if s.model == s.methods_model else f"{s.model} ({s.methods_model} in Table 4)"
     epochs = dict.fromkeys(cell.config.epochs for cell in findings.outcomes.cells.values())
     many = "s" * (len(s.seeds) > 1)
     return (
-        f"Size {size}: {models} on {plan.data}, {s.samples_per_client} samples per client, {s.validation} held out for "
-        f"validation, {listed([str(n) for n in epochs])} epochs, seed{many} {listed([str(n) for n in s.seeds])}."
+        f"Size {size}: {models} on {study.data}, {s.samples_per_client} samples per client, {s.validation} held out "
+        f"for validation, {listed([str(n) for n in epochs])} epochs, seed{many} {listed([str(n) for n in s.seeds])}."
     )
 
 
 def reading(findings: Findings, size: str) -> list[str]:
     """How the numbers come about: paragraphs that hold for all tables."""
-    s = findings.outcomes.plan.size
+    s = findings.outcomes.study.size
     models = "all clients" if s.eval_clients is None else f"{s.eval_clients} clients"
     chance = sorted(
         {o.best for c in findings.outcomes.cells.values() for o in findings.outcomes.of(c).values() if o.diverged}
@@ -112,7 +112,7 @@ def _lines(table: Table) -> dict[str, Any]:
     return {**asdict(table), "rows": rows, "with_paper": with_paper}
 
 
-def _verdict(verdict: Verdict) -> dict[str, Any]:
+def _verdict(verdict: ClaimVerdict) -> dict[str, Any]:
     d = verdict.overall
     collapsed = f", {d.at_chance} with a cell at chance" if d.at_chance else ""
     return {
@@ -133,7 +133,7 @@ def _marked(difference: Difference | None) -> str:
 def _data(findings: Findings, size: str) -> dict[str, Any]:
     """Everything, for programs: accuracies in percent, differences in points."""
     outcomes = findings.outcomes
-    plan = outcomes.plan
+    study = outcomes.study
     cells = {
         name: {
             "config": cell.config.model_dump(mode="json", include=cell.config.model_fields_set),
@@ -151,7 +151,7 @@ def _data(findings: Findings, size: str) -> dict[str, Any]:
     }
     return {
         "version": __version__,
-        "settings": {"size": size, "data": plan.data, "device": plan.device, **asdict(plan.size)},
+        "settings": {"size": size, "data": study.data, "device": study.device, **asdict(study.size)},
         "tables": [asdict(table) for table in findings.tables],
         "claims": [
             {

@@ -17,16 +17,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 from safetensors.numpy import load_file
 
-from cutlayer.catalog import ALGORITHMS, MODELS
-from cutlayer.report import collect
-from cutlayer.report.collect import Entry, Report, Run
+from cutlayer import plugins
+from cutlayer.options import cuts_of
+from cutlayer.report.collect import Report, ReportEntry, ResultRow, StoredRun
 from cutlayer.report.curves import (
-    COLOURS,
-    GREEN,
-    GREY,
-    LOOKS,
     MARKERS,
-    VERMILLION,
     accuracy_over,
     accuracy_over_bytes,
     accuracy_over_energy,
@@ -36,23 +31,24 @@ from cutlayer.report.curves import (
     figure_of,
     titled,
 )
+from cutlayer.report.looks import COLOURS, GREEN, PALETTE, VERMILLION, look_of_algorithm, title_of_algorithm
 from cutlayer.reproduce.cells import (
     ALPHAS,
     ALPHAS_WITH_PHI,
-    DEFENCES,
+    LEAKING_DEFENCES,
     LEAKING_METHODS,
     LEAKING_PHIS,
-    METHODS,
     PHASES,
     PHIS,
     SKEWED_METHODS,
     SKEWS,
+    TABLE4_METHODS,
     Cell,
 )
 from cutlayer.reproduce.findings import Findings
 from cutlayer.reproduce.outcomes import Outcomes, Score
 from cutlayer.reproduce.table6 import FLEET_TEXT, spent
-from cutlayer.reproduce.tables import PARTS, paper
+from cutlayer.reproduce.tables import SECTIONS, paper
 from cutlayer.reproduce.train import PICTURES, SHOWN, folder_of
 from cutlayer.summary import spread
 
@@ -83,12 +79,14 @@ def draw(findings: Findings) -> dict[str, bytes]:
 
 def _trained(part: str) -> Callable[[Findings], bool]:
     """Whether a cell of the part is done."""
-    return lambda f: any(f.outcomes.of(cell) for cell in PARTS[part].cells(f.outcomes.plan))
+    return lambda f: any(f.outcomes.of(cell) for cell in SECTIONS[part].cells(f.outcomes.study))
 
 
 def _attacked(part: str) -> Callable[[Findings], bool]:
     """Whether a cell of the part is attacked."""
-    return lambda f: any(o.leakage for cell in PARTS[part].cells(f.outcomes.plan) for o in f.outcomes.of(cell).values())
+    return lambda f: any(
+        o.leakage for cell in SECTIONS[part].cells(f.outcomes.study) for o in f.outcomes.of(cell).values()
+    )
 
 
 # ---- accuracy over the number of clients: Tables 1 to 3 -------------------------------------------------------------
@@ -98,7 +96,7 @@ def _clients(name: str, groups: Mapping[str, Mapping[str, str]], findings: Findi
     """Ours beside the paper's. `groups`: title of a panel -> row of the table -> label."""
     table, theirs = findings.table(name), paper()[name]
     assert table is not None
-    rows, clients = dict(table.rows), findings.outcomes.plan.size.clients
+    rows, clients = dict(table.rows), findings.outcomes.study.size.clients
     shape = (1, 2) if len(groups) == 1 else (2, len(groups))
     figure = Figure(figsize=(5.4 * shape[1], 0.6 + 4.2 * shape[0]), layout="constrained")
     axes = figure.subplots(*shape, squeeze=False).reshape(2, len(groups))
@@ -138,14 +136,14 @@ def _table3(findings: Findings) -> Figure:
 
 
 def _table4(findings: Findings) -> Figure:
-    outcomes, rates = findings.outcomes, findings.outcomes.plan.size.rates
+    outcomes, rates = findings.outcomes, findings.outcomes.study.size.rates
     figure = Figure(figsize=(9.6, 4.8), layout="constrained")
     ax = figure.subplots()
-    for index, method in enumerate(METHODS):
-        scores = [outcomes.score(outcomes.plan.method(method, rate)) for rate in rates]
-        colour, style = LOOKS[method]
+    for index, method in enumerate(TABLE4_METHODS):
+        scores = [outcomes.score(outcomes.study.method(method, rate)) for rate in rates]
+        colour, style = look_of_algorithm(method)
         look = {"color": colour, "linestyle": style, "marker": MARKERS[index]}
-        _line(ax, (ALGORITHMS[method].title, rates, scores), **look)
+        _line(ax, (title_of_algorithm(method), rates, scores), **look)
         chosen = outcomes.chosen_rate(method)
         if chosen is not None:
             mean = scores[rates.index(chosen)].mean or math.nan
@@ -164,11 +162,11 @@ def _skew(findings: Findings) -> Figure:
     figure = Figure(figsize=(9.6, 4.8), layout="constrained")
     ax = figure.subplots()
     for index, method in enumerate(SKEWED_METHODS):
-        scores = [outcomes.score(outcomes.plan.skewed(method, skew)) for skew in SKEWS]
+        scores = [outcomes.score(outcomes.study.skewed(method, skew)) for skew in SKEWS]
         shift = 0.12 * (index - (len(SKEWED_METHODS) - 1) / 2)
         x = [i + shift for i in range(len(SKEWS))]
-        look = {"color": LOOKS[method][0], "linestyle": "none", "marker": MARKERS[index]}
-        _line(ax, (ALGORITHMS[method].title, x, scores), **look)
+        look = {"color": look_of_algorithm(method)[0], "linestyle": "none", "marker": MARKERS[index]}
+        _line(ax, (title_of_algorithm(method), x, scores), **look)
     ax.set_xticks(range(len(SKEWS)), list(SKEWS))
     ax.set_xlim(-0.5, len(SKEWS) - 0.5)
     ax.grid(axis="x", visible=False)
@@ -185,7 +183,7 @@ def _phi(findings: Findings) -> Figure:
     outcomes, theirs = findings.outcomes, paper()["table5"]
     figure = Figure(figsize=(10.8, 4.4), layout="constrained")
     ours, papers = figure.subplots(1, 2)
-    errors = [[o.mse for o in outcomes.of(outcomes.plan.by_phi(phi)).values() if o.leakage] for phi in LEAKING_PHIS]
+    errors = [[o.mse for o in outcomes.of(outcomes.study.by_phi(phi)).values() if o.leakage] for phi in LEAKING_PHIS]
     known = [(phi, *spread(values)) for phi, values in zip(LEAKING_PHIS, errors, strict=True) if values]
     ours.errorbar(
         [phi for phi, _, _ in known],
@@ -195,7 +193,7 @@ def _phi(findings: Findings) -> Figure:
         marker="o",
         capsize=3,
     )
-    papers.plot(LEAKING_PHIS, [theirs[f"{phi:g}"] for phi in LEAKING_PHIS], color=GREY, marker="s")
+    papers.plot(LEAKING_PHIS, [theirs[f"{phi:g}"] for phi in LEAKING_PHIS], color=PALETTE["grey"], marker="s")
     for ax, whose in ((ours, "Ours"), (papers, "The paper")):
         titled(ax, whose)
         ax.set_xticks(LEAKING_PHIS)
@@ -208,13 +206,13 @@ def _phi(findings: Findings) -> Figure:
 def _defences(findings: Findings) -> Figure:
     """What each defence hides, and what it costs: a line from no defence to the strongest."""
     outcomes = findings.outcomes
-    plan = outcomes.plan
+    study = outcomes.study
     lines: dict[str, list[Cell]] = {
-        kind: [plan.attacked("psl"), *(plan.defended(kind, s) for s in strengths)]
-        for kind, strengths in DEFENCES.items()
+        kind: [study.attacked("psl"), *(study.defended(kind, s) for s in strengths)]
+        for kind, strengths in LEAKING_DEFENCES.items()
     }
     if "table5" in findings.parts:
-        lines["SplitAvg (SGLR, by phi)"] = [plan.by_phi(phi) for phi in LEAKING_PHIS]
+        lines["SplitAvg (SGLR, by phi)"] = [study.by_phi(phi) for phi in LEAKING_PHIS]
     figure = Figure(figsize=(9.6, 5.6), layout="constrained")
     ax = figure.subplots()
     for index, (label, cells) in enumerate(lines.items()):
@@ -237,13 +235,15 @@ def _kept(findings: Findings) -> dict[str, Path]:
     w].
     """
     outcomes = findings.outcomes
-    plan = outcomes.plan
-    cells = {ALGORITHMS[m].title: plan.attacked(m) for m in LEAKING_METHODS}
-    cells |= {f"PSL after {c}": plan.at_depth(c) for c in MODELS[plan.size.model].cuts[1:]}
-    cells |= {f"PSL, {k} {s[-1]}": plan.defended(k, s[-1]) for k, s in ((k, list(v)) for k, v in DEFENCES.items())}
+    study = outcomes.study
+    cells = {title_of_algorithm(m): study.attacked(m) for m in LEAKING_METHODS}
+    cells |= {f"PSL after {c}": study.at_depth(c) for c in cuts_of(study.size.model)[1:]}
+    cells |= {
+        f"PSL, {k} {s[-1]}": study.defended(k, s[-1]) for k, s in ((k, list(v)) for k, v in LEAKING_DEFENCES.items())
+    }
     if "table5" in findings.parts:
-        cells |= {f"SGLR, phi {phi:g}": plan.by_phi(phi) for phi in LEAKING_PHIS[-1:]}
-    files = {label: folder_of(outcomes.out, cell, plan.size.seeds[0]) / PICTURES for label, cell in cells.items()}
+        cells |= {f"SGLR, phi {phi:g}": study.by_phi(phi) for phi in LEAKING_PHIS[-1:]}
+    files = {label: folder_of(outcomes.out, cell, study.size.seeds[0]) / PICTURES for label, cell in cells.items()}
     return {label: path for label, path in files.items() if path.exists()}
 
 
@@ -294,21 +294,38 @@ def _curves(findings: Findings) -> Figure:
 
 def curves_report(outcomes: Outcomes) -> Report:
     """Table 4's methods at their chosen rates, as a report of the same methods would have them."""
-    chosen = {method: outcomes.chosen(method) for method in METHODS}
+    chosen = {method: outcomes.chosen(method) for method in TABLE4_METHODS}
     entries = [_entry(outcomes, cell) for cell in chosen.values() if cell is not None]
     return Report(outcomes.out, {}, [entry for entry in entries if entry.runs], True, "")
 
 
-def _entry(outcomes: Outcomes, cell: Cell) -> Entry:
+def _entry(outcomes: Outcomes, cell: Cell) -> ReportEntry:
     name = cell.config.algorithm
+    entry = plugins.find("algorithm", name)
+    about = {"title": entry.title, **entry.facts}
     runs = [
-        Run(seed, {}, [{**e, **spent(outcomes.plan, name, e)} for e in o.evaluations], [], [], 0.0, [], [], o.result)
+        StoredRun(
+            seed,
+            {},
+            [{**e, **spent(outcomes.study, name, e)} for e in o.evaluations],
+            [],
+            [],
+            0.0,
+            [],
+            [],
+            about,
+            o.result,
+        )
         for seed, o in outcomes.of(cell).items()
         if not o.diverged
     ]
-    title = f"{ALGORITHMS[name].title}, rate {cell.config.client_lr:g}"
-    row = collect.Row(title, [r.seed for r in runs], (0.0, None), (0.0, None), 0.0, None, None, 0.0, 0.0, None)
-    return Entry(name, name, title, runs, row)
+    title = f"{title_of_algorithm(name)}, rate {cell.config.client_lr:g}"
+    row = ResultRow(title, [r.seed for r in runs], (0.0, None), (0.0, None), 0.0, None, None, 0.0, 0.0, None)
+    return ReportEntry(name, name, title, runs, row)
+
+
+def _with_costs(outcomes: Outcomes, method: str, evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{**e, **spent(outcomes.study, method, e)} for e in evaluations]
 
 
 # ---- claims ---------------------------------------------------------------------------------------------------------
@@ -319,7 +336,7 @@ def _claims(findings: Findings) -> Figure:
     measured = [v for v in findings.verdicts if v.overall.low is not None]
     figure = Figure(figsize=(10.5, 1.5 + 0.42 * len(measured)), layout="constrained")
     ax = figure.subplots()
-    colours = {"holds": GREEN, "does not hold": VERMILLION, "within noise": GREY}
+    colours = {"holds": GREEN, "does not hold": VERMILLION, "within noise": PALETTE["grey"]}
     ends = [0.0]
     for y, verdict in enumerate(measured):
         d = verdict.overall

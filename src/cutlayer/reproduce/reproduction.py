@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import tomli_w
 
-from cutlayer.catalog import DATASETS
+from cutlayer import plugins
 from cutlayer.errors import RunFolderError
 from cutlayer.files import replace_file
 from cutlayer.folder import LOCK, Folder, locked
 from cutlayer.leakage import check_installed
 from cutlayer.options import read_toml
-from cutlayer.reproduce.cells import SIZES, Cell, Plan, SizeName
+from cutlayer.reproduce.cells import SIZES, Cell, SizeName, Study
 from cutlayer.reproduce.outcomes import Outcome, Outcomes, read
-from cutlayer.reproduce.tables import PARTS, cells_of, named
+from cutlayer.reproduce.tables import SECTIONS, cells_of, named
 from cutlayer.reproduce.train import Job, folder_of, is_done, train
 
 if TYPE_CHECKING:
@@ -37,21 +37,21 @@ class Reproduction:
     def __init__(
         self, tables: Iterable[str], size: SizeName, out: Path, data: str = "fashion-mnist", device: str = "cpu"
     ) -> None:
-        if data not in DATASETS and Path(data).exists():
+        if not plugins.known("data", data) and Path(data).exists():
             data = str(Path(data).resolve())  # the same folder, from wherever the command is called
         self.size, self.out = size, out
-        self.plan = Plan(SIZES[size], data, device)
+        self.study = Study(SIZES[size], data, device)
         self.asked = named(tables)
         stored = self._stored()
-        self.parts = tuple(name for name in PARTS if name in self.asked or name in stored)
+        self.parts = tuple(name for name in SECTIONS if name in self.asked or name in stored)
 
     @property
     def jobs(self) -> list[Job]:
         """What was asked for, each cell once, all cells of a seed before those of the next: an interrupted reproduction
         then has all cells on the seeds it got to.
         """
-        cells = cells_of(self.plan, self.asked).values()
-        return [(cell, seed) for seed in self.plan.size.seeds for cell in cells]
+        cells = cells_of(self.study, self.asked).values()
+        return [(cell, seed) for seed in self.study.size.seeds for cell in cells]
 
     def waiting(self) -> list[Job]:
         """The jobs that are not done yet."""
@@ -70,7 +70,7 @@ class Reproduction:
             # Whole models have no cut to check, so a split one stands for its kind where there is one.
             kinds.setdefault((c.model, c.partition, str(c.algorithm in ("cl", "fl"))), cell)
         for cell in kinds.values():
-            first, *others = (cell.at(seed) for seed in self.plan.size.seeds)
+            first, *others = (cell.at(seed) for seed in self.study.size.seeds)
             assemble(first)
             if cell.config.partition != "iid":  # with another seed a client may stay without samples
                 for config in others:
@@ -83,7 +83,7 @@ class Reproduction:
 
     def outcomes(self) -> Outcomes:
         """What is there by now, for all tables that were ever asked for in this folder."""
-        return Outcomes(self.plan, self.out, cells_of(self.plan, self.parts).values())
+        return Outcomes(self.study, self.out, cells_of(self.study, self.parts).values())
 
     def outcome(self, job: Job) -> Outcome:
         """What a job that is done came to."""
@@ -113,8 +113,8 @@ class Reproduction:
     @property
     def settings(self) -> dict[str, Any]:
         """What all runs of a folder must agree in, TOML-ready: size, data, device, and what the size stands for."""
-        size = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.plan.size).items() if v is not None}
-        return {"size": self.size, "data": self.plan.data, "device": self.plan.device, "settings": size}
+        size = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.study.size).items() if v is not None}
+        return {"size": self.size, "data": self.study.data, "device": self.study.device, "settings": size}
 
     def _stored(self) -> list[str]:
         """The tables asked for in this folder before. Raises RunFolderError where the folder is not for us."""

@@ -11,12 +11,13 @@ from functools import cache
 from typing import Any
 
 from cutlayer.build import load_source
-from cutlayer.catalog import ALGORITHMS, MODELS
 from cutlayer.costs.expect import Expected, Workload, expect
 from cutlayer.costs.fleet import fleet
 from cutlayer.costs.measure import example, load_model, measure
+from cutlayer.options import default_cut, traits
+from cutlayer.report.looks import title_of_algorithm
 from cutlayer.reproduce import formulas
-from cutlayer.reproduce.cells import METHODS, Plan
+from cutlayer.reproduce.cells import TABLE4_METHODS, Study
 from cutlayer.text import format_bytes, format_quantity
 
 FLEET = {"client_device": "raspberry-pi-4", "link": "lte", "server_device": "h100"}
@@ -45,43 +46,43 @@ class Fact:
         return "by construction" if self.by_construction else "holds" if self.holds else "does not hold"
 
 
-def of_method(plan: Plan, method: str, epochs: int = 1) -> Expected:
+def of_method(study: Study, method: str, epochs: int = 1) -> Expected:
     """Costs of Table 4's setting at one method, for so many epochs."""
-    config = plan.method(method, plan.size.rates[0]).config
+    config = study.method(method, study.size.rates[0]).config
     machines = fleet(config.model_copy(update=FLEET), config.clients)
-    return expect(method, replace(_work(plan, config.model), epochs=epochs), machines)
+    algorithm = config.thing("algorithm", method)
+    return expect(algorithm, replace(_work(study, config.model), epochs=epochs), machines)
 
 
 @cache
-def _work(plan: Plan, model: str) -> Workload:
-    config = plan.method("sglr", plan.size.rates[0]).config.model_copy(update={"model": model})
+def _work(study: Study, model: str) -> Workload:
+    config = study.method("sglr", study.size.rates[0]).config.model_copy(update={"model": model})
     train = load_source(config, None).train
     shape = tuple(train.x.shape[1:])
     net = load_model(model, shape, 10)
-    return measure(net, MODELS[model].default_cut, example(shape, train.x.dtype)).workload(
+    return measure(net, default_cut(model) or "", example(shape, train.x.dtype)).workload(
         clients=config.clients,
         samples_per_client=config.samples_per_client or 0,
         batch=config.batch,
         label=train.y[:1].nbytes,
         raw=train.x[:1].nbytes,
-        phi=config.phi,
     )
 
 
-def computation(plan: Plan) -> list[tuple[str, tuple[str, ...]]]:
+def computation(study: Study) -> list[tuple[str, tuple[str, ...]]]:
     """Table 4's computation per client and epoch, per method: of the trained model, of AlexNet, of AlexNet as the paper
     counts, and that as a share of FL's.
     """
-    trained, alexnet = _work(plan, plan.size.methods_model), _work(plan, "alexnet")
+    trained, alexnet = _work(study, study.size.methods_model), _work(study, "alexnet")
     rows: list[tuple[str, tuple[str, ...]]] = []
-    for method in METHODS:
+    for method in TABLE4_METHODS:
         ours = _per_client(method, trained, counted=True)
         truly = _per_client(method, alexnet, counted=True)
         theirs = _per_client(method, alexnet, counted=False)
         share = theirs / _per_client("fl", alexnet, counted=False)
         rows.append(
             (
-                ALGORITHMS[method].title,
+                title_of_algorithm(method),
                 (
                     format_quantity(ours, "FLOP"),
                     format_quantity(truly, "FLOP"),
@@ -95,20 +96,21 @@ def computation(plan: Plan) -> list[tuple[str, tuple[str, ...]]]:
 
 def _per_client(method: str, w: Workload, *, counted: bool) -> float:
     """FLOPs per epoch of whoever trains there: a client, or in centralised learning the one machine."""
-    part = w.flops.whole if method in ("cl", "fl") else w.flops.at_client
+    of_method = traits(method)
+    part = w.flops.whole if of_method.whole else w.flops.at_client
     each = part.training if counted else part.three_forwards
-    return each * w.samples_per_client * (w.clients if method == "cl" else 1)
+    return each * w.samples_per_client * (w.clients if of_method.central else 1)
 
 
-def communication(plan: Plan) -> list[tuple[str, tuple[str, ...]]]:
+def communication(study: Study) -> list[tuple[str, tuple[str, ...]]]:
     """Table 6: (method, (worked example by its formula, then bytes per epoch of what is trained, per convention))."""
     rows: list[tuple[str, tuple[str, ...]]] = []
     for method in _COMMUNICATING:
-        e = of_method(plan, method)
+        e = of_method(study, method)
         example = formulas.total(method, formulas.EXAMPLE)
         rows.append(
             (
-                ALGORITHMS[method].title,
+                title_of_algorithm(method),
                 (
                     f"{example:,.10g} MB",
                     format_bytes(e.paper),
@@ -120,10 +122,10 @@ def communication(plan: Plan) -> list[tuple[str, tuple[str, ...]]]:
     return rows
 
 
-def facts(plan: Plan) -> list[Fact]:
+def facts(study: Study) -> list[Fact]:
     """Claims 7 and 8: client computation, communication."""
-    work = _work(plan, plan.size.methods_model)
-    alexnet = _work(plan, "alexnet")
+    work = _work(study, study.size.methods_model)
+    alexnet = _work(study, "alexnet")
     saved = 100 * (1 - alexnet.flops.client.three_forwards / alexnet.flops.whole.three_forwards)
     truly = 100 * (1 - work.flops.client.training / work.flops.whole.training)
     found = [
@@ -133,14 +135,14 @@ def facts(plan: Plan) -> list[Fact]:
             "With AlexNet, a client of split learning computes 94.7 % less than one of federated learning (Table 4).",
             round(saved, 1) >= _SAVED,
             f"{saved:.1f} % as the paper counts (our AlexNet's widths are chosen for it: the paper gives none); "
-            f"{truly:.1f} % for the {plan.size.methods_model} trained here, as truly counted",
+            f"{truly:.1f} % for the {study.size.methods_model} trained here, as truly counted",
             by_construction=True,
         )
     ]
-    sglr = of_method(plan, "sglr")
+    sglr = of_method(study, "sglr")
     for other in ("sfl", "fl"):
-        e = of_method(plan, other)
-        title = ALGORITHMS[other].title
+        e = of_method(study, other)
+        title = title_of_algorithm(other)
         for name, mine, theirs in (
             ("wire-unicast", sglr.unicast, e.unicast),
             ("wire-broadcast", sglr.broadcast, e.broadcast),
@@ -151,7 +153,7 @@ def facts(plan: Plan) -> list[Fact]:
                     f"SGLR sends less than {title} ({name})",
                     f"SGLR's communication per epoch is below {title}'s, counted as {name}.",
                     mine < theirs,
-                    f"{_against(mine, theirs)} here; {_until(_break_even(work, other, name))}",
+                    f"{_against(mine, theirs)} here; {_until(_break_even(study, work, other, name))}",
                 )
             )
     return found
@@ -173,11 +175,12 @@ def _until(even: float) -> str:
     return f"below it up to {most:,} samples per client and epoch" if most > 0 else "below it at no number of samples"
 
 
-def _break_even(w: Workload, other: str, convention: str) -> float:
+def _break_even(study: Study, w: Workload, other: str, convention: str) -> float:
     """Samples per client from which SGLR sends more than `other` in an epoch; infinite where it never does."""
 
     def gap(samples: int) -> int:
-        a, b = (expect(m, replace(w, samples_per_client=samples)) for m in ("sglr", other))
+        methods = (study.method(m, study.size.rates[0]).config.thing("algorithm", m) for m in ("sglr", other))
+        a, b = (expect(m, replace(w, samples_per_client=samples)) for m in methods)
         unicast = convention == "wire-unicast"
         return (a.unicast - b.unicast) if unicast else (a.broadcast - b.broadcast)
 
@@ -186,9 +189,9 @@ def _break_even(w: Workload, other: str, convention: str) -> float:
     return math.inf if slope <= 0 else max(0.0, -at / slope)
 
 
-def spent(plan: Plan, method: str, evaluation: dict[str, Any]) -> dict[str, float]:
+def spent(study: Study, method: str, evaluation: dict[str, Any]) -> dict[str, float]:
     """Virtual seconds and joules up to an evaluation of a run of Table 4."""
-    e = of_method(plan, method, round(evaluation["epochs"]))
+    e = of_method(study, method, round(evaluation["epochs"]))
     assert e.seconds is not None
     assert e.clients is not None
     return {"virtual_seconds": e.seconds, "clients_marginal_joules": e.clients.marginal or 0.0}

@@ -1,4 +1,4 @@
-"""The tables: ours beside the paper's. A table is one function of the outcomes, entered in `PARTS`."""
+"""The tables: ours beside the paper's. A table is one function of the outcomes, entered in `SECTIONS`."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from importlib import resources
 from operator import attrgetter
 from typing import Any
 
-from cutlayer.catalog import ALGORITHMS, MODELS
 from cutlayer.errors import ConfigError, unknown
+from cutlayer.options import cuts_of
+from cutlayer.report.looks import title_of_algorithm
 from cutlayer.reproduce.cells import (
     ALPHAS,
     ALPHAS_WITH_PHI,
-    DEFENCES,
+    LEAKING_DEFENCES,
     LEAKING_METHODS,
     LEAKING_PHIS,
-    METHODS,
     PHASES,
     PHIS,
     SKEWED_METHODS,
     SKEWS,
+    TABLE4_METHODS,
     Cell,
-    Plan,
+    Study,
 )
 from cutlayer.reproduce.outcomes import Outcomes, Score
 from cutlayer.summary import spread
@@ -47,10 +48,10 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Part:
+class Section:
     """What one name on the command line asks for: the cells to train and the tables made of them."""
 
-    cells: Callable[[Plan], Iterator[Cell]]
+    cells: Callable[[Study], Iterator[Cell]]
     tables: Callable[[Outcomes], list[Table]]
 
 
@@ -81,43 +82,43 @@ def table3(outcomes: Outcomes) -> list[Table]:
 
 def table4(outcomes: Outcomes) -> list[Table]:
     """The methods at the rates chosen for them (paper, Table 4), and all rates that were tried."""
-    size, theirs = outcomes.plan.size, paper()["table4"]
+    size, theirs = outcomes.study.size, paper()["table4"]
     best, tried = [], []
-    for method in METHODS:
-        title, rate, chosen = ALGORITHMS[method].title, outcomes.chosen_rate(method), outcomes.chosen(method)
+    for method in TABLE4_METHODS:
+        title, rate, chosen = title_of_algorithm(method), outcomes.chosen_rate(method), outcomes.chosen(method)
         none = Score(None, None, 0, len(size.seeds), 0, theirs[method])
         score = none if chosen is None else outcomes.score(chosen, theirs[method])
         best.append((title, (score, DASH if rate is None else f"{rate:g}")))
-        cells = [outcomes.plan.method(method, r) for r in size.rates]
+        cells = [outcomes.study.method(method, r) for r in size.rates]
         each = [(outcomes.score(cell, by=attrgetter("validation")), outcomes.score(cell)) for cell in cells]
         tried.append((title, tuple(score for pair in each for score in pair)))
-    sglr = outcomes.plan.method("sglr", size.rates[0]).config
+    own = outcomes.study.method("sglr", size.rates[0]).config.specific
     text = (
         f"{size.methods_clients} clients, {size.methods_model} (paper: AlexNet). Each method has the learning rate of "
         f"the highest best validation accuracy, mean over seeds, of the same {len(size.rates)} rates: equal tuning "
-        f"effort for all; SGLR's alpha {sglr.alpha:g} and phi {sglr.phi:g} were not tuned further."
+        f"effort for all; SGLR's alpha {own['alpha']:g} and phi {own['phi']:g} were not tuned further."
     )
     columns = tuple(c for rate in size.rates for c in (f"validation, {rate:g}", f"test, {rate:g}"))
     rates = "Best validation accuracy, by which the rate is chosen, and the test accuracy at it, per learning rate."
     return [
         Table("table4", "Table 4: the methods", "method", ("accuracy", "rate"), tuple(best), text),
         Table("table4-rates", "Table 4: all rates that were tried", "method", columns, tuple(tried), rates),
-        _computation(outcomes.plan),
+        _computation(outcomes.study),
     ]
 
 
-def _computation(plan: Plan) -> Table:
+def _computation(study: Study) -> Table:
     """Table 4's last column: what a client computes."""
     from cutlayer.reproduce import table6  # here, not above: it needs torch
 
     theirs = paper()["table4-compute"]
     rows = tuple(
         (title, (*values, f"{theirs[method]:g} PFLOP"))
-        for method, (title, values) in zip(METHODS, table6.computation(plan), strict=True)
+        for method, (title, values) in zip(TABLE4_METHODS, table6.computation(study), strict=True)
     )
-    columns = (plan.size.methods_model, "AlexNet", "AlexNet, 3 x forward", "of FL", "paper, whole training")
+    columns = (study.size.methods_model, "AlexNet", "AlexNet, 3 x forward", "of FL", "paper, whole training")
     text = (
-        f"Per client and epoch of {plan.size.samples_per_client} samples (CL: the one machine that has everybody's "
+        f"Per client and epoch of {study.size.samples_per_client} samples (CL: the one machine that has everybody's "
         "data). FLOPs are counted on the real modules; the paper counts three forward passes, which overstates the "
         "first layers, whose input needs no gradient. The paper gives no widths for its AlexNet: ours are chosen for "
         "its share."
@@ -129,8 +130,8 @@ def table6(outcomes: Outcomes) -> list[Table]:
     """Communication per epoch (paper, Table 6 and section 4.4)."""
     from cutlayer.reproduce import table6
 
-    plan = outcomes.plan
-    size = plan.size
+    study = outcomes.study
+    size = study.size
     columns = ("worked example, by formula", "counted as the paper", "wire-unicast", "wire-broadcast")
     text = (
         "All clients together, per epoch. Worked example of section 4.4: 100 clients, phi .5, 50 000 samples, .024 MB "
@@ -140,33 +141,34 @@ def table6(outcomes: Outcomes) -> list[Table]:
         "wire it is sent in every step: once where it can be broadcast, else once to every active client, and then "
         "SGLR sends just what PSL sends."
     )
-    return [Table("table6", "Table 6: communication", "method", columns, tuple(table6.communication(plan)), text)]
+    return [Table("table6", "Table 6: communication", "method", columns, tuple(table6.communication(study)), text)]
 
 
 def skew(outcomes: Outcomes) -> list[Table]:
     """The methods on clients whose labels are skewed (beyond the paper)."""
-    plan = outcomes.plan
+    study = outcomes.study
     rows = tuple(
-        (ALGORITHMS[m].title, tuple(outcomes.score(plan.skewed(m, skew)) for skew in SKEWS)) for m in SKEWED_METHODS
+        (title_of_algorithm(m), tuple(outcomes.score(study.skewed(m, skew)) for skew in SKEWS)) for m in SKEWED_METHODS
     )
-    config = plan.skewed("sglr", next(iter(SKEWS))).config
+    config = study.skewed("sglr", next(iter(SKEWS))).config
+    own = config.specific
     text = (
-        f"Not in the paper. {plan.size.skewed_clients} clients, {plan.size.model}, rate {config.client_lr:g} for all; "
-        f"SLR and SGLR have alpha {config.alpha:g}, SGLR phi {config.phi:g}. Dirichlet: each class is dealt to the "
-        "clients in proportions drawn from a Dirichlet distribution, the smaller the number the more skewed; 2 shards: "
-        "each client holds about two classes. Accuracy on the whole test set, mean over all clients' models."
+        f"Not in the paper. {study.size.skewed_clients} clients, {study.size.model}, rate {config.client_lr:g} for "
+        f"all; SLR and SGLR have alpha {own['alpha']:g}, SGLR phi {own['phi']:g}. Dirichlet: each class is dealt to "
+        "the clients in proportions drawn from a Dirichlet distribution, the smaller the number the more skewed; 2 "
+        "shards: each client holds about two classes. Accuracy on the whole test set, mean over all clients' models."
     )
     return [Table("skew", "Label skew", "method", tuple(SKEWS), rows, text)]
 
 
 def table5(outcomes: Outcomes) -> list[Table]:
     """Reconstruction by phi (paper, Table 5)."""
-    plan, theirs = outcomes.plan, paper()["table5"]
+    study, theirs = outcomes.study, paper()["table5"]
     rows = tuple(
-        (f"phi {phi:g}", (*_leaks(outcomes, plan.by_phi(phi)), f"{theirs[f'{phi:g}']:.4f}")) for phi in LEAKING_PHIS
+        (f"phi {phi:g}", (*_leaks(outcomes, study.by_phi(phi)), f"{theirs[f'{phi:g}']:.4f}")) for phi in LEAKING_PHIS
     )
     text = (
-        f"SGLR (SLR at phi 0), {plan.size.methods_clients} clients, {plan.size.leakage_epochs} epochs; accuracy is "
+        f"SGLR (SLR at phi 0), {study.size.methods_clients} clients, {study.size.leakage_epochs} epochs; accuracy is "
         "that at their end. Where phi x clients, rounded, is one, nothing is averaged. MSE: the mean squared error of "
         "a decoder that is trained on samples which no client has, by an attacker that knows the client part; its "
         "pixels are those of the data set, scaled to [-1, 1]. The paper does not say what its decoder was trained on, "
@@ -177,23 +179,23 @@ def table5(outcomes: Outcomes) -> list[Table]:
 
 def leakage(outcomes: Outcomes) -> list[Table]:
     """What methods, depths of the cut and defences change (beyond the paper)."""
-    plan = outcomes.plan
-    cuts = MODELS[plan.size.model].cuts
-    methods = tuple((ALGORITHMS[m].title, _leaks(outcomes, plan.attacked(m))) for m in LEAKING_METHODS)
-    depths = tuple((f"after {cut}", _leaks(outcomes, plan.at_depth(cut))) for cut in cuts)
+    study = outcomes.study
+    cuts = cuts_of(study.size.model)
+    methods = tuple((title_of_algorithm(m), _leaks(outcomes, study.attacked(m))) for m in LEAKING_METHODS)
+    depths = tuple((f"after {cut}", _leaks(outcomes, study.at_depth(cut))) for cut in cuts)
     defences = tuple(
-        (f"{kind}, {strength}", _leaks(outcomes, plan.defended(kind, strength)))
-        for kind, own in DEFENCES.items()
+        (f"{kind}, {strength}", _leaks(outcomes, study.defended(kind, strength)))
+        for kind, own in LEAKING_DEFENCES.items()
         for strength in own
     )
-    none = (("none", _leaks(outcomes, plan.attacked("psl"))),)
+    none = (("none", _leaks(outcomes, study.attacked("psl"))),)
     text = (
         "An attacker that knows the client part trains a decoder on samples which no client has. Explained: 1 - MSE / "
         "MSE of the mean input, 0 for an attack that has learned nothing; it sees one sending of each sample. Distance "
         "correlation: the unbiased squared one. At most, once: the least upper bound on the information about an input "
         "in one sending, in nats; infinite for a client part without noise or coarse codes. Epsilon: differential "
         "privacy of all sendings of a sample together, at delta 1e-5 (Laplace noise: 0), as far as it goes (see the "
-        f"documentation of leakage); none: nothing is guaranteed. These runs have {plan.size.leakage_epochs} epochs; "
+        f"documentation of leakage); none: nothing is guaranteed. These runs have {study.size.leakage_epochs} epochs; "
         "accuracy is that at their end."
     )
     skipped = (
@@ -236,16 +238,16 @@ def _leaks(outcomes: Outcomes, cell: Cell) -> tuple[Score | str, ...]:
     )
 
 
-PARTS: dict[str, Part] = {
-    "table1": Part(Plan.table1, table1),
-    "table2": Part(Plan.table2, table2),
-    "table3": Part(Plan.table3, table3),
-    "table4": Part(Plan.table4, table4),
-    "table6": Part(lambda _: iter(()), table6),
-    "fig5": Part(Plan.table4, lambda _: []),  # curves of Table 4's runs
-    "skew": Part(Plan.skew, skew),
-    "table5": Part(Plan.table5, table5),
-    "leakage": Part(Plan.leakage, leakage),
+SECTIONS: dict[str, Section] = {
+    "table1": Section(Study.table1, table1),
+    "table2": Section(Study.table2, table2),
+    "table3": Section(Study.table3, table3),
+    "table4": Section(Study.table4, table4),
+    "table6": Section(lambda _: iter(()), table6),
+    "fig5": Section(Study.table4, lambda _: []),  # curves of Table 4's runs
+    "skew": Section(Study.skew, skew),
+    "table5": Section(Study.table5, table5),
+    "leakage": Section(Study.leakage, leakage),
 }
 BY_NAME = frozenset({"table5", "leakage"})
 """Parts that `all` does not mean: they need the extra `leakage`, and attack what they train."""
@@ -255,14 +257,14 @@ def named(names: Iterable[str]) -> tuple[str, ...]:
     """The parts asked for, in the order of the paper; none and `all` are all. Raises ConfigError for unknown ones."""
     asked = set(names) or {"all"}
     for name in asked:
-        if name not in {*PARTS, "all"}:
-            raise ConfigError(unknown("table", name, [*PARTS, "all"]))
-    return tuple(name for name in PARTS if name in asked or ("all" in asked and name not in BY_NAME))
+        if name not in {*SECTIONS, "all"}:
+            raise ConfigError(unknown("table", name, [*SECTIONS, "all"]))
+    return tuple(name for name in SECTIONS if name in asked or ("all" in asked and name not in BY_NAME))
 
 
-def cells_of(plan: Plan, names: Sequence[str]) -> dict[str, Cell]:
+def cells_of(study: Study, names: Sequence[str]) -> dict[str, Cell]:
     """The cells of these parts by name, each once."""
-    return {cell.name: cell for name in names for cell in PARTS[name].cells(plan)}
+    return {cell.name: cell for name in names for cell in SECTIONS[name].cells(study)}
 
 
 def shown(score: Score | str) -> str:
@@ -288,15 +290,15 @@ def paper_of(score: Score | str) -> str:
 
 def _by_clients(outcomes: Outcomes, name: str, title: str, head: str, rows: Rows, text: str) -> Table:
     """A table of (alpha, phi, phase) by number of clients, beside the paper's table of that name."""
-    plan, theirs = outcomes.plan, paper()[name]
+    study, theirs = outcomes.study, paper()[name]
 
     def score(label: str, clients: int) -> Score:
         there = clients in theirs["clients"]
         paper = theirs["rows"][label][theirs["clients"].index(clients)] if there else None
-        return outcomes.score(plan.grid(clients, *rows[label]), paper)
+        return outcomes.score(study.grid(clients, *rows[label]), paper)
 
-    lines = tuple((label, tuple(score(label, c) for c in plan.size.clients)) for label in rows)
-    return Table(name, title, head, tuple(f"C = {c}" for c in plan.size.clients), lines, text)
+    lines = tuple((label, tuple(score(label, c) for c in study.size.clients)) for label in rows)
+    return Table(name, title, head, tuple(f"C = {c}" for c in study.size.clients), lines, text)
 
 
 @cache

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table as Grid
 from rich.text import Text
 
-from cutlayer.reproduce.claims import Verdict, points
+from cutlayer.reproduce.claims import ClaimVerdict, points
 from cutlayer.reproduce.findings import Findings
 from cutlayer.reproduce.outcomes import Outcome
 from cutlayer.reproduce.page import setting
@@ -23,8 +23,11 @@ _WIDTH = 160  # where no terminal listens: cut-off numbers help nobody
 _STYLES = {"holds": "green", "does not hold": "red", "within noise": "yellow", "not measured": "dim"}
 
 
-class Meter:
-    """Live progress, runs weighted by what they cost; lines per run where no terminal listens. A context manager."""
+class ProgressBar:
+    """Live progress, with runs weighted by what they cost. Without a terminal it prints a line per run instead.
+
+    A context manager.
+    """
 
     def __init__(self, console: Console, jobs: Sequence[Job], waiting: Sequence[Job]) -> None:
         self._console, self._jobs = console, len(jobs)
@@ -59,7 +62,7 @@ class Meter:
         self._progress.stop()
 
     def tell(self, job: Job, outcome: Outcome) -> None:
-        """One more run has come to its end."""
+        """One more run is done."""
         cell, seed = job
         self._done += 1
         self._left -= cell.weight
@@ -125,7 +128,7 @@ def _facts(facts: Sequence[Fact]) -> Grid:
     return grid
 
 
-def _claims(verdicts: Sequence[Verdict]) -> Grid:
+def _claims(verdicts: Sequence[ClaimVerdict]) -> Grid:
     grid = Grid(title="The claims: differences in points with their 95 % intervals")
     for name in ("claim", "verdict", "difference", "seeds", "pairs"):
         grid.add_column(name, justify="left" if name in ("claim", "verdict") else "right", no_wrap=name == "verdict")

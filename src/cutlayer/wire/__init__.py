@@ -1,10 +1,11 @@
 """What travels between a server and its clients, as bytes and as rules, without any input or output.
 
-`tensors` and `codecs`: tensors as bytes. `coding`: what codecs do to rows that cross. `messages` and `frames`: what is
-said, and one message as bytes. `handshake`: do both mean the same run. `conversation`: what may be said when.
+`tensors` and `codecs`: tensors as bytes. `coding` and `coded`: what codecs do to rows that cross. `messages` and
+`frames`: what is said, and one message as bytes. `handshake`: do both mean the same run. `conversation`: what may be
+said when.
 """
 
-from cutlayer.wire.codecs import RAW, Codec, error_bound
+from cutlayer.wire.codecs import RAW, Codec, codec, error_bound
 from cutlayer.wire.coding import Coding
 from cutlayer.wire.conversation import ClientSide, ServerSide
 from cutlayer.wire.frames import Frame, pack, unpack
@@ -32,6 +33,7 @@ __all__ = [
     "Limits",
     "ServerSide",
     "agree",
+    "codec",
     "decode",
     "decode_named",
     "described",

@@ -38,15 +38,15 @@ class Coding:
         received = []
         for tensor in rows:
             each = math.prod(tensor.shape[1:]) * tensor.element_size()
-            if codec.kind_for(tensor.dtype) == "raw" and not codec.zstd:
+            if not codec.applies(tensor.dtype) and not codec.zstd:
                 counts += np.array(sizes, np.int64) * each
                 received.append(tensor)
                 continue
-            if codec.zstd or (_by_channel(codec, tensor) and not self.carried):
+            if codec.zstd or not (self.carried or codec.row_by_row(tensor.dim())):
                 parts = [written(codec, part, decode=not self.carried) for part in tensor.split(list(sizes))]
                 counts += [size for _, size in parts]
                 received.append(tensor if self.carried else torch.cat([part for part, _ in parts]))
-            else:  # row by row: what is written together comes out the same
+            else:  # what is written together comes out the same
                 counts += [payload_bytes(codec, (size, *tensor.shape[1:]), tensor.dtype) for size in sizes]
                 received.append(tensor if self.carried else written(codec, tensor)[0])
         return tuple(received), counts
@@ -64,8 +64,3 @@ def written(codec: Codec, tensor: Tensor, *, decode: bool = True) -> tuple[Tenso
     if not decode:
         return tensor, size
     return read(codec, memoryview(data), tuple(tensor.shape), tensor.dtype).to(tensor.device), size
-
-
-def _by_channel(codec: Codec, tensor: Tensor) -> bool:
-    """Whether what is written together shares a scale, one client's rows with another's."""
-    return codec.kind == "int8" and tensor.dim() > 2

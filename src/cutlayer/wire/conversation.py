@@ -23,12 +23,12 @@ from cutlayer.wire.limits import Limits
 from cutlayer.wire.tensors import Buffer, size_of
 
 ANSWERS: dict[type[m.Message], type[Any]] = {
-    m.Forward: m.Smashed,
-    m.Tail: m.TailGradients,
+    m.Forward: m.SmashedUp,
+    m.Tail: m.TailUp,
     m.Settle: m.Settled,
     m.Fit: m.Fitted,
-    m.GiveModel: m.Model,
-    m.GiveOptimizer: m.Optimizer,
+    m.GiveModel: m.ModelUp,
+    m.GiveOptimizer: m.OptimizerUp,
     m.Evaluate: m.EvaluationRows,
     m.Save: m.Saved,
 }
@@ -148,7 +148,7 @@ class _Side:
             raise WireError(f"{_name(answer)} has {answer.rows} rows, {_name(request)} had {asked_rows}")
         if isinstance(request, m.Save) and answer.phase != request.phase:
             raise WireError(f"Saved of phase {answer.phase} came in answer to Save of phase {request.phase}")
-        if isinstance(answer, m.Smashed):
+        if isinstance(answer, m.SmashedUp):
             if not 0 < answer.rows <= self.limits.rows:
                 raise WireError(f"Smashed of {answer.rows} rows: 1 to {self.limits.rows} are taken here")
             self._batch = (answer.step, answer.rows)
@@ -240,5 +240,5 @@ _SAID: dict[str, tuple[type[m.Message], ...]] = {
 """What a client may say, by the state of its side; Hello apart."""
 
 
-def _name(message: Any) -> str:
-    return type(message).__name__
+def _name(message: m.Message) -> str:
+    return message.called()

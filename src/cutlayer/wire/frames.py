@@ -1,6 +1,6 @@
 """Frames: one message with the bytes of its tensors, as one run of bytes.
 
-    "CUT2" | u32 length of header | u64 length of body | u64 conversation | u64 number | u64 checksum |
+    "CUT3" | u32 length of header | u64 length of body | u64 conversation | u64 number | u64 checksum |
     header (the message in MessagePack) | zeros up to a multiple of 16 | body
 
 All integers are little-endian. The checksum (XXH3) is over all the rest: it finds what was damaged on the way; it does
@@ -58,7 +58,7 @@ def parts(
     try:
         header = _ENCODER.encode(message)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise WireError(f"{type(message).__name__} cannot be sent: {error}") from None
+        raise WireError(f"{message.called()} cannot be sent: {error}") from None
     _message(header, "to server" if type(message) in _SENT_BY_CLIENTS else "to client")
     prefix = _PREFIX.pack(MAGIC, len(header), size_of(body), conversation, number, _NONE)
     rest = [header.ljust(padded(PREFIX + len(header)) - PREFIX, b"\0"), *body]

@@ -25,9 +25,6 @@ _REMEDIES: dict[str, tuple[Reason, str, str]] = {
         "give both sides the same model, cut and number of classes, and the same version of torch",
     ),
     "batch": ("step", "batch", _SAME),
-    "gradient_scale": ("step", "gradient_scale", _SAME),
-    "local_epochs": ("step", "local_epochs", _SAME),
-    "local_steps": ("step", "local_steps", _SAME),
     "up": ("codec", "the codec of what goes up", "give both sides the same codec"),
     "down": ("codec", "the codec of what comes down", "give both sides the same codec"),
 }

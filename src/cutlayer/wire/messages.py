@@ -1,7 +1,7 @@
 """The messages between a server and its clients: what each says besides the tensors that travel behind it.
 
-Everything has a type and a bound, so that a message that can be read is one that can be believed in form. A change of
-any field, its meaning or its bounds needs a new PROTOCOL.
+Everything has a type and a bound, so that a message that can be read is well formed. A change of any field, its meaning
+or its bounds needs a new PROTOCOL.
 
 Shape legend: R = `rows` of the message, s... one sample's shape at the cut, f... at the second cut, K classes.
 "Behind it" says which tensors follow; `step` numbers the steps of a run, from 0.
@@ -19,7 +19,7 @@ from cutlayer.errors import WireError
 from cutlayer.models.parts import Crossing
 from cutlayer.wire.tensors import TYPES
 
-PROTOCOL = 2
+PROTOCOL = 3
 
 Count = Annotated[int, Meta(ge=0, le=(1 << 53))]
 Protocol = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
@@ -60,7 +60,12 @@ class Struct(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Message(msgspec.Struct, forbid_unknown_fields=True, tag_field="type"):
-    """Base of all messages. The name of the class is its tag on the wire."""
+    """Base of all messages. Each has a tag, which is what it is called on the wire and in error messages."""
+
+    @classmethod
+    def called(cls) -> str:
+        """Its tag."""
+        return str(cls.__struct_config__.tag)
 
 
 class TensorSpec(Struct):
@@ -71,14 +76,11 @@ class TensorSpec(Struct):
 
 
 class StepTerms(Struct):
-    """What a step means: rows per batch, what cut gradients are gradients of, how long a round is, the codecs of what
-    goes up and down, and all other `options` that both sides train by, as texts.
+    """What a step means: rows per batch, the codecs of what goes up and down, and all other `options` that both sides
+    train by, as texts.
     """
 
     batch: Size
-    gradient_scale: Literal["own", "union"] = "own"
-    local_epochs: Size = 1
-    local_steps: Size | None = None
     up: Name = "raw"
     down: Name = "raw"
     options: Annotated[dict[Name, Text], Meta(max_length=64)] = {}
@@ -99,7 +101,7 @@ class Terms(Struct):
 # Client to server
 
 
-class Hello(Message):
+class Hello(Message, tag="Hello"):
     """The first message: who the client is, and what it takes the run to be. It has `samples` training samples (n_k)
     and a state after `step` steps (0: a fresh one).
     """
@@ -114,14 +116,14 @@ class Hello(Message):
         return f"Hello(client={self.client!r}, samples={self.samples}, step={self.step}, terms={self.terms})"
 
 
-class Smashed(Message):
+class SmashedUp(Message, tag="Smashed"):
     """Answers Forward. Behind it: smashed data, each [R, s...], and the labels [R] if they were asked for."""
 
     step: Count
     rows: Size
 
 
-class TailGradients(Message):
+class TailUp(Message, tag="TailGradients"):
     """Answers Tail: the mean loss over the rows. Behind it: dLoss/d(features), each [R, f...]."""
 
     step: Count
@@ -129,46 +131,46 @@ class TailGradients(Message):
     loss: float
 
 
-class Settled(Message):
+class Settled(Message, tag="Settled"):
     """Answers Settle: all that was asked before is done."""
 
     step: Count
 
 
-class Fitted(Message):
+class Fitted(Message, tag="Fitted"):
     """Answers Fit: (mean loss, rows) of each local step."""
 
     step: Count
     losses: Annotated[list[LocalStep], Meta(max_length=1 << 16)]
 
 
-class Model(Message):
+class ModelUp(Message, tag="Model"):
     """Answers GiveModel. Behind it: the state of the client's model, named tensors."""
 
     step: Count
 
 
-class Optimizer(Message):
+class OptimizerUp(Message, tag="Optimizer"):
     """Answers GiveOptimizer. Behind it: the state of the client's optimiser, named tensors."""
 
     step: Count
 
 
-class EvaluationRows(Message):
+class EvaluationRows(Message, tag="EvaluationRows"):
     """Answers Evaluate: what the client's part gives in evaluation mode. Behind it: tensors of R rows."""
 
     step: Count
     rows: Size
 
 
-class Saved(Message):
+class Saved(Message, tag="Saved"):
     """Answers Save: the state after `step` steps is written beside the old one (prepare), or in its place (commit)."""
 
     step: Count
     phase: Literal["prepare", "commit"]
 
 
-class Failed(Message):
+class Failed(Message, tag="Failed"):
     """The client cannot go on: the last that it says. `kind` is the name of the error, e.g. NonFiniteError."""
 
     step: Count
@@ -179,7 +181,7 @@ class Failed(Message):
 # Server to client
 
 
-class Welcome(Message):
+class Welcome(Message, tag="Welcome"):
     """Answers a Hello that was accepted: the client is number `index` of `clients`, the run goes on after `step` steps.
 
     `terms` are the server's own, for the client to check in turn; `config` the options that the client needs.
@@ -192,14 +194,14 @@ class Welcome(Message):
     config: Annotated[dict[Name, Option], Meta(max_length=256)] = {}
 
 
-class Refused(Message):
+class Refused(Message, tag="Refused"):
     """Answers a Hello that was not: what is wrong, and what to do about it. The last that the server says."""
 
     reason: Reason
     sentence: Text
 
 
-class BeginRound(Message):
+class BeginRound(Message, tag="BeginRound"):
     """The client takes part in round `index` of `total`, with `batches` batches at its base rate times `lr_factor`."""
 
     index: Count
@@ -208,21 +210,21 @@ class BeginRound(Message):
     batches: Count
 
 
-class Forward(Message):
+class Forward(Message, tag="Forward"):
     """Draw the next batch, run the model on it, send smashed data; with `labels` or without (U-shaped split)."""
 
     step: Count
     labels: bool = True
 
 
-class Tail(Message):
+class Tail(Message, tag="Tail"):
     """U-shaped split: finish the forward pass. Behind it: the server's features, each [R, f...]."""
 
     step: Count
     rows: Size
 
 
-class Backward(Message):
+class Backward(Message, tag="Backward"):
     """Back-propagate and step. Behind it: cut gradients, each [R, s...].
 
     `own`: R is the client's batch. `common`: the one gradient that several clients share; a client uses the first rows,
@@ -235,43 +237,43 @@ class Backward(Message):
     rows: Size
 
 
-class Settle(Message):
+class Settle(Message, tag="Settle"):
     """Say when all that was asked before is done."""
 
     step: Count
 
 
-class Fit(Message):
+class Fit(Message, tag="Fit"):
     """Train the whole model alone, for the batches of this round; `step` is the first of the local steps."""
 
     step: Count
 
 
-class GiveModel(Message):
+class GiveModel(Message, tag="GiveModel"):
     """Send the model."""
 
     step: Count
 
 
-class TakeModel(Message):
+class TakeModel(Message, tag="TakeModel"):
     """Replace the model. Behind it: named tensors. Has no answer."""
 
     step: Count
 
 
-class GiveOptimizer(Message):
+class GiveOptimizer(Message, tag="GiveOptimizer"):
     """Send the optimiser's state."""
 
     step: Count
 
 
-class TakeOptimizer(Message):
+class TakeOptimizer(Message, tag="TakeOptimizer"):
     """Replace the optimiser's state. Behind it: named tensors. Has no answer."""
 
     step: Count
 
 
-class Evaluate(Message):
+class Evaluate(Message, tag="Evaluate"):
     """Run a part of the model in evaluation mode, leaving the state of training as it is. Behind it: tensors of R rows,
     what the part receives: samples for `lower` and `whole`, features for `tail`. `start`: number of the first row in
     its data set, by which a client's noise is named.
@@ -283,7 +285,7 @@ class Evaluate(Message):
     start: Count = 0
 
 
-class Save(Message):
+class Save(Message, tag="Save"):
     """Keep the state after `step` steps, in two phases, so that all clients keep it or none: first write it beside the
     old one, then, when all have, put it in its place.
     """
@@ -292,13 +294,13 @@ class Save(Message):
     phase: Literal["prepare", "commit"]
 
 
-class Bye(Message):
+class Bye(Message, tag="Bye"):
     """The end: the last that the server says."""
 
     reason: Text
 
 
-FromClient = Hello | Smashed | TailGradients | Settled | Fitted | Model | Optimizer | EvaluationRows | Saved | Failed
+FromClient = Hello | SmashedUp | TailUp | Settled | Fitted | ModelUp | OptimizerUp | EvaluationRows | Saved | Failed
 FromServer = (
     Welcome
     | Refused

@@ -24,7 +24,7 @@ from torch import Tensor
 from cutlayer.errors import WireError
 from cutlayer.models.parts import Crossing
 from cutlayer.types import Rows
-from cutlayer.wire.codecs import KINDS, RAW, Codec, compressed, payload_bytes, raw_bytes, read, write
+from cutlayer.wire.codecs import RAW, Codec, compressed, name_of, payload_bytes, raw_bytes, read, write
 from cutlayer.wire.limits import Limits
 
 Buffer = bytes | bytearray | memoryview
@@ -153,9 +153,13 @@ def _head(name: str | None, dtype: torch.dtype, shape: tuple[int, ...], codec: C
     if len(text) >= 1 << 16:
         raise WireError(f"the name {text[:40]!r}... of a tensor has {len(text)} bytes: {(1 << 16) - 1} are possible")
     label = b"" if name is None else _NAME.pack(len(text)) + text
-    kind = KINDS.index(codec.kind_for(dtype)) | _ZSTD * codec.zstd
-    start = _START.pack(_CODES[dtype], kind, len(shape)) + struct.pack(f"<{len(shape)}I", *shape)
+    start = _START.pack(_CODES[dtype], _code(codec, dtype), len(shape)) + struct.pack(f"<{len(shape)}I", *shape)
     return _pad(label + start + _LENGTH.pack(length))
+
+
+def _code(codec: Codec, dtype: torch.dtype) -> int:
+    """What a message says of how a tensor of this type is written."""
+    return (codec.code if codec.applies(dtype) else RAW.code) | _ZSTD * codec.zstd
 
 
 def _decode(
@@ -205,9 +209,8 @@ def _record(reader: _Reader, what: str, expected: Crossing, codec: Codec, limits
             f"{what} must be {_type_name(expected.dtype)} {list(expected.shape)}, {came} {list(shape)} came: both "
             "sides need the same model, cut and batch"
         )
-    if kind != KINDS.index(codec.kind_for(expected.dtype)) | _ZSTD * codec.zstd:
-        known = kind & ~_ZSTD < len(KINDS)
-        came = f"{KINDS[kind & ~_ZSTD]}{'+zstd' if kind & _ZSTD else ''}" if known else f"codec {kind}"
+    if kind != _code(codec, expected.dtype):
+        came = f"{name_of(kind & ~_ZSTD)}{'+zstd' if kind & _ZSTD else ''}"
         raise WireError(f"{what} came as {came} where {codec} was agreed: both sides need the same codec")
     (length,) = reader.unpack(_LENGTH, f"{what}'s length")
     reader.skip()

@@ -82,5 +82,5 @@ def read(values: Mapping[str, Any]) -> tuple[RunConfig, Hosting]:
     hosting = Hosting.of({**normalised(below.pop("faults", {})), **normalised(serve)})
     merged = overlaid(below, normalised(tables))
     config = RunConfig.of(merged)
-    config.check((config.algorithm,), frozenset(merged))
+    config.check(frozenset(merged))
     return config, hosting

@@ -1,0 +1,109 @@
+"""What an algorithm is: one round, written against the seam; its options; what it needs; what it moves.
+
+    @algorithm("psl", title="PSL", needs={FORWARD, BACKWARD}, paper="arXiv 2112.05929")
+    class Psl(Algorithm):
+        def round(self, server, clients, this): ...
+
+An algorithm keeps nothing between rounds except what the server and the cohort keep: that is why a checkpoint between
+rounds is complete. Everything else about it (flags, checks, the engine that can run it, the client's list of permitted
+requests, tables) is derived from its registration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, TypeVar
+
+from cutlayer import plugins
+from cutlayer.errors import ConfigError
+from cutlayer.plugins import Thing
+from cutlayer.traffic import Epoch, Traffic
+from cutlayer.verbs import Traits
+
+if TYPE_CHECKING:
+    from cutlayer.cohort import Cohort
+    from cutlayer.server import Server
+    from cutlayer.types import Round, Step
+
+A = TypeVar("A", bound="type[Algorithm]")
+
+
+class Algorithm(Thing):
+    """Base of all algorithms. Options are fields made by `plugins.option`, so an instance is a configured algorithm."""
+
+    def round(self, server: Server, clients: Cohort, this: Round) -> Iterator[Step]:
+        """Train one round; yields a record per step."""
+        raise ConfigError(f"{type(self).__name__} has no round(): write the generator that trains one round")
+
+    def traffic(self, epoch: Epoch) -> Traffic | None:
+        """What an epoch moves and computes; None: not planned."""
+        return None
+
+    @property
+    def traits(self) -> Traits:
+        """What follows from its needs."""
+        return traits_of(self.entry)
+
+    @property
+    def part_of_round(self) -> tuple[int, int | None]:
+        """(local epochs, local steps) of a round; local steps replace epochs."""
+        return 1, None
+
+    @property
+    def averages_every_step(self) -> bool:
+        """Whether all client models are averaged, by their numbers of samples, after every single step of theirs."""
+        return False
+
+    @property
+    def shares_gradients(self) -> bool:
+        """Whether a cut gradient may come down that several clients share."""
+        return False
+
+    def without_sharing(self) -> Algorithm:
+        """The same algorithm with every client's own gradient: what a server can do that wants to steer each client."""
+        return self
+
+    def largest_rate_factor(self, clients: int) -> float:
+        """The power of ten by which the algorithm multiplies the server's rate, at most, with so many clients."""
+        return 0.0
+
+
+def algorithm(
+    name: str,
+    *,
+    title: str,
+    needs: Iterable[str],
+    summary: str = "",
+    paper: str = "",
+    central: bool = False,
+    client_part: str = "",
+    server_part: str = "",
+    colour: str = "",
+    line: str = "-",
+) -> Callable[[A], A]:
+    """Registers an `Algorithm` under `name`.
+
+    `needs` are the verbs of `cutlayer.verbs` that its round uses. `central`: everybody's data are gathered first.
+    `client_part` and `server_part` say why the algorithm means nothing where that side has no parameters. `colour`
+    (black, blue, green, grey, orange, purple, sky, vermillion, or "#rrggbb") and `line` ("-", "--", "-.", ":") are its
+    look in plots; without a colour it gets a free one. Raises ValueError for a word that is not a verb.
+    """
+    found = sorted(Traits.of(needs, central).needs)
+    return plugins.register(
+        "algorithm",
+        name,
+        title=title,
+        summary=summary,
+        paper=paper,
+        needs=found,
+        central=central,
+        client_part=client_part,
+        server_part=server_part,
+        colour=colour,
+        line=line,
+    )
+
+
+def traits_of(entry: plugins.Entry) -> Traits:
+    """What follows from a registered algorithm's needs."""
+    return Traits.of(entry.facts["needs"], entry.facts["central"])

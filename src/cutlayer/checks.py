@@ -1,0 +1,126 @@
+"""What can be wrong with a model, a cut and a batch size, found before anything is trained or written.
+
+Every check raises ConfigError or CutError with the value, the reason and the remedy.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from cutlayer import seeds
+from cutlayer.algorithms import Algorithm
+from cutlayer.cohort import draw_participants
+from cutlayer.errors import ConfigError, CutError
+from cutlayer.models import Parts
+from cutlayer.models.parts import one_line
+from cutlayer.options import RunConfig
+
+_LARGEST_RATE = 30  # as a power of ten: what is more overflows float32 at the first step
+
+
+def check_output(model: nn.Module, example: torch.Tensor, classes: int) -> None:
+    """The model must turn rows [n, ...] into scores [n, at least K]. Raises ConfigError."""
+    probe = copy.deepcopy(model).eval()
+    try:
+        with torch.no_grad(), _sentences("the model does not take these inputs", tuple(example.shape[1:])):
+            out = probe(example)
+    finally:
+        del probe
+    out = getattr(out, "logits", out)
+    if not isinstance(out, torch.Tensor) or out.dim() != 2 or len(out) != len(example):
+        shape = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
+        raise ConfigError(
+            f"the model turns {len(example)} samples into {shape}, not into [{len(example)}, classes]: return one row "
+            "of class scores per sample"
+        )
+    if out.shape[1] < classes:
+        raise ConfigError(
+            f"the model scores {out.shape[1]} classes but the data have {classes}: widen its last layer to {classes}"
+        )
+
+
+@contextmanager
+def _sentences(what: str, value: object) -> Iterator[None]:
+    """Turn whatever a user's module raises into one sentence."""
+    try:
+        yield
+    except Exception as error:  # the user's module: anything can come out
+        reason = one_line(error)
+        raise ConfigError(f"{what} (shape per sample {value}): {reason}; choose a model that fits the data") from None
+
+
+def check_parts(config: RunConfig, algorithm: Algorithm, split: Parts, cuts: tuple[str, ...]) -> None:
+    """The algorithm must have something to act on on both sides. Raises CutError."""
+    facts = algorithm.entry.facts
+    for part, reason, side in (
+        (split.client, facts["client_part"], "client"),
+        (split.server, facts["server_part"], "server"),
+    ):
+        if reason and not any(True for _ in part.parameters()):
+            where = "later" if side == "client" else "earlier"
+            raise CutError(
+                f"{config.algorithm} cannot work with cut = {cuts[0]!r}: {reason}, but the {side} part has no "
+                f"parameters; cut {where}, or choose psl"
+            )
+
+
+def check_single_rows(
+    config: RunConfig, algorithm: Algorithm, split: Parts, sizes: list[int], rounds: int, example: torch.Tensor
+) -> None:
+    """Batch normalisation over features cannot train on one row: find that out now. Raises ConfigError."""
+    alone = [k for k, size in enumerate(sizes) if size % config.batch == 1 or config.batch == 1]
+    if not alone:
+        return
+    probe = copy.deepcopy(split)
+    for part in probe.all:
+        part.train()
+    client = alone[0]
+    try:
+        with seeds.torch_seeded(config.seed, "probe"):
+            rows = probe.client(example[:1])
+            if probe.tail is not None:
+                probe.tail(probe.server(rows))
+            elif algorithm.traits.server_sees_one_client:
+                probe.server(rows)
+            elif (lonely := _alone_in_union(config, algorithm, sizes, alone, rounds)) is not None:
+                client = lonely
+                probe.server(rows)
+    except ValueError as error:
+        raise ConfigError(
+            f"batch = {config.batch} leaves client {client} ({sizes[client]} samples) a batch of one sample, "
+            f"with which this model cannot train ({error}): choose another batch"
+        ) from None
+
+
+def _alone_in_union(
+    config: RunConfig, algorithm: Algorithm, sizes: list[int], alone: list[int], rounds: int
+) -> int | None:
+    """A client whose one row is at some step all that the server gets from everybody; None if there is none."""
+    if algorithm.traits.whole:
+        return None
+    _, local_steps = algorithm.part_of_round
+    for index in range(rounds if config.participation < 1 else 1):
+        here = draw_participants(config.seed, index, len(sizes), config.participation)
+        batches = {k: math.ceil(sizes[k] / config.batch) for k in here}
+        if local_steps:
+            batches = dict.fromkeys(here, local_steps)
+        longest = [k for k in here if batches[k] == max(batches.values())]
+        if len(longest) == 1 and longest[0] in alone:
+            return longest[0]
+    return None
+
+
+def check_rate(config: RunConfig, algorithm: Algorithm) -> None:
+    """The server's rate must stay a number. Raises ConfigError."""
+    base, powers = config.server_lr or config.client_lr, algorithm.largest_rate_factor(config.clients)
+    if powers and math.log10(base) + powers > _LARGEST_RATE:
+        raise ConfigError(
+            f"{config.algorithm} makes the server's rate {base:g} x 1e{powers:.3g} with {config.clients} clients, more "
+            f"than 1e{_LARGEST_RATE}: choose smaller exponents (alpha = 1, say)"
+        )

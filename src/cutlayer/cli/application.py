@@ -1,0 +1,27 @@
+"""The consoles, and the flags that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Group, Parameter
+from rich.console import Console
+
+FILES = Group("Files", sort_key=9)
+
+HELP = """Scalable split learning: train and compare SGLR, PSL, SSL, SplitFed, FedAvg and centralised learning.
+
+Start with `cutlayer compare`: six algorithms on handwritten digits, ten clients, three seeds. Every option of a command
+can stand in a TOML file too (`--config`), under the same name with underscores; flags win over the file. The resolved
+configuration is stored with the run, and running from it reproduces the run.
+
+Exit codes: 0 done, 1 training failed, 2 wrong input (nothing was written), 130 interrupted (`cutlayer resume` goes on).
+"""
+out = Console()
+err = Console(stderr=True)
+
+# Annotations of parameters that several commands have.
+ConfigFile = Annotated[Path | None, Parameter(name="--config", group=FILES)]
+Out = Annotated[Path | None, Parameter(group=FILES)]
+Folder = Annotated[Path, Parameter(group=FILES)]

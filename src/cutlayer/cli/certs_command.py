@@ -1,0 +1,101 @@
+"""`certs`: an authority, certificates and tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from cutlayer.cli.flags import command
+from cutlayer.cli.network_commands import FLAG, NETWORK, File
+from cutlayer.cli.printing import say
+from cutlayer.errors import ConfigError
+
+
+@command(sort_key=11)
+def certs(
+    folder: Annotated[Path, FLAG],
+    *,
+    clients: Annotated[int | None, FLAG] = None,
+    tokens: Annotated[bool, Parameter(group=NETWORK, negative=())] = False,
+    host: Annotated[tuple[str, ...], Parameter(group=NETWORK, negative=(), consume_multiple=True)] = (),
+    days: Annotated[int, FLAG] = 365,
+    request: Annotated[str | None, FLAG] = None,
+    sign: File = None,
+) -> None:
+    """Make an authority, a server's and clients' certificates; or a key with a request, and its certificate from that.
+
+    Parameters
+    ----------
+    folder
+        Where to: ca.crt, server.crt, client-0.crt..., each with its .key.
+    clients
+        Certificates with keys for so many clients; 0 where they make their own keys. Default: 3.
+    tokens
+        Instead of clients' certificates, tokens: client-0.token... for them, and tokens.toml for the server.
+    host
+        Names and addresses under which the server is reached. Default: this machine only.
+    days
+        How long they are good.
+    request
+        The name of a client, or server: makes NAME.key and NAME.csr in the folder, nothing else. The key stays there;
+        the .csr goes to the authority.
+    sign
+        A NAME.csr that has come: makes NAME.crt, by the authority in the folder. Compare the fingerprints first.
+    """
+    _check_roles(request, sign, clients, tokens, other_than_default=bool(host) or days != 365)
+    count = 3 if clients is None else clients
+    if count < 0 or days < 1:
+        raise ConfigError(f"clients = {count} and days = {days}: clients must be 0 or greater, days 1 or greater")
+    if request is not None:
+        lines = _requested(folder, request)
+    elif sign is not None:
+        lines = _signed(folder, sign, host, days)
+    else:
+        lines = _trial(folder, count, tokens, host, days)
+    for line in lines:
+        say(line)
+
+
+def _check_roles(
+    request: str | None, sign: Path | None, clients: int | None, tokens: bool, other_than_default: bool
+) -> None:
+    """Raises ConfigError for options that have no effect together."""
+    if request is not None and sign is not None:
+        raise ConfigError(f"request = {request!r} and sign = {str(sign)!r} are two sides' work: give one")
+    if clients is not None and (request is not None or sign is not None):
+        raise ConfigError(f"clients = {clients} has no effect beside request or sign, which are of one: leave it out")
+    if tokens and (request is not None or sign is not None):
+        raise ConfigError("tokens has no effect beside request or sign, which are about certificates: leave it out")
+    if request is not None and other_than_default:
+        raise ConfigError("host and days have no effect on a request: whoever signs it decides, leave them out")
+
+
+def _requested(folder: Path, name: str) -> list[str]:
+    """Make a key and a request; the lines to print."""
+    from cutlayer.remote.certs import key_fingerprint, make_request
+
+    made = make_request(folder, name)
+    return [f"{made.certificate} {made.key}", f"key {key_fingerprint(made.certificate)}"]
+
+
+def _signed(folder: Path, request: Path, hosts: tuple[str, ...], days: int) -> list[str]:
+    """Make the certificate of a request; the lines to print."""
+    from cutlayer.remote.certs import key_fingerprint, sign_request
+
+    return [str(sign_request(folder, request, hosts=hosts, days=days)), f"key {key_fingerprint(request)}"]
+
+
+def _trial(folder: Path, clients: int, tokens: bool, hosts: tuple[str, ...], days: int) -> list[str]:
+    """Make an authority, the server's certificate, and certificates or tokens for the clients; the lines to print."""
+    from cutlayer.remote.certs import SERVER, make_ca, make_certificate, make_tokens
+
+    pairs = [make_ca(folder), make_certificate(folder, SERVER, SERVER, hosts=hosts, days=days)]
+    names = [f"client-{k}" for k in range(clients)]
+    pairs += [] if tokens else [make_certificate(folder, name, days=days) for name in names]
+    lines = [f"{pair.certificate} {pair.key}" for pair in pairs]
+    if tokens:
+        hashes, own = make_tokens(folder, names)
+        lines += [str(hashes), *map(str, own)]
+    return lines

@@ -1,0 +1,180 @@
+"""Flags, derived: from the options that all runs have, and from those of everything that can be chosen.
+
+A thing of this package or of an installed one is known before anything is parsed; a thing of the user's own is looked
+for among the words of the command line and in the file that `--config` names, so that its options are flags too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FunctionType
+from typing import Annotated, Any, get_origin
+
+from cyclopts import App, Group, Parameter
+from pydantic import BaseModel, ConfigDict, create_model
+
+from cutlayer import plugins
+from cutlayer.errors import CutlayerError
+from cutlayer.options import (
+    CLIENTS,
+    DATA,
+    DEFENCES,
+    GROUPS,
+    MODEL,
+    TRAINING,
+    CommonConfig,
+    PlanConfig,
+    about,
+    read_toml,
+)
+from cutlayer.plugins import Entry
+
+_STAR = Parameter(name="*")
+OWN = "Options of single algorithms"
+_GROUPS = {name or OWN: Group(name or OWN, sort_key=i) for i, name in enumerate(GROUPS)}
+# Which options name things, of which kind; several things of a kind can be named.
+_NAMING = {
+    "algorithm": "algorithm",
+    "algorithms": "algorithm",
+    "partition": "partition",
+    "lr_schedule": "schedule",
+    "server_lr_schedule": "schedule",
+    "model": "model",
+    "data": "data",
+    "data_format": "format",
+    "defences": "defence",
+}
+_PLACES = {"algorithm": OWN, "partition": CLIENTS, "schedule": TRAINING, "model": MODEL, "data": DATA, "format": DATA}
+_PLACES["defence"] = DEFENCES
+_PREFIXES = {"partition": "partition {}", "schedule": "schedule {}", "model": "model {}", "format": "format {}"}
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: its function, and whose fields the flags of its parameters in `flags` are made of."""
+
+    function: FunctionType
+    sort_key: int
+    name: str | None
+    flags: Mapping[str, type[BaseModel]]
+
+    def add_to(self, app: App, own: Sequence[Entry]) -> None:
+        """Make it a command of `app`, with the options of the user's `own` things among its flags."""
+        f = self.function
+        made = FunctionType(f.__code__, f.__globals__, f.__name__, f.__defaults__, f.__closure__)
+        made.__doc__, made.__kwdefaults__ = f.__doc__, f.__kwdefaults__
+        models = {parameter: Annotated[flags_of(c, own) | None, _STAR] for parameter, c in self.flags.items()}
+        made.__annotations__ = {**f.__annotations__, **models}
+        app.command(made, name=self.name, sort_key=self.sort_key)
+
+
+COMMANDS: list[Command] = []
+
+
+def command(
+    sort_key: int, name: str | None = None, **flags: type[BaseModel]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Registers a function as a command. A parameter named in `flags` gets a model of what was given as flags."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        assert isinstance(function, FunctionType), "commands are plain functions"
+        COMMANDS.append(Command(function, sort_key, name, flags))
+        return function
+
+    return decorate
+
+
+def flags_of(config: type[BaseModel], own: Sequence[Entry] = ()) -> type[BaseModel]:
+    """A model of all flags of a command: the fields of `config`, and the options of what it can choose."""
+    fields: dict[str, Any] = {}
+    for name, info in config.model_fields.items():
+        group = about(info, "group")
+        if group:
+            fields[name] = (_flag(info.annotation, group), info)
+    for name, (option, owners) in _options(config, own).items():
+        if name in fields:
+            continue
+        kind = owners[0].kind
+        whose = _PREFIXES.get(kind, "{}").format(", ".join(e.name for e in owners))
+        text = f"{whose}: {option.help}" if kind != "defence" else option.help
+        made = replace(option, help=text)
+        fields[name] = (_flag(option.annotation, _PLACES[kind]), made.info)
+    settings = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+    model: type[BaseModel] = create_model(config.__name__, __config__=settings, **fields)
+    return model
+
+
+def _options(config: type[BaseModel], own: Sequence[Entry]) -> dict[str, tuple[plugins.Option, list[Entry]]]:
+    """Every option of what can be chosen, with those that have it."""
+    planning = issubclass(config, PlanConfig)
+    if not planning and not issubclass(config, CommonConfig):
+        return {}
+    found: dict[str, tuple[plugins.Option, list[Entry]]] = {}
+    for entry in (*_listed(["algorithm"] if planning else _PLACES), *own):
+        for option in entry.options:
+            if planning and not option.planned:
+                continue
+            found.setdefault(option.name, (option, []))[1].append(entry)
+    return found
+
+
+def _listed(kinds: Iterable[str]) -> Iterator[Entry]:
+    for kind in kinds:
+        yield from plugins.index(kind).values()
+
+
+def _flag(annotation: Any, group: str) -> Any:
+    """The type of a field as that of a flag."""
+    several = get_origin(annotation) is tuple
+    mapping = "dict" in str(annotation)
+    negative: dict[str, Any] = {"negative": ()} if several or mapping else {}
+    return Annotated[annotation, Parameter(group=_GROUPS[group], consume_multiple=several, **negative)]
+
+
+def own_things(words: Sequence[str]) -> list[Entry]:
+    """The user's own things that a command line names, itself or in its configuration file. What cannot be found is
+    left to the command, which says why.
+    """
+    found: dict[tuple[str, str], None] = {}
+    for option, values in _named(words):
+        for value in values:
+            if (kind := _NAMING.get(option)) and not plugins.index(kind).get(value):
+                found[kind, value] = None
+    return [entry for kind, value in found if (entry := _found(kind, value)) is not None]
+
+
+def _found(kind: str, reference: str) -> Entry | None:
+    if not (plugins.known(kind, reference) or plugins.is_reference(reference)):
+        return None
+    try:
+        return plugins.find(kind, reference)
+    except CutlayerError:
+        return None
+
+
+def _named(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """(option, values) of the flags among `words`, and of the file that `--config` names."""
+    option, values = "", list[str]()
+    for word in (*words, "--"):
+        if word.startswith("--"):
+            if option:
+                yield option, values
+                if option == "config" and values:
+                    yield from _in_file(Path(values[0]))
+            option, _, value = word[2:].partition("=")
+            option, values = option.replace("-", "_"), [value] if value else []
+        else:
+            values.append(word)
+
+
+def _in_file(path: Path) -> Iterator[tuple[str, list[str]]]:
+    try:
+        table = read_toml(path)
+    except CutlayerError:
+        return
+    variants = table.get("variant", {})
+    for values in (table, *(variants.values() if isinstance(variants, Mapping) else ())):
+        for option, value in values.items() if isinstance(values, Mapping) else ():
+            yield option.replace("-", "_"), [str(v) for v in (value if isinstance(value, list) else [value])]

@@ -1,0 +1,219 @@
+"""`serve` and `join`: training with clients on other machines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import Group, Parameter
+from pydantic import BaseModel
+
+from cutlayer.cli.application import ConfigFile, Out
+from cutlayer.cli.flags import command
+from cutlayer.cli.merging import fault_config, run_config
+from cutlayer.cli.printing import say
+from cutlayer.cli.progress import Monitor, resumable
+from cutlayer.cli.results import print_result, write_report
+from cutlayer.errors import ConfigError
+from cutlayer.options import FaultConfig, RunConfig
+
+if TYPE_CHECKING:
+    from cutlayer.wire.limits import Limits
+
+NETWORK = Group("Network", sort_key=12)
+FLAG = Parameter(group=NETWORK)
+File = Annotated[Path | None, FLAG]
+LogForm = Annotated[Literal["text", "json"], FLAG]
+
+
+@command(sort_key=9, options=RunConfig, faults=FaultConfig)
+def serve(
+    *,
+    options: BaseModel | None = None,
+    config: ConfigFile = None,
+    out: Out = None,
+    listen: Annotated[str, FLAG] = "127.0.0.1:4747",
+    certificate: File = None,
+    key: File = None,
+    ca: File = None,
+    tokens: File = None,
+    insecure: Annotated[bool, FLAG] = False,
+    faults: BaseModel | None = None,
+    keepalive: Annotated[float, FLAG] = 10.0,
+    message_limit: Annotated[float | None, FLAG] = None,
+    metrics: Annotated[str | None, FLAG] = None,
+    log: LogForm = "text",
+) -> None:
+    """Train with clients on other machines: hold the server's part, wait for all clients, go on after a restart.
+
+    The same command with the same folder goes on from the last checkpoint; clients reconnect by themselves. Clients
+    are called client-0, client-1 and so on; so are the names in their certificates or in the file of tokens.
+
+    Parameters
+    ----------
+    config
+        A TOML file with any of the options above, those about faults in a table [faults]. Clients join with the same
+        one.
+    out
+        The run folder. Default: runs/serve-ALGORITHM-DATA.
+    listen
+        Address and port.
+    certificate
+        The server's certificate (`cutlayer certs` makes one for a trial).
+    key
+        Its private key.
+    ca
+        The authority that has made the clients' certificates: they must show one.
+    tokens
+        Instead of ca: a TOML file with a line NAME = "TOKEN" for each client.
+    insecure
+        No encryption, nobody is asked who they are: on this machine only.
+    keepalive
+        Seconds between pings: a client that vanishes without a word is noticed after one and a half times that. Give a
+        minute where hundreds of clients share few cores.
+    message_limit
+        MB that a message may have, such as a model that is averaged; the same for clients. Default: 268.
+    metrics
+        Port (or address:port) to serve figures for Prometheus at.
+    log
+        What happens to connections, on stderr: as text, or as JSON, one object per line.
+    """
+    from cutlayer.remote.logs import show_log
+    from cutlayer.remote.security import ServerSecurity
+    from cutlayer.remote.serve import Service, Serving
+
+    merged = run_config(options, config)
+    _check_network(insecure, certificate=certificate, key=key, ca=ca, tokens=tokens)
+    _check_keepalive(keepalive)
+    show_log(log)
+    security = ServerSecurity(certificate, key, ca, tokens)
+    security.open(listen)  # says what is wrong before a folder is made
+    limits = _limits(message_limit)
+    serving = Serving(listen, security, fault_config(faults, config), metrics, keepalive, limits)
+    where = out or Path("runs") / f"serve-{merged.algorithm}-{Path(merged.data).stem}"
+    service = Service(merged, serving, where)
+    with resumable(f"the same command with --out {where}"), service.open() as run, Monitor(1) as monitor:
+        for record in run:
+            monitor.show(merged.algorithm, run, record)
+    assert service.run.result is not None
+    print_result(service.run.result)
+    write_report(where)
+
+
+@command(sort_key=10, options=RunConfig)
+def join(
+    address: Annotated[str, FLAG],
+    *,
+    client: Annotated[tuple[str, ...], Parameter(group=NETWORK, negative=(), consume_multiple=True)],
+    options: BaseModel | None = None,
+    config: ConfigFile = None,
+    folder: File = None,
+    certificate: File = None,
+    key: File = None,
+    ca: File = None,
+    token_file: File = None,
+    insecure: Annotated[bool, FLAG] = False,
+    own_data: Annotated[str | None, FLAG] = None,
+    give_up_after: Annotated[float | None, FLAG] = None,
+    keepalive: Annotated[float, FLAG] = 10.0,
+    message_limit: Annotated[float | None, FLAG] = None,
+    watch: Annotated[Literal["off", "warn", "leave"], FLAG] = "off",
+    log: LogForm = "text",
+) -> None:
+    """Work as a client of a `serve` on another machine: dials out, keeps its data and its model, reconnects by itself.
+
+    Parameters
+    ----------
+    address
+        The server's host:port.
+    client
+        Who this is: client-0, client-1... Several names: several clients in this process (with tokens or insecure).
+    config
+        The server's configuration.
+    folder
+        Keeps this client's state, so that it can go on after a restart. Default: nothing is kept.
+    certificate
+        This client's certificate.
+    key
+        Its private key.
+    ca
+        The authority that has made the server's certificate.
+    token_file
+        Instead of a certificate: a file that holds this client's token.
+    insecure
+        No encryption: on this machine only.
+    own_data
+        The path of this client's own data, all of which it trains on. Default: its share of the configuration's data.
+    give_up_after
+        Seconds without a connection after which to give up. Default: never.
+    keepalive
+        Seconds between pings: a server that vanishes without a word is noticed after one and a half times that.
+    message_limit
+        MB that a message may have, as at the server. Default: 268.
+    watch
+        Look whether the gradients that come are those of the task (a server may send others, to read the inputs), and
+        where they do not look like it: warn, or leave. Gradients that clients share (SplitAvg) are not looked at.
+    log
+        What happens to the connection, on stderr: as text, or as JSON, one object per line.
+    """
+    from cutlayer.build import own_source
+    from cutlayer.remote.join import Joining
+    from cutlayer.remote.join import join as work
+    from cutlayer.remote.logs import show_log
+    from cutlayer.remote.security import ClientSecurity, read_token
+
+    merged = run_config(options, config)
+    _check_network(insecure, certificate=certificate, key=key, ca=ca, token_file=token_file)
+    _check_keepalive(keepalive)
+    if len(client) > 1:
+        _check_shared(len(client), own_data, certificate or token_file)
+    show_log(log)
+    own = None if own_data is None else own_source(merged, own_data)
+    token = None if token_file is None else read_token(token_file)
+    security = ClientSecurity(ca, certificate, key, token)
+    folders = {name: None if folder is None else folder / name for name in client}
+    limits = _limits(message_limit)
+    joining = [
+        Joining(address, name, security, folders[name], own, give_up_after, keepalive, watch, limits) for name in client
+    ]
+    for reason in dict.fromkeys(work(merged, joining)):
+        say(reason)
+
+
+def _check_network(insecure: bool, **files: Path | None) -> None:
+    """TLS is the default: raises ConfigError if there are neither files nor `insecure`, or both."""
+    given = [name for name, path in files.items() if path is not None]
+    if insecure and given:
+        raise ConfigError(f"insecure and {given[0]} exclude each other: leave one out")
+    if not insecure and not given:
+        raise ConfigError(
+            "connections are encrypted: give certificate, key and ca (`cutlayer certs` makes them for a trial), or "
+            "--insecure on this machine alone"
+        )
+
+
+def _check_shared(clients: int, own_data: str | None, identity: Path | None) -> None:
+    """Raises ConfigError for what several clients in one process cannot share."""
+    if identity is not None:
+        raise ConfigError(f"{clients} clients cannot share one certificate or token: start one process for each")
+    if own_data is not None:
+        raise ConfigError(f"own_data = {own_data!r} would be {clients} clients' own: start one process for each")
+
+
+def _limits(megabytes: float | None) -> Limits:
+    """The limits of a message. Raises ConfigError if gRPC cannot carry it."""
+    from cutlayer.wire.limits import Limits
+
+    if megabytes is None:
+        return Limits()
+    if not 1 <= megabytes <= 2000:
+        raise ConfigError(f"message_limit = {megabytes} MB is not possible: gRPC carries up to 2000, give 1 at least")
+    return Limits(message_bytes=int(megabytes * 1e6))
+
+
+def _check_keepalive(seconds: float) -> None:
+    """Raises ConfigError if the ping interval is shorter than the peer allows or longer than an hour."""
+    from cutlayer.remote.network import LEAST
+
+    if not LEAST <= seconds <= 3600:
+        raise ConfigError(f"keepalive = {seconds} is not possible: it is {LEAST:g} to 3600 seconds")

@@ -1,0 +1,132 @@
+"""`plan` and `calibrate`: what training would cost, and how fast this machine is."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+from pydantic import BaseModel
+
+from cutlayer.cli.application import FILES, ConfigFile, Out, err, out
+from cutlayer.cli.flags import command
+from cutlayer.cli.merging import check_positive, merged_values
+from cutlayer.cli.printing import print_exactly, wide
+from cutlayer.errors import ConfigError
+from cutlayer.files import replace_file
+from cutlayer.options import PlanConfig
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from cutlayer.costs.plan import Plan
+
+
+@command(sort_key=6, options=PlanConfig)
+def plan(
+    *,
+    options: BaseModel | None = None,
+    config: ConfigFile = None,
+    out: Out = None,
+    json: Annotated[bool, Parameter(group=FILES, negative=())] = False,
+) -> None:
+    """Say what split learning would cost, without training: bytes, FLOPs, memory, time, energy, and the best cut.
+
+    The model is built without values, so that billions of parameters and a million clients take seconds. It may be your
+    own: any function without arguments that returns an nn.Module.
+
+    Parameters
+    ----------
+    config
+        A TOML file with any of the options above.
+    out
+        A folder to make, for plan.json and plan.png. Default: nothing is written.
+    json
+        Print JSON instead of tables.
+    """
+    merged = PlanConfig.of(merged_values(PlanConfig, options, config))
+    merged.check(frozenset(merged.model_fields_set))
+    _plan(merged, out, json)
+
+
+@command(sort_key=8)
+def calibrate(
+    *,
+    name: Annotated[str, Parameter(group=FILES)] = "this-machine",
+    model: Annotated[str, Parameter(group=FILES)] = "cnn",
+    batch: Annotated[int, Parameter(group=FILES)] = 8,
+    device: Annotated[str, Parameter(group=FILES)] = "cpu",
+    seconds: Annotated[float, Parameter(group=FILES)] = 10.0,
+    watts: Annotated[float | None, Parameter(group=FILES)] = None,
+    idle_watts: Annotated[float | None, Parameter(group=FILES)] = None,
+    out: Out = None,
+) -> None:
+    """Measure how fast this machine trains, and what it draws, and write a device profile for `--profiles`.
+
+    Parameters
+    ----------
+    name
+        What the profile is called.
+    model
+        The model of the zoo that is trained.
+    batch
+        Its batch size.
+    device
+        Where it is trained: cpu, cuda...
+    seconds
+        For how long.
+    watts
+        What a meter at the wall shows meanwhile, where this machine cannot measure its power.
+    idle_watts
+        What it shows while the machine does nothing.
+    out
+        The file to write. Default: print the profile.
+    """
+    from cutlayer.costs.calibrate import calibrate as measure
+
+    check_positive(batch=batch, seconds=seconds, watts=watts, idle_watts=idle_watts)
+    if out is not None and out.exists():
+        raise ConfigError(f"out = {str(out)!r} exists already: choose another file")
+    found = measure(model, batch=batch, device=device, seconds=seconds, watts=watts, idle_watts=idle_watts)
+    spread = f"{found.lowest / 1e9:.3g} to {found.highest / 1e9:.3g}"
+    err.print(f"{found.flops_per_second / 1e9:.3g} GFLOP/s ({spread}) at {found.watts:.3g} W", highlight=False)
+    if out is None:
+        print_exactly(found.toml(name))
+    else:
+        replace_file(out, found.toml(name).encode())
+        err.print(f"use it with: --profiles {out} --client-device {name}", highlight=False, soft_wrap=True)
+
+
+def _plan(config: PlanConfig, folder: Path | None, as_json: bool) -> None:
+    """Reckon, print, write."""
+    import json
+
+    from cutlayer.costs.plan import plan
+    from cutlayer.folder import refuse_used
+
+    if folder is not None:
+        refuse_used(folder)
+    found = plan(config)
+    text = json.dumps(found.as_dict(), indent=1, allow_nan=False)
+    if as_json:
+        sys.stdout.write(f"{text}\n")
+    else:
+        from cutlayer.report.planned import show
+
+        show(found, wide(140))
+    if folder is not None:
+        _write_plan(found, text, folder, err if as_json else out)
+
+
+def _write_plan(found: Plan, text: str, folder: Path, console: Console) -> None:
+    """Write plan.json and plan.png and print their paths."""
+    from cutlayer.report.planned import picture
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"out = {str(folder)!r} cannot be made: {error.strerror}; choose another --out") from None
+    for name, content in (("plan.json", f"{text}\n".encode()), ("plan.png", picture(found))):
+        replace_file(folder / name, content)
+        console.print(str(folder / name), soft_wrap=True, highlight=False)

@@ -1,0 +1,79 @@
+"""`reproduce`: the paper's tables, and a verdict on each claim."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cutlayer.cli.application import Out, out
+from cutlayer.cli.flags import command
+from cutlayer.cli.printing import say
+from cutlayer.cli.progress import resumable
+from cutlayer.errors import ConfigError
+from cutlayer.reproduce.cells import SizeName
+
+if TYPE_CHECKING:
+    from cutlayer.reproduce.reproduction import Reproduction
+
+
+@command(sort_key=5)
+def reproduce(
+    *tables: str,
+    size: SizeName = "smoke",
+    out: Out = None,
+    data: str = "fashion-mnist",
+    device: str = "cpu",
+    jobs: int | None = None,
+) -> None:
+    """Train what the SGLR paper's tables are made of and write them beside the paper's, with a verdict on each claim.
+
+    The same command in the same folder goes on where it was; other tables can be added there. What is trained already
+    is never trained again.
+
+    Parameters
+    ----------
+    tables
+        Any of table1, table2, table3, table4, fig5 (learning curves of Table 4's methods) and skew (label skew, which
+        is not in the paper), or all, which is the default; and by name alone, since they attack what they train,
+        table5 and leakage (methods, depths of the cut, defences).
+    size
+        How much is trained: smoke (a minute, to see that it works), reduced (hours) or full (the paper's models and
+        numbers of clients).
+    out
+        The folder. Default: runs/reproduce-SIZE.
+    data
+        A built-in data set, or the path of your own, such as a folder of idx files.
+    device
+        Where the tensors are, as for `cutlayer run`.
+    jobs
+        How many runs at once. Default: as many as there are cores on the CPU, else 1. 0 trains nothing and writes the
+        report on what is there.
+    """
+    from cutlayer.reproduce.reproduction import Reproduction
+
+    if jobs is not None and jobs < 0:
+        raise ConfigError(f"jobs = {jobs} is not possible: give how many runs to train at once, or 0 for none")
+    workers = jobs if jobs is not None else (os.cpu_count() or 1) if device == "cpu" else 1
+    where = out or Path("runs") / f"reproduce-{size}"
+    chosen = {"--size": size, "--out": where, "--data": data, "--device": device, "--jobs": jobs}
+    flags = [word for name, value in chosen.items() if value is not None for word in (name, str(value))]
+    work = Reproduction(tables, size, where, data, device)
+    _reproduce(work, workers, shlex.join(["cutlayer", "reproduce", *tables, *flags]))
+
+
+def _reproduce(work: Reproduction, workers: int, command: str) -> None:
+    """Train what is missing with live progress, then print tables and verdicts and write the report."""
+    from cutlayer.reproduce.terminal import ProgressBar, show
+
+    if workers and (waiting := work.waiting()):
+        with resumable(command):
+            work.check()
+            with ProgressBar(out, work.jobs, waiting) as progress:
+                for job in work.train(workers):
+                    progress.tell(job, work.outcome(job))
+    findings = work.find()
+    show(findings, work.size, out)
+    for path in work.write(findings):
+        say(str(path))

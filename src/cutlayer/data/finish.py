@@ -1,0 +1,217 @@
+"""From what a reader found to a data set: checked, labels counted from 0, split three ways, converted to tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NoReturn
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from cutlayer import seeds
+from cutlayer.data.raw import Array, Raw, Section
+from cutlayer.data.samples import Samples, Source
+from cutlayer.errors import ConfigError, DataError
+
+
+def finished(raw: Raw, validation: float, test: float, seed: int) -> Source:
+    """Check, split and convert what a reader found."""
+    _check(raw)
+    y, class_names = _encode(raw)
+    if len(np.unique(y["train"])) < 2:
+        _refuse_single(raw, class_names[int(y["train"][0])])
+    rows = np.arange(len(y["train"]))
+    held: dict[str, npt.NDArray[np.int64]] = {}
+    for part, size in (("test", test), ("validation", validation)):
+        if part in y:
+            continue
+        if part == "test" and size == 0:
+            raise ConfigError(f"test=0 leaves {raw.name} without a test set: hold some samples out, such as test=0.2")
+        count = _count(size, part, len(rows))
+        rows, held[part] = _split(rows, y["train"], count, seeds.derive(seed, "split", part))
+    to_tensor = _Converter(raw, rows)
+
+    def samples(part: str) -> Samples:
+        if part in y and part != "train":
+            own = raw.parts()[part]
+            return Samples(to_tensor(own.x), torch.from_numpy(y[part]))
+        at = rows if part == "train" else held[part]
+        return Samples(to_tensor(raw.train.x[at]), torch.from_numpy(y["train"][at]))
+
+    return Source(raw.name, samples("train"), samples("validation"), samples("test"), class_names, _owners(raw, rows))
+
+
+def finished_whole(raw: Raw) -> Source:
+    """Check and convert what a reader found, with nothing held out. Data of one class need class names."""
+    _check(raw)
+    y, class_names = _encode(raw)
+    if len(class_names) < 2:
+        _refuse_single(raw, class_names[0])
+    x = _Converter(raw, np.arange(len(y["train"])))(raw.train.x)
+    whole = Samples(x, torch.from_numpy(y["train"]))
+    return Source(raw.name, whole, whole[:0], whole[:0], class_names)
+
+
+def _refuse_single(raw: Raw, name: str) -> NoReturn:
+    raise DataError(f"{raw.name} has one class only, {name}: classification needs at least two")
+
+
+def named(raw: Raw, class_names: Sequence[str]) -> Raw:
+    """The same with labels counted as `class_names` name them. Raises DataError for a label that they lack."""
+    numbers = {name: number for number, name in enumerate(class_names)}
+    if len(numbers) < max(2, len(class_names)):
+        raise ConfigError(f"class_names = {list(class_names)}: name at least two, each once")
+
+    def counted(part: Section | None) -> Section | None:
+        if part is None:
+            return None
+        labels = _words(part.y, f"labels of {raw.name}").tolist()
+        own = raw.class_names
+        words = [own[w] if own else w.decode() if isinstance(w, bytes) else str(w) for w in labels]
+        if unheard := sorted(set(words) - set(numbers)):
+            raise DataError(
+                f"{raw.name} has the label {unheard[0]!r}, which is none of class_names = {list(class_names)}: "
+                "correct one of them"
+            )
+        return dataclasses.replace(part, y=np.array([numbers[w] for w in words]))
+
+    train = counted(raw.train)
+    assert train is not None
+    validation, test = counted(raw.validation), counted(raw.test)
+    return dataclasses.replace(raw, train=train, validation=validation, test=test, class_names=tuple(class_names))
+
+
+def _check(raw: Raw) -> None:
+    for part, samples in raw.parts().items():
+        where = raw.name if part == "train" else f"the {part} part of {raw.name}"
+        if samples.x.ndim == 0 or samples.y.ndim == 0:
+            raise DataError(f"the inputs and labels of {where} are single values: give x [n, ...] and y [n]")
+        if len(samples.x) != len(samples.y):
+            raise DataError(f"{where} has {len(samples.x)} inputs but {len(samples.y)} labels: give one label each")
+        if len(samples.y) == 0:
+            raise DataError(f"{where} has no rows: add samples")
+        if samples.x.shape[1:] != raw.train.x.shape[1:]:
+            raise DataError(
+                f"the inputs of {where} have shape {samples.x.shape[1:]}, those of the training part "
+                f"{raw.train.x.shape[1:]}: make them equal"
+            )
+        if samples.x.ndim == 1 or 0 in samples.x.shape:
+            raise DataError(f"the inputs of {where} have shape {samples.x.shape}: give at least one feature, x [n, d]")
+        _check_numbers(samples.x, where, raw.columns)
+    if raw.client is not None and raw.client.shape != raw.train.y.shape[:1]:
+        raise DataError(
+            f"the client column of {raw.name} has shape {raw.client.shape}, expected ({len(raw.train.y)},): give one "
+            "owner per training row"
+        )
+
+
+def _check_numbers(x: Array, where: str, columns: tuple[str, ...]) -> None:
+    if x.dtype.kind not in "fiub":
+        raise DataError(f"the inputs of {where} are of type {x.dtype}: give integers or real numbers")
+    if x.dtype.kind != "f":
+        return
+    with np.errstate(over="ignore"):  # what overflows in float32 is reported below
+        bad = ~np.isfinite(x.astype(np.float32, copy=False))
+    if bad.any():
+        first = [int(at) for at in np.unravel_index(int(bad.argmax()), x.shape)]
+        at = f"column {columns[first[1]]!r}" if columns else f"position {tuple(first[1:])}"
+        raise DataError(
+            f"the inputs of {where} have {int(bad.sum())} values that are NaN or infinite (in float32), the first in "
+            f"row {first[0]} (from 0), {at}: fill them in or remove those rows"
+        )
+
+
+def _words(values: Array, what: str) -> Array:
+    """`values` [n] as integers or strings, so that they can be sorted. Raises DataError if they are neither."""
+    if values.ndim == 2 and values.shape[1] == 1:
+        values = values[:, 0]
+    if values.ndim != 1:
+        raise DataError(f"the {what} have shape {values.shape}, expected [n]: for one-hot labels pass their argmax(1)")
+    if values.dtype.kind == "f":
+        odd = values[~(np.isfinite(values) & (values == np.round(values)))]
+        if len(odd):
+            raise DataError(f"the {what} hold {odd[0]}, which names nothing: use integers or strings")
+        return values.astype(np.int64)
+    if values.dtype.kind == "O" and all(isinstance(value, str) for value in values):
+        return values.astype(np.str_)
+    if values.dtype.kind not in "biuUST":
+        raise DataError(f"the {what} are of type {values.dtype}: use integers or strings")
+    return values
+
+
+def _encode(raw: Raw) -> tuple[dict[str, npt.NDArray[np.int64]], tuple[str, ...]]:
+    """The labels of every part as 0..K-1, and the names of the K classes."""
+    words = {part: _words(samples.y, f"labels of {raw.name}") for part, samples in raw.parts().items()}
+    kinds = {values.dtype.kind in "UST" for values in words.values()}
+    if len(kinds) > 1:
+        raise DataError(f"the labels of {raw.name} are integers in one part and strings in another: use one kind")
+    present = np.unique(np.concatenate(list(words.values())))
+    if raw.class_names is not None:
+        last = len(raw.class_names) - 1
+        if present[0] < 0 or present[-1] > last:
+            raise DataError(f"{raw.name} has labels {present[0]} to {present[-1]}, expected 0 to {last}: fix them")
+        return {part: values.astype(np.int64) for part, values in words.items()}, raw.class_names
+    ranks = {part: np.searchsorted(present, values).astype(np.int64) for part, values in words.items()}
+    return ranks, tuple(value.decode() if isinstance(value, bytes) else str(value) for value in present)
+
+
+def _count(size: float, option: str, rows: int) -> int:
+    """How many of `rows` samples the fraction or number `size` stands for."""
+    if not size >= 0 or (size >= 1 and size != int(min(size, 2**62))):
+        raise ConfigError(f"{option}={size} is neither a fraction below 1 nor a whole number of samples: fix it")
+    count = int(size) if size >= 1 else round(size * rows)
+    if size > 0:
+        count = max(count, 1)
+    if count >= rows:
+        raise DataError(f"{option}={size} holds out {count} of {rows} samples and leaves none to train on: lower it")
+    return count
+
+
+def _split(
+    rows: npt.NDArray[np.int64], y: npt.NDArray[np.int64], count: int, seed: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """`rows` in two, both ascending: the kept ones, and `count` held out. `y` are the labels of all samples."""
+    if count == 0:
+        return rows, rows[:0]
+    from sklearn.model_selection import train_test_split  # type: ignore[import-untyped]
+
+    state = seed % 2**32  # scikit-learn takes 32 bits
+    try:
+        kept, held = train_test_split(rows, test_size=count, random_state=state, stratify=y[rows])
+    except ValueError:  # a class has too few samples to be in both halves
+        kept, held = train_test_split(rows, test_size=count, random_state=state)
+    return np.sort(kept), np.sort(held)
+
+
+def _owners(raw: Raw, rows: npt.NDArray[np.int64]) -> Tensor | None:
+    """The owner 0..K-1 of each training row: the rank of its name among the owners that training rows have."""
+    if raw.client is None:
+        return None
+    names = _words(raw.client, f"client column of {raw.name}")[rows]
+    return torch.from_numpy(np.unique(names, return_inverse=True)[1].astype(np.int64))
+
+
+class _Converter:
+    """From arrays [n, ...] to tensors, as the top of `sources` says. A table's mean and deviation are of `rows`."""
+
+    def __init__(self, raw: Raw, rows: npt.NDArray[np.int64]) -> None:
+        self.symmetric = raw.symmetric
+        self.mean: Array | None = None
+        if raw.columns:
+            train = raw.train.x[rows].astype(np.float64)  # [n, columns]
+            self.mean, self.std = train.mean(0), train.std(0)
+            # The mean and deviation of a constant column carry rounding errors, which the division would blow up.
+            constant = train.min(0) == train.max(0)
+            self.mean[constant], self.std[constant] = train[0, constant], 1
+
+    def __call__(self, x: Array) -> Tensor:
+        if self.mean is not None:
+            return torch.from_numpy(((x - self.mean) / self.std).astype(np.float32))
+        if x.dtype == np.uint8:
+            unit = torch.from_numpy(x.astype(np.float32, order="C")).div_(255)
+            return unit.sub_(0.5).div_(0.5) if self.symmetric else unit
+        wanted = np.float32 if x.dtype.kind in "fb" else np.int64
+        return torch.from_numpy(np.array(x, dtype=wanted, order="C"))  # a copy: the caller keeps theirs

@@ -1,0 +1,40 @@
+"""What a partition is: a class with options of its own and one method, `deal`."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from cutlayer.plugins import Thing, register
+
+Indices = npt.NDArray[np.int64]
+P = TypeVar("P", bound="Partition")
+
+
+class Partition(Thing):
+    """Says whose sample is whose. Its options are its fields, declared with `plugins.option`.
+
+    `limits_samples`: whether the option `samples_per_client` has an effect on it.
+    """
+
+    limits_samples: ClassVar[bool] = True
+
+    @abstractmethod
+    def deal(
+        self, labels: npt.NDArray[Any], order: Indices, clients: int, seed: int, owners: npt.NDArray[Any] | None
+    ) -> Sequence[npt.ArrayLike]:
+        """The row numbers of each of `clients` clients, every client at least one and no row twice.
+
+        `labels` [n] are those of all rows. `order` are the rows to deal, shuffled: all of them, or those that
+        `samples_per_client` leaves. `owners` [n] says whose sample each row is, if the data say so. Draw random
+        numbers from `seeds.generator(seed, ...)` only. Raises DataError if these samples cannot be dealt this way.
+        """
+
+
+def partition_scheme(name: str, *, title: str, summary: str) -> Callable[[type[P]], type[P]]:
+    """A decorator that registers a `Partition` under `name`."""
+    return register("partition", name, title=title, summary=summary)

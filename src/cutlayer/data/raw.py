@@ -1,0 +1,68 @@
+"""What a reader finds: plain arrays, and which of them are inputs, labels and owners."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy.typing as npt
+
+from cutlayer.errors import DataError, unknown
+
+Array = npt.NDArray[Any]
+
+SPLITS = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+}
+"""What folders and splits are called, and which part of the data each name means."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """Inputs `x` [n, ...] and labels `y` [n] as they were found: any numeric inputs; integer or string labels."""
+
+    x: Array
+    y: Array
+
+
+@dataclass(frozen=True)
+class Raw:
+    """What a reader found: the training part, and a validation and a test part where the data bring their own.
+
+    `client` [len(train.y)] says whose sample each training row is. `class_names` is set where labels are already
+    0..K-1; otherwise labels are mapped to their rank among all labels. `columns` names the columns of a table
+    (x [n, columns]), which `sources` standardises; it is empty for everything else. `symmetric` asks for 8-bit
+    inputs in [-1, 1] instead of [0, 1].
+    """
+
+    name: str
+    train: Section
+    validation: Section | None = None
+    test: Section | None = None
+    client: Array | None = None
+    class_names: tuple[str, ...] | None = None
+    columns: tuple[str, ...] = ()
+    symmetric: bool = False
+
+    def parts(self) -> dict[str, Section]:
+        """The parts that exist, by name."""
+        every = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {name: part for name, part in every.items() if part is not None}
+
+
+def pick(kind: str, value: str, names: Sequence[str], hint: str) -> int:
+    """The position of the column `value` in `names`. Raises DataError with the nearest names if it is not there."""
+    if value in names:
+        return names.index(value)
+    few = list(names)
+    if len(few) > 20:  # a table of pixels has hundreds of columns: show the near ones and the first
+        few = [*difflib.get_close_matches(value, few, n=3), *few[:10], f"... ({len(names)} in all)"]
+    raise DataError(f"{unknown(kind, value, dict.fromkeys(few))}; {hint}")

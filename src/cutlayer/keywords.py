@@ -1,0 +1,99 @@
+"""The options of runs and comparisons as typed keywords. Written by cutlayer.derive: do not edit."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypedDict
+
+
+class CommonKeywords(TypedDict, total=False):
+    """Keywords of a run or comparison."""
+
+    client_device: str | None
+    server_device: str | None
+    link: str | None
+    up_mbps: float | None
+    down_mbps: float | None
+    latency_ms: float | None
+    server_mbps: float | None
+    multicast: bool
+    utilisation: float
+    speed_spread: float
+    rate_spread: float
+    stragglers: float
+    straggler_slowdown: float
+    profiles: str | None
+    data_format: str
+    label_column: str
+    client_column: str | None
+    class_names: tuple[str, ...]
+    validation: float
+    test: float
+    clients: int
+    partition: Any
+    samples_per_client: int | None
+    participation: float
+    cut: str | None
+    tail_cut: str | None
+    start: Literal["equal", "independent"]
+    epochs: int
+    rounds: int | None
+    batch: int
+    client_optimizer: str
+    client_optimizer_options: dict[str, Any]
+    client_lr: float
+    server_optimizer: str | None
+    server_optimizer_options: dict[str, Any]
+    server_lr: float | None
+    lr_schedule: Any
+    server_lr_schedule: Any
+    up_codec: str
+    down_codec: str
+    defences: Any
+    engine: Literal["auto", "local", "stacked"]
+    device: str
+    precision: Literal["float32", "float64", "bfloat16", "tf32"]
+    memory_limit: float | None
+    eval_every: int | None
+    eval_clients: int | None
+    checkpoint_every: int | None
+    snapshot_every: int | None
+    local_epochs: int
+    local_steps: int | None
+    gradient_scale: Literal["own", "union"]
+    hand_over: Literal["batch", "epoch"]
+    hand_over_optimizer: bool
+    visit_order: Literal["fixed", "random"]
+    alpha: float
+    alpha_clients: Literal["participating", "enrolled"]
+    phi: float
+    phi_when: Literal["always", "initial", "final"]
+    phi_until: float
+    average_over: Literal["clients", "clients-and-rows"]
+    average_reduce: Literal["mean", "sum"]
+    average_every: Literal["step", "round"]
+    dirichlet_alpha: float
+    quantity: Literal["linear", "square", "exponential"]
+    shards_per_client: int
+    lr_decay: float
+    lr_decay_at: tuple[float, ...]
+    zstd: bool
+    feature_dropout: float
+    clip: float | None
+    gaussian_noise: float
+    laplace_noise: float
+    nopeek: float
+
+
+class RunKeywords(CommonKeywords, total=False):
+    """Keywords of a run."""
+
+    algorithm: Any
+    seed: int
+
+
+class CompareKeywords(CommonKeywords, total=False):
+    """Keywords of a comparison."""
+
+    algorithms: Any
+    seeds: tuple[int, ...]
+    variant: dict[str, dict[str, Any]]

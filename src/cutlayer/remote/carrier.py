@@ -1,0 +1,70 @@
+"""What lies between the server's cohort and its clients: requests go out, answers or losses come back.
+
+`RemoteCohort` (`far.py`) asks a `Carrier`; at the other end a `Responder` answers, which is a `Worker` (`worker.py`)
+outside of tests. How the bytes travel is the business of a transport (see `transports`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from cutlayer.wire import messages as m
+from cutlayer.wire.frames import Frame
+from cutlayer.wire.tensors import Buffer
+
+Request = tuple[m.Message, Sequence[Buffer]]
+Answer = tuple[m.Message, Sequence[Buffer]]
+Reason = Literal["late", "gone", "failed", "garbage"]
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A client that did not answer all its requests: why, as a word and as a sentence; `kind` is the name of the
+    client's error if it has "failed".
+
+    A "late" client stays connected: it has received, or is receiving, all its requests in order, and its answers are
+    thrown away. All others are no longer connected, and it is not known how far they came.
+    """
+
+    reason: Reason
+    sentence: str
+    kind: str = ""
+
+
+class Carrier(Protocol):
+    """Carries requests to clients, and their answers back."""
+
+    @property
+    def connected(self) -> frozenset[int]:
+        """Clients that can be asked something now."""
+
+    def arrivals(self) -> Mapping[int, m.Hello]:
+        """Clients that have come, or come back, since the last call; they are connected from then on."""
+
+    def exchange(
+        self,
+        requests: Mapping[int, Sequence[Request]],
+        *,
+        deadline: float | None = None,
+        quorum: int | None = None,
+        voters: Collection[int] | None = None,
+        on_answer: Callable[[int, Frame], Any],
+    ) -> Mapping[int, list[Any] | Lost]:
+        """Send each client its requests, in order. Returns what `on_answer` makes of the answers of the clients that
+        gave them all, or why there are none. If it raises WireError, the client is lost for "garbage".
+        """
+
+
+class Responder(Protocol):
+    """A client's end. All methods are called on one thread, one after another."""
+
+    def hello(self) -> m.Hello:
+        """Who it is; asked at each connection."""
+
+    def welcome(self, welcome: m.Welcome) -> m.Refused | None:
+        """Check the server's terms in turn."""
+
+    def handle(self, frame: Frame) -> Answer | None:
+        """Answer a request; None if it has no answer."""

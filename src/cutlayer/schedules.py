@@ -1,0 +1,52 @@
+"""How learning rates change over the rounds. Options of a schedule live with it."""
+
+from __future__ import annotations
+
+import math
+
+from cutlayer.errors import ConfigError
+from cutlayer.plugins import Thing, option, register
+
+
+class Schedule(Thing):
+    """Base of schedules: what multiplies the base rates."""
+
+    def factor(self, progress: float) -> float:
+        """The factor at `progress` in [0, 1), the fraction of the rounds that are done."""
+        return 1.0
+
+
+@register("schedule", "step", title="step", summary="multiplied by lr_decay at each of lr_decay_at (the paper's)")
+class StepSchedule(Schedule):
+    """Rates fall by a factor at given fractions of the rounds. The paper: by 0.1 at 0.8."""
+
+    lr_decay: float = option(0.1, gt=0, le=1)
+    """Factor at each of lr_decay_at."""
+    lr_decay_at: tuple[float, ...] = option((0.8,))
+    """Fractions of the rounds at which the rate falls."""
+
+    def check(self, given: frozenset[str]) -> None:
+        """Raises ConfigError for a fraction outside (0, 1)."""
+        for fraction in self.lr_decay_at:
+            if not 0 < fraction < 1:
+                raise ConfigError(
+                    f"lr_decay_at = {fraction} is not a fraction of the rounds: give values between 0 and 1, e.g. 0.8"
+                )
+
+    def factor(self, progress: float) -> float:
+        """lr_decay to the number of fractions that have passed."""
+        return float(self.lr_decay ** sum(progress >= at for at in self.lr_decay_at))
+
+
+@register("schedule", "cosine", title="cosine", summary="half a cosine, from the base rate to zero")
+class CosineSchedule(Schedule):
+    """Rates fall along half a cosine."""
+
+    def factor(self, progress: float) -> float:
+        """From 1 to 0."""
+        return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@register("schedule", "constant", title="constant", summary="the base rate throughout")
+class ConstantSchedule(Schedule):
+    """Rates stay as they are."""

@@ -1,0 +1,54 @@
+"""What an algorithm moves and computes in an epoch, as it states it itself; `plan` reads nothing else about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Pattern = Literal["gather", "rounds", "relay", "steps"]
+"""Who waits for whom. gather: the raw data go to the server, which computes alone; rounds: clients train whole models,
+then all wait for the slowest; relay: one client after another; steps: every step waits for the slowest client."""
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """An epoch of C equal clients.
+
+    Sizes in bytes: `smashed` and `gradient` of one sample at the cut (up, down), `label` and `raw` of one sample,
+    `model` and `client_model` with their buffers.
+    """
+
+    clients: int
+    samples_per_client: int
+    batch: int
+    smashed: int
+    gradient: int
+    label: int
+    raw: int
+    model: int
+    client_model: int
+
+    @property
+    def samples(self) -> int:
+        """Of all clients, |D|."""
+        return self.clients * self.samples_per_client
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What an epoch of equal clients, who all take part in every round, moves and computes.
+
+    With the pattern steps or relay the smashed data of every sample go up, with their labels unless `labels` is False,
+    and cut gradients come down unless `gradients` is False; `sharing` clients receive one common gradient in a step
+    instead of their own. `averaged`: bytes of the model that each client sends and receives once an epoch. `moved`:
+    bytes of the model that goes from one client to the next (relay). `server_passes`: how often the server's part
+    trains on each sample.
+    """
+
+    pattern: Pattern
+    labels: bool = True
+    gradients: bool = True
+    sharing: int = 0
+    averaged: int = 0
+    moved: int = 0
+    server_passes: float = 1.0

@@ -1,0 +1,87 @@
+"""Rows that cross go through the codecs: a cohort around a cohort."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from cutlayer.cohort import Cohort, CohortAround, Crossed, Direction, Predict
+from cutlayer.data.samples import Samples
+from cutlayer.types import CutGradients, Evaluation, Rows, Smashed, TailGradients
+from cutlayer.wire.codecs import Codec
+from cutlayer.wire.coding import Coding
+
+
+class CodedCohort(CohortAround):
+    """A cohort whose rows cross as its codecs write them. Without a lossy codec nothing is changed.
+
+    `crossed` lists the bytes of all rows that crossed, oldest first, until whoever counts them empties it. Codecs keep
+    nothing: the state is the inner cohort's.
+    """
+
+    def __init__(self, inner: Cohort, coding: Coding) -> None:
+        super().__init__(inner)
+        self.coding = coding
+        self.crossed: list[Crossed] = []
+
+    def forward(self, clients: Sequence[int] | None = None, *, labels: bool = True) -> Smashed:
+        """Smashed data go up."""
+        smashed = self.inner.forward(clients, labels=labels)
+        return replace(smashed, rows=self._up(smashed))
+
+    def tail(self, features: Smashed) -> TailGradients:
+        """Features go down, their gradients up."""
+        rows = self._cross("down", self.coding.down, features.rows, features.clients, features.sizes)
+        tail = self.inner.tail(replace(features, rows=rows))
+        return replace(tail, rows=self._up(tail))
+
+    def backward(self, gradients: CutGradients) -> None:
+        """Own cut gradients go down one by one, a common one is written once."""
+        own = self._cross("down", self.coding.down, gradients.own, gradients.clients, gradients.sizes)
+        common = gradients.common
+        if gradients.active:
+            common, count = self.coding.common(common)
+            self.crossed.append(Crossed("down", gradients.active, count, common=True))
+        self.inner.backward(replace(gradients, own=own, common=common))
+
+    def evaluate(self, samples: Samples, predict: Predict) -> Evaluation:
+        """Smashed data of held-out samples go up and, in the U-shaped split, features down; without zstd, as remote
+        clients do it.
+        """
+        up, down = self.coding.up.plain, self.coding.down.plain
+
+        def coded(clients: Sequence[int], rows: Rows) -> Rows:
+            sizes = [len(rows[0]) // len(clients)] * len(clients)
+            outputs = predict(clients, self._cross("up", up, rows, clients, sizes))
+            return self._cross("down", down, outputs, clients, sizes) if self.shape == "u-shaped" else outputs
+
+        return self.inner.evaluate(samples, coded)
+
+    def state(self) -> dict[str, Any]:
+        """The inner cohort's."""
+        return self.inner.state()
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take a state that `state()` returned."""
+        self.inner.load(state)
+
+    def _up(self, sent: Smashed | TailGradients) -> Rows:
+        """What clients sent, as it is received. Where it was carried, only the carrier may know its bytes."""
+        return self._cross("up", self.coding.up, sent.rows, sent.clients, sent.sizes, sent.written)
+
+    def _cross(
+        self,
+        direction: Direction,
+        codec: Codec,
+        rows: Rows,
+        clients: Sequence[int],
+        sizes: Sequence[int],
+        written: Sequence[int] = (),
+    ) -> Rows:
+        """Rows [R, s...] as they are received; their bytes [C] are noted."""
+        received, counts = self.coding.rows(codec, rows, sizes)
+        self.crossed.append(Crossed(direction, clients, np.asarray(written or counts, np.int64)))
+        return received

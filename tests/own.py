@@ -1,0 +1,100 @@
+"""A codec and a defence of a user's own, as files that a configuration names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from cutlayer.defences.base import Defence, defence, drawn
+from cutlayer.errors import ConfigError
+from cutlayer.plugins import option
+from cutlayer.types import Rows
+from cutlayer.wire import Codec, codec
+
+
+@codec("grid")
+@dataclass(frozen=True)
+class Grid(Codec):
+    """Numbers as multiples of a step, two bytes each, after the mean of the tensor; e.g. grid:0.01."""
+
+    step: float = 0.001
+
+    @classmethod
+    def of(cls, argument: str | None) -> Self:
+        """The step."""
+        try:
+            return cls() if argument is None else cls(float(argument))
+        except ValueError:
+            raise ConfigError(f"{argument!r} is not a step: give e.g. grid:0.01") from None
+
+    @property
+    def argument(self) -> str:
+        """The step."""
+        return repr(self.step)
+
+    def size(self, shape: Sequence[int], dtype: torch.dtype) -> int:
+        """The mean, then two bytes per number."""
+        return 8 + 2 * math.prod(shape)
+
+    def write(self, x: Tensor) -> list[Tensor]:
+        """The mean, which all rows share, and steps from there. There is none for NaN, which the mean shows."""
+        mean = x.double().mean().view(1)
+        steps = ((x - mean) / self.step).round().nan_to_num(0, 0, 0).clamp(-32768, 32767)
+        return [mean, steps.to(torch.int16)]
+
+    def read(self, payload: memoryview, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """The sum."""
+        mean = torch.frombuffer(bytearray(payload[:8]), dtype=torch.float64)
+        steps = torch.frombuffer(bytearray(payload[8:]), dtype=torch.int16).view(tuple(shape))
+        return (mean + steps * self.step).to(dtype)
+
+    def bound(self, x: Tensor) -> Tensor:
+        """Half a step, and what is beyond the last one."""
+        beyond = ((x - x.double().mean()).abs() - 32767 * self.step).clamp(min=0)
+        return self.step * 0.51 + beyond + x.double().abs() * torch.finfo(x.dtype).eps
+
+
+@codec("careless")
+class Careless(Codec):
+    """Says another size than it writes."""
+
+    def size(self, shape: Sequence[int], dtype: torch.dtype) -> int:
+        """One byte too few."""
+        return math.prod(shape) * 2 - 1
+
+    def write(self, x: Tensor) -> list[Tensor]:
+        """Two bytes per number."""
+        return [x.half()]
+
+    def read(self, payload: memoryview, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Never comes to that."""
+        raise AssertionError
+
+    def bound(self, x: Tensor) -> Tensor:
+        """Unknown."""
+        return torch.full((), math.inf)
+
+
+@defence("shrink")
+class Shrink(Defence):
+    """Shrinks smashed data by a random factor, and penalises its length."""
+
+    order = 15
+
+    shrink: float = option(0.5, gt=0, le=1, help="The least factor.")
+
+    def protect(self, rows: Rows, sizes: Sequence[int], draws: Sequence[torch.Generator]) -> Rows:
+        """Every number times a factor of its own."""
+        return tuple(r * drawn(self._factors, r, sizes, draws) for r in rows)
+
+    def penalty(self, x: Tensor, z: Tensor) -> Tensor:
+        """The mean square."""
+        return z.square().mean()
+
+    def _factors(self, shape: Sequence[int], draw: torch.Generator) -> Tensor:
+        return self.shrink + (1 - self.shrink) * torch.rand(tuple(shape), generator=draw)

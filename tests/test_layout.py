@@ -1,0 +1,34 @@
+"""The package's layout: one name means one thing, so that a file or a class is found by its name."""
+
+import ast
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import cutlayer
+
+PACKAGE = Path(cutlayer.__file__).parent
+
+_IN_PROGRESS = {"Hub", "Part", "Smashed", "TailGradients", "Worker"}  # names that still stand for two things
+
+
+def twice(places: Iterable[tuple[str, Path]]) -> Mapping[str, list[str]]:
+    found = defaultdict(list)
+    for name, path in places:
+        found[name].append(str(path.relative_to(PACKAGE)))
+    return {name: sorted(paths) for name, paths in found.items() if len(paths) > 1}
+
+
+def test_no_file_name_is_there_twice() -> None:
+    own = (path for path in PACKAGE.rglob("*.py") if path.name not in ("__init__.py", "__main__.py"))
+    assert not twice((path.name, path) for path in own)
+
+
+def test_no_public_class_name_is_there_twice() -> None:
+    classes = (
+        (node.name, path)
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    )
+    assert not {name: paths for name, paths in twice(classes).items() if name not in _IN_PROGRESS}
