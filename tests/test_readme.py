@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support import ROOT, call
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 # `make` targets are what runs these tests; lines that say how long they take are not for every test run.
@@ -23,29 +20,19 @@ COMMANDS = [
 ]
 
 
-def shell(command: list[str], where: Path) -> str:
-    done = subprocess.run(
-        command,
-        cwd=where,
-        capture_output=True,
-        text=True,
-        timeout=150,
-        check=False,
-        env={**os.environ, "COLUMNS": "140"},
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_there_are_examples() -> None:
     assert len(PYTHON) >= 2
     assert len(COMMANDS) >= 4
 
 
 @pytest.mark.parametrize("number", range(len(PYTHON)))
-def test_python_examples(number: int, tmp_path: Path) -> None:
+def test_python_examples(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Each block runs by itself in an empty folder and prints something."""
-    assert shell([sys.executable, "-W", "error", "-c", PYTHON[number]], tmp_path)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(PYTHON[number], "README.md", "exec"), {"__name__": "__main__"})
+    assert capsys.readouterr().out
 
 
 def test_commands(tmp_path: Path) -> None:
@@ -53,7 +40,7 @@ def test_commands(tmp_path: Path) -> None:
     (config,) = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
     (tmp_path / "sweep.toml").write_text(config)
     for command in COMMANDS:
-        shell([sys.executable, "-m", *shlex.split(command)], tmp_path)
+        call(*shlex.split(command)[1:], cwd=tmp_path)
 
 
 def test_it_names_the_commands_that_exist() -> None:

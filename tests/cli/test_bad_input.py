@@ -5,7 +5,6 @@ What single data files and partitions can have wrong is in test_sources.py and t
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support import source
+from support import Done, call, source
 from torch import Tensor, nn
 
 from cutlayer import Comparison, ConfigError, CutlayerError, DataError, Run, RunConfig, UsageError, cli
@@ -24,21 +23,15 @@ MLP = ["--model", "mlp"]
 class Desk:
     """A folder with input files to work from; in the working folder nothing may appear."""
 
-    def __init__(self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.files, self.cwd = tmp_path / "files", tmp_path / "cwd"
         self.files.mkdir()
         self.cwd.mkdir()
         monkeypatch.chdir(self.cwd)
-        self._capsys, self._monkeypatch = capsys, monkeypatch
 
-    def main(self, *argv: str) -> tuple[int, str, str]:
+    def main(self, *argv: str) -> Done:
         """Exit code, stdout and stderr of a command line."""
-        self._monkeypatch.setattr(sys, "argv", ["cutlayer", *argv])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        printed = self._capsys.readouterr()
-        assert isinstance(caught.value.code, int)
-        return caught.value.code, printed.out, printed.err
+        return call(*argv, code=None)
 
     def refused(self, *argv: str) -> str:
         """The one sentence that a command line is refused with; nothing is written, nothing else is said."""
@@ -56,8 +49,8 @@ class Desk:
 
 
 @pytest.fixture
-def desk(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
-    here = Desk(tmp_path, capsys, monkeypatch)
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
+    here = Desk(tmp_path, monkeypatch)
     yield here
     assert not list(here.cwd.iterdir())
 

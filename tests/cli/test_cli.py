@@ -1,4 +1,4 @@
-"""The command line as real processes: what it writes, what it prints, and that killing it costs nothing."""
+"""The command line: what it writes, what it prints, and that killing its process costs nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
+from processes import Process
+from support import call
 from test_resume import assert_same_runs
 
 from cutlayer import Run, RunFolderError, __version__, checkpoint
@@ -23,12 +26,6 @@ from cutlayer.files import read_records
 from cutlayer.folder import CHECKPOINT, COMPARISON, EVALUATIONS, RESULT, STEPS
 
 CUTLAYER = [sys.executable, "-m", "cutlayer"]
-# Under a shell that runs its jobs in the background, processes ignore Ctrl-C from birth: make this one heed it.
-HEEDING = [
-    sys.executable,
-    "-c",
-    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])",
-]
 TINY = ["--model", "mlp", "--clients", "3", "--samples-per-client", "20"]
 TIMEOUT = 120
 
@@ -36,32 +33,23 @@ TIMEOUT = 120
 LONG = {"rounds": 75, "checkpoint_every": 25, "eval_every": 25}
 
 
-def run(*argv: str, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run a command line to its end."""
-    done = subprocess.run([*CUTLAYER, *argv], cwd=cwd, timeout=TIMEOUT, capture_output=True, text=True, check=False)
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
-    return done
-
-
 def flags(options: dict[str, Any]) -> list[str]:
     return [part for name, value in options.items() for part in ("--" + name.replace("_", "-"), str(value))]
 
 
 @contextmanager
-def started(*argv: str, cwd: Path) -> Iterator[subprocess.Popen[str]]:
-    """A command line at work; it does not outlive the test."""
-    process = subprocess.Popen(
-        [*HEEDING, *CUTLAYER, *argv], cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+def started(*argv: str, cwd: Path) -> Iterator[Process]:
+    """A command line at work; it does not outlive the test. What it says on stderr is in the file `said`."""
+    with (cwd / "said").open("wb") as said:
+        process = processes.start(argv, cwd=cwd, stderr=said)
     try:
         yield process
     finally:
         process.kill()
-        process.communicate(timeout=TIMEOUT)
+        process.wait(TIMEOUT)
 
 
-def stopped_when(process: subprocess.Popen[str], ready: Callable[[], bool]) -> None:
+def stopped_when(process: Process, ready: Callable[[], bool]) -> None:
     """Freeze the process once `ready`."""
     deadline = time.monotonic() + TIMEOUT
     while not ready():
@@ -85,7 +73,7 @@ def between_checkpoints(folder: Path) -> bool:
 def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A finished run and what it printed."""
     cwd = tmp_path_factory.mktemp("first")
-    return cwd, run("run", *TINY, "--epochs", "2", "--out", "a", cwd=cwd).stdout
+    return cwd, call("run", *TINY, "--epochs", "2", "--out", "a", cwd=cwd).stdout
 
 
 def test_run_writes_its_folder(first: tuple[Path, str]) -> None:
@@ -105,7 +93,7 @@ def test_run_writes_its_folder(first: tuple[Path, str]) -> None:
 
 def test_the_stored_configuration_reproduces_the_run(first: tuple[Path, str]) -> None:
     cwd, _ = first
-    run("run", "--config", "a/config.toml", "--out", "b", cwd=cwd)
+    call("run", "--config", "a/config.toml", "--out", "b", cwd=cwd)
     assert_same_runs(cwd / "a", cwd / "b")
     assert (cwd / "a" / "config.toml").read_text() == (cwd / "b" / "config.toml").read_text()
 
@@ -117,7 +105,7 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
         "batch = 4\nclient-optimizer = 'sgd'\nclient_optimizer_options = {momentum = 0.5, nesterov = true}\n"
     )
     line = "run --config mine.toml --clients 2 --rounds 1 --client-optimizer-options.momentum 0.9"
-    run(*line.split(), cwd=tmp_path)
+    call(*line.split(), cwd=tmp_path)
     (folder,) = (tmp_path / "runs").iterdir()
     assert re.fullmatch(r"psl-digits-\d{8}-\d{6}", folder.name)
     stored = tomllib.loads((folder / "config.toml").read_text())
@@ -189,7 +177,7 @@ def test_killed_between_checkpoints_and_resumed(tmp_path: Path) -> None:
     killed = tmp_path / "killed"
     assert between_checkpoints(killed)
     assert not (killed / RESULT).exists()
-    run("resume", "killed", cwd=tmp_path)
+    call("resume", "killed", cwd=tmp_path)
     Run(model="mlp", clients=3, samples_per_client=20, out=tmp_path / "quiet", **LONG).run()
     assert_same_runs(tmp_path / "quiet", killed)
     times = ("seconds", "steps_per_second", "samples_per_second")
@@ -205,20 +193,19 @@ def test_interrupted_while_others_look(tmp_path: Path) -> None:
         stopped_when(process, lambda: between_checkpoints(folder))
         try:
             before = {p.name: p.read_bytes() for p in folder.iterdir()}
-            refused = run("run", *TINY, "--out", "run", cwd=tmp_path, code=2)
+            refused = call("run", *TINY, "--out", "run", cwd=tmp_path, code=2)
             assert re.fullmatch(rf"error: 'run' is in use by process {process.pid}: wait .*--out\n", refused.stderr)
             with pytest.raises(RunFolderError, match=f"in use by process {process.pid}"):
                 Run.resume(folder).run()
             assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
-            run("report", "run", cwd=tmp_path)
+            call("report", "run", cwd=tmp_path)
             assert {p.name for p in folder.iterdir()} == {*before, "curves.png", "classes.png", "report.html"}
         finally:
             process.send_signal(signal.SIGCONT)
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=TIMEOUT)
-    assert process.returncode == 130
-    assert said == "error: interrupted; go on with: cutlayer resume run\n"
-    run("resume", "run", "--clients", "3", cwd=tmp_path)
+        assert process.wait(TIMEOUT) == 130
+    assert (tmp_path / "said").read_text() == "error: interrupted; go on with: cutlayer resume run\n"
+    call("resume", "run", "--clients", "3", cwd=tmp_path)
     assert json.loads((folder / RESULT).read_text())["rounds"] == LONG["rounds"]
     steps = [record["step"] for record in read_records(folder / STEPS)]
     assert steps == list(range(3 * LONG["rounds"]))
@@ -227,7 +214,7 @@ def test_interrupted_while_others_look(tmp_path: Path) -> None:
 def test_comparison_and_the_same_killed_and_resumed(tmp_path: Path) -> None:
     """Killed in the third of four runs: the first two are kept as they are, and all ends the same."""
     line = ["compare", *TINY, "--algorithms", "psl", "sglr", "--seeds", "0", "1", *flags(LONG)]
-    printed = run(*line, "--out", "quiet", cwd=tmp_path).stdout
+    printed = call(*line, "--out", "quiet", cwd=tmp_path).stdout
     quiet, killed = tmp_path / "quiet", tmp_path / "killed"
     stored = json.loads((quiet / COMPARISON).read_text())["rows"]
     assert [(row["entry"], row["seeds"]) for row in stored] == [("psl", [0, 1]), ("sglr", [0, 1])]
@@ -242,7 +229,7 @@ def test_comparison_and_the_same_killed_and_resumed(tmp_path: Path) -> None:
     done = [killed / entry / "seed-0" / RESULT for entry in ("psl", "sglr")]
     before = [path.read_bytes() for path in done]
     assert not (killed / COMPARISON).exists()
-    run("resume", "killed", cwd=tmp_path)
+    call("resume", "killed", cwd=tmp_path)
     assert [path.read_bytes() for path in done] == before
     for entry in ("psl", "sglr"):
         for seed in (0, 1):
@@ -257,7 +244,7 @@ def test_comparison_and_the_same_killed_and_resumed(tmp_path: Path) -> None:
 def test_a_folder_of_other_files_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("all of it")
-    refused = run("run", *TINY, "--out", "mine", cwd=tmp_path, code=2)
+    refused = call("run", *TINY, "--out", "mine", cwd=tmp_path, code=2)
     assert refused.stderr == "error: 'mine' already holds files: choose another --out\n"
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
@@ -265,7 +252,9 @@ def test_a_folder_of_other_files_is_left_alone(tmp_path: Path) -> None:
 
 def test_a_training_that_fails_says_where(tmp_path: Path) -> None:
     """Rates that are too high: exit code 1, the step and the clients, no traceback."""
-    failed = run("run", *TINY, "--epochs", "9", "--client-optimizer", "sgd", "--client-lr", "1e9", cwd=tmp_path, code=1)
+    failed = call(
+        "run", *TINY, "--epochs", "9", "--client-optimizer", "sgd", "--client-lr", "1e9", cwd=tmp_path, code=1
+    )
     assert re.search(r"NaN or Inf at step \d+: try lower rates", failed.stderr)
     assert failed.stderr.count("\n") == 1
     assert os.listdir(tmp_path) == ["runs"]

@@ -8,8 +8,6 @@ import itertools
 import json
 import math
 import struct
-import subprocess
-import sys
 import time
 import types
 from collections.abc import Callable
@@ -19,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import Residual  # type: ignore[import-not-found]
+from support import ROOT, Residual, call
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -53,7 +51,7 @@ def on_meta(make: Callable[[], nn.Module]) -> nn.Module:
 
 
 def seven_billion() -> types.ModuleType:
-    path = Path(__file__).parents[2] / "examples" / "seven_billion.py"
+    path = ROOT / "examples" / "seven_billion.py"
     spec = importlib.util.spec_from_file_location("seven_billion", path)
     assert spec is not None
     assert spec.loader is not None
@@ -561,15 +559,6 @@ def test_bad_input(options: dict[str, Any], words: list[str]) -> None:
 # ---- the command line -----------------------------------------------------------------------------------------------
 
 
-def command(*argv: str, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "cutlayer", *argv], cwd=cwd, timeout=120, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
-    return done
-
-
 def test_the_command_prints_tables_and_writes_files(tmp_path: Path) -> None:
     """Needs no data and trains nothing; options from a file and flags over them."""
     (tmp_path / "own.py").write_text(
@@ -581,7 +570,7 @@ def test_the_command_prints_tables_and_writes_files(tmp_path: Path) -> None:
         'model = "own.py:net"\ninput = [8, 8]\nclients = 7\nclient-device = "raspberry-pi-4"\nlink = "lte"\n'
     )
     line = "plan --config plan.toml --clients 5 --memory-budget 1 --algorithms fl psl sglr --out here"
-    printed = command(*line.split(), cwd=tmp_path).stdout
+    printed = call(*line.split(), cwd=tmp_path).stdout
     assert {p.name for p in (tmp_path / "here").iterdir()} == {"plan.json", "plan.png"}
     content = (tmp_path / "here" / "plan.png").read_bytes()
     assert content[:4] == b"\x89PNG"
@@ -602,12 +591,12 @@ def test_the_command_prints_tables_and_writes_files(tmp_path: Path) -> None:
         "Of the cuts within 1.00 GB",
     ):
         assert words in printed, words
-    refused = command(*line.split(), cwd=tmp_path, code=2)
+    refused = call(*line.split(), cwd=tmp_path, code=2)
     assert refused.stderr == "error: 'here' already holds files: choose another --out\n"
 
 
 def test_json_and_exit_codes(tmp_path: Path) -> None:
-    done = command("plan", "--model", "mlp", "--input", "8", "8", "--json", cwd=tmp_path)
+    done = call("plan", "--model", "mlp", "--input", "8", "8", "--json", cwd=tmp_path)
     found = json.loads(done.stdout)
     assert found["cut"] == "hidden2"
     assert [row["algorithm"] for row in found["algorithms"]] == ["cl", "fl", "ssl", "psl", "sfl", "sglr"]
@@ -615,7 +604,7 @@ def test_json_and_exit_codes(tmp_path: Path) -> None:
     assert all(set(b) >= {"sentence", "last", "dearer", "exact"} for b in found["break_evens"])
     assert found == json.loads(json.dumps(planned(model="mlp", input=(8, 8)).as_dict()))
     for flags, words in (("--phi 2", "phi = 2"), ("--precision float8", "float16"), ("--cut nowhere", "'nowhere'")):
-        refused = command("plan", *flags.split(), cwd=tmp_path, code=2)
+        refused = call("plan", *flags.split(), cwd=tmp_path, code=2)
         assert refused.stderr.startswith("error: ")
         assert words in refused.stderr
         assert refused.stderr.count("\n") == 1
@@ -623,7 +612,7 @@ def test_json_and_exit_codes(tmp_path: Path) -> None:
 
 
 def test_list_profiles_says_what_is_not_known(tmp_path: Path) -> None:
-    printed = command("list", "profiles", cwd=tmp_path).stdout
+    printed = call("list", "profiles", cwd=tmp_path).stdout
     assert all(word in printed for word in ("raspberry-pi-4", "lte", "11.889 GFLOP/s", "not known", "geerlingguy"))
 
 

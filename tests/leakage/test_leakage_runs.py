@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import math
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,10 @@ import torch
 
 from cutlayer import ConfigError, DataError, Run, leakage
 from cutlayer.build import assemble, deal
+from cutlayer.defences.watch import Watch
 from cutlayer.errors import RunFolderError
 from cutlayer.folder import CHECKPOINT
-from cutlayer.leakage.active import _trained, hijack
+from cutlayer.leakage.active import Watched, _trained, hijack
 from cutlayer.leakage.assess import Asked, _upper, check, comparisons, examine
 from cutlayer.leakage.fitting import Budget
 from cutlayer.leakage.reconstruct import reconstruct
@@ -235,6 +238,12 @@ def test_attacks_are_asked_for_by_name() -> None:
     assert [c.name.removeprefix("leakage/") for c in cells.values() if c.config.snapshot_every] == followed
 
 
+def _scores(watched: Sequence[Watched]) -> list[float]:
+    scores = [w.score for w in watched if w.score is not None]
+    assert len(scores) == len(watched)
+    return scores
+
+
 def test_an_active_server(tmp_path: Path) -> None:
     """Under hijackers that ignore and that know labels, beside an honest server; the run's folder is left alone."""
     run = trained(tmp_path / "run", rounds=8, cut="hidden")
@@ -250,11 +259,15 @@ def test_an_active_server(tmp_path: Path) -> None:
     ]
     assert (plain.labelled, labelled.labelled, plain.samples, plain.auxiliary, plain.rounds) == (0, 1, 100, 300, 8)
     assert plain.honest == labelled.honest
-    assert all(w.suspicious and w.score is not None and w.score < 0.7 for w in plain.hijacked)
-    assert not any(w.suspicious for w in plain.honest)
-    assert all(w.score is not None and w.score > 0.8 for w in plain.honest)
-    evading = [a.score - b.score for a, b in zip(labelled.hijacked, plain.hijacked, strict=True) if a.score and b.score]
-    assert min(evading) > 0.1  # its gradients depend on labels, too
+    honest, ignoring, knowing = (_scores(w) for w in (plain.honest, plain.hijacked, labelled.hijacked))
+    # Over three seeds, and by the processor's vector instructions: 0.96 to 1.00 under an honest server, 0.57 to 0.67
+    # under one that ignores labels (means 0.60 to 0.64), 0.74 to 0.92 under one that knows them.
+    assert min(honest) > 0.8
+    assert all(a - b > 0.15 for a, b in zip(honest, ignoring, strict=True))
+    assert statistics.mean(ignoring) < 0.7
+    assert statistics.mean(knowing) - statistics.mean(ignoring) > 0.1  # its gradients depend on labels, too
+    assert all(w.suspicious == (w.score < Watch().least) for w in (*plain.honest, *plain.hijacked, *labelled.hijacked))
+    assert any(w.suspicious for w in plain.hijacked)
     assert kept["inputs"].shape == kept["reconstructions"].shape
     table = report.active([plain, labelled])
     assert table.row_count == 2

@@ -7,8 +7,6 @@ import math
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,10 +15,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import tomli_w
 from matplotlib.image import imread
+from processes import Process
 from safetensors.numpy import save
+from support import call
 
 from cutlayer import Run
 from cutlayer.costs.expect import expect
@@ -36,13 +37,9 @@ from cutlayer.reproduce.terminal import remaining
 from cutlayer.reproduce.train import DIVERGED, EXAMINED, PICTURES, folder_of, train
 from cutlayer.reproduce.train import SHOWN as KEPT
 
-CUTLAYER = [sys.executable, "-m", "cutlayer"]
-# Under a shell that runs its jobs in the background, processes ignore Ctrl-C from birth: make this one heed it.
-HEEDING = [
-    sys.executable,
-    "-c",
-    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])",
-]
+fashion_mnist = pytest.mark.skipif(
+    not Path("/usr/share/datasets/fashion-mnist").is_dir(), reason="Fashion-MNIST is not installed"
+)
 TIMEOUT = 120
 SHOWN = ["table1", "table2", "table3", "table4", "table4-rates", "table4-compute", "table6", "skew"]
 ATTACKED = ["table5", "leakage-methods", "leakage-depth", "leakage-defences"]
@@ -230,6 +227,7 @@ def files_of(outcomes: Outcomes, parts: list[str]) -> dict[str, bytes]:
     return files(find(outcomes, parts), "smoke")
 
 
+@fashion_mnist
 def test_the_papers_numbers_stand_beside_ours(tmp_path: Path) -> None:
     """Rows carry the names that the paper's numbers are stored under; where it has none there is nothing."""
     full = Study(SIZES["full"], "fashion-mnist")
@@ -387,7 +385,7 @@ def test_tables_are_added_to_a_folder(tiny: Size, tmp_path: Path) -> None:
     assert imread(out / "table1.png").shape[1] > 1000
 
 
-@pytest.mark.skipif(not Path("/usr/share/datasets/fashion-mnist").is_dir(), reason="Fashion-MNIST is not installed")
+@fashion_mnist
 def test_every_kind_of_cell_can_be_built(tmp_path: Path) -> None:
     Reproduction([], "smoke", tmp_path / "out").check()
     assert not (tmp_path / "out").exists()
@@ -492,22 +490,17 @@ def test_a_process_that_is_killed_does_not_keep_us_waiting(tmp_path: Path) -> No
 
 
 @contextmanager
-def started(*argv: str, cwd: Path) -> Iterator[subprocess.Popen[str]]:
-    """A command line at work, with all that it starts in one group, as a shell has it; it does not outlive the test."""
-    process = subprocess.Popen(
-        [*HEEDING, *CUTLAYER, *argv],
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+def started(*argv: str, cwd: Path) -> Iterator[Process]:
+    """A command line at work, with all that it starts in one group, as a shell has it; it does not outlive the test.
+    What it says on stderr is in the file `said`.
+    """
+    with (cwd / "said").open("wb") as said:
+        process = processes.start(argv, cwd=cwd, stderr=said, new_session=True)
     try:
         yield process
     finally:
         process.kill()
-        process.communicate(timeout=TIMEOUT)
+        process.wait(TIMEOUT)
 
 
 def children(process: int) -> list[int]:
@@ -545,9 +538,8 @@ def test_interrupted_and_called_again(tmp_path: Path) -> None:
         eventually(lambda: len(list(out.glob("runs/**/result.json"))) >= 2 or process.poll() is not None)
         workers = trainers(process.pid)
         os.killpg(process.pid, signal.SIGINT)
-        _, said = process.communicate(timeout=TIMEOUT)
-    assert process.returncode == 130
-    assert said == (
+        assert process.wait(TIMEOUT) == 130
+    assert (tmp_path / "said").read_text() == (
         "error: interrupted; go on with: cutlayer reproduce table1 --size smoke --out 'my runs' --data digits "
         "--device cpu --jobs 2\n"
     )
@@ -556,23 +548,10 @@ def test_interrupted_and_called_again(tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in out.glob("runs/**/result.json")}
     assert 2 <= len(before) < 22
 
-    def call(*argv: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            [*CUTLAYER, *argv],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT,
-            check=False,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        assert done.returncode == code, done.stderr
-        return done
-
-    report = call(*line[:-1], "0")
+    report = call(*line[:-1], "0", cwd=tmp_path)
     assert f"{len(before)} of 22 runs are done" in report.stdout
     assert "Not finished" in (out / "reproduction.md").read_text()
-    done = call(*line)
+    done = call(*line, cwd=tmp_path)
     assert done.stderr == ""
     assert f"{len(before)}/22 runs are done already" in done.stdout
     assert re.search(r"^21/22 runs, \S+ seed \d: test accuracy \d+\.\d %, .* left$", done.stdout, re.MULTILINE)
@@ -580,7 +559,7 @@ def test_interrupted_and_called_again(tmp_path: Path) -> None:
     for words in ("Table 1: SplitLr", "paper 81.68", "SplitLr helps", "- Not measured (", "my runs/reproduction.html"):
         assert words in done.stdout
     assert "Not finished" not in (out / "reproduction.md").read_text()
-    refused = call("reproduce", "--out", "my runs", code=2)
+    refused = call("reproduce", "--out", "my runs", cwd=tmp_path, code=2)
     assert refused.stderr == (
         "error: the reproduction in 'my runs' was made with data = 'digits', not 'fashion-mnist': ask for what it was "
         "made with, or choose another --out\n"
@@ -604,16 +583,13 @@ def test_killed_without_leaving_anything_behind(tmp_path: Path) -> None:
         (["tabel1"], "unknown table 'tabel1': did you mean 'table1'? known: table1, table2"),
         (["--size", "smok"], 'Did you mean "smoke"?'),
         (["--jobs", "-1"], "jobs = -1 is not possible"),
-        (["--jobs", "0"], "has no finished run to report on"),
+        (["--data", "digits", "--jobs", "0"], "has no finished run to report on"),
         (["--data", "fashoin-mnist"], "did you mean 'fashion-mnist'"),
         (["--data", "digits", "--device", "abacus"], "device = 'abacus' cannot be used here"),
     ],
 )
 def test_wrong_input_is_one_sentence(argv: list[str], said: str, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [*CUTLAYER, "reproduce", *argv], cwd=tmp_path, capture_output=True, text=True, timeout=TIMEOUT, check=False
-    )
-    assert done.returncode == 2
+    done = call("reproduce", *argv, cwd=tmp_path, code=2)
     assert said in done.stderr
     assert done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
