@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cutlayer import Run, RunConfig, Samples, Source, cli, plugins
+from cutlayer.algorithms import Algorithm
 from cutlayer.data.batches import Batches
 from cutlayer.engine.base import Clients
 from cutlayer.engine.local import LocalCohort
@@ -34,6 +35,12 @@ CLASSES = 4
 ALGORITHMS = tuple(plugins.index("algorithm"))
 ZOO = plugins.index("model")
 State = dict[str, Tensor]
+
+
+def made(algorithm: str, **options: Any) -> Algorithm:
+    """An algorithm with these of its options; those that it does not have are left out."""
+    entry = plugins.find("algorithm", algorithm)
+    return plugins.load("algorithm", algorithm).of({k: v for k, v in options.items() if k in entry.option_names})
 
 
 class Residual(nn.Module):
@@ -180,7 +187,7 @@ def by_hand(
 
     With `same_batches` all clients draw client 0's order (for clients that hold the same rows).
     """
-    made = RunConfig(algorithm=algorithm, **options).thing("algorithm", algorithm)
+    own = RunConfig(algorithm=algorithm, **options).thing("algorithm", algorithm)
     parts = cut(model, at, data.x[:3])
     maker = make_optimizer("sgd", 0.1, {})
     import copy
@@ -194,7 +201,7 @@ def by_hand(
     server = Server(parts.server, maker, 0.1)
     steps = []
     for index in range(rounds):
-        steps += list(made.round(server, clients, clients.begin_round(index, rounds, 1.0)))
+        steps += list(own.round(server, clients, clients.begin_round(index, rounds, 1.0)))
     return [clients.model_state(k) for k in range(len(rows))], server.state()["model"], steps
 
 
