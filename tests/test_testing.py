@@ -247,9 +247,9 @@ def test_bytes_past_the_ledger(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_cannot_be_checked() -> None:
-    with pytest.raises(ConfigError, match="'psll'.*did you mean 'psl'"):
+    with pytest.raises(ConfigError, match=r"'psll'.*did you mean 'psl'"):
         check_algorithm("psll")
-    with pytest.raises(ConfigError, match="phi = 0.5 has no effect on psl"):
+    with pytest.raises(ConfigError, match=r"phi = 0.5 has no effect on psl"):
         check_algorithm("psl", phi=0.5)
     with pytest.raises(ConfigError, match="not registered"):
         check_algorithm(Planned)
