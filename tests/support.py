@@ -107,7 +107,7 @@ def source(sizes: Sequence[int], shape: tuple[int, ...], seed: int = 0) -> Sourc
     return Source("random", samples(sum(sizes), shape, seed), held_out, held_out, names, owner)
 
 
-def train(algorithm: str, model: nn.Module, sizes: Sequence[int], shape: tuple[int, ...], **options: Any) -> Run:
+def train(algorithm: Any, model: nn.Module, sizes: Sequence[int], shape: tuple[int, ...], **options: Any) -> Run:
     """Train with plain SGD in float64 on `source(sizes)`; the run, finished."""
     defaults: dict[str, Any] = {
         "clients": len(sizes),
