@@ -125,9 +125,17 @@ def train(algorithm: Any, model: nn.Module, sizes: Sequence[int], shape: tuple[i
     return run
 
 
+def simulated(run: Run) -> Any:
+    """The innermost cohort: that of the engine."""
+    cohort: Any = run.training.clients
+    while hasattr(cohort, "inner"):
+        cohort = cohort.inner
+    return cohort
+
+
 def client_state(run: Run, client: int = 0) -> State:
     """The parameters of one client, under the names of the whole model."""
-    return run.training.clients.inner.model_state(client)
+    return run.training.clients.model_state(client)
 
 
 def server_state(run: Run) -> State:
