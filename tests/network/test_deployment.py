@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import yaml
 
-from cutlayer.cli import app
+from cutlayer.cli import application
 from cutlayer.errors import ConfigError, UsageError
 from cutlayer.remote.certs import key_fingerprint, make_ca, make_request, sign_request
 from cutlayer.remote.serve import GRACE
@@ -192,7 +192,7 @@ def test_the_units_name_what_there_is() -> None:
         service = service_of(name)["Service"]
         program, *words = shlex.split(re.sub(r"\$\{SERVER\}", "host:4747", service["ExecStart"]))
         assert program.endswith("/bin/cutlayer")
-        command, _, _ = app.parse_args(words, exit_on_error=False, print_error=False)[:3]
+        command, _, _ = application().parse_args(words, exit_on_error=False, print_error=False)[:3]
         assert command.__name__ == ("serve" if "server" in name else "join")
         assert service["Restart"] == "on-failure"
         assert int(service["RestartPreventExitStatus"]) == UsageError.exit_code
@@ -206,7 +206,7 @@ def test_the_containers_name_what_there_is() -> None:
     compose = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())
     for name, service in compose["services"].items():
         words = shlex.split(re.sub(r"\$\{\w+:-(.*?)\}", r"\1", service["command"]))
-        command = app.parse_args(words, exit_on_error=False, print_error=False)[0]
+        command = application().parse_args(words, exit_on_error=False, print_error=False)[0]
         assert command.__name__ == {"server": "serve", "client": "join"}[name]
         written = words[words.index({"server": "--out", "client": "--folder"}[name]) + 1]
         assert written.startswith("/srv/cutlayer/")  # the rest is read-only
@@ -291,7 +291,7 @@ def test_damaged_and_weak_requests(tmp_path: Path) -> None:
 )
 def test_words_that_exclude_each_other(words: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=said):
-        app(["certs", str(tmp_path / "x"), *words.split()], exit_on_error=False, print_error=False)
+        application()(["certs", str(tmp_path / "x"), *words.split()], exit_on_error=False, print_error=False)
     assert not (tmp_path / "x").exists()
 
 
