@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cutlayer import Run, RunConfig, Samples, Source, cli, plugins
+from cutlayer.algorithms import Algorithm
 from cutlayer.data.batches import Batches
 from cutlayer.engine.base import Clients
 from cutlayer.engine.local import LocalCohort
@@ -34,6 +35,12 @@ CLASSES = 4
 ALGORITHMS = tuple(plugins.index("algorithm"))
 ZOO = plugins.index("model")
 State = dict[str, Tensor]
+
+
+def made(algorithm: str, **options: Any) -> Algorithm:
+    """An algorithm with these of its options; those that it does not have are left out."""
+    entry = plugins.find("algorithm", algorithm)
+    return plugins.load("algorithm", algorithm).of({k: v for k, v in options.items() if k in entry.option_names})
 
 
 class Residual(nn.Module):
@@ -100,7 +107,7 @@ def source(sizes: Sequence[int], shape: tuple[int, ...], seed: int = 0) -> Sourc
     return Source("random", samples(sum(sizes), shape, seed), held_out, held_out, names, owner)
 
 
-def train(algorithm: str, model: nn.Module, sizes: Sequence[int], shape: tuple[int, ...], **options: Any) -> Run:
+def train(algorithm: Any, model: nn.Module, sizes: Sequence[int], shape: tuple[int, ...], **options: Any) -> Run:
     """Train with plain SGD in float64 on `source(sizes)`; the run, finished."""
     defaults: dict[str, Any] = {
         "clients": len(sizes),
@@ -118,9 +125,17 @@ def train(algorithm: str, model: nn.Module, sizes: Sequence[int], shape: tuple[i
     return run
 
 
+def simulated(run: Run) -> Any:
+    """The innermost cohort: that of the engine."""
+    cohort: Any = run.training.clients
+    while hasattr(cohort, "inner"):
+        cohort = cohort.inner
+    return cohort
+
+
 def client_state(run: Run, client: int = 0) -> State:
     """The parameters of one client, under the names of the whole model."""
-    return run.training.clients.inner.model_state(client)
+    return run.training.clients.model_state(client)
 
 
 def server_state(run: Run) -> State:
@@ -180,7 +195,7 @@ def by_hand(
 
     With `same_batches` all clients draw client 0's order (for clients that hold the same rows).
     """
-    made = RunConfig(algorithm=algorithm, **options).thing("algorithm", algorithm)
+    own = RunConfig(algorithm=algorithm, **options).thing("algorithm", algorithm)
     parts = cut(model, at, data.x[:3])
     maker = make_optimizer("sgd", 0.1, {})
     import copy
@@ -194,7 +209,7 @@ def by_hand(
     server = Server(parts.server, maker, 0.1)
     steps = []
     for index in range(rounds):
-        steps += list(made.round(server, clients, clients.begin_round(index, rounds, 1.0)))
+        steps += list(own.round(server, clients, clients.begin_round(index, rounds, 1.0)))
     return [clients.model_state(k) for k in range(len(rows))], server.state()["model"], steps
 
 

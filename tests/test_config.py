@@ -173,13 +173,15 @@ def test_comparisons(data: st.DataObject) -> None:
     """With variants, whose plan is the same too."""
     algorithms = tuple(data.draw(st.lists(st.sampled_from(list(ALGORITHMS)), min_size=1, unique=True)))
     seeds = tuple(data.draw(st.lists(st.integers(0, 2**60), min_size=1, max_size=4, unique=True)))
+    options = data.draw(values(algorithms))
     variant = {}
     for name in data.draw(st.lists(NAMES.map("v{}".format), max_size=2, unique=True)):
         algorithm = data.draw(st.sampled_from(list(ALGORITHMS)))
-        variant[name] = {"algorithm": algorithm, **data.draw(values((algorithm,)))}
-        for key, value in variant[name].items():
-            variant[name][key] = list(value) if isinstance(value, tuple) else value
-    options = data.draw(values(algorithms))
+        own = data.draw(values((algorithm,)))
+        chosen = {**options, **own}
+        own = {key: value for key, value in own.items() if has_effect(key, chosen, (algorithm,))}
+        own = {key: list(value) if isinstance(value, tuple) else value for key, value in own.items()}
+        variant[name] = {"algorithm": algorithm, **own}
     config = CompareConfig(algorithms=algorithms, seeds=seeds, variant=variant, **options)
     resolved = config.resolved()
     read = CompareConfig.of(again(resolved))

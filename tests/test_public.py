@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from typing import get_args, get_type_hints
 
 import cutlayer
-from cutlayer import catalog
-from cutlayer.algorithms import ALGORITHMS
-from cutlayer.cli import app
-from cutlayer.options import CommonConfig, CompareConfig, FleetConfig, PlanConfig, RunConfig, all_specific, applicable
+from cutlayer import derive, plugins
+from cutlayer.cli import application
+from cutlayer.options import CommonConfig, CompareConfig, FleetConfig, PlanConfig, RunConfig
 
 PUBLIC = """CompareConfig Comparison ConfigError CutError CutlayerError DataError NonFiniteError Parts Record Result Row
 Run RunConfig RunFolderError Samples Scores Source TrainingError UsageError __version__ cut cut_points from_arrays
@@ -18,29 +16,52 @@ from_dataset load partition"""
 
 COMMON = """client_device server_device link up_mbps down_mbps latency_ms server_mbps multicast utilisation speed_spread
 rate_spread stragglers straggler_slowdown profiles data data_format label_column client_column class_names validation
-test clients partition dirichlet_alpha shards_per_client quantity samples_per_client participation model cut tail_cut
-start epochs rounds batch client_optimizer client_optimizer_options client_lr server_optimizer
-server_optimizer_options server_lr lr_schedule server_lr_schedule lr_decay lr_decay_at local_epochs local_steps alpha
-alpha_clients phi phi_when phi_until average_over average_reduce gradient_scale up_codec down_codec clip
-gaussian_noise laplace_noise feature_dropout nopeek average_every hand_over hand_over_optimizer visit_order engine
-device precision memory_limit eval_every eval_clients checkpoint_every snapshot_every"""
+test clients partition samples_per_client participation model cut tail_cut start epochs rounds batch client_optimizer
+client_optimizer_options client_lr server_optimizer server_optimizer_options server_lr lr_schedule server_lr_schedule
+up_codec down_codec defences engine device precision memory_limit eval_every eval_clients checkpoint_every
+snapshot_every"""
 
-PLAN = """model cut algorithms input input_type classes label_bytes clients samples_per_client batch phi precision
+PLAN = """model cut algorithms input input_type classes label_bytes clients samples_per_client batch precision
 client_optimizer memory_budget energy_budget servers seed"""
 
-OWN = {
-    "cl": "",
-    "fl": "local_epochs local_steps",
-    "ssl": "hand_over hand_over_optimizer visit_order",
-    "psl": "gradient_scale",
-    "sfl": "average_every gradient_scale local_epochs local_steps",
-    "sflv1": "local_epochs local_steps",
-    "sflv2": "local_epochs local_steps",
-    "sflv3": "local_epochs local_steps",
-    "slr": "alpha alpha_clients gradient_scale",
-    "sgl": "average_over average_reduce gradient_scale phi phi_until phi_when",
-    "sglr": "alpha alpha_clients average_over average_reduce gradient_scale phi phi_until phi_when",
-    "ussl": "hand_over hand_over_optimizer tail_cut visit_order",
+THINGS = {
+    "algorithm": {
+        "cl": "",
+        "fl": "local_epochs local_steps",
+        "psl": "gradient_scale",
+        "ssl": "hand_over hand_over_optimizer visit_order",
+        "slr": "alpha alpha_clients gradient_scale",
+        "sgl": "average_over average_reduce gradient_scale phi phi_until phi_when",
+        "sglr": "alpha alpha_clients average_over average_reduce gradient_scale phi phi_until phi_when",
+        "sfl": "average_every gradient_scale local_epochs local_steps",
+        "sflv1": "local_epochs local_steps",
+        "sflv2": "local_epochs local_steps",
+        "sflv3": "local_epochs local_steps",
+        "ussl": "hand_over hand_over_optimizer visit_order",
+    },
+    "model": {"alexnet": "", "cnn": "", "mlp": "", "resnet16": ""},
+    "data": {"digits": "", "fashion-mnist": ""},
+    "format": {
+        "csv": "client_column label_column",
+        "huggingface": "client_column label_column",
+        "idx": "",
+        "images": "",
+        "npz": "",
+    },
+    "partition": {
+        "column": "",
+        "dirichlet": "dirichlet_alpha",
+        "iid": "",
+        "quantity": "quantity",
+        "shards": "shards_per_client",
+    },
+    "schedule": {"step": "lr_decay lr_decay_at", "cosine": "", "constant": ""},
+    "codec": {"bfloat16": "", "float16": "", "float8": "", "int8": "", "raw": "", "top-k": ""},
+    "defence": {
+        "feature-dropout": "feature_dropout",
+        "noise": "clip gaussian_noise laplace_noise",
+        "nopeek": "nopeek",
+    },
 }
 
 
@@ -60,7 +81,7 @@ def test_options() -> None:
 
 
 def test_commands() -> None:
-    assert {name for name in app if not name.startswith("-")} == {
+    assert {name for name in application() if not name.startswith("-")} == {
         "run",
         "compare",
         "resume",
@@ -76,18 +97,21 @@ def test_commands() -> None:
     }
 
 
-def test_options_of_each_algorithm() -> None:
-    assert {name: sorted(info.options) for name, info in catalog.ALGORITHMS.items()} == {
-        name: sorted(options.split()) for name, options in OWN.items()
+def test_things_and_their_options() -> None:
+    found = {
+        kind: {name: " ".join(sorted(entry.option_names)) for name, entry in plugins.index(kind).items()}
+        for kind in plugins.KINDS
     }
-    assert applicable("cl") == frozenset()
-    assert all_specific() <= set(CommonConfig.model_fields)
+    found["codec"] = dict.fromkeys(found["codec"], "")  # written with a codec's name, not among a run's options
+    assert found == THINGS
 
 
-def test_catalogue_names_what_there_is() -> None:
-    assert list(catalog.ALGORITHMS) == list(ALGORITHMS)
-    formats = set(get_args(get_type_hints(CommonConfig)["data_format"]))
-    assert formats == {"auto", *catalog.DATA_FORMATS}
+def test_what_is_derived_is_up_to_date() -> None:
+    """Else run `make derive`."""
+    stored = plugins.stored_index()
+    assert stored is not None, "index.json is out of date"
+    assert derive.KEYWORDS.read_text() == derive.keywords()
+    assert derive.OPTIONS.read_text() == derive.options()
 
 
 def test_importing_is_light() -> None:

@@ -35,7 +35,8 @@ from cutlayer.optim import MakeOptimizer, make_optimizer
 from cutlayer.options import RunConfig, default_cut
 from cutlayer.schedules import Schedule
 from cutlayer.server import Server
-from cutlayer.verbs import Traits
+from cutlayer.types import Rows
+from cutlayer.verbs import LEARN, Traits
 from cutlayer.wire import Codec, Coding
 from cutlayer.wire.coded import CodedCohort
 
@@ -195,7 +196,9 @@ def prepare(
     make_client, make_server = _optimizers(config)
     local_epochs, local_steps = algorithm.part_of_round
     setup = Clients(
-        _ClientModels(config, split, make_model, len(owners)),
+        _ClientModels(
+            config, split, make_model, len(owners), _heads(config, algorithm, split, example, source.classes)
+        ),
         source.train,
         owners,
         make_client,
@@ -364,10 +367,20 @@ def _optimizers(config: RunConfig) -> tuple[MakeOptimizer, MakeOptimizer]:
 
 
 class _ClientModels(Sequence[ClientModel]):
-    """Every client's (lower part, tail), made when asked for: equal copies, or each initialised by itself."""
+    """Every client's (lower part, tail or auxiliary head), made when asked for: equal copies, or each initialised by
+    itself. `make_head` makes a head from a seed's name, where the algorithm has some.
+    """
 
-    def __init__(self, config: RunConfig, split: Parts, make_model: Callable[..., nn.Module], clients: int) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        split: Parts,
+        make_model: Callable[..., nn.Module],
+        clients: int,
+        make_head: Callable[..., nn.Module] | None,
+    ) -> None:
         self.config, self.split, self.make_model, self.clients = config, split, make_model, clients
+        self.make_head = make_head
 
     def __len__(self) -> int:
         return self.clients
@@ -381,7 +394,27 @@ class _ClientModels(Sequence[ClientModel]):
             for part in (lower, tail):
                 if part is not None:
                     load_own(part, fresh)
+        if self.make_head is not None:
+            own = (client,) if self.config.start == "independent" else ()
+            return lower, self.make_head("head", *own)
         return lower, tail
+
+
+def _heads(
+    config: RunConfig, algorithm: Algorithm, split: Parts, example: torch.Tensor, classes: int
+) -> Callable[..., nn.Module] | None:
+    """A function (*name) -> an auxiliary head, where the algorithm needs some."""
+    if LEARN not in algorithm.traits.needs:
+        return None
+    client = copy.deepcopy(split.client).eval()
+    with torch.no_grad():
+        smashed: Rows = client(example)
+
+    def make(*name: str | int) -> nn.Module:
+        with seeds.torch_seeded(config.seed, *name):
+            return typed(algorithm.head(smashed, classes), config).to(example.device)
+
+    return make
 
 
 def _raw_bytes(source: Source, rows: np.ndarray) -> int:

@@ -6,13 +6,14 @@ import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 from cutlayer.build import Data, Model, assemble, by_name, deal
 from cutlayer.errors import RunFolderError
 from cutlayer.files import read_json
 from cutlayer.folder import COMPARISON, CONFIG, OWN_FILES, RESULT, Folder, refuse_used, stored_config
-from cutlayer.options import CompareConfig, RunConfig, overlaid
+from cutlayer.keywords import CompareKeywords
+from cutlayer.options import CompareConfig, RunConfig, by_reference, overlaid
 from cutlayer.run import Record, Result, Run, Spent, own_things, without_own
 from cutlayer.summary import mean_of_known
 
@@ -54,11 +55,11 @@ class Comparison:
         model: Model | str | None = None,
         data: Data | str | None = None,
         out: str | Path | None = None,
-        **options: Any,
+        **options: Unpack[CompareKeywords],
     ) -> None:
         base = {} if config is None else config.model_dump(include=config.model_fields_set)
         self._model, self._data, names = by_name(model, data)
-        self.config = CompareConfig.of(overlaid(base, {**options, **names}))
+        self.config = CompareConfig.of(overlaid(base, by_reference({**options, **names})))
         self.plan = self.config.runs(frozenset(self.config.model_fields_set))
         self.out = None if out is None else Path(out)
         self._resumed = False

@@ -76,7 +76,6 @@ class CommonKeywords(TypedDict, total=False):
     shards_per_client: int
     lr_decay: float
     lr_decay_at: tuple[float, ...]
-    zstd: bool
     feature_dropout: float
     clip: float | None
     gaussian_noise: float

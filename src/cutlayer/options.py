@@ -8,6 +8,7 @@ effect is kept in the resolved configuration.
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import tomllib
@@ -74,10 +75,23 @@ def _value(text: str) -> Any:
 OptimizerOptions = Annotated[dict[str, bool | int | float | str | list[float]], BeforeValidator(_typed)]
 
 
+def _one_line(text: str | None) -> str:
+    return " ".join((text or "").split())
+
+
 class _Config(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
     )
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        """What `help` shows: one line per option instead of a signature of a hundred types."""
+        options = inspect.Parameter("options", inspect.Parameter.VAR_KEYWORD, annotation=Any)
+        cls.__signature__ = inspect.Signature([options])
+        about_it = inspect.cleandoc(cls.__doc__ or "").split("\n\nOptions, ", 1)[0]
+        lines = [f"{name} = {f.get_default()!r}: {_one_line(f.description)}" for name, f in cls.model_fields.items()]
+        cls.__doc__ = "\n".join([about_it, "", "Options, with their defaults:", *lines])
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
@@ -623,6 +637,35 @@ def overlaid(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]
         if over.get(above) and below not in over
     }
     return {**{k: v for k, v in base.items() if k not in gone}, **over}
+
+
+_NAMED = {
+    "algorithm": "algorithm",
+    "algorithms": "algorithm",
+    "partition": "partition",
+    "lr_schedule": "schedule",
+    "server_lr_schedule": "schedule",
+    "defences": "defence",
+}
+
+
+def by_reference(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values given from Python, things among them as objects (classes or configured instances): their names instead,
+    with the options that an instance has.
+    """
+    named: dict[str, Any] = {}
+    options: dict[str, Any] = {}
+    for name, value in values.items():
+        kind = _NAMED.get(name)
+        if kind is None or value is None or isinstance(value, str):
+            named[name] = value
+            continue
+        several = isinstance(value, tuple | list)
+        adopted = [plugins.adopt(kind, one) for one in (value if several else [value])]
+        named[name] = tuple(reference for reference, _ in adopted) if several else adopted[0][0]
+        for _, own in adopted:
+            options |= own
+    return {**options, **named}
 
 
 def normalised(values: Mapping[str, Any]) -> dict[str, Any]:

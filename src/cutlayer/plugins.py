@@ -426,13 +426,17 @@ def _digest() -> str:
 
 @cache
 def _index() -> dict[str, dict[str, Entry]]:
-    path = _PACKAGE / _INDEX
+    return stored_index() or scan()
+
+
+def stored_index() -> dict[str, dict[str, Entry]] | None:
+    """What `index.json` says; None if it is missing, or older than a file that could register something."""
     try:
-        stored = json.loads(path.read_bytes())
+        stored = json.loads((_PACKAGE / _INDEX).read_bytes())
     except (OSError, ValueError):
-        stored = {}
+        return None
     if stored.get("digest") != _digest():
-        return scan()
+        return None
     found: dict[str, dict[str, Entry]] = {kind: {} for kind in KINDS}
     for plain in stored["things"]:
         found[plain["kind"]][plain["name"]] = Entry.from_json(plain)

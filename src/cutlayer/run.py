@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from cutlayer import checkpoint
 from cutlayer.build import Data, Model, Training, assemble, by_name
@@ -26,7 +26,8 @@ from cutlayer.folder import (
     refuse_used,
     stored_config,
 )
-from cutlayer.options import RunConfig, normalised, overlaid
+from cutlayer.keywords import RunKeywords
+from cutlayer.options import RunConfig, by_reference, normalised, overlaid
 from cutlayer.scoring import judged
 from cutlayer.types import Evaluation, Step
 
@@ -131,10 +132,10 @@ class Result(Spent):
 class Run:
     """One training run: iterate over its records, or call `run()`.
 
-    Options are those of `RunConfig`, as keywords or as a ready `config`. `model` may be a module of your own (or a
-    function that makes one) and `data` tensors (x, y), a dataset or a Source; names choose from the catalogue. With
-    `out` the run is written to that folder and can be resumed. `training` replaces the simulation that is built from
-    all this (clients on other machines: `remote`).
+    Options are keywords (docs/options.md) or a ready `config`. What is chosen by name may be an object too: a class or
+    a configured instance of an algorithm, partition, schedule or defence; `model` a module (or a function that makes
+    one); `data` tensors (x, y), a dataset or a Source. With `out` the run is written to that folder and can be resumed.
+    `training` replaces the simulation that is built from all this (clients on other machines: `remote`).
 
     Raises UsageError before anything is trained or written; NonFiniteError (with step and client) during training.
     """
@@ -147,10 +148,10 @@ class Run:
         data: Data | str | None = None,
         out: str | Path | None = None,
         training: Training | None = None,
-        **options: Any,
+        **options: Unpack[RunKeywords],
     ) -> None:
         self._model, self._data, names = by_name(model, data)
-        self.config = _merged(config, {**options, **names})
+        self.config = _merged(config, by_reference({**options, **names}))
         self.out = None if out is None else Path(out)
         if self.out is not None:
             refuse_used(self.out)
@@ -171,17 +172,17 @@ class Run:
         model: Model | None = None,
         data: Data | None = None,
         training: Training | None = None,
-        **options: Any,
+        **options: Unpack[RunKeywords],
     ) -> Run:
         """A run that goes on from the last checkpoint in `out` (from the beginning where there is none yet).
 
-        A model or data that are not from the catalogue must be given again. Raises RunFolderError where the folder is
+        A model or data that are not found by name must be given again. Raises RunFolderError where the folder is
         no run, its checkpoint is broken or was made by another configuration than asked for.
         """
         out = Path(out)
         stored = stored_config(out)
         config = RunConfig.of(without_own(stored, out, model=model, data=data))
-        _refuse_other(config, normalised(options), out)
+        _refuse_other(config, normalised(by_reference(options)), out)
         run = cls(config, model=model, data=data, training=training)
         run.out, run._resumed = out, True
         return run
@@ -429,7 +430,7 @@ def round_of(training: Training, index: int) -> Iterator[Step]:
 
 
 def own_things(**given: object) -> dict[str, bool]:
-    """What a stored configuration says about the model and data that are not from the catalogue."""
+    """What a stored configuration says about the model and data that are not found by name."""
     return {f"own_{name}": True for name, thing in given.items() if thing is not None}
 
 

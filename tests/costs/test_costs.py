@@ -15,7 +15,7 @@ from torch import nn
 
 from cutlayer import ConfigError, Run, RunFolderError, checkpoint
 from cutlayer.build import assemble
-from cutlayer.cli import app
+from cutlayer.cli import application
 from cutlayer.costs.clock import Clock
 from cutlayer.costs.energy import Use, clients_energy
 from cutlayer.costs.expect import ALGORITHMS, Workload, expect
@@ -161,7 +161,6 @@ def work_of(run: Run, **options: Any) -> Workload:
         model=sum(parameters),
         client_model=parameters[0],
         flops=training.flops,
-        phi=config.phi,
         **options,
     )
 
@@ -187,7 +186,7 @@ def test_the_closed_forms_are_what_ledger_and_clock_count(algorithm: str, circum
     result = run.run()
     machines = fleet(run.config, 4)
     assert machines is not None
-    found = expect(algorithm, work_of(run, epochs=epochs), machines)
+    found = expect(run.training.algorithm, work_of(run, epochs=epochs), machines)
     ledger = run.training.ledger
     assert found.up + found.once_up == ledger.total("up")
     assert found.down == ledger.total("down")
@@ -479,14 +478,14 @@ def test_what_an_older_run_did_not_count_is_not_known(tmp_path: Path) -> None:
 
 def test_calibration_makes_a_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mine = tmp_path / "mine.toml"
-    app(["calibrate", "--seconds", "0.2", "--watts", "12.5", "--name", "desk", "--out", str(mine)], **NO_EXIT)
+    application()(["calibrate", "--seconds", "0.2", "--watts", "12.5", "--name", "desk", "--out", str(mine)], **NO_EXIT)
     device = Profiles.load(mine).device("desk")
     assert device.watts == 12.5
     assert device.idle_watts is None
     assert 1e6 < device.flops_per_second < 1e15
     assert "cnn, batch 8" in device.basis
     assert "as given" in device.source
-    app(["calibrate", "--seconds", "0.2", "--watts", "12.5", "--idle-watts", "3"], **NO_EXIT)
+    application()(["calibrate", "--seconds", "0.2", "--watts", "12.5", "--idle-watts", "3"], **NO_EXIT)
     assert "idle_watts = 3.0" in capsys.readouterr().out
 
 
@@ -505,5 +504,5 @@ def test_bad_calibrations(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, words
     monkeypatch.setattr("cutlayer.costs.measured._RAPL", tmp_path)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ConfigError) as error:
-        app(["calibrate", *words.split()], **NO_EXIT)
+        application()(["calibrate", *words.split()], **NO_EXIT)
     assert all(part in str(error.value) for part in said)

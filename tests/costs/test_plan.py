@@ -17,13 +17,13 @@ from typing import Any
 
 import pytest
 import torch
-from support import ROOT, Residual, call
+from support import ROOT, Residual, call, made
 from torch import Tensor, nn
 from torch.nn import functional
 
 from cutlayer import ConfigError, CutError, Run, cut
 from cutlayer.costs import breakeven
-from cutlayer.costs.breakeven import BreakEven, break_evens, bytes_of, sentences
+from cutlayer.costs.breakeven import BreakEven, Duel, break_evens, bytes_of, sentences
 from cutlayer.costs.expect import ALGORITHMS, Workload, expect
 from cutlayer.costs.fleet import fleet
 from cutlayer.costs.flops import Flops, ModelFlops, count
@@ -315,7 +315,11 @@ WORK = Workload(
 )
 
 
-def at(b: BreakEven, value: int, work: Workload) -> tuple[int, int]:
+def duel(algorithm: str) -> Duel:
+    return Duel(made(algorithm), made("fl"))
+
+
+def at(b: BreakEven, value: int, work: Workload, phi: float) -> tuple[int, int]:
     """Bytes of the algorithm and of fl where the break-even's quantity is `value`."""
     if b.quantity == "samples per client":
         work = replace(work, samples_per_client=value)
@@ -324,24 +328,25 @@ def at(b: BreakEven, value: int, work: Workload) -> tuple[int, int]:
     else:
         work = replace(work, clients=value, samples_per_client=work.samples / value)  # type: ignore[arg-type]
     assert b.convention is not None
-    return bytes_of(expect(b.algorithm, work), b.convention), bytes_of(expect("fl", work), b.convention)
+    own, federated = made(b.algorithm, phi=phi), made("fl")
+    return bytes_of(expect(own, work), b.convention), bytes_of(expect(federated, work), b.convention)
 
 
 @pytest.mark.parametrize("phi", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("algorithm", SPLIT)
 def test_on_both_sides_of_a_break_even_the_order_differs(algorithm: str, phi: float) -> None:
     """And the closed form is where it changes, up to the rounding of active clients to whole ones."""
-    work = replace(WORK, phi=phi)
-    found = break_evens((algorithm,), work, None)
+    work = WORK
+    found = break_evens([made(algorithm, phi=phi), made("fl")], work, None)
     assert len(found) == 3 * len(CONVENTIONS)
     for b in found:
         if b.last is None:
             assert b.dearer in ("always", "never")
             for value in (1, 10, 10**4, 10**7):
-                own, federated = at(b, value, work)
+                own, federated = at(b, value, work, phi)
                 assert (own > federated) == (b.dearer == "always")
             continue
-        (below, fl_below), (above, fl_above) = at(b, b.last, work), at(b, b.last + 1, work)
+        (below, fl_below), (above, fl_above) = at(b, b.last, work, phi), at(b, b.last + 1, work, phi)
         if b.dearer == "above":
             assert below <= fl_below
             assert above > fl_above
@@ -358,19 +363,19 @@ def test_on_both_sides_of_a_break_even_the_order_differs(algorithm: str, phi: fl
 def test_ssl_with_most_of_the_model_costs_more_with_many_clients() -> None:
     """Under wire-broadcast fl's models go down once for all, SSL's from client to client: every client count tried."""
     work = replace(WORK, clients=2, samples_per_client=12, smashed=6, gradient=6, label=1, model=430, client_model=245)
-    found = breakeven.clients("ssl", work, "wire-broadcast")
+    found = breakeven.clients(duel("ssl"), work, "wire-broadcast")
 
     def dearer(c: int) -> bool:
         return 24 * (6 + 6 + 1) + 2 * (c - 1) * 245 > (c + 1) * 430
 
     assert (found.dearer, found.last) == ("above", max(c for c in range(1, 200) if not dearer(c)))
     assert str(found) == "SSL costs no more than FL when up to 10 clients share the 24 samples out, and more beyond."
-    few = breakeven.clients("ssl", replace(work, samples_per_client=1000), "wire-broadcast")
+    few = breakeven.clients(duel("ssl"), replace(work, samples_per_client=1000), "wire-broadcast")
     assert str(few) == "SSL costs more than FL, however many clients share the samples out."
 
 
 def test_break_evens_that_read_alike_are_one_sentence() -> None:
-    found = [breakeven.model_size(a, WORK, "wire-unicast") for a in ("psl", "sfl")]
+    found = [breakeven.model_size(duel(a), WORK, "wire-unicast") for a in ("psl", "sfl")]
     near = [replace(found[0], last=12_500_000), replace(found[1], last=12_500_321)]
     assert sentences(near) == ["PSL and SFL cost more than FL for models of up to 12.5 MB, and no more beyond."]
 
@@ -378,12 +383,12 @@ def test_break_evens_that_read_alike_are_one_sentence() -> None:
 def test_the_papers_break_even() -> None:
     """At the paper's sizes PSL and FL meet at 2 C S(w) = 2 |D| S(L)."""
     work = replace(WORK, clients=100, smashed=24_000, gradient=24_000, model=200_000_000, client_model=67_000_000)
-    psl = breakeven.samples_per_client("psl", work, "paper")
+    psl = breakeven.samples_per_client(duel("psl"), work, "paper")
     assert psl.exact == pytest.approx(200_000 / 24)
     assert psl.last == 8333
-    size = breakeven.model_size("psl", replace(work, samples_per_client=500), "paper")
+    size = breakeven.model_size(duel("psl"), replace(work, samples_per_client=500), "paper")
     assert size.exact == 500 * 24_000
-    assert breakeven.clients("psl", replace(work, samples_per_client=500), "paper").last == 6
+    assert breakeven.clients(duel("psl"), replace(work, samples_per_client=500), "paper").last == 6
     assert str(psl) == "PSL costs no more than FL with up to 8,333 samples per client, and more beyond."
 
 
@@ -393,11 +398,12 @@ def test_time_breaks_even_where_it_says(algorithm: str) -> None:
     for device, model in itertools.product(("mac-mini-m4", "raspberry-pi-zero-2w"), (10_000, 10**6, 10**8, 10**10)):
         machines = fleet(PlanConfig(**{**FLEET, "client_device": device}, latency_ms=0.0), 10)
         work = replace(WORK, model=model)
-        b = breakeven.duration(algorithm, work, machines)
+        b = breakeven.duration(duel(algorithm), work, machines)
         kinds.add(b.dearer)
 
         def longer(n: int, work: Workload = work, machines: Any = machines) -> bool:
-            own, other = (expect(a, replace(work, samples_per_client=n), machines).seconds for a in (algorithm, "fl"))
+            both = (made(a) for a in (algorithm, "fl"))
+            own, other = (expect(a, replace(work, samples_per_client=n), machines).seconds for a in both)
             return own > other * (1 + 1e-12)  # type: ignore[operator]
 
         if b.last is None:
@@ -408,7 +414,7 @@ def test_time_breaks_even_where_it_says(algorithm: str) -> None:
 
 
 def test_sentences_say_what_is_the_same_once() -> None:
-    texts = sentences([breakeven.samples_per_client(a, WORK, "wire-unicast") for a in ("psl", "sglr", "sfl")])
+    texts = sentences([breakeven.samples_per_client(duel(a), WORK, "wire-unicast") for a in ("psl", "sglr", "sfl")])
     assert texts[0] == "PSL and SGLR cost no more than FL with up to 440 samples per client, and more beyond."
     assert len(texts) == 2
 

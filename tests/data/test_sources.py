@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cutlayer.catalog import DATA_FORMATS, DATASETS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -24,7 +23,6 @@ from cutlayer import plugins
 from cutlayer.data import Source, from_arrays, from_dataset, load, load_whole
 from cutlayer.data.built_in.fashion_mnist import FASHION_MNIST_FOLDER
 from cutlayer.errors import ConfigError, CutlayerError, DataError
-from cutlayer.options import CommonConfig
 
 RNG = np.random.default_rng(0)
 
@@ -931,17 +929,6 @@ def test_a_part_that_the_data_bring_is_not_held_out(own: str, tmp_path: Path) ->
     path = npz(tmp_path, x=ONES, y=Y, x_val=ONES, y_val=Y)
     refused(lambda: load(path, given=asked), "validation=0.1", "own validation set", error=ConfigError)
     assert len(load(path, given=frozenset({"test"})).validation) == 10
-
-
-def test_built_in_things_are_those_of_the_catalogue() -> None:
-    assert {n: e.summary for n, e in plugins.index("data").items()} == {n: i.summary for n, i in DATASETS.items()}
-    assert {n: e.summary for n, e in plugins.index("format").items()} == DATA_FORMATS
-    columns = {"label_column", "client_column"}
-    for name, entry in plugins.index("format").items():
-        assert entry.option_names == (columns if name in ("csv", "huggingface") else set())
-    for option in (o for entry in plugins.index("format").values() for o in entry.options):
-        assert option.help == " ".join((CommonConfig.model_fields[option.name].description or "").split())
-        assert option.default == CommonConfig.model_fields[option.name].default
 
 
 def test_nothing_imports_the_package_datasets_unasked() -> None:

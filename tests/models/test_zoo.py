@@ -1,14 +1,21 @@
 """The zoo: shapes, names, the paper's figures, and what its models refuse."""
 
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from support import ZOO
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from cutlayer import Run, plugins
+from cutlayer.costs.measure import load_model
 from cutlayer.errors import ConfigError
-from cutlayer.models import build, cut
+from cutlayer.models import build, cut, make
 from cutlayer.models.zoo.resnet16 import Prepare
+from cutlayer.options import default_cut
 
 SHAPES = {
     "mlp": [(64,), (1, 8, 8), (2, 5, 3)],
@@ -109,3 +116,147 @@ def test_what_a_model_cannot_take_is_refused_with_the_remedy(
         build(name, shape, classes)
     for word in words:
         assert word in str(error.value)
+
+
+# --- of the user's own -------------------------------------------------------------------------------------------
+
+OWN = """
+import math
+import torch
+from torch import nn
+from beside import WIDTH
+from cutlayer.models import model
+from cutlayer.plugins import option
+
+
+def plain():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 10))
+
+
+def fitted(classes, input_shape, depth=1, *, width: int = option(16, ge=1, help="Hidden features."), bias: bool = True):
+    first = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(input_shape), width, bias=bias), nn.ReLU())
+    return nn.Sequential(first, nn.Linear(width, classes))
+
+
+@model("ours", title="Ours", summary="two layers", cuts=("0",), default_cut="0")
+def registered(*, input_shape, classes):
+    return fitted(classes, input_shape, width=16)
+
+
+class Net(nn.Module):
+    def __init__(self, classes: int, *, width: int = 8) -> None:
+        super().__init__()
+        self.hidden = nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU())
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x):
+        return self.head(self.hidden(x))
+
+
+made = plain()
+
+
+def greedy(features):
+    return plain()
+
+
+def broken(input_shape):
+    raise ValueError(f"no model for {input_shape}")
+
+
+def valued():
+    return nn.Linear(int(torch.ones(1).item()), 2)
+
+
+def wordy(*, layers: dict = {}):
+    return plain()
+
+
+def number():
+    return 3
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> str:
+    """The file of the user's own models."""
+    (tmp_path / "beside.py").write_text("WIDTH = 12\n")
+    (tmp_path / "nets.py").write_text(OWN)
+    return str(tmp_path / "nets.py")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "width"),
+    [
+        ("plain", {}, 12),
+        ("fitted", {}, 16),
+        ("fitted", {"width": 5, "bias": False}, 5),
+        ("registered", {}, 16),
+        ("Net", {}, 8),
+        ("Net", {"width": 3}, 3),
+    ],
+)
+def test_a_model_of_ones_own(own: str, name: str, options: dict[str, Any], width: int) -> None:
+    net = build(f"{own}:{name}", (1, 8, 8), 10, **options)
+    assert net(torch.rand(3, 1, 8, 8)).shape == (3, 10)
+    assert [m.out_features for m in net.modules() if isinstance(m, nn.Linear)] == [width, 10]
+    planned = load_model(f"{own}:{name}", (1, 8, 8), 10, **options)
+    assert {k: v.shape for k, v in planned.state_dict().items()} == {k: v.shape for k, v in net.state_dict().items()}
+    assert all(v.is_meta for v in planned.state_dict().values())
+
+
+def test_a_model_says_where_it_is_cut(own: str) -> None:
+    assert default_cut(f"{own}:registered") == "0"
+    assert default_cut(f"{own}:plain") is None
+
+
+def test_options_of_a_model_of_ones_own(own: str) -> None:
+    entry = plugins.find("model", f"{own}:fitted")
+    assert {o.name: (o.default, o.help) for o in entry.options} == {
+        "width": (16, "Hidden features."),
+        "bias": (True, ""),
+    }
+    assert plugins.find("model", f"{own}:registered").options == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("fitted", {"width": 0}, ["width = 0", "greater than or equal to 1", "Hidden features"]),
+        ("fitted", {"depth": 2}, ["depth = 2", "no effect", "leave it out"]),
+        ("plain", {"width": 2}, ["width = 2", "no effect"]),
+        ("greedy", {}, ["'features'", "input_shape and classes"]),
+        ("broken", {}, ["ValueError: no model for (1, 8, 8)", "correct"]),
+        ("number", {}, ["returns a int", "nn.Module"]),
+        ("made", {}, ["made already", "function or class"]),
+        ("wordy", {}, ["'layers'", "dict", "bool, int, float, str"]),
+        ("plian", {}, ["'plian'", "did you mean 'plain'"]),
+    ],
+)
+def test_models_of_ones_own_that_cannot_be_used(own: str, name: str, options: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        build(f"{own}:{name}", (1, 8, 8), 10, **options)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_a_model_that_needs_values_cannot_be_planned(own: str) -> None:
+    assert isinstance(build(f"{own}:valued", (1,), 2), nn.Linear)
+    with pytest.raises(ConfigError, match=r"meta device.*item\(\).*without reading values"):
+        load_model(f"{own}:valued", (1,), 2)
+
+
+def test_a_run_trains_a_model_of_ones_own(own: str) -> None:
+    """By reference, with its own cut or one that is named, and as a function that takes what it needs."""
+    options: dict[str, Any] = {"rounds": 1, "clients": 2, "samples_per_client": 16, "algorithm": "psl"}
+    by_reference = Run(model=f"{own}:registered", **options).run()
+    assert by_reference.test_accuracy == Run(model=f"{own}:registered", cut="0", **options).run().test_accuracy
+    with pytest.raises(ConfigError, match="needs cut"):
+        Run(model=f"{own}:plain", **options)
+
+    def net(input_shape: tuple[int, ...], classes: int, *, width: int = plugins.option(4)) -> nn.Module:
+        return nn.Sequential(nn.Linear(*input_shape, width), nn.Linear(width, classes))
+
+    x = np.random.default_rng(0).normal(size=(60, 5)).astype(np.float32)
+    assert Run(model=net, data=(x, np.arange(60) % 3), cut="0", **options).run().rounds == 1
+    assert isinstance(make(net, (5,), 3), nn.Module)

@@ -33,6 +33,8 @@ from cutlayer.remote.dial import STOPPED, Backoff, dial
 from cutlayer.remote.exchange import Body, Exchange
 from cutlayer.remote.hub import Hub
 from cutlayer.remote.security import ClientSecurity, ServerSecurity, hash_token, make_token
+from cutlayer.remote.transports import host_and_port
+from cutlayer.remote.transports.memory import MemoryCarrier
 from cutlayer.wire import ClientSide, Frame, Limits, agree, pack, unpack
 from cutlayer.wire import messages as m
 from cutlayer.wire.frames import split
@@ -273,6 +275,106 @@ def test_exchange_over_mutual_tls(clients: int, pki: Path) -> None:
         assert traffic.reconnects == 0
         assert traffic.latency is not None
         assert 0 < traffic.latency < SOON
+
+
+@pytest.mark.parametrize(
+    ("address", "encrypted", "sentence"),
+    [
+        ("grpc://localhost:1", True, "has no TLS, but certificates are given: write grpcs://localhost:1"),
+        ("grpcs://localhost:1", False, "needs TLS: give certificates, or write grpc://localhost:1"),
+        ("memory://x", False, "clients in the server's own process: give grpcs://host:port"),
+        ("grcp://localhost:1", False, "unknown scheme of an address 'grcp': did you mean 'grpc'?"),
+    ],
+)
+def test_schemes_that_do_not_fit(address: str, encrypted: bool, sentence: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        host_and_port(address, encrypted=encrypted)
+    assert sentence in str(error.value)
+
+
+def test_schemes_of_addresses() -> None:
+    for encrypted, scheme in ((False, "grpc://"), (True, "grpcs://")):
+        for place in ("localhost:1", "[::1]:1"):
+            assert host_and_port(place, encrypted=encrypted) == place
+            assert host_and_port(scheme + place, encrypted=encrypted) == place
+
+
+def test_both_ends_take_addresses_with_a_scheme(pki: Path) -> None:
+    for scheme, security, own in (("grpc", *INSECURE), ("grpcs", server_tls(pki), client_tls(pki, "client-0"))):
+        hub = Hub(f"{scheme}://localhost:0", security, greet)
+        address = f"{scheme}://localhost:{hub.start()}"
+        with ThreadPoolExecutor() as pool:
+            end = pool.submit(dial, address, own, Echo(0))
+            assert hub.wait_for(1, SOON) == {0}
+            hub.stop("that was all", 5)
+            assert end.result(SOON) == "that was all"
+    with pytest.raises(ConfigError, match="write grpcs://"):
+        Hub("grpc://localhost:0", server_tls(pki), greet)
+    with pytest.raises(ConfigError, match="needs TLS"):
+        dial("grpcs://localhost:1", ClientSecurity(), Echo(0))
+
+
+class Memory:
+    """What the tests below need of a carrier in memory."""
+
+    def __init__(self, clients: int) -> None:
+        self.carrier = MemoryCarrier({k: Echo(k) for k in range(clients)})
+        for k in range(clients):
+            assert self.carrier.join(k, lambda said, _: greet(said, None)) is None
+
+    def bodies(self, requests: dict[int, Any]) -> dict[int, Any]:
+        return bodies(self.carrier.exchange(requests, on_answer=lambda _, frame: frame))
+
+
+def test_memory_carries_what_a_network_does() -> None:
+    """The same requests give the same answers and the same figures, to the byte."""
+    requests = {k: step(1, [os.urandom(1000 * k + 1)]) for k in range(3)}
+    memory = Memory(3)
+    there = memory.bodies(requests)
+    with serving() as (hub, port), Clients(port, INSECURE[1]).add(*map(Echo, range(3))):
+        hub.wait_for(3, SOON)
+        assert bodies(hub.exchange(requests)) == there
+        until(lambda: all(t.messages_received == 1 for t in hub.traffic().values()))
+        assert {k: replace(t, latency=None) for k, t in hub.traffic().items()} == memory.carrier.traffic()
+
+
+def test_memory_lets_nobody_answer_who_is_not_up_to_date() -> None:
+    memory = Memory(2)
+    assert memory.carrier.connected == {0, 1}
+    assert set(memory.carrier.arrivals()) == {0, 1}
+    memory.carrier.cut(1)
+    assert memory.bodies({k: step(1) for k in range(3)}) == {0: b"x", 1: "gone", 2: "gone"}
+    memory.carrier.join(1, lambda said, _: greet(said, None))
+    assert memory.carrier.present == {0, 1}
+    assert memory.carrier.connected == {0}
+    assert memory.bodies({1: step(2)}) == {1: "gone"}
+    assert set(memory.carrier.arrivals()) == {1}
+    assert memory.bodies({1: step(3)}) == {1: b"x"}
+    assert memory.carrier.traffic()[1].reconnects == 1
+
+
+def test_memory_tells_faults_of_both_sides_apart() -> None:
+    """As over a network: an answer that is not understood is garbage; a client that says it cannot go on has failed."""
+
+    def wrong(client: int, frame: Frame) -> Any:
+        raise WireError("three dimensions were expected")
+
+    memory = Memory(3)
+    requests: Any = {0: step(1)}
+    assert memory.carrier.exchange(requests, on_answer=wrong) == {
+        0: Lost("garbage", "three dimensions were expected", "WireError")
+    }
+    worker: Any = memory.carrier.workers[1]
+    worker.handle = lambda frame: (m.Settled(frame.message.step), ())
+    (lost,) = memory.carrier.exchange({1: [(m.Forward(1), ())]}, on_answer=wrong).values()
+    assert isinstance(lost, Lost)
+    assert (lost.reason, lost.kind) == ("failed", "WireError")
+    assert "Settled of step 1 came in answer to Forward" in lost.sentence
+    assert memory.carrier.connected == {2}
+    worker = memory.carrier.workers[2]
+    worker.handle = lambda frame: 1 / 0
+    with pytest.raises(ZeroDivisionError):  # a bug in this process
+        memory.bodies({2: step(1)})
 
 
 def test_a_common_body_is_joined_once() -> None:
@@ -640,7 +742,7 @@ def test_a_first_word_that_is_none(caplog: pytest.LogCaptureFixture) -> None:
     wrong = [
         (b"", "no message"),
         (b"garbage" * 10, "not Cutlayer's"),
-        (older, "protocol 0, this side speaks 3: install the same version"),
+        (older, f"protocol 0, this side speaks {m.PROTOCOL}: install the same version"),
         (right[:-1], "cut off"),
         (pack(m.SmashedUp(1, 1)), "before Hello"),
         (big + bytes(network.HELLO_BYTES), "16384 are taken"),
@@ -678,7 +780,11 @@ class Saying(Echo):
 @pytest.mark.parametrize(
     ("changes", "reason", "sentence"),
     [
-        ({"protocol": 0}, "protocol", "the protocol is 0 for the client and 3 for the server: install the same"),
+        (
+            {"protocol": 0},
+            "protocol",
+            f"the protocol is 0 for the client and {m.PROTOCOL} for the server: install the same",
+        ),
         ({"run": "another"}, "run", "the run is another for the client"),
     ],
 )

@@ -21,7 +21,7 @@ import tomli_w
 from matplotlib.image import imread
 from processes import Process
 from safetensors.numpy import save
-from support import call
+from support import call, made
 
 from cutlayer import Run
 from cutlayer.costs.expect import expect
@@ -270,9 +270,9 @@ def test_table_6_and_what_counting_settles() -> None:
     assert counted["traffic-sfl-wire-unicast"].holds
     # The point that the sentence names is where the two are equal.
     work = table6._work(study, "mlp")
-    even = table6._break_even(work, "fl", "wire-unicast")
+    even = table6._break_even(study, work, "fl", "wire-unicast")
     below, above = (
-        [expect(m, replace(work, samples_per_client=n)).unicast for m in ("sglr", "fl")]
+        [expect(made(m), replace(work, samples_per_client=n)).unicast for m in ("sglr", "fl")]
         for n in (math.floor(even), math.ceil(even))
     )
     assert below[0] <= below[1]

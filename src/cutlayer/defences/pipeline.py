@@ -74,6 +74,12 @@ class Defences:
         return tuple(sorted((p for p in self.parts if p.active), key=lambda p: p.order))
 
     @property
+    def penalised(self) -> str:
+        """The name of a defence that adds a penalty to the client's loss; empty if none does."""
+        adding = [p.entry.name for p in self.in_order if type(p).penalty is not Defence.penalty]
+        return adding[0] if adding else ""
+
+    @property
     def active(self) -> bool:
         """Whether any does anything."""
         return bool(self.in_order)

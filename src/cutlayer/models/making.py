@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
+from pydantic.fields import FieldInfo
 from torch import nn
 
 from cutlayer.errors import ConfigError, CutlayerError
@@ -70,7 +71,7 @@ def make(
         with warnings.catch_warnings():
             if _on_meta():
                 warnings.simplefilter("ignore")  # initialising tensors without values
-            made = function(**arguments, **(options or {}))
+            made = function(**(arguments | dict(options or {})))
     except CutlayerError:
         raise
     except Exception as error:  # the user's code: anything can be raised
@@ -81,7 +82,10 @@ def make(
 
 
 def _arguments(function: Callable[..., Any], name: str, supplied: dict[str, Any]) -> dict[str, Any]:
-    """Those of `supplied` that the function has parameters for. Raises ConfigError for other mandatory parameters."""
+    """Those of `supplied` that the function has parameters for, and the defaults that it declares with `option`.
+
+    Raises ConfigError for other mandatory parameters.
+    """
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # written in C, without a signature
@@ -94,7 +98,8 @@ def _arguments(function: Callable[..., Any], name: str, supplied: dict[str, Any]
                 f"model {name!r} needs the argument {p.name!r}: give it a default, or take input_shape and classes by "
                 "these names"
             )
-    return {key: value for key, value in supplied.items() if key in by_name}
+    declared = {p.name: p.default.get_default() for p in parameters if isinstance(p.default, FieldInfo)}
+    return declared | {key: value for key, value in supplied.items() if key in by_name}
 
 
 def _on_meta() -> bool:

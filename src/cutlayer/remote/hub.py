@@ -171,7 +171,7 @@ class Hub:
             return {k: link.hello for k, link in new.items()}
 
     def wait_for(self, clients: int | Collection[int], timeout: float | None = None) -> frozenset[int]:
-        """Wait until this number of clients, or these clients, are present; those present, after a timeout too."""
+        """Wait until this number of clients, or these clients, are present. Returns those present, timeout or not."""
 
         def enough() -> bool:
             here = self.present

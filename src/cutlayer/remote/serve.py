@@ -123,7 +123,7 @@ class Service:
         need = math.ceil(faults.quorum * clients) if self.all_came or self._cohort.excluded else clients
         if able < need:
             raise TrainingError(
-                f"{clients - able} of {clients} clients are excluded, {need} are needed: mend them (the record "
+                f"{clients - able} of {clients} clients are excluded, {need} are needed: fix them (the record "
                 f"{EVENTS} says why), or lower the quorum"
             )
         if self._returned and need == clients:
