@@ -223,7 +223,7 @@ def test_a_union_step_only_where_it_is_exact(options: dict[str, Any], engine: st
 def test_a_single_client(algorithm: str, name: str) -> None:
     a, b = both(
         6, algorithm=algorithm, model=name, data="digits", clients=1, samples_per_client=9, batch=3, rounds=2,
-        precision="float64", test=30,
+        precision="float64", test=30, validation=30, eval_every=2,
     )  # fmt: skip
     assert worst(a, b) < 1e-10
 
@@ -292,7 +292,8 @@ def test_in_groups_and_within_memory(algorithm: str, keep: bool, monkeypatch: py
 
     monkeypatch.setattr("cutlayer.engine.choice._bounded", bounded)
     for model, data in ((make(Everything), source([9, 9, 6, 6, 3], (2, 8, 8))), ("alexnet", "digits")):
-        own: dict[str, Any] = {"partition": "iid", "samples_per_client": 7} if data == "digits" else {}
+        few = {"test": 30, "validation": 30, "eval_every": 4}
+        own: dict[str, Any] = {"partition": "iid", "samples_per_client": 7, **few} if data == "digits" else {}
         cut = {} if algorithm == "fl" or data == "digits" else {"cut": "conv.9"}
         a, b = both(
             8, algorithm=algorithm, model=model, data=data, clients=5, **{**small(batch=3, rounds=4), **own, **cut}
