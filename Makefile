@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-network test-slow check reproduce bench bench-remote golden clean
+.PHONY: demo quick test test-network test-slow check reproduce bench bench-remote golden clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Cutlayer needs Python 3.11 or newer: make PYTHON=..."; exit 2; }
@@ -16,7 +16,11 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)   ## six algorithms compete on handwritten digits
 	$(BIN)/cutlayer compare
 
-test: $(STAMP)   ## the fast test suite
+quick: $(STAMP)   ## half a minute: the seam, the algorithms' identities, each engine on real runs, configuration
+	$(BIN)/python -m pytest -n 2 -q tests/engine/test_seam.py tests/algorithms tests/test_config.py \
+		tests/engine/test_stacked.py::test_float32 tests/remote/test_remote.py::test_remote_is_local_bit_for_bit
+
+test: $(STAMP)   ## the test suite: minutes
 	$(BIN)/python -m pytest -n 2
 
 test-network: $(STAMP)   ## servers and clients as processes, killed, stopped, cut off and attacked; some of it as root

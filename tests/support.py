@@ -23,8 +23,8 @@ from torch.nn import functional
 from cutlayer import Run, RunConfig, Samples, Source, cli, plugins
 from cutlayer.algorithms import Algorithm
 from cutlayer.data.batches import Batches
-from cutlayer.engine.base import Clients
 from cutlayer.engine.local import LocalCohort
+from cutlayer.engine.simulated import Clients
 from cutlayer.models import cut
 from cutlayer.optim import make_optimizer
 from cutlayer.server import Server
@@ -107,7 +107,7 @@ def source(sizes: Sequence[int], shape: tuple[int, ...], seed: int = 0) -> Sourc
     return Source("random", samples(sum(sizes), shape, seed), held_out, held_out, names, owner)
 
 
-def train(algorithm: str, model: nn.Module, sizes: Sequence[int], shape: tuple[int, ...], **options: Any) -> Run:
+def train(algorithm: Any, model: nn.Module, sizes: Sequence[int], shape: tuple[int, ...], **options: Any) -> Run:
     """Train with plain SGD in float64 on `source(sizes)`; the run, finished."""
     defaults: dict[str, Any] = {
         "clients": len(sizes),
@@ -125,9 +125,17 @@ def train(algorithm: str, model: nn.Module, sizes: Sequence[int], shape: tuple[i
     return run
 
 
+def simulated(run: Run) -> Any:
+    """The innermost cohort: that of the engine."""
+    cohort: Any = run.training.clients
+    while hasattr(cohort, "inner"):
+        cohort = cohort.inner
+    return cohort
+
+
 def client_state(run: Run, client: int = 0) -> State:
     """The parameters of one client, under the names of the whole model."""
-    return run.training.clients.inner.model_state(client)
+    return run.training.clients.model_state(client)
 
 
 def server_state(run: Run) -> State:

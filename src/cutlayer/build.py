@@ -25,8 +25,8 @@ from cutlayer.costs.fleet import Fleet, fleet
 from cutlayer.costs.flops import ModelFlops, count
 from cutlayer.costs.ledger import Ledger, MeteredCohort
 from cutlayer.data import Source, class_counts, from_arrays, from_dataset, load, load_whole, partition
-from cutlayer.engine.base import ClientModel, Clients, Shape, model_bytes
 from cutlayer.engine.choice import laid_out, simulate
+from cutlayer.engine.simulated import ClientModel, Clients, Shape, model_bytes
 from cutlayer.errors import ConfigError, DataError
 from cutlayer.models import Parts, build, cut
 from cutlayer.models import make as make_own
@@ -36,7 +36,8 @@ from cutlayer.options import RunConfig, default_cut
 from cutlayer.schedules import Schedule
 from cutlayer.server import Server
 from cutlayer.traffic import Epoch
-from cutlayer.verbs import Traits
+from cutlayer.types import Rows
+from cutlayer.verbs import LEARN, Traits
 from cutlayer.wire import Codec, Coding
 from cutlayer.wire.coded import CodedCohort
 
@@ -224,7 +225,9 @@ def prepare(
     make_client, make_server = _optimizers(config)
     local_epochs, local_steps = algorithm.part_of_round
     setup = Clients(
-        _ClientModels(config, split, make_model, len(owners)),
+        _ClientModels(
+            config, split, make_model, len(owners), _heads(config, algorithm, split, example, source.classes)
+        ),
         source.train,
         owners,
         make_client,
@@ -393,10 +396,20 @@ def _optimizers(config: RunConfig) -> tuple[MakeOptimizer, MakeOptimizer]:
 
 
 class _ClientModels(Sequence[ClientModel]):
-    """Every client's (lower part, tail), made when asked for: equal copies, or each initialised by itself."""
+    """Every client's (lower part, tail or auxiliary head), made when asked for: equal copies, or each initialised by
+    itself. `make_head` makes a head from a seed's name, where the algorithm has some.
+    """
 
-    def __init__(self, config: RunConfig, split: Parts, make_model: Callable[..., nn.Module], clients: int) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        split: Parts,
+        make_model: Callable[..., nn.Module],
+        clients: int,
+        make_head: Callable[..., nn.Module] | None,
+    ) -> None:
         self.config, self.split, self.make_model, self.clients = config, split, make_model, clients
+        self.make_head = make_head
 
     def __len__(self) -> int:
         return self.clients
@@ -410,7 +423,27 @@ class _ClientModels(Sequence[ClientModel]):
             for part in (lower, tail):
                 if part is not None:
                     load_own(part, fresh)
+        if self.make_head is not None:
+            own = (client,) if self.config.start == "independent" else ()
+            return lower, self.make_head("head", *own)
         return lower, tail
+
+
+def _heads(
+    config: RunConfig, algorithm: Algorithm, split: Parts, example: torch.Tensor, classes: int
+) -> Callable[..., nn.Module] | None:
+    """A function (*name) -> an auxiliary head, where the algorithm needs some."""
+    if LEARN not in algorithm.traits.needs:
+        return None
+    client = copy.deepcopy(split.client).eval()
+    with torch.no_grad():
+        smashed: Rows = client(example)
+
+    def make(*name: str | int) -> nn.Module:
+        with seeds.torch_seeded(config.seed, *name):
+            return typed(algorithm.head(smashed, classes), config).to(example.device)
+
+    return make
 
 
 def _raw_bytes(source: Source, rows: np.ndarray) -> int:

@@ -86,6 +86,12 @@ class Cohort(Protocol):
     def backward(self, gradients: CutGradients) -> None:
         """Each client of the last `forward` back-propagates its cut gradient and takes one optimiser step."""
 
+    def learn(self, steps: int) -> list[Step]:
+        """Each participant takes up to `steps` steps of its part of the model on its auxiliary head's loss; nothing
+        crosses. A batch that was sent by the last `forward` and still waits for its gradient is the first of them. One
+        record per local step, over the clients that took it; empty when nobody has a batch left.
+        """
+
     def fit(self) -> list[Step]:
         """Each participant trains its whole model on its part of the round, alone; nothing crosses. One record per
         local step, over the clients that took it."""
@@ -158,6 +164,10 @@ class CohortAround:
     def backward(self, gradients: CutGradients) -> None:
         """Passed on."""
         self.inner.backward(gradients)
+
+    def learn(self, steps: int) -> list[Step]:
+        """Passed on."""
+        return self.inner.learn(steps)
 
     def fit(self) -> list[Step]:
         """Passed on."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 FORWARD = "forward"  # smashed data and labels go up
 TAIL = "tail"  # U-shaped split: features go down, their gradients come up
 BACKWARD = "backward"  # cut gradients go down; every client steps
-LEARN = "learn"  # local steps of the client part on its own loss; the last batch's smashed data go up
+LEARN = "learn"  # local steps of the client part on the loss of an auxiliary head
 FIT = "fit"  # local training of whole models
 AVERAGE = "average"  # client models go up, their weighted mean comes down
 HAND_OVER = "hand_over"  # the one client model moves on

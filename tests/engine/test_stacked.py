@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import MODELS, ZOO, client_state, difference, make, mlp, server_state, source
+from support import MODELS, ZOO, client_state, difference, make, mlp, server_state, simulated, source
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -223,7 +223,7 @@ def test_a_union_step_only_where_it_is_exact(options: dict[str, Any], engine: st
 def test_a_single_client(algorithm: str, name: str) -> None:
     a, b = both(
         6, algorithm=algorithm, model=name, data="digits", clients=1, samples_per_client=9, batch=3, rounds=2,
-        precision="float64", test=30,
+        precision="float64", test=30, validation=30, eval_every=2,
     )  # fmt: skip
     assert worst(a, b) < 1e-10
 
@@ -292,7 +292,8 @@ def test_in_groups_and_within_memory(algorithm: str, keep: bool, monkeypatch: py
 
     monkeypatch.setattr("cutlayer.engine.choice._bounded", bounded)
     for model, data in ((make(Everything), source([9, 9, 6, 6, 3], (2, 8, 8))), ("alexnet", "digits")):
-        own: dict[str, Any] = {"partition": "iid", "samples_per_client": 7} if data == "digits" else {}
+        few = {"test": 30, "validation": 30, "eval_every": 4}
+        own: dict[str, Any] = {"partition": "iid", "samples_per_client": 7, **few} if data == "digits" else {}
         cut = {} if algorithm == "fl" or data == "digits" else {"cut": "conv.9"}
         a, b = both(
             8, algorithm=algorithm, model=model, data=data, clients=5, **{**small(batch=3, rounds=4), **own, **cut}
@@ -306,7 +307,7 @@ def test_memory_limit_decides_what_is_kept() -> None:
             algorithm="sglr", model="cnn", data="digits", clients=50, samples_per_client=9, memory_limit=limit,
             eval_every=100, rounds=1,
         )  # fmt: skip
-        cohort = run.training.clients.inner
+        cohort = simulated(run)
         run.run()
         return cohort._keep, cohort._stack.chunk
 
@@ -454,7 +455,7 @@ def test_what_is_not_lowered_is_mapped(layer: nn.Module) -> None:
         20, algorithm="sglr", model=with_layer(layer).double(), cut="1", data=source([8, 8, 8], (6,)), clients=3,
         **small(client_optimizer="sgd"),
     )  # fmt: skip
-    assert b.training.clients.inner._stack.mapped
+    assert simulated(b)._stack.mapped
     assert worst(a, b) < 1e-10
 
 
@@ -651,7 +652,7 @@ def test_a_union_step_is_refused_to_whatever_draws() -> None:
 def test_the_zoo_is_lowered(model: str) -> None:
     run = Run(algorithm="sglr", model=model, data="digits", clients=3, samples_per_client=9)
     assert run.training.engine == "stacked"
-    assert not run.training.clients.inner._stack.mapped
+    assert not simulated(run)._stack.mapped
 
 
 def test_complex_buffers_stay_complex() -> None:

@@ -278,23 +278,25 @@ def test_exchange_over_mutual_tls(clients: int, pki: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("address", "encrypted", "said"),
+    ("address", "encrypted", "sentence"),
     [
-        ("localhost:1", False, "localhost:1"),
-        ("localhost:1", True, "localhost:1"),
-        ("grpc://localhost:1", False, "localhost:1"),
-        ("grpcs://[::1]:1", True, "[::1]:1"),
         ("grpc://localhost:1", True, "has no TLS, but certificates are given: write grpcs://localhost:1"),
         ("grpcs://localhost:1", False, "needs TLS: give certificates, or write grpc://localhost:1"),
         ("memory://x", False, "clients in the server's own process: give grpcs://host:port"),
         ("grcp://localhost:1", False, "unknown scheme of an address 'grcp': did you mean 'grpc'?"),
     ],
 )
-def test_schemes_of_addresses(address: str, encrypted: bool, said: str) -> None:
-    try:
-        assert host_and_port(address, encrypted=encrypted) == said
-    except ConfigError as error:
-        assert said in str(error)
+def test_schemes_that_do_not_fit(address: str, encrypted: bool, sentence: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        host_and_port(address, encrypted=encrypted)
+    assert sentence in str(error.value)
+
+
+def test_schemes_of_addresses() -> None:
+    for encrypted, scheme in ((False, "grpc://"), (True, "grpcs://")):
+        for place in ("localhost:1", "[::1]:1"):
+            assert host_and_port(place, encrypted=encrypted) == place
+            assert host_and_port(scheme + place, encrypted=encrypted) == place
 
 
 def test_both_ends_take_addresses_with_a_scheme(pki: Path) -> None:

@@ -164,6 +164,7 @@ class ClockedCohort(CohortAround):
         smashed = self.inner.forward(clients, labels=labels)
         self._rows[:] = 0
         self._rows[list(smashed.clients)] = smashed.sizes
+        self._fitted[list(smashed.clients)] += 1
         self._tail_done = False
         self.clock.compute(self._rows * self.flops.client.forward)
         self._upload()
@@ -193,15 +194,38 @@ class ClockedCohort(CohortAround):
         self._download()
         self.clock.compute(rows * self.flops.client.backward)
 
+    def learn(self, steps: int) -> list[Step]:
+        """Local training of client parts; nobody waits. The auxiliary heads' own FLOPs are not reckoned. A batch that
+        was sent before has had its forward pass.
+        """
+        taken = self.inner.learn(steps)
+        drawn = np.zeros(len(self._rows), np.int64)
+        for step in taken:
+            drawn[list(step.clients)] += 1
+        waiting = (self._rows > 0) & (drawn > 0)
+        client = self.flops.client
+        work = np.where(waiting, self._rows, 0.0) * client.backward
+        work += self._next_rows(drawn - waiting) * (client.forward + client.backward)
+        self._rows[waiting] = 0
+        self.clock.compute(work)
+        return taken
+
+    def _next_rows(self, batches: np.ndarray) -> Array:
+        """Rows [C] of each client's next `batches` [C] batches."""
+        rows = np.zeros(len(batches))
+        for client, count in enumerate(batches.tolist()):
+            before = int(self._fitted[client])
+            rows[client] = self._dealt(client, before + count) - self._dealt(client, before)
+            self._fitted[client] += count
+        return rows
+
     def fit(self) -> list[Step]:
         """Local training of whole models; nobody waits."""
         steps = self.inner.fit()
         assert self._round is not None
-        rows = np.zeros_like(self._rows)
-        for client, batches in zip(self._round.clients, self._round.batches, strict=True):
-            before = int(self._fitted[client])
-            rows[client] = self._dealt(client, before + batches) - self._dealt(client, before)
-            self._fitted[client] += batches
+        batches = np.zeros(len(self._rows), np.int64)
+        batches[list(self._round.clients)] = self._round.batches
+        rows = self._next_rows(batches)
         work = rows * self.flops.whole.training
         if self.central:
             self.clock.serve(float(work.sum()))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cutlayer import plugins, seeds
-from cutlayer.defences.base import Defence
+from cutlayer.defences.protection import Defence
 from cutlayer.errors import ConfigError
 from cutlayer.types import Rows
 
@@ -72,6 +72,12 @@ class Defences:
     def in_order(self) -> tuple[Defence, ...]:
         """Those that do anything, as they are applied."""
         return tuple(sorted((p for p in self.parts if p.active), key=lambda p: p.order))
+
+    @property
+    def penalised(self) -> str:
+        """The name of a defence that adds a penalty to the client's loss; empty if none does."""
+        adding = [p.entry.name for p in self.in_order if type(p).penalty is not Defence.penalty]
+        return adding[0] if adding else ""
 
     @property
     def active(self) -> bool:

@@ -14,9 +14,9 @@ from cutlayer import defences
 from cutlayer.algorithms import Algorithm
 from cutlayer.cohort import Cohort
 from cutlayer.defences.defended import DefendedCohort
-from cutlayer.engine.base import Clients
 from cutlayer.engine.layout import quicker, smashed
 from cutlayer.engine.local import LocalCohort
+from cutlayer.engine.simulated import Clients
 from cutlayer.engine.stackable import bytes_per_row, stackable
 from cutlayer.engine.stacked import StackedCohort, StackedServer, Stacking
 from cutlayer.engine.union import UnionCohort, UnionServer, row_by_row
@@ -26,6 +26,7 @@ from cutlayer.optim import ELEMENTWISE, MakeOptimizer, rule_of
 from cutlayer.options import RunConfig
 from cutlayer.server import Server
 from cutlayer.types import Rows
+from cutlayer.verbs import LEARN
 
 # Bytes of results that a group of clients may make in a forward pass: beyond this, larger groups are no quicker.
 _WORTHWHILE = 256 << 20
@@ -46,6 +47,11 @@ def simulate(
     simulated, server, engine = _chosen(config, algorithm, split, setup, make_server, seed, example)
     cohort = cast(Cohort, simulated)  # its verbs are those that the algorithm needs
     protection = defences.of(config)
+    if protection.penalised and LEARN in algorithm.traits.needs:
+        raise ConfigError(
+            f"{protection.penalised} adds to the loss that comes through the server, but the clients of "
+            f"{config.algorithm} train on a loss of their own: leave it out"
+        )
     if protection.active:
         return DefendedCohort(cohort, simulated.keep_batches(), protection), server, engine
     return cohort, server, engine

@@ -13,7 +13,7 @@ from cutlayer import seeds
 from cutlayer.averaging import average_into
 from cutlayer.cohort import Footprint, Predict
 from cutlayer.data.samples import Samples
-from cutlayer.engine.base import Clients, SimulatedCohort, model_bytes, together
+from cutlayer.engine.simulated import Clients, SimulatedCohort, model_bytes, together
 from cutlayer.errors import NonFiniteError
 from cutlayer.gradients import row_losses
 from cutlayer.optim import MakeOptimizer, load_optimizer, set_lr
@@ -23,7 +23,9 @@ from cutlayer.verbs import VERBS
 
 
 class Client:
-    """One client: private data, its part of the model (with a tail in a U-shaped split), its optimiser."""
+    """One client: private data, its part of the model, its optimiser. `tail` is the last part of the model in a
+    U-shaped split, or an auxiliary head.
+    """
 
     def __init__(self, name: int, lower: nn.Module, tail: nn.Module | None, make_optimizer: MakeOptimizer) -> None:
         self.name, self.lower, self.tail = name, lower, tail
@@ -87,6 +89,15 @@ class Client:
         self.smashed = ()
         return loss.item(), len(self.labels)
 
+    def learn_alone(self, seed: int, lr: float) -> tuple[float, int]:
+        """A step on the auxiliary head's loss of the batch that was forwarded last: (mean loss, rows). Raises
+        NonFiniteError.
+        """
+        assert self.tail is not None, "an algorithm that needs LEARN has auxiliary heads"
+        with seeds.torch_seeded(seed, "auxiliary", self.name, self.clock, device=self.labels.device):
+            outputs = self.tail(self.smashed)
+        return self.learn(outputs, lr)
+
     def footprint(self) -> Footprint:
         """Bytes of the model and of the optimiser's state."""
         model = model_bytes(self.module)
@@ -144,6 +155,25 @@ class LocalCohort(SimulatedCohort):
             self._clients[k].step(self._rate)
         self._alike = len(self._clients) == 1
 
+    def learn(self, steps: int) -> list[Step]:
+        """Each participant takes up to `steps` steps on its auxiliary head's loss."""
+        taken = {k: self._learn_one(self._clients[k], steps) for k in self._participants}
+        taken = {k: own for k, own in taken.items() if own}
+        self._alike = len(self._clients) == 1
+        return [together(taken, t) for t in range(max(map(len, taken.values()), default=0))]
+
+    def _learn_one(self, client: Client, steps: int) -> list[tuple[float, int]]:
+        """(loss, rows) of each local step of one client on its auxiliary head's loss."""
+        taken: list[tuple[float, int]] = []
+        while len(taken) < steps and (client.smashed or self._quota[client.name] > 0):
+            if not client.smashed:
+                self._forward_one(client.name)
+            try:
+                taken.append(client.learn_alone(self.setup.seed, self._rate))
+            except NonFiniteError as error:
+                raise error.at(len(taken)) from None
+        return taken
+
     def fit(self) -> list[Step]:
         """Each participant takes all its local steps of this round."""
         taken = {k: self._fit_one(self._clients[k]) for k in self._participants}
@@ -195,12 +225,16 @@ class LocalCohort(SimulatedCohort):
         rows: Rows = client.lower(x)
         if self.shape != "whole":
             rows = predict([client.name], rows)
-        return rows[0] if client.tail is None else client.tail(rows)
+        return client.tail(rows) if self.shape == "u-shaped" and client.tail is not None else rows[0]
 
     def model_state(self, client: int) -> dict[str, Tensor]:
         """One client's parameters and buffers, under the names of the whole model."""
-        parts = (self._clients[client].lower, self._clients[client].tail)
-        return {n: t for part in parts if part is not None for n, t in part.state_dict().items()}
+        lower, tail = self._clients[client].lower, self._clients[client].tail
+        found = dict(lower.state_dict())
+        if tail is not None:
+            prefix = "" if self.shape == "u-shaped" else "auxiliary."
+            found |= {f"{prefix}{n}": t for n, t in tail.state_dict().items()}
+        return found
 
     def state(self) -> dict[str, Any]:
         """Models, optimisers and clocks of all clients (between rounds there is nothing else)."""

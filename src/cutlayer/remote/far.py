@@ -20,15 +20,15 @@ from torch import Tensor
 from cutlayer.averaging import average
 from cutlayer.cohort import Footprint, Predict
 from cutlayer.data.samples import Samples
-from cutlayer.engine.base import Routine, Shape, together
 from cutlayer.engine.local import Client
+from cutlayer.engine.simulated import Routine, Shape, together
 from cutlayer.errors import NonFiniteError, TrainingError, WireError
 from cutlayer.models.parts import Crossing
 from cutlayer.remote.carrier import Carrier, Lost, Request
 from cutlayer.remote.worker import expected_state, state_of
 from cutlayer.scoring import Outputs, evaluate, evaluation, judged
 from cutlayer.types import CutGradients, Evaluation, Round, Rows, Smashed, Step, TailGradients, aligned
-from cutlayer.verbs import CLIENT_VERBS, LEARN
+from cutlayer.verbs import CLIENT_VERBS
 from cutlayer.wire import RAW, Codec, Frame, decode, decode_named, described, encode, encode_named, payload_sizes
 from cutlayer.wire import messages as m
 from cutlayer.wire.conversation import ANSWERS
@@ -68,7 +68,7 @@ class RemoteCohort:
     seam that it offers.
     """
 
-    can: ClassVar[frozenset[str]] = CLIENT_VERBS - {LEARN}
+    can: ClassVar[frozenset[str]] = CLIENT_VERBS
 
     def __init__(
         self,
@@ -86,6 +86,7 @@ class RemoteCohort:
         self._participants: tuple[int, ...] = ()
         self._holder: int | None = None
         self._asked: tuple[int, ...] = ()  # of the last forward pass
+        self._waiting: set[int] = set()  # of these, those whose batch still waits for its backward pass
         self._sizes: dict[int, int] = {}
         self._later: dict[int, list[Request]] = {}  # goes out with the next exchange
         self._average: dict[str, Tensor] | None = None
@@ -168,6 +169,7 @@ class RemoteCohort:
             self._come_back(due)
         self._quota[asked] -= 1
         self._asked = tuple(k for k in asked if k in answers)
+        self._waiting = set(self._asked)
         if not self._asked:
             return Smashed((), torch.empty(0), (), ())
         came = [answers[k] for k in self._asked]
@@ -214,6 +216,7 @@ class RemoteCohort:
     def backward(self, gradients: CutGradients) -> None:
         """Every client of the last `forward` back-propagates what it is sent; it goes out with the next request."""
         self._alike = len(self.samples) == 1
+        self._waiting.clear()
         common: list[Buffer] = encode(gradients.common, self.setup.down) if gradients.active else []
         ends = np.cumsum(gradients.sizes).tolist()
         spans = {k: slice(end - n, end) for k, n, end in zip(gradients.clients, gradients.sizes, ends, strict=True)}
@@ -223,6 +226,25 @@ class RemoteCohort:
             elif k in spans:
                 own = [rows[spans[k]] for rows in gradients.own]
                 self._post(k, m.Backward(self._step, "own", self._sizes[k]), encode(own, self.setup.down))
+
+    def learn(self, steps: int) -> list[Step]:
+        """Each participant takes up to `steps` steps on its auxiliary head's loss."""
+        due = {k: min(steps, (k in self._waiting) + int(self._quota[k])) for k in self._participants}
+        due = {k: n for k, n in due.items() if n}
+        if not due:
+            return []
+        self._step += 1
+        step = self._step
+
+        def read(client: int, frame: Frame) -> list[tuple[float, int]]:
+            return self._local_steps(client, frame, due[client])
+
+        taken = self._exchange(tuple(due), lambda k: [(m.Learn(step, due[k]), ())], read, quorum=True)
+        for k, n in due.items():
+            self._quota[k] -= n - (k in self._waiting)
+        self._waiting.clear()
+        self._alike = len(self.samples) == 1
+        return [together(taken, t) for t in range(max(map(len, taken.values()), default=0))]
 
     def fit(self) -> list[Step]:
         """Each participant takes all its local steps of this round."""
@@ -235,12 +257,14 @@ class RemoteCohort:
         return [together(taken, t) for t in range(max(map(len, taken.values())))]
 
     def _fitted(self, client: int, frame: Frame) -> list[tuple[float, int]]:
-        """(mean loss, rows) of each local step of a client. Raises WireError."""
+        """(mean loss, rows) of each local step of a client's round. Raises WireError."""
+        return self._local_steps(client, frame, int(self._quota[client]))
+
+    def _local_steps(self, client: int, frame: Frame, asked: int) -> list[tuple[float, int]]:
+        """(mean loss, rows) of each of the local steps that a client was asked for. Raises WireError."""
         steps = [(loss, rows) for loss, rows in frame.message.losses]
-        if len(steps) != self._quota[client] or not all(0 < rows <= self.setup.batch for _, rows in steps):
-            raise WireError(
-                f"{len(steps)} local steps came, {self._quota[client]} were asked for, or their rows are not"
-            )
+        if len(steps) != asked or not all(0 < rows <= self.setup.batch for _, rows in steps):
+            raise WireError(f"{len(steps)} local steps came, {asked} were asked for, or their rows are not")
         _check_finite((torch.tensor([loss for loss, _ in steps]),), "losses", client)
         return steps
 

@@ -29,7 +29,7 @@ from cutlayer.models.parts import Crossing
 from cutlayer.optim import MakeOptimizer, load_optimizer
 from cutlayer.remote.carrier import Answer
 from cutlayer.types import Rows, aligned, as_tuple
-from cutlayer.verbs import AVERAGE, BACKWARD, CLIENT_VERBS, FIT, FORWARD, HAND_OVER, TAIL, VERBS
+from cutlayer.verbs import AVERAGE, BACKWARD, CLIENT_VERBS, FIT, FORWARD, HAND_OVER, LEARN, TAIL, VERBS
 from cutlayer.wire import RAW, Codec, Frame, agree, decode, decode_named, described, encode, encode_named
 from cutlayer.wire import messages as m
 from cutlayer.wire.tensors import Buffer
@@ -219,6 +219,24 @@ class Worker:
             self._fitted = message.step, self._train()
         return m.Fitted(message.step, self._fitted[1]), ()
 
+    def _learn(self, message: m.Learn, body: memoryview) -> Answer:
+        if self._fitted is None or self._fitted[0] != message.step:  # otherwise the answer was lost on its way
+            self._fitted = message.step, self._learn_alone(message.batches)
+        return m.Fitted(message.step, self._fitted[1]), ()
+
+    def _learn_alone(self, batches: int) -> list[tuple[float, int]]:
+        """Local steps on the auxiliary head's loss: (mean loss, rows) of each."""
+        taken: list[tuple[float, int]] = []
+        while len(taken) < batches:
+            if not self.client.smashed:
+                batch, clock = self._draw()
+                self.client.forward(batch, self.duty.seed, clock)
+            try:
+                taken.append(self.client.learn_alone(self.duty.seed, self._rate))
+            except NonFiniteError as error:
+                raise error.at(len(taken)) from None
+        return taken
+
     def _train(self) -> list[tuple[float, int]]:
         """The local steps of this round: (mean loss, rows) of each."""
         taken: list[tuple[float, int]] = []
@@ -340,6 +358,7 @@ _SERVED: dict[type[m.Message], _Served] = {
     m.Tail: _Served(Worker._tail, frozenset({TAIL})),
     m.Backward: _Served(Worker._backward, frozenset({BACKWARD})),
     m.Fit: _Served(Worker._fit, frozenset({FIT})),
+    m.Learn: _Served(Worker._learn, frozenset({LEARN})),
     m.GiveModel: _Served(Worker._give_model, frozenset({AVERAGE, HAND_OVER})),
     m.TakeModel: _Served(Worker._take_model, frozenset({AVERAGE, HAND_OVER})),
     m.GiveOptimizer: _Served(Worker._give_optimizer, frozenset({HAND_OVER})),

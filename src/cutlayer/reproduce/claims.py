@@ -23,7 +23,7 @@ from cutlayer.report.looks import title_of_algorithm
 from cutlayer.reproduce.cells import (
     ALPHAS_WITH_PHI,
     LEAKING_DEFENCES,
-    LEAKING_METHODS,
+    LEAKING_OTHERS,
     LEAKING_PHIS,
     PHASES,
     PHIS,
@@ -444,8 +444,7 @@ def _leaking(outcomes: Outcomes) -> list[Claim]:
             (CellPair(study.attacked(other), study.attacked("sglr")),),
             gap=gap,
         )
-        for other in LEAKING_METHODS
-        if other != "sglr"
+        for other in LEAKING_OTHERS
         for name, when, gap in _TWICE
     ]
     steps = tuple(CellPair(study.at_depth(a), study.at_depth(b), (f"{a} to {b}",)) for a, b in pairwise(cuts))

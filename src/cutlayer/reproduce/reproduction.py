@@ -68,7 +68,7 @@ class Reproduction:
         for cell, _ in sorted(self.waiting(), key=lambda job: -job[0].config.clients):
             c = cell.config
             # Whole models have no cut to check, so a split one stands for its kind where there is one.
-            kinds.setdefault((c.model, c.partition, str(c.algorithm in ("cl", "fl"))), cell)
+            kinds.setdefault((c.model, c.partition, str(c.traits.whole)), cell)
         for cell in kinds.values():
             first, *others = (cell.at(seed) for seed in self.study.size.seeds)
             assemble(first)

@@ -27,6 +27,7 @@ ANSWERS: dict[type[m.Message], type[Any]] = {
     m.Tail: m.TailUp,
     m.Settle: m.Settled,
     m.Fit: m.Fitted,
+    m.Learn: m.Fitted,
     m.GiveModel: m.ModelUp,
     m.GiveOptimizer: m.OptimizerUp,
     m.Evaluate: m.EvaluationRows,

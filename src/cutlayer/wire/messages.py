@@ -138,7 +138,7 @@ class Settled(Message, tag="Settled"):
 
 
 class Fitted(Message, tag="Fitted"):
-    """Answers Fit: (mean loss, rows) of each local step."""
+    """Answers Fit and Learn: (mean loss, rows) of each local step."""
 
     step: Count
     losses: Annotated[list[LocalStep], Meta(max_length=1 << 16)]
@@ -249,6 +249,15 @@ class Fit(Message, tag="Fit"):
     step: Count
 
 
+class Learn(Message, tag="Learn"):
+    """Train the part of the model on the auxiliary head's loss for so many batches; one that was sent and waits for its
+    gradient is the first. `step` is the first of the local steps. Answered as Fit is.
+    """
+
+    step: Count
+    batches: Count
+
+
 class GiveModel(Message, tag="GiveModel"):
     """Send the model."""
 
@@ -310,6 +319,7 @@ FromServer = (
     | Backward
     | Settle
     | Fit
+    | Learn
     | GiveModel
     | TakeModel
     | GiveOptimizer

@@ -18,7 +18,7 @@ from cutlayer.scoring import judged
 from cutlayer.types import Round, Step
 
 Shape = Literal["whole", "split", "u-shaped"]
-ClientModel = tuple[nn.Module, nn.Module | None]  # (lower part, tail)
+ClientModel = tuple[nn.Module, nn.Module | None]  # (lower part, tail or auxiliary head)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class Routine:
 class Clients(Routine):
     """How a simulated group of clients is set up; every engine takes one.
 
-    `models` are (lower part, tail or None) per client; `rows` each client's indices into `data`.
+    `models` are (lower part, tail or auxiliary head or None) per client; `rows` each client's indices into `data`.
     """
 
     models: Sequence[ClientModel]

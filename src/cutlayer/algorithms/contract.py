@@ -21,9 +21,11 @@ from cutlayer.traffic import Epoch, Traffic
 from cutlayer.verbs import Traits
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from cutlayer.cohort import Cohort
     from cutlayer.server import Server
-    from cutlayer.types import Round, Step
+    from cutlayer.types import Round, Rows, Step
 
 A = TypeVar("A", bound="type[Algorithm]")
 
@@ -34,6 +36,14 @@ class Algorithm(Thing):
     def round(self, server: Server, clients: Cohort, this: Round) -> Iterator[Step]:
         """Train one round; yields a record per step."""
         raise ConfigError(f"{type(self).__name__} has no round(): write the generator that trains one round")
+
+    def head(self, smashed: Rows, classes: int) -> nn.Module:
+        """The auxiliary head of an algorithm that needs LEARN: from examples of smashed data, each [n, s...], to a
+        module that gives scores [R, K]. By default global average pooling and one linear layer.
+        """
+        from cutlayer.models.auxiliary import PooledHead
+
+        return PooledHead(smashed, classes)
 
     def traffic(self, epoch: Epoch) -> Traffic | None:
         """What an epoch moves and computes; None: not planned."""
@@ -63,9 +73,11 @@ class Algorithm(Thing):
         """The same algorithm with every client's own gradient: what a server can do that wants to steer each client."""
         return self
 
-    def largest_rate_factor(self, clients: int) -> float:
-        """The power of ten by which the algorithm multiplies the server's rate, at most, with so many clients."""
-        return 0.0
+    def rate_growth(self, clients: int) -> tuple[str, float]:
+        """(the option that is responsible, powers of ten) by which the algorithm multiplies the server's rate, at most,
+        with that many clients.
+        """
+        return "", 0.0
 
 
 def algorithm(

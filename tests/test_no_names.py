@@ -1,0 +1,67 @@
+"""Nothing outside `algorithms/` knows an algorithm by its name.
+
+What an algorithm is follows from its registration: a comparison with its name, or a list of names, would have to be
+found and edited by everybody who adds one. Two places may name algorithms: the defaults of options, and `reproduce/`,
+which trains what one paper compares; it compares no names either.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import cutlayer
+from cutlayer import plugins
+
+PACKAGE = Path(cutlayer.__file__).parent
+NAMES = set(plugins.index("algorithm"))
+STUDY = "reproduce"  # what one paper compares
+DEFAULTS = "options.py"  # what a run and a comparison train unless told otherwise
+
+
+def constants(node: ast.AST) -> Iterator[str]:
+    for child in ast.walk(node):
+        if isinstance(child, ast.Constant) and isinstance(child.value, str):
+            yield child.value
+
+
+def compared(tree: ast.Module) -> Iterator[str]:
+    """Algorithms' names that are compared with something, or looked up by a literal."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare):
+            yield from (name for side in (node.left, *node.comparators) for name in constants(side) if name in NAMES)
+        if isinstance(node, ast.MatchValue):
+            yield from (name for name in constants(node) if name in NAMES)
+
+
+def listed(tree: ast.Module) -> Iterator[str]:
+    """Algorithms' names in literal collections, as keys of dictionaries, and as literal types."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.List | ast.Tuple | ast.Set):
+            yield from (e.value for e in node.elts if isinstance(e, ast.Constant) and e.value in NAMES)
+        if isinstance(node, ast.Dict):
+            yield from (k.value for k in node.keys if isinstance(k, ast.Constant) and k.value in NAMES)
+
+
+def outside() -> Iterator[tuple[str, ast.Module]]:
+    for path in sorted(PACKAGE.rglob("*.py")):
+        place = path.relative_to(PACKAGE)
+        if place.parts[0] != "algorithms":
+            yield str(place), ast.parse(path.read_text())
+
+
+def test_no_name_is_compared() -> None:
+    assert {place: found for place, tree in outside() if (found := sorted(set(compared(tree))))} == {}
+
+
+def test_no_names_are_listed() -> None:
+    lists = {place: found for place, tree in outside() if (found := sorted(set(listed(tree))))}
+    assert {p: found for p, found in lists.items() if not p.startswith(f"{STUDY}/") and p != DEFAULTS} == {}
+    assert lists[DEFAULTS] == ["cl", "fl", "psl", "sfl", "sglr", "ssl"]  # what `compare` and `plan` take by default
+
+
+def test_the_test_sees_names() -> None:
+    tree = ast.parse("a == 'sglr'\nb in ('psl', x)\nc = {'fl': 1}\nd = ['ssl']")
+    assert sorted(compared(tree)) == ["psl", "sglr"]
+    assert sorted(listed(tree)) == ["fl", "psl", "ssl"]
