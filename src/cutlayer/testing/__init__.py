@@ -12,14 +12,14 @@ whose sentence says which property it is, and how far off.
 `train_in_memory` trains with the clients of a deployment, all of them in this process.
 """
 
-from cutlayer.testing.algorithms import check_algorithm
-from cutlayer.testing.codecs import check_codec
-from cutlayer.testing.defences import check_defence
-from cutlayer.testing.engines import ENGINES, check_engine
-from cutlayer.testing.made import random_samples, random_source
-from cutlayer.testing.memory import InMemory, in_memory, train_in_memory
-from cutlayer.testing.models import check_model
-from cutlayer.testing.partitions import check_partition
+from cutlayer.testing.algorithm_checks import check_algorithm
+from cutlayer.testing.codec_checks import check_codec
+from cutlayer.testing.defence_checks import check_defence
+from cutlayer.testing.deployed import InMemory, in_memory, train_in_memory
+from cutlayer.testing.engine_checks import ENGINES, check_engine
+from cutlayer.testing.material import random_samples, random_source
+from cutlayer.testing.model_checks import check_model
+from cutlayer.testing.partition_checks import check_partition
 
 __all__ = [
     "ENGINES",

@@ -16,8 +16,8 @@ from cutlayer.plugins import Entry
 from cutlayer.remote.far import RemoteCohort
 from cutlayer.remote.transports.memory import MemoryCarrier
 from cutlayer.run import Run
-from cutlayer.testing.made import demand_equal, random_source, smooth, stateful
-from cutlayer.testing.memory import InMemory, in_memory
+from cutlayer.testing.deployed import InMemory, in_memory
+from cutlayer.testing.material import demand_equal, random_source, smooth, stateful
 from cutlayer.verbs import SERVER_VERBS, Traits
 
 SIZES = (10, 6, 7)  # samples of the clients: their last batches are smaller, and none has a single row
@@ -35,7 +35,7 @@ class Trained:
 
 
 @dataclass(frozen=True)
-class Subject:
+class Candidate:
     """An algorithm under test: where it is found, with which options."""
 
     reference: str
@@ -43,7 +43,7 @@ class Subject:
     options: dict[str, Any]
 
     @classmethod
-    def of(cls, algorithm: Any, options: dict[str, Any]) -> Subject:
+    def of(cls, algorithm: Any, options: dict[str, Any]) -> Candidate:
         """Raises ConfigError for an algorithm that cannot be found."""
         reference, values = plugins.adopt("algorithm", algorithm)
         return cls(reference, plugins.find("algorithm", reference), {**values, **options})

@@ -21,9 +21,9 @@ from cutlayer.files import read_records
 from cutlayer.folder import CHECKPOINT, EVALUATIONS, STEPS
 from cutlayer.run import Run, rate_factors
 from cutlayer.seeds import torch_seeded
-from cutlayer.testing.made import demand_equal, fail, random_source, smooth, stateful
+from cutlayer.testing.candidate import SIZES, Candidate, timeless
+from cutlayer.testing.material import demand_equal, fail, random_source, smooth, stateful
 from cutlayer.testing.recording import RecordedServer, Recording
-from cutlayer.testing.subject import SIZES, Subject, timeless
 from cutlayer.verbs import VERBS
 
 _EQUAL = 10  # samples of each of two clients, where all have the same number
@@ -43,30 +43,30 @@ def check_algorithm(algorithm: Any, *, one_client_is_sgd: bool = True, **options
     Raises AssertionError, which says what does not hold and by how much; ConfigError for an algorithm that cannot be
     found, or an option that it does not have.
     """
-    subject = Subject.of(algorithm, options)
-    _check_verbs_and_bytes(subject)
-    for engine in subject.engines:
-        subject.check_engine(engine)
-    _check_resume(subject)
-    _check_traffic(subject)
+    candidate = Candidate.of(algorithm, options)
+    _check_verbs_and_bytes(candidate)
+    for engine in candidate.engines:
+        candidate.check_engine(engine)
+    _check_resume(candidate)
+    _check_traffic(candidate)
     if one_client_is_sgd:
-        _check_one_client(subject)
+        _check_one_client(candidate)
 
 
 # Verbs and bytes
 
 
-def _check_verbs_and_bytes(subject: Subject) -> None:
-    run = subject.run("local")
+def _check_verbs_and_bytes(candidate: Candidate) -> None:
+    run = candidate.run("local")
     clients, server = recorded(run.training)
-    needs, used = subject.traits.needs, (clients.used | server.used) & VERBS
+    needs, used = candidate.traits.needs, (clients.used | server.used) & VERBS
     for extra in sorted(used - needs):
-        fail(subject.name, f"its round uses {extra!r}, which its needs do not name: add it to them")
+        fail(candidate.name, f"its round uses {extra!r}, which its needs do not name: add it to them")
     for idle in sorted(needs - used):
-        fail(subject.name, f"its needs name {idle!r}, which its round does not use: take it out of them")
+        fail(candidate.name, f"its needs name {idle!r}, which its round does not use: take it out of them")
     for stranger in sorted(clients.strangers):
         fail(
-            subject.name,
+            candidate.name,
             f"its round uses {stranger!r} of the clients, which is not a verb of the seam: nobody counts what it "
             f"moves; the verbs are {', '.join(sorted(VERBS))}",
         )
@@ -76,7 +76,7 @@ def _check_verbs_and_bytes(subject: Subject) -> None:
         counted = ledger.total(direction) - ledger.total(direction, kind="raw data")
         if counted != crossed:
             fail(
-                subject.name,
+                candidate.name,
                 f"{crossed} bytes of tensors went {direction}, the ledger has counted {counted}, {crossed - counted} "
                 "fewer",
             )
@@ -98,17 +98,17 @@ def recorded(training: Training) -> tuple[Recording, RecordedServer]:
 # Resuming
 
 
-def _check_resume(subject: Subject) -> None:
+def _check_resume(candidate: Candidate) -> None:
     """On the engine that is chosen automatically."""
     with tempfile.TemporaryDirectory() as place:
         quiet, broken = Path(place, "quiet"), Path(place, "broken")
-        steps = subject.run("auto", out=quiet).run().steps
-        _interrupt(subject.run("auto", out=broken), steps // 2 + 1)
+        steps = candidate.run("auto", out=quiet).run().steps
+        _interrupt(candidate.run("auto", out=broken), steps // 2 + 1)
         Run.resume(broken, model=stateful, data=random_source(SIZES)).run()
         one, other = _kept(broken), _kept(quiet)
     for what in one:
         sentence = f"a run that was interrupted and resumed does not end like one that was not: other {what}"
-        demand_equal(subject.name, sentence, one[what], other[what], exact=True)
+        demand_equal(candidate.name, sentence, one[what], other[what], exact=True)
 
 
 def _interrupt(run: Run, steps: int) -> None:
@@ -130,10 +130,10 @@ def _kept(folder: Path) -> dict[str, Any]:
 # Traffic
 
 
-def _check_traffic(subject: Subject) -> None:
+def _check_traffic(candidate: Candidate) -> None:
     """As `plan` asks: with those options alone that `traffic` reads."""
-    planned = {o.name for o in subject.entry.options if o.planned} & set(subject.options)
-    asked = replace(subject, options={name: subject.options[name] for name in planned})
+    planned = {o.name for o in candidate.entry.options if o.planned} & set(candidate.options)
+    asked = replace(candidate, options={name: candidate.options[name] for name in planned})
     epochs = 2 * asked.algorithm.part_of_round[0]
     run = asked.smooth((_EQUAL, _EQUAL), epochs=epochs)
     t = run.training
@@ -146,27 +146,29 @@ def _check_traffic(subject: Subject) -> None:
         "bytes down": (stated.down, t.ledger.total("down")),
         "bytes down, a common message once": (stated.down_broadcast, t.ledger.total("down", "wire-broadcast")),
     }
-    if subject.traits.split:
+    if candidate.traits.split:
         rows = epochs * t.epoch.samples
         counted["rows that go through the server's part"] = (round(rows * t.server_passes), server.rows)
     for what, (said, found) in counted.items():
         if said != found:
-            fail(subject.name, f"its traffic states {said} {what} in {epochs} epochs, but there are {found}")
+            fail(candidate.name, f"its traffic states {said} {what} in {epochs} epochs, but there are {found}")
 
 
 # One client
 
 
-def _check_one_client(subject: Subject) -> None:
-    run = subject.smooth((_EQUAL,), rounds=2)
+def _check_one_client(candidate: Candidate) -> None:
+    run = candidate.smooth((_EQUAL,), rounds=2)
     sgd = _descent(run)
     for record, loss in zip(run, sgd, strict=False):
         sentence = f"with one client its step {record.step} is not that of centralised gradient descent: other loss"
-        demand_equal(subject.name, sentence, record.loss, loss)
+        demand_equal(candidate.name, sentence, record.loss, loss)
     model = next(sgd)
     t = run.training
     found = {**t.clients.model_state(0), **t.server.state()["model"]}
-    demand_equal(subject.name, "with one client it does not end where centralised gradient descent ends", found, model)
+    demand_equal(
+        candidate.name, "with one client it does not end where centralised gradient descent ends", found, model
+    )
 
 
 def _descent(run: Run) -> Iterator[Any]:

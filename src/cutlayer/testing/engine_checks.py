@@ -8,8 +8,8 @@ from typing import Any
 from cutlayer import plugins
 from cutlayer.errors import ConfigError, unknown
 from cutlayer.plugins import Entry
-from cutlayer.testing.made import fail
-from cutlayer.testing.subject import Subject
+from cutlayer.testing.candidate import Candidate
+from cutlayer.testing.material import fail
 
 ENGINES = ("stacked", "union", "remote")
 """What `check_engine` compares with the local engine, the reference."""
@@ -24,9 +24,9 @@ def check_engine(name: str) -> None:
     compared = 0
     for entry in plugins.index("algorithm").values():
         for options in _variants(entry) if name == "union" else [{}]:
-            subject = Subject(entry.name, entry, options)
-            if name in subject.engines:
-                subject.check_engine(name)
+            candidate = Candidate(entry.name, entry, options)
+            if name in candidate.engines:
+                candidate.check_engine(name)
                 compared += 1
     if not compared:
         fail(name, "no algorithm of this package can run on this engine")

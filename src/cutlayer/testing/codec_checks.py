@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cutlayer.errors import ConfigError
 from cutlayer.models.parts import Crossing
-from cutlayer.testing.made import fail
+from cutlayer.testing.material import fail
 from cutlayer.wire import Codec, Coding, decode, encode, error_bound
 from cutlayer.wire.codecs import payload_bytes
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from cutlayer import plugins
 from cutlayer.defences import Defence, Defences
 from cutlayer.errors import ConfigError
-from cutlayer.testing.made import demand_equal, fail
+from cutlayer.testing.material import demand_equal, fail
 
 _SIZES = (3, 1, 2)
 _SHAPES = ((4,), (2, 3, 3))

@@ -10,15 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from cutlayer import plugins
+from cutlayer.algorithms import Algorithm
+from cutlayer.algorithms.parallel import Psl
+from cutlayer.algorithms.splitfed import SflV1
 from cutlayer.errors import CutError
 from cutlayer.models import Parts, build, cut, cut_points, make
 from cutlayer.run import Run
 from cutlayer.seeds import torch_seeded
-from cutlayer.testing.made import demand_equal, fail, random_samples, random_source
-from cutlayer.testing.subject import trained
+from cutlayer.testing.candidate import trained
+from cutlayer.testing.material import demand_equal, fail, random_samples, random_source
 
 _SIZES = (6, 4, 6)
-_ALGORITHMS = ("psl", "sflv1")  # client parts are stacked; the server's copies too
+_ALGORITHMS = (Psl, SflV1)  # client parts are stacked; the server's copies too
 _TYPES = (torch.float32, torch.float64)
 
 
@@ -117,12 +120,12 @@ def _passed(model: nn.Module, parts: Parts | None, x: Tensor, training: bool) ->
 
 
 def _check_stacked(
-    name: str, model: nn.Module, algorithm: str, at: str, input_shape: Sequence[int], classes: int
+    name: str, model: nn.Module, algorithm: type[Algorithm], at: str, input_shape: Sequence[int], classes: int
 ) -> None:
     found = []
     for engine in ("stacked", "local"):
         run = Run(
-            algorithm=algorithm,
+            algorithm=algorithm.entry.name,
             model=model,
             data=random_source(_SIZES, input_shape, classes=classes),
             clients=len(_SIZES),
@@ -140,6 +143,5 @@ def _check_stacked(
             )
         found.append(trained(run))
     for what, value in found[0].parts.items():
-        demand_equal(
-            name, f"trained by {algorithm}, all clients at once, it comes to other {what}", value, found[1].parts[what]
-        )
+        sentence = f"trained by {algorithm.entry.title}, all clients at once, it comes to other {what}"
+        demand_equal(name, sentence, value, found[1].parts[what])

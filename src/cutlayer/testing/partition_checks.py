@@ -10,7 +10,7 @@ from cutlayer import plugins
 from cutlayer.data import partition
 from cutlayer.data.partitions import Partition
 from cutlayer.errors import DataError
-from cutlayer.testing.made import fail
+from cutlayer.testing.material import fail
 
 _ROWS, _CLASSES = 120, 4
 
