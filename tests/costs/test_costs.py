@@ -18,7 +18,7 @@ from cutlayer.build import assemble
 from cutlayer.cli import application
 from cutlayer.costs.clock import Clock
 from cutlayer.costs.energy import Use, clients_energy
-from cutlayer.costs.expect import ALGORITHMS, Workload, expect
+from cutlayer.costs.expect import Workload, expect
 from cutlayer.costs.fleet import Fleet, fleet
 from cutlayer.costs.flops import Flops, count
 from cutlayer.costs.measured import Meter
@@ -30,6 +30,8 @@ from cutlayer.report import html
 from cutlayer.report.collect import read
 from cutlayer.reproduce.formulas import EXAMPLE, METHODS, Sizes, per_client, time, total
 
+# All algorithms that state their traffic.
+ALGORITHMS = ("cl", "fl", "ssl", "psl", "slr", "sfl", "sflv1", "sflv2", "sflv3", "sgl", "sglr")
 NO_EXIT: dict[str, Any] = {"exit_on_error": False, "print_error": False, "result_action": "return_value"}
 SMALL: dict[str, Any] = {"data": "digits", "model": "mlp", "clients": 4, "samples_per_client": 20, "test": 30}
 FLEET: dict[str, Any] = {"client_device": "raspberry-pi-zero-2w", "link": "lte", "server_device": "h100"}

@@ -24,7 +24,7 @@ from torch.nn import functional
 from cutlayer import ConfigError, CutError, Run, cut
 from cutlayer.costs import breakeven
 from cutlayer.costs.breakeven import BreakEven, Duel, break_evens, bytes_of, sentences
-from cutlayer.costs.expect import ALGORITHMS, Workload, expect
+from cutlayer.costs.expect import Workload, expect
 from cutlayer.costs.fleet import fleet
 from cutlayer.costs.flops import Flops, ModelFlops, count
 from cutlayer.costs.ledger import CONVENTIONS
@@ -38,6 +38,8 @@ META = torch.device("meta")
 DIGITS: dict[str, Any] = {"input": (1, 8, 8), "clients": 4, "samples_per_client": 20}
 FLEET: dict[str, Any] = {"client_device": "raspberry-pi-zero-2w", "link": "lte", "server_device": "h100"}
 ZOO = [("mlp", "hidden2"), ("cnn", "block1"), ("alexnet", "block1"), ("resnet16", "block4")]
+# All algorithms that state their traffic.
+ALGORITHMS = ("cl", "fl", "ssl", "psl", "slr", "sfl", "sflv1", "sflv2", "sflv3", "sgl", "sglr")
 SPLIT = tuple(a for a in ALGORITHMS if a not in ("cl", "fl"))
 
 
@@ -548,7 +550,7 @@ def no_module() -> Any:
         ({"seed": 3}, ["seed = 3", "without client_device"]),
         ({"link": "lte"}, ["link = 'lte'", "without client_device"]),
         ({"algorithms": ("fl", "sgrl")}, ["'sgrl'", "did you mean 'sgl"]),
-        ({"algorithms": ("ussl",)}, ["'ussl'", "known: cl"]),
+        ({"algorithms": ("ussl",)}, ["ussl cannot be planned", "`traffic`", "--algorithms fl sglr"]),
         ({"algorithms": ("fl", "fl")}, ["'fl' twice"]),
         ({"algorithms": ()}, ["algorithms is empty"]),
         ({"precision": "float8"}, ["'float8'", "float32, bfloat16, float16"]),

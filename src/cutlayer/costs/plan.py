@@ -241,8 +241,8 @@ def _algorithms(config: PlanConfig) -> tuple[list[Algorithm], tuple[str, ...]]:
     others = tuple(name for name, a in made.items() if a not in stated)
     if not stated:
         raise ConfigError(
-            f"{listed(list(others))} cannot be planned: an algorithm that is has a method `traffic`; name another one, "
-            "e.g. --algorithms fl sglr"
+            f"{listed(list(others))} cannot be planned without a method `traffic` that states what is sent: "
+            "name another algorithm, e.g. --algorithms fl sglr"
         )
     return stated, others
 
