@@ -166,7 +166,7 @@ def _named(table: Mapping[str, Any], kind: str, where: str) -> list[tuple[str, M
     """The tables [kind.NAME] by name. Raises ConfigError where figures stand outside of one."""
     named = table.get(kind, {})
     if not isinstance(named, Mapping):
-        raise ConfigError(f"{where}: {kind} = {named!r} is no table: give each {kind} one of its own, [{kind}.NAME]")
+        raise ConfigError(f"{where}: {kind} = {named!r} is not a table: give each {kind} one of its own, [{kind}.NAME]")
     for name, values in named.items():
         if not isinstance(values, Mapping):
             raise ConfigError(
