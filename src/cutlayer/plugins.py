@@ -320,6 +320,17 @@ def is_reference(text: str) -> bool:
     return bool(colon) and name.isidentifier() and (place.endswith(".py") or _dotted(place))
 
 
+def label(reference: str) -> str:
+    """What a thing is called where a path has no place, as in the name of a folder: of file.py:name, the name."""
+    return reference.rpartition(":")[2]
+
+
+def registered_name(kind: str, reference: str) -> str:
+    """The name that a thing was registered under, wherever it lies: what machines with other paths can compare."""
+    entry = None if reference in index(kind) else _registration(load(kind, reference))
+    return reference if entry is None else entry.name
+
+
 def find(kind: str, reference: str) -> Entry:
     """What is known of the thing of that name or reference. Imports only what is not this package's own.
 
