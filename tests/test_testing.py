@@ -399,3 +399,12 @@ class Stopped(Defence):
 def test_broken_defences(broken: Any, words: str) -> None:
     with pytest.raises(AssertionError, match=words):
         check_defence(broken)
+
+
+def test_what_is_registered_here_can_be_named() -> None:
+    """In the process that has registered it, and not if it is derived from what is registered."""
+    assert plugins.find("algorithm", "doubling").title == "Doubling"
+    assert plugins.load("algorithm", "doubling") is Doubling
+    assert plugins.known("algorithm", "doubling")
+    assert "doubling" not in plugins.names("algorithm")
+    assert plugins.adopt("algorithm", Planned)[0].endswith(":Planned")
