@@ -10,7 +10,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from cutlayer.defences.base import Defence, defence, drawn
+from cutlayer.defences.protection import Defence, defence, drawn
 from cutlayer.errors import ConfigError
 from cutlayer.plugins import option
 from cutlayer.types import Rows

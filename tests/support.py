@@ -23,8 +23,8 @@ from torch.nn import functional
 from cutlayer import Run, RunConfig, Samples, Source, cli, plugins
 from cutlayer.algorithms import Algorithm
 from cutlayer.data.batches import Batches
-from cutlayer.engine.base import Clients
 from cutlayer.engine.local import LocalCohort
+from cutlayer.engine.simulated import Clients
 from cutlayer.models import cut
 from cutlayer.optim import make_optimizer
 from cutlayer.server import Server

@@ -9,8 +9,6 @@ import cutlayer
 
 PACKAGE = Path(cutlayer.__file__).parent
 
-_IN_PROGRESS = {"Hub", "Part", "Smashed", "TailGradients", "Worker"}  # names that still stand for two things
-
 
 def twice(places: Iterable[tuple[str, Path]]) -> Mapping[str, list[str]]:
     found = defaultdict(list)
@@ -31,4 +29,4 @@ def test_no_public_class_name_is_there_twice() -> None:
         for node in ast.parse(path.read_text()).body
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
     )
-    assert not {name: paths for name, paths in twice(classes).items() if name not in _IN_PROGRESS}
+    assert not twice(classes)

@@ -14,6 +14,7 @@ from torch import nn
 from cutlayer import Comparison, Run, RunFolderError, checkpoint
 from cutlayer.files import read_records
 from cutlayer.folder import CHECKPOINT, EVALUATIONS, RESULT, STEPS
+from cutlayer.options import traits
 
 SIZES = [10, 5, 7]
 
@@ -37,7 +38,7 @@ def options(algorithm: str) -> dict[str, Any]:
     if algorithm == "ussl":
         return {**common, "cut": "2", "tail_cut": "4", "hand_over_optimizer": True}
     own = {} if algorithm == "cl" else {"participation": 0.7}
-    cut = {} if ALGORITHMS[algorithm].whole else {"cut": "3", "start": "independent"}
+    cut = {} if traits(algorithm).whole else {"cut": "3", "start": "independent"}
     if algorithm in ("fl", "sfl", "sflv1"):
         own["local_epochs"] = 2  # rounds that are not epochs
     return {**common, **own, **cut}

@@ -25,8 +25,8 @@ from cutlayer.costs.fleet import Fleet, fleet
 from cutlayer.costs.flops import ModelFlops, count
 from cutlayer.costs.ledger import Ledger, MeteredCohort
 from cutlayer.data import Source, class_counts, from_arrays, from_dataset, load, load_whole, partition
-from cutlayer.engine.base import ClientModel, Clients, Shape
 from cutlayer.engine.choice import laid_out, simulate
+from cutlayer.engine.simulated import ClientModel, Clients, Shape
 from cutlayer.errors import ConfigError, DataError
 from cutlayer.models import Parts, build, cut
 from cutlayer.models import make as make_own

@@ -118,9 +118,9 @@ def _alone_in_union(
 
 def check_rate(config: RunConfig, algorithm: Algorithm) -> None:
     """The server's rate must stay a number. Raises ConfigError."""
-    base, powers = config.server_lr or config.client_lr, algorithm.largest_rate_factor(config.clients)
+    base, (option, powers) = config.server_lr or config.client_lr, algorithm.rate_growth(config.clients)
     if powers and math.log10(base) + powers > _LARGEST_RATE:
         raise ConfigError(
-            f"{config.algorithm} makes the server's rate {base:g} x 1e{powers:.3g} with {config.clients} clients, more "
-            f"than 1e{_LARGEST_RATE}: choose smaller exponents (alpha = 1, say)"
+            f"{option} makes the server's rate {base:g} x 10^{powers:.4g} with {config.clients} clients, more than "
+            f"1e{_LARGEST_RATE}: choose a smaller value, such as 1"
         )

@@ -66,5 +66,5 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
                     yield json.loads(line)
                 except ValueError:
                     raise RunFolderError(
-                        f"line {number} of {str(path)!r} is no JSON: mend or remove it, or run anew in another folder"
+                        f"line {number} of {str(path)!r} is not JSON: correct or remove it, or start a new run"
                     ) from None

@@ -49,7 +49,7 @@ def make_optimizer(name: str, lr: float, options: Mapping[str, Any]) -> MakeOpti
         probe.grad = torch.zeros(1)
         kind([probe], lr=lr, **options).step()
     except (ValueError, TypeError, RuntimeError) as error:
-        raise ConfigError(f"the optimizer {name!r} refuses {dict(options)}: {error}; mend these options") from None
+        raise ConfigError(f"the optimizer {name!r} refuses {dict(options)}: {error}; correct these options") from None
 
     def make(parameters: Iterable[Tensor]) -> torch.optim.Optimizer | None:
         trained = [p for p in parameters if p.requires_grad]

@@ -15,7 +15,9 @@ import torch
 from support import Done, call, source
 from torch import Tensor, nn
 
-from cutlayer import Comparison, ConfigError, CutlayerError, DataError, Run, RunConfig, UsageError, cli
+from cutlayer import Comparison, ConfigError, CutlayerError, DataError, Run, RunConfig, UsageError
+from cutlayer.cli.flags import flags_of
+from cutlayer.cli.merging import merged_values
 
 MLP = ["--model", "mlp"]
 
@@ -137,7 +139,7 @@ FLAGS: list[tuple[str, list[str]]] = [
     ("run --model mlp --client-optimizer admm", ["'admm'", "did you mean 'adam'"]),
     ("run --model mlp --server-optimizer lbfgs", ["'lbfgs'", "sgd"]),
     ("run --model mlp --client-optimizer-options.beta 1", ["'beta'", "did you mean 'betas'"]),
-    ("run --model mlp --client-optimizer sgd --client-optimizer-options.momentum -1", ["'momentum': -1", "mend"]),
+    ("run --model mlp --client-optimizer sgd --client-optimizer-options.momentum -1", ["'momentum': -1", "correct"]),
     ("compare --seeds 0 1 0", ["seeds", "0 twice", "once"]),
     ("compare --algorithms psl psl", ["algorithms", "'psl' twice", "once"]),
     ("compare --seeds -1", ["-1", "0 or greater"]),
@@ -163,8 +165,8 @@ TOMLS: list[tuple[str, str, list[str]]] = [
     ("run", "data = 3", ["data = 3", "string"]),
     ("run", "client_optimizer_options = 0.9", ["client_optimizer_options = 0.9", "dictionary", "momentum"]),
     ("run", "epochs = 2\nrounds = 3", ["epochs = 2", "rounds = 3", "give one"]),
-    ("run", "clients = = 3", ["not valid TOML", "line 1", "mend"]),
-    ("run", "clients = 3\nclients = 4", ["not valid TOML", "Cannot overwrite", "mend"]),
+    ("run", "clients = = 3", ["not valid TOML", "line 1", "correct"]),
+    ("run", "clients = 3\nclients = 4", ["not valid TOML", "Cannot overwrite", "correct"]),
     ("compare", "algorithms = []", ["algorithms is empty", "--algorithms"]),
     ("compare", "seeds = []", ["seeds is empty", "--seeds"]),
     ("compare", "variant = 3", ["variant = 3", "[variant.NAME]"]),
@@ -305,7 +307,7 @@ def test_a_stored_configuration_that_was_damaged(desk: Desk) -> None:
     folder.mkdir()
     (folder / "config.toml").write_text("clients = ")
     for command in ("resume", "report"):
-        holds(desk.refused(command, str(folder)), str(folder / "config.toml"), "not valid TOML", "mend")
+        holds(desk.refused(command, str(folder)), str(folder / "config.toml"), "not valid TOML", "correct")
     (folder / "config.toml").write_text("clietns = 3")
     holds(desk.refused("resume", str(folder)), "'clietns'", "did you mean 'clients'")
     assert [p.name for p in folder.iterdir()] == ["config.toml"]
@@ -465,7 +467,7 @@ def test_a_comparison_with_a_model_of_ones_own_is_not_resumed_without_it(tmp_pat
 
 def test_rounds_on_top_replace_epochs_below(desk: Desk) -> None:
     """A flag over a file, an option over a configuration, a variant over its comparison."""
-    values = cli._merged(RunConfig, RunConfig(rounds=3), Path(desk.toml("epochs = 9\nlocal_epochs = 2")))
+    values = merged_values(RunConfig, flags_of(RunConfig)(rounds=3), Path(desk.toml("epochs = 9\nlocal_epochs = 2")))
     assert values == {"rounds": 3, "local_epochs": 2}
     run = Run(RunConfig(epochs=9, model="mlp", clients=2), rounds=3)
     assert (run.rounds, run.config.rounds) == (3, 3)

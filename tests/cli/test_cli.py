@@ -78,7 +78,9 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_run_writes_its_folder(first: tuple[Path, str]) -> None:
     cwd, printed = first
-    expected = "config.toml steps.jsonl evaluations.jsonl classes.json checkpoint.safetensors result.json"
+    expected = (
+        "config.toml steps.jsonl evaluations.jsonl algorithm.json classes.json checkpoint.safetensors result.json"
+    )
     pictures = ["curves.png", "classes.png", "report.html"]
     assert {p.name for p in (cwd / "a").iterdir()} == {*expected.split(), *pictures, ".lock"}
     result = json.loads((cwd / "a" / RESULT).read_text())

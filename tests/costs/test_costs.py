@@ -372,7 +372,7 @@ def test_profiles_of_ones_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("[device.x]\nflops_per_second = -1\nwatts = 1\nsource = 'me'", ["'x'", "flops_per_second = -1", "mend"]),
+        ("[device.x]\nflops_per_second = -1\nwatts = 1\nsource = 'me'", ["'x'", "flops_per_second = -1", "correct"]),
         ("[device.x]\nflops_per_second = 1\nwatts = 1", ["'x'", "source is missing"]),
         ("[device.x]\nwats = 1", ["'x'", "did you mean 'watts'"]),
         ("[devices.x]\nwatts = 1", ["did you mean 'device'"]),

@@ -18,8 +18,8 @@ from cutlayer.averaging import average_into
 from cutlayer.cohort import draw_participants
 from cutlayer.costs.ledger import Ledger, MeteredCohort
 from cutlayer.data.batches import Batches
-from cutlayer.engine.base import Clients
 from cutlayer.engine.local import LocalCohort
+from cutlayer.engine.simulated import Clients
 from cutlayer.gradients import own
 from cutlayer.models import cut
 from cutlayer.optim import make_optimizer

@@ -130,7 +130,7 @@ class Network:
         """Take the host's cable out, at the switch."""
         _run("ip", "-n", self.space(SWITCH), "link", "set", f"to-{host}", "down")
 
-    def mend(self, host: str) -> None:
+    def reconnect(self, host: str) -> None:
         """Put it in again."""
         self._up(SWITCH, f"to-{host}")
 

@@ -145,7 +145,7 @@ def test_a_cut_cable_and_a_dead_host(federation: Callable[..., Federation]) -> N
     until(lambda: f.step_with([0, 2], before), "a step without the client that is cut off", f.trial)
     assert time.monotonic() - begin < NOTICED
     time.sleep(3)  # longer than both sides are patient: they give the connection up
-    f.network.mend("client-1")
+    f.network.reconnect("client-1")
     lonely = len(f.clients())
     until(lambda: f.step_with([0, 1, 2], lonely), "a step with all again", f.trial)
     assert "dialling again" in f.trial.log("client-1")

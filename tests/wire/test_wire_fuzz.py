@@ -60,7 +60,7 @@ def bounded(seconds: float = 2.0, memory: int = 4 * MEGABYTE) -> Iterator[None]:
     assert peak < memory
 
 
-def mended(data: bytes) -> bytes:
+def repaired(data: bytes) -> bytes:
     """A frame with a checksum that is right again, as a forger would make it."""
     if len(data) < 40:
         return data
@@ -136,12 +136,12 @@ def test_every_flipped_bit_is_found(sample: tuple[bytes, Any], data: st.DataObje
 def test_every_truncation_and_every_extension_is_found() -> None:
     frame, direction = FRAMES[0]
     for size in range(len(frame)):
-        for data in (frame[:size], mended(frame[:size])):
+        for data in (frame[:size], repaired(frame[:size])):
             with pytest.raises(WireError):
                 unpack(data, direction)
     for more in (b"\0", b"\0" * 16, frame):
         with pytest.raises(WireError, match="cut off or run on"):
-            unpack(mended(frame + more), direction)
+            unpack(repaired(frame + more), direction)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -172,7 +172,7 @@ def fuzz(rng: random.Random) -> None:
     """One mutated frame, one mutated body of each kind."""
     frame, direction = rng.choice(FRAMES)
     refused_or_right(mutate(frame, rng), direction)
-    refused_or_right(mended(mutate(frame, rng, rng.choice([0, 40]))), direction)
+    refused_or_right(repaired(mutate(frame, rng, rng.choice([0, 40]))), direction)
     name = rng.choice(NAMES)
     decoded_or_refused(mutate(BODIES[name], rng), name)
     decoded_or_refused(BODIES[rng.choice(NAMES)], name)
@@ -216,7 +216,7 @@ def framed(head: bytes) -> bytes:
     """A frame around any header."""
     start = -(-(40 + len(head)) // 16) * 16
     place = struct.pack("<4sIQQQQ", b"CUT3", len(head), 0, 0, 0, 0)
-    return mended(place + head.ljust(start - 40, b"\0"))
+    return repaired(place + head.ljust(start - 40, b"\0"))
 
 
 STEP = b"\x01"

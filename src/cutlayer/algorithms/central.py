@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from cutlayer.algorithms.base import Algorithm, algorithm
+from cutlayer.algorithms.contract import Algorithm, algorithm
 from cutlayer.cohort import Cohort
 from cutlayer.server import Server
 from cutlayer.traffic import Epoch, Traffic

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import ClassVar, Literal
 
 from cutlayer import seeds
-from cutlayer.algorithms.base import Algorithm
+from cutlayer.algorithms.contract import Algorithm
 from cutlayer.cohort import Cohort
 from cutlayer.plugins import option
 from cutlayer.server import ServerStep

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from cutlayer.algorithms.base import algorithm
 from cutlayer.algorithms.common import LocalWork, sample_weights
+from cutlayer.algorithms.contract import algorithm
 from cutlayer.cohort import Cohort
 from cutlayer.server import Server
 from cutlayer.traffic import Epoch, Traffic

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from cutlayer.algorithms.base import algorithm
 from cutlayer.algorithms.common import Scaled, report
+from cutlayer.algorithms.contract import algorithm
 from cutlayer.cohort import Cohort
 from cutlayer.gradients import own
 from cutlayer.server import Server

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from cutlayer import seeds
-from cutlayer.algorithms.base import Algorithm, algorithm
 from cutlayer.algorithms.common import Scaled, report
+from cutlayer.algorithms.contract import Algorithm, algorithm
 from cutlayer.cohort import Cohort
 from cutlayer.errors import ConfigError
 from cutlayer.gradients import own, scaled
@@ -52,9 +52,9 @@ class SplitLr(Scaled):
         clients = enrolled if self.alpha_clients == "enrolled" else len(smashed.clients)
         return float(clients**self.alpha)
 
-    def largest_rate_factor(self, clients: int) -> float:
+    def rate_growth(self, clients: int) -> tuple[str, float]:
         """Powers of ten in C^alpha."""
-        return self.alpha * math.log10(clients)
+        return f"alpha = {self.alpha}", self.alpha * math.log10(clients)
 
 
 class SplitAvg(Scaled):

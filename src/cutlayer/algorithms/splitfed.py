@@ -14,8 +14,8 @@ from collections.abc import Generator, Iterator
 from typing import Literal
 
 from cutlayer import seeds
-from cutlayer.algorithms.base import algorithm
 from cutlayer.algorithms.common import LocalWork, Scaled, report, sample_weights
+from cutlayer.algorithms.contract import algorithm
 from cutlayer.cohort import Cohort
 from cutlayer.gradients import own
 from cutlayer.plugins import option

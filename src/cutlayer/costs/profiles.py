@@ -36,7 +36,7 @@ class _Profile(BaseModel):
         """From a TOML table. Raises ConfigError with the value, the reason and the place."""
         figures = [f for f in cls.model_fields if f != "name"]
         if "name" in values:
-            raise ConfigError(f"profile {name!r} in {where}: {unknown('figure', 'name', figures)}; mend that table")
+            raise ConfigError(f"profile {name!r} in {where}: {unknown('figure', 'name', figures)}; correct that table")
         try:
             return cls(name=name, **values)
         except ValidationError as error:
@@ -48,7 +48,7 @@ class _Profile(BaseModel):
                 reason = f"{field} is missing"
             else:
                 reason = f"{field} = {first['input']!r} is not possible: {str(first['msg']).lower()}"
-            raise ConfigError(f"profile {name!r} in {where}: {reason}; mend that table") from None
+            raise ConfigError(f"profile {name!r} in {where}: {reason}; correct that table") from None
 
 
 class Device(_Profile):
@@ -149,4 +149,4 @@ def _read(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"cannot read the profiles {str(path)!r}: {error.strerror}; check the path") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the profiles {str(path)!r} are not valid TOML: {error}; mend that line") from None
+        raise ConfigError(f"the profiles {str(path)!r} are not valid TOML: {error}; correct that line") from None

@@ -3,9 +3,9 @@
 from cutlayer.data.built_in import data_set
 from cutlayer.data.formats import Format, data_format
 from cutlayer.data.partitions import Partition, class_counts, partition, partition_scheme
-from cutlayer.data.raw import Raw, Section
 from cutlayer.data.samples import Samples, Source
 from cutlayer.data.sources import from_arrays, from_dataset, load, load_whole
+from cutlayer.data.unsplit import Raw, Section
 
 __all__ = [
     "Format",

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from cutlayer import seeds
-from cutlayer.data.raw import Array, Raw, Section
 from cutlayer.data.samples import Samples, Source
+from cutlayer.data.unsplit import Array, Raw, Section
 from cutlayer.errors import ConfigError, DataError
 
 

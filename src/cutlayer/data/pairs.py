@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from cutlayer.data.formats._pictures import stack_pictures
-from cutlayer.data.raw import Section
+from cutlayer.data.unsplit import Section
 from cutlayer.errors import DataError
 
 if TYPE_CHECKING:

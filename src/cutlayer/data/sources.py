@@ -33,8 +33,8 @@ from cutlayer.data.formats import detect, find_format, no_effect
 from cutlayer.data.formats.huggingface import Huggingface, from_huggingface
 from cutlayer.data.own import own_code
 from cutlayer.data.pairs import from_pairs
-from cutlayer.data.raw import Array, Raw, Section
 from cutlayer.data.samples import Source
+from cutlayer.data.unsplit import Array, Raw, Section
 from cutlayer.errors import ConfigError, DataError, unknown
 
 ArrayOrTensor = npt.ArrayLike | Tensor

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from cutlayer.defences.base import Defence, defence, drawn
+from cutlayer.defences.protection import Defence, defence, drawn
 from cutlayer.plugins import option
 from cutlayer.types import Rows
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cutlayer.defences.base import Defence, defence
+from cutlayer.defences.protection import Defence, defence
 from cutlayer.plugins import option
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cutlayer import plugins, seeds
-from cutlayer.defences.base import Defence
+from cutlayer.defences.protection import Defence
 from cutlayer.errors import ConfigError
 from cutlayer.types import Rows
 

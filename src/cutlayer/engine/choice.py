@@ -14,9 +14,9 @@ from cutlayer import defences
 from cutlayer.algorithms import Algorithm
 from cutlayer.cohort import Cohort
 from cutlayer.defences.defended import DefendedCohort
-from cutlayer.engine.base import Clients
 from cutlayer.engine.layout import quicker, smashed
 from cutlayer.engine.local import LocalCohort
+from cutlayer.engine.simulated import Clients
 from cutlayer.engine.stackable import bytes_per_row, stackable
 from cutlayer.engine.stacked import StackedCohort, StackedServer, Stacking
 from cutlayer.engine.union import UnionCohort, UnionServer, row_by_row

@@ -13,7 +13,7 @@ from cutlayer import seeds
 from cutlayer.averaging import average_into
 from cutlayer.cohort import Footprint, Predict
 from cutlayer.data.samples import Samples
-from cutlayer.engine.base import Clients, SimulatedCohort, model_bytes, together
+from cutlayer.engine.simulated import Clients, SimulatedCohort, model_bytes, together
 from cutlayer.errors import NonFiniteError
 from cutlayer.gradients import row_losses
 from cutlayer.optim import MakeOptimizer, load_optimizer, set_lr

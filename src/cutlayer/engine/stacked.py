@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from cutlayer import seeds
 from cutlayer.cohort import Footprint, Predict
 from cutlayer.data.samples import Samples
-from cutlayer.engine.base import Clients, SimulatedCohort, model_bytes
+from cutlayer.engine.simulated import Clients, SimulatedCohort, model_bytes
 from cutlayer.engine.stack import Generators, Group, Stack, descend
 from cutlayer.errors import NonFiniteError
 from cutlayer.gradients import gradient_of, means_of_clients, row_losses

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cutlayer.cohort import Footprint, Predict
 from cutlayer.data.samples import Samples
-from cutlayer.engine.base import Clients, SimulatedCohort, model_bytes
+from cutlayer.engine.simulated import Clients, SimulatedCohort, model_bytes
 from cutlayer.engine.stackable import close, drawing, exact
 from cutlayer.errors import NonFiniteError
 from cutlayer.gradients import column, means, row_losses, spread

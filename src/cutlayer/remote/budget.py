@@ -8,7 +8,7 @@ from contextlib import suppress
 _STUCK = 0.5  # seconds after which a message that is being written counts as stuck
 
 
-class Budget:
+class WriteBudget:
     """Bytes of messages that are packed and being written. A single message goes out however large it is.
 
     A stuck message gives its share back after a while: clients that do not read must not hold up the others.

@@ -20,8 +20,8 @@ from torch import Tensor
 from cutlayer.averaging import average
 from cutlayer.cohort import Footprint, Predict
 from cutlayer.data.samples import Samples
-from cutlayer.engine.base import Routine, Shape, together
 from cutlayer.engine.local import Client
+from cutlayer.engine.simulated import Routine, Shape, together
 from cutlayer.errors import NonFiniteError, TrainingError, WireError
 from cutlayer.models.parts import Crossing
 from cutlayer.remote.carrier import Carrier, Lost, Request

@@ -4,9 +4,9 @@ Training is synchronous, in its own thread; gRPC runs on an asyncio loop in anot
 the loop's thread; the two meet in `Exchange`.
 
 A client cannot hold up the others, or the server:
-- Every client has its own stream and its own queue (`Link`). Messages that a client does not read stay in its queue,
-  which is bounded: beyond `limits.message_bytes`, or `limits.asked` outstanding answers, its stream is closed.
-- Messages are packed when they are written, and few at a time (`Budget`).
+- Every client has its own stream and its own queue (`ClientLink`). Messages that a client does not read stay in its
+  queue, which is bounded: beyond `limits.message_bytes`, or `limits.asked` outstanding answers, its stream is closed.
+- Messages are packed when they are written, and few at a time (`WriteBudget`).
 - A client that vanishes without a word is detected by pings.
 """
 
@@ -29,13 +29,13 @@ import msgspec
 
 from cutlayer.errors import ConfigError, NetworkError, WireError
 from cutlayer.remote import network
-from cutlayer.remote.budget import Budget
+from cutlayer.remote.budget import WriteBudget
 from cutlayer.remote.carrier import Lost, Reason, Request
+from cutlayer.remote.counters import ClientTraffic
 from cutlayer.remote.exchange import Body, Exchange, Out
 from cutlayer.remote.health import health_handler
-from cutlayer.remote.link import TEXT, Link
+from cutlayer.remote.link import TEXT, ClientLink
 from cutlayer.remote.security import Gate, ServerSecurity, StrangerError, split_address
-from cutlayer.remote.traffic import Traffic
 from cutlayer.remote.transports import host_and_port
 from cutlayer.wire import messages as m
 from cutlayer.wire.conversation import ANSWERS, ServerSide
@@ -75,15 +75,15 @@ class Hub:
         self.limits, self.keepalive = limits or Limits(), keepalive
         self.lost: dict[Reason, int] = {"late": 0, "gone": 0, "failed": 0, "garbage": 0}
         self._security, self._admit, self._metrics = security, admit, metrics
-        self._links: dict[int, Link] = {}
-        self._names: dict[str, Link | None] = {}  # None: is being greeted
+        self._links: dict[int, ClientLink] = {}
+        self._names: dict[str, ClientLink | None] = {}  # None: is being greeted
         self._endings: dict[int, Lost] = {}
-        self._traffic: dict[int, Traffic] = {}
+        self._traffic: dict[int, ClientTraffic] = {}
         self._changed = threading.Condition()
         self._exchanges: set[Exchange] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._waiting = 0
-        self._budget = Budget(max(self.limits.message_bytes, 1 << 20))
+        self._budget = WriteBudget(max(self.limits.message_bytes, 1 << 20))
         self._gate: Gate
         self._loop: asyncio.AbstractEventLoop
         self._stopping: asyncio.Future[tuple[str, float, bool]]
@@ -182,7 +182,7 @@ class Hub:
             self._changed.wait_for(enough, timeout)
         return self.present
 
-    def traffic(self) -> dict[int, Traffic]:
+    def traffic(self) -> dict[int, ClientTraffic]:
         """Bytes and messages of every client that has ever connected."""
         return {k: replace(t) for k, t in list(self._traffic.items())}
 
@@ -362,7 +362,7 @@ class Hub:
         if deadline is not None and not exchange.over:
             exchange.timer = self._loop.call_later(deadline, exchange.expire)
 
-    def _give_up(self, link: Link, outs: list[Out], why: str) -> None:
+    def _give_up(self, link: ClientLink, outs: list[Out], why: str) -> None:
         """Close the stream of a client that has not taken what it was sent before."""
         lost = Lost("gone", f"{why}; its connection was closed")
         for out in outs:
@@ -376,7 +376,7 @@ class Hub:
                 if out.exchange is exchange:
                     out.body.keep()
 
-    def _why_not(self, client: int, link: Link | None) -> Lost:
+    def _why_not(self, client: int, link: ClientLink | None) -> Lost:
         if link is not None and link.open:
             return Lost("gone", f"client {client} has come back, and is not up to date (see Hub.arrivals)")
         return self._endings.get(client) or Lost("gone", f"client {client} is not connected")
@@ -396,7 +396,7 @@ class Hub:
         if lost.reason == "garbage":
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(lost.sentence)[:TEXT])
 
-    async def _handshake(self, context: Any) -> Link | None:
+    async def _handshake(self, context: Any) -> ClientLink | None:
         """Let a client in, or not. Nothing that it sends is read before."""
         link, size = await self._arrived(context)
         try:
@@ -412,7 +412,7 @@ class Hub:
                 del self._names[link.hello.client]
         if sent is None:
             return None
-        link.traffic = traffic = self._traffic.setdefault(link.index, Traffic())
+        link.traffic = traffic = self._traffic.setdefault(link.index, ClientTraffic())
         traffic.sent += sent
         traffic.received += size
         traffic.messages_sent += 1
@@ -424,7 +424,7 @@ class Hub:
         log.info("client %d, %s, has joined from %s", link.index, link.hello.client, context.peer())
         return link
 
-    async def _arrived(self, context: Any) -> tuple[Link, int]:
+    async def _arrived(self, context: Any) -> tuple[ClientLink, int]:
         """A link for the Hello that came with a new stream, and the bytes of that Hello."""
         metadata = dict(context.invocation_metadata() or ())
         side = ServerSide(self.limits, encrypted=self._gate.credentials is not None)
@@ -434,9 +434,9 @@ class Hub:
         except WireError as error:
             log.warning("%s was turned away: %s", context.peer(), error)
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error)[:TEXT])
-        return Link(hello, str(metadata.get(network.INSTANCE, ""))[:64], side, context), len(data)
+        return ClientLink(hello, str(metadata.get(network.INSTANCE, ""))[:64], side, context), len(data)
 
-    async def _welcome(self, link: Link, identity: str | None) -> int | None:
+    async def _welcome(self, link: ClientLink, identity: str | None) -> int | None:
         """Welcome a client whose name is reserved, and give it its number; the bytes of that. None: it is refused."""
         answer = self._admit(link.hello, identity)
         if isinstance(answer, m.Welcome) and answer.index in self._links:
@@ -455,7 +455,7 @@ class Hub:
             self._unlink(link, Lost("gone", f"client {link.index} left before it was welcome"))
             raise
 
-    async def _make_way(self, link: Link) -> None:
+    async def _make_way(self, link: ClientLink) -> None:
         """Reserve the client's name. If a stream of that name is open, wait for its end, as long as it can take to
         notice that it is dead. Raises StrangerError.
         """
@@ -478,11 +478,11 @@ class Hub:
             self._waiting -= 1
         self._names[name] = None
 
-    async def _refuse(self, link: Link, refused: m.Refused) -> None:
+    async def _refuse(self, link: ClientLink, refused: m.Refused) -> None:
         log.warning("%s, %s, is refused: %s", link.context.peer(), link.hello.client, refused.sentence)
         await link.greet(refused)
 
-    def _unlink(self, link: Link, lost: Lost) -> None:
+    def _unlink(self, link: ClientLink, lost: Lost) -> None:
         """The stream has ended: tell the exchanges that wait for its answers."""
         if link.ended.is_set():
             return
@@ -498,7 +498,7 @@ class Hub:
         log.info("client %d: %s", link.index, lost.sentence)
         link.lose(lost)
 
-    def _cut(self, link: Link, lost: Lost, code: Any) -> None:
+    def _cut(self, link: ClientLink, lost: Lost, code: Any) -> None:
         """End a stream from this side, even if the client does not read."""
         self._unlink(link, lost)
         task = self._loop.create_task(link.abort(lost, code))

@@ -15,10 +15,10 @@ import grpc
 import grpc.aio
 
 from cutlayer.errors import WireError
-from cutlayer.remote.budget import Budget
+from cutlayer.remote.budget import WriteBudget
 from cutlayer.remote.carrier import Lost
+from cutlayer.remote.counters import ClientTraffic
 from cutlayer.remote.exchange import Exchange, Out
-from cutlayer.remote.traffic import Traffic
 from cutlayer.wire import messages as m
 from cutlayer.wire.conversation import ServerSide
 from cutlayer.wire.frames import Frame, split
@@ -35,7 +35,7 @@ TEXT = 1000
 _BROKEN = (grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError)
 
 
-class Link:
+class ClientLink:
     """One client's stream. `open`: from Welcome on; `admitted`: may be asked; `reported`: was among the arrivals.
 
     Messages wait in `outbox`; `due` are the answers that the client owes.
@@ -49,7 +49,7 @@ class Link:
         self.outbox: deque[Out] = deque()
         self.due: deque[tuple[Exchange, int, float]] = deque()  # as side.asked: for whom an answer is, and since when
         self.writing: list[Out] = []  # taken from the outbox, not written yet
-        self.traffic = Traffic()
+        self.traffic = ClientTraffic()
         self.sending: asyncio.Task[None] | None = None
 
     def stuck(self, outs: list[Out]) -> str | None:
@@ -63,7 +63,7 @@ class Link:
             return f"client {self.index} owes {owing} answers"
         return None
 
-    def queue(self, outs: list[Out], budget: Budget) -> None:
+    def queue(self, outs: list[Out], budget: WriteBudget) -> None:
         """Write these messages soon, after those that wait."""
         self.outbox.extend(outs)
         if self.sending is None and self.open:
@@ -118,7 +118,7 @@ class Link:
         except _BROKEN as error:
             log.debug("client %d: %r", self.index, error)
 
-    async def _send(self, budget: Budget) -> None:
+    async def _send(self, budget: WriteBudget) -> None:
         """Write what is in the outbox, in order."""
         try:
             while self.outbox:

@@ -17,7 +17,7 @@ from cutlayer.remote.security import split_address
 
 if TYPE_CHECKING:
     from cutlayer.remote.carrier import Reason
-    from cutlayer.remote.traffic import Traffic
+    from cutlayer.remote.counters import ClientTraffic
 
 _SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 
@@ -33,7 +33,7 @@ class Counted(Protocol):
     def lost(self) -> Mapping[Reason, int]:
         """How often clients were lost, by reason."""
 
-    def traffic(self) -> dict[int, Traffic]:
+    def traffic(self) -> dict[int, ClientTraffic]:
         """Bytes and messages of every client."""
 
 

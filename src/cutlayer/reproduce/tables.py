@@ -48,7 +48,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Section:
+class Chapter:
     """What one name on the command line asks for: the cells to train and the tables made of them."""
 
     cells: Callable[[Study], Iterator[Cell]]
@@ -238,16 +238,16 @@ def _leaks(outcomes: Outcomes, cell: Cell) -> tuple[Score | str, ...]:
     )
 
 
-SECTIONS: dict[str, Section] = {
-    "table1": Section(Study.table1, table1),
-    "table2": Section(Study.table2, table2),
-    "table3": Section(Study.table3, table3),
-    "table4": Section(Study.table4, table4),
-    "table6": Section(lambda _: iter(()), table6),
-    "fig5": Section(Study.table4, lambda _: []),  # curves of Table 4's runs
-    "skew": Section(Study.skew, skew),
-    "table5": Section(Study.table5, table5),
-    "leakage": Section(Study.leakage, leakage),
+SECTIONS: dict[str, Chapter] = {
+    "table1": Chapter(Study.table1, table1),
+    "table2": Chapter(Study.table2, table2),
+    "table3": Chapter(Study.table3, table3),
+    "table4": Chapter(Study.table4, table4),
+    "table6": Chapter(lambda _: iter(()), table6),
+    "fig5": Chapter(Study.table4, lambda _: []),  # curves of Table 4's runs
+    "skew": Chapter(Study.skew, skew),
+    "table5": Chapter(Study.table5, table5),
+    "leakage": Chapter(Study.leakage, leakage),
 }
 BY_NAME = frozenset({"table5", "leakage"})
 """Parts that `all` does not mean: they need the extra `leakage`, and attack what they train."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from cutlayer.data.built_in import data_set
-from cutlayer.data.raw import Raw, Section
+from cutlayer.data.unsplit import Raw, Section
 
 
 @data_set(

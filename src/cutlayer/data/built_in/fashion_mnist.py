@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cutlayer.data.built_in import data_set
 from cutlayer.data.formats.idx import Idx
-from cutlayer.data.raw import Raw
+from cutlayer.data.unsplit import Raw
 from cutlayer.errors import DataError
 
 FASHION_MNIST_FOLDER = "/usr/share/datasets/fashion-mnist"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cutlayer.data.raw import Array
+from cutlayer.data.unsplit import Array
 from cutlayer.errors import DataError
 
 if TYPE_CHECKING:

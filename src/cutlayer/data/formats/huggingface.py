@@ -11,7 +11,7 @@ import numpy as np
 
 from cutlayer.data.formats._pictures import stack_pictures
 from cutlayer.data.formats.reader import Format, data_format
-from cutlayer.data.raw import SPLITS, Array, Raw, Section, pick
+from cutlayer.data.unsplit import SPLITS, Array, Raw, Section, pick
 from cutlayer.errors import DataError
 from cutlayer.plugins import option
 

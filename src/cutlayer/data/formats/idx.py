@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from cutlayer.data.formats.reader import Format, data_format
-from cutlayer.data.raw import Array, Raw, Section
+from cutlayer.data.unsplit import Array, Raw, Section
 from cutlayer.errors import DataError
 
 _IDX = re.compile(r"(?:.*-)?(train|t10k|test)-(images|labels)[-.]idx[13]-ubyte(?:\.gz)?")

@@ -9,7 +9,7 @@ import numpy as np
 
 from cutlayer.data.formats._pictures import stack_pictures
 from cutlayer.data.formats.reader import Format, data_format
-from cutlayer.data.raw import SPLITS, Raw, Section
+from cutlayer.data.unsplit import SPLITS, Raw, Section
 from cutlayer.errors import DataError
 
 if TYPE_CHECKING:

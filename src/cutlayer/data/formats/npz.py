@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from cutlayer.data.formats.reader import Format, data_format
-from cutlayer.data.raw import Array, Raw, Section
+from cutlayer.data.unsplit import Array, Raw, Section
 from cutlayer.errors import DataError
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from cutlayer.errors import NonFiniteError, RefusedError, WireError
 from cutlayer.remote.carrier import Answer, Lost, Request, Responder
-from cutlayer.remote.traffic import Traffic
+from cutlayer.remote.counters import ClientTraffic
 from cutlayer.wire import messages as m
 from cutlayer.wire.conversation import ANSWERS, ClientSide, ServerSide
 from cutlayer.wire.frames import Frame
@@ -48,7 +48,7 @@ class MemoryCarrier:
         self._limits = limits or Limits()
         self._lines: dict[int, _Line] = {}
         self._endings: dict[int, Lost] = {}
-        self._traffic: dict[int, Traffic] = {}
+        self._traffic: dict[int, ClientTraffic] = {}
 
     def join(self, client: int, greet: Greet) -> m.Refused | None:
         """Connect a worker; the server's reason if `greet` refuses it. Raises RefusedError if the worker refuses."""
@@ -63,7 +63,7 @@ class MemoryCarrier:
             raise RefusedError(refused.reason, refused.sentence)
         self._lines[client] = _Line(server, own, hello, admitted=client not in self._traffic)
         self._endings.pop(client, None)
-        traffic = self._traffic.setdefault(client, Traffic())
+        traffic = self._traffic.setdefault(client, ClientTraffic())
         traffic.received += len(said)
         traffic.sent += len(answered)
         traffic.messages_sent += 1
@@ -92,7 +92,7 @@ class MemoryCarrier:
             line.admitted = line.reported = True
         return {k: line.hello for k, line in new.items()}
 
-    def traffic(self) -> dict[int, Traffic]:
+    def traffic(self) -> dict[int, ClientTraffic]:
         """Bytes and messages of every client that has ever joined."""
         return {k: replace(t) for k, t in self._traffic.items()}
 

@@ -12,7 +12,8 @@
 `error_bound` states it in full.
 """
 
-from cutlayer.wire.codecs.base import (
+from cutlayer.wire.codecs.raw import RAW
+from cutlayer.wire.codecs.writing import (
     OWN,
     Codec,
     as_tensor,
@@ -25,7 +26,6 @@ from cutlayer.wire.codecs.base import (
     read,
     write,
 )
-from cutlayer.wire.codecs.raw import RAW
 
 __all__ = [
     "OWN",

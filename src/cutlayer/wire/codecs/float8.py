@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cutlayer.wire.codecs.base import codec
-from cutlayer.wire.codecs.scaled import Scaled
+from cutlayer.wire.codecs.scaled import ScaledCodec
+from cutlayer.wire.codecs.writing import codec
 
 
 @codec("float8")
-class Float8(Scaled):
+class Float8(ScaledCodec):
     """1 byte per number (e4m3) and a scale per row: error about 6 %."""
 
     code = 4

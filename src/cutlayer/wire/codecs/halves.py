@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from cutlayer.wire.codecs.base import Codec, as_tensor, codec
+from cutlayer.wire.codecs.writing import Codec, as_tensor, codec
 
 
 class Half(Codec):

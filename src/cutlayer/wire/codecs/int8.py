@@ -11,12 +11,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cutlayer.wire.codecs.base import codec
-from cutlayer.wire.codecs.scaled import Scaled
+from cutlayer.wire.codecs.scaled import ScaledCodec
+from cutlayer.wire.codecs.writing import codec
 
 
 @codec("int8")
-class Int8(Scaled):
+class Int8(ScaledCodec):
     """1 byte per number and a scale per channel: error at most max |x| / 254 over the channel."""
 
     code = 3

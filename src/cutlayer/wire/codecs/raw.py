@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cutlayer.wire.codecs.base import Codec, as_it_is, codec
+from cutlayer.wire.codecs.writing import Codec, as_it_is, codec
 
 
 @codec("raw")

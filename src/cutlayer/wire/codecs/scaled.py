@@ -14,12 +14,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from cutlayer.wire.codecs.base import Codec, as_tensor
+from cutlayer.wire.codecs.writing import Codec, as_tensor
 
 _NEGLIGIBLE = 1024  # in smallest normal numbers: scales made of less would lose digits, or be flushed to zero
 
 
-class Scaled(Codec):
+class ScaledCodec(Codec):
     """Scales, then one byte per number: one scale per row, or one in all for a tensor of one dimension."""
 
     largest: ClassVar[float]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cutlayer.errors import ConfigError, WireError
-from cutlayer.wire.codecs.base import Codec, as_tensor, codec
+from cutlayer.wire.codecs.writing import Codec, as_tensor, codec
 
 
 @codec("top-k")

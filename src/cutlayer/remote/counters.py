@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass
-class Traffic:
+class ClientTraffic:
     """What has crossed between the server and one client, over all its connections.
 
     `sent` and `received`: bytes of whole messages; `payload_sent` and `payload_received`: bytes of the tensors in them.

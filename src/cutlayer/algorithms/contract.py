@@ -73,9 +73,11 @@ class Algorithm(Thing):
         """The same algorithm with every client's own gradient: what a server can do that wants to steer each client."""
         return self
 
-    def largest_rate_factor(self, clients: int) -> float:
-        """The power of ten by which the algorithm multiplies the server's rate, at most, with so many clients."""
-        return 0.0
+    def rate_growth(self, clients: int) -> tuple[str, float]:
+        """(the option that is responsible, powers of ten) by which the algorithm multiplies the server's rate, at most,
+        with that many clients.
+        """
+        return "", 0.0
 
 
 def algorithm(

@@ -1,0 +1,512 @@
+"""What the tests would notice: small slips are put into copies of the code, one at a time, and its tests run on each.
+
+    python tests/mutants.py [--only NAME...] [--area AREA...] [--jobs N] [--out FILE] [--check]
+
+A mutant is a snippet of the code and what it is replaced by. The snippet is looked for in all of src/cutlayer and must
+occur once, however its lines are broken, so that code may move from file to file; where `after` is given, that text
+occurs once and the first snippet behind it is meant. A mutant that is not found is to be written anew. Nothing is
+changed in the working tree: the tests run on a copy of src.
+
+An area's tests are those whose path under tests/ fits one of its patterns, in their order, until the first failure;
+those that start processes and servers, those of large models, and those marked slow are left out. All must pass once
+without a mutant first.
+
+With --out, results are added to FILE as JSON lines as they come, and a mutant that has one there is not run again:
+begin with another file after a change. --check runs no tests: it looks whether every mutant is found and compiles.
+"""
+
+# ruff: noqa: E501 (a mutant is a line)
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+TESTS = ROOT / "tests"
+PACKAGE = ROOT / "src" / "cutlayer"
+
+# Of files' names. Hostile clients are a program, the command line's tests take a minute.
+LEFT_OUT = (
+    "*network*", "*signals*", "*namespaces*", "*chaos*", "*deployment*", "*flower*", "*readme*", "*test_fuzz*",
+    "*reproduce*", "*hostile*", "*test_cli*", "*transport*",
+)  # fmt: skip
+
+# Of tests' names: large models take long, and small ones are tested in the same way.
+KEYWORDS = "not resnet and not alexnet"
+
+# Of paths under tests/: the quick ones, and those that know the area best, come first.
+AREAS: dict[str, Sequence[str]] = {
+    "algorithms": ("*sglr*", "*golden*", "*options*", "*identit*", "*algorithm*", "*seam*", "*costs*"),
+    "server": ("*server.py", "*options*", "*golden*", "*seam*", "*identit*", "*stacked*"),
+    "gradients": ("*gradient*", "*sglr*", "*golden*", "*options*", "*identit*", "*seam*", "*stacked*"),
+    "averaging": ("*averag*", "*seam*", "*golden*", "*identit*"),
+    "local": ("*local*", "*options*", "*golden*", "*seam*", "*identit*", "*resume*", "*stacked*"),
+    "stack": ("*golden*", "*stack*", "*options*", "*seam*"),
+    "kernels": ("*kernel*", "*stack*"),
+    "lowering": ("*lower*", "*stack*"),
+    "union": ("*golden*", "*union*", "*stacked*"),
+    "choice": ("*choice*", "*options*", "*stacked*"),
+    "ledger": ("*ledger*", "*seam*", "*costs*", "*resume*", "*plan*"),
+    "clock": ("*clock*", "*energy*", "*fleet*", "*costs*", "*plan*"),
+    "checkpoint": ("*checkpoint*", "*resume*", "*costs*"),
+    "partitions": ("*partition*",),
+    "codecs": ("*codec*", "*wire.py", "*wire/*", "*wire_fuzz*"),
+    "coding": ("*coding*", "*wire.py", "*options*", "*seam*", "*costs*", "*remote*"),
+    "defences": ("*defence*", "*leakage_dp*"),
+    "batches": ("*batches*", "*seam*", "*golden*", "*resume*", "*remote*"),
+    "seeds": ("*seeds*", "*options*", "*golden*", "*seam*", "*resume*", "*sglr*", "*stacked*"),
+    "schedules": ("*schedule*", "*optim*", "*options*", "*seam*", "*golden*"),
+}
+
+
+class Mutant(NamedTuple):
+    """A slip: `snippet`, which occurs once (or is the first behind `after`, which does), becomes `replacement`."""
+
+    name: str
+    area: str
+    snippet: str
+    replacement: str
+    after: str = ""
+
+
+M = Mutant
+MUTANTS = [
+    # Algorithms
+    M("SplitLr multiplies by alpha", "algorithms", "count**options.alpha", "count * options.alpha"),
+    M("SplitLr counts the others", "algorithms", 'options.alpha_clients == "enrolled"', 'options.alpha_clients != "enrolled"'),
+    M("active count rounded down", "algorithms", "math.floor(options.phi * len(clients) + 0.5)", "math.floor(options.phi * len(clients))"),
+    M("initial phase a step too long", "algorithms", "done < round(options.phi_until, 9)", "done <= round(options.phi_until, 9)"),
+    M("final phase a step too late", "algorithms", "done >= final", "done > final"),
+    M("final phase from phi_until on", "algorithms", "round(1 - options.phi_until, 9)", "round(options.phi_until, 9)"),
+    M("active clients drawn once a round", "algorithms", '"active", this.index, turn', '"active", this.index, 0'),
+    M("progress by rounds alone", "algorithms", "(self.index * self.steps + step)", "(self.index * self.steps)"),
+    M("a turn after the last batch", "algorithms", "turn < batches[k]", "turn <= batches[k]"),
+    M("visits in the same order every round", "algorithms", '"visits", this.index', '"visits", 0'),
+    M("mean over rows divided by clients", "algorithms", "total.sum(0, keepdim=True) / sum(sizes)", "total.sum(0, keepdim=True) / len(sizes)"),
+    M("sum for mean over rows", "algorithms", "common = total.mean(0, keepdim=True)", "common = total.sum(0, keepdim=True)"),
+    M("row mean over clients without the row", "algorithms", "else total / count", "else total / len(sizes)"),
+    M("sum of own gradients", "algorithms", '"union" if options.average_reduce == "sum" else options.gradient_scale', "options.gradient_scale"),
+    M("unicast scaled by its own rows", "algorithms", "options.gradient_scale, len(smashed))", "options.gradient_scale)", "unicast = scaled("),
+    M("common scaled by its own rows", "algorithms", "share, len(smashed))", "share)", "shares = scaled("),
+    M("common gradient's last rows", "algorithms", "else c[:size]", "else c[-size:]"),
+    M("SFL averages every step", "algorithms", 'if options.average_every == "step":', "if True:"),
+    M("SFL never averages by the round", "algorithms", 'if options.average_every == "round":', "if False:"),
+    M("all clients weigh the same", "algorithms", "{k: samples[k] for k in sorted(who)}", "{k: 1 for k in sorted(who)}"),
+    M("V1 forgets the server copies", "algorithms", "server.average_copies(sample_weights(clients, trained))", "pass", "def sflv1("),
+    M("V1 forgets the clients", "algorithms", "clients.average(sample_weights(clients, trained))", "pass", "def sflv1("),
+    M("V2 forgets the clients", "algorithms", "clients.average(sample_weights(clients, trained))", "pass", "def sflv2("),
+    M("V2 in the same order every step", "algorithms", '"server order", this.index, turn', '"server order", this.index, 0'),
+    M("V3 forgets the server copies", "algorithms", "server.average_copies(sample_weights(clients, trained))", "pass", "def sflv3("),
+    M("PSL ignores the gradients' scale", "algorithms", "own(step.gradient, smashed, options.gradient_scale)", "own(step.gradient, smashed)", "One round (a local epoch) of PSL"),
+    M("SSL always hands over the optimizer", "algorithms", "optimizer=options.hand_over_optimizer", "optimizer=True", "def sequential("),
+    M("U-shape sends labels", "algorithms", "labels=False", "labels=True", "def ushaped("),
+    M("SLR with phi", "algorithms", '{"phi": 0.0}', "{}"),
+    M("SGL with alpha", "algorithms", '{"alpha": 0.0}', "{}"),
+    # Server
+    M("server's loss is a sum", "server", "loss = losses.mean()", "loss = losses.sum()"),
+    M("server steps without SplitLr", "server", "self._take_step(self._rate(splitlr))", "self._take_step(self._rate(1.0))"),
+    M("server steps without its schedule", "server", "self.lr * self.lr_factor * splitlr", "self.lr * splitlr"),
+    M("server's gradients add up", "server", "p.grad = None", "pass", "def _backward(self, smashed"),
+    M("server draws the same every step", "server", "self._steps += 1", "pass"),
+    M("server copies without a schedule", "server", "self._copies[client].lr_factor = self.lr_factor", "pass"),
+    M("server copies keep their models", "server", "replica.model.load_state_dict(self.model.state_dict())", "pass"),
+    M("server predicts in training mode", "server", "self.model.eval()", "pass", "The server's outputs in eval mode"),
+    M("server trains in evaluation mode", "server", "self.model.train()", "pass", "class Server:"),
+    M("gradients in the order of visits", "server", "[done[k] for k in smashed.clients]", "list(done.values())"),
+    M("server copies draw alike", "server", 'seeds.derive(self.seed, "copy", client)', "self.seed", "def _copy_of("),
+    # Gradients and losses
+    M("own scale upside down", "gradients", "g * (total / sizes[0])", "g * (sizes[0] / total)"),
+    M("C for R over b", "gradients", "[total / size for size in sizes]", "[float(len(sizes)) for size in sizes]"),
+    M("union's rows forgotten", "gradients", "total = sum(sizes) if union is None else union", "total = sum(sizes)"),
+    M("sum of a client's losses", "gradients", "values.view(len(sizes), -1).mean(1)", "values.view(len(sizes), -1).sum(1)"),
+    M("sum of unequal clients' losses", "gradients", "torch.stack([part.mean() for part in", "torch.stack([part.sum() for part in"),
+    M("mean of clients' means", "gradients", "(share @ own).view(1)", "own.mean().view(1)"),
+    M("mean of clients' means, reported", "gradients", "losses.mean().view(1)", "client_means(losses, sizes).mean().view(1)"),
+    # Averaging
+    M("first model weighs the same", "averaging", "first * (weights[0] / total)", "first * (1 / len(states))"),
+    M("other models weigh the same", "averaging", "alpha=weight / total", "alpha=1 / len(states)"),
+    M("smallest counter", "averaging", "torch.stack([s[name] for s in states]).amax(0)", "torch.stack([s[name] for s in states]).amin(0)"),
+    M("weights by their largest", "averaging", "total = sum(weights)", "total = max(weights)"),
+    # The local engine, and what all engines share
+    M("client's gradients add up", "local", "p.grad = None", "pass", "class Client:"),
+    M("client trains in evaluation mode", "local", "self.module.train()", "pass", "class Client:"),
+    M("client draws the same every step", "local", '"forward", self.name, clock', '"forward", self.name, 0'),
+    M("clients draw alike", "local", '"forward", self.name, clock', '"forward", 0, clock'),
+    M("tail draws the same every step", "local", '"tail", self.name, self.clock', '"tail", self.name, 0'),
+    M("tail's loss is a sum", "local", "row_losses(self.tail(leaves), self.labels).mean()", "row_losses(self.tail(leaves), self.labels).sum()"),
+    M("local training's loss is a sum", "local", "loss = row_losses(outputs, self.labels).mean()", "loss = row_losses(outputs, self.labels).sum()"),
+    M("model left behind", "local", "taker.module.load_state_dict(giver.module.state_dict())", "pass"),
+    M("optimizer taken along unasked", "local", "if optimizer and giver.optimizer and taker.optimizer", "if giver.optimizer and taker.optimizer"),
+    M("still alike after a step", "local", "self._alike = len(self._clients) == 1", "pass", "class LocalCohort"),
+    M("a client misses the average", "local", "for client in self._clients[1:]:", "for client in self._clients[2:]:"),
+    M("loss per batch in evaluation", "local", "loss += float(row_losses(outputs, part.y).sum())", "loss += float(row_losses(outputs, part.y).mean())", "class LocalCohort"),
+    M("client evaluated in training mode", "local", "client.module.eval()", "pass"),
+    M("a local step too many", "local", "self._quota[client.name] > 0", "self._quota[client.name] >= 0"),
+    M("a batch too many", "local", "self._quota[list(asked)] > 0", "self._quota[list(asked)] >= 0"),
+    M("clients without a schedule", "local", "self._rate = s.lr * lr_factor", "self._rate = s.lr"),
+    M("one local epoch", "local", "self.local_epochs * per_epoch", "per_epoch"),
+    M("local loss unweighted", "local", "sum(x * n for x, n in here.values()) / rows", "sum(x for x, n in here.values()) / len(here)"),
+    M("participants rounded down", "local", "math.floor(fraction * clients + 0.5)", "math.floor(fraction * clients)"),
+    M("participants drawn once", "local", '"participants", index', '"participants", 0'),
+    # The stacked engine
+    M("stack averages unweighted", "stack", "(share / share.sum())", "(torch.ones_like(share) / len(share))"),
+    M("stack's smallest counter", "stack", "mean = chosen.amax(0)", "mean = chosen.amin(0)"),
+    M("stack counts no steps", "stack", "self.steps[who] += 1", "pass"),
+    M("buffers not put back", "stack", "((self._parameters, group.parameters), (self._buffers, group.buffers))", "((self._parameters, group.parameters),)"),
+    M("no decay in a factored step", "stack", "beta=keep, alpha=scale", "beta=1.0, alpha=scale"),
+    M("decay at every use", "stack", "keep = 1.0", "pass", "part.add_to(p, keep, -lr)"),
+    M("no decay by hand", "stack", "descend(p, p.grad, lr, self._rule.weight_decay)", "descend(p, p.grad, lr, 0.0)"),
+    M("decay without the rate", "stack", "weight.mul_(1.0 - lr * weight_decay)", "weight.mul_(1.0 - weight_decay)"),
+    M("rehearsal leaves a trace", "stack", "{name: b.clone() for name, b in real.items()}", "dict(real)"),
+    M("optimizer's clock a step ahead", "stack", "torch.tensor(float(taken)", "torch.tensor(float(taken + 1)"),
+    M("one clock for all optimizers", "stack", "taken = np.unique(self.steps[who])", "taken = self.steps[who][:1]"),
+    M("factors add up", "stack", "group.factors.clear()", "pass"),
+    M("stack's gradients add up", "stack", "p.grad = None", "pass", "class Stack:"),
+    M("stack trains in evaluation mode", "stack", "self.module.train()", "pass", "class Stack:"),
+    M("rows merged by the inverse order", "stack", "torch.from_numpy(np.argsort(places))", "torch.from_numpy(places)"),
+    M("mean over clients' losses", "stack", "losses.mean(1).sum().backward()", "losses.mean().backward()"),
+    M("stack still alike after a step", "stack", "self._alike = len(self._quota) == 1", "pass", "class StackedCohort"),
+    M("alike in the second local step", "stack", "self._alike, count = len(self._quota) == 1, count + 1", "self._alike, count = alike, count + 1"),
+    M("stack draws the same every step", "stack", '("forward", client, self._clocks[client])', '("forward", client, 0)'),
+    M("stacked copies draw the same", "stack", '("server", int(self._stack.steps[client]))', '("server", 0)'),
+    M("server's own model left as it was", "stack", "self.model.load_state_dict(self._stack.state_of(0))", "pass"),
+    M("independent starts lost", "stack", "if not setup.alike:", "if setup.alike:"),
+    M("stacked loss per batch in evaluation", "stack", "row_losses(outputs, y).view(c, -1).sum(1)", "row_losses(outputs, y).view(c, -1).mean(1)"),
+    # Kernels
+    M("mean for sum in a bias", "kernels", "by_bias = g.sum(1, dtype=weight.dtype)", "by_bias = g.mean(1, dtype=weight.dtype)"),
+    M("mean for sum in a convolution's bias", "kernels", "by_bias = g.sum(1, dtype=ctx.dtype)", "by_bias = g.mean(1, dtype=ctx.dtype)"),
+    M("padding of the other axis", "kernels", "(left, left, top, top)", "(top, top, left, left)"),
+    M("dilation forgotten", "kernels", "(row * self.dilation[0], column * self.dilation[1])", "(row, column)"),
+    M("vertical stride for both", "kernels", "zip(first, self.stride, size, strict=True)", "zip(first, self.stride[:1] * 2, size, strict=True)"),
+    M("first client's weights for all", "kernels", "w.unbind(0), shifts, strict=True)", "[w[0]] * len(w), shifts, strict=True)"),
+    # Lowering
+    M("dropout without its scale", "lowering", "input * keep.div_(1 - p)", "input * keep"),
+    M("dropout of the first client for all", "lowering", "generator=mode.generator(client)", "generator=mode.generator(0)"),
+    M("dropout of what is to be kept", "lowering", "mine.bernoulli_(1 - p", "mine.bernoulli_(p"),
+    M("dropout within a channel", "lowering", "(*input.shape[:2], *[1] * (input.dim() - 2))", "input.shape"),
+    M("embeddings of the neighbour", "lowering", "torch.arange(mode.clients, device=input.device) * weight.shape[1]", "torch.arange(mode.clients, device=input.device) * (weight.shape[1] - 1)"),
+    M("padding is trained", "lowering", "torch.where(padding, found.detach(), found)", "found"),
+    M("embedding's special gradients ignored", "lowering", "if max_norm is not None or scale_grad_by_freq or sparse:", "if max_norm is not None or sparse:"),
+    # The union step
+    M("union unweighted", "union", "spread(shares(self.samples, self._asked), self._sizes)", "spread([1 / len(self._asked)] * len(self._asked), self._sizes)", "The weighted mean of the steps that the clients of the last"),
+    M("union's sum for mean", "union", "self._sizes) / rows_of(self._sizes)", "self._sizes)"),
+    M("union server's slices unscaled", "union", "own = tuple(g / column(share, g) for g in gradient)", "own = gradient"),
+    M("union although rows draw", "union", "return not drew and close(", "return close("),
+    M("union although buffers are kept", "union", "if list(part.buffers()):", "if False:"),
+    # The choice of the engine
+    M("union from unequal starts", "choice", 'config.start != "equal" or not rule_of', "not rule_of"),
+    M("union where averaged by the round", "choice", 'config.algorithm == "sfl" and config.average_every == "step"', 'config.algorithm == "sfl"'),
+    M("union of several local steps", "choice", "config.local_steps == 1", "config.local_steps is not None"),
+    M("union whatever the client's optimizer", "choice", "or not rule_of(setup.make_optimizer).plain", ""),
+    M("V1's union whatever the server's optimizer", "choice", "rule_of(make_server).plain and row_by_row(split.server, rows)", "row_by_row(split.server, rows)"),
+    M("momentum is plain", "choice", 'd["momentum"] or ', ""),
+    M("ascent is plain", "choice", ' or d["maximize"]', ""),
+    M("memory for one client is enough", "choice", "keep=each * taking_part <= limit", "keep=each <= limit"),
+    M("server copies on the stack of Adafactor", "choice", "names.append(config.server_optimizer or config.client_optimizer)", "pass"),
+    # The ledger
+    M("broadcast saves all", "ledger", "count * (len(clients) - 1)", "count * len(clients)"),
+    M("every common gradient in the paper's count", "ledger", "once = 0 if self._common_seen else", "once ="),
+    M("one common gradient in all rounds", "ledger", "self._common_seen = False", "pass", "this = self.inner.begin_round(index, total, lr_factor)"),
+    M("paper's count with unicast copies", "ledger", "count - self._common + self._common_once", "count + self._common_once"),
+    M("nobody is late", "ledger", "self._stale = set(range(len(self.samples))) - set(averaged)", "self._stale = set()"),
+    M("the late fetch again and again", "ledger", "self._stale -= set(late)", "pass"),
+    M("handed over without the optimizer", "ledger", "size.model + (size.optimizer if optimizer else 0)", "size.model"),
+    M("evaluation is training", "ledger", '(kind is None and k != "evaluation")', "kind is None"),
+    M("labels cross in the U-shape's evaluation", "ledger", '0 if self.shape == "u-shaped" else sizes[0]', "sizes[0]"),
+    M("tied weights cross twice", "ledger", "sum({t.data_ptr(): t.nbytes for t in module.state_dict().values()}.values())", "sum(t.nbytes for t in module.state_dict().values())"),
+    M("optimizer's clock weighs nothing", "ledger", "4 * len(self._state) if self._clocked else 0", "0"),
+    M("own gradients through the wrong codec", "ledger", "self.coding.rows(self.coding.down, gradients.own, gradients.sizes)", "self.coding.rows(self.coding.up, gradients.own, gradients.sizes)"),
+    # The clock, energy, the fleet
+    M("server waits for all", "clock", "self.ready[who].max()", "self.ready.max()"),
+    M("U-shape's server passes counted twice", "clock", "(server.backward if self._tail_done else server.training)", "server.training"),
+    M("tails only go forward", "clock", "sizes * self.flops.tail.training", "sizes * self.flops.tail.forward"),
+    M("U-shape's server skips forward", "clock", "self.clock.serve(float(sizes.sum()) * self.flops.server.forward)", "pass"),
+    M("uploads without latency", "clock", "float(self.ready[who].max()) + self.fleet.latency", "float(self.ready[who].max())"),
+    M("downloads before the client is ready", "clock", "np.maximum(self.ready, self.server + self.fleet.latency) + seconds", "self.server + self.fleet.latency + seconds"),
+    M("sleep is waiting", "clock", "self.asleep[waking] += woken[waking] - self.ready[waking]", "pass"),
+    M("uploads share nothing", "clock", "bits.sum() / self.fleet.server_rate", "bits / self.fleet.server_rate"),
+    M("full batches only", "clock", "epochs * n + rest * self.batch", "batches * self.batch"),
+    M("local steps begin anew every round", "clock", "self._fitted[client] += batches", "pass"),
+    M("bytes for bits, up", "clock", "8.0 * (self._sent[0] - up)", "self._sent[0] - up"),
+    M("energy of the last direction", "clock", "base + watts * float(seconds.sum())", "watts * float(seconds.sum())"),
+    M("bytes for megabits", "clock", "per_mbps * float(bits.sum()) / 1e6", "per_mbps * float(bits.sum()) / 8e6"),
+    M("stragglers rounded down", "clock", "math.floor(options.stragglers * clients + 0.5)", "math.floor(options.stragglers * clients)"),
+    M("stragglers are faster", "clock", "1 / options.straggler_slowdown", "options.straggler_slowdown"),
+    M("slowed devices save energy", "clock", "(use.flops / fleet.speeds).sum() * device.watts", "use.flops.sum() / fleet.speeds.max() * device.watts"),
+    # Checkpoints
+    M("server forgets its steps", "checkpoint", 'self._steps = state["steps"]', "pass"),
+    M("server forgets its optimizer", "checkpoint", 'load_optimizer(self._optimizer, state["optimizer"])', "pass"),
+    M("server forgets its copies", "checkpoint", "self._copy_of(int(client)).load(replica)", "pass"),
+    M("client forgets its optimizer", "checkpoint", 'load_optimizer(client.optimizer, own["optimizer"])', "pass"),
+    M("optimizer's state cast", "checkpoint", "optimizer.state[parameters[index]] = kept", "pass"),
+    M("batches begin anew", "checkpoint", 'self._batches.drawn[:] = state["drawn"]', "pass", "def _load_base("),
+    M("equal although resumed", "checkpoint", 'self._holder, self._alike = state["holder"], state["alike"]', 'self._holder = state["holder"]'),
+    M("stack forgets its steps", "checkpoint", 'self.steps = np.array(state["steps"], np.int64)', "pass"),
+    M("stack forgets its optimizers' clocks", "checkpoint", 'self._clocked = state["clocked"]', "pass"),
+    M("samples begin anew", "checkpoint", 'self._samples, self._seconds = state["samples"], state["seconds"]', 'self._seconds = state["seconds"]'),
+    M("a round again", "checkpoint", "self._state(index + 1, folder)", "self._state(index, folder)"),
+    M("records are not cut back", "checkpoint", 'folder.truncate(state["offsets"])', "pass"),
+    M("ledger forgets who is late", "checkpoint", 'self._stale = set(state["stale"])', "pass"),
+    M("ledger forgets common gradients", "checkpoint", 'self._common, self._common_once = map(int, state["common"])', "pass"),
+    M("clock forgets who is here", "checkpoint", 'self.here = np.array(state["here"], bool)', "pass"),
+    # Partitions
+    M("shards of rows, not labels", "partitions", 'np.argsort(y[order], kind="stable")', "np.arange(len(order))"),
+    M("shards in order", "partitions", 'seeds.generator(seed, "partition", "shards").permutation(total)', "np.arange(total)"),
+    M("iid in order", "partitions", "np.array_split(order, clients)", "np.array_split(np.sort(order), clients)"),
+    M("alpha upside down", "partitions", "alpha=float(alpha)", "alpha=1 / float(alpha)"),
+    M("the same draw ten times", "partitions", '"partition", "dirichlet", attempt', '"partition", "dirichlet"'),
+    M("square is linear", "partitions", '"square": flower.SquarePartitioner', '"square": flower.LinearPartitioner'),
+    M("samples for one client", "partitions", "order[: clients * samples_per_client]", "order[:samples_per_client]"),
+    M("all samples are too many", "partitions", "samples_per_client * clients > rows", "samples_per_client * clients >= rows"),
+    M("as many clients as samples are too many", "partitions", "if clients > rows:", "if clients >= rows:"),
+    M("rows unsorted", "partitions", "[np.sort(np.asarray(part, dtype=np.int64)) for part in parts]", "[np.asarray(part, dtype=np.int64) for part in parts]"),
+    # Codecs
+    M("top-k rounds down", "codecs", "math.ceil(codec.fraction * m)", "int(codec.fraction * m)"),
+    M("top-k by sign", "codecs", "flat.abs().topk(k", "flat.topk(k"),
+    M("int8 cuts off", "codecs", "q.round_().to(torch.int8)", "q.to(torch.int8)"),
+    M("int8 overflows", "codecs", '"int8": 127.0001', '"int8": 128.0'),
+    M("float16 overflows", "codecs", "x.clamp(-largest, largest)", "x"),
+    M("float8 by half", "codecs", "scale.mul_(256)", "scale.mul_(128)"),
+    M("halves of halves", "codecs", "least = 4 if self.kind in _HALVES else 2", "least = 2"),
+    M("positions wrap", "codecs", "torch.uint16 if m <= 1 << 16", "torch.uint16 if m <= 1 << 17"),
+    M("a position beyond the row", "codecs", "int(at.max()) >= m", "int(at.max()) > m"),
+    M("positions twice", "codecs", "(at.diff(dim=1) > 0).all()", "(at.diff(dim=1) >= 0).all()"),
+    # Coding
+    M("bytes in equal shares", "coding", "payload_bytes(codec, (size, *tensor.shape[1:]), tensor.dtype) for size in sizes", "payload_bytes(codec, tuple(tensor.shape), tensor.dtype) // len(sizes) for size in sizes"),
+    M("clients share a scale", "coding", 'codec.kind == "int8" and tensor.dim() > 2', "False"),
+    M("bytes before zstandard", "coding", "len(compressed(data)) if codec.zstd else len(data)", "len(data)"),
+    M("common gradient through the wrong codec", "coding", "self.rows(self.down, rows,", "self.rows(self.up, rows,"),
+    M("evaluation compressed", "coding", "up, down = self.coding.up.plain, self.coding.down.plain", "up, down = self.coding.up, self.coding.down"),
+    M("bytes of the last tensor alone", "coding", "counts += np.array(sizes, np.int64) * each", "counts = np.array(sizes, np.int64) * each"),
+    # Defences
+    M("dropout loses the mean", "defences", ">= probability) / (1 - probability)", ">= probability).float()"),
+    M("short rows made longer", "defences", "_length(rows, 1 if self.laplace else 2).clamp(min=self.clip)", "_length(rows, 1 if self.laplace else 2)"),
+    M("Laplace by the Euclidean norm", "defences", "1 if self.laplace else 2", "2"),
+    M("noise not in units of the clip", "defences", "(self.clip or 0.0) * (self.gaussian or self.laplace)", "(self.gaussian or self.laplace)"),
+    M("the same noise every batch", "defences", 'self._draw("step", k, clock)', 'self._draw("step", k)'),
+    M("the same noise for all clients", "defences", 'self._draw("step", k, clock)', 'self._draw("step", clock)'),
+    M("the same noise in all of evaluation", "defences", "seen.update(dict.fromkeys(clients, len(rows[0]) // len(clients)))", "pass"),
+    M("penalty without its weight", "defences", "g + self.nopeek * p", "g + p"),
+    M("one-sided noise", "defences", "return one - two", "return one"),
+    M("correlation without a root", "defences", "(a.square().mean() * b.square().mean()).sqrt()", "(a.square().mean() * b.square().mean())"),
+    M("evaluation unprotected", "defences", "return predict(clients, sent)", "return predict(clients, rows)"),
+    M("inputs of earlier batches", "defences", "self._drawn.clear()", "pass"),
+    # Batches
+    M("remainder never dealt", "batches", "-(-self.counts // batch)", "np.maximum(1, self.counts // batch)"),
+    M("shuffled from the last order", "batches", "order.permutation(self._rows[span])", "order.permutation(self._order[span])"),
+    M("the same order every epoch", "batches", '"batches", self.names[client], epoch', '"batches", self.names[client], 0'),
+    M("order by place, not by name", "batches", '"batches", self.names[client], epoch', '"batches", client, epoch'),
+    M("shuffled only at first", "batches", "who[epoch != self._epoch[who]]", "who[self._epoch[who] < 0]"),
+    # Seeds
+    M("names run together", "seeds", '"/".join(str(part) for part in (seed, *name))', '"".join(str(part) for part in (seed, *name))'),
+    M("caller's random state lost", "seeds", "torch.set_rng_state(before)", "pass", "def torch_seeded("),
+    M("names ignored", "seeds", "torch.default_generator.manual_seed(derive(seed, *name))", "torch.default_generator.manual_seed(seed)"),
+    M("evaluated clients are the first", "seeds", 'seeds.generator(seed, "evaluated clients").choice(clients, count, replace=False)', "np.arange(count)"),
+    # Rates and schedules
+    M("decay a round late", "schedules", "progress >= at", "progress > at"),
+    M("one decay for all", "schedules", "sum(progress >= at for at in decay_at)", "any(progress >= at for at in decay_at)"),
+    M("cosine from two", "schedules", "0.5 * (1 + math.cos(math.pi * progress))", "(1 + math.cos(math.pi * progress))"),
+    M("schedule a round early", "schedules", "c, progress = config, index / total", "c, progress = config, (index + 1) / total"),
+    M("server without a schedule of its own", "schedules", "c.server_lr_schedule or c.lr_schedule", "c.lr_schedule"),
+    M("server without a rate of its own", "schedules", "lr = config.server_lr or config.client_lr", "lr = config.client_lr", "def _chosen("),
+    M("reported rate without the schedule", "schedules", "c.client_lr * client_factor", "c.client_lr"),
+]  # fmt: skip
+
+
+class UnusableError(Exception):
+    """A mutant that cannot be applied to the code as it is."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="NAME", choices=[m.name for m in MUTANTS], help="these mutants")
+    parser.add_argument("--area", nargs="+", metavar="AREA", choices=list(AREAS), help=f"of {', '.join(AREAS)}")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="mutants at a time")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="results as JSON lines; what is there is not run again"
+    )
+    parser.add_argument("--check", action="store_true", help="run no tests")
+    options = parser.parse_args()
+    chosen = [
+        m
+        for m in MUTANTS
+        if (not options.only or m.name in options.only) and (not options.area or m.area in options.area)
+    ]
+    if options.check:
+        wrong = [(m, fault) for m in chosen if (fault := fault_of(m))]
+        for mutant, fault in wrong:
+            say(f"{mutant.name}: {fault}")
+        say(f"{len(chosen) - len(wrong)} of {len(chosen)} mutants can be applied")
+        return bool(wrong)
+    results = earlier(options.out)
+    areas = {m.area for m in chosen}
+    if not areas <= set(results.get("", {}).get("areas", [])):
+        say(f"without a mutant: {', '.join(sorted(areas))}")
+        unchanged = run_tests(None, [f for area in AREAS if area in areas for f in tests_of(area)])
+        if unchanged["outcome"] != "survived":
+            say(f"the tests fail without any mutant: {unchanged['by']}")
+            return 2
+        keep(options.out, results, {"name": "", "areas": sorted(areas), **unchanged})
+    left = [m for m in chosen if results.get(m.name, {}).get("outcome") not in ("killed", "survived")]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for done in as_completed([pool.submit(judge, m) for m in left]):
+            result = done.result()
+            keep(options.out, results, result)
+            say(f"{result['outcome']:9} {result['seconds']:6.1f} s  {result['area']}: {result['name']}  {result['by']}")
+    return summary([results[m.name] for m in chosen])
+
+
+def say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+def earlier(out: Path | None) -> dict[str, dict[str, Any]]:
+    """The results in `out`, by name; that of the code without a mutant under no name."""
+    if out is None or not out.exists():
+        return {}
+    return {result["name"]: result for result in map(json.loads, out.read_text().splitlines())}
+
+
+def keep(out: Path | None, results: dict[str, dict[str, Any]], result: dict[str, Any]) -> None:
+    results[result["name"]] = result
+    if out is not None:
+        with out.open("a") as file:
+            file.write(json.dumps(result) + "\n")
+
+
+def summary(results: Sequence[dict[str, Any]]) -> int:
+    """Say what came out; the exit code: 0 where every mutant was killed."""
+    of = {outcome: [r for r in results if r["outcome"] == outcome] for outcome in ("killed", "survived", "unusable")}
+    for outcome in ("survived", "unusable"):
+        for result in of[outcome]:
+            say(f"{outcome}: {result['area']}: {result['name']}  {result['by']}")
+    seconds = sum(r["seconds"] for r in results)
+    usable = len(of["killed"]) + len(of["survived"])
+    say(f"killed {len(of['killed'])} of {usable}, {len(of['unusable'])} unusable, {seconds / 60:.0f} minutes")
+    return 0 if len(of["killed"]) == len(results) else 1
+
+
+def judge(mutant: Mutant) -> dict[str, Any]:
+    """Run the tests of a mutant's area on it."""
+    found = {"outcome": "unusable", "seconds": 0.0, "by": fault_of(mutant)}
+    if not found["by"]:
+        found = run_tests(mutant, tests_of(mutant.area))
+    return {"name": mutant.name, "area": mutant.area, **found}
+
+
+def fault_of(mutant: Mutant) -> str:
+    """Why a mutant cannot be applied; empty where it can."""
+    try:
+        path, text = mutated(mutant, PACKAGE)
+        compile(text, path, "exec")
+    except UnusableError as error:
+        return str(error)
+    except SyntaxError as error:
+        return f"does not compile ({error.msg}): rewrite this mutant"
+    return ""
+
+
+def mutated(mutant: Mutant, package: Path) -> tuple[Path, str]:
+    """The file that a mutant changes, and its text with the change. Raises UnusableError."""
+    texts = {path: path.read_text() for path in sorted(package.rglob("*.py"))}
+    once = pattern(mutant.after or mutant.snippet)
+    found = [(path, match) for path, text in texts.items() for match in once.finditer(text)]
+    if len(found) != 1:
+        raise UnusableError(f"{f'found {len(found)} times' if found else 'not found'}: rewrite this mutant")
+    ((path, match),) = found
+    text = texts[path]
+    if mutant.after:
+        behind = pattern(mutant.snippet).search(text, match.end())
+        if behind is None:
+            raise UnusableError(f"not found behind {mutant.after!r}: rewrite this mutant")
+        match = behind
+    return path, text[: match.start()] + mutant.replacement + text[match.end() :]
+
+
+def pattern(snippet: str) -> re.Pattern[str]:
+    """Finds a snippet however its lines are broken and indented."""
+    tokens = re.findall(r"\w+|[^\w\s]", snippet)
+    whole = r"(?<!\w)" if is_word(tokens[0]) else ""
+    for token, behind in zip(tokens, [*tokens[1:], ""], strict=True):
+        apart = is_word(token) and is_word(behind)
+        whole += re.escape(token) + (r"\s+" if apart else r"\s*" if behind else "")
+    return re.compile(whole + (r"(?!\w)" if is_word(tokens[-1]) else ""))
+
+
+def is_word(token: str) -> bool:
+    return re.match(r"\w", token) is not None
+
+
+def tests_of(area: str) -> list[Path]:
+    """The test files of an area, in order."""
+    files = [f for f in sorted(TESTS.rglob("test_*.py")) if not any(fnmatch.fnmatch(f.name, p) for p in LEFT_OUT)]
+    fitting = (f for p in AREAS[area] for f in files if fnmatch.fnmatch(f.relative_to(TESTS).as_posix(), p))
+    found = list(dict.fromkeys(fitting))
+    if not found:
+        raise SystemExit(f"no test file fits the patterns of {area!r}: mend AREAS")
+    return found
+
+
+def run_tests(mutant: Mutant | None, files: Sequence[Path], limit: float = 1200.0) -> dict[str, Any]:
+    """Run test files on a copy of the code, changed by `mutant`: what became of it, in how long, and by which test."""
+    with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
+        copy = Path(folder, "src")
+        shutil.copytree(PACKAGE, copy / "cutlayer")
+        if mutant is not None:
+            path, text = mutated(mutant, copy / "cutlayer")
+            path.write_text(text)
+        environment = {
+            "OMP_NUM_THREADS": "1",
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(copy), *filter(None, [os.environ.get("PYTHONPATH")])]),
+            "HYPOTHESIS_STORAGE_DIRECTORY": str(Path(folder, "hypothesis")),
+        }
+        command = [
+            *(sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--timeout", "120", "-k", KEYWORDS),
+            *("-o", f"pythonpath={copy}", "--hypothesis-seed", "0", "--basetemp", str(Path(folder, "tmp"))),
+            *map(str, dict.fromkeys(files)),
+        ]
+        started = time.monotonic()
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            output, _ = process.communicate(timeout=limit)
+            by = next(failures(output), "")
+            outcome = {0: "survived", 1: "killed"}.get(process.returncode, "unusable")
+            if outcome == "unusable":
+                by = by or f"pytest ended with {process.returncode}: {output.strip().splitlines()[-1:]}"
+        except subprocess.TimeoutExpired:
+            outcome, by = "killed", f"no end within {limit:.0f} s"
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    return {"outcome": outcome, "seconds": round(time.monotonic() - started, 1), "by": by}
+
+
+def failures(output: str) -> Iterator[str]:
+    """The tests that failed."""
+    for line in output.splitlines():
+        if line.startswith(("FAILED ", "ERROR ")):
+            yield line.split(" ", 1)[1].split(" - ")[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
