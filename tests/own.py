@@ -56,7 +56,7 @@ class Grid(Codec):
     def bound(self, x: Tensor) -> Tensor:
         """Half a step, and what is beyond the last one."""
         beyond = ((x - x.double().mean()).abs() - 32767 * self.step).clamp(min=0)
-        return self.step * 0.51 + beyond + x.double().abs() * torch.finfo(x.dtype).eps
+        return self.step * 0.51 + beyond + (x.double().abs() + beyond) * torch.finfo(x.dtype).eps
 
 
 @codec("careless")

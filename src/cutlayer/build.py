@@ -27,7 +27,7 @@ from cutlayer.costs.flops import ModelFlops, count
 from cutlayer.costs.ledger import Ledger, MeteredCohort
 from cutlayer.data import Source, class_counts, from_arrays, from_dataset, load, load_whole, partition
 from cutlayer.engine.choice import laid_out, simulate
-from cutlayer.engine.simulated import ClientModel, Clients, Shape
+from cutlayer.engine.simulated import ClientModel, Clients, Shape, model_bytes
 from cutlayer.errors import ConfigError, CutlayerWarning, DataError
 from cutlayer.models import Parts, build, cut
 from cutlayer.models import make as make_own
@@ -36,6 +36,7 @@ from cutlayer.optim import MakeOptimizer, make_optimizer
 from cutlayer.options import RunConfig, default_cut
 from cutlayer.schedules import Schedule
 from cutlayer.server import Server
+from cutlayer.traffic import Epoch
 from cutlayer.types import Rows
 from cutlayer.verbs import LEARN, Traits
 from cutlayer.wire import Codec, Coding
@@ -69,7 +70,8 @@ def dtype_of(config: RunConfig) -> torch.dtype:
 class Training:
     """All that a run needs: the cohort counts into `ledger`; `rounds` to do; `counts` [C, K] samples per class;
     `engine` says how clients are simulated; `clock` runs if the machines are known. `parts` is the model as cut, with
-    an `example` [n, ...] of its inputs; `schedules` are the clients' and the server's.
+    an `example` [n, ...] of its inputs; `schedules` are the clients' and the server's; `epoch` is one of equal clients
+    who hold as much together.
     """
 
     source: Source
@@ -84,12 +86,19 @@ class Training:
     example: torch.Tensor
     algorithm: Algorithm
     schedules: tuple[Schedule, Schedule]
+    epoch: Epoch
     clock: Clock | None = None
 
     @cached_property
     def flops(self) -> ModelFlops:
         """FLOPs per sample of the parts."""
         return count(self.parts, self.example)
+
+    @property
+    def server_passes(self) -> float:
+        """How often the server's part trains on each sample, as the algorithm states it; once if it states nothing."""
+        traffic = self.algorithm.traffic(self.epoch)
+        return 1.0 if traffic is None else traffic.server_passes
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,6 +149,7 @@ class Prepared:
             self.example,
             self.algorithm,
             schedules(config),
+            self._epoch(),
         )
         if self.fleet is None:
             return training
@@ -148,8 +158,27 @@ class Prepared:
         if central:  # the server trains, once everybody's data have come
             clock.begin(range(config.clients))
             clock.upload(8.0 * np.array([_raw_bytes(source, p) for p in partition]))
-        clocked = ClockedCohort(metered, clock, training.flops, config.batch, central=central)
+        clocked = ClockedCohort(
+            metered, clock, training.flops, config.batch, central=central, server_passes=training.server_passes
+        )
         return replace(training, clients=clocked, clock=clock)
+
+    def _epoch(self) -> Epoch:
+        """An epoch of equal clients who hold as much together."""
+        train, client = self.source.train, [p for p in (self.split.client, self.split.tail) if p is not None]
+        up = [math.prod(c.shape) * c.dtype.itemsize for c in self.split.crossing]
+        down = [math.prod(c.shape) * c.dtype.itemsize for c in self.split.crossing if c.differentiable]
+        return Epoch(
+            clients=len(self.partition),
+            samples_per_client=sum(map(len, self.partition)) // len(self.partition),
+            batch=self.config.batch,
+            smashed=sum(up),
+            gradient=sum(down),
+            label=train.y[:1].nbytes,
+            raw=train.x[:1].nbytes,
+            model=sum(map(model_bytes, self.split.all)),
+            client_model=sum(map(model_bytes, client)),
+        )
 
 
 def assemble(config: RunConfig, model: Model | None = None, data: Data | None = None) -> Training:

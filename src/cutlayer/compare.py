@@ -14,6 +14,7 @@ from cutlayer.files import read_json
 from cutlayer.folder import COMPARISON, CONFIG, OWN_FILES, RESULT, Folder, refuse_used, stored_config
 from cutlayer.keywords import CompareKeywords
 from cutlayer.options import CompareConfig, RunConfig, by_reference, overlaid
+from cutlayer.plugins import label
 from cutlayer.run import Record, Result, Run, Spent, own_things, without_own
 from cutlayer.summary import mean_of_known
 
@@ -150,7 +151,7 @@ def _row(entry: str, configs: Mapping[int, RunConfig], results: Mapping[int, Res
     return Row(
         entry=entry,
         algorithm=algorithm,
-        title=first.title if entry == algorithm else entry,
+        title=first.title if entry == label(algorithm) else entry,
         seeds=tuple(results),
         accuracy_mean=mean("test_accuracy"),
         accuracy_std=spread("test_accuracy"),

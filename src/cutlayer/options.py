@@ -490,7 +490,13 @@ class CompareConfig(CommonConfig):
             own = self._own(base, algorithm)
             first = RunConfig.of({**own, "algorithm": algorithm})
             first.check(frozenset(own))
-            entries[algorithm] = {s: first.model_copy(update={"seed": s}) for s in self.seeds}
+            name = plugins.label(algorithm)
+            if name in entries:
+                raise ConfigError(
+                    f"algorithms names {name!r} twice, in two files: make one a variant, [variant.NAME], with the "
+                    f"algorithm {algorithm!r}"
+                )
+            entries[name] = {s: first.model_copy(update={"seed": s}) for s in self.seeds}
         for name, values in self.variant.items():
             if name in entries:
                 raise ConfigError(f"variant {name!r} has the name of an algorithm that is compared too: rename it")

@@ -320,6 +320,17 @@ def is_reference(text: str) -> bool:
     return bool(colon) and name.isidentifier() and (place.endswith(".py") or _dotted(place))
 
 
+def label(reference: str) -> str:
+    """What a thing is called where a path has no place, as in the name of a folder: of file.py:name, the name."""
+    return reference.rpartition(":")[2]
+
+
+def registered_name(kind: str, reference: str) -> str:
+    """The name that a thing was registered under, wherever it lies: what machines with other paths can compare."""
+    entry = None if reference in index(kind) else _registration(load(kind, reference))
+    return reference if entry is None else entry.name
+
+
 def find(kind: str, reference: str) -> Entry:
     """What is known of the thing of that name or reference. Imports only what is not this package's own.
 
@@ -360,7 +371,7 @@ def adopt(kind: str, thing: Any) -> tuple[str, dict[str, Any]]:
         return thing, {}
     values = thing.model_dump(exclude_defaults=True) if isinstance(thing, Thing) else {}
     made = type(thing) if isinstance(thing, Thing) else thing
-    entry = getattr(made, "entry", None)
+    entry = _registration(made)
     if entry is not None and entry.name in index(kind) and index(kind)[entry.name].where == entry.where:
         return entry.name, values
     reference = f"{made.__module__}:{made.__qualname__}"
@@ -531,7 +542,7 @@ def _loaded(word: str, reference: str) -> Any:
 
 def _entry_of(kind: str, reference: str, thing: Any) -> Entry:
     """The entry of a thing that is not this package's, under the name by which it was asked for."""
-    entry: Entry | None = getattr(thing, "entry", None)
+    entry = _registration(thing)
     if entry is not None and entry.kind != kind:
         raise ConfigError(f"{reference!r} is a {KINDS[entry.kind].word}, not a {KINDS[kind].word}")
     if entry is not None:
@@ -545,6 +556,12 @@ def _entry_of(kind: str, reference: str, thing: Any) -> Entry:
     raise ConfigError(
         f"{KINDS[kind].word} {reference!r} is not registered: decorate it (see docs/extending.md), or name another"
     )
+
+
+def _registration(thing: Any) -> Entry | None:
+    """The thing's own: a class that is derived from a registered one is another thing."""
+    found: Entry | None = getattr(thing, "__dict__", {}).get("entry")
+    return found
 
 
 @cache

@@ -369,7 +369,7 @@ class Run:
             return {"client_flops": each * flops.whole.training, "server_flops": 0.0}
         return {
             "client_flops": each * flops.at_client.training,
-            "server_flops": self._samples * flops.server.training,
+            "server_flops": self._samples * flops.server.training * self.training.server_passes,
         }
 
     def _state(self, rounds: int, folder: Folder) -> dict[str, Any]:

@@ -103,6 +103,7 @@ def test_raw_of_views_and_layouts() -> None:
     assert torch.equal(through(images.transpose(0, 3)), images.transpose(0, 3))
     assert torch.equal(through(images[:, 1:3, ::2]), images[:, 1:3, ::2])
     assert torch.equal(through(torch.zeros(1, 3).expand(4, 3)), torch.zeros(4, 3))
+    assert torch.equal(through(torch.tensor(3.0).expand(1)), torch.tensor([3.0]))
     assert torch.equal(through(images.requires_grad_()), images)
     complex_numbers = torch.randn(3, 2, dtype=torch.complex64)
     assert torch.equal(through(complex_numbers.conj()), complex_numbers.conj())

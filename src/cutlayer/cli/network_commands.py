@@ -16,6 +16,7 @@ from cutlayer.cli.progress import Monitor, resumable
 from cutlayer.cli.results import print_result, write_report
 from cutlayer.errors import ConfigError
 from cutlayer.options import FaultConfig, RunConfig
+from cutlayer.plugins import label
 
 if TYPE_CHECKING:
     from cutlayer.wire.limits import Limits
@@ -90,11 +91,11 @@ def serve(
     security.open(listen)  # says what is wrong before a folder is made
     limits = _limits(message_limit)
     serving = Serving(listen, security, fault_config(faults, config), metrics, keepalive, limits)
-    where = out or Path("runs") / f"serve-{merged.algorithm}-{Path(merged.data).stem}"
+    where = out or Path("runs") / f"serve-{label(merged.algorithm)}-{Path(merged.data).stem}"
     service = Service(merged, serving, where)
     with resumable(f"the same command with --out {where}"), service.open() as run, Monitor(1) as monitor:
         for record in run:
-            monitor.show(merged.algorithm, run, record)
+            monitor.show(label(merged.algorithm), run, record)
     assert service.run.result is not None
     print_result(service.run.result)
     write_report(where)

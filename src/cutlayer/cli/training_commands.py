@@ -14,6 +14,7 @@ from cutlayer.cli.progress import Monitor, resumable
 from cutlayer.cli.results import print_comparison, print_result, write_report
 from cutlayer.errors import ConfigError
 from cutlayer.options import CompareConfig, RunConfig
+from cutlayer.plugins import label
 
 if TYPE_CHECKING:
     from cutlayer.compare import Comparison
@@ -34,7 +35,7 @@ def run(*, options: BaseModel | None = None, config: ConfigFile = None, out: Out
     from cutlayer.run import Run
 
     merged = run_config(options, config)
-    where = out or fresh_folder(f"{merged.algorithm}-{Path(merged.data).stem}")
+    where = out or fresh_folder(f"{label(merged.algorithm)}-{Path(merged.data).stem}")
     _train(Run(merged, out=where))
 
 
@@ -100,7 +101,7 @@ def _train(run: Run) -> None:
     assert run.out is not None
     with Monitor(1) as monitor, resumable(f"cutlayer resume {run.out}"):
         for record in run:
-            monitor.show(run.config.algorithm, run, record)
+            monitor.show(label(run.config.algorithm), run, record)
     assert run.result is not None
     print_result(run.result)
     write_report(run.out)

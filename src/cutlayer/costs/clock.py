@@ -129,12 +129,21 @@ class ClockedCohort(CohortAround):
 
     Bytes are those of the ledger; FLOPs per sample those of `flops`; `batch` is b, of which only local training makes
     use (its rows do not cross). `central`: the one model is trained by the server, on data that the fleet has sent.
+    `server_passes`: how often the server's part trains on each row.
     """
 
     def __init__(
-        self, inner: MeteredCohort, clock: Clock, flops: ModelFlops, batch: int, *, central: bool = False
+        self,
+        inner: MeteredCohort,
+        clock: Clock,
+        flops: ModelFlops,
+        batch: int,
+        *,
+        central: bool = False,
+        server_passes: float = 1.0,
     ) -> None:
         super().__init__(inner)
+        self.server_passes = server_passes
         self.ledger = inner.ledger
         self.clock, self.flops, self.batch, self.central = clock, flops, batch, central
         self._rows = np.zeros(len(inner.samples))  # of the step that runs
@@ -180,7 +189,8 @@ class ClockedCohort(CohortAround):
         rows = np.zeros_like(self._rows)
         addressed = [*gradients.clients, *gradients.active]
         rows[addressed] = self._rows[addressed]
-        self.clock.serve(float(rows.sum()) * (server.backward if self._tail_done else server.training))
+        per_row = server.backward if self._tail_done else server.training * self.server_passes
+        self.clock.serve(float(rows.sum()) * per_row)
         self._download()
         self.clock.compute(rows * self.flops.client.backward)
 

@@ -16,6 +16,7 @@ from cutlayer.errors import RunFolderError
 from cutlayer.files import replace_file
 from cutlayer.folder import locked
 from cutlayer.options import RunConfig
+from cutlayer.plugins import registered_name
 from cutlayer.remote.dial import Dialler, dial_all
 from cutlayer.remote.network import KEEPALIVE
 from cutlayer.remote.security import ClientSecurity
@@ -75,7 +76,7 @@ def _work(config: RunConfig, joining: Sequence[Joining], stop: threading.Event) 
                 config,
                 number,
                 name=j.name,
-                run=config.algorithm,
+                run=registered_name("algorithm", config.algorithm),
                 token=token,
                 folder=j.folder,
                 watch=j.watch,

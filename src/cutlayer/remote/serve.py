@@ -17,6 +17,7 @@ from typing import Any
 from cutlayer.errors import TrainingError
 from cutlayer.folder import CHECKPOINT, CONFIG, EVENTS
 from cutlayer.options import FaultConfig, RunConfig
+from cutlayer.plugins import registered_name
 from cutlayer.remote.hub import Hub
 from cutlayer.remote.network import KEEPALIVE
 from cutlayer.remote.security import ServerSecurity
@@ -71,7 +72,7 @@ class Service:
             config,
             self.hub,
             [0] * config.clients,
-            run=config.algorithm,
+            run=registered_name("algorithm", config.algorithm),
             deadline=serving.faults.deadline,
             quorum=serving.faults.quorum,
             faulty=serving.faults.faulty,

@@ -153,7 +153,7 @@ def terms(p: Prepared, run: str) -> m.Terms:
     held = [part for part in p.clients.models[0] if part is not None]
     return m.Terms(
         run=run,
-        algorithm=config.algorithm,
+        algorithm=plugins.registered_name("algorithm", config.algorithm),
         part=fingerprint(*held),
         crossing=specs(p.split.crossing),
         returning=specs(p.split.returning),
@@ -172,6 +172,7 @@ def shared_options(p: Prepared) -> dict[str, str]:
     """
     config = p.config
     common = {n: getattr(config, n) for n, f in RunConfig.model_fields.items() if about(f, "shared")}
+    common["lr_schedule"] = plugins.registered_name("schedule", config.lr_schedule)
     things: dict[str, Any] = {}
     for kind, reference in (("algorithm", config.algorithm), ("schedule", config.lr_schedule)):
         entry = plugins.find(kind, reference)

@@ -119,15 +119,16 @@ def _single(folder: Path, config: dict[str, Any]) -> Report:
     algorithm = str(config.get("algorithm", ""))
     if run is None:
         return Report(folder, config, [], False, "")
-    title = _title(algorithm, algorithm, run.about)
-    entry = ReportEntry(algorithm, algorithm, title, [run], _measured(title, [run]))
+    title = _title(plugins.label(algorithm), algorithm, run.about)
+    entry = ReportEntry(plugins.label(algorithm), algorithm, title, [run], _measured(title, [run]))
     last = run.evaluations[-1]
     missing = f"it was last evaluated after {last['epochs']:.3g} epochs (step {last['step']:,})"
     return Report(folder, config, [entry], False, "" if run.result else missing)
 
 
 def _comparison(folder: Path, config: dict[str, Any]) -> Report:
-    planned = [*map(str, config.get("algorithms", [])), *map(str, config.get("variant", {}))]
+    algorithms = (plugins.label(str(name)) for name in config.get("algorithms", []))
+    planned = [*algorithms, *map(str, config.get("variant", {}))]
     found = sorted({path.parent.parent.name for path in folder.glob(f"*/seed-*/{CONFIG}")})
     stored = read_json(folder / COMPARISON) or {"rows": []}
     rows = {str(row["entry"]): row for row in stored["rows"]}
@@ -242,7 +243,7 @@ def _facts(run: StoredRun) -> dict[str, float | None]:
 
 def _title(name: str, algorithm: str, about: dict[str, Any]) -> str:
     """An algorithm's title, or a variant's own name."""
-    return str(about.get("title", name)) if name == algorithm else name
+    return str(about.get("title", name)) if name == plugins.label(algorithm) else name
 
 
 def _about(folder: Path, algorithm: str) -> dict[str, Any]:

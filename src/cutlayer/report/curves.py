@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from cutlayer import plugins
 from cutlayer.report.collect import Report, ReportEntry, StoredRun
 from cutlayer.report.looks import BLACK, BLUE, COLOURS, PALETTE, VERMILLION, Look, look_of
 from cutlayer.text import shortened
@@ -281,7 +282,7 @@ def _looks(report: Report) -> list[tuple[ReportEntry, str, Look, str]]:
     same algorithm get the colours that are left.
     """
     owned = {e.name: look for e in report.entries if (look := look_of(e.about)) is not None}
-    plain = {e.name: owned[e.name] for e in report.entries if e.name == e.algorithm and e.name in owned}
+    plain = {e.name: owned[e.name] for e in report.entries if e.name == plugins.label(e.algorithm) and e.name in owned}
     for e in report.entries:
         own = owned.get(e.name)
         if e.name not in plain and own is not None and own not in plain.values():

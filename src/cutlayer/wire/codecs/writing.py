@@ -189,7 +189,9 @@ def write(codec: Codec, tensor: Tensor) -> list[Tensor]:
 
 def raw_bytes(piece: Tensor) -> memoryview:
     """The bytes of a contiguous tensor on the CPU, which share its memory."""
-    data: memoryview = piece.reshape(-1).view(torch.uint8).numpy().data
+    flat = piece.reshape(-1)
+    flat = flat.as_strided(flat.shape, (1,))  # a single number is contiguous whatever its stride, but not viewed so
+    data: memoryview = flat.view(torch.uint8).numpy().data
     return data
 
 
