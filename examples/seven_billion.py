@@ -1,9 +1,12 @@
-"""A decoder of Llama-2-7B's shape in plain torch: 6.7 billion parameters. For `cutlayer plan`, which builds it on
-torch's meta device, where it takes no memory:
+"""A decoder of Llama-2-7B's shape in plain torch: 6.7 billion parameters. It is made for `cutlayer plan`, which builds
+it on torch's meta device, where it takes no memory:
 
     cutlayer plan --model examples/seven_billion.py:model --cut blocks.1 --input 2048 --input-type int64 \\
         --precision bfloat16 --clients 1000000 --samples-per-client 100 --batch 1 \\
         --client-device jetson-orin-nano --link lte --server-device h100
+
+The plan takes the server's rate in bfloat16, 989 TFLOP/s, so that an epoch of SGLR takes 94.6 days: 99.95 % of them are
+the server's. No rate in bfloat16 is known for the clients' device, so that its float32 rate is used, as a note says.
 
 Shape legend: R rows of the batch, n tokens of a row, d width, h heads.
 """

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -27,7 +28,7 @@ from cutlayer.costs.ledger import Ledger, MeteredCohort
 from cutlayer.data import Source, class_counts, from_arrays, from_dataset, load, load_whole, partition
 from cutlayer.engine.choice import laid_out, simulate
 from cutlayer.engine.simulated import ClientModel, Clients, Shape
-from cutlayer.errors import ConfigError, DataError
+from cutlayer.errors import ConfigError, CutlayerWarning, DataError
 from cutlayer.models import Parts, build, cut
 from cutlayer.models import make as make_own
 from cutlayer.models.parts import Part, load_own
@@ -173,6 +174,8 @@ def prepare(
     coding = Coding(*_codecs(config))
     device = _device(config)
     machines = fleet(config, config.clients)
+    for note in machines.notes if machines is not None else ():
+        warnings.warn(CutlayerWarning(note), stacklevel=2)
     source = load_source(config, data)
     parts = [np.arange(len(source.train))] * config.clients if alone else _partition(config, source)
     owners = [np.concatenate(parts)] if algorithm.traits.central else parts

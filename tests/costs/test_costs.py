@@ -18,21 +18,25 @@ from cutlayer.build import assemble
 from cutlayer.cli import application
 from cutlayer.costs.clock import Clock
 from cutlayer.costs.energy import Use, clients_energy
-from cutlayer.costs.expect import ALGORITHMS, Workload, expect
+from cutlayer.costs.expect import Workload, expect
 from cutlayer.costs.fleet import Fleet, fleet
 from cutlayer.costs.flops import Flops, count
 from cutlayer.costs.measured import Meter
 from cutlayer.costs.profiles import Device, Link, Profiles
+from cutlayer.errors import CutlayerWarning
 from cutlayer.models import cut
 from cutlayer.models.zoo import build
-from cutlayer.options import RunConfig
+from cutlayer.options import PlanConfig, RunConfig
 from cutlayer.report import html
 from cutlayer.report.collect import read
 from cutlayer.reproduce.formulas import EXAMPLE, METHODS, Sizes, per_client, time, total
 
+# All algorithms that state their traffic.
+ALGORITHMS = ("cl", "fl", "ssl", "psl", "slr", "sfl", "sflv1", "sflv2", "sflv3", "sgl", "sglr")
 NO_EXIT: dict[str, Any] = {"exit_on_error": False, "print_error": False, "result_action": "return_value"}
 SMALL: dict[str, Any] = {"data": "digits", "model": "mlp", "clients": 4, "samples_per_client": 20, "test": 30}
 FLEET: dict[str, Any] = {"client_device": "raspberry-pi-zero-2w", "link": "lte", "server_device": "h100"}
+DESK = "[device.desk]\nflops_per_second = 1e9\nwatts = 30.0\nsource = 'me'\n"
 
 
 def test_the_papers_example() -> None:
@@ -277,8 +281,8 @@ def test_the_u_shape_by_hand(tmp_path: Path) -> None:
     """Two clients take turns, of three rows and of two, one batch each; the model goes from one to the other."""
     mine = tmp_path / "mine.toml"
     mine.write_text(
-        "[device.mote]\nflops_per_second = 1e3\nwatts = 2.0\nidle_watts = 0.5\nsource = 'me'\n"
-        "[device.desk]\nflops_per_second = 1e4\nwatts = 30.0\nsource = 'me'\n"
+        "[device.mote]\nflops_per_second = 1e3\nrates.float64 = 1e3\nwatts = 2.0\nidle_watts = 0.5\nsource = 'me'\n"
+        "[device.desk]\nflops_per_second = 1e4\nrates.float64 = 1e4\nwatts = 30.0\nsource = 'me'\n"
         "[link.air]\nup_mbps = 0.01\ndown_mbps = 0.02\nlatency_ms = 100\nsource = 'me'\n"
         "up_watts = 3.0\nup_watts_per_mbps = 20.0\ndown_watts = 1.0\ndown_watts_per_mbps = 5.0\n"
     )
@@ -369,12 +373,73 @@ def test_profiles_of_ones_own(tmp_path: Path) -> None:
         Run(client_device="moat", up_mbps=1.0, down_mbps=1.0, **options)
 
 
+def test_rates_of_other_precisions() -> None:
+    """The data sheets' figures, a bound of what such devices do, and none for processors that have none."""
+    devices = Profiles.load().devices
+    known = {n: [d.rate(p) for p in ("float32", "bfloat16", "float16", "tf32", "float64")] for n, d in devices.items()}
+    assert known["a100"] == [19.5e12, 312e12, 312e12, 156e12, 19.5e12]
+    assert known["h100"] == [67e12, 989.4e12, 989.4e12, 494.7e12, 66.9e12]
+    assert known["jetson-orin-nano"][1:] == [None] * 4
+    for name, device in devices.items():
+        if device.basis.startswith("HPL, double precision"):
+            assert known[name] == [device.flops_per_second, None, None, None, device.flops_per_second]
+        elif device.rate("bfloat16") is not None:
+            assert device.rates_source
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16", "tf32", "float64"])
+def test_a_fleet_has_the_rates_of_its_precision(tmp_path: Path, precision: Any) -> None:
+    mine = tmp_path / "mine.toml"
+    mine.write_text(f"{DESK}[device.desk.rates]\nbfloat16 = 4e9\nfloat16 = 3e9\ntf32 = 2e9\nfloat64 = 0.5e9\n")
+    rate = {"bfloat16": 4e9, "float16": 3e9, "tf32": 2e9, "float64": 0.5e9}[precision]
+    kind = PlanConfig if precision == "float16" else RunConfig
+    options: dict[str, Any] = {"profiles": str(mine), "up_mbps": 1.0, "down_mbps": 1.0, "utilisation": 0.5}
+    options |= {"client_device": "desk", "server_device": "h100", "precision": precision}
+    found = fleet(kind(**options), 2)
+    assert found is not None
+    assert found.speeds.tolist() == [rate / 2] * 2
+    assert found.server_speed == Profiles.load().device("h100").rate(precision) / 2  # type: ignore[operator]
+    assert found.notes == ()
+    mine.write_text(DESK)
+    found = fleet(kind(**options), 2)
+    assert found is not None
+    assert found.speeds.tolist() == [0.5e9] * 2
+    (note,) = found.notes
+    assert note.startswith(f"desk has no known rate in {precision}: its float32 rate, 1.00 GFLOP/s, is used.")
+    both = fleet(kind(**options | {"server_device": "desk"}), 2)
+    assert both is not None
+    assert both.notes == (note,)
+
+
+def test_a_run_takes_the_rate_of_its_precision_and_says_what_is_not_known() -> None:
+    """The same FLOPs on a faster server; the clients' device has no such rate."""
+    options: dict[str, Any] = {**SMALL, **FLEET, "algorithm": "psl", "rounds": 1, "utilisation": 1e-6}
+    with pytest.warns(CutlayerWarning, match="raspberry-pi-zero-2w has no known rate in bfloat16: its float32 rate"):
+        narrow = Run(**options, precision="bfloat16")
+    plain = Run(**options)
+    slow, fast = plain.run(), narrow.run()
+    assert slow.server_flops == fast.server_flops
+    assert slow.server_joules == pytest.approx(fast.server_joules * 989.4 / 67)  # type: ignore[operator]
+    seconds = [slow.virtual_seconds, fast.virtual_seconds]
+    for i, (run, rate) in enumerate(((plain, 67e12), (narrow, 989.4e12))):
+        clock = run.training.clock
+        assert clock is not None
+        assert clock.fleet.speeds.tolist() == [0.37e9 * 1e-6] * 4
+        on_air = float(clock.up_seconds[0] + clock.down_seconds[0])  # half as many bytes cross in bfloat16
+        seconds[i] -= on_air + slow.server_flops / rate / 1e-6  # type: ignore[operator]
+    assert seconds[0] == pytest.approx(seconds[1], rel=1e-12)
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         ("[device.x]\nflops_per_second = -1\nwatts = 1\nsource = 'me'", ["'x'", "flops_per_second = -1", "correct"]),
         ("[device.x]\nflops_per_second = 1\nwatts = 1", ["'x'", "source is missing"]),
         ("[device.x]\nwats = 1", ["'x'", "did you mean 'watts'"]),
+        ("[device.x.rates]\nbfloat61 = 1", ["'x'", "unknown precision 'bfloat61'", "did you mean 'bfloat16'"]),
+        ("[device.x.rates]\nfloat32 = 1", ["unknown precision 'float32'", "the float32 rate is flops_per_second"]),
+        (f"{DESK}rates = {{ tf32 = 0 }}", ["rates.tf32 = 0 is not possible", "greater than 0"]),
+        (f"{DESK}rates = 5", ["rates = 5 is not possible"]),
         ("[devices.x]\nwatts = 1", ["did you mean 'device'"]),
         ("[device]\nwatts = 1", ["watts = 1", "[device.NAME]"]),
         ("link = [1]", ["link = [1]", "[link.NAME]"]),
@@ -483,6 +548,8 @@ def test_calibration_makes_a_profile(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert device.watts == 12.5
     assert device.idle_watts is None
     assert 1e6 < device.flops_per_second < 1e15
+    assert [device.rate(p) for p in ("float32", "bfloat16", "float64")] == [device.flops_per_second, None, None]
+    assert "float32" in device.basis
     assert "cnn, batch 8" in device.basis
     assert "as given" in device.source
     application()(["calibrate", "--seconds", "0.2", "--watts", "12.5", "--idle-watts", "3"], **NO_EXIT)

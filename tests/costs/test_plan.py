@@ -24,7 +24,7 @@ from torch.nn import functional
 from cutlayer import ConfigError, CutError, Run, cut
 from cutlayer.costs import breakeven
 from cutlayer.costs.breakeven import BreakEven, Duel, break_evens, bytes_of, sentences
-from cutlayer.costs.expect import ALGORITHMS, Workload, expect
+from cutlayer.costs.expect import Workload, expect
 from cutlayer.costs.fleet import fleet
 from cutlayer.costs.flops import Flops, ModelFlops, count
 from cutlayer.costs.ledger import CONVENTIONS
@@ -33,11 +33,14 @@ from cutlayer.costs.plan import plan
 from cutlayer.models.cut import cut_unproved
 from cutlayer.models.zoo import build
 from cutlayer.options import PlanConfig
+from cutlayer.report.planned import notes
 
 META = torch.device("meta")
 DIGITS: dict[str, Any] = {"input": (1, 8, 8), "clients": 4, "samples_per_client": 20}
 FLEET: dict[str, Any] = {"client_device": "raspberry-pi-zero-2w", "link": "lte", "server_device": "h100"}
 ZOO = [("mlp", "hidden2"), ("cnn", "block1"), ("alexnet", "block1"), ("resnet16", "block4")]
+# All algorithms that state their traffic.
+ALGORITHMS = ("cl", "fl", "ssl", "psl", "slr", "sfl", "sflv1", "sflv2", "sflv3", "sgl", "sglr")
 SPLIT = tuple(a for a in ALGORITHMS if a not in ("cl", "fl"))
 
 
@@ -265,6 +268,41 @@ def test_candidates_are_children_and_members_of_lists() -> None:
     assert [n for n in candidates(Wrapped()) if "blocks" in n] == ["model.blocks.0", "model.blocks.1", "model.blocks.2"]
 
 
+def test_the_server_computes_at_the_rate_of_the_precision() -> None:
+    options = {**DIGITS, **FLEET, "model": "mlp", "algorithms": ("psl", "sglr")}
+    plain, narrow = planned(**options), planned(**options, precision="bfloat16")
+    for slow, fast in zip(plain.costs, narrow.costs, strict=True):
+        assert slow.expected.server_flops == fast.expected.server_flops
+        served = [c.server_share * c.expected.seconds for c in (slow, fast)]
+        assert served[0] / served[1] == pytest.approx(989.4 / 67)
+        assert slow.expected.server_joules == pytest.approx(fast.expected.server_joules * 989.4 / 67)
+    assert plain.notes == ()
+    (note,) = narrow.notes
+    assert note.startswith(
+        "raspberry-pi-zero-2w has no known rate in bfloat16: its float32 rate, 370 MFLOP/s, is used."
+    )
+    assert note in notes(narrow)
+    assert narrow.as_dict()["notes"] == [note]
+
+
+def test_a_device_without_a_rate_keeps_its_float32_rate(tmp_path: Path) -> None:
+    """The clients compute for as long as in float32 until a profile states a rate."""
+    own = "[device.desk]\nflops_per_second = 1e6\nwatts = 2.0\nsource = 'me'\n"
+    (tmp_path / "plain.toml").write_text(own)
+    (tmp_path / "known.toml").write_text(f"{own}rates.float16 = 4e6\n")
+    options = {**DIGITS, **FLEET, "model": "mlp", "algorithms": ("psl",), "client_device": "desk"}
+
+    def computing(profiles: str, precision: str) -> float:
+        found = planned(**options, profiles=str(tmp_path / profiles), precision=precision)
+        noted = [note.split()[0] for note in found.notes]
+        assert noted == (["desk"] if (profiles, precision) == ("plain.toml", "float16") else [])
+        return found.costs[0].expected.clients.computing  # type: ignore[no-any-return]
+
+    plain = computing("plain.toml", "float32")
+    assert computing("plain.toml", "float16") == computing("known.toml", "float32") == plain
+    assert computing("known.toml", "float16") == pytest.approx(plain / 4)
+
+
 def test_the_best_cut_by_brute_force() -> None:
     options = {**DIGITS, **FLEET, "model": "alexnet", "cut": "all"}
     free = planned(**options)
@@ -459,6 +497,14 @@ def test_a_million_clients_and_billions_of_parameters() -> None:
     assert sglr.expected.server_joules == pytest.approx(alone.expected.server_joules)
     served = [c.expected.seconds * c.server_share for c in (alone, sglr)]
     assert served[0] == pytest.approx(1000 * served[1])
+    assert served[0] == pytest.approx(10**8 * m.flops.server.training / 989.4e12)  # its rate in bfloat16
+    assert served[0] / alone.expected.seconds == alone.server_share > 0.99
+    # A client's own epoch: 100 samples at its float32 rate, since no other is known.
+    assert sglr.marginal - 100 * m.flops.client.training / 1.28e12 * 15 == pytest.approx(
+        (0.0767 * sglr.expected.up + 0.0115 * sglr.expected.down) * 8 / 1e6 / 10**6
+    )
+    (note,) = found.notes
+    assert note.startswith("jetson-orin-nano has no known rate in bfloat16: its float32 rate, 1.28 TFLOP/s, is used.")
 
 
 @pytest.mark.slow
@@ -548,7 +594,7 @@ def no_module() -> Any:
         ({"seed": 3}, ["seed = 3", "without client_device"]),
         ({"link": "lte"}, ["link = 'lte'", "without client_device"]),
         ({"algorithms": ("fl", "sgrl")}, ["'sgrl'", "did you mean 'sgl"]),
-        ({"algorithms": ("ussl",)}, ["'ussl'", "known: cl"]),
+        ({"algorithms": ("ussl",)}, ["ussl cannot be planned", "`traffic`", "--algorithms fl sglr"]),
         ({"algorithms": ("fl", "fl")}, ["'fl' twice"]),
         ({"algorithms": ()}, ["algorithms is empty"]),
         ({"precision": "float8"}, ["'float8'", "float32, bfloat16, float16"]),
@@ -620,6 +666,10 @@ def test_json_and_exit_codes(tmp_path: Path) -> None:
 def test_list_profiles_says_what_is_not_known(tmp_path: Path) -> None:
     printed = call("list", "profiles", cwd=tmp_path).stdout
     assert all(word in printed for word in ("raspberry-pi-4", "lte", "11.889 GFLOP/s", "not known", "geerlingguy"))
+    row = next(line for line in printed.splitlines() if "989,400" in line)
+    assert [cell.strip() for cell in row.split("│")[1:-1]] == ["h100", "989,400", "989,400", "494,700", "66,900"]
+    assert "h100: NVIDIA's white paper" in printed
+    assert "raspberry-pi-5       │ not known │" in printed
 
 
 def test_the_model_is_left_as_it_is() -> None:

@@ -91,6 +91,28 @@ def _print_devices(profiles: Profiles) -> None:
     print_table("Devices", ("name", "what it is", "speed", "power", "idle"), rows)
     for d in devices:
         out.print(Text(f"{d.name}: {d.basis}; {d.source}"), soft_wrap=True)
+    out.print()
+    _print_rates(profiles)
+
+
+def _print_rates(profiles: Profiles) -> None:
+    """Print the devices' speeds in other precisions than float32."""
+    from cutlayer.costs.profiles import Rates
+
+    found = [d for d in profiles.devices.values() if d.rates != Rates()]
+    precisions = tuple(Rates.model_fields)
+    rows = [(d.name, *(_gflops(getattr(d.rates, p)) for p in precisions)) for d in found]
+    print_table("Speeds in other precisions, in GFLOP/s", ("name", *precisions), rows)
+    for d in found:
+        if d.rates_source:
+            out.print(Text(f"{d.name}: {d.rates_source}"), soft_wrap=True)
+    out.print(
+        Text("If a speed is not known, the device's speed above is used, which stands for float32."), soft_wrap=True
+    )
+
+
+def _gflops(rate: float | None) -> str:
+    return "not known" if rate is None else f"{rate / 1e9:,g}"
 
 
 def _print_links(profiles: Profiles) -> None:

@@ -1,8 +1,9 @@
-"""How fast this machine trains, and what it draws meanwhile: a device profile of one's own.
+"""How fast this machine trains, and what it draws meanwhile: a device profile for this machine.
 
-A model of the zoo is trained on random rows, as a client would, for some seconds. FLOP/s are counted FLOPs over time,
-so that a profile from here needs no `utilisation`. Power is measured where the machine can (`measured.py`), or else
-what a meter at the wall says.
+A model of the zoo is trained on random rows in float32, as a client would train it, for some seconds. FLOP/s are the
+counted FLOPs divided by the time, so that the profile needs no `utilisation`; they are the profile's float32 rate, and
+its rates in other precisions stay unknown. Power is measured if the machine can measure it (`measured.py`); otherwise
+it is what a meter at the wall shows.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import tomli_w
@@ -28,7 +30,7 @@ _SHAPE = (1, 28, 28)
 
 @dataclass(frozen=True)
 class Calibration:
-    """FLOP/s reached: median of the windows, and the lowest and highest; watts while training, and while idle."""
+    """FLOP/s reached in float32: median of the windows, lowest and highest; watts while training, and while idle."""
 
     flops_per_second: float
     lowest: float
@@ -75,7 +77,7 @@ def calibrate(
         raise ConfigError(f"device = {device!r} cannot be used here ({str(error).splitlines()[0]})") from None
     idle = _idle(meter) if idle_watts is None and meter.joules is not None else idle_watts
     before, started = meter.joules, time.perf_counter()
-    with meter:
+    with meter, _no_tf32():
         rates = [steps * flops / took for steps, took in _windows(net, x, y, seconds / _WINDOWS)]
     took = time.perf_counter() - started
     measured = None if meter.joules is None or before is None else (meter.joules - before) / took
@@ -85,7 +87,7 @@ def calibrate(
         max(rates),
         watts if watts is not None else measured or 0.0,
         idle,
-        f"training {model}, batch {batch}, single precision, on {device} with {torch.get_num_threads()} threads",
+        f"training {model}, batch {batch}, float32, on {device} with {torch.get_num_threads()} threads",
         "calibration; power " + ("as given" if watts is not None else meter.method),
     )
 
@@ -104,6 +106,18 @@ def _windows(net: nn.Module, x: torch.Tensor, y: torch.Tensor, seconds: float) -
             steps += 1
         if window:
             yield steps, took
+
+
+@contextmanager
+def _no_tf32() -> Iterator[None]:
+    """Let CUDA compute float32 products in float32: torch's default is TF32 for convolutions."""
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = products.allow_tf32, convolutions.allow_tf32
+    products.allow_tf32 = convolutions.allow_tf32 = False
+    try:
+        yield
+    finally:
+        products.allow_tf32, convolutions.allow_tf32 = before
 
 
 def _idle(meter: Meter, seconds: float = 3.0) -> float:

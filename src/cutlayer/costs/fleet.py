@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from cutlayer import seeds
-from cutlayer.costs.profiles import Device, Link, Profiles
+from cutlayer.costs.profiles import Device, Link, Precision, Profiles
 from cutlayer.errors import ConfigError, CutlayerWarning
 from cutlayer.options import PlanConfig, RunConfig
+from cutlayer.text import format_quantity
 
 Array = npt.NDArray[np.float64]
 MBPS = 1e6  # bit/s
@@ -31,7 +32,7 @@ class Fleet:
     """C clients and a server. `server_speed` is infinite where nothing is known of the server: it then takes no time.
 
     `server_rate` is what all clients together can send to (or receive from) the server; with `multicast` a message that
-    is the same for several clients passes there once.
+    is the same for several clients passes there once. `notes` say which devices have no rate for the precision.
     """
 
     client: Device
@@ -44,6 +45,7 @@ class Fleet:
     server_speed: float = math.inf  # FLOP/s, as reached
     server_rate: float = math.inf  # bit/s
     multicast: bool = False
+    notes: tuple[str, ...] = ()
 
     @property
     def clients(self) -> int:
@@ -52,7 +54,8 @@ class Fleet:
 
 
 def fleet(options: FleetOptions, clients: int) -> Fleet | None:
-    """The fleet that the options describe, or None where no client device is named.
+    """The fleet that the options describe, with the devices' rates in the options' precision; None without a client
+    device.
 
     Raises ConfigError: an unknown profile, or a link without rates.
     """
@@ -79,13 +82,30 @@ def fleet(options: FleetOptions, clients: int) -> Fleet | None:
         client=client,
         link=link,
         server=server,
-        speeds=client.flops_per_second * options.utilisation * slow[0],
+        speeds=_rate(client, options.precision) * options.utilisation * slow[0],
         up=up * MBPS * slow[1],
         down=down * MBPS * slow[1],
         latency=latency / 1e3,
-        server_speed=math.inf if server is None else server.flops_per_second * options.utilisation,
+        server_speed=math.inf if server is None else _rate(server, options.precision) * options.utilisation,
         server_rate=math.inf if options.server_mbps is None else options.server_mbps * MBPS,
         multicast=options.multicast,
+        notes=_notes(client, server, options.precision),
+    )
+
+
+def _rate(device: Device, precision: Precision) -> float:
+    """FLOP/s in that precision; the float32 rate if the profile does not state one."""
+    return device.rate(precision) or device.flops_per_second
+
+
+def _notes(client: Device, server: Device | None, precision: Precision) -> tuple[str, ...]:
+    """A sentence for each device whose float32 rate stands in for that of `precision`."""
+    devices = {device.name: device for device in (client, server) if device is not None}
+    return tuple(
+        f"{name} has no known rate in {precision}: its float32 rate, {format_quantity(d.flops_per_second, 'FLOP/s')}, "
+        "is used. A profile of your own can state one."
+        for name, d in devices.items()
+        if d.rate(precision) is None
     )
 
 

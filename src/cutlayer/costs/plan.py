@@ -112,7 +112,7 @@ class Plan:
     `judged` is the algorithm that cuts are judged by; `cuts` in the order data flows (with one cut named: that one),
     `refused` where the model cannot be cut, with the reasons; `costs` of every algorithm at the `chosen` cut, but of
     those that are `not_planned`, since they do not state their traffic; `bests` by quantity (bytes, energy, time), None
-    where no cut fits the budgets.
+    where no cut fits the budgets; `notes` on the machines' figures.
     """
 
     config: PlanConfig
@@ -126,6 +126,7 @@ class Plan:
     break_evens: tuple[BreakEven, ...]
     bests: dict[str, str]
     verdict: str
+    notes: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -148,6 +149,7 @@ class Plan:
             "refused": self.refused,
             "best": self.bests,
             "verdict": self.verdict,
+            "notes": list(self.notes),
             "break_evens": [{**asdict(b), "sentence": str(b)} for b in self.break_evens],
         }
 
@@ -187,6 +189,7 @@ def plan(config: PlanConfig, model: nn.Module | Callable[..., nn.Module] | None 
         tuple(break_evens(algorithms, work, machines)),
         bests,
         verdict,
+        () if machines is None else machines.notes,
     )
 
 
@@ -241,8 +244,8 @@ def _algorithms(config: PlanConfig) -> tuple[list[Algorithm], tuple[str, ...]]:
     others = tuple(name for name, a in made.items() if a not in stated)
     if not stated:
         raise ConfigError(
-            f"{listed(list(others))} cannot be planned: an algorithm that is has a method `traffic`; name another one, "
-            "e.g. --algorithms fl sglr"
+            f"{listed(list(others))} cannot be planned without a method `traffic` that states what is sent: "
+            "name another algorithm, e.g. --algorithms fl sglr"
         )
     return stated, others
 

@@ -1,7 +1,8 @@
 """Device and link profiles: figures with their sources, the built-in ones and the user's own (TOML).
 
-Units: FLOP/s, watts, bits per second, seconds. What a profile does not know is None, and what follows from it is then
-not known either: nothing is made up.
+Units: FLOP/s, watts, bits per second, seconds. A figure that a profile lacks is None, and whatever depends on it is not
+known either: nothing is made up. The one exception is a device's rate in another precision than float32: the float32
+rate stands in for it, and the output says so.
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ import tomllib
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cutlayer.errors import ConfigError, unknown
+
+Precision = Literal["float32", "bfloat16", "float16", "tf32", "float64"]
+"""The precisions that a run or a plan can have."""
 
 
 class _Profile(BaseModel):
@@ -41,8 +45,12 @@ class _Profile(BaseModel):
             return cls(name=name, **values)
         except ValidationError as error:
             first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")  # a misspelt figure comes first
-            field = str(first["loc"][0]) if first["loc"] else ""
-            if first["type"] == "extra_forbidden":
+            path = [str(part) for part in first["loc"]]
+            field = ".".join(path)
+            if first["type"] == "extra_forbidden" and path[0] == "rates":
+                precisions = list(Rates.model_fields)
+                reason = f"{unknown('precision', path[-1], precisions)} (the float32 rate is flops_per_second)"
+            elif first["type"] == "extra_forbidden":
                 reason = unknown("figure", field, figures)
             elif first["type"] == "missing":
                 reason = f"{field} is missing"
@@ -51,11 +59,30 @@ class _Profile(BaseModel):
             raise ConfigError(f"profile {name!r} in {where}: {reason}; correct that table") from None
 
 
+class Rates(BaseModel):
+    """FLOP/s that a device reaches in other precisions than float32, where they are known."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+    bfloat16: float | None = Field(default=None, gt=0)
+    """With products in bfloat16."""
+    float16: float | None = Field(default=None, gt=0)
+    """With products in float16."""
+    tf32: float | None = Field(default=None, gt=0)
+    """With float32 numbers whose products are rounded to TF32."""
+    float64: float | None = Field(default=None, gt=0)
+    """In double precision."""
+
+
 class Device(_Profile):
-    """What computes. `basis` says what kind of computation the figures were taken on."""
+    """A machine that computes. `basis` says what kind of computation `flops_per_second` and `watts` are for."""
 
     flops_per_second: float = Field(gt=0)
-    """FLOP/s that it reaches."""
+    """FLOP/s that it reaches in float32."""
+    rates: Rates = Rates()
+    """FLOP/s that it reaches in other precisions."""
+    rates_source: str = ""
+    """Where `rates` come from. Default: `source`."""
     watts: float = Field(ge=0)
     """Power while it computes, of the whole device."""
     idle_watts: float | None = Field(None, ge=0)
@@ -63,9 +90,14 @@ class Device(_Profile):
     basis: str = "as measured by its owner"
     """The computation that was measured."""
 
+    def rate(self, precision: Precision) -> float | None:
+        """FLOP/s in that precision, or None if the profile does not state it."""
+        found: float | None = self.flops_per_second if precision == "float32" else getattr(self.rates, precision)
+        return found
+
     @property
     def joules_per_flop(self) -> float:
-        """Energy of one FLOP at that speed and power."""
+        """Energy of one FLOP in float32."""
         return self.watts / self.flops_per_second
 
 
@@ -100,8 +132,8 @@ class Profiles(BaseModel):
     def load(cls, own: Path | None = None) -> Self:
         """The built-in profiles, with the user's over them.
 
-        A file of one's own has tables [device.NAME] and [link.NAME] with the fields of `Device` and `Link`. Raises
-        ConfigError for a file that cannot be read, is not TOML, or has a figure that cannot be.
+        The user's file has tables [device.NAME], [device.NAME.rates] and [link.NAME] with the fields of `Device`,
+        `Rates` and `Link`. Raises ConfigError for a file that cannot be read, is not TOML, or has an impossible figure.
         """
         built_in = resources.files("cutlayer.costs").joinpath("profiles.toml").read_text()
         tables = [("the built-in profiles", tomllib.loads(built_in))]
@@ -134,7 +166,7 @@ def _named(table: Mapping[str, Any], kind: str, where: str) -> list[tuple[str, M
     """The tables [kind.NAME] by name. Raises ConfigError where figures stand outside of one."""
     named = table.get(kind, {})
     if not isinstance(named, Mapping):
-        raise ConfigError(f"{where}: {kind} = {named!r} is no table: give each {kind} one of its own, [{kind}.NAME]")
+        raise ConfigError(f"{where}: {kind} = {named!r} is not a table: give each {kind} one of its own, [{kind}.NAME]")
     for name, values in named.items():
         if not isinstance(values, Mapping):
             raise ConfigError(

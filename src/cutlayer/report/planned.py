@@ -97,12 +97,12 @@ def notes(plan: Plan) -> list[str]:
         clients = f"{c.client_device} over {c.link or 'a link of your own'}"
         server = f"{c.servers} x {c.server_device}" if c.server_device else "a server that takes no time"
         lines.append(
-            f"Time and energy are modelled, for clients on {clients} and {server}"
+            f"Time and energy are modelled, in {c.precision}, for clients on {clients} and {server}"
             + ("" if c.utilisation == 1 else f", at {c.utilisation:.0%} of their FLOP/s")
             + ". Energy is a client's mean: marginal is what training adds, total also what the device draws anyway "
             "while it sends, receives and waits. Server: its share of the time."
         )
-    return lines
+    return [*lines, *plan.notes]
 
 
 def picture(plan: Plan) -> bytes:
