@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from support import ROOT, call
@@ -46,9 +46,9 @@ def test_programs_and_commands(place: Path) -> None:
     """In order: a program makes the file that a command reads."""
     assert len(COMMANDS) >= 12
     for script in SCRIPTS:
-        exec(compile(script, "docs/extending.md", "exec"), {"__name__": "__main__"})
+        exec(compile(script, "docs/extending.md", "exec", dont_inherit=True), {"__name__": "__main__"})
     for command in COMMANDS:
-        print(command); call(*shlex.split(command)[1:], cwd=place)
+        call(*shlex.split(command)[1:], cwd=place)
 
 
 @pytest.mark.parametrize(("command", "error"), ERRORS)
@@ -57,16 +57,12 @@ def test_errors(place: Path, command: str, error: str) -> None:
 
 
 def test_declared_options(place: Path) -> None:
-    made: dict[str, Any] = {}
-    exec(FILES["options.py"], made)
-    assert set(made["Example"]().model_dump()) == {"again", "limit", "order", "widths"}
+    assert set(importlib.import_module("declared").Example().model_dump()) == {"again", "limit", "order", "widths"}
 
 
 def test_its_tests_pass(place: Path) -> None:
     pytest.importorskip("cutlayer.testing")
-    names: dict[str, Any] = {}
-    exec(FILES["test_own.py"], names)
-    tests = [f for name, f in names.items() if name.startswith("test_")]
+    tests = [f for name, f in vars(importlib.import_module("test_own")).items() if name.startswith("test_")]
     assert len(tests) == 3
     for proof in tests:
         proof()
