@@ -60,6 +60,7 @@ def test_declared_options(place: Path) -> None:
     assert set(importlib.import_module("declared").Example().model_dump()) == {"again", "limit", "order", "widths"}
 
 
+@pytest.mark.filterwarnings("ignore::cutlayer.errors.CutlayerWarning")
 def test_its_tests_pass(place: Path) -> None:
     pytest.importorskip("cutlayer.testing")
     tests = [f for name, f in vars(importlib.import_module("test_own")).items() if name.startswith("test_")]
