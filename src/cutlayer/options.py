@@ -155,7 +155,9 @@ def _useless(name: str, value: Any, things: list[Entry], model: type[BaseModel])
         return ConfigError(unknown("option", name, [*model.model_fields, *own]))
     kind = owners[0].kind
     chosen = [entry.name for entry in things if entry.kind == kind]
-    what = ", ".join(chosen) if chosen else f"a run without this {plugins.KINDS[kind].word}"
+    word = plugins.KINDS[kind].word
+    what = ", ".join(chosen) if kind == "algorithm" else f"the {word} {', '.join(chosen)}"
+    what = what if chosen else f"a run without this {word}"
     return ConfigError(
         f"{name} = {value!r} has no effect on {what}: it belongs to {', '.join(o.name for o in owners)}; leave it out "
         "or choose one of these"

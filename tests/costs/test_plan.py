@@ -463,7 +463,7 @@ def test_sentences_say_what_is_the_same_once() -> None:
 def test_a_million_clients_and_billions_of_parameters() -> None:
     """A third of the example's blocks: 2.3 billion parameters, FLOPs by hand, in seconds."""
     seven, length, width, hidden = seven_billion(), 512, 4096, 11008
-    start = time.monotonic()
+    start = time.process_time()
     config = PlanConfig(
         cut="blocks.1",
         input=(length,),
@@ -478,7 +478,7 @@ def test_a_million_clients_and_billions_of_parameters() -> None:
         servers=1000,
     )
     found = plan(config, lambda: seven.Decoder(width, hidden, 32, 10, 32000))
-    assert time.monotonic() - start < 60
+    assert time.process_time() - start < 60
     m = found.chosen.measured
     block = 4 * width**2 + 3 * width * hidden + 2 * width
     assert m.parameters == 2 * 32000 * width + 10 * block + width
@@ -511,9 +511,9 @@ def test_a_million_clients_and_billions_of_parameters() -> None:
 def test_all_cuts_of_seven_billion() -> None:
     seven = seven_billion()
     config = PlanConfig(cut="all", input=(2048,), input_type="int64", precision="bfloat16", clients=10**6, batch=1)
-    start = time.monotonic()
+    start = time.process_time()
     found = plan(config, seven.model)
-    assert time.monotonic() - start < 60
+    assert time.process_time() - start < 60
     assert [c.measured.name for c in found.cuts] == ["embedding", *(f"blocks.{i}" for i in range(32)), "norm"]
     assert found.chosen.measured.parameters == 6_738_415_616
     net, x = placed(on_meta(seven.model), torch.bfloat16), example((2048,), torch.int64)

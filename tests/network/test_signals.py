@@ -25,9 +25,7 @@ def trial(tmp_path: Path) -> Iterator[Trial]:
 
 def stopped(t: Trial, name: str, process: Any, code: int) -> None:
     """It ends soon, with this code, and says so."""
-    begin = time.monotonic()
     assert process.wait(PATIENCE) == code, t.log(name)[-3000:]
-    assert time.monotonic() - begin < 30
     assert "Traceback" not in t.log(name), t.log(name)[-3000:]
 
 

@@ -593,8 +593,8 @@ def test_a_server_that_will_return_says_no_bye() -> None:
         group.workers[1].pause.clear()
         assert bodies(hub.exchange({k: step(1) for k in (0, 1)}, deadline=0.2)) == {0: b"x", 1: "late"}
         begin = time.monotonic()
-        hub.stop("back soon", 5, returning=True)
-        assert time.monotonic() - begin < 4
+        hub.stop("back soon", 2 * SOON, returning=True)
+        assert time.monotonic() - begin < SOON
         group.workers[1].pause.set()
         hub = Hub(f"localhost:{port}", ServerSecurity(), greet)
         assert hub.start() == port
@@ -1208,7 +1208,7 @@ def test_a_clean_end(caplog: pytest.LogCaptureFixture) -> None:
         threading.Timer(0.3, group.workers[1].pause.set).start()
         begin = time.monotonic()
         hub.stop("the end", 2)
-        assert time.monotonic() - begin < 4
+        assert time.monotonic() - begin < SOON
         hub.stop("again", 2)
         assert {group.end(), group.end()} == {"the end"}
         stuck.close()

@@ -168,25 +168,28 @@ def plan(config: PlanConfig, model: nn.Module | Callable[..., nn.Module] | None 
     judged = _judged(algorithms)
     name = config.cut or (default_cut(config.model) if model is None else None) or "all"
     found = survey(net, x) if name == "all" else None
-    cuts = [_cut_plan(judged, m, config, machines) for m in (found.cuts if found else (measure(net, name, x),))]
+    cuts = [
+        _cut_plan(judged, algorithms[judged], m, config, machines)
+        for m in (found.cuts if found else (measure(net, name, x),))
+    ]
     if config.energy_budget is not None and cuts[0].cost.marginal is None:
         link = "a link of your own" if config.link is None else f"link {config.link!r}"
         raise ConfigError(
             f"energy_budget = {config.energy_budget:g} cannot be held against anything: {link} has no figures for "
             "energy; name a link that has, such as lte, or leave the budget out"
         )
-    chosen, bests, verdict = _best(judged, cuts, config)
+    chosen, bests, verdict = _best(algorithms[judged], cuts, config)
     work = workload(chosen.measured, config)
     return Plan(
         config,
         title,
-        judged.entry.name,
+        judged,
         tuple(cuts),
         found.refused if found else {},
         chosen,
-        tuple(_cost(a, chosen.measured, config, machines) for a in algorithms),
+        tuple(_cost(name, a, chosen.measured, config, machines) for name, a in algorithms.items()),
         not_planned,
-        tuple(break_evens(algorithms, work, machines)),
+        tuple(break_evens(list(algorithms.values()), work, machines)),
         bests,
         verdict,
         () if machines is None else machines.notes,
@@ -237,11 +240,13 @@ def _machines(config: PlanConfig) -> Fleet | None:
     return replace(machines, server=together, server_speed=machines.server_speed * config.servers)
 
 
-def _algorithms(config: PlanConfig) -> tuple[list[Algorithm], tuple[str, ...]]:
-    """Those that state their traffic, with their options; the names of the others. Raises ConfigError without any."""
+def _algorithms(config: PlanConfig) -> tuple[dict[str, Algorithm], tuple[str, ...]]:
+    """Those that state their traffic, with their options, by the names that the configuration has; the names of the
+    others. Raises ConfigError without any.
+    """
     made = {name: config.algorithm(name) for name in config.algorithms}
-    stated = [a for a in made.values() if a.traffic(_ANY) is not None]
-    others = tuple(name for name, a in made.items() if a not in stated)
+    stated = {name: a for name, a in made.items() if a.traffic(_ANY) is not None}
+    others = tuple(name for name in made if name not in stated)
     if not stated:
         raise ConfigError(
             f"{listed(list(others))} cannot be planned without a method `traffic` that states what is sent: "
@@ -250,14 +255,14 @@ def _algorithms(config: PlanConfig) -> tuple[list[Algorithm], tuple[str, ...]]:
     return stated, others
 
 
-def _judged(algorithms: list[Algorithm]) -> Algorithm:
+def _judged(algorithms: dict[str, Algorithm]) -> str:
     """The default algorithm of a run, if it is among these; or the last that cuts the model; or the last."""
     default = RunConfig.model_fields["algorithm"].get_default()
-    cutting = [a for a in algorithms if a.traits.split]
-    return next((a for a in cutting if a.entry.name == default), (cutting or algorithms)[-1])
+    cutting = [name for name, a in algorithms.items() if a.traits.split]
+    return default if default in cutting else (cutting or list(algorithms))[-1]
 
 
-def _cost(algorithm: Algorithm, m: Measured, config: PlanConfig, machines: Fleet | None) -> Cost:
+def _cost(name: str, algorithm: Algorithm, m: Measured, config: PlanConfig, machines: Fleet | None) -> Cost:
     e, traits = expect(algorithm, workload(m, config), machines), algorithm.traits
     footing = m.whole if traits.whole else m.client
     memory = 0 if traits.central else footing.peak(config.batch, config.client_optimizer)
@@ -267,7 +272,7 @@ def _cost(algorithm: Algorithm, m: Measured, config: PlanConfig, machines: Fleet
     marginal, total = (None, None) if e.clients is None else (e.clients.marginal, e.clients.total)
     each = config.clients
     return Cost(
-        algorithm.entry.name,
+        name,
         e,
         memory,
         None if marginal is None else marginal / each,
@@ -276,8 +281,8 @@ def _cost(algorithm: Algorithm, m: Measured, config: PlanConfig, machines: Fleet
     )
 
 
-def _cut_plan(judged: Algorithm, m: Measured, config: PlanConfig, machines: Fleet | None) -> CutPlan:
-    cost = _cost(judged, m, config, machines)
+def _cut_plan(name: str, judged: Algorithm, m: Measured, config: PlanConfig, machines: Fleet | None) -> CutPlan:
+    cost = _cost(name, judged, m, config, machines)
     strains = [0.0]
     if config.memory_budget is not None:
         strains.append(cost.memory / (config.memory_budget * GB))
