@@ -4,7 +4,7 @@ One thing is one file with one registration. A thing is found by
 1. its name in this package;
 2. the name of an entry point of an installed package, in the group of its kind (`cutlayer.algorithms`, ...);
 3. `path/to/file.py:name` or `package.module:name`;
-4. the object itself, from Python, or the name that it was registered under in this process.
+4. the object itself, from Python.
 
 `index.json` holds what the registrations of this package say, so that the command line's help imports no torch. It is
 derived: `python -m cutlayer.derive` writes it, a test keeps it true, and where it is out of date the files are
@@ -311,9 +311,7 @@ def names(kind: str) -> list[str]:
 
 def known(kind: str, reference: object) -> bool:
     """Whether `reference` is the name of a thing (not that of a file, a module or anything else)."""
-    if not isinstance(reference, str):
-        return False
-    return reference in _given[kind] or reference in names(kind) or reference in _registered[kind]
+    return isinstance(reference, str) and (reference in _given[kind] or reference in names(kind))
 
 
 def is_reference(text: str) -> bool:
@@ -342,7 +340,7 @@ def find(kind: str, reference: str) -> Entry:
         return _entry_of(kind, reference, _given[kind][reference])
     if reference in index(kind):
         return index(kind)[reference]
-    if reference in _entry_points(kind) or is_reference(reference) or reference in _registered[kind]:
+    if reference in _entry_points(kind) or is_reference(reference):
         return _entry_of(kind, reference, load(kind, reference))
     raise ConfigError(
         f"{unknown(KINDS[kind].word, reference, names(kind))}; or your own: path/to/file.py:name or package.module:name"
@@ -360,8 +358,6 @@ def load(kind: str, reference: str) -> Any:
         return _loaded_entry_point(_entry_points(kind)[reference], KINDS[kind].word)
     if is_reference(reference):
         return _loaded(KINDS[kind].word, reference)
-    if reference in _registered[kind]:
-        return _registered[kind][reference]
     find(kind, reference)  # raises
     raise AssertionError
 
