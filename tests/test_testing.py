@@ -401,10 +401,7 @@ def test_broken_defences(broken: Any, words: str) -> None:
         check_defence(broken)
 
 
-def test_what_is_registered_here_can_be_named() -> None:
-    """In the process that has registered it, and not if it is derived from what is registered."""
-    assert plugins.find("algorithm", "doubling").title == "Doubling"
-    assert plugins.load("algorithm", "doubling") is Doubling
-    assert plugins.known("algorithm", "doubling")
-    assert "doubling" not in plugins.names("algorithm")
+def test_what_is_derived_is_another_thing() -> None:
+    """It is not taken for what it is derived from."""
     assert plugins.adopt("algorithm", Planned)[0].endswith(":Planned")
+    assert plugins.adopt("algorithm", Psl) == ("psl", {})
