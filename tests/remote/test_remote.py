@@ -34,7 +34,7 @@ from cutlayer.remote.logs import _TextLines
 from cutlayer.remote.sides import remote_training, worker_of
 from cutlayer.remote.transports.memory import MemoryCarrier
 from cutlayer.remote.worker import Worker
-from cutlayer.verbs import AVERAGE, BACKWARD, CLIENT_VERBS, FIT, FORWARD, HAND_OVER, TAIL
+from cutlayer.verbs import AVERAGE, BACKWARD, CLIENT_VERBS, FIT, FORWARD, HAND_OVER, LEARN, TAIL
 from cutlayer.wire import Frame, encode
 from cutlayer.wire import messages as m
 
@@ -372,6 +372,7 @@ REQUESTS: list[tuple[m.Message, set[str]]] = [
     (m.Tail(1, 1), {TAIL}),
     (m.Backward(1, "own", 1), {BACKWARD}),
     (m.Fit(1), {FIT}),
+    (m.Learn(1, 1), {LEARN}),
     (m.GiveModel(1), {AVERAGE, HAND_OVER}),
     (m.TakeModel(1), {AVERAGE, HAND_OVER}),
     (m.GiveOptimizer(1), {HAND_OVER}),
