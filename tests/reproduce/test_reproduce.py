@@ -123,7 +123,9 @@ def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
 
     def accuracy(cell: Cell, seed: int) -> float:
         c = cell.config
-        gain = {0.0: 0.0, 0.5: 1.0, 1.0: 2.0, 1.5: 3.0, 2.0: -30.0}[c.alpha if c.algorithm in ("slr", "sglr") else 0.0]
+        gain = {0.0: 0.0, 0.5: 1.0, 1.0: 2.0, 1.5: 3.0, 2.0: -30.0}[
+            c.specific["alpha"] if c.algorithm in ("slr", "sglr") else 0.0
+        ]
         return 50 + 20 * seed + (gain + 0.01 * seed if c.clients > 1 else 0)
 
     verdicts = by_name(judge(pretended(tmp_path, study, accuracy)))
@@ -193,7 +195,9 @@ def test_diverged_runs_count_as_chance(tmp_path: Path) -> None:
     study = Study(TINY, "digits")
 
     def accuracy(cell: Cell, seed: int) -> float:
-        lost = cell.config.algorithm == "slr" and (cell.config.alpha == 2 or (cell.config.alpha == 1.5 and seed == 1))
+        lost = cell.config.algorithm == "slr" and (
+            cell.config.specific.get("alpha", 1.0) == 2 or (cell.config.specific.get("alpha", 1.0) == 1.5 and seed == 1)
+        )
         return math.nan if lost else 80.0
 
     outcomes = pretended(tmp_path, study, accuracy)
@@ -207,7 +211,9 @@ def test_diverged_runs_count_as_chance(tmp_path: Path) -> None:
 
 def test_five_lines_say_what_came_out(tmp_path: Path) -> None:
     study = Study(TINY, "digits")
-    verdicts = judge(pretended(tmp_path, study, lambda cell, seed: 80.0 - 40 * (cell.config.alpha == 2)))
+    verdicts = judge(
+        pretended(tmp_path, study, lambda cell, seed: 80.0 - 40 * (cell.config.specific.get("alpha", 1.0) == 2))
+    )
     lines = summary(verdicts)
     assert len(lines) == 5
     assert lines[0].startswith(f"Holds (3 of {len(verdicts)}): alpha 2 collapses at C = 4 (loss +40.00); ")
@@ -297,7 +303,7 @@ def test_cells_are_shared_by_tables() -> None:
 
 def test_the_report_of_all_that_there_is(tmp_path: Path) -> None:
     study = Study(TINY, "digits")
-    outcomes = pretended(tmp_path, study, lambda cell, seed: 80.0 + seed + cell.config.alpha)
+    outcomes = pretended(tmp_path, study, lambda cell, seed: 80.0 + seed + cell.config.specific.get("alpha", 1.0))
     written = files_of(outcomes, list(tables.SECTIONS))
     plots = ["claims", "table1", "table2", "table3", "table4", "fig5", "skew"]
     assert list(written) == ["reproduction.json", "reproduction.md", "reproduction.html", *(f"{p}.png" for p in plots)]
@@ -606,7 +612,7 @@ def test_the_report_of_attacks(tmp_path: Path) -> None:
             found = [_found(0.6, 0.9), _found(0.8, 0.7)]  # the attacker explains less of what is trained longer
             if cell.config.algorithm == "sglr":
                 found[1] = _found(0.7, 0.8)  # as the others did when they had come so far
-            if cell.config.gaussian_noise:
+            if cell.config.specific.get("gaussian_noise"):
                 found[1] = _found(0.8, 0.4 + 0.001 * seed)
             (folder / EXAMINED).write_text(json.dumps(found if cell.config.snapshot_every else found[1:]))
             rows = np.full((KEPT, 1, 4, 4), seed, np.float32)
