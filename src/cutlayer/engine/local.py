@@ -13,7 +13,7 @@ from cutlayer import seeds
 from cutlayer.averaging import average_into
 from cutlayer.cohort import Footprint, Predict
 from cutlayer.data.samples import Samples
-from cutlayer.engine.simulated import Clients, SimulatedCohort, model_bytes, together
+from cutlayer.engine.simulated import Clients, Shape, SimulatedCohort, model_bytes, together
 from cutlayer.errors import NonFiniteError
 from cutlayer.gradients import row_losses
 from cutlayer.optim import MakeOptimizer, load_optimizer, set_lr
@@ -105,6 +105,13 @@ class Client:
             return Footprint(model, 0)
         tensors = [v for s in self.optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
         return Footprint(model, sum(t.nbytes for t in tensors))
+
+
+def named_as_whole(state: Mapping[str, Tensor], shape: Shape) -> dict[str, Tensor]:
+    """A client's `module.state_dict()` under the names of the whole model; an auxiliary head's are auxiliary.NAME."""
+    prefixes = {"lower": "", "tail": "" if shape == "u-shaped" else "auxiliary."}
+    parted = ((*name.partition("."), tensor) for name, tensor in state.items())
+    return {f"{prefixes[part]}{name}": tensor for part, _, name, tensor in parted}
 
 
 class LocalCohort(SimulatedCohort):
@@ -229,12 +236,7 @@ class LocalCohort(SimulatedCohort):
 
     def model_state(self, client: int) -> dict[str, Tensor]:
         """One client's parameters and buffers, under the names of the whole model."""
-        lower, tail = self._clients[client].lower, self._clients[client].tail
-        found = dict(lower.state_dict())
-        if tail is not None:
-            prefix = "" if self.shape == "u-shaped" else "auxiliary."
-            found |= {f"{prefix}{n}": t for n, t in tail.state_dict().items()}
-        return found
+        return named_as_whole(self._clients[client].module.state_dict(), self.shape)
 
     def state(self) -> dict[str, Any]:
         """Models, optimisers and clocks of all clients (between rounds there is nothing else)."""

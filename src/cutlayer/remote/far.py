@@ -20,7 +20,7 @@ from torch import Tensor
 from cutlayer.averaging import average
 from cutlayer.cohort import Footprint, Predict
 from cutlayer.data.samples import Samples
-from cutlayer.engine.local import Client
+from cutlayer.engine.local import Client, named_as_whole
 from cutlayer.engine.simulated import Routine, Shape, together
 from cutlayer.errors import NonFiniteError, TrainingError, WireError
 from cutlayer.models.parts import Crossing
@@ -338,7 +338,7 @@ class RemoteCohort:
         models = self._models([client])
         if client not in models:
             raise TrainingError(f"client {client} is not connected: its model is with it")
-        return {name.split(".", 1)[1]: tensor for name, tensor in models[client].items()}
+        return named_as_whole(models[client], self.shape)
 
     def state(self) -> dict[str, Any]:
         """What the server keeps; every connected client has written its own state beside its old one when this is

@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor
 
 from cutlayer.build import Data, Model
+from cutlayer.engine.local import named_as_whole
 from cutlayer.errors import RefusedError
 from cutlayer.options import RunConfig
 from cutlayer.remote.far import RemoteCohort
@@ -39,8 +40,7 @@ class InMemory(Generic[C]):
     def model(self, client: int) -> dict[str, Tensor]:
         """A client's own model, under the names of the whole model, with everything that was posted to it."""
         self.catch_up(client)
-        state = self.workers[client].client.module.state_dict()
-        return {name.split(".", 1)[1]: tensor for name, tensor in state.items()}
+        return named_as_whole(self.workers[client].client.module.state_dict(), self.cohort.shape)
 
 
 def in_memory(
