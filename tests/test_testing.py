@@ -185,6 +185,10 @@ class Restless(Algorithm):
         yield from psl(clients, server, scale=1.0 + next(self.runs))
 
 
+class Bare(Algorithm):
+    """Is not registered."""
+
+
 class Planned(Psl):
     """PSL that says something of its traffic."""
 
@@ -252,7 +256,7 @@ def test_what_cannot_be_checked() -> None:
     with pytest.raises(ConfigError, match=r"phi = 0.5 has no effect on psl"):
         check_algorithm("psl", phi=0.5)
     with pytest.raises(ConfigError, match="not registered"):
-        check_algorithm(Planned)
+        check_algorithm(Bare)
     with pytest.raises(ConfigError, match="'lokal'"):
         check_engine("lokal")
     with pytest.raises(ConfigError, match="no effect with these options"):
@@ -402,6 +406,14 @@ def test_broken_defences(broken: Any, words: str) -> None:
 
 
 def test_what_is_derived_is_another_thing() -> None:
-    """It is not taken for what it is derived from."""
-    assert plugins.adopt("algorithm", Planned)[0].endswith(":Planned")
+    """It is not taken for what it is derived from, but has its registration, and options of its own besides."""
+
+    class Louder(Psl):
+        volume: int = option(3)
+
+    reference, values = plugins.adopt("algorithm", Louder(volume=4))
+    assert values == {"volume": 4}
+    found = plugins.find("algorithm", reference)
+    assert (found.title, found.option_names) == ("PSL", {"gradient_scale", "volume"})
+    assert plugins.load("algorithm", reference) is Louder
     assert plugins.adopt("algorithm", Psl) == ("psl", {})
