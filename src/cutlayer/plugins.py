@@ -569,7 +569,7 @@ def _registration(thing: Any) -> Entry | None:
 
 
 @cache
-def _inherited(thing: type) -> Entry | None:
+def _inherited(thing: Any) -> Entry | None:
     """What a class has from the registered one that it is derived from, with options of its own."""
     entry: Entry | None = getattr(thing, "entry", None)
     return None if entry is None else replace(entry, where=_where(thing), options=options_of(thing))
