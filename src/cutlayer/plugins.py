@@ -546,7 +546,8 @@ def _loaded(word: str, reference: str) -> Any:
 
 def _entry_of(kind: str, reference: str, thing: Any) -> Entry:
     """The entry of a thing that is not this package's, under the name by which it was asked for."""
-    entry = _registration(thing) or (_inherited(thing) if inspect.isclass(thing) else None)
+    derived: Any = thing if inspect.isclass(thing) else None
+    entry = _registration(thing) or _inherited(derived)
     if entry is not None and entry.kind != kind:
         raise ConfigError(f"{reference!r} is a {KINDS[entry.kind].word}, not a {KINDS[kind].word}")
     if entry is not None:
