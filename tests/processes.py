@@ -120,8 +120,11 @@ def start(
     env: Mapping[str, str] | None = None,
     new_session: bool = False,
     namespace: str | None = None,
+    path: Sequence[Path] = (),
 ) -> Process:
-    """A process that runs `cutlayer ARGV`. `namespace`: the network namespace that it runs in, by name."""
+    """A process that runs `cutlayer ARGV`. `namespace`: the network namespace that it runs in, by name; `path`: where
+    it finds modules and packages besides, as if PYTHONPATH named these folders.
+    """
     global _forking
     if _forking is None:
         _forking = _Forking()
@@ -132,6 +135,7 @@ def start(
         "env": {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
         "new_session": new_session,
         "namespace": namespace,
+        "path": list(map(str, path)),
     }
     nothing = os.open(os.devnull, os.O_WRONLY)
     try:
@@ -202,6 +206,7 @@ def _become(job: dict[str, Any], out: int, err: int) -> None:
     os.chdir(job["cwd"])
     os.environ.clear()
     os.environ.update(job["env"])
+    sys.path[1:1] = job["path"]
     sys.argv = ["cutlayer", *job["argv"]]
 
 

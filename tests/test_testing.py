@@ -399,3 +399,9 @@ class Stopped(Defence):
 def test_broken_defences(broken: Any, words: str) -> None:
     with pytest.raises(AssertionError, match=words):
         check_defence(broken)
+
+
+def test_what_is_derived_is_another_thing() -> None:
+    """It is not taken for what it is derived from."""
+    assert plugins.adopt("algorithm", Planned)[0].endswith(":Planned")
+    assert plugins.adopt("algorithm", Psl) == ("psl", {})

@@ -579,7 +579,12 @@ class PlanConfig(FleetConfig):
 
     def algorithm(self, name: str) -> Any:
         """One of the algorithms, with its options. Raises ConfigError."""
-        return plugins.load("algorithm", name).of(self.options_of(_planned(plugins.find("algorithm", name))))
+        reference = self.reference(name)
+        return plugins.load("algorithm", reference).of(self.options_of(_planned(plugins.find("algorithm", reference))))
+
+    def reference(self, name: str) -> str:
+        """How the algorithm that is registered under `name` was named here."""
+        return next((a for a in self.algorithms if plugins.registered_name("algorithm", a) == name), name)
 
     def check(self, given: frozenset[str]) -> None:
         """Check what concerns several fields. `given` are the fields that the user set. Raises ConfigError."""

@@ -31,7 +31,7 @@ from cutlayer.options import RunConfig
 from cutlayer.remote.carrier import Answer, Lost, Request
 from cutlayer.remote.join import _secret
 from cutlayer.remote.logs import _TextLines
-from cutlayer.remote.sides import remote_training, worker_of
+from cutlayer.remote.sides import Greet, remote_training, worker_of
 from cutlayer.remote.transports.memory import MemoryCarrier
 from cutlayer.remote.worker import Worker
 from cutlayer.verbs import AVERAGE, BACKWARD, CLIENT_VERBS, FIT, FORWARD, HAND_OVER, LEARN, TAIL
@@ -65,7 +65,7 @@ class Passing(MemoryCarrier):
         self.tamper: Callable[[int, Any, Any], tuple[Any, Any]] = lambda client, message, body: (message, body)
         self.refused: dict[int, str] = {}
         self.greet: Callable[[Any, int], Any] = lambda hello, client: None
-        self.catch_up: Callable[[int], None] = lambda client: None
+        self.model_of: Callable[[int], dict[str, torch.Tensor]] = lambda client: {}
         self.breaks_at: type[m.Message] | None = None  # all connections do, before this is sent
         self.loses: type[m.Message] | None = None  # the first answer to this, with all connections
 
@@ -86,11 +86,15 @@ class Passing(MemoryCarrier):
             self.cut_all()
         return None if answer is None else self.tamper(client, *answer)
 
+    def join(self, client: int, greet: Greet) -> m.Refused | None:
+        """Notes a refusal, without which the server goes on."""
+        if refused := super().join(client, greet):
+            self.refused[client] = refused.sentence
+        return None
+
     def model(self, client: int) -> dict[str, torch.Tensor]:
         """A client's own model, under the names of the whole model, with everything that was posted to it."""
-        self.catch_up(client)
-        state = self.workers[client].client.module.state_dict()
-        return {name.split(".", 1)[1]: tensor for name, tensor in state.items()}
+        return self.model_of(client)
 
 
 def remote(
@@ -102,30 +106,17 @@ def remote(
     **options: Any,
 ) -> tuple[Run, Passing]:
     """A run whose clients are remote, and keep their states in `folder`; `workers` are those of an earlier run."""
-    places = {k: None if folder is None else folder / f"client-{k}" for k in range(config.clients)}
-    for place in places.values():
-        if place is not None:
-            place.mkdir(parents=True, exist_ok=True)
-    hub = Passing(workers or {k: worker_of(config, k, name=f"client-{k}", folder=places[k]) for k in places})
+    hubs: list[Passing] = []
 
-    hub.greet = lambda hello, k: greet(hello, k)
+    def carrier(workers: Mapping[int, Worker]) -> Passing:
+        hubs.append(Passing(workers))
+        return hubs[0]
 
-    def ready() -> None:
-        for k in set(hub.workers) - hub.present - hub.gone:
-            if refused := hub.join(k, greet):
-                hub.refused[k] = refused.sentence
-
-    training, cohort, greet = remote_training(config, hub, [0] * config.clients, ready=ready, **options)
-
-    def catch_up(client: int) -> None:
-        cohort._catch_up([client])
-        cohort.finish()
-
-    hub.catch_up = catch_up
-    if resume:
-        assert folder is not None
-        return Run.resume(folder / "run", training=training), hub
-    return Run(config, training=training, out=None if folder is None else folder / "run"), hub
+    options |= {"carrier": carrier, "gone": lambda: hubs[0].gone}
+    there = in_memory(config, folder=folder, resume=resume, workers=workers, **options)
+    hub = hubs[0]
+    hub.greet, hub.model_of = there.greet, there.model
+    return there.run, hub
 
 
 REMOTE = [a for a in ALGORITHMS if a != "cl"]

@@ -89,7 +89,7 @@ def notes(plan: Plan) -> list[str]:
     ]
     if not m.flops.whole.forward and m.parameters:
         lines.append("FLOPs: none of the model's operations is known to torch's counter, so that 0 means not known.")
-    if once := [title_of_algorithm(cost.algorithm) for cost in plan.costs if cost.expected.once_up]:
+    if once := [_title(plan, cost.algorithm) for cost in plan.costs if cost.expected.once_up]:
         lines.append(f"{listed(once)}: the raw data and labels go up once, whatever the number of epochs.")
     if plan.not_planned:
         lines.append(f"Not planned, since they do not say what they move: {', '.join(plan.not_planned)}.")
@@ -128,7 +128,7 @@ def _communication(plan: Plan) -> Table:
     for cost in plan.costs:
         e = cost.expected
         counts = (e.up + e.once_up, e.down, e.down_broadcast, *(bytes_of(e, c) for c in CONVENTIONS))
-        rows.append((title_of_algorithm(cost.algorithm), *map(format_bytes, counts)))
+        rows.append((_title(plan, cost.algorithm), *map(format_bytes, counts)))
     return _table("Communication of all clients, per epoch", columns, rows)
 
 
@@ -140,7 +140,7 @@ def _computation(plan: Plan) -> Table:
     for cost in plan.costs:
         e = cost.expected
         row = [
-            title_of_algorithm(cost.algorithm),
+            _title(plan, cost.algorithm),
             flops(e.client_flops),
             flops(e.server_flops),
             format_bytes(cost.memory),
@@ -165,7 +165,7 @@ def _cuts(plan: Plan) -> Table:
         row += [joules(cut.cost.marginal), duration(cut.costs.seconds)] if timed else []
         row += [format_bytes(cut.costs.unicast), format_bytes(cut.costs.broadcast)]
         rows.append([*row, *([] if not budget else ["yes" if cut.strain <= 1 else "no"])])
-    title = f"Cuts in the order data flows, with {title_of_algorithm(plan.judged)}, per epoch"
+    title = f"Cuts in the order data flows, with {_title(plan, plan.judged)}, per epoch"
     return _table(title, columns, rows, plan.chosen.measured.name)
 
 
@@ -207,13 +207,13 @@ def _bytes_over_samples(ax: Axes, plan: Plan) -> None:
         lines.setdefault(tuple(counts), []).append(cost.algorithm)
     for values, names in lines.items():
         if max(values) > 0:
-            colour, style = look_of_algorithm(names[-1])
-            label = listed([title_of_algorithm(a) for a in names]) + (", once" if set(names) <= once else "")
+            colour, style = look_of_algorithm(plan.config.reference(names[-1]))
+            label = listed([_title(plan, a) for a in names]) + (", once" if set(names) <= once else "")
             ax.plot(grid, values, color=colour, linestyle=style, label=label)
     for i, at in enumerate(sorted({b.last for b in marks if b.last is not None})):
         same = [b for b in marks if b.last == at]
         height = _bytes(plan.config, same[0].against_name, work, at, convention)
-        colour, _ = look_of_algorithm(same[-1].algorithm)
+        colour, _ = look_of_algorithm(plan.config.reference(same[-1].algorithm))
         ax.plot([at], [height], "o", color=colour, markeredgecolor="white", markersize=9, zorder=4)
         ax.annotate(f"{at:,}", (at, height), xytext=(9, -15 - 13 * (i % 2)), textcoords="offset points", fontsize=10)
     ax.axvline(n, color="#777777", linestyle=":", linewidth=1.4)
@@ -295,3 +295,8 @@ def _short(value: float, unit: str) -> str:
     number, _, rest = format_quantity(value, unit).partition(" ")
     number = number.rstrip("0").rstrip(".") if "." in number else number
     return f"{number} {rest}".strip()
+
+
+def _title(plan: Plan, name: str) -> str:
+    """The title of an algorithm of the plan."""
+    return title_of_algorithm(plan.config.reference(name))

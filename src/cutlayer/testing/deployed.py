@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -52,13 +52,14 @@ def in_memory(
     resume: bool = False,
     workers: Mapping[int, Worker] | None = None,
     carrier: Callable[[Mapping[int, Worker]], C] = MemoryCarrier,  # type: ignore[assignment]
+    gone: Callable[[], Collection[int]] = tuple,
     **options: Any,
 ) -> InMemory[C]:
     """A run that has not begun, with clients of its own or with `workers` of an earlier one.
 
-    Run and clients are kept in `folder` (`run`, `client-0`, ...), and with `resume` go on from there. `options` are
-    those of `remote.sides.remote_training`. Raises UsageError as a deployment does; RefusedError, when the run begins,
-    for a client that is not let in.
+    Run and clients are kept in `folder` (`run`, `client-0`, ...), and with `resume` go on from there. All clients join
+    before each round, but for those that are `gone`. `options` are those of `remote.sides.remote_training`.
+    Raises UsageError as a deployment does; RefusedError, when the run begins, for a client that is not let in.
     """
     places = {k: None if folder is None else folder / client_name(k) for k in range(config.clients)}
     for place in places.values():
@@ -70,7 +71,7 @@ def in_memory(
     hub = carrier(made)
 
     def ready() -> None:
-        for k in set(made) - hub.present:
+        for k in set(made) - hub.present - set(gone()):
             if refused := hub.join(k, greet):
                 raise RefusedError(refused.reason, refused.sentence)
 
