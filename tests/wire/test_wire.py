@@ -425,6 +425,7 @@ TO_CLIENT = [
     m.Backward(1, "common", 1),
     m.Settle(1),
     m.Fit(1),
+    m.Learn(1, 4),
     m.GiveModel(1),
     m.TakeModel(1),
     m.GiveOptimizer(1),
