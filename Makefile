@@ -42,6 +42,9 @@ reproduce: $(STAMP)   ## the paper's tables at the smallest size, on Fashion-MNI
 	rm -rf build/reproduce
 	$(BIN)/cutlayer reproduce --size smoke --out build/reproduce
 
+derive: $(STAMP)   ## write what is derived from the registrations: index.json, keywords.py, docs/options.md
+	$(BIN)/python -m cutlayer.derive
+
 bench: $(STAMP)   ## how fast the engines are; writes docs/benchmarks.md
 	$(BIN)/python benchmarks/engines.py --write docs/benchmarks.md
 

@@ -258,10 +258,10 @@ def register(kind: str, name: str, *, title: str = "", summary: str = "", **fact
 
     def decorate(thing: T) -> T:
         found: Any = thing
-        first = (inspect.getdoc(found) or "").split("\n", 1)[0]
+        first = inspect.cleandoc(found.__doc__ or "").split("\n", 1)[0]  # its own: not what a base class says of itself
         where = f"{found.__module__}:{found.__qualname__}"
         try:
-            options = options_of(found)
+            options = options_of(found) if KINDS[kind].flat else ()
         except TypeError as error:
             raise ConfigError(f"{KINDS[kind].word} {name!r}: {error}") from None
         facts.setdefault("exclusive", [list(pair) for pair in getattr(found, "exclusive", ())])

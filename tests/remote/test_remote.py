@@ -34,6 +34,7 @@ from cutlayer.remote.logs import _TextLines
 from cutlayer.remote.sides import Greet, remote_training, worker_of
 from cutlayer.remote.transports.memory import MemoryCarrier
 from cutlayer.remote.worker import Worker
+from cutlayer.testing import in_memory
 from cutlayer.verbs import AVERAGE, BACKWARD, CLIENT_VERBS, FIT, FORWARD, HAND_OVER, LEARN, TAIL
 from cutlayer.wire import Frame, encode
 from cutlayer.wire import messages as m

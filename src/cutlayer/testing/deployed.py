@@ -39,8 +39,12 @@ class InMemory(Generic[C]):
     def model(self, client: int) -> dict[str, Tensor]:
         """A client's own model, under the names of the whole model, with everything that was posted to it."""
         self.catch_up(client)
-        state = self.workers[client].client.module.state_dict()
-        return {name.split(".", 1)[1]: tensor for name, tensor in state.items()}
+        own = self.workers[client].client
+        found = dict(own.lower.state_dict())
+        if own.tail is not None:
+            prefix = "" if self.run.config.traits.u_shaped else "auxiliary."
+            found |= {f"{prefix}{name}": tensor for name, tensor in own.tail.state_dict().items()}
+        return found
 
 
 def in_memory(
