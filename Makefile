@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo quick test test-network test-slow check reproduce bench bench-remote golden clean
+.PHONY: demo quick test test-network test-slow check derive reproduce bench bench-remote golden clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Cutlayer needs Python 3.11 or newer: make PYTHON=..."; exit 2; }
@@ -35,9 +35,15 @@ check: $(STAMP)   ## lint, format, types, the direction of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+derive: $(STAMP)   ## write what follows from the registrations: the index, typed keywords, docs/options.md
+	$(BIN)/python -m cutlayer.derive
+
 reproduce: $(STAMP)   ## the paper's tables at the smallest size, on Fashion-MNIST: does it work
 	rm -rf build/reproduce
 	$(BIN)/cutlayer reproduce --size smoke --out build/reproduce
+
+derive: $(STAMP)   ## write what is derived from the registrations: index.json, keywords.py, docs/options.md
+	$(BIN)/python -m cutlayer.derive
 
 bench: $(STAMP)   ## how fast the engines are; writes docs/benchmarks.md
 	$(BIN)/python benchmarks/engines.py --write docs/benchmarks.md

@@ -1,9 +1,12 @@
 """The package's layout: one name means one thing, so that a file or a class is found by its name."""
 
 import ast
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+
+from support import ROOT
 
 import cutlayer
 
@@ -30,3 +33,18 @@ def test_no_public_class_name_is_there_twice() -> None:
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
     )
     assert not twice(classes)
+
+
+def test_the_page_on_architecture_names_every_file() -> None:
+    """In the row of its room."""
+    page = (ROOT / "docs/architecture.md").read_text()
+    rooms = {
+        room: row for row in page.splitlines() if row.startswith("| `") for room in re.findall(r"`([\w./]+)`", row)
+    }
+    missing = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        place = path.relative_to(PACKAGE)
+        room = place.stem if place.parent == Path() else f"{place.parent}/"
+        if path.name != "__init__.py" and f"`{place.stem}`" not in rooms.get(room, ""):
+            missing.append(str(place))
+    assert not missing

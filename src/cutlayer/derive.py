@@ -131,7 +131,7 @@ def options() -> str:
 
 def _section(entry: Entry) -> list[str]:
     paper = f" ({entry.facts['paper']})" if entry.facts.get("paper") else ""
-    lines = [f"**{entry.name}**{paper}: {entry.summary or entry.title}."]
+    lines = [f"**{entry.name}**{paper}: {(entry.summary or entry.title).rstrip('.')}."]
     if entry.options:
         lines += ["", "| option | default | what it does |", "|---|---|---|"]
         lines += [f"| `{o.name}` | {_default(o.default)} | {_meaning(o.help)} |" for o in entry.options]

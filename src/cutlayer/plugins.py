@@ -258,10 +258,10 @@ def register(kind: str, name: str, *, title: str = "", summary: str = "", **fact
 
     def decorate(thing: T) -> T:
         found: Any = thing
-        first = (inspect.getdoc(found) or "").split("\n", 1)[0]
-        where = _where(found)
+        first = inspect.cleandoc(found.__doc__ or "").split("\n", 1)[0]  # its own: not what a base class says of itself
+        where = f"{found.__module__}:{found.__qualname__}"
         try:
-            options = options_of(found)
+            options = options_of(found) if KINDS[kind].flat else ()
         except TypeError as error:
             raise ConfigError(f"{KINDS[kind].word} {name!r}: {error}") from None
         facts.setdefault("exclusive", [list(pair) for pair in getattr(found, "exclusive", ())])
@@ -270,10 +270,6 @@ def register(kind: str, name: str, *, title: str = "", summary: str = "", **fact
         return thing
 
     return decorate
-
-
-def _where(thing: Any) -> str:
-    return f"{thing.__module__}:{thing.__qualname__}"
 
 
 def options_of(thing: Any) -> tuple[Option, ...]:
@@ -378,7 +374,7 @@ def adopt(kind: str, thing: Any) -> tuple[str, dict[str, Any]]:
     entry = _registration(made)
     if entry is not None and entry.name in index(kind) and index(kind)[entry.name].where == entry.where:
         return entry.name, values
-    reference = _where(made)
+    reference = f"{made.__module__}:{made.__qualname__}"
     _given[kind][reference] = made
     return reference, values
 
@@ -546,8 +542,7 @@ def _loaded(word: str, reference: str) -> Any:
 
 def _entry_of(kind: str, reference: str, thing: Any) -> Entry:
     """The entry of a thing that is not this package's, under the name by which it was asked for."""
-    derived: Any = thing if inspect.isclass(thing) else None
-    entry = _registration(thing) or _inherited(derived)
+    entry = _registration(thing)
     if entry is not None and entry.kind != kind:
         raise ConfigError(f"{reference!r} is a {KINDS[entry.kind].word}, not a {KINDS[kind].word}")
     if entry is not None:
@@ -567,13 +562,6 @@ def _registration(thing: Any) -> Entry | None:
     """The thing's own: a class that is derived from a registered one is another thing."""
     found: Entry | None = getattr(thing, "__dict__", {}).get("entry")
     return found
-
-
-@cache
-def _inherited(thing: Any) -> Entry | None:
-    """What a class has from the registered one that it is derived from, with options of its own."""
-    entry: Entry | None = getattr(thing, "entry", None)
-    return None if entry is None else replace(entry, where=_where(thing), options=options_of(thing))
 
 
 @cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from importlib.metadata import EntryPoint
@@ -272,6 +273,7 @@ def test_codecs_of_ones_own_are_named_by_file_module_or_entry_point(
     (package / "__init__.py").touch()
     (package / "own.py").write_text((Path(__file__).parents[1] / "own.py").read_text())
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own", raising=False)  # other tests have files of this name
     point = EntryPoint("installed", "test_wire_package.own:Grid", "cutlayer.codecs")
     monkeypatch.setattr(plugins, "_entry_points", lambda kind: {"installed": point} if kind == "codec" else {})
     if called == "unknown":

@@ -30,7 +30,7 @@ def model(
 
     `cuts` are its named cut points in the order data flows, and `default_cut` is the one that is used if none is named.
     """
-    return register("model", name, title=title, summary=summary, cuts=tuple(cuts), default_cut=default_cut)
+    return register("model", name, title=title, summary=summary, cuts=list(cuts), default_cut=default_cut)
 
 
 def build(reference: str, input_shape: Sequence[int], classes: int, **options: Any) -> nn.Module:
