@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from support import ALGORITHMS, client_state, difference, make, server_state, source
 from torch import nn
 
-from cutlayer import Run
-from cutlayer.engine.choice import TAKE_TURNS
+from cutlayer import Run, plugins
+from cutlayer.algorithms import traits_of
 from cutlayer.engine.stacked import Stacking
 
+TAKE_TURNS = {name for name in ALGORITHMS if traits_of(plugins.index("algorithm")[name]).takes_turns}
 STACKED = [name for name in ALGORITHMS if name not in TAKE_TURNS | {"cl"}]  # cl has a single client
 OWN: dict[str, dict[str, Any]] = {
     "fl": {"local_epochs": 2},

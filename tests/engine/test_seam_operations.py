@@ -78,6 +78,7 @@ def test_unequal_u_shaped_clients_count_by_their_rows() -> None:
     assert difference(middle, {n: t for n, t in server_state(psl).items() if n in middle}) < TIGHT
 
 
+@algorithm("known-head", title="Known head", needs={FORWARD, LEARN, AVERAGE})
 class Known(LocalLoss):
     """The head is a copy of the server's part."""
 
