@@ -287,6 +287,45 @@ def test_a_node_says_where_its_data_are() -> None:
     assert invitation.config(Context(1, 2, {}, RecordDict(), {})).resolved() == _config().resolved()
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("algorithm", "marked.py:Mine"),
+        ("model", "marked:make"),
+        ("data", "marked.py:load"),
+        ("lr_schedule", "marked:Falling"),
+        ("up_codec", "marked.py:Grid:0.1+zstd"),
+        ("defences", ["marked.py:Mine"]),
+    ],
+)
+def test_a_node_imports_nothing_that_a_message_names(
+    name: str, value: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flwr.app import Context, RecordDict
+
+    from cutlayer.flower.invitation import Invitation
+
+    monkeypatch.chdir(tmp_path)
+    Path("marked.py").write_text("open('imported', 'w').close()\n")
+    options = json.dumps({**_config().resolved(), name: value})
+    invitation = Invitation("client-0", "host:1", "PEM", options, 60.0, "a secret")
+    with pytest.raises(ConfigError, match=f"the server's {name} = .* which this node does not import"):
+        invitation.config(Context(1, 2, {}, RecordDict(), {}))
+    assert not Path("imported").exists()
+
+
+def test_a_node_names_its_own_code() -> None:
+    from flwr.app import Context, RecordDict
+
+    from cutlayer.flower.invitation import Invitation
+
+    options = {**_config().resolved(), "model": "theirs.py:make", "up_codec": "top-k:0.1"}
+    invitation = Invitation("client-0", "host:1", "PEM", json.dumps(options), 60.0, "a secret")
+    node = {"model": "cutlayer.models.zoo.mlp:mlp"}
+    config = invitation.config(Context(1, 2, node, RecordDict(), {}))
+    assert (config.model, config.up_codec) == ("cutlayer.models.zoo.mlp:mlp", "top-k:0.1")
+
+
 def test_flowers_simulation_is_refused() -> None:
     """It runs the ServerApp on a thread, and ClientApps where nobody could dial."""
     from flwr.app import Context, RecordDict

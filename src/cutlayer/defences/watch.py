@@ -34,17 +34,17 @@ class Watch:
 
     In each batch the cosines of all pairs of gradients are regressed (quadratically) on the cosines of the pairs of
     smashed rows; `score` is the probability that a same-label pair lies higher above that curve than a pair of
-    different labels: about .5 where labels play no part. Below `least` after at least `after` batches the server is
-    `suspicious`. Honest servers have been seen as low as .65 (clients with two labels each), hijackers as high as .75:
+    different labels: about 0.5 where labels play no part. Below `least` after at least `after` batches the server is
+    `suspicious`. Honest servers have been seen as low as 0.65 (clients with two labels each), hijackers as high as 0.75:
     a suspicion is no proof, and no suspicion neither.
     """
 
     def __init__(self, *, window: int = 50, least: float = 0.65, after: int = 10) -> None:
-        """Raises ConfigError: window or after < 1, window < after, least outside (.5, 1)."""
+        """Raises ConfigError: window or after < 1, window < after, least outside (0.5, 1)."""
         if not (1 <= after <= window and 0.5 < least < 1):
             raise ConfigError(
                 f"window={window}, after={after}, least={least}: give 1 <= after <= window and a threshold "
-                "between .5 and 1"
+                "between 0.5 and 1"
             )
         self.least, self._after = least, after
         self._scores: deque[float] = deque(maxlen=window)

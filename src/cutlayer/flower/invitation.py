@@ -10,11 +10,25 @@ from typing import Any, Self
 import msgspec
 from flwr.app import ConfigRecord, Context, MetricRecord, RecordDict
 
-from cutlayer.errors import WireError
+from cutlayer import plugins
+from cutlayer.errors import ConfigError, WireError
 from cutlayer.options import RunConfig, normalised
 
 _INVITATION, _END, _WORK = "cutlayer-invitation", "cutlayer-end", "cutlayer-work"
-_OF_THE_NODE = ("data", "data_format", "device")
+_CODE = {
+    "algorithm": "algorithm",
+    "model": "model",
+    "data": "data",
+    "data_format": "format",
+    "partition": "partition",
+    "lr_schedule": "schedule",
+    "server_lr_schedule": "schedule",
+    "up_codec": "codec",
+    "down_codec": "codec",
+    "defences": "defence",
+}
+"""Options that name things, and of which kind: what is imported for them is named by the node itself, or built in."""
+_OF_THE_NODE = ("device", *_CODE)
 
 
 @dataclass(frozen=True)
@@ -45,12 +59,36 @@ class Invitation:
             ) from None
 
     def config(self, context: Context) -> RunConfig:
-        """The run's configuration at this node: what the node says of itself (`--node-config`: data, data-format,
-        device) is put over what the server says. Raises ConfigError.
+        """The run's configuration at this node: what the node says of itself (`--node-config`: device, data, algorithm,
+        ...) is put over what the server says.
+
+        Raises ConfigError, also where the server names a file or a module that the node does not name: nothing that
+        a message names is imported.
         """
         node: Mapping[str, Any] = normalised(context.node_config)
         own = {name: node[name] for name in _OF_THE_NODE if name in node}
-        return RunConfig.of({**json.loads(self.options), **own})
+        if isinstance(own.get("defences"), str):  # Flower has no lists
+            own["defences"] = own["defences"].split()
+        said = json.loads(self.options)
+        for name in _CODE.keys() - own.keys():
+            _refuse_code(name, said.get(name))
+        return RunConfig.of({**said, **own})
+
+
+def _refuse_code(name: str, value: object) -> None:
+    """Raises ConfigError for a reference to a file or a module."""
+    for reference in value if isinstance(value, list) else [value]:
+        if isinstance(reference, str) and _is_code(_CODE[name], reference):
+            raise ConfigError(
+                f"the server's {name} = {reference!r} is code of its own, which this node does not import: look at that "
+                f"code, put it here, and name it with --node-config '{name}=\"path/to/file.py:Name\"'"
+            )
+
+
+def _is_code(kind: str, reference: str) -> bool:
+    if kind == "codec":  # NAME:ARGUMENT is none
+        return ":" in reference and not plugins.known(kind, reference.partition(":")[0])
+    return plugins.is_reference(reference)
 
 
 @dataclass(frozen=True)

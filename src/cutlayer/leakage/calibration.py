@@ -85,7 +85,7 @@ def calibrate(
 ) -> Calibrated:
     """Read (x [n, ...], z [n, ...]), then known answers of the same sizes, with the same estimator.
 
-    `levels` are the true informations in nats; by default the reading itself and twice that (at least .5 and 1), since
+    `levels` are the true informations in nats; by default the reading itself and twice that (at least 0.5 and 1), since
     a reading may be far too low. `reading`, where it has been taken already. With `client` its Jacobian makes the
     channel. Costs 1 + 2 len(levels) estimates.
     Raises ConfigError for a level <= 0; DataError as the estimator does.

@@ -144,7 +144,7 @@ def sampled_gaussian(multiplier: float, rate: float, steps: int, delta: float = 
 
     `multiplier` is sigma / sensitivity. This is the setting of DP-SGD and of published numbers, to compare with. It is
     NOT a statement about smashed data: that goes up row by row, and in shuffled epochs. With rate = 1 both settings
-    meet. Accountants: Mironov et al., arXiv 1908.10530 (RDP); Gopi et al., arXiv 2106.02848 (PRV, error .01).
+    meet. Accountants: Mironov et al., arXiv 1908.10530 (RDP); Gopi et al., arXiv 2106.02848 (PRV, error 0.01).
     Raises ConfigError: multiplier <= 0, rate outside (0, 1], steps < 1, delta outside (0, 1).
     """
     _check_delta(delta)

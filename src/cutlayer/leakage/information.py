@@ -87,7 +87,7 @@ def usable(
     check_real(z, "z")
     n = check_rows(LEAST, "to code", x=x, z=z)
     if not 0 < resolution < math.inf:
-        raise ConfigError(f"resolution={resolution}: give a share of x's deviation above 0, such as .05")
+        raise ConfigError(f"resolution={resolution}: give a share of x's deviation above 0, such as 0.05")
     target, unit = flat(x), float(x.detach().float().std()) or 1.0
     noise = torch.randn(target.shape, generator=seeds.torch_generator(seed, "leakage", "resolution"))
     target = target / unit + resolution * noise.to(target)  # [n, d], in units of x's deviation

@@ -105,8 +105,8 @@ def _cka(x: Tensor, z: Tensor) -> float:
 class LabelLeakage:
     """How well labels are read off cut gradients, where they are meant to stay private.
 
-    AUCs are one class against the rest, averaged over classes; .5 is chance. `norm_auc`: by the gradient's norm alone
-    (whichever direction is right for a class: below .5 counts as above). `cosine_auc`: by the cosine with the gradient
+    AUCs are one class against the rest, averaged over classes; 0.5 is chance. `norm_auc`: by the gradient's norm alone
+    (whichever direction is right for a class: below 0.5 counts as above). `cosine_auc`: by the cosine with the gradient
     of ONE sample of the class whose label the attacker knows. `cluster_accuracy`: K-means on directions without any
     label, clusters matched to classes in the best way; `majority` is what always guessing the commonest class gives.
     """

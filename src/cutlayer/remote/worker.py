@@ -193,7 +193,7 @@ class Worker:
         if self.watch.suspicious:
             sentence = (
                 f"the server's gradients do not look like those of the task: over {self.watch.observed} batches labels "
-                f"explain them with a score of {self.watch.score:.2f}, where .5 is chance"
+                f"explain them with a score of {self.watch.score:.2f}, where 0.5 is chance"
             )
             if self.duty.watch == "leave":
                 raise DistrustError(f"{sentence}; {self.duty.name} leaves, as --watch leave says")

@@ -52,7 +52,7 @@ def notes(findings: Sequence[Finding]) -> list[str]:
         if (shown := f.labels) is not None:
             said[
                 f"labels of {_name(f)}, from the gradients that go up: AUC {shown.norm_auc:.2f} by length (by chance a "
-                f"little above .5), {shown.cosine_auc:.2f} by direction (.5), {shown.cluster_accuracy:.0%} by clusters "
+                f"little above 0.5), {shown.cosine_auc:.2f} by direction (0.5), {shown.cluster_accuracy:.0%} by clusters "
                 f"(always the commonest: {shown.majority:.0%})"
             ] = None
     return list(said)
@@ -96,7 +96,7 @@ def active_notes(hijacked: Sequence[Hijacked]) -> list[str]:
     from cutlayer.defences.watch import Watch  # here, not above: it needs torch
 
     said = [
-        f"watch: how far labels explain the gradients that a client gets, .5 is chance; below {Watch().least:g} it is "
+        f"watch: how far labels explain the gradients that a client gets, 0.5 is chance; below {Watch().least:g} it is "
         "suspicious (notice: so many clients of those that watch; suspect it: the same of the honest server). A "
         "hijacker shares no gradients, whatever the algorithm."
     ]
