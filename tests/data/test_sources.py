@@ -911,6 +911,7 @@ def test_detection_asks_every_format(own: str, tmp_path: Path, monkeypatch: pyte
     path = tmp_path / "numbers.lines"
     path.write_text("\n".join(map(str, range(40))))
     refused(lambda: load(str(path)), "not recognised", "npz")
+    monkeypatch.delitem(sys.modules, "own", raising=False)  # other tests have files of this name
     point = EntryPoint("lines", "own:Lines", "cutlayer.formats")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(plugins, "_entry_points", lambda kind: {"lines": point} if kind == "format" else {})
