@@ -35,8 +35,8 @@ class Watch:
     In each batch the cosines of all pairs of gradients are regressed (quadratically) on the cosines of the pairs of
     smashed rows; `score` is the probability that a same-label pair lies higher above that curve than a pair of
     different labels: about 0.5 where labels play no part. Below `least` after at least `after` batches the server is
-    `suspicious`. Honest servers have been seen as low as 0.65 (clients with two labels each), hijackers as high as 0.75:
-    a suspicion is no proof, and no suspicion neither.
+    `suspicious`. Honest servers have been seen as low as 0.65 (clients with two labels each), hijackers as high as
+    0.75: neither a suspicion nor its absence is a proof.
     """
 
     def __init__(self, *, window: int = 50, least: float = 0.65, after: int = 10) -> None:

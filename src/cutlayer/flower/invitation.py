@@ -80,8 +80,8 @@ def _refuse_code(name: str, value: object) -> None:
     for reference in value if isinstance(value, list) else [value]:
         if isinstance(reference, str) and _is_code(_CODE[name], reference):
             raise ConfigError(
-                f"the server's {name} = {reference!r} is code of its own, which this node does not import: look at that "
-                f"code, put it here, and name it with --node-config '{name}=\"path/to/file.py:Name\"'"
+                f"the server's {name} = {reference!r} is code of its own, which this node does not import: look at "
+                f"that code, put it here, and name it with --node-config '{name}=\"path/to/file.py:Name\"'"
             )
 
 
