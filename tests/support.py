@@ -28,6 +28,7 @@ from cutlayer.engine.simulated import Clients
 from cutlayer.models import cut
 from cutlayer.optim import make_optimizer
 from cutlayer.server import Server
+from cutlayer.testing import random_samples, random_source
 from cutlayer.types import Step
 
 ROOT = Path(__file__).parents[1]
@@ -94,17 +95,12 @@ def make(model: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
 
 def samples(n: int, shape: tuple[int, ...], seed: int = 0) -> Samples:
     """n random float64 samples; every class occurs when n >= CLASSES."""
-    rng = np.random.default_rng(seed)
-    y = torch.from_numpy(rng.permutation(np.arange(n) % CLASSES))
-    return Samples(torch.from_numpy(rng.normal(size=(n, *shape))), y)
+    return random_samples(n, shape, classes=CLASSES, seed=seed)
 
 
 def source(sizes: Sequence[int], shape: tuple[int, ...], seed: int = 0) -> Source:
     """A data set whose client column deals `sizes` samples to the clients."""
-    owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(list(sizes)))
-    names = tuple(map(str, range(CLASSES)))
-    held_out = samples(12, shape, seed + 1)
-    return Source("random", samples(sum(sizes), shape, seed), held_out, held_out, names, owner)
+    return random_source(sizes, shape, classes=CLASSES, seed=seed)
 
 
 def train(algorithm: Any, model: nn.Module, sizes: Sequence[int], shape: tuple[int, ...], **options: Any) -> Run:

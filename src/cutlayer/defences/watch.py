@@ -36,7 +36,7 @@ class Watch:
     smashed rows; `score` is the probability that a same-label pair lies higher above that curve than a pair of
     different labels: about 0.5 where labels play no part. Below `least` after at least `after` batches the server is
     `suspicious`. Honest servers have been seen as low as 0.65 (clients with two labels each), hijackers as high as
-    0.75: neither a suspicion nor its absence is a proof.
+    0.75. A suspicion is not a proof, and the absence of one is not either.
     """
 
     def __init__(self, *, window: int = 50, least: float = 0.65, after: int = 10) -> None:

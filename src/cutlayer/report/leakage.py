@@ -51,8 +51,8 @@ def notes(findings: Sequence[Finding]) -> list[str]:
                 said[f"{one}"] = None
         if (shown := f.labels) is not None:
             said[
-                f"labels of {_name(f)}, from the gradients that go up: AUC {shown.norm_auc:.2f} by length (by chance a "
-                f"little above 0.5), {shown.cosine_auc:.2f} by direction (0.5), {shown.cluster_accuracy:.0%} by "
+                f"labels of {_name(f)}, from the gradients that go up: AUC {shown.norm_auc:.2f} by length (by chance "
+                f"a little above 0.5), {shown.cosine_auc:.2f} by direction (0.5), {shown.cluster_accuracy:.0%} by "
                 f"clusters (always the commonest: {shown.majority:.0%})"
             ] = None
     return list(said)
