@@ -466,8 +466,19 @@ class CompareConfig(CommonConfig):
         return tuple(str(v.get("algorithm", default)) for v in self.variant.values())
 
     def resolved(self) -> dict[str, Any]:
-        """The options that decide this comparison, defaults written out, those without effect left out. TOML-ready."""
-        return _written_out(self, [traits(name) for name in self.algorithm_names()])
+        """The options that decide this comparison, defaults written out, those without effect left out. TOML-ready. A
+        default that is not the same for all things that have the option is left to each of them.
+        """
+        written = _written_out(self, [traits(name) for name in self.algorithm_names()])
+        return {k: v for k, v in written.items() if k in self.model_fields_set or k not in self._disputed()}
+
+    def _disputed(self) -> set[str]:
+        """The options that several of the chosen things have, with different defaults."""
+        defaults: dict[str, list[Any]] = {}
+        for entry in self.chosen():
+            for option in entry.options:
+                defaults.setdefault(option.name, []).append(option.default)
+        return {name for name, values in defaults.items() if any(v != values[0] for v in values)}
 
     def runs(self, given: frozenset[str]) -> dict[str, dict[int, RunConfig]]:
         """The runs to make: entry name -> seed -> configuration. Raises ConfigError."""

@@ -1,0 +1,61 @@
+"""Things from outside, awkward ones: they work, or one sentence says why not, and nothing is written before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cutlayer.options import CompareConfig
+
+OWN = """
+from typing import Literal
+
+from cutlayer.algorithms import Algorithm, algorithm
+from cutlayer.algorithms.common import report
+from cutlayer.gradients import own
+from cutlayer.plugins import Thing, option, register
+from cutlayer.verbs import BACKWARD, FORWARD
+
+
+class Plain(Algorithm):
+    def round(self, server, clients, this):
+        while smashed := clients.forward():
+            step = server.step(smashed)
+            clients.backward(own(step.gradient, smashed))
+            yield report(step, smashed)
+
+
+@algorithm("words", title="Words", needs={FORWARD, BACKWARD})
+class Words(Plain):
+    order: Literal["fixed", "random"] = option("fixed", help="A word.")
+    phi: float = option(0.25, help="Called like one of sglr.")
+
+
+@algorithm("numbers", title="Numbers", needs={FORWARD, BACKWARD})
+class Numbers(Plain):
+    order: int = option(3, help="A number.")
+"""
+SMALL = ["--model", "mlp", "--rounds", "1", "--clients", "2", "--samples-per-client", "40"]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a file of things."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text(OWN)
+    return tmp_path
+
+
+def test_a_comparison_of_algorithms_with_an_option_of_one_name_can_be_resumed(place: Path) -> None:
+    config = CompareConfig(algorithms=("sglr", "own.py:Words", "own.py:Numbers"), seeds=(0,), rounds=1)
+    stored = config.resolved()
+    assert "order" not in stored
+    assert "phi" not in stored  # 0.5 in sglr, 0.25 in Words
+    assert stored["alpha"] == 1.0
+    again = CompareConfig.of(stored)
+    runs = again.runs(frozenset(again.model_fields_set))
+    assert [runs[name][0].specific.get("order") for name in runs] == [None, "fixed", 3]
+    assert [runs[name][0].specific.get("phi") for name in runs] == [0.5, 0.25, None]
+    given = CompareConfig(algorithms=("sglr", "own.py:Words"), seeds=(0,), rounds=1, phi=0.75).resolved()
+    assert given["phi"] == 0.75
