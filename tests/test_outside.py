@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from support import call
 
 from cutlayer.options import CompareConfig
 
@@ -59,3 +60,18 @@ def test_a_comparison_of_algorithms_with_an_option_of_one_name_can_be_resumed(pl
     assert [runs[name][0].specific.get("phi") for name in runs] == [0.5, 0.25, None]
     given = CompareConfig(algorithms=("sglr", "own.py:Words"), seeds=(0,), rounds=1, phi=0.75).resolved()
     assert given["phi"] == 0.75
+
+
+def test_a_file_that_cannot_be_found_is_what_is_wrong_not_its_options(place: Path) -> None:
+    (place / "broken.py").write_text("def f(:\n")
+    for reference, said in (("broken.py:X", "SyntaxError"), ("none.py:X", "no file"), ("own.py:Wods", "'Words'")):
+        done = call("run", *SMALL, "--algorithm", reference, "--order", "random", "--out", "run", code=2)
+        assert done.stderr.startswith("error: ")
+        assert said in done.stderr
+    assert not (place / "run").exists()
+
+
+def test_resume_knows_the_options_of_the_run(place: Path) -> None:
+    call("run", *SMALL, "--algorithm", "own.py:Words", "--out", "run")
+    call("resume", "run", "--order", "fixed")
+    assert "made with order = 'fixed', not 'random'" in call("resume", "run", "--order", "random", code=2).stderr
