@@ -75,3 +75,13 @@ def test_resume_knows_the_options_of_the_run(place: Path) -> None:
     call("run", *SMALL, "--algorithm", "own.py:Words", "--out", "run")
     call("resume", "run", "--order", "fixed")
     assert "made with order = 'fixed', not 'random'" in call("resume", "run", "--order", "random", code=2).stderr
+
+
+def test_no_option_has_the_name_of_one_of_all_runs(place: Path) -> None:
+    with (place / "own.py").open("a") as file:
+        file.write('\n@algorithm("taken", title="Taken", needs={FORWARD})\nclass Taken(Plain):\n')
+        file.write('    batch: int = option(3, help="Of all runs.")\n')
+    for flags in ((), ("--batch", "4")):
+        done = call("run", *SMALL, "--algorithm", "own.py:Taken", *flags, "--out", "run", code=2)
+        assert "the option 'batch' of the algorithm 'own.py:Taken' has the name of an option of all runs" in done.stderr
+    assert not (place / "run").exists()

@@ -136,6 +136,7 @@ def _settled(things: Iterable[Entry], values: Mapping[str, Any], model: type[Bas
     """`values`, checked and complete. Raises ConfigError for a wrong value, or one of an option that no thing has."""
     left, settled = dict(values), dict[str, Any]()
     for entry in things:
+        _refuse_taken(entry, model)
         mine = {name: values[name] for name in entry.option_names & set(values)}
         for name, value in entry.checked(mine).items():
             if name not in model.model_fields and (name in mine or name not in settled):
@@ -145,6 +146,16 @@ def _settled(things: Iterable[Entry], values: Mapping[str, Any], model: type[Bas
     for name, value in left.items():
         raise _useless(name, value, list(things), model)
     return settled
+
+
+def _refuse_taken(entry: Entry, model: type[BaseModel]) -> None:
+    """Raises ConfigError if a thing from outside has an option that would be mistaken for one of all runs."""
+    taken = sorted(entry.option_names & set(model.model_fields))
+    if taken and plugins.index(entry.kind).get(entry.name) is not entry:
+        word = plugins.KINDS[entry.kind].word
+        raise ConfigError(
+            f"the option {taken[0]!r} of the {word} {entry.name!r} has the name of an option of all runs: rename it"
+        )
 
 
 def _useless(name: str, value: Any, things: list[Entry], model: type[BaseModel]) -> ConfigError:
