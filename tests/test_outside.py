@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from support import call
 
+from cutlayer import Comparison, Run, plugins
+from cutlayer.errors import ConfigError
 from cutlayer.options import CompareConfig
 
 OWN = """
@@ -85,3 +87,26 @@ def test_no_option_has_the_name_of_one_of_all_runs(place: Path) -> None:
         done = call("run", *SMALL, "--algorithm", "own.py:Taken", *flags, "--out", "run", code=2)
         assert "the option 'batch' of the algorithm 'own.py:Taken' has the name of an option of all runs" in done.stderr
     assert not (place / "run").exists()
+
+
+def test_what_is_not_a_thing_is_said(place: Path) -> None:
+    (place / "leaves.py").write_text("raise SystemExit(3)\n")
+    for reference, said in (
+        ("leaves.py:X", "cannot be imported (SystemExit: 3)"),
+        ("own.py:Wods", "did you mean 'Words'? known: Plain, Words, Numbers\n"),
+        ("__main__:Lost", "lies in a script that is not running: go on from that script"),
+    ):
+        assert said in call("run", *SMALL, "--algorithm", reference, "--out", "run", code=2).stderr
+    done = call("run", *SMALL, "--partition", "own.py:Words", code=2)
+    assert "'own.py:Words' is an algorithm, not a partition" in done.stderr
+    with pytest.raises(ConfigError, match="5 names no algorithm"):
+        Run(algorithm=5)
+    assert not (place / "run").exists()
+
+
+def test_variants_take_objects_too(place: Path) -> None:
+    words = plugins.load("algorithm", "own.py:Words")
+    variant = {"one": {"algorithm": words(order="random")}, "two": {"algorithm": words, "phi": 0.5}}
+    plan = Comparison(algorithms=(), seeds=(0,), variant=variant).plan
+    assert [plan[v][0].specific["order"] for v in variant] == ["random", "fixed"]
+    assert [plan[v][0].specific["phi"] for v in variant] == [0.25, 0.5]

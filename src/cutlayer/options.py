@@ -691,6 +691,9 @@ def by_reference(values: Mapping[str, Any]) -> dict[str, Any]:
     named: dict[str, Any] = {}
     options: dict[str, Any] = {}
     for name, value in values.items():
+        if name == "variant" and isinstance(value, Mapping):
+            named[name] = {k: by_reference(v) if isinstance(v, Mapping) else v for k, v in value.items()}
+            continue
         kind = _NAMED.get(name)
         if kind is None or value is None or isinstance(value, str):
             named[name] = value
