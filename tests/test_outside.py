@@ -29,6 +29,16 @@ class Plain(Algorithm):
             yield report(step, smashed)
 
 
+@algorithm("idle", title="Idle", needs={FORWARD, BACKWARD})
+class Idle(Algorithm):
+    pass
+
+
+@register("schedule", "odd")
+class Odd(Thing):
+    pass
+
+
 @algorithm("words", title="Words", needs={FORWARD, BACKWARD})
 class Words(Plain):
     order: Literal["fixed", "random"] = option("fixed", help="A word.")
@@ -93,7 +103,7 @@ def test_what_is_not_a_thing_is_said(place: Path) -> None:
     (place / "leaves.py").write_text("raise SystemExit(3)\n")
     for reference, said in (
         ("leaves.py:X", "cannot be imported (SystemExit: 3)"),
-        ("own.py:Wods", "did you mean 'Words'? known: Plain, Words, Numbers\n"),
+        ("own.py:Wods", "did you mean 'Words'? known: Plain, Idle, Odd, Words, Numbers\n"),
         ("__main__:Lost", "lies in a script that is not running: go on from that script"),
     ):
         assert said in call("run", *SMALL, "--algorithm", reference, "--out", "run", code=2).stderr
@@ -110,3 +120,13 @@ def test_variants_take_objects_too(place: Path) -> None:
     plan = Comparison(algorithms=(), seeds=(0,), variant=variant).plan
     assert [plan[v][0].specific["order"] for v in variant] == ["random", "fixed"]
     assert [plan[v][0].specific["phi"] for v in variant] == [0.25, 0.5]
+
+
+def test_what_is_not_complete_is_found_before_anything_is_written(place: Path) -> None:
+    for option, reference, said in (
+        ("--algorithm", "own.py:Idle", "has no round()"),
+        ("--lr-schedule", "own.py:Odd", "is not derived from cutlayer.schedules.Schedule"),
+        ("--server-lr-schedule", "own.py:Odd", "'own.py:Odd' is not derived"),
+    ):
+        assert said in call("run", *SMALL, option, reference, "--out", "run", code=2).stderr
+    assert not (place / "run").exists()
