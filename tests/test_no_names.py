@@ -61,6 +61,12 @@ def test_no_names_are_listed() -> None:
     assert lists[DEFAULTS] == ["cl", "fl", "psl", "sfl", "sglr", "ssl"]  # what `compare` and `plan` take by default
 
 
+def test_no_name_is_anywhere_else() -> None:
+    """In no call, subscript or default either."""
+    found = {(place, name) for place, tree in outside() for name in constants(tree) if name in NAMES}
+    assert {(p, name) for p, name in found if not p.startswith(f"{STUDY}/") and p != DEFAULTS} == set()
+
+
 def test_the_test_sees_names() -> None:
     tree = ast.parse("a == 'sglr'\nb in ('psl', x)\nc = {'fl': 1}\nd = ['ssl']")
     assert sorted(compared(tree)) == ["psl", "sglr"]

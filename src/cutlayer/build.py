@@ -198,6 +198,8 @@ def prepare(
     does.
     """
     algorithm: Algorithm = config.thing("algorithm", config.algorithm)
+    if type(algorithm).round is Algorithm.round:
+        raise ConfigError(f"{config.algorithm} has no round(): write the generator that trains one round")
     for thing in (algorithm, *schedules(config)):
         thing.check(config.given)
     coding = Coding(*_codecs(config))
@@ -472,4 +474,7 @@ def schedules(config: RunConfig) -> tuple[Schedule, Schedule]:
     """How the clients' and the server's rates change. Raises ConfigError."""
     clients: Schedule = config.thing("schedule", config.lr_schedule)
     server: Schedule = config.thing("schedule", config.server_lr_schedule or config.lr_schedule)
+    for name, made in ((config.lr_schedule, clients), (config.server_lr_schedule, server)):
+        if not isinstance(made, Schedule):
+            raise ConfigError(f"the schedule {name!r} is not derived from cutlayer.schedules.Schedule: derive it")
     return clients, server

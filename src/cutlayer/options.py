@@ -136,6 +136,7 @@ def _settled(things: Iterable[Entry], values: Mapping[str, Any], model: type[Bas
     """`values`, checked and complete. Raises ConfigError for a wrong value, or one of an option that no thing has."""
     left, settled = dict(values), dict[str, Any]()
     for entry in things:
+        _refuse_taken(entry, model)
         mine = {name: values[name] for name in entry.option_names & set(values)}
         for name, value in entry.checked(mine).items():
             if name not in model.model_fields and (name in mine or name not in settled):
@@ -145,6 +146,16 @@ def _settled(things: Iterable[Entry], values: Mapping[str, Any], model: type[Bas
     for name, value in left.items():
         raise _useless(name, value, list(things), model)
     return settled
+
+
+def _refuse_taken(entry: Entry, model: type[BaseModel]) -> None:
+    """Raises ConfigError if a thing from outside has an option that would be mistaken for one of all runs."""
+    taken = sorted(entry.option_names & set(model.model_fields))
+    if taken and plugins.index(entry.kind).get(entry.name) is not entry:
+        word = plugins.KINDS[entry.kind].word
+        raise ConfigError(
+            f"the option {taken[0]!r} of the {word} {entry.name!r} has the name of an option of all runs: rename it"
+        )
 
 
 def _useless(name: str, value: Any, things: list[Entry], model: type[BaseModel]) -> ConfigError:
@@ -466,8 +477,19 @@ class CompareConfig(CommonConfig):
         return tuple(str(v.get("algorithm", default)) for v in self.variant.values())
 
     def resolved(self) -> dict[str, Any]:
-        """The options that decide this comparison, defaults written out, those without effect left out. TOML-ready."""
-        return _written_out(self, [traits(name) for name in self.algorithm_names()])
+        """The options that decide this comparison, defaults written out, those without effect left out. TOML-ready. A
+        default that is not the same for all things that have the option is left to each of them.
+        """
+        written = _written_out(self, [traits(name) for name in self.algorithm_names()])
+        return {k: v for k, v in written.items() if k in self.model_fields_set or k not in self._disputed()}
+
+    def _disputed(self) -> set[str]:
+        """The options that several of the chosen things have, with different defaults."""
+        defaults: dict[str, list[Any]] = {}
+        for entry in self.chosen():
+            for option in entry.options:
+                defaults.setdefault(option.name, []).append(option.default)
+        return {name for name, values in defaults.items() if any(v != values[0] for v in values)}
 
     def runs(self, given: frozenset[str]) -> dict[str, dict[int, RunConfig]]:
         """The runs to make: entry name -> seed -> configuration. Raises ConfigError."""
@@ -669,6 +691,9 @@ def by_reference(values: Mapping[str, Any]) -> dict[str, Any]:
     named: dict[str, Any] = {}
     options: dict[str, Any] = {}
     for name, value in values.items():
+        if name == "variant" and isinstance(value, Mapping):
+            named[name] = {k: by_reference(v) if isinstance(v, Mapping) else v for k, v in value.items()}
+            continue
         kind = _NAMED.get(name)
         if kind is None or value is None or isinstance(value, str):
             named[name] = value

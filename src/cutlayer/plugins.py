@@ -371,6 +371,10 @@ def adopt(kind: str, thing: Any) -> tuple[str, dict[str, Any]]:
         return thing, {}
     values = thing.model_dump(exclude_defaults=True) if isinstance(thing, Thing) else {}
     made = type(thing) if isinstance(thing, Thing) else thing
+    if not hasattr(made, "__qualname__"):
+        raise ConfigError(
+            f"{thing!r} names no {KINDS[kind].word}: give a name, a class that is registered, or an object of one"
+        )
     entry = _registration(made)
     if entry is not None and entry.name in index(kind) and index(kind)[entry.name].where == entry.where:
         return entry.name, values
@@ -529,13 +533,16 @@ def _loaded(word: str, reference: str) -> Any:
         place = str(path.resolve())
     try:
         module = _module_of(place)
-    except Exception as error:  # the user's file: anything can come out
+    except (Exception, SystemExit) as error:  # the user's file: anything can come out
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}".rstrip(": ")
         raise ConfigError(
             f"{word} {reference!r} cannot be imported ({reason}): correct the file or the name"
         ) from error
     if not hasattr(module, name):
-        public = [n for n in vars(module) if not n.startswith("_")]
+        if place == "__main__":
+            raise ConfigError(f"{word} {reference!r} lies in a script that is not running: go on from that script")
+        own = [n for n, t in vars(module).items() if getattr(t, "__module__", None) == module.__name__]
+        public = [n for n in own or vars(module) if not n.startswith("_")]
         raise ConfigError(unknown(f"{word} in {place!r}:", name, public))
     return getattr(module, name)
 
@@ -544,7 +551,7 @@ def _entry_of(kind: str, reference: str, thing: Any) -> Entry:
     """The entry of a thing that is not this package's, under the name by which it was asked for."""
     entry = _registration(thing)
     if entry is not None and entry.kind != kind:
-        raise ConfigError(f"{reference!r} is a {KINDS[entry.kind].word}, not a {KINDS[kind].word}")
+        raise ConfigError(f"{reference!r} is {_one(entry.kind)}, not {_one(kind)}")
     if entry is not None:
         return _renamed(entry, reference)
     if kind in ("model", "data") and callable(thing):  # a plain function will do
@@ -556,6 +563,11 @@ def _entry_of(kind: str, reference: str, thing: Any) -> Entry:
     raise ConfigError(
         f"{KINDS[kind].word} {reference!r} is not registered: decorate it (see docs/extending.md), or name another"
     )
+
+
+def _one(kind: str) -> str:
+    word = KINDS[kind].word
+    return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
 
 
 def _registration(thing: Any) -> Entry | None:

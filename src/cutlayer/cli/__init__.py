@@ -44,12 +44,13 @@ def main() -> NoReturn:
     """Run the command line: one clear sentence on stderr and an exit code for everything that goes wrong."""
     keep_memory()
     warnings.showwarning = show_warning
-    words, own = sys.argv[1:], list[Entry]()
+    words, own, missing = sys.argv[1:], list[Entry](), list[CutlayerError]()
     try:
-        own = own_things(words)
+        own, missing = own_things(words)
         application(own)(words, exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as error:
-        fail(_flag_sentence(error, own), 2)
+        # A thing that cannot be found has no flags: then they are not what is wrong.
+        fail(str(missing[0]) if missing else _flag_sentence(error, own), 2)
     except CutlayerError as error:
         fail(str(error), error.exit_code)
     except KeyboardInterrupt:

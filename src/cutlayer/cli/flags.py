@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, create_model
 
 from cutlayer import plugins
 from cutlayer.errors import CutlayerError
+from cutlayer.folder import CONFIG
 from cutlayer.options import (
     CLIENTS,
     DATA,
@@ -133,29 +134,30 @@ def _flag(annotation: Any, group: str) -> Any:
     return Annotated[annotation, Parameter(group=_GROUPS[group], consume_multiple=several, **negative)]
 
 
-def own_things(words: Sequence[str]) -> list[Entry]:
-    """The user's own things that a command line names, itself or in its configuration file. What cannot be found is
-    left to the command, which says why.
+def own_things(words: Sequence[str]) -> tuple[list[Entry], list[CutlayerError]]:
+    """The user's own things that a command line names, itself or in its configuration file; and why those that cannot
+    be found cannot, which is left to the command to say.
     """
     found: dict[tuple[str, str], None] = {}
     for option, values in _named(words):
         for value in values:
             if (kind := _NAMING.get(option)) and not plugins.index(kind).get(value):
                 found[kind, value] = None
-    return [entry for kind, value in found if (entry := _found(kind, value)) is not None]
-
-
-def _found(kind: str, reference: str) -> Entry | None:
-    if not (plugins.known(kind, reference) or plugins.is_reference(reference)):
-        return None
-    try:
-        return plugins.find(kind, reference)
-    except CutlayerError:
-        return None
+    own, missing = list[Entry](), list[CutlayerError]()
+    for kind, value in found:
+        if plugins.known(kind, value) or plugins.is_reference(value):
+            try:
+                own.append(plugins.find(kind, value))
+            except CutlayerError as error:
+                missing.append(error)
+    return own, missing
 
 
 def _named(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
     """(option, values) of the flags among `words`, and of the file that `--config` names."""
+    if words[:1] == ["resume"]:  # the things of the run in that folder
+        for word in words[1:]:
+            yield from _in_file(Path(word) / CONFIG)
     option, values = "", list[str]()
     for word in (*words, "--"):
         if word.startswith("--"):

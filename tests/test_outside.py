@@ -1,0 +1,132 @@
+"""Things from outside, awkward ones: they work, or one sentence says why not, and nothing is written before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support import call
+
+from cutlayer import Comparison, Run, plugins
+from cutlayer.errors import ConfigError
+from cutlayer.options import CompareConfig
+
+OWN = """
+from typing import Literal
+
+from cutlayer.algorithms import Algorithm, algorithm
+from cutlayer.algorithms.common import report
+from cutlayer.gradients import own
+from cutlayer.plugins import Thing, option, register
+from cutlayer.verbs import BACKWARD, FORWARD
+
+
+class Plain(Algorithm):
+    def round(self, server, clients, this):
+        while smashed := clients.forward():
+            step = server.step(smashed)
+            clients.backward(own(step.gradient, smashed))
+            yield report(step, smashed)
+
+
+@algorithm("idle", title="Idle", needs={FORWARD, BACKWARD})
+class Idle(Algorithm):
+    pass
+
+
+@register("schedule", "odd")
+class Odd(Thing):
+    pass
+
+
+@algorithm("words", title="Words", needs={FORWARD, BACKWARD})
+class Words(Plain):
+    order: Literal["fixed", "random"] = option("fixed", help="A word.")
+    phi: float = option(0.25, help="Called like one of sglr.")
+
+
+@algorithm("numbers", title="Numbers", needs={FORWARD, BACKWARD})
+class Numbers(Plain):
+    order: int = option(3, help="A number.")
+"""
+SMALL = ["--model", "mlp", "--rounds", "1", "--clients", "2", "--samples-per-client", "40"]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a file of things."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text(OWN)
+    return tmp_path
+
+
+def test_a_comparison_of_algorithms_with_an_option_of_one_name_can_be_resumed(place: Path) -> None:
+    config = CompareConfig(algorithms=("sglr", "own.py:Words", "own.py:Numbers"), seeds=(0,), rounds=1)
+    stored = config.resolved()
+    assert "order" not in stored
+    assert "phi" not in stored  # 0.5 in sglr, 0.25 in Words
+    assert stored["alpha"] == 1.0
+    again = CompareConfig.of(stored)
+    runs = again.runs(frozenset(again.model_fields_set))
+    assert [runs[name][0].specific.get("order") for name in runs] == [None, "fixed", 3]
+    assert [runs[name][0].specific.get("phi") for name in runs] == [0.5, 0.25, None]
+    given = CompareConfig(algorithms=("sglr", "own.py:Words"), seeds=(0,), rounds=1, phi=0.75).resolved()
+    assert given["phi"] == 0.75
+
+
+def test_a_file_that_cannot_be_found_is_what_is_wrong_not_its_options(place: Path) -> None:
+    (place / "broken.py").write_text("def f(:\n")
+    for reference, said in (("broken.py:X", "SyntaxError"), ("none.py:X", "no file"), ("own.py:Wods", "'Words'")):
+        done = call("run", *SMALL, "--algorithm", reference, "--order", "random", "--out", "run", code=2)
+        assert done.stderr.startswith("error: ")
+        assert said in done.stderr
+    assert not (place / "run").exists()
+
+
+def test_resume_knows_the_options_of_the_run(place: Path) -> None:
+    call("run", *SMALL, "--algorithm", "own.py:Words", "--out", "run")
+    call("resume", "run", "--order", "fixed")
+    assert "made with order = 'fixed', not 'random'" in call("resume", "run", "--order", "random", code=2).stderr
+
+
+def test_no_option_has_the_name_of_one_of_all_runs(place: Path) -> None:
+    with (place / "own.py").open("a") as file:
+        file.write('\n@algorithm("taken", title="Taken", needs={FORWARD})\nclass Taken(Plain):\n')
+        file.write('    batch: int = option(3, help="Of all runs.")\n')
+    for flags in ((), ("--batch", "4")):
+        done = call("run", *SMALL, "--algorithm", "own.py:Taken", *flags, "--out", "run", code=2)
+        assert "the option 'batch' of the algorithm 'own.py:Taken' has the name of an option of all runs" in done.stderr
+    assert not (place / "run").exists()
+
+
+def test_what_is_not_a_thing_is_said(place: Path) -> None:
+    (place / "leaves.py").write_text("raise SystemExit(3)\n")
+    for reference, said in (
+        ("leaves.py:X", "cannot be imported (SystemExit: 3)"),
+        ("own.py:Wods", "did you mean 'Words'? known: Plain, Idle, Odd, Words, Numbers\n"),
+        ("__main__:Lost", "lies in a script that is not running: go on from that script"),
+    ):
+        assert said in call("run", *SMALL, "--algorithm", reference, "--out", "run", code=2).stderr
+    done = call("run", *SMALL, "--partition", "own.py:Words", code=2)
+    assert "'own.py:Words' is an algorithm, not a partition" in done.stderr
+    with pytest.raises(ConfigError, match="5 names no algorithm"):
+        Run(algorithm=5)
+    assert not (place / "run").exists()
+
+
+def test_variants_take_objects_too(place: Path) -> None:
+    words = plugins.load("algorithm", "own.py:Words")
+    variant = {"one": {"algorithm": words(order="random")}, "two": {"algorithm": words, "phi": 0.5}}
+    plan = Comparison(algorithms=(), seeds=(0,), variant=variant).plan
+    assert [plan[v][0].specific["order"] for v in variant] == ["random", "fixed"]
+    assert [plan[v][0].specific["phi"] for v in variant] == [0.25, 0.5]
+
+
+def test_what_is_not_complete_is_found_before_anything_is_written(place: Path) -> None:
+    for option, reference, said in (
+        ("--algorithm", "own.py:Idle", "has no round()"),
+        ("--lr-schedule", "own.py:Odd", "is not derived from cutlayer.schedules.Schedule"),
+        ("--server-lr-schedule", "own.py:Odd", "'own.py:Odd' is not derived"),
+    ):
+        assert said in call("run", *SMALL, option, reference, "--out", "run", code=2).stderr
+    assert not (place / "run").exists()
