@@ -31,7 +31,7 @@ def plan(
     out: Out = None,
     json: Annotated[bool, Parameter(group=FILES, negative=())] = False,
 ) -> None:
-    """Say what split learning would cost, without training: bytes, FLOPs, memory, time, energy, and the best cut.
+    """Estimate what split learning would cost, without training: bytes, FLOPs, memory, time, energy, and the best cut.
 
     The model is built without values, so that billions of parameters and a million clients take seconds. It may be your
     own: any function without arguments that returns an nn.Module.
