@@ -71,7 +71,7 @@ class Folder:
     def reopen(cls, path: Path) -> Self:
         """Open a folder that a run left. Raises RunFolderError where there is none, or another process holds it."""
         if not (path / CONFIG).is_file():
-            raise RunFolderError(f"{str(path)!r} is no run folder: it has no {CONFIG}; name the folder of a run")
+            raise RunFolderError(f"{str(path)!r} is not a run folder: it has no {CONFIG}; name the folder of a run")
         try:
             return cls(path, locked(path))
         except OSError as error:
@@ -139,7 +139,7 @@ def refuse_used(path: Path) -> None:
 def stored_config(path: Path) -> dict[str, Any]:
     """The configuration stored in a run folder. Raises RunFolderError where there is none."""
     if not (path / CONFIG).is_file():
-        raise RunFolderError(f"{str(path)!r} is no run folder: it has no {CONFIG}; name the folder of a run")
+        raise RunFolderError(f"{str(path)!r} is not a run folder: it has no {CONFIG}; name the folder of a run")
     return read_toml(path / CONFIG)
 
 

@@ -30,7 +30,8 @@ from cutlayer.verbs import Traits
 # Groups of the command line's help, in order.
 WHAT, DATA, CLIENTS, MODEL, TRAINING = "What to train", "Data", "Clients and partition", "Model and cut", "Training"
 CROSSING, DEFENCES = "What crosses the cut", "Defences of the smashed data"
-COSTS, OUTPUT, FAULTS = "Virtual clock and energy model (none without a client device)", "Output", "Faults"
+COSTS = "Virtual clock and energy model (none without a client device)"
+OUTPUT, FAULTS = "Computing, evaluation and checkpoints", "Faults"
 BUDGETS = "Budgets of a client"
 GROUPS = (WHAT, DATA, CLIENTS, MODEL, TRAINING, "", CROSSING, DEFENCES, BUDGETS, COSTS, OUTPUT, FAULTS)
 
@@ -200,7 +201,7 @@ class FleetConfig(_Chooser):
     down_mbps: float | None = _field(None, COSTS, gt=0)
     """A client's rate of receiving in Mbit/s. Default: the link's."""
     latency_ms: float | None = _field(None, COSTS, ge=0)
-    """Milliseconds that each message takes besides, one way. Default: the link's."""
+    """Milliseconds of latency of each message, one way. Default: the link's."""
     server_mbps: float | None = _field(None, COSTS, gt=0)
     """What all clients together can send to the server, and receive, in Mbit/s. Default: no limit."""
     multicast: bool = _field(False, COSTS)
@@ -248,7 +249,7 @@ class CommonConfig(FleetConfig):
     data: str = _field("digits", DATA)
     """A data set by name (see `cutlayer list data`), the path of your own, or a function: path/to/file.py:name."""
     data_format: str = _field("auto", DATA)
-    """How to read a path (see `cutlayer list data`), or your own: path/to/file.py:name. auto looks at the file."""
+    """How to read a path (see `cutlayer list formats`), or your own: path/to/file.py:name. auto looks at the file."""
     label_column: str = _field("label", DATA)
     """The label's column (CSV, Hugging Face)."""
     client_column: str | None = _field(None, DATA)
@@ -272,8 +273,8 @@ class CommonConfig(FleetConfig):
     model: str = _field("cnn", MODEL)
     """A model by name (see `cutlayer list models`), or your own: path/to/file.py:function."""
     cut: str | None = _field(None, MODEL)
-    """The module after which the model is cut. Default: the model's own. Of no effect on algorithms that train whole
-    models."""
+    """The module after which the model is cut. Default: the model's own. Has no effect on algorithms that train
+    whole models."""
     tail_cut: str | None = _field(None, MODEL, "u-shaped")
     """U-shaped split: the module after which the client takes over again."""
     start: Literal["equal", "independent"] = _field("equal", MODEL, "group", shared=True)
@@ -303,7 +304,7 @@ class CommonConfig(FleetConfig):
     """The server's schedule. Default: lr_schedule."""
 
     up_codec: str = _field("raw", CROSSING, "split")
-    """How smashed data are written (U-shaped: gradients too): a codec (see `cutlayer list codecs`), +zstd or not."""
+    """How smashed data are written (U-shaped: gradients too): a codec (see `cutlayer list codecs`), maybe +zstd."""
     down_codec: str = _field("raw", CROSSING, "split")
     """How cut gradients are written (U-shaped: features too), likewise."""
     defences: tuple[str, ...] = _field((), DEFENCES, "split")
@@ -400,7 +401,7 @@ class RunConfig(CommonConfig):
     algorithm: str = _field("sglr", WHAT)
     """The algorithm (see `cutlayer list algorithms`), or your own: path/to/file.py:name."""
     seed: int = _field(0, TRAINING, shared=True, ge=0)
-    """Names all randomness: splits, partition, initial weights, batches, active clients."""
+    """Seed of all randomness: splits, partition, initial weights, batches, active clients."""
 
     def algorithm_names(self) -> tuple[str, ...]:
         """The one algorithm."""
@@ -567,13 +568,13 @@ class PlanConfig(FleetConfig):
     cut: str | None = _field(None, WHAT)
     """The module after which the model is cut, or all. Default: the model's own; all for a model without one."""
     algorithms: tuple[str, ...] = _field(("cl", "fl", "ssl", "psl", "sfl", "sglr"), WHAT)
-    """The algorithms whose costs are told."""
+    """The algorithms to plan."""
     input: tuple[int, ...] = _field((1, 28, 28), DATA)
     """The shape of one sample."""
     input_type: Literal["float32", "int64"] = _field("float32", DATA)
     """Real numbers, in the type that precision says, or integers, such as token ids."""
     classes: int = _field(10, DATA, ge=2)
-    """Classes that a built-in model tells apart."""
+    """Number of classes of a built-in model."""
     label_bytes: int = _field(8, DATA, ge=0)
     """Bytes of one sample's label."""
     clients: int = _field(10, CLIENTS, ge=1)
@@ -593,7 +594,7 @@ class PlanConfig(FleetConfig):
     servers: int = _field(1, COSTS, ge=1)
     """Number of server devices that share the server's work."""
     seed: int = _field(0, COSTS, ge=0)
-    """Names the draw of clients' speeds, rates and stragglers."""
+    """Seed for drawing the clients' speeds, rates and stragglers."""
 
     def chosen(self) -> list[Entry]:
         """The algorithms, with those of their options that `traffic` reads."""

@@ -383,6 +383,11 @@ def adopt(kind: str, thing: Any) -> tuple[str, dict[str, Any]]:
     return reference, values
 
 
+_PLAIN = dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "it must be a whole number") | dict.fromkeys(
+    ("float_type", "float_parsing"), "it must be a number"
+)  # where pydantic's own words are about parsing
+
+
 def explain(error: ValidationError, model: type[BaseModel]) -> ConfigError:
     """One sentence for the first thing that pydantic found wrong: value, reason, remedy."""
     first = error.errors()[0]
@@ -393,7 +398,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> ConfigError:
         return ConfigError(unknown(name, first["input"], _choices(model.model_fields[name].annotation)))
     info = model.model_fields.get(name)
     about = f" ({' '.join(info.description.split())})" if info is not None and info.description else ""
-    message = str(first["msg"]).replace("Input should be", "it must be")
+    message = _PLAIN.get(first["type"]) or str(first["msg"]).replace("Input should be", "it must be")
     message = message[:1].lower() + message[1:]
     return ConfigError(f"{name} = {first['input']} is not possible: {message}{about}")
 
@@ -539,12 +544,22 @@ def _loaded(word: str, reference: str) -> Any:
             f"{word} {reference!r} cannot be imported ({reason}): correct the file or the name"
         ) from error
     if not hasattr(module, name):
+<<<<<<< HEAD
         if place == "__main__":
             raise ConfigError(f"{word} {reference!r} lies in a script that is not running: go on from that script")
         own = [n for n, t in vars(module).items() if getattr(t, "__module__", None) == module.__name__]
         public = [n for n in own or vars(module) if not n.startswith("_")]
         raise ConfigError(unknown(f"{word} in {place!r}:", name, public))
+=======
+        raise ConfigError(unknown(f"{word} in {place!r}:", name, _defined(module)))
+>>>>>>> newuser
     return getattr(module, name)
+
+
+def _defined(module: types.ModuleType) -> list[str]:
+    """What a module defines itself, without what it imports."""
+    named = {name: getattr(thing, "__module__", None) for name, thing in vars(module).items()}
+    return [name for name, owner in named.items() if owner == module.__name__ and not name.startswith("_")]
 
 
 def _entry_of(kind: str, reference: str, thing: Any) -> Entry:

@@ -83,7 +83,7 @@ FLAGS: list[tuple[str, list[str]]] = [
     ("serve --insecure --deadline 0", ["deadline = 0", "greater than 0"]),
     ("serve --insecure --faulty ignore", ["ignore", "exclude", "stop"]),
     ("leakage", ["no run is named"]),
-    ("leakage nowhere", ["'nowhere' is no run folder"]),
+    ("leakage nowhere", ["'nowhere' is not a run folder"]),
     ("leakage nowhere --clients 0", ["clients = 0", "greater than 0"]),
     ("leakage nowhere --knowledge modal", ["'modal'", "did you mean 'model'"]),
     ("run --model mpl", ["'mpl'", "did you mean 'mlp'"]),
@@ -107,7 +107,7 @@ FLAGS: list[tuple[str, list[str]]] = [
     ("run --lr-decay 0", ["lr_decay = 0", "greater than 0"]),
     ("run --lr-decay-at 1.5", ["lr_decay_at = 1.5", "between 0 and 1"]),
     ("run --clients 0", ["clients = 0", "greater than or equal to 1"]),
-    ("run --clients 2.5", ["clients = 2.5", "integer"]),
+    ("run --clients 2.5", ["clients = 2.5", "it must be a whole number"]),
     ("run --model mlp --clients 5000", ["clients=5000", "training samples", "at most"]),
     ("run --model mlp --samples-per-client 900", ["samples_per_client=900", "at most 129 samples per client"]),
     ("run --model mlp --samples-per-client 9 --partition column", ["samples_per_client=9", "'column'", "leave it out"]),
@@ -143,8 +143,8 @@ FLAGS: list[tuple[str, list[str]]] = [
     ("compare --seeds 0 1 0", ["seeds", "0 twice", "once"]),
     ("compare --algorithms psl psl", ["algorithms", "'psl' twice", "once"]),
     ("compare --seeds -1", ["-1", "0 or greater"]),
-    ("resume nowhere", ["'nowhere'", "no run folder", "name the folder"]),
-    ("report nowhere", ["'nowhere'", "no run folder", "name the folder"]),
+    ("resume nowhere", ["'nowhere'", "not a run folder", "name the folder"]),
+    ("report nowhere", ["'nowhere'", "not a run folder", "name the folder"]),
 ]  # fmt: skip
 
 
@@ -160,7 +160,7 @@ TOMLS: list[tuple[str, str, list[str]]] = [
     ("run", "clietns = 3", ["'clietns'", "did you mean 'clients'"]),
     ("run", "clients-per-round = 3", ["'clients_per_round'", "known: "]),
     ("compare", "algorithm = 'psl'", ["'algorithm'", "did you mean 'algorithms'"]),
-    ("run", "clients = 'ten'", ["clients = ten", "integer"]),
+    ("run", "clients = 'ten'", ["clients = ten", "it must be a whole number"]),
     ("run", "alpha = inf", ["alpha = inf", "finite"]),
     ("run", "data = 3", ["data = 3", "string"]),
     ("run", "client_optimizer_options = 0.9", ["client_optimizer_options = 0.9", "dictionary", "momentum"]),

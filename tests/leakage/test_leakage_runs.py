@@ -186,7 +186,7 @@ def test_what_cannot_be_examined(tmp_path: Path) -> None:
     (run / CHECKPOINT).unlink()
     with pytest.raises(RunFolderError, match="no stored client models"):
         moments(run)
-    with pytest.raises(RunFolderError, match="no run folder"):
+    with pytest.raises(RunFolderError, match="not a run folder"):
         moments(tmp_path)
 
 

@@ -269,7 +269,7 @@ def test_no_evaluation_yet(tmp_path: Path) -> None:
 
 
 def test_no_run_and_damaged_runs(tmp_path: Path) -> None:
-    with pytest.raises(RunFolderError, match="no run folder"):
+    with pytest.raises(RunFolderError, match="not a run folder"):
         write(tmp_path)
     make_run(tmp_path / "r")
     (tmp_path / "r/steps.jsonl").write_text("{]\n")

@@ -31,18 +31,18 @@ def certs(
     folder
         Where to: ca.crt, server.crt, client-0.crt..., each with its .key.
     clients
-        Certificates with keys for so many clients; 0 where they make their own keys. Default: 3.
+        Number of clients to make certificates and keys for; 0 if they make their own keys. Default: 3.
     tokens
         Instead of clients' certificates, tokens: client-0.token... for them, and tokens.toml for the server.
     host
         Names and addresses under which the server is reached. Default: this machine only.
     days
-        How long they are good.
+        How many days they are valid.
     request
         The name of a client, or server: makes NAME.key and NAME.csr in the folder, nothing else. The key stays there;
         the .csr goes to the authority.
     sign
-        A NAME.csr that has come: makes NAME.crt, by the authority in the folder. Compare the fingerprints first.
+        A NAME.csr that you received: the authority in the folder signs NAME.crt. Compare the fingerprints first.
     """
     _check_roles(request, sign, clients, tokens, other_than_default=bool(host) or days != 365)
     count = 3 if clients is None else clients

@@ -51,7 +51,7 @@ def leakage(
     out
         Where leakage.json and leakage.png go. Default: the first run's folder.
     clients
-        So many clients of each run, drawn once.
+        Number of clients of each run to attack, drawn once.
     samples
         Private samples of each client, at most.
     auxiliary
@@ -69,7 +69,7 @@ def leakage(
         Also train each run's clients anew, under an honest and under a hijacking server: what an active server would
         have read, and whether clients notice.
     seed
-        Names all draws of the attackers.
+        Seed of the attackers' randomness.
     """
     if not runs:
         raise ConfigError("no run is named: give run folders, e.g. cutlayer leakage runs/sglr-digits")

@@ -31,7 +31,7 @@ def plan(
     out: Out = None,
     json: Annotated[bool, Parameter(group=FILES, negative=())] = False,
 ) -> None:
-    """Say what split learning would cost, without training: bytes, FLOPs, memory, time, energy, and the best cut.
+    """Estimate what split learning would cost, without training: bytes, FLOPs, memory, time, energy, and the best cut.
 
     The model is built without values, so that billions of parameters and a million clients take seconds. It may be your
     own: any function without arguments that returns an nn.Module.
@@ -53,13 +53,13 @@ def plan(
 @command(sort_key=8)
 def calibrate(
     *,
-    name: Annotated[str, Parameter(group=FILES)] = "this-machine",
-    model: Annotated[str, Parameter(group=FILES)] = "cnn",
-    batch: Annotated[int, Parameter(group=FILES)] = 8,
-    device: Annotated[str, Parameter(group=FILES)] = "cpu",
-    seconds: Annotated[float, Parameter(group=FILES)] = 10.0,
-    watts: Annotated[float | None, Parameter(group=FILES)] = None,
-    idle_watts: Annotated[float | None, Parameter(group=FILES)] = None,
+    name: str = "this-machine",
+    model: str = "cnn",
+    batch: int = 8,
+    device: str = "cpu",
+    seconds: float = 10.0,
+    watts: float | None = None,
+    idle_watts: float | None = None,
     out: Out = None,
 ) -> None:
     """Measure how fast this machine trains, and what it draws, and write a device profile for `--profiles`.

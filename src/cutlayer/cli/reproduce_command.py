@@ -46,7 +46,7 @@ def reproduce(
     data
         A built-in data set, or the path of your own, such as a folder of idx files.
     device
-        Where the tensors are, as for `cutlayer run`.
+        Where everything is computed, as for `cutlayer run`.
     jobs
         How many runs at once. Default: as many as there are cores on the CPU, else 1. 0 trains nothing and writes the
         report on what is there.

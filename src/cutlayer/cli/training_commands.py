@@ -59,7 +59,7 @@ def compare(*, options: BaseModel | None = None, config: ConfigFile = None, out:
 
 @command(sort_key=3, options=RunConfig)
 def resume(folder: Folder, *, options: BaseModel | None = None) -> None:
-    """Go on with an interrupted run or comparison from its last checkpoint.
+    """Continue an interrupted run or comparison from its last checkpoint.
 
     Options are not needed; those given must be the run's own.
 

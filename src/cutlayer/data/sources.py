@@ -148,8 +148,8 @@ def _read(data: str, data_format: str, options: Mapping[str, Any]) -> Raw | Sour
         return _from_function(data, data_format, options)
     if not path.exists():
         raise DataError(
-            f"{unknown('data set', data, plugins.names('data'))}; nor is there a file or folder of that path; a "
-            "function of your own is path/to/file.py:name"
+            f"{unknown('data set', data, plugins.names('data'))}; there is no file or folder of that name "
+            "either; a function of your own is path/to/file.py:name"
         )
     return _from_path(path, detect(path) if data_format == "auto" else data_format, options)
 

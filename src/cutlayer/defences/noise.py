@@ -58,9 +58,7 @@ class Noise(Defence):
         """Noise has a meaning relative to what it hides. Raises ConfigError."""
         for name in ("gaussian_noise", "laplace_noise"):
             if getattr(self, name) and self.clip is None:
-                raise ConfigError(
-                    f"{name} = {getattr(self, name)!r} needs clip, in units of which it is: give e.g. clip = 1.0"
-                )
+                raise ConfigError(f"{name} = {getattr(self, name)!r} needs clip, its unit: give e.g. clip = 1.0")
         if self.gaussian_noise and self.laplace_noise:
             raise ConfigError(
                 f"gaussian_noise = {self.gaussian_noise!r} and laplace_noise = {self.laplace_noise!r} exclude each "

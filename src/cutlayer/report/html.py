@@ -160,7 +160,7 @@ def _config(config: dict[str, Any]) -> list[tuple[str, str, str]]:
                 rows.extend((f"variant.{variant}.{key}", _shown(item), "") for key, item in options.items())
         else:
             meaning = fields[name].description if name in fields else things.get(name)
-            rows.append((name, _shown(value), " ".join((meaning or "").split())))
+            rows.append((name, _shown(value), " ".join((meaning or "").replace("`", "").split())))
     return rows
 
 

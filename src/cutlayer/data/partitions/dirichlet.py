@@ -28,7 +28,7 @@ class Dirichlet(Partition):
     """
 
     dirichlet_alpha: float = option(0.5, gt=0)
-    """Label skew of the partition `dirichlet`: small is skewed (0.1), large is iid (100)."""
+    """Label skew: small is skewed (0.1), large is iid (100)."""
 
     def deal(
         self, labels: npt.NDArray[Any], order: Indices, clients: int, seed: int, owners: npt.NDArray[Any] | None

@@ -31,7 +31,7 @@ class Quantity(Partition):
     """
 
     quantity: Literal["linear", "square", "exponential"] = option("linear")
-    """How client sizes grow in the partition `quantity`."""
+    """How client sizes grow."""
 
     def deal(
         self, labels: npt.NDArray[Any], order: Indices, clients: int, seed: int, owners: npt.NDArray[Any] | None
