@@ -544,15 +544,9 @@ def _loaded(word: str, reference: str) -> Any:
             f"{word} {reference!r} cannot be imported ({reason}): correct the file or the name"
         ) from error
     if not hasattr(module, name):
-<<<<<<< HEAD
         if place == "__main__":
             raise ConfigError(f"{word} {reference!r} lies in a script that is not running: go on from that script")
-        own = [n for n, t in vars(module).items() if getattr(t, "__module__", None) == module.__name__]
-        public = [n for n in own or vars(module) if not n.startswith("_")]
-        raise ConfigError(unknown(f"{word} in {place!r}:", name, public))
-=======
         raise ConfigError(unknown(f"{word} in {place!r}:", name, _defined(module)))
->>>>>>> newuser
     return getattr(module, name)
 
 

@@ -34,7 +34,8 @@ OWN: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_golden_losses(algorithm: str, request: pytest.FixtureRequest) -> None:
-    """Float64 losses agree to 1e-9; machines may differ in the last digits."""
+    """Losses agree to 1e-6. Initial weights are drawn in float32, and processors differ in its last digit: with the
+    plainest instructions the losses were seen to differ by 4e-8. A change of the rule shows by 1e-4 and more."""
     run = Run(algorithm=algorithm, eval_every=1000, **COMMON, **OWN.get(algorithm, {}))
     losses = [record.loss for record, _ in zip(run, range(STEPS), strict=False)]
     assert len(losses) == STEPS
@@ -42,4 +43,4 @@ def test_golden_losses(algorithm: str, request: pytest.FixtureRequest) -> None:
     if request.config.getoption("--rewrite-golden"):
         path.parent.mkdir(exist_ok=True)
         path.write_text("".join(f"{loss:.12f}\n" for loss in losses))
-    assert losses == pytest.approx([float(line) for line in path.read_text().split()], rel=1e-9, abs=1e-9)
+    assert losses == pytest.approx([float(line) for line in path.read_text().split()], rel=1e-6, abs=1e-6)
