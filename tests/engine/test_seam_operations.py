@@ -127,6 +127,16 @@ def test_heads_are_averaged_with_their_models() -> None:
     assert difference(*states) == 0.0
 
 
+@algorithm("understated", title="Understated", needs={FORWARD})
+class Understated(UShapedPsl):
+    """Calls more than it says."""
+
+
+def test_a_verb_that_is_not_needed_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"calls clients.tail\(\), but its needs are forward: add TAIL"):
+        train(Understated, make(mlp), [4, 4], (6,), cut="2")
+
+
 def test_a_pooled_head_takes_whatever_crosses() -> None:
     images, features = torch.randn(3, 5, 4, 4), torch.randn(3, 7)
     assert PooledHead((images,), 4)((images,)).shape == (3, 4)

@@ -14,6 +14,7 @@ from cutlayer import defences
 from cutlayer.algorithms import Algorithm
 from cutlayer.cohort import Cohort
 from cutlayer.defences.defended import DefendedCohort
+from cutlayer.engine.bounded import BoundedCohort
 from cutlayer.engine.layout import quicker, smashed
 from cutlayer.engine.local import LocalCohort
 from cutlayer.engine.simulated import Clients
@@ -53,8 +54,8 @@ def simulate(
             f"{config.algorithm} train on a loss of their own: leave it out"
         )
     if protection.active:
-        return DefendedCohort(cohort, simulated.keep_batches(), protection), server, engine
-    return cohort, server, engine
+        cohort = DefendedCohort(cohort, simulated.keep_batches(), protection)
+    return BoundedCohort(cohort, config.algorithm, algorithm.traits.needs), server, engine
 
 
 def _chosen(

@@ -1,0 +1,71 @@
+"""Simulated clients answer what clients on other machines would: the verbs that the algorithm needs, and no others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cutlayer.cohort import Cohort, CohortAround
+from cutlayer.errors import ConfigError
+from cutlayer.types import CutGradients, Smashed, Step, TailGradients
+from cutlayer.verbs import AVERAGE, BACKWARD, FIT, FORWARD, HAND_OVER, LEARN, TAIL
+
+
+class BoundedCohort(CohortAround):
+    """A cohort that refuses verbs which the algorithm called `name` does not state among its `needs`: the choice of the
+    engine and the checks before training rest on them.
+    """
+
+    def __init__(self, inner: Cohort, name: str, needs: frozenset[str]) -> None:
+        super().__init__(inner)
+        self.name, self.needs = name, needs
+
+    def _check(self, verb: str) -> None:
+        if verb not in self.needs:
+            raise ConfigError(
+                f"{self.name} calls clients.{verb}(), but its needs are {', '.join(sorted(self.needs)) or 'none'}: add "
+                f"{verb.upper()} (of cutlayer.verbs) to the needs of its registration"
+            )
+
+    def forward(self, clients: Sequence[int] | None = None, *, labels: bool = True) -> Smashed:
+        """Raises ConfigError if it is not needed."""
+        self._check(FORWARD)
+        return self.inner.forward(clients, labels=labels)
+
+    def tail(self, features: Smashed) -> TailGradients:
+        """Raises ConfigError if it is not needed."""
+        self._check(TAIL)
+        return self.inner.tail(features)
+
+    def backward(self, gradients: CutGradients) -> None:
+        """Raises ConfigError if it is not needed."""
+        self._check(BACKWARD)
+        self.inner.backward(gradients)
+
+    def learn(self, steps: int) -> list[Step]:
+        """Raises ConfigError if it is not needed."""
+        self._check(LEARN)
+        return self.inner.learn(steps)
+
+    def fit(self) -> list[Step]:
+        """Raises ConfigError if it is not needed."""
+        self._check(FIT)
+        return self.inner.fit()
+
+    def average(self, weights: Mapping[int, float]) -> tuple[int, ...]:
+        """Raises ConfigError if it is not needed."""
+        self._check(AVERAGE)
+        return self.inner.average(weights)
+
+    def hand_over(self, client: int, *, optimizer: bool) -> None:
+        """Raises ConfigError if it is not needed."""
+        self._check(HAND_OVER)
+        self.inner.hand_over(client, optimizer=optimizer)
+
+    def state(self) -> dict[str, Any]:
+        """The inner cohort's."""
+        return self.inner.state()
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take a state that `state()` returned."""
+        self.inner.load(state)
