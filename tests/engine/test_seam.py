@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import batches_of, client_state, conv, difference, make, mlp, samples, source, train
+from support import batches_of, client_state, conv, difference, made, make, mlp, samples, source, train
 from torch import nn
 
 from cutlayer import NonFiniteError, Run, Samples, Source, plugins
@@ -23,7 +23,7 @@ from cutlayer.engine.simulated import Clients
 from cutlayer.gradients import own
 from cutlayer.models import cut
 from cutlayer.optim import make_optimizer
-from cutlayer.types import CutGradients, Smashed, aligned
+from cutlayer.types import CutGradients, Round, Smashed, aligned
 
 sizes_of_clients = st.lists(st.integers(1, 23), min_size=1, max_size=6)
 
@@ -228,6 +228,13 @@ def test_who_is_through_is_not_visited_again() -> None:
     assert ledger.of_clients("up", "models").tolist() == [448, 2 * 448, 2 * 448]
     assert ledger.of_clients("down", "models").tolist() == [0, 3 * 448, 2 * 448]
     assert run.training.clients.holder == 1
+
+
+def test_random_visits_differ_from_round_to_round() -> None:
+    tour = made("ssl", visit_order="random", hand_over="epoch")
+    orders = [tuple(tour.visits(Round(index, 9, tuple(range(5)), (1,) * 5, 0))) for index in range(9)]  # type: ignore[attr-defined]
+    assert all(sorted(order) == list(range(5)) for order in orders)
+    assert len(set(orders)) > 5
 
 
 def test_bytes_of_handing_over_the_optimizer() -> None:
