@@ -30,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -326,7 +327,7 @@ MUTANTS = [
     M("names run together", "seeds", '"/".join(str(part) for part in (seed, *name))', '"".join(str(part) for part in (seed, *name))'),
     M("caller's random state lost", "seeds", "torch.set_rng_state(before)", "pass", "def torch_seeded("),
     M("names ignored", "seeds", "torch.default_generator.manual_seed(derive(seed, *name))", "torch.default_generator.manual_seed(seed)"),
-    M("evaluated clients are the first", "seeds", 'seeds.generator(seed, "evaluated clients").choice(clients, count, replace=False)', "np.arange(count)"),
+    M("evaluated clients are the first", "seeds", 'seeds.generator(seed, "evaluated clients").choice(clients, count, replace=False)', "torch.arange(count)"),
     # Rates and schedules
     M("decay a round late", "schedules", "progress >= at", "progress > at"),
     M("one decay for all", "schedules", "sum(progress >= at for at in self.lr_decay_at)", "any(progress >= at for at in self.lr_decay_at)"),
@@ -516,7 +517,8 @@ def run_tests(mutant: Mutant | None, files: Sequence[Path], limit: float = 1200.
         }
         command = [
             *(sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--timeout", "120", "-k", KEYWORDS),
-            *("-o", f"pythonpath={copy}", "--hypothesis-seed", "0", "--basetemp", str(Path(folder, "tmp"))),
+            *("-o", f"pythonpath={' '.join([str(copy), *import_folders()])}", "--hypothesis-seed", "0"),
+            *("--basetemp", str(Path(folder, "tmp"))),
             *map(str, dict.fromkeys(files)),
         ]
         started = time.monotonic()
@@ -537,6 +539,13 @@ def run_tests(mutant: Mutant | None, files: Sequence[Path], limit: float = 1200.
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
     return {"outcome": outcome, "seconds": round(time.monotonic() - started, 1), "by": by}
+
+
+def import_folders() -> list[str]:
+    """The folders that tests import from, as pytest is configured."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
+    folders: list[str] = settings["pythonpath"]
+    return folders
 
 
 def failures(output: str) -> Iterator[str]:
