@@ -198,6 +198,15 @@ def test_a_step_on_made_up_rows_is_a_step() -> None:
     assert float(loss) == pytest.approx(float(server_of().gradients(sent()).means[0]), rel=1e-12)
 
 
+@pytest.mark.parametrize("sizes", [(3, 3, 3), (5, 4)])
+def test_mean_losses_of_all_rows_and_of_each_clients(sizes: tuple[int, ...]) -> None:
+    rows = replace(sent(), clients=tuple(range(len(sizes))), sizes=sizes)
+    server = server_of()
+    losses = functional.cross_entropy(copy.deepcopy(server.model)(rows.rows), rows.labels, reduction="none")
+    expected = [losses.mean(), *(part.mean() for part in losses.split(list(sizes)))]
+    assert torch.allclose(server.step(rows).means, torch.stack(expected).detach(), rtol=1e-12)
+
+
 def test_a_loss_of_ones_own() -> None:
     """Logit adjustment by a constant changes nothing; by a prior it moves the gradient, whose rows still sum to 0."""
     prior = torch.tensor([0.7, 0.1, 0.1, 0.1], dtype=torch.float64)
