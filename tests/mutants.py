@@ -80,7 +80,7 @@ AREAS: dict[str, Sequence[str]] = {
     "batches": ("*test_seam*", "*golden*", "*resume*", "*test_remote*"),
     "seeds": ("*options*", "*golden*", "*test_seam*", "*resume*", "*sglr*", "*stacked*"),
     "schedules": ("*test_seam*", "*options*", "*golden*"),
-    "registry": ("*test_own_algorithm*", "*test_extending*", "*test_partition*", "*test_testing*"),
+    "registry": ("*test_public*", "*test_own_algorithm*", "*bad_input*", "*test_extending*", "*test_testing*"),
     "worker": ("*test_remote*",),
     "traffic": ("*test_costs*", "*test_plan*", "*test_testing*"),
 }
@@ -358,7 +358,7 @@ MUTANTS = [
     M("the worker permits everything", "worker", "if served.verbs and not served.verbs & needs:", "if False:"),
     M("models leave the worker unasked", "worker", "m.GiveModel: _Served(Worker._give_model, frozenset({AVERAGE, HAND_OVER}))", "m.GiveModel: _Served(Worker._give_model)"),
     M("local training twice for a lost answer", "worker", "if self._fitted is None or self._fitted[0] != message.step:", "if True:", "def _learn("),
-    M("a steering server shares gradients", "worker", 'self.model_copy(update={"phi": 0.0})', "self"),
+    M("a steering server shares gradients", "algorithms", 'self.model_copy(update={"phi": 0.0})', "self"),
     # What algorithms say of their traffic
     M("nobody shares in the plan", "traffic", "sharing=self._active_of(epoch.clients)", "sharing=0"),
     M("SFL averages nothing in the plan", "traffic", "averaged=epoch.client_model", "averaged=0", "class Sfl("),
