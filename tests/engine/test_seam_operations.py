@@ -190,10 +190,11 @@ def test_running_statistics_are_used_and_kept() -> None:
     assert not torch.equal(server.model.state_dict()["layers.0.running_mean"], before["layers.0.running_mean"])
 
 
-def test_a_step_on_made_up_rows_is_a_step() -> None:
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_a_step_on_made_up_rows_is_a_step(factor: float) -> None:
     a, b = server_of(), server_of()
-    a.step(sent())
-    loss = b.step_on(sent().rows, sent().labels)
+    a.step(sent(), factor)
+    loss = b.step_on(sent().rows, sent().labels, factor)
     assert difference(a.model.state_dict(), b.model.state_dict()) == 0.0
     assert float(loss) == pytest.approx(float(server_of().gradients(sent()).means[0]), rel=1e-12)
 
