@@ -506,6 +506,9 @@ def run_tests(mutant: Mutant | None, files: Sequence[Path], limit: float = 1200.
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
         copy = Path(folder, "src")
         shutil.copytree(PACKAGE, copy / "cutlayer")
+        shutil.copytree(
+            ROOT / "docs", Path(folder, "docs"), ignore=shutil.ignore_patterns("*.png")
+        )  # beside src, as here
         if mutant is not None:
             path, text = mutated(mutant, copy / "cutlayer")
             path.write_text(text)
