@@ -17,6 +17,7 @@ from cutlayer import ConfigError
 from cutlayer.algorithms import Algorithm, algorithm
 from cutlayer.algorithms.common import Scaled, report, sample_weights
 from cutlayer.cohort import Cohort
+from cutlayer.errors import CutlayerWarning
 from cutlayer.gradients import own
 from cutlayer.models.auxiliary import PooledHead
 from cutlayer.optim import make_optimizer
@@ -136,6 +137,14 @@ def test_a_pooled_head_takes_whatever_crosses() -> None:
 def test_a_penalty_needs_the_servers_gradient() -> None:
     with pytest.raises(ConfigError, match="nopeek adds to the loss that comes through the server"):
         train(LocalLoss, make(mlp), [8, 8], (6,), cut="2", nopeek=1.0)
+
+
+def test_an_engine_that_lacks_a_verb_is_refused_or_not_chosen() -> None:
+    with pytest.raises(ConfigError, match=r"engine = 'stacked' cannot run .*, which needs learn"):
+        train(LocalLoss, make(mlp), [8, 8], (6,), cut="2", engine="stacked")
+    with pytest.warns(CutlayerWarning, match="it needs learn, which the stacked engine cannot do"):
+        run = train(LocalLoss, make(mlp), [8, 8], (6,), cut="2", engine="auto")
+    assert run.training.engine == "local"
 
 
 def test_virtual_time_of_local_steps() -> None:
