@@ -30,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -50,26 +51,38 @@ KEYWORDS = "not resnet and not alexnet"
 
 # Of paths under tests/: the quick ones, and those that know the area best, come first.
 AREAS: dict[str, Sequence[str]] = {
-    "algorithms": ("*sglr*", "*golden*", "*options*", "*identit*", "*algorithm*", "*seam*", "*costs*"),
-    "server": ("*server.py", "*options*", "*golden*", "*seam*", "*identit*", "*stacked*"),
-    "gradients": ("*gradient*", "*sglr*", "*golden*", "*options*", "*identit*", "*seam*", "*stacked*"),
-    "averaging": ("*averag*", "*seam*", "*golden*", "*identit*"),
-    "local": ("*local*", "*options*", "*golden*", "*seam*", "*identit*", "*resume*", "*stacked*"),
-    "stack": ("*golden*", "*stack*", "*options*", "*seam*"),
-    "kernels": ("*kernel*", "*stack*"),
-    "lowering": ("*lower*", "*stack*"),
-    "union": ("*golden*", "*union*", "*stacked*"),
-    "choice": ("*choice*", "*options*", "*stacked*"),
-    "ledger": ("*ledger*", "*seam*", "*costs*", "*resume*", "*plan*"),
-    "clock": ("*clock*", "*energy*", "*fleet*", "*costs*", "*plan*"),
-    "checkpoint": ("*checkpoint*", "*resume*", "*costs*"),
-    "partitions": ("*partition*",),
-    "codecs": ("*codec*", "*wire.py", "*wire/*", "*wire_fuzz*"),
-    "coding": ("*coding*", "*wire.py", "*options*", "*seam*", "*costs*", "*remote*"),
-    "defences": ("*defence*", "*leakage_dp*"),
-    "batches": ("*batches*", "*seam*", "*golden*", "*resume*", "*remote*"),
-    "seeds": ("*seeds*", "*options*", "*golden*", "*seam*", "*resume*", "*sglr*", "*stacked*"),
-    "schedules": ("*schedule*", "*optim*", "*options*", "*seam*", "*golden*"),
+    "algorithms": ("*sglr*", "*golden*", "*test_seam*", "*identit*", "*options*", "*test_costs*"),
+    "server": ("*seam_operations*", "*golden*", "*test_seam*", "*options*", "*identit*", "*engines*", "*stacked*"),
+    "gradients": ("*sglr*", "*golden*", "*test_seam*", "*options*", "*identit*", "*engines*", "*stacked*"),
+    "averaging": ("*test_seam*", "*golden*", "*identit*", "*engines*"),
+    "local": (
+        "*seam_operations*",
+        "*golden*",
+        "*options*",
+        "*test_seam*",
+        "*engines*",
+        "*identit*",
+        "*resume*",
+        "*stacked*",
+    ),
+    "stack": ("*golden*", "*engines*", "*stacked*", "*options*", "*test_seam*"),
+    "kernels": ("*engines*", "*stacked*"),
+    "lowering": ("*stacked*", "*options*"),
+    "union": ("*golden*", "*stacked*", "*engines*"),
+    "choice": ("*seam_operations*", "*options*", "*stacked*"),
+    "ledger": ("*test_seam*", "*test_costs*", "*resume*", "*test_plan*"),
+    "clock": ("*test_costs*", "*seam_operations*", "*test_plan*"),
+    "checkpoint": ("*test_costs*", "*resume*"),
+    "partitions": ("*test_partition*",),
+    "codecs": ("*wire.py", "*wire_fuzz*", "*test_testing*"),
+    "coding": ("*wire.py", "*options*", "*test_seam*", "*test_costs*", "*test_remote*"),
+    "defences": ("*test_defences*", "*leakage_dp*", "*test_testing*"),
+    "batches": ("*test_seam*", "*golden*", "*resume*", "*test_remote*"),
+    "seeds": ("*options*", "*golden*", "*test_seam*", "*resume*", "*sglr*", "*stacked*"),
+    "schedules": ("*test_seam*", "*options*", "*golden*"),
+    "registry": ("*test_public*", "*test_own_algorithm*", "*bad_input*", "*test_extending*", "*test_testing*"),
+    "worker": ("*test_remote*",),
+    "traffic": ("*test_costs*", "*test_plan*", "*test_testing*"),
 }
 
 
@@ -86,46 +99,46 @@ class Mutant(NamedTuple):
 M = Mutant
 MUTANTS = [
     # Algorithms
-    M("SplitLr multiplies by alpha", "algorithms", "count**options.alpha", "count * options.alpha"),
-    M("SplitLr counts the others", "algorithms", 'options.alpha_clients == "enrolled"', 'options.alpha_clients != "enrolled"'),
-    M("active count rounded down", "algorithms", "math.floor(options.phi * len(clients) + 0.5)", "math.floor(options.phi * len(clients))"),
-    M("initial phase a step too long", "algorithms", "done < round(options.phi_until, 9)", "done <= round(options.phi_until, 9)"),
+    M("SplitLr multiplies by alpha", "algorithms", "clients**self.alpha", "clients * self.alpha"),
+    M("SplitLr counts the others", "algorithms", 'self.alpha_clients == "enrolled"', 'self.alpha_clients != "enrolled"'),
+    M("active count rounded down", "algorithms", "math.floor(self.phi * clients + 0.5)", "math.floor(self.phi * clients)"),
+    M("initial phase a step too long", "algorithms", "done < round(self.phi_until, 9)", "done <= round(self.phi_until, 9)"),
     M("final phase a step too late", "algorithms", "done >= final", "done > final"),
-    M("final phase from phi_until on", "algorithms", "round(1 - options.phi_until, 9)", "round(options.phi_until, 9)"),
+    M("final phase from phi_until on", "algorithms", "round(1 - self.phi_until, 9)", "round(self.phi_until, 9)"),
     M("active clients drawn once a round", "algorithms", '"active", this.index, turn', '"active", this.index, 0'),
     M("progress by rounds alone", "algorithms", "(self.index * self.steps + step)", "(self.index * self.steps)"),
     M("a turn after the last batch", "algorithms", "turn < batches[k]", "turn <= batches[k]"),
     M("visits in the same order every round", "algorithms", '"visits", this.index', '"visits", 0'),
     M("mean over rows divided by clients", "algorithms", "total.sum(0, keepdim=True) / sum(sizes)", "total.sum(0, keepdim=True) / len(sizes)"),
     M("sum for mean over rows", "algorithms", "common = total.mean(0, keepdim=True)", "common = total.sum(0, keepdim=True)"),
-    M("row mean over clients without the row", "algorithms", "else total / count", "else total / len(sizes)"),
-    M("sum of own gradients", "algorithms", '"union" if options.average_reduce == "sum" else options.gradient_scale', "options.gradient_scale"),
-    M("unicast scaled by its own rows", "algorithms", "options.gradient_scale, len(smashed))", "options.gradient_scale)", "unicast = scaled("),
+    M("row mean over clients without the row", "algorithms", "if over_rows else total / each", "if over_rows else total / len(sizes)"),
+    M("sum of own gradients", "algorithms", '"union" if self.average_reduce == "sum" else self.gradient_scale', "self.gradient_scale"),
+    M("unicast scaled by its own rows", "algorithms", "self.gradient_scale, len(smashed))", "self.gradient_scale)", "unicast = scaled("),
     M("common scaled by its own rows", "algorithms", "share, len(smashed))", "share)", "shares = scaled("),
     M("common gradient's last rows", "algorithms", "else c[:size]", "else c[-size:]"),
-    M("SFL averages every step", "algorithms", 'if options.average_every == "step":', "if True:"),
-    M("SFL never averages by the round", "algorithms", 'if options.average_every == "round":', "if False:"),
+    M("SFL averages every step", "algorithms", 'if self.average_every == "step":', "if True:"),
+    M("SFL never averages by the round", "algorithms", 'if self.average_every == "round":', "if False:"),
     M("all clients weigh the same", "algorithms", "{k: samples[k] for k in sorted(who)}", "{k: 1 for k in sorted(who)}"),
-    M("V1 forgets the server copies", "algorithms", "server.average_copies(sample_weights(clients, trained))", "pass", "def sflv1("),
-    M("V1 forgets the clients", "algorithms", "clients.average(sample_weights(clients, trained))", "pass", "def sflv1("),
-    M("V2 forgets the clients", "algorithms", "clients.average(sample_weights(clients, trained))", "pass", "def sflv2("),
+    M("V1 forgets the server copies", "algorithms", "server.average_copies(sample_weights(clients, trained))", "pass", "class SflV1("),
+    M("V1 forgets the clients", "algorithms", "clients.average(sample_weights(clients, trained))", "pass", "class SflV1("),
+    M("V2 forgets the clients", "algorithms", "clients.average(sample_weights(clients, trained))", "pass", "class SflV2("),
     M("V2 in the same order every step", "algorithms", '"server order", this.index, turn', '"server order", this.index, 0'),
-    M("V3 forgets the server copies", "algorithms", "server.average_copies(sample_weights(clients, trained))", "pass", "def sflv3("),
-    M("PSL ignores the gradients' scale", "algorithms", "own(step.gradient, smashed, options.gradient_scale)", "own(step.gradient, smashed)", "One round (a local epoch) of PSL"),
-    M("SSL always hands over the optimizer", "algorithms", "optimizer=options.hand_over_optimizer", "optimizer=True", "def sequential("),
-    M("U-shape sends labels", "algorithms", "labels=False", "labels=True", "def ushaped("),
-    M("SLR with phi", "algorithms", '{"phi": 0.0}', "{}"),
-    M("SGL with alpha", "algorithms", '{"alpha": 0.0}', "{}"),
+    M("V3 forgets the server copies", "algorithms", "server.average_copies(sample_weights(clients, trained))", "pass", "class SflV3("),
+    M("PSL ignores the gradients' scale", "algorithms", "own(step.gradient, smashed, self.gradient_scale)", "own(step.gradient, smashed)", "class Psl(Scaled"),
+    M("SSL always hands over the optimizer", "algorithms", "optimizer=self.hand_over_optimizer", "optimizer=True", "class Ssl("),
+    M("U-shape sends labels", "algorithms", "labels=False", "labels=True", "class UShapedSsl("),
+    M("SLR with phi", "algorithms", "own(step.gradient, smashed, self.gradient_scale)", "SplitAvg.split_average(Sglr(), step.gradient, smashed, smashed.clients)", "class Slr("),
+    M("SGL with alpha", "algorithms", "server.step(smashed)", "server.step(smashed, float(len(smashed.clients)))", "class Sgl("),
     # Server
-    M("server's loss is a sum", "server", "loss = losses.mean()", "loss = losses.sum()"),
-    M("server steps without SplitLr", "server", "self._take_step(self._rate(splitlr))", "self._take_step(self._rate(1.0))"),
-    M("server steps without its schedule", "server", "self.lr * self.lr_factor * splitlr", "self.lr * splitlr"),
+    M("server's loss is a sum", "server", "mean = losses.mean()", "mean = losses.sum()", "outputs = self.forward(smashed, evaluating"),
+    M("server steps without SplitLr", "server", "self._take_step(self._rate(factor))", "self._take_step(self._rate(1.0))"),
+    M("server steps without its schedule", "server", "self.lr * self.lr_factor * factor", "self.lr * factor"),
     M("server's gradients add up", "server", "p.grad = None", "pass", "def _backward(self, smashed"),
     M("server draws the same every step", "server", "self._steps += 1", "pass"),
     M("server copies without a schedule", "server", "self._copies[client].lr_factor = self.lr_factor", "pass"),
     M("server copies keep their models", "server", "replica.model.load_state_dict(self.model.state_dict())", "pass"),
     M("server predicts in training mode", "server", "self.model.eval()", "pass", "The server's outputs in eval mode"),
-    M("server trains in evaluation mode", "server", "self.model.train()", "pass", "class Server:"),
+    M("server trains in evaluation mode", "server", "self.model.train(not evaluating)", "pass"),
     M("gradients in the order of visits", "server", "[done[k] for k in smashed.clients]", "list(done.values())"),
     M("server copies draw alike", "server", 'seeds.derive(self.seed, "copy", client)', "self.seed", "def _copy_of("),
     # Gradients and losses
@@ -153,9 +166,9 @@ MUTANTS = [
     M("optimizer taken along unasked", "local", "if optimizer and giver.optimizer and taker.optimizer", "if giver.optimizer and taker.optimizer"),
     M("still alike after a step", "local", "self._alike = len(self._clients) == 1", "pass", "class LocalCohort"),
     M("a client misses the average", "local", "for client in self._clients[1:]:", "for client in self._clients[2:]:"),
-    M("loss per batch in evaluation", "local", "loss += float(row_losses(outputs, part.y).sum())", "loss += float(row_losses(outputs, part.y).mean())", "class LocalCohort"),
+    M("loss per batch in evaluation", "local", "row_losses(outputs, everyones).view(count, -1).sum(1)", "row_losses(outputs, everyones).view(count, -1).mean(1)"),
     M("client evaluated in training mode", "local", "client.module.eval()", "pass"),
-    M("a local step too many", "local", "self._quota[client.name] > 0", "self._quota[client.name] >= 0"),
+    M("a local step too many", "local", "self._quota[client.name] > 0", "self._quota[client.name] >= 0", "def _fit_one("),
     M("a batch too many", "local", "self._quota[list(asked)] > 0", "self._quota[list(asked)] >= 0"),
     M("clients without a schedule", "local", "self._rate = s.lr * lr_factor", "self._rate = s.lr"),
     M("one local epoch", "local", "self.local_epochs * per_epoch", "per_epoch"),
@@ -185,7 +198,6 @@ MUTANTS = [
     M("stacked copies draw the same", "stack", '("server", int(self._stack.steps[client]))', '("server", 0)'),
     M("server's own model left as it was", "stack", "self.model.load_state_dict(self._stack.state_of(0))", "pass"),
     M("independent starts lost", "stack", "if not setup.alike:", "if setup.alike:"),
-    M("stacked loss per batch in evaluation", "stack", "row_losses(outputs, y).view(c, -1).sum(1)", "row_losses(outputs, y).view(c, -1).mean(1)"),
     # Kernels
     M("mean for sum in a bias", "kernels", "by_bias = g.sum(1, dtype=weight.dtype)", "by_bias = g.mean(1, dtype=weight.dtype)"),
     M("mean for sum in a convolution's bias", "kernels", "by_bias = g.sum(1, dtype=ctx.dtype)", "by_bias = g.mean(1, dtype=ctx.dtype)"),
@@ -209,8 +221,8 @@ MUTANTS = [
     M("union although buffers are kept", "union", "if list(part.buffers()):", "if False:"),
     # The choice of the engine
     M("union from unequal starts", "choice", 'config.start != "equal" or not rule_of', "not rule_of"),
-    M("union where averaged by the round", "choice", 'config.algorithm == "sfl" and config.average_every == "step"', 'config.algorithm == "sfl"'),
-    M("union of several local steps", "choice", "config.local_steps == 1", "config.local_steps is not None"),
+    M("union where averaged by the round", "choice", 'return self.average_every == "step"', "return True"),
+    M("union of several local steps", "choice", "return self.local_steps == 1", "return self.local_steps is not None", "class FedAvg("),
     M("union whatever the client's optimizer", "choice", "or not rule_of(setup.make_optimizer).plain", ""),
     M("V1's union whatever the server's optimizer", "choice", "rule_of(make_server).plain and row_by_row(split.server, rows)", "row_by_row(split.server, rows)"),
     M("momentum is plain", "choice", 'd["momentum"] or ', ""),
@@ -219,20 +231,20 @@ MUTANTS = [
     M("server copies on the stack of Adafactor", "choice", "names.append(config.server_optimizer or config.client_optimizer)", "pass"),
     # The ledger
     M("broadcast saves all", "ledger", "count * (len(clients) - 1)", "count * len(clients)"),
-    M("every common gradient in the paper's count", "ledger", "once = 0 if self._common_seen else", "once ="),
+    M("every common gradient in the paper's count", "ledger", "0 if self._common_seen else count // rows", "count // rows"),
     M("one common gradient in all rounds", "ledger", "self._common_seen = False", "pass", "this = self.inner.begin_round(index, total, lr_factor)"),
     M("paper's count with unicast copies", "ledger", "count - self._common + self._common_once", "count + self._common_once"),
     M("nobody is late", "ledger", "self._stale = set(range(len(self.samples))) - set(averaged)", "self._stale = set()"),
     M("the late fetch again and again", "ledger", "self._stale -= set(late)", "pass"),
     M("handed over without the optimizer", "ledger", "size.model + (size.optimizer if optimizer else 0)", "size.model"),
     M("evaluation is training", "ledger", '(kind is None and k != "evaluation")', "kind is None"),
-    M("labels cross in the U-shape's evaluation", "ledger", '0 if self.shape == "u-shaped" else sizes[0]', "sizes[0]"),
+    M("labels cross in the U-shape's evaluation", "ledger", 'if self.shape != "u-shaped":', "if True:", "def metered("),
     M("tied weights cross twice", "ledger", "sum({t.data_ptr(): t.nbytes for t in module.state_dict().values()}.values())", "sum(t.nbytes for t in module.state_dict().values())"),
     M("optimizer's clock weighs nothing", "ledger", "4 * len(self._state) if self._clocked else 0", "0"),
-    M("own gradients through the wrong codec", "ledger", "self.coding.rows(self.coding.down, gradients.own, gradients.sizes)", "self.coding.rows(self.coding.up, gradients.own, gradients.sizes)"),
+    M("own gradients through the wrong codec", "coding", "self.coding.down, gradients.own", "self.coding.up, gradients.own"),
     # The clock, energy, the fleet
     M("server waits for all", "clock", "self.ready[who].max()", "self.ready.max()"),
-    M("U-shape's server passes counted twice", "clock", "(server.backward if self._tail_done else server.training)", "server.training"),
+    M("U-shape's server passes counted twice", "clock", "server.backward if self._tail_done else server.training", "server.training"),
     M("tails only go forward", "clock", "sizes * self.flops.tail.training", "sizes * self.flops.tail.forward"),
     M("U-shape's server skips forward", "clock", "self.clock.serve(float(sizes.sum()) * self.flops.server.forward)", "pass"),
     M("uploads without latency", "clock", "float(self.ready[who].max()) + self.fleet.latency", "float(self.ready[who].max())"),
@@ -240,7 +252,7 @@ MUTANTS = [
     M("sleep is waiting", "clock", "self.asleep[waking] += woken[waking] - self.ready[waking]", "pass"),
     M("uploads share nothing", "clock", "bits.sum() / self.fleet.server_rate", "bits / self.fleet.server_rate"),
     M("full batches only", "clock", "epochs * n + rest * self.batch", "batches * self.batch"),
-    M("local steps begin anew every round", "clock", "self._fitted[client] += batches", "pass"),
+    M("local steps begin anew every round", "clock", "self._fitted[client] += count", "pass"),
     M("bytes for bits, up", "clock", "8.0 * (self._sent[0] - up)", "self._sent[0] - up"),
     M("energy of the last direction", "clock", "base + watts * float(seconds.sum())", "watts * float(seconds.sum())"),
     M("bytes for megabits", "clock", "per_mbps * float(bits.sum()) / 1e6", "per_mbps * float(bits.sum()) / 8e6"),
@@ -264,43 +276,43 @@ MUTANTS = [
     M("ledger forgets common gradients", "checkpoint", 'self._common, self._common_once = map(int, state["common"])', "pass"),
     M("clock forgets who is here", "checkpoint", 'self.here = np.array(state["here"], bool)', "pass"),
     # Partitions
-    M("shards of rows, not labels", "partitions", 'np.argsort(y[order], kind="stable")', "np.arange(len(order))"),
+    M("shards of rows, not labels", "partitions", 'np.argsort(labels[order], kind="stable")', "np.arange(len(order))"),
     M("shards in order", "partitions", 'seeds.generator(seed, "partition", "shards").permutation(total)', "np.arange(total)"),
     M("iid in order", "partitions", "np.array_split(order, clients)", "np.array_split(np.sort(order), clients)"),
-    M("alpha upside down", "partitions", "alpha=float(alpha)", "alpha=1 / float(alpha)"),
+    M("alpha upside down", "partitions", "float(self.dirichlet_alpha)", "1 / float(self.dirichlet_alpha)"),
     M("the same draw ten times", "partitions", '"partition", "dirichlet", attempt', '"partition", "dirichlet"'),
-    M("square is linear", "partitions", '"square": flower.SquarePartitioner', '"square": flower.LinearPartitioner'),
+    M("square is linear", "partitions", '"square": np.square', '"square": np.positive'),
     M("samples for one client", "partitions", "order[: clients * samples_per_client]", "order[:samples_per_client]"),
     M("all samples are too many", "partitions", "samples_per_client * clients > rows", "samples_per_client * clients >= rows"),
     M("as many clients as samples are too many", "partitions", "if clients > rows:", "if clients >= rows:"),
-    M("rows unsorted", "partitions", "[np.sort(np.asarray(part, dtype=np.int64)) for part in parts]", "[np.asarray(part, dtype=np.int64) for part in parts]"),
+    M("rows unsorted", "partitions", "[np.sort(hand.astype(np.int64)) for hand in hands]", "[hand.astype(np.int64) for hand in hands]"),
     # Codecs
-    M("top-k rounds down", "codecs", "math.ceil(codec.fraction * m)", "int(codec.fraction * m)"),
+    M("top-k rounds down", "codecs", "math.ceil(self.fraction * m)", "int(self.fraction * m)"),
     M("top-k by sign", "codecs", "flat.abs().topk(k", "flat.topk(k"),
     M("int8 cuts off", "codecs", "q.round_().to(torch.int8)", "q.to(torch.int8)"),
-    M("int8 overflows", "codecs", '"int8": 127.0001', '"int8": 128.0'),
+    M("int8 overflows", "codecs", "largest = 127.0001", "largest = 128.0"),
     M("float16 overflows", "codecs", "x.clamp(-largest, largest)", "x"),
     M("float8 by half", "codecs", "scale.mul_(256)", "scale.mul_(128)"),
-    M("halves of halves", "codecs", "least = 4 if self.kind in _HALVES else 2", "least = 2"),
+    M("halves of halves", "codecs", "dtype.itemsize >= 4", "dtype.itemsize >= 2"),
     M("positions wrap", "codecs", "torch.uint16 if m <= 1 << 16", "torch.uint16 if m <= 1 << 17"),
     M("a position beyond the row", "codecs", "int(at.max()) >= m", "int(at.max()) > m"),
     M("positions twice", "codecs", "(at.diff(dim=1) > 0).all()", "(at.diff(dim=1) >= 0).all()"),
     # Coding
     M("bytes in equal shares", "coding", "payload_bytes(codec, (size, *tensor.shape[1:]), tensor.dtype) for size in sizes", "payload_bytes(codec, tuple(tensor.shape), tensor.dtype) // len(sizes) for size in sizes"),
-    M("clients share a scale", "coding", 'codec.kind == "int8" and tensor.dim() > 2', "False"),
+    M("clients share a scale", "coding", "return dimensions == 2", "return dimensions >= 2"),
     M("bytes before zstandard", "coding", "len(compressed(data)) if codec.zstd else len(data)", "len(data)"),
     M("common gradient through the wrong codec", "coding", "self.rows(self.down, rows,", "self.rows(self.up, rows,"),
     M("evaluation compressed", "coding", "up, down = self.coding.up.plain, self.coding.down.plain", "up, down = self.coding.up, self.coding.down"),
     M("bytes of the last tensor alone", "coding", "counts += np.array(sizes, np.int64) * each", "counts = np.array(sizes, np.int64) * each"),
     # Defences
     M("dropout loses the mean", "defences", ">= probability) / (1 - probability)", ">= probability).float()"),
-    M("short rows made longer", "defences", "_length(rows, 1 if self.laplace else 2).clamp(min=self.clip)", "_length(rows, 1 if self.laplace else 2)"),
-    M("Laplace by the Euclidean norm", "defences", "1 if self.laplace else 2", "2"),
-    M("noise not in units of the clip", "defences", "(self.clip or 0.0) * (self.gaussian or self.laplace)", "(self.gaussian or self.laplace)"),
+    M("short rows made longer", "defences", "_length(rows, 1 if self.laplace_noise else 2).clamp(min=self.clip)", "_length(rows, 1 if self.laplace_noise else 2)"),
+    M("Laplace by the Euclidean norm", "defences", "1 if self.laplace_noise else 2", "2"),
+    M("noise not in units of the clip", "defences", "(self.clip or 0.0) * (self.gaussian_noise or self.laplace_noise)", "(self.gaussian_noise or self.laplace_noise)"),
     M("the same noise every batch", "defences", 'self._draw("step", k, clock)', 'self._draw("step", k)'),
     M("the same noise for all clients", "defences", 'self._draw("step", k, clock)', 'self._draw("step", clock)'),
     M("the same noise in all of evaluation", "defences", "seen.update(dict.fromkeys(clients, len(rows[0]) // len(clients)))", "pass"),
-    M("penalty without its weight", "defences", "g + self.nopeek * p", "g + p"),
+    M("penalty without its weight", "defences", "g + part.weight * s", "g + s"),
     M("one-sided noise", "defences", "return one - two", "return one"),
     M("correlation without a root", "defences", "(a.square().mean() * b.square().mean()).sqrt()", "(a.square().mean() * b.square().mean())"),
     M("evaluation unprotected", "defences", "return predict(clients, sent)", "return predict(clients, rows)"),
@@ -315,15 +327,42 @@ MUTANTS = [
     M("names run together", "seeds", '"/".join(str(part) for part in (seed, *name))', '"".join(str(part) for part in (seed, *name))'),
     M("caller's random state lost", "seeds", "torch.set_rng_state(before)", "pass", "def torch_seeded("),
     M("names ignored", "seeds", "torch.default_generator.manual_seed(derive(seed, *name))", "torch.default_generator.manual_seed(seed)"),
-    M("evaluated clients are the first", "seeds", 'seeds.generator(seed, "evaluated clients").choice(clients, count, replace=False)', "np.arange(count)"),
+    M("evaluated clients are the first", "seeds", 'seeds.generator(seed, "evaluated clients").choice(clients, count, replace=False)', "torch.arange(count)"),
     # Rates and schedules
     M("decay a round late", "schedules", "progress >= at", "progress > at"),
-    M("one decay for all", "schedules", "sum(progress >= at for at in decay_at)", "any(progress >= at for at in decay_at)"),
+    M("one decay for all", "schedules", "sum(progress >= at for at in self.lr_decay_at)", "any(progress >= at for at in self.lr_decay_at)"),
     M("cosine from two", "schedules", "0.5 * (1 + math.cos(math.pi * progress))", "(1 + math.cos(math.pi * progress))"),
-    M("schedule a round early", "schedules", "c, progress = config, index / total", "c, progress = config, (index + 1) / total"),
-    M("server without a schedule of its own", "schedules", "c.server_lr_schedule or c.lr_schedule", "c.lr_schedule"),
-    M("server without a rate of its own", "schedules", "lr = config.server_lr or config.client_lr", "lr = config.client_lr", "def _chosen("),
+    M("schedule a round early", "schedules", "clients.factor(index / training.rounds), server", "clients.factor((index + 1) / training.rounds), server"),
+    M("server without a schedule of its own", "schedules", "config.server_lr_schedule or config.lr_schedule", "config.lr_schedule"),
+    M("server without a rate of its own", "schedules", "lr, needs = config.server_lr or config.client_lr,", "lr, needs = config.client_lr,"),
     M("reported rate without the schedule", "schedules", "c.client_lr * client_factor", "c.client_lr"),
+    # What algorithms may ask of the server and the clients besides
+    M("U-shaped clients count alike", "server", "[size / len(smashed) for size in smashed.sizes]", "[1 / len(smashed.sizes) for size in smashed.sizes]"),
+    M("U-shaped clients' gradients unweighted", "server", "if len(share) > 1:", "if False:"),
+    M("gradients alone take a step", "server", "self._through(smashed, loss, None, evaluating=running_statistics)", "self._through(smashed, loss, 1.0, evaluating=running_statistics)"),
+    M("running statistics move", "server", "evaluating=running_statistics)", "evaluating=False)"),
+    M("a step on made-up rows at the base rate", "server", "loss, factor) return losses.mean()", "loss, 1.0)\n        return losses.mean()"),
+    M("no step on made-up rows", "server", "loss, factor) return losses.mean()", "loss, None)\n        return losses.mean()"),
+    M("a local step on the head too many", "local", "len(taken) < steps and", "len(taken) <= steps and"),
+    M("pending batch forwarded anew", "local", "if not client.smashed:", "if True:", "def _learn_one("),
+    M("pending batch left alone", "local", "(client.smashed or self._quota[client.name] > 0)", "self._quota[client.name] > 0"),
+    M("a batch that was sent goes forward again", "clock", "drawn - waiting", "drawn"),
+    # Registered things and their options
+    M("options out of bounds", "registry", "bounds: dict[str, Any] = dict(self.bounds)", "bounds: dict[str, Any] = {}"),
+    M("options unchecked", "registry", "return dict(_form(self)(**values))", "return {**self.defaults, **values}"),
+    M("options of others taken", "registry", 'config = ConfigDict(extra="forbid"', 'config = ConfigDict(extra="ignore"'),
+    M("planned options forgotten", "registry", 'bool(extra.get("planned", False))', "False"),
+    M("an engine that lacks a verb", "choice", "if lacking := sorted(needs - can):", "if lacking := sorted(can - can):"),
+    M("an algorithm that the stack lacks verbs for", "choice", "if lacking := sorted(algorithm.traits.needs - StackedCohort.can):", "if lacking := sorted(StackedCohort.can - StackedCohort.can):"),
+    # Clients on other machines
+    M("the worker permits everything", "worker", "if served.verbs and not served.verbs & needs:", "if False:"),
+    M("models leave the worker unasked", "worker", "m.GiveModel: _Served(Worker._give_model, frozenset({AVERAGE, HAND_OVER}))", "m.GiveModel: _Served(Worker._give_model)"),
+    M("local training twice for a lost answer", "worker", "if self._fitted is None or self._fitted[0] != message.step:", "if True:", "def _learn("),
+    M("a steering server shares gradients", "algorithms", 'self.model_copy(update={"phi": 0.0})', "self"),
+    # What algorithms say of their traffic
+    M("nobody shares in the plan", "traffic", "sharing=self._active_of(epoch.clients)", "sharing=0"),
+    M("SFL averages nothing in the plan", "traffic", "averaged=epoch.client_model", "averaged=0", "class Sfl("),
+    M("the relay carries nothing in the plan", "traffic", "moved=epoch.client_model", "moved=0"),
 ]  # fmt: skip
 
 
@@ -458,7 +497,7 @@ def tests_of(area: str) -> list[Path]:
     fitting = (f for p in AREAS[area] for f in files if fnmatch.fnmatch(f.relative_to(TESTS).as_posix(), p))
     found = list(dict.fromkeys(fitting))
     if not found:
-        raise SystemExit(f"no test file fits the patterns of {area!r}: mend AREAS")
+        raise SystemExit(f"no test file fits the patterns of {area!r}: correct AREAS")
     return found
 
 
@@ -467,6 +506,9 @@ def run_tests(mutant: Mutant | None, files: Sequence[Path], limit: float = 1200.
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
         copy = Path(folder, "src")
         shutil.copytree(PACKAGE, copy / "cutlayer")
+        shutil.copytree(
+            ROOT / "docs", Path(folder, "docs"), ignore=shutil.ignore_patterns("*.png")
+        )  # beside src, as here
         if mutant is not None:
             path, text = mutated(mutant, copy / "cutlayer")
             path.write_text(text)
@@ -478,7 +520,8 @@ def run_tests(mutant: Mutant | None, files: Sequence[Path], limit: float = 1200.
         }
         command = [
             *(sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--timeout", "120", "-k", KEYWORDS),
-            *("-o", f"pythonpath={copy}", "--hypothesis-seed", "0", "--basetemp", str(Path(folder, "tmp"))),
+            *("-o", f"pythonpath={' '.join([str(copy), *import_folders()])}", "--hypothesis-seed", "0"),
+            *("--basetemp", str(Path(folder, "tmp"))),
             *map(str, dict.fromkeys(files)),
         ]
         started = time.monotonic()
@@ -499,6 +542,13 @@ def run_tests(mutant: Mutant | None, files: Sequence[Path], limit: float = 1200.
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
     return {"outcome": outcome, "seconds": round(time.monotonic() - started, 1), "by": by}
+
+
+def import_folders() -> list[str]:
+    """The folders that tests import from, as pytest is configured."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
+    folders: list[str] = settings["pythonpath"]
+    return folders
 
 
 def failures(output: str) -> Iterator[str]:

@@ -34,6 +34,12 @@ def column(rows: tuple[torch.Tensor, ...]) -> list[float]:
     return rows[0].flatten().tolist()
 
 
+def test_a_server_that_steers_each_client_shares_nothing() -> None:
+    steering = Sglr(phi=0.5, alpha=2.0).without_sharing()
+    assert steering == Sglr(phi=0.0, alpha=2.0)
+    assert not steering.shares_gradients
+
+
 def test_own_gradients_are_of_the_own_mean_loss() -> None:
     gradient = (torch.tensor(UNION).view(6, 1),)
     assert column(own(gradient, smashed()).own) == OWN

@@ -316,6 +316,17 @@ def test_the_u_shape_by_hand(tmp_path: Path) -> None:
     assert result.server_joules == pytest.approx(30.0 * 5 * (middle + middle_back) / 1e4, rel=1e-12)
 
 
+def test_a_clock_taken_up_again_reads_the_same() -> None:
+    """Also that client 0, which takes part, waits until its message has come."""
+    clock, again = two([10.0, 10.0]), two([10.0, 10.0])
+    clock.begin([0])
+    clock.compute(np.array([10.0, 0.0]))
+    clock.upload(np.array([1e6, 0.0]))
+    again.load(clock.state())
+    assert clock.read().clients.waiting > 0
+    assert again.read() == clock.read()
+
+
 def test_a_narrow_server_and_multicast() -> None:
     clock = two([10.0, 10.0], server_rate=1e6)
     clock.begin([0, 1])
@@ -473,6 +484,17 @@ def test_bad_fleets(options: dict[str, Any], words: list[str]) -> None:
     with pytest.raises(ConfigError) as error:
         Run(rounds=1, **SMALL, **options)
     assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize(("fraction", "slow"), [(0.0, 0), (0.25, 1), (0.4, 2), (1.0, 4)])
+def test_stragglers_by_hand(fraction: float, slow: int) -> None:
+    """Of four clients, the nearest number is five times as slow as the others, in computing and on the link."""
+    config = RunConfig(**SMALL, client_device="raspberry-pi-4", link="lte", straggler_slowdown=5.0, stragglers=fraction)
+    usual, found = fleet(config.model_copy(update={"stragglers": 0.0}), 4), fleet(config, 4)
+    assert usual is not None
+    assert found is not None
+    for values, normal in ((found.speeds, usual.speeds), (found.up, usual.up), (found.down, usual.down)):
+        assert sorted(values / normal) == pytest.approx([0.2] * slow + [1.0] * (4 - slow))
 
 
 def test_lora_warns() -> None:

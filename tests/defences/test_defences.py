@@ -18,6 +18,7 @@ from test_remote import OWN, SMALL, remote, same
 from cutlayer import ConfigError, Run, defences
 from cutlayer.build import assemble
 from cutlayer.defences import Defences
+from cutlayer.defences.defended import DefendedCohort
 from cutlayer.defences.feature_dropout import FeatureDropout
 from cutlayer.defences.noise import Noise
 from cutlayer.defences.nopeek import NoPeek, distance_correlation
@@ -299,6 +300,24 @@ def test_defences_where_all_clients_are_one() -> None:
     union, local = (Run(RunConfig.of({**options, "engine": e})) for e in ("auto", "local"))
     assert union.training.engine == "union"
     assert [r.loss for r in union] == pytest.approx([r.loss for r in local], rel=1e-9)
+
+
+def test_every_part_of_an_evaluation_draws_anew() -> None:
+    """Two models, held-out samples in two parts, of which the second begins at number 3."""
+    rows, sent = (torch.zeros(6, 50),), []
+    defence = protection(seed=3, clip=1.0, gaussian=1.0)
+
+    class Inner:
+        samples = (1, 1)
+
+        def evaluate(self, samples: Any, predict: Any) -> None:
+            predict((0, 1), rows)
+            predict((0, 1), rows)
+
+    inner: Any = Inner()
+    DefendedCohort(inner, [], defence).evaluate(inner, lambda clients, seen: sent.append(seen) or seen)
+    for start, found in zip((0, 3), sent, strict=True):
+        assert torch.equal(found[0], defence.evaluation(rows, (0, 1), start)[0])
 
 
 @pytest.mark.parametrize(

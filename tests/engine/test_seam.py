@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import batches_of, client_state, conv, difference, make, mlp, samples, source, train
+from support import batches_of, client_state, conv, difference, made, make, mlp, samples, source, train
 from torch import nn
 
 from cutlayer import NonFiniteError, Run, Samples, Source, plugins
@@ -19,11 +19,12 @@ from cutlayer.cohort import draw_participants
 from cutlayer.costs.ledger import Ledger, MeteredCohort
 from cutlayer.data.batches import Batches
 from cutlayer.engine.local import LocalCohort
-from cutlayer.engine.simulated import Clients
+from cutlayer.engine.simulated import Clients, model_bytes
 from cutlayer.gradients import own
 from cutlayer.models import cut
 from cutlayer.optim import make_optimizer
-from cutlayer.types import CutGradients, Smashed, aligned
+from cutlayer.scoring import judged
+from cutlayer.types import CutGradients, Round, Smashed, aligned
 
 sizes_of_clients = st.lists(st.integers(1, 23), min_size=1, max_size=6)
 
@@ -213,6 +214,19 @@ def test_bytes_of_fedavg_with_sampling() -> None:
     assert run.training.ledger.total("down") == (6 * 2 + fetched) * 164 * 8
 
 
+def test_bytes_of_averaging_with_sampling() -> None:
+    """Who missed an averaging fetches the model once, before the first of the round's two steps."""
+    run = train("sfl", make(mlp), [8, 8, 8, 8], (6,), cut="0", rounds=6, participation=0.5)
+    stale: set[int] = set()
+    fetched = 0
+    for index in range(6):
+        drawn = set(draw_participants(0, index, 4, 0.5))
+        fetched += len(drawn & stale)
+        stale = set(range(4)) - drawn
+    assert fetched > 0
+    assert run.training.ledger.total("down", kind="models") == (6 * 2 + fetched) * 448
+
+
 @pytest.mark.parametrize(("turns", "moves"), [("epoch", 2 + 3), ("batch", 2 + 3)])
 def test_bytes_of_hand_over(turns: str, moves: int) -> None:
     """One batch each: two hand-overs in round one (the first client has its model), three in round two."""
@@ -230,6 +244,13 @@ def test_who_is_through_is_not_visited_again() -> None:
     assert run.training.clients.holder == 1
 
 
+def test_random_visits_differ_from_round_to_round() -> None:
+    tour = made("ssl", visit_order="random", hand_over="epoch")
+    orders = [tuple(tour.visits(Round(index, 9, tuple(range(5)), (1,) * 5, 0))) for index in range(9)]  # type: ignore[attr-defined]
+    assert all(sorted(order) == list(range(5)) for order in orders)
+    assert len(set(orders)) > 5
+
+
 def test_bytes_of_handing_over_the_optimizer() -> None:
     """Momentum: one number per parameter more. Clients 1 and 2 get client 0's and 1's, who have stepped."""
     more: dict[str, Any] = {"client_optimizer_options": {"momentum": 0.9}, "hand_over_optimizer": True}
@@ -244,6 +265,11 @@ def test_bytes_of_the_u_shape() -> None:
     assert ledger.total("up", kind="cut gradients") == ledger.total("down", kind="cut gradients") == 640
     assert ledger.total("up", kind="evaluation") == 24 * 64  # who holds the model, no labels
     assert ledger.total("down", kind="evaluation") == 24 * 64
+
+
+def test_tied_weights_cross_once() -> None:
+    layer = nn.Linear(4, 4, bias=False)
+    assert model_bytes(nn.Sequential(layer, nn.ReLU(), layer)) == 16 * 4
 
 
 def test_bytes_of_central() -> None:
@@ -346,6 +372,13 @@ def test_evaluation_is_the_mean_over_client_models() -> None:
     assert len(set(accuracies)) > 1
     assert run.evaluations[-1].test_accuracy == pytest.approx(sum(accuracies) / 3)
     assert run.evaluations[-1].test_accuracy_worst == pytest.approx(min(accuracies))
+
+
+def test_evaluated_clients_are_drawn() -> None:
+    drawn = [judged(10, 3, seed) for seed in range(20)]
+    assert all(len(set(some)) == 3 and some == sorted(some) for some in drawn)
+    assert {k for some in drawn for k in some} == set(range(10))
+    assert drawn[4] == judged(10, 3, 4)
 
 
 def test_evaluation_leaves_training_alone() -> None:

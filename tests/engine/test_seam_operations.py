@@ -17,6 +17,7 @@ from cutlayer import ConfigError
 from cutlayer.algorithms import Algorithm, algorithm
 from cutlayer.algorithms.common import Scaled, report, sample_weights
 from cutlayer.cohort import Cohort
+from cutlayer.errors import CutlayerWarning
 from cutlayer.gradients import own
 from cutlayer.models.auxiliary import PooledHead
 from cutlayer.optim import make_optimizer
@@ -148,6 +149,14 @@ def test_a_penalty_needs_the_servers_gradient() -> None:
         train(LocalLoss, make(mlp), [8, 8], (6,), cut="2", nopeek=1.0)
 
 
+def test_an_engine_that_lacks_a_verb_is_refused_or_not_chosen() -> None:
+    with pytest.raises(ConfigError, match=r"engine = 'stacked' cannot run .*, which needs learn"):
+        train(LocalLoss, make(mlp), [8, 8], (6,), cut="2", engine="stacked")
+    with pytest.warns(CutlayerWarning, match="it needs learn, which the stacked engine cannot do"):
+        run = train(LocalLoss, make(mlp), [8, 8], (6,), cut="2", engine="auto")
+    assert run.training.engine == "local"
+
+
 def test_virtual_time_of_local_steps() -> None:
     """Every client computes all its batches, whether they are uploaded or not; fewer uploads take less time."""
     fleet: dict[str, Any] = {"client_device": "raspberry-pi-4", "link": "lte"}
@@ -200,12 +209,22 @@ def test_running_statistics_are_used_and_kept() -> None:
     assert not torch.equal(server.model.state_dict()["layers.0.running_mean"], before["layers.0.running_mean"])
 
 
-def test_a_step_on_made_up_rows_is_a_step() -> None:
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_a_step_on_made_up_rows_is_a_step(factor: float) -> None:
     a, b = server_of(), server_of()
-    a.step(sent())
-    loss = b.step_on(sent().rows, sent().labels)
+    a.step(sent(), factor)
+    loss = b.step_on(sent().rows, sent().labels, factor)
     assert difference(a.model.state_dict(), b.model.state_dict()) == 0.0
     assert float(loss) == pytest.approx(float(server_of().gradients(sent()).means[0]), rel=1e-12)
+
+
+@pytest.mark.parametrize("sizes", [(3, 3, 3), (5, 4)])
+def test_mean_losses_of_all_rows_and_of_each_clients(sizes: tuple[int, ...]) -> None:
+    rows = replace(sent(), clients=tuple(range(len(sizes))), sizes=sizes)
+    server = server_of()
+    losses = functional.cross_entropy(copy.deepcopy(server.model)(rows.rows), rows.labels, reduction="none")
+    expected = [losses.mean(), *(part.mean() for part in losses.split(list(sizes)))]
+    assert torch.allclose(server.step(rows).means, torch.stack(expected).detach(), rtol=1e-12)
 
 
 def test_a_loss_of_ones_own() -> None:

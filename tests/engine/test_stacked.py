@@ -211,6 +211,10 @@ def test_one_union_step(algorithm: str, options: dict[str, Any], name: str, size
         ({"model": "resnet16"}, "stacked"),  # mixes rows (batch normalisation)
         ({"start": "independent"}, "stacked"),
         ({"engine": "stacked"}, "stacked"),
+        ({"algorithm": "sfl", "average_every": "step"}, "union"),
+        ({"algorithm": "sfl", "average_every": "round", "local_steps": 2}, "stacked"),
+        ({"algorithm": "sflv1"}, "union"),
+        ({"algorithm": "sflv1", "server_optimizer": "adam"}, "stacked"),
     ],
 )
 def test_a_union_step_only_where_it_is_exact(options: dict[str, Any], engine: str) -> None:
