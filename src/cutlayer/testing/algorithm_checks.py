@@ -17,6 +17,7 @@ from cutlayer.build import Training
 from cutlayer.cohort import Cohort, Direction
 from cutlayer.costs.expect import Workload, expect
 from cutlayer.data.batches import Batches
+from cutlayer.errors import ConfigError
 from cutlayer.files import read_records
 from cutlayer.folder import CHECKPOINT, EVALUATIONS, STEPS
 from cutlayer.run import Run, rate_factors
@@ -83,15 +84,20 @@ def _check_verbs_and_bytes(candidate: Candidate) -> None:
 
 
 def recorded(training: Training) -> tuple[Recording, RecordedServer]:
-    """Train, round after round, past the run's own loop."""
+    """Train, round after round, past the run's own loop, until a verb is refused that the algorithm does not need."""
     t = training
     clients, server = Recording(t.clients), RecordedServer(t.server)
     for index in range(t.rounds):
         factor, t.server.lr_factor = rate_factors(t, index)
         this = t.clients.begin_round(index, t.rounds, factor)
         clients.began(this.clients)
-        for _ in t.algorithm.round(t.server, cast(Cohort, clients), this):
-            pass
+        try:
+            for _ in t.algorithm.round(t.server, cast(Cohort, clients), this):
+                pass
+        except ConfigError:
+            if not (clients.used & VERBS) - t.algorithm.traits.needs:
+                raise
+            break
     return clients, server
 
 
