@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import call
 
 from cutlayer import Comparison, Run, plugins
-from cutlayer.errors import ConfigError
+from cutlayer.errors import ConfigError, CutlayerWarning
 from cutlayer.options import CompareConfig
 
 OWN = """
@@ -87,6 +88,17 @@ def test_resume_knows_the_options_of_the_run(place: Path) -> None:
     call("run", *SMALL, "--algorithm", "own.py:Words", "--out", "run")
     call("resume", "run", "--order", "fixed")
     assert "made with order = 'fixed', not 'random'" in call("resume", "run", "--order", "random", code=2).stderr
+
+
+def test_a_changed_file_is_said_when_a_run_is_resumed(place: Path) -> None:
+    options: dict[str, Any] = {"model": "mlp", "clients": 2, "rounds": 2, "samples_per_client": 8}
+    run = Run(algorithm="own.py:Words", out="run", **options)
+    for record in run:
+        if record.round == 1:  # the checkpoint of the first round is written
+            break
+    (place / "own.py").write_text(OWN + "# changed\n")
+    with pytest.warns(CutlayerWarning, match="the file of 'own.py:Words' has changed since the checkpoint"):
+        Run.resume("run").run()
 
 
 def test_no_option_has_the_name_of_one_of_all_runs(place: Path) -> None:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Unpack
 
-from cutlayer import checkpoint
+from cutlayer import checkpoint, plugins
 from cutlayer.build import Data, Model, Training, assemble, by_name
 from cutlayer.costs.measured import Meter
-from cutlayer.errors import ConfigError, NonFiniteError, RunFolderError, UsageError
+from cutlayer.errors import ConfigError, CutlayerWarning, NonFiniteError, RunFolderError, UsageError
 from cutlayer.folder import (
     ALGORITHM,
     CHECKPOINT,
@@ -376,6 +377,7 @@ class Run:
         return {
             "config": self.config.resolved(),
             "fingerprint": fingerprint(self.training),
+            "code": digests(self.config),
             "rounds": rounds,
             "steps": self._step,
             "samples": self._samples,
@@ -401,6 +403,13 @@ class Run:
                 f"the run in {str(folder.path)!r} was made with another {' and '.join(different)} than now: give what "
                 "it was made with, or start a new run in another folder"
             )
+        for name, digest in digests(self.config).items():
+            if digest != state.get("code", {}).get(name, digest):
+                warnings.warn(
+                    f"the file of {name!r} has changed since the checkpoint: the run continues with the new code",
+                    CutlayerWarning,
+                    stacklevel=2,
+                )
         try:
             self._start_round, self._step = state["rounds"], state["steps"]
             self._samples, self._seconds = state["samples"], state["seconds"]
@@ -453,6 +462,12 @@ def fingerprint(training: Training) -> dict[str, str]:
     data = (tuple(train.x.shape), train.x.double().sum().item(), training.counts.tolist())
     digest = hashlib.sha256(repr((data, train.y.tolist())).encode()).hexdigest()
     return {"model": repr(shapes), "data set": digest, "engine": training.engine}
+
+
+def digests(config: RunConfig) -> dict[str, str]:
+    """Digests of the files of the user's own things that a run chooses, by their names."""
+    found = {entry.name: plugins.fingerprint(entry.kind, entry.name) for entry in config.chosen()}
+    return {name: digest for name, digest in found.items() if digest}
 
 
 def _merged(config: RunConfig | None, options: dict[str, Any]) -> RunConfig:
