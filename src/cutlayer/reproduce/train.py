@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import NoReturn
 
 from cutlayer.errors import CutlayerError, CutlayerWarning, NonFiniteError, TrainingError
 from cutlayer.files import replace_file
@@ -150,8 +151,14 @@ def _work(pipe: Connection, out: Path, threads: int) -> None:
         time.sleep(_PATIENCE)
         os._exit(1)
 
+    ending = threading.Event()
+
+    def end(*_: object) -> NoReturn:
+        ending.set()
+        sys.exit(1)
+
     # An orderly end gives back what libraries hold in the system, such as semaphores.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    signal.signal(signal.SIGTERM, end)
     threading.Thread(target=watch, daemon=True).start()
     import torch
 
@@ -167,7 +174,11 @@ def _work(pipe: Connection, out: Path, threads: int) -> None:
             return
         try:
             _one(out, *job)
-        except CutlayerError as error:
+        except Exception as error:
+            if ending.is_set():  # a library has made another exception of the one that ends this process
+                sys.exit(1)
+            if not isinstance(error, CutlayerError):
+                raise
             pipe.send(error)
         else:
             pipe.send(None)
