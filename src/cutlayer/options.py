@@ -675,14 +675,21 @@ def overlaid(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]
     return {**{k: v for k, v in base.items() if k not in gone}, **over}
 
 
-_NAMED = {
+NAMING = {
     "algorithm": "algorithm",
     "algorithms": "algorithm",
+    "model": "model",
+    "data": "data",
+    "data_format": "format",
     "partition": "partition",
     "lr_schedule": "schedule",
     "server_lr_schedule": "schedule",
+    "up_codec": "codec",
+    "down_codec": "codec",
     "defences": "defence",
 }
+"""Options that name things, and of which kind."""
+_OBJECTS = {"algorithm", "partition", "schedule", "defence"}  # kinds that may be given as objects of Python
 
 
 def by_reference(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -695,8 +702,8 @@ def by_reference(values: Mapping[str, Any]) -> dict[str, Any]:
         if name == "variant" and isinstance(value, Mapping):
             named[name] = {k: by_reference(v) if isinstance(v, Mapping) else v for k, v in value.items()}
             continue
-        kind = _NAMED.get(name)
-        if kind is None or value is None or isinstance(value, str):
+        kind = NAMING.get(name, "")
+        if kind not in _OBJECTS or value is None or isinstance(value, str):
             named[name] = value
             continue
         several = isinstance(value, tuple | list)

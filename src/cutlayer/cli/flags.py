@@ -24,6 +24,7 @@ from cutlayer.options import (
     DEFENCES,
     GROUPS,
     MODEL,
+    NAMING,
     TRAINING,
     CommonConfig,
     PlanConfig,
@@ -36,17 +37,7 @@ _STAR = Parameter(name="*")
 OWN = "Options of single algorithms"
 _GROUPS = {name or OWN: Group(name or OWN, sort_key=i) for i, name in enumerate(GROUPS)}
 # Which options name things, of which kind; several things of a kind can be named.
-_NAMING = {
-    "algorithm": "algorithm",
-    "algorithms": "algorithm",
-    "partition": "partition",
-    "lr_schedule": "schedule",
-    "server_lr_schedule": "schedule",
-    "model": "model",
-    "data": "data",
-    "data_format": "format",
-    "defences": "defence",
-}
+_NAMING = {option: kind for option, kind in NAMING.items() if plugins.KINDS[kind].flat}
 _PLACES = {"algorithm": OWN, "partition": CLIENTS, "schedule": TRAINING, "model": MODEL, "data": DATA, "format": DATA}
 _PLACES["defence"] = DEFENCES
 _PREFIXES = {"partition": "partition {}", "schedule": "schedule {}", "model": "model {}", "format": "format {}"}

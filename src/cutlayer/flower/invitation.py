@@ -12,21 +12,10 @@ from flwr.app import ConfigRecord, Context, MetricRecord, RecordDict
 
 from cutlayer import plugins
 from cutlayer.errors import ConfigError, WireError
-from cutlayer.options import RunConfig, normalised
+from cutlayer.options import NAMING, RunConfig, normalised
 
 _INVITATION, _END, _WORK = "cutlayer-invitation", "cutlayer-end", "cutlayer-work"
-_CODE = {
-    "algorithm": "algorithm",
-    "model": "model",
-    "data": "data",
-    "data_format": "format",
-    "partition": "partition",
-    "lr_schedule": "schedule",
-    "server_lr_schedule": "schedule",
-    "up_codec": "codec",
-    "down_codec": "codec",
-    "defences": "defence",
-}
+_CODE = {option: kind for option, kind in NAMING.items() if option != "algorithms"}  # a run has one
 """Options that name things, and of which kind: what is imported for them is named by the node itself, or built in."""
 _OF_THE_NODE = ("device", *_CODE)
 
