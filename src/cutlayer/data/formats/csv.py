@@ -8,10 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from cutlayer.data.formats.reader import Format, data_format
+from cutlayer.data.formats.reader import Columns, data_format
 from cutlayer.data.unsplit import Array, Raw, Section, pick
 from cutlayer.errors import DataError
-from cutlayer.plugins import option
 
 
 @data_format(
@@ -19,13 +18,8 @@ from cutlayer.plugins import option
     title="CSV",
     summary="a .csv file of numeric features with a label column",
 )
-class Csv(Format):
+class Csv(Columns):
     """A table: numeric columns, a label, and perhaps an owner."""
-
-    label_column: str = option("label")
-    """The label's column (CSV, Hugging Face)."""
-    client_column: str | None = option(None)
-    """The column that says whose sample a row is (CSV, Hugging Face), for the partition `column`."""
 
     @classmethod
     def fits(cls, path: Path) -> bool:

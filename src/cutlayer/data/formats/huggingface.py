@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cutlayer.data.formats._pictures import stack_pictures
-from cutlayer.data.formats.reader import Format, data_format
+from cutlayer.data.formats.reader import Columns, data_format
 from cutlayer.data.unsplit import SPLITS, Array, Raw, Section, pick
 from cutlayer.errors import DataError
-from cutlayer.plugins import option
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -24,13 +23,8 @@ if TYPE_CHECKING:
     title="Hugging Face",
     summary="a folder written by datasets.save_to_disk, or holding parquet files",
 )
-class Huggingface(Format):
+class Huggingface(Columns):
     """A folder written by `save_to_disk`, or a parquet file or a folder of them."""
-
-    label_column: str = option("label")
-    """The label's column (CSV, Hugging Face)."""
-    client_column: str | None = option(None)
-    """The column that says whose sample a row is (CSV, Hugging Face), for the partition `column`."""
 
     @classmethod
     def fits(cls, path: Path) -> bool:

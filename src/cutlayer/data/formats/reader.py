@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cutlayer.plugins import Thing, register
+from cutlayer.plugins import Thing, option, register
 
 R = TypeVar("R", bound="Format")
 
@@ -27,6 +27,15 @@ class Format(Thing):
     @abstractmethod
     def read(self, path: Path) -> Any:
         """A `Raw`; or anything else that a function given to `sources.load` may return, such as (x, y)."""
+
+
+class Columns(Format):
+    """Base of formats whose columns have names: one is the label, and one may say whose sample a row is."""
+
+    label_column: str = option("label")
+    """The label's column (CSV, Hugging Face)."""
+    client_column: str | None = option(None)
+    """The column that says whose sample a row is (CSV, Hugging Face), for the partition `column`."""
 
 
 def data_format(name: str, *, title: str, summary: str, asked_first: bool = False) -> Callable[[type[R]], type[R]]:
