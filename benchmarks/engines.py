@@ -281,14 +281,16 @@ def memory_of(name: str, model: str, algorithm: str, clients: str, batch: str) -
     thunk = contestants(Workload(model, algorithm, int(clients), int(batch)))[name]()
     thunk()
     thunk()
-    (peak,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    (peak,) = (
+        line for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM")
+    )
     print(int(peak.split()[1]) // 1024)
 
 
 def processor() -> str:
     """The processor's name, where the system tells."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, one thread"
 

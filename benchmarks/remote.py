@@ -234,7 +234,7 @@ def shown(pki: Path, client: int) -> ClientSecurity:
 
 def resident() -> tuple[int, int]:
     """(now, at most so far) bytes of this process in memory."""
-    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
     return int(lines["VmRSS"].split()[0]) * 1024, int(lines["VmHWM"].split()[0]) * 1024
 
 
@@ -282,7 +282,9 @@ class Contestant:
 
     def processor_seconds(self) -> float:
         """What all its processes together have computed so far."""
-        fields = [Path(f"/proc/{p.pid}/stat").read_text().rsplit(")")[-1].split() for p in self._processes]
+        fields = [
+            Path(f"/proc/{p.pid}/stat").read_text(encoding="utf-8").rsplit(")")[-1].split() for p in self._processes
+        ]
         return sum(int(f[11]) + int(f[12]) for f in fields) / os.sysconf("SC_CLK_TCK")
 
     def close(self) -> None:
@@ -476,7 +478,7 @@ def training(pki: Path, processes: int) -> dict[str, Any]:
 def processor() -> str:
     """The processor's name, where the system tells."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
 

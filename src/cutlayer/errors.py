@@ -9,6 +9,7 @@ CutlayerError
 │   └── RefusedError        one side of a connection does not take the other
 ├── NetworkError            the other side of a connection cannot be reached any more (exit code 1)
 ├── DistrustError           the server's gradients are not those of the task, says a client's watch (exit code 1)
+├── DiskFullError           a disk is full (exit code 3)
 ├── WireError               a message is malformed, too large, of another protocol, or not expected now
 └── TrainingError           training cannot go on (exit code 1)
     └── NonFiniteError      NaN or Inf in a loss or a gradient
@@ -71,6 +72,12 @@ class NetworkError(CutlayerError):
 
 class DistrustError(CutlayerError):
     """A client's watch says that the server's gradients are not those of the task, and the client was told to leave."""
+
+
+class DiskFullError(CutlayerError):
+    """A disk is full, or a quota is used up. What was being written is removed; what was there before remains."""
+
+    exit_code = 3
 
 
 class WireError(CutlayerError):

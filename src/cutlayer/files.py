@@ -2,35 +2,88 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cutlayer.errors import RunFolderError
+from cutlayer.errors import CutlayerError, DiskFullError, RunFolderError
+
+CONFIG, EVENTS = "config.toml", "events.jsonl"
+"""The file that makes a folder that of a run, and the one that only a run with clients on other machines has."""
 
 
 def replace_file(path: Path, content: bytes) -> None:
     """Put `content` at `path` atomically: a reader sees the old file or the new one, also after a power cut.
 
-    Raises RunFolderError where the folder cannot be written to.
+    Raises DiskFullError, or RunFolderError where the folder cannot be written to; then nothing is left of `content`.
     """
     fresh = path.with_name(f".{path.name}.new")
     try:
-        with fresh.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(fresh, path)
+        try:
+            _write(fresh, content)
+            os.replace(fresh, path)
+        except BaseException:
+            fresh.unlink(missing_ok=True)
+            raise
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
     except OSError as error:
-        raise RunFolderError(f"cannot write {str(path)!r}: {error.strerror}; make the folder writable") from None
+        raise unwritable(path, error) from None
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a new file and have the system put it on disk."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a text file. Raises DiskFullError or RunFolderError where it cannot."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(f"{line}\n")
+    except OSError as error:
+        raise unwritable(path, error) from None
+
+
+def is_full(error: OSError) -> bool:
+    """Whether a disk is full, or a quota used up."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def unwritable(path: Path, error: OSError, remedy: str = "make the folder writable") -> CutlayerError:
+    """What to raise for an error while `path` was written: a DiskFullError, or a RunFolderError with the `remedy`."""
+    if not is_full(error):
+        return RunFolderError(f"cannot write {str(path)!r}: {error.strerror}; {remedy}")
+    run = next((folder for folder in path.absolute().parents if (folder / CONFIG).is_file()), None)
+    resumed = run is not None and not (run / EVENTS).is_file()
+    then = f"go on with `cutlayer resume {_shown(run)}`" if run and resumed else "start the same command again"
+    return DiskFullError(
+        f"cannot write {str(path)!r}: {_disk(path)} is full ({error.strerror}); make room, then {then}"
+    )
+
+
+def _shown(folder: Path) -> Path:
+    """The folder as one would type it here."""
+    here = Path.cwd()
+    return folder.relative_to(here) if folder.is_relative_to(here) else folder
+
+
+def _disk(path: Path) -> str:
+    """The disk that holds `path`, by its mount point, and what is free on it."""
+    folders = [folder for folder in path.absolute().parents if folder.is_dir()]
+    mount = next(folder for folder in folders if os.path.ismount(folder))
+    return f"the disk at {str(mount)!r}, with {shutil.disk_usage(folders[0]).free} bytes free,"
 
 
 def finite_or_null(value: Any) -> Any:
@@ -47,7 +100,7 @@ def read_json(path: Path) -> Any:
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise RunFolderError(f"{str(path)!r} is damaged ({error}): restore it, or run anew in another folder") from None
 
@@ -59,7 +112,7 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
     """
     if not path.exists():
         return
-    with path.open() as file:
+    with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             if line.endswith("\n"):
                 try:

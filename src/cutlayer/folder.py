@@ -15,19 +15,22 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self, TextIO
 
 import tomli_w
 
-from cutlayer.errors import RunFolderError
-from cutlayer.files import replace_file
+from cutlayer.errors import CutlayerError, RunFolderError
+from cutlayer.files import CONFIG as CONFIG
+from cutlayer.files import EVENTS as EVENTS
+from cutlayer.files import replace_file, unwritable
 from cutlayer.options import read_toml
 
-CONFIG, STEPS, EVALUATIONS = "config.toml", "steps.jsonl", "evaluations.jsonl"
+STEPS, EVALUATIONS = "steps.jsonl", "evaluations.jsonl"
 ALGORITHM, CLASSES = "algorithm.json", "classes.json"
-EVENTS, SNAPSHOTS = "events.jsonl", "snapshots"
+SNAPSHOTS = "snapshots"
 CHECKPOINT, RESULT, COMPARISON = "checkpoint.safetensors", "result.json", "comparison.json"
 CURVES, CLASS_COUNTS, PAGE = "curves.png", "classes.png", "report.html"
 OWN_FILES = (
@@ -57,14 +60,16 @@ class Folder:
 
     @classmethod
     def create(cls, path: Path, config: Mapping[str, Any]) -> Self:
-        """Make the folder with its configuration. Raises RunFolderError where it is in use or holds something."""
+        """Make the folder with its configuration. Raises RunFolderError where it is in use or holds something, and
+        DiskFullError.
+        """
         refuse_used(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
             folder = cls(path, locked(path))
             folder.write_text(CONFIG, tomli_w.dumps(dict(config)))
         except OSError as error:
-            raise RunFolderError(f"cannot write to {str(path)!r}: {error.strerror}; choose another --out") from None
+            raise unwritable(path, error, "choose another --out") from None
         return folder
 
     @classmethod
@@ -75,38 +80,49 @@ class Folder:
         try:
             return cls(path, locked(path))
         except OSError as error:
-            raise RunFolderError(f"cannot write to {str(path)!r}: {error.strerror}; make it writable") from None
+            raise unwritable(path, error, "make it writable") from None
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            self.close()
+        except CutlayerError:
+            if kind is None:  # otherwise what happened first is what counts
+                raise
 
     def close(self) -> None:
-        """Close all files and release the lock."""
-        for file in self._files.values():
-            file.close()
-        self._files.clear()
-        self._lock.close()
+        """Close all files and release the lock. Raises DiskFullError where the last records find no room."""
+        try:
+            for name in list(self._files):
+                with self._writing(name):
+                    self._files.pop(name).close()
+        finally:
+            self._lock.close()
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
-        """Add a line of JSON to `name`. Raises RunFolderError where it can't (a full disk)."""
-        try:
+        """Add a line of JSON to `name`. Raises DiskFullError or RunFolderError where it cannot."""
+        with self._writing(name):
             if name not in self._files:
-                self._files[name] = (self.path / name).open("a")
+                self._files[name] = (self.path / name).open("a", encoding="utf-8")
             self._files[name].write(json.dumps(record) + "\n")
-        except OSError as error:
-            raise RunFolderError(
-                f"cannot write to {str(self.path / name)!r}: {error.strerror}; make room, then resume the run"
-            ) from None
 
     def offsets(self) -> dict[str, int]:
         """Bytes in each record file, all of them on disk."""
-        for file in self._files.values():
-            file.flush()
-            os.fsync(file.fileno())
+        for name, file in self._files.items():
+            with self._writing(name):
+                file.flush()
+                os.fsync(file.fileno())
         return {n: (self.path / n).stat().st_size for n in (STEPS, EVALUATIONS) if (self.path / n).exists()}
+
+    @contextmanager
+    def _writing(self, name: str) -> Iterator[None]:
+        """Turn an error of the file system while `name` is written into a sentence."""
+        try:
+            yield
+        except OSError as error:
+            raise unwritable(self.path / name, error) from None
 
     def truncate(self, offsets: Mapping[str, int]) -> None:
         """Forget the records written after `offsets` were taken."""
@@ -129,7 +145,7 @@ def refuse_used(path: Path) -> None:
         raise RunFolderError(f"{str(path)!r} is a file: choose another --out")
     held = {inside.name for inside in path.iterdir()} if path.is_dir() else set[str]()
     if (path / LOCK).is_file():
-        with (path / LOCK).open() as lock:
+        with (path / LOCK).open(encoding="utf-8") as lock:
             _lock(path, lock)  # says who holds it, if somebody does
     if held - {LOCK, f".{CONFIG}.new"}:  # these two alone: a run that was killed before it began
         go_on = f", or `cutlayer resume {path}` to finish that run" if CONFIG in held else ""
@@ -145,7 +161,7 @@ def stored_config(path: Path) -> dict[str, Any]:
 
 def locked(path: Path) -> TextIO:
     """The folder's lock file, locked. Raises RunFolderError where another process holds it."""
-    lock = (path / LOCK).open("a+")
+    lock = (path / LOCK).open("a+", encoding="utf-8")
     try:
         _lock(path, lock)
     except RunFolderError:

@@ -479,7 +479,7 @@ def write_index() -> Path:
     """Write `index.json` from what the files register."""
     things = [entry.as_json() for kind in scan().values() for entry in kind.values()]
     path = _PACKAGE / _INDEX
-    path.write_text(json.dumps({"digest": _digest(), "things": things}, indent=1) + "\n")
+    path.write_text(json.dumps({"digest": _digest(), "things": things}, indent=1) + "\n", encoding="utf-8")
     _index.cache_clear()
     return path
 

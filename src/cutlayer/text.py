@@ -18,7 +18,7 @@ def format_bytes(n: int) -> str:
     return f"{value:.{digits}f} {unit}"
 
 
-_PREFIXES = ("n", "µ", "m", "", "k", "M", "G", "T", "P", "E", "Z", "Y")
+_PREFIXES = ("n", "µ", "m", "", "k", "M", "G", "T", "P", "E", "Z", "Y")  # noqa: RUF001 (the micro sign is meant)
 
 
 def format_quantity(value: float, unit: str) -> str:

@@ -347,7 +347,7 @@ def test_npz_that_cannot_be_read(tmp_path: Path) -> None:
     refused(lambda: load(str(path)), "data.npz", "damaged")
     path.write_bytes(b"")
     refused(lambda: load(str(path)), "data.npz", "truncated")
-    path.write_text("hello, this is no archive")
+    path.write_text("hello, this is no archive", encoding="utf-8")
     refused(lambda: load(str(path)), "data.npz", "not an .npz archive")
     with path.open("wb") as file:
         np.save(file, ONES)

@@ -306,7 +306,7 @@ def test_a_node_imports_nothing_that_a_message_names(
     from cutlayer.flower.invitation import Invitation
 
     monkeypatch.chdir(tmp_path)
-    Path("marked.py").write_text("open('imported', 'w').close()\n")
+    Path("marked.py").write_text("open('imported', 'w').close()\n", encoding="utf-8")
     options = json.dumps({**_config().resolved(), name: value})
     invitation = Invitation("client-0", "host:1", "PEM", options, 60.0, "a secret")
     with pytest.raises(ConfigError, match=f"the server's {name} = .* which this node does not import"):

@@ -51,7 +51,7 @@ pytestmark = [
 def resident(pid: int) -> int:
     """Bytes of a process that are in memory; 0 where it has ended."""
     try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize()
+        return int(Path(f"/proc/{pid}/statm").read_text(encoding="utf-8").split()[1]) * resource.getpagesize()
     except (OSError, IndexError):
         return 0
 

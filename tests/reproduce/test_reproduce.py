@@ -512,7 +512,9 @@ def started(*argv: str, cwd: Path) -> Iterator[Process]:
 def children(process: int) -> list[int]:
     """The processes that `process` has started and that still are."""
     try:
-        return [int(pid) for pid in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+        return [
+            int(pid) for pid in Path(f"/proc/{process}/task/{process}/children").read_text(encoding="utf-8").split()
+        ]
     except FileNotFoundError:
         return []
 
@@ -524,7 +526,7 @@ def trainers(process: int) -> list[int]:
 
 def alive(process: int) -> bool:
     try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+        return Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] not in "ZX"
     except (FileNotFoundError, ProcessLookupError):
         return False
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from cyclopts import App, CycloptsError, UnusedCliTokensError
@@ -26,6 +28,7 @@ from cutlayer.cli.application import HELP
 from cutlayer.cli.flags import COMMANDS, flags_of, own_things
 from cutlayer.cli.printing import fail, show_warning
 from cutlayer.errors import CutlayerError
+from cutlayer.files import is_full, unwritable
 from cutlayer.options import CompareConfig, FaultConfig, PlanConfig, RunConfig
 from cutlayer.plugins import Entry, explain
 
@@ -44,6 +47,9 @@ def main() -> NoReturn:
     """Run the command line: one clear sentence on stderr and an exit code for everything that goes wrong."""
     keep_memory()
     warnings.showwarning = show_warning
+    for stream in (sys.stdout, sys.stderr):  # a terminal without Unicode shows ? where it lacks a character
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     words, own, missing = sys.argv[1:], list[Entry](), list[CutlayerError]()
     try:
         own, missing = own_things(words)
@@ -53,6 +59,11 @@ def main() -> NoReturn:
         fail(str(missing[0]) if missing else _flag_sentence(error, own), 2)
     except CutlayerError as error:
         fail(str(error), error.exit_code)
+    except OSError as error:
+        if not is_full(error):
+            raise
+        full = unwritable(Path(error.filename or "."), error)
+        fail(str(full), full.exit_code)
     except KeyboardInterrupt:
         fail("interrupted", 130)
     sys.exit(0)

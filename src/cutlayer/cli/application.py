@@ -16,7 +16,8 @@ Start with `cutlayer compare`: six algorithms on handwritten digits, ten clients
 can stand in a TOML file too (`--config`), under the same name with underscores; flags win over the file. The resolved
 configuration is stored with the run, and running from it reproduces the run.
 
-Exit codes: 0 done, 1 training failed, 2 wrong input (nothing was written), 130 interrupted (`cutlayer resume` goes on).
+Exit codes: 0 done, 1 training failed, 2 wrong input (nothing was written), 3 disk full, 130 interrupted (after 3 and
+130 `cutlayer resume` goes on).
 """
 out = Console()
 err = Console(stderr=True)

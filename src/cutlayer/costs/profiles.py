@@ -135,7 +135,7 @@ class Profiles(BaseModel):
         The user's file has tables [device.NAME], [device.NAME.rates] and [link.NAME] with the fields of `Device`,
         `Rates` and `Link`. Raises ConfigError for a file that cannot be read, is not TOML, or has an impossible figure.
         """
-        built_in = resources.files("cutlayer.costs").joinpath("profiles.toml").read_text()
+        built_in = resources.files("cutlayer.costs").joinpath("profiles.toml").read_text("utf-8")
         tables = [("the built-in profiles", tomllib.loads(built_in))]
         if own is not None:
             tables.append((repr(str(own)), _read(own)))
@@ -177,7 +177,7 @@ def _named(table: Mapping[str, Any], kind: str, where: str) -> list[tuple[str, M
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read the profiles {str(path)!r}: {error.strerror}; check the path") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -101,7 +101,7 @@ def _train(grid: Grid, config: RunConfig, hosting: Hosting, out: Path) -> None:
         serving = Serving(hosting.listen, security, hosting)
 
         def invite(port: int) -> None:
-            authority = ca.read_text()
+            authority = ca.read_text("utf-8")
             for secret in (ca, certificate, key, hashes):  # the server has read them, and nobody else is to
                 secret.unlink()
             options, address = json.dumps(config.resolved()), hosting.address(port)
@@ -131,7 +131,9 @@ def _make_secrets(folder: Path, hashes: Path, hosting: Hosting, tokens: Sequence
     make_certificate(folder, "server", "server", hosts=[hosting.host], days=days)
     authority.key.unlink()
     hashes.touch(mode=0o600)
-    hashes.write_text(tomli_w.dumps({client_name(k): hash_token(token) for k, token in enumerate(tokens)}))
+    hashes.write_text(
+        tomli_w.dumps({client_name(k): hash_token(token) for k, token in enumerate(tokens)}), encoding="utf-8"
+    )
 
 
 def _nodes(grid: Grid, needed: int, patience: float | None) -> list[int]:
@@ -203,7 +205,7 @@ def _work(invitation: Invitation, context: Context) -> Farewell:
     stop = threading.Event()
     with TemporaryDirectory(prefix="cutlayer-") as folder, _hearing(lambda *_: stop.set()):
         authority = Path(folder) / "ca.crt"
-        authority.write_text(invitation.authority)
+        authority.write_text(invitation.authority, encoding="utf-8")
         security = ClientSecurity(authority, token=invitation.token)
         reason = dial(invitation.address, security, worker, stop=stop, give_up_after=invitation.give_up_after)
     if reason == STOPPED:

@@ -107,7 +107,7 @@ def _secret(folder: Path | None) -> int:
         replace_file(path, f"{secrets.randbits(63)}\n".encode())
         path.chmod(0o600)
     try:
-        return int(path.read_text())
+        return int(path.read_text("utf-8"))
     except ValueError:
         raise RunFolderError(f"{str(path)!r} is damaged: remove it, and this client's defence draws anew") from None
 

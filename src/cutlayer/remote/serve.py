@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any
 
 from cutlayer.errors import TrainingError
+from cutlayer.files import append_line
 from cutlayer.folder import CHECKPOINT, CONFIG, EVENTS
 from cutlayer.options import FaultConfig, RunConfig
 from cutlayer.plugins import registered_name
@@ -151,8 +152,7 @@ class Service:
         """Log what has happened, and add it to the run's record."""
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         entry = {"time": now, "step": self.run.steps, "event": happened, **facts}
-        with (self.out / EVENTS).open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+        append_line(self.out / EVENTS, json.dumps(entry))
         worry = happened in ("late", "gone", "failed", "garbage", "excluded")
         log.log(logging.WARNING if worry else logging.INFO, "%s", _sentence(happened, facts), extra={"facts": entry})
 

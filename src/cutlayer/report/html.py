@@ -22,7 +22,7 @@ _CONVENTIONS = ("wire-unicast", "wire-broadcast", "paper")
 def render(report: Report, panels: list[bytes], classes: bytes) -> str:
     """The page with the three panels of curves and the picture of the classes in it."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(resources.files("cutlayer.report").joinpath("report.html.j2").read_text())
+    template = environment.from_string(resources.files("cutlayer.report").joinpath("report.html.j2").read_text("utf-8"))
     partition = shown_partition(report)
     return template.render(
         title=_title(report),

@@ -178,12 +178,14 @@ def _data(findings: Findings, size: str) -> dict[str, Any]:
 
 def _rendered(template: str, escape: bool, **content: Any) -> str:
     environment = Environment(autoescape=escape, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(resources.files("cutlayer.reproduce").joinpath(template).read_text()).render(content)
+    return environment.from_string(resources.files("cutlayer.reproduce").joinpath(template).read_text("utf-8")).render(
+        content
+    )
 
 
 def _style() -> str:
     """The style sheet of a run's page: one look for all."""
-    page = resources.files("cutlayer.report").joinpath("report.html.j2").read_text()
+    page = resources.files("cutlayer.report").joinpath("report.html.j2").read_text("utf-8")
     return page.partition("<style>")[2].partition("</style>")[0]
 
 

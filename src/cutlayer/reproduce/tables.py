@@ -304,4 +304,4 @@ def _by_clients(outcomes: Outcomes, name: str, title: str, head: str, rows: Rows
 @cache
 def paper() -> Any:
     """The numbers of the paper's tables, by the names of ours and their rows."""
-    return json.loads(resources.files("cutlayer.reproduce").joinpath("paper.json").read_text())
+    return json.loads(resources.files("cutlayer.reproduce").joinpath("paper.json").read_text("utf-8"))

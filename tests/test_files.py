@@ -1,0 +1,121 @@
+"""Small files: whole or not at all, on a full disk too, and in UTF-8 whatever the machine's encoding."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cutlayer.errors import DiskFullError, RunFolderError
+from cutlayer.files import append_line, replace_file, unwritable
+from cutlayer.folder import STEPS, Folder
+
+FULL = Path("/dev/full")  # every write to it fails as on a full disk
+needs_full = pytest.mark.skipif(not FULL.exists(), reason="this system has no /dev/full")
+
+
+def test_a_full_disk_is_named_with_the_command_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    (tmp_path / "run").mkdir()
+    sentence = str(unwritable(tmp_path / "run" / "steps.jsonl", full))
+    mount = next(str(folder) for folder in tmp_path.parents if os.path.ismount(folder))
+    assert f"the disk at {mount!r}" in sentence
+    assert sentence.endswith("make room, then start the same command again")
+    (tmp_path / "run" / "config.toml").touch()
+    assert f"`cutlayer resume {tmp_path / 'run'}`" in str(unwritable(tmp_path / "run" / "steps.jsonl", full))
+    monkeypatch.chdir(tmp_path)
+    assert "`cutlayer resume run`" in str(unwritable(Path("run", "snapshots", "one"), full))
+    (tmp_path / "run" / "events.jsonl").touch()  # a server's: only `serve` goes on with it
+    assert "start the same command again" in str(unwritable(tmp_path / "run" / "steps.jsonl", full))
+    quota = unwritable(tmp_path / "x", OSError(errno.EDQUOT, "Disk quota exceeded"))
+    assert isinstance(quota, DiskFullError)
+    assert quota.exit_code == 3
+    denied = unwritable(tmp_path / "x", OSError(errno.EACCES, "Permission denied"))
+    assert isinstance(denied, RunFolderError)
+    assert "make the folder writable" in str(denied)
+
+
+@needs_full
+def test_records_that_find_no_room_end_the_run_with_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(DiskFullError, match=r"steps\.jsonl.*cutlayer resume"):
+        fill(tmp_path / "a", flush=True)
+    with pytest.raises(DiskFullError, match=r"steps\.jsonl.*cutlayer resume"):  # found as late as at closing
+        fill(tmp_path / "b", flush=False)
+    with pytest.raises(KeyError):  # what happened first counts
+        fill(tmp_path / "c", flush=False, then=KeyError)
+    with pytest.raises(DiskFullError):
+        append_line(FULL, "an event")
+
+
+def fill(path: Path, *, flush: bool, then: type[Exception] | None = None) -> None:
+    with Folder.create(path, {}) as folder:
+        (path / STEPS).symlink_to(FULL)
+        folder.append(STEPS, {"step": 0})
+        if flush:
+            folder.offsets()
+        if then is not None:
+            raise then
+
+
+def test_nothing_is_left_of_a_file_that_cannot_be_put_in_place(tmp_path: Path) -> None:
+    (tmp_path / "place").mkdir()
+    with pytest.raises(RunFolderError, match="place"):
+        replace_file(tmp_path / "place", b"content")  # a folder stands there
+    assert [file.name for file in tmp_path.iterdir()] == ["place"]
+
+
+SMALL_DISK = """
+set -e
+mount -t tmpfs -o size=200k tmpfs "$1"
+cd "$1"
+set +e
+"$2" -m cutlayer run --algorithm psl --model mlp --clients 2 --samples-per-client 8 --epochs 400 --out run 2> "$3/says"
+echo $? > "$3/code"
+ls -A run > "$3/left"
+"""
+
+
+def can_mount() -> bool:
+    try:
+        done = subprocess.run(
+            ["unshare", "-rm", "sh", "-c", "mount -t tmpfs tmpfs /mnt"], capture_output=True, check=False
+        )
+    except OSError:
+        return False
+    return done.returncode == 0
+
+
+@pytest.mark.skipif(not can_mount(), reason="this user may not mount a disk of their own")
+def test_a_run_on_a_disk_that_becomes_full(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    words = ["unshare", "-rm", "sh", "-c", SMALL_DISK, "sh", str(tmp_path / "disk"), sys.executable, str(tmp_path)]
+    subprocess.run(words, check=True, capture_output=True, timeout=120)
+    says = " ".join((tmp_path / "says").read_text("utf-8").split())
+    assert (tmp_path / "code").read_text("utf-8") == "3\n", says
+    assert "is full" in says
+    assert f"the disk at '{tmp_path / 'disk'}'" in says
+    assert "`cutlayer resume run`" in says
+    assert not [name for name in (tmp_path / "left").read_text("utf-8").split() if name.endswith(".new")]
+
+
+def test_text_is_utf_8_whatever_the_machines_encoding(tmp_path: Path) -> None:
+    rows = "".join(f"{n},{['größer', 'kleiner'][n % 2]},{['Zürich', 'Köln', 'Łódź'][n % 3]}\n" for n in range(60))
+    (tmp_path / "data.csv").write_text(f"höhe,art,ort\n{rows}", encoding="utf-8")
+    (tmp_path / "run.toml").write_text(
+        'data = "data.csv"\nlabel_column = "art"\nclient_column = "ort"\npartition = "column"\nclients = 3\n'
+        'model = "mlp"\nalgorithm = "psl"\nepochs = 1\n# größer\n',
+        encoding="utf-8",
+    )
+    plain = {k: v for k, v in os.environ.items() if not k.startswith(("LC_", "LANG", "PYTHONIO"))}
+    env = plain | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "cutlayer", "run", "--config", "run.toml", "--out", "run"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    for name in ("config.toml", "report.html"):
+        assert "art" in (tmp_path / "run" / name).read_text("utf-8")
+    assert json.loads((tmp_path / "run" / "classes.json").read_text("utf-8"))["class_names"] == ["größer", "kleiner"]
