@@ -18,7 +18,7 @@ COMMON = """client_device server_device link up_mbps down_mbps latency_ms server
 rate_spread stragglers straggler_slowdown profiles data data_format label_column client_column class_names validation
 test clients partition samples_per_client participation model cut tail_cut start epochs rounds batch client_optimizer
 client_optimizer_options client_lr server_optimizer server_optimizer_options server_lr lr_schedule server_lr_schedule
-up_codec down_codec defences engine device precision memory_limit eval_every eval_clients checkpoint_every
+lr_warmup up_codec down_codec defences engine device precision memory_limit eval_every eval_clients checkpoint_every
 snapshot_every"""
 
 PLAN = """model cut algorithms input input_type classes label_bytes clients samples_per_client batch precision
@@ -55,7 +55,13 @@ THINGS = {
         "quantity": "quantity",
         "shards": "shards_per_client",
     },
-    "schedule": {"step": "lr_decay lr_decay_at", "cosine": "", "constant": ""},
+    "schedule": {
+        "constant": "",
+        "cosine": "",
+        "linear": "lr_end",
+        "onecycle": "lr_first lr_last lr_peak_at",
+        "step": "lr_decay lr_decay_at",
+    },
     "codec": {"bfloat16": "", "float16": "", "float8": "", "int8": "", "raw": "", "top-k": ""},
     "defence": {
         "feature-dropout": "feature_dropout",

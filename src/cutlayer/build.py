@@ -10,7 +10,8 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ from cutlayer.models import make as make_own
 from cutlayer.models.parts import Part, load_own
 from cutlayer.optim import MakeOptimizer, make_optimizer
 from cutlayer.options import RunConfig, default_cut
-from cutlayer.schedules import Schedule
+from cutlayer.schedules import FunctionSchedule, Schedule, WarmedUp
 from cutlayer.server import Server
 from cutlayer.traffic import Epoch
 from cutlayer.types import Rows
@@ -148,7 +149,7 @@ class Prepared:
             self.split,
             self.example,
             self.algorithm,
-            schedules(config),
+            self._paced(),
             self._epoch(),
         )
         if self.fleet is None:
@@ -162,6 +163,17 @@ class Prepared:
             metered, clock, training.flops, config.batch, central=central, server_passes=training.server_passes
         )
         return replace(training, clients=clocked, clock=clock)
+
+    def _paced(self) -> tuple[Schedule, Schedule]:
+        """The clients' and the server's schedules over all rounds, with the warm-up before them."""
+        clients, server = (one.over(self.rounds) for one in schedules(self.config))
+        if not (warmup := self.config.lr_warmup):
+            return clients, server
+        rounds = self.rounds
+        return (
+            WarmedUp(then=clients, warmup=warmup, rounds=rounds),
+            WarmedUp(then=server, warmup=warmup, rounds=rounds),
+        )
 
     def _epoch(self) -> Epoch:
         """An epoch of equal clients who hold as much together."""
@@ -472,9 +484,15 @@ def _rounds(config: RunConfig, algorithm: Algorithm, sizes: list[int]) -> tuple[
 
 def schedules(config: RunConfig) -> tuple[Schedule, Schedule]:
     """How the clients' and the server's rates change. Raises ConfigError."""
-    clients: Schedule = config.thing("schedule", config.lr_schedule)
-    server: Schedule = config.thing("schedule", config.server_lr_schedule or config.lr_schedule)
-    for name, made in ((config.lr_schedule, clients), (config.server_lr_schedule, server)):
-        if not isinstance(made, Schedule):
-            raise ConfigError(f"the schedule {name!r} is not derived from cutlayer.schedules.Schedule: derive it")
-    return clients, server
+    return _schedule(config, config.lr_schedule), _schedule(config, config.server_lr_schedule or config.lr_schedule)
+
+
+def _schedule(config: RunConfig, name: str) -> Schedule:
+    """The schedule of that name, or what a plain function makes of the progress."""
+    made = config.thing("schedule", name)
+    if isinstance(made, FunctionType):
+        options = config.options_of(plugins.find("schedule", name))
+        return FunctionSchedule(function=partial(made, **options) if options else made, name=name)
+    if not isinstance(made, Schedule):
+        raise ConfigError(f"the schedule {name!r} is not derived from cutlayer.schedules.Schedule: derive it")
+    return made

@@ -46,6 +46,7 @@ class CommonKeywords(TypedDict, total=False):
     server_lr: float | None
     lr_schedule: Any
     server_lr_schedule: Any
+    lr_warmup: float
     up_codec: str
     down_codec: str
     defences: Any
@@ -74,6 +75,10 @@ class CommonKeywords(TypedDict, total=False):
     dirichlet_alpha: float
     quantity: Literal["linear", "square", "exponential"]
     shards_per_client: int
+    lr_end: float
+    lr_peak_at: float
+    lr_first: float
+    lr_last: float
     lr_decay: float
     lr_decay_at: tuple[float, ...]
     feature_dropout: float

@@ -299,9 +299,12 @@ class CommonConfig(FleetConfig):
     server_lr: float | None = _field(None, TRAINING, "split", gt=0)
     """The server's learning rate before SplitLr. Default: client_lr."""
     lr_schedule: str = _field("step", TRAINING, shared=True)
-    """How the learning rates change over the rounds: step, cosine, constant, or your own: path/to/file.py:name."""
+    """How the learning rates change over the rounds (see `cutlayer list schedules`), or your own, a class or a function
+    of the progress in [0, 1): path/to/file.py:name."""
     server_lr_schedule: str | None = _field(None, TRAINING, "split")
     """The server's schedule. Default: lr_schedule."""
+    lr_warmup: float = _field(0.0, TRAINING, shared=True, ge=0, lt=1)
+    """Fraction of the rounds in which the rates rise to where the schedules begin; these have the remaining rounds."""
 
     up_codec: str = _field("raw", CROSSING, "split")
     """How smashed data are written (U-shaped: gradients too): a codec (see `cutlayer list codecs`), maybe +zstd."""

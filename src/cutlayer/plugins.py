@@ -62,6 +62,8 @@ KINDS: dict[str, Kind] = {
     "defence": Kind("defence", ("defences",), "cutlayer.defences"),
 }
 
+_PLAIN_KINDS = {"model", "data", "schedule"}  # a function that is not registered will do
+
 SUPPLIED = frozenset({"input_shape", "classes"})
 """Parameters of a model's function that the data decide: they are not options."""
 
@@ -328,7 +330,9 @@ def label(reference: str) -> str:
 def registered_name(kind: str, reference: str) -> str:
     """The name that a thing was registered under, wherever it lies: what machines with other paths can compare."""
     entry = None if reference in index(kind) else _registration(load(kind, reference))
-    return reference if entry is None else entry.name
+    if entry is not None:
+        return entry.name
+    return label(reference) if is_reference(reference) else reference
 
 
 def find(kind: str, reference: str) -> Entry:
@@ -563,7 +567,7 @@ def _entry_of(kind: str, reference: str, thing: Any) -> Entry:
         raise ConfigError(f"{reference!r} is {_one(entry.kind)}, not {_one(kind)}")
     if entry is not None:
         return _renamed(entry, reference)
-    if kind in ("model", "data") and callable(thing):  # a plain function will do
+    if kind in _PLAIN_KINDS and callable(thing):  # a plain function will do
         try:
             options = options_of(thing)
         except (TypeError, NameError) as error:

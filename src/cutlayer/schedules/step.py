@@ -1,19 +1,10 @@
-"""How learning rates change over the rounds. Options of a schedule live with it."""
+"""Rates that fall at given moments."""
 
 from __future__ import annotations
 
-import math
-
 from cutlayer.errors import ConfigError
-from cutlayer.plugins import Thing, option, register
-
-
-class Schedule(Thing):
-    """Base of schedules: what multiplies the base rates."""
-
-    def factor(self, progress: float) -> float:
-        """The factor at `progress` in [0, 1), the fraction of the rounds that are done."""
-        return 1.0
+from cutlayer.plugins import option, register
+from cutlayer.schedules.schedule import Schedule
 
 
 @register("schedule", "step", title="step", summary="multiplied by lr_decay at each of lr_decay_at (the paper's)")
@@ -36,17 +27,3 @@ class StepSchedule(Schedule):
     def factor(self, progress: float) -> float:
         """lr_decay to the number of fractions that have passed."""
         return float(self.lr_decay ** sum(progress >= at for at in self.lr_decay_at))
-
-
-@register("schedule", "cosine", title="cosine", summary="half a cosine, from the base rate to zero")
-class CosineSchedule(Schedule):
-    """Rates fall along half a cosine."""
-
-    def factor(self, progress: float) -> float:
-        """From 1 to 0."""
-        return 0.5 * (1 + math.cos(math.pi * progress))
-
-
-@register("schedule", "constant", title="constant", summary="the base rate throughout")
-class ConstantSchedule(Schedule):
-    """Rates stay as they are."""
