@@ -316,13 +316,11 @@ def load_source(config: RunConfig, data: Data | None) -> Source:
             given=config.given,
             **_reading_options(config),
         )
-    return Source(
-        source.name,
-        source.train.to(dtype),
-        source.validation.to(dtype),
-        source.test.to(dtype),
-        source.class_names,
-        source.client_column,
+    return replace(
+        source,
+        train=source.train.to(dtype),
+        validation=source.validation.to(dtype),
+        test=source.test.to(dtype),
     )
 
 

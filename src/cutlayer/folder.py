@@ -4,6 +4,7 @@ config.toml              the resolved configuration; running from it reproduces 
 steps.jsonl              one record per step
 evaluations.jsonl        one record per evaluation
 classes.json             samples per client and class
+data.json                what was read, used and left out, whose it is, and what became of the inputs
 events.jsonl             who came, was late or excluded, round by round (runs with clients on other machines)
 checkpoint.safetensors   the state after the last checkpointed round
 snapshots/               client models of some rounds, where asked for
@@ -29,7 +30,7 @@ from cutlayer.files import replace_file, unwritable
 from cutlayer.options import read_toml
 
 STEPS, EVALUATIONS = "steps.jsonl", "evaluations.jsonl"
-ALGORITHM, CLASSES = "algorithm.json", "classes.json"
+ALGORITHM, CLASSES, DATA = "algorithm.json", "classes.json", "data.json"
 SNAPSHOTS = "snapshots"
 CHECKPOINT, RESULT, COMPARISON = "checkpoint.safetensors", "result.json", "comparison.json"
 CURVES, CLASS_COUNTS, PAGE = "curves.png", "classes.png", "report.html"
@@ -39,6 +40,7 @@ OWN_FILES = (
     EVALUATIONS,
     ALGORITHM,
     CLASSES,
+    DATA,
     EVENTS,
     SNAPSHOTS,
     CHECKPOINT,

@@ -19,6 +19,7 @@ from cutlayer.folder import (
     ALGORITHM,
     CHECKPOINT,
     CLASSES,
+    DATA,
     EVALUATIONS,
     RESULT,
     SNAPSHOTS,
@@ -228,6 +229,7 @@ class Run:
             entry = t.algorithm.entry
             folder.write_json(ALGORITHM, {"title": entry.title, "summary": entry.summary, **entry.facts})
             folder.write_json(CLASSES, {"class_names": names, "counts": t.counts.tolist()})
+            folder.write_json(DATA, t.source.described())
         for index in range(self._start_round, t.rounds):
             with self._meter:
                 for record in self._round(index):

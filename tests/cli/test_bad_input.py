@@ -242,20 +242,29 @@ def test_a_client_column_that_is_not_one_of_clients(desk: Desk) -> None:
     holds(desk.refused(*line, "3"), "4 distinct values", "clients=3", "pass clients=4")
 
 
-def test_a_client_without_samples_on_a_later_seed_is_found_before_the_first_is_trained(desk: Desk) -> None:
-    """On seed 0 everybody gets samples; on one of the others client 0's only sample is held out for testing."""
-    owner = np.repeat([0, 1, 2], [1, 30, 29])
-    path = npz(desk.files / "owned.npz", X, Y, client=owner)
-    fits: dict[int, bool] = {}
+def test_an_owner_of_one_row_is_not_lost_to_the_hold_out(desk: Desk) -> None:
+    """At every seed the same number of clients fits: an owner keeps a row to train on."""
+    path = npz(desk.files / "owned.npz", X, Y, client=np.repeat([0, 1, 2], [1, 30, 29]))
     for seed in range(8):
+        run = Run(model="mlp", data=path, partition="column", clients=3, seed=seed, algorithm="psl", rounds=1)
+        assert run.training.clients.samples[0] == 1
+
+
+def test_a_client_without_samples_on_a_later_seed_is_found_before_the_first_is_trained(desk: Desk) -> None:
+    """On one seed everybody gets samples; on another the partition leaves a client without."""
+    path = npz(desk.files / "skewed.npz", X, Y)
+    skew: dict[str, Any] = {"partition": "dirichlet", "dirichlet_alpha": 0.15, "clients": 8}
+    fits: dict[int, bool] = {}
+    for seed in range(20):
         try:
-            Run(model="mlp", data=path, partition="column", clients=3, seed=seed, algorithm="psl", rounds=1)
+            Run(model="mlp", data=path, **skew, seed=seed, algorithm="psl", rounds=1)
             fits[seed] = True
         except DataError:
             fits[seed] = False
     good, bad = next(s for s in fits if fits[s]), next(s for s in fits if not fits[s])
-    line = ["compare", *MLP, "--data", path, "--partition", "column", "--clients", "3", "--algorithms", "psl"]
-    holds(desk.refused(*line, "--seeds", str(good), str(bad)), "2 distinct values", "clients=3")
+    flags = ["--partition", "dirichlet", "--dirichlet-alpha", "0.15", "--clients", "8"]
+    line = ["compare", *MLP, "--data", path, *flags, "--algorithms", "psl"]
+    holds(desk.refused(*line, "--seeds", str(good), str(bad)), "would get none", "raise dirichlet_alpha")
 
 
 # ---- output folders -------------------------------------------------------------------------------------------------

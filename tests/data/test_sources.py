@@ -936,3 +936,85 @@ def test_nothing_imports_the_package_datasets_unasked() -> None:
     code = "import sys, cutlayer.run, cutlayer.data, cutlayer.plugins as p; p.index('format')"
     code += "; cutlayer.data.load('digits'); sys.exit('datasets' in sys.modules or 'flwr_datasets' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 0
+
+
+# --- owners ------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    sizes=st.lists(st.integers(1, 30), min_size=2, max_size=9),
+    test=st.sampled_from([0.1, 0.3, 1, 3]),
+    validation=st.sampled_from([0.0, 0.1, 2]),
+    seed=st.integers(0, 2**40),
+)
+def test_every_owner_keeps_a_row_and_loses_a_fair_share(
+    sizes: list[int], test: float, validation: float, seed: int
+) -> None:
+    owners = np.repeat(np.arange(len(sizes)), sizes)
+    rows = len(owners)
+    x, y = np.arange(rows, dtype=np.float32)[:, None], np.arange(rows) % 2
+    held = [int(n) if n >= 1 else max(1, round(n * rows)) if n else 0 for n in (test, validation)]
+    held[1] = int(validation) if validation >= 1 else max(1, round(validation * (rows - held[0]))) if validation else 0
+    if rows < 3 or sum(held) > rows - len(sizes):
+        return
+    source = from_arrays(x, y, client=owners, test=test, validation=validation, seed=seed)
+    disjoint(source, rows)
+    assert [len(source.test), len(source.validation)] == held
+    for part, whose in (
+        (source.train, source.client_column),
+        (source.validation, source.validation_clients),
+        (source.test, source.test_clients),
+    ):
+        assert whose is not None
+        assert whose.tolist() == owners[part.x[:, 0].long().numpy()].tolist()
+    assert source.client_column is not None
+    assert source.test_clients is not None
+    assert torch.unique(source.client_column).tolist() == list(range(len(sizes)))
+    lost = np.bincount(source.test_clients.numpy(), minlength=len(sizes))
+    fair = (np.array(sizes) - 1) * held[0] / (rows - len(sizes))
+    assert (np.abs(lost - fair) < 1).all()
+
+
+def test_the_split_of_owners_keeps_their_classes() -> None:
+    y = np.tile(np.repeat([0, 1], [80, 20]), 5)
+    source = from_arrays(np.arange(500.0)[:, None], y, client=np.repeat(np.arange(5), 100), test=100, validation=0)
+    assert source.test_clients is not None
+    for owner in range(5):
+        mine = source.test.y[source.test_clients == owner]
+        assert 19 <= len(mine) <= 21
+        assert 3 <= int(mine.sum()) <= 5
+
+
+def test_more_than_owners_can_spare_is_refused() -> None:
+    x, y = np.arange(10.0)[:, None], [0, 1] * 5
+    refused(lambda: from_arrays(x, y, client=[0] * 5 + [1, 2, 3, 4, 5], test=5), "test=5", "6 owners", "at most 4")
+
+
+def test_owners_of_all_parts_have_names() -> None:
+    x, y = np.arange(12.0)[:, None], np.arange(12) % 2
+    owners = np.array(["zoe", "amy", "bob"])[np.arange(12) % 3]
+    source = from_arrays(x, y, client=owners, x_test=x[:4], y_test=y[:4], client_test=["amy", "carl", "zoe", "amy"])
+    assert source.owner_names == ("amy", "bob", "zoe")
+    assert source.test_clients is not None
+    assert source.test_clients.tolist() == [0, -1, 2, 0]  # carl has no training rows
+    alone = from_arrays(x, y, client=owners, x_test=x[:4], y_test=y[:4])
+    assert alone.test_clients is None
+    assert alone.validation_clients is not None
+    few = {"x_test": x[:4], "y_test": y[:4], "client_test": ["amy"]}
+    refused(lambda: from_arrays(x, y, client=owners, **few), "(1,)", "(4,)", "one owner per test row")
+
+
+def test_16_bit_pictures_are_scaled_and_other_whole_numbers_are_not() -> None:
+    y = [0, 1] * 10
+    assert torch.all(from_arrays(np.full((20, 1, 3, 4), 13107, np.uint16), y).train.x == 0.2)
+    assert from_arrays(np.full((20, 3), 13107, np.uint16), y).train.x.dtype == torch.int64
+
+
+def test_the_account_says_what_was_used() -> None:
+    x, y = np.zeros((50, 1, 4, 5)), ["a"] * 47 + ["b"] * 3
+    source = from_arrays(x, y, client=np.arange(50) % 5, name="scans")
+    assert source.account == (
+        "scans: 50 rows (1x4x5) in 2 classes; 36 to train, 4 to validate, 10 to test; 5 owners; "
+        f"the largest class, 'a', has {float((source.test.y == 0).float().mean()):.1%} of the test rows"
+    )

@@ -13,7 +13,7 @@ from cutlayer.cli.flags import command
 from cutlayer.cli.merging import fault_config, run_config
 from cutlayer.cli.printing import say
 from cutlayer.cli.progress import Monitor, resumable
-from cutlayer.cli.results import print_result, write_report
+from cutlayer.cli.results import print_result, tell_of_data, write_report
 from cutlayer.errors import ConfigError
 from cutlayer.options import FaultConfig, RunConfig
 from cutlayer.plugins import label
@@ -94,6 +94,7 @@ def serve(
     where = out or Path("runs") / f"serve-{label(merged.algorithm)}-{Path(merged.data).stem}"
     service = Service(merged, serving, where)
     with resumable(f"the same command with --out {where}"), service.open() as run, Monitor(1) as monitor:
+        tell_of_data(run.training.source)
         for record in run:
             monitor.show(label(merged.algorithm), run, record)
     assert service.run.result is not None
@@ -170,6 +171,8 @@ def join(
         _check_shared(len(client), own_data, certificate or token_file)
     show_log(log)
     own = None if own_data is None else own_source(merged, own_data)
+    if own is not None:
+        tell_of_data(own)
     token = None if token_file is None else read_token(token_file)
     security = ClientSecurity(ca, certificate, key, token)
     folders = {name: None if folder is None else folder / name for name in client}

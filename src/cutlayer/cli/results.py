@@ -14,7 +14,14 @@ from cutlayer.text import format_bytes
 
 if TYPE_CHECKING:
     from cutlayer.compare import Row
+    from cutlayer.data import Source
     from cutlayer.run import Result
+
+
+def tell_of_data(source: Source) -> None:
+    """Print the line that says what was read, used and left out."""
+    if source.account:
+        say(f"Data: {source.account}")
 
 
 def print_result(result: Result) -> None:

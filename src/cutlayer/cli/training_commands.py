@@ -11,7 +11,7 @@ from cutlayer.cli.application import ConfigFile, Folder, Out
 from cutlayer.cli.flags import command
 from cutlayer.cli.merging import fresh_folder, merged_values, run_config
 from cutlayer.cli.progress import Monitor, resumable
-from cutlayer.cli.results import print_comparison, print_result, write_report
+from cutlayer.cli.results import print_comparison, print_result, tell_of_data, write_report
 from cutlayer.errors import ConfigError
 from cutlayer.options import CompareConfig, RunConfig
 from cutlayer.plugins import label
@@ -101,6 +101,8 @@ def _train(run: Run) -> None:
     assert run.out is not None
     with Monitor(1) as monitor, resumable(f"cutlayer resume {run.out}"):
         for record in run:
+            if run.steps == 1:
+                tell_of_data(run.training.source)
             monitor.show(label(run.config.algorithm), run, record)
     assert run.result is not None
     print_result(run.result)
@@ -111,7 +113,11 @@ def _compare(comparison: Comparison) -> None:
     """Train all entries with live progress, then print the table and write the pictures and the page."""
     assert comparison.out is not None
     with Monitor(sum(map(len, comparison.plan.values()))) as monitor, resumable(f"cutlayer resume {comparison.out}"):
+        told = set[str]()
         for entry, seed, run, record in comparison:
+            if run.training.source.account not in told:
+                tell_of_data(run.training.source)
+            told.add(run.training.source.account)
             monitor.show(f"{entry}, seed {seed}", run, record)
     print_comparison(comparison.table())
     write_report(comparison.out)

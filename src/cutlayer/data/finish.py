@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from cutlayer import seeds
+from cutlayer.data.account import account
+from cutlayer.data.conversion import Conversion
 from cutlayer.data.samples import Samples, Source
 from cutlayer.data.unsplit import Array, Raw, Section
 from cutlayer.errors import ConfigError, DataError
@@ -23,6 +25,7 @@ def finished(raw: Raw, validation: float, test: float, seed: int) -> Source:
     y, class_names = _encode(raw)
     if len(np.unique(y["train"])) < 2:
         _refuse_single(raw, class_names[int(y["train"][0])])
+    owners, names = _owners(raw)
     rows = np.arange(len(y["train"]))
     held: dict[str, npt.NDArray[np.int64]] = {}
     for part, size in (("test", test), ("validation", validation)):
@@ -31,17 +34,39 @@ def finished(raw: Raw, validation: float, test: float, seed: int) -> Source:
         if part == "test" and size == 0:
             raise ConfigError(f"test=0 leaves {raw.name} without a test set: hold some samples out, such as test=0.2")
         count = _count(size, part, len(rows))
-        rows, held[part] = _split(rows, y["train"], count, seeds.derive(seed, "split", part))
-    to_tensor = _Converter(raw, rows)
+        if "train" in owners:
+            rows, held[part] = _split_owned(rows, y["train"], owners["train"], count, f"{part}={size}", seed)
+        else:
+            rows, held[part] = _split(rows, y["train"], count, seeds.derive(seed, "split", part))
+    convert = Conversion.of(raw, rows)
 
     def samples(part: str) -> Samples:
         if part in y and part != "train":
             own = raw.parts()[part]
-            return Samples(to_tensor(own.x), torch.from_numpy(y[part]))
+            return Samples(convert(own.x), torch.from_numpy(y[part]))
         at = rows if part == "train" else held[part]
-        return Samples(to_tensor(raw.train.x[at]), torch.from_numpy(y["train"][at]))
+        return Samples(convert(raw.train.x[at]), torch.from_numpy(y["train"][at]))
 
-    return Source(raw.name, samples("train"), samples("validation"), samples("test"), class_names, _owners(raw, rows))
+    def whose(part: str) -> Tensor | None:
+        if part in owners and part != "train":
+            return torch.from_numpy(owners[part])
+        if "train" not in owners or (part in y and part != "train"):
+            return None
+        return torch.from_numpy(owners["train"][rows if part == "train" else held[part]])
+
+    source = Source(
+        raw.name,
+        samples("train"),
+        samples("validation"),
+        samples("test"),
+        class_names,
+        whose("train"),
+        owner_names=names,
+        validation_clients=whose("validation"),
+        test_clients=whose("test"),
+        preprocessing=_preprocessing(raw, convert, class_names),
+    )
+    return dataclasses.replace(source, account=account(raw, source))
 
 
 def finished_whole(raw: Raw) -> Source:
@@ -50,9 +75,17 @@ def finished_whole(raw: Raw) -> Source:
     y, class_names = _encode(raw)
     if len(class_names) < 2:
         _refuse_single(raw, class_names[0])
-    x = _Converter(raw, np.arange(len(y["train"])))(raw.train.x)
-    whole = Samples(x, torch.from_numpy(y["train"]))
-    return Source(raw.name, whole, whole[:0], whole[:0], class_names)
+    convert = Conversion.of(raw, np.arange(len(y["train"])))
+    whole = Samples(convert(raw.train.x), torch.from_numpy(y["train"]))
+    preprocessing = _preprocessing(raw, convert, class_names)
+    source = Source(raw.name, whole, whole[:0], whole[:0], class_names, preprocessing=preprocessing)
+    return dataclasses.replace(source, account=account(raw, source))
+
+
+def _preprocessing(raw: Raw, convert: Conversion, class_names: tuple[str, ...]) -> dict[str, Any]:
+    """What becomes of new rows, in plain values."""
+    shape = list(raw.train.x.shape[1:])
+    return {**raw.recipe, "shape": shape, "conversion": convert.plain(), "class_names": list(class_names)}
 
 
 def _refuse_single(raw: Raw, name: str) -> NoReturn:
@@ -100,21 +133,25 @@ def _check(raw: Raw) -> None:
             )
         if samples.x.ndim == 1 or 0 in samples.x.shape:
             raise DataError(f"the inputs of {where} have shape {samples.x.shape}: give at least one feature, x [n, d]")
-        _check_numbers(samples.x, where, raw.columns)
-    if raw.client is not None and raw.client.shape != raw.train.y.shape[:1]:
-        raise DataError(
-            f"the client column of {raw.name} has shape {raw.client.shape}, expected ({len(raw.train.y)},): give one "
-            "owner per training row"
-        )
+        _check_numbers(samples.x, where, raw.columns, missing=raw.impute is not None)
+    for part, owner in raw.owners().items():
+        rows = raw.parts()[part].y.shape[:1] if part in raw.parts() else (0,)
+        if owner.shape != rows:
+            which = "training" if part == "train" else part
+            raise DataError(
+                f"the client column of {raw.name} has shape {owner.shape}, expected {rows}: give one owner per {which} "
+                "row"
+            )
 
 
-def _check_numbers(x: Array, where: str, columns: tuple[str, ...]) -> None:
+def _check_numbers(x: Array, where: str, columns: tuple[str, ...], *, missing: bool) -> None:
     if x.dtype.kind not in "fiub":
         raise DataError(f"the inputs of {where} are of type {x.dtype}: give integers or real numbers")
     if x.dtype.kind != "f":
         return
     with np.errstate(over="ignore"):  # what overflows in float32 is reported below
-        bad = ~np.isfinite(x.astype(np.float32, copy=False))
+        single = x.astype(np.float32, copy=False)
+        bad = np.isinf(single) if missing else ~np.isfinite(single)
     if bad.any():
         first = [int(at) for at in np.unravel_index(int(bad.argmax()), x.shape)]
         at = f"column {columns[first[1]]!r}" if columns else f"position {tuple(first[1:])}"
@@ -186,32 +223,49 @@ def _split(
     return np.sort(kept), np.sort(held)
 
 
-def _owners(raw: Raw, rows: npt.NDArray[np.int64]) -> Tensor | None:
-    """The owner 0..K-1 of each training row: the rank of its name among the owners that training rows have."""
-    if raw.client is None:
-        return None
-    names = _words(raw.client, f"client column of {raw.name}")[rows]
-    return torch.from_numpy(np.unique(names, return_inverse=True)[1].astype(np.int64))
+def _split_owned(
+    rows: npt.NDArray[np.int64],
+    y: npt.NDArray[np.int64],
+    owners: npt.NDArray[np.int64],
+    count: int,
+    size: str,
+    seed: int,
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """`rows` in two, both ascending: the kept ones, and `count` held out, of each owner and each class in proportion.
+
+    Every owner keeps a row to train on, the same one in every split. `y` and `owners` are those of all samples.
+    """
+    if count == 0:
+        return rows, rows[:0]
+    order = seeds.generator(seed, "split", "owners").permutation(len(y))[rows]  # of all samples: the same in all splits
+    _, first = np.unique(owners[rows[np.argsort(order)]], return_index=True)
+    pool = np.delete(np.argsort(order), first)  # places in `rows`
+    if count > len(pool):
+        raise DataError(
+            f"{size} holds out {count} of {len(rows)} samples, but each of the {len(first)} owners keeps one to train "
+            f"on: hold out at most {len(pool)}"
+        )
+    drawn = seeds.generator(seed, "split", size.partition("=")[0])
+    pool = drawn.permutation(pool)
+    pool = pool[np.lexsort((y[rows[pool]], owners[rows[pool]]))]  # stable: equal ones stay shuffled
+    at = ((np.arange(count) + drawn.random()) * len(pool) / count).astype(np.int64)  # evenly over owners and classes
+    held = np.zeros(len(rows), bool)
+    held[pool[at]] = True
+    return rows[~held], rows[held]
 
 
-class _Converter:
-    """From arrays [n, ...] to tensors, as the top of `sources` says. A table's mean and deviation are of `rows`."""
-
-    def __init__(self, raw: Raw, rows: npt.NDArray[np.int64]) -> None:
-        self.symmetric = raw.symmetric
-        self.mean: Array | None = None
-        if raw.columns:
-            train = raw.train.x[rows].astype(np.float64)  # [n, columns]
-            self.mean, self.std = train.mean(0), train.std(0)
-            # The mean and deviation of a constant column carry rounding errors, which the division would blow up.
-            constant = train.min(0) == train.max(0)
-            self.mean[constant], self.std[constant] = train[0, constant], 1
-
-    def __call__(self, x: Array) -> Tensor:
-        if self.mean is not None:
-            return torch.from_numpy(((x - self.mean) / self.std).astype(np.float32))
-        if x.dtype == np.uint8:
-            unit = torch.from_numpy(x.astype(np.float32, order="C")).div_(255)
-            return unit.sub_(0.5).div_(0.5) if self.symmetric else unit
-        wanted = np.float32 if x.dtype.kind in "fb" else np.int64
-        return torch.from_numpy(np.array(x, dtype=wanted, order="C"))  # a copy: the caller keeps theirs
+def _owners(raw: Raw) -> tuple[dict[str, npt.NDArray[np.int64]], tuple[str, ...]]:
+    """For each part whose owners are known the owner of every row, and the owners' names. A number is the rank of a
+    name among the owners of training rows; -1 stands for an owner who has none.
+    """
+    words = {part: _words(owner, f"client column of {raw.name}") for part, owner in raw.owners().items()}
+    if "train" not in words:
+        return {}, ()
+    if len({value.dtype.kind in "UST" for value in words.values()}) > 1:
+        words = {part: values.astype(np.str_) for part, values in words.items()}
+    present = np.unique(words["train"])
+    numbers = {}
+    for part, values in words.items():
+        rank = np.minimum(np.searchsorted(present, values), len(present) - 1)
+        numbers[part] = np.where(present[rank] == values, rank, -1).astype(np.int64)
+    return numbers, tuple(value.decode() if isinstance(value, bytes) else str(value) for value in present)

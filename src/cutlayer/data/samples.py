@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +39,11 @@ class Source:
 
     `train` is what the clients share between them; `validation` and `test` are held out from them all.
     `class_names` names labels 0..K-1. `client_column` [len(train)] says whose sample each training row is, where the
-    data say so (None otherwise).
+    data say so (None otherwise): a number 0..C-1, whose name is in `owner_names`. `validation_clients` and
+    `test_clients` say the same of the rows held out; -1 is an owner without training rows.
+
+    `preprocessing` is what became of the inputs, in plain values that JSON can hold: `preprocessed` does the same to
+    new rows. `account` is one line about what was read, used and left out.
     """
 
     name: str
@@ -46,11 +52,25 @@ class Source:
     test: Samples
     class_names: tuple[str, ...]
     client_column: Tensor | None = None
+    owner_names: tuple[str, ...] = ()
+    validation_clients: Tensor | None = None
+    test_clients: Tensor | None = None
+    preprocessing: Mapping[str, Any] = field(default_factory=dict)
+    account: str = ""
 
     def to(self, device: torch.device) -> Source:
         """The same data set on a device."""
         parts = {name: getattr(self, name).to(device) for name in ("train", "validation", "test")}
         return replace(self, **parts)
+
+    def described(self) -> dict[str, Any]:
+        """What is known of the data besides the rows, in plain values, for the folder of a run."""
+        return {
+            "name": self.name,
+            "account": self.account,
+            "owner_names": list(self.owner_names),
+            "preprocessing": dict(self.preprocessing),
+        }
 
     @property
     def classes(self) -> int:

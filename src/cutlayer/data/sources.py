@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from cutlayer import plugins
@@ -39,7 +40,9 @@ from cutlayer.errors import ConfigError, DataError, unknown
 
 ArrayOrTensor = npt.ArrayLike | Tensor
 
-_ARRAYS = ("x", "y", "x_test", "y_test", "client")
+_ARRAYS = (
+    "x", "y", "x_validation", "y_validation", "x_test", "y_test", "client", "client_validation", "client_test",
+)  # fmt: skip
 
 
 def load(
@@ -94,9 +97,13 @@ def from_arrays(
     x: ArrayOrTensor,
     y: ArrayOrTensor,
     *,
+    x_validation: ArrayOrTensor | None = None,
+    y_validation: ArrayOrTensor | None = None,
     x_test: ArrayOrTensor | None = None,
     y_test: ArrayOrTensor | None = None,
     client: ArrayOrTensor | None = None,
+    client_validation: ArrayOrTensor | None = None,
+    client_test: ArrayOrTensor | None = None,
     validation: float = 0.1,
     test: float = 0.2,
     seed: int = 0,
@@ -104,10 +111,22 @@ def from_arrays(
 ) -> Source:
     """Inputs `x` [n, ...] and labels `y` [n] from memory; the axes stay as they are.
 
-    `x_test`, `y_test`: the test set (`test` is then ignored). `client` [n]: whose sample each row of `x` is.
+    `x_test`, `y_test`: the test set (`test` is then ignored); `x_validation`, `y_validation` likewise. `client` [n]:
+    whose sample each row of `x` is; `client_validation` and `client_test` say it of the other sets.
     Raises DataError and ConfigError as `load` does.
     """
-    return finished(_raw_of_arrays(name, x, y, x_test, y_test, client), validation, test, seed)
+    arrays = {
+        "x": x,
+        "y": y,
+        "x_validation": x_validation,
+        "y_validation": y_validation,
+        "x_test": x_test,
+        "y_test": y_test,
+        "client": client,
+        "client_validation": client_validation,
+        "client_test": client_test,
+    }
+    return finished(_raw_of_arrays(name, {k: v for k, v in arrays.items() if v is not None}), validation, test, seed)
 
 
 def from_dataset(
@@ -210,23 +229,34 @@ def _raw_of_mapping(name: str, arrays: Mapping[str, Any], what: str) -> Raw:
     for key in ("x", "y"):
         if key not in arrays:
             raise DataError(f"{what} gives no array {key!r}: return x and y")
-    return _raw_of_arrays(name, **arrays)
+    return _raw_of_arrays(name, {key: values for key, values in arrays.items() if values is not None})
 
 
-def _raw_of_arrays(
-    name: str,
-    x: ArrayOrTensor,
-    y: ArrayOrTensor,
-    x_test: ArrayOrTensor | None = None,
-    y_test: ArrayOrTensor | None = None,
-    client: ArrayOrTensor | None = None,
-) -> Raw:
-    if (x_test is None) != (y_test is None):
-        given, absent = ("x_test", "y_test") if y_test is None else ("y_test", "x_test")
+def _raw_of_arrays(name: str, arrays: Mapping[str, ArrayOrTensor]) -> Raw:
+    """The arrays that `from_arrays` takes, by name."""
+    found = {key: _array(values, key) for key, values in arrays.items()}
+    parts = {part: _section(found, f"_{part}") for part in ("validation", "test")}
+    for part in parts:
+        if f"client_{part}" in found and ("client" not in found or parts[part] is None):
+            lacks = "client" if "client" not in found else f"x_{part}"
+            raise DataError(f"client_{part} is given without {lacks}: pass both or neither")
+    return Raw(
+        name,
+        Section(found["x"], found["y"]),
+        parts["validation"],
+        parts["test"],
+        client=found.get("client"),
+        validation_client=found.get("client_validation"),
+        test_client=found.get("client_test"),
+    )
+
+
+def _section(arrays: Mapping[str, Array], suffix: str) -> Section | None:
+    x, y = f"x{suffix}", f"y{suffix}"
+    if (x in arrays) != (y in arrays):
+        given, absent = (x, y) if x in arrays else (y, x)
         raise DataError(f"{given} is given without {absent}: pass both or neither")
-    tested = None if x_test is None or y_test is None else Section(_array(x_test), _array(y_test))
-    owners = None if client is None else _array(client)
-    return Raw(name, Section(_array(x), _array(y)), test=tested, client=owners)
+    return Section(arrays[x], arrays[y]) if x in arrays else None
 
 
 def _raw_of_dataset(name: str, dataset: Any, test_dataset: Any, options: Mapping[str, Any]) -> Raw:
@@ -248,8 +278,21 @@ def _is_hugging(dataset: Any) -> bool:
     return hugging is not None and isinstance(dataset, (hugging.Dataset, hugging.DatasetDict))
 
 
-def _array(values: ArrayOrTensor) -> Array:
-    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+def _array(values: ArrayOrTensor, name: str) -> Array:
+    """As NumPy has it; floats that NumPy lacks (bfloat16) as float32. Raises DataError for ragged rows."""
+    try:
+        if not isinstance(values, Tensor):
+            return np.asarray(values)
+        plain = values.detach().cpu()
+        plain = plain.to_dense() if plain.layout is not torch.strided else plain.resolve_conj().resolve_neg()
+        narrow = plain.is_floating_point() and plain.dtype not in _FLOATS
+        return (plain.float() if narrow else plain).numpy()
+    except (ValueError, TypeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{name} cannot be read as an array ({reason}): give rows of one shape and type") from None
+
+
+_FLOATS = (torch.float16, torch.float32, torch.float64)
 
 
 # Options without effect

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy.typing as npt
@@ -21,8 +21,14 @@ SPLITS = {
     "val": "validation",
     "dev": "validation",
     "test": "test",
+    "testing": "test",
 }
-"""What folders and splits are called, and which part of the data each name means."""
+"""What folders and splits are called, in lower case, and which part of the data each name means."""
+
+
+def part_called(name: str) -> str | None:
+    """The part of the data that a folder or a split of this name is; None for any other name."""
+    return SPLITS.get(name.lower())
 
 
 @dataclass(frozen=True)
@@ -37,10 +43,14 @@ class Section:
 class Raw:
     """What a reader found: the training part, and a validation and a test part where the data bring their own.
 
-    `client` [len(train.y)] says whose sample each training row is. `class_names` is set where labels are already
-    0..K-1; otherwise labels are mapped to their rank among all labels. `columns` names the columns of a table
-    (x [n, columns]), which `sources` standardises; it is empty for everything else. `symmetric` asks for 8-bit
-    inputs in [-1, 1] instead of [0, 1].
+    `client` [len(train.y)] says whose sample each training row is; `validation_client` and `test_client` say it of the
+    rows of the other parts. `class_names` is set where labels are already 0..K-1; otherwise labels are mapped to their
+    rank among all labels. `columns` names the columns of a table (x [n, columns]), which `sources` standardises, except
+    those at `categories`, which are 0 or 1; it is empty for everything else. Missing values (NaN) of a table are
+    filled in as `impute` says. `symmetric` asks for 8-bit inputs in [-1, 1] instead of [0, 1].
+
+    `rows` is what one calls a row (pictures); `left_out` and `remarks` are for the line that says what was used;
+    `recipe` is what the reader did to the inputs, in plain values.
     """
 
     name: str
@@ -51,6 +61,19 @@ class Raw:
     class_names: tuple[str, ...] | None = None
     columns: tuple[str, ...] = ()
     symmetric: bool = False
+    validation_client: Array | None = None
+    test_client: Array | None = None
+    categories: tuple[int, ...] = ()
+    impute: str | None = None
+    rows: str = "rows"
+    left_out: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+
+    def owners(self) -> dict[str, Array]:
+        """Whose samples the rows of each part are, for the parts of which that is known."""
+        every = {"train": self.client, "validation": self.validation_client, "test": self.test_client}
+        return {name: owner for name, owner in every.items() if owner is not None}
 
     def parts(self) -> dict[str, Section]:
         """The parts that exist, by name."""
