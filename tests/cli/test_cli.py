@@ -79,7 +79,8 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def test_run_writes_its_folder(first: tuple[Path, str]) -> None:
     cwd, printed = first
     expected = (
-        "config.toml steps.jsonl evaluations.jsonl algorithm.json classes.json checkpoint.safetensors result.json"
+        "config.toml steps.jsonl evaluations.jsonl algorithm.json classes.json data.json checkpoint.safetensors "
+        "result.json"
     )
     pictures = ["curves.png", "classes.png", "report.html"]
     assert {p.name for p in (cwd / "a").iterdir()} == {*expected.split(), *pictures, ".lock"}
@@ -89,6 +90,9 @@ def test_run_writes_its_folder(first: tuple[Path, str]) -> None:
     counts = json.loads((cwd / "a" / "classes.json").read_text())["counts"]
     assert [sum(row) for row in counts] == [20, 20, 20]
     assert "round 1/2" in printed
+    account = json.loads((cwd / "a" / "data.json").read_text("utf-8"))["account"]
+    assert account.startswith("digits: 1797 rows (1x8x8) in 10 classes")
+    assert printed.startswith(f"Data: {account}\n")
     assert f"{result['test_accuracy']:.2%}" in printed
     assert all(f"a/{name}" in printed for name in pictures)
 

@@ -100,8 +100,8 @@ def _train(run: Run) -> None:
     """Train with live progress, then print the result and write the pictures and the page."""
     assert run.out is not None
     with Monitor(1) as monitor, resumable(f"cutlayer resume {run.out}"):
-        for record in run:
-            if run.steps == 1:
+        for number, record in enumerate(run):
+            if number == 0:
                 tell_of_data(run.training.source)
             monitor.show(label(run.config.algorithm), run, record)
     assert run.result is not None
