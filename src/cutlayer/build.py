@@ -131,6 +131,7 @@ class Prepared:
     def training(self, cohort: Cohort, server: Server, engine: str) -> Training:
         """The whole, around this cohort and its server: with a ledger, and a clock where the machines are known."""
         config, source, partition = self.config, self.source, self.partition
+        server.serve(config.algorithm, self.algorithm.traits.needs)
         ledger = Ledger(len(self.clients.rows))
         if self.algorithm.traits.central:
             ledger.add("up", "raw data", 0, _raw_bytes(source, self.clients.rows[0]))

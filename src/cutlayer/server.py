@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from cutlayer import seeds
 from cutlayer.averaging import average_into
-from cutlayer.errors import NonFiniteError
+from cutlayer.errors import ConfigError, NonFiniteError
 from cutlayer.gradients import RowLoss, column, gradient_of, means, means_of_clients, row_losses, spread
 from cutlayer.optim import MakeOptimizer, load_optimizer, set_lr
 from cutlayer.types import Rows, Smashed, TailGradients, as_tuple
+from cutlayer.verbs import STEP_COPIES, STEP_EACH, undeclared
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,18 @@ class Server:
         self._copies: dict[int, Server] = {}
         self._steps = 0
         self._pending: tuple[Rows, Rows] | None = None
+        self._algorithm, self._needs = "", frozenset[str]()
+
+    def serve(self, algorithm: str, needs: frozenset[str]) -> None:
+        """From now on refuse what the `algorithm` of that name does not state among its `needs`: engines prepare for
+        these alone.
+        """
+        self._algorithm, self._needs = algorithm, needs
+
+    def _check(self, verb: str, method: str) -> None:
+        """Raises ConfigError for a verb that the algorithm does not need."""
+        if self._algorithm and verb not in self._needs:
+            raise ConfigError(undeclared(self._algorithm, f"server.{method}", verb, self._needs))
 
     def step(self, smashed: Smashed, factor: float = 1.0, loss: RowLoss = row_losses) -> ServerStep:
         """One loss (mean over all rows), its gradients, one optimiser step at rate lr x schedule x `factor`.
@@ -125,21 +138,29 @@ class Server:
     def step_in_turn(self, smashed: Smashed, order: Sequence[int]) -> ServerStep:
         """One step on each client's rows alone, client after client in `order` (SplitFed V2).
 
-        Each client's slice of the gradient is of its own mean loss, at the weights that met its rows.
+        Each client's slice of the gradient is of its own mean loss, at the weights that met its rows. Raises
+        ConfigError if the algorithm does not need it.
         """
+        self._check(STEP_EACH, "step_in_turn")
         done = {client: self.step(smashed.only(client)) for client in order}
         return _together([done[k] for k in smashed.clients], smashed)
 
     def step_copies(self, smashed: Smashed) -> ServerStep:
         """Every client's copy of the server takes one step on that client's rows (SplitFed V1, V3).
 
-        Each client's slice of the gradient is of its own mean loss.
+        Each client's slice of the gradient is of its own mean loss. Raises ConfigError if the algorithm does not need
+        copies.
         """
+        self._check(STEP_COPIES, "step_copies")
         return _together([self._copy_of(k).step(smashed.only(k)) for k in smashed.clients], smashed)
 
     def average_copies(self, weights: Mapping[int, float]) -> None:
-        """Server model := weighted mean of the copies of the clients in `weights`; then every copy := server model."""
-        average_into(self.model, [self._copies[k].model for k in weights], list(weights.values()))
+        """Server model := weighted mean of the copies of the clients in `weights`; then every copy := server model.
+
+        Raises ConfigError if the algorithm does not need copies.
+        """
+        self._check(STEP_COPIES, "average_copies")
+        average_into(self.model, [self._copy_of(k).model for k in weights], list(weights.values()))
         for replica in self._copies.values():
             replica.model.load_state_dict(self.model.state_dict())
 

@@ -25,6 +25,15 @@ STEP_COPIES = "step_copies"  # a copy of the server model per client
 CLIENT_VERBS = frozenset({FORWARD, TAIL, BACKWARD, LEARN, FIT, AVERAGE, HAND_OVER})
 SERVER_VERBS = frozenset({STEP_EACH, STEP_COPIES})
 VERBS = CLIENT_VERBS | SERVER_VERBS
+_CONSTANTS = {word: name for name, word in globals().items() if name.isupper() and isinstance(word, str)}
+
+
+def undeclared(algorithm: str, call: str, verb: str, needs: Iterable[str]) -> str:
+    """The sentence for a `call` by an algorithm that does not name its `verb` among its needs."""
+    return (
+        f"{algorithm} calls {call}(), but its needs are {', '.join(sorted(needs)) or 'none'}: add {_CONSTANTS[verb]} "
+        "(of cutlayer.verbs) to the needs of its registration"
+    )
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from cutlayer.optim import make_optimizer
 from cutlayer.plugins import option
 from cutlayer.server import Server
 from cutlayer.types import Round, Rows, Smashed, Step
-from cutlayer.verbs import AVERAGE, BACKWARD, FORWARD, LEARN, TAIL
+from cutlayer.verbs import AVERAGE, BACKWARD, FORWARD, LEARN, STEP_COPIES, TAIL
 
 TIGHT = 1e-12
 
@@ -136,6 +136,117 @@ class Understated(UShapedPsl):
 def test_a_verb_that_is_not_needed_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"calls clients.tail\(\), but its needs are forward: add TAIL"):
         train(Understated, make(mlp), [4, 4], (6,), cut="2")
+
+
+def copies_round(server: Server, clients: Cohort) -> Iterator[Step]:
+    while smashed := clients.forward():
+        step = server.step_copies(smashed)
+        clients.backward(own(step.gradient, smashed))
+        yield report(step, smashed)
+
+
+@algorithm("undeclared-copies", title="Undeclared copies", needs={FORWARD, BACKWARD})
+class UndeclaredCopies(Algorithm):
+    """Steps copies of the server, and does not say so."""
+
+    def round(self, server: Server, clients: Cohort, this: Round) -> Iterator[Step]:
+        yield from copies_round(server, clients)
+
+
+@algorithm("undeclared-averaging", title="Undeclared averaging", needs={FORWARD, BACKWARD, AVERAGE})
+class UndeclaredAveraging(Algorithm):
+    """Averages copies of the server, and does not say so."""
+
+    def round(self, server: Server, clients: Cohort, this: Round) -> Iterator[Step]:
+        server.average_copies(sample_weights(clients, this.clients))
+        yield from copies_round(server, clients)
+
+
+@algorithm("undeclared-turns", title="Undeclared turns", needs={FORWARD, BACKWARD, STEP_COPIES})
+class UndeclaredTurns(Algorithm):
+    """Steps on one client's rows after another's, and does not say so."""
+
+    def round(self, server: Server, clients: Cohort, this: Round) -> Iterator[Step]:
+        while smashed := clients.forward():
+            step = server.step_in_turn(smashed, smashed.clients)
+            clients.backward(own(step.gradient, smashed))
+            yield report(step, smashed)
+
+
+@pytest.mark.parametrize("engine", ["local", "stacked", "auto"])
+@pytest.mark.parametrize(
+    ("made", "call", "verb"),
+    [
+        (UndeclaredCopies, "step_copies", "STEP_COPIES"),
+        (UndeclaredAveraging, "average_copies", "STEP_COPIES"),
+        (UndeclaredTurns, "step_in_turn", "STEP_EACH"),
+    ],
+)
+def test_what_is_asked_of_the_server_must_be_declared_too(made: Any, call: str, verb: str, engine: str) -> None:
+    with pytest.raises(ConfigError, match=rf"calls server\.{call}\(\), but its needs are .*: add {verb} \("):
+        train(made, make(mlp), [8, 8], (6,), cut="2", engine=engine)
+
+
+@algorithm("late-copies", title="Late copies", needs={FORWARD, BACKWARD, STEP_COPIES})
+class LateCopies(Algorithm):
+    """One server for all in the first round; then each client gets a copy of it."""
+
+    def round(self, server: Server, clients: Cohort, this: Round) -> Iterator[Step]:
+        if this.index:
+            yield from copies_round(server, clients)
+            return
+        while smashed := clients.forward():
+            step = server.step(smashed)
+            clients.backward(own(step.gradient, smashed))
+            yield report(step, smashed)
+
+
+def test_copies_start_from_the_trained_server_on_both_engines() -> None:
+    one, other = (
+        train(LateCopies, make(mlp), [8, 8, 8], (6,), cut="2", engine=engine, rounds=3)
+        for engine in ("local", "stacked")
+    )
+    assert other.training.engine == "stacked"
+    assert difference(client_state(one, 2), client_state(other, 2)) < TIGHT
+    assert difference(server_state(one), server_state(other)) < TIGHT
+
+
+@algorithm("copies-at-once", title="Copies at once", needs={FORWARD, BACKWARD, STEP_COPIES})
+class CopiesAtOnce(Algorithm):
+    """Averages the copies before any has stepped."""
+
+    def round(self, server: Server, clients: Cohort, this: Round) -> Iterator[Step]:
+        server.average_copies(sample_weights(clients, this.clients))
+        yield from copies_round(server, clients)
+
+
+def test_copies_can_be_averaged_before_they_step() -> None:
+    one, other = (
+        train(CopiesAtOnce, make(mlp), [8, 8], (6,), cut="2", engine=engine) for engine in ("local", "stacked")
+    )
+    assert difference(client_state(one, 1), client_state(other, 1)) < TIGHT
+    assert difference(server_state(one), server_state(other)) < TIGHT
+
+
+@algorithm("falsely-averaged", title="Falsely averaged", needs={FORWARD, BACKWARD, AVERAGE})
+class FalselyAveraged(Algorithm):
+    """Says that it averages after every step by numbers of samples, but averages one client's model."""
+
+    @property
+    def averages_every_step(self) -> bool:
+        return True
+
+    def round(self, server: Server, clients: Cohort, this: Round) -> Iterator[Step]:
+        while smashed := clients.forward():
+            step = server.step(smashed)
+            clients.backward(own(step.gradient, smashed))
+            clients.average({0: 1.0})
+            yield report(step, smashed)
+
+
+def test_a_false_statement_about_averaging_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="averages_every_step is true, but it averages other clients"):
+        train(FalselyAveraged, make(mlp), [8, 8], (6,), cut="2", engine="auto")
 
 
 def test_a_pooled_head_takes_whatever_crosses() -> None:

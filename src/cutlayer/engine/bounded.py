@@ -8,7 +8,7 @@ from typing import Any
 from cutlayer.cohort import Cohort, CohortAround
 from cutlayer.errors import ConfigError
 from cutlayer.types import CutGradients, Smashed, Step, TailGradients
-from cutlayer.verbs import AVERAGE, BACKWARD, FIT, FORWARD, HAND_OVER, LEARN, TAIL
+from cutlayer.verbs import AVERAGE, BACKWARD, FIT, FORWARD, HAND_OVER, LEARN, TAIL, undeclared
 
 
 class BoundedCohort(CohortAround):
@@ -22,10 +22,7 @@ class BoundedCohort(CohortAround):
 
     def _check(self, verb: str) -> None:
         if verb not in self.needs:
-            raise ConfigError(
-                f"{self.name} calls clients.{verb}(), but its needs are {', '.join(sorted(self.needs)) or 'none'}: add "
-                f"{verb.upper()} (of cutlayer.verbs) to the needs of its registration"
-            )
+            raise ConfigError(undeclared(self.name, f"clients.{verb}", verb, self.needs))
 
     def forward(self, clients: Sequence[int] | None = None, *, labels: bool = True) -> Smashed:
         """Raises ConfigError if it is not needed."""

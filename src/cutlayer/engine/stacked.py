@@ -8,7 +8,7 @@ why a model cannot be stacked; everything is proved equal to `local`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -27,7 +27,7 @@ from cutlayer.optim import MakeOptimizer, rule_of
 from cutlayer.scoring import Outputs, evaluate, evaluation
 from cutlayer.server import Server, ServerStep, culprits, finite
 from cutlayer.types import CutGradients, Evaluation, Rows, Smashed, Step, select
-from cutlayer.verbs import AVERAGE, BACKWARD, FIT, FORWARD, SERVER_VERBS
+from cutlayer.verbs import AVERAGE, BACKWARD, FIT, FORWARD, SERVER_VERBS, STEP_COPIES
 
 _MERGED_ROWS = 2048
 """Rows of all clients per forward pass in evaluation: bounds memory, and what fits the cache runs twice as fast."""
@@ -204,7 +204,9 @@ class StackedServer(Server):
         self._stack = Stack(model, copies, make_optimizer, chunk=how.chunk, mapped=how.mapped)
 
     def step_copies(self, smashed: Smashed) -> ServerStep:
-        """Every client's copy takes one step on that client's rows."""
+        """Every client's copy takes one step on that client's rows. Raises ConfigError if copies are not needed."""
+        self._check(STEP_COPIES, "step_copies")
+        self._begin(smashed.clients)
         groups = self._stack.groups(smashed.clients, np.array(smashed.sizes))
         own = torch.empty(len(smashed.clients), dtype=torch.float64 if smashed.rows[0].dtype == torch.float64 else None)
         own = own.to(smashed.labels.device)
@@ -234,7 +236,12 @@ class StackedServer(Server):
         return None
 
     def average_copies(self, weights: Mapping[int, float]) -> None:
-        """Server model := weighted mean of the copies of the clients in `weights`; then every copy := server model."""
+        """Server model := weighted mean of the copies of the clients in `weights`; then every copy := server model.
+
+        Raises ConfigError if copies are not needed.
+        """
+        self._check(STEP_COPIES, "average_copies")
+        self._begin(weights)
         self._stack.average(weights)
         self.model.load_state_dict(self._stack.state_of(0))
 
@@ -246,6 +253,13 @@ class StackedServer(Server):
         """Take a state that `state()` returned."""
         super().load(state)
         self._stack.load(state["stack"])
+
+    def _begin(self, clients: Iterable[int]) -> None:
+        """A copy that has not stepped yet starts from the server's model, which may have been trained before."""
+        if self._steps:
+            for client in clients:
+                if not self._stack.steps[client]:
+                    self._stack.load_one(client, self.model.state_dict())
 
     def _stream(self, client: int) -> torch.Generator:
         copy_seed = seeds.derive(self.seed, "copy", client)

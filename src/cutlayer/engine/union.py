@@ -18,7 +18,7 @@ from cutlayer.cohort import Footprint, Predict
 from cutlayer.data.samples import Samples
 from cutlayer.engine.simulated import Clients, SimulatedCohort, model_bytes
 from cutlayer.engine.stackable import close, drawing, exact
-from cutlayer.errors import NonFiniteError
+from cutlayer.errors import ConfigError, NonFiniteError
 from cutlayer.gradients import column, means, row_losses, spread
 from cutlayer.optim import MakeOptimizer, set_lr
 from cutlayer.scoring import Outputs, evaluate, evaluation
@@ -143,6 +143,7 @@ class UnionServer(Server):
 
     def step_copies(self, smashed: Smashed) -> ServerStep:
         """The weighted mean of the steps of all copies; each client's slice of the gradient is of its own mean loss."""
+        self._check(STEP_COPIES, "step_copies")
         self._asked = smashed.clients
         losses = row_losses(self.forward(smashed)[0], smashed.labels)
         if not finite(losses.detach()):
@@ -154,6 +155,7 @@ class UnionServer(Server):
 
     def average_copies(self, weights: Mapping[int, float]) -> None:
         """Done already, by the weights n_k / n."""
+        self._check(STEP_COPIES, "average_copies")
         check_done(weights, self._samples, self._asked)
 
 
@@ -182,11 +184,15 @@ def shares(samples: Sequence[int], clients: Sequence[int]) -> list[float]:
 
 
 def check_done(weights: Mapping[int, float], samples: Sequence[int], asked: Sequence[int]) -> None:
-    """The averaging that is asked for must be the one that was done."""
+    """The averaging that is asked for must be the one that was done. Raises ConfigError."""
     total = sum(weights.values())
     done = dict(zip(asked, shares(samples, asked), strict=True))
     same = weights.keys() == done.keys() and all(abs(w / total - done[k]) < 1e-9 for k, w in weights.items())
-    assert same, "one union step is the average by the clients' numbers of samples"
+    if not same:
+        raise ConfigError(
+            "the algorithm's averages_every_step is true, but it averages other clients than those that stepped, or by "
+            "other weights than their numbers of samples: return false there, or average with sample_weights"
+        )
 
 
 def rows_of(sizes: Sequence[int]) -> Tensor:

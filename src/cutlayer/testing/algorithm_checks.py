@@ -95,7 +95,7 @@ def recorded(training: Training) -> tuple[Recording, RecordedServer]:
             for _ in t.algorithm.round(t.server, cast(Cohort, clients), this):
                 pass
         except ConfigError:
-            if not (clients.used & VERBS) - t.algorithm.traits.needs:
+            if not ((clients.used | server.used) & VERBS) - t.algorithm.traits.needs:
                 raise
             break
     return clients, server
