@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from cutlayer import plugins, seeds
-from cutlayer.algorithms import Algorithm
+from cutlayer.algorithms import Algorithm, traffic_of
 from cutlayer.checks import check_output, check_parts, check_rate, check_single_rows
 from cutlayer.cohort import Cohort
 from cutlayer.costs.clock import Clock, ClockedCohort
@@ -27,6 +27,7 @@ from cutlayer.costs.fleet import Fleet, fleet
 from cutlayer.costs.flops import ModelFlops, count
 from cutlayer.costs.ledger import Ledger, MeteredCohort
 from cutlayer.data import Source, class_counts, from_arrays, from_dataset, load, load_whole, partition
+from cutlayer.data.own import own_code
 from cutlayer.engine.choice import laid_out, simulate
 from cutlayer.engine.simulated import ClientModel, Clients, Shape, model_bytes
 from cutlayer.errors import ConfigError, CutlayerWarning, DataError
@@ -98,7 +99,7 @@ class Training:
     @property
     def server_passes(self) -> float:
         """How often the server's part trains on each sample, as the algorithm states it; once if it states nothing."""
-        traffic = self.algorithm.traffic(self.epoch)
+        traffic = traffic_of(self.algorithm, self.epoch)
         return 1.0 if traffic is None else traffic.server_passes
 
 
@@ -214,7 +215,8 @@ def prepare(
     if type(algorithm).round is Algorithm.round:
         raise ConfigError(f"{config.algorithm} has no round(): write the generator that trains one round")
     for thing in (algorithm, *schedules(config)):
-        thing.check(config.given)
+        with own_code(thing, f"`check` of {thing.entry.name!r}"):
+            thing.check(config.given)
     coding = Coding(*_codecs(config))
     device = _device(config)
     machines = fleet(config, config.clients)
@@ -457,7 +459,9 @@ def _heads(
 
     def make(*name: str | int) -> nn.Module:
         with seeds.torch_seeded(config.seed, *name):
-            return typed(algorithm.head(smashed, classes), config).to(example.device)
+            with own_code(algorithm, f"`head` of the algorithm {config.algorithm!r}"):
+                head = algorithm.head(smashed, classes)
+            return typed(head, config).to(example.device)
 
     return make
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from cutlayer import checkpoint, plugins
+from cutlayer.algorithms import steps_of
 from cutlayer.build import Data, Model, Training, assemble, by_name
 from cutlayer.costs.measured import Meter
 from cutlayer.errors import ConfigError, CutlayerWarning, NonFiniteError, RunFolderError, UsageError
@@ -237,6 +238,11 @@ class Run:
                         folder.append(STEPS, asdict(record))
                     yield record
             last = index + 1 == t.rounds
+            if last and not self._step:
+                raise ConfigError(
+                    f"the algorithm {self.config.algorithm!r} has yielded no step in {t.rounds} rounds, so nothing was "
+                    "trained: have its round() yield a Step per training step"
+                )
             if last or (index + 1) % (self.config.eval_every or t.rounds_per_epoch) == 0:
                 self._evaluate(index + 1, folder)
             if folder is not None and self.config.snapshot_every and (index + 1) % self.config.snapshot_every == 0:
@@ -437,7 +443,7 @@ def round_of(training: Training, index: int) -> Iterator[Step]:
     """Begin round `index`; its steps."""
     t = training
     factor, t.server.lr_factor = rate_factors(t, index)
-    return t.algorithm.round(t.server, t.clients, t.clients.begin_round(index, t.rounds, factor))
+    return steps_of(t.algorithm, t.server, t.clients, t.clients.begin_round(index, t.rounds, factor))
 
 
 def own_things(**given: object) -> dict[str, bool]:

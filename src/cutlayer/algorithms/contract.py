@@ -12,12 +12,13 @@ requests, tables) is derived from its registration.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, get_args
 
 from cutlayer import plugins
-from cutlayer.errors import ConfigError
+from cutlayer.data.own import own_code
+from cutlayer.errors import ConfigError, unknown
 from cutlayer.plugins import Thing
-from cutlayer.traffic import Epoch, Traffic
+from cutlayer.traffic import Epoch, Pattern, Traffic
 from cutlayer.verbs import Traits
 
 if TYPE_CHECKING:
@@ -114,6 +115,33 @@ def algorithm(
         colour=colour,
         line=line,
     )
+
+
+def steps_of(algorithm: Algorithm, server: Server, clients: Cohort, this: Round) -> Iterator[Step]:
+    """The steps of one round. Raises ConfigError for whatever an algorithm from outside raises, or yields besides."""
+    from cutlayer.types import Step
+
+    what = f"the algorithm {algorithm.entry.name!r}"
+    with own_code(algorithm, f"the round of {what}"):
+        steps = algorithm.round(server, clients, this)
+        if not isinstance(steps, Iterator):
+            raise ConfigError(f"round() of {what} returns {steps!r}: make it a generator that yields a Step per step")
+        for step in steps:
+            if not isinstance(step, Step):
+                raise ConfigError(f"round() of {what} yields {step!r}: yield a cutlayer.types.Step per step")
+            yield step
+
+
+def traffic_of(algorithm: Algorithm, epoch: Epoch) -> Traffic | None:
+    """What the algorithm states that an epoch moves and computes; None: not planned. Raises ConfigError."""
+    what = f"`traffic` of the algorithm {algorithm.entry.name!r}"
+    with own_code(algorithm, what):
+        found = algorithm.traffic(epoch)
+    if found is not None and not isinstance(found, Traffic):
+        raise ConfigError(f"{what} returns {found!r}: return a cutlayer.traffic.Traffic, or None")
+    if found is not None and found.pattern not in get_args(Pattern):
+        raise ConfigError(f"{what}: {unknown('pattern', str(found.pattern), get_args(Pattern))}")
+    return found
 
 
 def traits_of(entry: plugins.Entry) -> Traits:

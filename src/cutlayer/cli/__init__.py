@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,6 +35,8 @@ from cutlayer.plugins import Entry, explain
 
 __all__ = ["application", "main"]
 
+DEBUG = "--debug"  # of every command: the traceback too
+
 
 def application(own: Sequence[Entry] = ()) -> App:
     """All commands, with the options of the user's `own` things among their flags."""
@@ -50,7 +53,7 @@ def main() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):  # a terminal without Unicode shows ? where it lacks a character
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    words, own, missing = sys.argv[1:], list[Entry](), list[CutlayerError]()
+    words, own, missing = [word for word in sys.argv[1:] if word != DEBUG], list[Entry](), list[CutlayerError]()
     try:
         own, missing = own_things(words)
         application(own)(words, exit_on_error=False, print_error=False, result_action="return_value")
@@ -58,7 +61,10 @@ def main() -> NoReturn:
         # A thing that cannot be found has no flags: then they are not what is wrong.
         fail(str(missing[0]) if missing else _flag_sentence(error, own), 2)
     except CutlayerError as error:
-        fail(str(error), error.exit_code)
+        if DEBUG in sys.argv:
+            traceback.print_exception(error)
+        more = f"; {DEBUG} shows the traceback" if error.__cause__ is not None and DEBUG not in sys.argv else ""
+        fail(f"{error}{more}", error.exit_code)
     except OSError as error:
         if not is_full(error):
             raise

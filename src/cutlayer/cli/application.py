@@ -17,7 +17,7 @@ can stand in a TOML file too (`--config`), under the same name with underscores;
 configuration is stored with the run, and running from it reproduces the run.
 
 Exit codes: 0 done, 1 training failed, 2 wrong input (nothing was written), 3 disk full, 130 interrupted (after 3 and
-130 `cutlayer resume` goes on).
+130 `cutlayer resume` goes on). With `--debug` an error comes with its traceback, such as that of code of yours.
 """
 out = Console()
 err = Console(stderr=True)

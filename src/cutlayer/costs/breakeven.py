@@ -23,7 +23,7 @@ from fractions import Fraction
 from functools import cache
 from typing import Literal, cast
 
-from cutlayer.algorithms import Algorithm
+from cutlayer.algorithms import Algorithm, traffic_of
 from cutlayer.costs.expect import Expected, Workload, expect
 from cutlayer.costs.fleet import Fleet
 from cutlayer.costs.ledger import CONVENTIONS, Convention
@@ -101,7 +101,7 @@ class Duel:
 
     def moves(self, work: Workload) -> Traffic:
         """What the split algorithm moves in an epoch."""
-        found = self.split.traffic(work)
+        found = traffic_of(self.split, work)
         assert found is not None, "only planned algorithms are compared"
         return found
 
@@ -110,7 +110,7 @@ def break_evens(algorithms: Sequence[Algorithm], work: Workload, fleet: Fleet | 
     """All of those `algorithms` that cut the model against the first that trains whole models in rounds, if there is
     one: under each convention, and in time with a fleet.
     """
-    stated = [(a, t.pattern) for a in algorithms if (t := a.traffic(work)) is not None]
+    stated = [(a, t.pattern) for a in algorithms if (t := traffic_of(a, work)) is not None]
     federated = next((a for a, pattern in stated if pattern == "rounds"), None)
     if federated is None:
         return []

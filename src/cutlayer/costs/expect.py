@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from cutlayer.algorithms import Algorithm
+from cutlayer.algorithms import Algorithm, traffic_of
 from cutlayer.costs.energy import Energy, Use, clients_energy, server_energy
 from cutlayer.costs.fleet import Array, Fleet
 from cutlayer.costs.flops import ModelFlops
@@ -64,7 +64,7 @@ def expect(algorithm: Algorithm, work: Workload, fleet: Fleet | None = None) -> 
     """The costs of training `work` with `algorithm`, on `fleet` if there is one. Raises ConfigError for an algorithm
     that does not state its traffic.
     """
-    traffic = algorithm.traffic(work)
+    traffic = traffic_of(algorithm, work)
     if traffic is None:
         raise ConfigError(
             f"{algorithm.entry.name} is not planned: it does not say what it moves (a method `traffic`); leave it out"

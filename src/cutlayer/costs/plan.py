@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cutlayer.algorithms import Algorithm
+from cutlayer.algorithms import Algorithm, traffic_of
 from cutlayer.costs.breakeven import BreakEven, break_evens
 from cutlayer.costs.expect import Expected, Workload, expect
 from cutlayer.costs.fleet import Fleet, fleet
@@ -245,7 +245,7 @@ def _algorithms(config: PlanConfig) -> tuple[dict[str, Algorithm], tuple[str, ..
     others. Raises ConfigError without any.
     """
     made = {name: config.algorithm(name) for name in config.algorithms}
-    stated = {name: a for name, a in made.items() if a.traffic(_ANY) is not None}
+    stated = {name: a for name, a in made.items() if traffic_of(a, _ANY) is not None}
     others = tuple(name for name in made if name not in stated)
     if not stated:
         raise ConfigError(

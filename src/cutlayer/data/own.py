@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from cutlayer.errors import ConfigError, CutlayerError
+
+_PACKAGE = str(Path(__file__).parents[1])
 
 
 @contextmanager
 def own_code(code: object, what: str) -> Iterator[None]:
-    """Turn an exception of `code`, called `what`, into a ConfigError with the reason.
+    """Turn an exception of `code`, called `what`, into a ConfigError with the reason and the place.
 
     Errors that Cutlayer raises on purpose pass as they are, and so does whatever this package's own code raises.
     """
@@ -23,4 +28,27 @@ def own_code(code: object, what: str) -> Iterator[None]:
             raise
         first = str(error).strip().split("\n", 1)[0]
         reason = f"{type(error).__name__}: {first}" if first else type(error).__name__
-        raise ConfigError(f"{what} failed ({reason}): correct its code") from error
+        raise ConfigError(f"{what} failed{_place(code, error)} ({reason}): correct its code") from error
+
+
+def _place(code: object, error: Exception) -> str:
+    """Where it was raised, " at file:line": the last line of the user's file, or of any outside this package."""
+    frames = traceback.extract_tb(error.__traceback__)
+    mine = [frame for frame in frames if frame.filename == _file_of(code)]
+    found = mine or [frame for frame in frames if not frame.filename.startswith(_PACKAGE)]
+    # Without a frame of the user's, such as of a wrong signature, the call itself has failed.
+    return f" at {_short(found[-1].filename)}:{found[-1].lineno}" if found else ""
+
+
+def _file_of(code: object) -> str:
+    thing = code if inspect.isclass(code) or inspect.isroutine(code) else type(code)
+    try:
+        return inspect.getsourcefile(thing) or ""
+    except TypeError:  # defined at a prompt
+        return ""
+
+
+def _short(file: str) -> str:
+    """The path from the working directory, if it lies below."""
+    path = Path(file)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else file

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from cutlayer import plugins, seeds
+from cutlayer.data.own import own_code
 from cutlayer.defences.protection import Defence
 from cutlayer.errors import ConfigError
 from cutlayer.types import Rows
@@ -55,9 +56,9 @@ def _made(reference: str, values: dict[str, Any]) -> Defence:
     if not (isinstance(kind, type) and issubclass(kind, Defence)):
         raise ConfigError(f"defence {reference!r} is not a subclass of cutlayer.defences.Defence; make it one")
     made = kind.of(values)
-    made.check(
-        frozenset(n for n, default in plugins.find("defence", reference).defaults.items() if values[n] != default)
-    )
+    defaults = plugins.find("defence", reference).defaults
+    with own_code(made, f"`check` of the defence {reference!r}"):
+        made.check(frozenset(n for n, default in defaults.items() if values[n] != default))
     return made
 
 
@@ -124,9 +125,22 @@ class Defences:
         real = [i for i, r in enumerate(rows) if r.is_floating_point()]
         sent = tuple(rows[i] for i in real)
         for part in self.in_order:
-            sent = part.protect(sent, sizes, draws)
+            sent = _protected(part, sent, sizes, draws)
         done = dict(zip(real, sent, strict=True))
         return tuple(done.get(i, r) for i, r in enumerate(rows))
+
+
+def _protected(part: Defence, rows: Rows, sizes: Sequence[int], draws: Sequence[torch.Generator]) -> Rows:
+    """What a defence sends instead of `rows`. Raises ConfigError if it fails, or sends tensors of other shapes."""
+    what = f"`protect` of the defence {part.entry.name!r}"
+    with own_code(part, what):
+        sent = tuple(part.protect(rows, sizes, draws))
+        shapes = [tuple(r.shape) for r in sent]
+    if shapes != (given := [tuple(r.shape) for r in rows]):
+        raise ConfigError(
+            f"{what} makes tensors of the shapes {shapes} of {given}: return one of the same shape for each"
+        )
+    return sent
 
 
 @dataclass(frozen=True)
@@ -161,7 +175,8 @@ class Guarded:
         for x, *z in zip(self.x, *[leaf.detach().split(self.sizes) for leaf in leaves], strict=True):
             own = [piece.requires_grad_() for piece in z]
             with torch.enable_grad():
-                penalty = part.penalty(x.flatten(1), torch.cat([piece.flatten(1) for piece in own], 1))
+                with own_code(part, f"`penalty` of the defence {part.entry.name!r}"):
+                    penalty = part.penalty(x.flatten(1), torch.cat([piece.flatten(1) for piece in own], 1))
                 if penalty is None:
                     return ()
                 found.append(torch.autograd.grad(penalty, own))

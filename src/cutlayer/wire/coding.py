@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cutlayer.data.own import own_code
 from cutlayer.types import Rows
 from cutlayer.wire.codecs import RAW, Codec, compressed, payload_bytes, raw_bytes, read, write
 
@@ -63,4 +64,6 @@ def written(codec: Codec, tensor: Tensor, *, decode: bool = True) -> tuple[Tenso
     size = len(compressed(data)) if codec.zstd else len(data)
     if not decode:
         return tensor, size
-    return read(codec, memoryview(data), tuple(tensor.shape), tensor.dtype).to(tensor.device), size
+    with own_code(codec, f"the codec {codec}"):
+        received = read(codec, memoryview(data), tuple(tensor.shape), tensor.dtype)
+    return received.to(tensor.device), size

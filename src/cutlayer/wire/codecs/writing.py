@@ -23,6 +23,7 @@ import zstandard
 from torch import Tensor
 
 from cutlayer import plugins
+from cutlayer.data.own import own_code
 from cutlayer.errors import ConfigError, WireError
 
 OWN = 0x7F
@@ -177,7 +178,8 @@ def write(codec: Codec, tensor: Tensor) -> list[Tensor]:
     x = tensor.detach()
     if not x.numel() or not codec.applies(x.dtype):
         return [x.resolve_conj().resolve_neg().cpu().contiguous()]
-    pieces = [piece.cpu().contiguous() for piece in codec.write(x)]
+    with own_code(codec, f"the codec {codec}"):
+        pieces = [piece.cpu().contiguous() for piece in codec.write(x)]
     size, said = sum(piece.nbytes for piece in pieces), codec.size(x.shape, x.dtype)
     if size != said:
         raise ConfigError(
