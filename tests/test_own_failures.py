@@ -88,6 +88,14 @@ class Unchecked(Plain):
         raise KeyError("CHECK")
 
 
+@register("schedule", "rising")
+class Rising(Schedule):
+    limit: float = option(1.0, help="Where it ends.")
+
+    def factor(self, progress):
+        return {1.0: float("nan"), 2.0: float("inf"), 3.0: -0.5}[self.limit]  # RISING
+
+
 @defence("leaky")
 class Leaky(Defence):
     def protect(self, rows, sizes, draws):
@@ -140,6 +148,10 @@ def sentence(*words: str) -> str:
         (["--algorithm", "own.py:Numbers"], "'numbers' yields 0.5: yield a cutlayer.types.Step"),
         (["--algorithm", "own.py:Unchecked"], "`check` of 'unchecked' failed at own.py:"),
         (
+            ["--lr-schedule", "own.py:Rising", "--limit", "5"],
+            f"the schedule 'rising' failed at own.py:{LINES['RISING']} (KeyError: 5.0)",
+        ),
+        (
             ["--defences", "own.py:Leaky"],
             f"`protect` of the defence 'leaky' failed at own.py:{LINES['LEAKY']} (ValueError: no rows): correct",
         ),
@@ -152,6 +164,13 @@ def sentence(*words: str) -> str:
 )
 def test_a_run_says_what_failed_and_where(place: Path, flags: list[str], said: str) -> None:
     assert said in sentence("run", *SMALL, *flags, "--out", "run")
+
+
+@pytest.mark.parametrize(("limit", "factor"), [("1", "nan"), ("2", "inf"), ("3", "-0.5")])
+@pytest.mark.parametrize("flags", [("--lr-schedule",), ("--lr-schedule", "constant", "--server-lr-schedule")])
+def test_a_schedule_is_blamed_for_its_factor(place: Path, limit: str, factor: str, flags: tuple[str, ...]) -> None:
+    said = f"the schedule 'rising' gives the factor {factor} after 0 of the rounds: return a finite number"
+    assert said in sentence("run", *SMALL, *flags, "own.py:Rising", "--limit", limit, "--out", "run")
 
 
 def test_a_plan_says_what_failed_and_where(place: Path) -> None:

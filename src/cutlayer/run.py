@@ -15,6 +15,7 @@ from cutlayer import checkpoint, plugins
 from cutlayer.algorithms import steps_of
 from cutlayer.build import Data, Model, Training, assemble, by_name
 from cutlayer.costs.measured import Meter
+from cutlayer.data.own import own_code
 from cutlayer.errors import ConfigError, CutlayerWarning, NonFiniteError, RunFolderError, UsageError
 from cutlayer.folder import (
     ALGORITHM,
@@ -31,6 +32,7 @@ from cutlayer.folder import (
 )
 from cutlayer.keywords import RunKeywords
 from cutlayer.options import RunConfig, by_reference, normalised, overlaid
+from cutlayer.schedules import Schedule
 from cutlayer.scoring import judged
 from cutlayer.types import Evaluation, Step
 
@@ -434,9 +436,22 @@ class Run:
 
 
 def rate_factors(training: Training, index: int) -> tuple[float, float]:
-    """What round `index` multiplies the clients' and the server's base rates with."""
+    """What round `index` multiplies the clients' and the server's base rates with. Raises ConfigError."""
     clients, server = training.schedules
-    return clients.factor(index / training.rounds), server.factor(index / training.rounds)
+    return _factor(clients, index / training.rounds), _factor(server, index / training.rounds)
+
+
+def _factor(schedule: Schedule, progress: float) -> float:
+    """The schedule's factor. Raises ConfigError for what no rate can be multiplied with."""
+    what = f"the schedule {schedule.entry.name!r}"
+    with own_code(schedule, what):
+        factor = schedule.factor(progress)
+        possible = math.isfinite(factor) and factor >= 0
+    if not possible:
+        raise ConfigError(
+            f"{what} gives the factor {factor} after {progress:.3g} of the rounds: return a finite number of 0 or more"
+        )
+    return factor
 
 
 def round_of(training: Training, index: int) -> Iterator[Step]:
