@@ -136,6 +136,8 @@ FLAGS: list[tuple[str, list[str]]] = [
     ("run --model mlp --algorithm sfl --cut input", ["cut = 'input'", "client part has no parameters", "cut later"]),
     ("run --model mlp --algorithm slr --cut output", ["cut = 'output'", "server part has no parameters", "earlier"]),
     ("run --model mlp --algorithm sflv3 --cut output", ["cut = 'output'", "server part has no parameters", "earlier"]),
+    ("run --model mlp --defences noise", ["'noise'", "does nothing", "set --clip or --gaussian-noise or --laplace"]),
+    ("run --model mlp --defences nopeek", ["'nopeek'", "does nothing", "set --nopeek, or leave it out"]),
     ("run --model mlp --client-optimizer admm", ["'admm'", "did you mean 'adam'"]),
     ("run --model mlp --server-optimizer lbfgs", ["'lbfgs'", "sgd"]),
     ("run --model mlp --client-optimizer-options.beta 1", ["'beta'", "did you mean 'betas'"]),

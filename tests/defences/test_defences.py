@@ -185,6 +185,13 @@ def test_a_defence_of_strength_zero_changes_nothing(algorithm: str) -> None:
     assert [e.test_loss for e in bare.evaluations] == [e.test_loss for e in zero.evaluations]
 
 
+def test_a_defence_that_is_named_may_be_given_strength_zero() -> None:
+    config = RunConfig(defences=("nopeek", "feature-dropout"), nopeek=0.0, feature_dropout=0.5)
+    assert [part.entry.name for part in defences.of(config).in_order] == ["feature-dropout"]
+    with pytest.raises(ConfigError, match="names 'feature-dropout', which does nothing with the defaults"):
+        defences.of(RunConfig(defences=("nopeek", "feature-dropout"), nopeek=0.5))
+
+
 def test_a_clip_that_nothing_reaches_changes_nothing() -> None:
     """Nor does the way that a common gradient takes through it."""
     bare, wide = (

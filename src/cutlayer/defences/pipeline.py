@@ -38,16 +38,29 @@ class Seeded(Protocol):
 def of(config: Seeded) -> Defences:
     """The defences whose options the configuration sets, and those that it names in `defences`.
 
-    Raises ConfigError where a name is unknown or options do not go together.
+    Raises ConfigError where a name is unknown, options do not go together, or a defence that is named does nothing.
     """
     named = tuple(getattr(config, "defences", ()))
+    given: frozenset[str] | set[str] = getattr(config, "model_fields_set", frozenset())
     parts = []
     for reference in dict.fromkeys([*plugins.index("defence"), *named]):
         entry = plugins.find("defence", reference)
         values = {name: getattr(config, name, default) for name, default in entry.defaults.items()}
         if reference in named or values != entry.defaults:
             parts.append(_made(reference, values))
+            if not (parts[-1].active or entry.option_names & given):
+                raise _idle(reference, entry)
     return Defences(config.seed, tuple(parts))
+
+
+def _idle(reference: str, entry: plugins.Entry) -> ConfigError:
+    """Why naming a defence alone is not enough."""
+    options = sorted(entry.option_names)
+    flags = " or ".join(f"--{name.replace('_', '-')}" for name in options)
+    need = f"set {flags}" if options else "have its `active` return true"
+    return ConfigError(
+        f"defences names {reference!r}, which does nothing with the defaults of its options: {need}, or leave it out"
+    )
 
 
 def _made(reference: str, values: dict[str, Any]) -> Defence:
