@@ -42,7 +42,7 @@ class CommonKeywords(TypedDict, total=False):
     client_optimizer_options: dict[str, Any]
     client_lr: float
     server_optimizer: str | None
-    server_optimizer_options: dict[str, Any]
+    server_optimizer_options: dict[str, Any] | None
     server_lr: float | None
     lr_schedule: Any
     server_lr_schedule: Any

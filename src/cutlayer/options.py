@@ -9,17 +9,15 @@ effect is kept in the resolved configuration.
 from __future__ import annotations
 
 import inspect
-import json
-import math
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from cutlayer import plugins
@@ -57,30 +55,14 @@ def about(info: FieldInfo, what: str) -> Any:
     return extra.get(what) if isinstance(extra, dict) else None
 
 
-def _typed(options: Any) -> Any:
-    """Options given as flags are texts: those that say true, 0.9 or [0.9, 0.99] become that."""
-    if not isinstance(options, Mapping):
-        return options
-    return {name: _value(v) if isinstance(v, str) else v for name, v in options.items()}
-
-
-def _value(text: str) -> Any:
-    try:
-        value = json.loads(text.lower() if text.lower() in ("true", "false") else text)
-    except ValueError:
-        return text
-    finite = isinstance(value, (bool, int)) or (isinstance(value, float) and math.isfinite(value))
-    return value if finite or isinstance(value, list) else text
-
-
-OptimizerOptions = Annotated[dict[str, bool | int | float | str | list[float]], BeforeValidator(_typed)]
+OptimizerOptions = dict[str, bool | int | float | str | list[float]]
 
 
 def _one_line(text: str | None) -> str:
     return " ".join((text or "").split())
 
 
-class _Config(BaseModel):
+class _Config(plugins.Typed):
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
     )

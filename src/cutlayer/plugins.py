@@ -29,7 +29,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 from pydantic.fields import FieldInfo
 
 from cutlayer.errors import ConfigError, unknown
@@ -223,11 +223,59 @@ class Entry:
 def _form(entry: Entry) -> type[BaseModel]:
     """A pydantic model of the entry's options."""
     fields: dict[str, Any] = {o.name: (o.annotation, o.info) for o in entry.options}
-    config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
-    return create_model(entry.title or entry.name, __config__=config, **fields)
+    return create_model(entry.title or entry.name, __base__=_Form, **fields)
 
 
-class Thing(BaseModel):
+class Typed(BaseModel):
+    """Base of what is made from a file's values or from keywords: texts, numbers and truth values are told apart. Only
+    flags, which are all texts, are converted.
+    """
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_mistyped(cls, values: Any) -> Any:
+        for name, value in values.items() if isinstance(values, Mapping) else ():
+            if name in cls.model_fields and (what := _mistyped(value, _simple(cls, name))):
+                raise _impossible(name, repr(value), f"it must be {what}", cls.model_fields[name])
+        return values
+
+
+class _Form(Typed):
+    """Base of the models of entries' options."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+
+
+@cache
+def _simple(model: type[BaseModel], name: str) -> tuple[str, bool]:
+    """(base, many) of a field; an empty base if it is not a simple one, such as a table."""
+    try:
+        base, _, many, _ = _plain(name, model.model_fields[name].annotation)
+    except TypeError:
+        return "", False
+    return base, many
+
+
+_WORDS = {"bool": "true or false", "int": "a whole number", "float": "a number"}
+
+
+def _mistyped(value: Any, simple: tuple[str, bool]) -> str:
+    """What a value, or one of many, has to be but is not; empty if it may be right."""
+    base, many = simple
+    if many:
+        several = isinstance(value, list | tuple)
+        what = next((w for one in value if (w := _mistyped(one, (base, False)))), "") if several else ""
+        return f"a list, each {what}" if what else ""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    wrong = {
+        "bool": isinstance(value, str) or number,
+        "int": isinstance(value, str | bool),
+        "float": isinstance(value, str | bool),
+    }
+    return _WORDS[base] if wrong.get(base) else ""
+
+
+class Thing(Typed):
     """Base of things that have options: a frozen pydantic model whose fields are made by `option`."""
 
     model_config = ConfigDict(
@@ -387,9 +435,13 @@ def adopt(kind: str, thing: Any) -> tuple[str, dict[str, Any]]:
     return reference, values
 
 
-_PLAIN = dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "it must be a whole number") | dict.fromkeys(
-    ("float_type", "float_parsing"), "it must be a number"
-)  # where pydantic's own words are about parsing
+_PLAIN = {
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "it must be a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "it must be a number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "it must be true or false"),
+    "string_type": "it must be a text",
+    "tuple_type": "it must be a list",
+}  # where pydantic's own words are about parsing
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> ConfigError:
@@ -400,11 +452,14 @@ def explain(error: ValidationError, model: type[BaseModel]) -> ConfigError:
         return ConfigError(unknown("option", name, model.model_fields))
     if first["type"] == "literal_error" and isinstance(first["input"], str):
         return ConfigError(unknown(name, first["input"], _choices(model.model_fields[name].annotation)))
-    info = model.model_fields.get(name)
-    about = f" ({' '.join(info.description.split())})" if info is not None and info.description else ""
     message = _PLAIN.get(first["type"]) or str(first["msg"]).replace("Input should be", "it must be")
     message = message[:1].lower() + message[1:]
-    return ConfigError(f"{name} = {first['input']} is not possible: {message}{about}")
+    return _impossible(name, first["input"], message, model.model_fields.get(name))
+
+
+def _impossible(name: str, value: object, message: str, info: FieldInfo | None) -> ConfigError:
+    about = f" ({' '.join(info.description.split())})" if info is not None and info.description else ""
+    return ConfigError(f"{name} = {value} is not possible: {message}{about}")
 
 
 def fingerprint(kind: str, reference: str) -> str:

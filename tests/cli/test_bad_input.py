@@ -5,6 +5,7 @@ What single data files and partitions can have wrong is in test_sources.py and t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from support import Done, call, source
 from torch import Tensor, nn
 
 from cutlayer import Comparison, ConfigError, CutlayerError, DataError, Run, RunConfig, UsageError
+from cutlayer.algorithms.sglr import Sglr
 from cutlayer.cli.flags import flags_of
 from cutlayer.cli.merging import merged_values
 
@@ -162,9 +164,21 @@ TOMLS: list[tuple[str, str, list[str]]] = [
     ("run", "clietns = 3", ["'clietns'", "did you mean 'clients'"]),
     ("run", "clients-per-round = 3", ["'clients_per_round'", "known: "]),
     ("compare", "algorithm = 'psl'", ["'algorithm'", "did you mean 'algorithms'"]),
-    ("run", "clients = 'ten'", ["clients = ten", "it must be a whole number"]),
+    ("run", "clients = 'ten'", ["clients = 'ten'", "it must be a whole number"]),
+    ("run", "epochs = '3'", ["epochs = '3'", "it must be a whole number"]),
+    ("run", "epochs = true", ["epochs = True", "it must be a whole number"]),
+    ("run", "client_lr = '0.1'", ["client_lr = '0.1'", "it must be a number"]),
+    ("run", "multicast = 'yes'", ["multicast = 'yes'", "it must be true or false"]),
+    ("run", "multicast = 1", ["multicast = 1", "it must be true or false"]),
+    ("run", "phi = '0.5'", ["phi = '0.5'", "it must be a number"]),
+    ("run", "lr_decay_at = ['0.5']", ["lr_decay_at = ['0.5']", "it must be a list, each a number"]),
+    ("compare", "seeds = '0 1'", ["seeds = 0 1", "it must be a list"]),
+    ("compare", "[variant.mine]\nphi = '0.3'", ["'mine'", "phi = '0.3'", "it must be a number"]),
+    ("plan", "clients = '3'", ["clients = '3'", "it must be a whole number"]),
+    ("serve --insecure", "[faults]\ndeadline = '3'", ["deadline = '3'", "it must be a number"]),
+    ("run", "[client_optimizer_options]\nbetas = '[0.9, 0.99]'", ["'betas': '[0.9, 0.99]'", "correct these options"]),
     ("run", "alpha = inf", ["alpha = inf", "finite"]),
-    ("run", "data = 3", ["data = 3", "string"]),
+    ("run", "data = 3", ["data = 3", "it must be a text"]),
     ("run", "client_optimizer_options = 0.9", ["client_optimizer_options = 0.9", "dictionary", "momentum"]),
     ("run", "epochs = 2\nrounds = 3", ["epochs = 2", "rounds = 3", "give one"]),
     ("run", "clients = = 3", ["not valid TOML", "line 1", "correct"]),
@@ -500,6 +514,19 @@ def test_a_variant_may_have_what_the_others_lack(tmp_path: Path) -> None:
 
 
 def test_optimizer_options_as_flags_are_numbers() -> None:
-    flags = {"momentum": "0.9", "nesterov": "True", "betas": "[0.9, 0.99]", "foo": "bar", "inf": "Infinity"}
-    options = RunConfig(client_optimizer_options=flags).client_optimizer_options
+    texts = {"momentum": "0.9", "nesterov": "True", "betas": "[0.9, 0.99]", "foo": "bar", "inf": "Infinity"}
+    options = flags_of(RunConfig)(client_optimizer_options=texts).client_optimizer_options  # type: ignore[attr-defined]
     assert options == {"momentum": 0.9, "nesterov": True, "betas": [0.9, 0.99], "foo": "bar", "inf": "Infinity"}
+    assert RunConfig(client_optimizer_options=texts).client_optimizer_options == texts
+
+
+def test_keywords_are_not_converted() -> None:
+    wrong: list[tuple[type[Any], dict[str, Any], str]] = [
+        (RunConfig, {"epochs": "3"}, "epochs = '3' is not possible: it must be a whole number"),
+        (RunConfig, {"algorithm": "sglr", "alpha": True}, "alpha = True is not possible: it must be a number"),
+        (Sglr, {"phi": "0.5"}, "phi = '0.5' is not possible: it must be a number"),
+    ]
+    for made, options, said in wrong:
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            made(**options)
+    assert RunConfig(clients=np.int64(3), client_lr=1, lr_decay_at=[0.5]).clients == 3

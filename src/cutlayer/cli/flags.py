@@ -6,6 +6,8 @@ for among the words of the command line and in the file that `--config` names, s
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +15,7 @@ from types import FunctionType
 from typing import Annotated, Any, get_origin
 
 from cyclopts import App, Group, Parameter
-from pydantic import BaseModel, ConfigDict, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, create_model
 
 from cutlayer import plugins
 from cutlayer.errors import CutlayerError
@@ -122,7 +124,24 @@ def _flag(annotation: Any, group: str) -> Any:
     several = get_origin(annotation) is tuple
     mapping = "dict" in str(annotation)
     negative: dict[str, Any] = {"negative": ()} if several or mapping else {}
-    return Annotated[annotation, Parameter(group=_GROUPS[group], consume_multiple=several, **negative)]
+    parameter = Parameter(group=_GROUPS[group], consume_multiple=several, **negative)
+    return Annotated[annotation, BeforeValidator(_typed), parameter] if mapping else Annotated[annotation, parameter]
+
+
+def _typed(options: Any) -> Any:
+    """Options given as flags are texts: those that say true, 0.9 or [0.9, 0.99] become that."""
+    if not isinstance(options, Mapping):
+        return options
+    return {name: _value(v) if isinstance(v, str) else v for name, v in options.items()}
+
+
+def _value(text: str) -> Any:
+    try:
+        value = json.loads(text.lower() if text.lower() in ("true", "false") else text)
+    except ValueError:
+        return text
+    finite = isinstance(value, (bool, int)) or (isinstance(value, float) and math.isfinite(value))
+    return value if finite or isinstance(value, list) else text
 
 
 def own_things(words: Sequence[str]) -> tuple[list[Entry], list[CutlayerError]]:
