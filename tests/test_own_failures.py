@@ -146,7 +146,7 @@ def sentence(*words: str) -> str:
         (["--algorithm", "own.py:Silent"], "'own.py:Silent' has yielded no step in 1 rounds"),
         (["--algorithm", "own.py:Function"], "'function' returns None: make it a generator that yields a Step"),
         (["--algorithm", "own.py:Numbers"], "'numbers' yields 0.5: yield a cutlayer.types.Step"),
-        (["--algorithm", "own.py:Unchecked"], "`check` of 'unchecked' failed at own.py:"),
+        (["--algorithm", "own.py:Unchecked"], "`check` of Unchecked failed at own.py:"),
         (
             ["--lr-schedule", "own.py:Rising", "--limit", "5"],
             f"the schedule 'rising' failed at own.py:{LINES['RISING']} (KeyError: 5.0)",
@@ -171,6 +171,12 @@ def test_a_run_says_what_failed_and_where(place: Path, flags: list[str], said: s
 def test_a_schedule_is_blamed_for_its_factor(place: Path, limit: str, factor: str, flags: tuple[str, ...]) -> None:
     said = f"the schedule 'rising' gives the factor {factor} after 0 of the rounds: return a finite number"
     assert said in sentence("run", *SMALL, *flags, "own.py:Rising", "--limit", limit, "--out", "run")
+
+
+def test_a_schedule_is_blamed_through_its_warm_up(place: Path) -> None:
+    words = ["run", *SMALL, "--lr-warmup", "0.5", "--lr-schedule", "own.py:Rising", "--limit"]
+    assert "the schedule 'rising' gives the factor nan" in sentence(*words, "1", "--out", "run")
+    assert f"the schedule 'rising' failed at own.py:{LINES['RISING']}" in sentence(*words, "5", "--out", "again")
 
 
 def test_a_plan_says_what_failed_and_where(place: Path) -> None:

@@ -215,7 +215,7 @@ def prepare(
     if type(algorithm).round is Algorithm.round:
         raise ConfigError(f"{config.algorithm} has no round(): write the generator that trains one round")
     for thing in (algorithm, *schedules(config)):
-        with own_code(thing, f"`check` of {thing.entry.name!r}"):
+        with own_code(thing, f"`check` of {type(thing).__name__}"):
             thing.check(config.given)
     coding = Coding(*_codecs(config))
     device = _device(config)

@@ -32,7 +32,7 @@ from cutlayer.folder import (
 )
 from cutlayer.keywords import RunKeywords
 from cutlayer.options import RunConfig, by_reference, normalised, overlaid
-from cutlayer.schedules import Schedule
+from cutlayer.schedules import Schedule, WarmedUp
 from cutlayer.scoring import judged
 from cutlayer.types import Evaluation, Step
 
@@ -443,8 +443,8 @@ def rate_factors(training: Training, index: int) -> tuple[float, float]:
 
 def _factor(schedule: Schedule, progress: float) -> float:
     """The schedule's factor. Raises ConfigError for what no rate can be multiplied with."""
-    what = f"the schedule {schedule.entry.name!r}"
-    with own_code(schedule, what):
+    what = f"the schedule {schedule.called!r}"
+    with own_code(schedule.then if isinstance(schedule, WarmedUp) else schedule, what):
         factor = schedule.factor(progress)
         possible = math.isfinite(factor) and factor >= 0
     if not possible:

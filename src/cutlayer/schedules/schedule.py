@@ -16,6 +16,11 @@ _COUNTING = {"round", "step", "epoch"}  # names of a function's first parameter 
 class Schedule(Thing):
     """Base of schedules: what multiplies the base rates. Options of a schedule live with it."""
 
+    @property
+    def called(self) -> str:
+        """Its name in messages."""
+        return self.entry.name
+
     def factor(self, progress: float) -> float:
         """The factor at `progress` in [0, 1), the fraction of the rounds that are done."""
         return 1.0
@@ -33,6 +38,11 @@ class FunctionSchedule(Schedule):
     function: Callable[..., Any]
     name: str
     rounds: int = 1
+
+    @property
+    def called(self) -> str:
+        """The name of the function."""
+        return self.name
 
     def factor(self, progress: float) -> float:
         """What the function gives. Raises ConfigError unless that is a number of at least 0."""
@@ -66,6 +76,11 @@ class WarmedUp(Schedule):
     then: Schedule
     warmup: float
     rounds: int
+
+    @property
+    def called(self) -> str:
+        """That of the schedule after the warm-up."""
+        return self.then.called
 
     def factor(self, progress: float) -> float:
         """The rise, then the schedule's own factor."""
