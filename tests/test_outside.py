@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import pytest
 from support import call
 
 from cutlayer import Comparison, Run, plugins
-from cutlayer.errors import ConfigError, CutlayerWarning
+from cutlayer.errors import ConfigError, CutlayerWarning, RunFolderError
 from cutlayer.options import CompareConfig
+from cutlayer.reproduce.reproduction import Reproduction
 
 OWN = """
 from typing import Literal
@@ -142,3 +144,81 @@ def test_what_is_not_complete_is_found_before_anything_is_written(place: Path) -
     ):
         assert said in call("run", *SMALL, option, reference, "--out", "run", code=2).stderr
     assert not (place / "run").exists()
+
+
+MADE = '''
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from cutlayer.algorithms import Algorithm, algorithm
+from cutlayer.plugins import option
+from cutlayer.traffic import Traffic
+from cutlayer.verbs import BACKWARD, FORWARD
+
+
+def wide(input_shape, classes, *, width: int = 5):
+    """A model that says how wide it is."""
+    Path("width").write_text(str(width))
+    inside = nn.Linear(784, width)
+    return nn.Sequential(nn.Flatten(), inside, nn.ReLU(), nn.Linear(width, classes))
+
+
+def striped(*, stripes: int = 2):
+    """Data with as many classes as stripes."""
+    return torch.rand(2000, 1, 28, 28), torch.arange(2000) % stripes
+
+
+@algorithm("halved", title="Halved", needs={FORWARD, BACKWARD})
+class Halved(Algorithm):
+    share: float = option(0.5, help="What is averaged.", planned=True)
+
+    def traffic(self, epoch):
+        return Traffic("steps", averaged=round(self.share * epoch.client_model))
+'''
+
+
+@pytest.fixture
+def made(place: Path) -> Path:
+    (place / "made.py").write_text(MADE)
+    return place
+
+
+def test_a_plan_has_the_options_of_a_model_and_an_algorithm(made: Path) -> None:
+    plan = ["plan", "--model", "made.py:wide", "--cut", "1", "--algorithms", "made.py:Halved", "--json"]
+    up = [
+        json.loads(call(*plan, "--width", "7", "--share", share).stdout)["algorithms"][0]["bytes_up"]
+        for share in ("0", "1")
+    ]
+    assert (made / "width").read_text() == "7"
+    assert up[1] - up[0] == 10 * 4 * (784 * 7 + 7)  # ten clients' models
+    (made / "plan.toml").write_text('model = "made.py:wide"\ncut = "1"\nwidth = 9\nalgorithms = ["psl"]\n')
+    call("plan", "--config", "plan.toml")
+    assert (made / "width").read_text() == "9"
+    assert "unknown option 'widht': did you mean 'width'?" in call("plan", "--config", toml(made), code=2).stderr
+
+
+def toml(made: Path) -> str:
+    (made / "wrong.toml").write_text('model = "made.py:wide"\nwidht = 9\n')
+    return "wrong.toml"
+
+
+def test_a_calibration_has_the_options_of_a_model(made: Path) -> None:
+    words = ["--seconds", "0.1", "--watts", "5", "--name", "here"]
+    assert "[device.here]" in call("calibrate", "--model", "made.py:wide", "--width", "11", *words).stdout
+    assert (made / "width").read_text() == "11"
+    assert "Did you mean" in call("calibrate", "--model", "made.py:wide", "--widht", "11", *words, code=2).stderr
+    assert "width" in call("calibrate", "--width", "11", *words, code=2).stderr  # cnn has no such option
+
+
+def test_a_reproduction_has_the_options_of_its_data(made: Path) -> None:
+    words = ["reproduce", "table1", "--data", "made.py:striped", "--stripes", "3", "--jobs", "0", "--out", "out"]
+    assert "'out' has no finished run" in call(*words, code=2).stderr
+    work = Reproduction(["table1"], "smoke", made / "out", "made.py:striped", options={"stripes": 3})
+    assert all(cell.config.specific["stripes"] == 3 for cell, _ in work.jobs)
+    with work._held():
+        pass
+    with pytest.raises(RunFolderError, match="with stripes = 3, not 2"):
+        Reproduction(["table1"], "smoke", made / "out", "made.py:striped", options={"stripes": 2})

@@ -15,7 +15,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
@@ -89,6 +89,8 @@ class _Chooser(_Config):
     """A configuration that chooses things, whose options are among its values: flat, and complete once it is made."""
 
     model_config = ConfigDict(extra="allow")
+    kinds: ClassVar[tuple[str, ...]] = ()
+    """Kinds of things that it can choose and whose options it can have."""
 
     def chosen(self) -> list[Entry]:
         """The things that are chosen. Raises ConfigError for one that cannot be found."""
@@ -228,6 +230,8 @@ class FaultConfig(_Config):
 class CommonConfig(FleetConfig):
     """What all commands that train share."""
 
+    kinds = ("algorithm", "partition", "schedule", "model", "data", "format", "defence")
+
     data: str = _field("digits", DATA)
     """A data set by name (see `cutlayer list data`), the path of your own, or a function: path/to/file.py:name."""
     data_format: str = _field("auto", DATA)
@@ -322,9 +326,7 @@ class CommonConfig(FleetConfig):
         found = [plugins.find("algorithm", name) for name in dict.fromkeys(self.algorithm_names())]
         found.append(plugins.find("partition", self.partition))
         found += [plugins.find("schedule", name) for name in (self.lr_schedule, self.server_lr_schedule) if name]
-        if plugins.known("model", self.model) or plugins.is_reference(self.model):
-            found.append(plugins.find("model", self.model))
-        found += self.reading()
+        found += [*_models(self.model), *self.reading()]
         return found + self._defending()
 
     def reading(self) -> list[Entry]:
@@ -430,6 +432,12 @@ class RunConfig(CommonConfig):
         default = default_cut(self.model)
         whole = self if self.cut is not None or default is None else self.model_copy(update={"cut": default})
         return _written_out(whole, [self.traits])
+
+
+def _models(name: str) -> list[Entry]:
+    """The model of that name; none if there is none: the model's own error says more."""
+    found = plugins.known("model", name) or plugins.is_reference(name)
+    return [plugins.find("model", name)] if found else []
 
 
 def default_cut(model: str) -> str | None:
@@ -548,6 +556,8 @@ class CompareConfig(CommonConfig):
 class PlanConfig(FleetConfig):
     """What split learning would cost, without training."""
 
+    kinds = ("algorithm", "model")
+
     model: str = _field("cnn", WHAT)
     """A model by name (see `cutlayer list models`), or your own: path/to/file.py:name or package.module:name."""
     cut: str | None = _field(None, WHAT)
@@ -582,8 +592,8 @@ class PlanConfig(FleetConfig):
     """Seed for drawing the clients' speeds, rates and stragglers."""
 
     def chosen(self) -> list[Entry]:
-        """The algorithms, with those of their options that `traffic` reads."""
-        return [_planned(plugins.find("algorithm", name)) for name in self.algorithms]
+        """The algorithms, with those of their options that `traffic` reads, and the model."""
+        return [_planned(plugins.find("algorithm", name)) for name in self.algorithms] + _models(self.model)
 
     def algorithm(self, name: str) -> Any:
         """One of the algorithms, with its options. Raises ConfigError."""
@@ -615,6 +625,33 @@ class PlanConfig(FleetConfig):
                     f"{option} = {getattr(self, option)!r} has no effect without {needed}: name one "
                     "(see `cutlayer list profiles`), or leave it out"
                 )
+
+
+class CalibrateConfig(_Chooser):
+    """The model that a machine is calibrated with."""
+
+    kinds = ("model",)
+
+    model: str = _field("cnn", MODEL)
+    """The model that is trained (see `cutlayer list models`), or your own: path/to/file.py:function."""
+
+    def chosen(self) -> list[Entry]:
+        """The model."""
+        return _models(self.model)
+
+
+class ReproduceConfig(_Chooser):
+    """The data that a reproduction trains on."""
+
+    kinds = ("data",)
+
+    data: str = _field("fashion-mnist", DATA)
+    """A built-in data set, the path of your own, such as a folder of idx files, or a function: path/to/file.py:name."""
+
+    def chosen(self) -> list[Entry]:
+        """The data set, unless it is a path."""
+        found = plugins.known("data", self.data) or plugins.is_reference(self.data)
+        return [plugins.find("data", self.data)] if found else []
 
 
 @cache

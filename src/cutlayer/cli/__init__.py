@@ -30,7 +30,7 @@ from cutlayer.cli.flags import COMMANDS, flags_of, own_things
 from cutlayer.cli.printing import fail, show_warning
 from cutlayer.errors import CutlayerError
 from cutlayer.files import is_full, unwritable
-from cutlayer.options import CompareConfig, FaultConfig, PlanConfig, RunConfig
+from cutlayer.options import RunConfig
 from cutlayer.plugins import Entry, explain
 
 __all__ = ["application", "main"]
@@ -79,8 +79,8 @@ def _flag_sentence(error: CycloptsError, own: Sequence[Entry]) -> str:
     """One sentence for a flag that cyclopts or a field's range refused."""
     cause = error.__cause__
     if isinstance(error, FlagError) and isinstance(cause, ValidationError):
-        models = (CompareConfig, FaultConfig, PlanConfig)
-        config = next((m for m in models if m.__name__ in cause.title), RunConfig)
+        models = {m.__name__: m for command in COMMANDS for m in command.flags.values()}
+        config = next((m for name, m in models.items() if name in cause.title), RunConfig)
         return str(explain(cause, flags_of(config, own)))
     if isinstance(error, UnusedCliTokensError):
         return f"unexpected {' '.join(error.unused_tokens or [])!r}: values follow their option, see `cutlayer --help`"

@@ -28,7 +28,6 @@ from cutlayer.options import (
     MODEL,
     NAMING,
     TRAINING,
-    CommonConfig,
     PlanConfig,
     about,
     read_toml,
@@ -102,13 +101,11 @@ def flags_of(config: type[BaseModel], own: Sequence[Entry] = ()) -> type[BaseMod
 
 def _options(config: type[BaseModel], own: Sequence[Entry]) -> dict[str, tuple[plugins.Option, list[Entry]]]:
     """Every option of what can be chosen, with those that have it."""
-    planning = issubclass(config, PlanConfig)
-    if not planning and not issubclass(config, CommonConfig):
-        return {}
+    kinds: tuple[str, ...] = getattr(config, "kinds", ())
     found: dict[str, tuple[plugins.Option, list[Entry]]] = {}
-    for entry in (*_listed(["algorithm"] if planning else _PLACES), *own):
+    for entry in (*_listed(kinds), *(e for e in own if e.kind in kinds)):
         for option in entry.options:
-            if planning and not option.planned:
+            if issubclass(config, PlanConfig) and entry.kind == "algorithm" and not option.planned:
                 continue
             found.setdefault(option.name, (option, []))[1].append(entry)
     return found

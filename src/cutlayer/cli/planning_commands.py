@@ -15,7 +15,7 @@ from cutlayer.cli.merging import check_positive, merged_values
 from cutlayer.cli.printing import print_exactly, wide
 from cutlayer.errors import ConfigError
 from cutlayer.files import replace_file
-from cutlayer.options import PlanConfig
+from cutlayer.options import CalibrateConfig, PlanConfig
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,11 +50,11 @@ def plan(
     _plan(merged, out, json)
 
 
-@command(sort_key=8)
+@command(sort_key=8, options=CalibrateConfig)
 def calibrate(
     *,
+    options: BaseModel | None = None,
     name: str = "this-machine",
-    model: str = "cnn",
     batch: int = 8,
     device: str = "cpu",
     seconds: float = 10.0,
@@ -68,10 +68,8 @@ def calibrate(
     ----------
     name
         What the profile is called.
-    model
-        The model of the zoo that is trained.
     batch
-        Its batch size.
+        The batch size.
     device
         Where it is trained: cpu, cuda...
     seconds
@@ -88,7 +86,16 @@ def calibrate(
     check_positive(batch=batch, seconds=seconds, watts=watts, idle_watts=idle_watts)
     if out is not None and out.exists():
         raise ConfigError(f"out = {str(out)!r} exists already: choose another file")
-    found = measure(model, batch=batch, device=device, seconds=seconds, watts=watts, idle_watts=idle_watts)
+    chosen = CalibrateConfig.of(merged_values(CalibrateConfig, options, None))
+    found = measure(
+        chosen.model,
+        batch=batch,
+        device=device,
+        seconds=seconds,
+        watts=watts,
+        idle_watts=idle_watts,
+        options=chosen.specific,
+    )
     spread = f"{found.lowest / 1e9:.3g} to {found.highest / 1e9:.3g}"
     err.print(f"{found.flops_per_second / 1e9:.3g} GFLOP/s ({spread}) at {found.watts:.3g} W", highlight=False)
     if out is None:

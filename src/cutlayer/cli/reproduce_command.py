@@ -5,25 +5,29 @@ from __future__ import annotations
 import os
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel
 
 from cutlayer.cli.application import Out, out
 from cutlayer.cli.flags import command
+from cutlayer.cli.merging import merged_values
 from cutlayer.cli.printing import say
 from cutlayer.cli.progress import resumable
 from cutlayer.errors import ConfigError
+from cutlayer.options import ReproduceConfig
 from cutlayer.reproduce.cells import SizeName
 
 if TYPE_CHECKING:
     from cutlayer.reproduce.reproduction import Reproduction
 
 
-@command(sort_key=5)
+@command(sort_key=5, options=ReproduceConfig)
 def reproduce(
     *tables: str,
+    options: BaseModel | None = None,
     size: SizeName = "smoke",
     out: Out = None,
-    data: str = "fashion-mnist",
     device: str = "cpu",
     jobs: int | None = None,
 ) -> None:
@@ -43,8 +47,6 @@ def reproduce(
         numbers of clients).
     out
         The folder. Default: runs/reproduce-SIZE.
-    data
-        A built-in data set, or the path of your own, such as a folder of idx files.
     device
         Where everything is computed, as for `cutlayer run`.
     jobs
@@ -57,10 +59,19 @@ def reproduce(
         raise ConfigError(f"jobs = {jobs} is not possible: give how many runs to train at once, or 0 for none")
     workers = jobs if jobs is not None else (os.cpu_count() or 1) if device == "cpu" else 1
     where = out or Path("runs") / f"reproduce-{size}"
-    chosen = {"--size": size, "--out": where, "--data": data, "--device": device, "--jobs": jobs}
-    flags = [word for name, value in chosen.items() if value is not None for word in (name, str(value))]
-    work = Reproduction(tables, size, where, data, device)
+    chosen = ReproduceConfig.of(merged_values(ReproduceConfig, options, None))
+    said = {"size": size, "out": where, **chosen.model_dump(), "device": device, "jobs": jobs}
+    flags = [word for name, value in said.items() if value is not None for word in _words(name, value)]
+    work = Reproduction(tables, size, where, chosen.data, device, chosen.specific)
     _reproduce(work, workers, shlex.join(["cutlayer", "reproduce", *tables, *flags]))
+
+
+def _words(name: str, value: Any) -> list[str]:
+    """An option as words of a command line."""
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{flag}" if value else f"--no-{flag}"]
+    return [f"--{flag}", *map(str, value if isinstance(value, tuple) else (value,))]
 
 
 def _reproduce(work: Reproduction, workers: int, command: str) -> None:

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
 import tomli_w
 import torch
@@ -54,9 +56,17 @@ class Calibration:
 
 
 def calibrate(
-    model: str, *, batch: int, device: str, seconds: float, watts: float | None, idle_watts: float | None
+    model: str,
+    *,
+    batch: int,
+    device: str,
+    seconds: float,
+    watts: float | None,
+    idle_watts: float | None,
+    options: Mapping[str, Any] = MappingProxyType({}),
 ) -> Calibration:
-    """Train `model` on 28x28 pictures for about `seconds`. `watts` (read from a meter) where nothing measures.
+    """Train `model` with its `options` on 28x28 pictures for about `seconds`. `watts` (read from a meter) where nothing
+    measures.
 
     Raises ConfigError: nothing measures and no watts are given, an unknown model or device.
     """
@@ -68,7 +78,7 @@ def calibrate(
             f"the power of this machine is {meter.method}: give watts, what a meter at the wall shows while this runs"
         )
     with seeds.torch_seeded(0, "calibrate"):
-        net = build(model, _SHAPE, 10)
+        net = build(model, _SHAPE, 10, **options)
         x, y = torch.rand(max(2, batch), *_SHAPE), torch.arange(max(2, batch)) % 10
     flops = count(cut(net, "output", x), x).whole.training * len(x)
     try:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from cutlayer import plugins
 from cutlayer.algorithms import Algorithm, traffic_of
 from cutlayer.costs.breakeven import BreakEven, break_evens
 from cutlayer.costs.expect import Expected, Workload, expect
@@ -217,7 +218,8 @@ def _on_meta(config: PlanConfig, model: nn.Module | Callable[..., nn.Module] | N
     """The model in the planned precision, and a batch of two for it."""
     dtype = getattr(torch, config.precision)
     if model is None:
-        net = load_model(config.model, config.input, config.classes)
+        options = config.options_of(plugins.find("model", config.model))
+        net = load_model(config.model, config.input, config.classes, **options)
     else:
         net = model if isinstance(model, nn.Module) else make(model, config.input, config.classes)
     try:

@@ -122,11 +122,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Study:
-    """The cells of a reproduction at one size, on one data set and device."""
+    """The cells of a reproduction at one size, on one data set, with its `options`, and device."""
 
     size: Size
     data: str
     device: str = "cpu"
+    options: tuple[tuple[str, Any], ...] = ()
 
     def grid(self, clients: int, alpha: float, phi: float, phase: str | None = None) -> Cell:
         """A cell of Tables 1 to 3. With one client, alpha and phi change nothing (identity 1): one cell for all."""
@@ -222,6 +223,7 @@ class Study:
         options: dict[str, Any] = {
             "algorithm": algorithm,
             "data": self.data,
+            **dict(self.options),
             "model": s.model,
             "clients": clients,
             "samples_per_client": s.samples_per_client,

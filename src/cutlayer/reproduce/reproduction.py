@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import tomli_w
@@ -28,19 +29,25 @@ SETTINGS = "reproduction.toml"
 
 
 class Reproduction:
-    """What was asked for: tables at a size, on a data set and device, in the folder `out`.
+    """What was asked for: tables at a size, on a data set (with its `options`) and device, in the folder `out`.
 
     Raises ConfigError for an unknown table; RunFolderError where `out` is of other settings, or holds other things.
     Nothing is written before `train`.
     """
 
     def __init__(
-        self, tables: Iterable[str], size: SizeName, out: Path, data: str = "fashion-mnist", device: str = "cpu"
+        self,
+        tables: Iterable[str],
+        size: SizeName,
+        out: Path,
+        data: str = "fashion-mnist",
+        device: str = "cpu",
+        options: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         if not plugins.known("data", data) and Path(data).exists():
             data = str(Path(data).resolve())  # the same folder, from wherever the command is called
         self.size, self.out = size, out
-        self.study = Study(SIZES[size], data, device)
+        self.study = Study(SIZES[size], data, device, tuple(options.items()))
         self.asked = named(tables)
         stored = self._stored()
         self.parts = tuple(name for name in SECTIONS if name in self.asked or name in stored)
@@ -114,7 +121,9 @@ class Reproduction:
     def settings(self) -> dict[str, Any]:
         """What all runs of a folder must agree in, TOML-ready: size, data, device, and what the size stands for."""
         size = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.study.size).items() if v is not None}
-        return {"size": self.size, "data": self.study.data, "device": self.study.device, "settings": size}
+        options = {k: list(v) if isinstance(v, tuple) else v for k, v in self.study.options if v is not None}
+        study = {"size": self.size, "data": self.study.data, "device": self.study.device}
+        return {**study, "options": options, "settings": size}
 
     def _stored(self) -> list[str]:
         """The tables asked for in this folder before. Raises RunFolderError where the folder is not for us."""
@@ -125,7 +134,7 @@ class Reproduction:
             if self.out.is_dir() and not all(map(_own, self.out.iterdir())):
                 raise RunFolderError(f"{str(self.out)!r} already holds files, of no reproduction: choose another --out")
             return []
-        stored = read_toml(path)
+        stored = {"options": {}, **read_toml(path)}
         for name, have, want in _differences(stored, self.settings):
             raise RunFolderError(
                 f"the reproduction in {str(self.out)!r} was made with {name} = {have!r}, not {want!r}: ask for what it "
