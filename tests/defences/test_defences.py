@@ -87,6 +87,19 @@ def test_noise_has_the_deviation_asked_for(kind: str) -> None:
     assert beyond == pytest.approx(0.0498 if kind == "laplace" else 0.0027, rel=0.2)
 
 
+@pytest.mark.parametrize(("noise", "order"), [("gaussian_noise", 2), ("laplace_noise", 1)])
+def test_without_noise_the_norm_stays(noise: str, order: int) -> None:
+    made = Noise(clip=1.0, **{noise: 0.5})
+    rows = torch.randn(20, 30)
+    (sent,) = made.silent.protect((rows,), [20], [torch.Generator()])
+    lengths = torch.linalg.vector_norm(sent, order, 1)
+    assert lengths.max() == pytest.approx(1.0, rel=1e-5)
+    assert lengths.min() == pytest.approx(1.0, rel=1e-5)  # rows of 30 numbers are longer by either norm
+    assert torch.equal(sent, made.clipped((rows,))[0])
+    assert made.silent.exact
+    assert not made.exact
+
+
 def test_dropped_features_keep_their_mean() -> None:
     """Two fifths are zero; what is left is scaled up."""
     sent = step(protection(seed=3, dropout=0.4), torch.full((5, 20000), 3.0)).rows[0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from pydantic import PrivateAttr
 from torch import Tensor
 
 from cutlayer.defences.protection import Defence, defence, drawn
@@ -34,6 +35,8 @@ class Noise(Defence):
     )
     laplace_noise: float = option(0.0, ge=0, help="Add Laplace noise to smashed data: its scale, in units of clip.")
 
+    _silent: bool = PrivateAttr(False)
+
     @property
     def active(self) -> bool:
         """With a clip."""
@@ -47,12 +50,14 @@ class Noise(Defence):
     @property
     def scale(self) -> float:
         """The noise's standard deviation (Gaussian) or scale (Laplace), in units of smashed data; 0: there is none."""
-        return (self.clip or 0.0) * (self.gaussian_noise or self.laplace_noise)
+        return 0.0 if self._silent else (self.clip or 0.0) * (self.gaussian_noise or self.laplace_noise)
 
     @property
     def silent(self) -> Noise:
-        """The same without noise."""
-        return Noise(clip=self.clip)
+        """The same without noise, clipped by the same norm."""
+        quiet = self.model_copy()
+        quiet._silent = True
+        return quiet
 
     def check(self, given: frozenset[str]) -> None:
         """Noise has a meaning relative to what it hides. Raises ConfigError."""
