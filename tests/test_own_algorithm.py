@@ -218,3 +218,12 @@ def test_its_options_are_checked(command: Command) -> None:
     assert "server_batch = 0" in command(*words, "--server-batch", "0", code=2)
     assert "phi = 0.5 has no effect on cyclepsl" in command(*words, "--phi", "0.5", code=2)
     assert "server-batch" in command("run", "--algorithm", "psl", "--server-batch", "3", code=2)
+
+
+def test_options_of_an_installed_package_have_owners(command: Command) -> None:
+    """Also without having chosen it."""
+    said = command("run", "--server-batch", "6", code=2)
+    assert f"--server-batch has no effect here: it belongs to {NAME}; leave it out or choose" in said
+    tail = command("run", "--algorithm", "fl", "--server-lr", "0.1", code=2)
+    assert NAME in tail
+    assert "server_lr = 0.1 has no effect on fl: it belongs to " in tail

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from cutlayer import plugins
@@ -147,8 +147,8 @@ def _useless(name: str, value: Any, things: list[Entry], model: type[BaseModel])
     """Why an option has no place in a configuration of these `things`."""
     owners = owners_of(name)
     if not owners:
-        own = [o.name for entry in things for o in entry.options]
-        return ConfigError(unknown("option", name, [*model.model_fields, *own]))
+        known = [*model.model_fields, *(o.name for entry in things for o in entry.options)]
+        return ConfigError(called_here(name, known) or unknown("option", name, known))
     kind = owners[0].kind
     chosen = [entry.name for entry in things if entry.kind == kind]
     word = plugins.KINDS[kind].word
@@ -161,8 +161,38 @@ def _useless(name: str, value: Any, things: list[Entry], model: type[BaseModel])
 
 
 def owners_of(name: str) -> list[Entry]:
-    """This package's things that have an option called `name`."""
-    return [e for e in plugins.flat() if name in e.option_names]
+    """The things of this package and of installed ones that have an option called `name`."""
+    return [e for e in (*plugins.flat(), *plugins.installed()) if name in e.option_names]
+
+
+_ELSEWHERE = {
+    "lr": ("client_lr", "server_lr"),
+    "learning_rate": ("client_lr", "server_lr"),
+    "optimizer": ("client_optimizer", "server_optimizer"),
+    "optim": ("client_optimizer", "server_optimizer"),
+    "momentum": ("client_optimizer_options",),
+    "weight_decay": ("client_optimizer_options",),
+    "scheduler": ("lr_schedule",),
+    "lr_scheduler": ("lr_schedule",),
+    "batch_size": ("batch",),
+    "num_clients": ("clients",),
+    "n_clients": ("clients",),
+    "num_rounds": ("rounds",),
+    "num_epochs": ("epochs",),
+    "dataset": ("data",),
+    "codec": ("up_codec", "down_codec"),
+}
+"""What other libraries call an option."""
+
+
+def called_here(name: str, known: Iterable[str], *, flags: bool = False) -> str:
+    """The sentence for an option that has another name here, among those `known`; empty if it has none. `flags`: names
+    are shown as those of flags.
+    """
+    found = [here for here in _ELSEWHERE.get(name, ()) if here in known]
+    names = [f"{here}.{name}" if here.endswith("_options") else here for here in found]
+    shown = [f"--{n.replace('_', '-')}" if flags else n for n in (name, *names)]
+    return f"unknown option {shown[0]!r}: here it is called {' and '.join(shown[1:])}" if names else ""
 
 
 def traits(algorithm: str) -> Traits:
@@ -317,6 +347,12 @@ class CommonConfig(FleetConfig):
     snapshot_every: int | None = _field(None, OUTPUT, ge=1)
     """Rounds between two snapshots of the client models in the run folder, for `cutlayer leakage`. Default: none."""
 
+    @field_validator("client_optimizer", "server_optimizer", mode="before")
+    @classmethod
+    def _lower_case(cls, name: Any) -> Any:
+        """Adam and SGD may be spelled as torch spells them."""
+        return name.lower() if isinstance(name, str) and name.isidentifier() else name
+
     def algorithm_names(self) -> tuple[str, ...]:
         """The algorithms that are trained."""
         raise TypeError(f"{type(self).__name__} names no algorithms")
@@ -375,7 +411,10 @@ def _idle(option: str, value: Any, found: Mapping[str, Traits], when: str) -> Co
 
 
 def _fits(algorithm: str, when: str) -> bool:
-    return algorithm in plugins.index("algorithm") and _WHEN[when](traits(algorithm))
+    try:
+        return _WHEN[when](traits(algorithm))
+    except ConfigError:  # of an installed package that cannot be imported
+        return False
 
 
 class RunConfig(CommonConfig):
@@ -590,6 +629,12 @@ class PlanConfig(FleetConfig):
     """Number of server devices that share the server's work."""
     seed: int = _field(0, COSTS, ge=0)
     """Seed for drawing the clients' speeds, rates and stragglers."""
+
+    @field_validator("client_optimizer", mode="before")
+    @classmethod
+    def _lower_case(cls, name: Any) -> Any:
+        """Adam and SGD may be spelled as torch spells them."""
+        return name.lower() if isinstance(name, str) else name
 
     def chosen(self) -> list[Entry]:
         """The algorithms, with those of their options that `traffic` reads, and the model."""

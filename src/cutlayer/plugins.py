@@ -14,6 +14,7 @@ it; nothing that was received is imported.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import importlib.util
@@ -352,6 +353,18 @@ def index(kind: str) -> dict[str, Entry]:
 def flat() -> list[Entry]:
     """This package's things whose options stand among those of a run."""
     return [entry for name, kind in KINDS.items() if kind.flat for entry in index(name).values()]
+
+
+def installed() -> list[Entry]:
+    """The things of installed packages whose options stand among those of a run; those that cannot be imported are left
+    out. It imports all of them: for error messages.
+    """
+    found = []
+    for kind, about in KINDS.items():
+        for name in _entry_points(kind) if about.flat else ():
+            with contextlib.suppress(ConfigError):
+                found.append(find(kind, name))
+    return found
 
 
 def names(kind: str) -> list[str]:

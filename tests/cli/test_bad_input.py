@@ -20,6 +20,7 @@ from cutlayer import Comparison, ConfigError, CutlayerError, DataError, Run, Run
 from cutlayer.algorithms.sglr import Sglr
 from cutlayer.cli.flags import flags_of
 from cutlayer.cli.merging import merged_values
+from cutlayer.options import PlanConfig
 
 MLP = ["--model", "mlp"]
 
@@ -70,6 +71,11 @@ def holds(sentence: str, *words: str) -> None:
 FLAGS: list[tuple[str, list[str]]] = [
     ("rum", ["rum", 'Did you mean "run"']),
     ("run extra", ["unexpected 'extra'", "--help"]),
+    ("run --lr 0.1", ["'--lr'", "here it is called --client-lr and --server-lr\n"]),
+    ("compare --learning-rate 0.1", ["'--learning-rate'", "--client-lr and --server-lr\n"]),
+    ("run --batch-size=3", ["'--batch-size'", "here it is called --batch\n"]),
+    ("run --momentum 0.9", ["'--momentum'", "called --client-optimizer-options.momentum\n"]),
+    ("run --client-optimizer ADMM", ["'admm'", "did you mean 'adam'"]),
     ("run --alhpa 2", ["--alhpa", "Did you mean --alpha"]),
     ("compare --sed 2", ["--sed", "Did you mean --seeds"]),
     ("run --config", ["--config", "requires an argument"]),
@@ -165,6 +171,9 @@ TOMLS: list[tuple[str, str, list[str]]] = [
     ("run", "clients-per-round = 3", ["'clients_per_round'", "known: "]),
     ("compare", "algorithm = 'psl'", ["'algorithm'", "did you mean 'algorithms'"]),
     ("run", "clients = 'ten'", ["clients = 'ten'", "it must be a whole number"]),
+    ("run", "lr = 0.1", ["'lr'", "here it is called client_lr and server_lr\n"]),
+    ("run", "weight_decay = 0.1", ["'weight_decay'", "here it is called client_optimizer_options.weight_decay\n"]),
+    ("compare", "[variant.mine]\nlearning-rate = 0.3", ["'mine'", "'learning_rate'", "client_lr and server_lr\n"]),
     ("run", "epochs = '3'", ["epochs = '3'", "it must be a whole number"]),
     ("run", "epochs = true", ["epochs = True", "it must be a whole number"]),
     ("run", "client_lr = '0.1'", ["client_lr = '0.1'", "it must be a number"]),
@@ -518,6 +527,15 @@ def test_optimizer_options_as_flags_are_numbers() -> None:
     options = flags_of(RunConfig)(client_optimizer_options=texts).client_optimizer_options  # type: ignore[attr-defined]
     assert options == {"momentum": 0.9, "nesterov": True, "betas": [0.9, 0.99], "foo": "bar", "inf": "Infinity"}
     assert RunConfig(client_optimizer_options=texts).client_optimizer_options == texts
+
+
+def test_optimizers_may_be_spelled_as_in_torch() -> None:
+    spelled = RunConfig(client_optimizer="SGD", server_optimizer="AdamW")
+    assert (spelled.client_optimizer, spelled.server_optimizer) == ("sgd", "adamw")
+    assert PlanConfig(client_optimizer="SGD").client_optimizer == "sgd"
+    assert flags_of(PlanConfig)(client_optimizer="Adam").client_optimizer == "adam"  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match="unknown option 'lr': here it is called client_lr and server_lr"):
+        Run(lr=0.1)
 
 
 def test_keywords_are_not_converted() -> None:

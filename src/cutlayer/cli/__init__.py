@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from cyclopts import App, CycloptsError, UnusedCliTokensError
+from cyclopts import App, CycloptsError, UnknownOptionError, UnusedCliTokensError
 from cyclopts import ValidationError as FlagError
 from pydantic import ValidationError
 
@@ -30,7 +30,7 @@ from cutlayer.cli.flags import COMMANDS, flags_of, own_things
 from cutlayer.cli.printing import fail, show_warning
 from cutlayer.errors import CutlayerError
 from cutlayer.files import is_full, unwritable
-from cutlayer.options import RunConfig
+from cutlayer.options import CommonConfig, RunConfig, called_here, owners_of
 from cutlayer.plugins import Entry, explain
 
 __all__ = ["application", "main"]
@@ -82,6 +82,21 @@ def _flag_sentence(error: CycloptsError, own: Sequence[Entry]) -> str:
         models = {m.__name__: m for command in COMMANDS for m in command.flags.values()}
         config = next((m for name, m in models.items() if name in cause.title), RunConfig)
         return str(explain(cause, flags_of(config, own)))
+    if isinstance(error, UnknownOptionError) and (sentence := _elsewhere(error)):
+        return sentence
     if isinstance(error, UnusedCliTokensError):
         return f"unexpected {' '.join(error.unused_tokens or [])!r}: values follow their option, see `cutlayer --help`"
     return str(error).strip()
+
+
+def _elsewhere(error: UnknownOptionError) -> str:
+    """The sentence for a flag that has another name here, or belongs to an installed thing that is not chosen."""
+    flag = (error.token.keyword or error.token.value or "").partition("=")[0]
+    name = flag.removeprefix("--").replace("-", "_")
+    known = [flag.removeprefix("--").replace("-", "_") for a in error.argument_collection for flag in a.names]
+    if sentence := called_here(name, known, flags=True):
+        return sentence
+    owners = [e.name for e in owners_of(name) if e.kind in CommonConfig.kinds]
+    if not owners or "partition" not in known:  # of a command that chooses no things
+        return ""
+    return f"{flag} has no effect here: it belongs to {', '.join(owners)}; leave it out or choose one of these"

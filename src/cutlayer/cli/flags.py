@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FunctionType
-from typing import Annotated, Any, get_origin
+from typing import Annotated, Any, Literal, get_origin
 
 from cyclopts import App, Group, Parameter
 from pydantic import BaseModel, BeforeValidator, ConfigDict, create_model
@@ -122,7 +122,16 @@ def _flag(annotation: Any, group: str) -> Any:
     mapping = "dict" in str(annotation)
     negative: dict[str, Any] = {"negative": ()} if several or mapping else {}
     parameter = Parameter(group=_GROUPS[group], consume_multiple=several, **negative)
-    return Annotated[annotation, BeforeValidator(_typed), parameter] if mapping else Annotated[annotation, parameter]
+    if mapping:
+        return Annotated[annotation, BeforeValidator(_typed), parameter]
+    if get_origin(annotation) is Literal:
+        return Annotated[annotation, BeforeValidator(_lowered), parameter]
+    return Annotated[annotation, parameter]
+
+
+def _lowered(word: Any) -> Any:
+    """Words to choose from are in lower case, whatever the spelling."""
+    return word.lower() if isinstance(word, str) else word
 
 
 def _typed(options: Any) -> Any:
