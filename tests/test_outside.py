@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from support import call
 
@@ -99,7 +100,7 @@ def test_a_changed_file_is_said_when_a_run_is_resumed(place: Path) -> None:
         if record.round == 1:  # the checkpoint of the first round is written
             break
     (place / "own.py").write_text(OWN + "# changed\n")
-    with pytest.warns(CutlayerWarning, match="the file of 'own.py:Words' has changed since the checkpoint"):
+    with pytest.warns(CutlayerWarning, match="own.py:Words' has changed since the checkpoint"):
         Run.resume("run").run()
 
 
@@ -222,3 +223,40 @@ def test_a_reproduction_has_the_options_of_its_data(made: Path) -> None:
         pass
     with pytest.raises(RunFolderError, match="with stripes = 3, not 2"):
         Reproduction(["table1"], "smoke", made / "out", "made.py:striped", options={"stripes": 2})
+
+
+def test_a_run_is_resumed_from_anywhere(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it names by relative paths (things in files, data, profiles) is found all the same."""
+    np.savez("numbers.npz", x=np.random.default_rng(0).random((60, 6), np.float32), y=np.arange(60) % 2)
+    (made / "thing.toml").write_text("[device.mine]\ntitle='t'\nflops_per_second=1e9\nwatts=1\nbasis='b'\nsource='s'\n")
+    options: dict[str, Any] = {"model": "mlp", "clients": 2, "rounds": 2, "data": "numbers.npz", "checkpoint_every": 1}
+    options |= {
+        "lr_schedule": "own.py:Halving",
+        "profiles": "thing.toml",
+        "client_device": "mine",
+        "up_mbps": 1.0,
+        "down_mbps": 1.0,
+    }
+    with (made / "own.py").open("a") as file:
+        file.write("\nfrom cutlayer.schedules import Schedule\n@register('schedule', 'halving')\n")
+        file.write("class Halving(Schedule):\n    def factor(self, progress):\n        return 0.5**progress\n")
+    whole = [record.loss for record in Run(algorithm="own.py:Words", **options)]
+    run = Run(algorithm="own.py:Words", out="run", **options)
+    for record in run:
+        if record.round == 1:
+            break
+    comparison = Comparison(algorithms=("own.py:Words",), out="several", seeds=(0,), **options)
+    for _, _, _, record in comparison:
+        if record.round == 1:
+            break
+    (made / "elsewhere").mkdir()
+    monkeypatch.chdir(made / "elsewhere")
+    call("resume", "../run")
+    losses = [json.loads(line)["loss"] for line in (made / "run" / "steps.jsonl").read_text().splitlines()]
+    assert losses == whole
+    (row,) = Comparison.resume("../several").run()
+    assert row.entry == "Words"
+    assert row.steps == len(whole)
+    call("resume", "../several")
+    call("resume", "../run", "--algorithm", "../own.py:Words")  # the same, said otherwise
+    assert "made with algorithm = " in call("resume", "../run", "--algorithm", "../own.py:Numbers", code=2).stderr

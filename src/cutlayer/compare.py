@@ -13,7 +13,7 @@ from cutlayer.errors import RunFolderError
 from cutlayer.files import read_json
 from cutlayer.folder import COMPARISON, CONFIG, OWN_FILES, RESULT, Folder, refuse_used, stored_config
 from cutlayer.keywords import CompareKeywords
-from cutlayer.options import CompareConfig, RunConfig, by_reference, overlaid
+from cutlayer.options import CompareConfig, RunConfig, by_reference, from_anywhere, overlaid
 from cutlayer.plugins import label
 from cutlayer.run import Record, Result, Run, Spent, own_things, without_own
 from cutlayer.summary import mean_of_known
@@ -96,7 +96,7 @@ class Comparison:
         if self.out is None:
             yield from self._train()
             return
-        stored = {**self.config.resolved(), **own_things(model=self._model, data=self._data)}
+        stored = {**from_anywhere(self.config.resolved()), **own_things(model=self._model, data=self._data)}
         with Folder.reopen(self.out) if self._resumed else Folder.create(self.out, stored) as folder:
             yield from self._train()
             folder.write_json(COMPARISON, {"rows": [asdict(row) for row in self.table()]})

@@ -756,6 +756,31 @@ NAMING = {
     "defences": "defence",
 }
 """Options that name things, and of which kind."""
+_PATHS = ("data", "profiles")  # options that may name a file or folder
+
+
+def from_anywhere(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Options to be stored: what is named by a relative path gets its whole path, so that a run can be resumed from
+    every working directory.
+    """
+    return {name: _from_anywhere(name, value) for name, value in values.items()}
+
+
+def _from_anywhere(name: str, value: Any) -> Any:
+    if name == "variant" and isinstance(value, Mapping):
+        return {k: from_anywhere(normalised(v)) if isinstance(v, Mapping) else v for k, v in value.items()}
+    if name not in NAMING and name not in _PATHS:
+        return value
+    if isinstance(value, list | tuple):
+        return [_from_anywhere(name, one) for one in value]
+    if not isinstance(value, str):
+        return value
+    named = name == "data" and (plugins.known("data", value) or plugins.is_reference(value))
+    if name in _PATHS and not named and Path(value).expanduser().exists():
+        return str(Path(value).expanduser().resolve())
+    return plugins.absolute(value)
+
+
 _OBJECTS = {"algorithm", "partition", "schedule", "defence"}  # kinds that may be given as objects of Python
 
 

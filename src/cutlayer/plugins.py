@@ -383,6 +383,12 @@ def is_reference(text: str) -> bool:
     return bool(colon) and name.isidentifier() and (place.endswith(".py") or _dotted(place))
 
 
+def absolute(reference: str) -> str:
+    """The reference with the whole path of its file, so that it is found from every working directory."""
+    place, mark, name = reference.partition(".py:")
+    return f"{Path(f'{place}.py').expanduser().resolve()}:{name}" if mark and name else reference
+
+
 def label(reference: str) -> str:
     """What a thing is called where a path has no place, as in the name of a folder: of file.py:name, the name."""
     return reference.rpartition(":")[2]

@@ -31,7 +31,7 @@ from cutlayer.folder import (
     stored_config,
 )
 from cutlayer.keywords import RunKeywords
-from cutlayer.options import RunConfig, by_reference, normalised, overlaid
+from cutlayer.options import RunConfig, by_reference, from_anywhere, normalised, overlaid
 from cutlayer.schedules import Schedule, WarmedUp
 from cutlayer.scoring import judged
 from cutlayer.types import Evaluation, Step
@@ -220,7 +220,7 @@ class Run:
         if self.out is None:
             yield from self._train(None)
             return
-        stored = {**self.config.resolved(), **own_things(model=self._model, data=self._data)}
+        stored = {**from_anywhere(self.config.resolved()), **own_things(model=self._model, data=self._data)}
         with Folder.reopen(self.out) if self._resumed else Folder.create(self.out, stored) as folder:
             self._restore(folder)
             yield from self._train(folder)
@@ -385,7 +385,7 @@ class Run:
 
     def _state(self, rounds: int, folder: Folder) -> dict[str, Any]:
         return {
-            "config": self.config.resolved(),
+            "config": from_anywhere(self.config.resolved()),
             "fingerprint": fingerprint(self.training),
             "code": digests(self.config),
             "rounds": rounds,
@@ -489,7 +489,7 @@ def fingerprint(training: Training) -> dict[str, str]:
 
 def digests(config: RunConfig) -> dict[str, str]:
     """Digests of the files of the user's own things that a run chooses, by their names."""
-    found = {entry.name: plugins.fingerprint(entry.kind, entry.name) for entry in config.chosen()}
+    found = {plugins.absolute(e.name): plugins.fingerprint(e.kind, e.name) for e in config.chosen()}
     return {name: digest for name, digest in found.items() if digest}
 
 
@@ -503,8 +503,8 @@ def _merged(config: RunConfig | None, options: dict[str, Any]) -> RunConfig:
 
 def _refuse_other(stored: RunConfig, asked: dict[str, Any], out: Path) -> None:
     """Raises RunFolderError where `asked` differs from what the run in `out` was made with."""
-    have = stored.model_dump(mode="json")
-    for name, value in asked.items():
+    have = from_anywhere(stored.model_dump(mode="json"))
+    for name, value in from_anywhere(asked).items():
         if name not in have:
             raise ConfigError(f"unknown option {name!r}")
         same = list(value) == have[name] if isinstance(value, tuple) else value == have[name]

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import tomli_w
 
-from cutlayer import plugins
 from cutlayer.errors import RunFolderError
 from cutlayer.files import replace_file
 from cutlayer.folder import LOCK, Folder, locked
 from cutlayer.leakage import check_installed
-from cutlayer.options import read_toml
+from cutlayer.options import from_anywhere, read_toml
 from cutlayer.reproduce.cells import SIZES, Cell, SizeName, Study
 from cutlayer.reproduce.outcomes import Outcome, Outcomes, read
 from cutlayer.reproduce.tables import SECTIONS, cells_of, named
@@ -44,8 +43,7 @@ class Reproduction:
         device: str = "cpu",
         options: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        if not plugins.known("data", data) and Path(data).exists():
-            data = str(Path(data).resolve())  # the same folder, from wherever the command is called
+        data = str(from_anywhere({"data": data})["data"])  # the same folder, from wherever the command is called
         self.size, self.out = size, out
         self.study = Study(SIZES[size], data, device, tuple(options.items()))
         self.asked = named(tables)
