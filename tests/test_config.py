@@ -86,6 +86,17 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "hand_over": words("batch", "epoch"),
     "hand_over_optimizer": st.booleans(),
     "visit_order": words("fixed", "random"),
+    "task": words("classification", "binary", "multilabel", "regression", "segmentation", "tokens"),
+    "auxiliary_weights": st.lists(st.floats(0, 1e3), max_size=3).map(tuple),
+    "class_weights": st.lists(st.floats(0, 1e3), min_size=1, max_size=3).map(tuple),
+    "balanced_classes": st.booleans(),
+    "label_smoothing": st.floats(0, 0.99),
+    "ignore_index": st.integers(-100, 255),
+    "next_token": st.booleans(),
+    "positive_weight": POSITIVE,
+    "positive_weights": st.lists(st.floats(0, 1e3), max_size=3).map(tuple),
+    "loss": words("mse", "l1", "huber", "poisson"),
+    "huber_delta": POSITIVE,
     "engine": words("auto", "local", "stacked"),
     "device": words("cpu", "cuda", "cuda:1", "mps"),
     "precision": words("float32", "float64", "bfloat16", "tf32"),
@@ -130,6 +141,7 @@ def has_effect(name: str, chosen: dict[str, Any], algorithms: tuple[str, ...]) -
         schedules.append(chosen.get("server_lr_schedule") or schedules[0])
     things = [("algorithm", a) for a in algorithms] + [("schedule", s) for s in schedules]
     things.append(("partition", chosen.get("partition", "iid")))
+    things.append(("task", chosen.get("task", "classification")))
     entries = [plugins.find(kind, thing) for kind, thing in things]
     if any(t.split for t in own):
         entries += plugins.index("defence").values()

@@ -97,9 +97,9 @@ def test_best_is_by_validation_the_latest_of_equals() -> None:
     run = train("psl", make(mlp), [8, 8], (6,), cut="2", rounds=25, client_lr=3.0)
     result = run.result
     assert result is not None
-    best = max(run.evaluations, key=lambda s: (s.validation_accuracy or 0.0, s.round))
-    assert (result.best_round, result.best_test_accuracy) == (best.round, best.test_accuracy)
-    assert result.test_accuracy == run.evaluations[-1].test_accuracy
+    best = max(run.evaluations, key=lambda s: (s.validation_score or 0.0, s.round))
+    assert (result.best_round, result.best_test_score) == (best.round, best.test_score)
+    assert result.test_score == run.evaluations[-1].test_score
     assert best.round < 25
 
 

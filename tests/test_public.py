@@ -15,11 +15,11 @@ Run RunConfig RunFolderError Samples Scores Source TrainingError UsageError __ve
 from_dataset load partition"""
 
 COMMON = """client_device server_device link up_mbps down_mbps latency_ms server_mbps multicast utilisation speed_spread
-rate_spread stragglers straggler_slowdown profiles data data_format label_column client_column class_names validation
-test clients partition samples_per_client participation model cut tail_cut start epochs rounds batch client_optimizer
-client_optimizer_options client_lr server_optimizer server_optimizer_options server_lr lr_schedule server_lr_schedule
-lr_warmup up_codec down_codec defences engine device precision memory_limit eval_every eval_clients checkpoint_every
-snapshot_every"""
+rate_spread stragglers straggler_slowdown profiles data data_format label_column client_column class_names
+validation test clients partition samples_per_client participation task model cut tail_cut start epochs
+rounds batch client_optimizer client_optimizer_options client_lr server_optimizer server_optimizer_options
+server_lr lr_schedule server_lr_schedule lr_warmup up_codec down_codec defences engine device precision memory_limit
+eval_every eval_clients checkpoint_every snapshot_every"""
 
 PLAN = """model cut algorithms input input_type classes label_bytes clients samples_per_client batch precision
 client_optimizer memory_budget energy_budget servers seed"""
@@ -38,6 +38,14 @@ THINGS = {
         "sflv2": "local_epochs local_steps",
         "sflv3": "local_epochs local_steps",
         "ussl": "hand_over hand_over_optimizer visit_order",
+    },
+    "task": {
+        "binary": "auxiliary_weights positive_weight",
+        "classification": "auxiliary_weights balanced_classes class_weights ignore_index label_smoothing",
+        "multilabel": "auxiliary_weights positive_weights",
+        "regression": "auxiliary_weights huber_delta loss",
+        "segmentation": "auxiliary_weights balanced_classes class_weights ignore_index label_smoothing",
+        "tokens": "auxiliary_weights balanced_classes class_weights ignore_index label_smoothing next_token",
     },
     "model": {"alexnet": "", "cnn": "", "mlp": "", "resnet16": ""},
     "data": {"digits": "", "fashion-mnist": ""},

@@ -136,7 +136,7 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
     before = (tmp_path / "run" / CHECKPOINT).read_bytes()
     result = Run.resume(tmp_path / "run", model=net, data=source(SIZES, (6,))).run()
     assert (tmp_path / "run" / CHECKPOINT).read_bytes() == before
-    assert json.loads((tmp_path / "run" / RESULT).read_text())["test_accuracy"] == result.test_accuracy
+    assert json.loads((tmp_path / "run" / RESULT).read_text())["test_score"] == result.test_score
 
 
 def test_same_seed_same_run_other_seed_other_run(tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ def show(folder: Path) -> None:
     result = json.loads((folder / "result.json").read_text())
     clients = json.loads((folder / "clients.json").read_text())
     table = Table(
-        title=f"{result['algorithm']}: test accuracy {result['test_accuracy']:.2%} in {result['steps']} steps"
+        title=f"{result['algorithm']}: test accuracy {result['test_score']:.2%} in {result['steps']} steps"
     )
     for name in ("client", "node", "samples", "kB up", "kB down", "end"):
         table.add_column(name, justify="left" if name in ("client", "end") else "right")

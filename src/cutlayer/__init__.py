@@ -5,7 +5,7 @@
     run = cutlayer.Run(model=net, cut="block1", data=(x, y), algorithm="sglr", clients=10)
     for record in run:
         print(record.step, record.loss)
-    print(run.result.test_accuracy)
+    print(run.result.test_score)
 
 Importing this package imports nothing heavy; the names below are loaded when first used.
 """

@@ -38,6 +38,7 @@ from cutlayer.optim import MakeOptimizer, make_optimizer
 from cutlayer.options import RunConfig, default_cut
 from cutlayer.schedules import FunctionSchedule, Schedule, WarmedUp
 from cutlayer.server import Server
+from cutlayer.tasks import Task
 from cutlayer.traffic import Epoch
 from cutlayer.types import Rows
 from cutlayer.verbs import LEARN, Traits
@@ -85,8 +86,9 @@ class Training:
     counts: np.ndarray
     engine: str
     parts: Parts
-    example: torch.Tensor
+    example: Rows
     algorithm: Algorithm
+    task: Task
     schedules: tuple[Schedule, Schedule]
     epoch: Epoch
     clock: Clock | None = None
@@ -115,7 +117,7 @@ class Prepared:
     algorithm: Algorithm
     source: Source
     split: Parts
-    example: torch.Tensor
+    example: Rows
     clients: Clients
     make_server: MakeOptimizer
     partition: list[np.ndarray]
@@ -136,7 +138,7 @@ class Prepared:
         ledger = Ledger(len(self.clients.rows))
         if self.algorithm.traits.central:
             ledger.add("up", "raw data", 0, _raw_bytes(source, self.clients.rows[0]))
-        counts = class_counts(source.train.y, partition, source.classes)
+        counts = _counts(source, partition)
         coded = CodedCohort(cohort, replace(self.coding, carried=engine == "remote"))
         metered = MeteredCohort(coded, ledger, coded.crossed)
         training = Training(
@@ -151,6 +153,7 @@ class Prepared:
             self.split,
             self.example,
             self.algorithm,
+            self.clients.task,
             self._paced(),
             self._epoch(),
         )
@@ -189,7 +192,7 @@ class Prepared:
             smashed=sum(up),
             gradient=sum(down),
             label=train.y[:1].nbytes,
-            raw=train.x[:1].nbytes,
+            raw=sum(x[:1].nbytes for x in train.rows),
             model=sum(map(model_bytes, self.split.all)),
             client_model=sum(map(model_bytes, client)),
         )
@@ -214,7 +217,7 @@ def prepare(
     algorithm: Algorithm = config.thing("algorithm", config.algorithm)
     if type(algorithm).round is Algorithm.round:
         raise ConfigError(f"{config.algorithm} has no round(): write the generator that trains one round")
-    for thing in (algorithm, *schedules(config)):
+    for thing in (algorithm, *schedules(config), config.thing("task", config.task)):
         with own_code(thing, f"`check` of {type(thing).__name__}"):
             thing.check(config.given)
     coding = Coding(*_codecs(config))
@@ -222,32 +225,33 @@ def prepare(
     machines = fleet(config, config.clients)
     for note in machines.notes if machines is not None else ():
         warnings.warn(CutlayerWarning(note), stacklevel=2)
-    source = load_source(config, data)
-    parts = [np.arange(len(source.train))] * config.clients if alone else _partition(config, source)
+    task: Task = config.thing("task", config.task)
+    source = load_source(config, data, task)
+    task = task.fitted(source.train.y, source.classes)
+    parts = [np.arange(len(source.train))] * config.clients if alone else _partition(config, source, task)
     owners = [np.concatenate(parts)] if algorithm.traits.central else parts
-    make_model = _maker(config, model, source)
+    make_model = _maker(config, model, source, task)
     whole = make_model("model")
-    example = source.train.x[: max(2, min(3, len(source.train)))]
-    check_output(whole, example, source.classes)
+    few = source.train[: max(2, min(3, len(source.train)))]
+    check_output(whole, few, task, source.class_names)
     cuts = _cut_names(config, algorithm.traits, model)
-    split = cut(whole, cuts, example)
+    split = cut(whole, cuts, few.x)
     check_parts(config, algorithm, split, cuts)
     sizes = [len(p) for p in owners]
     rounds, per_epoch = _rounds(config, algorithm, sizes)
-    check_single_rows(config, algorithm, split, sizes, rounds, example)
+    check_single_rows(config, algorithm, split, sizes, rounds, few.rows)
     check_rate(config, algorithm)
     for part in split.all:
         part.to(device)
         if isinstance(part, Part) and config.precision == "bfloat16":
             part.narrow_to = torch.bfloat16
-    source, example = source.to(device), example.to(device)
+    source, example = source.to(device), few.to(device).rows
     split = laid_out(config, split, example)
     make_client, make_server = _optimizers(config)
     local_epochs, local_steps = algorithm.part_of_round
+    heads = _heads(config, algorithm, split, example, task.width(source.train.y, source.classes))
     setup = Clients(
-        _ClientModels(
-            config, split, make_model, len(owners), _heads(config, algorithm, split, example, source.classes)
-        ),
+        _ClientModels(config, split, make_model, len(owners), heads),
         source.train,
         owners,
         make_client,
@@ -260,6 +264,8 @@ def prepare(
         local_steps=local_steps,
         alike=config.start == "equal",
         eval_clients=config.eval_clients,
+        task=task,
+        class_names=source.class_names,
     )
     return Prepared(
         config, algorithm, source, split, example, setup, make_server, parts, rounds, per_epoch, machines, coding
@@ -294,18 +300,19 @@ def _device(config: RunConfig) -> torch.device:
     return device
 
 
-def load_source(config: RunConfig, data: Data | None) -> Source:
-    """The data set of the run, floating point inputs in the run's type. Raises DataError."""
-    dtype = dtype_of(config)
+def load_source(config: RunConfig, data: Data | None, task: Task | None = None) -> Source:
+    """The data set of the run, floating point numbers in the run's type. Raises DataError."""
+    dtype, targets = dtype_of(config), (task or config.thing("task", config.task)).targets
     held_out: dict[str, Any] = {"validation": config.validation, "test": config.test, "seed": config.seed}
     if isinstance(data, Source):
         source = data
     elif isinstance(data, tuple):
-        source = from_arrays(*data, **held_out)
+        source = from_arrays(*data, **held_out, targets=targets)
     elif data is not None:
         source = from_dataset(
             data,
             given=config.given,
+            targets=targets,
             label_column=config.label_column,
             client_column=config.client_column,
             **held_out,
@@ -317,6 +324,7 @@ def load_source(config: RunConfig, data: Data | None) -> Source:
             class_names=config.class_names,
             **held_out,
             given=config.given,
+            targets=targets,
             **_reading_options(config),
         )
     return replace(
@@ -333,6 +341,7 @@ def own_source(config: RunConfig, path: str) -> Source:
         path,
         data_format=config.data_format,
         class_names=config.class_names,
+        targets=config.thing("task", config.task).targets,
         **{k: v for k, v in _reading_options(config).items() if k != "client_column"},
     )
 
@@ -345,13 +354,19 @@ def _reading_options(config: RunConfig) -> dict[str, Any]:
 
 def deal(config: RunConfig, data: Data | None = None) -> list[np.ndarray]:
     """The rows of each client, as `assemble` deals them. Raises DataError, ConfigError."""
-    return _partition(config, load_source(config, data))
+    task: Task = config.thing("task", config.task)
+    return _partition(config, load_source(config, data, task), task)
 
 
-def _partition(config: RunConfig, source: Source) -> list[np.ndarray]:
-    column = source.client_column
+def _partition(config: RunConfig, source: Source, task: Task) -> list[np.ndarray]:
+    column, y = source.client_column, source.train.y
+    if task.targets != "class" and plugins.load("partition", config.partition).by_class:
+        raise ConfigError(
+            f"partition = {config.partition!r} deals classes, but the task {config.task!r} has none to deal: choose "
+            "iid, quantity, shards or column"
+        )
     return partition(
-        source.train.y,
+        y if y.dim() == 1 else torch.zeros(len(y), dtype=torch.long),
         config.clients,
         config.partition,
         seed=config.seed,
@@ -361,7 +376,14 @@ def _partition(config: RunConfig, source: Source) -> list[np.ndarray]:
     )
 
 
-def _maker(config: RunConfig, model: Model | None, source: Source) -> Callable[..., nn.Module]:
+def _counts(source: Source, parts: list[np.ndarray]) -> np.ndarray:
+    """Samples of each class that each client holds, [C, K]; of all together, [C, 1], where no class has a name."""
+    if source.classes and source.train.y.dim() == 1:
+        return class_counts(source.train.y, parts, source.classes)
+    return np.array([[len(part)] for part in parts], np.int64)
+
+
+def _maker(config: RunConfig, model: Model | None, source: Source, task: Task) -> Callable[..., nn.Module]:
     """A function (*name) -> a model, freshly initialised under the seed called `name`."""
     if isinstance(model, nn.Module):
         if config.start == "independent":
@@ -370,18 +392,20 @@ def _maker(config: RunConfig, model: Model | None, source: Source) -> Callable[.
                 "one instead of a module"
             )
         return lambda *name: typed(copy.deepcopy(model), config)
-    shape = tuple(source.train.x.shape[1:])
+    shape, width = _input_shape(source), task.width(source.train.y, source.classes)
     own = {} if model is not None else config.options_of(plugins.find("model", config.model))
 
     def make(*name: str | int) -> nn.Module:
         with seeds.torch_seeded(config.seed, *name):
-            if model is None:
-                made = build(config.model, shape, source.classes, **own)
-            else:
-                made = make_own(model, shape, source.classes)
+            made = build(config.model, shape, width, **own) if model is None else make_own(model, shape, width)
         return typed(made, config)
 
     return make
+
+
+def _input_shape(source: Source) -> tuple[int, ...]:
+    """The shape of one sample's inputs; of the first, where a sample has several."""
+    return tuple(source.train.rows[0].shape[1:])
 
 
 def _shape(traits: Traits) -> Shape:
@@ -448,7 +472,7 @@ class _ClientModels(Sequence[ClientModel]):
 
 
 def _heads(
-    config: RunConfig, algorithm: Algorithm, split: Parts, example: torch.Tensor, classes: int
+    config: RunConfig, algorithm: Algorithm, split: Parts, example: Rows, classes: int
 ) -> Callable[..., nn.Module] | None:
     """A function (*name) -> an auxiliary head, where the algorithm needs some."""
     if LEARN not in algorithm.traits.needs:
@@ -456,19 +480,20 @@ def _heads(
     client = copy.deepcopy(split.client).eval()
     with torch.no_grad():
         smashed: Rows = client(example)
+    device = example[0].device
 
     def make(*name: str | int) -> nn.Module:
         with seeds.torch_seeded(config.seed, *name):
             with own_code(algorithm, f"`head` of the algorithm {config.algorithm!r}"):
                 head = algorithm.head(smashed, classes)
-            return typed(head, config).to(example.device)
+            return typed(head, config).to(device)
 
     return make
 
 
 def _raw_bytes(source: Source, rows: np.ndarray) -> int:
     """What centralised learning uploads once: the training inputs and labels."""
-    return len(rows) * (source.train.x[:1].nbytes + source.train.y[:1].nbytes)
+    return len(rows) * (sum(x[:1].nbytes for x in source.train.rows) + source.train.y[:1].nbytes)
 
 
 def _rounds(config: RunConfig, algorithm: Algorithm, sizes: list[int]) -> tuple[int, int]:

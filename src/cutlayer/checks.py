@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -16,32 +17,60 @@ from torch import nn
 from cutlayer import seeds
 from cutlayer.algorithms import Algorithm
 from cutlayer.cohort import draw_participants
-from cutlayer.errors import ConfigError, CutError
+from cutlayer.data.samples import Samples, called
+from cutlayer.errors import ConfigError, CutError, CutlayerWarning
 from cutlayer.models import Parts
 from cutlayer.models.parts import one_line
 from cutlayer.options import RunConfig
+from cutlayer.tasks import Task
+from cutlayer.types import Rows, as_tuple
 
 _LARGEST_RATE = 30  # as a power of ten: what is more overflows float32 at the first step
 
 
-def check_output(model: nn.Module, example: torch.Tensor, classes: int) -> None:
-    """The model must turn rows [n, ...] into scores [n, at least K]. Raises ConfigError."""
-    probe = copy.deepcopy(model).eval()
+def check_output(model: nn.Module, example: Samples, task: Task, names: Sequence[str]) -> None:
+    """What the model gives for rows must fit the task and their targets; `names` are those of the classes. Raises
+    ConfigError; warns of a softmax at the end.
+    """
+    probe, shapes = copy.deepcopy(model).eval(), [tuple(x.shape[1:]) for x in example.rows]
     try:
-        with torch.no_grad(), _sentences("the model does not take these inputs", tuple(example.shape[1:])):
-            out = probe(example)
+        with torch.no_grad(), _sentences("the model does not take these inputs", shapes):
+            given = called(probe, example.inputs)
     finally:
         del probe
-    out = getattr(out, "logits", out)
-    if not isinstance(out, torch.Tensor) or out.dim() != 2 or len(out) != len(example):
-        shape = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
+    readable = isinstance(given, torch.Tensor | Sequence | Mapping) or hasattr(given, "logits")
+    first = as_tuple(given)[:1] if readable else ()
+    if not first or first[0].dim() == 0 or len(first[0]) != len(example):
+        shape = tuple(first[0].shape) if first else type(given).__name__
         raise ConfigError(
-            f"the model turns {len(example)} samples into {shape}, not into [{len(example)}, classes]: return one row "
-            "of class scores per sample"
+            f"the model turns {len(example)} samples into {shape}, not into [{len(example)}, ...]: return one row "
+            "per sample"
         )
-    if out.shape[1] < classes:
-        raise ConfigError(
-            f"the model scores {out.shape[1]} classes but the data have {classes}: widen its last layer to {classes}"
+    outputs = first[0]
+    if not outputs.is_floating_point():
+        raise ConfigError(f"the model gives {outputs.dtype}, which has no gradients: return real numbers")
+    with torch.no_grad():
+        task.check_outputs(outputs, example.y, names)
+    _warn_of_probabilities(outputs, task)
+
+
+def _warn_of_probabilities(outputs: torch.Tensor, task: Task) -> None:
+    """A model that ends in softmax or sigmoid learns badly from losses that want raw scores."""
+    if not task.wants_scores:
+        return
+    within = bool(((outputs >= 0) & (outputs <= 1)).all())
+    if (
+        within
+        and outputs.dim() > 1
+        and outputs.shape[1] > 1
+        and torch.allclose(outputs.sum(1), torch.ones_like(outputs.sum(1)), atol=1e-4)
+    ):
+        warnings.warn(
+            CutlayerWarning(
+                "the model's outputs are probabilities that add up to 1, but the loss takes raw scores: leave out the "
+                "softmax at its end"
+            ),
+            stacklevel=2,
         )
 
 
@@ -71,7 +100,7 @@ def check_parts(config: RunConfig, algorithm: Algorithm, split: Parts, cuts: tup
 
 
 def check_single_rows(
-    config: RunConfig, algorithm: Algorithm, split: Parts, sizes: list[int], rounds: int, example: torch.Tensor
+    config: RunConfig, algorithm: Algorithm, split: Parts, sizes: list[int], rounds: int, example: Rows
 ) -> None:
     """Batch normalisation over features cannot train on one row: find that out now. Raises ConfigError."""
     alone = [k for k, size in enumerate(sizes) if size % config.batch == 1 or config.batch == 1]
@@ -83,7 +112,7 @@ def check_single_rows(
     client = alone[0]
     try:
         with seeds.torch_seeded(config.seed, "probe"):
-            rows = probe.client(example[:1])
+            rows = probe.client(tuple(x[:1] for x in example))
             if probe.tail is not None:
                 probe.tail(probe.server(rows))
             elif algorithm.traits.server_sees_one_client:

@@ -57,6 +57,10 @@ class Cohort(Protocol):
         """n_k: number of training samples of each enrolled client."""
 
     @property
+    def masses(self) -> Sequence[float]:
+        """What the training samples of each enrolled client count together in a mean: n_k where all count alike."""
+
+    @property
     def shape(self) -> Literal["whole", "split", "u-shaped"]:
         """What clients hold: whole models (nothing crosses when they predict), the part below the cut, or the parts
         below the first and above the second cut."""
@@ -108,8 +112,8 @@ class Cohort(Protocol):
         """
 
     def evaluate(self, samples: Samples, predict: Predict) -> Evaluation:
-        """Accuracy of every (client model, server model) on `samples`, in eval mode; training state is left as it
-        was.
+        """The task's metrics of every (client model, server model) on `samples`, in eval mode; training state is left
+        as it was.
         """
 
     def model_state(self, client: int) -> Mapping[str, Tensor]:
@@ -134,6 +138,11 @@ class CohortAround:
     def samples(self) -> Sequence[int]:
         """As the inner cohort's."""
         return self.inner.samples
+
+    @property
+    def masses(self) -> Sequence[float]:
+        """As the inner cohort's."""
+        return self.inner.masses
 
     @property
     def shape(self) -> Literal["whole", "split", "u-shaped"]:

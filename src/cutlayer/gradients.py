@@ -1,7 +1,8 @@
 """Losses and cut gradients: what the server computes and how it is scaled for the clients.
 
 The server's loss is ONE mean over all R rows. A client's own mean loss is over its b_k rows; the two gradients differ
-by the factor R / b_k on its rows (that is C for equal batches).
+by the factor R / b_k on its rows (that is C for equal batches). Where rows count differently, both are weighted means,
+and the factor is W / W_k, what all rows count by what the client's do.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from cutlayer.types import CutGradients, Rows, Smashed
 
@@ -18,26 +18,32 @@ RowLoss = Callable[[Tensor, Tensor], Tensor]
 """(outputs [R, K], labels [R]) -> the loss of each row [R]."""
 
 
-def row_losses(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy of each row: outputs [R, K], labels [R] -> [R]."""
-    return functional.cross_entropy(outputs, labels, reduction="none")
+def mean_loss(losses: Tensor, weights: Tensor | None) -> Tensor:
+    """The loss of a step: sum(w_i l_i) / sum(w_i) over its rows [R] (`weights` None: the mean). 0 where none counts."""
+    if weights is None:
+        return losses.mean()
+    weights = weights.to(losses.dtype)
+    return (losses * weights).sum() / _positive(weights.sum())
 
 
-def client_means(values: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Mean of a row-wise quantity [R] over each client's rows: [C]."""
+def client_means(values: Tensor, sizes: Sequence[int], weights: Tensor | None = None) -> Tensor:
+    """Mean of a row-wise quantity [R] over each client's rows, weighted by what each row counts: [C]."""
+    if weights is not None:
+        parts = zip(values.split(list(sizes)), weights.split(list(sizes)), strict=True)
+        return torch.stack([mean_loss(part, counting) for part, counting in parts])
     if len(set(sizes)) == 1:
         return values.view(len(sizes), -1).mean(1)
     return torch.stack([part.mean() for part in values.split(list(sizes))])
 
 
-def means(losses: Tensor, sizes: Sequence[int]) -> Tensor:
+def means(losses: Tensor, sizes: Sequence[int], weights: Tensor | None = None) -> Tensor:
     """What a step reports of its losses [R]: the mean over all rows, then over each client's: [1 + C]."""
-    return torch.cat([losses.mean().view(1), client_means(losses, sizes)])
+    return torch.cat([mean_loss(losses, weights).view(1), client_means(losses, sizes, weights)])
 
 
-def means_of_clients(own: Tensor, sizes: Sequence[int]) -> Tensor:
-    """The same from the clients' own mean losses [C]: [1 + C]."""
-    share = torch.tensor(list(sizes), dtype=own.dtype, device=own.device) / sum(sizes)
+def means_of_clients(own: Tensor, masses: Sequence[float]) -> Tensor:
+    """The same from the clients' own mean losses [C] and what their rows count: [1 + C]."""
+    share = torch.tensor(list(masses), dtype=own.dtype, device=own.device) / (sum(masses) or 1)
     return torch.cat([(share @ own).view(1), own])
 
 
@@ -52,21 +58,27 @@ def own(gradient: Rows, smashed: Smashed, scale: str = "own") -> CutGradients:
     `scale="own"`: as the gradient of the client's own mean loss, so that a client's step does not shrink with C.
     `scale="union"`: as it is, the gradient of the concatenated mean loss. Adam hides the difference, SGD does not.
     """
-    return CutGradients(scaled(gradient, smashed.sizes, scale), smashed.clients, smashed.sizes)
+    rows = scaled(gradient, smashed.sizes, smashed.masses, scale, sum(smashed.masses))
+    return CutGradients(rows, smashed.clients, smashed.sizes)
 
 
-def scaled(gradient: Rows, sizes: Sequence[int], scale: str, union: int | None = None) -> Rows:
-    """`gradient` times R / b_k on the rows of client k (`scale="own"`), or as it is (`"union"`).
+def scaled(gradient: Rows, sizes: Sequence[int], masses: Sequence[float], scale: str, total: float) -> Rows:
+    """`gradient` [sum b_k, s...] times W / W_k on the rows of client k (`scale="own"`), or as it is (`"union"`).
 
-    R is the number of rows, or `union` where `gradient` holds only some clients' rows.
+    `masses` are the W_k, what the rows of each client count: b_k where all rows count alike. `total` is W, of all
+    clients of the step: the gradient may hold the rows of some. A client none of whose rows counts has no gradient.
     """
-    total = sum(sizes) if union is None else union
-    if scale == "union" or total == (sizes[0] if sizes else total):  # one client: R / b_k = 1
+    if scale == "union" or total == (masses[0] if masses else total):  # one client: W / W_k = 1
         return gradient
-    if len(set(sizes)) == 1:
-        return tuple(g * (total / sizes[0]) for g in gradient)
-    factors = spread([total / size for size in sizes], sizes)
+    if len(set(masses)) == 1 and masses[0]:
+        return tuple(g * (total / masses[0]) for g in gradient)
+    factors = spread([total / mass if mass else 0.0 for mass in masses], sizes)
     return tuple(g * column(factors, g) for g in gradient)
+
+
+def _positive(total: Tensor) -> Tensor:
+    """`total`, or 1 where it is 0: a sum of which nothing counts is divided by it."""
+    return torch.where(total > 0, total, torch.ones_like(total))
 
 
 def spread(values: Sequence[float], sizes: Sequence[int]) -> Tensor:

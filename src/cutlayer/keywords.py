@@ -32,6 +32,7 @@ class CommonKeywords(TypedDict, total=False):
     partition: Any
     samples_per_client: int | None
     participation: float
+    task: str
     cut: str | None
     tail_cut: str | None
     start: Literal["equal", "independent"]
@@ -72,6 +73,16 @@ class CommonKeywords(TypedDict, total=False):
     average_over: Literal["clients", "clients-and-rows"]
     average_reduce: Literal["mean", "sum"]
     average_every: Literal["step", "round"]
+    auxiliary_weights: tuple[float, ...]
+    positive_weight: float
+    class_weights: tuple[float, ...]
+    balanced_classes: bool
+    label_smoothing: float
+    ignore_index: int | None
+    positive_weights: tuple[float, ...]
+    loss: Literal["mse", "l1", "huber", "poisson"]
+    huber_delta: float
+    next_token: bool
     dirichlet_alpha: float
     quantity: Literal["linear", "square", "exponential"]
     shards_per_client: int

@@ -27,11 +27,12 @@ from cutlayer.verbs import Traits
 
 # Groups of the command line's help, in order.
 WHAT, DATA, CLIENTS, MODEL, TRAINING = "What to train", "Data", "Clients and partition", "Model and cut", "Training"
+TASK = "Task: what is learnt from the targets"
 CROSSING, DEFENCES = "What crosses the cut", "Defences of the smashed data"
 COSTS = "Virtual clock and energy model (none without a client device)"
 OUTPUT, FAULTS = "Computing, evaluation and checkpoints", "Faults"
 BUDGETS = "Budgets of a client"
-GROUPS = (WHAT, DATA, CLIENTS, MODEL, TRAINING, "", CROSSING, DEFENCES, BUDGETS, COSTS, OUTPUT, FAULTS)
+GROUPS = (WHAT, DATA, TASK, CLIENTS, MODEL, TRAINING, "", CROSSING, DEFENCES, BUDGETS, COSTS, OUTPUT, FAULTS)
 
 When = Literal["", "split", "u-shaped", "group"]
 """With which algorithms an option has an effect: all; those that cut the model; those whose clients finish the forward
@@ -286,6 +287,8 @@ class CommonConfig(FleetConfig):
     participation: float = _field(1.0, CLIENTS, "group", shared=True, gt=0, le=1)
     """Fraction of the clients that takes part in a round, drawn afresh each round."""
 
+    task: str = _field("classification", TASK, shared=True)
+    """Loss and metrics (see `cutlayer list tasks`), or your own: path/to/file.py:name."""
     model: str = _field("cnn", MODEL)
     """A model by name (see `cutlayer list models`), or your own: path/to/file.py:function."""
     cut: str | None = _field(None, MODEL)
@@ -358,11 +361,11 @@ class CommonConfig(FleetConfig):
         raise TypeError(f"{type(self).__name__} names no algorithms")
 
     def chosen(self) -> list[Entry]:
-        """Algorithms, partition, schedules, model, data and defences."""
+        """Algorithms, partition, schedules, task, model, data and defences."""
         found = [plugins.find("algorithm", name) for name in dict.fromkeys(self.algorithm_names())]
         found.append(plugins.find("partition", self.partition))
         found += [plugins.find("schedule", name) for name in (self.lr_schedule, self.server_lr_schedule) if name]
-        found += [*_models(self.model), *self.reading()]
+        found += [plugins.find("task", self.task), *_models(self.model), *self.reading()]
         return found + self._defending()
 
     def reading(self) -> list[Entry]:
@@ -746,6 +749,7 @@ NAMING = {
     "algorithm": "algorithm",
     "algorithms": "algorithm",
     "model": "model",
+    "task": "task",
     "data": "data",
     "data_format": "format",
     "partition": "partition",
@@ -781,7 +785,7 @@ def _from_anywhere(name: str, value: Any) -> Any:
     return plugins.absolute(value)
 
 
-_OBJECTS = {"algorithm", "partition", "schedule", "defence"}  # kinds that may be given as objects of Python
+_OBJECTS = {"algorithm", "partition", "schedule", "defence", "task"}  # kinds that may be given as objects of Python
 
 
 def by_reference(values: Mapping[str, Any]) -> dict[str, Any]:

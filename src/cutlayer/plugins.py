@@ -55,6 +55,7 @@ class Kind:
 KINDS: dict[str, Kind] = {
     "algorithm": Kind("algorithm", ("algorithms",), "cutlayer.algorithms"),
     "model": Kind("model", ("models/zoo",), "cutlayer.models"),
+    "task": Kind("task", ("tasks",), "cutlayer.tasks"),
     "data": Kind("data set", ("data/built_in",), "cutlayer.data"),
     "format": Kind("data format", ("data/formats",), "cutlayer.formats"),
     "partition": Kind("partition", ("data/partitions",), "cutlayer.partitions"),

@@ -81,18 +81,22 @@ class Spent(Modelled):
 
 @dataclass(frozen=True)
 class Scores(Modelled):
-    """One evaluation, as written to evaluations.jsonl. Accuracies in [0, 1], mean over the clients' models; time and
-    energy so far.
+    """One evaluation, as written to evaluations.jsonl; time and energy so far.
+
+    A score is the run's primary metric (an accuracy is in [0, 1]), the mean over the clients' models; None where it is
+    not defined. `test_score_worst` is the worst model's. `validation` and `test` hold all metrics, means likewise.
     """
 
     round: int
     step: int
     epochs: float
-    validation_accuracy: float | None
+    validation_score: float | None
     validation_loss: float | None
-    test_accuracy: float
+    test_score: float | None
     test_loss: float
-    test_accuracy_worst: float
+    test_score_worst: float | None
+    validation: dict[str, Any] | None
+    test: dict[str, Any]
     bytes_up: int
     bytes_down: int
     bytes_down_broadcast: int
@@ -103,15 +107,19 @@ class Scores(Modelled):
 class Result(Spent):
     """What a finished run comes to.
 
-    `test_accuracy` is that of the last evaluation; `best_test_accuracy` that of the evaluation with the best validation
-    accuracy (the paper reports such a one). `bytes` holds one row per direction and kind, under every convention.
-    `measured_by` says by what the energy of this process's machine is measured, or why it is not.
+    `metric` is the primary one, of which the scores are; `share`: it is a fraction in [0, 1]. `test_score` is that of
+    the last evaluation; `best_test_score` that of the evaluation with the best validation score (the paper reports
+    such a one). `test` holds all metrics at the end; they are means over the clients' models. `bytes` holds one row per
+    direction and kind, under every convention. `measured_by` says by what the energy of this process's machine is
+    measured, or why it is not.
     """
 
     algorithm: str
     engine: str
-    test_accuracy: float
-    best_test_accuracy: float
+    metric: str
+    share: bool
+    test_score: float | None
+    best_test_score: float | None
     best_round: int
     rounds: int
     steps: int
@@ -120,6 +128,7 @@ class Result(Spent):
     bytes_up: int
     bytes_down: int
     bytes_down_broadcast: int
+    test: dict[str, Any] = field(default_factory=dict)
     bytes: list[dict[str, Any]] = field(default_factory=list)
     measured_by: str = "not measured"
 
@@ -318,16 +327,20 @@ class Run:
             folder.append(EVALUATIONS, asdict(scores))
 
     def _scores(self, done: int, validation: Evaluation | None, test: Evaluation) -> Scores:
-        ledger = self.training.ledger
+        ledger, task = self.training.ledger, self.training.task
+        each = [score for score in test.each(task.primary).values() if score is not None]
+        worst = (min if task.maximise else max)(each) if each else None
         return Scores(
             done,
             self._step,
             self._samples / sum(self.training.clients.samples),
-            validation.accuracy if validation else None,
+            validation.mean(task.primary) if validation else None,
             validation.loss if validation else None,
-            test.accuracy,
+            test.mean(task.primary),
             test.loss,
-            min(test.accuracies.values()),
+            worst,
+            _means(validation) if validation else None,
+            _means(test),
             ledger.total("up"),
             ledger.total("down"),
             ledger.total("down", "wire-broadcast"),
@@ -349,12 +362,14 @@ class Run:
 
     def _result(self) -> Result:
         ledger = self.training.ledger
-        best = max(self.evaluations, key=lambda s: (s.validation_accuracy or 0.0, s.round))
+        best = max(self.evaluations, key=lambda s: (*self.training.task.rank(s.validation_score), s.round))
         return Result(
             algorithm=self.config.algorithm,
             engine=self.training.engine,
-            test_accuracy=self.evaluations[-1].test_accuracy,
-            best_test_accuracy=best.test_accuracy,
+            metric=self.training.task.primary,
+            share=self.training.task.share,
+            test_score=self.evaluations[-1].test_score,
+            best_test_score=best.test_score,
             best_round=best.round,
             rounds=self.training.rounds,
             steps=self._step,
@@ -363,6 +378,7 @@ class Run:
             bytes_up=ledger.total("up"),
             bytes_down=ledger.total("down"),
             bytes_down_broadcast=ledger.total("down", "wire-broadcast"),
+            test=self.evaluations[-1].test,
             bytes=ledger.table(),
             **self._computed(),
             **self._virtual(),
@@ -482,9 +498,17 @@ def fingerprint(training: Training) -> dict[str, str]:
     models = {name: tensor for part in training.parts.all for name, tensor in part.state_dict().items()}
     shapes = [(name, tuple(tensor.shape)) for name, tensor in sorted(models.items())]
     train = training.source.train
-    data = (tuple(train.x.shape), train.x.double().sum().item(), training.counts.tolist())
+    shapes_of = [tuple(x.shape) for x in train.rows]
+    sums = [x.double().sum().item() for x in train.rows]
+    one = (shapes_of[0], sums[0]) if len(sums) == 1 else (shapes_of, sums)
+    data = (*one, training.counts.tolist())
     digest = hashlib.sha256(repr((data, train.y.tolist())).encode()).hexdigest()
     return {"model": repr(shapes), "data set": digest, "engine": training.engine}
+
+
+def _means(found: Evaluation) -> dict[str, Any]:
+    """All metrics, means over the clients."""
+    return {metric: found.mean(metric) for metric in found.metrics}
 
 
 def digests(config: RunConfig) -> dict[str, str]:

@@ -13,71 +13,86 @@ from torch import Tensor
 
 from cutlayer import seeds
 from cutlayer.data.samples import Samples
-from cutlayer.gradients import row_losses
+from cutlayer.tasks import Judged, Task, Value
 from cutlayer.types import Evaluation
 
 ROWS_PER_PASS = 1024
 """Samples per forward pass: bounds memory, changes no result."""
 
-Scores = dict[int, tuple[float, float]]
-"""(accuracy, mean loss) of each client's model."""
+Scores = dict[int, dict[str, Value]]
+"""The metrics of each client's model, by name; "loss" is the mean loss."""
 
 Outputs = tuple[Sequence[int], Tensor]
-"""The clients that gave outputs, and their outputs [C * n, K], one client after another."""
+"""The clients that gave outputs, and their outputs [C * n, ...], one client after another."""
 
 OutputsOf = Callable[[Sequence[int], Samples, int], Outputs]
 """(clients, n samples, number of the first of these samples) -> the outputs of these clients' models."""
 
 
 class Tally:
-    """Adds up the scores of several models over chunks of samples. A model that misses a chunk is dropped."""
+    """Gathers what several models give over chunks of samples. A model that misses a chunk is dropped.
 
-    def __init__(self, models: Iterable[int]) -> None:
-        self._totals: dict[int, tuple[int, float]] = dict.fromkeys(models, (0, 0.0))  # (right, sum of losses)
-        self._samples = 0
+    `names` are those of the classes.
+    """
+
+    def __init__(self, task: Task, models: Iterable[int], names: tuple[str, ...] = ()) -> None:
+        self._task, self._names = task, names
+        self._losses: dict[int, float] = dict.fromkeys(models, 0.0)  # sum of w_i l_i
+        self._predictions: dict[int, list[Tensor]] = {k: [] for k in self._losses}
+        self._targets: list[Tensor] = []
+        self._mass = 0.0  # sum of w_i
 
     @property
     def models(self) -> list[int]:
         """The clients whose models have given outputs for all chunks so far."""
-        return list(self._totals)
+        return list(self._losses)
 
-    def add(self, models: Sequence[int], outputs: Tensor, labels: Tensor) -> None:
-        """Score the outputs [C * n, K] of C models, one after another, for the same n samples."""
+    def add(self, models: Sequence[int], outputs: Tensor, targets: Tensor) -> None:
+        """Take the outputs [C * n, ...] of C models, one after another, for the same n samples."""
         count = len(models)
-        self._samples += len(labels)
+        weights = self._task.weights(targets)
+        self._mass += len(targets) if weights is None else weights.double().sum().item()
+        self._targets.append(targets)
         if not count:
-            self._totals = {}
+            self._losses = {}
             return
-        everyones = labels.repeat(count)
-        right = (outputs.argmax(1) == everyones).view(count, -1).sum(1).tolist()
-        losses = row_losses(outputs, everyones).view(count, -1).sum(1).tolist()
-        before = self._totals
-        self._totals = {
-            k: (before[k][0] + r, before[k][1] + loss) for k, r, loss in zip(models, right, losses, strict=True)
-        }
+        everyones = targets.repeat(count, *[1] * (targets.dim() - 1))
+        losses = self._task.losses(outputs, everyones).view(count, -1)
+        sums = losses.sum(1) if weights is None else (losses * weights.to(losses.dtype)).sum(1)
+        self._losses = {k: self._losses[k] + loss for k, loss in zip(models, sums.tolist(), strict=True)}
+        for k, own in zip(models, self._task.predictions(outputs).chunk(count), strict=True):
+            self._predictions[k].append(own)
 
     def scores(self) -> Scores:
-        """Accuracy and mean loss over all samples."""
-        n = self._samples
-        return {k: (right / n, loss / n) for k, (right, loss) in self._totals.items()}
+        """The task's metrics over all samples."""
+        targets = torch.cat(self._targets)
+        found: Scores = {}
+        for k, total in self._losses.items():
+            loss = total / (self._mass or 1)
+            judged = Judged(torch.cat(self._predictions[k]), targets, loss, self._names)
+            found[k] = {"loss": loss, **self._task.scores(judged)}
+        return found
 
 
 def evaluate(
+    task: Task,
     samples: Samples,
     models: Sequence[int],
     outputs_of: OutputsOf,
     *,
     at_once: int | None = None,
     rows_per_pass: int = ROWS_PER_PASS,
+    names: tuple[str, ...] = (),
 ) -> Scores:
-    """Score the models of the clients `models` on `samples`, `at_once` models (None: all) at a time.
+    """Judge the models of the clients `models` on `samples`, `at_once` models (None: all) at a time. `names` are those
+    of the classes.
 
     Clients that give no outputs for a chunk are missing from the result.
     """
     found: Scores = {}
     step = max(1, at_once or len(models))
     for first in range(0, len(models), step):
-        tally = Tally(models[first : first + step])
+        tally = Tally(task, models[first : first + step], names)
         for start in range(0, len(samples), rows_per_pass):
             part = samples[start : start + rows_per_pass]
             with torch.no_grad():
@@ -95,10 +110,9 @@ def judged(clients: int, count: int | None, seed: int) -> list[int]:
     return sorted(drawn.tolist())
 
 
-def evaluation(found: Mapping[int, tuple[float, float]], everyone: Sequence[int], samples: int) -> Evaluation:
+def evaluation(found: Mapping[int, Mapping[str, Value]], everyone: Sequence[int], samples: int) -> Evaluation:
     """The scores of `everyone`, where `found` holds those of the models looked at. Models known to be equal are looked
     at once: a client that is not in `found` has the first model's scores.
     """
     only = next(iter(found.values()))
-    result = {k: found.get(k, only) for k in everyone}
-    return Evaluation({k: a for k, (a, _) in result.items()}, {k: x for k, (_, x) in result.items()}, samples)
+    return Evaluation({k: found.get(k, only) for k in everyone}, samples)

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from cutlayer import seeds
 from cutlayer.averaging import average_into
 from cutlayer.errors import ConfigError, NonFiniteError
-from cutlayer.gradients import RowLoss, column, gradient_of, means, means_of_clients, row_losses, spread
+from cutlayer.gradients import RowLoss, column, gradient_of, mean_loss, means, means_of_clients, spread
 from cutlayer.optim import MakeOptimizer, load_optimizer, set_lr
+from cutlayer.tasks import Task
+from cutlayer.tasks.classification import Classification
 from cutlayer.types import Rows, Smashed, TailGradients, as_tuple
 from cutlayer.verbs import STEP_COPIES, STEP_EACH, undeclared
 
@@ -37,10 +39,14 @@ class Server:
     V3).
 
     `lr` is the base rate; `lr_factor` is the round's schedule factor; a step may have a factor of its own (SplitLr).
+    `task` says what a row's loss is (default: the cross entropy of its class).
     """
 
-    def __init__(self, model: nn.Module, make_optimizer: MakeOptimizer, lr: float, seed: int = 0) -> None:
+    def __init__(
+        self, model: nn.Module, make_optimizer: MakeOptimizer, lr: float, seed: int = 0, task: Task | None = None
+    ) -> None:
         self.model, self.lr, self.seed = model, lr, seed
+        self.task = task or Classification()
         self.lr_factor = 1.0
         self._make_optimizer = make_optimizer
         self._weights = list(model.parameters())
@@ -61,24 +67,26 @@ class Server:
         if self._algorithm and verb not in self._needs:
             raise ConfigError(undeclared(self._algorithm, f"server.{method}", verb, self._needs))
 
-    def step(self, smashed: Smashed, factor: float = 1.0, loss: RowLoss = row_losses) -> ServerStep:
+    def step(self, smashed: Smashed, factor: float = 1.0, loss: RowLoss | None = None) -> ServerStep:
         """One loss (mean over all rows), its gradients, one optimiser step at rate lr x schedule x `factor`.
 
-        `loss` gives each row's. Raises NonFiniteError, before the step is taken, naming the clients whose rows are to
+        `loss` gives each row's (None: the task does). Raises NonFiniteError, before the step is taken, naming the
+        clients whose rows are to
         blame (on an accelerator, which a check would stop, the run looks at the losses that come back instead).
         """
         losses, gradient = self._through(smashed, loss, factor)
-        return ServerStep(means(losses, smashed.sizes), gradient, self._rate(factor))
+        return ServerStep(means(losses, smashed.sizes, smashed.weights), gradient, self._rate(factor))
 
-    def step_on(self, rows: Rows, labels: Tensor, factor: float = 1.0, loss: RowLoss = row_losses) -> Tensor:
+    def step_on(self, rows: Rows, labels: Tensor, factor: float = 1.0, loss: RowLoss | None = None) -> Tensor:
         """One step on rows that the algorithm has made up (resampled, buffered): each [n, s...], labels [n]. The mean
         loss. Raises NonFiniteError.
         """
-        losses, _ = self._through(Smashed(rows, labels, (), ()), loss, factor)
-        return losses.mean()
+        made_up = Smashed(rows, labels, (), (), weights=self.task.weights(labels))
+        losses, _ = self._through(made_up, loss, factor)
+        return mean_loss(losses, made_up.weights)
 
     def gradients(
-        self, smashed: Smashed, loss: RowLoss = row_losses, *, running_statistics: bool = False
+        self, smashed: Smashed, loss: RowLoss | None = None, *, running_statistics: bool = False
     ) -> ServerStep:
         """One loss (mean over all rows) and its gradients; the server does not step, and `lr` is 0.
 
@@ -87,15 +95,15 @@ class Server:
         """
         self._pending = None
         losses, gradient = self._through(smashed, loss, None, evaluating=running_statistics)
-        return ServerStep(means(losses, smashed.sizes), gradient, 0.0)
+        return ServerStep(means(losses, smashed.sizes, smashed.weights), gradient, 0.0)
 
     def _through(
-        self, smashed: Smashed, loss: RowLoss, factor: float | None, *, evaluating: bool = False
+        self, smashed: Smashed, loss: RowLoss | None, factor: float | None, *, evaluating: bool = False
     ) -> tuple[Tensor, Rows]:
         """(losses [R], gradients) of the rows' mean loss, with a step at rate lr x schedule x `factor` (None: none)."""
         outputs = self.forward(smashed, evaluating=evaluating)
-        losses = loss(outputs[0], smashed.labels)
-        mean = losses.mean()
+        losses = self.task.row_losses(outputs, smashed.labels) if loss is None else loss(outputs[0], smashed.labels)
+        mean = mean_loss(losses, smashed.weights)
         if not finite(losses):
             raise NonFiniteError("loss", culprits(smashed, losses.detach()))
         gradient = self._backward(smashed, lambda: mean.backward(), factor)
@@ -117,17 +125,18 @@ class Server:
         """U-shaped split: go on from the gradients that the clients' tails sent back, and step at rate lr x schedule x
         `factor`.
 
-        Each client's tail has its own mean loss; weighted by b_k / R they add up to the mean over all rows, whose
-        gradient this is: rows of several clients are treated as in `step`.
+        Each client's tail has its own mean loss; weighted by b_k / R (by what the client's rows count, W_k / W) they
+        add up to the mean over all rows, whose gradient this is: rows of several clients are treated as in `step`.
         """
         assert self._pending is not None, "backward() follows forward()"
         outputs = tuple(o for o in self._pending[1] if o.requires_grad)
-        rows, share = tail.rows, [size / len(smashed) for size in smashed.sizes]
+        masses = tail.masses or tail.sizes
+        rows, share = tail.rows, [mass / (sum(masses) or 1) for mass in masses]
         if len(share) > 1:
             factors = spread(share, smashed.sizes)
             rows = tuple(r * column(factors, r) for r in rows)
         gradient = self._backward(smashed, lambda: torch.autograd.backward(outputs, rows), factor)
-        return ServerStep(means_of_clients(tail.losses, smashed.sizes), gradient, self._rate(factor))
+        return ServerStep(means_of_clients(tail.losses, masses), gradient, self._rate(factor))
 
     def predict(self, clients: Sequence[int], rows: Rows) -> Rows:
         """The server's outputs in eval mode, for evaluation. All clients share the one server model."""
@@ -186,7 +195,11 @@ class Server:
         """Client `client`'s copy: the global weights, and an optimiser of its own that lives on from round to round."""
         if client not in self._copies:
             self._copies[client] = Server(
-                copy.deepcopy(self.model), self._make_optimizer, self.lr, seeds.derive(self.seed, "copy", client)
+                copy.deepcopy(self.model),
+                self._make_optimizer,
+                self.lr,
+                seeds.derive(self.seed, "copy", client),
+                self.task,
             )
         self._copies[client].lr_factor = self.lr_factor
         return self._copies[client]
@@ -223,7 +236,7 @@ def _together(steps: list[ServerStep], smashed: Smashed) -> ServerStep:
     """Several steps, one per client, as one: mean loss over all rows, gradients concatenated."""
     rows = tuple(torch.cat(parts) for parts in zip(*(step.gradient for step in steps), strict=True))
     losses = torch.stack([step.means[0] for step in steps])
-    return ServerStep(means_of_clients(losses, smashed.sizes), rows, steps[0].lr)
+    return ServerStep(means_of_clients(losses, smashed.masses), rows, steps[0].lr)
 
 
 def finite(*tensors: Tensor) -> bool:

@@ -63,3 +63,10 @@ def listed(names: list[str]) -> str:
 def shortened(text: str, length: int) -> str:
     """`text`, cut with an ellipsis where it is longer than `length`."""
     return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def format_score(metric: str, score: float | None, *, share: bool) -> str:
+    """A metric and its value: "accuracy 91.20 %" for a fraction, "rmse 53.1" for anything else."""
+    if score is None:
+        return f"{metric} not defined"
+    return f"{metric} {100 * score:.2f} %" if share else f"{metric} {score:.4g}"

@@ -15,6 +15,7 @@ import math
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,13 +26,17 @@ Rows = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Smashed:
-    """Smashed data: what `clients` sent up in one step, with the labels. Empty (falsy) when nobody had a batch left."""
+    """Smashed data: what `clients` sent up in one step, with the labels. Empty (falsy) when nobody had a batch left.
+
+    `weights` say what each row counts in the mean loss (None: all count 1).
+    """
 
     rows: Rows  # each [R, s...]
-    labels: Tensor  # [R]
+    labels: Tensor  # [R, t...]
     clients: tuple[int, ...]  # [C]
     sizes: tuple[int, ...]  # [C], the b_k
     written: tuple[int, ...] = ()  # [C], bytes that each client's rows came in, where only the carrier can know
+    weights: Tensor | None = None  # [R]
 
     def __len__(self) -> int:
         return sum(self.sizes)
@@ -45,6 +50,15 @@ class Smashed:
         """Those of `clients` that sent something, in order, with their numbers of rows."""
         return {k: size for k, size in zip(self.clients, self.sizes, strict=True) if k in clients}
 
+    @property
+    def masses(self) -> tuple[float, ...]:
+        """What each client's rows count together: [C], the b_k where all rows count alike."""
+        return masses_of(self.weights, self.sizes)
+
+    def masses_of(self, clients: Container[int]) -> tuple[float, ...]:
+        """What the rows of those of `clients` that sent something count together, in order."""
+        return tuple(mass for k, mass in zip(self.clients, self.masses, strict=True) if k in clients)
+
     def take(self, rows: Rows, clients: Container[int]) -> Rows:
         """Of rows shaped as the smashed data, [R, s...] each, those of `clients`."""
         at = torch.from_numpy(np.repeat([k in clients for k in self.clients], self.sizes).nonzero()[0])
@@ -55,7 +69,13 @@ class Smashed:
         at = self.clients.index(client)
         start = sum(self.sizes[:at])
         stop = start + self.sizes[at]
-        return Smashed(tuple(r[start:stop] for r in self.rows), self.labels[start:stop], (client,), (stop - start,))
+        return Smashed(
+            tuple(r[start:stop] for r in self.rows),
+            self.labels[start:stop],
+            (client,),
+            (stop - start,),
+            weights=None if self.weights is None else self.weights[start:stop],
+        )
 
 
 @dataclass(frozen=True)
@@ -108,6 +128,7 @@ class TailGradients:
     clients: tuple[int, ...]
     sizes: tuple[int, ...]
     written: tuple[int, ...] = ()  # as in Smashed
+    masses: tuple[float, ...] = ()  # [C], what each client's rows count together; empty: the b_k
 
 
 @dataclass(frozen=True)
@@ -165,26 +186,60 @@ class Step:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Accuracy in [0, 1] and mean loss on held-out samples, per client model (with the one server model)."""
+    """How models did on held-out samples: `scores` holds, for each client k, the metrics of (client model k, server
+    model) by their names; "loss", the mean loss, is always among them. A metric may say several numbers (one per class)
+    or None (it is not defined on these samples).
+    """
 
-    accuracies: Mapping[int, float]
-    losses: Mapping[int, float]
+    scores: Mapping[int, Mapping[str, Any]]
     samples: int
 
     @property
-    def accuracy(self) -> float:
-        """Mean over clients of the accuracy of (client model k, server model), in [0, 1]."""
-        return sum(self.accuracies.values()) / len(self.accuracies)
+    def metrics(self) -> tuple[str, ...]:
+        """The names of the metrics."""
+        return tuple(next(iter(self.scores.values())))
+
+    def each(self, metric: str) -> dict[int, Any]:
+        """What one metric says of each client's model."""
+        return {k: scores[metric] for k, scores in self.scores.items()}
+
+    def mean(self, metric: str) -> Any:
+        """The mean over the clients of a metric, number by number; None where it is not defined for one of them."""
+        return _mean(list(self.each(metric).values()))
 
     @property
     def loss(self) -> float:
         """Mean over clients of the mean loss of (client model k, server model)."""
-        return sum(self.losses.values()) / len(self.losses)
+        return float(self.mean("loss"))
 
 
-def as_tuple(given: Tensor | Rows) -> Rows:
-    """What a part of a model gave, one tensor or several, as several."""
-    return given if isinstance(given, tuple) else (given,)
+def _mean(values: Sequence[Any]) -> Any:
+    if any(value is None for value in values):
+        return None
+    if isinstance(values[0], (tuple, list)):
+        return tuple(_mean(several) for several in zip(*values, strict=True))
+    return sum(values) / len(values)
+
+
+def as_tuple(given: Any) -> Rows:
+    """What a part of a model gave, as several tensors: one, a tuple or list, or a dictionary or an output with names
+    (as Hugging Face's), whose `logits` (or `out`) come first.
+    """
+    if isinstance(given, Tensor):
+        return (given,)
+    if isinstance(given, Mapping):
+        first = [key for key in ("logits", "out") if key in given]
+        given = [given[key] for key in [*first, *(key for key in given if key not in first)]]
+    elif hasattr(given, "logits"):
+        return as_tuple(given.logits)
+    return tuple(value for value in given if isinstance(value, Tensor))
+
+
+def masses_of(weights: Tensor | None, sizes: Sequence[int]) -> tuple[float, ...]:
+    """What each client's rows count together: [C], from each row's weight [R] (None: 1) and the b_k."""
+    if weights is None:
+        return tuple(sizes)
+    return tuple(part.sum().item() for part in weights.double().split(list(sizes)))
 
 
 def aligned(rows: Rows) -> Rows:
@@ -192,6 +247,12 @@ def aligned(rows: Rows) -> Rows:
     where numbers lie, and what came over a network lies anywhere.
     """
     return tuple(r.clone() if r.data_ptr() % 64 or 0 in r.stride() else r for r in rows)
+
+
+def joined(rows: Rows) -> Tensor:
+    """All real tensors among `rows`, as one row per sample: [R, d]; all tensors where none is real."""
+    real = [r.flatten(1) for r in rows if r.is_floating_point()]
+    return torch.cat(real or [r.flatten(1).float() for r in rows], 1)
 
 
 def as_matrix(rows: Tensor, last: bool) -> Tensor:

@@ -93,7 +93,7 @@ def test_run_writes_its_folder(first: tuple[Path, str]) -> None:
     account = json.loads((cwd / "a" / "data.json").read_text("utf-8"))["account"]
     assert account.startswith("digits: 1797 rows (1x8x8) in 10 classes")
     assert printed.startswith(f"Data: {account}\n")
-    assert f"{result['test_accuracy']:.2%}" in printed
+    assert f"{result['test_score']:.2%}" in printed
     assert all(f"a/{name}" in printed for name in pictures)
 
 

@@ -58,9 +58,7 @@ def agree(algorithm: str, sizes: Sequence[int], **options: Any) -> None:
         runs.append(run)
     a, b = runs
     assert losses[1] == pytest.approx(losses[0], rel=1e-10)
-    scores = [
-        [x for s in run.evaluations for x in (s.test_loss, s.test_accuracy, s.test_accuracy_worst)] for run in runs
-    ]
+    scores = [[x for s in run.evaluations for x in (s.test_loss, s.test_score, s.test_score_worst)] for run in runs]
     assert scores[1] == pytest.approx(scores[0], rel=1e-10)
     for k in range(len(sizes)):
         assert difference(client_state(a, k), client_state(b, k)) < 1e-10

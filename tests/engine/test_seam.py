@@ -370,8 +370,8 @@ def test_evaluation_is_the_mean_over_client_models() -> None:
         net.load_state_dict({**client_state(run, k), **run.training.server.state()["model"]})
         accuracies.append((net(test.x).argmax(1) == test.y).double().mean().item())
     assert len(set(accuracies)) > 1
-    assert run.evaluations[-1].test_accuracy == pytest.approx(sum(accuracies) / 3)
-    assert run.evaluations[-1].test_accuracy_worst == pytest.approx(min(accuracies))
+    assert run.evaluations[-1].test_score == pytest.approx(sum(accuracies) / 3)
+    assert run.evaluations[-1].test_score_worst == pytest.approx(min(accuracies))
 
 
 def test_evaluated_clients_are_drawn() -> None:

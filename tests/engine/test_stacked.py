@@ -177,9 +177,9 @@ def test_independent_starts_and_scores() -> None:
         "cut": "2",
     }
     a, b = (Run(engine=e, start="independent", **options, **small()) for e in ("local", "stacked"))
-    assert (a.run().test_accuracy, a.evaluations[-1].test_accuracy_worst) == (
-        b.run().test_accuracy,
-        b.evaluations[-1].test_accuracy_worst,
+    assert (a.run().test_score, a.evaluations[-1].test_score_worst) == (
+        b.run().test_score,
+        b.evaluations[-1].test_score_worst,
     )
     assert worst(a, b) < 1e-10
 
@@ -243,7 +243,7 @@ def test_evaluating_some_clients(algorithm: str) -> None:
         run = Run(**options, **more)
         run.run()
         t = run.training
-        return dict(t.clients.evaluate(t.source.test, t.server.predict).accuracies)
+        return dict(t.clients.evaluate(t.source.test, t.server.predict).each("accuracy"))
 
     everybody = scores()
     some, same = scores(eval_clients=4), scores(eval_clients=4, engine="local")

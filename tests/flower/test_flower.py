@@ -97,7 +97,7 @@ def test_the_example_gives_the_simulations_numbers(tmp_path: Path) -> None:
     assert [s["loss"] for s in steps] == [r.loss for r in records]
     assert [(s["bytes_up"], s["bytes_down"]) for s in steps] == [(r.bytes_up, r.bytes_down) for r in records]
     result = json.loads((out / "result.json").read_text())
-    assert result["test_accuracy"] == local.result.test_accuracy
+    assert result["test_score"] == local.result.test_score
     ours, theirs = (
         _tensors(checkpoint.read(folder / "checkpoint.safetensors")["server"]) for folder in (tmp_path / "local", out)
     )

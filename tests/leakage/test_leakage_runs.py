@@ -58,7 +58,7 @@ def test_a_subject_is_what_the_run_left(tmp_path: Path) -> None:
     run = Run(RunConfig.of(SMALL), out=tmp_path / "run")
     run.run()
     (moment,) = moments(tmp_path / "run")
-    assert moment.accuracy == run.evaluations[-1].test_accuracy
+    assert moment.accuracy == run.evaluations[-1].test_score
     rows, train = deal(run.config), run.training.source.train
     seen = []
     for s in subjects(moment, 3, 100, 300, 0):

@@ -250,7 +250,7 @@ def test_a_run_trains_a_model_of_ones_own(own: str) -> None:
     """By reference, with its own cut or one that is named, and as a function that takes what it needs."""
     options: dict[str, Any] = {"rounds": 1, "clients": 2, "samples_per_client": 16, "algorithm": "psl"}
     by_reference = Run(model=f"{own}:registered", **options).run()
-    assert by_reference.test_accuracy == Run(model=f"{own}:registered", cut="0", **options).run().test_accuracy
+    assert by_reference.test_score == Run(model=f"{own}:registered", cut="0", **options).run().test_score
     with pytest.raises(ConfigError, match="needs cut"):
         Run(model=f"{own}:plain", **options)
 

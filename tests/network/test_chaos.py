@@ -224,7 +224,7 @@ def check(chaos: Chaos, quiet: list[tuple[float, float]]) -> None:
     for name in ("server", "client-0", "client-1", "client-2"):
         assert "Traceback" not in chaos.trial.log(name), chaos.trial.log(name)[-3000:]
     evaluations = (chaos.trial.folder / "run" / "evaluations.jsonl").read_text().splitlines()
-    found = (result["test_accuracy"], json.loads(evaluations[-1])["test_loss"])
+    found = (result["test_score"], json.loads(evaluations[-1])["test_loss"])
     for value, values, least in zip(found, zip(*quiet, strict=True), (0.02, 0.1), strict=True):
         noise = max(least, 4 * statistics.stdev(values))
         assert abs(value - statistics.mean(values)) < noise, (value, values)
@@ -239,7 +239,7 @@ def quiet_runs(chaos: Chaos) -> list[tuple[float, float]]:
     runs = [Run(RunConfig.of(o)) for o in options]
     for run in runs:
         run.run()
-    return [(run.evaluations[-1].test_accuracy, run.evaluations[-1].test_loss) for run in runs]
+    return [(run.evaluations[-1].test_score, run.evaluations[-1].test_loss) for run in runs]
 
 
 @pytest.mark.timeout(300)

@@ -162,7 +162,7 @@ def what_came_of_it(machines: Machines) -> None:
     assert events[-1] == "done"
     result = json.loads((machines.root / "coordinator" / "run" / "result.json").read_text())
     shown = re.findall(r"SGLR \(remote engine\): test accuracy ([\d.]+)%", GUIDE)
-    assert [100 * result["test_accuracy"]] == pytest.approx([float(text) for text in shown], abs=2)
+    assert [100 * result["test_score"]] == pytest.approx([float(text) for text in shown], abs=2)
     assert 'cutlayer_bytes_total{client="1",direction="up"}' in machines.said["coordinator"]
     assert {path.name for path in (machines.root / "hospital-a" / "own").iterdir()} == {
         "ca.crt", "client-0.crt", "client-0.csr", "client-0.key",

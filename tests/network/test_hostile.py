@@ -96,4 +96,4 @@ def test_a_hostile_client(tmp_path: Path) -> None:
     ]
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert alone.result is not None
-    assert result["test_accuracy"] == alone.result.test_accuracy
+    assert result["test_score"] == alone.result.test_score

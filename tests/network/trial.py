@@ -116,5 +116,5 @@ def same_as_local(trial: Trial) -> None:
     assert [(r["bytes_up"], r["bytes_down"]) for r in remote] == [(r.bytes_up, r.bytes_down) for r in records]
     result = json.loads((trial.folder / "run" / "result.json").read_text())
     assert local.result is not None
-    assert result["test_accuracy"] == local.result.test_accuracy
+    assert result["test_score"] == local.result.test_score
     assert result["bytes"] == local.result.bytes

@@ -136,7 +136,7 @@ def same(config: RunConfig) -> Passing:
             b.bytes_up,
             b.bytes_down,
         )
-    assert [e.test_accuracy for e in here.evaluations] == [e.test_accuracy for e in there.evaluations]
+    assert [e.test_score for e in here.evaluations] == [e.test_score for e in there.evaluations]
     assert [e.test_loss for e in here.evaluations] == [e.test_loss for e in there.evaluations]
     assert here.training.ledger.state() == there.training.ledger.state()
     assert difference(here.training.server.model.state_dict(), there.training.server.model.state_dict()) == 0
@@ -472,7 +472,7 @@ def test_a_client_may_come_with_other_data_before_training() -> None:
     worker = hub.workers[1]
 
     def greeted(samples: int) -> Any:
-        hello = m.Hello(client="client-1", terms=worker.duty.terms, samples=samples)
+        hello = m.Hello(client="client-1", terms=worker.duty.terms, samples=samples, mass=samples)
         return hub.greet(hello, 1)
 
     assert isinstance(greeted(300), m.Welcome)
@@ -729,7 +729,7 @@ def test_all_go_on_from_the_same_round(algorithm: str, committed: bool, tmp_path
     again.run()
     assert again.result is not None
     assert whole.result is not None
-    assert again.result.test_accuracy == whole.result.test_accuracy
+    assert again.result.test_score == whole.result.test_score
     assert again.result.bytes == whole.result.bytes
     assert difference(whole.training.server.model.state_dict(), again.training.server.model.state_dict()) == 0
     for k in range(3) if algorithm != "ssl" else [whole.training.clients.holder]:
@@ -753,7 +753,7 @@ def test_all_clients_are_gone_for_a_while(algorithm: str, verb: type[m.Message])
             hub.breaks_at = verb
     assert hub.breaks_at is None
     assert run.result is not None
-    assert (run.result.steps, run.result.test_accuracy) == (expected.steps, expected.test_accuracy)
+    assert (run.result.steps, run.result.test_score) == (expected.steps, expected.test_score)
     for k in range(3):
         assert difference(whole.training.clients.model_state(k), hub.model(k)) == 0
 

@@ -46,7 +46,7 @@ INSECURE = ServerSecurity(), ClientSecurity()
 
 
 def hello(client: int, token: str = "", name: str | None = None) -> m.Hello:
-    return m.Hello(client=name or f"client-{client}", terms=TERMS, samples=10, token=token)
+    return m.Hello(client=name or f"client-{client}", terms=TERMS, samples=10, mass=10, token=token)
 
 
 def greet(said: m.Hello, identity: str | None) -> m.Welcome | m.Refused:
@@ -738,7 +738,7 @@ def test_a_client_that_talks_nonsense(what: str, sentence: str) -> None:
 def test_a_first_word_that_is_none(caplog: pytest.LogCaptureFixture) -> None:
     right = ClientSide().send(hello(0))
     older = b"CUT0" + right[4:]
-    big = ClientSide().send(m.Hello(client="a", terms=TERMS, samples=1, token="t" * 4096))
+    big = ClientSide().send(m.Hello(client="a", terms=TERMS, samples=1, mass=1, token="t" * 4096))
     wrong = [
         (b"", "no message"),
         (b"garbage" * 10, "not Cutlayer's"),
@@ -760,7 +760,7 @@ def test_a_first_word_that_is_none(caplog: pytest.LogCaptureFixture) -> None:
             assert hub.wait_for(1, SOON) == {0}
     huge = replace_terms(crossing=[m.TensorSpec([1] * 16, "f" * 256)] * 256)
     with pytest.raises(WireError, match="Hello has"), serving() as (_, port):
-        dial(f"localhost:{port}", INSECURE[1], Saying(m.Hello("client-0", huge, 1)))
+        dial(f"localhost:{port}", INSECURE[1], Saying(m.Hello("client-0", huge, 1, 1)))
 
 
 def replace_terms(**changes: Any) -> m.Terms:
@@ -790,7 +790,7 @@ class Saying(Echo):
 )
 def test_refused_with_a_reason(changes: dict[str, Any], reason: str, sentence: str) -> None:
     with serving() as (hub, port), pytest.raises(RefusedError, match=sentence) as error:
-        dial(f"localhost:{port}", INSECURE[1], Saying(m.Hello("client-0", replace_terms(**changes), 1)))
+        dial(f"localhost:{port}", INSECURE[1], Saying(m.Hello("client-0", replace_terms(**changes), 1, 1)))
     assert error.value.reason == reason
     assert error.value.exit_code == 2
     assert hub.traffic() == {}

@@ -58,15 +58,15 @@ def make_run(
     with (path / "evaluations.jsonl").open("w") as file:
         for epoch in range(1, 1 + epochs * evaluated):
             now = accuracy * epoch / epochs
-            scores = {"round": epoch, "step": 2 * epoch, "epochs": float(epoch), "test_accuracy": now}
+            scores = {"round": epoch, "step": 2 * epoch, "epochs": float(epoch), "test_score": now}
             scores |= {
-                "validation_accuracy": now + 0.01 if validation else None,
+                "validation_score": now + 0.01 if validation else None,
                 "validation_loss": 0.5 * validation or None,
             }
-            scores |= {"test_loss": 0.6, "test_accuracy_worst": now - 0.1, "bytes_up": 2000 * epoch}
+            scores |= {"test_loss": 0.6, "test_score_worst": now - 0.1, "bytes_up": 2000 * epoch}
             file.write(json.dumps({**scores, "bytes_down": 1800 * epoch, "seconds": 0.2 * epoch}) + "\n")
     if done:
-        result = {"algorithm": algorithm, "engine": "local", "test_accuracy": accuracy, "best_test_accuracy": accuracy}
+        result = {"algorithm": algorithm, "engine": "local", "test_score": accuracy, "best_test_score": accuracy}
         result |= {"best_round": epochs, "rounds": epochs, "steps": 2 * epochs, "samples": 120 * epochs, "seconds": 0.5}
         result |= {"bytes_up": 12_345_678, "bytes_down": 9_000_000, "bytes_down_broadcast": 4_000_000}
         kinds = [("down", "cut gradients", 9_000_000, 4_000_000), ("up", "smashed data", 12_345_678, 12_345_678)]

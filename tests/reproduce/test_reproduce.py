@@ -64,11 +64,11 @@ def pretend(out: Path, cell: Cell, seed: int, test: float, validation: float | N
         (folder / DIVERGED).write_text("the loss is NaN")
         return folder
     sent = {"bytes_up": 10**6, "bytes_down": 2 * 10**6, "bytes_down_broadcast": 10**6, "seconds": 1.0}
-    better = {"validation_accuracy": (test if validation is None else validation) / 100, "test_accuracy": test / 100}
-    worse = {"validation_accuracy": 0.01, "test_accuracy": 0.99}
+    better = {"validation_score": (test if validation is None else validation) / 100, "test_score": test / 100}
+    worse = {"validation_score": 0.01, "test_score": 0.99}
     records = [{"round": n, "step": n, "epochs": n, **scores, **sent} for n, scores in ((1, better), (2, worse))]
     (folder / "evaluations.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    result = {"best_test_accuracy": test / 100, "test_accuracy": 0.99}
+    result = {"best_test_score": test / 100, "test_score": 0.99}
     (folder / "result.json").write_text(json.dumps(result))
     return folder
 
@@ -309,9 +309,9 @@ def test_the_report_of_all_that_there_is(tmp_path: Path) -> None:
     assert list(written) == ["reproduction.json", "reproduction.md", "reproduction.html", *(f"{p}.png" for p in plots)]
     data = json.loads(written["reproduction.json"])
     assert data["cells"]["C2/alpha-1-phi-0"]["seeds"]["1"] == {
-        "best_test_accuracy": 82.0,
-        "test_accuracy": 99.0,
-        "best_validation_accuracy": 82.0,
+        "best_test_score": 82.0,
+        "test_score": 99.0,
+        "best_validation_score": 82.0,
         "diverged": False,
     }
     assert [t["name"] for t in data["tables"]] == SHOWN + ATTACKED

@@ -134,5 +134,5 @@ def test_in_a_deployment_both_sides_read_their_own_file(place: Path) -> None:
     remote = train_in_memory(there.config, model=smooth, data=random_source((4, 4)))
     local = there.run()
     assert remote.result is not None
-    assert remote.result.test_accuracy == local.test_accuracy
+    assert remote.result.test_score == local.test_score
     assert remote.evaluations[-1].test_loss == pytest.approx(there.evaluations[-1].test_loss, rel=1e-5)

@@ -35,7 +35,7 @@ CODECS = [
 LIKE = [Crossing((3, 4), torch.float32), Crossing((), torch.bool)]
 STATE = {"0.weight": torch.ones(3, 2), "0.bias": torch.zeros(3), "n": torch.tensor(4)}
 TERMS = m.Terms(run="r", algorithm="psl", part="p", crossing=[], returning=[], step=m.StepTerms(batch=4))
-HELLO = m.Hello(client="client-0", terms=TERMS, samples=10)
+HELLO = m.Hello(client="client-0", terms=TERMS, samples=10, mass=10)
 
 
 def signed(frame: bytes, **place: int) -> bytes:
@@ -119,7 +119,7 @@ def seeds(folder: Path) -> None:
     batch = [torch.ones(ROWS, 3, 4), torch.ones(ROWS, dtype=torch.bool)]
     found: dict[str, bytes] = {}
     said: Any
-    for said in (HELLO, m.SmashedUp(1, ROWS), m.Fitted(1, [(0.5, 2)]), m.Failed(1, "k", "s"), m.Saved(1, "commit")):
+    for said in (HELLO, m.SmashedUp(1, ROWS), m.Fitted(1, [(0.5, 2, 2)]), m.Failed(1, "k", "s"), m.Saved(1, "commit")):
         frame = pack(said, encode(batch))
         found[f"0-{type(said).__name__}"] = b"\0" + frame
         found[f"4-{type(said).__name__}"] = b"\4" + len(frame).to_bytes(2, "little") + frame

@@ -407,11 +407,11 @@ TERMS = m.Terms(
     step=m.StepTerms(batch=4, options={"alpha": "1.0"}),
 )
 TO_SERVER = [
-    m.Hello("ada", TERMS, 100, 3, "secret"),
+    m.Hello("ada", TERMS, 100, 100, 3, "secret"),
     m.SmashedUp(1, 4),
-    m.TailUp(1, 4, math.inf),
+    m.TailUp(1, 4, math.inf, 4),
     m.Settled(1),
-    m.Fitted(1, [(0.5, 4), (0.25, 3)]),
+    m.Fitted(1, [(0.5, 4, 4), (0.25, 3, 2.5)]),
     m.ModelUp(1),
     m.OptimizerUp(1),
     m.EvaluationRows(1, 9),
@@ -480,7 +480,7 @@ def test_the_token_is_not_shown() -> None:
         m.ModelUp(1 << 70),
         m.Saved(1, "perhaps"),  # type: ignore[arg-type]
         m.BeginRound(0, 1, math.nan, 1),
-        m.Fitted(1, [(0.5, 4)] * ((1 << 16) + 1)),
+        m.Fitted(1, [(0.5, 4, 4)] * ((1 << 16) + 1)),
         m.Welcome(0, 1, 0, TERMS, {str(i): i for i in range(257)}),
         m.Welcome(0, 1, 0, TERMS, {"a": [[1]]}),  # type: ignore[dict-item]
     ],
@@ -498,7 +498,7 @@ def test_an_error_of_any_length_can_be_told() -> None:
 
 def test_other_protocols_and_other_programs() -> None:
     data = pack(m.ModelUp(1))
-    with pytest.raises(WireError, match="protocol 1, this side speaks 3"):
+    with pytest.raises(WireError, match="protocol 1, this side speaks 4"):
         unpack(b"CUT1" + data[4:], "to server")
     with pytest.raises(WireError, match="another program"):
         unpack(b"HTTP/1.1 400 Bad Request" * 4, "to server")
@@ -522,7 +522,7 @@ def changed(**fields: Any) -> m.Terms:
 @pytest.mark.parametrize(
     ("field", "value", "reason", "says"),
     [
-        ("protocol", 1, "protocol", "the protocol is 1 for the client and 3 for the server: install"),
+        ("protocol", 1, "protocol", "the protocol is 1 for the client and 4 for the server: install"),
         ("run", "mnist", "run", "the run is mnist for the client and digits for"),
         ("algorithm", "psl", "algorithm", "the algorithm is psl for the client and sglr for the server"),
         ("part", "0" * 64, "model", "fingerprint of the client's model is 0000"),
@@ -587,7 +587,7 @@ class Pair:
 
     def __init__(self, limits: Limits | None = None) -> None:
         self.server, self.client = ServerSide(limits), ClientSide(limits)
-        self.up(m.Hello("ada", TERMS, 100))
+        self.up(m.Hello("ada", TERMS, 100, 100))
         self.down(m.Welcome(0, 3, 0, TERMS))
 
     def up(self, message: m.Message) -> bytes:
@@ -611,12 +611,12 @@ def test_a_whole_conversation() -> None:
     assert len(pair.client.asked) == 1
     pair.up(m.SmashedUp(1, 3))
     pair.down(m.Tail(1, 3))
-    pair.up(m.TailUp(1, 3, 0.5))
+    pair.up(m.TailUp(1, 3, 0.5, 3))
     pair.down(m.Backward(1, "common", 1))
     pair.down(m.Settle(1))
     pair.up(m.Settled(1))
     pair.down(m.Fit(1))
-    pair.up(m.Fitted(1, [(0.1, 3)]))
+    pair.up(m.Fitted(1, [(0.1, 3, 3)]))
     pair.down(m.GiveModel(2))
     pair.up(m.ModelUp(2))
     pair.down(m.TakeModel(2))
@@ -660,7 +660,7 @@ def test_only_an_open_connection_needs_checksums() -> None:
 
 
 def pack_hello(encrypted: bool) -> bytes:
-    return ClientSide(encrypted=encrypted).send(m.Hello("ada", TERMS, 1))
+    return ClientSide(encrypted=encrypted).send(m.Hello("ada", TERMS, 1, 1))
 
 
 @pytest.mark.parametrize("message", TO_CLIENT[2:], ids=lambda x: type(x).__name__)
@@ -670,7 +670,7 @@ def test_nothing_is_asked_before_welcome(message: m.Message) -> None:
     server, client = ServerSide(), ClientSide()
     with pytest.raises(WireError, match="not expected before Hello"):
         server.send(message)
-    server.receive(client.send(m.Hello("ada", TERMS, 1)))
+    server.receive(client.send(m.Hello("ada", TERMS, 1, 1)))
     with pytest.raises(WireError, match="not expected before Welcome"):
         server.send(message)
     with pytest.raises(WireError, match="not expected before Welcome"):
@@ -683,7 +683,7 @@ def test_hello_and_welcome_come_once() -> None:
     with pytest.raises(WireError, match="Welcome is not expected before Hello"):
         ClientSide().receive(pack(m.Welcome(0, 1, 0, TERMS), conversation=0))
     pair = Pair()
-    again = m.Hello("ada", TERMS, 1)
+    again = m.Hello("ada", TERMS, 1, 1)
     with pytest.raises(WireError, match="Hello is not expected after Welcome"):
         pair.client.send(again)
     with pytest.raises(WireError, match="Hello is not expected after Welcome"):
@@ -698,7 +698,7 @@ def test_hello_and_welcome_come_once() -> None:
 
 def test_refused_and_failed_end_it() -> None:
     server, client = ServerSide(), ClientSide()
-    server.receive(client.send(m.Hello("ada", TERMS, 1)))
+    server.receive(client.send(m.Hello("ada", TERMS, 1, 1)))
     refused = server.send(m.Refused("full", "no place is left"))
     assert client.receive(refused).message.reason == "full"
     assert client.state == server.state == "closed"

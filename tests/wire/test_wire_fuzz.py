@@ -215,7 +215,7 @@ def header(message: str, **fields: bytes) -> bytes:
 def framed(head: bytes) -> bytes:
     """A frame around any header."""
     start = -(-(40 + len(head)) // 16) * 16
-    place = struct.pack("<4sIQQQQ", b"CUT3", len(head), 0, 0, 0, 0)
+    place = struct.pack("<4sIQQQQ", f"CUT{m.PROTOCOL}".encode(), len(head), 0, 0, 0, 0)
     return repaired(place + head.ljust(start - 40, b"\0"))
 
 

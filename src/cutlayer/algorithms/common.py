@@ -62,10 +62,12 @@ class Tour(Algorithm):
             yield from (k for turn in range(this.steps) for k in order if turn < batches[k])
 
 
-def sample_weights(clients: Cohort, who: Iterable[int]) -> dict[int, int]:
-    """FedAvg's weights: n_k for each client of `who` (averaging divides by their sum)."""
-    samples = clients.samples
-    return {k: samples[k] for k in sorted(who)}
+def sample_weights(clients: Cohort, who: Iterable[int]) -> dict[int, float]:
+    """FedAvg's weights: n_k for each client of `who` (averaging divides by their sum); where samples count differently,
+    what the client's count together.
+    """
+    masses = clients.masses
+    return {k: masses[k] for k in sorted(who)}
 
 
 def report(step: ServerStep, smashed: Smashed, active: tuple[int, ...] = ()) -> Step:

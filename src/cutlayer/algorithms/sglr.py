@@ -109,8 +109,8 @@ class SplitAvg(Scaled):
         # clients' scale.
         share = "union" if self.average_reduce == "sum" else self.gradient_scale
         shared, others = smashed.sizes_of(set(active)), smashed.sizes_of(set(smashed.clients) - set(active))
-        shares = scaled(smashed.take(gradient, shared), tuple(shared.values()), share, len(smashed))
-        unicast = scaled(smashed.take(gradient, others), tuple(others.values()), self.gradient_scale, len(smashed))
+        shares = _scaled_of(gradient, smashed, shared, share)
+        unicast = _scaled_of(gradient, smashed, others, self.gradient_scale)
         common = tuple(self.average(g, tuple(shared.values())) for g in shares)
         return CutGradients(unicast, tuple(others), tuple(others.values()), common, active)
 
@@ -142,6 +142,12 @@ class SplitAvg(Scaled):
 
     def _active_of(self, clients: int) -> int:
         return math.floor(self.phi * clients + 0.5)
+
+
+def _scaled_of(gradient: Rows, smashed: Smashed, sizes: dict[int, int], scale: str) -> Rows:
+    """The rows of some clients, those of `sizes`, in their scale."""
+    masses = smashed.masses_of(sizes)
+    return scaled(smashed.take(gradient, sizes), tuple(sizes.values()), masses, scale, sum(smashed.masses))
 
 
 @algorithm(

@@ -17,15 +17,25 @@ if TYPE_CHECKING:
     from cutlayer.costs.profiles import Profiles
 
 What = Literal[
-    "all", "algorithms", "data", "formats", "partitions", "models", "schedules", "codecs", "defences", "profiles"
+    "all",
+    "algorithms",
+    "tasks",
+    "data",
+    "formats",
+    "partitions",
+    "models",
+    "schedules",
+    "codecs",
+    "defences",
+    "profiles",
 ]
 
 
 @command(sort_key=7, name="list")
 def list_(what: What = "all", /) -> None:
-    """Name what there is to choose from: algorithms, data sets and formats, partitions, models with their cut points,
-    schedules, codecs and defences, each with its options; and profiles of devices and links with their figures. What
-    installed packages add is listed too.
+    """Name what there is to choose from: algorithms, tasks, data sets and formats, partitions, models with their cut
+    points, schedules, codecs and defences, each with its options; and profiles of devices and links with their
+    figures. What installed packages add is listed too.
 
     Parameters
     ----------
@@ -144,6 +154,7 @@ def _power(base: float | None, per_mbps: float | None) -> str:
 
 _SHOWN = {
     "algorithms": _print_algorithms,
+    "tasks": lambda: _print_kind("task", "Tasks", "--task"),
     "data": lambda: _print_kind("data", "Data sets"),
     "formats": lambda: _print_kind("format", "Formats of your own data", "--data-format"),
     "partitions": lambda: _print_kind("partition", "Partitions"),

@@ -72,7 +72,7 @@ class Monitor:
             self._next(label, run)
         assert self._task is not None
         self._tell()
-        test = f"  test accuracy {run.evaluations[-1].test_accuracy:.2%}" if run.evaluations else ""
+        test = f"  test accuracy {run.evaluations[-1].test_score:.2%}" if run.evaluations else ""
         self._progress.update(self._task, completed=record.round, note=f"loss {record.loss:.3f}{test}")
 
     def _next(self, label: str, run: Run) -> None:
@@ -91,5 +91,5 @@ class Monitor:
         self._seen = len(self._run.evaluations)
         scores = self._run.evaluations[-1]
         if not out.is_terminal:
-            text = f"{self._label}: round {scores.round}/{self._run.rounds}, test accuracy {scores.test_accuracy:.2%}"
+            text = f"{self._label}: round {scores.round}/{self._run.rounds}, test accuracy {scores.test_score:.2%}"
             out.print(text, highlight=False, soft_wrap=True)

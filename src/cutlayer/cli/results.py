@@ -29,8 +29,8 @@ def print_result(result: Result) -> None:
     title = plugins.find("algorithm", result.algorithm).title
     out.print(
         f"\n[bold]{title}[/] ({result.engine} engine): test accuracy "
-        f"[bold]{result.test_accuracy:.2%}[/] (at the best validation accuracy, round {result.best_round}: "
-        f"{result.best_test_accuracy:.2%}); {result.steps} steps, {result.steps_per_second:.1f} steps/s, "
+        f"[bold]{result.test_score:.2%}[/] (at the best validation accuracy, round {result.best_round}: "
+        f"{result.best_test_score:.2%}); {result.steps} steps, {result.steps_per_second:.1f} steps/s, "
         f"{result.samples_per_second:.0f} samples/s; {format_bytes(result.bytes_up)} up, "
         f"{format_bytes(result.bytes_down)} down",
         highlight=False,

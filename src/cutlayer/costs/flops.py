@@ -64,19 +64,20 @@ class ModelFlops:
         return self.client + self.tail
 
 
-def count(parts: Parts, example: Tensor) -> ModelFlops:
-    """FLOPs per sample of `parts` on rows like `example` [n, ...] (two or more; on the parts' own device).
+def count(parts: Parts, example: Tensor | Rows) -> ModelFlops:
+    """FLOPs per sample of `parts` on rows like `example`, each [n, ...] (two or more; on the parts' own device).
 
     The parts are run on copies, in training mode, so that nothing of theirs changes. Warns where a part has parameters
     and yet nothing that the counter knows (recurrent layers, say): its figure is then too low.
     """
     modules = [copy.deepcopy(part).train() for part in parts.all]
-    rows: Rows | Tensor = example
+    rows = as_tuple(example)
+    samples = len(rows[0])
     found = []
     random_state = torch.get_rng_state()
     try:
         for name, module in zip(("client", "server", "tail"), modules, strict=False):
-            part, rows = _count(module, rows, len(example))
+            part, rows = _count(module, rows, samples, first=name == "client")
             if not part.forward and _multiplies(module):
                 warnings.warn(
                     f"the FLOPs of the {name} part are not known: torch's counter knows none of its operations",
@@ -104,15 +105,14 @@ def _multiplies(part: nn.Module) -> bool:
     return any(id(p) not in idle for p in part.parameters())
 
 
-def _count(module: nn.Module, received: Rows | Tensor, rows: int) -> tuple[Flops, Rows]:
-    """FLOPs per sample of one part, and what it gives to the next."""
-    first = isinstance(received, Tensor)
-    given = tuple(r.detach() for r in as_tuple(received))
+def _count(module: nn.Module, received: Rows, rows: int, *, first: bool) -> tuple[Flops, Rows]:
+    """FLOPs per sample of one part, and what it gives to the next. The `first` part receives data: no gradients."""
+    given = tuple(r.detach() for r in received)
     if not first:
         given = tuple(r.requires_grad_() if r.is_floating_point() else r for r in given)
     # The counter does not know the CPU's own attention; as plain products it is known, and they are as many.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as forward:
-        outputs = as_tuple(module(given[0] if first else given))
+        outputs = as_tuple(module(given))
     total = [o.sum() for o in outputs if o.is_floating_point() and o.requires_grad]
     with FlopCounterMode(display=False) as backward:
         if total:

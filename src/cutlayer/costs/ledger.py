@@ -173,7 +173,7 @@ class MeteredCohort(CohortAround):
 
         def metered(clients: Sequence[int], rows: Rows) -> Rows:
             if self.shape != "u-shaped":
-                labels = len(rows[0]) // len(clients) * samples.y.element_size()
+                labels = len(rows[0]) // len(clients) * samples.y[:1].nbytes
                 self.ledger.add("up", "evaluation", clients, labels)
             return predict(clients, rows)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cutlayer import seeds
+from cutlayer.types import Rows
 
 
 class Batches:
@@ -63,8 +64,8 @@ class Batches:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Batches of C clients: their inputs `x` [R, ...], sizes [C], and how many batches each had drawn before [C]."""
+    """Batches of C clients: their inputs, each [R, ...], sizes [C], and how many batches each had drawn before [C]."""
 
-    x: Tensor
+    inputs: Rows
     sizes: np.ndarray
     clocks: np.ndarray

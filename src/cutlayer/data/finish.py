@@ -15,15 +15,16 @@ from cutlayer import seeds
 from cutlayer.data.account import account
 from cutlayer.data.conversion import Conversion
 from cutlayer.data.samples import Samples, Source
+from cutlayer.data.targets import Targets, encoded, words
 from cutlayer.data.unsplit import Array, Raw, Section
 from cutlayer.errors import ConfigError, DataError
 
 
-def finished(raw: Raw, validation: float, test: float, seed: int) -> Source:
+def finished(raw: Raw, validation: float, test: float, seed: int, targets: Targets = "class") -> Source:
     """Check, split and convert what a reader found."""
     _check(raw)
-    y, class_names = _encode(raw)
-    if len(np.unique(y["train"])) < 2:
+    y, class_names = encoded(raw, targets)
+    if targets == "class" and len(np.unique(y["train"])) < 2:
         _refuse_single(raw, class_names[int(y["train"][0])])
     owners, names = _owners(raw)
     rows = np.arange(len(y["train"]))
@@ -34,10 +35,11 @@ def finished(raw: Raw, validation: float, test: float, seed: int) -> Source:
         if part == "test" and size == 0:
             raise ConfigError(f"test=0 leaves {raw.name} without a test set: hold some samples out, such as test=0.2")
         count = _count(size, part, len(rows))
+        classes = y["train"] if targets == "class" else None
         if "train" in owners:
-            rows, held[part] = _split_owned(rows, y["train"], owners["train"], count, f"{part}={size}", seed)
+            rows, held[part] = _split_owned(rows, classes, owners["train"], count, f"{part}={size}", seed)
         else:
-            rows, held[part] = _split(rows, y["train"], count, seeds.derive(seed, "split", part))
+            rows, held[part] = _split(rows, classes, count, seeds.derive(seed, "split", part))
     convert = Conversion.of(raw, rows)
 
     def samples(part: str) -> Samples:
@@ -69,11 +71,11 @@ def finished(raw: Raw, validation: float, test: float, seed: int) -> Source:
     return dataclasses.replace(source, account=account(raw, source))
 
 
-def finished_whole(raw: Raw) -> Source:
+def finished_whole(raw: Raw, targets: Targets = "class") -> Source:
     """Check and convert what a reader found, with nothing held out. Data of one class need class names."""
     _check(raw)
-    y, class_names = _encode(raw)
-    if len(class_names) < 2:
+    y, class_names = encoded(raw, targets)
+    if targets == "class" and len(class_names) < 2:
         _refuse_single(raw, class_names[0])
     convert = Conversion.of(raw, np.arange(len(y["train"])))
     whole = Samples(convert(raw.train.x), torch.from_numpy(y["train"]))
@@ -101,15 +103,15 @@ def named(raw: Raw, class_names: Sequence[str]) -> Raw:
     def counted(part: Section | None) -> Section | None:
         if part is None:
             return None
-        labels = _words(part.y, f"labels of {raw.name}").tolist()
+        labels = words(part.y, f"labels of {raw.name}").tolist()
         own = raw.class_names
-        words = [own[w] if own else w.decode() if isinstance(w, bytes) else str(w) for w in labels]
-        if unheard := sorted(set(words) - set(numbers)):
+        heard = [own[w] if own else w.decode() if isinstance(w, bytes) else str(w) for w in labels]
+        if unheard := sorted(set(heard) - set(numbers)):
             raise DataError(
                 f"{raw.name} has the label {unheard[0]!r}, which is none of class_names = {list(class_names)}: "
                 "correct one of them"
             )
-        return dataclasses.replace(part, y=np.array([numbers[w] for w in words]))
+        return dataclasses.replace(part, y=np.array([numbers[w] for w in heard]))
 
     train = counted(raw.train)
     assert train is not None
@@ -161,40 +163,6 @@ def _check_numbers(x: Array, where: str, columns: tuple[str, ...], *, missing: b
         )
 
 
-def _words(values: Array, what: str) -> Array:
-    """`values` [n] as integers or strings, so that they can be sorted. Raises DataError if they are neither."""
-    if values.ndim == 2 and values.shape[1] == 1:
-        values = values[:, 0]
-    if values.ndim != 1:
-        raise DataError(f"the {what} have shape {values.shape}, expected [n]: for one-hot labels pass their argmax(1)")
-    if values.dtype.kind == "f":
-        odd = values[~(np.isfinite(values) & (values == np.round(values)))]
-        if len(odd):
-            raise DataError(f"the {what} hold {odd[0]}, which names nothing: use integers or strings")
-        return values.astype(np.int64)
-    if values.dtype.kind == "O" and all(isinstance(value, str) for value in values):
-        return values.astype(np.str_)
-    if values.dtype.kind not in "biuUST":
-        raise DataError(f"the {what} are of type {values.dtype}: use integers or strings")
-    return values
-
-
-def _encode(raw: Raw) -> tuple[dict[str, npt.NDArray[np.int64]], tuple[str, ...]]:
-    """The labels of every part as 0..K-1, and the names of the K classes."""
-    words = {part: _words(samples.y, f"labels of {raw.name}") for part, samples in raw.parts().items()}
-    kinds = {values.dtype.kind in "UST" for values in words.values()}
-    if len(kinds) > 1:
-        raise DataError(f"the labels of {raw.name} are integers in one part and strings in another: use one kind")
-    present = np.unique(np.concatenate(list(words.values())))
-    if raw.class_names is not None:
-        last = len(raw.class_names) - 1
-        if present[0] < 0 or present[-1] > last:
-            raise DataError(f"{raw.name} has labels {present[0]} to {present[-1]}, expected 0 to {last}: fix them")
-        return {part: values.astype(np.int64) for part, values in words.items()}, raw.class_names
-    ranks = {part: np.searchsorted(present, values).astype(np.int64) for part, values in words.items()}
-    return ranks, tuple(value.decode() if isinstance(value, bytes) else str(value) for value in present)
-
-
 def _count(size: float, option: str, rows: int) -> int:
     """How many of `rows` samples the fraction or number `size` stands for."""
     if not size >= 0 or (size >= 1 and size != int(min(size, 2**62))):
@@ -208,16 +176,19 @@ def _count(size: float, option: str, rows: int) -> int:
 
 
 def _split(
-    rows: npt.NDArray[np.int64], y: npt.NDArray[np.int64], count: int, seed: int
+    rows: npt.NDArray[np.int64], y: npt.NDArray[np.int64] | None, count: int, seed: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """`rows` in two, both ascending: the kept ones, and `count` held out. `y` are the labels of all samples."""
+    """`rows` in two, both ascending: the kept ones, and `count` held out. `y` are the classes of all samples, if they
+    have some, whose shares are kept.
+    """
     if count == 0:
         return rows, rows[:0]
     from sklearn.model_selection import train_test_split  # type: ignore[import-untyped]
 
     state = seed % 2**32  # scikit-learn takes 32 bits
     try:
-        kept, held = train_test_split(rows, test_size=count, random_state=state, stratify=y[rows])
+        classes = None if y is None else y[rows]
+        kept, held = train_test_split(rows, test_size=count, random_state=state, stratify=classes)
     except ValueError:  # a class has too few samples to be in both halves
         kept, held = train_test_split(rows, test_size=count, random_state=state)
     return np.sort(kept), np.sort(held)
@@ -225,7 +196,7 @@ def _split(
 
 def _split_owned(
     rows: npt.NDArray[np.int64],
-    y: npt.NDArray[np.int64],
+    y: npt.NDArray[np.int64] | None,
     owners: npt.NDArray[np.int64],
     count: int,
     size: str,
@@ -233,11 +204,14 @@ def _split_owned(
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """`rows` in two, both ascending: the kept ones, and `count` held out, of each owner and each class in proportion.
 
-    Every owner keeps a row to train on, the same one in every split. `y` and `owners` are those of all samples.
+    Every owner keeps a row to train on, the same one in every split. `y` (the classes, if there are some) and `owners`
+    are those of all samples.
     """
     if count == 0:
         return rows, rows[:0]
-    order = seeds.generator(seed, "split", "owners").permutation(len(y))[rows]  # of all samples: the same in all splits
+    order = seeds.generator(seed, "split", "owners").permutation(len(owners))[
+        rows
+    ]  # of all samples: the same in all splits
     _, first = np.unique(owners[rows[np.argsort(order)]], return_index=True)
     pool = np.delete(np.argsort(order), first)  # places in `rows`
     if count > len(pool):
@@ -247,7 +221,8 @@ def _split_owned(
         )
     drawn = seeds.generator(seed, "split", size.partition("=")[0])
     pool = drawn.permutation(pool)
-    pool = pool[np.lexsort((y[rows[pool]], owners[rows[pool]]))]  # stable: equal ones stay shuffled
+    keys = (owners[rows[pool]],) if y is None else (y[rows[pool]], owners[rows[pool]])
+    pool = pool[np.lexsort(keys)]  # stable: equal ones stay shuffled
     at = ((np.arange(count) + drawn.random()) * len(pool) / count).astype(np.int64)  # evenly over owners and classes
     held = np.zeros(len(rows), bool)
     held[pool[at]] = True
@@ -258,14 +233,14 @@ def _owners(raw: Raw) -> tuple[dict[str, npt.NDArray[np.int64]], tuple[str, ...]
     """For each part whose owners are known the owner of every row, and the owners' names. A number is the rank of a
     name among the owners of training rows; -1 stands for an owner who has none.
     """
-    words = {part: _words(owner, f"client column of {raw.name}") for part, owner in raw.owners().items()}
-    if "train" not in words:
+    found = {part: words(owner, f"client column of {raw.name}") for part, owner in raw.owners().items()}
+    if "train" not in found:
         return {}, ()
-    if len({value.dtype.kind in "UST" for value in words.values()}) > 1:
-        words = {part: values.astype(np.str_) for part, values in words.items()}
-    present = np.unique(words["train"])
+    if len({value.dtype.kind in "UST" for value in found.values()}) > 1:
+        found = {part: values.astype(np.str_) for part, values in found.items()}
+    present = np.unique(found["train"])
     numbers = {}
-    for part, values in words.items():
+    for part, values in found.items():
         rank = np.minimum(np.searchsorted(present, values), len(present) - 1)
         numbers[part] = np.where(present[rank] == values, rank, -1).astype(np.int64)
     return numbers, tuple(value.decode() if isinstance(value, bytes) else str(value) for value in present)

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cutlayer.errors import DataError
+from cutlayer.types import Rows
+
+Inputs = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
+"""What a model is called with: one tensor, several as arguments, or several by the names of arguments. Rows first."""
+
 
 @dataclass(frozen=True)
 class Samples:
-    """Inputs `x` [n, ...] (floating point features or images, or integer tokens) and class labels `y` [n] (int64)."""
+    """Inputs [n, ...] (floating point features or images, or integer tokens; or several such tensors) and targets `y`
+    [n, t...] (classes as int64, or numbers).
+    """
 
-    x: Tensor
+    inputs: Inputs
     y: Tensor
 
     def __len__(self) -> int:
@@ -23,14 +31,56 @@ class Samples:
     def __getitem__(self, rows: Tensor | slice) -> Samples:
         """The samples at `rows` (an index tensor or a slice)."""
         if isinstance(rows, Tensor):
-            return Samples(self.x.index_select(0, rows), self.y.index_select(0, rows))
-        return Samples(self.x[rows], self.y[rows])
+            return Samples(each(self.inputs, lambda x: x.index_select(0, rows)), self.y.index_select(0, rows))
+        return Samples(each(self.inputs, lambda x: x[rows]), self.y[rows])
+
+    @property
+    def rows(self) -> Rows:
+        """The tensors of the inputs, in order: each [n, ...]."""
+        return inputs_of(self.inputs)
+
+    @property
+    def x(self) -> Tensor:
+        """The inputs [n, ...] where they are one tensor. Raises DataError where they are several."""
+        if not isinstance(self.inputs, Tensor):
+            raise DataError(
+                f"this looks at one tensor of inputs per sample, but the data have {len(self.rows)}: choose data with "
+                "one"
+            )
+        return self.inputs
 
     def to(self, where: torch.dtype | torch.device) -> Samples:
-        """The same samples on a device, or with floating point inputs in a type."""
+        """The same samples on a device, or with floating point inputs and targets in a type."""
         if isinstance(where, torch.device):
-            return Samples(self.x.to(where), self.y.to(where))
-        return Samples(self.x.to(where) if self.x.is_floating_point() else self.x, self.y)
+            return Samples(each(self.inputs, lambda x: x.to(where)), self.y.to(where))
+
+        def typed(tensor: Tensor) -> Tensor:
+            return tensor.to(where) if tensor.is_floating_point() else tensor
+
+        return Samples(each(self.inputs, typed), typed(self.y))
+
+
+def each(x: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
+    """Inputs of the same form, each tensor changed."""
+    if isinstance(x, Tensor):
+        return change(x)
+    if isinstance(x, Mapping):
+        return {name: change(tensor) for name, tensor in x.items()}
+    return tuple(change(tensor) for tensor in x)
+
+
+def called(model: Callable[..., Any], x: Inputs) -> Any:
+    """What a model gives for inputs: one argument, several, or several by name."""
+    if isinstance(x, Tensor):
+        return model(x)
+    return model(**x) if isinstance(x, Mapping) else model(*x)
+
+
+def inputs_of(x: Inputs) -> Rows:
+    """The tensors of inputs, in order: each [n, ...]."""
+    if isinstance(x, Tensor):
+        return (x,)
+    return tuple(x.values()) if isinstance(x, Mapping) else tuple(x)
 
 
 @dataclass(frozen=True)
@@ -38,9 +88,10 @@ class Source:
     """A loaded data set.
 
     `train` is what the clients share between them; `validation` and `test` are held out from them all.
-    `class_names` names labels 0..K-1. `client_column` [len(train)] says whose sample each training row is, where the
-    data say so (None otherwise): a number 0..C-1, whose name is in `owner_names`. `validation_clients` and
-    `test_clients` say the same of the rows held out; -1 is an owner without training rows.
+    `class_names` names labels 0..K-1 (empty where targets are quantities, or classes without names). `client_column`
+    [len(train)] says whose sample each training row is, where the data say so (None otherwise): a number 0..C-1, whose
+    name is in `owner_names`. `validation_clients` and `test_clients` say the same of the rows held out; -1 is an owner
+    without training rows.
 
     `preprocessing` is what became of the inputs, in plain values that JSON can hold: `preprocessed` does the same to
     new rows. `account` is one line about what was read, used and left out.
@@ -74,5 +125,5 @@ class Source:
 
     @property
     def classes(self) -> int:
-        """Number of classes K."""
+        """Number of classes K that have names; 0 where the targets are not named classes."""
         return len(self.class_names)

@@ -7,7 +7,8 @@ What happens to the inputs, whatever their source:
 - the columns of a table (CSV, or numeric columns of a Hugging Face data set) are standardised by the mean and the
   standard deviation of the training part; a column that is constant there becomes 0.
 
-What happens to the labels: integers or words are mapped to their rank 0..K-1 among all labels, and keep their names.
+What happens to the targets: where a row has one class, integers or words are mapped to their rank 0..K-1 among all
+labels, and keep their names; other integers stay as they are (int64), and numbers become float32.
 
 How it is split: a test set that the data bring is used as it is; the same for a validation set. Otherwise `test` is
 taken from everything, then `validation` from what remains; each is a fraction below 1 or a whole number of samples.
@@ -35,6 +36,7 @@ from cutlayer.data.formats.huggingface import Huggingface, from_huggingface
 from cutlayer.data.own import own_code
 from cutlayer.data.pairs import from_pairs
 from cutlayer.data.samples import Source
+from cutlayer.data.targets import Targets
 from cutlayer.data.unsplit import Array, Raw, Section
 from cutlayer.errors import ConfigError, DataError, unknown
 
@@ -54,6 +56,7 @@ def load(
     test: float = 0.2,
     seed: int = 0,
     given: frozenset[str] = frozenset(),
+    targets: Targets = "class",
     **options: Any,
 ) -> Source:
     """Load a built-in data set, a file or folder, or what a function returns.
@@ -68,19 +71,27 @@ def load(
     labels in order, where the data may lack some. Inputs come as [n, ...]: pictures [n, c, h, w], tables [n, columns].
 
     `given` are the options that the user gave: `validation` or `test` among them is an error if the data bring that
-    part.
+    part. `targets`: what the targets are, as a task says: one class per row ("class"), integers of any shape
+    ("classes"), or numbers.
 
-    Raises DataError if the data are missing, damaged, or not fit for classification; ConfigError if an option is out
+    Raises DataError if the data are missing, damaged, or not fit for the task; ConfigError if an option is out
     of range or has no effect on these data.
     """
     found = _read(data, data_format, options)
     _refuse_given(found, given, {"validation": validation, "test": test})
     if isinstance(found, Source):
         return _of_classes(found, class_names)
-    return finished(named(found, class_names) if class_names else found, validation, test, seed)
+    return finished(_named(found, class_names, targets), validation, test, seed, targets)
 
 
-def load_whole(data: str, *, data_format: str = "auto", class_names: Sequence[str] = (), **options: Any) -> Source:
+def load_whole(
+    data: str,
+    *,
+    data_format: str = "auto",
+    class_names: Sequence[str] = (),
+    targets: Targets = "class",
+    **options: Any,
+) -> Source:
     """The same with nothing held out, and without what the data bring to test with: what a client trains on, alone.
 
     Data of one class need `class_names`. Raises DataError and ConfigError as `load` does.
@@ -89,8 +100,15 @@ def load_whole(data: str, *, data_format: str = "auto", class_names: Sequence[st
     if isinstance(found, Source):
         whole = _of_classes(found, class_names)
         return dataclasses.replace(whole, validation=whole.train[:0], test=whole.train[:0], client_column=None)
-    raw = named(found, class_names) if class_names else found
-    return finished_whole(dataclasses.replace(raw, validation=None, test=None))
+    raw = _named(found, class_names, targets)
+    return finished_whole(dataclasses.replace(raw, validation=None, test=None), targets)
+
+
+def _named(raw: Raw, class_names: Sequence[str], targets: Targets) -> Raw:
+    """The same with these class names: labels are counted as they name them, other classes have them already."""
+    if not class_names:
+        return raw
+    return named(raw, class_names) if targets == "class" else dataclasses.replace(raw, class_names=tuple(class_names))
 
 
 def from_arrays(
@@ -108,6 +126,7 @@ def from_arrays(
     test: float = 0.2,
     seed: int = 0,
     name: str = "arrays",
+    targets: Targets = "class",
 ) -> Source:
     """Inputs `x` [n, ...] and labels `y` [n] from memory; the axes stay as they are.
 
@@ -126,7 +145,8 @@ def from_arrays(
         "client_validation": client_validation,
         "client_test": client_test,
     }
-    return finished(_raw_of_arrays(name, {k: v for k, v in arrays.items() if v is not None}), validation, test, seed)
+    raw = _raw_of_arrays(name, {k: v for k, v in arrays.items() if v is not None})
+    return finished(raw, validation, test, seed, targets)
 
 
 def from_dataset(
@@ -140,6 +160,7 @@ def from_dataset(
     seed: int = 0,
     name: str = "dataset",
     given: frozenset[str] = frozenset(),
+    targets: Targets = "class",
 ) -> Source:
     """A map-style `torch.utils.data.Dataset` of pairs (x, label), or a local `datasets.Dataset` (or DatasetDict).
 
@@ -152,7 +173,7 @@ def from_dataset(
     options = {option: value for option, value in values.items() if value != defaults[option]}
     raw = _raw_of_dataset(name, dataset, test_dataset, options)
     _refuse_given(raw, given, {"validation": validation, "test": test})
-    return finished(raw, validation, test, seed)
+    return finished(raw, validation, test, seed, targets)
 
 
 # From a name, a path or a function

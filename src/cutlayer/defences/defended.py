@@ -29,7 +29,7 @@ class DefendedCohort(CohortAround):
         if not smashed:
             return smashed
         clocks = [clock for d in self._drawn for clock in d.clocks.tolist()]
-        x = [part for d in self._drawn for part in d.x.split(d.sizes.tolist())]
+        x = [own for d in self._drawn for own in zip(*(rows.split(d.sizes.tolist()) for rows in d.inputs), strict=True)]
         self._asked = smashed.clients
         self._guarded = self.defences.step(smashed.rows, x, smashed.clients, smashed.sizes, clocks)
         return replace(smashed, rows=self._guarded.rows)

@@ -22,7 +22,7 @@ from cutlayer import plugins, seeds
 from cutlayer.data.own import own_code
 from cutlayer.defences.protection import Defence
 from cutlayer.errors import ConfigError
-from cutlayer.types import Rows
+from cutlayer.types import Rows, as_tuple, joined
 
 D = TypeVar("D", bound=Defence)
 
@@ -107,10 +107,15 @@ class Defences:
         return self.in_order[: self.in_order.index(part)]
 
     def step(
-        self, rows: Rows, x: Sequence[Tensor], clients: Sequence[int], sizes: Sequence[int], clocks: Sequence[int]
+        self,
+        rows: Rows,
+        x: Sequence[Tensor | Rows],
+        clients: Sequence[int],
+        sizes: Sequence[int],
+        clocks: Sequence[int],
     ) -> Guarded:
-        """Smashed data [R, s...] of one training step; `x` are the clients' inputs, each [b_k, ...], `clocks` how many
-        batches each had drawn before.
+        """Smashed data [R, s...] of one training step; `x` are each client's inputs, one tensor [b_k, ...] or several,
+        `clocks` how many batches each had drawn before.
         """
         draws = [self._draw("step", k, clock) for k, clock in zip(clients, clocks, strict=True)]
         leaves = tuple(r.detach().requires_grad_(r.is_floating_point()) for r in rows)
@@ -162,7 +167,7 @@ class Guarded:
 
     leaves: Rows
     sent: Rows
-    x: tuple[Tensor, ...]
+    x: tuple[Tensor | Rows, ...]
     sizes: tuple[int, ...]
     parts: tuple[Defence, ...]
 
@@ -189,7 +194,7 @@ class Guarded:
             own = [piece.requires_grad_() for piece in z]
             with torch.enable_grad():
                 with own_code(part, f"`penalty` of the defence {part.entry.name!r}"):
-                    penalty = part.penalty(x.flatten(1), torch.cat([piece.flatten(1) for piece in own], 1))
+                    penalty = part.penalty(joined(as_tuple(x)), torch.cat([piece.flatten(1) for piece in own], 1))
                 if penalty is None:
                     return ()
                 found.append(torch.autograd.grad(penalty, own))

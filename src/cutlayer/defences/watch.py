@@ -26,7 +26,7 @@ from torch.nn import functional
 from cutlayer.cohort import Cohort, CohortAround
 from cutlayer.errors import ConfigError
 from cutlayer.rows import check_rows, flat
-from cutlayer.types import CutGradients, Rows, Smashed
+from cutlayer.types import CutGradients, Smashed, joined
 
 
 class Watch:
@@ -111,8 +111,3 @@ class WatchedCohort(CohortAround):
             own = self._smashed.only(k)
             self.watches[k].observe(joined(gradients.for_client(k, size)), joined(own.rows), own.labels)
         self.inner.backward(gradients)
-
-
-def joined(rows: Rows) -> Tensor:
-    """All real tensors that cross, as one row per sample: [R, d]."""
-    return torch.cat([r.flatten(1) for r in rows if r.is_floating_point()], 1)

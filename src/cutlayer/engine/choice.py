@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cutlayer import defences
 from cutlayer.algorithms import Algorithm
@@ -42,7 +42,7 @@ def simulate(
     setup: Clients,
     make_server: MakeOptimizer,
     seed: int,
-    example: Tensor,
+    example: Rows,
 ) -> tuple[Cohort, Server, str]:
     """(clients, server, name of the engine). Warns where a model cannot be stacked."""
     simulated, server, engine = _chosen(config, algorithm, split, setup, make_server, seed, example)
@@ -65,25 +65,25 @@ def _chosen(
     setup: Clients,
     make_server: MakeOptimizer,
     seed: int,
-    example: Tensor,
+    example: Rows,
 ) -> tuple[LocalCohort | StackedCohort | UnionCohort, Server, str]:
     lr, needs = config.server_lr or config.client_lr, algorithm.traits.needs
     nothing_to_stack = algorithm.traits.takes_turns or len(setup.rows) == 1
     if config.engine == "local" or (nothing_to_stack and config.engine == "auto"):
-        return LocalCohort(setup), Server(split.server, make_server, lr, seed), "local"
+        return LocalCohort(setup), Server(split.server, make_server, lr, seed, setup.task), "local"
     rows = smashed(split.client, example)
-    if config.engine == "auto" and _one_union_step(config, algorithm, split, setup, make_server, (example,), rows):
+    if config.engine == "auto" and _one_union_step(config, algorithm, split, setup, make_server, example, rows):
         union = UnionCohort(setup)
         if algorithm.traits.server_copies:
-            return union, UnionServer(split.server, make_server, lr, seed, union.samples), "union"
-        return union, Server(split.server, make_server, lr, seed), "union"
+            return union, UnionServer(split.server, make_server, lr, seed, union.masses, setup.task), "union"
+        return union, Server(split.server, make_server, lr, seed, setup.task), "union"
     if config.engine == "stacked":
         _check_can("stacked", StackedCohort.can, config.algorithm, needs)
     copies = len(setup.rows) if algorithm.traits.server_copies else 0
     why = _unfit(config, algorithm, make_server)
     hows = []
     for side, part, received, make in (
-        ("client", split.client, (example,), setup.make_optimizer),
+        ("client", split.client, example, setup.make_optimizer),
         ("server", split.server, rows, make_server),
     ):
         if side == "server" and not copies:
@@ -94,8 +94,8 @@ def _chosen(
             hows.append(_bounded(config, verdict.mapped, part, received))
     if why:
         warnings.warn(f"{config.algorithm} runs on the local engine: {why}", CutlayerWarning, stacklevel=4)
-        return LocalCohort(setup), Server(split.server, make_server, lr, seed), "local"
-    server = StackedServer(split.server, make_server, lr, seed, copies, hows[1])
+        return LocalCohort(setup), Server(split.server, make_server, lr, seed, setup.task), "local"
+    server = StackedServer(split.server, make_server, lr, seed, copies, hows[1], setup.task)
     return StackedCohort(setup, hows[0]), server, "stacked"
 
 
@@ -140,7 +140,7 @@ def _unfit(config: RunConfig, algorithm: Algorithm, make_server: MakeOptimizer) 
     return ""
 
 
-def laid_out(config: RunConfig, split: Parts, example: Tensor) -> Parts:
+def laid_out(config: RunConfig, split: Parts, example: Rows) -> Parts:
     """The parts, laid out in memory as is quickest. The local engine, asked for by name, takes them as they are."""
     if config.engine == "local" or config.precision == "float64" or config.device != "cpu":
         return split  # measured to help on the CPU, whose library has no double precision convolutions

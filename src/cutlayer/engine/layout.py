@@ -12,7 +12,7 @@ import copy
 import os
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cutlayer.engine.stackable import close, exact, jittered, run_alone
 from cutlayer.gradients import gradient_of
@@ -21,14 +21,14 @@ from cutlayer.models.trace import pool_first
 from cutlayer.types import Rows, as_tuple, channels_last
 
 
-def quicker(client: nn.Module, server: nn.Module, example: Tensor) -> tuple[nn.Module, nn.Module]:
-    """Both parts, changed where that helps and changes no result; `example` [n, ...] is a batch of the client's.
+def quicker(client: nn.Module, server: nn.Module, example: Rows) -> tuple[nn.Module, nn.Module]:
+    """Both parts, changed where that helps and changes no result; `example`, each [n, ...], is a batch of the client's.
 
     The server's rows come as the client's part gives them: with their channels last, where that was changed.
     """
     lower, upper = _changed(client), _changed(server)
     for new_lower, new_upper in ((lower, upper), (client, upper), (lower, server)):
-        if (new_lower is client and new_upper is server) or not _same(client, new_lower, (example,), (example,)):
+        if (new_lower is client and new_upper is server) or not _same(client, new_lower, example, example):
             continue
         sent, laid_out = smashed(client, example), smashed(new_lower, example)
         arriving = tuple(
@@ -40,7 +40,7 @@ def quicker(client: nn.Module, server: nn.Module, example: Tensor) -> tuple[nn.M
     return client, server
 
 
-def smashed(client: nn.Module, example: Tensor) -> Rows:
+def smashed(client: nn.Module, example: Rows) -> Rows:
     """What the client part gives for `example`; nothing is drawn, no statistics are kept."""
     with torch.no_grad():
         return as_tuple(copy.deepcopy(client).eval()(example))

@@ -13,22 +13,32 @@ from cutlayer import seeds
 from cutlayer.averaging import average_into
 from cutlayer.cohort import Footprint, Predict
 from cutlayer.data.samples import Samples
-from cutlayer.engine.simulated import Clients, Shape, SimulatedCohort, model_bytes, together
+from cutlayer.engine.simulated import Clients, Local, Shape, SimulatedCohort, model_bytes, together
 from cutlayer.errors import NonFiniteError
-from cutlayer.gradients import row_losses
+from cutlayer.gradients import mean_loss
 from cutlayer.optim import MakeOptimizer, load_optimizer, set_lr
-from cutlayer.scoring import Outputs, evaluate, evaluation
-from cutlayer.types import CutGradients, Evaluation, Rows, Smashed, Step, TailGradients, aligned
+from cutlayer.scoring import Outputs, evaluation
+from cutlayer.tasks import Task
+from cutlayer.tasks.classification import Classification
+from cutlayer.types import CutGradients, Evaluation, Rows, Smashed, Step, TailGradients, aligned, as_tuple
 from cutlayer.verbs import VERBS
 
 
 class Client:
     """One client: private data, its part of the model, its optimiser. `tail` is the last part of the model in a
-    U-shaped split, or an auxiliary head.
+    U-shaped split, or an auxiliary head. `task` says what a row's loss is (default: the cross entropy of its class).
     """
 
-    def __init__(self, name: int, lower: nn.Module, tail: nn.Module | None, make_optimizer: MakeOptimizer) -> None:
+    def __init__(
+        self,
+        name: int,
+        lower: nn.Module,
+        tail: nn.Module | None,
+        make_optimizer: MakeOptimizer,
+        task: Task | None = None,
+    ) -> None:
         self.name, self.lower, self.tail = name, lower, tail
+        self.task = task or Classification()
         self.module = nn.ModuleDict({"lower": lower} if tail is None else {"lower": lower, "tail": tail})
         self.weights = list(self.module.parameters())
         self.optimizer = make_optimizer(self.weights)
@@ -44,7 +54,7 @@ class Client:
         for p in self.weights:
             p.grad = None
         with seeds.torch_seeded(seed, "forward", self.name, clock, device=batch.y.device):
-            self.smashed = self.lower(batch.x)
+            self.smashed = self.lower(batch.rows)
         return self.smashed
 
     def backward(self, gradient: Rows) -> None:
@@ -73,30 +83,37 @@ class Client:
         assert self.tail is not None, "only the U-shaped split has tails"
         leaves = tuple(r.detach().requires_grad_(r.is_floating_point()) for r in aligned(features))
         with seeds.torch_seeded(seed, "tail", self.name, self.clock, device=self.labels.device):
-            loss = row_losses(self.tail(leaves), self.labels).mean()
+            loss = self._mean_loss(as_tuple(self.tail(leaves)))
         if not torch.isfinite(loss):
             raise NonFiniteError("loss", (self.name,))
         loss.backward()
         return loss.detach(), [leaf.grad for leaf in leaves if leaf.grad is not None]
 
-    def learn(self, outputs: Tensor, lr: float) -> tuple[float, int]:
-        """A whole model's step on the batch that gave `outputs`: (mean loss, rows). Raises NonFiniteError."""
-        loss = row_losses(outputs, self.labels).mean()
+    def learn(self, outputs: Rows, lr: float) -> Local:
+        """A whole model's step on the batch that gave `outputs`. Raises NonFiniteError."""
+        loss = self._mean_loss(outputs)
         if not torch.isfinite(loss):
             raise NonFiniteError("loss", (self.name,))
         loss.backward()
         self.step(lr)
         self.smashed = ()
-        return loss.item(), len(self.labels)
+        return Local(loss.item(), len(self.labels), self.mass)
 
-    def learn_alone(self, seed: int, lr: float) -> tuple[float, int]:
-        """A step on the auxiliary head's loss of the batch that was forwarded last: (mean loss, rows). Raises
-        NonFiniteError.
-        """
+    def learn_alone(self, seed: int, lr: float) -> Local:
+        """A step on the auxiliary head's loss of the batch that was forwarded last. Raises NonFiniteError."""
         assert self.tail is not None, "an algorithm that needs LEARN has auxiliary heads"
         with seeds.torch_seeded(seed, "auxiliary", self.name, self.clock, device=self.labels.device):
-            outputs = self.tail(self.smashed)
+            outputs = as_tuple(self.tail(self.smashed))
         return self.learn(outputs, lr)
+
+    @property
+    def mass(self) -> float:
+        """What the rows of the batch count together."""
+        weights = self.task.weights(self.labels)
+        return float(len(self.labels)) if weights is None else weights.double().sum().item()
+
+    def _mean_loss(self, outputs: Rows) -> Tensor:
+        return mean_loss(self.task.row_losses(outputs, self.labels), self.task.weights(self.labels))
 
     def footprint(self) -> Footprint:
         """Bytes of the model and of the optimiser's state."""
@@ -121,7 +138,7 @@ class LocalCohort(SimulatedCohort):
 
     def __init__(self, setup: Clients) -> None:
         super().__init__(setup)
-        self._clients = [Client(k, *model, setup.make_optimizer) for k, model in enumerate(setup.models)]
+        self._clients = [Client(k, *model, setup.make_optimizer, setup.task) for k, model in enumerate(setup.models)]
         self._asked: tuple[int, ...] = ()  # the clients of the last forward pass
 
     def footprint(self, client: int) -> Footprint:
@@ -137,7 +154,7 @@ class LocalCohort(SimulatedCohort):
         rows = tuple(torch.cat([s[i].detach() for s in sent]) for i in range(len(sent[0])))
         of = [self._clients[k].labels for k in self._asked]
         sizes = tuple(len(y) for y in of)
-        return Smashed(rows, torch.cat(of) if labels else torch.empty(sum(sizes), 0), self._asked, sizes)
+        return self._smashed(rows, torch.cat(of), self._asked, sizes, labels)
 
     def _forward_one(self, client: int) -> Rows:
         batch, _, (clock,) = self._draw([client])
@@ -151,7 +168,8 @@ class LocalCohort(SimulatedCohort):
             rows.append(own)
             losses.append(loss)
         cat = tuple(torch.cat(parts) for parts in zip(*rows, strict=True))
-        return TailGradients(cat, torch.stack(losses), features.clients, features.sizes)
+        masses = tuple(self._clients[k].mass for k in features.clients)
+        return TailGradients(cat, torch.stack(losses), features.clients, features.sizes, masses=masses)
 
     def backward(self, gradients: CutGradients) -> None:
         """Every client of the last `forward` back-propagates what it received and takes its optimiser step."""
@@ -169,9 +187,9 @@ class LocalCohort(SimulatedCohort):
         self._alike = len(self._clients) == 1
         return [together(taken, t) for t in range(max(map(len, taken.values()), default=0))]
 
-    def _learn_one(self, client: Client, steps: int) -> list[tuple[float, int]]:
-        """(loss, rows) of each local step of one client on its auxiliary head's loss."""
-        taken: list[tuple[float, int]] = []
+    def _learn_one(self, client: Client, steps: int) -> list[Local]:
+        """The local steps of one client on its auxiliary head's loss."""
+        taken: list[Local] = []
         while len(taken) < steps and (client.smashed or self._quota[client.name] > 0):
             if not client.smashed:
                 self._forward_one(client.name)
@@ -187,11 +205,11 @@ class LocalCohort(SimulatedCohort):
         self._alike = len(self._clients) == 1
         return [together(taken, t) for t in range(max(map(len, taken.values())))]
 
-    def _fit_one(self, client: Client) -> list[tuple[float, int]]:
-        """(loss, rows) of each local step of one client with a whole model."""
-        taken: list[tuple[float, int]] = []
+    def _fit_one(self, client: Client) -> list[Local]:
+        """The local steps of one client with a whole model."""
+        taken: list[Local] = []
         while self._quota[client.name] > 0:
-            (outputs,) = self._forward_one(client.name)
+            outputs = self._forward_one(client.name)
             try:
                 taken.append(client.learn(outputs, self._rate))
             except NonFiniteError as error:
@@ -222,17 +240,17 @@ class LocalCohort(SimulatedCohort):
 
         def outputs_of(clients: Sequence[int], part: Samples, start: int) -> Outputs:
             (k,) = clients
-            return clients, self._outputs(self._clients[k], part.x, predict)
+            return clients, self._outputs(self._clients[k], part.rows, predict)
 
-        return evaluation(evaluate(samples, models, outputs_of, at_once=1), everyone, len(samples))
+        return evaluation(self.setup.judge(samples, models, outputs_of, at_once=1), everyone, len(samples))
 
-    def _outputs(self, client: Client, x: Tensor, predict: Predict) -> Tensor:
-        """One client's model with the server's, in eval mode: [n, K]."""
+    def _outputs(self, client: Client, x: Rows, predict: Predict) -> Tensor:
+        """One client's model with the server's, in eval mode: [n, ...]."""
         client.module.eval()
         rows: Rows = client.lower(x)
         if self.shape != "whole":
             rows = predict([client.name], rows)
-        return client.tail(rows) if self.shape == "u-shaped" and client.tail is not None else rows[0]
+        return as_tuple(client.tail(rows))[0] if self.shape == "u-shaped" and client.tail is not None else rows[0]
 
     def model_state(self, client: int) -> dict[str, Tensor]:
         """One client's parameters and buffers, under the names of the whole model."""

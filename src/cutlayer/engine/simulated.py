@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cutlayer.cohort import draw_participants
 from cutlayer.data.batches import Batches, Drawn
 from cutlayer.data.samples import Samples
 from cutlayer.optim import MakeOptimizer
-from cutlayer.scoring import judged
-from cutlayer.types import Round, Step
+from cutlayer.scoring import ROWS_PER_PASS, OutputsOf, Scores, evaluate, judged
+from cutlayer.tasks import Task
+from cutlayer.tasks.classification import Classification
+from cutlayer.types import Round, Rows, Smashed, Step
 
 Shape = Literal["whole", "split", "u-shaped"]
 ClientModel = tuple[nn.Module, nn.Module | None]  # (lower part, tail or auxiliary head)
@@ -24,7 +27,8 @@ ClientModel = tuple[nn.Module, nn.Module | None]  # (lower part, tail or auxilia
 @dataclass(frozen=True, kw_only=True)
 class Routine:
     """How clients train, wherever they are. `lr` is the base rate; a round is `local_steps` batches or `local_epochs`
-    passes; `alike` says that all models start equal; `eval_clients` how many models are evaluated (None: all).
+    passes; `alike` says that all models start equal; `eval_clients` how many models are evaluated (None: all); `task`
+    what a row's loss is, and how models are judged; `class_names` those of the classes, where they have some.
     """
 
     lr: float
@@ -36,6 +40,8 @@ class Routine:
     local_steps: int | None = None
     alike: bool = True
     eval_clients: int | None = None
+    task: Task = field(default_factory=Classification)
+    class_names: tuple[str, ...] = ()
 
     def participants(self, index: int, clients: int) -> tuple[int, ...]:
         """The clients of round `index`."""
@@ -44,6 +50,19 @@ class Routine:
     def quota(self, per_epoch: np.ndarray) -> np.ndarray:
         """Batches that clients have to do in a round, who have `per_epoch` [C] in an epoch of their own data."""
         return np.full_like(per_epoch, self.local_steps) if self.local_steps else self.local_epochs * per_epoch
+
+    def judge(
+        self,
+        samples: Samples,
+        models: Sequence[int],
+        outputs_of: OutputsOf,
+        *,
+        at_once: int | None = None,
+        rows_per_pass: int = ROWS_PER_PASS,
+    ) -> Scores:
+        """The scores of the clients' models `models` on `samples` (see `scoring.evaluate`)."""
+        how: dict[str, Any] = {"at_once": at_once, "rows_per_pass": rows_per_pass, "names": self.class_names}
+        return evaluate(self.task, samples, models, outputs_of, **how)
 
     @property
     def routine(self) -> dict[str, Any]:
@@ -88,6 +107,11 @@ class SimulatedCohort:
         counts: list[int] = self._batches.counts.tolist()
         return counts
 
+    @cached_property
+    def masses(self) -> Sequence[float]:
+        """What the training rows of each enrolled client count together."""
+        return [mass_of(self.setup.task, self.setup.data.y, rows) for rows in self.setup.rows]
+
     @property
     def shape(self) -> Shape:
         """What the clients hold."""
@@ -120,8 +144,16 @@ class SimulatedCohort:
         self._quota[list(clients)] -= 1
         batch = self.setup.data[rows.to(self.setup.data.y.device)]
         if self._kept is not None:
-            self._kept.append(Drawn(batch.x, sizes, clocks))
+            self._kept.append(Drawn(batch.rows, sizes, clocks))
         return batch, sizes, clocks
+
+    def _smashed(
+        self, rows: Rows, y: Tensor, clients: tuple[int, ...], sizes: tuple[int, ...], labels: bool
+    ) -> Smashed:
+        """What clients send of a batch: with its targets `y` [R, t...], or without `labels` (which stay with them)."""
+        if not labels:
+            return Smashed(rows, torch.empty(sum(sizes), 0), clients, sizes)
+        return Smashed(rows, y, clients, sizes, weights=self.setup.task.weights(y))
 
     def _judged(self) -> tuple[list[int], list[int]]:
         """(whose scores are asked for, whose models are looked at): models known to be equal are looked at once."""
@@ -143,9 +175,25 @@ def model_bytes(module: nn.Module) -> int:
     return sum({t.data_ptr(): t.nbytes for t in module.state_dict().values()}.values())
 
 
-def together(taken: Mapping[int, list[tuple[float, int]]], t: int) -> Step:
-    """Local step number t of all the clients that took so many, given (loss, rows) of each client's local steps."""
+def mass_of(task: Task, targets: Tensor, rows: np.ndarray | None = None) -> float:
+    """What targets [n, t...] (or those of `rows`) count together in a mean: n where all count alike."""
+    own = targets if rows is None else targets[torch.from_numpy(rows).to(targets.device)]
+    weights = task.weights(own)
+    return float(len(own)) if weights is None else weights.double().sum().item()
+
+
+class Local(NamedTuple):
+    """A local step of a client: its mean loss, its rows, what they count together."""
+
+    loss: float
+    rows: int
+    mass: float
+
+
+def together(taken: Mapping[int, list[Local]], t: int) -> Step:
+    """Local step number t of all the clients that took so many, given each client's local steps."""
     here = {k: steps[t] for k, steps in taken.items() if t < len(steps)}
-    rows = sum(n for _, n in here.values())
-    loss = sum(x * n for x, n in here.values()) / rows
-    return Step(torch.tensor([loss, *(x for x, _ in here.values())], dtype=torch.float64), tuple(here), rows)
+    mass = sum(step.mass for step in here.values())
+    loss = sum(step.loss * step.mass for step in here.values()) / (mass or 1)
+    own = [step.loss for step in here.values()]
+    return Step(torch.tensor([loss, *own], dtype=torch.float64), tuple(here), sum(step.rows for step in here.values()))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -22,11 +22,12 @@ from cutlayer.data.samples import Samples
 from cutlayer.engine.simulated import Clients, SimulatedCohort, model_bytes
 from cutlayer.engine.stack import Generators, Group, Stack, descend
 from cutlayer.errors import NonFiniteError
-from cutlayer.gradients import gradient_of, means_of_clients, row_losses
+from cutlayer.gradients import client_means, gradient_of, means_of_clients
 from cutlayer.optim import MakeOptimizer, rule_of
-from cutlayer.scoring import Outputs, evaluate, evaluation
+from cutlayer.scoring import Outputs, evaluation
 from cutlayer.server import Server, ServerStep, culprits, finite
-from cutlayer.types import CutGradients, Evaluation, Rows, Smashed, Step, select
+from cutlayer.tasks import Task
+from cutlayer.types import CutGradients, Evaluation, Rows, Smashed, Step, masses_of, select
 from cutlayer.verbs import AVERAGE, BACKWARD, FIT, FORWARD, SERVER_VERBS, STEP_COPIES
 
 _MERGED_ROWS = 2048
@@ -82,9 +83,9 @@ class StackedCohort(SimulatedCohort):
         if not asked:
             return Smashed((), torch.empty(0), (), ())
         batch, groups = self._next(asked)
-        self._passes = [_Pass(group, (batch.x[group.rows],)) for group in groups]
+        self._passes = [_Pass(group, batch[group.rows].rows) for group in groups]
         rows = merged([self._run(p) for p in self._passes], groups)
-        return Smashed(rows, batch.y if labels else torch.empty(len(batch), 0), asked, self._sizes)
+        return self._smashed(rows, batch.y, asked, self._sizes, labels)
 
     def backward(self, gradients: CutGradients) -> None:
         """Every client of the last `forward` back-propagates what it received and takes its optimiser step."""
@@ -105,18 +106,18 @@ class StackedCohort(SimulatedCohort):
     def fit(self) -> list[Step]:
         """Each participant takes all its local steps of this round: group by group, for the cache's sake."""
         everybody, alike = self._participants, self._alike
-        steps: list[list[tuple[tuple[int, ...], Tensor, tuple[int, ...]]]] = []
+        steps: list[list[_Taken]] = []
         for start in range(0, len(everybody), self._stack.chunk):
             block = everybody[start : start + self._stack.chunk]
             self._alike, count = alike, 0
             while asked := self._willing(block):
                 try:
-                    own = self._fit_once(asked)
+                    taken = self._fit_once(asked)
                 except NonFiniteError as error:
                     raise error.at(count) from None
                 if count == len(steps):
                     steps.append([])
-                steps[count].append((asked, own, self._sizes))
+                steps[count].append(taken)
                 self._alike, count = len(self._quota) == 1, count + 1
         return [_together(parts) for parts in steps]
 
@@ -132,11 +133,11 @@ class StackedCohort(SimulatedCohort):
         at_once = max(1, _MERGED_ROWS // max(1, len(samples)))
 
         def outputs_of(clients: Sequence[int], part: Samples, start: int) -> Outputs:
-            inputs = part.x.repeat(len(clients), *[1] * (part.x.dim() - 1))
-            rows = self._stack.predict(list(clients), (inputs,))
+            inputs = tuple(x.repeat(len(clients), *[1] * (x.dim() - 1)) for x in part.rows)
+            rows = self._stack.predict(list(clients), inputs)
             return clients, rows[0] if self.shape == "whole" else predict(clients, rows)[0]
 
-        found = evaluate(samples, models, outputs_of, at_once=at_once, rows_per_pass=_MERGED_ROWS)
+        found = self.setup.judge(samples, models, outputs_of, at_once=at_once, rows_per_pass=_MERGED_ROWS)
         return evaluation(found, everyone, len(samples))
 
     def model_state(self, client: int) -> dict[str, Tensor]:
@@ -171,17 +172,18 @@ class StackedCohort(SimulatedCohort):
         with torch.no_grad(), self._stack.rehearsal(p.group):
             return self._stack.forward(p.group, p.inputs, self._stream, alike=self._alike)
 
-    def _fit_once(self, asked: tuple[int, ...]) -> Tensor:
-        """One local step of all clients in `asked`; their own mean losses."""
+    def _fit_once(self, asked: tuple[int, ...]) -> _Taken:
+        """One local step of all clients in `asked`."""
         batch, groups = self._next(asked)
-        own = torch.empty(0)
+        task, own = self.setup.task, torch.empty(0)
         for group in groups:
-            losses = learn(self._stack, group, (batch.x[group.rows],), batch.y[group.rows], self._stream, self._alike)
+            part = batch[group.rows]
+            losses = learn(self._stack, group, part.rows, part.y, task, self._stream, self._alike)
             check_weights(group)
             self._stack.step(group, self._rate)
             own = own if len(own) else losses.new_empty(len(asked))
-            own[torch.from_numpy(group.at)] = losses.mean(1)
-        return own
+            own[torch.from_numpy(group.at)] = losses
+        return _Taken(asked, own, self._sizes, masses_of(task.weights(batch.y), self._sizes))
 
 
 class StackedServer(Server):
@@ -195,8 +197,9 @@ class StackedServer(Server):
         seed: int,
         copies: int,
         how: Stacking | None = None,
+        task: Task | None = None,
     ) -> None:
-        super().__init__(model, make_optimizer, lr, seed)
+        super().__init__(model, make_optimizer, lr, seed, task)
         how = how or Stacking()
         self._rule = rule_of(make_optimizer)
         if self._optimizer is not None:
@@ -214,16 +217,16 @@ class StackedServer(Server):
         for group in groups:
             rows = tuple(r[group.rows].detach().requires_grad_(r.is_floating_point()) for r in smashed.rows)
             try:
-                losses = learn(self._stack, group, rows, smashed.labels[group.rows], self._stream)
+                losses = learn(self._stack, group, rows, smashed.labels[group.rows], self.task, self._stream)
             except NonFiniteError as error:  # the rows that came may be to blame
                 raise NonFiniteError(error.what, culprits(smashed) or error.clients) from None
-            own[torch.from_numpy(group.at)] = losses.mean(1).to(own.dtype)
+            own[torch.from_numpy(group.at)] = losses.to(own.dtype)
             parts.append(tuple(gradient_of(r) for r in rows if r.is_floating_point()))
             if not finite(*parts[-1]):
                 raise NonFiniteError("cut gradient", culprits(smashed) or tuple(group.clients.tolist()))
             check_weights(group, "server's weight gradient")
             self._stack.step(group, self._rate(1.0))
-        return ServerStep(means_of_clients(own, smashed.sizes), merged(parts, groups), self._rate(1.0))
+        return ServerStep(means_of_clients(own, smashed.masses), merged(parts, groups), self._rate(1.0))
 
     def _take_step(self, lr: float) -> None:
         """Plain gradient descent by hand: for a small model the optimiser's own bookkeeping takes longer."""
@@ -267,18 +270,21 @@ class StackedServer(Server):
         return seeds.torch_generator(copy_seed, *name, device=self._stack.device)
 
 
-def learn(stack: Stack, group: Group, rows: Rows, labels: Tensor, stream: Generators, alike: bool = False) -> Tensor:
-    """Forward and backward pass of a group with its clients' own mean losses: the losses [c, b], without their graph.
+def learn(
+    stack: Stack, group: Group, rows: Rows, targets: Tensor, task: Task, stream: Generators, alike: bool = False
+) -> Tensor:
+    """Forward and backward pass of a group with its clients' own mean losses: these losses [c], without their graph.
 
     The sum of the clients' own means keeps their gradients apart. Raises NonFiniteError, naming the clients.
     """
-    losses = row_losses(stack.forward(group, rows, stream, alike=alike)[0], labels).view(len(group.clients), -1)
-    found = losses.detach()
-    if not finite(found):
-        bad = group.clients[~torch.isfinite(found).all(1).cpu().numpy()]
+    losses = task.row_losses(stack.forward(group, rows, stream, alike=alike), targets)
+    clients = len(group.clients)
+    if not finite(losses.detach()):
+        bad = group.clients[~torch.isfinite(losses.detach().view(clients, -1)).all(1).cpu().numpy()]
         raise NonFiniteError("loss", tuple(bad.tolist()))
-    losses.mean(1).sum().backward()
-    return found
+    own = client_means(losses, [len(losses) // clients] * clients, task.weights(targets))
+    own.sum().backward()
+    return own.detach()
 
 
 def merged(parts: Sequence[Rows], groups: Sequence[Group]) -> Rows:
@@ -312,9 +318,18 @@ def check_weights(group: Group, what: str = "weight gradient") -> None:
         raise NonFiniteError(what, tuple(bad))
 
 
-def _together(parts: list[tuple[tuple[int, ...], Tensor, tuple[int, ...]]]) -> Step:
-    """One local step from those of several blocks of clients: (clients, their own mean losses, their rows) each."""
-    own = torch.cat([losses for _, losses, _ in parts])
-    sizes = [n for _, _, of in parts for n in of]
-    clients = tuple(k for who, _, _ in parts for k in who)
-    return Step(means_of_clients(own, sizes), clients, sum(sizes))
+class _Taken(NamedTuple):
+    """A local step of some clients: their own mean losses [C], their rows, what these count together."""
+
+    clients: tuple[int, ...]
+    own: Tensor
+    sizes: tuple[int, ...]
+    masses: tuple[float, ...]
+
+
+def _together(parts: list[_Taken]) -> Step:
+    """One local step from those of several blocks of clients."""
+    own = torch.cat([part.own for part in parts])
+    masses = [mass for part in parts for mass in part.masses]
+    clients = tuple(k for part in parts for k in part.clients)
+    return Step(means_of_clients(own, masses), clients, sum(sum(part.sizes) for part in parts))

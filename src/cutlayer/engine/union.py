@@ -19,11 +19,12 @@ from cutlayer.data.samples import Samples
 from cutlayer.engine.simulated import Clients, SimulatedCohort, model_bytes
 from cutlayer.engine.stackable import close, drawing, exact
 from cutlayer.errors import ConfigError, NonFiniteError
-from cutlayer.gradients import column, means, row_losses, spread
+from cutlayer.gradients import column, means, spread
 from cutlayer.optim import MakeOptimizer, set_lr
-from cutlayer.scoring import Outputs, evaluate, evaluation
+from cutlayer.scoring import Outputs, evaluation
 from cutlayer.server import Server, ServerStep, culprits, finite
-from cutlayer.types import CutGradients, Evaluation, Rows, Smashed, Step, as_tuple
+from cutlayer.tasks import Task
+from cutlayer.types import CutGradients, Evaluation, Rows, Smashed, Step, as_tuple, masses_of
 from cutlayer.verbs import AVERAGE, BACKWARD, FIT, FORWARD, STEP_COPIES
 
 
@@ -51,12 +52,12 @@ class UnionCohort(SimulatedCohort):
         if not asked:
             return Smashed((), torch.empty(0), (), ())
         batch = self._forward(asked)
-        return Smashed(tuple(g.detach() for g in self._given), batch.y, asked, self._sizes)
+        return self._smashed(tuple(g.detach() for g in self._given), batch.y, asked, self._sizes, labels)
 
     def backward(self, gradients: CutGradients) -> None:
         """The weighted mean of the steps that the clients of the last `forward` would take."""
         received = gradients.for_all(self._asked, self._sizes)
-        share = spread(shares(self.samples, self._asked), self._sizes)
+        share = spread(shares(self.masses, self._asked), self._sizes)
         floats = [s for s in self._given if s.is_floating_point()]
         pairs = [(s, g * column(share, g)) for s, g in zip(floats, received, strict=True) if s.requires_grad]
         self._step([s for s, _ in pairs], [g for _, g in pairs])
@@ -64,17 +65,18 @@ class UnionCohort(SimulatedCohort):
     def fit(self) -> list[Step]:
         """Each participant's one local step on its whole model, averaged."""
         batch = self._forward(self._participants)
-        losses = row_losses(self._given[0], batch.y)
+        losses = self.setup.task.row_losses(self._given, batch.y)
+        weights = self.setup.task.weights(batch.y)
         if not finite(losses.detach()):
             bad = culprits(Smashed((), batch.y, self._asked, self._sizes), losses.detach())
             raise NonFiniteError("loss", bad).at(0)
-        share = spread(shares(self.samples, self._asked), self._sizes) / rows_of(self._sizes)
+        share = in_client_means(spread(shares(self.masses, self._asked), self._sizes), weights, self._sizes)
         self._step([losses], [share.to(losses.device, losses.dtype)])
-        return [Step(means(losses.detach(), self._sizes), self._asked, len(batch))]
+        return [Step(means(losses.detach(), self._sizes, weights), self._asked, len(batch))]
 
     def average(self, weights: Mapping[int, float]) -> tuple[int, ...]:
         """Done already, by the weights n_k / n."""
-        check_done(weights, self.samples, self._asked)
+        check_done(weights, self.masses, self._asked)
         return tuple(weights)
 
     def evaluate(self, samples: Samples, predict: Predict) -> Evaluation:
@@ -82,10 +84,10 @@ class UnionCohort(SimulatedCohort):
         self._model.eval()
 
         def outputs_of(clients: Sequence[int], part: Samples, start: int) -> Outputs:
-            rows = as_tuple(self._model((part.x,)))
+            rows = as_tuple(self._model(part.rows))
             return clients, rows[0] if self.shape == "whole" else predict(clients, rows)[0]
 
-        return evaluation(evaluate(samples, [0], outputs_of), self._judged()[0], len(samples))
+        return evaluation(self.setup.judge(samples, [0], outputs_of), self._judged()[0], len(samples))
 
     def model_state(self, client: int) -> dict[str, Tensor]:
         """One client's parameters, under the names of the whole model."""
@@ -104,7 +106,7 @@ class UnionCohort(SimulatedCohort):
         batch, sizes, _ = self._draw(asked)
         self._asked, self._sizes = asked, tuple(sizes.tolist())
         self._model.train()
-        self._given = as_tuple(self._model((batch.x,)))
+        self._given = as_tuple(self._model(batch.rows))
         return batch
 
     def _step(self, outputs: list[Tensor], gradients: list[Tensor]) -> None:
@@ -135,28 +137,36 @@ class UnionServer(Server):
     """The server of SplitFed V1 with one local step: its copies, stepped once and averaged, are one."""
 
     def __init__(
-        self, model: nn.Module, make_optimizer: MakeOptimizer, lr: float, seed: int, samples: Sequence[int]
+        self,
+        model: nn.Module,
+        make_optimizer: MakeOptimizer,
+        lr: float,
+        seed: int,
+        masses: Sequence[float],
+        task: Task | None = None,
     ) -> None:
-        super().__init__(model, make_optimizer, lr, seed)
-        self._samples = samples
+        super().__init__(model, make_optimizer, lr, seed, task)
+        self._masses = masses
         self._asked: tuple[int, ...] = ()
 
     def step_copies(self, smashed: Smashed) -> ServerStep:
         """The weighted mean of the steps of all copies; each client's slice of the gradient is of its own mean loss."""
         self._check(STEP_COPIES, "step_copies")
         self._asked = smashed.clients
-        losses = row_losses(self.forward(smashed)[0], smashed.labels)
+        losses = self.task.row_losses(self.forward(smashed), smashed.labels)
         if not finite(losses.detach()):
             raise NonFiniteError("loss", culprits(smashed, losses.detach()))
-        share = spread(shares(self._samples, smashed.clients), smashed.sizes).to(losses.device, losses.dtype)
-        gradient = self._backward(smashed, lambda: losses.backward(share / rows_of(smashed.sizes).to(share)), 1.0)
+        share = spread(shares(self._masses, smashed.clients), smashed.sizes).to(losses.device, losses.dtype)
+        each = in_client_means(share, smashed.weights, smashed.sizes)
+        gradient = self._backward(smashed, lambda: losses.backward(each), 1.0)
+        share = torch.where(share > 0, share, torch.ones_like(share))  # a client whose rows never count
         own = tuple(g / column(share, g) for g in gradient)
-        return ServerStep(means(losses.detach(), smashed.sizes), own, self._rate(1.0))
+        return ServerStep(means(losses.detach(), smashed.sizes, smashed.weights), own, self._rate(1.0))
 
     def average_copies(self, weights: Mapping[int, float]) -> None:
         """Done already, by the weights n_k / n."""
         self._check(STEP_COPIES, "average_copies")
-        check_done(weights, self._samples, self._asked)
+        check_done(weights, self._masses, self._asked)
 
 
 def row_by_row(part: nn.Module, rows: Rows) -> bool:
@@ -177,16 +187,16 @@ def row_by_row(part: nn.Module, rows: Rows) -> bool:
     return not drew and close(list(zip(together, alone, strict=True)))
 
 
-def shares(samples: Sequence[int], clients: Sequence[int]) -> list[float]:
-    """p_k = n_k / n of each of `clients`, n their sum."""
-    counts = [samples[k] for k in clients]
+def shares(masses: Sequence[float], clients: Sequence[int]) -> list[float]:
+    """p_k = n_k / n of each of `clients`, n their sum (of what their rows count)."""
+    counts = [masses[k] for k in clients]
     return [count / sum(counts) for count in counts]
 
 
-def check_done(weights: Mapping[int, float], samples: Sequence[int], asked: Sequence[int]) -> None:
+def check_done(weights: Mapping[int, float], masses: Sequence[float], asked: Sequence[int]) -> None:
     """The averaging that is asked for must be the one that was done. Raises ConfigError."""
     total = sum(weights.values())
-    done = dict(zip(asked, shares(samples, asked), strict=True))
+    done = dict(zip(asked, shares(masses, asked), strict=True))
     same = weights.keys() == done.keys() and all(abs(w / total - done[k]) < 1e-9 for k, w in weights.items())
     if not same:
         raise ConfigError(
@@ -195,6 +205,7 @@ def check_done(weights: Mapping[int, float], samples: Sequence[int], asked: Sequ
         )
 
 
-def rows_of(sizes: Sequence[int]) -> Tensor:
-    """For each row, how many its client has: [R]."""
-    return spread([float(n) for n in sizes], sizes)
+def in_client_means(values: Tensor, weights: Tensor | None, sizes: Sequence[int]) -> Tensor:
+    """`values` [R], each times its row's part in its client's own mean loss: w_i / W_k (1 / b_k where all count 1)."""
+    masses = spread([float(mass or 1) for mass in masses_of(weights, sizes)], sizes).to(values)
+    return values / masses if weights is None else values * weights.to(values) / masses

@@ -43,6 +43,7 @@ from cutlayer.remote.sides import client_name, client_number, worker_of
 from cutlayer.remote.worker import Worker
 from cutlayer.report import write
 from cutlayer.run import Run
+from cutlayer.text import format_score
 
 log = logging.getLogger(__name__)
 CLIENTS = "clients.json"
@@ -172,8 +173,10 @@ def _iterate(run: Run) -> None:
 
 
 def _tell(run: Run, told: int) -> int:
+    task = run.training.task
     for scores in run.evaluations[told:]:
-        log.info("round %d of %d: test accuracy %.2f %%", scores.round, run.rounds, 100 * scores.test_accuracy)
+        said = format_score(task.primary, scores.test_score, share=task.share)
+        log.info("round %d of %d: test %s", scores.round, run.rounds, said)
     return len(run.evaluations)
 
 
@@ -195,8 +198,9 @@ def _report(service: Service, replies: Replies, nodes: Sequence[int], out: Path)
     for k in range(len(nodes)):
         if k not in replies.farewells and k not in replies.failures:
             log.warning("%s has not replied within %g seconds of the end", client_name(k), _FAREWELL)
-    assert service.run.result is not None
-    log.info("done: test accuracy %.2f %%, see %s", 100 * service.run.result.test_accuracy, out)
+    result = service.run.result
+    assert result is not None
+    log.info("done: test %s, see %s", format_score(result.metric, result.test_score, share=result.share), out)
 
 
 def _work(invitation: Invitation, context: Context) -> Farewell:

@@ -16,7 +16,6 @@ from cutlayer.defences.feature_dropout import FeatureDropout
 from cutlayer.defences.noise import Noise
 from cutlayer.errors import ConfigError, DataError, unknown
 from cutlayer.files import finite_or_null
-from cutlayer.gradients import row_losses
 from cutlayer.leakage import mutual
 from cutlayer.leakage.calibration import Calibrated, calibrate, rank
 from cutlayer.leakage.calibration import Estimator as KnownEstimator
@@ -198,7 +197,8 @@ def _upper(s: Subject, seed: int) -> Iterator[UpperBound]:
 def _labels(s: Subject, seed: int) -> LabelLeakage | None:
     """Where labels stay with the client: what the gradients give away that it sends."""
     server, tail = s.moment.server, copy.deepcopy(s.moment.training.parts.tail)
-    if tail is None or server is None:
+    task = s.moment.training.task
+    if tail is None or server is None or task.targets != "class":
         return None
     load_own(tail, s.moment.model_of(s.name))
     server.eval()
@@ -207,7 +207,7 @@ def _labels(s: Subject, seed: int) -> LabelLeakage | None:
         features = as_tuple(server((s.bare(s.samples.x),)))
     leaves = tuple(f.detach().requires_grad_(f.is_floating_point()) for f in features)
     with torch.enable_grad():
-        loss = row_losses(as_tuple(tail(leaves))[0], s.samples.y).sum()
+        loss = task.row_losses(as_tuple(tail(leaves)), s.samples.y).sum()
         found = torch.autograd.grad(loss, [leaf for leaf in leaves if leaf.requires_grad])
     return label_leakage(torch.cat([g.flatten(1) for g in found], 1), s.samples.y, seed=seed)
 

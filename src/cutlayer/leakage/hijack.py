@@ -26,7 +26,7 @@ from torch.nn import functional
 from cutlayer import seeds
 from cutlayer.data.samples import Samples
 from cutlayer.errors import DataError
-from cutlayer.gradients import RowLoss, row_losses
+from cutlayer.gradients import RowLoss
 from cutlayer.leakage.inputs import check_real
 from cutlayer.leakage.networks import Encoder, SkipMLP, decoder
 from cutlayer.rows import check_rows
@@ -150,7 +150,7 @@ class HijackingServer(Server):
         super().__init__(nn.Identity(), _no_optimizer, lr=0.0)
         self.attacker = attacker
 
-    def step(self, smashed: Smashed, factor: float = 1.0, loss: RowLoss = row_losses) -> ServerStep:
+    def step(self, smashed: Smashed, factor: float = 1.0, loss: RowLoss | None = None) -> ServerStep:
         """One step of the attack on all rows together."""
         at = next(i for i, rows in enumerate(smashed.rows) if rows.is_floating_point())
         gradient = self.attacker.gradients(smashed.rows[at], smashed.labels)

@@ -159,7 +159,7 @@ def _moment(
     models: dict[int, dict[str, Tensor]],
     server: nn.Module | None,
 ) -> Moment:
-    until = [e["test_accuracy"] for e in evaluations if e["round"] <= rounds]
+    until = [e["test_score"] for e in evaluations if e["round"] <= rounds]
     return Moment(out, config, training, rounds, until[-1] if until else None, models, server)
 
 

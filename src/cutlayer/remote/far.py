@@ -21,12 +21,12 @@ from cutlayer.averaging import average
 from cutlayer.cohort import Footprint, Predict
 from cutlayer.data.samples import Samples
 from cutlayer.engine.local import Client, named_as_whole
-from cutlayer.engine.simulated import Routine, Shape, together
+from cutlayer.engine.simulated import Local, Routine, Shape, together
 from cutlayer.errors import NonFiniteError, TrainingError, WireError
 from cutlayer.models.parts import Crossing
 from cutlayer.remote.carrier import Carrier, Lost, Request
 from cutlayer.remote.worker import expected_state, state_of
-from cutlayer.scoring import Outputs, evaluate, evaluation, judged
+from cutlayer.scoring import Outputs, evaluation, judged
 from cutlayer.types import CutGradients, Evaluation, Round, Rows, Smashed, Step, TailGradients, aligned
 from cutlayer.verbs import CLIENT_VERBS
 from cutlayer.wire import RAW, Codec, Frame, decode, decode_named, described, encode, encode_named, payload_sizes
@@ -43,7 +43,8 @@ Tell = Callable[[str, Mapping[str, Any]], None]
 @dataclass(frozen=True)
 class Remote(Routine):
     """How a group of clients is set up, as the server sees it. `samples` are n_k; `twin` is a client like theirs, of
-    which the server knows shapes and names alone; `crossing` and `returning` go up and down at the cuts.
+    which the server knows shapes and names alone; `crossing` and `returning` go up and down at the cuts; `targets` and
+    `outputs` are a row's target and what the model gives for it; `masses` what each client's samples count together.
 
     `deadline` seconds are given for every exchange (None: as long as it takes), unless fewer than `quorum` (a fraction)
     have answered by then. A client that sends what is no number, of a wrong shape or no message at all is excluded from
@@ -53,7 +54,9 @@ class Remote(Routine):
     samples: MutableSequence[int]
     twin: Client
     crossing: Sequence[Crossing]
-    classes: int
+    targets: Crossing
+    outputs: Crossing
+    masses: MutableSequence[float]
     up: Codec = RAW
     down: Codec = RAW
     deadline: float | None = None
@@ -101,6 +104,11 @@ class RemoteCohort:
     def samples(self) -> Sequence[int]:
         """n_k of each enrolled client."""
         return self.setup.samples
+
+    @property
+    def masses(self) -> Sequence[float]:
+        """What the training samples of each enrolled client count together, as it says."""
+        return self.setup.masses
 
     @property
     def shape(self) -> Shape:
@@ -176,18 +184,19 @@ class RemoteCohort:
         sizes = self._sizes = {k: len(one.rows[0]) for k, one in zip(self._asked, came, strict=True)}
         rows = _joined([one.rows for one in came])
         y = rows[-1] if labels else torch.empty(sum(sizes.values()), 0)
-        return Smashed(rows[: len(self.setup.crossing)], y, self._asked, tuple(sizes.values()), _written(came))
+        weights = self.setup.task.weights(y) if labels else None
+        return Smashed(rows[: len(self.setup.crossing)], y, self._asked, tuple(sizes.values()), _written(came), weights)
 
     def _smashed(self, client: int, frame: Frame, labels: bool) -> _Came:
         """One client's smashed data, and its labels where they were asked for. Raises WireError."""
         s, n = self.setup, frame.message.rows
         if not 0 < n <= s.batch:
             raise WireError(f"a batch of {n} rows came, of at most {s.batch} were agreed")
-        like = [*s.crossing, *([Crossing((), torch.int64)] if labels else [])]
+        like = [*s.crossing, *([s.targets] if labels else [])]
         rows = decode(frame.body, like, n, [*[s.up] * len(s.crossing), *([RAW] if labels else [])])
         _check_finite(rows, "smashed data", client)
-        if labels and not bool(((rows[-1] >= 0) & (rows[-1] < s.classes)).all()):
-            raise WireError(f"labels are not 0 to {s.classes - 1}: give the client labels of the same classes")
+        if labels and (odd := s.task.foreign(rows[-1], s.outputs.shape)):
+            raise WireError(f"the targets of client {client} hold {odd}: give the client targets of the same task")
         return _Came(rows, sum(payload_sizes(frame.body)[: len(s.crossing)]) if s.up.zstd else 0)
 
     def tail(self, features: Smashed) -> TailGradients:
@@ -199,10 +208,10 @@ class RemoteCohort:
             return [(m.Tail(self._step, len(rows[0])), encode(rows, self.setup.down))]
 
         def read(k: int, frame: Frame) -> _Came:
-            loss = frame.message.loss
+            loss, mass = frame.message.loss, frame.message.mass
             rows = decode(frame.body, like, self._sizes[k], self.setup.up)
             _check_finite((*rows, torch.tensor(loss)), "cut gradients", k)
-            return _Came(rows, sum(payload_sizes(frame.body)) if self.setup.up.zstd else 0, loss)
+            return _Came(rows, sum(payload_sizes(frame.body)) if self.setup.up.zstd else 0, loss, mass)
 
         answers = self._exchange(features.clients, request, read)
         who = tuple(k for k in features.clients if k in answers)
@@ -211,7 +220,8 @@ class RemoteCohort:
         came = [answers[k] for k in who]
         rows = _joined([one.rows for one in came])
         losses = torch.tensor([one.loss for one in came], dtype=rows[0].dtype)
-        return TailGradients(rows, losses, who, tuple(self._sizes[k] for k in who), _written(came))
+        masses = tuple(one.mass for one in came)
+        return TailGradients(rows, losses, who, tuple(self._sizes[k] for k in who), _written(came), masses)
 
     def backward(self, gradients: CutGradients) -> None:
         """Every client of the last `forward` back-propagates what it is sent; it goes out with the next request."""
@@ -236,7 +246,7 @@ class RemoteCohort:
         self._step += 1
         step = self._step
 
-        def read(client: int, frame: Frame) -> list[tuple[float, int]]:
+        def read(client: int, frame: Frame) -> list[Local]:
             return self._local_steps(client, frame, due[client])
 
         taken = self._exchange(tuple(due), lambda k: [(m.Learn(step, due[k]), ())], read, quorum=True)
@@ -256,16 +266,16 @@ class RemoteCohort:
         self._alike = len(self.samples) == 1
         return [together(taken, t) for t in range(max(map(len, taken.values())))]
 
-    def _fitted(self, client: int, frame: Frame) -> list[tuple[float, int]]:
-        """(mean loss, rows) of each local step of a client's round. Raises WireError."""
+    def _fitted(self, client: int, frame: Frame) -> list[Local]:
+        """The local steps of a client's round. Raises WireError."""
         return self._local_steps(client, frame, int(self._quota[client]))
 
-    def _local_steps(self, client: int, frame: Frame, asked: int) -> list[tuple[float, int]]:
-        """(mean loss, rows) of each of the local steps that a client was asked for. Raises WireError."""
-        steps = [(loss, rows) for loss, rows in frame.message.losses]
-        if len(steps) != asked or not all(0 < rows <= self.setup.batch for _, rows in steps):
+    def _local_steps(self, client: int, frame: Frame, asked: int) -> list[Local]:
+        """The local steps that a client was asked for. Raises WireError."""
+        steps = [Local(*step) for step in frame.message.losses]
+        if len(steps) != asked or not all(0 < step.rows <= self.setup.batch for step in steps):
             raise WireError(f"{len(steps)} local steps came, {asked} were asked for, or their rows are not")
-        _check_finite((torch.tensor([loss for loss, _ in steps]),), "losses", client)
+        _check_finite((torch.tensor([step.loss for step in steps]),), "losses", client)
         return steps
 
     def average(self, weights: Mapping[int, float]) -> tuple[int, ...]:
@@ -329,7 +339,7 @@ class RemoteCohort:
             given = self._outputs(clients, part, start, predict)
             return list(given), torch.cat(list(given.values())) if given else torch.empty(0)
 
-        found = evaluate(samples, looked_at, outputs_of)
+        found = self.setup.judge(samples, looked_at, outputs_of)
         return evaluation(found, everyone if self._alike else list(found), len(samples)) if found else None
 
     def model_state(self, client: int) -> Mapping[str, Tensor]:
@@ -353,6 +363,7 @@ class RemoteCohort:
         return {
             "step": self._step,
             "samples": list(self.samples),
+            "masses": list(self.masses),
             "holder": self._holder,
             "alike": self._alike,
             "average": self._average or {},
@@ -363,7 +374,7 @@ class RemoteCohort:
     def load(self, state: Mapping[str, Any]) -> None:
         """Take a state that `state()` returned: before clients join, who then go back to the same step."""
         self._step, self._holder, self._alike = state["step"], state["holder"], state["alike"]
-        self.setup.samples[:] = state["samples"]
+        self.setup.samples[:], self.setup.masses[:] = state["samples"], state["masses"]
         self._average, self._stale = dict(state["average"]) or None, set(state["stale"])
         self.excluded = {int(k): why for k, why in state["excluded"].items()}
 
@@ -437,12 +448,12 @@ class RemoteCohort:
         return [k for k in asked if k in connected] or sorted(connected)
 
     def _outputs(self, clients: Sequence[int], part: Samples, start: int, predict: Predict) -> dict[int, Tensor]:
-        """The logits [n, K] of each client's model, with the server's where there is one, on held-out rows from number
-        `start` on.
+        """The outputs [n, ...] of each client's model, with the server's where there is one, on held-out rows from
+        number `start` on.
         """
         s, n = self.setup, len(part)
-        body = encode([part.x])
-        logits = [Crossing((s.classes,), part.x.dtype)]
+        body = encode(part.rows)
+        outputs = [s.outputs]
 
         def ask(
             request: m.Evaluate, body: Callable[[int], Sequence[Buffer]], like: Sequence[Crossing], codec: Codec
@@ -455,7 +466,7 @@ class RemoteCohort:
             )
 
         if self.shape == "whole":
-            whole = ask(m.Evaluate(self._step, "whole", n), lambda k: body, logits, RAW)
+            whole = ask(m.Evaluate(self._step, "whole", n), lambda k: body, outputs, RAW)
             return {k: rows[0] for k, rows in whole.items()}
         smashed = ask(m.Evaluate(self._step, "lower", n, start=start), lambda k: body, s.crossing, s.up.plain)
         given = {k: predict([k], rows) for k, rows in smashed.items()}
@@ -463,7 +474,7 @@ class RemoteCohort:
             return {k: rows[0] for k, rows in given.items()}
         clients = list(given)
         tail = m.Evaluate(self._step, "tail", n)
-        return {k: rows[0] for k, rows in ask(tail, lambda k: encode(given[k], s.down.plain), logits, RAW).items()}
+        return {k: rows[0] for k, rows in ask(tail, lambda k: encode(given[k], s.down.plain), outputs, RAW).items()}
 
     def _models(self, clients: Sequence[int]) -> dict[int, dict[str, Tensor]]:
         def read(k: int, frame: Frame) -> dict[str, Tensor]:
@@ -546,12 +557,13 @@ class RemoteCohort:
 @dataclass(frozen=True)
 class _Came:
     """What a client has sent: its rows, the bytes that those were written in where codecs make that a question of the
-    numbers, its loss.
+    numbers, its loss, what its rows count together.
     """
 
     rows: Rows
     written: int = 0
     loss: float = 0.0
+    mass: float = 0.0
 
 
 def _joined(rows: Sequence[Rows]) -> Rows:

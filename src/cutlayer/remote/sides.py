@@ -18,11 +18,13 @@ from cutlayer.build import Data, Model, Prepared, Training, prepare
 from cutlayer.data.samples import Source
 from cutlayer.engine.local import Client
 from cutlayer.errors import ConfigError
+from cutlayer.models.parts import Crossing
 from cutlayer.options import RunConfig, about
 from cutlayer.remote.carrier import Carrier
 from cutlayer.remote.far import Remote, RemoteCohort, Tell
 from cutlayer.remote.worker import Duty, Watching, Worker
 from cutlayer.server import Server
+from cutlayer.types import as_tuple
 from cutlayer.wire import agree, fingerprint, specs
 from cutlayer.wire import messages as m
 
@@ -65,10 +67,12 @@ def remote_training(
     p = prepare(_remotely(config), model, data)
     setup = Remote(
         samples=samples,
-        twin=Client(0, *p.clients.models[0], p.clients.make_optimizer),
+        twin=Client(0, *p.clients.models[0], p.clients.make_optimizer, p.clients.task),
         crossing=p.split.crossing,
         returning=p.split.returning,
-        classes=_classes(p),
+        targets=Crossing(tuple(p.source.train.y.shape[1:]), p.source.train.y.dtype),
+        outputs=_outputs(p),
+        masses=[0.0] * len(samples),
         **p.clients.routine,
         up=p.coding.up,
         down=p.coding.down,
@@ -77,7 +81,8 @@ def remote_training(
         faulty=faulty,
     )
     cohort = RemoteCohort(hub, setup, tell=tell, ready=ready)
-    server = Server(p.split.server, p.make_server, config.server_lr or config.client_lr, p.server_seed)
+    lr = config.server_lr or config.client_lr
+    server = Server(p.split.server, p.make_server, lr, p.server_seed, p.clients.task)
     ours = terms(p, run)
 
     def greet(hello: m.Hello, client: int) -> m.Welcome | m.Refused:
@@ -88,6 +93,7 @@ def remote_training(
             return m.Refused("excluded", why)
         if not samples[client] or cohort.fresh:  # before anything is trained a client may come again with other data
             samples[client] = hello.samples
+        setup.masses[client] = hello.mass
         if hello.samples != samples[client]:
             sentence = f"client {client} has {hello.samples} samples, {samples[client]} were announced"
             return m.Refused("client", sentence + ": give it the data of this run")
@@ -129,6 +135,7 @@ def worker_of(
             lower=lower,
             tail=tail,
             make_optimizer=p.clients.make_optimizer,
+            task=p.clients.task,
             lr=config.client_lr,
             batch=config.batch,
             seed=config.seed,
@@ -172,9 +179,10 @@ def shared_options(p: Prepared) -> dict[str, str]:
     """
     config = p.config
     common = {n: getattr(config, n) for n, f in RunConfig.model_fields.items() if about(f, "shared")}
-    common["lr_schedule"] = plugins.registered_name("schedule", config.lr_schedule)
+    for option, kind in (("lr_schedule", "schedule"), ("task", "task")):
+        common[option] = plugins.registered_name(kind, getattr(config, option))
     things: dict[str, Any] = {}
-    for kind, reference in (("algorithm", config.algorithm), ("schedule", config.lr_schedule)):
+    for kind, reference in (("algorithm", config.algorithm), ("schedule", config.lr_schedule), ("task", config.task)):
         entry = plugins.find(kind, reference)
         things |= {o.name: getattr(config, o.name) for o in entry.options if o.shared}
         if code := plugins.fingerprint(kind, reference):
@@ -196,12 +204,12 @@ def _remotely(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"engine": "local"})
 
 
-def _classes(p: Prepared) -> int:
-    """Number of scores that the model gives."""
+def _outputs(p: Prepared) -> Crossing:
+    """What the model gives for a row."""
     with torch.no_grad():
         probe = [part.eval() for part in p.split.all]
         rows = probe[0](p.example)
         for part in probe[1:]:
             rows = part(rows)
-    outputs = rows if isinstance(rows, torch.Tensor) else rows[0]
-    return int(outputs.shape[1])
+    first = as_tuple(rows)[0]
+    return Crossing(tuple(first.shape[1:]), first.dtype)

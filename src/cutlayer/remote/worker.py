@@ -22,13 +22,15 @@ from cutlayer import checkpoint
 from cutlayer.data.batches import Batches
 from cutlayer.data.samples import Samples
 from cutlayer.defences.pipeline import Defences, Guarded
-from cutlayer.defences.watch import Watch, joined
+from cutlayer.defences.watch import Watch
 from cutlayer.engine.local import Client
+from cutlayer.engine.simulated import Local, mass_of
 from cutlayer.errors import DistrustError, NonFiniteError, RunFolderError, WireError
 from cutlayer.models.parts import Crossing
 from cutlayer.optim import MakeOptimizer, load_optimizer
 from cutlayer.remote.carrier import Answer
-from cutlayer.types import Rows, aligned, as_tuple
+from cutlayer.tasks import Task
+from cutlayer.types import Rows, aligned, as_tuple, joined
 from cutlayer.verbs import AVERAGE, BACKWARD, CLIENT_VERBS, FIT, FORWARD, HAND_OVER, LEARN, TAIL, VERBS
 from cutlayer.wire import RAW, Codec, Frame, agree, decode, decode_named, described, encode, encode_named
 from cutlayer.wire import messages as m
@@ -54,6 +56,7 @@ class Duty:
     lower: nn.Module
     tail: nn.Module | None
     make_optimizer: MakeOptimizer
+    task: Task
     lr: float
     batch: int
     seed: int
@@ -75,7 +78,7 @@ class Worker:
 
     def __init__(self, duty: Duty) -> None:
         self.duty = duty
-        self.client = Client(duty.index, duty.lower, duty.tail, duty.make_optimizer)
+        self.client = Client(duty.index, duty.lower, duty.tail, duty.make_optimizer, duty.task)
         self._batches = Batches([np.arange(len(duty.samples))], duty.batch, duty.seed, [duty.index])
         self._rate = duty.lr
         self._quota = 0  # batches of this round, for local training
@@ -84,7 +87,7 @@ class Worker:
         self._joined = False  # it has been welcome before, if only to wait
         self._guarded: Guarded | None = None
         # The last step of local training, and its losses.
-        self._fitted: tuple[int, list[tuple[float, int]]] | None = None
+        self._fitted: tuple[int, list[Local]] | None = None
         self.watch = Watch()
         self._warned = False
         self._passes = 0  # backward passes since the watch began
@@ -93,7 +96,8 @@ class Worker:
     def hello(self) -> m.Hello:
         """Who this is, and what it takes the run to be."""
         d = self.duty
-        return m.Hello(client=d.name, terms=d.terms, samples=len(d.samples), step=self.steps, token=d.token)
+        mass = mass_of(d.task, d.samples.y)
+        return m.Hello(client=d.name, terms=d.terms, samples=len(d.samples), mass=mass, step=self.steps, token=d.token)
 
     def welcome(self, welcome: m.Welcome) -> m.Refused | None:
         """Check the server's terms in turn, and go back to the state that the run goes on from."""
@@ -159,7 +163,9 @@ class Worker:
         smashed = self.client.forward(batch, self.duty.seed, clock)
         sent = [s.detach() for s in smashed]
         if self.duty.defences.active:
-            self._guarded = self.duty.defences.step(tuple(sent), [batch.x], [self.duty.index], [len(batch.y)], [clock])
+            self._guarded = self.duty.defences.step(
+                tuple(sent), [batch.rows], [self.duty.index], [len(batch.y)], [clock]
+            )
             sent = list(self._guarded.rows)
         codecs = [self.duty.up] * len(sent)
         if message.labels:
@@ -212,21 +218,21 @@ class Worker:
         assert client.tail is not None, "Tail is for the U-shaped split"
         features = decode(body, d.returning, message.rows, d.down)
         loss, rows = client.finish(features, d.seed)
-        return m.TailUp(message.step, message.rows, loss.item()), encode(rows, d.up)
+        return m.TailUp(message.step, message.rows, loss.item(), client.mass), encode(rows, d.up)
 
     def _fit(self, message: m.Fit, body: memoryview) -> Answer:
         if self._fitted is None or self._fitted[0] != message.step:  # otherwise the answer was lost on its way
             self._fitted = message.step, self._train()
-        return m.Fitted(message.step, self._fitted[1]), ()
+        return m.Fitted(message.step, [(s.loss, s.rows, s.mass) for s in self._fitted[1]]), ()
 
     def _learn(self, message: m.Learn, body: memoryview) -> Answer:
         if self._fitted is None or self._fitted[0] != message.step:  # otherwise the answer was lost on its way
             self._fitted = message.step, self._learn_alone(message.batches)
-        return m.Fitted(message.step, self._fitted[1]), ()
+        return m.Fitted(message.step, [(s.loss, s.rows, s.mass) for s in self._fitted[1]]), ()
 
-    def _learn_alone(self, batches: int) -> list[tuple[float, int]]:
-        """Local steps on the auxiliary head's loss: (mean loss, rows) of each."""
-        taken: list[tuple[float, int]] = []
+    def _learn_alone(self, batches: int) -> list[Local]:
+        """Local steps on the auxiliary head's loss."""
+        taken: list[Local] = []
         while len(taken) < batches:
             if not self.client.smashed:
                 batch, clock = self._draw()
@@ -237,12 +243,12 @@ class Worker:
                 raise error.at(len(taken)) from None
         return taken
 
-    def _train(self) -> list[tuple[float, int]]:
-        """The local steps of this round: (mean loss, rows) of each."""
-        taken: list[tuple[float, int]] = []
+    def _train(self) -> list[Local]:
+        """The local steps of this round."""
+        taken: list[Local] = []
         for _ in range(self._quota):
             batch, clock = self._draw()
-            (outputs,) = self.client.forward(batch, self.duty.seed, clock)
+            outputs = self.client.forward(batch, self.duty.seed, clock)
             try:
                 taken.append(self.client.learn(outputs, self._rate))
             except NonFiniteError as error:
@@ -257,11 +263,13 @@ class Worker:
                 if c.tail is None:
                     raise WireError("the server asks to evaluate a tail, which only clients of a U-shaped split have")
                 features = aligned(decode(body, d.returning, message.rows, d.down.plain))
-                given, codec = as_tuple(c.tail(features)), RAW
+                given, codec = as_tuple(c.tail(features))[:1], RAW
             else:
-                inputs = Crossing(tuple(d.samples.x.shape[1:]), d.samples.x.dtype)
-                (x,) = aligned(decode(body, [inputs], message.rows))
-                given, codec = as_tuple(c.lower(x)), RAW if message.part == "whole" else d.up.plain
+                inputs = [Crossing(tuple(x.shape[1:]), x.dtype) for x in d.samples.rows]
+                x = aligned(decode(body, inputs, message.rows))
+                given, codec = as_tuple(c.lower(x)), d.up.plain
+                if message.part == "whole":
+                    given, codec = given[:1], RAW
                 if message.part == "lower" and d.defences.active:
                     given = d.defences.evaluation(given, [d.index], message.start)
         return m.EvaluationRows(message.step, message.rows), encode(given, codec)

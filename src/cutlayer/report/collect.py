@@ -48,7 +48,7 @@ class StoredRun:
     @property
     def best(self) -> dict[str, Any]:
         """The evaluation with the best validation accuracy (the latest of equals), as in the run's own result."""
-        return max(self.evaluations, key=lambda e: (e["validation_accuracy"] or 0.0, e["round"]))
+        return max(self.evaluations, key=lambda e: (e["validation_score"] or 0.0, e["round"]))
 
 
 @dataclass(frozen=True)
@@ -214,8 +214,8 @@ def _measured(title: str, runs: list[StoredRun]) -> ResultRow:
     return ResultRow(
         title=title,
         seeds=[run.seed for run in used],
-        accuracy=accuracy(lambda run: float(run.evaluations[-1]["test_accuracy"])),
-        best_accuracy=accuracy(lambda run: float(run.best["test_accuracy"])),
+        accuracy=accuracy(lambda run: float(run.evaluations[-1]["test_score"])),
+        best_accuracy=accuracy(lambda run: float(run.best["test_score"])),
         steps=mean("steps") or 0.0,
         steps_per_second=mean("steps_per_second"),
         samples_per_second=mean("samples_per_second"),

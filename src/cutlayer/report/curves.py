@@ -204,14 +204,14 @@ def _panels(report: Report) -> list[Callable[[Axes, Report], None]]:
 def _accuracies(report: Report, x: Callable[[dict[str, float]], float]) -> list[_Curve]:
     """Test accuracy per entry; for a single run also validation accuracy and the worst client's."""
     if report.comparison:
-        return [_scores(e.runs, label, look, marker, x, "test_accuracy") for e, label, look, marker in _looks(report)]
+        return [_scores(e.runs, label, look, marker, x, "test_score") for e, label, look, marker in _looks(report)]
     runs = report.entries[0].runs
     last = runs[0].evaluations[-1]
-    kinds = [("test", (VERMILLION, "-"), "o", "test_accuracy")]
-    if last["validation_accuracy"] is not None:
-        kinds.append(("validation", (BLUE, "--"), "s", "validation_accuracy"))
-    if any(e["test_accuracy_worst"] != e["test_accuracy"] for e in runs[0].evaluations):
-        kinds.append(("test, worst client", (PALETTE["grey"], ":"), "v", "test_accuracy_worst"))
+    kinds = [("test", (VERMILLION, "-"), "o", "test_score")]
+    if last["validation_score"] is not None:
+        kinds.append(("validation", (BLUE, "--"), "s", "validation_score"))
+    if any(e["test_score_worst"] != e["test_score"] for e in runs[0].evaluations):
+        kinds.append(("test, worst client", (PALETTE["grey"], ":"), "v", "test_score_worst"))
     return [_scores(runs, label, look, marker, x, name) for label, look, marker, name in kinds]
 
 

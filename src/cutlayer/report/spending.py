@@ -38,7 +38,7 @@ def line(entry: ReportEntry) -> dict[str, str]:
 
 def reached(report: Report) -> dict[str, Any] | None:
     """What each entry takes to reach the accuracy that all reach at their best, rounded down to a whole percent."""
-    best = [max(e["test_accuracy"] for e in run.evaluations) for entry in report.entries for run in entry.runs]
+    best = [max(e["test_score"] for e in run.evaluations) for entry in report.entries for run in entry.runs]
     if len(report.entries) < 2 or min(map(len, (r.evaluations for e in report.entries for r in e.runs))) < 2:
         return None
     target = math.floor(100 * min(best) + 1e-9)
@@ -67,7 +67,7 @@ def _reached(entry: ReportEntry, target: float) -> dict[str, str]:
 
 def _first(run: StoredRun, target: float) -> dict[str, Any]:
     """The first evaluation of `run` with that test accuracy."""
-    return next(e for e in run.evaluations if e["test_accuracy"] >= target)
+    return next(e for e in run.evaluations if e["test_score"] >= target)
 
 
 def flops(value: float | None) -> str:

@@ -149,12 +149,12 @@ def read(folder: Path, config: RunConfig) -> Outcome:
     if (folder / DIVERGED).exists():
         return Outcome(chance, chance, chance, True, chance, evaluations, None)
     result = read_json(folder / RESULT)
-    if not evaluations or not {"best_test_accuracy", "test_accuracy"} <= set(result):
+    if not evaluations or not {"best_test_score", "test_score"} <= set(result):
         raise RunFolderError(f"{str(folder)!r} is damaged: remove that folder to have its run trained anew")
     return Outcome(
-        best=100 * result["best_test_accuracy"],
-        last=100 * result["test_accuracy"],
-        validation=100 * max(e["validation_accuracy"] or 0.0 for e in evaluations),
+        best=100 * result["best_test_score"],
+        last=100 * result["test_score"],
+        validation=100 * max(e["validation_score"] or 0.0 for e in evaluations),
         diverged=False,
         chance=chance,
         evaluations=evaluations,

@@ -139,9 +139,9 @@ def _data(findings: Findings, size: str) -> dict[str, Any]:
             "config": cell.config.model_dump(mode="json", include=cell.config.model_fields_set),
             "seeds": {
                 str(seed): {
-                    "best_test_accuracy": o.best,
-                    "test_accuracy": o.last,
-                    "best_validation_accuracy": o.validation,
+                    "best_test_score": o.best,
+                    "test_score": o.last,
+                    "best_validation_score": o.validation,
                     "diverged": o.diverged,
                 }
                 for seed, o in outcomes.of(cell).items()

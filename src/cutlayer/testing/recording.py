@@ -12,7 +12,7 @@ from cutlayer.server import Server
 from cutlayer.types import CutGradients, Smashed, TailGradients
 from cutlayer.verbs import CLIENT_VERBS, SERVER_VERBS
 
-_OPEN = frozenset({"samples", "shape", "holder"})
+_OPEN = frozenset({"samples", "masses", "shape", "holder"})
 """What an algorithm may look at besides: it moves nothing."""
 
 

@@ -19,7 +19,7 @@ from cutlayer.errors import WireError
 from cutlayer.models.parts import Crossing
 from cutlayer.wire.tensors import TYPES
 
-PROTOCOL = 3
+PROTOCOL = 4
 
 Count = Annotated[int, Meta(ge=0, le=(1 << 53))]
 Protocol = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
@@ -27,8 +27,9 @@ Size = Annotated[int, Meta(ge=0, le=(1 << 32) - 1)]
 Name = Annotated[str, Meta(max_length=256)]
 Text = Annotated[str, Meta(max_length=4096)]
 Factor = Annotated[float, Meta(ge=0, le=1e300)]  # not NaN
+Mass = Annotated[float, Meta(ge=0, le=1e300)]  # what rows count in a weighted mean: their number, if all count alike
 Shape = Annotated[list[Size], Meta(max_length=16)]
-LocalStep = tuple[float, Size]  # (mean loss, rows)
+LocalStep = tuple[float, Size, Mass]  # (mean loss, rows, what these count together)
 Scalar = bool | int | float | Text | None
 Option = (
     bool
@@ -102,13 +103,14 @@ class Terms(Struct):
 
 
 class Hello(Message, tag="Hello"):
-    """The first message: who the client is, and what it takes the run to be. It has `samples` training samples (n_k)
-    and a state after `step` steps (0: a fresh one).
+    """The first message: who the client is, and what it takes the run to be. It has `samples` training samples (n_k),
+    which count `mass` together, and a state after `step` steps (0: a fresh one).
     """
 
     client: Name
     terms: Terms
     samples: Count
+    mass: Mass
     step: Count = 0
     token: Text = ""
 
@@ -117,18 +119,21 @@ class Hello(Message, tag="Hello"):
 
 
 class SmashedUp(Message, tag="Smashed"):
-    """Answers Forward. Behind it: smashed data, each [R, s...], and the labels [R] if they were asked for."""
+    """Answers Forward. Behind it: smashed data, each [R, s...], and the targets [R, t...] if they were asked for."""
 
     step: Count
     rows: Size
 
 
 class TailUp(Message, tag="TailGradients"):
-    """Answers Tail: the mean loss over the rows. Behind it: dLoss/d(features), each [R, f...]."""
+    """Answers Tail: the mean loss over the rows, which count `mass` together. Behind it: dLoss/d(features), each
+    [R, f...].
+    """
 
     step: Count
     rows: Size
     loss: float
+    mass: Mass
 
 
 class Settled(Message, tag="Settled"):
@@ -138,7 +143,7 @@ class Settled(Message, tag="Settled"):
 
 
 class Fitted(Message, tag="Fitted"):
-    """Answers Fit and Learn: (mean loss, rows) of each local step."""
+    """Answers Fit and Learn: (mean loss, rows, what these count) of each local step."""
 
     step: Count
     losses: Annotated[list[LocalStep], Meta(max_length=1 << 16)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,8 @@ class Dirichlet(Partition):
 
     Drawn again, up to ten times, while a client remains without samples.
     """
+
+    by_class: ClassVar = True
 
     dirichlet_alpha: float = option(0.5, gt=0)
     """Label skew: small is skewed (0.1), large is iid (100)."""

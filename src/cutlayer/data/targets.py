@@ -1,0 +1,116 @@
+"""What targets mean: classes by name, classes by number, or quantities; and which of these the numbers look like."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+
+from cutlayer.data.unsplit import Array, Raw
+from cutlayer.errors import DataError
+
+Targets = Literal["class", "classes", "numbers"]
+"""One class per row, which may have a name; integers of any shape, taken as they are; numbers."""
+
+_MANY = 20  # classes: as many are no slip, if their rows are few
+_ROWS_PER_CLASS = 4
+
+
+def encoded(raw: Raw, targets: Targets) -> tuple[dict[str, Array], tuple[str, ...]]:
+    """The targets of every part, and the names of the K classes where there are some: classes as their ranks 0..K-1
+    among all labels, other integers as they are (int64), numbers as float32. Raises DataError.
+    """
+    if targets == "class":
+        return _ranks(raw)
+    change = _integers if targets == "classes" else _numbers
+    parts = {part: change(section.y, raw.name) for part, section in raw.parts().items()}
+    for part, values in parts.items():
+        if values.shape[1:] != parts["train"].shape[1:]:
+            raise DataError(
+                f"the targets of the {part} part of {raw.name} have shape {values.shape[1:]}, those of the training "
+                f"part {parts['train'].shape[1:]}: make them equal"
+            )
+    return parts, raw.class_names or ()
+
+
+def _ranks(raw: Raw) -> tuple[dict[str, Array], tuple[str, ...]]:
+    """The labels of every part as 0..K-1, and the names of the K classes."""
+    found = {part: words(samples.y, f"labels of {raw.name}") for part, samples in raw.parts().items()}
+    kinds = {values.dtype.kind in "UST" for values in found.values()}
+    if len(kinds) > 1:
+        raise DataError(f"the labels of {raw.name} are integers in one part and strings in another: use one kind")
+    present = np.unique(np.concatenate(list(found.values())))
+    if raw.class_names is not None:
+        last = len(raw.class_names) - 1
+        if present[0] < 0 or present[-1] > last:
+            raise DataError(f"{raw.name} has labels {present[0]} to {present[-1]}, expected 0 to {last}: fix them")
+        return {part: values.astype(np.int64) for part, values in found.items()}, raw.class_names
+    _refuse_quantity(raw, found["train"], len(present))
+    ranks = {part: np.searchsorted(present, values).astype(np.int64) for part, values in found.items()}
+    return ranks, tuple(value.decode() if isinstance(value, bytes) else str(value) for value in present)
+
+
+def words(values: Array, what: str) -> Array:
+    """`values` [n] as integers or strings, so that they can be sorted. Raises DataError if they are neither."""
+    if values.ndim == 2 and values.shape[1] == 1:
+        values = values[:, 0]
+    if values.ndim != 1:
+        raise DataError(f"the {what} have shape {values.shape}, expected [n]: for one-hot labels pass their argmax(1)")
+    if values.dtype.kind == "f":
+        odd = values[~(np.isfinite(values) & (values == np.round(values)))]
+        if len(odd):
+            raise DataError(
+                f"the {what} hold {odd[0]}, which names nothing: use integers or strings; for a quantity choose "
+                "--task regression"
+            )
+        return values.astype(np.int64)
+    if values.dtype.kind == "O" and all(isinstance(value, str) for value in values):
+        return values.astype(np.str_)
+    if values.dtype.kind not in "biuUST":
+        raise DataError(f"the {what} are of type {values.dtype}: use integers or strings")
+    return values
+
+
+def _refuse_quantity(raw: Raw, labels: Array, classes: int) -> None:
+    """Raises DataError where the labels look like measurements: numbers, most of them rare."""
+    if labels.dtype.kind in "iuf" and classes > _MANY and classes * _ROWS_PER_CLASS > len(labels):
+        raise DataError(
+            f"the labels of {raw.name} take {classes} different values in {len(labels)} rows, from {labels.min()} to "
+            f"{labels.max()}: for a quantity choose --task regression; if they do name classes, give class_names"
+        )
+
+
+def _integers(values: Array, name: str) -> Array:
+    if values.dtype.kind == "f" and np.isfinite(values).all() and (values == np.round(values)).all():
+        values = values.astype(np.int64)
+    if values.dtype.kind not in "biu":
+        raise DataError(
+            f"the targets of {name} are of type {values.dtype}: this task needs integers, one class for each place"
+        )
+    return values.astype(np.int64)
+
+
+def _numbers(values: Array, name: str) -> Array:
+    if values.dtype.kind == "O":
+        values = _as_floats(values)
+    if values.dtype.kind not in "biuf":
+        raise DataError(
+            f"the targets of {name} are of type {values.dtype}: this task needs numbers; for names choose --task "
+            "classification"
+        )
+    with np.errstate(over="ignore"):  # what overflows in float32 is reported below
+        found = values.astype(np.float32)
+    if not np.isfinite(found).all():
+        row = int(np.argwhere(~np.isfinite(found))[0][0])
+        raise DataError(
+            f"the targets of {name} are NaN or infinite (in float32) in row {row} (from 0): fill them in or remove "
+            "those rows"
+        )
+    return found
+
+
+def _as_floats(values: Any) -> Array:
+    try:
+        return np.asarray(values, np.float64)
+    except (TypeError, ValueError):
+        return np.asarray(values, np.str_)

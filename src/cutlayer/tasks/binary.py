@@ -1,0 +1,64 @@
+"""Binary classification: one score per row, the logit of the second class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from cutlayer.errors import ConfigError
+from cutlayer.plugins import option
+from cutlayer.tasks.judging import Judged, Metric
+from cutlayer.tasks.objective import Task, task
+
+
+def accuracy(judged: Judged) -> float:
+    """Fraction of the samples whose probability of the second class is on the right side of 0.5."""
+    return ((judged.predictions > 0.5) == (judged.targets > 0.5)).sum().item() / len(judged.targets)
+
+
+@task("binary", title="Binary classification", targets="class")
+class Binary(Task):
+    """Two classes and one score per row: cross entropy of the logit [R, 1] (or [R]) of the second class."""
+
+    primary: ClassVar = "accuracy"
+    metrics: ClassVar = {"accuracy": Metric(accuracy)}
+
+    positive_weight: float = option(1.0, gt=0)
+    """What the loss of a row of the second class is multiplied with."""
+
+    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Cross entropy of each row: [R]."""
+        return functional.binary_cross_entropy_with_logits(
+            outputs.view(len(targets)),
+            targets.to(outputs.dtype),
+            pos_weight=outputs.new_tensor(self.positive_weight) if self.positive_weight != 1 else None,
+            reduction="none",
+        )
+
+    def predictions(self, outputs: Tensor) -> Tensor:
+        """The probability of the second class: [n]."""
+        return torch.sigmoid(outputs.flatten())
+
+    def foreign(self, targets: Tensor, given: tuple[int, ...]) -> str:
+        """Other classes than the two."""
+        return "" if bool(((targets == 0) | (targets == 1)).all()) else "other classes than 0 and 1"
+
+    def width(self, targets: Tensor, classes: int) -> int:
+        """One score."""
+        return 1
+
+    def check_outputs(self, outputs: Tensor, targets: Tensor, names: Sequence[str]) -> None:
+        """Two classes, one score per row. Raises ConfigError."""
+        if len(names) != 2:
+            raise ConfigError(
+                f"the task binary needs two classes but the data have {len(names)}: choose the task classification"
+            )
+        if outputs.numel() != len(targets):
+            raise ConfigError(
+                f"the model turns {len(targets)} samples into {tuple(outputs.shape)}, not into [{len(targets)}, 1]: "
+                "return one score per sample, or choose the task classification"
+            )

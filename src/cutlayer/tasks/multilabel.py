@@ -1,0 +1,61 @@
+"""Multi-label classification: several yes-or-no targets per row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from cutlayer.errors import ConfigError
+from cutlayer.plugins import option
+from cutlayer.tasks.judging import Judged, Metric
+from cutlayer.tasks.objective import Task, task
+
+
+def accuracy(judged: Judged) -> float:
+    """Fraction of all labels of all samples that are right."""
+    return ((judged.predictions > 0.5) == (judged.targets > 0.5)).double().mean().item()
+
+
+@task("multilabel", title="Multi-label classification", targets="numbers")
+class Multilabel(Task):
+    """L labels per row, each 0 or 1: the mean of their binary cross entropies, from logits [R, L]."""
+
+    primary: ClassVar = "accuracy"
+    metrics: ClassVar = {"accuracy": Metric(accuracy)}
+
+    positive_weights: tuple[float, ...] = option(())
+    """What the loss of a label that is 1 is multiplied with: one number for all labels, or one for each."""
+
+    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The mean over a row's labels: [R]."""
+        weight = outputs.new_tensor(self.positive_weights) if self.positive_weights else None
+        each = functional.binary_cross_entropy_with_logits(outputs, targets, pos_weight=weight, reduction="none")
+        return each.flatten(1).mean(1)
+
+    def predictions(self, outputs: Tensor) -> Tensor:
+        """The probability of each label: [n, L]."""
+        return torch.sigmoid(outputs)
+
+    def width(self, targets: Tensor, classes: int) -> int:
+        """One score per label."""
+        return targets[:1].numel()
+
+    def check_outputs(self, outputs: Tensor, targets: Tensor, names: Sequence[str]) -> None:
+        """Scores shaped as the targets, which are 0 or 1. Raises ConfigError."""
+        if outputs.shape != targets.shape:
+            raise ConfigError(
+                f"the model gives {tuple(outputs.shape[1:])} per sample but there are {tuple(targets.shape[1:])} "
+                "labels: return one score per label"
+            )
+        odd = targets[(targets != 0) & (targets != 1)]
+        if odd.numel():
+            raise ConfigError(f"the targets hold {odd[0].item():g}, but a label is 0 or 1: choose the task regression")
+        if len(self.positive_weights) not in (0, 1, targets.shape[-1]):
+            raise ConfigError(
+                f"positive_weights has {len(self.positive_weights)} numbers but there are {targets.shape[-1]} labels: "
+                "give one, or one for each"
+            )

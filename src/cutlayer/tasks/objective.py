@@ -1,0 +1,144 @@
+"""What a task is: the loss of each row, what a row counts in the mean, and metrics. One task, one file.
+
+    @task("counts", title="Counts", targets="numbers")
+    class Counts(Task):
+        def losses(self, outputs, targets): ...
+
+The loss of a step is sum(w_i l_i) / sum(w_i) over its rows; a client's own mean loss is the same over its rows, so that
+all that algorithms do with means holds with weights. Where all rows count alike, w_i = 1 and nothing is multiplied.
+
+Shape legend: R rows, K classes (or numbers that the model gives per row), t... the shape of one row's target.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar, Literal, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from cutlayer import plugins
+from cutlayer.errors import ConfigError
+from cutlayer.plugins import Thing, option
+from cutlayer.tasks.judging import Judged, Metric, Value
+from cutlayer.types import Rows
+
+T = TypeVar("T", bound="type[Task]")
+
+Targets = Literal["class", "classes", "numbers"]
+"""What targets are: one class per row, which may have a name; integers of any shape, taken as they are; numbers."""
+
+
+class Task(Thing):
+    """Base of all tasks. Options are fields made by `plugins.option`."""
+
+    primary: ClassVar[str] = "loss"
+    """The metric that chooses the best evaluation; "loss" is always there."""
+    metrics: ClassVar[Mapping[str, Metric]] = {}
+    """How predictions are judged, by name."""
+
+    wants_scores: ClassVar[bool] = False
+    """Whether outputs are scores whose softmax are probabilities, so that a model must not take the softmax itself."""
+
+    auxiliary_weights: tuple[float, ...] = option(())
+    """Weights of the losses of the model's further outputs (auxiliary heads), in order. Default: only the first counts.
+    """
+
+    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The loss of each row: outputs [R, ...], targets [R, t...] -> [R]. The mean over what counts within a row."""
+        raise ConfigError(f"{type(self).__name__} has no losses(): write what each row's loss is")
+
+    def weights(self, targets: Tensor) -> Tensor | None:
+        """What each row counts in the mean: [R], not negative. None: all rows count alike."""
+        return None
+
+    def row_losses(self, outputs: Rows, targets: Tensor) -> Tensor:
+        """The loss of each row from all that the model gives, [R, ...] each: the first, and the weighted others."""
+        if len(self.auxiliary_weights) >= len(outputs):
+            raise ConfigError(
+                f"auxiliary_weights has {len(self.auxiliary_weights)} numbers, but the model gives {len(outputs) - 1} "
+                "outputs beside the first: give at most as many"
+            )
+        total = self.losses(outputs[0], targets)
+        for weight, output in zip(self.auxiliary_weights, outputs[1:], strict=False):
+            total = total + weight * self.losses(output, targets)
+        return total
+
+    def predictions(self, outputs: Tensor) -> Tensor:
+        """What metrics look at: outputs [n, ...] -> [n, ...]. By default the outputs themselves."""
+        return outputs
+
+    def scores(self, judged: Judged) -> dict[str, Value]:
+        """The metrics that are reported of a model."""
+        return {name: metric.of(judged) for name, metric in self.metrics.items() if metric.default}
+
+    @property
+    def maximise(self) -> bool:
+        """Whether more of the primary metric is better."""
+        return self.primary in self.metrics and self.metrics[self.primary].maximise
+
+    @property
+    def share(self) -> bool:
+        """Whether the primary metric is a fraction, shown in per cent."""
+        return self.primary in self.metrics and self.metrics[self.primary].share
+
+    def rank(self, score: float | None) -> tuple[bool, float]:
+        """A score of the primary metric as something that is larger where it is better; undefined ones are worst."""
+        defined = score is not None and math.isfinite(score)
+        return defined, (score or 0.0) * (1 if self.maximise else -1) if defined else 0.0
+
+    def width(self, targets: Tensor, classes: int) -> int:
+        """How many numbers a model gives per row (per place, where targets have places): what a model that is made for
+        the data is told as `classes`.
+        """
+        return classes
+
+    def fitted(self, targets: Tensor, classes: int) -> Self:
+        """The task as these training targets want it (class weights by their frequency). By default as it is."""
+        return self
+
+    def check_outputs(self, outputs: Tensor, targets: Tensor, names: Sequence[str]) -> None:
+        """Before training: do a model's outputs on a few rows fit their targets? `names` are those of the classes.
+
+        Raises ConfigError with value, reason and remedy. By default the losses are tried out.
+        """
+        try:
+            found = self.losses(outputs, targets)
+        except (RuntimeError, ValueError, IndexError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(
+                f"outputs of shape {tuple(outputs.shape)} do not fit targets of shape {tuple(targets.shape)} "
+                f"({reason}): choose another model or task"
+            ) from None
+        if found.shape != (len(targets),):
+            raise ConfigError(
+                f"the losses of {len(targets)} rows have shape {tuple(found.shape)}, not [{len(targets)}]: return one "
+                "number per row"
+            )
+
+    def foreign(self, targets: Tensor, given: tuple[int, ...]) -> str:
+        """What is wrong with targets [R, t...] that came from elsewhere, a clause; empty where nothing is. `given` is
+        the shape of what the model gives for a row.
+        """
+        if targets.is_floating_point() and not bool(torch.isfinite(targets).all()):
+            return "NaN or infinite numbers"
+        return ""
+
+    @property
+    def targets(self) -> Targets:
+        """What its targets are, as it was registered."""
+        kind: Targets = self.entry.facts["targets"]
+        return kind
+
+
+def task(name: str, *, targets: Targets, title: str = "", summary: str = "") -> Callable[[T], T]:
+    """Registers a `Task` under `name`. `targets`: what a data set's targets are to it."""
+    return plugins.register("task", name, title=title, summary=summary, targets=targets)
+
+
+def mean_of_counting(losses: Tensor, counts: Tensor) -> Tensor:
+    """The mean of `losses` [R, t...], weighted by `counts` [R, t...], over each row: [R]. 0 where nothing counts."""
+    total = counts.flatten(1).sum(1)
+    return (losses * counts).flatten(1).sum(1) / torch.where(total > 0, total, torch.ones_like(total))

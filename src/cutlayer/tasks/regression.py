@@ -1,0 +1,92 @@
+"""Regression: one or several quantities per row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+from torch import Tensor
+from torch.nn import functional
+
+from cutlayer.errors import ConfigError
+from cutlayer.plugins import option
+from cutlayer.tasks.judging import Judged, Metric
+from cutlayer.tasks.objective import Task, task
+
+
+def mae(judged: Judged) -> float:
+    """Mean absolute error."""
+    return (judged.predictions - judged.targets).abs().double().mean().item()
+
+
+def rmse(judged: Judged) -> float:
+    """Root of the mean squared error."""
+    error: float = (judged.predictions - judged.targets).double().square().mean().sqrt().item()
+    return error
+
+
+def r2(judged: Judged) -> float | None:
+    """1 - squared error / squared deviation from the mean, the mean over the quantities; None where one is constant."""
+    wanted = judged.targets.flatten(1).double()
+    around = (wanted - wanted.mean(0)).square().sum(0)
+    if not (around > 0).all():
+        return None
+    left = (wanted - judged.predictions.flatten(1).double()).square().sum(0)
+    return float((1 - left / around).mean())
+
+
+@task("regression", title="Regression", targets="numbers")
+class Regression(Task):
+    """Quantities: the mean over a row's numbers of their losses, outputs [R, t...] shaped as the targets."""
+
+    primary: ClassVar = "rmse"
+    metrics: ClassVar = {
+        "mae": Metric(mae, maximise=False, share=False),
+        "rmse": Metric(rmse, maximise=False, share=False),
+        "r2": Metric(r2, share=False),
+    }
+
+    loss: Literal["mse", "l1", "huber", "poisson"] = option("mse")
+    """The loss of a number: squared error, absolute error, Huber's (quadratic below huber_delta), or Poisson's (the
+    model gives the logarithm of a count)."""
+    huber_delta: float = option(1.0, gt=0)
+    """Where Huber's loss becomes linear."""
+
+    def check(self, given: frozenset[str]) -> None:
+        """huber_delta belongs to Huber's loss. Raises ConfigError."""
+        if "huber_delta" in given and self.loss != "huber":
+            raise ConfigError(
+                f"huber_delta = {self.huber_delta:g} has no effect with loss = {self.loss!r}: choose loss = huber, or "
+                "leave it out"
+            )
+
+    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The mean over a row's numbers: [R]."""
+        outputs, targets = outputs.flatten(1), targets.flatten(1)
+        if self.loss == "mse":
+            each = functional.mse_loss(outputs, targets, reduction="none")
+        elif self.loss == "l1":
+            each = functional.l1_loss(outputs, targets, reduction="none")
+        elif self.loss == "huber":
+            each = functional.huber_loss(outputs, targets, reduction="none", delta=self.huber_delta)
+        else:
+            each = functional.poisson_nll_loss(outputs, targets, log_input=True, reduction="none")
+        return each.mean(1)
+
+    def predictions(self, outputs: Tensor) -> Tensor:
+        """The quantities themselves."""
+        return outputs.exp() if self.loss == "poisson" else outputs
+
+    def width(self, targets: Tensor, classes: int) -> int:
+        """One number per quantity."""
+        return targets[:1].numel()
+
+    def check_outputs(self, outputs: Tensor, targets: Tensor, names: Sequence[str]) -> None:
+        """Outputs shaped as targets. Raises ConfigError."""
+        if outputs.flatten(1).shape != targets.flatten(1).shape:
+            raise ConfigError(
+                f"the model gives {tuple(outputs.shape[1:])} per sample but there are {tuple(targets.shape[1:])} "
+                "quantities: return one number for each"
+            )
+        if self.loss == "poisson" and (targets < 0).any():
+            raise ConfigError(f"the targets hold {targets.min().item():g}, but a count is 0 or more: choose loss = mse")

@@ -1,0 +1,65 @@
+"""Tokens: a class for each token of a sequence, or the next token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import ClassVar
+
+from torch import Tensor
+
+from cutlayer.errors import ConfigError
+from cutlayer.plugins import option
+from cutlayer.tasks.classification import OfClasses
+from cutlayer.tasks.judging import Judged, Metric
+from cutlayer.tasks.objective import mean_of_counting, task
+
+
+def perplexity(judged: Judged) -> float | None:
+    """exp of the mean loss of a token; None where it overflows."""
+    return math.exp(judged.loss) if judged.loss < 700 else None
+
+
+@task("tokens", title="Tokens", targets="classes")
+class TokenPrediction(OfClasses):
+    """A class for each token: the mean cross entropy of scores [R, T, K] with targets [R, T] over the tokens that
+    count. A row counts as many as its tokens that count, so that the loss is the mean over all tokens.
+    """
+
+    primary: ClassVar = "perplexity"
+    scores_axis: ClassVar = -1
+    metrics: ClassVar = {"perplexity": Metric(perplexity, maximise=False, share=False)}
+
+    ignore_index: int | None = option(-100)
+    """A target that does not count: tokens of the prompt, padding."""
+    next_token: bool = option(False)
+    """The targets are the inputs themselves, and a place is judged by the token after it: scores 0 to T - 2 against
+    targets 1 to T - 1."""
+
+    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The mean over a row's tokens that count: [R]."""
+        scores, wanted = self._aligned(outputs, targets)
+        each, counts = self.entropies(scores.transpose(1, 2), wanted), self.counts(wanted)
+        return each.mean(1) if counts is None else mean_of_counting(each, counts.to(each.dtype))
+
+    def weights(self, targets: Tensor) -> Tensor | None:
+        """What a row's tokens count together: [R]."""
+        counts = self.counts(targets[:, 1:] if self.next_token else targets)
+        return None if counts is None else counts.sum(1)
+
+    def predictions(self, outputs: Tensor) -> Tensor:
+        """The token with the largest score: [n, T]."""
+        return outputs.argmax(2)
+
+    def check_outputs(self, outputs: Tensor, targets: Tensor, names: Sequence[str]) -> None:
+        """Scores [R, T, K] for targets [R, T]. Raises ConfigError."""
+        if outputs.dim() != 3 or outputs.shape[:2] != targets.shape:
+            raise ConfigError(
+                f"the model gives {tuple(outputs.shape[1:])} per sample but its target is {tuple(targets.shape[1:])}: "
+                "return scores [tokens, classes] for targets [tokens]"
+            )
+        scores, wanted = self._aligned(outputs, targets)
+        self.check_classes(scores.shape[2], wanted, names)
+
+    def _aligned(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return (outputs[:, :-1], targets[:, 1:]) if self.next_token else (outputs, targets)
