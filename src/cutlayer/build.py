@@ -342,7 +342,7 @@ def own_source(config: RunConfig, path: str) -> Source:
         data_format=config.data_format,
         class_names=config.class_names,
         targets=config.thing("task", config.task).targets,
-        **{k: v for k, v in _reading_options(config).items() if k != "client_column"},
+        **_reading_options(config),
     )
 
 

@@ -83,6 +83,9 @@ class CommonKeywords(TypedDict, total=False):
     loss: Literal["mse", "l1", "huber", "poisson"]
     huber_delta: float
     next_token: bool
+    columns: tuple[str, ...]
+    ignore_columns: tuple[str, ...]
+    impute: Literal["mean", "median", "zero"] | None
     dirichlet_alpha: float
     quantity: Literal["linear", "square", "exponential"]
     shards_per_client: int

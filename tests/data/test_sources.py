@@ -414,9 +414,11 @@ def test_csv_that_cannot_be_read(tmp_path: Path) -> None:
     path = table(tmp_path, PEOPLE)
     refused(lambda: load(path, label_column="lable"), "'lable'", "did you mean 'label'?", "age, weight", "label_column")
     refused(lambda: load(path, client_column="whom"), "'whom'", "did you mean 'who'?", "client_column")
-    refused(lambda: load(path), "'who'", "not numeric", "line 2", "'user0'")
     changed = [*PEOPLE[:5], [5, "", "user1", "no"], *PEOPLE[6:]]
     refused(lambda: load(table(tmp_path, changed), client_column="who"), "'weight'", "line 7", "empty", "fill it in")
+    refused(lambda: load(table(tmp_path, changed), client_column="who"), "ignore_columns", "impute (mean")
+    changed = [*PEOPLE[:5], [5, "1 kg", "user1", "no"], *PEOPLE[6:]]
+    refused(lambda: load(table(tmp_path, changed)), "'weight'", "not numeric", "line 7", "'1 kg'", "ignore_columns")
     changed = [*PEOPLE[:5], [5, "nan", "user1", "no"], [6, "inf", "user1", "no"], *PEOPLE[7:]]
     refused(lambda: load(table(tmp_path, changed), client_column="who"), "2 values", "row 5", "'weight'", "fill")
     changed = [*PEOPLE[:5], [5, 1, "user1", ""]]
@@ -424,7 +426,7 @@ def test_csv_that_cannot_be_read(tmp_path: Path) -> None:
     changed = [*PEOPLE[:5], [5, 1, "user1"]]
     refused(lambda: load(table(tmp_path, changed), client_column="who"), "line 7", "3 fields", "4")
     path = table(tmp_path, PEOPLE)
-    refused(lambda: load(path, client_column="who", label_column="weight"), "0.14", "whole number", "line 3")
+    refused(lambda: load(path, client_column="who", label_column="weight"), "0.14", "names nothing")
     refused(lambda: load(table(tmp_path, [])), "people.csv", "no rows")
     refused(lambda: load(table(tmp_path, PEOPLE, "age,age,who,label")), "'age' twice", "rename")
     refused(lambda: load(table(tmp_path, [["a"], ["b"]], "label")), "no feature column")
@@ -435,6 +437,173 @@ def test_csv_that_cannot_be_read(tmp_path: Path) -> None:
     refused(lambda: load(path), "people.csv", "UTF-8")
     (tmp_path / "people.csv").write_text("")
     refused(lambda: load(path), "people.csv", "no rows")
+
+
+@pytest.mark.parametrize("name", ["people.csv", "people.tsv", "PEOPLE.CSV", "people.csv.gz", "people.tsv.gz"])
+def test_csv_by_its_name_packed_or_not(tmp_path: Path, name: str) -> None:
+    plain = Path(table(tmp_path, PEOPLE, separator="\t" if ".tsv" in name else ",")).read_bytes()
+    (tmp_path / "people.csv").unlink()
+    (tmp_path / name).write_bytes(gzip.compress(plain) if name.endswith(".gz") else plain)
+    source = load(str(tmp_path / name), client_column="who")
+    disjoint(source, 50)
+    assert source.name.lower() == "people"
+    assert source.preprocessing["columns"] == [{"name": "age"}, {"name": "weight"}]
+
+
+def test_csv_that_is_packed_badly(tmp_path: Path) -> None:
+    packed = gzip.compress(Path(table(tmp_path, PEOPLE)).read_bytes())
+    (tmp_path / "x.csv.gz").write_bytes(packed[:-20])
+    refused(lambda: load(str(tmp_path / "x.csv.gz")), "x.csv.gz", "gzip", "copy it again")
+    (tmp_path / "x.csv.gz").write_bytes(b"age,label")
+    refused(lambda: load(str(tmp_path / "x.csv.gz")), "x.csv.gz", "gzip", "copy it again")
+
+
+@pytest.mark.parametrize(
+    ("header", "separator", "feature"),
+    [
+        ('"temp (min;mean;max)",label', ",", "temp (min;mean;max)"),
+        ('"income, gross, EUR";label', ";", "income, gross, EUR"),
+        ("temp (min;mean;max),label", ",", "temp (min;mean;max)"),
+        ('"a\tb\tc\td",label', ",", "a\tb\tc\td"),
+    ],
+)
+def test_csv_separators_within_names_do_not_count(tmp_path: Path, header: str, separator: str, feature: str) -> None:
+    rows = "".join(f"{n}.5{separator}{'ab'[n % 2]}\n" for n in range(20))
+    (tmp_path / "odd.csv").write_text(f"{header}\n{rows}")
+    source = load(str(tmp_path / "odd.csv"))
+    assert source.preprocessing["columns"] == [{"name": feature}]
+    assert source.class_names == ("a", "b")
+
+
+def test_csv_decimal_commas_are_numbers_where_another_separator_divides(tmp_path: Path) -> None:
+    rows = [[f"{n},5", ["yes", "no"][n % 2]] for n in range(20)]
+    source = load(table(tmp_path, rows, "x,label", ";"), validation=0, test=1)
+    assert source.train.x.shape[1:] == (1,)
+    values = torch.cat([source.train.x, source.test.x])[:, 0].sort().values
+    assert torch.allclose(values.diff(), values.diff()[0], atol=1e-5)
+
+
+def test_csv_owners_keep_their_names(tmp_path: Path) -> None:
+    owners = ["01", "1", "10", "1e1", "1E1", "2023_01", "202301"]
+    rows = [[n, owners[n % 7], "ab"[n // 7 % 2]] for n in range(70)]
+    source = load(table(tmp_path, rows, "x,site,label"), client_column="site")
+    assert source.owner_names == ("01", "1", "10", "1E1", "1e1", "202301", "2023_01")
+    assert source.client_column is not None
+    assert len(torch.unique(source.client_column)) == 7
+    plain = load(
+        table(tmp_path, [[n, 9 + n % 3, "ab"[n % 2]] for n in range(60)], "x,site,label"), client_column="site"
+    )
+    assert plain.owner_names == ("9", "10", "11")  # all are written as integers: in their order
+
+
+def test_csv_labels_keep_their_names(tmp_path: Path) -> None:
+    names = ["01", "1", "1e1"]
+    source = load(table(tmp_path, [[n, names[n % 3]] for n in range(60)], "x,label"))
+    assert source.class_names == ("01", "1", "1e1")
+    source = load(table(tmp_path, [[n, f"{n % 3}.0"] for n in range(60)], "x,label"))
+    assert source.class_names == ("0", "1", "2")  # as pandas writes integers once a value was missing
+
+
+def test_csv_index_that_pandas_saved_is_not_a_feature(tmp_path: Path) -> None:
+    for first in ("", "Unnamed: 0"):
+        rows = [[n, n * n / 7, "ab"[n // 30]] for n in range(60)]
+        source = load(table(tmp_path, rows, f"{first},noise,label"))
+        assert source.preprocessing["columns"] == [{"name": "noise"}]
+        assert f"ignored the column {first!r} (a saved index)" in source.account
+    named = [[f"patient {n}", n * n / 7, "ab"[n // 30]] for n in range(60)]
+    assert load(table(tmp_path, named, ",noise,label")).preprocessing["columns"] == [{"name": "noise"}]
+    counted = [[60 - n, n * n / 7, "ab"[n // 30]] for n in range(60)]  # a name that pandas gives, but no count
+    assert len(load(table(tmp_path, counted, "Unnamed: 0,noise,label")).preprocessing["columns"]) == 2
+    refused(lambda: load(table(tmp_path, counted, "noise,,label")), "column 2", "no name")
+    trailing = [[n, "ab"[n % 2], ""] for n in range(60)]
+    assert "ignored the column '' (empty)" in load(table(tmp_path, trailing, "noise,label,")).account
+
+
+def test_csv_columns_can_be_chosen(tmp_path: Path) -> None:
+    path = table(tmp_path, PEOPLE)
+    assert load(path, columns=("weight",)).preprocessing["columns"] == [{"name": "weight"}]
+    chosen = load(path, columns=("weight", "age"))
+    assert [c["name"] for c in chosen.preprocessing["columns"]] == ["weight", "age"]
+    ignoring = load(path, ignore_columns=("age", "who"))
+    assert ignoring.preprocessing["columns"] == [{"name": "weight"}]
+    assert "ignored the columns 'age', 'who'" in ignoring.account
+    refused(lambda: load(path, columns=("wieght",)), "'wieght'", "did you mean 'weight'?", "set columns")
+    refused(lambda: load(path, ignore_columns=("whom",)), "'whom'", "did you mean 'who'?", "set ignore_columns")
+    refused(lambda: load(path, columns=("label",)), "'label'", "is the label_column", error=ConfigError)
+    refused(lambda: load(path, ignore_columns=("age", "weight", "who")), "no feature column")
+    both = {"columns": ("age",), "ignore_columns": ("who",)}
+    refused(lambda: load(path, **both), "exclude each other", error=ConfigError)  # type: ignore[arg-type]
+
+
+def test_csv_identifiers_are_remarked_on(tmp_path: Path) -> None:
+    rows = [[1000 - n, 7 + n % 3, n % 5, n / 7, f"s{n % 3}", "ab"[n // 30]] for n in range(60)]
+    path = table(tmp_path, rows, "patient_id,site_id,ward,noise,site,label")
+    account = load(path, client_column="site").account
+    assert "'patient_id' has another whole number in every row: if it is an identifier" in account
+    assert "'site_id' is the same in all rows of an owner: if it is an identifier" in account
+    assert "'ward'" not in account
+    assert "'noise'" not in account
+    left = load(path, client_column="site", ignore_columns=("patient_id", "site_id")).account
+    assert "identifier" not in left
+
+
+def test_csv_of_one_client_may_have_the_client_column_or_not(tmp_path: Path) -> None:
+    mine = [[n, "Bonn", "ab"[n % 2]] for n in range(20)]
+    for path in (
+        table(tmp_path, mine, "x,site,label"),
+        table(tmp_path, [[n, label] for n, _, label in mine], "x,label"),
+    ):
+        source = load_whole(path, client_column="site")
+        assert source.preprocessing["columns"] == [{"name": "x"}]
+        assert source.client_column is None
+    np.savez(tmp_path / "mine.npz", x=np.ones((4, 2)), y=[0, 1, 0, 1])
+    assert len(load_whole(str(tmp_path / "mine.npz"), client_column="site").train) == 4
+
+
+def test_csv_text_becomes_categories(tmp_path: Path) -> None:
+    rows = [[["red", "blue", "green"][n % 3], n, "ab"[n % 2]] for n in range(60)]
+    source = load(table(tmp_path, rows, "colour,n,label"), validation=0)
+    assert source.preprocessing["columns"] == [
+        {"name": "colour", "categories": ["blue", "green", "red"]},
+        {"name": "n"},
+    ]
+    assert "one column of 0 and 1 for each category of 'colour' (3)" in source.account
+    hot, n = source.train.x[:, :3], source.train.x[:, 3]
+    assert set(hot.flatten().tolist()) == {0, 1}
+    assert torch.all(hot.sum(1) == 1)
+    assert abs(float(n.mean())) < 1e-6
+    order = torch.cat([source.train.x, source.test.x])
+    order = order[order[:, 3].argsort()]
+    assert order[:6, :3].argmax(1).tolist() == [2, 0, 1, 2, 0, 1]
+    names = [[f"name {n}", n, "ab"[n % 2]] for n in range(60)]
+    refused(lambda: load(table(tmp_path, names, "who,n,label")), "'who'", "60 different values", "ignore_columns")
+
+
+def test_csv_missing_values_are_filled_in_if_asked(tmp_path: Path) -> None:
+    values = [1.0, 2.0, 3.0, 100.0] * 15
+    rows: list[list[object]] = [[v, ["red", "blue"][n % 2], "ab"[n % 2]] for n, v in enumerate(values)]
+    for row, text in ((7, ""), (11, "NA"), (13, "?")):
+        rows[row] = [text, "red", "ab"[row % 2]]
+    rows[20] = [5.0, "", "a"]
+    path = table(tmp_path, rows, "x,colour,label")
+    refused(lambda: load(path), "'x'", "line 9", "empty", "impute (mean, median or zero)")
+    refused(lambda: load(path, impute="mode"), "'mode'", error=ConfigError)
+    for impute, wanted in (("mean", np.nanmean), ("median", np.nanmedian), ("zero", lambda x: 0.0)):
+        source = load(path, impute=impute, validation=0)
+        conversion = source.preprocessing["conversion"]
+        train = source.train.x[:, 0].double() * conversion["std"][0] + conversion["mean"][0]
+        filled = conversion["fill"][0]
+        known = train[(train - filled).abs() > 1e-3].numpy()
+        if impute == "mean":
+            assert abs(filled - wanted(known)) < 1e-4
+        elif impute == "zero":
+            assert filled == 0
+        else:
+            assert filled in (2.0, 2.5, 3.0)
+        both = torch.cat([source.train.x, source.test.x])
+        assert int((both[:, 1:].sum(1) == 0).sum()) == 1  # the row without a colour is in no category
+    empty = [["", n, "ab"[n % 2]] for n in range(20)]
+    refused(lambda: load(table(tmp_path, empty, "x,n,label"), impute="mean"), "'x'", "no value", "ignore_columns")
 
 
 # --- idx ---------------------------------------------------------------------------------------------------------
@@ -623,6 +792,36 @@ def test_huggingface_parquet(tmp_path: Path) -> None:
 
 
 @needs_datasets
+def test_huggingface_index_that_pandas_saved_is_not_a_feature(tmp_path: Path) -> None:
+    import pandas
+
+    noise = [n * n / 7 for n in range(60)]
+    frame = pandas.DataFrame({"noise": noise, "label": ["ab"[n // 30] for n in range(60)]})
+    frame.set_index(pandas.Index([(7 * n) % 60 for n in range(60)])).to_parquet(tmp_path / "a.parquet")
+    frame.set_index(pandas.Index([100 + (7 * n) % 60 for n in range(60)], name="patient")).to_parquet(
+        tmp_path / "b.parquet"
+    )
+    for file, column in (("a", "__index_level_0__"), ("b", "patient")):
+        source = load(str(tmp_path / f"{file}.parquet"))
+        assert source.preprocessing["columns"] == [{"name": "noise"}]
+        assert f"ignored the column {column!r} (a saved index)" in source.account
+
+
+@needs_datasets
+def test_huggingface_text_becomes_categories_and_columns_can_be_chosen() -> None:
+    source = from_dataset(hugging())
+    assert [c["name"] for c in source.preprocessing["columns"]] == ["a", "b", "who"]
+    assert source.train.x.shape[1] == 5
+    assert from_dataset(hugging(), columns=["b"]).train.x.shape[1] == 1
+    assert from_dataset(hugging(), ignore_columns=["who"]).train.x.shape[1] == 2
+    holed = datasets.Dataset.from_dict({"x": [1.0, None, 3.0, 5.0] * 5, "label": [0, 1] * 10})
+    source = from_dataset(holed, impute="zero", validation=0)
+    assert source.preprocessing["conversion"]["fill"] == [0.0]
+    days = datasets.Dataset.from_dict({"x": [1.0] * 20, "day": [b"1"] * 20, "label": [0, 1] * 10})
+    refused(lambda: from_dataset(days), "'day'", "neither a number nor a text", "ignore_columns")
+
+
+@needs_datasets
 @pytest.mark.parametrize("parquet", [False, True])
 def test_huggingface_pictures_and_class_labels(tmp_path: Path, parquet: bool) -> None:
     features = datasets.Features(
@@ -682,7 +881,7 @@ def test_huggingface_that_cannot_be_read(tmp_path: Path) -> None:
     dataset = hugging()
     refused(lambda: from_dataset(dataset, label_column="lable"), "'lable'", "did you mean 'label'?", "label_column")
     refused(lambda: from_dataset(dataset, client_column="whom"), "'whom'", "did you mean 'who'?", "client_column")
-    refused(lambda: from_dataset(dataset.remove_columns(["a", "b"])), "no input column", "who")
+    refused(lambda: from_dataset(dataset.remove_columns(["a", "b", "who"])), "no input column", "text column")
     labels = [n % 2 for n in range(4)]
     two = datasets.Dataset.from_dict({"x": [[1, 2]] * 4, "z": [[1, 2]] * 4, "label": labels})
     refused(lambda: from_dataset(two), "x, z", "remove_columns")

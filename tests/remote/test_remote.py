@@ -14,7 +14,7 @@ import torch
 from support import ALGORITHMS, difference  # type: ignore[import-not-found]
 
 from cutlayer import Run, checkpoint
-from cutlayer.build import assemble
+from cutlayer.build import assemble, own_source
 from cutlayer.cohort import draw_participants
 from cutlayer.data import load_whole
 from cutlayer.errors import (
@@ -678,6 +678,36 @@ def test_a_client_with_data_of_its_own(tmp_path: Path) -> None:
 
     training, _, greet = remote_training(config, hub, [0] * 3, ready=ready)
     assert [r.loss for r in Run(config, training=training)] == [r.loss for r in Run(config)]
+
+
+def test_classes_and_columns_are_compared_by_name(tmp_path: Path) -> None:
+    """A site whose file lacks a class would count the others otherwise; one with other columns would mix them up."""
+
+    def write(name: str, header: str, labels: str) -> str:
+        rows = "".join(f"{n}.5,{n % 7}.25,{labels[n % len(labels)]}\n" for n in range(60))
+        (tmp_path / name).write_text(f"{header},label\n{rows}", encoding="utf-8")
+        return str(tmp_path / name)
+
+    path = write("all.csv", "age,weight", "abc")
+    options = {"algorithm": "psl", "model": "mlp", "data": path, "clients": 2, "test": 6, "validation": 6}
+    config = RunConfig.of({**SMALL, **options})
+
+    def answer(config: RunConfig, path: str) -> m.Welcome | m.Refused:
+        worker = worker_of(config, 1, name="client-1", own=own_source(config, path))
+        _, _, greet = remote_training(config, Passing({}), [0] * 2)
+        return greet(worker.hello(), 1)
+
+    few = write("few.csv", "age,weight", "bc")
+    refused = answer(config, few)
+    assert isinstance(refused, m.Refused)
+    assert refused.reason == "step"
+    assert "is b, c for the client and a, b, c for the server: set class_names" in refused.sentence
+    named = RunConfig.of({**config.model_dump(include=set(config.given)), "class_names": ["a", "b", "c"]})
+    assert isinstance(answer(named, few), m.Welcome)
+    refused = answer(config, write("other.csv", "weight,age", "abc"))
+    assert isinstance(refused, m.Refused)
+    assert "is weight, age for the client and age, weight for the server" in refused.sentence
+    assert "ignore_columns" in refused.sentence
 
 
 def test_labels_that_nobody_knows(tmp_path: Path) -> None:

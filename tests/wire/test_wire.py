@@ -532,6 +532,12 @@ def changed(**fields: Any) -> m.Terms:
         ("batch", 5, "step", "batch is 5 for the client and 4 for the server"),
         ("options", {"alpha": "2.0"}, "step", "alpha is 2.0 for the client and 1.0 for"),
         ("options", {"alpha": "1.0", "beta": "3"}, "step", "beta is 3 for the client and not known for"),
+        (
+            "options",
+            {"alpha": "1.0", "class_names": "b, c"},
+            "step",
+            r"b, c for the client and not known .* class_names",
+        ),
         ("up", "int8", "codec", "codec of what goes up is int8 for the client and raw for"),
         ("down", "top-k:0.1", "codec", "codec of what comes down is top-k:0.1 for"),
     ],

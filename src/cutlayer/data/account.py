@@ -28,7 +28,8 @@ def account(raw: Raw, source: Source) -> str:
 
 def _contents(raw: Raw, source: Source) -> str:
     rows = sum(len(part.y) for part in raw.parts().values())
-    shape = f"{len(raw.columns)} columns" if raw.columns else "x".join(map(str, raw.train.x.shape[1:]))
+    columns = f"{len(raw.columns)} column{'s' if len(raw.columns) > 1 else ''}"
+    shape = columns if raw.columns else "x".join(map(str, raw.train.x.shape[1:]))
     classes = f" in {len(source.class_names)} classes" if source.class_names else ""
     return f"{raw.name}: {rows} {raw.rows} ({shape}){classes}"
 

@@ -76,7 +76,9 @@ def finished_whole(raw: Raw, targets: Targets = "class") -> Source:
     _check(raw)
     y, class_names = encoded(raw, targets)
     if targets == "class" and len(class_names) < 2:
-        _refuse_single(raw, class_names[0])
+        raise DataError(
+            f"{raw.name} has one class only, {class_names[0]}: name all classes of the run, in order, with class_names"
+        )
     convert = Conversion.of(raw, np.arange(len(y["train"])))
     whole = Samples(convert(raw.train.x), torch.from_numpy(y["train"]))
     preprocessing = _preprocessing(raw, convert, class_names)

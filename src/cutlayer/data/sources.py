@@ -3,9 +3,12 @@
 What happens to the inputs, whatever their source:
 - 8-bit inputs are scaled to [0, 1]; idx files (Fashion-MNIST too) to [-1, 1], as (x/255 - 0.5)/0.5;
 - floating point inputs and booleans become float32 and are otherwise taken as they are;
-- other integers stay integers (int64): they are tokens;
-- the columns of a table (CSV, or numeric columns of a Hugging Face data set) are standardised by the mean and the
-  standard deviation of the training part; a column that is constant there becomes 0.
+- other integers stay integers (int64): a model that embeds them takes them as tokens, any other as numbers;
+- 16-bit pictures are scaled to [0, 1] too;
+- the numbers of a table (CSV, or a Hugging Face data set without pictures, arrays or lists) are standardised by the
+  mean and the standard deviation of the training part; a column that is constant there becomes 0;
+- the text of a table becomes one column of 0 and 1 for each category;
+- missing values of a table are an error, unless `impute` says what to fill in.
 
 What happens to the targets: where a row has one class, integers or words are mapped to their rank 0..K-1 among all
 labels, and keep their names; other integers stay as they are (int64), and numbers become float32.
@@ -33,6 +36,7 @@ from cutlayer import plugins
 from cutlayer.data.finish import finished, finished_whole, named
 from cutlayer.data.formats import detect, find_format, no_effect
 from cutlayer.data.formats.huggingface import Huggingface, from_huggingface
+from cutlayer.data.formats.reader import Columns
 from cutlayer.data.own import own_code
 from cutlayer.data.pairs import from_pairs
 from cutlayer.data.samples import Source
@@ -66,9 +70,10 @@ def load(
     arrays that `from_arrays` takes, or a data set that `from_dataset` takes.
 
     `data_format` is the name of a format (npz, csv, idx, images, huggingface, or an entry point), `file.py:name` of a
-    `Format`, or auto. `options` are those of the format or of the function: `label_column` and `client_column` of CSV
-    and Hugging Face data. An .npz file has its owners in an array `client` (or `client_train`). `class_names`: all
-    labels in order, where the data may lack some. Inputs come as [n, ...]: pictures [n, c, h, w], tables [n, columns].
+    `Format`, or auto. `options` are those of the format or of the function: `label_column`, `client_column`, `columns`,
+    `ignore_columns` and `impute` of CSV and Hugging Face data. An .npz file has its owners in an array `client` (or
+    `client_train`). `class_names`: all labels in order, where the data may lack some. Inputs come as [n, ...]: pictures
+    [n, c, h, w], tables [n, columns].
 
     `given` are the options that the user gave: `validation` or `test` among them is an error if the data bring that
     part. `targets`: what the targets are, as a task says: one class per row ("class"), integers of any shape
@@ -96,7 +101,7 @@ def load_whole(
 
     Data of one class need `class_names`. Raises DataError and ConfigError as `load` does.
     """
-    found = _read(data, data_format, options)
+    found = _read(data, data_format, options, alone=True)
     if isinstance(found, Source):
         whole = _of_classes(found, class_names)
         return dataclasses.replace(whole, validation=whole.train[:0], test=whole.train[:0], client_column=None)
@@ -155,6 +160,9 @@ def from_dataset(
     test_dataset: Any = None,
     label_column: str = "label",
     client_column: str | None = None,
+    columns: Sequence[str] = (),
+    ignore_columns: Sequence[str] = (),
+    impute: str | None = None,
     validation: float = 0.1,
     test: float = 0.2,
     seed: int = 0,
@@ -165,10 +173,16 @@ def from_dataset(
     """A map-style `torch.utils.data.Dataset` of pairs (x, label), or a local `datasets.Dataset` (or DatasetDict).
 
     x may be a tensor, an array, a number, or a picture (PIL). All items are read once, and kept in memory.
-    `test_dataset`, of the same kind: the test set (`test` is then ignored). `label_column` and `client_column` are of
+    `test_dataset`, of the same kind: the test set (`test` is then ignored). What concerns columns is of
     `datasets.Dataset` only. `given` is as for `load`. Raises DataError and ConfigError as `load` does.
     """
-    values = {"label_column": label_column, "client_column": client_column}
+    values = {
+        "label_column": label_column,
+        "client_column": client_column,
+        "columns": tuple(columns),
+        "ignore_columns": tuple(ignore_columns),
+        "impute": impute,
+    }
     defaults = Huggingface.entry.defaults
     options = {option: value for option, value in values.items() if value != defaults[option]}
     raw = _raw_of_dataset(name, dataset, test_dataset, options)
@@ -179,19 +193,20 @@ def from_dataset(
 # From a name, a path or a function
 
 
-def _read(data: str, data_format: str, options: Mapping[str, Any]) -> Raw | Source:
-    """What a reader or a function finds. Raises DataError, ConfigError."""
+def _read(data: str, data_format: str, options: Mapping[str, Any], *, alone: bool = False) -> Raw | Source:
+    """What a reader or a function finds; `alone`: in the data of one client. Raises DataError, ConfigError."""
     if data_format != "auto":
         plugins.find("format", data_format)  # an unknown name is an error now
     path = Path(data).expanduser()
     if plugins.known("data", data) or (plugins.is_reference(data) and not path.exists()):
-        return _from_function(data, data_format, options)
+        theirs = {name: value for name, value in options.items() if not (alone and name == "client_column")}
+        return _from_function(data, data_format, theirs)
     if not path.exists():
         raise DataError(
             f"{unknown('data set', data, plugins.names('data'))}; there is no file or folder of that name "
             "either; a function of your own is path/to/file.py:name"
         )
-    return _from_path(path, detect(path) if data_format == "auto" else data_format, options)
+    return _from_path(path, detect(path) if data_format == "auto" else data_format, options, alone=alone)
 
 
 def _from_function(data: str, data_format: str, options: Mapping[str, Any]) -> Raw | Source:
@@ -205,8 +220,12 @@ def _from_function(data: str, data_format: str, options: Mapping[str, Any]) -> R
         return _taken(function(**own), data.rpartition(":")[2], what, others)
 
 
-def _from_path(path: Path, data_format: str, options: Mapping[str, Any]) -> Raw | Source:
+def _from_path(path: Path, data_format: str, options: Mapping[str, Any], *, alone: bool) -> Raw | Source:
+    if alone and "client_column" not in plugins.find("format", data_format).option_names:
+        options = {name: value for name, value in options.items() if name != "client_column"}
     reader = find_format(data_format, options)
+    if alone and isinstance(reader, Columns):
+        reader = reader.alone()
     what = f"data of the format {data_format!r}"
     with own_code(reader, f"reading {what}"), _readable(str(path), what):
         return _taken(reader.read(path), path.stem, what, {})
@@ -286,8 +305,7 @@ def _raw_of_dataset(name: str, dataset: Any, test_dataset: Any, options: Mapping
         splits = dict(dataset) if isinstance(dataset, dict) else {"train": dataset}
         if test_dataset is not None:
             splits["test"] = test_dataset
-        columns = Huggingface.of(options)
-        return from_huggingface(splits, name, columns.label_column, columns.client_column)
+        return from_huggingface(splits, name, Huggingface.of(options))
     for option in sorted(options):
         raise ConfigError(no_effect(option, options[option], "a data set of pairs (x, label)"))
     tested = None if test_dataset is None else from_pairs(test_dataset, "test data set")

@@ -6,7 +6,8 @@ its share of the data, or data of its own, and its part of the model; the rest i
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableSequence
+import hashlib
+from collections.abc import Callable, MutableSequence, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -187,7 +188,23 @@ def shared_options(p: Prepared) -> dict[str, str]:
         things |= {o.name: getattr(config, o.name) for o in entry.options if o.shared}
         if code := plugins.fingerprint(kind, reference):
             things[f"code of the {plugins.KINDS[kind].word}"] = code
-    return {name: str(value) for name, value in {**common, **things}.items()}
+    return {name: str(value) for name, value in {**common, **things}.items()} | _named(p.source)
+
+
+def _named(source: Source) -> dict[str, str]:
+    """What numbers stand for in the data: the names of the classes and of the columns, as far as they are known."""
+    columns = [
+        "|".join([column["name"], *column.get("categories", ())]) for column in source.preprocessing.get("columns", ())
+    ]
+    found = {"class_names": source.class_names, "columns": columns}
+    return {option: _listed(names) for option, names in found.items() if names}
+
+
+def _listed(names: Sequence[str], limit: int = 3000) -> str:
+    """The names in a text that a message can hold: of very many the first, and a digest of all."""
+    text = ", ".join(names)
+    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
+    return text if len(text) <= limit else f"{text[: limit - 100]}... ({len(names)} in all, SHA-256 {digest})"
 
 
 def _remotely(config: RunConfig) -> RunConfig:

@@ -28,6 +28,13 @@ _REMEDIES: dict[str, tuple[Reason, str, str]] = {
     "up": ("codec", "the codec of what goes up", "give both sides the same codec"),
     "down": ("codec", "the codec of what comes down", "give both sides the same codec"),
 }
+_OPTION_REMEDIES = {
+    "class_names": ("class_names (what the labels of the data are called)", "set class_names to all labels, in order, "
+    "in the configuration of both sides"),
+    "columns": ("columns (the features of the data)", "give both sides files with the same columns and categories, or "
+    "name the same columns in both configurations (columns, ignore_columns)"),
+}  # fmt: skip
+"""What options are called and what to do where they differ, if they are not a part of the configuration."""
 
 
 def agree(theirs: Terms, ours: Terms, they: str = "the client", we: str = "the server") -> Refused | None:
@@ -37,22 +44,32 @@ def agree(theirs: Terms, ours: Terms, they: str = "the client", we: str = "the s
     """
     for (reason, what, remedy), a, b in _compared(theirs, ours):
         if a != b:
-            return Refused(
-                reason=reason, sentence=f"{what} is {_short(a)} for {they} and {_short(b)} for {we}: {remedy}"
-            )
+            a, b = _both_short(a, b)
+            return Refused(reason=reason, sentence=f"{what} is {a} for {they} and {b} for {we}: {remedy}")
     return None
 
 
 def _compared(theirs: Terms, ours: Terms) -> Iterator[tuple[tuple[Reason, str, str], str, str]]:
-    """(reason, what, remedy), with both sides' values as texts: of every field, then of every option."""
+    """(reason, what, remedy), with both sides' values as texts: of every field, then of every option. What the data
+    are called comes before what follows from it: shapes at the cut, the model.
+    """
     for field, remedy in _REMEDIES.items():
+        if field == "crossing":
+            yield from _options(theirs, ours, called=True)
         holders = (theirs.step, ours.step) if field in StepTerms.__struct_fields__ else (theirs, ours)
         a, b = (_shown(getattr(holder, field)) for holder in holders)
         yield remedy, a, b
+    yield from _options(theirs, ours, called=False)
+
+
+def _options(theirs: Terms, ours: Terms, *, called: bool) -> Iterator[tuple[tuple[Reason, str, str], str, str]]:
+    """The options that say what the data are called, or the others."""
     both = theirs.step.options, ours.step.options
     for name in sorted({*both[0], *both[1]}):
+        if (name in _OPTION_REMEDIES) != called:
+            continue
         a, b = (options.get(name, "not known") for options in both)
-        yield ("step", name, _SAME), a, b
+        yield ("step", *_OPTION_REMEDIES.get(name, (name, _SAME))), a, b
 
 
 def fingerprint(*modules: nn.Module) -> str:
@@ -80,6 +97,16 @@ def _shown(value: object) -> str:
     if isinstance(value, list):
         return ", ".join(f"{t.dtype} {t.shape}" for t in cast(list[TensorSpec], value)) or "nothing"
     return "none" if value is None else str(value)
+
+
+def _both_short(a: str, b: str) -> tuple[str, str]:
+    """Two different texts in a sentence: from the beginning, or from a little before where they differ."""
+    short = _short(a), _short(b)
+    if short[0] != short[1]:
+        return short
+    differs = (k for k, (left, right) in enumerate(zip(a, b, strict=False)) if left != right)
+    first = max(0, next(differs, min(len(a), len(b))) - 20)
+    return "..." + _short(a[first:]), "..." + _short(b[first:])
 
 
 def _short(text: str, limit: int = 200) -> str:

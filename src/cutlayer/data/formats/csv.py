@@ -3,113 +3,206 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+import gzip
+import io
+import itertools
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 
+from cutlayer.data.formats._tables import Sheet, features, is_number, raw_table, table
 from cutlayer.data.formats.reader import Columns, data_format
-from cutlayer.data.unsplit import Array, Raw, Section, pick
+from cutlayer.data.unsplit import Array, Raw, pick
 from cutlayer.errors import DataError
+
+_SEPARATORS = ",;\t"
+_SAMPLE = 1 << 16  # characters from which the separator is told
+_NAMES = (".csv", ".tsv")
 
 
 @data_format(
     "csv",
     title="CSV",
-    summary="a .csv file of numeric features with a label column",
+    summary="a .csv or .tsv file (or .gz of one) of numbers and categories with a label column",
 )
 class Csv(Columns):
-    """A table: numeric columns, a label, and perhaps an owner."""
+    """A table: columns of numbers and of categories, a label, and perhaps an owner."""
 
     @classmethod
     def fits(cls, path: Path) -> bool:
-        """A file named .csv."""
-        return path.is_file() and path.suffix.lower() == ".csv"
+        """A file named .csv or .tsv, gzipped or not."""
+        return path.is_file() and _plain_name(path).lower().endswith(_NAMES)
 
     def read(self, path: Path) -> Raw:
-        """Numeric feature columns, a label column and, if named, a client column. The first line names the columns.
+        """Feature columns, a label column and, if named, a client column. The first line names the columns.
 
-        The separator is the comma, the semicolon or the tab, whichever the first line holds most often.
+        The separator is the tab in a .tsv file; otherwise the comma, the semicolon or the tab, whichever divides the
+        first lines alike. Text becomes one column of 0 and 1 for each category. An index that pandas or R saved, a
+        first column without a name, is left out.
         """
-        header, lines, rows = _csv_rows(path)
-        label = pick(
-            "label column", self.label_column, header, f"set label_column (the first line of {path} names the columns)"
+        file = _read(path)
+        hint = f"set label_column (the first line of {path} names the columns)"
+        pick("label column", self.label_column, file.header, hint)
+        names, left_out = features(file.header, self, str(path), file.indices())
+        if not names:
+            raise DataError(f"{path} has no feature column beside {self.label_column!r}: add columns")
+        client = self.owner_among(file.header, str(path))
+        owner = None if client is None else _identifiers(file, client)
+        y = _labels(file, self.label_column)
+        inputs = table(file.sheet(), names, self.impute, owner)
+        return raw_table(Path(_plain_name(path)).stem, inputs, {"train": y}, {"train": owner}, self, left_out)
+
+
+@dataclass(frozen=True)
+class File:
+    """A CSV file: the names of its columns, and the line number (from 1) and the fields of every non-empty row."""
+
+    path: Path
+    separator: str
+    header: list[str]
+    lines: list[int]
+    rows: list[list[str]]
+
+    def cells(self, column: str) -> list[str]:
+        """The fields of a column."""
+        at = self.header.index(column)
+        return [row[at] for row in self.rows]
+
+    def sheet(self) -> Sheet:
+        """The file as `table` reads it."""
+        return Sheet(
+            str(self.path),
+            lambda column: {"train": self.cells(column)},
+            lambda part, row: f"line {self.lines[row]}",
+            decimal_comma=self.separator != ",",
         )
-        client = None
-        if self.client_column is not None:
-            client = pick("client column", self.client_column, header, f"set client_column to a column of {path}")
-        features = [at for at in range(len(header)) if at not in (label, client)]
-        if not features:
-            raise DataError(f"{path} has no feature column beside {self.label_column!r}: add numeric columns")
-        y = _csv_words(path, header[label], lines, [row[label] for row in rows])
-        owner = None if client is None else _csv_words(path, header[client], lines, [row[client] for row in rows])
-        x = np.stack([_csv_floats(path, header[at], lines, [row[at] for row in rows]) for at in features], axis=1)
-        return Raw(path.stem, Section(x, y), client=owner, columns=tuple(header[at] for at in features))
+
+    def indices(self) -> dict[str, str]:
+        """The index that pandas or R saved, a first column without a name; and a last column without any content."""
+        found = {}
+        if self.header[0] == "" or (self.header[0].startswith("Unnamed: 0") and _counts(self.cells(self.header[0]))):
+            found[self.header[0]] = "a saved index"
+        for number, name in enumerate(self.header[1:], 2):
+            if name == "" and any(row[number - 1].strip() for row in self.rows):
+                raise DataError(f"column {number} of {self.path} has no name: name it in the first line")
+            if name == "":
+                found[name] = "empty"
+        return found
 
 
-def _csv_rows(path: Path) -> tuple[list[str], list[int], list[list[str]]]:
-    """The header, the line number (from 1) and the fields of every non-empty row."""
-    lines, rows = [], []
+def _counts(words: Sequence[str]) -> bool:
+    """Whether a column only counts the rows."""
+    return words == [str(int(words[0]) + row) for row in range(len(words))] if words[0].isdigit() else False
+
+
+def read_columns(path: Path) -> dict[str, list[str]]:
+    """The fields of a CSV file, by column."""
+    file = _read(path)
+    return {name: file.cells(name) for name in file.header}
+
+
+def _read(path: Path) -> File:
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            first = file.readline()
+        with _opened(path) as file:
+            separator = _separator(path, file)
             file.seek(0)
-            reader = csv.reader(file, delimiter=max(",;\t", key=first.count))
-            header = [field.strip() for field in next(reader, [])]
-            for row in reader:
-                if not row:
-                    continue
-                if len(row) != len(header):
-                    raise DataError(
-                        f"line {reader.line_num} of {path} has {len(row)} fields, the first line {len(header)}: fix "
-                        "that line (quote fields that hold the separator)"
-                    )
-                lines.append(reader.line_num)
-                rows.append(row)
+            header, lines, rows = _rows(path, file, separator)
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path} cannot be read as CSV text in UTF-8 ({error}): convert it") from None
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise DataError(f"{path} is not a sound gzip file ({error}): copy it again") from None
     twice = sorted({name for name in header if header.count(name) > 1})
     if twice:
         raise DataError(f"{path} names the column {twice[0]!r} twice: rename one of them")
     if not rows:
         raise DataError(f"{path} has no rows below the line of column names: add samples")
+    return File(path, separator, header, lines, rows)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[TextIO]:
+    if path.suffix.lower() == ".gz":
+        with gzip.open(path, "rt", newline="", encoding="utf-8-sig") as packed:
+            assert isinstance(packed, io.TextIOWrapper)
+            yield packed
+    else:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            yield file
+
+
+def _plain_name(path: Path) -> str:
+    """The file's name without .gz."""
+    return path.stem if path.suffix.lower() == ".gz" else path.name
+
+
+def _separator(path: Path, file: TextIO) -> str:
+    """What divides the first lines into equally many fields, and into most; separators within quotes do not count."""
+    if _plain_name(path).lower().endswith(".tsv"):
+        return "\t"
+    sample = file.read(_SAMPLE)
+
+    def divides(separator: str) -> tuple[bool, int]:
+        read = csv.reader(io.StringIO(sample, newline=""), delimiter=separator)
+        rows = [row for row in itertools.islice(read, 20) if row]
+        rows = rows[:-1] if len(sample) == _SAMPLE and len(rows) < 20 else rows  # the last may be cut
+        widths = {len(row) for row in rows}
+        first = len(rows[0]) if rows else 0
+        return first > 1 and len(widths) == 1, first
+
+    return max(_SEPARATORS, key=divides)
+
+
+def _rows(path: Path, file: TextIO, separator: str) -> tuple[list[str], list[int], list[list[str]]]:
+    """The header, the line number (from 1) and the fields of every non-empty row."""
+    lines, rows = [], []
+    reader = csv.reader(file, delimiter=separator)
+    header = [field.strip() for field in next(reader, [])]
+    for row in reader:
+        if not row:
+            continue
+        if len(row) != len(header):
+            raise DataError(
+                f"line {reader.line_num} of {path} has {len(row)} fields, the first line {len(header)}: fix that line "
+                "(quote fields that hold the separator)"
+            )
+        lines.append(reader.line_num)
+        rows.append(row)
     return header, lines, rows
 
 
-def _csv_floats(path: Path, column: str, lines: Sequence[int], values: list[str]) -> Array:
-    try:
-        return np.array(values, dtype=np.float64)
-    except ValueError:
-        for line, value in zip(lines, values, strict=True):
-            if not _is_float(value):
-                found = repr(value) if value.strip() else "empty"
-                raise DataError(
-                    f"column {column!r} of {path} is not numeric: line {line} is {found}; fill it in, encode the "
-                    "column as numbers, or remove it"
-                ) from None
-        raise
+def _words(file: File, column: str) -> list[str]:
+    words = [value.strip() for value in file.cells(column)]
+    if "" in words:
+        line = file.lines[words.index("")]
+        raise DataError(f"column {column!r} of {file.path} is empty in line {line}: fill it in")
+    return words
 
 
-def _is_float(text: str) -> bool:
+def _identifiers(file: File, column: str) -> Array:
+    """Owners: integers where all are written as such ("10" sorts after "9"), and texts otherwise: 01 is not 1."""
+    words = _words(file, column)
+    return np.array(words, dtype=np.int64 if all(map(_is_integer, words)) else np.str_)
+
+
+def _labels(file: File, column: str) -> Array:
+    """Labels: integers or numbers where all are written as such, and texts otherwise."""
+    words = _words(file, column)
+    if all(map(_is_integer, words)):
+        return np.array(words, dtype=np.int64)
+    if all(map(is_number, words)):
+        numbers = np.array(words, dtype=np.float64)
+        if len(set(numbers.tolist())) == len(set(words)):  # otherwise 01 and 1 are two names
+            return numbers
+    return np.array(words, dtype=np.str_)
+
+
+def _is_integer(word: str) -> bool:
     try:
-        float(text)
+        return str(int(word)) == word and abs(int(word)) < 2**63
     except ValueError:
         return False
-    return True
-
-
-def _csv_words(path: Path, column: str, lines: Sequence[int], values: list[str]) -> Array:
-    """Labels or owners: integers where all are ("10" sorts after "9"), strings otherwise."""
-    words = [value.strip() for value in values]
-    if "" in words:
-        raise DataError(f"column {column!r} of {path} is empty in line {lines[words.index('')]}: fill it in")
-    if not all(_is_float(word) for word in words):
-        return np.array(words, dtype=np.str_)
-    numbers = np.array(words, dtype=np.float64)
-    whole = (numbers == np.round(numbers)) & (np.abs(numbers) < 2**53)  # beyond, floats skip integers
-    if not whole.all():
-        raise DataError(
-            f"column {column!r} of {path} holds {words[int(whole.argmin())]!r} in line {lines[int(whole.argmin())]}, "
-            "which is not a whole number: name a column of integers or words"
-        )
-    return numbers.astype(np.int64)

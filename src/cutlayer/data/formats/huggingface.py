@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cutlayer.data.formats._pictures import stack_pictures
+from cutlayer.data.formats._tables import Cells, Sheet, columns_called, features, raw_table, table
 from cutlayer.data.formats.reader import Columns, data_format
-from cutlayer.data.unsplit import SPLITS, Array, Raw, Section, pick
+from cutlayer.data.unsplit import SPLITS, Array, Raw, Section, part_called, pick
 from cutlayer.errors import DataError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+_INDEX = re.compile(r"__index_level_\d+__")  # what pandas calls an index without a name
 
 
 @data_format(
@@ -38,16 +44,17 @@ class Huggingface(Columns):
     def read(self, path: Path) -> Raw:
         """A folder written by `save_to_disk`, or a parquet file or folder of them (train*, validation*, test*)."""
         datasets = import_datasets()
+        indices = set[str]()
         try:
             if path.is_dir() and next(path.rglob("*.parquet"), None) is None:
                 found = datasets.load_from_disk(str(path))
             else:
-                found = _parquet(path)
+                found, indices = _parquet(path)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"{path} cannot be read as a Hugging Face data set ({error}): write it with save_to_disk or as parquet"
             ) from None
-        return from_huggingface(found, path.stem, self.label_column, self.client_column)
+        return from_huggingface(found, path.stem, self, indices)
 
 
 def import_datasets() -> Any:
@@ -62,8 +69,10 @@ def import_datasets() -> Any:
     return datasets
 
 
-def _parquet(path: Path) -> dict[str, Any]:
-    """One data set per part. Parts are told by file or folder names that begin with train, validation or test."""
+def _parquet(path: Path) -> tuple[dict[str, Any], set[str]]:
+    """One data set per part, and the columns that pandas saved as an index. Parts are told by file or folder names that
+    begin with train, validation or test.
+    """
     # Read with pyarrow, not with datasets.load_dataset: that one copies everything to a cache first.
     import pyarrow  # type: ignore[import-untyped]
     import pyarrow.parquet  # type: ignore[import-untyped]
@@ -74,52 +83,81 @@ def _parquet(path: Path) -> dict[str, Any]:
         part = next((SPLITS[word] for word in words[: max(1, len(words) - 1)] if word in SPLITS), "train")
         files.setdefault(part, []).append(file)
     read = pyarrow.parquet.read_table
-    return {
-        part: import_datasets().Dataset(pyarrow.concat_tables([read(file, partitioning=None) for file in those]))
-        for part, those in files.items()
-    }
+    tables = {part: [read(file, partitioning=None) for file in those] for part, those in files.items()}
+    indices = {name for those in tables.values() for table in those for name in _index_columns(table.schema)}
+    dataset = import_datasets().Dataset
+    return {part: dataset(pyarrow.concat_tables(those)) for part, those in tables.items()}, indices
 
 
-def from_huggingface(found: Any, name: str, label_column: str, client_column: str | None) -> Raw:
-    """A local `datasets.Dataset`, or a dictionary of them by part.
+def _index_columns(schema: Any) -> list[str]:
+    """The columns that pandas' own metadata call an index."""
+    about = json.loads((schema.metadata or {}).get(b"pandas", b"{}"))
+    return [name for name in about.get("index_columns", []) if isinstance(name, str)]
 
-    The input is the only Image, Array or list column; without one, all numeric scalar columns together are a table.
+
+def from_huggingface(found: Any, name: str, options: Columns, indices: Collection[str] = ()) -> Raw:
+    """A local `datasets.Dataset`, or a dictionary of them by part. `indices`: columns that are a saved index.
+
+    The input is the only Image, Array or list column; without one, all columns of numbers and texts are a table.
     """
     splits = _hf_splits(found, name)
-    features = splits["train"].features
-    names = list(features)
-    pick("label column", label_column, names, f"set label_column to a column of {name}")
-    if client_column is not None:
-        pick("client column", client_column, names, f"set client_column to a column of {name}")
-    inputs, table = _hf_inputs(features, name, {label_column, client_column})
-    label = features[label_column]
-    mode = ""
-    parts = {}
+    about = splits["train"].features
+    saved = {column: "a saved index" for column in about if column in indices or _INDEX.fullmatch(column)}
+    columns, left_out = features(list(about), options, name, saved)
+    inputs, is_table = _hf_inputs({column: about[column] for column in columns}, name)
     for split, dataset in splits.items():
         if len(dataset) == 0:
             raise DataError(f"the part {split!r} of {name} has no rows: add samples or remove the part")
-        pick("label column", label_column, list(dataset.features), f"the part {split!r} of {name} lacks it")
-        for column in inputs:
-            pick("input column", column, list(dataset.features), f"the part {split!r} of {name} lacks it")
-        if _is_image(features[inputs[0]]):
-            x, mode = stack_pictures(_hf_pictures(dataset, inputs[0], split), mode)
-        else:
-            columns = [_hf_numbers(dataset, column, name) for column in inputs]
-            x = np.stack(columns, axis=1) if table else columns[0]
-        parts[split] = Section(x, _hf_words(dataset, label_column, name))
-    client = None if client_column is None else _hf_words(splits["train"], client_column, name)
-    class_names = tuple(getattr(label, "names", None) or ()) or None
-    if class_names and any(part.y.min() < 0 for part in parts.values()):
-        raise DataError(f"column {label_column!r} of {name} has rows without a label (-1): remove them")
-    return Raw(
-        name,
-        parts["train"],
-        parts.get("validation"),
-        parts.get("test"),
-        client=client,
+        for kind, those in (("label column", [options.label_column]), ("input column", inputs)):
+            for column in those:
+                pick(kind, column, list(dataset.features), f"the part {split!r} of {name} lacks it")
+    labels = {split: _hf_words(dataset, options.label_column, name) for split, dataset in splits.items()}
+    class_names = tuple(getattr(about[options.label_column], "names", None) or ()) or None
+    if class_names and any(y.min() < 0 for y in labels.values()):
+        raise DataError(f"column {options.label_column!r} of {name} has rows without a label (-1): remove them")
+    client = options.owner_among(list(about), name)
+    owners = {
+        split: _hf_words(dataset, client, name)
+        for split, dataset in splits.items()
+        if client is not None and client in dataset.features
+    }
+    if is_table:
+        made = table(_sheet(splits, name, options), inputs, options.impute, owners.get("train"))
+        return raw_table(name, made, labels, dict(owners), options, left_out, class_names)
+    if unused := [column for column in columns if column not in inputs]:
+        left_out = (*left_out, columns_called(unused))
+    raw = _of_arrays(splits, inputs[0], name, labels, is_image=_is_image(about[inputs[0]]))
+    return dataclasses.replace(
+        raw,
+        client=owners.get("train"),
+        validation_client=owners.get("validation"),
+        test_client=owners.get("test"),
         class_names=class_names,
-        columns=tuple(inputs) if table else (),
+        left_out=left_out,
     )
+
+
+def _of_arrays(
+    splits: Mapping[str, Any], column: str, name: str, labels: Mapping[str, Array], *, is_image: bool
+) -> Raw:
+    """The data whose input is one column of pictures, arrays or lists."""
+    xs, mode = {}, ""
+    for split, dataset in splits.items():
+        if is_image:
+            xs[split], mode = stack_pictures(_hf_pictures(dataset, column, split), mode)
+        else:
+            xs[split] = _hf_numbers(dataset, column, name)
+    parts = {split: Section(x, labels[split]) for split, x in xs.items()}
+    return Raw(name, parts["train"], parts.get("validation"), parts.get("test"))
+
+
+def _sheet(splits: Mapping[str, Any], name: str, options: Columns) -> Sheet:
+    def cells(column: str) -> dict[str, Cells]:
+        text = not _is_numeric(splits["train"].features[column])
+        read = _hf_texts if text else functools.partial(_hf_numbers, name=name, missing=options.impute is not None)
+        return {split: read(dataset, column) for split, dataset in splits.items()}
+
+    return Sheet(name, cells, lambda split, row: f"row {row} (from 0) of {split!r}")
 
 
 def _hf_splits(found: Any, name: str) -> dict[str, Any]:
@@ -127,9 +165,9 @@ def _hf_splits(found: Any, name: str) -> dict[str, Any]:
         return {"train": found}
     if len(found) == 1:
         return {"train": next(iter(found.values()))}
-    odd = [split for split in found if split not in SPLITS]
-    splits = {SPLITS[split]: dataset for split, dataset in found.items() if split in SPLITS}
-    if odd or "train" not in splits:
+    odd = [split for split in found if part_called(split) is None]
+    splits = {part: dataset for split, dataset in found.items() if (part := part_called(split))}
+    if odd or "train" not in splits or len(splits) < len(found):
         raise DataError(f"{name} has the parts {', '.join(found)}: keep only train, validation and test")
     return splits
 
@@ -149,18 +187,34 @@ def _is_numeric(feature: Any) -> bool:
     return re.match(r"u?int|float|bool", str(getattr(_leaf(feature), "dtype", ""))) is not None
 
 
-def _hf_inputs(features: Mapping[str, Any], name: str, others: set[str | None]) -> tuple[list[str], bool]:
+def _hf_inputs(columns: Mapping[str, Any], name: str) -> tuple[list[str], bool]:
     """The input columns, and whether they are the columns of a table."""
-    rest = {column: feature for column, feature in features.items() if column not in others}
-    scalars = [c for c, f in rest.items() if _is_numeric(f) and type(f).__name__ in ("Value", "ClassLabel")]
-    arrays = [c for c, f in rest.items() if _is_image(f) or (_is_numeric(f) and c not in scalars)]
+    cells = [c for c, f in columns.items() if _is_scalar(f) and (_is_numeric(f) or _is_text(f))]
+    arrays = [c for c, f in columns.items() if _is_image(f) or (_is_numeric(f) and not _is_scalar(f))]
     if len(arrays) > 1:
-        raise DataError(f"{name} has several input columns, {', '.join(arrays)}: keep one (dataset.remove_columns)")
-    if not arrays and not scalars:
         raise DataError(
-            f"{name} has no input column among {', '.join(rest) or 'none'}: add an Image, array, list or numeric column"
+            f"{name} has several input columns, {', '.join(arrays)}: name one with columns, or keep one "
+            "(dataset.remove_columns)"
         )
-    return (arrays, False) if arrays else (scalars, True)
+    if arrays:
+        return arrays, False
+    if odd := [column for column in columns if column not in cells]:
+        raise DataError(f"column {odd[0]!r} of {name} is neither a number nor a text: leave it out with ignore_columns")
+    if not cells:
+        raise DataError(f"{name} has no input column: add an Image, array, list, numeric or text column")
+    return cells, True
+
+
+def _is_scalar(feature: Any) -> bool:
+    return type(feature).__name__ in ("Value", "ClassLabel")
+
+
+def _is_text(feature: Any) -> bool:
+    return str(getattr(feature, "dtype", "")) in ("string", "large_string", "string_view")
+
+
+def _hf_texts(dataset: Any, column: str) -> list[str]:
+    return ["" if text is None else text for text in dataset.select_columns(column)[:][column]]
 
 
 def _hf_pictures(dataset: Any, column: str, split: str) -> Iterator[tuple[str, Image]]:
@@ -177,13 +231,19 @@ def _hf_pictures(dataset: Any, column: str, split: str) -> Iterator[tuple[str, I
         yield f"{split}[{row}]", picture
 
 
-def _hf_numbers(dataset: Any, column: str, name: str) -> Array:
+def _hf_numbers(dataset: Any, column: str, name: str, *, missing: bool = False) -> Array:
     only = dataset.select_columns(column)
     dtype = np.dtype(str(_leaf(dataset.features[column]).dtype))
     cells = only.with_format("arrow")[:].column(column)
+    scalar = _is_scalar(dataset.features[column])
+    if cells.null_count and scalar and missing:
+        return np.array([np.nan if value is None else float(value) for value in cells.to_pylist()])
     if cells.null_count:
-        raise DataError(f"column {column!r} of {name} has missing values: fill them in or remove those rows")
-    if type(dataset.features[column]).__name__ in ("Value", "ClassLabel"):
+        raise DataError(
+            f"column {column!r} of {name} has missing values: fill them in, remove those rows, or (in a table) pass "
+            "impute (mean, median or zero)"
+        )
+    if scalar:
         return np.asarray(cells.to_numpy())  # the numpy format would make objects of floats if one of them is NaN
     try:  # without dtype, 8-bit pictures would come back as 64-bit integers
         values = np.asarray(only.with_format("numpy", dtype=dtype)[:][column])

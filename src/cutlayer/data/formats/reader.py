@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
+from pydantic import PrivateAttr
+
+from cutlayer.data.unsplit import pick
 from cutlayer.plugins import Thing, option, register
 
 R = TypeVar("R", bound="Format")
@@ -36,6 +39,28 @@ class Columns(Format):
     """The label's column (CSV, Hugging Face)."""
     client_column: str | None = option(None)
     """The column that says whose sample a row is (CSV, Hugging Face), for the partition `column`."""
+    columns: tuple[str, ...] = option(())
+    """The columns that are inputs (CSV, Hugging Face), in this order. Default: all but the label and the client."""
+    ignore_columns: tuple[str, ...] = option(())
+    """Columns that are left out, such as identifiers (CSV, Hugging Face)."""
+    impute: Literal["mean", "median", "zero"] | None = option(None)
+    """What replaces missing numbers of a table (CSV, Hugging Face): a figure of the column's training rows, or 0; a row
+    without a category is in none. Default: missing values are an error."""
+
+    _alone: bool = PrivateAttr(False)
+
+    def alone(self) -> Self:
+        """The same for data of one client, which need not have the client column."""
+        copy = self.model_copy()
+        copy._alone = True
+        return copy
+
+    def owner_among(self, names: Sequence[str], source: str) -> str | None:
+        """The client column, if there is one. Raises DataError if it was named and is not among the columns `names`."""
+        if self.client_column is None or (self._alone and self.client_column not in names):
+            return None
+        pick("client column", self.client_column, names, f"set client_column to a column of {source}")
+        return self.client_column
 
 
 def data_format(name: str, *, title: str, summary: str, asked_first: bool = False) -> Callable[[type[R]], type[R]]:
