@@ -50,6 +50,9 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "data_format": words("auto", "npz", "csv", "idx", "images", "huggingface"),
     "label_column": NAMES,
     "client_column": NAMES,
+    "columns": st.lists(NAMES, max_size=3).map(tuple),
+    "ignore_columns": st.lists(NAMES, max_size=3).map(tuple),
+    "impute": words("mean", "median", "zero"),
     "validation": st.floats(0, 1e9),
     "test": POSITIVE,
     "clients": WHOLE,
@@ -143,6 +146,11 @@ def has_effect(name: str, chosen: dict[str, Any], algorithms: tuple[str, ...]) -
     things.append(("partition", chosen.get("partition", "iid")))
     things.append(("task", chosen.get("task", "classification")))
     entries = [plugins.find(kind, thing) for kind, thing in things]
+    data_format, data = chosen.get("data_format", "auto"), chosen.get("data", "digits")
+    if data_format != "auto":
+        entries.append(plugins.find("format", data_format))
+    elif not (plugins.known("data", data) or plugins.is_reference(data)):
+        entries += plugins.index("format").values()
     if any(t.split for t in own):
         entries += plugins.index("defence").values()
     return any(name in entry.option_names for entry in entries)
@@ -218,3 +226,11 @@ def test_dashes_in_toml_keys(tmp_path: Path) -> None:
     config = CompareConfig.of(read_toml(tmp_path / "c.toml"))
     mine = config.runs(frozenset(config.model_fields_set))["mine"][0]
     assert (mine.client_lr, mine.phi_until, mine.phi_when) == (0.5, 0.25, "initial")
+
+
+def test_a_variant_with_another_data_format_leaves_out_the_options_of_the_first() -> None:
+    variant = {"mine": {"algorithm": "psl", "data_format": "npz"}}
+    config = CompareConfig(algorithms=["psl"], data="people.csv", impute="mean", variant=variant)
+    runs = config.runs(frozenset(config.model_fields_set))
+    assert runs["psl"][0].impute == "mean"
+    assert "impute" not in runs["mine"][0].specific

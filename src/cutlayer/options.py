@@ -368,16 +368,16 @@ class CommonConfig(FleetConfig):
         found += [plugins.find("task", self.task), *_models(self.model), *self.reading()]
         return found + self._defending()
 
-    def reading(self) -> list[Entry]:
+    def reading(self, given: Iterable[str] | None = None) -> list[Entry]:
         """What reads the data: a source, a format, or (where the file must tell) those formats that have an option
-        that was given.
+        that was `given` (by default: to this configuration).
         """
         if self.data_format != "auto":
             return [plugins.find("format", self.data_format)]
         if plugins.known("data", self.data) or plugins.is_reference(self.data):
             return [plugins.find("data", self.data)]
-        given = set(self.__pydantic_extra__ or {})
-        return [entry for entry in plugins.index("format").values() if entry.option_names & given]
+        named = set(self.__pydantic_extra__ or {}) if given is None else set(given)
+        return [entry for entry in plugins.index("format").values() if entry.option_names & named]
 
     def _defending(self) -> list[Entry]:
         """The defences named, and those of which an option is given."""
@@ -579,7 +579,8 @@ class CompareConfig(CommonConfig):
 
         kept = {name: value for name, value in base.items() if fits(name)}
         plain = {k: v for k, v in {**kept, **over, "algorithm": algorithm}.items() if k in RunConfig.model_fields}
-        things = [*RunConfig.of(plain).chosen(), *self.reading(), *(self._defending() if mine.split else ())]
+        run = RunConfig.of(plain)
+        things = [*run.chosen(), *run.reading(kept), *(self._defending() if mine.split else ())]
         options = {option for entry in things for option in entry.option_names}
         return {name: value for name, value in kept.items() if name in CommonConfig.model_fields or name in options}
 

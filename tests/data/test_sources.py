@@ -1052,7 +1052,7 @@ def test_a_function_of_ones_own(own: str, name: str, test: int) -> None:
 
 def test_a_function_of_ones_own_has_options(own: str) -> None:
     disjoint(load(f"{own}:some", rows=20), 20)
-    refused(lambda: load(f"{own}:some", rows="many"), "rows = many", error=ConfigError)
+    refused(lambda: load(f"{own}:some", rows="many"), "rows = 'many'", error=ConfigError)
     refused(lambda: load(f"{own}:some", row=20), "row=20", "no effect", "own.py:some", error=ConfigError)
 
 
