@@ -150,9 +150,7 @@ def show(folder: Path) -> None:
     """The result, and what each client did."""
     result = json.loads((folder / "result.json").read_text())
     clients = json.loads((folder / "clients.json").read_text())
-    table = Table(
-        title=f"{result['algorithm']}: test accuracy {result['test_score']:.2%} in {result['steps']} steps"
-    )
+    table = Table(title=f"{result['algorithm']}: test accuracy {result['test_score']:.2%} in {result['steps']} steps")
     for name in ("client", "node", "samples", "kB up", "kB down", "end"):
         table.add_column(name, justify="left" if name in ("client", "end") else "right")
     for c in clients:

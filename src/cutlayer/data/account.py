@@ -43,6 +43,8 @@ def _split(source: Source) -> str:
 def _largest(source: Source) -> str:
     """The accuracy of always answering the same: what any other accuracy is judged by."""
     tested = source.test if len(source.test) else source.train
+    if tested.y.dim() != 1 or tested.y.is_floating_point() or bool((tested.y < 0).any()):
+        return ""
     counts = torch.bincount(tested.y, minlength=source.classes)
     most = int(counts.argmax())
     where = "the test rows" if len(source.test) else "the rows"
