@@ -27,6 +27,11 @@ def words(*values: str) -> st.SearchStrategy[str]:
     return st.sampled_from(values)
 
 
+SCHEDULES = words("step", "cosine", "constant", "linear")
+GROUPS = st.lists(
+    st.fixed_dictionaries({"match": NAMES}, optional={"lr": POSITIVE, "weight_decay": st.floats(0, 1)}), max_size=2
+).map(tuple)
+
 # Something for every option but rounds, epochs and their like, of which only one may be there.
 VALUES: dict[str, st.SearchStrategy[Any]] = {
     "client_device": NAMES,
@@ -73,8 +78,18 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "server_optimizer": NAMES,
     "server_optimizer_options": OPTIMIZER,
     "server_lr": POSITIVE,
-    "lr_schedule": words("step", "cosine", "constant"),
-    "server_lr_schedule": words("step", "cosine", "constant"),
+    "client_clip_grad_norm": POSITIVE,
+    "server_clip_grad_norm": POSITIVE,
+    "accumulate": WHOLE,
+    "server_accumulate": WHOLE,
+    "param_groups": GROUPS,
+    "lr_schedule": SCHEDULES,
+    "server_lr_schedule": SCHEDULES,
+    "lr_warmup": st.floats(0, 0.99),
+    "lr_end": UNIT,
+    "lr_peak_at": st.floats(0.01, 0.99),
+    "lr_first": ABOVE_ZERO,
+    "lr_last": UNIT,
     "lr_decay": ABOVE_ZERO,
     "lr_decay_at": st.lists(st.floats(0.01, 0.99), max_size=3).map(tuple),
     "alpha": st.floats(0, 1e30),

@@ -34,7 +34,7 @@ from cutlayer.errors import ConfigError, CutlayerWarning, DataError
 from cutlayer.models import Parts, build, cut
 from cutlayer.models import make as make_own
 from cutlayer.models.parts import Part, load_own
-from cutlayer.optim import MakeOptimizer, make_optimizer
+from cutlayer.optim import MakeOptimizer, ParamGroup, check_groups, make_optimizer
 from cutlayer.options import RunConfig, default_cut
 from cutlayer.schedules import FunctionSchedule, Schedule, WarmedUp
 from cutlayer.server import Server
@@ -248,6 +248,9 @@ def prepare(
     source, example = source.to(device), few.to(device).rows
     split = laid_out(config, split, example)
     make_client, make_server = _optimizers(config)
+    check_groups(
+        make_client.groups, [name for part in split.all for name, p in part.named_parameters() if p.requires_grad]
+    )
     local_epochs, local_steps = algorithm.part_of_round
     heads = _heads(config, algorithm, split, example, task.width(source.train.y, source.classes))
     setup = Clients(
@@ -429,12 +432,28 @@ def _cut_names(config: RunConfig, traits: Traits, model: Model | None) -> tuple[
 
 def _optimizers(config: RunConfig) -> tuple[MakeOptimizer, MakeOptimizer]:
     """The makers of client and server optimisers. Raises ConfigError."""
-    client = make_optimizer(config.client_optimizer, config.client_lr, config.client_optimizer_options)
+    groups = tuple(map(ParamGroup.of, config.param_groups))
+    client = make_optimizer(
+        config.client_optimizer,
+        config.client_lr,
+        config.client_optimizer_options,
+        groups=groups,
+        clip=config.client_clip_grad_norm,
+        accumulate=config.accumulate,
+    )
     name = config.server_optimizer or config.client_optimizer
     options = config.server_optimizer_options
     if options is None:
         options = config.client_optimizer_options if name == config.client_optimizer else {}
-    return client, make_optimizer(name, config.server_lr or config.client_lr, options)
+    server = make_optimizer(
+        name,
+        config.server_lr or config.client_lr,
+        options,
+        groups=groups,
+        clip=config.server_clip_grad_norm,
+        accumulate=config.server_accumulate or config.accumulate,
+    )
+    return client, server
 
 
 class _ClientModels(Sequence[ClientModel]):

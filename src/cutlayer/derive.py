@@ -60,12 +60,15 @@ def keywords() -> str:
 
 
 _OBJECTS = {"algorithm", "partition", "lr_schedule", "server_lr_schedule", "defences", "algorithms"}
+_OBJECTS |= {"client_optimizer", "server_optimizer"}
 
 
 def _shown(name: str, annotation: Any) -> str:
     """A type as it is written in a program. What can be an object too is Any."""
     if name in _OBJECTS:
         return "Any"
+    if name == "param_groups":
+        return "tuple[dict[str, Any], ...]"
     if name.endswith("_options"):
         return "dict[str, Any] | None" if "None" in str(annotation) else "dict[str, Any]"
     return _type(annotation)

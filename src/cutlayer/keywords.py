@@ -39,12 +39,17 @@ class CommonKeywords(TypedDict, total=False):
     epochs: int
     rounds: int | None
     batch: int
-    client_optimizer: str
+    client_optimizer: Any
     client_optimizer_options: dict[str, Any]
     client_lr: float
-    server_optimizer: str | None
+    client_clip_grad_norm: float | None
+    server_optimizer: Any
     server_optimizer_options: dict[str, Any] | None
     server_lr: float | None
+    server_clip_grad_norm: float | None
+    accumulate: int
+    server_accumulate: int | None
+    param_groups: tuple[dict[str, Any], ...]
     lr_schedule: Any
     server_lr_schedule: Any
     lr_warmup: float

@@ -1,26 +1,32 @@
-"""Optimisers by name."""
+"""Optimisers by name or of one's own, and what comes before a step: accumulation, clipping, groups of parameters."""
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from cutlayer import plugins
 from cutlayer.errors import ConfigError, unknown
 
-MakeOptimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer | None]
-"""Makes the optimiser of parameters; None where there are none to train (an empty client or server part)."""
+Named = Iterable[tuple[str, Tensor]]
+"""Parameters with their names in the whole model."""
 
 # LBFGS wants a closure, SparseAdam sparse gradients, Muon matrices only: none of them fits any model's step here.
 _UNFIT = {"optimizer", "lbfgs", "sparseadam", "muon"}
 
 # How an optimiser is computed is the engine's business.
 _OURS = {"params", "lr", "foreach", "fused", "capturable", "differentiable"}
+
+# Optimisers whose rule is elementwise, so that one step on stacked tensors is every client's own step. The others
+# (Adafactor's row means, ASGD's and NAdam's history of rates) are the local engine's.
+ELEMENTWISE = {"adadelta", "adagrad", "adam", "adamax", "adamw", "radam", "rmsprop", "rprop", "sgd"}
 
 
 def optimizers() -> dict[str, type[torch.optim.Optimizer]]:
@@ -33,34 +39,231 @@ def optimizers() -> dict[str, type[torch.optim.Optimizer]]:
     return {n: c for n, c in found.items() if n not in _UNFIT}
 
 
-def make_optimizer(name: str, lr: float, options: Mapping[str, Any]) -> MakeOptimizer:
-    """The maker for `name` (lower case, e.g. "adam") with rate `lr`. Raises ConfigError before anything is trained."""
-    known = optimizers()
-    if name not in known:
-        raise ConfigError(unknown("optimizer", name, sorted(known)))
-    kind: Callable[..., torch.optim.Optimizer] = known[name]
-    parameters = [n for n in inspect.signature(known[name]).parameters if n not in _OURS]
-    for option in options:
-        if option not in parameters:
-            raise ConfigError(unknown(f"option of {name}", option, parameters))
+@dataclass(frozen=True)
+class ParamGroup:
+    """Parameters whose names the regular expression `match` finds: a factor `lr` of the rate, and a weight decay of
+    their own (None: the optimiser's).
+    """
+
+    match: str
+    lr: float = 1.0
+    weight_decay: float | None = None
+
+    def has(self, name: str) -> bool:
+        """Whether a parameter belongs to it."""
+        return re.search(self.match, name) is not None
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> ParamGroup:
+        """From a table of a configuration. Raises ConfigError."""
+        known = tuple(cls.__dataclass_fields__)
+        if strange := [name for name in values if name not in known]:
+            raise ConfigError(f"param_groups: {unknown('key', strange[0], known)}")
+        if not isinstance(match := values.get("match"), str):
+            raise ConfigError(f'param_groups: {dict(values)} names no parameters: give match, e.g. match = "bias|norm"')
+        for name in ("lr", "weight_decay"):
+            value = values.get(name, 1.0)
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, int | float)
+                or value < 0
+                or (name == "lr" and not value)
+            ):
+                least = "greater than 0" if name == "lr" else "0 or greater"
+                raise ConfigError(f"param_groups: {name} = {value!r} is not possible: it must be a number, {least}")
+        _check_pattern("param_groups", match)
+        return cls(**values)
+
+
+def check_groups(groups: Sequence[ParamGroup], names: Sequence[str]) -> None:
+    """Every group must have some of the trained parameters called `names`. Raises ConfigError."""
+    for number, group in enumerate(groups):
+        earlier = groups[:number]
+        if not any(group.has(n) and not any(e.has(n) for e in earlier) for n in names):
+            taken = " that an earlier group has not taken" if any(map(group.has, names)) else ""
+            raise ConfigError(
+                f"param_groups: match = {group.match!r} finds none of the trained parameters{taken}: they are "
+                f"{', '.join(names) or 'none'}"
+            )
+
+
+def _check_pattern(option: str, pattern: str) -> None:
     try:
-        # One idle step: it also loads what torch loads at the first one (seconds), so that no run's clock counts it.
-        probe = nn.Parameter(torch.zeros(1))
-        probe.grad = torch.zeros(1)
-        kind([probe], lr=lr, **options).step()
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise ConfigError(f"the optimizer {name!r} refuses {dict(options)}: {error}; correct these options") from None
-
-    def make(parameters: Iterable[Tensor]) -> torch.optim.Optimizer | None:
-        trained = [p for p in parameters if p.requires_grad]
-        return kind(trained, lr=lr, **options) if trained else None
-
-    return make
+        re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(
+            f"{option}: {pattern!r} is not a regular expression ({error}): correct it, e.g. 'bias|norm'"
+        ) from None
 
 
-# Optimisers whose rule is elementwise, so that one step on stacked tensors is every client's own step. The others
-# (Adafactor's row means, ASGD's and NAdam's history of rates) are the local engine's.
-ELEMENTWISE = {"adadelta", "adagrad", "adam", "adamax", "adamw", "radam", "rmsprop", "rprop", "sgd"}
+@dataclass(frozen=True)
+class MakeOptimizer:
+    """Makes the optimiser of a model's parameters, and says what comes before its steps.
+
+    `kind` is called with parameters, the rate `lr` and `options`. `own`: it is the user's. `groups` have rates and
+    weight decays of their own. A step is taken after `accumulate` batches, on the mean of their gradients, whose norm
+    is clipped to `clip`.
+    """
+
+    name: str
+    kind: Callable[..., torch.optim.Optimizer]
+    lr: float
+    options: Mapping[str, Any] = field(default_factory=dict)
+    own: bool = False
+    groups: tuple[ParamGroup, ...] = ()
+    clip: float | None = None
+    accumulate: int = 1
+
+    def __call__(self, named: Named) -> torch.optim.Optimizer | None:
+        """The optimiser of those parameters that are trained; None if there are none."""
+        trained = [(n, p) for n, p in named if p.requires_grad]
+        if not trained:
+            return None
+        optimizer = self.kind(self._grouped(trained), self.lr, **self.options)
+        for group in optimizer.param_groups:
+            if "lr_factor" not in group and group["lr"] != self.lr:  # a user's optimiser has groups of its own
+                group["lr_factor"] = group["lr"] / self.lr
+        return optimizer
+
+    def _grouped(self, trained: list[tuple[str, Tensor]]) -> list[Any]:
+        """Parameters, or groups of them where some have their own rate or weight decay."""
+        if not self.groups:
+            return [p for _, p in trained]
+        members: dict[ParamGroup | None, list[Tensor]] = {}
+        for name, p in trained:
+            members.setdefault(self.group_of(name), []).append(p)
+        return [self._as_group(group, params) for group, params in members.items()]
+
+    def _as_group(self, group: ParamGroup | None, params: list[Tensor]) -> dict[str, Any]:
+        made: dict[str, Any] = {"params": params}
+        if group is not None:
+            made |= {"lr": self.lr * group.lr, "lr_factor": group.lr}
+            if group.weight_decay is not None:
+                made["weight_decay"] = group.weight_decay
+        return made
+
+    def group_of(self, name: str) -> ParamGroup | None:
+        """The first group that has the parameter called `name`."""
+        return next((group for group in self.groups if group.has(name)), None)
+
+
+def make_optimizer(
+    name: str,
+    lr: float,
+    options: Mapping[str, Any],
+    *,
+    groups: Sequence[ParamGroup] = (),
+    clip: float | None = None,
+    accumulate: int = 1,
+) -> MakeOptimizer:
+    """The maker for `name` with rate `lr`: a class of torch.optim in lower case ("adam"), or path/to/file.py:name of a
+    class or a function (params, lr, **options). Raises ConfigError before anything is trained.
+    """
+    known = optimizers()
+    own = name not in known and (plugins.known("optimizer", name) or plugins.is_reference(name))
+    if not own and name not in known:
+        raise ConfigError(f"{unknown('optimizer', name, sorted(known))}; or your own: path/to/file.py:name")
+    kind = plugins.load("optimizer", name) if own else known[name]
+    _check_options(kind, name, options)
+    made = MakeOptimizer(name, kind, lr, dict(options), own, tuple(groups), clip, accumulate)
+    defaults = _probed(made)
+    if any(g.weight_decay is not None for g in groups) and "weight_decay" not in defaults:
+        raise ConfigError(f"param_groups: {name} has no weight_decay: leave it out, or choose another optimizer")
+    return made
+
+
+def _check_options(kind: Callable[..., Any], name: str, options: Mapping[str, Any]) -> None:
+    """Raises ConfigError for an option that the optimiser does not have."""
+    try:
+        parameters = list(inspect.signature(kind).parameters.values())
+    except (TypeError, ValueError):
+        raise ConfigError(f"the optimizer {name!r} is not a class or a function (params, lr): name one") from None
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return
+    names = [p.name for p in parameters if p.name not in _OURS and p.kind is not p.VAR_POSITIONAL]
+    for option in options:
+        if option not in names:
+            raise ConfigError(unknown(f"option of {name}", option, names))
+
+
+def _probed(make: MakeOptimizer) -> dict[str, Any]:
+    """The optimiser's defaults, after one idle step: it also loads what torch loads at the first one (seconds), so that
+    no run's clock counts it. Raises ConfigError.
+    """
+    shapes = ((2, 2), (2,)) if make.own else ((1,),)
+    probes = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    for probe in probes:
+        probe.grad = torch.zeros_like(probe)
+    expected: tuple[type[Exception], ...] = (Exception,) if make.own else (ValueError, TypeError, RuntimeError)
+    try:
+        made = make.kind(probes, make.lr, **make.options)
+        if isinstance(made, torch.optim.Optimizer):
+            made.step()
+    except expected as error:
+        given = f" {dict(make.options)}" if make.options else ""
+        raise ConfigError(
+            f"the optimizer {make.name!r} refuses{given}: {type(error).__name__ + ': ' if make.own else ''}{error}; "
+            f"correct {'it or its options' if make.own else 'these options'}"
+        ) from None
+    if not isinstance(made, torch.optim.Optimizer):
+        raise ConfigError(
+            f"the optimizer {make.name!r} gives {type(made).__name__}: return a torch.optim.Optimizer of (params, lr)"
+        )
+    return made.defaults
+
+
+class Stepping:
+    """The optimiser of one model's parameters, and what comes before its steps."""
+
+    def __init__(self, make: MakeOptimizer, named: Named) -> None:
+        named = list(named)
+        self.make = make
+        self.weights = [p for _, p in named if p.requires_grad]
+        self.optimizer = make(named)
+        self.advance: Callable[[float], None] = self._advance
+        self._held: list[Tensor | None] = []  # sums of the gradients of the batches that wait
+        self._waiting = 0  # batches
+        self._lr = 0.0  # of the last of them
+
+    def take(self, lr: float, *, last: bool) -> None:
+        """The gradients of a batch are there: step at rate `lr`, unless more batches belong to the step. `last`: there
+        are no more.
+        """
+        if self._waiting:
+            self._add_held()
+        self._waiting += 1
+        if self._waiting < self.make.accumulate and not last:
+            self._held, self._lr = [p.grad for p in self.weights], lr
+            return
+        self._step(lr)
+
+    def settle(self) -> None:
+        """Step if there are batches that wait: the model is about to be read, or the round is over."""
+        if self._waiting:
+            for p in self.weights:
+                p.grad = None
+            self._add_held()
+            self._step(self._lr)
+
+    def _add_held(self) -> None:
+        for p, held in zip(self.weights, self._held, strict=True):
+            if held is not None:
+                p.grad = held if p.grad is None else p.grad.add_(held)
+
+    def _step(self, lr: float) -> None:
+        if self._waiting > 1:
+            for p in self.weights:
+                if p.grad is not None:
+                    p.grad.div_(self._waiting)
+        self._held, self._waiting = [], 0
+        if self.make.clip is not None:
+            nn.utils.clip_grad_norm_(self.weights, self.make.clip)
+        self.advance(lr)
+
+    def _advance(self, lr: float) -> None:
+        assert self.optimizer is not None, "who steps has parameters that are trained"
+        set_lr(self.optimizer, lr)
+        self.optimizer.step()
 
 
 @dataclass(frozen=True)
@@ -74,9 +277,22 @@ class Rule:
     plain: bool
     weight_decay: float
     fused: bool
+    make: MakeOptimizer
+
+    @property
+    def by_factors(self) -> bool:
+        """Whether a step can take a gradient as its two factors: nobody needs the gradient itself."""
+        return self.plain and self.make.clip is None and self.make.accumulate == 1
+
+    def rates_of(self, name: str) -> tuple[float, float]:
+        """The factor of the rate, and the weight decay, of the parameter called `name`."""
+        group = self.make.group_of(name)
+        if group is None:
+            return 1.0, self.weight_decay
+        return group.lr, self.weight_decay if group.weight_decay is None else group.weight_decay
 
     def quicken(self, optimizer: torch.optim.Optimizer) -> None:
-        """Have the steps computed as one operation per tensor, where there is such a one."""
+        """Have the steps computed as one operation per tensor, if torch has that."""
         if self.fused:
             for group in optimizer.param_groups:
                 group["fused"], group["foreach"] = True, False
@@ -87,13 +303,15 @@ class Rule:
 
 
 def rule_of(make: MakeOptimizer) -> Rule:
-    """The rule of the optimisers that `make` makes."""
-    optimizer = make([torch.zeros(1, requires_grad=True)])
+    """The rule of the optimisers that `make` makes. Nothing is known of the user's own."""
+    if make.own:
+        return Rule(False, 0.0, False, make)
+    optimizer = make([("", torch.zeros(1, requires_grad=True))])
     assert optimizer is not None, "a parameter that is trained has an optimiser"
     d, kind = optimizer.defaults, type(optimizer)
     plain = kind is torch.optim.SGD and not (d["momentum"] or d["nesterov"] or d["maximize"])
     fused = kind in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
-    return Rule(plain, d.get("weight_decay", 0.0), fused)
+    return Rule(plain, d.get("weight_decay", 0.0), fused, make)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
@@ -106,7 +324,14 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
         optimizer.state[parameters[index]] = kept
 
 
+def as_tensor(value: Any) -> Tensor:
+    """A value of an optimiser's state as it crosses: numbers of Python's are of their own precision."""
+    if isinstance(value, Tensor):
+        return value
+    return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
+
+
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the rate of the next step."""
+    """Set the rate of the next step; groups of parameters may have a factor of their own."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_factor", 1.0)

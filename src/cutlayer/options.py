@@ -9,15 +9,24 @@ effect is kept in the resolved configuration.
 from __future__ import annotations
 
 import inspect
+import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
 from cutlayer import plugins
@@ -56,6 +65,17 @@ def about(info: FieldInfo, what: str) -> Any:
     return extra.get(what) if isinstance(extra, dict) else None
 
 
+def _optimizer_name(name: Any) -> Any:
+    """torch.optim's optimisers in lower case, whether they are called Adam, adam or torch.optim.Adam."""
+    if not isinstance(name, str):
+        return name
+    if found := re.fullmatch(r"torch\.optim(?:\.\w+)*[.:](\w+)", name):
+        return found[1].lower()
+    return name if ":" in name or plugins.known("optimizer", name) else name.lower()
+
+
+OptimizerName = Annotated[str, BeforeValidator(_optimizer_name)]
+ParamGroups = tuple[dict[str, int | float | str], ...]
 OptimizerOptions = dict[str, bool | int | float | str | list[float]]
 
 
@@ -305,18 +325,31 @@ class CommonConfig(FleetConfig):
     """Number of rounds, instead of epochs. A round is one local epoch unless the algorithm's options say more."""
     batch: int = _field(8, TRAINING, ge=1)
     """Batch size of a client, b (in centralised learning: of the one model)."""
-    client_optimizer: str = _field("adam", TRAINING, shared=True)
-    """A class of torch.optim in lower case: adam, sgd, adamw, rmsprop... For whole models: of the whole model."""
+    client_optimizer: OptimizerName = _field("adam", TRAINING, shared=True)
+    """A class of torch.optim: adam, sgd, adamw, rmsprop..., or your own, a class or a function (params, lr):
+    path/to/file.py:name. For whole models: of the whole model."""
     client_optimizer_options: OptimizerOptions = _field({}, TRAINING, shared=True)
     """Its further arguments, e.g. --client-optimizer-options.momentum 0.9."""
     client_lr: float = _field(1e-3, TRAINING, shared=True, gt=0)
     """The clients' learning rate, eta_c."""
-    server_optimizer: str | None = _field(None, TRAINING, "split")
+    client_clip_grad_norm: float | None = _field(None, TRAINING, shared=True, gt=0)
+    """The largest norm of a client's gradient of all its parameters, to which it is scaled down. Default: no limit."""
+    server_optimizer: OptimizerName | None = _field(None, TRAINING, "split")
     """The server's optimiser. Default: client_optimizer."""
     server_optimizer_options: OptimizerOptions | None = _field(None, TRAINING, "split")
     """Its further arguments. Default: client_optimizer_options if the optimiser is the same."""
     server_lr: float | None = _field(None, TRAINING, "split", gt=0)
     """The server's learning rate before SplitLr. Default: client_lr."""
+    server_clip_grad_norm: float | None = _field(None, TRAINING, "split", gt=0)
+    """The same for the server's gradient, or that of each of its copies. Default: no limit."""
+    accumulate: int = _field(1, TRAINING, shared=True, ge=1)
+    """Batches per step of a client's optimiser, which steps on the mean of their gradients. Fewer at the end of a round
+    make a step too."""
+    server_accumulate: int | None = _field(None, TRAINING, "split", ge=1)
+    """The same for the server's optimiser. Default: accumulate."""
+    param_groups: ParamGroups = _field((), TRAINING, shared=True)
+    """Parameters with a factor of the rate or a weight decay of their own, by a regular expression of their names:
+    tables with match, lr, weight_decay; as a flag in JSON, e.g. '{"match": "bias|norm", "weight_decay": 0}'."""
     lr_schedule: str = _field("step", TRAINING, shared=True)
     """How the learning rates change over the rounds (see `cutlayer list schedules`), or your own, a class or a function
     of the progress in [0, 1): path/to/file.py:name."""
@@ -366,7 +399,7 @@ class CommonConfig(FleetConfig):
         found.append(plugins.find("partition", self.partition))
         found += [plugins.find("schedule", name) for name in (self.lr_schedule, self.server_lr_schedule) if name]
         found += [plugins.find("task", self.task), *_models(self.model), *self.reading()]
-        return found + self._defending()
+        return found + self._defending() + self._own_optimizers()
 
     def reading(self, given: Iterable[str] | None = None) -> list[Entry]:
         """What reads the data: a source, a format, or (where the file must tell) those formats that have an option
@@ -378,6 +411,15 @@ class CommonConfig(FleetConfig):
             return [plugins.find("data", self.data)]
         named = set(self.__pydantic_extra__ or {}) if given is None else set(given)
         return [entry for entry in plugins.index("format").values() if entry.option_names & named]
+
+    def _own_optimizers(self) -> list[Entry]:
+        """The user's own optimisers: torch's are not registered."""
+        named = dict.fromkeys(name for name in (self.client_optimizer, self.server_optimizer) if name)
+        return [
+            plugins.find("optimizer", name)
+            for name in named
+            if plugins.is_reference(name) or plugins.known("optimizer", name)
+        ]
 
     def _defending(self) -> list[Entry]:
         """The defences named, and those of which an option is given."""
@@ -759,6 +801,8 @@ NAMING = {
     "up_codec": "codec",
     "down_codec": "codec",
     "defences": "defence",
+    "client_optimizer": "optimizer",
+    "server_optimizer": "optimizer",
 }
 """Options that name things, and of which kind."""
 _PATHS = ("data", "profiles")  # options that may name a file or folder
@@ -786,7 +830,8 @@ def _from_anywhere(name: str, value: Any) -> Any:
     return plugins.absolute(value)
 
 
-_OBJECTS = {"algorithm", "partition", "schedule", "defence", "task"}  # kinds that may be given as objects of Python
+# Kinds that may be given as objects of Python.
+_OBJECTS = {"algorithm", "partition", "schedule", "defence", "task", "optimizer"}
 
 
 def by_reference(values: Mapping[str, Any]) -> dict[str, Any]:

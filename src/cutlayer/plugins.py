@@ -62,9 +62,10 @@ KINDS: dict[str, Kind] = {
     "schedule": Kind("schedule", ("schedules",), "cutlayer.schedules"),
     "codec": Kind("codec", ("wire/codecs",), "cutlayer.codecs", flat=False),
     "defence": Kind("defence", ("defences",), "cutlayer.defences"),
+    "optimizer": Kind("optimizer", (), "cutlayer.optimizers", flat=False),  # torch's are known by their names
 }
 
-_PLAIN_KINDS = {"model", "data", "schedule"}  # a function that is not registered will do
+_PLAIN_KINDS = {"model", "data", "schedule", "optimizer"}  # a function that is not registered will do
 
 SUPPLIED = frozenset({"input_shape", "classes"})
 """Parameters of a model's function that the data decide: they are not options."""
@@ -644,7 +645,7 @@ def _entry_of(kind: str, reference: str, thing: Any) -> Entry:
         return _renamed(entry, reference)
     if kind in _PLAIN_KINDS and callable(thing):  # a plain function will do
         try:
-            options = options_of(thing)
+            options = options_of(thing) if KINDS[kind].flat else ()
         except (TypeError, NameError) as error:
             raise ConfigError(f"{KINDS[kind].word} {reference!r}: {error}") from None
         return Entry(kind, reference, reference, getattr(thing, "__name__", reference), options=options)

@@ -34,6 +34,7 @@ from cutlayer.keywords import RunKeywords
 from cutlayer.options import RunConfig, by_reference, from_anywhere, normalised, overlaid
 from cutlayer.schedules import Schedule, WarmedUp
 from cutlayer.scoring import judged
+from cutlayer.server import Server
 from cutlayer.types import Evaluation, Step
 
 
@@ -474,7 +475,14 @@ def round_of(training: Training, index: int) -> Iterator[Step]:
     """Begin round `index`; its steps."""
     t = training
     factor, t.server.lr_factor = rate_factors(t, index)
-    return steps_of(t.algorithm, t.server, t.clients, t.clients.begin_round(index, t.rounds, factor))
+    this = t.clients.begin_round(index, t.rounds, factor)
+    return _to_the_end(steps_of(t.algorithm, t.server, t.clients, this), t.server)
+
+
+def _to_the_end(steps: Iterator[Step], server: Server) -> Iterator[Step]:
+    """The steps of a round, whose end the server is told."""
+    yield from steps
+    server.end_round()
 
 
 def own_things(**given: object) -> dict[str, bool]:

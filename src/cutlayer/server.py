@@ -15,7 +15,7 @@ from cutlayer import seeds
 from cutlayer.averaging import average_into
 from cutlayer.errors import ConfigError, NonFiniteError
 from cutlayer.gradients import RowLoss, column, gradient_of, mean_loss, means, means_of_clients, spread
-from cutlayer.optim import MakeOptimizer, load_optimizer, set_lr
+from cutlayer.optim import MakeOptimizer, Stepping, load_optimizer
 from cutlayer.tasks import Task
 from cutlayer.tasks.classification import Classification
 from cutlayer.types import Rows, Smashed, TailGradients, as_tuple
@@ -50,7 +50,8 @@ class Server:
         self.lr_factor = 1.0
         self._make_optimizer = make_optimizer
         self._weights = list(model.parameters())
-        self._optimizer = make_optimizer(self._weights)
+        self._stepping = Stepping(make_optimizer, model.named_parameters())
+        self._optimizer = self._stepping.optimizer
         self._copies: dict[int, Server] = {}
         self._steps = 0
         self._pending: tuple[Rows, Rows] | None = None
@@ -169,9 +170,15 @@ class Server:
         Raises ConfigError if the algorithm does not need copies.
         """
         self._check(STEP_COPIES, "average_copies")
+        self._settle_copies()
         average_into(self.model, [self._copy_of(k).model for k in weights], list(weights.values()))
         for replica in self._copies.values():
             replica.model.load_state_dict(self.model.state_dict())
+
+    def end_round(self) -> None:
+        """The round is over: batches that still wait for their step (`accumulate`) make one."""
+        self._stepping.settle()
+        self._settle_copies()
 
     def state(self) -> dict[str, Any]:
         """Model, optimiser, step counter, and the same of every copy."""
@@ -204,13 +211,12 @@ class Server:
         self._copies[client].lr_factor = self.lr_factor
         return self._copies[client]
 
+    def _settle_copies(self) -> None:
+        for replica in self._copies.values():
+            replica.end_round()
+
     def _rate(self, factor: float) -> float:
         return self.lr * self.lr_factor * factor
-
-    def _take_step(self, lr: float) -> None:
-        assert self._optimizer is not None
-        set_lr(self._optimizer, lr)
-        self._optimizer.step()
 
     def _backward(self, smashed: Smashed, backward: Callable[[], None], factor: float | None) -> Rows:
         """Zero, back-propagate, check, step (unless `factor` is None); the gradients of the floating point rows."""
@@ -227,7 +233,7 @@ class Server:
         if self._optimizer and factor is not None:
             if not finite(*(p.grad for p in self._weights if p.grad is not None)):
                 raise NonFiniteError("server's weight gradient")
-            self._take_step(self._rate(factor))
+            self._stepping.take(self._rate(factor), last=False)
         self._steps += 1
         return gradient
 

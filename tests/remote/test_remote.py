@@ -235,8 +235,8 @@ def test_a_fault_in_a_last_backward_pass_is_heard_of(rounds: int) -> None:
     assert -(-sizes[first] // 4) < max(-(-n // 4) for n in sizes)
     client, left = hub.workers[first].client, [rounds * -(-sizes[first] // 4)]
 
-    def step(rate: float, own: Callable[[float], None] = client.step) -> None:
-        own(rate)
+    def step(rate: float, *, last: bool, own: Callable[..., None] = client.step) -> None:
+        own(rate, last=last)
         left[0] -= 1
         if not left[0]:
             raise NonFiniteError("weight gradient or loss", (first,))

@@ -18,7 +18,7 @@ from cutlayer.engine.bounded import BoundedCohort
 from cutlayer.engine.layout import quicker, smashed
 from cutlayer.engine.local import LocalCohort
 from cutlayer.engine.simulated import Clients
-from cutlayer.engine.stackable import bytes_per_row, stackable
+from cutlayer.engine.stackable import bytes_per_row, stackable, unlike_alone
 from cutlayer.engine.stacked import StackedCohort, StackedServer, Stacking
 from cutlayer.engine.union import UnionCohort, UnionServer, row_by_row
 from cutlayer.errors import ConfigError, CutlayerWarning
@@ -80,7 +80,7 @@ def _chosen(
     if config.engine == "stacked":
         _check_can("stacked", StackedCohort.can, config.algorithm, needs)
     copies = len(setup.rows) if algorithm.traits.server_copies else 0
-    why = _unfit(config, algorithm, make_server)
+    why = _unfit(algorithm, setup.make_optimizer, make_server)
     hows = []
     for side, part, received, make in (
         ("client", split.client, example, setup.make_optimizer),
@@ -114,6 +114,8 @@ def _one_union_step(
     if config.start != "equal" or not rule_of(setup.make_optimizer).plain:
         return False
     copies = algorithm.traits.server_copies
+    if setup.make_optimizer.clip is not None or (copies and make_server.clip is not None):
+        return False  # each model's own gradient is clipped
     if copies and not (rule_of(make_server).plain and row_by_row(split.server, rows)):
         return False
     return row_by_row(split.client, example)
@@ -127,16 +129,16 @@ def _check_can(engine: str, can: frozenset[str], algorithm: str, needs: frozense
         )
 
 
-def _unfit(config: RunConfig, algorithm: Algorithm, make_server: MakeOptimizer) -> str:
+def _unfit(algorithm: Algorithm, make_client: MakeOptimizer, make_server: MakeOptimizer) -> str:
     """Why this algorithm or its optimisers cannot be stacked, whatever the model; empty where they can."""
     if lacking := sorted(algorithm.traits.needs - StackedCohort.can):
         return f"it needs {', '.join(lacking)}, which the stacked engine cannot do"
-    names = [config.client_optimizer]
-    if algorithm.traits.server_copies:
-        names.append(config.server_optimizer or config.client_optimizer)
-    for name in names:
-        if name not in ELEMENTWISE:
-            return f"the rule of {name} is not elementwise"
+    for make in (make_client, make_server)[: 2 if algorithm.traits.server_copies else 1]:
+        if make.own:
+            if why := unlike_alone(make):
+                return f"the rule of {make.name} is not elementwise: {why}"
+        elif make.name not in ELEMENTWISE:
+            return f"the rule of {make.name} is not elementwise"
     return ""
 
 

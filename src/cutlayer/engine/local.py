@@ -16,11 +16,12 @@ from cutlayer.data.samples import Samples
 from cutlayer.engine.simulated import Clients, Local, Shape, SimulatedCohort, model_bytes, together
 from cutlayer.errors import NonFiniteError
 from cutlayer.gradients import mean_loss
-from cutlayer.optim import MakeOptimizer, load_optimizer, set_lr
+from cutlayer.models.parts import Part
+from cutlayer.optim import MakeOptimizer, Stepping, as_tensor, load_optimizer
 from cutlayer.scoring import Outputs, evaluation
 from cutlayer.tasks import Task
 from cutlayer.tasks.classification import Classification
-from cutlayer.types import CutGradients, Evaluation, Rows, Smashed, Step, TailGradients, aligned, as_tuple
+from cutlayer.types import CutGradients, Evaluation, Round, Rows, Smashed, Step, TailGradients, aligned, as_tuple
 from cutlayer.verbs import VERBS
 
 
@@ -41,7 +42,8 @@ class Client:
         self.task = task or Classification()
         self.module = nn.ModuleDict({"lower": lower} if tail is None else {"lower": lower, "tail": tail})
         self.weights = list(self.module.parameters())
-        self.optimizer = make_optimizer(self.weights)
+        self.stepping = Stepping(make_optimizer, _named(lower, tail))
+        self.optimizer = self.stepping.optimizer
         self.smashed: Rows = ()  # of the last forward pass, with its graph
         self.labels = torch.empty(0)
         self.clock = 0  # batches drawn before this one
@@ -65,16 +67,17 @@ class Client:
             torch.autograd.backward([s for s, _ in pairs], [g for _, g in pairs])
         self.smashed = ()
 
-    def step(self, lr: float) -> None:
-        """One optimiser step at rate `lr`. Raises NonFiniteError instead, naming the client."""
+    def step(self, lr: float, *, last: bool) -> None:
+        """One optimiser step at rate `lr`, if no further batches belong to it; `last`: there are none left in this
+        round. Raises NonFiniteError instead, naming the client.
+        """
         if self.optimizer is None:
             return
         grads = [p.grad for p in self.weights if p.grad is not None]
         on_cpu = bool(grads) and grads[0].device.type == "cpu"  # a look would stop an accelerator
         if on_cpu and not math.isfinite(torch.nn.utils.get_total_norm(grads)):
             raise NonFiniteError("weight gradient", (self.name,))
-        set_lr(self.optimizer, lr)
-        self.optimizer.step()
+        self.stepping.take(lr, last=last)
 
     def finish(self, features: Rows, seed: int) -> tuple[Tensor, list[Tensor]]:
         """U-shaped split: the tail goes on from `features`, each [b, f...]: the mean loss over the rows, and its
@@ -89,22 +92,22 @@ class Client:
         loss.backward()
         return loss.detach(), [leaf.grad for leaf in leaves if leaf.grad is not None]
 
-    def learn(self, outputs: Rows, lr: float) -> Local:
+    def learn(self, outputs: Rows, lr: float, *, last: bool) -> Local:
         """A whole model's step on the batch that gave `outputs`. Raises NonFiniteError."""
         loss = self._mean_loss(outputs)
         if not torch.isfinite(loss):
             raise NonFiniteError("loss", (self.name,))
         loss.backward()
-        self.step(lr)
+        self.step(lr, last=last)
         self.smashed = ()
         return Local(loss.item(), len(self.labels), self.mass)
 
-    def learn_alone(self, seed: int, lr: float) -> Local:
+    def learn_alone(self, seed: int, lr: float, *, last: bool) -> Local:
         """A step on the auxiliary head's loss of the batch that was forwarded last. Raises NonFiniteError."""
         assert self.tail is not None, "an algorithm that needs LEARN has auxiliary heads"
         with seeds.torch_seeded(seed, "auxiliary", self.name, self.clock, device=self.labels.device):
             outputs = as_tuple(self.tail(self.smashed))
-        return self.learn(outputs, lr)
+        return self.learn(outputs, lr, last=last)
 
     @property
     def mass(self) -> float:
@@ -120,8 +123,14 @@ class Client:
         model = model_bytes(self.module)
         if self.optimizer is None:
             return Footprint(model, 0)
-        tensors = [v for s in self.optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
+        tensors = [as_tensor(v) for s in self.optimizer.state.values() for v in s.values() if v is not None]
         return Footprint(model, sum(t.nbytes for t in tensors))
+
+
+def _named(lower: nn.Module, tail: nn.Module | None) -> list[tuple[str, Tensor]]:
+    """A client's parameters under the names of the whole model; an auxiliary head's are auxiliary.NAME."""
+    parts = [(lower, "")] if tail is None else [(lower, ""), (tail, "" if isinstance(tail, Part) else "auxiliary.")]
+    return [(f"{prefix}{name}", p) for part, prefix in parts for name, p in part.named_parameters()]
 
 
 def named_as_whole(state: Mapping[str, Tensor], shape: Shape) -> dict[str, Tensor]:
@@ -177,7 +186,7 @@ class LocalCohort(SimulatedCohort):
             client = self._clients[k]
             client.backward(gradients.for_client(k, len(client.labels)))
         for k in self._asked:
-            self._clients[k].step(self._rate)
+            self._clients[k].step(self._rate, last=not self._quota[k])
         self._alike = len(self._clients) == 1
 
     def learn(self, steps: int) -> list[Step]:
@@ -194,7 +203,8 @@ class LocalCohort(SimulatedCohort):
             if not client.smashed:
                 self._forward_one(client.name)
             try:
-                taken.append(client.learn_alone(self.setup.seed, self._rate))
+                last = not self._quota[client.name]
+                taken.append(client.learn_alone(self.setup.seed, self._rate, last=last))
             except NonFiniteError as error:
                 raise error.at(len(taken)) from None
         return taken
@@ -211,13 +221,19 @@ class LocalCohort(SimulatedCohort):
         while self._quota[client.name] > 0:
             outputs = self._forward_one(client.name)
             try:
-                taken.append(client.learn(outputs, self._rate))
+                taken.append(client.learn(outputs, self._rate, last=not self._quota[client.name]))
             except NonFiniteError as error:
                 raise error.at(len(taken)) from None
         return taken
 
+    def begin_round(self, index: int, total: int, lr_factor: float) -> Round:
+        """As for all; what the round before has left undone is done first, at its rate."""
+        self._settle()
+        return super().begin_round(index, total, lr_factor)
+
     def average(self, weights: Mapping[int, float]) -> tuple[int, ...]:
         """All client models := the weighted mean of those in `weights`. Optimiser states stay where they are."""
+        self._settle()
         first = self._clients[0].module
         average_into(first, [self._clients[k].module for k in weights], list(weights.values()))
         for client in self._clients[1:]:
@@ -228,6 +244,7 @@ class LocalCohort(SimulatedCohort):
     def hand_over(self, client: int, *, optimizer: bool) -> None:
         """The travelling model moves to `client`; before anyone holds it, it is `client`'s own."""
         if self._holder is not None and self._holder != client:
+            self._settle()
             giver, taker = self._clients[self._holder], self._clients[client]
             taker.module.load_state_dict(giver.module.state_dict())
             if optimizer and giver.optimizer and taker.optimizer:
@@ -236,6 +253,7 @@ class LocalCohort(SimulatedCohort):
 
     def evaluate(self, samples: Samples, predict: Predict) -> Evaluation:
         """Every client model with the server, one after another; models known to be equal are looked at once."""
+        self._settle()
         everyone, models = self._judged()
 
         def outputs_of(clients: Sequence[int], part: Samples, start: int) -> Outputs:
@@ -256,8 +274,13 @@ class LocalCohort(SimulatedCohort):
         """One client's parameters and buffers, under the names of the whole model."""
         return named_as_whole(self._clients[client].module.state_dict(), self.shape)
 
+    def _settle(self) -> None:
+        for client in self._clients:
+            client.stepping.settle()
+
     def state(self) -> dict[str, Any]:
         """Models, optimisers and clocks of all clients (between rounds there is nothing else)."""
+        self._settle()
         clients = [
             {"model": c.module.state_dict(), "optimizer": c.optimizer.state_dict() if c.optimizer else {}}
             for c in self._clients

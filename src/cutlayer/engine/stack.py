@@ -81,8 +81,13 @@ class Stack:
         self._rule = rule_of(make_optimizer)
         self._state: dict[str, dict[str, Tensor]] = {}  # parameter -> kind -> the optimiser's [C, ...]
         self._clocked = False  # the optimiser counts steps
+        self._plain_clock = False  # in a number of Python's, not in a tensor
+        self._held: dict[str, Tensor] = {}  # parameter -> sums [C, ...] of the gradients of the batches that wait
+        self._waiting = np.zeros(count, np.int64)  # how many those are
+        self._lr = 0.0  # of the last of them
         self.watch: AbstractContextManager[Any] = nullcontext()  # sees the module's operations (for the proof)
         self.steps = np.zeros(count, np.int64)  # optimiser steps that each client has taken
+        self.batches = np.zeros(count, np.int64)  # batches that each has trained on
         self.chunk = chunk or max(1, count)
         self._neighbours: dict[tuple[int, int], Group] = {}
         self._places = [(*_owner(self.module, n), n) for n in (*self._parameters, *self._buffers)]
@@ -146,11 +151,60 @@ class Stack:
         with torch.no_grad():
             return self._run(self._group(np.asarray(clients)), rows, _no_generator, False)
 
-    def step(self, group: Group, lr: float) -> None:
-        """One optimiser step of the group's clients at rate `lr`, from the gradients of its tensors."""
+    def step(self, group: Group, lr: float, *, last: np.ndarray) -> None:
+        """One optimiser step of the group's clients at rate `lr`, from the gradients of its tensors: of those for whom
+        no further batches belong to the step. `last` [c]: whether there are none left in this round.
+        """
+        who, accumulate = group.clients, self._make_optimizer.accumulate
+        self.batches[who] += 1
+        if accumulate == 1:
+            self._advance(group, lr)
+            return
+        self._hold(group, lr)
+        if not group.views:
+            self._put_back(group)
+        due = who[(self._waiting[who] >= accumulate) | last]
+        if len(due):
+            self._release(due, lr)
+
+    def settle(self) -> None:
+        """Clients whose batches wait for a step make one: models are about to be read, or the round is over."""
+        due = np.flatnonzero(self._waiting)
+        for start in range(0, len(due), self.chunk):
+            self._release(due[start : start + self.chunk], self._lr)
+
+    def _hold(self, group: Group, lr: float) -> None:
+        """Add a group's gradients to those that wait."""
+        at = torch.from_numpy(group.clients).to(self.device)
+        for name, p in group.parameters.items():
+            if p.grad is not None:
+                if name not in self._held:
+                    self._held[name] = torch.zeros_like(self._parameters[name])
+                self._held[name].index_add_(0, at, p.grad)
+        self._waiting[group.clients] += 1
+        self._lr = lr
+
+    def _release(self, due: np.ndarray, lr: float) -> None:
+        """A step of the clients `due` on the mean gradient of their batches."""
+        group = self._group(due)
+        at = torch.from_numpy(due).to(self.device)
+        batches = torch.from_numpy(self._waiting[due]).to(self.device)
+        for name, p in group.parameters.items():
+            p.grad = None
+            if name in self._held:
+                held = self._held[name]
+                p.grad = held[at] / batches.to(held.dtype).view(-1, *[1] * (held.dim() - 1))
+                held[at] = 0.0
+        self._waiting[due] = 0
+        self._advance(group, lr)
+
+    def _advance(self, group: Group, lr: float) -> None:
+        """Clip, and step."""
         who = group.clients
+        if self._make_optimizer.clip is not None:
+            clip(group.gradients, self._make_optimizer.clip)
         if self._rule.plain:
-            self._descend(group, lr, self._rule.weight_decay)
+            self._descend(group, lr)
         else:
             taken = np.unique(self.steps[who])
             for count in taken:
@@ -192,7 +246,8 @@ class Stack:
         if not self.steps[client]:
             return 0
         tensors = [t for kinds in self._state.values() for t in kinds.values()]
-        return sum(t[0].nbytes for t in tensors) + (4 * len(self._state) if self._clocked else 0)
+        clock = (8 if self._plain_clock else 4) * len(self._state) if self._clocked else 0
+        return sum(t[0].nbytes for t in tensors) + clock
 
     def state(self) -> dict[str, Any]:
         """Everything, stacked."""
@@ -201,7 +256,9 @@ class Stack:
             "buffers": dict(self._buffers),
             "optimizer": {name: dict(kinds) for name, kinds in self._state.items()},
             "clocked": self._clocked,
+            "plain clock": self._plain_clock,
             "steps": self.steps.tolist(),
+            "batches": self.batches.tolist(),
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -214,7 +271,9 @@ class Stack:
             for name, kinds in state["optimizer"].items()
         }
         self._clocked = state["clocked"]
+        self._plain_clock = state.get("plain clock", False)
         self.steps = np.array(state["steps"], np.int64)
+        self.batches = np.array(state.get("batches", state["steps"]), np.int64)
 
     # Inside
 
@@ -251,7 +310,7 @@ class Stack:
                 lambda i: generators(names[i]),
                 alike=alike,
                 channels_last=getattr(self.module, "images_channels_last", False),
-                leave=leave if self._rule.plain else None,
+                leave=leave if self._rule.by_factors else None,
             )
             with lowered, self.watch:
                 given = self.module(rows)
@@ -275,10 +334,12 @@ class Stack:
         for places, key, own, name in self._places:
             places[key] = tensors.get(name, own)
 
-    def _descend(self, group: Group, lr: float, weight_decay: float) -> None:
+    def _descend(self, group: Group, base: float) -> None:
         """Plain gradient descent: w <- (1 - lr * decay) w - lr g, factors multiplied right into the weights."""
         with torch.no_grad():
             for name in self._trained:
+                factor, weight_decay = self._rule.rates_of(name)
+                lr = base * factor
                 p, factors = group.parameters[name].detach(), group.factors.get(name, [])
                 gradient = group.parameters[name].grad
                 if gradient is None and not factors:
@@ -304,7 +365,7 @@ class Stack:
         span: slice | Tensor = torch.from_numpy(who).to(self.device)
         if group.views and at is None:
             span = slice(int(who[0]), int(who[-1]) + 1)
-        optimizer = self._make_optimizer(slices.values())
+        optimizer = self._make_optimizer(slices.items())
         if optimizer is None:
             return
         self._rule.quicken(optimizer)
@@ -312,7 +373,9 @@ class Stack:
         if taken:
             for name, part in slices.items():
                 state = {kind: t[span] for kind, t in self._state.get(name, {}).items()}
-                clock = {"step": torch.tensor(float(taken), device=self._rule.clock_device(part))}
+                clock: dict[str, Any] = {"step": taken}
+                if not self._plain_clock:
+                    clock["step"] = torch.tensor(float(taken), device=self._rule.clock_device(part))
                 optimizer.state[part] = {**(clock if self._clocked else {}), **state}
         before = {name: dict(optimizer.state[part]) if taken else {} for name, part in slices.items()}
         optimizer.step()
@@ -327,7 +390,7 @@ class Stack:
         kinds = self._state.setdefault(name, {})
         for kind, value in state.items():
             if kind == "step":
-                self._clocked = True
+                self._clocked, self._plain_clock = True, not isinstance(value, Tensor)
             elif value is not None and not (isinstance(span, slice) and value is before.get(kind) and kind in kinds):
                 if kind not in kinds:
                     kinds[kind] = torch.zeros_like(self._parameters[name], dtype=value.dtype)
@@ -339,6 +402,19 @@ class Stack:
             for mine, theirs in ((self._parameters, group.parameters), (self._buffers, group.buffers)):
                 for name, tensor in theirs.items():
                     mine[name][at] = tensor
+
+
+def clip(gradients: Sequence[Tensor], largest: float) -> None:
+    """Scale each client's gradients [c, ...], all its parameters together, down to a norm of at most `largest`: what
+    torch's `clip_grad_norm_` does for each alone.
+    """
+    if not gradients:
+        return
+    clients = len(gradients[0])
+    norms = torch.stack([torch.linalg.vector_norm(g.reshape(clients, -1), dim=1) for g in gradients])
+    scale = (largest / (torch.linalg.vector_norm(norms, dim=0) + 1e-6)).clamp(max=1.0)
+    for g in gradients:
+        g.mul_(scale.view(-1, *[1] * (g.dim() - 1)).to(g.dtype))
 
 
 def descend(weight: Tensor, gradient: Tensor, lr: float, weight_decay: float) -> None:

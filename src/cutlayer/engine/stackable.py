@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from cutlayer.engine.lowering import EMBEDDING, NotStackableError
 from cutlayer.engine.stack import Group, Stack
 from cutlayer.gradients import gradient_of
-from cutlayer.models.parts import Part
+from cutlayer.models.parts import Part, one_line
 from cutlayer.optim import MakeOptimizer
 from cutlayer.types import Rows, as_tuple, channels_last, select
 
@@ -50,6 +50,43 @@ def stackable(module: nn.Module, rows: Rows, make_optimizer: MakeOptimizer, *, d
         if reason == _EMBEDDING:  # vmap takes it, and ignores what makes it special
             break
     return Stackability(reason=reasons[0])
+
+
+def unlike_alone(make: MakeOptimizer) -> str:
+    """Why steps of an optimiser on stacked tensors are not every copy's own steps, as a clause; empty if they are:
+    several parameters and copies, which have taken different numbers of steps, in double precision.
+    """
+    make = replace(make, groups=(), clip=None, accumulate=1)
+    noise = torch.Generator().manual_seed(0)
+    copies = [_SomeShapes(noise) for _ in range(_COPIES)]
+    try:
+        stack = Stack(copies[0], _COPIES, make)
+        for k, one in enumerate(copies):
+            stack.load_one(k, one.state_dict())
+        alone = [make(one.named_parameters()) for one in copies]
+        for who in ([0, 1, 2], [0, 2], [0, 1, 2], [1], [0, 1, 2]):
+            (group,) = stack.groups(who, torch.ones(len(who)).numpy())
+            for name, p in group.parameters.items():
+                p.grad = torch.randn(p.shape, generator=noise, dtype=p.dtype)
+                for grad, k in zip(p.grad, who, strict=True):
+                    copies[k].get_parameter(name).grad = grad.clone()
+            stack.step(group, make.lr, last=torch.ones(len(who), dtype=torch.bool).numpy())
+            for optimizer in (alone[k] for k in who):
+                assert optimizer is not None, "there are parameters"
+                optimizer.step()
+        pairs = [(p, stack.state_of(k)[name]) for k, c in enumerate(copies) for name, p in c.state_dict().items()]
+    except Exception as error:  # a user's optimiser can raise anything
+        return f"it cannot step stacked tensors ({one_line(error)})"
+    return "" if close(pairs) else "it does not step stacked tensors as it steps each alone"
+
+
+class _SomeShapes(nn.Module):
+    """Parameters as layers have them."""
+
+    def __init__(self, noise: torch.Generator) -> None:
+        super().__init__()
+        for name, shape in (("weight", (4, 3)), ("kernel", (3, 2, 2, 2)), ("bias", (4,))):
+            self.register_parameter(name, nn.Parameter(torch.randn(shape, generator=noise, dtype=torch.float64)))
 
 
 def exact(module: nn.Module) -> nn.Module:

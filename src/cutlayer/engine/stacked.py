@@ -27,7 +27,7 @@ from cutlayer.optim import MakeOptimizer, rule_of
 from cutlayer.scoring import Outputs, evaluation
 from cutlayer.server import Server, ServerStep, culprits, finite
 from cutlayer.tasks import Task
-from cutlayer.types import CutGradients, Evaluation, Rows, Smashed, Step, masses_of, select
+from cutlayer.types import CutGradients, Evaluation, Round, Rows, Smashed, Step, masses_of, select
 from cutlayer.verbs import AVERAGE, BACKWARD, FIT, FORWARD, SERVER_VERBS, STEP_COPIES
 
 _MERGED_ROWS = 2048
@@ -99,7 +99,7 @@ class StackedCohort(SimulatedCohort):
                 torch.autograd.backward([s for s, _ in pairs], [g for _, g in pairs])
             del given
             check_weights(p.group)
-            self._stack.step(p.group, self._rate)
+            self._stack.step(p.group, self._rate, last=self._last(p.group))
         self._passes = []
         self._alike = len(self._quota) == 1
 
@@ -121,14 +121,21 @@ class StackedCohort(SimulatedCohort):
                 self._alike, count = len(self._quota) == 1, count + 1
         return [_together(parts) for parts in steps]
 
+    def begin_round(self, index: int, total: int, lr_factor: float) -> Round:
+        """As for all; what the round before has left undone is done first, at its rate."""
+        self._stack.settle()
+        return super().begin_round(index, total, lr_factor)
+
     def average(self, weights: Mapping[int, float]) -> tuple[int, ...]:
         """All client models := the weighted mean of those in `weights`. Optimiser states stay where they are."""
+        self._stack.settle()
         self._stack.average(weights)
         self._alike = True
         return tuple(weights)
 
     def evaluate(self, samples: Samples, predict: Predict) -> Evaluation:
         """Every client model with the server; models known to be equal are looked at once."""
+        self._stack.settle()
         everyone, models = self._judged()
         at_once = max(1, _MERGED_ROWS // max(1, len(samples)))
 
@@ -146,6 +153,7 @@ class StackedCohort(SimulatedCohort):
 
     def state(self) -> dict[str, Any]:
         """Models, optimisers and clocks of all clients, stacked."""
+        self._stack.settle()
         return {**self._base_state(), "stack": self._stack.state()}
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -159,6 +167,11 @@ class StackedCohort(SimulatedCohort):
         self._asked, self._sizes = asked, tuple(sizes.tolist())
         self._clocks = dict(zip(asked, clocks.tolist(), strict=True))
         return batch, self._stack.groups(asked, sizes)
+
+    def _last(self, group: Group) -> np.ndarray:
+        """Of each client of a group, whether it has no batch left in this round."""
+        left: np.ndarray = self._quota[group.clients] == 0
+        return left
 
     def _stream(self, client: int) -> torch.Generator:
         name = ("forward", client, self._clocks[client])
@@ -180,7 +193,7 @@ class StackedCohort(SimulatedCohort):
             part = batch[group.rows]
             losses = learn(self._stack, group, part.rows, part.y, task, self._stream, self._alike)
             check_weights(group)
-            self._stack.step(group, self._rate)
+            self._stack.step(group, self._rate, last=self._last(group))
             own = own if len(own) else losses.new_empty(len(asked))
             own[torch.from_numpy(group.at)] = losses
         return _Taken(asked, own, self._sizes, masses_of(task.weights(batch.y), self._sizes))
@@ -204,6 +217,9 @@ class StackedServer(Server):
         self._rule = rule_of(make_optimizer)
         if self._optimizer is not None:
             self._rule.quicken(self._optimizer)
+        self._named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        if self._rule.plain:
+            self._stepping.advance = self._descend
         self._stack = Stack(model, copies, make_optimizer, chunk=how.chunk, mapped=how.mapped)
 
     def step_copies(self, smashed: Smashed) -> ServerStep:
@@ -225,18 +241,16 @@ class StackedServer(Server):
             if not finite(*parts[-1]):
                 raise NonFiniteError("cut gradient", culprits(smashed) or tuple(group.clients.tolist()))
             check_weights(group, "server's weight gradient")
-            self._stack.step(group, self._rate(1.0))
+            self._stack.step(group, self._rate(1.0), last=np.zeros(len(group.clients), bool))
         return ServerStep(means_of_clients(own, smashed.masses), merged(parts, groups), self._rate(1.0))
 
-    def _take_step(self, lr: float) -> None:
+    def _descend(self, lr: float) -> None:
         """Plain gradient descent by hand: for a small model the optimiser's own bookkeeping takes longer."""
-        if not self._rule.plain:
-            return super()._take_step(lr)
         with torch.no_grad():
-            for p in self._weights:
+            for name, p in self._named:
                 if p.grad is not None:
-                    descend(p, p.grad, lr, self._rule.weight_decay)
-        return None
+                    factor, decay = self._rule.rates_of(name)
+                    descend(p, p.grad, lr * factor, decay)
 
     def average_copies(self, weights: Mapping[int, float]) -> None:
         """Server model := weighted mean of the copies of the clients in `weights`; then every copy := server model.
@@ -245,8 +259,14 @@ class StackedServer(Server):
         """
         self._check(STEP_COPIES, "average_copies")
         self._begin(weights)
+        self._stack.settle()
         self._stack.average(weights)
         self.model.load_state_dict(self._stack.state_of(0))
+
+    def end_round(self) -> None:
+        """Batches that wait for their step make one, in the copies too."""
+        super().end_round()
+        self._stack.settle()
 
     def state(self) -> dict[str, Any]:
         """The server's state and its stacked copies'."""
@@ -261,12 +281,12 @@ class StackedServer(Server):
         """A copy that has not stepped yet starts from the server's model, which may have been trained before."""
         if self._steps:
             for client in clients:
-                if not self._stack.steps[client]:
+                if not self._stack.batches[client]:
                     self._stack.load_one(client, self.model.state_dict())
 
     def _stream(self, client: int) -> torch.Generator:
         copy_seed = seeds.derive(self.seed, "copy", client)
-        name = ("server", int(self._stack.steps[client]))
+        name = ("server", int(self._stack.batches[client]))
         return seeds.torch_generator(copy_seed, *name, device=self._stack.device)
 
 

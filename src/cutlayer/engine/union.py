@@ -37,7 +37,7 @@ class UnionCohort(SimulatedCohort):
         super().__init__(setup)
         self._model, _ = setup.models[0]
         self._weights = [p for p in self._model.parameters() if p.requires_grad]
-        self._optimizer = setup.make_optimizer(self._weights)
+        self._optimizer = setup.make_optimizer(self._model.named_parameters())
         self._asked: tuple[int, ...] = ()
         self._sizes: tuple[int, ...] = ()
         self._given: Rows = ()
@@ -164,8 +164,9 @@ class UnionServer(Server):
         return ServerStep(means(losses.detach(), smashed.sizes, smashed.weights), own, self._rate(1.0))
 
     def average_copies(self, weights: Mapping[int, float]) -> None:
-        """Done already, by the weights n_k / n."""
+        """Done already, by the weights n_k / n, but for a step that waits for more batches."""
         self._check(STEP_COPIES, "average_copies")
+        self._stepping.settle()
         check_done(weights, self._masses, self._asked)
 
 

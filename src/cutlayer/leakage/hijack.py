@@ -29,6 +29,7 @@ from cutlayer.errors import DataError
 from cutlayer.gradients import RowLoss
 from cutlayer.leakage.inputs import check_real
 from cutlayer.leakage.networks import Encoder, SkipMLP, decoder
+from cutlayer.optim import make_optimizer
 from cutlayer.rows import check_rows
 from cutlayer.server import Server, ServerStep
 from cutlayer.types import Smashed
@@ -147,7 +148,7 @@ class HijackingServer(Server):
     """
 
     def __init__(self, attacker: Hijack) -> None:
-        super().__init__(nn.Identity(), _no_optimizer, lr=0.0)
+        super().__init__(nn.Identity(), make_optimizer("sgd", 1.0, {}), lr=0.0)
         self.attacker = attacker
 
     def step(self, smashed: Smashed, factor: float = 1.0, loss: RowLoss | None = None) -> ServerStep:
@@ -162,10 +163,6 @@ class HijackingServer(Server):
 
     def average_copies(self, weights: Any) -> None:
         """There are none."""
-
-
-def _no_optimizer(weights: Any) -> None:
-    """Nothing of it is trained but the attacker's own."""
 
 
 def _critic(code: Shape) -> nn.Module:

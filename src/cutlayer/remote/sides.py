@@ -180,10 +180,12 @@ def shared_options(p: Prepared) -> dict[str, str]:
     """
     config = p.config
     common = {n: getattr(config, n) for n, f in RunConfig.model_fields.items() if about(f, "shared")}
-    for option, kind in (("lr_schedule", "schedule"), ("task", "task")):
-        common[option] = plugins.registered_name(kind, getattr(config, option))
+    named = [("schedule", "lr_schedule", config.lr_schedule), ("task", "task", config.task)]
+    if plugins.is_reference(config.client_optimizer) or plugins.known("optimizer", config.client_optimizer):
+        named.append(("optimizer", "client_optimizer", config.client_optimizer))
+    common |= {option: plugins.registered_name(kind, reference) for kind, option, reference in named}
     things: dict[str, Any] = {}
-    for kind, reference in (("algorithm", config.algorithm), ("schedule", config.lr_schedule), ("task", config.task)):
+    for kind, _, reference in (("algorithm", "algorithm", config.algorithm), *named):
         entry = plugins.find(kind, reference)
         things |= {o.name: getattr(config, o.name) for o in entry.options if o.shared}
         if code := plugins.fingerprint(kind, reference):

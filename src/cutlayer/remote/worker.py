@@ -8,6 +8,7 @@ all clients keep the same round or none does.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from cutlayer.engine.local import Client
 from cutlayer.engine.simulated import Local, mass_of
 from cutlayer.errors import DistrustError, NonFiniteError, RunFolderError, WireError
 from cutlayer.models.parts import Crossing
-from cutlayer.optim import MakeOptimizer, load_optimizer
+from cutlayer.optim import MakeOptimizer, as_tensor, load_optimizer
 from cutlayer.remote.carrier import Answer
 from cutlayer.tasks import Task
 from cutlayer.types import Rows, aligned, as_tuple, joined
@@ -81,7 +82,8 @@ class Worker:
         self.client = Client(duty.index, duty.lower, duty.tail, duty.make_optimizer, duty.task)
         self._batches = Batches([np.arange(len(duty.samples))], duty.batch, duty.seed, [duty.index])
         self._rate = duty.lr
-        self._quota = 0  # batches of this round, for local training
+        self._quota = 0  # batches of this round
+        self._left = 0  # of these, those that have not been drawn
         self.steps = 0  # of the run, at the last state that was kept
         self._seen = 0  # the step of the last request: how far this process has come
         self._joined = False  # it has been welcome before, if only to wait
@@ -134,15 +136,19 @@ class Worker:
             )
 
     def _begin_round(self, message: m.BeginRound, body: memoryview) -> None:
+        self.client.stepping.settle()
         self._rate, self._quota = self.duty.lr * message.lr_factor, message.batches
+        self._left = message.batches
 
     def _settle(self, message: m.Settle, body: memoryview) -> Answer:
         return m.Settled(message.step), ()
 
     def _give_model(self, message: m.GiveModel, body: memoryview) -> Answer:
+        self.client.stepping.settle()
         return m.ModelUp(message.step), encode_named(state_of(self.client.module))
 
     def _take_model(self, message: m.TakeModel, body: memoryview) -> None:
+        self.client.stepping.settle()
         module = self.client.module
         module.load_state_dict(decode_named(body, described(state_of(module))))
 
@@ -156,6 +162,7 @@ class Worker:
 
     def _draw(self) -> tuple[Samples, int]:
         rows, _, clocks = self._batches.draw([0])
+        self._left -= 1
         return self.duty.samples[rows], int(clocks[0])
 
     def _forward(self, message: m.Forward, body: memoryview) -> Answer:
@@ -184,7 +191,7 @@ class Worker:
         if self._guarded is not None:
             gradient = self._guarded.back(gradient)
         self.client.backward(gradient)
-        self.client.step(self._rate)
+        self.client.step(self._rate, last=self._left <= 0)
 
     def _look(self, own: Rows | None) -> None:
         """Watch a gradient that came for this client alone (None: it is shared). Raises DistrustError where the client
@@ -238,7 +245,7 @@ class Worker:
                 batch, clock = self._draw()
                 self.client.forward(batch, self.duty.seed, clock)
             try:
-                taken.append(self.client.learn_alone(self.duty.seed, self._rate))
+                taken.append(self.client.learn_alone(self.duty.seed, self._rate, last=self._left <= 0))
             except NonFiniteError as error:
                 raise error.at(len(taken)) from None
         return taken
@@ -250,13 +257,14 @@ class Worker:
             batch, clock = self._draw()
             outputs = self.client.forward(batch, self.duty.seed, clock)
             try:
-                taken.append(self.client.learn(outputs, self._rate))
+                taken.append(self.client.learn(outputs, self._rate, last=self._left <= 0))
             except NonFiniteError as error:
                 raise error.at(len(taken)) from None
         return taken
 
     def _evaluate(self, message: m.Evaluate, body: memoryview) -> Answer:
         d, c = self.duty, self.client
+        c.stepping.settle()
         c.module.eval()
         with torch.no_grad():
             if message.part == "tail":
@@ -291,6 +299,7 @@ class Worker:
 
     def _state(self, step: int) -> dict[str, Any]:
         c = self.client
+        c.stepping.settle()
         return {
             "step": step,
             "drawn": self._batches.drawn.tolist(),
@@ -385,12 +394,13 @@ def state_of(module: nn.Module) -> dict[str, Tensor]:
 
 def flattened(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """An optimiser's state as named tensors: "<number of the parameter>/<name>", plain numbers as tensors too."""
-    found = {}
-    for number, values in optimizer.state_dict()["state"].items():
-        for name, value in values.items():
-            kept = value if isinstance(value, Tensor) else torch.tensor(value)
-            found[f"{number}/{name}"] = kept
-    return found
+    return {key: as_tensor(value) for key, value in _values(optimizer).items()}
+
+
+def _values(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """An optimiser's state, flat."""
+    state = optimizer.state_dict()["state"]
+    return {f"{number}/{name}": v for number, values in state.items() for name, v in values.items() if v is not None}
 
 
 def restore(optimizer: torch.optim.Optimizer, body: Buffer) -> None:
@@ -398,25 +408,25 @@ def restore(optimizer: torch.optim.Optimizer, body: Buffer) -> None:
 
     Raises WireError where it is not one.
     """
-    state = optimizer.state_dict()
-    tensors = decode_named(body, described(expected_state(optimizer)))
-    grouped: dict[int, dict[str, Tensor]] = {}
+    expected = _values(_stepped(optimizer))
+    tensors = decode_named(body, described({key: as_tensor(value) for key, value in expected.items()}))
+    grouped: dict[int, dict[str, Any]] = {}
     for key, tensor in tensors.items():
         number, name = key.split("/", 1)
-        grouped.setdefault(int(number), {})[name] = tensor
-    load_optimizer(optimizer, {**state, "state": grouped})
+        grouped.setdefault(int(number), {})[name] = tensor if isinstance(expected[key], Tensor) else tensor.item()
+    load_optimizer(optimizer, {**optimizer.state_dict(), "state": grouped})
 
 
 def expected_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """What the state looks like once steps have been taken: that of a copy of the optimiser after one step."""
-    copies: list[Tensor] = []
-    groups = []
-    for group in optimizer.param_groups:
-        own = [torch.zeros_like(p).requires_grad_() for p in group["params"]]
-        copies += own
-        groups.append({**{k: v for k, v in group.items() if k != "params"}, "params": own})
-    for copy in copies:
-        copy.grad = torch.zeros_like(copy)
-    twin = type(optimizer)(groups, **optimizer.defaults)
+    return flattened(_stepped(optimizer))
+
+
+def _stepped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """A copy of an optimiser that has taken a step."""
+    twin = copy.deepcopy(optimizer)
+    for group in twin.param_groups:
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)
     twin.step()
-    return flattened(twin)
+    return twin

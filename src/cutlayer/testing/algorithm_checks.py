@@ -94,6 +94,7 @@ def recorded(training: Training) -> tuple[Recording, RecordedServer]:
         try:
             for _ in t.algorithm.round(t.server, cast(Cohort, clients), this):
                 pass
+            t.server.end_round()
         except ConfigError:
             if not ((clients.used | server.used) & VERBS) - t.algorithm.traits.needs:
                 raise
