@@ -51,8 +51,8 @@ THINGS = {
     "model": {"alexnet": "", "cnn": "", "mlp": "", "resnet16": ""},
     "data": {"digits": "", "fashion-mnist": ""},
     "format": {
-        "csv": "client_column label_column",
-        "huggingface": "client_column label_column",
+        "csv": "client_column columns ignore_columns impute label_column",
+        "huggingface": "client_column columns ignore_columns impute label_column",
         "idx": "",
         "images": "",
         "npz": "",
