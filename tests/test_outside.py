@@ -260,3 +260,12 @@ def test_a_run_is_resumed_from_anywhere(made: Path, monkeypatch: pytest.MonkeyPa
     call("resume", "../several")
     call("resume", "../run", "--algorithm", "../own.py:Words")  # the same, said otherwise
     assert "made with algorithm = " in call("resume", "../run", "--algorithm", "../own.py:Numbers", code=2).stderr
+
+
+def test_a_report_says_what_options_of_own_things_mean(place: Path) -> None:
+    call("run", *SMALL, "--algorithm", "own.py:Words", "--order", "random", "--out", "run")
+    (place / "own.py").unlink()  # a report reads no code
+    call("report", "run")
+    page = (place / "run" / "report.html").read_text()
+    assert '<code>order</code></th><td>random</td><td class="soft">A word.</td>' in page
+    assert '<code>phi</code></th><td>0.25</td><td class="soft">Called like one of sglr.</td>' in page

@@ -240,7 +240,9 @@ class Run:
         if folder is not None:
             names = list(t.source.class_names)
             entry = t.algorithm.entry
-            folder.write_json(ALGORITHM, {"title": entry.title, "summary": entry.summary, **entry.facts})
+            meanings = {option.name: option.help for thing in self.config.chosen() for option in thing.options}
+            about = {"title": entry.title, "summary": entry.summary, **entry.facts, "meanings": meanings}
+            folder.write_json(ALGORITHM, about)
             folder.write_json(CLASSES, {"class_names": names, "counts": t.counts.tolist()})
             folder.write_json(DATA, t.source.described())
         for index in range(self._start_round, t.rounds):

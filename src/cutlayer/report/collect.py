@@ -6,7 +6,7 @@ A single run is a report of one entry with one run. Nothing here imports torch: 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ class StoredRun:
     counts: list[list[int]]
     about: dict[str, Any]
     result: dict[str, Any] | None
+    meanings: dict[str, str] = field(default_factory=dict)
+    """What the options of the things that it has chosen mean."""
 
     @property
     def epochs(self) -> list[float]:
@@ -177,6 +179,7 @@ def _run(folder: Path) -> StoredRun | None:
         counts=classes["counts"],
         about=_about(folder, str(config.get("algorithm", ""))),
         result=read_json(folder / RESULT),
+        meanings=(read_json(folder / ALGORITHM) or {}).get("meanings", {}),
     )
 
 

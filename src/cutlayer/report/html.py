@@ -41,7 +41,7 @@ def render(report: Report, panels: list[bytes], classes: bytes) -> str:
         f"{sum(map(sum, partition.counts)):,} training samples",
         partition_of=partition.seed if report.comparison else None,
         window=f"{loss_window(report):.2g}",
-        config=_config(report.config),
+        config=_config(report),
         own=[what for what in ("model", "data") if report.config.get(f"own_{what}")],
         algorithms={e.algorithm: e.about for e in report.entries if e.about.get("summary")},
         folder=report.folder.resolve().name,
@@ -149,18 +149,23 @@ def _descriptions(report: Report) -> list[str]:
     ]
 
 
-def _config(config: dict[str, Any]) -> list[tuple[str, str, str]]:
+def _config(report: Report) -> list[tuple[str, str, str]]:
     """Name, value and meaning of every option; those of variants under their full name."""
     fields = {**CompareConfig.model_fields, **RunConfig.model_fields}
     things = {o.name: o.help for e in plugins.flat() for o in e.options}
+    things |= {name: text for e in report.entries for run in e.runs for name, text in run.meanings.items()}
+
+    def meaning(name: str) -> str:
+        text = fields[name].description if name in fields else things.get(name)
+        return " ".join((text or "").replace("`", "").split())
+
     rows: list[tuple[str, str, str]] = []
-    for name, value in config.items():
+    for name, value in report.config.items():
         if name == "variant" and isinstance(value, dict):
             for variant, options in value.items():
-                rows.extend((f"variant.{variant}.{key}", _shown(item), "") for key, item in options.items())
+                rows.extend((f"variant.{variant}.{key}", _shown(item), meaning(key)) for key, item in options.items())
         else:
-            meaning = fields[name].description if name in fields else things.get(name)
-            rows.append((name, _shown(value), " ".join((meaning or "").replace("`", "").split())))
+            rows.append((name, _shown(value), meaning(name)))
     return rows
 
 
