@@ -8,6 +8,7 @@ which trains what one paper compares; it compares no names either.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,3 +72,21 @@ def test_the_test_sees_names() -> None:
     tree = ast.parse("a == 'sglr'\nb in ('psl', x)\nc = {'fl': 1}\nd = ['ssl']")
     assert sorted(compared(tree)) == ["psl", "sglr"]
     assert sorted(listed(tree)) == ["fl", "psl", "ssl"]
+
+
+def test_no_sentence_names_algorithms() -> None:
+    """Neither what the command line says nor a report: an algorithm that is taken out would stay there."""
+    word = re.compile(rf"\b({'|'.join([*NAMES, *(e.title for e in plugins.index('algorithm').values())])})\b")
+    said = {
+        (place, found[0])
+        for place, tree in outside()
+        if place in ("checks.py", "costs/plan.py", "cli/application.py", "cli/leakage_command.py")
+        for text in constants(tree)
+        if (found := word.search(text))
+    }
+    pages = {
+        (path.name, found[0])
+        for path in (PACKAGE / "report").glob("*.j2")
+        if (found := word.search(path.read_text("utf-8")))
+    }
+    assert said | pages == set()

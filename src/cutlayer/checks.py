@@ -14,8 +14,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from cutlayer import seeds
-from cutlayer.algorithms import Algorithm
+from cutlayer import plugins, seeds
+from cutlayer.algorithms import Algorithm, traits_of
 from cutlayer.cohort import draw_participants
 from cutlayer.data.samples import Samples, called
 from cutlayer.errors import ConfigError, CutError, CutlayerWarning
@@ -95,8 +95,15 @@ def check_parts(config: RunConfig, algorithm: Algorithm, split: Parts, cuts: tup
             where = "later" if side == "client" else "earlier"
             raise CutError(
                 f"{config.algorithm} cannot work with cut = {cuts[0]!r}: {reason}, but the {side} part has no "
-                f"parameters; cut {where}, or choose psl"
+                f"parameters; cut {where}, or choose an algorithm that does not need them, such as {_modest()}"
             )
+
+
+def _modest() -> str:
+    """An algorithm that trains with parameters on one side alone."""
+    entries = plugins.index("algorithm").values()
+    modest = [e for e in entries if not (e.facts["client_part"] or e.facts["server_part"])]
+    return next(e.name for e in modest if traits_of(e).split and not traits_of(e).u_shaped)
 
 
 def check_single_rows(

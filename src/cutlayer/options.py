@@ -574,7 +574,7 @@ class CompareConfig(CommonConfig):
         given = given - {"algorithms", "seeds", "variant"}
         base = self.model_dump(include=set(given))
         if not self.algorithms and not self.variant:
-            raise ConfigError("algorithms is empty: name at least one, e.g. --algorithms psl sglr")
+            raise _none_named()
         if not self.seeds:
             raise ConfigError("seeds is empty: name at least one, e.g. --seeds 0 1 2")
         listed: dict[str, tuple[int | str, ...]] = {"seeds": self.seeds, "algorithms": self.algorithms}
@@ -698,7 +698,7 @@ class PlanConfig(FleetConfig):
     def check(self, given: frozenset[str]) -> None:
         """Check what concerns several fields. `given` are the fields that the user set. Raises ConfigError."""
         if not self.algorithms:
-            raise ConfigError("algorithms is empty: name at least one, e.g. --algorithms fl sglr")
+            raise _none_named()
         for name in self.algorithms:
             if self.algorithms.count(name) > 1:
                 raise ConfigError(f"algorithms names {name!r} twice: name it once")
@@ -743,6 +743,11 @@ class ReproduceConfig(_Chooser):
         """The data set, unless it is a path."""
         found = plugins.known("data", self.data) or plugins.is_reference(self.data)
         return [plugins.find("data", self.data)] if found else []
+
+
+def _none_named() -> ConfigError:
+    default = RunConfig.model_fields["algorithm"].get_default()
+    return ConfigError(f"algorithms is empty: name at least one, e.g. --algorithms {default}")
 
 
 @cache

@@ -594,7 +594,7 @@ def no_module() -> Any:
         ({"seed": 3}, ["seed = 3", "without client_device"]),
         ({"link": "lte"}, ["link = 'lte'", "without client_device"]),
         ({"algorithms": ("fl", "sgrl")}, ["'sgrl'", "did you mean 'sgl"]),
-        ({"algorithms": ("ussl",)}, ["ussl cannot be planned", "`traffic`", "--algorithms fl sglr"]),
+        ({"algorithms": ("ussl",)}, ["ussl cannot be planned", "`traffic`", "--algorithms sglr"]),
         ({"algorithms": ("fl", "fl")}, ["'fl' twice"]),
         ({"algorithms": ()}, ["algorithms is empty"]),
         ({"precision": "float8"}, ["'float8'", "float32, bfloat16, float16"]),

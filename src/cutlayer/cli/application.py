@@ -10,10 +10,11 @@ from rich.console import Console
 
 FILES = Group("Files", sort_key=9)
 
-HELP = """Scalable split learning: train and compare SGLR, PSL, SSL, SplitFed, FedAvg and centralised learning.
+HELP = """Scalable split learning: train and compare algorithms that split models between clients and a server.
 
-Start with `cutlayer compare`: six algorithms on handwritten digits, ten clients, three seeds. Every option of a command
-can stand in a TOML file too (`--config`), under the same name with underscores; flags win over the file. The resolved
+Start with `cutlayer compare`: several algorithms on handwritten digits, ten clients, three seeds. `cutlayer list` shows
+all that there is to choose from, federated and centralised learning among the algorithms. Every option of a command can
+stand in a TOML file too (`--config`), under the same name with underscores; flags win over the file. The resolved
 configuration is stored with the run, and running from it reproduces the run.
 
 Exit codes: 0 done, 1 training failed, 2 wrong input (nothing was written), 3 disk full, 130 interrupted (after 3 and

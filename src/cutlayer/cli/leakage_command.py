@@ -72,7 +72,7 @@ def leakage(
         Seed of the attackers' randomness.
     """
     if not runs:
-        raise ConfigError("no run is named: give run folders, e.g. cutlayer leakage runs/sglr-digits")
+        raise ConfigError("no run is named: give run folders, e.g. cutlayer leakage runs/NAME")
     check_positive(clients=clients, samples=samples, auxiliary=1 if auxiliary is None else auxiliary)
     from cutlayer.leakage import check_installed
 

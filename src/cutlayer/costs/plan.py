@@ -252,7 +252,7 @@ def _algorithms(config: PlanConfig) -> tuple[dict[str, Algorithm], tuple[str, ..
     if not stated:
         raise ConfigError(
             f"{listed(list(others))} cannot be planned without a method `traffic` that states what is sent: "
-            "name another algorithm, e.g. --algorithms fl sglr"
+            f"name another algorithm, e.g. --algorithms {RunConfig.model_fields['algorithm'].get_default()}"
         )
     return stated, others
 

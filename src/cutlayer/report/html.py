@@ -44,6 +44,7 @@ def render(report: Report, panels: list[bytes], classes: bytes) -> str:
         config=_config(report),
         own=[what for what in ("model", "data") if report.config.get(f"own_{what}")],
         algorithms={e.algorithm: e.about for e in report.entries if e.about.get("summary")},
+        central=list(dict.fromkeys(e.about["title"] for e in report.entries if e.about.get("central"))),
         folder=report.folder.resolve().name,
     )
 
