@@ -237,7 +237,9 @@ def test_no_options_of_the_server_are_not_those_of_the_client() -> None:
 
 
 def test_dashes_in_toml_keys(tmp_path: Path) -> None:
-    (tmp_path / "c.toml").write_text("client-lr = 0.5\nphi_until = 0.25\n[variant.mine]\nphi-when = 'initial'\n")
+    (tmp_path / "c.toml").write_text(
+        "client-lr = 0.5\nphi_until = 0.25\n[variant.mine]\nalgorithm = 'sglr'\nphi-when = 'initial'\n"
+    )
     config = CompareConfig.of(read_toml(tmp_path / "c.toml"))
     mine = config.runs(frozenset(config.model_fields_set))["mine"][0]
     assert (mine.client_lr, mine.phi_until, mine.phi_when) == (0.5, 0.25, "initial")

@@ -124,7 +124,7 @@ def test_what_is_not_a_thing_is_said(place: Path) -> None:
         assert said in call("run", *SMALL, "--algorithm", reference, "--out", "run", code=2).stderr
     done = call("run", *SMALL, "--partition", "own.py:Words", code=2)
     assert "'own.py:Words' is an algorithm, not a partition" in done.stderr
-    with pytest.raises(ConfigError, match="5 names no algorithm"):
+    with pytest.raises(ConfigError, match="5 is not an algorithm"):
         Run(algorithm=5)
     assert not (place / "run").exists()
 
@@ -269,3 +269,24 @@ def test_a_report_says_what_options_of_own_things_mean(place: Path) -> None:
     page = (place / "run" / "report.html").read_text()
     assert '<code>order</code></th><td>random</td><td class="soft">A word.</td>' in page
     assert '<code>phi</code></th><td>0.25</td><td class="soft">Called like one of sglr.</td>' in page
+
+
+def test_hints_at_what_was_meant(place: Path) -> None:
+    for words, said in (
+        (
+            ("--algorithm", "own.py"),
+            "'own.py' is a file, not a thing in it: it offers own.py:Idle, own.py:Words, own.py:N",
+        ),
+        (("--partition", "own.py"), "it registers no partition; give path/to/file.py:name"),
+        (
+            ("--algorithm", "psl,sglr"),
+            "several names in one word: separate them by spaces if several can be named (cut",
+        ),
+        (("--algorithm", "psl,sglr"), "(cutlayer compare --algorithms psl sglr)"),
+    ):
+        assert said in call("run", *SMALL, *words, "--out", "run", code=2).stderr
+    words = plugins.load("algorithm", "own.py:Words")
+    with pytest.raises(ConfigError, match=r"twice: name it once, or make each a variant with options of its own"):
+        Comparison(algorithms=(words(phi=0.5), words(phi=1.0)))
+    with pytest.warns(CutlayerWarning, match="the variant 'mine' names no algorithm and trains sglr"):
+        Comparison(algorithms=("psl",), seeds=(0,), variant={"mine": {"phi": 0.3}})

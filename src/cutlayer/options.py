@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import re
 import tomllib
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import cache
@@ -30,7 +31,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from cutlayer import plugins
-from cutlayer.errors import ConfigError, unknown
+from cutlayer.errors import ConfigError, CutlayerWarning, unknown
 from cutlayer.plugins import Entry, explain
 from cutlayer.verbs import Traits
 
@@ -581,7 +582,13 @@ class CompareConfig(CommonConfig):
         for option, chosen in listed.items():
             twice = [value for value in chosen if chosen.count(value) > 1]
             if twice:
-                raise ConfigError(f"{option} names {twice[0]!r} twice: name it once")
+                again = (
+                    ", or make each a variant with options of its own: [variant.NAME] in a file, variant = {NAME: ...} "
+                    "in Python"
+                )
+                raise ConfigError(
+                    f"{option} names {twice[0]!r} twice: name it once{again if option == 'algorithms' else ''}"
+                )
         if min(self.seeds) < 0:
             raise ConfigError(f"seeds = {min(self.seeds)} is not possible: a seed must be 0 or greater")
         self.check_common(self.algorithm_names(), given)
@@ -605,6 +612,10 @@ class CompareConfig(CommonConfig):
             except ConfigError as error:
                 raise ConfigError(f"variant {name!r}: {error}") from None
             entries[name] = {s: first.model_copy(update={"seed": s}) for s in self.seeds}
+        for name in (name for name, values in self.variant.items() if "algorithm" not in normalised(values)):
+            algorithm = next(iter(entries[name].values())).algorithm
+            note = f"the variant {name!r} names no algorithm and trains {algorithm}, the default of a run"
+            warnings.warn(CutlayerWarning(note), stacklevel=2)
         return entries
 
     def _own(

@@ -416,8 +416,34 @@ def find(kind: str, reference: str) -> Entry:
     if reference in _entry_points(kind) or is_reference(reference):
         return _entry_of(kind, reference, load(kind, reference))
     raise ConfigError(
-        f"{unknown(KINDS[kind].word, reference, names(kind))}; or your own: path/to/file.py:name or package.module:name"
+        _meant(kind, reference)
+        or f"{unknown(KINDS[kind].word, reference, names(kind))}; or your own: path/to/file.py:name or "
+        "package.module:name"
     )
+
+
+def _meant(kind: str, reference: str) -> str:
+    """What is wrong with a file without a name in it, or several names in one word; empty if it is neither."""
+    word = KINDS[kind].word
+    if reference.endswith(".py") and Path(reference).expanduser().is_file():
+        try:
+            module = _module_of(str(Path(reference).expanduser().resolve()))
+        except (Exception, SystemExit) as error:  # the user's file: anything can come out
+            reason = f"{type(error).__name__}: {error}"
+            return f"{word} {reference!r} cannot be imported ({reason}): correct it, and give path/to/file.py:name"
+        things = [getattr(module, name) for name in _defined(module)]
+        offered = [
+            f"{reference}:{t.__qualname__}" for t in things if (e := _registration(t)) is not None and e.kind == kind
+        ]
+        what = f"it offers {', '.join(offered)}" if offered else f"it registers no {word}"
+        return f"{word} {reference!r} is a file, not a thing in it: {what}; give path/to/file.py:name"
+    several = [part.strip() for part in reference.split(",")]
+    if len(several) > 1 and all(known(kind, part) for part in several):
+        how = f" (cutlayer compare --algorithms {' '.join(several)})" if kind == "algorithm" else ""
+        return (
+            f"{word} {reference!r} is several names in one word: separate them by spaces if several can be named{how}"
+        )
+    return ""
 
 
 def load(kind: str, reference: str) -> Any:
@@ -446,7 +472,7 @@ def adopt(kind: str, thing: Any) -> tuple[str, dict[str, Any]]:
     made = type(thing) if isinstance(thing, Thing) else thing
     if not hasattr(made, "__qualname__"):
         raise ConfigError(
-            f"{thing!r} names no {KINDS[kind].word}: give a name, a class that is registered, or an object of one"
+            f"{thing!r} is not {_one(kind)}: give a name, a class that is registered, or an object of one"
         )
     entry = _registration(made)
     if entry is not None and entry.name in index(kind) and index(kind)[entry.name].where == entry.where:

@@ -247,10 +247,10 @@ def test_where_clients_dial(listen: str, reach: str | None, host: str, address: 
     [
         ({"rouns": 3}, "unknown option 'rouns': did you mean 'rounds'?"),
         ({"serve__lisen": "x"}, "unknown option 'lisen': did you mean 'listen'?"),
-        ({"serve": 3}, "serve = 3 is no table"),
+        ({"serve": 3}, "serve = 3 is not a table"),
         ({"serve__quorum": 0.0}, "quorum = 0.0 is not possible"),
         ({"serve__listen": "0.0.0.0:0"}, "give serve.reach"),
-        ({"serve__listen": "nohost"}, "is no address"),
+        ({"serve__listen": "nohost"}, "is not an address"),
         ({"config": "/nowhere.toml"}, "cannot read the configuration '/nowhere.toml'"),
         ({"algorithm": "psl", "phi": 0.5}, "phi = 0.5 has no effect on psl"),
     ],

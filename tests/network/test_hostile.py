@@ -19,8 +19,8 @@ from cutlayer.options import RunConfig, read_toml
 
 SAID = {
     "truncated": "cut off or run on",
-    "only a beginning": "20 bytes are no message",
-    "nothing": "0 bytes are no message",
+    "only a beginning": "20 bytes are not a message",
+    "nothing": "0 bytes are not a message",
     "run on": "came in answer to",  # what is whole is read first
     "bit-flipped": "",  # any of them
     "foreign": "is not Cutlayer's",

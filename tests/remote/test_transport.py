@@ -965,7 +965,7 @@ def test_files_are_checked_first(pki: Path, tmp_path: Path) -> None:
     assert "its certificate and its key" in complaint(server, key=None)
     assert "needs its key" in complaint(client, key=None)
     assert "give ca" in complaint(client, ca=None)
-    assert "is no TOML" in complaint(server, ca=None, tokens=text)
+    assert "is not valid TOML" in complaint(server, ca=None, tokens=text)
     text.write_text("")
     assert "one at least" in complaint(server, ca=None, tokens=text)
     text.write_text('a = "short"')

@@ -24,7 +24,9 @@ def fault_config(flags: BaseModel | None, config: Path | None) -> FaultConfig:
     """What is done about faults: the file's table [faults] with the flags over it. Raises ConfigError."""
     table = {} if config is None else read_toml(config).get("faults", {})
     if not isinstance(table, dict):
-        raise ConfigError(f"faults = {table!r} is no table: write [faults] on a line, and below it e.g. deadline = 30")
+        raise ConfigError(
+            f"faults = {table!r} is not a table: write [faults] on a line, and below it e.g. deadline = 30"
+        )
     given = {} if flags is None else flags.model_dump(include=flags.model_fields_set)
     return FaultConfig.of({**normalised(table), **given})
 

@@ -41,7 +41,7 @@ class Hosting(FaultConfig):
         split_address(hosting.listen)
         if hosting.host in _EVERYWHERE:
             raise ConfigError(
-                f"{hosting.host} is no address that a client can dial: give serve.reach, this machine's name or address"
+                f"{hosting.host} is not an address that a client can dial: give serve.reach, this machine's name or address"
             )
         return hosting
 
@@ -77,7 +77,7 @@ def read(values: Mapping[str, Any]) -> tuple[RunConfig, Hosting]:
             tables[key] = value
     serve, file = tables.pop(SERVE, {}), tables.pop(FILE, None)
     if not isinstance(serve, Mapping):
-        raise ConfigError(f"serve = {serve!r} is no table: write its names below [tool.flwr.app.config.serve]")
+        raise ConfigError(f"serve = {serve!r} is not a table: write its names below [tool.flwr.app.config.serve]")
     below = read_toml(Path(str(file))) if file else {}
     hosting = Hosting.of({**normalised(below.pop("faults", {})), **normalised(serve)})
     merged = overlaid(below, normalised(tables))

@@ -221,7 +221,7 @@ def _host(host: str) -> x509.GeneralName:
     except ValueError:
         if not _HOST.fullmatch(host):
             raise ConfigError(
-                f"{host!r} is no host: give names and addresses without ports, e.g. split.example.org"
+                f"{host!r} is not a host: give names and addresses without ports, e.g. split.example.org"
             ) from None
         return x509.DNSName(host)
 

@@ -175,7 +175,7 @@ class Tokens:
             found = tomllib.loads(_read(path).decode())
         except ValueError as error:
             raise ConfigError(
-                f'{str(path)!r} is no TOML ({error}): write a line NAME = "TOKEN" for each client'
+                f'{str(path)!r} is not valid TOML ({error}): write a line NAME = "TOKEN" for each client'
             ) from None
         if not found or not all(isinstance(text, str) for text in found.values()):
             raise ConfigError(f'{str(path)!r} must have a line NAME = "TOKEN" for each client, one at least')
@@ -260,7 +260,7 @@ def split_address(address: str) -> tuple[str, int]:
     host, colon, port = address.rpartition(":")
     bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
     if not colon or not bare or (":" in bare and bare == host) or not port.isascii() or not port.isdigit():
-        raise ConfigError(f"{address!r} is no address: give host:port, e.g. localhost:4747 or [::1]:4747")
+        raise ConfigError(f"{address!r} is not an address: give host:port, e.g. localhost:4747 or [::1]:4747")
     if int(port) > 65535:
         raise ConfigError(f"{address!r}: a port is at most 65535")
     return bare, int(port)

@@ -42,7 +42,7 @@ def client_number(name: str) -> int:
     """The number of the client called `name`. Raises ConfigError."""
     number = name.removeprefix(_NAME)
     if not name.startswith(_NAME) or not (number.isascii() and number.isdigit()):
-        raise ConfigError(f"client = {name!r} is no client's name: they are called client-0, client-1 and so on")
+        raise ConfigError(f"client = {name!r} is not a client name: clients are called client-0, client-1 and so on")
     return int(number)
 
 

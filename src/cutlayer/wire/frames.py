@@ -82,7 +82,7 @@ def unpack(data: Buffer, direction: Direction, limits: Limits | None = None) -> 
             "send smaller batches"
         )
     if size < PREFIX:
-        raise WireError(f"{size} bytes are no message, which has {PREFIX} at least: it was cut off")
+        raise WireError(f"{size} bytes are not a message, which has {PREFIX} at least: it was cut off")
     magic, header_size, body_size, conversation, number, checksum = _PREFIX.unpack_from(view)
     if magic != MAGIC:
         raise WireError(_not_ours(magic))
