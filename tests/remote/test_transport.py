@@ -740,7 +740,7 @@ def test_a_first_word_that_is_none(caplog: pytest.LogCaptureFixture) -> None:
     older = b"CUT0" + right[4:]
     big = ClientSide().send(m.Hello(client="a", terms=TERMS, samples=1, mass=1, token="t" * 4096))
     wrong = [
-        (b"", "no message"),
+        (b"", "not a message"),
         (b"garbage" * 10, "not Cutlayer's"),
         (older, f"protocol 0, this side speaks {m.PROTOCOL}: install the same version"),
         (right[:-1], "cut off"),

@@ -41,7 +41,8 @@ class Hosting(FaultConfig):
         split_address(hosting.listen)
         if hosting.host in _EVERYWHERE:
             raise ConfigError(
-                f"{hosting.host} is not an address that clients can dial: give serve.reach, this machine's name or address"
+                f"{hosting.host} is not an address that clients can dial: give serve.reach, this machine's name or "
+                "address"
             )
         return hosting
 
