@@ -28,6 +28,7 @@ from cutlayer.costs.flops import ModelFlops, count
 from cutlayer.costs.ledger import Ledger, MeteredCohort
 from cutlayer.data import Source, class_counts, from_arrays, from_dataset, load, load_whole, partition
 from cutlayer.data.own import own_code
+from cutlayer.data.targets import fitting
 from cutlayer.engine.choice import laid_out, simulate
 from cutlayer.engine.simulated import ClientModel, Clients, Shape, model_bytes
 from cutlayer.errors import ConfigError, CutlayerWarning, DataError
@@ -308,7 +309,7 @@ def load_source(config: RunConfig, data: Data | None, task: Task | None = None) 
     dtype, targets = dtype_of(config), (task or config.thing("task", config.task)).targets
     held_out: dict[str, Any] = {"validation": config.validation, "test": config.test, "seed": config.seed}
     if isinstance(data, Source):
-        source = data
+        source = fitting(data, targets)
     elif isinstance(data, tuple):
         source = from_arrays(*data, **held_out, targets=targets)
     elif data is not None:

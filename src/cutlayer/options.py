@@ -282,7 +282,7 @@ class FaultConfig(_Config):
 class CommonConfig(FleetConfig):
     """What all commands that train share."""
 
-    kinds = ("algorithm", "partition", "schedule", "model", "data", "format", "defence")
+    kinds = ("algorithm", "task", "partition", "schedule", "model", "data", "format", "defence")
 
     data: str = _field("digits", DATA)
     """A data set by name (see `cutlayer list data`), the path of your own, or a function: path/to/file.py:name."""

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from cutlayer.data.samples import Source
 from cutlayer.data.unsplit import Array, Raw
 from cutlayer.errors import DataError
 
@@ -22,6 +23,8 @@ def encoded(raw: Raw, targets: Targets) -> tuple[dict[str, Array], tuple[str, ..
     """
     if targets == "class":
         return _ranks(raw)
+    if targets == "numbers" and raw.class_names:
+        raise refused_classes(raw.name, raw.class_names)
     change = _integers if targets == "classes" else _numbers
     parts = {part: change(section.y, raw.name) for part, section in raw.parts().items()}
     for part, values in parts.items():
@@ -69,6 +72,31 @@ def words(values: Array, what: str) -> Array:
     if values.dtype.kind not in "biuUST":
         raise DataError(f"the {what} are of type {values.dtype}: use integers or strings")
     return values
+
+
+def fitting(source: Source, targets: Targets) -> Source:
+    """The same source, where its targets are what a task wants. Raises DataError."""
+    y = source.train.y
+    if targets == "class" and not (source.class_names and y.dim() == 1 and not y.is_floating_point()):
+        raise DataError(
+            f"the targets of {source.name} are no named classes, one per row, but {y.dtype} of shape "
+            f"{tuple(y.shape)}: give class_names, or choose another task"
+        )
+    if targets == "classes" and y.is_floating_point():
+        raise DataError(f"the targets of {source.name} are {y.dtype}, but this task needs integers: give classes")
+    if targets == "numbers" and source.class_names:
+        raise refused_classes(source.name, source.class_names)
+    if targets == "numbers" and not y.is_floating_point():
+        raise DataError(f"the targets of {source.name} are {y.dtype}, but this task needs real numbers: convert them")
+    return source
+
+
+def refused_classes(name: str, class_names: tuple[str, ...]) -> DataError:
+    """Why named classes are no targets of a task that needs numbers."""
+    return DataError(
+        f"the targets of {name} are classes ({', '.join(class_names[:3])}{', ...' if len(class_names) > 3 else ''}), "
+        "but this task needs numbers: choose --task classification"
+    )
 
 
 def _refuse_quantity(raw: Raw, labels: Array, classes: int) -> None:

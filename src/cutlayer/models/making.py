@@ -62,8 +62,8 @@ def make(
 ) -> nn.Module:
     """What `function` makes for such samples, given what it asks for by name. Raises ConfigError with the reason."""
     name = name or getattr(function, "__name__", "of your own")
-    if classes < 2:
-        raise ConfigError(f"classes = {classes}: a classifier needs at least two classes; check the labels")
+    if classes < 1:
+        raise ConfigError(f"classes = {classes}: a model gives at least one number; check the targets")
     if not input_shape or min(input_shape) < 1:
         raise ConfigError(f"input shape {tuple(input_shape)}: every dimension must be at least 1; check the data set")
     arguments = _arguments(function, name, {"input_shape": tuple(input_shape), "classes": classes})

@@ -14,24 +14,32 @@ from cutlayer.tasks.judging import Judged, Metric
 from cutlayer.tasks.objective import Task, task
 
 
+def _flat(rows: Tensor) -> Tensor:
+    """[n, t...] -> [n, numbers of a row]: a single number may stand alone or in a column."""
+    return rows.reshape(len(rows), -1)
+
+
+def _errors(judged: Judged) -> Tensor:
+    return _flat(judged.predictions).double() - _flat(judged.targets).double()
+
+
 def mae(judged: Judged) -> float:
     """Mean absolute error."""
-    return (judged.predictions - judged.targets).abs().double().mean().item()
+    return _errors(judged).abs().mean().item()
 
 
 def rmse(judged: Judged) -> float:
     """Root of the mean squared error."""
-    error: float = (judged.predictions - judged.targets).double().square().mean().sqrt().item()
-    return error
+    return _errors(judged).square().mean().sqrt().item()
 
 
 def r2(judged: Judged) -> float | None:
     """1 - squared error / squared deviation from the mean, the mean over the quantities; None where one is constant."""
-    wanted = judged.targets.flatten(1).double()
+    wanted = _flat(judged.targets).double()
     around = (wanted - wanted.mean(0)).square().sum(0)
     if not (around > 0).all():
         return None
-    left = (wanted - judged.predictions.flatten(1).double()).square().sum(0)
+    left = (wanted - _flat(judged.predictions).double()).square().sum(0)
     return float((1 - left / around).mean())
 
 
@@ -62,7 +70,7 @@ class Regression(Task):
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The mean over a row's numbers: [R]."""
-        outputs, targets = outputs.flatten(1), targets.flatten(1)
+        outputs, targets = _flat(outputs), _flat(targets)
         if self.loss == "mse":
             each = functional.mse_loss(outputs, targets, reduction="none")
         elif self.loss == "l1":
@@ -83,7 +91,7 @@ class Regression(Task):
 
     def check_outputs(self, outputs: Tensor, targets: Tensor, names: Sequence[str]) -> None:
         """Outputs shaped as targets. Raises ConfigError."""
-        if outputs.flatten(1).shape != targets.flatten(1).shape:
+        if _flat(outputs).shape != _flat(targets).shape:
             raise ConfigError(
                 f"the model gives {tuple(outputs.shape[1:])} per sample but there are {tuple(targets.shape[1:])} "
                 "quantities: return one number for each"
