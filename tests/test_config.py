@@ -57,6 +57,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "client_column": NAMES,
     "columns": st.lists(NAMES, max_size=3).map(tuple),
     "ignore_columns": st.lists(NAMES, max_size=3).map(tuple),
+    "resize": NAMES,
     "impute": words("mean", "median", "zero"),
     "validation": st.floats(0, 1e9),
     "test": POSITIVE,

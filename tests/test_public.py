@@ -52,9 +52,9 @@ THINGS = {
     "data": {"digits": "", "fashion-mnist": ""},
     "format": {
         "csv": "client_column columns ignore_columns impute label_column",
-        "huggingface": "client_column columns ignore_columns impute label_column",
+        "huggingface": "client_column columns ignore_columns impute label_column resize",
         "idx": "",
-        "images": "",
+        "images": "resize",
         "npz": "",
     },
     "partition": {

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from types import FunctionType
@@ -26,7 +26,7 @@ from cutlayer.costs.clock import Clock, ClockedCohort
 from cutlayer.costs.fleet import Fleet, fleet
 from cutlayer.costs.flops import ModelFlops, count
 from cutlayer.costs.ledger import Ledger, MeteredCohort
-from cutlayer.data import Source, class_counts, from_arrays, from_dataset, load, load_whole, partition
+from cutlayer.data import Source, class_counts, from_memory, load, load_whole, partition
 from cutlayer.data.own import own_code
 from cutlayer.data.targets import fitting
 from cutlayer.engine.choice import laid_out, simulate
@@ -50,8 +50,9 @@ Model = nn.Module | Callable[..., nn.Module]
 """A module, or a function that makes one (needed for independent starts), without arguments or with `input_shape` and
 `classes`."""
 
-Data = Source | torch.utils.data.Dataset[Any] | tuple[Any, Any]
-"""A loaded source, a map-style dataset of (input, label) pairs, or arrays or tensors (x, y)."""
+Data = Source | torch.utils.data.Dataset[Any] | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+"""A loaded source, a map-style dataset of (input, label) pairs, arrays or tensors (x, y), a list of data sets, one for
+each client, or any other form that `data.from_memory` takes."""
 
 
 def typed(model: nn.Module, config: RunConfig) -> nn.Module:
@@ -310,17 +311,10 @@ def load_source(config: RunConfig, data: Data | None, task: Task | None = None) 
     held_out: dict[str, Any] = {"validation": config.validation, "test": config.test, "seed": config.seed}
     if isinstance(data, Source):
         source = fitting(data, targets)
-    elif isinstance(data, tuple):
-        source = from_arrays(*data, **held_out, targets=targets)
     elif data is not None:
-        source = from_dataset(
-            data,
-            given=config.given,
-            targets=targets,
-            label_column=config.label_column,
-            client_column=config.client_column,
-            **held_out,
-        )
+        columns = {name: getattr(config, name) for name in {"label_column", "client_column"} & config.given}
+        source = from_memory(data, **held_out, given=config.given, targets=targets, **columns)
+        _refuse_dealing(config, data, source)
     else:
         source = load(
             config.data,
@@ -337,6 +331,15 @@ def load_source(config: RunConfig, data: Data | None, task: Task | None = None) 
         validation=source.validation.to(dtype),
         test=source.test.to(dtype),
     )
+
+
+def _refuse_dealing(config: RunConfig, data: Data, source: Source) -> None:
+    """Raises ConfigError if data sets that belong to a client each would be dealt to others."""
+    if isinstance(data, list | Mapping) and source.owner_names and config.partition != "column":
+        raise ConfigError(
+            f"partition = {config.partition!r} would deal the rows of {len(source.owner_names)} clients anew: pass "
+            f"partition='column' and clients={len(source.owner_names)}"
+        )
 
 
 def own_source(config: RunConfig, path: str) -> Source:

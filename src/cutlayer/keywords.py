@@ -91,6 +91,7 @@ class CommonKeywords(TypedDict, total=False):
     columns: tuple[str, ...]
     ignore_columns: tuple[str, ...]
     impute: Literal["mean", "median", "zero"] | None
+    resize: str | None
     dirichlet_alpha: float
     quantity: Literal["linear", "square", "exponential"]
     shards_per_client: int

@@ -19,8 +19,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from cutlayer import plugins
-from cutlayer.data import Source, from_arrays, from_dataset, load, load_whole
+from cutlayer import Run, plugins
+from cutlayer.data import Source, from_arrays, from_dataset, from_memory, load, load_whole
 from cutlayer.data.built_in.fashion_mnist import FASHION_MNIST_FOLDER
 from cutlayer.errors import ConfigError, CutlayerError, DataError
 
@@ -711,14 +711,20 @@ def test_images_that_cannot_be_read(tmp_path: Path) -> None:
     for n in range(10):
         picture(tmp_path / ["a", "b"][n % 2] / f"{n}.png", n)
     picture(tmp_path / "b" / "odd.png", 1, size=(7, 4))
-    refused(lambda: load(str(tmp_path)), "odd.png", "7x4", "0.png", "5x4", "resize")
+    refused(lambda: load(str(tmp_path)), "odd.png", "4x7", "0.png", "4x5", "height x width", "resize = '4x5'")
+    refused(lambda: load(str(tmp_path), resize="4"), "'4'", "224x224", error=ConfigError)
+    assert load(str(tmp_path), resize="6x3").train.x.shape[1:] == (1, 6, 3)
     whole = (tmp_path / "b" / "1.png").read_bytes()
     (tmp_path / "b" / "odd.png").write_bytes(whole[:40])
     refused(lambda: load(str(tmp_path)), "odd.png", "cannot be read")
     (tmp_path / "b" / "odd.png").write_bytes(b"")
     refused(lambda: load(str(tmp_path)), "odd.png", "cannot be read")
-    Image.fromarray(np.zeros((4, 5), np.uint16)).save(tmp_path / "b" / "odd.png")
-    refused(lambda: load(str(tmp_path)), "odd.png", "8 bits")
+    Image.fromarray(np.full((4, 5), 1 << 20, np.int32)).save(tmp_path / "b" / "odd.tif")
+    (tmp_path / "b" / "odd.png").unlink()
+    refused(lambda: load(str(tmp_path)), "odd.tif", "more than 16 bits")
+    Image.fromarray(np.zeros((4, 5), np.float32)).save(tmp_path / "b" / "odd.tif")
+    refused(lambda: load(str(tmp_path)), "odd.tif", "real numbers")
+    (tmp_path / "b" / "odd.tif").rename(tmp_path / "b" / "odd.png")
     (tmp_path / "b" / "odd.png").unlink()
     (tmp_path / "c").mkdir()
     refused(lambda: load(str(tmp_path)), "class folder", "no pictures")
@@ -734,6 +740,102 @@ def test_images_with_a_folder_beside_train(tmp_path: Path) -> None:
     picture(tmp_path / "train" / "a" / "0.png", 1)
     picture(tmp_path / "extra" / "a" / "0.png", 1)
     refused(lambda: load(str(tmp_path)), "'extra'", "beside train/")
+
+
+@pytest.mark.parametrize("grey", [0, 5, 9])
+@pytest.mark.parametrize("place", ["red", "green"])
+def test_images_have_colour_as_soon_as_one_has(tmp_path: Path, grey: int, place: str) -> None:
+    """Both colours are the same grey: what they look like must not depend on the first picture."""
+    for name, colour in (("red", (255, 0, 0)), ("green", (0, 130, 0))):
+        for n in range(10):
+            (tmp_path / name).mkdir(exist_ok=True)
+            made = Image.new("L", (4, 4), 76) if (name, n) == (place, grey) else Image.new("RGB", (4, 4), colour)
+            made.save(tmp_path / name / f"{n:02}.png")
+    source = load(str(tmp_path), validation=0)
+    assert source.train.x.shape[1:] == (3, 4, 4)
+    assert len(torch.unique(torch.cat([source.train.x, source.test.x]).flatten(1), dim=0)) == 3
+
+
+def test_images_of_16_bits(tmp_path: Path) -> None:
+    for n in range(20):
+        (tmp_path / "ab"[n % 2]).mkdir(exist_ok=True)
+        Image.fromarray(np.full((4, 5), 13107 + n, np.uint16)).save(tmp_path / "ab"[n % 2] / f"{n}.png")
+    picture(tmp_path / "a" / "shallow.png", 51)
+    source = load(str(tmp_path), validation=0)
+    assert source.train.x.shape[1:] == (1, 4, 5)
+    values = torch.cat([source.train.x, source.test.x])[:, 0, 0, 0].sort().values
+    assert torch.allclose(values, torch.tensor([13107, *range(13107, 13127)]) / 65535)
+    assert load(str(tmp_path), resize="2x2").train.x.shape[1:] == (1, 2, 2)
+    picture(tmp_path / "a" / "colour.png", 51, "RGB")
+    refused(lambda: load(str(tmp_path)), "colour", "16 bits")
+
+
+def test_images_are_turned_upright(tmp_path: Path) -> None:
+    for n in range(20):
+        made = Image.fromarray(np.arange(20, dtype=np.uint8).reshape(4, 5) + n)
+        (tmp_path / "ab"[n % 2]).mkdir(exist_ok=True)
+        turned = n in (3, 4, 5)
+        exif = Image.Exif()
+        exif[0x0112] = 6 if turned else 1  # as a camera writes that was held upright: to be turned clockwise
+        (made.transpose(Image.Transpose.ROTATE_90) if turned else made).save(
+            tmp_path / "ab"[n % 2] / f"{n:02}.png", exif=exif
+        )
+    source = load(str(tmp_path), validation=0)
+    assert source.train.x.shape[1:] == (1, 4, 5)
+    every = torch.cat([source.train.x, source.test.x]) * 255
+    every = (every - every[:, :, :1, :1]).round().long()
+    assert torch.equal(every, torch.arange(20).reshape(1, 1, 4, 5).expand(20, -1, -1, -1))
+    assert "pictures turned upright by their EXIF orientation: 3" in source.account
+
+
+def test_images_that_are_left_out_are_named(tmp_path: Path) -> None:
+    for n in range(48):
+        picture(tmp_path / ["cat", "dog"][n % 2] / f"{n:02}.png", n)
+    picture(tmp_path / "cat" / "old" / "more.JFIF", 50)
+    picture(tmp_path / "cat" / "clear.png", 60, "RGBA")
+    for n in range(5):
+        (tmp_path / "cat" / f"{n}.heic").write_bytes(b"?")
+    for n in range(4):
+        (tmp_path / "dog" / f"broken{n}.png").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "dog" / "notes.txt").write_text("?")
+    (tmp_path / "dog" / ".DS_Store").write_text("?")
+    account = load(str(tmp_path)).account
+    assert "50 pictures (3x4x5) in 2 classes" in account
+    assert "ignored 10 files: 5 .heic, 4 broken links, 1 .txt" in account
+    assert "pictures whose transparency is left out: 1" in account
+    for n in range(5, 9):
+        (tmp_path / "cat" / f"{n}.heic").write_bytes(b"?")
+    refused(lambda: load(str(tmp_path)), "cat", "26 pictures", "9 files: 9 .heic", "convert")
+
+
+@pytest.mark.parametrize(
+    "names", [("Training", "Testing"), ("Train", "Test"), ("training", "test"), ("TRAIN", "testing", "Val")]
+)
+def test_images_of_parts_by_any_usual_name(tmp_path: Path, names: tuple[str, ...]) -> None:
+    for n in range(24):
+        picture(tmp_path / names[n % len(names)] / "ab"[n // 3 % 2] / f"{n}.png", n)
+    source = load(str(tmp_path), validation=0.3)
+    assert source.class_names == ("a", "b")
+    assert len(source.test) == 24 // len(names)
+    if len(names) == 3:
+        assert len(source.validation) == 8
+
+
+def test_images_of_parts_that_cannot_be_told_apart(tmp_path: Path) -> None:
+    for n, part in enumerate(("train", "val", "validation")):
+        picture(tmp_path / "two" / part / "a" / "0.png", n)
+        picture(tmp_path / "two" / part / "b" / "1.png", n)
+    refused(lambda: load(str(tmp_path / "two")), "'val'", "'validation'", "validation part", "keep one")
+    for part in ("Test", "val"):
+        picture(tmp_path / "none" / part / "a" / "0.png", 1)
+    refused(lambda: load(str(tmp_path / "none")), "no train folder")
+    for n in range(4):
+        picture(tmp_path / "flat" / "train" / "ab"[n % 2] / f"{n}.png", n)
+        picture(tmp_path / "flat" / "val" / "images" / f"{n}.png", n)
+    refused(lambda: load(str(tmp_path / "flat")), "validation part", "'images'", "<class>/<picture>")
+    for n in range(4):
+        picture(tmp_path / "case" / ["Cat", "cat"][n % 2] / f"{n}.png", n)
+    refused(lambda: load(str(tmp_path / "case")), "several spellings", "'Cat'")
 
 
 # --- Hugging Face ------------------------------------------------------------------------------------------------
@@ -1135,6 +1237,106 @@ def test_nothing_imports_the_package_datasets_unasked() -> None:
     code = "import sys, cutlayer.run, cutlayer.data, cutlayer.plugins as p; p.index('format')"
     code += "; cutlayer.data.load('digits'); sys.exit('datasets' in sys.modules or 'flwr_datasets' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 0
+
+
+# --- forms from Python -------------------------------------------------------------------------------------------
+
+
+def test_forms_of_arrays_in_memory() -> None:
+    x, y = np.arange(20.0, dtype=np.float32)[:, None], np.arange(20) % 2
+    wanted = from_arrays(x, y, x_test=x[:4] + 100, y_test=y[:4])
+    for data in (
+        (x, y, x[:4] + 100, y[:4]),
+        ((x, y), (x[:4] + 100, y[:4])),
+        {"x": x, "y": y, "x_test": x[:4] + 100, "y_test": y[:4]},
+        (torch.tensor(x), torch.tensor(y), torch.tensor(x[:4] + 100), y[:4].tolist()),
+    ):
+        assert equal(from_memory(data), wanted)
+    assert equal(from_memory([x, y]), from_arrays(x, y))
+    assert equal(from_memory(wanted), wanted)
+
+
+def test_forms_of_data_sets_in_memory() -> None:
+    def made(start: int, stop: int) -> torch.utils.data.TensorDataset:
+        x = torch.arange(start, stop).float()[:, None]
+        return torch.utils.data.TensorDataset(x, torch.arange(start, stop) % 2)
+
+    for data in ((made(0, 20), made(20, 26)), {"Train": made(0, 20), "testing": made(20, 26)}):
+        source = from_memory(data)
+        disjoint(source, 26)
+        assert ids(source)[2] == list(range(20, 26))
+    three = from_memory((made(0, 20), made(20, 24), made(24, 30)))
+    assert ids(three) == (list(range(20)), list(range(20, 24)), list(range(24, 30)))
+    clients = from_memory([made(0, 10), made(10, 40), made(40, 43)])
+    assert clients.client_column is not None
+    assert clients.owner_names == ("0", "1", "2")
+    for row, owner in zip(ids(clients)[0], clients.client_column.tolist(), strict=True):
+        assert owner == (0 if row < 10 else 1 if row < 40 else 2)
+    assert from_memory({"Köln": made(0, 10), "Bonn": made(10, 40)}).owner_names == ("Bonn", "Köln")
+
+
+@needs_datasets
+def test_forms_of_hugging_face_data_in_memory() -> None:
+    source = from_memory((hugging(30), hugging(6, 30)))
+    assert len(source.test) == 6
+    clients = from_memory([hugging(10), hugging(20, 10)], ignore_columns=("who",))
+    assert clients.owner_names == ("0", "1")
+    assert clients.train.x.shape[1] == 2
+
+
+def test_data_sets_of_clients_are_not_dealt_anew() -> None:
+    torch.manual_seed(0)
+    sets = [torch.utils.data.TensorDataset(torch.randn(n, 3), torch.arange(n) % 2) for n in (12, 20, 30)]
+    run: dict[str, Any] = {"model": "mlp", "data": sets, "algorithm": "psl", "rounds": 1, "test": 6, "validation": 0}
+    refused(lambda: Run(**run, clients=3), "'iid'", "partition='column'", "clients=3", error=ConfigError)
+    training = Run(**run, clients=3, partition="column").training
+    assert 10 <= training.clients.samples[0] <= 11
+    assert sum(training.clients.samples) == 56
+
+
+def test_bfloat16_is_read_as_float32() -> None:
+    x = torch.arange(20).to(torch.bfloat16)[:, None]
+    source = from_memory((x, torch.arange(20) % 2))
+    assert source.train.x.dtype == torch.float32
+    assert sorted(itertools.chain(*ids(source))) == list(range(20))
+    pairs = [(x[row], row % 2) for row in range(20)]
+    disjoint(from_dataset(Pairs(pairs)), 20)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (lambda: ([[1.0], [1.0, 2.0]], [0, 1]), ["x cannot be read as an array", "one shape"]),
+        (lambda: (ONES, [[1], [1, 2]] * 5), ["y cannot be read as an array", "one shape"]),
+        (
+            lambda: torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.ones(4, 2), torch.ones(4))),
+            ["DataLoader", "give its .dataset"],
+        ),
+        (lambda: 3, ["gives a int", "list of one for each client"]),
+        (lambda: ONES, ["gives a ndarray", "arrays (x, y)"]),
+        (lambda: {"x": ONES, "lables": Y}, ["'lables'", "known: x, y"]),
+    ],
+)
+def test_other_forms_are_refused_with_a_remedy(data: Callable[[], Any], words: list[str]) -> None:
+    refused(lambda: from_memory(data()), *words)
+
+
+def test_a_data_frame_is_refused_with_a_remedy() -> None:
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"a": [1.0, 2.0] * 10, "label": [0, 1] * 10})
+    refused(lambda: from_memory(frame), "DataFrame", "frame[columns], frame[label]", "CSV")
+    disjoint(from_memory((frame.assign(a=range(20))[["a"]], frame["label"])), 20)
+
+
+def test_an_item_that_fails_is_named() -> None:
+    class Failing(Pairs):
+        def __getitem__(self, row: int) -> Any:
+            if row == 3:
+                raise OSError("no such scan")
+            return super().__getitem__(row)
+
+    data = Failing([(np.ones(2), row % 2) for row in range(6)])
+    refused(lambda: from_memory(data), "item 3", "OSError: no such scan", error=ConfigError)
 
 
 # --- owners ------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from cutlayer.data.built_in import data_set
 from cutlayer.data.formats import Format, data_format
 from cutlayer.data.partitions import Partition, class_counts, partition, partition_scheme
 from cutlayer.data.samples import Samples, Source
-from cutlayer.data.sources import from_arrays, from_dataset, load, load_whole
+from cutlayer.data.sources import from_arrays, from_dataset, from_memory, load, load_whole
 from cutlayer.data.unsplit import Raw, Section
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "data_set",
     "from_arrays",
     "from_dataset",
+    "from_memory",
     "load",
     "load_whole",
     "partition",

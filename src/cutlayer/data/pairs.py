@@ -2,20 +2,42 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
+from cutlayer.data.arrays import as_array
 from cutlayer.data.formats._pictures import stack_pictures
-from cutlayer.data.unsplit import Section
+from cutlayer.data.own import own_code
+from cutlayer.data.unsplit import Raw, Section
 from cutlayer.errors import DataError
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
+
+def from_pairs(parts: Mapping[str, Any], name: str) -> Raw:
+    """All pairs (x, label) of a map-style Dataset for each part. x: a tensor, an array, a number or a picture (PIL)."""
+    items = {part: _items(dataset, _called(part)) for part, dataset in parts.items()}
+    labels = {part: as_array(ys, f"the labels of the {_called(part)}") for part, (_, ys) in items.items()}
+    if all(hasattr(x, "getbands") for xs, _ in items.values() for x in xs):
+        named = {part: [(f"{_called(part)}[{n}]", x) for n, x in enumerate(xs)] for part, (xs, _) in items.items()}
+        pictures = stack_pictures(named)
+        sections = {part: Section(x, labels[part]) for part, x in pictures.x.items()}
+        raw = _raw(name, sections)
+        return dataclasses.replace(raw, rows="pictures", remarks=pictures.remarks, recipe=pictures.recipe)
+    return _raw(name, {part: _section(xs, labels[part], _called(part)) for part, (xs, _) in items.items()})
 
 
-def from_pairs(dataset: Any, what: str) -> Section:
-    """All pairs (x, label) of a map-style Dataset. x: a tensor, an array, a number, or a picture (PIL)."""
+def _raw(name: str, sections: Mapping[str, Section]) -> Raw:
+    return Raw(name, sections["train"], sections.get("validation"), sections.get("test"))
+
+
+def _called(part: str) -> str:
+    return "data set" if part == "train" else f"{part} data set"
+
+
+def _items(dataset: Any, what: str) -> tuple[list[Any], list[Any]]:
+    """The inputs and the labels of all items."""
     try:
         size = len(dataset)
     except TypeError:
@@ -26,20 +48,22 @@ def from_pairs(dataset: Any, what: str) -> Section:
         raise DataError(f"the {what} has no rows: add samples")
     xs, ys = [], []
     for row in range(size):
-        item = dataset[row]
+        with own_code(dataset, f"item {row} of the {what}"):
+            item = dataset[row]
         if not isinstance(item, tuple | list) or len(item) != 2:
             raise DataError(
                 f"item {row} of the {what} is not a pair (x, label) but a {type(item).__name__}: return pairs"
             )
         xs.append(item[0])
         ys.append(item[1].item() if hasattr(item[1], "item") and np.ndim(item[1]) == 0 else item[1])
-    if hasattr(xs[0], "getbands"):
-        named = ((f"{what}[{row}]", picture) for row, picture in enumerate(cast("list[Image]", xs)))
-        return Section(stack_pictures(named)[0], np.array(ys))
-    arrays = [np.asarray(x) for x in xs]
+    return xs, ys
+
+
+def _section(xs: list[Any], labels: Any, what: str) -> Section:
+    arrays = [as_array(x, f"x of item {row} of the {what}") for row, x in enumerate(xs)]
     for row, array in enumerate(arrays):
         if array.shape != arrays[0].shape:
             raise DataError(
                 f"x of item {row} of the {what} has shape {array.shape}, item 0 has {arrays[0].shape}: make them equal"
             )
-    return Section(np.stack(arrays), np.array(ys))
+    return Section(np.stack(arrays), labels)

@@ -25,14 +25,14 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from cutlayer import plugins
+from cutlayer.data.arrays import ArrayOrTensor, as_array
 from cutlayer.data.finish import finished, finished_whole, named
 from cutlayer.data.formats import detect, find_format, no_effect
 from cutlayer.data.formats.huggingface import Huggingface, from_huggingface
@@ -41,10 +41,10 @@ from cutlayer.data.own import own_code
 from cutlayer.data.pairs import from_pairs
 from cutlayer.data.samples import Source
 from cutlayer.data.targets import Targets
-from cutlayer.data.unsplit import Array, Raw, Section
+from cutlayer.data.unsplit import Array, Raw, Section, part_called
 from cutlayer.errors import ConfigError, DataError, unknown
 
-ArrayOrTensor = npt.ArrayLike | Tensor
+R = TypeVar("R", bound=Raw | Source)
 
 _ARRAYS = (
     "x", "y", "x_validation", "y_validation", "x_test", "y_test", "client", "client_validation", "client_test",
@@ -66,8 +66,7 @@ def load(
     """Load a built-in data set, a file or folder, or what a function returns.
 
     `data` is a name (digits, fashion-mnist, or an entry point), a path, or `path/to/file.py:name` or
-    `package.module:name`: a function without arguments that returns a `Source`, arrays (x, y), a dictionary of the
-    arrays that `from_arrays` takes, or a data set that `from_dataset` takes.
+    `package.module:name`: a function without arguments that returns data in any form that `from_memory` takes.
 
     `data_format` is the name of a format (npz, csv, idx, images, huggingface, or an entry point), `file.py:name` of a
     `Format`, or auto. `options` are those of the format or of the function: `label_column`, `client_column`, `columns`,
@@ -185,9 +184,36 @@ def from_dataset(
     }
     defaults = Huggingface.entry.defaults
     options = {option: value for option, value in values.items() if value != defaults[option]}
-    raw = _raw_of_dataset(name, dataset, test_dataset, options)
+    parts = {"train": dataset} if test_dataset is None else {"train": dataset, "test": test_dataset}
+    raw = _raw_of_parts(name, parts, options)
     _refuse_given(raw, given, {"validation": validation, "test": test})
     return finished(raw, validation, test, seed, targets)
+
+
+def from_memory(
+    data: Any,
+    *,
+    validation: float = 0.1,
+    test: float = 0.2,
+    seed: int = 0,
+    given: frozenset[str] = frozenset(),
+    targets: Targets = "class",
+    **options: Any,
+) -> Source:
+    """Data in any of these forms:
+
+    - a `Source`; arrays (x, y), (x, y, x_test, y_test), ((x, y), (x_test, y_test)), or a dictionary of the arrays that
+      `from_arrays` takes, by their names;
+    - a data set that `from_dataset` takes, (train, test) or (train, validation, test) of such, or a dictionary of them
+      by part;
+    - a list of data sets, one for each client, or a dictionary of them by the clients' names.
+
+    `options` are those of Hugging Face data. Raises DataError and ConfigError as `load` does.
+    """
+    name = "arrays" if _arrays_of(data) is not None else "dataset"
+    found = _taken(data, name, "data", options)
+    _refuse_given(found, given, {"validation": validation, "test": test})
+    return found if isinstance(found, Source) else finished(found, validation, test, seed, targets)
 
 
 # From a name, a path or a function
@@ -246,20 +272,85 @@ def _readable(data: str, what: str) -> Iterator[None]:
 
 def _taken(found: Any, name: str, what: str, options: Mapping[str, Any]) -> Raw | Source:
     """`found` in any of the forms that `load` describes. `options` are those that only some of these have."""
-    arrays = isinstance(found, Mapping) or (isinstance(found, (tuple, list)) and len(found) == 2)
-    if isinstance(found, (Raw, Source)) or (arrays and not _is_hugging(found)):
-        for option in sorted(options):
-            raise ConfigError(no_effect(option, options[option], what))
     if isinstance(found, (Raw, Source)):
+        return _without(options, what, found)
+    if (parts := _parts_of(found)) is not None:
+        return _raw_of_parts(name, parts, options)
+    if (clients := _clients_of(found)) is not None:
+        return _raw_of_clients(name, clients, options)
+    if (arrays := _arrays_of(found)) is not None:
+        return _without(options, what, _raw_of_mapping(name, arrays, what))
+    _refuse_other(found, what)
+    return _raw_of_parts(name, {"train": found}, options)
+
+
+def _parts_of(found: Any) -> dict[str, Any] | None:
+    """Data sets by part: (train, test), (train, validation, test), or by the names of parts; None for anything else."""
+    if _is_hugging(found):
+        return None
+    if isinstance(found, tuple) and 2 <= len(found) <= 3 and all(map(_is_data_set, found)):
+        return dict(zip(("train", "validation", "test") if len(found) == 3 else ("train", "test"), found, strict=True))
+    if isinstance(found, Mapping) and found and all(map(_is_data_set, found.values())):
+        parts = {part_called(str(key)): value for key, value in found.items()}
+        if None not in parts and len(parts) == len(found) and "train" in parts:
+            return {str(part): value for part, value in parts.items()}
+    return None
+
+
+def _clients_of(found: Any) -> dict[Any, Any] | None:
+    """The data set of each client: a list of them, or a dictionary by the clients' names; None for anything else."""
+    if isinstance(found, list) and found and all(map(_is_data_set, found)):
+        return dict(enumerate(found))
+    named = isinstance(found, Mapping) and not _is_hugging(found) and len(found) > 0
+    if named and all(map(_is_data_set, found.values())):
+        return {str(key): value for key, value in found.items()}
+    return None
+
+
+def _arrays_of(found: Any) -> Mapping[str, Any] | None:
+    """Arrays by name, of a dictionary, (x, y), (x, y, x_test, y_test) or ((x, y), (x_test, y_test)); None for anything
+    else.
+    """
+    if _is_hugging(found):
+        return None
+    if isinstance(found, Mapping):
         return found
-    if arrays and not _is_hugging(found):
-        return _raw_of_mapping(name, found if isinstance(found, Mapping) else dict(zip("xy", found, strict=True)), what)
+    if isinstance(found, tuple) and len(found) == 2 and all(isinstance(f, tuple) and len(f) == 2 for f in found):
+        found = (*found[0], *found[1])
+    if isinstance(found, tuple | list) and len(found) == 2:
+        return dict(zip("xy", found, strict=True))
+    if isinstance(found, tuple) and len(found) == 4:
+        return dict(zip(("x", "y", "x_test", "y_test"), found, strict=True))
+    return None
+
+
+def _is_data_set(found: Any) -> bool:
+    """Whether this is a map-style data set and not an array."""
+    array = isinstance(found, (str, bytes, list, tuple, Mapping, np.ndarray, Tensor)) or hasattr(found, "__array__")
+    return _is_hugging(found) or (hasattr(found, "__getitem__") and hasattr(found, "__len__") and not array)
+
+
+def _refuse_other(found: Any, what: str) -> None:
+    """Raises DataError for what is no data set either, with the remedy."""
+    if isinstance(found, torch.utils.data.DataLoader):
+        raise DataError(f"{what} gives a DataLoader, whose batches cannot be dealt to clients: give its .dataset")
+    if hasattr(found, "iloc"):
+        raise DataError(
+            f"{what} gives a {type(found).__name__}: give the arrays (frame[columns], frame[label]), or save it as "
+            "CSV and name that file"
+        )
     if isinstance(found, (str, np.ndarray, Tensor)) or not hasattr(found, "__getitem__"):
         raise DataError(
             f"{what} gives a {type(found).__name__}: return a Source, arrays (x, y), a dictionary of arrays "
-            f"({', '.join(_ARRAYS)}), or a map-style Dataset"
+            f"({', '.join(_ARRAYS)}), a map-style Dataset, or a list of one for each client"
         )
-    return _raw_of_dataset(name, found, None, options)
+
+
+def _without(options: Mapping[str, Any], what: str, found: R) -> R:
+    """`found`; raises ConfigError for options, which have no effect on it."""
+    for option in sorted(options):
+        raise ConfigError(no_effect(option, options[option], what))
+    return found
 
 
 def _raw_of_mapping(name: str, arrays: Mapping[str, Any], what: str) -> Raw:
@@ -274,7 +365,7 @@ def _raw_of_mapping(name: str, arrays: Mapping[str, Any], what: str) -> Raw:
 
 def _raw_of_arrays(name: str, arrays: Mapping[str, ArrayOrTensor]) -> Raw:
     """The arrays that `from_arrays` takes, by name."""
-    found = {key: _array(values, key) for key, values in arrays.items()}
+    found = {key: as_array(values, key) for key, values in arrays.items()}
     parts = {part: _section(found, f"_{part}") for part in ("validation", "test")}
     for part in parts:
         if f"client_{part}" in found and ("client" not in found or parts[part] is None):
@@ -299,39 +390,30 @@ def _section(arrays: Mapping[str, Array], suffix: str) -> Section | None:
     return Section(arrays[x], arrays[y]) if x in arrays else None
 
 
-def _raw_of_dataset(name: str, dataset: Any, test_dataset: Any, options: Mapping[str, Any]) -> Raw:
-    """`options` are those of Hugging Face data. Raises ConfigError if they have no effect."""
-    if _is_hugging(dataset):
-        splits = dict(dataset) if isinstance(dataset, dict) else {"train": dataset}
-        if test_dataset is not None:
-            splits["test"] = test_dataset
-        return from_huggingface(splits, name, Huggingface.of(options))
-    for option in sorted(options):
-        raise ConfigError(no_effect(option, options[option], "a data set of pairs (x, label)"))
-    tested = None if test_dataset is None else from_pairs(test_dataset, "test data set")
-    return Raw(name, from_pairs(dataset, "data set"), test=tested)
+def _raw_of_parts(name: str, parts: Mapping[str, Any], options: Mapping[str, Any]) -> Raw:
+    """Data sets by part. `options` are those of Hugging Face data. Raises ConfigError if they have no effect."""
+    train = parts["train"]
+    if not _is_hugging(train):
+        return _without(options, "a data set of pairs (x, label)", from_pairs(parts, name))
+    splits = {**(dict(train) if isinstance(train, dict) else {"train": train}), **parts}
+    if isinstance(train, dict):
+        splits["train"] = train.get("train", next(iter(train.values())))
+    return from_huggingface(splits, name, Huggingface.of(options))
+
+
+def _raw_of_clients(name: str, clients: Mapping[Any, Any], options: Mapping[str, Any]) -> Raw:
+    """One data set for each client: their rows, one client's after another's, and whose they are."""
+    owner = np.repeat(np.array(list(clients)), [len(those) for those in clients.values()])
+    if all(map(_is_hugging, clients.values())):
+        together = sys.modules["datasets"].concatenate_datasets(list(clients.values()))
+    else:
+        together = torch.utils.data.ConcatDataset(list(clients.values()))
+    return dataclasses.replace(_raw_of_parts(name, {"train": together}, options), client=owner)
 
 
 def _is_hugging(dataset: Any) -> bool:
     hugging = sys.modules.get("datasets")  # whoever holds such a data set has imported the package
     return hugging is not None and isinstance(dataset, (hugging.Dataset, hugging.DatasetDict))
-
-
-def _array(values: ArrayOrTensor, name: str) -> Array:
-    """As NumPy has it; floats that NumPy lacks (bfloat16) as float32. Raises DataError for ragged rows."""
-    try:
-        if not isinstance(values, Tensor):
-            return np.asarray(values)
-        plain = values.detach().cpu()
-        plain = plain.to_dense() if plain.layout is not torch.strided else plain.resolve_conj().resolve_neg()
-        narrow = plain.is_floating_point() and plain.dtype not in _FLOATS
-        return (plain.float() if narrow else plain).numpy()
-    except (ValueError, TypeError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"{name} cannot be read as an array ({reason}): give rows of one shape and type") from None
-
-
-_FLOATS = (torch.float16, torch.float32, torch.float64)
 
 
 # Options without effect

@@ -14,9 +14,9 @@ import numpy as np
 
 from cutlayer.data.formats._pictures import stack_pictures
 from cutlayer.data.formats._tables import Cells, Sheet, columns_called, features, raw_table, table
-from cutlayer.data.formats.reader import Columns, data_format
+from cutlayer.data.formats.reader import Columns, Sized, data_format
 from cutlayer.data.unsplit import SPLITS, Array, Raw, Section, part_called, pick
-from cutlayer.errors import DataError
+from cutlayer.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -29,7 +29,7 @@ _INDEX = re.compile(r"__index_level_\d+__")  # what pandas calls an index withou
     title="Hugging Face",
     summary="a folder written by datasets.save_to_disk, or holding parquet files",
 )
-class Huggingface(Columns):
+class Huggingface(Columns, Sized):
     """A folder written by `save_to_disk`, or a parquet file or a folder of them."""
 
     @classmethod
@@ -95,7 +95,7 @@ def _index_columns(schema: Any) -> list[str]:
     return [name for name in about.get("index_columns", []) if isinstance(name, str)]
 
 
-def from_huggingface(found: Any, name: str, options: Columns, indices: Collection[str] = ()) -> Raw:
+def from_huggingface(found: Any, name: str, options: Huggingface, indices: Collection[str] = ()) -> Raw:
     """A local `datasets.Dataset`, or a dictionary of them by part. `indices`: columns that are a saved index.
 
     The input is the only Image, Array or list column; without one, all columns of numbers and texts are a table.
@@ -121,12 +121,17 @@ def from_huggingface(found: Any, name: str, options: Columns, indices: Collectio
         for split, dataset in splits.items()
         if client is not None and client in dataset.features
     }
+    if options.resize is not None and not _is_image(about[inputs[0]]):
+        raise ConfigError(f"resize = {options.resize!r} has no effect on {name}, which has no pictures: leave it out")
     if is_table:
         made = table(_sheet(splits, name, options), inputs, options.impute, owners.get("train"))
         return raw_table(name, made, labels, dict(owners), options, left_out, class_names)
     if unused := [column for column in columns if column not in inputs]:
         left_out = (*left_out, columns_called(unused))
-    raw = _of_arrays(splits, inputs[0], name, labels, is_image=_is_image(about[inputs[0]]))
+    if _is_image(about[inputs[0]]):
+        raw = _of_pictures(splits, inputs[0], name, labels, options.resize)
+    else:
+        raw = _raw(name, {split: _hf_numbers(dataset, inputs[0], name) for split, dataset in splits.items()}, labels)
     return dataclasses.replace(
         raw,
         client=owners.get("train"),
@@ -137,16 +142,16 @@ def from_huggingface(found: Any, name: str, options: Columns, indices: Collectio
     )
 
 
-def _of_arrays(
-    splits: Mapping[str, Any], column: str, name: str, labels: Mapping[str, Array], *, is_image: bool
+def _of_pictures(
+    splits: Mapping[str, Any], column: str, name: str, labels: Mapping[str, Array], resize: str | None
 ) -> Raw:
-    """The data whose input is one column of pictures, arrays or lists."""
-    xs, mode = {}, ""
-    for split, dataset in splits.items():
-        if is_image:
-            xs[split], mode = stack_pictures(_hf_pictures(dataset, column, split), mode)
-        else:
-            xs[split] = _hf_numbers(dataset, column, name)
+    """The data whose input is one column of pictures."""
+    found = stack_pictures({split: _hf_pictures(those, column, split) for split, those in splits.items()}, resize)
+    raw = _raw(name, found.x, labels)
+    return dataclasses.replace(raw, rows="pictures", remarks=found.remarks, recipe=found.recipe)
+
+
+def _raw(name: str, xs: Mapping[str, Array], labels: Mapping[str, Array]) -> Raw:
     parts = {split: Section(x, labels[split]) for split, x in xs.items()}
     return Raw(name, parts["train"], parts.get("validation"), parts.get("test"))
 

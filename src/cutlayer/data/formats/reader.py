@@ -32,6 +32,13 @@ class Format(Thing):
         """A `Raw`; or anything else that a function given to `sources.load` may return, such as (x, y)."""
 
 
+class Sized(Format):
+    """Base of formats of pictures."""
+
+    resize: str | None = option(None)
+    """HEIGHTxWIDTH, such as 224x224, that all pictures are scaled to. Default: they must be of one size."""
+
+
 class Columns(Format):
     """Base of formats whose columns have names: one is the label, and one may say whose sample a row is."""
 
