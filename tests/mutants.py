@@ -79,6 +79,7 @@ AREAS: dict[str, Sequence[str]] = {
     "defences": ("*test_defences*", "*leakage_dp*", "*test_testing*"),
     "batches": ("*test_seam*", "*golden*", "*resume*", "*test_remote*"),
     "seeds": ("*options*", "*golden*", "*test_seam*", "*resume*", "*sglr*", "*stacked*"),
+    "frozen": ("*test_frozen*",),
     "training": ("*test_optim*", "*test_schedules*"),
     "schedules": ("*test_seam*", "*options*", "*golden*"),
     "registry": ("*test_public*", "*test_own_algorithm*", "*bad_input*", "*test_extending*", "*test_testing*"),
@@ -351,6 +352,15 @@ MUTANTS = [
     M("groups at the base rate", "training", 'lr * group.get("lr_factor", 1.0)', "lr"),
     M("own optimisers stacked unproved", "training", "if why := unlike_alone(make):", "if False:"),
     M("union with clipping", "training", "if setup.make_optimizer.clip is not None or", "if False or"),
+    # What is frozen
+    M("frozen parameters are averaged", "frozen", "load_moving(target, average([moving(m) for m in models], weights))", "target.load_state_dict(average([m.state_dict() for m in models], weights))"),
+    M("frozen parameters weigh something", "frozen", "t.nbytes for t in moving(module).values()", "t.nbytes for t in module.state_dict().values()"),
+    M("a frozen tensor for each client", "frozen", "lower = replica(self.split.client)", "lower = copy.deepcopy(self.split.client)"),
+    M("gradients for clients that train nothing", "frozen", "if not self.trains:\n            return", "if False:\n            return"),
+    M("buffers of untrained clients are lost", "frozen", "self._stack.put_back(p.group)", "pass"),
+    M("untrained clients stay alike", "frozen", "self._buffered = not trains(lower, tail) and", "self._buffered = False and"),
+    M("frozen weights are not compared", "frozen", "if frozen := digest(*p.clients.models[0]):", "if False:"),
+    M("frozen weights are not resumed", "frozen", 'load_resting(self._stack.module, state.get("frozen", {}))', "pass"),
     # What algorithms may ask of the server and the clients besides
     M("U-shaped clients count alike", "server", "[size / len(smashed) for size in smashed.sizes]", "[1 / len(smashed.sizes) for size in smashed.sizes]"),
     M("U-shaped clients' gradients unweighted", "server", "if len(share) > 1:", "if False:"),

@@ -71,6 +71,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "model": words("mlp", "cnn", "resnet16", "alexnet"),
     "cut": NAMES,
     "tail_cut": NAMES,
+    "freeze": NAMES,
     "start": words("equal", "independent"),
     "batch": WHOLE,
     "client_optimizer": NAMES,

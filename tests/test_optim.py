@@ -447,9 +447,11 @@ def test_the_page_on_training_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """Its file is written, its command run, its TOML read."""
     page = (ROOT / "docs/training.md").read_text()
     (program,) = re.findall(r"```python\n# fading\.py\n(.*?)```", page, re.DOTALL)
-    (command,) = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
+    commands = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
     (tmp_path / "fading.py").write_text(program)
-    call(*shlex.split(command.replace("\\\n", ""))[1:], cwd=tmp_path)
+    assert len(commands) == 2
+    for command in commands:
+        call(*shlex.split(command.replace("\\\n", ""))[1:], cwd=tmp_path)
     (groups,) = re.findall(r"```toml\n(param_groups.*?)```", page, re.DOTALL)
     (tmp_path / "groups.toml").write_text(groups)
     call("run", "--config", "groups.toml", "--model", "mlp", "--rounds", "1", "--clients", "2", cwd=tmp_path)

@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from cutlayer.frozen import load_moving, moving
+
 
 def average_into(target: nn.Module, models: Sequence[nn.Module], weights: Sequence[float]) -> None:
-    """target := sum_k (w_k / sum w) models[k]. `target` may be one of `models`."""
-    target.load_state_dict(average([m.state_dict() for m in models], weights))
+    """target := sum_k (w_k / sum w) models[k]. `target` may be one of `models`. What is frozen stays as it is."""
+    load_moving(target, average([moving(m) for m in models], weights))
 
 
 def average(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
@@ -20,7 +22,7 @@ def average(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) ->
     batch counter) take the largest value.
     """
     total = sum(weights)
-    mean = {}
+    mean: dict[str, Tensor] = {}
     with torch.no_grad():
         for name, first in states[0].items():
             if first.is_floating_point():

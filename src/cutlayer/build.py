@@ -20,7 +20,7 @@ from torch import nn
 
 from cutlayer import plugins, seeds
 from cutlayer.algorithms import Algorithm, traffic_of
-from cutlayer.checks import check_output, check_parts, check_rate, check_single_rows
+from cutlayer.checks import check_output, check_parts, check_rate, check_single_rows, check_trained
 from cutlayer.cohort import Cohort
 from cutlayer.costs.clock import Clock, ClockedCohort
 from cutlayer.costs.fleet import Fleet, fleet
@@ -32,9 +32,10 @@ from cutlayer.data.targets import fitting
 from cutlayer.engine.choice import laid_out, simulate
 from cutlayer.engine.simulated import ClientModel, Clients, Shape, model_bytes
 from cutlayer.errors import ConfigError, CutlayerWarning, DataError
+from cutlayer.frozen import freeze, load_moving, moving, replica, trains
 from cutlayer.models import Parts, build, cut
 from cutlayer.models import make as make_own
-from cutlayer.models.parts import Part, load_own
+from cutlayer.models.parts import Part
 from cutlayer.optim import MakeOptimizer, ParamGroup, check_groups, make_optimizer
 from cutlayer.options import RunConfig, default_cut
 from cutlayer.schedules import FunctionSchedule, Schedule, WarmedUp
@@ -133,6 +134,11 @@ class Prepared:
         """Names the server's randomness."""
         return seeds.derive(self.config.seed, "server")
 
+    @property
+    def clients_train(self) -> bool:
+        """Whether the clients' parts have parameters that are trained; if not, no gradients go down."""
+        return trains(*self.clients.models[0])
+
     def training(self, cohort: Cohort, server: Server, engine: str) -> Training:
         """The whole, around this cohort and its server: with a ledger, and a clock where the machines are known."""
         config, source, partition = self.config, self.source, self.partition
@@ -141,7 +147,7 @@ class Prepared:
         if self.algorithm.traits.central:
             ledger.add("up", "raw data", 0, _raw_bytes(source, self.clients.rows[0]))
         counts = _counts(source, partition)
-        coded = CodedCohort(cohort, replace(self.coding, carried=engine == "remote"))
+        coded = CodedCohort(cohort, replace(self.coding, carried=engine == "remote"), trains=self.clients_train)
         metered = MeteredCohort(coded, ledger, coded.crossed)
         training = Training(
             source,
@@ -186,7 +192,11 @@ class Prepared:
         """An epoch of equal clients who hold as much together."""
         train, client = self.source.train, [p for p in (self.split.client, self.split.tail) if p is not None]
         up = [math.prod(c.shape) * c.dtype.itemsize for c in self.split.crossing]
-        down = [math.prod(c.shape) * c.dtype.itemsize for c in self.split.crossing if c.differentiable]
+        down = (
+            []
+            if not self.clients_train
+            else [math.prod(c.shape) * c.dtype.itemsize for c in self.split.crossing if c.differentiable]
+        )
         return Epoch(
             clients=len(self.partition),
             samples_per_client=sum(map(len, self.partition)) // len(self.partition),
@@ -236,6 +246,7 @@ def prepare(
     whole = make_model("model")
     few = source.train[: max(2, min(3, len(source.train)))]
     check_output(whole, few, task, source.class_names)
+    check_trained(config, whole)
     cuts = _cut_names(config, algorithm.traits, model)
     split = cut(whole, cuts, few.x)
     check_parts(config, algorithm, split, cuts)
@@ -398,16 +409,22 @@ def _maker(config: RunConfig, model: Model | None, source: Source, task: Task) -
                 "start = 'independent' needs to make a new model per client: give a function that returns "
                 "one instead of a module"
             )
-        return lambda *name: typed(copy.deepcopy(model), config)
+        return lambda *name: _made(copy.deepcopy(model), config)
     shape, width = _input_shape(source), task.width(source.train.y, source.classes)
     own = {} if model is not None else config.options_of(plugins.find("model", config.model))
 
     def make(*name: str | int) -> nn.Module:
         with seeds.torch_seeded(config.seed, *name):
             made = build(config.model, shape, width, **own) if model is None else make_own(model, shape, width)
-        return typed(made, config)
+        return _made(made, config)
 
     return make
+
+
+def _made(model: nn.Module, config: RunConfig) -> nn.Module:
+    """A model in the run's type, with what is to be frozen frozen. Raises ConfigError."""
+    freeze(model, config.freeze)
+    return typed(model, config)
 
 
 def _input_shape(source: Source) -> tuple[int, ...]:
@@ -482,12 +499,13 @@ class _ClientModels(Sequence[ClientModel]):
     def __getitem__(self, client: Any) -> Any:
         if not 0 <= client < self.clients:
             raise IndexError(client)
-        lower, tail = copy.deepcopy(self.split.client), copy.deepcopy(self.split.tail)
+        lower = replica(self.split.client)
+        tail = None if self.split.tail is None else replica(self.split.tail)
         if self.config.start == "independent":
             fresh = self.make_model("model", client).state_dict()
             for part in (lower, tail):
                 if part is not None:
-                    load_own(part, fresh)
+                    load_moving(part, {name: fresh[name] for name in moving(part)})
         if self.make_head is not None:
             own = (client,) if self.config.start == "independent" else ()
             return lower, self.make_head("head", *own)

@@ -19,6 +19,7 @@ from cutlayer.algorithms import Algorithm, traits_of
 from cutlayer.cohort import draw_participants
 from cutlayer.data.samples import Samples, called
 from cutlayer.errors import ConfigError, CutError, CutlayerWarning
+from cutlayer.frozen import trains
 from cutlayer.models import Parts
 from cutlayer.models.parts import one_line
 from cutlayer.options import RunConfig
@@ -91,6 +92,11 @@ def check_parts(config: RunConfig, algorithm: Algorithm, split: Parts, cuts: tup
         (split.client, facts["client_part"], "client"),
         (split.server, facts["server_part"], "server"),
     ):
+        if reason and any(True for _ in part.parameters()) and not trains(part):
+            raise CutError(
+                f"{config.algorithm} cannot work with a frozen {side} part: {reason}, but nothing of it is trained; "
+                f"freeze less of it, or choose {_modest()}"
+            )
         if reason and not any(True for _ in part.parameters()):
             where = "later" if side == "client" else "earlier"
             raise CutError(
@@ -104,6 +110,13 @@ def _modest() -> str:
     entries = plugins.index("algorithm").values()
     modest = [e for e in entries if not (e.facts["client_part"] or e.facts["server_part"])]
     return next(e.name for e in modest if traits_of(e).split and not traits_of(e).u_shaped)
+
+
+def check_trained(config: RunConfig, model: nn.Module) -> None:
+    """Something must be left to train. Raises ConfigError."""
+    if any(True for _ in model.parameters()) and not trains(model):
+        what = f"freeze = {config.freeze!r}" if config.freeze else "the model, all of whose parameters are frozen,"
+        raise ConfigError(f"{what} leaves nothing to train: freeze less")
 
 
 def check_single_rows(

@@ -36,6 +36,7 @@ class CommonKeywords(TypedDict, total=False):
     cut: str | None
     tail_cut: str | None
     start: Literal["equal", "independent"]
+    freeze: str | None
     epochs: int
     rounds: int | None
     batch: int

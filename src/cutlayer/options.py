@@ -320,6 +320,10 @@ class CommonConfig(FleetConfig):
     start: Literal["equal", "independent"] = _field("equal", MODEL, "group", shared=True)
     """Client models start equal, or each from its own random initialisation."""
 
+    freeze: str | None = _field(None, MODEL, shared=True)
+    """A regular expression: parameters in whose names it is found are not trained. All clients share them, and they
+    are not sent. Default: those that the model itself says."""
+
     epochs: int = _field(20, TRAINING, ge=1)
     """Passes over every client's data."""
     rounds: int | None = _field(None, TRAINING, ge=1)
@@ -664,6 +668,8 @@ class PlanConfig(FleetConfig):
     """The shape of one sample."""
     input_type: Literal["float32", "int64"] = _field("float32", DATA)
     """Real numbers, in the type that precision says, or integers, such as token ids."""
+    freeze: str | None = _field(None, WHAT)
+    """A regular expression: parameters in whose names it is found are not trained and not sent."""
     classes: int = _field(10, DATA, ge=2)
     """Number of classes of a built-in model."""
     label_bytes: int = _field(8, DATA, ge=0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from cutlayer import seeds
 from cutlayer.averaging import average_into
 from cutlayer.errors import ConfigError, NonFiniteError
+from cutlayer.frozen import load_moving, moving, replica
 from cutlayer.gradients import RowLoss, column, gradient_of, mean_loss, means, means_of_clients, spread
 from cutlayer.optim import MakeOptimizer, Stepping, load_optimizer
 from cutlayer.tasks import Task
@@ -172,8 +172,8 @@ class Server:
         self._check(STEP_COPIES, "average_copies")
         self._settle_copies()
         average_into(self.model, [self._copy_of(k).model for k in weights], list(weights.values()))
-        for replica in self._copies.values():
-            replica.model.load_state_dict(self.model.state_dict())
+        for one in self._copies.values():
+            load_moving(one.model, moving(self.model))
 
     def end_round(self) -> None:
         """The round is over: batches that still wait for their step (`accumulate`) make one."""
@@ -181,28 +181,31 @@ class Server:
         self._settle_copies()
 
     def state(self) -> dict[str, Any]:
-        """Model, optimiser, step counter, and the same of every copy."""
+        """Model, optimiser, step counter, and the same of every copy, but for what is frozen."""
+        return {**self._own_state(), "model": self.model.state_dict()}
+
+    def _own_state(self) -> dict[str, Any]:
         return {
-            "model": self.model.state_dict(),
+            "model": moving(self.model),
             "optimizer": self._optimizer.state_dict() if self._optimizer else {},
             "steps": self._steps,
-            "copies": {str(k): c.state() for k, c in self._copies.items()},
+            "copies": {str(k): c._own_state() for k, c in self._copies.items()},
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take a state that `state()` returned."""
-        self.model.load_state_dict(state["model"])
+        load_moving(self.model, state["model"])
         if self._optimizer:
             load_optimizer(self._optimizer, state["optimizer"])
         self._steps = state["steps"]
-        for client, replica in state["copies"].items():
-            self._copy_of(int(client)).load(replica)
+        for client, own in state["copies"].items():
+            self._copy_of(int(client)).load(own)
 
     def _copy_of(self, client: int) -> Server:
         """Client `client`'s copy: the global weights, and an optimiser of its own that lives on from round to round."""
         if client not in self._copies:
             self._copies[client] = Server(
-                copy.deepcopy(self.model),
+                replica(self.model),
                 self._make_optimizer,
                 self.lr,
                 seeds.derive(self.seed, "copy", client),
@@ -212,8 +215,8 @@ class Server:
         return self._copies[client]
 
     def _settle_copies(self) -> None:
-        for replica in self._copies.values():
-            replica.end_round()
+        for one in self._copies.values():
+            one.end_round()
 
     def _rate(self, factor: float) -> float:
         return self.lr * self.lr_factor * factor

@@ -48,6 +48,7 @@ class Footing:
     trainable: int
     fixed: int
     per_row: int
+    moving: int  # bytes of the state without frozen parameters: what crosses where models do
 
     def peak(self, batch: int, optimizer: Optimizer) -> int:
         """Bytes with a batch of `batch` rows under way: the state, gradients, what the optimiser keeps (Adam two
@@ -77,7 +78,11 @@ class Measured:
 
     @property
     def gradient(self) -> int:
-        """Bytes of one sample that come down: tensors that are not floating point have no gradient."""
+        """Bytes of one sample that come down: tensors that are not floating point have no gradient, and a part that
+        trains nothing needs none.
+        """
+        if not self.client.trainable:
+            return 0
         return sum(math.prod(c.shape) * c.dtype.itemsize for c in self.crossing if c.differentiable)
 
     def workload(self, *, clients: int, samples_per_client: int, batch: int, label: int, raw: int) -> Workload:
@@ -90,8 +95,8 @@ class Measured:
             gradient=self.gradient,
             label=label,
             raw=raw,
-            model=self.whole.state,
-            client_model=self.client.state,
+            model=self.whole.moving,
+            client_model=self.client.moving,
             flops=self.flops,
         )
 
@@ -226,7 +231,8 @@ class _Measurement:
 
     def at(self, name: str, parts: Parts, runnable: Callable[[], Parts]) -> Measured:
         """The model cut after `name`. `parts` are looked at; `runnable` gives some that can be run, if need be."""
-        state, trainable, parameters = _state(parts.client)
+        sizes, parameters = _state(parts.client)
+        trainable = sizes[1]
         if name in (INPUT, OUTPUT):
             saved = [0, 0] if name == INPUT else [k.total for k in self.kept]
             flops = _directly(runnable(), self.x)
@@ -239,30 +245,32 @@ class _Measurement:
                 flops = self.counted.split(name, backward)
             else:
                 flops = _directly(runnable(), self.x)
-        whole_state, whole_trainable, whole_parameters = _state(self.model)
+        whole, whole_parameters = _state(self.model)
         return Measured(
             name,
             parts.crossing,
             whole_parameters,
             parameters,
             flops,
-            _footing(state, trainable, saved, len(self.x)),
-            _footing(whole_state, whole_trainable, [k.total for k in self.kept], len(self.x)),
+            _footing(sizes, saved, len(self.x)),
+            _footing(whole, [k.total for k in self.kept], len(self.x)),
         )
 
 
-def _footing(state: int, trainable: int, saved: Sequence[int], rows: int) -> Footing:
-    """From what is saved for `rows` rows and for one more."""
+def _footing(sizes: tuple[int, int, int], saved: Sequence[int], rows: int) -> Footing:
+    """From the sizes that `_state` gives, and what is saved for `rows` rows and for one more."""
+    state, trainable, frozen = sizes
     each = saved[1] - saved[0]
-    return Footing(state, trainable, saved[0] - rows * each, each)
+    return Footing(state, trainable, saved[0] - rows * each, each, state - frozen)
 
 
-def _state(module: nn.Module) -> tuple[int, int, int]:
-    """Bytes of parameters and buffers, bytes of trainable parameters, number of parameters: tied ones once."""
+def _state(module: nn.Module) -> tuple[tuple[int, int, int], int]:
+    """Bytes of parameters and buffers, of trained parameters, of frozen ones; number of parameters: tied ones once."""
     tensors = {id(t): t for t in module.state_dict(keep_vars=True).values() if isinstance(t, Tensor)}
     parameters = list(module.parameters())
     trainable = sum(p.nbytes for p in parameters if p.requires_grad)
-    return sum(t.nbytes for t in tensors.values()), trainable, sum(p.numel() for p in parameters)
+    frozen = sum(p.nbytes for p in parameters if not p.requires_grad)
+    return (sum(t.nbytes for t in tensors.values()), trainable, frozen), sum(p.numel() for p in parameters)
 
 
 def _directly(parts: Parts, x: Tensor) -> ModelFlops:

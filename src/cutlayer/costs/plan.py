@@ -3,7 +3,7 @@
 Every figure is one epoch's. Costs are those of `expect`, for what `measure` finds the model to be on the meta device,
 so that a million clients and billions of parameters take seconds. What is not known is None.
 
-    from cutlayer.options import PlanConfig, RunConfig, default_cut
+    from cutlayer.options import PlanConfig
     from cutlayer.costs.plan import plan
 
     found = plan(PlanConfig(model="resnet16", cut="all", clients=100, memory_budget=0.5))
@@ -27,6 +27,7 @@ from cutlayer.costs.expect import Expected, Workload, expect
 from cutlayer.costs.fleet import Fleet, fleet
 from cutlayer.costs.measure import Measured, example, load_model, make, measure, placed, survey
 from cutlayer.errors import ConfigError
+from cutlayer.frozen import freeze
 from cutlayer.options import PlanConfig, RunConfig, default_cut
 from cutlayer.text import format_bytes, format_quantity, listed
 from cutlayer.traffic import Epoch
@@ -230,6 +231,7 @@ def _on_meta(config: PlanConfig, model: nn.Module | Callable[..., nn.Module] | N
             f"model {config.model!r} cannot be put on the meta device ({reason}): have it hold plain parameters and "
             "buffers, all of them made when it is made"
         ) from None
+    freeze(net, config.freeze)
     return net, example(config.input, torch.int64 if config.input_type == "int64" else dtype)
 
 

@@ -22,6 +22,7 @@ from cutlayer.engine.stackable import bytes_per_row, stackable, unlike_alone
 from cutlayer.engine.stacked import StackedCohort, StackedServer, Stacking
 from cutlayer.engine.union import UnionCohort, UnionServer, row_by_row
 from cutlayer.errors import ConfigError, CutlayerWarning
+from cutlayer.frozen import trains
 from cutlayer.models import Parts
 from cutlayer.optim import ELEMENTWISE, MakeOptimizer, rule_of
 from cutlayer.options import RunConfig
@@ -52,6 +53,11 @@ def simulate(
         raise ConfigError(
             f"{protection.penalised} adds to the loss that comes through the server, but the clients of "
             f"{config.algorithm} train on a loss of their own: leave it out"
+        )
+    if protection.penalised and not trains(split.client):
+        raise ConfigError(
+            f"{protection.penalised} adds to the loss that the client part is trained on, but nothing of that part is "
+            "trained: leave it out, or freeze less"
         )
     if protection.active:
         cohort = DefendedCohort(cohort, simulated.keep_batches(), protection)
@@ -159,7 +165,7 @@ def _bounded(config: RunConfig, mapped: bool, part: nn.Module, rows: Rows) -> St
     taking_part = max(1.0, config.clients * config.participation)
     chunk = max(1, int(min(limit / 4, _WORTHWHILE) // each))
     if config.device == "cpu":
-        chunk = min(chunk, max(1, _CACHED // max(1, sum(p.nbytes for p in part.parameters()))))
+        chunk = min(chunk, max(1, _CACHED // max(1, sum(p.nbytes for p in part.parameters() if p.requires_grad))))
     return Stacking(mapped, None if chunk >= config.clients else chunk, keep=each * taking_part <= limit)
 
 

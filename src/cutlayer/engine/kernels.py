@@ -191,14 +191,15 @@ class LoopedConvolution(torch.autograd.Function):
         return torch.cat([functional.conv2d(xi, wi, si, *how) for xi, wi, si in each])
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         """Client by client; the input's in one where the weights are alike."""
         x, weight = ctx.x, ctx.weight
         ctx.x = ctx.weight = None
         g = gradients[0].contiguous(memory_format=torch.channels_last if channels_last(x) else torch.contiguous_format)
         w, size = weight.to(x.dtype), len(x) // len(weight)
         at_once = ctx.alike and ctx.needs_input_grad[0]
-        needs = (ctx.needs_input_grad[0] and not at_once, True, ctx.biased)
+        by_weights, by_biases = ctx.needs_input_grad[1], ctx.biased and ctx.needs_input_grad[2]
+        needs = (ctx.needs_input_grad[0] and not at_once, by_weights, by_biases)
         each = [
             _convolution_backward(gi, xi, wi, ctx.geometry, needs)
             for gi, xi, wi in zip(g.split(size), x.split(size), w.unbind(0), strict=True)
@@ -208,8 +209,8 @@ class LoopedConvolution(torch.autograd.Function):
             by_x = _convolution_backward(g, x, w[0], ctx.geometry, (True, False, False))[0]
         elif ctx.needs_input_grad[0]:
             by_x = torch.cat([parts[0] for parts in each])
-        by_weight = torch.stack([parts[1] for parts in each]).to(weight.dtype)
-        by_bias = torch.stack([parts[2] for parts in each]).to(weight.dtype) if ctx.biased else None
+        by_weight = torch.stack([parts[1] for parts in each]).to(weight.dtype) if by_weights else None
+        by_bias = torch.stack([parts[2] for parts in each]).to(weight.dtype) if by_biases else None
         return by_x, by_weight, by_bias, None, None
 
 

@@ -15,6 +15,7 @@ from cutlayer.cohort import Footprint, Predict
 from cutlayer.data.samples import Samples
 from cutlayer.engine.simulated import Clients, Local, Shape, SimulatedCohort, model_bytes, together
 from cutlayer.errors import NonFiniteError
+from cutlayer.frozen import load_moving, moving, resting
 from cutlayer.gradients import mean_loss
 from cutlayer.models.parts import Part
 from cutlayer.optim import MakeOptimizer, Stepping, as_tensor, load_optimizer
@@ -161,6 +162,7 @@ class LocalCohort(SimulatedCohort):
             return Smashed((), torch.empty(0), (), ())
         sent = [self._forward_one(k) for k in self._asked]
         rows = tuple(torch.cat([s[i].detach() for s in sent]) for i in range(len(sent[0])))
+        self._drift()
         of = [self._clients[k].labels for k in self._asked]
         sizes = tuple(len(y) for y in of)
         return self._smashed(rows, torch.cat(of), self._asked, sizes, labels)
@@ -237,7 +239,7 @@ class LocalCohort(SimulatedCohort):
         first = self._clients[0].module
         average_into(first, [self._clients[k].module for k in weights], list(weights.values()))
         for client in self._clients[1:]:
-            client.module.load_state_dict(first.state_dict())
+            load_moving(client.module, moving(first))
         self._alike = True
         return tuple(weights)
 
@@ -246,7 +248,7 @@ class LocalCohort(SimulatedCohort):
         if self._holder is not None and self._holder != client:
             self._settle()
             giver, taker = self._clients[self._holder], self._clients[client]
-            taker.module.load_state_dict(giver.module.state_dict())
+            load_moving(taker.module, moving(giver.module))
             if optimizer and giver.optimizer and taker.optimizer:
                 load_optimizer(taker.optimizer, giver.optimizer.state_dict())
         self._holder = client
@@ -282,15 +284,15 @@ class LocalCohort(SimulatedCohort):
         """Models, optimisers and clocks of all clients (between rounds there is nothing else)."""
         self._settle()
         clients = [
-            {"model": c.module.state_dict(), "optimizer": c.optimizer.state_dict() if c.optimizer else {}}
+            {"model": moving(c.module), "optimizer": c.optimizer.state_dict() if c.optimizer else {}}
             for c in self._clients
         ]
-        return {**self._base_state(), "clients": clients}
+        return {**self._base_state(), "clients": clients, "frozen": resting(self._clients[0].module)}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take a state that `state()` returned."""
         self._load_base(state)
         for client, own in zip(self._clients, state["clients"], strict=True):
-            client.module.load_state_dict(own["model"])
+            load_moving(client.module, {**state.get("frozen", {}), **own["model"]})
             if client.optimizer:
                 load_optimizer(client.optimizer, own["optimizer"])

@@ -44,7 +44,8 @@ class Lowered(TorchFunctionMode):
     """While active, operations on the stacked tensors run for all clients at once.
 
     `stacked` are the parameters and buffers by name, each [c, ...]; `generators` gives client i's random stream
-    (dropout); `alike` says that all clients' parameters are equal; `channels_last` how images lie in memory; `leave`
+    (dropout); `alike` says that all clients' parameters are equal; `frozen` are those that all clients share, which
+    are not stacked; `channels_last` how images lie in memory; `leave`
     takes gradients as factors.
     """
 
@@ -55,6 +56,7 @@ class Lowered(TorchFunctionMode):
         generators: Callable[[int], torch.Generator],
         *,
         alike: bool = False,
+        frozen: Sequence[Tensor] = (),
         channels_last: bool = False,
         leave: Leave | None = None,
     ) -> None:
@@ -62,6 +64,7 @@ class Lowered(TorchFunctionMode):
         self.clients, self.alike, self.leave = clients, alike, leave
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
         self._stacked = {id(t): name for name, t in stacked.items()}
+        self._frozen = {id(t) for t in frozen}
         self._generators = generators
         self._drawn: dict[int, torch.Generator] = {}
 
@@ -72,14 +75,22 @@ class Lowered(TorchFunctionMode):
         kwargs = kwargs or {}
         handler = _HANDLERS.get(func)
         if handler is not None and handler in _ALWAYS:
-            return handler(self, *args, **kwargs)
+            return self._handled(handler, args, kwargs)
         if func in _VALUES:
             raise NotStackableError("control flow that depends on values")
         if (touched := self._touched(args, kwargs)) and func not in _HARMLESS:
             if handler is not None:
-                return handler(self, *args, **kwargs)
+                return self._handled(handler, args, kwargs)
             raise NotStackableError(getattr(func, "__name__", str(func)), touched)
         return func(*args, **kwargs)
+
+    def _handled(self, handler: Callable[..., Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+        """What a handler gives; beside stacked tensors, a frozen one is the same for every client."""
+
+        def spread(a: Any) -> Any:
+            return a.unsqueeze(0).expand(self.clients, *a.shape) if id(a) in self._frozen else a
+
+        return handler(self, *map(spread, args), **{name: spread(a) for name, a in kwargs.items()})
 
     def _touched(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
         """The name of a stacked tensor among the arguments, those in lists (an LSTM's weights) too; else nothing."""

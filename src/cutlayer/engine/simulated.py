@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from cutlayer.cohort import draw_participants
 from cutlayer.data.batches import Batches, Drawn
 from cutlayer.data.samples import Samples
+from cutlayer.frozen import moving, trains
 from cutlayer.optim import MakeOptimizer
 from cutlayer.scoring import ROWS_PER_PASS, OutputsOf, Scores, evaluate, judged
 from cutlayer.tasks import Task
@@ -93,6 +94,8 @@ class SimulatedCohort:
         self._participants: tuple[int, ...] = ()
         self._rate = setup.lr
         self._alike = setup.alike  # all client models are known to be equal
+        lower, tail = setup.models[0]
+        self._buffered = not trains(lower, tail) and any(True for _ in lower.buffers())
         self._holder: int | None = None
         self._kept: list[Drawn] | None = None
 
@@ -155,6 +158,11 @@ class SimulatedCohort:
             return Smashed(rows, torch.empty(sum(sizes), 0), clients, sizes)
         return Smashed(rows, y, clients, sizes, weights=self.setup.task.weights(y))
 
+    def _drift(self) -> None:
+        """After a forward pass: clients that take no step become different all the same if they have buffers."""
+        if self._buffered:
+            self._alike = len(self._quota) == 1
+
     def _judged(self) -> tuple[list[int], list[int]]:
         """(whose scores are asked for, whose models are looked at): models known to be equal are looked at once."""
         if self._holder is not None:
@@ -171,8 +179,8 @@ class SimulatedCohort:
 
 
 def model_bytes(module: nn.Module) -> int:
-    """Bytes of a model's parameters and buffers; tied weights cross once."""
-    return sum({t.data_ptr(): t.nbytes for t in module.state_dict().values()}.values())
+    """Bytes of a model's parameters and buffers, as they cross: tied weights once, frozen ones never."""
+    return sum({t.data_ptr(): t.nbytes for t in moving(module).values()}.values())
 
 
 def mass_of(task: Task, targets: Tensor, rows: np.ndarray | None = None) -> float:

@@ -8,7 +8,6 @@ its step come to them, and so that memory is bounded.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from torch.func import functional_call, vmap
 
 from cutlayer.engine.kernels import Factors
 from cutlayer.engine.lowering import Lowered
+from cutlayer.frozen import replica
 from cutlayer.optim import MakeOptimizer, rule_of, set_lr
 from cutlayer.types import Rows, as_tuple
 
@@ -72,11 +72,13 @@ class Stack:
         chunk: int | None = None,
         mapped: bool = False,
     ) -> None:
-        self.module = copy.deepcopy(module)
+        self.module = replica(module)
         self.count, self.mapped = count, mapped
-        self._parameters = {n: _repeated(p, count) for n, p in module.named_parameters()}
+        # What is frozen is not stacked: the module's own serves all clients.
+        self._parameters = {n: _repeated(p, count) for n, p in module.named_parameters() if p.requires_grad}
+        self._frozen = [p for p in self.module.parameters() if not p.requires_grad]
         self._buffers = {n: _repeated(b, count) for n, b in module.named_buffers()}
-        self._trained = [n for n, p in module.named_parameters() if p.requires_grad]
+        self._trained = list(self._parameters)
         self._make_optimizer = make_optimizer
         self._rule = rule_of(make_optimizer)
         self._state: dict[str, dict[str, Tensor]] = {}  # parameter -> kind -> the optimiser's [C, ...]
@@ -93,9 +95,14 @@ class Stack:
         self._places = [(*_owner(self.module, n), n) for n in (*self._parameters, *self._buffers)]
 
     @property
+    def trains(self) -> bool:
+        """Whether there is anything to train."""
+        return bool(self._parameters)
+
+    @property
     def device(self) -> torch.device:
         """Where the tensors are."""
-        tensors = (*self._parameters.values(), *self._buffers.values())
+        tensors = (*self._parameters.values(), *self._buffers.values(), *self._frozen)
         return tensors[0].device if tensors else torch.device("cpu")
 
     # Running
@@ -161,8 +168,7 @@ class Stack:
             self._advance(group, lr)
             return
         self._hold(group, lr)
-        if not group.views:
-            self._put_back(group)
+        self.put_back(group)
         due = who[(self._waiting[who] >= accumulate) | last]
         if len(due):
             self._release(due, lr)
@@ -210,9 +216,18 @@ class Stack:
             for count in taken:
                 at = np.flatnonzero(self.steps[who] == count) if len(taken) > 1 else None
                 self._optimize(group, at, int(count), lr)
-        if not group.views:
-            self._put_back(group)
+        self.put_back(group)
         self.steps[who] += 1
+
+    def put_back(self, group: Group) -> None:
+        """Write a group's parameters and buffers into the stack, if they are not views of it."""
+        if group.views:
+            return
+        at = torch.from_numpy(group.clients).to(self.device)
+        with torch.no_grad():
+            for mine, theirs in ((self._parameters, group.parameters), (self._buffers, group.buffers)):
+                for name, tensor in theirs.items():
+                    mine[name][at] = tensor
 
     # Moving models
 
@@ -222,7 +237,8 @@ class Stack:
         share = torch.tensor(list(weights.values()), dtype=torch.float64)
         share = (share / share.sum()).to(self.device, dtype=None if self.device.type != "mps" else torch.float32)
         tensors = {**self._parameters, **self._buffers}
-        for tensor in (tensors[name] for name in self.module.state_dict()):  # what is not persistent stays
+        moves = (tensors[name] for name in self.module.state_dict() if name in tensors)  # what is not persistent stays
+        for tensor in moves:
             chosen = tensor if len(who) == self.count else tensor[who]
             if tensor.is_floating_point():
                 mean = (share.to(tensor.dtype) @ chosen.reshape(len(who), -1)).view(tensor.shape[1:])
@@ -239,7 +255,8 @@ class Stack:
     def state_of(self, client: int) -> dict[str, Tensor]:
         """One client's parameters and buffers, under the module's names."""
         tensors = {**self._parameters, **self._buffers}
-        return {name: tensors[name][client] for name in self.module.state_dict()}
+        own = self.module.state_dict()
+        return {name: tensors[name][client] if name in tensors else frozen for name, frozen in own.items()}
 
     def optimizer_bytes(self, client: int) -> int:
         """Bytes of one client's optimiser state, its step counter (4 bytes per parameter tensor) included."""
@@ -289,7 +306,7 @@ class Stack:
 
     def _take(self, clients: np.ndarray, at: slice | Tensor, views: bool) -> Group:
         # `.data`: a step of one group must not make autograd think that another group's tensors have changed.
-        parameters = {n: p[at].data.requires_grad_(n in self._trained) for n, p in self._parameters.items()}
+        parameters = {n: p[at].data.requires_grad_() for n, p in self._parameters.items()}
         return Group(clients, views, parameters, {n: b[at].data for n, b in self._buffers.items()})
 
     def _run(self, group: Group, rows: Rows, generators: Generators, alike: bool) -> Rows:
@@ -309,6 +326,7 @@ class Stack:
                 tensors,
                 lambda i: generators(names[i]),
                 alike=alike,
+                frozen=self._frozen,
                 channels_last=getattr(self.module, "images_channels_last", False),
                 leave=leave if self._rule.by_factors else None,
             )
@@ -395,13 +413,6 @@ class Stack:
                 if kind not in kinds:
                     kinds[kind] = torch.zeros_like(self._parameters[name], dtype=value.dtype)
                 kinds[kind][span] = value
-
-    def _put_back(self, group: Group) -> None:
-        at = torch.from_numpy(group.clients).to(self.device)
-        with torch.no_grad():
-            for mine, theirs in ((self._parameters, group.parameters), (self._buffers, group.buffers)):
-                for name, tensor in theirs.items():
-                    mine[name][at] = tensor
 
 
 def clip(gradients: Sequence[Tensor], largest: float) -> None:

@@ -127,7 +127,7 @@ def _obstacle(module: nn.Module, rows: Rows, make_optimizer: MakeOptimizer, mapp
     copies = [exact(module) for _ in range(_COPIES)]
     noise = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for p in (p for c in copies for p in c.parameters()):
+        for p in (p for c in copies for p in c.parameters() if p.requires_grad):
             p.add_(0.1 * torch.randn(p.shape, generator=noise, dtype=p.dtype).to(p.device))
     order = torch.randperm(_COPIES * len(rows[0]), generator=noise) % len(rows[0])
     merged = jittered(tuple(select(r, order) for r in rows))
@@ -158,16 +158,19 @@ def _difference(stack: Stack, copies: list[nn.Module], rows: Rows) -> str:
         return "it draws random numbers otherwise than by dropout"
     trained = [g for g in given if g.requires_grad]
     weights = [torch.linspace(0.5, 1.5, g.numel(), dtype=g.dtype, device=g.device).view(g.shape) for g in trained]
-    torch.autograd.backward(trained, weights)
+    if trained:
+        torch.autograd.backward(trained, weights)
     for k, module in enumerate(copies):
         span = slice(k * size, (k + 1) * size)
         mine = tuple(r[span].detach().requires_grad_(r.requires_grad) for r in rows)
         alone_log = _Log()
         alone = run_alone(module.train(), mine, k, alone_log)
-        torch.autograd.backward([a for a in alone if a.requires_grad], [w[span] for w in weights])
+        if trained:
+            torch.autograd.backward([a for a in alone if a.requires_grad], [w[span] for w in weights])
         pairs = [(a, g[span]) for a, g in zip(alone, given, strict=True)]
         pairs += [(gradient_of(m), gradient_of(r)[span]) for m, r in zip(mine, rows, strict=True) if r.requires_grad]
-        pairs += [(gradient_of(p), _stacked_gradient(group, name)[k]) for name, p in module.named_parameters()]
+        own = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        pairs += [(gradient_of(p), _stacked_gradient(group, name)[k]) for name, p in own]
         pairs += [(b, group.buffers[name][k]) for name, b in module.named_buffers()]
         if not close(pairs):
             return _first_mixing(log, alone_log, span) or "it keeps state of its own, or its rows influence each other"

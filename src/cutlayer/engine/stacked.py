@@ -22,6 +22,7 @@ from cutlayer.data.samples import Samples
 from cutlayer.engine.simulated import Clients, SimulatedCohort, model_bytes
 from cutlayer.engine.stack import Generators, Group, Stack, descend
 from cutlayer.errors import NonFiniteError
+from cutlayer.frozen import load_resting, resting
 from cutlayer.gradients import client_means, gradient_of, means_of_clients
 from cutlayer.optim import MakeOptimizer, rule_of
 from cutlayer.scoring import Outputs, evaluation
@@ -85,6 +86,7 @@ class StackedCohort(SimulatedCohort):
         batch, groups = self._next(asked)
         self._passes = [_Pass(group, batch[group.rows].rows) for group in groups]
         rows = merged([self._run(p) for p in self._passes], groups)
+        self._drift()
         return self._smashed(rows, batch.y, asked, self._sizes, labels)
 
     def backward(self, gradients: CutGradients) -> None:
@@ -154,12 +156,13 @@ class StackedCohort(SimulatedCohort):
     def state(self) -> dict[str, Any]:
         """Models, optimisers and clocks of all clients, stacked."""
         self._stack.settle()
-        return {**self._base_state(), "stack": self._stack.state()}
+        return {**self._base_state(), "stack": self._stack.state(), "frozen": resting(self._stack.module)}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take a state that `state()` returned."""
         self._load_base(state)
         self._stack.load(state["stack"])
+        load_resting(self._stack.module, state.get("frozen", {}))
 
     def _next(self, asked: tuple[int, ...]) -> tuple[Samples, list[Group]]:
         """The next batches of `asked`, and the groups they make."""
@@ -179,8 +182,10 @@ class StackedCohort(SimulatedCohort):
 
     def _run(self, p: _Pass) -> Rows:
         """A group's forward pass; what it gives, without its graph."""
-        if self._keep:
+        if self._keep or not self._stack.trains:
             p.given = self._stack.forward(p.group, p.inputs, self._stream, alike=self._alike)
+            if not self._stack.trains:  # no step will write them back
+                self._stack.put_back(p.group)
             return tuple(g.detach() for g in p.given)
         with torch.no_grad(), self._stack.rehearsal(p.group):
             return self._stack.forward(p.group, p.inputs, self._stream, alike=self._alike)

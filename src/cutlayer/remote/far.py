@@ -23,6 +23,7 @@ from cutlayer.data.samples import Samples
 from cutlayer.engine.local import Client, named_as_whole
 from cutlayer.engine.simulated import Local, Routine, Shape, together
 from cutlayer.errors import NonFiniteError, TrainingError, WireError
+from cutlayer.frozen import resting, trains
 from cutlayer.models.parts import Crossing
 from cutlayer.remote.carrier import Carrier, Lost, Request
 from cutlayer.remote.worker import expected_state, state_of
@@ -99,6 +100,8 @@ class RemoteCohort:
         self._begun = False  # a round, in this process
         self._posts: dict[int, m.BeginRound] = {}  # of this round
         self._alike = setup.alike  # all models are known to be equal
+        twin = setup.twin
+        self._buffered = not trains(twin.module) and any(True for _ in twin.module.buffers())
 
     @property
     def samples(self) -> Sequence[int]:
@@ -177,6 +180,8 @@ class RemoteCohort:
             self._come_back(due)
         self._quota[asked] -= 1
         self._asked = tuple(k for k in asked if k in answers)
+        if self._buffered:  # without a step they become different all the same
+            self._alike = len(self.samples) == 1
         self._waiting = set(self._asked)
         if not self._asked:
             return Smashed((), torch.empty(0), (), ())
@@ -348,7 +353,7 @@ class RemoteCohort:
         models = self._models([client])
         if client not in models:
             raise TrainingError(f"client {client} is not connected: its model is with it")
-        return named_as_whole(models[client], self.shape)
+        return named_as_whole({**resting(self.setup.twin.module), **models[client]}, self.shape)
 
     def state(self) -> dict[str, Any]:
         """What the server keeps; every connected client has written its own state beside its old one when this is

@@ -19,6 +19,7 @@ from cutlayer.build import Data, Model, Prepared, Training, prepare
 from cutlayer.data.samples import Source
 from cutlayer.engine.local import Client
 from cutlayer.errors import ConfigError
+from cutlayer.frozen import digest
 from cutlayer.models.parts import Crossing
 from cutlayer.options import RunConfig, about
 from cutlayer.remote.carrier import Carrier
@@ -190,6 +191,8 @@ def shared_options(p: Prepared) -> dict[str, str]:
         things |= {o.name: getattr(config, o.name) for o in entry.options if o.shared}
         if code := plugins.fingerprint(kind, reference):
             things[f"code of the {plugins.KINDS[kind].word}"] = code
+    if frozen := digest(*p.clients.models[0]):
+        things["frozen parameters"] = frozen
     return {name: str(value) for name, value in {**common, **things}.items()} | _named(p.source)
 
 

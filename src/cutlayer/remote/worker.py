@@ -27,6 +27,7 @@ from cutlayer.defences.watch import Watch
 from cutlayer.engine.local import Client
 from cutlayer.engine.simulated import Local, mass_of
 from cutlayer.errors import DistrustError, NonFiniteError, RunFolderError, WireError
+from cutlayer.frozen import load_moving, moving
 from cutlayer.models.parts import Crossing
 from cutlayer.optim import MakeOptimizer, as_tensor, load_optimizer
 from cutlayer.remote.carrier import Answer
@@ -150,7 +151,7 @@ class Worker:
     def _take_model(self, message: m.TakeModel, body: memoryview) -> None:
         self.client.stepping.settle()
         module = self.client.module
-        module.load_state_dict(decode_named(body, described(state_of(module))))
+        load_moving(module, decode_named(body, described(state_of(module))))
 
     def _give_optimizer(self, message: m.GiveOptimizer, body: memoryview) -> Answer:
         optimizer = self.client.optimizer
@@ -388,8 +389,8 @@ _SERVED: dict[type[m.Message], _Served] = {
 
 
 def state_of(module: nn.Module) -> dict[str, Tensor]:
-    """A module's parameters and buffers by name."""
-    return {name: tensor.detach() for name, tensor in module.state_dict().items()}
+    """A module's parameters and buffers by name, without what is frozen: all that crosses."""
+    return {name: tensor.detach() for name, tensor in moving(module).items()}
 
 
 def flattened(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from cutlayer.data.batches import Batches
 from cutlayer.errors import ConfigError
 from cutlayer.files import read_records
 from cutlayer.folder import CHECKPOINT, EVALUATIONS, STEPS
+from cutlayer.frozen import frozen_names, trains
 from cutlayer.run import Run, rate_factors
 from cutlayer.seeds import torch_seeded
 from cutlayer.testing.candidate import SIZES, Candidate, timeless
@@ -86,7 +87,9 @@ def _check_verbs_and_bytes(candidate: Candidate) -> None:
 def recorded(training: Training) -> tuple[Recording, RecordedServer]:
     """Train, round after round, past the run's own loop, until a verb is refused that the algorithm does not need."""
     t = training
-    clients, server = Recording(t.clients), RecordedServer(t.server)
+    frozen = {name for part in t.parts.all for name in frozen_names(part)}
+    clients = Recording(t.clients, frozen, trains=trains(t.parts.client, t.parts.tail))
+    server = RecordedServer(t.server)
     for index in range(t.rounds):
         factor, t.server.lr_factor = rate_factors(t, index)
         this = t.clients.begin_round(index, t.rounds, factor)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -19,11 +19,13 @@ _OPEN = frozenset({"samples", "masses", "shape", "holder"})
 class Recording:
     """A cohort as an algorithm sees it. `used` are the verbs that it has asked for, `strangers` what else.
 
-    `up` and `down` are the bytes of all tensors that crossed, one by one.
+    `up` and `down` are the bytes of all tensors that crossed, one by one. Of a model, those called `frozen` do not
+    cross, and no gradients do to clients that do not train (`trains`).
     """
 
-    def __init__(self, clients: Cohort) -> None:
+    def __init__(self, clients: Cohort, frozen: Collection[str] = (), *, trains: bool = True) -> None:
         self._clients = clients
+        self._frozen, self._trains = frozen, trains
         self.used: set[str] = set()
         self.strangers: set[str] = set()
         self.up = self.down = 0
@@ -56,7 +58,7 @@ class Recording:
         self, name: str, args: tuple[Any, ...], options: Mapping[str, Any], result: Any, holder: int | None
     ) -> None:
         for value in (*args, *options.values()):
-            if isinstance(value, CutGradients):
+            if isinstance(value, CutGradients) and self._trains:
                 self.down += _bytes(value.own) + len(value.active) * _bytes(value.common)
             elif isinstance(value, Smashed):
                 self.down += _bytes(value.rows)
@@ -75,7 +77,7 @@ class Recording:
 
     def _model(self, client: int | None) -> int:
         assert client is not None
-        return _bytes(self._clients.model_state(client).values())
+        return _bytes(t for name, t in self._clients.model_state(client).items() if name not in self._frozen)
 
 
 class RecordedServer:

@@ -18,13 +18,14 @@ from cutlayer.wire.coding import Coding
 class CodedCohort(CohortAround):
     """A cohort whose rows cross as its codecs write them. Without a lossy codec nothing is changed.
 
+    `trains`: clients train something; if not, no gradients go down, and no backward pass is asked for.
     `crossed` lists the bytes of all rows that crossed, oldest first, until whoever counts them empties it. Codecs keep
     nothing: the state is the inner cohort's.
     """
 
-    def __init__(self, inner: Cohort, coding: Coding) -> None:
+    def __init__(self, inner: Cohort, coding: Coding, *, trains: bool = True) -> None:
         super().__init__(inner)
-        self.coding = coding
+        self.coding, self.trains = coding, trains
         self.crossed: list[Crossed] = []
 
     def forward(self, clients: Sequence[int] | None = None, *, labels: bool = True) -> Smashed:
@@ -40,6 +41,8 @@ class CodedCohort(CohortAround):
 
     def backward(self, gradients: CutGradients) -> None:
         """Own cut gradients go down one by one, a common one is written once."""
+        if not self.trains:
+            return
         own = self._cross("down", self.coding.down, gradients.own, gradients.clients, gradients.sizes)
         common = gradients.common
         if gradients.active:
