@@ -20,7 +20,7 @@ from torch import nn
 
 from cutlayer import plugins, seeds
 from cutlayer.algorithms import Algorithm, traffic_of
-from cutlayer.checks import check_output, check_parts, check_rate, check_single_rows, check_trained
+from cutlayer.checks import check_output, check_parts, check_rate, check_single_rows, check_trained, given_for
 from cutlayer.cohort import Cohort
 from cutlayer.costs.clock import Clock, ClockedCohort
 from cutlayer.costs.fleet import Fleet, fleet
@@ -28,7 +28,7 @@ from cutlayer.costs.flops import ModelFlops, count
 from cutlayer.costs.ledger import Ledger, MeteredCohort
 from cutlayer.data import Source, class_counts, from_memory, load, load_whole, partition
 from cutlayer.data.own import own_code
-from cutlayer.data.targets import fitting
+from cutlayer.data.targets import as_indices, fitting
 from cutlayer.engine.choice import laid_out, simulate
 from cutlayer.engine.simulated import ClientModel, Clients, Shape, model_bytes
 from cutlayer.errors import ConfigError, CutlayerWarning, DataError
@@ -239,13 +239,17 @@ def prepare(
         warnings.warn(CutlayerWarning(note), stacklevel=2)
     task: Task = config.thing("task", config.task)
     source = load_source(config, data, task)
+    make_model = _maker(config, model, source, task)
+    whole = make_model("model")
+    first = slice(0, max(2, min(3, len(source.train))))
+    given = given_for(whole, source.train[first])
+    if task.targets == "class" and given.dim() > 1:
+        source = as_indices(source, given.shape[1])
     task = task.fitted(source.train.y, source.classes)
     parts = [np.arange(len(source.train))] * config.clients if alone else _partition(config, source, task)
     owners = [np.concatenate(parts)] if algorithm.traits.central else parts
-    make_model = _maker(config, model, source, task)
-    whole = make_model("model")
-    few = source.train[: max(2, min(3, len(source.train)))]
-    check_output(whole, few, task, source.class_names)
+    few = source.train[first]
+    check_output(given, few, task, source.class_names)
     check_trained(config, whole)
     cuts = _cut_names(config, algorithm.traits, model)
     split = cut(whole, cuts, few.x)
@@ -318,13 +322,14 @@ def _device(config: RunConfig) -> torch.device:
 
 def load_source(config: RunConfig, data: Data | None, task: Task | None = None) -> Source:
     """The data set of the run, floating point numbers in the run's type. Raises DataError."""
-    dtype, targets = dtype_of(config), (task or config.thing("task", config.task)).targets
+    dtype, task = dtype_of(config), task or config.thing("task", config.task)
     held_out: dict[str, Any] = {"validation": config.validation, "test": config.test, "seed": config.seed}
+    wanted: dict[str, Any] = {"targets": task.targets, "ignored": task.ignored}
     if isinstance(data, Source):
-        source = fitting(data, targets)
+        source = fitting(data, task.targets)
     elif data is not None:
         columns = {name: getattr(config, name) for name in {"label_column", "client_column"} & config.given}
-        source = from_memory(data, **held_out, given=config.given, targets=targets, **columns)
+        source = from_memory(data, **held_out, given=config.given, **wanted, **columns)
         _refuse_dealing(config, data, source)
     else:
         source = load(
@@ -333,7 +338,7 @@ def load_source(config: RunConfig, data: Data | None, task: Task | None = None) 
             class_names=config.class_names,
             **held_out,
             given=config.given,
-            targets=targets,
+            **wanted,
             **_reading_options(config),
         )
     return replace(
@@ -355,11 +360,13 @@ def _refuse_dealing(config: RunConfig, data: Data, source: Source) -> None:
 
 def own_source(config: RunConfig, path: str) -> Source:
     """A client's own data, read as the configuration says, all of them to train on. Raises DataError, ConfigError."""
+    task: Task = config.thing("task", config.task)
     return load_whole(
         path,
         data_format=config.data_format,
         class_names=config.class_names,
-        targets=config.thing("task", config.task).targets,
+        targets=task.targets,
+        ignored=task.ignored,
         **_reading_options(config),
     )
 

@@ -29,29 +29,34 @@ from cutlayer.types import Rows, as_tuple
 _LARGEST_RATE = 30  # as a power of ten: what is more overflows float32 at the first step
 
 
-def check_output(model: nn.Module, example: Samples, task: Task, names: Sequence[str]) -> None:
-    """What the model gives for rows must fit the task and their targets; `names` are those of the classes. Raises
-    ConfigError; warns of a softmax at the end.
-    """
-    probe, shapes = copy.deepcopy(model).eval(), [tuple(x.shape[1:]) for x in example.rows]
+def given_for(model: nn.Module, samples: Samples) -> torch.Tensor:
+    """What the model gives for a few samples, in evaluation mode: its first output, [n, ...]. Raises ConfigError."""
+    probe, shapes = copy.deepcopy(model).eval(), [tuple(x.shape[1:]) for x in samples.rows]
+    what = shapes[0] if len(shapes) == 1 else shapes
     try:
-        with torch.no_grad(), _sentences("the model does not take these inputs", shapes):
-            given = called(probe, example.inputs)
+        with torch.no_grad(), _sentences("the model does not take these inputs", what):
+            given = called(probe, samples.inputs)
     finally:
         del probe
     readable = isinstance(given, torch.Tensor | Sequence | Mapping) or hasattr(given, "logits")
     first = as_tuple(given)[:1] if readable else ()
-    if not first or first[0].dim() == 0 or len(first[0]) != len(example):
+    if not first or first[0].dim() == 0 or len(first[0]) != len(samples):
         shape = tuple(first[0].shape) if first else type(given).__name__
         raise ConfigError(
-            f"the model turns {len(example)} samples into {shape}, not into [{len(example)}, ...]: return one row "
-            "per sample"
+            f"the model turns {len(samples)} samples into {shape}, not into [{len(samples)}, ...]: return one row per "
+            "sample"
         )
-    outputs = first[0]
-    if not outputs.is_floating_point():
-        raise ConfigError(f"the model gives {outputs.dtype}, which has no gradients: return real numbers")
+    if not first[0].is_floating_point():
+        raise ConfigError(f"the model gives {first[0].dtype}, which has no gradients: return real numbers")
+    return first[0]
+
+
+def check_output(outputs: torch.Tensor, samples: Samples, task: Task, names: Sequence[str]) -> None:
+    """What the model gives for samples must fit the task and their targets; `names` are those of the classes. Raises
+    ConfigError; warns of a softmax at the end.
+    """
     with torch.no_grad():
-        task.check_outputs(outputs, example.y, names)
+        task.check_outputs(outputs, samples.y, names)
     _warn_of_probabilities(outputs, task)
 
 

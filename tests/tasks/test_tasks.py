@@ -443,3 +443,39 @@ def test_smashed_data_know_what_rows_count() -> None:
     assert rows.masses == (1.0, 2.5)
     assert rows.masses_of({7}) == (2.5,)
     assert rows.only(7).masses == (2.5,)
+
+
+# What labels mean
+
+
+def labelled(labels: list[int], model: nn.Module, **options: Any) -> Run:
+    y = torch.tensor(labels * 20)
+    return Run(data=(torch.randn(len(y), 6), y), model=model, cut="1", clients=2, rounds=1, **options)
+
+
+def test_labels_that_a_model_scores_are_its_classes() -> None:
+    run = labelled([1, 3, 7], dense(10))
+    assert sorted(run.training.source.train.y.unique().tolist()) == [1, 3, 7]
+    assert run.training.source.class_names == tuple(map(str, range(10)))
+    assert run.training.counts.shape == (2, 10)
+    assert run.training.source.account.endswith("the labels 1, 3, 7 are taken as classes of the model's 10")
+
+
+@pytest.mark.parametrize(("labels", "width"), [([1, 3, 7], 3), ([-1, 1], 2), ([1, 3, 70], 10)])
+def test_other_integers_are_names(labels: list[int], width: int) -> None:
+    run = labelled(labels, dense(width))
+    assert sorted(run.training.source.train.y.unique().tolist()) == list(range(len(labels)))
+    assert run.training.source.class_names == tuple(map(str, labels))
+    assert f"become the classes 0 to {len(labels) - 1}" in run.training.source.account
+
+
+def test_rows_without_a_class_are_left_out() -> None:
+    run = labelled([0, 1, -100], dense(2), ignore_index=-100)
+    assert sum(len(part) for part in (run.training.source.train, run.training.source.test)) <= 40
+    assert run.training.source.class_names == ("0", "1")
+    assert "left out 20 rows with the label -100" in run.training.source.account
+    run.run()
+    with pytest.raises(DataError, match=r"20 rows of arrays have the label -100.*ignore_index = -100"):
+        labelled([0, 1, -100], dense(2))
+    with pytest.raises(ConfigError, match="ignore_index = 1 is the number of a class"):
+        labelled([0, 1], dense(2), ignore_index=1)

@@ -15,14 +15,17 @@ from cutlayer import seeds
 from cutlayer.data.account import account
 from cutlayer.data.conversion import Conversion
 from cutlayer.data.samples import Samples, Source
-from cutlayer.data.targets import Targets, encoded, words
+from cutlayer.data.targets import Targets, counting, encoded, words
 from cutlayer.data.unsplit import Array, Raw, Section
 from cutlayer.errors import ConfigError, DataError
 
 
-def finished(raw: Raw, validation: float, test: float, seed: int, targets: Targets = "class") -> Source:
-    """Check, split and convert what a reader found."""
+def finished(
+    raw: Raw, validation: float, test: float, seed: int, targets: Targets = "class", ignored: int | None = None
+) -> Source:
+    """Check, split and convert what a reader found. Rows of the class `ignored` are left out."""
     _check(raw)
+    raw = counting(raw, ignored) if targets == "class" else raw
     y, class_names = encoded(raw, targets)
     if targets == "class" and len(np.unique(y["train"])) < 2:
         _refuse_single(raw, class_names[int(y["train"][0])])
@@ -71,9 +74,10 @@ def finished(raw: Raw, validation: float, test: float, seed: int, targets: Targe
     return dataclasses.replace(source, account=account(raw, source))
 
 
-def finished_whole(raw: Raw, targets: Targets = "class") -> Source:
+def finished_whole(raw: Raw, targets: Targets = "class", ignored: int | None = None) -> Source:
     """Check and convert what a reader found, with nothing held out. Data of one class need class names."""
     _check(raw)
+    raw = counting(raw, ignored) if targets == "class" else raw
     y, class_names = encoded(raw, targets)
     if targets == "class" and len(class_names) < 2:
         raise DataError(

@@ -40,7 +40,7 @@ from cutlayer.data.formats.reader import Columns
 from cutlayer.data.own import own_code
 from cutlayer.data.pairs import from_pairs
 from cutlayer.data.samples import Source
-from cutlayer.data.targets import Targets
+from cutlayer.data.targets import Targets, counting
 from cutlayer.data.unsplit import Array, Raw, Section, part_called
 from cutlayer.errors import ConfigError, DataError, unknown
 
@@ -61,6 +61,7 @@ def load(
     seed: int = 0,
     given: frozenset[str] = frozenset(),
     targets: Targets = "class",
+    ignored: int | None = None,
     **options: Any,
 ) -> Source:
     """Load a built-in data set, a file or folder, or what a function returns.
@@ -76,7 +77,7 @@ def load(
 
     `given` are the options that the user gave: `validation` or `test` among them is an error if the data bring that
     part. `targets`: what the targets are, as a task says: one class per row ("class"), integers of any shape
-    ("classes"), or numbers.
+    ("classes"), or numbers. Rows of the class `ignored` are left out.
 
     Raises DataError if the data are missing, damaged, or not fit for the task; ConfigError if an option is out
     of range or has no effect on these data.
@@ -85,7 +86,7 @@ def load(
     _refuse_given(found, given, {"validation": validation, "test": test})
     if isinstance(found, Source):
         return _of_classes(found, class_names)
-    return finished(_named(found, class_names, targets), validation, test, seed, targets)
+    return finished(_named(found, class_names, targets, ignored), validation, test, seed, targets, ignored)
 
 
 def load_whole(
@@ -94,6 +95,7 @@ def load_whole(
     data_format: str = "auto",
     class_names: Sequence[str] = (),
     targets: Targets = "class",
+    ignored: int | None = None,
     **options: Any,
 ) -> Source:
     """The same with nothing held out, and without what the data bring to test with: what a client trains on, alone.
@@ -104,15 +106,17 @@ def load_whole(
     if isinstance(found, Source):
         whole = _of_classes(found, class_names)
         return dataclasses.replace(whole, validation=whole.train[:0], test=whole.train[:0], client_column=None)
-    raw = _named(found, class_names, targets)
-    return finished_whole(dataclasses.replace(raw, validation=None, test=None), targets)
+    raw = _named(found, class_names, targets, ignored)
+    return finished_whole(dataclasses.replace(raw, validation=None, test=None), targets, ignored)
 
 
-def _named(raw: Raw, class_names: Sequence[str], targets: Targets) -> Raw:
+def _named(raw: Raw, class_names: Sequence[str], targets: Targets, ignored: int | None) -> Raw:
     """The same with these class names: labels are counted as they name them, other classes have them already."""
     if not class_names:
         return raw
-    return named(raw, class_names) if targets == "class" else dataclasses.replace(raw, class_names=tuple(class_names))
+    if targets == "class":
+        return named(raw if ignored is None else counting(raw, ignored), class_names)
+    return dataclasses.replace(raw, class_names=tuple(class_names))
 
 
 def from_arrays(
@@ -131,6 +135,7 @@ def from_arrays(
     seed: int = 0,
     name: str = "arrays",
     targets: Targets = "class",
+    ignored: int | None = None,
 ) -> Source:
     """Inputs `x` [n, ...] and labels `y` [n] from memory; the axes stay as they are.
 
@@ -150,7 +155,7 @@ def from_arrays(
         "client_test": client_test,
     }
     raw = _raw_of_arrays(name, {k: v for k, v in arrays.items() if v is not None})
-    return finished(raw, validation, test, seed, targets)
+    return finished(raw, validation, test, seed, targets, ignored)
 
 
 def from_dataset(
@@ -168,6 +173,7 @@ def from_dataset(
     name: str = "dataset",
     given: frozenset[str] = frozenset(),
     targets: Targets = "class",
+    ignored: int | None = None,
 ) -> Source:
     """A map-style `torch.utils.data.Dataset` of pairs (x, label), or a local `datasets.Dataset` (or DatasetDict).
 
@@ -187,7 +193,7 @@ def from_dataset(
     parts = {"train": dataset} if test_dataset is None else {"train": dataset, "test": test_dataset}
     raw = _raw_of_parts(name, parts, options)
     _refuse_given(raw, given, {"validation": validation, "test": test})
-    return finished(raw, validation, test, seed, targets)
+    return finished(raw, validation, test, seed, targets, ignored)
 
 
 def from_memory(
@@ -198,6 +204,7 @@ def from_memory(
     seed: int = 0,
     given: frozenset[str] = frozenset(),
     targets: Targets = "class",
+    ignored: int | None = None,
     **options: Any,
 ) -> Source:
     """Data in any of these forms:
@@ -213,7 +220,7 @@ def from_memory(
     name = "arrays" if _arrays_of(data) is not None else "dataset"
     found = _taken(data, name, "data", options)
     _refuse_given(found, given, {"validation": validation, "test": test})
-    return found if isinstance(found, Source) else finished(found, validation, test, seed, targets)
+    return found if isinstance(found, Source) else finished(found, validation, test, seed, targets, ignored)
 
 
 # From a name, a path or a function

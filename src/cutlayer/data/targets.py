@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
+import torch
 
-from cutlayer.data.samples import Source
-from cutlayer.data.unsplit import Array, Raw
+from cutlayer.data.samples import Samples, Source
+from cutlayer.data.unsplit import Array, Raw, Section
 from cutlayer.errors import DataError
 
 Targets = Literal["class", "classes", "numbers"]
 """One class per row, which may have a name; integers of any shape, taken as they are; numbers."""
 
+_USUAL = -100  # what libraries use for a target that does not count
 _MANY = 20  # classes: as many are no slip, if their rows are few
 _ROWS_PER_CLASS = 4
 
@@ -72,6 +76,66 @@ def words(values: Array, what: str) -> Array:
     if values.dtype.kind not in "biuUST":
         raise DataError(f"the {what} are of type {values.dtype}: use integers or strings")
     return values
+
+
+def counting(raw: Raw, ignored: int | None) -> Raw:
+    """The same without the rows whose label says that they do not count. Raises DataError where there are such rows
+    and nobody has said so.
+    """
+    keep = {part: _counts(section.y, _USUAL if ignored is None else ignored) for part, section in raw.parts().items()}
+    left_out = sum(int((~mask).sum()) for mask in keep.values())
+    if not left_out:
+        return raw
+    if ignored is None:
+        raise DataError(
+            f"{left_out} rows of {raw.name} have the label {_USUAL}, which usually marks rows that do not count: leave "
+            f"them out with ignore_index = {_USUAL}, or give class_names"
+        )
+    owners = {"train": "client", "validation": "validation_client", "test": "test_client"}
+    changes: dict[str, Any] = {
+        part: Section(section.x[keep[part]], section.y[keep[part]]) for part, section in raw.parts().items()
+    }
+    changes |= {owners[part]: owner[keep[part]] for part, owner in raw.owners().items()}
+    remark = f"left out {left_out} rows with the label {ignored}"
+    return dataclasses.replace(raw, **changes, remarks=(*raw.remarks, remark))
+
+
+def _counts(labels: Array, ignored: int) -> npt.NDArray[np.bool_]:
+    numbers = labels.ndim == 1 and labels.dtype.kind in "iuf"
+    return labels != ignored if numbers else np.ones(len(labels), bool)
+
+
+def as_indices(source: Source, width: int) -> Source:
+    """The same with integer labels as the numbers of classes, where a model that scores `width` classes has them all:
+    labels 1, 3 and 7 of ten are those classes, and not the first three. Other integers stay names, and the account says
+    which classes they become.
+    """
+    names = source.class_names
+    if not all(name.lstrip("-").isdecimal() and str(int(name)) == name for name in names):
+        return source
+    labels = [int(name) for name in names]
+    if labels == list(range(len(labels))):
+        return source
+    shown = f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+    if min(labels) < 0 or max(labels) >= width:
+        return _told(source, f"the labels {shown} become the classes 0 to {len(names) - 1}")
+    numbers = torch.tensor(labels)
+
+    def renamed(samples: Samples) -> Samples:
+        return Samples(samples.inputs, numbers[samples.y])
+
+    told = _told(source, f"the labels {shown} are taken as classes of the model's {width}")
+    return dataclasses.replace(
+        told,
+        train=renamed(source.train),
+        validation=renamed(source.validation),
+        test=renamed(source.test),
+        class_names=tuple(map(str, range(width))),
+    )
+
+
+def _told(source: Source, remark: str) -> Source:
+    return dataclasses.replace(source, account="; ".join(filter(None, (source.account, remark))))
 
 
 def fitting(source: Source, targets: Targets) -> Source:

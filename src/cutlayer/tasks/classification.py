@@ -53,6 +53,11 @@ class OfClasses(Task):
         balanced = len(counted) / (scored * each.clamp(min=1))
         return self.model_copy(update={"class_weights": tuple(balanced.tolist()), "balanced_classes": False})
 
+    @property
+    def ignored(self) -> int | None:
+        """As the option says."""
+        return self.ignore_index
+
     def width(self, targets: Tensor, classes: int) -> int:
         """A score for each class: those that have names, or 0 to the largest target that counts."""
         return classes or int(targets[self._counting(targets)].max()) + 1
@@ -124,6 +129,14 @@ class Classification(OfClasses):
 
     primary: ClassVar = "accuracy"
     metrics: ClassVar = {"accuracy": Metric(accuracy)}
+
+    def check(self, given: frozenset[str]) -> None:
+        """Named classes are 0 and more: what does not count is none of them. Raises ConfigError."""
+        super().check(given)
+        if self.ignore_index is not None and self.ignore_index >= 0:
+            raise ConfigError(
+                f"ignore_index = {self.ignore_index} is the number of a class: choose a negative one, such as -100"
+            )
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Cross entropy of each row: [R]."""

@@ -75,6 +75,11 @@ class Task(Thing):
         return {name: metric.of(judged) for name, metric in self.metrics.items() if metric.default}
 
     @property
+    def ignored(self) -> int | None:
+        """The class whose rows do not count, where there is one."""
+        return None
+
+    @property
     def maximise(self) -> bool:
         """Whether more of the primary metric is better."""
         return self.primary in self.metrics and self.metrics[self.primary].maximise
