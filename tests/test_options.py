@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -141,6 +142,27 @@ def test_server_dropout_masks_differ_by_step() -> None:
     server.lr = 1e-12
     server.step(smashed)
     assert not torch.allclose(before, server.forward(smashed)[0], rtol=1e-3)
+
+
+def test_a_tails_dropout_masks_differ_by_step() -> None:
+    """The gradients of dropped features are 0: others in every step, the same when a step is done again."""
+    net = nn.Sequential(nn.Linear(6, 50), nn.Linear(50, 50), nn.Dropout(0.5), nn.Linear(50, 4)).double()
+    run = Run(
+        model=net, data=source([8], (6,)), algorithm="ussl", cut="0", tail_cut="1", clients=1, batch=4,
+        partition="column", precision="float64", client_lr=1e-9,
+    )  # fmt: skip
+    clients, server = run.training.clients, run.training.server
+    clients.begin_round(0, 1, 1.0)
+    clients.hand_over(0, optimizer=False)
+    masks = []
+    while smashed := clients.forward([0], labels=False):
+        features = replace(smashed, rows=server.forward(smashed))
+        twice = [clients.tail(features).rows[0] == 0 for _ in range(2)]
+        assert torch.equal(*twice)
+        masks.append(twice[0])
+        clients.backward(own(tuple(torch.zeros_like(r) for r in smashed.rows), smashed))
+    assert len(masks) == 2
+    assert not torch.equal(*masks)
 
 
 def test_a_run_begins_once() -> None:

@@ -629,6 +629,18 @@ def test_what_would_go_wrong_later_is_refused_at_once(layer: nn.Module) -> None:
     assert run.run().engine == "local"
 
 
+@pytest.mark.parametrize("special", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}])
+def test_what_makes_an_embedding_special_is_named(special: dict[str, Any]) -> None:
+    x = torch.arange(48).view(16, 3) % 7
+    y = torch.arange(16) % 4
+    held_out = Samples(x, y)
+    data = Source("t", held_out, held_out, held_out, tuple("0123"), torch.arange(16) // 8)
+    net = nn.Sequential(nn.Embedding(7, 4, **special), nn.Flatten(), nn.Linear(12, 4))
+    with pytest.warns(CutlayerWarning, match="it has an embedding with norms, frequencies"):
+        run = Run(algorithm="fl", model=net, data=data, clients=2, partition="column")
+    assert run.training.engine == "local"
+
+
 def test_rows_mixed_in_evaluation_alone() -> None:
     options: dict[str, Any] = {"algorithm": "psl", "cut": "1", "clients": 2, "data": source([8, 8], (6,)), **small()}
     net = with_layer(Evaluated()).double()
@@ -650,6 +662,32 @@ def test_a_union_step_is_refused_to_whatever_draws() -> None:
         )  # fmt: skip
         engines.add(run.training.engine)
     assert engines == {"stacked"}
+
+
+class Counting(nn.Module):
+    """Counts the rows that it has seen, and leaves them as they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[n, 8] -> [n, 8]."""
+        if self.training:
+            self.seen += len(x)
+        return x
+
+
+def test_a_union_step_is_refused_to_what_keeps_something() -> None:
+    """Each client counts its own rows, not those of all."""
+    run = Run(
+        algorithm="fl", model=with_layer(Counting()), data=source([8, 4], (6,)), clients=2, partition="column",
+        batch=8, local_steps=1, rounds=1, client_optimizer="sgd",
+    )  # fmt: skip
+    assert run.training.engine == "stacked"
+    run.run()
+    (seen,) = (value for name, value in client_state(run).items() if name.endswith("seen"))
+    assert float(seen) == pytest.approx((8 * 8 + 4 * 4) / 12)  # averaged as the weights are
 
 
 @pytest.mark.parametrize("model", ["mlp", "cnn", "resnet16", "alexnet"])
