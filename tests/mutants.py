@@ -415,7 +415,7 @@ MUTANTS = [
     M("remote tails count their rows", "worker", "loss.item(), client.mass)", "loss.item(), message.rows)"),
     # From tables to data sets
     M("an owner may lose all rows", "data", "pool = np.delete(np.argsort(order), first)", "pool = np.argsort(order)"),
-    M("held out in order", "data", "pool = drawn.permutation(pool)", "pass"),
+    M("held out from the first owners", "data", "((np.arange(count) + drawn.random()) * len(pool) / count).astype(np.int64)", "np.arange(count)"),
     M("held out without regard to owners", "data", "pool = pool[np.lexsort(keys)]", "pass"),
     M("held out without regard to classes", "data", "(owners[rows[pool]],) if y is None else (y[rows[pool]], owners[rows[pool]])", "(owners[rows[pool]],)"),
     M("strangers are somebody", "data", "np.where(present[rank] == values, rank, -1)", "rank"),
