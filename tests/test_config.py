@@ -37,6 +37,8 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "client_device": NAMES,
     "server_device": NAMES,
     "class_names": st.lists(NAMES, unique=True, max_size=4).map(tuple),
+    "metrics": st.lists(st.sampled_from(["auroc", "macro_f1"]), unique=True).map(tuple),
+    "primary_metric": st.sampled_from(["accuracy", "loss"]),
     "up_codec": st.sampled_from(["raw", "int8", "top-k:0.1+zstd"]),
     "down_codec": st.sampled_from(["raw", "bfloat16", "float8+zstd"]),
     "link": NAMES,

@@ -16,14 +16,17 @@ from_dataset load partition"""
 
 COMMON = """client_device server_device link up_mbps down_mbps latency_ms server_mbps multicast utilisation speed_spread
 rate_spread stragglers straggler_slowdown profiles data data_format label_column client_column class_names
-validation test clients partition samples_per_client participation task model cut tail_cut start freeze epochs
-rounds batch client_optimizer client_optimizer_options client_lr client_clip_grad_norm server_optimizer
+validation test clients partition samples_per_client participation task metrics primary_metric model cut tail_cut start
+freeze epochs rounds batch client_optimizer client_optimizer_options client_lr client_clip_grad_norm server_optimizer
 server_optimizer_options server_lr server_clip_grad_norm accumulate server_accumulate param_groups lr_schedule
 server_lr_schedule lr_warmup up_codec down_codec defences engine device precision memory_limit
 eval_every eval_clients checkpoint_every snapshot_every"""
 
 PLAN = """model cut algorithms input input_type freeze classes label_bytes clients samples_per_client batch precision
 client_optimizer memory_budget energy_budget servers seed"""
+
+METRICS = """accuracy majority recall balanced_accuracy macro_f1 confusion iou miou dice auroc average_precision mae
+rmse r2 perplexity"""
 
 THINGS = {
     "algorithm": {
@@ -48,6 +51,7 @@ THINGS = {
         "segmentation": "auxiliary_weights balanced_classes class_weights ignore_index label_smoothing",
         "tokens": "auxiliary_weights balanced_classes class_weights ignore_index label_smoothing next_token",
     },
+    "metric": dict.fromkeys(METRICS.split(), ""),
     "model": {"alexnet": "", "cnn": "", "mlp": "", "resnet16": ""},
     "data": {"digits": "", "fashion-mnist": ""},
     "format": {

@@ -39,8 +39,10 @@ from cutlayer.models.parts import Part
 from cutlayer.optim import MakeOptimizer, ParamGroup, check_groups, make_optimizer
 from cutlayer.options import RunConfig, default_cut
 from cutlayer.schedules import FunctionSchedule, Schedule, WarmedUp
+from cutlayer.scoring import asking, try_metrics
 from cutlayer.server import Server
 from cutlayer.tasks import Task
+from cutlayer.tasks.own_loss import Loss, with_loss
 from cutlayer.traffic import Epoch
 from cutlayer.types import Rows
 from cutlayer.verbs import LEARN, Traits
@@ -210,18 +212,32 @@ class Prepared:
         )
 
 
-def assemble(config: RunConfig, model: Model | None = None, data: Data | None = None) -> Training:
-    """Build everything for a simulation. `model` and `data` replace those named in `config`.
+def assemble(
+    config: RunConfig,
+    model: Model | None = None,
+    data: Data | None = None,
+    *,
+    loss: Loss | None = None,
+    metrics: Mapping[str, Any] | None = None,
+) -> Training:
+    """Build everything for a simulation. `model`, `data` and `loss` replace those named in `config`; `metrics` are
+    reported, too.
 
     Raises UsageError (ConfigError, DataError, CutError) with the value, the reason and the remedy.
     """
-    p = prepare(config, model, data)
+    p = prepare(config, model, data, loss=loss, metrics=metrics)
     cohort, server, engine = simulate(config, p.algorithm, p.split, p.clients, p.make_server, p.server_seed, p.example)
     return p.training(cohort, server, engine)
 
 
 def prepare(
-    config: RunConfig, model: Model | None = None, data: Data | None = None, *, alone: bool = False
+    config: RunConfig,
+    model: Model | None = None,
+    data: Data | None = None,
+    *,
+    alone: bool = False,
+    loss: Loss | None = None,
+    metrics: Mapping[str, Any] | None = None,
 ) -> Prepared:
     """Build all but the cohort; `alone`: the data are one client's own, all of them. Raises UsageError as `assemble`
     does.
@@ -239,6 +255,7 @@ def prepare(
         warnings.warn(CutlayerWarning(note), stacklevel=2)
     task: Task = config.thing("task", config.task)
     source = load_source(config, data, task)
+<<<<<<< HEAD
     make_model = _maker(config, model, source, task)
     whole = make_model("model")
     first = slice(0, max(2, min(3, len(source.train))))
@@ -250,6 +267,16 @@ def prepare(
     owners = [np.concatenate(parts)] if algorithm.traits.central else parts
     few = source.train[first]
     check_output(given, few, task, source.class_names)
+=======
+    task = _objective(config, task.fitted(source.train.y, source.classes), loss, metrics)
+    parts = [np.arange(len(source.train))] * config.clients if alone else _partition(config, source, task)
+    owners = [np.concatenate(parts)] if algorithm.traits.central else parts
+    make_model = _maker(config, model, source, task)
+    whole = make_model("model")
+    few = source.train[: max(2, min(3, len(source.train)))]
+    outputs = check_output(whole, few, task, source.class_names)
+    try_metrics(task, outputs, source.test.y if len(source.test) else few.y, source.class_names)
+>>>>>>> fd2531a (Measure what tasks share, and take metrics and losses of one's own)
     check_trained(config, whole)
     cuts = _cut_names(config, algorithm.traits, model)
     split = cut(whole, cuts, few.x)
@@ -290,6 +317,13 @@ def prepare(
     return Prepared(
         config, algorithm, source, split, example, setup, make_server, parts, rounds, per_epoch, machines, coding
     )
+
+
+def _objective(config: RunConfig, task: Task, loss: Loss | None, metrics: Mapping[str, Any] | None) -> Task:
+    """The task with a loss of the user's own, and with the metrics asked for. Raises ConfigError."""
+    if loss is not None:
+        task = with_loss(task, loss, config.given)
+    return asking(task, config.metrics, config.primary_metric, metrics, config.options_of)
 
 
 def _codecs(config: RunConfig) -> tuple[Codec, Codec]:

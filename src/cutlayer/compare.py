@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 from cutlayer.build import Data, Model, assemble, by_name, deal
 from cutlayer.errors import RunFolderError
@@ -15,8 +15,9 @@ from cutlayer.folder import COMPARISON, CONFIG, OWN_FILES, RESULT, Folder, refus
 from cutlayer.keywords import CompareKeywords
 from cutlayer.options import CompareConfig, RunConfig, by_reference, from_anywhere, overlaid
 from cutlayer.plugins import label
-from cutlayer.run import Record, Result, Run, Spent, own_things, without_own
+from cutlayer.run import Record, Result, Run, Spent, own_objective, own_things, without_own
 from cutlayer.summary import mean_of_known
+from cutlayer.tasks.own_loss import Loss
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,16 @@ class Comparison:
         *,
         model: Model | str | None = None,
         data: Data | str | None = None,
+        loss: Loss | str | None = None,
+        metrics: Mapping[str, Any] | Sequence[str] = (),
         out: str | Path | None = None,
         **options: Unpack[CompareKeywords],
     ) -> None:
         base = {} if config is None else config.model_dump(include=config.model_fields_set)
         self._model, self._data, names = by_name(model, data)
-        self.config = CompareConfig.of(overlaid(base, by_reference({**options, **names})))
+        own_loss, own_metrics, asked = own_objective(loss, metrics)
+        self._objective: dict[str, Any] = {"loss": own_loss, "metrics": own_metrics}
+        self.config = CompareConfig.of(overlaid(base, by_reference({**options, **names, **asked})))
         self.plan = self.config.runs(frozenset(self.config.model_fields_set))
         self.out = None if out is None else Path(out)
         self._resumed = False
@@ -70,10 +75,19 @@ class Comparison:
             refuse_used(self.out)
 
     @classmethod
-    def resume(cls, out: str | Path, *, model: Model | None = None, data: Data | None = None) -> Comparison:
+    def resume(
+        cls,
+        out: str | Path,
+        *,
+        model: Model | None = None,
+        data: Data | None = None,
+        loss: Loss | None = None,
+        metrics: Mapping[str, Any] | None = None,
+    ) -> Comparison:
         """A comparison that goes on where the one in `out` stopped. Raises RunFolderError where it can't."""
-        config = CompareConfig.of(without_own(stored_config(Path(out)), Path(out), model=model, data=data))
-        comparison = cls(config, model=model, data=data)
+        own: dict[str, Any] = {"model": model, "data": data, "loss": loss, "metrics": metrics}
+        config = CompareConfig.of(without_own(stored_config(Path(out)), Path(out), **own))
+        comparison = cls(config, model=model, data=data, loss=loss, metrics=metrics or ())
         comparison.out, comparison._resumed = Path(out), True
         return comparison
 
@@ -81,7 +95,7 @@ class Comparison:
         """Build every entry once, so that what is wrong is found before the first is trained. Raises UsageError."""
         for seeds in self.plan.values():
             first, *others = seeds.values()
-            assemble(first, self._model, self._data)
+            assemble(first, self._model, self._data, **self._objective)
             for config in others:
                 deal(config, self._data)  # with another seed a client may stay without samples
 
@@ -96,7 +110,10 @@ class Comparison:
         if self.out is None:
             yield from self._train()
             return
-        stored = {**from_anywhere(self.config.resolved()), **own_things(model=self._model, data=self._data)}
+        stored = {
+            **from_anywhere(self.config.resolved()),
+            **own_things(model=self._model, data=self._data, **self._objective),
+        }
         with Folder.reopen(self.out) if self._resumed else Folder.create(self.out, stored) as folder:
             yield from self._train()
             folder.write_json(COMPARISON, {"rows": [asdict(row) for row in self.table()]})
@@ -120,9 +137,10 @@ class Comparison:
                 self.results[entry][seed] = done
 
     def _one(self, config: RunConfig, where: Path | None) -> Run:
+        own = {**self._objective, "metrics": self._objective["metrics"] or ()}
         if where is not None and (where / CONFIG).exists():
-            return Run.resume(where, model=self._model, data=self._data)
-        return Run(config, model=self._model, data=self._data, out=where)
+            return Run.resume(where, model=self._model, data=self._data, **own)
+        return Run(config, model=self._model, data=self._data, out=where, **own)
 
 
 def _finished(where: Path | None) -> Result | None:

@@ -41,7 +41,7 @@ def keywords() -> str:
         "",
     ]
     for name, config, skipped in (
-        ("CommonKeywords", CommonConfig, {"data", "model"}),
+        ("CommonKeywords", CommonConfig, {"data", "loss", "metrics", "model"}),
         ("RunKeywords", RunConfig, set(CommonConfig.model_fields)),
         ("CompareKeywords", CompareConfig, set(CommonConfig.model_fields)),
     ):
@@ -54,7 +54,11 @@ def keywords() -> str:
         for option, info in config.model_fields.items():
             if option not in skipped:
                 lines.append(f"    {option}: {_shown(option, info.annotation)}")
-        lines += [f"    {o.name}: {_shown(o.name, o.annotation)}" for o in (_specific() if common else ())]
+        lines += [
+            f"    {o.name}: {_shown(o.name, o.annotation)}"
+            for o in (_specific() if common else ())
+            if o.name not in skipped
+        ]
         lines.append("")
     return "\n".join(lines)
 

@@ -33,6 +33,7 @@ class CommonKeywords(TypedDict, total=False):
     samples_per_client: int | None
     participation: float
     task: str
+    primary_metric: str | None
     cut: str | None
     tail_cut: str | None
     start: Literal["equal", "independent"]
@@ -86,7 +87,6 @@ class CommonKeywords(TypedDict, total=False):
     label_smoothing: float
     ignore_index: int | None
     positive_weights: tuple[float, ...]
-    loss: Literal["mse", "l1", "huber", "poisson"]
     huber_delta: float
     next_token: bool
     columns: tuple[str, ...]

@@ -310,6 +310,11 @@ class CommonConfig(FleetConfig):
 
     task: str = _field("classification", TASK, shared=True)
     """Loss and metrics (see `cutlayer list tasks`), or your own: path/to/file.py:name."""
+    metrics: tuple[str, ...] = _field((), TASK)
+    """Further metrics by name (see `cutlayer list metrics`), or your own, functions of predictions and targets:
+    path/to/file.py:name."""
+    primary_metric: str | None = _field(None, TASK)
+    """The metric that chooses the best evaluation. Default: the task's own (accuracy, rmse, ...)."""
     model: str = _field("cnn", MODEL)
     """A model by name (see `cutlayer list models`), or your own: path/to/file.py:function."""
     cut: str | None = _field(None, MODEL)
@@ -404,7 +409,7 @@ class CommonConfig(FleetConfig):
         found.append(plugins.find("partition", self.partition))
         found += [plugins.find("schedule", name) for name in (self.lr_schedule, self.server_lr_schedule) if name]
         found += [plugins.find("task", self.task), *_models(self.model), *self.reading()]
-        return found + self._defending() + self._own_optimizers()
+        return found + self._defending() + self._own_optimizers() + self._asked_metrics()
 
     def reading(self, given: Iterable[str] | None = None) -> list[Entry]:
         """What reads the data: a source, a format, or (where the file must tell) those formats that have an option
@@ -416,6 +421,11 @@ class CommonConfig(FleetConfig):
             return [plugins.find("data", self.data)]
         named = set(self.__pydantic_extra__ or {}) if given is None else set(given)
         return [entry for entry in plugins.index("format").values() if entry.option_names & named]
+
+    def _asked_metrics(self) -> list[Entry]:
+        """The metrics named, without those that only a task of the user's own has."""
+        named = dict.fromkeys([*self.metrics, *([self.primary_metric] if self.primary_metric else [])])
+        return [plugins.find("metric", n) for n in named if plugins.known("metric", n) or plugins.is_reference(n)]
 
     def _own_optimizers(self) -> list[Entry]:
         """The user's own optimisers: torch's are not registered."""
@@ -815,6 +825,7 @@ NAMING = {
     "algorithms": "algorithm",
     "model": "model",
     "task": "task",
+    "metrics": "metric",
     "data": "data",
     "data_format": "format",
     "partition": "partition",

@@ -56,6 +56,7 @@ KINDS: dict[str, Kind] = {
     "algorithm": Kind("algorithm", ("algorithms",), "cutlayer.algorithms"),
     "model": Kind("model", ("models/zoo",), "cutlayer.models"),
     "task": Kind("task", ("tasks",), "cutlayer.tasks"),
+    "metric": Kind("metric", ("tasks/measures",), "cutlayer.metrics"),
     "data": Kind("data set", ("data/built_in",), "cutlayer.data"),
     "format": Kind("data format", ("data/formats",), "cutlayer.formats"),
     "partition": Kind("partition", ("data/partitions",), "cutlayer.partitions"),
@@ -65,7 +66,7 @@ KINDS: dict[str, Kind] = {
     "optimizer": Kind("optimizer", (), "cutlayer.optimizers", flat=False),  # torch's are known by their names
 }
 
-_PLAIN_KINDS = {"model", "data", "schedule", "optimizer"}  # a function that is not registered will do
+_PLAIN_KINDS = {"model", "data", "schedule", "optimizer", "metric"}  # a function that is not registered will do
 
 SUPPLIED = frozenset({"input_shape", "classes"})
 """Parameters of a model's function that the data decide: they are not options."""

@@ -6,7 +6,7 @@ import hashlib
 import math
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Unpack
@@ -35,6 +35,7 @@ from cutlayer.options import RunConfig, by_reference, from_anywhere, normalised,
 from cutlayer.schedules import Schedule, WarmedUp
 from cutlayer.scoring import judged
 from cutlayer.server import Server
+from cutlayer.tasks.own_loss import Loss
 from cutlayer.types import Evaluation, Step
 
 
@@ -149,8 +150,11 @@ class Run:
 
     Options are keywords (docs/options.md) or a ready `config`. What is chosen by name may be an object too: a class or
     a configured instance of an algorithm, partition, schedule or defence; `model` a module (or a function that makes
-    one); `data` tensors (x, y), a dataset or a Source. With `out` the run is written to that folder and can be resumed.
-    `training` replaces the simulation that is built from all this (clients on other machines: `remote`).
+    one); `data` tensors (x, y), a dataset or a Source. `loss` is a function of outputs and targets that replaces the
+    task's loss: it gives the loss of each row, or their mean. `metrics` are names of further metrics, or a dictionary
+    of functions of predictions and targets, or of objects with update, compute and reset. With `out` the run is written
+    to that folder and can be resumed. `training` replaces the simulation that is built from all this (clients on other
+    machines: `remote`).
 
     Raises UsageError before anything is trained or written; NonFiniteError (with step and client) during training.
     """
@@ -161,16 +165,21 @@ class Run:
         *,
         model: Model | str | None = None,
         data: Data | str | None = None,
+        loss: Loss | str | None = None,
+        metrics: Mapping[str, Any] | Sequence[str] = (),
         out: str | Path | None = None,
         training: Training | None = None,
         **options: Unpack[RunKeywords],
     ) -> None:
         self._model, self._data, names = by_name(model, data)
-        self.config = _merged(config, by_reference({**options, **names}))
+        self._loss, self._metrics, asked = own_objective(loss, metrics)
+        self.config = _merged(config, by_reference({**options, **names, **asked}))
         self.out = None if out is None else Path(out)
         if self.out is not None:
             refuse_used(self.out)
-        self.training = assemble(self.config, self._model, self._data) if training is None else training
+        if training is None:
+            training = assemble(self.config, self._model, self._data, loss=self._loss, metrics=self._metrics)
+        self.training = training
         self.result: Result | None = None
         self.evaluations: list[Scores] = []
         self._start_round = 0
@@ -186,21 +195,29 @@ class Run:
         *,
         model: Model | None = None,
         data: Data | None = None,
+        loss: Loss | str | None = None,
+        metrics: Mapping[str, Any] | Sequence[str] = (),
         training: Training | None = None,
         **options: Unpack[RunKeywords],
     ) -> Run:
         """A run that goes on from the last checkpoint in `out` (from the beginning where there is none yet).
 
-        A model or data that are not found by name must be given again. Raises RunFolderError where the folder is
-        no run, its checkpoint is broken or was made by another configuration than asked for.
+        A model, data, loss or metrics that are not found by name must be given again. Raises RunFolderError where the
+        folder is no run, its checkpoint is broken or was made by another configuration than asked for.
         """
         out = Path(out)
         stored = stored_config(out)
-        config = RunConfig.of(without_own(stored, out, model=model, data=data))
-        _refuse_other(config, normalised(by_reference(options)), out)
-        run = cls(config, model=model, data=data, training=training)
+        own_loss, own_metrics, asked = own_objective(loss, metrics)
+        config = RunConfig.of(without_own(stored, out, model=model, data=data, loss=own_loss, metrics=own_metrics))
+        _refuse_other(config, normalised(by_reference({**options, **asked})), out)
+        run = cls(config, model=model, data=data, loss=own_loss, metrics=own_metrics or (), training=training)
         run.out, run._resumed = out, True
         return run
+
+    @property
+    def _own(self) -> dict[str, object]:
+        """What the user gave that is not found by name."""
+        return {"model": self._model, "data": self._data, "loss": self._loss, "metrics": self._metrics}
 
     @property
     def rounds(self) -> int:
@@ -230,7 +247,7 @@ class Run:
         if self.out is None:
             yield from self._train(None)
             return
-        stored = {**from_anywhere(self.config.resolved()), **own_things(model=self._model, data=self._data)}
+        stored = {**from_anywhere(self.config.resolved()), **own_things(**self._own)}
         with Folder.reopen(self.out) if self._resumed else Folder.create(self.out, stored) as folder:
             self._restore(folder)
             yield from self._train(folder)
@@ -331,15 +348,15 @@ class Run:
 
     def _scores(self, done: int, validation: Evaluation | None, test: Evaluation) -> Scores:
         ledger, task = self.training.ledger, self.training.task
-        each = [score for score in test.each(task.primary).values() if score is not None]
+        each = [score for score in test.each(task.leading).values() if score is not None]
         worst = (min if task.maximise else max)(each) if each else None
         return Scores(
             done,
             self._step,
             self._samples / sum(self.training.clients.samples),
-            validation.mean(task.primary) if validation else None,
+            validation.mean(task.leading) if validation else None,
             validation.loss if validation else None,
-            test.mean(task.primary),
+            test.mean(task.leading),
             test.loss,
             worst,
             _means(validation) if validation else None,
@@ -369,7 +386,7 @@ class Run:
         return Result(
             algorithm=self.config.algorithm,
             engine=self.training.engine,
-            metric=self.training.task.primary,
+            metric=self.training.task.leading,
             share=self.training.task.share,
             test_score=self.evaluations[-1].test_score,
             best_test_score=best.test_score,
@@ -488,19 +505,31 @@ def _to_the_end(steps: Iterator[Step], server: Server) -> Iterator[Step]:
 
 
 def own_things(**given: object) -> dict[str, bool]:
-    """What a stored configuration says about the model and data that are not found by name."""
+    """What a stored configuration says about what is not found by name (model, data, loss, metrics)."""
     return {f"own_{name}": True for name, thing in given.items() if thing is not None}
 
 
 def without_own(stored: Mapping[str, Any], out: Path, **given: object) -> dict[str, Any]:
-    """The options in `stored`. Raises RunFolderError where it needs a model or data of one's own and none is given."""
+    """The options in `stored`. Raises RunFolderError where it needs a thing of one's own and none is given."""
     for name, thing in given.items():
         if stored.get(f"own_{name}") and thing is None:
+            what, them = (name, "them") if name == "metrics" else (f"a {name}", "it")
             raise RunFolderError(
-                f"{str(out)!r} was made with a {name} of your own: go on from Python and give it again, "
+                f"{str(out)!r} was made with {what} of your own: go on from Python and give {them} again, "
                 f"resume(out, {name}=...)"
             )
-    return {k: v for k, v in stored.items() if k not in {f"own_{name}" for name in given}}
+    return {k: v for k, v in stored.items() if not k.startswith("own_")}
+
+
+def own_objective(
+    loss: Loss | str | None, metrics: Mapping[str, Any] | Sequence[str]
+) -> tuple[Loss | None, Mapping[str, Any] | None, dict[str, Any]]:
+    """(own loss, own metrics by their names, options): a text for `loss`, and names of metrics, are options."""
+    asked: dict[str, Any] = {"loss": loss} if isinstance(loss, str) else {}
+    own = dict(metrics) if isinstance(metrics, Mapping) else {}
+    if metrics and not own:
+        asked["metrics"] = (metrics,) if isinstance(metrics, str) else tuple(metrics)
+    return None if isinstance(loss, str) else loss, own or None, asked
 
 
 def fingerprint(training: Training) -> dict[str, str]:

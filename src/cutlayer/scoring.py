@@ -6,18 +6,27 @@ samples. What a good output is, is decided here alone.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from cutlayer import seeds
+from cutlayer import plugins, seeds
+from cutlayer.data.own import own_code
 from cutlayer.data.samples import Samples
-from cutlayer.tasks import Judged, Task, Value
+from cutlayer.errors import ConfigError, unknown
+from cutlayer.tasks import Judged, Metric, Task, Value
+from cutlayer.tasks.judging import as_value
+from cutlayer.tasks.measures import as_metric
 from cutlayer.types import Evaluation
 
 ROWS_PER_PASS = 1024
 """Samples per forward pass: bounds memory, changes no result."""
+
+_TRIED = 2_000_000  # numbers of outputs that metrics are tried on
 
 Scores = dict[int, dict[str, Value]]
 """The metrics of each client's model, by name; "loss" is the mean loss."""
@@ -41,6 +50,7 @@ class Tally:
         self._predictions: dict[int, list[Tensor]] = {k: [] for k in self._losses}
         self._targets: list[Tensor] = []
         self._mass = 0.0  # sum of w_i
+        self._classes = 0
 
     @property
     def models(self) -> list[int]:
@@ -60,17 +70,18 @@ class Tally:
         losses = self._task.losses(outputs, everyones).view(count, -1)
         sums = losses.sum(1) if weights is None else (losses * weights.to(losses.dtype)).sum(1)
         self._losses = {k: self._losses[k] + loss for k, loss in zip(models, sums.tolist(), strict=True)}
+        self._classes = self._task.told_apart(tuple(outputs.shape[1:]))
         for k, own in zip(models, self._task.predictions(outputs).chunk(count), strict=True):
             self._predictions[k].append(own)
 
     def scores(self) -> Scores:
         """The task's metrics over all samples."""
-        targets = torch.cat(self._targets)
+        targets, task = torch.cat(self._targets), self._task
         found: Scores = {}
         for k, total in self._losses.items():
             loss = total / (self._mass or 1)
-            judged = Judged(torch.cat(self._predictions[k]), targets, loss, self._names)
-            found[k] = {"loss": loss, **self._task.scores(judged)}
+            counted = task.counted(torch.cat(self._predictions[k]), targets)
+            found[k] = {"loss": loss, **task.scores(Judged(*counted, loss, self._names, self._classes))}
         return found
 
 
@@ -116,3 +127,105 @@ def evaluation(found: Mapping[int, Mapping[str, Value]], everyone: Sequence[int]
     """
     only = next(iter(found.values()))
     return Evaluation({k: found.get(k, only) for k in everyone}, samples)
+
+
+def asking(
+    task: Task,
+    names: Sequence[str],
+    leading: str | None = None,
+    own: Mapping[str, Any] | None = None,
+    options_of: Callable[[plugins.Entry], Mapping[str, Any]] = lambda entry: entry.defaults,
+) -> Task:
+    """The task with the metrics asked for: by name or as file.py:name, and a user's `own` by their names; `leading`
+    chooses the best evaluation. Raises ConfigError for a name that is unknown or that the task cannot give.
+    """
+    wanted = [*names, *([leading] if leading and leading not in (own or {}) and leading not in _labels(names) else [])]
+    found: dict[str, Metric] = {}
+    for name in dict.fromkeys(wanted):
+        if name != "loss":
+            found[plugins.label(name)] = _found(task, name, options_of)
+    for name, thing in (own or {}).items():
+        if name in found or name == "loss":
+            raise ConfigError(f"two metrics are called {name!r}: call yours something else")
+        found[name] = _own(name, thing)
+    if leading and leading != "loss" and found[plugins.label(leading)].several:
+        raise ConfigError(
+            f"primary_metric = {leading!r} is several numbers, of which none is the best: choose one number, such as "
+            f"{task.primary}"
+        )
+    return task.asked(found, None if leading is None else plugins.label(leading))
+
+
+def _labels(names: Iterable[str]) -> list[str]:
+    return [plugins.label(name) for name in names if plugins.is_reference(name)]
+
+
+def _found(task: Task, name: str, options_of: Callable[[plugins.Entry], Mapping[str, Any]]) -> Metric:
+    """The metric of that name or reference: the task's own, or one that it can give. Raises ConfigError."""
+    if name in task.metrics:
+        return task.metrics[name]
+    if not plugins.known("metric", name) and not plugins.is_reference(name):
+        fitting = [known for known in plugins.names("metric") if _fits(task, known)]
+        raise ConfigError(
+            f"{unknown('metric', name, dict.fromkeys([*task.metrics, *fitting]))}; or your own: path/to/file.py:name"
+        )
+    thing = plugins.load("metric", name)
+    options = dict(options_of(plugins.find("metric", name)))
+    metric = _own(plugins.label(name), partial(thing, **options) if options else thing)
+    if metric.needs and not task.offered & set(metric.needs):
+        fitting = [known for known in plugins.index("metric") if _fits(task, known)]
+        raise ConfigError(
+            f"the metric {name!r} needs {' or '.join(metric.needs)}, but the task {task.entry.name!r} gives "
+            f"{' and '.join(sorted(task.offered))}: choose {', '.join(fitting)}"
+        )
+    return metric
+
+
+def _fits(task: Task, name: str) -> bool:
+    needs = plugins.find("metric", name).facts.get("needs", ())
+    return not needs or bool(task.offered & set(needs))
+
+
+def _own(name: str, thing: Any) -> Metric:
+    """A metric from what a user gave: a `Metric`, a registered one, an object with update, compute and reset (as
+    torchmetrics has them), or a function of predictions and targets. Raises ConfigError.
+    """
+    if isinstance(thing, Metric):
+        return thing
+    if isinstance(getattr(thing, "entry", None), plugins.Entry):
+        return as_metric(thing)
+    better = getattr(thing, "higher_is_better", None)
+    keeps = all(callable(getattr(thing, part, None)) for part in ("update", "compute", "reset"))
+    if isinstance(thing, type) or not (keeps or callable(thing)):
+        raise ConfigError(
+            f"the metric {name!r} is {thing!r}: give a function of (predictions, targets), or an object with update, "
+            "compute and reset"
+        )
+
+    def of(judged: Judged) -> Value:
+        with own_code(thing, f"the metric {name!r}"):
+            return as_value(_computed(thing, judged) if keeps else thing(judged.predictions, judged.targets), name)
+
+    return Metric(of, maximise=better is not False, share=False)
+
+
+def _computed(thing: Any, judged: Judged) -> Any:
+    """What an object that gathers batches makes of all of them."""
+    fresh = copy.deepcopy(thing)
+    fresh.reset()
+    fresh.update(judged.predictions, judged.targets)
+    return fresh.compute()
+
+
+def try_metrics(task: Task, outputs: Tensor, targets: Tensor, names: tuple[str, ...]) -> None:
+    """Compute all metrics of held-out targets [n, ...] and a few rows' outputs, repeated: what fails does so before
+    anything is trained. Raises ConfigError.
+    """
+    count = max(len(outputs), min(len(targets), 1000, _TRIED // max(1, outputs[0].numel())))
+    tried = targets[torch.linspace(0, len(targets) - 1, min(count, len(targets))).long()]
+    tally = Tally(task, [0], names)
+    with torch.no_grad():
+        tally.add([0], outputs[torch.arange(len(tried)) % len(outputs)], tried)
+    found = tally.scores()[0]
+    if isinstance(found[task.leading], tuple):
+        raise ConfigError(f"the metric {task.leading!r} gave several numbers: the primary one must give one number")

@@ -204,7 +204,9 @@ class Evaluation:
         return {k: scores[metric] for k, scores in self.scores.items()}
 
     def mean(self, metric: str) -> Any:
-        """The mean over the clients of a metric, number by number; None where it is not defined for one of them."""
+        """The mean over the clients of a metric, number by number, of those for which it is defined; None if there are
+        none.
+        """
         return _mean(list(self.each(metric).values()))
 
     @property
@@ -214,7 +216,8 @@ class Evaluation:
 
 
 def _mean(values: Sequence[Any]) -> Any:
-    if any(value is None for value in values):
+    values = [value for value in values if value is not None]
+    if not values:
         return None
     if isinstance(values[0], (tuple, list)):
         return tuple(_mean(several) for several in zip(*values, strict=True))

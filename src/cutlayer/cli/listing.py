@@ -155,6 +155,7 @@ def _power(base: float | None, per_mbps: float | None) -> str:
 _SHOWN = {
     "algorithms": _print_algorithms,
     "tasks": lambda: _print_kind("task", "Tasks", "--task"),
+    "metrics": lambda: _print_kind("metric", "Metrics", "--metrics"),
     "data": lambda: _print_kind("data", "Data sets"),
     "formats": lambda: _print_kind("format", "Formats of your own data", "--data-format"),
     "partitions": lambda: _print_kind("partition", "Partitions"),

@@ -109,7 +109,7 @@ def moments(out: Path, snapshots: bool = False) -> list[Moment]:
     Raises RunFolderError where there are no client models to look at; ConfigError where none of its algorithm ever
     sends smashed data.
     """
-    config = RunConfig.of(without_own(stored_config(out), out, model=None, data=None))
+    config = RunConfig.of(without_own(stored_config(out), out, model=None, data=None, loss=None))
     if config.traits.whole:
         what = "everybody's data" if config.traits.central else "whole models (gradient inversion attacks these)"
         raise ConfigError(

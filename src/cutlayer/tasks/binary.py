@@ -11,13 +11,8 @@ from torch.nn import functional
 
 from cutlayer.errors import ConfigError
 from cutlayer.plugins import option
-from cutlayer.tasks.judging import Judged, Metric
+from cutlayer.tasks import measures
 from cutlayer.tasks.objective import Task, task
-
-
-def accuracy(judged: Judged) -> float:
-    """Fraction of the samples whose probability of the second class is on the right side of 0.5."""
-    return ((judged.predictions > 0.5) == (judged.targets > 0.5)).sum().item() / len(judged.targets)
 
 
 @task("binary", title="Binary classification", targets="class")
@@ -25,7 +20,18 @@ class Binary(Task):
     """Two classes and one score per row: cross entropy of the logit [R, 1] (or [R]) of the second class."""
 
     primary: ClassVar = "accuracy"
-    metrics: ClassVar = {"accuracy": Metric(accuracy)}
+    metrics: ClassVar = measures.chosen(
+        measures.accuracy,
+        measures.majority,
+        measures.balanced_accuracy,
+        measures.macro_f1,
+        measures.auroc,
+        measures.average_precision,
+        measures.recall,
+        measures.confusion,
+    )
+    loss_options: ClassVar = frozenset({"positive_weight"})
+    gives: ClassVar = frozenset({measures.CLASSES, measures.PROBABILITIES, measures.ENTROPY})
 
     positive_weight: float = option(1.0, gt=0)
     """What the loss of a row of the second class is multiplied with."""
@@ -42,6 +48,18 @@ class Binary(Task):
     def predictions(self, outputs: Tensor) -> Tensor:
         """The probability of the second class: [n]."""
         return torch.sigmoid(outputs.flatten())
+
+    def told_apart(self, given: tuple[int, ...]) -> int:
+        """The two classes."""
+        return 2
+
+    def mixable(self, outputs: Tensor) -> Tensor:
+        """The probabilities."""
+        return torch.sigmoid(outputs)
+
+    def unmixed(self, mean: Tensor) -> Tensor:
+        """Their logits."""
+        return torch.logit(mean, torch.finfo(mean.dtype).eps)
 
     def foreign(self, targets: Tensor, given: tuple[int, ...]) -> str:
         """Other classes than the two."""

@@ -11,19 +11,15 @@ from torch.nn import functional
 
 from cutlayer.errors import ConfigError
 from cutlayer.plugins import option
-from cutlayer.tasks.judging import Judged, Metric
+from cutlayer.tasks import measures
 from cutlayer.tasks.objective import Task, task
-
-
-def accuracy(judged: Judged) -> float:
-    """Fraction of the samples whose largest score is that of their class."""
-    return (judged.predictions.argmax(1) == judged.targets).sum().item() / len(judged.targets)
 
 
 class OfClasses(Task):
     """Tasks whose loss is the cross entropy of scores with classes, wherever they stand."""
 
     wants_scores: ClassVar = True
+    loss_options: ClassVar = frozenset({"label_smoothing"})
     scores_axis: ClassVar[int] = 0
     """Where the scores of a place stand in what the model gives for a row."""
 
@@ -93,6 +89,23 @@ class OfClasses(Task):
         each = torch.tensor(self.class_weights, dtype=torch.float64, device=targets.device)
         return torch.where(counting, each[torch.where(counting, targets, torch.zeros_like(targets))], 0.0)
 
+    def counted(self, predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Those places that count, one row for each."""
+        counting = self._counting(targets)
+        return predictions[counting], targets[counting]
+
+    def told_apart(self, given: tuple[int, ...]) -> int:
+        """As many classes as there are scores."""
+        return given[self.scores_axis]
+
+    def mixable(self, outputs: Tensor) -> Tensor:
+        """The probabilities."""
+        return outputs.softmax(1 + self.scores_axis if self.scores_axis >= 0 else self.scores_axis)
+
+    def unmixed(self, mean: Tensor) -> Tensor:
+        """Their logarithms, which are scores again."""
+        return mean.clamp(min=torch.finfo(mean.dtype).tiny).log()
+
     def foreign(self, targets: Tensor, given: tuple[int, ...]) -> str:
         """Classes that the model does not score."""
         scored, counted = given[self.scores_axis], targets[self._counting(targets)]
@@ -128,7 +141,17 @@ class Classification(OfClasses):
     """One class per row: cross entropy of scores [R, K] with targets [R]."""
 
     primary: ClassVar = "accuracy"
-    metrics: ClassVar = {"accuracy": Metric(accuracy)}
+    metrics: ClassVar = measures.chosen(
+        measures.accuracy,
+        measures.majority,
+        measures.balanced_accuracy,
+        measures.macro_f1,
+        measures.auroc,
+        measures.average_precision,
+        measures.recall,
+        measures.confusion,
+    )
+    gives: ClassVar = frozenset({measures.CLASSES, measures.PROBABILITIES, measures.ENTROPY})
 
     def check(self, given: frozenset[str]) -> None:
         """Named classes are 0 and more: what does not count is none of them. Raises ConfigError."""

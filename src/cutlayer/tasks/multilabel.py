@@ -11,13 +11,8 @@ from torch.nn import functional
 
 from cutlayer.errors import ConfigError
 from cutlayer.plugins import option
-from cutlayer.tasks.judging import Judged, Metric
+from cutlayer.tasks import measures
 from cutlayer.tasks.objective import Task, task
-
-
-def accuracy(judged: Judged) -> float:
-    """Fraction of all labels of all samples that are right."""
-    return ((judged.predictions > 0.5) == (judged.targets > 0.5)).double().mean().item()
 
 
 @task("multilabel", title="Multi-label classification", targets="numbers")
@@ -25,7 +20,11 @@ class Multilabel(Task):
     """L labels per row, each 0 or 1: the mean of their binary cross entropies, from logits [R, L]."""
 
     primary: ClassVar = "accuracy"
-    metrics: ClassVar = {"accuracy": Metric(accuracy)}
+    metrics: ClassVar = measures.chosen(
+        measures.accuracy, measures.macro_f1, measures.auroc, measures.average_precision, measures.recall
+    )
+    loss_options: ClassVar = frozenset({"positive_weights"})
+    gives: ClassVar = frozenset({measures.LABELS, measures.PROBABILITIES})
 
     positive_weights: tuple[float, ...] = option(())
     """What the loss of a label that is 1 is multiplied with: one number for all labels, or one for each."""
@@ -39,6 +38,14 @@ class Multilabel(Task):
     def predictions(self, outputs: Tensor) -> Tensor:
         """The probability of each label: [n, L]."""
         return torch.sigmoid(outputs)
+
+    def mixable(self, outputs: Tensor) -> Tensor:
+        """The probabilities."""
+        return torch.sigmoid(outputs)
+
+    def unmixed(self, mean: Tensor) -> Tensor:
+        """Their logits."""
+        return torch.logit(mean, torch.finfo(mean.dtype).eps)
 
     def width(self, targets: Tensor, classes: int) -> int:
         """One score per label."""

@@ -17,11 +17,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, Literal, Self, TypeVar
 
 import torch
+from pydantic import PrivateAttr
 from torch import Tensor
 
 from cutlayer import plugins
 from cutlayer.errors import ConfigError
 from cutlayer.plugins import Thing, option
+from cutlayer.tasks import measures
 from cutlayer.tasks.judging import Judged, Metric, Value
 from cutlayer.types import Rows
 
@@ -29,6 +31,12 @@ T = TypeVar("T", bound="type[Task]")
 
 Targets = Literal["class", "classes", "numbers"]
 """What targets are: one class per row, which may have a name; integers of any shape, taken as they are; numbers."""
+
+_OFFERED = {
+    "class": frozenset({measures.CLASSES, measures.PROBABILITIES}),
+    "classes": frozenset({measures.CLASSES}),
+    "numbers": frozenset({measures.NUMBERS}),
+}
 
 
 class Task(Thing):
@@ -39,8 +47,16 @@ class Task(Thing):
     metrics: ClassVar[Mapping[str, Metric]] = {}
     """How predictions are judged, by name."""
 
+    loss_options: ClassVar[frozenset[str]] = frozenset()
+    """Options that the loss alone reads: they have no effect with a loss of one's own."""
+    gives: ClassVar[frozenset[str] | None] = None
+    """What it gives metrics (`measures.CLASSES`, ...). None: what tasks with its targets give as a rule."""
+
     wants_scores: ClassVar[bool] = False
     """Whether outputs are scores whose softmax are probabilities, so that a model must not take the softmax itself."""
+
+    _asked: dict[str, Metric] = PrivateAttr(default_factory=dict)
+    _leading: str | None = PrivateAttr(default=None)
 
     auxiliary_weights: tuple[float, ...] = option(())
     """Weights of the losses of the model's further outputs (auxiliary heads), in order. Default: only the first counts.
@@ -70,9 +86,50 @@ class Task(Thing):
         """What metrics look at: outputs [n, ...] -> [n, ...]. By default the outputs themselves."""
         return outputs
 
+    def counted(self, predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Predictions and targets that metrics look at. By default all of them."""
+        return predictions, targets
+
+    def told_apart(self, given: tuple[int, ...]) -> int:
+        """How many classes a model tells apart; `given` is the shape of what it gives for a row. 0: none."""
+        return 0
+
+    def mixable(self, outputs: Tensor) -> Tensor:
+        """What of several models' outputs is averaged in an ensemble. By default the outputs themselves."""
+        return outputs
+
+    def unmixed(self, mean: Tensor) -> Tensor:
+        """The outputs of a model that gives such an average: the inverse of `mixable`."""
+        return mean
+
     def scores(self, judged: Judged) -> dict[str, Value]:
-        """The metrics that are reported of a model."""
-        return {name: metric.of(judged) for name, metric in self.metrics.items() if metric.default}
+        """The metrics that are reported of a model: those by default, and those asked for."""
+        return {
+            name: metric.of(judged)
+            for name, metric in self.all_metrics.items()
+            if name in self._asked or metric.reported(judged) or name == self.leading
+        }
+
+    @property
+    def all_metrics(self) -> Mapping[str, Metric]:
+        """Its own metrics and those asked for, by name."""
+        return {**self.metrics, **self._asked}
+
+    @property
+    def leading(self) -> str:
+        """The metric that chooses the best evaluation: the one asked for, or the task's primary one."""
+        return self._leading or self.primary
+
+    @property
+    def offered(self) -> frozenset[str]:
+        """What it gives metrics."""
+        return _OFFERED[self.targets] if self.gives is None else self.gives
+
+    def asked(self, metrics: Mapping[str, Metric], leading: str | None = None) -> Self:
+        """The task that reports these metrics, too, and chooses the best evaluation by `leading`."""
+        made = self.model_copy()
+        made._asked, made._leading = dict(metrics), leading
+        return made
 
     @property
     def ignored(self) -> int | None:
@@ -81,16 +138,18 @@ class Task(Thing):
 
     @property
     def maximise(self) -> bool:
-        """Whether more of the primary metric is better."""
-        return self.primary in self.metrics and self.metrics[self.primary].maximise
+        """Whether more of the leading metric is better."""
+        metric = self.all_metrics.get(self.leading)
+        return metric is not None and metric.maximise
 
     @property
     def share(self) -> bool:
-        """Whether the primary metric is a fraction, shown in per cent."""
-        return self.primary in self.metrics and self.metrics[self.primary].share
+        """Whether the leading metric is a fraction, shown in per cent."""
+        metric = self.all_metrics.get(self.leading)
+        return metric is not None and metric.share
 
     def rank(self, score: float | None) -> tuple[bool, float]:
-        """A score of the primary metric as something that is larger where it is better; undefined ones are worst."""
+        """A score of the leading metric as something that is larger where it is better; undefined ones are worst."""
         defined = score is not None and math.isfinite(score)
         return defined, (score or 0.0) * (1 if self.maximise else -1) if defined else 0.0
 

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from cutlayer.errors import ConfigError
 from cutlayer.plugins import option
-from cutlayer.tasks.judging import Judged, Metric
+from cutlayer.tasks import measures
 from cutlayer.tasks.objective import Task, task
 
 
@@ -19,40 +19,14 @@ def _flat(rows: Tensor) -> Tensor:
     return rows.reshape(len(rows), -1)
 
 
-def _errors(judged: Judged) -> Tensor:
-    return _flat(judged.predictions).double() - _flat(judged.targets).double()
-
-
-def mae(judged: Judged) -> float:
-    """Mean absolute error."""
-    return _errors(judged).abs().mean().item()
-
-
-def rmse(judged: Judged) -> float:
-    """Root of the mean squared error."""
-    return _errors(judged).square().mean().sqrt().item()
-
-
-def r2(judged: Judged) -> float | None:
-    """1 - squared error / squared deviation from the mean, the mean over the quantities; None where one is constant."""
-    wanted = _flat(judged.targets).double()
-    around = (wanted - wanted.mean(0)).square().sum(0)
-    if not (around > 0).all():
-        return None
-    left = (wanted - _flat(judged.predictions).double()).square().sum(0)
-    return float((1 - left / around).mean())
-
-
 @task("regression", title="Regression", targets="numbers")
 class Regression(Task):
     """Quantities: the mean over a row's numbers of their losses, outputs [R, t...] shaped as the targets."""
 
     primary: ClassVar = "rmse"
-    metrics: ClassVar = {
-        "mae": Metric(mae, maximise=False, share=False),
-        "rmse": Metric(rmse, maximise=False, share=False),
-        "r2": Metric(r2, share=False),
-    }
+    metrics: ClassVar = measures.chosen(measures.mae, measures.rmse, measures.r2)
+    loss_options: ClassVar = frozenset({"loss", "huber_delta"})
+    gives: ClassVar = frozenset({measures.NUMBERS})
 
     loss: Literal["mse", "l1", "huber", "poisson"] = option("mse")
     """The loss of a number: squared error, absolute error, Huber's (quadratic below huber_delta), or Poisson's (the
@@ -84,6 +58,14 @@ class Regression(Task):
     def predictions(self, outputs: Tensor) -> Tensor:
         """The quantities themselves."""
         return outputs.exp() if self.loss == "poisson" else outputs
+
+    def mixable(self, outputs: Tensor) -> Tensor:
+        """The quantities themselves."""
+        return self.predictions(outputs)
+
+    def unmixed(self, mean: Tensor) -> Tensor:
+        """What the model would have given for them."""
+        return mean.log() if self.loss == "poisson" else mean
 
     def width(self, targets: Tensor, classes: int) -> int:
         """One number per quantity."""

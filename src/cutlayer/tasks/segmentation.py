@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import Tensor
 
 from cutlayer.errors import ConfigError
+from cutlayer.tasks import measures
 from cutlayer.tasks.classification import OfClasses
 from cutlayer.tasks.objective import mean_of_counting, task
 
@@ -17,6 +19,12 @@ class Segmentation(OfClasses):
 
     A row counts as many as its pixels that count, so that the loss is the mean over all pixels.
     """
+
+    primary: ClassVar = "miou"
+    metrics: ClassVar = measures.chosen(
+        measures.accuracy, measures.majority, measures.miou, measures.dice, measures.iou, measures.confusion
+    )
+    gives: ClassVar = frozenset({measures.CLASSES, measures.ENTROPY})
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The mean over a row's pixels that count: [R]."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -10,14 +9,9 @@ from torch import Tensor
 
 from cutlayer.errors import ConfigError
 from cutlayer.plugins import option
+from cutlayer.tasks import measures
 from cutlayer.tasks.classification import OfClasses
-from cutlayer.tasks.judging import Judged, Metric
 from cutlayer.tasks.objective import mean_of_counting, task
-
-
-def perplexity(judged: Judged) -> float | None:
-    """exp of the mean loss of a token; None where it overflows."""
-    return math.exp(judged.loss) if judged.loss < 700 else None
 
 
 @task("tokens", title="Tokens", targets="classes")
@@ -28,7 +22,8 @@ class TokenPrediction(OfClasses):
 
     primary: ClassVar = "perplexity"
     scores_axis: ClassVar = -1
-    metrics: ClassVar = {"perplexity": Metric(perplexity, maximise=False, share=False)}
+    metrics: ClassVar = measures.chosen(measures.perplexity, measures.accuracy, measures.majority)
+    gives: ClassVar = frozenset({measures.CLASSES, measures.ENTROPY})
 
     ignore_index: int | None = option(-100)
     """A target that does not count: tokens of the prompt, padding."""
@@ -50,6 +45,10 @@ class TokenPrediction(OfClasses):
     def predictions(self, outputs: Tensor) -> Tensor:
         """The token with the largest score: [n, T]."""
         return outputs.argmax(2)
+
+    def counted(self, predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens that count, each beside what it is judged by."""
+        return super().counted(*self._aligned(predictions, targets))
 
     def check_outputs(self, outputs: Tensor, targets: Tensor, names: Sequence[str]) -> None:
         """Scores [R, T, K] for targets [R, T]. Raises ConfigError."""
