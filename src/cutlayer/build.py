@@ -255,28 +255,18 @@ def prepare(
         warnings.warn(CutlayerWarning(note), stacklevel=2)
     task: Task = config.thing("task", config.task)
     source = load_source(config, data, task)
-<<<<<<< HEAD
     make_model = _maker(config, model, source, task)
     whole = make_model("model")
     first = slice(0, max(2, min(3, len(source.train))))
     given = given_for(whole, source.train[first])
     if task.targets == "class" and given.dim() > 1:
         source = as_indices(source, given.shape[1])
-    task = task.fitted(source.train.y, source.classes)
+    task = _objective(config, task.fitted(source.train.y, source.classes), loss, metrics)
     parts = [np.arange(len(source.train))] * config.clients if alone else _partition(config, source, task)
     owners = [np.concatenate(parts)] if algorithm.traits.central else parts
     few = source.train[first]
     check_output(given, few, task, source.class_names)
-=======
-    task = _objective(config, task.fitted(source.train.y, source.classes), loss, metrics)
-    parts = [np.arange(len(source.train))] * config.clients if alone else _partition(config, source, task)
-    owners = [np.concatenate(parts)] if algorithm.traits.central else parts
-    make_model = _maker(config, model, source, task)
-    whole = make_model("model")
-    few = source.train[: max(2, min(3, len(source.train)))]
-    outputs = check_output(whole, few, task, source.class_names)
-    try_metrics(task, outputs, source.test.y if len(source.test) else few.y, source.class_names)
->>>>>>> fd2531a (Measure what tasks share, and take metrics and losses of one's own)
+    try_metrics(task, given, source.test.y if len(source.test) else few.y, source.class_names)
     check_trained(config, whole)
     cuts = _cut_names(config, algorithm.traits, model)
     split = cut(whole, cuts, few.x)

@@ -29,18 +29,10 @@ from cutlayer.types import Rows, as_tuple
 _LARGEST_RATE = 30  # as a power of ten: what is more overflows float32 at the first step
 
 
-<<<<<<< HEAD
 def given_for(model: nn.Module, samples: Samples) -> torch.Tensor:
     """What the model gives for a few samples, in evaluation mode: its first output, [n, ...]. Raises ConfigError."""
     probe, shapes = copy.deepcopy(model).eval(), [tuple(x.shape[1:]) for x in samples.rows]
     what = shapes[0] if len(shapes) == 1 else shapes
-=======
-def check_output(model: nn.Module, example: Samples, task: Task, names: Sequence[str]) -> torch.Tensor:
-    """What the model gives for rows must fit the task and their targets; `names` are those of the classes. Raises
-    ConfigError; warns of a softmax at the end. Returns what it gives.
-    """
-    probe, shapes = copy.deepcopy(model).eval(), [tuple(x.shape[1:]) for x in example.rows]
->>>>>>> fd2531a (Measure what tasks share, and take metrics and losses of one's own)
     try:
         with torch.no_grad(), _sentences("the model does not take these inputs", what):
             given = called(probe, samples.inputs)
@@ -66,7 +58,6 @@ def check_output(outputs: torch.Tensor, samples: Samples, task: Task, names: Seq
     with torch.no_grad():
         task.check_outputs(outputs, samples.y, names)
     _warn_of_probabilities(outputs, task)
-    return outputs
 
 
 def _warn_of_probabilities(outputs: torch.Tensor, task: Task) -> None:
