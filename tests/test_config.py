@@ -74,6 +74,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "cut": NAMES,
     "tail_cut": NAMES,
     "freeze": NAMES,
+    "cache_features": st.booleans(),
     "start": words("equal", "independent"),
     "batch": WHOLE,
     "client_optimizer": NAMES,

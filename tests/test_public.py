@@ -19,7 +19,7 @@ rate_spread stragglers straggler_slowdown profiles data data_format label_column
 validation test clients partition samples_per_client participation task metrics primary_metric model cut tail_cut start
 freeze epochs rounds batch client_optimizer client_optimizer_options client_lr client_clip_grad_norm server_optimizer
 server_optimizer_options server_lr server_clip_grad_norm accumulate server_accumulate param_groups lr_schedule
-server_lr_schedule lr_warmup up_codec down_codec defences engine device precision memory_limit
+server_lr_schedule lr_warmup up_codec cache_features down_codec defences engine device precision memory_limit
 eval_every eval_clients checkpoint_every snapshot_every"""
 
 PLAN = """model cut algorithms input input_type freeze classes label_bytes clients samples_per_client batch precision

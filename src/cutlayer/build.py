@@ -20,7 +20,15 @@ from torch import nn
 
 from cutlayer import plugins, seeds
 from cutlayer.algorithms import Algorithm, traffic_of
-from cutlayer.checks import check_output, check_parts, check_rate, check_single_rows, check_trained, given_for
+from cutlayer.checks import (
+    check_cacheable,
+    check_output,
+    check_parts,
+    check_rate,
+    check_single_rows,
+    check_trained,
+    given_for,
+)
 from cutlayer.cohort import Cohort
 from cutlayer.costs.clock import Clock, ClockedCohort
 from cutlayer.costs.fleet import Fleet, fleet
@@ -32,6 +40,7 @@ from cutlayer.data.targets import as_indices, fitting
 from cutlayer.engine.choice import laid_out, simulate
 from cutlayer.engine.simulated import ClientModel, Clients, Shape, model_bytes
 from cutlayer.errors import ConfigError, CutlayerWarning, DataError
+from cutlayer.features import KeptFeatures
 from cutlayer.frozen import freeze, load_moving, moving, replica, trains
 from cutlayer.models import Parts, build, cut
 from cutlayer.models import make as make_own
@@ -154,7 +163,7 @@ class Prepared:
         training = Training(
             source,
             server,
-            metered,
+            self._kept(metered),
             ledger,
             self.rounds,
             self.rounds_per_epoch,
@@ -178,6 +187,11 @@ class Prepared:
             metered, clock, training.flops, config.batch, central=central, server_passes=training.server_passes
         )
         return replace(training, clients=clocked, clock=clock)
+
+    def _kept(self, cohort: Cohort) -> Cohort:
+        """The cohort, whose smashed data the server keeps if that is wanted."""
+        c = self.config
+        return KeptFeatures(cohort, c.batch, c.seed, self.example[0].device) if c.cache_features else cohort
 
     def _paced(self) -> tuple[Schedule, Schedule]:
         """The clients' and the server's schedules over all rounds, with the warm-up before them."""
@@ -282,6 +296,7 @@ def prepare(
     source, example = source.to(device), few.to(device).rows
     split = laid_out(config, split, example)
     make_client, make_server = _optimizers(config)
+    check_cacheable(config, algorithm, split, example)
     check_groups(
         make_client.groups, [name for part in split.all for name, p in part.named_parameters() if p.requires_grad]
     )

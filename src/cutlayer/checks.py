@@ -14,10 +14,11 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from cutlayer import plugins, seeds
+from cutlayer import defences, plugins, seeds
 from cutlayer.algorithms import Algorithm, traits_of
 from cutlayer.cohort import draw_participants
 from cutlayer.data.samples import Samples, called
+from cutlayer.engine.stackable import close, drawing, exact, jittered
 from cutlayer.errors import ConfigError, CutError, CutlayerWarning
 from cutlayer.frozen import trains
 from cutlayer.models import Parts
@@ -25,6 +26,7 @@ from cutlayer.models.parts import one_line
 from cutlayer.options import RunConfig
 from cutlayer.tasks import Task
 from cutlayer.types import Rows, as_tuple
+from cutlayer.verbs import LEARN
 
 _LARGEST_RATE = 30  # as a power of ten: what is more overflows float32 at the first step
 
@@ -122,6 +124,39 @@ def check_trained(config: RunConfig, model: nn.Module) -> None:
     if any(True for _ in model.parameters()) and not trains(model):
         what = f"freeze = {config.freeze!r}" if config.freeze else "the model, all of whose parameters are frozen,"
         raise ConfigError(f"{what} leaves nothing to train: freeze less")
+
+
+def check_cacheable(config: RunConfig, algorithm: Algorithm, split: Parts, rows: Rows) -> None:
+    """What the server is to keep (`cache_features`) must be the same in every epoch. Raises ConfigError."""
+    if config.cache_features and (why := _changing(config, algorithm, split, rows)):
+        raise ConfigError(f"cache_features is not possible: {why}")
+
+
+def _changing(config: RunConfig, algorithm: Algorithm, split: Parts, rows: Rows) -> str:
+    """Why smashed data of a row change, and what to do; empty if they do not."""
+    if trains(split.client):
+        return "the clients' part is trained; freeze it, e.g. with freeze, or cut earlier"
+    if algorithm.traits.u_shaped or LEARN in algorithm.traits.needs:
+        return f"the clients of {config.algorithm} train on the batch themselves; choose {_modest()}"
+    if defences.of(config).active:
+        return "defences change smashed data anew in every step; leave them out"
+    if config.client_device is not None:
+        return "the virtual clock reckons with a forward pass in every step; leave client_device out"
+    twin = exact(split.client).train()
+    before = {name: b.clone() for name, b in twin.named_buffers()}
+    wide = jittered(rows)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), drawing(rows[0].device) as drew:
+        together = as_tuple(twin(wide))
+    if drew:
+        return "the clients' part draws random numbers (dropout); cut before it, or leave it out"
+    if any(not torch.equal(b, before[name]) for name, b in twin.named_buffers()):
+        return "the clients' part keeps running statistics (batch normalisation); cut before it"
+    with torch.no_grad():
+        apart = [as_tuple(twin(tuple(r[i : i + 1] for r in wide))) for i in range(len(wide[0]))]
+    alone = [torch.cat(parts) for parts in zip(*apart, strict=True)]
+    if not close(list(zip(together, alone, strict=True))):
+        return "rows influence each other in the clients' part; cut before that"
+    return ""
 
 
 def check_single_rows(

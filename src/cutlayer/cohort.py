@@ -75,6 +75,9 @@ class Cohort(Protocol):
     def begin_round(self, index: int, total: int, lr_factor: float) -> Round:
         """Draw who takes part in round `index` of `total`; their rates are their base rates times `lr_factor`."""
 
+    def seek(self, client: int, batch: int) -> None:
+        """The next batch of `client` is its batch number `batch`, counted from 0 over all epochs."""
+
     def forward(self, clients: Sequence[int] | None = None, *, labels: bool = True) -> Smashed:
         """Every participant (or those of `clients`) draws its next batch, runs its model and sends smashed data and
         labels.
@@ -161,6 +164,10 @@ class CohortAround:
     def begin_round(self, index: int, total: int, lr_factor: float) -> Round:
         """Passed on."""
         return self.inner.begin_round(index, total, lr_factor)
+
+    def seek(self, client: int, batch: int) -> None:
+        """Passed on."""
+        self.inner.seek(client, batch)
 
     def forward(self, clients: Sequence[int] | None = None, *, labels: bool = True) -> Smashed:
         """Passed on."""

@@ -56,6 +56,7 @@ class CommonKeywords(TypedDict, total=False):
     server_lr_schedule: Any
     lr_warmup: float
     up_codec: str
+    cache_features: bool
     down_codec: str
     defences: Any
     engine: Literal["auto", "local", "stacked"]

@@ -370,6 +370,8 @@ class CommonConfig(FleetConfig):
 
     up_codec: str = _field("raw", CROSSING, "split")
     """How smashed data are written (U-shaped: gradients too): a codec (see `cutlayer list codecs`), maybe +zstd."""
+    cache_features: bool = _field(False, CROSSING, "split", shared=True)
+    """The server keeps what a frozen client part gives: each row's smashed data are computed and sent once."""
     down_codec: str = _field("raw", CROSSING, "split")
     """How cut gradients are written (U-shaped: features too), likewise."""
     defences: tuple[str, ...] = _field((), DEFENCES, "split")

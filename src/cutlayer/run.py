@@ -17,6 +17,7 @@ from cutlayer.build import Data, Model, Training, assemble, by_name
 from cutlayer.costs.measured import Meter
 from cutlayer.data.own import own_code
 from cutlayer.errors import ConfigError, CutlayerWarning, NonFiniteError, RunFolderError, UsageError
+from cutlayer.features import KeptFeatures
 from cutlayer.folder import (
     ALGORITHM,
     CHECKPOINT,
@@ -415,9 +416,15 @@ class Run:
         if traits.whole:
             return {"client_flops": each * flops.whole.training, "server_flops": 0.0}
         return {
-            "client_flops": each * flops.at_client.training,
+            "client_flops": self._at_clients() * flops.at_client.training,
             "server_flops": self._samples * flops.server.training * self.training.server_passes,
         }
+
+    def _at_clients(self) -> float:
+        """Rows that a client has computed, in the mean: those that the server has kept, once."""
+        clients = self.training.clients
+        computed = clients.computed if isinstance(clients, KeptFeatures) else self._samples
+        return computed / self.config.clients
 
     def _state(self, rounds: int, folder: Folder) -> dict[str, Any]:
         return {

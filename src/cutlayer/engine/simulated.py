@@ -134,6 +134,10 @@ class SimulatedCohort:
         self._rate = s.lr * lr_factor
         return Round(index, total, self._participants, tuple(self._quota[who].tolist()), s.seed)
 
+    def seek(self, client: int, batch: int) -> None:
+        """The next batch of `client` is its batch number `batch`."""
+        self._batches.drawn[client] = batch
+
     def _willing(self, clients: Sequence[int] | None) -> tuple[int, ...]:
         """The participants (or those of `clients`) that have batches left in this round."""
         asked = self._participants if clients is None else clients

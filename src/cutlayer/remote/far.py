@@ -90,6 +90,7 @@ class RemoteCohort:
         self._participants: tuple[int, ...] = ()
         self._holder: int | None = None
         self._asked: tuple[int, ...] = ()  # of the last forward pass
+        self._sought: dict[int, int] = {}  # client -> number of the batch that it is asked for next
         self._waiting: set[int] = set()  # of these, those whose batch still waits for its backward pass
         self._sizes: dict[int, int] = {}
         self._later: dict[int, list[Request]] = {}  # goes out with the next exchange
@@ -159,6 +160,10 @@ class RemoteCohort:
         self._catch_up(here)
         return Round(index, total, here, tuple(self._quota[list(here)].tolist()), s.seed)
 
+    def seek(self, client: int, batch: int) -> None:
+        """The next batch of `client` is its batch number `batch`."""
+        self._sought[client] = batch
+
     def forward(self, clients: Sequence[int] | None = None, *, labels: bool = True) -> Smashed:
         """Every participant with batches left in this round (or those of `clients`) sends smashed data and labels."""
         wanted = self._participants if clients is None else clients
@@ -173,12 +178,15 @@ class RemoteCohort:
             asked = [k for k in due if k in connected]
             self._catch_up(asked)
             step = self._step = self._step + 1
-            requests: dict[int, list[Request]] = {k: [(m.Forward(step, labels), ())] for k in asked}
+            requests: dict[int, list[Request]] = {
+                k: [(m.Forward(step, labels, self._sought.get(k)), ())] for k in asked
+            }
             answers = self._exchange(asked, requests.__getitem__, read, quorum=True)
             if answers or not due or self.hub.connected:
                 break
             self._come_back(due)
         self._quota[asked] -= 1
+        self._sought.clear()
         self._asked = tuple(k for k in asked if k in answers)
         if self._buffered:  # without a step they become different all the same
             self._alike = len(self.samples) == 1

@@ -167,6 +167,8 @@ class Worker:
         return self.duty.samples[rows], int(clocks[0])
 
     def _forward(self, message: m.Forward, body: memoryview) -> Answer:
+        if message.batch is not None:
+            self._batches.drawn[0] = message.batch
         batch, clock = self._draw()
         smashed = self.client.forward(batch, self.duty.seed, clock)
         sent = [s.detach() for s in smashed]

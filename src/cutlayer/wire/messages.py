@@ -215,11 +215,14 @@ class BeginRound(Message, tag="BeginRound"):
     batches: Count
 
 
-class Forward(Message, tag="Forward"):
-    """Draw the next batch, run the model on it, send smashed data; with `labels` or without (U-shaped split)."""
+class Forward(Message, tag="Forward", omit_defaults=True):
+    """Draw the next batch, or batch number `batch`, run the model on it, send smashed data; with `labels` or without
+    (U-shaped split).
+    """
 
     step: Count
     labels: bool = True
+    batch: Count | None = None
 
 
 class Tail(Message, tag="Tail"):
