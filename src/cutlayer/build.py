@@ -21,6 +21,7 @@ from torch import nn
 from cutlayer import plugins, seeds
 from cutlayer.algorithms import Algorithm, traffic_of
 from cutlayer.checks import (
+    as_the_model_takes,
     check_cacheable,
     check_output,
     check_parts,
@@ -271,6 +272,7 @@ def prepare(
     source = load_source(config, data, task)
     make_model = _maker(config, model, source, task)
     whole = make_model("model")
+    source = as_the_model_takes(whole, source, dtype_of(config))
     first = slice(0, max(2, min(3, len(source.train))))
     given = given_for(whole, source.train[first])
     if task.targets == "class" and given.dim() > 1:

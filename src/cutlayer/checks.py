@@ -17,7 +17,7 @@ from torch import nn
 from cutlayer import defences, plugins, seeds
 from cutlayer.algorithms import Algorithm, traits_of
 from cutlayer.cohort import draw_participants
-from cutlayer.data.samples import Samples, called
+from cutlayer.data.samples import Samples, Source, called
 from cutlayer.engine.stackable import close, drawing, exact, jittered
 from cutlayer.errors import ConfigError, CutError, CutlayerWarning
 from cutlayer.frozen import trains
@@ -29,6 +29,38 @@ from cutlayer.types import Rows, as_tuple
 from cutlayer.verbs import LEARN
 
 _LARGEST_RATE = 30  # as a power of ten: what is more overflows float32 at the first step
+
+
+def as_the_model_takes(model: nn.Module, source: Source, dtype: torch.dtype) -> Source:
+    """Whole numbers as they are where the model takes them (it embeds tokens), and as real numbers otherwise. Raises
+    ConfigError for tokens that a model which embeds has no row for.
+    """
+    whole = [x for x in source.train.rows if not x.is_floating_point()]
+    if not whole:
+        return source
+    few = source.train[:2]
+    if _refusal(model, few):
+        changed = source.real(dtype)
+        return source if _refusal(model, changed.train[:2]) else changed  # neither fits: `check_output` says why
+    for x in whole:
+        row = x.flatten(1).amax(1).argmax()
+        if reason := _refusal(model, source.train[torch.stack([row, row])]):
+            raise ConfigError(
+                f"the model does not take the inputs of row {int(row)} (from 0), which go up to {int(x[row].max())}: "
+                f"{reason}; give it a larger vocabulary"
+            )
+    return source
+
+
+def _refusal(model: nn.Module, few: Samples) -> str:
+    """Why the model does not take these inputs; empty if it does."""
+    probe = copy.deepcopy(model).eval()
+    try:
+        with torch.no_grad():
+            called(probe, few.inputs)
+    except Exception as error:  # the user's module: anything can come out
+        return one_line(error)
+    return ""
 
 
 def given_for(model: nn.Module, samples: Samples) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import itertools
+import json
 import struct
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cutlayer import Run, plugins
-from cutlayer.data import Source, from_arrays, from_dataset, from_memory, load, load_whole
+from cutlayer.data import Source, from_arrays, from_dataset, from_memory, load, load_whole, preprocessed
 from cutlayer.data.built_in.fashion_mnist import FASHION_MNIST_FOLDER
 from cutlayer.errors import ConfigError, CutlayerError, DataError
 
@@ -361,6 +362,25 @@ def test_an_npz_with_pickled_code_does_not_run_it(tmp_path: Path) -> None:
 
     refused(lambda: load(npz(tmp_path, x=np.array([Evil()] * 4, dtype=object), y=[0, 1, 0, 1])), "never unpickles")
     assert not (tmp_path / "ran").exists()
+
+
+def test_npz_by_other_usual_names(tmp_path: Path) -> None:
+    x, y = np.arange(30, dtype=np.uint8).reshape(30, 1, 1, 1) * np.ones((6, 5, 3), np.uint8), np.arange(30)[:, None] % 2
+    parts = {"train": slice(0, 20), "val": slice(20, 24), "test": slice(24, 30)}
+    medical = {f"{p}_images": x[at] for p, at in parts.items()} | {f"{p}_labels": y[at] for p, at in parts.items()}
+    source = load(npz(tmp_path, **medical))
+    assert source.train.x.shape == (20, 3, 6, 5)
+    assert (len(source.validation), len(source.test)) == (4, 6)
+    source = load(npz(tmp_path, X=x, Y=y, weights=np.ones(3), notes=np.ones(3)))
+    disjoint(source, 30)
+    assert "ignored the arrays 'weights', 'notes'" in source.account
+    refused(lambda: load(npz(tmp_path, X=x, x=x, y=y)), "'X' and 'x'", "keep one")
+    refused(lambda: load(npz(tmp_path, x=x, y=y, x_holdout=x)), "'x_holdout'", "known: x, y, client, x_train")
+    refused(lambda: load(npz(tmp_path, x=x, y=y, x_val=x, x_validation=x)), "'x_val' and 'x_validation'", "keep one")
+    owners = npz(tmp_path, x_train=x, y_train=y, client_train=y[:, 0], x_test=x, y_test=y, client_test=1 - y[:, 0])
+    source = load(owners)
+    assert source.test_clients is not None
+    assert torch.equal(source.test_clients, 1 - source.test.y)
 
 
 # --- csv ---------------------------------------------------------------------------------------------------------
@@ -1339,7 +1359,97 @@ def test_an_item_that_fails_is_named() -> None:
     refused(lambda: from_memory(data), "item 3", "OSError: no such scan", error=ConfigError)
 
 
+# --- the same done to new rows ---------------------------------------------------------------------------------
+
+
+def kept(source: Source) -> dict[str, Any]:
+    """What a run's folder says."""
+    told: dict[str, Any] = json.loads(json.dumps(source.described()))["preprocessing"]
+    return told
+
+
+def same_rows(a: torch.Tensor, source: Source) -> None:
+    """The rows are those of the source's parts, in some order."""
+    b = torch.cat([source.train.x, source.validation.x, source.test.x]).flatten(1)
+    a = a.flatten(1)
+    assert a.dtype == b.dtype
+    assert torch.equal(torch.unique(a, dim=0), torch.unique(b, dim=0))
+    assert len(a) == len(b)
+
+
+def test_new_rows_of_a_table(tmp_path: Path) -> None:
+    rows: list[list[object]] = [[n, ["", n * n / 7][n % 9 > 0], ["red", "blue"][n % 2], "ab"[n % 2]] for n in range(50)]
+    path = table(tmp_path, rows, "age,weight,colour,label")
+    source = load(path, impute="median")
+    same_rows(preprocessed(kept(source), path), source)
+    columns = {"colour": [row[2] for row in rows], "weight": [row[1] or None for row in rows], "age": np.arange(50)}
+    same_rows(preprocessed(kept(source), columns), source)
+    shuffled = [[row[2], row[1], 1, row[0]] for row in rows]  # in another order, without labels
+    (tmp_path / "new").mkdir()
+    same_rows(preprocessed(kept(source), table(tmp_path / "new", shuffled, "colour,weight,extra,age", ";")), source)
+    refused(lambda: preprocessed(kept(source), {"age": [1], "colour": ["red"]}), "'weight'", "trained on")
+    pink = {"age": [1], "weight": [2], "colour": ["pink"]}
+    refused(lambda: preprocessed(kept(source), pink), "'pink'", "row 0", "blue, red")
+    words = {"age": ["old"], "weight": [2], "colour": ["red"]}
+    refused(lambda: preprocessed(kept(source), words), "'age'", "not numeric")
+    without = load(table(tmp_path, PEOPLE), ignore_columns=("who",))
+    refused(lambda: preprocessed(kept(without), {"age": [1.0, None], "weight": [1, 2]}), "'age'", "row 1", "impute")
+
+
+def test_new_pictures(tmp_path: Path) -> None:
+    for n in range(20):
+        picture(tmp_path / "ab"[n % 2] / f"{n:02}.png", n, ["L", "RGB"][n % 2], (8, 6))
+    source = load(str(tmp_path), resize="3x4")
+    assert kept(source)["mode"] == "RGB"
+    same_rows(preprocessed(kept(source), tmp_path), source)
+    one = preprocessed(kept(source), str(tmp_path / "b" / "07.png"))
+    assert one.shape == (1, 3, 3, 4)
+    assert torch.allclose(one, torch.tensor(7 / 255))
+    assert torch.equal(preprocessed(kept(source), [tmp_path / "b" / "07.png", str(tmp_path / "b" / "07.png")])[1:], one)
+    assert torch.equal(preprocessed(kept(source), [Image.new("RGB", (8, 6), (7, 7, 7))]), one)
+    refused(lambda: preprocessed(kept(source), tmp_path / "nowhere"), "nowhere", "not there")
+    (tmp_path / "empty").mkdir()
+    refused(lambda: preprocessed(kept(source), tmp_path / "empty"), "no pictures")
+    grey = dict(kept(source), mode="L")
+    refused(lambda: preprocessed(grey, tmp_path / "b" / "07.png"), "07.png", "mode RGB", "L")
+
+
+def test_new_arrays(tmp_path: Path) -> None:
+    x = RNG.integers(0, 256, (20, 6, 5, 3), dtype=np.uint8)
+    path = npz(tmp_path, x=x, y=np.arange(20) % 2)
+    source = load(path)
+    same_rows(preprocessed(kept(source), path), source)
+    same_rows(preprocessed(kept(source), x), source)
+    same_rows(preprocessed(kept(source), np.moveaxis(x, 3, 1)), source)
+    refused(lambda: preprocessed(kept(source), np.ones((2, 7))), "(7,)", "(3, 6, 5)")
+    idx_folder(tmp_path)
+    source = load(str(tmp_path), validation=0)
+    pictures = np.arange(26, dtype=np.uint8)[:, None, None, None] * np.ones((1, 3, 4), np.uint8)
+    same_rows(preprocessed(kept(source), pictures), source)  # in [-1, 1]
+
+
 # --- owners ------------------------------------------------------------------------------------------------------
+
+
+def test_whole_numbers_are_features_unless_the_model_embeds_them() -> None:
+    x, y = np.arange(80).reshape(40, 2), np.arange(40) % 2
+    run: dict[str, Any] = {"algorithm": "psl", "clients": 2, "rounds": 1, "validation": 0, "test": 8}
+    source = Run(data=(x, y), model="mlp", **run).training.source
+    assert source.train.x.dtype == torch.float32
+    assert kept(source)["conversion"] == {"real": True}
+    assert preprocessed(kept(source), x).dtype == torch.float32
+    embedding = torch.nn.Sequential(torch.nn.Embedding(80, 4), torch.nn.Flatten(), torch.nn.Linear(8, 2))
+    assert Run(data=(x, y), model=embedding, cut="1", **run).training.source.train.x.dtype == torch.int64
+    small = torch.nn.Sequential(torch.nn.Embedding(60, 4), torch.nn.Flatten(), torch.nn.Linear(8, 2))
+    refused(
+        lambda: Run(data=(x, y), model=small, cut="1", **run),
+        "does not take",
+        "go up to 7",
+        "vocabulary",
+        error=ConfigError,
+    )
+    deep = np.full((40, 5, 4), 65535, np.uint16)
+    assert Run(data=(deep[:, None], y), model="cnn", **run).training.source.train.x.max() == 1
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])

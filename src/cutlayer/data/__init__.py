@@ -3,6 +3,7 @@
 from cutlayer.data.built_in import data_set
 from cutlayer.data.formats import Format, data_format
 from cutlayer.data.partitions import Partition, class_counts, partition, partition_scheme
+from cutlayer.data.preprocessed import preprocessed
 from cutlayer.data.samples import Samples, Source
 from cutlayer.data.sources import from_arrays, from_dataset, from_memory, load, load_whole
 from cutlayer.data.unsplit import Raw, Section
@@ -24,4 +25,5 @@ __all__ = [
     "load_whole",
     "partition",
     "partition_scheme",
+    "preprocessed",
 ]

@@ -26,12 +26,13 @@ IMPUTE = tuple(_FILL)
 @dataclass(frozen=True)
 class Conversion:
     """What becomes of inputs [n, ...]. `divisor`: of whole-number pixels (255 or 65535; None: they are not scaled);
-    `symmetric`: then from [0, 1] to [-1, 1]. A table has a `mean` and a deviation `std` for each column, and a value
-    to `fill` in where one is missing, if that was asked for.
+    `symmetric`: then from [0, 1] to [-1, 1]. `real`: other whole numbers become float32 too. A table has a `mean` and a
+    deviation `std` for each column, and a value to `fill` in where one is missing, if that was asked for.
     """
 
     divisor: int | None = None
     symmetric: bool = False
+    real: bool = False
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     fill: tuple[float, ...] | None = None
@@ -69,7 +70,7 @@ class Conversion:
         if self.divisor is not None:
             unit = torch.from_numpy(x.astype(np.float32, order="C")).div_(self.divisor)
             return unit.sub_(0.5).div_(0.5) if self.symmetric else unit
-        wanted = np.float32 if x.dtype.kind in "fb" else np.int64
+        wanted = np.float32 if self.real or x.dtype.kind in "fb" else np.int64
         return torch.from_numpy(np.array(x, dtype=wanted, order="C"))
 
 

@@ -114,6 +114,21 @@ class Source:
         parts = {name: getattr(self, name).to(device) for name in ("train", "validation", "test")}
         return replace(self, **parts)
 
+    def real(self, dtype: torch.dtype) -> Source:
+        """The same data set with inputs that are whole numbers as real ones."""
+
+        def change(samples: Samples) -> Samples:
+            return Samples(each(samples.inputs, lambda x: x if x.is_floating_point() else x.to(dtype)), samples.y)
+
+        conversion = {**self.preprocessing.get("conversion", {}), "real": True}
+        return replace(
+            self,
+            train=change(self.train),
+            validation=change(self.validation),
+            test=change(self.test),
+            preprocessing={**self.preprocessing, "conversion": conversion},
+        )
+
     def described(self) -> dict[str, Any]:
         """What is known of the data besides the rows, in plain values, for the folder of a run."""
         return {

@@ -151,7 +151,7 @@ def as_numbers(texts: Cells, *, decimal_comma: bool) -> Array | None:
     """The cells as numbers, NaN where one is missing; None if some are not numbers."""
     if isinstance(texts, np.ndarray) and texts.dtype.kind in "fiub":
         return texts.astype(np.float64)
-    words = ["nan" if _is_missing(text) else text.strip() for text in texts]
+    words = ["nan" if is_missing(text) else text.strip() for text in texts]
     if decimal_comma and all(w == "nan" or _DECIMAL_COMMA.fullmatch(w) for w in words):
         words = [word.replace(",", ".") for word in words]
     try:
@@ -169,7 +169,8 @@ def is_number(text: str) -> bool:
     return "_" not in text
 
 
-def _is_missing(text: str) -> bool:
+def is_missing(text: str) -> bool:
+    """Whether a text stands for a value that is not known."""
     return text.strip().lower() in _MISSING
 
 
@@ -180,7 +181,7 @@ def _numbers(sheet: Sheet, name: str, cells: Mapping[str, Cells]) -> dict[str, A
     if len(numbers) == len(found):
         return numbers
     places = [(part, row, str(text)) for part, texts in cells.items() for row, text in enumerate(texts)]
-    present = [place for place in places if not _is_missing(place[2])]
+    present = [place for place in places if not is_missing(place[2])]
     odd = [place for place in present if not is_number(place[2])]
     if len(odd) * 2 > len(present) or not odd:
         return None
@@ -199,7 +200,7 @@ def _refuse_missing(sheet: Sheet, name: str, cells: Mapping[str, Cells], impute:
         if isinstance(texts, np.ndarray) and texts.dtype.kind in "fiub":
             continue  # NaN: found by the check of all numbers
         for row, text in enumerate(texts):
-            if _is_missing(text) and text.strip().lower() != "nan":
+            if is_missing(text) and text.strip().lower() != "nan":
                 what = "empty" if not text.strip() else f"{text.strip()!r}, which stands for a missing value"
                 raise DataError(f"column {name!r} of {sheet.name}: {sheet.place(part, row)} is {what}; {_FILL}")
 
@@ -207,7 +208,7 @@ def _refuse_missing(sheet: Sheet, name: str, cells: Mapping[str, Cells], impute:
 def _categories(sheet: Sheet, name: str, cells: Mapping[str, Cells], impute: str | None) -> list[str]:
     """The texts of a column, each once, in order. Raises DataError if they are too many."""
     _refuse_missing(sheet, name, cells, impute)
-    words = [str(text).strip() for texts in cells.values() for text in texts if not _is_missing(str(text))]
+    words = [str(text).strip() for texts in cells.values() for text in texts if not is_missing(str(text))]
     found = sorted(set(words))
     if len(found) > _MOST_CATEGORIES or (len(found) > _FEW and 2 * len(found) > len(words)):
         raise DataError(

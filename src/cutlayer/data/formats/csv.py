@@ -100,10 +100,10 @@ def _counts(words: Sequence[str]) -> bool:
     return words == [str(int(words[0]) + row) for row in range(len(words))] if words[0].isdigit() else False
 
 
-def read_columns(path: Path) -> dict[str, list[str]]:
-    """The fields of a CSV file, by column."""
+def read_columns(path: Path) -> tuple[dict[str, list[str]], bool]:
+    """The fields of a CSV file, by column, and whether 1,5 can be a number there."""
     file = _read(path)
-    return {name: file.cells(name) for name in file.header}
+    return {name: file.cells(name) for name in file.header}, file.separator != ","
 
 
 def _read(path: Path) -> File:

@@ -55,7 +55,7 @@ class Images(Sized):
         parts: dict[str, _Part] = {part: _part(folders[part]) for part in order if part in folders}
         names = sorted({name for part in parts.values() for name in part.labels})
         _refuse_other_classes(path, parts)
-        pictures = stack_pictures({part: _opened(found.files) for part, found in parts.items()}, self.resize)
+        pictures = stack_pictures({part: opened(found.files) for part, found in parts.items()}, self.resize)
         sections = {
             part: Section(pictures.x[part], np.array([names.index(label) for label in found.labels], np.int64))
             for part, found in parts.items()
@@ -134,6 +134,14 @@ def _refuse_other_classes(folder: Path, parts: dict[str, _Part]) -> None:
         raise DataError(f"{folder} has several spellings of the class {twice!r}: rename its folders alike")
 
 
+def picture_files(path: Path) -> list[Path]:
+    """The picture, or all pictures in a folder, in order. Raises DataError if there are none."""
+    if not path.exists():
+        raise DataError(f"{str(path)!r} is not there: name a picture or a folder of them")
+    files = [path] if path.is_file() else [file for file in sorted(path.rglob("*")) if _counts(file, path)]
+    return [file for file in files if file == path or _is_picture(file)]
+
+
 def _subfolders(folder: Path) -> list[Path]:
     return sorted(sub for sub in folder.iterdir() if sub.is_dir() and not sub.name.startswith("."))
 
@@ -164,7 +172,7 @@ def _split_folders(folder: Path) -> dict[str, Path]:
     return splits
 
 
-def _opened(files: Iterable[Path]) -> Iterator[tuple[str, Image]]:
+def opened(files: Iterable[Path]) -> Iterator[tuple[str, Image]]:
     """Each picture, while its file is open."""
     from PIL import Image
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from cutlayer.data.formats.reader import Format, data_format
 from cutlayer.data.unsplit import Array, Raw, Section
-from cutlayer.errors import DataError
+from cutlayer.errors import DataError, unknown
 
 
 @data_format(
@@ -28,21 +28,70 @@ class Npz(Format):
         return path.is_file() and path.suffix.lower() == ".npz"
 
     def read(self, path: Path) -> Raw:
-        """Arrays x, y (and client), or x_train, y_train (and client_train); x_validation, x_test and their y if any.
+        """Arrays x, y (and client), or x_train, y_train (and client_train); x_validation, x_test and so on if any. The
+        names may be in any case, and those of MedMNIST (train_images, ...). Other arrays are left out.
 
         Inputs [n, h, w] that are not integer tokens get a channel axis: [n, 1, h, w]. Inputs [n, h, w, c] with c in
         (1, 3, 4) become [n, c, h, w], unless the second axis has such a size too: then they are taken as [n, c, h, w].
         """
-        arrays = _npz_arrays(path)
+        found = _npz_arrays(path)
+        arrays, left_out = _known(path, found)
         suffix = "_train" if "x_train" in arrays else ""
         train = _npz_part(path, arrays, suffix)
         if train is None:
             raise DataError(
-                f"{path} has no array 'x' or 'x_train' but {sorted(arrays)}: save np.savez(path, x=..., y=...)"
+                f"{path} has no array 'x' or 'x_train' but {sorted(found)}: save np.savez(path, x=..., y=...)"
             )
-        validation = _npz_part(path, arrays, "_validation") or _npz_part(path, arrays, "_val")
-        test = _npz_part(path, arrays, "_test")
-        return Raw(path.stem, train, validation, test, client=arrays.get(f"client{suffix}"))
+        owners = {part: arrays.pop(f"client_{part}", None) for part in ("validation", "test")}
+        if "client" in arrays and suffix:
+            raise DataError(f"{path} has 'client' beside 'x_train': call it client_train")
+        return Raw(
+            path.stem,
+            train,
+            _npz_part(path, arrays, "_validation"),
+            _npz_part(path, arrays, "_test"),
+            client=arrays.get(f"client{suffix}"),
+            validation_client=owners["validation"],
+            test_client=owners["test"],
+            left_out=(f"the array{'s' if len(left_out) > 1 else ''} {', '.join(left_out)}",) if left_out else (),
+        )
+
+    def inputs(self, path: Path) -> Array:
+        """The inputs alone: those of x, or of x_test."""
+        arrays, _ = _known(path, _npz_arrays(path))
+        if not {"x", "x_test"} & set(arrays):
+            raise DataError(f"{path} has no array 'x' or 'x_test': save np.savez(path, x=...)")
+        return channels_first(arrays["x" if "x" in arrays else "x_test"])
+
+
+_ROLES = {"x": "x", "y": "y", "client": "client", "images": "x", "labels": "y", "clients": "client"}
+_PARTS = {"": "", "train": "_train", "val": "_validation", "validation": "_validation", "test": "_test"}
+
+
+def _known(path: Path, found: Mapping[str, Array]) -> tuple[dict[str, Array], list[str]]:
+    """The arrays by the names that `Npz.read` gives them, and the names of those that are left out.
+
+    Raises DataError for two arrays in one role, and for one that is left out but called like one in some role.
+    """
+    arrays: dict[str, Array] = {}
+    called: dict[str, str] = {}
+    left_out = []
+    for name, array in found.items():
+        words = name.lower().split("_")
+        role = next((_ROLES[word] for word in words if word in _ROLES), None)
+        part = next((_PARTS[word] for word in words if word in _PARTS), "")
+        if role is None and not set(words) & set(_PARTS):
+            left_out.append(repr(name))
+            continue
+        if role is None or len(words) > 2 or (len(words) == 2 and not part):
+            raise DataError(f"{path} has an array {name!r}: {unknown('array', name, _NAMES)}; rename or remove it")
+        if role + part in called:
+            raise DataError(f"{path} has both {called[role + part]!r} and {name!r}: keep one")
+        arrays[role + part], called[role + part] = array, name
+    return arrays, left_out
+
+
+_NAMES = [role + part for part in dict.fromkeys(_PARTS.values()) for role in ("x", "y", "client")]
 
 
 def _npz_arrays(path: Path) -> dict[str, Array]:
@@ -79,7 +128,7 @@ def _npz_part(path: Path, arrays: Mapping[str, Array], suffix: str) -> Section |
 
 def channels_first(x: Array) -> Array:
     """Pictures [n, h, w] or [n, h, w, c] as [n, c, h, w]; integer tokens and everything else as they are."""
-    if x.ndim == 3 and (x.dtype == np.uint8 or x.dtype.kind in "fb"):
+    if x.ndim == 3 and (x.dtype in (np.uint8, np.uint16) or x.dtype.kind in "fb"):
         return x[:, None]  # [n, 1, h, w]
     if x.ndim == 4 and x.shape[3] in (1, 3, 4) and x.shape[1] not in (1, 3, 4):
         return np.moveaxis(x, 3, 1)  # [n, c, h, w]
