@@ -594,6 +594,10 @@ def _wrong_label(message: Any, body: Any) -> tuple[Any, Any]:
     return message, encode([torch.zeros(message.rows, 128), torch.full((message.rows,), 10)])
 
 
+def _negative_label(message: Any, body: Any) -> tuple[Any, Any]:
+    return message, encode([torch.zeros(message.rows, 128), torch.full((message.rows,), -1)])
+
+
 def _many_rows(message: Any, body: Any) -> tuple[Any, Any]:
     return m.SmashedUp(message.step, 9), encode([torch.zeros(9, 128), torch.zeros(9, dtype=torch.int64)])
 
@@ -602,7 +606,7 @@ def _no_tensors(message: Any, body: Any) -> tuple[Any, Any]:
     return message, [b"\x07" * 64]
 
 
-@pytest.mark.parametrize("faulty", [_nan, _wrong_shape, _wrong_label, _many_rows, _no_tensors])
+@pytest.mark.parametrize("faulty", [_nan, _wrong_shape, _wrong_label, _negative_label, _many_rows, _no_tensors])
 def test_a_faulty_client_is_excluded(faulty: Callable[[Any, Any], tuple[Any, Any]]) -> None:
     """What it sent is in no step; the others go on; it cannot come back; the record says why."""
     told: list[tuple[str, Mapping[str, Any]]] = []

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,10 +18,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cutlayer import ConfigError, DataError, Run, RunConfig, Samples, Source, plugins
-from cutlayer.gradients import own
+from cutlayer.algorithms import Algorithm, algorithm
+from cutlayer.algorithms.common import report
+from cutlayer.cohort import Cohort
+from cutlayer.gradients import means, own
+from cutlayer.server import Server
 from cutlayer.tasks import Task
 from cutlayer.testing import train_in_memory
-from cutlayer.types import Smashed
+from cutlayer.types import Round, Smashed, Step
+from cutlayer.verbs import BACKWARD, FORWARD, TAIL
 
 SIZES = (10, 6, 7)
 OWNERS = torch.repeat_interleave(torch.arange(3), torch.tensor(SIZES))
@@ -181,7 +187,7 @@ def model_of(case: Case) -> nn.Module:
     return case.model().double()
 
 
-def trained(case: Case, algorithm: str, engine: str = "local", **options: Any) -> Run:
+def trained(case: Case, algorithm: Any, engine: str = "local", **options: Any) -> Run:
     settings = dict(
         algorithm=algorithm,
         engine=engine,
@@ -197,11 +203,24 @@ def trained(case: Case, algorithm: str, engine: str = "local", **options: Any) -
         **case.options,
     )
     settings |= options
-    if plugins.find("algorithm", algorithm).name == "ussl":
+    if algorithm in ("ussl", SeveralTails):
         settings["tail_cut"] = "3"
     run = Run(model=model_of(case), data=source_of(case), **settings)
     run.losses = [record.loss for record in run]  # type: ignore[attr-defined]
     return run
+
+
+@algorithm("several-tails", title="Several tails", needs={FORWARD, TAIL, BACKWARD})
+class SeveralTails(Algorithm):
+    """The tails of several U-shaped clients finish one step of the server."""
+
+    def round(self, server: Server, clients: Cohort, this: Round) -> Iterator[Step]:
+        """One local epoch."""
+        while smashed := clients.forward(labels=False):
+            features = replace(smashed, rows=server.forward(smashed))
+            step = server.backward(smashed, clients.tail(features))
+            clients.backward(own(step.gradient, smashed))
+            yield report(step, smashed)
 
 
 def state_of(run: Run, client: int = 0) -> dict[str, Tensor]:
@@ -237,20 +256,22 @@ def test_one_client_is_plain_training(name: str) -> None:
         for p in net.parameters():
             p -= 0.1 * p.grad
     assert difference(run.training.clients.model_state(0), dict(net.state_dict())) < 1e-13
+    test = source_of(case).test
+    assert run.evaluations[-1].test_loss == pytest.approx(case.loss(net(test.x), test.y).item(), rel=1e-11)
     alone = torch.zeros(ROWS, dtype=torch.long)
-    for algorithm in ("psl", "ssl", "sglr", "sflv1", "sflv2", "fl", "ussl"):
+    for other in ("psl", "ssl", "sglr", "sflv1", "sflv2", "fl", "ussl"):
         same = {"clients": 1, "rounds": 1, "batch": ROWS, "partition": "iid"}
-        settings = {**same, **({"tail_cut": "3"} if algorithm == "ussl" else {})}
+        settings = {**same, **({"tail_cut": "3"} if other == "ussl" else {})}
         one = Run(
             RunConfig.of({
-                **settings, "algorithm": algorithm, "task": case.task, "cut": "1", "precision": "float64",
+                **settings, "algorithm": other, "task": case.task, "cut": "1", "precision": "float64",
                 "client_optimizer": "sgd", "client_lr": 0.1, **case.options,
             }),
             model=model_of(case),
             data=source_of(case, alone),
         )  # fmt: skip
         one.run()
-        assert difference(state_of(one), dict(net.state_dict())) < 1e-13, algorithm
+        assert difference(state_of(one), dict(net.state_dict())) < 1e-13, other
 
 
 @pytest.mark.parametrize("algorithm", ["psl", "sglr", "sfl", "sflv1", "fl"])
@@ -279,9 +300,9 @@ def numbers(metrics: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("algorithm", ["psl", "sglr", "ussl", "sflv1", "fl"])
+@pytest.mark.parametrize("algorithm", ["psl", "sglr", "ussl", SeveralTails, "sflv1", "fl"])
 @pytest.mark.parametrize("name", ["class weights", "binary", "multilabel", "huber", "ignored pixels", "next token"])
-def test_remote_is_local(name: str, algorithm: str) -> None:
+def test_remote_is_local(name: str, algorithm: Any) -> None:
     case = CASES[name]
     near = trained(case, algorithm)
     config = near.config
@@ -347,6 +368,31 @@ def test_own_gradients_are_of_own_weighted_means() -> None:
         torch.testing.assert_close(gradients.for_client(k, len(mine))[0], alone[0], rtol=1e-11, atol=1e-15)
 
 
+@pytest.mark.parametrize("engine", ["local", "stacked"])
+def test_a_step_reports_weighted_means(engine: str) -> None:
+    """Of all rows, and of each client's."""
+    case, data = CASES[UNEQUAL], source_of(CASES[UNEQUAL]).train
+    outputs = model_of(case)(data.x)
+    wanted = [case.loss(outputs, data.y)]
+    wanted += [case.loss(o, y) for o, y in zip(outputs.split(SIZES), data.y.split(SIZES), strict=True)]
+    for name in ("psl", "sflv1", "fl"):
+        run = trained(case, name, engine, rounds=1, batch=10)
+        t = Run(run.config, model=model_of(case), data=source_of(case)).training
+        step = next(t.algorithm.round(t.server, t.clients, t.clients.begin_round(0, 1, 1.0)))
+        assert [step.loss, *step.losses] == pytest.approx([loss.item() for loss in wanted], rel=1e-11), name
+
+
+def test_made_up_rows_count_as_those_of_clients() -> None:
+    case = CASES["class weights"]
+    run = trained(case, "psl", rounds=1, batch=10)
+    one, other = (Run(run.config, model=model_of(case), data=source_of(case)).training for _ in range(2))
+    one.clients.begin_round(0, 1, 1.0)
+    smashed = one.clients.forward()
+    step = one.server.step(smashed)
+    assert other.server.step_on(smashed.rows, smashed.labels).item() == step.means[0].item()
+    assert difference(one.server.model.state_dict(), other.server.model.state_dict()) == 0
+
+
 def test_a_row_that_counts_nothing_changes_nothing() -> None:
     """A client none of whose rows counts gets a gradient of zero, and nothing divides by zero."""
     case = CASES["tokens"]
@@ -356,6 +402,11 @@ def test_a_row_that_counts_nothing_changes_nothing() -> None:
     before = {k: v.clone() for k, v in run.training.clients.model_state(1).items()}
     assert all(math.isfinite(record.loss) for record in run)
     assert difference(run.training.clients.model_state(1), before) == 0
+
+
+def test_losses_of_rows_that_count_nothing_are_none() -> None:
+    nothing = torch.zeros(3, dtype=torch.float64)
+    assert means(torch.ones(3, dtype=torch.float64), (1, 2), nothing).tolist() == [0, 0, 0]
 
 
 def test_balanced_classes_count_by_their_frequency() -> None:
@@ -391,6 +442,21 @@ def test_auxiliary_heads_have_weights() -> None:
     torch.testing.assert_close(task.row_losses((main, extra), y).mean(), wanted)
     with pytest.raises(ConfigError, match="auxiliary_weights has 1 numbers, but the model gives 0 outputs beside"):
         task.row_losses((main,), y)
+
+
+def test_a_count_is_predicted_not_its_logarithm() -> None:
+    task: Task = plugins.load("task", "regression").of({"loss": "poisson"})
+    counts = torch.tensor([1.0, 4.0, 2.5])
+    torch.testing.assert_close(task.predictions(counts.log()), counts)
+
+
+def test_which_score_is_best() -> None:
+    """The largest accuracy, the smallest error; not one that is not defined."""
+    scores = [0.5, None, math.nan, 0.8, 0.1]
+    accuracy, error = (plugins.load("task", name)() for name in ("classification", "regression"))
+    assert max(scores, key=accuracy.rank) == 0.8
+    assert max(scores, key=error.rank) == 0.1
+    assert [max([None, bad, 0.0], key=error.rank) for bad in (math.nan, math.inf)] == [0.0] * 2
 
 
 # Bad input
