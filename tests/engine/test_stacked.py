@@ -116,6 +116,17 @@ def test_optimizers(optimizer: str, algorithm: str) -> None:
     assert worst(a, b) < 1e-10
 
 
+@pytest.mark.parametrize("algorithm", ["sglr", "fl", "sflv1"])
+def test_gradient_ascent(algorithm: str) -> None:
+    """Gradient descent, but for its sign."""
+    cut = {} if algorithm == "fl" else {"cut": "2"}
+    a, b = both(
+        6, algorithm=algorithm, model=make(mlp), data=source([10, 5, 7], (6,)), clients=3,
+        **small(client_optimizer="sgd", client_optimizer_options={"maximize": True}, **cut),
+    )  # fmt: skip
+    assert worst(a, b) < 1e-10
+
+
 class Twice(nn.Module):
     """One layer used twice: the gradient of its weights comes in two parts."""
 
