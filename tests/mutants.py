@@ -236,7 +236,7 @@ MUTANTS = [
     # The ledger
     M("broadcast saves all", "ledger", "count * (len(clients) - 1)", "count * len(clients)"),
     M("every common gradient in the paper's count", "ledger", "0 if self._common_seen else count // rows", "count // rows"),
-    M("one common gradient in all rounds", "ledger", "self._common_seen = False", "pass", "this = self.inner.begin_round(index, total, lr_factor)"),
+    M("one common gradient in all rounds", "ledger", "self._common_seen = False", "pass", "Participants that missed an averaging fetch the averaged model first."),
     M("paper's count with unicast copies", "ledger", "count - self._common + self._common_once", "count + self._common_once"),
     M("nobody is late", "ledger", "self._stale = set(range(len(self.samples))) - set(averaged)", "self._stale = set()"),
     M("the late fetch again and again", "ledger", "self._stale -= set(late)", "pass"),
