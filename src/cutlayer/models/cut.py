@@ -4,7 +4,7 @@
     logits = parts.server(parts.client(x))          # == model(x)
 
 The cut lies after the last operation that is executed inside the named module. Three methods are tried in order:
-tracing with `torch.fx` (`trace.py`), replaying (`hooks.py`) and tracing with `torch.export`. A result is accepted only
+tracing with `torch.fx` (`trace.py`), replaying (`hooks.py`) and tracing by running (`tape.py`). A result is accepted only
 after the proof: in training and in evaluation, for two batch sizes, the parts give the logits, the gradients of all
 parameters and the buffers (batch norm statistics) that the whole model gives.
 
@@ -19,50 +19,72 @@ from __future__ import annotations
 import contextlib
 import copy
 import difflib
+import math
 import random
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cutlayer.errors import CutError, unknown
 from cutlayer.models.hooks import listen, split_by_hooks
-from cutlayer.models.parts import CannotCutError, Crossing, Part, Parts, PassThrough, one_line
+from cutlayer.models.parts import (
+    CannotCutError,
+    Crossing,
+    Example,
+    Inputs,
+    Part,
+    Parts,
+    PassThrough,
+    SharedWeightError,
+    state_names,
+    taken_apart,
+)
+from cutlayer.models.prepared import prepared, untied
 from cutlayer.models.proof import check_names, describe, protect, prove
-from cutlayer.models.trace import Traced, is_within_layer, split_by_export, split_by_trace
+from cutlayer.models.tape import split_by_tape
+from cutlayer.models.trace import Traced, is_within_layer, split_by_trace
 from cutlayer.seeds import torch_seeded
 
 INPUT, OUTPUT = "input", "output"
 Result = TypeVar("Result")
-Method = tuple[str, Callable[[nn.Module, Sequence[str], Tensor], list[Part]]]
+Split = Callable[[nn.Module, Sequence[str], Inputs], list[Part]]
+Method = tuple[str, Split]
 _METHODS: tuple[Method, ...] = (
     ("fx", split_by_trace),
     ("hooks", split_by_hooks),
-    ("export", split_by_export),
+    ("tape", split_by_tape),
 )
 _ROWS = 4  # rows of the example that are used: enough for batch statistics
 _TRIES = 40  # names that `cut_points` tries
 _HINTS = 8  # names that an error message tries
+_PATIENCE = 1.5  # seconds after which it tries no more
 
 
-def cut(model: nn.Module, at: str | Sequence[str], example: Tensor) -> Parts:
+def cut(model: nn.Module, at: str | Sequence[str], example: Example, *, untie: bool = False) -> Parts:
     """Cut `model` after the module called `at` (client | server), or after two (client | server | tail, U-shaped).
 
     Names are those of `model.named_modules()`; also "input" (the whole model at the server) and "output" (the whole
-    model at the client). `example` [R >= 2, ...] is a batch of the data: samples of the shape that will be trained on.
+    model at the client). `example` [R >= 2, ...] is a batch of the data, of samples of the shape that will be trained
+    on: a tensor, a tuple of tensors (positional arguments) or a dict of them (keyword arguments).
 
     The parts own copies of the parameters, under their original names, which they share out among them; the model is
-    left as it is. Raises CutError, with the reason and names that work.
+    left as it is. A weight that has several names may serve both ends of a U-shape; with `untie`, one that is used on
+    both sides of a cut becomes one of its own for each side. Raises CutError, with the reason and names that work.
     """
     names = (at,) if isinstance(at, str) else tuple(at)
-    _check(model, names, example)
+    x = _inputs(example)
     with _undisturbed():
+        model, names = prepared(model, names, x)
+        _check(model, names)
+        x = x.first(_ROWS)
         try:
-            return _cut(model, names, example[:_ROWS].detach(), _METHODS)
+            return _cut(model, names, x, _METHODS, untie)
         except CannotCutError as reason:
-            others = _alternatives(model, names, example)
+            others = _alternatives(model, names, x)
             raise CutError(
                 f"cannot cut {type(model).__name__} at {_quoted(names)}: {reason}. "
                 + (
@@ -73,22 +95,33 @@ def cut(model: nn.Module, at: str | Sequence[str], example: Tensor) -> Parts:
             ) from None
 
 
-def cut_points(model: nn.Module, example: Tensor) -> list[str]:
+def cut_points(model: nn.Module, example: Example) -> list[str]:
     """Names at which `model` can be cut in two, in the order of `named_modules()`.
 
     Direct children are tried first, then the modules inside them, up to 40 names in all.
     """
+    x = _inputs(example)
     with _undisturbed():
-        return _working(model, _by_depth(model)[:_TRIES], example, _METHODS)
+        model, _ = prepared(model, (), x)
+        return _working(model, _by_depth(model)[:_TRIES], x.first(_ROWS), _METHODS)
 
 
-def cut_unproved(model: nn.Module, at: str, example: Tensor) -> Parts:
+def _inputs(example: Example) -> Inputs:
+    """The batch. Raises CutError."""
+    x = Inputs.of(example)
+    if not x.rows or any(row.dim() < 1 for row in x.rows) or len({len(row) for row in x.rows}) > 1 or len(x) < 2:
+        shapes = ", ".join(str(list(row.shape)) for row in x.rows) or "no tensor"
+        raise CutError(f"the example has shape {shapes}: give a batch of at least two samples, in all its tensors alike")
+    return x
+
+
+def cut_unproved(model: nn.Module, at: str, example: Example) -> Parts:
     """Cut in two a model on the meta device, which has shapes and no values, and so no proof: tracing, then replaying.
 
     `example` [R >= 2, ...] is on the meta device too. All else as `cut`: crossings, parameters and refusals are those
     of the same model with values, but for what only values can tell.
     """
-    _check(model, (at,), example)
+    _check(model, (at,))
     cuts = UnprovedCuts(model, (at,), example)
     try:
         return cuts.at(at)
@@ -99,8 +132,8 @@ def cut_unproved(model: nn.Module, at: str, example: Tensor) -> Parts:
 class UnprovedCuts:
     """Cuts of one model on the meta device, each as `cut_unproved` makes it. What they share is done once."""
 
-    def __init__(self, model: nn.Module, names: Sequence[str], example: Tensor) -> None:
-        self.model, self.x = model, example[:_ROWS].detach()
+    def __init__(self, model: nn.Module, names: Sequence[str], example: Example) -> None:
+        self.model, self.x = model, _inputs(example).first(_ROWS)
         inner = [_canonical(model, name) for name in names if name not in (INPUT, OUTPUT)]
         # To see inside torch's own layers changes the trace, and may make it impossible.
         self._names = {within: [n for n in inner if is_within_layer(model, n) == within] for within in (True, False)}
@@ -137,7 +170,7 @@ class UnprovedCuts:
     def _trace(self, name: str) -> Traced:
         within = is_within_layer(self.model, name)
         if within not in self._traced:
-            traced = Traced(_private(self.model), self._names[within], self.x)
+            traced = Traced(copy.deepcopy(self.model), self._names[within], self.x)
             try:
                 traced.run()
                 self._traced[within] = traced
@@ -148,10 +181,10 @@ class UnprovedCuts:
     def _replay(self, names: list[str]) -> list[Part]:
         if self._heard is None:
             try:
-                self._heard = listen(_private(self.model), self.x)
+                self._heard = listen(copy.deepcopy(self.model), self.x)
             except CannotCutError as reason:
                 self._heard = reason
-        return split_by_hooks(_private(self.model), names, self.x, _or_raise(self._heard))
+        return split_by_hooks(copy.deepcopy(self.model), names, self.x, _or_raise(self._heard))
 
 
 def _or_raise(result: Result | CannotCutError) -> Result:
@@ -160,12 +193,21 @@ def _or_raise(result: Result | CannotCutError) -> Result:
     return result
 
 
-def _cut(model: nn.Module, names: tuple[str, ...], x: Tensor, methods: Sequence[Method]) -> Parts:
+def _cut(model: nn.Module, names: tuple[str, ...], x: Inputs, methods: Sequence[Method], untie: bool = False) -> Parts:
     """Raises CannotCutError with the reasons of every method."""
+    try:
+        return _cut_as_it_is(model, names, x, methods)
+    except SharedWeightError as shared:
+        if not untie or len(shared.names) < 2:
+            raise
+        return _cut(untied(model, shared.names), names, x, methods, untie)
+
+
+def _cut_as_it_is(model: nn.Module, names: tuple[str, ...], x: Inputs, methods: Sequence[Method]) -> Parts:
     inner = [_canonical(model, name) for name in names if name not in (INPUT, OUTPUT)]
 
-    def pieces(split: Callable[[nn.Module, Sequence[str], Tensor], list[Part]]) -> Callable[[], list[Part]]:
-        return lambda: split(_private(model), inner, x)
+    def pieces(split: Split) -> Callable[[], list[Part]]:
+        return lambda: split(copy.deepcopy(model), inner, x)
 
     def crossings(found: list[Part]) -> list[tuple[Crossing, ...]]:
         return prove(model, found, x, inputs_may_cross=names[0] == INPUT)
@@ -177,27 +219,52 @@ def _cut(model: nn.Module, names: tuple[str, ...], x: Tensor, methods: Sequence[
 def _first_that_works(
     model: nn.Module,
     names: Sequence[str],
-    x: Tensor,
+    x: Inputs,
     methods: Sequence[tuple[str, Callable[[], list[Part]]]],
     crossings: Callable[[list[Part]], list[tuple[Crossing, ...]]],
 ) -> Parts:
     """The parts of the first of `methods` whose pieces pass what `crossings` asks of them. Raises CannotCutError with
     the reasons of every method.
     """
-    reasons = []
+    reasons: list[tuple[str, CannotCutError]] = []
     for method, split in methods:
         try:
             pieces = [PassThrough()] * (names[0] == INPUT) + split() + [PassThrough()] * (names[-1] == OUTPUT)
-            for i, piece in enumerate(pieces):
-                piece.is_last_part = i == len(pieces) - 1
-                piece.train(model.training)
-            protect(pieces, x)
+            _finish(model, pieces, x)
             return _parts(pieces, crossings(pieces), method)
         except CannotCutError as reason:
-            reasons.append((method, str(reason)))
-    if len({reason for _, reason in reasons}) == 1:
-        raise CannotCutError(reasons[0][1])
+            reasons.append((method, reason))
+    if shared := [reason for _, reason in reasons if isinstance(reason, SharedWeightError)]:
+        raise shared[0]
+    if len({str(reason) for _, reason in reasons}) == 1:
+        raise CannotCutError(str(reasons[0][1]))
     raise CannotCutError("; ".join(f"{method}: {reason}" for method, reason in reasons))
+
+
+def _finish(model: nn.Module, pieces: list[Part], x: Inputs) -> None:
+    """Tell the parts their places, and have the ends of a U-shape share what they have in common."""
+    for i, piece in enumerate(pieces):
+        piece.is_last_part = i == len(pieces) - 1
+        piece.train(model.training)
+    pieces[0].argument_names = x.names
+    with torch.no_grad():
+        _, pieces[-1].structure = taken_apart(x.run(copy.deepcopy(model).eval()))
+    if len(pieces) == 3:
+        _share(model, pieces[0], pieces[2])
+    protect(pieces, x)
+
+
+def _share(model: nn.Module, client: nn.Module, tail: nn.Module) -> None:
+    """Parameters that are one and the same in the model are so again, at the client's two ends."""
+    first: dict[int, nn.Parameter] = {}
+    for name, parameter, _ in state_names(model):
+        module, _, key = name.rpartition(".")
+        for part in (client, tail):
+            with contextlib.suppress(AttributeError):
+                owner = part.get_submodule(module)
+                own = owner._parameters.get(key)
+                if own is not None:
+                    owner._parameters[key] = first.setdefault(id(parameter), own)
 
 
 def _parts(pieces: list[Part], crossings: list[tuple[Crossing, ...]], method: str) -> Parts:
@@ -207,16 +274,6 @@ def _parts(pieces: list[Part], crossings: list[tuple[Crossing, ...]], method: st
     return Parts(client, server, None, crossings[0], method)
 
 
-def _private(model: nn.Module) -> nn.Module:
-    """A copy that a method may take apart, without the gradients."""
-    try:
-        model = copy.deepcopy(model)
-    except Exception as error:  # the user's classes: anything can come out
-        raise CannotCutError(f"the model cannot be copied ({one_line(error)})") from error
-    model.zero_grad(set_to_none=True)
-    return model
-
-
 def _canonical(model: nn.Module, name: str) -> str:
     """The first of a module's names."""
     module = model.get_submodule(name)
@@ -224,8 +281,8 @@ def _canonical(model: nn.Module, name: str) -> str:
     return next(names)
 
 
-def _check(model: nn.Module, names: tuple[str, ...], example: Tensor) -> None:
-    """Raises CutError for names that the model does not have, too many of them, or an example that is no batch."""
+def _check(model: nn.Module, names: tuple[str, ...]) -> None:
+    """Raises CutError for names that the model does not have, or too many of them."""
     if len(names) not in (1, 2):
         raise CutError(f"cut at {names!r}: give one name (client | server) or two (client | server | tail)")
     if len(names) == 2 and (names[0] in (names[1], OUTPUT) or names[1] == INPUT):
@@ -234,8 +291,6 @@ def _check(model: nn.Module, names: tuple[str, ...], example: Tensor) -> None:
     for name in names:
         if name not in (INPUT, OUTPUT, *known):
             raise CutError(unknown("module", name, [INPUT, *_worth_listing(name, model, known), OUTPUT]))
-    if example.dim() < 1 or len(example) < 2:
-        raise CutError(f"the example has shape {list(example.shape)}: give a batch of at least two samples")
 
 
 def _worth_listing(name: str, model: nn.Module, known: list[str]) -> list[str]:
@@ -245,18 +300,23 @@ def _worth_listing(name: str, model: nn.Module, known: list[str]) -> list[str]:
     return [*(child for child, _ in model.named_children()), *(c for c in close if "." in c)]
 
 
-def _alternatives(model: nn.Module, names: tuple[str, ...], example: Tensor) -> list[str]:
+def _alternatives(model: nn.Module, names: tuple[str, ...], x: Inputs) -> list[str]:
     """A few names that work: around the one that does not, then among the direct children."""
     near = [up for name in names if "." in name for up in (name.rpartition(".")[0],)]
     tried = [name for name in (*near, *(child for child, _ in model.named_children())) if name not in names]
-    return _working(model, list(dict.fromkeys(tried))[:_HINTS], example, _METHODS[:2])  # the fast ones
+    return _working(model, list(dict.fromkeys(tried))[:_HINTS], x, _METHODS, _PATIENCE)
 
 
-def _working(model: nn.Module, names: Iterable[str], example: Tensor, methods: Sequence[Method]) -> list[str]:
-    working = set()
+def _working(
+    model: nn.Module, names: Iterable[str], x: Inputs, methods: Sequence[Method], seconds: float = math.inf
+) -> list[str]:
+    """Those of `names` that work, as far as they can be tried in so many seconds."""
+    working, begin = set(), time.monotonic()
     for name in names:
+        if time.monotonic() - begin > seconds:
+            break
         with contextlib.suppress(CannotCutError):
-            _cut(model, (name,), example[:_ROWS].detach(), methods)
+            _cut(model, (name,), x, methods)
             working.add(name)
     return [name for name, _ in model.named_modules() if name in working]
 

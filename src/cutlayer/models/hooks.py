@@ -3,6 +3,9 @@
 The first part stops where the cut module gives its output (a forward hook raises). A later part runs from the start
 with a made-up input: stand-ins give made-up tensors of the recorded shapes for the layers of earlier parts, and the
 cut module gives what was received. Nothing of the made-up values may reach the result: the proof follows them.
+A layer whose result depends on neither the data nor parameters (rotary positions) runs again in later parts.
+
+Of what the cut module gives, only the tensors that the later part uses cross, and one that comes twice crosses once.
 
 Works for models that `torch.fx` cannot trace (Hugging Face's, `nn.TransformerEncoder`, control flow on shapes).
 """
@@ -11,7 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,22 +25,25 @@ from torch.utils import _pytree as pytree
 from cutlayer.errors import CutError
 from cutlayer.models.parts import (
     CannotCutError,
+    Inputs,
     Part,
+    SharedWeightError,
     batch_dimension,
     fill_owners,
-    logits,
     one_line,
     state_names,
     storage_of,
+    taken_apart,
     tensors_in,
 )
 from cutlayer.types import Rows
 
 _REPEATS = 7  # more recordings in training
+_LARGE = 10_000_000  # parameters
 
 
 def split_by_hooks(
-    model: nn.Module, names: Sequence[str], x: Tensor, heard: dict[bool, list[_Call]] | None = None
+    model: nn.Module, names: Sequence[str], x: Inputs, heard: dict[bool, list[_Call]] | None = None
 ) -> list[Part]:
     """The parts of `model` cut after each of `names` (none: the whole model as one part). Raises CannotCutError.
 
@@ -45,6 +51,9 @@ def split_by_hooks(
     """
     record = _Record(model, names, x, heard or listen(model, x))
     owners = _owners(model, names, x, record)
+    record.outputs = [
+        template.only(_used(model, names, k, x, template)) for k, template in enumerate(record.outputs)
+    ]
     return [_ReplayedPart(model, names, k, record, owners) for k in range(len(names) + 1)]
 
 
@@ -89,14 +98,14 @@ class _Call:
     end: int = -1
     output: Any = None
     final: bool = False  # it gave what the model gives
+    fixed: bool = False  # what it gave depends on neither the data nor parameters, and it drew nothing
 
 
 class _Record:
     """Which modules run in which part, in training and in evaluation, and what they give."""
 
-    def __init__(self, model: nn.Module, names: Sequence[str], x: Tensor, heard: dict[bool, list[_Call]]) -> None:
-        self.names = names
-        self.batch, self.sample, self.input_dtype = len(x), tuple(x.shape[1:]), x.dtype
+    def __init__(self, model: nn.Module, names: Sequence[str], x: Inputs, heard: dict[bool, list[_Call]]) -> None:
+        self.names, self.inputs = names, x
         self.calls = heard
         if last := [call.name for calls in heard.values() for call in calls if call.name in names and call.final]:
             raise CannotCutError(f"nothing is computed after {last[0]!r}")
@@ -106,7 +115,12 @@ class _Record:
         outputs = [[self._cut_call(self.calls[t], n).output for n in names] for t in (True, False)]
         if outputs[0] != outputs[1]:
             raise CannotCutError("different tensors cross the cut in training and in evaluation")
-        self.outputs = outputs[0]
+        self.outputs: list[_Template] = outputs[0]
+
+    def runs_again(self, name: str, k: int) -> bool:
+        """Whether module `name`, of an earlier part, gives the same for all data, so that part k can run it again."""
+        found = [call for calls in self.calls.values() for call in calls if call.name == name]
+        return all(call.fixed for call in found) and any(self.made_up(name, k).values())
 
     def runs_in(self, name: str, k: int) -> bool:
         """Whether module `name` runs in part k, from start to end or in part."""
@@ -150,21 +164,23 @@ class _Record:
         return found[0]
 
 
-def listen(model: nn.Module, x: Tensor) -> dict[bool, list[_Call]]:
+def listen(model: nn.Module, x: Inputs) -> dict[bool, list[_Call]]:
     """Which modules run, in training and in evaluation, and what they give. Raises CannotCutError."""
     return {training: _calls(model, training, x) for training in (True, False)}
 
 
-def _calls(model: nn.Module, training: bool, x: Tensor) -> list[_Call]:
-    small, large = (_listen(model, training, batch) for batch in (x, torch.cat([x, x[:1]])))
+def _calls(model: nn.Module, training: bool, x: Inputs) -> list[_Call]:
+    small, large = (_listen(model, training, batch) for batch in (x, x.with_one_more()))
+    outputs = taken_apart(small[-1].output)[0]
     for call in small:
-        call.final = any(t is logits(small[-1].output) for t in tensors_in(call.output))
+        call.final = any(t is output for t in tensors_in(call.output) for output in outputs)
     # Once more with other random numbers: layers may be skipped by chance.
-    others = [large] + [_listen(model, training, x) for _ in range(_REPEATS if training else 0)]
+    others = [large] + [_listen(model, training, x) for _ in range(_repeats(model) if training else 0)]
     if any([c.name for c in small] != [c.name for c in other] for other in others):
         raise CannotCutError("which layers run depends on the batch, or on chance")
     for a, b in zip(small, large, strict=True):
         a.output = _template(a, b, len(x))
+        a.fixed = a.fixed and b.fixed
     return small
 
 
@@ -174,23 +190,37 @@ def _template(a: _Call, b: _Call, batch: int) -> _Template:
     if spec != other:
         return _Template(None, (), f"what {a.name!r} gives depends on the batch")
     leaves: list[Any] = []
+    places: list[Any] = []
     for small, large in zip(left, right, strict=True):
         if isinstance(small, Tensor) and not small.is_nested:
             leaves.append(_Made(tuple(small.shape), tuple(large.shape), small.dtype, batch))
+            places.append((_place(small), _place(large)))
         elif isinstance(small, (int, float, str, bool, type(None))) and small == large:
             leaves.append(small)
         else:
             return _Template(None, (), f"{a.name!r} gives a {type(small).__name__}, which cannot be sent")
-    return _Template(spec, tuple(leaves))
+    first = tuple(places.index(place) for place in places)
+    return _Template(spec, tuple(leaves), first=first, crossing=tuple(sorted(set(first))))
+
+
+def _place(tensor: Tensor) -> Any:
+    """Equal for two tensors that are one and the same."""
+    return storage_of(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 @dataclass(frozen=True)
 class _Template:
-    """The structure of a module's output, with `_Made` for its tensors; or why it cannot be described."""
+    """The structure of a module's output, with `_Made` for its tensors; or why it cannot be described.
+
+    Of its tensors, counted in order, `first` says for each which is the first that is the same one, and `crossing`
+    which are sent.
+    """
 
     spec: Any
     leaves: tuple[Any, ...]
     trouble: str = ""
+    first: tuple[int, ...] = ()
+    crossing: tuple[int, ...] = ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Template:
         return self  # immutable
@@ -204,41 +234,69 @@ class _Template:
     def made(self) -> list[_Made]:
         return [leaf for leaf in self.leaves if isinstance(leaf, _Made)]
 
+    def only(self, tensors: Sequence[int]) -> _Template:
+        """The same with these of its tensors crossing."""
+        return replace(self, crossing=tuple(tensors))
+
     def dimensions(self, name: str) -> tuple[int, ...]:
-        """Which dimension of every tensor is the batch."""
+        """Which dimension of every tensor that crosses is the batch."""
         if self.trouble or not self.made:
             raise CannotCutError(self.trouble or f"{name!r} gives no tensor")
-        found = [batch_dimension(m.shape, m.larger, m.batch) for m in self.made]
-        for made, dimension in zip(self.made, found, strict=True):
+        if not self.crossing:
+            raise CannotCutError(f"nothing that {name!r} gives is used after it")
+        sent = [self.made[i] for i in self.crossing]
+        found = [batch_dimension(m.shape, m.larger, m.batch) for m in sent]
+        for made, dimension in zip(sent, found, strict=True):
             if dimension is None:
                 raise CannotCutError(f"{name!r} gives a tensor without a batch dimension (shape {list(made.shape)})")
         return tuple(d for d in found if d is not None)
 
-    def fill(self, rows: Rows) -> Any:
-        """The output again, made of received tensors."""
-        received = iter(rows)
-        return pytree.tree_unflatten([next(received) if isinstance(m, _Made) else m for m in self.leaves], self.spec)
+    def sent(self, output: Any) -> Rows:
+        """The tensors of an output that cross."""
+        tensors = tensors_in(output)
+        return tuple(tensors[i] for i in self.crossing)
+
+    def fill(self, rows: Rows, replay: _Replay) -> Any:
+        """The output again, made of received tensors, and of made-up ones where nothing was sent."""
+        received = dict(zip(self.crossing, rows, strict=True))
+        tensors = [received[i] if i in received else self.made[i].make(replay) for i in self.first]
+        filled = iter(tensors)
+        return pytree.tree_unflatten([next(filled) if isinstance(m, _Made) else m for m in self.leaves], self.spec)
 
 
-def _listen(model: nn.Module, training: bool, x: Tensor) -> list[_Call]:
+def _repeats(model: nn.Module) -> int:
+    """How often to listen again for layers that are skipped by chance: large models are given less time."""
+    return _REPEATS if sum(p.numel() for p in model.parameters()) < _LARGE else 1
+
+
+def _listen(model: nn.Module, training: bool, x: Inputs) -> list[_Call]:
     """The calls of one forward of a copy of the model, in order of their ends."""
     model = copy.deepcopy(model).train(training)
     clock, stack, done = iter(range(10**9)), [], []  # type: ignore[var-annotated]
+    watch, states = _Watch(), []  # type: ignore[var-annotated]
 
     def begin(name: str) -> Any:
-        return lambda module, args: stack.append(_Call(name, stack[-1] if stack else None, next(clock)))
+        def began(module: nn.Module, args: Any) -> None:
+            stack.append(_Call(name, stack[-1] if stack else None, next(clock)))
+            states.append(None if list(module.parameters()) else torch.get_rng_state())
+
+        return began
 
     def end(module: nn.Module, args: Any, output: Any) -> None:
-        call = stack.pop()
+        call, state = stack.pop(), states.pop()
         call.end, call.output = next(clock), output
+        if state is not None and tensors_in(output) and not watch.holds_made_up(output):
+            call.fixed = torch.equal(state, torch.get_rng_state())
         done.append(call)
 
     for name, module in model.named_modules():
         module.register_forward_pre_hook(begin(name), prepend=True)
         module.register_forward_hook(end)
     try:
-        with torch.enable_grad():  # without, some layers take a faster path on which inner layers do not run
-            model(x.clone())
+        with torch.enable_grad(), watch:  # without, some layers take a faster path on which inner layers do not run
+            for tensor in (*model.parameters(), *(rows := tuple(row.clone() for row in x.rows))):
+                watch.mark(tensor)
+            x.give(model, rows)
     except Exception as error:  # the user's code: anything can come out
         raise CannotCutError(f"its forward fails on the example ({one_line(error)})") from error
     return done
@@ -247,7 +305,7 @@ def _listen(model: nn.Module, training: bool, x: Tensor) -> list[_Call]:
 # Who owns which parameter
 
 
-def _owners(model: nn.Module, names: Sequence[str], x: Tensor, record: _Record) -> dict[str, int]:
+def _owners(model: nn.Module, names: Sequence[str], x: Inputs, record: _Record) -> dict[str, int]:
     """The part of every name of the state: parameters by which part's gradients reach them, buffers by who runs."""
     used: dict[int, set[int]] = {}
     for training in (True, False):
@@ -260,10 +318,10 @@ def _owners(model: nn.Module, names: Sequence[str], x: Tensor, record: _Record) 
     for name, tensor, _ in state_names(model):
         parts = used.get(position.get(id(tensor), -1), set())
         if len(parts) > 1:
-            raise CannotCutError(
-                f"{name!r} is used on both sides of the cut (a shared weight, or a path around the cut module), "
-                "and a parameter can live on one side only"
-            )
+            parts = parts & _runners(record, name)  # the two ends of a U-shape may share what each names apart
+            aliases = [n for n, t, _ in state_names(model) if t is tensor]
+            if len(parts) != 1 or len(names) < 2 or used[position[id(tensor)]] != {0, 2} or len(aliases) < 2:
+                raise SharedWeightError(aliases, tensor)
         parts = parts or _runners(record, name)  # buffers, and parameters that gradients do not reach
         if parts:
             owners[name] = min(parts)
@@ -275,7 +333,7 @@ def _runners(record: _Record, name: str) -> set[int]:
     return {k for k in range(len(record.names) + 1) if record.runs_in(module, k)}
 
 
-def _reached(model: nn.Module, names: Sequence[str], x: Tensor, training: bool) -> Iterator[set[int]]:
+def _reached(model: nn.Module, names: Sequence[str], x: Inputs, training: bool) -> Iterator[set[int]]:
     """For every part, the positions of the parameters that its outputs depend on."""
     model = copy.deepcopy(model).train(training)
     crossed: list[Rows] = []
@@ -291,10 +349,8 @@ def _reached(model: nn.Module, names: Sequence[str], x: Tensor, training: bool) 
         model.get_submodule(name).register_forward_hook(cross)
     parameters = [p.requires_grad_(p.is_floating_point()) for p in model.parameters()]
     with torch.enable_grad():
-        output = logits(model(x.clone()))
-    if not isinstance(output, Tensor):
-        raise CannotCutError("the model does not return one tensor of logits (or an output with .logits)")
-    for rows in [*crossed, (output,)]:
+        outputs, _ = taken_apart(x.run(model))
+    for rows in [*crossed, outputs]:
         roots = [row for row in rows if row.requires_grad]
         if not roots or not parameters:
             yield set()
@@ -302,6 +358,36 @@ def _reached(model: nn.Module, names: Sequence[str], x: Tensor, training: bool) 
         seeds = [torch.ones_like(root) for root in roots]
         found = torch.autograd.grad(roots, parameters, seeds, allow_unused=True, retain_graph=True)
         yield {i for i, gradient in enumerate(found) if gradient is not None}
+
+
+def _used(model: nn.Module, names: Sequence[str], k: int, x: Inputs, template: _Template) -> list[int]:
+    """Of the tensors that the k-th cut module gives, those that what the next part gives depends on."""
+    if template.trouble or len(template.crossing) < 2:
+        return list(template.crossing)
+    found = [i for i in template.crossing if any(_reaches(model, names, k, x, i, t) for t in (True, False))]
+    return found
+
+
+def _reaches(model: nn.Module, names: Sequence[str], k: int, x: Inputs, i: int, training: bool) -> bool:
+    """Whether tensor `i` of what the k-th cut module gives reaches the end of the part after it."""
+    model, watch = copy.deepcopy(model).train(training), _Watch()
+
+    def follow(module: nn.Module, args: Any, output: Any) -> Any:
+        """Go on with copies, which share no memory, and follow one of them."""
+        leaves, spec = pytree.tree_flatten(output)
+        same = {id(leaf): leaf.clone() for leaf in leaves if isinstance(leaf, Tensor)}
+        fresh = [same.get(id(leaf), leaf) for leaf in leaves]
+        watch.mark(tensors_in(fresh)[i])
+        return pytree.tree_unflatten(fresh, spec)
+
+    model.get_submodule(names[k]).register_forward_hook(follow)
+    if k + 1 < len(names):
+        model.get_submodule(names[k + 1]).register_forward_hook(_stop)
+    try:
+        with torch.enable_grad(), watch:
+            return watch.holds_made_up(taken_apart(x.run(model))[0])
+    except _Reached as reached:
+        return watch.holds_made_up(reached.output)
 
 
 # Replaying
@@ -422,7 +508,7 @@ class _Injector(_StandIn):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         rows = zip(self._replay.rows, self._dimensions, strict=True)
-        return self._template.fill(tuple(r.movedim(0, d).contiguous() if d else r for r, d in rows))
+        return self._template.fill(tuple(r.movedim(0, d).contiguous() if d else r for r, d in rows), self._replay)
 
 
 class _ReplayedPart(Part):
@@ -433,14 +519,17 @@ class _ReplayedPart(Part):
     def __init__(self, model: nn.Module, names: Sequence[str], k: int, record: _Record, owners: dict[str, int]) -> None:
         super().__init__()
         model = copy.deepcopy(model)
-        self._sample, self._input_dtype = record.sample, record.input_dtype
+        self._inputs = [(tuple(row.shape[1:]), row.dtype) for row in record.inputs.rows]
+        self._input_names = record.inputs.names
         self._stop_at = names[k] if k < len(names) else None
-        self._given = record.outputs[k].dimensions(names[k]) if k < len(names) else ()
+        self._template = record.outputs[k] if k < len(names) else None
+        self._given = self._template.dimensions(names[k]) if self._template is not None else ()
+        self.crossing_names = _in_words(names[k], self._template) if self._template is not None else ()
         self._replay: _Replay | None = None
         if k:
             name, before = names[k - 1], record.outputs[k - 1]
             before.dimensions(name)  # raises where nothing can be sent
-            self._replay = _Replay(before.made[0].dtype)
+            self._replay = _Replay(before.made[before.crossing[0]].dtype)
             _replace(model, name, _Injector(name, model.get_submodule(name), before, self._replay))
         _remove_foreign(model, k, record, owners, self._replay)
         _disown(model, k, owners)
@@ -454,20 +543,21 @@ class _ReplayedPart(Part):
 
     def run_rows(self, rows: Rows) -> Rows:
         try:
-            output = self._model(self._input(rows))
+            output = Inputs(rows, self._input_names).give(self._model, self._input(rows))
         except _Reached as reached:
-            given = tensors_in(reached.output)
+            assert self._template is not None
+            given = self._template.sent(reached.output)
             return tuple(g.movedim(d, 0) if d else g for g, d in zip(given, self._given, strict=True))
         finally:
             if self._replay is not None:
                 self._replay.rows = ()
-        return (logits(output),)
+        return taken_apart(output)[0]
 
-    def _input(self, rows: Rows) -> Tensor:
+    def _input(self, rows: Rows) -> Rows:
         if self._replay is None:
-            return rows[0]
+            return rows
         self._replay.begin(rows)
-        return self._replay.make((len(rows[0]), *self._sample), self._input_dtype)
+        return tuple(self._replay.make((len(rows[0]), *sample), dtype) for sample, dtype in self._inputs)
 
     def train(self, mode: bool = True) -> Any:
         self.training = mode
@@ -499,6 +589,7 @@ def _remove_foreign(model: nn.Module, k: int, record: _Record, owners: dict[str,
     """Put stand-ins in the place of modules that neither run in part k nor hold state of it."""
     needed = {"", *(name.rpartition(".")[0] for name, owner in owners.items() if owner == k)}
     needed |= {n for n, _ in model.named_modules() if record.runs_in(n, k) and not _only_borrowed(n, k, record)}
+    needed |= {n for n, _ in model.named_modules() if record.runs_again(n, k)}
     keep = needed | {up for name in needed for up in _above(name)} | record.containers()
     gone: list[str] = []
     for name, module in list(model.named_modules()):
@@ -514,6 +605,13 @@ def _above(name: str) -> Iterator[str]:
     while name:
         name = name.rpartition(".")[0]
         yield name
+
+
+def _in_words(name: str, template: _Template) -> tuple[str, ...]:
+    """What crosses, in words."""
+    if len(template.made) == 1:
+        return (name,)
+    return tuple(f"{name}: output {i}" for i in template.crossing)
 
 
 def _only_borrowed(name: str, k: int, record: _Record) -> bool:

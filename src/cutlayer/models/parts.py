@@ -6,7 +6,7 @@ Shape legend: R rows of the batch, s... the shape of one sample's smashed data, 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,12 +15,17 @@ from torch.utils import _pytree as pytree
 
 from cutlayer.types import Rows
 
+Example = Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]
+"""A batch as a model takes it: one tensor, several positional ones, or keyword arguments by name; each [R, ...]."""
+
 
 class Part(nn.Module):
     """One part of a cut model. Owns its parameters under the names that they have in the whole model.
 
-    Called with the rows that the part before it gave (each [R, s...]) or, being first, with the batch itself [R, ...].
-    Gives the tuple of tensors that cross to the next part (each [R, s...]) or, being last, the logits [R, K].
+    Called with the rows that the part before it gave (each [R, s...]) or, being first, with the batch itself: a tensor
+    [R, ...], a tuple of them, or a mapping of keyword arguments.
+    Gives the tuple of tensors that cross to the next part (each [R, s...]) or, being last, what the whole model gives
+    (the logits [R, K], where its output carries some).
     """
 
     # Names that a model's own children will hardly have: a part owns them as attributes.
@@ -28,18 +33,31 @@ class Part(nn.Module):
     copies_rows = False  # set where the part works in place on what it receives, which is not its own
     images_channels_last = False  # set where its images lie in memory with their channels last
     narrow_to: torch.dtype | None = None  # the type of its products in mixed precision
+    argument_names: tuple[str, ...] | None = None  # of the first part, whose batch is a mapping
+    crossing_names: tuple[str, ...] = ()  # of what it gives, in words
+    structure: Structure | None = None  # of the last part's output, where that is not one tensor
 
-    def forward(self, received: Tensor | Rows) -> Tensor | Rows:
-        """Rows [R, s...] each (or the batch) to rows [R, s...] each (or logits [R, K])."""
-        rows = (received,) if isinstance(received, Tensor) else tuple(received)
+    def forward(self, received: Example) -> Any:
+        """Rows [R, s...] each (or the batch) to rows [R, s...] each (or what the whole model gives)."""
+        rows = self._as_rows(received)
         rows = tuple(row.clone() for row in rows) if self.copies_rows else rows
         if self.narrow_to is None:
             given = self.run_rows(rows)
         else:
             with torch.autocast(rows[0].device.type, self.narrow_to):
                 given = self.run_rows(rows)
-            given = tuple(g.float() for g in given) if self.is_last_part else given
-        return given[0] if self.is_last_part else given
+            if self.is_last_part:
+                given = tuple(g.float() if g.is_floating_point() else g for g in given)
+        if not self.is_last_part:
+            return given
+        return given[0] if self.structure is None else self.structure.build(given)
+
+    def _as_rows(self, received: Example) -> Rows:
+        if isinstance(received, Tensor):
+            return (received,)
+        if isinstance(received, Mapping):
+            return tuple(received[name] for name in self.argument_names or received)
+        return tuple(received)
 
     def run_rows(self, rows: Rows) -> Rows:
         """The part's computation: what it received, [R, s...] each, to what it gives, [R, s...] each."""
@@ -55,11 +73,105 @@ class PassThrough(Part):
 
 
 @dataclass(frozen=True)
+class Inputs:
+    """A batch as a model takes it: its tensors, and the `names` of keyword arguments if it is given by name."""
+
+    rows: Rows
+    names: tuple[str, ...] | None = None
+
+    @classmethod
+    def of(cls, example: Example) -> Inputs:
+        """The batch `example`, apart from its history."""
+        if isinstance(example, Tensor):
+            return cls((example.detach(),))
+        if isinstance(example, Mapping):
+            return cls(tuple(t.detach() for t in example.values()), tuple(example))
+        return cls(tuple(t.detach() for t in example))
+
+    def __len__(self) -> int:
+        return len(self.rows[0])
+
+    def run(self, model: nn.Module) -> Any:
+        """What `model` gives for a copy of this batch."""
+        return self.give(model, tuple(row.clone() for row in self.rows))
+
+    def give(self, model: nn.Module, rows: Rows) -> Any:
+        """What `model` gives for `rows`, which take the places of this batch's."""
+        return model(*rows) if self.names is None else model(**dict(zip(self.names, rows, strict=True)))
+
+    def first(self, rows: int) -> Inputs:
+        """The first `rows` rows."""
+        return Inputs(tuple(row[:rows] for row in self.rows), self.names)
+
+    def with_one_more(self) -> Inputs:
+        """The batch with its first row once more at its end."""
+        return Inputs(tuple(torch.cat([row, row[:1]]) for row in self.rows), self.names)
+
+    def shuffled(self) -> Inputs:
+        """The same samples, in another order and number."""
+        return Inputs(tuple(torch.cat([row.flip(0), row[:2]]) for row in self.rows), self.names)
+
+    def may_cross(self, i: int) -> bool:
+        """Whether tensor `i` says where samples lie, not what they are: a mask or positions."""
+        if self.rows[i].dtype == torch.bool:
+            return True
+        return self.names is not None and any(word in self.names[i] for word in ("mask", "position"))
+
+    def sealed(self) -> list[int]:
+        """The tensors that must not cross as they are."""
+        return [i for i in range(len(self.rows)) if not self.may_cross(i)]
+
+
+@dataclass(frozen=True)
+class Structure:
+    """How a model's output is made of tensors, and of values that are always the same."""
+
+    spec: Any
+    constants: tuple[Any, ...]  # by leaf; None where the leaf is a tensor
+    places: tuple[int, ...]  # of the tensors among the leaves
+
+    def build(self, rows: Rows) -> Any:
+        """The output again, from its tensors."""
+        leaves = list(self.constants)
+        for place, row in zip(self.places, rows, strict=True):
+            leaves[place] = row
+        return pytree.tree_unflatten(leaves, self.spec)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Structure:
+        return self  # immutable
+
+
+_TENSORS = (Tensor, fx.Proxy)
+
+
+def taken_apart(output: Any) -> tuple[Rows, Structure | None]:
+    """The tensors of a model's output (of its logits, where it carries some), and how they make it; None where it is
+    one tensor. Raises CannotCutError.
+    """
+    output = logits(output)
+    if isinstance(output, _TENSORS):
+        return (output,), None
+    leaves, spec = pytree.tree_flatten(output)
+    for leaf in leaves:
+        if not isinstance(leaf, (*_TENSORS, int, float, str, bool, type(None))):
+            raise CannotCutError(
+                f"the model's output holds a {type(leaf).__name__}, which is not a tensor: have it return tensors, "
+                "logits alone, say (a transformer: use_cache=False)"
+            )
+    places = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, _TENSORS))
+    if not places:
+        raise CannotCutError("the model does not return logits, or any other tensor")
+    constants = tuple(None if isinstance(leaf, _TENSORS) else leaf for leaf in leaves)
+    return tuple(leaves[i] for i in places), Structure(spec, constants, places)
+
+
+@dataclass(frozen=True)
 class Crossing:
-    """One tensor that crosses a cut: its shape without the batch dimension, and its type."""
+    """One tensor that crosses a cut: its shape without the batch dimension, its type, and what it is, in words."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    name: str = field(default="", compare=False)
 
     @property
     def differentiable(self) -> bool:
@@ -71,9 +183,10 @@ class Crossing:
 class Parts:
     """A model cut in two, or in three (U-shaped: client, server, and a tail that stays with the client).
 
-    `client(x)` gives a tuple of tensors, always; `server(rows)` takes it and gives logits [R, K]. With a tail,
-    `server(rows)` gives a tuple and `tail(rows)` the logits. `crossing` describes the tensors from client to server,
-    `returning` those from server to tail. `method` is how the model was cut: "fx", "hooks" or "whole".
+    `client(x)` takes what the model takes and gives a tuple of tensors, always; `server(rows)` takes it and gives what
+    the model gives: logits [R, K]. With a tail, `server(rows)` gives a tuple and `tail(rows)` the logits. `crossing`
+    describes the tensors from client to server, `returning` those from server to tail. `method` is how the model was
+    cut: "fx", "hooks", "tape" or "whole".
     """
 
     client: nn.Module
@@ -91,6 +204,18 @@ class Parts:
 
 class CannotCutError(Exception):
     """Why one method cannot cut a model there, as a sentence without its full stop. Never leaves this package."""
+
+
+class SharedWeightError(CannotCutError):
+    """A parameter is used on both sides of the cut; `names` are those that it has in the model."""
+
+    def __init__(self, names: Iterable[str], parameter: Tensor) -> None:
+        self.names = tuple(names)
+        shown = " = ".join(repr(name) for name in self.names)
+        reason = f"{shown} is used on both sides of the cut, and a parameter can live on one side only"
+        if len(self.names) > 1:
+            reason += f" (untie=True gives each side one of its own, for {parameter.nbytes / 1e6:.3g} MB more)"
+        super().__init__(reason)
 
 
 RAW_INPUT = "the raw input itself would be sent (to mean that, say 'input'): no privacy would be left"

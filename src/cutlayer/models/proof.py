@@ -15,7 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from cutlayer.models.hooks import make_up_with, uses_made_up
-from cutlayer.models.parts import RAW_INPUT, CannotCutError, Crossing, Part, logits, one_line, storage_of
+from cutlayer.models.parts import (
+    RAW_INPUT,
+    CannotCutError,
+    Crossing,
+    Inputs,
+    Part,
+    one_line,
+    storage_of,
+    taken_apart,
+)
 from cutlayer.seeds import torch_seeded
 from cutlayer.types import Rows
 
@@ -28,12 +37,12 @@ _ROUNDING = 1000  # units of the last place, of the largest value compared
 
 
 def prove(
-    model: nn.Module, parts: Sequence[Part], x: Tensor, inputs_may_cross: bool = False
+    model: nn.Module, parts: Sequence[Part], x: Inputs, inputs_may_cross: bool = False
 ) -> list[tuple[Crossing, ...]]:
     """What crosses each cut, after the proof that `parts` are `model`. Raises CannotCutError where they are not."""
     check_names(model, parts)
     crossings = _check_crossings(parts, x, inputs_may_cross)
-    other = torch.cat([x.flip(0), x[:2]])  # the same samples, in another order and number
+    other = x.shuffled()
     for training in (True, False):
         for batch in (x, other):
             _check_run(model, parts, batch, training)
@@ -43,31 +52,29 @@ def prove(
 
 
 def describe(
-    model: nn.Module, parts: Sequence[Part], x: Tensor, inputs_may_cross: bool = False
+    model: nn.Module, parts: Sequence[Part], x: Inputs, inputs_may_cross: bool = False
 ) -> list[tuple[Crossing, ...]]:
     """What crosses each cut, after those checks of `prove` that need no values. Raises CannotCutError."""
     check_names(model, parts)
     crossings = _check_crossings(parts, x, inputs_may_cross)
     exchanges = _tried(partial(_forward, copy.deepcopy(list(parts)), x, training=False))
-    result = exchanges[-1][1][0]
-    if result.dim() < 1 or len(result) != len(x):
-        raise CannotCutError(_NO_LOGITS)
+    _check_rows(exchanges[-1][1], x)
     if any(uses_made_up(copy.deepcopy(part), rows) for part, (rows, _) in zip(parts, exchanges, strict=True)):
         raise CannotCutError(_MADE_UP)
     return crossings
 
 
-def protect(parts: Sequence[Part], x: Tensor) -> None:
+def protect(parts: Sequence[Part], x: Inputs) -> None:
     """Have those parts copy what they receive which would otherwise write to it."""
     for training in (True, False):
-        rows: Rows = (x.clone(),)
+        rows: Rows = tuple(row.clone() for row in x.rows)
         for part in parts:
             running = copy.deepcopy(part).train(training)
             versions = [row._version for row in rows]
             with torch.no_grad():
                 given = _tried(partial(running, rows))
             part.copies_rows |= [row._version for row in rows] != versions
-            rows = (given,) if isinstance(given, Tensor) else tuple(_wire(row) for row in given)
+            rows = () if part.is_last_part else tuple(_wire(row) for row in given)
 
 
 def check_names(model: nn.Module, parts: Sequence[nn.Module]) -> None:
@@ -77,52 +84,61 @@ def check_names(model: nn.Module, parts: Sequence[nn.Module]) -> None:
         raise CannotCutError("the parts do not hold exactly the model's parameters and buffers")
 
 
-def _check_crossings(parts: Sequence[Part], x: Tensor, inputs_may_cross: bool) -> list[tuple[Crossing, ...]]:
+def _check_crossings(parts: Sequence[Part], x: Inputs, inputs_may_cross: bool) -> list[tuple[Crossing, ...]]:
     """Every tensor that crosses has the batch first; none is the input itself; received tensors are not written to."""
     parts = copy.deepcopy(list(parts))
     crossings = []
-    batch = x.clone()  # kept, so that its memory is not used again
-    storage = storage_of(batch)
-    rows: Rows = (batch,)
+    batch = tuple(row.clone() for row in x.rows)  # kept, so that its memory is not used again
+    sealed = {storage_of(batch[i]) for i in x.sealed()}
+    rows: Rows = batch
     for part in parts[:-1]:
         with torch.no_grad():
             rows = _tried(partial(part.eval(), rows))
         if any(row.dim() < 1 or len(row) != len(x) for row in rows):
             raise CannotCutError("a tensor crosses whose first dimension is not the batch")
-        if not inputs_may_cross and any(storage_of(row) == storage for row in rows):
+        if not inputs_may_cross and any(storage_of(row) in sealed for row in rows):
             raise CannotCutError(RAW_INPUT)
-        crossings.append(tuple(Crossing(tuple(row.shape[1:]), row.dtype) for row in rows))
+        names = part.crossing_names or ("",) * len(rows)
+        crossings.append(tuple(Crossing(tuple(r.shape[1:]), r.dtype, n) for r, n in zip(rows, names, strict=True)))
     return crossings
 
 
-def _check_run(model: nn.Module, parts: Sequence[Part], x: Tensor, training: bool) -> None:
+def _check_run(model: nn.Module, parts: Sequence[Part], x: Inputs, training: bool) -> None:
     """Logits, gradients and buffers of the parts against those of the whole, for one batch."""
     mode = "training" if training else "evaluation"
     whole = copy.deepcopy(model).train(training)
     whole.zero_grad(set_to_none=True)
     with torch_seeded(1, "proof", mode):
-        expected = logits(_tried(lambda: whole(x.clone())))
-    if not isinstance(expected, Tensor) or expected.dim() < 1 or len(expected) != len(x):
-        raise CannotCutError(_NO_LOGITS)
-    weights = torch.linspace(-1, 1, expected.numel(), device=x.device).reshape(expected.shape).to(expected.dtype)
-    if expected.requires_grad:
-        (expected * weights).sum().backward()
+        expected, _ = taken_apart(_tried(lambda: x.run(whole)))
+    _check_rows(expected, x)
+    weights = [_weights(e) for e in expected]
+    if roots := [(e, w) for e, w in zip(expected, weights, strict=True) if e.requires_grad]:
+        torch.autograd.backward([e for e, _ in roots], [w for _, w in roots])
 
     copies = copy.deepcopy(list(parts))
     with torch_seeded(1, "proof", mode):
         given = _tried(lambda: _forward(copies, x, training))
-    _compare([given[-1][1][0]], [expected], f"the logits in {mode}")
+    _compare(given[-1][1], expected, f"the logits in {mode}")
     _backward(given, weights)
     _compare_state(whole, copies, mode)
 
 
-def _forward(parts: Sequence[Part], x: Tensor, training: bool) -> list[Exchange]:
+def _check_rows(outputs: Rows, x: Inputs) -> None:
+    if any(output.dim() < 1 or len(output) != len(x) for output in outputs):
+        raise CannotCutError(_NO_LOGITS)
+
+
+def _weights(output: Tensor) -> Tensor:
+    return torch.linspace(-1, 1, output.numel(), device=output.device).reshape(output.shape).to(output.dtype)
+
+
+def _forward(parts: Sequence[Part], x: Inputs, training: bool) -> list[Exchange]:
     """Run the parts one after another, as if their rows were sent over a wire."""
     exchanges: list[Exchange] = []
-    rows: Rows = (x.clone(),)
+    rows: Rows = tuple(row.clone() for row in x.rows)
     for part in parts:
         given = part.train(training)(rows)
-        exchanges.append((rows, (given,) if isinstance(given, Tensor) else given))
+        exchanges.append((rows, taken_apart(given)[0] if part.is_last_part else given))
         rows = tuple(_wire(row) for row in exchanges[-1][1])
     return exchanges
 
@@ -132,8 +148,8 @@ def _wire(row: Tensor) -> Tensor:
     return arrived.requires_grad_(row.requires_grad)
 
 
-def _backward(exchanges: list[Exchange], weights: Tensor) -> None:
-    gradients: list[Tensor | None] = [weights]
+def _backward(exchanges: list[Exchange], weights: Sequence[Tensor]) -> None:
+    gradients: list[Tensor | None] = list(weights)
     for received, given in reversed(exchanges):
         pairs = [(g, d) for g, d in zip(given, gradients, strict=True) if g.requires_grad and d is not None]
         if pairs:
@@ -154,16 +170,16 @@ def _compare_state(whole: nn.Module, parts: Sequence[nn.Module], mode: str) -> N
         _compare([state[name]], [tensor], f"{name!r} after a step in {mode}")
 
 
-def _check_without_gradients(model: nn.Module, parts: Sequence[Part], x: Tensor) -> None:
+def _check_without_gradients(model: nn.Module, parts: Sequence[Part], x: Inputs) -> None:
     """Some modules take a faster path in evaluation when no gradients are asked for."""
     with torch.no_grad(), torch_seeded(1, "proof"):
-        expected = logits(copy.deepcopy(model).eval()(x.clone()))
+        expected, _ = taken_apart(x.run(copy.deepcopy(model).eval()))
     with torch.no_grad(), torch_seeded(1, "proof"):
         given = _tried(lambda: _forward(copy.deepcopy(list(parts)), x, training=False))
-    _compare([given[-1][1][0]], [expected], "the logits in evaluation without gradients")
+    _compare(given[-1][1], expected, "the logits in evaluation without gradients")
 
 
-def _check_made_up(parts: Sequence[Part], x: Tensor) -> None:
+def _check_made_up(parts: Sequence[Part], x: Inputs) -> None:
     """What a part makes up in place of earlier layers must not reach its result."""
     for training in (True, False):
         copies = copy.deepcopy(list(parts))
@@ -174,14 +190,14 @@ def _check_made_up(parts: Sequence[Part], x: Tensor) -> None:
             ):
                 raise CannotCutError(_MADE_UP)
     results = []
-    for fill in (0, 1, -1) if x.is_floating_point() else (0, 1):
+    for fill in (0, 1, -1) if all(row.is_floating_point() for row in x.rows) else (0, 1):
         copies = copy.deepcopy(list(parts))
         for part in copies:
             make_up_with(part, fill)
         with torch.no_grad(), torch_seeded(1, "proof"):
-            results.append(_tried(partial(_forward, copies, x, training=False))[-1][1][0])
+            results.append(_tried(partial(_forward, copies, x, training=False))[-1][1])
     for result in results[1:]:
-        _compare([result], [results[0]], f"{_MADE_UP}: the logits")
+        _compare(result, results[0], f"{_MADE_UP}: the logits")
 
 
 def _tried(run: Callable[[], Result]) -> Result:

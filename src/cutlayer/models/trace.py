@@ -1,10 +1,11 @@
-"""Cutting by tracing: `torch.fx` or `torch.export` writes down every operation; each part gets its share of the list.
+"""Cutting by tracing: `torch.fx` or the tape (`tape.py`) writes down every operation; each part gets its share.
 
 A trace freezes whether the model is training (functional dropout does), so there are two, and a part runs the one
 of its mode; both use the same parameters, under the names they have in the whole model.
 
 What one part needs from an earlier one crosses, except what it can make itself: parameters and constants, sizes
 (the batch size is read off a tensor that crosses), and tensors made of sizes and constants alone, such as positions.
+Where a later part uses something made of a mask alone, the mask crosses, and that part makes the rest itself.
 """
 
 from __future__ import annotations
@@ -13,9 +14,8 @@ import contextlib
 import copy
 import operator
 import random
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
@@ -27,38 +27,35 @@ from cutlayer.models.parts import (
     RAW_INPUT,
     CannotCutError,
     Crossing,
+    Inputs,
     Part,
+    SharedWeightError,
     batch_dimension,
     fill_owners,
-    logits,
     one_line,
     state_names,
     storage_of,
+    taken_apart,
 )
 from cutlayer.types import Rows
 
 _OPERATIONS = ("call_module", "call_function", "call_method")
-_ROOT = "model."  # the prefix of every name in a trace of `_OneInput`
+ROOT = "model."  # the prefix of every name in a trace of a `Root`
 
 # Reading these off a tensor says nothing about its values, so their results need not cross.
 _SHAPE_METHODS = frozenset({"size", "dim", "ndimension", "numel", "nelement", "__len__"})
 _SHAPE_ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device"})
 
 
-def split_by_trace(model: nn.Module, names: Sequence[str], x: Tensor) -> list[Part]:
+def split_by_trace(model: nn.Module, names: Sequence[str], x: Inputs) -> list[Part]:
     """The parts of `model` (which the parts keep: pass a copy) cut after each of `names`. Raises CannotCutError."""
-    return Traced(model, names, x, _trace).split(names)
-
-
-def split_by_export(model: nn.Module, names: Sequence[str], x: Tensor) -> list[Part]:
-    """The same with `torch.export`, which follows more models, into smaller operations, with types frozen."""
-    return Traced(model, names, x, _export).split(names)
+    return Traced(model, names, x).split(names)
 
 
 class Traced:
     """A model's two traces, each made once and cut as often as one likes, after any of `names`, which they see."""
 
-    def __init__(self, model: nn.Module, names: Sequence[str], x: Tensor, trace: Trace | None = None) -> None:
+    def __init__(self, model: nn.Module, names: Sequence[str], x: Inputs, trace: Trace | None = None) -> None:
         self.model, self.names, self.x = model, names, x
         self._trace = trace or _trace
         self._runs: dict[bool, _Ran] = {}
@@ -69,6 +66,8 @@ class Traced:
         graphs = [[program.graph_of(k) for program in programs] for k in range(len(names) + 1)]
         parts: list[Part] = [_TracedPart(_Code(training), _Code(evaluating)) for training, evaluating in graphs]
         _share_out(self.model, parts, graphs)
+        for k, part in enumerate(parts[:-1]):
+            part.crossing_names = programs[0].names_of(k)
         # Modules without state may serve several parts, and must not be put in training mode by one for the others.
         return [copy.deepcopy(part) for part in parts]
 
@@ -86,15 +85,19 @@ class Traced:
 
     def _programs(self, names: Sequence[str]) -> list[_Program]:
         """One for training, one for evaluation, between which the same tensors cross."""
+        for merge in (True, False):  # what is one tensor in evaluation may be two in training
+            programs = self._in_both_modes(names, merge)
+            if all(programs[0].describe(b) == programs[1].describe(b) for b in range(len(names))):
+                return programs
+        raise CannotCutError("different tensors cross the cut in training and in evaluation")
+
+    def _in_both_modes(self, names: Sequence[str], merge: bool) -> list[_Program]:
         was_training = self.model.training
         programs = []
         for training in (True, False):
             self.model.train(training)
-            programs.append(_Program(self.model, names, len(self.x), self._ran(training)))
+            programs.append(_Program(self.model, names, self.x, self._ran(training), merge))
         self.model.train(was_training)
-        for b in range(len(names)):
-            if programs[0].describe(b) != programs[1].describe(b):
-                raise CannotCutError("different tensors cross the cut in training and in evaluation")
         return programs
 
     def run(self) -> None:
@@ -108,10 +111,11 @@ class Traced:
     def _ran(self, training: bool) -> _Ran:
         if training not in self._runs:
             graph = self._trace(self.model, self.names, self.x)
-            if not isinstance(list(graph.nodes)[-1].args[0], fx.Node):
-                raise CannotCutError("the model does not return one tensor of logits (or an output with .logits)")
-            larger = torch.cat([self.x, self.x[:1]])
-            self._runs[training] = _Ran(graph, _run(self.model, graph, self.x), _run(self.model, graph, larger))
+            seen = [_run(self.model, graph, x) for x in (self.x, self.x.with_one_more())]
+            outputs: Any = list(graph.nodes)[-1].args[0]
+            if not all(isinstance(node, fx.Node) and seen[0][node].is_tensor for node in outputs):
+                raise CannotCutError("the model returns something beside tensors")
+            self._runs[training] = _Ran(graph, *seen)
         return self._runs[training]
 
 
@@ -195,15 +199,28 @@ class _Code:
         return _Code, (self.graph,)
 
 
-class _OneInput(nn.Module):
-    """The model as a function of the batch alone, giving logits. Optional arguments keep their defaults."""
+class Root(nn.Module):
+    """The model as a function of the batch's tensors alone, giving those of its output. Optional arguments keep their
+    defaults.
+    """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
         super().__init__()
         self.model = model
+        self.__dict__["inputs"] = inputs
 
-    def forward(self, x: Tensor) -> Any:
-        return logits(self.model(x))
+    def give(self, rows: Rows) -> Rows:
+        """The tensors of the model's output for the batch's tensors `rows`."""
+        return taken_apart(self.inputs.give(self.model, rows))[0]
+
+
+def _with_arguments(root: Root) -> Root:
+    """The same with a `forward` that has an argument per tensor, as torch.fx wants it."""
+    arguments = ", ".join(f"x{i}" for i in range(len(root.inputs.rows)))
+    namespace: dict[str, Any] = {}
+    exec(f"def forward(self, {arguments}):\n    return self.give(({arguments},))", namespace)
+    root.__class__ = type("Root", (Root,), {"forward": namespace["forward"]})
+    return root
 
 
 class _Tracer(fx.Tracer):
@@ -236,7 +253,8 @@ class _Seen:
 class _Meta:
     shape: tuple[int, ...]
     dtype: torch.dtype
-    raw: bool  # it lies in the input's own memory
+    raw: bool  # it lies in the memory of an input that must not cross
+    place: Any = field(compare=False)  # where it lies, and how: equal for two that are one and the same
 
 
 @dataclass(frozen=True)
@@ -249,22 +267,51 @@ class _Ran:
 
 
 class _Program:
-    """One trace of the model, run for `batch` rows, and which part each of its operations belongs to."""
+    """One trace of the model, run for a batch, and which part each of its operations belongs to. `merge`: tensors that
+    are one and the same cross once.
+    """
 
-    def __init__(self, model: nn.Module, names: Sequence[str], batch: int, ran: _Ran) -> None:
-        self.model, self.names, self.batch = model, names, batch
+    def __init__(self, model: nn.Module, names: Sequence[str], x: Inputs, ran: _Ran, merge: bool) -> None:
+        self.model, self.names, self.x, self.batch = model, names, x, len(x)
         self.graph, self.seen, self.seen_larger = ran.graph, ran.seen, ran.seen_larger
         self.nodes = list(self.graph.nodes)
-        self.input = next(n for n in self.nodes if n.op == "placeholder")
+        self.inputs = [n for n in self.nodes if n.op == "placeholder"]
+        self.sealed = {self.inputs[i] for i in x.sealed()}
         self.output = self.nodes[-1]
         self.kinds: dict[fx.Node, set[str]] = {}
         self._sort_out()
         self.part = self._assign()
+        self.same: dict[fx.Node, fx.Node] = {}  # what need not cross -> the same tensor, which does
         self.crossing = [self._crossing(b) for b in range(len(names))]
+        if merge:
+            self.crossing = [[n for n in nodes if self._first_of_its_kind(n, nodes)] for nodes in self.crossing]
 
     def describe(self, boundary: int) -> list[tuple[_Meta, int]]:
         """The tensors that cross after part `boundary`, and which of their dimensions is the batch."""
         return [(self.seen[n].value, self._batch_dimension(n)) for n in self.crossing[boundary]]
+
+    def names_of(self, boundary: int) -> tuple[str, ...]:
+        """What the tensors that cross after part `boundary` are, in words."""
+        return tuple(self._name_of(n, self.names[boundary]) for n in self.crossing[boundary])
+
+    def _name_of(self, node: fx.Node, cut: str) -> str:
+        if node in self.inputs:
+            i = self.inputs.index(node)
+            return f"input {i}" if self.x.names is None else self.x.names[i]
+        modules = [path.split("@")[0].removeprefix(ROOT) for path, _ in node.meta.get("nn_module_stack", {}).values()]
+        inner = [name for name in modules if name and name != ROOT[:-1]]
+        return cut if cut in inner else f"{inner[-1] if inner else 'the model'}: {node.name}"
+
+    def _first_of_its_kind(self, node: fx.Node, nodes: Sequence[fx.Node]) -> bool:
+        """Whether no tensor before it in `nodes` is the same one."""
+
+        def places(n: fx.Node) -> Any:
+            return self.seen[n].value.place, self.seen_larger[n].value.place
+
+        first = next(n for n in nodes if places(n) == places(node))
+        if first is not node:
+            self.same[node] = first
+        return first is node
 
     def graph_of(self, k: int) -> fx.Graph:
         """Part k's own graph: a function of the rows it receives, giving the tuple of those it passes on."""
@@ -293,10 +340,10 @@ class _Program:
 
         The ids themselves then stay where they are.
         """
-        if self.seen[self.input].value.dtype.is_floating_point:
+        if all(self.seen[node].value.dtype.is_floating_point for node in self.sealed):
             return
         for node in self.nodes:
-            if part[node] and self._is_mask(node) and self.of_input(node) and not self.remade(node):
+            if part[node] and self._is_mask(node) and self.of_input(node) and not self.made_by_all(node):
                 steps = _with_sources(node)
                 if all(self.of_input(step) or self.from_sizes(step) for step in steps):
                     part.update(dict.fromkeys(steps, 0))
@@ -350,12 +397,12 @@ class _Program:
     def _need(self, source: fx.Node, k: int, boundary: int, needed: set[fx.Node]) -> None:
         if source.op == "get_attr" or self.part[source] > boundary or self.from_sizes(source):
             return
-        if self.remade(source):
+        if self.made_by_all(source) and source not in self.inputs:
             for inner in source.all_input_nodes:
                 self._need(inner, k, boundary, needed)
         elif not self.seen[source].is_tensor:
-            raise CannotCutError(f"a value that is neither a tensor nor a size crosses ({source.format_node()})")
-        elif source is self.input or self._is_disguised_input(source):
+            raise CannotCutError(f"a value that is neither a tensor nor a size crosses ({source.name})")
+        elif source in self.sealed or self._is_disguised_input(source):
             raise CannotCutError(
                 f"the layers after {self.names[boundary]!r} use the raw input, which would have to be sent along: "
                 "no privacy would be left"
@@ -374,7 +421,8 @@ class _Program:
     def _is_disguised_input(self, node: fx.Node) -> bool:
         """Whether a tensor of integers is the input, or computed from it without any parameters."""
         dtype = self.seen[node].value.dtype
-        return not dtype.is_floating_point and dtype != torch.bool and self.of_input(node)
+        known = self.of_input(node) and not self.made_by_all(node)
+        return known and not dtype.is_floating_point and dtype != torch.bool
 
     # What a part can make itself. Kinds are worked out in the order of execution: inputs are known before results.
 
@@ -383,18 +431,21 @@ class _Program:
             kinds = self.kinds[node] = set()
             if self._is_from_sizes(node):
                 kinds.add("from sizes")
-            if self._is_function_of(node, "remade") and not any(_writes(user) for user in node.users):
-                kinds.add("remade")
-            if node is self.input or self._is_function_of(node, "of input"):
+            written = any(_writes(user) for user in node.users)
+            if self._is_function_of(node, "made by all") and not written:
+                kinds.add("made by all")
+            if node in self.inputs:
+                kinds.update({"of input"} if node in self.sealed or written else {"of input", "made by all"})
+            if self._is_function_of(node, "of input"):
                 kinds.add("of input")
 
     def from_sizes(self, node: fx.Node) -> bool:
         """Whether a value that is not a tensor follows from shapes alone."""
         return "from sizes" in self.kinds[node]
 
-    def remade(self, node: fx.Node) -> bool:
-        """Whether a tensor is made of sizes and constants alone, so that each part can make it anew."""
-        return "remade" in self.kinds[node]
+    def made_by_all(self, node: fx.Node) -> bool:
+        """Whether a tensor is made of sizes, constants and inputs that may cross, so that each part can make it."""
+        return "made by all" in self.kinds[node]
 
     def of_input(self, node: fx.Node) -> bool:
         """Whether a tensor follows from the input alone: no parameters, no randomness."""
@@ -418,7 +469,8 @@ class _Program:
             return False
         if _is_random(node) or _writes(node):
             return False
-        return all(self.from_sizes(n) or kind in self.kinds[n] for n in node.all_input_nodes)
+        kinds = {kind, "made by all"}
+        return all(self.from_sizes(n) or not kinds.isdisjoint(self.kinds[n]) for n in node.all_input_nodes)
 
 
 class _Builder:
@@ -443,7 +495,8 @@ class _Builder:
     def _receive(self, rows: fx.Node) -> None:
         program = self.program
         if self.k == 0:
-            self.made[program.input] = self.graph.call_function(operator.getitem, (rows, 0))
+            for i, node in enumerate(program.inputs):
+                self.made[node] = self.graph.call_function(operator.getitem, (rows, i))
             return
         for i, (node, (_, dimension)) in enumerate(zip(self._crossing(-1), program.describe(self.k - 1), strict=True)):
             row = self.graph.call_function(operator.getitem, (rows, i))  # [R, s...]
@@ -451,11 +504,14 @@ class _Builder:
             if dimension:
                 row = self.graph.call_method("contiguous", (self.graph.call_method("movedim", (row, 0, dimension)),))
             self.made[node] = row
+        for node, first in program.same.items():
+            if first in self.made and node not in self.made:
+                self.made[node] = self.made[first]
 
     def _give(self) -> tuple[Any, ...]:
         program = self.program
         if self.k == len(program.names):
-            return (self._value(program.output.args[0]),)
+            return tuple(self._value(node) for node in cast(Any, program.output.args[0]))
         given = []
         for node, (_, dimension) in zip(self._crossing(0), program.describe(self.k), strict=True):
             value = self._value(node)
@@ -469,7 +525,12 @@ class _Builder:
         """Whether a size of an earlier part's tensor is read here (its tensor need not have crossed)."""
         if not self.program.from_sizes(node):
             return False
-        return any(n not in self.made and n.op != "get_attr" for n in node.all_input_nodes)
+        return any(n not in self.made and not self._is_mine(n) for n in node.all_input_nodes)
+
+    def _is_mine(self, node: fx.Node) -> bool:
+        """Whether this part computes with a parameter or constant, not only asks for its type."""
+        users = [user for user in node.users if self.program.part[user] == self.k]
+        return node.op == "get_attr" and any(not self.program.from_sizes(user) for user in users)
 
     def _copy(self, node: fx.Node) -> fx.Node:
         self.made[node] = self.graph.node_copy(node, self._value)
@@ -492,8 +553,9 @@ class _Builder:
         if isinstance(small, torch.device):
             return self.graph.call_function(getattr, (self.first, "device"))
         if isinstance(small, torch.dtype):
-            kind = self.program.seen[self._crossing(-1)[0]].value.dtype
-            return self.graph.call_function(getattr, (self.first, "dtype")) if small == kind else small
+            received = [] if self.k == 0 else self._crossing(-1)
+            like = [self.made[n] for n in received if self.program.seen[n].value.dtype == small]
+            return self.graph.call_function(getattr, (like[0], "dtype")) if like else small
         if small == large:
             return small
         n = self.program.batch
@@ -507,39 +569,25 @@ class _Builder:
 # Tracing and running
 
 
-Trace = Callable[[nn.Module, Sequence[str], Tensor], fx.Graph]
+Trace = Callable[[nn.Module, Sequence[str], Inputs], fx.Graph]
 
 
-def _trace(model: nn.Module, names: Sequence[str], x: Tensor) -> fx.Graph:
-    root = _OneInput(model)
-    with _following("torch.fx"):
-        graph = _Tracer([_ROOT + name for name in names]).trace(root)
-    _adopt_constants(model, root, graph)
-    return graph
-
-
-def _export(model: nn.Module, names: Sequence[str], x: Tensor) -> fx.Graph:
-    root = _OneInput(model)
-    with _following("torch.export"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dynamic = ({0: torch.export.Dim("batch")},)
-        module = torch.export.export(root, (x.clone(),), dynamic_shapes=dynamic, strict=False).module()
-    graph = module.graph
-    for node in list(graph.nodes):
-        if node.op == "call_module":  # checks of the shapes that the user never sees
-            graph.erase_node(node)
-        if node.op == "output" and len(node.args[0]) == 1:
-            node.args = (node.args[0][0],)
-    _adopt_constants(model, module, graph)
+def _trace(model: nn.Module, names: Sequence[str], x: Inputs) -> fx.Graph:
+    root = _with_arguments(Root(model, x))
+    with following("torch.fx"):
+        graph = _Tracer([ROOT + name for name in names]).trace(root)
+    adopt_constants(model, root, graph)
     return graph
 
 
 @contextlib.contextmanager
-def _following(tracer: str) -> Iterator[None]:
+def following(tracer: str) -> Iterator[None]:
     """Turns whatever goes wrong in the body, which traces the user's code, into a reason."""
     before = random.getstate(), _numpy_state(), torch.get_rng_state()
     try:
         yield
+    except CannotCutError:
+        raise
     except Exception as error:  # the user's code: anything can come out
         raise CannotCutError(f"{tracer} cannot follow it ({one_line(error)})") from error
     drawn = random.getstate() != before[0] or _numpy_state() != before[1]
@@ -547,17 +595,17 @@ def _following(tracer: str) -> Iterator[None]:
         raise CannotCutError("it draws random numbers that a trace would freeze")
 
 
-def _adopt_constants(model: nn.Module, root: nn.Module, graph: fx.Graph) -> None:
+def adopt_constants(model: nn.Module, root: nn.Module, graph: fx.Graph) -> None:
     """Tensors made while tracing (they depend on no input) become buffers of the model that are not in its state."""
     for node in graph.nodes:
-        if node.op == "get_attr" and not _exists(_OneInput(model), str(node.target)):
+        if node.op == "get_attr" and not _exists(model, _without_root(node)):
             value = _attribute(root, str(node.target))
             name = f"traced_{'training' if model.training else 'evaluation'}_{str(node.target).replace('.', '_')}"
             if not isinstance(value, Tensor):
                 raise CannotCutError("its trace has graphs inside graphs")
             if not hasattr(model, name):
                 model.register_buffer(name, value, persistent=False)
-            node.target = _ROOT + name
+            node.target = ROOT + name
 
 
 def _numpy_state() -> bytes:
@@ -565,12 +613,12 @@ def _numpy_state() -> bytes:
     return bytes(state[1].tobytes()) + str(state[2:]).encode()
 
 
-def _run(model: nn.Module, graph: fx.Graph, x: Tensor) -> dict[fx.Node, _Seen]:
+def _run(model: nn.Module, graph: fx.Graph, x: Inputs) -> dict[fx.Node, _Seen]:
     """What every operation gives for the batch `x`, without changing the model."""
-    recorder = _Recorder(copy.deepcopy(_OneInput(model)), graph)
+    recorder = _Recorder(copy.deepcopy(Root(model, x)), graph)
     try:
         with torch.no_grad():
-            recorder.run_on(x.clone())
+            recorder.run_on(x)
     except Exception as error:
         raise CannotCutError(f"its trace does not run ({one_line(error)})") from error
     return recorder.seen
@@ -581,20 +629,28 @@ class _Recorder(fx.Interpreter):
         super().__init__(root, graph=graph)
         self.seen: dict[fx.Node, _Seen] = {}
 
-    def run_on(self, x: Tensor) -> None:
+    def run_on(self, x: Inputs) -> None:
         """Run for a batch, and remember."""
-        self._input = storage_of(x)
-        self.run(x, enable_io_processing=False)
+        rows = [row.clone() for row in x.rows]
+        self._sealed = {storage_of(rows[i]) for i in x.sealed()}
+        self._kept: list[Any] = []  # so that no memory is used twice
+        self.run(*rows, enable_io_processing=False)
+        self._kept.clear()
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
+        self._kept.append(value)
         self.seen[n] = _Seen(fx.node.map_aggregate(value, self._meta))
         return value
 
     def _meta(self, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
-        return _Meta(tuple(leaf.shape), leaf.dtype, not leaf.is_nested and storage_of(leaf) == self._input)
+        if leaf.is_nested:
+            return _Meta((), leaf.dtype, False, id(leaf))
+        storage = storage_of(leaf)
+        place = (storage, leaf.storage_offset(), leaf.shape, leaf.stride(), leaf.dtype)
+        return _Meta(tuple(leaf.shape), leaf.dtype, storage in self._sealed, place)
 
 
 def _holds_tensors(value: Any) -> bool:
@@ -609,7 +665,7 @@ def _last_inside(nodes: Sequence[fx.Node], name: str) -> int:
         i
         for i, node in enumerate(nodes)
         if node.op in _OPERATIONS
-        and any(path.split("@")[0] == _ROOT + name for path, _ in node.meta.get("nn_module_stack", {}).values())
+        and any(path.split("@")[0] == ROOT + name for path, _ in node.meta.get("nn_module_stack", {}).values())
     ]
     if not inside:
         raise CannotCutError(f"no operation is traced inside {name!r}: it is never executed, or does nothing")
@@ -641,7 +697,7 @@ def _is_random(node: fx.Node) -> bool:
 def _writes(node: fx.Node) -> bool:
     """Whether an operation changes its operand in place."""
     name = _name(node)
-    inplace = name.endswith("_") and not name.endswith("__")
+    inplace = (name.endswith("_") and not name.endswith("__")) or node.kwargs.get("out") is not None
     return inplace or name == "setitem" or (name.startswith("i") and node.target in _IN_PLACE_OPERATORS)
 
 
@@ -650,7 +706,7 @@ _IN_PLACE_OPERATORS = (operator.iadd, operator.isub, operator.imul, operator.itr
 
 def _without_root(node: fx.Node) -> Any:
     if node.op in ("call_module", "get_attr"):
-        return str(node.target).removeprefix(_ROOT)
+        return str(node.target).removeprefix(ROOT)
     return node.target
 
 
@@ -663,14 +719,27 @@ def _share_out(model: nn.Module, parts: Sequence[nn.Module], graphs: Sequence[Se
     """Give every part the state that its graphs name; what no graph names goes with its neighbours."""
     named = {name: (tensor, persistent) for name, tensor, persistent in state_names(model)}
     owner: dict[int, int] = {}
+    ends: dict[int, set[str]] = {}  # of a tensor that both ends of a U-shape use: its names at the second
     for k, part in enumerate(parts):
         for target, is_module in _targets(graphs[k]):
             for tensor in _attach(model, part, target, is_module, named, owner, k):
-                owner[id(tensor)] = k
-    owners = {name: owner[id(tensor)] for name, (tensor, _) in named.items() if id(tensor) in owner}
+                if owner.setdefault(id(tensor), k) != k:
+                    ends.setdefault(id(tensor), set()).update(_names_below(target, is_module, named, tensor))
+    owners = {
+        name: len(parts) - 1 if name in ends.get(id(tensor), ()) else owner[id(tensor)]
+        for name, (tensor, _) in named.items()
+        if id(tensor) in owner
+    }
     for name, k in fill_owners(named, owners, len(parts)).items():
         if not _has(parts[k], name):
             _register(parts[k], name, *named[name])
+
+
+def _names_below(target: str, is_module: bool, named: Named, tensor: Tensor) -> set[str]:
+    """The names of a tensor that a graph's `target` stands for."""
+    if not is_module:
+        return {target}
+    return {name for name, (t, _) in named.items() if t is tensor and name.startswith(f"{target}.")}
 
 
 def _targets(graphs: Sequence[fx.Graph]) -> dict[tuple[str, bool], None]:
@@ -714,9 +783,13 @@ def _attach(
 
 
 def _refuse_if_shared(named: Named, name: str, tensor: Tensor, owner: dict[int, int], k: int) -> None:
-    if owner.get(id(tensor), k) != k:
-        names = " = ".join(repr(n) for n, (t, _) in named.items() if t is tensor) or repr(name)
-        raise CannotCutError(f"{names} is used on both sides of the cut, and a parameter can live on one side only")
+    """Raises SharedWeightError, but for the two ends of a U-shape: they are one client's, under names of their own."""
+    first = owner.get(id(tensor), k)
+    if first == k:
+        return
+    names = [n for n, (t, _) in named.items() if t is tensor] or [name]
+    if (first, k) != (0, 2) or names[0] == name or not isinstance(tensor, nn.Parameter):
+        raise SharedWeightError(names, tensor)
 
 
 def _attribute(root: Any, target: str) -> Any:
