@@ -71,6 +71,27 @@ def split_by_tape(model: nn.Module, names: Sequence[str], x: Inputs) -> list[Par
 
 def record(model: nn.Module, names: Sequence[str], x: Inputs) -> fx.Graph:
     """The model's operations in its present mode, as a graph. Raises CannotCutError."""
+    try:
+        return _record(model, x)
+    except CannotCutError as reason:
+        if str(reason) != _VALUE:
+            raise
+    with _as_if_compiled():
+        return _record(model, x)
+
+
+@contextmanager
+def _as_if_compiled() -> Iterator[None]:
+    """In here a model that asks whether it is being compiled, to leave out what looks at values, is told that it is."""
+    real = torch.compiler.is_compiling
+    torch.compiler.is_compiling = lambda: True
+    try:
+        yield
+    finally:
+        torch.compiler.is_compiling = real
+
+
+def _record(model: nn.Module, x: Inputs) -> fx.Graph:
     first = _recorded(model, x)
     other = x.shuffled()
     try:

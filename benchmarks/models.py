@@ -1,0 +1,160 @@
+"""At which models can `cutlayer.cut` cut, how, and which engine runs the parts? Writes the table of docs/models.md.
+
+    python benchmarks/models.py --write docs/models.md     # all; minutes
+    python benchmarks/models.py llama swin                 # those whose names contain one of the words
+
+The models are made in `architectures.py`, in small configurations with random weights: nothing is downloaded. Those of
+Hugging Face need `pip install 'cutlayer[huggingface]'`, and are left out without it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import platform
+import time
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from architectures import Architecture, architectures
+
+import cutlayer
+from cutlayer.engine.stackable import stackable
+from cutlayer.models import Parts
+from cutlayer.models.parts import Inputs, taken_apart
+from cutlayer.optim import make_optimizer
+from cutlayer.seeds import torch_seeded
+
+_STEPS = 3  # per engine, of which the quickest counts
+_CLIENTS = 8
+
+
+@dataclass(frozen=True)
+class Found:
+    """What came of one cut; `trouble` is why it is refused, or what is wrong with it."""
+
+    of: Architecture
+    seconds: float
+    method: str = ""
+    crossing: int = 0
+    engine: str = ""
+    trouble: str = ""
+
+    @property
+    def row(self) -> str:
+        """A line of the table."""
+        result = "refused" if self.trouble else "yes"
+        cells = [self.of.name, f"`{self.of.at}`", self.method or "-", result, self.crossing or "-"]
+        return "| " + " | ".join(str(c) for c in [*cells, self.engine or self.trouble, f"{self.seconds:.1f}"]) + " |"
+
+
+def look_at(architecture: Architecture) -> Found:
+    """Cut it, check the parts against the whole on another batch, and ask whether they can be stacked."""
+    try:
+        with torch_seeded(0, architecture.name):
+            model, example = architecture.make()
+            with torch.no_grad():
+                Inputs.of(example).run(copy.deepcopy(model).eval())
+    except Exception as error:
+        return Found(architecture, 0.0, trouble=_cell(f"does not run: {type(error).__name__} {error}"))
+    begin = time.perf_counter()
+    try:
+        parts = cutlayer.cut(model, architecture.at, example)
+    except cutlayer.CutError as error:
+        return Found(architecture, time.perf_counter() - begin, trouble=_cell(str(error)))
+    seconds = time.perf_counter() - begin
+    return Found(
+        architecture,
+        seconds,
+        parts.method,
+        len(parts.crossing),
+        _engine(parts, example),
+        "" if equal(model, parts, example) else "the parts differ from the whole",
+    )
+
+
+def equal(model: torch.nn.Module, parts: Parts, example: Any) -> bool:
+    """Whether the parts give the whole's outputs for the example's rows in another order, in both modes."""
+    x = Inputs.of(example)
+    other = Inputs(tuple(row.flip(0) for row in x.rows), x.names)
+    for training in (True, False):
+        whole, pieces = copy.deepcopy(model).train(training), copy.deepcopy(parts)
+        with torch.no_grad(), torch_seeded(1, "equal"):
+            expected, _ = taken_apart(other.run(whole))
+        value: Any = other.rows
+        with torch.no_grad(), torch_seeded(1, "equal"):
+            for part in pieces.all:
+                value = part.train(training)(value)
+        given, _ = taken_apart(value)
+        if not all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(given, expected, strict=True)):
+            return False
+    return True
+
+
+def _engine(parts: Parts, example: Any) -> str:
+    """How clients are simulated: "stacked" (lowered or mapped), or "local" and why."""
+    rows = Inputs.of(example).rows
+    verdict = stackable(parts.client, rows, make_optimizer("sgd", 0.1, {}), data=True)
+    if verdict.reason:
+        return f"local: {_cell(verdict.reason)}"
+    return "stacked, mapped" if verdict.mapped else "stacked"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "/").replace("\n", " ")[:300]
+
+
+def _page(found: list[Found]) -> str:
+    refused = [f for f in found if f.trouble]
+    stacked = sum(f.engine.startswith("stacked") for f in found)
+    methods = ", ".join(f"{name} {count}" for name, count in sorted(Counter(f.method for f in found if f.method).items()))
+    seconds = sorted(f.seconds for f in found)
+    lines = [
+        "# Models that were cut",
+        "",
+        f"{len(found) - len(refused)} of {len(found)} architectures are cut after an inner block, and in each the parts",
+        f"are proved to be the whole. Methods: {methods}. The clients' parts of {stacked} run on the stacked engine.",
+        f"A cut takes {seconds[len(seconds) // 2]:.1f} s (median; the longest {seconds[-1]:.1f} s).",
+        "",
+        f"Written by `python benchmarks/models.py --write docs/models.md` (torch {torch.__version__.split('+')[0]}, "
+        f"{platform.machine()}, one thread).",
+        "The models have small configurations and random weights (`benchmarks/architectures.py`).",
+        "",
+        "- **Method**: `fx` traces with `torch.fx`; `hooks` replays the model's own `forward`; `tape` writes down two runs.",
+        "- **Proved**: logits, gradients and buffers are those of the whole model, in training and in evaluation",
+        "  (`models/proof.py`), and once more on another batch.",
+        "- **Tensors**: how many cross the cut.",
+        "- **Engine**: `stacked` runs the parts of all clients at once, with its operations lowered, or mapped by",
+        "  `torch.func.vmap`; `local` runs them one by one, for the reason given.",
+        "",
+        "| architecture | cut after | method | proved | tensors | engine | seconds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    return "\n".join([*lines, *(f.row for f in found)]) + "\n"
+
+
+def main() -> None:
+    """Look at all models, or at those that are named."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("words", nargs="*", help="only models whose names contain one of these")
+    parser.add_argument("--write", type=Path, help="write the page here")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    found = []
+    for architecture in architectures():
+        if arguments.words and not any(w in architecture.name.lower() for w in arguments.words):
+            continue
+        found.append(look_at(architecture))
+        print(found[-1].row, flush=True)
+    print(f"{sum(not f.trouble for f in found)} of {len(found)} are cut")
+    if arguments.write:
+        arguments.write.write_text(_page(found))
+
+
+if __name__ == "__main__":
+    main()
