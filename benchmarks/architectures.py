@@ -1,5 +1,6 @@
-"""Architectures that people train, small and with random weights: what `models.py` cuts."""
+"""Architectures that people train, small and with random weights: what `cuts.py` cuts."""
 
+# ruff: noqa: E501
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -20,8 +21,9 @@ class Architecture:
     """A model, an example of its batches, and the block after which it is cut."""
 
     name: str
-    at: str
+    at: str | tuple[str, str]
     make: Callable[[], tuple[nn.Module, Any]]
+    untie: bool = False
 
 
 def architectures() -> Iterator[Architecture]:
@@ -76,9 +78,9 @@ def graphs() -> tuple[Tensor, Tensor]:
     return torch.randn(ROWS, 10, 6), (torch.rand(ROWS, 10, 10) < 0.4).float()
 
 
-def packed() -> tuple[Tensor, Tensor]:
+def packed() -> dict[str, Tensor]:
     """Series [R, 12, 6] and their lengths."""
-    return torch.randn(ROWS, 12, 6), torch.tensor([12, 9, 7, 3])
+    return {"x": torch.randn(ROWS, 12, 6), "lengths": torch.tensor([12, 9, 7, 3])}
 
 
 # Blocks
@@ -168,11 +170,11 @@ class Unet(nn.Module):
 class Recurrent(nn.Module):
     """Recurrent layers, then a linear one on the last step."""
 
-    def __init__(self, kind: type[nn.RNNBase], bidirectional: bool = False, layers: int = 1, dropout: float = 0) -> None:
+    def __init__(
+        self, kind: type[nn.RNNBase], bidirectional: bool = False, layers: int = 1, dropout: float = 0
+    ) -> None:
         super().__init__()
-        self.encoder = kind(
-            6, 8, num_layers=layers, batch_first=True, bidirectional=bidirectional, dropout=dropout
-        )
+        self.encoder = kind(6, 8, num_layers=layers, batch_first=True, bidirectional=bidirectional, dropout=dropout)
         self.head = nn.Linear(16 if bidirectional else 8, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -539,7 +541,9 @@ def _orthogonal() -> nn.Module:
 
 
 def _lazy() -> nn.Module:
-    return nn.Sequential(nn.LazyConv2d(4, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(8), nn.ReLU(), nn.LazyLinear(CLASSES))
+    return nn.Sequential(
+        nn.LazyConv2d(4, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(8), nn.ReLU(), nn.LazyLinear(CLASSES)
+    )
 
 
 def _compiled() -> nn.Module:
@@ -555,7 +559,7 @@ def _shuffle() -> nn.Module:
     return _picture(nn.Conv2d(3, 8, 1), nn.ChannelShuffle(2), nn.Conv2d(8, 8, 3, groups=2), nn.PReLU(8), channels=8)
 
 
-_Plain = tuple[str, str, Callable[[], nn.Module], Callable[[], Any]]
+_Plain = tuple[str, str | tuple[str, str], Callable[[], nn.Module], Callable[[], Any]]
 _PLAIN: list[_Plain] = [
     ("MLP", "0", _mlp, vectors),
     ("MLP, batch norm", "1", lambda: _mlp(nn.BatchNorm1d(8)), vectors),
@@ -611,6 +615,7 @@ _PLAIN: list[_Plain] = [
     ("Mixture of experts", "1", lambda: nn.Sequential(nn.Linear(8, 8), Experts(), nn.Linear(8, 5)), vectors),
     ("Mixture of experts, routed", "0", lambda: nn.Sequential(Experts(), TopExperts(), nn.Linear(8, 5)), vectors),
     ("Attention by hand", "blocks.0", Decoder, tokens),
+    ("Attention by hand, U-shaped, tied", ("blocks.0", "blocks.1"), lambda: Decoder(tied=True), tokens),
     ("Attention by hand, dropout", "blocks.0", lambda: Decoder(dropout=0.2), tokens),
     ("Rotary decoder by hand", "first", RotaryDecoder, tokens),
     ("Perceiver-like", "cross", Perceiver, series),
@@ -636,7 +641,14 @@ _TEXT: dict[str, Any] = {
 }
 _IMAGE: dict[str, Any] = {**_TEXT, "image_size": 16, "patch_size": 4, "num_channels": 3}
 _ROTARY: dict[str, Any] = {**_TEXT, "num_key_value_heads": 1, "head_dim": 8}
-_GPT2: dict[str, Any] = {"vocab_size": 32, "n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 2, "pad_token_id": 0}
+_GPT2: dict[str, Any] = {
+    "vocab_size": 32,
+    "n_positions": 64,
+    "n_embd": 16,
+    "n_layer": 2,
+    "n_head": 2,
+    "pad_token_id": 0,
+}
 _SEQUENCE: dict[str, Any] = {
     "vocab_size": 32,
     "d_model": 16,
@@ -653,7 +665,7 @@ _SEQUENCE: dict[str, Any] = {
 
 _CLASSIFY = "ForSequenceClassification"
 # name, class, cut, options of the configuration, example
-_HUGGING_FACE: list[tuple[str, str, str, dict[str, Any], Callable[[], Any]]] = [
+_HUGGING_FACE: list[tuple[str, str, str | tuple[str, str], dict[str, Any], Callable[[], Any]]] = [
     ("Llama", "LlamaForCausalLM", "model.layers.0", {**_ROTARY, "tie_word_embeddings": False}, tokens),
     ("Llama, mask", "LlamaForCausalLM", "model.layers.0", {**_ROTARY, "tie_word_embeddings": False}, masked_tokens),
     ("Mistral", "MistralForCausalLM", "model.layers.0", {**_ROTARY, "tie_word_embeddings": False}, masked_tokens),
@@ -666,6 +678,8 @@ _HUGGING_FACE: list[tuple[str, str, str, dict[str, Any], Callable[[], Any]]] = [
     ("GPT-NeoX", "GPTNeoXForCausalLM", "gpt_neox.layers.0", {**_TEXT, "tie_word_embeddings": False}, masked_tokens),
     ("OPT", "OPTForCausalLM", "model.decoder.layers.0", {**_TEXT, "ffn_dim": 32, "word_embed_proj_dim": 16, "tie_word_embeddings": False}, masked_tokens),
     ("GPT-2", "GPT2LMHeadModel", "transformer.h.0", {**_GPT2, "tie_word_embeddings": False}, tokens),
+    ("GPT-2, untied", "GPT2LMHeadModel", "transformer.h.0", _GPT2, masked_tokens),
+    ("GPT-2, U-shaped, tied", "GPT2LMHeadModel", ("transformer.h.0", "transformer.ln_f"), _GPT2, masked_tokens),
     ("GPT-2, mask", "GPT2LMHeadModel", "transformer.h.0", {**_GPT2, "tie_word_embeddings": False}, masked_tokens),
     ("GPT-2, classifier", "GPT2ForSequenceClassification", "transformer.h.0", {**_GPT2, "num_labels": CLASSES}, tokens),
     ("GPT-J", "GPTJForCausalLM", "transformer.h.0", {**_GPT2, "rotary_dim": 4, "tie_word_embeddings": False}, tokens),
@@ -675,24 +689,26 @@ _HUGGING_FACE: list[tuple[str, str, str, dict[str, Any], Callable[[], Any]]] = [
     ("StableLM", "StableLmForCausalLM", "model.layers.0", {**_TEXT, "num_key_value_heads": 2, "tie_word_embeddings": False}, tokens),
     ("BERT", "Bert" + _CLASSIFY, "bert.encoder.layer.0", _TEXT, tokens),
     ("BERT, mask", "Bert" + _CLASSIFY, "bert.encoder.layer.0", _TEXT, masked_tokens),
+    ("BERT, masked language model, U-shaped, tied", "BertForMaskedLM", ("bert.encoder.layer.0", "bert.encoder.layer.1"), _TEXT, masked_tokens),
+    ("Llama, U-shaped, tied", "LlamaForCausalLM", ("model.layers.0", "model.layers.1"), {**_ROTARY, "tie_word_embeddings": True}, masked_tokens),
     ("BERT, masked language model", "BertForMaskedLM", "bert.encoder.layer.0", {**_TEXT, "tie_word_embeddings": False}, masked_tokens),
     ("RoBERTa", "Roberta" + _CLASSIFY, "roberta.encoder.layer.0", _TEXT, masked_tokens),
     ("DistilBERT", "DistilBert" + _CLASSIFY, "distilbert.transformer.layer.0", {**_TEXT, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32}, masked_tokens),
-    ("ALBERT", "Albert" + _CLASSIFY, "albert.embeddings", {**_TEXT, "embedding_size": 8}, masked_tokens),
+    ("ALBERT", "Albert" + _CLASSIFY, "albert.encoder.embedding_hidden_mapping_in", {**_TEXT, "embedding_size": 8}, masked_tokens),
     ("DeBERTa", "Deberta" + _CLASSIFY, "deberta.encoder.layer.0", {**_TEXT, "pos_att_type": ["c2p", "p2c"], "relative_attention": True}, masked_tokens),
     ("DeBERTa 2", "DebertaV2" + _CLASSIFY, "deberta.encoder.layer.0", {**_TEXT, "pos_att_type": ["c2p", "p2c"], "relative_attention": True}, masked_tokens),
     ("ELECTRA", "Electra" + _CLASSIFY, "electra.encoder.layer.0", {**_TEXT, "embedding_size": 16}, masked_tokens),
     ("MobileBERT", "MobileBert" + _CLASSIFY, "mobilebert.encoder.layer.0", {**_TEXT, "embedding_size": 16, "true_hidden_size": 16, "intra_bottleneck_size": 16, "num_feedforward_networks": 1}, masked_tokens),
     ("MPNet", "MPNet" + _CLASSIFY, "mpnet.encoder.layer.0", _TEXT, masked_tokens),
     ("XLNet", "XLNet" + _CLASSIFY, "transformer.layer.0", {"vocab_size": 32, "d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 32, "num_labels": CLASSES}, tokens),
-    ("T5", "T5ForConditionalGeneration", "encoder.block.0", {"vocab_size": 32, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}, lambda: {"input_ids": tokens(), "decoder_input_ids": tokens()}),
-    ("BART", "Bart" + _CLASSIFY, "model.encoder.layers.0", {**_SEQUENCE, "num_labels": CLASSES, "eos_token_id": 31}, lambda: torch.cat([tokens().clamp(1, 30), torch.full((ROWS, 1), 31)], 1)),
-    ("ViT", "ViTForImageClassification", "vit.encoder.layer.0", _IMAGE, pictures),
-    ("DeiT", "DeiTForImageClassification", "deit.encoder.layer.0", _IMAGE, pictures),
-    ("BEiT", "BeitForImageClassification", "beit.encoder.layer.0", _IMAGE, pictures),
+    ("T5", "T5ForConditionalGeneration", "decoder.block.0", {"vocab_size": 32, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}, lambda: {"input_ids": tokens(), "decoder_input_ids": tokens()}),
+    ("BART", "Bart" + _CLASSIFY, "model.decoder.layers.0", {**_SEQUENCE, "num_labels": CLASSES, "eos_token_id": 31}, lambda: torch.cat([tokens().clamp(1, 30), torch.full((ROWS, 1), 31)], 1)),
+    ("ViT", "ViTForImageClassification", "vit.layers.0", _IMAGE, pictures),
+    ("DeiT", "DeiTForImageClassification", "deit.layers.0", _IMAGE, pictures),
+    ("BEiT", "BeitForImageClassification", "beit.layers.0", _IMAGE, pictures),
     ("DINOv2", "Dinov2ForImageClassification", "dinov2.encoder.layer.0", _IMAGE, pictures),
-    ("Swin", "SwinForImageClassification", "swin.encoder.layers.0", {**_IMAGE, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 2, "patch_size": 2}, pictures),
-    ("Swin 2", "Swinv2ForImageClassification", "swinv2.encoder.layers.0", {**_IMAGE, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 2, "patch_size": 2}, pictures),
+    ("Swin", "SwinForImageClassification", "swin.encoder.layers.0", {"image_size": 16, "num_channels": 3, "num_labels": CLASSES, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 2, "patch_size": 2}, pictures),
+    ("Swin 2", "Swinv2ForImageClassification", "swinv2.encoder.layers.0", {"image_size": 16, "num_channels": 3, "num_labels": CLASSES, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 2, "patch_size": 2}, pictures),
     ("ConvNeXt", "ConvNextForImageClassification", "convnext.encoder.stages.0", {"num_channels": 3, "hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1], "num_labels": CLASSES, "patch_size": 2}, pictures),
     ("ResNet", "ResNetForImageClassification", "resnet.encoder.stages.0", {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic", "num_labels": CLASSES}, pictures),
     ("RegNet", "RegNetForImageClassification", "regnet.encoder.stages.0", {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "groups_width": 4, "num_labels": CLASSES}, pictures),
@@ -700,12 +716,12 @@ _HUGGING_FACE: list[tuple[str, str, str, dict[str, Any], Callable[[], Any]]] = [
     ("MobileNetV2", "MobileNetV2ForImageClassification", "mobilenet_v2.layer.2", {"depth_multiplier": 0.25, "num_labels": CLASSES, "image_size": 32}, lambda: torch.randn(ROWS, 3, 32, 32)),
     ("MobileViT", "MobileViTForImageClassification", "mobilevit.encoder.layer.0", {"image_size": 32, "hidden_sizes": [8, 8, 8], "neck_hidden_sizes": [8, 8, 8, 8, 8, 8, 16], "num_attention_heads": 2, "num_labels": CLASSES, "patch_size": 2}, lambda: torch.randn(ROWS, 3, 64, 64)),
     ("PoolFormer", "PoolFormerForImageClassification", "poolformer.encoder.block.0.0", {"hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "num_labels": CLASSES}, lambda: torch.randn(ROWS, 3, 64, 64)),
-    ("SegFormer", "SegformerForSemanticSegmentation", "segformer.encoder.block.0.0", {"hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 1, 1], "decoder_hidden_size": 8, "num_labels": CLASSES}, lambda: torch.randn(ROWS, 3, 32, 32)),
+    ("SegFormer", "SegformerForSemanticSegmentation", "segformer.stages.0.blocks.0", {"hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 1, 1], "decoder_hidden_size": 8, "num_labels": CLASSES}, lambda: torch.randn(ROWS, 3, 32, 32)),
     ("Wav2Vec2", "Wav2Vec2ForSequenceClassification", "wav2vec2.feature_extractor", {**_TEXT, "conv_dim": [8, 8], "conv_stride": [5, 2], "conv_kernel": [10, 3], "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2, "classifier_proj_size": 8, "mask_time_prob": 0.0, "layerdrop": 0.0}, lambda: torch.randn(ROWS, 400)),
     ("Wav2Vec2, encoder layer", "Wav2Vec2ForSequenceClassification", "wav2vec2.encoder.layers.0", {**_TEXT, "conv_dim": [8, 8], "conv_stride": [5, 2], "conv_kernel": [10, 3], "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2, "classifier_proj_size": 8, "mask_time_prob": 0.0, "layerdrop": 0.0}, lambda: torch.randn(ROWS, 400)),
     ("HuBERT", "HubertForSequenceClassification", "hubert.encoder.layers.0", {**_TEXT, "conv_dim": [8, 8], "conv_stride": [5, 2], "conv_kernel": [10, 3], "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2, "classifier_proj_size": 8, "mask_time_prob": 0.0, "layerdrop": 0.0}, lambda: torch.randn(ROWS, 400)),
     ("Whisper", "WhisperForAudioClassification", "encoder.layers.0", {**_SEQUENCE, "num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 16, "num_labels": CLASSES, "classifier_proj_size": 8}, lambda: torch.randn(ROWS, 8, 32)),
-    ("Audio spectrogram transformer", "ASTForAudioClassification", "audio_spectrogram_transformer.encoder.layer.0", {**_TEXT, "max_length": 32, "num_mel_bins": 16, "patch_size": 8, "time_stride": 8, "frequency_stride": 8}, lambda: torch.randn(ROWS, 32, 16)),
+    ("Audio spectrogram transformer", "ASTForAudioClassification", "audio_spectrogram_transformer.layers.0", {**_TEXT, "max_length": 32, "num_mel_bins": 16, "patch_size": 8, "time_stride": 8, "frequency_stride": 8}, lambda: torch.randn(ROWS, 32, 16)),
     ("Time series transformer (PatchTST)", "PatchTSTForClassification", "model.encoder.layers.0", {"num_input_channels": 6, "context_length": 12, "patch_length": 4, "patch_stride": 4, "d_model": 16, "num_attention_heads": 2, "ffn_dim": 32, "num_hidden_layers": 2, "num_targets": CLASSES}, series),
     ("CLIP, vision", "CLIPForImageClassification", "vision_model.encoder.layers.0", {"vision_config": {k: v for k, v in _IMAGE.items() if k not in ("num_labels", "pad_token_id")}, "num_labels": CLASSES}, pictures),
     ("Mamba", "MambaForCausalLM", "backbone.layers.0", {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4, "use_cache": False, "tie_word_embeddings": False}, tokens),
@@ -715,6 +731,9 @@ _HUGGING_FACE: list[tuple[str, str, str, dict[str, Any], Callable[[], Any]]] = [
     ("BigBird", "BigBird" + _CLASSIFY, "bert.encoder.layer.0", {**_TEXT, "attention_type": "original_full"}, tokens),
     ("Longformer", "Longformer" + _CLASSIFY, "longformer.encoder.layer.0", {**_TEXT, "attention_window": [4, 4]}, tokens),
 ]  # fmt: skip
+
+
+_UNTIED = ("T5", "BART", "GPT-2, untied")
 
 
 def hugging_face() -> Iterator[Architecture]:
@@ -730,6 +749,5 @@ def hugging_face() -> Iterator[Architecture]:
         return kind(kind.config_class(**options)), example()
 
     for name, kind, at, options, example in _HUGGING_FACE:
-        yield Architecture(
-            f"{name} (Hugging Face)", at, lambda k=kind, o=options, e=example: make(k, o, e)
-        )
+        untie = name in _UNTIED
+        yield Architecture(f"{name} (Hugging Face)", at, lambda k=kind, o=options, e=example: make(k, o, e), untie)

@@ -14,6 +14,7 @@ from support import ZOO
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn import functional
+from torch.utils import _pytree as pytree
 
 from cutlayer.errors import CutError
 from cutlayer.models import Crossing, Parts, build, cut, cut_points
@@ -297,7 +298,7 @@ USERS: list[tuple[Any, Any, str, str, int, str, str]] = [
     (encoder, ids, "encoder.layers.0", "hooks", 1, "encoder.layers.0.linear1.weight", "encoder.layers.1.norm1.weight"),
     (encoder, ids, "encoder", "fx", 1, "encoder.layers.1.linear1.weight", "head.weight"),
     (padded_encoder, ids, "embed", "fx", 3, "embed.weight", "head.weight"),
-    (padded_encoder, ids, "encoder.layers.0", "export", 2, "token", "encoder.layers.1.norm1.weight"),
+    (padded_encoder, ids, "encoder.layers.0", "tape", 2, "token", "encoder.layers.1.norm1.weight"),
     (lstm, ids, "rnn", "fx", 1, "rnn.weight_hh_l1", "middle.weight"),
     (gru, ids, "rnn", "fx", 1, "rnn.weight_hh_l1", "middle.weight"),
     (gru, ids, "embed", "fx", 1, "embed.weight", "rnn.weight_hh_l1"),
@@ -310,7 +311,7 @@ USERS: list[tuple[Any, Any, str, str, int, str, str]] = [
     (tiny_bert, ids, "bert.embeddings", "hooks", 1, "bert.embeddings.word_embeddings.weight", "classifier.weight"),
     (tiny_bert, ids, "bert.encoder.layer.0", "hooks", 1, "bert.embeddings.LayerNorm.weight", "bert.pooler.dense.bias"),
     (tiny_vit, picture, "vit.embeddings", "hooks", 1, "vit.embeddings.cls_token", "classifier.weight"),
-    (tiny_gpt2, ids, "transformer.h.0", "export", 2, "transformer.wpe.weight", "score.weight"),
+    (tiny_gpt2, ids, "transformer.h.0", "tape", 2, "transformer.wpe.weight", "score.weight"),
 ]  # fmt: skip
 USER_NAMES = [f"{make.__name__}-{at}" for make, _, at, *_ in USERS]
 
@@ -494,7 +495,7 @@ U_SHAPED: list[tuple[Any, Any, tuple[str, str], str]] = [
     (Dense, picture, ("c1", "c3"), "fx"),
     (Gpt, ids, ("blocks.0", "norm"), "fx"),
     (encoder, ids, ("encoder.layers.0", "encoder.layers.1"), "hooks"),
-    (padded_encoder, ids, ("encoder.layers.0", "encoder"), "export"),
+    (padded_encoder, ids, ("encoder.layers.0", "encoder"), "tape"),
     (LastState, series, ("mix", "decoder"), "fx"),
     (by_shape, vector, ("a", "b"), "hooks"),
     (tiny_bert, ids, ("bert.embeddings", "bert.pooler"), "hooks"),
@@ -519,7 +520,7 @@ def test_parts_survive_copies_conversions_and_checkpoints(index: int) -> None:
     for part in parts.all:
         part.load_state_dict({name: other.state_dict()[name] for name in part.state_dict()})
     assert_whole(other, parts, batch(3))
-    if method == "export":
+    if method == "tape":
         return  # its types are frozen
     x = batch(3)
     doubled = copy.deepcopy(parts)
@@ -716,7 +717,7 @@ def test_a_mask_that_no_example_shows_is_still_noticed() -> None:
     full = torch.randint(1, 10, (4, 6))
     model = ByShape(padding=True)
     parts = cut(model, "encoder.layers.0", full)
-    assert parts.method == "export"
+    assert parts.method == "tape"
     assert_whole(model, parts, ids(4))
 
 
@@ -800,18 +801,54 @@ def test_an_example_of_the_wrong_shape() -> None:
     assert "RuntimeError" in message
 
 
-def test_a_model_that_does_not_return_logits() -> None:
-    class Pair(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 5)
+class Several(nn.Module):
+    """Returns more than logits."""
 
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            y = self.a(x)
-            return self.b(y), y
+    def __init__(self, give: Any) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 5), nn.Linear(8, 2)
+        self.give = give
+
+    def forward(self, x: Tensor) -> Any:
+        y = torch.tanh(self.a(x))
+        return self.give(self.b(y), self.c(y))
+
+
+def as_pair(a: Tensor, b: Tensor) -> Any:
+    return a, b
+
+
+def by_name(a: Tensor, b: Tensor) -> Any:
+    return {"scores": a, "more": [b, None]}
+
+
+def test_a_model_that_returns_neither_rows_nor_tensors() -> None:
+    def mean(a: Tensor, b: Tensor) -> Any:
+        return a, b.mean()
+
+    def words(a: Tensor, b: Tensor) -> Any:
+        return "nothing"
+
+    def thing(a: Tensor, b: Tensor) -> Any:
+        return a, object()
 
     for at in ("a", "input"):
-        assert "logits" in refused(Pair(), at, vector())
+        assert "logits with a row for every sample" in refused(Several(mean), at, vector())
+        assert "does not return logits" in refused(Several(words), at, vector())
+        assert "holds a object" in refused(Several(thing), at, vector())
+
+
+@pytest.mark.parametrize("give", [as_pair, by_name])
+@pytest.mark.parametrize("at", ["input", "a", "output"])
+def test_the_last_part_gives_what_the_model_gives(give: Any, at: str) -> None:
+    model = Several(give)
+    parts = cut(model, at, vector())
+    x = vector(3)
+    given, expected = together(parts, x), model(x)
+    leaves, spec = pytree.tree_flatten(given)
+    others, other = pytree.tree_flatten(expected)
+    assert spec == other
+    assert all(torch.equal(a, b) if isinstance(a, Tensor) else a is b for a, b in zip(leaves, others, strict=True))
 
 
 def test_cut_points_are_those_that_work() -> None:

@@ -4,9 +4,9 @@
     logits = parts.server(parts.client(x))          # == model(x)
 
 The cut lies after the last operation that is executed inside the named module. Three methods are tried in order:
-tracing with `torch.fx` (`trace.py`), replaying (`hooks.py`) and tracing by running (`tape.py`). A result is accepted only
-after the proof: in training and in evaluation, for two batch sizes, the parts give the logits, the gradients of all
-parameters and the buffers (batch norm statistics) that the whole model gives.
+tracing with `torch.fx` (`trace.py`), replaying (`hooks.py`) and tracing by running (`tape.py`). A result is accepted
+only after the proof: in training and in evaluation, for two batch sizes, the parts give the logits, the gradients of
+all parameters and the buffers (batch norm statistics) that the whole model gives.
 
 What the named module may be: executed at least once; where it is executed several times, its last time counts (tracing
 only). What follows may be free of parameters, but not empty: that is what "output" is for.
@@ -111,7 +111,9 @@ def _inputs(example: Example) -> Inputs:
     x = Inputs.of(example)
     if not x.rows or any(row.dim() < 1 for row in x.rows) or len({len(row) for row in x.rows}) > 1 or len(x) < 2:
         shapes = ", ".join(str(list(row.shape)) for row in x.rows) or "no tensor"
-        raise CutError(f"the example has shape {shapes}: give a batch of at least two samples, in all its tensors alike")
+        raise CutError(
+            f"the example has shape {shapes}: give a batch of at least two samples, in all its tensors alike"
+        )
     return x
 
 

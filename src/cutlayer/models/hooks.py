@@ -51,9 +51,8 @@ def split_by_hooks(
     """
     record = _Record(model, names, x, heard or listen(model, x))
     owners = _owners(model, names, x, record)
-    record.outputs = [
-        template.only(_used(model, names, k, x, template)) for k, template in enumerate(record.outputs)
-    ]
+    record.outputs = [template.only(_used(model, names, k, x, template)) for k, template in enumerate(record.outputs)]
+    record.sent = [_needed(model, names, k, x) for k in range(len(names))]
     return [_ReplayedPart(model, names, k, record, owners) for k in range(len(names) + 1)]
 
 
@@ -106,6 +105,7 @@ class _Record:
 
     def __init__(self, model: nn.Module, names: Sequence[str], x: Inputs, heard: dict[bool, list[_Call]]) -> None:
         self.names, self.inputs = names, x
+        self.sent: list[list[int]] = []  # the inputs that cross each cut as they are
         self.calls = heard
         if last := [call.name for calls in heard.values() for call in calls if call.name in names and call.final]:
             raise CannotCutError(f"nothing is computed after {last[0]!r}")
@@ -273,7 +273,7 @@ def _listen(model: nn.Module, training: bool, x: Inputs) -> list[_Call]:
     """The calls of one forward of a copy of the model, in order of their ends."""
     model = copy.deepcopy(model).train(training)
     clock, stack, done = iter(range(10**9)), [], []  # type: ignore[var-annotated]
-    watch, states = _Watch(), []  # type: ignore[var-annotated]
+    watch, states = _Watch(), []
 
     def begin(name: str) -> Any:
         def began(module: nn.Module, args: Any) -> None:
@@ -364,8 +364,33 @@ def _used(model: nn.Module, names: Sequence[str], k: int, x: Inputs, template: _
     """Of the tensors that the k-th cut module gives, those that what the next part gives depends on."""
     if template.trouble or len(template.crossing) < 2:
         return list(template.crossing)
-    found = [i for i in template.crossing if any(_reaches(model, names, k, x, i, t) for t in (True, False))]
-    return found
+    return [i for i in template.crossing if any(_reaches(model, names, k, x, i, t) for t in (True, False))]
+
+
+def _needed(model: nn.Module, names: Sequence[str], k: int, x: Inputs) -> list[int]:
+    """Of the inputs that may cross, those that something after the k-th cut depends on, apart from its output."""
+    found = [i for i in range(len(x.rows)) if x.may_cross(i)]
+    return [i for i in found if any(_bypasses(model, names[k], x, i, t) for t in (True, False))]
+
+
+def _bypasses(model: nn.Module, name: str, x: Inputs, i: int, training: bool) -> bool:
+    """Whether input `i` reaches the end of the model otherwise than through what the module called `name` gives."""
+    model, watch = copy.deepcopy(model).train(training), _Watch()
+
+    def forget(module: nn.Module, args: Any, output: Any) -> Any:
+        return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, output)
+
+    rows = tuple(row.clone() for row in x.rows)
+    watch.mark(rows[i])
+    handle = model.get_submodule(name).register_forward_hook(lambda m, a, out: _apart(watch, forget, m, a, out))
+    with handle, torch.enable_grad(), watch:
+        return watch.holds_made_up(taken_apart(x.give(model, rows))[0])
+
+
+def _apart(watch: _Watch, run: Any, *args: Any) -> Any:
+    """What `run` gives, without the watch seeing it."""
+    with torch._C.DisableTorchFunction():
+        return run(*args)
 
 
 def _reaches(model: nn.Module, names: Sequence[str], k: int, x: Inputs, i: int, training: bool) -> bool:
@@ -524,7 +549,9 @@ class _ReplayedPart(Part):
         self._stop_at = names[k] if k < len(names) else None
         self._template = record.outputs[k] if k < len(names) else None
         self._given = self._template.dimensions(names[k]) if self._template is not None else ()
-        self.crossing_names = _in_words(names[k], self._template) if self._template is not None else ()
+        self._passed_on = record.sent[k] if k < len(names) else []  # inputs that cross as they are
+        self._received = record.sent[k - 1] if k else []
+        self.crossing_names = _in_words(names[k], self._template, record, k) if self._template is not None else ()
         self._replay: _Replay | None = None
         if k:
             name, before = names[k - 1], record.outputs[k - 1]
@@ -547,7 +574,8 @@ class _ReplayedPart(Part):
         except _Reached as reached:
             assert self._template is not None
             given = self._template.sent(reached.output)
-            return tuple(g.movedim(d, 0) if d else g for g, d in zip(given, self._given, strict=True))
+            crossing = tuple(g.movedim(d, 0) if d else g for g, d in zip(given, self._given, strict=True))
+            return crossing + self._inputs_among(rows)
         finally:
             if self._replay is not None:
                 self._replay.rows = ()
@@ -556,8 +584,19 @@ class _ReplayedPart(Part):
     def _input(self, rows: Rows) -> Rows:
         if self._replay is None:
             return rows
-        self._replay.begin(rows)
-        return tuple(self._replay.make((len(rows[0]), *sample), dtype) for sample, dtype in self._inputs)
+        count = len(rows) - len(self._received)
+        self._replay.begin(rows[:count])
+        real = dict(zip(self._received, rows[count:], strict=True))
+        return tuple(
+            real[i] if i in real else self._replay.make((len(rows[0]), *sample), dtype)
+            for i, (sample, dtype) in enumerate(self._inputs)
+        )
+
+    def _inputs_among(self, rows: Rows) -> Rows:
+        """Of what this part received, the inputs that it passes on."""
+        at = range(len(rows)) if self._replay is None else self._received
+        here = dict(zip(at, rows[len(rows) - len(at) :], strict=True))
+        return tuple(here[i] for i in self._passed_on)
 
     def train(self, mode: bool = True) -> Any:
         self.training = mode
@@ -607,11 +646,12 @@ def _above(name: str) -> Iterator[str]:
         yield name
 
 
-def _in_words(name: str, template: _Template) -> tuple[str, ...]:
+def _in_words(name: str, template: _Template, record: _Record, k: int) -> tuple[str, ...]:
     """What crosses, in words."""
-    if len(template.made) == 1:
-        return (name,)
-    return tuple(f"{name}: output {i}" for i in template.crossing)
+    many = len(template.made) > 1
+    names = record.inputs.names
+    inputs = [f"input {i}" if names is None else names[i] for i in record.sent[k]]
+    return (*(f"{name}: output {i}" if many else name for i in template.crossing), *inputs)
 
 
 def _only_borrowed(name: str, k: int, record: _Record) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -112,10 +112,10 @@ class Inputs:
         return Inputs(tuple(torch.cat([row.flip(0), row[:2]]) for row in self.rows), self.names)
 
     def may_cross(self, i: int) -> bool:
-        """Whether tensor `i` says where samples lie, not what they are: a mask or positions."""
+        """Whether tensor `i` says where samples lie, not what they are: a mask, positions or lengths."""
         if self.rows[i].dtype == torch.bool:
             return True
-        return self.names is not None and any(word in self.names[i] for word in ("mask", "position"))
+        return self.names is not None and any(word in self.names[i] for word in ("mask", "position", "length"))
 
     def sealed(self) -> list[int]:
         """The tensors that must not cross as they are."""
@@ -150,7 +150,7 @@ def taken_apart(output: Any) -> tuple[Rows, Structure | None]:
     """
     output = logits(output)
     if isinstance(output, _TENSORS):
-        return (output,), None
+        return cast(Rows, (output,)), None
     leaves, spec = pytree.tree_flatten(output)
     for leaf in leaves:
         if not isinstance(leaf, (*_TENSORS, int, float, str, bool, type(None))):

@@ -39,18 +39,14 @@ _DRAWN = "it draws random numbers that a trace would freeze"
 _BATCH = "what it computes depends on the size of the batch in an unknown way"
 
 # Turning values into Python's numbers: what follows may depend on them.
-_REVEALING = frozenset(
-    "__bool__ __int__ __float__ __complex__ __index__ __contains__ __array__ item tolist numpy is_nonzero equal "
-    "allclose".split()
-)
+_REVEALING = frozenset({"__bool__", "__int__", "__float__", "__complex__", "__index__", "__contains__", "__array__"})
+_REVEALING |= {"item", "tolist", "numpy", "is_nonzero", "equal", "allclose"}
 _RANDOM = ("rand", "dropout", "bernoulli", "normal", "multinomial", "uniform", "exponential", "poisson")
 # Operations whose results have sizes that values decide, and those that read sizes.
-_SHAPING = frozenset(
-    "nonzero argwhere masked_select unique unique_consecutive _unique2 bincount repeat_interleave "
-    "_pack_padded_sequence".split()
-)
-_SIZES = frozenset("size numel nelement __len__ __iter__ unbind split chunk tensor_split".split())
-_CONVERSIONS = frozenset("to float double half bfloat16 type type_as cpu cuda".split())
+_SHAPING = frozenset({"nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "_unique2", "bincount"})
+_SHAPING |= {"repeat_interleave", "_pack_padded_sequence"}
+_SIZES = frozenset(["size", "numel", "nelement", "__len__", "__iter__", "unbind", "split", "chunk", "tensor_split"])
+_CONVERSIONS = frozenset(["to", "float", "double", "half", "bfloat16", "type", "type_as", "cpu", "cuda"])
 _OPERATORS: dict[str, Callable[..., Any]] = {
     "__getitem__": operator.getitem,
     "__setitem__": operator.setitem,
@@ -92,14 +88,13 @@ def _as_if_compiled() -> Iterator[None]:
 
 
 def _record(model: nn.Module, x: Inputs) -> fx.Graph:
-    first = _recorded(model, x)
-    other = x.shuffled()
+    first, other = _recorded(model, x), x.shuffled()
+    root = Root(model, x)
     try:
         second = _recorded(copy.deepcopy(model).double(), _doubled(other))
-    except CannotCutError:
-        second = _recorded(model, other)  # a model with types of its own
-    root = Root(model, x)
-    graph = _Writer(first, second, len(x), len(other), root).written()
+        graph = _Writer(first, second, len(x), len(other), root).written()
+    except CannotCutError:  # a model with types of its own: they are frozen
+        graph = _Writer(first, _recorded(model, other), len(x), len(other), root).written()
     adopt_constants(model, root, graph)
     return graph
 
@@ -152,6 +147,7 @@ class _Step:
 class _Tape:
     steps: list[_Step] = field(default_factory=list)
     outputs: tuple[Any, ...] = ()
+    aliases: dict[Any, Any] = field(default_factory=dict)  # what a conversion gave that had nothing to convert
     constants: list[Tensor] = field(default_factory=list)
     buffers: list[tuple[str, _Made]] = field(default_factory=list)  # those that were given a new tensor
 
@@ -162,7 +158,7 @@ def _recorded(model: nn.Module, x: Inputs) -> _Tape:
     rows = tuple(row.clone() for row in x.rows)
     recorder = _Recorder(root, rows)
     with following("a tape"), torch.random.fork_rng(devices=[]), _paths(root.model, recorder), torch.enable_grad():
-        with recorder:
+        with recorder, _functions_noted(recorder):
             outputs = root.give(rows)
         recorder.finish(outputs)
     return recorder.tape
@@ -188,6 +184,44 @@ def _paths(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+class _Applied:
+    """A user's autograd.Function as a function that a graph can hold."""
+
+    def __init__(self, kind: Any) -> None:
+        self.kind = kind
+        self.__name__, self.__module__ = f"apply_{kind.__name__}", __name__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.kind.apply(*args, **kwargs)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Applied) and self.kind is other.kind
+
+    def __hash__(self) -> int:
+        return hash(self.kind)
+
+
+@contextmanager
+def _functions_noted(recorder: _Recorder) -> Iterator[None]:
+    """In here the recorder hears of every use of an autograd.Function, which torch would not tell it."""
+    real = torch.autograd.Function.__dict__["apply"]
+
+    def apply(kind: Any, *args: Any, **kwargs: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return real.__get__(None, kind)(*args, **kwargs)
+
+        run.__name__ = kind.__name__
+        if not tensors_in((args, kwargs)):
+            return run(*args, **kwargs)
+        return recorder.hear(run, _Applied(kind), args, kwargs)
+
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = real  # type: ignore[method-assign]
 
 
 class _Recorder(TorchFunctionMode):
@@ -216,7 +250,14 @@ class _Recorder(TorchFunctionMode):
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Call, and write down what has tensors for its result or its operands."""
-        kwargs = dict(kwargs or {})
+        return self._noted(func, None, args, dict(kwargs or {}))
+
+    def hear(self, run: Any, target: Any, args: Any, kwargs: Any) -> Any:
+        """Call `run`, unheard, and write down `target` for it."""
+        with torch._C.DisableTorchFunction():
+            return self._noted(run, target, args, kwargs)
+
+    def _noted(self, func: Any, target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         name = getattr(func, "__name__", "")
         operands = tensors_in((args, kwargs))
         if name in _REVEALING:
@@ -235,7 +276,7 @@ class _Recorder(TorchFunctionMode):
         written = [t for t, version in before if t._version != version]
         self._written.update(storage_of(t) for t in written if not t.is_nested)
         if isinstance(result, Tensor) or tensors_in(result) or written:
-            self._note(func, name, converted, operands, result, bool(written))
+            self._note(target or func, name, converted, operands, result, bool(written))
         return result
 
     def finish(self, outputs: Rows) -> None:
@@ -261,11 +302,8 @@ class _Recorder(TorchFunctionMode):
                 why = _VALUE
             self._trouble = self._trouble or why
 
-    def _note(
-        self, func: Any, name: str, converted: Any, operands: Rows, result: Any, writes: bool
-    ) -> None:
-        if name in _CONVERSIONS and any(result is t for t in operands):
-            return  # nothing to convert
+    def _note(self, func: Any, name: str, converted: Any, operands: Rows, result: Any, writes: bool) -> None:
+        target: Any
         if name == "__get__":
             target, args = getattr, (converted[0][0], func.__self__.__name__)
         elif name in _OPERATORS:
@@ -283,7 +321,9 @@ class _Recorder(TorchFunctionMode):
         self.tape.steps.append(_Step(target, args, converted[1], tuple(self.inside)))
         self.tape.steps[-1].detached, self.tape.steps[-1].single = lost and not writes, isinstance(result, Tensor)
         self._kept.append(result)
-        self._remember(result, _Made(step), why, writes)
+        if name in _CONVERSIONS and result is operands[0]:
+            self.tape.aliases[_Made(step)] = converted[0][0]
+        self._remember(result, _Made(step), why, writes or name in _CONVERSIONS)
 
     def _shapes(self, name: str, operands: Rows) -> bool:
         """Whether the sizes of a result depend on the values of the operands."""
@@ -294,17 +334,17 @@ class _Recorder(TorchFunctionMode):
             id(t) in self._uncertain for t in operands
         )
 
-    def _remember(self, value: Any, made: _Made, why: str, writes: bool) -> None:
+    def _remember(self, value: Any, made: _Made, why: str, new: bool) -> None:
         """Know the tensors of a result again."""
         if isinstance(value, Tensor):
-            if id(value) in self._state and not writes:
+            if id(value) in self._state and not new:
                 return  # a parameter stays one, whatever gave it back
             self._known[id(value)] = made
             if why:
                 self._uncertain[id(value)] = why
         elif isinstance(value, (tuple, list)):
             for i, inner in enumerate(value):
-                self._remember(inner, _Made(made.step, (*made.path, i)), why, writes)
+                self._remember(inner, _Made(made.step, (*made.path, i)), why, new)
         elif tensors_in(value):
             self._trouble = self._trouble or f"an operation gives a {type(value).__name__}, which no tape can hold"
 
@@ -395,7 +435,7 @@ class _Writer:
 
     def _call(self, target: Any, args: Any, modules: tuple[str, ...], kwargs: Any = None) -> fx.Node:
         create = self.graph.call_method if isinstance(target, str) else self.graph.call_function
-        node = create(target, tuple(args), kwargs or {})  # type: ignore[operator]
+        node: fx.Node = create(target, tuple(args), kwargs or {})
         node.meta["nn_module_stack"] = {name: (ROOT + name, None) for name in modules}
         return node
 
@@ -404,9 +444,7 @@ class _Writer:
         if type(a) is not type(b):
             raise CannotCutError(_BATCH)
         if isinstance(a, (_Made, _Input, _State, _Device)):
-            if a != b:
-                raise CannotCutError(_BATCH)
-            return self._found(a)
+            return self._found(self._reconciled(a, b))
         if isinstance(a, (tuple, list)):
             if len(a) != len(b):
                 raise CannotCutError(_BATCH)
@@ -419,6 +457,17 @@ class _Writer:
         if isinstance(a, slice):
             return slice(self._lift(a.start, b.start), self._lift(a.stop, b.stop), self._lift(a.step, b.step))
         return self._lift_value(a, b)
+
+    def _reconciled(self, a: Any, b: Any) -> Any:
+        """The earlier of two references, where one run had nothing to convert and the other had. Raises
+        CannotCutError.
+        """
+        for tape, later, earlier in ((self.first, a, b), (self.second, b, a)):
+            while later != earlier and later in tape.aliases:
+                later = tape.aliases[later]
+            if later == earlier:
+                return earlier
+        raise CannotCutError(_BATCH)
 
     def _lift_value(self, a: Any, b: Any) -> Any:
         if a is b or a == b or (a != a and b != b):

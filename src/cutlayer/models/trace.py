@@ -204,10 +204,13 @@ class Root(nn.Module):
     defaults.
     """
 
+    model: nn.Module
+    inputs: Inputs
+
     def __init__(self, model: nn.Module, inputs: Inputs) -> None:
         super().__init__()
         self.model = model
-        self.__dict__["inputs"] = inputs
+        self.__dict__["inputs"] = inputs  # not a tensor, whatever nn.Module thinks
 
     def give(self, rows: Rows) -> Rows:
         """The tensors of the model's output for the batch's tensors `rows`."""

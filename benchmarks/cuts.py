@@ -1,7 +1,7 @@
 """At which models can `cutlayer.cut` cut, how, and which engine runs the parts? Writes the table of docs/models.md.
 
-    python benchmarks/models.py --write docs/models.md     # all; minutes
-    python benchmarks/models.py llama swin                 # those whose names contain one of the words
+    python benchmarks/cuts.py --write docs/models.md     # all; minutes
+    python benchmarks/cuts.py llama swin                 # those whose names contain one of the words
 
 The models are made in `architectures.py`, in small configurations with random weights: nothing is downloaded. Those of
 Hugging Face need `pip install 'cutlayer[huggingface]'`, and are left out without it.
@@ -48,7 +48,14 @@ class Found:
     def row(self) -> str:
         """A line of the table."""
         result = "refused" if self.trouble else "yes"
-        cells = [self.of.name, f"`{self.of.at}`", self.method or "-", result, self.crossing or "-"]
+        names = (self.of.at,) if isinstance(self.of.at, str) else self.of.at
+        cells = [
+            self.of.name,
+            " and ".join(f"`{name}`" for name in names),
+            self.method or "-",
+            result,
+            self.crossing or "-",
+        ]
         return "| " + " | ".join(str(c) for c in [*cells, self.engine or self.trouble, f"{self.seconds:.1f}"]) + " |"
 
 
@@ -58,12 +65,12 @@ def look_at(architecture: Architecture) -> Found:
         with torch_seeded(0, architecture.name):
             model, example = architecture.make()
             with torch.no_grad():
-                Inputs.of(example).run(copy.deepcopy(model).eval())
+                Inputs.of(example).run(model)  # once: lazy layers get their weights
     except Exception as error:
         return Found(architecture, 0.0, trouble=_cell(f"does not run: {type(error).__name__} {error}"))
     begin = time.perf_counter()
     try:
-        parts = cutlayer.cut(model, architecture.at, example)
+        parts = cutlayer.cut(model, architecture.at, example, untie=architecture.untie)
     except cutlayer.CutError as error:
         return Found(architecture, time.perf_counter() - begin, trouble=_cell(str(error)))
     seconds = time.perf_counter() - begin
@@ -111,20 +118,23 @@ def _cell(text: str) -> str:
 def _page(found: list[Found]) -> str:
     refused = [f for f in found if f.trouble]
     stacked = sum(f.engine.startswith("stacked") for f in found)
-    methods = ", ".join(f"{name} {count}" for name, count in sorted(Counter(f.method for f in found if f.method).items()))
+    methods = ", ".join(
+        f"{name} {count}" for name, count in sorted(Counter(f.method for f in found if f.method).items())
+    )
     seconds = sorted(f.seconds for f in found)
     lines = [
         "# Models that were cut",
         "",
-        f"{len(found) - len(refused)} of {len(found)} architectures are cut after an inner block, and in each the parts",
+        f"{len(found) - len(refused)} of {len(found)} architectures are cut after an inner block; in each the parts",
         f"are proved to be the whole. Methods: {methods}. The clients' parts of {stacked} run on the stacked engine.",
         f"A cut takes {seconds[len(seconds) // 2]:.1f} s (median; the longest {seconds[-1]:.1f} s).",
         "",
-        f"Written by `python benchmarks/models.py --write docs/models.md` (torch {torch.__version__.split('+')[0]}, "
+        f"Written by `python benchmarks/cuts.py --write docs/models.md` (torch {torch.__version__.split('+')[0]}, "
         f"{platform.machine()}, one thread).",
         "The models have small configurations and random weights (`benchmarks/architectures.py`).",
         "",
-        "- **Method**: `fx` traces with `torch.fx`; `hooks` replays the model's own `forward`; `tape` writes down two runs.",
+        "- **Method**: `fx` traces with `torch.fx`; `hooks` replays the model's own `forward`; `tape` records two",
+        "  runs.",
         "- **Proved**: logits, gradients and buffers are those of the whole model, in training and in evaluation",
         "  (`models/proof.py`), and once more on another batch.",
         "- **Tensors**: how many cross the cut.",
