@@ -25,7 +25,7 @@ from architectures import Architecture, architectures
 import cutlayer
 from cutlayer.engine.stackable import stackable
 from cutlayer.models import Parts
-from cutlayer.models.parts import Inputs, taken_apart
+from cutlayer.models.parts import Arguments, taken_apart
 from cutlayer.optim import make_optimizer
 from cutlayer.seeds import torch_seeded
 
@@ -65,7 +65,7 @@ def look_at(architecture: Architecture) -> Found:
         with torch_seeded(0, architecture.name):
             model, example = architecture.make()
             with torch.no_grad():
-                Inputs.of(example).run(model)  # once: lazy layers get their weights
+                Arguments.of(example).run(model)  # once: lazy layers get their weights
     except Exception as error:
         return Found(architecture, 0.0, trouble=_cell(f"does not run: {type(error).__name__} {error}"))
     begin = time.perf_counter()
@@ -86,8 +86,8 @@ def look_at(architecture: Architecture) -> Found:
 
 def equal(model: torch.nn.Module, parts: Parts, example: Any) -> bool:
     """Whether the parts give the whole's outputs for the example's rows in another order, in both modes."""
-    x = Inputs.of(example)
-    other = Inputs(tuple(row.flip(0) for row in x.rows), x.names)
+    x = Arguments.of(example)
+    other = Arguments(tuple(row.flip(0) for row in x.rows), x.names)
     for training in (True, False):
         whole, pieces = copy.deepcopy(model).train(training), copy.deepcopy(parts)
         with torch.no_grad(), torch_seeded(1, "equal"):
@@ -104,7 +104,7 @@ def equal(model: torch.nn.Module, parts: Parts, example: Any) -> bool:
 
 def _engine(parts: Parts, example: Any) -> str:
     """How clients are simulated: "stacked" (lowered or mapped), or "local" and why."""
-    rows = Inputs.of(example).rows
+    rows = Arguments.of(example).rows
     verdict = stackable(parts.client, rows, make_optimizer("sgd", 0.1, {}), data=True)
     if verdict.reason:
         return f"local: {_cell(verdict.reason)}"

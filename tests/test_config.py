@@ -75,6 +75,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "tail_cut": NAMES,
     "freeze": NAMES,
     "cache_features": st.booleans(),
+    "untie": st.booleans(),
     "start": words("equal", "independent"),
     "batch": WHOLE,
     "client_optimizer": NAMES,

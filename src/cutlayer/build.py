@@ -285,7 +285,7 @@ def prepare(
     try_metrics(task, given, source.test.y if len(source.test) else few.y, source.class_names)
     check_trained(config, whole)
     cuts = _cut_names(config, algorithm.traits, model)
-    split = cut(whole, cuts, few.x)
+    split = cut(whole, cuts, few.x, untie=config.untie)
     check_parts(config, algorithm, split, cuts)
     sizes = [len(p) for p in owners]
     rounds, per_epoch = _rounds(config, algorithm, sizes)
@@ -547,8 +547,8 @@ class _ClientModels(Sequence[ClientModel]):
     def __getitem__(self, client: Any) -> Any:
         if not 0 <= client < self.clients:
             raise IndexError(client)
-        lower = replica(self.split.client)
-        tail = None if self.split.tail is None else replica(self.split.tail)
+        ends = [end for end in (self.split.client, self.split.tail) if end is not None]
+        lower, tail = (*replica(nn.ModuleList(ends)), None)[:2]  # together: they may share weights
         if self.config.start == "independent":
             fresh = self.make_model("model", client).state_dict()
             for part in (lower, tail):

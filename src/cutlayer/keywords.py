@@ -36,6 +36,7 @@ class CommonKeywords(TypedDict, total=False):
     primary_metric: str | None
     cut: str | None
     tail_cut: str | None
+    untie: bool
     start: Literal["equal", "independent"]
     freeze: str | None
     epochs: int

@@ -322,6 +322,8 @@ class CommonConfig(FleetConfig):
     whole models."""
     tail_cut: str | None = _field(None, MODEL, "u-shaped")
     """U-shaped split: the module after which the client takes over again."""
+    untie: bool = _field(False, MODEL)
+    """Give each side a copy of a weight that layers on both sides of the cut share (input and output embeddings)."""
     start: Literal["equal", "independent"] = _field("equal", MODEL, "group", shared=True)
     """Client models start equal, or each from its own random initialisation."""
 

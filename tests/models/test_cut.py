@@ -3,6 +3,7 @@
 import copy
 import io
 import random
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -652,6 +653,132 @@ def test_tied_weights_are_refused_by_name() -> None:
     assert "'tokens.weight'" in message
     assert "'head.weight'" in message
     assert "used on both sides" in message
+
+
+def test_tied_weights_are_untied_on_demand() -> None:
+    model = Gpt(tied=True)
+    assert "untie=True gives each side one of its own, for 0.00032 MB more" in refused(model, "blocks.0", ids())
+    parts = cut(model, "blocks.0", ids(), untie=True)
+    assert model.head.weight is model.tokens.weight
+    apart = copy.deepcopy(model)
+    apart.head.weight = nn.Parameter(model.head.weight.detach().clone())
+    assert_partitioned(apart, parts)
+    assert_whole(apart, parts, ids(3))
+
+
+def test_a_module_on_both_sides_cannot_be_untied() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(self.a(torch.tanh(self.b(torch.tanh(self.a(x))))))
+
+    with pytest.raises(CutError, match=r"'a.weight' is used on both sides of the cut, and a parameter can live on one"):
+        cut(Twice(), "b", vector(), untie=True)
+
+
+class ByLength(Gpt):
+    """Control flow on a shape keeps torch.fx away."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if len(ids) > 100:
+            return self.head(self.tokens(ids)).mean(1)
+        return super().forward(ids)
+
+
+@pytest.mark.parametrize(("kind", "method"), [(Gpt, "fx"), (ByLength, "hooks")])
+def test_the_client_of_a_u_shape_keeps_its_tied_weight(kind: Any, method: str) -> None:
+    model = kind(tied=True).eval()
+    parts = cut(model, ("blocks.0", "norm"), ids())
+    assert parts.method == method
+    assert parts.tail is not None
+    assert parts.client.get_parameter("tokens.weight") is parts.tail.get_parameter("head.weight")
+    x = ids(3)
+    logits, given, received = over_the_wire(parts, x)
+    torch.cos(logits).sum().backward()
+    for g, r in zip(reversed(given), reversed(received), strict=True):
+        pairs = [(a, b.grad) for a, b in zip(g, r, strict=True) if a.requires_grad]
+        torch.autograd.backward([a for a, _ in pairs], [b for _, b in pairs])
+    torch.cos(model(x)).sum().backward()
+    torch.testing.assert_close(parts.client.get_parameter("tokens.weight").grad, model.tokens.weight.grad)
+
+
+class Generous(nn.Module):
+    """Its first layer returns more than is used, and one tensor twice."""
+
+    class First(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.other = nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
+            h = torch.tanh(self.inner(x))
+            return self.other(h).detach(), h, [h, h * 0], x.new_zeros(7)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = self.First(), nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, h, (again, _), _ = self.first(x)
+        if x.shape[1] > 100:  # keeps torch.fx away
+            return self.head(h)
+        return self.head(self.second(h) + again)
+
+
+def test_only_what_is_used_crosses_and_only_once() -> None:
+    model = Generous()
+    parts = cut(model, "first", vector())
+    assert parts.method == "hooks"
+    assert [(c.shape, c.name) for c in parts.crossing] == [((8,), "first: output 1")]
+    assert_whole(model, parts, vector(3))
+
+
+def test_positions_run_again_on_the_servers_side() -> None:
+    """A layer without parameters, called once, whose result all layers use."""
+
+    class Rope(nn.Module):
+        def forward(self, length: int) -> tuple[Tensor, Tensor]:
+            angle = torch.arange(length)[:, None] * 10.0 ** -torch.arange(4)
+            return angle.cos()[None], angle.sin()[None]
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(8, 8)
+
+        def forward(self, h: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
+            (cos, sin), (p, q) = turns, self.inner(h).chunk(2, -1)
+            return h + torch.cat([p * cos - q * sin, p * sin + q * cos], -1)
+
+    class Rotary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.rope, self.a, self.b = nn.Embedding(16, 8), Rope(), Layer(), Layer()
+            self.head = nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h, turns = self.embed(x), self.rope(x.shape[1])
+            if x.min() < 0:
+                return h.mean((1, 2))
+            return self.head(self.b(self.a(h, turns), turns).mean(1))
+
+    model = Rotary()
+    parts = cut(model, "a", ids())
+    assert [c.name for c in parts.crossing] == ["a"]
+    assert_whole(model, parts, ids(3))
+
+
+def test_a_refusal_comes_soon_and_on_one_line() -> None:
+    model = tiny_bert()
+    example = ids()
+    begin = time.monotonic()
+    message = refused(model, "classifier", example)
+    assert time.monotonic() - begin < 10  # a second or two; machines are shared
+    assert "\n" not in message
+    assert len(message) < 800
 
 
 def test_tied_weights_on_one_side_are_no_obstacle() -> None:

@@ -15,7 +15,7 @@ from torch.nn import functional
 from cutlayer.errors import CutError
 from cutlayer.models import Parts, cut
 from cutlayer.models.cut import _cut, _undisturbed
-from cutlayer.models.parts import CannotCutError, Inputs
+from cutlayer.models.parts import CannotCutError, Arguments
 from cutlayer.models.tape import split_by_tape
 from cutlayer.seeds import torch_seeded
 
@@ -40,7 +40,7 @@ SWEEP = _load("cuts")
 def by_tape(model: nn.Module, at: str, example: Any) -> Parts:
     """Cut with the tape alone. Raises CannotCutError."""
     with _undisturbed():
-        return _cut(model, (at,), Inputs.of(example), (("tape", split_by_tape),))
+        return _cut(model, (at,), Arguments.of(example), (("tape", split_by_tape),))
 
 
 @pytest.fixture(autouse=True)

@@ -35,7 +35,7 @@ from cutlayer.models.parts import (
     CannotCutError,
     Crossing,
     Example,
-    Inputs,
+    Arguments,
     Part,
     Parts,
     PassThrough,
@@ -51,7 +51,7 @@ from cutlayer.seeds import torch_seeded
 
 INPUT, OUTPUT = "input", "output"
 Result = TypeVar("Result")
-Split = Callable[[nn.Module, Sequence[str], Inputs], list[Part]]
+Split = Callable[[nn.Module, Sequence[str], Arguments], list[Part]]
 Method = tuple[str, Split]
 _METHODS: tuple[Method, ...] = (
     ("fx", split_by_trace),
@@ -106,9 +106,9 @@ def cut_points(model: nn.Module, example: Example) -> list[str]:
         return _working(model, _by_depth(model)[:_TRIES], x.first(_ROWS), _METHODS)
 
 
-def _inputs(example: Example) -> Inputs:
+def _inputs(example: Example) -> Arguments:
     """The batch. Raises CutError."""
-    x = Inputs.of(example)
+    x = Arguments.of(example)
     if not x.rows or any(row.dim() < 1 for row in x.rows) or len({len(row) for row in x.rows}) > 1 or len(x) < 2:
         shapes = ", ".join(str(list(row.shape)) for row in x.rows) or "no tensor"
         raise CutError(
@@ -195,7 +195,7 @@ def _or_raise(result: Result | CannotCutError) -> Result:
     return result
 
 
-def _cut(model: nn.Module, names: tuple[str, ...], x: Inputs, methods: Sequence[Method], untie: bool = False) -> Parts:
+def _cut(model: nn.Module, names: tuple[str, ...], x: Arguments, methods: Sequence[Method], untie: bool = False) -> Parts:
     """Raises CannotCutError with the reasons of every method."""
     try:
         return _cut_as_it_is(model, names, x, methods)
@@ -205,7 +205,7 @@ def _cut(model: nn.Module, names: tuple[str, ...], x: Inputs, methods: Sequence[
         return _cut(untied(model, shared.names), names, x, methods, untie)
 
 
-def _cut_as_it_is(model: nn.Module, names: tuple[str, ...], x: Inputs, methods: Sequence[Method]) -> Parts:
+def _cut_as_it_is(model: nn.Module, names: tuple[str, ...], x: Arguments, methods: Sequence[Method]) -> Parts:
     inner = [_canonical(model, name) for name in names if name not in (INPUT, OUTPUT)]
 
     def pieces(split: Split) -> Callable[[], list[Part]]:
@@ -221,7 +221,7 @@ def _cut_as_it_is(model: nn.Module, names: tuple[str, ...], x: Inputs, methods: 
 def _first_that_works(
     model: nn.Module,
     names: Sequence[str],
-    x: Inputs,
+    x: Arguments,
     methods: Sequence[tuple[str, Callable[[], list[Part]]]],
     crossings: Callable[[list[Part]], list[tuple[Crossing, ...]]],
 ) -> Parts:
@@ -243,7 +243,7 @@ def _first_that_works(
     raise CannotCutError("; ".join(f"{method}: {reason}" for method, reason in reasons))
 
 
-def _finish(model: nn.Module, pieces: list[Part], x: Inputs) -> None:
+def _finish(model: nn.Module, pieces: list[Part], x: Arguments) -> None:
     """Tell the parts their places, and have the ends of a U-shape share what they have in common."""
     for i, piece in enumerate(pieces):
         piece.is_last_part = i == len(pieces) - 1
@@ -302,7 +302,7 @@ def _worth_listing(name: str, model: nn.Module, known: list[str]) -> list[str]:
     return [*(child for child, _ in model.named_children()), *(c for c in close if "." in c)]
 
 
-def _alternatives(model: nn.Module, names: tuple[str, ...], x: Inputs) -> list[str]:
+def _alternatives(model: nn.Module, names: tuple[str, ...], x: Arguments) -> list[str]:
     """A few names that work: around the one that does not, then among the direct children."""
     near = [up for name in names if "." in name for up in (name.rpartition(".")[0],)]
     tried = [name for name in (*near, *(child for child, _ in model.named_children())) if name not in names]
@@ -310,7 +310,7 @@ def _alternatives(model: nn.Module, names: tuple[str, ...], x: Inputs) -> list[s
 
 
 def _working(
-    model: nn.Module, names: Iterable[str], x: Inputs, methods: Sequence[Method], seconds: float = math.inf
+    model: nn.Module, names: Iterable[str], x: Arguments, methods: Sequence[Method], seconds: float = math.inf
 ) -> list[str]:
     """Those of `names` that work, as far as they can be tried in so many seconds."""
     working, begin = set(), time.monotonic()

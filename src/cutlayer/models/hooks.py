@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from cutlayer.errors import CutError
 from cutlayer.models.parts import (
     CannotCutError,
-    Inputs,
+    Arguments,
     Part,
     SharedWeightError,
     batch_dimension,
@@ -43,7 +43,7 @@ _LARGE = 10_000_000  # parameters
 
 
 def split_by_hooks(
-    model: nn.Module, names: Sequence[str], x: Inputs, heard: dict[bool, list[_Call]] | None = None
+    model: nn.Module, names: Sequence[str], x: Arguments, heard: dict[bool, list[_Call]] | None = None
 ) -> list[Part]:
     """The parts of `model` cut after each of `names` (none: the whole model as one part). Raises CannotCutError.
 
@@ -103,7 +103,7 @@ class _Call:
 class _Record:
     """Which modules run in which part, in training and in evaluation, and what they give."""
 
-    def __init__(self, model: nn.Module, names: Sequence[str], x: Inputs, heard: dict[bool, list[_Call]]) -> None:
+    def __init__(self, model: nn.Module, names: Sequence[str], x: Arguments, heard: dict[bool, list[_Call]]) -> None:
         self.names, self.inputs = names, x
         self.sent: list[list[int]] = []  # the inputs that cross each cut as they are
         self.calls = heard
@@ -164,12 +164,12 @@ class _Record:
         return found[0]
 
 
-def listen(model: nn.Module, x: Inputs) -> dict[bool, list[_Call]]:
+def listen(model: nn.Module, x: Arguments) -> dict[bool, list[_Call]]:
     """Which modules run, in training and in evaluation, and what they give. Raises CannotCutError."""
     return {training: _calls(model, training, x) for training in (True, False)}
 
 
-def _calls(model: nn.Module, training: bool, x: Inputs) -> list[_Call]:
+def _calls(model: nn.Module, training: bool, x: Arguments) -> list[_Call]:
     small, large = (_listen(model, training, batch) for batch in (x, x.with_one_more()))
     outputs = taken_apart(small[-1].output)[0]
     for call in small:
@@ -269,7 +269,7 @@ def _repeats(model: nn.Module) -> int:
     return _REPEATS if sum(p.numel() for p in model.parameters()) < _LARGE else 1
 
 
-def _listen(model: nn.Module, training: bool, x: Inputs) -> list[_Call]:
+def _listen(model: nn.Module, training: bool, x: Arguments) -> list[_Call]:
     """The calls of one forward of a copy of the model, in order of their ends."""
     model = copy.deepcopy(model).train(training)
     clock, stack, done = iter(range(10**9)), [], []  # type: ignore[var-annotated]
@@ -305,7 +305,7 @@ def _listen(model: nn.Module, training: bool, x: Inputs) -> list[_Call]:
 # Who owns which parameter
 
 
-def _owners(model: nn.Module, names: Sequence[str], x: Inputs, record: _Record) -> dict[str, int]:
+def _owners(model: nn.Module, names: Sequence[str], x: Arguments, record: _Record) -> dict[str, int]:
     """The part of every name of the state: parameters by which part's gradients reach them, buffers by who runs."""
     used: dict[int, set[int]] = {}
     for training in (True, False):
@@ -333,7 +333,7 @@ def _runners(record: _Record, name: str) -> set[int]:
     return {k for k in range(len(record.names) + 1) if record.runs_in(module, k)}
 
 
-def _reached(model: nn.Module, names: Sequence[str], x: Inputs, training: bool) -> Iterator[set[int]]:
+def _reached(model: nn.Module, names: Sequence[str], x: Arguments, training: bool) -> Iterator[set[int]]:
     """For every part, the positions of the parameters that its outputs depend on."""
     model = copy.deepcopy(model).train(training)
     crossed: list[Rows] = []
@@ -360,20 +360,20 @@ def _reached(model: nn.Module, names: Sequence[str], x: Inputs, training: bool) 
         yield {i for i, gradient in enumerate(found) if gradient is not None}
 
 
-def _used(model: nn.Module, names: Sequence[str], k: int, x: Inputs, template: _Template) -> list[int]:
+def _used(model: nn.Module, names: Sequence[str], k: int, x: Arguments, template: _Template) -> list[int]:
     """Of the tensors that the k-th cut module gives, those that what the next part gives depends on."""
     if template.trouble or len(template.crossing) < 2:
         return list(template.crossing)
     return [i for i in template.crossing if any(_reaches(model, names, k, x, i, t) for t in (True, False))]
 
 
-def _needed(model: nn.Module, names: Sequence[str], k: int, x: Inputs) -> list[int]:
+def _needed(model: nn.Module, names: Sequence[str], k: int, x: Arguments) -> list[int]:
     """Of the inputs that may cross, those that something after the k-th cut depends on, apart from its output."""
     found = [i for i in range(len(x.rows)) if x.may_cross(i)]
     return [i for i in found if any(_bypasses(model, names[k], x, i, t) for t in (True, False))]
 
 
-def _bypasses(model: nn.Module, name: str, x: Inputs, i: int, training: bool) -> bool:
+def _bypasses(model: nn.Module, name: str, x: Arguments, i: int, training: bool) -> bool:
     """Whether input `i` reaches the end of the model otherwise than through what the module called `name` gives."""
     model, watch = copy.deepcopy(model).train(training), _Watch()
 
@@ -393,7 +393,7 @@ def _apart(watch: _Watch, run: Any, *args: Any) -> Any:
         return run(*args)
 
 
-def _reaches(model: nn.Module, names: Sequence[str], k: int, x: Inputs, i: int, training: bool) -> bool:
+def _reaches(model: nn.Module, names: Sequence[str], k: int, x: Arguments, i: int, training: bool) -> bool:
     """Whether tensor `i` of what the k-th cut module gives reaches the end of the part after it."""
     model, watch = copy.deepcopy(model).train(training), _Watch()
 
@@ -570,7 +570,7 @@ class _ReplayedPart(Part):
 
     def run_rows(self, rows: Rows) -> Rows:
         try:
-            output = Inputs(rows, self._input_names).give(self._model, self._input(rows))
+            output = Arguments(rows, self._input_names).give(self._model, self._input(rows))
         except _Reached as reached:
             assert self._template is not None
             given = self._template.sent(reached.output)

@@ -73,14 +73,14 @@ class PassThrough(Part):
 
 
 @dataclass(frozen=True)
-class Inputs:
+class Arguments:
     """A batch as a model takes it: its tensors, and the `names` of keyword arguments if it is given by name."""
 
     rows: Rows
     names: tuple[str, ...] | None = None
 
     @classmethod
-    def of(cls, example: Example) -> Inputs:
+    def of(cls, example: Example) -> Arguments:
         """The batch `example`, apart from its history."""
         if isinstance(example, Tensor):
             return cls((example.detach(),))
@@ -99,17 +99,17 @@ class Inputs:
         """What `model` gives for `rows`, which take the places of this batch's."""
         return model(*rows) if self.names is None else model(**dict(zip(self.names, rows, strict=True)))
 
-    def first(self, rows: int) -> Inputs:
+    def first(self, rows: int) -> Arguments:
         """The first `rows` rows."""
-        return Inputs(tuple(row[:rows] for row in self.rows), self.names)
+        return Arguments(tuple(row[:rows] for row in self.rows), self.names)
 
-    def with_one_more(self) -> Inputs:
+    def with_one_more(self) -> Arguments:
         """The batch with its first row once more at its end."""
-        return Inputs(tuple(torch.cat([row, row[:1]]) for row in self.rows), self.names)
+        return Arguments(tuple(torch.cat([row, row[:1]]) for row in self.rows), self.names)
 
-    def shuffled(self) -> Inputs:
+    def shuffled(self) -> Arguments:
         """The same samples, in another order and number."""
-        return Inputs(tuple(torch.cat([row.flip(0), row[:2]]) for row in self.rows), self.names)
+        return Arguments(tuple(torch.cat([row.flip(0), row[:2]]) for row in self.rows), self.names)
 
     def may_cross(self, i: int) -> bool:
         """Whether tensor `i` says where samples lie, not what they are: a mask, positions or lengths."""

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from cutlayer.errors import CutError
-from cutlayer.models.parts import Inputs, one_line
+from cutlayer.models.parts import Arguments, one_line
 
 _WRAPPED = "_orig_mod"  # what torch.compile calls the model that it wraps
 
 
-def prepared(model: nn.Module, names: Sequence[str], x: Inputs) -> tuple[nn.Module, tuple[str, ...]]:
+def prepared(model: nn.Module, names: Sequence[str], x: Arguments) -> tuple[nn.Module, tuple[str, ...]]:
     """A copy without gradients and without what torch.compile did to it, and `names` as they are in it.
 
     Lazy layers are initialised with the batch. Raises CutError for a scripted model, or one that cannot be copied.
@@ -74,6 +74,9 @@ def _copied(model: nn.Module) -> nn.Module:
     """A copy, also of a model that keeps results (a weight made of others) in plain attributes. Raises CutError."""
     results = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf]
     memo: dict[int, Any] = {id(t): t.detach().clone() for t in results}
+    buffers = [b for m in model.modules() for b in m._buffers.values() if isinstance(b, UninitializedBuffer)]
+    empty: Any = UninitializedBuffer
+    memo.update((id(b), empty(device=b.device, dtype=b.dtype)) for b in buffers)
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:  # the user's classes: anything can come out
@@ -83,7 +86,7 @@ def _copied(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def _initialise(model: nn.Module, x: Inputs) -> None:
+def _initialise(model: nn.Module, x: Arguments) -> None:
     """Give lazy layers their shapes, and draw their weights. Raises CutError."""
     try:
         with torch.no_grad():

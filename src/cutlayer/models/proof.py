@@ -19,7 +19,7 @@ from cutlayer.models.parts import (
     RAW_INPUT,
     CannotCutError,
     Crossing,
-    Inputs,
+    Arguments,
     Part,
     one_line,
     storage_of,
@@ -37,7 +37,7 @@ _ROUNDING = 1000  # units of the last place, of the largest value compared
 
 
 def prove(
-    model: nn.Module, parts: Sequence[Part], x: Inputs, inputs_may_cross: bool = False
+    model: nn.Module, parts: Sequence[Part], x: Arguments, inputs_may_cross: bool = False
 ) -> list[tuple[Crossing, ...]]:
     """What crosses each cut, after the proof that `parts` are `model`. Raises CannotCutError where they are not."""
     check_names(model, parts)
@@ -52,7 +52,7 @@ def prove(
 
 
 def describe(
-    model: nn.Module, parts: Sequence[Part], x: Inputs, inputs_may_cross: bool = False
+    model: nn.Module, parts: Sequence[Part], x: Arguments, inputs_may_cross: bool = False
 ) -> list[tuple[Crossing, ...]]:
     """What crosses each cut, after those checks of `prove` that need no values. Raises CannotCutError."""
     check_names(model, parts)
@@ -64,7 +64,7 @@ def describe(
     return crossings
 
 
-def protect(parts: Sequence[Part], x: Inputs) -> None:
+def protect(parts: Sequence[Part], x: Arguments) -> None:
     """Have those parts copy what they receive which would otherwise write to it."""
     for training in (True, False):
         rows: Rows = tuple(row.clone() for row in x.rows)
@@ -84,7 +84,7 @@ def check_names(model: nn.Module, parts: Sequence[nn.Module]) -> None:
         raise CannotCutError("the parts do not hold exactly the model's parameters and buffers")
 
 
-def _check_crossings(parts: Sequence[Part], x: Inputs, inputs_may_cross: bool) -> list[tuple[Crossing, ...]]:
+def _check_crossings(parts: Sequence[Part], x: Arguments, inputs_may_cross: bool) -> list[tuple[Crossing, ...]]:
     """Every tensor that crosses has the batch first; none is the input itself; received tensors are not written to."""
     parts = copy.deepcopy(list(parts))
     crossings = []
@@ -103,7 +103,7 @@ def _check_crossings(parts: Sequence[Part], x: Inputs, inputs_may_cross: bool) -
     return crossings
 
 
-def _check_run(model: nn.Module, parts: Sequence[Part], x: Inputs, training: bool) -> None:
+def _check_run(model: nn.Module, parts: Sequence[Part], x: Arguments, training: bool) -> None:
     """Logits, gradients and buffers of the parts against those of the whole, for one batch."""
     mode = "training" if training else "evaluation"
     whole = copy.deepcopy(model).train(training)
@@ -123,7 +123,7 @@ def _check_run(model: nn.Module, parts: Sequence[Part], x: Inputs, training: boo
     _compare_state(whole, copies, mode)
 
 
-def _check_rows(outputs: Rows, x: Inputs) -> None:
+def _check_rows(outputs: Rows, x: Arguments) -> None:
     if any(output.dim() < 1 or len(output) != len(x) for output in outputs):
         raise CannotCutError(_NO_LOGITS)
 
@@ -132,7 +132,7 @@ def _weights(output: Tensor) -> Tensor:
     return torch.linspace(-1, 1, output.numel(), device=output.device).reshape(output.shape).to(output.dtype)
 
 
-def _forward(parts: Sequence[Part], x: Inputs, training: bool) -> list[Exchange]:
+def _forward(parts: Sequence[Part], x: Arguments, training: bool) -> list[Exchange]:
     """Run the parts one after another, as if their rows were sent over a wire."""
     exchanges: list[Exchange] = []
     rows: Rows = tuple(row.clone() for row in x.rows)
@@ -170,7 +170,7 @@ def _compare_state(whole: nn.Module, parts: Sequence[nn.Module], mode: str) -> N
         _compare([state[name]], [tensor], f"{name!r} after a step in {mode}")
 
 
-def _check_without_gradients(model: nn.Module, parts: Sequence[Part], x: Inputs) -> None:
+def _check_without_gradients(model: nn.Module, parts: Sequence[Part], x: Arguments) -> None:
     """Some modules take a faster path in evaluation when no gradients are asked for."""
     with torch.no_grad(), torch_seeded(1, "proof"):
         expected, _ = taken_apart(x.run(copy.deepcopy(model).eval()))
@@ -179,7 +179,7 @@ def _check_without_gradients(model: nn.Module, parts: Sequence[Part], x: Inputs)
     _compare(given[-1][1], expected, "the logits in evaluation without gradients")
 
 
-def _check_made_up(parts: Sequence[Part], x: Inputs) -> None:
+def _check_made_up(parts: Sequence[Part], x: Arguments) -> None:
     """What a part makes up in place of earlier layers must not reach its result."""
     for training in (True, False):
         copies = copy.deepcopy(list(parts))

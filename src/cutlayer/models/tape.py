@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 
 from cutlayer.models.parts import (
     CannotCutError,
-    Inputs,
+    Arguments,
     Part,
     state_names,
     storage_of,
@@ -60,12 +60,12 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
 _PLAIN = (int, float, complex, bool, str, type(None), type(Ellipsis), torch.memory_format, torch.layout)
 
 
-def split_by_tape(model: nn.Module, names: Sequence[str], x: Inputs) -> list[Part]:
+def split_by_tape(model: nn.Module, names: Sequence[str], x: Arguments) -> list[Part]:
     """The parts of `model` (which the parts keep: pass a copy) cut after each of `names`. Raises CannotCutError."""
     return Traced(model, names, x, record).split(names)
 
 
-def record(model: nn.Module, names: Sequence[str], x: Inputs) -> fx.Graph:
+def record(model: nn.Module, names: Sequence[str], x: Arguments) -> fx.Graph:
     """The model's operations in its present mode, as a graph. Raises CannotCutError."""
     try:
         return _record(model, x)
@@ -87,7 +87,7 @@ def _as_if_compiled() -> Iterator[None]:
         torch.compiler.is_compiling = real
 
 
-def _record(model: nn.Module, x: Inputs) -> fx.Graph:
+def _record(model: nn.Module, x: Arguments) -> fx.Graph:
     first, other = _recorded(model, x), x.shuffled()
     root = Root(model, x)
     try:
@@ -99,8 +99,8 @@ def _record(model: nn.Module, x: Inputs) -> fx.Graph:
     return graph
 
 
-def _doubled(x: Inputs) -> Inputs:
-    return Inputs(tuple(row.double() if row.is_floating_point() else row for row in x.rows), x.names)
+def _doubled(x: Arguments) -> Arguments:
+    return Arguments(tuple(row.double() if row.is_floating_point() else row for row in x.rows), x.names)
 
 
 # What a run leaves
@@ -152,7 +152,7 @@ class _Tape:
     buffers: list[tuple[str, _Made]] = field(default_factory=list)  # those that were given a new tensor
 
 
-def _recorded(model: nn.Module, x: Inputs) -> _Tape:
+def _recorded(model: nn.Module, x: Arguments) -> _Tape:
     """What a run of a copy of the model leaves. Raises CannotCutError."""
     root = Root(copy.deepcopy(model), x)
     rows = tuple(row.clone() for row in x.rows)
@@ -497,7 +497,7 @@ class _Writer:
             return self._of_state(reference.name)
         if isinstance(reference, _Device):
             return self._once("device", getattr, (self.inputs[0], "device"))
-        node = self.made[reference.step]
+        node: fx.Node = self.made[reference.step]
         for depth, i in enumerate(reference.path):
             key = (reference.step, reference.path[: depth + 1])
             if key not in self.shared:

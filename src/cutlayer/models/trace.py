@@ -27,7 +27,7 @@ from cutlayer.models.parts import (
     RAW_INPUT,
     CannotCutError,
     Crossing,
-    Inputs,
+    Arguments,
     Part,
     SharedWeightError,
     batch_dimension,
@@ -47,7 +47,7 @@ _SHAPE_METHODS = frozenset({"size", "dim", "ndimension", "numel", "nelement", "_
 _SHAPE_ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device"})
 
 
-def split_by_trace(model: nn.Module, names: Sequence[str], x: Inputs) -> list[Part]:
+def split_by_trace(model: nn.Module, names: Sequence[str], x: Arguments) -> list[Part]:
     """The parts of `model` (which the parts keep: pass a copy) cut after each of `names`. Raises CannotCutError."""
     return Traced(model, names, x).split(names)
 
@@ -55,7 +55,7 @@ def split_by_trace(model: nn.Module, names: Sequence[str], x: Inputs) -> list[Pa
 class Traced:
     """A model's two traces, each made once and cut as often as one likes, after any of `names`, which they see."""
 
-    def __init__(self, model: nn.Module, names: Sequence[str], x: Inputs, trace: Trace | None = None) -> None:
+    def __init__(self, model: nn.Module, names: Sequence[str], x: Arguments, trace: Trace | None = None) -> None:
         self.model, self.names, self.x = model, names, x
         self._trace = trace or _trace
         self._runs: dict[bool, _Ran] = {}
@@ -205,9 +205,9 @@ class Root(nn.Module):
     """
 
     model: nn.Module
-    inputs: Inputs
+    inputs: Arguments
 
-    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
+    def __init__(self, model: nn.Module, inputs: Arguments) -> None:
         super().__init__()
         self.model = model
         self.__dict__["inputs"] = inputs  # not a tensor, whatever nn.Module thinks
@@ -274,7 +274,7 @@ class _Program:
     are one and the same cross once.
     """
 
-    def __init__(self, model: nn.Module, names: Sequence[str], x: Inputs, ran: _Ran, merge: bool) -> None:
+    def __init__(self, model: nn.Module, names: Sequence[str], x: Arguments, ran: _Ran, merge: bool) -> None:
         self.model, self.names, self.x, self.batch = model, names, x, len(x)
         self.graph, self.seen, self.seen_larger = ran.graph, ran.seen, ran.seen_larger
         self.nodes = list(self.graph.nodes)
@@ -572,10 +572,10 @@ class _Builder:
 # Tracing and running
 
 
-Trace = Callable[[nn.Module, Sequence[str], Inputs], fx.Graph]
+Trace = Callable[[nn.Module, Sequence[str], Arguments], fx.Graph]
 
 
-def _trace(model: nn.Module, names: Sequence[str], x: Inputs) -> fx.Graph:
+def _trace(model: nn.Module, names: Sequence[str], x: Arguments) -> fx.Graph:
     root = _with_arguments(Root(model, x))
     with following("torch.fx"):
         graph = _Tracer([ROOT + name for name in names]).trace(root)
@@ -616,7 +616,7 @@ def _numpy_state() -> bytes:
     return bytes(state[1].tobytes()) + str(state[2:]).encode()
 
 
-def _run(model: nn.Module, graph: fx.Graph, x: Inputs) -> dict[fx.Node, _Seen]:
+def _run(model: nn.Module, graph: fx.Graph, x: Arguments) -> dict[fx.Node, _Seen]:
     """What every operation gives for the batch `x`, without changing the model."""
     recorder = _Recorder(copy.deepcopy(Root(model, x)), graph)
     try:
@@ -632,7 +632,7 @@ class _Recorder(fx.Interpreter):
         super().__init__(root, graph=graph)
         self.seen: dict[fx.Node, _Seen] = {}
 
-    def run_on(self, x: Inputs) -> None:
+    def run_on(self, x: Arguments) -> None:
         """Run for a batch, and remember."""
         rows = [row.clone() for row in x.rows]
         self._sealed = {storage_of(rows[i]) for i in x.sealed()}
