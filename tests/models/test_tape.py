@@ -15,7 +15,7 @@ from torch.nn import functional
 from cutlayer.errors import CutError
 from cutlayer.models import Parts, cut
 from cutlayer.models.cut import _cut, _undisturbed
-from cutlayer.models.parts import CannotCutError, Arguments
+from cutlayer.models.parts import Arguments, CannotCutError
 from cutlayer.models.tape import split_by_tape
 from cutlayer.seeds import torch_seeded
 

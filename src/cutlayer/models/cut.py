@@ -32,10 +32,10 @@ from torch import nn
 from cutlayer.errors import CutError, unknown
 from cutlayer.models.hooks import listen, split_by_hooks
 from cutlayer.models.parts import (
+    Arguments,
     CannotCutError,
     Crossing,
     Example,
-    Arguments,
     Part,
     Parts,
     PassThrough,
@@ -195,7 +195,9 @@ def _or_raise(result: Result | CannotCutError) -> Result:
     return result
 
 
-def _cut(model: nn.Module, names: tuple[str, ...], x: Arguments, methods: Sequence[Method], untie: bool = False) -> Parts:
+def _cut(
+    model: nn.Module, names: tuple[str, ...], x: Arguments, methods: Sequence[Method], untie: bool = False
+) -> Parts:
     """Raises CannotCutError with the reasons of every method."""
     try:
         return _cut_as_it_is(model, names, x, methods)

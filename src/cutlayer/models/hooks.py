@@ -24,8 +24,8 @@ from torch.utils import _pytree as pytree
 
 from cutlayer.errors import CutError
 from cutlayer.models.parts import (
-    CannotCutError,
     Arguments,
+    CannotCutError,
     Part,
     SharedWeightError,
     batch_dimension,

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from cutlayer.models.hooks import make_up_with, uses_made_up
 from cutlayer.models.parts import (
     RAW_INPUT,
+    Arguments,
     CannotCutError,
     Crossing,
-    Arguments,
     Part,
     one_line,
     storage_of,

@@ -24,8 +24,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from cutlayer.models.parts import (
-    CannotCutError,
     Arguments,
+    CannotCutError,
     Part,
     state_names,
     storage_of,

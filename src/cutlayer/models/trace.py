@@ -25,9 +25,9 @@ from torch.nn import functional
 
 from cutlayer.models.parts import (
     RAW_INPUT,
+    Arguments,
     CannotCutError,
     Crossing,
-    Arguments,
     Part,
     SharedWeightError,
     batch_dimension,
