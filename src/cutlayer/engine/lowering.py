@@ -22,6 +22,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from cutlayer.engine.kernels import ColumnConvolution, Geometry, Leave, Linear, LoopedConvolution, Pair
+from cutlayer.engine.mapping import attention
 
 # Measured on the CPU. Up to so many inputs under a kernel, a first convolution is quickest as a matrix product.
 _SMALL_KERNEL = 32
@@ -273,6 +274,26 @@ def _drop(mode: Lowered, input: Tensor, mask: Sequence[int], p: float, inplace: 
     return input * keep.div_(1 - p)
 
 
+def _attention(
+    mode: Lowered,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Attention touches no parameter; only its dropout must know the clients."""
+    if not dropout_p:
+        return functional.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    drop: Callable[[Tensor], Tensor] = lambda weights: _drop(mode, weights, weights.shape, dropout_p, False)  # noqa: E731
+    return attention(query, key, value, attn_mask, is_causal, scale, enable_gqa, drop)
+
+
 _HANDLERS: dict[Any, Callable[..., Tensor]] = {
     functional.linear: _linear,
     functional.conv1d: _conv(1),
@@ -286,11 +307,13 @@ _HANDLERS: dict[Any, Callable[..., Tensor]] = {
     functional.dropout1d: _channel_dropout,
     functional.dropout2d: _channel_dropout,
     functional.dropout3d: _channel_dropout,
+    functional.scaled_dot_product_attention: _attention,
 }
 _ALWAYS = {
     _dropout,
     _channel_dropout,
     _batch_norm,
+    _attention,
 }  # these mix rows or draw: they must know the clients even without parameters
 
 _Tensor: Any = torch.Tensor  # typed loosely: its properties are asked for as functions

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,11 @@ from torch.func import functional_call, vmap
 
 from cutlayer.engine.kernels import Factors
 from cutlayer.engine.lowering import Lowered
+<<<<<<< HEAD
 from cutlayer.frozen import replica
+=======
+from cutlayer.engine.mapping import Draw, Listening, Masked, drawn
+>>>>>>> 31cf6dd (Map dropout, attention and padding as each client would alone)
 from cutlayer.optim import MakeOptimizer, rule_of, set_lr
 from cutlayer.types import Rows, as_tuple
 
@@ -91,6 +96,7 @@ class Stack:
         self.steps = np.zeros(count, np.int64)  # optimiser steps that each client has taken
         self.batches = np.zeros(count, np.int64)  # batches that each has trained on
         self.chunk = chunk or max(1, count)
+        self._drawn: dict[Any, Sequence[Draw]] = {}  # by the shapes of a client's rows
         self._neighbours: dict[tuple[int, int], Group] = {}
         self._places = [(*_owner(self.module, n), n) for n in (*self._parameters, *self._buffers)]
 
@@ -313,7 +319,7 @@ class Stack:
         tensors = {**group.parameters, **group.buffers}
         names = group.clients.tolist()
         if self.mapped:
-            return self._mapped(group, rows)
+            return self._mapped(group, rows, [partial(generators, name) for name in names])
 
         def leave(weight: Tensor, factors: Factors) -> None:
             name = next(n for n, p in group.parameters.items() if p is weight)
@@ -336,16 +342,31 @@ class Stack:
             self._install({})
         return as_tuple(given)
 
-    def _mapped(self, group: Group, rows: Rows) -> Rows:
+    def _mapped(self, group: Group, rows: Rows, generators: Sequence[Callable[[], torch.Generator]]) -> Rows:
         """The same through `vmap`, for modules that use their parameters in ways that are not lowered."""
         clients = len(group.clients)
 
-        def one(parameters: dict[str, Tensor], buffers: dict[str, Tensor], mine: Rows) -> Any:
-            return functional_call(self.module, (parameters, buffers), (mine,))
+        def one(parameters: dict[str, Tensor], buffers: dict[str, Tensor], mine: Rows, masks: Rows) -> Any:
+            with Masked(masks):
+                return functional_call(self.module, (parameters, buffers), (mine,))
 
         apart = tuple(r.view(clients, -1, *r.shape[1:]) for r in rows)
-        given = vmap(one, randomness="error")(group.parameters, group.buffers, apart)
+        masks = drawn(self._draws(group, tuple(r[0] for r in apart)), generators)
+        with self.watch:
+            given = vmap(one, randomness="error")(group.parameters, group.buffers, apart, masks)
         return tuple(g.flatten(0, 1) for g in as_tuple(given))
+
+    def _draws(self, group: Group, rows: Rows) -> Sequence[Draw]:
+        """The masks that one client draws for rows of these shapes, in order."""
+        if not self.module.training:
+            return ()
+        key = tuple((r.shape, r.dtype) for r in rows)
+        if key not in self._drawn:
+            tensors = {n: t[0].detach().clone() for n, t in (*group.parameters.items(), *group.buffers.items())}
+            with torch.no_grad(), Listening() as listening:
+                functional_call(self.module, tensors, (rows,))
+            self._drawn[key] = listening.draws
+        return self._drawn[key]
 
     def _install(self, tensors: Mapping[str, Tensor]) -> None:
         """Put these tensors in the places of the module's own parameters and buffers (or its own back)."""

@@ -49,7 +49,8 @@ def stackable(module: nn.Module, rows: Rows, make_optimizer: MakeOptimizer, *, d
         reasons.append(reason)
         if reason == _EMBEDDING:  # vmap takes it, and ignores what makes it special
             break
-    return Stackability(reason=reasons[0])
+    different = len(set(reasons)) > 1
+    return Stackability(reason=reasons[0] + (f", and torch.func.vmap cannot map it: {reasons[1]}" if different else ""))
 
 
 def unlike_alone(make: MakeOptimizer) -> str:
@@ -172,13 +173,14 @@ def _difference(stack: Stack, copies: list[nn.Module], rows: Rows) -> str:
         own = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         pairs += [(gradient_of(p), _stacked_gradient(group, name)[k]) for name, p in own]
         pairs += [(b, group.buffers[name][k]) for name, b in module.named_buffers()]
-        if not close(pairs):
-            return _first_mixing(log, alone_log, span) or "it keeps state of its own, or its rows influence each other"
+        if not close(pairs, log.single):
+            mixing = "" if stack.mapped else _first_mixing(log, alone_log, span)
+            return mixing or "it keeps state of its own, or its rows influence each other"
     predicted = stack.predict(range(len(copies)), tuple(r.detach() for r in rows))
     for k, module in enumerate(copies):
         span = slice(k * size, (k + 1) * size)
         alone = run_alone(module.eval(), tuple(r[span].detach() for r in rows), k)
-        if not close([(a, p[span]) for a, p in zip(alone, predicted, strict=True)]):
+        if not close([(a, p[span]) for a, p in zip(alone, predicted, strict=True)], log.single):
             return "in evaluation its rows influence each other"
     return ""
 
@@ -205,11 +207,13 @@ def run_alone(module: nn.Module, rows: Rows, seed: int, mode: AbstractContextMan
         return as_tuple(module(rows))
 
 
-def close(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
-    """Equal but for rounding, in units of the largest value of all (a gradient can be nothing but rounding)."""
+def close(pairs: Sequence[tuple[Tensor, Tensor]], single: bool = False) -> bool:
+    """Equal but for rounding, in units of the largest value of all (a gradient can be nothing but rounding). `single`:
+    something in between is computed in single precision.
+    """
     floats = [(a, b) for a, b in pairs if a.is_floating_point() and a.numel()]
     scale = max((float(a.detach().abs().max()) for a, _ in floats), default=0.0)
-    allowed = 1e4 * torch.finfo(torch.float64).eps * scale
+    allowed = (1e2 * torch.finfo(torch.float32).eps if single else 1e4 * torch.finfo(torch.float64).eps) * scale
     return all(torch.equal(a, b) for a, b in pairs if not a.is_floating_point()) and all(
         a.shape == b.shape and torch.allclose(a, b, rtol=0.0, atol=allowed) for a, b in floats
     )
@@ -221,6 +225,7 @@ class _Log(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.made: list[tuple[str, Tensor]] = []
+        self.single = False  # some were in single precision
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -229,6 +234,8 @@ class _Log(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor):  # only noted: asking it anything would be one more operation
             self.made.append((getattr(func, "__name__", str(func)), result))
+            with torch._C.DisableTorchFunction():
+                self.single |= result.dtype in (torch.float32, torch.bfloat16, torch.float16)
         return result
 
 
