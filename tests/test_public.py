@@ -16,13 +16,9 @@ from_dataset load partition"""
 
 COMMON = """client_device server_device link up_mbps down_mbps latency_ms server_mbps multicast utilisation speed_spread
 rate_spread stragglers straggler_slowdown profiles data data_format label_column client_column class_names
-<<<<<<< HEAD
-validation test clients partition samples_per_client participation task metrics primary_metric model cut tail_cut start
-freeze epochs rounds batch client_optimizer client_optimizer_options client_lr client_clip_grad_norm server_optimizer
-=======
-validation test clients partition samples_per_client participation task model cut tail_cut untie start epochs
-rounds batch client_optimizer client_optimizer_options client_lr client_clip_grad_norm server_optimizer
->>>>>>> 5d75019 (Untie weights on demand, prepare compiled and lazy models)
+validation test clients partition samples_per_client participation task metrics primary_metric model cut tail_cut untie
+start freeze epochs rounds batch client_optimizer client_optimizer_options client_lr client_clip_grad_norm
+server_optimizer
 server_optimizer_options server_lr server_clip_grad_norm accumulate server_accumulate param_groups lr_schedule
 server_lr_schedule lr_warmup up_codec cache_features down_codec defences engine device precision memory_limit
 eval_every eval_clients checkpoint_every snapshot_every"""

@@ -75,6 +75,25 @@ def test_the_older_weight_norm_keeps_a_result_in_an_attribute() -> None:
     assert parts.client(x)[0].requires_grad
 
 
+def test_one_layer_under_several_names_becomes_several() -> None:
+    class Twins(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.c = nn.Sequential(self.a)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(torch.tanh(self.b(torch.tanh(self.a(x)))))
+
+    model = Twins()
+    with pytest.raises(CutError, match=re.escape("'a.weight' = 'c.0.weight' is used on both sides")):
+        cut(model, "b", vector())
+    parts = cut(model, "b", vector(), untie=True)
+    assert set(parts.server.state_dict()) == {"c.0.weight", "c.0.bias"}
+    x = vector(3)
+    assert torch.equal(parts.server(parts.client(x)), model(x))
+
+
 def test_a_model_that_cannot_be_copied() -> None:
     class Holder(nn.Module):
         def __init__(self) -> None:

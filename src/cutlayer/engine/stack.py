@@ -21,11 +21,8 @@ from torch.func import functional_call, vmap
 
 from cutlayer.engine.kernels import Factors
 from cutlayer.engine.lowering import Lowered
-<<<<<<< HEAD
-from cutlayer.frozen import replica
-=======
 from cutlayer.engine.mapping import Draw, Listening, Masked, drawn
->>>>>>> 31cf6dd (Map dropout, attention and padding as each client would alone)
+from cutlayer.frozen import replica
 from cutlayer.optim import MakeOptimizer, rule_of, set_lr
 from cutlayer.types import Rows, as_tuple
 

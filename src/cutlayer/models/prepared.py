@@ -44,11 +44,17 @@ def prepared(model: nn.Module, names: Sequence[str], x: Arguments) -> tuple[nn.M
 
 
 def untied(model: nn.Module, names: Sequence[str]) -> nn.Module:
-    """A copy in which each of `names`, which are one parameter's, is a parameter of its own."""
+    """A copy in which each of `names`, which are one parameter's, is a parameter of its own, in a layer of its own."""
     model = copy.deepcopy(model)
-    for name in names[1:]:
+    seen: set[int] = set()
+    for name in names:
         prefix, _, key = name.rpartition(".")
         module = model.get_submodule(prefix)
+        if id(module) in seen:  # one layer under several names
+            above, _, leaf = prefix.rpartition(".")
+            module = copy.deepcopy(module)
+            model.get_submodule(above)._modules[leaf] = module
+        seen.add(id(module))
         shared = module._parameters[key]
         assert shared is not None
         module._parameters[key] = nn.Parameter(shared.detach().clone(), shared.requires_grad)
