@@ -261,7 +261,8 @@ class Run:
             meanings = {option.name: option.help for thing in self.config.chosen() for option in thing.options}
             about = {"title": entry.title, "summary": entry.summary, **entry.facts, "meanings": meanings}
             folder.write_json(ALGORITHM, about)
-            folder.write_json(CLASSES, {"class_names": names, "counts": t.counts.tolist()})
+            owners = list(t.source.owner_names) if self.config.partition == "column" else []
+            folder.write_json(CLASSES, {"class_names": names, "client_names": owners, "counts": t.counts.tolist()})
             folder.write_json(DATA, t.source.described())
         for index in range(self._start_round, t.rounds):
             with self._meter:

@@ -13,7 +13,7 @@ from typing import Any
 from cutlayer import plugins
 from cutlayer.errors import RunFolderError
 from cutlayer.files import read_json, read_records
-from cutlayer.folder import ALGORITHM, CLASSES, COMPARISON, CONFIG, EVALUATIONS, RESULT, STEPS, stored_config
+from cutlayer.folder import ALGORITHM, CLASSES, COMPARISON, CONFIG, DATA, EVALUATIONS, RESULT, STEPS, stored_config
 from cutlayer.summary import mean_of_known, spread
 
 
@@ -33,6 +33,8 @@ class StoredRun:
     result: dict[str, Any] | None
     meanings: dict[str, str] = field(default_factory=dict)
     """What the options of the things that it has chosen mean."""
+    client_names: list[str] = field(default_factory=list)
+    account: str = ""
 
     @property
     def epochs(self) -> list[float]:
@@ -177,6 +179,8 @@ def _run(folder: Path) -> StoredRun | None:
         seconds=seconds,
         class_names=list(map(str, classes["class_names"])),
         counts=classes["counts"],
+        client_names=list(map(str, classes.get("client_names", ()))),
+        account=str((read_json(folder / DATA) or {}).get("account", "")),
         about=_about(folder, str(config.get("algorithm", ""))),
         result=read_json(folder / RESULT),
         meanings=(read_json(folder / ALGORITHM) or {}).get("meanings", {}),

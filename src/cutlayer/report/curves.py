@@ -318,6 +318,9 @@ def _epochs(ax: Axes) -> None:
     ax.set_xlim(left=0)
 
 
+_NAMED = 30  # clients: beyond, not each has a label
+
+
 def _classes_figure(run: StoredRun) -> Figure:
     names = list(map(_plain, run.class_names))
     counts = np.array(run.counts, int).reshape(len(run.counts), -1)
@@ -329,6 +332,8 @@ def _classes_figure(run: StoredRun) -> Figure:
     top = max(int(counts.max(initial=0)), 1)
     image = cells.imshow(counts, cmap="Blues", vmin=0, vmax=top, aspect="auto")
     _rows_and_columns(cells, names, clients)
+    if run.client_names and clients <= _NAMED:
+        cells.set_yticklabels([shortened(_plain(name), 14) for name in run.client_names])
     if annotated:
         for (row, column), count in np.ndenumerate(counts):
             ink = "white" if count > 0.55 * top else "#222222"
@@ -358,7 +363,7 @@ def _rows_and_columns(cells: Axes, names: list[str], clients: int) -> None:
     cells.set_xticklabels(
         [shortened(names[i], 14) for i in shown], rotation=40 if long else 0, ha="right" if long else "center"
     )
-    if clients <= 30:
+    if clients <= _NAMED:
         cells.set_yticks(range(clients))
     else:
         cells.yaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))

@@ -39,6 +39,8 @@ def render(report: Report, panels: list[bytes], classes: bytes) -> str:
         classes=_embedded(classes),
         classes_text=f"{len(partition.counts)} clients, {len(partition.class_names)} classes, "
         f"{sum(map(sum, partition.counts)):,} training samples",
+        client_names=", ".join(f"{k} is {name}" for k, name in enumerate(partition.client_names)),
+        account=partition.account,
         partition_of=partition.seed if report.comparison else None,
         window=f"{loss_window(report):.2g}",
         config=_config(report),
