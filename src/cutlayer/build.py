@@ -285,7 +285,7 @@ def prepare(
     try_metrics(task, given, source.test.y if len(source.test) else few.y, source.class_names)
     check_trained(config, whole)
     cuts = _cut_names(config, algorithm.traits, model)
-    split = cut(whole, cuts, few.x, untie=config.untie)
+    split = cut(whole, cuts, few.inputs, untie=config.untie)
     check_parts(config, algorithm, split, cuts)
     sizes = [len(p) for p in owners]
     rounds, per_epoch = _rounds(config, algorithm, sizes)

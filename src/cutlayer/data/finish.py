@@ -14,7 +14,8 @@ from torch import Tensor
 from cutlayer import seeds
 from cutlayer.data.account import account
 from cutlayer.data.conversion import Conversion
-from cutlayer.data.samples import Samples, Source
+from cutlayer.data.samples import Inputs, Samples, Source
+from cutlayer.data.several import taken
 from cutlayer.data.targets import Targets, counting, encoded, words
 from cutlayer.data.unsplit import Array, Raw, Section
 from cutlayer.errors import ConfigError, DataError
@@ -45,12 +46,15 @@ def finished(
             rows, held[part] = _split(rows, classes, count, seeds.derive(seed, "split", part))
     convert = Conversion.of(raw, rows)
 
+    def inputs(part: str, x: Array) -> Inputs:
+        return taken(raw.several[part], x) if raw.several else convert(x)
+
     def samples(part: str) -> Samples:
         if part in y and part != "train":
             own = raw.parts()[part]
-            return Samples(convert(own.x), torch.from_numpy(y[part]))
+            return Samples(inputs(part, own.x), torch.from_numpy(y[part]))
         at = rows if part == "train" else held[part]
-        return Samples(convert(raw.train.x[at]), torch.from_numpy(y["train"][at]))
+        return Samples(inputs("train", raw.train.x[at]), torch.from_numpy(y["train"][at]))
 
     def whose(part: str) -> Tensor | None:
         if part in owners and part != "train":
@@ -84,7 +88,8 @@ def finished_whole(raw: Raw, targets: Targets = "class", ignored: int | None = N
             f"{raw.name} has one class only, {class_names[0]}: name all classes of the run, in order, with class_names"
         )
     convert = Conversion.of(raw, np.arange(len(y["train"])))
-    whole = Samples(convert(raw.train.x), torch.from_numpy(y["train"]))
+    x = taken(raw.several["train"], raw.train.x) if raw.several else convert(raw.train.x)
+    whole = Samples(x, torch.from_numpy(y["train"]))
     preprocessing = _preprocessing(raw, convert, class_names)
     source = Source(raw.name, whole, whole[:0], whole[:0], class_names, preprocessing=preprocessing)
     return dataclasses.replace(source, account=account(raw, source))

@@ -11,6 +11,7 @@ import numpy as np
 from cutlayer.data.arrays import as_array
 from cutlayer.data.formats._pictures import stack_pictures
 from cutlayer.data.own import own_code
+from cutlayer.data.several import numbered, stacked
 from cutlayer.data.unsplit import Raw, Section
 from cutlayer.errors import DataError
 
@@ -25,6 +26,10 @@ def from_pairs(parts: Mapping[str, Any], name: str) -> Raw:
         sections = {part: Section(x, labels[part]) for part, x in pictures.x.items()}
         raw = _raw(name, sections)
         return dataclasses.replace(raw, rows="pictures", remarks=pictures.remarks, recipe=pictures.recipe)
+    if all(isinstance(x, Mapping | tuple) for xs, _ in items.values() for x in xs):
+        found = {part: numbered(stacked(xs, _called(part)), _called(part)) for part, (xs, _) in items.items()}
+        raw = _raw(name, {part: Section(rows, labels[part]) for part, (rows, _) in found.items()})
+        return dataclasses.replace(raw, several={part: arrays for part, (_, arrays) in found.items()})
     return _raw(name, {part: _section(xs, labels[part], _called(part)) for part, (xs, _) in items.items()})
 
 
@@ -50,13 +55,21 @@ def _items(dataset: Any, what: str) -> tuple[list[Any], list[Any]]:
     for row in range(size):
         with own_code(dataset, f"item {row} of the {what}"):
             item = dataset[row]
+        item = _pair(item)
         if not isinstance(item, tuple | list) or len(item) != 2:
             raise DataError(
-                f"item {row} of the {what} is not a pair (x, label) but a {type(item).__name__}: return pairs"
+                f"item {row} of the {what} is not a pair (x, label) but a {type(item).__name__}: return pairs, or "
+                "dictionaries of tensors with the target under 'labels' or 'label'"
             )
         xs.append(item[0])
         ys.append(item[1].item() if hasattr(item[1], "item") and np.ndim(item[1]) == 0 else item[1])
     return xs, ys
+
+
+def _pair(item: Any) -> Any:
+    """An item that is a dictionary as (its tensors, its labels)."""
+    label = next((key for key in ("labels", "label") if isinstance(item, Mapping) and key in item), None)
+    return item if label is None else ({k: v for k, v in item.items() if k != label}, item[label])
 
 
 def _section(xs: list[Any], labels: Any, what: str) -> Section:

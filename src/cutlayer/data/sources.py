@@ -40,6 +40,7 @@ from cutlayer.data.formats.reader import Columns
 from cutlayer.data.own import own_code
 from cutlayer.data.pairs import from_pairs
 from cutlayer.data.samples import Source
+from cutlayer.data.several import is_several, numbered
 from cutlayer.data.targets import Targets, counting
 from cutlayer.data.unsplit import Array, Raw, Section, part_called
 from cutlayer.errors import ConfigError, DataError, unknown
@@ -372,7 +373,13 @@ def _raw_of_mapping(name: str, arrays: Mapping[str, Any], what: str) -> Raw:
 
 def _raw_of_arrays(name: str, arrays: Mapping[str, ArrayOrTensor]) -> Raw:
     """The arrays that `from_arrays` takes, by name."""
-    found = {key: as_array(values, key) for key, values in arrays.items()}
+    several: dict[str, Any] = {}
+    found: dict[str, Array] = {}
+    for key, values in arrays.items():
+        if key.partition("_")[0] == "x" and is_several(values):
+            found[key], several[key.partition("_")[2] or "train"] = numbered(values, key)
+        else:
+            found[key] = as_array(values, key)
     parts = {part: _section(found, f"_{part}") for part in ("validation", "test")}
     for part in parts:
         if f"client_{part}" in found and ("client" not in found or parts[part] is None):
@@ -386,6 +393,7 @@ def _raw_of_arrays(name: str, arrays: Mapping[str, ArrayOrTensor]) -> Raw:
         client=found.get("client"),
         validation_client=found.get("client_validation"),
         test_client=found.get("client_test"),
+        several=several,
     )
 
 

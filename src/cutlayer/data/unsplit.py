@@ -50,7 +50,8 @@ class Raw:
     filled in as `impute` says. `symmetric` asks for 8-bit inputs in [-1, 1] instead of [0, 1].
 
     `rows` is what one calls a row (pictures); `left_out` and `remarks` are for the line that says what was used;
-    `recipe` is what the reader did to the inputs, in plain values.
+    `recipe` is what the reader did to the inputs, in plain values. `several` holds the arrays of each part where a
+    sample's inputs are several: `x` are then the numbers of rows in them (see `several`).
     """
 
     name: str
@@ -69,6 +70,7 @@ class Raw:
     left_out: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    several: Mapping[str, Any] = field(default_factory=dict)
 
     def owners(self) -> dict[str, Array]:
         """Whose samples the rows of each part are, for the parts of which that is known."""
