@@ -18,14 +18,14 @@ def average_into(target: nn.Module, models: Sequence[nn.Module], weights: Sequen
 def average(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
     """sum_k (w_k / sum w) states[k], name by name.
 
-    Floating point buffers (batch normalisation's running statistics) are averaged like parameters; integer ones (its
+    Real and complex buffers (batch normalisation's running statistics) are averaged like parameters; integer ones (its
     batch counter) take the largest value.
     """
     total = sum(weights)
     mean: dict[str, Tensor] = {}
     with torch.no_grad():
         for name, first in states[0].items():
-            if first.is_floating_point():
+            if first.is_floating_point() or first.is_complex():
                 mean[name] = first * (weights[0] / total)
                 for state, weight in zip(states[1:], weights[1:], strict=True):
                     mean[name].add_(state[name], alpha=weight / total)
