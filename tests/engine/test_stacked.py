@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -114,6 +115,22 @@ def test_optimizers(optimizer: str, algorithm: str) -> None:
         **small(client_optimizer=optimizer, client_optimizer_options=more, **cut),
     )  # fmt: skip
     assert worst(a, b) < 1e-10
+
+
+@pytest.mark.parametrize(("algorithm", "engine"), [("sflv3", "local"), ("sfl", "stacked")])
+@pytest.mark.parametrize("side", ["client", "server"])
+def test_a_rule_that_is_not_elementwise(algorithm: str, engine: str, side: str) -> None:
+    """It matters for the server only where it keeps copies, which are stacked."""
+    options: dict[str, Any] = {f"{side}_optimizer": "adafactor"}
+    if side == "client":
+        options["server_optimizer"], engine = "adam", "local"
+    warned = pytest.warns(CutlayerWarning, match="adafactor is not elementwise") if engine == "local" else nullcontext()
+    with warned:
+        run = Run(
+            algorithm=algorithm, model=mlp(), data=source([8, 8], (6,)), clients=2, partition="column", cut="2",
+            **options,
+        )  # fmt: skip
+    assert run.training.engine == engine
 
 
 @pytest.mark.parametrize("algorithm", ["sglr", "fl", "sflv1"])
