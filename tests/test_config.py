@@ -36,6 +36,9 @@ GROUPS = st.lists(
 VALUES: dict[str, st.SearchStrategy[Any]] = {
     "client_device": NAMES,
     "server_device": NAMES,
+    "keep_best": st.booleans(),
+    "weights": NAMES,
+    "weights_strict": st.just(True),
     "class_names": st.lists(NAMES, unique=True, max_size=4).map(tuple),
     "metrics": st.lists(st.sampled_from(["auroc", "macro_f1"]), unique=True).map(tuple),
     "primary_metric": st.sampled_from(["accuracy", "loss"]),

@@ -41,6 +41,9 @@ if TYPE_CHECKING:
     from cutlayer.run import Result as Result
     from cutlayer.run import Run as Run
     from cutlayer.run import Scores as Scores
+    from cutlayer.trained import Predictions as Predictions
+    from cutlayer.trained import TrainedModel as TrainedModel
+    from cutlayer.trained import load_model as load_model
 
 __version__ = "0.1.0"
 
@@ -60,6 +63,7 @@ _HOME = {
     ),
     "cutlayer.models": ("Parts", "cut", "cut_points"),
     "cutlayer.run": ("Record", "Result", "Run", "Scores"),
+    "cutlayer.trained": ("Predictions", "TrainedModel", "load_model"),
 }
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
 

@@ -9,14 +9,14 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from types import FunctionType
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cutlayer import plugins, seeds
 from cutlayer.algorithms import Algorithm, traffic_of
@@ -46,6 +46,7 @@ from cutlayer.frozen import freeze, load_moving, moving, replica, trains
 from cutlayer.models import Parts, build, cut
 from cutlayer.models import make as make_own
 from cutlayer.models.parts import Part
+from cutlayer.models.weights import load_weights, read_weights
 from cutlayer.optim import MakeOptimizer, ParamGroup, check_groups, make_optimizer
 from cutlayer.options import RunConfig, default_cut
 from cutlayer.schedules import FunctionSchedule, Schedule, WarmedUp
@@ -85,11 +86,24 @@ def dtype_of(config: RunConfig) -> torch.dtype:
 
 
 @dataclass(frozen=True, eq=False)
+class Making:
+    """How the whole model is made: `make(*name)` makes it anew under the seed called `name`, for inputs of
+    `input_shape` (the first, where a sample has several) and as many `outputs` as the task wants. `weights` are those
+    that it starts from, where they were named.
+    """
+
+    make: Callable[..., nn.Module]
+    input_shape: tuple[int, ...]
+    outputs: int
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
 class Training:
     """All that a run needs: the cohort counts into `ledger`; `rounds` to do; `counts` [C, K] samples per class;
     `engine` says how clients are simulated; `clock` runs if the machines are known. `parts` is the model as cut, with
     an `example` [n, ...] of its inputs; `schedules` are the clients' and the server's; `epoch` is one of equal clients
-    who hold as much together.
+    who hold as much together. `making` makes the whole model, without its trained weights.
     """
 
     source: Source
@@ -106,6 +120,7 @@ class Training:
     task: Task
     schedules: tuple[Schedule, Schedule]
     epoch: Epoch
+    making: Making
     clock: Clock | None = None
 
     @cached_property
@@ -140,6 +155,7 @@ class Prepared:
     rounds_per_epoch: int
     fleet: Fleet | None
     coding: Coding
+    making: Making
 
     @property
     def server_seed(self) -> int:
@@ -176,6 +192,7 @@ class Prepared:
             self.clients.task,
             self._paced(),
             self._epoch(),
+            self.making,
         )
         if self.fleet is None:
             return training
@@ -270,7 +287,8 @@ def prepare(
         warnings.warn(CutlayerWarning(note), stacklevel=2)
     task: Task = config.thing("task", config.task)
     source = load_source(config, data, task)
-    make_model = _maker(config, model, source, task)
+    making = _making(config, model, source, task)
+    make_model = making.make
     whole = make_model("model")
     source = as_the_model_takes(whole, source, dtype_of(config))
     first = slice(0, max(2, min(3, len(source.train))))
@@ -322,7 +340,19 @@ def prepare(
         class_names=source.class_names,
     )
     return Prepared(
-        config, algorithm, source, split, example, setup, make_server, parts, rounds, per_epoch, machines, coding
+        config,
+        algorithm,
+        source,
+        split,
+        example,
+        setup,
+        make_server,
+        parts,
+        rounds,
+        per_epoch,
+        machines,
+        coding,
+        making,
     )
 
 
@@ -380,7 +410,7 @@ def load_source(config: RunConfig, data: Data | None, task: Task | None = None) 
             **held_out,
             given=config.given,
             **wanted,
-            **_reading_options(config),
+            **reading_options(config),
         )
     return replace(
         source,
@@ -408,11 +438,11 @@ def own_source(config: RunConfig, path: str) -> Source:
         class_names=config.class_names,
         targets=task.targets,
         ignored=task.ignored,
-        **_reading_options(config),
+        **reading_options(config),
     )
 
 
-def _reading_options(config: RunConfig) -> dict[str, Any]:
+def reading_options(config: RunConfig) -> dict[str, Any]:
     """Options of whatever reads the data, as far as they differ from their defaults: only some formats have them."""
     names = {"label_column", "client_column"}.union(*(entry.option_names for entry in config.reading()))
     return {name: getattr(config, name) for name in names & config.given}
@@ -449,7 +479,23 @@ def _counts(source: Source, parts: list[np.ndarray]) -> np.ndarray:
     return np.array([[len(part)] for part in parts], np.int64)
 
 
-def _maker(config: RunConfig, model: Model | None, source: Source, task: Task) -> Callable[..., nn.Module]:
+def _making(config: RunConfig, model: Model | None, source: Source, task: Task) -> Making:
+    """How the model is made for these data."""
+    shape, width = _input_shape(source), task.width(source.train.y, source.classes)
+    make = _maker(config, model, shape, width)
+    if config.weights is None:
+        return Making(make, shape, width)
+    weights, path = read_weights(config.weights), config.weights
+
+    def loaded(*name: str | int) -> nn.Module:
+        made = make(*name)
+        load_weights(made, weights, path, strict=config.weights_strict)
+        return made
+
+    return Making(loaded, shape, width, weights)
+
+
+def _maker(config: RunConfig, model: Model | None, shape: tuple[int, ...], width: int) -> Callable[..., nn.Module]:
     """A function (*name) -> a model, freshly initialised under the seed called `name`."""
     if isinstance(model, nn.Module):
         if config.start == "independent":
@@ -458,7 +504,6 @@ def _maker(config: RunConfig, model: Model | None, source: Source, task: Task) -
                 "one instead of a module"
             )
         return lambda *name: _made(copy.deepcopy(model), config)
-    shape, width = _input_shape(source), task.width(source.train.y, source.classes)
     own = {} if model is not None else config.options_of(plugins.find("model", config.model))
 
     def make(*name: str | int) -> nn.Module:

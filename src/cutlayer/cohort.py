@@ -30,6 +30,16 @@ Direction = Literal["up", "down"]
 
 
 @dataclass(frozen=True)
+class Held:
+    """The client models that can be read without asking a client on another machine, under the names of the whole
+    model: parameters and buffers of each client; or one model, which is `everyones`.
+    """
+
+    models: Mapping[int, Mapping[str, Tensor]]
+    everyones: bool
+
+
+@dataclass(frozen=True)
 class Crossed:
     """Bytes that rows took on their way between `clients` and the server: a number for each client, or the number of
     one `common` message to all of them.
@@ -122,6 +132,9 @@ class Cohort(Protocol):
     def model_state(self, client: int) -> Mapping[str, Tensor]:
         """One client's parameters and buffers, under the names of the whole model."""
 
+    def held(self) -> Held:
+        """The client models that are at hand."""
+
     def state(self) -> dict[str, Any]:
         """All that a later `load` needs to go on as if nothing had happened: nested dicts of tensors and plain
         values.
@@ -204,6 +217,10 @@ class CohortAround:
     def model_state(self, client: int) -> Mapping[str, Tensor]:
         """As the inner cohort's."""
         return self.inner.model_state(client)
+
+    def held(self) -> Held:
+        """As the inner cohort's."""
+        return self.inner.held()
 
     def state(self) -> dict[str, Any]:
         """The inner cohort's state."""

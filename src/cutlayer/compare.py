@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import statistics
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Unpack
 
+from torch import nn
+
 from cutlayer.build import Data, Model, assemble, by_name, deal
-from cutlayer.errors import RunFolderError
+from cutlayer.errors import CutlayerWarning, RunFolderError
 from cutlayer.files import read_json
 from cutlayer.folder import COMPARISON, CONFIG, OWN_FILES, RESULT, Folder, refuse_used, stored_config
 from cutlayer.keywords import CompareKeywords
+from cutlayer.models.weights import renewed
 from cutlayer.options import CompareConfig, RunConfig, by_reference, from_anywhere, overlaid
 from cutlayer.plugins import label
 from cutlayer.run import Record, Result, Run, Spent, own_objective, own_things, without_own
@@ -63,6 +67,7 @@ class Comparison:
     ) -> None:
         base = {} if config is None else config.model_dump(include=config.model_fields_set)
         self._model, self._data, names = by_name(model, data)
+        self._make_anew()
         own_loss, own_metrics, asked = own_objective(loss, metrics)
         self._objective: dict[str, Any] = {"loss": own_loss, "metrics": own_metrics}
         self.config = CompareConfig.of(overlaid(base, by_reference({**options, **names, **asked})))
@@ -90,6 +95,20 @@ class Comparison:
         comparison = cls(config, model=model, data=data, loss=loss, metrics=metrics or ())
         comparison.out, comparison._resumed = Path(out), True
         return comparison
+
+    def _make_anew(self) -> None:
+        """A module from Python is made anew for every seed, if its layers can draw their weights. Warns otherwise."""
+        if not isinstance(self._model, nn.Module):
+            return
+        if (make := renewed(self._model)) is not None:
+            self._model = make
+        else:
+            warnings.warn(
+                "all seeds start from the same weights, those of the model that was given: some of its layers have no "
+                "reset_parameters; give a function that makes it instead",
+                CutlayerWarning,
+                stacklevel=3,
+            )
 
     def check(self) -> None:
         """Build every entry once, so that what is wrong is found before the first is trained. Raises UsageError."""

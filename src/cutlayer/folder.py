@@ -7,6 +7,8 @@ classes.json             samples per client and class
 data.json                what was read, used and left out, whose it is, and what became of the inputs
 events.jsonl             who came, was late or excluded, round by round (runs with clients on other machines)
 checkpoint.safetensors   the state after the last checkpointed round
+last.safetensors         the trained model, once the run is done
+best.safetensors         the model of the best evaluation on the validation set so far
 snapshots/               client models of some rounds, where asked for
 result.json              once the run is done
 """
@@ -32,6 +34,7 @@ from cutlayer.options import read_toml
 STEPS, EVALUATIONS = "steps.jsonl", "evaluations.jsonl"
 ALGORITHM, CLASSES, DATA = "algorithm.json", "classes.json", "data.json"
 SNAPSHOTS = "snapshots"
+LAST, BEST = "last.safetensors", "best.safetensors"
 CHECKPOINT, RESULT, COMPARISON = "checkpoint.safetensors", "result.json", "comparison.json"
 CURVES, CLASS_COUNTS, PAGE = "curves.png", "classes.png", "report.html"
 OWN_FILES = (
@@ -44,6 +47,8 @@ OWN_FILES = (
     EVENTS,
     SNAPSHOTS,
     CHECKPOINT,
+    LAST,
+    BEST,
     RESULT,
     COMPARISON,
     CURVES,

@@ -36,7 +36,8 @@ class CommonKeywords(TypedDict, total=False):
     primary_metric: str | None
     cut: str | None
     tail_cut: str | None
-    untie: bool
+    weights: str | None
+    weights_strict: bool
     start: Literal["equal", "independent"]
     freeze: str | None
     epochs: int
@@ -67,6 +68,7 @@ class CommonKeywords(TypedDict, total=False):
     eval_every: int | None
     eval_clients: int | None
     checkpoint_every: int | None
+    keep_best: bool
     snapshot_every: int | None
     local_epochs: int
     local_steps: int | None
@@ -116,6 +118,7 @@ class RunKeywords(CommonKeywords, total=False):
 
     algorithm: Any
     seed: int
+    share_server_model: bool
 
 
 class CompareKeywords(CommonKeywords, total=False):

@@ -324,6 +324,10 @@ class CommonConfig(FleetConfig):
     """U-shaped split: the module after which the client takes over again."""
     untie: bool = _field(False, MODEL)
     """Give each side a copy of a weight that layers on both sides of the cut share (input and output embeddings)."""
+    weights: str | None = _field(None, MODEL)
+    """Starting weights of the whole model: a .safetensors file, or a state dict that torch.save wrote."""
+    weights_strict: bool = _field(True, MODEL, shared=True)
+    """The weights must be those of the whole model. False: those that fit by name and shape are taken (a backbone)."""
     start: Literal["equal", "independent"] = _field("equal", MODEL, "group", shared=True)
     """Client models start equal, or each from its own random initialisation."""
 
@@ -394,6 +398,9 @@ class CommonConfig(FleetConfig):
     """Number of clients, drawn once, whose models are evaluated. Default: all."""
     checkpoint_every: int | None = _field(None, OUTPUT, ge=1)
     """Rounds between two checkpoints (there is one at the end too). Default: about once per epoch."""
+    keep_best: bool = _field(True, OUTPUT)
+    """Keep the model of the evaluation that is best on the validation set in the run folder, for `export` and
+    `predict`."""
     snapshot_every: int | None = _field(None, OUTPUT, ge=1)
     """Rounds between two snapshots of the client models in the run folder, for `cutlayer leakage`. Default: none."""
 
@@ -458,6 +465,8 @@ class CommonConfig(FleetConfig):
                 option = sorted(entry.option_names & given or entry.option_names)[0]
                 raise _idle(option, getattr(self, option, None), found, "split")
         self.check_fleet(given)
+        if self.weights is None and not self.weights_strict:
+            raise ConfigError("weights_strict = False has no effect without weights: name a file, or leave it out")
         for first, second in exclusive_pairs():
             if {first, second} <= given and getattr(self, second) is not None and getattr(self, first):
                 raise ConfigError(
@@ -492,6 +501,9 @@ class RunConfig(CommonConfig):
     """The algorithm (see `cutlayer list algorithms`), or your own: path/to/file.py:name."""
     seed: int = _field(0, TRAINING, shared=True, ge=0)
     """Seed of all randomness: splits, partition, initial weights, batches, active clients."""
+    share_server_model: bool = _field(False, OUTPUT)
+    """`serve`: at the end, send the server's part to the clients that want it. `join`: want it, and keep the whole model
+    in the folder. Both must say so. In a simulation it has no effect."""
 
     def algorithm_names(self) -> tuple[str, ...]:
         """The one algorithm."""
@@ -842,7 +854,7 @@ NAMING = {
     "server_optimizer": "optimizer",
 }
 """Options that name things, and of which kind."""
-_PATHS = ("data", "profiles")  # options that may name a file or folder
+_PATHS = ("data", "profiles", "weights")  # options that may name a file or folder
 
 
 def from_anywhere(values: Mapping[str, Any]) -> dict[str, Any]:

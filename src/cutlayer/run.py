@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Unpack
+
+from torch import nn
 
 from cutlayer import checkpoint, plugins
 from cutlayer.algorithms import steps_of
@@ -18,12 +21,15 @@ from cutlayer.costs.measured import Meter
 from cutlayer.data.own import own_code
 from cutlayer.errors import ConfigError, CutlayerWarning, NonFiniteError, RunFolderError, UsageError
 from cutlayer.features import KeptFeatures
+from cutlayer.files import replace_file
 from cutlayer.folder import (
     ALGORITHM,
+    BEST,
     CHECKPOINT,
     CLASSES,
     DATA,
     EVALUATIONS,
+    LAST,
     RESULT,
     SNAPSHOTS,
     STEPS,
@@ -37,6 +43,7 @@ from cutlayer.schedules import Schedule, WarmedUp
 from cutlayer.scoring import judged
 from cutlayer.server import Server
 from cutlayer.tasks.own_loss import Loss
+from cutlayer.trained import Predictions, TrainedModel, Whose, find_trained
 from cutlayer.types import Evaluation, Step
 
 
@@ -284,7 +291,15 @@ class Run:
                 checkpoint.write(folder.path / CHECKPOINT, self._state(index + 1, folder))
         self.result = self._result()
         if folder is not None:
+            self.trained().write(folder.path / LAST)
             folder.write_json(RESULT, asdict(self.result))
+
+    def count_again(self) -> None:
+        """Write the result anew with what has crossed since the end."""
+        assert self.result is not None, "the run is finished"
+        self.result = replace(self.result, bytes=self.training.ledger.table())
+        if self.out is not None:
+            replace_file(self.out / RESULT, json.dumps(asdict(self.result), indent=1).encode())
 
     def _snapshot(self, rounds: int, folder: Folder) -> None:
         """Keep the models of those clients whose models are evaluated."""
@@ -344,9 +359,45 @@ class Run:
         validation = t.clients.evaluate(held_out, t.server.predict) if len(held_out) else None
         test = t.clients.evaluate(t.source.test, t.server.predict)
         scores = self._scores(done, validation, test)
+        best = self._is_best(scores)
         self.evaluations.append(scores)
+        if best and folder is not None:
+            self.trained().write(folder.path / BEST)
         if folder is not None:
             folder.append(EVALUATIONS, asdict(scores))
+
+    def _is_best(self, scores: Scores) -> bool:
+        """Whether the model of this evaluation is to be kept as the best so far (the last among equals)."""
+        if not self.config.keep_best or scores.validation_score is None or self.training.engine == "remote":
+            return False
+        rank = self.training.task.rank
+        return all(rank(scores.validation_score) >= rank(s.validation_score) for s in self.evaluations)
+
+    def trained(self, *, best: bool = False) -> TrainedModel:
+        """The model as it is now (of a run that is resumed and has not gone on yet: after its last checkpoint), apart
+        from the training; or that of the `best` evaluation, which a run with a folder keeps.
+        """
+        if best:
+            if self.out is None:
+                raise UsageError("the best model is kept in the folder of a run: give the run one, out=...")
+            return find_trained(self.out, best=True)
+        if self._resumed and not self._begun and self.out is not None and (self.out / CHECKPOINT).exists():
+            self._take(self.out)
+        last = asdict(self.evaluations[-1]) if self.evaluations else {}
+        return TrainedModel.of(self.config, self.training, own=self._model is not None, evaluation=last)
+
+    def model(self, client: Whose = None, *, best: bool = False) -> nn.Module:
+        """The whole model in evaluation mode, with its trained weights: client number k's part and the server's; or
+        with the "average" of the clients' parts. `client` is not needed where all have the same part, or one travels.
+        """
+        return self.trained(best=best).model(client, model=self._model)
+
+    def predict(self, x: Any, client: Whose = None, *, best: bool = False) -> Predictions:
+        """What that model says of new rows, given as the data of the run were: arrays or tensors, or a table's columns
+        by name. They are scaled and encoded as in training; `Samples` are taken as they are.
+        """
+        trained = self.trained(best=best)
+        return trained.predict(x, client, model=self._model, device=self.config.device)
 
     def _scores(self, done: int, validation: Evaluation | None, test: Evaluation) -> Scores:
         ledger, task = self.training.ledger, self.training.task
@@ -445,16 +496,20 @@ class Run:
 
     def _restore(self, folder: Folder) -> None:
         """Take the last checkpoint, where there is one, and forget what was written after it."""
-        path = folder.path / CHECKPOINT
-        if not path.exists():
+        if not (folder.path / CHECKPOINT).exists():
             folder.truncate({})
             return
+        folder.truncate(self._take(folder.path))
+
+    def _take(self, out: Path) -> dict[str, int]:
+        """Take the last checkpoint in the folder `out`: how long the records were then."""
+        path = out / CHECKPOINT
         state = checkpoint.read(path)
-        _refuse_other(RunConfig.of(state["config"]), self.config.resolved(), folder.path)
+        _refuse_other(RunConfig.of(state["config"]), self.config.resolved(), out)
         mine, theirs = fingerprint(self.training), state["fingerprint"]
         if different := [what for what in mine if mine[what] != theirs.get(what)]:
             raise RunFolderError(
-                f"the run in {str(folder.path)!r} was made with another {' and '.join(different)} than now: give what "
+                f"the run in {str(out)!r} was made with another {' and '.join(different)} than now: give what "
                 "it was made with, or start a new run in another folder"
             )
         for name, digest in digests(self.config).items():
@@ -476,7 +531,8 @@ class Run:
                 f"{str(path)!r} was written by another version of Cutlayer (it lacks {lacking}): start the run anew in "
                 "another folder"
             ) from None
-        folder.truncate(state["offsets"])
+        offsets: dict[str, int] = state["offsets"]
+        return offsets
 
 
 def rate_factors(training: Training, index: int) -> tuple[float, float]:

@@ -23,6 +23,7 @@ from cutlayer.cli import (  # noqa: F401  (importing them registers their comman
     network_commands,
     planning_commands,
     reproduce_command,
+    trained_commands,
     training_commands,
 )
 from cutlayer.cli.application import HELP

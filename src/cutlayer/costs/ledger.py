@@ -7,7 +7,7 @@ truthful, the third is there to compare with:
 - `wire-broadcast`: a message that is the same for several clients counts once (wireless broadcast, multicast);
 - `paper`: as Table 6 of arXiv 2112.05929 counts: no labels, models once per client, and of all common gradients of an
   epoch (here: a round) one sample's.
-Evaluation is counted apart from training. A common gradient is one message: every addressee receives all its rows.
+Evaluation, and a server's part that is given away at the end, are counted apart from training. A common gradient is one message: every addressee receives all its rows.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from cutlayer.cohort import Cohort, CohortAround, Crossed, Direction, Predict
 from cutlayer.data.samples import Samples
 from cutlayer.types import CutGradients, Evaluation, Round, Rows, Smashed, TailGradients
 
-Kind = Literal["smashed data", "labels", "cut gradients", "features", "models", "raw data", "evaluation"]
+Kind = Literal[
+    "smashed data", "labels", "cut gradients", "features", "models", "raw data", "evaluation", "server model"
+]
+_APART = ("evaluation", "server model")  # what crosses besides training
 Convention = Literal["wire-unicast", "wire-broadcast", "paper"]
 CONVENTIONS: tuple[Convention, ...] = ("wire-unicast", "wire-broadcast", "paper")
 
@@ -63,8 +66,8 @@ class Ledger:
         self._common_once += once
 
     def trained(self, direction: Direction) -> np.ndarray:
-        """Bytes [C] of all training (everything but evaluation) that each client sent or received."""
-        kinds = [c for (d, k), c in self._bytes.items() if d == direction and k != "evaluation"]
+        """Bytes [C] of all training (everything but what is counted apart) that each client sent or received."""
+        kinds = [c for (d, k), c in self._bytes.items() if d == direction and k not in _APART]
         return np.sum(kinds, 0) if kinds else np.zeros(self.clients, np.int64)
 
     def of_clients(self, direction: Direction, kind: Kind) -> np.ndarray:
@@ -72,8 +75,8 @@ class Ledger:
         return self._bytes.get((direction, kind), np.zeros(self.clients, np.int64)).copy()
 
     def total(self, direction: Direction, convention: Convention = "wire-unicast", kind: Kind | None = None) -> int:
-        """Bytes of all clients, of one kind, or of all training (everything but evaluation)."""
-        kinds = [k for d, k in self._bytes if d == direction and (k == kind or (kind is None and k != "evaluation"))]
+        """Bytes of all clients, of one kind, or of all training (everything but what is counted apart)."""
+        kinds = [k for d, k in self._bytes if d == direction and (k == kind or (kind is None and k not in _APART))]
         return sum(self._total(direction, k, convention) for k in kinds)
 
     def table(self) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cutlayer.cohort import draw_participants
+from cutlayer.cohort import Held, draw_participants
 from cutlayer.data.batches import Batches, Drawn
 from cutlayer.data.samples import Samples
 from cutlayer.frozen import moving, trains
@@ -84,7 +85,7 @@ class Clients(Routine):
     make_optimizer: MakeOptimizer
 
 
-class SimulatedCohort:
+class SimulatedCohort(ABC):
     """The part of the seam that does not depend on how models are computed."""
 
     def __init__(self, setup: Clients) -> None:
@@ -173,6 +174,16 @@ class SimulatedCohort:
             return [self._holder], [self._holder]
         everyone = judged(len(self._quota), self.setup.eval_clients, self.setup.seed)
         return everyone, everyone[:1] if self._alike else everyone
+
+    @abstractmethod
+    def model_state(self, client: int) -> dict[str, Tensor]:
+        """One client's parameters and buffers, under the names of the whole model."""
+
+    def held(self) -> Held:
+        """The models of all clients: the one that travels, the one that all have, or each client's own."""
+        one = self._alike or self._holder is not None
+        clients = [self._holder or 0] if one else range(len(self._quota))
+        return Held({k: self.model_state(k) for k in clients}, one)
 
     def _base_state(self) -> dict[str, Any]:
         return {"drawn": self._batches.drawn.tolist(), "holder": self._holder, "alike": self._alike}

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cutlayer.averaging import average
-from cutlayer.cohort import Footprint, Predict
+from cutlayer.cohort import Footprint, Held, Predict
 from cutlayer.data.samples import Samples
 from cutlayer.engine.local import Client, named_as_whole
 from cutlayer.engine.simulated import Local, Routine, Shape, together
@@ -45,7 +45,8 @@ Tell = Callable[[str, Mapping[str, Any]], None]
 class Remote(Routine):
     """How a group of clients is set up, as the server sees it. `samples` are n_k; `twin` is a client like theirs, of
     which the server knows shapes and names alone; `crossing` and `returning` go up and down at the cuts; `targets` and
-    `outputs` are a row's target and what the model gives for it; `masses` what each client's samples count together.
+    `outputs` are a row's target and what the model gives for it; `masses` what each client's samples count together;
+    `wanting` are the clients that want the server's part at the end.
 
     `deadline` seconds are given for every exchange (None: as long as it takes), unless fewer than `quorum` (a fraction)
     have answered by then. A client that sends what is no number, of a wrong shape or no message at all is excluded from
@@ -64,6 +65,7 @@ class Remote(Routine):
     quorum: float = 0.5
     faulty: Literal["exclude", "readmit", "stop"] = "exclude"
     returning: Sequence[Crossing] = field(default=())
+    wanting: set[int] = field(default_factory=set)
 
 
 class RemoteCohort:
@@ -363,6 +365,12 @@ class RemoteCohort:
             raise TrainingError(f"client {client} is not connected: its model is with it")
         return named_as_whole({**resting(self.setup.twin.module), **models[client]}, self.shape)
 
+    def held(self) -> Held:
+        """The average of the client models, where the last that was done to them is averaging; no model otherwise."""
+        if self._average is None or not self._alike:
+            return Held({}, False)
+        return Held({0: named_as_whole({**resting(self.setup.twin.module), **self._average}, self.shape)}, True)
+
     def state(self) -> dict[str, Any]:
         """What the server keeps; every connected client has written its own state beside its old one when this is
         back, and puts it in its place with the next request.
@@ -394,6 +402,17 @@ class RemoteCohort:
     def finish(self) -> None:
         """Send what has been posted: the last of all."""
         self._all((), lambda k: [], _nothing)
+
+    def share(self, server: Mapping[str, Tensor], rounds: int) -> dict[int, int]:
+        """Send the server's part of the model to the connected clients that want it: the bytes that each was sent, of
+        those that say that they have kept it.
+        """
+        wanting = sorted(self.setup.wanting & self.hub.connected)
+        self._catch_up(wanting)
+        body = encode_named(server)
+        asks: list[Request] = [(m.TakeServer(self._step, rounds), body), (m.Settle(self._step), ())]
+        kept = self._all(wanting, lambda k: asks, _nothing) if wanting else {}
+        return dict.fromkeys(kept, sum(t.nbytes for t in server.values()))
 
     @property
     def fresh(self) -> bool:

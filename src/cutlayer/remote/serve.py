@@ -22,7 +22,7 @@ from cutlayer.plugins import registered_name
 from cutlayer.remote.hub import Hub
 from cutlayer.remote.network import KEEPALIVE
 from cutlayer.remote.security import ServerSecurity
-from cutlayer.remote.sides import client_name, remote_training
+from cutlayer.remote.sides import client_name, remote_training, share
 from cutlayer.run import Run
 from cutlayer.wire import messages as m
 from cutlayer.wire.limits import Limits
@@ -93,6 +93,7 @@ class Service:
         try:
             yield self.run
             if self._listening:  # else the run was done before
+                self._share()
                 self._cohort.finish()
                 self._tell("done", self._traffic())
                 self.hub.stop("the run is done", GRACE)
@@ -103,6 +104,13 @@ class Service:
         finally:
             self.hub.stop("the server stops; it may come back", GRACE, returning=True)
             signal.signal(signal.SIGTERM, before)
+
+    def _share(self) -> None:
+        """Give the server's part to the clients that want it, if it is shared; count that in the ledger and result."""
+        if not self.config.share_server_model:
+            return
+        sent = share(self.run, self._cohort)
+        self._tell("shared", {"clients": sorted(sent), "bytes_each": max(sent.values(), default=0)})
 
     def _greet(self, hello: m.Hello, identity: str | None) -> m.Welcome | m.Refused:
         """Who says Hello is client `client-<k>`, known by that name."""

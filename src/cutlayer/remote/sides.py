@@ -21,13 +21,16 @@ from cutlayer.engine.local import Client
 from cutlayer.errors import ConfigError
 from cutlayer.frozen import digest
 from cutlayer.models.parts import Crossing
+from cutlayer.models.weights import digest_of
 from cutlayer.options import RunConfig, about
 from cutlayer.remote.carrier import Carrier
 from cutlayer.remote.far import Remote, RemoteCohort, Tell
-from cutlayer.remote.worker import Duty, Watching, Worker
+from cutlayer.remote.worker import Duty, Keeping, Watching, Worker
+from cutlayer.run import Run
 from cutlayer.server import Server
+from cutlayer.trained import describe
 from cutlayer.types import as_tuple
-from cutlayer.wire import agree, fingerprint, specs
+from cutlayer.wire import agree, described, fingerprint, specs
 from cutlayer.wire import messages as m
 
 Greet = Callable[[m.Hello, int], m.Welcome | m.Refused]
@@ -85,7 +88,7 @@ def remote_training(
     cohort = RemoteCohort(hub, setup, tell=tell, ready=ready)
     lr = config.server_lr or config.client_lr
     server = Server(p.split.server, p.make_server, lr, p.server_seed, p.clients.task)
-    ours = terms(p, run)
+    ours, shares = terms(p, run), config.share_server_model
 
     def greet(hello: m.Hello, client: int) -> m.Welcome | m.Refused:
         if refused := agree(hello.terms, ours):
@@ -96,10 +99,11 @@ def remote_training(
         if not samples[client] or cohort.fresh:  # before anything is trained a client may come again with other data
             samples[client] = hello.samples
         setup.masses[client] = hello.mass
+        (setup.wanting.add if hello.wants_server and shares else setup.wanting.discard)(client)
         if hello.samples != samples[client]:
             sentence = f"client {client} has {hello.samples} samples, {samples[client]} were announced"
             return m.Refused("client", sentence + ": give it the data of this run")
-        return m.Welcome(client, len(samples), cohort.step, ours)
+        return m.Welcome(client, len(samples), cohort.step, ours, shares_server=shares)
 
     return p.training(cohort, server, "remote"), cohort, greet
 
@@ -152,8 +156,26 @@ def worker_of(
             watch=watch,
             shares=p.algorithm.shares_gradients,
             needs=p.algorithm.traits.needs,
+            whole=_keeping(p, own=model is not None) if config.share_server_model and folder is not None else None,
         )
     )
+
+
+def _keeping(p: Prepared, *, own: bool) -> Keeping:
+    """What a client has to know to keep the whole model: how it is made, and what the server's part looks like."""
+    about = describe(p.config, p.source, p.making, own=own)
+    return Keeping({**about, "clients": len(p.partition)}, described(p.split.server.state_dict()), p.clients.shape)
+
+
+def share(run: Run, cohort: RemoteCohort) -> dict[int, int]:
+    """Give the server's part of a finished run to the clients that want it, and count that: the bytes that each was
+    sent.
+    """
+    sent = cohort.share(run.training.server.model.state_dict(), run.rounds)
+    for client, count in sent.items():
+        run.training.ledger.add("down", "server model", client, count)
+    run.count_again()
+    return sent
 
 
 def terms(p: Prepared, run: str) -> m.Terms:
@@ -193,6 +215,9 @@ def shared_options(p: Prepared) -> dict[str, str]:
             things[f"code of the {plugins.KINDS[kind].word}"] = code
     if frozen := digest(*p.clients.models[0]):
         things["frozen parameters"] = frozen
+    if p.making.weights:
+        held = {name for part in p.clients.models[0] if part is not None for name in part.state_dict()}
+        things["digest of the client's starting weights"] = digest_of(p.making.weights, held)
     return {name: str(value) for name, value in {**common, **things}.items()} | _named(p.source)
 
 

@@ -25,13 +25,15 @@ from cutlayer.data.samples import Samples
 from cutlayer.defences.pipeline import Defences, Guarded
 from cutlayer.defences.watch import Watch
 from cutlayer.engine.local import Client
-from cutlayer.engine.simulated import Local, mass_of
+from cutlayer.engine.simulated import Local, Shape, mass_of
 from cutlayer.errors import DistrustError, NonFiniteError, RunFolderError, WireError
+from cutlayer.folder import LAST
 from cutlayer.frozen import load_moving, moving
 from cutlayer.models.parts import Crossing
 from cutlayer.optim import MakeOptimizer, as_tensor, load_optimizer
 from cutlayer.remote.carrier import Answer
 from cutlayer.tasks import Task
+from cutlayer.trained import TrainedModel
 from cutlayer.types import Rows, aligned, as_tuple, joined
 from cutlayer.verbs import AVERAGE, BACKWARD, CLIENT_VERBS, FIT, FORWARD, HAND_OVER, LEARN, TAIL, VERBS
 from cutlayer.wire import RAW, Codec, Frame, agree, decode, decode_named, described, encode, encode_named
@@ -45,11 +47,23 @@ _BLIND = 100  # backward passes after which a watch that has seen nothing says s
 
 
 @dataclass(frozen=True)
+class Keeping:
+    """For a client that wants to keep the whole model: what is known `about` it (see `trained`), the names, shapes and
+    types of the `server`'s part, and what the client holds.
+    """
+
+    about: Mapping[str, Any]
+    server: Mapping[str, Crossing]
+    shape: Shape
+
+
+@dataclass(frozen=True)
 class Duty:
     """What a client is set up with: its name and number, private data, its parts of the model, the terms that both
     sides agree on. `folder` keeps its state (None: nothing is kept). `watch`: what to do if the gradients do not look
     like the task's. `shares`: the algorithm may send a gradient that several clients share. `needs`: the verbs
-    that the algorithm uses; requests that serve other verbs are refused.
+    that the algorithm uses; requests that serve other verbs are refused. `whole`: the client wants the server's part at
+    the end, to keep the whole model in its folder.
     """
 
     name: str
@@ -73,6 +87,7 @@ class Duty:
     watch: Watching = "off"
     shares: bool = False
     needs: frozenset[str] = VERBS
+    whole: Keeping | None = None
 
 
 class Worker:
@@ -100,7 +115,15 @@ class Worker:
         """Who this is, and what it takes the run to be."""
         d = self.duty
         mass = mass_of(d.task, d.samples.y)
-        return m.Hello(client=d.name, terms=d.terms, samples=len(d.samples), mass=mass, step=self.steps, token=d.token)
+        return m.Hello(
+            client=d.name,
+            terms=d.terms,
+            samples=len(d.samples),
+            mass=mass,
+            step=self.steps,
+            token=d.token,
+            wants_server=d.whole is not None,
+        )
 
     def welcome(self, welcome: m.Welcome) -> m.Refused | None:
         """Check the server's terms in turn, and go back to the state that the run goes on from."""
@@ -114,6 +137,8 @@ class Worker:
         except RunFolderError as error:
             return m.Refused("state", str(error))
         self._joined = True
+        if self.duty.whole is not None and not welcome.shares_server:
+            log.warning("%s: the server keeps its part of the model: it has no share_server_model", self.duty.name)
         return None
 
     def handle(self, frame: Frame) -> Answer | None:
@@ -152,6 +177,24 @@ class Worker:
         self.client.stepping.settle()
         module = self.client.module
         load_moving(module, decode_named(body, described(state_of(module))))
+
+    def _take_server(self, message: m.TakeServer, body: memoryview) -> None:
+        """Keep the whole model: the server's part with this client's own. Raises WireError, RunFolderError."""
+        d = self.duty
+        if d.whole is None or d.folder is None:
+            raise WireError(
+                "the server sends its part of the model, which this client's configuration does not want "
+                "(share_server_model)"
+            )
+        server = decode_named(body, d.whole.server)
+        if not all(bool(torch.isfinite(t).all()) for t in server.values() if t.is_floating_point()):
+            raise WireError("the server's part of the model holds NaN or infinite numbers: it is not kept")
+        parts = (
+            {"lower": d.lower} if d.whole.shape != "u-shaped" or d.tail is None else {"lower": d.lower, "tail": d.tail}
+        )
+        own = {name: tensor for part in parts.values() for name, tensor in part.state_dict().items()}
+        TrainedModel.of_client(d.whole.about, d.index, own, server, message.round).write(d.folder / LAST)
+        log.info("%s: the whole model is kept in %s", d.name, d.folder)
 
     def _give_optimizer(self, message: m.GiveOptimizer, body: memoryview) -> Answer:
         optimizer = self.client.optimizer
@@ -381,6 +424,7 @@ _SERVED: dict[type[m.Message], _Served] = {
     m.Learn: _Served(Worker._learn, frozenset({LEARN})),
     m.GiveModel: _Served(Worker._give_model, frozenset({AVERAGE, HAND_OVER})),
     m.TakeModel: _Served(Worker._take_model, frozenset({AVERAGE, HAND_OVER})),
+    m.TakeServer: _Served(Worker._take_server),
     m.GiveOptimizer: _Served(Worker._give_optimizer, frozenset({HAND_OVER})),
     m.TakeOptimizer: _Served(Worker._take_optimizer, frozenset({HAND_OVER})),
     m.Settle: _Served(Worker._settle),

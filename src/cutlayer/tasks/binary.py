@@ -61,6 +61,15 @@ class Binary(Task):
         """Their logits."""
         return torch.logit(mean, torch.finfo(mean.dtype).eps)
 
+    def probabilities(self, outputs: Tensor) -> Tensor | None:
+        """Those of both classes: [n, 2]."""
+        second = self.predictions(outputs)
+        return torch.stack([1 - second, second], 1)
+
+    def decided(self, outputs: Tensor) -> Tensor | None:
+        """The second class where its probability is more than 0.5: [n]."""
+        return (self.predictions(outputs) > 0.5).long()
+
     def foreign(self, targets: Tensor, given: tuple[int, ...]) -> str:
         """Other classes than the two."""
         return "" if bool(((targets == 0) | (targets == 1)).all()) else "other classes than 0 and 1"

@@ -58,6 +58,18 @@ class OfClasses(Task):
         """A score for each class: those that have names, or 0 to the largest target that counts."""
         return classes or int(targets[self._counting(targets)].max()) + 1
 
+    def probabilities(self, outputs: Tensor) -> Tensor | None:
+        """The softmax of the scores, shaped as these."""
+        return outputs.softmax(self._scored(outputs))
+
+    def decided(self, outputs: Tensor) -> Tensor | None:
+        """The class with the largest score: [n, t...]."""
+        return outputs.argmax(self._scored(outputs))
+
+    def _scored(self, outputs: Tensor) -> int:
+        """The dimension of the scores in outputs [n, ...]."""
+        return self.scores_axis + 1 if self.scores_axis >= 0 else outputs.dim() + self.scores_axis
+
     def entropies(self, scores: Tensor, targets: Tensor) -> Tensor:
         """Cross entropy of each place, unweighted: scores [R, K, t...], targets [R, t...] -> [R, t...]."""
         ignored = -100 if self.ignore_index is None else self.ignore_index

@@ -47,6 +47,10 @@ class Multilabel(Task):
         """Their logits."""
         return torch.logit(mean, torch.finfo(mean.dtype).eps)
 
+    def probabilities(self, outputs: Tensor) -> Tensor | None:
+        """The probability of each label: [n, L]."""
+        return self.predictions(outputs)
+
     def width(self, targets: Tensor, classes: int) -> int:
         """One score per label."""
         return targets[:1].numel()

@@ -102,6 +102,14 @@ class Task(Thing):
         """The outputs of a model that gives such an average: the inverse of `mixable`."""
         return mean
 
+    def probabilities(self, outputs: Tensor) -> Tensor | None:
+        """The probability of every class (or label), for predictions: outputs [n, ...] -> [n, ...]. None: none."""
+        return None
+
+    def decided(self, outputs: Tensor) -> Tensor | None:
+        """The class of every row or place, for predictions: outputs [n, ...] -> [n, t...]. None: there are none."""
+        return None
+
     def scores(self, judged: Judged) -> dict[str, Value]:
         """The metrics that are reported of a model: those by default, and those asked for."""
         return {

@@ -104,7 +104,8 @@ class Terms(Struct):
 
 class Hello(Message, tag="Hello"):
     """The first message: who the client is, and what it takes the run to be. It has `samples` training samples (n_k),
-    which count `mass` together, and a state after `step` steps (0: a fresh one).
+    which count `mass` together, and a state after `step` steps (0: a fresh one). `wants_server`: it would like to have
+    the server's part of the model at the end.
     """
 
     client: Name
@@ -113,6 +114,7 @@ class Hello(Message, tag="Hello"):
     mass: Mass
     step: Count = 0
     token: Text = ""
+    wants_server: bool = False
 
     def __repr__(self) -> str:  # goes to logs: without the token
         return f"Hello(client={self.client!r}, samples={self.samples}, step={self.step}, terms={self.terms})"
@@ -190,6 +192,7 @@ class Welcome(Message, tag="Welcome"):
     """Answers a Hello that was accepted: the client is number `index` of `clients`, the run goes on after `step` steps.
 
     `terms` are the server's own, for the client to check in turn; `config` the options that the client needs.
+    `shares_server`: the server will send its part of the model at the end, to clients that want it.
     """
 
     index: Size
@@ -197,6 +200,7 @@ class Welcome(Message, tag="Welcome"):
     step: Count
     terms: Terms
     config: Annotated[dict[Name, Option], Meta(max_length=256)] = {}
+    shares_server: bool = False
 
 
 class Refused(Message, tag="Refused"):
@@ -278,6 +282,15 @@ class TakeModel(Message, tag="TakeModel"):
     step: Count
 
 
+class TakeServer(Message, tag="TakeServer"):
+    """The trained server's part of the model, after `round` rounds: only for a client that wants it. Behind it: named
+    tensors. Has no answer.
+    """
+
+    step: Count
+    round: Count
+
+
 class GiveOptimizer(Message, tag="GiveOptimizer"):
     """Send the optimiser's state."""
 
@@ -330,6 +343,7 @@ FromServer = (
     | Learn
     | GiveModel
     | TakeModel
+    | TakeServer
     | GiveOptimizer
     | TakeOptimizer
     | Evaluate

@@ -43,18 +43,30 @@ class Huggingface(Columns, Sized):
 
     def read(self, path: Path) -> Raw:
         """A folder written by `save_to_disk`, or a parquet file or folder of them (train*, validation*, test*)."""
-        datasets = import_datasets()
-        indices = set[str]()
-        try:
-            if path.is_dir() and next(path.rglob("*.parquet"), None) is None:
-                found = datasets.load_from_disk(str(path))
-            else:
-                found, indices = _parquet(path)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{path} cannot be read as a Hugging Face data set ({error}): write it with save_to_disk or as parquet"
-            ) from None
+        found, indices = _stored(path)
         return from_huggingface(found, path.stem, self, indices)
+
+
+def _stored(path: Path) -> tuple[Any, set[str]]:
+    """What a folder or parquet file holds, and the columns that are a saved index. Raises DataError."""
+    datasets = import_datasets()
+    try:
+        if path.is_dir() and next(path.rglob("*.parquet"), None) is None:
+            return datasets.load_from_disk(str(path)), set()
+        return _parquet(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path} cannot be read as a Hugging Face data set ({error}): write it with save_to_disk or as parquet"
+        ) from None
+
+
+def table_columns(path: Path) -> dict[str, Cells]:
+    """The cells of all columns of numbers and texts, by name: of the test part, or the only one. Raises DataError."""
+    splits = _hf_splits(_stored(path)[0], path.stem)
+    dataset = splits.get("test", splits["train"])
+    scalars = {column: feature for column, feature in dataset.features.items() if _is_scalar(feature)}
+    numbers = {c: _hf_numbers(dataset, c, path.stem, missing=True) for c, f in scalars.items() if _is_numeric(f)}
+    return {c: numbers[c] if c in numbers else _hf_texts(dataset, c) for c in scalars}
 
 
 def import_datasets() -> Any:

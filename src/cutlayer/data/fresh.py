@@ -1,0 +1,104 @@
+"""New rows for a trained model: files and folders as the run's data were, without labels; or what Python brings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cutlayer.data.formats import detect, find_format
+from cutlayer.data.formats._tables import columns_called
+from cutlayer.data.formats.csv import read_columns
+from cutlayer.data.formats.huggingface import table_columns
+from cutlayer.data.formats.images import picture_files
+from cutlayer.data.own import own_code
+from cutlayer.data.preprocessed import preprocessed
+from cutlayer.data.samples import Inputs, Samples
+from cutlayer.data.unsplit import Raw
+from cutlayer.errors import DataError
+
+
+@dataclass(frozen=True)
+class New:
+    """New rows as a model takes them; what each is called (its number, if it has no name of its own), and what to say
+    of how they were read.
+    """
+
+    inputs: Inputs
+    names: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def read(path: Path, preprocessing: Mapping[str, Any], data_format: str, options: Mapping[str, Any]) -> New:
+    """The rows in a file or folder, read by the format named (auto: told by the path), with those of `options` that it
+    has, and converted as those of training were. Labels are not looked at.
+
+    Raises DataError: missing, damaged, or not such rows.
+    """
+    if not path.exists():
+        raise DataError(f"there is no file or folder {str(path)!r}: check the path")
+    if not preprocessing:
+        raise DataError(
+            "what became of the inputs in training is not known: they came as a Source, predict from Python"
+        )
+    kind = preprocessing.get("kind")
+    if kind == "table":
+        return _table(path, preprocessing)
+    if kind == "pictures" and (path.is_file() or data_format in ("auto", "images")):
+        files = picture_files(path)
+        names = tuple(file.name if file == path else str(file.relative_to(path)) for file in files)
+        return New(preprocessed(preprocessing, path), names)
+    if path.suffix.lower() == ".npz":
+        return New(preprocessed(preprocessing, path))
+    return New(preprocessed(preprocessing, _inputs(path, data_format, options)))
+
+
+def _table(path: Path, preprocessing: Mapping[str, Any]) -> New:
+    """Columns, found by their names; columns that the model does not use are named."""
+    columns = _columns(path)
+    used = {column["name"] for column in preprocessing["columns"]}
+    others = [name for name in columns if name and name not in used and name != preprocessing.get("label_column")]
+    notes = (f"ignored {columns_called(others)}, which the model does not use",) if others else ()
+    return New(preprocessed(preprocessing, path if _is_text(path) else columns), notes=notes)
+
+
+def _columns(path: Path) -> dict[str, Any]:
+    return dict(read_columns(path)[0]) if _is_text(path) else table_columns(path)
+
+
+def _is_text(path: Path) -> bool:
+    return path.is_file() and path.suffix.lower() != ".parquet"
+
+
+def _inputs(path: Path, data_format: str, options: Mapping[str, Any]) -> Any:
+    """The inputs of what a format reads, which then needs labels too."""
+    name = detect(path) if data_format == "auto" else data_format
+    having = {k: v for k, v in options.items() if k in find_format(name, {}).entry.option_names}
+    reader = find_format(name, having)
+    with own_code(reader, f"reading data of the format {name!r}"):
+        found = reader.read(path)
+    if isinstance(found, Raw):
+        return (found.test or found.train).x
+    x = found["x"] if isinstance(found, Mapping) else found[0] if isinstance(found, tuple) else None
+    if x is None:
+        raise DataError(f"{str(path)!r} has no inputs that can be told from labels: give them as an .npz file")
+    return x
+
+
+def converted(x: Any, preprocessing: Mapping[str, Any]) -> Inputs:
+    """New rows from Python as a model takes them: an array or tensor [n, ...] as those of training were given; of a
+    table its columns by name (a mapping or a data frame); pictures. `Samples`, several tensors, and rows of which no
+    preprocessing is known are taken as they are. Raises DataError.
+    """
+    if isinstance(x, Samples):
+        return x.inputs
+    if preprocessing.get("kind") == "table" and not isinstance(x, Mapping) and hasattr(x, "columns"):
+        x = {str(name): x[name].to_list() for name in x.columns}
+    elif isinstance(x, Mapping) and preprocessing.get("kind") != "table":
+        return {str(name): torch.as_tensor(value) for name, value in x.items()}
+    elif isinstance(x, tuple):
+        return tuple(torch.as_tensor(value) for value in x)
+    return preprocessed(preprocessing, x) if preprocessing else torch.as_tensor(x)

@@ -1,0 +1,154 @@
+"""Starting weights from a file, whether weights fit a model, and new weights for a module that is there already."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import pickle
+import warnings
+import zipfile
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cutlayer.errors import ConfigError, CutlayerWarning
+
+_WRAPPED = ("state_dict", "model_state_dict", "model")  # what training scripts keep a state dict under
+_PREFIX = "module."  # what DataParallel puts before every name
+
+
+def read_weights(path: str) -> dict[str, Tensor]:
+    """The named tensors in a .safetensors file, or in a state dict that `torch.save` wrote. No code in the file is run.
+
+    Raises ConfigError where it is missing, damaged or something else.
+    """
+    place = Path(path).expanduser()
+    if not place.is_file():
+        raise ConfigError(f"weights = {path!r}: there is no such file (from {Path.cwd()}); check the path")
+    found = _safetensors(place) if place.suffix == ".safetensors" else _state_dict(place)
+    tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)}
+    if not tensors or len(tensors) < len(found):
+        odd = next((name for name, value in found.items() if not isinstance(value, Tensor)), "nothing")
+        raise ConfigError(
+            f"weights = {path!r} holds {odd!r}, which is not a tensor: save the model's state_dict() alone"
+        )
+    if all(name.startswith(_PREFIX) for name in tensors):
+        return {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+def _safetensors(path: Path) -> dict[str, Any]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        found: dict[str, Any] = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"weights = {str(path)!r} is not a safetensors file ({error}): copy it again") from None
+    return found
+
+
+def _state_dict(path: Path) -> dict[str, Any]:
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"weights = {str(path)!r} cannot be read as a state dict ({reason[:120]}): save the model's state_dict() "
+            "alone, with torch.save or as .safetensors (files with other objects are not opened, since they can run "
+            "code)"
+        ) from None
+    while isinstance(found, Mapping) and (key := next((k for k in _WRAPPED if isinstance(found.get(k), Mapping)), "")):
+        found = found[key]
+    if not isinstance(found, Mapping):
+        raise ConfigError(
+            f"weights = {str(path)!r} holds a {type(found).__name__}, not a state dict: save the model's state_dict()"
+        )
+    return dict(found)
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: str, *, strict: bool) -> None:
+    """Give `model` the weights of the file `path`: all, or (not `strict`) those that fit by name and shape, which is
+    said in a warning. Raises ConfigError with what does not fit.
+    """
+    wanted, what = model.state_dict(), f"the weights in {path!r}"
+    fitting = {n: t for n, t in weights.items() if n in wanted and wanted[n].shape == t.shape}
+    if strict:
+        check_fit(wanted, weights, what, "give the weights of this model, or weights_strict = false to take what fits")
+    elif not fitting:
+        raise ConfigError(
+            f"{what} have no tensor that fits the model by name and shape: give those of a model with the same layers "
+            f"(theirs begin with {next(iter(weights))!r}, the model's with {next(iter(wanted))!r})"
+        )
+    elif fresh := [n for n in wanted if n not in fitting]:
+        warnings.warn(
+            f"{len(fitting)} of {len(wanted)} tensors start from {what}; {_listed(fresh)} as the seed says",
+            CutlayerWarning,
+            stacklevel=2,
+        )
+    model.load_state_dict(fitting, strict=strict)
+
+
+def check_fit(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str, remedy: str) -> None:
+    """Do the weights `given` fit a model that has those `wanted`, by name and shape? Raises ConfigError with the first
+    that does not.
+    """
+    if shapes := [n for n in wanted if n in given and wanted[n].shape != given[n].shape]:
+        name = shapes[0]
+        raise ConfigError(
+            f"{what} have the shape {tuple(given[name].shape)} for {name!r}{_others(shapes)}, the model has "
+            f"{tuple(wanted[name].shape)}: {remedy}"
+        )
+    if missing := [n for n in wanted if n not in given]:
+        raise ConfigError(f"{what} lack {missing[0]!r}{_others(missing)}, which the model has: {remedy}")
+    if odd := [n for n in given if n not in wanted]:
+        raise ConfigError(f"{what} have {odd[0]!r}{_others(odd)}, which the model lacks: {remedy}")
+
+
+def digest_of(weights: Mapping[str, Tensor], names: Collection[str]) -> str:
+    """SHA-256, in hexadecimal, of those of the weights that have these names: names, types, shapes and numbers."""
+    found = hashlib.sha256()
+    for name in sorted(set(names) & weights.keys()):
+        tensor = weights[name].contiguous()
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def renewed(module: nn.Module) -> Callable[[], nn.Module] | None:
+    """A function that makes a copy with weights drawn anew; None if a layer cannot draw its own (it has weights, but no
+    `reset_parameters`).
+    """
+    if any(_holds(layer) and _reset_of(layer) is None for layer in module.modules()):
+        return None
+
+    def make() -> nn.Module:
+        made = copy.deepcopy(module)
+        for layer in reversed(list(made.modules())):  # the inner ones first: the outer ones may change them
+            if (reset := _reset_of(layer)) is not None:
+                reset()
+        return made
+
+    return make
+
+
+def _holds(layer: nn.Module) -> bool:
+    """Whether a layer has weights or a state of its own, not counting those of layers within it."""
+    return any(t is not None for t in (*layer._parameters.values(), *layer._buffers.values()))
+
+
+def _reset_of(layer: nn.Module) -> Callable[[], None] | None:
+    found: Callable[[], None] | None = getattr(layer, "reset_parameters", getattr(layer, "_reset_parameters", None))
+    return found
+
+
+def _others(names: Collection[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
+
+
+def _listed(names: Collection[str]) -> str:
+    first = ", ".join(repr(n) for n in list(names)[:3])
+    return f"{first} and {len(names) - 3} more start" if len(names) > 3 else f"{first} start"

@@ -1,0 +1,315 @@
+"""A trained model that stands alone: its weights, how it is made, what becomes of new rows, how outputs are read.
+
+A run keeps it in its folder, for its last and its best evaluation; a client on another machine keeps it in its own, if
+the server shares its part. `load_model` reads it back.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from cutlayer import checkpoint, plugins, seeds
+from cutlayer.averaging import average
+from cutlayer.build import Making, Model, Training, reading_options
+from cutlayer.data.fresh import New, converted
+from cutlayer.data.samples import Inputs, Source, called, each, inputs_of
+from cutlayer.errors import ConfigError, CutlayerWarning, RunFolderError
+from cutlayer.files import CONFIG
+from cutlayer.folder import BEST, LAST, stored_config
+from cutlayer.models import Parts, build
+from cutlayer.models import make as make_own
+from cutlayer.models.weights import check_fit
+from cutlayer.options import RunConfig, default_cut
+from cutlayer.scoring import ROWS_PER_PASS
+from cutlayer.types import as_tuple
+
+if TYPE_CHECKING:
+    from cutlayer.tasks import Task
+
+Whose = int | Literal["average"] | None
+"""Whose model: that of client k, the average of all clients' models, or (None) the only one there is."""
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """What a model says of n rows. `outputs` [n, ...] are its own (the first, if it gives several), `values` what the
+    task makes of them. `probabilities` are those of the classes (or labels), `classes` the numbers of the classes that
+    it decided on: None if the task has none. `class_names` names them, if the data did.
+    """
+
+    outputs: Tensor
+    values: Tensor
+    probabilities: Tensor | None
+    classes: Tensor | None
+    class_names: tuple[str, ...]
+
+    @property
+    def labels(self) -> list[Any]:
+        """The names of the classes decided on, or their numbers where they have no names: a list as long as the rows,
+        of lists where a row has several places. Raises ConfigError if there are no classes.
+        """
+        if self.classes is None:
+            raise ConfigError("these predictions are not classes: look at values")
+        named: list[Any] = _named(self.classes.tolist(), self.class_names)
+        return named
+
+
+def _named(numbers: Any, names: tuple[str, ...]) -> Any:
+    if isinstance(numbers, list):
+        return [_named(n, names) for n in numbers]
+    return names[numbers] if numbers < len(names) else numbers
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedModel:
+    """The weights of a model, the clients' parts and the server's apart, under the names of the whole model; `about`
+    says in plain values how it is made, what its inputs are, and what evaluation it is of.
+
+    `clients` holds each client's part; or one, which is `everyones`. `weights` [C] are what the clients' models count
+    in their average.
+    """
+
+    about: dict[str, Any]
+    server: Mapping[str, Tensor]
+    clients: Mapping[int, Mapping[str, Tensor]]
+    everyones: bool
+    weights: tuple[float, ...]
+
+    @classmethod
+    def of(cls, config: RunConfig, training: Training, *, own: bool, evaluation: Mapping[str, Any]) -> TrainedModel:
+        """The present one of a training. `own`: its model was given from Python. `evaluation`: the last scores."""
+        held, about = training.clients.held(), describe(config, training.source, training.making, own=own)
+        return cls(
+            {**about, "clients": len(training.clients.samples), "evaluation": dict(evaluation)},
+            _copied(training.server.model.state_dict()),
+            {k: _copied(_without_head(training.parts, state)) for k, state in held.models.items()},
+            held.everyones,
+            tuple(map(float, training.clients.samples)),
+        )
+
+    @classmethod
+    def of_client(
+        cls, about: Mapping[str, Any], client: int, own: Mapping[str, Tensor], server: Mapping[str, Tensor], round: int
+    ) -> TrainedModel:
+        """That of one client: its `own` part, under the names of the whole model, and the server's after a round."""
+        whole = {**about, "evaluation": {"round": round}}
+        return cls(whole, _copied(server), {client: _copied(own)}, everyones=False, weights=())
+
+    def write(self, path: Path) -> None:
+        """Keep it in a file, written whole."""
+        clients = {str(k): dict(state) for k, state in self.clients.items()}
+        about = {"about": self.about, "everyones": self.everyones, "weights": list(self.weights)}
+        checkpoint.write(path, {**about, "server": dict(self.server), "clients": clients})
+
+    @classmethod
+    def read(cls, path: Path) -> TrainedModel:
+        """Read it back. Raises RunFolderError where the file is not whole."""
+        stored = checkpoint.read(path)
+        try:
+            clients = {int(k): state for k, state in stored["clients"].items()}
+            return cls(stored["about"], stored["server"], clients, stored["everyones"], tuple(stored["weights"]))
+        except KeyError as lacking:
+            raise RunFolderError(f"{str(path)!r} is not a trained model (it lacks {lacking}): name a run") from None
+
+    @property
+    def names(self) -> list[Whose]:
+        """Whose models there are."""
+        if not self.clients:
+            return []
+        return [*(range(len(self.weights)) if self.everyones else sorted(self.clients)), "average"]
+
+    def chosen(self, client: Whose) -> Whose:
+        """Whose model it is, said in full where nobody is named but only one client's is here."""
+        return next(iter(self.clients)) if client is None and len(self.clients) == 1 and not self.everyones else client
+
+    def state(self, client: Whose = None) -> dict[str, Tensor]:
+        """The weights of the whole model, by name. Raises ConfigError where there is no such client."""
+        return {**self._part(client), **self.server}
+
+    def model(self, client: Whose = None, *, model: Model | None = None) -> nn.Module:
+        """The whole model in evaluation mode, with these weights. `model`: the module or function that the run was
+        given, if it was given from Python.
+
+        Raises ConfigError where there is no such client, or the model is not the one that was trained.
+        """
+        made, state = self._made(model), self.state(client)
+        check_fit(made.state_dict(), state, "the trained weights", "give the model that was trained")
+        made.load_state_dict(state)
+        return made.eval()
+
+    def predict(
+        self,
+        x: Any,
+        client: Whose = None,
+        *,
+        model: Model | None = None,
+        device: str | torch.device = "cpu",
+    ) -> Predictions:
+        """What the model says of new rows, given as the data of the run were: arrays or tensors, or columns by name.
+        They are scaled and encoded as in training; `Samples` and what `data.fresh.read` gives are taken as they are.
+        """
+        whole = self.model(client, model=model).to(device)
+        inputs = x.inputs if isinstance(x, New) else converted(x, self.about["preprocessing"])
+        inputs = each(inputs, lambda t: t.double() if t.is_floating_point() and self._double else t)
+        outputs = _outputs(whole, inputs, torch.device(device))
+        task = self.task
+        return Predictions(
+            outputs, task.predictions(outputs), task.probabilities(outputs), task.decided(outputs), self.class_names
+        )
+
+    @property
+    def task(self) -> Task:
+        """The task that it was trained for. Raises ConfigError where it cannot be found here."""
+        made = plugins.load("task", self.about["task"])
+        task: Task = made.of(self.about["task_options"])
+        return task
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the classes, in order; none where they have none."""
+        return tuple(self.about["class_names"])
+
+    @property
+    def _double(self) -> bool:
+        return bool(self.about["precision"] == "float64")
+
+    def _part(self, client: Whose) -> Mapping[str, Tensor]:
+        """A client's part of the weights. Raises ConfigError."""
+        if not self.clients:
+            raise ConfigError(
+                "the clients' parts of this model are with the clients: start the server with share_server_model, and "
+                "export from the folder of a client"
+            )
+        if isinstance(client, int) and client not in self.names:
+            there = ", ".join(f"client-{k}" for k in self.names[:-1][:10])
+            raise ConfigError(f"there is no model of client-{client} here: there are those of {there}")
+        if len(self.clients) == 1:
+            return next(iter(self.clients.values()))
+        if client is None:
+            raise ConfigError(
+                f"the models of the {len(self.clients)} clients differ: say whose, client-0 to "
+                f"client-{len(self.clients) - 1}, or average"
+            )
+        if isinstance(client, int):
+            return self.clients[client]
+        states = list(self.clients.values())
+        alike = {n: t for n, t in states[0].items() if all(torch.equal(t, s[n]) for s in states[1:])}  # what is frozen
+        return {**average(states, [self.weights[k] for k in self.clients]), **alike}
+
+    def _made(self, model: Model | None) -> nn.Module:
+        """The model with weights of no account. Raises ConfigError."""
+        a = self.about
+        if model is None and a["model"] is None:
+            raise ConfigError("this run was given its model from Python: give it again, model=...")
+        with seeds.torch_seeded(0, "model"):
+            if isinstance(model, nn.Module):
+                made = copy.deepcopy(model)
+            elif model is not None:
+                made = make_own(model, a["input_shape"], a["outputs"])
+            else:
+                self._compare_code()
+                made = build(a["model"], a["input_shape"], a["outputs"], **a["model_options"])
+        return made.double() if self._double else made.float()
+
+    def _compare_code(self) -> None:
+        """Warn if the file of an own model has changed."""
+        now, then = plugins.fingerprint("model", self.about["model"]), self.about["model_code"]
+        if now != then:
+            warnings.warn(
+                f"the file of {self.about['model']!r} has changed since the training: the weights may mean something "
+                "else in the new code",
+                CutlayerWarning,
+                stacklevel=4,
+            )
+
+
+def describe(config: RunConfig, source: Source, making: Making, *, own: bool) -> dict[str, Any]:
+    """What has to be known of a model besides its weights, in plain values."""
+    task = plugins.find("task", config.task)
+    cuts = None if config.traits.whole else config.cut or (None if own else default_cut(config.model))
+    return {
+        "algorithm": config.algorithm,
+        "model": None if own else plugins.absolute(config.model),
+        "model_options": {} if own else config.options_of(plugins.find("model", config.model)),
+        "model_code": "" if own else plugins.fingerprint("model", config.model),
+        "cut": cuts,
+        "tail_cut": config.tail_cut,
+        "input_shape": list(making.input_shape),
+        "outputs": making.outputs,
+        "inputs": _specs(source.train.inputs),
+        "precision": config.precision,
+        "task": plugins.absolute(config.task),
+        "task_options": config.options_of(task),
+        "class_names": list(source.class_names),
+        "data_format": plugins.absolute(config.data_format),
+        "reading": reading_options(config),
+        "preprocessing": dict(source.preprocessing),
+    }
+
+
+def load_model(out: str | Path, client: Whose = None, *, best: bool = False, model: Model | None = None) -> nn.Module:
+    """The whole model of a finished run (or of a client's folder), in evaluation mode with its trained weights.
+
+    `client`: number k (client k's part and the server's), or "average"; not needed where all have the same model or one
+    travels. `best`: of the evaluation that was best on the validation set, instead of the last. `model`: the module or
+    function that the run was given, if it was given from Python.
+    """
+    return find_trained(Path(out), best=best).model(client, model=model)
+
+
+def find_trained(out: Path, *, best: bool = False) -> TrainedModel:
+    """The trained model in a folder. Raises RunFolderError with the reason and the remedy where there is none."""
+    path = out / (BEST if best else LAST)
+    if path.is_file():
+        return TrainedModel.read(path)
+    shown = repr(str(out))
+    if (out / CONFIG).is_file() and "algorithms" in stored_config(out):
+        raise RunFolderError(f"{shown} is a comparison: name one of its runs, such as {out}/ENTRY/seed-0")
+    if not (out / CONFIG).is_file() and not (out / LAST).is_file():
+        raise RunFolderError(f"{shown} is not a run folder: it has no {CONFIG}; name the folder of a run")
+    if not best:
+        raise RunFolderError(
+            f"the run in {shown} is not finished: `cutlayer resume {out}` goes on with it; its best model so far is "
+            "that of --best"
+        )
+    raise RunFolderError(
+        f"{shown} holds no model of the best evaluation: the run had keep_best = false, no validation set, or clients "
+        "on other machines; take the last model"
+    )
+
+
+def _outputs(model: nn.Module, inputs: Inputs, device: torch.device) -> Tensor:
+    """The model's first output for all rows: [n, ...], on the CPU."""
+    count, found = len(inputs_of(inputs)[0]), []
+    with torch.no_grad():
+        for start in range(0, count, ROWS_PER_PASS):
+            part = each(inputs, lambda t, s=start: t[s : s + ROWS_PER_PASS].to(device))  # type: ignore[misc]
+            found.append(as_tuple(called(model, part))[0].cpu())
+    return torch.cat(found)
+
+
+def _specs(inputs: Inputs) -> dict[str, Any]:
+    """The form of a model's inputs, and the shape of one row and the type of each tensor."""
+    names = list(inputs) if isinstance(inputs, Mapping) else []
+    form = "named" if isinstance(inputs, Mapping) else "one" if isinstance(inputs, Tensor) else "several"
+    tensors = [{"shape": list(t.shape[1:]), "dtype": str(t.dtype).removeprefix("torch.")} for t in inputs_of(inputs)]
+    return {"form": form, "names": names, "tensors": tensors}
+
+
+def _without_head(split: Parts, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A client's part of the whole model, without an auxiliary head that it trained with."""
+    held = [split.client, *([] if split.tail is None else [split.tail])]
+    names = {name for part in held for name in part.state_dict()}
+    return {name: tensor for name, tensor in state.items() if name in names}
+
+
+def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
