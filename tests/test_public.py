@@ -10,18 +10,17 @@ from cutlayer import derive, plugins
 from cutlayer.cli import application
 from cutlayer.options import CommonConfig, CompareConfig, FleetConfig, PlanConfig, RunConfig
 
-PUBLIC = """CompareConfig Comparison ConfigError CutError CutlayerError DataError NonFiniteError Parts Predictions Record Result Row
-Run RunConfig RunFolderError Samples Scores Source TrainedModel TrainingError UsageError __version__ cut cut_points from_arrays
-from_dataset load load_model partition"""
+PUBLIC = """CompareConfig Comparison ConfigError CutError CutlayerError DataError NonFiniteError Parts Predictions
+Record Result Row Run RunConfig RunFolderError Samples Scores Source TrainedModel TrainingError UsageError __version__
+cut cut_points from_arrays from_dataset load load_model partition"""
 
-COMMON = """client_device server_device link up_mbps down_mbps latency_ms server_mbps multicast utilisation speed_spread
-rate_spread stragglers straggler_slowdown profiles data data_format label_column client_column class_names
-validation test clients partition samples_per_client participation task metrics primary_metric model cut tail_cut untie weights weights_strict
-start freeze epochs rounds batch client_optimizer client_optimizer_options client_lr client_clip_grad_norm
-server_optimizer
-server_optimizer_options server_lr server_clip_grad_norm accumulate server_accumulate param_groups lr_schedule
-server_lr_schedule lr_warmup up_codec cache_features down_codec defences engine device precision memory_limit
-eval_every eval_clients checkpoint_every keep_best snapshot_every"""
+COMMON = """client_device server_device link up_mbps down_mbps latency_ms server_mbps multicast utilisation
+speed_spread rate_spread stragglers straggler_slowdown profiles data data_format label_column client_column class_names
+validation test clients partition samples_per_client participation task metrics primary_metric model cut tail_cut untie
+weights weights_strict start freeze epochs rounds batch client_optimizer client_optimizer_options client_lr
+client_clip_grad_norm server_optimizer server_optimizer_options server_lr server_clip_grad_norm accumulate
+server_accumulate param_groups lr_schedule server_lr_schedule lr_warmup up_codec cache_features down_codec defences
+engine device precision memory_limit eval_every eval_clients checkpoint_every keep_best snapshot_every"""
 
 PLAN = """model cut algorithms input input_type freeze classes label_bytes clients samples_per_client batch precision
 client_optimizer memory_budget energy_budget servers seed"""
@@ -94,7 +93,7 @@ def test_public_names() -> None:
 
 def test_options() -> None:
     assert list(CommonConfig.model_fields) == COMMON.split()
-    assert set(RunConfig.model_fields) - set(CommonConfig.model_fields) == {"algorithm", "seed"}
+    assert set(RunConfig.model_fields) - set(CommonConfig.model_fields) == {"algorithm", "seed", "share_server_model"}
     assert set(CompareConfig.model_fields) - set(CommonConfig.model_fields) == {"algorithms", "seeds", "variant"}
     assert list(PlanConfig.model_fields) == [*FleetConfig.model_fields, *PLAN.split()]
     for config in (CompareConfig, PlanConfig):

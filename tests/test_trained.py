@@ -167,7 +167,7 @@ def test_predicting_from_a_table(table: Path) -> None:
 
     run = Run.resume(table / "run")
     found = run.predict({"size": ["150", "190"], "colour": ["red", "red"]})
-    by_hand = run.model()(torch.stack([run.training.source.train.x[0]] * 2))
+    by_hand = run.model()(run.training.source.train.x[:2])
     assert by_hand.shape == found.outputs.shape
     assert found.labels == ["tall", "small"]
     assert torch.allclose(found.probabilities.sum(1), torch.ones(2))
@@ -253,7 +253,7 @@ def test_a_model_that_no_program_can_hold(tmp_path: Path) -> None:
     )
     run.run()
     trained = run.trained()
-    with pytest.raises(cutlayer.ConfigError, match="torch.export cannot turn this model into a program"):
+    with pytest.raises(cutlayer.ConfigError, match=r"torch.export cannot turn this model into a program"):
         export(trained, None, "torch-export", tmp_path / "m.pt2", model=Moody)
     assert not (tmp_path / "m.pt2").exists()
     export(trained, None, "safetensors", tmp_path / "m.safetensors")

@@ -502,8 +502,8 @@ class RunConfig(CommonConfig):
     seed: int = _field(0, TRAINING, shared=True, ge=0)
     """Seed of all randomness: splits, partition, initial weights, batches, active clients."""
     share_server_model: bool = _field(False, OUTPUT)
-    """`serve`: at the end, send the server's part to the clients that want it. `join`: want it, and keep the whole model
-    in the folder. Both must say so. In a simulation it has no effect."""
+    """`serve`: at the end, send the server's part to the clients that want it. `join`: want it, and keep the whole
+    model in the folder. Both must say so. In a simulation it has no effect."""
 
     def algorithm_names(self) -> tuple[str, ...]:
         """The one algorithm."""

@@ -43,4 +43,6 @@ def test_clients_export_and_predict_from_their_own_folders(tmp_path: Path) -> No
         rows = len(new["x"])
     lines = call("predict", "c/client-1", "new.npz", cwd=tmp_path).stdout.splitlines()
     assert len(lines) == rows + 1
-    assert call("predict", "run", "new.npz", cwd=tmp_path, code=2).stderr.startswith("error: the clients' parts of this")
+    assert call("predict", "run", "new.npz", cwd=tmp_path, code=2).stderr.startswith(
+        "error: the clients' parts of this"
+    )

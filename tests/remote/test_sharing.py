@@ -1,23 +1,22 @@
 """The server's part goes to the clients that want it, at the end, and only if the server shares it."""
 
 import shutil
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from support import call, difference, mlp, source, whole
+from support import difference, mlp, source
 
-from cutlayer import CompareConfig, ConfigError, RunConfig, load_model
+from cutlayer import ConfigError, RunConfig, load_model
 from cutlayer.engine.local import named_as_whole
-from cutlayer.errors import RefusedError, WireError
-from cutlayer.remote.sides import client_name, remote_training, share, terms, worker_of
+from cutlayer.errors import WireError
+from cutlayer.remote.sides import client_name, remote_training, share, worker_of
 from cutlayer.remote.transports.memory import MemoryCarrier
 from cutlayer.testing.deployed import InMemory, in_memory
 from cutlayer.trained import find_trained
-from cutlayer.wire import encode_named, fingerprint
+from cutlayer.wire import encode_named
 from cutlayer.wire import messages as m
 from cutlayer.wire.frames import Frame
 
@@ -131,7 +130,11 @@ def test_both_sides_start_from_the_same_weights(tmp_path: Path) -> None:
     """What a client starts from is compared; the server's part is the server's business."""
     torch.manual_seed(1)
     state = mlp().state_dict()
-    files = {"a": state, "server": {**state, "4.bias": state["4.bias"] + 1}, "client": {**state, "0.bias": -state["0.bias"]}}
+    files = {
+        "a": state,
+        "server": {**state, "4.bias": state["4.bias"] + 1},
+        "client": {**state, "0.bias": -state["0.bias"]},
+    }
     paths = {name: str(tmp_path / f"{name}.safetensors") for name in files}
     for name, tensors in files.items():
         save_file(tensors, paths[name])

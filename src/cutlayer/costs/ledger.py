@@ -7,7 +7,8 @@ truthful, the third is there to compare with:
 - `wire-broadcast`: a message that is the same for several clients counts once (wireless broadcast, multicast);
 - `paper`: as Table 6 of arXiv 2112.05929 counts: no labels, models once per client, and of all common gradients of an
   epoch (here: a round) one sample's.
-Evaluation, and a server's part that is given away at the end, are counted apart from training. A common gradient is one message: every addressee receives all its rows.
+Evaluation, and a server's part that is given away at the end, are counted apart from training. A common gradient is one
+message: every addressee receives all its rows.
 """
 
 from __future__ import annotations
