@@ -13,7 +13,7 @@ from torch import nn
 
 from cutlayer import Comparison, Run, RunFolderError, checkpoint
 from cutlayer.files import read_records
-from cutlayer.folder import CHECKPOINT, EVALUATIONS, RESULT, STEPS
+from cutlayer.folder import BEST, CHECKPOINT, LAST, EVALUATIONS, RESULT, STEPS
 from cutlayer.options import traits
 
 SIZES = [10, 5, 7]
@@ -206,14 +206,15 @@ def test_a_broken_checkpoint_is_named(damage: str, tmp_path: Path) -> None:
 
 
 def test_no_pickle_in_a_run_folder(tmp_path: Path) -> None:
-    """The checkpoint is plain safetensors; everything else is text."""
+    """The checkpoint and the models are plain safetensors; everything else is text."""
     from safetensors import safe_open
 
     new("sflv1", tmp_path / "run").run()
-    with safe_open(tmp_path / "run" / CHECKPOINT, framework="pt") as file:
-        assert len(list(file.keys())) > 10
+    for name, least in ((CHECKPOINT, 10), (LAST, 2), (BEST, 2)):
+        with safe_open(tmp_path / "run" / name, framework="pt") as file:
+            assert len(list(file.keys())) > least
     for path in (tmp_path / "run").iterdir():
-        if path.name not in (CHECKPOINT,):
+        if path.name not in (CHECKPOINT, LAST, BEST):
             path.read_text()
 
 

@@ -396,7 +396,9 @@ def test_every_request_is_served_or_refused() -> None:
     assert not any(complaint(worker, request) for request in always)
     with pytest.raises(WireError, match="a tail, which only clients of a U-shaped split have"):
         worker.handle(Frame(m.Evaluate(1, "tail", 1), memoryview(b"")))
-    assert requests == {type(r) for r in always} | {type(r) for r, _ in REQUESTS} | {m.Evaluate}
+    with pytest.raises(WireError, match="which this client's configuration does not want"):
+        worker.handle(Frame(m.TakeServer(1, 1), memoryview(b"")))
+    assert requests == {type(r) for r in always} | {type(r) for r, _ in REQUESTS} | {m.Evaluate, m.TakeServer}
     with pytest.raises(WireError, match="Bye is not a request that a client answers"):
         worker.handle(Frame(m.Bye("the end"), memoryview(b"")))
 

@@ -430,6 +430,7 @@ TO_CLIENT = [
     m.Learn(1, 3),
     m.GiveModel(1),
     m.TakeModel(1),
+    m.TakeServer(1, 9),
     m.GiveOptimizer(1),
     m.TakeOptimizer(1),
     m.Evaluate(1, "whole", 9),
