@@ -13,7 +13,7 @@ from torch import nn
 
 from cutlayer import Comparison, Run, RunFolderError, checkpoint
 from cutlayer.files import read_records
-from cutlayer.folder import BEST, CHECKPOINT, LAST, EVALUATIONS, RESULT, STEPS
+from cutlayer.folder import BEST, CHECKPOINT, EVALUATIONS, LAST, RESULT, STEPS
 from cutlayer.options import traits
 
 SIZES = [10, 5, 7]

@@ -87,6 +87,7 @@ def test_the_present_model_while_it_trains() -> None:
 def test_the_best_model_is_that_of_the_best_evaluation(tmp_path: Path) -> None:
     """Rates that ruin the model after a good round: the best one is not the last."""
     data = cutlayer.from_arrays(*blobs(), test=0.2, validation=0.2)
+    torch.manual_seed(0)
     made = Run(
         algorithm="psl", model=mlp(), cut="1", data=data, clients=2, out=tmp_path / "run", rounds=6, engine="local",
         client_lr=0.05, client_optimizer="sgd", lr_schedule=ruin,
@@ -102,7 +103,7 @@ def test_the_best_model_is_that_of_the_best_evaluation(tmp_path: Path) -> None:
 
 
 def ruin(progress: float) -> float:
-    return 1.0 if progress < 0.5 else 50.0
+    return 1.0 if progress < 0.5 else 1000.0
 
 
 def blobs() -> tuple[np.ndarray, np.ndarray]:
@@ -276,6 +277,41 @@ def test_predictions_of_other_tasks(tmp_path: Path) -> None:
     with pytest.raises(cutlayer.ConfigError, match="these predictions are not classes"):
         _ = found.labels
     assert b"values" in as_archive(found)
+
+
+class Tied(nn.Module):
+    """Its first and its last layer share a weight, which a cut between them may untie."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(6, 4, bias=False), nn.Linear(4, 4), nn.Linear(6, 4, bias=False)
+        self.last.weight = self.first.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(nn.functional.pad(torch.relu(self.middle(torch.relu(self.first(x)))), (0, 2)))
+
+
+def test_a_weight_that_was_untied() -> None:
+    data = source(SIZES, SHAPE)
+    options = {"cut": "first", "untie": True, "precision": "float64", "client_lr": 0.05}
+    run = Run(algorithm="psl", model=Tied, data=data, clients=3, partition="column", rounds=2, **options)
+    run.run()
+    state = run.model(0).state_dict()
+    assert difference(state, whole(run, 0)) == 0
+    assert not torch.equal(state["first.weight"], state["last.weight"])
+    scores = run.training.clients.evaluate(data.test, run.training.server.predict).each("accuracy")
+    assert (run.predict(data.test, 0).classes == data.test.y).double().mean().item() == scores[0]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_and_lazy_models() -> None:
+    data = source(SIZES, SHAPE)
+    lazy = nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.Linear(8, 4))
+    for model, cut in ((torch.compile(mlp(), backend="eager"), "1"), (lazy, "0")):
+        run = Run(algorithm="psl", model=model, cut=cut, data=data, clients=3, partition="column", rounds=1)
+        run.run()
+        assert difference(run.model(0).state_dict(), whole(run, 0)) == 0
+        assert run.predict(data.test, 0).outputs.shape == (len(data.test), 4)
 
 
 def test_names_of_clients() -> None:

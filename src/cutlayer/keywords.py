@@ -36,6 +36,7 @@ class CommonKeywords(TypedDict, total=False):
     primary_metric: str | None
     cut: str | None
     tail_cut: str | None
+    untie: bool
     weights: str | None
     weights_strict: bool
     start: Literal["equal", "independent"]

@@ -26,7 +26,7 @@ from cutlayer.files import CONFIG
 from cutlayer.folder import BEST, LAST, stored_config
 from cutlayer.models import Parts, build
 from cutlayer.models import make as make_own
-from cutlayer.models.weights import check_fit
+from cutlayer.models.weights import check_fit, fitted, uncompiled
 from cutlayer.options import RunConfig, default_cut
 from cutlayer.scoring import ROWS_PER_PASS
 from cutlayer.types import as_tuple
@@ -140,7 +140,8 @@ class TrainedModel:
 
         Raises ConfigError where there is no such client, or the model is not the one that was trained.
         """
-        made, state = self._made(model), self.state(client)
+        state = self.state(client)
+        made = fitted(uncompiled(self._made(model)), state)
         check_fit(made.state_dict(), state, "the trained weights", "give the model that was trained")
         made.load_state_dict(state)
         return made.eval()
@@ -158,7 +159,8 @@ class TrainedModel:
         """
         whole = self.model(client, model=model).to(device)
         inputs = x.inputs if isinstance(x, New) else converted(x, self.about["preprocessing"])
-        inputs = each(inputs, lambda t: t.double() if t.is_floating_point() and self._double else t)
+        dtype = torch.float64 if self._double else torch.float32
+        inputs = each(inputs, lambda t: t.to(dtype) if t.is_floating_point() else t)
         outputs = _outputs(whole, inputs, torch.device(device))
         task = self.task
         return Predictions(

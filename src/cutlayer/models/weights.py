@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from cutlayer.errors import ConfigError, CutlayerWarning
+from cutlayer.models.prepared import untied
 
 _WRAPPED = ("state_dict", "model_state_dict", "model")  # what training scripts keep a state dict under
 _PREFIX = "module."  # what DataParallel puts before every name
@@ -74,8 +76,9 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: str, *, 
     """Give `model` the weights of the file `path`: all, or (not `strict`) those that fit by name and shape, which is
     said in a warning. Raises ConfigError with what does not fit.
     """
+    model = uncompiled(model)
     wanted, what = model.state_dict(), f"the weights in {path!r}"
-    fitting = {n: t for n, t in weights.items() if n in wanted and wanted[n].shape == t.shape}
+    fitting = {n: t for n, t in weights.items() if n in wanted and _fits(wanted[n], t)}
     if strict:
         check_fit(wanted, weights, what, "give the weights of this model, or weights_strict = false to take what fits")
     elif not fitting:
@@ -96,7 +99,7 @@ def check_fit(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], what: s
     """Do the weights `given` fit a model that has those `wanted`, by name and shape? Raises ConfigError with the first
     that does not.
     """
-    if shapes := [n for n in wanted if n in given and wanted[n].shape != given[n].shape]:
+    if shapes := [n for n in wanted if n in given and not _fits(wanted[n], given[n])]:
         name = shapes[0]
         raise ConfigError(
             f"{what} have the shape {tuple(given[name].shape)} for {name!r}{_others(shapes)}, the model has "
@@ -106,6 +109,32 @@ def check_fit(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], what: s
         raise ConfigError(f"{what} lack {missing[0]!r}{_others(missing)}, which the model has: {remedy}")
     if odd := [n for n in given if n not in wanted]:
         raise ConfigError(f"{what} have {odd[0]!r}{_others(odd)}, which the model lacks: {remedy}")
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model that torch.compile wraps, if it does: names of weights are its own."""
+    while (inner := model._modules.get("_orig_mod")) is not None:
+        model = inner
+    return model
+
+
+def fitted(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+    """The same; or, where `weights` have different numbers for the names of one parameter, as they do after a cut that
+    unties it, a copy in which each name has a parameter of its own.
+    """
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for shared in names.values():
+        given = [weights[name] for name in shared if name in weights]
+        if any(t.shape != given[0].shape or not torch.equal(t, given[0]) for t in given[1:]):
+            model = untied(model, shared)
+    return model
+
+
+def _fits(wanted: Tensor, given: Tensor) -> bool:
+    """Whether the shapes agree. A lazy layer takes any."""
+    return isinstance(wanted, (UninitializedBuffer, UninitializedParameter)) or wanted.shape == given.shape
 
 
 def digest_of(weights: Mapping[str, Tensor], names: Collection[str]) -> str:
