@@ -702,7 +702,7 @@ _HUGGING_FACE: list[tuple[str, str, str | tuple[str, str], dict[str, Any], Calla
     ("MPNet", "MPNet" + _CLASSIFY, "mpnet.encoder.layer.0", _TEXT, masked_tokens),
     ("XLNet", "XLNet" + _CLASSIFY, "transformer.layer.0", {"vocab_size": 32, "d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 32, "num_labels": CLASSES}, tokens),
     ("T5", "T5ForConditionalGeneration", "decoder.block.0", {"vocab_size": 32, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}, lambda: {"input_ids": tokens(), "decoder_input_ids": tokens()}),
-    ("BART", "Bart" + _CLASSIFY, "model.decoder.layers.0", {**_SEQUENCE, "num_labels": CLASSES, "eos_token_id": 31}, lambda: torch.cat([tokens().clamp(1, 30), torch.full((ROWS, 1), 31)], 1)),
+    ("BART", "BartForConditionalGeneration", "model.decoder.layers.0", {**_SEQUENCE, "eos_token_id": 31}, lambda: {"input_ids": tokens(), "decoder_input_ids": tokens()}),
     ("ViT", "ViTForImageClassification", "vit.layers.0", _IMAGE, pictures),
     ("DeiT", "DeiTForImageClassification", "deit.layers.0", _IMAGE, pictures),
     ("BEiT", "BeitForImageClassification", "beit.layers.0", _IMAGE, pictures),

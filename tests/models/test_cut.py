@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from cutlayer.errors import CutError
 from cutlayer.models import Crossing, Parts, build, cut, cut_points
+from cutlayer.run import Run
 from cutlayer.seeds import torch_seeded
 
 ZOO_SHAPES = {"mlp": (1, 8, 8), "cnn": (1, 8, 8), "resnet16": (1, 8, 8), "alexnet": (1, 8, 8)}
@@ -703,6 +704,19 @@ def test_the_client_of_a_u_shape_keeps_its_tied_weight(kind: Any, method: str) -
         torch.autograd.backward([a for a, _ in pairs], [b for _, b in pairs])
     torch.cos(model(x)).sum().backward()
     torch.testing.assert_close(parts.client.get_parameter("tokens.weight").grad, model.tokens.weight.grad)
+
+
+@pytest.mark.parametrize(("algorithm", "options"), [("ussl", {"tail_cut": "norm"}), ("psl", {"untie": True})])
+def test_tied_weights_in_a_run(algorithm: str, options: dict[str, Any]) -> None:
+    model, x = Gpt(tied=True), ids(12)
+    data = (x, x[:, 0], x[:4], x[:4, 0])
+    run = Run(algorithm=algorithm, model=model, data=data, clients=2, cut="blocks.0", batch=3, rounds=2, **options)
+    assert all(np.isfinite(record.loss) for record in run)
+    t = run.training
+    state = {**t.clients.model_state(0), **t.server.state()["model"]}
+    assert set(state) == set(model.state_dict())
+    assert not torch.equal(state["tokens.weight"], model.tokens.weight)
+    assert torch.equal(state["tokens.weight"], state["head.weight"]) == (algorithm == "ussl")
 
 
 class Generous(nn.Module):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_cut import assert_partitioned, parts_in_mode, vector
+from test_cut import assert_partitioned, assert_whole, parts_in_mode, vector
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -145,6 +145,38 @@ def test_positional_arguments() -> None:
     assert torch.equal(parts.server(parts.client(example)), model(*example))
     with pytest.raises(CutError, match="at least two samples, in all its tensors alike"):
         cut(model, "encoder", (vector(4), vector(3)))
+
+
+class Biased(nn.Module):
+    """Attention whose bias, one for all rows, is made of a parameter before the first layer (as T5's)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.table = nn.Embedding(16, 8), nn.Embedding(11, 1)
+        self.a, self.b, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        at = torch.arange(ids.shape[1])
+        bias = self.table(at[:, None] - at[None, :] + 5)[None, :, :, 0]
+        h = self.embed(ids)
+        for layer in (self.a, self.b):
+            h = layer((h @ h.transpose(1, 2) + bias).softmax(-1) @ h)
+        return self.head(h[:, 0])
+
+
+def test_what_all_rows_share_crosses_with_every_row() -> None:
+    model = Biased()
+    parts = cut(model, "a", torch.randint(0, 16, (4, 6)))
+    assert sorted(c.shape for c in parts.crossing) == [(6, 6), (6, 8)]
+    assert_whole(model, parts, torch.randint(0, 16, (3, 6)))
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.table.weight.add_(1.0 * torch.arange(11)[:, None])
+    client = cut(other, "a", torch.randint(0, 16, (4, 6))).client
+    ids = torch.randint(0, 16, (2, 6))
+    both = tuple(torch.cat(rows) for rows in zip(parts.client(ids), client(ids), strict=True))
+    alone = torch.cat([parts.server(parts.client(ids)), parts.server(client(ids))])
+    torch.testing.assert_close(parts.server(both), alone)
 
 
 # What it follows

@@ -129,9 +129,13 @@ class Client:
 
 
 def _named(lower: nn.Module, tail: nn.Module | None) -> list[tuple[str, Tensor]]:
-    """A client's parameters under the names of the whole model; an auxiliary head's are auxiliary.NAME."""
+    """A client's parameters under the names of the whole model; an auxiliary head's are auxiliary.NAME. One that both
+    ends share has its first name.
+    """
     parts = [(lower, "")] if tail is None else [(lower, ""), (tail, "" if isinstance(tail, Part) else "auxiliary.")]
-    return [(f"{prefix}{name}", p) for part, prefix in parts for name, p in part.named_parameters()]
+    named = [(f"{prefix}{name}", p) for part, prefix in parts for name, p in part.named_parameters()]
+    first = {id(p): name for name, p in reversed(named)}
+    return [(name, p) for name, p in named if first[id(p)] == name]
 
 
 def named_as_whole(state: Mapping[str, Tensor], shape: Shape) -> dict[str, Tensor]:

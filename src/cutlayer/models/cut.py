@@ -61,7 +61,7 @@ _METHODS: tuple[Method, ...] = (
 _ROWS = 4  # rows of the example that are used: enough for batch statistics
 _TRIES = 40  # names that `cut_points` tries
 _HINTS = 8  # names that an error message tries
-_PATIENCE = 1.5  # seconds after which it tries no more
+_PATIENCE = 1.0  # seconds after which it tries no more
 
 
 def cut(model: nn.Module, at: str | Sequence[str], example: Example, *, untie: bool = False) -> Parts:

@@ -12,6 +12,7 @@ Works for models that `torch.fx` cannot trace (Hugging Face's, `nn.TransformerEn
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -175,7 +176,7 @@ def _calls(model: nn.Module, training: bool, x: Arguments) -> list[_Call]:
     for call in small:
         call.final = any(t is output for t in tensors_in(call.output) for output in outputs)
     # Once more with other random numbers: layers may be skipped by chance.
-    others = [large] + [_listen(model, training, x) for _ in range(_repeats(model) if training else 0)]
+    others = [large] + [_listen(model, training, x, follow=False) for _ in range(_repeats(model) if training else 0)]
     if any([c.name for c in small] != [c.name for c in other] for other in others):
         raise CannotCutError("which layers run depends on the batch, or on chance")
     for a, b in zip(small, large, strict=True):
@@ -269,8 +270,8 @@ def _repeats(model: nn.Module) -> int:
     return _REPEATS if sum(p.numel() for p in model.parameters()) < _LARGE else 1
 
 
-def _listen(model: nn.Module, training: bool, x: Arguments) -> list[_Call]:
-    """The calls of one forward of a copy of the model, in order of their ends."""
+def _listen(model: nn.Module, training: bool, x: Arguments, follow: bool = True) -> list[_Call]:
+    """The calls of one forward of a copy of the model, in order of their ends; `follow`: and which are fixed."""
     model = copy.deepcopy(model).train(training)
     clock, stack, done = iter(range(10**9)), [], []  # type: ignore[var-annotated]
     watch, states = _Watch(), []
@@ -278,7 +279,8 @@ def _listen(model: nn.Module, training: bool, x: Arguments) -> list[_Call]:
     def begin(name: str) -> Any:
         def began(module: nn.Module, args: Any) -> None:
             stack.append(_Call(name, stack[-1] if stack else None, next(clock)))
-            states.append(None if list(module.parameters()) else torch.get_rng_state())
+            unfit = not follow or any(True for _ in module.parameters())
+            states.append(None if unfit else torch.get_rng_state())
 
         return began
 
@@ -293,7 +295,8 @@ def _listen(model: nn.Module, training: bool, x: Arguments) -> list[_Call]:
         module.register_forward_pre_hook(begin(name), prepend=True)
         module.register_forward_hook(end)
     try:
-        with torch.enable_grad(), watch:  # without, some layers take a faster path on which inner layers do not run
+        # Without gradients, some layers take a faster path on which inner layers do not run.
+        with torch.enable_grad(), watch if follow else contextlib.nullcontext():
             for tensor in (*model.parameters(), *(rows := tuple(row.clone() for row in x.rows))):
                 watch.mark(tensor)
             x.give(model, rows)

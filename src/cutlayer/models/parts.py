@@ -213,7 +213,9 @@ class SharedWeightError(CannotCutError):
         self.names = tuple(names)
         shown = " = ".join(repr(name) for name in self.names)
         reason = f"{shown} is used on both sides of the cut, and a parameter can live on one side only"
-        if len(self.names) > 1:
+        if len(self.names) == 1:
+            reason += " (the layer runs on both sides, or its result takes a path around the cut)"
+        else:
             reason += f" (untie=True gives each side one of its own, for {parameter.nbytes / 1e6:.3g} MB more)"
         super().__init__(reason)
 

@@ -44,6 +44,7 @@ ROOT = "model."  # the prefix of every name in a trace of a `Root`
 
 # Reading these off a tensor says nothing about its values, so their results need not cross.
 _SHAPE_METHODS = frozenset({"size", "dim", "ndimension", "numel", "nelement", "__len__"})
+_SAME_FOR_ALL = -1  # in place of the batch's dimension: a tensor [1, s...] that all rows share
 _SHAPE_ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device"})
 
 
@@ -81,7 +82,8 @@ class Traced:
         crossing = program.describe(0)
         if any(meta.raw for meta, _ in crossing):
             raise CannotCutError(RAW_INPUT)
-        return owners, tuple(Crossing(meta.shape[:d] + meta.shape[d + 1 :], meta.dtype) for meta, d in crossing)
+        shapes = [meta.shape[: max(d, 0)] + meta.shape[max(d, 0) + 1 :] for meta, d in crossing]
+        return owners, tuple(Crossing(shape, meta.dtype) for shape, (meta, _) in zip(shapes, crossing, strict=True))
 
     def _programs(self, names: Sequence[str]) -> list[_Program]:
         """One for training, one for evaluation, between which the same tensors cross."""
@@ -417,6 +419,8 @@ class _Program:
     def _batch_dimension(self, node: fx.Node) -> int:
         small, large = self.seen[node].value, self.seen_larger[node].value
         dimension = batch_dimension(small.shape, large.shape, self.batch)
+        if dimension is None and small.shape == large.shape and small.shape[:1] == (1,):
+            return _SAME_FOR_ALL
         if dimension is None:
             raise CannotCutError(f"a tensor without a batch dimension crosses ({node.name}, shape {list(small.shape)})")
         return dimension
@@ -504,7 +508,7 @@ class _Builder:
         for i, (node, (_, dimension)) in enumerate(zip(self._crossing(-1), program.describe(self.k - 1), strict=True)):
             row = self.graph.call_function(operator.getitem, (rows, i))  # [R, s...]
             self.first = self.first or row
-            if dimension:
+            if dimension > 0:
                 row = self.graph.call_method("contiguous", (self.graph.call_method("movedim", (row, 0, dimension)),))
             self.made[node] = row
         for node, first in program.same.items():
@@ -518,8 +522,16 @@ class _Builder:
         given = []
         for node, (_, dimension) in zip(self._crossing(0), program.describe(self.k), strict=True):
             value = self._value(node)
-            given.append(self.graph.call_method("movedim", (value, dimension, 0)) if dimension else value)
+            if dimension == _SAME_FOR_ALL:
+                value = self._for_every_row(value, len(program.seen[node].value.shape))
+            given.append(self.graph.call_method("movedim", (value, dimension, 0)) if dimension > 0 else value)
         return tuple(given)
+
+    def _for_every_row(self, value: fx.Node, dimensions: int) -> fx.Node:
+        """[1, s...] -> [R, s...]: rows of different clients must not share what one client gave."""
+        like = self.made[self.program.inputs[0]] if self.k == 0 else self.first
+        rows = self.graph.call_method("size", (like, 0))
+        return self.graph.call_method("expand", (value, rows, *[-1] * (dimensions - 1)))
 
     def _crossing(self, offset: int) -> list[fx.Node]:
         return self.program.crossing[self.k + offset]
