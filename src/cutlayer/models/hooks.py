@@ -171,12 +171,13 @@ def listen(model: nn.Module, x: Arguments) -> dict[bool, list[_Call]]:
 
 
 def _calls(model: nn.Module, training: bool, x: Arguments) -> list[_Call]:
-    small, large = (_listen(model, training, batch) for batch in (x, x.with_one_more()))
+    model = copy.deepcopy(model).train(training)  # one copy for all: copies of many layers take their time
+    small, large = (_listen(model, batch) for batch in (x, x.with_one_more()))
     outputs = taken_apart(small[-1].output)[0]
     for call in small:
         call.final = any(t is output for t in tensors_in(call.output) for output in outputs)
     # Once more with other random numbers: layers may be skipped by chance.
-    others = [large] + [_listen(model, training, x, follow=False) for _ in range(_repeats(model) if training else 0)]
+    others = [large] + [_listen(model, x, follow=False) for _ in range(_repeats(model) if training else 0)]
     if any([c.name for c in small] != [c.name for c in other] for other in others):
         raise CannotCutError("which layers run depends on the batch, or on chance")
     for a, b in zip(small, large, strict=True):
@@ -270,9 +271,21 @@ def _repeats(model: nn.Module) -> int:
     return _REPEATS if sum(p.numel() for p in model.parameters()) < _LARGE else 1
 
 
-def _listen(model: nn.Module, training: bool, x: Arguments, follow: bool = True) -> list[_Call]:
-    """The calls of one forward of a copy of the model, in order of their ends; `follow`: and which are fixed."""
-    model = copy.deepcopy(model).train(training)
+@contextlib.contextmanager
+def _buffers_restored(model: nn.Module) -> Iterator[None]:
+    """After the body, the model's buffers are what they were before."""
+    before = [(m, n, b, b.clone()) for m in model.modules() for n, b in m._buffers.items() if b is not None]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, value in before:
+                module._buffers[name] = buffer
+                buffer.copy_(value)
+
+
+def _listen(model: nn.Module, x: Arguments, follow: bool = True) -> list[_Call]:
+    """The calls of one forward of the model, in order of their ends; `follow`: and which are fixed."""
     clock, stack, done = iter(range(10**9)), [], []  # type: ignore[var-annotated]
     watch, states = _Watch(), []
 
@@ -291,17 +304,21 @@ def _listen(model: nn.Module, training: bool, x: Arguments, follow: bool = True)
             call.fixed = torch.equal(state, torch.get_rng_state())
         done.append(call)
 
+    handles: list[Any] = []
     for name, module in model.named_modules():
-        module.register_forward_pre_hook(begin(name), prepend=True)
-        module.register_forward_hook(end)
+        handles.append(module.register_forward_pre_hook(begin(name), prepend=True))
+        handles.append(module.register_forward_hook(end))
     try:
         # Without gradients, some layers take a faster path on which inner layers do not run.
-        with torch.enable_grad(), watch if follow else contextlib.nullcontext():
+        with _buffers_restored(model), torch.enable_grad(), watch if follow else contextlib.nullcontext():
             for tensor in (*model.parameters(), *(rows := tuple(row.clone() for row in x.rows))):
                 watch.mark(tensor)
             x.give(model, rows)
     except Exception as error:  # the user's code: anything can come out
         raise CannotCutError(f"its forward fails on the example ({one_line(error)})") from error
+    finally:
+        for handle in handles:
+            handle.remove()
     return done
 
 
