@@ -7,8 +7,8 @@ server, and under a `HijackingServer` without and with labels. All clients watch
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -22,6 +22,8 @@ from cutlayer.leakage.reconstruct import Quality, score
 from cutlayer.leakage.subject import Moment, Subject, subjects
 from cutlayer.run import round_of
 from cutlayer.server import Server
+
+_KNOWING = "hijacker that knows labels"
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ class Watched:
 class Hijacked:
     """What the hijacker read of `samples` private inputs of one client after `rounds` rounds, beside an attacker who
     answers with the mean input, as in `Reconstruction`; what the clients' watches said of it, and of an honest server.
-    `labelled`: its critic saw the labels.
+    `labelled`: its critic saw the labels. Where labels are not classes no critic sees them, and no client watches:
+    `not_measured` says what is missing, and why.
     """
 
     run: str
@@ -56,6 +59,7 @@ class Hijacked:
     explained: float
     honest: tuple[Watched, ...]
     hijacked: tuple[Watched, ...]
+    not_measured: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def plain(self) -> dict[str, Any]:
@@ -77,14 +81,16 @@ def check_hijackable(moment: Moment) -> None:
 def hijack(
     moment: Moment, samples: int, auxiliary: int | None, seed: int, tell: Callable[[str], None] = lambda _: None
 ) -> list[tuple[Hijacked, dict[str, Tensor]]]:
-    """Train the run's clients anew, under an honest and under two hijacking servers, without labels and with them, for
-    as many rounds as it had; what came of each, and the first `inputs` and `reconstructions` [at most 64, ...], on the
-    CPU. `tell` hears what is done.
+    """Train the run's clients anew, under an honest and under two hijacking servers, without labels and with them
+    (where labels are not classes, only under one that ignores them), for as many rounds as it had; what came of each,
+    and the first `inputs` and `reconstructions` [at most 64, ...], on the CPU. `tell` hears what is done.
 
     Raises ConfigError as `check_hijackable` does; DataError as `Hijack` does.
     """
     check_hijackable(moment)
     (before,) = subjects(moment, 1, samples, auxiliary, seed)
+    if not moment.classes:
+        return [_hijacked(moment, before, False, (), seed, tell)]
     tell(f"{moment.out}: {moment.rounds} rounds under an honest server")
     training = assemble(moment.config)
     honest = _trained(moment, training, training.server)
@@ -107,7 +113,7 @@ def _hijacked(
     after = replace(moment, models=models, server=None)
     (victim,) = subjects(after, 1, len(before.samples), len(known), seed)
     guess = attacker.reconstruct(victim.z)
-    attack, nothing = score(victim.samples.x, victim.samples.y, guess, known, seed)
+    attack, nothing = score(victim.samples.x, victim.samples.y, guess, known, seed, moment.training.task)
     found = Hijacked(
         run=str(moment.out),
         algorithm=moment.config.algorithm,
@@ -122,13 +128,21 @@ def _hijacked(
         explained=attack.explained(nothing),
         honest=honest,
         hijacked=bent,
+        not_measured={} if moment.classes else {name: _why(name, moment) for name in (_KNOWING, "watch")},
     )
     return found, {"inputs": victim.samples.x[:64].cpu(), "reconstructions": guess[:64].cpu()}
 
 
+def _why(name: str, moment: Moment) -> str:
+    what = {_KNOWING: "its critic sorts codes", "watch": "it sorts gradients"}[name]
+    return f"{what} by class, and {moment.task_title}"
+
+
 def _trained(moment: Moment, training: Training, server: Server) -> tuple[Watched, ...]:
-    """Train the clients with that server until the moment; what their watches say then."""
-    clients = WatchedCohort(training.clients)
+    """Train the clients with that server until the moment; what their watches say then (nothing, where labels are not
+    classes).
+    """
+    clients = WatchedCohort(training.clients) if moment.classes else training.clients
     algorithm = training.algorithm
     if isinstance(server, HijackingServer) and algorithm.shares_gradients:
         algorithm = algorithm.without_sharing()  # a server that means harm does not average
@@ -136,6 +150,8 @@ def _trained(moment: Moment, training: Training, server: Server) -> tuple[Watche
     for index in range(moment.rounds):
         for _ in round_of(watched, index):
             pass
+    if not isinstance(clients, WatchedCohort):
+        return ()
     return tuple(
         Watched(k, None if math.isnan(w.score) else w.score, w.observed, w.suspicious)
         for k, w in clients.watches.items()

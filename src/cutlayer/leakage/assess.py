@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cutlayer import defences, seeds
 from cutlayer.defences.feature_dropout import FeatureDropout
@@ -60,7 +60,9 @@ class Asked:
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found of one client after `rounds` rounds. `accuracy` in [0, 1] is the run's.
+    """What was found of one client after `rounds` rounds. `score` is the run's leading `metric` on the test samples
+    (`share`: a fraction), `accuracy` in [0, 1] the same where it is one. `not_measured` says of measures about classes
+    why they are missing.
 
     `upper` bounds and attacks are about one sending of a sample; it has been sent `releases` times until then, by a
     client part that changed meanwhile: in all at most so many times the bound.
@@ -71,6 +73,9 @@ class Finding:
     seed: int
     rounds: int
     client: int
+    metric: str
+    share: bool
+    score: float | None
     accuracy: float | None
     samples: int
     auxiliary: int
@@ -82,6 +87,7 @@ class Finding:
     dependence: Dependence
     labels: LabelLeakage | None
     privacy: Statement | None
+    not_measured: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def plain(self) -> dict[str, Any]:
@@ -129,16 +135,21 @@ def examine(subject: Subject, asked: Asked) -> Examined:
             defence=s.defence,
             knowledge=knowledge,
             labelled=s.labelled,
+            task=s.moment.training.task,
             seed=asked.seed,
         )
     read = usable(x, z, seed=asked.seed) if "usable" in asked.estimators and len(x) >= LEAST else None
     moment = s.moment
+    labels, missing = _labels(s, asked.seed)
     finding = Finding(
         run=str(moment.out),
         algorithm=moment.config.algorithm,
         seed=moment.config.seed,
         rounds=moment.rounds,
         client=s.name,
+        metric=moment.training.task.leading,
+        share=moment.training.task.share,
+        score=moment.score,
         accuracy=moment.accuracy,
         samples=len(x),
         auxiliary=len(s.auxiliary),
@@ -148,8 +159,9 @@ def examine(subject: Subject, asked: Asked) -> Examined:
         usable=read,
         estimates=tuple(_calibrated(s, asked, read)),
         dependence=dependence(x, z, seed=asked.seed),
-        labels=_labels(s, asked.seed),
+        labels=labels,
         privacy=s.statement,
+        not_measured=missing,
     )
     return Examined(finding, pictures)
 
@@ -194,12 +206,28 @@ def _upper(s: Subject, seed: int) -> Iterator[UpperBound]:
         yield mutual.bits_sent(size, len(s.z), str(codec.plain))
 
 
-def _labels(s: Subject, seed: int) -> LabelLeakage | None:
-    """Where labels stay with the client: what the gradients give away that it sends."""
-    server, tail = s.moment.server, copy.deepcopy(s.moment.training.parts.tail)
-    task = s.moment.training.task
-    if tail is None or server is None or task.targets != "class":
-        return None
+def _labels(s: Subject, seed: int) -> tuple[LabelLeakage | None, dict[str, str]]:
+    """Where labels stay with the client: what the gradients that it sends give away; and why what is about classes is
+    not measured.
+    """
+    if not s.moment.classes:
+        whose = s.moment.task_title
+        missing = {"classified": f"a classifier judges reconstructions by their class, and {whose}"}
+        if not s.labelled:
+            missing["labels"] = f"label leakage tells classes apart, and {whose}"
+        return None, missing
+    if s.moment.training.parts.tail is None or s.moment.server is None:
+        return None, {}
+    try:
+        return _read_labels(s, s.moment.server, seed), {}
+    except DataError as error:  # too few samples of a class
+        return None, {"labels": str(error)}
+
+
+def _read_labels(s: Subject, server: nn.Module, seed: int) -> LabelLeakage:
+    """Label leakage of the samples whose class counts."""
+    tail, task = copy.deepcopy(s.moment.training.parts.tail), s.moment.training.task
+    assert tail is not None, "labels stay with the client"
     load_own(tail, s.moment.model_of(s.name))
     server.eval()
     tail.eval()
@@ -209,7 +237,9 @@ def _labels(s: Subject, seed: int) -> LabelLeakage | None:
     with torch.enable_grad():
         loss = task.row_losses(as_tuple(tail(leaves)), s.samples.y).sum()
         found = torch.autograd.grad(loss, [leaf for leaf in leaves if leaf.requires_grad])
-    return label_leakage(torch.cat([g.flatten(1) for g in found], 1), s.samples.y, seed=seed)
+    counting = s.samples.y >= 0
+    gradients = torch.cat([g.flatten(1) for g in found], 1)
+    return label_leakage(gradients[counting], s.samples.y[counting], seed=seed)
 
 
 def comparisons(findings: Sequence[Finding]) -> list[str]:

@@ -60,9 +60,9 @@ class Hijack:
     ) -> None:
         """`auxiliary` are N samples of the clients' kind, `code` is the shape s... of smashed data.
 
-        `labelled`: the critic sees labels, too. `nonnegative` where the client part ends in a ReLU: codes that it
-        cannot take would never be reached. The autoencoder makes `ahead` steps of `batch` rows before it begins, then
-        one with each of the critic's `critic_steps` per call of `gradients`.
+        `labelled`: the critic sees labels, too, which are classes. `nonnegative` where the client part ends in a ReLU:
+        codes that it cannot take would never be reached. The autoencoder makes `ahead` steps of `batch` rows before it
+        begins, then one with each of the critic's `critic_steps` per call of `gradients`.
         """
         check_real(auxiliary.x, "the auxiliary inputs")
         check_rows(LEAST, "for an attacker's auxiliary data", auxiliary=auxiliary.x, labels=auxiliary.y)
@@ -119,7 +119,8 @@ class Hijack:
         """Codes [R, s...], and where labels count, a plane for each class: [R, channels + classes, ...]."""
         if not self._classes:
             return code
-        ones = functional.one_hot(labels.clamp(max=self._classes - 1), self._classes).to(code)
+        ones = functional.one_hot(labels.clamp(0, self._classes - 1), self._classes).to(code)
+        ones = ones * (labels >= 0).to(code)[:, None]  # a class that does not count has no plane
         planes = ones.view(*ones.shape, *[1] * (code.dim() - 2)).expand(-1, -1, *code.shape[2:])
         return torch.cat([code, planes], 1)
 

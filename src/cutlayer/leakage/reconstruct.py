@@ -6,10 +6,11 @@ Auxiliary data are of the clients' distribution and share no sample with them. W
   (He, Zhang & Lee, ACSAC 2019: "black box" with query access). A server that receives client models, or one that
   belongs to a client too, is in this place.
 - "smashed": only the smashed data observed, their labels, and its own server part. It trains a surrogate client part on
-  auxiliary data so that the server part classifies its output (PCAT, Gao & Zhang, USENIX Security 2023) and so that
-  that output is distributed as the observed smashed data. SDAR (Zhu et al., arXiv 2310.10483) does the latter with a
-  discriminator; here it is the mean and the deviation of every value, class by class: weaker, but it cannot diverge.
-  The decoder is trained on the surrogate's output. Without a server part only the matching is left.
+  auxiliary data so that the server part solves the task on its output (PCAT, Gao & Zhang, USENIX Security 2023) and so
+  that that output is distributed as the observed smashed data. SDAR (Zhu et al., arXiv 2310.10483) does the latter with
+  a discriminator; here it is the mean and the deviation of every value, class by class (over all rows where labels are
+  not classes): weaker, but it cannot diverge. The decoder is trained on the surrogate's output. Without a server part
+  only the matching is left.
 
 What is reported is what THIS attacker reached with this budget: a lower bound on what can be done, never a guarantee.
 
@@ -32,10 +33,14 @@ from torch.nn import functional
 from cutlayer import seeds
 from cutlayer.data.samples import Samples
 from cutlayer.errors import ConfigError, DataError, unknown
+from cutlayer.gradients import mean_loss
 from cutlayer.leakage.fitting import Budget, fit
 from cutlayer.leakage.inputs import Client, Scale, check_real, is_random, smash, split
 from cutlayer.leakage.networks import Classifier, Encoder, decoder
 from cutlayer.rows import check_rows, flat
+from cutlayer.tasks import Task
+from cutlayer.tasks.classification import Classification
+from cutlayer.types import as_tuple
 
 Knowledge = Literal["model", "smashed"]
 
@@ -50,14 +55,14 @@ class Quality:
     """How near reconstructions are to the inputs.
 
     `mse` in squared units of x; `psnr` in dB, 10 log10(range^2 / mse) with the auxiliary data's range; `ssim` the mean
-    structural similarity (Wang et al. 2004), None where x are no pictures of at least 3x3; `accuracy` of a classifier
-    that was trained on true auxiliary inputs.
+    structural similarity (Wang et al. 2004), None where x are not pictures of at least 3x3; `accuracy` of a classifier
+    that was trained on true auxiliary inputs, None where labels are not classes.
     """
 
     mse: float
     psnr: float
     ssim: float | None
-    accuracy: float
+    accuracy: float | None
 
     def explained(self, mean_input: Quality) -> float:
         """1 - mse / mse of the mean input."""
@@ -69,15 +74,16 @@ class Reconstruction:
     """The attack beside attackers that do nothing: all of them guess the same n targets.
 
     `mean_input` answers with the mean auxiliary input, `nearest` with the auxiliary input whose smashed data (by the
-    client part, or by the surrogate) lie nearest. `true_accuracy` is the classifier's on the true inputs. `explained`
-    is 1 - mse / mse of the mean input: 0 for an attack that learned nothing, 1 for a perfect one.
+    client part, or by the surrogate) lie nearest. `true_accuracy` is the classifier's on the true inputs (None where
+    labels are not classes). `explained` is 1 - mse / mse of the mean input: 0 for an attack that learned nothing, 1 for
+    a perfect one.
     """
 
     knowledge: Knowledge
     attack: Quality
     mean_input: Quality
     nearest: Quality
-    true_accuracy: float
+    true_accuracy: float | None
     explained: float
     steps: int
     auxiliary: int
@@ -105,18 +111,21 @@ def reconstruct(
     defence: Client | None = None,
     knowledge: Knowledge = "model",
     labelled: bool = True,
+    task: Task | None = None,
     seed: int = 0,
     budget: Budget = BUDGET,
 ) -> Reconstructed:
-    """Attack the smashed data z [n, s...] of x [n, ...] with labels y [n].
+    """Attack the smashed data z [n, s...] of x [n, ...] with labels y [n, t...], which are those of `task`
+    (classification by default).
 
     "model" needs `client` (deterministic or with noise of its own; only called). "smashed" may have `server` (smashed
-    data to logits; not trained here) and `surrogate` (the attacker's guess at the client part's architecture, fresh
-    weights; trained in place; by default a small network fitted to the shapes) and `defence`: what is done to the
-    client part's output before it is sent, such as noise, since a defence's settings are no secret. x serves for
-    scoring only; so does y where labels stay with the clients (not `labelled`). Raises DataError: fewer than 100
-    auxiliary samples, shapes that differ, NaN, tokens; ConfigError: no `client`.
+    data to the model's outputs; not trained here) and `surrogate` (the attacker's guess at the client part's
+    architecture, fresh weights; trained in place; by default a small network fitted to the shapes) and `defence`: what
+    is done to the client part's output before it is sent, such as noise, since a defence's settings are not a secret. x
+    serves for scoring only; so does y where labels stay with the clients (not `labelled`). Raises DataError: fewer than
+    100 auxiliary samples, shapes that differ, NaN, tokens; ConfigError: no `client`.
     """
+    task = task or Classification()
     if knowledge not in get_args(Knowledge):
         raise ConfigError(unknown("knowledge", knowledge, get_args(Knowledge)))
     if knowledge == "model" and client is None:
@@ -137,14 +146,11 @@ def reconstruct(
         assert client is not None
         encode: Client = client
     else:
-        seen, own, of_held = y, train, held
-        if not labelled:  # everything is of one class
-            seen = torch.zeros_like(y)
-            own, of_held = (Samples(part.x, torch.zeros_like(part.y)) for part in (train, held))
-        encode = _surrogate(z, seen, own, of_held, server, surrogate, defence, seed, budget)
+        used = task if labelled else None
+        encode = _surrogate(z, y, train, held, server, surrogate, defence, used, seed, budget)
     attack, steps = _decoder(encode, z if knowledge == "smashed" else None, train, held, seed, budget)
 
-    judge = _judge(train, held, seed)
+    judge = _judge(train, held, task, seed)
     guess = attack(z)
     with torch.no_grad():
         found = _nearest(smash(encode, train.x, seed, "neighbours"), z)
@@ -164,13 +170,15 @@ def reconstruct(
     return Reconstructed(report, x[:64].detach().cpu(), guess[:64].cpu())
 
 
-def score(x: Tensor, y: Tensor, guess: Tensor, auxiliary: Samples, seed: int = 0) -> tuple[Quality, Quality]:
-    """How near guesses [n, ...] at x [n, ...] with labels y [n] are, and how near the mean auxiliary input is.
+def score(
+    x: Tensor, y: Tensor, guess: Tensor, auxiliary: Samples, seed: int = 0, task: Task | None = None
+) -> tuple[Quality, Quality]:
+    """How near guesses [n, ...] at x [n, ...] with labels y [n, t...] are, and how near the mean auxiliary input is.
 
-    The judge is trained on the auxiliary samples.
+    The judge is trained on the auxiliary samples; the labels are those of `task` (classification by default).
     """
     train, held = _halves(auxiliary, seed)
-    judge = _judge(train, held, seed)
+    judge = _judge(train, held, task or Classification(), seed)
     return judge.quality(x, guess, y), judge.quality(x, train.x.mean(0).expand_as(x), y)
 
 
@@ -182,19 +190,28 @@ def _halves(auxiliary: Samples, seed: int) -> tuple[Samples, Samples]:
 
 
 class Judge:
-    """Scores reconstructions; its classifier and its range come from true auxiliary inputs."""
+    """Scores reconstructions; its range comes from true auxiliary inputs, and so does its classifier, which exists only
+    where labels are `classes`. Rows whose class does not count (below 0) it leaves out.
+    """
 
-    def __init__(self, train: Samples, held: Samples, seed: int) -> None:
-        shape = tuple(train.x.shape[1:])
+    def __init__(self, train: Samples, held: Samples, classes: bool, seed: int) -> None:
         self._centre, self._unit = float(train.x.mean()), float(train.x.std()) or 1.0
         self._range = float(train.x.max() - train.x.min()) or 1.0
-        classes = int(max(train.y.max(), held.y.max())) + 1
+        self._classifier: Classifier | None = None
+        if classes:
+            self._learn(_classed(train), _classed(held), seed)
+
+    def _learn(self, train: Samples, held: Samples, seed: int) -> None:
+        if not (len(train) and len(held)):
+            return
+        scored = int(max(train.y.max(), held.y.max())) + 1
         with seeds.torch_seeded(seed, "leakage", "classifier"):
-            self._classifier = Classifier(shape, classes).to(train.x.device)
+            classifier = Classifier(tuple(train.x.shape[1:]), scored).to(train.x.device)
+        self._classifier = classifier
         fit(
-            self._classifier,
-            lambda rows: functional.cross_entropy(self._logits(train.x[rows]), train.y[rows]),
-            lambda: functional.cross_entropy(self._logits(held.x), held.y),
+            classifier,
+            lambda rows: functional.cross_entropy(self._logits(classifier, train.x[rows]), train.y[rows]),
+            lambda: functional.cross_entropy(self._logits(classifier, held.x), held.y),
             len(train),
             _CLASSIFIER,
             seed,
@@ -202,16 +219,18 @@ class Judge:
             device=train.x.device,
         )
 
-    def _logits(self, x: Tensor) -> Tensor:
-        logits: Tensor = self._classifier((x.float() - self._centre) / self._unit)
+    def _logits(self, classifier: Classifier, x: Tensor) -> Tensor:
+        logits: Tensor = classifier((x.float() - self._centre) / self._unit)
         return logits
 
     @torch.no_grad()
-    def accuracy(self, x: Tensor, y: Tensor) -> float:
-        """The classifier's accuracy on x [n, ...]."""
-        return float(
-            sum((self._logits(a).argmax(1) == b).sum() for a, b in zip(x.split(256), y.split(256), strict=True))
-        ) / len(y)
+    def accuracy(self, x: Tensor, y: Tensor) -> float | None:
+        """The classifier's accuracy on x [n, ...] with labels y [n]; None without a classifier, or rows that count."""
+        judged = None if self._classifier is None else _classed(Samples(x, y))
+        if self._classifier is None or not judged:
+            return None
+        parts = zip(judged.x.split(256), judged.y.split(256), strict=True)
+        return float(sum((self._logits(self._classifier, a).argmax(1) == b).sum() for a, b in parts)) / len(judged)
 
     def quality(self, x: Tensor, guess: Tensor, y: Tensor) -> Quality:
         """How near `guess` [n, ...] is to x [n, ...]."""
@@ -220,17 +239,24 @@ class Judge:
         return Quality(mse, psnr, ssim(x, guess, self._range), self.accuracy(guess, y))
 
 
-_LAST: list[tuple[Samples, Samples, int, Judge]] = []
+def _classed(samples: Samples) -> Samples:
+    """Those whose class counts."""
+    return samples[(samples.y >= 0).nonzero()[:, 0]] if bool((samples.y < 0).any()) else samples
 
 
-def _judge(train: Samples, held: Samples, seed: int) -> Judge:
+_LAST: list[tuple[Samples, Samples, tuple[bool, int], Judge]] = []
+
+
+def _judge(train: Samples, held: Samples, task: Task, seed: int) -> Judge:
     """The judge for these samples; the last one is kept, since attacks on one run, or on like runs, share theirs."""
+    classes = task.targets == "class"
     for a, b, of, judge in _LAST:
         mine, theirs = (train.x, train.y, held.x, held.y), (a.x, a.y, b.x, b.y)
-        if of == seed and all(m.device == t.device and torch.equal(m, t) for m, t in zip(mine, theirs, strict=True)):
+        same = all(m.device == t.device and torch.equal(m, t) for m, t in zip(mine, theirs, strict=True))
+        if of == (classes, seed) and same:
             return judge
-    judge = Judge(train, held, seed)
-    _LAST[:] = [(train, held, seed, judge)]
+    judge = Judge(train, held, classes, seed)
+    _LAST[:] = [(train, held, (classes, seed), judge)]
     return judge
 
 
@@ -319,17 +345,21 @@ def _surrogate(
     server: nn.Module | None,
     surrogate: nn.Module | None,
     defence: Client | None,
+    task: Task | None,
     seed: int,
     budget: Budget,
 ) -> Client:
-    """Train a stand-in for the client part from observed (z, y), auxiliary data and the server part."""
+    """Train a stand-in for the client part from observed (z, y), auxiliary data and the server part. Without a `task`
+    the attacker has no labels.
+    """
+    of = _classes if task is not None and task.targets == "class" else _one_class
     device, code = z.device, tuple(z.shape[1:])
     with seeds.torch_seeded(seed, "leakage", "surrogate"):
         model = surrogate or Encoder(
             tuple(train.x.shape[1:]), code, nonnegative=defence is None and bool((z >= 0).all())
         )
         model.to(device)
-    observed, centre, unit = _moments(flat(z), y), train.x.mean(), train.x.std().clamp_min(1e-6)
+    observed, centre, unit = _moments(flat(z), of(y)), train.x.mean(), train.x.std().clamp_min(1e-6)
     spread = flat(z).std(0).square().mean().clamp_min(1e-12)
     frozen = _frozen(server)
 
@@ -340,11 +370,14 @@ def _surrogate(
     def distance(samples: Samples) -> Tensor:
         given = encode(samples.x)
         apart = torch.zeros((), device=device)
-        for label, (mean, deviation, share) in _moments(given.flatten(1), samples.y).items():
+        for label, (mean, deviation, share) in _moments(given.flatten(1), of(samples.y)).items():
             if label in observed:
                 m, s, _ = observed[label]
                 apart = apart + share * ((mean - m).square() + (deviation - s).square()).mean() / spread
-        return apart + (functional.cross_entropy(frozen(given), samples.y) if frozen is not None else 0.0)
+        if frozen is None or task is None:
+            return apart
+        losses = task.row_losses(as_tuple(frozen(given)), samples.y)
+        return apart + mean_loss(losses, task.weights(samples.y))
 
     # Moments per class need more rows than a decoder's step does.
     larger = replace(budget, steps=budget.steps // 2, batch=2 * budget.batch)
@@ -366,6 +399,15 @@ def _frozen(server: nn.Module | None) -> nn.Module | None:
     if server is None:
         return None
     return copy.deepcopy(server).eval().requires_grad_(False)
+
+
+def _classes(y: Tensor) -> Tensor:
+    return y
+
+
+def _one_class(y: Tensor) -> Tensor:
+    """Everything is of one class: [n]."""
+    return torch.zeros(len(y), dtype=torch.int64, device=y.device)
 
 
 def _moments(rows: Tensor, y: Tensor) -> dict[int, tuple[Tensor, Tensor, float]]:

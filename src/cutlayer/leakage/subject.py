@@ -27,8 +27,9 @@ from cutlayer.leakage import dp
 from cutlayer.leakage.inputs import Client, smash
 from cutlayer.models.parts import load_own
 from cutlayer.options import RunConfig
+from cutlayer.plugins import label
 from cutlayer.run import fingerprint, without_own
-from cutlayer.types import as_tuple
+from cutlayer.types import Rows, as_tuple
 from cutlayer.wire import Codec
 from cutlayer.wire.coding import written
 
@@ -37,17 +38,33 @@ _AUXILIARY = 1000
 
 @dataclass(frozen=True)
 class Moment:
-    """A run after `rounds` rounds: its configuration, its parts, the models of its clients, its test accuracy in [0, 1]
-    at the last evaluation until then (None: there was none).
+    """A run after `rounds` rounds: its configuration, its parts, the models of its clients, what its leading metric was
+    on the test samples at the last evaluation until then (None: there was none).
     """
 
     out: Path
     config: RunConfig
     training: Training
     rounds: int
-    accuracy: float | None
+    score: float | None
     models: dict[int, dict[str, Tensor]]
     server: nn.Module | None
+
+    @property
+    def accuracy(self) -> float | None:
+        """The score in [0, 1], where it is an accuracy."""
+        return self.score if self.training.task.leading == "accuracy" else None
+
+    @property
+    def classes(self) -> bool:
+        """Whether each sample's label is one class, so that labels can be told apart."""
+        return self.training.task.targets == "class"
+
+    @property
+    def task_title(self) -> str:
+        """What targets are: a clause that says why something about classes is not measured."""
+        what = {"class": "one class per sample", "classes": "several classes per sample", "numbers": "numbers"}
+        return f"the targets of the task {label(self.config.task)!r} are {what[self.training.task.targets]}"
 
     def model_of(self, client: int) -> dict[str, Tensor]:
         """The model that meets this client's data: its own, or the one that travels."""
@@ -61,8 +78,8 @@ class Subject:
     It owns `owned` samples; `samples` are n of these, `z` [n, s...] their smashed data as they are sent. `client` makes
     smashed data of any inputs, as the client would send them, `bare` without noise and quantisation; `defence` is what
     lies between.
-    `auxiliary` are N samples that no client has. `server` goes from smashed data to logits (None where it has no such
-    part). `fresh` is the client's part with new weights, which takes inputs to smashed data: a guess at the
+    `auxiliary` are N samples that no client has. `server` goes from smashed data to the model's outputs (None where it
+    has no such part). `fresh` is the client's part with new weights, which takes inputs to smashed data: a guess at the
     architecture.
     """
 
@@ -107,7 +124,7 @@ def moments(out: Path, snapshots: bool = False) -> list[Moment]:
     """A run at its last checkpoint; with `snapshots`, at each of these before.
 
     Raises RunFolderError where there are no client models to look at; ConfigError where none of its algorithm ever
-    sends smashed data.
+    sends smashed data; DataError where inputs are not one tensor of real numbers per sample.
     """
     config = RunConfig.of(without_own(stored_config(out), out, model=None, data=None, loss=None))
     if config.traits.whole:
@@ -131,6 +148,7 @@ def moments(out: Path, snapshots: bool = False) -> list[Moment]:
             f"{str(out)!r} was trained on other data, or with another model, than its configuration names now: put "
             "back what it was trained with"
         )
+    _check_inputs(out, training.source.train)
     evaluations = list(read_records(out / EVALUATIONS))
     found = []
     paths = sorted((out / SNAPSHOTS).glob("round-*.safetensors")) if snapshots else []
@@ -148,6 +166,22 @@ def moments(out: Path, snapshots: bool = False) -> list[Moment]:
     models = {k: dict(training.clients.model_state(k)) for k in whose}
     found.append(_moment(out, config, training, state["rounds"], evaluations, models, training.server.model))
     return found
+
+
+def _check_inputs(out: Path, samples: Samples) -> None:
+    """What attackers look for must be one tensor of real numbers per sample. Raises DataError."""
+    count = len(samples.rows)
+    if count > 1:
+        raise DataError(
+            f"{str(out)!r} has {count} tensors of inputs per sample: reconstruction and the measures of information "
+            "are about one tensor of real numbers; name runs with such data"
+        )
+    if not samples.x.is_floating_point():
+        kind = str(samples.x.dtype).removeprefix("torch.")
+        raise DataError(
+            f"{str(out)!r} has inputs of type {kind}, such as tokens: reconstructions are judged by their squared "
+            "error, which only real numbers have; name runs whose inputs are real numbers"
+        )
 
 
 def _moment(
@@ -241,14 +275,14 @@ class _Lower(nn.Module):
 
 
 class _Server(nn.Module):
-    """A server part that takes the one tensor that crosses, and gives logits."""
+    """A server part that takes the one tensor that crosses, and gives all outputs of the model."""
 
     def __init__(self, part: nn.Module) -> None:
         super().__init__()
         self.part = part
 
-    def forward(self, z: Tensor) -> Tensor:
-        return as_tuple(self.part((z,)))[0]
+    def forward(self, z: Tensor) -> Rows:
+        return as_tuple(self.part((z,)))
 
 
 def _served(moment: Moment) -> nn.Module | None:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from cutlayer.text import format_score
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -55,7 +57,12 @@ def notes(findings: Sequence[Finding]) -> list[str]:
                 f"a little above 0.5), {shown.cosine_auc:.2f} by direction (0.5), {shown.cluster_accuracy:.0%} by "
                 f"clusters (always the commonest: {shown.majority:.0%})"
             ] = None
+        said |= dict.fromkeys(_missing(f.run, f.not_measured))
     return list(said)
+
+
+def _missing(run: str, not_measured: Mapping[str, str]) -> list[str]:
+    return [f"{_short(run)}: {what} not measured: {why}." for what, why in not_measured.items()]
 
 
 def as_json(findings: Sequence[Finding], sentences: Sequence[str], hijacked: Sequence[Hijacked] = ()) -> str:
@@ -100,6 +107,9 @@ def active_notes(hijacked: Sequence[Hijacked]) -> list[str]:
         "suspicious (notice: so many clients of those that watch; suspect it: the same of the honest server). A "
         "hijacker shares no gradients, whatever the algorithm."
     ]
+    if not any(h.hijacked for h in hijacked):
+        said.clear()
+    said += dict.fromkeys(line for h in hijacked for line in _missing(h.run, h.not_measured))
     lost = [h for h in hijacked if h.explained < 0]
     if lost:
         said.append(
@@ -110,16 +120,19 @@ def active_notes(hijacked: Sequence[Hijacked]) -> list[str]:
     return said
 
 
+_NOT = "not measured"
 _HIJACKS = {False: "ignores labels", True: "knows labels"}
 
 
 def _scores(watched: Sequence[Watched]) -> str:
+    if not watched:
+        return _NOT
     scores = [w.score for w in watched if w.score is not None]
     return f"{min(scores):.2f} to {max(scores):.2f}" if scores else "nothing to see"
 
 
 def _suspicious(watched: Sequence[Watched]) -> str:
-    return f"{sum(w.suspicious for w in watched)} of {len(watched)}"
+    return f"{sum(w.suspicious for w in watched)} of {len(watched)}" if watched else _NOT
 
 
 def pictures(
@@ -201,12 +214,12 @@ def _attacks(findings: Sequence[Finding]) -> Table:
     ]
     table = Table(*columns, title="Reconstruction of private inputs by the server")
     for f in findings:
-        accuracy = "" if f.accuracy is None else f"{f.accuracy:.1%}"
+        score = "" if f.score is None else format_score(f.metric, f.score, share=f.share)
         for knowledge, r in f.attacks.items():
             similar = "" if r.attack.ssim is None else f"{r.attack.ssim:.2f}"
             table.add_row(
                 _name(f),
-                accuracy,
+                score,
                 _KNOWS[knowledge],
                 f"{r.attack.mse:.4f}",
                 f"{r.mean_input.mse:.4f}",
@@ -214,8 +227,8 @@ def _attacks(findings: Sequence[Finding]) -> Table:
                 f"{r.attack.psnr:.1f} dB",
                 similar,
                 f"{r.explained:.0%}",
-                f"{r.attack.accuracy:.0%}",
-                f"{r.true_accuracy:.0%}",
+                _NOT if r.attack.accuracy is None else f"{r.attack.accuracy:.0%}",
+                _NOT if r.true_accuracy is None else f"{r.true_accuracy:.0%}",
             )
     return table
 
