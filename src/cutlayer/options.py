@@ -696,10 +696,16 @@ class PlanConfig(FleetConfig):
     """Real numbers, in the type that precision says, or integers, such as token ids."""
     freeze: str | None = _field(None, WHAT)
     """A regular expression: parameters in whose names it is found are not trained and not sent."""
+    task: str = _field("classification", DATA)
+    """What is learnt (see `cutlayer list tasks`), or your own: path/to/file.py:name. It says how many numbers a
+    built-in model gives, and how large a label is."""
+    target: tuple[int, ...] | None = _field(None, DATA)
+    """The shape of one sample's target, if it is not one class or number, such as 3 for three quantities. Default: for
+    a class in each place, the input's shape without its channels."""
     classes: int = _field(10, DATA, ge=2)
     """Number of classes of a built-in model."""
-    label_bytes: int = _field(8, DATA, ge=0)
-    """Bytes of one sample's label."""
+    label_bytes: int | None = _field(None, DATA, ge=0)
+    """Bytes of one sample's label. Default: 8 for each class, 4 for each number of the target."""
     clients: int = _field(10, CLIENTS, ge=1)
     """Number of clients, C."""
     samples_per_client: int = _field(1000, CLIENTS, ge=1)
@@ -729,6 +735,30 @@ class PlanConfig(FleetConfig):
         """The algorithms, with those of their options that `traffic` reads, and the model."""
         return [_planned(plugins.find("algorithm", name)) for name in self.algorithms] + _models(self.model)
 
+    def _check_targets(self, given: frozenset[str]) -> None:
+        """Raises ConfigError for a task that there is not, or options of targets without effect."""
+        targets = plugins.find("task", self.task).facts["targets"]
+        if "classes" in given and targets == "numbers":
+            raise ConfigError(
+                f"classes = {self.classes} has no effect on the task {self.task!r}, whose targets are numbers: leave "
+                "it out, and give their shape with target"
+            )
+        if "target" in given and targets == "class":
+            raise ConfigError(
+                f"target = {list(self.target or ())} has no effect on the task {self.task!r}, which has one class per "
+                "sample: leave it out"
+            )
+        if self.target and min(self.target) < 1:
+            raise ConfigError(f"target = {list(self.target)} is not a shape: give sizes of 1 or more, e.g. --target 3")
+
+    @property
+    def targets(self) -> tuple[int, ...]:
+        """The shape of one sample's target."""
+        kind = plugins.find("task", self.task).facts["targets"]
+        if self.target is not None or kind != "classes":
+            return self.target or ()
+        return self.input[1:] or self.input
+
     def algorithm(self, name: str) -> Any:
         """One of the algorithms, with its options. Raises ConfigError."""
         reference = self.reference(name)
@@ -751,6 +781,7 @@ class PlanConfig(FleetConfig):
             )
         if "classes" in given and not plugins.known("model", self.model):
             raise ConfigError(f"classes = {self.classes} has no effect on a model of your own: leave it out")
+        self._check_targets(given)
         self.check_fleet(given)
         needs = (("servers", "server_device"), ("energy_budget", "client_device"), ("seed", "client_device"))
         for option, needed in needs:

@@ -29,7 +29,8 @@ from cutlayer.costs.fleet import fleet
 from cutlayer.costs.flops import Flops, ModelFlops, count
 from cutlayer.costs.ledger import CONVENTIONS
 from cutlayer.costs.measure import candidates, example, measure, placed, survey
-from cutlayer.costs.plan import plan
+from cutlayer.costs.plan import label_bytes, plan
+from cutlayer.data.samples import Samples, Source
 from cutlayer.models.cut import cut_unproved
 from cutlayer.models.zoo import build
 from cutlayer.options import PlanConfig
@@ -104,6 +105,48 @@ def test_cuts_without_values_are_those_with_values(model: str, at: str) -> None:
 
 
 # ---- by hand --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("task", "target", "label"),
+    [("regression", (), 4), ("regression", (2,), 8), ("multilabel", (2,), 8), ("binary", (), 8)],
+)
+def test_a_plan_counts_targets_as_a_run_does(task: str, target: tuple[int, ...], label: int) -> None:
+    """The model's width and the bytes of labels follow from the task, and from the shape of one sample's target."""
+    config = PlanConfig.of(
+        {
+            "model": "mlp", "input": (6,), "task": task, "algorithms": ("psl", "cl"), "clients": 2,
+            "samples_per_client": 16, "batch": 8, "cut": "hidden2", **({"target": target} if target else {}),
+        }
+    )  # fmt: skip
+    found = plan(config)
+    x, y = torch.randn(44, 6), (torch.randn(44, *target) > 0)
+    y = y.long() if task == "binary" else y.float()
+    held = Samples(x[32:38], y[32:38])
+    names = ("no", "yes") if task == "binary" else ()
+    source = Source("drawn", Samples(x[:32], y[:32]), held, Samples(x[38:], y[38:]), names)
+    for cost in found.costs:
+        own = {} if cost.algorithm == "cl" else {"cut": "hidden2"}
+        options = {"model": "mlp", "task": task, "clients": 2, "batch": 8, "rounds": 1, **own}
+        run = Run(algorithm=cost.algorithm, data=source, **options)
+        run.run()
+        ledger, e = run.training.ledger, cost.expected
+        assert (ledger.total("up"), ledger.total("down")) == (e.up + e.once_up, e.down)
+        assert ledger.total("up", "paper") + ledger.total("down", "paper") == e.paper
+    assert found.as_dict()["model"]["label_bytes"] == label
+
+
+def test_a_class_for_each_place() -> None:
+    """Targets have the input's shape without its channels, if no other is given; a vector of tokens is all of it."""
+
+    def label(**options: Any) -> int:
+        return label_bytes(PlanConfig.of(options))
+
+    assert label(task="segmentation", input=(3, 8, 9)) == 8 * 72
+    assert label(task="segmentation", input=(3, 8, 9), target=(4, 4)) == 8 * 16
+    assert label(task="tokens", input=(12,), input_type="int64") == 8 * 12
+    assert label(task="regression", target=(5, 2)) == 40
+    assert label(task="regression", target=(5, 2), label_bytes=20) == 20
 
 
 def small() -> nn.Module:
@@ -597,6 +640,10 @@ def no_module() -> Any:
         ({"algorithms": ("ussl",)}, ["ussl cannot be planned", "`traffic`", "--algorithms sglr"]),
         ({"algorithms": ("fl", "fl")}, ["'fl' twice"]),
         ({"algorithms": ()}, ["algorithms is empty"]),
+        ({"task": "regresion"}, ["unknown task 'regresion'", "did you mean 'regression'"]),
+        ({"task": "regression", "classes": 3}, ["classes = 3", "'regression'", "give their shape with target"]),
+        ({"task": "binary", "target": (3,)}, ["target = [3]", "'binary'", "leave it out"]),
+        ({"task": "regression", "target": (0,)}, ["target = [0]", "sizes of 1 or more"]),
         ({"precision": "float8"}, ["'float8'", "float32, bfloat16, float16"]),
     ],
 )

@@ -142,6 +142,7 @@ class Plan:
                 "flops_forward": m.flops.whole.forward,
                 "flops_training": m.flops.whole.training,
                 "raw_bytes": work.raw,
+                "label_bytes": work.label,
             },
             "cut": m.name,
             "judged_by": self.judged,
@@ -205,9 +206,23 @@ def workload(m: Measured, config: PlanConfig) -> Workload:
         clients=config.clients,
         samples_per_client=config.samples_per_client,
         batch=config.batch,
-        label=config.label_bytes,
+        label=label_bytes(config),
         raw=math.prod(config.input) * item,
     )
+
+
+def label_bytes(config: PlanConfig) -> int:
+    """Bytes of one sample's label: as given, or as a run sends targets."""
+    if config.label_bytes is not None:
+        return config.label_bytes
+    numbers = plugins.find("task", config.task).facts["targets"] == "numbers"
+    return math.prod(config.targets) * (torch.float32 if numbers else torch.int64).itemsize
+
+
+def _width(config: PlanConfig) -> int:
+    """How many numbers a built-in model gives for a row, or for a place."""
+    task = plugins.load("task", config.task)()
+    return int(task.width(torch.zeros(1, *config.targets), config.classes))
 
 
 def flops_share(m: Measured) -> float:
@@ -220,9 +235,9 @@ def _on_meta(config: PlanConfig, model: nn.Module | Callable[..., nn.Module] | N
     dtype = getattr(torch, config.precision)
     if model is None:
         options = config.options_of(plugins.find("model", config.model))
-        net = load_model(config.model, config.input, config.classes, **options)
+        net = load_model(config.model, config.input, _width(config), **options)
     else:
-        net = model if isinstance(model, nn.Module) else make(model, config.input, config.classes)
+        net = model if isinstance(model, nn.Module) else make(model, config.input, _width(config))
     try:
         net = placed(net, dtype)
     except Exception as error:  # the user's module: anything can come out
