@@ -22,8 +22,8 @@ client_clip_grad_norm server_optimizer server_optimizer_options server_lr server
 server_accumulate param_groups lr_schedule server_lr_schedule lr_warmup up_codec cache_features down_codec defences
 engine device precision memory_limit eval_every eval_clients checkpoint_every keep_best snapshot_every"""
 
-PLAN = """model cut algorithms input input_type freeze classes label_bytes clients samples_per_client batch precision
-client_optimizer memory_budget energy_budget servers seed"""
+PLAN = """model cut algorithms input input_type freeze task target classes label_bytes clients samples_per_client
+batch precision client_optimizer memory_budget energy_budget servers seed"""
 
 METRICS = """accuracy majority recall balanced_accuracy macro_f1 confusion iou miou dice auroc average_precision mae
 rmse r2 perplexity"""
