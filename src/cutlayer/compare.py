@@ -20,24 +20,27 @@ from cutlayer.models.weights import renewed
 from cutlayer.options import CompareConfig, RunConfig, by_reference, from_anywhere, overlaid
 from cutlayer.plugins import label
 from cutlayer.run import Record, Result, Run, Spent, own_objective, own_things, without_own
-from cutlayer.summary import mean_of_known
+from cutlayer.summary import mean_of_known, spread
 from cutlayer.tasks.own_loss import Loss
 
 
 @dataclass(frozen=True)
 class Row(Spent):
-    """One line of the table: an entry over its seeds. Accuracies in [0, 1], sample standard deviations; all else are
-    means over seeds, bytes those of training.
+    """One line of the table: an entry over its seeds. Scores are of `metric` (a `share` is in [0, 1]), with sample
+    standard deviations; all else are means over seeds, bytes those of training.
     """
 
     entry: str
     algorithm: str
     title: str
     seeds: tuple[int, ...]
-    accuracy_mean: float
-    accuracy_std: float | None
-    best_accuracy_mean: float
-    best_accuracy_std: float | None
+    metric: str
+    share: bool
+    maximise: bool
+    score_mean: float | None
+    score_std: float | None
+    best_score_mean: float | None
+    best_score_std: float | None
     steps: float
     steps_per_second: float
     samples_per_second: float
@@ -182,18 +185,24 @@ def _row(entry: str, configs: Mapping[int, RunConfig], results: Mapping[int, Res
     def mean(name: str) -> float:
         return statistics.fmean(getattr(r, name) for r in results.values())
 
-    def spread(name: str) -> float | None:
-        return statistics.stdev(getattr(r, name) for r in results.values()) if len(results) > 1 else None
+    def scores(name: str) -> tuple[float | None, float | None]:
+        found = [getattr(r, name) for r in results.values()]
+        return (None, None) if None in found else spread(found)
 
+    last, best = scores("test_score"), scores("best_test_score")
+    result = next(iter(results.values()))
     return Row(
         entry=entry,
         algorithm=algorithm,
         title=first.title if entry == label(algorithm) else entry,
         seeds=tuple(results),
-        accuracy_mean=mean("test_score"),
-        accuracy_std=spread("test_score"),
-        best_accuracy_mean=mean("best_test_score"),
-        best_accuracy_std=spread("best_test_score"),
+        metric=result.metric,
+        share=result.share,
+        maximise=result.maximise,
+        score_mean=last[0],
+        score_std=last[1],
+        best_score_mean=best[0],
+        best_score_std=best[1],
         steps=mean("steps"),
         steps_per_second=mean("steps_per_second"),
         samples_per_second=mean("samples_per_second"),

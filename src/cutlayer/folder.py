@@ -32,7 +32,7 @@ from cutlayer.files import replace_file, unwritable
 from cutlayer.options import read_toml
 
 STEPS, EVALUATIONS = "steps.jsonl", "evaluations.jsonl"
-ALGORITHM, CLASSES, DATA = "algorithm.json", "classes.json", "data.json"
+ALGORITHM, CLASSES, DATA, METRIC = "algorithm.json", "classes.json", "data.json", "metric.json"
 SNAPSHOTS = "snapshots"
 LAST, BEST = "last.safetensors", "best.safetensors"
 CHECKPOINT, RESULT, COMPARISON = "checkpoint.safetensors", "result.json", "comparison.json"
@@ -44,6 +44,7 @@ OWN_FILES = (
     ALGORITHM,
     CLASSES,
     DATA,
+    METRIC,
     EVENTS,
     SNAPSHOTS,
     CHECKPOINT,

@@ -30,6 +30,7 @@ from cutlayer.folder import (
     DATA,
     EVALUATIONS,
     LAST,
+    METRIC,
     RESULT,
     SNAPSHOTS,
     STEPS,
@@ -117,7 +118,8 @@ class Scores(Modelled):
 class Result(Spent):
     """What a finished run comes to.
 
-    `metric` is the primary one, of which the scores are; `share`: it is a fraction in [0, 1]. `test_score` is that of
+    `metric` is the primary one, of which the scores are; `share`: it is a fraction in [0, 1]; `maximise`:
+    more of it is better. `test_score` is that of
     the last evaluation; `best_test_score` that of the evaluation with the best validation score (the paper reports
     such a one). `test` holds all metrics at the end; they are means over the clients' models. `bytes` holds one row per
     direction and kind, under every convention. `measured_by` says by what the energy of this process's machine is
@@ -128,6 +130,7 @@ class Result(Spent):
     engine: str
     metric: str
     share: bool
+    maximise: bool
     test_score: float | None
     best_test_score: float | None
     best_round: int
@@ -271,6 +274,7 @@ class Run:
             owners = list(t.source.owner_names) if self.config.partition == "column" else []
             folder.write_json(CLASSES, {"class_names": names, "client_names": owners, "counts": t.counts.tolist()})
             folder.write_json(DATA, t.source.described())
+            folder.write_json(METRIC, {"name": t.task.leading, "share": t.task.share, "maximise": t.task.maximise})
         for index in range(self._start_round, t.rounds):
             with self._meter:
                 for record in self._round(index):
@@ -441,6 +445,7 @@ class Run:
             engine=self.training.engine,
             metric=self.training.task.leading,
             share=self.training.task.share,
+            maximise=self.training.task.maximise,
             test_score=self.evaluations[-1].test_score,
             best_test_score=best.test_score,
             best_round=best.round,

@@ -50,9 +50,22 @@ def format_rate(value: float) -> str:
     return f"{value:.1f}" if value >= 9.995 else f"{value:.2f}" if value >= 0.9995 else f"{value:.3g}"
 
 
-def format_percent(mean: float, std: float | None) -> str:
-    """An accuracy in [0, 1] as a percentage, with its spread where there is one: 87.31 ± 0.42."""
-    return f"{100 * mean:.2f}" + ("" if std is None else f" ± {100 * std:.2f}")
+def format_figure(mean: float | None, std: float | None = None, *, share: bool) -> str:
+    """A score without its unit, with its spread where there is one: a fraction in per cent, 87.31 ± 0.42; else 53.1."""
+    if mean is None:
+        return "not defined"
+    scale, form = (100, ".2f") if share else (1, ".4g")
+    return f"{scale * mean:{form}}" + ("" if std is None else f" ± {scale * std:{form if share else '.2g'}}")
+
+
+def spoken(metric: str) -> str:
+    """A metric's name in a sentence."""
+    return metric.replace("_", " ")
+
+
+def with_unit(metric: str, *, share: bool) -> str:
+    """What stands above a column or beside an axis: "accuracy (%)", "rmse"."""
+    return f"{spoken(metric)} (%)" if share else spoken(metric)
 
 
 def listed(names: list[str]) -> str:
@@ -67,6 +80,4 @@ def shortened(text: str, length: int) -> str:
 
 def format_score(metric: str, score: float | None, *, share: bool) -> str:
     """A metric and its value: "accuracy 91.20 %" for a fraction, "rmse 53.1" for anything else."""
-    if score is None:
-        return f"{metric} not defined"
-    return f"{metric} {100 * score:.2f} %" if share else f"{metric} {score:.4g}"
+    return f"{spoken(metric)} {format_figure(score, share=share)}" + (" %" if share and score is not None else "")

@@ -225,7 +225,7 @@ def test_comparison_and_the_same_killed_and_resumed(tmp_path: Path) -> None:
     stored = json.loads((quiet / COMPARISON).read_text())["rows"]
     assert [(row["entry"], row["seeds"]) for row in stored] == [("psl", [0, 1]), ("sglr", [0, 1])]
     for row in stored:
-        shown = f"{100 * row['accuracy_mean']:.2f} ± {100 * row['accuracy_std']:.2f}"
+        shown = f"{100 * row['score_mean']:.2f} ± {100 * row['score_std']:.2f}"
         assert any(row["title"] in text and shown in text for text in printed.splitlines())
     pictures = ["curves.png", "classes.png", "report.html"]
     assert {p.name for p in quiet.iterdir()} == {"psl", "sglr", "config.toml", COMPARISON, ".lock", *pictures}

@@ -88,10 +88,10 @@ def make_comparison(
         for seed in seeds:
             make_run(path / name / f"seed-{seed}", algorithm, seed, accuracy=0.8 + 0.02 * seed, **options)
         row = {"entry": name, "algorithm": algorithm, "title": name.upper() if name == algorithm else name}
-        row |= {"seeds": list(seeds), "accuracy_mean": 0.81, "best_accuracy_mean": 0.805}
+        row |= {"seeds": list(seeds), "score_mean": 0.81, "best_score_mean": 0.805}
         row |= {
-            "accuracy_std": 0.0142 if len(seeds) > 1 else None,
-            "best_accuracy_std": 0.02 if len(seeds) > 1 else None,
+            "score_std": 0.0142 if len(seeds) > 1 else None,
+            "best_score_std": 0.02 if len(seeds) > 1 else None,
         }
         row |= {"steps": 8.0, "steps_per_second": 16.04, "samples_per_second": 1234.5, "bytes_up": 12_345_678.0}
         rows.append({**row, "bytes_down": 9e6, "bytes_down_broadcast": 4e6, "seconds": 0.5})

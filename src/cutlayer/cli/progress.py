@@ -18,6 +18,7 @@ from rich.progress import (
 
 from cutlayer.cli.application import out
 from cutlayer.cli.printing import fail
+from cutlayer.text import format_score
 
 if TYPE_CHECKING:
     from cutlayer.run import Record, Run
@@ -30,6 +31,12 @@ def resumable(command: str) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         fail(f"interrupted; go on with: {command}", 130)
+
+
+def _score(run: Run) -> str:
+    """The last evaluation's score."""
+    task = run.training.task
+    return format_score(task.leading, run.evaluations[-1].test_score, share=task.share)
 
 
 class Monitor:
@@ -72,7 +79,7 @@ class Monitor:
             self._next(label, run)
         assert self._task is not None
         self._tell()
-        test = f"  test accuracy {run.evaluations[-1].test_score:.2%}" if run.evaluations else ""
+        test = f"  test {_score(run)}" if run.evaluations else ""
         self._progress.update(self._task, completed=record.round, note=f"loss {record.loss:.3f}{test}")
 
     def _next(self, label: str, run: Run) -> None:
@@ -91,5 +98,5 @@ class Monitor:
         self._seen = len(self._run.evaluations)
         scores = self._run.evaluations[-1]
         if not out.is_terminal:
-            text = f"{self._label}: round {scores.round}/{self._run.rounds}, test accuracy {scores.test_score:.2%}"
+            text = f"{self._label}: round {scores.round}/{self._run.rounds}, test {_score(self._run)}"
             out.print(text, highlight=False, soft_wrap=True)

@@ -10,7 +10,7 @@ from rich.table import Table
 from cutlayer import plugins
 from cutlayer.cli.application import out
 from cutlayer.cli.printing import say, wide
-from cutlayer.text import format_bytes
+from cutlayer.text import format_bytes, format_figure, spoken, with_unit
 
 if TYPE_CHECKING:
     from cutlayer.compare import Row
@@ -28,14 +28,20 @@ def print_result(result: Result) -> None:
     """Print what a run has reached and what it cost."""
     title = plugins.find("algorithm", result.algorithm).title
     out.print(
-        f"\n[bold]{title}[/] ({result.engine} engine): test accuracy "
-        f"[bold]{result.test_score:.2%}[/] (at the best validation accuracy, round {result.best_round}: "
-        f"{result.best_test_score:.2%}); {result.steps} steps, {result.steps_per_second:.1f} steps/s, "
+        f"\n[bold]{title}[/] ({result.engine} engine): test {spoken(result.metric)} "
+        f"[bold]{_score(result.test_score, result)}[/] (at the best validation {spoken(result.metric)}, round "
+        f"{result.best_round}: {_score(result.best_test_score, result)}); {result.steps} steps, "
+        f"{result.steps_per_second:.1f} steps/s, "
         f"{result.samples_per_second:.0f} samples/s; {format_bytes(result.bytes_up)} up, "
         f"{format_bytes(result.bytes_down)} down",
         highlight=False,
     )
     _print_run_costs(result)
+
+
+def _score(score: float | None, result: Result) -> str:
+    """A score with its unit."""
+    return format_figure(score, share=result.share) + "%" * (result.share and score is not None)
 
 
 def _print_run_costs(result: Result) -> None:
@@ -55,12 +61,14 @@ def _print_run_costs(result: Result) -> None:
 
 
 def print_comparison(rows: list[Row]) -> None:
-    """Print the accuracies, the traffic and the costs of all entries."""
-    table = Table(title="Test accuracy: mean ± standard deviation over seeds")
+    """Print the scores, the traffic and the costs of all entries."""
+    metrics = list(dict.fromkeys((row.metric, row.share) for row in rows))
+    metric, share = metrics[0] if len(metrics) == 1 else ("score", False)
+    table = Table(title=f"Test {spoken(metric)}: mean ± standard deviation over seeds")
     names = (
         "",
-        "accuracy %",
-        "at best validation %",
+        spoken(metric) + " %" * share,
+        "at best validation" + " %" * share,
         "steps",
         "steps/s",
         "samples/s",
@@ -73,8 +81,8 @@ def print_comparison(rows: list[Row]) -> None:
     for row in rows:
         table.add_row(
             row.title,
-            _spread(row.accuracy_mean, row.accuracy_std),
-            _spread(row.best_accuracy_mean, row.best_accuracy_std),
+            _figure(row.score_mean, row.score_std, row, len(metrics) > 1),
+            _figure(row.best_score_mean, row.best_score_std, row, len(metrics) > 1),
             f"{row.steps:.0f}",
             f"{row.steps_per_second:.1f}",
             f"{row.samples_per_second:.0f}",
@@ -115,8 +123,9 @@ def _print_costs(rows: list[Row]) -> None:
     wide(140).print(table)
 
 
-def _spread(mean: float, std: float | None) -> str:
-    return f"{100 * mean:.2f}" + ("" if std is None else f" ± {100 * std:.2f}")
+def _figure(mean: float | None, std: float | None, row: Row, named: bool) -> str:
+    """A score, with its metric where rows differ in it."""
+    return f"{with_unit(row.metric, share=row.share)} " * named + format_figure(mean, std, share=row.share)
 
 
 def write_report(folder: Path) -> None:

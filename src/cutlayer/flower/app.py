@@ -175,7 +175,7 @@ def _iterate(run: Run) -> None:
 def _tell(run: Run, told: int) -> int:
     task = run.training.task
     for scores in run.evaluations[told:]:
-        said = format_score(task.primary, scores.test_score, share=task.share)
+        said = format_score(task.leading, scores.test_score, share=task.share)
         log.info("round %d of %d: test %s", scores.round, run.rounds, said)
     return len(run.evaluations)
 

@@ -5,6 +5,7 @@ A single run is a report of one entry with one run. Nothing here imports torch: 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,40 @@ from cutlayer.errors import RunFolderError
 from cutlayer.files import read_json, read_records
 from cutlayer.folder import ALGORITHM, CLASSES, COMPARISON, CONFIG, DATA, EVALUATIONS, RESULT, STEPS, stored_config
 from cutlayer.summary import mean_of_known, spread
+from cutlayer.text import format_figure, spoken, with_unit
+
+
+@dataclass(frozen=True)
+class Measure:
+    """The metric that scores are of. `share`: a fraction, shown in per cent; `maximise`: more is better."""
+
+    name: str = "accuracy"
+    share: bool = True
+    maximise: bool = True
+
+    @property
+    def title(self) -> str:
+        """Its name in a sentence."""
+        return spoken(self.name)
+
+    @property
+    def label(self) -> str:
+        """Its name with its unit."""
+        return with_unit(self.name, share=self.share)
+
+    def figure(self, mean: float | None, std: float | None = None) -> str:
+        """A score without its unit."""
+        return format_figure(mean, std, share=self.share)
+
+    def text(self, score: float | None) -> str:
+        """A score with its unit."""
+        return self.figure(score) + (" %" if self.share and score is not None else "")
+
+    def rank(self, score: float | None) -> tuple[bool, float]:
+        """Larger where it is better; what is not defined is worst."""
+        if score is None or not math.isfinite(score):
+            return False, 0.0
+        return True, score if self.maximise else -score
 
 
 @dataclass(frozen=True)
@@ -31,6 +66,7 @@ class StoredRun:
     counts: list[list[int]]
     about: dict[str, Any]
     result: dict[str, Any] | None
+    measure: Measure = Measure()
     meanings: dict[str, str] = field(default_factory=dict)
     """What the options of the things that it has chosen mean."""
     client_names: list[str] = field(default_factory=list)
@@ -51,18 +87,20 @@ class StoredRun:
 
     @property
     def best(self) -> dict[str, Any]:
-        """The evaluation with the best validation accuracy (the latest of equals), as in the run's own result."""
-        return max(self.evaluations, key=lambda e: (e["validation_score"] or 0.0, e["round"]))
+        """The evaluation with the best validation score (the latest of equals), as in the run's own result."""
+        return max(self.evaluations, key=lambda e: (*self.measure.rank(e["validation_score"]), e["round"]))
 
 
 @dataclass(frozen=True)
 class ResultRow:
-    """One line of the result table. None: not known yet. Accuracies in [0, 1]; bytes are means over seeds."""
+    """One line of the result table. None: not known yet, or not defined. Scores and their spread over seeds; bytes are
+    means over seeds.
+    """
 
     title: str
     seeds: list[int]
-    accuracy: tuple[float, float | None]
-    best_accuracy: tuple[float, float | None]
+    score: tuple[float | None, float | None]
+    best_score: tuple[float | None, float | None]
     steps: float
     steps_per_second: float | None
     samples_per_second: float | None
@@ -88,6 +126,11 @@ class ReportEntry:
         return self.runs[0].about
 
     @property
+    def measure(self) -> Measure:
+        """What its scores are of."""
+        return self.runs[0].measure
+
+    @property
     def facts(self) -> list[dict[str, Any]]:
         """The results of the runs that are done."""
         return [run.result for run in self.runs if run.result is not None]
@@ -103,6 +146,12 @@ class Report:
     comparison: bool
     unfinished: str
     """What is still missing, in a sentence; empty where everything is done."""
+
+    @property
+    def measure(self) -> Measure:
+        """What its scores are of; a plain score where entries differ in it."""
+        found = {entry.measure for entry in self.entries}
+        return found.pop() if len(found) == 1 else Measure("score", share=False)
 
 
 def read(folder: Path) -> Report:
@@ -192,8 +241,8 @@ def _stored(row: dict[str, Any]) -> ResultRow:
     return ResultRow(
         title=str(row["title"]),
         seeds=list(row["seeds"]),
-        accuracy=(row["accuracy_mean"], row["accuracy_std"]),
-        best_accuracy=(row["best_accuracy_mean"], row["best_accuracy_std"]),
+        score=_either(row, "score", "accuracy"),
+        best_score=_either(row, "best_score", "best_accuracy"),
         steps=row["steps"],
         steps_per_second=row["steps_per_second"],
         samples_per_second=row["samples_per_second"],
@@ -201,6 +250,12 @@ def _stored(row: dict[str, Any]) -> ResultRow:
         bytes_down=row["bytes_down"],
         bytes_down_broadcast=row["bytes_down_broadcast"],
     )
+
+
+def _either(row: dict[str, Any], name: str, before: str) -> tuple[float | None, float | None]:
+    """Mean and spread under their name, or under the one that version 0.1.0 gave them."""
+    found = name if f"{name}_mean" in row else before
+    return row[f"{found}_mean"], row[f"{found}_std"]
 
 
 def _measured(title: str, runs: list[StoredRun]) -> ResultRow:
@@ -212,17 +267,16 @@ def _measured(title: str, runs: list[StoredRun]) -> ResultRow:
     def mean(name: str) -> float | None:
         return mean_of_known(fact[name] for fact in facts)
 
-    def accuracy(of: Callable[[StoredRun], float]) -> tuple[float, float | None]:
-        found, std = spread(of(run) for run in used)
-        assert found is not None, "an entry has a run"
-        return found, std
+    def score(of: Callable[[StoredRun], Any]) -> tuple[float | None, float | None]:
+        found = [of(run) for run in used]
+        return (None, None) if None in found else spread(map(float, found))
 
     reached = min(run.evaluations[-1]["epochs"] for run in used)
     return ResultRow(
         title=title,
         seeds=[run.seed for run in used],
-        accuracy=accuracy(lambda run: float(run.evaluations[-1]["test_score"])),
-        best_accuracy=accuracy(lambda run: float(run.best["test_score"])),
+        score=score(lambda run: run.evaluations[-1]["test_score"]),
+        best_score=score(lambda run: run.best["test_score"]),
         steps=mean("steps") or 0.0,
         steps_per_second=mean("steps_per_second"),
         samples_per_second=mean("samples_per_second"),

@@ -63,7 +63,7 @@ class _Curve:
 
 
 def panels(report: Report) -> list[bytes]:
-    """Test accuracy over epochs, training loss over epochs, test accuracy over bytes, and where the runs have a clock
+    """Test score over epochs, training loss over epochs, test score over bytes, and where the runs have a clock
     over virtual time and over energy: a PNG each.
     """
     return [drawn(lambda draw=draw: figure_of(report, [draw])) for draw in _panels(report)]  # type: ignore[misc]
@@ -127,12 +127,11 @@ def figure_of(report: Report, draws: Sequence[Callable[[Axes, Report], None]]) -
     return figure
 
 
-def accuracy_over_epochs(ax: Axes, report: Report) -> None:
-    """Test accuracy over epochs."""
-    for curve in _accuracies(report, lambda e: float(e["epochs"])):
+def score_over_epochs(ax: Axes, report: Report) -> None:
+    """Test score over epochs."""
+    for curve in _score_curves(report, lambda e: float(e["epochs"])):
         _plot(ax, curve)
-    titled(ax, "Test accuracy over epochs" if report.comparison else "Accuracy over epochs")
-    _percent(ax, "test accuracy (%)" if report.comparison else "accuracy (%)")
+    _named_scores(ax, report, "epochs")
     _epochs(ax)
 
 
@@ -152,33 +151,32 @@ def _loss_over_epochs(ax: Axes, report: Report) -> None:
     _epochs(ax)
 
 
-def accuracy_over_bytes(ax: Axes, report: Report) -> None:
-    """Test accuracy over the bytes of training, each message once per receiver."""
-    accuracy_over(
+def score_over_bytes(ax: Axes, report: Report) -> None:
+    """Test score over the bytes of training, each message once per receiver."""
+    score_over(
         ax, report, lambda e: (e["bytes_up"] + e["bytes_down"]) / 1e6, "traffic", "up + down, wire-unicast (MB, log)"
     )
 
 
-def accuracy_over_time(ax: Axes, report: Report) -> None:
-    """Test accuracy over virtual time."""
-    accuracy_over(ax, report, lambda e: e["virtual_seconds"], "virtual time", "virtual time (s, log)")
+def score_over_time(ax: Axes, report: Report) -> None:
+    """Test score over virtual time."""
+    score_over(ax, report, lambda e: e["virtual_seconds"], "virtual time", "virtual time (s, log)")
 
 
-def accuracy_over_energy(ax: Axes, report: Report) -> None:
-    """Test accuracy over the clients' modelled energy."""
+def score_over_energy(ax: Axes, report: Report) -> None:
+    """Test score over the clients' modelled energy."""
     # Total energy where it is known of every run, else what is: marginal.
     known = all(run.evaluations[-1].get("clients_joules") is not None for e in report.entries for run in e.runs)
     name, kind = ("clients_joules", "total") if known else ("clients_marginal_joules", "marginal")
-    accuracy_over(ax, report, lambda e: e[name], "energy", f"all clients' energy, {kind} (J, log)")
+    score_over(ax, report, lambda e: e[name], "energy", f"all clients' energy, {kind} (J, log)")
 
 
-def accuracy_over(ax: Axes, report: Report, x: Callable[[dict[str, float]], float], over: str, label: str) -> None:
-    """Test accuracy over a quantity of an evaluation, on a logarithmic axis called `label`."""
-    for curve in _accuracies(report, x):
+def score_over(ax: Axes, report: Report, x: Callable[[dict[str, float]], float], over: str, label: str) -> None:
+    """Test score over a quantity of an evaluation, on a logarithmic axis called `label`."""
+    for curve in _score_curves(report, x):
         crossed = curve.x > 0  # nothing has been spent yet: has no place on a log axis
         _plot(ax, replace(curve, x=curve.x[crossed], mean=curve.mean[crossed], std=curve.std[crossed]))
-    titled(ax, ("Test accuracy" if report.comparison else "Accuracy") + f" over {over}")
-    _percent(ax, "test accuracy (%)" if report.comparison else "accuracy (%)")
+    _named_scores(ax, report, over)
     ax.set_xscale("log")
     ax.set_xlabel(label)
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}" if 1e-3 <= x < 1e5 else f"{x:.0e}"))
@@ -192,17 +190,17 @@ def accuracy_over(ax: Axes, report: Report, x: Callable[[dict[str, float]], floa
 
 
 def _panels(report: Report) -> list[Callable[[Axes, Report], None]]:
-    found: list[Callable[[Axes, Report], None]] = [accuracy_over_epochs, _loss_over_epochs, accuracy_over_bytes]
+    found: list[Callable[[Axes, Report], None]] = [score_over_epochs, _loss_over_epochs, score_over_bytes]
     last = [run.evaluations[-1] for e in report.entries for run in e.runs]
     if all(e.get("virtual_seconds") is not None for e in last):
-        found.append(accuracy_over_time)
+        found.append(score_over_time)
     if all(e.get("clients_marginal_joules") is not None for e in last):
-        found.append(accuracy_over_energy)
+        found.append(score_over_energy)
     return found
 
 
-def _accuracies(report: Report, x: Callable[[dict[str, float]], float]) -> list[_Curve]:
-    """Test accuracy per entry; for a single run also validation accuracy and the worst client's."""
+def _score_curves(report: Report, x: Callable[[dict[str, float]], float]) -> list[_Curve]:
+    """Test score per entry; for a single run also validation score and the worst client's."""
     if report.comparison:
         return [_scores(e.runs, label, look, marker, x, "test_score") for e, label, look, marker in _looks(report)]
     runs = report.entries[0].runs
@@ -221,9 +219,10 @@ def _scores(
     """Evaluations of the same round belong together, across seeds."""
     rounds: dict[int, list[tuple[float, float]]] = {}
     for run in runs:
+        scale = 100 if run.measure.share else 1
         for e in run.evaluations:
             if e[name] is not None:
-                rounds.setdefault(e["round"], []).append((x(e), 100 * float(e[name])))
+                rounds.setdefault(e["round"], []).append((x(e), scale * float(e[name])))
     groups = [rounds[r] for r in sorted(rounds)]
     return _curve(label, look, marker, groups)
 
@@ -271,7 +270,7 @@ def _plot(ax: Axes, curve: _Curve) -> None:
     known = np.isfinite(curve.std)
     if known.any():
         low, high = curve.mean - curve.std, curve.mean + curve.std
-        if (curve.mean > 0).all():  # a band below zero would break a logarithmic axis, and no loss or accuracy is there
+        if (curve.mean > 0).all():  # a band below zero would break a logarithmic axis, and no such value is there
             low = np.maximum(low, 0.05 * curve.mean)
         if np.ptp(curve.x) > 1e-9 * abs(curve.x).max():
             ax.fill_between(curve.x[known], low[known], high[known], color=colour, alpha=0.15, linewidth=0)
@@ -306,10 +305,20 @@ def titled(ax: Axes, title: str) -> None:
     ax.set_title(title, loc="left", fontweight="bold")
 
 
-def _percent(ax: Axes, label: str) -> None:
-    ax.set_ylabel(label)
-    low, high = ax.get_ylim()
-    ax.set_ylim(max(low, -1), min(high, 101))
+def _named_scores(ax: Axes, report: Report, over: str) -> None:
+    """Title and axis of scores over something."""
+    measure, test = report.measure, "test " if report.comparison else ""
+    title = f"{test}{measure.title} over {over}"
+    titled(ax, title[:1].upper() + title[1:])
+    ax.set_ylabel(f"{test}{measure.label}")
+    if measure.share:
+        low, high = ax.get_ylim()
+        ax.set_ylim(max(low, -1), min(high, 101))
+        return
+    found = [np.asarray(line.get_ydata(), float) for line in ax.get_lines()]
+    values = np.concatenate(found) if found else np.zeros(0)
+    if len(values) and not measure.maximise and values.min() > 0 and values.max() > 20 * values.min():
+        ax.set_yscale("log")
 
 
 def _epochs(ax: Axes) -> None:
@@ -322,6 +331,8 @@ _NAMED = 30  # clients: beyond, not each has a label
 
 
 def _classes_figure(run: StoredRun) -> Figure:
+    if not has_classes(run):
+        return _sizes_figure(run)
     names = list(map(_plain, run.class_names))
     counts = np.array(run.counts, int).reshape(len(run.counts), -1)
     clients, kinds = counts.shape
@@ -348,6 +359,31 @@ def _classes_figure(run: StoredRun) -> Figure:
     sizes.tick_params(left=False, labelleft=False)
     sizes.grid(axis="y", visible=False)
     sizes.set_xlim(0, max(int(totals.max(initial=0)), 1) * 1.08)
+    return figure
+
+
+def has_classes(run: StoredRun) -> bool:
+    """Whether samples have one class each, so that they are counted by class."""
+    return bool(run.class_names) and len(run.class_names) == len(run.counts[0])
+
+
+def _sizes_figure(run: StoredRun) -> Figure:
+    """Samples per client alone, where they have no classes."""
+    totals = np.array(run.counts, int).reshape(len(run.counts), -1).sum(axis=1)
+    clients = len(totals)
+    figure = Figure(figsize=(9.6, min(max(2.2, 1.4 + 0.3 * clients), 7.0)), layout="constrained")
+    ax = figure.subplots()
+    ax.barh(np.arange(clients), totals, height=0.8 if clients <= 100 else 1.0, color=PALETTE["sky"])
+    titled(ax, "Training samples per client")
+    ax.set_xlabel("samples")
+    ax.set_ylabel("client")
+    ax.grid(axis="y", visible=False)
+    ax.set_ylim(clients - 0.5, -0.5)
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
+    if clients <= 30:
+        ax.set_yticks(range(clients))
+    else:
+        ax.yaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
     return figure
 
 

@@ -12,10 +12,11 @@ from jinja2 import Environment, StrictUndefined
 from cutlayer import plugins
 from cutlayer.options import CompareConfig, RunConfig
 from cutlayer.report import spending
-from cutlayer.report.collect import Report, ReportEntry
-from cutlayer.report.curves import loss_window, shown_partition
-from cutlayer.text import format_bytes, format_percent, format_rate, listed
+from cutlayer.report.collect import Measure, Report, ReportEntry
+from cutlayer.report.curves import has_classes, loss_window, shown_partition
+from cutlayer.text import format_bytes, format_rate, listed
 
+_OWN = ("model", "data", "loss", "metrics")
 _CONVENTIONS = ("wire-unicast", "wire-broadcast", "paper")
 
 
@@ -29,7 +30,7 @@ def render(report: Report, panels: list[bytes], classes: bytes) -> str:
         sentence=sentence(report),
         unfinished=report.unfinished,
         comparison=report.comparison,
-        rows=[_row(entry) for entry in report.entries],
+        rows=[_row(entry, report.measure) for entry in report.entries],
         one_seed=all(len(entry.row.seeds) == 1 for entry in report.entries),
         costs=[spending.line(entry) for entry in report.entries if entry.facts],
         clocked=spending.clocked(report),
@@ -37,14 +38,17 @@ def render(report: Report, panels: list[bytes], classes: bytes) -> str:
         kinds=[(entry.row.title, rows) for entry in report.entries if (rows := _kinds(entry))],
         pictures=list(zip(map(_embedded, panels), _descriptions(report), strict=False)),
         classes=_embedded(classes),
-        classes_text=f"{len(partition.counts)} clients, {len(partition.class_names)} classes, "
-        f"{sum(map(sum, partition.counts)):,} training samples",
+        classes_text=f"{len(partition.counts)} clients, "
+        + (f"{len(partition.class_names)} classes, " if has_classes(partition) else "")
+        + f"{sum(map(sum, partition.counts)):,} training samples",
+        classed=has_classes(partition),
+        measure=report.measure,
         client_names=", ".join(f"{k} is {name}" for k, name in enumerate(partition.client_names)),
         account=partition.account,
         partition_of=partition.seed if report.comparison else None,
         window=f"{loss_window(report):.2g}",
         config=_config(report),
-        own=[what for what in ("model", "data") if report.config.get(f"own_{what}")],
+        own=[f"{'a ' * (what in ('model', 'loss'))}{what}" for what in _OWN if report.config.get(f"own_{what}")],
         algorithms={e.algorithm: e.about for e in report.entries if e.about.get("summary")},
         central=list(dict.fromkeys(e.about["title"] for e in report.entries if e.about.get("central"))),
         folder=report.folder.resolve().name,
@@ -93,16 +97,17 @@ def _known(kind: str, name: str) -> str:
     return name if name in plugins.index(kind) else f"“{name}”"
 
 
-def _row(entry: ReportEntry) -> dict[str, Any]:
-    """The result table's line, ready to print."""
+def _row(entry: ReportEntry, measure: Measure) -> dict[str, Any]:
+    """The result table's line, ready to print; `measure` is the table's."""
     row = entry.row
+    named = "" if entry.measure == measure else f"{entry.measure.label} "
     down, broadcast = row.bytes_down, row.bytes_down_broadcast
     return {
         "title": row.title,
         "note": row.note,
         "seeds": len(row.seeds),
-        "accuracy": format_percent(*row.accuracy),
-        "best": format_percent(*row.best_accuracy),
+        "score": named + entry.measure.figure(*row.score),
+        "best": entry.measure.figure(*row.best_score),
         "steps": f"{row.steps:,.0f}",
         "steps_per_second": _or_dash(row.steps_per_second, format_rate),
         "samples_per_second": _or_dash(row.samples_per_second, format_rate),
@@ -141,14 +146,17 @@ def _kinds(entry: ReportEntry) -> list[dict[str, str]]:
 
 def _descriptions(report: Report) -> list[str]:
     """Alternative texts: what the picture shows and where its lines end."""
-    ends = "; ".join(f"{e.row.title} {format_percent(*e.row.accuracy)} %" for e in report.entries[:12])
+    ends = "; ".join(
+        f"{e.row.title} {e.measure.figure(*e.row.score)}{' %' * e.measure.share}" for e in report.entries[:12]
+    )
+    score = report.measure.title
     losses = "; ".join(f"{e.row.title} {e.runs[0].losses[-1]:.3g}" for e in report.entries[:12] if e.runs[0].losses)
     return [
-        f"Line chart of accuracy over epochs. At the end: {ends}.",
+        f"Line chart of {score} over epochs. At the end: {ends}.",
         f"Line chart of the training loss over epochs. In the last step (first seed): {losses}.",
-        f"Line chart of accuracy over the bytes sent up and down, on a logarithmic axis. At the end: {ends}.",
-        f"Line chart of accuracy over virtual time, on a logarithmic axis: {ends}.",
-        f"Line chart of accuracy over the clients' modelled energy, on a logarithmic axis. At the end: {ends}.",
+        f"Line chart of {score} over the bytes sent up and down, on a logarithmic axis. At the end: {ends}.",
+        f"Line chart of {score} over virtual time, on a logarithmic axis: {ends}.",
+        f"Line chart of {score} over the clients' modelled energy, on a logarithmic axis. At the end: {ends}.",
     ]
 
 

@@ -1,4 +1,4 @@
-"""Computation, time and energy of a report's entries, as text; and what it takes to reach an accuracy."""
+"""Computation, time and energy of a report's entries, as text; and what it takes to reach a score."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from cutlayer.report.collect import Report, ReportEntry, StoredRun
+from cutlayer.report.collect import Measure, Report, ReportEntry, StoredRun
 from cutlayer.summary import mean_of_known
 from cutlayer.text import format_bytes, format_duration, format_quantity, format_rate
 
@@ -37,13 +37,25 @@ def line(entry: ReportEntry) -> dict[str, str]:
 
 
 def reached(report: Report) -> dict[str, Any] | None:
-    """What each entry takes to reach the accuracy that all reach at their best, rounded down to a whole percent."""
-    best = [max(e["test_score"] for e in run.evaluations) for entry in report.entries for run in entry.runs]
+    """What each entry takes to reach the score that all reach at their best, rounded to what is easier: a fraction to a
+    whole percent, anything else to two digits.
+    """
     if len(report.entries) < 2 or min(map(len, (r.evaluations for e in report.entries for r in e.runs))) < 2:
         return None
-    target = math.floor(100 * min(best) + 1e-9)
-    lines = [_reached(entry, target / 100) for entry in report.entries]
-    return {"target": f"{target} % test accuracy", "lines": lines}
+    measure = report.measure
+    tops = [max((e["test_score"] for e in r.evaluations), key=measure.rank) for x in report.entries for r in x.runs]
+    if not all(measure.rank(top)[0] for top in tops) or any(e.measure != measure for e in report.entries):
+        return None
+    target = _rounded(min(tops, key=measure.rank), measure)
+    lines = [_reached(entry, target) for entry in report.entries]
+    name = f"{target:.0%}".replace("%", " %") if measure.share else f"{target:.4g}"
+    return {"target": f"{name} test {measure.title}", "title": measure.title, "lines": lines}
+
+
+def _rounded(score: float, measure: Measure) -> float:
+    unit = 0.01 if measure.share else 10.0 ** (math.floor(math.log10(abs(score))) - 1) if score else 1.0
+    steps = score / unit
+    return unit * (math.floor(steps + 1e-7) if measure.maximise else math.ceil(steps - 1e-7))
 
 
 def _reached(entry: ReportEntry, target: float) -> dict[str, str]:
@@ -66,8 +78,9 @@ def _reached(entry: ReportEntry, target: float) -> dict[str, str]:
 
 
 def _first(run: StoredRun, target: float) -> dict[str, Any]:
-    """The first evaluation of `run` with that test accuracy."""
-    return next(e for e in run.evaluations if e["test_score"] >= target)
+    """The first evaluation of `run` with that test score."""
+    least = run.measure.rank(target)
+    return next(e for e in run.evaluations if run.measure.rank(e["test_score"]) >= least)
 
 
 def flops(value: float | None) -> str:

@@ -22,13 +22,13 @@ from cutlayer.options import cuts_of
 from cutlayer.report.collect import Report, ReportEntry, ResultRow, StoredRun
 from cutlayer.report.curves import (
     MARKERS,
-    accuracy_over,
-    accuracy_over_bytes,
-    accuracy_over_energy,
-    accuracy_over_epochs,
-    accuracy_over_time,
     drawn,
     figure_of,
+    score_over,
+    score_over_bytes,
+    score_over_energy,
+    score_over_epochs,
+    score_over_time,
     titled,
 )
 from cutlayer.report.looks import COLOURS, GREEN, PALETTE, VERMILLION, look_of_algorithm, title_of_algorithm
@@ -276,15 +276,15 @@ def _pictures(findings: Findings) -> Figure:
 def _over_broadcast_bytes(ax: Axes, report: Report) -> None:
     """As over bytes, with what is the same for several clients counted once."""
     total = "up + down, wire-broadcast (MB, log)"
-    accuracy_over(ax, report, lambda e: (e["bytes_up"] + e["bytes_down_broadcast"]) / 1e6, "traffic, broadcast", total)
+    score_over(ax, report, lambda e: (e["bytes_up"] + e["bytes_down_broadcast"]) / 1e6, "traffic, broadcast", total)
 
 
 PANELS: tuple[Callable[[Axes, Report], None], ...] = (
-    accuracy_over_epochs,
-    accuracy_over_bytes,
+    score_over_epochs,
+    score_over_bytes,
     _over_broadcast_bytes,
-    accuracy_over_time,
-    accuracy_over_energy,
+    score_over_time,
+    score_over_energy,
 )
 
 
