@@ -14,7 +14,7 @@ from typing import Any
 from cutlayer import plugins
 from cutlayer.errors import RunFolderError
 from cutlayer.files import read_json, read_records
-from cutlayer.folder import ALGORITHM, CLASSES, COMPARISON, CONFIG, DATA, EVALUATIONS, RESULT, STEPS, stored_config
+from cutlayer.folder import ALGORITHM, CLASSES, COMPARISON, CONFIG, DATA, EVALUATIONS, METRIC, RESULT, STEPS, stored_config
 from cutlayer.summary import mean_of_known, spread
 from cutlayer.text import format_figure, spoken, with_unit
 
@@ -232,6 +232,7 @@ def _run(folder: Path) -> StoredRun | None:
         account=str((read_json(folder / DATA) or {}).get("account", "")),
         about=_about(folder, str(config.get("algorithm", ""))),
         result=read_json(folder / RESULT),
+        measure=Measure(**(read_json(folder / METRIC) or {})),
         meanings=(read_json(folder / ALGORITHM) or {}).get("meanings", {}),
     )
 
