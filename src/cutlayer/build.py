@@ -37,12 +37,14 @@ from cutlayer.costs.flops import ModelFlops, count
 from cutlayer.costs.ledger import Ledger, MeteredCohort
 from cutlayer.data import Source, class_counts, from_memory, load, load_whole, partition
 from cutlayer.data.own import own_code
+from cutlayer.data.samples import Samples
 from cutlayer.data.targets import as_indices, fitting
 from cutlayer.engine.choice import laid_out, simulate
 from cutlayer.engine.simulated import ClientModel, Clients, Shape, model_bytes
 from cutlayer.errors import ConfigError, CutlayerWarning, DataError
 from cutlayer.features import KeptFeatures
 from cutlayer.frozen import freeze, load_moving, moving, replica, trains
+from cutlayer.held_out import own_rows, paced
 from cutlayer.models import Parts, build, cut
 from cutlayer.models import make as make_own
 from cutlayer.models.parts import Part
@@ -103,7 +105,9 @@ class Training:
     """All that a run needs: the cohort counts into `ledger`; `rounds` to do; `counts` [C, K] samples per class;
     `engine` says how clients are simulated; `clock` runs if the machines are known. `parts` is the model as cut, with
     an `example` [n, ...] of its inputs; `schedules` are the clients' and the server's; `epoch` is one of equal clients
-    who hold as much together. `making` makes the whole model, without its trained weights.
+    who hold as much together. `making` makes the whole model, without its trained weights. `own_tests` are the rows
+    that each client's model is tested on alone, where it is; `eval_every` and `eval_clients` how often and of how many
+    clients models are judged; `remarks` what of that was chosen, a line each.
     """
 
     source: Source
@@ -122,6 +126,10 @@ class Training:
     epoch: Epoch
     making: Making
     clock: Clock | None = None
+    own_tests: Mapping[int, Samples] = field(default_factory=dict)
+    eval_every: int = 1
+    eval_clients: int | None = None
+    remarks: tuple[str, ...] = ()
 
     @cached_property
     def flops(self) -> ModelFlops:
@@ -156,6 +164,9 @@ class Prepared:
     fleet: Fleet | None
     coding: Coding
     making: Making
+    own_tests: Mapping[int, Samples]
+    eval_every: int
+    remarks: tuple[str, ...]
 
     @property
     def server_seed(self) -> int:
@@ -193,6 +204,10 @@ class Prepared:
             self._paced(),
             self._epoch(),
             self.making,
+            own_tests=self.own_tests,
+            eval_every=self.eval_every,
+            eval_clients=self.clients.eval_clients,
+            remarks=self.remarks,
         )
         if self.fleet is None:
             return training
@@ -297,6 +312,7 @@ def prepare(
         source = as_indices(source, given.shape[1])
     task = _objective(config, task.fitted(source.train.y, source.classes), loss, metrics)
     parts = [np.arange(len(source.train))] * config.clients if alone else _partition(config, source, task)
+    parts, own_tests, held_out = own_rows(config, source, parts)
     owners = [np.concatenate(parts)] if algorithm.traits.central else parts
     few = source.train[first]
     check_output(given, few, task, source.class_names)
@@ -307,6 +323,7 @@ def prepare(
     check_parts(config, algorithm, split, cuts)
     sizes = [len(p) for p in owners]
     rounds, per_epoch = _rounds(config, algorithm, sizes)
+    pace = paced(config, algorithm, source, sizes, rounds, per_epoch)
     check_single_rows(config, algorithm, split, sizes, rounds, few.rows)
     check_rate(config, algorithm)
     for part in split.all:
@@ -335,7 +352,8 @@ def prepare(
         local_epochs=local_epochs,
         local_steps=local_steps,
         alike=config.start == "equal",
-        eval_clients=config.eval_clients,
+        eval_clients=pace.clients,
+        judge_by=config.judge,
         task=task,
         class_names=source.class_names,
     )
@@ -353,6 +371,9 @@ def prepare(
         machines,
         coding,
         making,
+        {k: samples.to(device) for k, samples in own_tests.items()},
+        pace.every,
+        tuple(filter(None, (held_out, pace.remark))),
     )
 
 

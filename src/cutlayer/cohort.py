@@ -124,9 +124,9 @@ class Cohort(Protocol):
         asked.
         """
 
-    def evaluate(self, samples: Samples, predict: Predict) -> Evaluation:
+    def evaluate(self, samples: Samples, predict: Predict, clients: Sequence[int] | None = None) -> Evaluation:
         """The task's metrics of every (client model, server model) on `samples`, in eval mode; training state is left
-        as it was.
+        as it was. With `clients`, only of those clients' models.
         """
 
     def model_state(self, client: int) -> Mapping[str, Tensor]:
@@ -210,9 +210,9 @@ class CohortAround:
         """Passed on."""
         self.inner.hand_over(client, optimizer=optimizer)
 
-    def evaluate(self, samples: Samples, predict: Predict) -> Evaluation:
+    def evaluate(self, samples: Samples, predict: Predict, clients: Sequence[int] | None = None) -> Evaluation:
         """Passed on."""
-        return self.inner.evaluate(samples, predict)
+        return self.inner.evaluate(samples, predict, clients)
 
     def model_state(self, client: int) -> Mapping[str, Tensor]:
         """As the inner cohort's."""

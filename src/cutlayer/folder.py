@@ -31,16 +31,18 @@ from cutlayer.files import EVENTS as EVENTS
 from cutlayer.files import replace_file, unwritable
 from cutlayer.options import read_toml
 
-STEPS, EVALUATIONS = "steps.jsonl", "evaluations.jsonl"
+STEPS, EVALUATIONS, CLIENTS = "steps.jsonl", "evaluations.jsonl", "clients.jsonl"
 ALGORITHM, CLASSES, DATA, METRIC = "algorithm.json", "classes.json", "data.json", "metric.json"
 SNAPSHOTS = "snapshots"
 LAST, BEST = "last.safetensors", "best.safetensors"
 CHECKPOINT, RESULT, COMPARISON = "checkpoint.safetensors", "result.json", "comparison.json"
 CURVES, CLASS_COUNTS, PAGE = "curves.png", "classes.png", "report.html"
+_RECORDS = (STEPS, EVALUATIONS, CLIENTS)
 OWN_FILES = (
     CONFIG,
     STEPS,
     EVALUATIONS,
+    CLIENTS,
     ALGORITHM,
     CLASSES,
     DATA,
@@ -122,7 +124,7 @@ class Folder:
             with self._writing(name):
                 file.flush()
                 os.fsync(file.fileno())
-        return {n: (self.path / n).stat().st_size for n in (STEPS, EVALUATIONS) if (self.path / n).exists()}
+        return {n: (self.path / n).stat().st_size for n in _RECORDS if (self.path / n).exists()}
 
     @contextmanager
     def _writing(self, name: str) -> Iterator[None]:
@@ -134,7 +136,7 @@ class Folder:
 
     def truncate(self, offsets: Mapping[str, int]) -> None:
         """Forget the records written after `offsets` were taken."""
-        for name in (STEPS, EVALUATIONS):
+        for name in _RECORDS:
             if (self.path / name).exists():
                 os.truncate(self.path / name, offsets.get(name, 0))
 

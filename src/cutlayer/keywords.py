@@ -68,6 +68,9 @@ class CommonKeywords(TypedDict, total=False):
     memory_limit: float | None
     eval_every: int | None
     eval_clients: int | None
+    judge: Literal["mean", "average", "ensemble"]
+    evaluate_on: Literal["global", "own", "both"]
+    own_test: float
     checkpoint_every: int | None
     keep_best: bool
     snapshot_every: int | None

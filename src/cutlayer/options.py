@@ -393,9 +393,20 @@ class CommonConfig(FleetConfig):
     """Activation memory of the clients in GB. Above it, forward passes are recomputed in the backward pass. Default:
     half of the free memory."""
     eval_every: int | None = _field(None, OUTPUT, ge=1)
-    """Rounds between two evaluations (there is one at the end too). Default: about once per epoch."""
+    """Rounds between two evaluations (there is one at the end too). Default: about once per epoch; less often where
+    evaluation would take more than a fifth of the training."""
     eval_clients: int | None = _field(None, OUTPUT, ge=1)
-    """Number of clients, drawn once, whose models are evaluated. Default: all."""
+    """Number of clients, drawn once, whose models are evaluated. Default: all; fewer where evaluation would take more
+    than a fifth of the training, unless eval_every is given."""
+    judge: Literal["mean", "average", "ensemble"] = _field("mean", OUTPUT)
+    """Whose model the scores are of: the mean of the scores of the clients' models, the score of their average, or that
+    of their ensemble (the mean of their predictions)."""
+    evaluate_on: Literal["global", "own", "both"] = _field("global", OUTPUT, shared=True)
+    """The rows that a client's model is tested on: those held out from all clients, those held out from its own, or
+    both."""
+    own_test: float = _field(0.2, OUTPUT, shared=True, gt=0, lt=1)
+    """Fraction of each client's rows that is held out for evaluate_on, where the data do not say whose the test rows
+    are."""
     checkpoint_every: int | None = _field(None, OUTPUT, ge=1)
     """Rounds between two checkpoints (there is one at the end too). Default: about once per epoch."""
     keep_best: bool = _field(True, OUTPUT)

@@ -27,6 +27,7 @@ from cutlayer.folder import (
     BEST,
     CHECKPOINT,
     CLASSES,
+    CLIENTS,
     DATA,
     EVALUATIONS,
     LAST,
@@ -41,7 +42,7 @@ from cutlayer.folder import (
 from cutlayer.keywords import RunKeywords
 from cutlayer.options import RunConfig, by_reference, from_anywhere, normalised, overlaid
 from cutlayer.schedules import Schedule, WarmedUp
-from cutlayer.scoring import judged
+from cutlayer.scoring import fairness, judged
 from cutlayer.server import Server
 from cutlayer.tasks.own_loss import Loss
 from cutlayer.trained import Predictions, TrainedModel, Whose, find_trained
@@ -95,7 +96,9 @@ class Scores(Modelled):
     """One evaluation, as written to evaluations.jsonl; time and energy so far.
 
     A score is the run's primary metric (an accuracy is in [0, 1]), the mean over the clients' models; None where it is
-    not defined. `test_score_worst` is the worst model's. `validation` and `test` hold all metrics, means likewise.
+    not defined. `test_score_worst` is the worst model's, `test_score_worst_tenth` the mean of the worst tenth of
+    them, `test_score_std` their standard deviation. `own_score` is the mean over the clients' own test rows, where they
+    have some. `validation` and `test` hold all metrics, means likewise.
     """
 
     round: int
@@ -112,6 +115,10 @@ class Scores(Modelled):
     bytes_down: int
     bytes_down_broadcast: int
     seconds: float
+    test_score_std: float | None = None
+    test_score_worst_tenth: float | None = None
+    own_score: float | None = None
+    own: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -121,7 +128,8 @@ class Result(Spent):
     `metric` is the primary one, of which the scores are; `share`: it is a fraction in [0, 1]; `maximise`:
     more of it is better. `test_score` is that of
     the last evaluation; `best_test_score` that of the evaluation with the best validation score (the paper reports
-    such a one). `test` holds all metrics at the end; they are means over the clients' models. `bytes` holds one row per
+    such a one). `test` holds all metrics at the end; they are means over the clients' models; `own` are those
+    on each client's own test rows. `fairness` says how the clients differ in the score. `bytes` holds one row per
     direction and kind, under every convention. `measured_by` says by what the energy of this process's machine is
     measured, or why it is not.
     """
@@ -142,6 +150,9 @@ class Result(Spent):
     bytes_down: int
     bytes_down_broadcast: int
     test: dict[str, Any] = field(default_factory=dict)
+    own: dict[str, Any] | None = None
+    fairness: dict[str, Any] = field(default_factory=dict)
+    evaluation_seconds: float = 0.0
     bytes: list[dict[str, Any]] = field(default_factory=list)
     measured_by: str = "not measured"
 
@@ -196,6 +207,8 @@ class Run:
         self._start_round = 0
         self._step = self._samples = 0
         self._seconds = 0.0
+        self.evaluating = 0.0
+        self.by_client: dict[str, Evaluation | None] = {}
         self._meter = Meter()
         self._resumed = self._begun = False
 
@@ -224,6 +237,16 @@ class Run:
         run = cls(config, model=model, data=data, loss=own_loss, metrics=own_metrics or (), training=training)
         run.out, run._resumed = out, True
         return run
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training so far; `evaluating` are those of evaluations."""
+        return self._seconds
+
+    @property
+    def client_names(self) -> list[str]:
+        """The clients' names, where the data have owners and a client is an owner."""
+        return list(self.training.source.owner_names) if self.config.partition == "column" else []
 
     @property
     def _own(self) -> dict[str, object]:
@@ -271,8 +294,8 @@ class Run:
             meanings = {option.name: option.help for thing in self.config.chosen() for option in thing.options}
             about = {"title": entry.title, "summary": entry.summary, **entry.facts, "meanings": meanings}
             folder.write_json(ALGORITHM, about)
-            owners = list(t.source.owner_names) if self.config.partition == "column" else []
-            folder.write_json(CLASSES, {"class_names": names, "client_names": owners, "counts": t.counts.tolist()})
+            about_clients = {"client_names": self.client_names, "counts": t.counts.tolist()}
+            folder.write_json(CLASSES, {"class_names": names, **about_clients})
             folder.write_json(DATA, t.source.described())
             folder.write_json(METRIC, {"name": t.task.leading, "share": t.task.share, "maximise": t.task.maximise})
         for index in range(self._start_round, t.rounds):
@@ -287,7 +310,7 @@ class Run:
                     f"the algorithm {self.config.algorithm!r} has yielded no step in {t.rounds} rounds, so nothing was "
                     "trained: have its round() yield a Step per training step"
                 )
-            if last or (index + 1) % (self.config.eval_every or t.rounds_per_epoch) == 0:
+            if last or (index + 1) % t.eval_every == 0:
                 self._evaluate(index + 1, folder)
             if folder is not None and self.config.snapshot_every and (index + 1) % self.config.snapshot_every == 0:
                 self._snapshot(index + 1, folder)
@@ -308,9 +331,8 @@ class Run:
     def _snapshot(self, rounds: int, folder: Folder) -> None:
         """Keep the models of those clients whose models are evaluated."""
         clients, holder = self.training.clients, self.training.clients.holder
-        whose = (
-            [holder] if holder is not None else judged(len(clients.samples), self.config.eval_clients, self.config.seed)
-        )
+        everyone = judged(len(clients.samples), self.training.eval_clients, self.config.seed)
+        whose = everyone if holder is None else [holder]
         place = folder.path / SNAPSHOTS
         place.mkdir(exist_ok=True)
         models = {str(k): dict(clients.model_state(k)) for k in whose}
@@ -359,16 +381,25 @@ class Run:
 
     def _evaluate(self, done: int, folder: Folder | None) -> None:
         t = self.training
+        started = time.perf_counter()
         held_out = t.source.validation
         validation = t.clients.evaluate(held_out, t.server.predict) if len(held_out) else None
-        test = t.clients.evaluate(t.source.test, t.server.predict)
-        scores = self._scores(done, validation, test)
+        own = self._on_own_rows() if t.own_tests else None
+        everyones = None if self.config.evaluate_on == "own" else t.clients.evaluate(t.source.test, t.server.predict)
+        test = everyones or own
+        assert test is not None, "there are rows to be tested on"
+        scores = self._scores(done, validation, test, own)
         best = self._is_best(scores)
         self.evaluations.append(scores)
+        self.evaluating += time.perf_counter() - started
+        self.by_client = {"global": everyones, "own": own}
         if best and folder is not None:
             self.trained().write(folder.path / BEST)
         if folder is not None:
             folder.append(EVALUATIONS, asdict(scores))
+            for where, found in self.by_client.items():
+                if found is not None:
+                    folder.append(CLIENTS, self._line(scores, where, found))
 
     def _is_best(self, scores: Scores) -> bool:
         """Whether the model of this evaluation is to be kept as the best so far (the last among equals)."""
@@ -403,10 +434,30 @@ class Run:
         trained = self.trained(best=best)
         return trained.predict(x, client, model=self._model, device=self.config.device)
 
-    def _scores(self, done: int, validation: Evaluation | None, test: Evaluation) -> Scores:
+    def _on_own_rows(self) -> Evaluation:
+        """Every judged client's model on the rows that are its own; a client without some is left out."""
+        t, everyone = self.training, sorted(self.training.own_tests)
+        whose = judged(len(t.clients.samples), t.eval_clients, self.config.seed)
+        if t.algorithm.traits.central or t.clients.holder is not None:
+            whose = everyone
+        found: dict[int, Mapping[str, Any]] = {}
+        for k in whose:
+            if k not in t.own_tests:
+                continue
+            asked = [k] if self.config.judge == "mean" and not t.algorithm.traits.central else None
+            each = t.clients.evaluate(t.own_tests[k], t.server.predict, asked).scores
+            if each:
+                found[k] = next(iter(each.values()))
+        return Evaluation(found, sum(len(t.own_tests[k]) for k in found))
+
+    def _line(self, scores: Scores, where: str, found: Evaluation) -> dict[str, Any]:
+        """One evaluation of every client, for the file: without matrices."""
+        each = {k: {m: v for m, v in own.items() if not _matrix(v)} for k, own in found.scores.items()}
+        return {"round": scores.round, "step": scores.step, "on": where, "clients": each}
+
+    def _scores(self, done: int, validation: Evaluation | None, test: Evaluation, own: Evaluation | None) -> Scores:
         ledger, task = self.training.ledger, self.training.task
-        each = [score for score in test.each(task.leading).values() if score is not None]
-        worst = (min if task.maximise else max)(each) if each else None
+        fair = fairness(test.each(task.leading).values(), maximise=task.maximise)
         return Scores(
             done,
             self._step,
@@ -415,13 +466,17 @@ class Run:
             validation.loss if validation else None,
             test.mean(task.leading),
             test.loss,
-            worst,
+            fair.worst,
             _means(validation) if validation else None,
             _means(test),
             ledger.total("up"),
             ledger.total("down"),
             ledger.total("down", "wire-broadcast"),
             round(self._seconds, 4),
+            test_score_std=fair.std,
+            test_score_worst_tenth=fair.worst_tenth,
+            own_score=own.mean(task.leading) if own else None,
+            own=_means(own) if own else None,
             **self._virtual(),
         )
 
@@ -457,12 +512,24 @@ class Run:
             bytes_down=ledger.total("down"),
             bytes_down_broadcast=ledger.total("down", "wire-broadcast"),
             test=self.evaluations[-1].test,
+            own=self.evaluations[-1].own,
+            fairness=self._fairness(),
+            evaluation_seconds=self.evaluating,
             bytes=ledger.table(),
             **self._computed(),
             **self._virtual(),
             measured_joules=self._meter.joules,
             measured_by=self._meter.method,
         )
+
+    def _fairness(self) -> dict[str, Any]:
+        """How the clients differ at the end, on each kind of test rows."""
+        task, found = self.training.task, {}
+        for where, evaluation in self.by_client.items():
+            if evaluation is not None:
+                scores = evaluation.each(task.leading).values()
+                found[where] = asdict(fairness(scores, maximise=task.maximise))
+        return found
 
     def _computed(self) -> dict[str, float]:
         """FLOPs of a client, in the mean, and of the server."""
@@ -494,6 +561,12 @@ class Run:
             "seconds": self._seconds,
             "measured": self._meter.state(),
             "evaluations": [asdict(s) for s in self.evaluations],
+            "evaluating": self.evaluating,
+            "by_client": {
+                where: {str(k): dict(own) for k, own in found.scores.items()}
+                for where, found in self.by_client.items()
+                if found is not None
+            },
             "offsets": folder.offsets(),
             "server": self.training.server.state(),
             "clients": self.training.clients.state(),
@@ -529,6 +602,11 @@ class Run:
             self._samples, self._seconds = state["samples"], state["seconds"]
             self._meter.load(state["measured"])
             self.evaluations = [Scores(**s) for s in state["evaluations"]]
+            self.evaluating = state["evaluating"]
+            self.by_client = {
+                where: Evaluation({int(k): own for k, own in found.items()}, 0)
+                for where, found in state["by_client"].items()
+            }
             self.training.server.load(state["server"])
             self.training.clients.load(state["clients"])
         except KeyError as lacking:
@@ -612,6 +690,10 @@ def fingerprint(training: Training) -> dict[str, str]:
     data = (*one, training.counts.tolist())
     digest = hashlib.sha256(repr((data, train.y.tolist())).encode()).hexdigest()
     return {"model": repr(shapes), "data set": digest, "engine": training.engine}
+
+
+def _matrix(value: Any) -> bool:
+    return isinstance(value, tuple) and any(isinstance(row, tuple) for row in value)
 
 
 def _means(found: Evaluation) -> dict[str, Any]:

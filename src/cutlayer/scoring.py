@@ -7,7 +7,10 @@ samples. What a good output is, is decided here alone.
 from __future__ import annotations
 
 import copy
+import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -113,6 +116,41 @@ def evaluate(
     return found
 
 
+def evaluate_together(
+    task: Task,
+    samples: Samples,
+    models: Sequence[int],
+    outputs_of: OutputsOf,
+    *,
+    at_once: int | None = None,
+    rows_per_pass: int = ROWS_PER_PASS,
+    names: tuple[str, ...] = (),
+) -> Scores:
+    """Judge the ensemble of the clients' models `models`: what is judged of a sample is the mean of their predictions.
+    A client that gives no outputs for a chunk is left out of it. All have the same scores: those of the first are
+    given.
+    """
+    sums: dict[int, Tensor] = {}
+    counts: Counter[int] = Counter()
+    step = max(1, at_once or len(models))
+    for first in range(0, len(models), step):
+        for start in range(0, len(samples), rows_per_pass):
+            with torch.no_grad():
+                who, outputs = outputs_of(models[first : first + step], samples[start : start + rows_per_pass], start)
+                for one in outputs.chunk(len(who)) if len(who) else ():
+                    given = task.mixable(one)
+                    sums[start] = sums[start] + given if start in sums else given
+                    counts[start] += 1
+    tally = Tally(task, models[:1], names)
+    for start in range(0, len(samples), rows_per_pass):
+        part = samples[start : start + rows_per_pass]
+        if start not in sums:
+            return {}
+        with torch.no_grad():
+            tally.add(models[:1], task.unmixed(sums[start] / counts[start]), part.y)
+    return tally.scores()
+
+
 def judged(clients: int, count: int | None, seed: int) -> list[int]:
     """The clients whose models are evaluated: `count` of them, drawn once, or all (None)."""
     if count is None or count >= clients:
@@ -127,6 +165,29 @@ def evaluation(found: Mapping[int, Mapping[str, Value]], everyone: Sequence[int]
     """
     only = next(iter(found.values()))
     return Evaluation({k: found.get(k, only) for k in everyone}, samples)
+
+
+@dataclass(frozen=True)
+class Fairness:
+    """How the clients' scores differ: how many there are, their sample standard deviation, the best, the worst, and the
+    mean of the worst tenth (of one client at least). None: too few are defined.
+    """
+
+    clients: int
+    std: float | None
+    best: float | None
+    worst: float | None
+    worst_tenth: float | None
+
+
+def fairness(scores: Iterable[float | None], *, maximise: bool) -> Fairness:
+    """How scores of clients differ; those that are not defined are left out."""
+    found = sorted((s for s in scores if s is not None), reverse=not maximise)  # the worst first
+    if not found:
+        return Fairness(0, None, None, None, None)
+    tenth = found[: max(1, round(len(found) / 10))]
+    std = statistics.stdev(found) if len(found) > 1 else None
+    return Fairness(len(found), std, found[-1], found[0], statistics.fmean(tenth))
 
 
 def asking(

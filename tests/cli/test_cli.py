@@ -79,8 +79,8 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def test_run_writes_its_folder(first: tuple[Path, str]) -> None:
     cwd, printed = first
     expected = (
-        "config.toml steps.jsonl evaluations.jsonl algorithm.json classes.json data.json checkpoint.safetensors "
-        "result.json"
+        "config.toml steps.jsonl evaluations.jsonl clients.jsonl algorithm.json classes.json data.json metric.json "
+        "checkpoint.safetensors result.json"
     )
     pictures = ["curves.png", "classes.png", "report.html"]
     assert {p.name for p in (cwd / "a").iterdir()} == {*expected.split(), *pictures, ".lock"}
@@ -186,7 +186,7 @@ def test_killed_between_checkpoints_and_resumed(tmp_path: Path) -> None:
     call("resume", "killed", cwd=tmp_path)
     Run(model="mlp", clients=3, samples_per_client=20, out=tmp_path / "quiet", **LONG).run()
     assert_same_runs(tmp_path / "quiet", killed)
-    times = ("seconds", "steps_per_second", "samples_per_second")
+    times = ("seconds", "evaluation_seconds", "steps_per_second", "samples_per_second")
     a, b = (json.loads((tmp_path / name / RESULT).read_text()) for name in ("quiet", "killed"))
     assert {k: v for k, v in a.items() if k not in times} == {k: v for k, v in b.items() if k not in times}
     assert (killed / "report.html").exists()

@@ -13,7 +13,7 @@ from cutlayer.cli.flags import command
 from cutlayer.cli.merging import fault_config, run_config
 from cutlayer.cli.printing import say
 from cutlayer.cli.progress import Monitor, resumable
-from cutlayer.cli.results import print_result, tell_of_data, write_report
+from cutlayer.cli.results import print_result, tell_of_data, tell_of_run, write_report
 from cutlayer.errors import ConfigError
 from cutlayer.options import FaultConfig, RunConfig
 from cutlayer.plugins import label
@@ -94,7 +94,7 @@ def serve(
     where = out or Path("runs") / f"serve-{label(merged.algorithm)}-{Path(merged.data).stem}"
     service = Service(merged, serving, where)
     with resumable(f"the same command with --out {where}"), service.open() as run, Monitor(1) as monitor:
-        tell_of_data(run.training.source)
+        tell_of_run(run)
         for record in run:
             monitor.show(label(merged.algorithm), run, record)
     assert service.run.result is not None

@@ -18,7 +18,7 @@ from rich.progress import (
 
 from cutlayer.cli.application import out
 from cutlayer.cli.printing import fail
-from cutlayer.text import format_score
+from cutlayer.text import format_duration, format_score
 
 if TYPE_CHECKING:
     from cutlayer.run import Record, Run
@@ -37,6 +37,14 @@ def _score(run: Run) -> str:
     """The last evaluation's score."""
     task = run.training.task
     return format_score(task.leading, run.evaluations[-1].test_score, share=task.share)
+
+
+def _times(run: Run) -> str:
+    """How long training and evaluation have taken and, as far as that tells, what is left."""
+    done, spent = run.evaluations[-1].round, run.seconds + run.evaluating
+    text = f" ({format_duration(spent)}, evaluation {format_duration(run.evaluating)}"
+    left = (run.rounds - done) * spent / done
+    return text + (f"; {format_duration(left)} left)" if left else ")")
 
 
 class Monitor:
@@ -79,7 +87,7 @@ class Monitor:
             self._next(label, run)
         assert self._task is not None
         self._tell()
-        test = f"  test {_score(run)}" if run.evaluations else ""
+        test = f"  test {_score(run)}, evaluation {format_duration(run.evaluating)}" if run.evaluations else ""
         self._progress.update(self._task, completed=record.round, note=f"loss {record.loss:.3f}{test}")
 
     def _next(self, label: str, run: Run) -> None:
@@ -98,5 +106,7 @@ class Monitor:
         self._seen = len(self._run.evaluations)
         scores = self._run.evaluations[-1]
         if not out.is_terminal:
-            text = f"{self._label}: round {scores.round}/{self._run.rounds}, test {_score(self._run)}"
+            text = (
+                f"{self._label}: round {scores.round}/{self._run.rounds}, test {_score(self._run)}{_times(self._run)}"
+            )
             out.print(text, highlight=False, soft_wrap=True)

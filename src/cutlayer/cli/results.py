@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,16 +13,65 @@ from cutlayer.cli.application import out
 from cutlayer.cli.printing import say, wide
 from cutlayer.text import format_bytes, format_figure, spoken, with_unit
 
+_ROWS = {"global": "all test rows", "own": "its own test rows"}
+_FEW, _ENDS = 12, 5  # so many clients are all shown; else so many at either end
+
 if TYPE_CHECKING:
     from cutlayer.compare import Row
     from cutlayer.data import Source
-    from cutlayer.run import Result
+    from cutlayer.run import Result, Run
+    from cutlayer.types import Evaluation
 
 
 def tell_of_data(source: Source) -> None:
     """Print the line that says what was read, used and left out."""
     if source.account:
         say(f"Data: {source.account}")
+
+
+def tell_of_run(run: Run) -> None:
+    """Print what was read, and what of evaluation was chosen, a line each."""
+    tell_of_data(run.training.source)
+    for remark in run.training.remarks:
+        say(remark)
+
+
+def print_clients(run: Run) -> None:
+    """Print how the clients' models did at the end: all if they are few, else the best and the worst."""
+    from cutlayer.scoring import fairness
+
+    task, called = run.training.task, run.client_names
+    found = {where: _defined(evaluation, task.leading) for where, evaluation in run.by_client.items()}
+    found = {where: scores for where, scores in found.items() if len(set(scores.values())) > 1}
+    if not found:  # one model, or models that are known to be equal
+        return
+    first = next(iter(found.values()))
+    table = Table(title=f"Test {with_unit(task.leading, share=task.share)} of each client's model")
+    table.add_column("client", no_wrap=True)
+    for where in found:
+        table.add_column(_ROWS[where], justify="right", no_wrap=True)
+    best_first = sorted(first, key=lambda k: task.rank(first[k]), reverse=True)
+    few = len(best_first) <= _FEW
+    for k in sorted(first) if few else [*best_first[:_ENDS], -1, *best_first[-_ENDS:]]:
+        if k < 0:
+            table.add_row(f"... {len(first) - 2 * _ENDS} more", *("" for _ in found))
+        else:
+            table.add_row(
+                called[k] if called else str(k), *(format_figure(s.get(k), share=task.share) for s in found.values())
+            )
+    wide(140).print(table)
+    figure = partial(format_figure, share=task.share)
+    for where, scores in found.items():
+        fair = fairness(scores.values(), maximise=task.maximise)
+        say(
+            f"On {_ROWS[where]}: worst {figure(fair.worst)}, mean of the worst 10 % {figure(fair.worst_tenth)}, "
+            f"standard deviation {figure(fair.std)}"
+        )
+
+
+def _defined(evaluation: Evaluation | None, metric: str) -> dict[int, float]:
+    """Each client's score, where it is defined."""
+    return {} if evaluation is None else {k: s for k, s in evaluation.each(metric).items() if s is not None}
 
 
 def print_result(result: Result) -> None:

@@ -11,7 +11,7 @@ from cutlayer.cli.application import ConfigFile, Folder, Out
 from cutlayer.cli.flags import command
 from cutlayer.cli.merging import fresh_folder, merged_values, run_config
 from cutlayer.cli.progress import Monitor, resumable
-from cutlayer.cli.results import print_comparison, print_result, tell_of_data, write_report
+from cutlayer.cli.results import print_clients, print_comparison, print_result, tell_of_run, write_report
 from cutlayer.errors import ConfigError
 from cutlayer.options import CompareConfig, RunConfig
 from cutlayer.plugins import label
@@ -102,10 +102,11 @@ def _train(run: Run) -> None:
     with Monitor(1) as monitor, resumable(f"cutlayer resume {run.out}"):
         for number, record in enumerate(run):
             if number == 0:
-                tell_of_data(run.training.source)
+                tell_of_run(run)
             monitor.show(label(run.config.algorithm), run, record)
     assert run.result is not None
     print_result(run.result)
+    print_clients(run)
     write_report(run.out)
 
 
@@ -116,7 +117,7 @@ def _compare(comparison: Comparison) -> None:
         told = set[str]()
         for entry, seed, run, record in comparison:
             if run.training.source.account not in told:
-                tell_of_data(run.training.source)
+                tell_of_run(run)
             told.add(run.training.source.account)
             monitor.show(f"{entry}, seed {seed}", run, record)
     print_comparison(comparison.table())

@@ -172,7 +172,7 @@ class MeteredCohort(CohortAround):
             self.ledger.add("up", "models", holder, count)
             self.ledger.add("down", "models", client, count)
 
-    def evaluate(self, samples: Samples, predict: Predict) -> Evaluation:
+    def evaluate(self, samples: Samples, predict: Predict, clients: Sequence[int] | None = None) -> Evaluation:
         """Up: smashed data of the held-out samples and their labels; U-shaped: no labels, but features down."""
 
         def metered(clients: Sequence[int], rows: Rows) -> Rows:
@@ -182,7 +182,7 @@ class MeteredCohort(CohortAround):
             return predict(clients, rows)
 
         with self._counted("evaluation"):
-            return self.inner.evaluate(samples, metered)
+            return self.inner.evaluate(samples, metered, clients)
 
     def _fetch(self, clients: Sequence[int]) -> None:
         """Down: the averaged model, to those of `clients` that have missed it."""

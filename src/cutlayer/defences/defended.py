@@ -41,7 +41,7 @@ class DefendedCohort(CohortAround):
         own = self._guarded.back(gradients.for_all(self._asked, sizes))
         self.inner.backward(CutGradients(own, self._asked, sizes))
 
-    def evaluate(self, samples: Samples, predict: Predict) -> Evaluation:
+    def evaluate(self, samples: Samples, predict: Predict, clients: Sequence[int] | None = None) -> Evaluation:
         """Smashed data of held-out samples is protected, too."""
         seen: Counter[int] = Counter()  # rows of each client so far
 
@@ -50,4 +50,4 @@ class DefendedCohort(CohortAround):
             seen.update(dict.fromkeys(clients, len(rows[0]) // len(clients)))
             return predict(clients, sent)
 
-        return self.inner.evaluate(samples, protected)
+        return self.inner.evaluate(samples, protected, clients)

@@ -257,16 +257,29 @@ class LocalCohort(SimulatedCohort):
                 load_optimizer(taker.optimizer, giver.optimizer.state_dict())
         self._holder = client
 
-    def evaluate(self, samples: Samples, predict: Predict) -> Evaluation:
+    def evaluate(self, samples: Samples, predict: Predict, clients: Sequence[int] | None = None) -> Evaluation:
         """Every client model with the server, one after another; models known to be equal are looked at once."""
         self._settle()
-        everyone, models = self._judged()
+        everyone, models = self._judged(clients)
+        averaged = self._average() if self._averages else None
 
-        def outputs_of(clients: Sequence[int], part: Samples, start: int) -> Outputs:
-            (k,) = clients
-            return clients, self._outputs(self._clients[k], part.rows, predict)
+        def outputs_of(asked: Sequence[int], part: Samples, start: int) -> Outputs:
+            (k,) = asked
+            return asked, self._outputs(averaged or self._clients[k], part.rows, predict)
 
-        return evaluation(self.setup.judge(samples, models, outputs_of, at_once=1), everyone, len(samples))
+        found = self.setup.judge(samples, models[:1] if averaged else models, outputs_of, at_once=1)
+        return evaluation(found, everyone, len(samples))
+
+    @property
+    def _averages(self) -> bool:
+        """Whether the clients' average is judged, and is not what each of them has."""
+        return self.setup.judge_by == "average" and not self._alike and self._holder is None
+
+    def _average(self) -> Client:
+        """A client with the weighted mean of all client models."""
+        made = Client(0, *self.setup.models[0], self.setup.make_optimizer, self.setup.task)
+        average_into(made.module, [client.module for client in self._clients], list(self.masses))
+        return made
 
     def _outputs(self, client: Client, x: Rows, predict: Predict) -> Tensor:
         """One client's model with the server's, in eval mode: [n, ...]."""

@@ -17,20 +17,22 @@ from cutlayer.data.batches import Batches, Drawn
 from cutlayer.data.samples import Samples
 from cutlayer.frozen import moving, trains
 from cutlayer.optim import MakeOptimizer
-from cutlayer.scoring import ROWS_PER_PASS, OutputsOf, Scores, evaluate, judged
+from cutlayer.scoring import ROWS_PER_PASS, OutputsOf, Scores, evaluate, evaluate_together, judged
 from cutlayer.tasks import Task
 from cutlayer.tasks.classification import Classification
 from cutlayer.types import Round, Rows, Smashed, Step
 
 Shape = Literal["whole", "split", "u-shaped"]
+Judging = Literal["mean", "average", "ensemble"]
 ClientModel = tuple[nn.Module, nn.Module | None]  # (lower part, tail or auxiliary head)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Routine:
     """How clients train, wherever they are. `lr` is the base rate; a round is `local_steps` batches or `local_epochs`
-    passes; `alike` says that all models start equal; `eval_clients` how many models are evaluated (None: all); `task`
-    what a row's loss is, and how models are judged; `class_names` those of the classes, where they have some.
+    passes; `alike` says that all models start equal; `eval_clients` how many models are evaluated (None: all);
+    `judge_by` whether each is, their average, or all of them together; `task` what a row's loss is, and how models are
+    judged; `class_names` those of the classes, where they have some.
     """
 
     lr: float
@@ -42,6 +44,7 @@ class Routine:
     local_steps: int | None = None
     alike: bool = True
     eval_clients: int | None = None
+    judge_by: Judging = "mean"
     task: Task = field(default_factory=Classification)
     class_names: tuple[str, ...] = ()
 
@@ -64,7 +67,8 @@ class Routine:
     ) -> Scores:
         """The scores of the clients' models `models` on `samples` (see `scoring.evaluate`)."""
         how: dict[str, Any] = {"at_once": at_once, "rows_per_pass": rows_per_pass, "names": self.class_names}
-        return evaluate(self.task, samples, models, outputs_of, **how)
+        one_by_one = self.judge_by != "ensemble" or len(models) == 1
+        return (evaluate if one_by_one else evaluate_together)(self.task, samples, models, outputs_of, **how)
 
     @property
     def routine(self) -> dict[str, Any]:
@@ -168,11 +172,12 @@ class SimulatedCohort(ABC):
         if self._buffered:
             self._alike = len(self._quota) == 1
 
-    def _judged(self) -> tuple[list[int], list[int]]:
+    def _judged(self, clients: Sequence[int] | None = None) -> tuple[list[int], list[int]]:
         """(whose scores are asked for, whose models are looked at): models known to be equal are looked at once."""
         if self._holder is not None:
-            return [self._holder], [self._holder]
+            return [self._holder] if clients is None else list(clients), [self._holder]
         everyone = judged(len(self._quota), self.setup.eval_clients, self.setup.seed)
+        everyone = everyone if clients is None else list(clients)
         return everyone, everyone[:1] if self._alike else everyone
 
     @abstractmethod

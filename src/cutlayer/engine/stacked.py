@@ -7,8 +7,10 @@ why a model cannot be stacked; everything is proved equal to `local`.
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -135,10 +137,16 @@ class StackedCohort(SimulatedCohort):
         self._alike = True
         return tuple(weights)
 
-    def evaluate(self, samples: Samples, predict: Predict) -> Evaluation:
+    def evaluate(self, samples: Samples, predict: Predict, clients: Sequence[int] | None = None) -> Evaluation:
         """Every client model with the server; models known to be equal are looked at once."""
         self._stack.settle()
-        everyone, models = self._judged()
+        everyone, models = self._judged(clients)
+        if self.setup.judge_by == "average" and not self._alike and self._holder is None:
+            with self._averaged():
+                return self._scored(samples, predict, everyone, [0])
+        return self._scored(samples, predict, everyone, models)
+
+    def _scored(self, samples: Samples, predict: Predict, everyone: list[int], models: list[int]) -> Evaluation:
         at_once = max(1, _MERGED_ROWS // max(1, len(samples)))
 
         def outputs_of(clients: Sequence[int], part: Samples, start: int) -> Outputs:
@@ -148,6 +156,16 @@ class StackedCohort(SimulatedCohort):
 
         found = self.setup.judge(samples, models, outputs_of, at_once=at_once, rows_per_pass=_MERGED_ROWS)
         return evaluation(found, everyone, len(samples))
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """All client models are their weighted mean meanwhile."""
+        before = copy.deepcopy(self._stack.state())
+        self._stack.average(dict(enumerate(self.masses)))
+        try:
+            yield
+        finally:
+            self._stack.load(before)
 
     def model_state(self, client: int) -> dict[str, Tensor]:
         """One client's parameters and buffers, under the names of the whole model."""

@@ -79,15 +79,15 @@ class UnionCohort(SimulatedCohort):
         check_done(weights, self.masses, self._asked)
         return tuple(weights)
 
-    def evaluate(self, samples: Samples, predict: Predict) -> Evaluation:
+    def evaluate(self, samples: Samples, predict: Predict, clients: Sequence[int] | None = None) -> Evaluation:
         """The one model, for all."""
         self._model.eval()
 
-        def outputs_of(clients: Sequence[int], part: Samples, start: int) -> Outputs:
+        def outputs_of(models: Sequence[int], part: Samples, start: int) -> Outputs:
             rows = as_tuple(self._model(part.rows))
-            return clients, rows[0] if self.shape == "whole" else predict(clients, rows)[0]
+            return models, rows[0] if self.shape == "whole" else predict(models, rows)[0]
 
-        return evaluation(self.setup.judge(samples, [0], outputs_of), self._judged()[0], len(samples))
+        return evaluation(self.setup.judge(samples, [0], outputs_of), self._judged(clients)[0], len(samples))
 
     def model_state(self, client: int) -> dict[str, Tensor]:
         """One client's parameters, under the names of the whole model."""

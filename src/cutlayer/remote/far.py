@@ -337,25 +337,33 @@ class RemoteCohort:
         _check_finite(tuple(tensors.values()), "model" if model else "optimiser state", client)
         return frame.body
 
-    def evaluate(self, samples: Samples, predict: Predict) -> Evaluation:
+    def evaluate(self, samples: Samples, predict: Predict, clients: Sequence[int] | None = None) -> Evaluation:
         """Every connected client's model with the server: the held-out inputs go to the client, what it gives comes
         back.
         """
+        if clients is not None and self._holder is None and not self._alike:
+            clients = [k for k in clients if k in self.hub.connected]
+            if not clients:
+                return Evaluation({}, 0)
         among = range(len(self.samples)) if self._holder is None else [self._holder]
-        return self._patiently(among, lambda: self._evaluated(samples, predict))
+        return self._patiently(among, lambda: self._evaluated(samples, predict, clients))
 
-    def _evaluated(self, samples: Samples, predict: Predict) -> Evaluation | None:
+    def _evaluated(self, samples: Samples, predict: Predict, clients: Sequence[int] | None = None) -> Evaluation | None:
         """None if no client answered."""
         everyone = [self._holder] if self._holder is not None else self._judged()
         looked_at = everyone[:1] if self._alike else everyone
+        if clients is not None:
+            everyone = list(clients)
+            looked_at = looked_at if self._alike or self._holder is not None else everyone
         self._catch_up(looked_at)
 
-        def outputs_of(clients: Sequence[int], part: Samples, start: int) -> Outputs:
-            given = self._outputs(clients, part, start, predict)
+        def outputs_of(models: Sequence[int], part: Samples, start: int) -> Outputs:
+            given = self._outputs(models, part, start, predict)
             return list(given), torch.cat(list(given.values())) if given else torch.empty(0)
 
         found = self.setup.judge(samples, looked_at, outputs_of)
-        return evaluation(found, everyone if self._alike else list(found), len(samples)) if found else None
+        shared = self._alike or self.setup.judge_by == "ensemble" or (clients is not None and self._holder is not None)
+        return evaluation(found, everyone if shared else list(found), len(samples)) if found else None
 
     def model_state(self, client: int) -> Mapping[str, Tensor]:
         """One client's parameters and buffers, under the names of the whole model."""

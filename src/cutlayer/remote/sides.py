@@ -69,6 +69,11 @@ def remote_training(
 
     Raises UsageError as `assemble` does; ConfigError for centralised learning, which has no clients.
     """
+    if config.judge == "average":
+        raise ConfigError(
+            "judge = 'average' needs all client models on one machine, but these clients keep theirs: choose mean or "
+            "ensemble"
+        )
     p = prepare(_remotely(config), model, data)
     setup = Remote(
         samples=samples,
@@ -130,6 +135,11 @@ def worker_of(
     """
     if not 0 <= client < config.clients:
         raise ConfigError(f"client = {client} is none of the {config.clients} clients, 0 to {config.clients - 1}")
+    if own is not None and config.evaluate_on != "global":
+        raise ConfigError(
+            f"evaluate_on = {config.evaluate_on!r} needs test rows that the server holds, but this client has data of "
+            "its own: choose evaluate_on = global"
+        )
     p = prepare(_remotely(config), model, data if own is None else own, alone=own is not None)
     lower, tail = p.clients.models[client]
     share, protection = torch.from_numpy(p.clients.rows[client]), defences.of(config)

@@ -23,10 +23,11 @@ def write(folder: Path) -> list[Path]:
     report = collect.read(Path(folder))
     panels = curves.panels(report)
     classes = curves.classes(report)
+    by_client = curves.clients(report)
     contents = {
         CURVES: curves.overview(report),
         CLASS_COUNTS: classes,
-        PAGE: html.render(report, panels, classes).encode(),
+        PAGE: html.render(report, panels, classes, by_client).encode(),
     }
     for name, content in contents.items():
         replace_file(report.folder / name, content)

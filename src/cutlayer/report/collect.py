@@ -14,7 +14,19 @@ from typing import Any
 from cutlayer import plugins
 from cutlayer.errors import RunFolderError
 from cutlayer.files import read_json, read_records
-from cutlayer.folder import ALGORITHM, CLASSES, COMPARISON, CONFIG, DATA, EVALUATIONS, METRIC, RESULT, STEPS, stored_config
+from cutlayer.folder import (
+    ALGORITHM,
+    CLASSES,
+    CLIENTS,
+    COMPARISON,
+    CONFIG,
+    DATA,
+    EVALUATIONS,
+    METRIC,
+    RESULT,
+    STEPS,
+    stored_config,
+)
 from cutlayer.summary import mean_of_known, spread
 from cutlayer.text import format_figure, spoken, with_unit
 
@@ -67,10 +79,16 @@ class StoredRun:
     about: dict[str, Any]
     result: dict[str, Any] | None
     measure: Measure = Measure()
+    scores: dict[str, dict[int, float]] = field(default_factory=dict)
+    """Each client's score in the last evaluation, by the kind of test rows ("global", "own"), where it is defined."""
     meanings: dict[str, str] = field(default_factory=dict)
     """What the options of the things that it has chosen mean."""
     client_names: list[str] = field(default_factory=list)
     account: str = ""
+
+    def called(self, client: int) -> str:
+        """The name of a client, where the data say it."""
+        return self.client_names[client] if client < len(self.client_names) else str(client)
 
     @property
     def epochs(self) -> list[float]:
@@ -219,6 +237,7 @@ def _run(folder: Path) -> StoredRun | None:
     classes = read_json(folder / CLASSES)
     if classes is None:
         raise RunFolderError(f"{str(folder)!r} lacks classes.json: restore that file, or run anew in another folder")
+    measure = Measure(**(read_json(folder / METRIC) or {}))
     return StoredRun(
         seed=int(config.get("seed", 0)),
         config=config,
@@ -232,9 +251,19 @@ def _run(folder: Path) -> StoredRun | None:
         account=str((read_json(folder / DATA) or {}).get("account", "")),
         about=_about(folder, str(config.get("algorithm", ""))),
         result=read_json(folder / RESULT),
-        measure=Measure(**(read_json(folder / METRIC) or {})),
+        measure=measure,
+        scores=_last_scores(folder, measure.name),
         meanings=(read_json(folder / ALGORITHM) or {}).get("meanings", {}),
     )
+
+
+def _last_scores(folder: Path, metric: str) -> dict[str, dict[int, float]]:
+    """Each client's score in the last evaluation."""
+    found: dict[str, dict[int, float]] = {}
+    for line in read_records(folder / CLIENTS):
+        each = {int(k): own[metric] for k, own in line["clients"].items() if own.get(metric) is not None}
+        found[str(line["on"])] = each
+    return {where: each for where, each in found.items() if each}
 
 
 def _stored(row: dict[str, Any]) -> ResultRow:

@@ -79,6 +79,46 @@ def classes(report: Report) -> bytes:
     return drawn(lambda: _classes_figure(shown_partition(report)))
 
 
+def clients(report: Report) -> bytes | None:
+    """Every client's score, the best first, as dots in one PNG; None where the clients' models do not differ."""
+    entries = [(e, label, look) for e, label, look, _ in _looks(report) if differs(e.runs[0])]
+    return drawn(lambda: _clients_figure(report, entries)) if entries else None
+
+
+def differs(run: StoredRun) -> bool:
+    """Whether the clients' models have scores of their own."""
+    return any(len(set(scores.values())) > 1 for scores in run.scores.values())
+
+
+def _clients_figure(report: Report, entries: list[tuple[ReportEntry, str, Look]]) -> Figure:
+    figure = Figure(figsize=(9.6, 4.2), layout="constrained")
+    ax = figure.subplots()
+    measure = report.measure
+    scale = 100 if measure.share else 1
+    for entry, label, (colour, _) in entries:
+        run = entry.runs[0]
+        for where, scores in run.scores.items():
+            values = sorted(scores.values(), key=run.measure.rank, reverse=True)
+            rows = {"global": "all test rows", "own": "own test rows"}[where]
+            several = len(run.scores) > 1
+            ax.plot(
+                np.arange(1, len(values) + 1),
+                scale * np.array(values),
+                marker="o" if where == "global" else "^",
+                markersize=5 if len(values) <= 60 else 2.5,
+                linestyle="-" if where == "global" else ":",
+                linewidth=1.0,
+                color=colour if report.comparison else (VERMILLION if where == "global" else BLUE),
+                label=", ".join([label] * report.comparison + [rows] * (several or not report.comparison)),
+            )
+    titled(ax, f"Test {measure.title} of each client's model")
+    ax.set_xlabel("clients, the best first")
+    ax.set_ylabel(f"test {measure.label}")
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
+    ax.legend()
+    return figure
+
+
 def shown_partition(report: Report) -> StoredRun:
     """The run whose partition is drawn: seeds differ in theirs, entries of a comparison as a rule do not."""
     return report.entries[0].runs[0]

@@ -13,15 +13,16 @@ from cutlayer import plugins
 from cutlayer.options import CompareConfig, RunConfig
 from cutlayer.report import spending
 from cutlayer.report.collect import Measure, Report, ReportEntry
-from cutlayer.report.curves import has_classes, loss_window, shown_partition
-from cutlayer.text import format_bytes, format_rate, listed
+from cutlayer.report.curves import differs, has_classes, loss_window, shown_partition
+from cutlayer.summary import mean_of_known, spread
+from cutlayer.text import format_bytes, format_rate, listed, spoken
 
 _OWN = ("model", "data", "loss", "metrics")
 _CONVENTIONS = ("wire-unicast", "wire-broadcast", "paper")
 
 
-def render(report: Report, panels: list[bytes], classes: bytes) -> str:
-    """The page with the three panels of curves and the picture of the classes in it."""
+def render(report: Report, panels: list[bytes], classes: bytes, by_client: bytes | None = None) -> str:
+    """The page with the three panels of curves and the pictures of the classes and of the clients' scores in it."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(resources.files("cutlayer.report").joinpath("report.html.j2").read_text("utf-8"))
     partition = shown_partition(report)
@@ -38,6 +39,11 @@ def render(report: Report, panels: list[bytes], classes: bytes) -> str:
         kinds=[(entry.row.title, rows) for entry in report.entries if (rows := _kinds(entry))],
         pictures=list(zip(map(_embedded, panels), _descriptions(report), strict=False)),
         classes=_embedded(classes),
+        by_client=None if by_client is None else _embedded(by_client),
+        fairness=_fairness(report),
+        clients=_clients(report),
+        figures=_figures(report),
+        per_class=_per_class(report),
         classes_text=f"{len(partition.counts)} clients, "
         + (f"{len(partition.class_names)} classes, " if has_classes(partition) else "")
         + f"{sum(map(sum, partition.counts)):,} training samples",
@@ -116,6 +122,89 @@ def _row(entry: ReportEntry, measure: Measure) -> dict[str, Any]:
         "broadcast": _or_dash(broadcast, lambda n: format_bytes(round(n))),
         "total": format_bytes(round(row.bytes_up + down)),
         "total_broadcast": _or_dash(broadcast, lambda n: format_bytes(round(row.bytes_up + n))),
+    }
+
+
+_ROWS = {"global": "all test rows", "own": "its own test rows"}
+_SHOWN_CLIENTS = 40  # a longer table shows the best and the worst
+
+
+def _fairness(report: Report) -> list[dict[str, str]]:
+    """How the clients of each entry differ at the end, of its first run."""
+    lines = []
+    for entry in report.entries:
+        run = entry.runs[0]
+        for where, scores in run.scores.items() if differs(run) else ():
+            worst_first = sorted(scores.values(), key=run.measure.rank)
+            tenth = worst_first[: max(1, round(len(worst_first) / 10))]
+            lines.append(
+                {
+                    "title": entry.row.title,
+                    "rows": _ROWS[where],
+                    "clients": f"{len(scores):,}",
+                    "mean": run.measure.figure(sum(scores.values()) / len(scores)),
+                    "std": run.measure.figure(spread(scores.values())[1]) if len(scores) > 1 else "\N{EN DASH}",
+                    "best": run.measure.figure(worst_first[-1]),
+                    "tenth": run.measure.figure(sum(tenth) / len(tenth)),
+                    "worst": run.measure.figure(worst_first[0]),
+                }
+            )
+    return lines
+
+
+def _clients(report: Report) -> dict[str, Any] | None:
+    """The scores of the clients of a single run: all if they are few, else the best and the worst."""
+    run = report.entries[0].runs[0]
+    if report.comparison or not differs(run):
+        return None
+    first = next(iter(run.scores.values()))
+    best_first = sorted(first, key=lambda k: run.measure.rank(first[k]), reverse=True)
+    half = _SHOWN_CLIENTS // 2
+    shown = sorted(first) if len(first) <= _SHOWN_CLIENTS else best_first[:half] + best_first[-half:]
+
+    def figure(scores: dict[int, float], client: int) -> str:
+        return run.measure.figure(scores[client]) if client in scores else "\N{EN DASH}"
+
+    return {
+        "heads": [_ROWS[where] for where in run.scores],
+        "lines": [(run.called(k), [figure(scores, k) for scores in run.scores.values()]) for k in shown],
+        "left_out": len(first) - len(shown),
+    }
+
+
+def _figures(report: Report) -> list[tuple[str, list[str]]]:
+    """Every metric that is one number: its name, and what it is at the end of each entry, the mean over seeds."""
+    names = dict.fromkeys(m for e in report.entries for r in e.runs for m in r.evaluations[-1].get("test") or {})
+    lines = []
+    for name in names:
+        each = [[(r.evaluations[-1].get("test") or {}).get(name) for r in e.runs] for e in report.entries]
+        if not any(isinstance(value, list) for values in each for value in values):
+            lines.append((spoken(name), [_mean_figure(values) for values in each]))
+    return lines
+
+
+def _mean_figure(values: list[float | None]) -> str:
+    mean = mean_of_known(values)
+    return "not defined" if mean is None else f"{mean:.4g}"
+
+
+def _per_class(report: Report) -> dict[str, Any] | None:
+    """The metrics of a single run that have a number for each class, and its confusion matrix."""
+    run = report.entries[0].runs[0]
+    test = run.evaluations[-1].get("test") or {}
+    several = {m: v for m, v in test.items() if isinstance(v, list) and v}
+    if report.comparison or not several:
+        return None
+    vectors = {m: v for m, v in several.items() if not isinstance(v[0], list)}
+    kinds = max(map(len, several.values()))
+    names = run.class_names if len(run.class_names) == kinds else list(map(str, range(kinds)))
+    return {
+        "names": names,
+        "heads": [spoken(m) for m in vectors],
+        "lines": [(names[i], [_mean_figure([v[i]]) for v in vectors.values()]) for i in range(kinds)],
+        "confusion": [
+            (names[i], [f"{count:.4g}" for count in row]) for i, row in enumerate(test.get("confusion") or [])
+        ],
     }
 
 

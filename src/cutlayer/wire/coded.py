@@ -50,7 +50,7 @@ class CodedCohort(CohortAround):
             self.crossed.append(Crossed("down", gradients.active, count, common=True))
         self.inner.backward(replace(gradients, own=own, common=common))
 
-    def evaluate(self, samples: Samples, predict: Predict) -> Evaluation:
+    def evaluate(self, samples: Samples, predict: Predict, clients: Sequence[int] | None = None) -> Evaluation:
         """Smashed data of held-out samples go up and, in the U-shaped split, features down; without zstd, as remote
         clients do it.
         """
@@ -61,7 +61,7 @@ class CodedCohort(CohortAround):
             outputs = predict(clients, self._cross("up", up, rows, clients, sizes))
             return self._cross("down", down, outputs, clients, sizes) if self.shape == "u-shaped" else outputs
 
-        return self.inner.evaluate(samples, coded)
+        return self.inner.evaluate(samples, coded, clients)
 
     def state(self) -> dict[str, Any]:
         """The inner cohort's."""
