@@ -321,3 +321,58 @@ def test_torch_is_not_imported(tmp_path: Path) -> None:
 )
 def test_format_bytes(n: int, text: str) -> None:
     assert format_bytes(n) == text
+
+
+def make_judged(path: Path, metric: str, *, share: bool, maximise: bool, classes: int = 0, clients: int = 4) -> None:
+    """A run folder as `make_run` makes it, of another metric, with every client's scores."""
+    make_run(path, clients=clients, classes=max(1, classes))
+    (path / "metric.json").write_text(json.dumps({"name": metric, "share": share, "maximise": maximise}))
+    if not classes:
+        (path / "classes.json").write_text(json.dumps({"class_names": [], "counts": [[30]] * clients}))
+    each = {str(k): {metric: 0.5 + 0.01 * k, "loss": 1.0} for k in range(clients)}
+    lines = [{"round": 4, "step": 8, "on": where, "clients": each} for where in ("global", "own")]
+    (path / "clients.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    evaluations = [json.loads(line) for line in (path / "evaluations.jsonl").read_text().splitlines()]
+    for e in evaluations:
+        e["test"] = {metric: e["test_score"], "undefined": None, "recall": [0.5] * classes}
+        e["test"]["confusion"] = [[3.0] * classes] * classes
+    (path / "evaluations.jsonl").write_text("".join(json.dumps(e) + "\n" for e in evaluations))
+
+
+@pytest.mark.parametrize("clients", [4, 100])
+def test_another_metric_without_classes(tmp_path: Path, clients: int) -> None:
+    make_judged(tmp_path / "r", "rmse", share=False, maximise=False, clients=clients)
+    write(tmp_path / "r")
+    page = (tmp_path / "r/report.html").read_text()
+    assert "Test rmse" in page
+    assert "accuracy" not in page.partition('<h2 id="read">')[0].lower()
+    assert "small differences may be chance" in page
+    assert f"{clients} clients, {30 * clients} training samples" in page
+    assert "its own test rows" in page
+    assert "not defined" in page
+    worst = f"{0.5 + 0.01 * (clients - 1):.4g}"
+    assert f"<td>{worst}</td></tr>" in page
+    assert ("60 between them are left out" in page) == (clients == 100)
+
+
+def test_metrics_of_each_class(tmp_path: Path) -> None:
+    make_judged(tmp_path / "r", "macro_f1", share=True, maximise=True, classes=3)
+    write(tmp_path / "r")
+    page = (tmp_path / "r/report.html").read_text()
+    assert "Test macro f1 (%)" in page
+    assert "as 2" in page
+    assert "<td>0.5</td>" in page
+
+
+def test_less_is_better(tmp_path: Path) -> None:
+    """The best evaluation and what it takes to reach a score follow the metric."""
+    for name, last in (("psl", 0.8), ("fl", 0.4)):
+        for seed in (0, 1):
+            place = tmp_path / "c" / name / f"seed-{seed}"
+            make_run(place, name, seed, accuracy=last)
+            (place / "metric.json").write_text(json.dumps({"name": "mae", "share": False, "maximise": False}))
+    (tmp_path / "c/config.toml").write_text(tomli_w.dumps({"algorithms": ["psl", "fl"], "seeds": [0, 1]}))
+    write(tmp_path / "c")
+    page = (tmp_path / "c/report.html").read_text()
+    assert "To reach 0.2 test mae" in page  # psl's first evaluation, which is its best
+    assert "rounded up" in page
