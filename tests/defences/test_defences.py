@@ -330,7 +330,7 @@ def test_every_part_of_an_evaluation_draws_anew() -> None:
     class Inner:
         samples = (1, 1)
 
-        def evaluate(self, samples: Any, predict: Any) -> None:
+        def evaluate(self, samples: Any, predict: Any, clients: Any) -> None:
             predict((0, 1), rows)
             predict((0, 1), rows)
 

@@ -347,7 +347,7 @@ def test_another_metric_without_classes(tmp_path: Path, clients: int) -> None:
     assert "Test rmse" in page
     assert "accuracy" not in page.partition('<h2 id="read">')[0].lower()
     assert "small differences may be chance" in page
-    assert f"{clients} clients, {30 * clients} training samples" in page
+    assert f"{clients} clients, {30 * clients:,} training samples" in page
     assert "its own test rows" in page
     assert "not defined" in page
     worst = f"{0.5 + 0.01 * (clients - 1):.4g}"
