@@ -213,7 +213,7 @@ MUTANTS = [
     M("dropout without its scale", "lowering", "input * keep.div_(1 - p)", "input * keep"),
     M("dropout of the first client for all", "lowering", "generator=mode.generator(client)", "generator=mode.generator(0)"),
     M("dropout of what is to be kept", "lowering", "mine.bernoulli_(1 - p", "mine.bernoulli_(p"),
-    M("dropout within a channel", "lowering", "(*input.shape[:2], *[1] * (input.dim() - 2))", "input.shape"),
+    M("dropout within a channel", "lowering", "_drop(mode, input, (*input.shape[:2], *[1] * (input.dim() - 2)), p, inplace)", "_drop(mode, input, input.shape, p, inplace)"),
     M("embeddings of the neighbour", "lowering", "torch.arange(mode.clients, device=input.device) * weight.shape[1]", "torch.arange(mode.clients, device=input.device) * (weight.shape[1] - 1)"),
     M("padding is trained", "lowering", "torch.where(padding, found.detach(), found)", "found"),
     M("embedding's special gradients ignored", "lowering", "if max_norm is not None or scale_grad_by_freq or sparse:", "if max_norm is not None or sparse:"),
@@ -357,7 +357,7 @@ MUTANTS = [
     # What is frozen
     M("frozen parameters are averaged", "frozen", "load_moving(target, average([moving(m) for m in models], weights))", "target.load_state_dict(average([m.state_dict() for m in models], weights))"),
     M("frozen parameters weigh something", "frozen", "t.nbytes for t in moving(module).values()", "t.nbytes for t in module.state_dict().values()"),
-    M("a frozen tensor for each client", "frozen", "lower = replica(self.split.client)", "lower = copy.deepcopy(self.split.client)"),
+    M("a frozen tensor for each client", "frozen", "(*replica(nn.ModuleList(ends)), None)", "(*copy.deepcopy(nn.ModuleList(ends)), None)"),
     M("gradients for clients that train nothing", "frozen", "if not self.trains:\n            return", "if False:\n            return"),
     M("buffers of untrained clients are lost", "frozen", "self._stack.put_back(p.group)", "pass"),
     M("untrained clients stay alike", "frozen", "self._buffered = not trains(lower, tail) and", "self._buffered = False and"),
