@@ -68,6 +68,7 @@ AREAS: dict[str, Sequence[str]] = {
     "stack": ("*golden*", "*engines*", "*stacked*", "*options*", "*test_seam*"),
     "kernels": ("*engines*", "*stacked*"),
     "lowering": ("*stacked*", "*options*"),
+    "mapping": ("*test_mapping*", "*stacked*"),
     "union": ("*golden*", "*stacked*", "*engines*"),
     "choice": ("*seam_operations*", "*options*", "*stacked*"),
     "ledger": ("*test_seam*", "*test_costs*", "*resume*", "*test_plan*"),
@@ -217,6 +218,14 @@ MUTANTS = [
     M("embeddings of the neighbour", "lowering", "torch.arange(mode.clients, device=input.device) * weight.shape[1]", "torch.arange(mode.clients, device=input.device) * (weight.shape[1] - 1)"),
     M("padding is trained", "lowering", "torch.where(padding, found.detach(), found)", "found"),
     M("embedding's special gradients ignored", "lowering", "if max_norm is not None or scale_grad_by_freq or sparse:", "if max_norm is not None or sparse:"),
+    # Operations as vmap takes them
+    M("mapped dropout without its scale", "mapping", "mode.mask(input, input.shape, p) / (1 - p)", "mode.mask(input, input.shape, p)"),
+    M("mapped dropout within a channel", "mapping", "mode.mask(input, size, p) / (1 - p)", "mode.mask(input, input.shape, p) / (1 - p)"),
+    M("one generator's masks for all", "mapping", "generator = make()", "generator = generators[0]()"),
+    M("mapped attention unscaled", "mapping", "math.sqrt(1.0 / math.sqrt(query.shape[-1]) if scale is None else scale)", "1.0"),
+    M("mapped attention sees what is to come", "mapping", "if is_causal:", "if False:", "step by step, with `drop` for its dropout"),
+    M("mapped padding is trained", "mapping", "torch.where((input == padding_idx % len(weight)).unsqueeze(-1), found.detach(), found)", "found"),
+    M("mapped alpha dropout drops to zero", "mapping", "(mask - 1) * (_ALPHA * a) + _ALPHA * a * p", "0.0"),
     # The union step
     M("union unweighted", "union", "spread(shares(self.masses, self._asked), self._sizes)", "spread([1 / len(self._asked)] * len(self._asked), self._sizes)", "The weighted mean of the steps that the clients of the last"),
     M("union's sum for mean", "union", "return values / masses if weights is None", "return values if weights is None"),
