@@ -456,7 +456,7 @@ MUTANTS = [
     # Clients on other machines
     M("the worker permits everything", "worker", "if served.verbs and not served.verbs & needs:", "if False:"),
     M("models leave the worker unasked", "worker", "m.GiveModel: _Served(Worker._give_model, frozenset({AVERAGE, HAND_OVER}))", "m.GiveModel: _Served(Worker._give_model)"),
-    M("local training twice for a lost answer", "worker", "if self._fitted is None or self._fitted[0] != message.step:", "if True:", "def _learn("),
+    M("local training twice for a lost answer", "worker", "if self._fitted is None or self._fitted[0] != message.step:", "if True:", "def _learn(self, message: m.Learn"),
     M("a steering server shares gradients", "algorithms", 'self.model_copy(update={"phi": 0.0})', "self"),
     # What algorithms say of their traffic
     M("nobody shares in the plan", "traffic", "sharing=self._active_of(epoch.clients)", "sharing=0"),
