@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -14,8 +14,10 @@ import torch
 from support import ALGORITHMS, difference  # type: ignore[import-not-found]
 
 from cutlayer import Run, checkpoint
+from cutlayer.algorithms import Algorithm, algorithm
+from cutlayer.algorithms.common import report
 from cutlayer.build import assemble, own_source
-from cutlayer.cohort import draw_participants
+from cutlayer.cohort import Cohort, draw_participants
 from cutlayer.data import load_whole
 from cutlayer.errors import (
     DataError,
@@ -34,7 +36,9 @@ from cutlayer.remote.logs import _TextLines
 from cutlayer.remote.sides import Greet, remote_training, worker_of
 from cutlayer.remote.transports.memory import MemoryCarrier
 from cutlayer.remote.worker import Worker
+from cutlayer.server import Server
 from cutlayer.testing import in_memory
+from cutlayer.types import Round, Step
 from cutlayer.verbs import AVERAGE, BACKWARD, CLIENT_VERBS, FIT, FORWARD, HAND_OVER, LEARN, TAIL
 from cutlayer.wire import Frame, encode
 from cutlayer.wire import messages as m
@@ -805,6 +809,31 @@ def test_no_client_trains_twice_for_an_answer_that_was_lost() -> None:
     assert hub.loses is None
     for k in range(3):
         assert difference(whole.training.clients.model_state(k), hub.model(k)) == 0
+
+
+@algorithm("own-losses", title="Own losses", needs={FORWARD, LEARN})
+class OwnLosses(Algorithm):
+    """Clients learn by their heads' loss; the server by what they send."""
+
+    def round(self, server: Server, clients: Cohort, this: Round) -> Iterator[Step]:
+        while smashed := clients.forward():
+            step = server.step(smashed)
+            clients.learn(1)
+            yield report(step, smashed)
+
+
+def test_no_client_learns_twice_for_an_answer_that_was_lost() -> None:
+    """Nor where it trains on the loss of its head: asked again for the same step, it says what came of it."""
+    there = in_memory(Run(**{**SMALL, "algorithm": OwnLosses}).config)
+    next(iter(there.run))
+    worker = there.workers[0]
+    again = Frame(m.Learn(there.cohort._step, 1), memoryview(b""))
+    before = {name: t.clone() for name, t in worker.client.module.state_dict().items()}
+    first, second = worker.handle(again), worker.handle(again)
+    assert first is not None
+    assert second is not None
+    assert first[0] == second[0]
+    assert difference(before, dict(worker.client.module.state_dict())) == 0
 
 
 def test_all_clients_are_gone_in_the_midst_of_a_round() -> None:
