@@ -199,6 +199,8 @@ class Run:
         self.out = None if out is None else Path(out)
         if self.out is not None:
             refuse_used(self.out)
+        if training is not None and (self._loss is not None or self._metrics):
+            raise UsageError("a training that is given has its loss and metrics already: leave loss and metrics out")
         if training is None:
             training = assemble(self.config, self._model, self._data, loss=self._loss, metrics=self._metrics)
         self.training = training

@@ -376,3 +376,22 @@ def test_less_is_better(tmp_path: Path) -> None:
     page = (tmp_path / "c/report.html").read_text()
     assert "To reach 0.2 test mae" in page  # psl's first evaluation, which is its best
     assert "rounded up" in page
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (
+            {},
+            "Mean over the clients of the rmse of (that client&#39;s model, the server&#39;s model) on the whole test",
+        ),
+        ({"judge": "average", "evaluate_on": "own"}, "the server&#39;s model) on its own test rows."),
+        ({"judge": "ensemble"}, "The rmse of the mean of the predictions of"),
+    ],
+)
+def test_the_page_says_whose_model_is_judged(tmp_path: Path, options: dict[str, str], sentence: str) -> None:
+    make_judged(tmp_path / "r", "rmse", share=False, maximise=False)
+    with (tmp_path / "r/config.toml").open("a") as file:
+        file.write(tomli_w.dumps(options))
+    write(tmp_path / "r")
+    assert sentence in (tmp_path / "r/report.html").read_text()

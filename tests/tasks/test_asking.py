@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cutlayer import ConfigError, Run, RunFolderError
+from cutlayer import ConfigError, Run, RunFolderError, UsageError
 from cutlayer.tasks import Judged, metric
 from cutlayer.tasks.classification import Classification
 from cutlayer.tasks.own_loss import RowLoss
@@ -156,3 +156,9 @@ def test_resuming_asks_for_what_was_ones_own(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match=r"with metrics of your own.*metrics=\.\.\."):
         Run.resume(out, loss=own["loss"])
     assert Run.resume(out, **own).run().test == whole.test
+
+
+def test_a_training_that_is_given_has_its_own_loss() -> None:
+    training = Run(**SMALL).training
+    with pytest.raises(UsageError, match="leave loss and metrics out"):
+        Run(**SMALL, training=training, metrics={"brier": brier})

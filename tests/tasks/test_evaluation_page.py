@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from support import ROOT, call
 
+from cutlayer import plugins
+
 PAGE = (ROOT / "docs/evaluation.md").read_text()
 BLOCKS = re.findall(r"```(python|sh)\n(.*?)```", PAGE, re.DOTALL)
 PYTHON = [text for kind, text in BLOCKS if kind == "python"]
@@ -28,3 +30,8 @@ def test_commands(command: str, tmp_path: Path) -> None:
         (tmp_path / name).write_text(text)
     call(*shlex.split(command)[1:], cwd=tmp_path)
     assert list(tmp_path.glob("runs/*/report.html"))
+
+
+def test_the_list_of_metrics() -> None:
+    printed = call("list", "metrics").stdout
+    assert all(name in printed for name in plugins.index("metric"))

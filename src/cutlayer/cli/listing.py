@@ -20,6 +20,7 @@ What = Literal[
     "all",
     "algorithms",
     "tasks",
+    "metrics",
     "data",
     "formats",
     "partitions",
@@ -33,9 +34,9 @@ What = Literal[
 
 @command(sort_key=7, name="list")
 def list_(what: What = "all", /) -> None:
-    """Name what there is to choose from: algorithms, tasks, data sets and formats, partitions, models with their cut
-    points, schedules, codecs and defences, each with its options; and profiles of devices and links with their
-    figures. What installed packages add is listed too.
+    """Name what there is to choose from: algorithms, tasks, metrics, data sets and formats, partitions, models with
+    their cut points, schedules, codecs and defences, each with its options; and profiles of devices and links with
+    their figures. What installed packages add is listed too.
 
     Parameters
     ----------

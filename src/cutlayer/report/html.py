@@ -49,6 +49,7 @@ def render(report: Report, panels: list[bytes], classes: bytes, by_client: bytes
         + f"{sum(map(sum, partition.counts)):,} training samples",
         classed=has_classes(partition),
         measure=report.measure,
+        judged=_judged(report),
         client_names=", ".join(f"{k} is {name}" for k, name in enumerate(partition.client_names)),
         account=partition.account,
         partition_of=partition.seed if report.comparison else None,
@@ -127,6 +128,17 @@ def _row(entry: ReportEntry, measure: Measure) -> dict[str, Any]:
 
 _ROWS = {"global": "all test rows", "own": "its own test rows"}
 _SHOWN_CLIENTS = 40  # a longer table shows the best and the worst
+
+
+def _judged(report: Report) -> str:
+    """Whose models the scores are of, and on which rows."""
+    score, config = report.measure.title, report.entries[0].runs[0].config
+    whose = {
+        "average": f"The {score} of (the average of the clients' models, the server's model)",
+        "ensemble": f"The {score} of the mean of the predictions of (each client's model, the server's model)",
+    }.get(config.get("judge", "mean"))
+    whose = whose or f"Mean over the clients of the {score} of (that client's model, the server's model)"
+    return f"{whose} on {'its own test rows' if config.get('evaluate_on') == 'own' else 'the whole test set'}."
 
 
 def _fairness(report: Report) -> list[dict[str, str]]:
