@@ -293,6 +293,8 @@ def test_a_node_says_where_its_data_are() -> None:
         ("algorithm", "marked.py:Mine"),
         ("model", "marked:make"),
         ("data", "marked.py:load"),
+        ("task", "marked.py:Counts"),
+        ("metrics", ["accuracy", "marked.py:mine"]),
         ("lr_schedule", "marked:Falling"),
         ("up_codec", "marked.py:Grid:0.1+zstd"),
         ("defences", ["marked.py:Mine"]),
@@ -324,6 +326,26 @@ def test_a_node_names_its_own_code() -> None:
     node = {"model": "cutlayer.models.zoo.mlp:mlp"}
     config = invitation.config(Context(1, 2, node, RecordDict(), {}))
     assert (config.model, config.up_codec) == ("cutlayer.models.zoo.mlp:mlp", "top-k:0.1")
+
+
+def test_a_node_names_its_own_task(tmp_path: Path) -> None:
+    """The file is the node's; that it says the same as the server's is compared when the client joins."""
+    from flwr.app import Context, RecordDict
+
+    from cutlayer.flower.invitation import Invitation
+
+    (tmp_path / "task.py").write_text(
+        "from cutlayer.tasks import Task, task\n\n\n"
+        "@task('counts', targets='numbers')\nclass Counts(Task):\n    def losses(self, outputs, targets):\n"
+        "        return (outputs.view(-1) - targets).abs()\n",
+        encoding="utf-8",
+    )
+    options = {**_config().resolved(), "task": "theirs.py:Counts"}
+    invitation = Invitation("client-0", "host:1", "PEM", json.dumps(options), 60.0, "a secret")
+    node = {"task": f"{tmp_path / 'task.py'}:Counts", "metrics": "auroc macro_f1"}
+    config = invitation.config(Context(1, 2, node, RecordDict(), {}))
+    assert config.thing("task", config.task).targets == "numbers"
+    assert config.metrics == ("auroc", "macro_f1")
 
 
 def test_flowers_simulation_is_refused() -> None:

@@ -52,10 +52,13 @@ class Watch:
     def observe(self, gradients: Tensor, rows: Tensor, labels: Tensor) -> None:
         """Note one batch: gradients [R, s...] received for smashed rows [R, s...] with labels [R].
 
-        Batches that lack pairs of either kind tell nothing and are left out. Raises DataError: unequal numbers of
-        rows, NaN.
+        Batches that lack pairs of either kind tell nothing and are left out, and so are rows whose class does not count
+        (below 0). Raises DataError: unequal numbers of rows, NaN.
         """
         check_rows(1, "to watch", gradients=gradients, rows=rows, labels=labels)
+        if bool((labels < 0).any()):
+            counting = labels >= 0
+            gradients, rows, labels = gradients[counting], rows[counting], labels[counting]
         above = torch.ones(len(labels), len(labels), dtype=torch.bool, device=labels.device).triu(1)
         same = (labels[:, None] == labels[None])[above]
         if not bool(same.any()) or bool(same.all()):

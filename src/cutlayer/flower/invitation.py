@@ -56,8 +56,9 @@ class Invitation:
         """
         node: Mapping[str, Any] = normalised(context.node_config)
         own = {name: node[name] for name in _OF_THE_NODE if name in node}
-        if isinstance(own.get("defences"), str):  # Flower has no lists
-            own["defences"] = own["defences"].split()
+        for name in ("defences", "metrics"):  # Flower has no lists
+            if isinstance(own.get(name), str):
+                own[name] = own[name].split()
         said = json.loads(self.options)
         for name in _CODE.keys() - own.keys():
             _refuse_code(name, said.get(name))

@@ -28,6 +28,7 @@ from cutlayer.remote.far import Remote, RemoteCohort, Tell
 from cutlayer.remote.worker import Duty, Keeping, Watching, Worker
 from cutlayer.run import Run
 from cutlayer.server import Server
+from cutlayer.tasks import Task
 from cutlayer.trained import describe
 from cutlayer.types import as_tuple
 from cutlayer.wire import agree, described, fingerprint, specs
@@ -131,7 +132,8 @@ def worker_of(
     `own`. What its defences draw is named by `noise_seed`: by default the configuration's seed, as in a simulation,
     which the server knows, so that it could subtract the noise.
 
-    Raises UsageError as `assemble` does; ConfigError for a number that is no client's.
+    Raises UsageError as `assemble` does; ConfigError for a number that is not a client's, for a watch over targets that
+    are not classes, and for a task that is to be fitted to training data which the server does not see.
     """
     if not 0 <= client < config.clients:
         raise ConfigError(f"client = {client} is none of the {config.clients} clients, 0 to {config.clients - 1}")
@@ -141,6 +143,9 @@ def worker_of(
             "its own: choose evaluate_on = global"
         )
     p = prepare(_remotely(config), model, data if own is None else own, alone=own is not None)
+    _check_watch(p.clients.task, config.task, watch)
+    if own is not None:
+        _check_fitted(config, p.clients.task)
     lower, tail = p.clients.models[client]
     share, protection = torch.from_numpy(p.clients.rows[client]), defences.of(config)
     return Worker(
@@ -188,6 +193,30 @@ def share(run: Run, cohort: RemoteCohort) -> dict[int, int]:
     return sent
 
 
+def _check_watch(task: Task, name: str, watch: Watching) -> None:
+    """A watch compares gradients by class. Raises ConfigError."""
+    if watch != "off" and task.targets != "class":
+        raise ConfigError(
+            f"watch = {watch!r} has nothing to look at: it compares gradients by class, and the targets of the task "
+            f"{plugins.label(name)!r} are not one class per sample; leave it out"
+        )
+
+
+def _check_fitted(config: RunConfig, fitted: Task) -> None:
+    """What a task finds out from the training data must be the same for all. Raises ConfigError."""
+    asked: Task = config.thing("task", config.task)
+    changed = [o.name for o in asked.entry.options if getattr(asked, o.name) != getattr(fitted, o.name)]
+    if not changed:
+        return
+    by = next((name for name in changed if name in config.given), changed[0])
+    found = [name for name in changed if name != by]
+    instead = f"give {' and '.join(found)} to server and clients instead" if found else "leave it out"
+    raise ConfigError(
+        f"{by} = {getattr(asked, by)} is found out from all training data, but where clients bring their own data, "
+        f"nobody has them all: {instead}"
+    )
+
+
 def terms(p: Prepared, run: str) -> m.Terms:
     """What both sides must agree on."""
     config = p.config
@@ -220,7 +249,9 @@ def shared_options(p: Prepared) -> dict[str, str]:
     things: dict[str, Any] = {}
     for kind, _, reference in (("algorithm", "algorithm", config.algorithm), *named):
         entry = plugins.find(kind, reference)
-        things |= {o.name: getattr(config, o.name) for o in entry.options if o.shared}
+        # A task may have found out options from the data: both sides must have found the same.
+        holder = p.clients.task if kind == "task" else config
+        things |= {o.name: getattr(holder, o.name) for o in entry.options if o.shared}
         if code := plugins.fingerprint(kind, reference):
             things[f"code of the {plugins.KINDS[kind].word}"] = code
     if frozen := digest(*p.clients.models[0]):

@@ -63,9 +63,11 @@ def _compared(theirs: Terms, ours: Terms) -> Iterator[tuple[tuple[Reason, str, s
 
 
 def _options(theirs: Terms, ours: Terms, *, called: bool) -> Iterator[tuple[tuple[Reason, str, str], str, str]]:
-    """The options that say what the data are called, or the others."""
+    """The options that say what the data are called, or the others. What both sides know comes before what only one
+    has: another task has other options.
+    """
     both = theirs.step.options, ours.step.options
-    for name in sorted({*both[0], *both[1]}):
+    for name in sorted({*both[0], *both[1]}, key=lambda name: (not all(name in options for options in both), name)):
         if (name in _OPTION_REMEDIES) != called:
             continue
         a, b = (options.get(name, "not known") for options in both)
