@@ -340,12 +340,13 @@ def test_a_node_names_its_own_task(tmp_path: Path) -> None:
         "        return (outputs.view(-1) - targets).abs()\n",
         encoding="utf-8",
     )
-    options = {**_config().resolved(), "task": "theirs.py:Counts"}
+    own = f"{tmp_path / 'task.py'}:Counts"
+    options = {**RunConfig.of({"task": own, "clients": 3}).resolved(), "task": "theirs.py:Counts"}
     invitation = Invitation("client-0", "host:1", "PEM", json.dumps(options), 60.0, "a secret")
-    node = {"task": f"{tmp_path / 'task.py'}:Counts", "metrics": "auroc macro_f1"}
+    node = {"task": own, "metrics": "mae r2"}
     config = invitation.config(Context(1, 2, node, RecordDict(), {}))
     assert config.thing("task", config.task).targets == "numbers"
-    assert config.metrics == ("auroc", "macro_f1")
+    assert config.metrics == ("mae", "r2")
 
 
 def test_flowers_simulation_is_refused() -> None:
