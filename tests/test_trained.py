@@ -314,6 +314,38 @@ def test_compiled_and_lazy_models() -> None:
         assert run.predict(data.test, 0).outputs.shape == (len(data.test), 4)
 
 
+class Pair(nn.Module):
+    """Takes two tensors per row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(6, 2), nn.Linear(3, 2)
+
+    def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return self.one(left) + self.two(right)
+
+
+def test_several_inputs_per_row(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    x = {"left": rng.normal(size=(60, 6)).astype(np.float32), "right": rng.normal(size=(60, 3)).astype(np.float32)}
+    y = (x["left"][:, 0] > 0).astype(int)
+    run = Run(algorithm="fl", model=Pair, data=(x, y), clients=2, rounds=1, out=tmp_path / "run")
+    run.run()
+    found = run.predict(x)
+    by_hand = run.model()(**{name: torch.from_numpy(array) for name, array in x.items()})
+    assert torch.equal(found.outputs, by_hand)
+    np.savez(tmp_path / "new.npz", **x)
+    (tmp_path / "pair.py").write_text("from test_trained import Pair as make\n", encoding="utf-8")
+    done = call("predict", "run", "new.npz", "--model", "pair.py:make", cwd=tmp_path)
+    assert [line.split(",")[1] for line in done.stdout.splitlines()[1:]] == found.labels
+    np.savez(tmp_path / "half.npz", left=x["left"])
+    done = call("predict", "run", "half.npz", "--model", "pair.py:make", cwd=tmp_path, code=2)
+    assert "half.npz lacks the array 'right' (it has left): add it" in done.stderr
+    export(run.trained(), None, "torch-export", tmp_path / "m.pt2", model=Pair)
+    program = torch.export.load(tmp_path / "m.pt2").module()
+    assert program(left=torch.zeros(5, 6), right=torch.zeros(5, 3)).shape == (5, 2)
+
+
 def test_names_of_clients() -> None:
     for text in ("client-0", "client-12", "average", None):
         assert whose_name(whose(text)) == (text or "all")

@@ -112,8 +112,7 @@ def predict(
 
     _refuse_both(best, last)
     trained = _with_model(find_trained(folder, best=best), model)
-    about = trained.about
-    new = read(data, about["preprocessing"], about["data_format"], about["reading"])
+    new = read(data, trained.about)
     found = trained.predict(new, whose(client))
     for note in (*new.notes, _which(trained, client, best=best)):
         err.print(note, highlight=False, soft_wrap=True)

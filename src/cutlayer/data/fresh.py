@@ -14,6 +14,7 @@ from cutlayer.data.formats._tables import columns_called
 from cutlayer.data.formats.csv import read_columns
 from cutlayer.data.formats.huggingface import table_columns
 from cutlayer.data.formats.images import picture_files
+from cutlayer.data.formats.npz import npz_arrays
 from cutlayer.data.own import own_code
 from cutlayer.data.preprocessed import preprocessed
 from cutlayer.data.samples import Inputs, Samples
@@ -32,18 +33,21 @@ class New:
     notes: tuple[str, ...] = ()
 
 
-def read(path: Path, preprocessing: Mapping[str, Any], data_format: str, options: Mapping[str, Any]) -> New:
-    """The rows in a file or folder, read by the format named (auto: told by the path), with those of `options` that it
-    has, and converted as those of training were. Labels are not looked at.
+def read(path: Path, about: Mapping[str, Any]) -> New:
+    """The rows in a file or folder, read in the format of the data that a model was trained on, and converted as these
+    were. Labels are not looked at. `about` is what is known of the model (see `trained.describe`).
 
     Raises DataError: missing, damaged, or not such rows.
     """
+    preprocessing, data_format = about["preprocessing"], about["data_format"]
     if not path.exists():
         raise DataError(f"there is no file or folder {str(path)!r}: check the path")
     if not preprocessing:
         raise DataError(
             "what became of the inputs in training is not known: they came as a Source, predict from Python"
         )
+    if about["inputs"]["form"] != "one":
+        return New(_several(path, about["inputs"]))
     kind = preprocessing.get("kind")
     if kind == "table":
         return _table(path, preprocessing)
@@ -53,7 +57,22 @@ def read(path: Path, preprocessing: Mapping[str, Any], data_format: str, options
         return New(preprocessed(preprocessing, path), names)
     if path.suffix.lower() == ".npz":
         return New(preprocessed(preprocessing, path))
-    return New(preprocessed(preprocessing, _inputs(path, data_format, options)))
+    return New(preprocessed(preprocessing, _inputs(path, data_format, about["reading"])))
+
+
+def _several(path: Path, inputs: Mapping[str, Any]) -> Inputs:
+    """Several tensors per row: the arrays of an .npz file that have the names of the model's arguments."""
+    names = inputs["names"]
+    if path.suffix.lower() != ".npz" or not names:
+        raise DataError(
+            f"the model takes {len(inputs['tensors'])} tensors per row, which {str(path)!r} cannot hold: "
+            + (f"give an .npz file with the arrays {', '.join(names)}" if names else "predict from Python")
+        )
+    arrays = npz_arrays(path)
+    if lacking := [name for name in names if name not in arrays]:
+        raise DataError(f"{path} lacks the array {lacking[0]!r} (it has {', '.join(arrays)}): add it")
+    typed = {n: getattr(torch, t["dtype"]) for n, t in zip(names, inputs["tensors"], strict=True)}
+    return {name: torch.from_numpy(arrays[name]).to(typed[name]) for name in names}
 
 
 def _table(path: Path, preprocessing: Mapping[str, Any]) -> New:

@@ -34,7 +34,7 @@ class Npz(Format):
         Inputs [n, h, w] that are not integer tokens get a channel axis: [n, 1, h, w]. Inputs [n, h, w, c] with c in
         (1, 3, 4) become [n, c, h, w], unless the second axis has such a size too: then they are taken as [n, c, h, w].
         """
-        found = _npz_arrays(path)
+        found = npz_arrays(path)
         arrays, left_out = _known(path, found)
         suffix = "_train" if "x_train" in arrays else ""
         train = _npz_part(path, arrays, suffix)
@@ -58,7 +58,7 @@ class Npz(Format):
 
     def inputs(self, path: Path) -> Array:
         """The inputs alone: those of x, or of x_test."""
-        arrays, _ = _known(path, _npz_arrays(path))
+        arrays, _ = _known(path, npz_arrays(path))
         if not {"x", "x_test"} & set(arrays):
             raise DataError(f"{path} has no array 'x' or 'x_test': save np.savez(path, x=...)")
         return channels_first(arrays["x" if "x" in arrays else "x_test"])
@@ -94,7 +94,8 @@ def _known(path: Path, found: Mapping[str, Array]) -> tuple[dict[str, Array], li
 _NAMES = [role + part for part in dict.fromkeys(_PARTS.values()) for role in ("x", "y", "client")]
 
 
-def _npz_arrays(path: Path) -> dict[str, Array]:
+def npz_arrays(path: Path) -> dict[str, Array]:
+    """All arrays of an .npz file. Raises DataError."""
     key = ""
     try:
         with path.open("rb") as file:
