@@ -80,7 +80,7 @@ def test_run_writes_its_folder(first: tuple[Path, str]) -> None:
     cwd, printed = first
     expected = (
         "config.toml steps.jsonl evaluations.jsonl clients.jsonl algorithm.json classes.json data.json metric.json "
-        "checkpoint.safetensors result.json"
+        "checkpoint.safetensors last.safetensors best.safetensors result.json"
     )
     pictures = ["curves.png", "classes.png", "report.html"]
     assert {p.name for p in (cwd / "a").iterdir()} == {*expected.split(), *pictures, ".lock"}
