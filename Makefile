@@ -35,15 +35,12 @@ check: $(STAMP)   ## lint, format, types, the direction of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-derive: $(STAMP)   ## write what follows from the registrations: the index, typed keywords, docs/options.md
+derive: $(STAMP)   ## write what is derived from the registrations: index.json, keywords.py, docs/options.md
 	$(BIN)/python -m cutlayer.derive
 
 reproduce: $(STAMP)   ## the paper's tables at the smallest size, on Fashion-MNIST: does it work
 	rm -rf build/reproduce
 	$(BIN)/cutlayer reproduce --size smoke --out build/reproduce
-
-derive: $(STAMP)   ## write what is derived from the registrations: index.json, keywords.py, docs/options.md
-	$(BIN)/python -m cutlayer.derive
 
 bench: $(STAMP)   ## how fast the engines are; writes docs/benchmarks.md
 	$(BIN)/python benchmarks/engines.py --write docs/benchmarks.md

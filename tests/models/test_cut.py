@@ -1009,3 +1009,9 @@ def test_children_may_be_called_anything(name: str) -> None:
     for at in ("first", name):
         parts = cut(net, at, x)
         assert torch.equal(parts.server(parts.client(x)), net(x))
+
+
+def test_sparse_gradients_are_refused() -> None:
+    model = nn.Sequential(nn.Embedding(10, 4, sparse=True), nn.Flatten(), nn.Linear(12, 2))
+    with pytest.raises(CutError, match="Embedding '0' has sparse gradients"):
+        cut(model, "0", torch.zeros(3, 3, dtype=torch.long))

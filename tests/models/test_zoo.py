@@ -104,7 +104,7 @@ def _counted_macs(model: nn.Module, x: Tensor) -> int:
         ("alexnet", (1, 7, 28), 10, ["8x8", "7x28", "enlarge"]),
         ("cnn", (1, 3, 3), 10, ["4x4", "3x3"]),
         ("resnet16", (2, 8, 8), 10, ["1 or 3", "2", "'cnn'"]),
-        ("mlp", (4,), 1, ["classes = 1", "two", "labels"]),
+        ("mlp", (4,), 0, ["classes = 0", "at least one number", "targets"]),
         ("mlp", (), 3, ["()", "at least 1"]),
         ("mlp", (0, 3), 3, ["(0, 3)", "at least 1"]),
     ],

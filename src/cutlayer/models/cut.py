@@ -297,6 +297,12 @@ def _check(model: nn.Module, names: tuple[str, ...]) -> None:
     for name in names:
         if name not in (INPUT, OUTPUT, *known):
             raise CutError(unknown("module", name, [INPUT, *_worth_listing(name, model, known), OUTPUT]))
+    for name, module in model.named_modules():
+        if getattr(module, "sparse", False) is True:  # nothing here averages, counts or sends sparse gradients
+            raise CutError(
+                f"{type(module).__name__} {name!r} has sparse gradients, which are not supported: make it with "
+                "sparse=False"
+            )
 
 
 def _worth_listing(name: str, model: nn.Module, known: list[str]) -> list[str]:
