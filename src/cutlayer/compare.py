@@ -12,7 +12,7 @@ from typing import Any, Unpack
 from torch import nn
 
 from cutlayer.build import Data, Model, assemble, by_name, deal
-from cutlayer.errors import CutlayerWarning, RunFolderError
+from cutlayer.errors import ConfigError, CutlayerWarning, RunFolderError
 from cutlayer.files import read_json
 from cutlayer.folder import COMPARISON, CONFIG, OWN_FILES, RESULT, Folder, refuse_used, stored_config
 from cutlayer.keywords import CompareKeywords
@@ -115,11 +115,19 @@ class Comparison:
 
     def check(self) -> None:
         """Build every entry once, so that what is wrong is found before the first is trained. Raises UsageError."""
-        for seeds in self.plan.values():
+        judged: dict[str, str] = {}
+        for entry, seeds in self.plan.items():
             first, *others = seeds.values()
-            assemble(first, self._model, self._data, **self._objective)
+            training = assemble(first, self._model, self._data, **self._objective)
+            judged.setdefault(training.task.leading, entry)
             for config in others:
                 deal(config, self._data)  # with another seed a client may stay without samples
+        if len(judged) > 1:
+            (metric, one), (other, two) = list(judged.items())[:2]
+            raise ConfigError(
+                f"{one!r} is judged by {metric} and {two!r} by {other}, which cannot stand in one column: give all the "
+                "same primary_metric, or compare them apart"
+            )
 
     def run(self) -> list[Row]:
         """Train everything and return the table."""
