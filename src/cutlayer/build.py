@@ -253,7 +253,7 @@ class Prepared:
             smashed=sum(up),
             gradient=sum(down),
             label=train.y[:1].nbytes,
-            raw=sum(x[:1].nbytes for x in train.rows),
+            raw=sum(x.nbytes for x in train.form.rows),
             model=sum(map(model_bytes, self.split.all)),
             client_model=sum(map(model_bytes, client)),
         )
@@ -333,7 +333,7 @@ def prepare(
     source, example = source.to(device), few.to(device).rows
     split = laid_out(config, split, example)
     make_client, make_server = _optimizers(config)
-    check_cacheable(config, algorithm, split, example)
+    check_cacheable(config, algorithm, split, example, anew=not source.train.in_memory)
     check_groups(
         make_client.groups, [name for part in split.all for name, p in part.named_parameters() if p.requires_grad]
     )
@@ -416,7 +416,7 @@ def load_source(config: RunConfig, data: Data | None, task: Task | None = None) 
     """The data set of the run, floating point numbers in the run's type. Raises DataError."""
     dtype, task = dtype_of(config), task or config.thing("task", config.task)
     held_out: dict[str, Any] = {"validation": config.validation, "test": config.test, "seed": config.seed}
-    wanted: dict[str, Any] = {"targets": task.targets, "ignored": task.ignored}
+    wanted: dict[str, Any] = {"targets": task.targets, "ignored": task.ignored, **_where_read(config)}
     if isinstance(data, Source):
         source = fitting(data, task.targets)
     elif data is not None:
@@ -432,6 +432,11 @@ def load_source(config: RunConfig, data: Data | None, task: Task | None = None) 
             given=config.given,
             **wanted,
             **reading_options(config),
+        )
+    if config.data_in_memory == "never" and source.train.in_memory:
+        raise ConfigError(
+            f"data_in_memory = 'never' has no effect on {source.name}: only a map-style Dataset gives one item at a "
+            "time; leave it out"
         )
     return replace(
         source,
@@ -459,8 +464,15 @@ def own_source(config: RunConfig, path: str) -> Source:
         class_names=config.class_names,
         targets=task.targets,
         ignored=task.ignored,
+        seed=config.seed,
+        **_where_read(config),
         **reading_options(config),
     )
+
+
+def _where_read(config: RunConfig) -> dict[str, Any]:
+    """How items of data sets are read."""
+    return {"data_in_memory": config.data_in_memory, "data_workers": config.data_workers}
 
 
 def reading_options(config: RunConfig) -> dict[str, Any]:
@@ -543,7 +555,7 @@ def _made(model: nn.Module, config: RunConfig) -> nn.Module:
 
 def _input_shape(source: Source) -> tuple[int, ...]:
     """The shape of one sample's inputs; of the first, where a sample has several."""
-    return tuple(source.train.rows[0].shape[1:])
+    return tuple(source.train.form.rows[0].shape[1:])
 
 
 def _shape(traits: Traits) -> Shape:
@@ -648,7 +660,7 @@ def _heads(
 
 def _raw_bytes(source: Source, rows: np.ndarray) -> int:
     """What centralised learning uploads once: the training inputs and labels."""
-    return len(rows) * (sum(x[:1].nbytes for x in source.train.rows) + source.train.y[:1].nbytes)
+    return len(rows) * (sum(x.nbytes for x in source.train.form.rows) + source.train.y[:1].nbytes)
 
 
 def _rounds(config: RunConfig, algorithm: Algorithm, sizes: list[int]) -> tuple[int, int]:

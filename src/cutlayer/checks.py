@@ -28,6 +28,7 @@ from cutlayer.tasks import Task
 from cutlayer.types import Rows, as_tuple
 from cutlayer.verbs import LEARN
 
+_SEEN = 256  # rows that are looked at where not all lie in memory
 _LARGEST_RATE = 30  # as a power of ten: what is more overflows float32 at the first step
 
 
@@ -35,16 +36,17 @@ def as_the_model_takes(model: nn.Module, source: Source, dtype: torch.dtype) -> 
     """Whole numbers as they are where the model takes them (it embeds tokens), and as real numbers otherwise. Raises
     ConfigError for tokens that a model which embeds has no row for.
     """
-    whole = [x for x in source.train.rows if not x.is_floating_point()]
-    if not whole:
+    if all(x.is_floating_point() for x in source.train.form.rows):
         return source
+    seen = source.train if source.train.in_memory else source.train[:_SEEN]
+    whole = [x for x in seen.rows if not x.is_floating_point()]
     few = source.train[:2]
     if _refusal(model, few):
         changed = source.real(dtype)
         return source if _refusal(model, changed.train[:2]) else changed  # neither fits: `check_output` says why
     for x in whole:
         row = x.flatten(1).amax(1).argmax()
-        if reason := _refusal(model, source.train[torch.stack([row, row])]):
+        if reason := _refusal(model, seen[torch.stack([row, row])]):
             raise ConfigError(
                 f"the model does not take the inputs of row {int(row)} (from 0), which go up to {int(x[row].max())}: "
                 f"{reason}; give it a larger vocabulary"
@@ -158,8 +160,15 @@ def check_trained(config: RunConfig, model: nn.Module) -> None:
         raise ConfigError(f"{what} leaves nothing to train: freeze less")
 
 
-def check_cacheable(config: RunConfig, algorithm: Algorithm, split: Parts, rows: Rows) -> None:
-    """What the server is to keep (`cache_features`) must be the same in every epoch. Raises ConfigError."""
+def check_cacheable(config: RunConfig, algorithm: Algorithm, split: Parts, rows: Rows, *, anew: bool) -> None:
+    """What the server is to keep (`cache_features`) must be the same in every epoch; items that are read `anew` need
+    not be. Raises ConfigError.
+    """
+    if config.cache_features and anew:
+        raise ConfigError(
+            "cache_features is not possible: items are read for each batch anew, perhaps with random transforms; pass "
+            "data_in_memory = 'always'"
+        )
     if config.cache_features and (why := _changing(config, algorithm, split, rows)):
         raise ConfigError(f"cache_features is not possible: {why}")
 

@@ -28,6 +28,8 @@ class CommonKeywords(TypedDict, total=False):
     class_names: tuple[str, ...]
     validation: float
     test: float
+    data_in_memory: Literal["auto", "always", "never"]
+    data_workers: int
     clients: int
     partition: Any
     samples_per_client: int | None

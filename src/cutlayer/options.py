@@ -298,6 +298,11 @@ class CommonConfig(FleetConfig):
     """Held out of training to choose by: a fraction below 1, or a number of samples."""
     test: float = _field(0.2, DATA, gt=0)
     """Held out for the reported accuracy if the data have no test set: a fraction below 1, or a number of samples."""
+    data_in_memory: Literal["auto", "always", "never"] = _field("auto", DATA)
+    """Whether the items of a map-style Dataset are read once and kept, or for each batch anew, so that random
+    transforms act. auto: kept if they take less than a quarter of the free memory."""
+    data_workers: int = _field(0, DATA, ge=0)
+    """Worker processes that read the items that are not kept in memory."""
 
     clients: int = _field(10, CLIENTS, shared=True, ge=1)
     """Number of clients, C."""

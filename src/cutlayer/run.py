@@ -8,10 +8,12 @@ import math
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Unpack
 
+import torch
 from torch import nn
 
 from cutlayer import checkpoint, plugins
@@ -280,6 +282,10 @@ class Run:
                 "this run has begun already: go on with the iterator that you have, or give out=... and resume it"
             )
         self._begun = True
+        with closing(self.training.source):
+            yield from self._rounds()
+
+    def _rounds(self) -> Iterator[Record]:
         if self.out is None:
             yield from self._train(None)
             return
@@ -587,7 +593,7 @@ class Run:
         state = checkpoint.read(path)
         _refuse_other(RunConfig.of(state["config"]), self.config.resolved(), out)
         mine, theirs = fingerprint(self.training), state["fingerprint"]
-        if different := [what for what in mine if mine[what] != theirs.get(what)]:
+        if different := [what for what in {**mine, **theirs} if mine.get(what) != theirs.get(what)]:
             raise RunFolderError(
                 f"the run in {str(out)!r} was made with another {' and '.join(different)} than now: give what "
                 "it was made with, or start a new run in another folder"
@@ -686,12 +692,14 @@ def fingerprint(training: Training) -> dict[str, str]:
     models = {name: tensor for part in training.parts.all for name, tensor in part.state_dict().items()}
     shapes = [(name, tuple(tensor.shape)) for name, tensor in sorted(models.items())]
     train = training.source.train
-    shapes_of = [tuple(x.shape) for x in train.rows]
-    sums = [x.double().sum().item() for x in train.rows]
+    seen = train if train.in_memory else train[torch.tensor([0, len(train) // 2, len(train) - 1])]
+    shapes_of = [(len(train), *x.shape[1:]) for x in seen.rows]
+    sums = [x.double().sum().item() for x in seen.rows]
     one = (shapes_of[0], sums[0]) if len(sums) == 1 else (shapes_of, sums)
     data = (*one, training.counts.tolist())
     digest = hashlib.sha256(repr((data, train.y.tolist())).encode()).hexdigest()
-    return {"model": repr(shapes), "data set": digest, "engine": training.engine}
+    found = {"model": repr(shapes), "data set": digest, "engine": training.engine}
+    return found if train.in_memory else {**found, "data_in_memory": "never"}
 
 
 def _matrix(value: Any) -> bool:

@@ -29,6 +29,7 @@ from cutlayer.types import Evaluation
 ROWS_PER_PASS = 1024
 """Samples per forward pass: bounds memory, changes no result."""
 
+_READ = 256_000_000  # bytes of inputs that are read at a time where they do not lie in memory
 _TRIED = 2_000_000  # numbers of outputs that metrics are tried on
 
 Scores = dict[int, dict[str, Value]]
@@ -105,14 +106,18 @@ def evaluate(
     """
     found: Scores = {}
     step = max(1, at_once or len(models))
-    for first in range(0, len(models), step):
-        tally = Tally(task, models[first : first + step], names)
+    groups = [Tally(task, models[first : first + step], names) for first in range(0, len(models), step)]
+    if not samples.in_memory:  # what has to be read is read once, for all models
+        rows_per_pass = max(1, min(rows_per_pass, _READ // max(1, sum(x.nbytes for x in samples.form.rows))))
+    for together in [[tally] for tally in groups] if samples.in_memory else [groups]:
         for start in range(0, len(samples), rows_per_pass):
             part = samples[start : start + rows_per_pass]
-            with torch.no_grad():
-                who, outputs = outputs_of(tally.models, part, start)
-                tally.add(who, outputs, part.y)
-        found.update(tally.scores())
+            for tally in together:
+                with torch.no_grad():
+                    who, outputs = outputs_of(tally.models, part, start)
+                    tally.add(who, outputs, part.y)
+        for tally in together:
+            found.update(tally.scores())
     return found
 
 

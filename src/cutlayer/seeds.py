@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import random
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -41,7 +42,7 @@ def torch_seeded(seed: int, *name: str | int, device: torch.device | None = None
     """Run the body under torch's global generator of `device` (default: the CPU's) seeded by `name`; the caller's
     global state comes back after.
 
-    Modules such as dropout draw from the global generator; this is the only place that touches it.
+    Modules such as dropout draw from the global generator; it is touched here alone, and in `seed_all`.
     """
     import torch
 
@@ -57,3 +58,27 @@ def torch_seeded(seed: int, *name: str | int, device: torch.device | None = None
         yield
     finally:
         torch.set_rng_state(before)
+
+
+@contextlib.contextmanager
+def restored() -> Iterator[None]:
+    """The global generators of torch (the CPU's), NumPy and Python come back after the body."""
+    import torch
+
+    before = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before[0])
+        np.random.set_state(before[1])
+        random.setstate(before[2])
+
+
+def seed_all(seed: int, *name: str | int) -> None:
+    """Seed the global generators of torch (the CPU's), NumPy and Python by `name`: transforms draw from any of them."""
+    import torch
+
+    derived = derive(seed, *name)
+    torch.default_generator.manual_seed(derived)
+    np.random.seed(derived % 2**32)
+    random.seed(derived)

@@ -29,7 +29,7 @@ def account(raw: Raw, source: Source) -> str:
 def _contents(raw: Raw, source: Source) -> str:
     rows = sum(len(part.y) for part in raw.parts().values())
     columns = f"{len(raw.columns)} column{'s' if len(raw.columns) > 1 else ''}"
-    shapes = ["x".join(map(str, x.shape[1:])) for x in source.train.rows]
+    shapes = ["x".join(map(str, x.shape[1:])) for x in source.train.form.rows]
     shape = columns if raw.columns else ", ".join(shapes)
     classes = f" in {len(source.class_names)} classes" if source.class_names else ""
     return f"{raw.name}: {rows} {raw.rows} ({shape}){classes}"

@@ -53,6 +53,10 @@ class Batches:
         self.drawn[who] += 1
         return torch.from_numpy(self._order[places]), sizes, clocks
 
+    def epochs(self, clients: Sequence[int], sizes: np.ndarray, clocks: np.ndarray) -> np.ndarray:
+        """In which epoch of its owner each row [R] of the batches is that `draw` gave."""
+        return np.repeat(clocks // self.per_epoch[np.asarray(clients, np.int64)], sizes)
+
     def _shuffle(self, client: int) -> None:
         """Put the client's current epoch in order."""
         epoch = int(self.drawn[client] // self.per_epoch[client])

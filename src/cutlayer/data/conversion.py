@@ -41,7 +41,7 @@ class Conversion:
     def of(cls, raw: Raw, rows: npt.NDArray[np.int64]) -> Self:
         """That of `raw`. The figures of a table are those of its training rows `rows`."""
         if not raw.columns:
-            return cls(divisor=_divisor(raw.train.x), symmetric=raw.symmetric)
+            return cls(divisor=divisor(raw.train.x), symmetric=raw.symmetric)
         train = raw.train.x[rows].astype(np.float64)  # [n, columns]
         fill = None if raw.impute is None else _fill(raw, train)
         train = train if fill is None else _filled(train, fill)
@@ -74,7 +74,7 @@ class Conversion:
         return torch.from_numpy(np.array(x, dtype=wanted, order="C"))
 
 
-def _divisor(x: Array) -> int | None:
+def divisor(x: Array) -> int | None:
     """The largest value of 8-bit inputs and of 16-bit pictures; other whole numbers are not scaled."""
     if x.dtype == np.uint8:
         return 255

@@ -14,7 +14,8 @@ from torch import Tensor
 from cutlayer import seeds
 from cutlayer.data.account import account
 from cutlayer.data.conversion import Conversion
-from cutlayer.data.samples import Inputs, Samples, Source
+from cutlayer.data.lazy import Items
+from cutlayer.data.samples import Samples, Source
 from cutlayer.data.several import taken
 from cutlayer.data.targets import Targets, counting, encoded, words
 from cutlayer.data.unsplit import Array, Raw, Section
@@ -46,15 +47,11 @@ def finished(
             rows, held[part] = _split(rows, classes, count, seeds.derive(seed, "split", part))
     convert = Conversion.of(raw, rows)
 
-    def inputs(part: str, x: Array) -> Inputs:
-        return taken(raw.several[part], x) if raw.several else convert(x)
-
     def samples(part: str) -> Samples:
         if part in y and part != "train":
-            own = raw.parts()[part]
-            return Samples(inputs(part, own.x), torch.from_numpy(y[part]))
+            return _samples(raw, part, convert, raw.parts()[part].x, y[part])
         at = rows if part == "train" else held[part]
-        return Samples(inputs("train", raw.train.x[at]), torch.from_numpy(y["train"][at]))
+        return _samples(raw, "train", convert, raw.train.x[at], y["train"][at])
 
     def whose(part: str) -> Tensor | None:
         if part in owners and part != "train":
@@ -88,16 +85,25 @@ def finished_whole(raw: Raw, targets: Targets = "class", ignored: int | None = N
             f"{raw.name} has one class only, {class_names[0]}: name all classes of the run, in order, with class_names"
         )
     convert = Conversion.of(raw, np.arange(len(y["train"])))
-    x = taken(raw.several["train"], raw.train.x) if raw.several else convert(raw.train.x)
-    whole = Samples(x, torch.from_numpy(y["train"]))
+    whole = _samples(raw, "train", convert, raw.train.x, y["train"])
     preprocessing = _preprocessing(raw, convert, class_names)
     source = Source(raw.name, whole, whole[:0], whole[:0], class_names, preprocessing=preprocessing)
     return dataclasses.replace(source, account=account(raw, source))
 
 
+def _samples(raw: Raw, part: str, convert: Conversion, x: Array, y: Array) -> Samples:
+    """The samples with inputs `x` of a part (or their numbers in what the part reads) and targets `y`."""
+    several, targets = raw.several.get(part), torch.from_numpy(y)
+    if isinstance(several, Items):
+        return several.samples(part, torch.from_numpy(x[:, 0]), targets)
+    return Samples(taken(several, x) if several is not None else convert(x), targets)
+
+
 def _preprocessing(raw: Raw, convert: Conversion, class_names: tuple[str, ...]) -> dict[str, Any]:
     """What becomes of new rows, in plain values."""
     shape = list(raw.train.x.shape[1:])
+    if isinstance(items := raw.several.get("train"), Items) and items.convert is not None:
+        shape, convert = items.shape, items.convert
     return {**raw.recipe, "shape": shape, "conversion": convert.plain(), "class_names": list(class_names)}
 
 

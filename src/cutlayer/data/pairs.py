@@ -10,39 +10,69 @@ import numpy as np
 
 from cutlayer.data.arrays import as_array
 from cutlayer.data.formats._pictures import stack_pictures
+from cutlayer.data.lazy import ItemReading, Items, called, pair, too_large
 from cutlayer.data.own import own_code
 from cutlayer.data.several import numbered, stacked
 from cutlayer.data.unsplit import Raw, Section
 from cutlayer.errors import DataError
 
 
-def from_pairs(parts: Mapping[str, Any], name: str) -> Raw:
-    """All pairs (x, label) of a map-style Dataset for each part. x: a tensor, an array, a number or a picture (PIL)."""
-    items = {part: _items(dataset, _called(part)) for part, dataset in parts.items()}
-    labels = {part: as_array(ys, f"the labels of the {_called(part)}") for part, (_, ys) in items.items()}
+def from_pairs(parts: Mapping[str, Any], name: str, reading: ItemReading | None = None) -> Raw:
+    """The pairs (x, label) of a map-style Dataset for each part. x: a tensor, an array, a number or a picture (PIL).
+    All are read now, unless `reading` says otherwise.
+    """
+    for part, dataset in parts.items():
+        _check_length(dataset, called(part))
+    if reading is not None and reading.in_memory != "always":
+        items = Items(parts, reading)
+        if reading.in_memory == "never" or too_large(items):
+            return _unread(parts, name, reading, items)
+    return _read(parts, name)
+
+
+def _unread(parts: Mapping[str, Any], name: str, reading: ItemReading, items: Items) -> Raw:
+    """Pairs whose inputs are read when they are needed: the inputs here are the numbers of items."""
+    sections, taken = {}, ""
+    for part, dataset in parts.items():
+        labels, taken = items.labels(part)
+        rows = np.arange(len(dataset), dtype=np.int64)[:, None]
+        sections[part] = Section(rows, as_array(labels, f"the labels of the {called(part)}"))
+    remarks = [
+        "items are read for each batch anew"
+        if reading.in_memory == "never"
+        else f"items are read for each batch anew, as all would take {items.nbytes / 1e9:.3g} GB of the free memory; "
+        "data_in_memory = 'always' keeps them"
+    ]
+    if taken:
+        remarks.append(f"targets are those of its attribute {taken!r}")
+    raw = _raw(name, sections)
+    rows_are = "pictures" if items.recipe else "rows"
+    several = dict.fromkeys(parts, items)
+    return dataclasses.replace(raw, rows=rows_are, remarks=tuple(remarks), recipe=items.recipe, several=several)
+
+
+def _read(parts: Mapping[str, Any], name: str) -> Raw:
+    """All pairs, in memory."""
+    items = {part: _items(dataset, called(part)) for part, dataset in parts.items()}
+    labels = {part: as_array(ys, f"the labels of the {called(part)}") for part, (_, ys) in items.items()}
     if all(hasattr(x, "getbands") for xs, _ in items.values() for x in xs):
-        named = {part: [(f"{_called(part)}[{n}]", x) for n, x in enumerate(xs)] for part, (xs, _) in items.items()}
+        named = {part: [(f"{called(part)}[{n}]", x) for n, x in enumerate(xs)] for part, (xs, _) in items.items()}
         pictures = stack_pictures(named)
         sections = {part: Section(x, labels[part]) for part, x in pictures.x.items()}
         raw = _raw(name, sections)
         return dataclasses.replace(raw, rows="pictures", remarks=pictures.remarks, recipe=pictures.recipe)
     if all(isinstance(x, Mapping | tuple) for xs, _ in items.values() for x in xs):
-        found = {part: numbered(stacked(xs, _called(part)), _called(part)) for part, (xs, _) in items.items()}
+        found = {part: numbered(stacked(xs, called(part)), called(part)) for part, (xs, _) in items.items()}
         raw = _raw(name, {part: Section(rows, labels[part]) for part, (rows, _) in found.items()})
         return dataclasses.replace(raw, several={part: arrays for part, (_, arrays) in found.items()})
-    return _raw(name, {part: _section(xs, labels[part], _called(part)) for part, (xs, _) in items.items()})
+    return _raw(name, {part: _section(xs, labels[part], called(part)) for part, (xs, _) in items.items()})
 
 
 def _raw(name: str, sections: Mapping[str, Section]) -> Raw:
     return Raw(name, sections["train"], sections.get("validation"), sections.get("test"))
 
 
-def _called(part: str) -> str:
-    return "data set" if part == "train" else f"{part} data set"
-
-
-def _items(dataset: Any, what: str) -> tuple[list[Any], list[Any]]:
-    """The inputs and the labels of all items."""
+def _check_length(dataset: Any, what: str) -> None:
     try:
         size = len(dataset)
     except TypeError:
@@ -51,25 +81,18 @@ def _items(dataset: Any, what: str) -> tuple[list[Any], list[Any]]:
         ) from None
     if size == 0:
         raise DataError(f"the {what} has no rows: add samples")
+
+
+def _items(dataset: Any, what: str) -> tuple[list[Any], list[Any]]:
+    """The inputs and the labels of all items."""
     xs, ys = [], []
-    for row in range(size):
+    for row in range(len(dataset)):
         with own_code(dataset, f"item {row} of the {what}"):
             item = dataset[row]
-        item = _pair(item)
-        if not isinstance(item, tuple | list) or len(item) != 2:
-            raise DataError(
-                f"item {row} of the {what} is not a pair (x, label) but a {type(item).__name__}: return pairs, or "
-                "dictionaries of tensors with the target under 'labels' or 'label'"
-            )
-        xs.append(item[0])
-        ys.append(item[1].item() if hasattr(item[1], "item") and np.ndim(item[1]) == 0 else item[1])
+        x, y = pair(item, f"item {row} of the {what}")
+        xs.append(x)
+        ys.append(y)
     return xs, ys
-
-
-def _pair(item: Any) -> Any:
-    """An item that is a dictionary as (its tensors, its labels)."""
-    label = next((key for key in ("labels", "label") if isinstance(item, Mapping) and key in item), None)
-    return item if label is None else ({k: v for k, v in item.items() if k != label}, item[label])
 
 
 def _section(xs: list[Any], labels: Any, what: str) -> Section:

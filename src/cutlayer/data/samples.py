@@ -1,4 +1,4 @@
-"""What a data set is, once loaded: tensors in memory, split three ways."""
+"""What a data set is, once loaded: tensors, split three ways."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,8 +26,29 @@ class Samples:
     inputs: Inputs
     y: Tensor
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether all inputs lie in memory. If not (see `lazy`), only batches have `rows` and `x`."""
+        return True
+
+    @property
+    def form(self) -> Samples:
+        """The first sample alone: what shape and type the inputs have."""
+        return self[:1]
+
     def __len__(self) -> int:
         return len(self.y)
+
+    def batch(self, rows: Tensor, epochs: np.ndarray) -> Samples:
+        """The samples at `rows` [R], to train on in these `epochs` [R] of their owners: random transforms differ."""
+        return self[rows.to(self.y.device)]
+
+    def share(self, rows: Tensor) -> Samples:
+        """The samples at `rows` as a whole of their own: one client's."""
+        return self[rows]
+
+    def close(self) -> None:
+        """End the processes that read samples, where there are some; they start again when something is read."""
 
     def __getitem__(self, rows: Tensor | slice) -> Samples:
         """The samples at `rows` (an index tensor or a slice)."""
@@ -52,12 +74,12 @@ class Samples:
     def to(self, where: torch.dtype | torch.device) -> Samples:
         """The same samples on a device, or with floating point inputs and targets in a type."""
         if isinstance(where, torch.device):
-            return Samples(each(self.inputs, lambda x: x.to(where)), self.y.to(where))
+            return replace(self, inputs=each(self.inputs, lambda x: x.to(where)), y=self.y.to(where))
 
         def typed(tensor: Tensor) -> Tensor:
             return tensor.to(where) if tensor.is_floating_point() else tensor
 
-        return Samples(each(self.inputs, typed), typed(self.y))
+        return replace(self, inputs=each(self.inputs, typed), y=typed(self.y))
 
 
 def each(x: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
@@ -114,11 +136,17 @@ class Source:
         parts = {name: getattr(self, name).to(device) for name in ("train", "validation", "test")}
         return replace(self, **parts)
 
+    def close(self) -> None:
+        """End the processes that read samples, where there are some."""
+        for part in (self.train, self.validation, self.test):
+            part.close()
+
     def real(self, dtype: torch.dtype) -> Source:
         """The same data set with inputs that are whole numbers as real ones."""
 
         def change(samples: Samples) -> Samples:
-            return Samples(each(samples.inputs, lambda x: x if x.is_floating_point() else x.to(dtype)), samples.y)
+            real = each(samples.inputs, lambda x: x if x.is_floating_point() else x.to(dtype))
+            return replace(samples, inputs=real)
 
         conversion = {**self.preprocessing.get("conversion", {}), "real": True}
         return replace(

@@ -37,6 +37,7 @@ from cutlayer.data.finish import finished, finished_whole, named
 from cutlayer.data.formats import detect, find_format, no_effect
 from cutlayer.data.formats.huggingface import Huggingface, from_huggingface
 from cutlayer.data.formats.reader import Columns
+from cutlayer.data.lazy import InMemory, ItemReading
 from cutlayer.data.own import own_code
 from cutlayer.data.pairs import from_pairs
 from cutlayer.data.samples import Source
@@ -63,6 +64,8 @@ def load(
     given: frozenset[str] = frozenset(),
     targets: Targets = "class",
     ignored: int | None = None,
+    data_in_memory: InMemory = "always",
+    data_workers: int = 0,
     **options: Any,
 ) -> Source:
     """Load a built-in data set, a file or folder, or what a function returns.
@@ -83,7 +86,7 @@ def load(
     Raises DataError if the data are missing, damaged, or not fit for the task; ConfigError if an option is out
     of range or has no effect on these data.
     """
-    found = _read(data, data_format, options)
+    found = _read(data, data_format, options, ItemReading(data_in_memory, data_workers, seed))
     _refuse_given(found, given, {"validation": validation, "test": test})
     if isinstance(found, Source):
         return _of_classes(found, class_names)
@@ -97,13 +100,16 @@ def load_whole(
     class_names: Sequence[str] = (),
     targets: Targets = "class",
     ignored: int | None = None,
+    data_in_memory: InMemory = "always",
+    data_workers: int = 0,
+    seed: int = 0,
     **options: Any,
 ) -> Source:
     """The same with nothing held out, and without what the data bring to test with: what a client trains on, alone.
 
     Data of one class need `class_names`. Raises DataError and ConfigError as `load` does.
     """
-    found = _read(data, data_format, options, alone=True)
+    found = _read(data, data_format, options, ItemReading(data_in_memory, data_workers, seed), alone=True)
     if isinstance(found, Source):
         whole = _of_classes(found, class_names)
         return dataclasses.replace(whole, validation=whole.train[:0], test=whole.train[:0], client_column=None)
@@ -175,10 +181,15 @@ def from_dataset(
     given: frozenset[str] = frozenset(),
     targets: Targets = "class",
     ignored: int | None = None,
+    data_in_memory: InMemory = "always",
+    data_workers: int = 0,
 ) -> Source:
     """A map-style `torch.utils.data.Dataset` of pairs (x, label), or a local `datasets.Dataset` (or DatasetDict).
 
-    x may be a tensor, an array, a number, or a picture (PIL). All items are read once, and kept in memory.
+    x may be a tensor, an array, a number, or a picture (PIL). All items are read once, and kept in memory; with
+    `data_in_memory` "never" those of a `Dataset` are read when a batch needs them, by
+    `data_workers` processes (0: by this one), and with "auto" they are if not all would fit. `seed` names what random
+    transforms draw.
     `test_dataset`, of the same kind: the test set (`test` is then ignored). What concerns columns is of
     `datasets.Dataset` only. `given` is as for `load`. Raises DataError and ConfigError as `load` does.
     """
@@ -192,7 +203,7 @@ def from_dataset(
     defaults = Huggingface.entry.defaults
     options = {option: value for option, value in values.items() if value != defaults[option]}
     parts = {"train": dataset} if test_dataset is None else {"train": dataset, "test": test_dataset}
-    raw = _raw_of_parts(name, parts, options)
+    raw = _raw_of_parts(name, parts, options, ItemReading(data_in_memory, data_workers, seed))
     _refuse_given(raw, given, {"validation": validation, "test": test})
     return finished(raw, validation, test, seed, targets, ignored)
 
@@ -206,6 +217,8 @@ def from_memory(
     given: frozenset[str] = frozenset(),
     targets: Targets = "class",
     ignored: int | None = None,
+    data_in_memory: InMemory = "always",
+    data_workers: int = 0,
     **options: Any,
 ) -> Source:
     """Data in any of these forms:
@@ -219,7 +232,7 @@ def from_memory(
     `options` are those of Hugging Face data. Raises DataError and ConfigError as `load` does.
     """
     name = "arrays" if _arrays_of(data) is not None else "dataset"
-    found = _taken(data, name, "data", options)
+    found = _taken(data, name, "data", options, ItemReading(data_in_memory, data_workers, seed))
     _refuse_given(found, given, {"validation": validation, "test": test})
     return found if isinstance(found, Source) else finished(found, validation, test, seed, targets, ignored)
 
@@ -227,14 +240,16 @@ def from_memory(
 # From a name, a path or a function
 
 
-def _read(data: str, data_format: str, options: Mapping[str, Any], *, alone: bool = False) -> Raw | Source:
+def _read(
+    data: str, data_format: str, options: Mapping[str, Any], reading: ItemReading, *, alone: bool = False
+) -> Raw | Source:
     """What a reader or a function finds; `alone`: in the data of one client. Raises DataError, ConfigError."""
     if data_format != "auto":
         plugins.find("format", data_format)  # an unknown name is an error now
     path = Path(data).expanduser()
     if plugins.known("data", data) or (plugins.is_reference(data) and not path.exists()):
         theirs = {name: value for name, value in options.items() if not (alone and name == "client_column")}
-        return _from_function(data, data_format, theirs)
+        return _from_function(data, data_format, theirs, reading)
     if not path.exists():
         raise DataError(
             f"{unknown('data set', data, plugins.names('data'))}; there is no file or folder of that name "
@@ -243,7 +258,7 @@ def _read(data: str, data_format: str, options: Mapping[str, Any], *, alone: boo
     return _from_path(path, detect(path) if data_format == "auto" else data_format, options, alone=alone)
 
 
-def _from_function(data: str, data_format: str, options: Mapping[str, Any]) -> Raw | Source:
+def _from_function(data: str, data_format: str, options: Mapping[str, Any], reading: ItemReading) -> Raw | Source:
     entry, function = plugins.find("data", data), plugins.load("data", data)
     what = f"the {'built-in ' if data in plugins.index('data') else ''}data set {data!r}"
     if data_format != "auto":
@@ -251,7 +266,7 @@ def _from_function(data: str, data_format: str, options: Mapping[str, Any]) -> R
     own = entry.checked({option: value for option, value in options.items() if option in entry.option_names})
     others = {option: value for option, value in options.items() if option not in entry.option_names}
     with own_code(function, what), _readable(data, what):
-        return _taken(function(**own), data.rpartition(":")[2], what, others)
+        return _taken(function(**own), data.rpartition(":")[2], what, others, reading)
 
 
 def _from_path(path: Path, data_format: str, options: Mapping[str, Any], *, alone: bool) -> Raw | Source:
@@ -278,18 +293,22 @@ def _readable(data: str, what: str) -> Iterator[None]:
 # From what a function or a format returns, or what lies in memory
 
 
-def _taken(found: Any, name: str, what: str, options: Mapping[str, Any]) -> Raw | Source:
-    """`found` in any of the forms that `load` describes. `options` are those that only some of these have."""
+def _taken(
+    found: Any, name: str, what: str, options: Mapping[str, Any], reading: ItemReading | None = None
+) -> Raw | Source:
+    """`found` in any of the forms that `load` describes. `options` are those that only some of these have; `reading` is
+    for data sets of items.
+    """
     if isinstance(found, (Raw, Source)):
         return _without(options, what, found)
     if (parts := _parts_of(found)) is not None:
-        return _raw_of_parts(name, parts, options)
+        return _raw_of_parts(name, parts, options, reading)
     if (clients := _clients_of(found)) is not None:
-        return _raw_of_clients(name, clients, options)
+        return _raw_of_clients(name, clients, options, reading)
     if (arrays := _arrays_of(found)) is not None:
         return _without(options, what, _raw_of_mapping(name, arrays, what))
     _refuse_other(found, what)
-    return _raw_of_parts(name, {"train": found}, options)
+    return _raw_of_parts(name, {"train": found}, options, reading)
 
 
 def _parts_of(found: Any) -> dict[str, Any] | None:
@@ -405,25 +424,29 @@ def _section(arrays: Mapping[str, Array], suffix: str) -> Section | None:
     return Section(arrays[x], arrays[y]) if x in arrays else None
 
 
-def _raw_of_parts(name: str, parts: Mapping[str, Any], options: Mapping[str, Any]) -> Raw:
+def _raw_of_parts(
+    name: str, parts: Mapping[str, Any], options: Mapping[str, Any], reading: ItemReading | None = None
+) -> Raw:
     """Data sets by part. `options` are those of Hugging Face data. Raises ConfigError if they have no effect."""
     train = parts["train"]
     if not _is_hugging(train):
-        return _without(options, "a data set of pairs (x, label)", from_pairs(parts, name))
+        return _without(options, "a data set of pairs (x, label)", from_pairs(parts, name, reading))
     splits = {**(dict(train) if isinstance(train, dict) else {"train": train}), **parts}
     if isinstance(train, dict):
         splits["train"] = train.get("train", next(iter(train.values())))
     return from_huggingface(splits, name, Huggingface.of(options))
 
 
-def _raw_of_clients(name: str, clients: Mapping[Any, Any], options: Mapping[str, Any]) -> Raw:
+def _raw_of_clients(
+    name: str, clients: Mapping[Any, Any], options: Mapping[str, Any], reading: ItemReading | None = None
+) -> Raw:
     """One data set for each client: their rows, one client's after another's, and whose they are."""
     owner = np.repeat(np.array(list(clients)), [len(those) for those in clients.values()])
     if all(map(_is_hugging, clients.values())):
         together = sys.modules["datasets"].concatenate_datasets(list(clients.values()))
     else:
         together = torch.utils.data.ConcatDataset(list(clients.values()))
-    return dataclasses.replace(_raw_of_parts(name, {"train": together}, options), client=owner)
+    return dataclasses.replace(_raw_of_parts(name, {"train": together}, options, reading), client=owner)
 
 
 def _is_hugging(dataset: Any) -> bool:

@@ -122,7 +122,7 @@ def as_indices(source: Source, width: int) -> Source:
     numbers = torch.tensor(labels)
 
     def renamed(samples: Samples) -> Samples:
-        return Samples(samples.inputs, numbers[samples.y])
+        return dataclasses.replace(samples, y=numbers[samples.y])
 
     told = _told(source, f"the labels {shown} are taken as classes of the model's {width}")
     return dataclasses.replace(

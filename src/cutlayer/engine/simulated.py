@@ -154,7 +154,7 @@ class SimulatedCohort(ABC):
         each had drawn before)."""
         rows, sizes, clocks = self._batches.draw(clients)
         self._quota[list(clients)] -= 1
-        batch = self.setup.data[rows.to(self.setup.data.y.device)]
+        batch = self.setup.data.batch(rows, self._batches.epochs(clients, sizes, clocks))
         if self._kept is not None:
             self._kept.append(Drawn(batch.rows, sizes, clocks))
         return batch, sizes, clocks

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cutlayer import checkpoint, defences, seeds
 from cutlayer.build import Training, assemble, deal
-from cutlayer.data.samples import Samples
+from cutlayer.data.samples import Samples, Source
 from cutlayer.defences.noise import Noise
 from cutlayer.defences.pipeline import Defences
 from cutlayer.errors import ConfigError, DataError, RunFolderError
@@ -205,16 +205,16 @@ def subjects(moment: Moment, clients: int, samples: int, auxiliary: int | None, 
     """
     config = moment.config
     source = moment.training.source
-    held = Samples(torch.cat([source.validation.x, source.test.x]), torch.cat([source.validation.y, source.test.y]))
+    held = len(source.validation) + len(source.test)
     if auxiliary is None:
-        auxiliary = min(_AUXILIARY, len(held))
-    if auxiliary > len(held):
+        auxiliary = min(_AUXILIARY, held)
+    if auxiliary > held:
         raise DataError(
-            f"auxiliary = {auxiliary}, but the run held out {len(held)} samples that no client has: ask for fewer, or "
+            f"auxiliary = {auxiliary}, but the run held out {held} samples that no client has: ask for fewer, or "
             "train with a larger test or validation set"
         )
-    drawn = seeds.generator(seed, "leakage", "auxiliary").permutation(len(held))[:auxiliary]
-    known = held[torch.from_numpy(drawn).to(held.y.device)]
+    drawn = seeds.generator(seed, "leakage", "auxiliary").permutation(held)[:auxiliary]
+    known = _held_out(source, torch.from_numpy(drawn))
     rows = deal(config, source)
     order = seeds.generator(seed, "leakage", "clients").permutation(config.clients).tolist()
     travels = moment.training.clients.holder is not None  # the one model meets everybody's data
@@ -224,6 +224,16 @@ def subjects(moment: Moment, clients: int, samples: int, auxiliary: int | None, 
         own = seeds.generator(seed, "leakage", "samples", k).permutation(rows[k])[:samples]
         private = source.train[torch.from_numpy(own).to(source.train.y.device)]
         yield _subject(moment, k, len(rows[k]), private, known, server, seed)
+
+
+def _held_out(source: Source, rows: Tensor) -> Samples:
+    """The rows with these numbers of validation and test set, counted on from one to the other."""
+    device, validation = source.test.y.device, rows < len(source.validation)
+    first = source.validation[rows[validation].to(device)]
+    then = source.test[rows[~validation].to(device) - len(source.validation)]
+    found = Samples(torch.cat([first.x, then.x]), torch.cat([first.y, then.y]))
+    at = torch.cat([torch.nonzero(validation)[:, 0], torch.nonzero(~validation)[:, 0]])
+    return found[at.argsort().to(device)]
 
 
 def _subject(

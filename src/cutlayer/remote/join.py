@@ -91,6 +91,8 @@ def _work(config: RunConfig, joining: Sequence[Joining], stop: threading.Event) 
     try:
         return dial_all(diallers, stop)
     finally:
+        for worker in workers:
+            worker.duty.samples.close()
         for lock in locks:
             lock.close()
 

@@ -152,7 +152,7 @@ def worker_of(
         Duty(
             name=name,
             index=client,
-            samples=p.source.train[share],
+            samples=p.source.train.share(share),
             lower=lower,
             tail=tail,
             make_optimizer=p.clients.make_optimizer,

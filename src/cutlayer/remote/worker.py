@@ -205,9 +205,9 @@ class Worker:
             restore(self.client.optimizer, body)
 
     def _draw(self) -> tuple[Samples, int]:
-        rows, _, clocks = self._batches.draw([0])
+        rows, sizes, clocks = self._batches.draw([0])
         self._left -= 1
-        return self.duty.samples[rows], int(clocks[0])
+        return self.duty.samples.batch(rows, self._batches.epochs([0], sizes, clocks)), int(clocks[0])
 
     def _forward(self, message: m.Forward, body: memoryview) -> Answer:
         if message.batch is not None:
@@ -319,7 +319,7 @@ class Worker:
                 features = aligned(decode(body, d.returning, message.rows, d.down.plain))
                 given, codec = as_tuple(c.tail(features))[:1], RAW
             else:
-                inputs = [Crossing(tuple(x.shape[1:]), x.dtype) for x in d.samples.rows]
+                inputs = [Crossing(tuple(x.shape[1:]), x.dtype) for x in d.samples.form.rows]
                 x = aligned(decode(body, inputs, message.rows))
                 given, codec = as_tuple(c.lower(x)), d.up.plain
                 if message.part == "whole":

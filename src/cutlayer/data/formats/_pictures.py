@@ -67,9 +67,17 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def one_picture(name: str, picture: Image, recipe: Mapping[str, Any]) -> Array:
-    """A picture [c, h, w] as those were that `recipe` tells of."""
-    array = _array(name, picture, (recipe["size"][0], recipe["size"][1]), Counter())
+def one_picture(name: str, picture: Image, recipe: Mapping[str, Any], *, resized: bool = True) -> Array:
+    """A picture [c, h, w] as those were that `recipe` tells of. Raises DataError for another size if it is not to be
+    `resized`.
+    """
+    size = (recipe["size"][0], recipe["size"][1])
+    array = _array(name, picture, size if resized else None, Counter())
+    if array.shape[-2:] != size:
+        raise DataError(
+            f"the picture {name} has {_size(array.shape[-2:])} pixels (height x width), but the first has "
+            f"{_size(size)}: resize them all to one size"
+        )
     mode = _common_mode([array])
     if recipe["mode"] != mode and mode != _GREY:
         raise DataError(f"the picture {name} has the mode {mode}, those of the training data {recipe['mode']}")
