@@ -45,6 +45,8 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "judge": st.sampled_from(["mean", "average", "ensemble"]),
     "evaluate_on": st.sampled_from(["global", "own", "both"]),
     "own_test": st.floats(0.1, 0.5),
+    "data_in_memory": st.sampled_from(["auto", "always", "never"]),
+    "data_workers": st.integers(0, 4),
     "up_codec": st.sampled_from(["raw", "int8", "top-k:0.1+zstd"]),
     "down_codec": st.sampled_from(["raw", "bfloat16", "float8+zstd"]),
     "link": NAMES,

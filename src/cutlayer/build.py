@@ -433,6 +433,10 @@ def load_source(config: RunConfig, data: Data | None, task: Task | None = None) 
             **wanted,
             **reading_options(config),
         )
+    if config.data_workers and config.data_in_memory == "always":
+        raise ConfigError(
+            f"data_workers = {config.data_workers} has no effect with data_in_memory = 'always': leave one of them out"
+        )
     if config.data_in_memory == "never" and source.train.in_memory:
         raise ConfigError(
             f"data_in_memory = 'never' has no effect on {source.name}: only a map-style Dataset gives one item at a "

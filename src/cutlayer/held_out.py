@@ -36,7 +36,7 @@ def own_rows(
     column, tested = source.client_column, source.test_clients
     if config.partition == "column" and column is not None and tested is not None:
         owners = np.unique(column.cpu().numpy())
-        found = {k: source.test[torch.nonzero(tested == int(owner)).flatten()] for k, owner in enumerate(owners)}
+        found = {k: source.test.share(torch.nonzero(tested == int(owner)).flatten()) for k, owner in enumerate(owners)}
         own = {k: samples for k, samples in found.items() if len(samples)}
         without = f"; {len(found) - len(own)} of {len(found)} have none" if len(own) < len(found) else ""
         if not own:
@@ -54,7 +54,7 @@ def own_rows(
             )
         drawn = seeds.generator(config.seed, "own test rows", k).permutation(len(rows))
         at = np.sort(drawn[:count])
-        own[k] = source.train[torch.from_numpy(rows[at]).to(source.train.y.device)]
+        own[k] = source.train.share(torch.from_numpy(rows[at]).to(source.train.y.device))
         left.append(np.delete(rows, at))
     total = sum(map(len, own.values()))
     return left, own, f"Held out {share:.0%} of each client's rows for its own test, {total:,} in all (own_test)"

@@ -246,7 +246,7 @@ def describe(config: RunConfig, source: Source, making: Making, *, own: bool) ->
         "tail_cut": config.tail_cut,
         "input_shape": list(making.input_shape),
         "outputs": making.outputs,
-        "inputs": _specs(source.train.inputs),
+        "inputs": _specs(source.train.form.inputs),
         "precision": config.precision,
         "task": plugins.absolute(config.task),
         "task_options": config.options_of(task),

@@ -113,7 +113,7 @@ def converted(x: Any, preprocessing: Mapping[str, Any]) -> Inputs:
     preprocessing is known are taken as they are. Raises DataError.
     """
     if isinstance(x, Samples):
-        return x.inputs
+        return x[:].inputs
     if preprocessing.get("kind") == "table" and not isinstance(x, Mapping) and hasattr(x, "columns"):
         x = {str(name): x[name].to_list() for name in x.columns}
     elif isinstance(x, Mapping) and preprocessing.get("kind") != "table":

@@ -148,7 +148,7 @@ def moments(out: Path, snapshots: bool = False) -> list[Moment]:
             f"{str(out)!r} was trained on other data, or with another model, than its configuration names now: put "
             "back what it was trained with"
         )
-    _check_inputs(out, training.source.train)
+    _check_inputs(out, training.source.train.form)
     evaluations = list(read_records(out / EVALUATIONS))
     found = []
     paths = sorted((out / SNAPSHOTS).glob("round-*.safetensors")) if snapshots else []
