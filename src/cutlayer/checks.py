@@ -45,7 +45,7 @@ def as_the_model_takes(model: nn.Module, source: Source, dtype: torch.dtype) -> 
         changed = source.real(dtype)
         return source if _refusal(model, changed.train[:2]) else changed  # neither fits: `check_output` says why
     for x in whole:
-        row = x.flatten(1).amax(1).argmax()
+        row = x.reshape(len(x), -1).amax(1).argmax()
         if reason := _refusal(model, seen[torch.stack([row, row])]):
             raise ConfigError(
                 f"the model does not take the inputs of row {int(row)} (from 0), which go up to {int(x[row].max())}: "
