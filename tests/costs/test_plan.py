@@ -281,7 +281,7 @@ def test_attention_is_counted_and_keeps_no_scores() -> None:
 # ---- all cuts -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model", ["mlp", "cnn", "alexnet", "resnet16"])
+@pytest.mark.parametrize("model", ["mlp", "cnn", "alexnet", pytest.param("resnet16", marks=pytest.mark.slow)])
 def test_one_pass_of_the_whole_is_what_the_parts_count(model: str) -> None:
     net, x = on_meta(lambda: build(model, (1, 28, 28), 10)), example((1, 28, 28), torch.float32)
     found = survey(net, x)

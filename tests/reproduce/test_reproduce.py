@@ -538,6 +538,7 @@ def eventually(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.network  # processes that wait: others of them are with the quick tests
 def test_interrupted_and_called_again(tmp_path: Path) -> None:
     """Ctrl-C, as a terminal sends it: to the command and all its processes. The command it names finishes the work."""
     line = ["reproduce", "table1", "--size", "smoke", "--out", "my runs", "--data", "digits", "--jobs", "2"]
