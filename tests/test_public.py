@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 
 import cutlayer
 from cutlayer import derive, plugins
-from cutlayer.cli import application
+from cutlayer.cli import application, flags
 from cutlayer.options import CommonConfig, CompareConfig, FleetConfig, PlanConfig, RunConfig
 
 PUBLIC = """CompareConfig Comparison ConfigError CutError CutlayerError DataError NonFiniteError Parts Predictions
@@ -142,3 +143,13 @@ def test_importing_is_light() -> None:
     """Neither the package nor the command line's help may wait for torch."""
     code = "import cutlayer, cutlayer.cli, sys; sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+
+
+def test_no_command_has_a_flag_with_two_meanings() -> None:
+    """A parameter of a command is not called as an option that the command takes too."""
+    application()  # registers all commands
+    for made in flags.COMMANDS:
+        own = set(inspect.signature(made.function).parameters) - set(made.flags)
+        for config in made.flags.values():
+            twice = own & set(flags.flags_of(config, ()).model_fields)
+            assert not twice, f"{made.function.__name__}: {sorted(twice)}"

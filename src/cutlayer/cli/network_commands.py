@@ -42,7 +42,7 @@ def serve(
     faults: BaseModel | None = None,
     keepalive: Annotated[float, FLAG] = 10.0,
     message_limit: Annotated[float | None, FLAG] = None,
-    metrics: Annotated[str | None, FLAG] = None,
+    prometheus: Annotated[str | None, FLAG] = None,
     log: LogForm = "text",
 ) -> None:
     """Train with clients on other machines: hold the server's part, wait for all clients, go on after a restart.
@@ -74,7 +74,7 @@ def serve(
         minute where hundreds of clients share few cores.
     message_limit
         MB that a message may have, such as a model that is averaged; the same for clients. Default: 268.
-    metrics
+    prometheus
         Port (or address:port) to serve figures for Prometheus at.
     log
         What happens to connections, on stderr: as text, or as JSON, one object per line.
@@ -90,7 +90,7 @@ def serve(
     security = ServerSecurity(certificate, key, ca, tokens)
     security.open(listen)  # says what is wrong before a folder is made
     limits = _limits(message_limit)
-    serving = Serving(listen, security, fault_config(faults, config), metrics, keepalive, limits)
+    serving = Serving(listen, security, fault_config(faults, config), prometheus, keepalive, limits)
     where = out or Path("runs") / f"serve-{label(merged.algorithm)}-{Path(merged.data).stem}"
     service = Service(merged, serving, where)
     with resumable(f"the same command with --out {where}"), service.open() as run, Monitor(1) as monitor:
