@@ -292,7 +292,8 @@ def prepare(
     algorithm: Algorithm = config.thing("algorithm", config.algorithm)
     if type(algorithm).round is Algorithm.round:
         raise ConfigError(f"{config.algorithm} has no round(): write the generator that trains one round")
-    for thing in (algorithm, *schedules(config), config.thing("task", config.task)):
+    task: Task = config.thing("task", config.task)
+    for thing in (algorithm, *schedules(config), task):
         with own_code(thing, f"`check` of {type(thing).__name__}"):
             thing.check(config.given)
     coding = Coding(*_codecs(config))
@@ -300,7 +301,6 @@ def prepare(
     machines = fleet(config, config.clients)
     for note in machines.notes if machines is not None else ():
         warnings.warn(CutlayerWarning(note), stacklevel=2)
-    task: Task = config.thing("task", config.task)
     source = load_source(config, data, task)
     making = _making(config, model, source, task)
     make_model = making.make

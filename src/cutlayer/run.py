@@ -127,13 +127,12 @@ class Scores(Modelled):
 class Result(Spent):
     """What a finished run comes to.
 
-    `metric` is the primary one, of which the scores are; `share`: it is a fraction in [0, 1]; `maximise`:
-    more of it is better. `test_score` is that of
-    the last evaluation; `best_test_score` that of the evaluation with the best validation score (the paper reports
-    such a one). `test` holds all metrics at the end; they are means over the clients' models; `own` are those
-    on each client's own test rows. `fairness` says how the clients differ in the score. `bytes` holds one row per
-    direction and kind, under every convention. `measured_by` says by what the energy of this process's machine is
-    measured, or why it is not.
+    `metric` is the primary one, of which the scores are; `share`: it is a fraction in [0, 1]; `maximise`: more of it is
+    better. `test_score` is that of the last evaluation; `best_test_score` that of the evaluation with the best
+    validation score, as the paper reports it. `test` holds all metrics at the end, means over the clients' models;
+    `own` are those on each client's own test rows. `fairness` says how the clients differ in the score. `bytes` holds
+    one row per direction and kind, under every convention. `measured_by` says by what the energy of this process's
+    machine is measured, or why it is not.
     """
 
     algorithm: str

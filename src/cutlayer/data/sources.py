@@ -358,7 +358,7 @@ def _is_data_set(found: Any) -> bool:
 
 
 def _refuse_other(found: Any, what: str) -> None:
-    """Raises DataError for what is no data set either, with the remedy."""
+    """Raises DataError for anything that is not a data set, with the remedy."""
     if isinstance(found, torch.utils.data.DataLoader):
         raise DataError(f"{what} gives a DataLoader, whose batches cannot be dealt to clients: give its .dataset")
     if hasattr(found, "iloc"):

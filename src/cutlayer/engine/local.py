@@ -13,7 +13,7 @@ from cutlayer import seeds
 from cutlayer.averaging import average_into
 from cutlayer.cohort import Footprint, Predict
 from cutlayer.data.samples import Samples
-from cutlayer.engine.simulated import Clients, Local, Shape, SimulatedCohort, model_bytes, together
+from cutlayer.engine.simulated import Clients, Local, Shape, SimulatedCohort, mass_of, model_bytes, together
 from cutlayer.errors import NonFiniteError
 from cutlayer.frozen import load_moving, moving, resting
 from cutlayer.gradients import mean_loss
@@ -113,8 +113,7 @@ class Client:
     @property
     def mass(self) -> float:
         """What the rows of the batch count together."""
-        weights = self.task.weights(self.labels)
-        return float(len(self.labels)) if weights is None else weights.double().sum().item()
+        return mass_of(self.task, self.labels)
 
     def _mean_loss(self, outputs: Rows) -> Tensor:
         return mean_loss(self.task.row_losses(outputs, self.labels), self.task.weights(self.labels))

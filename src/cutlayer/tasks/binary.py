@@ -20,16 +20,7 @@ class Binary(Task):
     """Two classes and one score per row: cross entropy of the logit [R, 1] (or [R]) of the second class."""
 
     primary: ClassVar = "accuracy"
-    metrics: ClassVar = measures.chosen(
-        measures.accuracy,
-        measures.majority,
-        measures.balanced_accuracy,
-        measures.macro_f1,
-        measures.auroc,
-        measures.average_precision,
-        measures.recall,
-        measures.confusion,
-    )
+    metrics: ClassVar = measures.OF_ROWS
     loss_options: ClassVar = frozenset({"positive_weight"})
     gives: ClassVar = frozenset({measures.CLASSES, measures.PROBABILITIES, measures.ENTROPY})
 

@@ -153,16 +153,7 @@ class Classification(OfClasses):
     """One class per row: cross entropy of scores [R, K] with targets [R]."""
 
     primary: ClassVar = "accuracy"
-    metrics: ClassVar = measures.chosen(
-        measures.accuracy,
-        measures.majority,
-        measures.balanced_accuracy,
-        measures.macro_f1,
-        measures.auroc,
-        measures.average_precision,
-        measures.recall,
-        measures.confusion,
-    )
+    metrics: ClassVar = measures.OF_ROWS
     gives: ClassVar = frozenset({measures.CLASSES, measures.PROBABILITIES, measures.ENTROPY})
 
     def check(self, given: frozenset[str]) -> None:

@@ -224,3 +224,7 @@ def _questions(judged: Judged) -> Iterator[tuple[Tensor, Tensor]]:
     else:
         shares = given.double().softmax(1)
         yield from ((targets == k, shares[:, k]) for k in range(given.shape[1]))
+
+
+OF_ROWS = chosen(accuracy, majority, balanced_accuracy, macro_f1, auroc, average_precision, recall, confusion)
+"""What is reported where every row has one class."""
