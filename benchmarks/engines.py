@@ -1,57 +1,83 @@
-"""How fast the engines simulate: interleaved in one process, medians, ratios to two references measured in the same
-run.
+"""How fast the engines simulate: interleaved in one process, medians of paired ratios to two references measured in the
+same run, the worst cells first.
 
-    ceiling   centralised training of the same model on the union batch (C x b rows)
-    loop      plainly, as hand-made scripts do: per client a module, an optimiser and a pass through the server
+    ceiling   centralised training of the same model on the union batch (C x b rows; ssl: the b rows of a step)
+    loop      the same algorithm as a good engineer would write it by hand (loops.py)
+    local     our engine that trains one client after another
+    fast      the engine that is chosen by default
 
-    python benchmarks/engines.py [--quick] [--device cuda] [--write docs/benchmarks.md]
+    python benchmarks/engines.py [--only PREFIX] [--models lenet5,mlp] [--cells N] [--quick] [--seconds S]
+                                 [--json FILE] [--write docs/benchmarks.md] [--device cuda]
+    python benchmarks/engines.py --profile "lenet5 sglr C=10 b=32"
+    python benchmarks/engines.py --compare BEFORE.jsonl AFTER.jsonl
 
 On the CPU: CPU seconds of the process on one thread, so that other tenants of the machine disturb little; freed memory
 is kept in the process (cutlayer.allocator) for all contestants alike. On CUDA: seconds, the device awaited.
+
+Which cells there are (`cells`): every model with SGLR and SGD at every (C, b) of SIZES; every light model with the other
+algorithms at (10, 8) and (100, 8); every model with momentum and Adam at (10, 32), the MLP at every size; the growth to
+C = 1000; FedAvg and SplitFed V1 averaged at each step. Cells of more than LIMIT GFLOP a step are left out, except for
+each model's (10, 32) with SGD.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
+import functools
 import gc
 import itertools
+import json
 import os
 import platform
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
-from torch.nn import functional
+from loops import LOOPS, Ceiling, Given
+from nets import NETS, Net
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from cutlayer import RunConfig, from_arrays
+from cutlayer import RunConfig, from_arrays, seeds
 from cutlayer.allocator import keep_memory
-from cutlayer.build import Training, assemble
-from cutlayer.models import build, cut
-from cutlayer.types import Step
+from cutlayer.build import Training, assemble, deal
+from cutlayer.data import Source
+from cutlayer.data.batches import Batches
+from cutlayer.errors import CutlayerWarning
+from cutlayer.types import Round, Step
 
-CLASSES = 10
 EPOCH = 16  # batches that a client has (the paper: 125)
-STEPS = 4  # steps that are timed at a time
-Thunk = Callable[[], None]  # trains STEPS steps of C x b rows
+STEPS = 4  # steps that are timed at a time; also those between two averagings
+HEAVY = 20.0  # GFLOP of a step: beyond, one step is timed at a time, and a client has STEPS batches
+VERY_HEAVY = 150.0  # GFLOP of a step: beyond, two rounds suffice
+LIMIT = 400.0  # GFLOP of a step: beyond, a cell is left out
+RATE = 1e-3  # learning rate of clients; SGLR's server steps with it too, whatever C is
+ROUNDS = 50  # at most
+Thunk = Callable[[int], None]  # trains so many steps
+Row = dict[str, Any]
 
-SHAPES = {"cnn": (1, 28, 28), "mlp": (64,), "resnet16": (1, 28, 28)}
-CUTS = {"cnn": "block1", "mlp": "hidden2", "resnet16": "block4"}
-OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
-AVERAGING = {"fl", "sflv1"}
+SIZES = [(10, 8), (10, 32), (50, 32), (100, 8), (200, 4)]
+OPTIMIZERS: dict[str, tuple[str, dict[str, float]]] = {
+    "sgd": ("sgd", {}),
+    "momentum": ("sgd", {"momentum": 0.9}),
+    "adam": ("adam", {}),
+}
+CLASSES: dict[str, Callable[..., torch.optim.Optimizer]] = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
+AVERAGING = {"fl", "sflv1", "sflv2"}
+CONTESTANTS = ("ceiling", "loop", "local", "fast")
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One line of the table. FedAvg and SplitFed V1 average after `local_steps` steps."""
+    """One line of the table. FedAvg and SplitFed average after `local_steps` steps."""
 
     model: str
     algorithm: str
@@ -62,9 +88,45 @@ class Workload:
     device: str = "cpu"
 
     @property
+    def net(self) -> Net:
+        """The model."""
+        return NETS[self.model]
+
+    @property
     def rows(self) -> int:
         """Rows that one step trains on."""
         return self.batch if self.algorithm == "ssl" else self.clients * self.batch
+
+    @property
+    def gflop(self) -> float:
+        """Arithmetic of one step."""
+        return flops_per_row(self.model) * self.rows / 1e9
+
+    @property
+    def steps(self) -> int:
+        """Steps that are timed at a time: whole rounds, where models are averaged."""
+        return 1 if self.gflop > HEAVY and self.algorithm not in AVERAGING else STEPS
+
+    @property
+    def epoch(self) -> int:
+        """Batches that a client has."""
+        return STEPS if self.gflop > HEAVY else EPOCH
+
+    @property
+    def config(self) -> RunConfig:
+        """The run, but for its engine."""
+        name, more = OPTIMIZERS[self.optimizer]
+        options: dict[str, Any] = {"client_optimizer_options": more} if more else {}
+        if self.algorithm != "fl":
+            options |= {"cut": self.net.cut}
+        if self.algorithm in AVERAGING:
+            options |= {"local_steps": self.local_steps}
+        if self.algorithm == "sglr":
+            options |= {"server_lr": RATE / self.clients}
+        return RunConfig(
+            algorithm=self.algorithm, clients=self.clients, batch=self.batch, client_lr=RATE, client_optimizer=name,
+            samples_per_client=self.epoch * self.batch, device=self.device, task=self.net.task, **options,
+        )  # fmt: skip
 
     def __str__(self) -> str:
         more = [self.optimizer] if self.optimizer != "sgd" else []
@@ -72,178 +134,169 @@ class Workload:
         return f"{self.model} {self.algorithm} C={self.clients} b={self.batch}{''.join(', ' + m for m in more)}"
 
 
-QUICK = [Workload("cnn", "sglr", 10, 8), Workload("mlp", "sglr", 100, 8)]
-FULL = [
-    *[Workload("mlp", "sglr", c, b) for c in (10, 50, 100, 500) for b in (8, 32)],
-    *[Workload("cnn", a, c, b) for a in ("sglr", "psl") for c in (10, 50, 100, 500) for b in (8, 32)],
-    Workload("cnn", "sglr", 200, 4),
-    Workload("cnn", "sglr", 1000, 8),
-    *[Workload("resnet16", "sglr", c, 8) for c in (5, 20)],
-    *[Workload("cnn", a, c, 8) for a in ("fl", "sflv1") for c in (10, 100)],
-    *[Workload("cnn", a, 100, 8, local_steps=1) for a in ("fl", "sflv1")],
-    *[Workload("mlp", "sglr", c, 8, "adam") for c in (10, 100)],
-    Workload("cnn", "sglr", 100, 8, "adam"),
-    *[Workload(m, a, 10, 8) for m in ("mlp", "cnn") for a in ("ssl", "sflv2")],
-]
+@functools.cache
+def flops_per_row(model: str) -> float:
+    """FLOPs of the products of a forward and a backward pass on one row (three times those of the forward pass)."""
+    net = NETS[model]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net.make()(net.samples(2)[0])
+    return 3 * counter.get_total_flops() / 2
+
+
+def cells() -> list[Workload]:
+    """All lines of the table, by the rule that the module states."""
+    found: list[Workload] = []
+    for model, net in NETS.items():
+        found += [Workload(model, "sglr", c, b) for c, b in SIZES]
+        if net.light:
+            found += [Workload(model, a, c, 8) for a in LOOPS if a != "sglr" for c in (10, 100)]
+        sizes = SIZES if model == "mlp" else [(10, 32)]
+        found += [Workload(model, "sglr", c, b, o) for o in ("momentum", "adam") for c, b in sizes]
+    found += [Workload(m, "sglr", 1000, 8) for m in ("mlp", "cnn")]
+    found += [Workload("cnn", a, 100, 8, local_steps=1) for a in ("fl", "sflv1")]
+    always = ("sgd", (10, 32))
+    return [w for w in found if w.gflop <= LIMIT or (w.optimizer, (w.clients, w.batch)) == always]
+
+
+QUICK = [Workload("lenet5", "sglr", 10, 8), Workload("mlp", "sglr", 100, 8)]
 CUDA = [*[Workload("cnn", "sglr", c, 8) for c in (10, 100, 500)], Workload("resnet16", "sglr", 20, 8),
+        *[Workload(m, "sglr", 10, 32) for m in ("resnet18", "mobilenet", "gru", "vit", "bert", "unet")],
         Workload("mlp", "sglr", 100, 8), Workload("cnn", "fl", 100, 8)]  # fmt: skip
-MEMORY = [Workload("cnn", "sglr", 100, 8), Workload("cnn", "sglr", 500, 8), Workload("mlp", "sglr", 500, 8)]
+MEMORY = [Workload("lenet5", "sglr", 50, 32), Workload("cnn", "sglr", 100, 8), Workload("cnn", "sglr", 500, 8),
+          Workload("mlp", "sglr", 500, 8)]  # fmt: skip
+
+
+# --- the contestants -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Data:
-    """Random samples, on the workload's device."""
+class Material:
+    """What all contestants of a cell start from: the same model and the same rows, in the same order."""
 
-    x: torch.Tensor
-    y: torch.Tensor
+    w: Workload
+    net: nn.Sequential
+    source: Source
 
     @classmethod
-    def of(cls, w: Workload) -> Data:
-        """Enough for an epoch of all clients, and some to evaluate on."""
-        count = w.clients * w.batch * EPOCH + 20
-        x = np.random.default_rng(0).random((count, *SHAPES[w.model]), dtype=np.float32)
-        return cls(torch.from_numpy(x), torch.from_numpy(np.arange(count) % CLASSES))
+    def of(cls, w: Workload, make: Callable[[], nn.Sequential] | None = None) -> Material:
+        """Enough samples for an epoch of all clients, and some to evaluate on."""
+        x, y = w.net.samples(w.clients * w.batch * w.epoch + 20)
+        targets = "classes" if w.net.per_pixel else "class"
+        with seeds.torch_seeded(0, "benchmark", w.model):
+            net = (make or w.net.make)()
+        return cls(w, net, from_arrays(x, y, validation=0, test=20, targets=targets))
 
-    def to(self, device: str) -> Data:
-        """The same, elsewhere."""
-        return Data(self.x.to(device), self.y.to(device))
+    def engine(self, name: str) -> Engine:
+        """An engine of ours."""
+        config = RunConfig.of({**self.w.config.model_dump(exclude_unset=True), "engine": name})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CutlayerWarning)  # the table names the engine that was chosen
+            return Engine(assemble(config, self.net, self.source))
+
+    def given(self) -> Given:
+        """What a loop starts from, and the ceiling: batches that are gathered on the device."""
+        w, config = self.w, self.w.config
+        name, more = OPTIMIZERS[w.optimizer]
+        lower, upper = (self.net, nn.Sequential()) if w.algorithm == "fl" else w.net.halves(self.net)
+        schedule = list(turns(w))
+        batches = Batches(deal(config, self.source), w.batch, config.seed)
+        this = [Round(r, 10**9, tuple(range(w.clients)), (w.epoch,) * w.clients, config.seed) for r, _ in steps_of(w)]
+        sharing = config.thing("algorithm", "sglr") if w.algorithm == "sglr" else None
+        return Given(
+            lower.to(w.device),
+            upper.to(w.device),
+            w.clients,
+            w.batch,
+            [self._gathered(batches, who) for who in schedule],
+            functools.partial(CLASSES[name], **more),
+            RATE,
+            RATE,
+            w.local_steps,
+            turns=[who[0] for who in schedule],
+            active=[sharing.draw_active(r.clients, r, turn) for r, (_, turn) in zip(this, steps_of(w), strict=True)]
+            if sharing
+            else (),
+            orders=[
+                seeds.generator(config.seed, "server order", r, turn).permutation(w.clients).tolist()
+                for r, turn in steps_of(w)
+            ],
+        )
+
+    def _gathered(self, batches: Batches, who: Sequence[int]) -> tuple[Tensor, Tensor]:
+        rows, _, _ = batches.draw(who)
+        samples = self.source.train[rows]
+        return samples.x.to(self.w.device), samples.y.to(self.w.device)
+
+    def contestant(self, name: str) -> Thunk:
+        """One of the CONTESTANTS."""
+        if name == "ceiling":
+            return Ceiling(self.net.to(self.w.device), self.given())
+        if name == "loop":
+            return LOOPS[self.w.algorithm](self.given())
+        return self.engine({"local": "local", "fast": "auto"}[name])
 
 
-def engine(name: str, w: Workload, data: Data) -> Thunk:
-    """STEPS steps on an engine of ours."""
-    averaging = w.algorithm in AVERAGING
-    config = RunConfig(
-        algorithm=w.algorithm, model=w.model, clients=w.clients, batch=w.batch, engine=name, client_lr=0.01,
-        client_optimizer=w.optimizer, samples_per_client=EPOCH * w.batch, device=w.device,
-        local_steps=w.local_steps if averaging else None,
-    )  # fmt: skip
-    steps = endless(assemble(config, data=from_arrays(data.x, data.y, validation=0, test=20)), config)
+class Engine:
+    """An engine of ours at its next step; nothing is evaluated."""
 
-    def some() -> None:
-        for _ in range(STEPS):
-            next(steps)
+    def __init__(self, training: Training) -> None:
+        self.training = training
+        self.steps = endless(training)
 
-    return some
+    def __call__(self, steps: int) -> None:
+        """Train so many steps."""
+        for _ in range(steps):
+            next(self.steps)
 
 
-def endless(training: Training, config: RunConfig) -> Iterator[Step]:
+def endless(training: Training) -> Iterator[Step]:
     """One step at each `next`, round after round."""
     for index in itertools.count():
         this = training.clients.begin_round(index, 10**9, 1.0)
         yield from training.algorithm.round(training.server, training.clients, this)
 
 
-def ceiling(w: Workload, net: nn.Module, data: Data) -> Thunk:
-    """Centralised training: STEPS steps on as many rows."""
-    net, rows = copy.deepcopy(net), w.rows
-    optimizer = OPTIMIZERS[w.optimizer](net.parameters(), lr=0.01)
-
-    def steps() -> None:
-        for i in range(STEPS):
-            x, y = data.x[i * rows : (i + 1) * rows], data.y[i * rows : (i + 1) * rows]
-            optimizer.zero_grad()
-            functional.cross_entropy(net(x), y).backward()
-            optimizer.step()
-
-    return steps
+def turns(w: Workload) -> Iterator[Sequence[int]]:
+    """Whose batches each step of an epoch takes: all clients', or (SSL) one client's, all its batches in turn."""
+    if w.algorithm == "ssl":
+        yield from ([k] for k in range(w.clients) for _ in range(w.epoch))
+    else:
+        yield from (range(w.clients) for _ in range(w.epoch))
 
 
-def loop(w: Workload, net: nn.Module, data: Data) -> Thunk:
-    """Split learning by hand: per client a module, an optimiser and a pass through the server (V1: its copy)."""
-    if w.algorithm == "fl":
-        return loop_fedavg(w, net, data)
-    parts = cut(copy.deepcopy(net).cpu(), CUTS[w.model], data.x[:3].cpu())
-    clients = 1 if w.algorithm == "ssl" else w.clients  # one model travels
-    own_server, one_by_one = w.algorithm == "sflv1", w.algorithm in ("ssl", "sflv2")
-    lowers = [copy.deepcopy(parts.client).to(w.device) for _ in range(clients)]
-    uppers = [copy.deepcopy(parts.server).to(w.device) for _ in range(clients if own_server else 1)]
-    make = OPTIMIZERS[w.optimizer]
-    optimizers = [make(m.parameters(), lr=0.01) for m in lowers]
-    servers = [make(m.parameters(), lr=0.01) for m in uppers]
-    xs, ys = data.x.split(w.batch), data.y.split(w.batch)
-
-    def steps() -> None:
-        for i in range(STEPS):
-            for k in range(clients):
-                upper, server = (uppers[k], servers[k]) if own_server else (uppers[0], servers[0])
-                if own_server or one_by_one or k == 0:
-                    server.zero_grad()
-                (smashed,) = lowers[k](xs[i * clients + k])
-                received = smashed.detach().requires_grad_()
-                share = 1 if own_server or one_by_one else clients
-                (functional.cross_entropy(upper((received,)), ys[i * clients + k]) / share).backward()
-                optimizers[k].zero_grad()
-                smashed.backward(received.grad * share)
-                optimizers[k].step()
-                if own_server or one_by_one or k == clients - 1:
-                    server.step()
-            if own_server and (i + 1) % w.local_steps == 0:
-                average(lowers)
-                average(uppers)
-
-    return steps
+def steps_of(w: Workload) -> list[tuple[int, int]]:
+    """(round, number in the round) of each step of an epoch."""
+    length = w.local_steps if w.algorithm in AVERAGING else w.epoch
+    return [divmod(step, length) for step in range(w.epoch)]
 
 
-def loop_fedavg(w: Workload, net: nn.Module, data: Data) -> Thunk:
-    """FedAvg by hand: per client a module and an optimiser; then the mean of the state dicts."""
-    nets = [copy.deepcopy(net) for _ in range(w.clients)]
-    optimizers = [OPTIMIZERS[w.optimizer](m.parameters(), lr=0.01) for m in nets]
-    xs, ys = data.x.split(w.batch), data.y.split(w.batch)
-
-    def steps() -> None:
-        for first in range(0, STEPS, w.local_steps):
-            for k in range(w.clients):
-                for i in range(first, first + w.local_steps):
-                    optimizers[k].zero_grad()
-                    functional.cross_entropy(nets[k](xs[i * w.clients + k]), ys[i * w.clients + k]).backward()
-                    optimizers[k].step()
-            average(nets)
-
-    return steps
+# --- measuring -------------------------------------------------------------------------------------------------------
 
 
-def average(nets: list[nn.Module]) -> None:
-    """Every model := the mean of all."""
-    states = [m.state_dict() for m in nets]
-    mean = {n: torch.stack([s[n] for s in states]).mean(0) for n in states[0]}
-    for m in nets:
-        m.load_state_dict(mean)
-
-
-def contestants(w: Workload) -> dict[str, Callable[[], Thunk]]:
-    """Who competes, each to be made."""
-    data = Data.of(w)
-    torch.manual_seed(0)
-    net = build(w.model, SHAPES[w.model], CLASSES).to(w.device)
-    there = data.to(w.device)
-    return {
-        "ceiling": lambda: ceiling(w, net, there),
-        "loop": lambda: loop(w, net, there),
-        "local": lambda: engine("local", w, data),
-        "fast": lambda: engine("auto", w, data),
-    }
-
-
-def interleave(thunks: dict[str, Thunk], repeats: int, seconds: float, clock: Callable[[], float]) -> dict[str, Any]:
-    """Seconds of each contestant, A B A B ..., after one time each to warm up."""
+def interleave(
+    thunks: dict[str, Thunk], w: Workload, seconds: float, clock: Callable[[], float]
+) -> dict[str, list[float]]:
+    """Seconds of each contestant, A B C D, B C D A, ..., after one time each to warm up."""
     times: dict[str, list[float]] = {name: [] for name in thunks}
     for thunk in thunks.values():
-        thunk()
+        thunk(w.steps)
     gc.collect()
-    began = clock()
-    for repeat in range(repeats):
-        for name, thunk in thunks.items():
+    order, began = list(thunks), clock()
+    for number in range(1, ROUNDS + 1):
+        for name in order:
             start = clock()
-            thunk()
+            thunks[name](w.steps)
             times[name].append(clock() - start)
-        if repeat >= 2 and clock() - began > seconds:
+        order = [*order[1:], order[0]]
+        if number >= (2 if w.gflop > VERY_HEAVY else 3) and clock() - began > seconds:
             break
     return times
 
 
-def ratio(reference: list[float], times: list[float]) -> float:
-    """How many times as fast as the reference: median of the paired ratios."""
-    return statistics.median(a / b for a, b in zip(reference, times, strict=True))
+def quartiles(reference: Sequence[float], times: Sequence[float]) -> list[float]:
+    """How many times as fast as the reference: quartiles of the paired ratios, [q1, median, q3]."""
+    ratios = [a / b for a, b in zip(reference, times, strict=True)]
+    return [float(q) for q in np.quantile(ratios, [0.25, 0.5, 0.75])]
 
 
 def awaited() -> float:
@@ -252,39 +305,79 @@ def awaited() -> float:
     return time.perf_counter()
 
 
-def measure(w: Workload, seconds: float) -> dict[str, Any]:
-    """One line of the table."""
+def measure(w: Workload, seconds: float) -> Row:
+    """One line of the table; what went wrong, if something did."""
     clock = awaited if w.device != "cpu" else time.process_time
-    times = interleave({name: make() for name, make in contestants(w).items()}, 25, seconds, clock)
+    row: Row = {"cell": str(w), **vars(w), "rows": w.rows, "gflop": round(w.gflop, 3), "steps": w.steps}
+    began = time.perf_counter()
+    try:
+        material = Material.of(w)
+        thunks = {name: material.contestant(name) for name in CONTESTANTS}
+        times = interleave(thunks, w, seconds, clock)
+    except Exception as error:  # one cell that fails must not cost the others
+        return {**row, "error": f"{type(error).__name__}: {error}"}
+    fast = thunks["fast"]
+    assert isinstance(fast, Engine), "the default engine is ours"
+    ratios = {
+        f"{name}/{reference}": quartiles(times[reference], times[name])
+        for name, reference in (("fast", "loop"), ("fast", "ceiling"), ("fast", "local"), ("local", "loop"),
+                                ("loop", "ceiling"))
+    }  # fmt: skip
     return {
-        "workload": str(w),
-        "samples/s": w.rows * STEPS / statistics.median(times["fast"]),
-        "fast/ceiling": ratio(times["ceiling"], times["fast"]),
-        "fast/loop": ratio(times["loop"], times["fast"]),
-        "local/ceiling": ratio(times["ceiling"], times["local"]),
-        "loop/ceiling": ratio(times["ceiling"], times["loop"]),
+        **row,
+        "engine": fast.training.engine,
+        **ratios,
+        "samples/s": w.rows * w.steps / statistics.median(times["fast"]),
         "rounds": len(times["fast"]),
+        "took": round(time.perf_counter() - began, 1),
+        "times": {name: [round(t, 6) for t in own] for name, own in times.items()},
     }
 
 
-def peak_memory(w: Workload) -> dict[str, Any]:
+def profile(w: Workload) -> None:
+    """Print the operators that take most of one step, of `fast` and of `loop`."""
+    material = Material.of(w)
+    for name in ("fast", "loop"):
+        thunk = material.contestant(name)
+        thunk(2 * STEPS)
+        gc.collect()
+        start = time.process_time()
+        thunk(STEPS)
+        bare = (time.process_time() - start) / STEPS
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+            thunk(STEPS)
+        events = sorted(found.key_averages(), key=lambda e: -e.self_cpu_time_total)
+        total, calls = sum(e.self_cpu_time_total for e in events), sum(e.count for e in events)
+        print(f"\n{w}: {name}, {1e3 * bare:.3f} ms of CPU per step; profiled, per step: {total / STEPS / 1e3:.3f} ms in "
+              f"{calls / STEPS:.0f} operators\n")  # fmt: skip
+        print("| operator | calls | self, ms | share |\n|---|---|---|---|")
+        for event in events[:20]:
+            own = event.self_cpu_time_total
+            print(
+                f"| {event.key[:60]} | {event.count / STEPS:.0f} | {own / STEPS / 1e3:.3f} | {100 * own / total:.1f} % |"
+            )
+
+
+def peak_memory(w: Workload) -> Row:
     """Peak resident memory of each contestant in a process of its own, in MB, data and libraries included."""
-    found: dict[str, Any] = {"workload": str(w)}
-    for name in ("ceiling", "loop", "local", "fast"):
+    found: Row = {"cell": str(w)}
+    for name in CONTESTANTS:
         command = [sys.executable, __file__, "--memory-of", name, w.model, w.algorithm, str(w.clients), str(w.batch)]
         found[name] = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
     return found
 
 
 def memory_of(name: str, model: str, algorithm: str, clients: str, batch: str) -> None:
-    """Print this process's peak memory in MB after two times STEPS steps (of this process alone: Linux tells)."""
-    thunk = contestants(Workload(model, algorithm, int(clients), int(batch)))[name]()
-    thunk()
-    thunk()
+    """Print this process's peak memory in MB after some steps (of this process alone: Linux tells)."""
+    w = Workload(model, algorithm, int(clients), int(batch))
+    Material.of(w).contestant(name)(2 * w.steps)
     (peak,) = (
         line for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM")
     )
     print(int(peak.split()[1]) // 1024)
+
+
+# --- what is shown ---------------------------------------------------------------------------------------------------
 
 
 def processor() -> str:
@@ -295,49 +388,205 @@ def processor() -> str:
     return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, one thread"
 
 
-def table(rows: Iterator[dict[str, Any]], lines: list[str]) -> None:
-    """Print rows as they come, and keep them."""
-    for number, row in enumerate(rows):
-        if number == 0:
-            head = ["| " + " | ".join(row) + " |", "|" + "---|" * len(row)]
-            lines += head
-            print("\n".join(head), flush=True)
-        cells = [f"{v:.2f}" if isinstance(v, float) and v < 100 else f"{v:.0f}" if isinstance(v, float) else v
-                 for v in row.values()]  # fmt: skip
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
+def spread(ratio: Sequence[float]) -> str:
+    """A ratio's median and quartiles."""
+    low, middle, high = ratio
+    return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
+
+
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "cell": lambda r: r["cell"],
+    "engine": lambda r: r["engine"],
+    "fast/loop": lambda r: spread(r["fast/loop"]),
+    "fast/ceiling": lambda r: spread(r["fast/ceiling"]),
+    "local/loop": lambda r: f"{r['local/loop'][1]:.2f}",
+    "loop/ceiling": lambda r: f"{r['loop/ceiling'][1]:.2f}",
+    "samples/s": lambda r: f"{r['samples/s']:.0f}",
+    "rounds": lambda r: str(r["rounds"]),
+}
+
+
+def heading(columns: Iterable[str]) -> list[str]:
+    """The first two lines of a table."""
+    names = list(columns)
+    return ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+
+
+def line(row: Row) -> str:
+    """A row of the table."""
+    if "error" in row:
+        return f"| {row['cell']} | {row['error']} |"
+    return "| " + " | ".join(show(row) for show in COLUMNS.values()) + " |"
+
+
+def worst_first(rows: Iterable[Row]) -> list[Row]:
+    """Rows that failed, then the others by how fast the default engine is beside the loop."""
+    return sorted(rows, key=lambda r: 0.0 if "error" in r else r["fast/loop"][1])
+
+
+def summary(rows: Sequence[Row]) -> list[str]:
+    """What the whole table comes to, a line each."""
+    good = [r for r in rows if "error" not in r]
+    if not good:
+        return ["No cell was measured."]
+    against = sorted(r["fast/loop"][1] for r in good)
+    slower = sum(r["fast/local"][1] < 1 for r in good)
+    lines = [
+        f"{len(rows)} cells, {len(rows) - len(good)} failed; fast/loop below 1 in {sum(v < 1 for v in against)}, median "
+        f"{statistics.median(against):.2f}, worst {against[0]:.2f}; slower than the local engine in {slower}.",
+    ]
+
+    def group(title: str, ratio: str, chosen: Callable[[Row], bool]) -> None:
+        found = sorted(r[ratio][1] for r in good if chosen(r))
+        if found:
+            lines.append(
+                f"{title}, {ratio}: median {statistics.median(found):.2f}, worst {found[0]:.2f} ({len(found)} cells)."
+            )
+
+    def kind(r: Row) -> str:
+        return NETS[r["model"]].kind
+
+    parallel = {"psl", "sglr"}
+    group("Convolutional nets at b = 32", "fast/ceiling", lambda r: kind(r) == "convolutional" and r["batch"] == 32)
+    group("Transformers", "fast/ceiling", lambda r: kind(r) == "transformer")
+    mlp = [r for r in good if r["model"] == "mlp" and r["algorithm"] in parallel]
+    group("MLP, SGD", "fast/ceiling", lambda r: r in mlp and r["optimizer"] == "sgd")
+    for clients in (10, 100):
+        group(f"MLP, Adam, C = {clients}", "fast/ceiling",
+              lambda r, c=clients: r in mlp and r["optimizer"] == "adam" and r["clients"] == c)  # fmt: skip
+    for name in LOOPS:
+        group(name, "fast/loop", lambda r, name=name: r["algorithm"] == name)
+    for name in OPTIMIZERS:
+        group(name, "fast/loop", lambda r, name=name: r["optimizer"] == name)
+    lines += growth(good)
+    return lines
+
+
+def growth(rows: Sequence[Row]) -> list[str]:
+    """What a sample costs with 1000 clients beside 10, where both were measured."""
+    cost = {r["cell"]: 1 / r["samples/s"] for r in rows}
+    pairs = [(name, name.replace("C=1000 ", "C=10 ")) for name in cost if "C=1000 " in name]
+    return [f"{many}: a sample costs {cost[many] / cost[few]:.2f} times what it costs with C = 10."
+            for many, few in pairs if few in cost]  # fmt: skip
+
+
+def compare(before: Path, after: Path) -> list[str]:
+    """Two measurements of the same cells as one table, the worst after first."""
+    old, new = ({r["cell"]: r for r in map(json.loads, p.read_text().splitlines())} for p in (before, after))
+    columns = [
+        "cell",
+        "fast/loop before",
+        "after",
+        "fast/ceiling before",
+        "after",
+        "samples/s before",
+        "after",
+        "engine",
+    ]
+    lines = heading(columns)
+    for row in worst_first(new.values()):
+        was = old.get(row["cell"])
+        if "error" in row or was is None or "error" in was:
+            continue
+        ratios = [spread(r[name]) for name in ("fast/loop", "fast/ceiling") for r in (was, row)]
+        speeds = [f"{r['samples/s']:.0f}" for r in (was, row)]
+        lines.append("| " + " | ".join([row["cell"], *ratios, *speeds, row["engine"]]) + " |")
+    for title, rows in (("Before", old), ("After", new)):
+        lines += ["", f"{title}:", "", *(f"- {one}" for one in summary(list(rows.values())))]
+    return lines
+
+
+def chosen(options: argparse.Namespace) -> list[Workload]:
+    """The cells that were asked for."""
+    if options.quick:
+        return QUICK
+    found = cells() if options.device == "cpu" else [replace(w, device=options.device) for w in CUDA]
+    models = options.models.split(",") if options.models else list(NETS)
+    found = [w for w in found if w.model in models and str(w).startswith(options.only)]
+    if options.cells and options.cells < len(found):
+        found = [found[i * len(found) // options.cells] for i in range(options.cells)]
+    return found
+
+
+def measured(workloads: Sequence[Workload], seconds: float, kept: Path | None) -> list[Row]:
+    """Measure and print, line by line; each goes to the file of JSON lines, too."""
+    rows = []
+    print("\n".join(heading(COLUMNS)), flush=True)
+    for w in workloads:
+        row = measure(w, seconds)
+        rows.append(row)
+        print(line(row), flush=True)
+        gc.collect()
+        if kept is not None:
+            with kept.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({**row, "torch": torch.__version__}) + "\n")
+    return rows
+
+
+def memory_table() -> list[str]:
+    """Peak memory, of processes of their own."""
+    lines = ["", "Peak memory of a process of its own, MB, torch and data included:", "",
+             *heading(["cell", *CONTESTANTS])]  # fmt: skip
+    print("\n".join(lines), flush=True)
+    for w in MEMORY:
+        lines.append("| " + " | ".join(map(str, peak_memory(w).values())) + " |")
         print(lines[-1], flush=True)
+    return lines
 
 
 def main() -> None:
     """Measure and print, row by row."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="two workloads only")
-    parser.add_argument("--only", default="", help="workloads whose name starts so")
-    parser.add_argument("--seconds", type=float, default=15.0, help="seconds per workload (three rounds at least)")
+    parser.add_argument("--quick", action="store_true", help="two cells only")
+    parser.add_argument("--only", default="", help="cells whose name starts so, e.g. 'mlp sglr'")
+    parser.add_argument("--models", default="", help=f"of these models only: {','.join(NETS)}")
+    parser.add_argument("--cells", type=int, help="at most so many cells, evenly spread over those chosen")
+    parser.add_argument(
+        "--seconds", type=float, default=4.0, help="CPU seconds per cell (two or three rounds at least)"
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--list", action="store_true", help="print the cells with their GFLOP a step, measure nothing")
+    parser.add_argument("--memory", action="store_true", help="measure peak memory only")
+    parser.add_argument("--json", type=Path, help="append what was measured to this file, one JSON object a line")
     parser.add_argument("--write", type=Path, help="write the tables to this file, below its line '<!-- engines -->'")
+    parser.add_argument("--profile", metavar="CELL", help="the operators of one step of this cell")
+    parser.add_argument("--compare", nargs=2, type=Path, metavar=("BEFORE", "AFTER"), help="two files of --json")
     parser.add_argument("--memory-of", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.compare:
+        print("\n".join(compare(*options.compare)))
+        return
     kept = keep_memory()
     if options.memory_of:
         memory_of(*options.memory_of)
         return
+    if options.profile:
+        (w,) = [w for w in {*cells(), *QUICK, *MEMORY} if str(w) == options.profile] or parser.error(
+            "--list names them"
+        )
+        profile(replace(w, device=options.device))
+        return
+    workloads = chosen(options)
+    if options.list:
+        print("\n".join(f"{w}: {w.gflop:.3g} GFLOP" for w in workloads))
+        return
     on_cpu = options.device == "cpu"
     where = f"{processor()}, freed memory kept: {kept}" if on_cpu else torch.cuda.get_device_name()
-    lines = [f"{where}; torch {torch.__version__}; the same optimiser on both sides, SGD unless said.", ""]
+    lines = [f"{where}; torch {torch.__version__}; the same optimiser on all sides, SGD unless said.", ""]
     print("\n".join(lines), flush=True)
-    workloads = [Workload(**{**vars(w), "device": options.device}) for w in (FULL if on_cpu else CUDA)]
-    workloads = QUICK if options.quick else [w for w in workloads if str(w).startswith(options.only)]
-    table((measure(w, options.seconds) for w in workloads), lines)
-    if on_cpu and not options.quick and options.only in ("", "memory"):
-        lines += ["", "Peak memory of a process of its own, MB, torch and data included:", ""]
-        print("\n".join(lines[-3:]), flush=True)
-        table((peak_memory(w) for w in MEMORY), lines)
+    if not options.memory:
+        rows = measured(workloads, options.seconds, options.json)
+        found = [*(f"- {one}" for one in summary(rows)), "", *heading(COLUMNS), *map(line, worst_first(rows))]
+        print("\n".join(["", "Worst first:", "", *found]), flush=True)
+        lines += found
+    everything = on_cpu and not (options.quick or options.only or options.models or options.cells)
+    if options.memory or everything:
+        lines += memory_table()
     if options.write:
         mark = "<!-- engines -->"
-        head = options.write.read_text().split(mark)[0]
-        options.write.write_text(head + mark + "\n" + "\n".join(lines) + "\n")
+        head = options.write.read_text(encoding="utf-8").split(mark)[0]
+        options.write.write_text(head + mark + "\n" + "\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
