@@ -14,10 +14,10 @@ same run, the worst cells first.
 On the CPU: CPU seconds of the process on one thread, so that other tenants of the machine disturb little; freed memory
 is kept in the process (cutlayer.allocator) for all contestants alike. On CUDA: seconds, the device awaited.
 
-Which cells there are (`cells`): every model with SGLR and SGD at every (C, b) of SIZES; every light model with the other
-algorithms at (10, 8) and (100, 8); every model with momentum and Adam at (10, 32), the MLP at every size; the growth to
-C = 1000; FedAvg and SplitFed V1 averaged at each step. Cells of more than LIMIT GFLOP a step are left out, except for
-each model's (10, 32) with SGD.
+Which cells there are (`cells`): every model with SGLR and SGD at every (C, b) of SIZES; every light model with the
+other algorithms at (10, 8) and (100, 8); every model with momentum and Adam at (10, 32), the MLP at every size; the
+growth to C = 1000; FedAvg and SplitFed V1 averaged at each step. Cells of more than LIMIT GFLOP a step are left out,
+except for each model's (10, 32) with SGD.
 """
 
 from __future__ import annotations
@@ -348,14 +348,12 @@ def profile(w: Workload) -> None:
             thunk(STEPS)
         events = sorted(found.key_averages(), key=lambda e: -e.self_cpu_time_total)
         total, calls = sum(e.self_cpu_time_total for e in events), sum(e.count for e in events)
-        print(f"\n{w}: {name}, {1e3 * bare:.3f} ms of CPU per step; profiled, per step: {total / STEPS / 1e3:.3f} ms in "
-              f"{calls / STEPS:.0f} operators\n")  # fmt: skip
-        print("| operator | calls | self, ms | share |\n|---|---|---|---|")
+        print(f"\n{w}: {name}, {1e3 * bare:.3f} ms of CPU per step;", end=" ")
+        print(f"profiled, {total / STEPS / 1e3:.3f} ms in {calls / STEPS:.0f} operators\n")
+        print("\n".join(heading(["operator", "calls", "self, ms", "share"])))
         for event in events[:20]:
-            own = event.self_cpu_time_total
-            print(
-                f"| {event.key[:60]} | {event.count / STEPS:.0f} | {own / STEPS / 1e3:.3f} | {100 * own / total:.1f} % |"
-            )
+            spent = f"{event.self_cpu_time_total / STEPS / 1e3:.3f} | {100 * event.self_cpu_time_total / total:.1f} %"
+            print(f"| {event.key[:60]} | {event.count / STEPS:.0f} | {spent} |")
 
 
 def peak_memory(w: Workload) -> Row:
@@ -432,8 +430,8 @@ def summary(rows: Sequence[Row]) -> list[str]:
     against = sorted(r["fast/loop"][1] for r in good)
     slower = sum(r["fast/local"][1] < 1 for r in good)
     lines = [
-        f"{len(rows)} cells, {len(rows) - len(good)} failed; fast/loop below 1 in {sum(v < 1 for v in against)}, median "
-        f"{statistics.median(against):.2f}, worst {against[0]:.2f}; slower than the local engine in {slower}.",
+        f"{len(rows)} cells, {len(rows) - len(good)} failed; fast/loop below 1 in {sum(v < 1 for v in against)}, "
+        f"median {statistics.median(against):.2f}, worst {against[0]:.2f}; slower than the local engine in {slower}.",
     ]
 
     def group(title: str, ratio: str, chosen: Callable[[Row], bool]) -> None:
@@ -541,9 +539,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cells whose name starts so, e.g. 'mlp sglr'")
     parser.add_argument("--models", default="", help=f"of these models only: {','.join(NETS)}")
     parser.add_argument("--cells", type=int, help="at most so many cells, evenly spread over those chosen")
-    parser.add_argument(
-        "--seconds", type=float, default=4.0, help="CPU seconds per cell (two or three rounds at least)"
-    )
+    parser.add_argument("--seconds", type=float, default=4.0, help="CPU seconds per cell (two rounds at least)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--list", action="store_true", help="print the cells with their GFLOP a step, measure nothing")
     parser.add_argument("--memory", action="store_true", help="measure peak memory only")

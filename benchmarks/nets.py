@@ -1,7 +1,7 @@
 """The models that the benchmark trains: what people use, each as a sequence of named parts that is cut after one of
 them. Plain torch, or the package's own zoo; small enough that one processor core can train them.
 
-Shape legend: R rows of the batch, h x w one picture, T steps or tokens, D the width of a token, K classes.
+Shape legend: R rows of the batch, h x w one picture, T steps or tokens, D channels or the width of a token, K classes.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ def double(inputs: int, outputs: int) -> nn.Sequential:
 
 
 class BelowTheFirst(nn.Module):
-    """A U-Net without its first level: [R, w, h, w] -> [R, K, h, w]. What it receives takes the skip connection, too."""
+    """A U-Net without its first level, whose result takes the skip connection, too: [R, D, h, w] -> [R, K, h, w]."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -184,7 +184,7 @@ class BelowTheFirst(nn.Module):
         self.head = nn.Conv2d(w, CLASSES, 1)
 
     def forward(self, first: Tensor) -> Tensor:
-        """[R, w, h, w] -> [R, K, h, w]."""
+        """[R, D, h, w] -> [R, K, h, w]."""
         second = self.down2(functional.max_pool2d(first, 2))
         x = self.middle(functional.max_pool2d(second, 2))
         x = self.up2(torch.cat([second, self.rise2(x)], 1))
