@@ -56,7 +56,8 @@ from cutlayer.types import Round, Step
 
 EPOCH = 16  # batches that a client has (the paper: 125)
 STEPS = 4  # steps that are timed at a time; also those between two averagings
-HEAVY = 20.0  # GFLOP of a step: beyond, one step is timed at a time, and a client has STEPS batches
+LONG = 5.0  # GFLOP of a step: beyond, one step is timed at a time
+HEAVY = 20.0  # GFLOP of a step: beyond, a client has STEPS batches only
 VERY_HEAVY = 150.0  # GFLOP of a step: beyond, two rounds suffice
 LIMIT = 400.0  # GFLOP of a step: beyond, a cell is left out
 RATE = 1e-3  # learning rate of clients; SGLR's server steps with it too, whatever C is
@@ -105,7 +106,7 @@ class Workload:
     @property
     def steps(self) -> int:
         """Steps that are timed at a time: whole rounds, where models are averaged."""
-        return 1 if self.gflop > HEAVY and self.algorithm not in AVERAGING else STEPS
+        return 1 if self.gflop > LONG and self.algorithm not in AVERAGING else STEPS
 
     @property
     def epoch(self) -> int:
