@@ -1,4 +1,4 @@
-"""FedAvg of other simulators beside ours, interleaved in one process: pfl-research and BlazeFL, where they are installed.
+"""FedAvg of other simulators beside ours in one process: pfl-research and BlazeFL, where they are installed.
 
     pip install pfl blazefl tqdm                                  # BlazeFL from Python 3.12 on
     pip install --ignore-requires-python blazefl==2.0.3 tqdm     # before: its FedAvg runs on Python 3.11, too
