@@ -29,7 +29,8 @@ from cutlayer.allocator import keep_memory
 
 Batches = list[list[tuple[Tensor, Tensor]]]  # of each client, in order
 
-CELLS = [Workload(m, "fl", c, b) for m in ("lenet5", "mlp") for c, b in ((10, 8), (10, 32), (100, 8), (200, 4))]
+SIZES = [(10, 8), (10, 32), (100, 8), (200, 4)]
+CELLS = [Workload(m, "fl", c, b, batches=STEPS) for m in ("lenet5", "mlp") for c, b in SIZES]
 
 
 class Pfl:
@@ -163,7 +164,7 @@ def installed() -> dict[str, Callable[..., Any]]:
 def measure(w: Workload, peers: Mapping[str, Callable[..., Any]], seconds: float) -> list[str]:
     """One line of the table."""
     material = Material.of(w)
-    given = material.given()
+    given = material.given
     batches = [[(x.split(w.batch)[k], y.split(w.batch)[k]) for x, y in given.batches] for k in range(w.clients)]
     thunks = {"fast": material.contestant("fast"), "loop": material.contestant("loop")}
     thunks |= {title: make(w, copy.deepcopy(material.net), batches) for title, make in peers.items()}
@@ -183,7 +184,6 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     keep_memory()
-    engines.EPOCH = STEPS  # their local epoch is the whole of a client's data
     print("\n".join(engines.heading(["cell", "fast/loop", *(f"fast/{title}" for title in peers), "apart"])), flush=True)
     for w in CELLS:
         print("| " + " | ".join(measure(w, peers, options.seconds)) + " |", flush=True)

@@ -68,9 +68,7 @@ def test_by_hand_is_what_the_engine_does(
     engines: Any, monkeypatch: pytest.MonkeyPatch, model: str, algorithm: str, optimizer: str
 ) -> None:
     monkeypatch.setattr(engines, "RATE", 1e-3 if optimizer == "adam" else 0.05)
-    monkeypatch.setattr(engines, "EPOCH", 4)
-    monkeypatch.setattr(engines, "STEPS", 2)
-    w = engines.Workload(model, algorithm, 3, 2, optimizer, local_steps=2)
+    w = engines.Workload(model, algorithm, 3, 2, optimizer, local_steps=2, batches=4)
     material = engines.Material.of(w, lambda: w.net.make(**SMALL.get(model, {})))
     start = {name: tensor.clone() for name, tensor in material.net.state_dict().items()}
     loop = material.contestant("loop")
