@@ -356,9 +356,7 @@ def profile(w: Workload) -> None:
         thunk = material.contestant(name)
         thunk(2 * STEPS)
         gc.collect()
-        start = time.process_time()
-        thunk(STEPS)
-        bare = (time.process_time() - start) / STEPS
+        bare = statistics.median(took(thunk) for _ in range(5)) / STEPS
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
             thunk(STEPS)
         events = sorted(found.key_averages(), key=lambda e: -e.self_cpu_time_total)
@@ -369,6 +367,13 @@ def profile(w: Workload) -> None:
         for event in events[:20]:
             spent = f"{event.self_cpu_time_total / STEPS / 1e3:.3f} | {100 * event.self_cpu_time_total / total:.1f} %"
             print(f"| {event.key[:60]} | {event.count / STEPS:.0f} | {spent} |")
+
+
+def took(thunk: Thunk) -> float:
+    """CPU seconds of STEPS steps."""
+    start = time.process_time()
+    thunk(STEPS)
+    return time.process_time() - start
 
 
 def peak_memory(w: Workload) -> Row:
