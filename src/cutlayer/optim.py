@@ -7,12 +7,13 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from cutlayer import plugins
+from cutlayer.eager import eager
 from cutlayer.errors import ConfigError, unknown
 
 Named = Iterable[tuple[str, Tensor]]
@@ -119,11 +120,16 @@ class MakeOptimizer:
         trained = [(n, p) for n, p in named if p.requires_grad]
         if not trained:
             return None
-        optimizer = self.kind(self._grouped(trained), self.lr, **self.options)
+        optimizer = self.made(self._grouped(trained))
         for group in optimizer.param_groups:
             if "lr_factor" not in group and group["lr"] != self.lr:  # a user's optimiser has groups of its own
                 group["lr_factor"] = group["lr"] / self.lr
         return optimizer
+
+    def made(self, params: list[Any]) -> torch.optim.Optimizer:
+        """The optimiser of parameters, or of groups of them. One of torch's is made without torch's compiler."""
+        kind = self.kind if self.own else eager(cast("type[torch.optim.Optimizer]", self.kind))
+        return kind(params, self.lr, **self.options)
 
     def _grouped(self, trained: list[tuple[str, Tensor]]) -> list[Any]:
         """Parameters, or groups of them where some have their own rate or weight decay."""
@@ -187,8 +193,8 @@ def _check_options(kind: Callable[..., Any], name: str, options: Mapping[str, An
 
 
 def _probed(make: MakeOptimizer) -> dict[str, Any]:
-    """The optimiser's defaults, after one idle step: it also loads what torch loads at the first one (seconds), so that
-    no run's clock counts it. Raises ConfigError.
+    """The optimiser's defaults, after one idle step: it also loads what torch or the user's own optimiser loads at the
+    first one, so that no run's clock counts it. Raises ConfigError.
     """
     shapes = ((2, 2), (2,)) if make.own else ((1,),)
     probes = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
@@ -196,7 +202,7 @@ def _probed(make: MakeOptimizer) -> dict[str, Any]:
         probe.grad = torch.zeros_like(probe)
     expected: tuple[type[Exception], ...] = (Exception,) if make.own else (ValueError, TypeError, RuntimeError)
     try:
-        made = make.kind(probes, make.lr, **make.options)
+        made = make.made(list(probes))
         if isinstance(made, torch.optim.Optimizer):
             made.step()
     except expected as error:
@@ -308,7 +314,7 @@ def rule_of(make: MakeOptimizer) -> Rule:
         return Rule(False, 0.0, False, make)
     optimizer = make([("", torch.zeros(1, requires_grad=True))])
     assert optimizer is not None, "a parameter that is trained has an optimiser"
-    d, kind = optimizer.defaults, type(optimizer)
+    d, kind = optimizer.defaults, make.kind
     plain = kind is torch.optim.SGD and not (d["momentum"] or d["nesterov"] or d["maximize"])
     fused = kind in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
     return Rule(plain, d.get("weight_decay", 0.0), fused, make)

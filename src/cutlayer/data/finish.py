@@ -17,6 +17,7 @@ from cutlayer.data.conversion import Conversion
 from cutlayer.data.lazy import Items
 from cutlayer.data.samples import Samples, Source
 from cutlayer.data.several import taken
+from cutlayer.data.stratified import held_out
 from cutlayer.data.targets import Targets, counting, encoded, words
 from cutlayer.data.unsplit import Array, Raw, Section
 from cutlayer.errors import ConfigError, DataError
@@ -200,15 +201,10 @@ def _split(
     """
     if count == 0:
         return rows, rows[:0]
-    from sklearn.model_selection import train_test_split  # type: ignore[import-untyped]
-
-    state = seed % 2**32  # scikit-learn takes 32 bits
-    try:
-        classes = None if y is None else y[rows]
-        kept, held = train_test_split(rows, test_size=count, random_state=state, stratify=classes)
-    except ValueError:  # a class has too few samples to be in both halves
-        kept, held = train_test_split(rows, test_size=count, random_state=state)
-    return np.sort(kept), np.sort(held)
+    at = held_out(len(rows), count, None if y is None else y[rows], seed % 2**32)  # a state has 32 bits
+    held = np.zeros(len(rows), bool)
+    held[at] = True
+    return rows[~held], rows[held]
 
 
 def _split_owned(

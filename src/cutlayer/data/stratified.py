@@ -1,0 +1,45 @@
+"""Rows drawn to be held out, of each class in proportion, as scikit-learn's `train_test_split` draws them.
+
+Its module loads pandas and most of scipy, which costs more than torch itself; the draws are these few lines. Splits are
+the same to the last row.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+Rows = npt.NDArray[np.int64]
+
+
+def held_out(rows: int, count: int, classes: Rows | None, state: int) -> Rows:
+    """Which `count` of `rows` rows are held out, in no order. The shares of the `classes` [rows] are kept, unless a
+    class has too few rows to be in both halves.
+    """
+    drawn = np.random.RandomState(state)
+    if classes is None:
+        return drawn.permutation(rows)[:count]
+    _, ranks, sizes = np.unique(classes, return_inverse=True, return_counts=True)
+    if sizes.min() < 2 or min(count, rows - count) < len(sizes):
+        return drawn.permutation(rows)[:count]
+    kept = _shares(sizes, rows - count, drawn)
+    held = _shares(sizes - kept, count, drawn)
+    members = np.split(np.argsort(ranks, kind="stable"), np.cumsum(sizes)[:-1])
+    shuffled = [rows_of[drawn.permutation(len(rows_of))] for rows_of in members]
+    return np.concatenate([s[k : k + h] for s, k, h in zip(shuffled, kept, held, strict=True)])
+
+
+def _shares(sizes: Rows, count: int, drawn: np.random.RandomState) -> Rows:
+    """`count` rows shared out in proportion to the `sizes`: the largest remainders are rounded up, ties by lot."""
+    exact = sizes / sizes.sum() * count
+    shares = np.floor(exact)
+    remainders = exact - shares
+    missing = int(count - shares.sum())
+    for value in np.unique(remainders)[::-1]:
+        if not missing:
+            break
+        (tied,) = np.nonzero(remainders == value)
+        up = drawn.choice(tied, size=min(len(tied), missing), replace=False)
+        shares[up] += 1
+        missing -= len(up)
+    return shares.astype(np.int64)

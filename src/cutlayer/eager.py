@@ -1,0 +1,42 @@
+"""torch's optimisers without torch's compiler.
+
+Every method of an optimiser that torch.compile must not trace imports the whole compiler at its first call: half a
+second of CPU time and tens of MB, in a process that compiles nothing. The subclasses made here have the same methods
+without that decoration. torch's own classes stay as they are, so that whoever compiles finds them unchanged.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_DECORATED = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
+
+
+@functools.cache
+def eager(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """A class of torch.optim whose steps, numbers, states and hooks are those of `kind`, and that loads no compiler.
+    `kind` itself where torch has changed so that this cannot be made.
+    """
+    plain = {name: getattr(getattr(kind, name), "__wrapped__", None) for name in _DECORATED}
+    step = inspect.unwrap(kind.step)
+    if None in plain.values() or step is kind.step:
+        return kind
+    own = {**plain, "step": _without_gradients(step), "__doc__": kind.__doc__, "__module__": kind.__module__}
+    return type(kind.__name__, (kind,), own)
+
+
+def _without_gradients(step: Callable[..., Any]) -> Callable[..., Any]:
+    """What torch's decoration of a step does where nothing is compiled."""
+
+    @functools.wraps(step)
+    def stepped(self: torch.optim.Optimizer, closure: Callable[[], float] | None = None) -> float | None:
+        with torch.set_grad_enabled(self.defaults.get("differentiable", False)):
+            loss: float | None = step(self, closure)
+        return loss
+
+    return stepped
