@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from cutlayer import plugins, seeds
 from cutlayer.algorithms import Algorithm, traffic_of
+from cutlayer.allocator import keep_memory
 from cutlayer.checks import (
     as_the_model_takes,
     check_cacheable,
@@ -298,6 +299,8 @@ def prepare(
             thing.check(config.given)
     coding = Coding(*_codecs(config))
     device = _device(config)
+    if device.type == "cpu":
+        keep_memory()
     machines = fleet(config, config.clients)
     for note in machines.notes if machines is not None else ():
         warnings.warn(CutlayerWarning(note), stacklevel=2)

@@ -1,8 +1,8 @@
-"""torch's optimisers without torch's compiler.
+"""torch's optimisers and its counter of FLOPs, without torch's compiler.
 
-Every method of an optimiser that torch.compile must not trace imports the whole compiler at its first call: half a
-second of CPU time and tens of MB, in a process that compiles nothing. The subclasses made here have the same methods
-without that decoration. torch's own classes stay as they are, so that whoever compiles finds them unchanged.
+Every method that torch.compile must not trace imports the whole compiler at its first call: half a second of CPU time
+and tens of MB, in a process that compiles nothing. The subclasses made here have the same methods without that
+decoration. torch's own classes stay as they are, so that whoever compiles finds them unchanged.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 _DECORATED = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
 
@@ -40,3 +42,24 @@ def _without_gradients(step: Callable[..., Any]) -> Callable[..., Any]:
         return loss
 
     return stepped
+
+
+class FlopCount(FlopCounterMode):
+    """torch's counter of FLOPs. What it counts is the same, and it loads no compiler."""
+
+    def __enter__(self) -> Self:
+        """Start to count."""
+        super().__enter__()
+        if isinstance(self.mode, TorchDispatchMode):
+            self.mode.__class__ = _untraced(type(self.mode))
+        return self
+
+
+@functools.cache
+def _untraced(mode: type[TorchDispatchMode]) -> type[TorchDispatchMode]:
+    """`mode` with what it does to an operation undecorated; itself where it is not decorated."""
+    dispatch = getattr(mode.__torch_dispatch__, "__wrapped__", None)
+    if dispatch is None:
+        return mode
+    own = {"__torch_dispatch__": dispatch, "_should_skip_dynamo": classmethod(lambda _: False)}
+    return type(mode.__name__, (mode,), own)

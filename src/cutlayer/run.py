@@ -18,6 +18,7 @@ from torch import nn
 
 from cutlayer import checkpoint, plugins
 from cutlayer.algorithms import steps_of
+from cutlayer.allocator import give_back
 from cutlayer.build import Data, Model, Training, assemble, by_name
 from cutlayer.costs.measured import Meter
 from cutlayer.data.own import own_code
@@ -283,6 +284,7 @@ class Run:
         self._begun = True
         with closing(self.training.source):
             yield from self._rounds()
+        give_back()
 
     def _rounds(self) -> Iterator[Record]:
         if self.out is None:

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from cutlayer import seeds
+from cutlayer.allocator import keep_memory
 from cutlayer.costs.flops import count
 from cutlayer.costs.measured import Meter
 from cutlayer.errors import ConfigError
@@ -85,6 +86,8 @@ def calibrate(
         net, x, y = net.to(device), x.to(device), y.to(device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device = {device!r} cannot be used here ({str(error).splitlines()[0]})") from None
+    if x.device.type == "cpu":
+        keep_memory()
     idle = _idle(meter) if idle_watts is None and meter.joules is not None else idle_watts
     before, started = meter.joules, time.perf_counter()
     with meter, _no_tf32():

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
+from cutlayer.eager import FlopCount
 from cutlayer.models.parts import Parts
 from cutlayer.types import Rows, as_tuple
 
@@ -111,10 +111,10 @@ def _count(module: nn.Module, received: Rows, rows: int, *, first: bool) -> tupl
     if not first:
         given = tuple(r.requires_grad_() if r.is_floating_point() else r for r in given)
     # The counter does not know the CPU's own attention; as plain products it is known, and they are as many.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as forward:
+    with sdpa_kernel(SDPBackend.MATH), FlopCount(display=False) as forward:
         outputs = as_tuple(module(given))
     total = [o.sum() for o in outputs if o.is_floating_point() and o.requires_grad]
-    with FlopCounterMode(display=False) as backward:
+    with FlopCount(display=False) as backward:
         if total:
             torch.autograd.backward(total)
     flops = Flops(forward.get_total_flops() / rows, backward.get_total_flops() / rows)

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode
 
 from cutlayer.costs.expect import Workload
 from cutlayer.costs.flops import Flops, ModelFlops, count
+from cutlayer.eager import FlopCount
 from cutlayer.errors import ConfigError, CutError
 from cutlayer.models import Crossing, Parts, build
 from cutlayer.models import make as make_own
@@ -300,7 +300,7 @@ class _Counted:
 def _counted(model: nn.Module, x: Tensor, names: Sequence[str]) -> _Counted:
     """The FLOPs of one forward and one backward pass in training."""
     model = copy.deepcopy(model).train()
-    counter = FlopCounterMode(display=False)
+    counter = FlopCount(display=False)
     found = _Counted(len(x))
     given: dict[int, str] = {}  # the mark of an output -> whose it is
     alive: list[Tensor] = []

@@ -26,5 +26,6 @@ def digits() -> Raw:
 def _bundled() -> Path:
     """scikit-learn's file of the digits. Reading it needs nothing of scikit-learn, whose import takes a second."""
     found = importlib.util.find_spec("sklearn")
-    assert found is not None and found.origin is not None, "it is among the requirements"
+    assert found is not None, "it is among the requirements"
+    assert found.origin is not None, "and a package of files"
     return Path(found.origin).parent / "datasets" / "data" / "digits.csv.gz"
