@@ -45,7 +45,7 @@ from cutlayer.engine.simulated import ClientModel, Clients, Shape, model_bytes
 from cutlayer.errors import ConfigError, CutlayerWarning, DataError
 from cutlayer.features import KeptFeatures
 from cutlayer.frozen import freeze, load_moving, moving, replica, trains
-from cutlayer.held_out import own_rows, paced
+from cutlayer.held_out import Pace, own_rows, paced
 from cutlayer.models import Parts, build, cut
 from cutlayer.models import make as make_own
 from cutlayer.models.parts import Part
@@ -108,7 +108,7 @@ class Training:
     an `example` [n, ...] of its inputs; `schedules` are the clients' and the server's; `epoch` is one of equal clients
     who hold as much together. `making` makes the whole model, without its trained weights. `own_tests` are the rows
     that each client's model is tested on alone, where it is; `eval_every` and `eval_clients` how often and of how many
-    clients models are judged; `remarks` what of that was chosen, a line each.
+    clients models are judged, `eval_last` of how many at the end; `remarks` what of that was chosen, a line each.
     """
 
     source: Source
@@ -130,6 +130,7 @@ class Training:
     own_tests: Mapping[int, Samples] = field(default_factory=dict)
     eval_every: int = 1
     eval_clients: int | None = None
+    eval_last: int | None = None
     remarks: tuple[str, ...] = ()
 
     @cached_property
@@ -166,7 +167,7 @@ class Prepared:
     coding: Coding
     making: Making
     own_tests: Mapping[int, Samples]
-    eval_every: int
+    pace: Pace
     remarks: tuple[str, ...]
 
     @property
@@ -206,8 +207,9 @@ class Prepared:
             self._epoch(),
             self.making,
             own_tests=self.own_tests,
-            eval_every=self.eval_every,
-            eval_clients=self.clients.eval_clients,
+            eval_every=self.pace.every,
+            eval_clients=self.pace.clients,
+            eval_last=self.pace.last,
             remarks=self.remarks,
         )
         if self.fleet is None:
@@ -326,7 +328,6 @@ def prepare(
     check_parts(config, algorithm, split, cuts)
     sizes = [len(p) for p in owners]
     rounds, per_epoch = _rounds(config, algorithm, sizes)
-    pace = paced(config, algorithm, source, sizes, rounds, per_epoch)
     check_single_rows(config, algorithm, split, sizes, rounds, few.rows)
     check_rate(config, algorithm)
     for part in split.all:
@@ -340,6 +341,7 @@ def prepare(
     check_groups(
         make_client.groups, [name for part in split.all for name, p in part.named_parameters() if p.requires_grad]
     )
+    pace = paced(config, algorithm, source, sizes, rounds, per_epoch, lambda: _forward_flops(split, example))
     local_epochs, local_steps = algorithm.part_of_round
     heads = _heads(config, algorithm, split, example, task.width(source.train.y, source.classes))
     setup = Clients(
@@ -375,9 +377,16 @@ def prepare(
         coding,
         making,
         {k: samples.to(device) for k, samples in own_tests.items()},
-        pace.every,
+        pace,
         tuple(filter(None, (held_out, pace.remark))),
     )
+
+
+def _forward_flops(split: Parts, example: Rows) -> float:
+    """FLOPs of a row's forward pass, as far as they are known."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return count(split, example).whole.forward
 
 
 def _objective(config: RunConfig, task: Task, loss: Loss | None, metrics: Mapping[str, Any] | None) -> Task:

@@ -13,20 +13,22 @@ from collections.abc import Callable
 from typing import Any, Self
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 _DECORATED = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
 
 
 @functools.cache
-def eager(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+def eager(kind: Callable[..., torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
     """A class of torch.optim whose steps, numbers, states and hooks are those of `kind`, and that loads no compiler.
     `kind` itself where torch has changed so that this cannot be made.
     """
+    if not (inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer)):
+        return kind
     plain = {name: getattr(getattr(kind, name), "__wrapped__", None) for name in _DECORATED}
-    step = inspect.unwrap(kind.step)
-    if None in plain.values() or step is kind.step:
+    decorated: Callable[..., Any] = kind.step
+    step = inspect.unwrap(decorated)
+    if None in plain.values() or step is decorated:
         return kind
     own = {**plain, "step": _without_gradients(step), "__doc__": kind.__doc__, "__module__": kind.__module__}
     return type(kind.__name__, (kind,), own)
@@ -49,14 +51,14 @@ class FlopCount(FlopCounterMode):
 
     def __enter__(self) -> Self:
         """Start to count."""
-        super().__enter__()
-        if isinstance(self.mode, TorchDispatchMode):
-            self.mode.__class__ = _untraced(type(self.mode))
+        super().__enter__()  # type: ignore[no-untyped-call]
+        mode: Any = self.mode
+        mode.__class__ = _untraced(mode.__class__)
         return self
 
 
 @functools.cache
-def _untraced(mode: type[TorchDispatchMode]) -> type[TorchDispatchMode]:
+def _untraced(mode: Any) -> Any:
     """`mode` with what it does to an operation undecorated; itself where it is not decorated."""
     dispatch = getattr(mode.__torch_dispatch__, "__wrapped__", None)
     if dispatch is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -17,10 +17,12 @@ from cutlayer.errors import DataError
 from cutlayer.options import RunConfig
 from cutlayer.verbs import AVERAGE, HAND_OVER
 
-_FREE = 500_000  # rows of all evaluations together that are never too many
+_FREE, _FREE_FLOPS = 500_000, 20e9  # rows of all evaluations together, and their FLOPs, that are never too many
 _SHARE = 0.2  # of training that evaluation may take, unasked
 _TRAINING = 3  # forward passes that a training step on a row is worth
-_LEAST = 5  # clients' models, of those that are not all evaluated
+_AT_THE_END = 300_000  # rows of the last evaluation that are not too many
+_FEWEST = 5  # clients' models, of those that are not all evaluated, if there can be some evaluations then
+_POINTS = 4  # evaluations before the last one that are worth more than more models in each
 
 
 def own_rows(
@@ -61,41 +63,74 @@ def own_rows(
 
 
 class Pace(NamedTuple):
-    """Rounds between evaluations, how many clients' models are judged (None: all), and what was chosen, in a line."""
+    """Rounds between evaluations, how many clients' models are judged in each and in the last one (None: all), and what
+    was chosen, in a line.
+    """
 
     every: int
     clients: int | None
+    last: int | None
     remark: str = ""
 
 
 def paced(
-    config: RunConfig, algorithm: Algorithm, source: Source, sizes: list[int], rounds: int, per_epoch: int
+    config: RunConfig,
+    algorithm: Algorithm,
+    source: Source,
+    sizes: list[int],
+    rounds: int,
+    per_epoch: int,
+    flops: Callable[[], float],
 ) -> Pace:
     """How often and on how many clients' models a run is evaluated: as asked for, or so that evaluation takes less than
-    a fifth of the training. That is judged by rows that pass through models, not by a clock, so that it does not
-    depend on the machine.
+    a fifth of the training. The last evaluation is of all clients' models, unless they are very many. That is judged by
+    rows that pass through models, not by a clock, so that it does not depend on the machine. `flops`: those of a row's
+    forward pass.
     """
     every, clients = config.eval_every or per_epoch, config.eval_clients
     if config.eval_every is not None or config.evaluate_on == "own":
-        return Pace(every, clients)
+        return Pace(every, clients, clients)
     held_out = len(source.validation) + len(source.test)
     one_model = bool({AVERAGE, HAND_OVER} & algorithm.traits.needs) or algorithm.traits.central or len(sizes) == 1
     judged = 1 if one_model and config.judge != "ensemble" else min(clients or len(sizes), len(sizes))
-    allowed = max(_FREE, _SHARE * _TRAINING * _trained(config, algorithm, sizes, rounds))
-    evaluations = math.ceil(rounds / every)
-    if evaluations * judged * held_out <= allowed:
-        return Pace(every, clients)
-    if clients is None and judged > _LEAST:
-        judged = clients = max(_LEAST, int(allowed / (evaluations * held_out)))
-    if evaluations * judged * held_out > allowed:
-        most = max(1, int(allowed / (judged * held_out)))
-        every = min(rounds, math.ceil(rounds / most))
-    whose = f"{clients} of {len(sizes)} clients' models" if clients and clients < len(sizes) else "the models"
+    allowed = _SHARE * _TRAINING * _trained(config, algorithm, sizes, rounds)
+    wanted = math.ceil(rounds / every) * judged * held_out
+    if wanted > allowed:  # only then it matters how large the model is
+        allowed = max(allowed, min(_FREE, _FREE_FLOPS / max(1.0, flops())))
+    if wanted <= allowed:
+        return Pace(every, clients, clients)
+    last = judged
+    if judged * held_out > max(_AT_THE_END, allowed / 2):
+        last = max(_FEWEST, int(max(_AT_THE_END, allowed / 2) / held_out))
+    before = int(max(allowed - last * held_out, allowed / 2) / held_out)  # models judged before the last evaluation
+    some, times = _shared_out(before, min(judged, last), math.ceil(rounds / every) - 1)
+    every = max(every, math.ceil(rounds / (times + 1)))
+    return Pace(every, some, last, _remark(some if rounds > every else 0, last, judged, len(sizes), every))
+
+
+def _shared_out(models: int, most: int, times: int) -> tuple[int, int]:
+    """(how many of `most` models each evaluation judges, how many evaluations there are, of `times`) if `models` can be
+    judged in all of them together: a few models each, before there are fewer evaluations; then fewer models.
+    """
+    if most == 1 or models // max(1, times) >= min(_FEWEST, most):
+        return min(most, max(1, models // max(1, times))), min(times, models)
+    some = max(1, min(_FEWEST, most, models // _POINTS))
+    return some, min(times, models // some)
+
+
+def _remark(some: int, last: int, judged: int, clients: int, every: int) -> str:
+    """What is left out, in a line."""
+    asked = "(eval_clients, eval_every)"
+    at_the_end = f"{last} of {clients} clients' models" if last < judged else f"all {judged} models"
+    if not some:
+        what = at_the_end if judged > 1 else "the model"
+        return f"Evaluating {what} at the end only: more would take over a fifth of the training {asked}"
     often = "every round" if every == 1 else f"every {every} rounds"
-    return Pace(
-        every,
-        clients,
-        f"Evaluating {whose} {often}, so that it takes less than a fifth of the training (eval_clients, eval_every)",
+    if judged == 1 or some == judged:
+        return f"Evaluating the models {often}, so that it takes less than a fifth of the training {asked}"
+    return (
+        f"Evaluating {some} of {clients} clients' models {often}, so that it takes less than a fifth of the training, "
+        f"and {at_the_end} at the end {asked}"
     )
 
 

@@ -7,7 +7,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -128,7 +128,7 @@ class MakeOptimizer:
 
     def made(self, params: list[Any]) -> torch.optim.Optimizer:
         """The optimiser of parameters, or of groups of them. One of torch's is made without torch's compiler."""
-        kind = self.kind if self.own else eager(cast("type[torch.optim.Optimizer]", self.kind))
+        kind = self.kind if self.own else eager(self.kind)
         return kind(params, self.lr, **self.options)
 
     def _grouped(self, trained: list[tuple[str, Tensor]]) -> list[Any]:

@@ -320,7 +320,7 @@ class Run:
                     "trained: have its round() yield a Step per training step"
                 )
             if last or (index + 1) % t.eval_every == 0:
-                self._evaluate(index + 1, folder)
+                self._evaluate(index + 1, folder, last=last)
             if folder is not None and self.config.snapshot_every and (index + 1) % self.config.snapshot_every == 0:
                 self._snapshot(index + 1, folder)
             if folder is not None and (last or (index + 1) % (self.config.checkpoint_every or t.rounds_per_epoch) == 0):
@@ -388,13 +388,16 @@ class Run:
         self._samples += step.samples
         return record
 
-    def _evaluate(self, done: int, folder: Folder | None) -> None:
+    def _evaluate(self, done: int, folder: Folder | None, *, last: bool) -> None:
         t = self.training
+        whose = self._whose_at_the_end() if last else None
         started = time.perf_counter()
         held_out = t.source.validation
-        validation = t.clients.evaluate(held_out, t.server.predict) if len(held_out) else None
-        own = self._on_own_rows() if t.own_tests else None
-        everyones = None if self.config.evaluate_on == "own" else t.clients.evaluate(t.source.test, t.server.predict)
+        validation = t.clients.evaluate(held_out, t.server.predict, whose) if len(held_out) else None
+        own = self._on_own_rows(whose) if t.own_tests else None
+        everyones = (
+            None if self.config.evaluate_on == "own" else t.clients.evaluate(t.source.test, t.server.predict, whose)
+        )
         test = everyones or own
         assert test is not None, "there are rows to be tested on"
         scores = self._scores(done, validation, test, own)
@@ -409,6 +412,13 @@ class Run:
             for where, found in self.by_client.items():
                 if found is not None:
                     folder.append(CLIENTS, self._line(scores, where, found))
+
+    def _whose_at_the_end(self) -> list[int] | None:
+        """The clients whose models the last evaluation judges, if they are more than in the others."""
+        t = self.training
+        if t.eval_last == t.eval_clients or t.clients.holder is not None:
+            return None
+        return judged(len(t.clients.samples), t.eval_last, self.config.seed)
 
     def _is_best(self, scores: Scores) -> bool:
         """Whether the model of this evaluation is to be kept as the best so far (the last among equals)."""
@@ -443,10 +453,10 @@ class Run:
         trained = self.trained(best=best)
         return trained.predict(x, client, model=self._model, device=self.config.device)
 
-    def _on_own_rows(self) -> Evaluation:
+    def _on_own_rows(self, whose: list[int] | None) -> Evaluation:
         """Every judged client's model on the rows that are its own; a client without some is left out."""
         t, everyone = self.training, sorted(self.training.own_tests)
-        whose = judged(len(t.clients.samples), t.eval_clients, self.config.seed)
+        whose = whose or judged(len(t.clients.samples), t.eval_clients, self.config.seed)
         if t.algorithm.traits.central or t.clients.holder is not None:
             whose = everyone
         found: dict[int, Mapping[str, Any]] = {}

@@ -17,11 +17,11 @@ def held_out(rows: int, count: int, classes: Rows | None, state: int) -> Rows:
     class has too few rows to be in both halves.
     """
     drawn = np.random.RandomState(state)
-    if classes is None:
-        return drawn.permutation(rows)[:count]
-    _, ranks, sizes = np.unique(classes, return_inverse=True, return_counts=True)
-    if sizes.min() < 2 or min(count, rows - count) < len(sizes):
-        return drawn.permutation(rows)[:count]
+    found = None if classes is None else np.unique(classes, return_inverse=True, return_counts=True)
+    if found is None or found[2].min() < 2 or min(count, rows - count) < len(found[2]):
+        anyone: Rows = drawn.permutation(rows)[:count]
+        return anyone
+    _, ranks, sizes = found
     kept = _shares(sizes, rows - count, drawn)
     held = _shares(sizes - kept, count, drawn)
     members = np.split(np.argsort(ranks, kind="stable"), np.cumsum(sizes)[:-1])
@@ -42,4 +42,4 @@ def _shares(sizes: Rows, count: int, drawn: np.random.RandomState) -> Rows:
         up = drawn.choice(tied, size=min(len(tied), missing), replace=False)
         shares[up] += 1
         missing -= len(up)
-    return shares.astype(np.int64)
+    return np.asarray(shares, np.int64)
