@@ -23,15 +23,14 @@ def eager(kind: Callable[..., torch.optim.Optimizer]) -> Callable[..., torch.opt
     """A class of torch.optim whose steps, numbers, states and hooks are those of `kind`, and that loads no compiler.
     `kind` itself where torch has changed so that this cannot be made.
     """
-    if not (inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer)):
-        return kind
-    plain = {name: getattr(getattr(kind, name), "__wrapped__", None) for name in _DECORATED}
-    decorated: Callable[..., Any] = kind.step
-    step = inspect.unwrap(decorated)
-    if None in plain.values() or step is decorated:
+    plain = {name: getattr(getattr(kind, name, None), "__wrapped__", None) for name in _DECORATED}
+    decorated = getattr(kind, "step", None)
+    step = None if decorated is None else inspect.unwrap(decorated)
+    if not isinstance(kind, type) or step is None or step is decorated or None in plain.values():
         return kind
     own = {**plain, "step": _without_gradients(step), "__doc__": kind.__doc__, "__module__": kind.__module__}
-    return type(kind.__name__, (kind,), own)
+    made: Callable[..., torch.optim.Optimizer] = type(kind.__name__, (kind,), own)
+    return made
 
 
 def _without_gradients(step: Callable[..., Any]) -> Callable[..., Any]:

@@ -171,6 +171,35 @@ def test_evaluation_does_not_dwarf_training() -> None:
     assert (small.training.eval_every, small.training.eval_clients) == (1, None)
 
 
+def test_the_last_evaluation_is_of_all_models() -> None:
+    x, y = torch.randn(1260, 1, 28, 28), torch.arange(1260) % 3
+    options: dict[str, Any] = {"algorithm": "psl", "model": "mlp", "data": (x, y), "test": 1200, "validation": 0}
+    run = Run(**options, clients=20, rounds=2, eval_clients=None)
+    paced = run.training
+    assert (paced.eval_every, paced.eval_last) == (1, None), "a small model's evaluation is never too much"
+    run = Run(**options, clients=20, rounds=40, batch=1)
+    paced = run.training
+    assert paced.eval_clients == 5
+    assert paced.eval_last == 20
+    assert paced.remarks[0].endswith("and all 20 models at the end (eval_clients, eval_every)")
+    run.run()
+    assert len(run.evaluations) == -(-run.rounds // paced.eval_every)
+    assert len(run.by_client["global"].scores) == 20
+    everyone = Run(**options, clients=20, rounds=40, batch=1, eval_every=40)
+    everyone.run()
+    assert run.evaluations[-1].test == everyone.evaluations[-1].test
+
+
+def test_very_many_models_are_not_all_judged_at_the_end() -> None:
+    x, y = torch.zeros(7000, 1, 28, 28), torch.arange(7000) % 3
+    options: dict[str, Any] = {"algorithm": "psl", "model": "mlp", "data": (x, y), "test": 6000, "validation": 0}
+    paced = Run(**options, clients=100, epochs=1).training
+    assert paced.eval_last == 300_000 // 6000
+    assert paced.remarks[0].startswith("Evaluating 50 of 100 clients' models at the end only")
+    asked = Run(**options, clients=100, epochs=1, eval_clients=4).training
+    assert (asked.eval_clients, asked.eval_last) == (4, 4)
+
+
 def test_a_finished_run_says_how_long_evaluation_took(tmp_path: Path) -> None:
     done(out=tmp_path / "run")
     result = json.loads((tmp_path / "run/result.json").read_text())
