@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cutlayer import seeds
 from cutlayer.averaging import average_into
+from cutlayer.eager import backward
 from cutlayer.errors import ConfigError, NonFiniteError
 from cutlayer.frozen import load_moving, moving, replica
 from cutlayer.gradients import RowLoss, column, gradient_of, mean_loss, means, means_of_clients, spread
@@ -136,7 +137,7 @@ class Server:
         if len(share) > 1:
             factors = spread(share, smashed.sizes)
             rows = tuple(r * column(factors, r) for r in rows)
-        gradient = self._backward(smashed, lambda: torch.autograd.backward(outputs, rows), factor)
+        gradient = self._backward(smashed, lambda: backward(outputs, rows), factor)
         return ServerStep(means_of_clients(tail.losses, masses), gradient, self._rate(factor))
 
     def predict(self, clients: Sequence[int], rows: Rows) -> Rows:

@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from cutlayer.eager import backward
 from cutlayer.models.hooks import make_up_with, uses_made_up
 from cutlayer.models.parts import (
     RAW_INPUT,
@@ -113,7 +114,7 @@ def _check_run(model: nn.Module, parts: Sequence[Part], x: Arguments, training: 
     _check_rows(expected, x)
     weights = [_weights(e) for e in expected]
     if roots := [(e, w) for e, w in zip(expected, weights, strict=True) if e.requires_grad]:
-        torch.autograd.backward([e for e, _ in roots], [w for _, w in roots])
+        backward([e for e, _ in roots], [w for _, w in roots])
 
     copies = copy.deepcopy(list(parts))
     with torch_seeded(1, "proof", mode):
@@ -153,7 +154,7 @@ def _backward(exchanges: list[Exchange], weights: Sequence[Tensor]) -> None:
     for received, given in reversed(exchanges):
         pairs = [(g, d) for g, d in zip(given, gradients, strict=True) if g.requires_grad and d is not None]
         if pairs:
-            torch.autograd.backward([g for g, _ in pairs], [d for _, d in pairs])
+            backward([g for g, _ in pairs], [d for _, d in pairs])
         gradients = [row.grad for row in received]
 
 
