@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from cutlayer.eager import FlopCount, eager
+from cutlayer.eager import FlopCount, backward, eager
 from cutlayer.optim import optimizers
 
 NEEDLESS = ("pandas", "scipy", "sklearn", "matplotlib", "torch._dynamo", "transformers", "rich", "jinja2", "datasets")
@@ -112,3 +112,17 @@ def test_a_run_loads_nothing_that_it_does_not_need(options: dict[str, Any]) -> N
     loaded = set(json.loads(done.stdout))
     assert "torch" in loaded
     assert not loaded.intersection(NEEDLESS)
+
+
+def test_gradients_go_back_as_torch_sends_them() -> None:
+    """Also where a tensor is used twice, and added to gradients that are there; wrong shapes are refused."""
+    found = []
+    for send in (backward, torch.autograd.backward):
+        weights = parameters()
+        for _ in range(2):
+            rows = [weights[0] * 2, weights[0].sum(0), weights[1].exp()]
+            send(rows, [torch.full_like(r, 0.5) for r in rows])
+        found.append([w.grad for w in weights])
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="Mismatch in shape"):
+        backward([weights[1] * 2], [torch.ones(3)])

@@ -16,11 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-try:
-    from torch.autograd.graph import _engine_run_backward
-except ImportError:  # it is not part of torch's interface
-    _engine_run_backward = None
-
+# It is not part of torch's interface, so that it may be missing.
+_engine: Callable[..., Any] | None = getattr(torch.autograd.graph, "_engine_run_backward", None)
 _DECORATED = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
 
 
@@ -55,14 +52,12 @@ def backward(tensors: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
     """`torch.autograd.backward(tensors, gradients)` for gradients of the tensors' own shapes. torch compares these with
     the means of its compiler, which loads sympy, and takes microseconds per tensor.
     """
-    alike = all(
-        t.shape == g.shape and t.is_complex() == g.is_complex() for t, g in zip(tensors, gradients, strict=True)
-    )
-    if _engine_run_backward is None or not alike:
+    alike = all(t.shape == g.shape and t.dtype == g.dtype for t, g in zip(tensors, gradients, strict=True))
+    if _engine is None or not alike:
         torch.autograd.backward(tensors, gradients)
         return
     keep_graph = create_graph = False
-    _engine_run_backward(
+    _engine(
         tuple(tensors), tuple(gradients), keep_graph, create_graph, (), allow_unreachable=True, accumulate_grad=True
     )
 
