@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo quick test test-network test-slow check derive reproduce bench bench-remote cuts golden clean
+.PHONY: demo quick test test-network test-slow check derive reproduce bench bench-remote bench-startup cuts golden clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Cutlayer needs Python 3.11 or newer: make PYTHON=..."; exit 2; }
@@ -47,6 +47,9 @@ bench: $(STAMP)   ## how fast the engines are; writes docs/benchmarks.md
 
 cuts: $(STAMP)   ## which architectures can be cut, and how; writes docs/models.md
 	$(BIN)/python benchmarks/cuts.py --write docs/models.md
+
+bench-startup: $(STAMP)   ## the first step, memory and evaluation; writes docs/benchmarks.md
+	$(BIN)/python benchmarks/startup.py --write docs/benchmarks.md
 
 bench-remote: $(STAMP)   ## the remote engine against bare gRPC; writes docs/benchmarks.md
 	$(BIN)/python benchmarks/remote.py --write docs/benchmarks.md

@@ -401,8 +401,8 @@ class CommonConfig(FleetConfig):
     """Rounds between two evaluations (there is one at the end too). Default: about once per epoch; less often where
     evaluation would take more than a fifth of the training."""
     eval_clients: int | None = _field(None, OUTPUT, ge=1)
-    """Number of clients, drawn once, whose models are evaluated. Default: all; fewer where evaluation would take more
-    than a fifth of the training, unless eval_every is given."""
+    """Number of clients, drawn once, whose models are evaluated. Default: all; before the last evaluation fewer
+    where evaluation would take more than a fifth of the training, unless eval_every is given."""
     judge: Literal["mean", "average", "ensemble"] = _field("mean", OUTPUT)
     """Whose model the scores are of: the mean of the scores of the clients' models, the score of their average, or that
     of their ensemble (the mean of their predictions)."""
