@@ -203,7 +203,6 @@ def evaluation(*, name: str, clients: int, rows: int, tests: int, epochs: int, *
         "before": sum(spent[:-1]),
         "last": spent[-1],
         "times": len(spent),
-        "said": run.training.remarks,
     }
 
 
