@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from cutlayer.eager import FlopCount, backward, eager
+from cutlayer.eager import FlopCount, backward, eager, gradients_of
 from cutlayer.optim import optimizers
 
 NEEDLESS = ("pandas", "scipy", "sklearn", "matplotlib", "torch._dynamo", "transformers", "rich", "jinja2", "datasets")
@@ -126,3 +126,14 @@ def test_gradients_go_back_as_torch_sends_them() -> None:
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
     with pytest.raises(RuntimeError, match="Mismatch in shape"):
         backward([weights[1] * 2], [torch.ones(3)])
+
+
+def test_gradients_of_inputs_are_torchs() -> None:
+    first, second = parameters()
+    rows = [first * second[0], first.sum(0)]
+    seeds = [torch.full_like(r, 0.5) for r in rows]
+    unused = torch.ones(1, requires_grad=True)
+    ours = gradients_of(rows, [first, second, unused], seeds)
+    theirs = torch.autograd.grad(rows, [first, second, unused], seeds, allow_unused=True)
+    assert ours[2] is theirs[2] is None
+    torch.testing.assert_close(ours[:2], theirs[:2], rtol=0, atol=0)

@@ -52,14 +52,30 @@ def backward(tensors: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
     """`torch.autograd.backward(tensors, gradients)` for gradients of the tensors' own shapes. torch compares these with
     the means of its compiler, which loads sympy, and takes microseconds per tensor.
     """
-    alike = all(t.shape == g.shape and t.dtype == g.dtype for t, g in zip(tensors, gradients, strict=True))
-    if _engine is None or not alike:
+    if _engine is None or not _alike(tensors, gradients):
         torch.autograd.backward(tensors, gradients)
         return
     keep_graph = create_graph = False
     _engine(
         tuple(tensors), tuple(gradients), keep_graph, create_graph, (), allow_unreachable=True, accumulate_grad=True
     )
+
+
+def gradients_of(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], gradients: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """`torch.autograd.grad(outputs, inputs, gradients)` likewise. The graph is kept, and inputs may be unused."""
+    if _engine is None or not _alike(outputs, gradients):
+        return torch.autograd.grad(outputs, inputs, gradients, retain_graph=True, allow_unused=True)
+    keep_graph, create_graph = True, False
+    found: tuple[Tensor | None, ...] = _engine(
+        tuple(outputs), tuple(gradients), keep_graph, create_graph, tuple(inputs), True, accumulate_grad=False
+    )
+    return found
+
+
+def _alike(tensors: Sequence[Tensor], gradients: Sequence[Tensor]) -> bool:
+    return all(t.shape == g.shape and t.dtype == g.dtype for t, g in zip(tensors, gradients, strict=True))
 
 
 class FlopCount(FlopCounterMode):

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from cutlayer.eager import gradients_of
 from cutlayer.errors import CutError
 from cutlayer.models.parts import (
     Arguments,
@@ -376,7 +377,7 @@ def _reached(model: nn.Module, names: Sequence[str], x: Arguments, training: boo
             yield set()
             continue
         seeds = [torch.ones_like(root) for root in roots]
-        found = torch.autograd.grad(roots, parameters, seeds, allow_unused=True, retain_graph=True)
+        found = gradients_of(roots, parameters, seeds)
         yield {i for i, gradient in enumerate(found) if gradient is not None}
 
 
