@@ -9,9 +9,12 @@ Every figure is of a process of its own with one thread: CPU seconds of the proc
 from __future__ import annotations
 
 import argparse
+import compileall
+import importlib.util
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -215,11 +218,16 @@ MEASURED: dict[str, Callable[..., Any]] = {f.__name__: f for f in (first_step, c
 class Bench:
     """Measures in processes of their own."""
 
-    def __init__(self, source: Path | None, repeats: int) -> None:
+    def __init__(self, source: Path | None, repeats: int, where: Path) -> None:
+        """The package is copied to `where` and compiled there, as an installation compiles it."""
+        found = importlib.util.find_spec("cutlayer")
+        assert found is not None, "the package is installed"
+        assert found.origin is not None, "as files"
+        package = Path(found.origin).parent if source is None else source / "cutlayer"
+        shutil.copytree(package, where / "cutlayer")
+        compileall.compile_dir(where, quiet=2)
         self.repeats = repeats
-        self.environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        if source is not None:
-            self.environment["PYTHONPATH"] = str(source)
+        self.environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(where)}
 
     def run(self, what: str, *flags: str, keep: str = "1", **arguments: Any) -> tuple[Any, str]:
         """(what it returns, what the process writes to its error stream)."""
@@ -328,12 +336,13 @@ def main() -> None:
     asked = parser.parse_args()
     if strange := set(asked.tables) - set(TABLES):
         parser.error(f"there is no table {sorted(strange)[0]!r}: choose of {', '.join(TABLES)}")
-    bench = Bench(asked.source, asked.repeats)
     lines: list[str] = []
-    for name in asked.tables or TABLES:
-        table = [*TABLES[name](bench), ""]
-        print("\n".join(table))
-        lines += table
+    with tempfile.TemporaryDirectory() as where:
+        bench = Bench(asked.source, asked.repeats, Path(where))
+        for name in asked.tables or TABLES:
+            table = [*TABLES[name](bench), ""]
+            print("\n".join(table), flush=True)
+            lines += table
     if asked.write:
         head, _, tail = asked.write.read_text().split(MARK)
         asked.write.write_text(MARK.join([head, "\n" + "\n".join(lines) + "\n", tail]))
