@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import gc
 import importlib
 import json
 import os
@@ -215,6 +216,7 @@ def _run() -> None:
     control.set_inheritable(False)
     for name in IMPORTED:
         importlib.import_module(name)
+    gc.freeze()  # a child that looked for garbage among all this, at its end at the latest, would copy it
     assert len(os.listdir("/proc/self/task")) == 1, "a process with threads cannot fork"
     if _serve(control) is not None:
         from cutlayer.cli import main
