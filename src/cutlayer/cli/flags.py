@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from types import FunctionType
 from typing import Annotated, Any, Literal, get_origin
@@ -82,6 +83,11 @@ def command(
 
 def flags_of(config: type[BaseModel], own: Sequence[Entry] = ()) -> type[BaseModel]:
     """A model of all flags of a command: the fields of `config`, and the options of what it can choose."""
+    return _model_of(config, tuple(own))
+
+
+@cache  # several commands have the same flags
+def _model_of(config: type[BaseModel], own: tuple[Entry, ...]) -> type[BaseModel]:
     fields: dict[str, Any] = {}
     for name, info in config.model_fields.items():
         group = about(info, "group")
