@@ -27,6 +27,7 @@ from cutlayer.testing.material import demand_equal, random_source, smooth
 
 ALGORITHMS = ["cl", "fl", "psl", "ssl", "ussl", "sfl", "sflv1", "sflv2", "sflv3", "sglr"]
 WHOLE = ("cl", "fl")
+KINDS = ["fl", "psl", "ssl", "sflv1"]  # whole models; a common server; clients in turn; a server copy per client
 SGD: dict[str, Any] = {"client_optimizer": "sgd", "client_lr": 0.1, "lr_schedule": "constant"}
 
 
@@ -71,8 +72,7 @@ def by_hand(
 # ---- Clipping and accumulation -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize(("algorithm", "optimizer"), [*((a, "adam") for a in ALGORITHMS), *((a, "sgd") for a in KINDS)])
 def test_every_engine_clips_and_accumulates_alike(algorithm: str, optimizer: str) -> None:
     """Local, stacked and remote clients come to the same, and an interrupted run to that of a quiet one."""
     options: dict[str, Any] = {"client_clip_grad_norm": 0.05, "accumulate": 2, "client_optimizer": optimizer}
@@ -210,8 +210,9 @@ def test_gradients_without_a_step_do_not_disturb_what_waits() -> None:
 GROUPS = ({"match": "bias", "weight_decay": 0.0}, {"match": r"^4\.", "lr": 10.0})
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize(
+    ("algorithm", "optimizer"), [*((a, "adamw") for a in ALGORITHMS), *((a, "sgd") for a in KINDS)]
+)
 def test_every_engine_has_the_same_groups(algorithm: str, optimizer: str) -> None:
     its = {"weight_decay": 0.1} if optimizer == "sgd" else {"weight_decay": 0.1, "eps": 1e-4}  # rounding stays small
     options: dict[str, Any] = {"param_groups": GROUPS, "client_optimizer": optimizer, "client_lr": 0.01}
@@ -351,8 +352,14 @@ def test_torchs_optimizers_by_any_spelling(spelling: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*runs on the local engine")
-@pytest.mark.parametrize("algorithm", ["psl", "fl", "ssl", "sflv1"])
-@pytest.mark.parametrize(("name", "engine"), [("Fading", "stacked"), ("adam", "stacked"), ("Normed", "local")])
+@pytest.mark.parametrize(
+    ("algorithm", "name", "engine"),
+    [
+        *((algorithm, "Fading", "stacked") for algorithm in KINDS),
+        *((algorithm, "Normed", "local") for algorithm in ("psl", "fl", "sflv1")),
+        ("psl", "adam", "stacked"),
+    ],
+)
 def test_an_optimizer_of_ones_own_in_every_engine(own: str, algorithm: str, name: str, engine: str) -> None:
     """From its file; it is stacked only if it is proved to step every client as it would alone."""
     check_algorithm(algorithm, one_client_is_sgd=False, client_optimizer=f"{own}:{name}", client_lr=0.01)

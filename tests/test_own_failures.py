@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -187,11 +185,8 @@ def test_a_plan_says_what_failed_and_where(place: Path) -> None:
 
 
 def test_debug_shows_the_traceback(place: Path) -> None:
-    words = ["run", *SMALL, "--debug", "--algorithm", "own.py:Broken"]
-    done = subprocess.run(
-        [sys.executable, "-m", "cutlayer", *words], capture_output=True, text=True, timeout=100, check=False
-    )
-    assert done.returncode == 2
+    done = call("run", *SMALL, "--debug", "--algorithm", "own.py:Broken", code=2)
+    assert "Traceback" in done.stderr
     assert "1 / 0  # BROKEN" in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: the round of the algorithm 'broken' failed at own.py:")
     assert "--debug" not in done.stderr.splitlines()[-1]

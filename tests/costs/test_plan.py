@@ -504,7 +504,7 @@ def test_sentences_say_what_is_the_same_once() -> None:
 
 
 def test_a_million_clients_and_billions_of_parameters() -> None:
-    """A third of the example's blocks: 2.3 billion parameters, FLOPs by hand, in seconds."""
+    """An eighth of the example's blocks: a billion parameters, FLOPs by hand, in seconds."""
     seven, length, width, hidden = seven_billion(), 512, 4096, 11008
     start = time.process_time()
     config = PlanConfig(
@@ -520,16 +520,16 @@ def test_a_million_clients_and_billions_of_parameters() -> None:
         server_device="h100",
         servers=1000,
     )
-    found = plan(config, lambda: seven.Decoder(width, hidden, 32, 10, 32000))
+    found = plan(config, lambda: seven.Decoder(width, hidden, 32, 4, 32000))
     assert time.process_time() - start < 60
     m = found.chosen.measured
     block = 4 * width**2 + 3 * width * hidden + 2 * width
-    assert m.parameters == 2 * 32000 * width + 10 * block + width
+    assert m.parameters == 2 * 32000 * width + 4 * block + width
     assert m.client_parameters == 32000 * width + 2 * block
     assert (m.smashed, m.gradient) == (2 * length * width, 2 * length * width)
     products = 2 * length * (4 * width**2 + 3 * width * hidden) + 2 * 2 * length**2 * width
     assert m.flops.client == Flops(2 * products, 2 * 2 * products)
-    assert m.flops.server.forward == 8 * products + 2 * width * 32000
+    assert m.flops.server.forward == 2 * products + 2 * width * 32000
     sglr = next(c for c in found.costs if c.algorithm == "sglr")
     assert sglr.expected.up == 10**8 * (m.smashed + 8)
     assert sglr.expected.down_broadcast == (500_000 + 1) * 100 * m.gradient

@@ -66,7 +66,7 @@ def agree(algorithm: str, sizes: Sequence[int], **options: Any) -> None:
 
 
 @pytest.mark.parametrize("algorithm", STACKED)
-@settings(max_examples=10, deadline=None, derandomize=True, database=None, phases=QUICK)
+@settings(max_examples=6, deadline=None, derandomize=True, database=None, phases=QUICK)
 @given(
     sizes=st.lists(st.integers(2, 9), min_size=2, max_size=5),
     batch=st.integers(2, 4),
@@ -113,8 +113,8 @@ def test_unequal_clients_of_a_small_model_with_batch_normalisation() -> None:
 def test_unequal_clients_of_the_papers_model() -> None:
     """ResNet16, label skew, on the engine that runs by itself."""
     options: dict[str, Any] = {
-        "algorithm": "psl", "data": "digits", "model": "resnet16", "clients": 10, "partition": "dirichlet",
-        "samples_per_client": 16, "seed": 1, "rounds": 1, "test": 20, "validation": 20,
+        "algorithm": "psl", "data": "digits", "model": "resnet16", "clients": 5, "partition": "dirichlet",
+        "samples_per_client": 12, "seed": 1, "rounds": 1, "test": 20, "validation": 20,
         "precision": "float64",
     }  # fmt: skip
     local, auto = (Run(engine=engine, **options) for engine in ("local", "auto"))

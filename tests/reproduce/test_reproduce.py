@@ -360,20 +360,21 @@ def test_time_left(seconds: float, text: str) -> None:
 # ---- a folder -------------------------------------------------------------------------------------------------------
 
 
-def test_tables_are_added_to_a_folder(tiny: Size, tmp_path: Path) -> None:
+def test_tables_are_added_to_a_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Trained in two processes; a cell that another table used already is kept; the report covers both tables."""
+    monkeypatch.setitem(SIZES, "smoke", replace(TINY, clients=(1, 2)))
     out = tmp_path / "out"
     first = Reproduction(["table1"], "smoke", out, "digits")
     first.check()
     assert not out.exists()
     jobs = first.jobs
-    assert [seed for _, seed in jobs] == [0] * 11 + [1] * 11  # seed by seed
+    assert [seed for _, seed in jobs] == [0] * 6 + [1] * 6  # seed by seed
     assert sorted(c.name for c, _ in first.train(2)) == sorted(cell.name for cell, _ in jobs)
     before = {path: path.stat().st_mtime_ns for path in out.glob("runs/**/result.json")}
-    assert len(before) == 22
+    assert len(before) == 12
     second = Reproduction(["table3"], "smoke", out, "digits")
-    assert len(second.jobs) - len(second.waiting()) == 2 * 3  # C1 and alpha 1, phi 0 of each number of clients
-    assert sum(1 for _ in second.train(1)) == len(second.jobs) - 6
+    assert len(second.jobs) - len(second.waiting()) == 2 * 2  # C1, and alpha 1, phi 0 of two clients
+    assert sum(1 for _ in second.train(1)) == len(second.jobs) - 4
     assert {path: path.stat().st_mtime_ns for path in before} == before
     again = Reproduction(["table3"], "smoke", out, "digits")
     assert again.waiting() == []
@@ -381,7 +382,7 @@ def test_tables_are_added_to_a_folder(tiny: Size, tmp_path: Path) -> None:
     for steps in out.glob("runs/**/steps.jsonl"):
         steps.unlink()
     findings = again.find()
-    assert findings.done == (42, 42)
+    assert findings.done == (22, 22)
     names = {path.name for path in again.write(findings)}
     assert names == {f"reproduction.{kind}" for kind in ("json", "md", "html")} | {
         "claims.png",
