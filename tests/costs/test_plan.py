@@ -535,7 +535,7 @@ def test_a_million_clients_and_billions_of_parameters() -> None:
     assert sglr.expected.down_broadcast == (500_000 + 1) * 100 * m.gradient
     assert sglr.memory == 4 * m.client.state + m.client.fixed + m.client.per_row
     assert sglr.total is None  # what the device draws while it waits is not known
-    one = plan(config.model_copy(update={"servers": 1}), lambda: seven.Decoder(width, hidden, 32, 10, 32000))
+    one = plan(config.model_copy(update={"servers": 1}), lambda: seven.Decoder(width, hidden, 32, 4, 32000))
     alone = next(c for c in one.costs if c.algorithm == "sglr")
     assert sglr.expected.server_joules == pytest.approx(alone.expected.server_joules)
     served = [c.expected.seconds * c.server_share for c in (alone, sglr)]
