@@ -9,6 +9,8 @@ import pytest
 # sums differ in their last digits by the number of threads. Before anything imports torch.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("CUTLAYER_KEEP_MEMORY", "0")  # a suite of many runs is small, and would stay large
+# Nothing is measured unless a test is about that: what is the quickest differs from run to run, and its last digits.
+os.environ["CUTLAYER_TUNE"] = "off"
 
 gc.disable()  # until all has been imported and collected
 

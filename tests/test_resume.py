@@ -115,6 +115,26 @@ def test_interrupted_union_steps(algorithm: str, more: dict[str, Any], tmp_path:
     assert_same_runs(quiet, broken)
 
 
+@pytest.mark.parametrize(("algorithm", "optimizer"), [("sglr", "adam"), ("sflv1", "sgd"), ("ssl", "adam")])
+def test_interrupted_with_kernels_whose_channels_lie_last(algorithm: str, optimizer: str, tmp_path: Path) -> None:
+    """Moments lie in memory as their weights do, also those that come back from a checkpoint."""
+    momentum = {"client_optimizer_options": {"momentum": 0.9}} if optimizer == "sgd" else {}
+    every: dict[str, Any] = {
+        "algorithm": algorithm, "data": "digits", "model": "cnn", "clients": 3, "samples_per_client": 8, "batch": 8,
+        "rounds": 4, "test": 20, "validation": 20, "client_optimizer": optimizer, **momentum,
+    }  # fmt: skip
+    quiet, broken = tmp_path / "quiet", tmp_path / "broken"
+    run = Run(out=quiet, **every)
+    assert run.training.ways.server_layout == "last"
+    run.run()
+    steps = iter(Run(out=broken, **every))
+    for _ in range(4):
+        next(steps)
+    steps.close()
+    Run.resume(broken).run()
+    assert_same_runs(quiet, broken)
+
+
 def test_interrupted_twice_and_between_checkpoints(tmp_path: Path) -> None:
     """Checkpoints every two rounds: records written after the last one are forgotten and written anew."""
     data = source(SIZES, (6,))

@@ -40,12 +40,14 @@ from cutlayer.data import Source, class_counts, from_memory, load, load_whole, p
 from cutlayer.data.own import own_code
 from cutlayer.data.samples import Samples
 from cutlayer.data.targets import as_indices, fitting
-from cutlayer.engine.choice import laid_out, simulate
+from cutlayer.engine.choice import Choice, Chosen, Work
 from cutlayer.engine.simulated import ClientModel, Clients, Shape, model_bytes
+from cutlayer.engine.simulation import simulate
+from cutlayer.engine.ways import Ways
 from cutlayer.errors import ConfigError, CutlayerWarning, DataError
 from cutlayer.features import KeptFeatures
 from cutlayer.frozen import freeze, load_moving, moving, replica, trains
-from cutlayer.held_out import Pace, own_rows, paced
+from cutlayer.held_out import Pace, own_rows, paced, trained_rows
 from cutlayer.models import Parts, build, cut
 from cutlayer.models import make as make_own
 from cutlayer.models.parts import Part
@@ -104,11 +106,12 @@ class Making:
 @dataclass(frozen=True, eq=False)
 class Training:
     """All that a run needs: the cohort counts into `ledger`; `rounds` to do; `counts` [C, K] samples per class;
-    `engine` says how clients are simulated; `clock` runs if the machines are known. `parts` is the model as cut, with
-    an `example` [n, ...] of its inputs; `schedules` are the clients' and the server's; `epoch` is one of equal clients
-    who hold as much together. `making` makes the whole model, without its trained weights. `own_tests` are the rows
-    that each client's model is tested on alone, where it is; `eval_every` and `eval_clients` how often and of how many
-    clients models are judged, `eval_last` of how many at the end; `remarks` what of that was chosen, a line each.
+    `engine` says how clients are simulated, `ways` how that computes; `clock` runs if the machines are known. `parts`
+    is the model as cut, with an `example` [n, ...] of its inputs; `schedules` are the clients' and the server's;
+    `epoch` is one of equal clients who hold as much together. `making` makes the whole model, without its trained
+    weights. `own_tests` are the rows that each client's model is tested on alone, where it is; `eval_every` and
+    `eval_clients` how often and of how many clients models are judged, `eval_last` of how many at the end; `remarks`
+    what of that was chosen, a line each.
     """
 
     source: Source
@@ -119,6 +122,7 @@ class Training:
     rounds_per_epoch: int
     counts: np.ndarray
     engine: str
+    ways: Ways
     parts: Parts
     example: Rows
     algorithm: Algorithm
@@ -159,6 +163,7 @@ class Prepared:
     split: Parts
     example: Rows
     clients: Clients
+    chosen: Chosen
     make_server: MakeOptimizer
     partition: list[np.ndarray]
     rounds: int
@@ -199,6 +204,7 @@ class Prepared:
             self.rounds_per_epoch,
             counts,
             engine,
+            self.chosen.ways,
             self.split,
             self.example,
             self.algorithm,
@@ -269,15 +275,16 @@ def assemble(
     *,
     loss: Loss | None = None,
     metrics: Mapping[str, Any] | None = None,
+    ways: Ways | None = None,
 ) -> Training:
     """Build everything for a simulation. `model`, `data` and `loss` replace those named in `config`; `metrics` are
-    reported, too.
+    reported, too. `ways` says how a run that goes on was computed so far.
 
     Raises UsageError (ConfigError, DataError, CutError) with the value, the reason and the remedy.
     """
-    p = prepare(config, model, data, loss=loss, metrics=metrics)
-    cohort, server, engine = simulate(config, p.algorithm, p.split, p.clients, p.make_server, p.server_seed, p.example)
-    return p.training(cohort, server, engine)
+    p = prepare(config, model, data, loss=loss, metrics=metrics, ways=ways)
+    cohort, server = simulate(config, p.algorithm, p.chosen, p.clients, p.make_server, p.server_seed)
+    return p.training(cohort, server, p.chosen.ways.engine)
 
 
 def prepare(
@@ -288,6 +295,7 @@ def prepare(
     alone: bool = False,
     loss: Loss | None = None,
     metrics: Mapping[str, Any] | None = None,
+    ways: Ways | None = None,
 ) -> Prepared:
     """Build all but the cohort; `alone`: the data are one client's own, all of them. Raises UsageError as `assemble`
     does.
@@ -335,13 +343,15 @@ def prepare(
         if isinstance(part, Part) and config.precision == "bfloat16":
             part.narrow_to = torch.bfloat16
     source, example = source.to(device), few.to(device).rows
-    split = laid_out(config, split, example)
     make_client, make_server = _optimizers(config)
     check_cacheable(config, algorithm, split, example, anew=not source.train.in_memory)
     check_groups(
         make_client.groups, [name for part in split.all for name, p in part.named_parameters() if p.requires_grad]
     )
     pace = paced(config, algorithm, source, sizes, rounds, per_epoch, lambda: _forward_flops(split, example))
+    work = _work(config, algorithm, sizes, rounds)
+    chosen = Choice(config, algorithm, split, (make_client, make_server), example, work).made(ways)
+    split = chosen.split
     local_epochs, local_steps = algorithm.part_of_round
     heads = _heads(config, algorithm, split, example, task.width(source.train.y, source.classes))
     setup = Clients(
@@ -369,6 +379,7 @@ def prepare(
         split,
         example,
         setup,
+        chosen,
         make_server,
         parts,
         rounds,
@@ -378,7 +389,7 @@ def prepare(
         making,
         {k: samples.to(device) for k, samples in own_tests.items()},
         pace,
-        tuple(filter(None, (held_out, pace.remark))),
+        tuple(filter(None, (held_out, pace.remark, chosen.remark))),
     )
 
 
@@ -591,6 +602,12 @@ def _cut_names(config: RunConfig, traits: Traits, model: Model | None) -> tuple[
             "e.g. one of dict(model.named_modules())"
         )
     return (first,) if config.tail_cut is None else (first, config.tail_cut)
+
+
+def _work(config: RunConfig, algorithm: Algorithm, sizes: list[int], rounds: int) -> Work:
+    """How much a simulation computes."""
+    share = 1.0 if algorithm.traits.central else config.participation
+    return Work(len(sizes), max(1, round(share * len(sizes))), trained_rows(config, algorithm, sizes, rounds))
 
 
 def _optimizers(config: RunConfig) -> tuple[MakeOptimizer, MakeOptimizer]:

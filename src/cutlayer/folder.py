@@ -5,6 +5,7 @@ steps.jsonl              one record per step
 evaluations.jsonl        one record per evaluation
 classes.json             samples per client and class
 data.json                what was read, used and left out, whose it is, and what became of the inputs
+engine.json              how the models are computed, as it was chosen when the run began
 events.jsonl             who came, was late or excluded, round by round (runs with clients on other machines)
 checkpoint.safetensors   the state after the last checkpointed round
 last.safetensors         the trained model, once the run is done
@@ -33,6 +34,7 @@ from cutlayer.options import read_toml
 
 STEPS, EVALUATIONS, CLIENTS = "steps.jsonl", "evaluations.jsonl", "clients.jsonl"
 ALGORITHM, CLASSES, DATA, METRIC = "algorithm.json", "classes.json", "data.json", "metric.json"
+ENGINE = "engine.json"
 SNAPSHOTS = "snapshots"
 LAST, BEST = "last.safetensors", "best.safetensors"
 CHECKPOINT, RESULT, COMPARISON = "checkpoint.safetensors", "result.json", "comparison.json"
@@ -47,6 +49,7 @@ OWN_FILES = (
     CLASSES,
     DATA,
     METRIC,
+    ENGINE,
     EVENTS,
     SNAPSHOTS,
     CHECKPOINT,

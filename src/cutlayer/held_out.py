@@ -93,7 +93,7 @@ def paced(
     held_out = len(source.validation) + len(source.test)
     one_model = bool({AVERAGE, HAND_OVER} & algorithm.traits.needs) or algorithm.traits.central or len(sizes) == 1
     judged = 1 if one_model and config.judge != "ensemble" else min(clients or len(sizes), len(sizes))
-    allowed = _SHARE * _TRAINING * _trained(config, algorithm, sizes, rounds)
+    allowed = _SHARE * _TRAINING * trained_rows(config, algorithm, sizes, rounds)
     wanted = math.ceil(rounds / every) * judged * held_out
     if wanted > allowed:  # only then it matters how large the model is
         allowed = max(allowed, min(_FREE, _FREE_FLOPS / max(1.0, flops())))
@@ -134,7 +134,7 @@ def _remark(some: int, last: int, judged: int, clients: int, every: int) -> str:
     )
 
 
-def _trained(config: RunConfig, algorithm: Algorithm, sizes: list[int], rounds: int) -> float:
+def trained_rows(config: RunConfig, algorithm: Algorithm, sizes: list[int], rounds: int) -> float:
     """Rows that are trained on in all rounds, about."""
     local_epochs, local_steps = algorithm.part_of_round
     each = local_steps * config.batch * len(sizes) if local_steps else (local_epochs or 1) * sum(sizes)

@@ -65,6 +65,7 @@ class CommonKeywords(TypedDict, total=False):
     down_codec: str
     defences: Any
     engine: Literal["auto", "local", "stacked"]
+    tune: Literal["off", "cached", "on"]
     device: str
     precision: Literal["float32", "float64", "bfloat16", "tf32"]
     memory_limit: float | None

@@ -326,8 +326,17 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
     optimizer.load_state_dict(copy.deepcopy(dict(state)))
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, values in state["state"].items():
-        kept = {n: v.clone() if isinstance(v, Tensor) else v for n, v in values.items()}
-        optimizer.state[parameters[index]] = kept
+        p = parameters[index]
+        optimizer.state[p] = {n: laid_as(v.clone(), p) if isinstance(v, Tensor) else v for n, v in values.items()}
+
+
+def laid_as(tensor: Tensor, like: Tensor) -> Tensor:
+    """The tensor, its numbers in memory in the order of those of `like` where they have one shape. torch's fused steps
+    walk through memory and do not look at strides: a checkpoint's moments would meet other weights.
+    """
+    if tensor.shape != like.shape or tensor.stride() == like.stride():
+        return tensor
+    return torch.empty_like(like, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
 
 
 def as_tensor(value: Any) -> Tensor:

@@ -390,6 +390,10 @@ class CommonConfig(FleetConfig):
 
     engine: Literal["auto", "local", "stacked"] = _field("auto", OUTPUT)
     """How clients are simulated: one after another (local), all at once (stacked), at once where possible (auto)."""
+    tune: Literal["off", "cached", "on"] = _field("on", OUTPUT)
+    """Which of several equal ways computes the models the quickest here: what was measured before (cached), or is
+    measured when the run is built where it was not (on: 1 % of the run at most, or half a second), or by rule (off).
+    The variable CUTLAYER_TUNE sets the default."""
     device: str = _field("cpu", OUTPUT)
     """Where everything is computed: cpu, cuda (cuda:1...) or mps."""
     precision: Literal["float32", "float64", "bfloat16", "tf32"] = _field("float32", OUTPUT, shared=True)

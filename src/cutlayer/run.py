@@ -22,6 +22,7 @@ from cutlayer.allocator import give_back
 from cutlayer.build import Data, Model, Training, assemble, by_name
 from cutlayer.costs.measured import Meter
 from cutlayer.data.own import own_code
+from cutlayer.engine.ways import Ways
 from cutlayer.errors import ConfigError, CutlayerWarning, NonFiniteError, RunFolderError, UsageError
 from cutlayer.features import KeptFeatures
 from cutlayer.files import replace_file
@@ -32,6 +33,7 @@ from cutlayer.folder import (
     CLASSES,
     CLIENTS,
     DATA,
+    ENGINE,
     EVALUATIONS,
     LAST,
     METRIC,
@@ -238,7 +240,13 @@ class Run:
         own_loss, own_metrics, asked = own_objective(loss, metrics)
         config = RunConfig.of(without_own(stored, out, model=model, data=data, loss=own_loss, metrics=own_metrics))
         _refuse_other(config, normalised(by_reference({**options, **asked})), out)
-        run = cls(config, model=model, data=data, loss=own_loss, metrics=own_metrics or (), training=training)
+        if training is None:
+            run = cls(
+                config, training=assemble(config, model, data, loss=own_loss, metrics=own_metrics, ways=ways_in(out))
+            )
+            run._model, run._data, run._loss, run._metrics = model, data, own_loss, own_metrics
+        else:
+            run = cls(config, model=model, data=data, loss=own_loss, metrics=own_metrics or (), training=training)
         run.out, run._resumed = out, True
         return run
 
@@ -306,6 +314,7 @@ class Run:
             about_clients = {"client_names": self.client_names, "counts": t.counts.tolist()}
             folder.write_json(CLASSES, {"class_names": names, **about_clients})
             folder.write_json(DATA, t.source.described())
+            folder.write_json(ENGINE, t.ways.stored())
             folder.write_json(METRIC, {"name": t.task.leading, "share": t.task.share, "maximise": t.task.maximise})
         for index in range(self._start_round, t.rounds):
             with self._meter:
@@ -734,6 +743,19 @@ def _merged(config: RunConfig | None, options: dict[str, Any]) -> RunConfig:
     merged = RunConfig.of(overlaid(base, options))
     merged.check(frozenset(merged.model_fields_set))
     return merged
+
+
+def ways_in(out: Path) -> Ways | None:
+    """How a run in that folder is computed; None where it had not begun."""
+    try:
+        return Ways.of(json.loads((out / ENGINE).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError):
+        raise RunFolderError(
+            f"{str(out / ENGINE)!r} cannot be read: it says how the run is computed; restore the file, or start a new "
+            "run"
+        ) from None
 
 
 def _refuse_other(stored: RunConfig, asked: dict[str, Any], out: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -58,6 +58,21 @@ def torch_seeded(seed: int, *name: str | int, device: torch.device | None = None
         yield
     finally:
         torch.set_rng_state(before)
+
+
+@contextlib.contextmanager
+def streams(device: torch.device) -> Iterator[Callable[[torch.Generator], None]]:
+    """A function that has torch's global generator of `device` draw what the generator given to it would; the caller's
+    global state comes back after the body.
+    """
+    import torch
+
+    kind = torch if device.type == "cpu" else torch.get_device_module(device.type)
+    before = kind.get_rng_state()
+    try:
+        yield lambda generator: kind.set_rng_state(generator.get_state())
+    finally:
+        kind.set_rng_state(before)
 
 
 @contextlib.contextmanager

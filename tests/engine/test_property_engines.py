@@ -13,7 +13,8 @@ from torch import nn
 
 from cutlayer import Run, plugins
 from cutlayer.algorithms import traits_of
-from cutlayer.engine.stacked import Stacking
+from cutlayer.engine.choice import Choice
+from cutlayer.engine.ways import Stacking, Way
 
 TAKE_TURNS = {name for name in ALGORITHMS if traits_of(plugins.index("algorithm")[name]).takes_turns}
 STACKED = [name for name in ALGORITHMS if name not in TAKE_TURNS | {"cl"}]  # cl has a single client
@@ -76,10 +77,13 @@ def agree(algorithm: str, sizes: Sequence[int], **options: Any) -> None:
     participation=st.sampled_from([1.0, 0.7]),
     chunk=st.sampled_from([None, 2]),
     keep=st.booleans(),
+    way=st.sampled_from(["lowered", "each"]),
     seed=st.integers(0, 3),
 )
-@example([7, 8, 7], 4, True, 0.0, OPTIMIZERS[0], 1.0, None, True, 0)
-@example([6, 7, 6, 3], 4, True, 0.4, OPTIMIZERS[1], 1.0, 2, False, 0)  # neighbours and others; passes that run twice
+@example([7, 8, 7], 4, True, 0.0, OPTIMIZERS[0], 1.0, None, True, "lowered", 0)
+@example(
+    [6, 7, 6, 3], 4, True, 0.4, OPTIMIZERS[1], 1.0, 2, False, "lowered", 0
+)  # neighbours and others; passes that run twice
 def test_engines_agree(
     algorithm: str,
     sizes: list[int],
@@ -90,13 +94,14 @@ def test_engines_agree(
     participation: float,
     chunk: int | None,
     keep: bool,
+    way: Way,
     seed: int,
 ) -> None:
     """Also in groups of two clients, and where forward passes run twice for want of memory."""
     if norm:  # which a batch of one row does not have
         sizes = [n + (n % batch == 1) for n in sizes]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cutlayer.engine.choice._bounded", lambda *_: Stacking(chunk=chunk, keep=keep))
+        patch.setattr(Choice, "_stacking", lambda *_: Stacking(way, chunk, keep))
         agree(
             algorithm, sizes, model=make(lambda: net(norm, dropout)), batch=batch, rounds=2,
             participation=participation, client_optimizer=optimizer[0], client_optimizer_options=optimizer[1],

@@ -16,7 +16,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cutlayer import Run, Samples, Source
-from cutlayer.engine.stacked import Stacking
+from cutlayer.engine.choice import Choice
+from cutlayer.engine.ways import Stacking, Way
 from cutlayer.errors import ConfigError, CutlayerWarning
 
 STACKED: list[tuple[str, dict[str, Any]]] = [
@@ -66,6 +67,18 @@ def small(**options: Any) -> dict[str, Any]:
 EQUAL, UNEQUAL = [8, 8, 8], [10, 5, 7, 1]
 # Every model with unequal clients, which have all that equal ones have; those two ways of stacking a layer with both.
 SIZED = [(*m[1:], UNEQUAL) for m in MODELS] + [(*m[1:], EQUAL) for m in MODELS if m[0] in ("mlp cut 2", "conv cut 2")]
+
+
+@pytest.fixture(autouse=True)
+def lowered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies are computed together wherever they can be, also where each by itself is mostly the quicker way."""
+    monkeypatch.setattr(Choice, "_usual", lambda self, side, layout: self._verdict(side, layout).ways[0])
+
+
+def computed(monkeypatch: pytest.MonkeyPatch, way: Way, **how: Any) -> None:
+    """Copies are computed in that way, and as `how` says else."""
+    monkeypatch.setattr(Choice, "_usual", lambda *_: way)
+    monkeypatch.setattr(Choice, "_stacking", lambda self, side, way: Stacking(way, **how))
 
 
 @algorithms
@@ -325,14 +338,15 @@ def test_layers_of_all_kinds(algorithm: str, at: str, optimizer: str) -> None:
 
 
 @pytest.mark.parametrize("algorithm", ["sglr", "fl", "sflv1"])
-@pytest.mark.parametrize("keep", [True, False], ids=["kept", "run twice"])
-def test_in_groups_and_within_memory(algorithm: str, keep: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("way", "keep"),
+    [("lowered", True), ("lowered", False), ("each", False)],
+    ids=["kept", "run twice", "each, run twice"],
+)
+def test_in_groups_and_within_memory(algorithm: str, way: Way, keep: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two clients at a time; without memory for graphs forward passes run twice: dropout masks, buffers and all."""
 
-    def bounded(*_: object) -> Stacking:
-        return Stacking(chunk=2, keep=keep)
-
-    monkeypatch.setattr("cutlayer.engine.choice._bounded", bounded)
+    computed(monkeypatch, way, chunk=2, keep=keep)
     cases: list[tuple[Any, Any]] = [(make(Everything), source([9, 9, 6, 6, 3], (2, 8, 8)))]
     for model, data in cases + ([] if keep else [("alexnet", "digits")]):
         few = {"test": 30, "validation": 30, "eval_every": 4}
@@ -486,6 +500,12 @@ class Replacing(nn.Module):
         return x + self.seen
 
 
+def shared_norm() -> nn.Module:
+    """One normalisation used twice."""
+    norm = nn.BatchNorm1d(8, affine=False)
+    return nn.Sequential(norm, nn.Linear(8, 8), norm)
+
+
 def with_layer(layer: nn.Module) -> nn.Module:
     """Features [n, 6] -> scores [n, 4], with the layer on the client's side."""
     return nn.Sequential(nn.Linear(6, 8), layer, nn.Linear(8, 4))
@@ -498,16 +518,15 @@ def test_what_is_not_lowered_is_mapped(layer: nn.Module) -> None:
         20, algorithm="sglr", model=with_layer(layer).double(), cut="1", data=source([8, 8, 8], (6,)), clients=3,
         **small(client_optimizer="sgd"),
     )  # fmt: skip
-    assert simulated(b)._stack.mapped
+    assert simulated(b)._stack.way == "mapped"
     assert worst(a, b) < 1e-10
 
 
 @pytest.mark.parametrize(
     ("layer", "reason"),
     [
-        (Branch(), "client part cannot be stacked"),
         (Replacing(), "Replacing '1.layer' uses its 'seen' in 'add'"),
-        (nn.LSTM(8, 8), "LSTM '1.layer' uses its 'weight_ih_l0'"),
+        (shared_norm(), "client part cannot be stacked: it has tied weights"),
     ],
 )
 def test_what_cannot_be_stacked_runs_locally_and_says_why(layer: nn.Module, reason: str) -> None:
@@ -648,36 +667,52 @@ class Judged(nn.Module):
         return x * 2 if not self.training and x.abs().max() > 100 else x
 
 
-def shared_norm() -> nn.Module:
-    """One normalisation used twice."""
-    norm = nn.BatchNorm1d(8, affine=False)
-    return nn.Sequential(norm, nn.Linear(8, 8), norm)
+class Last(nn.Module):
+    """A recurrent layer's outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sequence = nn.LSTM(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[n, 8] -> [n, 8]."""
+        return self.sequence(x.unsqueeze(0))[0].squeeze(0)
 
 
-@pytest.mark.parametrize("layer", [DropPath(), Judged(), shared_norm(), nn.Embedding(4, 8, max_norm=1.0)])
-def test_what_would_go_wrong_later_is_refused_at_once(layer: nn.Module) -> None:
-    if isinstance(layer, nn.Embedding):
-        x = torch.randint(0, 4, (16,))
-        held_out = Samples(x, x)
-        data, net = Source("t", held_out, held_out, held_out, tuple("0123"), torch.arange(16) // 8), layer
-        net, cut = nn.Sequential(layer, nn.Linear(8, 4)), "0"
-    else:
-        data, net, cut = source([8, 8], (6,)), with_layer(layer), "1"
-    with pytest.warns(CutlayerWarning, match="client part cannot be stacked"):
-        run = Run(algorithm="psl", model=net, data=data, cut=cut, clients=2, partition="column", rounds=2)
-    assert run.run().engine == "local"
+@pytest.mark.parametrize("layer", [Branch(), DropPath(), Judged(), Last(), nn.Dropout(0.4), nn.BatchNorm1d(8)])
+@pytest.mark.parametrize("algorithm", ["sglr", "sflv1", "fl"])
+def test_each_by_itself(algorithm: str, layer: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also what draws by itself, decides by values or has kernels of its own."""
+    computed(monkeypatch, "each")
+    cut = {} if algorithm == "fl" else {"cut": "1"}
+    a, b = both(
+        12, algorithm=algorithm, model=with_layer(layer).double(), data=source([8, 6, 8], (6,)), clients=3,
+        **small(client_optimizer="sgd", client_optimizer_options={"momentum": 0.9}, rounds=4, **cut),
+    )  # fmt: skip
+    assert simulated(b)._stack.way == "each"
+    assert worst(a, b) < 1e-10
+
+
+@pytest.mark.parametrize("layer", [Branch(), DropPath(), Judged(), Last()])
+def test_what_cannot_be_computed_together_is_computed_each_by_itself(layer: nn.Module) -> None:
+    run = Run(
+        algorithm="psl", model=with_layer(layer), data=source([8, 8], (6,)), cut="1", clients=2, partition="column"
+    )
+    assert run.training.ways.clients.way == "each"
 
 
 @pytest.mark.parametrize("special", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}])
-def test_what_makes_an_embedding_special_is_named(special: dict[str, Any]) -> None:
+def test_what_makes_an_embedding_special_is_kept(special: dict[str, Any]) -> None:
+    """A normalised one changes its weights in place: only a client of its own can do that."""
     x = torch.arange(48).view(16, 3) % 7
     y = torch.arange(16) % 4
     held_out = Samples(x, y)
     data = Source("t", held_out, held_out, held_out, tuple("0123"), torch.arange(16) // 8)
-    net = nn.Sequential(nn.Embedding(7, 4, **special), nn.Flatten(), nn.Linear(12, 4))
-    with pytest.warns(CutlayerWarning, match="it has an embedding with norms, frequencies"):
-        run = Run(algorithm="fl", model=net, data=data, clients=2, partition="column")
-    assert run.training.engine == "local"
+    net = nn.Sequential(nn.Embedding(7, 4, **special), nn.Flatten(), nn.Linear(12, 4)).double()
+    a, b = (Run(algorithm="fl", model=net, data=data, clients=2, engine=e, **small()) for e in ("local", "auto"))
+    a.run()
+    b.run()
+    assert worst(a, b) < 1e-10
 
 
 def test_rows_mixed_in_evaluation_alone() -> None:
@@ -733,7 +768,7 @@ def test_a_union_step_is_refused_to_what_keeps_something() -> None:
 def test_the_zoo_is_lowered(model: str) -> None:
     run = Run(algorithm="sglr", model=model, data="digits", clients=3, samples_per_client=9)
     assert run.training.engine == "stacked"
-    assert not simulated(run)._stack.mapped
+    assert simulated(run)._stack.way == "lowered"
 
 
 def test_complex_buffers_stay_complex() -> None:

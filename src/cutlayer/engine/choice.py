@@ -1,172 +1,306 @@
-"""Which engine simulates the clients, and how: `stacked` where it applies, `local` else, with the reason."""
+"""Which engine simulates the clients, and how it computes: by rule, or as measured; always as proven.
+
+`stacked` is taken where it applies, `local` else, with the reason. What is measured is only which of several equal ways
+is the quickest on the model's own shapes (`tuning.py`).
+"""
 
 from __future__ import annotations
 
 import os
 import warnings
-from dataclasses import replace
-from typing import cast
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from cutlayer import defences
 from cutlayer.algorithms import Algorithm
-from cutlayer.cohort import Cohort
-from cutlayer.defences.defended import DefendedCohort
-from cutlayer.engine.bounded import BoundedCohort
-from cutlayer.engine.layout import quicker, smashed
-from cutlayer.engine.local import LocalCohort
-from cutlayer.engine.simulated import Clients
-from cutlayer.engine.stackable import bytes_per_row, stackable, unlike_alone
-from cutlayer.engine.stacked import StackedCohort, StackedServer, Stacking
-from cutlayer.engine.union import UnionCohort, UnionServer, row_by_row
+from cutlayer.engine.layout import in_layout, layouts, same, smashed
+from cutlayer.engine.remembered import key, recalled, remember
+from cutlayer.engine.stackable import Stackability, bytes_per_row, stackable, unlike_alone
+from cutlayer.engine.stacked import StackedCohort
+from cutlayer.engine.tuning import MARGIN, Timed, Tuner
+from cutlayer.engine.union import UnionCohort, row_by_row
+from cutlayer.engine.ways import EngineName, Layout, Stacking, Way, Ways
 from cutlayer.errors import ConfigError, CutlayerWarning
-from cutlayer.frozen import trains
 from cutlayer.models import Parts
 from cutlayer.optim import ELEMENTWISE, MakeOptimizer, rule_of
 from cutlayer.options import RunConfig
-from cutlayer.server import Server
 from cutlayer.types import Rows
-from cutlayer.verbs import LEARN
+from cutlayer.verbs import STEP_EACH
 
 # Bytes of results that a group of clients may make in a forward pass: beyond this, larger groups are no quicker.
 _WORTHWHILE = 256 << 20
 # Bytes of weights that a group may have on the CPU: what the cache holds until the backward pass is back (measured).
 _CACHED = 8 << 20
+# Rows that a run trains on below which nothing is measured; the shortest time in which something can be, the usual one,
+# and the longest, in seconds; the share of a run that it may take, and the share up to the usual time.
+_FEWEST, _SHORTEST, _HALF, _LONGEST, _OF_LONG, _OF_SHORT = 5000, 0.02, 0.5, 5.0, 0.01, 0.05
+
+Side = Literal["clients", "copies"]
+_RULED: tuple[tuple[Layout, Layout], ...] = (("last", "last"), ("plain", "last"), ("last", "plain"))
 
 
-def simulate(
-    config: RunConfig,
-    algorithm: Algorithm,
-    split: Parts,
-    setup: Clients,
-    make_server: MakeOptimizer,
-    seed: int,
-    example: Rows,
-) -> tuple[Cohort, Server, str]:
-    """(clients, server, name of the engine). Warns where a model cannot be stacked."""
-    simulated, server, engine = _chosen(config, algorithm, split, setup, make_server, seed, example)
-    cohort = cast(Cohort, simulated)  # its verbs are those that the algorithm needs
-    protection = defences.of(config)
-    if protection.penalised and LEARN in algorithm.traits.needs:
-        raise ConfigError(
-            f"{protection.penalised} adds to the loss that comes through the server, but the clients of "
-            f"{config.algorithm} train on a loss of their own: leave it out"
+@dataclass(frozen=True)
+class Work:
+    """How much a run computes: `clients` are enrolled, `taking_part` of them at a time; `rows` it trains on in all."""
+
+    clients: int
+    taking_part: int
+    rows: float
+
+
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """The parts as they are computed, and how; `remark` says what was measured, if something was."""
+
+    split: Parts
+    ways: Ways
+    remark: str = ""
+
+
+class Choice:
+    """What can be chosen for a run. `optimizers` are the clients' and the server's; `example`, each [n, s...], is a
+    batch of a client's.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        algorithm: Algorithm,
+        split: Parts,
+        optimizers: tuple[MakeOptimizer, MakeOptimizer],
+        example: Rows,
+        work: Work,
+    ) -> None:
+        self.config, self.split, self.work, self.example = config, split, work, example
+        self.traits, self.averages_every_step = algorithm.traits, algorithm.averages_every_step
+        self.device = example[0].device
+        self._makes = dict(zip(("clients", "copies"), optimizers, strict=True))
+        self._plain = {"clients": split.client, "copies": split.server}
+        self._rows = {"clients": example, "copies": smashed(split.client, example)}
+        self._parts: dict[tuple[Side, Layout], nn.Module] = {}
+        self._verdicts: dict[tuple[Side, Layout], Stackability] = {}
+
+    def made(self, stored: Ways | None = None) -> Chosen:
+        """As `stored`, where a run goes on; else the engine by rule and, where that is worth its time, the quickest
+        ways. Warns where a model cannot be stacked. Raises ConfigError where the engine asked for lacks a verb.
+        """
+        engine = self._engine()
+        if stored is not None and self._proven(stored, engine):
+            return self._chosen(stored)
+        ruled = self._by_rule(engine)
+        tune = self.config.tune if "tune" in self.config.given else os.environ.get("CUTLAYER_TUNE", self.config.tune)
+        if tune == "off" or self.config.engine == "local":
+            return self._chosen(ruled)
+        name = key(self._subject())
+        if (known := recalled(name)) is not None and self._proven(known, engine):
+            return self._chosen(known, f"As measured here before: {known} (tune)")
+        if tune == "cached" or (budget := self._budget()) < _SHORTEST:
+            return self._chosen(ruled)
+        tuner = Tuner(budget, self.device)
+        found = self._quickest(tuner, ruled)
+        remember(name, found)
+        return self._chosen(found, f"Measured in {tuner.spent:.2g} s: {found} (tune)")
+
+    def _chosen(self, ways: Ways, remark: str = "") -> Chosen:
+        client = self._part("clients", ways.client_layout)
+        server = self._part("copies", ways.server_layout)
+        return Chosen(replace(self.split, client=client, server=server), ways, remark)
+
+    # By rule
+
+    def _engine(self) -> EngineName:
+        config, needs = self.config, self.traits.needs
+        nothing_to_stack = self.traits.takes_turns or self.work.clients == 1
+        if config.engine == "local" or (nothing_to_stack and config.engine == "auto"):
+            return "local"
+        if config.engine == "auto" and self._one_union_step():
+            return "union"
+        if config.engine == "stacked" and (lacking := sorted(needs - StackedCohort.can)):
+            raise ConfigError(
+                f"engine = 'stacked' cannot run {config.algorithm}, which needs {', '.join(lacking)}: choose 'local' "
+                "or 'auto'"
+            )
+        if why := self._unfit() or self._unstackable():
+            warnings.warn(f"{config.algorithm} runs on the local engine: {why}", CutlayerWarning, stacklevel=6)
+            return "local"
+        return "stacked"
+
+    @property
+    def _stacked(self) -> Sequence[Side]:
+        """The sides that have copies to stack."""
+        return ("clients", "copies") if self.traits.server_copies else ("clients",)
+
+    def _unfit(self) -> str:
+        """Why this algorithm or its optimisers cannot be stacked, whatever the model; empty where they can."""
+        if lacking := sorted(self.traits.needs - StackedCohort.can):
+            return f"it needs {', '.join(lacking)}, which the stacked engine cannot do"
+        for make in (self._makes[side] for side in self._stacked):
+            if make.own:
+                if why := unlike_alone(make):
+                    return f"the rule of {make.name} is not elementwise: {why}"
+            elif make.name not in ELEMENTWISE:
+                return f"the rule of {make.name} is not elementwise"
+        return ""
+
+    def _unstackable(self) -> str:
+        """Why the model cannot be stacked; empty where it can."""
+        for side in self._stacked:
+            if reason := self._verdict(side, "plain").reason:
+                return f"the model's {'client' if side == 'clients' else 'server'} part cannot be stacked: {reason}"
+        return ""
+
+    def _one_union_step(self) -> bool:
+        """Whether every step is followed by averaging, from equal models, with rules that make both one step."""
+        make, make_server, copies = self._makes["clients"], self._makes["copies"], self.traits.server_copies
+        if not self.averages_every_step or self.traits.needs - UnionCohort.can:
+            return False
+        if self.config.start != "equal" or not rule_of(make).plain:
+            return False
+        if make.clip is not None or (copies and make_server.clip is not None):
+            return False  # each model's own gradient is clipped
+        if copies and not (rule_of(make_server).plain and row_by_row(self.split.server, self._rows["copies"])):
+            return False
+        return row_by_row(self.split.client, self.example)
+
+    def _by_rule(self, engine: EngineName) -> Ways:
+        """What is mostly the quickest."""
+        tried = [Ways(engine, low, up) for low, up in _RULED if self._possible(low, up)]
+        ways = next((ways for ways in tried if self._laid_out(ways)), Ways(engine))
+        if engine != "stacked":
+            return ways
+        clients = self._stacking("clients", self._usual("clients", ways.client_layout))
+        if not self.traits.server_copies:
+            return replace(ways, clients=clients)
+        return replace(
+            ways, clients=clients, copies=self._stacking("copies", self._usual("copies", ways.server_layout))
         )
-    if protection.penalised and not trains(split.client):
-        raise ConfigError(
-            f"{protection.penalised} adds to the loss that the client part is trained on, but nothing of that part is "
-            "trained: leave it out, or freeze less"
-        )
-    if protection.active:
-        cohort = DefendedCohort(cohort, simulated.keep_batches(), protection)
-    return BoundedCohort(cohort, config.algorithm, algorithm.traits.needs), server, engine
 
+    def _usual(self, side: Side, layout: Layout) -> Way:
+        """The way that is mostly the quickest. On the CPU, convolutions are computed client by client anyway, unless
+        one product does it; then so is the rest.
+        """
+        ways = self._verdict(side, layout).ways
+        if self.device.type != "cpu" or "each" not in ways:
+            return ways[0]
+        kinds = [type(m) for m in self._part(side, layout).modules() if isinstance(m, nn.Conv2d | nn.Conv3d)]
+        one_product = kinds == [nn.Conv2d] and layout == "last" and side == "clients"
+        return "lowered" if "lowered" in ways and (one_product or not kinds) else "each"
 
-def _chosen(
-    config: RunConfig,
-    algorithm: Algorithm,
-    split: Parts,
-    setup: Clients,
-    make_server: MakeOptimizer,
-    seed: int,
-    example: Rows,
-) -> tuple[LocalCohort | StackedCohort | UnionCohort, Server, str]:
-    lr, needs = config.server_lr or config.client_lr, algorithm.traits.needs
-    nothing_to_stack = algorithm.traits.takes_turns or len(setup.rows) == 1
-    if config.engine == "local" or (nothing_to_stack and config.engine == "auto"):
-        return LocalCohort(setup), Server(split.server, make_server, lr, seed, setup.task), "local"
-    rows = smashed(split.client, example)
-    if config.engine == "auto" and _one_union_step(config, algorithm, split, setup, make_server, example, rows):
-        union = UnionCohort(setup)
-        if algorithm.traits.server_copies:
-            return union, UnionServer(split.server, make_server, lr, seed, union.masses, setup.task), "union"
-        return union, Server(split.server, make_server, lr, seed, setup.task), "union"
-    if config.engine == "stacked":
-        _check_can("stacked", StackedCohort.can, config.algorithm, needs)
-    copies = len(setup.rows) if algorithm.traits.server_copies else 0
-    why = _unfit(algorithm, setup.make_optimizer, make_server)
-    hows = []
-    for side, part, received, make in (
-        ("client", split.client, example, setup.make_optimizer),
-        ("server", split.server, rows, make_server),
-    ):
-        if side == "server" and not copies:
-            hows.append(Stacking())
-        elif not why:
-            verdict = stackable(part, received, make, data=side == "client")
-            why = verdict.reason and f"the model's {side} part cannot be stacked: {verdict.reason}"
-            hows.append(_bounded(config, verdict.mapped, part, received))
-    if why:
-        warnings.warn(f"{config.algorithm} runs on the local engine: {why}", CutlayerWarning, stacklevel=4)
-        return LocalCohort(setup), Server(split.server, make_server, lr, seed, setup.task), "local"
-    server = StackedServer(split.server, make_server, lr, seed, copies, hows[1], setup.task)
-    return StackedCohort(setup, hows[0]), server, "stacked"
+    def _stacking(self, side: Side, way: Way) -> Stacking:
+        """So many clients at a time, and their forward passes kept or run twice, that memory suffices."""
+        part, config = self._plain[side], self.config
+        limit = memory_limit(config)
+        each = max(1, bytes_per_row(part, self._rows[side]) * config.batch)
+        taking_part = max(1.0, config.clients * config.participation)
+        chunk = max(1, int(min(limit / 4, _WORTHWHILE) // each))
+        if config.device == "cpu":
+            weights = sum(p.nbytes for p in part.parameters() if p.requires_grad)
+            chunk = min(chunk, max(1, _CACHED // max(1, weights)))
+        return Stacking(way, None if chunk >= config.clients else chunk, keep=each * taking_part <= limit)
 
+    # What is possible, and proven
 
-def _one_union_step(
-    config: RunConfig,
-    algorithm: Algorithm,
-    split: Parts,
-    setup: Clients,
-    make_server: MakeOptimizer,
-    example: Rows,
-    rows: Rows,
-) -> bool:
-    """Whether every step is followed by averaging, from equal models, with rules that make both one step."""
-    if not algorithm.averages_every_step or algorithm.traits.needs - UnionCohort.can:
-        return False
-    if config.start != "equal" or not rule_of(setup.make_optimizer).plain:
-        return False
-    copies = algorithm.traits.server_copies
-    if setup.make_optimizer.clip is not None or (copies and make_server.clip is not None):
-        return False  # each model's own gradient is clipped
-    if copies and not (rule_of(make_server).plain and row_by_row(split.server, rows)):
-        return False
-    return row_by_row(split.client, example)
+    def _possible(self, client: Layout, server: Layout) -> bool:
+        """Whether the parts can be tried in these layouts. The local engine, asked for by name, takes them as made."""
+        config = self.config
+        if (client, server) == ("plain", "plain"):
+            return True
+        if config.engine == "local" or config.precision == "float64" or config.device != "cpu":
+            return False  # measured to help on the CPU, whose library has no double precision convolutions
+        fit = client in layouts(self.split.client) and server in layouts(self.split.server)
+        return self.split.tail is None and fit
 
+    def _laid_out(self, ways: Ways) -> bool:
+        """Whether the parts in these layouts give what they gave."""
+        changed = (self._part("clients", ways.client_layout), self._part("copies", ways.server_layout))
+        return same(self.split.client, self.split.server, changed, self.example)
 
-def _check_can(engine: str, can: frozenset[str], algorithm: str, needs: frozenset[str]) -> None:
-    """Raises ConfigError where an engine that was asked for lacks a verb that the algorithm needs."""
-    if lacking := sorted(needs - can):
-        raise ConfigError(
-            f"engine = {engine!r} cannot run {algorithm}, which needs {', '.join(lacking)}: choose 'local' or 'auto'"
-        )
+    def _proven(self, ways: Ways, engine: EngineName) -> bool:
+        """Whether these ways, chosen for that engine, give what the plain ones give."""
+        if ways.engine != engine or not self._possible(ways.client_layout, ways.server_layout):
+            return False
+        if engine == "stacked" and not all(self._stacks(side, ways) for side in self._stacked):
+            return False
+        return self._laid_out(ways)
 
+    def _stacks(self, side: Side, ways: Ways) -> bool:
+        how, layout = (ways.clients, ways.client_layout) if side == "clients" else (ways.copies, ways.server_layout)
+        return how.way in self._verdict(side, layout).ways
 
-def _unfit(algorithm: Algorithm, make_client: MakeOptimizer, make_server: MakeOptimizer) -> str:
-    """Why this algorithm or its optimisers cannot be stacked, whatever the model; empty where they can."""
-    if lacking := sorted(algorithm.traits.needs - StackedCohort.can):
-        return f"it needs {', '.join(lacking)}, which the stacked engine cannot do"
-    for make in (make_client, make_server)[: 2 if algorithm.traits.server_copies else 1]:
-        if make.own:
-            if why := unlike_alone(make):
-                return f"the rule of {make.name} is not elementwise: {why}"
-        elif make.name not in ELEMENTWISE:
-            return f"the rule of {make.name} is not elementwise"
-    return ""
+    def _part(self, side: Side, layout: Layout) -> nn.Module:
+        if (side, layout) not in self._parts:
+            self._parts[side, layout] = in_layout(self._plain[side], layout)
+        return self._parts[side, layout]
 
+    def _verdict(self, side: Side, layout: Layout) -> Stackability:
+        if (side, layout) not in self._verdicts:
+            part, data = self._part(side, layout), side == "clients"
+            self._verdicts[side, layout] = stackable(part, self._rows[side], self._makes[side], data=data)
+        return self._verdicts[side, layout]
 
-def laid_out(config: RunConfig, split: Parts, example: Rows) -> Parts:
-    """The parts, laid out in memory as is quickest. The local engine, asked for by name, takes them as they are."""
-    if config.engine == "local" or config.precision == "float64" or config.device != "cpu":
-        return split  # measured to help on the CPU, whose library has no double precision convolutions
-    if split.tail is not None:
-        return split
-    client, server = quicker(split.client, split.server, example)
-    return replace(split, client=client, server=server)
+    # Measured
 
+    def _subject(self) -> dict[str, Any]:
+        """What a measurement depends on, the machine apart."""
+        c, parts = self.config, self._plain.values()
+        return {
+            "layers": [(n, type(m).__name__, m.extra_repr()) for part in parts for n, m in part.named_modules()],
+            "weights": [(n, list(p.shape), p.requires_grad) for part in parts for n, p in part.named_parameters()],
+            "rows": [(list(r.shape[1:]), str(r.dtype)) for rows in self._rows.values() for r in rows],
+            "optimizers": [(make.name, str(make.options)) for make in self._makes.values()],
+            "run": [c.engine, c.algorithm, c.device, c.precision, c.start, c.batch, c.memory_limit],
+            "clients": [self.work.clients, self.work.taking_part],
+        }
 
-def _bounded(config: RunConfig, mapped: bool, part: nn.Module, rows: Rows) -> Stacking:
-    """So many clients at a time, and their forward passes kept or run twice, that memory suffices."""
-    limit = memory_limit(config)
-    each = max(1, bytes_per_row(part, rows) * config.batch)
-    taking_part = max(1.0, config.clients * config.participation)
-    chunk = max(1, int(min(limit / 4, _WORTHWHILE) // each))
-    if config.device == "cpu":
-        chunk = min(chunk, max(1, _CACHED // max(1, sum(p.nbytes for p in part.parameters() if p.requires_grad))))
-    return Stacking(mapped, None if chunk >= config.clients else chunk, keep=each * taking_part <= limit)
+    def _budget(self) -> float:
+        """Seconds that measuring may take: 1 % of the run, 5 at most; or half a second, where that is 5 % at most."""
+        if self.work.rows < _FEWEST:  # not even worth an estimate
+            return 0.0
+        tuner, rows = Tuner(_HALF, self.device), min(self.config.batch, 16)
+        once = tuner.alone(self.split.client, self._rows["clients"], rows, data=True)
+        once += tuner.alone(self.split.server, self._rows["copies"], rows, data=False)
+        run = once / rows * self.work.rows
+        if once == float("inf"):
+            return _LONGEST
+        return max(min(_LONGEST, _OF_LONG * run), min(_HALF, _OF_SHORT * run))
+
+    def _quickest(self, tuner: Tuner, ruled: Ways) -> Ways:
+        """The quickest pair of layouts, and ways, that are proven; what the rule says is measured first."""
+        clients = self._timed(tuner, "clients", ruled, ruled.client_layout)
+        server = self._timed(tuner, "copies", ruled, ruled.server_layout)
+        usual = clients[ruled.client_layout].seconds + server[ruled.server_layout].seconds
+        if usual == float("inf"):
+            return ruled
+        pairs = [(low.seconds + up.seconds, a, b) for a, low in clients.items() for b, up in server.items()]
+        pairs = sorted(pair for pair in pairs if pair[0] < MARGIN * usual and self._possible(*pair[1:]))
+        found = [replace(ruled, client_layout=a, server_layout=b) for _, a, b in pairs]
+        best = next((ways for ways in found if self._laid_out(ways)), ruled)
+        return replace(best, clients=clients[best.client_layout].how, copies=server[best.server_layout].how)
+
+    def _timed(self, tuner: Tuner, side: Side, ruled: Ways, first: Layout) -> dict[Layout, Timed]:
+        """Seconds of a step of one side in each layout, computed in the way that is the quickest there."""
+        others = [layout for layout in layouts(self._plain[side]) if layout != first]
+        return {layout: self._side(tuner, side, layout, ruled) for layout in (first, *others)}
+
+    def _side(self, tuner: Tuner, side: Side, layout: Layout, ruled: Ways) -> Timed:
+        """Seconds of a step of one side in one layout."""
+        part, rows, data, work = self._part(side, layout), self._rows[side], side == "clients", self.work
+        batch, at_a_time = self.config.batch, work.taking_part
+        if ruled.engine == "stacked" and side in self._stacked:
+            usual = self._usual(side, layout)
+            ways = [usual, *(way for way in self._verdict(side, layout).ways if way != usual)]
+            timed = [
+                tuner.copies(part, rows, batch, at_a_time, self._makes[side], self._stacking(side, way), data=data)
+                for way in ways
+            ]
+            best = min(timed, key=lambda one: one.seconds)
+            return best if best.seconds < MARGIN * timed[0].seconds else timed[0]
+        if self.traits.takes_turns or STEP_EACH in self.traits.needs:
+            return Timed(tuner.alone(part, rows, batch, data=data) * at_a_time, Stacking())
+        return Timed(tuner.alone(part, rows, batch * at_a_time, data=data), Stacking())
 
 
 def memory_limit(config: RunConfig) -> float:

@@ -21,16 +21,20 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from cutlayer.engine.kernels import ColumnConvolution, Geometry, Leave, Linear, LoopedConvolution, Pair
+from cutlayer.engine.convolutions import Form, forms, rule
+from cutlayer.engine.kernels import Leave, Linear
 from cutlayer.engine.mapping import attention
 
-# Measured on the CPU. Up to so many inputs under a kernel, a first convolution is quickest as a matrix product.
-_SMALL_KERNEL = 32
-# From so many numbers per client on, batch normalisation is quicker client by client than merged (no transposed copy).
+# Measured on the CPU: from so many numbers per client on, batch normalisation is quicker client by client than merged
+# (no transposed copy).
 _LARGE_INPUT = 1 << 14
 
 
 EMBEDDING = "an embedding with norms, frequencies or sparse gradients"
+
+
+Choose = Callable[[Mapping[str, Form], str, Tensor, Tensor, Tensor | None], str]
+"""(possible forms, the one that is taken unmeasured, x, weight, bias) -> the one to take."""
 
 
 class NotStackableError(Exception):
@@ -46,8 +50,8 @@ class Lowered(TorchFunctionMode):
 
     `stacked` are the parameters and buffers by name, each [c, ...]; `generators` gives client i's random stream
     (dropout); `alike` says that all clients' parameters are equal; `frozen` are those that all clients share, which
-    are not stacked; `channels_last` how images lie in memory; `leave`
-    takes gradients as factors.
+    are not stacked; `channels_last` how images lie in memory; `leave` takes gradients as factors. `chosen` are the
+    forms of operations, by the name of their weight; `choose` is asked for what is missing there.
     """
 
     def __init__(
@@ -60,9 +64,12 @@ class Lowered(TorchFunctionMode):
         frozen: Sequence[Tensor] = (),
         channels_last: bool = False,
         leave: Leave | None = None,
+        chosen: dict[str, str] | None = None,
+        choose: Choose | None = None,
     ) -> None:
         super().__init__()
         self.clients, self.alike, self.leave = clients, alike, leave
+        self._chosen, self._choose = {} if chosen is None else chosen, choose
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
         self._stacked = {id(t): name for name, t in stacked.items()}
         self._frozen = {id(t) for t in frozen}
@@ -108,6 +115,16 @@ class Lowered(TorchFunctionMode):
             self._drawn[client] = self._generators(client)
         return self._drawn[client]
 
+    def computed(
+        self, possible: Mapping[str, Form], otherwise: str, x: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        """The operation on `weight` in the form that was chosen for it; in the form `otherwise`, where none was."""
+        name = self._stacked.get(id(weight), "")
+        if self._choose is not None and name and name not in self._chosen:
+            self._chosen[name] = self._choose(possible, otherwise, x, weight, bias)
+        chosen = self._chosen.get(name, otherwise)
+        return possible.get(chosen, possible[otherwise])(x, weight, bias)
+
     def per_client(self, x: Tensor) -> Tensor:
         """[c * b, ...] -> [c, b, ...]."""
         return x.reshape(self.clients, -1, *x.shape[1:])
@@ -119,46 +136,21 @@ def _linear(mode: Lowered, input: Tensor, weight: Tensor, bias: Tensor | None = 
     return y.view(*input.shape[:-1], weight.shape[1])
 
 
-def _conv(dims: int) -> Callable[..., Tensor]:
-    conv = (functional.conv1d, functional.conv2d, functional.conv3d)[dims - 1]
-
-    def handler(
-        mode: Lowered,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
-        groups: int = 1,
-    ) -> Tensor:
-        if dims == 2 and input.device.type == "cpu" and input.dim() == 4 and not isinstance(padding, str):
-            geometry = Geometry(_pair(stride), _pair(padding), _pair(dilation), groups)
-            if groups == 1 and weight[0, 0].numel() <= _SMALL_KERNEL and not input.requires_grad:
-                made: Tensor = ColumnConvolution.apply(input, weight, bias, geometry)  # type: ignore[no-untyped-call]
-            else:
-                x = input.contiguous(memory_format=mode.layout)
-                made = LoopedConvolution.apply(x, weight, bias, geometry, mode.alike)  # type: ignore[no-untyped-call]
-            return made.contiguous(memory_format=mode.layout)
-        x = mode.per_client(input).transpose(0, 1)  # [b, c, in, ...]
-        merged = x.reshape(x.shape[0], -1, *x.shape[3:])
-        y = conv(
-            merged,
-            weight.reshape(-1, *weight.shape[2:]),
-            None if bias is None else bias.reshape(-1),
-            stride,
-            padding,
-            dilation,
-            groups * mode.clients,
-        )
-        y = y.view(x.shape[0], mode.clients, -1, *y.shape[2:])
-        return y.transpose(0, 1).reshape(len(input), *y.shape[2:])
-
-    return handler
-
-
-def _pair(value: Any) -> Pair:
-    return (value, value) if isinstance(value, int) else (value[0], value[-1])
+def _conv(
+    mode: Lowered,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:
+    x = input.contiguous(memory_format=mode.layout) if input.dim() == 4 else input
+    possible = forms(x, weight, stride, padding, dilation, groups, alike=mode.alike)
+    last = mode.layout is torch.channels_last
+    y = mode.computed(possible, rule(possible, weight, last), x, weight, bias)
+    return y.contiguous(memory_format=mode.layout) if y.dim() == 4 else y
 
 
 def _batch_norm(
@@ -296,9 +288,9 @@ def _attention(
 
 _HANDLERS: dict[Any, Callable[..., Tensor]] = {
     functional.linear: _linear,
-    functional.conv1d: _conv(1),
-    functional.conv2d: _conv(2),
-    functional.conv3d: _conv(3),
+    functional.conv1d: _conv,
+    functional.conv2d: _conv,
+    functional.conv3d: _conv,
     functional.batch_norm: _batch_norm,
     functional.group_norm: _group_norm,
     functional.layer_norm: _layer_norm,

@@ -19,11 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from cutlayer import seeds
 from cutlayer.engine.kernels import Factors
-from cutlayer.engine.lowering import Lowered
+from cutlayer.engine.lowering import Choose, Lowered
 from cutlayer.engine.mapping import Draw, Listening, Masked, drawn
+from cutlayer.engine.ways import Stacking
 from cutlayer.frozen import replica
-from cutlayer.optim import MakeOptimizer, rule_of, set_lr
+from cutlayer.optim import MakeOptimizer, laid_as, rule_of, set_lr
 from cutlayer.types import Rows, as_tuple
 
 Generators = Callable[[int], torch.Generator]
@@ -60,9 +62,8 @@ class Group:
 
 
 class Stack:
-    """`count` copies of `module`, stacked, in groups of at most `chunk`.
-
-    `mapped`: run the module through `torch.func.vmap` instead of lowering its operations.
+    """`count` copies of `module`, stacked, computed as `how` says. `choose` is asked for the forms of operations for
+    which `how` has none.
     """
 
     def __init__(
@@ -70,12 +71,12 @@ class Stack:
         module: nn.Module,
         count: int,
         make_optimizer: MakeOptimizer,
-        *,
-        chunk: int | None = None,
-        mapped: bool = False,
+        how: Stacking | None = None,
+        choose: Choose | None = None,
     ) -> None:
+        how = how or Stacking()
         self.module = replica(module)
-        self.count, self.mapped = count, mapped
+        self.count, self.way, self.forms, self._choose = count, how.way, dict(how.forms), choose
         # What is frozen is not stacked: the module's own serves all clients.
         self._parameters = {n: _repeated(p, count) for n, p in module.named_parameters() if p.requires_grad}
         self._frozen = [p for p in self.module.parameters() if not p.requires_grad]
@@ -92,7 +93,7 @@ class Stack:
         self.watch: AbstractContextManager[Any] = nullcontext()  # sees the module's operations (for the proof)
         self.steps = np.zeros(count, np.int64)  # optimiser steps that each client has taken
         self.batches = np.zeros(count, np.int64)  # batches that each has trained on
-        self.chunk = chunk or max(1, count)
+        self.chunk = how.chunk or max(1, count)
         self._drawn: dict[Any, Sequence[Draw]] = {}  # by the shapes of a client's rows
         self._neighbours: dict[tuple[int, int], Group] = {}
         self._places = [(*_owner(self.module, n), n) for n in (*self._parameters, *self._buffers)]
@@ -287,7 +288,7 @@ class Stack:
             for name, tensor in mine.items():
                 tensor.copy_(theirs[name])
         self._state = {
-            name: {kind: t.to(self.device, copy=True) for kind, t in kinds.items()}
+            name: {kind: laid_as(t.to(self.device, copy=True), self._parameters[name]) for kind, t in kinds.items()}
             for name, kinds in state["optimizer"].items()
         }
         self._clocked = state["clocked"]
@@ -315,8 +316,10 @@ class Stack:
     def _run(self, group: Group, rows: Rows, generators: Generators, alike: bool) -> Rows:
         tensors = {**group.parameters, **group.buffers}
         names = group.clients.tolist()
-        if self.mapped:
+        if self.way == "mapped":
             return self._mapped(group, rows, [partial(generators, name) for name in names])
+        if self.way == "each":
+            return self._each(tensors, names, rows, generators)
 
         def leave(weight: Tensor, factors: Factors) -> None:
             name = next(n for n, p in group.parameters.items() if p is weight)
@@ -332,12 +335,31 @@ class Stack:
                 frozen=self._frozen,
                 channels_last=getattr(self.module, "images_channels_last", False),
                 leave=leave if self._rule.by_factors else None,
+                chosen=self.forms,
+                choose=self._choose,
             )
             with lowered, self.watch:
                 given = self.module(rows)
         finally:
             self._install({})
         return as_tuple(given)
+
+    def _each(self, tensors: Mapping[str, Tensor], names: Sequence[int], rows: Rows, generators: Generators) -> Rows:
+        """The same copy by copy, as each computes alone; its backward pass stacks their gradients."""
+        apart = [r.chunk(len(names)) for r in rows]
+        own = {name: t.unbind(0) for name, t in tensors.items()}
+        given = []
+        try:
+            with seeds.streams(self.device) as draw_from:
+                for i, name in enumerate(names):
+                    self._install({n: copies[i] for n, copies in own.items()})
+                    if self.module.training:
+                        draw_from(generators(name))
+                    with self.watch:
+                        given.append(as_tuple(self.module(tuple(a[i] for a in apart))))
+        finally:
+            self._install({})
+        return tuple(torch.cat(parts) for parts in zip(*given, strict=True))
 
     def _mapped(self, group: Group, rows: Rows, generators: Sequence[Callable[[], torch.Generator]]) -> Rows:
         """The same through `vmap`, for modules that use their parameters in ways that are not lowered."""
@@ -396,7 +418,7 @@ class Stack:
             p = group.parameters[name]
             assert p.grad is not None
             slices[name] = (p if where is None else p[where]).detach().requires_grad_()
-            slices[name].grad = p.grad if where is None else p.grad[where]
+            slices[name].grad = laid_as(p.grad if where is None else p.grad[where], slices[name])
         who = group.clients if at is None else group.clients[at]
         span: slice | Tensor = torch.from_numpy(who).to(self.device)
         if group.views and at is None:
@@ -408,7 +430,7 @@ class Stack:
         set_lr(optimizer, lr)
         if taken:
             for name, part in slices.items():
-                state = {kind: t[span] for kind, t in self._state.get(name, {}).items()}
+                state = {kind: laid_as(t[span], part) for kind, t in self._state.get(name, {}).items()}
                 clock: dict[str, Any] = {"step": taken}
                 if not self._plain_clock:
                     clock["step"] = torch.tensor(float(taken), device=self._rule.clock_device(part))
@@ -454,8 +476,12 @@ def descend(weight: Tensor, gradient: Tensor, lr: float, weight_decay: float) ->
 
 
 def _repeated(tensor: Tensor, count: int) -> Tensor:
-    """[...] -> [count, ...], contiguous, in memory of its own."""
-    return tensor.detach().unsqueeze(0).repeat(count, *[1] * tensor.dim())
+    """[...] -> [count, ...], in memory of its own, where each lies as the one did: a kernel with its channels last."""
+    alone = torch.empty_like(tensor)  # dense, whatever the tensor's own strides
+    many = torch.empty_strided(
+        (count, *tensor.shape), (tensor.numel(), *alone.stride()), dtype=tensor.dtype, device=tensor.device
+    )
+    return many.copy_(tensor.detach().expand_as(many))
 
 
 def _owner(module: nn.Module, name: str) -> tuple[dict[str, Any], str, Any]:

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from cutlayer.engine.lowering import EMBEDDING, NotStackableError
 from cutlayer.engine.stack import Group, Stack
+from cutlayer.engine.ways import Stacking, Way
 from cutlayer.gradients import gradient_of
 from cutlayer.models.parts import Part, one_line
 from cutlayer.optim import MakeOptimizer
@@ -30,10 +31,14 @@ _EMBEDDING = f"it has {EMBEDDING}"
 
 @dataclass(frozen=True)
 class Stackability:
-    """Whether a module can be stacked: lowered, or `mapped` (through vmap); else why not: `reason`, a clause."""
+    """In which `ways` a module can be stacked, the first being the one to take unmeasured; without any, why not:
+    `reason`, a clause. `unlowered` and `unmapped` say why not in these ways.
+    """
 
-    mapped: bool = False
+    ways: tuple[Way, ...] = ()
     reason: str = ""
+    unlowered: str = ""
+    unmapped: str = ""
 
 
 def stackable(module: nn.Module, rows: Rows, make_optimizer: MakeOptimizer, *, data: bool) -> Stackability:
@@ -41,16 +46,21 @@ def stackable(module: nn.Module, rows: Rows, make_optimizer: MakeOptimizer, *, d
     for named in (module.named_parameters, module.named_buffers):
         if len(list(named())) < len(list(named(remove_duplicate=False))):
             return Stackability(reason="it has tied weights")
-    reasons = []
-    for mapped in (False, True):
-        reason = _obstacle(module, rows, make_optimizer, mapped, data)
-        if not reason:
-            return Stackability(mapped)
-        reasons.append(reason)
-        if reason == _EMBEDDING:  # vmap takes it, and ignores what makes it special
-            break
-    different = len(set(reasons)) > 1
-    return Stackability(reason=reasons[0] + (f", and torch.func.vmap cannot map it: {reasons[1]}" if different else ""))
+
+    def obstacle(way: Way) -> str:
+        return _obstacle(module, rows, make_optimizer, way, data)
+
+    unlowered, apart = obstacle("lowered"), obstacle("each")
+    each: tuple[Way, ...] = () if apart else ("each",)
+    if not unlowered:
+        return Stackability(("lowered", *each))
+    if unlowered == _EMBEDDING:  # vmap takes it, and ignores what makes it special
+        return Stackability(each, apart and unlowered, unlowered)
+    unmapped = obstacle("mapped")
+    if not unmapped:
+        return Stackability(("mapped", *each), unlowered=unlowered)
+    also = f", and torch.func.vmap cannot map it: {unmapped}" if unmapped != unlowered else ""
+    return Stackability(each, apart and unlowered + also, unlowered, unmapped)
 
 
 def unlike_alone(make: MakeOptimizer) -> str:
@@ -124,7 +134,8 @@ def jittered(rows: Rows) -> Rows:
     return tuple(made)
 
 
-def _obstacle(module: nn.Module, rows: Rows, make_optimizer: MakeOptimizer, mapped: bool, data: bool) -> str:
+def _obstacle(module: nn.Module, rows: Rows, make_optimizer: MakeOptimizer, way: Way, data: bool) -> str:
+    """Why it cannot be stacked this way; empty where it can."""
     copies = [exact(module) for _ in range(_COPIES)]
     noise = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -134,7 +145,7 @@ def _obstacle(module: nn.Module, rows: Rows, make_optimizer: MakeOptimizer, mapp
     merged = jittered(tuple(select(r, order) for r in rows))
     merged = tuple(r.requires_grad_(r.is_floating_point() and not data) for r in merged)
     try:
-        stack = Stack(copies[0], _COPIES, make_optimizer, mapped=mapped)
+        stack = Stack(copies[0], _COPIES, make_optimizer, Stacking(way))
         for k, c in enumerate(copies):
             stack.load_one(k, c.state_dict())
         return _difference(stack, copies, merged)
@@ -174,7 +185,7 @@ def _difference(stack: Stack, copies: list[nn.Module], rows: Rows) -> str:
         pairs += [(gradient_of(p), _stacked_gradient(group, name)[k]) for name, p in own]
         pairs += [(b, group.buffers[name][k]) for name, b in module.named_buffers()]
         if not close(pairs, log.single):
-            mixing = "" if stack.mapped else _first_mixing(log, alone_log, span)
+            mixing = _first_mixing(log, alone_log, span) if stack.way == "lowered" else ""
             return mixing or "it keeps state of its own, or its rows influence each other"
     predicted = stack.predict(range(len(copies)), tuple(r.detach() for r in rows))
     for k, module in enumerate(copies):

@@ -23,6 +23,7 @@ from cutlayer.cohort import Footprint, Predict
 from cutlayer.data.samples import Samples
 from cutlayer.engine.simulated import Clients, SimulatedCohort, model_bytes
 from cutlayer.engine.stack import Generators, Group, Stack, descend
+from cutlayer.engine.ways import Stacking
 from cutlayer.errors import NonFiniteError
 from cutlayer.frozen import load_resting, resting
 from cutlayer.gradients import client_means, gradient_of, means_of_clients
@@ -35,16 +36,6 @@ from cutlayer.verbs import AVERAGE, BACKWARD, FIT, FORWARD, SERVER_VERBS, STEP_C
 
 _MERGED_ROWS = 2048
 """Rows of all clients per forward pass in evaluation: bounds memory, and what fits the cache runs twice as fast."""
-
-
-@dataclass(frozen=True)
-class Stacking:
-    """How a model is stacked: through vmap (`mapped`) or lowered; so many clients at a time (None: all); whether what
-    the forward passes of all of them leave for the backward passes fits into memory (else they run twice)."""
-
-    mapped: bool = False
-    chunk: int | None = None
-    keep: bool = True
 
 
 @dataclass
@@ -65,7 +56,7 @@ class StackedCohort(SimulatedCohort):
         super().__init__(setup)
         how = how or Stacking()
         first, _ = setup.models[0]
-        self._stack = Stack(first, len(setup.rows), setup.make_optimizer, chunk=how.chunk, mapped=how.mapped)
+        self._stack = Stack(first, len(setup.rows), setup.make_optimizer, how)
         if not setup.alike:
             for k, (lower, _) in enumerate(setup.models):
                 self._stack.load_one(k, lower.state_dict())
@@ -243,7 +234,7 @@ class StackedServer(Server):
         self._named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         if self._rule.plain:
             self._stepping.advance = self._descend
-        self._stack = Stack(model, copies, make_optimizer, chunk=how.chunk, mapped=how.mapped)
+        self._stack = Stack(model, copies, make_optimizer, how)
 
     def step_copies(self, smashed: Smashed) -> ServerStep:
         """Every client's copy takes one step on that client's rows. Raises ConfigError if copies are not needed."""

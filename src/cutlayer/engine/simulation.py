@@ -1,0 +1,62 @@
+"""From what was chosen to the cohort and the server that simulate: the engine, what is done to its rows, its bounds."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from cutlayer import defences
+from cutlayer.algorithms import Algorithm
+from cutlayer.cohort import Cohort
+from cutlayer.defences.defended import DefendedCohort
+from cutlayer.engine.bounded import BoundedCohort
+from cutlayer.engine.choice import Chosen
+from cutlayer.engine.local import LocalCohort
+from cutlayer.engine.simulated import Clients
+from cutlayer.engine.stacked import StackedCohort, StackedServer
+from cutlayer.engine.union import UnionCohort, UnionServer
+from cutlayer.errors import ConfigError
+from cutlayer.frozen import trains
+from cutlayer.optim import MakeOptimizer
+from cutlayer.options import RunConfig
+from cutlayer.server import Server
+from cutlayer.verbs import LEARN
+
+
+def simulate(
+    config: RunConfig, algorithm: Algorithm, chosen: Chosen, setup: Clients, make_server: MakeOptimizer, seed: int
+) -> tuple[Cohort, Server]:
+    """(clients, server), computed as was chosen. Raises ConfigError."""
+    simulated, server = _engine(config, algorithm, chosen, setup, make_server, seed)
+    cohort = cast(Cohort, simulated)  # its verbs are those that the algorithm needs
+    protection = defences.of(config)
+    if protection.penalised and LEARN in algorithm.traits.needs:
+        raise ConfigError(
+            f"{protection.penalised} adds to the loss that comes through the server, but the clients of "
+            f"{config.algorithm} train on a loss of their own: leave it out"
+        )
+    if protection.penalised and not trains(chosen.split.client):
+        raise ConfigError(
+            f"{protection.penalised} adds to the loss that the client part is trained on, but nothing of that part is "
+            "trained: leave it out, or freeze less"
+        )
+    if protection.active:
+        cohort = DefendedCohort(cohort, simulated.keep_batches(), protection)
+    return BoundedCohort(cohort, config.algorithm, algorithm.traits.needs), server
+
+
+def _engine(
+    config: RunConfig, algorithm: Algorithm, chosen: Chosen, setup: Clients, make_server: MakeOptimizer, seed: int
+) -> tuple[LocalCohort | StackedCohort | UnionCohort, Server]:
+    lr, copies = config.server_lr or config.client_lr, algorithm.traits.server_copies
+    model, ways = chosen.split.server, chosen.ways
+    if ways.engine == "stacked":
+        count = len(setup.rows) if copies else 0
+        return StackedCohort(setup, ways.clients), StackedServer(
+            model, make_server, lr, seed, count, ways.copies, setup.task
+        )
+    if ways.engine == "local":
+        return LocalCohort(setup), Server(model, make_server, lr, seed, setup.task)
+    union = UnionCohort(setup)
+    if copies:
+        return union, UnionServer(model, make_server, lr, seed, union.masses, setup.task)
+    return union, Server(model, make_server, lr, seed, setup.task)

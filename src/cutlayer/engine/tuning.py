@@ -1,0 +1,138 @@
+"""Which of several equal ways is quickest here: tried on the model's real shapes when a run is built, in bounded time.
+
+A way counts as quicker than the one that is taken by rule only by a margin, so that noise does not decide.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cutlayer.engine.convolutions import Form
+from cutlayer.engine.stack import Stack
+from cutlayer.engine.ways import Stacking
+from cutlayer.optim import MakeOptimizer
+from cutlayer.types import Rows, as_tuple, select
+
+MARGIN = 0.95  # of the rule's time, below which another way is taken
+_REPEATS, _ENOUGH = 3, 0.1  # times that something is tried again, unless so many seconds have passed
+_FEW_CLIENTS = 4  # copies that are tried together
+_FEW_ROWS = 128  # rows of a model that is tried alone
+
+
+class Timed(NamedTuple):
+    """Seconds of a step, and how it was computed."""
+
+    seconds: float
+    how: Stacking
+
+
+class Tuner:
+    """Tries ways until `budget` seconds are over; what comes later counts as slow."""
+
+    def __init__(self, budget: float, device: torch.device) -> None:
+        self._device = device
+        self._began = time.perf_counter()
+        self._until = self._began + budget
+
+    @property
+    def late(self) -> bool:
+        """Whether the time is over."""
+        return time.perf_counter() > self._until
+
+    @property
+    def spent(self) -> float:
+        """Seconds since the beginning."""
+        return time.perf_counter() - self._began
+
+    def seconds(self, work: Callable[[], object]) -> float:
+        """The least of a few times that `work` takes; infinite once it is late."""
+        if self.late:
+            return float("inf")
+        times = [self._once(work)]
+        while len(times) <= _REPEATS and sum(times) < _ENOUGH and not self.late:
+            times.append(self._once(work))
+        return min(times)
+
+    def alone(self, part: nn.Module, rows: Rows, wanted: int, *, data: bool) -> float:
+        """Seconds of a forward and a backward pass of a model on `wanted` rows like `rows`."""
+        tried = min(wanted, _FEW_ROWS)
+        twin, mine = copy.deepcopy(part).train(), _repeated(rows, tried)
+
+        def work() -> None:
+            received = tuple(r.detach().requires_grad_(r.is_floating_point() and not data) for r in mine)
+            _back(as_tuple(twin(received)))
+
+        return self.seconds(work) * wanted / tried
+
+    def copies(
+        self, part: nn.Module, rows: Rows, batch: int, clients: int, make: MakeOptimizer, how: Stacking, *, data: bool
+    ) -> Timed:
+        """Seconds of a step of `clients` copies with `batch` rows each, computed as `how` says; with the quickest forms
+        of its operations, where there are several.
+        """
+        if self.late:
+            return Timed(float("inf"), how)
+        few = min(clients, how.chunk or clients, _FEW_CLIENTS)
+        choose = self._form if how.way == "lowered" else None
+        stack = Stack(part, few, make, replace(how, chunk=None), choose)
+        (group,) = stack.groups(range(few), np.full(few, batch))
+        mine = _repeated(rows, few * batch)
+        none_last = np.zeros(few, bool)
+
+        def work() -> None:
+            received = tuple(r.detach().requires_grad_(r.is_floating_point() and not data) for r in mine)
+            _back(stack.forward(group, received, lambda k: torch.Generator(self._device).manual_seed(k)))
+            stack.step(group, 1e-6, last=none_last)
+
+        seconds = self.seconds(work) * clients / few
+        return Timed(seconds, replace(how, forms=dict(stack.forms)))
+
+    def _form(
+        self, possible: Mapping[str, Form], otherwise: str, x: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> str:
+        """The quickest form of an operation, forward and backward."""
+        if len(possible) < 2:
+            return otherwise
+        leaves = [None if t is None else t.detach().requires_grad_(t.requires_grad) for t in (x, weight, bias)]
+        layout = torch.channels_last if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) else None
+
+        def work(form: Form) -> None:
+            y = form(*leaves)  # type: ignore[arg-type]
+            _back((y if layout is None else y.contiguous(memory_format=layout),))
+
+        times = {name: self.seconds(partial(work, form)) for name, form in possible.items()}
+        best = min(times, key=times.__getitem__)
+        return best if times[best] < MARGIN * times[otherwise] else otherwise
+
+    def _once(self, work: Callable[[], object]) -> float:
+        self._await()
+        began = time.perf_counter()
+        work()
+        self._await()
+        return time.perf_counter() - began
+
+    def _await(self) -> None:
+        if self._device.type != "cpu":
+            torch.get_device_module(self._device.type).synchronize()
+
+
+def _repeated(rows: Rows, count: int) -> Rows:
+    """As many rows, over and over; where each lies in memory stays."""
+    order = torch.arange(count) % len(rows[0])
+    return tuple(select(r, order.to(r.device)) for r in rows)
+
+
+def _back(given: Iterable[Tensor]) -> None:
+    """A backward pass from what a model gave, if it can be trained."""
+    pairs = [(g, torch.full_like(g, 1e-3)) for g in given if g.requires_grad]
+    if pairs:
+        torch.autograd.backward([g for g, _ in pairs], [w for _, w in pairs])

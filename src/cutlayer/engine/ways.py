@@ -1,0 +1,63 @@
+"""How a run computes its models: what was chosen among forms that give the same numbers but for the order of sums.
+
+Stored with the run, so that a resumed run computes as the uninterrupted one does, wherever it goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Self
+
+Way = Literal["lowered", "mapped", "each"]
+Layout = Literal["plain", "pooled", "last"]
+EngineName = Literal["local", "stacked", "union"]
+
+
+@dataclass(frozen=True)
+class Stacking:
+    """How copies of a model are computed together.
+
+    `way`: its operations lowered to stacked ones, the whole mapped by `torch.func.vmap`, or each copy by itself.
+    `chunk`: so many clients at a time (None: all). `keep`: what the forward passes of all of them leave for the
+    backward passes fits into memory (else they run twice). `forms`: of operations, by the name of their weight, as
+    measured; by rule, where none is given.
+    """
+
+    way: Way = "lowered"
+    chunk: int | None = None
+    keep: bool = True
+    forms: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Ways:
+    """The engine; how the images of the clients' and of the server's part lie in memory (`layout.py`); how the clients'
+    copies and the server's are computed, where the engine stacks them.
+    """
+
+    engine: EngineName = "local"
+    client_layout: Layout = "plain"
+    server_layout: Layout = "plain"
+    clients: Stacking = field(default_factory=Stacking)
+    copies: Stacking = field(default_factory=Stacking)
+
+    def stored(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any]) -> Self:
+        """From what `stored` gave. Raises TypeError or KeyError where it is something else."""
+        stacked = {name: Stacking(**stored[name]) for name in ("clients", "copies")}
+        return cls(**{**stored, **stacked})
+
+    def __str__(self) -> str:
+        """In words."""
+        images = {"plain": "", "pooled": "pooled before relu", "last": "images with their channels last"}
+        words = {"lowered": "all at once", "mapped": "mapped by vmap", "each": "each by itself"}
+        client = [words[self.clients.way]] if self.engine == "stacked" else []
+        forms = ", ".join(f"{name} {form}" for name, form in self.clients.forms.items())
+        client += [part for part in (images[self.client_layout], forms) if part]
+        server = images[self.server_layout]
+        return f"{self.engine} engine; clients {', '.join(client) or 'as they are'}; server {server or 'as it is'}"

@@ -1,0 +1,172 @@
+"""What is measured, what it may take, where it is kept; that results and resumed runs do not depend on it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import client_state, difference, server_state
+from torch import nn
+
+from cutlayer import Run
+from cutlayer.engine import choice
+from cutlayer.engine.remembered import key, recalled, remember
+from cutlayer.engine.tuning import Tuner
+from cutlayer.engine.ways import Stacking, Ways
+from cutlayer.errors import RunFolderError
+
+SMALL: dict[str, Any] = {
+    "algorithm": "sglr", "data": "digits", "model": "cnn", "clients": 3, "samples_per_client": 24, "batch": 8,
+    "rounds": 3, "test": 20, "validation": 20,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def measuring(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Even the shortest run is measured, and its results are kept in a folder of the test's own."""
+    monkeypatch.setenv("CUTLAYER_TUNE", "on")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(choice, "_FEWEST", 0)
+    monkeypatch.setattr(choice, "_SHORTEST", 0.0)
+    monkeypatch.setattr(choice.Choice, "_budget", lambda self: 60.0)
+
+
+class Given:
+    """A clock that says how long things take."""
+
+    def __init__(self, **seconds: float) -> None:
+        self.seconds, self.asked = seconds, list[str]()
+
+    def copies(self, tuner: Tuner, part: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Seconds by layout and way."""
+        how = args[4]
+        name = f"{'last' if getattr(part, 'images_channels_last', False) else 'else'} {how.way}"
+        self.asked.append(name)
+        return choice.Timed(self.seconds.get(name.replace(" ", "_"), 1.0), how)
+
+    def alone(self, tuner: Tuner, part: nn.Module, *args: Any, **kwargs: Any) -> float:
+        """The server's seconds by layout."""
+        return self.seconds.get("server_last" if getattr(part, "images_channels_last", False) else "server", 1.0)
+
+
+@pytest.mark.parametrize("quick", ["last_lowered", "last_each", "else_lowered", "else_each"])
+@pytest.mark.parametrize("server", ["server", "server_last"])
+def test_the_quickest_is_taken(quick: str, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Given(**{quick: 0.5, server: 0.5})
+    monkeypatch.setattr(Tuner, "copies", lambda *a, **k: clock.copies(*a, **k))
+    monkeypatch.setattr(Tuner, "alone", lambda *a, **k: clock.alone(*a, **k))
+    ways = Run(**SMALL).training.ways
+    assert (ways.client_layout == "last") == quick.startswith("last")
+    assert ways.clients.way == quick.split("_")[1]
+    assert (ways.server_layout == "last") == (server == "server_last")
+    assert set(clock.asked) == {"last lowered", "last each", "else lowered", "else each"}
+
+
+def test_a_little_quicker_is_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Given(else_each=0.97)
+    monkeypatch.setattr(Tuner, "copies", lambda *a, **k: clock.copies(*a, **k))
+    monkeypatch.setattr(Tuner, "alone", lambda *a, **k: clock.alone(*a, **k))
+    assert Run(**SMALL).training.ways == Run(tune="off", **SMALL).training.ways
+
+
+@pytest.mark.parametrize("algorithm", ["sglr", "sflv1", "sflv2", "fl", "ssl"])
+def test_whatever_is_measured_results_are_equal(algorithm: str) -> None:
+    runs = [Run(**{**SMALL, "algorithm": algorithm}, tune=tune) for tune in ("on", "off")]
+    for run in runs:
+        run.run()
+    assert any("Measured in" in remark for remark in runs[0].training.remarks)
+    assert not runs[1].training.remarks
+    for k in range(3):
+        assert difference(*(client_state(run, k) for run in runs)) < 1e-4
+    assert difference(*map(server_state, runs)) < 1e-4
+
+
+def test_it_is_kept_for_the_next_run_and_said() -> None:
+    first, second = Run(**SMALL), Run(**SMALL)
+    assert second.training.ways == first.training.ways
+    assert any(remark.startswith("Measured in ") for remark in first.training.remarks)
+    assert any(remark.startswith("As measured here before: ") for remark in second.training.remarks)
+    other = Run(**{**SMALL, "batch": 6})  # other shapes are measured anew
+    assert any(remark.startswith("Measured in ") for remark in other.training.remarks)
+
+
+def test_what_is_cached_alone_is_not_measured() -> None:
+    before = Run(tune="cached", **SMALL)
+    assert not before.training.remarks
+    Run(**SMALL)
+    after = Run(tune="cached", **SMALL)
+    assert any(remark.startswith("As measured here before: ") for remark in after.training.remarks)
+
+
+def test_the_local_engine_asked_for_is_taken_as_it_is() -> None:
+    run = Run(engine="local", **SMALL)
+    assert run.training.ways == Ways("local")
+    assert not run.training.remarks
+
+
+def test_what_was_kept_is_used_only_where_it_is_proven(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A broken file is measured anew; so is one that names a way in which this model cannot be computed."""
+    kept = Run(**SMALL).training.ways
+    (file,) = Path(choice.remember.__globals__["_folder"]()).glob("*.json")
+    for text in ("{", "[]", '{"engine": "stacked"}', json.dumps({**kept.stored(), "engine": "union"})):
+        file.write_text(text, encoding="utf-8")
+        assert any(remark.startswith("Measured in ") for remark in Run(**SMALL).training.remarks)
+    strange = {**kept.stored(), "clients": {**kept.stored()["clients"], "way": "mapped"}}
+    file.write_text(json.dumps(strange), encoding="utf-8")
+    assert Run(**SMALL).training.ways.clients.way != "mapped"
+
+
+def test_ways_are_stored_whole() -> None:
+    ways = Ways("stacked", "last", "pooled", Stacking("each", 3, False, {"a.weight": "dense"}), Stacking("mapped"))
+    assert Ways.of(json.loads(json.dumps(ways.stored()))) == ways
+    name = key({"a": 1})
+    assert recalled(name) is None
+    remember(name, ways)
+    assert recalled(name) == ways
+    assert key({"a": 2}) != name
+
+
+def test_a_resumed_run_computes_as_the_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit, though other ways would be chosen where it goes on."""
+    whole = Run(out=tmp_path / "whole", **SMALL)
+    whole.run()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
+    ways = Ways("stacked", "plain", "plain", Stacking("each"))
+    assert ways != whole.training.ways
+    monkeypatch.setattr(choice.Choice, "_quickest", lambda *_: whole.training.ways)
+    part = Run(out=tmp_path / "part", **SMALL)
+    steps = iter(part)
+    for _ in range(4):  # round 1 is over, and its checkpoint written
+        next(steps)
+    steps.close()
+    monkeypatch.setattr(choice.Choice, "_quickest", lambda *_: ways)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another machine"))
+    resumed = Run.resume(tmp_path / "part")
+    assert resumed.training.ways == whole.training.ways
+    resumed.run()
+    for name in ("steps.jsonl", "evaluations.jsonl"):
+        first, second = ((tmp_path / run / name).read_text() for run in ("whole", "part"))
+        assert [strip(line) for line in first.splitlines()] == [strip(line) for line in second.splitlines()]
+    assert all(torch.equal(v, client_state(resumed, 1)[n]) for n, v in client_state(whole, 1).items())
+
+
+def strip(line: str) -> dict[str, Any]:
+    """A record without its times."""
+    return {k: v for k, v in json.loads(line).items() if "seconds" not in k}
+
+
+def test_a_folder_whose_ways_are_broken_is_refused(tmp_path: Path) -> None:
+    Run(out=tmp_path / "run", **SMALL).run()
+    (tmp_path / "run" / "engine.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(RunFolderError, match=r"engine\.json' cannot be read"):
+        Run.resume(tmp_path / "run")
+
+
+def test_its_time_is_bounded() -> None:
+    tuner = Tuner(0.0, torch.device("cpu"))
+    assert tuner.late
+    assert tuner.seconds(lambda: pytest.fail("it is too late")) == float("inf")
+    calls: list[int] = []
+    assert Tuner(60.0, torch.device("cpu")).seconds(lambda: calls.append(1)) < 1.0
+    assert len(calls) == 4
