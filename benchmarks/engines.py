@@ -127,7 +127,7 @@ class Workload:
             options |= {"server_lr": RATE / self.clients}
         return RunConfig(
             algorithm=self.algorithm, clients=self.clients, batch=self.batch, client_lr=RATE, client_optimizer=name,
-            samples_per_client=self.epoch * self.batch, device=self.device, task=self.net.task, **options,
+            samples_per_client=self.epoch * self.batch, epochs=1000, device=self.device, task=self.net.task, **options,
         )  # fmt: skip
 
     def __str__(self) -> str:
