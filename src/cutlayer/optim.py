@@ -285,11 +285,6 @@ class Rule:
     fused: bool
     make: MakeOptimizer
 
-    @property
-    def by_factors(self) -> bool:
-        """Whether a step can take a gradient as its two factors: nobody needs the gradient itself."""
-        return self.plain and self.make.clip is None and self.make.accumulate == 1
-
     def rates_of(self, name: str) -> tuple[float, float]:
         """The factor of the rate, and the weight decay, of the parameter called `name`."""
         group = self.make.group_of(name)

@@ -42,6 +42,11 @@ class Factors:
         """The gradient itself: [c, o, i]."""
         return torch.bmm(self.g.transpose(1, 2), self.x.detach())
 
+    def product_of(self, clients: slice, into: Tensor, *, add: bool = False) -> None:
+        """The gradient of these clients, written to (or added to) `into` [c', o, i], which is contiguous."""
+        g, x = self.g[clients].to(into.dtype), self.x[clients].detach().to(into.dtype)
+        torch.baddbmm(into, g.transpose(1, 2), x, beta=float(add), out=into)
+
     def add_to(self, weight: Tensor, keep: float, scale: float) -> None:
         """weight := keep * weight + scale * gradient, in place."""
         g, x = self.g.to(weight.dtype), self.x.to(weight.dtype)

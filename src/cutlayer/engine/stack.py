@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from cutlayer import seeds
+from cutlayer.engine.descent import Descent, descent
 from cutlayer.engine.kernels import Factors
 from cutlayer.engine.lowering import Choose, Lowered
 from cutlayer.engine.mapping import Draw, Listening, Masked, drawn
@@ -84,6 +85,9 @@ class Stack:
         self._trained = list(self._parameters)
         self._make_optimizer = make_optimizer
         self._rule = rule_of(make_optimizer)
+        self._direct = descent(make_optimizer, self.device)
+        alone = make_optimizer.clip is None and make_optimizer.accumulate == 1
+        self._by_factors = alone and (self._rule.plain or self._direct is not None)
         self._state: dict[str, dict[str, Tensor]] = {}  # parameter -> kind -> the optimiser's [C, ...]
         self._clocked = False  # the optimiser counts steps
         self._plain_clock = False  # in a number of Python's, not in a tensor
@@ -213,12 +217,16 @@ class Stack:
         who = group.clients
         if self._make_optimizer.clip is not None:
             clip(group.gradients, self._make_optimizer.clip)
+        taken = self.steps[who]
         if self._rule.plain:
             self._descend(group, lr)
+        elif self._direct is not None and group.views and (taken == taken[0]).all():
+            self._step_directly(self._direct, group, int(taken[0]), lr)
         else:
-            taken = np.unique(self.steps[who])
-            for count in taken:
-                at = np.flatnonzero(self.steps[who] == count) if len(taken) > 1 else None
+            _multiply_out(group)
+            counts = np.unique(taken)
+            for count in counts:
+                at = np.flatnonzero(taken == count) if len(counts) > 1 else None
                 self._optimize(group, at, int(count), lr)
         self.put_back(group)
         self.steps[who] += 1
@@ -334,7 +342,7 @@ class Stack:
                 alike=alike,
                 frozen=self._frozen,
                 channels_last=getattr(self.module, "images_channels_last", False),
-                leave=leave if self._rule.by_factors else None,
+                leave=leave if self._by_factors else None,
                 chosen=self.forms,
                 choose=self._choose,
             )
@@ -409,6 +417,21 @@ class Stack:
                 if gradient is not None:
                     descend(p, gradient, lr, 0.0 if factors else weight_decay)
 
+    def _step_directly(self, direct: Descent, group: Group, taken: int, base: float) -> None:
+        """A step of neighbours who have all taken `taken` of them; the stacked state is changed in place."""
+        span = slice(int(group.clients[0]), int(group.clients[-1]) + 1)
+        self._clocked, self._plain_clock = direct.clocked, False
+        with torch.no_grad():
+            for name in self._trained:
+                weight, factors = group.parameters[name], group.factors.get(name, [])
+                if weight.grad is None and not factors:
+                    continue
+                if name not in self._state:
+                    self._state[name] = {kind: torch.zeros_like(self._parameters[name]) for kind in direct.kinds}
+                factor, decay = self._rule.rates_of(name)
+                moments = {kind: t[span] for kind, t in self._state[name].items()}
+                direct.take(weight.detach(), weight.grad, factors, moments, base * factor, decay, taken)
+
     def _optimize(self, group: Group, at: np.ndarray | None, taken: int, lr: float) -> None:
         """The optimiser's own step for the clients at positions `at` (None: all), who have all taken `taken` steps."""
         names = [n for n in self._trained if group.parameters[n].grad is not None]
@@ -453,6 +476,15 @@ class Stack:
                 if kind not in kinds:
                     kinds[kind] = torch.zeros_like(self._parameters[name], dtype=value.dtype)
                 kinds[kind][span] = value
+
+
+def _multiply_out(group: Group) -> None:
+    """Gradients that were left as factors, as gradients."""
+    for name, factors in group.factors.items():
+        p = group.parameters[name]
+        for part in factors:
+            product = part.product().to(p.dtype)
+            p.grad = product if p.grad is None else p.grad + product
 
 
 def clip(gradients: Sequence[Tensor], largest: float) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from cutlayer import seeds
 from cutlayer.cohort import Footprint, Predict
 from cutlayer.data.samples import Samples
+from cutlayer.engine.descent import Descent, DirectSteps, descent
 from cutlayer.engine.simulated import Clients, SimulatedCohort, model_bytes
 from cutlayer.engine.stack import Generators, Group, Stack, descend
 from cutlayer.engine.ways import Stacking
@@ -234,6 +235,8 @@ class StackedServer(Server):
         self._named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         if self._rule.plain:
             self._stepping.advance = self._descend
+        elif self._optimizer is not None and (how_to_step := self._directly(make_optimizer)) is not None:
+            self._stepping.advance = DirectSteps(how_to_step, self._optimizer, self._named, self._rule)
         self._stack = Stack(model, copies, make_optimizer, how)
 
     def step_copies(self, smashed: Smashed) -> ServerStep:
@@ -257,6 +260,11 @@ class StackedServer(Server):
             check_weights(group, "server's weight gradient")
             self._stack.step(group, self._rate(1.0), last=np.zeros(len(group.clients), bool))
         return ServerStep(means_of_clients(own, smashed.masses), merged(parts, groups), self._rate(1.0))
+
+    def _directly(self, make: MakeOptimizer) -> Descent | None:
+        """How the optimiser steps without its object, where no look at its state would stop an accelerator."""
+        on_cpu = all(p.device.type == "cpu" for _, p in self._named)
+        return descent(make, torch.device("cpu")) if on_cpu else None
 
     def _descend(self, lr: float) -> None:
         """Plain gradient descent by hand: for a small model the optimiser's own bookkeeping takes longer."""
