@@ -15,6 +15,7 @@ import platform
 import time
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,16 @@ from architectures import Architecture, architectures
 
 import cutlayer
 from cutlayer.engine.stackable import stackable
+from cutlayer.engine.tuning import Tuner
+from cutlayer.engine.ways import Stacking
 from cutlayer.models import Parts
 from cutlayer.models.parts import Arguments, taken_apart
-from cutlayer.optim import make_optimizer
+from cutlayer.optim import MakeOptimizer, make_optimizer
 from cutlayer.seeds import torch_seeded
+from cutlayer.types import Rows, as_tuple
 
-_STEPS = 3  # per engine, of which the quickest counts
-_CLIENTS = 8
+_CLIENTS = 8  # whose steps are timed, together and one by one
+_SECONDS = 3.0  # that a model's timing may take
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class Found:
     method: str = ""
     crossing: int = 0
     engine: str = ""
+    speed: float | None = None
     trouble: str = ""
 
     @property
@@ -56,7 +61,9 @@ class Found:
             result,
             self.crossing or "-",
         ]
-        return "| " + " | ".join(str(c) for c in [*cells, self.engine or self.trouble, f"{self.seconds:.1f}"]) + " |"
+        speed = "-" if self.speed is None else f"{self.speed:.1f}"
+        cells += [self.engine or self.trouble, speed, f"{self.seconds:.1f}"]
+        return "| " + " | ".join(map(str, cells)) + " |"
 
 
 def look_at(architecture: Architecture) -> Found:
@@ -79,7 +86,7 @@ def look_at(architecture: Architecture) -> Found:
         seconds,
         parts.method,
         len(parts.crossing),
-        _engine(parts, example),
+        *_engine(parts, example),
         "" if equal(model, parts, example) else "the parts differ from the whole",
     )
 
@@ -102,13 +109,39 @@ def equal(model: torch.nn.Module, parts: Parts, example: Any) -> bool:
     return True
 
 
-def _engine(parts: Parts, example: Any) -> str:
-    """How clients are simulated: "stacked" (lowered or mapped), or "local" and why."""
-    rows = Arguments.of(example).rows
-    verdict = stackable(parts.client, rows, make_optimizer("sgd", 0.1, {}), data=True)
+def _engine(parts: Parts, example: Any) -> tuple[str, float | None]:
+    """(how clients are simulated: "stacked" in the quickest way, or "local" and why; how many times as fast that is as
+    one client after another).
+    """
+    rows, make = Arguments.of(example).rows, make_optimizer("sgd", 0.1, {})
+    verdict = stackable(parts.client, rows, make, data=True)
     if verdict.reason:
-        return f"local: {_cell(verdict.reason)}"
-    return "stacked, mapped" if verdict.mapped else "stacked"
+        return f"local: {_cell(verdict.reason)}", None
+    tuner = Tuner(_SECONDS, torch.device("cpu"))
+    timed = {
+        way: tuner.copies(parts.client, rows, len(rows[0]), _CLIENTS, make, Stacking(way), data=True).seconds
+        for way in verdict.ways
+    }
+    alone = tuner.seconds(_one_by_one(parts.client, rows, make))
+    quickest = min(timed, key=timed.__getitem__)
+    known = alone < float("inf") and timed[quickest] < float("inf")
+    return f"stacked, {quickest}", alone / timed[quickest] if known else None
+
+
+def _one_by_one(part: torch.nn.Module, rows: Rows, make: MakeOptimizer) -> Callable[[], None]:
+    """A step of each client with a module and an optimiser of its own."""
+    twins = [copy.deepcopy(part).train() for _ in range(_CLIENTS)]
+    steps = [make(twin.named_parameters()) for twin in twins]
+
+    def work() -> None:
+        for twin, optimizer in zip(twins, steps, strict=True):
+            given = [g for g in as_tuple(twin(rows)) if g.requires_grad]
+            if optimizer is not None and given:
+                optimizer.zero_grad()
+                torch.autograd.backward(given, [torch.full_like(g, 1e-3) for g in given])
+                optimizer.step()
+
+    return work
 
 
 def _cell(text: str) -> str:
@@ -138,11 +171,14 @@ def _page(found: list[Found]) -> str:
         "- **Proved**: logits, gradients and buffers are those of the whole model, in training and in evaluation",
         "  (`models/proof.py`), and once more on another batch.",
         "- **Tensors**: how many cross the cut.",
-        "- **Engine**: `stacked` runs the parts of all clients at once, with its operations lowered, or mapped by",
-        "  `torch.func.vmap`; `local` runs them one by one, for the reason given.",
+        "- **Engine**: `stacked` keeps the parts of all clients in stacked tensors, and computes with operations",
+        "  lowered to these, mapped by `torch.func.vmap`, or each part by itself; `local` has a module for each",
+        "  client, for the reason given.",
+        f"- **Speed**: how many times as fast the quickest of these ways trains the parts of {_CLIENTS} clients as modules",
+        "  with an optimiser each would. Small models gain by being computed together, large ones cannot.",
         "",
-        "| architecture | cut after | method | proved | tensors | engine | seconds |",
-        "|---|---|---|---|---|---|---|",
+        "| architecture | cut after | method | proved | tensors | engine | speed | seconds |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     return "\n".join([*lines, *(f.row for f in found)]) + "\n"
 
