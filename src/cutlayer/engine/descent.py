@@ -95,7 +95,7 @@ def descent(make: MakeOptimizer, device: torch.device) -> Descent | None:
         return None
     optimizer = make([("", torch.zeros(1, requires_grad=True))])
     assert optimizer is not None, "a parameter that is trained has an optimiser"
-    known = _KNOWN.get(type(optimizer))
+    known = _KNOWN.get(make.kind)
     return None if known is None else known(optimizer.defaults, device)
 
 
