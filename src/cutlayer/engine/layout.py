@@ -16,6 +16,7 @@ import os
 import torch
 from torch import nn
 
+from cutlayer.eager import backward
 from cutlayer.engine.stackable import close, exact, jittered, run_alone
 from cutlayer.engine.ways import Layout
 from cutlayer.gradients import gradient_of
@@ -76,7 +77,7 @@ def _same(part: nn.Module, changed: nn.Module, rows: Rows, changed_rows: Rows) -
         try:
             given = [g for g in run_alone(twin, mine, 0) if g.requires_grad]
             weights = [torch.linspace(0.5, 1.5, g.numel(), dtype=g.dtype).view(g.shape) for g in given]
-            torch.autograd.backward(given, weights)
+            backward(given, weights)
         except RuntimeError:
             return False
         results.append([*given, *(gradient_of(t) for t in (*mine, *twin.parameters())), *twin.buffers()])

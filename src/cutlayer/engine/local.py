@@ -13,6 +13,7 @@ from cutlayer import seeds
 from cutlayer.averaging import average_into
 from cutlayer.cohort import Footprint, Predict
 from cutlayer.data.samples import Samples
+from cutlayer.eager import backward
 from cutlayer.engine.simulated import Clients, Local, Shape, SimulatedCohort, mass_of, model_bytes, together
 from cutlayer.errors import NonFiniteError
 from cutlayer.frozen import load_moving, moving, resting
@@ -65,7 +66,7 @@ class Client:
         floats = [s for s in self.smashed if s.is_floating_point()]
         pairs = [(s, g) for s, g in zip(floats, aligned(gradient), strict=True) if s.requires_grad]
         if pairs:
-            torch.autograd.backward([s for s, _ in pairs], [g for _, g in pairs])
+            backward([s for s, _ in pairs], [g for _, g in pairs])
         self.smashed = ()
 
     def step(self, lr: float, *, last: bool) -> None:

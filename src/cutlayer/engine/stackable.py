@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from cutlayer.eager import backward
 from cutlayer.engine.lowering import EMBEDDING, NotStackableError
 from cutlayer.engine.stack import Group, Stack
 from cutlayer.engine.ways import Stacking, Way
@@ -171,14 +172,14 @@ def _difference(stack: Stack, copies: list[nn.Module], rows: Rows) -> str:
     trained = [g for g in given if g.requires_grad]
     weights = [torch.linspace(0.5, 1.5, g.numel(), dtype=g.dtype, device=g.device).view(g.shape) for g in trained]
     if trained:
-        torch.autograd.backward(trained, weights)
+        backward(trained, weights)
     for k, module in enumerate(copies):
         span = slice(k * size, (k + 1) * size)
         mine = tuple(r[span].detach().requires_grad_(r.requires_grad) for r in rows)
         alone_log = _Log()
         alone = run_alone(module.train(), mine, k, alone_log)
         if trained:
-            torch.autograd.backward([a for a in alone if a.requires_grad], [w[span] for w in weights])
+            backward([a for a in alone if a.requires_grad], [w[span] for w in weights])
         pairs = [(a, g[span]) for a, g in zip(alone, given, strict=True)]
         pairs += [(gradient_of(m), gradient_of(r)[span]) for m, r in zip(mine, rows, strict=True) if r.requires_grad]
         own = [(name, p) for name, p in module.named_parameters() if p.requires_grad]

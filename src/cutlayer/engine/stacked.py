@@ -22,6 +22,7 @@ from cutlayer import seeds
 from cutlayer.cohort import Footprint, Predict
 from cutlayer.data.samples import Samples
 from cutlayer.engine.descent import Descent, DirectSteps, descent
+from cutlayer.eager import backward
 from cutlayer.engine.simulated import Clients, SimulatedCohort, model_bytes
 from cutlayer.engine.stack import Generators, Group, Stack, descend
 from cutlayer.engine.ways import Stacking
@@ -92,7 +93,7 @@ class StackedCohort(SimulatedCohort):
             floats = [s for s in given if s.is_floating_point()]
             pairs = [(s, g[p.group.rows]) for s, g in zip(floats, received, strict=True) if s.requires_grad]
             if pairs:
-                torch.autograd.backward([s for s, _ in pairs], [g for _, g in pairs])
+                backward([s for s, _ in pairs], [g for _, g in pairs])
             del given
             check_weights(p.group)
             self._stack.step(p.group, self._rate, last=self._last(p.group))
