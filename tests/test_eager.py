@@ -16,7 +16,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from cutlayer.eager import FlopCount, backward, eager, gradients_of
 from cutlayer.optim import optimizers
 
-NEEDLESS = ("pandas", "scipy", "sklearn", "matplotlib", "torch._dynamo", "transformers", "rich", "jinja2", "datasets")
+NEEDLESS = (
+    "pandas",
+    "scipy",
+    "sklearn",
+    "matplotlib",
+    "torch._dynamo",
+    "sympy",
+    "transformers",
+    "rich",
+    "jinja2",
+    "datasets",
+)
 
 ONE_ROUND = """
 import json, sys, torch, cutlayer
