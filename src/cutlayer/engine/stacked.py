@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from cutlayer import seeds
 from cutlayer.cohort import Footprint, Predict
 from cutlayer.data.samples import Samples
-from cutlayer.engine.descent import Descent, DirectSteps, descent
 from cutlayer.eager import backward
+from cutlayer.engine.descent import Descent, DirectSteps, descent
 from cutlayer.engine.simulated import Clients, SimulatedCohort, model_bytes
 from cutlayer.engine.stack import Generators, Group, Stack, descend
 from cutlayer.engine.ways import Stacking
