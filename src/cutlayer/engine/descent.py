@@ -48,7 +48,9 @@ class Descent:
             self.step(weight, laid_as(gradient, weight), moments, lr, decay, taken)
             return
         clients = len(weight)
-        few = max(1, min(clients, _BLOCK // max(1, weight[0].nbytes)))
+        few = clients
+        if weight.device.type == "cpu":
+            few = max(1, min(clients, _BLOCK // max(1, weight[0].nbytes)))
         room = torch.empty_like(weight[:few])
         for first in range(0, clients, few):
             span = slice(first, min(first + few, clients))
@@ -69,6 +71,7 @@ class DirectSteps:
     ) -> None:
         self._how, self._optimizer = how, optimizer
         self._named = [(p, *rule.rates_of(name)) for name, p in named if p.requires_grad]
+        self._taken: dict[Tensor, tuple[Moments, int]] = {}  # steps by parameter, as long as it has this state
 
     def __call__(self, lr: float) -> None:
         """One step at this rate."""
@@ -76,17 +79,24 @@ class DirectSteps:
             for p, factor, decay in self._named:
                 if p.grad is None:
                     continue
-                state = self._optimizer.state[p]
-                if not state:
-                    state.update({kind: torch.zeros_like(p) for kind in self._how.kinds})
-                    if self._how.clocked:
-                        state["step"] = torch.zeros((), dtype=torch.float32)
-                    taken = 0
-                else:
-                    taken = int(state["step"]) if self._how.clocked else 1
+                state, taken = self._state_of(p)
                 self._how.step(p.detach(), laid_as(p.grad, p), state, lr * factor, decay, taken)
                 if self._how.clocked:
                     state["step"] += 1
+                self._taken[p] = (state, taken + 1)
+
+    def _state_of(self, p: Tensor) -> tuple[dict[str, Tensor], int]:
+        """A parameter's state, and the steps that it has taken; a number in a tensor is read once."""
+        state: dict[str, Tensor] = self._optimizer.state[p]
+        if not state:
+            state.update({kind: torch.zeros_like(p) for kind in self._how.kinds})
+            if self._how.clocked:
+                state["step"] = torch.zeros((), dtype=torch.float32)
+            return state, 0
+        known, taken = self._taken.get(p, ({}, 0))
+        if known is state:
+            return state, taken
+        return state, int(state["step"]) if self._how.clocked else 1
 
 
 def descent(make: MakeOptimizer, device: torch.device) -> Descent | None:
@@ -152,7 +162,7 @@ def _rmsprop(d: dict[str, Any], device: torch.device) -> Descent | None:
 
 
 _FUSED = {"cpu", "cuda"}  # where torch has fused steps
-_KNOWN: dict[type[torch.optim.Optimizer], Callable[[dict[str, Any], torch.device], Descent | None]] = {
+_KNOWN: dict[Callable[..., torch.optim.Optimizer], Callable[[dict[str, Any], torch.device], Descent | None]] = {
     torch.optim.SGD: _momentum,
     torch.optim.Adam: _adam,
     torch.optim.AdamW: _adam,
