@@ -79,8 +79,8 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def test_run_writes_its_folder(first: tuple[Path, str]) -> None:
     cwd, printed = first
     expected = (
-        "config.toml steps.jsonl evaluations.jsonl clients.jsonl algorithm.json classes.json data.json metric.json engine.json "
-        "checkpoint.safetensors last.safetensors best.safetensors result.json"
+        "config.toml steps.jsonl evaluations.jsonl clients.jsonl algorithm.json classes.json data.json metric.json "
+        "engine.json checkpoint.safetensors last.safetensors best.safetensors result.json"
     )
     pictures = ["curves.png", "classes.png", "report.html"]
     assert {p.name for p in (cwd / "a").iterdir()} == {*expected.split(), *pictures, ".lock"}
