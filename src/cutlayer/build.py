@@ -65,6 +65,8 @@ from cutlayer.verbs import LEARN, Traits
 from cutlayer.wire import Codec, Coding
 from cutlayer.wire.coded import CodedCohort
 
+_TYPICAL = 128  # rows that engines are measured with
+
 Model = nn.Module | Callable[..., nn.Module]
 """A module, or a function that makes one (needed for independent starts), without arguments or with `input_shape` and
 `classes`."""
@@ -350,7 +352,8 @@ def prepare(
     )
     pace = paced(config, algorithm, source, sizes, rounds, per_epoch, lambda: _forward_flops(split, example))
     work = _work(config, algorithm, sizes, rounds)
-    chosen = Choice(config, algorithm, split, (make_client, make_server), example, work).made(ways)
+    typical = source.train[slice(0, _TYPICAL)].rows if source.train.in_memory else example
+    chosen = Choice(config, algorithm, split, (make_client, make_server), example, work, typical).made(ways)
     split = chosen.split
     local_epochs, local_steps = algorithm.part_of_round
     heads = _heads(config, algorithm, split, example, task.width(source.train.y, source.classes))

@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -39,7 +40,6 @@ _CACHED = 8 << 20
 _FEWEST, _SHORTEST, _HALF, _LONGEST, _OF_LONG, _OF_SHORT = 5000, 0.02, 0.5, 5.0, 0.01, 0.05
 
 Side = Literal["clients", "copies"]
-_RULED: tuple[tuple[Layout, Layout], ...] = (("last", "last"), ("plain", "last"), ("last", "plain"))
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ class Chosen:
 
 
 class Choice:
-    """What can be chosen for a run. `optimizers` are the clients' and the server's; `example`, each [n, s...], is a
-    batch of a client's.
+    """What can be chosen for a run. `optimizers` are the clients' and the server's; `example`, each [n, s...], are a
+    few rows for the proofs, `typical` some more to measure with: values matter, since processors guess what comes next.
     """
 
     def __init__(
@@ -73,8 +73,10 @@ class Choice:
         optimizers: tuple[MakeOptimizer, MakeOptimizer],
         example: Rows,
         work: Work,
+        typical: Rows | None = None,
     ) -> None:
         self.config, self.split, self.work, self.example = config, split, work, example
+        self._typical = example if typical is None else typical
         self.traits, self.averages_every_step = algorithm.traits, algorithm.averages_every_step
         self.device = example[0].device
         self._makes = dict(zip(("clients", "copies"), optimizers, strict=True))
@@ -167,7 +169,9 @@ class Choice:
 
     def _by_rule(self, engine: EngineName) -> Ways:
         """What is mostly the quickest."""
-        tried = [Ways(engine, low, up) for low, up in _RULED if self._possible(low, up)]
+        low, up = layouts(self.split.client)[0], layouts(self.split.server)[0]
+        pairs: list[tuple[Layout, Layout]] = [(low, up), ("plain", up), (low, "plain")]
+        tried = [Ways(engine, *pair) for pair in pairs if self._possible(*pair)]
         ways = next((ways for ways in tried if self._laid_out(ways)), Ways(engine))
         if engine != "stacked":
             return ways
@@ -243,6 +247,11 @@ class Choice:
 
     # Measured
 
+    @cached_property
+    def _measured(self) -> dict[Side, Rows]:
+        """Rows to measure with, of both sides."""
+        return {"clients": self._typical, "copies": smashed(self.split.client, self._typical)}
+
     def _subject(self) -> dict[str, Any]:
         """What a measurement depends on, the machine apart."""
         c, parts = self.config, self._plain.values()
@@ -260,8 +269,8 @@ class Choice:
         if self.work.rows < _FEWEST:  # not even worth an estimate
             return 0.0
         tuner, rows = Tuner(_HALF, self.device), min(self.config.batch, 16)
-        once = tuner.alone(self.split.client, self._rows["clients"], rows, data=True)
-        once += tuner.alone(self.split.server, self._rows["copies"], rows, data=False)
+        once = tuner.alone(self.split.client, self._measured["clients"], rows, data=True)
+        once += tuner.alone(self.split.server, self._measured["copies"], rows, data=False)
         run = once / rows * self.work.rows
         if once == float("inf"):
             return _LONGEST
@@ -287,7 +296,7 @@ class Choice:
 
     def _side(self, tuner: Tuner, side: Side, layout: Layout, ruled: Ways) -> Timed:
         """Seconds of a step of one side in one layout."""
-        part, rows, data, work = self._part(side, layout), self._rows[side], side == "clients", self.work
+        part, rows, data, work = self._part(side, layout), self._measured[side], side == "clients", self.work
         batch, at_a_time = self.config.batch, work.taking_part
         if ruled.engine == "stacked" and side in self._stacked:
             usual = self._usual(side, layout)

@@ -1,7 +1,8 @@
 """The same model in other layouts, some of them quicker on the CPU.
 
     plain    as it was made
-    pooled   max pooling before `relu`: they commute, gradients included; behind it `relu` has a quarter of the work
+    pooled   max pooling before `relu`: they commute, gradients included; behind it `relu` has a quarter of the work;
+             pooling by two as elementwise maxima (`pooling.py`)
     last     that, and images with their channels last in memory, as torch's CPU library likes them best, mostly
 
 All are exact but for the order of sums. A layout is used only if, on a few rows in training mode, both parts then give
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 from cutlayer.eager import backward
+from cutlayer.engine.pooling import pool_by_two
 from cutlayer.engine.stackable import close, exact, jittered, run_alone
 from cutlayer.engine.ways import Layout
 from cutlayer.gradients import gradient_of
@@ -24,13 +26,19 @@ from cutlayer.models.parts import Part
 from cutlayer.models.trace import pool_first
 from cutlayer.types import Rows, as_tuple, channels_last
 
+_MANY = 12  # channels from which they had better come last (measured)
+
 
 def layouts(part: nn.Module) -> tuple[Layout, ...]:
     """Those that a part can be tried in, the one that is mostly the quickest first."""
-    images = any(isinstance(m, nn.Conv2d) for m in part.modules())
-    if os.environ.get("CUTLAYER_LAYOUT") == "plain" or not isinstance(part, Part) or not images:
+    if os.environ.get("CUTLAYER_LAYOUT") == "plain" or not isinstance(part, Part):
         return ("plain",)
-    return ("last", "pooled", "plain")
+    images = [m for m in part.modules() if isinstance(m, nn.Conv2d)]
+    if images:
+        few = images[0].out_channels < _MANY
+        return ("pooled", "last", "plain") if few else ("last", "pooled", "plain")
+    pools = any(isinstance(m, nn.MaxPool1d | nn.MaxPool2d) for m in part.modules())
+    return ("pooled", "plain") if pools else ("plain",)
 
 
 def in_layout(part: nn.Module, layout: Layout) -> nn.Module:
@@ -38,7 +46,7 @@ def in_layout(part: nn.Module, layout: Layout) -> nn.Module:
     if layout == "plain":
         return part
     assert isinstance(part, Part), "only parts have layouts"
-    changed = pool_first(part)
+    changed = pool_first(part, pool_by_two)
     if layout == "last":
         changed.images_channels_last = True
         for module in changed.modules():

@@ -140,36 +140,68 @@ class _TracedPart(Part):
         return cast(Rows, self._codes[self.training](self, rows))
 
 
-def pool_first(part: Part) -> Part:
-    """A copy of a part in which max pooling comes before `relu`, where it came right behind: the same numbers."""
+def pool_first(part: Part, by_two: Callable[[Tensor], Tensor] | None = None) -> Part:
+    """A copy of a part in which max pooling comes before `relu`, where it came right behind: the same numbers. `by_two`
+    computes poolings by two.
+    """
     changed = copy.deepcopy(part)
     if isinstance(changed, _TracedPart):
-        codes = {code: _Code(_pool_first(part, code.graph)) for code in set(changed._codes.values())}
+        codes = {code: _Code(_pool_first(part, code.graph, by_two)) for code in set(changed._codes.values())}
         changed._codes = {mode: codes[code] for mode, code in changed._codes.items()}
     return changed
 
 
-def _pool_first(part: nn.Module, graph: fx.Graph) -> fx.Graph:
+def _pool_first(part: nn.Module, graph: fx.Graph, by_two: Callable[[Tensor], Tensor] | None) -> fx.Graph:
     graph = copy.deepcopy(graph)
     for pool in list(graph.nodes):
-        relu = pool.args[0] if pool.args else None
-        if not (isinstance(relu, fx.Node) and _is_max_pool(part, pool) and _is_relu(part, relu)):
+        if not _is_max_pool(part, pool):
             continue
-        source = relu.args[0]
-        if isinstance(source, fx.Node) and len(relu.users) == len(source.users) == 1:  # nobody else sees the change
-            pool.replace_input_with(relu, source)
+        relu = pool.args[0] if pool.args else None
+        if isinstance(relu, fx.Node) and _is_relu(part, relu):
+            _swap(graph, relu, pool)
+        if by_two is not None and _is_by_two(part, pool):
             with graph.inserting_after(pool):
-                after = graph.node_copy(relu, {source: pool}.__getitem__)
-            pool.replace_all_uses_with(after, delete_user_cb=lambda user, own=after: user is not own)
-            graph.erase_node(relu)
+                quick = graph.call_function(by_two, pool.args[:1])
+            pool.replace_all_uses_with(quick)
+            graph.erase_node(pool)
     return graph
+
+
+def _swap(graph: fx.Graph, relu: fx.Node, pool: fx.Node) -> None:
+    """Pooling first, unless somebody else sees what comes between."""
+    source = relu.args[0]
+    if isinstance(source, fx.Node) and len(relu.users) == len(source.users) == 1:
+        pool.replace_input_with(relu, source)
+        with graph.inserting_after(pool):
+            after = graph.node_copy(relu, {source: pool}.__getitem__)
+        pool.replace_all_uses_with(after, delete_user_cb=lambda user: user is not after)
+        graph.erase_node(relu)
+
+
+def _is_by_two(part: nn.Module, node: fx.Node) -> bool:
+    """Whether a max pooling takes pairs, or squares of 2 x 2, each number in one of them."""
+    if node.op == "call_module":
+        layer = part.get_submodule(str(node.target))
+        given = [getattr(layer, name) for name in ("kernel_size", "stride", "padding", "dilation", "ceil_mode")]
+    else:
+        names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
+        usual = {"stride": None, "padding": 0, "dilation": 1, "ceil_mode": False}
+        given_by_name = {**usual, **dict(zip(names, node.args[1:], strict=False)), **node.kwargs}
+        given = [given_by_name.get(name) for name in names]
+    kernel, stride, padding, dilation, ceil = given
+    stride = kernel if stride in (None, []) else stride
+
+    def are(value: int, *given: Any) -> bool:
+        return all(set(v) == {value} if isinstance(v, tuple | list) else v == value for v in given)
+
+    return are(2, kernel, stride) and are(0, padding) and are(1, dilation) and ceil is False
 
 
 def _is_max_pool(part: nn.Module, node: fx.Node) -> bool:
     if node.op == "call_module":
         layer = part.get_submodule(str(node.target))
-        return type(layer) is nn.MaxPool2d and not layer.return_indices
-    functions = (functional.max_pool2d, torch.max_pool2d)
+        return type(layer) in (nn.MaxPool1d, nn.MaxPool2d) and not layer.return_indices
+    functions = (functional.max_pool1d, functional.max_pool2d, torch.max_pool1d, torch.max_pool2d)
     return node.op == "call_function" and node.target in functions and not node.kwargs.get("return_indices")
 
 
