@@ -226,7 +226,7 @@ class Stepping:
         self.make = make
         self.weights = [p for _, p in named if p.requires_grad]
         self.optimizer = make(named)
-        self.advance: Callable[[float], None] = self._advance
+        self.advance: Callable[[float], None] = self._descend if self._is_plain() else self._advance
         self._held: list[Tensor | None] = []  # sums of the gradients of the batches that wait
         self._waiting = 0  # batches
         self._lr = 0.0  # of the last of them
@@ -265,6 +265,23 @@ class Stepping:
         if self.make.clip is not None:
             nn.utils.clip_grad_norm_(self.weights, self.make.clip)
         self.advance(lr)
+
+    def _is_plain(self) -> bool:
+        """Whether a step is w <- w - lr (g + decay w) and nothing else, on the CPU."""
+        if self.optimizer is None or self.make.kind is not torch.optim.SGD:
+            return False
+        plain = not any(g["momentum"] or g["nesterov"] or g["maximize"] for g in self.optimizer.param_groups)
+        return plain and all(w.device.type == "cpu" for w in self.weights)
+
+    def _descend(self, lr: float) -> None:
+        """torch's step of plain gradient descent, to the bit: for a small model its bookkeeping takes longer."""
+        assert self.optimizer is not None, "who steps has parameters that are trained"
+        with torch.no_grad():
+            for group in self.optimizer.param_groups:
+                rate, decay = lr * group.get("lr_factor", 1.0), group["weight_decay"]
+                for p in group["params"]:
+                    if p.grad is not None:
+                        p.add_(p.grad.add(p, alpha=decay) if decay else p.grad, alpha=-rate)
 
     def _advance(self, lr: float) -> None:
         assert self.optimizer is not None, "who steps has parameters that are trained"

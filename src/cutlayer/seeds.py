@@ -60,6 +60,13 @@ def torch_seeded(seed: int, *name: str | int, device: torch.device | None = None
         torch.set_rng_state(before)
 
 
+def seeded_for(
+    module: object, seed: int, *name: str | int, device: torch.device | None = None
+) -> contextlib.AbstractContextManager[None]:
+    """`torch_seeded` for a forward pass of `module`; nothing, if it says that it draws nothing (`draws`)."""
+    return torch_seeded(seed, *name, device=device) if getattr(module, "draws", True) else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def streams(device: torch.device) -> Iterator[Callable[[torch.Generator], None]]:
     """A function that has torch's global generator of `device` draw what the generator given to it would; the caller's

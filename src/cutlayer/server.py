@@ -108,7 +108,7 @@ class Server:
         mean = mean_loss(losses, smashed.weights)
         if not finite(losses):
             raise NonFiniteError("loss", culprits(smashed, losses.detach()))
-        gradient = self._backward(smashed, lambda: mean.backward(), factor)
+        gradient = self._backward(smashed, lambda: backward([mean], [torch.ones_like(mean)]), factor)
         return losses.detach(), gradient
 
     def forward(self, smashed: Smashed, *, evaluating: bool = False) -> Rows:
@@ -118,7 +118,7 @@ class Server:
         rows = tuple(r.detach().requires_grad_(r.is_floating_point()) for r in smashed.rows)
         if self.model.training == evaluating:
             self.model.train(not evaluating)
-        with seeds.torch_seeded(self.seed, "server", self._steps, device=smashed.labels.device):
+        with seeds.seeded_for(self.model, self.seed, "server", self._steps, device=smashed.labels.device):
             outputs = as_tuple(self.model(rows))
         self._pending = (rows, outputs)
         return outputs

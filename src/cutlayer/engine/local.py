@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -21,6 +20,7 @@ from cutlayer.gradients import mean_loss
 from cutlayer.models.parts import Part
 from cutlayer.optim import MakeOptimizer, Stepping, as_tensor, load_optimizer
 from cutlayer.scoring import Outputs, evaluation
+from cutlayer.server import finite
 from cutlayer.tasks import Task
 from cutlayer.tasks.classification import Classification
 from cutlayer.types import CutGradients, Evaluation, Round, Rows, Smashed, Step, TailGradients, aligned, as_tuple
@@ -57,7 +57,7 @@ class Client:
             self.module.train()
         for p in self.weights:
             p.grad = None
-        with seeds.torch_seeded(seed, "forward", self.name, clock, device=batch.y.device):
+        with seeds.seeded_for(self.lower, seed, "forward", self.name, clock, device=batch.y.device):
             self.smashed = self.lower(batch.rows)
         return self.smashed
 
@@ -75,9 +75,7 @@ class Client:
         """
         if self.optimizer is None:
             return
-        grads = [p.grad for p in self.weights if p.grad is not None]
-        on_cpu = bool(grads) and grads[0].device.type == "cpu"  # a look would stop an accelerator
-        if on_cpu and not math.isfinite(torch.nn.utils.get_total_norm(grads)):
+        if not finite(*(p.grad for p in self.weights if p.grad is not None)):
             raise NonFiniteError("weight gradient", (self.name,))
         self.stepping.take(lr, last=last)
 

@@ -20,45 +20,52 @@ _MANY = 12  # channels from which the library is quicker where they come last (m
 
 def pool_by_two(x: Tensor) -> Tensor:
     """`max_pool1d(x, 2)` of [n, i, l], or `max_pool2d(x, 2)` of [n, i, h, w]."""
-    if x.dim() == 3 and x.device.type == "cpu":
-        line: Tensor = PoolPairs.apply(x, -1)  # type: ignore[no-untyped-call]
-        return line
-    if x.dim() == 4 and x.device.type == "cpu" and not (channels_last(x) and x.shape[1] >= _MANY):
-        wide = PoolPairs.apply(x, -1)  # type: ignore[no-untyped-call]
-        pooled: Tensor = PoolPairs.apply(wide, -2)  # type: ignore[no-untyped-call]
-        return pooled
-    return (functional.max_pool1d if x.dim() == 3 else functional.max_pool2d)(x, 2)
+    if x.device.type != "cpu" or (x.dim() == 4 and channels_last(x) and x.shape[1] >= _MANY):
+        return (functional.max_pool1d if x.dim() == 3 else functional.max_pool2d)(x, 2)
+    pooled: Tensor = PoolByTwo.apply(x)  # type: ignore[no-untyped-call]
+    return pooled
 
 
-class PoolPairs(torch.autograd.Function):
-    """The larger of two neighbours in a dimension, the last of an odd number left out. Of equal ones the first gets the
-    gradient: along rows and then along columns, that is the first in reading order, as in the library.
+class PoolByTwo(torch.autograd.Function):
+    """The larger of two neighbours in a row and, in a picture, then of two in a column. Of equal ones the first gets the
+    gradient: that is the first in reading order, as in the library.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int) -> Tensor:
-        """[..., l, ...] -> [..., l // 2, ...]."""
-        first, second = _pairs(x, dim)
-        y = torch.maximum(first, second)
-        ctx.x, ctx.y, ctx.dim = x, y, dim
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """[n, i, l] -> [n, i, l // 2], or [n, i, h, w] -> [n, i, h // 2, w // 2]."""
+        wide = torch.maximum(*_in_rows(x))
+        y = wide if x.dim() == 3 else torch.maximum(*_in_columns(wide))
+        ctx.x, ctx.wide, ctx.y = x, wide, y
         return y
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         """To the larger one."""
         (g,) = gradients
-        x, y, dim = ctx.x, ctx.y, ctx.dim
-        ctx.x = ctx.y = None  # the graph is walked once
-        by_x = torch.empty_like(x) if x.shape[dim] % 2 == 0 else torch.zeros_like(x)
-        first, second = _pairs(by_x, dim)
-        torch.mul(g, _pairs(x, dim)[0] == y, out=first)
-        torch.sub(g, first, out=second)
-        return by_x, None
+        x, wide, y = ctx.x, ctx.wide, ctx.y
+        ctx.x = ctx.wide = ctx.y = None  # the graph is walked once
+        if y is not wide:
+            shared = torch.empty_like(wide) if wide.shape[2] % 2 == 0 else torch.zeros_like(wide)
+            g = _share(g, y, _in_columns(wide)[0], _in_columns(shared), shared)
+        by_x = torch.empty_like(x) if x.shape[-1] % 2 == 0 else torch.zeros_like(x)
+        return _share(g, wide, _in_rows(x)[0], _in_rows(by_x), by_x)
 
 
-def _pairs(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """The numbers at even and at odd places."""
-    length = x.shape[dim] // 2 * 2
-    if dim == -1:
-        return x[..., 0:length:2], x[..., 1:length:2]
-    return x[..., 0:length:2, :], x[..., 1:length:2, :]
+def _share(g: Tensor, largest: Tensor, first: Tensor, to: tuple[Tensor, Tensor], whole: Tensor) -> Tensor:
+    """Gradients `g` to the first of two where that is the largest, to the second elsewhere; `whole`, which has both."""
+    torch.mul(g, first == largest, out=to[0])
+    torch.sub(g, to[0], out=to[1])
+    return whole
+
+
+def _in_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Those at even and at odd places in their row; the last of an odd number is left out."""
+    end = x.shape[-1] // 2 * 2
+    return x[..., 0:end:2], x[..., 1:end:2]
+
+
+def _in_columns(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Those at even and at odd places in their column."""
+    end = x.shape[2] // 2 * 2
+    return x[:, :, 0:end:2], x[:, :, 1:end:2]

@@ -358,10 +358,11 @@ class Stack:
         own = {name: t.unbind(0) for name, t in tensors.items()}
         given = []
         try:
-            with seeds.streams(self.device) as draw_from:
+            draws = self.module.training and getattr(self.module, "draws", True)
+            with seeds.streams(self.device) if draws else nullcontext() as draw_from:
                 for i, name in enumerate(names):
                     self._install({n: copies[i] for n, copies in own.items()})
-                    if self.module.training:
+                    if draw_from is not None:
                         draw_from(generators(name))
                     with self.watch:
                         given.append(as_tuple(self.module(tuple(a[i] for a in apart))))

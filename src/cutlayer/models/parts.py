@@ -36,6 +36,7 @@ class Part(nn.Module):
     argument_names: tuple[str, ...] | None = None  # of the first part, whose batch is a mapping
     crossing_names: tuple[str, ...] = ()  # of what it gives, in words
     structure: Structure | None = None  # of the last part's output, where that is not one tensor
+    draws = True  # unless it is known that in training nothing in it draws random numbers
 
     def forward(self, received: Example) -> Any:
         """Rows [R, s...] each (or the batch) to rows [R, s...] each (or what the whole model gives)."""

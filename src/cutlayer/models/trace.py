@@ -135,6 +135,15 @@ class _TracedPart(Part):
     def __init__(self, training: _Code, evaluating: _Code) -> None:
         super().__init__()
         self._codes = {True: training, False: training if training.source == evaluating.source else evaluating}
+        self._draws: tuple[_Code, bool] | None = None
+
+    @property
+    def draws(self) -> bool:  # type: ignore[override]
+        """Whether an operation in training may draw random numbers: all but those known not to."""
+        code = self._codes[True]
+        if self._draws is None or self._draws[0] is not code:
+            self._draws = (code, any(_may_draw(self, node) for node in code.graph.nodes))
+        return self._draws[1]
 
     def run_rows(self, rows: Rows) -> Rows:
         return cast(Rows, self._codes[self.training](self, rows))
@@ -209,6 +218,29 @@ def _is_relu(part: nn.Module, node: fx.Node) -> bool:
     if node.op == "call_module":
         return type(part.get_submodule(str(node.target))) is nn.ReLU
     return node.op == "call_function" and node.target in (functional.relu, torch.relu)
+
+
+_DRAWING = ("drop", "rand", "bernoulli", "normal_", "uniform", "multinomial", "exponential", "cauchy", "geometric",
+            "poisson", "gumbel", "rrelu", "fractional", "attention", "lstm", "gru", "rnn")  # fmt: skip
+
+
+def _may_draw(part: nn.Module, node: fx.Node) -> bool:
+    """Whether an operation may draw random numbers: one of torch's own whose name does not say so does not."""
+    if node.op == "call_module":
+        layer = part.get_submodule(str(node.target))
+        kind, hooked = type(layer), bool(layer._forward_hooks or layer._forward_pre_hooks)
+        return hooked or not kind.__module__.startswith("torch.nn.modules.") or _names_a_draw(kind.__name__)
+    if node.op == "call_method":
+        return _names_a_draw(str(node.target))
+    if node.op == "call_function":
+        name, home = getattr(node.target, "__name__", ""), getattr(node.target, "__module__", "") or ""
+        ours = home.split(".")[0] in ("torch", "_operator", "operator", "builtins", "math", "cutlayer", "")
+        return not (name and ours) or _names_a_draw(name)
+    return False
+
+
+def _names_a_draw(name: str) -> bool:
+    return any(word in name.lower() for word in _DRAWING) or (name.lower().endswith("_") and "norm" in name.lower())
 
 
 class _Code:
