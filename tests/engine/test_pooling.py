@@ -71,7 +71,7 @@ def operations(layer: nn.Module, x: Tensor) -> int:
         (
             nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.MaxPool2d(2, ceil_mode=True)),
             (3, 1, 9, 9),
-            2,
+            1,
         ),
         (nn.Sequential(nn.Conv2d(1, 4, 3), nn.MaxPool2d(2, stride=1), nn.MaxPool2d(3)), (3, 1, 9, 9), 0),
         (nn.Sequential(nn.Conv1d(1, 4, 3), nn.ReLU(), nn.MaxPool1d(2), nn.MaxPool1d(2, dilation=2)), (3, 1, 16), 1),

@@ -27,8 +27,8 @@ def pool_by_two(x: Tensor) -> Tensor:
 
 
 class PoolByTwo(torch.autograd.Function):
-    """The larger of two neighbours in a row and, in a picture, then of two in a column. Of equal ones the first gets the
-    gradient: that is the first in reading order, as in the library.
+    """The larger of two neighbours in a row and, in a picture, then of two in a column. Of equal ones the first gets
+    the gradient: that is the first in reading order, as in the library.
     """
 
     @staticmethod

@@ -227,9 +227,7 @@ _DRAWING = ("drop", "rand", "bernoulli", "normal_", "uniform", "multinomial", "e
 def _may_draw(part: nn.Module, node: fx.Node) -> bool:
     """Whether an operation may draw random numbers: one of torch's own whose name does not say so does not."""
     if node.op == "call_module":
-        layer = part.get_submodule(str(node.target))
-        kind, hooked = type(layer), bool(layer._forward_hooks or layer._forward_pre_hooks)
-        return hooked or not kind.__module__.startswith("torch.nn.modules.") or _names_a_draw(kind.__name__)
+        return any(map(_layer_may_draw, part.get_submodule(str(node.target)).modules()))
     if node.op == "call_method":
         return _names_a_draw(str(node.target))
     if node.op == "call_function":
@@ -237,6 +235,11 @@ def _may_draw(part: nn.Module, node: fx.Node) -> bool:
         ours = home.split(".")[0] in ("torch", "_operator", "operator", "builtins", "math", "cutlayer", "")
         return not (name and ours) or _names_a_draw(name)
     return False
+
+
+def _layer_may_draw(layer: nn.Module) -> bool:
+    kind, hooked = type(layer), bool(layer._forward_hooks or layer._forward_pre_hooks)
+    return hooked or not kind.__module__.startswith("torch.nn.modules.") or _names_a_draw(kind.__name__)
 
 
 def _names_a_draw(name: str) -> bool:
