@@ -294,12 +294,12 @@ def prepare(
     model: Model | None = None,
     data: Data | None = None,
     *,
-    alone: bool = False,
+    alone: int | None = None,
     loss: Loss | None = None,
     metrics: Mapping[str, Any] | None = None,
     ways: Ways | None = None,
 ) -> Prepared:
-    """Build all but the cohort; `alone`: the data are one client's own, all of them. Raises UsageError as `assemble`
+    """Build all but the cohort; `alone`: the data are this client's own, all of them. Raises UsageError as `assemble`
     does.
     """
     algorithm: Algorithm = config.thing("algorithm", config.algorithm)
@@ -326,8 +326,9 @@ def prepare(
     if task.targets == "class" and given.dim() > 1:
         source = as_indices(source, given.shape[1])
     task = _objective(config, task.fitted(source.train.y, source.classes), loss, metrics)
-    parts = [np.arange(len(source.train))] * config.clients if alone else _partition(config, source, task)
-    parts, own_tests, held_out = own_rows(config, source, parts)
+    everything = [np.arange(len(source.train))] * config.clients
+    parts = _partition(config, source, task) if alone is None else everything
+    parts, own_tests, held_out = own_rows(config, source, parts, alone)
     owners = [np.concatenate(parts)] if algorithm.traits.central else parts
     few = source.train[first]
     check_output(given, few, task, source.class_names)
@@ -486,7 +487,9 @@ def _refuse_dealing(config: RunConfig, data: Data, source: Source) -> None:
 
 
 def own_source(config: RunConfig, path: str) -> Source:
-    """A client's own data, read as the configuration says, all of them to train on. Raises DataError, ConfigError."""
+    """A client's own data, read as the configuration says, all of them to train on; test rows that they bring are kept
+    where the client is tested on rows of its own. Raises DataError, ConfigError.
+    """
     task: Task = config.thing("task", config.task)
     return load_whole(
         path,
@@ -495,6 +498,7 @@ def own_source(config: RunConfig, path: str) -> Source:
         targets=task.targets,
         ignored=task.ignored,
         seed=config.seed,
+        with_test=config.evaluate_on != "global",
         **_where_read(config),
         **reading_options(config),
     )

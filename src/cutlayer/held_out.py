@@ -15,7 +15,6 @@ from cutlayer.data import Source
 from cutlayer.data.samples import Samples
 from cutlayer.errors import DataError
 from cutlayer.options import RunConfig
-from cutlayer.verbs import AVERAGE, HAND_OVER
 
 _FREE, _FREE_FLOPS = 500_000, 20e9  # rows of all evaluations together, and their FLOPs, that are never too many
 _SHARE = 0.2  # of training that evaluation may take, unasked
@@ -26,15 +25,21 @@ _POINTS = 4  # evaluations before the last one that are worth more than more mod
 
 
 def own_rows(
-    config: RunConfig, source: Source, parts: list[np.ndarray]
+    config: RunConfig, source: Source, parts: list[np.ndarray], alone: int | None = None
 ) -> tuple[list[np.ndarray], Mapping[int, Samples], str]:
     """(the rows that each client trains on, each client's own test rows, what was done, in a line). Where the data say
     whose the test rows are, and a client is an owner, they are the owner's; else a share of the client's own rows.
+    `alone`: the data are those of this client, all of them, and so are the test rows that they bring.
 
     Raises DataError for a client with too few rows.
     """
     if config.evaluate_on == "global":
         return parts, {}, ""
+    if alone is not None:
+        if len(source.test):
+            return parts, {alone: source.test}, ""
+        rows, held = _held_out(config, source, alone, parts[alone], "add rows to its data, at least two in all")
+        return [rows] * len(parts), {alone: held}, ""
     column, tested = source.client_column, source.test_clients
     if config.partition == "column" and column is not None and tested is not None:
         owners = np.unique(column.cpu().numpy())
@@ -46,20 +51,30 @@ def own_rows(
                 "no client has test rows of its own: choose evaluate_on = global, or hold out more (test = 0.2)"
             )
         return parts, own, f"Each client's model is tested on its owner's test rows{without} (evaluate_on)"
-    left, own, share = [], {}, config.own_test
+    left, own = [], {}
     for k, rows in enumerate(parts):
-        count = max(1, round(share * len(rows)))
-        if len(rows) <= count:
-            raise DataError(
-                f"client {k} has {len(rows)} rows, too few to hold out {share:g} of them for its own test: use fewer "
-                "clients, or evaluate_on = global"
-            )
-        drawn = seeds.generator(config.seed, "own test rows", k).permutation(len(rows))
-        at = np.sort(drawn[:count])
-        own[k] = source.train.share(torch.from_numpy(rows[at]).to(source.train.y.device))
-        left.append(np.delete(rows, at))
+        kept, own[k] = _held_out(config, source, k, rows, "use fewer clients")
+        left.append(kept)
     total = sum(map(len, own.values()))
-    return left, own, f"Held out {share:.0%} of each client's rows for its own test, {total:,} in all (own_test)"
+    done = f"Held out {config.own_test:.0%} of each client's rows for its own test, {total:,} in all (own_test)"
+    return left, own, done
+
+
+def _held_out(
+    config: RunConfig, source: Source, client: int, rows: np.ndarray, remedy: str
+) -> tuple[np.ndarray, Samples]:
+    """The client's `rows` in two: those that it trains on, and its own test. Raises DataError."""
+    share = config.own_test
+    count = max(1, round(share * len(rows)))
+    if len(rows) <= count:
+        raise DataError(
+            f"client {client} has {len(rows)} rows, too few to hold out {share:g} of them for its own test: {remedy}, "
+            "or evaluate_on = global"
+        )
+    drawn = seeds.generator(config.seed, "own test rows", client).permutation(len(rows))
+    at = np.sort(drawn[:count])
+    held = source.train.share(torch.from_numpy(rows[at]).to(source.train.y.device))
+    return np.delete(rows, at), held
 
 
 class Pace(NamedTuple):
@@ -91,7 +106,7 @@ def paced(
     if config.eval_every is not None or config.evaluate_on == "own":
         return Pace(every, clients, clients)
     held_out = len(source.validation) + len(source.test)
-    one_model = bool({AVERAGE, HAND_OVER} & algorithm.traits.needs) or algorithm.traits.central or len(sizes) == 1
+    one_model = algorithm.traits.models_cross or algorithm.traits.central or len(sizes) == 1
     judged = 1 if one_model and config.judge != "ensemble" else min(clients or len(sizes), len(sizes))
     allowed = _SHARE * _TRAINING * trained_rows(config, algorithm, sizes, rounds)
     wanted = math.ceil(rounds / every) * judged * held_out

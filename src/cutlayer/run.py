@@ -23,7 +23,7 @@ from cutlayer.build import Data, Model, Training, assemble, by_name
 from cutlayer.costs.measured import Meter
 from cutlayer.data.own import own_code
 from cutlayer.engine.ways import Ways
-from cutlayer.errors import ConfigError, CutlayerWarning, NonFiniteError, RunFolderError, UsageError
+from cutlayer.errors import ConfigError, CutlayerWarning, NonFiniteError, RunFolderError, TrainingError, UsageError
 from cutlayer.features import KeptFeatures
 from cutlayer.files import replace_file
 from cutlayer.folder import (
@@ -47,7 +47,7 @@ from cutlayer.folder import (
 from cutlayer.keywords import RunKeywords
 from cutlayer.options import RunConfig, by_reference, from_anywhere, normalised, overlaid
 from cutlayer.schedules import Schedule, WarmedUp
-from cutlayer.scoring import fairness, judged
+from cutlayer.scoring import fairness, judged, reported
 from cutlayer.server import Server
 from cutlayer.tasks.own_loss import Loss
 from cutlayer.trained import Predictions, TrainedModel, Whose, find_trained
@@ -403,12 +403,16 @@ class Run:
         started = time.perf_counter()
         held_out = t.source.validation
         validation = t.clients.evaluate(held_out, t.server.predict, whose) if len(held_out) else None
-        own = self._on_own_rows(whose) if t.own_tests else None
+        own = self._on_own_rows(whose)
         everyones = (
             None if self.config.evaluate_on == "own" else t.clients.evaluate(t.source.test, t.server.predict, whose)
         )
         test = everyones or own
-        assert test is not None, "there are rows to be tested on"
+        if test is None:
+            raise TrainingError(
+                "evaluate_on = 'own' finds no rows to judge by: none of the clients with test rows of their own is "
+                "connected; resume when they are, or begin a run with evaluate_on = both"
+            )
         scores = self._scores(done, validation, test, own)
         best = self._is_best(scores)
         self.evaluations.append(scores)
@@ -462,8 +466,10 @@ class Run:
         trained = self.trained(best=best)
         return trained.predict(x, client, model=self._model, device=self.config.device)
 
-    def _on_own_rows(self, whose: list[int] | None) -> Evaluation:
-        """Every judged client's model on the rows that are its own; a client without some is left out."""
+    def _on_own_rows(self, whose: list[int] | None) -> Evaluation | None:
+        """Every judged client's model on the rows that are its own; a client without some, or one that is gone, is left
+        out. None if all are.
+        """
         t, everyone = self.training, sorted(self.training.own_tests)
         whose = whose or judged(len(t.clients.samples), t.eval_clients, self.config.seed)
         if t.algorithm.traits.central or t.clients.holder is not None:
@@ -476,11 +482,16 @@ class Run:
             each = t.clients.evaluate(t.own_tests[k], t.server.predict, asked).scores
             if each:
                 found[k] = next(iter(each.values()))
+        if not found:
+            return None
+        # A client that judges its own rows reports no matrices: those of the others are left out, too.
+        common = set.intersection(*(set(scores) for scores in found.values()))
+        found = {k: {name: value for name, value in scores.items() if name in common} for k, scores in found.items()}
         return Evaluation(found, sum(len(t.own_tests[k]) for k in found))
 
     def _line(self, scores: Scores, where: str, found: Evaluation) -> dict[str, Any]:
         """One evaluation of every client, for the file: without matrices."""
-        each = {k: {m: v for m, v in own.items() if not _matrix(v)} for k, own in found.scores.items()}
+        each = {k: reported(own) for k, own in found.scores.items()}
         return {"round": scores.round, "step": scores.step, "on": where, "clients": each}
 
     def _scores(self, done: int, validation: Evaluation | None, test: Evaluation, own: Evaluation | None) -> Scores:
@@ -720,10 +731,6 @@ def fingerprint(training: Training) -> dict[str, str]:
     digest = hashlib.sha256(repr((data, train.y.tolist())).encode()).hexdigest()
     found = {"model": repr(shapes), "data set": digest, "engine": training.engine}
     return found if train.in_memory else {**found, "data_in_memory": "never"}
-
-
-def _matrix(value: Any) -> bool:
-    return isinstance(value, tuple) and any(isinstance(row, tuple) for row in value)
 
 
 def _means(found: Evaluation) -> dict[str, Any]:

@@ -156,6 +156,15 @@ def evaluate_together(
     return tally.scores()
 
 
+def reported(scores: Mapping[str, Value]) -> dict[str, Value]:
+    """Scores as they are kept of each client: without matrices."""
+    return {name: value for name, value in scores.items() if not _matrix(value)}
+
+
+def _matrix(value: Value) -> bool:
+    return isinstance(value, tuple) and any(isinstance(row, tuple) for row in value)
+
+
 def judged(clients: int, count: int | None, seed: int) -> list[int]:
     """The clients whose models are evaluated: `count` of them, drawn once, or all (None)."""
     if count is None or count >= clients:

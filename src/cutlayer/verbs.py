@@ -82,6 +82,11 @@ class Traits:
         return AVERAGE in self.needs
 
     @property
+    def models_cross(self) -> bool:
+        """Client models leave their clients, who have equal ones after that: they are averaged, or one travels."""
+        return self.averages or self.takes_turns
+
+    @property
     def server_sees_one_client(self) -> bool:
         """A forward pass of the server has the rows of a single client."""
         return bool(self.needs & {STEP_EACH, STEP_COPIES, HAND_OVER})

@@ -405,7 +405,10 @@ def test_every_request_is_served_or_refused() -> None:
         worker.handle(Frame(m.Evaluate(1, "tail", 1), memoryview(b"")))
     with pytest.raises(WireError, match="which this client's configuration does not want"):
         worker.handle(Frame(m.TakeServer(1, 1), memoryview(b"")))
-    assert requests == {type(r) for r in always} | {type(r) for r, _ in REQUESTS} | {m.Evaluate, m.TakeServer}
+    own = [m.OwnForward(1, 4, 0), m.OwnFinish(1, 4, 0), m.GiveScores(1)]
+    assert all("of which this client has held out none" in complaint(worker, request) for request in own)
+    others = {m.Evaluate, m.TakeServer} | {type(r) for r in own}
+    assert requests == {type(r) for r in always} | {type(r) for r, _ in REQUESTS} | others
     with pytest.raises(WireError, match="Bye is not a request that a client answers"):
         worker.handle(Frame(m.Bye("the end"), memoryview(b"")))
 

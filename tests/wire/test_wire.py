@@ -407,7 +407,7 @@ TERMS = m.Terms(
     step=m.StepTerms(batch=4, options={"alpha": "1.0"}),
 )
 TO_SERVER = [
-    m.Hello("ada", TERMS, 100, 100, 3, "secret"),
+    m.Hello("ada", TERMS, 100, 100, 3, "secret", tests=9, metrics=["loss", "accuracy"]),
     m.SmashedUp(1, 4),
     m.TailUp(1, 4, math.inf, 4),
     m.Settled(1),
@@ -415,6 +415,7 @@ TO_SERVER = [
     m.ModelUp(1),
     m.OptimizerUp(1),
     m.EvaluationRows(1, 9),
+    m.ScoresUp(1, 9, {"loss": 0.5, "recall": [0.25, None], "auroc": None}),
     m.Saved(1, "prepare"),
     m.Failed(1, "NonFiniteError", "the loss is NaN"),
 ]
@@ -434,6 +435,9 @@ TO_CLIENT = [
     m.GiveOptimizer(1),
     m.TakeOptimizer(1),
     m.Evaluate(1, "whole", 9),
+    m.OwnForward(1, 9, 0),
+    m.OwnFinish(1, 9, 0),
+    m.GiveScores(1),
     m.Save(1, "commit"),
     m.Bye("done"),
 ]
@@ -482,6 +486,10 @@ def test_the_token_is_not_shown() -> None:
         m.Saved(1, "perhaps"),  # type: ignore[arg-type]
         m.BeginRound(0, 1, math.nan, 1),
         m.Fitted(1, [(0.5, 4, 4)] * ((1 << 16) + 1)),
+        m.ScoresUp(1, 1, {"recall": [0.5] * ((1 << 16) + 1)}),
+        m.ScoresUp(1, 1, {str(i): 0.5 for i in range(257)}),
+        m.ScoresUp(1, 1, {"confusion": [[1.0]]}),  # type: ignore[list-item]
+        m.Hello("ada", TERMS, 1, 1, metrics=["loss"] * 257),
         m.Welcome(0, 1, 0, TERMS, {str(i): i for i in range(257)}),
         m.Welcome(0, 1, 0, TERMS, {"a": [[1]]}),  # type: ignore[dict-item]
     ],
@@ -499,7 +507,7 @@ def test_an_error_of_any_length_can_be_told() -> None:
 
 def test_other_protocols_and_other_programs() -> None:
     data = pack(m.ModelUp(1))
-    with pytest.raises(WireError, match="protocol 1, this side speaks 4"):
+    with pytest.raises(WireError, match="protocol 1, this side speaks 5"):
         unpack(b"CUT1" + data[4:], "to server")
     with pytest.raises(WireError, match="another program"):
         unpack(b"HTTP/1.1 400 Bad Request" * 4, "to server")
@@ -523,7 +531,7 @@ def changed(**fields: Any) -> m.Terms:
 @pytest.mark.parametrize(
     ("field", "value", "reason", "says"),
     [
-        ("protocol", 1, "protocol", "the protocol is 1 for the client and 4 for the server: install"),
+        ("protocol", 1, "protocol", "the protocol is 1 for the client and 5 for the server: install"),
         ("run", "mnist", "run", "the run is mnist for the client and digits for"),
         ("algorithm", "psl", "algorithm", "the algorithm is psl for the client and sglr for the server"),
         ("part", "0" * 64, "model", "fingerprint of the client's model is 0000"),
@@ -725,6 +733,8 @@ def test_refused_and_failed_end_it() -> None:
         (m.Forward(3), m.SmashedUp(3, 0), "Smashed of 0 rows"),
         (m.Forward(3), m.SmashedUp(3, 101), "Smashed of 101 rows"),
         (m.Evaluate(3, "lower", 5), m.EvaluationRows(3, 4), "has 4 rows, Evaluate had 5"),
+        (m.OwnForward(3, 5, 0), m.EvaluationRows(3, 4), "has 4 rows, OwnForward had 5"),
+        (m.GiveScores(3), m.EvaluationRows(3, 4), "EvaluationRows of step 3 came in answer to GiveScores"),
         (m.Save(3, "prepare"), m.Saved(3, "commit"), "commit came in answer to Save of phase prepare"),
         (m.TakeModel(3), m.ModelUp(3), "was not asked for"),
     ],

@@ -145,7 +145,8 @@ def join(
     insecure
         No encryption: on this machine only.
     own_data
-        The path of this client's own data, all of which it trains on. Default: its share of the configuration's data.
+        The path of this client's own data, all of which it trains on, but for test rows of its own (evaluate_on).
+        Default: its share of the configuration's data.
     give_up_after
         Seconds without a connection after which to give up. Default: never.
     keepalive

@@ -22,7 +22,7 @@ import numpy as np
 from torch import Tensor
 
 from cutlayer.cohort import Cohort, CohortAround, Crossed, Direction, Predict
-from cutlayer.data.samples import Samples
+from cutlayer.data.samples import AtClient, Samples
 from cutlayer.types import CutGradients, Evaluation, Round, Rows, Smashed, TailGradients
 
 Kind = Literal[
@@ -173,16 +173,34 @@ class MeteredCohort(CohortAround):
             self.ledger.add("down", "models", client, count)
 
     def evaluate(self, samples: Samples, predict: Predict, clients: Sequence[int] | None = None) -> Evaluation:
-        """Up: smashed data of the held-out samples and their labels; U-shaped: no labels, but features down."""
+        """Up: smashed data of the held-out samples and their labels; U-shaped: no labels, but features down. Samples
+        that stay with their client keep their labels there: outputs go down in their place.
+        """
+        stay = isinstance(samples, AtClient)
 
         def metered(clients: Sequence[int], rows: Rows) -> Rows:
-            if self.shape != "u-shaped":
+            if self.shape == "u-shaped":
+                return predict(clients, rows)
+            if not stay:
                 labels = len(rows[0]) // len(clients) * samples.y[:1].nbytes
                 self.ledger.add("up", "evaluation", clients, labels)
-            return predict(clients, rows)
+            outputs = predict(clients, rows)
+            if stay:
+                self.ledger.add("down", "evaluation", clients, outputs[0].nbytes)
+            return outputs
 
         with self._counted("evaluation"):
-            return self.inner.evaluate(samples, metered, clients)
+            found = self.inner.evaluate(samples, metered, clients)
+        if isinstance(samples, AtClient) and found.scores and self.holder not in (None, samples.client):
+            self._lent(self.holder, samples.client)
+        return found
+
+    def _lent(self, holder: int | None, client: int) -> None:
+        """The travelling model goes to a client to be tested there."""
+        assert holder is not None, "somebody holds it"
+        size = self.footprint(holder).model
+        self.ledger.add("up", "evaluation", holder, size)
+        self.ledger.add("down", "evaluation", client, size)
 
     def _fetch(self, clients: Sequence[int]) -> None:
         """Down: the averaged model, to those of `clients` that have missed it."""

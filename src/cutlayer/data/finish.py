@@ -77,7 +77,9 @@ def finished(
 
 
 def finished_whole(raw: Raw, targets: Targets = "class", ignored: int | None = None) -> Source:
-    """Check and convert what a reader found, with nothing held out. Data of one class need class names."""
+    """Check and convert what a reader found, with nothing held out but the test part that it may have. Data of one
+    class need class names.
+    """
     _check(raw)
     raw = counting(raw, ignored) if targets == "class" else raw
     y, class_names = encoded(raw, targets)
@@ -87,8 +89,9 @@ def finished_whole(raw: Raw, targets: Targets = "class", ignored: int | None = N
         )
     convert = Conversion.of(raw, np.arange(len(y["train"])))
     whole = _samples(raw, "train", convert, raw.train.x, y["train"])
+    test = _samples(raw, "test", convert, raw.test.x, y["test"]) if raw.test is not None else whole[:0]
     preprocessing = _preprocessing(raw, convert, class_names)
-    source = Source(raw.name, whole, whole[:0], whole[:0], class_names, preprocessing=preprocessing)
+    source = Source(raw.name, whole, whole[:0], test, class_names, preprocessing=preprocessing)
     return dataclasses.replace(source, account=account(raw, source))
 
 

@@ -82,6 +82,25 @@ class Samples:
         return replace(self, inputs=each(self.inputs, typed), y=typed(self.y))
 
 
+@dataclass(frozen=True)
+class AtClient(Samples):
+    """Test rows that stay on the machine of their `client`: their number, `count`, is all that is known here. `inputs`
+    and `y` tell shapes and types, and have no rows.
+    """
+
+    client: int
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, rows: Tensor | slice) -> Samples:
+        """Raises DataError: the rows are not here."""
+        raise DataError(
+            f"the {self.count} own test rows of client {self.client} are on its machine: only their scores can be asked"
+        )
+
+
 def each(x: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
     """Inputs of the same form, each tensor changed."""
     if isinstance(x, Tensor):

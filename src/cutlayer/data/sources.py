@@ -103,18 +103,24 @@ def load_whole(
     data_in_memory: InMemory = "always",
     data_workers: int = 0,
     seed: int = 0,
+    with_test: bool = False,
     **options: Any,
 ) -> Source:
-    """The same with nothing held out, and without what the data bring to test with: what a client trains on, alone.
+    """The same with nothing held out: what a client trains on, alone. What the data bring to test with is left out,
+    unless it is wanted (`with_test`).
 
     Data of one class need `class_names`. Raises DataError and ConfigError as `load` does.
     """
     found = _read(data, data_format, options, ItemReading(data_in_memory, data_workers, seed), alone=True)
     if isinstance(found, Source):
         whole = _of_classes(found, class_names)
-        return dataclasses.replace(whole, validation=whole.train[:0], test=whole.train[:0], client_column=None)
+        test = whole.test if with_test else whole.train[:0]
+        return dataclasses.replace(
+            whole, validation=whole.train[:0], test=test, client_column=None, validation_clients=None, test_clients=None
+        )
     raw = _named(found, class_names, targets, ignored)
-    return finished_whole(dataclasses.replace(raw, validation=None, test=None), targets, ignored)
+    raw = dataclasses.replace(raw, validation=None, validation_client=None, test_client=None)
+    return finished_whole(raw if with_test else dataclasses.replace(raw, test=None), targets, ignored)
 
 
 def _named(raw: Raw, class_names: Sequence[str], targets: Targets, ignored: int | None) -> Raw:

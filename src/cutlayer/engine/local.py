@@ -136,6 +136,15 @@ def _named(lower: nn.Module, tail: nn.Module | None) -> list[tuple[str, Tensor]]
     return [(name, p) for name, p in named if first[id(p)] == name]
 
 
+def outputs_with(client: Client, shape: Shape, x: Rows, predict: Predict) -> Tensor:
+    """One client's model with the server's, in eval mode: [n, ...]."""
+    client.module.eval()
+    rows: Rows = client.lower(x)
+    if shape != "whole":
+        rows = predict([client.name], rows)
+    return as_tuple(client.tail(rows))[0] if shape == "u-shaped" and client.tail is not None else rows[0]
+
+
 def named_as_whole(state: Mapping[str, Tensor], shape: Shape) -> dict[str, Tensor]:
     """A client's `module.state_dict()` under the names of the whole model; an auxiliary head's are auxiliary.NAME."""
     prefixes = {"lower": "", "tail": "" if shape == "u-shaped" else "auxiliary."}
@@ -263,7 +272,7 @@ class LocalCohort(SimulatedCohort):
 
         def outputs_of(asked: Sequence[int], part: Samples, start: int) -> Outputs:
             (k,) = asked
-            return asked, self._outputs(averaged or self._clients[k], part.rows, predict)
+            return asked, outputs_with(averaged or self._clients[k], self.shape, part.rows, predict)
 
         found = self.setup.judge(samples, models[:1] if averaged else models, outputs_of, at_once=1)
         return evaluation(found, everyone, len(samples))
@@ -278,14 +287,6 @@ class LocalCohort(SimulatedCohort):
         made = Client(0, *self.setup.models[0], self.setup.make_optimizer, self.setup.task)
         average_into(made.module, [client.module for client in self._clients], list(self.masses))
         return made
-
-    def _outputs(self, client: Client, x: Rows, predict: Predict) -> Tensor:
-        """One client's model with the server's, in eval mode: [n, ...]."""
-        client.module.eval()
-        rows: Rows = client.lower(x)
-        if self.shape != "whole":
-            rows = predict([client.name], rows)
-        return as_tuple(client.tail(rows))[0] if self.shape == "u-shaped" and client.tail is not None else rows[0]
 
     def model_state(self, client: int) -> dict[str, Tensor]:
         """One client's parameters and buffers, under the names of the whole model."""

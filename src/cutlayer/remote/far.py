@@ -19,15 +19,16 @@ from torch import Tensor
 
 from cutlayer.averaging import average
 from cutlayer.cohort import Footprint, Held, Predict
-from cutlayer.data.samples import Samples
-from cutlayer.engine.local import Client, named_as_whole
+from cutlayer.data.samples import AtClient, Samples
+from cutlayer.engine.local import Client, named_as_whole, outputs_with
 from cutlayer.engine.simulated import Local, Routine, Shape, together
 from cutlayer.errors import NonFiniteError, TrainingError, WireError
-from cutlayer.frozen import resting, trains
+from cutlayer.frozen import load_moving, resting, trains
 from cutlayer.models.parts import Crossing
 from cutlayer.remote.carrier import Carrier, Lost, Request
 from cutlayer.remote.worker import expected_state, state_of
-from cutlayer.scoring import Outputs, evaluation, judged
+from cutlayer.scoring import ROWS_PER_PASS, Outputs, evaluation, judged
+from cutlayer.tasks import Value
 from cutlayer.types import CutGradients, Evaluation, Round, Rows, Smashed, Step, TailGradients, aligned
 from cutlayer.verbs import CLIENT_VERBS
 from cutlayer.wire import RAW, Codec, Frame, decode, decode_named, described, encode, encode_named, payload_sizes
@@ -46,7 +47,8 @@ class Remote(Routine):
     """How a group of clients is set up, as the server sees it. `samples` are n_k; `twin` is a client like theirs, of
     which the server knows shapes and names alone; `crossing` and `returning` go up and down at the cuts; `targets` and
     `outputs` are a row's target and what the model gives for it; `masses` what each client's samples count together;
-    `wanting` are the clients that want the server's part at the end.
+    `wanting` are the clients that want the server's part at the end. `tests`: how many test rows of its own each client
+    has held out; `scores` are of the kind that it reports of them.
 
     `deadline` seconds are given for every exchange (None: as long as it takes), unless fewer than `quorum` (a fraction)
     have answered by then. A client that sends what is no number, of a wrong shape or no message at all is excluded from
@@ -66,6 +68,8 @@ class Remote(Routine):
     faulty: Literal["exclude", "readmit", "stop"] = "exclude"
     returning: Sequence[Crossing] = field(default=())
     wanting: set[int] = field(default_factory=set)
+    tests: MutableSequence[int] = field(default_factory=list)
+    scores: Mapping[str, Value] = field(default_factory=dict)
 
 
 class RemoteCohort:
@@ -341,6 +345,8 @@ class RemoteCohort:
         """Every connected client's model with the server: the held-out inputs go to the client, what it gives comes
         back.
         """
+        if isinstance(samples, AtClient):
+            return self._tested(samples, predict)
         if clients is not None and self._holder is None and not self._alike:
             clients = [k for k in clients if k in self.hub.connected]
             if not clients:
@@ -361,9 +367,96 @@ class RemoteCohort:
             given = self._outputs(models, part, start, predict)
             return list(given), torch.cat(list(given.values())) if given else torch.empty(0)
 
+        if self.setup.judge_by == "average" and not self._alike and self._holder is None:
+            if (one := self._averaged_twin()) is None:
+                return None
+            looked_at = looked_at[:1]
+
+            def outputs_of(models: Sequence[int], part: Samples, start: int) -> Outputs:
+                return list(models), outputs_with(one, self.shape, part.rows, predict)
+
         found = self.setup.judge(samples, looked_at, outputs_of)
         shared = self._alike or self.setup.judge_by == "ensemble" or (clients is not None and self._holder is not None)
         return evaluation(found, everyone if shared else list(found), len(samples)) if found else None
+
+    def _averaged_twin(self) -> Client | None:
+        """A client with the weighted mean of the models of the connected clients, which they give because the algorithm
+        averages them anyway. None if none answered.
+        """
+        models = self._models(sorted(self.hub.connected))
+        if not models:
+            return None
+        twin = self.setup.twin
+        load_moving(twin.module, average(list(models.values()), [self.masses[k] for k in models]))
+        return twin
+
+    def _tested(self, samples: AtClient, predict: Predict) -> Evaluation:
+        """The scores of the client whose test rows these are, who judges the outputs by itself; none if it is gone."""
+        k, s = samples.client, self.setup
+        if not self.hub.connected:
+            self._come_back(range(len(self.samples)))
+        if s.judge_by != "mean" and not self._alike and self._holder is None and len(self.samples) > 1:
+            raise TrainingError(
+                f"judge = {s.judge_by!r} asks what all clients' models say of the test rows of client {k}, which stay "
+                "with it: choose judge = mean, or evaluate_on = global"
+            )
+        self._lend(k)
+        self._catch_up([k])
+        finish = self._smashed_tests(k, len(samples), predict) if self.shape != "whole" else []
+        if finish is None:
+            return Evaluation({}, 0)
+        asked: list[Request] = [*finish, (m.GiveScores(self._step), ())]
+        scores = self._exchange([k], lambda _: asked, self._scores, quorum=True)
+        return Evaluation(scores, len(samples) if scores else 0)
+
+    def _lend(self, client: int) -> None:
+        """Where one model travels, `client` gets it as it is now, to be tested with: its own is replaced when the model
+        comes to it in any case.
+        """
+        if self._holder is None or self._holder == client or client not in self.hub.connected:
+            return
+        holder = self._holder
+        models = self._patiently([holder], lambda: self._models([holder]))
+        self._post(client, m.TakeModel(self._step), encode_named(models[holder]))
+
+    def _smashed_tests(self, client: int, count: int, predict: Predict) -> list[Request] | None:
+        """Have a client send the smashed data of its own `count` test rows, and send the outputs back: what is still to
+        be sent. None if it is gone.
+        """
+        finish: list[Request] = []
+        for start in range(0, count, ROWS_PER_PASS):
+            rows = min(ROWS_PER_PASS, count - start)
+            smashed = self._smashed_test(client, finish, m.OwnForward(self._step, rows, start))
+            if smashed is None:
+                return None
+            with torch.no_grad():
+                given = predict([client], smashed)
+            body = encode(given, self.setup.down.plain) if self.shape == "u-shaped" else encode(given[:1])
+            finish = [(m.OwnFinish(self._step, rows, start), body)]
+        return finish
+
+    def _smashed_test(self, client: int, before: list[Request], request: m.OwnForward) -> Rows | None:
+        """The smashed data of some of a client's own test rows; `before` is sent first. None if it is gone."""
+
+        def read(k: int, answer: Frame) -> Rows:
+            return _finite(aligned(decode(answer.body, self.setup.crossing, request.rows, self.setup.up.plain)), k)
+
+        return self._exchange([client], lambda k: [*before, (request, ())], read, quorum=True).get(client)
+
+    def _scores(self, client: int, frame: Frame) -> dict[str, Value]:
+        """What a client says of its model on its own test rows. Raises WireError where that is not what was agreed."""
+        found, like = frame.message.scores, self.setup.scores
+        if frame.message.rows != self.setup.tests[client] or found.keys() != like.keys():
+            raise WireError(
+                f"scores {', '.join(found)} of {frame.message.rows} own test rows came, {', '.join(like)} of "
+                f"{self.setup.tests[client]} were agreed"
+            )
+        scores = {name: tuple(v) if isinstance(v, list) else v for name, v in found.items()}
+        for name, value in scores.items():
+            each = [x for x in (value if isinstance(value, tuple) else [value]) if x is not None]
+            if not all(map(math.isfinite, each)) or not _alike(value, like[name]) or (name == "loss" and not each):
+                raise WireError(f"the score {name!r} of client {client} is {value!r}: look at its data and its rate")
+        return {name: scores[name] for name in like}
 
     def model_state(self, client: int) -> Mapping[str, Tensor]:
         """One client's parameters and buffers, under the names of the whole model."""
@@ -393,6 +486,7 @@ class RemoteCohort:
             "step": self._step,
             "samples": list(self.samples),
             "masses": list(self.masses),
+            "tests": list(self.setup.tests),
             "holder": self._holder,
             "alike": self._alike,
             "average": self._average or {},
@@ -404,6 +498,7 @@ class RemoteCohort:
         """Take a state that `state()` returned: before clients join, who then go back to the same step."""
         self._step, self._holder, self._alike = state["step"], state["holder"], state["alike"]
         self.setup.samples[:], self.setup.masses[:] = state["samples"], state["masses"]
+        self.setup.tests[:] = state["tests"]
         self._average, self._stale = dict(state["average"]) or None, set(state["stale"])
         self.excluded = {int(k): why for k, why in state["excluded"].items()}
 
@@ -604,6 +699,13 @@ class _Came:
     written: int = 0
     loss: float = 0.0
     mass: float = 0.0
+
+
+def _alike(value: Value, like: Value) -> bool:
+    """Whether a score is of the kind of another: one number, or as many."""
+    if value is None or not isinstance(like, tuple):
+        return not isinstance(value, tuple)
+    return isinstance(value, tuple) and len(value) == len(like)
 
 
 def _joined(rows: Sequence[Rows]) -> Rows:

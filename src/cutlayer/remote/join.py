@@ -93,6 +93,8 @@ def _work(config: RunConfig, joining: Sequence[Joining], stop: threading.Event) 
     finally:
         for worker in workers:
             worker.duty.samples.close()
+            if worker.duty.own_test is not None:
+                worker.duty.own_test.samples.close()
         for lock in locks:
             lock.close()
 

@@ -7,7 +7,7 @@ its share of the data, or data of its own, and its part of the model; the rest i
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, MutableSequence, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,7 @@ import torch
 
 from cutlayer import defences, plugins
 from cutlayer.build import Data, Model, Prepared, Training, prepare
-from cutlayer.data.samples import Source
+from cutlayer.data.samples import AtClient, Samples, Source
 from cutlayer.engine.local import Client
 from cutlayer.errors import ConfigError
 from cutlayer.frozen import digest
@@ -25,10 +25,11 @@ from cutlayer.models.weights import digest_of
 from cutlayer.options import RunConfig, about
 from cutlayer.remote.carrier import Carrier
 from cutlayer.remote.far import Remote, RemoteCohort, Tell
-from cutlayer.remote.worker import Duty, Keeping, Watching, Worker
+from cutlayer.remote.worker import Duty, Keeping, OwnTest, Watching, Worker
 from cutlayer.run import Run
+from cutlayer.scoring import Tally, reported
 from cutlayer.server import Server
-from cutlayer.tasks import Task
+from cutlayer.tasks import Task, Value
 from cutlayer.trained import describe
 from cutlayer.types import as_tuple
 from cutlayer.wire import agree, described, fingerprint, specs
@@ -36,6 +37,7 @@ from cutlayer.wire import messages as m
 
 Greet = Callable[[m.Hello, int], m.Welcome | m.Refused]
 _NAME = "client-"
+_TESTED = "Each client's model is tested on its own rows; a client with data of its own holds them out (evaluate_on)"
 
 
 def client_name(client: int) -> str:
@@ -68,12 +70,13 @@ def remote_training(
     """The server's side: a training, its cohort at the other end of `hub`, and what greets client k with a Welcome or a
     Refused. `samples` are the clients' n_k; where one is 0, it is what the client says when it joins.
 
-    Raises UsageError as `assemble` does; ConfigError for centralised learning, which has no clients.
+    Raises UsageError as `assemble` does; ConfigError for centralised learning, which has no clients, and where client
+    models would have to leave their machines only to be judged.
     """
-    if config.judge == "average":
+    if config.judge == "average" and not (config.traits.models_cross or config.traits.central):
         raise ConfigError(
-            "judge = 'average' needs all client models on one machine, but these clients keep theirs: choose mean or "
-            "ensemble"
+            f"judge = 'average' needs all client models on one machine, but with {config.algorithm} they never leave "
+            "their clients' machines, and would have to: choose mean or ensemble"
         )
     p = prepare(_remotely(config), model, data)
     setup = Remote(
@@ -90,6 +93,8 @@ def remote_training(
         deadline=deadline,
         quorum=quorum,
         faulty=faulty,
+        tests=[0] * len(samples),
+        scores=_reported(p) if config.evaluate_on != "global" else {},
     )
     cohort = RemoteCohort(hub, setup, tell=tell, ready=ready)
     lr = config.server_lr or config.client_lr
@@ -102,6 +107,9 @@ def remote_training(
         if client in cohort.excluded:
             why = f"client {client} is excluded from the run: {cohort.excluded[client]}"
             return m.Refused("excluded", why)
+        if refused := _unfit_tests(config, setup, hello, fresh=cohort.fresh, client=client):
+            return refused
+        setup.tests[client] = hello.tests
         if not samples[client] or cohort.fresh:  # before anything is trained a client may come again with other data
             samples[client] = hello.samples
         setup.masses[client] = hello.mass
@@ -111,7 +119,67 @@ def remote_training(
             return m.Refused("client", sentence + ": give it the data of this run")
         return m.Welcome(client, len(samples), cohort.step, ours, shares_server=shares)
 
-    return p.training(cohort, server, "remote"), cohort, greet
+    training = p.training(cohort, server, "remote")
+    tests = OwnTests(p.own_tests, setup.tests, p.source.train.form)
+    held = _TESTED if config.evaluate_on != "global" else ""
+    remarks = tuple(filter(None, (held, p.pace.remark, p.chosen.remark)))
+    return replace(training, own_tests=tests, remarks=remarks), cohort, greet
+
+
+class OwnTests(Mapping[int, Samples]):
+    """Each client's own test rows: those that a client with data of its own has held out (`counts` says how many), or
+    those that the server has `dealt`. `like` is a sample of their kind.
+    """
+
+    def __init__(self, dealt: Mapping[int, Samples], counts: Sequence[int], like: Samples) -> None:
+        self._dealt, self._counts, self._like = dealt, counts, like
+
+    def __getitem__(self, client: int) -> Samples:
+        if not self._counts[client]:
+            return self._dealt[client]
+        none = self._like[:0]
+        return AtClient(none.inputs, none.y, client, self._counts[client])
+
+    def __iter__(self) -> Iterator[int]:
+        return (k for k, count in enumerate(self._counts) if count or k in self._dealt)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def _reported(p: Prepared) -> dict[str, Value]:
+    """The scores that clients report of their own test rows, with values of their kind: those of an arbitrary model."""
+    few = p.source.train[: len(p.example[0])]
+    outputs = _outputs(p)
+    tally = Tally(p.clients.task, [0], p.source.class_names)
+    with torch.no_grad():
+        tally.add([0], torch.zeros(len(few), *outputs.shape, dtype=outputs.dtype, device=few.y.device), few.y)
+    return reported(tally.scores()[0])
+
+
+def _unfit_tests(config: RunConfig, setup: Remote, hello: m.Hello, *, fresh: bool, client: int) -> m.Refused | None:
+    """Why a client cannot be tested on rows of its own as it says; None if it can."""
+    if not fresh and hello.tests != setup.tests[client]:
+        sentence = f"client {client} has {hello.tests} test rows of its own, {setup.tests[client]} were announced"
+        return m.Refused("client", sentence + ": give it the data of this run")
+    if not hello.tests:
+        return None
+    if sorted(hello.metrics) != sorted(setup.scores):
+        sentence = (
+            f"metrics are {', '.join(sorted(hello.metrics))} for the client and {', '.join(sorted(setup.scores))} for "
+            "the server: a client that is tested on data of its own reports them, so start both with the same metrics"
+        )
+        return m.Refused("step", sentence)
+    if config.judge != "mean" and not config.traits.models_cross:
+        return m.Refused("step", _others_models(config))
+    return None
+
+
+def _others_models(config: RunConfig) -> str:
+    return (
+        f"judge = {config.judge!r} asks what all clients' models say of each client's own test rows, but the rows of a "
+        "client with data of its own stay with it: choose judge = mean, or evaluate_on = global"
+    )
 
 
 def worker_of(
@@ -130,19 +198,18 @@ def worker_of(
 ) -> Worker:
     """A client's side: client number `client` of the configuration, with its share of the data, or with data of its
     `own`. What its defences draw is named by `noise_seed`: by default the configuration's seed, as in a simulation,
-    which the server knows, so that it could subtract the noise.
+    which the server knows, so that it could subtract the noise. If clients are tested on rows of their own, those of
+    `own` data are the test rows that the data bring, or a share that is held out of them.
 
     Raises UsageError as `assemble` does; ConfigError for a number that is not a client's, for a watch over targets that
     are not classes, and for a task that is to be fitted to training data which the server does not see.
     """
     if not 0 <= client < config.clients:
         raise ConfigError(f"client = {client} is none of the {config.clients} clients, 0 to {config.clients - 1}")
-    if own is not None and config.evaluate_on != "global":
-        raise ConfigError(
-            f"evaluate_on = {config.evaluate_on!r} needs test rows that the server holds, but this client has data of "
-            "its own: choose evaluate_on = global"
-        )
-    p = prepare(_remotely(config), model, data if own is None else own, alone=own is not None)
+    tested = own is not None and config.evaluate_on != "global"
+    if tested and config.judge != "mean" and not config.traits.models_cross:
+        raise ConfigError(_others_models(config))
+    p = prepare(_remotely(config), model, data if own is None else own, alone=None if own is None else client)
     _check_watch(p.clients.task, config.task, watch)
     if own is not None:
         _check_fitted(config, p.clients.task)
@@ -172,8 +239,14 @@ def worker_of(
             shares=p.algorithm.shares_gradients,
             needs=p.algorithm.traits.needs,
             whole=_keeping(p, own=model is not None) if config.share_server_model and folder is not None else None,
+            own_test=_own_test(p, client) if tested else None,
         )
     )
+
+
+def _own_test(p: Prepared, client: int) -> OwnTest:
+    """What a client with data of its own is tested on."""
+    return OwnTest(p.own_tests[client], list(_reported(p)), p.clients.shape, _outputs(p), p.source.class_names)
 
 
 def _keeping(p: Prepared, *, own: bool) -> Keeping:

@@ -32,7 +32,8 @@ from cutlayer.frozen import load_moving, moving
 from cutlayer.models.parts import Crossing
 from cutlayer.optim import MakeOptimizer, as_tensor, load_optimizer
 from cutlayer.remote.carrier import Answer
-from cutlayer.tasks import Task
+from cutlayer.scoring import ROWS_PER_PASS, Outputs, Tally, evaluate, reported
+from cutlayer.tasks import Task, Value
 from cutlayer.trained import TrainedModel
 from cutlayer.types import Rows, aligned, as_tuple, joined
 from cutlayer.verbs import AVERAGE, BACKWARD, CLIENT_VERBS, FIT, FORWARD, HAND_OVER, LEARN, TAIL, VERBS
@@ -58,12 +59,26 @@ class Keeping:
 
 
 @dataclass(frozen=True)
+class OwnTest:
+    """For a client with data of its own that is tested on some of them: the `samples` that it has held out, the
+    `metrics` that it reports of them, what clients hold, what the model gives for a row (`outputs`), the `names` of the
+    classes. The samples and their targets stay here.
+    """
+
+    samples: Samples
+    metrics: Sequence[str]
+    shape: Shape
+    outputs: Crossing
+    names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Duty:
     """What a client is set up with: its name and number, private data, its parts of the model, the terms that both
     sides agree on. `folder` keeps its state (None: nothing is kept). `watch`: what to do if the gradients do not look
     like the task's. `shares`: the algorithm may send a gradient that several clients share. `needs`: the verbs
     that the algorithm uses; requests that serve other verbs are refused. `whole`: the client wants the server's part at
-    the end, to keep the whole model in its folder.
+    the end, to keep the whole model in its folder. `own_test`: it is tested on rows of its own.
     """
 
     name: str
@@ -88,6 +103,7 @@ class Duty:
     shares: bool = False
     needs: frozenset[str] = VERBS
     whole: Keeping | None = None
+    own_test: OwnTest | None = None
 
 
 class Worker:
@@ -110,11 +126,13 @@ class Worker:
         self._warned = False
         self._passes = 0  # backward passes since the watch began
         self._gradients = [c for c in duty.crossing if c.differentiable]
+        self._tally: Tally | None = None  # of the own test rows that have been judged so far
+        self._tallied = 0  # how many these are
 
     def hello(self) -> m.Hello:
         """Who this is, and what it takes the run to be."""
         d = self.duty
-        mass = mass_of(d.task, d.samples.y)
+        mass, own = mass_of(d.task, d.samples.y), d.own_test
         return m.Hello(
             client=d.name,
             terms=d.terms,
@@ -123,6 +141,8 @@ class Worker:
             step=self.steps,
             token=d.token,
             wants_server=d.whole is not None,
+            tests=0 if own is None else len(own.samples),
+            metrics=[] if own is None else list(own.metrics),
         )
 
     def welcome(self, welcome: m.Welcome) -> m.Refused | None:
@@ -328,6 +348,76 @@ class Worker:
                     given = d.defences.evaluation(given, [d.index], message.start)
         return m.EvaluationRows(message.step, message.rows), encode(given, codec)
 
+    @property
+    def _own_test(self) -> OwnTest:
+        """Raises WireError for a client that is not tested on rows of its own."""
+        if self.duty.own_test is None:
+            raise WireError(
+                "the server asks about test rows of the client's own, of which this client has held out none "
+                "(evaluate_on)"
+            )
+        return self.duty.own_test
+
+    def _own_rows(self, message: m.OwnForward | m.OwnFinish) -> Samples:
+        """The own test rows that are asked about. They are asked about in fixed pieces, so that no row is sent with
+        other noise because of its neighbours. Raises WireError.
+        """
+        own, start = self._own_test, message.start
+        if own.shape == "whole":
+            raise WireError(f"the server asks for {type(message).__name__}, but this client holds the whole model")
+        if start % ROWS_PER_PASS or message.rows != min(ROWS_PER_PASS, len(own.samples) - start):
+            raise WireError(
+                f"the server asks about {message.rows} own test rows from {start} on, of {len(own.samples)}: they are "
+                f"asked about in pieces of {ROWS_PER_PASS}"
+            )
+        return own.samples[start : start + message.rows]
+
+    def _own_forward(self, message: m.OwnForward, body: memoryview) -> Answer:
+        c, d = self.client, self.duty
+        part = self._own_rows(message)
+        c.stepping.settle()
+        c.module.eval()
+        with torch.no_grad():
+            given = as_tuple(c.lower(part.rows))
+            if d.defences.active:
+                given = d.defences.own_test(given, d.index)
+        return m.EvaluationRows(message.step, message.rows), encode(given, d.up.plain)
+
+    def _own_finish(self, message: m.OwnFinish, body: memoryview) -> None:
+        c, d, own = self.client, self.duty, self._own_test
+        part = self._own_rows(message)
+        if message.start == 0:
+            self._tally, self._tallied = Tally(d.task, [d.index], own.names), 0
+        if self._tally is None or message.start != self._tallied:
+            raise WireError(
+                f"the server sends outputs for own test rows from {message.start} on, where {self._tallied} are due"
+            )
+        with torch.no_grad():
+            if c.tail is not None and own.shape == "u-shaped":
+                outputs = as_tuple(c.tail(aligned(decode(body, d.returning, message.rows, d.down.plain))))[0]
+            else:
+                (outputs,) = aligned(decode(body, [own.outputs], message.rows))
+            self._tally.add([d.index], outputs.to(part.y.device), part.y)
+        self._tallied += message.rows
+
+    def _give_scores(self, message: m.GiveScores, body: memoryview) -> Answer:
+        d, own = self.duty, self._own_test
+        if own.shape == "whole":
+            found = evaluate(d.task, own.samples, [d.index], self._own_outputs, names=own.names)
+        elif self._tally is None or self._tallied != len(own.samples):
+            raise WireError(
+                f"the server asks for scores after {self._tallied} of {len(own.samples)} own test rows: they are of all"
+            )
+        else:
+            found, self._tally, self._tallied = self._tally.scores(), None, 0
+        return m.ScoresUp(message.step, len(own.samples), plain(reported(found[d.index]))), ()
+
+    def _own_outputs(self, models: Sequence[int], part: Samples, start: int) -> Outputs:
+        """What this client's whole model gives for own test rows."""
+        self.client.stepping.settle()
+        self.client.module.eval()
+        return models, as_tuple(self.client.lower(part.rows))[0]
+
     def _save(self, message: m.Save, body: memoryview) -> Answer:
         folder = self.duty.folder
         if folder is not None:
@@ -429,9 +519,21 @@ _SERVED: dict[type[m.Message], _Served] = {
     m.TakeOptimizer: _Served(Worker._take_optimizer, frozenset({HAND_OVER})),
     m.Settle: _Served(Worker._settle),
     m.Evaluate: _Served(Worker._evaluate),
+    m.OwnForward: _Served(Worker._own_forward),
+    m.OwnFinish: _Served(Worker._own_finish),
+    m.GiveScores: _Served(Worker._give_scores),
     m.Save: _Served(Worker._save),
 }
 """All requests that a client answers."""
+
+
+def plain(scores: Mapping[str, Value]) -> dict[str, m.Score]:
+    """Scores as a message holds them."""
+    return {name: _numbers(value) if isinstance(value, tuple) else value for name, value in scores.items()}
+
+
+def _numbers(values: Sequence[Value]) -> list[float | None]:
+    return [value if isinstance(value, float | int) else None for value in values]
 
 
 def state_of(module: nn.Module) -> dict[str, Tensor]:

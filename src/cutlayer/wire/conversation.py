@@ -31,6 +31,8 @@ ANSWERS: dict[type[m.Message], type[Any]] = {
     m.GiveModel: m.ModelUp,
     m.GiveOptimizer: m.OptimizerUp,
     m.Evaluate: m.EvaluationRows,
+    m.OwnForward: m.EvaluationRows,
+    m.GiveScores: m.ScoresUp,
     m.Save: m.Saved,
 }
 """What each request may be answered with. Other messages of the server have no answer."""

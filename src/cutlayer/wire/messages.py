@@ -19,7 +19,7 @@ from cutlayer.errors import WireError
 from cutlayer.models.parts import Crossing
 from cutlayer.wire.tensors import TYPES
 
-PROTOCOL = 4
+PROTOCOL = 5
 
 Count = Annotated[int, Meta(ge=0, le=(1 << 53))]
 Protocol = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
@@ -30,6 +30,7 @@ Factor = Annotated[float, Meta(ge=0, le=1e300)]  # not NaN
 Mass = Annotated[float, Meta(ge=0, le=1e300)]  # what rows count in a weighted mean: their number, if all count alike
 Shape = Annotated[list[Size], Meta(max_length=16)]
 LocalStep = tuple[float, Size, Mass]  # (mean loss, rows, what these count together)
+Score = float | Annotated[list[float | None], Meta(max_length=1 << 16)] | None  # None: not defined
 Scalar = bool | int | float | Text | None
 Option = (
     bool
@@ -105,7 +106,8 @@ class Terms(Struct):
 class Hello(Message, tag="Hello"):
     """The first message: who the client is, and what it takes the run to be. It has `samples` training samples (n_k),
     which count `mass` together, and a state after `step` steps (0: a fresh one). `wants_server`: it would like to have
-    the server's part of the model at the end.
+    the server's part of the model at the end. `tests`: a client with data of its own has held out so many test rows of
+    them, of which it reports the `metrics` (0: it has none).
     """
 
     client: Name
@@ -115,6 +117,8 @@ class Hello(Message, tag="Hello"):
     step: Count = 0
     token: Text = ""
     wants_server: bool = False
+    tests: Count = 0
+    metrics: Annotated[list[Name], Meta(max_length=256)] = []
 
     def __repr__(self) -> str:  # goes to logs: without the token
         return f"Hello(client={self.client!r}, samples={self.samples}, step={self.step}, terms={self.terms})"
@@ -164,10 +168,20 @@ class OptimizerUp(Message, tag="Optimizer"):
 
 
 class EvaluationRows(Message, tag="EvaluationRows"):
-    """Answers Evaluate: what the client's part gives in evaluation mode. Behind it: tensors of R rows."""
+    """Answers Evaluate and OwnForward: what the client's part gives in evaluation mode. Behind it: tensors of R
+    rows.
+    """
 
     step: Count
     rows: Size
+
+
+class ScoresUp(Message, tag="Scores"):
+    """Answers GiveScores: the metrics, by name, of the model on the client's own `rows` test rows."""
+
+    step: Count
+    rows: Count
+    scores: Annotated[dict[Name, Score], Meta(max_length=256)]
 
 
 class Saved(Message, tag="Saved"):
@@ -315,6 +329,32 @@ class Evaluate(Message, tag="Evaluate"):
     start: Count = 0
 
 
+class OwnForward(Message, tag="OwnForward"):
+    """Run the client's lower part in evaluation mode on its own test rows, R of them from number `start` on, and send
+    smashed data.
+    """
+
+    step: Count
+    rows: Size
+    start: Count
+
+
+class OwnFinish(Message, tag="OwnFinish"):
+    """Judge the client's own test rows, R of them from number `start` on. Behind it: what the server's part gives for
+    their smashed data, outputs or, in the U-shaped split, features. Has no answer.
+    """
+
+    step: Count
+    rows: Size
+    start: Count
+
+
+class GiveScores(Message, tag="GiveScores"):
+    """Send the metrics of all own test rows. A client with a whole model computes its outputs first, by itself."""
+
+    step: Count
+
+
 class Save(Message, tag="Save"):
     """Keep the state after `step` steps, in two phases, so that all clients keep it or none: first write it beside the
     old one, then, when all have, put it in its place.
@@ -330,7 +370,9 @@ class Bye(Message, tag="Bye"):
     reason: Text
 
 
-FromClient = Hello | SmashedUp | TailUp | Settled | Fitted | ModelUp | OptimizerUp | EvaluationRows | Saved | Failed
+FromClient = (
+    Hello | SmashedUp | TailUp | Settled | Fitted | ModelUp | OptimizerUp | EvaluationRows | ScoresUp | Saved | Failed
+)
 FromServer = (
     Welcome
     | Refused
@@ -347,6 +389,9 @@ FromServer = (
     | GiveOptimizer
     | TakeOptimizer
     | Evaluate
+    | OwnForward
+    | OwnFinish
+    | GiveScores
     | Save
     | Bye
 )
