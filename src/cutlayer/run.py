@@ -410,8 +410,8 @@ class Run:
         test = everyones or own
         if test is None:
             raise TrainingError(
-                "evaluate_on = 'own' finds no rows to judge by: none of the clients with test rows of their own is "
-                "connected; resume when they are, or begin a run with evaluate_on = both"
+                "evaluate_on = 'own' finds no rows to judge by: none of the clients whose models are judged has test "
+                "rows of its own and is there; judge more of them (eval_clients), or choose evaluate_on = both"
             )
         scores = self._scores(done, validation, test, own)
         best = self._is_best(scores)

@@ -292,9 +292,9 @@ def _computed(thing: Any, judged: Judged) -> Any:
     return fresh.compute()
 
 
-def try_metrics(task: Task, outputs: Tensor, targets: Tensor, names: tuple[str, ...]) -> None:
+def try_metrics(task: Task, outputs: Tensor, targets: Tensor, names: tuple[str, ...]) -> dict[str, Value]:
     """Compute all metrics of held-out targets [n, ...] and a few rows' outputs, repeated: what fails does so before
-    anything is trained. Raises ConfigError.
+    anything is trained. Returns the metrics. Raises ConfigError.
     """
     count = max(len(outputs), min(len(targets), 1000, _TRIED // max(1, outputs[0].numel())))
     tried = targets[torch.linspace(0, len(targets) - 1, min(count, len(targets))).long()]
@@ -304,3 +304,4 @@ def try_metrics(task: Task, outputs: Tensor, targets: Tensor, names: tuple[str, 
     found = tally.scores()[0]
     if isinstance(found[task.leading], tuple):
         raise ConfigError(f"the metric {task.leading!r} gave several numbers: the primary one must give one number")
+    return found

@@ -30,7 +30,7 @@ from cutlayer.server import Server
 from cutlayer.testing import in_memory
 from cutlayer.types import CutGradients, Round, Step
 from cutlayer.verbs import AVERAGE, BACKWARD, FORWARD
-from cutlayer.wire import Frame, encode
+from cutlayer.wire import Frame, encode, pack, unpack
 from cutlayer.wire import messages as m
 
 SIZES, TESTED = (30, 24, 17), (9, 5, 7)
@@ -189,6 +189,18 @@ def test_too_few_rows_are_refused_at_once(tmp_path: Path) -> None:
         sites.workers(sites.deployed(algorithm="psl", evaluate_on="own"))
 
 
+def test_names_of_any_length_can_be_refused(tmp_path: Path) -> None:
+    sites = Sites(tmp_path, named=True)
+    config = sites.deployed(algorithm="psl", evaluate_on="both")
+    there = in_memory(config, workers=sites.workers(config))
+    hello = there.workers[0].hello()
+    hello.metrics = [f"{k:0256}" for k in range(256)]
+    refused = there.greet(hello, 0)
+    assert isinstance(refused, m.Refused)
+    assert len(refused.sentence) < 2500
+    assert unpack(pack(refused), "to client").message == refused
+
+
 def test_metrics_are_compared_before_training(tmp_path: Path) -> None:
     sites = Sites(tmp_path, named=True)
     ours = sites.deployed(algorithm="psl", evaluate_on="both", metrics=["auroc"])
@@ -297,7 +309,7 @@ def test_nobody_is_left_to_be_judged(tmp_path: Path) -> None:
     there.carrier.tamper = lambda message: (
         m.ScoresUp(message.step, 1, message.scores) if isinstance(message, m.ScoresUp) else message
     )
-    with pytest.raises(TrainingError, match=r"all clients that could go on are excluded|none of the clients with test"):
+    with pytest.raises(TrainingError, match=r"all clients that could go on are excluded|none of the clients whose"):
         there.run.run()
 
 
@@ -374,6 +386,7 @@ def test_the_average_of_models_that_cross_anyway(tmp_path: Path) -> None:
     here.run()
     there, _ = deployed(sites, **options)
     assert [e.test_loss for e in here.evaluations] == [e.test_loss for e in there.evaluations]
+    assert here.by_client["global"] == there.by_client["global"]
     mean, _ = deployed(sites, **{**options, "judge": "mean"})
     assert [e.test_loss for e in mean.evaluations] != [e.test_loss for e in there.evaluations]
     with pytest.raises(TrainingError, match="judge = 'average' asks what all clients' models say of the test rows"):

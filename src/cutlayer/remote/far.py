@@ -376,7 +376,7 @@ class RemoteCohort:
                 return list(models), outputs_with(one, self.shape, part.rows, predict)
 
         found = self.setup.judge(samples, looked_at, outputs_of)
-        shared = self._alike or self.setup.judge_by == "ensemble" or (clients is not None and self._holder is not None)
+        shared = self._alike or self.setup.judge_by != "mean" or (clients is not None and self._holder is not None)
         return evaluation(found, everyone if shared else list(found), len(samples)) if found else None
 
     def _averaged_twin(self) -> Client | None:
@@ -448,14 +448,17 @@ class RemoteCohort:
         found, like = frame.message.scores, self.setup.scores
         if frame.message.rows != self.setup.tests[client] or found.keys() != like.keys():
             raise WireError(
-                f"scores {', '.join(found)} of {frame.message.rows} own test rows came, {', '.join(like)} of "
-                f"{self.setup.tests[client]} were agreed"
+                f"{len(found)} scores of {frame.message.rows} own test rows came, or others than those {len(like)} of "
+                f"{self.setup.tests[client]} rows that were agreed"
             )
         scores = {name: tuple(v) if isinstance(v, list) else v for name, v in found.items()}
         for name, value in scores.items():
             each = [x for x in (value if isinstance(value, tuple) else [value]) if x is not None]
             if not all(map(math.isfinite, each)) or not _alike(value, like[name]) or (name == "loss" and not each):
-                raise WireError(f"the score {name!r} of client {client} is {value!r}: look at its data and its rate")
+                raise WireError(
+                    f"the score {name!r} of client {client} is not finite, or not of the kind that was agreed: look at "
+                    "its data and its rate"
+                )
         return {name: scores[name] for name in like}
 
     def model_state(self, client: int) -> Mapping[str, Tensor]:

@@ -27,7 +27,7 @@ from cutlayer.remote.carrier import Carrier
 from cutlayer.remote.far import Remote, RemoteCohort, Tell
 from cutlayer.remote.worker import Duty, Keeping, OwnTest, Watching, Worker
 from cutlayer.run import Run
-from cutlayer.scoring import Tally, reported
+from cutlayer.scoring import reported, try_metrics
 from cutlayer.server import Server
 from cutlayer.tasks import Task, Value
 from cutlayer.trained import describe
@@ -149,12 +149,9 @@ class OwnTests(Mapping[int, Samples]):
 
 def _reported(p: Prepared) -> dict[str, Value]:
     """The scores that clients report of their own test rows, with values of their kind: those of an arbitrary model."""
-    few = p.source.train[: len(p.example[0])]
-    outputs = _outputs(p)
-    tally = Tally(p.clients.task, [0], p.source.class_names)
-    with torch.no_grad():
-        tally.add([0], torch.zeros(len(few), *outputs.shape, dtype=outputs.dtype, device=few.y.device), few.y)
-    return reported(tally.scores()[0])
+    targets, outputs = (p.source.test if len(p.source.test) else p.source.train).y, _outputs(p)
+    nothing = torch.zeros(len(p.example[0]), *outputs.shape, dtype=outputs.dtype, device=targets.device)
+    return reported(try_metrics(p.clients.task, nothing, targets, p.source.class_names))
 
 
 def _unfit_tests(config: RunConfig, setup: Remote, hello: m.Hello, *, fresh: bool, client: int) -> m.Refused | None:
@@ -165,9 +162,10 @@ def _unfit_tests(config: RunConfig, setup: Remote, hello: m.Hello, *, fresh: boo
     if not hello.tests:
         return None
     if sorted(hello.metrics) != sorted(setup.scores):
+        theirs, ours = (_listed(sorted(names), 1000) for names in (hello.metrics, setup.scores))
         sentence = (
-            f"metrics are {', '.join(sorted(hello.metrics))} for the client and {', '.join(sorted(setup.scores))} for "
-            "the server: a client that is tested on data of its own reports them, so start both with the same metrics"
+            f"metrics are {theirs} for the client and {ours} for the server: a client that is tested on data of its "
+            "own reports them, so start both with the same metrics"
         )
         return m.Refused("step", sentence)
     if config.judge != "mean" and not config.traits.models_cross:

@@ -365,7 +365,7 @@ class Worker:
         own, start = self._own_test, message.start
         if own.shape == "whole":
             raise WireError(f"the server asks for {type(message).__name__}, but this client holds the whole model")
-        if start % ROWS_PER_PASS or message.rows != min(ROWS_PER_PASS, len(own.samples) - start):
+        if start % ROWS_PER_PASS or not message.rows or message.rows != min(ROWS_PER_PASS, len(own.samples) - start):
             raise WireError(
                 f"the server asks about {message.rows} own test rows from {start} on, of {len(own.samples)}: they are "
                 f"asked about in pieces of {ROWS_PER_PASS}"
