@@ -50,7 +50,7 @@ class Factors:
     def add_to(self, weight: Tensor, keep: float, scale: float) -> None:
         """weight := keep * weight + scale * gradient, in place."""
         g, x = self.g.to(weight.dtype), self.x.to(weight.dtype)
-        _fetch(weight)
+        fetch(weight)
         weight.baddbmm_(g.transpose(1, 2), x, beta=keep, alpha=scale)
 
 
@@ -74,7 +74,7 @@ class Linear(torch.autograd.Function):
         w, shift = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         if alike:
             return functional.linear(x, w[0], None if shift is None else shift[0])
-        _fetch(w)
+        fetch(w)
         if shift is None:
             return torch.bmm(x, w.transpose(1, 2))
         return torch.baddbmm(shift.unsqueeze(1), x, w.transpose(1, 2))
@@ -91,7 +91,7 @@ class Linear(torch.autograd.Function):
             if ctx.alike:
                 by_x = torch.matmul(g, w[0])
             else:
-                _fetch(w)
+                fetch(w)
                 by_x = torch.bmm(g, w)
         if ctx.needs_input_grad[1]:
             if ctx.leave is not None:
@@ -103,7 +103,7 @@ class Linear(torch.autograd.Function):
         return by_x, by_weight, by_bias, None, None
 
 
-def _fetch(weight: Tensor) -> None:
+def fetch(weight: Tensor) -> None:
     """Bring weights that have left the cache back in one quick sweep: products of small matrices fetch them slowly."""
     if weight.nbytes > _NEAR and weight.device.type == "cpu":
         weight.sum()

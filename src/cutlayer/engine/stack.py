@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from cutlayer import seeds
+from cutlayer.engine.chain import Chain
 from cutlayer.engine.descent import Descent, descent
 from cutlayer.engine.kernels import Factors
 from cutlayer.engine.lowering import Choose, Lowered
@@ -88,6 +89,7 @@ class Stack:
         self._direct = descent(make_optimizer, self.device)
         alone = make_optimizer.clip is None and make_optimizer.accumulate == 1
         self._by_factors = alone and (self._rule.plain or self._direct is not None)
+        self._chain = Chain.of(self.module, self._trained) if self.way == "lowered" and not self._buffers else None
         self._state: dict[str, dict[str, Tensor]] = {}  # parameter -> kind -> the optimiser's [C, ...]
         self._clocked = False  # the optimiser counts steps
         self._plain_clock = False  # in a number of Python's, not in a tensor
@@ -333,6 +335,8 @@ class Stack:
             name = next(n for n, p in group.parameters.items() if p is weight)
             group.factors.setdefault(name, []).append(factors)
 
+        if self._chain is not None and self.module.training and not alike:
+            return (self._chain(rows[0], group.parameters, leave if self._by_factors else None),)
         self._install(tensors)
         try:
             lowered = Lowered(

@@ -220,6 +220,48 @@ def _is_relu(part: nn.Module, node: fx.Node) -> bool:
     return node.op == "call_function" and node.target in (functional.relu, torch.relu)
 
 
+def chain_of(part: nn.Module) -> list[tuple[type[nn.Module], str]] | None:
+    """A part's layers from first to last, each with its name, if in training it is nothing but a chain of torch's own,
+    without hooks, from one tensor to one tensor; else None. An activation written as a function has no name.
+    """
+    if not isinstance(part, _TracedPart) or part.copies_rows or part.structure is not None:
+        return None
+    found: list[tuple[type[nn.Module], str]] = []
+    previous: fx.Node | None = None
+    for node in part._codes[True].graph.nodes:
+        if node.op == "placeholder":
+            previous = node
+        elif node.op == "output":
+            return found if node.args == ((previous,),) else None
+        elif node.op == "call_function" and node.target is operator.getitem:
+            if node.args != (previous, 0) or found:
+                return None
+            previous = node
+        else:
+            layer = _layer_of(part, node)
+            if layer is None or node.args != (previous,) or set(node.kwargs) - {"inplace"} or len(node.users) != 1:
+                return None
+            found.append(layer)
+            previous = node
+    return None
+
+
+def _layer_of(part: nn.Module, node: fx.Node) -> tuple[type[nn.Module], str] | None:
+    """(kind, name) of the layer that a node runs."""
+    if node.op == "call_module":
+        layer = part.get_submodule(str(node.target))
+        hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
+        return None if hooked else (type(layer), str(node.target))
+    named: dict[Any, type[nn.Module]] = {
+        functional.relu: nn.ReLU,
+        torch.relu: nn.ReLU,
+        torch.tanh: nn.Tanh,
+        torch.sigmoid: nn.Sigmoid,
+    }
+    kind = named.get(node.target) if node.op == "call_function" else None
+    return None if kind is None else (kind, "")
+
+
 _DRAWING = ("drop", "rand", "bernoulli", "normal_", "uniform", "multinomial", "exponential", "cauchy", "geometric",
             "poisson", "gumbel", "rrelu", "fractional", "attention", "lstm", "gru", "rnn")  # fmt: skip
 
