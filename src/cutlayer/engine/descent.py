@@ -47,10 +47,12 @@ class Descent:
             assert gradient is not None, "what is stepped has a gradient"
             self.step(weight, laid_as(gradient, weight), moments, lr, decay, taken)
             return
-        clients = len(weight)
-        few = clients
+        clients, few = len(weight), len(weight)
         if weight.device.type == "cpu":
             few = max(1, min(clients, _BLOCK // max(1, weight[0].nbytes)))
+        if few == clients:
+            self.step(weight, _total(gradient, factors, weight), moments, lr, decay, taken)
+            return
         room = torch.empty_like(weight[:few])
         for first in range(0, clients, few):
             span = slice(first, min(first + few, clients))
@@ -61,6 +63,16 @@ class Descent:
                 block += gradient[span]
             own = {kind: t[span] for kind, t in moments.items()}
             self.step(weight[span], block, own, lr, decay, taken)
+
+
+def _total(gradient: Tensor | None, factors: Sequence[Factors], weight: Tensor) -> Tensor:
+    """The gradient and the products of factors, added up, as the weight lies in memory."""
+    total = factors[0].product()
+    for part in factors[1:]:
+        total += part.product()
+    if gradient is not None:
+        total += gradient
+    return laid_as(total.to(weight.dtype), weight)
 
 
 class DirectSteps:

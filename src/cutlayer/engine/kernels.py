@@ -45,7 +45,10 @@ class Factors:
     def product_of(self, clients: slice, into: Tensor, *, add: bool = False) -> None:
         """The gradient of these clients, written to (or added to) `into` [c', o, i], which is contiguous."""
         g, x = self.g[clients].to(into.dtype), self.x[clients].detach().to(into.dtype)
-        torch.baddbmm(into, g.transpose(1, 2), x, beta=float(add), out=into)
+        if add:
+            into.baddbmm_(g.transpose(1, 2), x)
+        else:
+            torch.bmm(g.transpose(1, 2), x, out=into)
 
     def add_to(self, weight: Tensor, keep: float, scale: float) -> None:
         """weight := keep * weight + scale * gradient, in place."""
