@@ -322,7 +322,8 @@ def awaited() -> float:
 
 def measure(w: Workload, seconds: float) -> Row:
     """One line of the table; what went wrong, if something did."""
-    clock = awaited if w.device != "cpu" else time.process_time
+    several = torch.get_num_threads() > 1  # CPU time would count them all
+    clock = awaited if w.device != "cpu" else time.perf_counter if several else time.process_time
     row: Row = {"cell": str(w), **vars(w), "rows": w.rows, "gflop": round(w.gflop, 3), "steps": w.steps}
     began = time.perf_counter()
     try:
@@ -404,7 +405,7 @@ def processor() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, one thread"
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s)"
 
 
 def spread(ratio: Sequence[float]) -> str:
@@ -562,6 +563,7 @@ def main() -> None:
     parser.add_argument("--cells", type=int, help="at most so many cells, evenly spread over those chosen")
     parser.add_argument("--seconds", type=float, default=4.0, help="CPU seconds per cell (two rounds at least)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--threads", type=int, default=1, help="of torch; with several, wall time is measured")
     parser.add_argument("--list", action="store_true", help="print the cells with their GFLOP a step, measure nothing")
     parser.add_argument("--memory", action="store_true", help="measure peak memory only")
     parser.add_argument("--json", type=Path, help="append what was measured to this file, one JSON object a line")
@@ -570,7 +572,7 @@ def main() -> None:
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("BEFORE", "AFTER"), help="two files of --json")
     parser.add_argument("--memory-of", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(options.threads)
     if options.compare:
         print("\n".join(compare(*options.compare)))
         return
