@@ -150,7 +150,7 @@ class Idle:
     """A worker that computes nothing: the same bytes at each forward pass."""
 
     def __init__(self, client: int, size: int) -> None:
-        self._hello = m.Hello(client=f"client-{client}", terms=TERMS, samples=ROWS)
+        self._hello = m.Hello(client=f"client-{client}", terms=TERMS, samples=ROWS, mass=ROWS)
         self._payload = os.urandom(size)
 
     def hello(self) -> m.Hello:
