@@ -217,7 +217,8 @@ class Dialler:
             await stream.send(m.failed(getattr(frame.message, "step", 0), error))
             await stream.leave()
             raise
-        await stream.say(parts)
+        if parts is not None or not stream.more:
+            await stream.say(parts)
         stream.worked = True
 
     def _named(self, error: Any, stream: _Stream) -> Exception:
@@ -243,6 +244,11 @@ class _Stream:
         method = channel.stream_stream(f"/{network.SERVICE}/{network.METHOD}")
         metadata = ((network.HELLO, network.check_hello(self.side.send(hello))), (network.INSTANCE, instance))
         self.call = method(metadata=metadata)
+
+    @property
+    def more(self) -> bool:
+        """Whether frames that came together with the last one wait to be received."""
+        return bool(self._came)
 
     @contextmanager
     def within(self, seconds: float) -> Iterator[None]:

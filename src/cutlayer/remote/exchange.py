@@ -98,7 +98,8 @@ class Exchange:
     def sending(self, client: int, count: int) -> None:
         """`count` messages are to be written to the client."""
         self._unsent[client] = count
-        self._settle(client)
+        if not count:
+            self._settle(client)
 
     def sent(self, client: int) -> None:
         """One of them is."""

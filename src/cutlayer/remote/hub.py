@@ -228,9 +228,7 @@ class Hub:
         Raises WireError for a message that is too large or not allowed now, and whatever else `on_answer` raises.
         """
         begin = time.perf_counter()
-        for client, asked in requests.items():
-            self._check(client, asked)
-        counts = {k: sum(type(message) in ANSWERS for message, _ in asked) for k, asked in requests.items()}
+        counts = {client: self._check(client, asked) for client, asked in requests.items()}
         exchange = Exchange(counts, quorum, on_answer, self._pool, self, voters=voters)
         with self._changed:
             if not self._running:
@@ -334,17 +332,20 @@ class Hub:
         except RuntimeError:  # the loop has ended, and nothing waits for this any more
             log.debug("%s came after the end", function)
 
-    def _check(self, client: int, asked: Sequence[Request]) -> None:
-        """Raises WireError before anything is sent to anybody."""
+    def _check(self, client: int, asked: Sequence[Request]) -> int:
+        """How many answers these requests have. Raises WireError before anything is sent to anybody."""
         if len(asked) > self.limits.asked:
             raise WireError(f"{len(asked)} requests to client {client} at once: {self.limits.asked} are taken")
+        answers = 0
         for message, body in asked:
+            answers += type(message) in ANSWERS
             size = size_of(body)
             if size > self.limits.message_bytes:
                 raise WireError(
                     f"{type(message).__name__} to client {client} would have {size} bytes: {self.limits.message_bytes} "
                     "are taken; raise the limit (--message-limit), or send smaller batches"
                 )
+        return answers
 
     def _begin(self, exchange: Exchange, requests: Mapping[int, Sequence[Request]], deadline: float | None) -> None:
         bodies: dict[int, Body] = {}
@@ -517,7 +518,9 @@ def _outs(asked: Sequence[Request], exchange: Exchange, bodies: dict[int, Body])
     """One client's requests as messages to write. `bodies`: those that clients share, by the identity of buffers."""
     outs, slot = [], 0
     for message, buffers in asked:
-        body = bodies.setdefault(id(buffers), Body(buffers))
+        body = bodies.get(id(buffers))
+        if body is None:
+            body = bodies[id(buffers)] = Body(buffers)
         body.users += 1
         answered = type(message) in ANSWERS
         outs.append(Out(message, body, exchange, slot if answered else None))

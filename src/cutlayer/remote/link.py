@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Iterator
 from typing import Any
 
 import grpc
@@ -54,12 +53,13 @@ class ClientLink:
 
     def stuck(self, outs: list[Out]) -> str | None:
         """Why `outs` cannot be queued: the client has not taken what it was sent before. None if they can."""
-        limits, answers = self.side.limits, sum(out.slot is not None for out in outs)
-        unsent = sum(out.body.size for out in self.outbox)
-        owing = len(self.side.asked) + sum(out.slot is not None for out in self.outbox)
-        if self.outbox and unsent + sum(out.body.size for out in outs) > limits.message_bytes:
-            return f"client {self.index} does not take what it is sent: {unsent} bytes wait"
-        if owing + answers > limits.asked:
+        limits, owing = self.side.limits, len(self.side.asked)
+        if self.outbox:  # most often everything has been written
+            unsent = sum(out.body.size for out in self.outbox)
+            owing += sum(out.slot is not None for out in self.outbox)
+            if unsent + sum(out.body.size for out in outs) > limits.message_bytes:
+                return f"client {self.index} does not take what it is sent: {unsent} bytes wait"
+        if owing + len(outs) > limits.asked and owing + sum(out.slot is not None for out in outs) > limits.asked:
             return f"client {self.index} owes {owing} answers"
         return None
 
@@ -123,12 +123,14 @@ class ClientLink:
         try:
             while self.outbox:
                 count, size = self._how_many()  # they stay there, to be found, until they are packed
-                share = await budget.take(size)
+                share = budget.take_now(size)
+                if share is None:
+                    share = await budget.take(size)
                 try:
                     if self.ended.is_set():
                         return
                     self.writing = [self.outbox.popleft() for _ in range(count)]
-                    for data in list(self._packed()):  # before anything waits: buffers may change then
+                    for data in self._packed():  # all before anything waits: buffers may change then
                         await self.context.write(data)
                         self.traffic.sent += len(data)
                 finally:
@@ -150,17 +152,22 @@ class ClientLink:
             count, size = count + 1, size + out.body.size
         return count, size
 
-    def _packed(self) -> Iterator[bytes]:
+    def _packed(self) -> list[bytes]:
         """The messages that are being written, as few runs of bytes, each within the limit."""
+        runs: list[bytes] = []
         run: list[Buffer] = []
+        filled = 0
         for out in self.writing:
             parts = self._parts(out)
-            if run and size_of(run) + size_of(parts) > self.side.limits.message_bytes:
-                yield b"".join(run)
-                run = []
+            size = size_of(parts)
+            if run and filled + size > self.side.limits.message_bytes:
+                runs.append(b"".join(run))
+                run, filled = [], 0
             run += parts
+            filled += size
         if run:
-            yield b"".join(run)
+            runs.append(b"".join(run))
+        return runs
 
     def _parts(self, out: Out) -> list[Buffer]:
         """One message as buffers, noted in what is due; nothing if it may not be sent, which its exchange hears of."""

@@ -38,7 +38,8 @@ ANSWERS: dict[type[m.Message], type[Any]] = {
 """What each request may be answered with. Other messages of the server have no answer."""
 
 
-_REQUESTS = frozenset(get_args(m.FromServer))
+_REQUESTS = frozenset(get_args(m.FromServer)) - {m.Welcome, m.Refused, m.Bye}
+"""What the server may say while a conversation is open, but for its end."""
 
 
 class _Side:
@@ -71,7 +72,8 @@ class _Side:
                     f"message {frame.number} came from {self._they} where number {self._received} was due: it was "
                     "repeated, lost or overtaken on its way"
                 )
-            self._check_conversation(frame)
+            if frame.conversation != self.conversation or not self.conversation:
+                self._check_conversation(frame)
             self._accept(frame.message)
         except WireError:
             self.state = "closed"
@@ -113,9 +115,10 @@ class _Side:
         step = getattr(request, "step", self._step)
         if step < self._step:
             raise WireError(f"{_name(request)} of step {step} follows step {self._step}: steps only go on")
-        if isinstance(request, (m.Tail, m.Backward)):
+        kind = type(request)
+        if kind is m.Backward or kind is m.Tail:
             self._check_batch(request)
-        if type(request) in ANSWERS:
+        if kind in ANSWERS:
             if len(self.asked) >= self.limits.asked:
                 raise WireError(f"{len(self.asked)} requests wait for their answers: no more may be asked at once")
             self.asked.append(request)
@@ -169,7 +172,9 @@ class ServerSide(_Side):
     _they = "the client"
 
     def _accept(self, message: Any) -> None:
-        if self.state == "new":
+        if self.state == "open" and not isinstance(message, m.Hello):
+            self._answer(message)
+        elif self.state == "new":
             if not isinstance(message, m.Hello):
                 raise self._wrong_time(message)
             self.state = "greeted"
@@ -179,7 +184,9 @@ class ServerSide(_Side):
             self._answer(message)
 
     def _say(self, message: Any) -> None:
-        if isinstance(message, m.Bye) and self.state != "new":
+        if self.state == "open" and type(message) in _REQUESTS:
+            self._ask(message)
+        elif isinstance(message, m.Bye) and self.state != "new":
             self.state = "closed"
         elif isinstance(message, (m.Welcome, m.Refused)):
             if self.state != "greeted":
@@ -189,10 +196,8 @@ class ServerSide(_Side):
             else:
                 self.state, self._step = "open", message.step
                 self.conversation = secrets.randbits(63) + 1
-        elif self.state != "open" or type(message) not in _REQUESTS:
-            raise self._wrong_time(message)
         else:
-            self._ask(message)
+            raise self._wrong_time(message)
 
 
 class ClientSide(_Side):
@@ -209,19 +214,19 @@ class ClientSide(_Side):
         super()._check_conversation(frame)
 
     def _accept(self, message: Any) -> None:
-        if self.state == "greeted":
+        if self.state == "open" and type(message) in _REQUESTS:
+            self._ask(message)
+        elif self.state == "greeted":
             if isinstance(message, m.Welcome):
                 self.state, self._step = "open", message.step
             elif isinstance(message, (m.Refused, m.Bye)):
                 self.state = "closed"
             else:
                 raise self._wrong_time(message)
-        elif self.state == "new" or isinstance(message, (m.Welcome, m.Refused)):
-            raise self._wrong_time(message)
-        elif isinstance(message, m.Bye):
+        elif self.state == "open" and isinstance(message, m.Bye):
             self.state = "closed"
         else:
-            self._ask(message)
+            raise self._wrong_time(message)
 
     def _say(self, message: Any) -> None:
         if isinstance(message, m.Hello):

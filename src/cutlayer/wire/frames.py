@@ -23,7 +23,7 @@ from cutlayer.wire.messages import PROTOCOL, Direction, FromClient, FromServer, 
 from cutlayer.wire.tensors import Buffer, padded, size_of
 
 MAGIC = b"CUT%d" % PROTOCOL
-_PREFIX = struct.Struct("<4sIQQQQ")
+_PREFIX, _SIZES = struct.Struct("<4sIQQQQ"), struct.Struct("<4sIQ")  # the second is the beginning of the first
 PREFIX, _PLACE = _PREFIX.size, _PREFIX.size - 8  # bytes of it, and of all in it but the checksum
 _NONE = 0  # for a checksum
 _SENT_BY_CLIENTS = frozenset(get_args(FromClient))
@@ -101,7 +101,7 @@ def split(data: Buffer) -> Iterator[memoryview]:
     """The frames in `data`, one after another; what is no whole frame comes last: `unpack` says what is wrong."""
     view = memoryview(data).cast("B")
     while len(view) >= PREFIX:
-        magic, header_size, body_size, *_ = _PREFIX.unpack_from(view)
+        magic, header_size, body_size = _SIZES.unpack_from(view)
         size = padded(PREFIX + header_size) + body_size
         if magic != MAGIC or size >= len(view):
             break

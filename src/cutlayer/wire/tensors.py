@@ -125,7 +125,10 @@ def padded(size: int) -> int:
 
 def size_of(buffers: Sequence[Buffer]) -> int:
     """Bytes of all buffers together."""
-    return sum([b.nbytes if isinstance(b, memoryview) else len(b) for b in buffers])
+    total = 0
+    for buffer in buffers:
+        total += buffer.nbytes if type(buffer) is memoryview else len(buffer)
+    return total
 
 
 def _encode(tensors: Sequence[tuple[str | None, Tensor]], codec: Codecs) -> list[Buffer]:
