@@ -139,26 +139,32 @@ class _Side:
 
     def _answer(self, answer: Any) -> None:
         """Take the oldest request from those that wait, if this is its answer."""
-        if isinstance(answer, m.Failed):
+        kind = type(answer)
+        if kind is m.Failed:
             self.state = "closed"
             return
         request = self.asked[0] if self.asked else None
         if request is None:
             raise WireError(f"{_name(answer)} was not asked for")
-        if type(answer) is not ANSWERS[type(request)] or answer.step != request.step:
+        if kind is not ANSWERS[type(request)] or answer.step != request.step:
             raise WireError(
                 f"{_name(answer)} of step {answer.step} came in answer to {_name(request)} of step {request.step}"
             )
+        if kind is m.SmashedUp:
+            if not 0 < answer.rows <= self.limits.rows:
+                raise WireError(f"Smashed of {answer.rows} rows: 1 to {self.limits.rows} are taken here")
+            self._batch = (answer.step, answer.rows)
+        else:
+            self._check_fits(answer, request)
+        self.asked.popleft()
+
+    def _check_fits(self, answer: Any, request: Any) -> None:
+        """What an answer repeats of its request must be what that said."""
         asked_rows = getattr(request, "rows", 0)
         if asked_rows and hasattr(answer, "rows") and answer.rows != asked_rows:
             raise WireError(f"{_name(answer)} has {answer.rows} rows, {_name(request)} had {asked_rows}")
         if isinstance(request, m.Save) and answer.phase != request.phase:
             raise WireError(f"Saved of phase {answer.phase} came in answer to Save of phase {request.phase}")
-        if isinstance(answer, m.SmashedUp):
-            if not 0 < answer.rows <= self.limits.rows:
-                raise WireError(f"Smashed of {answer.rows} rows: 1 to {self.limits.rows} are taken here")
-            self._batch = (answer.step, answer.rows)
-        self.asked.popleft()
 
     def _wrong_time(self, message: Any) -> WireError:
         waits = {"new": "before Hello", "greeted": "before Welcome", "open": "after Welcome"}[self.state]
