@@ -20,12 +20,6 @@ class WriteBudget:
         self._last = 0
         self._freed = asyncio.Event()
 
-    def take_now(self, size: int) -> int | None:
-        """As `take`; None where that would have to wait."""
-        if self._used and self._used + size > self._total:
-            return None
-        return self._hold(size)
-
     async def take(self, size: int) -> int:
         """Wait until `size` bytes are free and hold them; the share, for `give_back`."""
         loop = asyncio.get_running_loop()
@@ -38,16 +32,13 @@ class WriteBudget:
                 self._freed.clear()
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._freed.wait(), max(0.0, oldest - now))
-        return self._hold(size)
+        self._last += 1
+        self._held[self._last] = (size, loop.time() + _STUCK)
+        self._used += size
+        return self._last
 
     def give_back(self, share: int) -> None:
         """The bytes of this share are written, or stuck."""
         size, _ = self._held.pop(share, (0, 0))
         self._used -= size
         self._freed.set()
-
-    def _hold(self, size: int) -> int:
-        self._last += 1
-        self._held[self._last] = (size, asyncio.get_running_loop().time() + _STUCK)
-        self._used += size
-        return self._last

@@ -123,9 +123,7 @@ class ClientLink:
         try:
             while self.outbox:
                 count, size = self._how_many()  # they stay there, to be found, until they are packed
-                share = budget.take_now(size)
-                if share is None:
-                    share = await budget.take(size)
+                share = await budget.take(size)
                 try:
                     if self.ended.is_set():
                         return

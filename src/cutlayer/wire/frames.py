@@ -95,7 +95,7 @@ def unpack(data: Buffer, direction: Direction, limits: Limits | None = None) -> 
     if checksum != _NONE and checksum != _checksum(view[:_PLACE], [view[PREFIX:]]):
         raise WireError("a message does not have the checksum that it says: it was damaged on its way")
     message = _message(view[PREFIX : PREFIX + header_size], direction)
-    return tuple.__new__(Frame, (message, view[start:], number, conversation))  # what Frame() does, in fewer steps
+    return Frame(message, view[start:], number, conversation)
 
 
 def split(data: Buffer) -> Iterator[memoryview]:
@@ -103,7 +103,7 @@ def split(data: Buffer) -> Iterator[memoryview]:
     view = memoryview(data).cast("B")
     while len(view) >= PREFIX:
         magic, header_size, body_size = _SIZES.unpack_from(view)
-        size = PREFIX + header_size + -(PREFIX + header_size) % ALIGNED + body_size
+        size = padded(PREFIX + header_size) + body_size
         if magic != MAGIC or size >= len(view):
             break
         yield view[:size]
