@@ -80,7 +80,7 @@ class Choice:
         self.traits, self.averages_every_step = algorithm.traits, algorithm.averages_every_step
         self.device = example[0].device
         self._makes = dict(zip(("clients", "copies"), optimizers, strict=True))
-        self._plain = {"clients": split.client, "copies": split.server}
+        self._plain: dict[Side, nn.Module] = {"clients": split.client, "copies": split.server}
         self._rows = {"clients": example, "copies": smashed(split.client, example)}
         self._parts: dict[tuple[Side, Layout], nn.Module] = {}
         self._verdicts: dict[tuple[Side, Layout], Stackability] = {}
@@ -278,8 +278,15 @@ class Choice:
 
     def _quickest(self, tuner: Tuner, ruled: Ways) -> Ways:
         """The quickest pair of layouts, and ways, that are proven; what the rule says is measured first."""
-        clients = self._timed(tuner, "clients", ruled, ruled.client_layout)
-        server = self._timed(tuner, "copies", ruled, ruled.server_layout)
+        first: dict[Side, Layout] = {"clients": ruled.client_layout, "copies": ruled.server_layout}
+        timed: dict[Side, dict[Layout, Timed]] = {
+            side: {layout: self._side(tuner, side, layout, ruled)} for side, layout in first.items()
+        }
+        for side, part in self._plain.items():
+            for layout in layouts(part):
+                if layout != first[side]:
+                    timed[side][layout] = self._side(tuner, side, layout, ruled)
+        clients, server = timed["clients"], timed["copies"]
         usual = clients[ruled.client_layout].seconds + server[ruled.server_layout].seconds
         if usual == float("inf"):
             return ruled
@@ -288,11 +295,6 @@ class Choice:
         found = [replace(ruled, client_layout=a, server_layout=b) for _, a, b in pairs]
         best = next((ways for ways in found if self._laid_out(ways)), ruled)
         return replace(best, clients=clients[best.client_layout].how, copies=server[best.server_layout].how)
-
-    def _timed(self, tuner: Tuner, side: Side, ruled: Ways, first: Layout) -> dict[Layout, Timed]:
-        """Seconds of a step of one side in each layout, computed in the way that is the quickest there."""
-        others = [layout for layout in layouts(self._plain[side]) if layout != first]
-        return {layout: self._side(tuner, side, layout, ruled) for layout in (first, *others)}
 
     def _side(self, tuner: Tuner, side: Side, layout: Layout, ruled: Ways) -> Timed:
         """Seconds of a step of one side in one layout."""

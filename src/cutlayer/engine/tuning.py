@@ -22,10 +22,10 @@ from cutlayer.engine.ways import Stacking
 from cutlayer.optim import MakeOptimizer
 from cutlayer.types import Rows, as_tuple, select
 
-MARGIN = 0.95  # of the rule's time, below which another way is taken
-_REPEATS, _ENOUGH = 3, 0.1  # times that something is tried again, unless so many seconds have passed
-_FEW_CLIENTS = 4  # copies that are tried together
-_FEW_ROWS = 128  # rows of a model that is tried alone
+MARGIN = 0.93  # of the rule's time, below which another way is taken
+_REPEATS, _ENOUGH = 4, 0.2  # times that something is tried, once at least; seconds that are enough
+_FEW_CLIENTS = 8  # copies that are tried together
+_FEW_ROWS = 256  # rows of a model that is tried alone
 
 
 class Timed(NamedTuple):
@@ -55,12 +55,12 @@ class Tuner:
         """Seconds since the beginning."""
         return time.perf_counter() - self._began
 
-    def seconds(self, work: Callable[[], object]) -> float:
+    def seconds(self, work: Callable[[], object], repeats: int = _REPEATS) -> float:
         """The least of a few times that `work` takes; infinite once it is late."""
         if self.late:
             return float("inf")
-        times = [self._once(work)]
-        while len(times) <= _REPEATS and sum(times) < _ENOUGH and not self.late:
+        warm_up, times = self._once(work), list[float]()
+        while not times or (len(times) < repeats and sum(times, warm_up) < _ENOUGH and not self.late):
             times.append(self._once(work))
         return min(times)
 
@@ -110,7 +110,7 @@ class Tuner:
             y = form(*leaves)  # type: ignore[arg-type]
             _back((y if layout is None else y.contiguous(memory_format=layout),))
 
-        times = {name: self.seconds(partial(work, form)) for name, form in possible.items()}
+        times = {name: self.seconds(partial(work, form), repeats=2) for name, form in possible.items()}
         best = min(times, key=times.__getitem__)
         return best if times[best] < MARGIN * times[otherwise] else otherwise
 
