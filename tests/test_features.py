@@ -96,6 +96,39 @@ def test_a_remote_run_is_resumed_with_what_was_kept(tmp_path: Path) -> None:
     assert sent(resumed) == sent(quiet)
 
 
+def test_a_remote_client_is_told_which_batch_is_missing() -> None:
+    """The last batch of its first epoch is lost: of the next epochs it computes only those that have rows of it, and
+    is told which these are, since it has not drawn the others.
+    """
+
+    def losses(run: Run) -> tuple[list[float], list[int]]:
+        kept = run.training.clients
+        assert isinstance(kept, KeptFeatures)
+        forward, seek, sought = kept.inner.forward, kept.inner.seek, list[int]()
+
+        def told(client: int, batch: int) -> None:
+            if client == 0:
+                sought.append(batch)
+            seek(client, batch)
+
+        def forgetful(clients: Any = None, *, labels: bool = True) -> Any:
+            if 0 in clients and sought[-1] == 2:
+                forward([0])  # it has drawn and computed, but nobody heard of it
+                clients = [k for k in clients if k != 0]
+            return forward(clients, labels=labels)
+
+        kept.inner.forward, kept.inner.seek = forgetful, told  # type: ignore[method-assign]
+        return [record.loss for record in run], sought
+
+    sizes = (10, 9, 10)
+    run = run_of(engine="local", sizes=sizes, seed=1)
+    here, sought = losses(run)
+    assert sought[:3] == [0, 1, 2]
+    assert sought[3] > 3  # a batch of known rows came between
+    there, _ = losses(in_memory(run.config, model=smooth, data=random_source(sizes)).run)
+    assert there == pytest.approx(here, rel=1e-9)
+
+
 def test_a_lost_batch_is_asked_for_again() -> None:
     """A client that once gave no answer: its rows are not there, and come when they are needed."""
     run = run_of(algorithm="psl", engine="local", rounds=4)

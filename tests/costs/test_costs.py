@@ -278,6 +278,17 @@ def test_the_server_waits_for_those_that_send() -> None:
     assert clock.ready.tolist() == [10.0, 0.5]
 
 
+def test_what_comes_is_received_when_the_client_is_through() -> None:
+    """The server's answer waits for a client that still computes; the other client waits for the answer."""
+    clock = two([10.0, 10.0])
+    clock.begin([0, 1])
+    clock.compute(np.array([100.0, 0.0]))  # 10 s; nothing
+    clock.upload(np.array([0.0, 1e6]))  # until 0.5 s; there at 0.75 s
+    clock.download(np.array([2e6, 2e6]), 0.0)  # there at 1 s, half a second each
+    assert clock.ready.tolist() == [10.5, 1.5]
+    assert clock.now == 10.5
+
+
 def test_the_u_shape_by_hand(tmp_path: Path) -> None:
     """Two clients take turns, of three rows and of two, one batch each; the model goes from one to the other."""
     mine = tmp_path / "mine.toml"

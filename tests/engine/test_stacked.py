@@ -135,6 +135,21 @@ def test_optimizers(optimizer: str, algorithm: str) -> None:
     assert worst(a, b) < 1e-10
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "more"),
+    [("sgd", {}), ("sgd", {"momentum": 0.9}), ("adam", {}), ("rmsprop", {}), ("adagrad", {}), ("radam", {})],
+)
+def test_a_clients_state_weighs_what_it_weighs_alone(optimizer: str, more: dict[str, Any]) -> None:
+    """Model and optimiser, step counters included, of clients that have taken different numbers of steps."""
+    a, b = both(
+        9, algorithm="sglr", model=make(mlp), data=source([10, 5, 7], (6,)), clients=3, cut="2",
+        **small(client_optimizer=optimizer, client_optimizer_options=more),
+    )  # fmt: skip
+    alone, stacked = ([run.training.clients.footprint(k) for k in range(3)] for run in (a, b))
+    assert stacked == alone
+    assert (alone[0].optimizer > 0) == (optimizer != "sgd" or bool(more))
+
+
 @pytest.mark.parametrize(("algorithm", "engine"), [("sflv3", "local"), ("sfl", "stacked")])
 @pytest.mark.parametrize("side", ["client", "server"])
 def test_a_rule_that_is_not_elementwise(algorithm: str, engine: str, side: str) -> None:
