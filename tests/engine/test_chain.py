@@ -109,6 +109,15 @@ def test_what_is_no_chain_is_left_alone(layers: nn.Module) -> None:
     assert stack._chain is None
 
 
+def test_rows_of_several_lines_are_left_alone() -> None:
+    """A flattening of some dimensions: a dense layer then takes each line by itself."""
+    for flattening in (nn.Flatten(1, 2), nn.Flatten(2)):
+        part = part_of(
+            nn.Sequential(flattening, nn.Linear(6, 5)), (2, 3, 6) if flattening.start_dim == 1 else (4, 2, 3)
+        )
+        assert Chain.of(part, [name for name, _ in part.named_parameters()]) is None
+
+
 def test_lower_precision_is_left_to_autocast() -> None:
     part = part_of(CHAINS["relu"][0], (6,))
     names = [name for name, _ in part.named_parameters()]

@@ -11,7 +11,7 @@ from cutlayer import Run
 from cutlayer.engine.descent import DirectSteps, descent
 from cutlayer.engine.kernels import Factors
 from cutlayer.engine.stack import Stack
-from cutlayer.optim import MakeOptimizer, ParamGroup, make_optimizer, rule_of
+from cutlayer.optim import MakeOptimizer, ParamGroup, load_optimizer, make_optimizer, rule_of
 
 CPU = torch.device("cpu")
 OPTIMIZERS: list[tuple[str, dict[str, Any]]] = [
@@ -85,7 +85,11 @@ def test_one_models_steps_are_torchs(name: str, options: dict[str, Any]) -> None
     one, two = Layers(), Layers()
     theirs, ours = make(one.named_parameters()), make(two.named_parameters())
     step = DirectSteps(descent(make, CPU), ours, list(two.named_parameters()), rule_of(make))
-    for lr in (0.1, 0.05, 0.02):
+    for number, lr in enumerate((0.1, 0.05, 0.02)):
+        if number == 2:  # taken up again from a checkpoint
+            written, ours = ours.state_dict(), make(two.named_parameters())
+            load_optimizer(ours, written)
+            step = DirectSteps(descent(make, CPU), ours, list(two.named_parameters()), rule_of(make))
         for a, b in zip(one.parameters(), two.parameters(), strict=True):
             a.grad = torch.randn(a.shape, generator=noise).double()
             b.grad = a.grad.clone()
@@ -98,6 +102,33 @@ def test_one_models_steps_are_torchs(name: str, options: dict[str, Any]) -> None
         for kind, value in theirs.state[a].items():
             if value is not None:
                 torch.testing.assert_close(ours.state[b][kind], value, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["", "turned"])
+@pytest.mark.parametrize("few", [1, 2, 5])
+def test_factors_and_a_gradient_are_added_up(few: int, turned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For so many of five clients at a time, also where weights lie in memory otherwise than their gradients."""
+    noise = torch.Generator().manual_seed(0)
+    weight = torch.randn(5, 3, 4, generator=noise).double().transpose(1, 2)
+    weight = weight if turned else weight.contiguous()
+    monkeypatch.setattr("cutlayer.engine.descent._BLOCK", few * weight[0].nbytes)
+    gradient = torch.randn(5, 4, 3, generator=noise).double()
+    factors = [Factors(*(torch.randn(5, rows, n, generator=noise).double() for n in (4, 3))) for rows in (2, 7)]
+    how = descent(made("sgd", {"momentum": 0.9}), CPU)
+    assert how is not None
+    outcomes = []
+    for left in (factors, []):
+        given = gradient if left else gradient + factors[0].product() + factors[1].product()
+        stepped, moments = weight.clone(), {"momentum_buffer": torch.zeros_like(weight)}
+        assert stepped.stride() == weight.stride()
+        for taken in (0, 1):
+            how.take(stepped, given.clone(), left, moments, 0.1, 0.01, taken)
+        outcomes.append((stepped, moments["momentum_buffer"]))
+    for a, b in zip(*outcomes, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    expected = gradient + factors[0].product() + factors[1].product() + 0.01 * weight
+    first = weight - 0.1 * expected
+    torch.testing.assert_close(outcomes[0][0], first - 0.1 * 1.899 * expected)
 
 
 @pytest.mark.parametrize("name", ["adagrad", "radam", "adamax"])

@@ -1,20 +1,23 @@
 """What is measured, what it may take, where it is kept; that results and resumed runs do not depend on it."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support import client_state, difference, server_state
-from torch import nn
+from torch import Tensor, nn
 
 from cutlayer import Run
-from cutlayer.engine import choice
+from cutlayer.engine import choice, remembered
+from cutlayer.engine.convolutions import forms
 from cutlayer.engine.remembered import key, recalled, remember
 from cutlayer.engine.tuning import Tuner
 from cutlayer.engine.ways import Stacking, Ways
 from cutlayer.errors import RunFolderError
+from cutlayer.testing.material import random_source
 
 SMALL: dict[str, Any] = {
     "algorithm": "sglr", "data": "digits", "model": "cnn", "clients": 3, "samples_per_client": 24, "batch": 8,
@@ -63,11 +66,60 @@ def test_the_quickest_is_taken(quick: str, server: str, monkeypatch: pytest.Monk
     assert set(clock.asked) == {"last lowered", "last each", "else lowered", "else each"}
 
 
-def test_a_little_quicker_is_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Given(else_each=0.97)
+@pytest.mark.parametrize(
+    "seconds",
+    [{"last_each": 0.97}, {"last_lowered": 0.97}, {"else_lowered": 0.93, "else_each": 0.93}, {"server": 0.93}],
+    ids=str,
+)
+def test_a_little_quicker_is_noise(seconds: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another way by 3 %, another layout of one side by 3.5 % of a step of both."""
+    clock = Given(**seconds)
     monkeypatch.setattr(Tuner, "copies", lambda *a, **k: clock.copies(*a, **k))
     monkeypatch.setattr(Tuner, "alone", lambda *a, **k: clock.alone(*a, **k))
     assert Run(**SMALL).training.ways == Run(tune="off", **SMALL).training.ways
+
+
+class Flattened(nn.Module):
+    """Takes it for granted how the convolution's output lies in memory: cannot run otherwise, or reads it wrongly."""
+
+    def __init__(self, blindly: bool) -> None:
+        super().__init__()
+        self.blindly = blindly
+        self.conv, self.out = nn.Conv2d(1, 8, 3), nn.Linear(8 * 36, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[n, 1, 8, 8] -> [n, 10]."""
+        y, size = self.conv(x), 8 * 36
+        return self.out(y.as_strided((len(x), size), (size, 1)) if self.blindly else y.view(len(x), size))
+
+
+@pytest.mark.parametrize("blindly", [False, True])
+def test_a_quick_layout_that_the_server_cannot_take_is_left(blindly: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Given(last_lowered=0.1, last_each=0.1)
+    monkeypatch.setattr(Tuner, "copies", lambda *a, **k: clock.copies(*a, **k))
+    monkeypatch.setattr(Tuner, "alone", lambda *a, **k: clock.alone(*a, **k))
+    run = Run(**{**SMALL, "model": Flattened(blindly), "cut": "conv", "rounds": 1})
+    assert {"last lowered", "last each"} <= set(clock.asked)
+    assert run.training.ways.client_layout != "last"
+    run.run()
+
+
+@pytest.mark.parametrize(("times", "taken"), [((1.0, 0.97), "dense"), ((1.0, 0.9), "grouped"), ((0.9, 1.0), "dense")])
+def test_the_quickest_form_is_taken(times: tuple[float, float], taken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a convolution of three clients; a little quicker is noise here too."""
+    seconds = dict(zip(("dense", "grouped"), times, strict=True))
+    x, weight = torch.randn(6, 2, 5, 5, requires_grad=True), torch.randn(3, 4, 2, 3, 3, requires_grad=True)
+    possible = forms(x, weight, 1, 1, 1, 1)
+    assert set(possible) == set(seconds)
+    left = [seconds[name] for name in possible]
+
+    def measured(tuner: Tuner, work: Callable[[], object]) -> float:
+        work()
+        return left.pop(0)
+
+    monkeypatch.setattr(Tuner, "seconds", measured)
+    assert Tuner(60.0, torch.device("cpu"))._form(possible, "dense", x, weight, None) == taken
+    assert not left
 
 
 @pytest.mark.parametrize("algorithm", ["sglr", "sflv1", "sflv2", "fl", "ssl"])
@@ -89,6 +141,29 @@ def test_it_is_kept_for_the_next_run_and_said() -> None:
     assert any(remark.startswith("As measured here before: ") for remark in second.training.remarks)
     other = Run(**{**SMALL, "batch": 6})  # other shapes are measured anew
     assert any(remark.startswith("Measured in ") for remark in other.training.remarks)
+
+
+def test_images_of_another_size_are_measured_anew() -> None:
+    """Though all layers and weights are the same."""
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    for size in (8, 6):
+        data = random_source((24, 24, 24), (1, size, size), classes=3)
+        options = {**SMALL, "model": net, "data": data, "partition": "column", "cut": "1", "samples_per_client": None}
+        for remark in ("Measured in ", "As measured here before: "):
+            assert any(said.startswith(remark) for said in Run(**options).training.remarks)
+
+
+def test_what_was_measured_on_another_machine_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {key({"a": 1})}
+    for owner, name, value in (
+        (torch, "__version__", "0"),
+        (torch, "get_num_threads", lambda: 99),
+        (remembered, "_processor", lambda: "another"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, value)
+            names.add(key({"a": 1}))
+    assert len(names) == 4
 
 
 def test_what_is_cached_alone_is_not_measured() -> None:
