@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from cutlayer.engine.chain import Chain
 from cutlayer.engine.stack import Stack
+from cutlayer.engine.stackable import stackable
 from cutlayer.models import cut
 from cutlayer.optim import make_optimizer
 
@@ -51,6 +52,7 @@ def test_it_trains_as_its_layers_do(case: str, optimizer: str) -> None:
     stacks[1]._chain = None
     for step in range(3):
         x = torch.randn(12, *shape, generator=noise).double().requires_grad_(step > 0)
+        assert stacks[0]._chain.takes(x)
         g, outcomes = None, []
         for stack in stacks:
             (group,) = stack.groups(range(3), np.full(3, 4))
@@ -109,13 +111,21 @@ def test_what_is_no_chain_is_left_alone(layers: nn.Module) -> None:
     assert stack._chain is None
 
 
-def test_rows_of_several_lines_are_left_alone() -> None:
-    """A flattening of some dimensions: a dense layer then takes each line by itself."""
-    for flattening in (nn.Flatten(1, 2), nn.Flatten(2)):
-        part = part_of(
-            nn.Sequential(flattening, nn.Linear(6, 5)), (2, 3, 6) if flattening.start_dim == 1 else (4, 2, 3)
-        )
-        assert Chain.of(part, [name for name, _ in part.named_parameters()]) is None
+LINES: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+    "as they come": (nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4)), (3, 6)),
+    "the first dimensions flattened": (nn.Sequential(nn.Flatten(1, 2), nn.Linear(6, 5)), (2, 3, 6)),
+    "the last dimensions flattened": (nn.Sequential(nn.Flatten(2), nn.Linear(6, 5)), (4, 2, 3)),
+}
+
+
+@pytest.mark.parametrize("case", LINES)
+def test_rows_of_several_lines_are_left_to_the_layers(case: str) -> None:
+    """A dense layer takes each line by itself; all clients are still computed at once."""
+    layers, shape = LINES[case]
+    part, x = part_of(layers, shape), torch.randn(4, *shape).double()
+    chain = Chain.of(part, [name for name, _ in part.named_parameters()])
+    assert chain is None or not chain.takes(x)
+    assert stackable(part, (x,), make_optimizer("sgd", 0.1, {}), data=True).ways[0] == "lowered"
 
 
 def test_lower_precision_is_left_to_autocast() -> None:

@@ -38,9 +38,10 @@ class Dense:
 
 @dataclass(frozen=True)
 class Chain:
-    """Dense layers, one after another."""
+    """Dense layers, one after another; `flattens`: each row is made one line first."""
 
     layers: tuple[Dense, ...]
+    flattens: bool
 
     @classmethod
     def of(cls, part: nn.Module, trained: Sequence[str]) -> Chain | None:
@@ -48,16 +49,23 @@ class Chain:
         if getattr(part, "narrow_to", None) is not None or (chain := chain_of(part)) is None:
             return None
         layers: list[Dense] = []
+        flattens = False
         for kind, name in chain:
             module = part.get_submodule(name) if name else None
             if kind is nn.Linear and isinstance(module, nn.Linear):
                 layers.append(Dense(f"{name}.weight", "" if module.bias is None else f"{name}.bias", ()))
             elif kind in _MAPS and layers:
                 layers[-1] = Dense(layers[-1].weight, layers[-1].bias, (*layers[-1].maps, _MAPS[kind]))
-            elif not (kind is nn.Flatten and module is not None and _whole(module) and not layers):
+            elif kind is nn.Flatten and module is not None and _whole(module) and not layers:
+                flattens = True
+            else:
                 return None
         names = [n for layer in layers for n in (layer.weight, layer.bias) if n]
-        return cls(tuple(layers)) if names and sorted(names) == sorted(trained) else None
+        return cls(tuple(layers), flattens) if names and sorted(names) == sorted(trained) else None
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether each row is one line: a dense layer takes each of several lines by itself."""
+        return self.flattens or x.dim() == 2
 
     def __call__(self, x: Tensor, parameters: Mapping[str, Tensor], leave: Leave | None) -> Tensor:
         """[c * b, ...] -> [c * b, o]; with `leave`, gradients of weights are left there as factors."""

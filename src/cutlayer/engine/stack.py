@@ -335,7 +335,7 @@ class Stack:
             name = next(n for n, p in group.parameters.items() if p is weight)
             group.factors.setdefault(name, []).append(factors)
 
-        if self._chain is not None and self.module.training and not alike:
+        if self._chain is not None and self.module.training and not alike and self._chain.takes(rows[0]):
             return (self._chain(rows[0], group.parameters, leave if self._by_factors else None),)
         self._install(tensors)
         try:
