@@ -213,12 +213,28 @@ def test_exporting_programs(table: Path) -> None:
     program = torch.export.load(table / "model.pt2").module()
     rows = torch.randn(7, 3)
     assert torch.allclose(program(rows), load_model(table / "run")(rows), atol=1e-6)
-    assert (
-        "needs the packages onnx" in call("export", "run", "--format", "onnx", cwd=table, code=None).stderr
-        or (table / "run/export/last-all.onnx").exists()
-    )
     done = call("export", "run", "--out", "model.bin", cwd=table, code=2)
     assert "name it with --format (safetensors, onnx, torch-export)" in done.stderr
+
+
+def test_an_onnx_file_gives_what_the_model_gives(table: Path) -> None:
+    """Another runtime reads it, for any number of rows; how rows were prepared and classes are called goes with it."""
+    onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    call("export", "run", "--out", "model.onnx", cwd=table)
+    about = {p.key: p.value for p in onnx.load(table / "model.onnx").metadata_props}["cutlayer"]
+    assert json.loads(about)["class_names"] == ["small", "tall"]
+    session = runtime.InferenceSession(str(table / "model.onnx"), providers=["CPUExecutionProvider"])
+    (name,) = (i.name for i in session.get_inputs())
+    for rows in (torch.randn(7, 3), torch.randn(1, 3)):
+        (scores,) = session.run(None, {name: rows.numpy()})
+        assert np.allclose(scores, load_model(table / "run")(rows).detach().numpy(), atol=1e-5)
+
+
+def test_onnx_without_its_packages_is_refused(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    done = call("export", "run", "--out", "refused.onnx", cwd=table, code=2)
+    assert "needs the packages onnx" in done.stderr
+    assert not (table / "refused.onnx").exists()
 
 
 def test_exporting_everyone(tmp_path: Path) -> None:
