@@ -14,8 +14,7 @@ message: every addressee receives all its rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -133,21 +132,27 @@ class MeteredCohort(CohortAround):
 
     def forward(self, clients: Sequence[int] | None = None, *, labels: bool = True) -> Smashed:
         """Up: smashed data and labels. A client that missed an averaging in this round has fetched the model before."""
-        with self._counted("smashed data"):
+        try:
             smashed = self.inner.forward(clients, labels=labels)
+        finally:
+            self._count("smashed data")
         self._fetch(smashed.clients)
         self._add("up", "labels", smashed.clients, np.array(smashed.sizes, np.int64) * row_bytes(smashed.labels))
         return smashed
 
     def tail(self, features: Smashed) -> TailGradients:
         """Down: features; up: their gradients."""
-        with self._counted("features", up="cut gradients"):
+        try:
             return self.inner.tail(features)
+        finally:
+            self._count("features", up="cut gradients")
 
     def backward(self, gradients: CutGradients) -> None:
         """Down: own cut gradients one by one, the common one as a broadcast."""
-        with self._counted("cut gradients", common_rows=len(gradients.common[0]) if gradients.active else 0):
+        try:
             self.inner.backward(gradients)
+        finally:
+            self._count("cut gradients", common_rows=len(gradients.common[0]) if gradients.active else 0)
 
     def average(self, weights: Mapping[int, float]) -> tuple[int, ...]:
         """Up: the models of those averaged; down: the average, to the same clients (to others when they next take
@@ -189,8 +194,10 @@ class MeteredCohort(CohortAround):
                 self.ledger.add("down", "evaluation", clients, outputs[0].nbytes)
             return outputs
 
-        with self._counted("evaluation"):
+        try:
             found = self.inner.evaluate(samples, metered, clients)
+        finally:
+            self._count("evaluation")
         if isinstance(samples, AtClient) and found.scores and self.holder not in (None, samples.client):
             self._lent(self.holder, samples.client)
         return found
@@ -209,20 +216,16 @@ class MeteredCohort(CohortAround):
             self.ledger.broadcast("models", late, self.footprint(late[0]).model)
             self._stale -= set(late)
 
-    @contextmanager
-    def _counted(self, kind: Kind, *, up: Kind | None = None, common_rows: int = 0) -> Iterator[None]:
-        """Count the rows that cross in the block as `kind`, those that go up as `up` if it is given; a common gradient
-        has `common_rows` rows.
+    def _count(self, kind: Kind, *, up: Kind | None = None, common_rows: int = 0) -> None:
+        """Count the rows that have crossed as `kind`, those that went up as `up` if it is given; a common gradient has
+        `common_rows` rows.
         """
-        try:
-            yield
-        finally:
-            for one in self._crossed:
-                if one.common:
-                    self._common(one.clients, int(one.counts), common_rows)
-                else:
-                    self._add(one.direction, up if up and one.direction == "up" else kind, one.clients, one.counts)
-            self._crossed.clear()
+        for one in self._crossed:
+            if one.common:
+                self._common(one.clients, int(one.counts), common_rows)
+            else:
+                self._add(one.direction, up if up and one.direction == "up" else kind, one.clients, one.counts)
+        self._crossed.clear()
 
     def _common(self, clients: Sequence[int], count: int, rows: int) -> None:
         """Count a common gradient. The paper counts one row of the first in a round."""

@@ -31,7 +31,8 @@ class CodedCohort(CohortAround):
     def forward(self, clients: Sequence[int] | None = None, *, labels: bool = True) -> Smashed:
         """Smashed data go up."""
         smashed = self.inner.forward(clients, labels=labels)
-        return replace(smashed, rows=self._up(smashed))
+        rows = self._up(smashed)
+        return smashed if _alike(rows, smashed.rows) else replace(smashed, rows=rows)
 
     def tail(self, features: Smashed) -> TailGradients:
         """Features go down, their gradients up."""
@@ -48,7 +49,8 @@ class CodedCohort(CohortAround):
         if gradients.active:
             common, count = self.coding.common(common)
             self.crossed.append(Crossed("down", gradients.active, count, common=True))
-        self.inner.backward(replace(gradients, own=own, common=common))
+        unchanged = _alike(own, gradients.own) and _alike(common, gradients.common)
+        self.inner.backward(gradients if unchanged else replace(gradients, own=own, common=common))
 
     def evaluate(self, samples: Samples, predict: Predict, clients: Sequence[int] | None = None) -> Evaluation:
         """Smashed data of held-out samples go up and, in the U-shaped split, features down; without zstd, as remote
@@ -88,3 +90,8 @@ class CodedCohort(CohortAround):
         received, counts = self.coding.rows(codec, rows, sizes)
         self.crossed.append(Crossed(direction, clients, np.asarray(written or counts, np.int64)))
         return received
+
+
+def _alike(coded: Rows, rows: Rows) -> bool:
+    """Whether a codec left all tensors as they were."""
+    return all(a is b for a, b in zip(coded, rows, strict=True))
