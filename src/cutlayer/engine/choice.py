@@ -39,6 +39,8 @@ _CACHED = 8 << 20
 # and the longest, in seconds; the share of a run that it may take, and the share up to the usual time.
 _FEWEST, _SHORTEST, _HALF, _LONGEST, _OF_LONG, _OF_SHORT = 5000, 0.02, 0.5, 5.0, 0.01, 0.05
 
+_ESTIMATED = 16  # rows whose time says how long a run takes, about
+
 Side = Literal["clients", "copies"]
 
 
@@ -268,12 +270,10 @@ class Choice:
         """Seconds that measuring may take: 1 % of the run, 5 at most; or half a second, where that is 5 % at most."""
         if self.work.rows < _FEWEST:  # not even worth an estimate
             return 0.0
-        tuner, rows = Tuner(_HALF, self.device), min(self.config.batch, 16)
-        once = tuner.alone(self.split.client, self._measured["clients"], rows, data=True)
-        once += tuner.alone(self.split.server, self._measured["copies"], rows, data=False)
+        tuner, rows = Tuner(float("inf"), self.device), min(self.config.batch, _ESTIMATED)
+        once = tuner.alone(self.split.client, self._measured["clients"], rows, data=True, repeats=1)
+        once += tuner.alone(self.split.server, self._measured["copies"], rows, data=False, repeats=1)
         run = once / rows * self.work.rows
-        if once == float("inf"):
-            return _LONGEST
         return max(min(_LONGEST, _OF_LONG * run), min(_HALF, _OF_SHORT * run))
 
     def _quickest(self, tuner: Tuner, ruled: Ways) -> Ways:

@@ -64,7 +64,7 @@ class Tuner:
             times.append(self._once(work))
         return min(times)
 
-    def alone(self, part: nn.Module, rows: Rows, wanted: int, *, data: bool) -> float:
+    def alone(self, part: nn.Module, rows: Rows, wanted: int, *, data: bool, repeats: int = _REPEATS) -> float:
         """Seconds of a forward and a backward pass of a model on `wanted` rows like `rows`."""
         tried = min(wanted, _FEW_ROWS)
         twin, batches = copy.deepcopy(part).train(), _batches(rows, tried, data=data)
@@ -72,7 +72,7 @@ class Tuner:
         def work() -> None:
             _back(as_tuple(twin(next(batches))))
 
-        return self.seconds(work) * wanted / tried
+        return self.seconds(work, repeats) * wanted / tried
 
     def copies(
         self, part: nn.Module, rows: Rows, batch: int, clients: int, make: MakeOptimizer, how: Stacking, *, data: bool
