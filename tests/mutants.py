@@ -530,7 +530,16 @@ MUTANTS = [
     M("measured on another machine", "remembered", "json.dumps({**machine, **subject}, sort_keys=True)", "json.dumps({**subject}, sort_keys=True)"),
     M("measured on rows of other shapes", "remembered", "[(list(r.shape[1:]), str(r.dtype)) for rows in self._rows.values() for r in rows]", "[]"),
     M("measured with other options", "remembered", "[c.engine, c.algorithm, c.device, c.precision, c.start, c.batch, c.memory_limit]", "[]"),
+    M("short runs are measured", "tuning", "if self.work.rows < _FEWEST:", "if False:"),
+    M("short runs are measured for long", "tuning", "min(_HALF, _OF_SHORT * run)", "_HALF"),
+    M("long runs are measured for ever", "tuning", "min(_LONGEST, _OF_LONG * run)", "_OF_LONG * run"),
+    M("measured although it is late", "tuning", "if self.late: return float", "if False: return float"),
     M("how copies are computed is not stored", "ways", "return asdict(self)", 'return {**asdict(self), "copies": asdict(Stacking())}'),
+    # From what was chosen to cohorts
+    M("a penalty that clients' own losses lack", "simulation", "if protection.penalised and LEARN in algorithm.traits.needs:", "if False:"),
+    M("a penalty where nothing is trained", "simulation", "if protection.penalised and not trains(chosen.split.client):", "if False:"),
+    M("simulated clients are undefended", "simulation", "if protection.active: cohort", "if False: cohort"),
+    M("algorithms take verbs unasked", "simulation", "return BoundedCohort(cohort, config.algorithm, algorithm.traits.needs), server", "return cohort, server"),
     # What draws
     M("layers within layers draw nothing", "trace", "any(map(_layer_may_draw, part.get_submodule(str(node.target)).modules()))", "_layer_may_draw(part.get_submodule(str(node.target)))"),
     M("hooks draw nothing", "trace", "return hooked or not kind.", "return not kind."),

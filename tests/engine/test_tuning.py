@@ -24,6 +24,8 @@ SMALL: dict[str, Any] = {
     "rounds": 3, "test": 20, "validation": 20,
 }  # fmt: skip
 
+BUDGET = choice.Choice._budget
+
 
 @pytest.fixture(autouse=True)
 def measuring(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -236,6 +238,28 @@ def test_a_folder_whose_ways_are_broken_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run" / "engine.json").write_text("{}", encoding="utf-8")
     with pytest.raises(RunFolderError, match=r"engine\.json' cannot be read"):
         Run.resume(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("run", "budget"),
+    [(1.0, 0.05), (20.0, 0.5), (100.0, 1.0), (10_000.0, 5.0), (float("inf"), 5.0)],
+)
+def test_what_measuring_may_take(run: float, budget: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a run of so many seconds: 5 % up to half a second, then 1 %, and never more than 5 s; of few rows nothing."""
+    clock, found = Given(server=run / (3 * 24 * 3) * 8 / 2, server_last=1.0), list[float]()
+
+    def budgeted(made: choice.Choice) -> float:
+        found.append(BUDGET(made))
+        return found[-1]
+
+    monkeypatch.setattr(choice.Choice, "_budget", budgeted)
+    monkeypatch.setattr(Tuner, "copies", lambda *a, **k: clock.copies(*a, **k))
+    monkeypatch.setattr(Tuner, "alone", lambda *a, **k: clock.alone(*a, **k))
+    Run(**SMALL)
+    assert found == pytest.approx([budget])
+    monkeypatch.setattr(choice, "_FEWEST", 3 * 24 * 3 + 1)
+    Run(**{**SMALL, "batch": 7})
+    assert found[1] == 0.0
 
 
 def test_its_time_is_bounded() -> None:
