@@ -130,6 +130,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "loss": words("mse", "l1", "huber", "poisson"),
     "huber_delta": POSITIVE,
     "engine": words("auto", "local", "stacked"),
+    "tune": words("off", "cached", "on"),
     "device": words("cpu", "cuda", "cuda:1", "mps"),
     "precision": words("float32", "float64", "bfloat16", "tf32"),
     "memory_limit": st.floats(0.1, 100),
