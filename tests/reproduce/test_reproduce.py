@@ -576,6 +576,7 @@ def test_interrupted_and_called_again(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.network
 def test_killed_without_leaving_anything_behind(tmp_path: Path) -> None:
     """kill -9 of the command: its processes end too."""
     with started("reproduce", "table1", "--data", "digits", "--out", "a", "--jobs", "2", cwd=tmp_path) as process:
