@@ -89,7 +89,7 @@ def test_what_is_sent_is_defended(tmp_path: Path) -> None:
     assert float(noise.std()) > 0.5
     assert s.statement is not None
     assert (s.statement.scale, s.statement.clip, s.statement.releases) == (1.0, 2.0, 2)
-    finding = examine(s, Asked(("model",), ())).finding
+    finding = examine(s, Asked((), ())).finding
     assert [bound.kind for bound in finding.upper] == ["gaussian channel", "quantisation"]
     assert all(math.isfinite(bound.nats) for bound in finding.upper)
 
