@@ -197,7 +197,7 @@ MUTANTS = [
     M("buffers not put back", "stack", "((self._parameters, group.parameters), (self._buffers, group.buffers))", "((self._parameters, group.parameters),)"),
     M("no decay in a factored step", "stack", "beta=keep, alpha=scale", "beta=1.0, alpha=scale"),
     M("decay at every use", "stack", "keep = 1.0", "pass", "part.add_to(p, keep, -lr)"),
-    M("no decay by hand", "stack", "descend(p, p.grad, lr * factor, decay)", "descend(p, p.grad, lr * factor, 0.0)"),
+    M("no decay by hand", "stack", "p.grad.add(p, alpha=decay) if decay else p.grad", "p.grad"),
     M("decay without the rate", "stack", "weight.mul_(1.0 - lr * weight_decay)", "weight.mul_(1.0 - weight_decay)"),
     M("rehearsal leaves a trace", "stack", "{name: b.clone() for name, b in real.items()}", "dict(real)"),
     M("optimizer's clock a step ahead", "stack", "torch.tensor(float(taken)", "torch.tensor(float(taken + 1)"),

@@ -56,6 +56,19 @@ class Residual(nn.Module):
         return functional.relu(x + self.second(functional.relu(self.first(x))))
 
 
+class Tagger(nn.Module):
+    """Two tensors of inputs: words, and which of them are padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.body, self.head = nn.Embedding(9, 6), nn.Linear(6, 8), nn.Linear(8, 4)
+
+    def forward(self, words: Tensor, mask: Tensor) -> Tensor:
+        """Scores of each word's classes."""
+        scores: Tensor = self.head(self.body(self.embed(words) * mask.unsqueeze(-1)).relu())
+        return scores
+
+
 def mlp() -> nn.Module:
     """Features [n, 6] -> scores [n, 4]; cuts 0..4."""
     return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, CLASSES))
@@ -207,6 +220,17 @@ def by_hand(
     for index in range(rounds):
         steps += list(own.round(server, clients, clients.begin_round(index, rounds, 1.0)))
     return [clients.model_state(k) for k in range(len(rows))], server.state()["model"], steps
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equal trees, tensors bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
 
 
 def difference(a: State, b: State) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import ALGORITHMS, source
+from support import ALGORITHMS, same, source
 from torch import nn
 
 from cutlayer import Comparison, Run, RunFolderError, checkpoint
@@ -51,17 +51,6 @@ def new(algorithm: str, out: Path | None) -> Run:
 def without_times(path: Path) -> list[dict[str, Any]]:
     """Records but for the one field that cannot be equal: how long it took."""
     return [{k: v for k, v in r.items() if k != "seconds"} for r in read_records(path)]
-
-
-def same(a: Any, b: Any) -> bool:
-    """Equal trees, tensors bit for bit."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return bool(a == b)
 
 
 def assert_same_runs(a: Path, b: Path) -> None:

@@ -267,11 +267,10 @@ class Stepping:
         self.advance(lr)
 
     def _is_plain(self) -> bool:
-        """Whether a step is w <- w - lr (g + decay w) and nothing else, on the CPU."""
+        """Whether a step is w <- w - lr (g + decay w) and nothing else."""
         if self.optimizer is None or self.make.kind is not torch.optim.SGD:
             return False
-        plain = not any(g["momentum"] or g["nesterov"] or g["maximize"] for g in self.optimizer.param_groups)
-        return plain and all(w.device.type == "cpu" for w in self.weights)
+        return not any(g["momentum"] or g["nesterov"] or g["maximize"] for g in self.optimizer.param_groups)
 
     def _descend(self, lr: float) -> None:
         """torch's step of plain gradient descent, to the bit: for a small model its bookkeeping takes longer."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import Tagger
 from torch import Tensor, nn
 
 from cutlayer import Run
@@ -15,19 +16,6 @@ from cutlayer.options import RunConfig
 from cutlayer.testing.deployed import train_in_memory
 
 STRONG = {"clip": 0.5, "gaussian_noise": 0.2, "feature_dropout": 0.3, "nopeek": 0.5}
-
-
-class Tagger(nn.Module):
-    """Words, and which of them are padding: what crosses is a real tensor of both."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.body, self.head = nn.Embedding(9, 6), nn.Linear(6, 8), nn.Linear(8, 4)
-
-    def forward(self, words: Tensor, mask: Tensor) -> Tensor:
-        """Scores of each word's classes."""
-        scores: Tensor = self.head(self.body(self.embed(words) * mask.unsqueeze(-1)).relu())
-        return scores
 
 
 class Sum(nn.Module):

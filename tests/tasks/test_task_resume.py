@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from support import Tagger, same
+from torch import nn
 
 from cutlayer import Run, checkpoint
 from cutlayer.data.samples import Samples, Source
@@ -20,19 +21,6 @@ ENGINES: dict[str, dict[str, Any]] = {
     "stacked": {"algorithm": "sglr", "engine": "stacked"},
     "union": {"algorithm": "sfl", "average_every": "step", "client_optimizer": "sgd", "engine": "auto"},
 }
-
-
-class Tagger(nn.Module):
-    """Two tensors of inputs: words, and which of them are padding."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.body, self.head = nn.Embedding(9, 6), nn.Linear(6, 8), nn.Linear(8, 4)
-
-    def forward(self, words: Tensor, mask: Tensor) -> Tensor:
-        """Scores of each word's classes."""
-        scores: Tensor = self.head(self.body(self.embed(words) * mask.unsqueeze(-1)).relu())
-        return scores
 
 
 def case(task: str) -> tuple[Any, dict[str, Any], Source]:
@@ -55,17 +43,6 @@ def case(task: str) -> tuple[Any, dict[str, Any], Source]:
 
 def source(every: Samples) -> Source:
     return Source("drawn", every[:48], every[48:60], every[60:], (), client_column=OWNERS)
-
-
-def same(a: Any, b: Any) -> bool:
-    """Equal trees, tensors bit for bit."""
-    if isinstance(a, Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return bool(a == b)
 
 
 def records(folder: Path, name: str) -> list[dict[str, Any]]:

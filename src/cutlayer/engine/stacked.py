@@ -24,7 +24,7 @@ from cutlayer.data.samples import Samples
 from cutlayer.eager import backward
 from cutlayer.engine.descent import Descent, DirectSteps, descent
 from cutlayer.engine.simulated import Clients, SimulatedCohort, model_bytes
-from cutlayer.engine.stack import Generators, Group, Stack, descend
+from cutlayer.engine.stack import Generators, Group, Stack
 from cutlayer.engine.ways import Stacking
 from cutlayer.errors import NonFiniteError
 from cutlayer.frozen import load_resting, resting
@@ -234,9 +234,7 @@ class StackedServer(Server):
         if self._optimizer is not None:
             self._rule.quicken(self._optimizer)
         self._named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        if self._rule.plain:
-            self._stepping.advance = self._descend
-        elif self._optimizer is not None and (how_to_step := self._directly(make_optimizer)) is not None:
+        if self._optimizer is not None and (how_to_step := self._directly(make_optimizer)) is not None:
             self._stepping.advance = DirectSteps(how_to_step, self._optimizer, self._named, self._rule)
         self._stack = Stack(model, copies, make_optimizer, how)
 
@@ -266,14 +264,6 @@ class StackedServer(Server):
         """How the optimiser steps without its object, where no look at its state would stop an accelerator."""
         on_cpu = all(p.device.type == "cpu" for _, p in self._named)
         return descent(make, torch.device("cpu")) if on_cpu else None
-
-    def _descend(self, lr: float) -> None:
-        """Plain gradient descent by hand: for a small model the optimiser's own bookkeeping takes longer."""
-        with torch.no_grad():
-            for name, p in self._named:
-                if p.grad is not None:
-                    factor, decay = self._rule.rates_of(name)
-                    descend(p, p.grad, lr * factor, decay)
 
     def average_copies(self, weights: Mapping[int, float]) -> None:
         """Server model := weighted mean of the copies of the clients in `weights`; then every copy := server model.
