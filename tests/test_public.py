@@ -137,6 +137,7 @@ def test_what_is_derived_is_up_to_date() -> None:
     assert stored is not None, "index.json is out of date"
     assert derive.KEYWORDS.read_text() == derive.keywords()
     assert derive.OPTIONS.read_text() == derive.options()
+    assert derive.SECURITY.read_text() == derive.security(derive.SECURITY.read_text())
 
 
 def test_importing_is_light() -> None:

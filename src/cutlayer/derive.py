@@ -1,4 +1,5 @@
-"""Writes what is derived from the registrations: `index.json`, `keywords.py` and docs/options.md.
+"""Writes what is derived from the registrations: `index.json`, `keywords.py`, docs/options.md, and the table of what
+leaves a client in docs/security.md.
 
     python -m cutlayer.derive            # or: make derive
 
@@ -12,12 +13,16 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from cutlayer import plugins
+from cutlayer.algorithms.contract import traits_of
 from cutlayer.options import CommonConfig, CompareConfig, PlanConfig, RunConfig, about
 from cutlayer.plugins import Entry, Option
+from cutlayer.verbs import LEAVING
 
 _PACKAGE = Path(__file__).parent
 KEYWORDS = _PACKAGE / "keywords.py"
-OPTIONS = _PACKAGE.parents[1] / "docs" / "options.md"
+_DOCS = _PACKAGE.parents[1] / "docs"
+OPTIONS, SECURITY = _DOCS / "options.md", _DOCS / "security.md"
+_BEGIN, _END = "<!-- what leaves a client: written by `make derive` -->\n", "<!-- end -->\n"
 _WORDS = {
     "algorithm": "Algorithms",
     "partition": "Partitions",
@@ -155,6 +160,22 @@ def _default(value: Any) -> str:
     return f"`{', '.join(map(str, value)) if isinstance(value, tuple) else value}`"
 
 
+def leaving() -> str:
+    """The table of docs/security.md: what each algorithm takes from a client, and what it brings."""
+    lines = [f"| algorithm | {' | '.join(LEAVING)} | arrives |", "|" + "---|" * (len(LEAVING) + 2)]
+    for entry in plugins.index("algorithm").values():
+        traits = traits_of(entry)
+        given = [traits.leaving.get(word, "") for word in LEAVING]
+        lines.append(f"| {entry.name} | {' | '.join(given)} | {', '.join(traits.arriving)} |")
+    return "\n".join(lines) + "\n"
+
+
+def security(text: str) -> str:
+    """The text of docs/security.md, with the table as it is derived."""
+    before, _, rest = text.partition(_BEGIN)
+    return f"{before}{_BEGIN}{leaving()}{_END}{rest.partition(_END)[2]}"
+
+
 def write() -> list[Path]:
     """Write all that is derived; the paths."""
     paths = [plugins.write_index()]
@@ -162,6 +183,9 @@ def write() -> list[Path]:
         if path.parent.is_dir():  # there are no docs beside an installed package
             path.write_text(text, encoding="utf-8")
             paths.append(path)
+    if SECURITY.is_file():
+        SECURITY.write_text(security(SECURITY.read_text(encoding="utf-8")), encoding="utf-8")
+        paths.append(SECURITY)
     return paths
 
 

@@ -36,6 +36,10 @@ def undeclared(algorithm: str, call: str, verb: str, needs: Iterable[str]) -> st
     )
 
 
+LEAVING = ("raw data", "smashed data", "labels", "gradients", "losses", "models")
+"""What can leave a client, in the columns of the table in docs/security.md."""
+
+
 @dataclass(frozen=True)
 class Traits:
     """What follows from an algorithm's `needs`; `central`: everybody's data are gathered in one place first."""
@@ -90,3 +94,33 @@ class Traits:
     def server_sees_one_client(self) -> bool:
         """A forward pass of the server has the rows of a single client."""
         return bool(self.needs & {STEP_EACH, STEP_COPIES, HAND_OVER})
+
+    @property
+    def leaving(self) -> dict[str, str]:
+        """What leaves a client during training, by the words of `LEAVING`, and when. What stays is not in it."""
+        if self.central:
+            return {"raw data": "every row, once"}
+        found: dict[str, str] = {}
+        if FORWARD in self.needs:
+            found["smashed data"] = "every row, in each epoch"
+            if not self.u_shaped:
+                found["labels"] = "every row"
+        if self.u_shaped:
+            found["gradients"] = "of the loss by the server's features"
+        if self.needs & {TAIL, FIT, LEARN}:
+            found["losses"] = "the mean of each batch"
+        if self.models_cross:
+            part = "whole model" if self.whole else "client part"
+            found["models"] = f"the {part}, at each {'hand-over' if self.takes_turns else 'averaging'}"
+        return {word: found[word] for word in LEAVING if word in found}
+
+    @property
+    def arriving(self) -> tuple[str, ...]:
+        """What a client receives during training, besides the rows and results of evaluation."""
+        if self.central:
+            return ()
+        found = ["cut gradients"] if BACKWARD in self.needs else []
+        found += ["the server's features"] if self.u_shaped else []
+        if self.averages:
+            found.append("the averaged model")
+        return (*found, "the model of the client before") if self.takes_turns else tuple(found)
