@@ -1,10 +1,24 @@
-"""Quantities as people read them."""
+"""Quantities as people read them, and foreign text made harmless."""
 
 from __future__ import annotations
 
 import math
 
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB", "EB")
+
+
+def plain(text: object) -> str:
+    """Foreign text on one line that drives no terminal: control characters, line breaks, invisible characters and those
+    that turn the direction of writing are shown as escapes (\\n, \\x1b, \\u202e). Doing it twice changes nothing more.
+
+    For everything that another machine says, before it is printed, logged, stored or raised.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def plain_lines(text: object) -> str:
+    """Text of our own that may quote others: as `plain`, but its lines stay lines."""
+    return "\n".join(plain(line) for line in str(text).split("\n"))
 
 
 def format_bytes(n: int) -> str:

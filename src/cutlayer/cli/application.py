@@ -20,8 +20,9 @@ configuration is stored with the run, and running from it reproduces the run.
 Exit codes: 0 done, 1 training failed, 2 wrong input (nothing was written), 3 disk full, 130 interrupted (after 3 and
 130 `cutlayer resume` goes on). With `--debug` an error comes with its traceback, such as that of code of yours.
 """
-out = Console()
-err = Console(stderr=True)
+# Markup is off: square brackets in names, paths and sentences of others are text.
+out = Console(markup=False)
+err = Console(stderr=True, markup=False)
 
 # Annotations of parameters that several commands have.
 ConfigFile = Annotated[Path | None, Parameter(name="--config", group=FILES)]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.table import Table
+from rich.text import Text
 
 from cutlayer import plugins
 from cutlayer.cli.application import out
@@ -77,15 +78,18 @@ def _defined(evaluation: Evaluation | None, metric: str) -> dict[int, float]:
 def print_result(result: Result) -> None:
     """Print what a run has reached and what it cost."""
     title = plugins.find("algorithm", result.algorithm).title
-    out.print(
-        f"\n[bold]{title}[/] ({result.engine} engine): test {spoken(result.metric)} "
-        f"[bold]{_score(result.test_score, result)}[/] (at the best validation {spoken(result.metric)}, round "
+    line = Text.assemble(
+        "\n",
+        (title, "bold"),
+        f" ({result.engine} engine): test {spoken(result.metric)} ",
+        (_score(result.test_score, result), "bold"),
+        f" (at the best validation {spoken(result.metric)}, round "
         f"{result.best_round}: {_score(result.best_test_score, result)}); {result.steps} steps, "
         f"{result.steps_per_second:.1f} steps/s, "
         f"{result.samples_per_second:.0f} samples/s; {format_bytes(result.bytes_up)} up, "
         f"{format_bytes(result.bytes_down)} down",
-        highlight=False,
     )
+    out.print(line, highlight=False)
     _print_run_costs(result)
 
 

@@ -28,6 +28,7 @@ from cutlayer.remote import network
 from cutlayer.remote.carrier import Responder
 from cutlayer.remote.security import ClientSecurity, is_loopback, split_address
 from cutlayer.remote.transports import host_and_port
+from cutlayer.text import plain
 from cutlayer.wire import messages as m
 from cutlayer.wire.conversation import ClientSide
 from cutlayer.wire.frames import Frame, split
@@ -181,7 +182,7 @@ class Dialler:
                     frame = await stream.receive()
                     if isinstance(frame.message, m.Bye):
                         await stream.leave()
-                        return frame.message.reason
+                        return plain(frame.message.reason)
                     await self._answer(stream, frame)
             except grpc.RpcError as error:
                 raise self._named(error, stream) from None
@@ -200,14 +201,14 @@ class Dialler:
     async def _greet(self, stream: _Stream) -> None:
         message = (await stream.receive()).message
         if isinstance(message, m.Refused):
-            raise RefusedError(message.reason, message.sentence)
+            raise RefusedError(message.reason, plain(message.sentence))
         if not isinstance(message, m.Welcome):  # Bye: it stops just now
-            raise _AwayError(getattr(message, "reason", "the server stops"), worked=False)
+            raise _AwayError(plain(getattr(message, "reason", "the server stops")), worked=False)
         log.info("%s: welcome as number %d of %d", self.address, message.index, message.clients)
         if refused := self.worker.welcome(message):
             await stream.send(m.Failed(message.step, "Refused", refused.sentence))
             await stream.leave()
-            raise RefusedError(refused.reason, refused.sentence)
+            raise RefusedError(refused.reason, plain(refused.sentence))
 
     async def _answer(self, stream: _Stream, frame: Frame) -> None:
         try:
@@ -223,7 +224,7 @@ class Dialler:
 
     def _named(self, error: Any, stream: _Stream) -> Exception:
         """What a failed call means."""
-        code, details = error.code(), (error.details() or "").strip()
+        code, details = error.code(), plain((error.details() or "").strip())
         if code in _DAMAGED or (code is grpc.StatusCode.RESOURCE_EXHAUSTED and _TOO_LARGE in details):
             return WireError(f"the server at {self.address} has ended the connection: {details}")
         if code is grpc.StatusCode.UNIMPLEMENTED:

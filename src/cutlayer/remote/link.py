@@ -18,6 +18,7 @@ from cutlayer.remote.budget import WriteBudget
 from cutlayer.remote.carrier import Lost
 from cutlayer.remote.counters import ClientTraffic
 from cutlayer.remote.exchange import Exchange, Out
+from cutlayer.text import plain
 from cutlayer.wire import messages as m
 from cutlayer.wire.conversation import ServerSide
 from cutlayer.wire.frames import Frame, split
@@ -81,8 +82,9 @@ class ClientLink:
                     break  # it has been cut, or Bye has been said, and that crossed an answer
                 frame = self.side.receive(part)
                 if isinstance(frame.message, m.Failed):
-                    log.warning("client %d has failed: %s: %s", self.index, frame.message.kind, frame.message.sentence)
-                    return Lost("failed", f"client {self.index}: {frame.message.sentence}", frame.message.kind)
+                    kind, sentence = plain(frame.message.kind), plain(frame.message.sentence)
+                    log.warning("client %d has failed: %s: %s", self.index, kind, sentence)
+                    return Lost("failed", f"client {self.index}: {sentence}", kind)
                 self._take(frame)
 
     async def greet(self, answer: m.Welcome | m.Refused) -> int:

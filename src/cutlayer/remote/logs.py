@@ -6,7 +6,9 @@ import json
 import logging
 import sys
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Any, Literal
+
+from cutlayer.text import plain, plain_lines
 
 
 def show_log(form: Literal["text", "json"]) -> None:
@@ -24,8 +26,11 @@ class _TextLines(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # logging's own name
         """The line, control characters escaped."""
-        line = super().formatMessage(record)
-        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+        return plain(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802  # logging's own name
+        """The traceback, whose error may quote what others say."""
+        return plain_lines(super().formatException(ei))
 
 
 class _JsonLines(logging.Formatter):
@@ -37,9 +42,9 @@ class _JsonLines(logging.Formatter):
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": record.getMessage(),
-            **getattr(record, "facts", {}),
+            "message": plain(record.getMessage()),
+            **{name: plain(v) if isinstance(v, str) else v for name, v in getattr(record, "facts", {}).items()},
         }
         if record.exc_info:
-            line["error"] = self.formatException(record.exc_info)
+            line["error"] = plain_lines(self.formatException(record.exc_info))
         return json.dumps(line)

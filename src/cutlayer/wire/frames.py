@@ -18,6 +18,7 @@ import msgspec
 import xxhash
 
 from cutlayer.errors import WireError
+from cutlayer.text import plain
 from cutlayer.wire.limits import Limits
 from cutlayer.wire.messages import PROTOCOL, Direction, FromClient, FromServer, Message
 from cutlayer.wire.tensors import ALIGNED, Buffer, padded, size_of
@@ -116,7 +117,7 @@ def _message(header: Buffer, direction: Direction) -> Any:
         return _DECODERS[direction].decode(header)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise WireError(
-            f"a message {direction} cannot be understood ({error}): both sides need the same version"
+            f"a message {direction} cannot be understood ({plain(error)}): both sides need the same version"
         ) from None
 
 

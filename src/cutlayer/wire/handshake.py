@@ -10,6 +10,7 @@ from typing import cast
 from torch import nn
 
 from cutlayer.models.parts import state_names
+from cutlayer.text import plain
 from cutlayer.wire.messages import Reason, Refused, StepTerms, TensorSpec, Terms
 
 _SAME = "start both with the same configuration"
@@ -112,4 +113,5 @@ def _both_short(a: str, b: str) -> tuple[str, str]:
 
 
 def _short(text: str, limit: int = 200) -> str:
+    text = plain(text)
     return text if len(text) <= limit else text[: limit - 3] + "..."
