@@ -32,6 +32,7 @@ from cutlayer.folder import (
     CHECKPOINT,
     CLASSES,
     CLIENTS,
+    CONFIG,
     DATA,
     ENGINE,
     EVALUATIONS,
@@ -765,8 +766,26 @@ def ways_in(out: Path) -> Ways | None:
         ) from None
 
 
+def refuse_other(out: Path, asked: RunConfig) -> None:
+    """Raises RunFolderError where the configuration `asked`, a whole one, is not that of the run in the folder `out`.
+
+    Where the data lie may have changed once there is a checkpoint, which compares what they hold.
+    """
+    stored = RunConfig.of(without_own(stored_config(out), out))
+    have, want = from_anywhere(stored.resolved()), from_anywhere(asked.resolved())
+    paths = all(Path(str(options["data"])).is_absolute() for options in (have, want))
+    moved = frozenset({"data"}) if paths and (out / CHECKPOINT).exists() else frozenset[str]()
+    for name in dict.fromkeys([*have, *want]):
+        was, now = (repr(options[name]) if name in options else "not set" for options in (have, want))
+        if was != now and name not in moved:
+            raise RunFolderError(
+                f"the run in {str(out)!r} was begun with {name} = {was}, not {now}: go on with the configuration "
+                f"that it was begun with ({str(out / CONFIG)!r}), or begin a new run with another --out"
+            )
+
+
 def _refuse_other(stored: RunConfig, asked: dict[str, Any], out: Path) -> None:
-    """Raises RunFolderError where `asked` differs from what the run in `out` was made with."""
+    """Raises RunFolderError where one of the options `asked` differs from what the run in `out` was made with."""
     have = from_anywhere(stored.model_dump(mode="json"))
     for name, value in from_anywhere(asked).items():
         if name not in have:

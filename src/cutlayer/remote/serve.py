@@ -23,7 +23,7 @@ from cutlayer.remote.hub import Hub
 from cutlayer.remote.network import KEEPALIVE
 from cutlayer.remote.security import ServerSecurity
 from cutlayer.remote.sides import client_name, remote_training, share
-from cutlayer.run import Run
+from cutlayer.run import Run, refuse_other
 from cutlayer.wire import messages as m
 from cutlayer.wire.limits import Limits
 
@@ -49,7 +49,8 @@ class Serving:
 class Service:
     """A run whose clients dial in. Iterate over `run` inside of `open()`.
 
-    `listening(port)` is called once, when clients may come. `all_came`: all of them have.
+    `listening(port)` is called once, when clients may come. `all_came`: all of them have. A folder that holds a run is
+    gone on with: the constructor raises RunFolderError if `config` is not that run's. How it is served may change.
     """
 
     def __init__(
@@ -59,6 +60,9 @@ class Service:
         self.all_came = False
         self._names = {client_name(k): k for k in range(config.clients)}
         self._listening = self._returned = False
+        resumed = (out / CONFIG).exists()
+        if resumed:  # before anything is read, and before anybody can come
+            refuse_other(out, config)
         self._on_listening = listening
         self.hub = Hub(
             serving.address,
@@ -68,7 +72,6 @@ class Service:
             keepalive=serving.keepalive,
             limits=serving.limits,
         )
-        resumed = (out / CONFIG).exists()
         training, self._cohort, self._greet_client = remote_training(
             config,
             self.hub,
