@@ -1,26 +1,65 @@
-"""Everything Cutlayer raises on purpose.
+"""Everything Cutlayer raises on purpose, and the exit code of each.
 
 CutlayerError
-├── UsageError              the input is wrong; nothing was trained or written (exit code 2)
+├── UsageError              the input is wrong; nothing was trained or written (2)
 │   ├── ConfigError         an option: unknown, out of range, or without effect on this algorithm
+│   │   └── PortInUseError  another program listens at that port (75)
 │   ├── DataError           a data set: missing, truncated, wrongly shaped, impossible to partition
 │   ├── CutError            a model cannot be cut there, or its parts are not the whole
-│   ├── RunFolderError      a run folder: in use, not a run, or of another configuration
-│   └── RefusedError        one side of a connection does not take the other
-├── NetworkError            the other side of a connection cannot be reached any more (exit code 1)
-├── DistrustError           the server's gradients are not those of the task, says a client's watch (exit code 1)
-├── DiskFullError           a disk is full (exit code 3)
-├── WireError               a message is malformed, too large, of another protocol, or not expected now
-└── TrainingError           training cannot go on (exit code 1)
+│   ├── RunFolderError      a run folder: not a run, damaged, or of another configuration
+│   │   └── FolderInUseError  another process works in that folder (75)
+│   └── RefusedError        one side of a connection does not take the other (2, or 75: see `REFUSALS`)
+├── NetworkError            the other side of a connection cannot be reached any more (75)
+├── DistrustError           the server's gradients are not those of the task, says a client's watch (2)
+├── DiskFullError           a disk is full (3)
+├── WireError               a message is malformed, too large, of another protocol, or not expected now (1)
+└── TrainingError           training cannot go on (1)
+    ├── AbsentError         clients are missing; the run goes on when they are back (75)
     └── NonFiniteError      NaN or Inf in a loss or a gradient
 
-Every message is one sentence or two: the offending value, the reason, the remedy.
+Every message is one sentence or two: the offending value, the reason, the remedy. The exit codes are those of
+`ExitCode`; what a supervisor should do with each is said in docs/deployment.md.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from enum import IntEnum
+from typing import ClassVar
+
+
+class ExitCode(IntEnum):
+    """What a process ends with. WRONG: a person has to do something first. TRY_AGAIN: the same command may succeed
+    later, as it is; the number is that of EX_TEMPFAIL in sysexits.h.
+    """
+
+    DONE = 0
+    FAILED = 1
+    WRONG = 2
+    DISK_FULL = 3
+    TRY_AGAIN = 75
+    INTERRUPTED = 130
+
+
+REFUSALS: Mapping[str, ExitCode] = {
+    "protocol": ExitCode.WRONG,
+    "run": ExitCode.WRONG,
+    "token": ExitCode.WRONG,
+    "client": ExitCode.WRONG,
+    "taken": ExitCode.TRY_AGAIN,  # an earlier connection of the same client has not ended yet
+    "full": ExitCode.TRY_AGAIN,  # too many clients wait at once
+    "state": ExitCode.WRONG,
+    "data": ExitCode.WRONG,
+    "model": ExitCode.WRONG,
+    "crossing": ExitCode.WRONG,
+    "algorithm": ExitCode.WRONG,
+    "step": ExitCode.WRONG,
+    "codec": ExitCode.WRONG,
+    "excluded": ExitCode.WRONG,
+    "certificate": ExitCode.WRONG,
+}
+"""What a client ends with that is refused, or refuses, for each reason of the message `Refused`, and "certificate"."""
 
 
 class CutlayerWarning(UserWarning):
@@ -30,17 +69,28 @@ class CutlayerWarning(UserWarning):
 class CutlayerError(Exception):
     """Base of every error that Cutlayer raises on purpose."""
 
-    exit_code = 1
+    code: ClassVar[ExitCode] = ExitCode.FAILED
+
+    @property
+    def exit_code(self) -> ExitCode:
+        """What the command line ends with."""
+        return self.code
 
 
 class UsageError(CutlayerError):
     """The input is wrong. Raised before anything is trained or written."""
 
-    exit_code = 2
+    code = ExitCode.WRONG
 
 
 class ConfigError(UsageError):
     """An option is unknown, out of range, or has no effect on the chosen algorithm."""
+
+
+class PortInUseError(ConfigError):
+    """Another program listens at that port, perhaps this server's own predecessor, which is about to end."""
+
+    code = ExitCode.TRY_AGAIN
 
 
 class DataError(UsageError):
@@ -52,32 +102,50 @@ class CutError(UsageError):
 
 
 class RunFolderError(UsageError):
-    """A run folder is in use, is not a run, or belongs to another configuration."""
+    """A run folder is not a run, is damaged, or belongs to another configuration."""
+
+
+class FolderInUseError(RunFolderError):
+    """Another process works in that folder, perhaps this one's own predecessor, which is about to end."""
+
+    code = ExitCode.TRY_AGAIN
 
 
 class RefusedError(UsageError):
     """One side of a connection does not take the other: another run, model or protocol, a wrong token or certificate.
 
-    `reason` is that of the message `Refused`, or "certificate".
+    `reason` is that of the message `Refused`, or "certificate"; the exit code follows from it.
     """
 
     def __init__(self, reason: str, sentence: str) -> None:
         self.reason, self.sentence = reason, sentence
         super().__init__(sentence)
 
+    @property
+    def exit_code(self) -> ExitCode:
+        """That of the reason."""
+        return REFUSALS.get(self.reason, self.code)
+
 
 class NetworkError(CutlayerError):
     """The other side of a connection cannot be reached, or cannot be reached any more."""
 
+    code = ExitCode.TRY_AGAIN
+
 
 class DistrustError(CutlayerError):
-    """A client's watch says that the server's gradients are not those of the task, and the client was told to leave."""
+    """A client's watch says that the server's gradients are not those of the task, and the client was told to leave.
+
+    A person has to look: a client that is started again by itself would give such a server more.
+    """
+
+    code = ExitCode.WRONG
 
 
 class DiskFullError(CutlayerError):
     """A disk is full, or a quota is used up. What was being written is removed; what was there before remains."""
 
-    exit_code = 3
+    code = ExitCode.DISK_FULL
 
 
 class WireError(CutlayerError):
@@ -86,6 +154,12 @@ class WireError(CutlayerError):
 
 class TrainingError(CutlayerError):
     """Training cannot go on."""
+
+
+class AbsentError(TrainingError):
+    """Clients are missing that the run cannot do without. It goes on from its checkpoint when they are back."""
+
+    code = ExitCode.TRY_AGAIN
 
 
 class NonFiniteError(TrainingError):

@@ -26,7 +26,7 @@ from typing import Any, Self, TextIO
 
 import tomli_w
 
-from cutlayer.errors import CutlayerError, RunFolderError
+from cutlayer.errors import CutlayerError, FolderInUseError, RunFolderError
 from cutlayer.files import CONFIG as CONFIG
 from cutlayer.files import EVENTS as EVENTS
 from cutlayer.files import replace_file, unwritable
@@ -173,7 +173,7 @@ def stored_config(path: Path) -> dict[str, Any]:
 
 
 def locked(path: Path) -> TextIO:
-    """The folder's lock file, locked. Raises RunFolderError where another process holds it."""
+    """The folder's lock file, locked. Raises FolderInUseError where another process holds it."""
     lock = (path / LOCK).open("a+", encoding="utf-8")
     try:
         _lock(path, lock)
@@ -187,12 +187,12 @@ def locked(path: Path) -> TextIO:
 
 
 def _lock(path: Path, lock: TextIO) -> None:
-    """Lock the open file, without waiting. Raises RunFolderError where another process holds it."""
+    """Lock the open file, without waiting. Raises FolderInUseError where another process holds it."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.seek(0)
         holder = lock.read().strip() or "unknown"
-        raise RunFolderError(
+        raise FolderInUseError(
             f"{str(path)!r} is in use by process {holder}: wait for it, or choose another --out"
         ) from None

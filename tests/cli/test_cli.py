@@ -199,7 +199,7 @@ def test_interrupted_while_others_look(tmp_path: Path) -> None:
         stopped_when(process, lambda: between_checkpoints(folder))
         try:
             before = {p.name: p.read_bytes() for p in folder.iterdir()}
-            refused = call("run", *TINY, "--out", "run", cwd=tmp_path, code=2)
+            refused = call("run", *TINY, "--out", "run", cwd=tmp_path, code=75)
             assert re.fullmatch(rf"error: 'run' is in use by process {process.pid}: wait .*--out\n", refused.stderr)
             with pytest.raises(RunFolderError, match=f"in use by process {process.pid}"):
                 Run.resume(folder).run()

@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from cutlayer.cli import application
-from cutlayer.errors import ConfigError, UsageError
+from cutlayer.errors import ConfigError, ExitCode
 from cutlayer.remote.certs import key_fingerprint, make_ca, make_request, sign_request
 from cutlayer.remote.serve import GRACE
 
@@ -195,7 +195,7 @@ def test_the_units_name_what_there_is() -> None:
         command, _, _ = application().parse_args(words, exit_on_error=False, print_error=False)[:3]
         assert command.__name__ == ("serve" if "server" in name else "join")
         assert service["Restart"] == "on-failure"
-        assert int(service["RestartPreventExitStatus"]) == UsageError.exit_code
+        assert int(service["RestartPreventExitStatus"]) == ExitCode.WRONG
         assert float(service["TimeoutStopSec"]) > 2 * GRACE
         key = service["LoadCredential"].partition(":")[0]
         assert f"${{CREDENTIALS_DIRECTORY}}/{key}" in words

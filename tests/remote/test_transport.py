@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import grpc
 import pytest
@@ -25,7 +25,15 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from grpc_health.v1 import health_pb2
 
-from cutlayer.errors import ConfigError, CutlayerWarning, NetworkError, RefusedError, WireError
+from cutlayer.errors import (
+    REFUSALS,
+    ConfigError,
+    CutlayerWarning,
+    NetworkError,
+    PortInUseError,
+    RefusedError,
+    WireError,
+)
 from cutlayer.remote import network
 from cutlayer.remote.carrier import Lost
 from cutlayer.remote.certs import make_ca, make_certificate
@@ -610,7 +618,7 @@ def test_nobody_there() -> None:
         port = probe.getsockname()[1]
     with pytest.raises(NetworkError, match=f"localhost:{port} cannot be reached") as error:
         dial(f"localhost:{port}", INSECURE[1], Echo(0), backoff=QUICK, give_up_after=0.5)
-    assert error.value.exit_code == 1
+    assert error.value.exit_code == 75
     stop = threading.Event()
     threading.Timer(0.3, stop.set).start()
     assert dial(f"localhost:{port}", INSECURE[1], Echo(0), stop=stop) == STOPPED
@@ -802,7 +810,8 @@ def test_joining_twice_and_taking_anothers_number() -> None:
         begin = time.monotonic()
         with pytest.raises(RefusedError, match="'client-0' is connected already") as error:
             dial(f"localhost:{port}", INSECURE[1], Echo(0), keepalive=0.2)
-        assert error.value.reason == "client"
+        assert error.value.reason == "taken"
+        assert error.value.exit_code == 75
         assert time.monotonic() - begin > 0.5  # long enough to notice that the first one was dead
         with pytest.raises(RefusedError, match="number 0 is taken"):
             dial(f"localhost:{port}", INSECURE[1], Echo(0, name="other-0"), keepalive=0.2)
@@ -933,8 +942,36 @@ def test_no_address(address: str) -> None:
 
 
 def test_a_port_that_is_taken() -> None:
-    with serving() as (_, port), pytest.raises(ConfigError, match="cannot listen at"):
+    with serving() as (_, port), pytest.raises(PortInUseError, match="cannot listen at") as error:
         Hub(f"localhost:{port}", ServerSecurity(), greet).start()
+    assert error.value.exit_code == 75
+    with pytest.raises(ConfigError, match="give an address of this machine") as error:
+        Hub("192.0.2.1:0", ServerSecurity(), greet).start()
+    assert error.value.exit_code == 2
+
+
+@pytest.fixture(scope="module")
+def refusing() -> Iterator[int]:
+    """A server that refuses every client with the reason that it is called by; its port."""
+
+    def refuse(said: m.Hello, identity: str | None) -> m.Refused:
+        reason: Any = said.client
+        return m.Refused(reason, "a sentence")
+
+    with serving(greet=refuse) as (_, port):
+        yield port
+
+
+@pytest.mark.parametrize("reason", get_args(m.Reason))
+def test_what_a_refused_client_ends_with(reason: str, refusing: int) -> None:
+    """2 if a person has to do something first, 75 if the same command may be let in later."""
+    with pytest.raises(RefusedError, match="a sentence") as error:
+        dial(f"localhost:{refusing}", INSECURE[1], Saying(hello(0, name=reason)))
+    assert error.value.exit_code == (75 if reason in ("taken", "full") else 2)
+
+
+def test_every_reason_has_an_exit_code() -> None:
+    assert set(REFUSALS) == {*get_args(m.Reason), "certificate"}
 
 
 def test_files_are_checked_first(pki: Path, tmp_path: Path) -> None:

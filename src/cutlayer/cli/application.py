@@ -17,8 +17,9 @@ all that there is to choose from, federated and centralised learning among the a
 stand in a TOML file too (`--config`), under the same name with underscores; flags win over the file. The resolved
 configuration is stored with the run, and running from it reproduces the run.
 
-Exit codes: 0 done, 1 training failed, 2 wrong input (nothing was written), 3 disk full, 130 interrupted (after 3 and
-130 `cutlayer resume` goes on). With `--debug` an error comes with its traceback, such as that of code of yours.
+Exit codes: 0 done, 1 training failed, 2 wrong input (nothing was written), 3 disk full, 75 not possible now (the same
+command may succeed later), 130 interrupted (after 3 and 130 `cutlayer resume` goes on). With `--debug` an error comes
+with its traceback, such as that of code of yours.
 """
 # Markup is off: square brackets in names, paths and sentences of others are text.
 out = Console(markup=False)

@@ -22,7 +22,7 @@ from cutlayer.cohort import Footprint, Held, Predict
 from cutlayer.data.samples import AtClient, Samples
 from cutlayer.engine.local import Client, named_as_whole, outputs_with
 from cutlayer.engine.simulated import Local, Routine, Shape, together
-from cutlayer.errors import NonFiniteError, TrainingError, WireError
+from cutlayer.errors import AbsentError, NonFiniteError, TrainingError, WireError
 from cutlayer.frozen import load_moving, resting, trains
 from cutlayer.models.parts import Crossing
 from cutlayer.remote.carrier import Carrier, Lost, Request
@@ -154,7 +154,7 @@ class RemoteCohort:
         facts = {"drawn": len(drawn), "connected": len(connected), "needed": self._needed(here)}
         self._tell("round", {"round": index, "participants": list(here), **facts})
         if not here:
-            raise TrainingError(
+            raise AbsentError(
                 f"none of the {len(drawn)} clients drawn for round {index} is connected: start them, or have more take "
                 "part (participation)"
             )
@@ -235,7 +235,7 @@ class RemoteCohort:
         answers = self._exchange(features.clients, request, read)
         who = tuple(k for k in features.clients if k in answers)
         if not who:
-            raise TrainingError("no client has finished the forward pass: all are gone")
+            raise AbsentError("no client has finished the forward pass: all are gone")
         came = [answers[k] for k in who]
         rows = _joined([one.rows for one in came])
         losses = torch.tensor([one.loss for one in came], dtype=rows[0].dtype)
@@ -466,7 +466,7 @@ class RemoteCohort:
         self._catch_up([client])
         models = self._models([client])
         if client not in models:
-            raise TrainingError(f"client {client} is not connected: its model is with it")
+            raise AbsentError(f"client {client} is not connected: its model is with it")
         return named_as_whole({**resting(self.setup.twin.module), **models[client]}, self.shape)
 
     def held(self) -> Held:
@@ -551,7 +551,7 @@ class RemoteCohort:
         while not (found := attempt()):
             if not self._come_back(clients):
                 gone = ", ".join(map(str, clients))
-                raise TrainingError(
+                raise AbsentError(
                     f"clients {gone} are gone, and no others can do their part: the run goes on from its checkpoint "
                     "when they are back"
                 )

@@ -27,7 +27,7 @@ import grpc
 import grpc.aio
 import msgspec
 
-from cutlayer.errors import ConfigError, NetworkError, WireError
+from cutlayer.errors import ConfigError, NetworkError, PortInUseError, WireError
 from cutlayer.remote import network
 from cutlayer.remote.budget import WriteBudget
 from cutlayer.remote.carrier import Lost, Reason, Request
@@ -297,10 +297,14 @@ class Hub:
             return int(port)
         except RuntimeError:
             await server.stop(0)
-            _, wanted = split_address(self.address)
+            host, wanted = split_address(self.address)
+            if network.in_use(host, wanted):
+                raise PortInUseError(
+                    f"cannot listen at {self.address}: another program has that port; wait until it ends, or give "
+                    "another port"
+                ) from None
             raise ConfigError(
-                f"cannot listen at {self.address}: give an address of this machine, and a port other than {wanted} if "
-                "another program has that"
+                f"cannot listen at {self.address}: give an address of this machine, and a port that this user may have"
             ) from None
 
     async def _end(self, server: Any, reason: str, grace: float, returning: bool) -> None:
@@ -461,7 +465,11 @@ class Hub:
         notice that it is dead. Raises StrangerError.
         """
         name = link.hello.client
-        taken = StrangerError("client", f"client {name!r} is connected already: give each client a name of its own")
+        taken = StrangerError(
+            "taken",
+            f"client {name!r} is connected already: give each client a name of its own, or try "
+            "again when that has ended",
+        )
         end = self._loop.time() + network.patience(self.keepalive)
         self._waiting += 1
         try:
@@ -471,7 +479,10 @@ class Hub:
                     # The same process dials once at a time: it has given up the old stream.
                     self._cut(old, Lost("gone", f"client {old.index} has dialled anew"), grpc.StatusCode.ABORTED)
                     continue
-                if old is None or self._waiting > _WAITING or self._loop.time() > end:
+                if self._waiting > _WAITING:
+                    sentence = f"more than {_WAITING} clients wait for an earlier connection to end: try again later"
+                    raise StrangerError("full", sentence)
+                if old is None or self._loop.time() > end:
                     raise taken
                 with suppress(TimeoutError):
                     await asyncio.wait_for(old.ended.wait(), end - self._loop.time() + 0.01)

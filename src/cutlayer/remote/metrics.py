@@ -5,6 +5,7 @@ They are counted by the hub, and read when they are asked for.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Protocol
 
@@ -12,7 +13,7 @@ from prometheus_client import CollectorRegistry, Histogram, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from cutlayer.errors import ConfigError
+from cutlayer.errors import ConfigError, PortInUseError
 from cutlayer.remote.security import split_address
 
 if TYPE_CHECKING:
@@ -50,9 +51,8 @@ class Exporter:
         try:
             self._server, self._thread = start_http_server(port, host, registry)
         except OSError as error:
-            raise ConfigError(
-                f"cannot serve metrics at {address}: {error.strerror}; choose another address or port"
-            ) from None
+            kind = PortInUseError if error.errno == errno.EADDRINUSE else ConfigError
+            raise kind(f"cannot serve metrics at {address}: {error.strerror}; choose another address or port") from None
         self.port: int = self._server.server_port
 
     def observe(self, seconds: float) -> None:

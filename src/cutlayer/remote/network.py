@@ -12,6 +12,8 @@ knows who it is; a stream's messages are not read before that.
 from __future__ import annotations
 
 import asyncio
+import errno
+import socket
 from typing import Any
 
 from cutlayer.errors import WireError
@@ -28,6 +30,23 @@ _SLACK = 1 << 10  # a message somewhat too large is refused by us, with a better
 
 KEEPALIVE, LEAST = 10.0, 1.0
 """Seconds between pings, and the least that a client may be told; a peer that takes half of that to answer is gone."""
+
+
+def in_use(host: str, port: int) -> bool:
+    """Whether another program listens at that port of this machine (gRPC does not say why it cannot listen)."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError:
+        return False
+    for family, kind, protocol, _, where in found:
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(where)
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    return True
+    return False
 
 
 def patience(keepalive: float) -> float:

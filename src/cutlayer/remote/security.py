@@ -225,9 +225,9 @@ class Gate:
 class StrangerError(Exception):
     """Somebody came who is not who they say. `reason` is one of a Refused's."""
 
-    def __init__(self, reason: Literal["token", "client"], sentence: str) -> None:
+    def __init__(self, reason: Literal["token", "client", "taken", "full"], sentence: str) -> None:
         super().__init__(sentence)
-        self.reason: Literal["token", "client"] = reason
+        self.reason: Literal["token", "client", "taken", "full"] = reason
         self.sentence = sentence
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from cutlayer.errors import TrainingError
+from cutlayer.errors import AbsentError, TrainingError
 from cutlayer.files import append_line
 from cutlayer.folder import CHECKPOINT, CONFIG, EVENTS
 from cutlayer.options import FaultConfig, RunConfig
@@ -149,7 +149,7 @@ class Service:
             log.info("waiting for %d of %d clients; not here: %s", need, clients, ", ".join(away[:10]))
         here = self.hub.wait_for(need, faults.patience)
         if len(here) < need:
-            raise TrainingError(
+            raise AbsentError(
                 f"{len(here)} of {clients} clients are connected after {faults.patience} seconds, {need} are "
                 "needed: start the others, or have the server wait longer (patience)"
             )

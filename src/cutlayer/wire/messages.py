@@ -19,7 +19,7 @@ from cutlayer.errors import WireError
 from cutlayer.models.parts import Crossing
 from cutlayer.wire.tensors import TYPES
 
-PROTOCOL = 5
+PROTOCOL = 6
 
 Count = Annotated[int, Meta(ge=0, le=(1 << 53))]
 Protocol = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
@@ -46,8 +46,10 @@ Reason = Literal[
     "run",
     "token",
     "client",
+    "taken",
     "full",
     "state",
+    "data",
     "model",
     "crossing",
     "algorithm",
