@@ -716,13 +716,13 @@ def test_classes_and_columns_are_compared_by_name(tmp_path: Path) -> None:
     few = write("few.csv", "age,weight", "bc")
     refused = answer(config, few)
     assert isinstance(refused, m.Refused)
-    assert refused.reason == "step"
-    assert "is b, c for the client and a, b, c for the server: set class_names" in refused.sentence
+    assert refused.reason == "data"
+    assert "is 'b', 'c' for the client and 'a', 'b', 'c' for the server: set class_names" in refused.sentence
     named = RunConfig.of({**config.model_dump(include=set(config.given)), "class_names": ["a", "b", "c"]})
     assert isinstance(answer(named, few), m.Welcome)
     refused = answer(config, write("other.csv", "weight,age", "abc"))
     assert isinstance(refused, m.Refused)
-    assert "is weight, age for the client and age, weight for the server" in refused.sentence
+    assert "is 'weight', 'age' for the client and 'age', 'weight' for the server" in refused.sentence
     assert "ignore_columns" in refused.sentence
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from cutlayer import plugins
 from cutlayer.errors import ConfigError, WireError
 from cutlayer.models import Crossing, cut
+from cutlayer.remote.network import HELLO_BYTES
 from cutlayer.wire import (
     RAW,
     ClientSide,
@@ -42,6 +44,7 @@ from cutlayer.wire import (
     unpack,
 )
 from cutlayer.wire import messages as m
+from cutlayer.wire.names import named
 from cutlayer.wire.tensors import TYPES
 
 LOSSY = ["bfloat16", "float16", "int8", "float8", "top-k:0.1", "top-k:0.7", "top-k:1.0"]
@@ -507,7 +510,7 @@ def test_an_error_of_any_length_can_be_told() -> None:
 
 def test_other_protocols_and_other_programs() -> None:
     data = pack(m.ModelUp(1))
-    with pytest.raises(WireError, match="protocol 1, this side speaks 5"):
+    with pytest.raises(WireError, match="protocol 1, this side speaks 6"):
         unpack(b"CUT1" + data[4:], "to server")
     with pytest.raises(WireError, match="another program"):
         unpack(b"HTTP/1.1 400 Bad Request" * 4, "to server")
@@ -531,7 +534,7 @@ def changed(**fields: Any) -> m.Terms:
 @pytest.mark.parametrize(
     ("field", "value", "reason", "says"),
     [
-        ("protocol", 1, "protocol", "the protocol is 1 for the client and 5 for the server: install"),
+        ("protocol", 1, "protocol", "the protocol is 1 for the client and 6 for the server: install"),
         ("run", "mnist", "run", "the run is mnist for the client and digits for"),
         ("algorithm", "psl", "algorithm", "the algorithm is psl for the client and sglr for the server"),
         ("part", "0" * 64, "model", "fingerprint of the client's model is 0000"),
@@ -541,11 +544,12 @@ def changed(**fields: Any) -> m.Terms:
         ("batch", 5, "step", "batch is 5 for the client and 4 for the server"),
         ("options", {"alpha": "2.0"}, "step", "alpha is 2.0 for the client and 1.0 for"),
         ("options", {"alpha": "1.0", "beta": "3"}, "step", "beta is 3 for the client and not known for"),
+        ("classes", named(["b", "c"]), "data", r"classes is 'b', 'c' for the client and not known .* class_names"),
         (
-            "options",
-            {"alpha": "1.0", "class_names": "b, c"},
-            "step",
-            r"b, c for the client and not known .* class_names",
+            "features",
+            named(["x"]),
+            "data",
+            r"list of the features is 'x' for the client and not known for the .* ignore_columns",
         ),
         ("up", "int8", "codec", "codec of what goes up is int8 for the client and raw for"),
         ("down", "top-k:0.1", "codec", "codec of what comes down is top-k:0.1 for"),
@@ -566,10 +570,47 @@ def test_what_differs_is_named(field: str, value: Any, reason: str, says: str) -
 
 
 def test_every_term_is_compared() -> None:
-    tested = {"protocol", "run", "algorithm", "part", "crossing", "returning"}
+    tested = {"protocol", "run", "algorithm", "part", "crossing", "returning", "classes", "features"}
     assert set(m.Terms.__struct_fields__) == tested | {"step"}
     step = {"batch", "up", "down", "options"}
     assert set(m.StepTerms.__struct_fields__) == step
+
+
+LONG = [f"column {k}" for k in range(3000)]
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "says"),
+    [
+        (["b", "a"], ["a", "b"], "classes is 'b', 'a' for the client and 'a', 'b' for the server: set class_names"),
+        (["a, b", "c"], ["a", "b, c"], "classes is 'a, b', 'c' for the client and 'a', 'b, c' for the server"),
+        (
+            [*"abcdefgh", "j", "i", *"klmno"],
+            list("abcdefghijklmno"),
+            r"\.\.\., 'f', 'g', 'h', 'j', 'i', 'k', 'l', \.\.\. \(15 in all, the first 8 alike\) for the client and "
+            r"\.\.\., 'f', 'g', 'h', 'i', 'j', 'k', 'l', \.\.\. \(15 in all",
+        ),
+        (LONG[:-1], LONG, r"\(2999 in all, the first \d+ alike\) for the client and .*\(3000 in all"),
+        ([*LONG[:-1], "else"], LONG, r"SHA-256 of all: [0-9a-f]{64}\) for .*SHA-256 of all: [0-9a-f]{64}\)"),
+        (["a" * 5000 + "1"], ["a" * 5000 + "2"], r"'a{60}\.\.\.' \(SHA-256"),
+        (["\udc80", "b"], ["?", "b"], "SHA-256"),
+        (["\x1b[2J", "b"], ["a", "b"], r"is '\\x1b\[2J', 'b' for the client"),
+    ],
+)
+def test_lists_of_names_are_shown_where_they_differ(theirs: list[str], ours: list[str], says: str) -> None:
+    refused = agree(changed(classes=named(theirs)), changed(classes=named(ours)))
+    assert refused is not None
+    assert refused.reason == "data"
+    assert re.search(says, refused.sentence), refused.sentence
+    assert unpack(pack(refused), "to client").message == refused
+    assert agree(changed(classes=named(theirs)), changed(classes=named(theirs))) is None
+
+
+def test_names_find_room_in_a_hello() -> None:
+    wide = named(["\U0001f600" * 300 for _ in range(400)])
+    hello = m.Hello("client-0", changed(classes=wide, features=named(LONG)), 1, 1)
+    assert len(pack(hello)) < HELLO_BYTES / 2
+    assert unpack(pack(hello), "to server").message == hello
 
 
 def lower(model: nn.Module, at: str, x: Tensor) -> nn.Module:

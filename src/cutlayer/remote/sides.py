@@ -34,6 +34,7 @@ from cutlayer.trained import describe
 from cutlayer.types import as_tuple
 from cutlayer.wire import agree, described, fingerprint, specs
 from cutlayer.wire import messages as m
+from cutlayer.wire.names import named
 
 Greet = Callable[[m.Hello, int], m.Welcome | m.Refused]
 _NAME = "client-"
@@ -304,6 +305,8 @@ def terms(p: Prepared, run: str) -> m.Terms:
             down=p.coding.down.agreed,
             options=shared_options(p),
         ),
+        classes=named(p.source.class_names),
+        features=named(feature_names(p.source)),
     )
 
 
@@ -330,16 +333,23 @@ def shared_options(p: Prepared) -> dict[str, str]:
     if p.making.weights:
         held = {name for part in p.clients.models[0] if part is not None for name in part.state_dict()}
         things["digest of the client's starting weights"] = digest_of(p.making.weights, held)
-    return {name: str(value) for name, value in {**common, **things}.items()} | _named(p.source)
+    return {name: str(value) for name, value in {**common, **things}.items()}
 
 
-def _named(source: Source) -> dict[str, str]:
-    """What numbers stand for in the data: the names of the classes and of the columns, as far as they are known."""
-    columns = [
-        "|".join([column["name"], *column.get("categories", ())]) for column in source.preprocessing.get("columns", ())
-    ]
-    found = {"class_names": source.class_names, "columns": columns}
-    return {option: _listed(names) for option, names in found.items() if names}
+def feature_names(source: Source) -> list[str]:
+    """What the columns of the inputs are called, in order, if they have names: those of a table, one for each category
+    where a column of text became several; of inputs that are several tensors by name, these names.
+    """
+    columns = source.preprocessing.get("columns", ())
+    if columns:
+        return [name for column in columns for name in _columns_of(column)]
+    inputs = source.train.form.inputs
+    return list(map(str, inputs)) if isinstance(inputs, Mapping) else []
+
+
+def _columns_of(column: Mapping[str, Any]) -> list[str]:
+    name, categories = str(column["name"]), column.get("categories")
+    return [name] if categories is None else [f"{name} = {category}" for category in categories]
 
 
 def _listed(names: Sequence[str], limit: int = 3000) -> str:

@@ -11,13 +11,25 @@ from torch import nn
 
 from cutlayer.models.parts import state_names
 from cutlayer.text import plain
-from cutlayer.wire.messages import Reason, Refused, StepTerms, TensorSpec, Terms
+from cutlayer.wire.messages import Names, Reason, Refused, StepTerms, TensorSpec, Terms
+from cutlayer.wire.names import both
 
 _SAME = "start both with the same configuration"
 _REMEDIES: dict[str, tuple[Reason, str, str]] = {
     "protocol": ("protocol", "the protocol", "install the same version of cutlayer on both sides"),
     "run": ("run", "the run", "give both sides the same run, or the client the address of its own server"),
     "algorithm": ("algorithm", "the algorithm", _SAME),
+    "classes": (
+        "data",
+        "the list of the classes",
+        "set class_names to all labels, in order, in the configuration of both sides",
+    ),
+    "features": (
+        "data",
+        "the list of the features",
+        "give both sides files with the same columns and categories in the same order, or name the same columns in "
+        "both configurations (columns, ignore_columns)",
+    ),
     "crossing": ("crossing", "what goes up at the cut", "give both sides the same model, cut and data"),
     "returning": ("crossing", "what comes down at the second cut", "give both sides the same model and tail_cut"),
     "part": (
@@ -29,13 +41,6 @@ _REMEDIES: dict[str, tuple[Reason, str, str]] = {
     "up": ("codec", "the codec of what goes up", "give both sides the same codec"),
     "down": ("codec", "the codec of what comes down", "give both sides the same codec"),
 }
-_OPTION_REMEDIES = {
-    "class_names": ("class_names (what the labels of the data are called)", "set class_names to all labels, in order, "
-    "in the configuration of both sides"),
-    "columns": ("columns (the features of the data)", "give both sides files with the same columns and categories, or "
-    "name the same columns in both configurations (columns, ignore_columns)"),
-}  # fmt: skip
-"""What options are called and what to do where they differ, if they are not a part of the configuration."""
 
 
 def agree(theirs: Terms, ours: Terms, they: str = "the client", we: str = "the server") -> Refused | None:
@@ -45,7 +50,6 @@ def agree(theirs: Terms, ours: Terms, they: str = "the client", we: str = "the s
     """
     for (reason, what, remedy), a, b in _compared(theirs, ours):
         if a != b:
-            a, b = _both_short(a, b)
             return Refused(reason=reason, sentence=f"{what} is {a} for {they} and {b} for {we}: {remedy}")
     return None
 
@@ -55,24 +59,18 @@ def _compared(theirs: Terms, ours: Terms) -> Iterator[tuple[tuple[Reason, str, s
     are called comes before what follows from it: shapes at the cut, the model.
     """
     for field, remedy in _REMEDIES.items():
-        if field == "crossing":
-            yield from _options(theirs, ours, called=True)
         holders = (theirs.step, ours.step) if field in StepTerms.__struct_fields__ else (theirs, ours)
-        a, b = (_shown(getattr(holder, field)) for holder in holders)
-        yield remedy, a, b
-    yield from _options(theirs, ours, called=False)
+        a, b = (getattr(holder, field) for holder in holders)
+        yield remedy, *(both(a, b) if isinstance(a, Names) else _both_short(_shown(a), _shown(b)))
+    yield from _options(theirs, ours)
 
 
-def _options(theirs: Terms, ours: Terms, *, called: bool) -> Iterator[tuple[tuple[Reason, str, str], str, str]]:
-    """The options that say what the data are called, or the others. What both sides know comes before what only one
-    has: another task has other options.
-    """
+def _options(theirs: Terms, ours: Terms) -> Iterator[tuple[tuple[Reason, str, str], str, str]]:
+    """The options. What both sides know comes before what only one has: another task has other options."""
     both = theirs.step.options, ours.step.options
     for name in sorted({*both[0], *both[1]}, key=lambda name: (not all(name in options for options in both), name)):
-        if (name in _OPTION_REMEDIES) != called:
-            continue
         a, b = (options.get(name, "not known") for options in both)
-        yield ("step", *_OPTION_REMEDIES.get(name, (name, _SAME))), a, b
+        yield ("step", name, _SAME), *_both_short(a, b)
 
 
 def fingerprint(*modules: nn.Module) -> str:
@@ -103,9 +101,9 @@ def _shown(value: object) -> str:
 
 
 def _both_short(a: str, b: str) -> tuple[str, str]:
-    """Two different texts in a sentence: from the beginning, or from a little before where they differ."""
+    """Two texts in a sentence, different if they are: from the beginning, or from a little before where they differ."""
     short = _short(a), _short(b)
-    if short[0] != short[1]:
+    if short[0] != short[1] or a == b:
         return short
     differs = (k for k, (left, right) in enumerate(zip(a, b, strict=False)) if left != right)
     first = max(0, next(differs, min(len(a), len(b))) - 20)

@@ -90,8 +90,20 @@ class StepTerms(Struct):
     options: Annotated[dict[Name, Text], Meta(max_length=64)] = {}
 
 
+class Names(Struct):
+    """What numbers in the data stand for, in order (see `names.named`): how many names there are (0: none are known),
+    a digest of all, and the first of them.
+    """
+
+    count: Count = 0
+    digest: Name = ""
+    first: Annotated[list[Name], Meta(max_length=1024)] = []
+
+
 class Terms(Struct):
-    """What both sides must agree on, word for word, before anything is trained (see `handshake.agree`)."""
+    """What both sides must agree on, word for word, before anything is trained (see `handshake.agree`). `classes` and
+    `features`: what the labels and the columns of the data are called.
+    """
 
     run: Name
     algorithm: Name
@@ -99,6 +111,8 @@ class Terms(Struct):
     crossing: Annotated[list[TensorSpec], Meta(max_length=256)]
     returning: Annotated[list[TensorSpec], Meta(max_length=256)]
     step: StepTerms
+    classes: Names = msgspec.field(default_factory=Names)
+    features: Names = msgspec.field(default_factory=Names)
     protocol: Protocol = PROTOCOL
 
 
