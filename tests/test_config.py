@@ -100,6 +100,10 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "lr_schedule": SCHEDULES,
     "server_lr_schedule": SCHEDULES,
     "lr_warmup": st.floats(0, 0.99),
+    "averaging": words("mean", "median", "norm_bound", "trimmed_mean"),
+    "norm_multiple": POSITIVE,
+    "norm_limit": POSITIVE,
+    "trim": st.floats(0, 0.49),
     "lr_end": UNIT,
     "lr_peak_at": st.floats(0.01, 0.99),
     "lr_first": ABOVE_ZERO,
@@ -158,6 +162,8 @@ def values(draw: st.DrawFn, algorithms: tuple[str, ...]) -> dict[str, Any]:
         found.pop("laplace_noise", None)
     if "clip" not in found:
         found.pop("gaussian_noise", None)
+    if "norm_limit" in found:
+        found.pop("norm_multiple", None)
     if "ussl" in algorithms:
         found.setdefault("tail_cut", "hidden3")
     return {k: v for k, v in found.items() if has_effect(k, found, algorithms)}
@@ -168,12 +174,23 @@ def has_effect(name: str, chosen: dict[str, Any], algorithms: tuple[str, ...]) -
     own = [traits(a) for a in algorithms]
     if name in CommonConfig.model_fields:
         when = about(CommonConfig.model_fields[name], "when")
-        return any({"": True, "split": t.split, "u-shaped": t.u_shaped, "group": not t.central}[when] for t in own)
+        return any(
+            {
+                "": True,
+                "split": t.split,
+                "u-shaped": t.u_shaped,
+                "group": not t.central,
+                "averages": t.averages or t.server_copies,
+            }[when]
+            for t in own
+        )
     schedules = [chosen.get("lr_schedule", "step")]
     if any(t.split for t in own):
         schedules.append(chosen.get("server_lr_schedule") or schedules[0])
     things = [("algorithm", a) for a in algorithms] + [("schedule", s) for s in schedules]
     things.append(("partition", chosen.get("partition", "iid")))
+    if any(t.averages or t.server_copies for t in own):
+        things.append(("averaging", chosen.get("averaging", "mean")))
     things.append(("task", chosen.get("task", "classification")))
     entries = [plugins.find(kind, thing) for kind, thing in things]
     data_format, data = chosen.get("data_format", "auto"), chosen.get("data", "digits")

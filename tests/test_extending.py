@@ -37,7 +37,17 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_there_is_an_example_of_each_kind() -> None:
     table = PAGE.partition("| kind |")[2].partition("\n\n")[0]
     assert re.findall(r"`(cutlayer\.\w+)` \|$", table, re.MULTILINE) == [k.group for k in plugins.KINDS.values()]
-    for name in ("algorithm", "model", "task", "data_set", "data_format", "partition_scheme", "codec", "defence"):
+    for name in (
+        "algorithm",
+        "model",
+        "task",
+        "data_set",
+        "data_format",
+        "partition_scheme",
+        "averaging",
+        "codec",
+        "defence",
+    ):
         assert any(f"@{name}(" in text for text in FILES.values()), name
     assert any('@register("schedule"' in text for text in FILES.values())
 

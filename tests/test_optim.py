@@ -456,7 +456,7 @@ def test_the_page_on_training_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (program,) = re.findall(r"```python\n# fading\.py\n(.*?)```", page, re.DOTALL)
     commands = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
     (tmp_path / "fading.py").write_text(program)
-    assert len(commands) == 2
+    assert len(commands) == 3
     for command in commands:
         call(*shlex.split(command.replace("\\\n", ""))[1:], cwd=tmp_path)
     (groups,) = re.findall(r"```toml\n(param_groups.*?)```", page, re.DOTALL)

@@ -21,8 +21,8 @@ validation test data_in_memory data_workers
 clients partition samples_per_client participation task metrics primary_metric model cut tail_cut untie
 weights weights_strict start freeze epochs rounds batch client_optimizer client_optimizer_options client_lr
 client_clip_grad_norm server_optimizer server_optimizer_options server_lr server_clip_grad_norm accumulate
-server_accumulate param_groups lr_schedule server_lr_schedule lr_warmup up_codec cache_features down_codec defences
-engine tune device precision memory_limit eval_every eval_clients judge evaluate_on own_test
+server_accumulate param_groups lr_schedule server_lr_schedule lr_warmup averaging up_codec cache_features down_codec
+defences engine tune device precision memory_limit eval_every eval_clients judge evaluate_on own_test
 checkpoint_every keep_best snapshot_every"""
 
 PLAN = """model cut algorithms input input_type freeze task target classes label_bytes clients samples_per_client
@@ -78,6 +78,7 @@ THINGS = {
         "onecycle": "lr_first lr_last lr_peak_at",
         "step": "lr_decay lr_decay_at",
     },
+    "averaging": {"mean": "", "median": "", "norm_bound": "norm_limit norm_multiple", "trimmed_mean": "trim"},
     "codec": {"bfloat16": "", "float16": "", "float8": "", "int8": "", "raw": "", "top-k": ""},
     "defence": {
         "feature-dropout": "feature_dropout",

@@ -1,4 +1,6 @@
-"""Weighted averaging of models, parameters and buffers alike (FedAvg: weights n_k / n)."""
+"""Client models become one, parameters and buffers alike: by their weighted mean (FedAvg: weights n_k / n), or by
+another rule (`averagings`).
+"""
 
 from __future__ import annotations
 
@@ -7,20 +9,35 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from cutlayer.averagings import Averaging
+from cutlayer.data.own import own_code
+from cutlayer.errors import ConfigError
 from cutlayer.frozen import load_moving, moving
 
-
-def average_into(target: nn.Module, models: Sequence[nn.Module], weights: Sequence[float]) -> None:
-    """target := sum_k (w_k / sum w) models[k]. `target` may be one of `models`. What is frozen stays as it is."""
-    load_moving(target, average([moving(m) for m in models], weights))
+State = Mapping[str, Tensor]
 
 
-def average(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
-    """sum_k (w_k / sum w) states[k], name by name.
+def average_into(
+    target: nn.Module,
+    models: Sequence[nn.Module],
+    weights: Sequence[float],
+    rule: Averaging | None = None,
+    origin: State | None = None,
+) -> None:
+    """target := the average of `models`, of which it may be one. What is frozen stays as it is."""
+    load_moving(target, average([moving(m) for m in models], weights, rule, origin))
+
+
+def average(
+    states: Sequence[State], weights: Sequence[float], rule: Averaging | None = None, origin: State | None = None
+) -> dict[str, Tensor]:
+    """sum_k (w_k / sum w) states[k], name by name; or what another `rule` makes of them, given their `origin`.
 
     Real and complex buffers (batch normalisation's running statistics) are averaged like parameters; integer ones (its
     batch counter) take the largest value.
     """
+    if rule is not None and not rule.plain:
+        return combined({n: torch.stack([s[n] for s in states]) for n in states[0]}, weights, rule, origin)
     total = sum(weights)
     mean: dict[str, Tensor] = {}
     with torch.no_grad():
@@ -32,3 +49,47 @@ def average(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) ->
             else:
                 mean[name] = torch.stack([s[name] for s in states]).amax(0)
     return mean
+
+
+def combined(
+    models: State, weights: Sequence[float], rule: Averaging, origin: State | None = None
+) -> dict[str, Tensor]:
+    """What a rule makes of K models, whose tensors are [K, ...] each; of integer ones, the median. Raises ConfigError
+    for a rule that fails or does not give one model.
+    """
+    real = {name: _real(t) for name, t in models.items() if t.is_floating_point() or t.is_complex()}
+    found = {name: t.median(0).values for name, t in models.items() if name not in real}
+    if not real:
+        return found
+    double = any(t.dtype == torch.float64 for t in real.values())
+    wide = torch.float64 if double else torch.float32
+    with torch.no_grad():
+        matrix = torch.cat([t.reshape(len(t), -1).to(wide) for t in real.values()], 1)  # [K, d]
+        start = None
+        if rule.relative and origin is not None:
+            start = torch.cat([_real(origin[name]).reshape(-1).to(wide) for name in real])
+        shares = torch.tensor(list(weights), dtype=torch.float64)
+        one = _one(rule, matrix, (shares / shares.sum()).to(matrix.device, wide), start)
+        for (name, t), part in zip(real.items(), one.split([t[0].numel() for t in real.values()]), strict=True):
+            like = part.reshape(t.shape[1:]).to(t.dtype)
+            found[name] = torch.view_as_complex(like) if models[name].is_complex() else like
+    return {name: found[name] for name in models}
+
+
+def _one(rule: Averaging, models: Tensor, shares: Tensor, origin: Tensor | None) -> Tensor:
+    """The rule's result [d]. Raises ConfigError."""
+    what = f"`combine` of the averaging rule {rule.entry.name!r}"
+    with own_code(rule, what):
+        one = rule.combine(models, shares, origin)
+        shape = tuple(one.shape)
+    if shape != models.shape[1:]:
+        raise ConfigError(
+            f"{what} gives a tensor of the shape {shape} for models {tuple(models.shape)}: return one model, "
+            f"{tuple(models.shape[1:])}"
+        )
+    return one
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """Complex numbers as pairs of real ones."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from cutlayer import plugins, seeds
 from cutlayer.algorithms import Algorithm, traffic_of
 from cutlayer.allocator import keep_memory
+from cutlayer.averagings import Averaging
 from cutlayer.checks import (
     as_the_model_takes,
     check_cacheable,
@@ -190,7 +191,7 @@ class Prepared:
     def training(self, cohort: Cohort, server: Server, engine: str) -> Training:
         """The whole, around this cohort and its server: with a ledger, and a clock where the machines are known."""
         config, source, partition = self.config, self.source, self.partition
-        server.serve(config.algorithm, self.algorithm.traits.needs)
+        server.serve(config.algorithm, self.algorithm.traits.needs, self.clients.rule)
         ledger = Ledger(len(self.clients.rows))
         if self.algorithm.traits.central:
             ledger.add("up", "raw data", 0, _raw_bytes(source, self.clients.rows[0]))
@@ -375,6 +376,7 @@ def prepare(
         judge_by=config.judge,
         task=task,
         class_names=source.class_names,
+        rule=averaging_rule(config),
     )
     return Prepared(
         config,
@@ -720,6 +722,16 @@ def _rounds(config: RunConfig, algorithm: Algorithm, sizes: list[int]) -> tuple[
 def schedules(config: RunConfig) -> tuple[Schedule, Schedule]:
     """How the clients' and the server's rates change. Raises ConfigError."""
     return _schedule(config, config.lr_schedule), _schedule(config, config.server_lr_schedule or config.lr_schedule)
+
+
+def averaging_rule(config: RunConfig) -> Averaging:
+    """How client models are averaged. Raises ConfigError."""
+    rule = config.thing("averaging", config.averaging)
+    if not isinstance(rule, Averaging):
+        raise ConfigError(f"the averaging rule {config.averaging!r} is not derived from cutlayer.averagings.Averaging")
+    with own_code(rule, f"`check` of the averaging rule {config.averaging!r}"):
+        rule.check(config.given)
+    return rule
 
 
 def _schedule(config: RunConfig, name: str) -> Schedule:

@@ -27,6 +27,7 @@ _WORDS = {
     "algorithm": "Algorithms",
     "partition": "Partitions",
     "schedule": "Schedules of the learning rates",
+    "averaging": "Averaging rules",
     "model": "Models",
     "data": "Data sets",
     "format": "Formats of your own data",
@@ -69,7 +70,7 @@ def keywords() -> str:
 
 
 _OBJECTS = {"algorithm", "partition", "lr_schedule", "server_lr_schedule", "defences", "algorithms"}
-_OBJECTS |= {"client_optimizer", "server_optimizer"}
+_OBJECTS |= {"client_optimizer", "server_optimizer", "averaging"}
 
 
 def _shown(name: str, annotation: Any) -> str:

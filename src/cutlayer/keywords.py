@@ -60,6 +60,7 @@ class CommonKeywords(TypedDict, total=False):
     lr_schedule: Any
     server_lr_schedule: Any
     lr_warmup: float
+    averaging: Any
     up_codec: str
     cache_features: bool
     down_codec: str
@@ -113,6 +114,9 @@ class CommonKeywords(TypedDict, total=False):
     lr_last: float
     lr_decay: float
     lr_decay_at: tuple[float, ...]
+    norm_multiple: float
+    norm_limit: float | None
+    trim: float
     feature_dropout: float
     clip: float | None
     gaussian_noise: float

@@ -44,14 +44,15 @@ OUTPUT, FAULTS = "Computing, evaluation and checkpoints", "Faults"
 BUDGETS = "Budgets of a client"
 GROUPS = (WHAT, DATA, TASK, CLIENTS, MODEL, TRAINING, "", CROSSING, DEFENCES, BUDGETS, COSTS, OUTPUT, FAULTS)
 
-When = Literal["", "split", "u-shaped", "group"]
+When = Literal["", "split", "u-shaped", "group", "averages"]
 """With which algorithms an option has an effect: all; those that cut the model; those whose clients finish the forward
-pass; those that have a group of clients."""
+pass; those that have a group of clients; those that average client models or the server's copies."""
 _WHEN: dict[str, Callable[[Traits], bool]] = {
     "": lambda traits: True,
     "split": lambda traits: traits.split,
     "u-shaped": lambda traits: traits.u_shaped,
     "group": lambda traits: not traits.central,
+    "averages": lambda traits: traits.averages or traits.server_copies,
 }
 
 
@@ -282,7 +283,7 @@ class FaultConfig(_Config):
 class CommonConfig(FleetConfig):
     """What all commands that train share."""
 
-    kinds = ("algorithm", "task", "partition", "schedule", "model", "data", "format", "defence")
+    kinds = ("algorithm", "task", "partition", "schedule", "averaging", "model", "data", "format", "defence")
 
     data: str = _field("digits", DATA)
     """A data set by name (see `cutlayer list data`), the path of your own, or a function: path/to/file.py:name."""
@@ -379,6 +380,10 @@ class CommonConfig(FleetConfig):
     lr_warmup: float = _field(0.0, TRAINING, shared=True, ge=0, lt=1)
     """Fraction of the rounds in which the rates rise to where the schedules begin; these have the remaining rounds."""
 
+    averaging: str = _field("mean", TRAINING, "averages")
+    """How client models, and the server's copies, become one (see `cutlayer list averagings`), or your own:
+    path/to/file.py:name. The server's own choice."""
+
     up_codec: str = _field("raw", CROSSING, "split")
     """How smashed data are written (U-shaped: gradients too): a codec (see `cutlayer list codecs`), maybe +zstd."""
     cache_features: bool = _field(False, CROSSING, "split", shared=True)
@@ -435,10 +440,11 @@ class CommonConfig(FleetConfig):
         raise TypeError(f"{type(self).__name__} names no algorithms")
 
     def chosen(self) -> list[Entry]:
-        """Algorithms, partition, schedules, task, model, data and defences."""
+        """Algorithms, partition, schedules, averaging rule, task, model, data and defences."""
         found = [plugins.find("algorithm", name) for name in dict.fromkeys(self.algorithm_names())]
         found.append(plugins.find("partition", self.partition))
         found += [plugins.find("schedule", name) for name in (self.lr_schedule, self.server_lr_schedule) if name]
+        found.append(plugins.find("averaging", self.averaging))
         found += [plugins.find("task", self.task), *_models(self.model), *self.reading()]
         return found + self._defending() + self._own_optimizers() + self._asked_metrics()
 
@@ -898,6 +904,7 @@ NAMING = {
     "partition": "partition",
     "lr_schedule": "schedule",
     "server_lr_schedule": "schedule",
+    "averaging": "averaging",
     "up_codec": "codec",
     "down_codec": "codec",
     "defences": "defence",
@@ -931,7 +938,7 @@ def _from_anywhere(name: str, value: Any) -> Any:
 
 
 # Kinds that may be given as objects of Python.
-_OBJECTS = {"algorithm", "partition", "schedule", "defence", "task", "optimizer"}
+_OBJECTS = {"algorithm", "partition", "schedule", "averaging", "defence", "task", "optimizer"}
 
 
 def by_reference(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -61,6 +61,7 @@ KINDS: dict[str, Kind] = {
     "format": Kind("data format", ("data/formats",), "cutlayer.formats"),
     "partition": Kind("partition", ("data/partitions",), "cutlayer.partitions"),
     "schedule": Kind("schedule", ("schedules",), "cutlayer.schedules"),
+    "averaging": Kind("averaging rule", ("averagings",), "cutlayer.averagings"),
     "codec": Kind("codec", ("wire/codecs",), "cutlayer.codecs", flat=False),
     "defence": Kind("defence", ("defences",), "cutlayer.defences"),
     "optimizer": Kind("optimizer", (), "cutlayer.optimizers", flat=False),  # torch's are known by their names

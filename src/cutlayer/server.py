@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from cutlayer import seeds
 from cutlayer.averaging import average_into
+from cutlayer.averagings import Averaging
+from cutlayer.averagings.mean import WeightedMean
 from cutlayer.eager import backward
 from cutlayer.errors import ConfigError, NonFiniteError
 from cutlayer.frozen import load_moving, moving, replica
@@ -57,12 +59,14 @@ class Server:
         self._steps = 0
         self._pending: tuple[Rows, Rows] | None = None
         self._algorithm, self._needs = "", frozenset[str]()
+        self.rule: Averaging = WeightedMean()
 
-    def serve(self, algorithm: str, needs: frozenset[str]) -> None:
+    def serve(self, algorithm: str, needs: frozenset[str], rule: Averaging | None = None) -> None:
         """From now on refuse what the `algorithm` of that name does not state among its `needs`: engines prepare for
-        these alone.
+        these alone. `rule` says how copies are averaged (None: by their weighted mean).
         """
         self._algorithm, self._needs = algorithm, needs
+        self.rule = rule or self.rule
 
     def _check(self, verb: str, method: str) -> None:
         """Raises ConfigError for a verb that the algorithm does not need."""
@@ -166,13 +170,14 @@ class Server:
         return _together([self._copy_of(k).step(smashed.only(k)) for k in smashed.clients], smashed)
 
     def average_copies(self, weights: Mapping[int, float]) -> None:
-        """Server model := weighted mean of the copies of the clients in `weights`; then every copy := server model.
+        """Server model := average of the copies of the clients in `weights`; then every copy := server model.
 
         Raises ConfigError if the algorithm does not need copies.
         """
         self._check(STEP_COPIES, "average_copies")
         self._settle_copies()
-        average_into(self.model, [self._copy_of(k).model for k in weights], list(weights.values()))
+        copies = [self._copy_of(k).model for k in weights]  # whose origin is the model before
+        average_into(self.model, copies, list(weights.values()), self.rule, moving(self.model))
         for one in self._copies.values():
             load_moving(one.model, moving(self.model))
 

@@ -26,6 +26,7 @@ What = Literal[
     "partitions",
     "models",
     "schedules",
+    "averagings",
     "codecs",
     "defences",
     "profiles",
@@ -35,8 +36,8 @@ What = Literal[
 @command(sort_key=7, name="list")
 def list_(what: What = "all", /) -> None:
     """Name what there is to choose from: algorithms, tasks, metrics, data sets and formats, partitions, models with
-    their cut points, schedules, codecs and defences, each with its options; and profiles of devices and links with
-    their figures. What installed packages add is listed too.
+    their cut points, schedules, averaging rules, codecs and defences, each with its options; and profiles of devices
+    and links with their figures. What installed packages add is listed too.
 
     Parameters
     ----------
@@ -162,6 +163,7 @@ _SHOWN = {
     "partitions": lambda: _print_kind("partition", "Partitions"),
     "models": _print_models,
     "schedules": lambda: _print_kind("schedule", "Schedules of the learning rates", "--lr-schedule"),
+    "averagings": lambda: _print_kind("averaging", "Averaging rules", "--averaging"),
     "codecs": lambda: _print_kind("codec", "Codecs", "--up-codec, --down-codec"),
     "defences": lambda: _print_kind("defence", "Defences of the smashed data"),
     "profiles": _print_profiles,

@@ -80,6 +80,7 @@ class Choice:
         self.config, self.split, self.work, self.example = config, split, work, example
         self._typical = example if typical is None else typical
         self.traits, self.averages_every_step = algorithm.traits, algorithm.averages_every_step
+        self._means = config.thing("averaging", config.averaging).plain
         self.device = example[0].device
         self._makes = dict(zip(("clients", "copies"), optimizers, strict=True))
         self._plain: dict[Side, nn.Module] = {"clients": split.client, "copies": split.server}
@@ -159,7 +160,7 @@ class Choice:
     def _one_union_step(self) -> bool:
         """Whether every step is followed by averaging, from equal models, with rules that make both one step."""
         make, make_server, copies = self._makes["clients"], self._makes["copies"], self.traits.server_copies
-        if not self.averages_every_step or self.traits.needs - UnionCohort.can:
+        if not (self.averages_every_step and self._means) or self.traits.needs - UnionCohort.can:
             return False
         if self.config.start != "equal" or not rule_of(make).plain:
             return False

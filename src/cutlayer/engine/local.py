@@ -161,6 +161,8 @@ class LocalCohort(SimulatedCohort):
         super().__init__(setup)
         self._clients = [Client(k, *model, setup.make_optimizer, setup.task) for k, model in enumerate(setup.models)]
         self._asked: tuple[int, ...] = ()  # the clients of the last forward pass
+        if setup.alike:
+            self._begin_from(moving(self._clients[0].module))
 
     def footprint(self, client: int) -> Footprint:
         """Bytes of the client's model and optimiser state."""
@@ -245,10 +247,12 @@ class LocalCohort(SimulatedCohort):
         return super().begin_round(index, total, lr_factor)
 
     def average(self, weights: Mapping[int, float]) -> tuple[int, ...]:
-        """All client models := the weighted mean of those in `weights`. Optimiser states stay where they are."""
+        """All client models := the average of those in `weights`. Optimiser states stay where they are."""
         self._settle()
         first = self._clients[0].module
-        average_into(first, [self._clients[k].module for k in weights], list(weights.values()))
+        models = [self._clients[k].module for k in weights]
+        average_into(first, models, list(weights.values()), self.setup.rule, self._origin)
+        self._begin_from(moving(first))
         for client in self._clients[1:]:
             load_moving(client.module, moving(first))
         self._alike = True
@@ -283,9 +287,10 @@ class LocalCohort(SimulatedCohort):
         return self.setup.judge_by == "average" and not self._alike and self._holder is None
 
     def _average(self) -> Client:
-        """A client with the weighted mean of all client models."""
+        """A client with the average of all client models."""
         made = Client(0, *self.setup.models[0], self.setup.make_optimizer, self.setup.task)
-        average_into(made.module, [client.module for client in self._clients], list(self.masses))
+        models = [client.module for client in self._clients]
+        average_into(made.module, models, list(self.masses), self.setup.rule, self._origin)
         return made
 
     def model_state(self, client: int) -> dict[str, Tensor]:

@@ -12,6 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cutlayer.averaging import State
+from cutlayer.averagings import Averaging
+from cutlayer.averagings.mean import WeightedMean
 from cutlayer.cohort import Held, draw_participants
 from cutlayer.data.batches import Batches, Drawn
 from cutlayer.data.samples import Samples
@@ -32,7 +35,7 @@ class Routine:
     """How clients train, wherever they are. `lr` is the base rate; a round is `local_steps` batches or `local_epochs`
     passes; `alike` says that all models start equal; `eval_clients` how many models are evaluated (None: all);
     `judge_by` whether each is, their average, or all of them together; `task` what a row's loss is, and how models are
-    judged; `class_names` those of the classes, where they have some.
+    judged; `class_names` those of the classes, where they have some; `rule` how their models are averaged.
     """
 
     lr: float
@@ -47,6 +50,7 @@ class Routine:
     judge_by: Judging = "mean"
     task: Task = field(default_factory=Classification)
     class_names: tuple[str, ...] = ()
+    rule: Averaging = field(default_factory=WeightedMean)
 
     def participants(self, index: int, clients: int) -> tuple[int, ...]:
         """The clients of round `index`."""
@@ -103,11 +107,17 @@ class SimulatedCohort(ABC):
         self._buffered = not trains(lower, tail) and any(True for _ in lower.buffers())
         self._holder: int | None = None
         self._kept: list[Drawn] | None = None
+        self._origin: State | None = None  # what the models came from, where the averaging rule looks at it
 
     def keep_batches(self) -> list[Drawn]:
         """A list that every batch is added to from now on; whoever reads it empties it."""
         self._kept = []
         return self._kept
+
+    def _begin_from(self, state: State) -> None:
+        """All clients have these parameters and buffers now."""
+        if self.setup.rule.relative:
+            self._origin = {name: tensor.detach().clone() for name, tensor in state.items()}
 
     @property
     def samples(self) -> Sequence[int]:
@@ -191,11 +201,14 @@ class SimulatedCohort(ABC):
         return Held({k: self.model_state(k) for k in clients}, one)
 
     def _base_state(self) -> dict[str, Any]:
-        return {"drawn": self._batches.drawn.tolist(), "holder": self._holder, "alike": self._alike}
+        origin = {} if self._origin is None else {"origin": dict(self._origin)}
+        return {"drawn": self._batches.drawn.tolist(), "holder": self._holder, "alike": self._alike, **origin}
 
     def _load_base(self, state: Mapping[str, Any]) -> None:
         self._batches.drawn[:] = state["drawn"]
         self._holder, self._alike = state["holder"], state["alike"]
+        if "origin" in state:
+            self._begin_from(state["origin"])
 
 
 def model_bytes(module: nn.Module) -> int:

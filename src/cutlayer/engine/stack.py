@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from cutlayer import seeds
+from cutlayer.averaging import State, combined
+from cutlayer.averagings import Averaging
 from cutlayer.engine.chain import Chain
 from cutlayer.engine.descent import Descent, descent
 from cutlayer.engine.kernels import Factors
@@ -245,8 +247,13 @@ class Stack:
 
     # Moving models
 
-    def average(self, weights: Mapping[int, float]) -> None:
-        """All copies := the weighted mean of those in `weights`; integer buffers take the largest value."""
+    def average(self, weights: Mapping[int, float], rule: Averaging | None = None, origin: State | None = None) -> None:
+        """All copies := the weighted mean of those in `weights`, integer buffers their largest value; or what another
+        `rule` makes of them, given their `origin`.
+        """
+        if rule is not None and not rule.plain:
+            self._average_by(rule, weights, origin)
+            return
         who = torch.tensor(list(weights), device=self.device)
         share = torch.tensor(list(weights.values()), dtype=torch.float64)
         share = (share / share.sum()).to(self.device, dtype=None if self.device.type != "mps" else torch.float32)
@@ -259,6 +266,13 @@ class Stack:
             else:
                 mean = chosen.amax(0)
             tensor.copy_(mean.expand_as(tensor))
+
+    def _average_by(self, rule: Averaging, weights: Mapping[int, float], origin: State | None) -> None:
+        """All copies := what a rule makes of those in `weights`."""
+        tensors, who = {**self._parameters, **self._buffers}, torch.tensor(list(weights), device=self.device)
+        models = {name: tensors[name][who] for name in self.module.state_dict() if name in tensors}
+        for name, one in combined(models, list(weights.values()), rule, origin).items():
+            tensors[name].copy_(one.expand_as(tensors[name]))
 
     def load_one(self, client: int, state: Mapping[str, Tensor]) -> None:
         """Give one client the parameters and buffers in `state`."""

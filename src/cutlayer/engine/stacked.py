@@ -68,6 +68,8 @@ class StackedCohort(SimulatedCohort):
         self._asked: tuple[int, ...] = ()
         self._sizes: tuple[int, ...] = ()
         self._clocks: dict[int, int] = {}
+        if setup.alike:
+            self._begin_from(self._stack.state_of(0))
 
     def footprint(self, client: int) -> Footprint:
         """Bytes of the client's model and optimiser state."""
@@ -124,9 +126,10 @@ class StackedCohort(SimulatedCohort):
         return super().begin_round(index, total, lr_factor)
 
     def average(self, weights: Mapping[int, float]) -> tuple[int, ...]:
-        """All client models := the weighted mean of those in `weights`. Optimiser states stay where they are."""
+        """All client models := the average of those in `weights`. Optimiser states stay where they are."""
         self._stack.settle()
-        self._stack.average(weights)
+        self._stack.average(weights, self.setup.rule, self._origin)
+        self._begin_from(self._stack.state_of(0))
         self._alike = True
         return tuple(weights)
 
@@ -152,9 +155,9 @@ class StackedCohort(SimulatedCohort):
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
-        """All client models are their weighted mean meanwhile."""
+        """All client models are their average meanwhile."""
         before = copy.deepcopy(self._stack.state())
-        self._stack.average(dict(enumerate(self.masses)))
+        self._stack.average(dict(enumerate(self.masses)), self.setup.rule, self._origin)
         try:
             yield
         finally:
@@ -266,14 +269,14 @@ class StackedServer(Server):
         return descent(make, torch.device("cpu")) if on_cpu else None
 
     def average_copies(self, weights: Mapping[int, float]) -> None:
-        """Server model := weighted mean of the copies of the clients in `weights`; then every copy := server model.
+        """Server model := average of the copies of the clients in `weights`; then every copy := server model.
 
         Raises ConfigError if copies are not needed.
         """
         self._check(STEP_COPIES, "average_copies")
         self._begin(weights)
         self._stack.settle()
-        self._stack.average(weights)
+        self._stack.average(weights, self.rule, self.model.state_dict())
         self.model.load_state_dict(self._stack.state_of(0))
 
     def end_round(self) -> None:

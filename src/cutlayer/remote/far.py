@@ -108,6 +108,8 @@ class RemoteCohort:
         self._posts: dict[int, m.BeginRound] = {}  # of this round
         self._alike = setup.alike  # all models are known to be equal
         twin = setup.twin
+        first = setup.rule.relative and setup.alike
+        self._first = {name: t.clone() for name, t in state_of(twin.module).items()} if first else None
         self._buffered = not trains(twin.module) and any(True for _ in twin.module.buffers())
 
     @property
@@ -305,7 +307,7 @@ class RemoteCohort:
             return ()
         models = self._patiently(weights, lambda: self._models(list(weights)))
         here = [k for k in weights if k in models]
-        self._average = average([models[k] for k in here], [weights[k] for k in here])
+        self._average = self._averaged([models[k] for k in here], [weights[k] for k in here])
         body = encode_named(self._average)
         for k in here:
             self._post(k, m.TakeModel(self._step), body)
@@ -387,8 +389,12 @@ class RemoteCohort:
         if not models:
             return None
         twin = self.setup.twin
-        load_moving(twin.module, average(list(models.values()), [self.masses[k] for k in models]))
+        load_moving(twin.module, self._averaged(list(models.values()), [self.masses[k] for k in models]))
         return twin
+
+    def _averaged(self, models: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
+        """The average of models that all came from the last one."""
+        return average(models, weights, self.setup.rule, self._average or self._first)
 
     def _tested(self, samples: AtClient, predict: Predict) -> Evaluation:
         """The scores of the client whose test rows these are, who judges the outputs by itself; none if it is gone."""

@@ -1,0 +1,49 @@
+"""What an averaging rule is: how the models of several clients become one.
+
+A rule of your own is a subclass of `Averaging` under `@averaging("name")`, in a file that the configuration names:
+`averaging = "path/to/file.py:Name"`. Its options are declared with `plugins.option`.
+
+Shape legend: K models that came, d numbers of a model (parameters and real buffers, in the order of its state).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ClassVar, TypeVar
+
+from cutlayer import plugins
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Averaging(plugins.Thing):
+    """Base of averaging rules. One that does not define `combine` is the weighted mean."""
+
+    relative: ClassVar[bool] = False
+    """Whether `combine` looks at `origin`."""
+
+    def combine(self, models: Tensor, shares: Tensor, origin: Tensor | None) -> Tensor:
+        """One model [d] from those of K clients [K, d], whose weights `shares` [K] add up to 1.
+
+        `origin` [d] is what the clients had after the last averaging; before the first, the model that all started
+        from. It is None if they started from different ones, or if the rule is not `relative`.
+        """
+        return shares.to(models.dtype) @ models
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is the weighted mean, which engines compute in ways of their own."""
+        return type(self).combine is Averaging.combine
+
+
+R = TypeVar("R", bound=type[Averaging])
+
+
+def averaging(name: str, *, title: str = "", paper: str = "") -> Callable[[R], R]:
+    """A decorator that registers a subclass of `Averaging`."""
+
+    def decorate(made: R) -> R:
+        return plugins.register("averaging", name, title=title, paper=paper)(made)
+
+    return decorate
