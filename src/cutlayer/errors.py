@@ -13,6 +13,8 @@ CutlayerError
 ├── DistrustError           the server's gradients are not those of the task, says a client's watch (2)
 ├── DiskFullError           a disk is full (3)
 ├── WireError               a message is malformed, too large, of another protocol, or not expected now (1)
+│   └── ForbiddenError      the server asks for what the client's own configuration does not permit (2)
+│       └── BudgetError     the server asks for more than the client's budget (2)
 └── TrainingError           training cannot go on (1)
     ├── AbsentError         clients are missing; the run goes on when they are back (75)
     └── NonFiniteError      NaN or Inf in a loss or a gradient
@@ -150,6 +152,18 @@ class DiskFullError(CutlayerError):
 
 class WireError(CutlayerError):
     """A message between server and client is malformed, too large, of another protocol, or not expected now."""
+
+
+class ForbiddenError(WireError):
+    """The server asks a client for what the client's own configuration does not permit. Nothing was answered, and the
+    client leaves. Starting again does not help: a person must look.
+    """
+
+    code = ExitCode.WRONG
+
+
+class BudgetError(ForbiddenError):
+    """The server asks for more than the client's budget."""
 
 
 class TrainingError(CutlayerError):

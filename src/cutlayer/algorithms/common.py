@@ -46,6 +46,11 @@ class Tour(Algorithm):
     visit_order: Literal["fixed", "random"] = option("fixed")
     """The order in which clients are visited in a round."""
 
+    @property
+    def moves_optimizer(self) -> bool:
+        """As the option says."""
+        return self.hand_over_optimizer
+
     def visits(self, this: Round) -> Iterator[int]:
         """Whose turn each step of the round is.
 

@@ -70,6 +70,13 @@ class Algorithm(Thing):
         """Whether a cut gradient may come down that several clients share."""
         return False
 
+    @property
+    def moves_optimizer(self) -> bool:
+        """Whether the optimiser's state may travel with a client model that is handed over. If not, a client refuses to
+        give it.
+        """
+        return True
+
     def without_sharing(self) -> Algorithm:
         """The same algorithm with every client's own gradient: what a server can do that wants to steer each client."""
         return self

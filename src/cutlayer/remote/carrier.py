@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from cutlayer.errors import CutlayerError
 from cutlayer.wire import messages as m
 from cutlayer.wire.frames import Frame
 from cutlayer.wire.tensors import Buffer
@@ -17,6 +18,10 @@ from cutlayer.wire.tensors import Buffer
 Request = tuple[m.Message, Sequence[Buffer]]
 Answer = tuple[m.Message, Sequence[Buffer]]
 Reason = Literal["late", "gone", "failed", "garbage"]
+
+
+class StoppedError(CutlayerError):
+    """This process was told to end while it worked on a request."""
 
 
 @dataclass(frozen=True)

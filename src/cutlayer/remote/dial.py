@@ -25,7 +25,7 @@ import msgspec
 
 from cutlayer.errors import NetworkError, RefusedError, WireError
 from cutlayer.remote import network
-from cutlayer.remote.carrier import Responder
+from cutlayer.remote.carrier import Responder, StoppedError
 from cutlayer.remote.security import ClientSecurity, is_loopback, split_address
 from cutlayer.remote.transports import host_and_port
 from cutlayer.text import plain
@@ -148,6 +148,8 @@ class Dialler:
         while not self._stopped.is_set():
             try:
                 return await self._work()
+            except StoppedError:
+                break
             except _AwayError as away:
                 if self._stopped.is_set():
                     break
@@ -214,6 +216,8 @@ class Dialler:
         try:
             answer = self.worker.handle(frame)
             parts = None if answer is None else stream.side.parts(*answer)
+        except StoppedError:
+            raise
         except Exception as error:
             await stream.send(m.failed(getattr(frame.message, "step", 0), error))
             await stream.leave()

@@ -84,6 +84,8 @@ def _work(config: RunConfig, joining: Sequence[Joining], stop: threading.Event) 
                 **own,
             )
         )
+    for worker in workers:
+        worker.stop = stop
     diallers = [
         Dialler(j.address, j.security, worker, limits=j.limits, give_up_after=j.give_up_after, keepalive=j.keepalive)
         for j, worker in zip(joining, workers, strict=True)

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from cutlayer import defences, plugins
@@ -237,10 +238,19 @@ def worker_of(
             watch=watch,
             shares=p.algorithm.shares_gradients,
             needs=p.algorithm.traits.needs,
+            seeks=config.cache_features,
+            moves_optimizer=p.algorithm.moves_optimizer,
+            quota=_quota(p, len(share)),
             whole=_keeping(p, own=model is not None) if config.share_server_model and folder is not None else None,
             own_test=_own_test(p, client) if tested else None,
         )
     )
+
+
+def _quota(p: Prepared, samples: int) -> int:
+    """The batches that a client with so many samples trains on in a round."""
+    clients = p.clients
+    return int(clients.quota(np.array([-(-samples // clients.batch)]))[0])
 
 
 def _own_test(p: Prepared, client: int) -> OwnTest:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,17 +27,18 @@ from cutlayer.defences.pipeline import Defences, Guarded
 from cutlayer.defences.watch import Watch
 from cutlayer.engine.local import Client
 from cutlayer.engine.simulated import Local, Shape, mass_of
-from cutlayer.errors import DistrustError, NonFiniteError, RunFolderError, WireError
+from cutlayer.errors import CutlayerError, DistrustError, ForbiddenError, NonFiniteError, RunFolderError, WireError
 from cutlayer.folder import LAST
 from cutlayer.frozen import load_moving, moving
 from cutlayer.models.parts import Crossing
 from cutlayer.optim import MakeOptimizer, as_tensor, load_optimizer
-from cutlayer.remote.carrier import Answer
+from cutlayer.remote.carrier import Answer, StoppedError
 from cutlayer.scoring import ROWS_PER_PASS, Outputs, Tally, evaluate, reported
 from cutlayer.tasks import Task, Value
+from cutlayer.text import listed, plain
 from cutlayer.trained import TrainedModel
 from cutlayer.types import Rows, aligned, as_tuple, joined
-from cutlayer.verbs import AVERAGE, BACKWARD, CLIENT_VERBS, FIT, FORWARD, HAND_OVER, LEARN, TAIL, VERBS
+from cutlayer.verbs import AVERAGE, BACKWARD, CLIENT_VERBS, FIT, FORWARD, HAND_OVER, LEARN, TAIL, VERBS, Traits
 from cutlayer.wire import RAW, Codec, Frame, agree, decode, decode_named, described, encode, encode_named
 from cutlayer.wire import messages as m
 from cutlayer.wire.tensors import Buffer
@@ -78,7 +80,9 @@ class Duty:
     sides agree on. `folder` keeps its state (None: nothing is kept). `watch`: what to do if the gradients do not look
     like the task's. `shares`: the algorithm may send a gradient that several clients share. `needs`: the verbs
     that the algorithm uses; requests that serve other verbs are refused. `whole`: the client wants the server's part at
-    the end, to keep the whole model in its folder. `own_test`: it is tested on rows of its own.
+    the end, to keep the whole model in its folder. `own_test`: it is tested on rows of its own. `seeks`: the
+    server may name the batch that it wants (cache_features). `moves_optimizer`: the optimiser's state travels with the
+    model. `quota`: the batches of a round by the client's own configuration (None: not known).
     """
 
     name: str
@@ -104,10 +108,20 @@ class Duty:
     needs: frozenset[str] = VERBS
     whole: Keeping | None = None
     own_test: OwnTest | None = None
+    seeks: bool = False
+    moves_optimizer: bool = True
+    quota: int | None = None
+
+    @property
+    def traits(self) -> Traits:
+        """What follows from the algorithm's needs."""
+        return Traits(self.needs)
 
 
 class Worker:
-    """One client. `handle` answers one request; requests come in order."""
+    """One client. `handle` answers one request; requests come in order. `stop`: set, it ends local training between two
+    batches.
+    """
 
     def __init__(self, duty: Duty) -> None:
         self.duty = duty
@@ -116,6 +130,8 @@ class Worker:
         self._rate = duty.lr
         self._quota = 0  # batches of this round
         self._left = 0  # of these, those that have not been drawn
+        self._pending: _Pending = "nothing"  # what the last batch waits for
+        self.stop: threading.Event | None = None
         self.steps = 0  # of the run, at the last state that was kept
         self._seen = 0  # the step of the last request: how far this process has come
         self._joined = False  # it has been welcome before, if only to wait
@@ -162,7 +178,23 @@ class Worker:
         return None
 
     def handle(self, frame: Frame) -> Answer | None:
-        """Answer a request; None if it has no answer. Raises WireError, NonFiniteError, DistrustError."""
+        """Answer a request; None if it has no answer. Raises CutlayerError alone, whatever was asked: ForbiddenError
+        for what this client does not permit, WireError for what cannot be answered, NonFiniteError, DistrustError.
+        """
+        try:
+            return self._answered(frame)
+        except (ForbiddenError, DistrustError) as error:
+            log.error("%s leaves: %s", self.duty.name, error)
+            raise
+        except CutlayerError:
+            raise
+        except Exception as error:  # of torch, or of code of the user's own
+            raise WireError(
+                f"{type(frame.message).__name__} cannot be answered ({type(error).__name__}: {plain(error)}): look at "
+                "what the server sends, and at this client's data and model"
+            ) from error
+
+    def _answered(self, frame: Frame) -> Answer | None:
         message = frame.message
         served = _SERVED.get(type(message))
         if served is None:
@@ -172,19 +204,33 @@ class Worker:
         return served.method(self, message, frame.body)
 
     def _check_needed(self, message: m.Message, served: _Served) -> None:
-        """Raises WireError if this client's own algorithm does not need the request."""
+        """Raises ForbiddenError if this client's own algorithm does not need the request."""
         needs = self.duty.needs
         if served.verbs and not served.verbs & needs:
-            listed = ", ".join(sorted(needs & CLIENT_VERBS)) or "nothing"
-            raise WireError(
+            found = ", ".join(sorted(needs & CLIENT_VERBS)) or "nothing"
+            raise ForbiddenError(
                 f"the server asks for {type(message).__name__}, which {self.duty.terms.algorithm} does not need (it "
-                f"needs {listed}): give server and clients the same algorithm, or do not join this server"
+                f"needs {found}): give server and clients the same algorithm, or do not join this server"
             )
+        if why := served.unfit(self, message):
+            raise ForbiddenError(f"the server asks for {type(message).__name__}{why}")
 
     def _begin_round(self, message: m.BeginRound, body: memoryview) -> None:
+        if message.index >= message.total:
+            raise WireError(f"the server begins round {message.index} of {message.total}: rounds are counted from 0")
         self.client.stepping.settle()
         self._rate, self._quota = self.duty.lr * message.lr_factor, message.batches
         self._left = message.batches
+
+    def _too_long(self, message: m.BeginRound) -> str:
+        """Why a round is not begun: it is longer than this client's own configuration says."""
+        quota = self.duty.quota
+        if quota is None or message.batches <= quota:
+            return ""
+        return (
+            f" with {message.batches} batches, where this client's own configuration has {quota} in a round: give "
+            "server and clients the same file, or do not join this server"
+        )
 
     def _settle(self, message: m.Settle, body: memoryview) -> Answer:
         return m.Settled(message.step), ()
@@ -196,25 +242,32 @@ class Worker:
     def _take_model(self, message: m.TakeModel, body: memoryview) -> None:
         self.client.stepping.settle()
         module = self.client.module
-        load_moving(module, decode_named(body, described(state_of(module))))
+        load_moving(module, _finite(decode_named(body, described(state_of(module))), "the model"))
 
     def _take_server(self, message: m.TakeServer, body: memoryview) -> None:
         """Keep the whole model: the server's part with this client's own. Raises WireError, RunFolderError."""
         d = self.duty
         if d.whole is None or d.folder is None:
-            raise WireError(
+            raise ForbiddenError(
                 "the server sends its part of the model, which this client's configuration does not want "
                 "(share_server_model)"
             )
-        server = decode_named(body, d.whole.server)
-        if not all(bool(torch.isfinite(t).all()) for t in server.values() if t.is_floating_point()):
-            raise WireError("the server's part of the model holds NaN or infinite numbers: it is not kept")
+        server = _finite(decode_named(body, d.whole.server), "the server's part of the model")
         parts = (
             {"lower": d.lower} if d.whole.shape != "u-shaped" or d.tail is None else {"lower": d.lower, "tail": d.tail}
         )
         own = {name: tensor for part in parts.values() for name, tensor in part.state_dict().items()}
         TrainedModel.of_client(d.whole.about, d.index, own, server, message.round).write(d.folder / LAST)
         log.info("%s: the whole model is kept in %s", d.name, d.folder)
+
+    def _unmoved(self, message: m.Message) -> str:
+        """Why an optimiser's state does not cross."""
+        if self.duty.moves_optimizer:
+            return ""
+        return (
+            ", but by this client's configuration the optimiser's state stays with it (hand_over_optimizer): give "
+            "server and clients the same file, or do not join this server"
+        )
 
     def _give_optimizer(self, message: m.GiveOptimizer, body: memoryview) -> Answer:
         optimizer = self.client.optimizer
@@ -229,11 +282,43 @@ class Worker:
         self._left -= 1
         return self.duty.samples.batch(rows, self._batches.epochs([0], sizes, clocks)), int(clocks[0])
 
+    def _unfit_forward(self, message: m.Forward) -> str:
+        """Why no smashed data are sent: labels stay, a batch is chosen by the client, or the round is over."""
+        if message.labels and self.duty.traits.u_shaped:
+            return f" with labels, which stay with the clients in {self.duty.terms.algorithm}: do not join this server"
+        if message.batch is not None and not self.duty.seeks:
+            return (
+                f" of batch number {message.batch}, but a client draws its batches itself unless features are cached "
+                "(cache_features): do not join this server"
+            )
+        return self._unfit_round(message)
+
+    def _unfit_round(self, message: m.Message) -> str:
+        """Why nothing is trained now: no round was begun, or all its batches were drawn."""
+        if self._left > 0:
+            return ""
+        begun = f"after all {self._quota} batches of the round" if self._quota else "without a round begun"
+        return f" {begun}: a client trains on the batches of a round, no others"
+
+    def _unfit_fit(self, message: m.Fit) -> str:
+        return "" if self._done(message.step) else self._unfit_round(message)
+
+    def _unfit_learn(self, message: m.Learn) -> str:
+        most = self._left + (self._pending == "gradient")
+        if self._done(message.step) or 0 < message.batches <= most:
+            return ""
+        return f" on {message.batches} batches, where {most} are left of the round: it trains on those, no others"
+
+    def _done(self, step: int) -> bool:
+        """Whether the local training of that step was done before: its answer was lost on its way."""
+        return self._fitted is not None and self._fitted[0] == step
+
     def _forward(self, message: m.Forward, body: memoryview) -> Answer:
         if message.batch is not None:
             self._batches.drawn[0] = message.batch
         batch, clock = self._draw()
         smashed = self.client.forward(batch, self.duty.seed, clock)
+        self._pending, self._guarded = "tail" if self.duty.traits.u_shaped else "gradient", None
         sent = [s.detach() for s in smashed]
         if self.duty.defences.active:
             self._guarded = self.duty.defences.step(
@@ -246,16 +331,21 @@ class Worker:
         return m.SmashedUp(message.step, len(batch.y)), encode(sent, codecs)
 
     def _backward(self, message: m.Backward, body: memoryview) -> None:
-        gradient = decode(body, self._gradients, message.rows, self.duty.down)
         size = len(self.client.labels)
         if message.mode == "common" and not self.duty.shares:
-            raise WireError("a gradient came that clients share: the configuration's algorithm sends each its own")
+            raise ForbiddenError("a gradient came that clients share: the configuration's algorithm sends each its own")
+        if self._pending != "gradient":
+            raise WireError(f"a gradient came where {_DUE[self._pending]} is due: steps come in order")
+        if message.rows != size and not (message.mode == "common" and (message.rows == 1 or message.rows > size)):
+            raise WireError(f"a gradient of {message.rows} rows came for a batch of {size}")
+        gradient = decode(body, self._gradients, message.rows, self.duty.down)
         if self.duty.watch != "off":
             self._look(gradient if message.mode == "own" else None)
         if message.mode == "common":
             gradient = tuple(g.expand(size, *g.shape[1:]) if len(g) == 1 else g[:size] for g in gradient)
         if self._guarded is not None:
             gradient = self._guarded.back(gradient)
+        self._pending = "nothing"
         self.client.backward(gradient)
         self.client.step(self._rate, last=self._left <= 0)
 
@@ -287,26 +377,31 @@ class Worker:
         log.warning("%s: %s", self.duty.name, sentence)
 
     def _tail(self, message: m.Tail, body: memoryview) -> Answer:
-        client, d = self.client, self.duty
-        assert client.tail is not None, "Tail is for the U-shaped split"
+        client, d, size = self.client, self.duty, len(self.client.labels)
+        if self._pending != "tail" or message.rows != size:
+            due = _DUE[self._pending] if self._pending != "tail" else f"a batch of {size} rows"
+            raise WireError(f"features of {message.rows} rows came where {due} is due: steps come in order")
         features = decode(body, d.returning, message.rows, d.down)
         loss, rows = client.finish(features, d.seed)
+        self._pending = "gradient"
         return m.TailUp(message.step, message.rows, loss.item(), client.mass), encode(rows, d.up)
 
     def _fit(self, message: m.Fit, body: memoryview) -> Answer:
-        if self._fitted is None or self._fitted[0] != message.step:  # otherwise the answer was lost on its way
+        if self._fitted is None or not self._done(message.step):
             self._fitted = message.step, self._train()
         return m.Fitted(message.step, [(s.loss, s.rows, s.mass) for s in self._fitted[1]]), ()
 
     def _learn(self, message: m.Learn, body: memoryview) -> Answer:
-        if self._fitted is None or self._fitted[0] != message.step:  # otherwise the answer was lost on its way
+        if self._fitted is None or not self._done(message.step):
             self._fitted = message.step, self._learn_alone(message.batches)
         return m.Fitted(message.step, [(s.loss, s.rows, s.mass) for s in self._fitted[1]]), ()
 
     def _learn_alone(self, batches: int) -> list[Local]:
         """Local steps on the auxiliary head's loss."""
         taken: list[Local] = []
+        self._pending = "nothing"
         while len(taken) < batches:
+            self._pause()
             if not self.client.smashed:
                 batch, clock = self._draw()
                 self.client.forward(batch, self.duty.seed, clock)
@@ -319,7 +414,8 @@ class Worker:
     def _train(self) -> list[Local]:
         """The local steps of this round."""
         taken: list[Local] = []
-        for _ in range(self._quota):
+        while self._left > 0:
+            self._pause()
             batch, clock = self._draw()
             outputs = self.client.forward(batch, self.duty.seed, clock)
             try:
@@ -328,14 +424,31 @@ class Worker:
                 raise error.at(len(taken)) from None
         return taken
 
+    def _pause(self) -> None:
+        """Between two batches of local training. Raises StoppedError where this process is to end."""
+        if self.stop is not None and self.stop.is_set():
+            raise StoppedError("stopped between two batches")
+
+    def _unfit_part(self, message: m.Evaluate) -> str:
+        """Why a part of the model is not evaluated: the client has no such part, or sends its outputs in other ways."""
+        traits = self.duty.traits
+        parts = ["whole"] if traits.whole else ["lower", "tail"] if traits.u_shaped else ["lower"]
+        if message.part in parts:
+            return ""
+        if message.part == "tail":
+            return " of a tail, which only clients of a U-shaped split have"
+        return f" of the part {message.part!r}: a client of {self.duty.terms.algorithm} has {listed(parts)}"
+
     def _evaluate(self, message: m.Evaluate, body: memoryview) -> Answer:
         d, c = self.duty, self.client
+        if not 0 < message.rows <= ROWS_PER_PASS:
+            raise WireError(
+                f"the server asks to evaluate {message.rows} rows at once: they are 1 to {ROWS_PER_PASS} in a piece"
+            )
         c.stepping.settle()
         c.module.eval()
         with torch.no_grad():
-            if message.part == "tail":
-                if c.tail is None:
-                    raise WireError("the server asks to evaluate a tail, which only clients of a U-shaped split have")
+            if message.part == "tail" and c.tail is not None:
                 features = aligned(decode(body, d.returning, message.rows, d.down.plain))
                 given, codec = as_tuple(c.tail(features))[:1], RAW
             else:
@@ -350,9 +463,9 @@ class Worker:
 
     @property
     def _own_test(self) -> OwnTest:
-        """Raises WireError for a client that is not tested on rows of its own."""
+        """Raises ForbiddenError for a client that is not tested on rows of its own."""
         if self.duty.own_test is None:
-            raise WireError(
+            raise ForbiddenError(
                 "the server asks about test rows of the client's own, of which this client has held out none "
                 "(evaluate_on)"
             )
@@ -364,7 +477,7 @@ class Worker:
         """
         own, start = self._own_test, message.start
         if own.shape == "whole":
-            raise WireError(f"the server asks for {type(message).__name__}, but this client holds the whole model")
+            raise ForbiddenError(f"the server asks for {type(message).__name__}, but this client holds the whole model")
         if start % ROWS_PER_PASS or not message.rows or message.rows != min(ROWS_PER_PASS, len(own.samples) - start):
             raise WireError(
                 f"the server asks about {message.rows} own test rows from {start} on, of {len(own.samples)}: they are "
@@ -410,7 +523,7 @@ class Worker:
             )
         else:
             found, self._tally, self._tallied = self._tally.scores(), None, 0
-        return m.ScoresUp(message.step, len(own.samples), plain(reported(found[d.index]))), ()
+        return m.ScoresUp(message.step, len(own.samples), as_scores(reported(found[d.index]))), ()
 
     def _own_outputs(self, models: Sequence[int], part: Samples, start: int) -> Outputs:
         """What this client's whole model gives for own test rows."""
@@ -495,30 +608,49 @@ class Worker:
 _PREPARED, _KEPT = "client-next.safetensors", "client.safetensors"
 
 
+_Pending = Literal["nothing", "tail", "gradient"]
+_DUE: dict[_Pending, str] = {"nothing": "a forward pass", "tail": "the tail's turn", "gradient": "a gradient"}
+
+
+def _fits(worker: Worker, message: m.Message) -> str:
+    """Nothing is against it."""
+    return ""
+
+
+def _finite(tensors: dict[str, Tensor], what: str) -> dict[str, Tensor]:
+    """The same tensors. Raises WireError where a number is NaN or infinite."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise WireError(f"{what} that the server sends holds NaN or infinite numbers in {name!r}: it is not taken")
+    return tensors
+
+
 @dataclass(frozen=True)
 class _Served:
     """How a request is answered, and which verbs of the seam it serves: one of them must be among the algorithm's
-    needs. Without verbs it is always permitted.
+    needs. Without verbs it is permitted whatever the algorithm needs. `unfit` says why this very request is not
+    permitted, as the end of a sentence; empty if it is.
     """
 
     method: Callable[[Worker, Any, memoryview], Answer | None]
     verbs: frozenset[str] = frozenset()
+    unfit: Callable[[Worker, Any], str] = _fits
 
 
 _SERVED: dict[type[m.Message], _Served] = {
-    m.BeginRound: _Served(Worker._begin_round),
-    m.Forward: _Served(Worker._forward, frozenset({FORWARD})),
+    m.BeginRound: _Served(Worker._begin_round, unfit=Worker._too_long),
+    m.Forward: _Served(Worker._forward, frozenset({FORWARD}), Worker._unfit_forward),
     m.Tail: _Served(Worker._tail, frozenset({TAIL})),
     m.Backward: _Served(Worker._backward, frozenset({BACKWARD})),
-    m.Fit: _Served(Worker._fit, frozenset({FIT})),
-    m.Learn: _Served(Worker._learn, frozenset({LEARN})),
+    m.Fit: _Served(Worker._fit, frozenset({FIT}), Worker._unfit_fit),
+    m.Learn: _Served(Worker._learn, frozenset({LEARN}), Worker._unfit_learn),
     m.GiveModel: _Served(Worker._give_model, frozenset({AVERAGE, HAND_OVER})),
     m.TakeModel: _Served(Worker._take_model, frozenset({AVERAGE, HAND_OVER})),
     m.TakeServer: _Served(Worker._take_server),
-    m.GiveOptimizer: _Served(Worker._give_optimizer, frozenset({HAND_OVER})),
-    m.TakeOptimizer: _Served(Worker._take_optimizer, frozenset({HAND_OVER})),
+    m.GiveOptimizer: _Served(Worker._give_optimizer, frozenset({HAND_OVER}), Worker._unmoved),
+    m.TakeOptimizer: _Served(Worker._take_optimizer, frozenset({HAND_OVER}), Worker._unmoved),
     m.Settle: _Served(Worker._settle),
-    m.Evaluate: _Served(Worker._evaluate),
+    m.Evaluate: _Served(Worker._evaluate, unfit=Worker._unfit_part),
     m.OwnForward: _Served(Worker._own_forward),
     m.OwnFinish: _Served(Worker._own_finish),
     m.GiveScores: _Served(Worker._give_scores),
@@ -527,7 +659,7 @@ _SERVED: dict[type[m.Message], _Served] = {
 """All requests that a client answers."""
 
 
-def plain(scores: Mapping[str, Value]) -> dict[str, m.Score]:
+def as_scores(scores: Mapping[str, Value]) -> dict[str, m.Score]:
     """Scores as a message holds them."""
     return {name: _numbers(value) if isinstance(value, tuple) else value for name, value in scores.items()}
 
@@ -555,10 +687,11 @@ def _values(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 def restore(optimizer: torch.optim.Optimizer, body: Buffer) -> None:
     """Take the state that `flattened` gave of an optimiser of the same kind, whose parameters have the same shapes.
 
-    Raises WireError where it is not one.
+    Raises WireError where it is not one, or holds NaN.
     """
     expected = _values(_stepped(optimizer))
-    tensors = decode_named(body, described({key: as_tensor(value) for key, value in expected.items()}))
+    like = described({key: as_tensor(value) for key, value in expected.items()})
+    tensors = _finite(decode_named(body, like), "the optimiser's state")
     grouped: dict[int, dict[str, Any]] = {}
     for key, tensor in tensors.items():
         number, name = key.split("/", 1)
