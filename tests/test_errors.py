@@ -26,6 +26,8 @@ CODES = {
     "DistrustError": 2,
     "DiskFullError": 3,
     "WireError": 1,
+    "ForbiddenError": 2,
+    "BudgetError": 2,
     "TrainingError": 1,
     "AbsentError": 75,
 }
