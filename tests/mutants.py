@@ -97,6 +97,7 @@ AREAS: dict[str, Sequence[str]] = {
     "registry": ("*test_public*", "*test_own_algorithm*", "*bad_input*", "*test_extending*", "*test_testing*"),
     "tasks": ("*test_tasks*", "*seam_operations*"),
     "data": ("*test_sources*",),
+    "another model": ("*test_another_model*",),
     "worker": ("*test_remote*", "*test_tasks*"),
     "traffic": ("*test_costs*", "*test_plan*", "*test_testing*"),
 }
@@ -546,6 +547,14 @@ MUTANTS = [
     M("what says nothing draws nothing", "seeds", 'getattr(module, "draws", True) else contextlib', 'getattr(module, "draws", False) else contextlib'),
     M("nothing is seeded", "seeds", 'if getattr(module, "draws", True) else contextlib.nullcontext()', "if False else contextlib.nullcontext()"),
     M("streams stay", "seeds", "kind.set_rng_state(before)", "pass"),
+    # The paper's tables with another model
+    M("another model in some tables alone", "another model", "replace(self.size, model=model, methods_model=model)", "replace(self.size, model=model)"),
+    M("another model without its options", "another model", 'config.options_of(find("model", config.model))', "{}"),
+    M("another model counted where the zoo's is cut", "another model", "chosen.given, **chosen.things", "chosen.given"),
+    M("a failed reproduction with another model", "another model", "if self.another_model and word in _DECIDED", "if False and word in _DECIDED"),
+    M("any task's metric", "another model", 'judged.primary == "accuracy" and', "True or"),
+    M("a model that cannot be measured is trained", "another model", "trained_work(self.study)", "pass"),
+    M("nothing trained is an error", "another model", "if planned and not done:", "if not done:"),
 ]  # fmt: skip
 
 

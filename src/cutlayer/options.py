@@ -590,7 +590,7 @@ def default_cut(model: str) -> str | None:
 
 def cuts_of(model: str) -> tuple[str, ...]:
     """The named cut points of a model of the registry, in the order data flows."""
-    return tuple(plugins.find("model", model).facts["cuts"])
+    return tuple(plugins.find("model", model).facts.get("cuts", ()))
 
 
 class CompareConfig(CommonConfig):
@@ -832,17 +832,37 @@ class CalibrateConfig(_Chooser):
 
 
 class ReproduceConfig(_Chooser):
-    """The data that a reproduction trains on."""
+    """What a reproduction trains: the data, and a model and a task instead of the paper's."""
 
-    kinds = ("data",)
+    kinds = ("data", "model", "task")
 
     data: str = _field("fashion-mnist", DATA)
     """A built-in data set, the path of your own, such as a folder of idx files, or a function: path/to/file.py:name."""
+    task: str = _field("classification", TASK)
+    """A task with one class per row that is judged by its accuracy, or your own: path/to/file.py:name."""
+    model: str | None = _field(None, MODEL)
+    """A model by name, or your own: path/to/file.py:function. It replaces the size's models in every table. Default:
+    the size's models."""
+    cut: str | None = _field(None, MODEL)
+    """The module after which the model is cut. Default: the model's own."""
 
     def chosen(self) -> list[Entry]:
-        """The data set, unless it is a path."""
+        """The task, the model if one is given, and the data set, unless it is a path."""
         found = plugins.known("data", self.data) or plugins.is_reference(self.data)
-        return [plugins.find("data", self.data)] if found else []
+        data = [plugins.find("data", self.data)] if found else []
+        return [plugins.find("task", self.task), *(_models(self.model) if self.model else []), *data]
+
+    @property
+    def things(self) -> dict[str, Any]:
+        """Model, cut and task, those that are not at their defaults."""
+        fields = {name: info.get_default() for name, info in type(self).model_fields.items() if name != "data"}
+        return {name: getattr(self, name) for name, default in fields.items() if getattr(self, name) != default}
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The options of the chosen things that are not at their defaults."""
+        defaults = {o.name: o.default for entry in self.chosen() for o in entry.options}
+        return {name: value for name, value in self.specific.items() if value != defaults[name]}
 
 
 def _none_named() -> ConfigError:

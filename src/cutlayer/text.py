@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB", "EB")
 
@@ -95,3 +96,11 @@ def shortened(text: str, length: int) -> str:
 def format_score(metric: str, score: float | None, *, share: bool) -> str:
     """A metric and its value: "accuracy 91.20 %" for a fraction, "rmse 53.1" for anything else."""
     return f"{spoken(metric)} {format_figure(score, share=share)}" + (" %" if share and score is not None else "")
+
+
+def flag_words(name: str, value: Any) -> list[str]:
+    """An option as words of a command line."""
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{flag}" if value else f"--no-{flag}"]
+    return [f"--{flag}", *map(str, value if isinstance(value, tuple) else (value,))]

@@ -275,7 +275,7 @@ def test_table_6_and_what_counting_settles() -> None:
     assert counted["client-compute"].evidence.startswith("95.3 %")  # of 8x8 pictures; 94.7 % of 28x28 (test_costs.py)
     assert counted["traffic-sfl-wire-unicast"].holds
     # The point that the sentence names is where the two are equal.
-    work = table6._work(study, "mlp")
+    work = table6.trained_work(study)
     even = table6._break_even(study, work, "fl", "wire-unicast")
     below, above = (
         [expect(made(m), replace(work, samples_per_client=n)).unicast for m in ("sglr", "fl")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 
@@ -17,6 +17,7 @@ from cutlayer.cli.progress import resumable
 from cutlayer.errors import ConfigError
 from cutlayer.options import ReproduceConfig
 from cutlayer.reproduce.cells import SizeName
+from cutlayer.text import flag_words
 
 if TYPE_CHECKING:
     from cutlayer.reproduce.reproduction import Reproduction
@@ -34,7 +35,7 @@ def reproduce(
     """Train what the SGLR paper's tables are made of and write them beside the paper's, with a verdict on each claim.
 
     The same command in the same folder goes on where it was; other tables can be added there. What is trained already
-    is never trained again.
+    is never trained again. With --model, a model of your choice takes the place of the paper's in every table.
 
     Parameters
     ----------
@@ -60,18 +61,11 @@ def reproduce(
     workers = jobs if jobs is not None else (os.cpu_count() or 1) if device == "cpu" else 1
     where = out or Path("runs") / f"reproduce-{size}"
     chosen = ReproduceConfig.of(merged_values(ReproduceConfig, options, None))
-    said = {"size": size, "out": where, **chosen.model_dump(), "device": device, "jobs": jobs}
-    flags = [word for name, value in said.items() if value is not None for word in _words(name, value)]
-    work = Reproduction(tables, size, where, chosen.data, device, chosen.specific)
+    said = {"size": size, "out": where, "data": chosen.data, **chosen.things, **chosen.given}
+    said |= {"device": device, "jobs": jobs}
+    flags = [word for name, value in said.items() if value is not None for word in flag_words(name, value)]
+    work = Reproduction(tables, size, where, chosen.data, device, chosen.given, **chosen.things)
     _reproduce(work, workers, shlex.join(["cutlayer", "reproduce", *tables, *flags]))
-
-
-def _words(name: str, value: Any) -> list[str]:
-    """An option as words of a command line."""
-    flag = name.replace("_", "-")
-    if isinstance(value, bool):
-        return [f"--{flag}" if value else f"--no-{flag}"]
-    return [f"--{flag}", *map(str, value if isinstance(value, tuple) else (value,))]
 
 
 def _reproduce(work: Reproduction, workers: int, command: str) -> None:

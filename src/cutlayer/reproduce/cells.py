@@ -38,6 +38,7 @@ SKEWS: dict[str, dict[str, Any]] = {
     "dirichlet .5": {"partition": "dirichlet", "dirichlet_alpha": 0.5},
     "2 shards": {"partition": "shards", "shards_per_client": 2},
 }
+_DECIDED = ("holds", "does not hold", "within noise")  # verdicts that say something about a model
 LEAKING_PHIS = (0.0, 0.25, 0.5, 0.75, 1.0)  # Table 5
 LEAKING_OTHERS = ("psl", "sfl", "ssl")  # what SGLR is compared with
 LEAKING_METHODS = (*LEAKING_OTHERS, "sglr")
@@ -122,12 +123,43 @@ class Cell:
 
 @dataclass(frozen=True)
 class Study:
-    """The cells of a reproduction at one size, on one data set, with its `options`, and device."""
+    """The cells of a reproduction at one size, on one data set and device.
+
+    `options` are those of the data set, the model and the task, with `cut` and `task` among them where they are chosen.
+    `another_model`: the user chose the model, so that the numbers are not meant to be the paper's.
+    """
 
     size: Size
     data: str
     device: str = "cpu"
     options: tuple[tuple[str, Any], ...] = ()
+    another_model: bool = False
+
+    def of_model(self, model: str) -> Study:
+        """The same with that model in every table."""
+        return replace(self, size=replace(self.size, model=model, methods_model=model), another_model=True)
+
+    @property
+    def cut(self) -> str | None:
+        """Where the model of Tables 1 to 3 is cut."""
+        chosen = dict(self.options).get("cut")
+        return default_cut(self.size.model) if chosen is None else str(chosen)
+
+    @property
+    def cuts(self) -> tuple[str, ...]:
+        """The depths that are compared: the named cuts of the model; of one that names none, the only known cut."""
+        named = cuts_of(self.size.model)
+        known = () if self.cut is None else (self.cut,)
+        return named if set(known) <= set(named) else (*known, *named)
+
+    def verdict(self, word: str) -> str:
+        """How a verdict is shown: one about another model is not one about the paper's."""
+        return f"another model: {word}" if self.another_model and word in _DECIDED else word
+
+    @property
+    def model_names(self) -> tuple[str, str]:
+        """What pages call the model of Tables 1 to 3 and that of Table 4: of a user's own file, without the folder."""
+        return self.size.model.rpartition("/")[2], self.size.methods_model.rpartition("/")[2]
 
     def grid(self, clients: int, alpha: float, phi: float, phase: str | None = None) -> Cell:
         """A cell of Tables 1 to 3. With one client, alpha and phi change nothing (identity 1): one cell for all."""
@@ -200,8 +232,7 @@ class Study:
 
     def at_depth(self, cut: str) -> Cell:
         """PSL cut there."""
-        default = default_cut(self.size.model)
-        return self.attacked("psl") if cut == default else self.leaking(f"psl-cut-{cut}", "psl", cut=cut)
+        return self.attacked("psl") if cut == self.cut else self.leaking(f"psl-cut-{cut}", "psl", cut=cut)
 
     def defended(self, kind: str, strength: str) -> Cell:
         """PSL with a defence."""
@@ -215,7 +246,7 @@ class Study:
     def leakage(self) -> Iterator[Cell]:
         """Methods, depths of the cut and defences (beyond the paper)."""
         yield from (self.attacked(method) for method in LEAKING_METHODS)
-        yield from (self.at_depth(cut) for cut in cuts_of(self.size.model))
+        yield from (self.at_depth(cut) for cut in self.cuts)
         yield from (self.defended(kind, strength) for kind, own in LEAKING_DEFENCES.items() for strength in own)
 
     def _cell(self, name: str, clients: int, algorithm: str, own: dict[str, Any]) -> Cell:

@@ -18,7 +18,6 @@ from typing import Literal
 # Quantiles of t, as scipy.stats has them, without its second of loading.
 from scipy.special import stdtrit  # type: ignore[import-untyped]
 
-from cutlayer.options import cuts_of
 from cutlayer.report.looks import title_of_algorithm
 from cutlayer.reproduce.cells import (
     ALPHAS_WITH_PHI,
@@ -155,12 +154,15 @@ def claims(outcomes: Outcomes) -> list[Claim]:
     return [claim for part in asked for claim in makers[part](outcomes)]
 
 
-def summary(verdicts: Sequence[ClaimVerdict], counted: Sequence[Fact] = ()) -> list[str]:
+def summary(
+    verdicts: Sequence[ClaimVerdict], counted: Sequence[Fact] = (), *, another_model: bool = False
+) -> list[str]:
     """What came out, in five lines: the verdicts, and what counting settles."""
+    model = " with another model" * another_model
     meaning = {
-        "holds": "Holds",
-        "does not hold": "Does not hold",
-        "within noise": "Within noise, so neither shown nor refuted",
+        "holds": f"Holds{model}",
+        "does not hold": f"Does not hold{model}",
+        "within noise": f"Within noise{model}, so neither shown nor refuted",
         "not measured": "Not measured",
     }
     lines = []
@@ -435,7 +437,7 @@ def _phi(outcomes: Outcomes) -> list[Claim]:
 def _leaking(outcomes: Outcomes) -> list[Claim]:
     """Methods, depths of the cut and defences (beyond the paper)."""
     study = outcomes.study
-    cuts = cuts_of(study.size.model)
+    cuts = study.cuts
     methods = [
         Claim(
             f"leaks-{other}{name}",

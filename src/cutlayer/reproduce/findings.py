@@ -40,4 +40,11 @@ def find(outcomes: Outcomes, parts: Sequence[str]) -> Findings:
     verdicts = judge(outcomes)
     tables = [table for name in parts for table in SECTIONS[name].tables(outcomes)]
     counted = facts(outcomes.study)
-    return Findings(outcomes, tuple(parts), tables, verdicts, counted, summary(verdicts, counted))
+    return Findings(
+        outcomes,
+        tuple(parts),
+        tables,
+        verdicts,
+        counted,
+        summary(verdicts, counted, another_model=outcomes.study.another_model),
+    )

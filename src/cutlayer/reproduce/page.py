@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shlex
 from dataclasses import asdict
 from importlib import resources
 from typing import Any
@@ -11,11 +12,12 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from cutlayer import __version__
+from cutlayer.reproduce.cells import Study
 from cutlayer.reproduce.claims import ClaimVerdict, Difference, points
 from cutlayer.reproduce.findings import Findings
 from cutlayer.reproduce.plots import PLOTS, draw
 from cutlayer.reproduce.tables import Table, paper, paper_of, shown
-from cutlayer.text import listed
+from cutlayer.text import flag_words, listed
 
 JSON, MARKDOWN, PAGE = "reproduction.json", "reproduction.md", "reproduction.html"
 MARKS: dict[str, str] = {
@@ -24,6 +26,7 @@ MARKS: dict[str, str] = {
     "within noise": "~",
     "not measured": "",
     "by construction": "",
+    "counted": "",
 }
 
 
@@ -43,8 +46,11 @@ def setting(findings: Findings, size: str) -> str:
     """What was trained, in a sentence."""
     study = findings.outcomes.study
     s = study.size
-    models = s.model if s.model == s.methods_model else f"{s.model} ({s.methods_model} in Table 4)"
-    epochs = dict.fromkeys(cell.config.epochs for cell in findings.outcomes.cells.values())
+    first, fourth = study.model_names
+    models = first if first == fourth else f"{first} ({fourth} in Table 4)"
+    if study.another_model:
+        models = f"another model than the paper's ({first}, cut after {study.cut})"
+    epochs = dict.fromkeys(cell.config.epochs for cell in findings.outcomes.cells.values()) or [s.epochs]
     many = "s" * (len(s.seeds) > 1)
     return (
         f"Size {size}: {models} on {study.data}, {s.samples_per_client} samples per client, {s.validation} held out "
@@ -75,6 +81,12 @@ def reading(findings: Findings, size: str) -> list[str]:
     ]
 
 
+ANOTHER_MODEL = (
+    "The model is the user's choice. The paper's numbers beside ours are of the paper's ResNet16 and AlexNet, and the "
+    'claims are the paper\'s: a verdict marked "another model" says whether a claim carries over to this model. Where '
+    "it does not hold, nothing is said about the reproduction of the paper."
+)
+
 TEST = (
     "Each verdict is that of one test. Differences are taken between runs of the same seed (same split of the data, "
     "partition and initial weights), averaged over all cells that the claim covers; over the seeds they give a "
@@ -90,17 +102,19 @@ TEST = (
 def _content(findings: Findings, size: str) -> dict[str, Any]:
     """What both pages are filled with."""
     done, planned = findings.done
+    study = findings.outcomes.study
     return {
         "setting": setting(findings, size),
+        "notice": ANOTHER_MODEL * study.another_model,
         "unfinished": "" if done == planned else f"{done} of {planned} runs are done",
         "lines": findings.lines,
         "reading": reading(findings, size),
         "test": TEST,
         "source": paper()["source"],
         "tables": [_lines(table) for table in findings.tables],
-        "verdicts": [_verdict(v) for v in findings.verdicts],
-        "facts": [{**asdict(f), "word": f.word} for f in findings.facts],
-        "command": f"cutlayer reproduce {' '.join(findings.parts)} --size {size}",
+        "verdicts": [_verdict(v, study) for v in findings.verdicts],
+        "facts": [{**asdict(f), "word": study.verdict(f.word), "mark": MARKS[f.word]} for f in findings.facts],
+        "command": _command(findings, size),
         "marks": MARKS,
     }
 
@@ -112,12 +126,23 @@ def _lines(table: Table) -> dict[str, Any]:
     return {**asdict(table), "rows": rows, "with_paper": with_paper}
 
 
-def _verdict(verdict: ClaimVerdict) -> dict[str, Any]:
+def _command(findings: Findings, size: str) -> str:
+    """The command that made it; with a model of the user's choice, what was chosen too."""
+    study = findings.outcomes.study
+    words = ["cutlayer", "reproduce", *findings.parts, "--size", size]
+    if study.another_model:
+        chosen = {"data": study.data, "model": study.size.model, **dict(study.options)}
+        words += [word for name, value in chosen.items() for word in flag_words(name, value)]
+    return shlex.join(words)
+
+
+def _verdict(verdict: ClaimVerdict, study: Study) -> dict[str, Any]:
     d = verdict.overall
     collapsed = f", {d.at_chance} with a cell at chance" if d.at_chance else ""
     return {
         "claim": verdict.claim,
-        "word": d.verdict,
+        "word": study.verdict(d.verdict),
+        "mark": MARKS[d.verdict],
         "points": "loss " * (verdict.claim.loss and d.mean is not None) + points(d),
         "evidence": f"{d.seeds} seed{'s' * (d.seeds != 1)}, {d.cells} pair{'s' * (d.cells != 1)}{collapsed}",
         "columns": verdict.columns,
@@ -151,7 +176,14 @@ def _data(findings: Findings, size: str) -> dict[str, Any]:
     }
     return {
         "version": __version__,
-        "settings": {"size": size, "data": study.data, "device": study.device, **asdict(study.size)},
+        "settings": {
+            "size": size,
+            "data": study.data,
+            "device": study.device,
+            **asdict(study.size),
+            **({"options": dict(study.options)} if study.options else {}),
+        },
+        "another_model": study.another_model,
         "tables": [asdict(table) for table in findings.tables],
         "claims": [
             {
@@ -159,6 +191,7 @@ def _data(findings: Findings, size: str) -> dict[str, Any]:
                 "title": v.claim.title,
                 "sentence": v.claim.sentence,
                 "threshold": v.claim.threshold,
+                "verdict": study.verdict(v.overall.verdict),
                 "overall": asdict(v.overall),
                 "breakdown": [
                     {
@@ -170,7 +203,7 @@ def _data(findings: Findings, size: str) -> dict[str, Any]:
             }
             for v in findings.verdicts
         ],
-        "counted": [asdict(fact) for fact in findings.facts],
+        "counted": [{**asdict(fact), "verdict": study.verdict(fact.word)} for fact in findings.facts],
         "lines": findings.lines,
         "cells": cells,
     }

@@ -18,7 +18,6 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from safetensors.numpy import load_file
 
 from cutlayer import plugins
-from cutlayer.options import cuts_of
 from cutlayer.report.collect import Report, ReportEntry, ResultRow, StoredRun
 from cutlayer.report.curves import (
     MARKERS,
@@ -237,7 +236,7 @@ def _kept(findings: Findings) -> dict[str, Path]:
     outcomes = findings.outcomes
     study = outcomes.study
     cells = {title_of_algorithm(m): study.attacked(m) for m in LEAKING_METHODS}
-    cells |= {f"PSL after {c}": study.at_depth(c) for c in cuts_of(study.size.model)[1:]}
+    cells |= {f"PSL after {c}": study.at_depth(c) for c in study.cuts if c != study.cut}
     cells |= {
         f"PSL, {k} {s[-1]}": study.defended(k, s[-1]) for k, s in ((k, list(v)) for k, v in LEAKING_DEFENCES.items())
     }

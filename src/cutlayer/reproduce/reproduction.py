@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import tomli_w
 
-from cutlayer.errors import RunFolderError
+from cutlayer.errors import ConfigError, RunFolderError
 from cutlayer.files import replace_file
 from cutlayer.folder import LOCK, Folder, locked
 from cutlayer.leakage import check_installed
 from cutlayer.options import from_anywhere, read_toml
+from cutlayer.plugins import find, load
 from cutlayer.reproduce.cells import SIZES, Cell, SizeName, Study
 from cutlayer.reproduce.outcomes import Outcome, Outcomes, read
 from cutlayer.reproduce.tables import SECTIONS, cells_of, named
@@ -28,10 +29,13 @@ SETTINGS = "reproduction.toml"
 
 
 class Reproduction:
-    """What was asked for: tables at a size, on a data set (with its `options`) and device, in the folder `out`.
+    """What was asked for: tables at a size, on a data set and device, in the folder `out`.
 
-    Raises ConfigError for an unknown table; RunFolderError where `out` is of other settings, or holds other things.
-    Nothing is written before `train`.
+    `model` replaces the size's models, `cut` says where it is cut, `task` how it is judged; `options` are those of the
+    data set, the model and the task.
+
+    Raises ConfigError for an unknown table or model, and for a task that the tables cannot show; RunFolderError where
+    `out` is of other settings, or holds other things. Nothing is written before `train`.
     """
 
     def __init__(
@@ -42,10 +46,21 @@ class Reproduction:
         data: str = "fashion-mnist",
         device: str = "cpu",
         options: Mapping[str, Any] = MappingProxyType({}),
+        *,
+        model: str | None = None,
+        cut: str | None = None,
+        task: str | None = None,
     ) -> None:
-        data = str(from_anywhere({"data": data})["data"])  # the same folder, from wherever the command is called
+        # The same folder, from wherever the command is called.
+        named_things = from_anywhere({"data": data, "model": model, "cut": cut, "task": task})
+        chosen = {name: named_things[name] for name in ("cut", "task") if named_things[name] is not None}
         self.size, self.out = size, out
-        self.study = Study(SIZES[size], data, device, tuple(options.items()))
+        self.study = Study(SIZES[size], named_things["data"], device, tuple({**chosen, **options}.items()))
+        if model is not None:
+            find("model", model)
+            self.study = self.study.of_model(named_things["model"])
+        if task is not None:
+            check_task(task)
         self.asked = named(tables)
         stored = self._stored()
         self.parts = tuple(name for name in SECTIONS if name in self.asked or name in stored)
@@ -65,7 +80,9 @@ class Reproduction:
     def check(self) -> None:
         """That the data are there, every kind of cell can be built and what is done fits. Raises UsageError."""
         from cutlayer.build import assemble, deal
+        from cutlayer.reproduce.table6 import trained_work
 
+        trained_work(self.study)  # what a model that cannot be measured costs is known now, not after the training
         self.outcomes()
         if any(cell.examined for cell, _ in self.waiting()):
             check_installed()
@@ -100,7 +117,8 @@ class Reproduction:
         from cutlayer.reproduce.findings import find
 
         findings = find(self.outcomes(), self.parts)
-        if not findings.done[0]:
+        done, planned = findings.done
+        if planned and not done:
             raise RunFolderError(
                 f"{str(self.out)!r} has no finished run to report on: train some, with --jobs 1 or more"
             )
@@ -111,6 +129,9 @@ class Reproduction:
         from cutlayer.reproduce.page import files
 
         contents = files(findings, self.size)
+        if not (self.out / SETTINGS).exists():  # nothing had to be trained
+            with self._held():
+                pass
         for name, content in contents.items():
             replace_file(self.out / name, content)
         return [self.out / name for name in contents]
@@ -153,6 +174,20 @@ class Reproduction:
             size = settings.pop("settings")
             folder.write_text(SETTINGS, tomli_w.dumps({**settings, "tables": list(self.parts), "settings": size}))
             yield
+
+
+def check_task(task: str) -> None:
+    """The tables hold accuracies of classes, in percent, and deal classes to clients. Raises ConfigError for a task
+    that is judged by something else.
+    """
+    judged = load("task", task)
+    if judged.primary == "accuracy" and find("task", task).facts["targets"] == "class":
+        return
+    by = f"judged by {judged.primary}" if judged.primary != "accuracy" else "about several labels per row"
+    raise ConfigError(
+        f"task = {task!r} is {by}, but the tables compare accuracies of one class per row, in percent: choose such a "
+        "task, e.g. classification, or train yours with `cutlayer compare`"
+    )
 
 
 def _own(path: Path) -> bool:

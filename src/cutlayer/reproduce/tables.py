@@ -11,7 +11,6 @@ from operator import attrgetter
 from typing import Any
 
 from cutlayer.errors import ConfigError, unknown
-from cutlayer.options import cuts_of
 from cutlayer.report.looks import title_of_algorithm
 from cutlayer.reproduce.cells import (
     ALPHAS,
@@ -94,9 +93,9 @@ def table4(outcomes: Outcomes) -> list[Table]:
         tried.append((title, tuple(score for pair in each for score in pair)))
     own = outcomes.study.method("sglr", size.rates[0]).config.specific
     text = (
-        f"{size.methods_clients} clients, {size.methods_model} (paper: AlexNet). Each method has the learning rate of "
-        f"the highest best validation accuracy, mean over seeds, of the same {len(size.rates)} rates: equal tuning "
-        f"effort for all; SGLR's alpha {own['alpha']:g} and phi {own['phi']:g} were not tuned further."
+        f"{size.methods_clients} clients, {outcomes.study.model_names[1]} (paper: AlexNet). Each method has the "
+        f"learning rate of the highest best validation accuracy, mean over seeds, of the same {len(size.rates)} rates: "
+        f"equal tuning effort for all; SGLR's alpha {own['alpha']:g} and phi {own['phi']:g} were not tuned further."
     )
     columns = tuple(c for rate in size.rates for c in (f"validation, {rate:g}", f"test, {rate:g}"))
     rates = "Best validation accuracy, by which the rate is chosen, and the test accuracy at it, per learning rate."
@@ -112,16 +111,21 @@ def _computation(study: Study) -> Table:
     from cutlayer.reproduce import table6  # here, not above: it needs torch
 
     theirs = paper()["table4-compute"]
+    columns, computed = table6.computation(study)
     rows = tuple(
         (title, (*values, f"{theirs[method]:g} PFLOP"))
-        for method, (title, values) in zip(TABLE4_METHODS, table6.computation(study), strict=True)
+        for method, (title, values) in zip(TABLE4_METHODS, computed, strict=True)
     )
-    columns = (study.size.methods_model, "AlexNet", "AlexNet, 3 x forward", "of FL", "paper, whole training")
+    columns = (*columns, "of FL", "paper, whole training")
     text = (
         f"Per client and epoch of {study.size.samples_per_client} samples (CL: the one machine that has everybody's "
         "data). FLOPs are counted on the real modules; the paper counts three forward passes, which overstates the "
-        "first layers, whose input needs no gradient. The paper gives no widths for its AlexNet: ours are chosen for "
-        "its share."
+        "first layers, whose input needs no gradient. "
+    )
+    text += (
+        "The paper gives no widths for its AlexNet: ours are chosen for its share."
+        if "AlexNet" in columns
+        else "The paper's numbers are of its AlexNet on Fashion-MNIST."
     )
     return Table("table4-compute", "Table 4: computation of a client", "method", columns, rows, text)
 
@@ -136,7 +140,7 @@ def table6(outcomes: Outcomes) -> list[Table]:
     text = (
         "All clients together, per epoch. Worked example of section 4.4: 100 clients, phi .5, 50 000 samples, .024 MB "
         "of smashed data each, models of 200 and 67 MB; the paper's numbers are the same. The other columns: "
-        f"{size.methods_clients} clients with {size.samples_per_client} samples each, {size.methods_model}, as a "
+        f"{size.methods_clients} clients with {size.samples_per_client} samples each, {study.model_names[1]}, as a "
         "run's ledger counts. The paper leaves out labels and counts SplitAvg's common gradient once per epoch; on a "
         "wire it is sent in every step: once where it can be broadcast, else once to every active client, and then "
         "SGLR sends just what PSL sends."
@@ -153,7 +157,7 @@ def skew(outcomes: Outcomes) -> list[Table]:
     config = study.skewed("sglr", next(iter(SKEWS))).config
     own = config.specific
     text = (
-        f"Not in the paper. {study.size.skewed_clients} clients, {study.size.model}, rate {config.client_lr:g} for "
+        f"Not in the paper. {study.size.skewed_clients} clients, {study.model_names[0]}, rate {config.client_lr:g} for "
         f"all; SLR and SGLR have alpha {own['alpha']:g}, SGLR phi {own['phi']:g}. Dirichlet: each class is dealt to "
         "the clients in proportions drawn from a Dirichlet distribution, the smaller the number the more skewed; 2 "
         "shards: each client holds about two classes. Accuracy on the whole test set, mean over all clients' models."
@@ -180,7 +184,7 @@ def table5(outcomes: Outcomes) -> list[Table]:
 def leakage(outcomes: Outcomes) -> list[Table]:
     """What methods, depths of the cut and defences change (beyond the paper)."""
     study = outcomes.study
-    cuts = cuts_of(study.size.model)
+    cuts = study.cuts
     methods = tuple((title_of_algorithm(m), _leaks(outcomes, study.attacked(m))) for m in LEAKING_METHODS)
     depths = tuple((f"after {cut}", _leaks(outcomes, study.at_depth(cut))) for cut in cuts)
     defences = tuple(

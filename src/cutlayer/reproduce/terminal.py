@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table as Grid
 from rich.text import Text
 
+from cutlayer.reproduce.cells import Study
 from cutlayer.reproduce.claims import ClaimVerdict, points
 from cutlayer.reproduce.findings import Findings
 from cutlayer.reproduce.outcomes import Outcome
@@ -97,8 +98,8 @@ def show(findings: Findings, size: str, console: Console) -> None:
     wide.print(f"\n{setting(findings, size)}" + (f" {done} of {planned} runs are done." if done < planned else ""))
     for table in findings.tables:
         wide.print(_grid(table))
-    wide.print(_claims(findings.verdicts))
-    wide.print(_facts(findings.facts))
+    wide.print(_claims(findings.verdicts, findings.outcomes.study))
+    wide.print(_facts(findings.facts, findings.outcomes.study))
     for line in findings.lines:
         wide.print(f"- {line}", highlight=False)
 
@@ -119,16 +120,21 @@ def _grid(table: Table) -> Grid:
     return grid
 
 
-def _facts(facts: Sequence[Fact]) -> Grid:
+def _word(word: str, study: Study) -> Text:
+    """A verdict. One about another model has no colour: it is neither good nor bad for the paper."""
+    return Text(study.verdict(word), "" if study.another_model else _STYLES.get(word, "dim"))
+
+
+def _facts(facts: Sequence[Fact], study: Study) -> Grid:
     grid = Grid(title="What counting settles")
     for name in ("claim", "verdict", "counted"):
         grid.add_column(name, no_wrap=name == "verdict")
     for f in facts:
-        grid.add_row(Text(f.title), Text(f.word, _STYLES.get(f.word, "dim")), Text(f.evidence))
+        grid.add_row(Text(f.title), _word(f.word, study), Text(f.evidence))
     return grid
 
 
-def _claims(verdicts: Sequence[ClaimVerdict]) -> Grid:
+def _claims(verdicts: Sequence[ClaimVerdict], study: Study) -> Grid:
     grid = Grid(title="The claims: differences in points with their 95 % intervals")
     for name in ("claim", "verdict", "difference", "seeds", "pairs"):
         grid.add_column(name, justify="left" if name in ("claim", "verdict") else "right", no_wrap=name == "verdict")
@@ -136,7 +142,7 @@ def _claims(verdicts: Sequence[ClaimVerdict]) -> Grid:
         d = v.overall
         grid.add_row(
             Text(v.claim.title),
-            Text(d.verdict, _STYLES[d.verdict]),
+            _word(d.verdict, study),
             "loss " * (v.claim.loss and d.mean is not None) + points(d),
             str(d.seeds),
             str(d.cells),
