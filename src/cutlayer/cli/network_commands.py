@@ -38,6 +38,7 @@ def serve(
     key: File = None,
     ca: File = None,
     tokens: File = None,
+    deny: File = None,
     insecure: Annotated[bool, FLAG] = False,
     faults: BaseModel | None = None,
     keepalive: Annotated[float, FLAG] = 10.0,
@@ -67,6 +68,9 @@ def serve(
         The authority that has made the clients' certificates: they must show one.
     tokens
         Instead of ca: a TOML file with a line NAME = "TOKEN" for each client.
+    deny
+        A file with those who are not let in: on each line a client's name, serial:HEX or sha256:HEX of a certificate.
+        It is read again when it changes, as certificate, key, ca and tokens are.
     insecure
         No encryption, nobody is asked who they are: on this machine only.
     keepalive
@@ -87,7 +91,7 @@ def serve(
     _check_network(insecure, certificate=certificate, key=key, ca=ca, tokens=tokens)
     _check_keepalive(keepalive)
     show_log(log)
-    security = ServerSecurity(certificate, key, ca, tokens)
+    security = ServerSecurity(certificate, key, ca, tokens, deny)
     security.open(listen)  # says what is wrong before a folder is made
     limits = _limits(message_limit)
     serving = Serving(listen, security, fault_config(faults, config), prometheus, keepalive, limits)

@@ -103,6 +103,7 @@ class RemoteCohort:
         self._average: dict[str, Tensor] | None = None
         self._stale: set[int] = set()  # have missed an averaging
         self.excluded: dict[int, str] = {}  # why
+        self.denied: frozenset[int] = frozenset()  # not let in, as long as whoever runs the server says so
         self._like = described(state_of(setup.twin.module))
         self._begun = False  # a round, in this process
         self._posts: dict[int, m.BeginRound] = {}  # of this round
@@ -536,6 +537,11 @@ class RemoteCohort:
         """The step that clients join at."""
         return self._step
 
+    @property
+    def out(self) -> frozenset[int]:
+        """Clients that cannot take part: they are excluded or denied."""
+        return self.denied | self.excluded.keys()
+
     def _wait(self) -> None:
         """Until enough clients are there; what those who come back have missed is not known. Raises TrainingError."""
         self._ready()
@@ -567,8 +573,8 @@ class RemoteCohort:
         """Wait until enough clients are there; those of `clients` that are, who now know the round. Raises
         TrainingError.
         """
-        if self.excluded.keys() >= set(clients):
-            raise TrainingError("all clients that could go on are excluded: look at why, in the record")
+        if self.out >= set(clients):
+            raise TrainingError("all clients that could go on are excluded or denied: look at why, in the record")
         self._wait()
         back = self.hub.connected.intersection(clients)
         for k in back & self._posts.keys():

@@ -21,15 +21,17 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from datetime import datetime
 from typing import Any, TypeVar, overload
 
 import grpc
 import grpc.aio
 import msgspec
 
-from cutlayer.errors import ConfigError, NetworkError, PortInUseError, WireError
+from cutlayer.errors import ConfigError, CutlayerError, NetworkError, PortInUseError, WireError
 from cutlayer.remote import network
 from cutlayer.remote.budget import WriteBudget
+from cutlayer.remote.caller import Caller
 from cutlayer.remote.carrier import Lost, Reason, Request
 from cutlayer.remote.counters import ClientTraffic
 from cutlayer.remote.exchange import Body, Exchange, Out
@@ -37,6 +39,7 @@ from cutlayer.remote.health import health_handler
 from cutlayer.remote.link import TEXT, ClientLink
 from cutlayer.remote.security import Gate, ServerSecurity, StrangerError, split_address
 from cutlayer.remote.transports import host_and_port
+from cutlayer.remote.visits import Visits
 from cutlayer.wire import messages as m
 from cutlayer.wire.conversation import ANSWERS, ServerSide
 from cutlayer.wire.frames import Frame
@@ -46,8 +49,13 @@ from cutlayer.wire.tensors import size_of
 log = logging.getLogger(__name__)
 Admit = Callable[[m.Hello, str | None], m.Welcome | m.Refused]
 """(what a client says, the name that its certificate or token proves) -> whether it is let in."""
+Tell = Callable[[str, Mapping[str, Any]], None]
+"""Hears what has happened, as a word and as facts, on the loop's thread."""
+Gauge = tuple[str, str, float]
+"""A figure for Prometheus: its name, what it means, its value."""
 T = TypeVar("T")
 
+_LOOK = 1.0  # seconds between looks at files that may have changed
 _WAITING = 64  # clients that may wait, at once, for an earlier stream of theirs to end
 _STREAMS = 4096
 
@@ -58,7 +66,9 @@ class Hub:
     token proves, and equals `hello.client`; it is None without security.
 
     `keepalive` seconds pass between pings. `metrics` is the address at which figures for Prometheus are served:
-    host:port, or a port that only this machine reaches.
+    host:port, or a port that only this machine reaches; `gauges` gives those that are not the hub's own. `tell` hears
+    who came and who was refused, and which files were read again. `changed` is called when the list of those who are
+    denied has changed, with the names on it.
     """
 
     def __init__(
@@ -70,11 +80,16 @@ class Hub:
         metrics: str | int | None = None,
         *,
         keepalive: float = network.KEEPALIVE,
+        tell: Tell | None = None,
+        changed: Callable[[frozenset[str]], None] | None = None,
+        gauges: Callable[[], Sequence[Gauge]] = tuple,
     ) -> None:
         self.address = host_and_port(address, encrypted=not security.insecure)
         self.limits, self.keepalive = limits or Limits(), keepalive
         self.lost: dict[Reason, int] = {"late": 0, "gone": 0, "failed": 0, "garbage": 0}
         self._security, self._admit, self._metrics = security, admit, metrics
+        self._tell, self._on_denied, self.gauges = tell, changed, gauges
+        self._visits = Visits(self._record)
         self._links: dict[int, ClientLink] = {}
         self._names: dict[str, ClientLink | None] = {}  # None: is being greeted
         self._endings: dict[int, Lost] = {}
@@ -97,6 +112,7 @@ class Hub:
         if self._thread is not None:
             raise NetworkError("a hub starts once: make a new one")
         self._gate = self._security.open(self.address)
+        self._tell_denied()
         started: Future[int] = Future()
         self._pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "cutlayer-decode")
         self._thread = threading.Thread(target=self._run, args=(started,), name="cutlayer-hub", daemon=True)
@@ -185,6 +201,18 @@ class Hub:
     def traffic(self) -> dict[int, ClientTraffic]:
         """Bytes and messages of every client that has ever connected."""
         return {k: replace(t) for k, t in list(self._traffic.items())}
+
+    @property
+    def refused(self) -> Mapping[str, int]:
+        """How often somebody was refused, by reason."""
+        return dict(self._visits.refused)
+
+    @property
+    def expiries(self) -> Mapping[str, datetime]:
+        """Until when certificates are valid: the server's, the clients' authority, those of connected clients."""
+        with self._changed:
+            callers = [link.caller for link in self._links.values() if link.open]
+        return {**self._gate.expiries, **{c.name: c.expires for c in callers if c.expires is not None}}
 
     @overload
     def exchange(
@@ -277,7 +305,45 @@ class Hub:
         self._running = True
         log.info("listening at %s, port %d", self.address, port)
         started.set_result(port)
-        await self._end(server, *await self._stopping)
+        looking = self._loop.create_task(self._keep_looking())
+        ending = await self._stopping
+        looking.cancel()
+        await self._end(server, *ending)
+        self._visits.close()
+
+    async def _keep_looking(self) -> None:
+        """Read again the files that have changed, and end the streams of those who are denied now."""
+        while True:
+            await asyncio.sleep(_LOOK)
+            self._visits.look(self._loop.time())
+            news = self._gate.look()
+            for happened, facts in news:
+                log.log(logging.WARNING if happened == "kept" else logging.INFO, "%s: %s", happened, dict(facts))
+                self._record(happened, facts)
+            if any(happened == "deny list" for happened, _ in news):
+                self._tell_denied()
+                self._cut_denied()
+
+    def _tell_denied(self) -> None:
+        if self._on_denied is not None:
+            self._on_denied(self._gate.denied.names)
+
+    def _cut_denied(self) -> None:
+        """End the streams of clients that are denied. They dial again, and are told why then."""
+        for link in list(self._links.values()):
+            if link.open and (why := self._gate.denied.why(link.caller)):
+                log.warning("client %d is cut off: %s", link.index, why)
+                self._record("denied", {"client": link.index, **link.caller.facts, "why": why})
+                self._cut(link, Lost("gone", f"client {link.index}: {why}"), grpc.StatusCode.PERMISSION_DENIED)
+
+    def _record(self, happened: str, facts: Mapping[str, Any]) -> None:
+        """Tell whoever keeps the record; that its disk is full must not end a stream."""
+        if self._tell is None:
+            return
+        try:
+            self._tell(happened, facts)
+        except CutlayerError as error:
+            log.error("%s is not on record: %s", happened, error)
 
     async def _listen(self, server: Any) -> int:
         """Start the server; its port. Raises ConfigError."""
@@ -406,6 +472,7 @@ class Hub:
         link, size = await self._arrived(context)
         try:
             identity = self._gate.identity(link.hello.client, link.hello.token, context.auth_context())
+            self._gate.check(link.caller)
             await self._make_way(link)
         except StrangerError as stranger:
             await self._refuse(link, m.Refused(stranger.reason, stranger.sentence))
@@ -427,6 +494,7 @@ class Hub:
             self._endings.pop(link.index, None)
             self._changed.notify_all()
         log.info("client %d, %s, has joined from %s", link.index, link.hello.client, context.peer())
+        self._visits.connect(link.caller, link.index, self._loop.time())
         return link
 
     async def _arrived(self, context: Any) -> tuple[ClientLink, int]:
@@ -438,8 +506,12 @@ class Hub:
             hello = side.receive(network.check_hello(data)).message
         except WireError as error:
             log.warning("%s was turned away: %s", context.peer(), error)
+            nobody = Caller.of("", context.peer(), context.auth_context())
+            self._visits.refuse(nobody, "hello", str(error), self._loop.time())
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error)[:TEXT])
-        return ClientLink(hello, str(metadata.get(network.INSTANCE, ""))[:64], side, context), len(data)
+        link = ClientLink(hello, str(metadata.get(network.INSTANCE, ""))[:64], side, context)
+        link.caller = Caller.of(hello.client, context.peer(), context.auth_context())
+        return link, len(data)
 
     async def _welcome(self, link: ClientLink, identity: str | None) -> int | None:
         """Welcome a client whose name is reserved, and give it its number; the bytes of that. None: it is refused."""
@@ -492,6 +564,7 @@ class Hub:
 
     async def _refuse(self, link: ClientLink, refused: m.Refused) -> None:
         log.warning("%s, %s, is refused: %s", link.context.peer(), link.hello.client, refused.sentence)
+        self._visits.refuse(link.caller, refused.reason, refused.sentence, self._loop.time())
         await link.greet(refused)
 
     def _unlink(self, link: ClientLink, lost: Lost) -> None:

@@ -15,6 +15,7 @@ import grpc.aio
 
 from cutlayer.errors import WireError
 from cutlayer.remote.budget import WriteBudget
+from cutlayer.remote.caller import Caller
 from cutlayer.remote.carrier import Lost
 from cutlayer.remote.counters import ClientTraffic
 from cutlayer.remote.exchange import Exchange, Out
@@ -36,13 +37,15 @@ _BROKEN = (grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError)
 
 
 class ClientLink:
-    """One client's stream. `open`: from Welcome on; `admitted`: may be asked; `reported`: was among the arrivals.
+    """One client's stream, with the `caller` at its other end. `open`: from Welcome on; `admitted`: may be asked;
+    `reported`: was among the arrivals.
 
     Messages wait in `outbox`; `due` are the answers that the client owes.
     """
 
     def __init__(self, hello: m.Hello, instance: str, side: ServerSide, context: Any) -> None:
         self.hello, self.instance, self.side, self.context = hello, instance, side, context
+        self.caller = Caller("", "")
         self.index = -1
         self.open = self.admitted = self.reported = False
         self.ended = asyncio.Event()

@@ -6,7 +6,8 @@ They are counted by the hub, and read when they are asked for.
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Protocol
 
 from prometheus_client import CollectorRegistry, Histogram, start_http_server
@@ -33,6 +34,18 @@ class Counted(Protocol):
     @property
     def lost(self) -> Mapping[Reason, int]:
         """How often clients were lost, by reason."""
+
+    @property
+    def refused(self) -> Mapping[str, int]:
+        """How often somebody was refused, by reason."""
+
+    @property
+    def expiries(self) -> Mapping[str, datetime]:
+        """Until when certificates are valid, by whose they are."""
+
+    @property
+    def gauges(self) -> Callable[[], Sequence[tuple[str, str, float]]]:
+        """Further figures: name, meaning, value."""
 
     def traffic(self) -> dict[int, ClientTraffic]:
         """Bytes and messages of every client."""
@@ -96,3 +109,19 @@ class _Figures(Collector):
         for reason, times in hub.lost.items():
             lost.add_metric((reason,), times)
         yield from (size, payload, messages, came, latency, lost)
+        yield from self._admission()
+        for name, meaning, value in hub.gauges():
+            yield GaugeMetricFamily(name, meaning, value)
+
+    def _admission(self) -> Iterator[Metric]:
+        """Who was refused, and how long certificates are still valid."""
+        refused = CounterMetricFamily("cutlayer_refused", "connections that were refused", labels=["reason"])
+        for reason, times in self._hub.refused.items():
+            refused.add_metric((reason,), times)
+        left = GaugeMetricFamily(
+            "cutlayer_certificate_days_left", "days until a certificate expires", labels=["certificate"]
+        )
+        now = datetime.now(UTC)
+        for whose, expires in self._hub.expiries.items():
+            left.add_metric((whose,), (expires - now).total_seconds() / 86400)
+        yield from (refused, left)

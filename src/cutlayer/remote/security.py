@@ -17,11 +17,11 @@ import stat
 import time
 import tomllib
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import grpc
 from cryptography import x509
@@ -29,10 +29,15 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from cutlayer.errors import ConfigError, CutlayerWarning
+from cutlayer.remote.caller import Caller, described
+from cutlayer.remote.denied import DenyList
+from cutlayer.remote.reread import News, Reread
 from cutlayer.remote.transports import host_and_port
 
 TOKEN_LENGTH = 20
 """Characters that a token has at least. Tokens are made by `make_token`, not thought up: their hashes are quick."""
+
+T = TypeVar("T")
 
 _HASHED = "sha256"
 _CLOSED = "it hung up after the handshake"
@@ -42,12 +47,14 @@ _CLOSED = "it hung up after the handshake"
 class ServerSecurity:
     """What the server shows, and what it asks of clients: a certificate by the authority in the file `ca` (mutual TLS),
     or the token that the file `tokens` (TOML: name = token, or its hash) has for them, or, without files, nothing.
+    `deny` is a file with those who are not let in, whatever they show (`denied.DenyList`).
     """
 
     certificate: Path | None = None
     key: Path | None = None
     ca: Path | None = None
     tokens: Path | None = None
+    deny: Path | None = None
 
     @property
     def insecure(self) -> bool:
@@ -57,18 +64,43 @@ class ServerSecurity:
     def open(self, address: str) -> Gate:
         """Read and check everything. Raises ConfigError, naming the file and the remedy."""
         _check_exposure(self.insecure, address, "clients' data")
+        denied = None if self.deny is None else _reread("deny list", DenyList.read, self.deny, _denied)
         if self.insecure:
-            return Gate(None, None, certified=False)
+            return Gate(None, None, denied)
         if not self.certificate or not self.key:
             raise ConfigError("a server with TLS needs both its certificate and its key: give the missing one")
         if bool(self.ca) == bool(self.tokens):
             raise ConfigError(
                 "clients show certificates (ca) or tokens (tokens): give one of the two, so that everybody knows which"
             )
+        files = [path for path in (self.certificate, self.key, self.ca) if path]
+        identity = Reread("certificate", files, self._identity, lambda found: found.facts)
+        tokens = None if self.tokens is None else _reread("tokens", Tokens.read, self.tokens, lambda found: {})
+        return Gate(identity, tokens, denied)
+
+    def _identity(self) -> Identity:
+        """What the server shows now, and which authority it asks clients for. Raises ConfigError."""
+        assert self.certificate, "only a server with TLS has an identity"
+        assert self.key
         chain, key = _read_pair(self.certificate, self.key, ExtendedKeyUsageOID.SERVER_AUTH, "server")
         authority = _read_authority(self.ca) if self.ca else None
-        credentials = grpc.ssl_server_credentials([(key, chain)], authority, require_client_auth=bool(authority))
-        return Gate(credentials, Tokens.read(self.tokens) if self.tokens else None, certified=bool(authority))
+        own = described(x509.load_pem_x509_certificate(chain))
+        expiries = {"server": own["expires"]}
+        if authority:
+            expiries["authority"] = described(x509.load_pem_x509_certificate(authority))["expires"]
+        configuration = grpc.ssl_server_certificate_configuration([(key, chain)], authority)
+        return Identity(configuration, {"serial": own["serial"], "sha256": own["sha256"]}, expiries)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a server shows in a handshake: gRPC's `configuration`, with the `facts` that tell its certificate from
+    others. `expiries`: until when its certificate and the clients' authority are valid.
+    """
+
+    configuration: Any
+    facts: Mapping[str, str]
+    expiries: Mapping[str, datetime]
 
 
 @dataclass(frozen=True)
@@ -188,21 +220,58 @@ class Tokens:
         return hmac.compare_digest(_digest(salt, token), digest) and name in self._entries
 
 
-@dataclass(frozen=True)
 class Gate:
-    """What an open server asks of whoever comes. `credentials` are gRPC's, None for none."""
+    """What an open server asks of whoever comes. All files are read again when they change: at each new handshake, at
+    each `look`. `credentials` are gRPC's, None for none; `certified`: clients show certificates.
+    """
 
-    credentials: Any
-    tokens: Tokens | None
-    certified: bool
+    def __init__(
+        self, identity: Reread[Identity] | None, tokens: Reread[Tokens] | None, denied: Reread[DenyList] | None
+    ) -> None:
+        self._identity, self._tokens, self._denied = identity, tokens, denied
+        self.certified = identity is not None and tokens is None
+        self.credentials: Any = None
+        if identity is not None:
+            self._shown = identity.value
+            first = self._shown.configuration
+            self.credentials = grpc.dynamic_ssl_server_credentials(first, self._renewed, self.certified)
+
+    def _renewed(self) -> Any:
+        """gRPC asks at each handshake, on its own threads, one at a time: None where nothing is new."""
+        assert self._identity is not None
+        found = self._identity.look()
+        if found is self._shown:
+            return None
+        self._shown = found
+        return found.configuration
+
+    @property
+    def denied(self) -> DenyList:
+        """Who is not let in, as it was read last."""
+        return DenyList() if self._denied is None else self._denied.value
+
+    @property
+    def expiries(self) -> Mapping[str, datetime]:
+        """Until when the server's certificate and the clients' authority are valid."""
+        return {} if self._identity is None else self._identity.value.expiries
+
+    def look(self) -> list[News]:
+        """Read again what has changed; what there is to say of that, and of what handshakes have found."""
+        news: list[News] = []
+        for watched in (self._identity, self._tokens, self._denied):
+            if watched is not None:
+                watched.look()
+                while watched.news:
+                    news.append(watched.news.popleft())
+        return news
 
     def identity(self, name: str, token: str, certificate: Mapping[str, Iterable[bytes]]) -> str | None:
         """Who it is that calls itself `name`, None where that cannot be known. Raises StrangerError.
 
         `certificate` is gRPC's description of the caller's (the "auth context").
         """
-        if self.tokens is not None:
-            if (name, token) not in self.tokens:
+        if self._tokens is not None:
+            if (name, token) not in self._tokens.look():
                 raise StrangerError(
                     "token", f"there is no client {name!r} with this token: give the name and its own token"
                 )
@@ -221,13 +290,18 @@ class Gate:
             )
         return name
 
+    def check(self, caller: Caller) -> None:
+        """Raises StrangerError for who is denied."""
+        if self._denied is not None and (why := self._denied.look().why(caller)):
+            raise StrangerError("excluded", why)
+
 
 class StrangerError(Exception):
-    """Somebody came who is not who they say. `reason` is one of a Refused's."""
+    """Somebody came who is not who they say, or is not let in. `reason` is one of a Refused's."""
 
-    def __init__(self, reason: Literal["token", "client", "taken", "full"], sentence: str) -> None:
+    def __init__(self, reason: Literal["token", "client", "excluded", "taken", "full"], sentence: str) -> None:
         super().__init__(sentence)
-        self.reason: Literal["token", "client", "taken", "full"] = reason
+        self.reason: Literal["token", "client", "excluded", "taken", "full"] = reason
         self.sentence = sentence
 
 
@@ -272,6 +346,16 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _reread(what: str, read: Callable[[Path], T], path: Path, facts: Callable[[T], Mapping[str, Any]]) -> Reread[T]:
+    """What is read of one file. Raises ConfigError."""
+    return Reread(what, [path], lambda: read(path), facts)
+
+
+def _denied(found: DenyList) -> dict[str, Any]:
+    """What a record says of a list."""
+    return {"entries": len(found), "names": sorted(found.names)[:100]}
 
 
 def _check_exposure(insecure: bool, address: str, what: str) -> None:

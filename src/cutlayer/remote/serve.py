@@ -19,7 +19,8 @@ from cutlayer.files import append_line
 from cutlayer.folder import CHECKPOINT, CONFIG, EVENTS
 from cutlayer.options import FaultConfig, RunConfig
 from cutlayer.plugins import registered_name
-from cutlayer.remote.hub import Hub
+from cutlayer.remote.far import RemoteCohort
+from cutlayer.remote.hub import Gauge, Hub
 from cutlayer.remote.network import KEEPALIVE
 from cutlayer.remote.security import ServerSecurity
 from cutlayer.remote.sides import client_name, remote_training, share
@@ -71,6 +72,9 @@ class Service:
             metrics=serving.metrics,
             keepalive=serving.keepalive,
             limits=serving.limits,
+            tell=self._record,
+            changed=self._deny,
+            gauges=self._gauges,
         )
         training, self._cohort, self._greet_client = remote_training(
             config,
@@ -132,12 +136,12 @@ class Service:
             self._tell("listening", {"port": port, "clients": clients, **policy})
             if self._on_listening is not None:
                 self._on_listening(port)
-        able = clients - len(self._cohort.excluded)
-        need = math.ceil(faults.quorum * clients) if self.all_came or self._cohort.excluded else clients
+        able = clients - len(self._cohort.out)
+        need = math.ceil(faults.quorum * clients) if self.all_came or self._cohort.out else clients
         if able < need:
             raise TrainingError(
-                f"{clients - able} of {clients} clients are excluded, {need} are needed: fix them (the record "
-                f"{EVENTS} says why), or lower the quorum"
+                f"{clients - able} of {clients} clients are {_how_out(self._cohort)}, {need} are needed: fix them (the "
+                f"record {EVENTS} says why), or lower the quorum"
             )
         if self._returned and need == clients:
             # They dial again by themselves; those who are dead must not hold up a run that went on without them before.
@@ -145,7 +149,7 @@ class Service:
             if len(self.hub.wait_for(need, min(_RETURN, faults.patience or _RETURN))) < need:
                 need = math.ceil(faults.quorum * clients)
         if len(connected := self.hub.connected) < need:
-            away = [client_name(k) for k in range(clients) if k not in connected and k not in self._cohort.excluded]
+            away = [client_name(k) for k in range(clients) if k not in connected and k not in self._cohort.out]
             log.info("waiting for %d of %d clients; not here: %s", need, clients, ", ".join(away[:10]))
         here = self.hub.wait_for(need, faults.patience)
         if len(here) < need:
@@ -159,13 +163,45 @@ class Service:
         """Bytes and latency of every client."""
         return {"traffic": {client_name(k): asdict(t) for k, t in sorted(self.hub.traffic().items())}}
 
-    def _tell(self, happened: str, facts: Mapping[str, Any]) -> None:
-        """Log what has happened, and add it to the run's record."""
+    def _deny(self, names: frozenset[str]) -> None:
+        """Those of the run's clients who are called so are denied from now on, all others are not."""
+        if strangers := sorted(names - self._names.keys()):
+            log.warning(
+                "the list of denied clients has %d names that no client of this run has, such as %.64r",
+                len(strangers),
+                strangers[0],
+            )
+        self._cohort.denied = frozenset(self._names[name] for name in names & self._names.keys())
+
+    def _gauges(self) -> list[Gauge]:
+        """The run's figures for Prometheus."""
+        run, cohort = self.run, self._cohort
+        return [
+            ("cutlayer_clients_expected", "clients of the run", self.config.clients),
+            ("cutlayer_clients_excluded", "clients that are excluded from the run", len(cohort.excluded)),
+            ("cutlayer_clients_denied", "clients whose names are on the list of denied ones", len(cohort.denied)),
+            ("cutlayer_rounds_done", "rounds that are done", run.rounds),
+            ("cutlayer_rounds_planned", "rounds that the run has", self.config.rounds),
+            ("cutlayer_steps_done", "steps that are done", run.steps),
+        ]
+
+    def _record(self, happened: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Add what has happened to the run's record; the entry."""
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         entry = {"time": now, "step": self.run.steps, "event": happened, **facts}
         append_line(self.out / EVENTS, json.dumps(entry))
+        return entry
+
+    def _tell(self, happened: str, facts: Mapping[str, Any]) -> None:
+        """Log what has happened, and add it to the run's record."""
+        entry = self._record(happened, facts)
         worry = happened in ("late", "gone", "failed", "garbage", "excluded")
         log.log(logging.WARNING if worry else logging.INFO, "%s", _sentence(happened, facts), extra={"facts": entry})
+
+
+def _how_out(cohort: RemoteCohort) -> str:
+    """Why clients cannot take part, in a word or two."""
+    return " or ".join(filter(None, ["excluded" if cohort.excluded else "", "denied" if cohort.denied else ""]))
 
 
 def _sentence(happened: str, facts: Mapping[str, Any]) -> str:
