@@ -11,7 +11,7 @@ import pytest
 from support import call
 from trial import CONFIG, PATIENCE, Trial, finished, same_as_local, until
 
-from cutlayer.remote.certs import make_ca, make_certificate
+from cutlayer.remote.certs import make_ca, make_certificate, read_certificate
 
 
 @pytest.fixture
@@ -51,6 +51,26 @@ def test_the_server_ends_and_comes_back(how: signal.Signals, trial: Callable[...
     assert all(client.poll() is None for client in clients)
     finished(t, t.serve(), *clients)
     same_as_local(t)
+
+
+@pytest.mark.network
+def test_a_client_is_denied_and_let_in_again(trial: Callable[..., Trial]) -> None:
+    """By its certificate, while the server runs: it ends, the others go on; it comes back once it is allowed to."""
+    t = trial("sglr", rounds=200)
+    deny, client = t.folder / "deny.txt", t.folder / "ca" / "client-1.crt"
+    deny.write_text("# nobody\n")
+    server = t.serve("--deny", "deny.txt", "--quorum", "0.6")
+    clients = [t.join(k) for k in range(3)]
+    until(lambda: len(t.steps()) > 10, "ten steps", t)
+    deny.write_text(f"sha256:{read_certificate(client)['sha256']}\n")
+    assert clients[1].wait(PATIENCE) == 2
+    assert "on this server's list of denied ones: ask who runs" in " ".join(t.log("client-1").split())
+    seen = len(t.steps())
+    until(lambda: len(t.steps()) > seen + 20, "twenty steps of the others", t)
+    deny.write_text("")
+    until(lambda: '"deny list", "entries": 0' in (t.folder / "run" / "events.jsonl").read_text(), "the new list", t)
+    finished(t, t.join(1), server, clients[0], clients[2])
+    assert "denied" in (t.folder / "run" / "events.jsonl").read_text()
 
 
 @pytest.mark.network

@@ -23,6 +23,7 @@ def certs(
     days: Annotated[int, FLAG] = 365,
     request: Annotated[str | None, FLAG] = None,
     sign: File = None,
+    show: File = None,
 ) -> None:
     """Make an authority, a server's and clients' certificates; or a key with a request, and its certificate from that.
 
@@ -43,7 +44,15 @@ def certs(
         the .csr goes to the authority.
     sign
         A NAME.csr that you received: the authority in the folder signs NAME.crt. Compare the fingerprints first.
+    show
+        A certificate in the folder, such as client-0.crt: prints whose it is, how long it is valid, and what a list of
+        denied ones (`serve --deny`) calls it. Makes nothing.
     """
+    if show is not None:
+        _check_alone(show, request, sign, clients, tokens, other_than_default=bool(host) or days != 365)
+        for line in _shown(folder / show):
+            say(line)
+        return
     _check_roles(request, sign, clients, tokens, other_than_default=bool(host) or days != 365)
     count = 3 if clients is None else clients
     if count < 0 or days < 1:
@@ -72,6 +81,24 @@ def _check_roles(
         raise ConfigError("host and days have no effect on a request: whoever signs it decides, leave them out")
 
 
+def _check_alone(show: Path, *others: object, other_than_default: bool) -> None:
+    """Raises ConfigError for options beside `show`, which makes nothing."""
+    if other_than_default or any(other is not None and other is not False for other in others):
+        raise ConfigError(f"show = {str(show)!r} makes nothing: leave out what is to be made")
+
+
+def _shown(path: Path) -> list[str]:
+    """A certificate for people; the lines to print."""
+    from cutlayer.remote.certs import read_certificate
+
+    facts = read_certificate(path)
+    return [
+        f"{path}: {facts['subject']}, valid until {facts['expires']:%Y-%m-%d %H:%M} UTC",
+        f"serial:{facts['serial']}",
+        f"sha256:{facts['sha256']}",
+    ]
+
+
 def _requested(folder: Path, name: str) -> list[str]:
     """Make a key and a request; the lines to print."""
     from cutlayer.remote.certs import key_fingerprint, make_request
@@ -82,19 +109,20 @@ def _requested(folder: Path, name: str) -> list[str]:
 
 def _signed(folder: Path, request: Path, hosts: tuple[str, ...], days: int) -> list[str]:
     """Make the certificate of a request; the lines to print."""
-    from cutlayer.remote.certs import key_fingerprint, sign_request
+    from cutlayer.remote.certs import key_fingerprint, read_certificate, sign_request
 
-    return [str(sign_request(folder, request, hosts=hosts, days=days)), f"key {key_fingerprint(request)}"]
+    made = sign_request(folder, request, hosts=hosts, days=days)
+    return [str(made), f"key {key_fingerprint(request)}", f"serial:{read_certificate(made)['serial']}"]
 
 
 def _trial(folder: Path, clients: int, tokens: bool, hosts: tuple[str, ...], days: int) -> list[str]:
     """Make an authority, the server's certificate, and certificates or tokens for the clients; the lines to print."""
-    from cutlayer.remote.certs import SERVER, make_ca, make_certificate, make_tokens
+    from cutlayer.remote.certs import SERVER, make_ca, make_certificate, make_tokens, read_certificate
 
     pairs = [make_ca(folder), make_certificate(folder, SERVER, SERVER, hosts=hosts, days=days)]
     names = [f"client-{k}" for k in range(clients)]
     pairs += [] if tokens else [make_certificate(folder, name, days=days) for name in names]
-    lines = [f"{pair.certificate} {pair.key}" for pair in pairs]
+    lines = [f"{pair.certificate} {pair.key} serial:{read_certificate(pair.certificate)['serial']}" for pair in pairs]
     if tokens:
         hashes, own = make_tokens(folder, names)
         lines += [str(hashes), *map(str, own)]

@@ -12,7 +12,9 @@ from urllib.parse import unquote
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 
-_SHOWN = 64  # characters of a name that a stranger gives
+from cutlayer.text import plain, shortened
+
+_SHOWN = 100  # characters of what a stranger says
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,8 @@ class Caller:
     @property
     def facts(self) -> dict[str, str]:
         """What a record says of it, without what there is not."""
-        name = self.name if len(self.name) <= _SHOWN else f"{self.name[:_SHOWN]}..."
-        shown = {"name": name, "address": self.address, "subject": self.subject[: 4 * _SHOWN]}
+        name, subject = (plain(shortened(text, _SHOWN)) for text in (self.name, self.subject))
+        shown = {"name": name, "address": self.address, "subject": subject}
         return {n: v for n, v in {**shown, "serial": self.serial, "sha256": self.sha256}.items() if v}
 
 

@@ -16,7 +16,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -26,6 +26,7 @@ from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKey
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from cutlayer.errors import ConfigError
+from cutlayer.remote.caller import described
 from cutlayer.remote.security import hash_token, make_token
 
 CA: Final = "ca"
@@ -133,6 +134,18 @@ def key_fingerprint(path: Path) -> str:
     key = _read_request(path).public_key()
     der = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
     return hashlib.sha256(der).hexdigest()
+
+
+def read_certificate(path: Path) -> dict[str, Any]:
+    """Whose a certificate is (`subject`), what tells it from all others (`serial`, `sha256`), and until when it is
+    valid (`expires`). Raises ConfigError.
+    """
+    try:
+        return described(x509.load_pem_x509_certificate(path.read_bytes()))
+    except OSError as error:
+        raise ConfigError(f"cannot read {str(path)!r}: {error.strerror}; name a .crt of `cutlayer certs`") from None
+    except ValueError:
+        raise ConfigError(f"{str(path)!r} holds no certificate in PEM: name a .crt of `cutlayer certs`") from None
 
 
 def _read_request(path: Path) -> x509.CertificateSigningRequest:

@@ -43,9 +43,7 @@ class DenyList:
     def why(self, caller: Caller) -> str | None:
         """Why somebody is not let in; None if it is not denied."""
         if caller.name in self.names:
-            return (
-                f"client {caller.facts['name']!r} is on this server's list of denied clients: ask who runs the server"
-            )
+            return f"client {caller.facts['name']!r} is on this server's list of denied ones: ask who runs the server"
         if caller.sha256 in self.sha256 or caller.serial in self.serials:
             return (
                 f"the certificate with the serial number {caller.serial} is on this server's list of denied ones: ask "

@@ -110,18 +110,18 @@ class _Figures(Collector):
             lost.add_metric((reason,), times)
         yield from (size, payload, messages, came, latency, lost)
         yield from self._admission()
-        for name, meaning, value in hub.gauges():
-            yield GaugeMetricFamily(name, meaning, value)
+        for name, meaning, figure in hub.gauges():
+            yield GaugeMetricFamily(name, meaning, figure)
 
     def _admission(self) -> Iterator[Metric]:
         """Who was refused, and how long certificates are still valid."""
         refused = CounterMetricFamily("cutlayer_refused", "connections that were refused", labels=["reason"])
-        for reason, times in self._hub.refused.items():
-            refused.add_metric((reason,), times)
+        for reason, count in self._hub.refused.items():
+            refused.add_metric((reason,), count)
         left = GaugeMetricFamily(
             "cutlayer_certificate_days_left", "days until a certificate expires", labels=["certificate"]
         )
         now = datetime.now(UTC)
-        for whose, expires in self._hub.expiries.items():
-            left.add_metric((whose,), (expires - now).total_seconds() / 86400)
+        for whose, until in self._hub.expiries.items():
+            left.add_metric((whose,), (until - now).total_seconds() / 86400)
         yield from (refused, left)

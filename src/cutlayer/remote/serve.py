@@ -61,6 +61,7 @@ class Service:
         self.all_came = False
         self._names = {client_name(k): k for k in range(config.clients)}
         self._listening = self._returned = False
+        self._rounds_begun = 0
         resumed = (out / CONFIG).exists()
         if resumed:  # before anything is read, and before anybody can come
             refuse_other(out, config)
@@ -180,21 +181,26 @@ class Service:
             ("cutlayer_clients_expected", "clients of the run", self.config.clients),
             ("cutlayer_clients_excluded", "clients that are excluded from the run", len(cohort.excluded)),
             ("cutlayer_clients_denied", "clients whose names are on the list of denied ones", len(cohort.denied)),
-            ("cutlayer_rounds_done", "rounds that are done", run.rounds),
-            ("cutlayer_rounds_planned", "rounds that the run has", self.config.rounds),
+            ("cutlayer_rounds_begun", "rounds that have begun", self._rounds_begun),
+            ("cutlayer_rounds_planned", "rounds of the whole run", run.rounds),
             ("cutlayer_steps_done", "steps that are done", run.steps),
         ]
 
-    def _record(self, happened: str, facts: Mapping[str, Any]) -> dict[str, Any]:
-        """Add what has happened to the run's record; the entry."""
+    def _entry(self, happened: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """What has happened, as the run's record holds it."""
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        entry = {"time": now, "step": self.run.steps, "event": happened, **facts}
-        append_line(self.out / EVENTS, json.dumps(entry))
-        return entry
+        return {"time": now, "step": self.run.steps, "event": happened, **facts}
+
+    def _record(self, happened: str, facts: Mapping[str, Any]) -> None:
+        """Add to the run's record what the hub has logged."""
+        append_line(self.out / EVENTS, json.dumps(self._entry(happened, facts)))
 
     def _tell(self, happened: str, facts: Mapping[str, Any]) -> None:
         """Log what has happened, and add it to the run's record."""
-        entry = self._record(happened, facts)
+        entry = self._entry(happened, facts)
+        append_line(self.out / EVENTS, json.dumps(entry))
+        if happened == "round":
+            self._rounds_begun = facts["round"] + 1
         worry = happened in ("late", "gone", "failed", "garbage", "excluded")
         log.log(logging.WARNING if worry else logging.INFO, "%s", _sentence(happened, facts), extra={"facts": entry})
 

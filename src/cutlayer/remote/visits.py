@@ -7,36 +7,51 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from cutlayer.remote.caller import Caller
+from cutlayer.text import plain
 
 EACH, ALL = 5, 50
-"""Events that are recorded in a window of time: of one kind from one host, and in all. More are counted."""
+"""Events that are recorded in a window of time: of refusals of one host, or connections of one client, and of refusals
+in all. More are counted."""
 
 FIRST, LONGEST = 60.0, 3600.0
-"""Seconds of a window: as long as too much happens, each is twice as long as the one before, up to the longest."""
+"""Seconds of a window: as long as something happens, each is twice as long as the one before, up to the longest."""
+
+_WHY = 500  # characters of a reason
 
 
 class Visits:
     """Who came and who was refused, told to `tell` as a word and facts; `refused` counts the refusals by reason.
 
-    What is told is bounded, whatever happens: `EACH` and `ALL` events in a window of time, and one that says how many
-    more there were. `now`, seconds of any clock, is given with everything.
+    What is told is bounded, whatever strangers do: `EACH` and `ALL` events in a window of time, and one that says how
+    many more there were. `now`, seconds of any clock, is given with everything.
     """
 
     def __init__(self, tell: Callable[[str, Mapping[str, Any]], None]) -> None:
         self.refused: Counter[str] = Counter()
         self._tell = tell
         self._window, self._end = FIRST, 0.0
-        self._told: Counter[tuple[str, str]] = Counter()
+        self._connects: Counter[int] = Counter()
+        self._refusals: Counter[str] = Counter()
         self._more: Counter[str] = Counter()
 
     def refuse(self, caller: Caller, reason: str, why: str, now: float) -> None:
         """Somebody was not let in."""
+        self.look(now)
         self.refused[reason] += 1
-        self._note("refused", f"refused: {reason}", caller, {"reason": reason, "why": why[:500]}, now)
+        if self._refusals.total() >= ALL or self._refusals[caller.host] >= EACH:
+            self._more[f"refused: {reason}"] += 1
+            return
+        self._refusals[caller.host] += 1
+        self._tell("refused", {"reason": reason, "why": plain(why[:_WHY]), **caller.facts})
 
     def connect(self, caller: Caller, client: int, now: float) -> None:
         """Somebody was let in as client number `client`."""
-        self._note("connected", "connected", caller, {"client": client}, now)
+        self.look(now)
+        if self._connects[client] >= EACH:
+            self._more["connected"] += 1
+            return
+        self._connects[client] += 1
+        self._tell("connected", {"client": client, **caller.facts})
 
     def look(self, now: float) -> None:
         """Say how many events were not told, if the window is over."""
@@ -44,20 +59,12 @@ class Visits:
             return
         if self._more:
             self._tell("more", {"counts": dict(sorted(self._more.items())), "seconds": self._window})
-        self._window = min(2 * self._window, LONGEST) if self._more else FIRST
+        quiet = not self._connects and not self._refusals
+        self._window = FIRST if quiet else min(2 * self._window, LONGEST)
         self._end = now + self._window
-        self._told.clear()
-        self._more.clear()
+        for counts in (self._connects, self._refusals, self._more):
+            counts.clear()
 
     def close(self) -> None:
         """Say what was not told yet: the end."""
         self.look(self._end)
-
-    def _note(self, happened: str, counted: str, caller: Caller, facts: Mapping[str, Any], now: float) -> None:
-        self.look(now)
-        source = happened, caller.host
-        if self._told.total() >= ALL or self._told[source] >= EACH:
-            self._more[counted] += 1
-            return
-        self._told[source] += 1
-        self._tell(happened, {**facts, **caller.facts})
