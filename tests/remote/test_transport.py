@@ -198,14 +198,16 @@ class Raw:
 
 @contextmanager
 def serving(security: ServerSecurity | None = None, **options: Any) -> Iterator[tuple[Hub, int]]:
-    """A hub, listening at the port."""
+    """A hub, listening at the port; it leaves no thread behind."""
+    before = set(threading.enumerate())
     hub = Hub("localhost:0", security or ServerSecurity(), options.pop("greet", greet), **options)
     port = hub.start()
     try:
         yield hub, port
     finally:
         hub.stop("the test is over", 5)
-        assert not [t for t in threading.enumerate() if t.name.startswith("cutlayer-hub")]
+        left = set(threading.enumerate()) - before
+        assert not [t for t in left if t.name.startswith("cutlayer-hub")]
 
 
 def step(number: int, body: Sequence[Any] = (b"x",)) -> list[tuple[m.Message, Sequence[Any]]]:
@@ -941,12 +943,12 @@ def test_no_address(address: str) -> None:
         Hub(address, ServerSecurity(), greet).start()
 
 
-def test_a_port_that_is_taken() -> None:
+def test_a_port_that_is_taken(pki: Path) -> None:
     with serving() as (_, port), pytest.raises(PortInUseError, match="cannot listen at") as error:
         Hub(f"localhost:{port}", ServerSecurity(), greet).start()
     assert error.value.exit_code == 75
     with pytest.raises(ConfigError, match="give an address of this machine") as error:
-        Hub("192.0.2.1:0", ServerSecurity(), greet).start()
+        Hub("192.0.2.1:0", server_tls(pki), greet).start()
     assert error.value.exit_code == 2
 
 
