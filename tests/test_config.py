@@ -101,6 +101,8 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "server_lr_schedule": SCHEDULES,
     "lr_warmup": st.floats(0, 0.99),
     "averaging": words("mean", "median", "norm_bound", "trimmed_mean"),
+    "row_bound": POSITIVE,
+    "row_limit": POSITIVE,
     "norm_multiple": POSITIVE,
     "norm_limit": POSITIVE,
     "trim": st.floats(0, 0.49),
@@ -164,6 +166,8 @@ def values(draw: st.DrawFn, algorithms: tuple[str, ...]) -> dict[str, Any]:
         found.pop("gaussian_noise", None)
     if "norm_limit" in found:
         found.pop("norm_multiple", None)
+    if "row_limit" in found:
+        found.pop("row_bound", None)
     if "ussl" in algorithms:
         found.setdefault("tail_cut", "hidden3")
     return {k: v for k, v in found.items() if has_effect(k, found, algorithms)}
@@ -178,6 +182,7 @@ def has_effect(name: str, chosen: dict[str, Any], algorithms: tuple[str, ...]) -
             {
                 "": True,
                 "split": t.split,
+                "together": t.split and not t.takes_turns,
                 "u-shaped": t.u_shaped,
                 "group": not t.central,
                 "averages": t.averages or t.server_copies,

@@ -22,8 +22,8 @@ clients partition samples_per_client participation task metrics primary_metric m
 weights weights_strict start freeze epochs rounds batch client_optimizer client_optimizer_options client_lr
 client_clip_grad_norm server_optimizer server_optimizer_options server_lr server_clip_grad_norm accumulate
 server_accumulate param_groups lr_schedule server_lr_schedule lr_warmup averaging up_codec cache_features down_codec
-defences engine tune device precision memory_limit eval_every eval_clients judge evaluate_on own_test
-checkpoint_every keep_best snapshot_every"""
+row_bound row_limit defences engine tune device precision memory_limit eval_every eval_clients judge evaluate_on
+own_test checkpoint_every keep_best snapshot_every"""
 
 PLAN = """model cut algorithms input input_type freeze task target classes label_bytes clients samples_per_client
 batch precision client_optimizer memory_budget energy_budget servers seed"""

@@ -32,7 +32,7 @@ from cutlayer.checks import (
     check_trained,
     given_for,
 )
-from cutlayer.cohort import Cohort
+from cutlayer.cohort import Cohort, Tell
 from cutlayer.costs.clock import Clock, ClockedCohort
 from cutlayer.costs.fleet import Fleet, fleet
 from cutlayer.costs.flops import ModelFlops, count
@@ -55,6 +55,7 @@ from cutlayer.models.parts import Part
 from cutlayer.models.weights import load_weights, read_weights
 from cutlayer.optim import MakeOptimizer, ParamGroup, check_groups, make_optimizer
 from cutlayer.options import RunConfig, default_cut
+from cutlayer.row_bound import RowBound
 from cutlayer.schedules import FunctionSchedule, Schedule, WarmedUp
 from cutlayer.scoring import asking, try_metrics
 from cutlayer.server import Server
@@ -188,8 +189,10 @@ class Prepared:
         """Whether the clients' parts have parameters that are trained; if not, no gradients go down."""
         return trains(*self.clients.models[0])
 
-    def training(self, cohort: Cohort, server: Server, engine: str) -> Training:
-        """The whole, around this cohort and its server: with a ledger, and a clock where the machines are known."""
+    def training(self, cohort: Cohort, server: Server, engine: str, tell: Tell | None = None) -> Training:
+        """The whole, around this cohort and its server: with a ledger, and a clock where the machines are known. `tell`
+        hears of clients whose rows are unlike those of the others.
+        """
         config, source, partition = self.config, self.source, self.partition
         server.serve(config.algorithm, self.algorithm.traits.needs, self.clients.rule)
         ledger = Ledger(len(self.clients.rows))
@@ -197,7 +200,7 @@ class Prepared:
             ledger.add("up", "raw data", 0, _raw_bytes(source, self.clients.rows[0]))
         counts = _counts(source, partition)
         coded = CodedCohort(cohort, replace(self.coding, carried=engine == "remote"), trains=self.clients_train)
-        metered = MeteredCohort(coded, ledger, coded.crossed)
+        metered = MeteredCohort(self._looked_at(coded, engine, tell), ledger, coded.crossed)
         training = Training(
             source,
             server,
@@ -232,6 +235,15 @@ class Prepared:
             metered, clock, training.flops, config.batch, central=central, server_passes=training.server_passes
         )
         return replace(training, clients=clocked, clock=clock)
+
+    def _looked_at(self, cohort: Cohort, engine: str, tell: Tell | None) -> Cohort:
+        """The cohort, whose rows the server bounds if that is wanted; those of clients that nobody here knows it looks
+        at in any case.
+        """
+        c, split = self.config, self.algorithm.traits.split
+        bounded = c.row_bound is not None or c.row_limit is not None
+        watched = split and (bounded or engine == "remote")
+        return RowBound(cohort, c.row_bound, c.row_limit, tell) if watched else cohort
 
     def _kept(self, cohort: Cohort) -> Cohort:
         """The cohort, whose smashed data the server keeps if that is wanted."""

@@ -26,6 +26,9 @@ Predict = Callable[[Sequence[int], Rows], Rows]
 """(clients, their smashed data, as many rows of each, one client after another) -> the server's outputs."""
 
 
+Tell = Callable[[str, Mapping[str, Any]], None]
+"""Hears what has happened, as a word and as facts."""
+
 Direction = Literal["up", "down"]
 
 

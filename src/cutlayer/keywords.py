@@ -64,6 +64,8 @@ class CommonKeywords(TypedDict, total=False):
     up_codec: str
     cache_features: bool
     down_codec: str
+    row_bound: float | None
+    row_limit: float | None
     defences: Any
     engine: Literal["auto", "local", "stacked"]
     tune: Literal["off", "cached", "on"]

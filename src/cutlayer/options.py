@@ -44,12 +44,14 @@ OUTPUT, FAULTS = "Computing, evaluation and checkpoints", "Faults"
 BUDGETS = "Budgets of a client"
 GROUPS = (WHAT, DATA, TASK, CLIENTS, MODEL, TRAINING, "", CROSSING, DEFENCES, BUDGETS, COSTS, OUTPUT, FAULTS)
 
-When = Literal["", "split", "u-shaped", "group", "averages"]
-"""With which algorithms an option has an effect: all; those that cut the model; those whose clients finish the forward
-pass; those that have a group of clients; those that average client models or the server's copies."""
+When = Literal["", "split", "together", "u-shaped", "group", "averages"]
+"""With which algorithms an option has an effect: all; those that cut the model; those whose server gets the rows of
+several clients at once; those whose clients finish the forward pass; those that have a group of clients; those that
+average client models or the server's copies."""
 _WHEN: dict[str, Callable[[Traits], bool]] = {
     "": lambda traits: True,
     "split": lambda traits: traits.split,
+    "together": lambda traits: traits.split and not traits.takes_turns,
     "u-shaped": lambda traits: traits.u_shaped,
     "group": lambda traits: not traits.central,
     "averages": lambda traits: traits.averages or traits.server_copies,
@@ -390,6 +392,11 @@ class CommonConfig(FleetConfig):
     """The server keeps what a frozen client part gives: each row's smashed data are computed and sent once."""
     down_codec: str = _field("raw", CROSSING, "split")
     """How cut gradients are written (U-shaped: features too), likewise."""
+    row_bound: float | None = _field(None, CROSSING, "together", gt=0)
+    """The server scales down rows (the smashed data of a sample) that are longer than this many times the median of the
+    step, over all clients. Default: no bound."""
+    row_limit: float | None = _field(None, CROSSING, "split", gt=0)
+    """The same, with the length itself in place of a multiple of the median."""
     defences: tuple[str, ...] = _field((), DEFENCES, "split")
     """Defences of your own: path/to/file.py:name. The built-in ones take part when one of their options is set."""
 
@@ -893,7 +900,7 @@ def _written_out(config: CommonConfig, found: list[Traits]) -> dict[str, Any]:
     return {k: dumped[k] for k in order if k not in drop and dumped[k] not in unset.get(k, (None,))}
 
 
-_COMMON_PAIRS = (("epochs", "rounds"),)
+_COMMON_PAIRS = (("epochs", "rounds"), ("row_bound", "row_limit"))
 
 
 def exclusive_pairs() -> list[tuple[str, str]]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cutlayer.averaging import average
-from cutlayer.cohort import Footprint, Held, Predict
+from cutlayer.cohort import Footprint, Held, Predict, Tell
 from cutlayer.data.samples import AtClient, Samples
 from cutlayer.engine.local import Client, named_as_whole, outputs_with
 from cutlayer.engine.simulated import Local, Routine, Shape, together
@@ -38,8 +38,6 @@ from cutlayer.wire.tensors import Buffer
 
 _ACKNOWLEDGED = (m.Saved, m.Settled)  # answers to what was posted: they say no more than that it is done
 T = TypeVar("T")
-Tell = Callable[[str, Mapping[str, Any]], None]
-"""Hears what has happened, as a word and as facts."""
 
 
 @dataclass(frozen=True)

@@ -201,7 +201,7 @@ class Service:
         append_line(self.out / EVENTS, json.dumps(entry))
         if happened == "round":
             self._rounds_begun = facts["round"] + 1
-        worry = happened in ("late", "gone", "failed", "garbage", "excluded")
+        worry = happened in ("late", "gone", "failed", "garbage", "excluded", "deviates")
         log.log(logging.WARNING if worry else logging.INFO, "%s", _sentence(happened, facts), extra={"facts": entry})
 
 

@@ -17,6 +17,7 @@ import torch
 
 from cutlayer import defences, plugins
 from cutlayer.build import Data, Model, Prepared, Training, prepare
+from cutlayer.cohort import Tell
 from cutlayer.data.samples import AtClient, Samples, Source
 from cutlayer.engine.local import Client
 from cutlayer.errors import ConfigError
@@ -25,7 +26,7 @@ from cutlayer.models.parts import Crossing
 from cutlayer.models.weights import digest_of
 from cutlayer.options import RunConfig, about
 from cutlayer.remote.carrier import Carrier
-from cutlayer.remote.far import Remote, RemoteCohort, Tell
+from cutlayer.remote.far import Remote, RemoteCohort
 from cutlayer.remote.worker import Duty, Keeping, OwnTest, Watching, Worker
 from cutlayer.run import Run
 from cutlayer.scoring import reported, try_metrics
@@ -121,7 +122,7 @@ def remote_training(
             return m.Refused("client", sentence + ": give it the data of this run")
         return m.Welcome(client, len(samples), cohort.step, ours, shares_server=shares)
 
-    training = p.training(cohort, server, "remote")
+    training = p.training(cohort, server, "remote", tell)
     tests = OwnTests(p.own_tests, setup.tests, p.source.train.form)
     held = _TESTED if config.evaluate_on != "global" else ""
     remarks = tuple(filter(None, (held, p.pace.remark, p.chosen.remark)))
