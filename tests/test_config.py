@@ -120,6 +120,8 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "average_over": words("clients", "clients-and-rows"),
     "average_reduce": words("mean", "sum"),
     "gradient_scale": words("own", "union"),
+    "logit_adjust": words("none", "client"),
+    "tau": st.floats(0, 9),
     "average_every": words("step", "round"),
     "hand_over": words("batch", "epoch"),
     "hand_over_optimizer": st.booleans(),
@@ -170,6 +172,8 @@ def values(draw: st.DrawFn, algorithms: tuple[str, ...]) -> dict[str, Any]:
         found.pop("row_bound", None)
     if "ussl" in algorithms:
         found.setdefault("tail_cut", "hidden3")
+    if found.get("logit_adjust", "none") == "none":
+        found.pop("tau", None)
     return {k: v for k, v in found.items() if has_effect(k, found, algorithms)}
 
 

@@ -21,7 +21,8 @@ validation test data_in_memory data_workers
 clients partition samples_per_client participation task metrics primary_metric model cut tail_cut untie
 weights weights_strict start freeze epochs rounds batch client_optimizer client_optimizer_options client_lr
 client_clip_grad_norm server_optimizer server_optimizer_options server_lr server_clip_grad_norm accumulate
-server_accumulate param_groups lr_schedule server_lr_schedule lr_warmup averaging up_codec cache_features down_codec
+server_accumulate param_groups lr_schedule server_lr_schedule lr_warmup averaging logit_adjust tau
+up_codec cache_features down_codec
 row_bound row_limit defences engine tune device precision memory_limit eval_every eval_clients judge evaluate_on
 own_test checkpoint_every keep_best snapshot_every"""
 
@@ -44,6 +45,7 @@ THINGS = {
         "sflv1": "local_epochs local_steps",
         "sflv2": "local_epochs local_steps",
         "sflv3": "local_epochs local_steps",
+        "scala": "average_every gradient_scale local_epochs local_steps",
         "ussl": "hand_over hand_over_optimizer visit_order",
     },
     "task": {

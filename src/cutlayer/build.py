@@ -19,11 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from cutlayer import plugins, seeds
+from cutlayer.adjustment import Adjustment, InformedCohort, log_prior
 from cutlayer.algorithms import Algorithm, traffic_of
 from cutlayer.allocator import keep_memory
 from cutlayer.averagings import Averaging
 from cutlayer.checks import (
     as_the_model_takes,
+    check_adjustable,
     check_cacheable,
     check_output,
     check_parts,
@@ -115,7 +117,8 @@ class Training:
     `epoch` is one of equal clients who hold as much together. `making` makes the whole model, without its trained
     weights. `own_tests` are the rows that each client's model is tested on alone, where it is; `eval_every` and
     `eval_clients` how often and of how many clients models are judged, `eval_last` of how many at the end; `remarks`
-    what of that was chosen, a line each.
+    what of that was chosen, a line each. `answers_apart`: the gradients that the server answers with are of another
+    loss than its own.
     """
 
     source: Source
@@ -140,6 +143,7 @@ class Training:
     eval_clients: int | None = None
     eval_last: int | None = None
     remarks: tuple[str, ...] = ()
+    answers_apart: bool = False
 
     @cached_property
     def flops(self) -> ModelFlops:
@@ -152,13 +156,21 @@ class Training:
         traffic = traffic_of(self.algorithm, self.epoch)
         return 1.0 if traffic is None else traffic.server_passes
 
+    @property
+    def server_flops(self) -> float:
+        """What the server computes for each sample. Gradients of a loss of the clients' own take a second way back to
+        the cut, about as much as a forward pass.
+        """
+        server = self.flops.server
+        return server.training * self.server_passes + (server.forward if self.answers_apart else 0.0)
+
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
     """All but the cohort and its server: what a simulation, a remote run's server and each of its clients start from.
 
     `owners` are the rows of each client of the cohort (in cl: of the one that holds all), `partition` those of each
-    client that the configuration names.
+    client that the configuration names. `class_counts` [C][K] are there where logits are adjusted.
     """
 
     config: RunConfig
@@ -178,6 +190,7 @@ class Prepared:
     own_tests: Mapping[int, Samples]
     pace: Pace
     remarks: tuple[str, ...]
+    class_counts: list[list[int]]
 
     @property
     def server_seed(self) -> int:
@@ -189,12 +202,30 @@ class Prepared:
         """Whether the clients' parts have parameters that are trained; if not, no gradients go down."""
         return trains(*self.clients.models[0])
 
-    def training(self, cohort: Cohort, server: Server, engine: str, tell: Tell | None = None) -> Training:
+    @property
+    def adjusts_at_server(self) -> bool:
+        """Whether logits are adjusted in losses that the server computes."""
+        traits = self.algorithm.traits
+        return bool(self.class_counts) and traits.split and not traits.u_shaped
+
+    def training(
+        self,
+        cohort: Cohort,
+        server: Server,
+        engine: str,
+        tell: Tell | None = None,
+        class_counts: Sequence[Sequence[int]] | None = None,
+    ) -> Training:
         """The whole, around this cohort and its server: with a ledger, and a clock where the machines are known. `tell`
-        hears of clients whose rows are unlike those of the others.
+        hears of clients whose rows are unlike those of the others. `class_counts` replace those that are known here.
         """
         config, source, partition = self.config, self.source, self.partition
         server.serve(config.algorithm, self.algorithm.traits.needs, self.clients.rule)
+        adjustment = None
+        if self.adjusts_at_server:
+            adjustment = Adjustment(config.logit_adjust, config.tau, class_counts or self.class_counts)
+            server.adjust(adjustment)
+            cohort = InformedCohort(cohort, adjustment)
         ledger = Ledger(len(self.clients.rows))
         if self.algorithm.traits.central:
             ledger.add("up", "raw data", 0, _raw_bytes(source, self.clients.rows[0]))
@@ -223,6 +254,7 @@ class Prepared:
             eval_clients=self.pace.clients,
             eval_last=self.pace.last,
             remarks=self.remarks,
+            answers_apart=adjustment is not None and adjustment.apart,
         )
         if self.fleet is None:
             return training
@@ -231,9 +263,7 @@ class Prepared:
         if central:  # the server trains, once everybody's data have come
             clock.begin(range(config.clients))
             clock.upload(8.0 * np.array([_raw_bytes(source, p) for p in partition]))
-        clocked = ClockedCohort(
-            metered, clock, training.flops, config.batch, central=central, server_passes=training.server_passes
-        )
+        clocked = ClockedCohort(metered, clock, training.flops, config.batch, training.server_flops, central=central)
         return replace(training, clients=clocked, clock=clock)
 
     def _looked_at(self, cohort: Cohort, engine: str, tell: Tell | None) -> Cohort:
@@ -344,6 +374,7 @@ def prepare(
     parts, own_tests, held_out = own_rows(config, source, parts, alone)
     owners = [np.concatenate(parts)] if algorithm.traits.central else parts
     few = source.train[first]
+    counts = _occurrences(config, task, source, owners, given.shape[1:])
     check_output(given, few, task, source.class_names)
     try_metrics(task, given, source.test.y if len(source.test) else few.y, source.class_names)
     check_trained(config, whole)
@@ -389,6 +420,7 @@ def prepare(
         task=task,
         class_names=source.class_names,
         rule=averaging_rule(config),
+        shifts=_shifts(config, counts, device),
     )
     return Prepared(
         config,
@@ -408,7 +440,32 @@ def prepare(
         {k: samples.to(device) for k, samples in own_tests.items()},
         pace,
         tuple(filter(None, (held_out, pace.remark, chosen.remark))),
+        counts,
     )
+
+
+def _occurrences(
+    config: RunConfig, task: Task, source: Source, owners: list[np.ndarray], given: Sequence[int]
+) -> list[list[int]]:
+    """How often each client has each class, [C][K], where logits are adjusted; `given` is the shape of a row's outputs.
+    Raises ConfigError.
+    """
+    if config.logit_adjust == "none" or not config.tau:
+        return []
+    check_adjustable(config, task, source.train.y, given)
+    found = []
+    for rows in owners:
+        own = task.occurrences(source.train.y[torch.from_numpy(rows)], given[0])
+        assert own is not None, "it was checked"
+        found.append([int(n) for n in own])
+    return found
+
+
+def _shifts(config: RunConfig, counts: list[list[int]], device: torch.device) -> Tensor | None:
+    """What clients add to the scores in losses of their own, [C, K]."""
+    if not counts or config.logit_adjust == "server":
+        return None
+    return log_prior(torch.tensor(counts, dtype=torch.float64), config.tau).to(device, dtype_of(config))
 
 
 def _forward_flops(split: Parts, example: Rows) -> float:

@@ -126,6 +126,17 @@ def _sentences(what: str, value: object) -> Iterator[None]:
         raise ConfigError(f"{what} (shape per sample {value}): {reason}; choose a model that fits the data") from None
 
 
+def check_adjustable(config: RunConfig, task: Task, targets: torch.Tensor, given: Sequence[int]) -> None:
+    """Logits can be adjusted where every row has one class; `given` is the shape of a row's outputs. Raises
+    ConfigError.
+    """
+    if len(given) != 1 or task.occurrences(targets[:0], given[0]) is None:
+        raise ConfigError(
+            f"logit_adjust = {config.logit_adjust!r} needs one class per row, which the targets of the task "
+            f"{plugins.label(config.task)!r} are not: leave it out, or choose the task classification"
+        )
+
+
 def check_parts(config: RunConfig, algorithm: Algorithm, split: Parts, cuts: tuple[str, ...]) -> None:
     """The algorithm must have something to act on on both sides. Raises CutError."""
     facts = algorithm.entry.facts

@@ -48,17 +48,17 @@ def _without_gradients(step: Callable[..., Any]) -> Callable[..., Any]:
     return stepped
 
 
-def backward(tensors: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-    """`torch.autograd.backward(tensors, gradients)` for gradients of the tensors' own shapes. torch compares these with
-    the means of its compiler, which loads sympy, and takes microseconds per tensor.
+def backward(tensors: Sequence[Tensor], gradients: Sequence[Tensor], inputs: Sequence[Tensor] = ()) -> None:
+    """`torch.autograd.backward(tensors, gradients)` for gradients of the tensors' own shapes, of all leaves or only of
+    `inputs`. torch compares shapes with the means of its compiler, which loads sympy, and takes microseconds per
+    tensor.
     """
     if _engine is None or not _alike(tensors, gradients):
-        torch.autograd.backward(tensors, gradients)
+        torch.autograd.backward(tensors, gradients, inputs=inputs or None)
         return
     keep_graph = create_graph = False
-    _engine(
-        tuple(tensors), tuple(gradients), keep_graph, create_graph, (), allow_unreachable=True, accumulate_grad=True
-    )
+    given = (tuple(tensors), tuple(gradients), keep_graph, create_graph, tuple(inputs))
+    _engine(*given, allow_unreachable=True, accumulate_grad=True)
 
 
 def gradients_of(

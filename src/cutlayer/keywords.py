@@ -61,6 +61,8 @@ class CommonKeywords(TypedDict, total=False):
     server_lr_schedule: Any
     lr_warmup: float
     averaging: Any
+    logit_adjust: Literal["none", "client", "server", "both"]
+    tau: float
     up_codec: str
     cache_features: bool
     down_codec: str
@@ -83,6 +85,7 @@ class CommonKeywords(TypedDict, total=False):
     local_epochs: int
     local_steps: int | None
     gradient_scale: Literal["own", "union"]
+    average_every: Literal["step", "round"]
     hand_over: Literal["batch", "epoch"]
     hand_over_optimizer: bool
     visit_order: Literal["fixed", "random"]
@@ -93,7 +96,6 @@ class CommonKeywords(TypedDict, total=False):
     phi_until: float
     average_over: Literal["clients", "clients-and-rows"]
     average_reduce: Literal["mean", "sum"]
-    average_every: Literal["step", "round"]
     auxiliary_weights: tuple[float, ...]
     positive_weight: float
     class_weights: tuple[float, ...]

@@ -385,6 +385,12 @@ class CommonConfig(FleetConfig):
     averaging: str = _field("mean", TRAINING, "averages")
     """How client models, and the server's copies, become one (see `cutlayer list averagings`), or your own:
     path/to/file.py:name. The server's own choice."""
+    logit_adjust: Literal["none", "client", "server", "both"] = _field("none", TRAINING, "group", shared=True)
+    """Whose loss adds the logarithm of the classes' shares to the scores, against label skew: client (the gradients
+    that reach a client, with the shares in its own data), server (its own step, with those of all participants), or
+    both. With labels at the clients: client alone."""
+    tau: float = _field(1.0, TRAINING, "group", shared=True, ge=0)
+    """What that logarithm is multiplied by; 0 changes nothing."""
 
     up_codec: str = _field("raw", CROSSING, "split")
     """How smashed data are written (U-shaped: gradients too): a codec (see `cutlayer list codecs`), maybe +zstd."""
@@ -498,6 +504,10 @@ class CommonConfig(FleetConfig):
                 option = sorted(entry.option_names & given or entry.option_names)[0]
                 raise _idle(option, getattr(self, option, None), found, "split")
         self.check_fleet(given)
+        if "tau" in given and self.logit_adjust == "none":
+            raise ConfigError(
+                f"tau = {self.tau:g} has no effect without logit_adjust: choose client, server or both, or leave it out"
+            )
         if self.weights is None and not self.weights_strict:
             raise ConfigError("weights_strict = False has no effect without weights: name a file, or leave it out")
         for first, second in exclusive_pairs():
@@ -538,6 +548,13 @@ class RunConfig(CommonConfig):
     """`serve`: at the end, send the server's part to the clients that want it. `join`: want it, and keep the whole
     model in the folder. Both must say so. In a simulation it has no effect."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, values: Any) -> Any:
+        """What the algorithm presets, unless it is given."""
+        name = values.get("algorithm", cls.model_fields["algorithm"].get_default())
+        return {**plugins.find("algorithm", name).facts["presets"], **values} if isinstance(name, str) else values
+
     def algorithm_names(self) -> tuple[str, ...]:
         """The one algorithm."""
         return (self.algorithm,)
@@ -566,6 +583,12 @@ class RunConfig(CommonConfig):
             raise ConfigError(
                 f"{self.algorithm} needs tail_cut: name the module after which the client takes over again, e.g. "
                 "--tail-cut hidden3 for the mlp"
+            )
+        labels_stay = self.traits.whole or self.traits.u_shaped
+        if self.logit_adjust in ("server", "both") and labels_stay:
+            raise ConfigError(
+                f"logit_adjust = {self.logit_adjust!r} has no effect on {self.algorithm}, whose server sees no labels: "
+                "choose client, or leave it out"
             )
 
     def thing(self, kind: str, reference: str) -> Any:
@@ -626,12 +649,14 @@ class CompareConfig(CommonConfig):
         return {k: v for k, v in written.items() if k in self.model_fields_set or k not in self._disputed()}
 
     def _disputed(self) -> set[str]:
-        """The options that several of the chosen things have, with different defaults."""
+        """The options that several of the chosen things have, with different defaults, or that algorithms preset."""
+        things = self.chosen()
         defaults: dict[str, list[Any]] = {}
-        for entry in self.chosen():
+        for entry in things:
             for option in entry.options:
                 defaults.setdefault(option.name, []).append(option.default)
-        return {name for name, values in defaults.items() if any(v != values[0] for v in values)}
+        preset = {name for entry in things for name in entry.facts.get("presets", {})}
+        return preset | {name for name, values in defaults.items() if any(v != values[0] for v in values)}
 
     def runs(self, given: frozenset[str]) -> dict[str, dict[int, RunConfig]]:
         """The runs to make: entry name -> seed -> configuration. Raises ConfigError."""
@@ -892,6 +917,7 @@ def _written_out(config: CommonConfig, found: list[Traits]) -> dict[str, Any]:
     }
     drop |= {first for first, second in exclusive_pairs() if dumped.get(second)}
     drop |= set(FleetConfig.model_fields) if config.client_device is None else set()
+    drop |= {"tau"} if config.logit_adjust == "none" else set()
     own = [name for name in type(config).model_fields if name not in CommonConfig.model_fields]
     order = [*own, *CommonConfig.model_fields, *config.specific]
     unset: dict[str, tuple[Any, ...]] = {

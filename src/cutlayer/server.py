@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from cutlayer import seeds
+from cutlayer.adjustment import Adjustment, Shifts, adjusted
 from cutlayer.averaging import average_into
 from cutlayer.averagings import Averaging
 from cutlayer.averagings.mean import WeightedMean
-from cutlayer.eager import backward
+from cutlayer.eager import backward, gradients_of
 from cutlayer.errors import ConfigError, NonFiniteError
 from cutlayer.frozen import load_moving, moving, replica
 from cutlayer.gradients import RowLoss, column, gradient_of, mean_loss, means, means_of_clients, spread
@@ -60,6 +61,11 @@ class Server:
         self._pending: tuple[Rows, Rows] | None = None
         self._algorithm, self._needs = "", frozenset[str]()
         self.rule: Averaging = WeightedMean()
+        self._adjustment: Adjustment | None = None
+
+    def adjust(self, adjustment: Adjustment) -> None:
+        """From now on adjust scores in losses, those of the copies too."""
+        self._adjustment = adjustment
 
     def serve(self, algorithm: str, needs: frozenset[str], rule: Averaging | None = None) -> None:
         """From now on refuse what the `algorithm` of that name does not state among its `needs`: engines prepare for
@@ -76,8 +82,8 @@ class Server:
     def step(self, smashed: Smashed, factor: float = 1.0, loss: RowLoss | None = None) -> ServerStep:
         """One loss (mean over all rows), its gradients, one optimiser step at rate lr x schedule x `factor`.
 
-        `loss` gives each row's (None: the task does). Raises NonFiniteError, before the step is taken, naming the
-        clients whose rows are to
+        `loss` gives each row's (None: the task does). Where logits are adjusted, the gradient is that of the clients'
+        loss, at the same model. Raises NonFiniteError, before the step is taken, naming the clients whose rows are to
         blame (on an accelerator, which a check would stop, the run looks at the losses that come back instead).
         """
         losses, gradient = self._through(smashed, loss, factor)
@@ -108,12 +114,33 @@ class Server:
     ) -> tuple[Tensor, Rows]:
         """(losses [R], gradients) of the rows' mean loss, with a step at rate lr x schedule x `factor` (None: none)."""
         outputs = self.forward(smashed, evaluating=evaluating)
-        losses = self.task.row_losses(outputs, smashed.labels) if loss is None else loss(outputs[0], smashed.labels)
+        shifts = self._shifts(smashed)
+        losses = self._losses(outputs, smashed, loss, shifts.clients if factor is None else shifts.server)
         mean = mean_loss(losses, smashed.weights)
         if not finite(losses):
             raise NonFiniteError("loss", culprits(smashed, losses.detach()))
-        gradient = self._backward(smashed, lambda: backward([mean], [torch.ones_like(mean)]), factor)
+        if factor is None or not smashed.clients or shifts.clients is shifts.server:
+            gradient = self._backward(smashed, lambda: backward([mean], [torch.ones_like(mean)]), factor)
+            return losses.detach(), gradient
+        theirs, rows = self._losses(outputs, smashed, loss, shifts.clients), self._pending_rows
+        theirs = mean_loss(theirs, smashed.weights)
+        gradient = self._backward(smashed, lambda: apart(mean, self._weights, theirs, rows), factor)
         return losses.detach(), gradient
+
+    @property
+    def _pending_rows(self) -> Rows:
+        """The leaves [R, s...] of the forward pass that waits for its backward pass."""
+        assert self._pending is not None, "a backward pass follows a forward pass"
+        return self._pending[0]
+
+    def _shifts(self, smashed: Smashed) -> Shifts:
+        """What is added to the scores of the rows, on each side."""
+        return Shifts() if self._adjustment is None else self._adjustment.of(smashed)
+
+    def _losses(self, outputs: Rows, smashed: Smashed, loss: RowLoss | None, shift: Tensor | None) -> Tensor:
+        """The loss of each row [R], with `shift` added to its scores."""
+        outputs = adjusted(outputs, shift, self.task)
+        return self.task.row_losses(outputs, smashed.labels) if loss is None else loss(outputs[0], smashed.labels)
 
     def forward(self, smashed: Smashed, *, evaluating: bool = False) -> Rows:
         """The server model's outputs on the rows, in training mode (or in evaluation mode); kept for the backward pass
@@ -207,21 +234,6 @@ class Server:
         for client, own in state["copies"].items():
             self._copy_of(int(client)).load(own)
 
-    def trial(self, client: int | None = None) -> Server:
-        """A copy to try steps on (of the one that belongs to `client`, if there is one): this server stays as it is."""
-        one = self if client is None else self._copies.get(client, self)
-        tried = Server(replica(one.model), self._make_optimizer, self.lr, one.seed, self.task)
-        tried.load({**one._own_state(), "copies": {}})
-        tried.lr_factor = self.lr_factor
-        return tried
-
-    @property
-    def moved(self) -> list[Tensor]:
-        """All that steps change: weights and buffers, and the optimiser's numbers."""
-        kept = self._optimizer.state.values() if self._optimizer else ()
-        numbers = [value for values in kept for value in values.values() if isinstance(value, Tensor)]
-        return [*moving(self.model).values(), *numbers]
-
     def _copy_of(self, client: int) -> Server:
         """Client `client`'s copy: the global weights, and an optimiser of its own that lives on from round to round."""
         if client not in self._copies:
@@ -233,6 +245,7 @@ class Server:
                 self.task,
             )
         self._copies[client].lr_factor = self.lr_factor
+        self._copies[client]._adjustment = self._adjustment
         return self._copies[client]
 
     def _settle_copies(self) -> None:
@@ -260,6 +273,15 @@ class Server:
             self._stepping.take(self._rate(factor), last=False)
         self._steps += 1
         return gradient
+
+
+def apart(mine: Tensor, weights: Sequence[Tensor], theirs: Tensor, rows: Rows) -> None:
+    """The gradients of the mean loss `mine` for the `weights`, and of `theirs` for the `rows`."""
+    leaves = [r for r in rows if r.requires_grad]
+    for leaf, gradient in zip(leaves, gradients_of([theirs], leaves, [torch.ones_like(theirs)]), strict=True):
+        leaf.grad = gradient
+    if trained := [w for w in weights if w.requires_grad]:
+        backward([mine], [torch.ones_like(mine)], trained)
 
 
 def _together(steps: list[ServerStep], smashed: Smashed) -> ServerStep:

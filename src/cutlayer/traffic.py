@@ -42,7 +42,8 @@ class Traffic:
     and cut gradients come down unless `gradients` is False; `sharing` clients receive one common gradient in a step
     instead of their own. `averaged`: bytes of the model that each client sends and receives once an epoch. `moved`:
     bytes of the model that goes from one client to the next (relay). `server_passes`: how often the server's part
-    trains on each sample.
+    trains on each sample. `answers_apart`: the gradients that come down are of another loss than the server's own, so
+    that it goes back to the cut twice.
     """
 
     pattern: Pattern
@@ -52,3 +53,4 @@ class Traffic:
     averaged: int = 0
     moved: int = 0
     server_passes: float = 1.0
+    answers_apart: bool = False

@@ -11,8 +11,8 @@ requests, tables) is derived from its registration.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, TypeVar, get_args
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from cutlayer import plugins
 from cutlayer.data.own import own_code
@@ -95,6 +95,7 @@ def algorithm(
     needs: Iterable[str],
     summary: str = "",
     paper: str = "",
+    presets: Mapping[str, Any] | None = None,
     central: bool = False,
     client_part: str = "",
     server_part: str = "",
@@ -103,7 +104,8 @@ def algorithm(
 ) -> Callable[[A], A]:
     """Registers an `Algorithm` under `name`.
 
-    `needs` are the verbs of `cutlayer.verbs` that its round uses. `central`: everybody's data are gathered first.
+    `needs` are the verbs of `cutlayer.verbs` that its round uses. `presets` are options of all runs whose defaults are
+    others with this algorithm. `central`: everybody's data are gathered first.
     `client_part` and `server_part` say why the algorithm means nothing where that side has no parameters. `colour`
     (black, blue, green, grey, orange, purple, sky, vermillion, or "#rrggbb") and `line` ("-", "--", "-.", ":") are its
     look in plots; without a colour it gets a free one. Raises ValueError for a word that is not a verb.
@@ -116,6 +118,7 @@ def algorithm(
         summary=summary,
         paper=paper,
         needs=found,
+        presets=dict(presets or {}),
         central=central,
         client_part=client_part,
         server_part=server_part,

@@ -24,7 +24,7 @@ from cutlayer.traffic import Epoch, Traffic
 from cutlayer.types import CutGradients, Round, Step
 from cutlayer.verbs import AVERAGE, BACKWARD, FORWARD, STEP_COPIES, STEP_EACH
 
-_AVERAGES = "it averages the client models"
+AVERAGES = "it averages the client models"
 
 
 @algorithm(
@@ -33,7 +33,7 @@ _AVERAGES = "it averages the client models"
     summary="PSL plus averaging of the client models every step or round",
     paper="arXiv 2112.05929",
     needs={FORWARD, BACKWARD, AVERAGE},
-    client_part=_AVERAGES,
+    client_part=AVERAGES,
     colour="green",
 )
 class Sfl(Scaled, LocalWork):
@@ -71,7 +71,7 @@ class Sfl(Scaled, LocalWork):
     summary="a server copy per client, both sides averaged every round",
     paper="arXiv 2004.12088",
     needs={FORWARD, BACKWARD, AVERAGE, STEP_COPIES},
-    client_part=_AVERAGES,
+    client_part=AVERAGES,
     colour="green",
     line="--",
 )
@@ -100,7 +100,7 @@ class SflV1(LocalWork):
     summary="one server model stepped client by client in random order, client models averaged every round",
     paper="arXiv 2004.12088",
     needs={FORWARD, BACKWARD, AVERAGE, STEP_EACH},
-    client_part=_AVERAGES,
+    client_part=AVERAGES,
     colour="green",
     line="-.",
 )

@@ -129,7 +129,7 @@ class ClockedCohort(CohortAround):
 
     Bytes are those of the ledger; FLOPs per sample those of `flops`; `batch` is b, of which only local training makes
     use (its rows do not cross). `central`: the one model is trained by the server, on data that the fleet has sent.
-    `server_passes`: how often the server's part trains on each row.
+    `server_flops`: what the server computes for each row of a step.
     """
 
     def __init__(
@@ -138,12 +138,12 @@ class ClockedCohort(CohortAround):
         clock: Clock,
         flops: ModelFlops,
         batch: int,
+        server_flops: float,
         *,
         central: bool = False,
-        server_passes: float = 1.0,
     ) -> None:
         super().__init__(inner)
-        self.server_passes = server_passes
+        self.server_flops = server_flops
         self.ledger = inner.ledger
         self.clock, self.flops, self.batch, self.central = clock, flops, batch, central
         self._rows = np.zeros(len(inner.samples))  # of the step that runs
@@ -189,7 +189,7 @@ class ClockedCohort(CohortAround):
         rows = np.zeros_like(self._rows)
         addressed = [*gradients.clients, *gradients.active]
         rows[addressed] = self._rows[addressed]
-        per_row = server.backward if self._tail_done else server.training * self.server_passes
+        per_row = server.backward if self._tail_done else self.server_flops
         self.clock.serve(float(rows.sum()) * per_row)
         self._download()
         self.clock.compute(rows * self.flops.client.backward)

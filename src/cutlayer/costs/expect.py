@@ -101,8 +101,14 @@ def _counted(name: str, t: Traffic, w: Workload) -> Expected:
         epochs * broadcast + moves,
         epochs * paper + 2 * moves,
         epochs * w.samples_per_client * w.flops.client.training,
-        epochs * rows * w.flops.server.training * t.server_passes,
+        epochs * rows * _serving(t, w),
     )
+
+
+def _serving(t: Traffic, w: Workload) -> float:
+    """FLOPs of the server for each sample."""
+    server = w.flops.server
+    return server.training * t.server_passes + (server.forward if t.answers_apart else 0.0)
 
 
 def _timed(e: Expected, t: Traffic, w: Workload, fleet: Fleet) -> Expected:
@@ -125,7 +131,7 @@ class _Path:
     def __init__(self, e: Expected, t: Traffic, w: Workload, fleet: Fleet) -> None:
         self.e, self.t, self.w, self.fleet = e, t, w, fleet
         self.label, self.gradient = w.label * t.labels, w.gradient * t.gradients
-        self.serving = w.flops.server.training * t.server_passes  # FLOPs per sample
+        self.serving = _serving(t, w)  # FLOPs per sample
         zeros = np.zeros(w.clients)
         self.flops = zeros + e.client_flops
         self.up_bits, self.up_seconds = zeros.copy(), zeros.copy()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cutlayer import seeds
+from cutlayer.adjustment import adjusted
 from cutlayer.averaging import average_into
 from cutlayer.cohort import Footprint, Predict
 from cutlayer.data.samples import Samples
@@ -30,6 +31,7 @@ from cutlayer.verbs import VERBS
 class Client:
     """One client: private data, its part of the model, its optimiser. `tail` is the last part of the model in a
     U-shaped split, or an auxiliary head. `task` says what a row's loss is (default: the cross entropy of its class).
+    `shift` [K] is added to the scores in a loss that is computed here.
     """
 
     def __init__(
@@ -39,9 +41,10 @@ class Client:
         tail: nn.Module | None,
         make_optimizer: MakeOptimizer,
         task: Task | None = None,
+        shift: Tensor | None = None,
     ) -> None:
         self.name, self.lower, self.tail = name, lower, tail
-        self.task = task or Classification()
+        self.task, self.shift = task or Classification(), shift
         self.module = nn.ModuleDict({"lower": lower} if tail is None else {"lower": lower, "tail": tail})
         self.weights = list(self.module.parameters())
         self.stepping = Stepping(make_optimizer, _named(lower, tail))
@@ -115,6 +118,7 @@ class Client:
         return mass_of(self.task, self.labels)
 
     def _mean_loss(self, outputs: Rows) -> Tensor:
+        outputs = adjusted(outputs, self.shift, self.task)
         return mean_loss(self.task.row_losses(outputs, self.labels), self.task.weights(self.labels))
 
     def footprint(self) -> Footprint:
@@ -159,7 +163,10 @@ class LocalCohort(SimulatedCohort):
 
     def __init__(self, setup: Clients) -> None:
         super().__init__(setup)
-        self._clients = [Client(k, *model, setup.make_optimizer, setup.task) for k, model in enumerate(setup.models)]
+        self._clients = [
+            Client(k, *model, setup.make_optimizer, setup.task, None if setup.shifts is None else setup.shifts[k])
+            for k, model in enumerate(setup.models)
+        ]
         self._asked: tuple[int, ...] = ()  # the clients of the last forward pass
         if setup.alike:
             self._begin_from(moving(self._clients[0].module))

@@ -84,13 +84,22 @@ class Routine:
 class Clients(Routine):
     """How a simulated group of clients is set up; every engine takes one.
 
-    `models` are (lower part, tail or auxiliary head or None) per client; `rows` each client's indices into `data`.
+    `models` are (lower part, tail or auxiliary head or None) per client; `rows` each client's indices into `data`;
+    `shifts` [C, K] what is added to the scores in losses that clients compute (None: nothing).
     """
 
     models: Sequence[ClientModel]
     data: Samples
     rows: Sequence[np.ndarray]
     make_optimizer: MakeOptimizer
+    shifts: Tensor | None = None
+
+    def shifts_of(self, clients: Sequence[int] | np.ndarray, sizes: int | Sequence[int]) -> Tensor | None:
+        """The shifts of the rows of `clients`, whose batches have `sizes` rows, one after another: [R, K]."""
+        if self.shifts is None:
+            return None
+        each = sizes if isinstance(sizes, int) else torch.tensor(list(sizes))
+        return torch.repeat_interleave(self.shifts[list(clients)], each, 0)
 
 
 class SimulatedCohort(ABC):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from cutlayer import seeds
+from cutlayer.adjustment import Shifts, adjusted
 from cutlayer.cohort import Footprint, Predict
 from cutlayer.data.samples import Samples
 from cutlayer.eager import backward
@@ -210,7 +211,8 @@ class StackedCohort(SimulatedCohort):
         task, own = self.setup.task, torch.empty(0)
         for group in groups:
             part = batch[group.rows]
-            losses = learn(self._stack, group, part.rows, part.y, task, self._stream, self._alike)
+            shift = self.setup.shifts_of(group.clients, len(part) // len(group.clients))
+            losses = learn(self._stack, group, part.rows, part.y, task, self._stream, self._alike, shift)
             check_weights(group)
             self._stack.step(group, self._rate, last=self._last(group))
             own = own if len(own) else losses.new_empty(len(asked))
@@ -245,23 +247,43 @@ class StackedServer(Server):
         """Every client's copy takes one step on that client's rows. Raises ConfigError if copies are not needed."""
         self._check(STEP_COPIES, "step_copies")
         self._begin(smashed.clients)
-        groups = self._stack.groups(smashed.clients, np.array(smashed.sizes))
+        groups, shifts = self._stack.groups(smashed.clients, np.array(smashed.sizes)), self._shifts(smashed)
         own = torch.empty(len(smashed.clients), dtype=torch.float64 if smashed.rows[0].dtype == torch.float64 else None)
         own = own.to(smashed.labels.device)
         parts = []
         for group in groups:
             rows = tuple(r[group.rows].detach().requires_grad_(r.is_floating_point()) for r in smashed.rows)
             try:
-                losses = learn(self._stack, group, rows, smashed.labels[group.rows], self.task, self._stream)
+                losses, gradient = self._learn(group, rows, smashed, shifts)
             except NonFiniteError as error:  # the rows that came may be to blame
                 raise NonFiniteError(error.what, culprits(smashed) or error.clients) from None
             own[torch.from_numpy(group.at)] = losses.to(own.dtype)
-            parts.append(tuple(gradient_of(r) for r in rows if r.is_floating_point()))
+            parts.append(gradient)
             if not finite(*parts[-1]):
                 raise NonFiniteError("cut gradient", culprits(smashed) or tuple(group.clients.tolist()))
             check_weights(group, "server's weight gradient")
             self._stack.step(group, self._rate(1.0), last=np.zeros(len(group.clients), bool))
         return ServerStep(means_of_clients(own, smashed.masses), merged(parts, groups), self._rate(1.0))
+
+    def _learn(self, group: Group, rows: Rows, smashed: Smashed, shifts: Shifts) -> tuple[Tensor, Rows]:
+        """A group's own mean losses [c] and the gradients of its `rows`; those of its copies are left in the stack.
+
+        Where the clients' loss is another, theirs comes first, from a forward pass of its own that leaves no trace.
+        """
+        targets = smashed.labels[group.rows]
+
+        def of(shift: Tensor | None) -> Tensor:
+            mine = shift if shift is None or shift.dim() == 1 else shift[group.rows]
+            return learn(self._stack, group, rows, targets, self.task, self._stream, shift=mine)
+
+        if shifts.clients is shifts.server:
+            losses = of(shifts.server)
+            return losses, _gradients(rows)
+        with self._stack.rehearsal(group):
+            of(shifts.clients)
+        gradient = _gradients(rows)
+        rows = tuple(r.detach() for r in rows)
+        return of(shifts.server), gradient
 
     def _directly(self, make: MakeOptimizer) -> Descent | None:
         """How the optimiser steps without its object, where no look at its state would stop an accelerator."""
@@ -306,14 +328,28 @@ class StackedServer(Server):
         return seeds.torch_generator(copy_seed, *name, device=self._stack.device)
 
 
+def _gradients(rows: Rows) -> Rows:
+    """Those of the floating point rows."""
+    return tuple(gradient_of(r) for r in rows if r.is_floating_point())
+
+
 def learn(
-    stack: Stack, group: Group, rows: Rows, targets: Tensor, task: Task, stream: Generators, alike: bool = False
+    stack: Stack,
+    group: Group,
+    rows: Rows,
+    targets: Tensor,
+    task: Task,
+    stream: Generators,
+    alike: bool = False,
+    shift: Tensor | None = None,
 ) -> Tensor:
     """Forward and backward pass of a group with its clients' own mean losses: these losses [c], without their graph.
+    `shift` is added to the scores.
 
     The sum of the clients' own means keeps their gradients apart. Raises NonFiniteError, naming the clients.
     """
-    losses = task.row_losses(stack.forward(group, rows, stream, alike=alike), targets)
+    outputs = adjusted(stack.forward(group, rows, stream, alike=alike), shift, task)
+    losses = task.row_losses(outputs, targets)
     clients = len(group.clients)
     if not finite(losses.detach()):
         bad = group.clients[~torch.isfinite(losses.detach().view(clients, -1)).all(1).cpu().numpy()]

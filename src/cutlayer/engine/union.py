@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from cutlayer.adjustment import adjusted
 from cutlayer.cohort import Footprint, Predict
 from cutlayer.data.samples import Samples
 from cutlayer.engine.simulated import Clients, SimulatedCohort, model_bytes
@@ -22,7 +23,7 @@ from cutlayer.errors import ConfigError, NonFiniteError
 from cutlayer.gradients import column, means, spread
 from cutlayer.optim import MakeOptimizer, set_lr
 from cutlayer.scoring import Outputs, evaluation
-from cutlayer.server import Server, ServerStep, culprits, finite
+from cutlayer.server import Server, ServerStep, apart, culprits, finite
 from cutlayer.tasks import Task
 from cutlayer.types import CutGradients, Evaluation, Rows, Smashed, Step, as_tuple, masses_of
 from cutlayer.verbs import AVERAGE, BACKWARD, FIT, FORWARD, STEP_COPIES
@@ -65,8 +66,9 @@ class UnionCohort(SimulatedCohort):
     def fit(self) -> list[Step]:
         """Each participant's one local step on its whole model, averaged."""
         batch = self._forward(self._participants)
-        losses = self.setup.task.row_losses(self._given, batch.y)
-        weights = self.setup.task.weights(batch.y)
+        task = self.setup.task
+        losses = task.row_losses(adjusted(self._given, self.setup.shifts_of(self._asked, self._sizes), task), batch.y)
+        weights = task.weights(batch.y)
         if not finite(losses.detach()):
             bad = culprits(Smashed((), batch.y, self._asked, self._sizes), losses.detach())
             raise NonFiniteError("loss", bad).at(0)
@@ -153,12 +155,22 @@ class UnionServer(Server):
         """The weighted mean of the steps of all copies; each client's slice of the gradient is of its own mean loss."""
         self._check(STEP_COPIES, "step_copies")
         self._asked = smashed.clients
-        losses = self.task.row_losses(self.forward(smashed), smashed.labels)
+        outputs, shifts = self.forward(smashed), self._shifts(smashed)
+        losses = self._losses(outputs, smashed, None, shifts.server)
         if not finite(losses.detach()):
             raise NonFiniteError("loss", culprits(smashed, losses.detach()))
         share = spread(shares(self._masses, smashed.clients), smashed.sizes).to(losses.device, losses.dtype)
         each = in_client_means(share, smashed.weights, smashed.sizes)
-        gradient = self._backward(smashed, lambda: losses.backward(each), 1.0)
+        rows = self._pending_rows
+
+        def back() -> None:
+            if shifts.clients is shifts.server:
+                losses.backward(each)
+                return
+            theirs = self._losses(outputs, smashed, None, shifts.clients)
+            apart((losses * each).sum(), self._weights, (theirs * each).sum(), rows)
+
+        gradient = self._backward(smashed, back, 1.0)
         share = torch.where(share > 0, share, torch.ones_like(share))  # a client whose rows never count
         own = tuple(g / column(share, g) for g in gradient)
         return ServerStep(means(losses.detach(), smashed.sizes, smashed.weights), own, self._rate(1.0))

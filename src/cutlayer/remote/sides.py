@@ -27,7 +27,6 @@ from cutlayer.models.weights import digest_of
 from cutlayer.options import RunConfig, about
 from cutlayer.remote.carrier import Carrier
 from cutlayer.remote.far import Remote, RemoteCohort
-from cutlayer.remote.vetting import Vetting
 from cutlayer.remote.worker import Duty, Keeping, OwnTest, Watching, Worker
 from cutlayer.run import Run
 from cutlayer.scoring import reported, try_metrics
@@ -41,7 +40,6 @@ from cutlayer.wire.names import named
 
 Greet = Callable[[m.Hello, int], m.Welcome | m.Refused]
 _NAME = "client-"
-_PROBE = 8  # rows that models are tried on
 _TESTED = "Each client's model is tested on its own rows; a client with data of its own holds them out (evaluate_on)"
 
 
@@ -100,12 +98,11 @@ def remote_training(
         faulty=faulty,
         tests=[0] * len(samples),
         scores=_reported(p) if config.evaluate_on != "global" else {},
+        class_counts=[[0] * len(own) for own in p.class_counts] if p.adjusts_at_server else [],
     )
     cohort = RemoteCohort(hub, setup, tell=tell, ready=ready)
     lr = config.server_lr or config.client_lr
     server = Server(p.split.server, p.make_server, lr, p.server_seed, p.clients.task)
-    probe = (p.source.test if len(p.source.test) else p.source.train)[:_PROBE]
-    cohort.vet = Vetting(server, p.clients.task, p.algorithm.traits.needs, probe, setup.twin.module)
     ours, shares = terms(p, run), config.share_server_model
 
     def greet(hello: m.Hello, client: int) -> m.Welcome | m.Refused:
@@ -116,17 +113,21 @@ def remote_training(
             return m.Refused("excluded", why)
         if refused := _unfit_tests(config, setup, hello, fresh=cohort.fresh, client=client):
             return refused
+        if refused := _unfit_counts(setup, hello, fresh=cohort.fresh, client=client):
+            return refused
         setup.tests[client] = hello.tests
         if not samples[client] or cohort.fresh:  # before anything is trained a client may come again with other data
             samples[client] = hello.samples
         setup.masses[client] = hello.mass
+        if setup.class_counts:
+            setup.class_counts[client] = list(hello.counts)
         (setup.wanting.add if hello.wants_server and shares else setup.wanting.discard)(client)
         if hello.samples != samples[client]:
             sentence = f"client {client} has {hello.samples} samples, {samples[client]} were announced"
             return m.Refused("client", sentence + ": give it the data of this run")
         return m.Welcome(client, len(samples), cohort.step, ours, shares_server=shares)
 
-    training = p.training(cohort, server, "remote", tell)
+    training = p.training(cohort, server, "remote", tell, setup.class_counts)
     tests = OwnTests(p.own_tests, setup.tests, p.source.train.form)
     held = _TESTED if config.evaluate_on != "global" else ""
     remarks = tuple(filter(None, (held, p.pace.remark, p.chosen.remark)))
@@ -177,6 +178,20 @@ def _unfit_tests(config: RunConfig, setup: Remote, hello: m.Hello, *, fresh: boo
         return m.Refused("step", sentence)
     if config.judge != "mean" and not config.traits.models_cross:
         return m.Refused("step", _others_models(config))
+    return None
+
+
+def _unfit_counts(setup: Remote, hello: m.Hello, *, fresh: bool, client: int) -> m.Refused | None:
+    """Why the class counts that a client announces cannot be right, or are not those of this run; None if they can."""
+    known = setup.class_counts[client] if setup.class_counts else []
+    if len(hello.counts) != len(known) or sum(hello.counts) > hello.samples:
+        sentence = (
+            f"client {client} announces {sum(hello.counts)} samples of {len(hello.counts)} classes, of {hello.samples} "
+            f"samples in all, where {len(known)} classes are expected (logit_adjust)"
+        )
+        return m.Refused("client", sentence + ": start server and clients with the same configuration")
+    if not fresh and any(known) and list(hello.counts) != known:
+        return m.Refused("client", f"client {client} has other classes than it announced: give it the data of this run")
     return None
 
 
@@ -248,6 +263,8 @@ def worker_of(
             quota=_quota(p, len(share)),
             whole=_keeping(p, own=model is not None) if config.share_server_model and folder is not None else None,
             own_test=_own_test(p, client) if tested else None,
+            shift=None if p.clients.shifts is None else p.clients.shifts[client],
+            class_counts=p.class_counts[client] if p.adjusts_at_server else (),
         )
     )
 

@@ -83,6 +83,8 @@ class Duty:
     the end, to keep the whole model in its folder. `own_test`: it is tested on rows of its own. `seeks`: the
     server may name the batch that it wants (cache_features). `moves_optimizer`: the optimiser's state travels with the
     model. `quota`: the batches of a round by the client's own configuration (None: not known).
+    `shift` [K] is added to the scores in losses that are computed here; `class_counts` [K] are for a server that
+    adjusts logits by them.
     """
 
     name: str
@@ -111,6 +113,8 @@ class Duty:
     seeks: bool = False
     moves_optimizer: bool = True
     quota: int | None = None
+    shift: Tensor | None = None
+    class_counts: Sequence[int] = ()
 
     @property
     def traits(self) -> Traits:
@@ -125,7 +129,7 @@ class Worker:
 
     def __init__(self, duty: Duty) -> None:
         self.duty = duty
-        self.client = Client(duty.index, duty.lower, duty.tail, duty.make_optimizer, duty.task)
+        self.client = Client(duty.index, duty.lower, duty.tail, duty.make_optimizer, duty.task, duty.shift)
         self._batches = Batches([np.arange(len(duty.samples))], duty.batch, duty.seed, [duty.index])
         self._rate = duty.lr
         self._quota = 0  # batches of this round
@@ -159,6 +163,7 @@ class Worker:
             wants_server=d.whole is not None,
             tests=0 if own is None else len(own.samples),
             metrics=[] if own is None else list(own.metrics),
+            counts=list(d.class_counts),
         )
 
     def welcome(self, welcome: m.Welcome) -> m.Refused | None:

@@ -172,6 +172,10 @@ class Classification(OfClasses):
         """The weight of each row's class: [R]."""
         return self.counts(targets)
 
+    def occurrences(self, targets: Tensor, scored: int) -> Tensor:
+        """Of each class: [K]."""
+        return targets[self._counting(targets)].bincount(minlength=scored)
+
     def check_outputs(self, outputs: Tensor, targets: Tensor, names: Sequence[str]) -> None:
         """Scores [R, at least K]. Raises ConfigError."""
         if outputs.dim() != 2:

@@ -94,6 +94,12 @@ class Task(Thing):
         """How many classes a model tells apart; `given` is the shape of what it gives for a row. 0: none."""
         return 0
 
+    def occurrences(self, targets: Tensor, scored: int) -> Tensor | None:
+        """How many of the targets [n] that count are of each of the `scored` classes: [K]. None: a row has no single
+        class.
+        """
+        return None
+
     def mixable(self, outputs: Tensor) -> Tensor:
         """What of several models' outputs is averaged in an ensemble. By default the outputs themselves."""
         return outputs

@@ -123,7 +123,8 @@ class Hello(Message, tag="Hello"):
     """The first message: who the client is, and what it takes the run to be. It has `samples` training samples (n_k),
     which count `mass` together, and a state after `step` steps (0: a fresh one). `wants_server`: it would like to have
     the server's part of the model at the end. `tests`: a client with data of its own has held out so many test rows of
-    them, of which it reports the `metrics` (0: it has none).
+    them, of which it reports the `metrics` (0: it has none). `counts`: how many of its training samples are of each
+    class, where the server adjusts logits by it.
     """
 
     client: Name
@@ -135,6 +136,7 @@ class Hello(Message, tag="Hello"):
     wants_server: bool = False
     tests: Count = 0
     metrics: Annotated[list[Name], Meta(max_length=256)] = []
+    counts: Annotated[list[Count], Meta(max_length=1 << 16)] = []
 
     def __repr__(self) -> str:  # goes to logs: without the token
         return f"Hello(client={self.client!r}, samples={self.samples}, step={self.step}, terms={self.terms})"
