@@ -7,11 +7,14 @@ import json
 import math
 import os
 import shutil
+import stat
+import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cutlayer.errors import CutlayerError, DiskFullError, RunFolderError
+from cutlayer.errors import CutlayerError, CutlayerWarning, DiskFullError, RunFolderError
 
 CONFIG, EVENTS = "config.toml", "events.jsonl"
 """The file that makes a folder that of a run, and the one that only a run with clients on other machines has."""
@@ -45,6 +48,37 @@ def _write(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+
+
+@contextmanager
+def private(*folders: Path) -> Iterator[None]:
+    """What is made meanwhile is its owner's alone, whatever the umask: folders have the mode 0700, files 0600. Those of
+    `folders` are made, and they and the files in them get these modes if they were there before.
+    """
+    before = os.umask(0o077)
+    try:
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+            _take_away(folder)
+        yield
+    finally:
+        os.umask(before)
+
+
+def _take_away(folder: Path) -> None:
+    """Others' permissions to a folder of ours, and to the files in it."""
+    for path in (folder, *folder.iterdir()):
+        mode = path.lstat().st_mode
+        if stat.S_IMODE(mode) & 0o077 and not stat.S_ISLNK(mode):
+            try:
+                path.chmod(stat.S_IMODE(mode) & 0o700)
+            except PermissionError:
+                warnings.warn(
+                    f"{str(path)!r} belongs to another user, who decides who can read it: give this one a folder of "
+                    "its own",
+                    CutlayerWarning,
+                    stacklevel=2,
+                )
 
 
 def append_line(path: Path, line: str) -> None:

@@ -42,7 +42,8 @@ CROSSING, DEFENCES = "What crosses the cut", "Defences of the smashed data"
 COSTS = "Virtual clock and energy model (none without a client device)"
 OUTPUT, FAULTS = "Computing, evaluation and checkpoints", "Faults"
 BUDGETS = "Budgets of a client"
-GROUPS = (WHAT, DATA, TASK, CLIENTS, MODEL, TRAINING, "", CROSSING, DEFENCES, BUDGETS, COSTS, OUTPUT, FAULTS)
+ALLOWED = "What the server may ask of this client"
+GROUPS = (WHAT, DATA, TASK, CLIENTS, MODEL, TRAINING, "", CROSSING, DEFENCES, BUDGETS, COSTS, OUTPUT, FAULTS, ALLOWED)
 
 When = Literal["", "split", "together", "u-shaped", "group", "averages"]
 """With which algorithms an option has an effect: all; those that cut the model; those whose server gets the rows of
@@ -280,6 +281,31 @@ class FaultConfig(_Config):
     faulty: Literal["exclude", "readmit", "stop"] = _field("exclude", FAULTS)
     """What happens to a client that sends NaN, wrong shapes or no message at all: it is excluded from the run; or it
     loses its connection and may come back; or the run ends."""
+
+
+class BudgetConfig(_Config):
+    """The most that a client answers, by its own file: the table [budget], or flags of `join`. What is not given
+    follows from the study, with room for what is repeated after restarts.
+    """
+
+    max_rounds: int | None = _field(None, ALLOWED, ge=1)
+    """Rounds that the server may begin. Default: twice the study's, and five."""
+    max_passes: int | None = _field(None, ALLOWED, ge=0)
+    """Batches of this client's own rows whose smashed data are sent. Default: those of the rounds."""
+    max_batches: int | None = _field(None, ALLOWED, ge=0)
+    """Batches that this client trains on. Default: those of the rounds."""
+    max_evaluations: int | None = _field(None, ALLOWED, ge=0)
+    """Requests to evaluate up to 1024 rows. Default: those of an evaluation in each round."""
+    max_models: int | None = _field(None, ALLOWED, ge=0)
+    """Times that this client gives its model. Default: what the algorithm needs; none if models stay."""
+    max_seconds: float | None = _field(None, ALLOWED, gt=0)
+    """Seconds of work for the server. Default: no limit."""
+    max_epsilon: float | None = _field(None, ALLOWED, gt=0)
+    """Epsilon that the smashed data of a sample may cost in all; needs noise. Default: no limit."""
+    delta: float = _field(1e-5, ALLOWED, gt=0, lt=1)
+    """The delta at which epsilon is stated, with Gaussian noise."""
+    give_model_despite_noise: bool = _field(False, ALLOWED)
+    """Give the model, which has no noise, although noise is added to smashed data."""
 
 
 class CommonConfig(FleetConfig):

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
+from cutlayer.defences import dp
 from cutlayer.errors import ConfigError
-from cutlayer.leakage import dp
 
 
 def test_sampled_gaussian_gives_the_published_values():

@@ -17,7 +17,7 @@ from support import ALGORITHMS, difference  # type: ignore[import-not-found]
 
 from cutlayer.build import load_source
 from cutlayer.errors import CutlayerError, ForbiddenError, WireError
-from cutlayer.options import RunConfig
+from cutlayer.options import BudgetConfig, RunConfig
 from cutlayer.remote.carrier import Answer, StoppedError
 from cutlayer.remote.sides import worker_of
 from cutlayer.remote.worker import Worker
@@ -86,7 +86,7 @@ def source() -> Any:
 
 def client(algorithm: str, **options: Any) -> Worker:
     config = RunConfig.of({**SMALL, **OWN.get(algorithm, {}), "algorithm": algorithm, **options})
-    return worker_of(config, 0, name="client-0", data=source())
+    return worker_of(config, 0, name="client-0", data=source(), budget=BudgetConfig(max_rounds=1000))
 
 
 def ask(worker: Worker, message: m.Message, body: bytes = b"") -> Answer | None:

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from cutlayer.errors import ConfigError
-from cutlayer.options import FaultConfig, RunConfig, normalised, overlaid, read_toml
+from cutlayer.options import BudgetConfig, FaultConfig, RunConfig, normalised, overlaid, read_toml
 
 
 def run_config(options: BaseModel | None, config: Path | None) -> RunConfig:
@@ -22,13 +22,21 @@ def run_config(options: BaseModel | None, config: Path | None) -> RunConfig:
 
 def fault_config(flags: BaseModel | None, config: Path | None) -> FaultConfig:
     """What is done about faults: the file's table [faults] with the flags over it. Raises ConfigError."""
-    table = {} if config is None else read_toml(config).get("faults", {})
+    return FaultConfig.of(_table("faults", "deadline = 30", flags, config))
+
+
+def budget_config(flags: BaseModel | None, config: Path | None) -> BudgetConfig:
+    """What a server may ask of a client: the file's table [budget] with the flags over it. Raises ConfigError."""
+    return BudgetConfig.of(_table("budget", "max_rounds = 30", flags, config))
+
+
+def _table(name: str, example: str, flags: BaseModel | None, config: Path | None) -> dict[str, Any]:
+    """The file's table of that name with the flags over it. Raises ConfigError."""
+    table = {} if config is None else read_toml(config).get(name, {})
     if not isinstance(table, dict):
-        raise ConfigError(
-            f"faults = {table!r} is not a table: write [faults] on a line, and below it e.g. deadline = 30"
-        )
+        raise ConfigError(f"{name} = {table!r} is not a table: write [{name}] on a line, and below it e.g. {example}")
     given = {} if flags is None else flags.model_dump(include=flags.model_fields_set)
-    return FaultConfig.of({**normalised(table), **given})
+    return {**normalised(table), **given}
 
 
 def merged_values(model: type[BaseModel], options: BaseModel | None, config: Path | None) -> dict[str, Any]:
@@ -36,7 +44,8 @@ def merged_values(model: type[BaseModel], options: BaseModel | None, config: Pat
     flags = {} if options is None else options.model_dump(include=options.model_fields_set)
     values = read_toml(config) if config is not None else {}
     if model is RunConfig:
-        values.pop("faults", None)  # for `serve`; it has no effect if all clients are in this process
+        for table in ("faults", "budget"):  # for `serve` and `join`; without effect if all clients are in this process
+            values.pop(table, None)
     return overlaid(values, flags)
 
 

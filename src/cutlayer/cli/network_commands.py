@@ -10,12 +10,12 @@ from pydantic import BaseModel
 
 from cutlayer.cli.application import ConfigFile, Out
 from cutlayer.cli.flags import command
-from cutlayer.cli.merging import fault_config, run_config
+from cutlayer.cli.merging import budget_config, fault_config, run_config
 from cutlayer.cli.printing import say
 from cutlayer.cli.progress import Monitor, resumable
 from cutlayer.cli.results import print_result, tell_of_data, tell_of_run, write_report
 from cutlayer.errors import ConfigError
-from cutlayer.options import FaultConfig, RunConfig
+from cutlayer.options import BudgetConfig, FaultConfig, RunConfig
 from cutlayer.plugins import label
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def serve(
     write_report(where)
 
 
-@command(sort_key=10, options=RunConfig)
+@command(sort_key=10, options=RunConfig, budget=BudgetConfig)
 def join(
     address: Annotated[str, FLAG],
     *,
@@ -124,6 +124,10 @@ def join(
     keepalive: Annotated[float, FLAG] = 10.0,
     message_limit: Annotated[float | None, FLAG] = None,
     watch: Annotated[Literal["off", "warn", "leave"], FLAG] = "off",
+    budget: BaseModel | None = None,
+    audit: File = None,
+    show: Annotated[bool, Parameter(group=NETWORK, negative=())] = False,
+    approve: Annotated[str | None, FLAG] = None,
     log: LogForm = "text",
 ) -> None:
     """Work as a client of a `serve` on another machine: dials out, keeps its data and its model, reconnects by itself.
@@ -160,10 +164,19 @@ def join(
     watch
         Look whether the gradients that come are those of the task (a server may send others, to read the inputs), and
         where they do not look like it: warn, or leave. Gradients that clients share (SplitAvg) are not looked at.
+        Models that come, where the algorithm averages them or hands them over, are looked at, too.
+    audit
+        The file in which this client records what it was asked and what it answered. Default: audit.jsonl in its
+        folder.
+    show
+        Contact nobody: say what the study will ask of this client, and what leaves it, with a fingerprint of that.
+    approve
+        Join only if the fingerprint of what this client is configured to do is this one.
     log
         What happens to the connection, on stderr: as text, or as JSON, one object per line.
     """
     from cutlayer.build import own_source
+    from cutlayer.remote.approval import check_approved, shown
     from cutlayer.remote.join import Joining
     from cutlayer.remote.join import join as work
     from cutlayer.remote.logs import show_log
@@ -182,9 +195,17 @@ def join(
     security = ClientSecurity(ca, certificate, key, token)
     folders = {name: None if folder is None else folder / name for name in client}
     limits = _limits(message_limit)
+    most = budget_config(budget, config)
     joining = [
-        Joining(address, name, security, folders[name], own, give_up_after, keepalive, watch, limits) for name in client
+        Joining(address, name, security, folders[name], own, give_up_after, keepalive, watch, limits, most, audit)
+        for name in client
     ]
+    if show:
+        for line in shown(merged, joining):
+            say(line)
+        return
+    if approve is not None:
+        check_approved(merged, joining, approve)
     for reason in dict.fromkeys(work(merged, joining)):
         say(reason)
 

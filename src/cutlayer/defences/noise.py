@@ -1,7 +1,7 @@
 """Smashed data is clipped, and noise is added.
 
 Noise is stated in units of the clip, and the kind of noise decides by which norm is clipped. Together they are
-differentially private, as `leakage.dp` states it.
+differentially private, as `dp` states it.
 """
 
 from __future__ import annotations

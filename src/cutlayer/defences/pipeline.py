@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -78,10 +79,14 @@ def _made(reference: str, values: dict[str, Any]) -> Defence:
 
 @dataclass(frozen=True)
 class Defences:
-    """The defences of all clients; `seed` names what they draw."""
+    """The defences of all clients; `seed` names what they draw. `secret`: it is a client's own secret. Then the draws
+    are named by the rows, too, as for own test rows: a server that has the same batch sent twice, by other weights,
+    gets other noise, so that no difference is free of it.
+    """
 
     seed: int = 0
     parts: tuple[Defence, ...] = ()
+    secret: bool = False
 
     @cached_property
     def in_order(self) -> tuple[Defence, ...]:
@@ -93,6 +98,11 @@ class Defences:
         """The name of a defence that adds a penalty to the client's loss; empty if none does."""
         adding = [p.entry.name for p in self.in_order if type(p).penalty is not Defence.penalty]
         return adding[0] if adding else ""
+
+    @property
+    def noisy(self) -> bool:
+        """Whether one adds noise, or hides features in a way of which no more is known than that."""
+        return any(not p.exact for p in self.in_order)
 
     @property
     def active(self) -> bool:
@@ -118,7 +128,10 @@ class Defences:
         """Smashed data [R, s...] of one training step; `x` are each client's inputs, one tensor [b_k, ...] or several,
         `clocks` how many batches each had drawn before.
         """
-        draws = [self._draw("step", k, clock) for k, clock in zip(clients, clocks, strict=True)]
+        ends = np.cumsum(sizes).tolist()
+        of = [tuple(r[end - n : end] for r in rows) for n, end in zip(sizes, ends, strict=True)] if self.secret else []
+        names = [[_digest(own)] for own in of] or [[] for _ in clients]
+        draws = [self._draw("step", k, t, *name) for k, t, name in zip(clients, clocks, names, strict=True)]
         leaves = tuple(r.detach().requires_grad_(r.is_floating_point()) for r in rows)
         with torch.enable_grad():
             sent = self._sent(leaves, sizes, draws)
@@ -134,11 +147,8 @@ class Defences:
         """Smashed data of test rows that are the client's own. What is drawn is named by the rows: the same rows are
         sent the same again, and those of another model with other noise, so that no difference is free of it.
         """
-        digest = hashlib.sha256()
-        for row in rows:
-            digest.update(row.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         with torch.no_grad():
-            return self._sent(rows, [len(rows[0])], [self._draw("own test", client, digest.hexdigest())])
+            return self._sent(rows, [len(rows[0])], [self._draw("own test", client, _digest(rows))])
 
     def fresh(self, rows: Rows) -> Rows:
         """The same for anyone's rows, with draws of torch's global generator: what an attacker who knows the defences
@@ -157,6 +167,14 @@ class Defences:
             sent = _protected(part, sent, sizes, draws)
         done = dict(zip(real, sent, strict=True))
         return tuple(done.get(i, r) for i, r in enumerate(rows))
+
+
+def _digest(rows: Rows) -> str:
+    """SHA-256 of the rows' numbers."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(row.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _protected(part: Defence, rows: Rows, sizes: Sequence[int], draws: Sequence[torch.Generator]) -> Rows:

@@ -80,6 +80,7 @@ def read(values: Mapping[str, Any]) -> tuple[RunConfig, Hosting]:
     if not isinstance(serve, Mapping):
         raise ConfigError(f"serve = {serve!r} is not a table: write its names below [tool.flwr.app.config.serve]")
     below = read_toml(Path(str(file))) if file else {}
+    below.pop("budget", None)  # a client's own
     hosting = Hosting.of({**normalised(below.pop("faults", {})), **normalised(serve)})
     merged = overlaid(below, normalised(tables))
     config = RunConfig.of(merged)

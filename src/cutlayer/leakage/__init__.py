@@ -8,7 +8,7 @@ No single number measures leakage; the instruments make a bracket:
 - `reconstruct`, `hijack`: how well a passive and an active attacker in fact do, beside attackers that do nothing;
 - `ranks`: cheap measures that only order; label leakage from cut gradients;
 - `calibration`: what an estimator reads where the answer is known, and whether two readings may be ranked at all;
-- `dp`: what a noise guarantees, whatever the attacker does.
+- `defences.dp`: what a noise guarantees, whatever the attacker does.
 
 Every function takes a seed, leaves global random state alone, and returns frozen dataclasses of plain numbers.
 """

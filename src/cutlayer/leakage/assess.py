@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cutlayer import defences, seeds
+from cutlayer.defences.dp import Statement
 from cutlayer.defences.feature_dropout import FeatureDropout
 from cutlayer.defences.noise import Noise
 from cutlayer.errors import ConfigError, DataError, unknown
@@ -19,7 +20,6 @@ from cutlayer.files import finite_or_null
 from cutlayer.leakage import mutual
 from cutlayer.leakage.calibration import Calibrated, calibrate, rank
 from cutlayer.leakage.calibration import Estimator as KnownEstimator
-from cutlayer.leakage.dp import Statement
 from cutlayer.leakage.information import LEAST, Usable, usable
 from cutlayer.leakage.inputs import smash
 from cutlayer.leakage.mutual import UpperBound, View

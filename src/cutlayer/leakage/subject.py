@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from cutlayer import checkpoint, defences, seeds
 from cutlayer.build import Training, assemble, deal
 from cutlayer.data.samples import Samples, Source
+from cutlayer.defences import dp
 from cutlayer.defences.noise import Noise
 from cutlayer.defences.pipeline import Defences
 from cutlayer.errors import ConfigError, DataError, RunFolderError
 from cutlayer.files import read_records
 from cutlayer.folder import CHECKPOINT, EVALUATIONS, SNAPSHOTS, stored_config
-from cutlayer.leakage import dp
 from cutlayer.leakage.inputs import Client, smash
 from cutlayer.models.parts import load_own
 from cutlayer.options import RunConfig

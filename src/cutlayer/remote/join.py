@@ -6,6 +6,7 @@ import secrets
 import signal
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -13,15 +14,16 @@ from types import FrameType
 from cutlayer.build import load_source
 from cutlayer.data.samples import Source
 from cutlayer.errors import RunFolderError
-from cutlayer.files import replace_file
+from cutlayer.files import private, replace_file
 from cutlayer.folder import locked
-from cutlayer.options import RunConfig
+from cutlayer.options import BudgetConfig, RunConfig
 from cutlayer.plugins import registered_name
+from cutlayer.remote.audit import AUDIT, Audit
 from cutlayer.remote.dial import Dialler, dial_all
 from cutlayer.remote.network import KEEPALIVE
 from cutlayer.remote.security import ClientSecurity
 from cutlayer.remote.sides import client_number, worker_of
-from cutlayer.remote.worker import Watching
+from cutlayer.remote.worker import Watching, Worker
 from cutlayer.wire.limits import Limits
 
 
@@ -30,7 +32,8 @@ class Joining:
     """How a client joins: the server's `address`, its name (`client-<k>`), what it trusts and shows, the folder that
     keeps its state, data of its own (None: its share of the configuration's), seconds of trying after which it gives up
     (None: never), and between pings; `watch`: what to do where the server's gradients do not look like the task's;
-    `limits` bound messages.
+    `limits` bound messages; `budget` is the most that it answers; `audit` is the file in which it records what it was
+    asked (None: one in the folder, if there is one).
     """
 
     address: str
@@ -42,6 +45,13 @@ class Joining:
     keepalive: float = KEEPALIVE
     watch: Watching = "off"
     limits: Limits = field(default_factory=Limits)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    audit: Path | None = None
+
+    @property
+    def record(self) -> Path | None:
+        """Where the client records what it was asked."""
+        return self.folder / AUDIT if self.audit is None and self.folder is not None else self.audit
 
 
 def join(config: RunConfig, joining: Sequence[Joining]) -> list[str]:
@@ -61,44 +71,54 @@ def join(config: RunConfig, joining: Sequence[Joining]) -> list[str]:
 
 def _work(config: RunConfig, joining: Sequence[Joining], stop: threading.Event) -> list[str]:
     shared: Source | None = None  # what several clients are dealt from is read once
-    workers, locks = [], []  # a lock holds as long as its file is open
-    for j in joining:
-        if j.folder is not None:
-            j.folder.mkdir(parents=True, exist_ok=True)
-            locks.append(locked(j.folder))
-        token = j.security.token or ""
-        number = client_number(j.name)
-        if j.data is None and shared is None:
-            shared = load_source(config, None)
-        own = {"own": j.data} if j.data is not None else {"data": shared}
-        workers.append(
-            worker_of(
-                config,
-                number,
-                name=j.name,
-                run=registered_name("algorithm", config.algorithm),
-                token=token,
-                folder=j.folder,
-                watch=j.watch,
-                noise_seed=_secret(j.folder),
-                **own,
+    with ExitStack() as stack:
+        workers = []
+        for j in joining:
+            if j.folder is not None:
+                stack.enter_context(private(j.folder))
+                stack.enter_context(locked(j.folder))  # a lock holds as long as its file is open
+            if j.data is None and shared is None:
+                shared = load_source(config, None)
+            worker = made(config, j, shared, noise_seed=_secret(j.folder))
+            stack.callback(_close, worker)
+            worker.stop = stop
+            workers.append(worker)
+        diallers = [
+            Dialler(
+                j.address, j.security, worker, limits=j.limits, give_up_after=j.give_up_after, keepalive=j.keepalive
             )
-        )
-    for worker in workers:
-        worker.stop = stop
-    diallers = [
-        Dialler(j.address, j.security, worker, limits=j.limits, give_up_after=j.give_up_after, keepalive=j.keepalive)
-        for j, worker in zip(joining, workers, strict=True)
-    ]
-    try:
+            for j, worker in zip(joining, workers, strict=True)
+        ]
         return dial_all(diallers, stop)
-    finally:
-        for worker in workers:
-            worker.duty.samples.close()
-            if worker.duty.own_test is not None:
-                worker.duty.own_test.samples.close()
-        for lock in locks:
-            lock.close()
+
+
+def made(config: RunConfig, joining: Joining, shared: Source | None, *, noise_seed: int, alone: bool = False) -> Worker:
+    """The client that joins so, on its own data or its part of those that are `shared`; `alone`: it keeps nothing and
+    records nothing, and is only looked at. Raises UsageError.
+    """
+    record = None if alone else joining.record
+    own = {"own": joining.data} if joining.data is not None else {"data": shared}
+    return worker_of(
+        config,
+        client_number(joining.name),
+        name=joining.name,
+        run=registered_name("algorithm", config.algorithm),
+        token=joining.security.token or "",
+        folder=None if alone else joining.folder,
+        watch=joining.watch,
+        noise_seed=noise_seed,
+        budget=joining.budget,
+        audit=None if record is None else Audit(record, joining.name, joining.address),
+        **own,
+    )
+
+
+def _close(worker: Worker) -> None:
+    """The end of this process."""
+    worker.duty.samples.close()
+    if worker.duty.own_test is not None:
+        worker.duty.own_test.samples.close()
+    worker.close()
 
 
 def _secret(folder: Path | None) -> int:
@@ -109,9 +129,8 @@ def _secret(folder: Path | None) -> int:
         return secrets.randbits(63)
     path = folder / _NOISE
     if not path.exists():
-        path.touch(mode=0o600)
-        replace_file(path, f"{secrets.randbits(63)}\n".encode())
-        path.chmod(0o600)
+        with private():
+            replace_file(path, f"{secrets.randbits(63)}\n".encode())
     try:
         return int(path.read_text("utf-8"))
     except ValueError:

@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any
 
 from cutlayer.errors import AbsentError, TrainingError
-from cutlayer.files import append_line
+from cutlayer.files import append_line, private
 from cutlayer.folder import CHECKPOINT, CONFIG, EVENTS
 from cutlayer.options import FaultConfig, RunConfig
 from cutlayer.plugins import registered_name
@@ -96,7 +96,13 @@ class Service:
 
     @contextmanager
     def open(self) -> Iterator[Run]:
-        """The run, with a clean end on SIGTERM. Unless the run is done, clients dial again until the server is back."""
+        """The run, with a clean end on SIGTERM, in a folder that its owner alone can read. Unless the run is done,
+        clients dial again until the server is back.
+        """
+        with private(*([self.out] if self.out.is_dir() else [])):
+            yield from self._open()
+
+    def _open(self) -> Iterator[Run]:
         before = signal.signal(signal.SIGTERM, _interrupt)
         try:
             yield self.run

@@ -19,21 +19,26 @@ from cutlayer import defences, plugins
 from cutlayer.build import Data, Model, Prepared, Training, prepare
 from cutlayer.cohort import Tell
 from cutlayer.data.samples import AtClient, Samples, Source
+from cutlayer.defences.noise import Noise
+from cutlayer.defences.pipeline import Defences
 from cutlayer.engine.local import Client
 from cutlayer.errors import ConfigError
 from cutlayer.frozen import digest
 from cutlayer.models.parts import Crossing
 from cutlayer.models.weights import digest_of
-from cutlayer.options import RunConfig, about
+from cutlayer.options import BudgetConfig, RunConfig, about
+from cutlayer.remote.allowance import PIECES, SPENT, Allowance, Purse, Study, statement
+from cutlayer.remote.audit import Audit
 from cutlayer.remote.carrier import Carrier
 from cutlayer.remote.far import Remote, RemoteCohort
 from cutlayer.remote.worker import Duty, Keeping, OwnTest, Watching, Worker
 from cutlayer.run import Run
-from cutlayer.scoring import reported, try_metrics
+from cutlayer.scoring import ROWS_PER_PASS, reported, try_metrics
 from cutlayer.server import Server
 from cutlayer.tasks import Task, Value
 from cutlayer.trained import describe
 from cutlayer.types import as_tuple
+from cutlayer.verbs import FORWARD
 from cutlayer.wire import agree, described, fingerprint, specs
 from cutlayer.wire import messages as m
 from cutlayer.wire.names import named
@@ -215,11 +220,14 @@ def worker_of(
     model: Model | None = None,
     data: Data | None = None,
     own: Source | None = None,
+    budget: BudgetConfig | None = None,
+    audit: Audit | None = None,
 ) -> Worker:
     """A client's side: client number `client` of the configuration, with its share of the data, or with data of its
     `own`. What its defences draw is named by `noise_seed`: by default the configuration's seed, as in a simulation,
     which the server knows, so that it could subtract the noise. If clients are tested on rows of their own, those of
     `own` data are the test rows that the data bring, or a share that is held out of them.
+    `budget` says how much it answers at most, by its own file; in `audit` it records what it was asked.
 
     Raises UsageError as `assemble` does; ConfigError for a number that is not a client's, for a watch over targets that
     are not classes, and for a task that is to be fitted to training data which the server does not see.
@@ -235,6 +243,15 @@ def worker_of(
         _check_fitted(config, p.clients.task)
     lower, tail = p.clients.models[client]
     share, protection = torch.from_numpy(p.clients.rows[client]), defences.of(config)
+    budget = budget or BudgetConfig()
+    noise = protection.get(Noise)
+    noise = noise if noise is not None and noise.scale else None
+    if noise_seed is not None:  # otherwise the server can draw the noise, too, and nothing is promised
+        _check_promise(config, protection, budget)
+    _check_epsilon(budget, noise)
+    test = _own_test(p, client) if tested else None
+    study = study_of(p, len(share), test, dealt=own is None)
+    allowance = Allowance.of(study, budget, noise)
     return Worker(
         Duty(
             name=name,
@@ -252,7 +269,7 @@ def worker_of(
             returning=p.split.returning,
             up=p.coding.up,
             down=p.coding.down,
-            defences=protection if noise_seed is None else replace(protection, seed=noise_seed),
+            defences=protection if noise_seed is None else replace(protection, seed=noise_seed, secret=True),
             token=token,
             folder=folder,
             watch=watch,
@@ -260,13 +277,61 @@ def worker_of(
             needs=p.algorithm.traits.needs,
             seeks=config.cache_features,
             moves_optimizer=p.algorithm.moves_optimizer,
-            quota=_quota(p, len(share)),
+            quota=study.quota,
+            study=study,
             whole=_keeping(p, own=model is not None) if config.share_server_model and folder is not None else None,
-            own_test=_own_test(p, client) if tested else None,
             shift=None if p.clients.shifts is None else p.clients.shifts[client],
             class_counts=p.class_counts[client] if p.adjusts_at_server else (),
+            own_test=test,
+            purse=Purse(name, allowance, len(share), None if folder is None else folder / SPENT),
+            audit=audit,
+            noise=noise,
+            delta=budget.delta,
         )
     )
+
+
+def _check_promise(config: RunConfig, protection: Defences, budget: BudgetConfig) -> None:
+    """Raises ConfigError where models would leave that tell what the noise on smashed data hides: before anything is
+    sent.
+    """
+    if protection.noisy and config.traits.models_cross and not budget.give_model_despite_noise:
+        raise ConfigError(
+            f"noise is added to smashed data, but {config.algorithm} has each client give its model, which is trained "
+            "on its rows without noise and tells what the noise hides: choose an algorithm whose models stay, or set "
+            "give_model_despite_noise = true in [budget] if that is meant"
+        )
+
+
+def _check_epsilon(budget: BudgetConfig, noise: Noise | None) -> None:
+    """Raises ConfigError for a limit to epsilon that nothing could keep."""
+    if budget.max_epsilon is None:
+        return
+    if noise is None:
+        raise ConfigError(
+            f"max_epsilon = {budget.max_epsilon} cannot be kept without noise: give clip and gaussian_noise, or leave "
+            "it out"
+        )
+    if (once := statement(noise, 1, budget.delta).epsilon) > budget.max_epsilon:
+        raise ConfigError(
+            f"max_epsilon = {budget.max_epsilon} is less than sending each sample once costs, {once:.4g}: add more "
+            "noise, or raise it"
+        )
+
+
+def study_of(p: Prepared, samples: int, test: OwnTest | None, *, dealt: bool) -> Study:
+    """What the configuration says of the training of a client with so many samples. `dealt`: its data are a share of
+    the configuration's, so that everybody's sizes and the server's test rows are known.
+    """
+    config, traits = p.config, p.algorithm.traits
+    quota = _quota(p, samples)
+    depends = config.rounds is None and p.algorithm.part_of_round[1] is not None
+    held_out = [p.source.validation, *([p.source.test] if config.evaluate_on != "own" else []), *p.own_tests.values()]
+    pieces = sum(-(-len(rows) // ROWS_PER_PASS) for rows in held_out) if dealt else PIECES
+    pieces *= 2 if traits.u_shaped else 1
+    pieces += 0 if test is None else -(-len(test.samples) // ROWS_PER_PASS)
+    models = quota + config.clients + 1 if traits.models_cross else 0  # lent to each client that is tested
+    return Study(None if depends and not dealt else p.rounds, quota, pieces, models, FORWARD in traits.needs)
 
 
 def _quota(p: Prepared, samples: int) -> int:

@@ -11,8 +11,9 @@ from __future__ import annotations
 import copy
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from cutlayer import checkpoint
 from cutlayer.data.batches import Batches
 from cutlayer.data.samples import Samples
+from cutlayer.defences.noise import Noise
 from cutlayer.defences.pipeline import Defences, Guarded
 from cutlayer.defences.watch import Watch
 from cutlayer.engine.local import Client
@@ -32,6 +34,8 @@ from cutlayer.folder import LAST
 from cutlayer.frozen import load_moving, moving
 from cutlayer.models.parts import Crossing
 from cutlayer.optim import MakeOptimizer, as_tensor, load_optimizer
+from cutlayer.remote.allowance import Purse, Study, statement
+from cutlayer.remote.audit import Audit
 from cutlayer.remote.carrier import Answer, StoppedError
 from cutlayer.scoring import ROWS_PER_PASS, Outputs, Tally, evaluate, reported
 from cutlayer.tasks import Task, Value
@@ -78,13 +82,14 @@ class OwnTest:
 class Duty:
     """What a client is set up with: its name and number, private data, its parts of the model, the terms that both
     sides agree on. `folder` keeps its state (None: nothing is kept). `watch`: what to do if the gradients do not look
-    like the task's. `shares`: the algorithm may send a gradient that several clients share. `needs`: the verbs
-    that the algorithm uses; requests that serve other verbs are refused. `whole`: the client wants the server's part at
-    the end, to keep the whole model in its folder. `own_test`: it is tested on rows of its own. `seeks`: the
-    server may name the batch that it wants (cache_features). `moves_optimizer`: the optimiser's state travels with the
-    model. `quota`: the batches of a round by the client's own configuration (None: not known).
-    `shift` [K] is added to the scores in losses that are computed here; `class_counts` [K] are for a server that
-    adjusts logits by them.
+    like the task's. `shares`: the algorithm may send a gradient that several clients share. `needs`: the verbs that the
+    algorithm uses; requests that serve other verbs are refused. `whole`: the client wants the server's part at the end,
+    to keep the whole model in its folder. `own_test`: it is tested on rows of its own. `seeks`: the server may name the
+    batch that it wants (cache_features). `moves_optimizer`: the optimiser's state travels with the model. `quota`: the
+    batches of a round by the client's own configuration (None: not known); `study` all that it says of the training.
+    `purse`: what it may still answer; `audit`: its record of what it was asked. `noise`: the noise that smashed data
+    get, whose epsilon is stated at `delta`. `shift` [K] is added to the scores in losses that are computed here;
+    `class_counts` [K] are for a server that adjusts logits by them.
     """
 
     name: str
@@ -115,6 +120,11 @@ class Duty:
     quota: int | None = None
     shift: Tensor | None = None
     class_counts: Sequence[int] = ()
+    study: Study | None = None
+    purse: Purse | None = None
+    audit: Audit | None = None
+    noise: Noise | None = None
+    delta: float = 1e-5
 
     @property
     def traits(self) -> Traits:
@@ -134,7 +144,9 @@ class Worker:
         self._rate = duty.lr
         self._quota = 0  # batches of this round
         self._left = 0  # of these, those that have not been drawn
+        self._drawn = torch.empty(0, dtype=torch.int64)  # the numbers of the last batch's rows
         self._pending: _Pending = "nothing"  # what the last batch waits for
+        self._began = 0.0  # when the last request came
         self.stop: threading.Event | None = None
         self.steps = 0  # of the run, at the last state that was kept
         self._seen = 0  # the step of the last request: how far this process has come
@@ -178,6 +190,8 @@ class Worker:
         except RunFolderError as error:
             return m.Refused("state", str(error))
         self._joined = True
+        if self.duty.audit is not None:
+            self.duty.audit.event("joined", step=welcome.step, clients=welcome.clients)
         if self.duty.whole is not None and not welcome.shares_server:
             log.warning("%s: the server keeps its part of the model: it has no share_server_model", self.duty.name)
         return None
@@ -186,18 +200,32 @@ class Worker:
         """Answer a request; None if it has no answer. Raises CutlayerError alone, whatever was asked: ForbiddenError
         for what this client does not permit, WireError for what cannot be answered, NonFiniteError, DistrustError.
         """
+        audit = self.duty.audit
+        self._began = time.perf_counter()
         try:
-            return self._answered(frame)
-        except (ForbiddenError, DistrustError) as error:
+            answer = self._answered(frame)
+        except Exception as error:
+            if audit is not None:
+                audit.refused(frame, error)
+            named = self._named(frame, error)
+            raise named from (error.__cause__ if named is error else error)
+        finally:
+            if self.duty.purse is not None:
+                self.duty.purse.work(time.perf_counter() - self._began)
+        if audit is not None:
+            audit.answered(frame, answer)
+        return answer
+
+    def _named(self, frame: Frame, error: Exception) -> CutlayerError:
+        """An error by one of Cutlayer's own names; that a client leaves is logged."""
+        if isinstance(error, (ForbiddenError, DistrustError)):
             log.error("%s leaves: %s", self.duty.name, error)
-            raise
-        except CutlayerError:
-            raise
-        except Exception as error:  # of torch, or of code of the user's own
-            raise WireError(
-                f"{type(frame.message).__name__} cannot be answered ({type(error).__name__}: {plain(error)}): look at "
-                "what the server sends, and at this client's data and model"
-            ) from error
+        if isinstance(error, CutlayerError):
+            return error
+        return WireError(  # of torch, or of code of the user's own
+            f"{type(frame.message).__name__} cannot be answered ({type(error).__name__}: {plain(error)}): look at what "
+            "the server sends, and at this client's data and model"
+        )
 
     def _answered(self, frame: Frame) -> Answer | None:
         message = frame.message
@@ -205,6 +233,8 @@ class Worker:
         if served is None:
             raise WireError(f"{type(message).__name__} is not a request that a client answers")
         self._check_needed(message, served)
+        if self.duty.purse is not None:
+            self.duty.purse.check_time()
         self._seen = getattr(message, "step", self._seen)
         return served.method(self, message, frame.body)
 
@@ -223,6 +253,10 @@ class Worker:
     def _begin_round(self, message: m.BeginRound, body: memoryview) -> None:
         if message.index >= message.total:
             raise WireError(f"the server begins round {message.index} of {message.total}: rounds are counted from 0")
+        if (purse := self.duty.purse) is not None:
+            purse.check_total(message.total)
+            purse.spend("rounds")
+            self._tell_privacy()
         self.client.stepping.settle()
         self._rate, self._quota = self.duty.lr * message.lr_factor, message.batches
         self._left = message.batches
@@ -237,10 +271,39 @@ class Worker:
             "server and clients the same file, or do not join this server"
         )
 
+    def _tell_privacy(self) -> None:
+        """Log what the smashed data that were sent so far cost, where noise is added to them."""
+        if sentence := self.privacy:
+            log.info("%s: %s", self.duty.name, sentence)
+
+    @property
+    def privacy(self) -> str:
+        """What the smashed data that were sent so far cost; empty where no noise is added, or nothing was sent."""
+        d = self.duty
+        if d.noise is None or d.purse is None or not d.purse.spent.releases:
+            return ""
+        return f"privacy spent so far: {statement(d.noise, d.purse.spent.releases, d.delta)}"
+
+    def close(self) -> None:
+        """The end of this process: what was spent is kept, and logged."""
+        self._tell_privacy()
+        if self.duty.purse is not None:
+            self.duty.purse.close()
+        if self.duty.audit is not None:
+            spent = {} if self.duty.purse is None else asdict(self.duty.purse.spent)
+            self.duty.audit.event("ended", spent=spent)
+            self.duty.audit.close()
+
     def _settle(self, message: m.Settle, body: memoryview) -> Answer:
         return m.Settled(message.step), ()
 
+    def _spend(self, what: str, count: int = 1) -> None:
+        """Raises BudgetError where that is more than this client answers."""
+        if self.duty.purse is not None:
+            self.duty.purse.spend(what, count)
+
     def _give_model(self, message: m.GiveModel, body: memoryview) -> Answer:
+        self._spend("models")
         self.client.stepping.settle()
         return m.ModelUp(message.step), encode_named(state_of(self.client.module))
 
@@ -283,7 +346,9 @@ class Worker:
             restore(self.client.optimizer, body)
 
     def _draw(self) -> tuple[Samples, int]:
+        self._spend("batches")
         rows, sizes, clocks = self._batches.draw([0])
+        self._drawn = rows
         self._left -= 1
         return self.duty.samples.batch(rows, self._batches.epochs([0], sizes, clocks)), int(clocks[0])
 
@@ -322,6 +387,8 @@ class Worker:
         if message.batch is not None:
             self._batches.drawn[0] = message.batch
         batch, clock = self._draw()
+        if self.duty.purse is not None:
+            self.duty.purse.send(self._drawn.numpy())
         smashed = self.client.forward(batch, self.duty.seed, clock)
         self._pending, self._guarded = "tail" if self.duty.traits.u_shaped else "gradient", None
         sent = [s.detach() for s in smashed]
@@ -433,6 +500,8 @@ class Worker:
         """Between two batches of local training. Raises StoppedError where this process is to end."""
         if self.stop is not None and self.stop.is_set():
             raise StoppedError("stopped between two batches")
+        if self.duty.purse is not None:
+            self.duty.purse.check_time(time.perf_counter() - self._began)
 
     def _unfit_part(self, message: m.Evaluate) -> str:
         """Why a part of the model is not evaluated: the client has no such part, or sends its outputs in other ways."""
@@ -450,6 +519,7 @@ class Worker:
             raise WireError(
                 f"the server asks to evaluate {message.rows} rows at once: they are 1 to {ROWS_PER_PASS} in a piece"
             )
+        self._spend("evaluations")
         c.stepping.settle()
         c.module.eval()
         with torch.no_grad():
@@ -493,6 +563,7 @@ class Worker:
     def _own_forward(self, message: m.OwnForward, body: memoryview) -> Answer:
         c, d = self.client, self.duty
         part = self._own_rows(message)
+        self._spend("evaluations")
         c.stepping.settle()
         c.module.eval()
         with torch.no_grad():
@@ -521,6 +592,7 @@ class Worker:
     def _give_scores(self, message: m.GiveScores, body: memoryview) -> Answer:
         d, own = self.duty, self._own_test
         if own.shape == "whole":
+            self._spend("evaluations")
             found = evaluate(d.task, own.samples, [d.index], self._own_outputs, names=own.names)
         elif self._tally is None or self._tallied != len(own.samples):
             raise WireError(
