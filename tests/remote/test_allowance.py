@@ -20,7 +20,7 @@ from cutlayer.defences import dp, of
 from cutlayer.errors import BudgetError, ConfigError, CutlayerError, DiskFullError, RunFolderError, WireError
 from cutlayer.files import private, replace_file
 from cutlayer.options import BudgetConfig, RunConfig
-from cutlayer.remote.allowance import SPENT, Allowance, Study, most_releases
+from cutlayer.remote.allowance import SPENT, Allowance, Extent, most_releases
 from cutlayer.remote.approval import UNCOVERED, fingerprint_of, shown
 from cutlayer.remote.approval import check_approved as approve
 from cutlayer.remote.audit import Audit
@@ -149,14 +149,14 @@ def test_a_damaged_account_is_said_to_be(tmp_path: Path, damage: str) -> None:
 def test_the_study_of_each_kind() -> None:
     """Rounds are not known where they depend on other clients' data."""
     study = client(evaluate_on="both").duty.study
-    assert study == Study(rounds=3, quota=3, evaluations=4, models=0, sends=True)
-    assert client(algorithm="sfl").duty.study == Study(3, 3, 2, 6, sends=True)
-    assert client(algorithm="fl", local_steps=2).duty.study == Study(3, 2, 2, 5, sends=False)
-    assert client(algorithm="ussl", cut="hidden1", tail_cut="hidden2").duty.study == Study(3, 3, 4, 6, sends=True)
-    unknown = Allowance.of(Study(None, 2, 1, 3, sends=False), BudgetConfig())
+    assert study == Extent(rounds=3, quota=3, evaluations=4, models=0, sends=True)
+    assert client(algorithm="sfl").duty.study == Extent(3, 3, 2, 6, sends=True)
+    assert client(algorithm="fl", local_steps=2).duty.study == Extent(3, 2, 2, 5, sends=False)
+    assert client(algorithm="ussl", cut="hidden1", tail_cut="hidden2").duty.study == Extent(3, 3, 4, 6, sends=True)
+    unknown = Allowance.of(Extent(None, 2, 1, 3, sends=False), BudgetConfig())
     assert unknown.total is None
     assert unknown.rounds > 1 << 20
-    known = Allowance.of(Study(None, 2, 1, 3, sends=True), BudgetConfig(max_rounds=7))
+    known = Allowance.of(Extent(None, 2, 1, 3, sends=True), BudgetConfig(max_rounds=7))
     assert known == Allowance(7, 14, 14, 8, 24, None, None, 7)
 
 

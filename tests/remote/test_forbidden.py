@@ -21,6 +21,7 @@ from cutlayer.options import BudgetConfig, RunConfig
 from cutlayer.remote.carrier import Answer, StoppedError
 from cutlayer.remote.sides import worker_of
 from cutlayer.remote.worker import Worker
+from cutlayer.verbs import AVERAGE, BACKWARD, FIT, FORWARD, HAND_OVER, LEARN, TAIL
 from cutlayer.wire import Frame, encode, encode_named, pack, unpack
 from cutlayer.wire import messages as m
 
@@ -64,14 +65,31 @@ REQUESTS: dict[str, m.Message] = {
     "commit": m.Save(1, "commit"),
 }
 ALWAYS = {"round", "settle", "prepare", "commit"}
-SPLIT = ALWAYS | {"forward", "forward without labels", "own", "lower"}
-MODELS = {"give model", "take model"}
-PERMITTED = {
-    **dict.fromkeys(["psl", "slr", "sflv3"], SPLIT),
-    **dict.fromkeys(["sgl", "sglr"], SPLIT | {"common"}),
-    **dict.fromkeys(["sfl", "sflv1", "sflv2", "ssl"], SPLIT | MODELS),
-    "ussl": (SPLIT | MODELS | {"tail", "evaluate tail"}) - {"forward"},
-    "fl": ALWAYS | MODELS | {"fit", "whole"},
+NEEDED: dict[str, set[str]] = {  # by the verbs of an algorithm
+    FORWARD: {"forward", "forward without labels", "lower"},
+    BACKWARD: {"own"},
+    TAIL: {"tail", "evaluate tail"},
+    FIT: {"fit", "whole"},
+    LEARN: {"learn"},
+    AVERAGE: {"give model", "take model"},
+    HAND_OVER: {"give model", "take model"},
+}
+
+
+def permitted(worker: Worker) -> set[str]:
+    """What this client is to answer, by its algorithm's needs."""
+    needs = worker.duty.needs & NEEDED.keys()
+    found = ALWAYS.union(*(NEEDED[verb] for verb in needs)) | ({"common"} if worker.duty.shares else set())
+    return found - ({"forward"} if TAIL in needs else set())
+
+
+SPLIT = {"forward", "forward without labels", "own", "lower"}
+LITERALLY: dict[str, set[str]] = {  # one of each kind, written out
+    "psl": SPLIT,
+    "sglr": SPLIT | {"common"},
+    "sfl": SPLIT | {"give model", "take model"},
+    "ussl": (SPLIT | {"tail", "evaluate tail", "give model", "take model"}) - {"forward"},
+    "fl": {"fit", "whole", "give model", "take model"},
 }
 OPTIONS: dict[str, tuple[dict[str, Any], list[str], set[str]]] = {  # what else may be asked then
     "hand_over_optimizer": ({"hand_over_optimizer": True}, ["ssl", "ussl"], {"give optimizer", "take optimizer"}),
@@ -124,7 +142,9 @@ def test_a_client_answers_what_its_algorithm_needs_and_nothing_else(
 ) -> None:
     worker = client(algorithm)
     found = {name for name in REQUESTS if not refused(worker, name)}
-    assert found == PERMITTED[algorithm]
+    assert found == permitted(worker)
+    if algorithm in LITERALLY:
+        assert found - ALWAYS == LITERALLY[algorithm]
     lines = [r for r in caplog.records if r.levelno == logging.ERROR and "client-0 leaves: " in r.message]
     assert len(lines) == len(REQUESTS) - len(found)
 

@@ -30,7 +30,7 @@ PIECES = 100
 
 
 @dataclass(frozen=True)
-class Study:
+class Extent:
     """What the client's own configuration says of the training: its rounds (None: they depend on other clients' data),
     the batches of one, requests to evaluate in each, models that are given in each; whether smashed data are sent.
     """
@@ -64,7 +64,7 @@ class Allowance:
     total: int | None = None
 
     @classmethod
-    def of(cls, study: Study, budget: BudgetConfig, noise: Noise | None = None) -> Allowance:
+    def of(cls, study: Extent, budget: BudgetConfig, noise: Noise | None = None) -> Allowance:
         """What the table [budget] says, and where it says nothing, what the study needs, with room for restarts."""
         known = study.rounds if study.rounds is not None else (budget.max_rounds or 1 << 20)
         rounds = budget.max_rounds or ROOM[0] * known + ROOM[1]
@@ -109,7 +109,7 @@ def most_releases(noise: Noise | None, budget: BudgetConfig) -> int:
 
 
 @dataclass
-class Spent:
+class Account:
     """What a client has answered so far, over all its processes. `releases`: how often a sample was sent, at most."""
 
     rounds: int = 0
@@ -139,7 +139,7 @@ class Purse:
 
     def __init__(self, name: str, allowance: Allowance, samples: int, path: Path | None = None) -> None:
         """Raises RunFolderError where what was kept cannot be read."""
-        self.name, self.allowance, self.spent = name, allowance, Spent()
+        self.name, self.allowance, self.spent = name, allowance, Account()
         self._sent = np.zeros(samples, np.int64)  # how often each sample was, in this process
         self._file: int | None = None
         self._path = path
@@ -215,16 +215,16 @@ class Purse:
             raise unwritable(self._path, error) from None
 
 
-def _read(path: Path) -> Spent:
+def _read(path: Path) -> Account:
     """What was spent. Raises RunFolderError where the file is damaged."""
     try:
         found: Any = json.loads(path.read_text("utf-8") or "{}")
-        counts = {f.name: int(found.get(f.name, 0)) for f in fields(Spent) if f.name != "seconds"}
-        spent = Spent(**counts, seconds=float(found.get("seconds", 0.0)))
+        counts = {f.name: int(found.get(f.name, 0)) for f in fields(Account) if f.name != "seconds"}
+        spent = Account(**counts, seconds=float(found.get("seconds", 0.0)))
     except FileNotFoundError:
-        return Spent()
+        return Account()
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        spent = Spent(rounds=-1)
+        spent = Account(rounds=-1)
     if min(asdict(spent).values()) < 0 or spent.seconds != spent.seconds:
         raise RunFolderError(
             f"{str(path)!r}, which says what this client has answered, is damaged: restore it, or remove it to begin "

@@ -27,7 +27,7 @@ from cutlayer.frozen import digest
 from cutlayer.models.parts import Crossing
 from cutlayer.models.weights import digest_of
 from cutlayer.options import BudgetConfig, RunConfig, about
-from cutlayer.remote.allowance import PIECES, SPENT, Allowance, Purse, Study, statement
+from cutlayer.remote.allowance import PIECES, SPENT, Allowance, Extent, Purse, statement
 from cutlayer.remote.audit import Audit
 from cutlayer.remote.carrier import Carrier
 from cutlayer.remote.far import Remote, RemoteCohort
@@ -319,7 +319,7 @@ def _check_epsilon(budget: BudgetConfig, noise: Noise | None) -> None:
         )
 
 
-def study_of(p: Prepared, samples: int, test: OwnTest | None, *, dealt: bool) -> Study:
+def study_of(p: Prepared, samples: int, test: OwnTest | None, *, dealt: bool) -> Extent:
     """What the configuration says of the training of a client with so many samples. `dealt`: its data are a share of
     the configuration's, so that everybody's sizes and the server's test rows are known.
     """
@@ -331,7 +331,7 @@ def study_of(p: Prepared, samples: int, test: OwnTest | None, *, dealt: bool) ->
     pieces *= 2 if traits.u_shaped else 1
     pieces += 0 if test is None else -(-len(test.samples) // ROWS_PER_PASS)
     models = quota + config.clients + 1 if traits.models_cross else 0  # lent to each client that is tested
-    return Study(None if depends and not dealt else p.rounds, quota, pieces, models, FORWARD in traits.needs)
+    return Extent(None if depends and not dealt else p.rounds, quota, pieces, models, FORWARD in traits.needs)
 
 
 def _quota(p: Prepared, samples: int) -> int:

@@ -34,7 +34,7 @@ from cutlayer.folder import LAST
 from cutlayer.frozen import load_moving, moving
 from cutlayer.models.parts import Crossing
 from cutlayer.optim import MakeOptimizer, as_tensor, load_optimizer
-from cutlayer.remote.allowance import Purse, Study, statement
+from cutlayer.remote.allowance import Extent, Purse, statement
 from cutlayer.remote.audit import Audit
 from cutlayer.remote.carrier import Answer, StoppedError
 from cutlayer.scoring import ROWS_PER_PASS, Outputs, Tally, evaluate, reported
@@ -120,7 +120,7 @@ class Duty:
     quota: int | None = None
     shift: Tensor | None = None
     class_counts: Sequence[int] = ()
-    study: Study | None = None
+    study: Extent | None = None
     purse: Purse | None = None
     audit: Audit | None = None
     noise: Noise | None = None
