@@ -398,10 +398,11 @@ def prepare(
     pace = paced(config, algorithm, source, sizes, rounds, per_epoch, lambda: _forward_flops(split, example))
     work = _work(config, algorithm, sizes, rounds)
     typical = source.train[slice(0, _TYPICAL)].rows if source.train.in_memory else example
-    chosen = Choice(config, algorithm, split, (make_client, make_server), example, work, typical).made(ways)
+    heads = _heads(config, algorithm, split, example, task.width(source.train.y, source.classes))
+    head = None if heads is None else heads("head")
+    chosen = Choice(config, algorithm, split, (make_client, make_server), example, work, typical, head).made(ways)
     split = chosen.split
     local_epochs, local_steps = algorithm.part_of_round
-    heads = _heads(config, algorithm, split, example, task.width(source.train.y, source.classes))
     setup = Clients(
         _ClientModels(config, split, make_model, len(owners), heads),
         source.train,

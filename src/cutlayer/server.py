@@ -160,15 +160,19 @@ class Server:
 
         Each client's tail has its own mean loss; weighted by b_k / R (by what the client's rows count, W_k / W) they
         add up to the mean over all rows, whose gradient this is: rows of several clients are treated as in `step`.
+        Losses and gradient are of the clients whose tails have answered.
         """
         assert self._pending is not None, "backward() follows forward()"
         outputs = tuple(o for o in self._pending[1] if o.requires_grad)
         masses = tail.masses or tail.sizes
         rows, share = tail.rows, [mass / (sum(masses) or 1) for mass in masses]
         if len(share) > 1:
-            factors = spread(share, smashed.sizes)
+            factors = spread(share, tail.sizes)
             rows = tuple(r * column(factors, r) for r in rows)
+        everybody = tail.clients == smashed.clients
+        rows = rows if everybody else tuple(smashed.among(r, tail.clients) for r in rows)
         gradient = self._backward(smashed, lambda: backward(outputs, rows), factor)
+        gradient = gradient if everybody else smashed.take(gradient, tail.clients)
         return ServerStep(means_of_clients(tail.losses, masses), gradient, self._rate(factor))
 
     def predict(self, clients: Sequence[int], rows: Rows) -> Rows:

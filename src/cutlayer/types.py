@@ -61,8 +61,16 @@ class Smashed:
 
     def take(self, rows: Rows, clients: Container[int]) -> Rows:
         """Of rows shaped as the smashed data, [R, s...] each, those of `clients`."""
-        at = torch.from_numpy(np.repeat([k in clients for k in self.clients], self.sizes).nonzero()[0])
-        return tuple(select(r, at) for r in rows)
+        return tuple(select(r, self._at(clients)) for r in rows)
+
+    def among(self, rows: Tensor, clients: Container[int]) -> Tensor:
+        """The inverse: rows of `clients` alone, at their places among those of all [R, s...]; the others are 0."""
+        everyones = rows.new_zeros(len(self), *rows.shape[1:])
+        return everyones.index_copy_(0, self._at(clients).to(rows.device), rows)
+
+    def _at(self, clients: Container[int]) -> Tensor:
+        """Where the rows of those of `clients` are that sent something."""
+        return torch.from_numpy(np.repeat([k in clients for k in self.clients], self.sizes).nonzero()[0])
 
     def only(self, client: int) -> Smashed:
         """The part of one client."""

@@ -1,5 +1,6 @@
 """A chain run by hand gives what its layers give one by one; what is no chain of known layers is left alone."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -48,11 +49,12 @@ def test_it_trains_as_its_layers_do(case: str, optimizer: str) -> None:
     layers, shape = CHAINS[case]
     part, make, noise = part_of(layers, shape), make_optimizer(optimizer, 0.1, {}), torch.Generator().manual_seed(1)
     stacks = [Stack(part, 3, make) for _ in range(2)]
-    assert stacks[0]._chain is not None
-    stacks[1]._chain = None
+    chain = stacks[0]._pieces[""].chain
+    assert chain is not None
+    stacks[1]._pieces = {"": replace(stacks[1]._pieces[""], chain=None)}
     for step in range(3):
         x = torch.randn(12, *shape, generator=noise).double().requires_grad_(step > 0)
-        assert stacks[0]._chain.takes(x)
+        assert chain.takes(x)
         g, outcomes = None, []
         for stack in stacks:
             (group,) = stack.groups(range(3), np.full(3, 4))
@@ -108,7 +110,7 @@ class Skipping(nn.Module):
 )
 def test_what_is_no_chain_is_left_alone(layers: nn.Module) -> None:
     stack: Any = Stack(part_of(layers, (6,)), 2, make_optimizer("sgd", 0.1, {}))
-    assert stack._chain is None
+    assert stack._pieces[""].chain is None
 
 
 LINES: dict[str, tuple[nn.Module, tuple[int, ...]]] = {

@@ -29,7 +29,7 @@ from cutlayer.models import Parts
 from cutlayer.optim import ELEMENTWISE, MakeOptimizer, rule_of
 from cutlayer.options import RunConfig
 from cutlayer.types import Rows
-from cutlayer.verbs import STEP_EACH
+from cutlayer.verbs import BACKWARD, LEARN, STEP_EACH
 
 # Bytes of results that a group of clients may make in a forward pass: beyond this, larger groups are no quicker.
 _WORTHWHILE = 256 << 20
@@ -65,6 +65,7 @@ class Chosen:
 class Choice:
     """What can be chosen for a run. `optimizers` are the clients' and the server's; `example`, each [n, s...], are a
     few rows for the proofs, `typical` some more to measure with: values matter, since processors guess what comes next.
+    `head` is an auxiliary head, if clients have some.
     """
 
     def __init__(
@@ -76,8 +77,10 @@ class Choice:
         example: Rows,
         work: Work,
         typical: Rows | None = None,
+        head: nn.Module | None = None,
     ) -> None:
         self.config, self.split, self.work, self.example = config, split, work, example
+        self._tail = split.tail if head is None else head
         self._typical = example if typical is None else typical
         self.traits, self.averages_every_step = algorithm.traits, algorithm.averages_every_step
         self._means = config.thing("averaging", config.averaging).plain
@@ -142,6 +145,8 @@ class Choice:
         """Why this algorithm or its optimisers cannot be stacked, whatever the model; empty where they can."""
         if lacking := sorted(self.traits.needs - StackedCohort.can):
             return f"it needs {', '.join(lacking)}, which the stacked engine cannot do"
+        if self.traits.needs >= {LEARN, BACKWARD} and not rule_of(self._makes["clients"]).plain:
+            return "its clients' heads may step less often than their models, and the optimiser counts steps"
         for make in (self._makes[side] for side in self._stacked):
             if make.own:
                 if why := unlike_alone(make):
@@ -155,7 +160,30 @@ class Choice:
         for side in self._stacked:
             if reason := self._verdict(side, "plain").reason:
                 return f"the model's {'client' if side == 'clients' else 'server'} part cannot be stacked: {reason}"
+        if self._tail is None:
+            return ""
+        if (verdict := self._of_tail).reason:
+            return f"the {'tail' if self.traits.u_shaped else 'auxiliary head'} cannot be stacked: {verdict.reason}"
+        if {id(p) for p in self._tail.parameters()} & {id(p) for p in self.split.client.parameters()}:
+            return "the clients' two parts share weights"
+        if not self._common_ways(self._verdict("clients", "plain").ways):
+            return "the clients' two parts cannot be stacked in the same way"
         return ""
+
+    @cached_property
+    def _of_tail(self) -> Stackability:
+        """Whether the clients' tails, or auxiliary heads, can be stacked."""
+        assert self._tail is not None, "it is asked where there is one"
+        rows = smashed(self.split.server, self._rows["copies"]) if self.traits.u_shaped else self._rows["copies"]
+        return stackable(self._tail, rows, self._makes["clients"], data=False)
+
+    def _ways_of(self, side: Side, layout: Layout) -> tuple[Way, ...]:
+        ways = self._verdict(side, layout).ways
+        return self._common_ways(ways) if side == "clients" else ways
+
+    def _common_ways(self, ways: tuple[Way, ...]) -> tuple[Way, ...]:
+        """Those of the clients' ways in which their tails can be computed too."""
+        return ways if self._tail is None else tuple(way for way in ways if way in self._of_tail.ways)
 
     def _one_union_step(self) -> bool:
         """Whether every step is followed by averaging, from equal models, with rules that make both one step."""
@@ -189,7 +217,7 @@ class Choice:
         """The way that is mostly the quickest. On the CPU, convolutions are computed client by client anyway, unless
         one product does it; then so is the rest.
         """
-        ways = self._verdict(side, layout).ways
+        ways = self._ways_of(side, layout)
         if self.device.type != "cpu" or "each" not in ways:
             return ways[0]
         kinds = [type(m) for m in self._part(side, layout).modules() if isinstance(m, nn.Conv2d | nn.Conv3d)]
@@ -218,7 +246,7 @@ class Choice:
         if config.engine == "local" or config.precision == "float64" or config.device != "cpu":
             return False  # measured to help on the CPU, whose library has no double precision convolutions
         fit = client in layouts(self.split.client) and server in layouts(self.split.server)
-        return self.split.tail is None and fit
+        return self._tail is None and fit
 
     def _laid_out(self, ways: Ways) -> bool:
         """Whether the parts in these layouts give what they gave."""
@@ -235,7 +263,7 @@ class Choice:
 
     def _stacks(self, side: Side, ways: Ways) -> bool:
         how, layout = (ways.clients, ways.client_layout) if side == "clients" else (ways.copies, ways.server_layout)
-        return how.way in self._verdict(side, layout).ways
+        return how.way in self._ways_of(side, layout)
 
     def _part(self, side: Side, layout: Layout) -> nn.Module:
         if (side, layout) not in self._parts:
@@ -303,7 +331,7 @@ class Choice:
         batch, at_a_time = self.config.batch, work.taking_part
         if ruled.engine == "stacked" and side in self._stacked:
             usual = self._usual(side, layout)
-            ways = [usual, *(way for way in self._verdict(side, layout).ways if way != usual)]
+            ways = [usual, *(way for way in self._ways_of(side, layout) if way != usual)]
             timed = [
                 tuner.copies(part, rows, batch, at_a_time, self._makes[side], self._stacking(side, way), data=data)
                 for way in ways

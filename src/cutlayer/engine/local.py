@@ -151,9 +151,13 @@ def outputs_with(client: Client, shape: Shape, x: Rows, predict: Predict) -> Ten
 
 def named_as_whole(state: Mapping[str, Tensor], shape: Shape) -> dict[str, Tensor]:
     """A client's `module.state_dict()` under the names of the whole model; an auxiliary head's are auxiliary.NAME."""
-    prefixes = {"lower": "", "tail": "" if shape == "u-shaped" else "auxiliary."}
-    parted = ((*name.partition("."), tensor) for name, tensor in state.items())
-    return {f"{prefixes[part]}{name}": tensor for part, _, name, tensor in parted}
+    return {name_in_whole(name, shape): tensor for name, tensor in state.items()}
+
+
+def name_in_whole(name: str, shape: Shape) -> str:
+    """The name in the whole model of what a client's module calls lower.NAME or tail.NAME."""
+    part, _, own = name.partition(".")
+    return own if part == "lower" or shape == "u-shaped" else f"auxiliary.{own}"
 
 
 class LocalCohort(SimulatedCohort):
@@ -213,6 +217,8 @@ class LocalCohort(SimulatedCohort):
 
     def learn(self, steps: int) -> list[Step]:
         """Each participant takes up to `steps` steps on its auxiliary head's loss."""
+        for k in set(self._participants) - set(self._asked):
+            self._clients[k].smashed = ()  # of an earlier forward pass
         taken = {k: self._learn_one(self._clients[k], steps) for k in self._participants}
         taken = {k: own for k, own in taken.items() if own}
         self._alike = len(self._clients) == 1

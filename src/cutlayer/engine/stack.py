@@ -65,9 +65,29 @@ class Group:
         return self.rows.cpu().numpy()
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """What is computed at a time: the module, or one of its children, whose names begin with `prefix`; its dense layers
+    as one node, if it is nothing else.
+    """
+
+    module: nn.Module
+    prefix: str
+    chain: Chain | None
+
+    def of(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Those of the module's tensors that are the piece's, under the module's names."""
+        return {n: t for n, t in tensors.items() if n.startswith(self.prefix)} if self.prefix else tensors
+
+    def bare(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same under the piece's own names."""
+        return {n.removeprefix(self.prefix): t for n, t in self.of(tensors).items()} if self.prefix else tensors
+
+
 class Stack:
     """`count` copies of `module`, stacked, computed as `how` says. `choose` is asked for the forms of operations for
-    which `how` has none.
+    which `how` has none. `pieces` are the children of `module` that are computed one at a time (one without a name: all
+    of it); `called` says under which name the optimiser knows a parameter.
     """
 
     def __init__(
@@ -77,6 +97,9 @@ class Stack:
         make_optimizer: MakeOptimizer,
         how: Stacking | None = None,
         choose: Choose | None = None,
+        *,
+        pieces: Sequence[str] = ("",),
+        called: Callable[[str], str] = str,
     ) -> None:
         how = how or Stacking()
         self.module = replica(module)
@@ -86,12 +109,13 @@ class Stack:
         self._frozen = [p for p in self.module.parameters() if not p.requires_grad]
         self._buffers = {n: _repeated(b, count) for n, b in module.named_buffers()}
         self._trained = list(self._parameters)
+        self._called = {name: called(name) for name in self._trained}
         self._make_optimizer = make_optimizer
         self._rule = rule_of(make_optimizer)
         self._direct = descent(make_optimizer, self.device)
         alone = make_optimizer.clip is None and make_optimizer.accumulate == 1
         self._by_factors = alone and (self._rule.plain or self._direct is not None)
-        self._chain = Chain.of(self.module, self._trained) if self.way == "lowered" and not self._buffers else None
+        self._pieces = {name: self._piece(name) for name in pieces}
         self._state: dict[str, dict[str, Tensor]] = {}  # parameter -> kind -> the optimiser's [C, ...]
         self._clocked = False  # the optimiser counts steps
         self._plain_clock = False  # in a number of Python's, not in a tensor
@@ -141,18 +165,29 @@ class Stack:
                 found.append(group)
         return found
 
-    def forward(self, group: Group, rows: Rows, generators: Generators, *, alike: bool = False) -> Rows:
-        """The group's modules in training mode on their rows: each [c * b, ...] -> each [c * b, ...].
+    def forward(
+        self,
+        group: Group,
+        rows: Rows,
+        generators: Generators,
+        *,
+        alike: bool = False,
+        piece: str = "",
+        fresh: bool = True,
+    ) -> Rows:
+        """The group's modules (of each, this `piece`) in training mode on their rows: each [c * b, ...] -> each
+        [c * b, ...].
 
-        `alike`: all its clients' models are known to be equal. Raises NotStackableError where the module does with its
-        parameters what has no stacked form.
+        `alike`: all its clients' models are known to be equal. `fresh`: gradients of the step before are forgotten.
+        Raises NotStackableError where the module does with its parameters what has no stacked form.
         """
         if not self.module.training:  # setting the mode walks through all modules
             self.module.train()
-        for p in group.parameters.values():
-            p.grad = None
-        group.factors.clear()
-        return self._run(group, rows, generators, alike)
+        if fresh:
+            for p in group.parameters.values():
+                p.grad = None
+            group.factors.clear()
+        return self._run(self._pieces[piece], group, rows, generators, alike)
 
     @contextmanager
     def rehearsal(self, group: Group) -> Iterator[None]:
@@ -164,11 +199,11 @@ class Stack:
         finally:
             group.buffers = real
 
-    def predict(self, clients: Sequence[int], rows: Rows) -> Rows:
+    def predict(self, clients: Sequence[int], rows: Rows, piece: str = "") -> Rows:
         """The modules of `clients` in eval mode, each on its b of the rows: [c * b, ...] -> [c * b, ...]."""
         self.module.eval()
         with torch.no_grad():
-            return self._run(self._group(np.asarray(clients)), rows, _no_generator, False)
+            return self._run(self._pieces[piece], self._group(np.asarray(clients)), rows, _no_generator, False)
 
     def step(self, group: Group, lr: float, *, last: np.ndarray) -> None:
         """One optimiser step of the group's clients at rate `lr`, from the gradients of its tensors: of those for whom
@@ -337,80 +372,98 @@ class Stack:
         parameters = {n: p[at].data.requires_grad_() for n, p in self._parameters.items()}
         return Group(clients, views, parameters, {n: b[at].data for n, b in self._buffers.items()})
 
-    def _run(self, group: Group, rows: Rows, generators: Generators, alike: bool) -> Rows:
-        tensors = {**group.parameters, **group.buffers}
+    def _piece(self, name: str) -> _Piece:
+        module, prefix = self.module.get_submodule(name), f"{name}." if name else ""
+        trained = [n.removeprefix(prefix) for n in self._trained if n.startswith(prefix)]
+        chained = self.way == "lowered" and not any(n.startswith(prefix) for n in self._buffers)
+        return _Piece(module, prefix, Chain.of(module, trained) if chained else None)
+
+    def _run(self, piece: _Piece, group: Group, rows: Rows, generators: Generators, alike: bool) -> Rows:
+        tensors = piece.of({**group.parameters, **group.buffers})
         names = group.clients.tolist()
         if self.way == "mapped":
-            return self._mapped(group, rows, [partial(generators, name) for name in names])
+            return self._mapped(piece, group, rows, [partial(generators, name) for name in names])
         if self.way == "each":
-            return self._each(tensors, names, rows, generators)
+            return self._each(piece.module, tensors, names, rows, generators)
 
         def leave(weight: Tensor, factors: Factors) -> None:
             name = next(n for n, p in group.parameters.items() if p is weight)
             group.factors.setdefault(name, []).append(factors)
 
-        if self._chain is not None and self.module.training and not alike and self._chain.takes(rows[0]):
-            return (self._chain(rows[0], group.parameters, leave if self._by_factors else None),)
+        chain = piece.chain
+        if chain is not None and self.module.training and not alike and chain.takes(rows[0]):
+            return (chain(rows[0], piece.bare(group.parameters), leave if self._by_factors else None),)
         self._install(tensors)
         try:
             lowered = Lowered(
                 len(names),
-                tensors,
+                piece.bare(tensors),
                 lambda i: generators(names[i]),
                 alike=alike,
                 frozen=self._frozen,
-                channels_last=getattr(self.module, "images_channels_last", False),
+                channels_last=getattr(piece.module, "images_channels_last", False),
                 leave=leave if self._by_factors else None,
                 chosen=self.forms,
                 choose=self._choose,
             )
             with lowered, self.watch:
-                given = self.module(rows)
+                given = piece.module(rows)
         finally:
             self._install({})
         return as_tuple(given)
 
-    def _each(self, tensors: Mapping[str, Tensor], names: Sequence[int], rows: Rows, generators: Generators) -> Rows:
+    def _each(
+        self,
+        module: nn.Module,
+        tensors: Mapping[str, Tensor],
+        names: Sequence[int],
+        rows: Rows,
+        generators: Generators,
+    ) -> Rows:
         """The same copy by copy, as each computes alone; its backward pass stacks their gradients."""
         apart = [r.chunk(len(names)) for r in rows]
         own = {name: t.unbind(0) for name, t in tensors.items()}
         given = []
         try:
-            draws = self.module.training and getattr(self.module, "draws", True)
+            draws = module.training and getattr(module, "draws", True)
             with seeds.streams(self.device) if draws else nullcontext() as draw_from:
                 for i, name in enumerate(names):
                     self._install({n: copies[i] for n, copies in own.items()})
                     if draw_from is not None:
                         draw_from(generators(name))
                     with self.watch:
-                        given.append(as_tuple(self.module(tuple(a[i] for a in apart))))
+                        given.append(as_tuple(module(tuple(a[i] for a in apart))))
         finally:
             self._install({})
         return tuple(torch.cat(parts) for parts in zip(*given, strict=True))
 
-    def _mapped(self, group: Group, rows: Rows, generators: Sequence[Callable[[], torch.Generator]]) -> Rows:
+    def _mapped(
+        self, piece: _Piece, group: Group, rows: Rows, generators: Sequence[Callable[[], torch.Generator]]
+    ) -> Rows:
         """The same through `vmap`, for modules that use their parameters in ways that are not lowered."""
         clients = len(group.clients)
 
         def one(parameters: dict[str, Tensor], buffers: dict[str, Tensor], mine: Rows, masks: Rows) -> Any:
             with Masked(masks):
-                return functional_call(self.module, (parameters, buffers), (mine,))
+                return functional_call(piece.module, (parameters, buffers), (mine,))
 
         apart = tuple(r.view(clients, -1, *r.shape[1:]) for r in rows)
-        masks = drawn(self._draws(group, tuple(r[0] for r in apart)), generators)
+        masks = drawn(self._draws(piece, group, tuple(r[0] for r in apart)), generators)
         with self.watch:
-            given = vmap(one, randomness="error")(group.parameters, group.buffers, apart, masks)
+            own = piece.bare(group.parameters), piece.bare(group.buffers)
+            given = vmap(one, randomness="error")(*own, apart, masks)
         return tuple(g.flatten(0, 1) for g in as_tuple(given))
 
-    def _draws(self, group: Group, rows: Rows) -> Sequence[Draw]:
+    def _draws(self, piece: _Piece, group: Group, rows: Rows) -> Sequence[Draw]:
         """The masks that one client draws for rows of these shapes, in order."""
         if not self.module.training:
             return ()
-        key = tuple((r.shape, r.dtype) for r in rows)
+        key = (piece.prefix, tuple((r.shape, r.dtype) for r in rows))
         if key not in self._drawn:
-            tensors = {n: t[0].detach().clone() for n, t in (*group.parameters.items(), *group.buffers.items())}
+            stacked = piece.bare({**group.parameters, **group.buffers})
+            tensors = {n: t[0].detach().clone() for n, t in stacked.items()}
             with torch.no_grad(), Listening() as listening:
-                functional_call(self.module, tensors, (rows,))
+                functional_call(piece.module, tensors, (rows,))
             self._drawn[key] = listening.draws
         return self._drawn[key]
 
@@ -423,7 +476,7 @@ class Stack:
         """Plain gradient descent: w <- (1 - lr * decay) w - lr g, factors multiplied right into the weights."""
         with torch.no_grad():
             for name in self._trained:
-                factor, weight_decay = self._rule.rates_of(name)
+                factor, weight_decay = self._rule.rates_of(self._called[name])
                 lr = base * factor
                 p, factors = group.parameters[name].detach(), group.factors.get(name, [])
                 gradient = group.parameters[name].grad
@@ -447,7 +500,7 @@ class Stack:
                     continue
                 if name not in self._state:
                     self._state[name] = {kind: torch.zeros_like(self._parameters[name]) for kind in direct.kinds}
-                factor, decay = self._rule.rates_of(name)
+                factor, decay = self._rule.rates_of(self._called[name])
                 moments = {kind: t[span] for kind, t in self._state[name].items()}
                 direct.take(weight.detach(), weight.grad, factors, moments, base * factor, decay, taken)
 
@@ -465,7 +518,7 @@ class Stack:
         span: slice | Tensor = torch.from_numpy(who).to(self.device)
         if group.views and at is None:
             span = slice(int(who[0]), int(who[-1]) + 1)
-        optimizer = self._make_optimizer(slices.items())
+        optimizer = self._make_optimizer((self._called[name], part) for name, part in slices.items())
         if optimizer is None:
             return
         self._rule.quicken(optimizer)

@@ -1,6 +1,7 @@
 """The fast engine: all clients at once, their models as stacked tensors.
 
-A few kernels serve all clients of a step; the server's copies of SplitFed V1 and V3 are stacked in the same way.
+A few kernels serve all clients of a step; their tails (U-shaped split), their auxiliary heads, and the server's copies
+of SplitFed V1 and V3 are stacked in the same way.
 Algorithms in which clients take turns (ssl, ussl) have nothing to stack: the local engine runs them. `proof.py` says
 why a model cannot be stacked; everything is proved equal to `local`.
 """
@@ -12,6 +13,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -24,6 +26,7 @@ from cutlayer.cohort import Footprint, Predict
 from cutlayer.data.samples import Samples
 from cutlayer.eager import backward
 from cutlayer.engine.descent import Descent, DirectSteps, descent
+from cutlayer.engine.local import name_in_whole, named_as_whole
 from cutlayer.engine.simulated import Clients, SimulatedCohort, model_bytes
 from cutlayer.engine.stack import Generators, Group, Stack
 from cutlayer.engine.ways import Stacking
@@ -34,8 +37,8 @@ from cutlayer.optim import MakeOptimizer, rule_of
 from cutlayer.scoring import Outputs, evaluation
 from cutlayer.server import Server, ServerStep, culprits, finite
 from cutlayer.tasks import Task
-from cutlayer.types import CutGradients, Evaluation, Round, Rows, Smashed, Step, masses_of, select
-from cutlayer.verbs import AVERAGE, BACKWARD, FIT, FORWARD, SERVER_VERBS, STEP_COPIES
+from cutlayer.types import CutGradients, Evaluation, Round, Rows, Smashed, Step, TailGradients, masses_of, select
+from cutlayer.verbs import AVERAGE, BACKWARD, FIT, FORWARD, LEARN, SERVER_VERBS, STEP_COPIES, TAIL
 
 _MERGED_ROWS = 2048
 """Rows of all clients per forward pass in evaluation: bounds memory, and what fits the cache runs twice as fast."""
@@ -53,21 +56,26 @@ class _Pass:
 class StackedCohort(SimulatedCohort):
     """All clients in this process, all at once."""
 
-    can: ClassVar[frozenset[str]] = frozenset({FORWARD, BACKWARD, FIT, AVERAGE}) | SERVER_VERBS
+    can: ClassVar[frozenset[str]] = frozenset({FORWARD, TAIL, BACKWARD, LEARN, FIT, AVERAGE}) | SERVER_VERBS
 
     def __init__(self, setup: Clients, how: Stacking | None = None) -> None:
         super().__init__(setup)
         how = how or Stacking()
-        first, _ = setup.models[0]
-        self._stack = Stack(first, len(setup.rows), setup.make_optimizer, how)
+        lower, tail = setup.models[0]
+        first = _as_one(lower, tail)
+        pieces = ("",) if tail is None else ("lower", "tail")
+        called = str if tail is None else partial(name_in_whole, shape=setup.shape)
+        self._lower = pieces[0]
+        self._stack = Stack(first, len(setup.rows), setup.make_optimizer, how, pieces=pieces, called=called)
         if not setup.alike:
-            for k, (lower, _) in enumerate(setup.models):
-                self._stack.load_one(k, lower.state_dict())
+            for k, model in enumerate(setup.models):
+                self._stack.load_one(k, _as_one(*model).state_dict())
         self._keep = how.keep
         self._model_bytes = model_bytes(first)
         self._passes: list[_Pass] = []  # of the last forward pass
         self._asked: tuple[int, ...] = ()
         self._sizes: tuple[int, ...] = ()
+        self._targets = torch.empty(0)  # of the last forward pass, merged
         self._clocks: dict[int, int] = {}
         if setup.alike:
             self._begin_from(self._stack.state_of(0))
@@ -85,14 +93,28 @@ class StackedCohort(SimulatedCohort):
         self._passes = [_Pass(group, batch[group.rows].rows) for group in groups]
         rows = merged([self._run(p) for p in self._passes], groups)
         self._drift()
+        self._targets = batch.y
         return self._smashed(rows, batch.y, asked, self._sizes, labels)
+
+    def tail(self, features: Smashed) -> TailGradients:
+        """Each client's tail finishes its rows of `features` with the client's own mean loss."""
+        parts, own = [], torch.empty(0)
+        for p in self._passes:
+            group, targets = p.group, self._targets[p.group.rows]
+            leaves = tuple(r[group.rows].detach().requires_grad_(r.is_floating_point()) for r in features.rows)
+            losses = self._through_tail(group, leaves, targets, "tail")
+            parts.append(tuple(leaf.grad for leaf in leaves if leaf.grad is not None))
+            own = own if len(own) else losses.new_empty(len(self._asked))
+            own[torch.from_numpy(group.at)] = losses
+        masses = masses_of(self.setup.task.weights(self._targets), self._sizes)
+        rows = merged(parts, [p.group for p in self._passes])
+        return TailGradients(rows, own, self._asked, self._sizes, masses=masses)
 
     def backward(self, gradients: CutGradients) -> None:
         """Every client of the last `forward` back-propagates what it received and takes its optimiser step."""
         received = gradients.for_all(self._asked, self._sizes)
         for p in self._passes:
-            given = p.given or self._stack.forward(p.group, p.inputs, self._stream, alike=self._alike)
-            p.given = ()
+            given = self._given(p)
             floats = [s for s in given if s.is_floating_point()]
             pairs = [(s, g[p.group.rows]) for s, g in zip(floats, received, strict=True) if s.requires_grad]
             if pairs:
@@ -102,6 +124,47 @@ class StackedCohort(SimulatedCohort):
             self._stack.step(p.group, self._rate, last=self._last(p.group))
         self._passes = []
         self._alike = len(self._quota) == 1
+
+    def learn(self, steps: int) -> list[Step]:
+        """Each participant takes up to `steps` steps on its auxiliary head's loss."""
+        taken: list[Step] = []
+        while len(taken) < steps:
+            waiting = self._asked if self._passes else ()
+            asked = tuple(k for k in self._willing(None) if k not in waiting)
+            if not (waiting or asked):
+                break
+            try:
+                parts = [self._learn_once(waiting)] if waiting else []
+                if asked:
+                    batch, groups = self._next(asked)
+                    self._passes, self._targets = [_Pass(g, batch[g.rows].rows) for g in groups], batch.y
+                    parts.append(self._learn_once(asked))
+            except NonFiniteError as error:
+                raise error.at(len(taken)) from None
+            taken.append(_together(parts))
+            self._alike = len(self._quota) == 1
+        return taken
+
+    def _learn_once(self, asked: tuple[int, ...]) -> _Taken:
+        """One local step of all clients in `asked`, on the batches that were drawn last."""
+        own = torch.empty(0)
+        for p in self._passes:
+            given = self._given(p, fresh=True)
+            losses = self._through_tail(p.group, given, self._targets[p.group.rows], "auxiliary")
+            check_weights(p.group)
+            self._stack.step(p.group, self._rate, last=self._last(p.group))
+            own = own if len(own) else losses.new_empty(len(asked))
+            own[torch.from_numpy(p.group.at)] = losses
+        self._passes = []
+        return _Taken(asked, own, self._sizes, masses_of(self.setup.task.weights(self._targets), self._sizes))
+
+    def _through_tail(self, group: Group, rows: Rows, targets: Tensor, draw: str) -> Tensor:
+        """Forward and backward pass of a group's tails (or heads) with their clients' own mean losses [c]. What they
+        draw is called `draw`. Raises NonFiniteError, naming the clients.
+        """
+        stream = partial(self._stream, name=draw)
+        outputs = self._stack.forward(group, rows, stream, alike=self._alike, piece="tail", fresh=False)
+        return descend(group, outputs, targets, self.setup.task)
 
     def fit(self) -> list[Step]:
         """Each participant takes all its local steps of this round: group by group, for the cache's sake."""
@@ -148,8 +211,13 @@ class StackedCohort(SimulatedCohort):
 
         def outputs_of(clients: Sequence[int], part: Samples, start: int) -> Outputs:
             inputs = tuple(x.repeat(len(clients), *[1] * (x.dim() - 1)) for x in part.rows)
-            rows = self._stack.predict(list(clients), inputs)
-            return clients, rows[0] if self.shape == "whole" else predict(clients, rows)[0]
+            rows = self._stack.predict(list(clients), inputs, self._lower)
+            if self.shape == "whole":
+                return clients, rows[0]
+            outputs = predict(clients, rows)
+            if self.shape == "u-shaped":
+                outputs = self._stack.predict(list(clients), outputs, "tail")
+            return clients, outputs[0]
 
         found = self.setup.judge(samples, models, outputs_of, at_once=at_once, rows_per_pass=_MERGED_ROWS)
         return evaluation(found, everyone, len(samples))
@@ -166,7 +234,8 @@ class StackedCohort(SimulatedCohort):
 
     def model_state(self, client: int) -> dict[str, Tensor]:
         """One client's parameters and buffers, under the names of the whole model."""
-        return self._stack.state_of(client)
+        own = self._stack.state_of(client)
+        return named_as_whole(own, self.shape) if self._lower else own
 
     def state(self) -> dict[str, Any]:
         """Models, optimisers and clocks of all clients, stacked."""
@@ -191,19 +260,29 @@ class StackedCohort(SimulatedCohort):
         left: np.ndarray = self._quota[group.clients] == 0
         return left
 
-    def _stream(self, client: int) -> torch.Generator:
-        name = ("forward", client, self._clocks[client])
-        return seeds.torch_generator(self.setup.seed, *name, device=self._stack.device)
+    def _stream(self, client: int, name: str = "forward") -> torch.Generator:
+        named = (name, client, self._clocks[client])
+        return seeds.torch_generator(self.setup.seed, *named, device=self._stack.device)
+
+    def _given(self, p: _Pass, *, fresh: bool = False) -> Rows:
+        """What a pass that waits gave, with its graph, for the one time that it is needed; `fresh`: where it has to be
+        computed for that, gradients so far are forgotten.
+        """
+        given, p.given = p.given, ()
+        if given:
+            return given
+        how: dict[str, Any] = {"alike": self._alike, "piece": self._lower, "fresh": fresh}
+        return self._stack.forward(p.group, p.inputs, self._stream, **how)
 
     def _run(self, p: _Pass) -> Rows:
         """A group's forward pass; what it gives, without its graph."""
         if self._keep or not self._stack.trains:
-            p.given = self._stack.forward(p.group, p.inputs, self._stream, alike=self._alike)
+            p.given = self._stack.forward(p.group, p.inputs, self._stream, alike=self._alike, piece=self._lower)
             if not self._stack.trains:  # no step will write them back
                 self._stack.put_back(p.group)
             return tuple(g.detach() for g in p.given)
         with torch.no_grad(), self._stack.rehearsal(p.group):
-            return self._stack.forward(p.group, p.inputs, self._stream, alike=self._alike)
+            return self._stack.forward(p.group, p.inputs, self._stream, alike=self._alike, piece=self._lower)
 
     def _fit_once(self, asked: tuple[int, ...]) -> _Taken:
         """One local step of all clients in `asked`."""
@@ -349,6 +428,13 @@ def learn(
     The sum of the clients' own means keeps their gradients apart. Raises NonFiniteError, naming the clients.
     """
     outputs = adjusted(stack.forward(group, rows, stream, alike=alike), shift, task)
+    return descend(group, outputs, targets, task)
+
+
+def descend(group: Group, outputs: Rows, targets: Tensor, task: Task) -> Tensor:
+    """Backward pass of a group from its `outputs`, with its clients' own mean losses: these losses [c]. Raises
+    NonFiniteError, naming the clients.
+    """
     losses = task.row_losses(outputs, targets)
     clients = len(group.clients)
     if not finite(losses.detach()):
@@ -390,6 +476,11 @@ def check_weights(group: Group, what: str = "weight gradient") -> None:
         raise NonFiniteError(what, tuple(bad))
 
 
+def _as_one(lower: nn.Module, tail: nn.Module | None) -> nn.Module:
+    """A client's parts as one module, as the local engine names them; the lower part where it is all."""
+    return lower if tail is None else nn.ModuleDict({"lower": lower, "tail": tail})
+
+
 class _Taken(NamedTuple):
     """A local step of some clients: their own mean losses [C], their rows, what these count together."""
 
@@ -400,8 +491,11 @@ class _Taken(NamedTuple):
 
 
 def _together(parts: list[_Taken]) -> Step:
-    """One local step from those of several blocks of clients."""
+    """One local step from those of several blocks of clients, in order."""
     own = torch.cat([part.own for part in parts])
     masses = [mass for part in parts for mass in part.masses]
-    clients = tuple(k for part in parts for k in part.clients)
-    return Step(means_of_clients(own, masses), clients, sum(sum(part.sizes) for part in parts))
+    clients = [k for part in parts for k in part.clients]
+    order = sorted(range(len(clients)), key=clients.__getitem__)
+    if order != list(range(len(clients))):
+        own, masses, clients = own[order], [masses[i] for i in order], [clients[i] for i in order]
+    return Step(means_of_clients(own, masses), tuple(clients), sum(sum(part.sizes) for part in parts))
