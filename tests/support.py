@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cutlayer import Run, RunConfig, Samples, Source, cli, plugins
-from cutlayer.algorithms import Algorithm
+from cutlayer.algorithms import Algorithm, traits_of
 from cutlayer.data.batches import Batches
 from cutlayer.engine.local import LocalCohort
 from cutlayer.engine.simulated import Clients
@@ -42,6 +42,11 @@ def made(algorithm: str, **options: Any) -> Algorithm:
     """An algorithm with these of its options; those that it does not have are left out."""
     entry = plugins.find("algorithm", algorithm)
     return plugins.load("algorithm", algorithm).of({k: v for k, v in options.items() if k in entry.option_names})
+
+
+def u_shaped(algorithm: str) -> bool:
+    """Whether the clients of an algorithm have tails, so that the model is cut twice."""
+    return traits_of(plugins.find("algorithm", algorithm)).u_shaped
 
 
 class Residual(nn.Module):

@@ -9,7 +9,7 @@ from typing import Any
 import tomli_w
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import ALGORITHMS
+from support import ALGORITHMS, u_shaped
 
 from cutlayer import CompareConfig, plugins
 from cutlayer.options import CommonConfig, FleetConfig, RunConfig, about, read_toml, traits
@@ -170,7 +170,7 @@ def values(draw: st.DrawFn, algorithms: tuple[str, ...]) -> dict[str, Any]:
         found.pop("norm_multiple", None)
     if "row_limit" in found:
         found.pop("row_bound", None)
-    if "ussl" in algorithms:
+    if any(map(u_shaped, algorithms)):
         found.setdefault("tail_cut", "hidden3")
     if found.get("logit_adjust", "none") == "none":
         found.pop("tau", None)

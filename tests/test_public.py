@@ -26,8 +26,8 @@ up_codec cache_features down_codec
 row_bound row_limit defences engine tune device precision memory_limit eval_every eval_clients judge evaluate_on
 own_test checkpoint_every keep_best snapshot_every"""
 
-PLAN = """model cut algorithms input input_type freeze task target classes label_bytes clients samples_per_client
-batch precision client_optimizer memory_budget energy_budget servers seed"""
+PLAN = """model cut tail_cut algorithms input input_type freeze task target classes label_bytes clients
+samples_per_client batch precision client_optimizer memory_budget energy_budget servers seed"""
 
 METRICS = """accuracy majority recall balanced_accuracy macro_f1 confusion iou miou dice auroc average_precision mae
 rmse r2 perplexity"""
@@ -47,6 +47,9 @@ THINGS = {
         "sflv3": "local_epochs local_steps",
         "scala": "average_every gradient_scale local_epochs local_steps",
         "ussl": "hand_over hand_over_optimizer visit_order",
+        "upsl": "gradient_scale",
+        "usfl": "average_every gradient_scale local_epochs local_steps",
+        "usglr": "alpha alpha_clients average_over average_reduce gradient_scale phi phi_until phi_when",
     },
     "task": {
         "binary": "auxiliary_weights positive_weight",

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import ALGORITHMS, same, source
+from support import ALGORITHMS, same, source, u_shaped
 from torch import nn
 
 from cutlayer import Comparison, Run, RunFolderError, checkpoint
@@ -37,7 +37,9 @@ def options(algorithm: str) -> dict[str, Any]:
     common = {"algorithm": algorithm, "clients": 3, "partition": "column", "batch": 5, "rounds": 5, "client_lr": 0.01}
     if algorithm == "ussl":
         return {**common, "cut": "2", "tail_cut": "4", "hand_over_optimizer": True}
-    own = {} if algorithm == "cl" else {"participation": 0.7}
+    own: dict[str, Any] = {} if algorithm == "cl" else {"participation": 0.7}
+    if u_shaped(algorithm):
+        own["tail_cut"] = "4"
     cut = {} if traits(algorithm).whole else {"cut": "3", "start": "independent"}
     if algorithm in ("fl", "sfl", "sflv1"):
         own["local_epochs"] = 2  # rounds that are not epochs

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from support import ALGORITHMS, call, difference, mlp, simulated, source, train, whole
+from support import ALGORITHMS, call, difference, mlp, simulated, source, train, u_shaped, whole
 from torch import nn
 
 import cutlayer
@@ -22,7 +22,7 @@ SIZES, SHAPE = (11, 8, 9), (6,)
 
 def trained_run(algorithm: str, out: Path | None = None, **options: Any) -> Run:
     cuts = {} if cutlayer.RunConfig(algorithm=algorithm).traits.whole else {"cut": "1"}
-    if algorithm == "ussl":
+    if u_shaped(algorithm):
         cuts["tail_cut"] = "3"
     return train(algorithm, mlp(), SIZES, SHAPE, out=out, **cuts, **options)
 

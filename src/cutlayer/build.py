@@ -53,7 +53,7 @@ from cutlayer.frozen import freeze, load_moving, moving, replica, trains
 from cutlayer.held_out import Pace, own_rows, paced, trained_rows
 from cutlayer.models import Parts, build, cut
 from cutlayer.models import make as make_own
-from cutlayer.models.parts import Part
+from cutlayer.models.parts import Part, crossing_bytes
 from cutlayer.models.weights import load_weights, read_weights
 from cutlayer.optim import MakeOptimizer, ParamGroup, check_groups, make_optimizer
 from cutlayer.options import RunConfig, default_cut
@@ -294,22 +294,22 @@ class Prepared:
     def _epoch(self) -> Epoch:
         """An epoch of equal clients who hold as much together."""
         train, client = self.source.train, [p for p in (self.split.client, self.split.tail) if p is not None]
-        up = [math.prod(c.shape) * c.dtype.itemsize for c in self.split.crossing]
-        down = (
-            []
-            if not self.clients_train
-            else [math.prod(c.shape) * c.dtype.itemsize for c in self.split.crossing if c.differentiable]
+        up, down = (
+            crossing_bytes(self.split.crossing),
+            crossing_bytes(c for c in self.split.crossing if c.differentiable),
         )
         return Epoch(
             clients=len(self.partition),
             samples_per_client=sum(map(len, self.partition)) // len(self.partition),
             batch=self.config.batch,
-            smashed=sum(up),
-            gradient=sum(down),
+            smashed=up,
+            gradient=down if self.clients_train else 0,
             label=train.y[:1].nbytes,
             raw=sum(x.nbytes for x in train.form.rows),
             model=sum(map(model_bytes, self.split.all)),
             client_model=sum(map(model_bytes, client)),
+            features=crossing_bytes(self.split.returning),
+            returned=crossing_bytes(c for c in self.split.returning if c.differentiable),
         )
 
 

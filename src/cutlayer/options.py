@@ -772,6 +772,8 @@ class PlanConfig(FleetConfig):
     """A model by name (see `cutlayer list models`), or your own: path/to/file.py:name or package.module:name."""
     cut: str | None = _field(None, WHAT)
     """The module after which the model is cut, or all. Default: the model's own; all for a model without one."""
+    tail_cut: str | None = _field(None, WHAT)
+    """For U-shaped algorithms, with one cut: the module after which the client takes over again."""
     algorithms: tuple[str, ...] = _field(("cl", "fl", "ssl", "psl", "sfl", "sglr"), WHAT)
     """The algorithms to plan."""
     input: tuple[int, ...] = _field((1, 28, 28), DATA)
@@ -819,6 +821,20 @@ class PlanConfig(FleetConfig):
         """The algorithms, with those of their options that `traffic` reads, and the model."""
         return [_planned(plugins.find("algorithm", name)) for name in self.algorithms] + _models(self.model)
 
+    def _check_tail(self) -> None:
+        """Raises ConfigError for a second cut without a use, and for a use without one."""
+        bent = [name for name in self.algorithms if traits(name).u_shaped]
+        if bent and self.tail_cut is None:
+            raise ConfigError(
+                f"{bent[0]} needs tail_cut: name the module after which the client takes over again, e.g. "
+                "--cut hidden1 --tail-cut hidden3 for the mlp"
+            )
+        if self.tail_cut is not None and not bent:
+            raise ConfigError(
+                f"tail_cut = {self.tail_cut!r} has no effect on {', '.join(self.algorithms)}: it belongs to U-shaped "
+                "algorithms; leave it out or name one of these"
+            )
+
     def _check_targets(self, given: frozenset[str]) -> None:
         """Raises ConfigError for a task that there is not, or options of targets without effect."""
         targets = plugins.find("task", self.task).facts["targets"]
@@ -859,6 +875,7 @@ class PlanConfig(FleetConfig):
         for name in self.algorithms:
             if self.algorithms.count(name) > 1:
                 raise ConfigError(f"algorithms names {name!r} twice: name it once")
+        self._check_tail()
         if not self.input or min(self.input) < 1:
             raise ConfigError(
                 f"input = {list(self.input)} is not a shape: give sizes of 1 or more, e.g. --input 1 28 28"

@@ -14,8 +14,8 @@ then all wait for the slowest; relay: one client after another; steps: every ste
 class Epoch:
     """An epoch of C equal clients.
 
-    Sizes in bytes: `smashed` and `gradient` of one sample at the cut (up, down), `label` and `raw` of one sample,
-    `model` and `client_model` with their buffers.
+    Sizes in bytes: `smashed` and `gradient` of one sample at the cut (up, down), `features` and `returned` at a second
+    cut (down, up), `label` and `raw` of one sample, `model` and `client_model` with their buffers.
     """
 
     clients: int
@@ -27,6 +27,8 @@ class Epoch:
     raw: int
     model: int
     client_model: int
+    features: int = 0
+    returned: int = 0
 
     @property
     def samples(self) -> int:
@@ -40,14 +42,15 @@ class Traffic:
 
     With the pattern steps or relay the smashed data of every sample go up, with their labels unless `labels` is False,
     and cut gradients come down unless `gradients` is False; `sharing` clients receive one common gradient in a step
-    instead of their own. `averaged`: bytes of the model that each client sends and receives once an epoch. `moved`:
-    bytes of the model that goes from one client to the next (relay). `server_passes`: how often the server's part
-    trains on each sample. `answers_apart`: the gradients that come down are of another loss than the server's own, so
-    that it goes back to the cut twice.
+    instead of their own. `tails`: the server's features go down in between, and their gradients come up. `averaged`:
+    bytes of the model that each client sends and receives once an epoch. `moved`: bytes of the model that goes from
+    one client to the next (relay). `server_passes`: how often the server's part trains on each sample. `answers_apart`:
+    the gradients that come down are of another loss than the server's own, so that it goes back to the cut twice.
     """
 
     pattern: Pattern
     labels: bool = True
+    tails: bool = False
     gradients: bool = True
     sharing: int = 0
     averaged: int = 0

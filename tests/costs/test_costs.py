@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support import client_state, difference, make, mlp, train  # type: ignore[import-not-found]
+from support import client_state, difference, make, mlp, train, u_shaped  # type: ignore[import-not-found]
 from torch import nn
 
 from cutlayer import ConfigError, Run, RunFolderError, checkpoint
@@ -32,7 +32,9 @@ from cutlayer.report.collect import read
 from cutlayer.reproduce.formulas import EXAMPLE, METHODS, Sizes, per_client, time, total
 
 # All algorithms that state their traffic.
-ALGORITHMS = ("cl", "fl", "ssl", "psl", "slr", "sfl", "sflv1", "sflv2", "sflv3", "sgl", "sglr")
+ALGORITHMS = (
+    "cl", "fl", "ssl", "psl", "slr", "sfl", "sflv1", "sflv2", "sflv3", "sgl", "sglr", "ussl", "upsl", "usfl", "usglr",
+)  # fmt: skip
 NO_EXIT: dict[str, Any] = {"exit_on_error": False, "print_error": False, "result_action": "return_value"}
 SMALL: dict[str, Any] = {"data": "digits", "model": "mlp", "clients": 4, "samples_per_client": 20, "test": 30}
 FLEET: dict[str, Any] = {"client_device": "raspberry-pi-zero-2w", "link": "lte", "server_device": "h100"}
@@ -151,7 +153,10 @@ def test_flops_change_nothing_and_say_what_they_do_not_know() -> None:
 
 def work_of(run: Run, **options: Any) -> Workload:
     training, config = run.training, run.config
-    crossing = sum(math.prod(c.shape) * c.dtype.itemsize for c in training.parts.crossing)
+    crossing, returning = (
+        sum(math.prod(c.shape) * c.dtype.itemsize for c in crossings)
+        for crossings in (training.parts.crossing, training.parts.returning)
+    )
     parameters = [sum(p.nbytes for p in [*m.parameters(), *m.buffers()]) for m in training.parts.all]
     train = training.source.train
     return Workload(
@@ -163,10 +168,17 @@ def work_of(run: Run, **options: Any) -> Workload:
         label=train.y[:1].nbytes,
         raw=train.x[:1].nbytes,
         model=sum(parameters),
-        client_model=parameters[0],
+        client_model=parameters[0] + sum(parameters[2:]),
+        features=returning,
+        returned=returning,
         flops=training.flops,
         **options,
     )
+
+
+def tail_of(algorithm: str) -> dict[str, Any]:
+    """The cuts of an algorithm whose clients have tails."""
+    return {"cut": "hidden1", "tail_cut": "hidden2"} if u_shaped(algorithm) else {}
 
 
 CIRCUMSTANCES: dict[str, dict[str, Any]] = {
@@ -186,7 +198,7 @@ CIRCUMSTANCES: dict[str, dict[str, Any]] = {
 )
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_the_closed_forms_are_what_ledger_and_clock_count(algorithm: str, circumstance: str, epochs: int) -> None:
-    options = {**SMALL, **FLEET, **CIRCUMSTANCES[circumstance], "epochs": epochs}
+    options = {**SMALL, **FLEET, **CIRCUMSTANCES[circumstance], **tail_of(algorithm), "epochs": epochs}
     run = Run(algorithm=algorithm, **{k: v for k, v in options.items() if v is not None})
     result = run.run()
     machines = fleet(run.config, 4)
@@ -213,9 +225,11 @@ def test_the_closed_forms_are_what_ledger_and_clock_count(algorithm: str, circum
     )
 
 
-@pytest.mark.parametrize("algorithm", ["cl", "fl", "ssl", "psl", "sfl", "sflv1", "sflv2", "sflv3", "sglr", "ussl"])
+@pytest.mark.parametrize(
+    "algorithm", ["cl", "fl", "ssl", "psl", "sfl", "sflv1", "sflv2", "sflv3", "sglr", "ussl", "upsl"]
+)
 def test_the_clock_changes_no_number_of_the_training(algorithm: str) -> None:
-    own = {"cut": "hidden1", "tail_cut": "hidden2"} if algorithm == "ussl" else {}
+    own = tail_of(algorithm)
     plain = Run(algorithm=algorithm, rounds=2, **SMALL, **own)
     timed = Run(algorithm=algorithm, rounds=2, **SMALL, **own, **FLEET, stragglers=0.5, rate_spread=1.0)
     losses = [[r.loss for r in run] for run in (plain, timed)]

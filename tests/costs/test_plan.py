@@ -34,7 +34,7 @@ from cutlayer.data.samples import Samples, Source
 from cutlayer.models.cut import cut_unproved
 from cutlayer.models.zoo import build
 from cutlayer.options import PlanConfig
-from cutlayer.report.planned import notes
+from cutlayer.report.planned import heading, notes
 
 META = torch.device("meta")
 DIGITS: dict[str, Any] = {"input": (1, 8, 8), "clients": 4, "samples_per_client": 20}
@@ -89,6 +89,30 @@ def test_a_plan_is_what_a_run_counts(model: str, at: str) -> None:
         assert cost.marginal == pytest.approx(result.clients_marginal_joules / 4)
         if cost.algorithm == "psl":
             assert found.chosen.measured.flops == run.training.flops
+
+
+@pytest.mark.parametrize(("at", "tail"), [("hidden1", "hidden2"), ("hidden1", "hidden3")])
+def test_a_plan_with_tails_is_what_a_run_counts(at: str, tail: str) -> None:
+    """U-shaped algorithms beside others, which are planned as without them."""
+    bent = ("ussl", "upsl", "usfl", "usglr")
+    cuts = {"model": "mlp", "cut": at}
+    found = planned(**cuts, tail_cut=tail, algorithms=("fl", "psl", *bent), **DIGITS, **FLEET)
+    plain = planned(**cuts, algorithms=("fl", "psl"), **DIGITS, **FLEET)
+    assert found.costs[:2] == plain.costs
+    assert found.break_evens[: len(plain.break_evens)] == plain.break_evens
+    assert {b.algorithm for b in found.break_evens} == {"psl", *bent}
+    assert any("cut again after" in line for line in heading(found))
+    for cost in found.costs[2:]:
+        options = {"clients": 4, "samples_per_client": 20, "data": "digits", "epochs": 1, "test": 30, **FLEET}
+        run = Run(algorithm=cost.algorithm, **cuts, tail_cut=tail, **options)
+        result, ledger, e = run.run(), run.training.ledger, cost.expected
+        assert (e.up, e.down) == (ledger.total("up"), ledger.total("down"))
+        assert e.down_broadcast == ledger.total("down", "wire-broadcast")
+        assert (e.client_flops, e.server_flops) == (result.client_flops, result.server_flops)
+        assert e.seconds == pytest.approx(result.virtual_seconds)
+        assert cost.memory > found.costs[1].memory
+    alone = planned(**cuts, tail_cut=tail, algorithms=("upsl",), **DIGITS)
+    assert alone.chosen.measured.returning
 
 
 @pytest.mark.parametrize(("model", "at"), ZOO)
@@ -418,7 +442,7 @@ def at(b: BreakEven, value: int, work: Workload, phi: float) -> tuple[int, int]:
 def test_on_both_sides_of_a_break_even_the_order_differs(algorithm: str, phi: float) -> None:
     """And the closed form is where it changes, up to the rounding of active clients to whole ones."""
     work = WORK
-    found = break_evens([made(algorithm, phi=phi), made("fl")], work, None)
+    found = break_evens([(made(algorithm, phi=phi), work), (made("fl"), work)], None)
     assert len(found) == 3 * len(CONVENTIONS)
     for b in found:
         if b.last is None:
@@ -637,7 +661,20 @@ def no_module() -> Any:
         ({"seed": 3}, ["seed = 3", "without client_device"]),
         ({"link": "lte"}, ["link = 'lte'", "without client_device"]),
         ({"algorithms": ("fl", "sgrl")}, ["'sgrl'", "did you mean 'sgl"]),
-        ({"algorithms": ("ussl",)}, ["ussl cannot be planned", "`traffic`", "--algorithms sglr"]),
+        ({"algorithms": ("psl", "ussl")}, ["ussl needs tail_cut", "--tail-cut hidden3"]),
+        ({"algorithms": ("psl",), "tail_cut": "3"}, ["tail_cut = '3' has no effect on psl", "U-shaped"]),
+        (
+            {"algorithms": ("ussl",), "model": "mlp", "cut": "all", "tail_cut": "hidden3"},
+            ["tail_cut = 'hidden3' needs one cut before it"],
+        ),
+        (
+            {"algorithms": ("ussl",), "model": "mlp", "cut": "hidden3", "tail_cut": "hidden1"},
+            ["tail_cut = 'hidden1' does not come after cut = 'hidden3'"],
+        ),
+        (
+            {"algorithms": ("ussl",), "model": "mlp", "cut": "hidden1", "tail_cut": "hiden3"},
+            ["'hiden3'", "did you mean 'hidden3'"],
+        ),
         ({"algorithms": ("fl", "fl")}, ["'fl' twice"]),
         ({"algorithms": ()}, ["algorithms is empty"]),
         ({"task": "regresion"}, ["unknown task 'regresion'", "did you mean 'regression'"]),

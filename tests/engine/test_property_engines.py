@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
-from support import ALGORITHMS, client_state, difference, make, server_state, source
+from support import ALGORITHMS, client_state, difference, make, server_state, source, u_shaped
 from torch import nn
 
 from cutlayer import Run, plugins
@@ -24,6 +24,7 @@ OWN: dict[str, dict[str, Any]] = {
     "sflv1": {"local_steps": 2},
     "sgl": {"phi": 0.5, "average_over": "clients-and-rows"},
     "sglr": {"phi": 0.7, "alpha": 0.5},
+    "usfl": {"average_every": "step"},
 }
 QUICK = (Phase.explicit, Phase.generate)  # examples are small as they are; making one smaller takes minutes
 OPTIMIZERS: list[tuple[str, dict[str, Any]]] = [
@@ -105,7 +106,8 @@ def test_engines_agree(
         agree(
             algorithm, sizes, model=make(lambda: net(norm, dropout)), batch=batch, rounds=2,
             participation=participation, client_optimizer=optimizer[0], client_optimizer_options=optimizer[1],
-            seed=seed, **({} if algorithm == "fl" else {"cut": "3"}), **OWN.get(algorithm, {}),
+            seed=seed, **({} if algorithm == "fl" else {"cut": "3"}),
+            **({"tail_cut": "7"} if u_shaped(algorithm) else {}), **OWN.get(algorithm, {}),
         )  # fmt: skip
 
 

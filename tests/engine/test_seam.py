@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import batches_of, client_state, conv, difference, made, make, mlp, samples, source, train
+from support import batches_of, client_state, conv, difference, made, make, mlp, samples, source, train, u_shaped
 from torch import nn
 
 from cutlayer import NonFiniteError, Run, Samples, Source, plugins
@@ -288,7 +288,7 @@ def test_two_tensors_that_cross_are_both_counted() -> None:
     assert ledger.total("down", kind="cut gradients") == 2 * 8 * 64
 
 
-@pytest.mark.parametrize("algorithm", ["fl", "ssl", "psl", "sfl", "sflv1", "sflv2", "sflv3", "sglr"])
+@pytest.mark.parametrize("algorithm", ["fl", "ssl", "psl", "sfl", "sflv1", "sflv2", "sflv3", "sglr", "upsl"])
 def test_metering_changes_nothing(algorithm: str) -> None:
     metered = train(algorithm, make(mlp), [6, 5], (6,), **({} if algorithm == "fl" else {"cut": "2"}))
     bare = Run(metered.config, model=make(mlp), data=metered.training.source)
@@ -446,14 +446,16 @@ def test_separate_optimizers_rates_and_schedules() -> None:
 # ---- NaN ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("algorithm", ["cl", "fl", "ssl", "ussl", "psl", "sfl", "sflv1", "sflv2", "sflv3", "sglr"])
+@pytest.mark.parametrize(
+    "algorithm", ["cl", "fl", "ssl", "ussl", "psl", "sfl", "sflv1", "sflv2", "sflv3", "sglr", "upsl"]
+)
 def test_not_a_number_names_step_and_client(algorithm: str) -> None:
     """Client 1's inputs overflow after the first layers: the error says so, at its first step."""
     data = source([4, 4, 4], (6,))
     data.train.x[4:8] *= 1e200  # finite, but the product of two such numbers is not
     net = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8), Square(), nn.Linear(8, 8), nn.Linear(8, 4))
     cut = {} if algorithm in ("cl", "fl") else {"cut": "2"}
-    tail = {"tail_cut": "3"} if algorithm == "ussl" else {}
+    tail = {"tail_cut": "3"} if u_shaped(algorithm) else {}
     run = Run(
         model=net.double(), data=data, algorithm=algorithm, clients=3, partition="column", precision="float64",
         rounds=2, batch=4, client_optimizer="sgd", client_lr=0.1, **cut, **tail,

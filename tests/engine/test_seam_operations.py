@@ -17,6 +17,7 @@ from cutlayer import ConfigError
 from cutlayer.algorithms import Algorithm, algorithm
 from cutlayer.algorithms.common import Scaled, report, sample_weights
 from cutlayer.cohort import Cohort
+from cutlayer.engine.stacked import StackedCohort
 from cutlayer.errors import CutlayerWarning
 from cutlayer.gradients import own
 from cutlayer.models.auxiliary import PooledHead
@@ -260,9 +261,10 @@ def test_a_penalty_needs_the_servers_gradient() -> None:
         train(LocalLoss, make(mlp), [8, 8], (6,), cut="2", nopeek=1.0)
 
 
-def test_an_engine_that_lacks_a_verb_is_refused_or_not_chosen() -> None:
-    with pytest.raises(ConfigError, match=r"engine = 'stacked' cannot run .*, which needs learn"):
-        train(LocalLoss, make(mlp), [8, 8], (6,), cut="2", engine="stacked")
+def test_an_engine_that_lacks_a_verb_is_refused_or_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"engine = 'stacked' cannot run ssl, which needs hand_over"):
+        train("ssl", make(mlp), [8, 8], (6,), cut="2", engine="stacked")
+    monkeypatch.setattr(StackedCohort, "can", StackedCohort.can - {LEARN})
     with pytest.warns(CutlayerWarning, match="it needs learn, which the stacked engine cannot do"):
         run = train(LocalLoss, make(mlp), [8, 8], (6,), cut="2", engine="auto")
     assert run.training.engine == "local"

@@ -27,6 +27,7 @@ from cutlayer.cohort import Cohort
 from cutlayer.gradients import own, spread
 from cutlayer.plugins import option
 from cutlayer.server import Server, ServerStep
+from cutlayer.traffic import Epoch, Traffic
 from cutlayer.types import Round, Smashed, Step, TailGradients
 from cutlayer.verbs import AVERAGE, BACKWARD, FORWARD, HAND_OVER, TAIL
 
@@ -52,6 +53,10 @@ class UShapedSsl(Tour):
                 clients.backward(own(step.gradient, smashed))
                 yield report(step, smashed)
 
+    def traffic(self, epoch: Epoch) -> Traffic:
+        """As SSL, with the features and their gradients instead of labels."""
+        return Traffic("relay", labels=False, tails=True, moved=epoch.client_model)
+
 
 @algorithm(
     "upsl",
@@ -71,6 +76,10 @@ class UShapedPsl(Scaled):
             smashed, step = through_tails(server, clients, smashed)
             clients.backward(own(step.gradient, smashed, self.gradient_scale))
             yield report(step, smashed)
+
+    def traffic(self, epoch: Epoch) -> Traffic:
+        """As PSL, with the features and their gradients instead of labels."""
+        return Traffic("steps", labels=False, tails=True)
 
 
 @algorithm(
@@ -106,6 +115,10 @@ class UShapedSfl(Scaled, LocalWork):
         """As the option says."""
         return self.average_every == "step"
 
+    def traffic(self, epoch: Epoch) -> Traffic:
+        """As U-shaped PSL, and the client models up and down, once a round."""
+        return Traffic("steps", labels=False, tails=True, averaged=epoch.client_model)
+
 
 @algorithm(
     "usglr",
@@ -132,10 +145,12 @@ class UShapedSglr(SplitAvg, SplitLr):
             clients.backward(self.split_average(step.gradient, smashed, active))
             yield report(step, smashed, active)
 
+    def traffic(self, epoch: Epoch) -> Traffic:
+        """As U-shaped PSL, with one cut gradient for the active clients."""
+        return replace(super().traffic(epoch), labels=False, tails=True)
 
-def through_tails(
-    server: Server, clients: Cohort, smashed: Smashed, factor: float = 1.0
-) -> tuple[Smashed, ServerStep]:
+
+def through_tails(server: Server, clients: Cohort, smashed: Smashed, factor: float = 1.0) -> tuple[Smashed, ServerStep]:
     """Steps 2 to 4: what of `smashed` its clients have finished, and the server's step on it."""
     features = replace(smashed, rows=server.forward(smashed))
     tail = clients.tail(features)
@@ -149,6 +164,7 @@ def _finished(smashed: Smashed, tail: TailGradients) -> Smashed:
     alike = not tail.masses or tail.masses == tail.sizes
     if alike and tail.clients == smashed.clients:
         return smashed
-    (labels,), rows = smashed.take((smashed.labels,), tail.clients), smashed.take(smashed.rows, tail.clients)
+    rows = smashed.take(smashed.rows, tail.clients)
     each = [mass / size for mass, size in zip(tail.masses, tail.sizes, strict=True)]
-    return Smashed(rows, labels, tail.clients, tail.sizes, weights=None if alike else spread(each, tail.sizes))
+    weights = None if alike else spread(each, tail.sizes)
+    return Smashed(rows, smashed.labels[: len(rows[0])], tail.clients, tail.sizes, weights=weights)

@@ -106,16 +106,16 @@ class Duel:
         return found
 
 
-def break_evens(algorithms: Sequence[Algorithm], work: Workload, fleet: Fleet | None) -> list[BreakEven]:
-    """All of those `algorithms` that cut the model against the first that trains whole models in rounds, if there is
-    one: under each convention, and in time with a fleet.
+def break_evens(algorithms: Sequence[tuple[Algorithm, Workload]], fleet: Fleet | None) -> list[BreakEven]:
+    """All of those `algorithms` that cut the model, with what they train, against the first that trains whole models in
+    rounds, if there is one: under each convention, and in time with a fleet.
     """
-    stated = [(a, t.pattern) for a in algorithms if (t := traffic_of(a, work)) is not None]
-    federated = next((a for a, pattern in stated if pattern == "rounds"), None)
+    stated = [(a, work, t.pattern) for a, work in algorithms if (t := traffic_of(a, work)) is not None]
+    federated = next((a for a, _, pattern in stated if pattern == "rounds"), None)
     if federated is None:
         return []
     found = []
-    for algorithm, pattern in stated:
+    for algorithm, work, pattern in stated:
         if pattern not in ("steps", "relay"):
             continue
         duel = Duel(algorithm, federated)

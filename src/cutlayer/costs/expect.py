@@ -23,7 +23,7 @@ from cutlayer.errors import ConfigError
 from cutlayer.traffic import Epoch, Traffic
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Workload(Epoch):
     """What is trained: an epoch's sizes, FLOPs of one sample, and how many epochs."""
 
@@ -85,12 +85,14 @@ def _counted(name: str, t: Traffic, w: Workload) -> Expected:
         flops = epochs * w.samples_per_client * w.flops.whole.training
         return Expected(name, model, model, epochs * t.averaged, 2 * model, flops, 0.0)
     label, gradient = w.label * t.labels, w.gradient * t.gradients
-    up, down = rows * (w.smashed + label), rows * gradient
-    broadcast, paper = down, rows * w.smashed + down
+    sent, features = w.smashed + w.returned * t.tails, rows * w.features * t.tails
+    up, down = rows * (sent + label), rows * gradient
+    broadcast, paper = down, rows * sent + down
     if t.sharing:
         alone = (c - t.sharing) * w.samples_per_client * gradient
         broadcast = alone + w.samples_per_client * gradient
-        paper = rows * w.smashed + alone + gradient
+        paper = rows * sent + alone + gradient
+    down, broadcast, paper = down + features, broadcast + features, paper + features
     up, down = up + c * t.averaged, down + c * t.averaged
     broadcast, paper = broadcast + t.averaged, paper + 2 * c * t.averaged
     moves = (epochs * c - 1) * t.moved if c > 1 else 0  # the very first client has the model already
@@ -100,7 +102,7 @@ def _counted(name: str, t: Traffic, w: Workload) -> Expected:
         epochs * down + moves,
         epochs * broadcast + moves,
         epochs * paper + 2 * moves,
-        epochs * w.samples_per_client * w.flops.client.training,
+        epochs * w.samples_per_client * (w.flops.client.training + w.flops.tail.training * t.tails),
         epochs * rows * _serving(t, w),
     )
 
@@ -163,7 +165,8 @@ class _Path:
             down = self._down(size * self.gradient, size * self.gradient, turns)
             own = size * w.flops.client.training / f.speeds
             serve = size * self.serving / f.server_speed
-            total += turns * float((up + down + own + serve + 2 * f.latency).sum())
+            back = self._through_tails(size, turns, 1)
+            total += turns * float((up + down + own + back + serve + 2 * f.latency).sum())
         if w.clients > 1:
             # Each client passes the model on once an epoch and takes it once, but for the first and last time.
             up = self._up(self.t.moved, w.epochs, together=False)
@@ -190,6 +193,7 @@ class _Path:
             go[size] = size * w.flops.client.forward / f.speeds + up
             come[size] = size * w.flops.client.backward / f.speeds + down
             serve[size] = size * w.clients * self.serving / f.server_speed
+            serve[size] += float(self._through_tails(size, count * w.epochs, w.clients).max())
         order = list(batches)  # the full batches, then the rest
         averaged = self.t.averaged
         rounds = 1 if averaged else w.epochs  # that hang together; an averaging stands between the others
@@ -211,6 +215,17 @@ class _Path:
         down = self._down(averaged, averaged if f.multicast else averaged * w.clients, w.epochs)
         inside = between + served + latencies + float((last + up).max()) + 2 * f.latency
         return total + epochs * inside + (epochs - 1) * float((down + go[order[0]]).max()) + float(down.max())
+
+    def _through_tails(self, size: int, times: int, together: int) -> Array:
+        """Seconds [C] from the server's features on until their gradients are with the server again, for a batch of
+        `size` rows of each of the clients that do it `together`; `times` times.
+        """
+        w, f = self.w, self.fleet
+        if not self.t.tails:
+            return np.zeros(w.clients)
+        up = self._up(size * w.returned, times, together=together > 1)
+        down = self._down(size * w.features, size * w.features * together, times)
+        return up + down + size * w.flops.tail.training / f.speeds + 2 * f.latency
 
     def _batches(self) -> dict[int, int]:
         """Sizes of an epoch's batches, with how many there are of each, in order."""

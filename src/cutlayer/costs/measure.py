@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -30,12 +29,13 @@ from cutlayer.errors import ConfigError, CutError
 from cutlayer.models import Crossing, Parts, build
 from cutlayer.models import make as make_own
 from cutlayer.models.cut import INPUT, OUTPUT, UnprovedCuts, cut_unproved
-from cutlayer.models.parts import CannotCutError, logits, one_line, storage_of
+from cutlayer.models.parts import CannotCutError, crossing_bytes, logits, one_line, storage_of
 
 Optimizer = Literal["adam", "sgd"]
 _STATES: dict[Optimizer, int] = {"adam": 2, "sgd": 0}  # numbers that an optimiser keeps per parameter
 _CONTAINERS = (nn.Sequential, nn.ModuleList)
 _META = torch.device("meta")
+_FOOTING = ("state", "trainable", "fixed", "per_row", "moving")
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,8 @@ class Footing:
 @dataclass(frozen=True)
 class Measured:
     """A model at a cut. Counts of `parameters` (of the whole and of the client's part); FLOPs per sample; `client` and
-    `whole` as they train; `crossing` is what goes up.
+    `whole` as they train; `crossing` is what goes up. With a second cut, the `client` has the tail too, and
+    `returning` is what comes down to it.
     """
 
     name: str
@@ -70,11 +71,12 @@ class Measured:
     flops: ModelFlops
     client: Footing
     whole: Footing
+    returning: tuple[Crossing, ...] = ()
 
     @property
     def smashed(self) -> int:
         """Bytes of one sample that go up."""
-        return sum(math.prod(c.shape) * c.dtype.itemsize for c in self.crossing)
+        return crossing_bytes(self.crossing)
 
     @property
     def gradient(self) -> int:
@@ -83,7 +85,7 @@ class Measured:
         """
         if not self.client.trainable:
             return 0
-        return sum(math.prod(c.shape) * c.dtype.itemsize for c in self.crossing if c.differentiable)
+        return crossing_bytes(c for c in self.crossing if c.differentiable)
 
     def workload(self, *, clients: int, samples_per_client: int, batch: int, label: int, raw: int) -> Workload:
         """What `expect` takes: an epoch of training this. `label` and `raw` are bytes of one sample."""
@@ -97,7 +99,26 @@ class Measured:
             raw=raw,
             model=self.whole.moving,
             client_model=self.client.moving,
+            features=crossing_bytes(self.returning),
+            returned=crossing_bytes(c for c in self.returning if c.differentiable),
             flops=self.flops,
+        )
+
+    def with_tail(self, tail: Measured) -> Measured:
+        """The same model with a second cut, where `tail` is cut."""
+        last = replace(
+            tail.whole, **{name: getattr(tail.whole, name) - getattr(tail.client, name) for name in _FOOTING}
+        )
+        middle = Flops(
+            self.flops.server.forward - tail.flops.server.forward,
+            self.flops.server.backward - tail.flops.server.backward,
+        )
+        return replace(
+            self,
+            client_parameters=self.client_parameters + tail.parameters - tail.client_parameters,
+            flops=ModelFlops(self.flops.client, middle, tail.flops.server),
+            client=replace(self.client, **{n: getattr(self.client, n) + getattr(last, n) for n in _FOOTING}),
+            returning=tail.crossing,
         )
 
 
@@ -158,6 +179,15 @@ def measure(model: nn.Module, name: str, x: Tensor) -> Measured:
     parts = cut_unproved(model, name, x)
     inner = [] if name in (INPUT, OUTPUT) else [name]
     return _Measurement(model, x, inner).at(name, parts, lambda: parts)
+
+
+def measure_twice(model: nn.Module, name: str, tail: str, x: Tensor) -> Measured:
+    """`model` cut after `name`, and after `tail` again, from where on it is the client's. Raises as `measure`."""
+    first, last = measure(model, name, x), measure(model, tail, x)
+    order = _Measurement(model, x, [n for n in (name, tail) if n not in (INPUT, OUTPUT)]).order
+    if order[-1:] != [tail] or (name != INPUT and len(order) < 2):
+        raise CutError(f"tail_cut = {tail!r} does not come after cut = {name!r}: name a later module")
+    return first.with_tail(last)
 
 
 def survey(model: nn.Module, x: Tensor, names: Sequence[str] | None = None) -> Survey:

@@ -25,7 +25,7 @@ from cutlayer.algorithms import Algorithm, traffic_of
 from cutlayer.costs.breakeven import BreakEven, break_evens
 from cutlayer.costs.expect import Expected, Workload, expect
 from cutlayer.costs.fleet import Fleet, fleet
-from cutlayer.costs.measure import Measured, example, load_model, make, measure, placed, survey
+from cutlayer.costs.measure import Measured, example, load_model, make, measure, measure_twice, placed, survey
 from cutlayer.errors import ConfigError
 from cutlayer.frozen import freeze
 from cutlayer.options import PlanConfig, RunConfig, default_cut
@@ -112,9 +112,9 @@ class Plan:
     """What is planned and what it costs.
 
     `judged` is the algorithm that cuts are judged by; `cuts` in the order data flows (with one cut named: that one),
-    `refused` where the model cannot be cut, with the reasons; `costs` of every algorithm at the `chosen` cut, but of
-    those that are `not_planned`, since they do not state their traffic; `bests` by quantity (bytes, energy, time), None
-    where no cut fits the budgets; `notes` on the machines' figures.
+    `refused` where the model cannot be cut, with the reasons; `costs` of every algorithm at the `chosen` cut, and what
+    each trains there (`works`), but of those that are `not_planned`, since they do not state their traffic; `bests` by
+    quantity (bytes, energy, time), None where no cut fits the budgets; `notes` on the machines' figures.
     """
 
     config: PlanConfig
@@ -124,6 +124,7 @@ class Plan:
     refused: dict[str, str]
     chosen: CutPlan
     costs: tuple[Cost, ...]
+    works: dict[str, Workload]
     not_planned: tuple[str, ...]
     break_evens: tuple[BreakEven, ...]
     bests: dict[str, str]
@@ -170,11 +171,15 @@ def plan(config: PlanConfig, model: nn.Module | Callable[..., nn.Module] | None 
     algorithms, not_planned = _algorithms(config)
     judged = _judged(algorithms)
     name = config.cut or (default_cut(config.model) if model is None else None) or "all"
+    if config.tail_cut is not None and name == "all":
+        raise ConfigError(
+            f"tail_cut = {config.tail_cut!r} needs one cut before it: name it with cut, e.g. --cut hidden1"
+        )
+    twice = None if config.tail_cut is None else measure_twice(net, name, config.tail_cut, x)
     found = survey(net, x) if name == "all" else None
-    cuts = [
-        _cut_plan(judged, algorithms[judged], m, config, machines)
-        for m in (found.cuts if found else (measure(net, name, x),))
-    ]
+    once = found.cuts if found else (measure(net, name, x),)
+    looked_at = (twice,) if twice is not None and algorithms[judged].traits.u_shaped else once
+    cuts = [_cut_plan(judged, algorithms[judged], m, config, machines) for m in looked_at]
     if config.energy_budget is not None and cuts[0].cost.marginal is None:
         link = "a link of your own" if config.link is None else f"link {config.link!r}"
         raise ConfigError(
@@ -182,7 +187,9 @@ def plan(config: PlanConfig, model: nn.Module | Callable[..., nn.Module] | None 
             "energy; name a link that has, such as lte, or leave the budget out"
         )
     chosen, bests, verdict = _best(algorithms[judged], cuts, config)
-    work = workload(chosen.measured, config)
+    straight = chosen.measured if found else once[0]
+    at = {name: twice if twice is not None and a.traits.u_shaped else straight for name, a in algorithms.items()}
+    works = {name: work_of(a, at[name], config) for name, a in algorithms.items()}
     return Plan(
         config,
         title,
@@ -190,9 +197,10 @@ def plan(config: PlanConfig, model: nn.Module | Callable[..., nn.Module] | None 
         tuple(cuts),
         found.refused if found else {},
         chosen,
-        tuple(_cost(name, a, chosen.measured, config, machines) for name, a in algorithms.items()),
+        tuple(_cost(name, a, at[name], config, machines) for name, a in algorithms.items()),
+        works,
         not_planned,
-        tuple(break_evens(list(algorithms.values()), work, machines)),
+        tuple(break_evens([(a, works[name]) for name, a in algorithms.items()], machines)),
         bests,
         verdict,
         () if machines is None else machines.notes,
@@ -209,6 +217,11 @@ def workload(m: Measured, config: PlanConfig) -> Workload:
         label=label_bytes(config),
         raw=math.prod(config.input) * item,
     )
+
+
+def work_of(algorithm: Algorithm, m: Measured, config: PlanConfig) -> Workload:
+    """The same for one algorithm, whose clients may have auxiliary heads."""
+    return workload(m, config)
 
 
 def label_bytes(config: PlanConfig) -> int:
@@ -282,7 +295,7 @@ def _judged(algorithms: dict[str, Algorithm]) -> str:
 
 
 def _cost(name: str, algorithm: Algorithm, m: Measured, config: PlanConfig, machines: Fleet | None) -> Cost:
-    e, traits = expect(algorithm, workload(m, config), machines), algorithm.traits
+    e, traits = expect(algorithm, work_of(algorithm, m, config), machines), algorithm.traits
     footing = m.whole if traits.whole else m.client
     memory = 0 if traits.central else footing.peak(config.batch, config.client_optimizer)
     share = None

@@ -5,6 +5,7 @@ Shape legend: R rows of the batch, s... the shape of one sample's smashed data, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -178,6 +179,11 @@ class Crossing:
     def differentiable(self) -> bool:
         """Floating-point tensors are; masks and positions are not."""
         return self.dtype.is_floating_point
+
+
+def crossing_bytes(crossings: Iterable[Crossing]) -> int:
+    """Bytes of one row of the tensors that cross."""
+    return sum(math.prod(c.shape) * c.dtype.itemsize for c in crossings)
 
 
 @dataclass(frozen=True)

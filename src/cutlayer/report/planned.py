@@ -17,7 +17,7 @@ from rich.text import Text
 from cutlayer.costs.breakeven import bytes_of, sentences
 from cutlayer.costs.expect import Workload, expect
 from cutlayer.costs.ledger import CONVENTIONS, Convention
-from cutlayer.costs.plan import Plan, flops_share, workload
+from cutlayer.costs.plan import Plan, flops_share
 from cutlayer.options import PlanConfig
 from cutlayer.report.curves import _plain, drawn, titled
 from cutlayer.report.looks import BLUE, VERMILLION, look_of_algorithm, title_of_algorithm
@@ -74,9 +74,19 @@ def heading(plan: Plan) -> list[str]:
         f"cut after {m.name!r}: the client has {m.client_parameters:,} parameters ({share:.2%}) and "
         f"{flops_share(m):.2%} of the FLOPs; {format_bytes(m.smashed)} of smashed data go up per sample "
         f"({tensors}){down}",
+        *_tails(plan),
         f"{c.clients:,} {'client' if c.clients == 1 else 'clients'} with {c.samples_per_client:,} samples each, "
         f"batches of {c.batch}{_options(c)}; all figures are one epoch's",
     ]
+
+
+def _tails(plan: Plan) -> list[str]:
+    """The second cut, for the algorithms that have one."""
+    bent = [cost.algorithm for cost in plan.costs if plan.config.algorithm(cost.algorithm).traits.u_shaped]
+    if not bent:
+        return []
+    titles, features = listed([_title(plan, name) for name in bent]), format_bytes(plan.works[bent[0]].features)
+    return [f"{titles}: cut again after {plan.config.tail_cut!r}; {features} of features come down per sample"]
 
 
 def notes(plan: Plan) -> list[str]:
@@ -199,10 +209,10 @@ def _bytes_over_samples(ax: Axes, plan: Plan) -> None:
     n = plan.config.samples_per_client
     points = [n, *(b.exact for b in marks if b.exact)]
     grid = np.unique(np.geomspace(max(1, min(points) / 30), max(points) * 30, 120).round().astype(int))
-    work = workload(plan.chosen.measured, plan.config)
     once = {cost.algorithm for cost in plan.costs if cost.expected.once_up}
     lines: dict[tuple[int, ...], list[str]] = {}
     for cost in plan.costs:
+        work = plan.works[cost.algorithm]
         counts = [_bytes(plan.config, cost.algorithm, work, int(k), convention) for k in grid]
         lines.setdefault(tuple(counts), []).append(cost.algorithm)
     for values, names in lines.items():
@@ -212,7 +222,8 @@ def _bytes_over_samples(ax: Axes, plan: Plan) -> None:
             ax.plot(grid, values, color=colour, linestyle=style, label=label)
     for i, at in enumerate(sorted({b.last for b in marks if b.last is not None})):
         same = [b for b in marks if b.last == at]
-        height = _bytes(plan.config, same[0].against_name, work, at, convention)
+        against = plan.config.reference(same[0].against_name)
+        height = _bytes(plan.config, against, plan.works[against], at, convention)
         colour, _ = look_of_algorithm(plan.config.reference(same[-1].algorithm))
         ax.plot([at], [height], "o", color=colour, markeredgecolor="white", markersize=9, zorder=4)
         ax.annotate(f"{at:,}", (at, height), xytext=(9, -15 - 13 * (i % 2)), textcoords="offset points", fontsize=10)
