@@ -288,7 +288,7 @@ def test_two_tensors_that_cross_are_both_counted() -> None:
     assert ledger.total("down", kind="cut gradients") == 2 * 8 * 64
 
 
-@pytest.mark.parametrize("algorithm", ["fl", "ssl", "psl", "sfl", "sflv1", "sflv2", "sflv3", "sglr", "upsl"])
+@pytest.mark.parametrize("algorithm", ["fl", "ssl", "psl", "sfl", "sflv1", "sflv2", "sflv3", "sglr"])
 def test_metering_changes_nothing(algorithm: str) -> None:
     metered = train(algorithm, make(mlp), [6, 5], (6,), **({} if algorithm == "fl" else {"cut": "2"}))
     bare = Run(metered.config, model=make(mlp), data=metered.training.source)
