@@ -82,6 +82,7 @@ HOW: dict[str, dict[str, Any]] = {
     "clipped, waiting": {"client_clip_grad_norm": 0.1, "accumulate": 2},
     "groups": {"param_groups": [{"match": "bias", "lr": 3.0}, {"match": "^8|^9|auxiliary", "lr": 0.3}]},
     "independent": {"start": "independent"},
+    "adjusted": {"logit_adjust": "client"},
     "codecs": {"up_codec": "int8", "down_codec": "float16"},
 }  # fmt: skip
 

@@ -164,7 +164,8 @@ class StackedCohort(SimulatedCohort):
         """
         stream = partial(self._stream, name=draw)
         outputs = self._stack.forward(group, rows, stream, alike=self._alike, piece="tail", fresh=False)
-        return descend(group, outputs, targets, self.setup.task)
+        shift = self.setup.shifts_of(group.clients, len(targets) // len(group.clients))
+        return descend(group, adjusted(outputs, shift, self.setup.task), targets, self.setup.task)
 
     def fit(self) -> list[Step]:
         """Each participant takes all its local steps of this round: group by group, for the cache's sake."""
