@@ -176,6 +176,17 @@ class AbsentError(TrainingError):
     code = ExitCode.TRY_AGAIN
 
 
+class StepLostError(AbsentError):
+    """All `clients` of a step were lost within it, so that it did not happen."""
+
+    def __init__(self, clients: tuple[int, ...]) -> None:
+        self.clients = clients
+        super().__init__(
+            f"clients {', '.join(map(str, clients))} were lost before they could finish a step: the run goes on where "
+            "others are there"
+        )
+
+
 class NonFiniteError(TrainingError):
     """NaN or Inf appeared in a loss or a gradient.
 

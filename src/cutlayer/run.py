@@ -23,7 +23,15 @@ from cutlayer.build import Data, Model, Training, assemble, by_name
 from cutlayer.costs.measured import Meter
 from cutlayer.data.own import own_code
 from cutlayer.engine.ways import Ways
-from cutlayer.errors import ConfigError, CutlayerWarning, NonFiniteError, RunFolderError, TrainingError, UsageError
+from cutlayer.errors import (
+    ConfigError,
+    CutlayerWarning,
+    NonFiniteError,
+    RunFolderError,
+    StepLostError,
+    TrainingError,
+    UsageError,
+)
 from cutlayer.features import KeptFeatures
 from cutlayer.files import replace_file
 from cutlayer.folder import (
@@ -49,10 +57,9 @@ from cutlayer.keywords import RunKeywords
 from cutlayer.options import RunConfig, by_reference, from_anywhere, normalised, overlaid
 from cutlayer.schedules import Schedule, WarmedUp
 from cutlayer.scoring import fairness, judged, reported
-from cutlayer.server import Server
 from cutlayer.tasks.own_loss import Loss
 from cutlayer.trained import Predictions, TrainedModel, Whose, find_trained
-from cutlayer.types import Evaluation, Step
+from cutlayer.types import Evaluation, Round, Step
 
 
 @dataclass(frozen=True)
@@ -682,13 +689,27 @@ def round_of(training: Training, index: int) -> Iterator[Step]:
     t = training
     factor, t.server.lr_factor = rate_factors(t, index)
     this = t.clients.begin_round(index, t.rounds, factor)
-    return _to_the_end(steps_of(t.algorithm, t.server, t.clients, this), t.server)
+    return _to_the_end(t, this)
 
 
-def _to_the_end(steps: Iterator[Step], server: Server) -> Iterator[Step]:
-    """The steps of a round, whose end the server is told."""
-    yield from steps
-    server.end_round()
+def _to_the_end(training: Training, this: Round) -> Iterator[Step]:
+    """The steps of a round, whose end the server is told. After a step that all its clients were lost in, the round
+    begins again with the batches that are left.
+    """
+    t, left = training, dict(zip(this.clients, this.batches, strict=True))
+    while True:
+        try:
+            for step in steps_of(t.algorithm, t.server, t.clients, this):
+                for k in step.clients:
+                    left[k] -= 1
+                yield step
+        except StepLostError as lost:
+            for k in lost.clients:
+                left[k] -= 1
+            this = replace(this, batches=tuple(max(0, n) for n in left.values()))
+        else:
+            t.server.end_round()
+            return
 
 
 def own_things(**given: object) -> dict[str, bool]:

@@ -238,6 +238,21 @@ class Server:
         for client, own in state["copies"].items():
             self._copy_of(int(client)).load(own)
 
+    def trial(self, client: int | None = None) -> Server:
+        """A copy to try steps on (of the one that belongs to `client`, if there is one): this server stays as it is."""
+        one = self if client is None else self._copies.get(client, self)
+        tried = Server(replica(one.model), self._make_optimizer, self.lr, one.seed, self.task)
+        tried.load({**one._own_state(), "copies": {}})
+        tried.lr_factor = self.lr_factor
+        return tried
+
+    @property
+    def moved(self) -> list[Tensor]:
+        """All that steps change: weights and buffers, and the optimiser's numbers."""
+        kept = self._optimizer.state.values() if self._optimizer else ()
+        numbers = [value for values in kept for value in values.values() if isinstance(value, Tensor)]
+        return [*moving(self.model).values(), *numbers]
+
     def _copy_of(self, client: int) -> Server:
         """Client `client`'s copy: the global weights, and an optimiser of its own that lives on from round to round."""
         if client not in self._copies:

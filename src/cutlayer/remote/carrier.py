@@ -61,6 +61,9 @@ class Carrier(Protocol):
         gave them all, or why there are none. If it raises WireError, the client is lost for "garbage".
         """
 
+    def dismiss(self, client: int, sentence: str) -> None:
+        """Close the connection of a client that has said something impossible: it is not connected any more then."""
+
 
 class Responder(Protocol):
     """A client's end. All methods are called on one thread, one after another."""

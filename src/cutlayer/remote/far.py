@@ -22,10 +22,11 @@ from cutlayer.cohort import Footprint, Held, Predict, Tell
 from cutlayer.data.samples import AtClient, Samples
 from cutlayer.engine.local import Client, named_as_whole, outputs_with
 from cutlayer.engine.simulated import Local, Routine, Shape, together
-from cutlayer.errors import AbsentError, NonFiniteError, TrainingError, WireError
+from cutlayer.errors import AbsentError, NonFiniteError, StepLostError, TrainingError, WireError
 from cutlayer.frozen import load_moving, resting, trains
 from cutlayer.models.parts import Crossing
 from cutlayer.remote.carrier import Carrier, Lost, Request
+from cutlayer.remote.vetting import Vetting, largest, outlying
 from cutlayer.remote.worker import expected_state, state_of
 from cutlayer.scoring import ROWS_PER_PASS, Outputs, evaluation, judged
 from cutlayer.tasks import Value
@@ -71,6 +72,11 @@ class Remote(Routine):
     scores: Mapping[str, Value] = field(default_factory=dict)
     class_counts: MutableSequence[list[int]] = field(default_factory=list)
 
+    @cached_property
+    def counts_alike(self) -> bool:
+        """Whether every row counts 1."""
+        return self.task.weights(torch.zeros(1, *self.targets.shape, dtype=self.targets.dtype)) is None
+
 
 class RemoteCohort:
     """All clients on the other side of a hub. `tell` hears of rounds, of clients that come, give no answer or are
@@ -108,9 +114,13 @@ class RemoteCohort:
         self._begun = False  # a round, in this process
         self._posts: dict[int, m.BeginRound] = {}  # of this round
         self._alike = setup.alike  # all models are known to be equal
+        self._handed: Sequence[Buffer] = ()  # the travelling model, and its optimiser's state, as its holder got them
+        self._last = Smashed((), torch.empty(0), (), ())  # of the last forward pass
+        self._named: set[int] = set()  # whose models are known to have moved much further than the others'
+        self.vet: Vetting | None = None
+        """Tries what clients send."""
         twin = setup.twin
-        first = setup.rule.relative and setup.alike
-        self._first = {name: t.clone() for name, t in state_of(twin.module).items()} if first else None
+        self._first = {name: t.clone() for name, t in state_of(twin.module).items()} if setup.alike else None
         self._buffered = not trains(twin.module) and any(True for _ in twin.module.buffers())
 
     @property
@@ -194,20 +204,39 @@ class RemoteCohort:
             if answers or not due or self.hub.connected:
                 break
             self._come_back(due)
+        smashed = self._vetted({k: answers[k] for k in asked if k in answers}, labels)
         self._quota[asked] -= 1
         self._sought.clear()
-        self._asked = tuple(k for k in asked if k in answers)
+        self._asked = smashed.clients
         if self._buffered:  # without a step they become different all the same
             self._alike = len(self.samples) == 1
         self._waiting = set(self._asked)
-        if not self._asked:
+        self._sizes = dict(zip(smashed.clients, smashed.sizes, strict=True))
+        self._last = smashed
+        return smashed
+
+    def _vetted(self, came: dict[int, _Came], labels: bool) -> Smashed:
+        """What came, less the rows of clients with which no step of the server is possible."""
+        smashed = self._together(came, labels)
+        if self.vet is None or not came:
+            return smashed
+        sizes = [one.sizes for one in came.values()]
+        if not (spoilers := self.vet.of_rows(smashed, sizes)):
+            return smashed
+        for k in spoilers:
+            self._expel(k, "smashed data", max(came[k].sizes))
+        return self._together({k: one for k, one in came.items() if k not in spoilers}, labels)
+
+    def _together(self, came: Mapping[int, _Came], labels: bool) -> Smashed:
+        """What several clients sent, one after another."""
+        if not came:
             return Smashed((), torch.empty(0), (), ())
-        came = [answers[k] for k in self._asked]
-        sizes = self._sizes = {k: len(one.rows[0]) for k, one in zip(self._asked, came, strict=True)}
-        rows = _joined([one.rows for one in came])
-        y = rows[-1] if labels else torch.empty(sum(sizes.values()), 0)
+        sizes = tuple(len(one.rows[0]) for one in came.values())
+        rows = _joined([one.rows for one in came.values()])
+        y = rows[-1] if labels else torch.empty(sum(sizes), 0)
         weights = self.setup.task.weights(y) if labels else None
-        return Smashed(rows[: len(self.setup.crossing)], y, self._asked, tuple(sizes.values()), _written(came), weights)
+        written = _written(list(came.values()))
+        return Smashed(rows[: len(self.setup.crossing)], y, tuple(came), sizes, written, weights)
 
     def _smashed(self, client: int, frame: Frame, labels: bool) -> _Came:
         """One client's smashed data, and its labels where they were asked for. Raises WireError."""
@@ -216,10 +245,13 @@ class RemoteCohort:
             raise WireError(f"a batch of {n} rows came, of at most {s.batch} were agreed")
         like = [*s.crossing, *([s.targets] if labels else [])]
         rows = decode(frame.body, like, n, [*[s.up] * len(s.crossing), *([RAW] if labels else [])])
-        _check_finite(rows, "smashed data", client)
+        size = (
+            _check_finite(rows[: len(s.crossing)], "smashed data", client),
+            _check_finite(rows[len(s.crossing) :], "targets", client),
+        )
         if labels and (odd := s.task.foreign(rows[-1], s.outputs.shape)):
             raise WireError(f"the targets of client {client} hold {odd}: give the client targets of the same task")
-        return _Came(rows, sum(payload_sizes(frame.body)[: len(s.crossing)]) if s.up.zstd else 0)
+        return _Came(rows, sum(payload_sizes(frame.body)[: len(s.crossing)]) if s.up.zstd else 0, sizes=size)
 
     def tail(self, features: Smashed) -> TailGradients:
         """Each client's tail finishes its rows of `features` with the client's own mean loss."""
@@ -231,15 +263,32 @@ class RemoteCohort:
 
         def read(k: int, frame: Frame) -> _Came:
             loss, mass = frame.message.loss, frame.message.mass
+            self._check_mass(k, self._sizes[k], mass)
             rows = decode(frame.body, like, self._sizes[k], self.setup.up)
-            _check_finite((*rows, torch.tensor(loss)), "cut gradients", k)
-            return _Came(rows, sum(payload_sizes(frame.body)) if self.setup.up.zstd else 0, loss, mass)
+            size = _check_finite((*rows, torch.tensor(loss)), "cut gradients", k)
+            written = sum(payload_sizes(frame.body)) if self.setup.up.zstd else 0
+            return _Came(rows, written, loss, mass, (size, 0.0))
 
         answers = self._exchange(features.clients, request, read)
-        who = tuple(k for k in features.clients if k in answers)
-        if not who:
-            raise AbsentError("no client has finished the forward pass: all are gone")
-        came = [answers[k] for k in who]
+        if self.vet is not None and answers:
+            spoilers = self.vet.of_tails(
+                self._last, self._finished(answers), [one.sizes[0] for one in answers.values()]
+            )
+            for k in spoilers:
+                self._expel(k, "cut gradients", answers.pop(k).sizes[0])
+        if not answers:
+            raise StepLostError(features.clients)
+        for k in features.clients:  # who is gone counts nothing
+            if k not in answers:
+                shapes = [(self._sizes[k], *c.shape) for c in like]
+                answers[k] = _Came(
+                    tuple(torch.zeros(shape, dtype=c.dtype) for shape, c in zip(shapes, like, strict=True))
+                )
+        return self._finished({k: answers[k] for k in features.clients})
+
+    def _finished(self, answers: Mapping[int, _Came]) -> TailGradients:
+        """What the tails of several clients sent back."""
+        who, came = tuple(answers), list(answers.values())
         rows = _joined([one.rows for one in came])
         losses = torch.tensor([one.loss for one in came], dtype=rows[0].dtype)
         masses = tuple(one.mass for one in came)
@@ -262,7 +311,7 @@ class RemoteCohort:
     def learn(self, steps: int) -> list[Step]:
         """Each participant takes up to `steps` steps on its auxiliary head's loss."""
         due = {k: min(steps, (k in self._waiting) + int(self._quota[k])) for k in self._participants}
-        due = {k: n for k, n in due.items() if n}
+        due = {k: n for k, n in due.items() if n and k not in self.excluded}
         if not due:
             return []
         self._step += 1
@@ -286,7 +335,7 @@ class RemoteCohort:
             lambda: self._exchange(self._participants, lambda k: [(m.Fit(self._step), ())], self._fitted, quorum=True),
         )
         self._alike = len(self.samples) == 1
-        return [together(taken, t) for t in range(max(map(len, taken.values())))]
+        return [together(taken, t) for t in range(max(map(len, taken.values()), default=0))] if taken else []
 
     def _fitted(self, client: int, frame: Frame) -> list[Local]:
         """The local steps of a client's round. Raises WireError."""
@@ -297,8 +346,16 @@ class RemoteCohort:
         steps = [Local(*step) for step in frame.message.losses]
         if len(steps) != asked or not all(0 < step.rows <= self.setup.batch for step in steps):
             raise WireError(f"{len(steps)} local steps came, {asked} were asked for, or their rows are not")
+        for step in steps:
+            self._check_mass(client, step.rows, step.mass)
         _check_finite((torch.tensor([step.loss for step in steps]),), "losses", client)
         return steps
+
+    def _check_mass(self, client: int, rows: int, mass: float) -> None:
+        """What rows count together is what was announced, or part of it. Raises WireError."""
+        whole = rows if self.setup.counts_alike else self.masses[client] * (1 + 1e-6)
+        if not 0 <= mass <= whole or (self.setup.counts_alike and mass != rows):
+            raise WireError(f"{rows} rows of client {client} count {mass:g} together, it says, of at most {whole:g}")
 
     def average(self, weights: Mapping[int, float]) -> tuple[int, ...]:
         """The weighted mean of the models of `weights`, for everybody: now, or when they next take part; whose models
@@ -306,7 +363,9 @@ class RemoteCohort:
         """
         if not weights:
             return ()
-        models = self._patiently(weights, lambda: self._models(list(weights)))
+        models = self._patiently(weights, lambda: self._vetted_models(weights))
+        if not models:
+            return ()
         here = [k for k in weights if k in models]
         self._average = self._averaged([models[k] for k in here], [weights[k] for k in here])
         body = encode_named(self._average)
@@ -316,9 +375,27 @@ class RemoteCohort:
         self._alike = True  # who has missed it gets it before anything else
         return tuple(here)
 
+    def _vetted_models(self, weights: Mapping[int, float]) -> dict[int, dict[str, Tensor]]:
+        """The models of those of `weights` that gave them, less those that spoil the average."""
+        models = self._models([k for k in weights if k not in self.excluded])
+        if self.vet is None or not models:
+            return models
+        if (before := self._average or self._first) and len(models) > 2:
+            self._name_outlying(outlying(models, before))
+
+        def mean(who: Sequence[int]) -> Mapping[str, Tensor]:
+            if len(who) == 1:
+                return models[who[0]]
+            return self._averaged([models[k] for k in who], [weights[k] for k in who])
+
+        for k in self.vet.of_models(models, mean):
+            self._expel(k, "model", largest(list(models.pop(k).values())))
+        return models
+
     def hand_over(self, client: int, *, optimizer: bool) -> None:
         """The travelling model moves to `client`; before anyone holds it, it is `client`'s own. Where `client` is not
-        connected, but others are, it stays where it is. Raises TrainingError where its holder does not come back.
+        connected, but others are, it stays where it is; where its holder is excluded, it goes on as it came to that
+        one. Raises TrainingError where its holder does not come back.
         """
         holder = self._holder
         if not self.hub.connected:
@@ -329,11 +406,17 @@ class RemoteCohort:
             asks: list[Request] = [(m.GiveModel(self._step), ())]
             asks += [(m.GiveOptimizer(self._step), ())] if optimizer else []
             given = self._patiently([holder], lambda: self._all([holder], lambda k: asks, self._given))
-            model, *state = given[holder]
-            self._post(client, m.TakeModel(self._step), [model])
-            for body in state:
-                self._post(client, m.TakeOptimizer(self._step), [body])
+            self._handed = given[holder] if given else self._handed
+            for take, body in zip((m.TakeModel, m.TakeOptimizer), self._handed, strict=False):
+                self._post(client, take(self._step), [body])
         self._holder = client
+
+    def _move_on(self) -> None:
+        """If the holder of the travelling model is excluded, another client gets it as that one got it."""
+        if self._holder in self.excluded:
+            if not self.hub.connected:
+                self._come_back(range(len(self.samples)))
+            self.hand_over(min(self.hub.connected), optimizer=len(self._handed) > 1)
 
     def _given(self, client: int, frame: Frame) -> Buffer:
         """What is passed on is what was expected. Raises WireError."""
@@ -354,8 +437,12 @@ class RemoteCohort:
             clients = [k for k in clients if k in self.hub.connected]
             if not clients:
                 return Evaluation({}, 0)
-        among = range(len(self.samples)) if self._holder is None else [self._holder]
-        return self._patiently(among, lambda: self._evaluated(samples, predict, clients))
+        found = None
+        while found is None:
+            self._move_on()
+            among = range(len(self.samples)) if self._holder is None else [self._holder]
+            found = self._patiently(among, lambda: self._evaluated(samples, predict, clients))
+        return found
 
     def _evaluated(self, samples: Samples, predict: Predict, clients: Sequence[int] | None = None) -> Evaluation | None:
         """None if no client answered."""
@@ -422,9 +509,10 @@ class RemoteCohort:
         """
         if self._holder is None or self._holder == client or client not in self.hub.connected:
             return
+        self._move_on()
         holder = self._holder
-        models = self._patiently([holder], lambda: self._models([holder]))
-        self._post(client, m.TakeModel(self._step), encode_named(models[holder]))
+        if models := self._patiently([holder], lambda: self._models([holder])):
+            self._post(client, m.TakeModel(self._step), encode_named(models[holder]))
 
     def _smashed_tests(self, client: int, count: int, predict: Predict) -> list[Request] | None:
         """Have a client send the smashed data of its own `count` test rows, and send the outputs back: what is still to
@@ -503,6 +591,7 @@ class RemoteCohort:
             "average": self._average or {},
             "stale": sorted(self._stale | away),
             "excluded": {str(k): why for k, why in self.excluded.items()},
+            "handed": [torch.frombuffer(bytearray(body), dtype=torch.uint8) for body in self._handed if len(body)],
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -513,6 +602,7 @@ class RemoteCohort:
         self.setup.class_counts[:] = state.get("class counts", [])
         self._average, self._stale = dict(state["average"]) or None, set(state["stale"])
         self.excluded = {int(k): why for k, why in state["excluded"].items()}
+        self._handed = [body.numpy().tobytes() for body in state.get("handed", ())]
 
     def finish(self) -> None:
         """Send what has been posted: the last of all."""
@@ -556,13 +646,16 @@ class RemoteCohort:
         if self._begun and self._average is not None:
             self._stale |= new
 
-    def _patiently(self, clients: Iterable[int], attempt: Callable[[], T | None]) -> T:
+    def _patiently(self, clients: Collection[int], attempt: Callable[[], T | None]) -> T | None:
         """What `attempt` gives. Where all of `clients` are gone (the server's own network is), they are waited for, and
-        it is made again: a client that has done its part, but could not say so, says it then.
+        it is made again: a client that has done its part, but could not say so, says it then. None where all of them
+        are excluded, but not all clients of the run.
 
         Raises TrainingError where none of them comes back.
         """
         while not (found := attempt()):
+            if set(clients) <= self.excluded.keys() and len(self.excluded) < len(self.samples):
+                return None
             if not self._come_back(clients):
                 gone = ", ".join(map(str, clients))
                 raise AbsentError(
@@ -610,12 +703,11 @@ class RemoteCohort:
         def ask(
             request: m.Evaluate, body: Callable[[int], Sequence[Buffer]], like: Sequence[Crossing], codec: Codec
         ) -> dict[int, Rows]:
-            return self._exchange(
-                clients,
-                lambda k: [(request, body(k))],
-                lambda k, answer: _finite(aligned(decode(answer.body, like, n, codec)), k),
-                quorum=True,
-            )
+            def read(k: int, answer: Frame) -> Rows:
+                rows = aligned(decode(answer.body, like, n, codec))
+                return rows if math.isfinite(largest(rows)) else self._judge_by_itself(rows, k, part, predict)
+
+            return self._exchange(clients, lambda k: [(request, body(k))], read, quorum=True)
 
         if self.shape == "whole":
             whole = ask(m.Evaluate(self._step, "whole", n), lambda k: body, outputs, RAW)
@@ -627,6 +719,17 @@ class RemoteCohort:
         clients = list(given)
         tail = m.Evaluate(self._step, "tail", n)
         return {k: rows[0] for k, rows in ask(tail, lambda k: encode(given[k], s.down.plain), outputs, RAW).items()}
+
+    def _judge_by_itself(self, rows: Rows, client: int, part: Samples, predict: Predict) -> Rows:
+        """Whose fault it is that results in evaluation are not finite. Raises NonFiniteError where the average that all
+        have gives such results here, too; otherwise WireError.
+        """
+        if self._alike and self._average is not None:
+            twin = self.setup.twin
+            load_moving(twin.module, self._average)
+            if not math.isfinite(largest([outputs_with(twin, self.shape, part.rows, predict)])):
+                raise NonFiniteError("average of the clients' models, judged on held-out rows,")
+        return _finite(rows, client)
 
     def _models(self, clients: Sequence[int]) -> dict[int, dict[str, Tensor]]:
         def read(k: int, frame: Frame) -> dict[str, Tensor]:
@@ -685,6 +788,7 @@ class RemoteCohort:
             voters=clients,
             on_answer=on_answer,
         )
+        self._check_divergence(answered)
         found: dict[int, list[Any]] = {}
         for k, came in answered.items():
             if isinstance(came, Lost):
@@ -693,8 +797,18 @@ class RemoteCohort:
                 found[k] = came[len(came) - due[k] :]
         return {k: found[k] for k in clients if k in found}
 
+    def _check_divergence(self, answered: Mapping[int, list[Any] | Lost]) -> None:
+        """Raises NonFiniteError where several clients, and all that are left, have failed by numbers at once: that is
+        not the fault of each.
+        """
+        failed = [k for k, came in answered.items() if isinstance(came, Lost) and came.kind == NonFiniteError.__name__]
+        if len(failed) > 1 and len(failed) == len(answered):
+            raise NonFiniteError("weight gradient or loss", tuple(sorted(failed)))
+
     def _lose(self, client: int, lost: Lost) -> None:
         """A client has not answered. Raises NonFiniteError or WireError where it is faulty and that ends the run."""
+        if client in self.excluded:  # which has been said
+            return
         faulty = lost.reason == "garbage" or lost.kind == NonFiniteError.__name__
         if faulty and self.setup.faulty == "stop":
             if lost.kind == NonFiniteError.__name__:
@@ -702,20 +816,48 @@ class RemoteCohort:
             raise WireError(f"client {client}: {lost.sentence}")
         self._tell(lost.reason, {"client": client, "why": lost.sentence})
         if faulty and self.setup.faulty == "exclude":
-            self.excluded[client] = lost.sentence
-            self._tell("excluded", {"client": client, "why": lost.sentence})
+            self._exclude(client, lost.sentence)
+
+    def _expel(self, client: int, what: str, size: float) -> None:
+        """A client has sent numbers with which training cannot go on. Raises NonFiniteError where that ends the run."""
+        if self.setup.faulty == "stop":
+            raise NonFiniteError(f"step with the {what}", (client,))
+        self._dismiss(
+            client,
+            f"numbers as large as {size:.3g} came in the {what} of client {client}, with which no step is possible: "
+            "look at its data and its rate",
+        )
+
+    def _dismiss(self, client: int, why: str) -> None:
+        """Close the connection of a client that has said something impossible, and exclude it if that is asked for."""
+        self._later.pop(client, None)
+        self.hub.dismiss(client, why)
+        self._tell("garbage", {"client": client, "why": why})
+        if self.setup.faulty == "exclude":
+            self._exclude(client, why)
+
+    def _exclude(self, client: int, why: str) -> None:
+        self.excluded[client] = why
+        self._tell("excluded", {"client": client, "why": why})
+
+    def _name_outlying(self, found: Mapping[int, float]) -> None:
+        """Say, once, whose model has moved much further than those of the others."""
+        for k in found.keys() - self._named:
+            self._tell("deviates", {"client": k, "what": "model", "times": float(f"{found[k]:.3g}")})
+        self._named = set(found)
 
 
 @dataclass(frozen=True)
 class _Came:
     """What a client has sent: its rows, the bytes that those were written in where codecs make that a question of the
-    numbers, its loss, what its rows count together.
+    numbers, its loss, what its rows count together, the largest numbers in rows and targets.
     """
 
     rows: Rows
     written: int = 0
     loss: float = 0.0
     mass: float = 0.0
+    sizes: tuple[float, float] = (0.0, 0.0)
 
 
 def _alike(value: Value, like: Value) -> bool:
@@ -740,13 +882,12 @@ def _finite(rows: Rows, client: int) -> Rows:
     return rows
 
 
-def _check_finite(tensors: Sequence[Tensor], what: str, client: int) -> None:
-    """Raises WireError where a number is NaN or infinite."""
-    for tensor in tensors:
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise WireError(
-                f"the {what} of client {client} hold NaN or infinite numbers: look at its data and its rate"
-            )
+def _check_finite(tensors: Sequence[Tensor], what: str, client: int) -> float:
+    """The largest number. Raises WireError where one is NaN or infinite."""
+    size = largest(tensors)
+    if not math.isfinite(size):
+        raise WireError(f"the {what} of client {client} hold NaN or infinite numbers: look at its data and its rate")
+    return size
 
 
 def _nothing(client: int, frame: Frame) -> None:

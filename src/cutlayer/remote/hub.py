@@ -58,6 +58,7 @@ T = TypeVar("T")
 _LOOK = 1.0  # seconds between looks at files that may have changed
 _WAITING = 64  # clients that may wait, at once, for an earlier stream of theirs to end
 _STREAMS = 4096
+_SOON = 10.0  # seconds in which the loop does what it is asked to
 
 
 class Hub:
@@ -276,6 +277,18 @@ class Hub:
         if self._exporter is not None:
             self._exporter.observe(time.perf_counter() - begin)
         return results
+
+    def dismiss(self, client: int, sentence: str) -> None:
+        """Close the connection of a client that has said something impossible: it is not connected any more then."""
+        done: Future[None] = Future()
+
+        def close() -> None:
+            self.garbled(client, sentence)
+            done.set_result(None)
+
+        self.call(close)
+        with suppress(TimeoutError):  # the loop has ended, and all connections with it
+            done.result(_SOON)
 
     # From here on: the loop's thread.
 

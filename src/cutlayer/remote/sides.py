@@ -31,6 +31,7 @@ from cutlayer.remote.allowance import PIECES, SPENT, Allowance, Extent, Purse, s
 from cutlayer.remote.audit import Audit
 from cutlayer.remote.carrier import Carrier
 from cutlayer.remote.far import Remote, RemoteCohort
+from cutlayer.remote.vetting import Vetting
 from cutlayer.remote.worker import Duty, Keeping, OwnTest, Watching, Worker
 from cutlayer.run import Run
 from cutlayer.scoring import ROWS_PER_PASS, reported, try_metrics
@@ -45,6 +46,7 @@ from cutlayer.wire.names import named
 
 Greet = Callable[[m.Hello, int], m.Welcome | m.Refused]
 _NAME = "client-"
+_PROBE = 8  # rows that models are tried on
 _TESTED = "Each client's model is tested on its own rows; a client with data of its own holds them out (evaluate_on)"
 
 
@@ -108,6 +110,8 @@ def remote_training(
     cohort = RemoteCohort(hub, setup, tell=tell, ready=ready)
     lr = config.server_lr or config.client_lr
     server = Server(p.split.server, p.make_server, lr, p.server_seed, p.clients.task)
+    probe = (p.source.test if len(p.source.test) else p.source.train)[:_PROBE]
+    cohort.vet = Vetting(server, p.clients.task, p.algorithm.traits.needs, probe, setup.twin.module)
     ours, shares = terms(p, run), config.share_server_model
 
     def greet(hello: m.Hello, client: int) -> m.Welcome | m.Refused:

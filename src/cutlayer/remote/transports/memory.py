@@ -75,6 +75,10 @@ class MemoryCarrier:
         if self._lines.pop(client, None) is not None:
             self._endings[client] = lost or Lost("gone", f"client {client} is gone: its connection has ended")
 
+    def dismiss(self, client: int, sentence: str) -> None:
+        """Close the connection of a client that has said something impossible."""
+        self.cut(client, Lost("garbage", sentence, WireError.__name__))
+
     @property
     def present(self) -> frozenset[int]:
         """Clients that have joined and not been cut."""

@@ -1,0 +1,247 @@
+"""Whether what clients sent can be trained on: tried on a copy of the server, before anybody is told anything.
+
+Numbers can be finite and still so large that the step ends in infinities, for all. Only whoever sends numbers that are
+larger than any that went well before can do that, so that nothing is tried in most steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cutlayer.data.samples import Samples
+from cutlayer.eager import backward
+from cutlayer.errors import NonFiniteError, TrainingError
+from cutlayer.frozen import load_moving, replica
+from cutlayer.server import Server
+from cutlayer.tasks import Task
+from cutlayer.types import Rows, Smashed, TailGradients, as_tuple
+from cutlayer.verbs import FORWARD, STEP_COPIES, STEP_EACH, TAIL
+
+ROOM = 2.0
+"""How much larger than any that went well before numbers may be without a trial."""
+
+TAME = 32.0
+"""No step on numbers up to this size is tried."""
+
+STRANGE = 10.0
+"""A client whose model has moved so many times as far as the others' (their median) is named."""
+
+
+def largest(tensors: Sequence[Tensor]) -> float:
+    """The largest absolute value among real numbers; NaN or infinity where one of them is that."""
+    found = 0.0
+    for tensor in tensors:
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        least, most = torch.aminmax(tensor.detach())
+        size = max(-least.item(), most.item())
+        if not math.isfinite(size):
+            return size
+        found = max(found, size)
+    return found
+
+
+@dataclass
+class Proven:
+    """The largest numbers of one kind that went well."""
+
+    sizes: np.ndarray = field(default_factory=lambda: np.full(1, TAME / ROOM))
+
+    def exceeded(self, sizes: np.ndarray) -> np.ndarray:
+        """Which of the clients' numbers [C, n] are larger than can be taken without a trial: [C]."""
+        found: np.ndarray = (sizes > ROOM * self.sizes).astype(bool).max(axis=1)
+        return found
+
+    def grow(self, sizes: np.ndarray) -> None:
+        """These went well."""
+        self.sizes = np.maximum(self.sizes, sizes.max(0))
+
+
+class Vetting:
+    """Tries what clients sent. `needs`: the algorithm's verbs; `probe`: some rows to try models on; `module`: a
+    client's part of the model, "lower" and perhaps "tail".
+    """
+
+    def __init__(
+        self, server: Server, task: Task, needs: frozenset[str], probe: Samples, module: nn.ModuleDict
+    ) -> None:
+        self._server, self._task, self._needs, self._probe = server, task, needs, probe
+        self._module = replica(module)
+        self._rows, self._tails, self._models = Proven(), Proven(), Proven()
+
+    def of_rows(self, smashed: Smashed, sizes: Sequence[tuple[float, float]]) -> tuple[int, ...]:
+        """The clients without whose rows the server's step is possible; none where it is possible with all. `sizes`
+        are the largest numbers in each one's rows and targets. Raises TrainingError where it is possible with nobody's,
+        or not possible with those whose rows are as usual.
+        """
+        return self._culprits(self._rows, smashed.clients, np.array(sizes), lambda who: self._step(_of(smashed, who)))
+
+    def of_tails(self, smashed: Smashed, tail: TailGradients, sizes: Sequence[float]) -> tuple[int, ...]:
+        """The same of the gradients that the clients' tails sent back."""
+
+        def goes(who: Sequence[int]) -> bool:
+            return self._back(_of(smashed, who), _tail_of(tail, who))
+
+        return self._culprits(self._tails, tail.clients, np.array(sizes)[:, None], goes)
+
+    def of_models(
+        self, models: Mapping[int, Mapping[str, Tensor]], mean: Callable[[Sequence[int]], Mapping[str, Tensor]]
+    ) -> tuple[int, ...]:
+        """The clients without whose models their average is of use: `mean` gives that of some."""
+        sizes = np.array([[largest(list(model.values()))] for model in models.values()])
+
+        def goes(who: Sequence[int]) -> bool:
+            return self._serves(mean(who))
+
+        return self._culprits(self._models, tuple(models), sizes, goes)
+
+    def _culprits(
+        self, proven: Proven, clients: Sequence[int], sizes: np.ndarray, goes: Callable[[Sequence[int]], bool]
+    ) -> tuple[int, ...]:
+        strange = proven.exceeded(sizes)
+        if not strange.any():
+            return ()
+        if goes(clients):
+            proven.grow(sizes)
+            return ()
+        order = np.argsort(-sizes.max(1), kind="stable")
+        suspects = [clients[i] for i in order if strange[i]]
+        bad = [k for k in suspects if not goes([k])]
+        rest = [k for k in clients if k not in bad]
+        while rest and not goes(rest):  # each goes alone, but not all together
+            left = [k for k in suspects if k in rest]
+            if not left:
+                break
+            bad.append(left[0])
+            rest.remove(left[0])
+        else:
+            if rest:
+                proven.grow(sizes[[k in rest for k in clients]])
+            if rest or (len(clients) == 1 and self._fits()):  # of one client alone: the server is well, so it is not
+                return tuple(sorted(bad))
+        raise TrainingError(
+            f"no step is possible on what clients {', '.join(map(str, clients))} sent (the largest number is "
+            f"{sizes.max():.3g}), whoever is left out: training has diverged, which is nobody's fault alone; try lower "
+            "rates (client_lr, server_lr)"
+        )
+
+    def _serves(self, state: Mapping[str, Tensor]) -> bool:
+        """Whether a step is possible from this model."""
+        return _all_finite(list(state.values())) and self._fits(state)
+
+    def _fits(self, state: Mapping[str, Tensor] | None = None) -> bool:
+        """Whether a step on the probe is possible from a model (None: the one that clients begin with)."""
+        module = replica(self._module)
+        if state is not None:
+            load_moving(module, state)
+        parts, y = module.eval(), self._probe.y
+        given = as_tuple(parts["lower"](self._probe.rows))
+        sent = Smashed(_detached(given), y, (0,), (len(y),), (), self._task.weights(y))
+        if not _all_finite(given):
+            return False
+        if FORWARD in self._needs and TAIL not in self._needs:
+            return self._step(sent)
+        if TAIL in self._needs:
+            given = _detached(self._server.trial().forward(sent))
+        if "tail" in parts:
+            given = as_tuple(parts["tail"](given))
+        loss = self._task.row_losses(given, y).mean()
+        backward([loss], [torch.ones_like(loss)])
+        return _all_finite([loss, *(p.grad for p in module.parameters() if p.grad is not None)])
+
+    def _step(self, smashed: Smashed) -> bool:
+        """Whether the server can step on the rows, and once more on the same."""
+        clients = smashed.clients
+        try:
+            if STEP_COPIES in self._needs:
+                return all(self._twice(self._server.trial(k), [smashed.only(k)]) for k in clients)
+            if STEP_EACH in self._needs:
+                return self._twice(self._server.trial(), [smashed.only(k) for k in clients])
+            if TAIL in self._needs:
+                outputs = self._server.trial().forward(smashed)
+                ones = TailGradients(_ones(outputs), torch.ones(len(clients)), clients, smashed.sizes)
+                return _all_finite(outputs) and self._back(smashed, ones)
+            return self._twice(self._server.trial(), [smashed])
+        except NonFiniteError:
+            return False
+
+    def _twice(self, server: Server, steps: Sequence[Smashed]) -> bool:
+        """Whether a server takes these steps, and could take them again."""
+        taken = [server.step(one) for one in steps]
+        taken += [server.gradients(one) for one in steps]
+        return _all_finite([t for step in taken for t in (step.means, *step.gradient)]) and _all_finite(server.moved)
+
+    def _back(self, smashed: Smashed, tail: TailGradients) -> bool:
+        """Whether the server can go back from these gradients, and forward once more."""
+        server = self._server.trial()
+        try:
+            server.forward(smashed)
+            step = server.backward(smashed, tail)
+            return _all_finite([step.means, *step.gradient, *server.moved, *server.forward(smashed)])
+        except NonFiniteError:
+            return False
+
+
+def outlying(models: Mapping[int, Mapping[str, Tensor]], before: Mapping[str, Tensor]) -> dict[int, float]:
+    """The clients whose models have moved from `before` many times as far as the others', by the median of these, of
+    two at least: how many times.
+    """
+    names = [name for name, tensor in before.items() if tensor.is_floating_point()]
+    was = [before[name] for name in names]
+    moved = {k: _distance([model[name] for name in names], was) for k, model in models.items()}
+    found = {}
+    for k, distance in moved.items() if len(moved) > 2 else ():
+        usual = float(np.median([d for other, d in moved.items() if other != k]))
+        if 0 < STRANGE * usual < distance:
+            found[k] = distance / usual
+    return found
+
+
+def _distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    return math.sqrt(
+        sum(float(torch.linalg.vector_norm(x - y, dtype=torch.float64)) ** 2 for x, y in zip(a, b, strict=True))
+    )
+
+
+def _all_finite(tensors: Sequence[Tensor]) -> bool:
+    return math.isfinite(largest(tensors))
+
+
+def _ones(outputs: Rows) -> Rows:
+    return tuple(torch.ones_like(o) / len(o) for o in outputs if o.requires_grad)
+
+
+def _detached(rows: Rows) -> Rows:
+    return tuple(r.detach() for r in rows)
+
+
+def _of(smashed: Smashed, clients: Sequence[int]) -> Smashed:
+    """The rows of some clients."""
+    who = set(clients)
+    if who >= set(smashed.clients):
+        return smashed
+    at = torch.from_numpy(np.repeat([k in who for k in smashed.clients], smashed.sizes).nonzero()[0])
+    sizes = smashed.sizes_of(who)
+    weights = None if smashed.weights is None else smashed.weights[at]
+    rows = smashed.take(smashed.rows, who)
+    return Smashed(rows, smashed.labels[at], tuple(sizes), tuple(sizes.values()), (), weights)
+
+
+def _tail_of(tail: TailGradients, clients: Sequence[int]) -> TailGradients:
+    """The gradients of some clients' tails."""
+    who = [i for i, k in enumerate(tail.clients) if k in set(clients)]
+    parts = [rows.split(list(tail.sizes)) for rows in tail.rows]
+    return TailGradients(
+        tuple(torch.cat([part[i] for i in who]) for part in parts),
+        tail.losses[who],
+        tuple(tail.clients[i] for i in who),
+        tuple(tail.sizes[i] for i in who),
+        (),
+        tuple(tail.masses[i] for i in who) if tail.masses else (),
+    )

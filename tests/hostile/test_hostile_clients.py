@@ -1,0 +1,281 @@
+"""A malicious client among honest ones, in this process: it is named and excluded, and the others' run is the one that
+they would have had without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from support import ALGORITHMS, difference  # type: ignore[import-not-found]
+from test_remote import OWN, SMALL, Passing, remote  # type: ignore[import-not-found]
+
+from cutlayer import Run
+from cutlayer.errors import NonFiniteError, TrainingError
+from cutlayer.options import RunConfig
+from cutlayer.wire import Frame, decode_named, described, encode, encode_named
+from cutlayer.wire import messages as m
+
+CULPRIT, HONEST = 1, (0, 2)
+NAN = float("nan")
+REMOTE = [a for a in ALGORITHMS if a != "cl"]
+SENDS_ROWS = [a for a in REMOTE if a != "fl"]
+AVERAGES = ["fl", "sfl", "sflv1", "sflv2"]
+
+
+class Attacked:
+    """A run of three clients. From its `begin`-th answer of type `kind` on, the culprit sends what `forge` makes."""
+
+    def __init__(
+        self, algorithm: str, kind: type[m.Message], forge: Callable[..., Any], begin: int = 1, **options: Any
+    ):
+        fields = {name: options.pop(name) for name in list(options) if name in RunConfig.model_fields}
+        config = RunConfig.of({**SMALL, "algorithm": algorithm, **OWN.get(algorithm, {}), "batch": 5, **fields})
+        self.told: list[tuple[str, Mapping[str, Any]]] = []
+        self.run: Run
+        self.hub: Passing
+        self.run, self.hub = remote(config, tell=lambda happened, facts: self.told.append((happened, facts)), **options)
+        self.kind, self.forge, self.left = kind, forge, begin
+        self.hub.tamper = self._answer
+
+    def _answer(self, client: int, message: Any, body: Any) -> tuple[Any, Any]:
+        if client != CULPRIT or not isinstance(message, self.kind):
+            return message, body
+        self.left -= 1
+        return (message, body) if self.left > 0 else self.forge(self, message, body)
+
+    def all(self, happened: str) -> list[int]:
+        return [facts["client"] for word, facts in self.told if word == happened]
+
+    def numbers(self) -> list[Any]:
+        """All that the run comes to."""
+        records = [(r.loss, r.clients, r.active, r.bytes_up, r.bytes_down, r.server_lr) for r in self.run]
+        scores = [(s.test_score, s.test_loss, s.validation_loss) for s in self.run.evaluations]
+        return [records, scores]
+
+    def models(self) -> list[dict[str, Any]]:
+        whose = [self.run.training.clients.holder] if self.run.training.clients.holder is not None else HONEST
+        return [dict(self.hub.model(k)) for k in whose]
+
+
+def rows_of(value: float) -> Callable[..., Any]:
+    """Smashed data, or gradients of a tail, that are all this value."""
+
+    def forge(attacked: Attacked, message: Any, body: Any) -> Any:
+        duty = attacked.hub.workers[CULPRIT].duty
+        u_shaped = attacked.run.training.algorithm.traits.u_shaped
+        shapes = duty.returning if isinstance(message, m.TailUp) else duty.crossing
+        rows = [torch.full((message.rows, *c.shape), value) for c in shapes]
+        return message, encode(rows if u_shaped else [*rows, torch.zeros(message.rows, dtype=torch.int64)])
+
+    return forge
+
+
+def model_times(factor: float) -> Callable[..., Any]:
+    """A model whose weights are so many times as large."""
+
+    def forge(attacked: Attacked, message: Any, body: Any) -> Any:
+        module = attacked.hub.workers[CULPRIT].client.module
+        found = decode_named(b"".join(body), described(module.state_dict()))
+        return message, encode_named({name: t * factor for name, t in found.items()})
+
+    return forge
+
+
+def same(one: Attacked, other: Attacked) -> None:
+    assert one.numbers() == other.numbers()
+    for a, b in zip(one.models(), other.models(), strict=True):
+        assert difference(a, b) == 0
+
+
+@pytest.mark.parametrize("algorithm", SENDS_ROWS)
+@pytest.mark.parametrize("begin", [1, 3])
+def test_absurd_smashed_data(algorithm: str, begin: int) -> None:
+    """Finite numbers with which no step is possible: the step is taken without them, and all goes on as if they had
+    been none.
+    """
+    absurd = Attacked(algorithm, m.SmashedUp, rows_of(3e38), begin)
+    same(absurd, Attacked(algorithm, m.SmashedUp, rows_of(NAN), begin))
+    assert absurd.all("excluded") == [CULPRIT]
+    assert "as large as 3e+38" in absurd.hub.refused[CULPRIT]
+    assert absurd.run.result is not None
+
+
+@pytest.mark.parametrize("algorithm", ["sglr", "sflv1"])
+def test_the_step_is_that_of_a_run_without_the_client(algorithm: str) -> None:
+    def hang_up(attacked: Attacked, message: Any, body: Any) -> Any:
+        attacked.hub.gone.add(CULPRIT)
+        attacked.hub.cut(CULPRIT)
+        return message, body
+
+    same(Attacked(algorithm, m.SmashedUp, rows_of(3e38), 2), Attacked(algorithm, m.SmashedUp, hang_up, 2))
+
+
+@pytest.mark.parametrize("value", [1e30, 1e22])
+def test_what_goes_wrong_only_on_the_way_back(value: float) -> None:
+    """The loss is finite; the weights' gradient, or the optimiser's squares of it, are not."""
+    attacked = Attacked("psl", m.SmashedUp, rows_of(value), 2, server_optimizer="adam")
+    records = list(attacked.run)
+    assert attacked.all("excluded") == [CULPRIT]
+    assert records[0].clients == (0, 1, 2)
+    assert {r.clients for r in records[1:]} == {HONEST}
+
+
+def test_gradients_of_a_tail() -> None:
+    absurd = Attacked("ussl", m.TailUp, rows_of(3e38), 3, cut="hidden1", tail_cut="hidden2")
+    records = list(absurd.run)
+    assert absurd.all("excluded") == [CULPRIT]
+    assert CULPRIT not in {k for r in records[6:] for k in r.clients}
+    assert absurd.run.result is not None
+
+
+def test_who_leaves_within_a_step_of_its_own() -> None:
+    """Its turn is left out; the others go on."""
+
+    def hang_up(attacked: Attacked, message: Any, body: Any) -> Any:
+        attacked.hub.gone.add(CULPRIT)
+        return message, [b"\x07" * 64]
+
+    attacked = Attacked("ussl", m.TailUp, hang_up, 2)
+    records = list(attacked.run)
+    assert attacked.all("excluded") == [CULPRIT]
+    assert [k for r in records for k in r.clients].count(CULPRIT) == 1
+    assert {k for r in records for k in r.clients if r.round == 2} == set(HONEST)
+
+
+def test_all_at_once_are_nobodys_fault() -> None:
+    """The training has diverged: the run ends with that sentence, and nobody is excluded."""
+    attacked = Attacked("psl", m.SmashedUp, rows_of(3e38))
+    attacked.hub.tamper = lambda client, message, body: (
+        rows_of(3e38)(attacked, message, body) if isinstance(message, m.SmashedUp) else (message, body)
+    )
+    with pytest.raises(TrainingError, match=r"clients 0, 1, 2 sent .* training has diverged"):
+        attacked.run.run()
+    assert attacked.all("excluded") == []
+
+
+def test_a_server_that_has_diverged_excludes_nobody() -> None:
+    attacked = Attacked("psl", m.SmashedUp, rows_of(0.0), 10**6)
+    steps = iter(attacked.run)
+    next(steps)
+    with torch.no_grad():
+        for p in attacked.run.training.server.model.parameters():
+            p.fill_(3e38)
+    with pytest.raises(TrainingError):
+        list(steps)
+    assert attacked.all("excluded") == []
+
+
+def test_all_clients_fail_at_once() -> None:
+    """Gradients that no client can step with are the server's fault."""
+    attacked = Attacked("psl", m.SmashedUp, rows_of(0.0), 10**6)
+    for worker in attacked.hub.workers.values():
+
+        def step(rate: float, *, last: bool, k: int = worker.duty.index) -> None:
+            raise NonFiniteError("weight gradient", (k,))
+
+        worker.client.step = step  # type: ignore[method-assign]
+    with pytest.raises(NonFiniteError, match="clients 0, 1, 2"):
+        attacked.run.run()
+    assert attacked.all("excluded") == []
+
+
+def test_one_that_may_come_back() -> None:
+    attacked = Attacked("psl", m.SmashedUp, rows_of(3e38), 2, faulty="readmit")
+    attacked.forge = lambda a, message, body: rows_of(3e38)(a, message, body) if a.left == 0 else (message, body)
+    records = list(attacked.run)
+    assert [r.clients for r in records[:3]] == [(0, 1, 2), HONEST, HONEST]
+    assert records[-1].clients == (0, 1, 2)
+    assert attacked.all("garbage") == [CULPRIT]
+    assert attacked.all("excluded") == []
+
+
+def test_a_run_that_is_to_stop_names_it() -> None:
+    with pytest.raises(NonFiniteError, match="client 1"):
+        Attacked("psl", m.SmashedUp, rows_of(3e38), 2, faulty="stop").run.run()
+
+
+@pytest.mark.parametrize("algorithm", AVERAGES)
+@pytest.mark.parametrize("begin", [1, 2])
+def test_a_poisoned_average(algorithm: str, begin: int) -> None:
+    """The model is finite, and so is the average: but nobody could go on from it, and nobody gets it."""
+    poisoned = Attacked(algorithm, m.ModelUp, model_times(1e37), begin)
+    same(poisoned, Attacked(algorithm, m.ModelUp, model_times(NAN), begin))
+    assert poisoned.all("excluded") == [CULPRIT]
+    assert poisoned.all("deviates") == [CULPRIT]
+    assert poisoned.run.result is not None
+
+
+def test_a_model_that_is_far_from_the_others_is_named() -> None:
+    """Nobody is excluded for that."""
+    attacked = Attacked("sflv2", m.ModelUp, model_times(30.0), 3)
+    attacked.run.run()
+    assert attacked.all("deviates") == [CULPRIT]
+    assert attacked.all("excluded") == []
+
+
+def test_the_average_is_judged_by_the_server_where_a_client_says_it_is_no_number() -> None:
+    """It is the client that lies here; nobody else is blamed."""
+
+    def forge(attacked: Attacked, message: Any, body: Any) -> Any:
+        return message, encode([torch.full((message.rows, 10), NAN)])
+
+    attacked = Attacked("fl", m.EvaluationRows, forge)
+    attacked.hub.tamper = lambda client, message, body: (
+        forge(attacked, message, body) if client == 0 and isinstance(message, m.EvaluationRows) else (message, body)
+    )
+    attacked.run.run()
+    assert attacked.all("excluded") == [0]
+
+
+def test_nobody_is_excluded_for_an_average_that_cannot_be_judged() -> None:
+    """What comes after it is its fault, not that of the client that is asked about it."""
+    attacked = Attacked("fl", m.EvaluationRows, rows_of(0.0), 10**6, eval_every=1)
+    cohort: Any = attacked.run.training.clients
+    while hasattr(cohort, "inner"):
+        cohort = cohort.inner
+    cohort.vet = None  # else it would not come so far
+
+    def spoilt(client: int, message: Any, body: Any) -> tuple[Any, Any]:
+        return model_times(1e37)(attacked, message, body) if isinstance(message, m.ModelUp) else (message, body)
+
+    attacked.hub.tamper = spoilt
+    with pytest.raises(NonFiniteError, match="average of the clients' models"):
+        attacked.run.run()
+    assert attacked.all("excluded") == []
+
+
+def test_losses_of_local_training() -> None:
+    def forge(attacked: Attacked, message: Any, body: Any) -> Any:
+        return m.Fitted(message.step, [(float("inf"), rows, mass) for _, rows, mass in message.losses]), body
+
+    attacked = Attacked("fl", m.Fitted, forge, 2)
+    records = list(attacked.run)
+    assert attacked.all("excluded") == [CULPRIT]
+    assert {r.clients for r in records if r.round} == {HONEST}
+
+
+@pytest.mark.parametrize("mass", [4.0, 1e300])
+@pytest.mark.parametrize(("algorithm", "kind"), [("fl", m.Fitted), ("ussl", m.TailUp)])
+def test_rows_count_what_was_announced(algorithm: str, kind: Any, mass: float) -> None:
+    def forge(attacked: Attacked, message: Any, body: Any) -> Any:
+        if isinstance(message, m.Fitted):
+            return m.Fitted(message.step, [(loss, rows, mass) for loss, rows, _ in message.losses]), body
+        return m.TailUp(message.step, message.rows, message.loss, mass), body
+
+    attacked = Attacked(algorithm, kind, forge)
+    attacked.run.run()
+    assert attacked.all("excluded") == [CULPRIT]
+    assert "count" in attacked.hub.refused[CULPRIT]
+
+
+def test_a_frame_is_a_frame() -> None:
+    """The attacks above go through both sides' rules: what a worker answers is what the culprit changes."""
+    attacked = Attacked("psl", m.SmashedUp, lambda a, message, body: (message, body))
+    seen: list[Frame] = []
+    own = attacked.hub.workers[CULPRIT].handle
+    attacked.hub.workers[CULPRIT].handle = lambda frame: (seen.append(frame), own(frame))[1]  # type: ignore[method-assign]
+    attacked.run.run()
+    assert seen
