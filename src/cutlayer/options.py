@@ -271,13 +271,15 @@ class FleetConfig(_Chooser):
 class FaultConfig(_Config):
     """What a server does about clients that are late, away or faulty: the table [faults] of a file, or flags."""
 
-    deadline: float | None = _field(None, FAULTS, gt=0)
-    """Seconds for a step. After it the server goes on with the clients that have answered, if they are a quorum.
-    Default: no limit."""
+    deadline: float = _field(600.0, FAULTS, ge=0)
+    """Seconds for a step. After it the server goes on with the clients that have answered, if they are a quorum. 0: no
+    limit. Unless it is given, local training has a minute more for each of its steps."""
     quorum: float = _field(0.5, FAULTS, gt=0, le=1)
     """Fraction of the clients that a step needs after the deadline, and a round to begin."""
-    patience: float | None = _field(None, FAULTS, gt=0)
-    """Seconds to wait for missing clients: for all of them at the start, for a quorum later. Default: no limit."""
+    patience: float = _field(3600.0, FAULTS, ge=0)
+    """Seconds to wait for missing clients: for all of them at the start, for a quorum later. 0: no limit."""
+    most_samples: int | None = _field(None, FAULTS, ge=1)
+    """Samples that a client may say it has; more are refused. Default: 10000 times as many as the others' median."""
     faulty: Literal["exclude", "readmit", "stop"] = _field("exclude", FAULTS)
     """What happens to a client that sends NaN, wrong shapes or no message at all: it is excluded from the run; or it
     loses its connection and may come back; or the run ends."""

@@ -5,8 +5,10 @@ they would have had without it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from support import ALGORITHMS, difference  # type: ignore[import-not-found]
@@ -15,6 +17,7 @@ from test_remote import OWN, SMALL, Passing, remote  # type: ignore[import-not-f
 from cutlayer import Run
 from cutlayer.errors import NonFiniteError, TrainingError
 from cutlayer.options import RunConfig
+from cutlayer.remote import announced
 from cutlayer.wire import Frame, decode_named, described, encode, encode_named
 from cutlayer.wire import messages as m
 
@@ -269,6 +272,78 @@ def test_rows_count_what_was_announced(algorithm: str, kind: Any, mass: float) -
     attacked.run.run()
     assert attacked.all("excluded") == [CULPRIT]
     assert "count" in attacked.hub.refused[CULPRIT]
+
+
+def claiming(algorithm: str, samples: int, mass: float | None = None, **options: Any) -> Attacked:
+    """A run whose culprit says that it has so many samples."""
+    attacked = Attacked(algorithm, m.Hello, lambda a, message, body: (message, body), **options)
+    worker = attacked.hub.workers[CULPRIT]
+    own = worker.hello
+    mass = float(samples) if mass is None else mass
+    worker.hello = lambda: msgspec.structs.replace(own(), samples=samples, mass=mass)  # type: ignore[method-assign]
+    return attacked
+
+
+@pytest.mark.parametrize("algorithm", ["fl", "sfl", "psl"])
+def test_invented_numbers_of_samples(algorithm: str) -> None:
+    """The run is that without the client, from the beginning on, and the record says what part of it each one is."""
+    attacked = claiming(algorithm, 10**12)
+    without = Attacked(algorithm, m.Hello, lambda a, message, body: (message, body))
+    without.hub.gone.add(CULPRIT)
+    assert attacked.numbers() == without.numbers()
+    assert attacked.all("excluded") == [CULPRIT]
+    assert "more than 10000 times the median of the others, 20: " in attacked.hub.refused[CULPRIT]
+    (shares,) = [facts for word, facts in attacked.told if word == "shares"]
+    assert {k: one["share"] for k, one in shares["clients"].items()} == {"0": 0.5, "2": 0.5}
+
+
+def test_as_many_samples_as_are_allowed() -> None:
+    """Where the study says how many a client may have, that counts alone."""
+    attacked = claiming("psl", 21, most_samples=20)
+    attacked.run.run()
+    assert "of at most 20" in attacked.hub.refused[CULPRIT]
+    allowed = claiming("psl", 20, most_samples=20)
+    assert {r.clients for r in allowed.run} == {(0, 1, 2)}
+
+
+@pytest.mark.parametrize(
+    ("samples", "mass", "why"), [(0, 0.0, "no training samples"), (20, 1e9, "count"), (20, 0.0, "count")]
+)
+def test_numbers_that_contradict_themselves(samples: int, mass: float, why: str) -> None:
+    attacked = claiming("fl", samples, mass)
+    attacked.run.run()
+    assert why in attacked.hub.refused[CULPRIT]
+
+
+def test_sizes_that_are_unequal_in_earnest() -> None:
+    """Ten rows against ten thousand are no reason to refuse anybody."""
+    assert announced.excessive(1, {0: 10.0, 1: 10_000.0}, {0: 10, 1: 10_000}) is None
+    assert announced.excessive(1, {0: 10.0, 1: 100_001.0}, {0: 10, 1: 100_001}) is not None
+    assert announced.excessive(0, {0: 1e12}, {0: 10**12}) is None  # nobody to compare it with
+
+
+@pytest.mark.parametrize(("faulty", "error"), [("stop", "median"), ("readmit", "")])
+def test_what_becomes_of_an_inventor(faulty: str, error: str) -> None:
+    attacked = claiming("psl", 10**12, faulty=faulty)
+    if error:
+        with pytest.raises(TrainingError, match=error):
+            attacked.run.run()
+    else:
+        attacked.run.run()
+        assert "median" in attacked.hub.refused[CULPRIT]  # when it came back
+    assert attacked.all("excluded") == []
+
+
+def test_the_travelling_model_outlives_its_holder_and_the_server(tmp_path: Path) -> None:
+    """What the excluded holder was given is in the checkpoint."""
+    attacked = Attacked("ssl", m.SmashedUp, rows_of(3e38), 5, folder=tmp_path, checkpoint_every=1)
+    steps = iter(attacked.run)
+    for record in steps:
+        if record.round == 2:
+            break
+    steps.close()  # type: ignore[attr-defined]
+    again = Attacked("ssl", m.Hello, lambda a, message, body: (message, body), folder=tmp_path, resume=True)
+    assert {k for r in again.run for k in r.clients} == set(HONEST)
 
 
 def test_a_frame_is_a_frame() -> None:

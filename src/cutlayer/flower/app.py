@@ -137,12 +137,12 @@ def _make_secrets(folder: Path, hashes: Path, hosting: Hosting, tokens: Sequence
     )
 
 
-def _nodes(grid: Grid, needed: int, patience: float | None) -> list[int]:
+def _nodes(grid: Grid, needed: int, patience: float) -> list[int]:
     """So many SuperNodes that are there. Raises NetworkError where there are too few in time."""
     begun = time.monotonic()
     log.info("waiting for %d SuperNodes", needed)
     while len(found := sorted(grid.get_node_ids())) < needed:
-        if patience is not None and time.monotonic() - begun > patience:
+        if patience and time.monotonic() - begun > patience:
             raise NetworkError(
                 f"{len(found)} of {needed} SuperNodes are there after {patience:g} seconds: start the others, run with "
                 "fewer clients, or wait longer (serve.patience)"

@@ -29,8 +29,9 @@ class Hosting(FaultConfig):
     """The host under which clients reach it, or host:port behind a tunnel. Default: that of listen."""
     out: str | None = None
     """The run folder. Default: runs/flower-RUN."""
-    patience: float | None = Field(120.0, gt=0)
-    """Seconds to wait for SuperNodes, and then for clients that are missing: all at the start, a quorum later."""
+    patience: float = Field(120.0, ge=0)
+    """Seconds to wait for SuperNodes, and then for clients that are missing: all at the start, a quorum later. 0: no
+    limit."""
     hours: float = Field(168.0, gt=0)
     """So long Flower keeps the messages, and clients may connect."""
 

@@ -25,6 +25,7 @@ from cutlayer.engine.simulated import Local, Routine, Shape, together
 from cutlayer.errors import AbsentError, NonFiniteError, StepLostError, TrainingError, WireError
 from cutlayer.frozen import load_moving, resting, trains
 from cutlayer.models.parts import Crossing
+from cutlayer.remote import announced
 from cutlayer.remote.carrier import Carrier, Lost, Request
 from cutlayer.remote.vetting import Vetting, largest, outlying
 from cutlayer.remote.worker import expected_state, state_of
@@ -52,7 +53,8 @@ class Remote(Routine):
 
     `deadline` seconds are given for every exchange (None: as long as it takes), unless fewer than `quorum` (a fraction)
     have answered by then. A client that sends what is no number, of a wrong shape or no message at all is excluded from
-    the run; or it may come back ("readmit"), or ends the run ("stop").
+    the run; or it may come back ("readmit"), or ends the run ("stop"). Local training has `per_batch` seconds more for
+    each step. A client may have `most_samples` (None: many times what the others have).
     """
 
     samples: MutableSequence[int]
@@ -66,6 +68,8 @@ class Remote(Routine):
     deadline: float | None = None
     quorum: float = 0.5
     faulty: Literal["exclude", "readmit", "stop"] = "exclude"
+    per_batch: float = 0.0
+    most_samples: int | None = None
     returning: Sequence[Crossing] = field(default=())
     wanting: set[int] = field(default_factory=set)
     tests: MutableSequence[int] = field(default_factory=list)
@@ -114,6 +118,7 @@ class RemoteCohort:
         self._begun = False  # a round, in this process
         self._posts: dict[int, m.BeginRound] = {}  # of this round
         self._alike = setup.alike  # all models are known to be equal
+        self._told = False  # what clients have
         self._handed: Sequence[Buffer] = ()  # the travelling model, and its optimiser's state, as its holder got them
         self._last = Smashed((), torch.empty(0), (), ())  # of the last forward pass
         self._named: set[int] = set()  # whose models are known to have moved much further than the others'
@@ -158,6 +163,9 @@ class RemoteCohort:
         """Draw the participants; those that are connected get their number of batches, and a model they missed."""
         s = self.setup
         self._wait()
+        if not self._told:
+            self._told = True
+            self._tell_claims()
         self._begun = True
         drawn = s.participants(index, len(s.samples))
         connected = self.hub.connected
@@ -178,6 +186,34 @@ class RemoteCohort:
             self._post(k, post)
         self._catch_up(here)
         return Round(index, total, here, tuple(self._quota[list(here)].tolist()), s.seed)
+
+    def _tell_claims(self) -> None:
+        """Say what part of the whole each client has. Raises TrainingError where an absurd claim ends it."""
+        for k in sorted(self._known):
+            if why := self.claims_too_much(k, self.samples[k], self.masses[k]):
+                if self.setup.faulty == "stop":
+                    raise TrainingError(why)
+                self.setup.samples[k], self.setup.masses[k] = 0, 0.0
+                self._dismiss(k, why)
+        if self._known != self.hub.connected:  # too few may be left
+            self._wait()
+        parts = announced.shares({k: self.masses[k] for k in sorted(self._known)})
+        most = max(parts, key=parts.__getitem__, default=0)
+        facts = {str(k): {"samples": self.samples[k], "share": float(f"{part:.4g}")} for k, part in parts.items()}
+        self._tell("shares", {"largest": f"client-{most} has {100 * parts.get(most, 0):.3g} %", "clients": facts})
+
+    @property
+    def _known(self) -> set[int]:
+        """Clients of whom it is known what they have, without those that are excluded."""
+        return {k for k, n in enumerate(self.samples) if n and k not in self.excluded}
+
+    def claims_too_much(self, client: int, samples: int, mass: float) -> str | None:
+        """Why a client cannot have so much more than the others; None if it can."""
+        if self.setup.most_samples is not None:
+            return None
+        known = self._known - {client}
+        masses = {**{k: self.masses[k] for k in known}, client: mass}
+        return announced.excessive(client, masses, {**{k: self.samples[k] for k in known}, client: samples})
 
     def seek(self, client: int, batch: int) -> None:
         """The next batch of `client` is its batch number `batch`."""
@@ -320,7 +356,8 @@ class RemoteCohort:
         def read(client: int, frame: Frame) -> list[Local]:
             return self._local_steps(client, frame, due[client])
 
-        taken = self._exchange(tuple(due), lambda k: [(m.Learn(step, due[k]), ())], read, quorum=True)
+        longest = max(due.values())
+        taken = self._exchange(tuple(due), lambda k: [(m.Learn(step, due[k]), ())], read, quorum=True, batches=longest)
         for k, n in due.items():
             self._quota[k] -= n - (k in self._waiting)
         self._waiting.clear()
@@ -330,10 +367,12 @@ class RemoteCohort:
     def fit(self) -> list[Step]:
         """Each participant takes all its local steps of this round."""
         self._step += 1
-        taken = self._patiently(
-            self._participants,
-            lambda: self._exchange(self._participants, lambda k: [(m.Fit(self._step), ())], self._fitted, quorum=True),
-        )
+        who, longest = self._participants, int(self._quota[list(self._participants)].max())
+
+        def ask(k: int) -> list[Request]:
+            return [(m.Fit(self._step), ())]
+
+        taken = self._patiently(who, lambda: self._exchange(who, ask, self._fitted, quorum=True, batches=longest))
         self._alike = len(self.samples) == 1
         return [together(taken, t) for t in range(max(map(len, taken.values()), default=0))] if taken else []
 
@@ -753,11 +792,13 @@ class RemoteCohort:
         read: Callable[[int, Frame], T],
         *,
         quorum: bool = False,
+        batches: int = 0,
     ) -> dict[int, T]:
         """What `read` makes of the one answer that each of `clients` gives to what it is asked; `quorum`: not all are
-        needed.
+        needed; `batches`: they train on so many first.
         """
-        return {k: answers[0] for k, answers in self._all(clients, ask, read, quorum=quorum).items()}
+        answered = self._all(clients, ask, read, quorum=quorum, batches=batches)
+        return {k: answers[0] for k, answers in answered.items()}
 
     def _all(
         self,
@@ -766,6 +807,7 @@ class RemoteCohort:
         read: Callable[[int, Frame], T],
         *,
         quorum: bool = False,
+        batches: int = 0,
     ) -> dict[int, list[T]]:
         """Ask `clients`, and send what has been posted for anybody. Raises NonFiniteError and WireError where a client
         is faulty and that ends the run.
@@ -781,9 +823,10 @@ class RemoteCohort:
         def on_answer(k: int, frame: Frame) -> T | Frame:
             return frame if type(frame.message) in _ACKNOWLEDGED else read(k, frame)
 
+        deadline = self.setup.deadline
         answered = self.hub.exchange(
             requests,
-            deadline=self.setup.deadline,
+            deadline=None if deadline is None else deadline + batches * self.setup.per_batch,
             quorum=self._needed(clients) if quorum and self.setup.deadline is not None else None,
             voters=clients,
             on_answer=on_answer,

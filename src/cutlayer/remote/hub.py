@@ -23,6 +23,7 @@ from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from typing import Any, TypeVar, overload
+from urllib.parse import unquote
 
 import grpc
 import grpc.aio
@@ -30,6 +31,7 @@ import msgspec
 
 from cutlayer.errors import ConfigError, CutlayerError, NetworkError, PortInUseError, WireError
 from cutlayer.remote import network
+from cutlayer.remote.brake import Brake
 from cutlayer.remote.budget import WriteBudget
 from cutlayer.remote.caller import Caller
 from cutlayer.remote.carrier import Lost, Reason, Request
@@ -40,6 +42,7 @@ from cutlayer.remote.link import TEXT, ClientLink
 from cutlayer.remote.security import Gate, ServerSecurity, StrangerError, split_address
 from cutlayer.remote.transports import host_and_port
 from cutlayer.remote.visits import Visits
+from cutlayer.text import shortened
 from cutlayer.wire import messages as m
 from cutlayer.wire.conversation import ANSWERS, ServerSide
 from cutlayer.wire.frames import Frame
@@ -56,8 +59,9 @@ Gauge = tuple[str, str, float]
 T = TypeVar("T")
 
 _LOOK = 1.0  # seconds between looks at files that may have changed
-_WAITING = 64  # clients that may wait, at once, for an earlier stream of theirs to end
 _STREAMS = 4096
+_SHOWN = 100  # characters of a stranger's name in the log
+_TOO_OFTEN = "too many connections and refusals of this name from this address: wait some seconds, and try again"
 _SOON = 10.0  # seconds in which the loop does what it is asked to
 
 
@@ -98,7 +102,8 @@ class Hub:
         self._changed = threading.Condition()
         self._exchanges: set[Exchange] = set()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._waiting = 0
+        self._waiting: dict[str, asyncio.Event] = {}  # who waits for an earlier stream of its name to end
+        self._brake = Brake()
         self._budget = WriteBudget(max(self.limits.message_bytes, 1 << 20))
         self._gate: Gate
         self._loop: asyncio.AbstractEventLoop
@@ -329,6 +334,8 @@ class Hub:
         while True:
             await asyncio.sleep(_LOOK)
             self._visits.look(self._loop.time())
+            for (host, name), count in self._brake.over(self._loop.time()).items():
+                log.warning("%s, %s, was refused %d times more", host, shortened(name, _SHOWN) or "nobody", count)
             news = self._gate.look()
             for happened, facts in news:
                 log.log(logging.WARNING if happened == "kept" else logging.INFO, "%s: %s", happened, dict(facts))
@@ -507,6 +514,7 @@ class Hub:
             self._endings.pop(link.index, None)
             self._changed.notify_all()
         log.info("client %d, %s, has joined from %s", link.index, link.hello.client, context.peer())
+        self._brake.connect(link.caller.host, link.caller.name)
         self._visits.connect(link.caller, link.index, self._loop.time())
         return link
 
@@ -515,16 +523,25 @@ class Hub:
         metadata = dict(context.invocation_metadata() or ())
         side = ServerSide(self.limits, encrypted=self._gate.credentials is not None)
         data = metadata.get(network.HELLO, b"")
+        nobody = Caller("", unquote(context.peer()))
+        await self._slow_down(context, nobody)
         try:
             hello = side.receive(network.check_hello(data)).message
         except WireError as error:
-            log.warning("%s was turned away: %s", context.peer(), error)
+            if self._brake.refuse(nobody.host, ""):
+                log.warning("%s was turned away: %s", context.peer(), error)
             nobody = Caller.of("", context.peer(), context.auth_context())
             self._visits.refuse(nobody, "hello", str(error), self._loop.time())
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error)[:TEXT])
         link = ClientLink(hello, str(metadata.get(network.INSTANCE, ""))[:64], side, context)
+        await self._slow_down(context, Caller(hello.client, nobody.address))
         link.caller = Caller.of(hello.client, context.peer(), context.auth_context())
         return link, len(data)
+
+    async def _slow_down(self, context: Any, caller: Caller) -> None:
+        """Turn away, before anything costs much, whoever has come too often."""
+        if self._brake.blocks(caller.host, caller.name):
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, _TOO_OFTEN)
 
     async def _welcome(self, link: ClientLink, identity: str | None) -> int | None:
         """Welcome a client whose name is reserved, and give it its number; the bytes of that. None: it is refused."""
@@ -547,7 +564,7 @@ class Hub:
 
     async def _make_way(self, link: ClientLink) -> None:
         """Reserve the client's name. If a stream of that name is open, wait for its end, as long as it can take to
-        notice that it is dead. Raises StrangerError.
+        notice that it is dead: only the last that came waits. Raises StrangerError.
         """
         name = link.hello.client
         taken = StrangerError(
@@ -556,7 +573,9 @@ class Hub:
             "again when that has ended",
         )
         end = self._loop.time() + network.patience(self.keepalive)
-        self._waiting += 1
+        if name in self._names and (before := self._waiting.pop(name, None)):
+            before.set()  # whoever of that name has waited until now gives up
+        mine = self._waiting[name] = asyncio.Event()
         try:
             while name in self._names:
                 old = self._names[name]
@@ -564,19 +583,18 @@ class Hub:
                     # The same process dials once at a time: it has given up the old stream.
                     self._cut(old, Lost("gone", f"client {old.index} has dialled anew"), grpc.StatusCode.ABORTED)
                     continue
-                if self._waiting > _WAITING:
-                    sentence = f"more than {_WAITING} clients wait for an earlier connection to end: try again later"
-                    raise StrangerError("full", sentence)
-                if old is None or self._loop.time() > end:
+                if old is None or mine.is_set() or self._loop.time() > end:
                     raise taken
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(old.ended.wait(), end - self._loop.time() + 0.01)
+                await _first_of(old.ended, mine, timeout=end - self._loop.time() + 0.01)
         finally:
-            self._waiting -= 1
+            if self._waiting.get(name) is mine:
+                del self._waiting[name]
         self._names[name] = None
 
     async def _refuse(self, link: ClientLink, refused: m.Refused) -> None:
-        log.warning("%s, %s, is refused: %s", link.context.peer(), link.hello.client, refused.sentence)
+        if self._brake.refuse(link.caller.host, link.caller.name):
+            who, sentence = shortened(link.caller.name, _SHOWN), shortened(refused.sentence, TEXT)
+            log.warning("%s, %s, is refused: %s", link.context.peer(), who, sentence)
         self._visits.refuse(link.caller, refused.reason, refused.sentence, self._loop.time())
         await link.greet(refused)
 
@@ -609,6 +627,16 @@ class Hub:
         if link is not None:
             lost = Lost("garbage", f"client {client}: {sentence}", WireError.__name__)
             self._cut(link, lost, grpc.StatusCode.INVALID_ARGUMENT)
+
+
+async def _first_of(*events: asyncio.Event, timeout: float) -> None:
+    """Wait until one of the events happens, or for so many seconds."""
+    waits = [asyncio.ensure_future(event.wait()) for event in events]
+    try:
+        await asyncio.wait(waits, timeout=max(0.0, timeout), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()
 
 
 def _outs(asked: Sequence[Request], exchange: Exchange, bodies: dict[int, Body]) -> list[Out]:

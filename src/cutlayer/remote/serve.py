@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import signal
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -30,6 +31,8 @@ from cutlayer.wire.limits import Limits
 
 log = logging.getLogger("cutlayer.server")
 _RETURN = 90.0  # seconds that clients have to dial a server again that has restarted: three times their longest pause
+_PER_BATCH = 60.0  # seconds that local training has for each of its steps, unless a deadline is given
+_LOOK = 1.0  # seconds between looks whether enough clients can still come
 GRACE = 5.0  # seconds that clients have to hear of the end (the unit files of deploy/ wait longer)
 
 
@@ -82,7 +85,9 @@ class Service:
             self.hub,
             [0] * config.clients,
             run=registered_name("algorithm", config.algorithm),
-            deadline=serving.faults.deadline,
+            deadline=serving.faults.deadline or None,
+            per_batch=0.0 if "deadline" in serving.faults.model_fields_set else _PER_BATCH,
+            most_samples=serving.faults.most_samples,
             quorum=serving.faults.quorum,
             faulty=serving.faults.faulty,
             tell=self._tell,
@@ -143,28 +148,45 @@ class Service:
             self._tell("listening", {"port": port, "clients": clients, **policy})
             if self._on_listening is not None:
                 self._on_listening(port)
+        need = self._needed()
+        if self._returned and need == clients:
+            # They dial again by themselves; those who are dead must not hold up a run that went on without them before.
+            self._returned = False
+            if len(self._wait_for(need, min(_RETURN, faults.patience or _RETURN))) < need:
+                need = math.ceil(faults.quorum * clients)
+        if len(connected := self.hub.connected) < need:
+            away = [client_name(k) for k in range(clients) if k not in connected and k not in self._cohort.out]
+            log.info("waiting for %d of %d clients; not here: %s", need, clients, ", ".join(away[:10]))
+        here = self._wait_for(need, faults.patience or math.inf)
+        if len(here) < need:
+            raise AbsentError(
+                f"{len(here)} of {clients} clients are connected after {faults.patience:g} seconds, {need} are "
+                "needed: start the others, or have the server wait longer (patience)"
+            )
+        self.all_came = True
+
+    def _needed(self) -> int:
+        """How many clients have to be there. Raises TrainingError where so many can never be there."""
+        clients, quorum = self.config.clients, math.ceil(self.serving.faults.quorum * self.config.clients)
         able = clients - len(self._cohort.out)
-        need = math.ceil(faults.quorum * clients) if self.all_came or self._cohort.out else clients
+        need = quorum if self.all_came or self._cohort.out else clients
         if able < need:
             raise TrainingError(
                 f"{clients - able} of {clients} clients are {_how_out(self._cohort)}, {need} are needed: fix them (the "
                 f"record {EVENTS} says why), or lower the quorum"
             )
-        if self._returned and need == clients:
-            # They dial again by themselves; those who are dead must not hold up a run that went on without them before.
-            self._returned = False
-            if len(self.hub.wait_for(need, min(_RETURN, faults.patience or _RETURN))) < need:
-                need = math.ceil(faults.quorum * clients)
-        if len(connected := self.hub.connected) < need:
-            away = [client_name(k) for k in range(clients) if k not in connected and k not in self._cohort.out]
-            log.info("waiting for %d of %d clients; not here: %s", need, clients, ", ".join(away[:10]))
-        here = self.hub.wait_for(need, faults.patience)
-        if len(here) < need:
-            raise AbsentError(
-                f"{len(here)} of {clients} clients are connected after {faults.patience} seconds, {need} are "
-                "needed: start the others, or have the server wait longer (patience)"
-            )
-        self.all_came = True
+        return need
+
+    def _wait_for(self, need: int, seconds: float) -> frozenset[int]:
+        """The clients that are there once so many are, or after these seconds. Raises TrainingError as soon as they can
+        never be so many, which a list of denied ones can change at any time.
+        """
+        end = time.monotonic() + seconds
+        while True:
+            here = self.hub.wait_for(need, max(0.0, min(_LOOK, end - time.monotonic())))
+            self._needed()
+            if len(here) >= need or time.monotonic() >= end or not self.hub.running:
+                return here
 
     def _traffic(self) -> dict[str, Any]:
         """Bytes and latency of every client."""

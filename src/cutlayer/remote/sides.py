@@ -27,6 +27,7 @@ from cutlayer.frozen import digest
 from cutlayer.models.parts import Crossing
 from cutlayer.models.weights import digest_of
 from cutlayer.options import BudgetConfig, RunConfig, about
+from cutlayer.remote import announced
 from cutlayer.remote.allowance import PIECES, SPENT, Allowance, Extent, Purse, statement
 from cutlayer.remote.audit import Audit
 from cutlayer.remote.carrier import Carrier
@@ -72,6 +73,8 @@ def remote_training(
     deadline: float | None = None,
     quorum: float = 0.5,
     faulty: Literal["exclude", "readmit", "stop"] = "exclude",
+    per_batch: float = 0.0,
+    most_samples: int | None = None,
     tell: Tell | None = None,
     ready: Callable[[], None] | None = None,
     model: Model | None = None,
@@ -103,6 +106,8 @@ def remote_training(
         deadline=deadline,
         quorum=quorum,
         faulty=faulty,
+        per_batch=per_batch,
+        most_samples=most_samples,
         tests=[0] * len(samples),
         scores=_reported(p) if config.evaluate_on != "global" else {},
         class_counts=[[0] * len(own) for own in p.class_counts] if p.adjusts_at_server else [],
@@ -124,16 +129,21 @@ def remote_training(
             return refused
         if refused := _unfit_counts(setup, hello, fresh=cohort.fresh, client=client):
             return refused
-        setup.tests[client] = hello.tests
+        if sentence := announced.impossible(hello.samples, hello.mass, most_samples, alike=setup.counts_alike):
+            return m.Refused("client", f"client {client} {sentence}")
+        if not cohort.fresh and (sentence := cohort.claims_too_much(client, hello.samples, hello.mass)):
+            return m.Refused("client", sentence)
         if not samples[client] or cohort.fresh:  # before anything is trained a client may come again with other data
-            samples[client] = hello.samples
-        setup.masses[client] = hello.mass
+            samples[client], setup.masses[client] = hello.samples, hello.mass
+        if (hello.samples, hello.mass) != (samples[client], setup.masses[client]):
+            sentence = f"client {client} has {hello.samples} samples, {samples[client]} were announced"
+            if hello.samples == samples[client]:
+                sentence = f"the samples of client {client} count {hello.mass:g} together, not {setup.masses[client]:g}"
+            return m.Refused("client", sentence + ": give it the data of this run")
+        setup.tests[client] = hello.tests
         if setup.class_counts:
             setup.class_counts[client] = list(hello.counts)
         (setup.wanting.add if hello.wants_server and shares else setup.wanting.discard)(client)
-        if hello.samples != samples[client]:
-            sentence = f"client {client} has {hello.samples} samples, {samples[client]} were announced"
-            return m.Refused("client", sentence + ": give it the data of this run")
         return m.Welcome(client, len(samples), cohort.step, ours, shares_server=shares)
 
     training = p.training(cohort, server, "remote", tell, setup.class_counts)
