@@ -243,7 +243,7 @@ class Server:
         one = self if client is None else self._copies.get(client, self)
         tried = Server(replica(one.model), self._make_optimizer, self.lr, one.seed, self.task)
         tried.load({**one._own_state(), "copies": {}})
-        tried.lr_factor = self.lr_factor
+        tried.lr_factor, tried._adjustment = self.lr_factor, self._adjustment
         return tried
 
     @property

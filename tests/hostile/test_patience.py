@@ -39,9 +39,7 @@ def test_limits_without_being_asked(tmp_path: Path) -> None:
 
 def test_local_training_has_longer() -> None:
     """Two steps in a round."""
-    attacked = Attacked(
-        "fl", m.Hello, lambda a, message, body: (message, body), deadline=10.0, per_batch=2.0
-    )
+    attacked = Attacked("fl", m.Hello, lambda a, message, body: (message, body), deadline=10.0, per_batch=2.0)
     asked: list[tuple[type, float]] = []
     own = attacked.hub.exchange
 

@@ -314,13 +314,7 @@ class RemoteCohort:
                 self._expel(k, "cut gradients", answers.pop(k).sizes[0])
         if not answers:
             raise StepLostError(features.clients)
-        for k in features.clients:  # who is gone counts nothing
-            if k not in answers:
-                shapes = [(self._sizes[k], *c.shape) for c in like]
-                answers[k] = _Came(
-                    tuple(torch.zeros(shape, dtype=c.dtype) for shape, c in zip(shapes, like, strict=True))
-                )
-        return self._finished({k: answers[k] for k in features.clients})
+        return self._finished({k: answers[k] for k in features.clients if k in answers})
 
     def _finished(self, answers: Mapping[int, _Came]) -> TailGradients:
         """What the tails of several clients sent back."""
