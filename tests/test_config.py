@@ -121,6 +121,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "average_reduce": words("mean", "sum"),
     "gradient_scale": words("own", "union"),
     "logit_adjust": words("none", "client"),
+    "sampling": words("fixed", "proportional", "global"),
     "tau": st.floats(0, 9),
     "average_every": words("step", "round"),
     "hand_over": words("batch", "epoch"),

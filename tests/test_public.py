@@ -18,7 +18,7 @@ cut cut_points from_arrays from_dataset load load_model partition"""
 COMMON = """client_device server_device link up_mbps down_mbps latency_ms server_mbps multicast utilisation
 speed_spread rate_spread stragglers straggler_slowdown profiles data data_format label_column client_column class_names
 validation test data_in_memory data_workers
-clients partition samples_per_client participation task metrics primary_metric model cut tail_cut untie
+clients partition samples_per_client participation sampling task metrics primary_metric model cut tail_cut untie
 weights weights_strict start freeze epochs rounds batch client_optimizer client_optimizer_options client_lr
 client_clip_grad_norm server_optimizer server_optimizer_options server_lr server_clip_grad_norm accumulate
 server_accumulate param_groups lr_schedule server_lr_schedule lr_warmup averaging logit_adjust tau

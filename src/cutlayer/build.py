@@ -31,6 +31,7 @@ from cutlayer.checks import (
     check_parts,
     check_rate,
     check_single_rows,
+    check_starved,
     check_trained,
     given_for,
 )
@@ -42,6 +43,7 @@ from cutlayer.costs.ledger import Ledger, MeteredCohort
 from cutlayer.data import Source, class_counts, from_memory, load, load_whole, partition
 from cutlayer.data.own import own_code
 from cutlayer.data.samples import Samples
+from cutlayer.data.sampling import per_epoch as steps_per_epoch
 from cutlayer.data.targets import as_indices, fitting
 from cutlayer.engine.choice import Choice, Chosen, Work
 from cutlayer.engine.simulated import ClientModel, Clients, Shape, model_bytes
@@ -383,6 +385,7 @@ def prepare(
     check_parts(config, algorithm, split, cuts)
     sizes = [len(p) for p in owners]
     rounds, per_epoch = _rounds(config, algorithm, sizes)
+    check_starved(config, sizes)
     check_single_rows(config, algorithm, split, sizes, rounds, few.rows)
     check_rate(config, algorithm)
     for part in split.all:
@@ -422,6 +425,7 @@ def prepare(
         class_names=source.class_names,
         rule=averaging_rule(config),
         shifts=_shifts(config, counts, device),
+        sampling=config.sampling,
     )
     return Prepared(
         config,
@@ -781,7 +785,8 @@ def _rounds(config: RunConfig, algorithm: Algorithm, sizes: list[int]) -> tuple[
         raise DataError(f"client {sizes.index(0)} has no sample: use fewer clients or another partition")
     local_epochs, local_steps = algorithm.part_of_round
     if local_steps:
-        batches = math.ceil(max(sizes) / config.batch)
+        fixed = config.sampling == "fixed"
+        batches = math.ceil(max(sizes) / config.batch) if fixed else steps_per_epoch(sizes, config.batch)
         per_epoch = max(1, batches // local_steps)
         rounds = math.ceil(config.epochs * batches / local_steps)
     else:

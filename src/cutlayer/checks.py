@@ -18,6 +18,7 @@ from cutlayer import defences, plugins, seeds
 from cutlayer.algorithms import Algorithm, traits_of
 from cutlayer.cohort import draw_participants
 from cutlayer.data.samples import Samples, Source, called
+from cutlayer.data.sampling import proportional, starved
 from cutlayer.engine.stackable import close, drawing, exact, jittered
 from cutlayer.errors import ConfigError, CutError, CutlayerWarning
 from cutlayer.frozen import trains
@@ -175,6 +176,11 @@ def check_cacheable(config: RunConfig, algorithm: Algorithm, split: Parts, rows:
     """What the server is to keep (`cache_features`) must be the same in every epoch; items that are read `anew` need
     not be. Raises ConfigError.
     """
+    if config.cache_features and config.sampling != "fixed":
+        raise ConfigError(
+            f"cache_features is not possible with sampling = {config.sampling!r}, whose batches are not the same in "
+            "every epoch: choose fixed, or leave cache_features out"
+        )
     if config.cache_features and anew:
         raise ConfigError(
             "cache_features is not possible: items are read for each batch anew, perhaps with random transforms; pass "
@@ -211,11 +217,24 @@ def _changing(config: RunConfig, algorithm: Algorithm, split: Parts, rows: Rows)
     return ""
 
 
+def check_starved(config: RunConfig, sizes: list[int]) -> None:
+    """Warns where a client's proportional share of a step is less than one row."""
+    if config.sampling == "proportional" and (few := starved(sizes, config.batch)):
+        warnings.warn(
+            CutlayerWarning(
+                f"sampling = 'proportional' leaves client {few[0]} ({sizes[few[0]]} of {sum(sizes)} samples) less than "
+                f"one row of a step's {len(sizes) * config.batch}, so it brings one and is through earlier: choose a "
+                "larger batch, or sampling = global"
+            ),
+            stacklevel=3,
+        )
+
+
 def check_single_rows(
     config: RunConfig, algorithm: Algorithm, split: Parts, sizes: list[int], rounds: int, example: Rows
 ) -> None:
     """Batch normalisation over features cannot train on one row: find that out now. Raises ConfigError."""
-    alone = [k for k, size in enumerate(sizes) if size % config.batch == 1 or config.batch == 1]
+    alone = _with_single_rows(config, sizes)
     if not alone:
         return
     probe = copy.deepcopy(split)
@@ -236,7 +255,18 @@ def check_single_rows(
         raise ConfigError(
             f"batch = {config.batch} leaves client {client} ({sizes[client]} samples) a batch of one sample, "
             f"with which this model cannot train ({error}): choose another batch"
+            f"{'' if config.sampling == 'fixed' else ', or sampling = fixed'}"
         ) from None
+
+
+def _with_single_rows(config: RunConfig, sizes: list[int]) -> list[int]:
+    """The clients that may have a batch of one row."""
+    if config.sampling == "global":
+        return list(range(len(sizes)))
+    batches = [config.batch] * len(sizes)
+    if config.sampling == "proportional":
+        batches = proportional(sizes, config.batch).tolist()
+    return [k for k, (n, b) in enumerate(zip(sizes, batches, strict=True)) if n % b == 1 or b == 1]
 
 
 def _alone_in_union(
@@ -248,7 +278,12 @@ def _alone_in_union(
     _, local_steps = algorithm.part_of_round
     for index in range(rounds if config.participation < 1 else 1):
         here = draw_participants(config.seed, index, len(sizes), config.participation)
-        batches = {k: math.ceil(sizes[k] / config.batch) for k in here}
+        if config.sampling == "global":
+            if sum(sizes[k] for k in here) % (len(here) * config.batch) == 1:
+                return here[0]
+            continue
+        share = proportional(sizes, config.batch).tolist() if config.sampling == "proportional" else None
+        batches = {k: math.ceil(sizes[k] / (share[k] if share else config.batch)) for k in here}
         if local_steps:
             batches = dict.fromkeys(here, local_steps)
         longest = [k for k in here if batches[k] == max(batches.values())]

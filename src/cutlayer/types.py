@@ -144,6 +144,7 @@ class Round:
     """One round of training: a local epoch of every participant, or as many local epochs or steps as were asked for.
 
     `index` of `total` rounds; `clients` [C] take part, with `batches` [C] to do each; `seed` names all randomness.
+    `sizes` [C][steps]: where batches have other sizes than b, the rows that each client brings to each step.
     """
 
     index: int
@@ -151,11 +152,12 @@ class Round:
     clients: tuple[int, ...]
     batches: tuple[int, ...]
     seed: int
+    sizes: tuple[tuple[int, ...], ...] = ()
 
     @property
     def steps(self) -> int:
-        """Number of batches of the busiest client."""
-        return max(self.batches)
+        """Number of batches of the busiest client; where clients sit out steps, of steps."""
+        return max(map(len, self.sizes)) if self.sizes else max(self.batches)
 
     def progress(self, step: int) -> float:
         """Fraction of the whole training done before the round's `step`-th step, in [0, 1), to nine digits."""

@@ -150,11 +150,13 @@ class ClockedCohort(CohortAround):
         self._tail_done = False
         self._round: Round | None = None
         self._fitted = np.zeros(len(inner.samples), np.int64)  # batches of local training so far
+        self._before = self._fitted.copy()  # those of earlier rounds
         self._sent = self._seen()
 
     def begin_round(self, index: int, total: int, lr_factor: float) -> Round:
         """Participants wake up; those that missed an averaging fetch the model."""
         this = self._round = self.inner.begin_round(index, total, lr_factor)
+        self._before = self._fitted.copy()
         self.clock.begin(range(self.clock.fleet.clients) if self.central else this.clients)
         self._download()
         return this
@@ -213,9 +215,14 @@ class ClockedCohort(CohortAround):
     def _next_rows(self, batches: np.ndarray) -> Array:
         """Rows [C] of each client's next `batches` [C] batches."""
         rows = np.zeros(len(batches))
+        given = {} if self._round is None else dict(zip(self._round.clients, self._round.sizes, strict=False))
         for client, count in enumerate(batches.tolist()):
             before = int(self._fitted[client])
-            rows[client] = self._dealt(client, before + count) - self._dealt(client, before)
+            if client in given:
+                start = before - int(self._before[client])
+                rows[client] = sum([size for size in given[client] if size][start : start + count])
+            else:
+                rows[client] = self._dealt(client, before + count) - self._dealt(client, before)
             self._fitted[client] += count
         return rows
 

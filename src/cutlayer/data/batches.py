@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,9 @@ class Batches:
     An epoch deals every one of a client's n samples once; its last batch has the n mod b samples that remain. The order
     of epoch e depends on (seed, client, e) alone, so all algorithms and engines see the same batches. The clients'
     orders lie one behind another in one array: drawing for hundreds of clients is a few operations on arrays.
+
+    Batches of given sizes take the next rows of that same sequence, whatever the batch size: the last of an epoch and
+    the first of the next may be in one batch. A client has batches of one kind or the other.
     """
 
     def __init__(self, rows: Sequence[np.ndarray], batch: int, seed: int, names: Sequence[int] | None = None) -> None:
@@ -28,20 +32,28 @@ class Batches:
         self.per_epoch = -(-self.counts // batch)  # batches in an epoch: ceil(n / b)
         # Batches drawn so far: the clients' clocks, and all the state there is.
         self.drawn = np.zeros(len(rows), np.int64)
+        self.taken = np.zeros(len(rows), np.int64)  # rows drawn so far in batches of given sizes
         self._first = np.concatenate([[0], np.cumsum(self.counts)])[:-1]
         self._rows = np.concatenate(rows)
         self._order = self._rows.copy()
         self._epoch = np.full(len(rows), -1, np.int64)
 
-    def draw(self, clients: Sequence[int] | np.ndarray) -> tuple[Tensor, np.ndarray, np.ndarray]:
+    def draw(
+        self, clients: Sequence[int] | np.ndarray, sizes: Sequence[int] | None = None
+    ) -> tuple[Tensor, np.ndarray, np.ndarray]:
         """The next batches of `clients`: indices [R], one client after another, sizes [C] and clocks [C] (how many
-        batches each had drawn before).
+        batches each had drawn before). `sizes` [C]: of how many rows (None: of b, and the rest of an epoch).
         """
         who = np.asarray(clients, np.int64)
         clocks = self.drawn[who]
+        if sizes is not None:
+            rows = np.concatenate([self._next(int(k), size) for k, size in zip(who, sizes, strict=True)])
+            self.drawn[who] += 1
+            return torch.from_numpy(rows), np.asarray(sizes, np.int64), clocks
         epoch, at = np.divmod(clocks, self.per_epoch[who])
-        for k in who[epoch != self._epoch[who]]:
-            self._shuffle(int(k))
+        for k, now in zip(who, epoch, strict=True):
+            if now != self._epoch[k]:
+                self._shuffle(int(k), int(now))
         begin = at * self.batch
         sizes = np.minimum(self.batch, self.counts[who] - begin)
         begin += self._first[who]
@@ -54,12 +66,41 @@ class Batches:
         return torch.from_numpy(self._order[places]), sizes, clocks
 
     def epochs(self, clients: Sequence[int], sizes: np.ndarray, clocks: np.ndarray) -> np.ndarray:
-        """In which epoch of its owner each row [R] of the batches is that `draw` gave."""
-        return np.repeat(clocks // self.per_epoch[np.asarray(clients, np.int64)], sizes)
+        """In which epoch of its owner each row [R] of the batches is that `draw` gave last."""
+        who = np.asarray(clients, np.int64)
+        if not self.taken[who].any():
+            return np.repeat(clocks // self.per_epoch[who], sizes)
+        first = self.taken[who] - sizes
+        numbers = np.concatenate([np.arange(start, start + size) for start, size in zip(first, sizes, strict=True)])
+        epochs: np.ndarray = numbers // np.repeat(self.counts[who], sizes)
+        return epochs
 
-    def _shuffle(self, client: int) -> None:
-        """Put the client's current epoch in order."""
-        epoch = int(self.drawn[client] // self.per_epoch[client])
+    def state(self) -> dict[str, list[int]]:
+        """How far the clients are."""
+        taken = {"taken": self.taken.tolist()} if self.taken.any() else {}
+        return {"drawn": self.drawn.tolist(), **taken}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take a state that `state()` returned."""
+        self.drawn[:] = state["drawn"]
+        self.taken[:] = state.get("taken", 0)
+
+    def _next(self, client: int, size: int) -> np.ndarray:
+        """The next `size` rows of a client."""
+        parts, count, first = [], int(self.counts[client]), int(self._first[client])
+        while size:
+            epoch, at = divmod(int(self.taken[client]), count)
+            if epoch != self._epoch[client]:
+                self._shuffle(client, epoch)
+            some = min(size, count - at)
+            parts.append(self._order[first + at : first + at + some].copy())
+            self.taken[client] += some
+            size -= some
+        rows: np.ndarray = np.concatenate(parts)
+        return rows
+
+    def _shuffle(self, client: int, epoch: int) -> None:
+        """Put an epoch of the client in order."""
         span = slice(self._first[client], self._first[client] + self.counts[client])
         order = seeds.generator(self.seed, "batches", self.names[client], epoch)
         self._order[span] = order.permutation(self._rows[span])

@@ -18,6 +18,7 @@ from cutlayer.averagings.mean import WeightedMean
 from cutlayer.cohort import Held, draw_participants
 from cutlayer.data.batches import Batches, Drawn
 from cutlayer.data.samples import Samples
+from cutlayer.data.sampling import Sampling, Turns, dealt
 from cutlayer.frozen import moving, trains
 from cutlayer.optim import MakeOptimizer
 from cutlayer.scoring import ROWS_PER_PASS, OutputsOf, Scores, evaluate, evaluate_together, judged
@@ -35,7 +36,8 @@ class Routine:
     """How clients train, wherever they are. `lr` is the base rate; a round is `local_steps` batches or `local_epochs`
     passes; `alike` says that all models start equal; `eval_clients` how many models are evaluated (None: all);
     `judge_by` whether each is, their average, or all of them together; `task` what a row's loss is, and how models are
-    judged; `class_names` those of the classes, where they have some; `rule` how their models are averaged.
+    judged; `class_names` those of the classes, where they have some; `rule` how their models are averaged; `sampling`
+    how many rows a client brings to a step.
     """
 
     lr: float
@@ -50,6 +52,7 @@ class Routine:
     judge_by: Judging = "mean"
     task: Task = field(default_factory=Classification)
     class_names: tuple[str, ...] = ()
+    sampling: Sampling = "fixed"
     rule: Averaging = field(default_factory=WeightedMean)
 
     def participants(self, index: int, clients: int) -> tuple[int, ...]:
@@ -59,6 +62,15 @@ class Routine:
     def quota(self, per_epoch: np.ndarray) -> np.ndarray:
         """Batches that clients have to do in a round, who have `per_epoch` [C] in an epoch of their own data."""
         return np.full_like(per_epoch, self.local_steps) if self.local_steps else self.local_epochs * per_epoch
+
+    def turns(self, index: int, clients: Sequence[int], samples: Sequence[int]) -> Turns | None:
+        """The sizes of the batches of round `index`, in which `clients` take part, where they are not b; `samples` [C]
+        are those of all clients.
+        """
+        if self.sampling == "fixed":
+            return None
+        local = self.local_epochs, self.local_steps
+        return dealt(self.sampling, samples, clients, self.batch, self.seed, index, local)
 
     def judge(
         self,
@@ -110,6 +122,7 @@ class SimulatedCohort(ABC):
         self._batches = Batches(setup.rows, setup.batch, setup.seed)
         self._quota = np.zeros(len(setup.rows), np.int64)  # batches left in this round
         self._participants: tuple[int, ...] = ()
+        self._turns: Turns | None = None  # of this round, where batches are not of b rows
         self._rate = setup.lr
         self._alike = setup.alike  # all client models are known to be equal
         lower, tail = setup.models[0]
@@ -155,15 +168,21 @@ class SimulatedCohort(ABC):
         self._participants = s.participants(index, len(self._quota))
         who = np.array(self._participants)
         self._quota[who] = s.quota(self._batches.per_epoch[who])
+        self._turns = s.turns(index, self._participants, self.samples)
+        if self._turns is not None:
+            self._quota[who] = list(self._turns.batches.values())
         self._rate = s.lr * lr_factor
-        return Round(index, total, self._participants, tuple(self._quota[who].tolist()), s.seed)
+        sizes = () if self._turns is None else self._turns.sizes
+        return Round(index, total, self._participants, tuple(self._quota[who].tolist()), s.seed, sizes)
 
     def seek(self, client: int, batch: int) -> None:
         """The next batch of `client` is its batch number `batch`."""
         self._batches.drawn[client] = batch
 
     def _willing(self, clients: Sequence[int] | None) -> tuple[int, ...]:
-        """The participants (or those of `clients`) that have batches left in this round."""
+        """The participants (or those of `clients`) that have batches left in this round, or rows for this step."""
+        if clients is None and self._turns is not None:
+            return self._turns.together()
         asked = self._participants if clients is None else clients
         left = self._quota[list(asked)] > 0
         return tuple(asked) if left.all() else tuple(k for k, some in zip(asked, left, strict=True) if some)
@@ -171,7 +190,7 @@ class SimulatedCohort(ABC):
     def _draw(self, clients: Sequence[int]) -> tuple[Samples, np.ndarray, np.ndarray]:
         """The next batches of `clients`, one after another: samples [R], sizes [C], and clocks [C] (how many batches
         each had drawn before)."""
-        rows, sizes, clocks = self._batches.draw(clients)
+        rows, sizes, clocks = self._batches.draw(clients, None if self._turns is None else self._turns.take(clients))
         self._quota[list(clients)] -= 1
         batch = self.setup.data.batch(rows, self._batches.epochs(clients, sizes, clocks))
         if self._kept is not None:
@@ -211,10 +230,10 @@ class SimulatedCohort(ABC):
 
     def _base_state(self) -> dict[str, Any]:
         origin = {} if self._origin is None else {"origin": dict(self._origin)}
-        return {"drawn": self._batches.drawn.tolist(), "holder": self._holder, "alike": self._alike, **origin}
+        return {**self._batches.state(), "holder": self._holder, "alike": self._alike, **origin}
 
     def _load_base(self, state: Mapping[str, Any]) -> None:
-        self._batches.drawn[:] = state["drawn"]
+        self._batches.load(state)
         self._holder, self._alike = state["holder"], state["alike"]
         if "origin" in state:
             self._begin_from(state["origin"])

@@ -65,7 +65,7 @@ class UnionCohort(SimulatedCohort):
 
     def fit(self) -> list[Step]:
         """Each participant's one local step on its whole model, averaged."""
-        batch = self._forward(self._participants)
+        batch = self._forward(self._willing(self._participants))
         task = self.setup.task
         losses = task.row_losses(adjusted(self._given, self.setup.shifts_of(self._asked, self._sizes), task), batch.y)
         weights = task.weights(batch.y)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from cutlayer import checkpoint, defences, seeds
 from cutlayer.build import Training, assemble, deal
 from cutlayer.data.samples import Samples, Source
+from cutlayer.data.sampling import per_epoch as steps_per_epoch
 from cutlayer.defences import dp
 from cutlayer.defences.noise import Noise
 from cutlayer.defences.pipeline import Defences
@@ -114,8 +115,11 @@ class Subject:
         """How often each sample has been sent, at most: once per pass through the client's data, the last one counted
         whole, as if the client had taken part in every round.
         """
-        per_epoch = math.ceil(self.owned / self.moment.config.batch)
-        local_epochs, local_steps = self.moment.training.algorithm.part_of_round
+        config, training = self.moment.config, self.moment.training
+        per_epoch = math.ceil(self.owned / config.batch)
+        if config.sampling != "fixed":
+            per_epoch = steps_per_epoch(training.clients.samples, config.batch)
+        local_epochs, local_steps = training.algorithm.part_of_round
         per_round = local_steps or per_epoch * local_epochs
         return math.ceil(self.moment.rounds * per_round / per_epoch)
 

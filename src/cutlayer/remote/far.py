@@ -20,6 +20,7 @@ from torch import Tensor
 from cutlayer.averaging import average
 from cutlayer.cohort import Footprint, Held, Predict, Tell
 from cutlayer.data.samples import AtClient, Samples
+from cutlayer.data.sampling import Turns
 from cutlayer.engine.local import Client, named_as_whole, outputs_with
 from cutlayer.engine.simulated import Local, Routine, Shape, together
 from cutlayer.errors import AbsentError, NonFiniteError, StepLostError, TrainingError, WireError
@@ -104,6 +105,8 @@ class RemoteCohort:
         self._step = 0  # numbers exchanges that belong together
         self._quota = np.zeros(len(setup.samples), np.int64)
         self._participants: tuple[int, ...] = ()
+        self._turns: Turns | None = None  # of this round, where batches are not of b rows
+        self._told: dict[int, list[int]] = {}  # the sizes of the batches that clients are asked for now
         self._holder: int | None = None
         self._asked: tuple[int, ...] = ()  # of the last forward pass
         self._sought: dict[int, int] = {}  # client -> number of the batch that it is asked for next
@@ -181,11 +184,15 @@ class RemoteCohort:
             )
         self._participants = here
         self._quota[list(here)] = s.quota(np.array([-(-s.samples[k] // s.batch) for k in here]))
+        self._turns = s.turns(index, here, s.samples)
+        if self._turns is not None:
+            self._quota[list(here)] = list(self._turns.batches.values())
         self._posts = {k: m.BeginRound(index, total, lr_factor, int(self._quota[k])) for k in here}
         for k, post in self._posts.items():
             self._post(k, post)
         self._catch_up(here)
-        return Round(index, total, here, tuple(self._quota[list(here)].tolist()), s.seed)
+        sizes = () if self._turns is None else self._turns.sizes
+        return Round(index, total, here, tuple(self._quota[list(here)].tolist()), s.seed, sizes)
 
     def _tell_claims(self) -> None:
         """Say what part of the whole each client has. Raises TrainingError where an absurd claim ends it."""
@@ -222,8 +229,11 @@ class RemoteCohort:
     def forward(self, clients: Sequence[int] | None = None, *, labels: bool = True) -> Smashed:
         """Every participant with batches left in this round (or those of `clients`) sends smashed data and labels."""
         wanted = self._participants if clients is None else clients
+        if clients is None and self._turns is not None:
+            wanted = self._turns.together()
         # A model that travels has one holder, and nobody else's forward pass would be of it.
         due = [k for k in wanted if self._quota[k] > 0 and self._holder in (None, k)]
+        self._tell_sizes(dict.fromkeys(due, 1))
 
         def read(client: int, frame: Frame) -> _Came:
             return self._smashed(client, frame, labels)
@@ -234,7 +244,7 @@ class RemoteCohort:
             self._catch_up(asked)
             step = self._step = self._step + 1
             requests: dict[int, list[Request]] = {
-                k: [(m.Forward(step, labels, self._sought.get(k)), ())] for k in asked
+                k: [(m.Forward(step, labels, self._sought.get(k), *self._told.get(k, ())), ())] for k in asked
             }
             answers = self._exchange(asked, requests.__getitem__, read, quorum=True)
             if answers or not due or self.hub.connected:
@@ -277,7 +287,9 @@ class RemoteCohort:
     def _smashed(self, client: int, frame: Frame, labels: bool) -> _Came:
         """One client's smashed data, and its labels where they were asked for. Raises WireError."""
         s, n = self.setup, frame.message.rows
-        if not 0 < n <= s.batch:
+        if client in self._told and n != self._told[client][0]:
+            raise WireError(f"a batch of {n} rows came, where {self._told[client][0]} were asked for")
+        if client not in self._told and not 0 < n <= s.batch:
             raise WireError(f"a batch of {n} rows came, of at most {s.batch} were agreed")
         like = [*s.crossing, *([s.targets] if labels else [])]
         rows = decode(frame.body, like, n, [*[s.up] * len(s.crossing), *([RAW] if labels else [])])
@@ -344,6 +356,7 @@ class RemoteCohort:
         due = {k: n for k, n in due.items() if n and k not in self.excluded}
         if not due:
             return []
+        self._tell_sizes({k: n - (k in self._waiting) for k, n in due.items()})
         self._step += 1
         step = self._step
 
@@ -351,7 +364,11 @@ class RemoteCohort:
             return self._local_steps(client, frame, due[client])
 
         longest = max(due.values())
-        taken = self._exchange(tuple(due), lambda k: [(m.Learn(step, due[k]), ())], read, quorum=True, batches=longest)
+
+        def ask(k: int) -> list[Request]:
+            return [(m.Learn(step, due[k], self._told.get(k, [])), ())]
+
+        taken = self._exchange(tuple(due), ask, read, quorum=True, batches=longest)
         for k, n in due.items():
             self._quota[k] -= n - (k in self._waiting)
         self._waiting.clear()
@@ -361,12 +378,14 @@ class RemoteCohort:
     def fit(self) -> list[Step]:
         """Each participant takes all its local steps of this round."""
         self._step += 1
-        who, longest = self._participants, int(self._quota[list(self._participants)].max())
+        due = [k for k in self._participants if self._quota[k]]
+        longest = max(int(self._quota[k]) for k in due)
+        self._tell_sizes({k: int(self._quota[k]) for k in due})
 
         def ask(k: int) -> list[Request]:
-            return [(m.Fit(self._step), ())]
+            return [(m.Fit(self._step, self._told.get(k, [])), ())]
 
-        taken = self._patiently(who, lambda: self._exchange(who, ask, self._fitted, quorum=True, batches=longest))
+        taken = self._patiently(due, lambda: self._exchange(due, ask, self._fitted, quorum=True, batches=longest))
         self._alike = len(self.samples) == 1
         return [together(taken, t) for t in range(max(map(len, taken.values()), default=0))] if taken else []
 
@@ -374,10 +393,20 @@ class RemoteCohort:
         """The local steps of a client's round. Raises WireError."""
         return self._local_steps(client, frame, int(self._quota[client]))
 
+    def _at_most_b(self, steps: Sequence[Local]) -> bool:
+        """Whether all of a client's batches, whose sizes it chose, are possible."""
+        return self._turns is not None or all(0 < step.rows <= self.setup.batch for step in steps)
+
+    def _tell_sizes(self, batches: Mapping[int, int]) -> None:
+        """Note of how many rows the next batches of each client are, where they are not of b."""
+        self._told = {} if self._turns is None else {k: self._turns.some(k, n) for k, n in batches.items()}
+
     def _local_steps(self, client: int, frame: Frame, asked: int) -> list[Local]:
         """The local steps that a client was asked for. Raises WireError."""
         steps = [Local(*step) for step in frame.message.losses]
-        if len(steps) != asked or not all(0 < step.rows <= self.setup.batch for step in steps):
+        told = self._told.get(client)
+        fits = [step.rows for step in steps][-len(told) :] == told if told else self._at_most_b(steps)
+        if len(steps) != asked or not fits:
             raise WireError(f"{len(steps)} local steps came, {asked} were asked for, or their rows are not")
         for step in steps:
             self._check_mass(client, step.rows, step.mass)

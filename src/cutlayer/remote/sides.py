@@ -293,6 +293,7 @@ def worker_of(
             moves_optimizer=p.algorithm.moves_optimizer,
             quota=study.quota,
             study=study,
+            rows=_rows(p, len(share)),
             whole=_keeping(p, own=model is not None) if config.share_server_model and folder is not None else None,
             shift=None if p.clients.shifts is None else p.clients.shifts[client],
             class_counts=p.class_counts[client] if p.adjusts_at_server else (),
@@ -348,9 +349,21 @@ def study_of(p: Prepared, samples: int, test: OwnTest | None, *, dealt: bool) ->
     return Extent(None if depends and not dealt else p.rounds, quota, pieces, models, FORWARD in traits.needs)
 
 
+def _rows(p: Prepared, samples: int) -> int | None:
+    """The rows that a client with so many samples trains on in a round, at most, where the server says how many make a
+    batch; else None.
+    """
+    c = p.clients
+    if c.sampling == "fixed":
+        return None
+    return c.local_steps * c.batch * p.config.clients if c.local_steps else c.local_epochs * samples
+
+
 def _quota(p: Prepared, samples: int) -> int:
-    """The batches that a client with so many samples trains on in a round."""
+    """The batches that a client with so many samples trains on in a round, at most."""
     clients = p.clients
+    if clients.sampling != "fixed":  # a batch may be a single row
+        return clients.local_steps or clients.local_epochs * samples
     return int(clients.quota(np.array([-(-samples // clients.batch)]))[0])
 
 

@@ -88,7 +88,8 @@ class Duty:
     batch that it wants (cache_features). `moves_optimizer`: the optimiser's state travels with the model. `quota`: the
     batches of a round by the client's own configuration (None: not known); `study` all that it says of the training.
     `purse`: what it may still answer; `audit`: its record of what it was asked. `noise`: the noise that smashed data
-    get, whose epsilon is stated at `delta`. `shift` [K] is added to the scores in losses that are computed here;
+    get, whose epsilon is stated at `delta`. `rows`: the server says how many rows a batch has, and a round has at most
+    so many (None: batches are of b rows). `shift` [K] is added to the scores in losses that are computed here;
     `class_counts` [K] are for a server that adjusts logits by them.
     """
 
@@ -118,6 +119,7 @@ class Duty:
     seeks: bool = False
     moves_optimizer: bool = True
     quota: int | None = None
+    rows: int | None = None
     shift: Tensor | None = None
     class_counts: Sequence[int] = ()
     study: Extent | None = None
@@ -145,6 +147,7 @@ class Worker:
         self._quota = 0  # batches of this round
         self._left = 0  # of these, those that have not been drawn
         self._drawn = torch.empty(0, dtype=torch.int64)  # the numbers of the last batch's rows
+        self._rows_left = 0  # that batches may have, where the server says how many
         self._pending: _Pending = "nothing"  # what the last batch waits for
         self._began = 0.0  # when the last request came
         self.stop: threading.Event | None = None
@@ -259,7 +262,7 @@ class Worker:
             self._tell_privacy()
         self.client.stepping.settle()
         self._rate, self._quota = self.duty.lr * message.lr_factor, message.batches
-        self._left = message.batches
+        self._left, self._rows_left = message.batches, self.duty.rows or 0
 
     def _too_long(self, message: m.BeginRound) -> str:
         """Why a round is not begun: it is longer than this client's own configuration says."""
@@ -345,11 +348,12 @@ class Worker:
         if self.client.optimizer is not None:
             restore(self.client.optimizer, body)
 
-    def _draw(self) -> tuple[Samples, int]:
+    def _draw(self, size: int | None = None) -> tuple[Samples, int]:
         self._spend("batches")
-        rows, sizes, clocks = self._batches.draw([0])
+        rows, sizes, clocks = self._batches.draw([0], None if size is None else [size])
         self._drawn = rows
         self._left -= 1
+        self._rows_left -= size or 0
         return self.duty.samples.batch(rows, self._batches.epochs([0], sizes, clocks)), int(clocks[0])
 
     def _unfit_forward(self, message: m.Forward) -> str:
@@ -361,7 +365,18 @@ class Worker:
                 f" of batch number {message.batch}, but a client draws its batches itself unless features are cached "
                 "(cache_features): do not join this server"
             )
-        return self._unfit_round(message)
+        return self._unfit_sizes([] if message.take is None else [message.take], 1) or self._unfit_round(message)
+
+    def _unfit_sizes(self, sizes: Sequence[int], batches: int) -> str:
+        """Why batches of these sizes are not drawn (none: the client chooses them)."""
+        if self.duty.rows is None:
+            return f" of {sizes[0]} rows, but a client draws batches of {self.duty.batch} (sampling)" if sizes else ""
+        if len(sizes) != batches or not all(sizes) or sum(sizes) > self._rows_left:
+            return (
+                f" on {len(sizes)} batches of {sum(sizes)} rows, where {self._rows_left} rows are left of the round for "
+                f"{batches} (sampling): do not join this server"
+            )
+        return ""
 
     def _unfit_round(self, message: m.Message) -> str:
         """Why nothing is trained now: no round was begun, or all its batches were drawn."""
@@ -371,12 +386,17 @@ class Worker:
         return f" {begun}: a client trains on the batches of a round, no others"
 
     def _unfit_fit(self, message: m.Fit) -> str:
-        return "" if self._done(message.step) else self._unfit_round(message)
+        if self._done(message.step):
+            return ""
+        return self._unfit_round(message) or self._unfit_sizes(message.sizes, self._left if self.duty.rows else 0)
 
     def _unfit_learn(self, message: m.Learn) -> str:
         most = self._left + (self._pending == "gradient")
-        if self._done(message.step) or 0 < message.batches <= most:
+        if self._done(message.step):
             return ""
+        if 0 < message.batches <= most:
+            drawn = message.batches - (self._pending == "gradient")
+            return self._unfit_sizes(message.sizes, drawn if self.duty.rows else 0)
         return f" on {message.batches} batches, where {most} are left of the round: it trains on those, no others"
 
     def _done(self, step: int) -> bool:
@@ -386,7 +406,7 @@ class Worker:
     def _forward(self, message: m.Forward, body: memoryview) -> Answer:
         if message.batch is not None:
             self._batches.drawn[0] = message.batch
-        batch, clock = self._draw()
+        batch, clock = self._draw(message.take)
         if self.duty.purse is not None:
             self.duty.purse.send(self._drawn.numpy())
         smashed = self.client.forward(batch, self.duty.seed, clock)
@@ -460,22 +480,22 @@ class Worker:
 
     def _fit(self, message: m.Fit, body: memoryview) -> Answer:
         if self._fitted is None or not self._done(message.step):
-            self._fitted = message.step, self._train()
+            self._fitted = message.step, self._train(list(message.sizes))
         return m.Fitted(message.step, [(s.loss, s.rows, s.mass) for s in self._fitted[1]]), ()
 
     def _learn(self, message: m.Learn, body: memoryview) -> Answer:
         if self._fitted is None or not self._done(message.step):
-            self._fitted = message.step, self._learn_alone(message.batches)
+            self._fitted = message.step, self._learn_alone(message.batches, list(message.sizes))
         return m.Fitted(message.step, [(s.loss, s.rows, s.mass) for s in self._fitted[1]]), ()
 
-    def _learn_alone(self, batches: int) -> list[Local]:
+    def _learn_alone(self, batches: int, sizes: list[int]) -> list[Local]:
         """Local steps on the auxiliary head's loss."""
         taken: list[Local] = []
         self._pending = "nothing"
         while len(taken) < batches:
             self._pause()
             if not self.client.smashed:
-                batch, clock = self._draw()
+                batch, clock = self._draw(sizes.pop(0) if sizes else None)
                 self.client.forward(batch, self.duty.seed, clock)
             try:
                 taken.append(self.client.learn_alone(self.duty.seed, self._rate, last=self._left <= 0))
@@ -483,12 +503,12 @@ class Worker:
                 raise error.at(len(taken)) from None
         return taken
 
-    def _train(self) -> list[Local]:
+    def _train(self, sizes: list[int]) -> list[Local]:
         """The local steps of this round."""
         taken: list[Local] = []
         while self._left > 0:
             self._pause()
-            batch, clock = self._draw()
+            batch, clock = self._draw(sizes.pop(0) if sizes else None)
             outputs = self.client.forward(batch, self.duty.seed, clock)
             try:
                 taken.append(self.client.learn(outputs, self._rate, last=self._left <= 0))
@@ -628,7 +648,7 @@ class Worker:
         c.stepping.settle()
         return {
             "step": step,
-            "drawn": self._batches.drawn.tolist(),
+            **self._batches.state(),
             "model": c.module.state_dict(),
             "optimizer": c.optimizer.state_dict() if c.optimizer else {},
         }
@@ -675,7 +695,7 @@ class Worker:
 
     def _take(self, state: Mapping[str, Any]) -> None:
         self._fitted = None
-        self._batches.drawn[:] = state["drawn"]
+        self._batches.load(state)
         self.client.module.load_state_dict(state["model"])
         if self.client.optimizer:
             load_optimizer(self.client.optimizer, state["optimizer"])

@@ -29,6 +29,7 @@ Text = Annotated[str, Meta(max_length=4096)]
 Factor = Annotated[float, Meta(ge=0, le=1e300)]  # not NaN
 Mass = Annotated[float, Meta(ge=0, le=1e300)]  # what rows count in a weighted mean: their number, if all count alike
 Shape = Annotated[list[Size], Meta(max_length=16)]
+Sizes = Annotated[list[Size], Meta(max_length=1 << 16)]
 LocalStep = tuple[float, Size, Mass]  # (mean loss, rows, what these count together)
 Score = float | Annotated[list[float | None], Meta(max_length=1 << 16)] | None  # None: not defined
 Scalar = bool | int | float | Text | None
@@ -252,13 +253,14 @@ class BeginRound(Message, tag="BeginRound"):
 
 
 class Forward(Message, tag="Forward", omit_defaults=True):
-    """Draw the next batch, or batch number `batch`, run the model on it, send smashed data; with `labels` or without
-    (U-shaped split).
+    """Draw the next batch, or batch number `batch`, or the next `take` rows, run the model on it, send smashed data;
+    with `labels` or without (U-shaped split).
     """
 
     step: Count
     labels: bool = True
     batch: Count | None = None
+    take: Size | None = None
 
 
 class Tail(Message, tag="Tail"):
@@ -288,18 +290,23 @@ class Settle(Message, tag="Settle"):
 
 
 class Fit(Message, tag="Fit"):
-    """Train the whole model alone, for the batches of this round; `step` is the first of the local steps."""
+    """Train the whole model alone, for the batches of this round; `step` is the first of the local steps. `sizes`: of
+    how many rows each batch is, where the server says that.
+    """
 
     step: Count
+    sizes: Sizes = []
 
 
 class Learn(Message, tag="Learn"):
     """Train the part of the model on the auxiliary head's loss for so many batches; one that was sent and waits for its
-    gradient is the first. `step` is the first of the local steps. Answered as Fit is.
+    gradient is the first. `step` is the first of the local steps. Answered as Fit is. `sizes`: of how many rows each batch
+    that is drawn is, where the server says that.
     """
 
     step: Count
     batches: Count
+    sizes: Sizes = []
 
 
 class GiveModel(Message, tag="GiveModel"):
