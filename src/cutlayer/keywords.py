@@ -34,6 +34,7 @@ class CommonKeywords(TypedDict, total=False):
     partition: Any
     samples_per_client: int | None
     participation: float
+    sampling: Literal["fixed", "proportional", "global"]
     task: str
     primary_metric: str | None
     cut: str | None
