@@ -344,8 +344,8 @@ class CommonConfig(FleetConfig):
     participation: float = _field(1.0, CLIENTS, "group", shared=True, gt=0, le=1)
     """Fraction of the clients that takes part in a round, drawn afresh each round."""
     sampling: Literal["fixed", "proportional", "global"] = _field("fixed", CLIENTS, "group", shared=True)
-    """How many rows a client brings to a step: batch of them (fixed), or its share of clients x batch, by its number of
-    samples (proportional) or as drawn from the data of all (global). These two end with all clients at the same time."""
+    """How many rows a client brings to a step: batch (fixed), or its share of clients x batch, by its number of samples
+    (proportional) or as drawn from the data of all (global). With these two all clients end at the same time."""
 
     task: str = _field("classification", TASK, shared=True)
     """Loss and metrics (see `cutlayer list tasks`), or your own: path/to/file.py:name."""

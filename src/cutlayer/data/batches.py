@@ -45,25 +45,23 @@ class Batches:
         batches each had drawn before). `sizes` [C]: of how many rows (None: of b, and the rest of an epoch).
         """
         who = np.asarray(clients, np.int64)
-        clocks = self.drawn[who]
         if sizes is not None:
-            rows = np.concatenate([self._next(int(k), size) for k, size in zip(who, sizes, strict=True)])
-            self.drawn[who] += 1
-            return torch.from_numpy(rows), np.asarray(sizes, np.int64), clocks
+            return self._given(who, np.asarray(sizes, np.int64))
+        clocks = self.drawn[who]
         epoch, at = np.divmod(clocks, self.per_epoch[who])
         for k, now in zip(who, epoch, strict=True):
             if now != self._epoch[k]:
                 self._shuffle(int(k), int(now))
         begin = at * self.batch
-        sizes = np.minimum(self.batch, self.counts[who] - begin)
+        found = np.minimum(self.batch, self.counts[who] - begin)
         begin += self._first[who]
-        if (sizes == sizes[0]).all():
-            places = (begin[:, None] + np.arange(sizes[0])).ravel()
+        if (found == found[0]).all():
+            places = (begin[:, None] + np.arange(found[0])).ravel()
         else:
-            ends = np.cumsum(sizes)
-            places = np.repeat(begin - ends + sizes, sizes) + np.arange(ends[-1])
+            ends = np.cumsum(found)
+            places = np.repeat(begin - ends + found, found) + np.arange(ends[-1])
         self.drawn[who] += 1
-        return torch.from_numpy(self._order[places]), sizes, clocks
+        return torch.from_numpy(self._order[places]), found, clocks
 
     def epochs(self, clients: Sequence[int], sizes: np.ndarray, clocks: np.ndarray) -> np.ndarray:
         """In which epoch of its owner each row [R] of the batches is that `draw` gave last."""
@@ -84,6 +82,13 @@ class Batches:
         """Take a state that `state()` returned."""
         self.drawn[:] = state["drawn"]
         self.taken[:] = state.get("taken", 0)
+
+    def _given(self, who: np.ndarray, sizes: np.ndarray) -> tuple[Tensor, np.ndarray, np.ndarray]:
+        """Batches of these sizes."""
+        clocks = self.drawn[who]
+        rows = np.concatenate([self._next(int(k), int(size)) for k, size in zip(who, sizes, strict=True)])
+        self.drawn[who] += 1
+        return torch.from_numpy(rows), sizes, clocks
 
     def _next(self, client: int, size: int) -> np.ndarray:
         """The next `size` rows of a client."""

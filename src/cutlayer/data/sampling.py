@@ -30,7 +30,7 @@ def proportional(samples: Sequence[int], batch: int) -> np.ndarray:
     counts = np.asarray(samples, np.float64)
     total = min(len(counts) * batch, int(counts.sum()))
     exact = total * counts / max(1.0, counts.sum())
-    sizes = np.maximum(np.floor(exact), np.minimum(counts, 1)).astype(np.int64)
+    sizes: np.ndarray = np.maximum(np.floor(exact), np.minimum(counts, 1)).astype(np.int64)
     while (missing := total - int(sizes.sum())) != 0:
         may = sizes < counts if missing > 0 else sizes > 1
         if not may.any():

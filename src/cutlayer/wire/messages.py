@@ -300,8 +300,8 @@ class Fit(Message, tag="Fit"):
 
 class Learn(Message, tag="Learn"):
     """Train the part of the model on the auxiliary head's loss for so many batches; one that was sent and waits for its
-    gradient is the first. `step` is the first of the local steps. Answered as Fit is. `sizes`: of how many rows each batch
-    that is drawn is, where the server says that.
+    gradient is the first. `step` is the first of the local steps. Answered as Fit is. `sizes`: of how many rows
+    each batch that is drawn is, where the server says that.
     """
 
     step: Count
