@@ -230,7 +230,7 @@ class RemoteCohort:
         """Every participant with batches left in this round (or those of `clients`) sends smashed data and labels."""
         wanted = self._participants if clients is None else clients
         if clients is None and self._turns is not None:
-            wanted = self._turns.together()
+            wanted = self._next_turn(self._turns)
         # A model that travels has one holder, and nobody else's forward pass would be of it.
         due = [k for k in wanted if self._quota[k] > 0 and self._holder in (None, k)]
         self._tell_sizes(dict.fromkeys(due, 1))
@@ -260,6 +260,12 @@ class RemoteCohort:
         self._sizes = dict(zip(smashed.clients, smashed.sizes, strict=True))
         self._last = smashed
         return smashed
+
+    def _next_turn(self, turns: Turns) -> tuple[int, ...]:
+        """The clients of the next step for which one of them is connected, if any client is."""
+        while (wanted := turns.together()) and self.hub.connected and not self.hub.connected & set(wanted):
+            pass
+        return wanted
 
     def _vetted(self, came: dict[int, _Came], labels: bool) -> Smashed:
         """What came, less the rows of clients with which no step of the server is possible."""

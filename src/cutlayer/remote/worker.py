@@ -373,8 +373,8 @@ class Worker:
             return f" of {sizes[0]} rows, but a client draws batches of {self.duty.batch} (sampling)" if sizes else ""
         if len(sizes) != batches or not all(sizes) or sum(sizes) > self._rows_left:
             return (
-                f" on {len(sizes)} batches of {sum(sizes)} rows, where {batches} are due and {self._rows_left} rows are "
-                "left of the round (sampling): do not join this server"
+                f" on {len(sizes)} batches of {sum(sizes)} rows, where {batches} are due and {self._rows_left} rows are"
+                " left of the round (sampling): do not join this server"
             )
         return ""
 
