@@ -111,6 +111,8 @@ def test_a_watch_needs_classes(tmp_path: Path) -> None:
     assert worker_of(ours, 0, name="client-0").duty.watch == "off"
     with pytest.raises(ConfigError, match=r"watch = 'warn' .* the task 'regression' are not one class per sample"):
         worker_of(ours, 0, name="client-0", watch="warn")
+    averaged = config(data, task="regression", algorithm="fl")  # models come, which it looks at whatever the task
+    assert worker_of(averaged, 0, name="client-0", watch="warn").duty.watch == "warn"
 
 
 class Listening(MemoryCarrier):

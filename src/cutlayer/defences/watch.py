@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -84,6 +85,58 @@ class Watch:
     def suspicious(self) -> bool:
         """Whether enough was seen and it does not look like the task's gradients."""
         return self.observed >= self._after and self.score < self.least
+
+
+@dataclass(frozen=True)
+class ModelLook:
+    """What a client sees of a model that it is to take: its `distance` from the client's own, in units of the own
+    model's norm; and of the weight `name`, in which they are most, the share of rows that pass a single input on
+    (`passing`), where in the client's own model it is `own`.
+
+    An average of models that started alike, or a model that was trained elsewhere, is about as near as training went:
+    distances below 1 have been seen, and no such rows in dense layers. A model that is made to read inputs has rows
+    that copy them, or biases that keep all activations alive, which are large. A model that mixes its inputs by a
+    rotation has neither: that is not noticed.
+    """
+
+    distance: float
+    passing: float
+    own: float
+    name: str
+
+    @property
+    def suspicious(self) -> bool:
+        """Whether no honest training is known to give such a model."""
+        return self.distance > _FAR or self.passing > max(_PASSING, self.own + _PASSING)
+
+
+_FAR, _PASSING = 2.0, 0.25
+_ALONE = 0.9  # of a row's energy that is in a single weight
+
+
+def look_at(received: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> ModelLook:
+    """Compare a received model with the client's own: tensors of the same names and shapes."""
+    real = [name for name, tensor in own.items() if tensor.is_floating_point()]
+    apart = sum(float((received[n].double() - own[n].double()).square().sum()) for n in real)
+    size = sum(float(own[n].double().square().sum()) for n in real)
+    distance = math.sqrt(apart / size) if size else math.sqrt(apart)
+    shares = [(_passing(received[n]), _passing(own[n]), n) for n in real if own[n].dim() > 1]
+    passing, before, name = max(shares, key=lambda share: share[0] - share[1], default=(0.0, 0.0, ""))
+    return ModelLook(distance, passing, before, name)
+
+
+def _passing(weight: Tensor) -> float:
+    """The share of a weight's rows that have nearly all their energy in one entry; 0 for rows that are too short to
+    tell.
+    """
+    rows = weight.flatten(1).double()
+    if rows.shape[1] < _SHORTEST:
+        return 0.0
+    energy = rows.square()
+    return float((energy.amax(1) > _ALONE * energy.sum(1)).double().mean())
+
+
+_SHORTEST = 8
 
 
 def _cosines(rows: Tensor) -> Tensor:

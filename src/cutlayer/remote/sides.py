@@ -252,7 +252,7 @@ def worker_of(
     if tested and config.judge != "mean" and not config.traits.models_cross:
         raise ConfigError(_others_models(config))
     p = prepare(_remotely(config), model, data if own is None else own, alone=None if own is None else client)
-    _check_watch(p.clients.task, config.task, watch)
+    _check_watch(p.clients.task, config, watch)
     if own is not None:
         _check_fitted(config, p.clients.task)
     lower, tail = p.clients.models[client]
@@ -389,12 +389,12 @@ def share(run: Run, cohort: RemoteCohort) -> dict[int, int]:
     return sent
 
 
-def _check_watch(task: Task, name: str, watch: Watching) -> None:
-    """A watch compares gradients by class. Raises ConfigError."""
-    if watch != "off" and task.targets != "class":
+def _check_watch(task: Task, config: RunConfig, watch: Watching) -> None:
+    """A watch compares gradients by class, and models with the client's own. Raises ConfigError."""
+    if watch != "off" and task.targets != "class" and not config.traits.models_cross:
         raise ConfigError(
             f"watch = {watch!r} has nothing to look at: it compares gradients by class, and the targets of the task "
-            f"{plugins.label(name)!r} are not one class per sample; leave it out"
+            f"{plugins.label(config.task)!r} are not one class per sample; leave it out"
         )
 
 

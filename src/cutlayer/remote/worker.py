@@ -26,7 +26,7 @@ from cutlayer.data.batches import Batches
 from cutlayer.data.samples import Samples
 from cutlayer.defences.noise import Noise
 from cutlayer.defences.pipeline import Defences, Guarded
-from cutlayer.defences.watch import Watch
+from cutlayer.defences.watch import Watch, look_at
 from cutlayer.engine.local import Client
 from cutlayer.engine.simulated import Local, Shape, mass_of
 from cutlayer.errors import CutlayerError, DistrustError, ForbiddenError, NonFiniteError, RunFolderError, WireError
@@ -158,7 +158,7 @@ class Worker:
         # The last step of local training, and its losses.
         self._fitted: tuple[int, list[Local]] | None = None
         self.watch = Watch()
-        self._warned = False
+        self._warned = self._warned_of_model = False
         self._passes = 0  # backward passes since the watch began
         self._gradients = [c for c in duty.crossing if c.differentiable]
         self._tally: Tally | None = None  # of the own test rows that have been judged so far
@@ -313,7 +313,26 @@ class Worker:
     def _take_model(self, message: m.TakeModel, body: memoryview) -> None:
         self.client.stepping.settle()
         module = self.client.module
-        load_moving(module, _finite(decode_named(body, described(state_of(module))), "the model"))
+        own = state_of(module)
+        received = _finite(decode_named(body, described(own)), "the model")
+        if self.duty.watch != "off":
+            self._look_at_model(received, own)
+        load_moving(module, received)
+
+    def _look_at_model(self, received: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+        """Watch a model that is to replace this client's. Raises DistrustError where the client is to leave."""
+        look = look_at(received, own)
+        if not look.suspicious or self._warned_of_model:
+            return
+        sentence = (
+            f"the model that the server sends does not look like one of the study: it is {look.distance:.3g} times as "
+            f"far from {self.duty.name}'s own as that is from nothing, and {look.passing:.0%} of the rows of "
+            f"{look.name!r} pass one input on unchanged, where in its own it is {look.own:.0%}"
+        )
+        if self.duty.watch == "leave":
+            raise DistrustError(f"{sentence}; {self.duty.name} leaves, as --watch leave says")
+        self._warned_of_model = True
+        log.warning("%s: %s", self.duty.name, sentence)
 
     def _take_server(self, message: m.TakeServer, body: memoryview) -> None:
         """Keep the whole model: the server's part with this client's own. Raises WireError, RunFolderError."""
@@ -431,7 +450,7 @@ class Worker:
         if message.rows != size and not (message.mode == "common" and (message.rows == 1 or message.rows > size)):
             raise WireError(f"a gradient of {message.rows} rows came for a batch of {size}")
         gradient = decode(body, self._gradients, message.rows, self.duty.down)
-        if self.duty.watch != "off":
+        if self.duty.watch != "off" and self.duty.task.targets == "class":
             self._look(gradient if message.mode == "own" else None)
         if message.mode == "common":
             gradient = tuple(g.expand(size, *g.shape[1:]) if len(g) == 1 else g[:size] for g in gradient)
