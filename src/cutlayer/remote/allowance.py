@@ -158,7 +158,6 @@ class Purse:
                 "this client's own file, else do not join this server"
             )
         setattr(self.spent, what, spent + count)
-        self._keep()
 
     def check_total(self, rounds: int) -> None:
         """Raises BudgetError for a server that speaks of more rounds than the study has."""
@@ -180,19 +179,17 @@ class Purse:
             )
         self.spend("passes")
         self._sent[rows] += 1
-        if most > self.spent.releases:
-            self.spent.releases = most
-            self._keep()
+        self.spent.releases = max(self.spent.releases, most)
 
     def work(self, seconds: float) -> None:
-        """Time was spent on a request."""
+        """Time was spent on a request, which is not answered yet: what was spent on it is kept first."""
         self.spent.seconds += seconds
+        self._keep()
 
     def check_time(self, more: float = 0.0) -> None:
         """Raises BudgetError once the time is spent, `more` seconds included."""
         limit = self.allowance.seconds
         if limit is not None and self.spent.seconds + more > limit:
-            self._keep()
             raise BudgetError(
                 f"{self.name} has worked for {format_duration(self.spent.seconds + more)}, and its budget is "
                 f"{format_duration(limit)}: raise max_seconds in [budget] of its own file if the study needs longer"
@@ -210,7 +207,7 @@ class Purse:
         if self._file is None or self._path is None:
             return
         try:
-            os.pwrite(self._file, json.dumps(asdict(self.spent)).ljust(_SIZE).encode(), 0)
+            os.pwrite(self._file, json.dumps(vars(self.spent)).ljust(_SIZE).encode(), 0)
         except OSError as error:
             raise unwritable(self._path, error) from None
 
