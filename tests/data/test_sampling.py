@@ -205,6 +205,6 @@ def test_a_client_draws_no_more_rows_than_a_round_has() -> None:
     with pytest.raises(ForbiddenError, match="of 13 rows, but a client draws batches of 5"):
         fixed.handle(Frame(m.Forward(1, take=13), memoryview(b"")))
     there = in_memory(RunConfig.of({**options, "sampling": "global"}))
-    there.cohort._told = {0: [3]}
+    there.cohort._takes = {0: [3]}
     with pytest.raises(WireError, match="a batch of 4 rows came, where 3 were asked for"):
         there.cohort._smashed(0, Frame(m.SmashedUp(1, 4), memoryview(b"")), True)

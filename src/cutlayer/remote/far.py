@@ -106,7 +106,7 @@ class RemoteCohort:
         self._quota = np.zeros(len(setup.samples), np.int64)
         self._participants: tuple[int, ...] = ()
         self._turns: Turns | None = None  # of this round, where batches are not of b rows
-        self._told: dict[int, list[int]] = {}  # the sizes of the batches that clients are asked for now
+        self._takes: dict[int, list[int]] = {}  # the sizes of the batches that clients are asked for now
         self._holder: int | None = None
         self._asked: tuple[int, ...] = ()  # of the last forward pass
         self._sought: dict[int, int] = {}  # client -> number of the batch that it is asked for next
@@ -244,7 +244,7 @@ class RemoteCohort:
             self._catch_up(asked)
             step = self._step = self._step + 1
             requests: dict[int, list[Request]] = {
-                k: [(m.Forward(step, labels, self._sought.get(k), *self._told.get(k, ())), ())] for k in asked
+                k: [(m.Forward(step, labels, self._sought.get(k), *self._takes.get(k, ())), ())] for k in asked
             }
             answers = self._exchange(asked, requests.__getitem__, read, quorum=True)
             if answers or not due or self.hub.connected:
@@ -293,9 +293,9 @@ class RemoteCohort:
     def _smashed(self, client: int, frame: Frame, labels: bool) -> _Came:
         """One client's smashed data, and its labels where they were asked for. Raises WireError."""
         s, n = self.setup, frame.message.rows
-        if client in self._told and n != self._told[client][0]:
-            raise WireError(f"a batch of {n} rows came, where {self._told[client][0]} were asked for")
-        if client not in self._told and not 0 < n <= s.batch:
+        if client in self._takes and n != self._takes[client][0]:
+            raise WireError(f"a batch of {n} rows came, where {self._takes[client][0]} were asked for")
+        if client not in self._takes and not 0 < n <= s.batch:
             raise WireError(f"a batch of {n} rows came, of at most {s.batch} were agreed")
         like = [*s.crossing, *([s.targets] if labels else [])]
         rows = decode(frame.body, like, n, [*[s.up] * len(s.crossing), *([RAW] if labels else [])])
@@ -372,7 +372,7 @@ class RemoteCohort:
         longest = max(due.values())
 
         def ask(k: int) -> list[Request]:
-            return [(m.Learn(step, due[k], self._told.get(k, [])), ())]
+            return [(m.Learn(step, due[k], self._takes.get(k, [])), ())]
 
         taken = self._exchange(tuple(due), ask, read, quorum=True, batches=longest)
         for k, n in due.items():
@@ -389,7 +389,7 @@ class RemoteCohort:
         self._tell_sizes({k: int(self._quota[k]) for k in due})
 
         def ask(k: int) -> list[Request]:
-            return [(m.Fit(self._step, self._told.get(k, [])), ())]
+            return [(m.Fit(self._step, self._takes.get(k, [])), ())]
 
         taken = self._patiently(due, lambda: self._exchange(due, ask, self._fitted, quorum=True, batches=longest))
         self._alike = len(self.samples) == 1
@@ -405,12 +405,12 @@ class RemoteCohort:
 
     def _tell_sizes(self, batches: Mapping[int, int]) -> None:
         """Note of how many rows the next batches of each client are, where they are not of b."""
-        self._told = {} if self._turns is None else {k: self._turns.some(k, n) for k, n in batches.items()}
+        self._takes = {} if self._turns is None else {k: self._turns.some(k, n) for k, n in batches.items()}
 
     def _local_steps(self, client: int, frame: Frame, asked: int) -> list[Local]:
         """The local steps that a client was asked for. Raises WireError."""
         steps = [Local(*step) for step in frame.message.losses]
-        told = self._told.get(client)
+        told = self._takes.get(client)
         fits = [step.rows for step in steps][-len(told) :] == told if told else self._at_most_b(steps)
         if len(steps) != asked or not fits:
             raise WireError(f"{len(steps)} local steps came, {asked} were asked for, or their rows are not")
