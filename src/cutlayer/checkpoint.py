@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cutlayer.errors import RunFolderError
 from cutlayer.files import replace_file
+from cutlayer.stored import MalformedError, checked, parsed
 
 _HEADER = "cutlayer"
 
@@ -39,12 +40,16 @@ def read(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             header = (file.metadata() or {})[_HEADER]
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        state: dict[str, Any] = _unpack(json.loads(header), tensors)
-        return state
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise RunFolderError(
-            f"{str(path)!r} is not a whole checkpoint ({error}): start the run anew in another folder"
-        ) from None
+        used = set[str]()
+        state = _unpack(parsed(header), tensors, used)
+        if lost := sorted(tensors.keys() - used):
+            raise MalformedError(f"nothing is said of its tensor {lost[0]!r}")
+        return checked(state, dict[str, Any])
+    except RecursionError:
+        reason = "it is nested too deeply"
+    except (SafetensorError, MalformedError, OSError, KeyError, TypeError, ValueError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+    raise RunFolderError(f"{str(path)!r} is not a whole checkpoint ({reason}): start the run anew in another folder")
 
 
 def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
@@ -68,14 +73,23 @@ def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
     raise TypeError(f"a checkpoint holds tensors and plain values, not {type(value).__name__}")
 
 
-def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The inverse of `_pack`."""
+def _unpack(value: Any, tensors: Mapping[str, Tensor], used: set[str]) -> Any:
+    """The inverse of `_pack`; the names of the tensors go into `used`. Raises MalformedError, KeyError, TypeError or
+    ValueError for what `_pack` never gives.
+    """
     if isinstance(value, list):
-        return [_unpack(item, tensors) for item in value]
+        return [_unpack(item, tensors, used) for item in value]
     if not isinstance(value, dict):
         return value
     ((kind, content),) = value.items()
     if kind == "tensor":
+        used.add(content)
         return tensors[content]
-    items = [_unpack(item, tensors) for item in content] if kind == "tuple" else []
-    return tuple(items) if kind == "tuple" else {key: _unpack(item, tensors) for key, item in content}
+    if kind not in ("tuple", "dict") or not isinstance(content, list):
+        raise MalformedError(f"{kind!r} is not a kind of value")
+    if kind == "tuple":
+        return tuple(_unpack(item, tensors, used) for item in content)
+    found = {key: _unpack(item, tensors, used) for key, item in content}
+    if len(found) != len(content):
+        raise MalformedError("a key is there twice")
+    return found

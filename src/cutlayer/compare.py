@@ -20,6 +20,7 @@ from cutlayer.models.weights import renewed
 from cutlayer.options import CompareConfig, RunConfig, by_reference, from_anywhere, overlaid
 from cutlayer.plugins import label
 from cutlayer.run import Record, Result, Run, Spent, own_objective, own_things, without_own
+from cutlayer.stored import reading, remade
 from cutlayer.summary import mean_of_known, spread
 from cutlayer.tasks.own_loss import Loss
 
@@ -176,7 +177,10 @@ class Comparison:
 def _finished(where: Path | None) -> Result | None:
     """The result of a run that is done already."""
     stored = None if where is None else read_json(where / RESULT)
-    return None if stored is None else Result(**stored)
+    if where is None or stored is None:
+        return None
+    with reading(where / RESULT):
+        return remade(Result, stored)
 
 
 def _refuse_path_names(plan: Mapping[str, object]) -> None:

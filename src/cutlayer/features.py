@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cutlayer.cohort import Cohort, CohortAround
 from cutlayer.data.batches import Batches
+from cutlayer.stored import Count, Digits, MalformedError, Stored, all_finite, checked
 from cutlayer.types import Round, Rows, Smashed
 
 
@@ -38,6 +39,19 @@ class _Kept:
         """These rows again."""
         where = torch.from_numpy(at)
         return tuple(t[where.to(t.device)] for t in self.tensors)
+
+
+class _ClientFeatures(Stored):
+    seen: list[bool]
+    tensors: list[Tensor]
+
+
+class _FeaturesState(Stored):
+    inner: dict[str, Any]
+    kept: dict[Digits, _ClientFeatures]
+    drawn: dict[Digits, Count]
+    computed: Count
+    width: Count
 
 
 class KeptFeatures(CohortAround):
@@ -119,11 +133,15 @@ class KeptFeatures(CohortAround):
         return {**super().state(), **own}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Take a state that `state()` returned."""
-        super().load(state)
+        """Take a state that `state()` returned. Raises MalformedError."""
+        found = checked(state, _FeaturesState, "the features that are kept")
+        super().load({"inner": found.inner})
+        for k, one in found.kept.items():
+            if any(len(t) != len(one.seen) or not all_finite(t) for t in one.tensors):
+                raise MalformedError(f"the features of client {k} are not one finite row for each of its samples")
         self._kept = {
-            int(k): _Kept(np.array(one["seen"], bool), tuple(t.to(self.device) for t in one["tensors"]))
-            for k, one in state["kept"].items()
+            int(k): _Kept(np.array(one.seen, bool), tuple(t.to(self.device) for t in one.tensors))
+            for k, one in found.kept.items()
         }
-        self._drawn = {int(k): count for k, count in state["drawn"].items()}
-        self.computed, self._width = state["computed"], state["width"]
+        self._drawn = {int(k): count for k, count in found.drawn.items()}
+        self.computed, self._width = found.computed, found.width

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import math
 import os
 import shutil
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cutlayer.errors import CutlayerError, CutlayerWarning, DiskFullError, RunFolderError
+from cutlayer.stored import MalformedError, checked, parsed
 
 CONFIG, EVENTS = "config.toml", "events.jsonl"
 """The file that makes a folder that of a run, and the one that only a run with clients on other machines has."""
@@ -129,29 +129,40 @@ def finite_or_null(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file; None where there is none. Raises RunFolderError where it is damaged."""
+def read_json(path: Path, form: Any = None) -> Any:
+    """The content of a JSON file in its `form` (see `stored`), if one is given; None where there is no file. Raises
+    RunFolderError where it is damaged or has another form.
+    """
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+        found = parsed(path.read_text(encoding="utf-8"))
+        if form is not None:
+            checked(found, form)
+    except (MalformedError, ValueError, OSError) as error:
         raise RunFolderError(f"{str(path)!r} is damaged ({error}): restore it, or run anew in another folder") from None
+    return found
 
 
-def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a .jsonl file; a line that is still being written, or was cut by a crash, is left out.
+def read_records(path: Path, form: Any = None) -> Iterator[dict[str, Any]]:
+    """The records of a .jsonl file, each in its `form`, if one is given; a line that is still being written, or was cut
+    by a crash, is left out.
 
-    Raises RunFolderError where a whole line is no JSON.
+    Raises RunFolderError where a whole line is not a JSON object, or has another form.
     """
     if not path.exists():
         return
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            if line.endswith("\n"):
+            if line.endswith(b"\n"):
                 try:
-                    yield json.loads(line)
-                except ValueError:
+                    yield checked(parsed(line), dict[str, Any]) if form is None else _in_form(parsed(line), form)
+                except (MalformedError, ValueError) as error:
                     raise RunFolderError(
-                        f"line {number} of {str(path)!r} is not JSON: correct or remove it, or start a new run"
+                        f"line {number} of {str(path)!r} is damaged ({error}): correct or remove it, or start a new run"
                     ) from None
+
+
+def _in_form(value: dict[str, Any], form: Any) -> dict[str, Any]:
+    checked(value, form)
+    return value

@@ -31,6 +31,7 @@ from cutlayer.files import CONFIG as CONFIG
 from cutlayer.files import EVENTS as EVENTS
 from cutlayer.files import replace_file, unwritable
 from cutlayer.options import read_toml
+from cutlayer.stored import ANEW
 
 STEPS, EVALUATIONS, CLIENTS = "steps.jsonl", "evaluations.jsonl", "clients.jsonl"
 ALGORITHM, CLASSES, DATA, METRIC = "algorithm.json", "classes.json", "data.json", "metric.json"
@@ -138,10 +139,16 @@ class Folder:
             raise unwritable(self.path / name, error) from None
 
     def truncate(self, offsets: Mapping[str, int]) -> None:
-        """Forget the records written after `offsets` were taken."""
-        for name in _RECORDS:
-            if (self.path / name).exists():
-                os.truncate(self.path / name, offsets.get(name, 0))
+        """Forget the records written after `offsets` were taken. Raises RunFolderError where a file holds less."""
+        sizes = {name: (self.path / name).stat().st_size for name in _RECORDS if (self.path / name).exists()}
+        for name, length in offsets.items():
+            if name not in _RECORDS or length > sizes.get(name, 0):
+                raise RunFolderError(
+                    f"{str(self.path / name)!r} has {sizes.get(name, 0)} bytes, where the checkpoint says {length}: "
+                    f"{ANEW}"
+                )
+        for name in sizes:
+            os.truncate(self.path / name, offsets.get(name, 0))
 
     def write_text(self, name: str, text: str) -> None:
         """Write a small file atomically."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from cutlayer import plugins
 from cutlayer.eager import eager
 from cutlayer.errors import ConfigError, unknown
+from cutlayer.stored import Amount, Count, MalformedError, Stored, all_finite, checked, fits
 
 Named = Iterable[tuple[str, Tensor]]
 """Parameters with their names in the whole model."""
@@ -331,6 +332,22 @@ def rule_of(make: MakeOptimizer) -> Rule:
     return Rule(plain, d.get("weight_decay", 0.0), fused, make)
 
 
+class _OptimizerState(Stored):
+    state: dict[Count, dict[str, Any]]
+    param_groups: list[dict[str, Any]]
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer | None, state: Mapping[str, Any], what: str) -> None:
+    """Take a `state_dict()` from a file; `optimizer` is None where nothing is trained. Raises MalformedError where it
+    is not the state of such an optimiser.
+    """
+    if optimizer is not None:
+        _check_state(optimizer, checked(state, _OptimizerState, what), what)
+        load_optimizer(optimizer, state)
+    elif state:
+        raise MalformedError(f"{what} has a state, but nothing is trained")
+
+
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
     """Take a `state_dict()`, tensors as they are: torch's own loading casts them to the parameters' type, which changes
     numbers that an optimiser keeps in another one (NAdam's)."""
@@ -339,6 +356,51 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
     for index, values in state["state"].items():
         p = parameters[index]
         optimizer.state[p] = {n: laid_as(v.clone(), p) if isinstance(v, Tensor) else v for n, v in values.items()}
+
+
+def _check_state(optimizer: torch.optim.Optimizer, given: _OptimizerState, what: str) -> None:
+    """Groups are as they were made, but for the rate; what is kept of each parameter is what a step leaves behind."""
+    groups = optimizer.state_dict()["param_groups"]
+    if [{**group, "lr": 0} for group in given.param_groups] != [{**group, "lr": 0} for group in groups]:
+        raise MalformedError(f"{what} has other groups of parameters, or other settings, than it is made with")
+    for group in given.param_groups:
+        checked(group.get("lr"), Amount, f"{what}: lr")
+    like = after_a_step(optimizer)
+    for index, values in given.state.items():
+        if like is not None and (index not in like or values.keys() != like[index].keys()):
+            raise MalformedError(f"{what} keeps {sorted(values)} of parameter {index}, not what its steps leave behind")
+        for name, value in values.items():
+            _check_value(value, None if like is None else like[index][name], f"{what}: {name!r} of parameter {index}")
+
+
+def _check_value(value: Any, like: Any, what: str) -> None:
+    """Raises MalformedError unless `value` is of the kind of `like`, if that is known, and finite; a clock counts."""
+    if isinstance(value, Tensor) and isinstance(like, Tensor):
+        fits(value, like, what)
+    if like is not None and value is not None and isinstance(value, Tensor) != isinstance(like, Tensor):
+        raise MalformedError(f"{what} is a {type(value).__name__}, not a {type(like).__name__}")
+    if isinstance(value, Tensor):
+        clock = what.partition(": ")[2].startswith("'step'")
+        if not all_finite(value) or (clock and bool((value < 0).any())):
+            raise MalformedError(f"{what} holds numbers that are negative or not finite")
+    elif like is not None and value is not None:
+        checked(value, Amount if isinstance(like, float) else type(like), what)
+
+
+def after_a_step(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]] | None:
+    """What an optimiser of torch's own keeps of each parameter after a step: that of a copy. None if it is another's,
+    of which nothing is known.
+    """
+    if not type(optimizer).__module__.startswith("torch.optim"):
+        return None
+    twin = copy.deepcopy(optimizer)
+    twin.state.clear()
+    for group in twin.param_groups:
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)
+    twin.step()
+    found: dict[int, dict[str, Any]] = twin.state_dict()["state"]
+    return found
 
 
 def laid_as(tensor: Tensor, like: Tensor) -> Tensor:

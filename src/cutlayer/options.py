@@ -1075,5 +1075,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         return normalised(tomllib.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {str(path)!r}: {error.strerror}; check the path") from None
+    except RecursionError:
+        raise ConfigError(f"the configuration {str(path)!r} is nested too deeply: correct it") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"the configuration {str(path)!r} is not valid TOML: {error}; correct that line") from None

@@ -11,10 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack
 
+import msgspec
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cutlayer import checkpoint, plugins
 from cutlayer.algorithms import steps_of
@@ -57,6 +58,7 @@ from cutlayer.keywords import RunKeywords
 from cutlayer.options import RunConfig, by_reference, from_anywhere, normalised, overlaid
 from cutlayer.schedules import Schedule, WarmedUp
 from cutlayer.scoring import fairness, judged, reported
+from cutlayer.stored import Amount, Count, Digits, MalformedError, Metric, Stored, checked, parsed, reading, remade
 from cutlayer.tasks.own_loss import Loss
 from cutlayer.trained import Predictions, TrainedModel, Whose, find_trained
 from cutlayer.types import Evaluation, Round, Step
@@ -177,6 +179,33 @@ class Result(Spent):
     def samples_per_second(self) -> float:
         """Training samples per second of training."""
         return self.samples / self.seconds
+
+
+class RunState(Stored):
+    """What a checkpoint of a run holds."""
+
+    config: dict[str, Any]
+    fingerprint: dict[str, str]
+    rounds: Count
+    steps: Count
+    samples: Count
+    seconds: Amount
+    measured: dict[str, Any]
+    evaluations: list[dict[str, Any]]
+    evaluating: Amount
+    by_client: dict[Literal["global", "own"], dict[Digits, dict[str, Metric]]]
+    offsets: dict[str, Count]
+    server: dict[str, Any]
+    clients: dict[str, Any]
+    code: dict[str, str] = msgspec.field(default_factory=dict)
+
+
+class Snapshot(Stored):
+    """The models of some clients after a round."""
+
+    rounds: Count
+    steps: Count
+    models: dict[Digits, dict[str, Tensor]]
 
 
 class Run:
@@ -629,40 +658,43 @@ class Run:
     def _take(self, out: Path) -> dict[str, int]:
         """Take the last checkpoint in the folder `out`: how long the records were then."""
         path = out / CHECKPOINT
-        state = checkpoint.read(path)
-        _refuse_other(RunConfig.of(state["config"]), self.config.resolved(), out)
-        mine, theirs = fingerprint(self.training), state["fingerprint"]
+        with reading(path):
+            state = checked(checkpoint.read(path), RunState)
+        _refuse_other(RunConfig.of(state.config), self.config.resolved(), out)
+        mine, theirs = fingerprint(self.training), state.fingerprint
         if different := [what for what in {**mine, **theirs} if mine.get(what) != theirs.get(what)]:
             raise RunFolderError(
                 f"the run in {str(out)!r} was made with another {' and '.join(different)} than now: give what "
                 "it was made with, or start a new run in another folder"
             )
         for name, digest in digests(self.config).items():
-            if digest != state.get("code", {}).get(name, digest):
+            if digest != state.code.get(name, digest):
                 warnings.warn(
                     f"the file of {name!r} has changed since the checkpoint: the run continues with the new code",
                     CutlayerWarning,
                     stacklevel=2,
                 )
-        try:
-            self._start_round, self._step = state["rounds"], state["steps"]
-            self._samples, self._seconds = state["samples"], state["seconds"]
-            self._meter.load(state["measured"])
-            self.evaluations = [Scores(**s) for s in state["evaluations"]]
-            self.evaluating = state["evaluating"]
-            self.by_client = {
-                where: Evaluation({int(k): own for k, own in found.items()}, 0)
-                for where, found in state["by_client"].items()
-            }
-            self.training.server.load(state["server"])
-            self.training.clients.load(state["clients"])
-        except KeyError as lacking:
-            raise RunFolderError(
-                f"{str(path)!r} was written by another version of Cutlayer (it lacks {lacking}): start the run anew in "
-                "another folder"
-            ) from None
-        offsets: dict[str, int] = state["offsets"]
-        return offsets
+        with reading(path):
+            self._load(state)
+        return state.offsets
+
+    def _load(self, state: RunState) -> None:
+        """Go on from a state that was kept. Raises MalformedError."""
+        if state.rounds > self.training.rounds:
+            raise MalformedError(f"{state.rounds} of {self.training.rounds} rounds are done")
+        self._start_round, self._step = state.rounds, state.steps
+        self._samples, self._seconds = state.samples, state.seconds
+        self._meter.load(state.measured)
+        self.evaluations = [remade(Scores, scores, "evaluations") for scores in state.evaluations]
+        for scores in self.evaluations:
+            for found in (scores.validation, scores.test, scores.own):
+                checked(found or {}, dict[str, Metric], "evaluations")
+        self.evaluating = state.evaluating
+        self.by_client = {
+            where: Evaluation({int(k): own for k, own in found.items()}, 0) for where, found in state.by_client.items()
+        }
+        self.training.server.load(state.server)
+        self.training.clients.load(state.clients)
 
 
 def rate_factors(training: Training, index: int) -> tuple[float, float]:
@@ -776,15 +808,10 @@ def _merged(config: RunConfig | None, options: dict[str, Any]) -> RunConfig:
 
 def ways_in(out: Path) -> Ways | None:
     """How a run in that folder is computed; None where it had not begun."""
-    try:
-        return Ways.of(json.loads((out / ENGINE).read_text(encoding="utf-8")))
-    except FileNotFoundError:
+    if not (out / ENGINE).exists():
         return None
-    except (OSError, ValueError, TypeError, KeyError):
-        raise RunFolderError(
-            f"{str(out / ENGINE)!r} cannot be read: it says how the run is computed; restore the file, or start a new "
-            "run"
-        ) from None
+    with reading(out / ENGINE, "it says how the run is computed; restore the file, or start a new run"):
+        return Ways.of(parsed((out / ENGINE).read_text(encoding="utf-8")))
 
 
 def refuse_other(out: Path, asked: RunConfig) -> None:

@@ -17,9 +17,10 @@ from cutlayer.averagings import Averaging
 from cutlayer.averagings.mean import WeightedMean
 from cutlayer.eager import backward, gradients_of
 from cutlayer.errors import ConfigError, NonFiniteError
-from cutlayer.frozen import load_moving, moving, replica
+from cutlayer.frozen import frozen_names, load_moving, moving, replica
 from cutlayer.gradients import RowLoss, column, gradient_of, mean_loss, means, means_of_clients, spread
-from cutlayer.optim import MakeOptimizer, Stepping, load_optimizer
+from cutlayer.optim import MakeOptimizer, Stepping, restore_optimizer
+from cutlayer.stored import Count, Digits, Stored, checked, fit
 from cutlayer.tasks import Task
 from cutlayer.tasks.classification import Classification
 from cutlayer.types import Rows, Smashed, TailGradients, as_tuple
@@ -230,13 +231,16 @@ class Server:
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Take a state that `state()` returned."""
-        load_moving(self.model, state["model"])
-        if self._optimizer:
-            load_optimizer(self._optimizer, state["optimizer"])
-        self._steps = state["steps"]
-        for client, own in state["copies"].items():
-            self._copy_of(int(client)).load(own)
+        """Take a state that `state()` returned. Raises MalformedError."""
+        own, mine = checked(state, _ServerState, "the server"), moving(self.model)
+        frozen = {**self.model.state_dict(), **mine} if frozen_names(self.model) & own.model.keys() else mine
+        fit(own.model, frozen, "the server's model")
+        load_moving(self.model, own.model)
+        restore_optimizer(self._optimizer, own.optimizer, "the server's optimiser")
+        self._steps = own.steps
+        self._copies.clear()
+        for client, copy in own.copies.items():
+            self._copy_of(int(client)).load(copy)
 
     def trial(self, client: int | None = None) -> Server:
         """A copy to try steps on (of the one that belongs to `client`, if there is one): this server stays as it is."""
@@ -301,6 +305,13 @@ def apart(mine: Tensor, weights: Sequence[Tensor], theirs: Tensor, rows: Rows) -
         leaf.grad = gradient
     if trained := [w for w in weights if w.requires_grad]:
         backward([mine], [torch.ones_like(mine)], trained)
+
+
+class _ServerState(Stored):
+    model: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    steps: Count
+    copies: dict[Digits, dict[str, Any]]
 
 
 def _together(steps: list[ServerStep], smashed: Smashed) -> ServerStep:

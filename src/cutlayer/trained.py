@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
 from cutlayer import checkpoint, plugins, seeds
 from cutlayer.averaging import average
 from cutlayer.build import Making, Model, Training, reading_options
+from cutlayer.data.conversion import Conversion
 from cutlayer.data.fresh import New, converted
 from cutlayer.data.samples import Inputs, Source, called, each, inputs_of
 from cutlayer.errors import ConfigError, CutlayerWarning, RunFolderError
@@ -29,6 +31,7 @@ from cutlayer.models import make as make_own
 from cutlayer.models.weights import check_fit, fitted, uncompiled
 from cutlayer.options import RunConfig, default_cut
 from cutlayer.scoring import ROWS_PER_PASS
+from cutlayer.stored import Amount, Count, Digits, MalformedError, Stored, all_finite, checked, reading
 from cutlayer.types import as_tuple
 
 if TYPE_CHECKING:
@@ -66,6 +69,64 @@ def _named(numbers: Any, names: tuple[str, ...]) -> Any:
     if isinstance(numbers, list):
         return [_named(n, names) for n in numbers]
     return names[numbers] if numbers < len(names) else numbers
+
+
+class _Trained(Stored):
+    about: dict[str, Any]
+    everyones: bool
+    weights: list[Amount]
+    server: dict[str, Tensor]
+    clients: dict[Digits, dict[str, Tensor]]
+
+
+class _Tensors(Stored):
+    """The `inputs` of a model, as `_specs` says them."""
+
+    form: Literal["named", "one", "several"]
+    names: list[str]
+    tensors: list[_OneTensor]
+
+
+class _OneTensor(Stored):
+    shape: list[Count]
+    dtype: str
+
+
+class _About(Stored):
+    """What `describe` says, and what is added to it."""
+
+    algorithm: str
+    model: str | None
+    model_options: dict[str, Any]
+    model_code: str
+    cut: str | list[str] | None
+    tail_cut: str | list[str] | None
+    input_shape: list[Any]
+    outputs: int | None
+    inputs: _Tensors
+    precision: Literal["float32", "float64"]
+    task: str
+    task_options: dict[str, Any]
+    class_names: list[str]
+    data_format: str
+    reading: dict[str, Any]
+    preprocessing: dict[str, Any]
+    evaluation: dict[str, Any]
+    clients: Count = 0
+
+
+class _Column(Stored):
+    name: str
+    categories: list[str] | None = None
+
+
+class _Preprocessing(msgspec.Struct):
+    """What every kind of preprocessing has; kinds of one's own may say more."""
+
+    kind: str = ""
+    shape: list[Count] = msgspec.field(default_factory=list)
+    conversion: dict[str, Any] = msgspec.field(default_factory=dict)
+    columns: list[_Column] = msgspec.field(default_factory=list)
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,12 +173,16 @@ class TrainedModel:
     @classmethod
     def read(cls, path: Path) -> TrainedModel:
         """Read it back. Raises RunFolderError where the file is not whole."""
-        stored = checkpoint.read(path)
-        try:
-            clients = {int(k): state for k, state in stored["clients"].items()}
-            return cls(stored["about"], stored["server"], clients, stored["everyones"], tuple(stored["weights"]))
-        except KeyError as lacking:
-            raise RunFolderError(f"{str(path)!r} is not a trained model (it lacks {lacking}): name a run") from None
+        with reading(path, "it is no trained model of Cutlayer's, or was changed: restore it, or train anew"):
+            found = checked(checkpoint.read(path), _Trained)
+            about = checked(found.about, _About, "about")
+            checked(about.preprocessing, _Preprocessing, "preprocessing")
+            Conversion.from_plain(about.preprocessing.get("conversion", {}))
+            for what, state in (("the server", found.server), *found.clients.items()):
+                if lacking := [name for name, tensor in state.items() if not all_finite(tensor)]:
+                    raise MalformedError(f"{lacking[0]!r} of {what} holds NaN or infinite numbers")
+            clients = {int(k): state for k, state in found.clients.items()}
+            return cls(found.about, found.server, clients, found.everyones, tuple(found.weights))
 
     @property
     def names(self) -> list[Whose]:

@@ -236,7 +236,7 @@ def strip(line: str) -> dict[str, Any]:
 def test_a_folder_whose_ways_are_broken_is_refused(tmp_path: Path) -> None:
     Run(out=tmp_path / "run", **SMALL).run()
     (tmp_path / "run" / "engine.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(RunFolderError, match=r"engine\.json' cannot be read"):
+    with pytest.raises(RunFolderError, match=r"engine\.json' is damaged"):
         Run.resume(tmp_path / "run")
 
 

@@ -23,6 +23,7 @@ from cutlayer.costs.energy import Energy, Use, clients_energy, server_energy
 from cutlayer.costs.fleet import Array, Fleet
 from cutlayer.costs.flops import ModelFlops
 from cutlayer.costs.ledger import MeteredCohort
+from cutlayer.stored import Amount, Count, Stored, checked, sized
 from cutlayer.types import CutGradients, Round, Smashed, Step, TailGradients
 
 
@@ -117,11 +118,33 @@ class Clock:
         return {**arrays, "here": self.here.tolist(), "server": self.server, "server_flops": self.server_flops}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Take a state that `state()` returned."""
+        """Take a state that `state()` returned. Raises MalformedError."""
+        found = checked(state, _ClockState, "the clock")
         for name in self._ARRAYS:
-            setattr(self, name, np.array(state[name], np.float64))
-        self.here = np.array(state["here"], bool)
-        self.server, self.server_flops = float(state["server"]), float(state["server_flops"])
+            sized(getattr(found, name), len(self.here), f"the clock's {name!r}")
+            setattr(self, name, np.array(getattr(found, name), np.float64))
+        sized(found.here, len(self.here), "the clock's 'here'")
+        self.here = np.array(found.here, bool)
+        self.server, self.server_flops = float(found.server), float(found.server_flops)
+
+
+class _ClockState(Stored):
+    ready: list[Amount]
+    flops: list[Amount]
+    asleep: list[Amount]
+    up_bits: list[Amount]
+    up_seconds: list[Amount]
+    down_bits: list[Amount]
+    down_seconds: list[Amount]
+    here: list[bool]
+    server: Amount
+    server_flops: Amount
+
+
+class _ClockedState(Stored):
+    inner: dict[str, Any]
+    clock: dict[str, Any]
+    fitted: list[Count]
 
 
 class ClockedCohort(CohortAround):
@@ -267,10 +290,12 @@ class ClockedCohort(CohortAround):
         return {**super().state(), "clock": self.clock.state(), "fitted": self._fitted.tolist()}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Take a state that `state()` returned."""
-        super().load(state)
-        self.clock.load(state["clock"])
-        self._fitted = np.array(state["fitted"], np.int64)
+        """Take a state that `state()` returned. Raises MalformedError."""
+        found = checked(state, _ClockedState, "the clients")
+        sized(found.fitted, len(self._fitted), "fitted")
+        super().load({"inner": found.inner})
+        self.clock.load(found.clock)
+        self._fitted = np.array(found.fitted, np.int64)
         self._sent = self._seen()
 
     def _seen(self) -> tuple[Array, Array, int]:

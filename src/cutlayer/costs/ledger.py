@@ -15,13 +15,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from msgspec import Meta
 from torch import Tensor
 
 from cutlayer.cohort import Cohort, CohortAround, Crossed, Direction, Predict
 from cutlayer.data.samples import AtClient, Samples
+from cutlayer.stored import Count, Stored, below, checked, sized
 from cutlayer.types import CutGradients, Evaluation, Round, Rows, Smashed, TailGradients
 
 Kind = Literal[
@@ -102,13 +104,27 @@ class Ledger:
         return {"bytes": counts, "saved": dict(self._saved), "common": [self._common, self._common_once]}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Take a state that `state()` returned."""
+        """Take a state that `state()` returned. Raises MalformedError."""
+        found = checked(state, _LedgerState, "the ledger")
         self._bytes = {}
-        for key, counts in state["bytes"].items():
+        for key, counts in found.bytes.items():
             direction, kind = key.split("/")
+            sized(counts, self.clients, f"the ledger's {key!r}")
             self._bytes[direction, kind] = np.array(counts, np.int64)
-        self._saved = {k: int(v) for k, v in state["saved"].items()}
-        self._common, self._common_once = map(int, state["common"])
+        self._saved = dict(found.saved)
+        self._common, self._common_once = found.common
+
+
+class _LedgerState(Stored):
+    bytes: dict[Annotated[str, Meta(pattern="^(up|down)/[^/]+\\Z")], list[Count]]
+    saved: dict[str, Count]
+    common: tuple[Count, Count]
+
+
+class _MeteredState(Stored):
+    inner: dict[str, Any]
+    ledger: dict[str, Any]
+    stale: list[Count]
 
 
 class MeteredCohort(CohortAround):
@@ -242,10 +258,12 @@ class MeteredCohort(CohortAround):
         return {**super().state(), "ledger": self.ledger.state(), "stale": sorted(self._stale)}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Take a state that `state()` returned."""
-        super().load(state)
-        self.ledger.load(state["ledger"])
-        self._stale = set(state["stale"])
+        """Take a state that `state()` returned. Raises MalformedError."""
+        found = checked(state, _MeteredState, "the clients")
+        below(found.stale, self.ledger.clients, "stale")
+        super().load({"inner": found.inner})
+        self.ledger.load(found.ledger)
+        self._stale = set(found.stale)
 
 
 def row_bytes(rows: Tensor) -> int:

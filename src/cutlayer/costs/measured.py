@@ -14,8 +14,14 @@ from typing import Any
 
 import torch
 
+from cutlayer.stored import Amount, Stored, checked
+
 _RAPL = Path("/sys/class/powercap")
 _NOTHING = "not measured: this machine offers neither RAPL nor NVML"
+
+
+class _MeterState(Stored):
+    joules: Amount | None
 
 
 class Meter:
@@ -49,7 +55,7 @@ class Meter:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from what was measured before."""
-        self.joules = state["joules"]
+        self.joules = checked(state, _MeterState, "measured").joules
 
 
 def _monitor() -> tuple[Any, str]:

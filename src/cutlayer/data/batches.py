@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cutlayer import seeds
+from cutlayer.stored import Count, Stored, sized
 from cutlayer.types import Rows
+
+
+class Clocks(Stored, kw_only=True):
+    """How far clients are in their sequences: batches drawn, and rows taken where batches are not of one size."""
+
+    drawn: list[Count]
+    taken: list[Count] | None = None
+
+    def check(self, clients: int) -> None:
+        """Raises MalformedError unless there is a clock for each client."""
+        for name, values in (("drawn", self.drawn), ("taken", self.taken)):
+            if values is not None:
+                sized(values, clients, name)
 
 
 class Batches:
@@ -78,10 +91,11 @@ class Batches:
         taken = {"taken": self.taken.tolist()} if self.taken.any() else {}
         return {"drawn": self.drawn.tolist(), **taken}
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Take a state that `state()` returned."""
-        self.drawn[:] = state["drawn"]
-        self.taken[:] = state.get("taken", 0)
+    def load(self, state: Clocks) -> None:
+        """Take a state that `state()` returned. Raises MalformedError."""
+        state.check(len(self.counts))
+        self.drawn[:] = state.drawn
+        self.taken[:] = 0 if state.taken is None else state.taken
 
     def _given(self, who: np.ndarray, sizes: np.ndarray) -> tuple[Tensor, np.ndarray, np.ndarray]:
         """Batches of these sizes."""

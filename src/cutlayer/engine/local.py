@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
@@ -14,14 +15,24 @@ from cutlayer.averaging import average_into
 from cutlayer.cohort import Footprint, Predict
 from cutlayer.data.samples import Samples
 from cutlayer.eager import backward
-from cutlayer.engine.simulated import Clients, Local, Shape, SimulatedCohort, mass_of, model_bytes, together
+from cutlayer.engine.simulated import (
+    Clients,
+    CohortState,
+    Local,
+    Shape,
+    SimulatedCohort,
+    mass_of,
+    model_bytes,
+    together,
+)
 from cutlayer.errors import NonFiniteError
 from cutlayer.frozen import load_moving, moving, resting
 from cutlayer.gradients import mean_loss
 from cutlayer.models.parts import Part
-from cutlayer.optim import MakeOptimizer, Stepping, as_tensor, load_optimizer
+from cutlayer.optim import MakeOptimizer, Stepping, as_tensor, load_optimizer, restore_optimizer
 from cutlayer.scoring import Outputs, evaluation
 from cutlayer.server import finite
+from cutlayer.stored import Stored, checked, fit, sized
 from cutlayer.tasks import Task
 from cutlayer.tasks.classification import Classification
 from cutlayer.types import CutGradients, Evaluation, Round, Rows, Smashed, Step, TailGradients, aligned, as_tuple
@@ -324,9 +335,22 @@ class LocalCohort(SimulatedCohort):
         return {**self._base_state(), "clients": clients, "frozen": resting(self._clients[0].module)}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Take a state that `state()` returned."""
-        self._load_base(state)
-        for client, own in zip(self._clients, state["clients"], strict=True):
-            load_moving(client.module, {**state.get("frozen", {}), **own["model"]})
-            if client.optimizer:
-                load_optimizer(client.optimizer, own["optimizer"])
+        """Take a state that `state()` returned. Raises MalformedError."""
+        found = checked(state, _LocalState, "the clients")
+        sized(found.clients, len(self._clients), "clients")
+        self._load_base(found)
+        for k, (client, own) in enumerate(zip(self._clients, found.clients, strict=True)):
+            whole = client.module.state_dict() if found.frozen else moving(client.module)
+            fit({**found.frozen, **own.model}, whole, f"the model of client {k}")
+            load_moving(client.module, {**found.frozen, **own.model})
+            restore_optimizer(client.optimizer, own.optimizer, f"the optimiser of client {k}")
+
+
+class _OneClient(Stored):
+    model: dict[str, Tensor]
+    optimizer: dict[str, Any]
+
+
+class _LocalState(CohortState, kw_only=True):
+    clients: list[_OneClient]
+    frozen: dict[str, Tensor] = msgspec.field(default_factory=dict)

@@ -16,6 +16,7 @@ from platformdirs import user_cache_path
 from cutlayer.engine.ways import Ways
 from cutlayer.errors import CutlayerError
 from cutlayer.files import replace_file
+from cutlayer.stored import MalformedError, parsed
 
 
 def key(subject: Mapping[str, Any]) -> str:
@@ -27,8 +28,8 @@ def key(subject: Mapping[str, Any]) -> str:
 def recalled(name: str) -> Ways | None:
     """What was remembered under `name`; None where nothing was, or where it cannot be read."""
     try:
-        return Ways.of(json.loads((_folder() / f"{name}.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, KeyError):
+        return Ways.of(parsed((_folder() / f"{name}.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, MalformedError):
         return None
 
 

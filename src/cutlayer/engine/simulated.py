@@ -16,12 +16,13 @@ from cutlayer.averaging import State
 from cutlayer.averagings import Averaging
 from cutlayer.averagings.mean import WeightedMean
 from cutlayer.cohort import Held, draw_participants
-from cutlayer.data.batches import Batches, Drawn
+from cutlayer.data.batches import Batches, Clocks, Drawn
 from cutlayer.data.samples import Samples
 from cutlayer.data.sampling import Sampling, Turns, dealt
 from cutlayer.frozen import moving, trains
 from cutlayer.optim import MakeOptimizer
 from cutlayer.scoring import ROWS_PER_PASS, OutputsOf, Scores, evaluate, evaluate_together, judged
+from cutlayer.stored import Count, MalformedError, below, fit
 from cutlayer.tasks import Task
 from cutlayer.tasks.classification import Classification
 from cutlayer.types import Round, Rows, Smashed, Step
@@ -232,11 +233,24 @@ class SimulatedCohort(ABC):
         origin = {} if self._origin is None else {"origin": dict(self._origin)}
         return {**self._batches.state(), "holder": self._holder, "alike": self._alike, **origin}
 
-    def _load_base(self, state: Mapping[str, Any]) -> None:
+    def _load_base(self, state: CohortState) -> None:
+        count = len(self._batches.drawn)
+        below([] if state.holder is None else [state.holder], count, "holder")
         self._batches.load(state)
-        self._holder, self._alike = state["holder"], state["alike"]
-        if "origin" in state:
-            self._begin_from(state["origin"])
+        self._holder, self._alike = state.holder, state.alike
+        if state.origin is not None:
+            if not self.setup.rule.relative:
+                raise MalformedError("it holds 'origin', which the rule of averaging does not look at")
+            fit(state.origin, self._origin or state.origin, "the origin")
+            self._begin_from(state.origin)
+
+
+class CohortState(Clocks, kw_only=True):
+    """What all cohorts of a simulation keep."""
+
+    holder: Count | None
+    alike: bool
+    origin: dict[str, Tensor] | None = None
 
 
 def model_bytes(module: nn.Module) -> int:

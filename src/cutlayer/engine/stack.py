@@ -29,7 +29,8 @@ from cutlayer.engine.lowering import Choose, Lowered
 from cutlayer.engine.mapping import Draw, Listening, Masked, drawn
 from cutlayer.engine.ways import Stacking
 from cutlayer.frozen import replica
-from cutlayer.optim import MakeOptimizer, laid_as, rule_of, set_lr
+from cutlayer.optim import MakeOptimizer, after_a_step, laid_as, rule_of, set_lr
+from cutlayer.stored import Count, MalformedError, Stored, checked, fit, fits, sized
 from cutlayer.types import Rows, as_tuple
 
 Generators = Callable[[int], torch.Generator]
@@ -82,6 +83,16 @@ class _Piece:
     def bare(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The same under the piece's own names."""
         return {n.removeprefix(self.prefix): t for n, t in self.of(tensors).items()} if self.prefix else tensors
+
+
+class _StackState(Stored, rename={"plain_clock": "plain clock"}):
+    parameters: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    optimizer: dict[str, dict[str, Tensor]]
+    clocked: bool
+    steps: list[Count]
+    batches: list[Count] | None = None
+    plain_clock: bool = False
 
 
 class Stack:
@@ -342,7 +353,17 @@ class Stack:
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Take a state that `state()` returned."""
+        """Take a state that `state()` returned, from a file. Raises MalformedError."""
+        found = checked(state, _StackState, "the copies")
+        sized(found.steps, self.count, "steps")
+        sized(found.batches or found.steps, self.count, "batches")
+        fit(found.parameters, self._parameters, "the copies")
+        fit(found.buffers, self._buffers, "the copies")
+        self._check_optimizer(found.optimizer)
+        self.take(state)
+
+    def take(self, state: Mapping[str, Any]) -> None:
+        """Take a state that `state()` returned in this process."""
         for mine, theirs in ((self._parameters, state["parameters"]), (self._buffers, state["buffers"])):
             for name, tensor in mine.items():
                 tensor.copy_(theirs[name])
@@ -354,6 +375,23 @@ class Stack:
         self._plain_clock = state.get("plain clock", False)
         self.steps = np.array(state["steps"], np.int64)
         self.batches = np.array(state.get("batches", state["steps"]), np.int64)
+
+    def _check_optimizer(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Of every parameter, what the steps of one client's optimiser leave behind, for all clients. Raises
+        MalformedError.
+        """
+        alone = {name: p[:1].clone().requires_grad_() for name, p in self._parameters.items()} if state else {}
+        optimizer = self._make_optimizer(alone.items()) if alone else None
+        like = None if optimizer is None else after_a_step(optimizer)
+        kept = None if like is None else {kind for values in like.values() for kind in values} - {"step"}
+        for name, kinds in state.items():
+            if name not in self._parameters or (kept is not None and not kinds.keys() <= kept):
+                raise MalformedError(
+                    f"the optimiser of the copies keeps {sorted(kinds)} of {name!r}: not its own state"
+                )
+            for kind, tensor in kinds.items():
+                mine = self._parameters[name]
+                fits(tensor, mine.to(tensor.dtype), f"the optimiser of the copies: {kind!r} of {name!r}")
 
     # Inside
 

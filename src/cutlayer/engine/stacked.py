@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from cutlayer.data.samples import Samples
 from cutlayer.eager import backward
 from cutlayer.engine.descent import Descent, DirectSteps, descent
 from cutlayer.engine.local import name_in_whole, named_as_whole
-from cutlayer.engine.simulated import Clients, SimulatedCohort, model_bytes
+from cutlayer.engine.simulated import Clients, CohortState, SimulatedCohort, model_bytes
 from cutlayer.engine.stack import Generators, Group, Stack
 from cutlayer.engine.ways import Stacking
 from cutlayer.errors import NonFiniteError
@@ -36,12 +37,18 @@ from cutlayer.gradients import client_means, gradient_of, means_of_clients
 from cutlayer.optim import MakeOptimizer, rule_of
 from cutlayer.scoring import Outputs, evaluation
 from cutlayer.server import Server, ServerStep, culprits, finite
+from cutlayer.stored import MalformedError, checked, fit
 from cutlayer.tasks import Task
 from cutlayer.types import CutGradients, Evaluation, Round, Rows, Smashed, Step, TailGradients, masses_of, select
 from cutlayer.verbs import AVERAGE, BACKWARD, FIT, FORWARD, LEARN, SERVER_VERBS, STEP_COPIES, TAIL
 
 _MERGED_ROWS = 2048
 """Rows of all clients per forward pass in evaluation: bounds memory, and what fits the cache runs twice as fast."""
+
+
+class _StackedState(CohortState, kw_only=True):
+    stack: dict[str, Any]
+    frozen: dict[str, Tensor] = msgspec.field(default_factory=dict)
 
 
 @dataclass
@@ -231,7 +238,7 @@ class StackedCohort(SimulatedCohort):
         try:
             yield
         finally:
-            self._stack.load(before)
+            self._stack.take(before)
 
     def model_state(self, client: int) -> dict[str, Tensor]:
         """One client's parameters and buffers, under the names of the whole model."""
@@ -244,10 +251,13 @@ class StackedCohort(SimulatedCohort):
         return {**self._base_state(), "stack": self._stack.state(), "frozen": resting(self._stack.module)}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Take a state that `state()` returned."""
-        self._load_base(state)
-        self._stack.load(state["stack"])
-        load_resting(self._stack.module, state.get("frozen", {}))
+        """Take a state that `state()` returned. Raises MalformedError."""
+        found = checked(state, _StackedState, "the clients")
+        self._load_base(found)
+        self._stack.load(found.stack)
+        if found.frozen:
+            fit(found.frozen, resting(self._stack.module), "the frozen parameters")
+        load_resting(self._stack.module, found.frozen)
 
     def _next(self, asked: tuple[int, ...]) -> tuple[Samples, list[Group]]:
         """The next batches of `asked`, and the groups they make."""
@@ -391,8 +401,10 @@ class StackedServer(Server):
         return {**super().state(), "stack": self._stack.state()}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Take a state that `state()` returned."""
-        super().load(state)
+        """Take a state that `state()` returned. Raises MalformedError."""
+        if "stack" not in state:
+            raise MalformedError("the server lacks 'stack', its copies for the clients")
+        super().load({name: value for name, value in state.items() if name != "stack"})
         self._stack.load(state["stack"])
 
     def _begin(self, clients: Iterable[int]) -> None:

@@ -17,16 +17,21 @@ from torch import Tensor, nn
 from cutlayer.adjustment import adjusted
 from cutlayer.cohort import Footprint, Predict
 from cutlayer.data.samples import Samples
-from cutlayer.engine.simulated import Clients, SimulatedCohort, model_bytes
+from cutlayer.engine.simulated import Clients, CohortState, SimulatedCohort, model_bytes
 from cutlayer.engine.stackable import close, drawing, exact
 from cutlayer.errors import ConfigError, NonFiniteError
 from cutlayer.gradients import column, means, spread
 from cutlayer.optim import MakeOptimizer, set_lr
 from cutlayer.scoring import Outputs, evaluation
 from cutlayer.server import Server, ServerStep, apart, culprits, finite
+from cutlayer.stored import checked, fit
 from cutlayer.tasks import Task
 from cutlayer.types import CutGradients, Evaluation, Rows, Smashed, Step, as_tuple, masses_of
 from cutlayer.verbs import AVERAGE, BACKWARD, FIT, FORWARD, STEP_COPIES
+
+
+class _UnionState(CohortState, kw_only=True):
+    model: dict[str, Tensor]
 
 
 class UnionCohort(SimulatedCohort):
@@ -100,9 +105,11 @@ class UnionCohort(SimulatedCohort):
         return {**self._base_state(), "model": self._model.state_dict()}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Take a state that `state()` returned."""
-        self._load_base(state)
-        self._model.load_state_dict(state["model"])
+        """Take a state that `state()` returned. Raises MalformedError."""
+        found = checked(state, _UnionState, "the clients")
+        self._load_base(found)
+        fit(found.model, self._model.state_dict(), "the clients' model")
+        self._model.load_state_dict(found.model)
 
     def _forward(self, asked: tuple[int, ...]) -> Samples:
         batch, sizes, _ = self._draw(asked)

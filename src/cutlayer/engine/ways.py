@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Self
 
+from cutlayer.stored import checked, form_of, remade
+
 Way = Literal["lowered", "mapped", "each"]
 Layout = Literal["plain", "pooled", "last"]
 EngineName = Literal["local", "stacked", "union"]
@@ -48,9 +50,10 @@ class Ways:
 
     @classmethod
     def of(cls, stored: Mapping[str, Any]) -> Self:
-        """From what `stored` gave. Raises TypeError or KeyError where it is something else."""
-        stacked = {name: Stacking(**stored[name]) for name in ("clients", "copies")}
-        return cls(**{**stored, **stacked})
+        """From what `stored` gave. Raises MalformedError where it is something else."""
+        found = checked(stored, form_of(cls, whole=True))
+        stacked = {name: remade(Stacking, stored[name], name, whole=True) for name in ("clients", "copies")}
+        return cls(found.engine, found.client_layout, found.server_layout, **stacked)
 
     def __str__(self) -> str:
         """In words."""

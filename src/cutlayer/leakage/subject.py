@@ -29,7 +29,8 @@ from cutlayer.leakage.inputs import Client, smash
 from cutlayer.models.parts import load_own
 from cutlayer.options import RunConfig
 from cutlayer.plugins import label
-from cutlayer.run import fingerprint, without_own
+from cutlayer.run import RunState, Snapshot, fingerprint, without_own
+from cutlayer.stored import checked, reading
 from cutlayer.types import Rows, as_tuple
 from cutlayer.wire import Codec
 from cutlayer.wire.coding import written
@@ -139,15 +140,16 @@ def moments(out: Path, snapshots: bool = False) -> list[Moment]:
         )
     if not (out / CHECKPOINT).exists():
         raise RunFolderError(f"{str(out)!r} has no stored client models: let the run come to its first checkpoint")
-    state = checkpoint.read(out / CHECKPOINT)
-    if state["fingerprint"]["engine"] == "remote":
+    with reading(out / CHECKPOINT):
+        state = checked(checkpoint.read(out / CHECKPOINT), RunState)
+    if state.fingerprint.get("engine") == "remote":
         raise RunFolderError(
             f"{str(out)!r} has no stored client models, they are with the clients: train the same configuration with "
             "`cutlayer run` to examine it"
         )
     training = assemble(config)
-    ours, theirs = fingerprint(training), state["fingerprint"]
-    if ours["data set"] != theirs["data set"] or ours["model"] != theirs["model"]:
+    ours, theirs = fingerprint(training), state.fingerprint
+    if ours["data set"] != theirs.get("data set") or ours["model"] != theirs.get("model"):
         raise RunFolderError(
             f"{str(out)!r} was trained on other data, or with another model, than its configuration names now: put "
             "back what it was trained with"
@@ -159,16 +161,18 @@ def moments(out: Path, snapshots: bool = False) -> list[Moment]:
     if snapshots and not paths:
         raise RunFolderError(f"{str(out)!r} has no snapshots: train it with snapshot_every = N")
     for path in paths:
-        snapshot = checkpoint.read(path)
-        if snapshot["rounds"] < state["rounds"]:
-            models = {int(k): dict(model) for k, model in snapshot["models"].items()}
-            found.append(_moment(out, config, training, snapshot["rounds"], evaluations, models, None))
-    training.clients.load(state["clients"])
-    training.server.load(state["server"])
+        with reading(path):
+            snapshot = checked(checkpoint.read(path), Snapshot)
+        if snapshot.rounds < state.rounds:
+            models = {int(k): dict(model) for k, model in snapshot.models.items()}
+            found.append(_moment(out, config, training, snapshot.rounds, evaluations, models, None))
+    with reading(out / CHECKPOINT):
+        training.clients.load(state.clients)
+        training.server.load(state.server)
     holder = training.clients.holder
     whose = range(config.clients) if holder is None else [holder]
     models = {k: dict(training.clients.model_state(k)) for k in whose}
-    found.append(_moment(out, config, training, state["rounds"], evaluations, models, training.server.model))
+    found.append(_moment(out, config, training, state.rounds, evaluations, models, training.server.model))
     return found
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Literal, TypeVar
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ from cutlayer.remote.carrier import Carrier, Lost, Request
 from cutlayer.remote.vetting import Vetting, largest, outlying
 from cutlayer.remote.worker import expected_state, state_of
 from cutlayer.scoring import ROWS_PER_PASS, Outputs, evaluation, judged
+from cutlayer.stored import Amount, Count, Digits, Stored, below, checked, fit, fits, sized
 from cutlayer.tasks import Value
 from cutlayer.types import CutGradients, Evaluation, Round, Rows, Smashed, Step, TailGradients, aligned
 from cutlayer.verbs import CLIENT_VERBS
@@ -81,6 +83,20 @@ class Remote(Routine):
     def counts_alike(self) -> bool:
         """Whether every row counts 1."""
         return self.task.weights(torch.zeros(1, *self.targets.shape, dtype=self.targets.dtype)) is None
+
+
+class _RemoteState(Stored, rename={"class_counts": "class counts"}):
+    step: Count
+    samples: list[Count]
+    masses: list[Amount]
+    tests: list[Count]
+    holder: Count | None
+    alike: bool
+    average: dict[str, Tensor]
+    stale: list[Count]
+    excluded: dict[Digits, str]
+    class_counts: list[list[Count]] = msgspec.field(default_factory=list)
+    handed: list[Tensor] = msgspec.field(default_factory=list)
 
 
 class RemoteCohort:
@@ -664,13 +680,26 @@ class RemoteCohort:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take a state that `state()` returned: before clients join, who then go back to the same step."""
-        self._step, self._holder, self._alike = state["step"], state["holder"], state["alike"]
-        self.setup.samples[:], self.setup.masses[:] = state["samples"], state["masses"]
-        self.setup.tests[:] = state["tests"]
-        self.setup.class_counts[:] = state.get("class counts", [])
-        self._average, self._stale = dict(state["average"]) or None, set(state["stale"])
-        self.excluded = {int(k): why for k, why in state["excluded"].items()}
-        self._handed = [body.numpy().tobytes() for body in state.get("handed", ())]
+        found = checked(state, _RemoteState, "the clients")
+        count = len(self.setup.samples)
+        for name in ("samples", "masses", "tests"):
+            sized(getattr(found, name), count, name)
+        for name, numbers in (("stale", found.stale), ("excluded", list(map(int, found.excluded)))):
+            below(numbers, count, name)
+        below([] if found.holder is None else [found.holder], count, "holder")
+        for body in found.handed:
+            fits(body, body.new_empty(body.numel(), dtype=torch.uint8), "handed")
+        if found.class_counts:
+            sized(found.class_counts, count, "class counts")
+        if found.average:
+            fit(found.average, state_of(self.setup.twin.module), "the average")
+        self._step, self._holder, self._alike = found.step, found.holder, found.alike
+        self.setup.samples[:], self.setup.masses[:] = found.samples, found.masses
+        self.setup.tests[:] = found.tests
+        self.setup.class_counts[:] = found.class_counts
+        self._average, self._stale = dict(found.average) or None, set(found.stale)
+        self.excluded = {int(k): why for k, why in found.excluded.items()}
+        self._handed = [body.numpy().tobytes() for body in found.handed]
 
     def finish(self) -> None:
         """Send what has been posted: the last of all."""

@@ -10,10 +10,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import Annotated
+
+from msgspec import Meta
 
 from cutlayer.build import load_source
 from cutlayer.data.samples import Source
-from cutlayer.errors import RunFolderError
 from cutlayer.files import private, replace_file
 from cutlayer.folder import locked
 from cutlayer.options import BudgetConfig, RunConfig
@@ -24,6 +26,7 @@ from cutlayer.remote.network import KEEPALIVE
 from cutlayer.remote.security import ClientSecurity
 from cutlayer.remote.sides import client_number, worker_of
 from cutlayer.remote.worker import Watching, Worker
+from cutlayer.stored import checked, parsed, reading
 from cutlayer.wire.limits import Limits
 
 
@@ -131,13 +134,13 @@ def _secret(folder: Path | None) -> int:
     if not path.exists():
         with private():
             replace_file(path, f"{secrets.randbits(63)}\n".encode())
-    try:
-        return int(path.read_text("utf-8"))
-    except ValueError:
-        raise RunFolderError(f"{str(path)!r} is damaged: remove it, and this client's defence draws anew") from None
+    with reading(path, "remove it, and this client's defence draws anew"):
+        text = path.read_text("utf-8").strip()
+        return checked(parsed(text), Secret)
 
 
 _NOISE = "noise.seed"
+Secret = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 
 
 def _setting(stop: threading.Event) -> Callable[[int, FrameType | None], None]:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from cutlayer import checkpoint
-from cutlayer.data.batches import Batches
+from cutlayer.data.batches import Batches, Clocks
 from cutlayer.data.samples import Samples
 from cutlayer.defences.noise import Noise
 from cutlayer.defences.pipeline import Defences, Guarded
@@ -33,11 +33,12 @@ from cutlayer.errors import CutlayerError, DistrustError, ForbiddenError, NonFin
 from cutlayer.folder import LAST
 from cutlayer.frozen import load_moving, moving
 from cutlayer.models.parts import Crossing
-from cutlayer.optim import MakeOptimizer, as_tensor, load_optimizer
+from cutlayer.optim import MakeOptimizer, as_tensor, load_optimizer, restore_optimizer
 from cutlayer.remote.allowance import Extent, Purse, statement
 from cutlayer.remote.audit import Audit
 from cutlayer.remote.carrier import Answer, StoppedError
 from cutlayer.scoring import ROWS_PER_PASS, Outputs, Tally, evaluate, reported
+from cutlayer.stored import Count, checked, fit, reading
 from cutlayer.tasks import Task, Value
 from cutlayer.text import listed, plain
 from cutlayer.trained import TrainedModel
@@ -685,8 +686,8 @@ class Worker:
         if (self._joined or self._seen) and self._seen <= step:
             return
         states, folder = self._states(), self.duty.folder
-        kept = {state["step"]: state for state in states.values()}
-        if _KEPT in states and (last := states[_KEPT]["step"]) > step:
+        kept = {state.step: state for state in states.values()}
+        if _KEPT in states and (last := states[_KEPT].step) > step:
             raise RunFolderError(
                 f"{str(folder)!r} holds the state of {self.duty.name} after step {last}, but the run goes on after "
                 f"step {step}: it is another run, or the server has lost its folder; join from another folder, or "
@@ -706,21 +707,37 @@ class Worker:
                 f"the run goes on after step {step}, of which {self.duty.name} kept no state: join from its own folder"
             )
 
-    def _states(self) -> dict[str, dict[str, Any]]:
-        """The states in the folder, by their files' names."""
+    def _states(self) -> dict[str, _ClientState]:
+        """The states in the folder, by their files' names. Raises RunFolderError."""
         folder = self.duty.folder
         paths = [] if folder is None else [folder / _PREPARED, folder / _KEPT]
-        return {path.name: checkpoint.read(path) for path in paths if path.exists()}
+        return {path.name: self._stored(path) for path in paths if path.exists()}
 
-    def _take(self, state: Mapping[str, Any]) -> None:
+    def _stored(self, path: Path) -> _ClientState:
+        """A state of this client. Raises RunFolderError where the file holds something else."""
+        with reading(path, _BACK):
+            found = checked(checkpoint.read(path), _ClientState)
+            found.check(1)
+            fit(found.model, self.client.module.state_dict(), "the model")
+            restore_optimizer(copy.deepcopy(self.client.optimizer), found.optimizer, "the optimiser")
+            return found
+
+    def _take(self, state: _ClientState) -> None:
         self._fitted = None
         self._batches.load(state)
-        self.client.module.load_state_dict(state["model"])
+        self.client.module.load_state_dict(state.model)
         if self.client.optimizer:
-            load_optimizer(self.client.optimizer, state["optimizer"])
-        self.steps = self._seen = state["step"]
+            load_optimizer(self.client.optimizer, state.optimizer)
+        self.steps = self._seen = state.step
 
 
+class _ClientState(Clocks, kw_only=True):
+    step: Count
+    model: dict[str, Tensor]
+    optimizer: dict[str, Any]
+
+
+_BACK = "restore it from a copy, or begin the run anew with another folder"
 _PREPARED, _KEPT = "client-next.safetensors", "client.safetensors"
 
 

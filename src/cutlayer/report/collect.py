@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from cutlayer import plugins
 from cutlayer.errors import RunFolderError
 from cutlayer.files import read_json, read_records
@@ -27,6 +29,7 @@ from cutlayer.folder import (
     STEPS,
     stored_config,
 )
+from cutlayer.stored import Amount, Count, Metric, Number, form_of, reading
 from cutlayer.summary import mean_of_known, spread
 from cutlayer.text import format_figure, spoken, with_unit
 
@@ -172,11 +175,56 @@ class Report:
         return found.pop() if len(found) == 1 else Measure("score", share=False)
 
 
+class _Evaluation(msgspec.Struct):
+    """What is read of a line of evaluations.jsonl; other versions of Cutlayer may write more."""
+
+    round: Count
+    step: Count
+    epochs: Amount
+    validation_score: Number
+    test_score: Number
+    validation_loss: Number = None
+    test_loss: Number = None
+    validation: dict[str, Metric] | None = None
+    test: dict[str, Metric] | None = None
+    own: dict[str, Metric] | None = None
+    bytes_up: Count = 0
+    bytes_down: Count = 0
+    bytes_down_broadcast: Count = 0
+    seconds: Amount = 0.0
+    virtual_seconds: Amount | None = None
+
+
+class _Step(msgspec.Struct):
+    loss: float
+    samples: Count
+    seconds: Amount
+
+
+class _Classes(msgspec.Struct):
+    class_names: list[str]
+    counts: list[list[Count]]
+    client_names: list[str] = msgspec.field(default_factory=list)
+
+
+class _Result(msgspec.Struct):
+    steps: Count
+    samples: Count
+    seconds: Amount
+    bytes_up: Count
+    bytes_down: Count
+    test_score: Number
+    best_test_score: Number
+    fairness: dict[str, dict[str, Number]] = msgspec.field(default_factory=dict)
+    bytes: list[dict[str, Any]] = msgspec.field(default_factory=list)
+
+
 def read(folder: Path) -> Report:
     """Read a run or comparison folder. Raises RunFolderError where there is nothing to report."""
     config = stored_config(folder)
-    comparison = "algorithms" in config or any(folder.glob(f"*/seed-*/{CONFIG}"))
-    report = _comparison(folder, config) if comparison else _single(folder, config)
+    with reading(folder):
+        comparison = "algorithms" in config or any(folder.glob(f"*/seed-*/{CONFIG}"))
+        report = _comparison(folder, config) if comparison else _single(folder, config)
     if not report.entries:
         raise RunFolderError(
             f"{str(folder)!r} has no evaluation yet, so there is nothing to draw: wait until the first one is done, or "
@@ -225,19 +273,19 @@ def _comparison(folder: Path, config: dict[str, Any]) -> Report:
 
 def _run(folder: Path) -> StoredRun | None:
     """The run in `folder`; None where it has no evaluation yet."""
-    evaluations = list(read_records(folder / EVALUATIONS))
+    evaluations = list(read_records(folder / EVALUATIONS, _Evaluation))
     if not evaluations:
         return None
     config = stored_config(folder)
     losses, samples, seconds = [], [], 0.0
-    for record in read_records(folder / STEPS):
+    for record in read_records(folder / STEPS, _Step):
         losses.append(float(record["loss"]))
         samples.append(int(record["samples"]))
         seconds = float(record["seconds"])
-    classes = read_json(folder / CLASSES)
+    classes = read_json(folder / CLASSES, _Classes)
     if classes is None:
         raise RunFolderError(f"{str(folder)!r} lacks classes.json: restore that file, or run anew in another folder")
-    measure = Measure(**(read_json(folder / METRIC) or {}))
+    measure = Measure(**(read_json(folder / METRIC, form_of(Measure, whole=True)) or {}))
     return StoredRun(
         seed=int(config.get("seed", 0)),
         config=config,
@@ -250,7 +298,7 @@ def _run(folder: Path) -> StoredRun | None:
         client_names=list(map(str, classes.get("client_names", ()))),
         account=str((read_json(folder / DATA) or {}).get("account", "")),
         about=_about(folder, str(config.get("algorithm", ""))),
-        result=read_json(folder / RESULT),
+        result=read_json(folder / RESULT, _Result),
         measure=measure,
         scores=_last_scores(folder, measure.name),
         meanings=(read_json(folder / ALGORITHM) or {}).get("meanings", {}),

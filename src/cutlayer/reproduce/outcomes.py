@@ -15,6 +15,7 @@ from cutlayer.folder import CLASSES, EVALUATIONS, RESULT, stored_config
 from cutlayer.options import RunConfig
 from cutlayer.reproduce.cells import Cell, Study
 from cutlayer.reproduce.train import DIVERGED, EXAMINED, folder_of, is_trained
+from cutlayer.stored import reading
 from cutlayer.summary import spread
 
 
@@ -134,6 +135,11 @@ class Outcomes:
 
 def read(folder: Path, config: RunConfig) -> Outcome:
     """The outcome of a run that is done. Raises RunFolderError where it is damaged, or was not made with `config`."""
+    with reading(folder, "remove that folder to have its run trained anew"):
+        return _read(folder, config)
+
+
+def _read(folder: Path, config: RunConfig) -> Outcome:
     stored, asked = RunConfig.of(stored_config(folder)).resolved(), config.resolved()
     for name, value in asked.items():
         if stored.get(name) != value:
