@@ -7,6 +7,7 @@ the server shares its part. `load_model` reads it back.
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from cutlayer.models import make as make_own
 from cutlayer.models.weights import check_fit, fitted, uncompiled
 from cutlayer.options import RunConfig, default_cut
 from cutlayer.scoring import ROWS_PER_PASS
-from cutlayer.stored import Amount, Count, Digits, MalformedError, Stored, all_finite, checked, reading
+from cutlayer.stored import Amount, Count, Digits, MalformedError, Stored, all_finite, checked, reading, remade
 from cutlayer.types import as_tuple
 
 if TYPE_CHECKING:
@@ -120,6 +121,15 @@ class _Column(Stored):
     categories: list[str] | None = None
 
 
+def _check_conversion(stored: Mapping[str, Any]) -> None:
+    """The figures of a table's columns are finite, and one for each column. Raises MalformedError."""
+    found = remade(Conversion, stored, "conversion")
+    figures = [values for values in (found.mean, found.std, found.fill) if values is not None]
+    wrong = len({len(values) for values in figures}) > 1 or not all(math.isfinite(x) for v in figures for x in v)
+    if wrong or (found.mean is None) != (found.std is None) or (found.std and min(found.std) <= 0):
+        raise MalformedError("conversion has no finite mean and positive deviation for each column")
+
+
 class _Preprocessing(msgspec.Struct):
     """What every kind of preprocessing has; kinds of one's own may say more."""
 
@@ -177,7 +187,7 @@ class TrainedModel:
             found = checked(checkpoint.read(path), _Trained)
             about = checked(found.about, _About, "about")
             checked(about.preprocessing, _Preprocessing, "preprocessing")
-            Conversion.from_plain(about.preprocessing.get("conversion", {}))
+            _check_conversion(about.preprocessing.get("conversion", {}))
             for what, state in (("the server", found.server), *found.clients.items()):
                 if lacking := [name for name, tensor in state.items() if not all_finite(tensor)]:
                     raise MalformedError(f"{lacking[0]!r} of {what} holds NaN or infinite numbers")
