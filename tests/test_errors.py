@@ -30,6 +30,7 @@ CODES = {
     "BudgetError": 2,
     "TrainingError": 1,
     "AbsentError": 75,
+    "StepLostError": 1,
 }
 OF_ITS_OWN = {"RefusedError", "NonFiniteError"}  # made of more than a sentence; the first has a code for each reason
 
