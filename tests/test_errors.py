@@ -30,9 +30,12 @@ CODES = {
     "BudgetError": 2,
     "TrainingError": 1,
     "AbsentError": 75,
-    "StepLostError": 1,
 }
-OF_ITS_OWN = {"RefusedError", "NonFiniteError"}  # made of more than a sentence; the first has a code for each reason
+OF_ITS_OWN = {
+    "RefusedError",
+    "NonFiniteError",
+    "StepLostError",
+}  # made of more than a sentence; the first has a code for each reason
 
 
 @pytest.mark.parametrize(("name", "code"), CODES.items())
@@ -44,6 +47,7 @@ def test_no_error_is_left_out() -> None:
     found = {n for n, e in vars(errors).items() if isinstance(e, type) and issubclass(e, CutlayerError)}
     assert found == {*CODES, *OF_ITS_OWN}
     assert errors.NonFiniteError("loss").exit_code == 1
+    assert errors.StepLostError((1,)).exit_code == 75
 
 
 def test_the_documentation_has_every_exit_code() -> None:
