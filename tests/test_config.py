@@ -101,6 +101,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "server_lr_schedule": SCHEDULES,
     "lr_warmup": st.floats(0, 0.99),
     "averaging": words("mean", "median", "norm_bound", "trimmed_mean"),
+    "attack": st.lists(st.sampled_from(["scale:2@1", "labels@0,2-3"]), unique=True).map(tuple),
     "row_bound": POSITIVE,
     "row_limit": POSITIVE,
     "norm_multiple": POSITIVE,

@@ -22,6 +22,9 @@ from cutlayer import plugins, seeds
 from cutlayer.adjustment import Adjustment, InformedCohort, log_prior
 from cutlayer.algorithms import Algorithm, traffic_of
 from cutlayer.allocator import keep_memory
+from cutlayer.attacks import Attacks
+from cutlayer.attacks import of as attacks_of
+from cutlayer.attacks.hostile import with_targets
 from cutlayer.averagings import Averaging
 from cutlayer.checks import (
     as_the_model_takes,
@@ -193,6 +196,7 @@ class Prepared:
     pace: Pace
     remarks: tuple[str, ...]
     class_counts: list[list[int]]
+    attacks: Attacks = field(default_factory=Attacks)
 
     @property
     def server_seed(self) -> int:
@@ -274,7 +278,7 @@ class Prepared:
         """
         c, split = self.config, self.algorithm.traits.split
         bounded = c.row_bound is not None or c.row_limit is not None
-        watched = split and (bounded or engine == "remote")
+        watched = split and (bounded or engine == "remote" or bool(self.attacks))
         return RowBound(cohort, c.row_bound, c.row_limit, tell) if watched else cohort
 
     def _kept(self, cohort: Cohort) -> Cohort:
@@ -330,7 +334,7 @@ def assemble(
     Raises UsageError (ConfigError, DataError, CutError) with the value, the reason and the remedy.
     """
     p = prepare(config, model, data, loss=loss, metrics=metrics, ways=ways)
-    cohort, server = simulate(config, p.algorithm, p.chosen, p.clients, p.make_server, p.server_seed)
+    cohort, server = simulate(config, p.algorithm, p.chosen, p.clients, p.make_server, p.server_seed, p.attacks)
     return p.training(cohort, server, p.chosen.ways.engine)
 
 
@@ -354,7 +358,7 @@ def prepare(
     for thing in (algorithm, *schedules(config), task):
         with own_code(thing, f"`check` of {type(thing).__name__}"):
             thing.check(config.given)
-    coding = Coding(*_codecs(config))
+    coding, attacks = Coding(*_codecs(config)), attacks_of(config)
     device = _device(config)
     if device.type == "cpu":
         keep_memory()
@@ -401,14 +405,15 @@ def prepare(
     pace = paced(config, algorithm, source, sizes, rounds, per_epoch, lambda: _forward_flops(split, example))
     work = _work(config, algorithm, sizes, rounds)
     typical = source.train[slice(0, _TYPICAL)].rows if source.train.in_memory else example
-    heads = _heads(config, algorithm, split, example, task.width(source.train.y, source.classes))
+    width = task.width(source.train.y, source.classes)
+    heads = _heads(config, algorithm, split, example, width)
     head = None if heads is None else heads("head")
     chosen = Choice(config, algorithm, split, (make_client, make_server), example, work, typical, head).made(ways)
     split = chosen.split
     local_epochs, local_steps = algorithm.part_of_round
     setup = Clients(
         _ClientModels(config, split, make_model, len(owners), heads),
-        source.train,
+        with_targets(source.train, owners, attacks, width if task.targets == "class" else 0),
         owners,
         make_client,
         lr=config.client_lr,
@@ -442,10 +447,11 @@ def prepare(
         machines,
         coding,
         making,
-        {k: samples.to(device) for k, samples in own_tests.items()},
+        {k: samples.to(device) for k, samples in own_tests.items() if k not in attacks.hostile},
         pace,
-        tuple(filter(None, (held_out, pace.remark, chosen.remark))),
+        tuple(filter(None, (attacks.remark(config.clients), held_out, pace.remark, chosen.remark))),
         counts,
+        attacks,
     )
 
 

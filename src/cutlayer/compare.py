@@ -23,6 +23,7 @@ from cutlayer.run import Record, Result, Run, Spent, own_objective, own_things, 
 from cutlayer.stored import reading, remade
 from cutlayer.summary import mean_of_known, spread
 from cutlayer.tasks.own_loss import Loss
+from cutlayer.text import attacked
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,7 @@ def _row(entry: str, configs: Mapping[int, RunConfig], results: Mapping[int, Res
     return Row(
         entry=entry,
         algorithm=algorithm,
-        title=first.title if entry == label(algorithm) else entry,
+        title=attacked(first.title if entry == label(algorithm) else entry, first.attack),
         seeds=tuple(results),
         metric=result.metric,
         share=result.share,

@@ -33,6 +33,7 @@ _WORDS = {
     "format": "Formats of your own data",
     "codec": "Codecs",
     "defence": "Defences of the smashed data",
+    "attack": "Attacks of simulated clients",
 }
 
 

@@ -70,6 +70,7 @@ class CommonKeywords(TypedDict, total=False):
     row_bound: float | None
     row_limit: float | None
     defences: Any
+    attack: tuple[str, ...]
     engine: Literal["auto", "local", "stacked"]
     tune: Literal["off", "cached", "on"]
     device: str

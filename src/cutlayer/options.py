@@ -40,10 +40,13 @@ WHAT, DATA, CLIENTS, MODEL, TRAINING = "What to train", "Data", "Clients and par
 TASK = "Task: what is learnt from the targets"
 CROSSING, DEFENCES = "What crosses the cut", "Defences of the smashed data"
 COSTS = "Virtual clock and energy model (none without a client device)"
+ATTACKS = "Hostile clients (simulations only)"
 OUTPUT, FAULTS = "Computing, evaluation and checkpoints", "Faults"
 BUDGETS = "Budgets of a client"
 ALLOWED = "What the server may ask of this client"
-GROUPS = (WHAT, DATA, TASK, CLIENTS, MODEL, TRAINING, "", CROSSING, DEFENCES, BUDGETS, COSTS, OUTPUT, FAULTS, ALLOWED)
+GROUPS = (
+    WHAT, DATA, TASK, CLIENTS, MODEL, TRAINING, "", CROSSING, DEFENCES, ATTACKS, BUDGETS, COSTS, OUTPUT, FAULTS, ALLOWED
+)  # fmt: skip
 
 When = Literal["", "split", "together", "u-shaped", "group", "averages"]
 """With which algorithms an option has an effect: all; those that cut the model; those whose server gets the rows of
@@ -436,6 +439,10 @@ class CommonConfig(FleetConfig):
     """The same, with the length itself in place of a multiple of the median."""
     defences: tuple[str, ...] = _field((), DEFENCES, "split")
     """Defences of your own: path/to/file.py:name. The built-in ones take part when one of their options is set."""
+
+    attack: tuple[str, ...] = _field((), ATTACKS, "group")
+    """What hostile clients do, NAME:PARAMETER@CLIENTS (see `cutlayer list attacks`), such as scale:1e6@3 or
+    labels@0,4-6, or your own: path/to/file.py:name@3."""
 
     engine: Literal["auto", "local", "stacked"] = _field("auto", OUTPUT)
     """How clients are simulated: one after another (local), all at once (stacked), at once where possible (auto)."""
@@ -1009,6 +1016,7 @@ NAMING = {
     "up_codec": "codec",
     "down_codec": "codec",
     "defences": "defence",
+    "attack": "attack",
     "client_optimizer": "optimizer",
     "server_optimizer": "optimizer",
 }

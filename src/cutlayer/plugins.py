@@ -64,6 +64,7 @@ KINDS: dict[str, Kind] = {
     "averaging": Kind("averaging rule", ("averagings",), "cutlayer.averagings"),
     "codec": Kind("codec", ("wire/codecs",), "cutlayer.codecs", flat=False),
     "defence": Kind("defence", ("defences",), "cutlayer.defences"),
+    "attack": Kind("attack", ("attacks",), "cutlayer.attacks", flat=False),
     "optimizer": Kind("optimizer", (), "cutlayer.optimizers", flat=False),  # torch's are known by their names
 }
 

@@ -145,7 +145,8 @@ class Result(Spent):
     validation score, as the paper reports it. `test` holds all metrics at the end, means over the clients' models;
     `own` are those on each client's own test rows. `fairness` says how the clients differ in the score. `bytes` holds
     one row per direction and kind, under every convention. `measured_by` says by what the energy of this process's
-    machine is measured, or why it is not.
+    machine is measured, or why it is not. `attack` names what hostile clients did in a simulation; scores are then of
+    the others.
     """
 
     algorithm: str
@@ -169,6 +170,7 @@ class Result(Spent):
     evaluation_seconds: float = 0.0
     bytes: list[dict[str, Any]] = field(default_factory=list)
     measured_by: str = "not measured"
+    attack: tuple[str, ...] = ()
 
     @property
     def steps_per_second(self) -> float:
@@ -596,6 +598,7 @@ class Run:
             **self._virtual(),
             measured_joules=self._meter.joules,
             measured_by=self._meter.method,
+            attack=self.config.attack,
         )
 
     def _fairness(self) -> dict[str, Any]:

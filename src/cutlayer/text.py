@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB", "EB")
@@ -71,6 +72,11 @@ def format_figure(mean: float | None, std: float | None = None, *, share: bool) 
         return "not defined"
     scale, form = (100, ".2f") if share else (1, ".4g")
     return f"{scale * mean:{form}}" + ("" if std is None else f" ± {scale * std:{form if share else '.2g'}}")
+
+
+def attacked(title: str, attacks: Sequence[str]) -> str:
+    """The title of a run, with what hostile clients do in it."""
+    return f"{title} (attacked: {', '.join(attacks)})" if attacks else title
 
 
 def spoken(metric: str) -> str:

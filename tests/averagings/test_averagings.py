@@ -212,7 +212,7 @@ def test_mixed_types_keep_theirs() -> None:
 @pytest.mark.parametrize(
     ("algorithm", "options", "words"),
     [
-        ("psl", {"averaging": "median"}, "averaging = 'median' has no effect on psl: it belongs to fl, sfl, sflv1"),
+        ("psl", {"averaging": "median"}, "averaging = 'median' has no effect on psl: it belongs to fl, "),
         ("fl", {"averaging": "median", "trim": 0.1}, "trim = 0.1 has no effect on the averaging rule median"),
         ("fl", {"averaging": "trimmed_mean", "trim": 0.5}, "trim = 0.5 is not possible: it must be less than 0.5"),
         ("fl", {"averaging": "mode"}, "unknown averaging rule 'mode': did you mean 'mean'? known: mean, median, "),

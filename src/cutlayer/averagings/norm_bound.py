@@ -1,4 +1,4 @@
-"""Updates of bounded length (Sun et al. 2019, arXiv 1911.07963, section 4)."""
+"""Updates of bounded length (norm thresholding, Sun et al. 2019, arXiv 1911.07963)."""
 
 from __future__ import annotations
 

@@ -29,6 +29,7 @@ What = Literal[
     "averagings",
     "codecs",
     "defences",
+    "attacks",
     "profiles",
 ]
 
@@ -36,8 +37,8 @@ What = Literal[
 @command(sort_key=7, name="list")
 def list_(what: What = "all", /) -> None:
     """Name what there is to choose from: algorithms, tasks, metrics, data sets and formats, partitions, models with
-    their cut points, schedules, averaging rules, codecs and defences, each with its options; and profiles of devices
-    and links with their figures. What installed packages add is listed too.
+    their cut points, schedules, averaging rules, codecs, defences and attacks, each with its options; and profiles of
+    devices and links with their figures. What installed packages add is listed too.
 
     Parameters
     ----------
@@ -166,5 +167,6 @@ _SHOWN = {
     "averagings": lambda: _print_kind("averaging", "Averaging rules", "--averaging"),
     "codecs": lambda: _print_kind("codec", "Codecs", "--up-codec, --down-codec"),
     "defences": lambda: _print_kind("defence", "Defences of the smashed data"),
+    "attacks": lambda: _print_kind("attack", "Attacks of simulated clients", "--attack"),
     "profiles": _print_profiles,
 }

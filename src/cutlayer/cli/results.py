@@ -12,7 +12,7 @@ from rich.text import Text
 from cutlayer import plugins
 from cutlayer.cli.application import out
 from cutlayer.cli.printing import say, wide
-from cutlayer.text import format_bytes, format_figure, spoken, with_unit
+from cutlayer.text import attacked, format_bytes, format_figure, spoken, with_unit
 
 _ROWS = {"global": "all test rows", "own": "its own test rows"}
 _FEW, _ENDS = 12, 5  # so many clients are all shown; else so many at either end
@@ -77,7 +77,7 @@ def _defined(evaluation: Evaluation | None, metric: str) -> dict[int, float]:
 
 def print_result(result: Result) -> None:
     """Print what a run has reached and what it cost."""
-    title = plugins.find("algorithm", result.algorithm).title
+    title = attacked(plugins.find("algorithm", result.algorithm).title, result.attack)
     line = Text.assemble(
         "\n",
         (title, "bold"),

@@ -188,7 +188,9 @@ class Choice:
     def _one_union_step(self) -> bool:
         """Whether every step is followed by averaging, from equal models, with rules that make both one step."""
         make, make_server, copies = self._makes["clients"], self._makes["copies"], self.traits.server_copies
-        if not (self.averages_every_step and self._means) or self.traits.needs - UnionCohort.can:
+        if not self.averages_every_step or self.traits.needs - UnionCohort.can:
+            return False
+        if not self._means or self.config.attack:  # each client's own model is looked at, or changed
             return False
         if self.config.start != "equal" or not rule_of(make).plain:
             return False

@@ -321,6 +321,15 @@ class LocalCohort(SimulatedCohort):
         """One client's parameters and buffers, under the names of the whole model."""
         return named_as_whole(self._clients[client].module.state_dict(), self.shape)
 
+    def take_model(self, client: int, state: Mapping[str, Tensor]) -> None:
+        """Give a client the parameters and buffers that `model_state` would give of it."""
+        module = self._clients[client].module
+        load_moving(module, {name: state[name_in_whole(name, self.shape)] for name in moving(module)})
+
+    def settle(self) -> None:
+        """Clients whose batches wait for a step make one."""
+        self._settle()
+
     def _settle(self) -> None:
         for client in self._clients:
             client.stepping.settle()

@@ -6,6 +6,8 @@ from typing import cast
 
 from cutlayer import defences
 from cutlayer.algorithms import Algorithm
+from cutlayer.attacks import Attacks
+from cutlayer.attacks.hostile import HostileCohort
 from cutlayer.cohort import Cohort
 from cutlayer.defences.defended import DefendedCohort
 from cutlayer.engine.bounded import BoundedCohort
@@ -15,7 +17,7 @@ from cutlayer.engine.simulated import Clients
 from cutlayer.engine.stacked import StackedCohort, StackedServer
 from cutlayer.engine.union import UnionCohort, UnionServer
 from cutlayer.errors import ConfigError
-from cutlayer.frozen import trains
+from cutlayer.frozen import frozen_names, trains
 from cutlayer.optim import MakeOptimizer
 from cutlayer.options import RunConfig
 from cutlayer.server import Server
@@ -23,9 +25,15 @@ from cutlayer.verbs import LEARN
 
 
 def simulate(
-    config: RunConfig, algorithm: Algorithm, chosen: Chosen, setup: Clients, make_server: MakeOptimizer, seed: int
+    config: RunConfig,
+    algorithm: Algorithm,
+    chosen: Chosen,
+    setup: Clients,
+    make_server: MakeOptimizer,
+    seed: int,
+    attacks: Attacks | None = None,
 ) -> tuple[Cohort, Server]:
-    """(clients, server), computed as was chosen. Raises ConfigError."""
+    """(clients, server), computed as was chosen; some clients attack, where `attacks` says so. Raises ConfigError."""
     simulated, server = _engine(config, algorithm, chosen, setup, make_server, seed)
     cohort = cast(Cohort, simulated)  # its verbs are those that the algorithm needs
     protection = defences.of(config)
@@ -41,6 +49,10 @@ def simulate(
         )
     if protection.active:
         cohort = DefendedCohort(cohort, simulated.keep_batches(), protection)
+    if attacks:
+        assert not isinstance(simulated, UnionCohort), "hostile clients need models of their own"
+        frozen = {name for part in chosen.split.all for name in frozen_names(part)}
+        cohort = HostileCohort(cohort, simulated, attacks, frozen=frozen, eval_clients=setup.eval_clients)
     return BoundedCohort(cohort, config.algorithm, algorithm.traits.needs), server
 
 

@@ -245,6 +245,16 @@ class StackedCohort(SimulatedCohort):
         own = self._stack.state_of(client)
         return named_as_whole(own, self.shape) if self._lower else own
 
+    def take_model(self, client: int, state: Mapping[str, Tensor]) -> None:
+        """Give a client the parameters and buffers that `model_state` would give of it."""
+        own = self._stack.state_of(client)
+        named = {name: state[name_in_whole(name, self.shape) if self._lower else name] for name in own}
+        self._stack.load_one(client, named)
+
+    def settle(self) -> None:
+        """Clients whose batches wait for a step make one."""
+        self._stack.settle()
+
     def state(self) -> dict[str, Any]:
         """Models, optimisers and clocks of all clients, stacked."""
         self._stack.settle()

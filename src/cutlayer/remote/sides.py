@@ -489,6 +489,11 @@ def _remotely(config: RunConfig) -> RunConfig:
         raise ConfigError(
             f"{config.algorithm} has no clients to be remote: it trains one model on everybody's data; choose another"
         )
+    if config.attack:
+        raise ConfigError(
+            f"attack = {', '.join(config.attack)} is for simulations: nobody attacks a deployment on purpose; leave it "
+            "out, or use `cutlayer run`"
+        )
     if config.snapshot_every is not None:
         raise ConfigError(
             f"snapshot_every = {config.snapshot_every} has no effect on clients on other machines: their models stay "

@@ -31,7 +31,7 @@ from cutlayer.folder import (
 )
 from cutlayer.stored import Amount, Count, Metric, Number, form_of, reading
 from cutlayer.summary import mean_of_known, spread
-from cutlayer.text import format_figure, spoken, with_unit
+from cutlayer.text import attacked, format_figure, spoken, with_unit
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ def _single(folder: Path, config: dict[str, Any]) -> Report:
     algorithm = str(config.get("algorithm", ""))
     if run is None:
         return Report(folder, config, [], False, "")
-    title = _title(plugins.label(algorithm), algorithm, run.about)
+    title = attacked(_title(plugins.label(algorithm), algorithm, run.about), config.get("attack", []))
     entry = ReportEntry(plugins.label(algorithm), algorithm, title, [run], _measured(title, [run]))
     last = run.evaluations[-1]
     missing = f"it was last evaluated after {last['epochs']:.3g} epochs (step {last['step']:,})"
@@ -261,7 +261,8 @@ def _comparison(folder: Path, config: dict[str, Any]) -> Report:
             absent.append(name)
             continue
         algorithm = str(runs[0].config.get("algorithm", name))
-        title = str(rows[name]["title"]) if name in rows else _title(name, algorithm, runs[0].about)
+        found_title = attacked(_title(name, algorithm, runs[0].about), runs[0].config.get("attack", []))
+        title = str(rows[name]["title"]) if name in rows else found_title
         row = _stored(rows[name]) if name in rows else _measured(title, runs)
         entries.append(ReportEntry(name, algorithm, title, runs, row))
     unfinished = ""

@@ -138,7 +138,8 @@ def _judged(report: Report) -> str:
         "ensemble": f"The {score} of the mean of the predictions of (each client's model, the server's model)",
     }.get(config.get("judge", "mean"))
     whose = whose or f"Mean over the clients of the {score} of (that client's model, the server's model)"
-    return f"{whose} on {'its own test rows' if config.get('evaluate_on') == 'own' else 'the whole test set'}."
+    honest = " Models of hostile clients are left out." if config.get("attack") else ""
+    return f"{whose} on {'its own test rows' if config.get('evaluate_on') == 'own' else 'the whole test set'}.{honest}"
 
 
 def _fairness(report: Report) -> list[dict[str, str]]:
