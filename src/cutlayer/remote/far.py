@@ -137,7 +137,7 @@ class RemoteCohort:
         self._begun = False  # a round, in this process
         self._posts: dict[int, m.BeginRound] = {}  # of this round
         self._alike = setup.alike  # all models are known to be equal
-        self._told = False  # what clients have
+        self._claims_told = False  # what clients have
         self._handed: Sequence[Buffer] = ()  # the travelling model, and its optimiser's state, as its holder got them
         self._last = Smashed((), torch.empty(0), (), ())  # of the last forward pass
         self._named: set[int] = set()  # whose models are known to have moved much further than the others'
@@ -182,8 +182,8 @@ class RemoteCohort:
         """Draw the participants; those that are connected get their number of batches, and a model they missed."""
         s = self.setup
         self._wait()
-        if not self._told:
-            self._told = True
+        if not self._claims_told:
+            self._claims_told = True
             self._tell_claims()
         self._begun = True
         drawn = s.participants(index, len(s.samples))
