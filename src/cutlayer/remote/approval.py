@@ -138,7 +138,7 @@ def _study(config: RunConfig, worker: Worker) -> Iterator[str]:
     for what, when in d.traits.leaving.items():
         yield f"leaves: {what} ({when}){_size(what, worker)}"
     counts = ", and of rows of each class" if d.class_counts else ""
-    yield f"leaves: its name, its number of rows{counts}, the names of its classes and columns, the times of its answers"
+    yield f"leaves: its name, its number of rows{counts}, names of classes and columns, the times of its answers"
     yield f"leaves: what its part of the model gives for the server's test rows{_tested(d.own_test)}"
     stays = {"inputs", *({"labels"} if d.traits.whole or d.traits.u_shaped else ())}
     stays |= set() if d.traits.models_cross else {"its part of the model"}
