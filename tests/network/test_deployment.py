@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -186,20 +187,89 @@ def service_of(name: str) -> RawConfigParser:
     return parser
 
 
+UNITS = ("cutlayer-server.service", "cutlayer-client@.service")
+
+
 def test_the_units_name_what_there_is() -> None:
     """Commands and options are parsed as the command line does; the server has time for its grace."""
-    for name in ("cutlayer-server.service", "cutlayer-client@.service"):
+    for name in UNITS:
         service = service_of(name)["Service"]
         program, *words = shlex.split(re.sub(r"\$\{SERVER\}", "host:4747", service["ExecStart"]))
         assert program.endswith("/bin/cutlayer")
         command, _, _ = application().parse_args(words, exit_on_error=False, print_error=False)[:3]
         assert command.__name__ == ("serve" if "server" in name else "join")
-        assert service["Restart"] == "on-failure"
-        assert int(service["RestartPreventExitStatus"]) == ExitCode.WRONG
         assert float(service["TimeoutStopSec"]) > 2 * GRACE
         key = service["LoadCredential"].partition(":")[0]
         assert f"${{CREDENTIALS_DIRECTORY}}/{key}" in words
-    assert service_of("cutlayer-server.service")["Service"]["SuccessExitStatus"] == "130"
+    assert service_of("cutlayer-server.service")["Service"]["SuccessExitStatus"] == str(int(ExitCode.INTERRUPTED))
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_the_units_start_again_what_may_succeed_then(name: str) -> None:
+    unit = service_of(name)
+    service = unit["Service"]
+    assert service["Restart"] == "on-failure"
+    assert [int(code) for code in service["RestartForceExitStatus"].split()] == [ExitCode.TRY_AGAIN]
+    assert [int(code) for code in service["RestartPreventExitStatus"].split()] == [ExitCode.WRONG]
+    assert unit["Unit"]["StartLimitIntervalSec"] == "1h"
+    # All tries fit into the interval: else they would never come to an end.
+    assert int(unit["Unit"]["StartLimitBurst"]) * (int(service["RestartSec"]) + 60) <= 3600
+
+
+HARDENED = {
+    "CapabilityBoundingSet": "",
+    "LimitCORE": "0",
+    "NoNewPrivileges": "yes",
+    "PrivateDevices": "yes",
+    "PrivateTmp": "yes",
+    "ProtectHome": "yes",
+    "ProtectKernelModules": "yes",
+    "ProtectProc": "invisible",
+    "ProtectSystem": "strict",
+    "StateDirectoryMode": "0700",
+    "SystemCallArchitectures": "native",
+    "UMask": "0077",
+    "User": "cutlayer",
+}
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_the_units_bound_what_a_process_may(name: str) -> None:
+    service = service_of(name)["Service"]
+    assert {option: service[option] for option in HARDENED} == HARDENED
+    assert 0 < int(service["MemoryMax"].removesuffix("%")) < 100
+    assert int(service["LimitNOFILE"]) >= 1024
+    assert int(service["TasksMax"]) >= 256
+
+
+def test_a_gpu_is_a_drop_in() -> None:
+    """It opens the GPU's files, and nothing else."""
+    text = (ROOT / "deploy" / "systemd" / "gpu.conf").read_text()
+    options = [line.partition("=")[::2] for line in text.splitlines() if "=" in line and not line.startswith("#")]
+    allowed = [value for option, value in options if option == "DeviceAllow"]
+    assert allowed
+    assert all(re.fullmatch(r"/dev/nvidia[\w-]* rw", value) for value in allowed)
+    assert ("DevicePolicy", "closed") in options
+    assert {option for option, _ in options} == {"Wants", "After", "PrivateDevices", "DevicePolicy", "DeviceAllow"}
+
+
+@pytest.mark.network
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
+@pytest.mark.parametrize("gpu", [False, True])
+def test_systemd_accepts_the_units(gpu: bool, tmp_path: Path) -> None:
+    for name in UNITS:
+        text = (ROOT / "deploy" / "systemd" / name).read_text()
+        (tmp_path / name).write_text(text.replace("/opt/cutlayer/.venv/bin/cutlayer", shutil.which("true") or ""))
+        if gpu:
+            (tmp_path / f"{name}.d").mkdir()
+            shutil.copy(ROOT / "deploy" / "systemd" / "gpu.conf", tmp_path / f"{name}.d")
+        path = tmp_path / name
+        for words in (["verify"], ["security", "--offline=yes", "--threshold=20"]):  # 2.0: few exposures
+            done = subprocess.run(
+                ["systemd-analyze", *words, str(path)], capture_output=True, text=True, timeout=PATIENCE, check=False
+            )
+            assert done.returncode == 0, done.stdout + done.stderr
+            assert not done.stderr.strip()
 
 
 def test_the_containers_name_what_there_is() -> None:
@@ -212,6 +282,14 @@ def test_the_containers_name_what_there_is() -> None:
         assert written.startswith("/srv/cutlayer/")  # the rest is read-only
         assert any(volume.endswith(":/srv/cutlayer") for volume in service["volumes"])
         assert float(service["stop_grace_period"].removesuffix("s")) > 2 * GRACE
+        assert service["restart"].startswith("on-failure:")  # an end without a failure is the end
+        assert service["read_only"]
+        assert service["cap_drop"] == ["ALL"]
+        assert service["mem_limit"] == "${MEMORY:-8g}"
+        assert service["ulimits"] == {"nofile": 8192, "core": 0}
+    client = compose["services"]["client"]["command"]
+    assert "localhost" not in client  # that would be the container itself
+    assert "${SERVER:-server:4747}" in client
     container = (ROOT / "deploy" / "Containerfile").read_text()
     (torch,) = re.findall(r"torch==\S+", container)
     assert torch in (ROOT / "constraints.txt").read_text().splitlines()
