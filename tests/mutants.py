@@ -100,6 +100,7 @@ AREAS: dict[str, Sequence[str]] = {
     "another model": ("*test_another_model*",),
     "worker": ("*test_remote*", "*test_tasks*"),
     "traffic": ("*test_costs*", "*test_plan*", "*test_testing*"),
+    "admission": ("*test_admission*", "*test_serving*"),
 }
 
 
@@ -555,6 +556,18 @@ MUTANTS = [
     M("any task's metric", "another model", 'judged.primary == "accuracy" and', "True or"),
     M("a model that cannot be measured is trained", "another model", "trained_work(self.study)", "pass"),
     M("nothing trained is an error", "another model", "if planned and not done:", "if not done:"),
+    # Who is let in
+    M("denied clients are let in", "admission", 'raise StrangerError("excluded", why)', "return"),
+    M("denied clients stay connected", "admission", "if link.open and (why := self._gate.denied.why(link.caller)):", "if not link.open and (why := self._gate.denied.why(link.caller)):"),
+    M("serial numbers are no reason", "admission", "caller.sha256 in self.sha256 or caller.serial in self.serials", "caller.sha256 in self.sha256"),
+    M("leading zeros of a serial number stay", "admission", 'return kind, digits.lstrip("0")', "return kind, digits"),
+    M("a damaged file empties the list", "admission", 'self.news.append(("kept",', 'self.value = type(self.value)(); self.news.append(("kept",'),
+    M("a change is seen once too often", "admission", "if state != self._seen:", "if state != self._seen or self.news:"),
+    M("new certificates are not given out", "admission", "return found.configuration", "return None"),
+    M("old tokens stay good", "admission", "not in self._tokens.look()", "not in self._tokens.value"),
+    M("who is denied is still needed", "admission", "return self.denied | self.excluded.keys()", "return frozenset(self.excluded)"),
+    M("one host fills the record", "admission", "self._refusals.total() >= ALL or self._refusals[caller.host] >= EACH", "self._refusals.total() >= ALL"),
+    M("windows stay short", "admission", "FIRST if quiet else min(2 * self._window, LONGEST)", "FIRST"),
 ]  # fmt: skip
 
 
