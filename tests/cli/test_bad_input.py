@@ -226,6 +226,31 @@ def test_markup_and_lines_in_a_value_are_shown_as_they_are(desk: Desk) -> None:
     holds(desk.refused("run", "--clients", "a\nb"), "clients = a b")
 
 
+JOIN = (
+    "join",
+    "localhost:1",
+    "--client",
+    "client-0",
+    "--insecure",
+    "--data",
+    "digits",
+    "--model",
+    "mlp",
+    "--clients",
+    "2",
+)
+
+
+def test_a_study_that_was_not_approved_is_not_joined(desk: Desk) -> None:
+    holds(desk.refused(*JOIN, "--approve", "1234-5678"), "fingerprint", "'1234-5678' was approved", "join --show")
+    code, out, err = desk.main(*JOIN, "--folder", "state", "--show")
+    assert (code, err) == (0, "")
+    assert re.search(r"fingerprint: (\w{4}-){7}\w{4}$", out.strip())
+    assert not list(desk.cwd.iterdir())  # nothing is kept, and nobody was contacted
+    holds(desk.refused(*JOIN, "--max-rounds", "0"), "max_rounds", "0")
+    holds(desk.refused(*JOIN, "--config", desk.toml("[budget]\nmax_round = 3\n")), "max_round")
+
+
 # ---- data -----------------------------------------------------------------------------------------------------------
 
 
