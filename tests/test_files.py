@@ -7,13 +7,15 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from cutlayer.errors import DiskFullError, RunFolderError
-from cutlayer.files import append_line, replace_file, unwritable
+from cutlayer.files import append_line, put_whole, replace_file, unwritable
 from cutlayer.folder import STEPS, Folder
+from cutlayer.remote.audit import Audit
 
 FULL = Path("/dev/full")  # every write to it fails as on a full disk
 needs_full = pytest.mark.skipif(not FULL.exists(), reason="this system has no /dev/full")
@@ -122,3 +124,61 @@ def test_text_is_utf_8_whatever_the_machines_encoding(tmp_path: Path) -> None:
     page = (tmp_path / "run" / "report.html").read_text("utf-8")
     assert "Clients by their names in the data: 0 is Köln, 1 is Zürich, 2 is Łódź." in page
     assert "What was read: data: 60 rows (1 column) in 2 classes" in page
+
+
+class Crowded:
+    """A disk with room for so many more bytes, for everything that is written by way of the system's calls."""
+
+    def __init__(self, room: int, patch: pytest.MonkeyPatch) -> None:
+        self.room = room
+        write, pwrite = os.write, os.pwrite
+        patch.setattr(os, "write", lambda file, data: write(file, self.taken(data)))
+        patch.setattr(os, "pwrite", lambda file, data, at: pwrite(file, self.taken(data), at))
+
+    def taken(self, data: bytes) -> bytes:
+        """The part of `data` that finds room. Raises OSError where none does."""
+        if data and not self.room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        part = bytes(data)[: self.room]
+        self.room -= len(part)
+        return part
+
+
+@pytest.mark.parametrize("room", range(0, 48, 7))
+def test_a_file_has_whole_lines_wherever_the_disk_is_full(
+    room: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Events, a client's own record, records of a run, what a client has spent, and files that are replaced."""
+    lines, records, old = tmp_path / "events.jsonl", tmp_path / "run", tmp_path / "old"
+    audit = Audit(tmp_path / "audit.jsonl", "client-0", "server")
+    purse = os.open(tmp_path / "spent", os.O_RDWR | os.O_CREAT)
+    old.write_bytes(b"as it was")
+    with Folder.create(records, {}) as folder:
+        folder.append(STEPS, {"step": 0})
+        folder.offsets()
+        append_line(lines, "first")
+        attempts: list[Callable[[], object]] = [
+            lambda: append_line(lines, "x" * 50),
+            lambda: audit.event("joined"),
+            lambda: (folder.append(STEPS, {"step": 1, "more": "x" * 40}), folder.offsets()),
+            lambda: replace_file(old, b"y" * 61),
+        ]
+        for attempt in attempts:
+            with monkeypatch.context() as patch:
+                Crowded(room, patch)
+                with pytest.raises(DiskFullError, match=r"full.*make room, then"):
+                    attempt()
+        with monkeypatch.context() as patch:
+            Crowded(room, patch)
+            with pytest.raises(OSError, match="No space left"):
+                put_whole(purse, b"z" * 61)
+    assert lines.read_text() == "first\n"
+    assert (tmp_path / "audit.jsonl").read_text() == ""
+    assert (tmp_path / "spent").read_bytes() == b""
+    assert (records / STEPS).read_text() == '{"step": 0}\n'
+    assert old.read_bytes() == b"as it was"
+    assert {path.name for path in tmp_path.iterdir()} == {"events.jsonl", "run", "audit.jsonl", "spent", "old"}
+    append_line(lines, "second")
+    assert lines.read_text() == "first\nsecond\n"
+    audit.close()
+    os.close(purse)

@@ -9,9 +9,9 @@ import shutil
 import stat
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from cutlayer.errors import CutlayerError, CutlayerWarning, DiskFullError, RunFolderError
 from cutlayer.stored import MalformedError, checked, parsed
@@ -44,10 +44,12 @@ def replace_file(path: Path, content: bytes) -> None:
 
 def _write(path: Path, content: bytes) -> None:
     """Write a new file and have the system put it on disk."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    try:
+        put_whole(file, content)
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 @contextmanager
@@ -84,10 +86,82 @@ def _take_away(folder: Path) -> None:
 def append_line(path: Path, line: str) -> None:
     """Add a line to a text file. Raises DiskFullError or RunFolderError where it cannot."""
     try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(f"{line}\n")
+        with Lines(path) as file:
+            file.add(line)
     except OSError as error:
         raise unwritable(path, error) from None
+
+
+class Lines:
+    """Adds lines to a text file, several at a time. The file has whole lines, also where the disk is full: of what
+    finds no room nothing is left. A context manager; every method raises OSError.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        self._waiting = bytearray()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def add(self, line: str) -> None:
+        """Add a line; it is written when there are enough of them."""
+        self._waiting += f"{line}\n".encode()
+        if len(self._waiting) >= _TOGETHER:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what waits."""
+        data, self._waiting = bytes(self._waiting), bytearray()
+        append_whole(self._file, data)
+
+    def sync(self) -> None:
+        """Put all on disk."""
+        self.flush()
+        os.fsync(self._file)
+
+    def close(self) -> None:
+        """Write what waits, and close."""
+        try:
+            self.flush()
+        finally:
+            os.close(self._file)
+
+
+_TOGETHER = 8192  # bytes of lines that are written at once
+
+
+def append_whole(file: int, data: bytes) -> None:
+    """Append all of `data` to an open file, or nothing. Raises OSError."""
+    before = os.fstat(file).st_size
+    try:
+        while data:
+            data = data[os.write(file, data) :]
+    except OSError:
+        _cut(file, before)
+        raise
+
+
+def put_whole(file: int, data: bytes) -> None:
+    """Write `data` at the beginning of an open file; where that finds no room the file is as long as before. Raises
+    OSError.
+    """
+    before, done = os.fstat(file).st_size, 0
+    try:
+        while done < len(data):
+            done += os.pwrite(file, data[done:], done)
+    except OSError:
+        if before < len(data):
+            _cut(file, before)
+        raise
+
+
+def _cut(file: int, length: int) -> None:
+    with suppress(OSError):  # what is not a file on a disk has no length
+        os.ftruncate(file, length)
 
 
 def is_full(error: OSError) -> bool:

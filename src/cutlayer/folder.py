@@ -29,7 +29,7 @@ import tomli_w
 from cutlayer.errors import CutlayerError, FolderInUseError, RunFolderError
 from cutlayer.files import CONFIG as CONFIG
 from cutlayer.files import EVENTS as EVENTS
-from cutlayer.files import replace_file, unwritable
+from cutlayer.files import Lines, replace_file, unwritable
 from cutlayer.options import read_toml
 from cutlayer.stored import ANEW
 
@@ -70,7 +70,7 @@ class Folder:
 
     def __init__(self, path: Path, lock: TextIO) -> None:
         self.path, self._lock = path, lock
-        self._files: dict[str, TextIO] = {}
+        self._files: dict[str, Lines] = {}
 
     @classmethod
     def create(cls, path: Path, config: Mapping[str, Any]) -> Self:
@@ -119,15 +119,14 @@ class Folder:
         """Add a line of JSON to `name`. Raises DiskFullError or RunFolderError where it cannot."""
         with self._writing(name):
             if name not in self._files:
-                self._files[name] = (self.path / name).open("a", encoding="utf-8")
-            self._files[name].write(json.dumps(record) + "\n")
+                self._files[name] = Lines(self.path / name)
+            self._files[name].add(json.dumps(record))
 
     def offsets(self) -> dict[str, int]:
         """Bytes in each record file, all of them on disk."""
         for name, file in self._files.items():
             with self._writing(name):
-                file.flush()
-                os.fsync(file.fileno())
+                file.sync()
         return {n: (self.path / n).stat().st_size for n in _RECORDS if (self.path / n).exists()}
 
     @contextmanager

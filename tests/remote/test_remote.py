@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -730,6 +732,39 @@ def test_classes_and_columns_are_compared_by_name(tmp_path: Path) -> None:
     assert isinstance(refused, m.Refused)
     assert "is 'weight', 'age' for the client and 'age', 'weight' for the server" in refused.sentence
     assert "ignore_columns" in refused.sentence
+
+
+def test_a_client_whose_disk_is_full_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It says so, and nothing half-written is left; the run is what it would have been. Only after a restart it goes
+    back to the state that it had kept before.
+    """
+    config = RunConfig.of({**SMALL, "algorithm": "sglr", "checkpoint_every": 1})
+    told, asked, put = list[tuple[str, Any]](), list[int](), os.pwrite
+
+    def full(file: int, data: bytes, at: int) -> int:
+        if at + len(data) > os.fstat(file).st_size:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return put(file, data, at)
+
+    class Crowded(MemoryCarrier):
+        """The disk of client 1 is full from the second checkpoint on."""
+
+        def answer(self, client: int, frame: Frame) -> Answer | None:
+            with pytest.MonkeyPatch.context() as patch:
+                if client == 1 and isinstance(frame.message, m.Save) and frame.message.phase == "prepare":
+                    asked.append(frame.message.step)
+                    if len(asked) > 1:
+                        patch.setattr("os.pwrite", full)
+                return super().answer(client, frame)
+
+    made = in_memory(config, folder=tmp_path, carrier=Crowded, tell=lambda what, facts: told.append((what, facts)))
+    assert [record.loss for record in made.run] == [record.loss for record in Run(config)]
+    assert [facts["client"] for what, facts in told if what == "not kept"] == [1, 1]
+    assert "is full (No space left on device); make room" in caplog.text
+    assert {path.name for path in (tmp_path / "client-1").iterdir()} == {"client.safetensors", "spent.json"}
+    again = worker_of(config, 1, name="client-1", folder=tmp_path / "client-1")
+    assert again.welcome(m.Welcome(1, 3, asked[-1], again.duty.terms)) is None
+    assert again.steps == asked[0]
 
 
 def test_labels_that_nobody_knows(tmp_path: Path) -> None:

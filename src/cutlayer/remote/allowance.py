@@ -18,7 +18,7 @@ import numpy as np
 from cutlayer.defences import dp
 from cutlayer.defences.noise import Noise
 from cutlayer.errors import BudgetError, RunFolderError
-from cutlayer.files import unwritable
+from cutlayer.files import put_whole, unwritable
 from cutlayer.options import BudgetConfig
 from cutlayer.text import format_duration
 
@@ -207,7 +207,7 @@ class Purse:
         if self._file is None or self._path is None:
             return
         try:
-            os.pwrite(self._file, json.dumps(vars(self.spent)).ljust(_SIZE).encode(), 0)
+            put_whole(self._file, json.dumps(vars(self.spent)).ljust(_SIZE).encode())
         except OSError as error:
             raise unwritable(self._path, error) from None
 

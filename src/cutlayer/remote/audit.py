@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from cutlayer.files import unwritable
+from cutlayer.files import append_whole, unwritable
 from cutlayer.remote.carrier import Answer
 from cutlayer.wire import messages as m
 from cutlayer.wire.frames import Frame
@@ -66,6 +66,6 @@ class Audit:
         now = datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="milliseconds")
         line = json.dumps({"time": now, **self._who, **facts}) + "\n"
         try:
-            os.write(self._file, line.encode())
+            append_whole(self._file, line.encode())
         except OSError as error:
             raise unwritable(self._path, error) from None

@@ -659,9 +659,13 @@ class RemoteCohort:
         back, and puts it in its place with the next request.
         """
         asks: list[Request] = [(m.Save(self._step, "prepare"), ())]
-        kept = self._all(sorted(self.hub.connected), lambda k: asks, _nothing)
+        answered = self._all(sorted(self.hub.connected), lambda k: asks, _itself)
+        kept = [k for k, said in answered.items() if said and said[-1].message.kept]
         for k in kept:
             self._post(k, m.Save(self._step, "commit"))
+        for k in sorted(answered.keys() - set(kept)):
+            why = "its disk is full: it goes on, but after a restart from the state that it kept before"
+            self._tell("not kept", {"client": k, "why": why})
         # Who has kept nothing of this step comes back with an earlier model.
         away = set(range(len(self.samples))) - set(kept) if self._average is not None else set()
         return {
@@ -989,6 +993,10 @@ def _check_finite(tensors: Sequence[Tensor], what: str, client: int) -> float:
     if not math.isfinite(size):
         raise WireError(f"the {what} of client {client} hold NaN or infinite numbers: look at its data and its rate")
     return size
+
+
+def _itself(client: int, frame: Frame) -> Frame:
+    return frame
 
 
 def _nothing(client: int, frame: Frame) -> None:

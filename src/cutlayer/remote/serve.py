@@ -8,14 +8,14 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from cutlayer.errors import AbsentError, TrainingError
+from cutlayer.errors import AbsentError, DiskFullError, TrainingError
 from cutlayer.files import append_line, private
 from cutlayer.folder import CHECKPOINT, CONFIG, EVENTS
 from cutlayer.options import FaultConfig, RunConfig
@@ -118,7 +118,8 @@ class Service:
                 self.hub.stop("the run is done", GRACE)
         except BaseException as error:
             if self._listening:
-                self._tell("stopped", {"why": str(error) or "interrupted", **self._traffic()})
+                with suppress(DiskFullError):  # what happened first is what counts
+                    self._tell("stopped", {"why": str(error) or "interrupted", **self._traffic()})
             raise
         finally:
             self.hub.stop("the server stops; it may come back", GRACE, returning=True)
@@ -229,7 +230,7 @@ class Service:
         append_line(self.out / EVENTS, json.dumps(entry))
         if happened == "round":
             self._rounds_begun = facts["round"] + 1
-        worry = happened in ("late", "gone", "failed", "garbage", "excluded", "deviates")
+        worry = happened in ("late", "gone", "failed", "garbage", "excluded", "not kept", "deviates")
         log.log(logging.WARNING if worry else logging.INFO, "%s", _sentence(happened, facts), extra={"facts": entry})
 
 

@@ -29,7 +29,15 @@ from cutlayer.defences.pipeline import Defences, Guarded
 from cutlayer.defences.watch import Watch, look_at
 from cutlayer.engine.local import Client
 from cutlayer.engine.simulated import Local, Shape, mass_of
-from cutlayer.errors import CutlayerError, DistrustError, ForbiddenError, NonFiniteError, RunFolderError, WireError
+from cutlayer.errors import (
+    CutlayerError,
+    DiskFullError,
+    DistrustError,
+    ForbiddenError,
+    NonFiniteError,
+    RunFolderError,
+    WireError,
+)
 from cutlayer.folder import LAST
 from cutlayer.frozen import load_moving, moving
 from cutlayer.models.parts import Crossing
@@ -655,7 +663,15 @@ class Worker:
         if message.phase == "commit":
             self.steps = message.step
         elif folder is not None:
-            checkpoint.write(folder / _PREPARED, self._state(message.step))
+            try:
+                checkpoint.write(folder / _PREPARED, self._state(message.step))
+            except DiskFullError as error:  # the state in memory is as good as ever: the next checkpoint may find room
+                log.error(
+                    "%s: %s; until then it goes on, but after a restart only from its state before this one",
+                    self.duty.name,
+                    str(error).partition("; make room")[0] + "; make room",
+                )
+                return m.Saved(message.step, message.phase, kept=False), ()
         return m.Saved(message.step, message.phase), ()
 
     def _commit(self, folder: Path) -> None:

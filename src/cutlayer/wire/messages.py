@@ -204,10 +204,13 @@ class ScoresUp(Message, tag="Scores"):
 
 
 class Saved(Message, tag="Saved"):
-    """Answers Save: the state after `step` steps is written beside the old one (prepare), or in its place (commit)."""
+    """Answers Save: the state after `step` steps is written beside the old one (prepare), or in its place (commit).
+    `kept`: false where the client's disk is full: it goes on with what it kept before.
+    """
 
     step: Count
     phase: Literal["prepare", "commit"]
+    kept: bool = True
 
 
 class Failed(Message, tag="Failed"):
