@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import random
+import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -17,6 +19,18 @@ import numpy as np
 
 if TYPE_CHECKING:
     import torch
+
+
+_ALONE = threading.RLock()
+if hasattr(os, "register_at_fork"):  # a child process must not wait for a thread that it does not have
+    os.register_at_fork(before=_ALONE.acquire, after_in_parent=_ALONE.release, after_in_child=_ALONE.release)
+
+
+def alone() -> contextlib.AbstractContextManager[object]:
+    """Only one thread of the process is in a body like this: for what changes or draws from a state that all threads
+    share, such as torch's global generator. A thread that is in one may enter another.
+    """
+    return _ALONE
 
 
 def derive(seed: int, *name: str | int) -> int:
@@ -51,13 +65,14 @@ def torch_seeded(seed: int, *name: str | int, device: torch.device | None = None
             torch.get_device_module(device.type).manual_seed(derive(seed, *name))
             yield
         return
-    before = torch.get_rng_state()
-    # Not torch.manual_seed: without a GPU it queues the seed, with a stack trace, for a GPU that never comes.
-    torch.default_generator.manual_seed(derive(seed, *name))
-    try:
-        yield
-    finally:
-        torch.set_rng_state(before)
+    with alone():
+        before = torch.get_rng_state()
+        # Not torch.manual_seed: without a GPU it queues the seed, with a stack trace, for a GPU that never comes.
+        torch.default_generator.manual_seed(derive(seed, *name))
+        try:
+            yield
+        finally:
+            torch.set_rng_state(before)
 
 
 def seeded_for(
@@ -87,13 +102,14 @@ def restored() -> Iterator[None]:
     """The global generators of torch (the CPU's), NumPy and Python come back after the body."""
     import torch
 
-    before = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(before[0])
-        np.random.set_state(before[1])
-        random.setstate(before[2])
+    with alone():
+        before = torch.get_rng_state(), np.random.get_state(), random.getstate()
+        try:
+            yield
+        finally:
+            torch.set_rng_state(before[0])
+            np.random.set_state(before[1])
+            random.setstate(before[2])
 
 
 def seed_all(seed: int, *name: str | int) -> None:

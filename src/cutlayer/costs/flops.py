@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from cutlayer import seeds
 from cutlayer.eager import FlopCount
 from cutlayer.models.parts import Parts
 from cutlayer.types import Rows, as_tuple
@@ -74,8 +75,7 @@ def count(parts: Parts, example: Tensor | Rows) -> ModelFlops:
     rows = as_tuple(example)
     samples = len(rows[0])
     found = []
-    random_state = torch.get_rng_state()
-    try:
+    with seeds.restored():
         for name, module in zip(("client", "server", "tail"), modules, strict=False):
             part, rows = _count(module, rows, samples, first=name == "client")
             if not part.forward and _multiplies(module):
@@ -84,8 +84,6 @@ def count(parts: Parts, example: Tensor | Rows) -> ModelFlops:
                     stacklevel=2,
                 )
             found.append(part)
-    finally:
-        torch.set_rng_state(random_state)
     return ModelFlops(*found)
 
 

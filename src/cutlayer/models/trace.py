@@ -14,6 +14,7 @@ import contextlib
 import copy
 import operator
 import random
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
+from cutlayer import seeds
 from cutlayer.models.parts import (
     RAW_INPUT,
     Arguments,
@@ -338,13 +340,30 @@ def _with_arguments(root: Root) -> Root:
 
 
 class _Tracer(fx.Tracer):
-    """Treats torch's own layers as single operations, except those that a cut lies inside."""
+    """Treats torch's own layers as single operations, except those that a cut lies inside.
+
+    While torch.fx traces, it changes how all modules of the process are called. What other threads call meanwhile runs
+    as it is.
+    """
 
     proxy_buffer_attributes = True  # so that slices of a buffer may have traced sizes
 
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__()
         self._inside = tuple(names)
+        self._thread = threading.get_ident()
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if any(name.startswith(module_qualified_name + ".") for name in self._inside):
@@ -698,7 +717,7 @@ Trace = Callable[[nn.Module, Sequence[str], Arguments], fx.Graph]
 
 def _trace(model: nn.Module, names: Sequence[str], x: Arguments) -> fx.Graph:
     root = _with_arguments(Root(model, x))
-    with following("torch.fx"):
+    with seeds.alone(), following("torch.fx"):
         graph = _Tracer([ROOT + name for name in names]).trace(root)
     adopt_constants(model, root, graph)
     return graph
