@@ -138,6 +138,7 @@ class RemoteCohort:
         self._posts: dict[int, m.BeginRound] = {}  # of this round
         self._alike = setup.alike  # all models are known to be equal
         self._claims_told = False  # what clients have
+        self._faulty: set[int] = set()  # have sent what is wrong since the round began
         self._handed: Sequence[Buffer] = ()  # the travelling model, and its optimiser's state, as its holder got them
         self._last = Smashed((), torch.empty(0), (), ())  # of the last forward pass
         self._named: set[int] = set()  # whose models are known to have moved much further than the others'
@@ -199,6 +200,7 @@ class RemoteCohort:
                 "part (participation)"
             )
         self._participants = here
+        self._faulty.clear()
         self._quota[list(here)] = s.quota(np.array([-(-s.samples[k] // s.batch) for k in here]))
         self._turns = s.turns(index, here, s.samples)
         if self._turns is not None:
@@ -496,11 +498,21 @@ class RemoteCohort:
         self._holder = client
 
     def _move_on(self) -> None:
-        """If the holder of the travelling model is excluded, another client gets it as that one got it."""
-        if self._holder in self.excluded:
+        """If the holder of the travelling model is unfit, another client gets it as that one got it."""
+        if self._holder in self._unfit:
             if not self.hub.connected:
                 self._come_back(range(len(self.samples)))
-            self.hand_over(min(self.hub.connected), optimizer=len(self._handed) > 1)
+            others = self.hub.connected - {self._holder}
+            if not others:
+                raise AbsentError(
+                    f"client {self._holder} holds the model and sends what is wrong, and no other is there"
+                )
+            self.hand_over(min(others), optimizer=len(self._handed) > 1)
+
+    @property
+    def _unfit(self) -> set[int]:
+        """Clients that are excluded, or have sent what is wrong since the round began: they are not asked again."""
+        return {*self.excluded, *self._faulty}
 
     def _given(self, client: int, frame: Frame) -> Buffer:
         """What is passed on is what was expected. Raises WireError."""
@@ -750,12 +762,12 @@ class RemoteCohort:
     def _patiently(self, clients: Collection[int], attempt: Callable[[], T | None]) -> T | None:
         """What `attempt` gives. Where all of `clients` are gone (the server's own network is), they are waited for, and
         it is made again: a client that has done its part, but could not say so, says it then. None where all of them
-        are excluded, but not all clients of the run.
+        have sent what is wrong, but not all clients of the run.
 
         Raises TrainingError where none of them comes back.
         """
         while not (found := attempt()):
-            if set(clients) <= self.excluded.keys() and len(self.excluded) < len(self.samples):
+            if set(clients) <= self._unfit and len(self._unfit) < len(self.samples):
                 return None
             if not self._come_back(clients):
                 gone = ", ".join(map(str, clients))
@@ -919,6 +931,7 @@ class RemoteCohort:
             if lost.kind == NonFiniteError.__name__:
                 raise NonFiniteError("weight gradient or loss", (client,))
             raise WireError(f"client {client}: {lost.sentence}")
+        self._faulty |= {client} if faulty else set()
         self._tell(lost.reason, {"client": client, "why": lost.sentence})
         if faulty and self.setup.faulty == "exclude":
             self._exclude(client, lost.sentence)
@@ -936,6 +949,7 @@ class RemoteCohort:
     def _dismiss(self, client: int, why: str) -> None:
         """Close the connection of a client that has said something impossible, and exclude it if that is asked for."""
         self._later.pop(client, None)
+        self._faulty.add(client)
         self.hub.dismiss(client, why)
         self._tell("garbage", {"client": client, "why": why})
         if self.setup.faulty == "exclude":
