@@ -11,6 +11,7 @@ import queue
 import random
 import struct
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from cutlayer.wire import messages as m
 from cutlayer.wire.frames import split
 
 NAME = "client-2"
+TOO_OFTEN = "too many connections and refusals"
 chance = random.Random(0)
 
 
@@ -123,15 +125,20 @@ def main(address: str, config: Path, ca: Path) -> None:
     earlier = [pack(m.ModelUp(0), (), 1, 1)]
     with grpc.secure_channel(address, security.credentials(address), options) as channel:
         grpc.channel_ready_future(channel).result(timeout=120)
-    rounds = 0
+    rounds, slowed = 0, False
     while True:
         for name in ATTACKS:
             if name == "oversized" and rounds:
                 continue  # a quarter of a gigabyte: once is enough
-            with grpc.secure_channel(address, security.credentials(address), options) as channel:
-                code, said = attack(channel, name, hello, earlier)
+            code, said = "RESOURCE_EXHAUSTED", TOO_OFTEN
+            while TOO_OFTEN in said:  # the server slows down whoever comes so often
+                with grpc.secure_channel(address, security.credentials(address), options) as channel:
+                    code, said = attack(channel, name, hello, earlier)
+                slowed = slowed or TOO_OFTEN in said
+                time.sleep(1.0 if TOO_OFTEN in said else 0.0)
             print(json.dumps([name, code, said]), flush=True)  # noqa: T201
             if code in ("BYE", "UNAVAILABLE"):
+                print(json.dumps(["slowed", str(slowed), ""]), flush=True)  # noqa: T201
                 return
         rounds += 1
 
