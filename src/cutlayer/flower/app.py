@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import secrets
 import signal
 import sys
 import threading
@@ -222,7 +223,8 @@ def _worker(invitation: Invitation, context: Context) -> Worker:
     config, number = invitation.config(context), client_number(invitation.client)
     path = normalised(context.node_config).get("own_data")
     own = None if path is None else own_source(config, str(path))
-    return worker_of(config, number, name=invitation.client, run=config.algorithm, own=own)
+    secret = secrets.randbits(63)  # a node keeps nothing: what its defences draw, nobody else knows
+    return worker_of(config, number, name=invitation.client, run=config.algorithm, own=own, noise_seed=secret)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from flwr.serverapp import Grid
 from cutlayer.errors import CutlayerError, NetworkError, TrainingError, WireError
 from cutlayer.flower.invitation import Farewell
 from cutlayer.remote.sides import client_name
+from cutlayer.text import plain
 
 log = logging.getLogger(__name__)
 _TICK = 1.0  # seconds between questions to the SuperLink
@@ -75,7 +76,7 @@ class Replies:
         if client is None:
             return
         if message.has_error():
-            failure = message.error.reason or f"error {message.error.code}"
+            failure = plain(message.error.reason) or f"error {message.error.code}"
         else:
             try:
                 self.farewells[client] = Farewell.of(message.content)
