@@ -140,6 +140,21 @@ def test_random_features_look_like_real_ones() -> None:
     assert torch.equal(again.forward().only(1).rows[0], mine)
 
 
+def test_draws_are_named_by_round_and_step() -> None:
+    """So that a resumed run draws as one that was not interrupted, and no two steps draw the same."""
+    cohort = hostile(Run(config("psl", "features@1,2"), model=make(mlp), data=source(SIZES, (6,))))
+
+    def drawn(index: int) -> list[int]:
+        cohort.begin_round(index, 3, 1.0)
+        return [
+            cohort._draw(what, k).initial_seed() for what, k in (("rows", 1), ("rows", 1), ("rows", 2), ("update", 1))
+        ]
+
+    first, second = drawn(0), drawn(1)
+    assert len({*first, *second}) == 8
+    assert drawn(0) == first
+
+
 def test_a_flipped_sign_climbs() -> None:
     """A step of plain descent goes as far in the other direction, and others' steps are as they were."""
     ends = []
