@@ -55,7 +55,7 @@ SMALL: dict[str, Any] = {
     "engine": "local",
 }
 OWN: dict[str, dict[str, Any]] = {
-    "ussl": {"cut": "hidden1", "tail_cut": "hidden2"},
+    **{a: {"cut": "hidden1", "tail_cut": "hidden2"} for a in ("ussl", "upsl", "usfl", "usglr")},
     "ssl": {"hand_over": "batch", "hand_over_optimizer": True, "visit_order": "random"},
     "sfl": {"average_every": "step"},
     "fl": {"local_steps": 2},
@@ -329,7 +329,9 @@ def test_a_server_cannot_evade_the_watch_by_sharing() -> None:
 
 NEEDS = {
     **{a: {FORWARD, BACKWARD} for a in ("psl", "slr", "sgl", "sglr", "sflv3")},
-    **{a: {FORWARD, BACKWARD, AVERAGE} for a in ("sfl", "sflv1", "sflv2")},
+    **{a: {FORWARD, BACKWARD, AVERAGE} for a in ("sfl", "sflv1", "sflv2", "scala")},
+    **{a: {FORWARD, TAIL, BACKWARD} for a in ("upsl", "usglr")},
+    "usfl": {FORWARD, TAIL, BACKWARD, AVERAGE},
     "ssl": {FORWARD, BACKWARD, HAND_OVER},
     "ussl": {FORWARD, TAIL, BACKWARD, HAND_OVER},
     "fl": {FIT, AVERAGE},
