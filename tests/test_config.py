@@ -124,7 +124,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "logit_adjust": words("none", "client"),
     "sampling": words("fixed", "proportional", "global"),
     "tau": st.floats(0, 9),
-    "average_every": words("step", "round"),
+    "average_every": words("step", "round", "gradients"),
     "hand_over": words("batch", "epoch"),
     "hand_over_optimizer": st.booleans(),
     "visit_order": words("fixed", "random"),

@@ -36,6 +36,7 @@ THINGS = {
     "algorithm": {
         "cl": "",
         "fl": "local_epochs local_steps",
+        "gpsl": "local_epochs local_steps",
         "psl": "gradient_scale",
         "ssl": "hand_over hand_over_optimizer visit_order",
         "slr": "alpha alpha_clients gradient_scale",

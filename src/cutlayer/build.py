@@ -34,6 +34,7 @@ from cutlayer.checks import (
     check_parts,
     check_rate,
     check_single_rows,
+    check_start,
     check_starved,
     check_trained,
     given_for,
@@ -314,6 +315,7 @@ class Prepared:
             raw=sum(x.nbytes for x in train.form.rows),
             model=sum(map(model_bytes, self.split.all)),
             client_model=sum(map(model_bytes, client)),
+            client_gradient=sum(p.nbytes for part in client for p in part.parameters() if p.requires_grad),
             features=crossing_bytes(self.split.returning),
             returned=crossing_bytes(c for c in self.split.returning if c.differentiable),
         )
@@ -387,6 +389,7 @@ def prepare(
     cuts = _cut_names(config, algorithm.traits, model)
     split = cut(whole, cuts, few.inputs, untie=config.untie)
     check_parts(config, algorithm, split, cuts)
+    check_start(config, algorithm)
     sizes = [len(p) for p in owners]
     rounds, per_epoch = _rounds(config, algorithm, sizes)
     check_starved(config, sizes)

@@ -138,6 +138,15 @@ def check_adjustable(config: RunConfig, task: Task, targets: torch.Tensor, given
         )
 
 
+def check_start(config: RunConfig, algorithm: Algorithm) -> None:
+    """Clients that all take the same steps must start equal. Raises ConfigError."""
+    if algorithm.traits.gradients_cross and config.start != "equal":
+        raise ConfigError(
+            f"start = {config.start!r} is not possible with {config.algorithm}, whose clients all step with one sum of "
+            "gradients: choose equal"
+        )
+
+
 def check_parts(config: RunConfig, algorithm: Algorithm, split: Parts, cuts: tuple[str, ...]) -> None:
     """The algorithm must have something to act on on both sides. Raises CutError."""
     facts = algorithm.entry.facts

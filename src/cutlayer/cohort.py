@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -56,10 +56,20 @@ class Crossed:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of what may move besides the rows: a client model (parameters and buffers) and its optimiser's state."""
+    """Bytes of what may move besides the rows: a client model (parameters and buffers), its optimiser's state, the
+    gradient of all that is trained of it.
+    """
 
     model: int
     optimizer: int
+    gradient: int = 0
+
+
+class Summed(NamedTuple):
+    """Whose weight gradients were summed, and who has stepped with the sum."""
+
+    gave: tuple[int, ...] = ()
+    took: tuple[int, ...] = ()
 
 
 class Cohort(Protocol):
@@ -105,6 +115,12 @@ class Cohort(Protocol):
 
     def backward(self, gradients: CutGradients) -> None:
         """Each client of the last `forward` back-propagates its cut gradient and takes one optimiser step."""
+
+    def backward_together(self, gradients: CutGradients) -> Summed:
+        """Each client of the last `forward` back-propagates its cut gradient, a slice of that of the mean loss over all
+        rows, and sends its weight gradient up; every client, whether it takes part or not, takes one optimiser step
+        with their sum. Models that start equal stay equal.
+        """
 
     def learn(self, steps: int) -> list[Step]:
         """Each participant takes up to `steps` steps of its part of the model on its auxiliary head's loss; nothing
@@ -196,6 +212,10 @@ class CohortAround:
     def backward(self, gradients: CutGradients) -> None:
         """Passed on."""
         self.inner.backward(gradients)
+
+    def backward_together(self, gradients: CutGradients) -> Summed:
+        """Passed on."""
+        return self.inner.backward_together(gradients)
 
     def learn(self, steps: int) -> list[Step]:
         """Passed on."""

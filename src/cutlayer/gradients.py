@@ -7,7 +7,7 @@ and the factor is W / W_k, what all rows count by what the client's do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -50,6 +50,16 @@ def means_of_clients(own: Tensor, masses: Sequence[float]) -> Tensor:
 def gradient_of(tensor: Tensor) -> Tensor:
     """A tensor's gradient; zeros where nothing reached it."""
     return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+
+
+def summed(gradients: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The sum of several clients' weight gradients, by name, in their order."""
+    first, *others = gradients
+    total = {name: g.clone() for name, g in first.items()}
+    for other in others:
+        for name, g in other.items():
+            total[name] += g
+    return total
 
 
 def own(gradient: Rows, smashed: Smashed, scale: str = "own") -> CutGradients:

@@ -106,7 +106,8 @@ def paced(
     if config.eval_every is not None or config.evaluate_on == "own":
         return Pace(every, clients, clients)
     held_out = len(source.validation) + len(source.test)
-    one_model = algorithm.traits.models_cross or algorithm.traits.central or len(sizes) == 1
+    traits = algorithm.traits
+    one_model = traits.models_cross or traits.gradients_cross or traits.central or len(sizes) == 1
     judged = 1 if one_model and config.judge != "ensemble" else min(clients or len(sizes), len(sizes))
     allowed = _SHARE * _TRAINING * trained_rows(config, algorithm, sizes, rounds)
     wanted = math.ceil(rounds / every) * judged * held_out

@@ -87,7 +87,7 @@ class CommonKeywords(TypedDict, total=False):
     local_epochs: int
     local_steps: int | None
     gradient_scale: Literal["own", "union"]
-    average_every: Literal["step", "round"]
+    average_every: Literal["step", "round", "gradients"]
     hand_over: Literal["batch", "epoch"]
     hand_over_optimizer: bool
     visit_order: Literal["fixed", "random"]

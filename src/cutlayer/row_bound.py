@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cutlayer.cohort import Cohort, CohortAround, Tell
+from cutlayer.cohort import Cohort, CohortAround, Summed, Tell
 from cutlayer.errors import CutlayerWarning
 from cutlayer.gradients import column
 from cutlayer.types import CutGradients, Rows, Smashed, TailGradients
@@ -93,6 +93,11 @@ class RowBound(CohortAround):
         """Clients whose rows were scaled down get the gradient of what they sent."""
         scaled = self._scaled
         self.inner.backward(gradients if scaled is None else self._through(gradients, scaled))
+
+    def backward_together(self, gradients: CutGradients) -> Summed:
+        """The same."""
+        scaled = self._scaled
+        return self.inner.backward_together(gradients if scaled is None else self._through(gradients, scaled))
 
     def state(self) -> dict[str, Any]:
         """The inner cohort's."""

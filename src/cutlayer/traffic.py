@@ -15,7 +15,8 @@ class Epoch:
     """An epoch of C equal clients.
 
     Sizes in bytes: `smashed` and `gradient` of one sample at the cut (up, down), `features` and `returned` at a second
-    cut (down, up), `label` and `raw` of one sample, `model` and `client_model` with their buffers.
+    cut (down, up), `label` and `raw` of one sample, `model` and `client_model` with their buffers, `client_gradient` of
+    what clients train.
     """
 
     clients: int
@@ -27,6 +28,7 @@ class Epoch:
     raw: int
     model: int
     client_model: int
+    client_gradient: int = 0
     features: int = 0
     returned: int = 0
 
@@ -46,6 +48,7 @@ class Traffic:
     bytes of the model that each client sends and receives once an epoch. `moved`: bytes of the model that goes from
     one client to the next (relay). `server_passes`: how often the server's part trains on each sample. `answers_apart`:
     the gradients that come down are of another loss than the server's own, so that it goes back to the cut twice.
+    `summed`: bytes of the weight gradient that each client sends in every step, and of the sum that each receives.
     """
 
     pattern: Pattern
@@ -57,3 +60,4 @@ class Traffic:
     moved: int = 0
     server_passes: float = 1.0
     answers_apart: bool = False
+    summed: int = 0

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 FORWARD = "forward"  # smashed data and labels go up
 TAIL = "tail"  # U-shaped split: features go down, their gradients come up
 BACKWARD = "backward"  # cut gradients go down; every client steps
+BACKWARD_TOGETHER = "backward_together"  # the same; weight gradients go up, and every client steps with their sum
 LEARN = "learn"  # local steps of the client part on the loss of an auxiliary head
 FIT = "fit"  # local training of whole models
 AVERAGE = "average"  # client models go up, their weighted mean comes down
@@ -22,7 +23,7 @@ HAND_OVER = "hand_over"  # the one client model moves on
 STEP_EACH = "step_in_turn"  # one server model, stepped on one client's rows after another's
 STEP_COPIES = "step_copies"  # a copy of the server model per client
 
-CLIENT_VERBS = frozenset({FORWARD, TAIL, BACKWARD, LEARN, FIT, AVERAGE, HAND_OVER})
+CLIENT_VERBS = frozenset({FORWARD, TAIL, BACKWARD, BACKWARD_TOGETHER, LEARN, FIT, AVERAGE, HAND_OVER})
 SERVER_VERBS = frozenset({STEP_EACH, STEP_COPIES})
 VERBS = CLIENT_VERBS | SERVER_VERBS
 _CONSTANTS = {word: name for name, word in globals().items() if name.isupper() and isinstance(word, str)}
@@ -91,6 +92,11 @@ class Traits:
         return self.averages or self.takes_turns
 
     @property
+    def gradients_cross(self) -> bool:
+        """Gradients of the clients' weights leave them, whose models stay equal by taking the same steps."""
+        return BACKWARD_TOGETHER in self.needs
+
+    @property
     def server_sees_one_client(self) -> bool:
         """A forward pass of the server has the rows of a single client."""
         return bool(self.needs & {STEP_EACH, STEP_COPIES, HAND_OVER})
@@ -107,6 +113,8 @@ class Traits:
                 found["labels"] = "every row"
         if self.u_shaped:
             found["gradients"] = "of the loss by the server's features"
+        if self.gradients_cross:
+            found["gradients"] = "of the loss by the client's weights, in each step"
         if self.needs & {TAIL, FIT, LEARN}:
             found["losses"] = "the mean of each batch"
         if self.models_cross:
@@ -119,8 +127,10 @@ class Traits:
         """What a client receives during training, besides the rows and results of evaluation."""
         if self.central:
             return ()
-        found = ["cut gradients"] if BACKWARD in self.needs else []
+        found = ["cut gradients"] if self.needs & {BACKWARD, BACKWARD_TOGETHER} else []
         found += ["the server's features"] if self.u_shaped else []
+        if self.gradients_cross:
+            found.append("the sum of all clients' weight gradients")
         if self.averages:
             found.append("the averaged model")
         return (*found, "the model of the client before") if self.takes_turns else tuple(found)

@@ -17,6 +17,7 @@ WORDS: dict[type[m.Message], set[str]] = {
     m.TailUp: {"gradients", "losses"},
     m.Fitted: {"losses"},
     m.ModelUp: {"models"},
+    m.GradientUp: {"gradients"},
 }
 PLAIN = {m.Settled, m.EvaluationRows, m.Saved}
 """What is done with every algorithm, and tells nothing of what is trained on."""

@@ -51,9 +51,14 @@ class Algorithm(Thing):
         return None
 
     @property
+    def needs(self) -> frozenset[str]:
+        """The verbs that its round uses: as registered, unless its options change that."""
+        return frozenset(self.entry.facts["needs"])
+
+    @property
     def traits(self) -> Traits:
         """What follows from its needs."""
-        return traits_of(self.entry)
+        return Traits.of(self.needs, self.entry.facts["central"])
 
     @property
     def part_of_round(self) -> tuple[int, int | None]:

@@ -22,7 +22,7 @@ from cutlayer.plugins import option
 from cutlayer.server import Server
 from cutlayer.traffic import Epoch, Traffic
 from cutlayer.types import CutGradients, Round, Step
-from cutlayer.verbs import AVERAGE, BACKWARD, FORWARD, STEP_COPIES, STEP_EACH
+from cutlayer.verbs import AVERAGE, BACKWARD, BACKWARD_TOGETHER, FORWARD, STEP_COPIES, STEP_EACH
 
 AVERAGES = "it averages the client models"
 
@@ -39,11 +39,20 @@ AVERAGES = "it averages the client models"
 class Sfl(Scaled, LocalWork):
     """SplitFed as the SGLR paper writes it."""
 
-    average_every: Literal["step", "round"] = option("round")
-    """When client models are averaged."""
+    average_every: Literal["step", "round", "gradients"] = option("round", planned=True)
+    """When client models are averaged; or, with gradients, never: in each step all clients, whether they have rows in
+    it or not, step with the sum of the clients' gradients of the one loss."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Models or gradients leave a client."""
+        return super().needs if self.average_every != "gradients" else frozenset({FORWARD, BACKWARD_TOGETHER})
 
     def round(self, server: Server, clients: Cohort, this: Round) -> Iterator[Step]:
         """One round of SFL: PSL plus averaging of the client models."""
+        if self.average_every == "gradients":
+            yield from in_step(server, clients)
+            return
         trained: set[int] = set()
         while smashed := clients.forward():
             step = server.step(smashed)
@@ -61,7 +70,9 @@ class Sfl(Scaled, LocalWork):
         return self.average_every == "step"
 
     def traffic(self, epoch: Epoch) -> Traffic:
-        """As PSL, and the client models up and down, once a round."""
+        """As PSL, and the client models up and down, once a round; or gradients, once a step."""
+        if self.average_every == "gradients":
+            return Traffic("steps", summed=epoch.client_gradient)
         return Traffic("steps", averaged=epoch.client_model)
 
 
@@ -146,6 +157,14 @@ class SflV3(LocalWork):
     def traffic(self, epoch: Epoch) -> Traffic:
         """As PSL."""
         return Traffic("steps")
+
+
+def in_step(server: Server, clients: Cohort) -> Iterator[Step]:
+    """A round whose clients all step with the sum of their gradients of the one loss."""
+    while smashed := clients.forward():
+        step = server.step(smashed)
+        clients.backward_together(own(step.gradient, smashed, "union"))
+        yield report(step, smashed)
 
 
 def _with_server_copies(server: Server, clients: Cohort) -> Generator[Step, None, set[int]]:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from cutlayer.cohort import CohortAround
+from cutlayer.cohort import CohortAround, Summed
 from cutlayer.costs.energy import Energy, Use, clients_energy, server_energy
 from cutlayer.costs.fleet import Array, Fleet
 from cutlayer.costs.flops import ModelFlops
@@ -210,13 +210,30 @@ class ClockedCohort(CohortAround):
     def backward(self, gradients: CutGradients) -> None:
         """The server's passes, cut gradients down, the backward passes."""
         self.inner.backward(gradients)
+        self._passes(gradients, *self._down_since())
+
+    def backward_together(self, gradients: CutGradients) -> Summed:
+        """The same; then weight gradients go up, and everybody waits for their sum."""
+        before = self.ledger.of_clients("down", "weight gradients")
+        summed = self.inner.backward_together(gradients)
+        sums = self.ledger.of_clients("down", "weight gradients") - before
+        down, leaving = self._down_since()
+        once = int(sums.max(initial=0))
+        out = once if self.clock.fleet.multicast else int(sums.sum())
+        self._passes(gradients, down - sums, leaving - out)
+        self._upload()
+        self.clock.download(8.0 * sums, 8.0 * out)
+        return summed
+
+    def _passes(self, gradients: CutGradients, down: Array, leaving: float) -> None:
+        """The server's passes, `down` [C] bytes to the clients (`leaving` leave the server), the backward passes."""
         server = self.flops.server
         rows = np.zeros_like(self._rows)
         addressed = [*gradients.clients, *gradients.active]
         rows[addressed] = self._rows[addressed]
         per_row = server.backward if self._tail_done else self.server_flops
         self.clock.serve(float(rows.sum()) * per_row)
-        self._download()
+        self.clock.download(8.0 * down, 8.0 * leaving)
         self.clock.compute(rows * self.flops.client.backward)
 
     def learn(self, steps: int) -> list[Step]:
@@ -313,7 +330,12 @@ class ClockedCohort(CohortAround):
 
     def _download(self) -> None:
         """What has come down since the last look."""
+        down, leaving = self._down_since()
+        self.clock.download(8.0 * down, 8.0 * leaving)
+
+    def _down_since(self) -> tuple[Array, float]:
+        """Bytes [C] that have come down since the last look, and how many left the server."""
         up, down, total = self._sent
         _, now, now_total = self._seen()
         self._sent = (up, now, now_total)
-        self.clock.download(8.0 * (now - down), 8.0 * (now_total - total))
+        return now - down, now_total - total

@@ -93,8 +93,9 @@ def _counted(name: str, t: Traffic, w: Workload) -> Expected:
         broadcast = alone + w.samples_per_client * gradient
         paper = rows * sent + alone + gradient
     down, broadcast, paper = down + features, broadcast + features, paper + features
-    up, down = up + c * t.averaged, down + c * t.averaged
-    broadcast, paper = broadcast + t.averaged, paper + 2 * c * t.averaged
+    moved = t.averaged + t.summed * -(-w.samples_per_client // w.batch)  # from and to each client in an epoch
+    up, down = up + c * moved, down + c * moved
+    broadcast, paper = broadcast + moved, paper + 2 * c * moved
     moves = (epochs * c - 1) * t.moved if c > 1 else 0  # the very first client has the model already
     return Expected(
         name,
@@ -209,6 +210,8 @@ class _Path:
         served = rounds * sum(count * serve[size] for size, count in batches.items())
         latencies = 2 * f.latency * rounds * sum(batches.values())
         last = come[order[-1]]
+        if self.t.summed:
+            return self._in_step(batches, go, come, serve)
         if not averaged:
             return total + between + served + latencies + float(last.max())
         up = self._up(averaged, w.epochs)
@@ -226,6 +229,22 @@ class _Path:
         up = self._up(size * w.returned, times, together=together > 1)
         down = self._down(size * w.features, size * w.features * together, times)
         return up + down + size * w.flops.tail.training / f.speeds + 2 * f.latency
+
+    def _in_step(
+        self, batches: dict[int, int], go: dict[int, Array], come: dict[int, Array], serve: dict[int, float]
+    ) -> float:
+        """The same where all wait for the sum of their gradients in every step; `batches` by size, in order."""
+        w, f, summed = self.w, self.fleet, self.t.summed
+        order, steps = list(batches), w.epochs * sum(batches.values())
+        up = self._up(summed, steps)
+        down = self._down(summed, summed if f.multicast else summed * w.clients, steps)
+        before = [size for size in order for _ in range(batches[size])]
+        starts = Counter(itertools.pairwise([*before, order[0]]))  # an epoch's steps, each with the next one
+        total = float(go[order[0]].max()) + float(down.max()) - float((down + go[order[0]]).max())
+        for (now, then), count in starts.items():
+            step = serve[now] + float((come[now] + up).max()) + float((down + go[then]).max()) + 4 * f.latency
+            total += w.epochs * count * step
+        return total
 
     def _batches(self) -> dict[int, int]:
         """Sizes of an epoch's batches, with how many there are of each, in order."""

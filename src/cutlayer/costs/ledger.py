@@ -21,13 +21,21 @@ import numpy as np
 from msgspec import Meta
 from torch import Tensor
 
-from cutlayer.cohort import Cohort, CohortAround, Crossed, Direction, Predict
+from cutlayer.cohort import Cohort, CohortAround, Crossed, Direction, Predict, Summed
 from cutlayer.data.samples import AtClient, Samples
 from cutlayer.stored import Count, Stored, below, checked, sized
 from cutlayer.types import CutGradients, Evaluation, Round, Rows, Smashed, TailGradients
 
 Kind = Literal[
-    "smashed data", "labels", "cut gradients", "features", "models", "raw data", "evaluation", "server model"
+    "smashed data",
+    "labels",
+    "cut gradients",
+    "features",
+    "models",
+    "raw data",
+    "evaluation",
+    "server model",
+    "weight gradients",
 ]
 _APART = ("evaluation", "server model")  # what crosses besides training
 Convention = Literal["wire-unicast", "wire-broadcast", "paper"]
@@ -138,6 +146,7 @@ class MeteredCohort(CohortAround):
         self.ledger, self._crossed = ledger, crossed
         self._stale: set[int] = set()  # missed an averaging: will fetch the model when they next take part
         self._common_seen = False  # in this round
+        self._in_step = False  # clients all take the same steps: who has missed one needs the optimiser's state too
 
     def begin_round(self, index: int, total: int, lr_factor: float) -> Round:
         """Participants that missed an averaging fetch the averaged model first."""
@@ -169,6 +178,22 @@ class MeteredCohort(CohortAround):
             self.inner.backward(gradients)
         finally:
             self._count("cut gradients", common_rows=len(gradients.common[0]) if gradients.active else 0)
+
+    def backward_together(self, gradients: CutGradients) -> Summed:
+        """Down: cut gradients; up: the weight gradients of those whom they were for; down: their sum, to everybody (to
+        those who were away the model when they next take part).
+        """
+        try:
+            summed = self.inner.backward_together(gradients)
+        finally:
+            self._count("cut gradients", common_rows=len(gradients.common[0]) if gradients.active else 0)
+        if summed.gave:
+            size = self.footprint(summed.gave[0]).gradient
+            self.ledger.add("up", "weight gradients", summed.gave, size)
+            self.ledger.broadcast("weight gradients", summed.took, size)
+            self._stale |= set(range(len(self.samples))) - set(summed.took)
+            self._in_step = True
+        return summed
 
     def average(self, weights: Mapping[int, float]) -> tuple[int, ...]:
         """Up: the models of those averaged; down: the average, to the same clients (to others when they next take
@@ -229,7 +254,8 @@ class MeteredCohort(CohortAround):
         """Down: the averaged model, to those of `clients` that have missed it."""
         late = [k for k in clients if k in self._stale]
         if late:
-            self.ledger.broadcast("models", late, self.footprint(late[0]).model)
+            size = self.footprint(late[0])
+            self.ledger.broadcast("models", late, size.model + (size.optimizer if self._in_step else 0))
             self._stale -= set(late)
 
     def _count(self, kind: Kind, *, up: Kind | None = None, common_rows: int = 0) -> None:

@@ -99,6 +99,7 @@ class Measured:
             raw=raw,
             model=self.whole.moving,
             client_model=self.client.moving,
+            client_gradient=self.client.trainable,
             features=crossing_bytes(self.returning),
             returned=crossing_bytes(c for c in self.returning if c.differentiable),
             flops=self.flops,

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-from cutlayer.cohort import Cohort, CohortAround, Predict
+from cutlayer.cohort import Cohort, CohortAround, Predict, Summed
 from cutlayer.data.batches import Drawn
 from cutlayer.data.samples import Samples
 from cutlayer.defences.pipeline import Defences, Guarded
@@ -36,10 +36,18 @@ class DefendedCohort(CohortAround):
 
     def backward(self, gradients: CutGradients) -> None:
         """Every client takes its gradient, own or common, back through its defences."""
+        self.inner.backward(self._back(gradients))
+
+    def backward_together(self, gradients: CutGradients) -> Summed:
+        """The same."""
+        return self.inner.backward_together(self._back(gradients))
+
+    def _back(self, gradients: CutGradients) -> CutGradients:
+        """Gradients that have gone back through the defences."""
         assert self._guarded is not None, "a backward pass follows a forward pass"
         sizes = self._guarded.sizes
         own = self._guarded.back(gradients.for_all(self._asked, sizes))
-        self.inner.backward(CutGradients(own, self._asked, sizes))
+        return CutGradients(own, self._asked, sizes)
 
     def evaluate(self, samples: Samples, predict: Predict, clients: Sequence[int] | None = None) -> Evaluation:
         """Smashed data of held-out samples is protected, too."""

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cutlayer.cohort import Cohort, CohortAround
+from cutlayer.cohort import Cohort, CohortAround, Summed
 from cutlayer.errors import ConfigError
 from cutlayer.rows import check_rows, flat
 from cutlayer.types import CutGradients, Smashed, joined
@@ -162,8 +162,16 @@ class WatchedCohort(CohortAround):
 
     def backward(self, gradients: CutGradients) -> None:
         """Passed on, and looked at."""
+        self._look(gradients)
+        self.inner.backward(gradients)
+
+    def backward_together(self, gradients: CutGradients) -> Summed:
+        """Passed on, and looked at."""
+        self._look(gradients)
+        return self.inner.backward_together(gradients)
+
+    def _look(self, gradients: CutGradients) -> None:
         assert self._smashed is not None, "a backward pass follows a forward pass"
         for k, size in zip(gradients.clients, gradients.sizes, strict=True):
             own = self._smashed.only(k)
             self.watches[k].observe(joined(gradients.for_client(k, size)), joined(own.rows), own.labels)
-        self.inner.backward(gradients)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cutlayer.cohort import Cohort, CohortAround
+from cutlayer.cohort import Cohort, CohortAround, Summed
 from cutlayer.errors import ConfigError
 from cutlayer.types import CutGradients, Smashed, Step, TailGradients
-from cutlayer.verbs import AVERAGE, BACKWARD, FIT, FORWARD, HAND_OVER, LEARN, TAIL, undeclared
+from cutlayer.verbs import AVERAGE, BACKWARD, BACKWARD_TOGETHER, FIT, FORWARD, HAND_OVER, LEARN, TAIL, undeclared
 
 
 class BoundedCohort(CohortAround):
@@ -38,6 +38,11 @@ class BoundedCohort(CohortAround):
         """Raises ConfigError if it is not needed."""
         self._check(BACKWARD)
         self.inner.backward(gradients)
+
+    def backward_together(self, gradients: CutGradients) -> Summed:
+        """Raises ConfigError if it is not needed."""
+        self._check(BACKWARD_TOGETHER)
+        return self.inner.backward_together(gradients)
 
     def learn(self, steps: int) -> list[Step]:
         """Raises ConfigError if it is not needed."""

@@ -126,6 +126,8 @@ class Choice:
             return "local"
         if config.engine == "auto" and self._one_union_step():
             return "union"
+        if config.engine == "auto" and self.traits.gradients_cross:  # equal models: nothing to gain
+            return "local"
         if config.engine == "stacked" and (lacking := sorted(needs - StackedCohort.can)):
             raise ConfigError(
                 f"engine = 'stacked' cannot run {config.algorithm}, which needs {', '.join(lacking)}: choose 'local' "
@@ -188,8 +190,11 @@ class Choice:
     def _one_union_step(self) -> bool:
         """Whether every step is followed by averaging, from equal models, with rules that make both one step."""
         make, make_server, copies = self._makes["clients"], self._makes["copies"], self.traits.server_copies
-        if not self.averages_every_step or self.traits.needs - UnionCohort.can:
+        together = self.traits.gradients_cross
+        if not (self.averages_every_step or together) or self.traits.needs - UnionCohort.can:
             return False
+        if together and not (self.averages_every_step or self.config.attack):  # all take the same steps
+            return row_by_row(self.split.client, self.example)
         if not self._means or self.config.attack:  # each client's own model is looked at, or changed
             return False
         if self.config.start != "equal" or not rule_of(make).plain:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cutlayer import seeds
 from cutlayer.adjustment import adjusted
 from cutlayer.averaging import average_into
-from cutlayer.cohort import Footprint, Predict
+from cutlayer.cohort import Footprint, Predict, Summed
 from cutlayer.data.samples import Samples
 from cutlayer.eager import backward
 from cutlayer.engine.simulated import (
@@ -27,7 +27,7 @@ from cutlayer.engine.simulated import (
 )
 from cutlayer.errors import NonFiniteError
 from cutlayer.frozen import load_moving, moving, resting
-from cutlayer.gradients import mean_loss
+from cutlayer.gradients import gradient_of, mean_loss, summed
 from cutlayer.models.parts import Part
 from cutlayer.optim import MakeOptimizer, Stepping, as_tensor, load_optimizer, restore_optimizer
 from cutlayer.scoring import Outputs, evaluation
@@ -93,6 +93,21 @@ class Client:
             raise NonFiniteError("weight gradient", (self.name,))
         self.stepping.take(lr, last=last)
 
+    def gradient(self) -> dict[str, Tensor]:
+        """The gradient of every parameter that is trained, by its name. Raises NonFiniteError, naming the client."""
+        found = {name: gradient_of(p) for name, p in self.module.named_parameters() if p.requires_grad}
+        if not finite(*found.values()):
+            raise NonFiniteError("weight gradient", (self.name,))
+        return found
+
+    def take(self, gradient: Mapping[str, Tensor], lr: float, *, last: bool) -> None:
+        """A step as `step` takes it, with this gradient."""
+        for name, p in self.module.named_parameters():
+            if p.requires_grad:
+                p.grad = gradient[name].clone()
+        self.smashed = ()
+        self.step(lr, last=last)
+
     def finish(self, features: Rows, seed: int) -> tuple[Tensor, list[Tensor]]:
         """U-shaped split: the tail goes on from `features`, each [b, f...]: the mean loss over the rows, and its
         gradients with respect to them. Raises NonFiniteError, naming the client.
@@ -135,10 +150,11 @@ class Client:
     def footprint(self) -> Footprint:
         """Bytes of the model and of the optimiser's state."""
         model = model_bytes(self.module)
+        gradient = sum(p.nbytes for p in self.module.parameters() if p.requires_grad)
         if self.optimizer is None:
             return Footprint(model, 0)
         tensors = [as_tensor(v) for s in self.optimizer.state.values() for v in s.values() if v is not None]
-        return Footprint(model, sum(t.nbytes for t in tensors))
+        return Footprint(model, sum(t.nbytes for t in tensors), gradient)
 
 
 def _named(lower: nn.Module, tail: nn.Module | None) -> list[tuple[str, Tensor]]:
@@ -225,6 +241,19 @@ class LocalCohort(SimulatedCohort):
         for k in self._asked:
             self._clients[k].step(self._rate, last=not self._quota[k])
         self._alike = len(self._clients) == 1
+
+    def backward_together(self, gradients: CutGradients) -> Summed:
+        """Every client of the last `forward` back-propagates what it received; all step with the sum."""
+        for k in self._asked:
+            client = self._clients[k]
+            client.backward(gradients.for_client(k, len(client.labels)))
+        total = summed([self._clients[k].gradient() for k in self._asked])
+        last = not self._quota[list(self._participants)].any()
+        for client in self._clients:
+            client.take(total, self._rate, last=last)
+        if any(True for _ in self._clients[0].module.buffers()):  # running statistics are each client's own
+            self._alike = len(self._clients) == 1
+        return Summed(self._asked, tuple(range(len(self._clients))))
 
     def learn(self, steps: int) -> list[Step]:
         """Each participant takes up to `steps` steps on its auxiliary head's loss."""

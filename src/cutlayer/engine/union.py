@@ -11,46 +11,51 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
 from cutlayer.adjustment import adjusted
-from cutlayer.cohort import Footprint, Predict
+from cutlayer.cohort import Footprint, Predict, Summed
 from cutlayer.data.samples import Samples
 from cutlayer.engine.simulated import Clients, CohortState, SimulatedCohort, model_bytes
 from cutlayer.engine.stackable import close, drawing, exact
 from cutlayer.errors import ConfigError, NonFiniteError
 from cutlayer.gradients import column, means, spread
-from cutlayer.optim import MakeOptimizer, set_lr
+from cutlayer.optim import MakeOptimizer, Stepping, as_tensor, restore_optimizer, set_lr
 from cutlayer.scoring import Outputs, evaluation
 from cutlayer.server import Server, ServerStep, apart, culprits, finite
 from cutlayer.stored import checked, fit
 from cutlayer.tasks import Task
-from cutlayer.types import CutGradients, Evaluation, Rows, Smashed, Step, as_tuple, masses_of
-from cutlayer.verbs import AVERAGE, BACKWARD, FIT, FORWARD, STEP_COPIES
+from cutlayer.types import CutGradients, Evaluation, Round, Rows, Smashed, Step, as_tuple, masses_of
+from cutlayer.verbs import AVERAGE, BACKWARD, BACKWARD_TOGETHER, FIT, FORWARD, STEP_COPIES
 
 
 class _UnionState(CohortState, kw_only=True):
     model: dict[str, Tensor]
+    optimizer: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
 class UnionCohort(SimulatedCohort):
     """Clients whose models are equal before and after every step: one model for all."""
 
-    can: ClassVar[frozenset[str]] = frozenset({FORWARD, BACKWARD, FIT, AVERAGE, STEP_COPIES})
+    can: ClassVar[frozenset[str]] = frozenset({FORWARD, BACKWARD, FIT, AVERAGE, STEP_COPIES, BACKWARD_TOGETHER})
 
     def __init__(self, setup: Clients) -> None:
         super().__init__(setup)
         self._model, _ = setup.models[0]
         self._weights = [p for p in self._model.parameters() if p.requires_grad]
-        self._optimizer = setup.make_optimizer(self._model.named_parameters())
+        self._stepping = Stepping(setup.make_optimizer, self._model.named_parameters())
+        self._optimizer = self._stepping.optimizer
         self._asked: tuple[int, ...] = ()
         self._sizes: tuple[int, ...] = ()
         self._given: Rows = ()
 
     def footprint(self, client: int) -> Footprint:
-        """Bytes of the client's model; plain gradient descent has no state."""
-        return Footprint(model_bytes(self._model), 0)
+        """Bytes of the client's model, of its optimiser's state and of its gradient."""
+        states = self._optimizer.state.values() if self._optimizer else ()
+        kept = sum(as_tensor(v).nbytes for state in states for v in state.values() if v is not None)
+        return Footprint(model_bytes(self._model), kept, sum(p.nbytes for p in self._weights))
 
     def forward(self, clients: Sequence[int] | None = None, *, labels: bool = True) -> Smashed:
         """Every participant with a batch left in this round sends smashed data and labels."""
@@ -67,6 +72,21 @@ class UnionCohort(SimulatedCohort):
         floats = [s for s in self._given if s.is_floating_point()]
         pairs = [(s, g * column(share, g)) for s, g in zip(floats, received, strict=True) if s.requires_grad]
         self._step([s for s, _ in pairs], [g for _, g in pairs])
+
+    def backward_together(self, gradients: CutGradients) -> Summed:
+        """One step with the gradient of the loss over all rows: the sum of the clients'."""
+        received = gradients.for_all(self._asked, self._sizes)
+        floats = [s for s in self._given if s.is_floating_point()]
+        pairs = [(s, g) for s, g in zip(floats, received, strict=True) if s.requires_grad]
+        everybody = tuple(range(len(self.samples)))
+        if self._differentiate([s for s, _ in pairs], [g for _, g in pairs]):
+            self._stepping.take(self._rate, last=not self._quota[list(self._participants)].any())
+        return Summed(self._asked, everybody)
+
+    def begin_round(self, index: int, total: int, lr_factor: float) -> Round:
+        """As for all; what the round before has left undone is done first, at its rate."""
+        self._stepping.settle()
+        return super().begin_round(index, total, lr_factor)
 
     def fit(self) -> list[Step]:
         """Each participant's one local step on its whole model, averaged."""
@@ -88,6 +108,7 @@ class UnionCohort(SimulatedCohort):
 
     def evaluate(self, samples: Samples, predict: Predict, clients: Sequence[int] | None = None) -> Evaluation:
         """The one model, for all."""
+        self._stepping.settle()
         self._model.eval()
 
         def outputs_of(models: Sequence[int], part: Samples, start: int) -> Outputs:
@@ -102,7 +123,9 @@ class UnionCohort(SimulatedCohort):
 
     def state(self) -> dict[str, Any]:
         """The model and the clocks."""
-        return {**self._base_state(), "model": self._model.state_dict()}
+        self._stepping.settle()
+        kept = {"optimizer": self._optimizer.state_dict()} if self._optimizer and self._optimizer.state else {}
+        return {**self._base_state(), "model": self._model.state_dict(), **kept}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take a state that `state()` returned. Raises MalformedError."""
@@ -110,6 +133,8 @@ class UnionCohort(SimulatedCohort):
         self._load_base(found)
         fit(found.model, self._model.state_dict(), "the clients' model")
         self._model.load_state_dict(found.model)
+        if found.optimizer:
+            restore_optimizer(self._optimizer, found.optimizer, "the clients' optimiser")
 
     def _forward(self, asked: tuple[int, ...]) -> Samples:
         batch, sizes, _ = self._draw(asked)
@@ -119,16 +144,21 @@ class UnionCohort(SimulatedCohort):
         return batch
 
     def _step(self, outputs: list[Tensor], gradients: list[Tensor]) -> None:
+        if self._differentiate(outputs, gradients) and self._optimizer is not None:
+            set_lr(self._optimizer, self._rate)
+            self._optimizer.step()
+
+    def _differentiate(self, outputs: list[Tensor], gradients: list[Tensor]) -> bool:
+        """Leave the model's gradients with its weights; whether there are some. Raises NonFiniteError."""
         self._given = ()
         if not outputs or self._optimizer is None:
-            return
+            return False
         found = torch.autograd.grad(outputs, self._weights, gradients, allow_unused=True, retain_graph=True)
         if not finite(*(g for g in found if g is not None)):
             raise NonFiniteError("weight gradient", self._blamed(outputs, gradients))
         for p, g in zip(self._weights, found, strict=True):
             p.grad = g
-        set_lr(self._optimizer, self._rate)
-        self._optimizer.step()
+        return True
 
     def _blamed(self, outputs: list[Tensor], gradients: list[Tensor]) -> tuple[int, ...]:
         """The clients whose own rows make a weight gradient that is not finite."""

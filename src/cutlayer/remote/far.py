@@ -19,18 +19,19 @@ import torch
 from torch import Tensor
 
 from cutlayer.averaging import average
-from cutlayer.cohort import Footprint, Held, Predict, Tell
+from cutlayer.cohort import Footprint, Held, Predict, Summed, Tell
 from cutlayer.data.samples import AtClient, Samples
 from cutlayer.data.sampling import Turns
 from cutlayer.engine.local import Client, named_as_whole, outputs_with
 from cutlayer.engine.simulated import Local, Routine, Shape, together
 from cutlayer.errors import AbsentError, NonFiniteError, StepLostError, TrainingError, WireError
 from cutlayer.frozen import load_moving, resting, trains
+from cutlayer.gradients import summed
 from cutlayer.models.parts import Crossing
 from cutlayer.remote import announced
 from cutlayer.remote.carrier import Carrier, Lost, Request
 from cutlayer.remote.vetting import Vetting, largest, outlying
-from cutlayer.remote.worker import expected_state, state_of
+from cutlayer.remote.worker import expected_state, flattened, restore, state_of
 from cutlayer.scoring import ROWS_PER_PASS, Outputs, evaluation, judged
 from cutlayer.stored import Amount, Count, Digits, Stored, below, checked, fit, fits, sized
 from cutlayer.tasks import Value
@@ -85,7 +86,7 @@ class Remote(Routine):
         return self.task.weights(torch.zeros(1, *self.targets.shape, dtype=self.targets.dtype)) is None
 
 
-class _RemoteState(Stored, rename={"class_counts": "class counts"}):
+class _RemoteState(Stored, rename={"class_counts": "class counts", "twins_optimizer": "twin's optimizer"}):
     step: Count
     samples: list[Count]
     masses: list[Amount]
@@ -97,6 +98,7 @@ class _RemoteState(Stored, rename={"class_counts": "class counts"}):
     excluded: dict[Digits, str]
     class_counts: list[list[Count]] = msgspec.field(default_factory=list)
     handed: list[Tensor] = msgspec.field(default_factory=list)
+    twins_optimizer: dict[str, Tensor] | None = None
 
 
 class RemoteCohort:
@@ -121,6 +123,8 @@ class RemoteCohort:
         self._step = 0  # numbers exchanges that belong together
         self._quota = np.zeros(len(setup.samples), np.int64)
         self._participants: tuple[int, ...] = ()
+        self._lr_factor = 1.0  # of this round
+        self._in_step = False  # all clients take the same steps, and so does the twin
         self._turns: Turns | None = None  # of this round, where batches are not of b rows
         self._takes: dict[int, list[int]] = {}  # the sizes of the batches that clients are asked for now
         self._holder: int | None = None
@@ -177,7 +181,8 @@ class RemoteCohort:
         """Of every client alike."""
         twin = self.setup.twin
         state = {} if twin.optimizer is None else expected_state(twin.optimizer)
-        return Footprint(twin.footprint().model, sum(t.nbytes for t in state.values()))
+        own = twin.footprint()
+        return Footprint(own.model, sum(t.nbytes for t in state.values()), own.gradient)
 
     def begin_round(self, index: int, total: int, lr_factor: float) -> Round:
         """Draw the participants; those that are connected get their number of batches, and a model they missed."""
@@ -205,6 +210,7 @@ class RemoteCohort:
         self._turns = s.turns(index, here, s.samples)
         if self._turns is not None:
             self._quota[list(here)] = list(self._turns.batches.values())
+        self._lr_factor = lr_factor
         self._posts = {k: m.BeginRound(index, total, lr_factor, int(self._quota[k])) for k in here}
         for k, post in self._posts.items():
             self._post(k, post)
@@ -373,6 +379,46 @@ class RemoteCohort:
             elif k in spans:
                 own = [rows[spans[k]] for rows in gradients.own]
                 self._post(k, m.Backward(self._step, "own", self._sizes[k]), encode(own, self.setup.down))
+
+    def backward_together(self, gradients: CutGradients) -> Summed:
+        """Every client of the last `forward` sends its weight gradient; all that are connected step with the sum, and
+        those that are not get the model that came of it when they next take part.
+        """
+        self._waiting.clear()
+        ends = np.cumsum(gradients.sizes).tolist()
+        spans = {k: slice(end - n, end) for k, n, end in zip(gradients.clients, gradients.sizes, ends, strict=True)}
+        common: list[Buffer] = encode(gradients.common, self.setup.down) if gradients.active else []
+
+        def ask(k: int) -> list[Request]:
+            give: Request = (m.GiveGradient(self._step), ())
+            if k in gradients.active:
+                return [(m.Backward(self._step, "common", len(gradients.common[0]), hold=True), common), give]
+            own = encode([rows[spans[k]] for rows in gradients.own], self.setup.down)
+            return [(m.Backward(self._step, "own", self._sizes[k], hold=True), own), give]
+
+        asked = [k for k in self._asked if k in spans or k in gradients.active]
+        given = self._exchange(asked, ask, self._gradient)
+        gave = tuple(k for k in asked if k in given)
+        if not gave:
+            raise StepLostError(self._asked)
+        total, last = summed([given[k] for k in gave]), not self._quota[list(self._participants)].any()
+        took, body = tuple(sorted(self.hub.connected)), encode_named(total)
+        for k in took:
+            self._post(k, m.TakeGradient(self._step, self._lr_factor, last), body)
+        twin = self.setup.twin
+        twin.take(total, self.setup.lr * self._lr_factor, last=last)
+        self._average, self._in_step = state_of(twin.module), True
+        self._stale |= set(range(len(self.samples))) - set(took)
+        if any(True for _ in twin.module.buffers()):  # running statistics are each client's own
+            self._alike = len(self.samples) == 1
+        return Summed(gave, took)
+
+    def _gradient(self, client: int, frame: Frame) -> dict[str, Tensor]:
+        """A client's weight gradient. Raises WireError."""
+        trained = {name: p for name, p in self.setup.twin.module.named_parameters() if p.requires_grad}
+        gradient = decode_named(frame.body, described(trained))
+        _check_finite(tuple(gradient.values()), "weight gradient", client)
+        return gradient
 
     def learn(self, steps: int) -> list[Step]:
         """Each participant takes up to `steps` steps on its auxiliary head's loss."""
@@ -689,6 +735,7 @@ class RemoteCohort:
             "holder": self._holder,
             "alike": self._alike,
             "average": self._average or {},
+            **self._twins_optimizer(),
             "stale": sorted(self._stale | away),
             "excluded": {str(k): why for k, why in self.excluded.items()},
             "handed": [torch.frombuffer(bytearray(body), dtype=torch.uint8) for body in self._handed if len(body)],
@@ -714,8 +761,20 @@ class RemoteCohort:
         self.setup.tests[:] = found.tests
         self.setup.class_counts[:] = found.class_counts
         self._average, self._stale = dict(found.average) or None, set(found.stale)
+        if found.twins_optimizer is not None and self._average is not None:
+            twin, self._in_step = self.setup.twin, True
+            load_moving(twin.module, self._average)
+            if twin.optimizer is not None and found.twins_optimizer:
+                restore(twin.optimizer, b"".join(encode_named(found.twins_optimizer)))
         self.excluded = {int(k): why for k, why in found.excluded.items()}
         self._handed = [body.numpy().tobytes() for body in found.handed]
+
+    def _twins_optimizer(self) -> dict[str, Any]:
+        """The state of the optimiser whose steps all clients take."""
+        if not self._in_step:
+            return {}
+        optimizer = self.setup.twin.optimizer
+        return {"twin's optimizer": {} if optimizer is None else flattened(optimizer)}
 
     def finish(self) -> None:
         """Send what has been posted: the last of all."""
@@ -794,9 +853,11 @@ class RemoteCohort:
         """Those of `clients` that have missed an averaging get what came of it."""
         if missed := self._stale & set(clients) & self.hub.connected:
             assert self._average is not None, "what was missed is an average"
-            body = encode_named(self._average)
+            body, twin = encode_named(self._average), self.setup.twin
             for k in missed:
                 self._post(k, m.TakeModel(self._step), body)
+                if self._in_step and twin.optimizer is not None:
+                    self._post(k, m.TakeOptimizer(self._step), encode_named(flattened(twin.optimizer)))
             self._stale -= missed
 
     def _judged(self) -> list[int]:

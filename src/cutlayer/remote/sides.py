@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from cutlayer import defences, plugins
+from cutlayer.algorithms import Algorithm
 from cutlayer.build import Data, Model, Prepared, Training, prepare
 from cutlayer.cohort import Tell
 from cutlayer.data.samples import AtClient, Samples, Source
@@ -86,7 +87,8 @@ def remote_training(
     Raises UsageError as `assemble` does; ConfigError for centralised learning, which has no clients, and where client
     models would have to leave their machines only to be judged.
     """
-    if config.judge == "average" and not (config.traits.models_cross or config.traits.central):
+    chosen: Algorithm = config.thing("algorithm", config.algorithm)
+    if config.judge == "average" and not (chosen.traits.models_cross or config.traits.central):
         raise ConfigError(
             f"judge = 'average' needs all client models on one machine, but with {config.algorithm} they never leave "
             "their clients' machines, and would have to: choose mean or ensemble"
@@ -310,10 +312,12 @@ def _check_promise(config: RunConfig, protection: Defences, budget: BudgetConfig
     """Raises ConfigError where models would leave that tell what the noise on smashed data hides: before anything is
     sent.
     """
-    if protection.noisy and config.traits.models_cross and not budget.give_model_despite_noise:
+    traits = config.traits
+    if protection.noisy and (traits.models_cross or traits.gradients_cross) and not budget.give_model_despite_noise:
         raise ConfigError(
-            f"noise is added to smashed data, but {config.algorithm} has each client give its model, which is trained "
-            "on its rows without noise and tells what the noise hides: choose an algorithm whose models stay, or set "
+            f"noise is added to smashed data, but {config.algorithm} has each client give its model or gradient, which "
+            "is made from its rows without noise and tells what the noise hides: choose an algorithm whose models "
+            "stay, or set "
             "give_model_despite_noise = true in [budget] if that is meant"
         )
 

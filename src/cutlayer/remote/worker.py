@@ -51,7 +51,19 @@ from cutlayer.tasks import Task, Value
 from cutlayer.text import listed, plain
 from cutlayer.trained import TrainedModel
 from cutlayer.types import Rows, aligned, as_tuple, joined
-from cutlayer.verbs import AVERAGE, BACKWARD, CLIENT_VERBS, FIT, FORWARD, HAND_OVER, LEARN, TAIL, VERBS, Traits
+from cutlayer.verbs import (
+    AVERAGE,
+    BACKWARD,
+    BACKWARD_TOGETHER,
+    CLIENT_VERBS,
+    FIT,
+    FORWARD,
+    HAND_OVER,
+    LEARN,
+    TAIL,
+    VERBS,
+    Traits,
+)
 from cutlayer.wire import RAW, Codec, Frame, agree, decode, decode_named, described, encode, encode_named
 from cutlayer.wire import messages as m
 from cutlayer.wire.tensors import Buffer
@@ -361,7 +373,7 @@ class Worker:
 
     def _unmoved(self, message: m.Message) -> str:
         """Why an optimiser's state does not cross."""
-        if self.duty.moves_optimizer:
+        if self.duty.moves_optimizer or (isinstance(message, m.TakeOptimizer) and self.duty.traits.gradients_cross):
             return ""
         return (
             ", but by this client's configuration the optimiser's state stays with it (hand_over_optimizer): give "
@@ -465,9 +477,28 @@ class Worker:
             gradient = tuple(g.expand(size, *g.shape[1:]) if len(g) == 1 else g[:size] for g in gradient)
         if self._guarded is not None:
             gradient = self._guarded.back(gradient)
-        self._pending = "nothing"
+        self._pending = "held" if message.hold else "nothing"
         self.client.backward(gradient)
-        self.client.step(self._rate, last=self._left <= 0)
+        if not message.hold:
+            self.client.step(self._rate, last=self._left <= 0)
+
+    def _unfit_backward(self, message: m.Backward) -> str:
+        verb = BACKWARD_TOGETHER if message.hold else BACKWARD
+        if verb in self.duty.needs:
+            return ""
+        what = "and a weight gradient" if message.hold else "and a step"
+        return f" {what}, which {self.duty.terms.algorithm} has not"
+
+    def _give_gradient(self, message: m.GiveGradient, body: memoryview) -> Answer:
+        if self._pending != "held":
+            raise WireError(f"a weight gradient is asked for where {_DUE[self._pending]} is due: steps come in order")
+        self._pending = "nothing"
+        return m.GradientUp(message.step), encode_named(self.client.gradient())
+
+    def _take_gradient(self, message: m.TakeGradient, body: memoryview) -> None:
+        like = described({name: p for name, p in self.client.module.named_parameters() if p.requires_grad})
+        gradient = _finite(decode_named(body, like), "the sum of gradients")
+        self.client.take(gradient, self.duty.lr * message.lr_factor, last=message.last)
 
     def _look(self, own: Rows | None) -> None:
         """Watch a gradient that came for this client alone (None: it is shared). Raises DistrustError where the client
@@ -757,8 +788,13 @@ _BACK = "restore it from a copy, or begin the run anew with another folder"
 _PREPARED, _KEPT = "client-next.safetensors", "client.safetensors"
 
 
-_Pending = Literal["nothing", "tail", "gradient"]
-_DUE: dict[_Pending, str] = {"nothing": "a forward pass", "tail": "the tail's turn", "gradient": "a gradient"}
+_Pending = Literal["nothing", "tail", "gradient", "held"]
+_DUE: dict[_Pending, str] = {
+    "nothing": "a forward pass",
+    "tail": "the tail's turn",
+    "gradient": "a gradient",
+    "held": "GiveGradient",
+}
 
 
 def _fits(worker: Worker, message: m.Message) -> str:
@@ -790,14 +826,16 @@ _SERVED: dict[type[m.Message], _Served] = {
     m.BeginRound: _Served(Worker._begin_round, unfit=Worker._too_long),
     m.Forward: _Served(Worker._forward, frozenset({FORWARD}), Worker._unfit_forward),
     m.Tail: _Served(Worker._tail, frozenset({TAIL})),
-    m.Backward: _Served(Worker._backward, frozenset({BACKWARD})),
+    m.Backward: _Served(Worker._backward, frozenset({BACKWARD, BACKWARD_TOGETHER}), Worker._unfit_backward),
+    m.GiveGradient: _Served(Worker._give_gradient, frozenset({BACKWARD_TOGETHER})),
+    m.TakeGradient: _Served(Worker._take_gradient, frozenset({BACKWARD_TOGETHER})),
     m.Fit: _Served(Worker._fit, frozenset({FIT}), Worker._unfit_fit),
     m.Learn: _Served(Worker._learn, frozenset({LEARN}), Worker._unfit_learn),
     m.GiveModel: _Served(Worker._give_model, frozenset({AVERAGE, HAND_OVER})),
-    m.TakeModel: _Served(Worker._take_model, frozenset({AVERAGE, HAND_OVER})),
+    m.TakeModel: _Served(Worker._take_model, frozenset({AVERAGE, HAND_OVER, BACKWARD_TOGETHER})),
     m.TakeServer: _Served(Worker._take_server),
     m.GiveOptimizer: _Served(Worker._give_optimizer, frozenset({HAND_OVER}), Worker._unmoved),
-    m.TakeOptimizer: _Served(Worker._take_optimizer, frozenset({HAND_OVER}), Worker._unmoved),
+    m.TakeOptimizer: _Served(Worker._take_optimizer, frozenset({HAND_OVER, BACKWARD_TOGETHER}), Worker._unmoved),
     m.Settle: _Served(Worker._settle),
     m.Evaluate: _Served(Worker._evaluate, unfit=Worker._unfit_part),
     m.OwnForward: _Served(Worker._own_forward),

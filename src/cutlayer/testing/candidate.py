@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from cutlayer import plugins
-from cutlayer.algorithms import Algorithm, traits_of
+from cutlayer.algorithms import Algorithm
 from cutlayer.engine.stacked import StackedCohort
 from cutlayer.options import RunConfig
 from cutlayer.plugins import Entry
@@ -51,7 +51,7 @@ class Candidate:
     @property
     def traits(self) -> Traits:
         """What follows from its needs."""
-        return traits_of(self.entry)
+        return self.algorithm.traits
 
     @property
     def name(self) -> str:
@@ -71,7 +71,8 @@ class Candidate:
             return []
         if needs <= StackedCohort.can and not self.traits.takes_turns:
             found.append("stacked")
-        if self.algorithm.averages_every_step and self.descent("auto").training.engine == "union":
+        in_step = self.algorithm.averages_every_step or self.traits.gradients_cross
+        if in_step and self.descent("auto").training.engine == "union":
             found.append("union")
         return [*found, "remote"] if needs <= RemoteCohort.can | SERVER_VERBS else found
 

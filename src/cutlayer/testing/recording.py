@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from cutlayer.cohort import Cohort
+from cutlayer.cohort import Cohort, Summed
 from cutlayer.server import Server
 from cutlayer.types import CutGradients, Smashed, TailGradients
 from cutlayer.verbs import CLIENT_VERBS, SERVER_VERBS
@@ -70,6 +70,9 @@ class Recording:
             models = sum(self._model(k) for k in result)
             self.up, self.down = self.up + models, self.down + models
             self._late = set(range(len(self._clients.samples))) - set(result)
+        if isinstance(result, Summed) and result.gave:
+            size = self._clients.footprint(result.gave[0]).gradient
+            self.up, self.down = self.up + len(result.gave) * size, self.down + len(result.took) * size
         now = self._clients.holder
         if name == "hand_over" and holder not in (None, now):
             moved = self._model(holder) + (self._clients.footprint(holder).optimizer if options["optimizer"] else 0)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cutlayer.cohort import Cohort, CohortAround, Crossed, Direction, Predict
+from cutlayer.cohort import Cohort, CohortAround, Crossed, Direction, Predict, Summed
 from cutlayer.data.samples import Samples
 from cutlayer.types import CutGradients, Evaluation, Rows, Smashed, TailGradients
 from cutlayer.wire.codecs import Codec
@@ -42,15 +42,22 @@ class CodedCohort(CohortAround):
 
     def backward(self, gradients: CutGradients) -> None:
         """Own cut gradients go down one by one, a common one is written once."""
-        if not self.trains:
-            return
+        if self.trains:
+            self.inner.backward(self._down(gradients))
+
+    def backward_together(self, gradients: CutGradients) -> Summed:
+        """The same; weight gradients go as they are."""
+        return self.inner.backward_together(self._down(gradients)) if self.trains else Summed()
+
+    def _down(self, gradients: CutGradients) -> CutGradients:
+        """Cut gradients as they are received."""
         own = self._cross("down", self.coding.down, gradients.own, gradients.clients, gradients.sizes)
         common = gradients.common
         if gradients.active:
             common, count = self.coding.common(common)
             self.crossed.append(Crossed("down", gradients.active, count, common=True))
         unchanged = _alike(own, gradients.own) and _alike(common, gradients.common)
-        self.inner.backward(gradients if unchanged else replace(gradients, own=own, common=common))
+        return gradients if unchanged else replace(gradients, own=own, common=common)
 
     def evaluate(self, samples: Samples, predict: Predict, clients: Sequence[int] | None = None) -> Evaluation:
         """Smashed data of held-out samples go up and, in the U-shaped split, features down; without zstd, as remote

@@ -28,6 +28,7 @@ ANSWERS: dict[type[m.Message], type[Any]] = {
     m.Settle: m.Settled,
     m.Fit: m.Fitted,
     m.Learn: m.Fitted,
+    m.GiveGradient: m.GradientUp,
     m.GiveModel: m.ModelUp,
     m.GiveOptimizer: m.OptimizerUp,
     m.Evaluate: m.EvaluationRows,

@@ -186,6 +186,12 @@ class OptimizerUp(Message, tag="Optimizer"):
     step: Count
 
 
+class GradientUp(Message, tag="Gradient"):
+    """Answers GiveGradient. Behind it: the gradient of what is trained, named tensors."""
+
+    step: Count
+
+
 class EvaluationRows(Message, tag="EvaluationRows"):
     """Answers Evaluate and OwnForward: what the client's part gives in evaluation mode. Behind it: tensors of R
     rows.
@@ -278,12 +284,13 @@ class Backward(Message, tag="Backward"):
 
     `own`: R is the client's batch. `common`: the one gradient that several clients share; a client uses the first rows,
     or the only one for each of its rows. Has no answer of its own: whoever answers the next request, which may be
-    Settle, has done this.
+    Settle, has done this. `hold`: do not step; GiveGradient follows.
     """
 
     step: Count
     mode: Literal["own", "common"]
     rows: Size
+    hold: bool = False
 
 
 class Settle(Message, tag="Settle"):
@@ -310,6 +317,22 @@ class Learn(Message, tag="Learn"):
     step: Count
     batches: Count
     sizes: Sizes = []
+
+
+class GiveGradient(Message, tag="GiveGradient"):
+    """Send the weight gradient of the backward pass that is held."""
+
+    step: Count
+
+
+class TakeGradient(Message, tag="TakeGradient"):
+    """Step with this gradient at the base rate times `lr_factor`; `last`: no more batches of the round belong to the
+    step. Behind it: named tensors. Has no answer.
+    """
+
+    step: Count
+    lr_factor: Factor
+    last: bool
 
 
 class GiveModel(Message, tag="GiveModel"):
@@ -399,7 +422,18 @@ class Bye(Message, tag="Bye"):
 
 
 FromClient = (
-    Hello | SmashedUp | TailUp | Settled | Fitted | ModelUp | OptimizerUp | EvaluationRows | ScoresUp | Saved | Failed
+    Hello
+    | SmashedUp
+    | TailUp
+    | Settled
+    | Fitted
+    | ModelUp
+    | OptimizerUp
+    | GradientUp
+    | EvaluationRows
+    | ScoresUp
+    | Saved
+    | Failed
 )
 FromServer = (
     Welcome
@@ -411,6 +445,8 @@ FromServer = (
     | Settle
     | Fit
     | Learn
+    | GiveGradient
+    | TakeGradient
     | GiveModel
     | TakeModel
     | TakeServer
