@@ -14,10 +14,11 @@ from support import call, client_state, difference, make, mlp, server_state, sou
 from torch import nn
 
 from cutlayer import ConfigError, Run, RunConfig
-from cutlayer.data.batches import Batches
+from cutlayer.data.batches import Batches, Clocks
 from cutlayer.data.sampling import Turns, blocks, dealt, per_epoch, proportional, starved
 from cutlayer.errors import CutlayerWarning, ForbiddenError, WireError
 from cutlayer.remote.sides import worker_of
+from cutlayer.stored import checked
 from cutlayer.testing import check_algorithm, in_memory
 from cutlayer.wire import Frame
 from cutlayer.wire import messages as m
@@ -80,7 +81,7 @@ def test_rows_are_those_of_the_epochs_whatever_the_batches(sizes: list[int]) -> 
     assert torch.equal(torch.cat(found), order)
     assert epochs == [i // 10 for i in range(sum(sizes))]
     again = Batches([np.arange(10)], 3, 7)
-    again.load(given.state())
+    again.load(checked(given.state(), Clocks))
     assert torch.equal(again.draw([0], [5])[0], given.draw([0], [5])[0])
 
 

@@ -21,7 +21,7 @@ from cutlayer.options import BudgetConfig, RunConfig
 from cutlayer.remote.carrier import Answer, StoppedError
 from cutlayer.remote.sides import worker_of
 from cutlayer.remote.worker import Worker
-from cutlayer.verbs import AVERAGE, BACKWARD, FIT, FORWARD, HAND_OVER, LEARN, TAIL
+from cutlayer.verbs import AVERAGE, BACKWARD, BACKWARD_TOGETHER, FIT, FORWARD, HAND_OVER, LEARN, TAIL
 from cutlayer.wire import Frame, encode, encode_named, pack, unpack
 from cutlayer.wire import messages as m
 
@@ -35,7 +35,7 @@ SMALL: dict[str, Any] = {
     "test": 10,
     "rounds": 2,
 }
-OWN: dict[str, dict[str, Any]] = {"ussl": {"cut": "hidden1", "tail_cut": "hidden2"}}
+OWN: dict[str, dict[str, Any]] = {"ussl": {"cut": "hidden1", "tail_cut": "hidden2"}, "gpsl": {"sampling": "fixed"}}
 
 # Everything that a server could ask, with the fields that decide whether it may.
 REQUESTS: dict[str, m.Message] = {
@@ -47,6 +47,9 @@ REQUESTS: dict[str, m.Message] = {
     "tail": m.Tail(1, 4),
     "own": m.Backward(1, "own", 4),
     "common": m.Backward(1, "common", 4),
+    "held": m.Backward(1, "own", 4, hold=True),
+    "give gradient": m.GiveGradient(1),
+    "take gradient": m.TakeGradient(1, 1.0, False),
     "settle": m.Settle(1),
     "fit": m.Fit(1),
     "learn": m.Learn(1, 1),
@@ -73,6 +76,7 @@ NEEDED: dict[str, set[str]] = {  # by the verbs of an algorithm
     LEARN: {"learn"},
     AVERAGE: {"give model", "take model"},
     HAND_OVER: {"give model", "take model"},
+    BACKWARD_TOGETHER: {"held", "give gradient", "take gradient", "take model", "take optimizer"},
 }
 
 
@@ -90,6 +94,7 @@ LITERALLY: dict[str, set[str]] = {  # one of each kind, written out
     "sfl": SPLIT | {"give model", "take model"},
     "ussl": (SPLIT | {"tail", "evaluate tail", "give model", "take model"}) - {"forward"},
     "fl": {"fit", "whole", "give model", "take model"},
+    "gpsl": (SPLIT | {"held", "give gradient", "take gradient", "take model", "take optimizer"}) - {"own"},
 }
 OPTIONS: dict[str, tuple[dict[str, Any], list[str], set[str]]] = {  # what else may be asked then
     "hand_over_optimizer": ({"hand_over_optimizer": True}, ["ssl", "ussl"], {"give optimizer", "take optimizer"}),
@@ -249,7 +254,8 @@ def anything(chance: random.Random, worker: Worker) -> tuple[m.Message, bytes]:
         m.BeginRound: lambda: m.BeginRound(number(), number(), chance.choice([0.0, 1.0, 1e300]), number()),
         m.Forward: lambda: m.Forward(step, chance.random() < 0.5, chance.choice([None, None, number(), 1 << 53])),
         m.Tail: lambda: m.Tail(step, number()),
-        m.Backward: lambda: m.Backward(step, chance.choice(["own", "common"]), number()),
+        m.Backward: lambda: m.Backward(step, chance.choice(["own", "common"]), number(), chance.random() < 0.3),
+        m.TakeGradient: lambda: m.TakeGradient(step, chance.choice([0.0, 1.0, 1e300]), chance.random() < 0.5),
         m.Learn: lambda: m.Learn(step, number()),
         m.TakeServer: lambda: m.TakeServer(step, number()),
         m.Evaluate: lambda: m.Evaluate(step, chance.choice(["lower", "tail", "whole"]), number(), number()),
