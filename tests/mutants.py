@@ -43,7 +43,7 @@ PACKAGE = ROOT / "src" / "cutlayer"
 # Of files' names. Hostile clients are a program, the command line's tests take a minute.
 LEFT_OUT = (
     "*network*", "*signals*", "*namespaces*", "*chaos*", "*deployment*", "*flower*", "*readme*", "*test_fuzz*",
-    "*reproduce*", "*hostile*", "*test_cli*", "*transport*",
+    "*reproduce*", "*test_hostile.py", "*test_cli*", "*transport*",
 )  # fmt: skip
 
 # Of tests' names: large models take long, and small ones are tested in the same way.
@@ -56,6 +56,7 @@ AREAS: dict[str, Sequence[str]] = {
     "gradients": ("*sglr*", "*golden*", "*test_seam*", "*options*", "*identit*", "*engines*", "*stacked*"),
     "robust": ("*test_averagings*", "*test_row_bound*", "*test_attacks*"),
     "averaging": ("*test_seam*", "*golden*", "*identit*", "*engines*"),
+    "hostile": ("*test_floods*", "*test_hostile_clients*", "*test_patience*"),
     "local": (
         "*seam_operations*",
         "*golden*",
@@ -452,7 +453,15 @@ MUTANTS = [
     M("any targets are taken", "worker", "if labels and (odd :=", "if False and (odd :="),
     M("classes below 0 are scored", "worker", "(counted >= 0) & (counted < scored)", "counted < scored"),
     M("a remote client counts its rows", "worker", "mass, own = mass_of(d.task, d.samples.y),", "mass, own = float(len(d.samples.y)),"),
-    M("what a client counts is not heard", "worker", "setup.masses[client] = hello.mass", "setup.masses[client] = hello.samples"),
+    M("what a client counts is not heard", "worker", "samples[client], setup.masses[client] = hello.samples, hello.mass", "samples[client], setup.masses[client] = hello.samples, 1.0"),
+    M("no trial of large numbers", "hostile", "if not strange.any():", "if True:"),
+    M("no second step in a trial", "hostile", "taken += [server.gradients(one) for one in steps]", "pass"),
+    M("all are excluded that fail alone", "hostile", "if rest or (len(clients) == 1 and self._fits()):", "if True:"),
+    M("what a holder was given is forgotten", "hostile", "given[holder] if given else self._handed", "given[holder] if given else ()"),
+    M("any number of samples", "hostile", "numbers[client] > MULTIPLE * usual", "False"),
+    M("masses are believed", "hostile", "(self.setup.counts_alike and mass != rows)", "False"),
+    M("everybody of a name waits", "hostile", "before.set()", "pass"),
+    M("no brake", "hostile", "self._refusals[key] >= REFUSALS", "False"),
     M("remote rows unweighted", "worker", "weights = self.setup.task.weights(y) if labels else None", "weights = None"),
     M("remote tails count their rows", "worker", "loss.item(), client.mass)", "loss.item(), message.rows)"),
     # From tables to data sets

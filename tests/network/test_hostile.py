@@ -78,11 +78,8 @@ def test_a_hostile_client(tmp_path: Path) -> None:
         assert hostile.wait(PATIENCE) == 0, t.log("hostile")[-3000:]
     finally:
         t.stop()
-    *attacks, (_, code, _), (_, slowed, _) = [
-        json.loads(line) for line in (tmp_path / "attacks").read_text().splitlines()
-    ]
+    *attacks, (_, code, _) = [json.loads(line) for line in (tmp_path / "attacks").read_text().splitlines()]
     assert code in ("BYE", "UNAVAILABLE")  # the run is over
-    assert slowed == "True"
     tried = {name for name, *_ in attacks}
     assert tried == set(ATTACKS) == set(SAID)
     for name, code, said in attacks:
