@@ -104,6 +104,7 @@ AREAS: dict[str, Sequence[str]] = {
     "worker": ("*test_remote*", "*test_tasks*"),
     "traffic": ("*test_costs*", "*test_plan*", "*test_testing*"),
     "admission": ("*test_admission*", "*test_serving*"),
+    "stored": ("*test_errors*", "*test_files*", "*remote/test_names*", "*remote/test_serve*", "*test_stored*"),
 }
 
 
@@ -601,6 +602,19 @@ MUTANTS = [
     M("who is denied is still needed", "admission", "return self.denied | self.excluded.keys()", "return frozenset(self.excluded)"),
     M("one host fills the record", "admission", "self._refusals.total() >= ALL or self._refusals[caller.host] >= EACH", "self._refusals.total() >= ALL"),
     M("windows stay short", "admission", "FIRST if quiet else min(2 * self._window, LONGEST)", "FIRST"),
+    # What is read back from files, exit codes, and terms
+    M("a folder in use is a person's fault", "stored", """Another process works in that folder, perhaps this one's own predecessor, which is about to end.\"\"\"
+
+    code = ExitCode.TRY_AGAIN""", """Another process works in that folder, perhaps this one's own predecessor, which is about to end.\"\"\"
+
+    code = ExitCode.WRONG"""),
+    M("NaN is taken from a file", "stored", "if not all_finite(given) and all_finite(like):", "if False:"),
+    M("any shape is taken from a file", "stored", "if (given.shape, given.dtype) != (like.shape, like.dtype):", "if given.dtype != like.dtype:"),
+    M("clocks of too few clients are taken", "stored", "if len(values) != count:", "if len(values) > count:"),
+    M("records may be longer in the checkpoint than on the disk", "stored", "if name not in _RECORDS or length > sizes.get(name, 0):", "if name not in _RECORDS:"),
+    M("a half line stays", "stored", "_cut(file, before)\n        raise", "raise", after="def append_whole("),
+    M("names that follow from each other are the same", "stored", "hashlib.sha256(json.dumps(list(names)).encode())", "hashlib.sha256(', '.join(names).encode(errors='replace'))"),
+    M("serve goes on with anything", "stored", "if was != now and name not in moved:", "if was != now and name == 'algorithm':"),
 ]  # fmt: skip
 
 
