@@ -24,7 +24,7 @@ from cutlayer.options import RunConfig, traits
 from cutlayer.remote.join import _secret
 from cutlayer.remote.sides import worker_of
 from cutlayer.run import RunState
-from cutlayer.stored import checked, reading
+from cutlayer.stored import MalformedError, checked, fit, reading
 from cutlayer.testing import in_memory
 from cutlayer.wire import messages as m
 
@@ -50,6 +50,23 @@ def places(tree: Any, at: Place = ()) -> Iterator[Place]:
     entries = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list | tuple) else ()
     for key, value in entries:
         yield from places(value, (*at, key))
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"w": torch.tensor([1.0, float("nan")])}, "'w' holds NaN or infinite numbers"),
+        ({"w": torch.zeros(2, 1)}, r"'w' is torch.float32 \(2, 1\), where torch.float32 \(2,\) belongs"),
+        ({"w": torch.zeros(2, dtype=torch.float64)}, "'w' is torch.float64"),
+        ({}, "lacks 'w'"),
+        ({"w": torch.zeros(2), "v": torch.zeros(2)}, "has 'v'"),
+    ],
+)
+def test_tensors_fit_those_that_they_replace(given: dict[str, Tensor], says: str) -> None:
+    with pytest.raises(MalformedError, match=says):
+        fit(given, {"w": torch.ones(2)}, "the model")
+    masked = {"w": torch.tensor([0.0, float("-inf")])}  # such as the mask of an attention
+    fit(masked, masked, "the model")
 
 
 def deep() -> list[Any]:
