@@ -16,6 +16,7 @@ from cutlayer.attacks import Attack, Attacks, attack, of
 from cutlayer.attacks.hostile import HostileCohort, with_targets
 from cutlayer.data.samples import Samples
 from cutlayer.folder import RESULT
+from cutlayer.gradients import own
 from cutlayer.remote.sides import remote_training, worker_of
 from cutlayer.remote.transports.memory import MemoryCarrier
 from cutlayer.row_bound import RowBound
@@ -189,8 +190,21 @@ def by_hand(algorithm: str, named: str, update: Any, **options: Any) -> None:
 @pytest.mark.parametrize(("named", "factor"), [("scale:7@1", 7), ("poison:-3@1", -3), ("sign:2@1", -2)])
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_updates_are_multiplied(named: str, factor: float, accumulate: int) -> None:
-    """After the steps that wait for more batches are made."""
     by_hand("fl", named, lambda update: factor * update, accumulate=accumulate)
+
+
+def test_a_batch_that_waits_makes_its_step_before_the_model_leaves() -> None:
+    """Averaged in the middle of a round, too."""
+    ends = []
+    for cohort in begun("sfl", "poison:-3@1", client_optimizer="sgd", accumulate=2):
+        start = {name: t.clone() for name, t in cohort.model_state(1).items()}
+        smashed = cohort.forward()
+        cohort.backward(own(tuple(torch.ones_like(r) for r in smashed.rows), smashed))
+        cohort.average({1: 1.0})
+        ends.append({name: t - start[name] for name, t in cohort.model_state(1).items()})
+    attacked, plain = ends
+    assert max(t.abs().max().item() for t in plain.values()) > 1e-3
+    assert difference(attacked, {name: -3 * t for name, t in plain.items()}) < 1e-12
 
 
 def test_noise_is_as_long_as_it_says() -> None:
