@@ -38,7 +38,7 @@ def net() -> nn.Module:
 
 
 def options(algorithm: str) -> dict[str, Any]:
-    common = {"algorithm": algorithm, "clients": 2, "partition": "column", "batch": 4, "rounds": 1, "client_lr": 0.01}
+    common = {"algorithm": algorithm, "clients": 2, "partition": "column", "batch": 10, "rounds": 1, "client_lr": 0.01}
     if traits(algorithm).u_shaped:
         return {**common, "cut": "2", "tail_cut": "4"}
     return common if traits(algorithm).whole else {**common, "cut": "3"}
