@@ -122,6 +122,8 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "average_reduce": words("mean", "sum"),
     "gradient_scale": words("own", "union"),
     "logit_adjust": words("none", "client"),
+    "server_batch": WHOLE,
+    "running_statistics": st.booleans(),
     "sampling": words("fixed", "proportional", "global"),
     "tau": st.floats(0, 9),
     "average_every": words("step", "round", "gradients"),

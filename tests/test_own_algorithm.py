@@ -27,10 +27,10 @@ from cutlayer.report.collect import read
 from cutlayer.report.curves import _looks
 
 PACKAGE = ROOT / "examples" / "own_algorithm"
-FILE = f"{PACKAGE / 'cyclepsl.py'}:CyclePsl"
-NAME, TITLE, COLOUR = "cyclepsl", "CyclePSL", "#8c564b"
+FILE = f"{PACKAGE / 'echopsl.py'}:EchoPsl"
+NAME, TITLE, COLOUR = "echopsl", "EchoPSL", "#8c564b"
 OPTIONS: dict[str, Any] = {
-    "model": "mlp", "clients": 3, "samples_per_client": 20, "batch": 5, "test": 40, "rounds": 2, "server_batch": 6,
+    "model": "mlp", "clients": 3, "samples_per_client": 20, "batch": 5, "test": 40, "rounds": 2, "memory": 2,
 }  # fmt: skip
 PATIENCE = 100.0
 
@@ -92,7 +92,7 @@ def expected(**options: Any) -> list[float]:
 def test_nothing_knows_its_name() -> None:
     files = [path for path in Path(cutlayer.__file__).parent.rglob("*") if path.suffix in (".py", ".json", ".j2")]
     assert len(files) > 100
-    assert not [path for path in files if re.search(r"\bcycle\b", path.read_text().lower())]
+    assert not [path for path in files if re.search(r"\becho(psl)?\b", path.read_text().lower())]
     assert NAME not in plugins.names("algorithm")
 
 
@@ -108,7 +108,7 @@ def test_it_is_listed(installed: Path) -> None:
         timeout=PATIENCE,
     )
     (row,) = [line for line in done.stdout.splitlines() if NAME in line]
-    assert all(word in row for word in (TITLE, "server_batch, running_statistics", "arXiv 2511.18611"))
+    assert all(word in row for word in (TITLE, "memory, echoes", "arXiv 1811.11682"))
 
 
 def test_it_runs_on_both_engines(command: Command, tmp_path: Path) -> None:
@@ -125,14 +125,14 @@ def test_it_is_compared(command: Command, tmp_path: Path) -> None:
     for engine in ("local", "stacked"):
         words = ["--algorithms", "psl", NAME, "--seeds", "0", *FLAGS, "--engine", engine, "--out", engine]
         said = command("compare", *words)
-        psl, cycle = (read_json(tmp_path / engine / COMPARISON) or {})["rows"]
+        psl, echo = (read_json(tmp_path / engine / COMPARISON) or {})["rows"]
         assert f"│ {TITLE} │" in said
-        assert (cycle["entry"], cycle["title"]) == (NAME, TITLE)
-        assert all(cycle[cost] == psl[cost] for cost in ("bytes_up", "bytes_down", "client_flops"))
-        assert cycle["server_flops"] == 2 * psl["server_flops"]
+        assert (echo["entry"], echo["title"]) == (NAME, TITLE)
+        assert all(echo[cost] == psl[cost] for cost in ("bytes_up", "bytes_down", "client_flops"))
+        assert echo["server_flops"] == 2 * psl["server_flops"]
     page = (tmp_path / "local" / "report.html").read_text()
     assert page.count(TITLE) > 3
-    assert "<strong>CyclePSL</strong>: PSL whose server trains" in page
+    assert "<strong>EchoPSL</strong>: PSL whose server trains" in page
     assert (read_json(tmp_path / "local" / NAME / "seed-0" / ALGORITHM) or {})["colour"] == COLOUR
     looks = {entry.name: look for entry, _, look, _ in _looks(read(tmp_path / "local"))}
     assert looks[NAME] == (COLOUR, "-")
@@ -144,10 +144,10 @@ def test_it_is_compared(command: Command, tmp_path: Path) -> None:
 def test_it_is_planned(command: Command) -> None:
     machines = ["--client-device", "raspberry-pi-4", "--server-device", "h100", "--link", "lte"]
     words = ["plan", "--algorithms", "psl", NAME, "--clients", "4", *machines]
-    psl, cycle = json.loads(command(*words, "--json"))["algorithms"]
-    assert cycle["algorithm"] == NAME
-    assert cycle["server_flops"] == 2 * psl["server_flops"]
-    assert cycle["seconds"] > psl["seconds"]
+    psl, echo = json.loads(command(*words, "--json"))["algorithms"]
+    assert echo["algorithm"] == NAME
+    assert echo["server_flops"] == 2 * psl["server_flops"]
+    assert echo["seconds"] > psl["seconds"]
     assert TITLE in command(*words)
     file = [FILE if word == NAME else word for word in words]
     assert TITLE in command(*file, "--out", "plan")
@@ -203,28 +203,28 @@ def test_its_file_can_be_named(command: Command, tmp_path: Path) -> None:
     """Without installing it: on the command line and in a file; folders have its name, not its path."""
     said = command("run", "--algorithm", FILE, *FLAGS)
     (made,) = (tmp_path / "runs").iterdir()
-    assert made.name.startswith("CyclePsl-digits-")
-    assert "CyclePsl: round 2/2" in said
+    assert made.name.startswith("EchoPsl-digits-")
+    assert "EchoPsl: round 2/2" in said
     assert losses(made) == expected()
-    (tmp_path / "c.toml").write_text(f'algorithms = ["psl", "{FILE}"]\nseeds = [0]\nserver_batch = 6\n')
+    (tmp_path / "c.toml").write_text(f'algorithms = ["psl", "{FILE}"]\nseeds = [0]\nmemory = 2\n')
     command("compare", "--config", "c.toml", *FLAGS[:-2], "--out", "c")
     assert [row["title"] for row in (read_json(tmp_path / "c" / COMPARISON) or {})["rows"]] == ["PSL", TITLE]
-    assert losses(tmp_path / "c" / "CyclePsl" / "seed-0") == expected()
+    assert losses(tmp_path / "c" / "EchoPsl" / "seed-0") == expected()
     looks = {entry.name: look for entry, _, look, _ in _looks(read(tmp_path / "c"))}
-    assert looks["CyclePsl"] == (COLOUR, "-")
+    assert looks["EchoPsl"] == (COLOUR, "-")
 
 
 def test_its_options_are_checked(command: Command) -> None:
     words = ["run", "--algorithm", NAME, "--model", "mlp"]
-    assert "server_batch = 0" in command(*words, "--server-batch", "0", code=2)
-    assert "phi = 0.5 has no effect on cyclepsl" in command(*words, "--phi", "0.5", code=2)
-    assert "server-batch" in command("run", "--algorithm", "psl", "--server-batch", "3", code=2)
+    assert "memory = 0" in command(*words, "--memory", "0", code=2)
+    assert "phi = 0.5 has no effect on echopsl" in command(*words, "--phi", "0.5", code=2)
+    assert "memory" in command("run", "--algorithm", "psl", "--memory", "3", code=2)
 
 
 def test_options_of_an_installed_package_have_owners(command: Command) -> None:
     """Also without having chosen it."""
-    said = command("run", "--server-batch", "6", code=2)
-    assert f"--server-batch has no effect here: it belongs to {NAME}; leave it out or choose" in said
+    said = command("run", "--memory", "2", code=2)
+    assert f"--memory has no effect here: it belongs to {NAME}; leave it out or choose" in said
     tail = command("run", "--algorithm", "fl", "--server-lr", "0.1", code=2)
     assert NAME in tail
     assert "server_lr = 0.1 has no effect on fl: it belongs to " in tail

@@ -35,6 +35,10 @@ rmse r2 perplexity"""
 THINGS = {
     "algorithm": {
         "cl": "",
+        "cyclepsl": "gradient_scale running_statistics server_batch",
+        "cyclesfl": "gradient_scale local_epochs local_steps running_statistics server_batch",
+        "cyclesglr": "alpha alpha_clients average_over average_reduce gradient_scale phi phi_until phi_when "
+        "running_statistics server_batch",
         "fl": "local_epochs local_steps",
         "gpsl": "local_epochs local_steps",
         "psl": "gradient_scale",

@@ -84,13 +84,11 @@ class CommonKeywords(TypedDict, total=False):
     checkpoint_every: int | None
     keep_best: bool
     snapshot_every: int | None
+    gradient_scale: Literal["own", "union"]
+    server_batch: int
+    running_statistics: bool
     local_epochs: int
     local_steps: int | None
-    gradient_scale: Literal["own", "union"]
-    average_every: Literal["step", "round", "gradients"]
-    hand_over: Literal["batch", "epoch"]
-    hand_over_optimizer: bool
-    visit_order: Literal["fixed", "random"]
     alpha: float
     alpha_clients: Literal["participating", "enrolled"]
     phi: float
@@ -98,6 +96,10 @@ class CommonKeywords(TypedDict, total=False):
     phi_until: float
     average_over: Literal["clients", "clients-and-rows"]
     average_reduce: Literal["mean", "sum"]
+    average_every: Literal["step", "round", "gradients"]
+    hand_over: Literal["batch", "epoch"]
+    hand_over_optimizer: bool
+    visit_order: Literal["fixed", "random"]
     auxiliary_weights: tuple[float, ...]
     positive_weight: float
     class_weights: tuple[float, ...]

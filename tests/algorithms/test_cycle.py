@@ -1,0 +1,79 @@
+"""The server trains first and answers afterwards: what that comes to at the ends of its options."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from support import client_state, difference, make, server_state, train
+from torch import nn
+
+from cutlayer.algorithms import algorithm
+from cutlayer.algorithms.cycle import CyclePsl
+from cutlayer.cohort import Cohort
+from cutlayer.gradients import own
+from cutlayer.server import Server
+from cutlayer.testing import check_algorithm
+from cutlayer.types import Round, Step
+from cutlayer.verbs import BACKWARD, FORWARD
+
+
+@algorithm("answers-first", title="Answers first", needs={FORWARD, BACKWARD})
+class AnswersFirst(CyclePsl):
+    """The same with gradients at the old server: the oracle."""
+
+    def round(self, server: Server, clients: Cohort, this: Round) -> Iterator[Step]:
+        """The order of the two changed."""
+        turn = 0
+        while smashed := clients.forward():
+            step = server.gradients(smashed, running_statistics=self.running_statistics)
+            self.train(server, smashed, this, turn, 1.0)
+            clients.backward(own(step.gradient, smashed))
+            turn += 1
+            yield Step(step.means, smashed.clients, len(smashed), server_lr=server.lr * server.lr_factor)
+
+
+def net() -> nn.Module:
+    """Features [n, 6] -> scores [n, 4], with batch normalisation at the server."""
+    return nn.Sequential(
+        nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4)
+    )  # fmt: skip
+
+
+def trained(algorithm: object, sizes: list[int], **options: Any) -> Any:
+    return train(algorithm, make(net), sizes, (6,), cut="1", **options)
+
+
+@pytest.mark.parametrize("sizes", [[4, 4, 4], [9, 6, 10]])
+def test_one_mini_batch_and_gradients_at_the_old_server_are_psl(sizes: list[int]) -> None:
+    """Bit for bit, over several steps and clients of unequal sizes; only that running statistics see each row twice."""
+    psl = trained("psl", sizes)
+    cycle = trained(AnswersFirst, sizes, server_batch=99, running_statistics=False)
+    assert difference(client_state(psl), client_state(cycle)) == 0.0
+    weights = [name for name in server_state(psl) if name.endswith(("weight", "bias"))]
+    assert all(torch.equal(server_state(psl)[name], server_state(cycle)[name]) for name in weights)
+
+
+@pytest.mark.parametrize(("name", "plain"), [("cyclepsl", "psl"), ("cyclesfl", "sfl"), ("cyclesglr", "sgl")])
+def test_one_mini_batch_is_the_server_step_of_the_plain_algorithm(name: str, plain: str) -> None:
+    """After the first step the server is the plain one's, bit for bit; afterwards it is not."""
+    for rounds, same in ((1, True), (2, False)):
+        first = trained(plain, [4, 4, 4], rounds=rounds)
+        cycle = trained(name, [4, 4, 4], rounds=rounds, server_batch=12)
+        states = server_state(first), server_state(cycle)
+        assert all(torch.equal(states[0][n], states[1][n]) for n in states[0]) is same
+
+
+def test_options_have_an_effect() -> None:
+    """Mini-batches of another size, statistics of another kind, another rate."""
+    base = server_state(trained("cyclesglr", [8, 8]))
+    for options in ({"server_batch": 3}, {"running_statistics": False}, {"alpha": 1.0}, {"phi": 1.0}):
+        assert difference(base, server_state(trained("cyclesglr", [8, 8], **options))) > 1e-6
+
+
+@pytest.mark.parametrize("options", [{"server_batch": 5, "running_statistics": False}, {"logit_adjust": "both"}])
+def test_it_keeps_what_all_algorithms_promise(options: dict[str, Any]) -> None:
+    """With other options than the defaults."""
+    check_algorithm("cyclesglr", one_client_is_sgd=False, **options)
