@@ -5,7 +5,6 @@ Everything that can be wrong with an input is found here, before a run folder ex
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -40,6 +39,7 @@ from cutlayer.checks import (
     given_for,
 )
 from cutlayer.cohort import Cohort, Tell
+from cutlayer.copies import deep_copy
 from cutlayer.costs.clock import Clock, ClockedCohort
 from cutlayer.costs.fleet import Fleet, fleet
 from cutlayer.costs.flops import ModelFlops, count
@@ -655,7 +655,7 @@ def _maker(config: RunConfig, model: Model | None, shape: tuple[int, ...], width
                 "start = 'independent' needs to make a new model per client: give a function that returns "
                 "one instead of a module"
             )
-        return lambda *name: _made(copy.deepcopy(model), config)
+        return lambda *name: _made(deep_copy(model), config)
     own = {} if model is not None else config.options_of(plugins.find("model", config.model))
 
     def make(*name: str | int) -> nn.Module:
@@ -769,7 +769,7 @@ def _heads(
     """A function (*name) -> an auxiliary head, where the algorithm needs some."""
     if LEARN not in algorithm.traits.needs:
         return None
-    client = copy.deepcopy(split.client).eval()
+    client = deep_copy(split.client).eval()
     with torch.no_grad():
         smashed: Rows = client(example)
     device = example[0].device

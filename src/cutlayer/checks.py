@@ -5,7 +5,6 @@ Every check raises ConfigError or CutError with the value, the reason and the re
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from torch import nn
 from cutlayer import defences, plugins, seeds
 from cutlayer.algorithms import Algorithm, traits_of
 from cutlayer.cohort import draw_participants
+from cutlayer.copies import deep_copy
 from cutlayer.data.samples import Samples, Source, called
 from cutlayer.data.sampling import proportional, starved
 from cutlayer.engine.stackable import close, drawing, exact, jittered
@@ -57,7 +57,7 @@ def as_the_model_takes(model: nn.Module, source: Source, dtype: torch.dtype) -> 
 
 def _refusal(model: nn.Module, few: Samples) -> str:
     """Why the model does not take these inputs; empty if it does."""
-    probe = copy.deepcopy(model).eval()
+    probe = deep_copy(model).eval()
     try:
         with torch.no_grad():
             called(probe, few.inputs)
@@ -68,7 +68,7 @@ def _refusal(model: nn.Module, few: Samples) -> str:
 
 def given_for(model: nn.Module, samples: Samples) -> torch.Tensor:
     """What the model gives for a few samples, in evaluation mode: its first output, [n, ...]. Raises ConfigError."""
-    probe, shapes = copy.deepcopy(model).eval(), [tuple(x.shape[1:]) for x in samples.rows]
+    probe, shapes = deep_copy(model).eval(), [tuple(x.shape[1:]) for x in samples.rows]
     what = shapes[0] if len(shapes) == 1 else shapes
     try:
         with torch.no_grad(), _sentences("the model does not take these inputs", what):
@@ -246,7 +246,7 @@ def check_single_rows(
     alone = _with_single_rows(config, sizes)
     if not alone:
         return
-    probe = copy.deepcopy(split)
+    probe = deep_copy(split)
     for part in probe.all:
         part.train()
     client = alone[0]

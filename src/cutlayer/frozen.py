@@ -6,7 +6,6 @@ hand-overs, messages and the checkpoint of each client hold what moves alone.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import re
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from cutlayer.copies import deep_copy
 from cutlayer.errors import ConfigError
 
 M = TypeVar("M", bound=nn.Module)
@@ -73,7 +73,7 @@ def load_resting(module: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 def replica(module: M) -> M:
     """A copy that shares what is frozen with the original."""
-    return copy.deepcopy(module, {id(p): p for p in module.parameters() if not p.requires_grad})
+    return deep_copy(module, {id(p): p for p in module.parameters() if not p.requires_grad})
 
 
 def digest(*modules: nn.Module | None) -> str:

@@ -6,7 +6,6 @@ the server shares its part. `load_model` reads it back.
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from cutlayer import checkpoint, plugins, seeds
 from cutlayer.averaging import average
 from cutlayer.build import Making, Model, Training, reading_options
+from cutlayer.copies import deep_copy
 from cutlayer.data.conversion import Conversion
 from cutlayer.data.fresh import New, converted
 from cutlayer.data.samples import Inputs, Source, called, each, inputs_of
@@ -288,7 +288,7 @@ class TrainedModel:
             raise ConfigError("this run was given its model from Python: give it again, model=...")
         with seeds.torch_seeded(0, "model"):
             if isinstance(model, nn.Module):
-                made = copy.deepcopy(model)
+                made = deep_copy(model)
             elif model is not None:
                 made = make_own(model, a["input_shape"], a["outputs"])
             else:

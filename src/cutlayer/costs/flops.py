@@ -11,7 +11,6 @@ backward pass is less than twice its forward pass. The paper (Table 4) counts th
 
 from __future__ import annotations
 
-import copy
 import warnings
 from dataclasses import dataclass
 
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cutlayer import seeds
+from cutlayer.copies import deep_copy
 from cutlayer.eager import FlopCount
 from cutlayer.models.parts import Parts
 from cutlayer.types import Rows, as_tuple
@@ -71,7 +71,7 @@ def count(parts: Parts, example: Tensor | Rows) -> ModelFlops:
     The parts are run on copies, in training mode, so that nothing of theirs changes. Warns where a part has parameters
     and yet nothing that the counter knows (recurrent layers, say): its figure is then too low.
     """
-    modules = [copy.deepcopy(part).train() for part in parts.all]
+    modules = [deep_copy(part).train() for part in parts.all]
     rows = as_tuple(example)
     samples = len(rows[0])
     found = []

@@ -10,7 +10,6 @@ Shape legend: R rows of the batch, s... the shape of one sample.
 from __future__ import annotations
 
 import contextlib
-import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +21,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from cutlayer.copies import deep_copy
 from cutlayer.costs.expect import Workload
 from cutlayer.costs.flops import Flops, ModelFlops, count
 from cutlayer.eager import FlopCount
@@ -160,7 +160,7 @@ def placed(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         for buffer in module._buffers.values():
             if buffer is not None and id(buffer) not in new:
                 new[id(buffer)] = moved(buffer)
-    return copy.deepcopy(model, new)
+    return deep_copy(model, new)
 
 
 # Measuring
@@ -235,7 +235,7 @@ def _check(model: nn.Module, x: Tensor) -> None:
     shape, kind = tuple(x.shape[1:]), str(x.dtype).removeprefix("torch.")
     try:
         with torch.no_grad(), _META:
-            out = logits(copy.deepcopy(model).eval()(x))
+            out = logits(deep_copy(model).eval()(x))
     except Exception as error:  # the user's module: anything can come out
         raise ConfigError(
             f"the model does not take samples of shape {shape} and type {kind} ({one_line(error)}): give what it "
@@ -330,7 +330,7 @@ class _Counted:
 
 def _counted(model: nn.Module, x: Tensor, names: Sequence[str]) -> _Counted:
     """The FLOPs of one forward and one backward pass in training."""
-    model = copy.deepcopy(model).train()
+    model = deep_copy(model).train()
     counter = FlopCount(display=False)
     found = _Counted(len(x))
     given: dict[int, str] = {}  # the mark of an output -> whose it is
@@ -388,7 +388,7 @@ class _Kept:
 
 def _kept(model: nn.Module, x: Tensor, names: Sequence[str]) -> _Kept:
     """What a forward pass saves: every memory once, parameters and buffers not."""
-    model = copy.deepcopy(model).train()
+    model = deep_copy(model).train()
     found = _Kept()
     seen = {storage_of(t) for t in [*model.parameters(), *model.buffers()]}
     alive: list[Tensor] = []  # so that no memory is used again

@@ -11,12 +11,12 @@ what they gave (some take their inputs' memory for granted: `view`). `CUTLAYER_L
 
 from __future__ import annotations
 
-import copy
 import os
 
 import torch
 from torch import nn
 
+from cutlayer.copies import deep_copy
 from cutlayer.eager import backward
 from cutlayer.engine.pooling import pool_by_two
 from cutlayer.engine.stackable import close, exact, jittered, run_alone
@@ -73,7 +73,7 @@ def same(client: nn.Module, server: nn.Module, changed: tuple[nn.Module, nn.Modu
 def smashed(client: nn.Module, example: Rows) -> Rows:
     """What the client part gives for `example`; nothing is drawn, no statistics are kept."""
     with torch.no_grad():
-        return as_tuple(copy.deepcopy(client).eval()(example))
+        return as_tuple(deep_copy(client).eval()(example))
 
 
 def _same(part: nn.Module, changed: nn.Module, rows: Rows, changed_rows: Rows) -> bool:

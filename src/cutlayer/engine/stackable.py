@@ -7,7 +7,6 @@ differs, draws by itself, or cannot be run so, is named. What depends on values 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from cutlayer.copies import deep_copy
 from cutlayer.eager import backward
 from cutlayer.engine.lowering import EMBEDDING, NotStackableError
 from cutlayer.engine.stack import Group, Stack
@@ -103,7 +103,7 @@ class _SomeShapes(nn.Module):
 
 def exact(module: nn.Module) -> nn.Module:
     """A copy that computes in double precision, where rounding is no excuse."""
-    twin = copy.deepcopy(module).double()
+    twin = deep_copy(module).double()
     if isinstance(twin, Part):
         twin.narrow_to = None
     return twin
@@ -113,7 +113,7 @@ def bytes_per_row(module: nn.Module, rows: Rows) -> int:
     """Bytes that a forward pass of `module` makes per row, if nothing of it is freed: an upper bound of what waits for
     the backward pass."""
     counted = _Counted()
-    module = copy.deepcopy(module).train()
+    module = deep_copy(module).train()
     with torch.random.fork_rng(devices=[]), torch.no_grad(), counted:
         module(rows)
     return -(-counted.bytes // len(rows[0]))

@@ -5,7 +5,6 @@ A way counts as quicker than the one that is taken by rule only by a margin, so 
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cutlayer.copies import deep_copy
 from cutlayer.engine.convolutions import Form
 from cutlayer.engine.stack import Stack
 from cutlayer.engine.ways import Stacking
@@ -67,7 +67,7 @@ class Tuner:
     def alone(self, part: nn.Module, rows: Rows, wanted: int, *, data: bool, repeats: int = _REPEATS) -> float:
         """Seconds of a forward and a backward pass of a model on `wanted` rows like `rows`."""
         tried = min(wanted, _FEW_ROWS)
-        twin, batches = copy.deepcopy(part).train(), _batches(rows, tried, data=data)
+        twin, batches = deep_copy(part).train(), _batches(rows, tried, data=data)
 
         def work() -> None:
             _back(as_tuple(twin(next(batches))))

@@ -17,7 +17,6 @@ Shape legend: R rows of the batch, s... the shape of one sample's smashed data, 
 from __future__ import annotations
 
 import contextlib
-import copy
 import difflib
 import math
 import random
@@ -29,6 +28,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from cutlayer.copies import deep_copy
 from cutlayer.errors import CutError, unknown
 from cutlayer.models.hooks import listen, split_by_hooks
 from cutlayer.models.parts import (
@@ -172,7 +172,7 @@ class UnprovedCuts:
     def _trace(self, name: str) -> Traced:
         within = is_within_layer(self.model, name)
         if within not in self._traced:
-            traced = Traced(copy.deepcopy(self.model), self._names[within], self.x)
+            traced = Traced(deep_copy(self.model), self._names[within], self.x)
             try:
                 traced.run()
                 self._traced[within] = traced
@@ -183,10 +183,10 @@ class UnprovedCuts:
     def _replay(self, names: list[str]) -> list[Part]:
         if self._heard is None:
             try:
-                self._heard = listen(copy.deepcopy(self.model), self.x)
+                self._heard = listen(deep_copy(self.model), self.x)
             except CannotCutError as reason:
                 self._heard = reason
-        return split_by_hooks(copy.deepcopy(self.model), names, self.x, _or_raise(self._heard))
+        return split_by_hooks(deep_copy(self.model), names, self.x, _or_raise(self._heard))
 
 
 def _or_raise(result: Result | CannotCutError) -> Result:
@@ -211,7 +211,7 @@ def _cut_as_it_is(model: nn.Module, names: tuple[str, ...], x: Arguments, method
     inner = [_canonical(model, name) for name in names if name not in (INPUT, OUTPUT)]
 
     def pieces(split: Split) -> Callable[[], list[Part]]:
-        return lambda: split(copy.deepcopy(model), inner, x)
+        return lambda: split(deep_copy(model), inner, x)
 
     def crossings(found: list[Part]) -> list[tuple[Crossing, ...]]:
         return prove(model, found, x, inputs_may_cross=names[0] == INPUT)
@@ -254,7 +254,7 @@ def _finish(model: nn.Module, pieces: list[Part], x: Arguments) -> None:
         piece.train(model.training)
     pieces[0].argument_names = x.names
     with torch.no_grad():
-        _, pieces[-1].structure = taken_apart(x.run(copy.deepcopy(model).eval()))
+        _, pieces[-1].structure = taken_apart(x.run(deep_copy(model).eval()))
     if len(pieces) == 3:
         _share(model, pieces[0], pieces[2])
     protect(pieces, x)

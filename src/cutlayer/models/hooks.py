@@ -13,7 +13,6 @@ Works for models that `torch.fx` cannot trace (Hugging Face's, `nn.TransformerEn
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from cutlayer.copies import deep_copy
 from cutlayer.eager import gradients_of
 from cutlayer.errors import CutError
 from cutlayer.models.parts import (
@@ -172,7 +172,7 @@ def listen(model: nn.Module, x: Arguments) -> dict[bool, list[_Call]]:
 
 
 def _calls(model: nn.Module, training: bool, x: Arguments) -> list[_Call]:
-    model = copy.deepcopy(model).train(training)  # one copy for all: copies of many layers take their time
+    model = deep_copy(model).train(training)  # one copy for all: copies of many layers take their time
     small, large = (_listen(model, batch) for batch in (x, x.with_one_more()))
     outputs = taken_apart(small[-1].output)[0]
     for call in small:
@@ -356,7 +356,7 @@ def _runners(record: _Record, name: str) -> set[int]:
 
 def _reached(model: nn.Module, names: Sequence[str], x: Arguments, training: bool) -> Iterator[set[int]]:
     """For every part, the positions of the parameters that its outputs depend on."""
-    model = copy.deepcopy(model).train(training)
+    model = deep_copy(model).train(training)
     crossed: list[Rows] = []
 
     def cross(module: nn.Module, args: Any, output: Any) -> Any:
@@ -396,7 +396,7 @@ def _needed(model: nn.Module, names: Sequence[str], k: int, x: Arguments) -> lis
 
 def _bypasses(model: nn.Module, name: str, x: Arguments, i: int, training: bool) -> bool:
     """Whether input `i` reaches the end of the model otherwise than through what the module called `name` gives."""
-    model, watch = copy.deepcopy(model).train(training), _Watch()
+    model, watch = deep_copy(model).train(training), _Watch()
 
     def forget(module: nn.Module, args: Any, output: Any) -> Any:
         return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, output)
@@ -416,7 +416,7 @@ def _apart(watch: _Watch, run: Any, *args: Any) -> Any:
 
 def _reaches(model: nn.Module, names: Sequence[str], k: int, x: Arguments, i: int, training: bool) -> bool:
     """Whether tensor `i` of what the k-th cut module gives reaches the end of the part after it."""
-    model, watch = copy.deepcopy(model).train(training), _Watch()
+    model, watch = deep_copy(model).train(training), _Watch()
 
     def follow(module: nn.Module, args: Any, output: Any) -> Any:
         """Go on with copies, which share no memory, and follow one of them."""
@@ -564,7 +564,7 @@ class _ReplayedPart(Part):
 
     def __init__(self, model: nn.Module, names: Sequence[str], k: int, record: _Record, owners: dict[str, int]) -> None:
         super().__init__()
-        model = copy.deepcopy(model)
+        model = deep_copy(model)
         self._inputs = [(tuple(row.shape[1:]), row.dtype) for row in record.inputs.rows]
         self._input_names = record.inputs.names
         self._stop_at = names[k] if k < len(names) else None

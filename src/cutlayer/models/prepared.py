@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from cutlayer.copies import deep_copy
 from cutlayer.errors import CutError
 from cutlayer.models.parts import Arguments, one_line
 
@@ -45,14 +45,14 @@ def prepared(model: nn.Module, names: Sequence[str], x: Arguments) -> tuple[nn.M
 
 def untied(model: nn.Module, names: Sequence[str]) -> nn.Module:
     """A copy in which each of `names`, which are one parameter's, is a parameter of its own, in a layer of its own."""
-    model = copy.deepcopy(model)
+    model = deep_copy(model)
     seen: set[int] = set()
     for name in names:
         prefix, _, key = name.rpartition(".")
         module = model.get_submodule(prefix)
         if id(module) in seen:  # one layer under several names
             above, _, leaf = prefix.rpartition(".")
-            module = copy.deepcopy(module)
+            module = deep_copy(module)
             model.get_submodule(above)._modules[leaf] = module
         seen.add(id(module))
         shared = module._parameters[key]
@@ -84,7 +84,7 @@ def _copied(model: nn.Module) -> nn.Module:
     empty: Any = UninitializedBuffer
     memo.update((id(b), empty(device=b.device, dtype=b.dtype)) for b in buffers)
     try:
-        return copy.deepcopy(model, memo)
+        return deep_copy(model, memo)
     except Exception as error:  # the user's classes: anything can come out
         raise CutError(
             f"cannot cut {type(model).__name__}: the model cannot be copied ({one_line(error)}); give it as it is when "

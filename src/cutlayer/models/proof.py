@@ -6,7 +6,6 @@ one, and a tensor used several times has its gradients added in another order.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
@@ -14,6 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from cutlayer.copies import deep_copy
 from cutlayer.eager import backward
 from cutlayer.models.hooks import make_up_with, uses_made_up
 from cutlayer.models.parts import (
@@ -58,9 +58,9 @@ def describe(
     """What crosses each cut, after those checks of `prove` that need no values. Raises CannotCutError."""
     check_names(model, parts)
     crossings = _check_crossings(parts, x, inputs_may_cross)
-    exchanges = _tried(partial(_forward, copy.deepcopy(list(parts)), x, training=False))
+    exchanges = _tried(partial(_forward, deep_copy(list(parts)), x, training=False))
     _check_rows(exchanges[-1][1], x)
-    if any(uses_made_up(copy.deepcopy(part), rows) for part, (rows, _) in zip(parts, exchanges, strict=True)):
+    if any(uses_made_up(deep_copy(part), rows) for part, (rows, _) in zip(parts, exchanges, strict=True)):
         raise CannotCutError(_MADE_UP)
     return crossings
 
@@ -70,7 +70,7 @@ def protect(parts: Sequence[Part], x: Arguments) -> None:
     for training in (True, False):
         rows: Rows = tuple(row.clone() for row in x.rows)
         for part in parts:
-            running = copy.deepcopy(part).train(training)
+            running = deep_copy(part).train(training)
             versions = [row._version for row in rows]
             with torch.no_grad():
                 given = _tried(partial(running, rows))
@@ -87,7 +87,7 @@ def check_names(model: nn.Module, parts: Sequence[nn.Module]) -> None:
 
 def _check_crossings(parts: Sequence[Part], x: Arguments, inputs_may_cross: bool) -> list[tuple[Crossing, ...]]:
     """Every tensor that crosses has the batch first; none is the input itself; received tensors are not written to."""
-    parts = copy.deepcopy(list(parts))
+    parts = deep_copy(list(parts))
     crossings = []
     batch = tuple(row.clone() for row in x.rows)  # kept, so that its memory is not used again
     sealed = {storage_of(batch[i]) for i in x.sealed()}
@@ -107,7 +107,7 @@ def _check_crossings(parts: Sequence[Part], x: Arguments, inputs_may_cross: bool
 def _check_run(model: nn.Module, parts: Sequence[Part], x: Arguments, training: bool) -> None:
     """Logits, gradients and buffers of the parts against those of the whole, for one batch."""
     mode = "training" if training else "evaluation"
-    whole = copy.deepcopy(model).train(training)
+    whole = deep_copy(model).train(training)
     whole.zero_grad(set_to_none=True)
     with torch_seeded(1, "proof", mode):
         expected, _ = taken_apart(_tried(lambda: x.run(whole)))
@@ -116,7 +116,7 @@ def _check_run(model: nn.Module, parts: Sequence[Part], x: Arguments, training: 
     if roots := [(e, w) for e, w in zip(expected, weights, strict=True) if e.requires_grad]:
         backward([e for e, _ in roots], [w for _, w in roots])
 
-    copies = copy.deepcopy(list(parts))
+    copies = deep_copy(list(parts))
     with torch_seeded(1, "proof", mode):
         given = _tried(lambda: _forward(copies, x, training))
     _compare(given[-1][1], expected, f"the logits in {mode}")
@@ -174,16 +174,16 @@ def _compare_state(whole: nn.Module, parts: Sequence[nn.Module], mode: str) -> N
 def _check_without_gradients(model: nn.Module, parts: Sequence[Part], x: Arguments) -> None:
     """Some modules take a faster path in evaluation when no gradients are asked for."""
     with torch.no_grad(), torch_seeded(1, "proof"):
-        expected, _ = taken_apart(x.run(copy.deepcopy(model).eval()))
+        expected, _ = taken_apart(x.run(deep_copy(model).eval()))
     with torch.no_grad(), torch_seeded(1, "proof"):
-        given = _tried(lambda: _forward(copy.deepcopy(list(parts)), x, training=False))
+        given = _tried(lambda: _forward(deep_copy(list(parts)), x, training=False))
     _compare(given[-1][1], expected, "the logits in evaluation without gradients")
 
 
 def _check_made_up(parts: Sequence[Part], x: Arguments) -> None:
     """What a part makes up in place of earlier layers must not reach its result."""
     for training in (True, False):
-        copies = copy.deepcopy(list(parts))
+        copies = deep_copy(list(parts))
         with torch_seeded(1, "proof"):
             exchanges = _tried(partial(_forward, copies, x, training))
             if any(
@@ -192,7 +192,7 @@ def _check_made_up(parts: Sequence[Part], x: Arguments) -> None:
                 raise CannotCutError(_MADE_UP)
     results = []
     for fill in (0, 1, -1) if all(row.is_floating_point() for row in x.rows) else (0, 1):
-        copies = copy.deepcopy(list(parts))
+        copies = deep_copy(list(parts))
         for part in copies:
             make_up_with(part, fill)
         with torch.no_grad(), torch_seeded(1, "proof"):

@@ -11,7 +11,6 @@ computes beside the cut cross, or are computed again.
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from cutlayer.copies import deep_copy
 from cutlayer.models.parts import (
     Arguments,
     CannotCutError,
@@ -91,7 +91,7 @@ def _record(model: nn.Module, x: Arguments) -> fx.Graph:
     first, other = _recorded(model, x), x.shuffled()
     root = Root(model, x)
     try:
-        second = _recorded(copy.deepcopy(model).double(), _doubled(other))
+        second = _recorded(deep_copy(model).double(), _doubled(other))
         graph = _Writer(first, second, len(x), len(other), root).written()
     except CannotCutError:  # a model with types of its own: they are frozen
         graph = _Writer(first, _recorded(model, other), len(x), len(other), root).written()
@@ -154,7 +154,7 @@ class _Tape:
 
 def _recorded(model: nn.Module, x: Arguments) -> _Tape:
     """What a run of a copy of the model leaves. Raises CannotCutError."""
-    root = Root(copy.deepcopy(model), x)
+    root = Root(deep_copy(model), x)
     rows = tuple(row.clone() for row in x.rows)
     recorder = _Recorder(root, rows)
     with following("a tape"), torch.random.fork_rng(devices=[]), _paths(root.model, recorder), torch.enable_grad():

@@ -11,7 +11,6 @@ Where a later part uses something made of a mask alone, the mask crosses, and th
 from __future__ import annotations
 
 import contextlib
-import copy
 import operator
 import random
 import threading
@@ -25,6 +24,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from cutlayer import seeds
+from cutlayer.copies import deep_copy
 from cutlayer.models.parts import (
     RAW_INPUT,
     Arguments,
@@ -72,7 +72,7 @@ class Traced:
         for k, part in enumerate(parts[:-1]):
             part.crossing_names = programs[0].names_of(k)
         # Modules without state may serve several parts, and must not be put in training mode by one for the others.
-        return [copy.deepcopy(part) for part in parts]
+        return [deep_copy(part) for part in parts]
 
     def look(self, name: str) -> tuple[list[nn.Module], tuple[Crossing, ...]]:
         """What each part of a cut after `name` would own, in modules that cannot be run, and what would cross. Takes a
@@ -155,7 +155,7 @@ def pool_first(part: Part, by_two: Callable[[Tensor], Tensor] | None = None) -> 
     """A copy of a part in which max pooling comes before `relu`, where it came right behind: the same numbers. `by_two`
     computes poolings by two.
     """
-    changed = copy.deepcopy(part)
+    changed = deep_copy(part)
     if isinstance(changed, _TracedPart):
         codes = {code: _Code(_pool_first(part, code.graph, by_two)) for code in set(changed._codes.values())}
         changed._codes = {mode: codes[code] for mode, code in changed._codes.items()}
@@ -163,7 +163,7 @@ def pool_first(part: Part, by_two: Callable[[Tensor], Tensor] | None = None) -> 
 
 
 def _pool_first(part: nn.Module, graph: fx.Graph, by_two: Callable[[Tensor], Tensor] | None) -> fx.Graph:
-    graph = copy.deepcopy(graph)
+    graph = deep_copy(graph)
     for pool in list(graph.nodes):
         if not _is_max_pool(part, pool):
             continue
@@ -758,7 +758,7 @@ def _numpy_state() -> bytes:
 
 def _run(model: nn.Module, graph: fx.Graph, x: Arguments) -> dict[fx.Node, _Seen]:
     """What every operation gives for the batch `x`, without changing the model."""
-    recorder = _Recorder(copy.deepcopy(Root(model, x)), graph)
+    recorder = _Recorder(deep_copy(Root(model, x)), graph)
     try:
         with torch.no_grad():
             recorder.run_on(x)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import pickle
 import warnings
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from cutlayer.copies import deep_copy
 from cutlayer.errors import ConfigError, CutlayerWarning
 from cutlayer.models.prepared import untied
 
@@ -155,7 +155,7 @@ def renewed(module: nn.Module) -> Callable[[], nn.Module] | None:
         return None
 
     def make() -> nn.Module:
-        made = copy.deepcopy(module)
+        made = deep_copy(module)
         for layer in reversed(list(made.modules())):  # the inner ones first: the outer ones may change them
             if (reset := _reset_of(layer)) is not None:
                 reset()
