@@ -101,6 +101,7 @@ AREAS: dict[str, Sequence[str]] = {
     "data": ("*test_sources*",),
     "another model": ("*test_another_model*",),
     "client": ("*test_forbidden*", "*test_allowance*", "*test_text*"),
+    "copies": ("*test_copies*",),
     "worker": ("*test_remote*", "*test_tasks*"),
     "traffic": ("*test_costs*", "*test_plan*", "*test_testing*"),
     "admission": ("*test_admission*", "*test_serving*"),
@@ -582,6 +583,13 @@ MUTANTS = [
     M("what says nothing draws nothing", "seeds", 'getattr(module, "draws", True) else contextlib', 'getattr(module, "draws", False) else contextlib'),
     M("nothing is seeded", "seeds", 'if getattr(module, "draws", True) else contextlib.nullcontext()', "if False else contextlib.nullcontext()"),
     M("streams stay", "seeds", "kind.set_rng_state(before)", "pass"),
+    # Copies of modules
+    M("copies share dictionaries", "copies", "made = memo[id(thing)] = type(thing)()", "made = memo[id(thing)] = thing"),
+    M("shared modules are copied twice", "copies", "memo[id(module)] = made", "pass"),
+    M("a state dict loses what is beside its items", "copies", "if type(thing) is OrderedDict and thing.__dict__:", "if False:"),
+    M("modules that copy themselves are not asked", "copies", 'and "__deepcopy__" not in thing.__dict__', ""),
+    M("modules are left to the slow way", "copies", "if type(state) is dict:", "if False:"),
+    M("a module's state is taken past it", "copies", "made.__setstate__({", "made.__dict__.update({"),
     # The paper's tables with another model
     M("another model in some tables alone", "another model", "replace(self.size, model=model, methods_model=model)", "replace(self.size, model=model)"),
     M("another model without its options", "another model", 'config.options_of(find("model", config.model))', "{}"),

@@ -4,6 +4,7 @@ the command line called in this process.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import io
 import itertools
@@ -252,8 +253,14 @@ class Done(NamedTuple):
     stderr: str
 
 
-def call(*argv: str, cwd: Path | None = None, code: int | None = 0) -> Done:
+# A picture of one white point.
+POINT = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEAG7buVgAAAABJRU5ErkJggg==")
+
+
+def call(*argv: str, cwd: Path | None = None, code: int | None = 0, plots: bool = False) -> Done:
     """Run `cutlayer ARGV` in this process, in the folder `cwd`; it has to end with `code`, unless that is None.
+
+    Drawing the plots of a run's report takes longer than a small run: they are drawn only where `plots` are looked at.
 
     What a process of its own would see is as in one: pipes for its streams, Python's usual warnings. What would outlast
     the command (the allocator's settings, how warnings are shown) is left as it was.
@@ -264,6 +271,8 @@ def call(*argv: str, cwd: Path | None = None, code: int | None = 0) -> Done:
             stack.enter_context(contextlib.chdir(cwd))
         stack.enter_context(mock.patch.object(sys, "argv", ["cutlayer", *argv]))
         stack.enter_context(mock.patch.object(cli, "keep_memory"))
+        if not plots:
+            stack.enter_context(mock.patch("cutlayer.report.curves.drawn", return_value=POINT))
         stack.enter_context(warnings.catch_warnings())
         warnings.resetwarnings()
         for kind in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):

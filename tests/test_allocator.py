@@ -51,6 +51,7 @@ def test_a_run_from_python_keeps_freed_memory_once_and_hands_it_back() -> None:
     assert found["calls"] == 1
 
 
+@pytest.mark.network  # the other half of the test above, in one more process
 def test_the_switch_leaves_the_allocator_alone() -> None:
     found = trained("0")
     assert found["kept"] < 10

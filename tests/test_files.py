@@ -105,6 +105,7 @@ def test_a_run_on_a_disk_that_becomes_full(tmp_path: Path) -> None:
     assert not [name for name in (tmp_path / "left").read_text("utf-8").split() if name.endswith(".new")]
 
 
+@pytest.mark.network  # a process with another locale
 def test_text_is_utf_8_whatever_the_machines_encoding(tmp_path: Path) -> None:
     rows = "".join(f"{n},{['größer', 'kleiner'][n % 2]},{['Zürich', 'Köln', 'Łódź'][n % 3]}\n" for n in range(60))
     (tmp_path / "data.csv").write_text(f"höhe,art,ort\n{rows}", encoding="utf-8")

@@ -174,6 +174,7 @@ assert not heavy, heavy
 # ---- killed and interrupted -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.network
 def test_killed_between_checkpoints_and_resumed(tmp_path: Path) -> None:
     """kill -9; the resumed run ends as the same run made in this process, which nobody disturbed."""
     with started("run", *TINY, *flags(LONG), "--out", "killed", cwd=tmp_path) as process:
@@ -192,6 +193,7 @@ def test_killed_between_checkpoints_and_resumed(tmp_path: Path) -> None:
     assert (killed / "report.html").exists()
 
 
+@pytest.mark.network
 def test_interrupted_while_others_look(tmp_path: Path) -> None:
     """While a run works nobody else may have its folder, but its report can be written. Ctrl-C names the way on."""
     folder = tmp_path / "run"
@@ -217,6 +219,7 @@ def test_interrupted_while_others_look(tmp_path: Path) -> None:
     assert steps == list(range(3 * LONG["rounds"]))
 
 
+@pytest.mark.network
 def test_comparison_and_the_same_killed_and_resumed(tmp_path: Path) -> None:
     """Killed in the third of four runs: the first two are kept as they are, and all ends the same."""
     line = ["compare", *TINY, "--algorithms", "psl", "sglr", "--seeds", "0", "1", *flags(LONG)]

@@ -68,7 +68,7 @@ def agree(algorithm: str, sizes: Sequence[int], **options: Any) -> None:
 
 
 @pytest.mark.parametrize("algorithm", STACKED)
-@settings(max_examples=6, deadline=None, derandomize=True, database=None, phases=QUICK)
+@settings(max_examples=4, deadline=None, derandomize=True, database=None, phases=QUICK)
 @given(
     sizes=st.lists(st.integers(2, 9), min_size=2, max_size=5),
     batch=st.integers(2, 4),

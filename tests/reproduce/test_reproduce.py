@@ -459,7 +459,7 @@ def wild(rate: float) -> Cell:
     return Cell(f"rate-{rate:g}", RunConfig.of({**values, "client_optimizer": "sgd", "client_lr": rate}))
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.network)])
 def test_a_run_that_diverges_is_a_result(workers: int, tmp_path: Path) -> None:
     jobs = [(wild(1e9), 0), (wild(0.01), 0)]
     assert sorted(cell.name for cell, _ in train(tmp_path, jobs, workers)) == ["rate-0.01", "rate-1e+09"]
@@ -467,6 +467,7 @@ def test_a_run_that_diverges_is_a_result(workers: int, tmp_path: Path) -> None:
     assert list(train(tmp_path, jobs, workers)) == []  # both are done
 
 
+@pytest.mark.network
 def test_what_a_process_raises_arrives(tmp_path: Path) -> None:
     """A run folder that belongs to something else."""
     folder = folder_of(tmp_path, wild(0.01), 0)
@@ -476,6 +477,7 @@ def test_what_a_process_raises_arrives(tmp_path: Path) -> None:
         list(train(tmp_path, [(wild(0.01), 0)], 2))
 
 
+@pytest.mark.network
 def test_a_process_that_is_killed_does_not_keep_us_waiting(tmp_path: Path) -> None:
     slow = wild(0.001)
     jobs = [(Cell("long", slow.config.model_copy(update={"epochs": 100000})), seed) for seed in (0, 1)]
