@@ -21,6 +21,7 @@ from cutlayer.engine.simulated import (
     Local,
     Shape,
     SimulatedCohort,
+    gradient_bytes,
     mass_of,
     model_bytes,
     together,
@@ -148,9 +149,9 @@ class Client:
         return mean_loss(self.task.row_losses(outputs, self.labels), self.task.weights(self.labels))
 
     def footprint(self) -> Footprint:
-        """Bytes of the model and of the optimiser's state."""
+        """Bytes of the model, of the optimiser's state and of the gradient."""
         model = model_bytes(self.module)
-        gradient = sum(p.nbytes for p in self.module.parameters() if p.requires_grad)
+        gradient = gradient_bytes(self.module)
         if self.optimizer is None:
             return Footprint(model, 0)
         tensors = [as_tensor(v) for s in self.optimizer.state.values() for v in s.values() if v is not None]

@@ -258,6 +258,11 @@ def model_bytes(module: nn.Module) -> int:
     return sum({t.data_ptr(): t.nbytes for t in moving(module).values()}.values())
 
 
+def gradient_bytes(module: nn.Module) -> int:
+    """Bytes of the gradient of all that is trained of a model: tied weights once."""
+    return sum(p.nbytes for p in module.parameters() if p.requires_grad)
+
+
 def mass_of(task: Task, targets: Tensor, rows: np.ndarray | None = None) -> float:
     """What targets [n, t...] (or those of `rows`) count together in a mean: n where all count alike."""
     own = targets if rows is None else targets[torch.from_numpy(rows).to(targets.device)]

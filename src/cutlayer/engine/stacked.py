@@ -28,7 +28,7 @@ from cutlayer.data.samples import Samples
 from cutlayer.eager import backward
 from cutlayer.engine.descent import Descent, DirectSteps, descent
 from cutlayer.engine.local import name_in_whole, named_as_whole
-from cutlayer.engine.simulated import Clients, CohortState, SimulatedCohort, model_bytes
+from cutlayer.engine.simulated import Clients, CohortState, SimulatedCohort, gradient_bytes, model_bytes
 from cutlayer.engine.stack import Generators, Group, Stack
 from cutlayer.engine.ways import Stacking
 from cutlayer.errors import NonFiniteError
@@ -79,6 +79,7 @@ class StackedCohort(SimulatedCohort):
                 self._stack.load_one(k, _as_one(*model).state_dict())
         self._keep = how.keep
         self._model_bytes = model_bytes(first)
+        self._gradient_bytes = gradient_bytes(first)
         self._passes: list[_Pass] = []  # of the last forward pass
         self._asked: tuple[int, ...] = ()
         self._sizes: tuple[int, ...] = ()
@@ -88,8 +89,8 @@ class StackedCohort(SimulatedCohort):
             self._begin_from(self._stack.state_of(0))
 
     def footprint(self, client: int) -> Footprint:
-        """Bytes of the client's model and optimiser state."""
-        return Footprint(self._model_bytes, self._stack.optimizer_bytes(client))
+        """Bytes of the client's model, of its optimiser's state and of its gradient."""
+        return Footprint(self._model_bytes, self._stack.optimizer_bytes(client), self._gradient_bytes)
 
     def forward(self, clients: Sequence[int] | None = None, *, labels: bool = True) -> Smashed:
         """Every participant with batches left in this round (or those of `clients`) sends smashed data and labels."""
