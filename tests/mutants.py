@@ -55,6 +55,7 @@ AREAS: dict[str, Sequence[str]] = {
     "server": ("*seam_operations*", "*golden*", "*test_seam*", "*options*", "*identit*", "*engines*", "*stacked*"),
     "gradients": ("*sglr*", "*golden*", "*test_seam*", "*options*", "*identit*", "*engines*", "*stacked*"),
     "robust": ("*test_averagings*", "*test_row_bound*", "*test_attacks*"),
+    "skew": ("*test_adjustment*", "*test_sampling*", "*test_in_step*", "*test_cycle*"),
     "averaging": ("*test_seam*", "*golden*", "*identit*", "*engines*"),
     "hostile": ("*test_floods*", "*test_hostile_clients*", "*test_patience*"),
     "local": (
@@ -121,6 +122,17 @@ class Mutant(NamedTuple):
 
 M = Mutant
 MUTANTS = [
+    # Label skew
+    M("clients are answered with the server's loss", "skew", "leaf.grad = gradient", "leaf.grad = None", "def apart(mine"),
+    M("shares of a class to no power", "skew", "(shares**tau + _ABSENT)", "(shares + _ABSENT)"),
+    M("participants of all rounds", "skew", "counts[list(participants)].sum(0)", "counts.sum(0)"),
+    M("copies are not adjusted", "skew", "self._copies[client]._adjustment = self._adjustment", "pass"),
+    M("blocks of one client's size", "skew", "np.repeat(np.arange(len(samples)), samples), len(samples) * batch", "np.repeat(np.arange(len(samples)), samples), batch"),
+    M("rows begin anew with each batch", "skew", "self.taken[client] += some", "self.taken[client] += 0 * some + (some if size == some else 0)"),
+    M("a client sits out no step", "skew", "found += [size] if size else []", "found += [size]"),
+    M("only those with rows step together", "skew", "for client in self._clients:\n            client.take(", "for client in [self._clients[k] for k in self._asked]:\n            client.take("),
+    M("who was away keeps its optimiser", "skew", "if self._in_step and twin.optimizer is not None:", "if not self._in_step and twin.optimizer is not None:"),
+    M("the frozen server answers before it has trained", "skew", "self.train(server, smashed, this, turn, factor)\n        step = server.gradients(smashed, running_statistics=self.running_statistics)", "step = server.gradients(smashed, running_statistics=self.running_statistics)\n        self.train(server, smashed, this, turn, factor)"),
     # Algorithms
     M("SplitLr multiplies by alpha", "algorithms", "clients**self.alpha", "clients * self.alpha"),
     M("SplitLr counts the others", "algorithms", 'self.alpha_clients == "enrolled"', 'self.alpha_clients != "enrolled"'),
@@ -139,8 +151,8 @@ MUTANTS = [
     M("unicast scaled as the common gradient", "algorithms", "_scaled_of(gradient, smashed, others, self.gradient_scale)", "_scaled_of(gradient, smashed, others, share)"),
     M("some clients' gradients scaled by their own rows", "algorithms", "masses, scale, sum(smashed.masses))", "masses, scale, sum(masses))", "def _scaled_of("),
     M("common gradient's last rows", "algorithms", "else c[:size]", "else c[-size:]"),
-    M("SFL averages every step", "algorithms", 'if self.average_every == "step":', "if True:"),
-    M("SFL never averages by the round", "algorithms", 'if self.average_every == "round":', "if False:"),
+    M("SFL averages every step", "algorithms", 'if self.average_every == "step":', "if True:", "class Sfl(Scaled"),
+    M("SFL never averages by the round", "algorithms", 'if self.average_every == "round":', "if False:", "class Sfl(Scaled"),
     M("all clients weigh the same", "algorithms", "{k: masses[k] for k in sorted(who)}", "{k: 1 for k in sorted(who)}"),
     M("V1 forgets the server copies", "algorithms", "server.average_copies(sample_weights(clients, trained))", "pass", "class SflV1("),
     M("V1 forgets the clients", "algorithms", "clients.average(sample_weights(clients, trained))", "pass", "class SflV1("),
@@ -251,7 +263,7 @@ MUTANTS = [
     M("union although buffers are kept", "union", "if list(part.buffers()):", "if False:"),
     # The choice of the engine
     M("union from unequal starts", "choice", 'self.config.start != "equal" or not rule_of', "not rule_of"),
-    M("union where averaged by the round", "choice", 'return self.average_every == "step"', "return True"),
+    M("union where averaged by the round", "choice", 'return self.average_every == "step"', "return True", "class Sfl(Scaled"),
     M("union of several local steps", "choice", "return self.local_steps == 1", "return self.local_steps is not None", "class FedAvg("),
     M("union whatever the client's optimizer", "choice", "or not rule_of(make).plain", ""),
     M("V1's union whatever the server's optimizer", "choice", "rule_of(make_server).plain and row_by_row(", "row_by_row("),
@@ -274,7 +286,7 @@ MUTANTS = [
     M("own gradients through the wrong codec", "coding", "self.coding.down, gradients.own", "self.coding.up, gradients.own"),
     # The clock, energy, the fleet
     M("server waits for all", "clock", "self.ready[who].max()", "self.ready.max()"),
-    M("U-shape's server passes counted twice", "clock", "server.backward if self._tail_done else server.training", "server.training"),
+    M("U-shape's server passes counted twice", "clock", "server.backward if self._tail_done else self.server_flops", "self.server_flops"),
     M("tails only go forward", "clock", "sizes * self.flops.tail.training", "sizes * self.flops.tail.forward"),
     M("U-shape's server skips forward", "clock", "self.clock.serve(float(sizes.sum()) * self.flops.server.forward)", "pass"),
     M("uploads without latency", "clock", "float(self.ready[who].max()) + self.fleet.latency", "float(self.ready[who].max())"),
@@ -364,7 +376,7 @@ MUTANTS = [
     M("shuffled from the last order", "batches", "order.permutation(self._rows[span])", "order.permutation(self._order[span])"),
     M("the same order every epoch", "batches", '"batches", self.names[client], epoch', '"batches", self.names[client], 0'),
     M("order by place, not by name", "batches", '"batches", self.names[client], epoch', '"batches", client, epoch'),
-    M("shuffled only at first", "batches", "who[epoch != self._epoch[who]]", "who[self._epoch[who] < 0]"),
+    M("shuffled only at first", "batches", "if now != self._epoch[k]:", "if self._epoch[k] < 0:"),
     # Seeds
     M("names run together", "seeds", '"/".join(str(part) for part in (seed, *name))', '"".join(str(part) for part in (seed, *name))'),
     M("caller's random state lost", "seeds", "torch.set_rng_state(before)", "pass", "def torch_seeded("),
@@ -397,7 +409,7 @@ MUTANTS = [
     M("frozen parameters are averaged", "frozen", "load_moving(target, average([moving(m) for m in models], weights))", "target.load_state_dict(average([m.state_dict() for m in models], weights))"),
     M("frozen parameters weigh something", "frozen", "t.nbytes for t in moving(module).values()", "t.nbytes for t in module.state_dict().values()"),
     M("a frozen tensor for each client", "frozen", "(*replica(nn.ModuleList(ends)), None)", "(*copy.deepcopy(nn.ModuleList(ends)), None)"),
-    M("gradients for clients that train nothing", "frozen", "if not self.trains:\n            return", "if False:\n            return"),
+    M("gradients for clients that train nothing", "frozen", "if self.trains:\n            self.inner.backward(", "if True:\n            self.inner.backward("),
     M("buffers of untrained clients are lost", "frozen", "self._stack.put_back(p.group)", "pass"),
     M("untrained clients stay alike", "frozen", "self._buffered = not trains(lower, tail) and", "self._buffered = False and"),
     M("frozen weights are not compared", "frozen", "if frozen := digest(*p.clients.models[0]):", "if False:"),
