@@ -41,6 +41,8 @@ def options(algorithm: str) -> dict[str, Any]:
     if u_shaped(algorithm):
         own["tail_cut"] = "4"
     cut = {} if traits(algorithm).whole else {"cut": "3", "start": "independent"}
+    if traits(algorithm).gradients_cross:
+        cut |= {"start": "equal", "sampling": "proportional"}  # its model does not train on the single rows of global
     if algorithm in ("fl", "sfl", "sflv1"):
         own["local_epochs"] = 2  # rounds that are not epochs
     return {**common, **own, **cut}

@@ -17,7 +17,8 @@ from cutlayer.engine.choice import Choice
 from cutlayer.engine.ways import Stacking, Way
 
 TAKE_TURNS = {name for name in ALGORITHMS if traits_of(plugins.index("algorithm")[name]).takes_turns}
-STACKED = [name for name in ALGORITHMS if name not in TAKE_TURNS | {"cl"}]  # cl has a single client
+IN_STEP = {name for name in ALGORITHMS if traits_of(plugins.index("algorithm")[name]).gradients_cross}  # never stacked
+STACKED = [name for name in ALGORITHMS if name not in TAKE_TURNS | IN_STEP | {"cl"}]  # cl has a single client
 OWN: dict[str, dict[str, Any]] = {
     "fl": {"local_epochs": 2},
     "sfl": {"average_every": "step"},

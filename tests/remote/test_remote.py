@@ -41,7 +41,7 @@ from cutlayer.remote.worker import Worker
 from cutlayer.server import Server
 from cutlayer.testing import in_memory
 from cutlayer.types import Round, Step
-from cutlayer.verbs import AVERAGE, BACKWARD, CLIENT_VERBS, FIT, FORWARD, HAND_OVER, LEARN, TAIL
+from cutlayer.verbs import AVERAGE, BACKWARD, BACKWARD_TOGETHER, CLIENT_VERBS, FIT, FORWARD, HAND_OVER, LEARN, TAIL
 from cutlayer.wire import Frame, encode
 from cutlayer.wire import messages as m
 
@@ -329,7 +329,9 @@ def test_a_server_cannot_evade_the_watch_by_sharing() -> None:
 
 NEEDS = {
     **{a: {FORWARD, BACKWARD} for a in ("psl", "slr", "sgl", "sglr", "sflv3")},
-    **{a: {FORWARD, BACKWARD, AVERAGE} for a in ("sfl", "sflv1", "sflv2", "scala")},
+    **{a: {FORWARD, BACKWARD} for a in ("cyclepsl", "cyclesglr")},
+    **{a: {FORWARD, BACKWARD, AVERAGE} for a in ("sfl", "sflv1", "sflv2", "scala", "cyclesfl")},
+    "gpsl": {FORWARD, BACKWARD_TOGETHER},
     **{a: {FORWARD, TAIL, BACKWARD} for a in ("upsl", "usglr")},
     "usfl": {FORWARD, TAIL, BACKWARD, AVERAGE},
     "ssl": {FORWARD, BACKWARD, HAND_OVER},
