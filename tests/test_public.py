@@ -53,6 +53,10 @@ THINGS = {
         "scala": "average_every gradient_scale local_epochs local_steps",
         "ussl": "hand_over hand_over_optimizer visit_order",
         "upsl": "gradient_scale",
+        "ampere": "aux client_share pool_batch",
+        "cse-fsl": "aux local_epochs local_steps upload_every",
+        "fsl-sage": "align_batch align_epochs align_every align_lr align_rows align_scale aux local_epochs local_steps "
+        "upload_every",
         "usfl": "average_every gradient_scale local_epochs local_steps",
         "usglr": "alpha alpha_clients average_over average_reduce gradient_scale phi phi_until phi_when",
     },
@@ -97,6 +101,7 @@ THINGS = {
     },
     "attack": {"features": "", "labels": "", "poison": "", "scale": "", "sign": ""},
     "optimizer": {},
+    "head": {},
 }
 
 

@@ -29,6 +29,7 @@ from cutlayer.checks import (
     as_the_model_takes,
     check_adjustable,
     check_cacheable,
+    check_head,
     check_output,
     check_parts,
     check_rate,
@@ -124,7 +125,7 @@ class Training:
     weights. `own_tests` are the rows that each client's model is tested on alone, where it is; `eval_every` and
     `eval_clients` how often and of how many clients models are judged, `eval_last` of how many at the end; `remarks`
     what of that was chosen, a line each. `answers_apart`: the gradients that the server answers with are of another
-    loss than its own.
+    loss than its own. `head` is an auxiliary head, if clients have some.
     """
 
     source: Source
@@ -150,11 +151,12 @@ class Training:
     eval_last: int | None = None
     remarks: tuple[str, ...] = ()
     answers_apart: bool = False
+    head: nn.Module | None = None
 
     @cached_property
     def flops(self) -> ModelFlops:
-        """FLOPs per sample of the parts."""
-        return count(self.parts, self.example)
+        """FLOPs per sample of the parts, and of an auxiliary head."""
+        return count(self.parts, self.example, self.head)
 
     @property
     def server_passes(self) -> float:
@@ -176,7 +178,8 @@ class Prepared:
     """All but the cohort and its server: what a simulation, a remote run's server and each of its clients start from.
 
     `owners` are the rows of each client of the cohort (in cl: of the one that holds all), `partition` those of each
-    client that the configuration names. `class_counts` [C][K] are there where logits are adjusted.
+    client that the configuration names. `class_counts` [C][K] are there where logits are adjusted. `make_head` makes an
+    auxiliary head under a seed's name, if clients have some.
     """
 
     config: RunConfig
@@ -198,6 +201,7 @@ class Prepared:
     remarks: tuple[str, ...]
     class_counts: list[list[int]]
     attacks: Attacks = field(default_factory=Attacks)
+    make_head: Callable[..., nn.Module] | None = None
 
     @property
     def server_seed(self) -> int:
@@ -208,6 +212,11 @@ class Prepared:
     def clients_train(self) -> bool:
         """Whether the clients' parts have parameters that are trained; if not, no gradients go down."""
         return trains(*self.clients.models[0])
+
+    @cached_property
+    def head(self) -> nn.Module | None:
+        """An auxiliary head as clients have it in the beginning; None if they have none."""
+        return None if self.make_head is None else self.make_head("head")
 
     @property
     def adjusts_at_server(self) -> bool:
@@ -228,6 +237,7 @@ class Prepared:
         """
         config, source, partition = self.config, self.source, self.partition
         server.serve(config.algorithm, self.algorithm.traits.needs, self.clients.rule)
+        server.make_head = self.make_head
         adjustment = None
         if self.adjusts_at_server:
             adjustment = Adjustment(config.logit_adjust, config.tau, class_counts or self.class_counts)
@@ -262,6 +272,7 @@ class Prepared:
             eval_last=self.pace.last,
             remarks=self.remarks,
             answers_apart=adjustment is not None and adjustment.apart,
+            head=self.head,
         )
         if self.fleet is None:
             return training
@@ -271,6 +282,8 @@ class Prepared:
             clock.begin(range(config.clients))
             clock.upload(8.0 * np.array([_raw_bytes(source, p) for p in partition]))
         clocked = ClockedCohort(metered, clock, training.flops, config.batch, training.server_flops, central=central)
+        if LEARN in self.algorithm.traits.needs:  # what others make up belongs to a step, and is stated with it
+            server.made_up = lambda rows: clock.serve(rows * training.flops.server.training)
         return replace(training, clients=clocked, clock=clock)
 
     def _looked_at(self, cohort: Cohort, engine: str, tell: Tell | None) -> Cohort:
@@ -318,6 +331,7 @@ class Prepared:
             client_gradient=sum(p.nbytes for part in client for p in part.parameters() if p.requires_grad),
             features=crossing_bytes(self.split.returning),
             returned=crossing_bytes(c for c in self.split.returning if c.differentiable),
+            head=0 if self.head is None else sum(t.nbytes for t in self.head.state_dict().values()),
         )
 
 
@@ -409,7 +423,7 @@ def prepare(
     work = _work(config, algorithm, sizes, rounds)
     typical = source.train[slice(0, _TYPICAL)].rows if source.train.in_memory else example
     width = task.width(source.train.y, source.classes)
-    heads = _heads(config, algorithm, split, example, width)
+    heads = _heads(config, algorithm, split, example, width, given)
     head = None if heads is None else heads("head")
     chosen = Choice(config, algorithm, split, (make_client, make_server), example, work, typical, head).made(ways)
     split = chosen.split
@@ -455,6 +469,7 @@ def prepare(
         tuple(filter(None, (attacks.remark(config.clients), held_out, pace.remark, chosen.remark))),
         counts,
         attacks,
+        heads,
     )
 
 
@@ -764,22 +779,28 @@ class _ClientModels(Sequence[ClientModel]):
 
 
 def _heads(
-    config: RunConfig, algorithm: Algorithm, split: Parts, example: Rows, classes: int
+    config: RunConfig, algorithm: Algorithm, split: Parts, example: Rows, classes: int, given: Tensor
 ) -> Callable[..., nn.Module] | None:
-    """A function (*name) -> an auxiliary head, where the algorithm needs some."""
+    """A function (*name) -> an auxiliary head, where the algorithm needs some; what the whole model gives is shaped as
+    `given`. Raises ConfigError for heads that do not fit.
+    """
     if LEARN not in algorithm.traits.needs:
         return None
     client = deep_copy(split.client).eval()
     with torch.no_grad():
         smashed: Rows = client(example)
-    device = example[0].device
+    device, what = example[0].device, f"`head` of the algorithm {config.algorithm!r}"
 
     def make(*name: str | int) -> nn.Module:
         with seeds.torch_seeded(config.seed, *name):
-            with own_code(algorithm, f"`head` of the algorithm {config.algorithm!r}"):
+            with own_code(algorithm, what):
                 head = algorithm.head(smashed, classes)
-            return typed(head, config).to(device)
+            if not isinstance(head, nn.Module):
+                raise ConfigError(f"{what} gives {type(head).__name__}: return a torch.nn.Module of the smashed data")
+            head = typed(head, config).to(device)
+        return head.requires_grad_(False) if algorithm.traits.heads_come_down else head
 
+    check_head(make("head"), what, smashed, given)
     return make
 
 

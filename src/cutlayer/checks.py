@@ -147,6 +147,29 @@ def check_start(config: RunConfig, algorithm: Algorithm) -> None:
         )
 
 
+def check_head(head: nn.Module, what: str, smashed: Rows, given: torch.Tensor) -> None:
+    """An auxiliary head must take smashed data and give scores as the model does, which are shaped as `given`. `what`
+    is called so in a sentence. Raises ConfigError.
+    """
+    shapes = ", ".join(str(tuple(r.shape[1:])) for r in smashed)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            rows = as_tuple(deep_copy(head).eval()(tuple(r.clone() for r in smashed)))
+    except Exception as error:  # the user's module: anything can come out
+        raise ConfigError(
+            f"{what} does not take smashed data of shape {shapes} ({one_line(error)}): make one that does, or cut "
+            "elsewhere"
+        ) from None
+    shape = tuple(rows[0].shape) if rows else None
+    if shape != (expected := (len(smashed[0]), *given.shape[1:])):
+        raise ConfigError(
+            f"{what} gives {shape or 'no tensor'} for smashed data of shape {shapes}, but the model {expected}: "
+            "make one that gives scores as the model does"
+        )
+    if not any(True for _ in head.parameters()):
+        raise ConfigError(f"{what} has no parameters, so that it cannot learn what the server would say: add a layer")
+
+
 def check_parts(config: RunConfig, algorithm: Algorithm, split: Parts, cuts: tuple[str, ...]) -> None:
     """The algorithm must have something to act on on both sides. Raises CutError."""
     facts = algorithm.entry.facts

@@ -128,6 +128,9 @@ class Cohort(Protocol):
         record per local step, over the clients that took it; empty when nobody has a batch left.
         """
 
+    def align(self, heads: Mapping[int, Mapping[str, Tensor]]) -> None:
+        """The auxiliary heads of the clients in `heads` := these states, which the server has fitted."""
+
     def fit(self) -> list[Step]:
         """Each participant trains its whole model on its part of the round, alone; nothing crosses. One record per
         local step, over the clients that took it."""
@@ -220,6 +223,10 @@ class CohortAround:
     def learn(self, steps: int) -> list[Step]:
         """Passed on."""
         return self.inner.learn(steps)
+
+    def align(self, heads: Mapping[int, Mapping[str, Tensor]]) -> None:
+        """Passed on."""
+        self.inner.align(heads)
 
     def fit(self) -> list[Step]:
         """Passed on."""

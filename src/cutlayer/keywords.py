@@ -84,11 +84,15 @@ class CommonKeywords(TypedDict, total=False):
     checkpoint_every: int | None
     keep_best: bool
     snapshot_every: int | None
+    aux: str | None
+    client_share: float
+    pool_batch: int
+    local_epochs: int
+    local_steps: int | None
+    upload_every: int
     gradient_scale: Literal["own", "union"]
     server_batch: int
     running_statistics: bool
-    local_epochs: int
-    local_steps: int | None
     alpha: float
     alpha_clients: Literal["participating", "enrolled"]
     phi: float
@@ -96,6 +100,12 @@ class CommonKeywords(TypedDict, total=False):
     phi_until: float
     average_over: Literal["clients", "clients-and-rows"]
     average_reduce: Literal["mean", "sum"]
+    align_every: int
+    align_rows: int
+    align_epochs: int
+    align_batch: int
+    align_lr: float
+    align_scale: Literal["row", "mean"]
     average_every: Literal["step", "round", "gradients"]
     hand_over: Literal["batch", "epoch"]
     hand_over_optimizer: bool

@@ -1019,6 +1019,7 @@ NAMING = {
     "attack": "attack",
     "client_optimizer": "optimizer",
     "server_optimizer": "optimizer",
+    "aux": "head",
 }
 """Options that name things, and of which kind."""
 _PATHS = ("data", "profiles", "weights")  # options that may name a file or folder

@@ -66,9 +66,10 @@ KINDS: dict[str, Kind] = {
     "defence": Kind("defence", ("defences",), "cutlayer.defences"),
     "attack": Kind("attack", ("attacks",), "cutlayer.attacks", flat=False),
     "optimizer": Kind("optimizer", (), "cutlayer.optimizers", flat=False),  # torch's are known by their names
+    "head": Kind("auxiliary head", (), "cutlayer.heads", flat=False),  # an algorithm has one of its own
 }
 
-_PLAIN_KINDS = {"model", "data", "schedule", "optimizer", "metric"}  # a function that is not registered will do
+_PLAIN_KINDS = {"model", "data", "schedule", "optimizer", "metric", "head"}  # a function that is not registered will do
 
 SUPPLIED = frozenset({"input_shape", "classes"})
 """Parameters of a model's function that the data decide: they are not options."""

@@ -62,6 +62,7 @@ from cutlayer.stored import Amount, Count, Digits, MalformedError, Metric, Store
 from cutlayer.tasks.own_loss import Loss
 from cutlayer.trained import Predictions, TrainedModel, Whose, find_trained
 from cutlayer.types import Evaluation, Round, Step
+from cutlayer.verbs import LEARN
 
 
 @dataclass(frozen=True)
@@ -200,6 +201,7 @@ class RunState(Stored):
     server: dict[str, Any]
     clients: dict[str, Any]
     code: dict[str, str] = msgspec.field(default_factory=dict)
+    served: tuple[Count, Count] | None = None
 
 
 class Snapshot(Stored):
@@ -251,6 +253,7 @@ class Run:
         self.evaluations: list[Scores] = []
         self._start_round = 0
         self._step = self._samples = 0
+        self._served = self._pooled = 0  # rows that the server has stepped on; those of them that no clients sent then
         self._seconds = 0.0
         self.evaluating = 0.0
         self.by_client: dict[str, Evaluation | None] = {}
@@ -434,6 +437,8 @@ class Run:
         )
         self._step += 1
         self._samples += step.samples
+        self._served += step.samples if step.server_lr is not None else 0
+        self._pooled += step.samples if not step.clients else 0
         return record
 
     def _evaluate(self, done: int, folder: Folder | None, *, last: bool) -> None:
@@ -539,7 +544,7 @@ class Run:
         return Scores(
             done,
             self._step,
-            self._samples / sum(self.training.clients.samples),
+            self._trained / sum(self.training.clients.samples),
             validation.mean(task.leading) if validation else None,
             validation.loss if validation else None,
             test.mean(task.leading),
@@ -610,6 +615,12 @@ class Run:
                 found[where] = asdict(fairness(scores, maximise=task.maximise))
         return found
 
+    @property
+    def _trained(self) -> int:
+        """Rows that have been trained on: by clients, where they do so by themselves, or else in steps with them."""
+        learnt = self.training.ledger.learnt
+        return learnt + self._pooled if learnt else self._samples
+
     def _computed(self) -> dict[str, float]:
         """FLOPs of a client, in the mean, and of the server."""
         flops, traits = self.training.flops, self.training.algorithm.traits
@@ -618,6 +629,13 @@ class Run:
             return {"client_flops": 0.0, "server_flops": self._samples * flops.whole.training}
         if traits.whole:
             return {"client_flops": each * flops.whole.training, "server_flops": 0.0}
+        if LEARN in traits.needs:
+            ledger, clients = self.training.ledger, self.config.clients
+            alone = ledger.learnt * (flops.client.backward + flops.head.training)
+            return {
+                "client_flops": (ledger.passed * flops.client.forward + alone) / clients,
+                "server_flops": self._served * self.training.server_flops,
+            }
         return {
             "client_flops": self._at_clients() * flops.at_client.training,
             "server_flops": self._samples * self.training.server_flops,
@@ -637,6 +655,7 @@ class Run:
             "rounds": rounds,
             "steps": self._step,
             "samples": self._samples,
+            "served": [self._served, self._pooled],
             "seconds": self._seconds,
             "measured": self._meter.state(),
             "evaluations": [asdict(s) for s in self.evaluations],
@@ -687,6 +706,7 @@ class Run:
             raise MalformedError(f"{state.rounds} of {self.training.rounds} rounds are done")
         self._start_round, self._step = state.rounds, state.steps
         self._samples, self._seconds = state.samples, state.seconds
+        self._served, self._pooled = state.served or (self._samples, 0)
         self._meter.load(state.measured)
         self.evaluations = [remade(Scores, scores, "evaluations") for scores in state.evaluations]
         for scores in self.evaluations:

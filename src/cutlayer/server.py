@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
@@ -61,6 +62,12 @@ class Server:
         self._steps = 0
         self._pending: tuple[Rows, Rows] | None = None
         self._algorithm, self._needs = "", frozenset[str]()
+        self.kept: dict[str, Tensor] = {}
+        """What the algorithm keeps here from one round to the next, by names of its own: it is part of the state."""
+        self.make_head: Callable[..., nn.Module] | None = None
+        """Makes an auxiliary head as clients have them in the beginning, under a seed's name."""
+        self.made_up: Callable[[int], None] = lambda rows: None
+        """Hears of how many made-up rows the server has stepped on: no clients send them, or wait for that."""
         self.rule: Averaging = WeightedMean()
         self._adjustment: Adjustment | None = None
 
@@ -96,6 +103,7 @@ class Server:
         """
         made_up = Smashed(rows, labels, (), (), weights=self.task.weights(labels))
         losses, _ = self._through(made_up, loss, factor)
+        self.made_up(len(labels))
         return mean_loss(losses, made_up.weights)
 
     def gradients(
@@ -220,7 +228,8 @@ class Server:
 
     def state(self) -> dict[str, Any]:
         """Model, optimiser, step counter, and the same of every copy, but for what is frozen."""
-        return {**self._own_state(), "model": self.model.state_dict()}
+        kept = {"kept": dict(self.kept)} if self.kept else {}
+        return {**self._own_state(), "model": self.model.state_dict(), **kept}
 
     def _own_state(self) -> dict[str, Any]:
         return {
@@ -238,6 +247,7 @@ class Server:
         load_moving(self.model, own.model)
         restore_optimizer(self._optimizer, own.optimizer, "the server's optimiser")
         self._steps = own.steps
+        self.kept = dict(own.kept)
         self._copies.clear()
         for client, copy in own.copies.items():
             self._copy_of(int(client)).load(copy)
@@ -312,6 +322,7 @@ class _ServerState(Stored):
     optimizer: dict[str, Any]
     steps: Count
     copies: dict[Digits, dict[str, Any]]
+    kept: dict[str, Tensor] = msgspec.field(default_factory=dict)
 
 
 def _together(steps: list[ServerStep], smashed: Smashed) -> ServerStep:

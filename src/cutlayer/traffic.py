@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Pattern = Literal["gather", "rounds", "relay", "steps"]
+Pattern = Literal["gather", "rounds", "relay", "steps", "local"]
 """Who waits for whom. gather: the raw data go to the server, which computes alone; rounds: clients train whole models,
-then all wait for the slowest; relay: one client after another; steps: every step waits for the slowest client."""
+then all wait for the slowest; relay: one client after another; steps: every step waits for the slowest client; local:
+clients train their parts on losses of their own, and all wait for the slowest once a round."""
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class Epoch:
 
     Sizes in bytes: `smashed` and `gradient` of one sample at the cut (up, down), `features` and `returned` at a second
     cut (down, up), `label` and `raw` of one sample, `model` and `client_model` with their buffers, `client_gradient` of
-    what clients train.
+    what clients train, an auxiliary `head`.
     """
 
     clients: int
@@ -31,6 +32,14 @@ class Epoch:
     client_gradient: int = 0
     features: int = 0
     returned: int = 0
+    head: int = 0
+
+    def uploaded(self, every: int) -> int:
+        """Samples of a client that go up in an epoch, if the first of each `every` batches does."""
+        if every == 1:
+            return self.samples_per_client
+        starts = range(0, self.samples_per_client, self.batch * every)
+        return sum(min(self.batch, self.samples_per_client - start) for start in starts)
 
     @property
     def samples(self) -> int:
@@ -42,13 +51,15 @@ class Epoch:
 class Traffic:
     """What an epoch of equal clients, who all take part in every round, moves and computes.
 
-    With the pattern steps or relay the smashed data of every sample go up, with their labels unless `labels` is False,
-    and cut gradients come down unless `gradients` is False; `sharing` clients receive one common gradient in a step
-    instead of their own. `tails`: the server's features go down in between, and their gradients come up. `averaged`:
-    bytes of the model that each client sends and receives once an epoch. `moved`: bytes of the model that goes from
-    one client to the next (relay). `server_passes`: how often the server's part trains on each sample. `answers_apart`:
-    the gradients that come down are of another loss than the server's own, so that it goes back to the cut twice.
-    `summed`: bytes of the weight gradient that each client sends in every step, and of the sum that each receives.
+    With the pattern steps, relay or local the smashed data of every sample go up, with their labels unless `labels` is
+    False, and cut gradients come down unless `gradients` is False; `sharing` clients receive one common gradient in a
+    step instead of their own. `tails`: the server's features go down in between, and their gradients come up.
+    `averaged`: bytes of the model that each client sends and receives once an epoch. `moved`: bytes of the model that
+    goes from one client to the next (relay). `server_passes`: how often the server's part trains on each sample.
+    `answers_apart`: the gradients that come down are of another loss than the server's own, so that it goes back to
+    the cut twice. `every`: of that many batches of a client the first goes up (local). `given`: bytes that each client
+    receives besides in every `given_every`th epoch, from the first on (local). `summed`: bytes of the weight gradient
+    that each client sends in every step, and of the sum that each receives.
     """
 
     pattern: Pattern
@@ -61,3 +72,6 @@ class Traffic:
     server_passes: float = 1.0
     answers_apart: bool = False
     summed: int = 0
+    every: int = 1
+    given: int = 0
+    given_every: int = 1

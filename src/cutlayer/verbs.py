@@ -15,6 +15,7 @@ TAIL = "tail"  # U-shaped split: features go down, their gradients come up
 BACKWARD = "backward"  # cut gradients go down; every client steps
 BACKWARD_TOGETHER = "backward_together"  # the same; weight gradients go up, and every client steps with their sum
 LEARN = "learn"  # local steps of the client part on the loss of an auxiliary head
+ALIGN = "align"  # auxiliary heads that the server has fitted come down; clients do not train theirs
 FIT = "fit"  # local training of whole models
 AVERAGE = "average"  # client models go up, their weighted mean comes down
 HAND_OVER = "hand_over"  # the one client model moves on
@@ -23,7 +24,7 @@ HAND_OVER = "hand_over"  # the one client model moves on
 STEP_EACH = "step_in_turn"  # one server model, stepped on one client's rows after another's
 STEP_COPIES = "step_copies"  # a copy of the server model per client
 
-CLIENT_VERBS = frozenset({FORWARD, TAIL, BACKWARD, BACKWARD_TOGETHER, LEARN, FIT, AVERAGE, HAND_OVER})
+CLIENT_VERBS = frozenset({FORWARD, TAIL, BACKWARD, BACKWARD_TOGETHER, LEARN, ALIGN, FIT, AVERAGE, HAND_OVER})
 SERVER_VERBS = frozenset({STEP_EACH, STEP_COPIES})
 VERBS = CLIENT_VERBS | SERVER_VERBS
 _CONSTANTS = {word: name for name, word in globals().items() if name.isupper() and isinstance(word, str)}
@@ -70,6 +71,11 @@ class Traits:
     def u_shaped(self) -> bool:
         """Clients hold the last layers too; labels stay with them."""
         return TAIL in self.needs
+
+    @property
+    def heads_come_down(self) -> bool:
+        """Clients have auxiliary heads that the server fits: they are not trained where they are used, nor averaged."""
+        return ALIGN in self.needs
 
     @property
     def takes_turns(self) -> bool:
@@ -131,6 +137,8 @@ class Traits:
         found += ["the server's features"] if self.u_shaped else []
         if self.gradients_cross:
             found.append("the sum of all clients' weight gradients")
+        if self.heads_come_down:
+            found.append("its auxiliary head")
         if self.averages:
             found.append("the averaged model")
         return (*found, "the model of the client before") if self.takes_turns else tuple(found)

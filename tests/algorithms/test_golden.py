@@ -27,6 +27,8 @@ OWN: dict[str, dict[str, Any]] = {
     "upsl": {"cut": "hidden1", "tail_cut": "hidden3"},
     "usfl": {"cut": "hidden1", "tail_cut": "hidden3", "average_every": "step"},
     "usglr": {"cut": "hidden1", "tail_cut": "hidden3", "phi": 0.5, "participation": 0.75},
+    "fsl-sage": {"upload_every": 2, "align_every": 1},
+    "ampere": {"client_share": 0.1},
     "sfl": {"average_every": "step"},
     "sflv1": {"local_steps": 2},
     "slr": {"alpha": 0.5},

@@ -34,6 +34,7 @@ from cutlayer.reproduce.formulas import EXAMPLE, METHODS, Sizes, per_client, tim
 # All algorithms that state their traffic.
 ALGORITHMS = (
     "cl", "fl", "ssl", "psl", "slr", "sfl", "sflv1", "sflv2", "sflv3", "sgl", "sglr", "ussl", "upsl", "usfl", "usglr",
+    "cse-fsl", "fsl-sage",
 )  # fmt: skip
 NO_EXIT: dict[str, Any] = {"exit_on_error": False, "print_error": False, "result_action": "return_value"}
 SMALL: dict[str, Any] = {"data": "digits", "model": "mlp", "clients": 4, "samples_per_client": 20, "test": 30}
@@ -171,6 +172,7 @@ def work_of(run: Run, **options: Any) -> Workload:
         client_model=parameters[0] + sum(parameters[2:]),
         features=returning,
         returned=returning,
+        head=0 if training.head is None else sum(t.nbytes for t in training.head.state_dict().values()),
         flops=training.flops,
         **options,
     )
@@ -189,6 +191,7 @@ CIRCUMSTANCES: dict[str, dict[str, Any]] = {
     "stragglers": {"speed_spread": 0.7, "rate_spread": 0.5, "stragglers": 0.25},
     "whole batches": {"batch": 10},
     "one batch": {"batch": 64, "speed_spread": 1.0},
+    "slow server": {"server_device": "raspberry-pi-zero-2w", "batch": 3, "speed_spread": 0.7},
     "no server device, latency": {"server_device": None, "latency_ms": 50.0},
 }
 

@@ -91,6 +91,23 @@ def test_a_plan_is_what_a_run_counts(model: str, at: str) -> None:
             assert found.chosen.measured.flops == run.training.flops
 
 
+@pytest.mark.parametrize("options", [{}, {"upload_every": 2, "align_every": 1}])
+@pytest.mark.parametrize(("model", "at"), ZOO[:2])
+def test_a_plan_with_heads_is_what_a_run_counts(model: str, at: str, options: dict[str, int]) -> None:
+    names = ("psl", "cse-fsl", "fsl-sage")
+    for cost in planned(model=model, cut=at, algorithms=names, **options, **DIGITS, **FLEET).costs[1:]:
+        common = {"clients": 4, "samples_per_client": 20, "data": "digits", "epochs": 1, "test": 30, **FLEET}
+        own = {k: v for k, v in options.items() if cost.algorithm == "fsl-sage" or k == "upload_every"}
+        run = Run(algorithm=cost.algorithm, model=model, cut=at, **common, **own)
+        result, ledger, e = run.run(), run.training.ledger, cost.expected
+        assert (e.up, e.down) == (ledger.total("up"), ledger.total("down"))
+        assert e.paper == ledger.total("up", "paper") + ledger.total("down", "paper")
+        assert e.down_broadcast == ledger.total("down", "wire-broadcast")
+        assert (e.client_flops, e.server_flops) == (result.client_flops, result.server_flops)
+        assert e.seconds == pytest.approx(result.virtual_seconds)
+        assert result.virtual_seconds
+
+
 @pytest.mark.parametrize(("at", "tail"), [("hidden1", "hidden2"), ("hidden1", "hidden3")])
 def test_a_plan_with_tails_is_what_a_run_counts(at: str, tail: str) -> None:
     """U-shaped algorithms beside others, which are planned as without them."""

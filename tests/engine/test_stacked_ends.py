@@ -188,12 +188,17 @@ def test_plain_descent_on_both_gradients_can_be_stacked() -> None:
     same(BothGradients, UNEQUAL, client_optimizer="sgd")
 
 
+def deep() -> nn.Module:
+    """Ten linear layers; cuts 0..9."""
+    return nn.Sequential(*[nn.Linear(6, 6) for _ in range(9)], nn.Linear(6, 4))
+
+
 @pytest.mark.parametrize(("case", "options"), [CASES[0], CASES[3]])
 def test_not_a_number_names_the_client(case: Any, options: dict[str, Any]) -> None:
     data = source(EQUAL, (6,))
     data.train.x[8:16] *= 1e300
     run = Run(
-        algorithm=case, data=data, model=make(lambda: nn.Sequential(*[nn.Linear(6, 6) for _ in range(10)])), clients=3,
+        algorithm=case, data=data, model=make(deep), clients=3,
         partition="column", precision="float64", batch=4, cut="3", client_optimizer="sgd", client_lr=1e10,
         engine="stacked", **options,
     )  # fmt: skip

@@ -149,7 +149,7 @@ def clients(duel: Duel, work: Workload, convention: Convention) -> BreakEven:
     more than half of the whole in the client's part, it is the one that costs more above that number.
     """
     n, whole, t = work.samples, work.model, duel.moves(work)
-    s, g = work.smashed, work.gradient * t.gradients
+    s, g = _rows(work, t), work.gradient * t.gradients
     label = 0 if convention == "paper" else work.label * t.labels
     own, moves = t.averaged, 2 * t.moved
     phi = duel.moves(replace(work, clients=_FAR)).sharing / _FAR
@@ -270,11 +270,16 @@ def _federated(c: int, model: int, convention: Convention) -> int:
     return (c + 1 if convention == "wire-broadcast" else 2 * c) * model
 
 
+def _rows(work: Workload, t: Traffic) -> int:
+    """Bytes of one sample that cross whatever its gradient does: smashed data, and what goes to tails and back."""
+    return work.smashed + (work.features + work.returned) * t.tails
+
+
 def _linear(duel: Duel, w: Workload, convention: Convention) -> tuple[int, int]:
     """(a, b): all clients' bytes are a x samples per client + b."""
     c, t = w.clients, duel.moves(w)
     gradient = w.gradient * t.gradients
-    a, b = c * (w.smashed + gradient), 0
+    a, b = c * (_rows(w, t) + gradient), 0
     if convention != "paper":
         a += c * w.label * t.labels
     if t.sharing and convention == "wire-broadcast":

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from torch import Tensor
 
 from cutlayer.cohort import CohortAround, Summed
 from cutlayer.costs.energy import Energy, Use, clients_energy, server_energy
@@ -235,22 +236,29 @@ class ClockedCohort(CohortAround):
         self.clock.serve(float(rows.sum()) * per_row)
         self.clock.download(8.0 * down, 8.0 * leaving)
         self.clock.compute(rows * self.flops.client.backward)
+        self._rows[addressed] = 0
 
     def learn(self, steps: int) -> list[Step]:
-        """Local training of client parts; nobody waits. The auxiliary heads' own FLOPs are not reckoned. A batch that
-        was sent before has had its forward pass.
+        """Local training of client parts and their heads; nobody waits, and the server trains on what was sent.
+        A batch that was sent before has had its forward pass.
         """
+        self.clock.serve(float(self._rows.sum()) * self.server_flops)
         taken = self.inner.learn(steps)
         drawn = np.zeros(len(self._rows), np.int64)
         for step in taken:
             drawn[list(step.clients)] += 1
         waiting = (self._rows > 0) & (drawn > 0)
-        client = self.flops.client
-        work = np.where(waiting, self._rows, 0.0) * client.backward
-        work += self._next_rows(drawn - waiting) * (client.forward + client.backward)
-        self._rows[waiting] = 0
+        client, head = self.flops.client, self.flops.head.training
+        work = np.where(waiting, self._rows, 0.0) * (client.backward + head)
+        work += self._next_rows(drawn - waiting) * (client.forward + client.backward + head)
+        self._rows[:] = 0
         self.clock.compute(work)
         return taken
+
+    def align(self, heads: Mapping[int, Mapping[str, Tensor]]) -> None:
+        """Heads down; how long the server fits them is not reckoned."""
+        self.inner.align(heads)
+        self._download()
 
     def _next_rows(self, batches: np.ndarray) -> Array:
         """Rows [C] of each client's next `batches` [C] batches."""

@@ -86,8 +86,9 @@ def _counted(name: str, t: Traffic, w: Workload) -> Expected:
         return Expected(name, model, model, epochs * t.averaged, 2 * model, flops, 0.0)
     label, gradient = w.label * t.labels, w.gradient * t.gradients
     sent, features = w.smashed + w.returned * t.tails, rows * w.features * t.tails
-    up, down = rows * (sent + label), rows * gradient
-    broadcast, paper = down, rows * sent + down
+    sending = c * w.uploaded(t.every)
+    up, down = sending * (sent + label), rows * gradient
+    broadcast, paper = down, sending * sent + down
     if t.sharing:
         alone = (c - t.sharing) * w.samples_per_client * gradient
         broadcast = alone + w.samples_per_client * gradient
@@ -97,15 +98,22 @@ def _counted(name: str, t: Traffic, w: Workload) -> Expected:
     up, down = up + c * moved, down + c * moved
     broadcast, paper = broadcast + moved, paper + 2 * c * moved
     moves = (epochs * c - 1) * t.moved if c > 1 else 0  # the very first client has the model already
+    given = -(-epochs // t.given_every) * c * t.given
     return Expected(
         name,
         epochs * up + moves,
-        epochs * down + moves,
-        epochs * broadcast + moves,
-        epochs * paper + 2 * moves,
-        epochs * w.samples_per_client * (w.flops.client.training + w.flops.tail.training * t.tails),
-        epochs * rows * _serving(t, w),
+        epochs * down + moves + given,
+        epochs * broadcast + moves + given,
+        epochs * paper + 2 * moves + given,
+        epochs * w.samples_per_client * _computing(t, w),
+        epochs * sending * _serving(t, w),
     )
+
+
+def _computing(t: Traffic, w: Workload) -> float:
+    """FLOPs of a client for each sample."""
+    f = w.flops
+    return f.client.training + f.head.training + f.tail.training * t.tails
 
 
 def _serving(t: Traffic, w: Workload) -> float:
@@ -117,7 +125,13 @@ def _serving(t: Traffic, w: Workload) -> float:
 def _timed(e: Expected, t: Traffic, w: Workload, fleet: Fleet) -> Expected:
     """With time and energy: what `costs.clock.Clock` would read at the end."""
     path = _Path(e, t, w, fleet)
-    patterns = {"gather": path.central, "rounds": path.federated, "relay": path.relay, "steps": path.parallel}
+    patterns = {
+        "gather": path.central,
+        "rounds": path.federated,
+        "relay": path.relay,
+        "steps": path.parallel,
+        "local": path.local,
+    }
     seconds = patterns[t.pattern]()
     busy = path.flops / fleet.speeds + path.up_seconds + path.down_seconds
     waiting = np.maximum(seconds - busy, 0.0)
@@ -218,6 +232,47 @@ class _Path:
         down = self._down(averaged, averaged if f.multicast else averaged * w.clients, w.epochs)
         inside = between + served + latencies + float((last + up).max()) + 2 * f.latency
         return total + epochs * inside + (epochs - 1) * float((down + go[order[0]]).max()) + float(down.max())
+
+    def local(self) -> float:
+        """Rounds: clients compute and send without waiting; the server trains on what has come, one upload after
+        another; the slowest of all in computing and sending; the models.
+        """
+        w, f, t = self.w, self.fleet, self.t
+        uploads, busy = self._uploads()
+        up, down = self._up(t.averaged, w.epochs), self._down(t.averaged, self._copies() * t.averaged, w.epochs)
+        given = self._down(t.given, t.given * w.clients, -(-w.epochs // t.given_every))
+        now, begins = 0.0, np.zeros(w.clients)
+        for epoch in range(w.epochs):
+            server = now
+            for sent, serve in uploads:
+                server = max(server, float((begins + sent).max()) + f.latency) + serve
+            now = max(server, float((begins + busy + up).max()) + f.latency)
+            begins = now + f.latency + down
+            if epoch % t.given_every == 0:
+                begins = begins + given
+        return max(now, float(begins.max()))
+
+    def _uploads(self) -> tuple[list[tuple[Array, float]], Array]:
+        """A round's uploads: when each client has sent it, counted from its beginning [C], and how long the server
+        trains on it; and how long clients compute and send [C].
+        """
+        w, f, every = self.w, self.fleet, self.t.every
+        sizes = [size for size, count in self._batches().items() for _ in range(count)]
+        busy, found = np.zeros(w.clients), []
+        seconds = {size: self._up(size * (w.smashed + self.label), 0) for size in set(sizes)}
+        for number, size in enumerate(sizes):
+            work = size * (w.flops.client.training + w.flops.head.training) / f.speeds
+            if number % every == 0:
+                forward = size * w.flops.client.forward / f.speeds
+                self._up(size * (w.smashed + self.label), w.epochs)
+                found.append((busy + forward + seconds[size], size * w.clients * self.serving / f.server_speed))
+                busy = busy + seconds[size]
+            busy = busy + work
+        return found, busy
+
+    def _copies(self) -> int:
+        """How often what is the same for all clients leaves the server."""
+        return 1 if self.fleet.multicast else self.w.clients
 
     def _through_tails(self, size: int, times: int, together: int) -> Array:
         """Seconds [C] from the server's features on until their gradients are with the server again, for a batch of

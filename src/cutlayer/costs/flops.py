@@ -48,11 +48,14 @@ class Flops:
 
 @dataclass(frozen=True)
 class ModelFlops:
-    """FLOPs per sample of a cut model's parts. `tail` is what comes back to the client in the U-shape (else zero)."""
+    """FLOPs per sample of a cut model's parts. `tail` is what comes back to the client in the U-shape (else zero),
+    `head` an auxiliary head, which does not belong to the model.
+    """
 
     client: Flops
     server: Flops
     tail: Flops = Flops(0.0, 0.0)
+    head: Flops = Flops(0.0, 0.0)
 
     @property
     def whole(self) -> Flops:
@@ -65,26 +68,40 @@ class ModelFlops:
         return self.client + self.tail
 
 
-def count(parts: Parts, example: Tensor | Rows) -> ModelFlops:
-    """FLOPs per sample of `parts` on rows like `example`, each [n, ...] (two or more; on the parts' own device).
+def count(parts: Parts, example: Tensor | Rows, head: nn.Module | None = None) -> ModelFlops:
+    """FLOPs per sample of `parts` on rows like `example`, each [n, ...] (two or more; on the parts' own device), and of
+    an auxiliary `head`.
 
     The parts are run on copies, in training mode, so that nothing of theirs changes. Warns where a part has parameters
     and yet nothing that the counter knows (recurrent layers, say): its figure is then too low.
     """
-    modules = [deep_copy(part).train() for part in parts.all]
     rows = as_tuple(example)
     samples = len(rows[0])
-    found = []
+    found = {}
     with seeds.restored():
-        for name, module in zip(("client", "server", "tail"), modules, strict=False):
-            part, rows = _count(module, rows, samples, first=name == "client")
-            if not part.forward and _multiplies(module):
-                warnings.warn(
-                    f"the FLOPs of the {name} part are not known: torch's counter knows none of its operations",
-                    stacklevel=2,
-                )
-            found.append(part)
-    return ModelFlops(*found)
+        for name, module in zip(("client", "server", "tail"), parts.all, strict=False):
+            found[name], rows = _part(name, module, rows, samples)
+            if name == "client" and head is not None:
+                found["head"], _ = _part("head", head, rows, samples)
+    return ModelFlops(**found)
+
+
+def count_head(head: nn.Module, smashed: Rows) -> Flops:
+    """FLOPs per sample of an auxiliary head on smashed data, each [n, s...]."""
+    head = head.to(smashed[0].dtype) if smashed[0].is_floating_point() else head
+    return _part("head", head, smashed, len(smashed[0]))[0]
+
+
+def _part(name: str, module: nn.Module, rows: Rows, samples: int) -> tuple[Flops, Rows]:
+    """FLOPs per sample of one part, and what it gives to the next. Warns where they are not known."""
+    module = deep_copy(module).train()
+    part, rows = _count(module, rows, samples, first=name == "client")
+    if not part.forward and _multiplies(module):
+        what = "auxiliary head" if name == "head" else f"{name} part"
+        warnings.warn(
+            f"the FLOPs of the {what} are not known: torch's counter knows none of its operations", stacklevel=3
+        )
+    return part, rows
 
 
 _WITHOUT_PRODUCTS = (

@@ -24,7 +24,7 @@ from torch import Tensor
 from cutlayer.cohort import Cohort, CohortAround, Crossed, Direction, Predict, Summed
 from cutlayer.data.samples import AtClient, Samples
 from cutlayer.stored import Count, Stored, below, checked, sized
-from cutlayer.types import CutGradients, Evaluation, Round, Rows, Smashed, TailGradients
+from cutlayer.types import CutGradients, Evaluation, Round, Rows, Smashed, Step, TailGradients
 
 Kind = Literal[
     "smashed data",
@@ -32,6 +32,7 @@ Kind = Literal[
     "cut gradients",
     "features",
     "models",
+    "heads",
     "raw data",
     "evaluation",
     "server model",
@@ -43,12 +44,15 @@ CONVENTIONS: tuple[Convention, ...] = ("wire-unicast", "wire-broadcast", "paper"
 
 
 class Ledger:
-    """Bytes per client, direction and kind."""
+    """Bytes per client, direction and kind. With auxiliary heads also rows, of all clients together: `passed` have gone
+    through their parts, `learnt` back from their heads.
+    """
 
     def __init__(self, clients: int) -> None:
         self.clients = clients
         self._bytes: dict[tuple[str, str], np.ndarray] = {}
         self._saved: dict[str, int] = {}  # per kind: what broadcasting saves against unicast
+        self.passed = self.learnt = 0
         self._common = 0  # bytes of common gradients, once per receiver
         self._common_once = 0  # those that the paper counts
 
@@ -109,7 +113,8 @@ class Ledger:
     def state(self) -> dict[str, Any]:
         """Plain values."""
         counts = {f"{direction}/{kind}": c.tolist() for (direction, kind), c in self._bytes.items()}
-        return {"bytes": counts, "saved": dict(self._saved), "common": [self._common, self._common_once]}
+        rows = {"rows": [self.passed, self.learnt]} if self.learnt else {}
+        return {"bytes": counts, "saved": dict(self._saved), "common": [self._common, self._common_once], **rows}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take a state that `state()` returned. Raises MalformedError."""
@@ -121,12 +126,14 @@ class Ledger:
             self._bytes[direction, kind] = np.array(counts, np.int64)
         self._saved = dict(found.saved)
         self._common, self._common_once = found.common
+        self.passed, self.learnt = found.rows
 
 
 class _LedgerState(Stored):
     bytes: dict[Annotated[str, Meta(pattern="^(up|down)/[^/]+\\Z")], list[Count]]
     saved: dict[str, Count]
     common: tuple[Count, Count]
+    rows: tuple[Count, Count] = (0, 0)
 
 
 class _MeteredState(Stored):
@@ -147,6 +154,7 @@ class MeteredCohort(CohortAround):
         self._stale: set[int] = set()  # missed an averaging: will fetch the model when they next take part
         self._common_seen = False  # in this round
         self._in_step = False  # clients all take the same steps: who has missed one needs the optimiser's state too
+        self._waiting = 0  # rows whose clients wait for what becomes of them
 
     def begin_round(self, index: int, total: int, lr_factor: float) -> Round:
         """Participants that missed an averaging fetch the averaged model first."""
@@ -162,6 +170,8 @@ class MeteredCohort(CohortAround):
         finally:
             self._count("smashed data")
         self._fetch(smashed.clients)
+        self._waiting = len(smashed)
+        self.ledger.passed += self._waiting
         self._add("up", "labels", smashed.clients, np.array(smashed.sizes, np.int64) * row_bytes(smashed.labels))
         return smashed
 
@@ -194,6 +204,21 @@ class MeteredCohort(CohortAround):
             self._stale |= set(range(len(self.samples))) - set(summed.took)
             self._in_step = True
         return summed
+
+    def learn(self, steps: int) -> list[Step]:
+        """Nothing crosses; rows that were sent before have gone through already."""
+        taken = self.inner.learn(steps)
+        rows = sum(step.samples for step in taken)
+        self.ledger.passed += rows - (self._waiting if taken else 0)
+        self.ledger.learnt += rows
+        self._waiting = 0
+        return taken
+
+    def align(self, heads: Mapping[int, Mapping[str, Tensor]]) -> None:
+        """Down: each client's head."""
+        self.inner.align(heads)
+        sizes = [sum(t.nbytes for t in head.values()) for head in heads.values()]
+        self._add("down", "heads", list(heads), np.array(sizes, np.int64))
 
     def average(self, weights: Mapping[int, float]) -> tuple[int, ...]:
         """Up: the models of those averaged; down: the average, to the same clients (to others when they next take

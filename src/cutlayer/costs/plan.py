@@ -25,12 +25,15 @@ from cutlayer.algorithms import Algorithm, traffic_of
 from cutlayer.costs.breakeven import BreakEven, break_evens
 from cutlayer.costs.expect import Expected, Workload, expect
 from cutlayer.costs.fleet import Fleet, fleet
+from cutlayer.costs.flops import count_head
 from cutlayer.costs.measure import Measured, example, load_model, make, measure, measure_twice, placed, survey
+from cutlayer.data.own import own_code
 from cutlayer.errors import ConfigError
 from cutlayer.frozen import freeze
 from cutlayer.options import PlanConfig, RunConfig, default_cut
 from cutlayer.text import format_bytes, format_quantity, listed
 from cutlayer.traffic import Epoch
+from cutlayer.verbs import LEARN
 
 GB = 1e9
 _ANY = Epoch(2, 2, 1, 1, 1, 1, 1, 1, 1)  # to ask whether an algorithm states its traffic
@@ -220,8 +223,16 @@ def workload(m: Measured, config: PlanConfig) -> Workload:
 
 
 def work_of(algorithm: Algorithm, m: Measured, config: PlanConfig) -> Workload:
-    """The same for one algorithm, whose clients may have auxiliary heads."""
-    return workload(m, config)
+    """The same for one algorithm, whose clients may have auxiliary heads. Raises ConfigError for unfit heads."""
+    work = workload(m, config)
+    if LEARN not in algorithm.traits.needs:
+        return work
+    with own_code(algorithm, f"`head` of the algorithm {algorithm.entry.name!r}"), torch.device("meta"):
+        smashed = tuple(torch.zeros(2, *c.shape, dtype=c.dtype) for c in m.crossing)
+        head = algorithm.head(smashed, _width(config))
+        flops = count_head(head.requires_grad_(not algorithm.traits.heads_come_down), smashed)
+    tensors = placed(head, getattr(torch, config.precision)).state_dict().values()
+    return replace(work, head=sum(t.nbytes for t in tensors), flops=replace(work.flops, head=flops))
 
 
 def label_bytes(config: PlanConfig) -> int:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from cutlayer.cohort import Cohort, CohortAround, Summed
 from cutlayer.errors import ConfigError
 from cutlayer.types import CutGradients, Smashed, Step, TailGradients
-from cutlayer.verbs import AVERAGE, BACKWARD, BACKWARD_TOGETHER, FIT, FORWARD, HAND_OVER, LEARN, TAIL, undeclared
+from cutlayer.verbs import ALIGN, AVERAGE, BACKWARD, BACKWARD_TOGETHER, FIT, FORWARD, HAND_OVER, LEARN, TAIL, undeclared
 
 
 class BoundedCohort(CohortAround):
@@ -48,6 +50,11 @@ class BoundedCohort(CohortAround):
         """Raises ConfigError if it is not needed."""
         self._check(LEARN)
         return self.inner.learn(steps)
+
+    def align(self, heads: Mapping[int, Mapping[str, Tensor]]) -> None:
+        """Raises ConfigError if it is not needed."""
+        self._check(ALIGN)
+        self.inner.align(heads)
 
     def fit(self) -> list[Step]:
         """Raises ConfigError if it is not needed."""

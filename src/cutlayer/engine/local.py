@@ -278,6 +278,13 @@ class LocalCohort(SimulatedCohort):
                 raise error.at(len(taken)) from None
         return taken
 
+    def align(self, heads: Mapping[int, Mapping[str, Tensor]]) -> None:
+        """Each client of `heads` takes its head."""
+        for k, state in heads.items():
+            head = self._clients[k].tail
+            assert head is not None, "an algorithm that needs ALIGN has auxiliary heads"
+            head.load_state_dict(dict(state))
+
     def fit(self) -> list[Step]:
         """Each participant takes all its local steps of this round."""
         taken = {k: self._fit_one(self._clients[k]) for k in self._participants}
@@ -368,10 +375,14 @@ class LocalCohort(SimulatedCohort):
         """Models, optimisers and clocks of all clients (between rounds there is nothing else)."""
         self._settle()
         clients = [
-            {"model": moving(c.module), "optimizer": c.optimizer.state_dict() if c.optimizer else {}}
-            for c in self._clients
+            {"model": self._own(c), "optimizer": c.optimizer.state_dict() if c.optimizer else {}} for c in self._clients
         ]
         return {**self._base_state(), "clients": clients, "frozen": resting(self._clients[0].module)}
+
+    def _own(self, client: Client) -> dict[str, Tensor]:
+        """What a client does not share with the others: all but what is frozen, and its head."""
+        head = {n: t for n, t in resting(client.module).items() if self._heads_apart and n.startswith("tail.")}
+        return {**moving(client.module), **head}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take a state that `state()` returned. Raises MalformedError."""

@@ -128,6 +128,8 @@ class SimulatedCohort(ABC):
         self._alike = setup.alike  # all client models are known to be equal
         lower, tail = setup.models[0]
         self._buffered = not trains(lower, tail) and any(True for _ in lower.buffers())
+        # Auxiliary heads that are not trained here: each client has its own all the same.
+        self._heads_apart = setup.shape == "split" and tail is not None and not trains(tail)
         self._holder: int | None = None
         self._kept: list[Drawn] | None = None
         self._origin: State | None = None  # what the models came from, where the averaging rule looks at it

@@ -98,7 +98,8 @@ class _StackState(Stored, rename={"plain_clock": "plain clock"}):
 class Stack:
     """`count` copies of `module`, stacked, computed as `how` says. `choose` is asked for the forms of operations for
     which `how` has none. `pieces` are the children of `module` that are computed one at a time (one without a name: all
-    of it); `called` says under which name the optimiser knows a parameter.
+    of it); `called` says under which name the optimiser knows a parameter. Of what is frozen, parameters whose names
+    begin with `apart` are each copy's own all the same.
     """
 
     def __init__(
@@ -111,6 +112,7 @@ class Stack:
         *,
         pieces: Sequence[str] = ("",),
         called: Callable[[str], str] = str,
+        apart: str | None = None,
     ) -> None:
         how = how or Stacking()
         self.module = replica(module)
@@ -118,7 +120,9 @@ class Stack:
         # What is frozen is not stacked: the module's own serves all clients.
         self._parameters = {n: _repeated(p, count) for n, p in module.named_parameters() if p.requires_grad}
         self._frozen = [p for p in self.module.parameters() if not p.requires_grad]
-        self._buffers = {n: _repeated(b, count) for n, b in module.named_buffers()}
+        frozen = {n: p for n, p in module.named_parameters() if not p.requires_grad}
+        self._apart = {n: _repeated(p, count) for n, p in frozen.items() if apart is not None and n.startswith(apart)}
+        self._buffers = {n: _repeated(b, count) for n, b in module.named_buffers()} | self._apart
         self._trained = list(self._parameters)
         self._called = {name: called(name) for name in self._trained}
         self._make_optimizer = make_optimizer
@@ -303,9 +307,7 @@ class Stack:
         who = torch.tensor(list(weights), device=self.device)
         share = torch.tensor(list(weights.values()), dtype=torch.float64)
         share = (share / share.sum()).to(self.device, dtype=None if self.device.type != "mps" else torch.float32)
-        tensors = {**self._parameters, **self._buffers}
-        moves = (tensors[name] for name in self.module.state_dict() if name in tensors)  # what is not persistent stays
-        for tensor in moves:
+        for tensor in self._moving().values():
             chosen = tensor if len(who) == self.count else tensor[who]
             if tensor.is_floating_point():
                 mean = (share.to(tensor.dtype) @ chosen.reshape(len(who), -1)).view(tensor.shape[1:])
@@ -315,10 +317,15 @@ class Stack:
 
     def _average_by(self, rule: Averaging, weights: Mapping[int, float], origin: State | None) -> None:
         """All copies := what a rule makes of those in `weights`."""
-        tensors, who = {**self._parameters, **self._buffers}, torch.tensor(list(weights), device=self.device)
-        models = {name: tensors[name][who] for name in self.module.state_dict() if name in tensors}
+        tensors, who = self._moving(), torch.tensor(list(weights), device=self.device)
+        models = {name: tensor[who] for name, tensor in tensors.items()}
         for name, one in combined(models, list(weights.values()), rule, origin).items():
             tensors[name].copy_(one.expand_as(tensors[name]))
+
+    def _moving(self) -> dict[str, Tensor]:
+        """What is averaged: neither what is not persistent, nor what is apart."""
+        tensors = {**self._parameters, **self._buffers}
+        return {n: tensors[n] for n in self.module.state_dict() if n in tensors and n not in self._apart}
 
     def load_one(self, client: int, state: Mapping[str, Tensor]) -> None:
         """Give one client the parameters and buffers in `state`."""

@@ -40,7 +40,7 @@ from cutlayer.server import Server, ServerStep, culprits, finite
 from cutlayer.stored import MalformedError, checked, fit
 from cutlayer.tasks import Task
 from cutlayer.types import CutGradients, Evaluation, Round, Rows, Smashed, Step, TailGradients, masses_of, select
-from cutlayer.verbs import AVERAGE, BACKWARD, FIT, FORWARD, LEARN, SERVER_VERBS, STEP_COPIES, TAIL
+from cutlayer.verbs import ALIGN, AVERAGE, BACKWARD, FIT, FORWARD, LEARN, SERVER_VERBS, STEP_COPIES, TAIL
 
 _MERGED_ROWS = 2048
 """Rows of all clients per forward pass in evaluation: bounds memory, and what fits the cache runs twice as fast."""
@@ -63,7 +63,7 @@ class _Pass:
 class StackedCohort(SimulatedCohort):
     """All clients in this process, all at once."""
 
-    can: ClassVar[frozenset[str]] = frozenset({FORWARD, TAIL, BACKWARD, LEARN, FIT, AVERAGE}) | SERVER_VERBS
+    can: ClassVar[frozenset[str]] = frozenset({FORWARD, TAIL, BACKWARD, LEARN, ALIGN, FIT, AVERAGE}) | SERVER_VERBS
 
     def __init__(self, setup: Clients, how: Stacking | None = None) -> None:
         super().__init__(setup)
@@ -73,7 +73,8 @@ class StackedCohort(SimulatedCohort):
         pieces = ("",) if tail is None else ("lower", "tail")
         called = str if tail is None else partial(name_in_whole, shape=setup.shape)
         self._lower = pieces[0]
-        self._stack = Stack(first, len(setup.rows), setup.make_optimizer, how, pieces=pieces, called=called)
+        parts: dict[str, Any] = {"pieces": pieces, "called": called, "apart": "tail." if self._heads_apart else None}
+        self._stack = Stack(first, len(setup.rows), setup.make_optimizer, how, **parts)
         if not setup.alike:
             for k, model in enumerate(setup.models):
                 self._stack.load_one(k, _as_one(*model).state_dict())
@@ -97,6 +98,7 @@ class StackedCohort(SimulatedCohort):
         asked = self._willing(clients)
         if not asked:
             return Smashed((), torch.empty(0), (), ())
+        self._end_passes()
         batch, groups = self._next(asked)
         self._passes = [_Pass(group, batch[group.rows].rows) for group in groups]
         rows = merged([self._run(p) for p in self._passes], groups)
@@ -153,6 +155,11 @@ class StackedCohort(SimulatedCohort):
             self._alike = len(self._quota) == 1
         return taken
 
+    def align(self, heads: Mapping[int, Mapping[str, Tensor]]) -> None:
+        """Each client of `heads` takes its head."""
+        for k, state in heads.items():
+            self._stack.load_one(k, {f"tail.{name}": tensor for name, tensor in state.items()})
+
     def _learn_once(self, asked: tuple[int, ...]) -> _Taken:
         """One local step of all clients in `asked`, on the batches that were drawn last."""
         own = torch.empty(0)
@@ -171,7 +178,8 @@ class StackedCohort(SimulatedCohort):
         draw is called `draw`. Raises NonFiniteError, naming the clients.
         """
         stream = partial(self._stream, name=draw)
-        outputs = self._stack.forward(group, rows, stream, alike=self._alike, piece="tail", fresh=False)
+        alike = self._alike and not self._heads_apart
+        outputs = self._stack.forward(group, rows, stream, alike=alike, piece="tail", fresh=False)
         shift = self.setup.shifts_of(group.clients, len(targets) // len(group.clients))
         return descend(group, adjusted(outputs, shift, self.setup.task), targets, self.setup.task)
 
@@ -195,12 +203,12 @@ class StackedCohort(SimulatedCohort):
 
     def begin_round(self, index: int, total: int, lr_factor: float) -> Round:
         """As for all; what the round before has left undone is done first, at its rate."""
-        self._stack.settle()
+        self.settle()
         return super().begin_round(index, total, lr_factor)
 
     def average(self, weights: Mapping[int, float]) -> tuple[int, ...]:
         """All client models := the average of those in `weights`. Optimiser states stay where they are."""
-        self._stack.settle()
+        self.settle()
         self._stack.average(weights, self.setup.rule, self._origin)
         self._begin_from(self._stack.state_of(0))
         self._alike = True
@@ -208,7 +216,7 @@ class StackedCohort(SimulatedCohort):
 
     def evaluate(self, samples: Samples, predict: Predict, clients: Sequence[int] | None = None) -> Evaluation:
         """Every client model with the server; models known to be equal are looked at once."""
-        self._stack.settle()
+        self.settle()
         everyone, models = self._judged(clients)
         if self.setup.judge_by == "average" and not self._alike and self._holder is None:
             with self._averaged():
@@ -254,11 +262,22 @@ class StackedCohort(SimulatedCohort):
 
     def settle(self) -> None:
         """Clients whose batches wait for a step make one."""
+        self._end_passes()
         self._stack.settle()
+
+    def _end_passes(self) -> None:
+        """Forward passes that nothing has come of leave their buffers (running statistics) to the copies."""
+        for p in self._passes:
+            if not p.given:  # it was a rehearsal
+                with torch.no_grad():
+                    how: dict[str, Any] = {"alike": self._alike, "piece": self._lower}
+                    self._stack.forward(p.group, p.inputs, self._stream, **how)
+            self._stack.put_back(p.group)
+        self._passes = []
 
     def state(self) -> dict[str, Any]:
         """Models, optimisers and clocks of all clients, stacked."""
-        self._stack.settle()
+        self.settle()
         return {**self._base_state(), "stack": self._stack.state(), "frozen": resting(self._stack.module)}
 
     def load(self, state: Mapping[str, Any]) -> None:

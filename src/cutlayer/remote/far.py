@@ -445,6 +445,11 @@ class RemoteCohort:
         self._alike = len(self.samples) == 1
         return [together(taken, t) for t in range(max(map(len, taken.values()), default=0))]
 
+    def align(self, heads: Mapping[int, Mapping[str, Tensor]]) -> None:
+        """Each client of `heads` takes its head, with the next request. A client that is gone keeps the one it has."""
+        for k in heads.keys() & self.hub.connected:
+            self._post(k, m.TakeHead(self._step), encode_named(heads[k]))
+
     def fit(self) -> list[Step]:
         """Each participant takes all its local steps of this round."""
         self._step += 1

@@ -27,7 +27,7 @@ from cutlayer.errors import ConfigError
 from cutlayer.frozen import digest
 from cutlayer.models.parts import Crossing
 from cutlayer.models.weights import digest_of
-from cutlayer.options import BudgetConfig, RunConfig, about
+from cutlayer.options import NAMING, BudgetConfig, RunConfig, about
 from cutlayer.remote import announced
 from cutlayer.remote.allowance import PIECES, SPENT, Allowance, Extent, Purse, statement
 from cutlayer.remote.audit import Audit
@@ -447,6 +447,8 @@ def shared_options(p: Prepared) -> dict[str, str]:
     named = [("schedule", "lr_schedule", config.lr_schedule), ("task", "task", config.task)]
     if plugins.is_reference(config.client_optimizer) or plugins.known("optimizer", config.client_optimizer):
         named.append(("optimizer", "client_optimizer", config.client_optimizer))
+    own = plugins.find("algorithm", config.algorithm).options
+    named += [(NAMING[o.name], o.name, v) for o in own if o.name in NAMING and (v := getattr(config, o.name))]
     common |= {option: plugins.registered_name(kind, reference) for kind, option, reference in named}
     things: dict[str, Any] = {}
     for kind, _, reference in (("algorithm", "algorithm", config.algorithm), *named):

@@ -52,6 +52,7 @@ from cutlayer.text import listed, plain
 from cutlayer.trained import TrainedModel
 from cutlayer.types import Rows, aligned, as_tuple, joined
 from cutlayer.verbs import (
+    ALIGN,
     AVERAGE,
     BACKWARD,
     BACKWARD_TOGETHER,
@@ -354,6 +355,15 @@ class Worker:
             raise DistrustError(f"{sentence}; {self.duty.name} leaves, as --watch leave says")
         self._warned_of_model = True
         log.warning("%s: %s", self.duty.name, sentence)
+
+    def _take_head(self, message: m.TakeHead, body: memoryview) -> None:
+        """Take the auxiliary head that the server has fitted. Raises WireError."""
+        head = self.client.tail
+        assert head is not None, "an algorithm that needs ALIGN has auxiliary heads"
+        tensors = decode_named(body, described(head.state_dict()))
+        if not all(bool(torch.isfinite(t).all()) for t in tensors.values() if t.is_floating_point()):
+            raise WireError("the auxiliary head that the server sends holds NaN or infinite numbers: leave this server")
+        head.load_state_dict(tensors)
 
     def _take_server(self, message: m.TakeServer, body: memoryview) -> None:
         """Keep the whole model: the server's part with this client's own. Raises WireError, RunFolderError."""
@@ -831,6 +841,7 @@ _SERVED: dict[type[m.Message], _Served] = {
     m.TakeGradient: _Served(Worker._take_gradient, frozenset({BACKWARD_TOGETHER})),
     m.Fit: _Served(Worker._fit, frozenset({FIT}), Worker._unfit_fit),
     m.Learn: _Served(Worker._learn, frozenset({LEARN}), Worker._unfit_learn),
+    m.TakeHead: _Served(Worker._take_head, frozenset({ALIGN})),
     m.GiveModel: _Served(Worker._give_model, frozenset({AVERAGE, HAND_OVER})),
     m.TakeModel: _Served(Worker._take_model, frozenset({AVERAGE, HAND_OVER, BACKWARD_TOGETHER})),
     m.TakeServer: _Served(Worker._take_server),

@@ -88,6 +88,7 @@ def recorded(training: Training) -> tuple[Recording, RecordedServer]:
     """Train, round after round, past the run's own loop, until a verb is refused that the algorithm does not need."""
     t = training
     frozen = {name for part in t.parts.all for name in frozen_names(part)}
+    frozen |= {f"auxiliary.{name}" for name in (() if t.head is None else frozen_names(t.head))}
     clients = Recording(t.clients, frozen, trains=trains(t.parts.client, t.parts.tail))
     server = RecordedServer(t.server)
     for index in range(t.rounds):
@@ -147,7 +148,7 @@ def _check_traffic(candidate: Candidate) -> None:
     epochs = 2 * asked.algorithm.part_of_round[0]
     run = asked.smooth((_EQUAL, _EQUAL), epochs=epochs)
     t = run.training
-    if t.algorithm.traffic(t.epoch) is None:
+    if (stating := t.algorithm.traffic(t.epoch)) is None:
         return
     _, server = recorded(t)
     stated = expect(t.algorithm, Workload(**vars(t.epoch), flops=t.flops, epochs=epochs))
@@ -157,7 +158,7 @@ def _check_traffic(candidate: Candidate) -> None:
         "bytes down, a common message once": (stated.down_broadcast, t.ledger.total("down", "wire-broadcast")),
     }
     if candidate.traits.split:
-        rows = epochs * t.epoch.samples
+        rows = epochs * t.epoch.clients * t.epoch.uploaded(stating.every)
         counted["rows that go through the server's part"] = (round(rows * t.server_passes), server.rows)
     for what, (said, found) in counted.items():
         if said != found:

@@ -73,6 +73,8 @@ class Recording:
         if isinstance(result, Summed) and result.gave:
             size = self._clients.footprint(result.gave[0]).gradient
             self.up, self.down = self.up + len(result.gave) * size, self.down + len(result.took) * size
+        if name == "align":
+            self.down += sum(_bytes(head.values()) for head in args[0].values())
         now = self._clients.holder
         if name == "hand_over" and holder not in (None, now):
             moved = self._model(holder) + (self._clients.footprint(holder).optimizer if options["optimizer"] else 0)

@@ -319,6 +319,12 @@ class Learn(Message, tag="Learn"):
     sizes: Sizes = []
 
 
+class TakeHead(Message, tag="TakeHead"):
+    """Take the auxiliary head that the server has fitted for this client. Behind it: its tensors by name."""
+
+    step: Count
+
+
 class GiveGradient(Message, tag="GiveGradient"):
     """Send the weight gradient of the backward pass that is held."""
 
@@ -447,6 +453,7 @@ FromServer = (
     | Learn
     | GiveGradient
     | TakeGradient
+    | TakeHead
     | GiveModel
     | TakeModel
     | TakeServer

@@ -1,0 +1,52 @@
+"""What algorithms share whose clients train on the loss of an auxiliary head: the head, and when something goes up."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from itertools import count
+
+from torch import nn
+
+from cutlayer import plugins, seeds
+from cutlayer.algorithms.common import LocalWork, report
+from cutlayer.algorithms.contract import Algorithm
+from cutlayer.cohort import Cohort
+from cutlayer.plugins import option
+from cutlayer.server import Server, ServerStep
+from cutlayer.types import Round, Rows, Smashed, Step
+
+
+class WithHead(Algorithm):
+    """Algorithms whose clients have auxiliary heads."""
+
+    aux: str | None = option(None, shared=False)
+    """The auxiliary head: path/to/file.py:make, called with examples of smashed data and the number of classes, gives a
+    module. Default: global average pooling and one linear layer."""
+
+    def head(self, smashed: Rows, classes: int) -> nn.Module:
+        """As the option says."""
+        if self.aux is None:
+            return super().head(smashed, classes)
+        made: nn.Module = plugins.load("head", self.aux)(smashed, classes)
+        return made
+
+
+class SeldomSending(WithHead, LocalWork):
+    """Algorithms whose clients send the first of every h batches, and get no gradient back."""
+
+    upload_every: int = option(5, ge=1, planned=True)
+    """h: of so many local batches, the first is sent."""
+
+    def local_steps_and_uploads(
+        self, server: Server, clients: Cohort, this: Round
+    ) -> Generator[tuple[Smashed, ServerStep, Step]]:
+        """A round: the server steps on one client's upload after another's, as they arrive; every client takes h local
+        steps, of which what it has sent is the first.
+        """
+        for turn in count():
+            if not (smashed := clients.forward()):
+                return
+            arrivals = seeds.generator(this.seed, "arrivals", this.index, turn).permutation(smashed.clients)
+            step = server.step_in_turn(smashed, [int(k) for k in arrivals])
+            clients.learn(self.upload_every)
+            yield smashed, step, report(step, smashed)
