@@ -184,6 +184,8 @@ def values(draw: st.DrawFn, algorithms: tuple[str, ...]) -> dict[str, Any]:
         found.pop("norm_multiple", None)
     if "row_limit" in found:
         found.pop("row_bound", None)
+    if {"usfl"} & {*algorithms} and found.get("average_every") == "gradients":  # which sfl alone has
+        found["average_every"] = "step"
     if any(map(u_shaped, algorithms)):
         found.setdefault("tail_cut", "hidden3")
     if found.get("logit_adjust", "none") == "none":
