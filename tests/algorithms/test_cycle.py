@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from support import client_state, difference, make, server_state, train
+from support import client_state, difference, make, mlp, server_state, train
 from torch import nn
+from torch.nn import functional
 
 from cutlayer.algorithms import algorithm
 from cutlayer.algorithms.cycle import CyclePsl
@@ -64,6 +65,17 @@ def test_one_mini_batch_is_the_server_step_of_the_plain_algorithm(name: str, pla
         cycle = trained(name, [4, 4, 4], rounds=rounds, server_batch=12)
         states = server_state(first), server_state(cycle)
         assert all(torch.equal(states[0][n], states[1][n]) for n in states[0]) is same
+
+
+def test_clients_are_answered_by_the_server_that_has_trained() -> None:
+    """One step by hand: the gradient of client 0's rows at the server after its step, not before it."""
+    run = train("cyclepsl", make(mlp), [4, 4, 4], (6,), cut="2", rounds=1, server_batch=12)
+    whole = make(mlp)
+    whole.load_state_dict(server_state(run), strict=False)
+    data, lower = run.training.source.train, whole[:3]
+    functional.cross_entropy(whole(data.x[:4]), data.y[:4]).backward()
+    expected = {name: p.detach() - 0.1 * p.grad for name, p in lower.named_parameters() if p.grad is not None}
+    assert difference(client_state(run), expected) < 1e-14
 
 
 def test_options_have_an_effect() -> None:
