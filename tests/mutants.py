@@ -103,6 +103,8 @@ AREAS: dict[str, Sequence[str]] = {
     "another model": ("*test_another_model*",),
     "client": ("*test_forbidden*", "*test_allowance*", "*test_text*"),
     "copies": ("*test_copies*",),
+    "ends": ("*test_stacked_ends*", "*test_ushaped*"),
+    "heads": ("*test_auxiliary*", "*test_stacked_ends*"),
     "worker": ("*test_remote*", "*test_tasks*"),
     "traffic": ("*test_costs*", "*test_plan*", "*test_testing*"),
     "admission": ("*test_admission*", "*test_serving*"),
@@ -122,6 +124,18 @@ class Mutant(NamedTuple):
 
 M = Mutant
 MUTANTS = [
+    # Tails and auxiliary heads
+    M("a second forward pass forgets the tail's gradients", "ends", "def _given(self, p: _Pass, *, fresh: bool = False)", "def _given(self, p: _Pass, *, fresh: bool = True)"),
+    M("the tail draws what the lower part drew", "ends", 'stream = partial(self._stream, name=draw)', 'stream = self._stream'),
+    M("the optimiser knows tails by other names", "ends", "called = str if tail is None else partial(name_in_whole, shape=setup.shape)", "called = str"),
+    M("passes that nothing came of leave no statistics", "ends", "self._end_passes()\n        batch, groups", "batch, groups"),
+    M("who left counts in the server's step", "ends", "spread(share, tail.sizes)", "spread([1 / len(share)] * len(share), tail.sizes)"),
+    M("heads are averaged though they are apart", "heads", "if n in tensors and n not in self._apart", "if n in tensors"),
+    M("heads are taken for equal after averaging", "heads", "alike = self._alike and not self._heads_apart", "alike = self._alike"),
+    M("the last of h batches is sent", "heads", "clients.learn(self.upload_every)", "clients.learn(self.upload_every + 1)"),
+    M("gradients are kept in the scale of means", "heads", 'if self.align_scale == "row":', 'if self.align_scale == "mean":'),
+    M("each fitting starts anew", "heads", "head.load_state_dict(before)", "pass"),
+    M("clients send their rows again", "heads", 'if f"{k} labels" not in server.kept', "if True"),
     # Label skew
     M("clients are answered with the server's loss", "skew", "leaf.grad = gradient", "leaf.grad = None", "def apart(mine"),
     M("shares of a class to no power", "skew", "(shares**tau + _ABSENT)", "(shares + _ABSENT)"),

@@ -288,3 +288,18 @@ def test_logits_can_be_adjusted(name: str, side: str) -> None:
     one, other = ({**client_state(r, 1), **server_state(r)} for r in runs)
     assert difference(one, other) < 1e-12
     assert difference(one, {**client_state(plain, 1), **server_state(plain)}) > 1e-6
+
+
+def test_a_fitting_goes_on_from_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    fit, seen = FslSage.fit, []
+
+    def watched(self: FslSage, head: nn.Module, *rest: Any) -> None:
+        before = {n: t.clone() for n, t in head.state_dict().items()}
+        fit(self, head, *rest)
+        seen.append((before, {n: t.clone() for n, t in head.state_dict().items()}))
+
+    monkeypatch.setattr(FslSage, "fit", watched)
+    train("fsl-sage", make(mlp), [10, 7], (6,), cut="2", rounds=2, align_every=1)
+    assert len(seen) == 4  # of two clients in two rounds
+    assert difference(seen[0][1], seen[2][0]) == difference(seen[1][1], seen[3][0]) == 0.0
+    assert difference(*seen[2]) > 0

@@ -222,3 +222,10 @@ def test_an_upload_waits_for_the_last_forward_pass_only() -> None:
             clients.average(sample_weights(clients, this.clients))
 
     same(TwiceForward, [8, 16, 16])
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_passes_that_nothing_comes_of_leave_their_statistics(keep: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first batches have 3, 4 and 3 rows: clients 0 and 2 are a copy when client 1 sends its second one."""
+    monkeypatch.setattr(Choice, "_stacking", lambda *_: Stacking("lowered", None, keep))
+    same("ampere", [3, 8, 3])
