@@ -122,9 +122,11 @@ def start(
     new_session: bool = False,
     namespace: str | None = None,
     path: Sequence[Path] = (),
+    program: str = "cutlayer.cli",
 ) -> Process:
     """A process that runs `cutlayer ARGV`. `namespace`: the network namespace that it runs in, by name; `path`: where
-    it finds modules and packages besides, as if PYTHONPATH named these folders.
+    it finds modules and packages besides, as if PYTHONPATH named these folders; `program`: another module, whose
+    `main()` is run.
     """
     global _forking
     if _forking is None:
@@ -137,6 +139,7 @@ def start(
         "new_session": new_session,
         "namespace": namespace,
         "path": list(map(str, path)),
+        "program": program,
     }
     nothing = os.open(os.devnull, os.O_WRONLY)
     try:
@@ -218,10 +221,8 @@ def _run() -> None:
         importlib.import_module(name)
     gc.freeze()  # a child that looked for garbage among all this, at its end at the latest, would copy it
     assert len(os.listdir("/proc/self/task")) == 1, "a process with threads cannot fork"
-    if _serve(control) is not None:
-        from cutlayer.cli import main
-
-        main()
+    if (job := _serve(control)) is not None:
+        importlib.import_module(job["program"]).main()
 
 
 if __name__ == "__main__":

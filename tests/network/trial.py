@@ -17,6 +17,7 @@ from cutlayer import Run
 from cutlayer.options import RunConfig, read_toml
 from cutlayer.remote.certs import make_ca, make_certificate
 
+PATHS = [Path(__file__).parents[1] / "hostile"]  # of programs that are not Cutlayer's
 PATIENCE = 100.0  # seconds for anything here
 CONFIG = """algorithm = "{algorithm}"
 data = "digits"
@@ -30,8 +31,9 @@ batch = 10
 
 class Trial:
     """A folder with certificates and a configuration, and the processes started in it. `config`: the run's, as TOML;
-    `host`: the server's address, this machine by default; `space`: a process's network namespace, by its name;
-    `forked`: the processes are forked, which is quick; otherwise each is a Python of its own from the start.
+    `clients`: how many have a certificate; `host`: the server's address, this machine by default; `space`: a process's
+    network namespace, by its name; `forked`: the processes are forked, which is quick; otherwise each is a Python of
+    its own from the start.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class Trial:
         rounds: int,
         *,
         config: str = CONFIG,
+        clients: int = 3,
         host: str = "127.0.0.1",
         space: Callable[[str], str | None] = lambda name: None,
         forked: bool = True,
@@ -50,7 +53,7 @@ class Trial:
         (folder / "c.toml").write_text(config.format(algorithm=algorithm, rounds=rounds))
         make_ca(folder / "ca")
         make_certificate(folder / "ca", "server", "server", hosts=[host])
-        for k in range(3):
+        for k in range(clients):
             make_certificate(folder / "ca", f"client-{k}")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -77,6 +80,23 @@ class Trial:
     def join(self, k: int, *more: str) -> Any:
         tls = ["--certificate", f"ca/client-{k}.crt", "--key", f"ca/client-{k}.key", "--ca", "ca/ca.crt"]
         return self.start(f"client-{k}", "join", self.reached, "--client", f"client-{k}", *tls, *more, "--folder", "c")
+
+    def attack(self, *words: str, name: str = "hostile") -> Any:
+        """A hostile client, with its own certificate: the program `hostile_clients` with these words."""
+        with (self.folder / f"{name}.log").open("ab") as log, (self.folder / f"{name}.out").open("ab") as out:
+            argv = [self.address, "c.toml", "ca", *words]
+            process = processes.start(
+                argv, cwd=self.folder, stdout=out, stderr=log, path=PATHS, program="hostile_clients"
+            )
+        self.processes.append(process)
+        return process
+
+    def events(self, *happened: str) -> list[dict[str, Any]]:
+        """What the server's record says of these, in order; all where none are named."""
+        path = self.folder / "run" / "events.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        found = [json.loads(line) for line in lines if line.endswith("\n")]
+        return [event for event in found if not happened or event["event"] in happened]
 
     def steps(self) -> list[dict[str, Any]]:
         path = self.folder / "run" / "steps.jsonl"
