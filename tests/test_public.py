@@ -93,7 +93,7 @@ THINGS = {
         "step": "lr_decay lr_decay_at",
     },
     "averaging": {"mean": "", "median": "", "norm_bound": "norm_limit norm_multiple", "trimmed_mean": "trim"},
-    "codec": {"bfloat16": "", "float16": "", "float8": "", "int8": "", "raw": "", "top-k": ""},
+    "codec": {"bfloat16": "", "float16": "", "float8": "", "int8": "", "rand-top-k": "", "raw": "", "top-k": ""},
     "defence": {
         "feature-dropout": "feature_dropout",
         "noise": "clip gaussian_noise laplace_noise",

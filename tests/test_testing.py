@@ -84,7 +84,7 @@ def test_engines(name: str) -> None:
 
 @pytest.mark.parametrize("name", [*plugins.index("codec"), Grid])
 def test_codecs(name: Any) -> None:
-    check_codec("top-k:0.3" if name == "top-k" else name)
+    check_codec({"top-k": "top-k:0.3", "rand-top-k": "rand-top-k:0.3:0.4"}.get(name, name))
 
 
 @pytest.mark.parametrize("name", [*plugins.index("partition")])

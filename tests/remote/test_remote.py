@@ -174,6 +174,8 @@ def test_remote_is_local_bit_for_bit(algorithm: str, clients: int) -> None:
         ("ussl", "float8", "top-k:0.3"),
         ("sflv2", "bfloat16", "float16"),
         ("sflv2", "raw+zstd", "int8+zstd"),
+        ("psl", "rand-top-k:0.2:0.3:support", "top-k:0.2"),
+        ("sglr", "rand-top-k:0.2:0.3:support+zstd", "raw"),
     ],
 )
 def test_codecs_do_the_same_in_a_simulation(algorithm: str, up: str, down: str) -> None:

@@ -47,7 +47,7 @@ from cutlayer.wire import messages as m
 from cutlayer.wire.names import named
 from cutlayer.wire.tensors import TYPES
 
-LOSSY = ["bfloat16", "float16", "int8", "float8", "top-k:0.1", "top-k:0.7", "top-k:1.0"]
+LOSSY = ["bfloat16", "float16", "int8", "float8", "top-k:0.1", "top-k:0.7", "top-k:1.0", "rand-top-k:0.4:0.3"]
 ALL = ["raw", *LOSSY]
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 CODECS = [Codec.parse(name + zstd) for name in ALL for zstd in ("", "+zstd")]
@@ -227,7 +227,46 @@ def test_top_k_keeps_the_largest_of_each_row() -> None:
     assert torch.equal(through(wide, Codec.parse("top-k:1.0")), wide)
 
 
-@pytest.mark.parametrize("text", [*ALL, "int8+zstd", "top-k:0.25+zstd"])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_rand_top_k_without_a_chance_is_top_k(dtype: torch.dtype) -> None:
+    x = numbers((5, 7, 3), dtype, 1)
+    drawn, largest = (Codec.parse(text).write(x) for text in ("rand-top-k:0.3:0", "top-k:0.3"))
+    assert [bytes_of(piece) for piece in drawn] == [bytes_of(piece) for piece in largest]
+    assert torch.equal(through(x, Codec.parse("rand-top-k:0.3:0")), through(x, Codec.parse("top-k:0.3")))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_rand_top_k_draws_as_many_others_as_its_chance_says(dtype: torch.dtype) -> None:
+    """4 of 20 numbers are kept of each of 4000 rows. The mean number of others is 4 x 0.3, its variance 4 x 0.21."""
+    x = numbers((4000, 20), dtype, 2).abs() + torch.arange(1, 21).to(dtype) * 20
+    kept = through(x, Codec.parse("rand-top-k:0.2:0.3")) != 0
+    assert (kept.sum(1) == 4).all()
+    others = kept[:, :16].sum(1).double()
+    assert others.mean().item() == pytest.approx(1.2, abs=0.06)
+    assert others.var().item() == pytest.approx(0.84, abs=0.1)
+    each = kept.double().mean(0)  # all of a group are equally likely
+    assert each[:16].tolist() == pytest.approx([1.2 / 16] * 16, abs=0.025)
+    assert each[16:].tolist() == pytest.approx([0.7] * 4, abs=0.04)
+
+
+def test_rand_top_k_keeps_its_edges() -> None:
+    """With a chance of 1 all are others while there are any; NaN is never dropped; rows are drawn by themselves."""
+    x = torch.arange(1.0, 6.0).repeat(3, 1)
+    assert (through(x, Codec.parse("rand-top-k:0.4:1"))[:, 3:] == 0).all()
+    assert (through(x, Codec.parse("rand-top-k:0.8:1"))[:, 0] == 1).all()
+    assert torch.equal(through(x, Codec.parse("rand-top-k:1:1")), x)
+    x[1, 0] = math.nan
+    assert through(x, Codec.parse("rand-top-k:0.2:1")).isnan().any(1).tolist() == [False, True, False]
+    x = numbers((50, 30), torch.float32, 3)
+    codec = Codec.parse("rand-top-k:0.2:0.5")
+    assert torch.equal(through(x, codec), torch.cat([through(part, codec) for part in x.split(7)]))
+    assert not torch.equal(through(x, codec), through(x.nextafter(2 * x), codec))
+    assert str(Codec.parse("rand-top-k:0.2:0.5:support+zstd").evaluating) == "rand-top-k:0.2:0.0:support"
+
+
+@pytest.mark.parametrize(
+    "text", [*ALL, "int8+zstd", "top-k:0.25+zstd", "top-k:0.1:support+zstd", "rand-top-k:0.1:0.0:support"]
+)
 def test_codecs_have_names(text: str) -> None:
     assert str(Codec.parse(text)) == text
     assert Codec.parse(text) == Codec.parse(str(Codec.parse(text)))
@@ -246,6 +285,11 @@ def test_codecs_have_names(text: str) -> None:
         ("top-k:0", "not a fraction"),
         ("top-k:nan", "not a fraction"),
         ("top-k:1.5+zstd", "not a fraction"),
+        ("top-k:0.1:0.2", "not a fraction"),
+        ("rand-top-k:0.1", "needs the fraction that is kept and the chance"),
+        ("rand-top-k:0:0.1", "not a fraction"),
+        ("rand-top-k:0.1:1.1", "not a chance"),
+        ("rand-top-k:0.1:support", "needs the fraction"),
         ("", "unknown codec"),
     ],
 )
@@ -333,7 +377,7 @@ def test_a_codec_that_writes_another_size_than_it_says() -> None:
 
 
 def test_codes_of_codecs_stay() -> None:
-    names = ["raw", "bfloat16", "float16", "int8", "float8", "top-k"]
+    names = ["raw", "bfloat16", "float16", "int8", "float8", "top-k", "rand-top-k"]
     codes = {entry.name: entry.facts["code"] for entry in plugins.index("codec").values()}
     assert codes == {name: code for code, name in enumerate(names)}
 

@@ -673,7 +673,7 @@ class RemoteCohort:
                 return None
             with torch.no_grad():
                 given = predict([client], smashed)
-            body = encode(given, self.setup.down.plain) if self.shape == "u-shaped" else encode(given[:1])
+            body = encode(given, self.setup.down.evaluating) if self.shape == "u-shaped" else encode(given[:1])
             finish = [(m.OwnFinish(self._step, rows, start), body)]
         return finish
 
@@ -681,7 +681,7 @@ class RemoteCohort:
         """The smashed data of some of a client's own test rows; `before` is sent first. None if it is gone."""
 
         def read(k: int, answer: Frame) -> Rows:
-            return _finite(aligned(decode(answer.body, self.setup.crossing, request.rows, self.setup.up.plain)), k)
+            return _finite(aligned(decode(answer.body, self.setup.crossing, request.rows, self.setup.up.evaluating)), k)
 
         return self._exchange([client], lambda k: [*before, (request, ())], read, quorum=True).get(client)
 
@@ -891,13 +891,15 @@ class RemoteCohort:
         if self.shape == "whole":
             whole = ask(m.Evaluate(self._step, "whole", n), lambda k: body, outputs, RAW)
             return {k: rows[0] for k, rows in whole.items()}
-        smashed = ask(m.Evaluate(self._step, "lower", n, start=start), lambda k: body, s.crossing, s.up.plain)
+        smashed = ask(m.Evaluate(self._step, "lower", n, start=start), lambda k: body, s.crossing, s.up.evaluating)
         given = {k: predict([k], rows) for k, rows in smashed.items()}
         if self.shape == "split":
             return {k: rows[0] for k, rows in given.items()}
         clients = list(given)
         tail = m.Evaluate(self._step, "tail", n)
-        return {k: rows[0] for k, rows in ask(tail, lambda k: encode(given[k], s.down.plain), outputs, RAW).items()}
+        return {
+            k: rows[0] for k, rows in ask(tail, lambda k: encode(given[k], s.down.evaluating), outputs, RAW).items()
+        }
 
     def _judge_by_itself(self, rows: Rows, client: int, part: Samples, predict: Predict) -> Rows:
         """Whose fault it is that results in evaluation are not finite. Raises NonFiniteError where the average that all

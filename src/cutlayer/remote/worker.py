@@ -613,12 +613,12 @@ class Worker:
         c.module.eval()
         with torch.no_grad():
             if message.part == "tail" and c.tail is not None:
-                features = aligned(decode(body, d.returning, message.rows, d.down.plain))
+                features = aligned(decode(body, d.returning, message.rows, d.down.evaluating))
                 given, codec = as_tuple(c.tail(features))[:1], RAW
             else:
                 inputs = [Crossing(tuple(x.shape[1:]), x.dtype) for x in d.samples.form.rows]
                 x = aligned(decode(body, inputs, message.rows))
-                given, codec = as_tuple(c.lower(x)), d.up.plain
+                given, codec = as_tuple(c.lower(x)), d.up.evaluating
                 if message.part == "whole":
                     given, codec = given[:1], RAW
                 if message.part == "lower" and d.defences.active:
@@ -659,7 +659,7 @@ class Worker:
             given = as_tuple(c.lower(part.rows))
             if d.defences.active:
                 given = d.defences.own_test(given, d.index)
-        return m.EvaluationRows(message.step, message.rows), encode(given, d.up.plain)
+        return m.EvaluationRows(message.step, message.rows), encode(given, d.up.evaluating)
 
     def _own_finish(self, message: m.OwnFinish, body: memoryview) -> None:
         c, d, own = self.client, self.duty, self._own_test
@@ -672,7 +672,7 @@ class Worker:
             )
         with torch.no_grad():
             if c.tail is not None and own.shape == "u-shaped":
-                outputs = as_tuple(c.tail(aligned(decode(body, d.returning, message.rows, d.down.plain))))[0]
+                outputs = as_tuple(c.tail(aligned(decode(body, d.returning, message.rows, d.down.evaluating))))[0]
             else:
                 (outputs,) = aligned(decode(body, [own.outputs], message.rows))
             self._tally.add([d.index], outputs.to(part.y.device), part.y)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from cutlayer.cohort import Cohort, CohortAround, Crossed, Direction, Predict, Summed
 from cutlayer.data.samples import Samples
@@ -27,12 +28,15 @@ class CodedCohort(CohortAround):
         super().__init__(inner)
         self.coding, self.trains = coding, trains
         self.crossed: list[Crossed] = []
+        self._received: Smashed | None = None
 
     def forward(self, clients: Sequence[int] | None = None, *, labels: bool = True) -> Smashed:
         """Smashed data go up."""
         smashed = self.inner.forward(clients, labels=labels)
         rows = self._up(smashed)
-        return smashed if _alike(rows, smashed.rows) else replace(smashed, rows=rows)
+        received = smashed if _alike(rows, smashed.rows) else replace(smashed, rows=rows)
+        self._received = received if self.coding.up.gradient_on_support else None
+        return received
 
     def tail(self, features: Smashed) -> TailGradients:
         """Features go down, their gradients up."""
@@ -51,7 +55,7 @@ class CodedCohort(CohortAround):
 
     def _down(self, gradients: CutGradients) -> CutGradients:
         """Cut gradients as they are received."""
-        own = self._cross("down", self.coding.down, gradients.own, gradients.clients, gradients.sizes)
+        own = self._cross("down", self.coding.down, self._supported(gradients), gradients.clients, gradients.sizes)
         common = gradients.common
         if gradients.active:
             common, count = self.coding.common(common)
@@ -59,11 +63,20 @@ class CodedCohort(CohortAround):
         unchanged = _alike(own, gradients.own) and _alike(common, gradients.common)
         return gradients if unchanged else replace(gradients, own=own, common=common)
 
+    def _supported(self, gradients: CutGradients) -> Rows:
+        """Own cut gradients, zero where the codec sent nothing if it asks for that. A common one is nobody's alone: it
+        stays as it is.
+        """
+        if self._received is None or not gradients.clients:
+            return gradients.own
+        rows = self._received.take(self._received.rows, gradients.clients)
+        return tuple(torch.where(x != 0, g, torch.zeros_like(g)) for x, g in zip(rows, gradients.own, strict=True))
+
     def evaluate(self, samples: Samples, predict: Predict, clients: Sequence[int] | None = None) -> Evaluation:
         """Smashed data of held-out samples go up and, in the U-shaped split, features down; without zstd, as remote
         clients do it.
         """
-        up, down = self.coding.up.plain, self.coding.down.plain
+        up, down = self.coding.up.evaluating, self.coding.down.evaluating
 
         def coded(clients: Sequence[int], rows: Rows) -> Rows:
             sizes = [len(rows[0]) // len(clients)] * len(clients)

@@ -8,6 +8,7 @@
 | int8 | scales, then 1 byte each | max |x| / 254 over its channel: half a scale | through its channel |
 | float8 (e4m3) | scales, then 1 byte each | |x| / 2^4 + max |x| / 2^19 over its row | through its row |
 | top-k:f | k = ceil(f m) values and positions per row of m numbers | none, or |x| where dropped | nowhere |
+| rand-top-k:f:c | as top-k, of numbers drawn | |x| where dropped | nowhere |
 
 `error_bound` states it in full.
 """

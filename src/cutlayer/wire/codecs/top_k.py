@@ -2,13 +2,16 @@
 
 Of m numbers per row, k = ceil(FRACTION m) are sent with their positions; the others are received as zeros. Nothing is
 dropped that is larger than what is kept; NaN and Inf count as the largest.
+
+The gradient of the rows comes back in full. With top-k:FRACTION:support it is set to zero where nothing, or a zero, was
+received.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 import torch
@@ -16,6 +19,20 @@ from torch import Tensor
 
 from cutlayer.errors import ConfigError, WireError
 from cutlayer.wire.codecs.writing import Codec, as_tensor, codec
+
+SUPPORT = ":support"
+"""Behind a codec's numbers: the gradient comes back only where a number was received."""
+
+
+def fraction_of(text: str, example: str) -> float:
+    """A fraction above 0 and up to 1, of what is kept of a row. Raises ConfigError."""
+    try:
+        fraction = float(text)
+    except ValueError:
+        fraction = math.nan
+    if not 0 < fraction <= 1:
+        raise ConfigError(f"{text!r} is not a fraction above 0 and up to 1: give e.g. {example}")
+    return fraction
 
 
 @codec("top-k")
@@ -25,24 +42,25 @@ class TopK(Codec):
 
     code = 5
     fraction: float = 1.0
+    support: bool = field(default=False, kw_only=True)
 
     @classmethod
     def of(cls, argument: str | None) -> Self:
-        """Raises ConfigError unless `argument` is a fraction."""
+        """Raises ConfigError unless `argument` is a fraction, with :support or without."""
         if argument is None:
             raise ConfigError("top-k needs the fraction that is kept, e.g. top-k:0.1")
-        try:
-            fraction = float(argument)
-        except ValueError:
-            fraction = math.nan
-        if not 0 < fraction <= 1:
-            raise ConfigError(f"{argument!r} is not a fraction above 0 and up to 1: give e.g. top-k:0.1")
-        return cls(fraction)
+        text = argument.removesuffix(SUPPORT)
+        return cls(fraction_of(text, "top-k:0.1"), support=text != argument)
 
     @property
     def argument(self) -> str:
-        """The fraction."""
-        return repr(self.fraction)
+        """The fraction, with :support or without."""
+        return repr(self.fraction) + SUPPORT * self.support
+
+    @property
+    def gradient_on_support(self) -> bool:
+        """As asked for."""
+        return self.support
 
     def row_by_row(self, dimensions: int) -> bool:
         """Always."""
@@ -57,11 +75,15 @@ class TopK(Codec):
         """Values [n, k] and their positions [n, k], ascending; NaN and Inf are larger than all numbers."""
         rows, k, position = self._kept(x.shape)
         flat = x.reshape(rows, -1)
-        chosen = flat.abs().topk(k, sorted=False).indices
+        chosen = self.chosen(flat, k)
         # Marked and found again, they are in order: quicker than sorting.
         mark = torch.zeros(flat.shape, dtype=torch.bool, device=x.device).scatter_(1, chosen, True)
         at = mark.nonzero()[:, 1].view(rows, k)
         return [flat.gather(1, at), at.to(position)]
+
+    def chosen(self, flat: Tensor, k: int) -> Tensor:
+        """The positions [n, k], in any order, of the numbers of the rows [n, m] that are sent."""
+        return flat.abs().topk(k, sorted=False).indices
 
     def read(self, payload: memoryview, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """The inverse of `write`: zero where nothing was kept."""

@@ -91,6 +91,16 @@ class Codec(ABC):
         return replace(self, zstd=False)
 
     @property
+    def evaluating(self) -> Codec:
+        """What rows of held-out samples are written with: the same without zstd."""
+        return self.plain
+
+    @property
+    def gradient_on_support(self) -> bool:
+        """Whether the gradient of rows written by the codec is set to zero where nothing but a zero was received."""
+        return False
+
+    @property
     def agreed(self) -> str:
         """What both sides of a deployment compare: the name and, of a codec of your own, what its file holds."""
         if self.code != OWN:
