@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import statistics
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Unpack
 
 from torch import nn
 
+from cutlayer.allocator import give_back
 from cutlayer.build import Data, Model, assemble, by_name, deal
+from cutlayer.crew import checked, packed, side_by_side
 from cutlayer.errors import ConfigError, CutlayerWarning, RunFolderError
 from cutlayer.files import read_json
 from cutlayer.folder import COMPARISON, CONFIG, OWN_FILES, RESULT, Folder, refuse_used, stored_config
+from cutlayer.footprint import footprint, refuse_unless_fitting, room
 from cutlayer.keywords import CompareKeywords
 from cutlayer.models.weights import renewed
 from cutlayer.options import CompareConfig, RunConfig, by_reference, from_anywhere, overlaid
 from cutlayer.plugins import label
-from cutlayer.run import Record, Result, Run, Spent, own_objective, own_things, without_own
+from cutlayer.run import Record, Result, Run, Spent, Standing, own_objective, own_things, without_own
 from cutlayer.stored import reading, remade
 from cutlayer.summary import mean_of_known, spread
 from cutlayer.tasks.own_loss import Loss
@@ -52,11 +56,62 @@ class Row(Spent):
     seconds: float
 
 
-class Comparison:
-    """All runs of a comparison, one after another: iterate over (entry, seed, run, record), or call `run()`.
+@dataclass(frozen=True)
+class _Own:
+    """What the user gave that is not found by name, for all runs; `work` is what a worker does for each run. `quiet`:
+    without the warnings of building it, which whoever checked the comparison has heard.
+    """
 
-    With `out` every run has a folder `out/<entry>/seed-<n>`, and an interrupted comparison can be resumed.
-    Raises UsageError before anything is trained or written.
+    model: Model | None
+    data: Data | None
+    loss: Loss | None
+    metrics: Mapping[str, Any] | None
+    quiet: bool
+
+    @property
+    def objective(self) -> dict[str, Any]:
+        """The loss and the metrics."""
+        return {"loss": self.loss, "metrics": self.metrics}
+
+    def made(self) -> Model | None:
+        """The model, or a function that makes it anew for every seed, if its layers can draw their weights."""
+        renewing = renewed(self.model) if isinstance(self.model, nn.Module) else None
+        return self.model if renewing is None else renewing
+
+    def run(self, config: RunConfig, where: Path | None, model: Model | None) -> Run:
+        """The run, or what goes on where the one in `where` stopped."""
+        own = {**self.objective, "metrics": self.metrics or ()}
+        if where is not None and (where / CONFIG).exists():
+            return Run.resume(where, model=model, data=self.data, **own)
+        return Run(config, model=model, data=self.data, out=where, **own)
+
+    def work(self, job: tuple[RunConfig, Path | None]) -> Generator[Standing, None, Result]:
+        """Train one run; how far it is, then its result."""
+        with warnings.catch_warnings():
+            if self.quiet:
+                warnings.simplefilter("ignore", CutlayerWarning)
+            run = self.run(*job, self.made())
+        yield from run.standings()
+        assert run.result is not None
+        return run.result
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the run of `entry` with `seed` is, and whether it has `ended`."""
+
+    entry: str
+    seed: int
+    standing: Standing
+    ended: bool = False
+
+
+class Comparison:
+    """All runs of a comparison: call `run()`, or iterate over (entry, seed, run, record), or over `progress()`.
+
+    With `out` every run has a folder `out/<entry>/seed-<n>`, and an interrupted comparison can be resumed. `jobs` runs
+    are trained at once, each in a process of its own, with its share of the processor's cores; then there are no
+    records to iterate over. Raises UsageError before anything is trained or written.
     """
 
     def __init__(
@@ -68,13 +123,16 @@ class Comparison:
         loss: Loss | str | None = None,
         metrics: Mapping[str, Any] | Sequence[str] = (),
         out: str | Path | None = None,
+        jobs: int = 1,
         **options: Unpack[CompareKeywords],
     ) -> None:
         base = {} if config is None else config.model_dump(include=config.model_fields_set)
-        self._model, self._data, names = by_name(model, data)
-        self._make_anew()
+        own_model, own_data, names = by_name(model, data)
         own_loss, own_metrics, asked = own_objective(loss, metrics)
-        self._objective: dict[str, Any] = {"loss": own_loss, "metrics": own_metrics}
+        self.jobs = checked(jobs)
+        self._own = _Own(own_model, own_data, own_loss, own_metrics, quiet=jobs > 1)
+        self._model = self._own.made()
+        self._warn_of_equal_starts()
         self.config = CompareConfig.of(overlaid(base, by_reference({**options, **names, **asked})))
         self.plan = self.config.runs(frozenset(self.config.model_fields_set))
         self.out = None if out is None else Path(out)
@@ -93,21 +151,18 @@ class Comparison:
         data: Data | None = None,
         loss: Loss | None = None,
         metrics: Mapping[str, Any] | None = None,
+        jobs: int = 1,
     ) -> Comparison:
         """A comparison that goes on where the one in `out` stopped. Raises RunFolderError where it can't."""
         own: dict[str, Any] = {"model": model, "data": data, "loss": loss, "metrics": metrics}
         config = CompareConfig.of(without_own(stored_config(Path(out)), Path(out), **own))
-        comparison = cls(config, model=model, data=data, loss=loss, metrics=metrics or ())
+        comparison = cls(config, model=model, data=data, loss=loss, metrics=metrics or (), jobs=jobs)
         comparison.out, comparison._resumed = Path(out), True
         return comparison
 
-    def _make_anew(self) -> None:
-        """A module from Python is made anew for every seed, if its layers can draw their weights. Warns otherwise."""
-        if not isinstance(self._model, nn.Module):
-            return
-        if (make := renewed(self._model)) is not None:
-            self._model = make
-        else:
+    def _warn_of_equal_starts(self) -> None:
+        """Warns of a module from Python that cannot be made anew for every seed."""
+        if isinstance(self._model, nn.Module):
             warnings.warn(
                 "all seeds start from the same weights, those of the model that was given: some of its layers have no "
                 "reset_parameters; give a function that makes it instead",
@@ -118,61 +173,114 @@ class Comparison:
     def check(self) -> None:
         """Build every entry once, so that what is wrong is found before the first is trained. Raises UsageError."""
         judged: dict[str, str] = {}
+        needs: dict[str, int] = {}
         for entry, seeds in self.plan.items():
             first, *others = seeds.values()
-            training = assemble(first, self._model, self._data, **self._objective)
+            training = assemble(first, self._model, self._own.data, **self._own.objective)
             judged.setdefault(training.task.leading, entry)
             for config in others:
-                deal(config, self._data)  # with another seed a client may stay without samples
+                deal(config, self._own.data)  # with another seed a client may stay without samples
+            if self.jobs > 1:
+                bytes_of_it = footprint(training, first, self.jobs)
+                needs |= {run_name(e, seed): bytes_of_it for e, seed in self.waiting if e == entry}
+            del training
         if len(judged) > 1:
             (metric, one), (other, two) = list(judged.items())[:2]
             raise ConfigError(
                 f"{one!r} is judged by {metric} and {two!r} by {other}, which cannot stand in one column: give all the "
                 "same primary_metric, or compare them apart"
             )
+        if self.jobs > 1:
+            packed(self._own.work, self.jobs)
+            give_back()
+            refuse_unless_fitting(needs, self.jobs, room(next(iter(self.plan[entry].values())).device))
+
+    @property
+    def waiting(self) -> list[tuple[str, int]]:
+        """(entry, seed) of the runs that are not done yet, in their order. Seed by seed, not entry by entry: an
+        interrupted comparison then has all entries on the seeds it got to.
+        """
+        runs = [(entry, seed) for seed in self.config.seeds for entry in self.plan]
+        return [(entry, seed) for entry, seed in runs if not self._has_ended(entry, seed)]
 
     def run(self) -> list[Row]:
         """Train everything and return the table."""
-        for _ in self:
+        for _ in self.progress():
             pass
         return self.table()
 
     def __iter__(self) -> Iterator[tuple[str, int, Run, Record]]:
+        if self.jobs > 1:
+            raise ConfigError(
+                f"jobs = {self.jobs} trains in other processes, whose records are not handed on: iterate over "
+                "progress(), or use jobs = 1"
+            )
         self.check()
-        if self.out is None:
-            yield from self._train()
-            return
-        stored = {
-            **from_anywhere(self.config.resolved()),
-            **own_things(model=self._model, data=self._data, **self._objective),
-        }
-        with Folder.reopen(self.out) if self._resumed else Folder.create(self.out, stored) as folder:
-            yield from self._train()
-            folder.write_json(COMPARISON, {"rows": [asdict(row) for row in self.table()]})
+        with self._held():
+            for entry, seed in self.waiting:
+                run = self._own.run(*self._job(entry, seed), self._model)
+                for record in run:
+                    yield entry, seed, run, record
+                assert run.result is not None
+                self._take(entry, seed, run.result)
+
+    def progress(self) -> Iterator[Progress]:
+        """Train everything; how far each run is, a few times a second, at every evaluation and at its end."""
+        self.check()
+        again = "start it again" if self.out is None else f"resume {str(self.out)!r}"
+        standings: dict[str, Standing] = {}
+        with self._held():
+            runs = {run_name(*which): which for which in self.waiting}
+            jobs = {name: self._job(*which) for name, which in runs.items()}
+            for news in side_by_side(self._own.work, jobs, self.jobs, again):
+                if news.ended:
+                    self._take(*runs[news.name], news.value)
+                else:
+                    standings[news.name] = news.value
+                yield Progress(*runs[news.name], standings[news.name], news.ended)
 
     def table(self) -> list[Row]:
         """One row per entry that has a result."""
         return [_row(entry, self.plan[entry], results) for entry, results in self.results.items() if results]
 
-    def _train(self) -> Iterator[tuple[str, int, Run, Record]]:
-        # Seed by seed, not entry by entry: an interrupted comparison then has all entries on the seeds it got to.
-        for seed in self.config.seeds:
-            for entry, runs in self.plan.items():
-                where = None if self.out is None else self.out / entry / f"seed-{seed}"
-                done = _finished(where)
-                if done is None:
-                    run = self._one(runs[seed], where)
-                    for record in run:
-                        yield entry, seed, run, record
-                    assert run.result is not None
-                    done = run.result
-                self.results[entry][seed] = done
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        """The folder, where there is one, kept from other processes while everything is trained."""
+        for entry, seeds in self.plan.items():
+            for seed in seeds:
+                if (done := _finished(self._where(entry, seed))) is not None:
+                    self._take(entry, seed, done)
+        if self.out is None:
+            yield
+            return
+        own = self._own
+        stored = {
+            **from_anywhere(self.config.resolved()),
+            **own_things(model=own.model, data=own.data, **own.objective),
+        }
+        with Folder.reopen(self.out) if self._resumed else Folder.create(self.out, stored) as folder:
+            yield
+            folder.write_json(COMPARISON, {"rows": [asdict(row) for row in self.table()]})
 
-    def _one(self, config: RunConfig, where: Path | None) -> Run:
-        own = {**self._objective, "metrics": self._objective["metrics"] or ()}
-        if where is not None and (where / CONFIG).exists():
-            return Run.resume(where, model=self._model, data=self._data, **own)
-        return Run(config, model=self._model, data=self._data, out=where, **own)
+    def _where(self, entry: str, seed: int) -> Path | None:
+        return None if self.out is None else self.out / entry / f"seed-{seed}"
+
+    def _job(self, entry: str, seed: int) -> tuple[RunConfig, Path | None]:
+        return self.plan[entry][seed], self._where(entry, seed)
+
+    def _has_ended(self, entry: str, seed: int) -> bool:
+        where = self._where(entry, seed)
+        return seed in self.results[entry] or (where is not None and (where / RESULT).exists())
+
+    def _take(self, entry: str, seed: int, result: Result) -> None:
+        """Note a result; the seeds keep their order, whichever is done first."""
+        found = {**self.results[entry], seed: result}
+        self.results[entry] = {s: found[s] for s in self.config.seeds if s in found}
+
+
+def run_name(entry: str, seed: int) -> str:
+    """What a run of a comparison is called."""
+    return f"{entry}, seed {seed}"
 
 
 def _finished(where: Path | None) -> Result | None:

@@ -28,7 +28,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from enum import IntEnum
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class ExitCode(IntEnum):
@@ -77,6 +77,16 @@ class CutlayerError(Exception):
     def exit_code(self) -> ExitCode:
         """What the command line ends with."""
         return self.code
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """The same error in another process, however its class is made."""
+        return _again, (type(self), self.args, self.__dict__)
+
+
+def _again(kind: type[CutlayerError], args: tuple[Any, ...], state: dict[str, Any]) -> CutlayerError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
 
 
 class UsageError(CutlayerError):

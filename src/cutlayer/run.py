@@ -64,6 +64,8 @@ from cutlayer.trained import Predictions, TrainedModel, Whose, find_trained
 from cutlayer.types import Evaluation, Round, Step
 from cutlayer.verbs import LEARN
 
+_TOLD_EVERY = 0.1  # seconds between two standings of a run
+
 
 @dataclass(frozen=True)
 class Record:
@@ -184,6 +186,25 @@ class Result(Spent):
         return self.samples / self.seconds
 
 
+@dataclass(frozen=True)
+class Standing:
+    """How far a run is, in plain values that another process can send: `done` of its `rounds`, the loss of the last
+    step, the last evaluation and how many there were, seconds of training and of evaluation. `metric` and `share` are
+    the task's; `remarks` say what was read and chosen, a line each.
+    """
+
+    done: int
+    rounds: int
+    loss: float | None
+    latest: Scores | None
+    evaluations: int
+    seconds: float
+    evaluating: float
+    metric: str
+    share: bool
+    remarks: tuple[str, ...]
+
+
 class RunState(Stored):
     """What a checkpoint of a run holds."""
 
@@ -254,6 +275,7 @@ class Run:
         self._start_round = 0
         self._step = self._samples = 0
         self._served = self._pooled = 0  # rows that the server has stepped on; those of them that no clients sent then
+        self._last: Record | None = None
         self._seconds = 0.0
         self.evaluating = 0.0
         self.by_client: dict[str, Evaluation | None] = {}
@@ -316,6 +338,34 @@ class Run:
     def steps(self) -> int:
         """Training steps so far."""
         return self._step
+
+    @property
+    def standing(self) -> Standing:
+        """How far the run is."""
+        t, last = self.training, self._last
+        account = (f"Data: {t.source.account}",) if t.source.account else ()
+        return Standing(
+            t.rounds if self.result is not None else self._start_round if last is None else last.round,
+            t.rounds,
+            None if last is None else last.loss,
+            self.evaluations[-1] if self.evaluations else None,
+            len(self.evaluations),
+            self._seconds,
+            self.evaluating,
+            t.task.leading,
+            t.task.share,
+            (*account, *t.remarks),
+        )
+
+    def standings(self) -> Iterator[Standing]:
+        """Train to the end; how far the run is, a few times a second, at every evaluation and at the end."""
+        told, evaluations = -math.inf, 0
+        for _ in self:
+            now = time.monotonic()
+            if now >= told + _TOLD_EVERY or len(self.evaluations) > evaluations:
+                told, evaluations = now, len(self.evaluations)
+                yield self.standing
+        yield self.standing
 
     def run(self) -> Result:
         """Train to the end and return the result."""
@@ -439,6 +489,7 @@ class Run:
         self._samples += step.samples
         self._served += step.samples if step.server_lr is not None else 0
         self._pooled += step.samples if not step.clients else 0
+        self._last = record
         return record
 
     def _evaluate(self, done: int, folder: Folder | None, *, last: bool) -> None:

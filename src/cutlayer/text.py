@@ -59,6 +59,17 @@ def format_duration(seconds: float) -> str:
     return format_quantity(seconds, "s")
 
 
+def remaining(seconds: float) -> str:
+    """A rough time: about 41 minutes."""
+    if seconds < 60:
+        return "less than a minute"
+    for name, length, most in (("minute", 60, 100), ("hour", 3600, 48)):
+        count = round(seconds / length)
+        if count < most:
+            return f"about {count} {name}{'s' * (count > 1)}"
+    return f"about {round(seconds / 86400)} days"
+
+
 def format_rate(value: float) -> str:
     """A rate with three significant digits, thousands apart: 0.482, 25.3, 1,240."""
     if value >= 99.95:

@@ -33,9 +33,9 @@ from cutlayer.reproduce.claims import ClaimVerdict, interval, judge, summary
 from cutlayer.reproduce.findings import find
 from cutlayer.reproduce.outcomes import Outcomes
 from cutlayer.reproduce.reproduction import SETTINGS, Reproduction
-from cutlayer.reproduce.terminal import remaining
 from cutlayer.reproduce.train import DIVERGED, EXAMINED, PICTURES, folder_of, train
 from cutlayer.reproduce.train import SHOWN as KEPT
+from cutlayer.text import remaining
 
 fashion_mnist = pytest.mark.skipif(
     not Path("/usr/share/datasets/fashion-mnist").is_dir(), reason="Fashion-MNIST is not installed"

@@ -13,7 +13,7 @@ from cutlayer.cli.flags import command
 from cutlayer.cli.merging import budget_config, fault_config, run_config
 from cutlayer.cli.printing import say
 from cutlayer.cli.progress import Monitor, resumable
-from cutlayer.cli.results import print_result, tell_of_data, tell_of_run, write_report
+from cutlayer.cli.results import print_result, tell, tell_of_data, write_report
 from cutlayer.errors import ConfigError
 from cutlayer.options import BudgetConfig, FaultConfig, RunConfig
 from cutlayer.plugins import label
@@ -97,10 +97,12 @@ def serve(
     serving = Serving(listen, security, fault_config(faults, config), prometheus, keepalive, limits)
     where = out or Path("runs") / f"serve-{label(merged.algorithm)}-{Path(merged.data).stem}"
     service = Service(merged, serving, where)
-    with resumable(f"the same command with --out {where}"), service.open() as run, Monitor(1) as monitor:
-        tell_of_run(run)
-        for record in run:
-            monitor.show(label(merged.algorithm), run, record)
+    name = label(merged.algorithm)
+    with resumable(f"the same command with --out {where}"), service.open() as run, Monitor({name: 1.0}) as monitor:
+        tell(run.standing.remarks)
+        for standing in run.standings():
+            monitor.show(name, standing)
+        monitor.ended(name)
     assert service.run.result is not None
     print_result(service.run.result)
     write_report(where)

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Self
 
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from cutlayer.cli.application import out
 from cutlayer.cli.printing import fail
-from cutlayer.text import format_duration, format_score
+from cutlayer.text import format_duration, format_score, remaining
 
 if TYPE_CHECKING:
-    from cutlayer.run import Record, Run
+    from cutlayer.run import Standing
 
 
 @contextmanager
@@ -33,80 +26,112 @@ def resumable(command: str) -> Iterator[None]:
         fail(f"interrupted; go on with: {command}", 130)
 
 
-def _score(run: Run) -> str:
-    """The last evaluation's score."""
-    task = run.training.task
-    return format_score(task.leading, run.evaluations[-1].test_score, share=task.share)
-
-
-def _times(run: Run) -> str:
-    """How long training and evaluation have taken and, as far as that tells, what is left."""
-    done, spent = run.evaluations[-1].round, run.seconds + run.evaluating
-    text = f" ({format_duration(spent)}, evaluation {format_duration(run.evaluating)}"
-    left = (run.rounds - done) * spent / done
-    return text + (f"; {format_duration(left)} left)" if left else ")")
-
-
 class Monitor:
-    """Live progress: a bar for the present run, and one for all runs if there are several.
+    """Live progress: a bar for each run under way and, if there are several runs, one for all with the time left.
 
-    Without a terminal it prints a line per evaluation instead. A context manager.
+    Without a terminal it prints a line per evaluation instead (unless `evaluations` is false) and, if there are
+    several runs, one per run that ends. `weights` say what the runs that are still to be done cost, by their names;
+    `done` is how many are done already. A context manager.
     """
 
-    def __init__(self, runs: int) -> None:
+    def __init__(self, weights: Mapping[str, float] | None = None, *, done: int = 0, evaluations: bool = True) -> None:
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            MofNCompleteColumn(),
+            TextColumn("{task.fields[count]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
             console=out,
             disable=not out.is_terminal,
         )
-        self._all = self._progress.add_task("runs", total=runs, note="", visible=runs > 1)
-        self._task: TaskID | None = None
-        self._run: Run | None = None
-        self._label = ""
-        self._seen = 0
+        self._weights = dict(weights or {})
+        self._done, self._runs = done, done + len(self._weights)
+        self._lines, self._started = evaluations, time.monotonic()
+        self._began, self._reached = dict[str, float](), dict[str, float]()  # fractions of each run
+        self._tasks, self._seen = dict[str, TaskID](), dict[str, int]()
+        total = sum(self._weights.values()) or 1.0
+        self._all = self._progress.add_task("runs", total=total, count=self._count, note="", visible=self._runs > 1)
+
+    @property
+    def _count(self) -> str:
+        return f"{self._done}/{self._runs}"
 
     def __enter__(self) -> Self:
+        if self._done:
+            _line(f"{self._count} runs are done already")
         self._progress.start()
         return self
 
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None and self._task is not None and self._run is not None:
-            self._tell()
-            self._progress.update(self._task, completed=self._run.rounds)
-            self._progress.advance(self._all)
+    def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def show(self, label: str, run: Run, record: Record) -> None:
-        """Show one more record of `run`."""
-        if run is not self._run:
-            self._next(label, run)
-        assert self._task is not None
-        self._tell()
-        test = f"  test {_score(run)}, evaluation {format_duration(run.evaluating)}" if run.evaluations else ""
-        self._progress.update(self._task, completed=record.round, note=f"loss {record.loss:.3f}{test}")
+    def show(self, name: str, standing: Standing) -> None:
+        """Show how far the run of that name is."""
+        share = standing.done / standing.rounds
+        if name not in self._tasks:
+            self._tasks[name] = self._progress.add_task(name, total=standing.rounds, count="", note="")
+            self._began[name] = share
+        self._reached[name] = share
+        if standing.evaluations != self._seen.setdefault(name, standing.evaluations):
+            self._seen[name] = standing.evaluations
+            self._tell(name, standing)
+        note = "" if standing.loss is None else f"loss {standing.loss:.3f}"
+        if standing.latest is not None:
+            note += f"  test {_score(standing)}, evaluation {format_duration(standing.evaluating)}"
+        count = f"{standing.done}/{standing.rounds}"
+        self._progress.update(self._tasks[name], completed=standing.done, count=count, note=note)
+        self._show_all()
 
-    def _next(self, label: str, run: Run) -> None:
-        """Replace the bar of the finished run."""
-        self._tell()
-        if self._task is not None:
-            self._progress.remove_task(self._task)
-            self._progress.advance(self._all)
-        self._run, self._label, self._seen = run, label, len(run.evaluations)
-        self._task = self._progress.add_task(label, total=run.rounds, note="")
+    def ended(self, name: str, came: str = "") -> None:
+        """The run of that name is done; `came` says to what, if there is more to say than its evaluations did."""
+        self._reached[name] = 1.0
+        self._done += 1
+        if (task := self._tasks.pop(name, None)) is not None:
+            self._progress.remove_task(task)
+        self._show_all()
+        if self._runs > 1:
+            words = [f"{name}: {came}" if came else "", f"{self._left} left" if self._left else ""]
+            _line(", ".join([f"{self._count} runs", *filter(None, words)]))
 
-    def _tell(self) -> None:
-        """Without a terminal, print a line if there was another evaluation."""
-        if self._run is None or len(self._run.evaluations) == self._seen:
-            return
-        self._seen = len(self._run.evaluations)
-        scores = self._run.evaluations[-1]
-        if not out.is_terminal:
-            text = (
-                f"{self._label}: round {scores.round}/{self._run.rounds}, test {_score(self._run)}{_times(self._run)}"
-            )
-            out.print(text, highlight=False, soft_wrap=True)
+    @property
+    def _left(self) -> str:
+        """The time that is left for all runs, as far as that can be told."""
+        made = sum(
+            w * (self._reached[n] - self._began.get(n, 0.0)) for n, w in self._weights.items() if n in self._reached
+        )
+        left = sum(w * (1 - self._reached.get(n, 0.0)) for n, w in self._weights.items())
+        if not made or not left:
+            return ""
+        return remaining((time.monotonic() - self._started) * left / made)
+
+    def _show_all(self) -> None:
+        reached = sum(w * self._reached.get(n, 0.0) for n, w in self._weights.items())
+        self._progress.update(self._all, completed=reached, count=self._count)
+
+    def _tell(self, name: str, standing: Standing) -> None:
+        """Without a terminal, print a line about the last evaluation."""
+        if self._lines and standing.latest is not None:
+            at = f"round {standing.latest.round}/{standing.rounds}"
+            _line(f"{name}: {at}, test {_score(standing)}{_times(standing)}")
+
+
+def _line(text: str) -> None:
+    """A line of progress where no terminal shows bars."""
+    if not out.is_terminal:
+        out.print(text, highlight=False, soft_wrap=True)
+
+
+def _score(standing: Standing) -> str:
+    """The last evaluation's score."""
+    assert standing.latest is not None
+    return format_score(standing.metric, standing.latest.test_score, share=standing.share)
+
+
+def _times(standing: Standing) -> str:
+    """How long training and evaluation have taken and, as far as that tells, what is left."""
+    assert standing.latest is not None
+    done, spent = standing.latest.round, standing.seconds + standing.evaluating
+    text = f" ({format_duration(spent)}, evaluation {format_duration(standing.evaluating)}"
+    left = (standing.rounds - done) * spent / done
+    return text + (f"; {format_duration(left)} left)" if left else ")")

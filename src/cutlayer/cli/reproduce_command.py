@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,14 +12,16 @@ from cutlayer.cli.application import Out, out
 from cutlayer.cli.flags import command
 from cutlayer.cli.merging import merged_values
 from cutlayer.cli.printing import say
-from cutlayer.cli.progress import resumable
+from cutlayer.cli.progress import Monitor, resumable
 from cutlayer.errors import ConfigError
 from cutlayer.options import ReproduceConfig
 from cutlayer.reproduce.cells import SizeName
 from cutlayer.text import flag_words
 
 if TYPE_CHECKING:
+    from cutlayer.reproduce.outcomes import Outcome
     from cutlayer.reproduce.reproduction import Reproduction
+    from cutlayer.reproduce.train import Job
 
 
 @command(sort_key=5, options=ReproduceConfig)
@@ -51,34 +52,43 @@ def reproduce(
     device
         Where everything is computed, as for `cutlayer run`.
     jobs
-        How many runs at once. Default: as many as there are cores on the CPU, else 1. 0 trains nothing and writes the
-        report on what is there.
+        How many runs at once. Default: as many as there are cores and memory for on the CPU, else 1. 0 trains nothing
+        and writes the report on what is there.
     """
     from cutlayer.reproduce.reproduction import Reproduction
 
     if jobs is not None and jobs < 0:
         raise ConfigError(f"jobs = {jobs} is not possible: give how many runs to train at once, or 0 for none")
-    workers = jobs if jobs is not None else (os.cpu_count() or 1) if device == "cpu" else 1
     where = out or Path("runs") / f"reproduce-{size}"
     chosen = ReproduceConfig.of(merged_values(ReproduceConfig, options, None))
     said = {"size": size, "out": where, "data": chosen.data, **chosen.things, **chosen.given}
     said |= {"device": device, "jobs": jobs}
     flags = [word for name, value in said.items() if value is not None for word in flag_words(name, value)]
     work = Reproduction(tables, size, where, chosen.data, device, chosen.given, **chosen.things)
-    _reproduce(work, workers, shlex.join(["cutlayer", "reproduce", *tables, *flags]))
+    _reproduce(work, jobs, shlex.join(["cutlayer", "reproduce", *tables, *flags]))
 
 
-def _reproduce(work: Reproduction, workers: int, command: str) -> None:
+def _reproduce(work: Reproduction, jobs: int | None, command: str) -> None:
     """Train what is missing with live progress, then print tables and verdicts and write the report."""
-    from cutlayer.reproduce.terminal import ProgressBar, show
+    from cutlayer.reproduce.terminal import show
 
-    if workers and (waiting := work.waiting()):
+    if jobs != 0 and (waiting := work.waiting()):
         with resumable(command):
-            work.check()
-            with ProgressBar(out, work.jobs, waiting) as progress:
-                for job in work.train(workers):
-                    progress.tell(job, work.outcome(job))
+            workers = work.check(jobs)
+            weights = {_name(job): float(job[0].weight) for job in waiting}
+            with Monitor(weights, done=len(work.jobs) - len(waiting), evaluations=False) as monitor:
+                for job in work.train(workers, lambda job, standing: monitor.show(_name(job), standing)):
+                    monitor.ended(_name(job), _came(work.outcome(job)))
     findings = work.find()
     show(findings, work.size, out)
     for path in work.write(findings):
         say(str(path))
+
+
+def _name(job: Job) -> str:
+    cell, seed = job
+    return f"{cell.name} seed {seed}"
+
+
+def _came(outcome: Outcome) -> str:
+    return "diverged" if outcome.diverged else f"test accuracy {outcome.best:.1f} %"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,10 +31,9 @@ def tell_of_data(source: Source) -> None:
         say(f"Data: {source.account}")
 
 
-def tell_of_run(run: Run) -> None:
+def tell(remarks: Iterable[str]) -> None:
     """Print what was read, and what of evaluation was chosen, a line each."""
-    tell_of_data(run.training.source)
-    for remark in run.training.remarks:
+    for remark in remarks:
         say(remark)
 
 

@@ -11,7 +11,7 @@ from cutlayer.cli.application import ConfigFile, Folder, Out
 from cutlayer.cli.flags import command
 from cutlayer.cli.merging import fresh_folder, merged_values, run_config
 from cutlayer.cli.progress import Monitor, resumable
-from cutlayer.cli.results import print_clients, print_comparison, print_result, tell_of_run, write_report
+from cutlayer.cli.results import print_clients, print_comparison, print_result, tell, write_report
 from cutlayer.errors import ConfigError
 from cutlayer.options import CompareConfig, RunConfig
 from cutlayer.plugins import label
@@ -40,7 +40,7 @@ def run(*, options: BaseModel | None = None, config: ConfigFile = None, out: Out
 
 
 @command(sort_key=2, options=CompareConfig)
-def compare(*, options: BaseModel | None = None, config: ConfigFile = None, out: Out = None) -> None:
+def compare(*, options: BaseModel | None = None, config: ConfigFile = None, out: Out = None, jobs: int = 1) -> None:
     """Train several algorithms over several seeds on the same data and write a table, curves and a page.
 
     Parameters
@@ -49,16 +49,18 @@ def compare(*, options: BaseModel | None = None, config: ConfigFile = None, out:
         A TOML file with any of the options above; its tables [variant.NAME] add entries with options of their own.
     out
         The folder to make. Default: runs/compare-DATA-TIME.
+    jobs
+        How many runs to train at once, each in a process of its own with its share of the cores.
     """
     from cutlayer.compare import Comparison
 
     values = merged_values(CompareConfig, options, config)
     merged = CompareConfig.of(values)
-    _compare(Comparison(merged, out=out or fresh_folder(f"compare-{Path(merged.data).stem}")))
+    _compare(Comparison(merged, out=out or fresh_folder(f"compare-{Path(merged.data).stem}"), jobs=jobs))
 
 
 @command(sort_key=3, options=RunConfig)
-def resume(folder: Folder, *, options: BaseModel | None = None) -> None:
+def resume(folder: Folder, *, options: BaseModel | None = None, jobs: int = 1) -> None:
     """Continue an interrupted run or comparison from its last checkpoint.
 
     Options are not needed; those given must be the run's own.
@@ -67,6 +69,8 @@ def resume(folder: Folder, *, options: BaseModel | None = None) -> None:
     ----------
     folder
         The folder of the run or comparison.
+    jobs
+        How many runs of a comparison to train at once.
     """
     from cutlayer.folder import stored_config
 
@@ -77,8 +81,10 @@ def resume(folder: Folder, *, options: BaseModel | None = None) -> None:
         if given:
             name, value = next(iter(given.items()))
             raise ConfigError(f"{name} = {value!r}: a comparison is resumed as it was started; leave options out")
-        _compare(Comparison.resume(folder))
+        _compare(Comparison.resume(folder, jobs=jobs))
     else:
+        if jobs != 1:
+            raise ConfigError(f"jobs = {jobs} has no effect here: {str(folder)!r} is a single run; leave it out")
         from cutlayer.run import Run
 
         _train(Run.resume(folder, **given))
@@ -99,11 +105,13 @@ def report(folder: Folder) -> None:
 def _train(run: Run) -> None:
     """Train with live progress, then print the result and write the pictures and the page."""
     assert run.out is not None
-    with Monitor(1) as monitor, resumable(f"cutlayer resume {run.out}"):
-        for number, record in enumerate(run):
+    name = label(run.config.algorithm)
+    with Monitor({name: 1.0}) as monitor, resumable(f"cutlayer resume {run.out}"):
+        for number, standing in enumerate(run.standings()):
             if number == 0:
-                tell_of_run(run)
-            monitor.show(label(run.config.algorithm), run, record)
+                tell(standing.remarks)
+            monitor.show(name, standing)
+        monitor.ended(name)
     assert run.result is not None
     print_result(run.result)
     print_clients(run)
@@ -112,13 +120,22 @@ def _train(run: Run) -> None:
 
 def _compare(comparison: Comparison) -> None:
     """Train all entries with live progress, then print the table and write the pictures and the page."""
+    from cutlayer.compare import run_name
+
     assert comparison.out is not None
-    with Monitor(sum(map(len, comparison.plan.values()))) as monitor, resumable(f"cutlayer resume {comparison.out}"):
+    waiting = {run_name(*which): 1.0 for which in comparison.waiting}
+    done = sum(map(len, comparison.plan.values())) - len(waiting)
+    jobs = f" --jobs {comparison.jobs}" if comparison.jobs > 1 else ""
+    with Monitor(waiting, done=done) as monitor, resumable(f"cutlayer resume {comparison.out}{jobs}"):
         told = set[str]()
-        for entry, seed, run, record in comparison:
-            if run.training.source.account not in told:
-                tell_of_run(run)
-            told.add(run.training.source.account)
-            monitor.show(f"{entry}, seed {seed}", run, record)
+        for progress in comparison.progress():
+            name, remarks = run_name(progress.entry, progress.seed), progress.standing.remarks
+            if not told.intersection(remarks[:1]):
+                tell(remarks)
+            told.update(remarks[:1])
+            if progress.ended:
+                monitor.ended(name)
+            else:
+                monitor.show(name, progress.standing)
     print_comparison(comparison.table())
     write_report(comparison.out)

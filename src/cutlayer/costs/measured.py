@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from cutlayer.allocator import sharing
 from cutlayer.stored import Amount, Stored, checked
 
 _RAPL = Path("/sys/class/powercap")
@@ -60,6 +61,8 @@ class Meter:
 
 def _monitor() -> tuple[Any, str]:
     """zeus's monitor and what it reads, or None and the reason."""
+    if sharing() > 1:
+        return None, f"not measured: {sharing()} runs at once shared this machine"
     rapl = any(_RAPL.glob("intel-rapl:*/energy_uj"))
     if not rapl and not torch.cuda.is_available():
         return None, _NOTHING

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from cutlayer.algorithms import Algorithm
+from cutlayer.allocator import sharing
 from cutlayer.engine.layout import in_layout, layouts, same, smashed
 from cutlayer.engine.remembered import key, recalled, remember
 from cutlayer.engine.stackable import Stackability, bytes_per_row, stackable, unlike_alone
@@ -350,11 +351,15 @@ class Choice:
         return Timed(tuner.alone(part, rows, batch * at_a_time, data=data), Stacking())
 
 
-def memory_limit(config: RunConfig) -> float:
+def memory_limit(config: RunConfig, processes: int | None = None) -> float:
     """Bytes that the clients' forward passes may leave for their backward passes: as asked for, or half of what is free
-    now."""
+    now, shared by the `processes` that compute side by side (by default those that do)."""
     if config.memory_limit is not None:
         return config.memory_limit * 1e9
+    return _half_of_what_is_free(config) / (sharing() if processes is None else processes)
+
+
+def _half_of_what_is_free(config: RunConfig) -> float:
     if config.device != "cpu":
         return torch.cuda.mem_get_info()[0] / 2 if config.device.startswith("cuda") else 4e9
     try:

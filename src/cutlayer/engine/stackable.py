@@ -112,11 +112,16 @@ def exact(module: nn.Module) -> nn.Module:
 def bytes_per_row(module: nn.Module, rows: Rows) -> int:
     """Bytes that a forward pass of `module` makes per row, if nothing of it is freed: an upper bound of what waits for
     the backward pass."""
+    return made_per_row(module, rows)[0]
+
+
+def made_per_row(module: nn.Module, rows: Rows) -> tuple[int, int]:
+    """Bytes that a forward pass of `module` makes per row: all together, and in its largest tensor."""
     counted = _Counted()
     module = deep_copy(module).train()
     with torch.random.fork_rng(devices=[]), torch.no_grad(), counted:
         module(rows)
-    return -(-counted.bytes // len(rows[0]))
+    return -(-counted.bytes // len(rows[0])), -(-counted.largest // len(rows[0]))
 
 
 def jittered(rows: Rows) -> Rows:
@@ -256,7 +261,7 @@ class _Counted(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes = 0
+        self.bytes = self.largest = 0
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -265,6 +270,7 @@ class _Counted(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor) and result.is_floating_point():
             self.bytes += result.nbytes
+            self.largest = max(self.largest, result.nbytes)
         return result
 
 

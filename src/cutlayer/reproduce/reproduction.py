@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import tomli_w
 
+from cutlayer.crew import cores
 from cutlayer.errors import ConfigError, RunFolderError
 from cutlayer.files import replace_file
 from cutlayer.folder import LOCK, Folder, locked
@@ -20,7 +21,7 @@ from cutlayer.plugins import find, load
 from cutlayer.reproduce.cells import SIZES, Cell, SizeName, Study
 from cutlayer.reproduce.outcomes import Outcome, Outcomes, read
 from cutlayer.reproduce.tables import SECTIONS, cells_of, named
-from cutlayer.reproduce.train import Job, folder_of, is_done, train
+from cutlayer.reproduce.train import Job, Tell, folder_of, is_done, name_of, train
 
 if TYPE_CHECKING:
     from cutlayer.reproduce.findings import Findings
@@ -77,31 +78,54 @@ class Reproduction:
         """The jobs that are not done yet."""
         return [job for job in self.jobs if not is_done(self.out, *job)]
 
-    def check(self) -> None:
-        """That the data are there, every kind of cell can be built and what is done fits. Raises UsageError."""
+    def check(self, workers: int | None = 1) -> int:
+        """That the data are there, every kind of cell can be built, what is done fits, and so do `workers` runs at once
+        into the memory; their number, by default as many as there are cores and memory for. Raises UsageError.
+        """
+        from cutlayer.allocator import give_back
         from cutlayer.build import assemble, deal
+        from cutlayer.footprint import fitting, footprint, refuse_unless_fitting, room
         from cutlayer.reproduce.table6 import trained_work
 
         trained_work(self.study)  # what a model that cannot be measured costs is known now, not after the training
         self.outcomes()
         if any(cell.examined for cell, _ in self.waiting()):
             check_installed()
+        device = self.study.device
+        most = workers or (cores() if device == "cpu" else 1)
         kinds: dict[tuple[str, ...], Cell] = {}
-        for cell, _ in sorted(self.waiting(), key=lambda job: -job[0].config.clients):
-            c = cell.config
+        named: dict[tuple[str, ...], list[str]] = {}
+        needs: dict[str, int] = {}
+        for job in sorted(self.waiting(), key=lambda job: -job[0].config.clients):
+            c = job[0].config
             # Whole models have no cut to check, so a split one stands for its kind where there is one.
-            kinds.setdefault((c.model, c.partition, str(c.traits.whole)), cell)
-        for cell in kinds.values():
+            kind: tuple[str, ...] = (c.model, c.partition, str(c.traits.whole))
+            kinds.setdefault(kind, job[0])
+            named.setdefault(kind, []).append(name_of(job))
+        for kind, cell in kinds.items():
             first, *others = (cell.at(seed) for seed in self.study.size.seeds)
-            assemble(first)
+            training = assemble(first)
+            if most > 1:
+                needs |= dict.fromkeys(named[kind], footprint(training, first, most))
+            del training
             if cell.config.partition != "iid":  # with another seed a client may stay without samples
                 for config in others:
                     deal(config)
+        if most == 1:
+            return most
+        give_back()
+        free = room(device)
+        if workers is None:
+            return fitting(needs, min(most, len(needs)), free)
+        refuse_unless_fitting(needs, most, free)
+        return most
 
-    def train(self, workers: int) -> Iterator[Job]:
-        """Train what is waiting, `workers` runs at once; yields each job as it ends. Raises CutlayerError."""
+    def train(self, workers: int, tell: Tell | None = None) -> Iterator[Job]:
+        """Train what is waiting, `workers` runs at once; yields each job as it ends, and tells `tell` how far each is.
+        Raises CutlayerError.
+        """
         with self._held():
-            yield from train(self.out, self.waiting(), workers)
+            yield from train(self.out, self.waiting(), workers, tell)
 
     def outcomes(self) -> Outcomes:
         """What is there by now, for all tables that were ever asked for in this folder."""

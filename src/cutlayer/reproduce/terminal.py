@@ -1,94 +1,22 @@
-"""What a reproduction shows in the terminal: progress with the time left, then tables and verdicts."""
+"""What a reproduction shows in the terminal: tables and verdicts."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table as Grid
 from rich.text import Text
 
 from cutlayer.reproduce.cells import Study
 from cutlayer.reproduce.claims import ClaimVerdict, points
 from cutlayer.reproduce.findings import Findings
-from cutlayer.reproduce.outcomes import Outcome
 from cutlayer.reproduce.page import setting
 from cutlayer.reproduce.table6 import Fact
 from cutlayer.reproduce.tables import Table, paper_of, shown
-from cutlayer.reproduce.train import Job
 
 _WIDTH = 160  # where no terminal listens: cut-off numbers help nobody
 _STYLES = {"holds": "green", "does not hold": "red", "within noise": "yellow", "not measured": "dim"}
-
-
-class ProgressBar:
-    """Live progress, with runs weighted by what they cost. Without a terminal it prints a line per run instead.
-
-    A context manager.
-    """
-
-    def __init__(self, console: Console, jobs: Sequence[Job], waiting: Sequence[Job]) -> None:
-        self._console, self._jobs = console, len(jobs)
-        self._done = len(jobs) - len(waiting)
-        self._left = sum(cell.weight for cell, _ in waiting)
-        self._weighed, self._started = 0, time.monotonic()
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[runs]}"),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        total = sum(cell.weight for cell, _ in jobs)
-        self._task = self._progress.add_task(
-            "runs", total=total, completed=total - self._left, runs=self._runs, note=""
-        )
-
-    @property
-    def _runs(self) -> str:
-        return f"{self._done}/{self._jobs}"
-
-    def __enter__(self) -> Self:
-        if self._done and not self._console.is_terminal:
-            self._say(f"{self._runs} runs are done already")
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def tell(self, job: Job, outcome: Outcome) -> None:
-        """One more run is done."""
-        cell, seed = job
-        self._done += 1
-        self._left -= cell.weight
-        self._weighed += cell.weight
-        elapsed = time.monotonic() - self._started
-        came = "diverged" if outcome.diverged else f"test accuracy {outcome.best:.1f} %"
-        left = f", {remaining(elapsed * self._left / max(self._weighed, 1))} left" if self._done < self._jobs else ""
-        text = f"{cell.name} seed {seed}: {came}{left}"
-        self._progress.update(self._task, advance=cell.weight, runs=self._runs, note=text)
-        if not self._console.is_terminal:
-            self._say(f"{self._runs} runs, {text}")
-
-    def _say(self, text: str) -> None:
-        self._console.print(text, highlight=False, soft_wrap=True)
-
-
-def remaining(seconds: float) -> str:
-    """A rough time: about 41 minutes."""
-    if seconds < 60:
-        return "less than a minute"
-    for name, length, most in (("minute", 60, 100), ("hour", 3600, 48)):
-        count = round(seconds / length)
-        if count < most:
-            return f"about {count} {name}{'s' * (count > 1)}"
-    return f"about {round(seconds / 86400)} days"
 
 
 def show(findings: Findings, size: str, console: Console) -> None:

@@ -1,0 +1,110 @@
+"""How much memory a run takes at most, reckoned before it begins, so that several at once are known to fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from cutlayer.allocator import free_memory
+from cutlayer.build import Training
+from cutlayer.data.samples import Samples
+from cutlayer.engine.choice import memory_limit
+from cutlayer.engine.stackable import made_per_row
+from cutlayer.errors import ConfigError
+from cutlayer.options import RunConfig
+from cutlayer.text import format_bytes
+from cutlayer.types import Rows
+
+_PROCESS = {"cpu": 300_000_000, "cuda": 700_000_000}  # Python with torch; on the GPU, what CUDA keeps there
+_DATA = 3  # what was read, what it was made into, and what each client holds of it
+_MODEL = 7  # weights, gradients, two moments of the optimiser, and a copy of all but the gradients in a checkpoint
+_STEP = 3  # what the forward pass made, its gradients, and what operations need meanwhile
+_PASS = 12  # largest tensors of a forward pass in evaluation, measured: convolutions make copies of their inputs
+_JUDGED = 2048  # rows of a pass in evaluation
+
+
+def footprint(training: Training, config: RunConfig, jobs: int = 1) -> int:
+    """Bytes that the run takes at most, in a process of its own, beside `jobs` - 1 others; on a GPU, there."""
+    process = _PROCESS["cpu" if config.device == "cpu" else "cuda"]
+    return (
+        process + _DATA * _of_data(training) + _MODEL * _of_models(training, config) + _of_rows(training, config, jobs)
+    )
+
+
+def room(device: str) -> int | None:
+    """Bytes that are free where runs on `device` keep theirs; None where the system does not tell."""
+    if device.startswith("cuda"):
+        return int(torch.cuda.mem_get_info(torch.device(device))[0])
+    return free_memory() if device == "cpu" else None
+
+
+def fitting(needs: Mapping[str, int], most: int, free: int | None) -> int:
+    """How many runs at once fit for certain, at least 1 and at most `most`. `needs` are the bytes of each run."""
+    largest = sorted(needs.values(), reverse=True)
+    if free is None:
+        return most
+    return max([1, *(n for n in range(2, most + 1) if sum(largest[:n]) <= free)])
+
+
+def refuse_unless_fitting(needs: Mapping[str, int], jobs: int, free: int | None) -> None:
+    """Raises ConfigError where `jobs` runs at once may not find room. One alone is always tried."""
+    jobs = min(jobs, len(needs))
+    fit = fitting(needs, jobs, free)
+    if free is None or fit >= jobs:
+        return
+    name = max(needs, key=lambda n: needs[n])
+    together = sum(sorted(needs.values(), reverse=True)[:jobs])
+    raise ConfigError(
+        f"jobs = {jobs} may need more memory than is free: {format_bytes(together)} for {jobs} runs at once (at most "
+        f"{format_bytes(needs[name])} for {name}), where {format_bytes(free)} are left; use jobs = {fit}"
+    )
+
+
+def _of_data(training: Training) -> int:
+    source = training.source
+    splits = (source.train, source.validation, source.test, *training.own_tests.values())
+    return sum(_bytes(split) for split in splits if split.in_memory)
+
+
+def _bytes(samples: Samples) -> int:
+    return sum(x.nbytes for x in samples.rows) + samples.y.nbytes
+
+
+def _of_models(training: Training, config: RunConfig) -> int:
+    """The weights of all clients, of the server and of its copies; and a whole model, which copies are made of."""
+    parts, traits = training.parts, training.algorithm.traits
+    clients = [part for part in (parts.client, parts.tail) if part is not None]
+    held = 1 if traits.central else config.clients
+    return sum(map(_weights, parts.all)) + held * (
+        sum(map(_weights, clients)) + (_weights(parts.server) if traits.server_copies else 0)
+    )
+
+
+def _weights(part: nn.Module) -> int:
+    return sum(t.nbytes for t in part.state_dict().values())
+
+
+def _of_rows(training: Training, config: RunConfig, jobs: int) -> int:
+    """What a training step of all participants makes, or a pass of evaluation, whichever is more."""
+    parts, rows = training.parts, training.example
+    client, widest = made_per_row(parts.client, rows)
+    crossing = _forward(parts.client, rows)
+    above = [made_per_row(parts.server, crossing)]
+    if parts.tail is not None:
+        above.append(made_per_row(parts.tail, _forward(parts.server, crossing)))
+    alone = training.algorithm.traits.central or training.algorithm.traits.takes_turns
+    batch = config.batch * (1 if alone else max(1, round(config.participation * config.clients)))
+    below = batch * client
+    if training.engine == "stacked":  # runs forward passes twice where they would take more
+        below = min(below, round(memory_limit(config, jobs)))
+    step = _STEP * (below + batch * sum(made for made, _ in above))
+    judged = min(_JUDGED, max(map(len, (training.source.test, training.source.validation)), default=0))
+    return max(step, _PASS * judged * max([widest, *(w for _, w in above)]))
+
+
+def _forward(part: nn.Module, rows: Rows) -> Rows:
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        given: Rows = part(rows)
+    return given
