@@ -206,11 +206,11 @@ class _Member:
             raise TrainingError(
                 "a process that was to train could not begin: if this is a script, put what it does under "
                 "`if __name__ == '__main__':`, or use jobs = 1"
-            )
+            ) from None
         how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
         raise TrainingError(
             f"the process that trained {self.job} {how}: {again} to go on, with fewer jobs if memory was short"
-        )
+        ) from None
 
 
 @contextmanager
@@ -229,11 +229,9 @@ def _deaf() -> Iterator[None]:
 def _live(pipe: Connection, threads: int, size: int) -> None:
     """A process's life: jobs in, news out. It ends when its parent does, however that ends."""
     ending = _end_in_order()
-    import torch
-
     keep_memory()
     share_with(size)
-    torch.set_num_threads(min(torch.get_num_threads(), threads))
+    _bound(threads)
     warnings.showwarning = lambda message, *_, **__: pipe.send((_NOTED, str(message)))
     work = _unpacked(pipe)
     while True:
@@ -252,6 +250,14 @@ def _live(pipe: Connection, threads: int, size: int) -> None:
             pipe.send((_FAILED, (error, cause)))
         else:
             pipe.send((_ENDED, came))
+
+
+def _bound(threads: int) -> None:
+    """Have torch compute with at most so many threads, whether it is imported already or will be."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    os.environ["OMP_NUM_THREADS"] = str(min(threads, int(asked)) if asked.isdigit() else threads)
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.set_num_threads(min(torch.get_num_threads(), threads))
 
 
 def _end_in_order() -> threading.Event:
