@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from support import ALGORITHMS, u_shaped
 
 from cutlayer import CompareConfig, plugins
-from cutlayer.options import CommonConfig, FleetConfig, RunConfig, about, read_toml, traits
+from cutlayer.options import CommonConfig, RunConfig, TracedConfig, about, read_toml, traits
 
 NAMES = st.text(st.characters(exclude_categories=("Cs",)), max_size=8)
 WHOLE, POSITIVE = st.integers(1, 2**40), st.floats(0, 1e30, exclude_min=True)
@@ -59,6 +59,8 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "speed_spread": st.floats(0, 5),
     "rate_spread": st.floats(0, 5),
     "stragglers": UNIT,
+    "trace": NAMES,
+    "trace_period": st.floats(1e-3, 1e30),
     "straggler_slowdown": st.floats(1, 1e9),
     "profiles": NAMES,
     "data": NAMES,
@@ -166,6 +168,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "feature_dropout": st.floats(0, 0.99),
     "nopeek": st.floats(0, 1e3),
 }
+BESIDE_A_TRACE = ("up_mbps", "down_mbps", "rate_spread")  # without effect
 LENGTH = st.one_of(st.just({}), st.builds(dict, epochs=WHOLE), st.builds(dict, rounds=WHOLE))
 LOCAL = st.one_of(st.just({}), st.builds(dict, local_epochs=WHOLE), st.builds(dict, local_steps=WHOLE))
 
@@ -175,7 +178,9 @@ def values(draw: st.DrawFn, algorithms: tuple[str, ...]) -> dict[str, Any]:
     """Any options that the algorithms have."""
     found = draw(st.fixed_dictionaries({}, optional=VALUES)) | draw(LENGTH) | draw(LOCAL)
     if "client_device" not in found:
-        found = {k: v for k, v in found.items() if k not in FleetConfig.model_fields}
+        found = {k: v for k, v in found.items() if k not in TracedConfig.model_fields}
+    for name in BESIDE_A_TRACE if "trace" in found else ("trace_period",):
+        found.pop(name, None)
     if "clip" not in found or found.get("gaussian_noise"):
         found.pop("laplace_noise", None)
     if "clip" not in found:
@@ -271,7 +276,8 @@ def test_comparisons(data: st.DataObject) -> None:
         algorithm = data.draw(st.sampled_from(list(ALGORITHMS)))
         own = data.draw(values((algorithm,)))
         chosen = {**options, **own}
-        own = {key: value for key, value in own.items() if has_effect(key, chosen, (algorithm,))}
+        idle = BESIDE_A_TRACE if "trace" in chosen else ()
+        own = {key: value for key, value in own.items() if has_effect(key, chosen, (algorithm,)) and key not in idle}
         own = {key: list(value) if isinstance(value, tuple) else value for key, value in own.items()}
         variant[name] = {"algorithm": algorithm, **own}
     config = CompareConfig(algorithms=algorithms, seeds=seeds, variant=variant, **options)

@@ -16,7 +16,8 @@ Record Result Row Run RunConfig RunFolderError Samples Scores Source TrainedMode
 cut cut_points from_arrays from_dataset load load_model partition"""
 
 COMMON = """client_device server_device link up_mbps down_mbps latency_ms server_mbps multicast utilisation
-speed_spread rate_spread stragglers straggler_slowdown profiles data data_format label_column client_column class_names
+speed_spread rate_spread stragglers straggler_slowdown profiles trace
+trace_period data data_format label_column client_column class_names
 validation test data_in_memory data_workers
 clients partition samples_per_client participation sampling task metrics primary_metric model cut tail_cut untie
 weights weights_strict start freeze epochs rounds batch client_optimizer client_optimizer_options client_lr

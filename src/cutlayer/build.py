@@ -45,6 +45,7 @@ from cutlayer.costs.clock import Clock, ClockedCohort
 from cutlayer.costs.fleet import Fleet, fleet
 from cutlayer.costs.flops import ModelFlops, count
 from cutlayer.costs.ledger import Ledger, MeteredCohort
+from cutlayer.costs.traces import read_trace
 from cutlayer.data import Source, class_counts, from_memory, load, load_whole, partition
 from cutlayer.data.own import own_code
 from cutlayer.data.samples import Samples
@@ -203,6 +204,18 @@ class Prepared:
     attacks: Attacks = field(default_factory=Attacks)
     make_head: Callable[..., nn.Module] | None = None
 
+    @cached_property
+    def clock(self) -> Clock | None:
+        """The clock that will run, where the machines are known."""
+        return None if self.fleet is None else Clock(self.fleet)
+
+    @property
+    def attended(self) -> Clients:
+        """The clients, of whom those take part that can be reached, where a trace says who can."""
+        if self.clock is None or self.clock.attendance is None or self.algorithm.traits.central:
+            return self.clients
+        return replace(self.clients, present=self.clock.present)
+
     @property
     def server_seed(self) -> int:
         """Names the server's randomness."""
@@ -276,7 +289,8 @@ class Prepared:
         )
         if self.fleet is None:
             return training
-        clock = Clock(self.fleet)
+        clock = self.clock
+        assert clock is not None, "the machines are known"
         central = self.algorithm.traits.central
         if central:  # the server trains, once everybody's data have come
             clock.begin(range(config.clients))
@@ -350,7 +364,7 @@ def assemble(
     Raises UsageError (ConfigError, DataError, CutError) with the value, the reason and the remedy.
     """
     p = prepare(config, model, data, loss=loss, metrics=metrics, ways=ways)
-    cohort, server = simulate(config, p.algorithm, p.chosen, p.clients, p.make_server, p.server_seed, p.attacks)
+    cohort, server = simulate(config, p.algorithm, p.chosen, p.attended, p.make_server, p.server_seed, p.attacks)
     return p.training(cohort, server, p.chosen.ways.engine)
 
 
@@ -382,6 +396,7 @@ def prepare(
     for note in machines.notes if machines is not None else ():
         warnings.warn(CutlayerWarning(note), stacklevel=2)
     source = load_source(config, data, task)
+    machines = _traced(config, machines, source)
     making = _making(config, model, source, task)
     make_model = making.make
     whole = make_model("model")
@@ -471,6 +486,14 @@ def prepare(
         attacks,
         heads,
     )
+
+
+def _traced(config: RunConfig, machines: Fleet | None, source: Source) -> Fleet | None:
+    """The machines with their links as a trace says, where there is one. Raises ConfigError."""
+    if machines is None or config.trace is None:
+        return machines
+    names = source.owner_names if config.partition == "column" else ()
+    return replace(machines, trace=read_trace(config.trace, config.clients, names, config.trace_period))
 
 
 def _occurrences(

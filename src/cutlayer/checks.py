@@ -308,6 +308,8 @@ def _alone_in_union(
     if algorithm.traits.whole:
         return None
     _, local_steps = algorithm.part_of_round
+    if config.trace is not None:  # whoever can be reached may be alone
+        return alone[0]
     for index in range(rounds if config.participation < 1 else 1):
         here = draw_participants(config.seed, index, len(sizes), config.participation)
         if config.sampling == "global":

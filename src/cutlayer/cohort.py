@@ -261,10 +261,14 @@ class CohortAround:
         self.inner.load(state["inner"])
 
 
-def draw_participants(seed: int, index: int, clients: int, fraction: float) -> tuple[int, ...]:
+def draw_participants(
+    seed: int, index: int, clients: int, fraction: float, present: Sequence[int] | None = None
+) -> tuple[int, ...]:
     """The clients of round `index`: max(1, fraction x C rounded half up) of them, drawn without replacement, in
-    order.
+    order. Of those `present` alone, where they are given; C is then their number.
     """
+    if present is not None:
+        return tuple(present[k] for k in draw_participants(seed, index, len(present), fraction))
     count = max(1, math.floor(fraction * clients + 0.5))
     if count >= clients:
         return tuple(range(clients))

@@ -22,6 +22,8 @@ class CommonKeywords(TypedDict, total=False):
     stragglers: float
     straggler_slowdown: float
     profiles: str | None
+    trace: str | None
+    trace_period: float | None
     data_format: str
     label_column: str
     client_column: str | None

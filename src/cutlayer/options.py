@@ -264,10 +264,34 @@ class FleetConfig(_Chooser):
 
     def check_fleet(self, given: frozenset[str]) -> None:
         """Without a client device the rest has no effect. `given` are what the user set. Raises ConfigError."""
-        if self.client_device is None and (idle := sorted(given & set(FleetConfig.model_fields))):
+        if self.client_device is None and (idle := sorted(given & set(TracedConfig.model_fields))):
             raise ConfigError(
                 f"{idle[0]} = {getattr(self, idle[0])!r} has no effect without client_device: name what the clients "
                 "compute on, e.g. raspberry-pi-4 (see `cutlayer list profiles`), or leave it out"
+            )
+
+
+class TracedConfig(FleetConfig):
+    """The same, where links may follow a trace."""
+
+    trace: str | None = _field(None, COSTS)
+    """A CSV file with the columns client, from, to, up, down: when each client can be reached (virtual seconds), and
+    its rates then (Mbit/s). Takes the place of the link's rates; a round draws from the clients that can be reached."""
+    trace_period: float | None = _field(None, COSTS, ge=1e-3)
+    """Seconds after which the trace begins anew. Default: never; each client's last row then has to end at inf."""
+
+    def check_fleet(self, given: frozenset[str]) -> None:
+        """The same, and beside a trace some of it has no effect. Raises ConfigError."""
+        super().check_fleet(given)
+        if self.trace is None and self.trace_period is not None:
+            raise ConfigError(
+                f"trace_period = {self.trace_period:g} has no effect without trace: name a file, or leave it out"
+            )
+        idle = [name for name in ("up_mbps", "down_mbps", "rate_spread") if name in given and getattr(self, name)]
+        if self.trace is not None and idle:
+            raise ConfigError(
+                f"{idle[0]} = {getattr(self, idle[0])!r} has no effect beside trace = {self.trace!r}, which gives the "
+                "clients' rates: leave one of them out"
             )
 
 
@@ -313,7 +337,7 @@ class BudgetConfig(_Config):
     """Give the model, which has no noise, although noise is added to smashed data."""
 
 
-class CommonConfig(FleetConfig):
+class CommonConfig(TracedConfig):
     """What all commands that train share."""
 
     kinds = ("algorithm", "task", "partition", "schedule", "averaging", "model", "data", "format", "defence")
@@ -971,7 +995,8 @@ def _written_out(config: CommonConfig, found: list[Traits]) -> dict[str, Any]:
         if not any(_WHEN[about(info, "when") or ""](t) for t in found)
     }
     drop |= {first for first, second in exclusive_pairs() if dumped.get(second)}
-    drop |= set(FleetConfig.model_fields) if config.client_device is None else set()
+    drop |= set(TracedConfig.model_fields) if config.client_device is None else set()
+    drop |= {"rate_spread"} if config.trace is not None else set()
     drop |= {"tau"} if config.logit_adjust == "none" else set()
     own = [name for name in type(config).model_fields if name not in CommonConfig.model_fields]
     order = [*own, *CommonConfig.model_fields, *config.specific]
@@ -1022,7 +1047,7 @@ NAMING = {
     "aux": "head",
 }
 """Options that name things, and of which kind."""
-_PATHS = ("data", "profiles", "weights")  # options that may name a file or folder
+_PATHS = ("data", "profiles", "trace", "weights")  # options that may name a file or folder
 
 
 def from_anywhere(values: Mapping[str, Any]) -> dict[str, Any]:

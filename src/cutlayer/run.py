@@ -89,13 +89,18 @@ class Record:
 @dataclass(frozen=True, kw_only=True)
 class Modelled:
     """Virtual time, and modelled energy of all clients together and of the server, where the run has a client device.
-    None: not known.
+    Means over the clients: `idle_seconds` that one waits in the rounds that it takes part in; with a trace also
+    `link_seconds`, of these for its link, and `reachable`, the fraction of the time in which it can be reached. None:
+    not known.
     """
 
     virtual_seconds: float | None = None
     clients_joules: float | None = None
     clients_marginal_joules: float | None = None
     server_joules: float | None = None
+    idle_seconds: float | None = None
+    link_seconds: float | None = None
+    reachable: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +154,8 @@ class Result(Spent):
     `own` are those on each client's own test rows. `fairness` says how the clients differ in the score. `bytes` holds
     one row per direction and kind, under every convention. `measured_by` says by what the energy of this process's
     machine is measured, or why it is not. `attack` names what hostile clients did in a simulation; scores are then of
-    the others.
+    the others. `availability` says, with a trace, what it meant for each client, and for rounds that nobody could be
+    reached for.
     """
 
     algorithm: str
@@ -174,6 +180,7 @@ class Result(Spent):
     bytes: list[dict[str, Any]] = field(default_factory=list)
     measured_by: str = "not measured"
     attack: tuple[str, ...] = ()
+    availability: dict[str, Any] | None = None
 
     @property
     def steps_per_second(self) -> float:
@@ -624,7 +631,24 @@ class Run:
             "clients_joules": now.clients.total,
             "clients_marginal_joules": now.clients.marginal,
             "server_joules": now.server_joules,
+            "idle_seconds": float(now.idle.mean()),
+            **self._of_links(now.seconds),
         }
+
+    def _of_links(self, seconds: float) -> dict[str, float | None]:
+        """What the trace has meant so far, in the mean over the clients."""
+        found = None if self.training.clock is None else self.training.clock.attendance
+        if found is None:
+            return {}
+        return {"link_seconds": float(found.waited.mean()), "reachable": float(found.trace.share(seconds).mean())}
+
+    def _availability(self) -> dict[str, Any] | None:
+        """What the trace has meant for each client."""
+        clock = self.training.clock
+        if clock is None or clock.attendance is None:
+            return None
+        now = clock.read()
+        return clock.attendance.summary(now.seconds, now.idle)
 
     def _result(self) -> Result:
         ledger = self.training.ledger
@@ -655,6 +679,7 @@ class Run:
             measured_joules=self._meter.joules,
             measured_by=self._meter.method,
             attack=self.config.attack,
+            availability=self._availability(),
         )
 
     def _fairness(self) -> dict[str, Any]:
@@ -858,6 +883,8 @@ def fingerprint(training: Training) -> dict[str, str]:
     data = (*one, training.counts.tolist())
     digest = hashlib.sha256(repr((data, train.y.tolist())).encode()).hexdigest()
     found = {"model": repr(shapes), "data set": digest, "engine": training.engine}
+    if training.clock is not None and training.clock.fleet.trace is not None:
+        found["trace"] = training.clock.fleet.trace.digest
     return found if train.in_memory else {**found, "data_in_memory": "never"}
 
 

@@ -100,7 +100,7 @@ def _score(score: float | None, result: Result) -> str:
 
 def _print_run_costs(result: Result) -> None:
     """Print what was computed, and time and energy if devices and links are named."""
-    from cutlayer.report import spending
+    from cutlayer.report import availability, spending
 
     text = f"A client computed {spending.flops(result.client_flops)}, the server {spending.flops(result.server_flops)}"
     if result.virtual_seconds is not None:
@@ -112,6 +112,8 @@ def _print_run_costs(result: Result) -> None:
         )
     drawn = "" if result.measured_joules is None else f"{spending.joules(result.measured_joules)} "
     out.print(f"{text}. Energy of this machine: {drawn}{result.measured_by}.", highlight=False, soft_wrap=True)
+    if result.availability is not None:
+        out.print(availability.line(result.availability), highlight=False, soft_wrap=True)
 
 
 def print_comparison(rows: list[Row]) -> None:
@@ -150,14 +152,17 @@ def print_comparison(rows: list[Row]) -> None:
 
 def _print_costs(rows: list[Row]) -> None:
     """Print what was computed, and time and energy if devices and links are named."""
-    from cutlayer.report import spending
+    from cutlayer.report import availability, spending
 
+    traced = any(row.reachable is not None for row in rows)
     clocked = any(row.virtual_seconds is not None for row in rows)
     table = Table(title="Costs of training" + (", time and energy modelled" if clocked else ""))
     table.add_column("", no_wrap=True)
     for name in ("a client computes", "the server computes"):
         table.add_column(name, justify="right", no_wrap=True)
     for name in ("virtual time", "clients' energy: marginal", "total", "server's energy") if clocked else ():
+        table.add_column(name, justify="right")
+    for name in availability.HEADS if traced else ():
         table.add_column(name, justify="right")
     table.add_column("this machine drew", justify="right")
     for row in rows:
@@ -172,6 +177,7 @@ def _print_costs(rows: list[Row]) -> None:
             spending.flops(row.client_flops),
             spending.flops(row.server_flops),
             *(modelled if clocked else ()),
+            *(availability.means(row.reachable, row.idle_seconds, row.link_seconds) if traced else ()),
             spending.joules(row.measured_joules, "not measured"),
         )
     wide(140).print(table)

@@ -16,10 +16,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import msgspec
 import numpy as np
 from torch import Tensor
 
-from cutlayer.cohort import CohortAround, Summed
+from cutlayer.cohort import CohortAround, Direction, Summed
+from cutlayer.costs.attendance import Attendance
 from cutlayer.costs.energy import Energy, Use, clients_energy, server_energy
 from cutlayer.costs.fleet import Array, Fleet
 from cutlayer.costs.flops import ModelFlops
@@ -30,11 +32,14 @@ from cutlayer.types import CutGradients, Round, Smashed, Step, TailGradients
 
 @dataclass(frozen=True)
 class Reading:
-    """Virtual seconds since the start; joules of all clients (modelled) and of the server (None: not known)."""
+    """Virtual seconds since the start; joules of all clients (modelled) and of the server (None: not known); seconds
+    [C] that each client has waited, for others or for its link.
+    """
 
     seconds: float
     clients: Energy
     server_joules: float | None
+    idle: Array
 
 
 class Clock:
@@ -50,6 +55,20 @@ class Clock:
         self.up_bits, self.up_seconds = zeros.copy(), zeros.copy()
         self.down_bits, self.down_seconds = zeros.copy(), zeros.copy()
         self.here = np.zeros(fleet.clients, bool)  # takes part in the round that runs
+        self.attendance = None if fleet.trace is None else Attendance(fleet.trace)
+
+    def present(self) -> tuple[int, ...]:
+        """The clients that can take part in the round that the server begins now, or, where none can be reached, as
+        soon as one can: the clock moves on, and all sleep until then.
+        """
+        if self.attendance is None:
+            return tuple(range(self.fleet.clients))
+        clients, begins = self.attendance.present(self.server)
+        if begins > self.server:
+            self.ready[self.here] = np.maximum(self.ready, self.server)[self.here]
+            self.here[:] = False
+            self.server = begins
+        return clients
 
     def begin(self, clients: Sequence[int]) -> None:
         """A round with `clients`: those that were not asked for the last one wake up now."""
@@ -80,8 +99,8 @@ class Clock:
         who = bits > 0
         if not who.any():
             return
-        seconds = np.where(who, np.maximum(bits / self.fleet.up, bits.sum() / self.fleet.server_rate), 0.0)
-        self.ready += seconds
+        seconds, gaps = self._passing("up", self.ready, bits, bits.sum())
+        self.ready += seconds + gaps
         self.up_bits += bits
         self.up_seconds += seconds
         self.server = max(self.server, float(self.ready[who].max()) + self.fleet.latency)
@@ -91,11 +110,21 @@ class Clock:
         who = bits > 0
         if not who.any():
             return
-        seconds = np.where(who, np.maximum(bits / self.fleet.down, at_server / self.fleet.server_rate), 0.0)
-        arrives = np.maximum(self.ready, self.server + self.fleet.latency) + seconds
+        comes = np.maximum(self.ready, self.server + self.fleet.latency)
+        seconds, gaps = self._passing("down", comes, bits, at_server)
+        arrives = comes + (seconds + gaps)
         self.ready = np.where(who, arrives, self.ready)
         self.down_bits += bits
         self.down_seconds += seconds
+
+    def _passing(self, direction: Direction, begin: Array, bits: Array, at_server: float) -> tuple[Array, Array]:
+        """Seconds [C] on air, and without a link, of `bits` [C] that set out at `begin` [C] together, and of which
+        `at_server` pass at the server.
+        """
+        rates, shared = getattr(self.fleet, direction), at_server / self.fleet.server_rate
+        if self.attendance is None:
+            return np.where(bits > 0, np.maximum(bits / rates, shared), 0.0), np.zeros_like(bits)
+        return self.attendance.passing(direction, begin, bits, shared)
 
     @property
     def now(self) -> float:
@@ -109,14 +138,17 @@ class Clock:
         waiting = np.maximum(until - busy, 0.0)
         waiting[waiting < 1e-9 * max(self.now, 1.0)] = 0.0  # what rounding leaves is no waiting
         use = Use(self.flops, self.up_bits, self.up_seconds, self.down_bits, self.down_seconds, waiting)
-        return Reading(self.now, clients_energy(self.fleet, use), server_energy(self.fleet, self.server_flops))
+        joules = clients_energy(self.fleet, use), server_energy(self.fleet, self.server_flops)
+        return Reading(self.now, *joules, idle=waiting)
 
     _ARRAYS = ("ready", "flops", "asleep", "up_bits", "up_seconds", "down_bits", "down_seconds")
 
     def state(self) -> dict[str, Any]:
         """Plain values."""
         arrays = {name: getattr(self, name).tolist() for name in self._ARRAYS}
-        return {**arrays, "here": self.here.tolist(), "server": self.server, "server_flops": self.server_flops}
+        attendance = {} if self.attendance is None else {"attendance": self.attendance.state()}
+        server = {"server": self.server, "server_flops": self.server_flops}
+        return {**arrays, "here": self.here.tolist(), **server, **attendance}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take a state that `state()` returned. Raises MalformedError."""
@@ -127,6 +159,8 @@ class Clock:
         sized(found.here, len(self.here), "the clock's 'here'")
         self.here = np.array(found.here, bool)
         self.server, self.server_flops = float(found.server), float(found.server_flops)
+        if self.attendance is not None:
+            self.attendance.load(found.attendance)
 
 
 class _ClockState(Stored):
@@ -140,6 +174,7 @@ class _ClockState(Stored):
     here: list[bool]
     server: Amount
     server_flops: Amount
+    attendance: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
 class _ClockedState(Stored):
@@ -181,7 +216,10 @@ class ClockedCohort(CohortAround):
         """Participants wake up; those that missed an averaging fetch the model."""
         this = self._round = self.inner.begin_round(index, total, lr_factor)
         self._before = self._fitted.copy()
-        self.clock.begin(range(self.clock.fleet.clients) if self.central else this.clients)
+        here = range(self.clock.fleet.clients) if self.central else this.clients
+        self.clock.begin(here)
+        if self.clock.attendance is not None:
+            self.clock.attendance.took_part(here)
         self._download()
         return this
 

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from cutlayer import seeds
 from cutlayer.costs.profiles import Device, Link, Precision, Profiles
+from cutlayer.costs.traces import Trace
 from cutlayer.errors import ConfigError, CutlayerWarning
 from cutlayer.options import PlanConfig, RunConfig
 from cutlayer.text import format_quantity
@@ -32,7 +33,8 @@ class Fleet:
     """C clients and a server. `server_speed` is infinite where nothing is known of the server: it then takes no time.
 
     `server_rate` is what all clients together can send to (or receive from) the server; with `multicast` a message that
-    is the same for several clients passes there once. `notes` say which devices have no rate for the precision.
+    is the same for several clients passes there once. `notes` say which devices have no rate for the precision. With a
+    `trace` the links are as it says: `up` and `down` are not known then (NaN).
     """
 
     client: Device
@@ -46,6 +48,7 @@ class Fleet:
     server_rate: float = math.inf  # bit/s
     multicast: bool = False
     notes: tuple[str, ...] = ()
+    trace: Trace | None = None
 
     @property
     def clients(self) -> int:
@@ -55,7 +58,7 @@ class Fleet:
 
 def fleet(options: FleetOptions, clients: int) -> Fleet | None:
     """The fleet that the options describe, with the devices' rates in the options' precision; None without a client
-    device.
+    device. A trace is for the caller to read, once the clients' names are known.
 
     Raises ConfigError: an unknown profile, or a link without rates.
     """
@@ -70,8 +73,9 @@ def fleet(options: FleetOptions, clients: int) -> Fleet | None:
     for profile in (client, server, link):
         if profile is not None and profile.warning:
             warnings.warn(CutlayerWarning(profile.warning), stacklevel=2)
-    up = options.up_mbps or link.up_mbps
-    down = options.down_mbps or link.down_mbps
+    traced = isinstance(options, RunConfig) and options.trace is not None
+    up = math.nan if traced else options.up_mbps or link.up_mbps
+    down = math.nan if traced else options.down_mbps or link.down_mbps
     if up is None or down is None:
         missing = [name for name, value in (("up_mbps", up), ("down_mbps", down)) if value is None]
         what = "there is no link" if options.link is None else f"link {options.link!r} has no rates of its own"

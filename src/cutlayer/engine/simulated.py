@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -98,7 +98,8 @@ class Clients(Routine):
     """How a simulated group of clients is set up; every engine takes one.
 
     `models` are (lower part, tail or auxiliary head or None) per client; `rows` each client's indices into `data`;
-    `shifts` [C, K] what is added to the scores in losses that clients compute (None: nothing).
+    `shifts` [C, K] what is added to the scores in losses that clients compute (None: nothing). `present` says which
+    clients can take part in the round that begins (None: all).
     """
 
     models: Sequence[ClientModel]
@@ -106,6 +107,12 @@ class Clients(Routine):
     rows: Sequence[np.ndarray]
     make_optimizer: MakeOptimizer
     shifts: Tensor | None = None
+    present: Callable[[], Sequence[int]] | None = None
+
+    def participants(self, index: int, clients: int) -> tuple[int, ...]:
+        """The clients of round `index`, drawn among those that are present."""
+        present = None if self.present is None else self.present()
+        return draw_participants(self.seed, index, clients, self.participation, present)
 
     def shifts_of(self, clients: Sequence[int] | np.ndarray, sizes: int | Sequence[int]) -> Tensor | None:
         """The shifts of the rows of `clients`, whose batches have `sizes` rows, one after another: [R, K]."""

@@ -500,6 +500,11 @@ def _remotely(config: RunConfig) -> RunConfig:
             f"attack = {', '.join(config.attack)} is for simulations: nobody attacks a deployment on purpose; leave it "
             "out, or use `cutlayer run`"
         )
+    if config.trace is not None:
+        raise ConfigError(
+            f"trace = {config.trace!r} is for simulations: clients on other machines have links of their own; leave it "
+            "out, or use `cutlayer run`"
+        )
     if config.snapshot_every is not None:
         raise ConfigError(
             f"snapshot_every = {config.snapshot_every} has no effect on clients on other machines: their models stay "

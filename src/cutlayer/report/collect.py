@@ -207,6 +207,15 @@ class _Classes(msgspec.Struct):
     client_names: list[str] = msgspec.field(default_factory=list)
 
 
+class _Availability(msgspec.Struct):
+    reachable: list[Amount]
+    idle_seconds: list[Amount]
+    link_seconds: list[Amount]
+    rounds: list[Count]
+    late_rounds: Count
+    late_seconds: Amount
+
+
 class _Result(msgspec.Struct):
     steps: Count
     samples: Count
@@ -217,6 +226,7 @@ class _Result(msgspec.Struct):
     best_test_score: Number
     fairness: dict[str, dict[str, Number]] = msgspec.field(default_factory=dict)
     bytes: list[dict[str, Any]] = msgspec.field(default_factory=list)
+    availability: _Availability | None = None
 
 
 def read(folder: Path) -> Report:

@@ -11,7 +11,7 @@ from jinja2 import Environment, StrictUndefined
 
 from cutlayer import plugins
 from cutlayer.options import CompareConfig, RunConfig
-from cutlayer.report import spending
+from cutlayer.report import availability, spending
 from cutlayer.report.collect import Measure, Report, ReportEntry
 from cutlayer.report.curves import differs, has_classes, loss_window, shown_partition
 from cutlayer.summary import mean_of_known, spread
@@ -35,6 +35,8 @@ def render(report: Report, panels: list[bytes], classes: bytes, by_client: bytes
         one_seed=all(len(entry.row.seeds) == 1 for entry in report.entries),
         costs=[spending.line(entry) for entry in report.entries if entry.facts],
         clocked=spending.clocked(report),
+        traced=availability.HEADS if spending.traced(report) else (),
+        availability=availability.table(report),
         reached=spending.reached(report),
         kinds=[(entry.row.title, rows) for entry in report.entries if (rows := _kinds(entry))],
         pictures=list(zip(map(_embedded, panels), _descriptions(report), strict=False)),

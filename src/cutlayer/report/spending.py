@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from cutlayer.report import availability
 from cutlayer.report.collect import Measure, Report, ReportEntry, StoredRun
 from cutlayer.summary import mean_of_known
 from cutlayer.text import format_bytes, format_duration, format_quantity, format_rate
@@ -18,7 +19,12 @@ def clocked(report: Report) -> bool:
     return any(run.evaluations[-1].get("virtual_seconds") is not None for e in report.entries for run in e.runs)
 
 
-def line(entry: ReportEntry) -> dict[str, str]:
+def traced(report: Report) -> bool:
+    """Whether the links of any run follow a trace."""
+    return any(result.get("reachable") is not None for e in report.entries for result in e.facts)
+
+
+def line(entry: ReportEntry) -> dict[str, Any]:
     """Means over the finished runs of an entry."""
 
     def mean(name: str) -> float | None:
@@ -33,6 +39,7 @@ def line(entry: ReportEntry) -> dict[str, str]:
         "total": joules(mean("clients_joules")),
         "server": joules(mean("server_joules")),
         "measured": joules(mean("measured_joules"), "not measured"),
+        "availability": availability.means(mean("reachable"), mean("idle_seconds"), mean("link_seconds")),
     }
 
 
