@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import statistics
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -631,7 +632,7 @@ class Run:
             "clients_joules": now.clients.total,
             "clients_marginal_joules": now.clients.marginal,
             "server_joules": now.server_joules,
-            "idle_seconds": float(now.idle.mean()),
+            "idle_seconds": statistics.fmean(now.idle),
             **self._of_links(now.seconds),
         }
 

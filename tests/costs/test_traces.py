@@ -149,7 +149,7 @@ def test_the_clock_waits_for_links_by_hand() -> None:
     assert clock.attendance is not None
     assert clock.attendance.waited.tolist() == [0.0, 3.0 + 8.0 + 8.0]
     now = clock.read()
-    assert now.idle.tolist() == [24.5 - 3.0, 24.5 - 5.0]
+    assert now.idle == (24.5 - 3.0, 24.5 - 5.0)
     assert now.clients.waiting == pytest.approx(0.5 * (21.5 + 19.5))
     found = clock.attendance.summary(now.seconds, now.idle)
     assert found["reachable"] == [1.0, 4.5 / 24.5]

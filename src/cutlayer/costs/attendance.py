@@ -71,11 +71,11 @@ class Attendance:
         self.waited += waited
         return on_air, waited
 
-    def summary(self, seconds: float, idle: Array) -> dict[str, Any]:
+    def summary(self, seconds: float, idle: Sequence[float]) -> dict[str, Any]:
         """What came of it after `seconds`, plain values: lists have a value for each client."""
         return {
             "reachable": self.trace.share(seconds).tolist(),
-            "idle_seconds": idle.tolist(),
+            "idle_seconds": list(idle),
             "link_seconds": self.waited.tolist(),
             "rounds": self.rounds.tolist(),
             "late_rounds": self.late_rounds,

@@ -39,7 +39,7 @@ class Reading:
     seconds: float
     clients: Energy
     server_joules: float | None
-    idle: Array
+    idle: tuple[float, ...]
 
 
 class Clock:
@@ -139,7 +139,7 @@ class Clock:
         waiting[waiting < 1e-9 * max(self.now, 1.0)] = 0.0  # what rounding leaves is no waiting
         use = Use(self.flops, self.up_bits, self.up_seconds, self.down_bits, self.down_seconds, waiting)
         joules = clients_energy(self.fleet, use), server_energy(self.fleet, self.server_flops)
-        return Reading(self.now, *joules, idle=waiting)
+        return Reading(self.now, *joules, idle=tuple(waiting.tolist()))
 
     _ARRAYS = ("ready", "flops", "asleep", "up_bits", "up_seconds", "down_bits", "down_seconds")
 
