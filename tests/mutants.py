@@ -89,6 +89,7 @@ AREAS: dict[str, Sequence[str]] = {
     "traces": ("*test_traces*",),
     "checkpoint": ("*test_costs*", "*resume*"),
     "partitions": ("*test_partition*",),
+    "order": ("*test_splitfed*",),
     "codecs": ("*wire.py", "*test_coded*", "*wire_fuzz*", "*test_testing*"),
     "coding": ("*wire.py", "*options*", "*test_seam*", "*test_costs*", "*test_remote*"),
     "defences": ("*test_defences*", "*leakage_dp*", "*test_testing*"),
@@ -353,6 +354,10 @@ MUTANTS = [
     M("all samples are too many", "partitions", "samples_per_client * clients > rows", "samples_per_client * clients >= rows"),
     M("as many clients as samples are too many", "partitions", "if clients > rows:", "if clients >= rows:"),
     M("rows unsorted", "partitions", "[np.sort(hand.astype(np.int64)) for hand in hands]", "[hand.astype(np.int64) for hand in hands]"),
+    # Orders of SplitFed V2
+    M("sequential is interleaved", "order", 'if self.server_order == "sequential"', "if not self.server_order"),
+    M("clients in order", "order", "_shuffled(this, 0, this.clients)", "this.clients"),
+    M("one batch of each client", "order", "while smashed := clients.forward([client]):", "if smashed := clients.forward([client]):"),
     # Codecs
     M("top-k rounds down", "codecs", "math.ceil(self.fraction * m)", "int(self.fraction * m)"),
     M("top-k by sign", "codecs", "flat.abs().topk(k", "flat.topk(k"),

@@ -49,7 +49,7 @@ THINGS = {
         "sglr": "alpha alpha_clients average_over average_reduce gradient_scale phi phi_until phi_when",
         "sfl": "average_every gradient_scale local_epochs local_steps",
         "sflv1": "local_epochs local_steps",
-        "sflv2": "local_epochs local_steps",
+        "sflv2": "local_epochs local_steps server_order",
         "sflv3": "local_epochs local_steps",
         "scala": "average_every gradient_scale local_epochs local_steps",
         "ussl": "hand_over hand_over_optimizer visit_order",

@@ -112,6 +112,7 @@ class CommonKeywords(TypedDict, total=False):
     hand_over: Literal["batch", "epoch"]
     hand_over_optimizer: bool
     visit_order: Literal["fixed", "random"]
+    server_order: Literal["interleaved", "sequential"]
     auxiliary_weights: tuple[float, ...]
     positive_weight: float
     class_weights: tuple[float, ...]

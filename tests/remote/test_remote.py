@@ -162,6 +162,10 @@ def test_remote_is_local_bit_for_bit(algorithm: str, clients: int) -> None:
     same(RunConfig.of({**SMALL, **OWN.get(algorithm, {}), "clients": clients, "algorithm": algorithm}))
 
 
+def test_servers_that_go_client_by_client() -> None:
+    same(RunConfig.of({**SMALL, "algorithm": "sflv2", "server_order": "sequential", "batch": 8}))
+
+
 @pytest.mark.parametrize(
     ("algorithm", "up", "down"),
     [

@@ -489,6 +489,7 @@ TO_CLIENT = [
     m.OwnFinish(1, 9, 0),
     m.GiveScores(1),
     m.Save(1, "commit"),
+    m.TakeHead(3),
     m.Bye("done"),
 ]
 

@@ -2,7 +2,8 @@
 
 sfl    as arXiv 2112.05929 writes it: PSL; client models averaged every step or every round
 sflv1  a server copy per client; after the local steps both sides are averaged, w <- sum_k (n_k / n) w_k
-sflv2  one server model, stepped on one client's rows after another's, in random order; client models averaged per round
+sflv2  one server model, stepped on one client's rows after another's, in random order, batch by batch or client
+       by client (server_order); client models averaged per round
 sflv3  V1's mirror: server copies averaged per round, client models never   (Gawali et al., arXiv 2012.12591)
 
 V1 computes exactly what FedAvg computes, whatever the cut.
@@ -10,7 +11,7 @@ V1 computes exactly what FedAvg computes, whatever the cut.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import Literal
 
 from cutlayer import seeds
@@ -118,22 +119,41 @@ class SflV1(LocalWork):
 class SflV2(LocalWork):
     """SplitFed V2."""
 
+    server_order: Literal["interleaved", "sequential"] = option("interleaved")
+    """Whose rows the server steps on: a batch of every client in turn, or all batches of a client, then the next's."""
+
     def round(self, server: Server, clients: Cohort, this: Round) -> Iterator[Step]:
         """One round of SplitFed V2."""
+        in_order = self._sequential if self.server_order == "sequential" else self._interleaved
+        trained = yield from in_order(server, clients, this)
+        clients.average(sample_weights(clients, trained))
+
+    def _interleaved(self, server: Server, clients: Cohort, this: Round) -> Generator[Step, None, set[int]]:
+        """Batch by batch, each time in another order. Returns the clients that trained."""
         trained: set[int] = set()
         turn = 0
         while smashed := clients.forward():
-            order = seeds.generator(this.seed, "server order", this.index, turn).permutation(smashed.clients)
-            step = server.step_in_turn(smashed, [int(k) for k in order])
+            step = server.step_in_turn(smashed, _shuffled(this, turn, smashed.clients))
             clients.backward(CutGradients(step.gradient, smashed.clients, smashed.sizes))
             trained |= set(smashed.clients)
             turn += 1
             yield report(step, smashed)
-        clients.average(sample_weights(clients, trained))
+        return trained
 
-    def traffic(self, epoch: Epoch) -> Traffic:
-        """As SFL."""
-        return Traffic("steps", averaged=epoch.client_model)
+    def _sequential(self, server: Server, clients: Cohort, this: Round) -> Generator[Step, None, set[int]]:
+        """Client by client, each through its part of the round. Returns the clients that trained."""
+        trained: set[int] = set()
+        for client in _shuffled(this, 0, this.clients):
+            while smashed := clients.forward([client]):
+                step = server.step_in_turn(smashed, smashed.clients)
+                clients.backward(CutGradients(step.gradient, smashed.clients, smashed.sizes))
+                trained |= set(smashed.clients)
+                yield report(step, smashed)
+        return trained
+
+    def traffic(self, epoch: Epoch) -> Traffic | None:
+        """As SFL; client by client the time depends on the order that is drawn, and nothing is stated."""
+        return Traffic("steps", averaged=epoch.client_model) if self.server_order == "interleaved" else None
 
 
 @algorithm(
@@ -165,6 +185,11 @@ def in_step(server: Server, clients: Cohort) -> Iterator[Step]:
         step = server.step(smashed)
         clients.backward_together(own(step.gradient, smashed, "union"))
         yield report(step, smashed)
+
+
+def _shuffled(this: Round, turn: int, clients: Iterable[int]) -> list[int]:
+    """The clients in a random order, that of a turn of the round."""
+    return [int(k) for k in seeds.generator(this.seed, "server order", this.index, turn).permutation(list(clients))]
 
 
 def _with_server_copies(server: Server, clients: Cohort) -> Generator[Step, None, set[int]]:
