@@ -324,7 +324,7 @@ MUTANTS = [
     M("one whole period too many", "traces", "many = max(0, math.floor(bits / each) - 1)", "many = max(0, math.floor(bits / each) + 1)"),
     M("rows may overlap", "traces", "if other.begin < one.end:", "if False:"),
     M("the fraction is of all clients", "traces", "draw_participants(seed, index, len(present), fraction)", "draw_participants(seed, index, clients, fraction)"),
-    M("the late are not waited for", "traces", "            self.server = begins", "            pass"),
+    M("the late are not waited for", "traces", "self.server = begins", "self.server = self.server"),
     M("rounds begin while clients sleep", "traces", "self.here[:] = False", "pass"),
     M("waits are forgotten in checkpoints", "traces", "self.attendance.load(found.attendance)", "pass"),
     # Checkpoints
