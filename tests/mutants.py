@@ -89,6 +89,7 @@ AREAS: dict[str, Sequence[str]] = {
     "traces": ("*test_traces*",),
     "checkpoint": ("*test_costs*", "*resume*"),
     "partitions": ("*test_partition*",),
+    "classes": ("*test_clients*", "*tasks/test_measures*"),
     "order": ("*test_splitfed*",),
     "codecs": ("*wire.py", "*test_coded*", "*wire_fuzz*", "*test_testing*"),
     "coding": ("*wire.py", "*options*", "*test_seam*", "*test_costs*", "*test_remote*"),
@@ -354,6 +355,11 @@ MUTANTS = [
     M("all samples are too many", "partitions", "samples_per_client * clients > rows", "samples_per_client * clients >= rows"),
     M("as many clients as samples are too many", "partitions", "if clients > rows:", "if clients >= rows:"),
     M("rows unsorted", "partitions", "[np.sort(hand.astype(np.int64)) for hand in hands]", "[hand.astype(np.int64) for hand in hands]"),
+    # Classes and clients
+    M("the gap to the worst", "classes", "max(defined) - statistics.fmean(defined)", "statistics.fmean(defined) - min(defined)"),
+    M("forgotten since the first", "classes", "now - max(defined)", "now - defined[0]"),
+    M("forgotten on other rows", "classes", 's.own if where == "own" else s.test', "s.own"),
+    M("classes behind the mean", "classes", "max(found) - mean", "mean - min(found)"),
     # Orders of SplitFed V2
     M("sequential is interleaved", "order", 'if self.server_order == "sequential"', "if not self.server_order"),
     M("clients in order", "order", "_shuffled(this, 0, this.clients)", "this.clients"),

@@ -30,8 +30,8 @@ evaluate_on own_test checkpoint_every keep_best snapshot_every"""
 PLAN = """model cut tail_cut algorithms input input_type freeze task target classes label_bytes clients
 samples_per_client batch precision client_optimizer memory_budget energy_budget servers seed"""
 
-METRICS = """accuracy majority recall balanced_accuracy macro_f1 confusion iou miou dice auroc average_precision mae
-rmse r2 perplexity"""
+METRICS = """accuracy majority recall balanced_accuracy class_gap macro_f1 confusion iou miou dice auroc
+average_precision mae rmse r2 perplexity"""
 
 THINGS = {
     "algorithm": {

@@ -58,7 +58,7 @@ from cutlayer.folder import (
 from cutlayer.keywords import RunKeywords
 from cutlayer.options import RunConfig, by_reference, from_anywhere, normalised, overlaid
 from cutlayer.schedules import Schedule, WarmedUp
-from cutlayer.scoring import fairness, judged, reported
+from cutlayer.scoring import RECALL, backward_transfer, fairness, judged, performance_gap, reported
 from cutlayer.stored import Amount, Count, Digits, MalformedError, Metric, Stored, checked, parsed, reading, remade
 from cutlayer.tasks.own_loss import Loss
 from cutlayer.trained import Predictions, TrainedModel, Whose, find_trained
@@ -689,8 +689,15 @@ class Run:
         for where, evaluation in self.by_client.items():
             if evaluation is not None:
                 scores = evaluation.each(task.leading).values()
-                found[where] = asdict(fairness(scores, maximise=task.maximise))
+                found[where] = asdict(fairness(scores, maximise=task.maximise)) | self._by_class(where, evaluation)
         return found
+
+    def _by_class(self, where: str, evaluation: Evaluation) -> dict[str, float | None]:
+        """How the clients differ over the classes, and what has been forgotten of these."""
+        each = evaluation.each(RECALL).values() if RECALL in evaluation.metrics else ()
+        judged_on = [s.own if where == "own" else s.test for s in self.evaluations]
+        history = [(found or {}).get(RECALL) for found in judged_on]
+        return {"performance_gap": performance_gap(each), "backward_transfer": backward_transfer(history)}
 
     @property
     def _trained(self) -> int:

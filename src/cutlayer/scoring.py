@@ -32,6 +32,9 @@ ROWS_PER_PASS = 1024
 _READ = 256_000_000  # bytes of inputs that are read at a time where they do not lie in memory
 _TRIED = 2_000_000  # numbers of outputs that metrics are tried on
 
+RECALL = "recall"
+"""The metric that says how much of each class is found."""
+
 Scores = dict[int, dict[str, Value]]
 """The metrics of each client's model, by name; "loss" is the mean loss."""
 
@@ -202,6 +205,32 @@ def fairness(scores: Iterable[float | None], *, maximise: bool) -> Fairness:
     tenth = found[: max(1, round(len(found) / 10))]
     std = statistics.stdev(found) if len(found) > 1 else None
     return Fairness(len(found), std, found[-1], found[0], statistics.fmean(tenth))
+
+
+def performance_gap(recalls: Iterable[Value]) -> float | None:
+    """How far the clients' models fall apart over the classes: mean over classes l of max over clients k of
+    |min(0, A_l - A_kl)|, A_kl being the recall of class l by client k's model and A_l its mean over the clients. None
+    where no recall is defined.
+    """
+    found = []
+    for each in zip(*(several for several in recalls if isinstance(several, tuple | list)), strict=True):
+        defined = [value for value in each if isinstance(value, float)]
+        if defined:
+            found.append(max(defined) - statistics.fmean(defined))
+    return statistics.fmean(found) if found else None
+
+
+def backward_transfer(recalls: Sequence[Value]) -> float | None:
+    """What later training did to what was known before: mean over classes of the recall in the last evaluation minus
+    the highest in those before it. Less than 0: forgotten. None before the second evaluation.
+    """
+    known = [several for several in recalls if isinstance(several, tuple | list)]
+    found = []
+    for *before, now in zip(*known, strict=True):
+        defined = [value for value in before if isinstance(value, float)]
+        if isinstance(now, float) and defined:
+            found.append(now - max(defined))
+    return statistics.fmean(found) if found else None
 
 
 def asking(

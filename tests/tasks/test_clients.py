@@ -12,7 +12,7 @@ import torch
 
 from cutlayer import ConfigError, DataError, Run, from_arrays
 from cutlayer.files import read_records
-from cutlayer.scoring import fairness
+from cutlayer.scoring import backward_transfer, fairness, performance_gap
 from cutlayer.testing.deployed import train_in_memory
 from cutlayer.types import as_tuple
 
@@ -45,6 +45,33 @@ def test_how_clients_differ() -> None:
     assert found.std == pytest.approx(np.std([0.1 * k for k in range(1, 21)], ddof=1))
     assert fairness([1.0, 3.0], maximise=False).worst == 3.0
     assert fairness([None], maximise=True).worst is None
+
+
+def test_how_clients_differ_over_the_classes() -> None:
+    """Means 0.5, 0.6 and 0.2; the best are 0.4, 0.3 and 0.0 above them; nobody has samples of the last class."""
+    recalls = [(0.1, 0.9, 0.2, None), (0.9, 0.3, None, None)]
+    assert performance_gap(recalls) == pytest.approx((0.4 + 0.3 + 0.0) / 3)
+    assert performance_gap([(0.3, 0.5)] * 4) == 0
+    assert performance_gap([]) is None
+    assert performance_gap([None, (None,)]) is None
+
+
+def test_what_is_forgotten() -> None:
+    """The first class has lost 0.5 since it was best, the second has gained 0.2; the others are not known twice."""
+    history = [(0.4, 0.1, None, 0.3), (0.9, 0.5, None, None), (0.4, 0.7, 0.8, None)]
+    assert backward_transfer(history) == pytest.approx((-0.5 + 0.2) / 2)
+    assert backward_transfer(history[:1]) is None
+    assert backward_transfer([None, *history[:1]]) is None
+    assert backward_transfer([]) is None
+
+
+def test_a_result_says_how_classes_fare() -> None:
+    run = done(rounds=3, eval_every=1, evaluate_on="both")
+    assert run.result is not None
+    recalls = [found.test["recall"] for found in run.evaluations]
+    each = [run.by_client["global"].each("recall")[k] for k in range(3)]  # type: ignore[union-attr]
+    assert run.result.fairness["global"]["performance_gap"] == performance_gap(each) > 0
+    assert run.result.fairness["global"]["backward_transfer"] == backward_transfer(recalls)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -60,6 +60,13 @@ def test_classes_as_scikit_learn_has_them(k: int) -> None:
     assert found["average_precision"] == pytest.approx(sk.average_precision_score(y, given))
 
 
+def test_how_far_classes_are_behind_the_best() -> None:
+    """3 of 4, 1 of 2, 0 of 1 are found, and nobody has the last class: 0, 0.25 and 0.75 behind."""
+    said, y = torch.tensor([0, 0, 0, 1, 1, 0, 0]), torch.tensor([0, 0, 0, 0, 1, 1, 2])
+    outputs = torch.nn.functional.one_hot(said, 4).float()
+    assert judge(Classification(), outputs, y, "class_gap")["class_gap"] == pytest.approx((0.25 + 0.75) / 3)
+
+
 def test_areas_are_reported_by_default_of_two_classes_only() -> None:
     assert "auroc" in judge(Classification(), some(20, 2), classes(20, k=2))
     found = judge(Classification(), some(50, 3), classes(50, k=3))

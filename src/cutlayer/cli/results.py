@@ -68,6 +68,13 @@ def print_clients(run: Run) -> None:
             f"On {_ROWS[where]}: worst {figure(fair.worst)}, mean of the worst 10 % {figure(fair.worst_tenth)}, "
             f"standard deviation {figure(fair.std)}"
         )
+        classes = run.result.fairness.get(where, {}) if run.result else {}
+        if classes.get("performance_gap") is not None:
+            forgotten = classes["backward_transfer"]
+            say(
+                f"Over the classes: performance gap {format_figure(classes['performance_gap'], share=True)}"
+                + ("" if forgotten is None else f", backward transfer {format_figure(forgotten, share=True)}")
+            )
 
 
 def _defined(evaluation: Evaluation | None, metric: str) -> dict[int, float]:

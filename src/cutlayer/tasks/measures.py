@@ -88,6 +88,14 @@ def balanced_accuracy(judged: Judged) -> float | None:
     return _mean_defined(recall(judged))
 
 
+@metric("class_gap", needs=(CLASSES,), maximise=False, title="Gap between classes", upto=1000)
+def class_gap(judged: Judged) -> float | None:
+    """How far the classes are behind the best one, in recall: the mean over the classes that have samples."""
+    found, mean = recall(judged), balanced_accuracy(judged)
+    assert isinstance(found, tuple), "one number per class"
+    return None if mean is None else max(value for value in found if isinstance(value, float)) - mean
+
+
 @metric("macro_f1", needs=(CLASSES, LABELS), title="Macro F1", upto=1000)
 def macro_f1(judged: Judged) -> float | None:
     """Mean of the F1 score of the classes (labels) that occur in targets or predictions."""
