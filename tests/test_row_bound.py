@@ -267,9 +267,9 @@ def test_a_deployment_names_who_deviates_and_a_simulation_does_with_a_bound() ->
 @pytest.mark.parametrize(
     ("algorithm", "options", "words"),
     [
-        ("fl", {"row_bound": 2.0}, "row_bound = 2.0 has no effect on fl: it belongs to cyclepsl, "),
-        ("ssl", {"row_bound": 2.0}, "row_bound = 2.0 has no effect on ssl: it belongs to cyclepsl, "),
-        ("fl", {"row_limit": 2.0}, "row_limit = 2.0 has no effect on fl: it belongs to cyclepsl, "),
+        ("fl", {"row_bound": 2.0}, "row_bound = 2.0 has no effect on fl: it belongs to "),
+        ("ssl", {"row_bound": 2.0}, "row_bound = 2.0 has no effect on ssl: it belongs to "),
+        ("fl", {"row_limit": 2.0}, "row_limit = 2.0 has no effect on fl: it belongs to "),
         ("psl", {"row_limit": 2.0, "row_bound": 2.0}, "row_bound = 2.0 and row_limit = 2.0 exclude each other"),
         ("psl", {"row_bound": 0.0}, "row_bound = 0.0 is not possible: it must be greater than 0"),
     ],

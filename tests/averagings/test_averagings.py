@@ -133,7 +133,7 @@ def test_nothing_trimmed_is_the_unweighted_mean(models: list[list[float]]) -> No
 @given(models=st.lists(numbers, min_size=1, max_size=7))
 def test_the_median_is_numpys(models: list[list[float]]) -> None:
     found = rule("median").combine(torch.tensor(models, dtype=torch.float64), torch.ones(len(models)), None)
-    np.testing.assert_allclose(found, np.median(np.array(models), 0), rtol=1e-15)
+    np.testing.assert_allclose(found, np.median(np.array(models), 0), rtol=1e-15, atol=1e-300)
 
 
 def test_how_many_are_trimmed() -> None:
@@ -212,7 +212,7 @@ def test_mixed_types_keep_theirs() -> None:
 @pytest.mark.parametrize(
     ("algorithm", "options", "words"),
     [
-        ("psl", {"averaging": "median"}, "averaging = 'median' has no effect on psl: it belongs to fl, "),
+        ("psl", {"averaging": "median"}, "averaging = 'median' has no effect on psl: it belongs to "),
         ("fl", {"averaging": "median", "trim": 0.1}, "trim = 0.1 has no effect on the averaging rule median"),
         ("fl", {"averaging": "trimmed_mean", "trim": 0.5}, "trim = 0.5 is not possible: it must be less than 0.5"),
         ("fl", {"averaging": "mode"}, "unknown averaging rule 'mode': did you mean 'mean'? known: mean, median, "),
