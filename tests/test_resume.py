@@ -248,3 +248,14 @@ def test_comparison_resumes(tmp_path: Path) -> None:
         assert {k: v for k, v in vars(a).items() if k not in timeless} == {
             k: v for k, v in vars(b).items() if k not in timeless
         }
+
+
+def test_a_model_and_data_by_name(tmp_path: Path) -> None:
+    """Names are options like others: those of the run are accepted, others refused."""
+    options: dict[str, Any] = {"algorithm": "psl", "model": "mlp", "data": "digits", "clients": 2, "epochs": 2}
+    for record in Run(**options, out=tmp_path / "run"):
+        if record.round == 1:
+            break
+    with pytest.raises(RunFolderError, match="with model = 'mlp', not 'cnn'"):
+        Run.resume(tmp_path / "run", **{**options, "model": "cnn"})
+    assert Run.resume(tmp_path / "run", **options).run().rounds == 2

@@ -295,8 +295,8 @@ class Run:
         cls,
         out: str | Path,
         *,
-        model: Model | None = None,
-        data: Data | None = None,
+        model: Model | str | None = None,
+        data: Data | str | None = None,
         loss: Loss | str | None = None,
         metrics: Mapping[str, Any] | Sequence[str] = (),
         training: Training | None = None,
@@ -309,9 +309,10 @@ class Run:
         """
         out = Path(out)
         stored = stored_config(out)
+        model, data, names = by_name(model, data)
         own_loss, own_metrics, asked = own_objective(loss, metrics)
         config = RunConfig.of(without_own(stored, out, model=model, data=data, loss=own_loss, metrics=own_metrics))
-        _refuse_other(config, normalised(by_reference({**options, **asked})), out)
+        _refuse_other(config, normalised(by_reference({**options, **names, **asked})), out)
         if training is None:
             run = cls(
                 config, training=assemble(config, model, data, loss=own_loss, metrics=own_metrics, ways=ways_in(out))
