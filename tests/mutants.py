@@ -91,6 +91,7 @@ AREAS: dict[str, Sequence[str]] = {
     "checkpoint": ("*test_costs*", "*resume*"),
     "partitions": ("*test_partition*",),
     "classes": ("*test_clients*", "*tasks/test_measures*"),
+    "momentum": ("*test_smofi*",),
     "order": ("*test_splitfed*",),
     "codecs": ("*wire.py", "*test_coded*", "*wire_fuzz*", "*test_testing*"),
     "coding": ("*wire.py", "*options*", "*test_seam*", "*test_costs*", "*test_remote*"),
@@ -371,6 +372,11 @@ MUTANTS = [
     M("forgotten since the first", "classes", "now - max(defined)", "now - defined[0]"),
     M("forgotten on other rows", "classes", 's.own if where == "own" else s.test', "s.own"),
     M("classes behind the mean", "classes", "max(found) - mean", "mean - min(found)"),
+    # Momentum of the server copies
+    M("momentum is not shared", "momentum", "server.average_momentum(sample_weights(clients, smashed.clients))", "pass"),
+    M("momentum alike", "momentum", "weight / total) for weight, u in kept", "1 / len(kept)) for weight, u in kept"),
+    M("stacked momentum alike", "momentum", "share = [weight / total for weight in stepped.values()]", "share = [1 / len(stepped)] * len(stepped)"),
+    M("only the first takes it", "momentum", "for _, u in kept:", "for _, u in kept[:1]:"),
     # Orders of SplitFed V2
     M("sequential is interleaved", "order", 'if self.server_order == "sequential"', "if not self.server_order"),
     M("clients in order", "order", "_shuffled(this, 0, this.clients)", "this.clients"),

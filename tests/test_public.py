@@ -50,6 +50,7 @@ THINGS = {
         "sfl": "average_every gradient_scale local_epochs local_steps",
         "sflv1": "local_epochs local_steps",
         "sflv2": "local_epochs local_steps server_order",
+        "smofi": "local_epochs local_steps",
         "sflv3": "local_epochs local_steps",
         "scala": "average_every gradient_scale local_epochs local_steps",
         "ussl": "hand_over hand_over_optimizer visit_order",

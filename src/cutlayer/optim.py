@@ -30,6 +30,9 @@ _OURS = {"params", "lr", "foreach", "fused", "capturable", "differentiable"}
 # (Adafactor's row means, ASGD's and NAdam's history of rates) are the local engine's.
 ELEMENTWISE = {"adadelta", "adagrad", "adam", "adamax", "adamw", "radam", "rmsprop", "rprop", "sgd"}
 
+MOMENTUM = ("momentum_buffer", "exp_avg")
+"""What optimisers call the mean of past gradients."""
+
 
 def optimizers() -> dict[str, type[torch.optim.Optimizer]]:
     """The classes of torch.optim that can be named, in lower case."""

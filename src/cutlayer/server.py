@@ -20,7 +20,7 @@ from cutlayer.eager import backward, gradients_of
 from cutlayer.errors import ConfigError, NonFiniteError
 from cutlayer.frozen import frozen_names, load_moving, moving, replica
 from cutlayer.gradients import RowLoss, column, gradient_of, mean_loss, means, means_of_clients, spread
-from cutlayer.optim import MakeOptimizer, Stepping, restore_optimizer
+from cutlayer.optim import MOMENTUM, MakeOptimizer, Stepping, restore_optimizer
 from cutlayer.stored import Count, Digits, Stored, checked, fit
 from cutlayer.tasks import Task
 from cutlayer.tasks.classification import Classification
@@ -220,6 +220,28 @@ class Server:
         average_into(self.model, copies, list(weights.values()), self.rule, moving(self.model))
         for one in self._copies.values():
             load_moving(one.model, moving(self.model))
+
+    def average_momentum(self, weights: Mapping[int, float]) -> None:
+        """The momentum of the copies of the clients in `weights` := its weighted mean; where the optimiser has none, or
+        has not stepped yet, nothing is done.
+
+        Raises ConfigError if the algorithm does not need copies.
+        """
+        self._check(STEP_COPIES, "average_momentum")
+        copies = {k: self._copies[k] for k in weights if k in self._copies}
+        for parameters in zip(*(copy._weights for copy in copies.values()), strict=True):
+            found = [c._momentum(p) for c, p in zip(copies.values(), parameters, strict=True)]
+            kept = [(weights[k], u) for k, u in zip(copies, found, strict=True) if u is not None]
+            total = sum(weight for weight, _ in kept)
+            if len(kept) > 1 and total > 0:
+                mean = torch.stack([u * (weight / total) for weight, u in kept]).sum(0)
+                for _, u in kept:
+                    u.copy_(mean)
+
+    def _momentum(self, parameter: Tensor) -> Tensor | None:
+        """The mean of past gradients that the optimiser keeps of a parameter, if it keeps one."""
+        state = self._optimizer.state.get(parameter, {}) if self._optimizer else {}
+        return next((state[kind] for kind in MOMENTUM if state.get(kind) is not None), None)
 
     def end_round(self) -> None:
         """The round is over: batches that still wait for their step (`accumulate`) make one."""

@@ -29,7 +29,7 @@ from cutlayer.engine.lowering import Choose, Lowered
 from cutlayer.engine.mapping import Draw, Listening, Masked, drawn
 from cutlayer.engine.ways import Stacking
 from cutlayer.frozen import replica
-from cutlayer.optim import MakeOptimizer, after_a_step, laid_as, rule_of, set_lr
+from cutlayer.optim import MOMENTUM, MakeOptimizer, after_a_step, laid_as, rule_of, set_lr
 from cutlayer.stored import Count, MalformedError, Stored, checked, fit, fits, sized
 from cutlayer.types import Rows, as_tuple
 
@@ -314,6 +314,19 @@ class Stack:
             else:
                 mean = chosen.amax(0)
             tensor.copy_(mean.expand_as(tensor))
+
+    def average_momentum(self, weights: Mapping[int, float]) -> None:
+        """The momentum of those in `weights` that have stepped := its weighted mean, where the optimiser has one."""
+        stepped = {client: weight for client, weight in weights.items() if self.steps[client]}
+        total = sum(stepped.values())
+        if len(stepped) < 2 or not total > 0:
+            return
+        who = torch.tensor(list(stepped), device=self.device)
+        share = [weight / total for weight in stepped.values()]
+        for kinds in self._state.values():
+            for tensor in (kinds[kind] for kind in MOMENTUM if kind in kinds):
+                factors = torch.tensor(share, dtype=tensor.dtype, device=tensor.device)
+                tensor[who] = torch.tensordot(factors, tensor[who], 1).expand(len(who), *tensor.shape[1:])
 
     def _average_by(self, rule: Averaging, weights: Mapping[int, float], origin: State | None) -> None:
         """All copies := what a rule makes of those in `weights`."""

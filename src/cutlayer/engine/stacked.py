@@ -421,6 +421,13 @@ class StackedServer(Server):
         self._stack.average(weights, self.rule, self.model.state_dict())
         self.model.load_state_dict(self._stack.state_of(0))
 
+    def average_momentum(self, weights: Mapping[int, float]) -> None:
+        """The momentum of the copies of the clients in `weights` := its weighted mean, where there is one. Raises
+        ConfigError if copies are not needed.
+        """
+        self._check(STEP_COPIES, "average_momentum")
+        self._stack.average_momentum(weights)
+
     def end_round(self) -> None:
         """Batches that wait for their step make one, in the copies too."""
         super().end_round()
