@@ -312,7 +312,7 @@ MUTANTS = [
     M("labels cross in the U-shape's evaluation", "ledger", 'if self.shape == "u-shaped":', "if False:", "def metered("),
     M("tied weights cross twice", "ledger", "sum({t.data_ptr(): t.nbytes for t in moving(module).values()}.values())", "sum(t.nbytes for t in moving(module).values())"),
     M("optimizer's clock weighs nothing", "ledger", "(8 if self._plain_clock else 4) * len(self._state) if self._clocked else 0", "0"),
-    M("own gradients through the wrong codec", "coding", "self.coding.down, gradients.own", "self.coding.up, gradients.own"),
+    M("own gradients through the wrong codec", "coding", "self.coding.down, self._supported(gradients)", "self.coding.up, self._supported(gradients)"),
     # The clock, energy, the fleet
     M("server waits for all", "clock", "self.ready[who].max()", "self.ready.max()"),
     M("U-shape's server passes counted twice", "clock", "server.backward if self._tail_done else self.server_flops", "self.server_flops"),
@@ -403,7 +403,7 @@ MUTANTS = [
     M("clients share a scale", "coding", "return dimensions == 2", "return dimensions >= 2"),
     M("bytes before zstandard", "coding", "len(compressed(data)) if codec.zstd else len(data)", "len(data)"),
     M("common gradient through the wrong codec", "coding", "self.rows(self.down, rows,", "self.rows(self.up, rows,"),
-    M("evaluation compressed", "coding", "up, down = self.coding.up.plain, self.coding.down.plain", "up, down = self.coding.up, self.coding.down"),
+    M("evaluation compressed", "coding", "up, down = self.coding.up.evaluating, self.coding.down.evaluating", "up, down = self.coding.up, self.coding.down"),
     M("bytes of the last tensor alone", "coding", "counts += np.array(sizes, np.int64) * each", "counts = np.array(sizes, np.int64) * each"),
     # Defences
     M("nothing trimmed at the top", "robust", "drop : len(models) - drop]", "drop:]"),
