@@ -469,7 +469,6 @@ MUTANTS = [
     M("frozen parameters weigh something", "frozen", "t.nbytes for t in moving(module).values()", "t.nbytes for t in module.state_dict().values()"),
     M("a frozen tensor for each client", "frozen", "(*replica(nn.ModuleList(ends)), None)", "(*copy.deepcopy(nn.ModuleList(ends)), None)"),
     M("gradients for clients that train nothing", "frozen", "if self.trains:\n            self.inner.backward(", "if True:\n            self.inner.backward("),
-    M("buffers of untrained clients are lost", "frozen", "self._stack.put_back(p.group)", "pass", "if not self._stack.trains:"),
     M("untrained clients stay alike", "frozen", "self._buffered = not trains(lower, tail) and", "self._buffered = False and"),
     M("frozen weights are not compared", "frozen", "if frozen := digest(*p.clients.models[0]):", "if False:"),
     M("frozen weights are not resumed", "frozen", "load_resting(self._stack.module, found.frozen)", "pass"),

@@ -21,7 +21,7 @@ from cutlayer.options import BudgetConfig, RunConfig
 from cutlayer.remote.carrier import Answer, StoppedError
 from cutlayer.remote.sides import worker_of
 from cutlayer.remote.worker import Worker
-from cutlayer.verbs import AVERAGE, BACKWARD, BACKWARD_TOGETHER, FIT, FORWARD, HAND_OVER, LEARN, TAIL
+from cutlayer.verbs import ALIGN, AVERAGE, BACKWARD, BACKWARD_TOGETHER, FIT, FORWARD, HAND_OVER, LEARN, TAIL
 from cutlayer.wire import Frame, encode, encode_named, pack, unpack
 from cutlayer.wire import messages as m
 
@@ -53,6 +53,7 @@ REQUESTS: dict[str, m.Message] = {
     "settle": m.Settle(1),
     "fit": m.Fit(1),
     "learn": m.Learn(1, 1),
+    "take head": m.TakeHead(1),
     "give model": m.GiveModel(1),
     "take model": m.TakeModel(1),
     "take server": m.TakeServer(1, 1),
@@ -74,6 +75,7 @@ NEEDED: dict[str, set[str]] = {  # by the verbs of an algorithm
     TAIL: {"tail", "evaluate tail"},
     FIT: {"fit", "whole"},
     LEARN: {"learn"},
+    ALIGN: {"take head"},
     AVERAGE: {"give model", "take model"},
     HAND_OVER: {"give model", "take model"},
     BACKWARD_TOGETHER: {"held", "give gradient", "take gradient", "take model", "take optimizer"},
