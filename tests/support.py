@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import importlib
 import io
 import itertools
 import sys
@@ -265,6 +266,8 @@ def call(*argv: str, cwd: Path | None = None, code: int | None = 0, plots: bool 
     What a process of its own would see is as in one: pipes for its streams, Python's usual warnings. What would outlast
     the command (the allocator's settings, how warnings are shown) is left as it was.
     """
+    for module in ("cutlayer.report.planned", "cutlayer.reproduce.plots"):
+        importlib.import_module(module)  # they take `drawn` by name, and must not keep the substitute
     out, err = io.StringIO(), io.StringIO()
     with contextlib.ExitStack() as stack:
         if cwd is not None:

@@ -138,6 +138,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "running_statistics": st.booleans(),
     "sampling": words("fixed", "proportional", "global"),
     "tau": st.floats(0, 9),
+    "server_order": words("interleaved", "sequential"),
     "average_every": words("step", "round", "gradients"),
     "hand_over": words("batch", "epoch"),
     "hand_over_optimizer": st.booleans(),

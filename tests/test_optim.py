@@ -453,7 +453,7 @@ def test_the_page_on_training_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """Its file is written, its command run, its TOML read."""
     page = (ROOT / "docs/training.md").read_text()
     (program,) = re.findall(r"```python\n# fading\.py\n(.*?)```", page, re.DOTALL)
-    commands = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
+    commands = [c for c in re.findall(r"```sh\n(.*?)```", page, re.DOTALL) if "--jobs" not in c]  # processes: test_crew
     (tmp_path / "fading.py").write_text(program)
     assert len(commands) == 3
     for command in commands:
