@@ -39,7 +39,8 @@ def test_processes_over_tls_give_the_simulations_numbers(
     same_as_local(t)
 
 
-@pytest.mark.parametrize("how", [pytest.param(signal.SIGKILL, marks=pytest.mark.network), signal.SIGTERM])
+@pytest.mark.network
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_the_server_ends_and_comes_back(how: signal.Signals, trial: Callable[..., Trial]) -> None:
     """Killed or stopped: clients go back to the round of its checkpoint; the end is that of a run without any fault."""
     t = trial("sglr", rounds=60)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 from trial import Trial, finished
 
 from cutlayer import Run
@@ -19,6 +20,7 @@ evaluate_on = "both"
 """
 
 
+@pytest.mark.network
 def test_own_scores_over_tls_are_those_of_a_simulation(tmp_path: Path) -> None:
     """The server has rows of its own, which it tests with; a client with one row is refused before it dials."""
     rng = np.random.default_rng(0)

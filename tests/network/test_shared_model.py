@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 from support import call, difference
 from trial import CONFIG, Trial, finished
 
@@ -19,6 +20,7 @@ def make(input_shape, classes):
 """
 
 
+@pytest.mark.network
 def test_clients_export_and_predict_from_their_own_folders(tmp_path: Path) -> None:
     """Both sides name a file of their own that makes the model; at the end each client has the whole."""
     trial = Trial(tmp_path, "psl", 2, config=CONFIG.replace('model = "mlp"', 'cut = "0"\nshare_server_model = true'))

@@ -843,6 +843,7 @@ def test_a_crowded_server_is_dialled_again(monkeypatch: pytest.MonkeyPatch, capl
             until(lambda: hub.present == {1})
 
 
+@pytest.mark.network
 def test_who_waits_stays() -> None:
     """Pings alone, with nothing else said, are no reason to hang up: a client may wait for its turn for hours."""
     often = {"keepalive": network.LEAST}
