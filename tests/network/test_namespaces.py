@@ -79,6 +79,7 @@ eval_every = {rounds}
 SERVER = """
 import json, sys
 from pathlib import Path
+from cutlayer.errors import ExitCode
 from cutlayer.options import RunConfig, read_toml
 from cutlayer.remote.security import ServerSecurity
 from cutlayer.remote.serve import Service, Serving
@@ -173,7 +174,7 @@ def test_a_dead_host_is_noticed_without_a_deadline(federation: Callable[..., Fed
         if k:
             until(lambda before=before: f.step_with([0, 2], before), "a step without the host that is dead", f.trial)
         else:
-            assert server.wait(PATIENCE) == 1
+            assert server.wait(PATIENCE) == ExitCode.TRY_AGAIN
         assert time.monotonic() - begin < NOTICED
     said = " ".join(f.trial.log("server").split())
     assert "1 of 3 clients are connected after 2.0 seconds, 2 are needed" in said
