@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo quick test test-network test-slow check derive reproduce bench bench-remote bench-startup cuts golden clean
+.PHONY: demo quick test test-long test-network test-slow check derive reproduce bench bench-remote bench-startup cuts golden clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Cutlayer needs Python 3.11 or newer: make PYTHON=..."; exit 2; }
@@ -22,6 +22,9 @@ quick: $(STAMP)   ## half a minute: the seam, the algorithms' identities, each e
 
 test: $(STAMP)   ## the test suite: minutes
 	$(BIN)/python -m pytest -n 2
+
+test-long: $(STAMP)   ## what takes seconds each: attacks on trained models, the paper's model, a whole reproduction
+	$(BIN)/python -m pytest -n 2 -m 'long and not slow'
 
 test-network: $(STAMP)   ## servers and clients as processes, killed, stopped, cut off and attacked; some of it as root
 	$(BIN)/python -m pytest -n 2 -m 'network and not slow'

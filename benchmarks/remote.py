@@ -415,7 +415,6 @@ def training_config(clients: int) -> RunConfig:
             "batch": BATCH,
             "epochs": 1000,
             "cut": "block1",
-            "test": 1000,
             "validation": 0,
         }
     )
@@ -431,7 +430,7 @@ def training_server(pki: Path, clients: int, _: int, pipe: Connection) -> None:
 
     def endless() -> Iterator[Any]:
         for index in itertools.count():
-            this = training.clients.begin_round(index, 10**9, 1.0)
+            this = training.clients.begin_round(index, 1000, 1.0)  # as many as the clients know of
             yield from training.algorithm.round(training.server, training.clients, this)
 
     pipe.send(hub.start())

@@ -118,6 +118,7 @@ def test_unequal_clients_of_a_small_model_with_batch_normalisation() -> None:
     agree("psl", [7, 8, 7], model=small, cut="1", batch=4, rounds=2, client_optimizer="sgd")
 
 
+@pytest.mark.long
 def test_unequal_clients_of_the_papers_model() -> None:
     """ResNet16, label skew, on the engine that runs by itself."""
     options: dict[str, Any] = {

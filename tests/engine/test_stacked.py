@@ -292,6 +292,7 @@ def test_a_union_step_only_where_it_is_exact(options: dict[str, Any], engine: st
     assert Run(data="digits", samples_per_client=9, **{**base, **options}).training.engine == engine
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("algorithm", "options"), [("sglr", {"phi": 0.5}), ("sflv1", {"local_epochs": 2})])
 def test_the_papers_model(algorithm: str, options: dict[str, Any]) -> None:
     assert zoo(4, algorithm, options, "resnet16") < 1e-10

@@ -188,6 +188,7 @@ def hijacked_and_honest() -> tuple[Hijack, nn.Module, Watch, Watch]:
     return attacker, clients[0], *watches
 
 
+@pytest.mark.long
 def test_a_hijacking_server_reads_the_clients_inputs():
     auxiliary, own = digits()
     attacker, client, _, _ = hijacked_and_honest()

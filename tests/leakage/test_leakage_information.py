@@ -164,6 +164,7 @@ def test_usable_information_falls_with_noise():
 # --- known answers -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_known_answers_have_the_information_they_claim():
     """The samples' own canonical correlations give the truth back, where there are many samples of few dimensions."""
     draw = torch.Generator().manual_seed(0)

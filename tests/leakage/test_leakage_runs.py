@@ -94,6 +94,7 @@ def test_what_is_sent_is_defended(tmp_path: Path) -> None:
     assert all(math.isfinite(bound.nats) for bound in finding.upper)
 
 
+@pytest.mark.long
 def test_the_battery(tmp_path: Path) -> None:
     """Undefended against drowned in noise: the attack, the information and the tables tell."""
     bare = examine(subject(tmp_path / "bare"), Asked(("model", "smashed"), ("ksg",)))
@@ -244,6 +245,7 @@ def _scores(watched: Sequence[Watched]) -> list[float]:
     return scores
 
 
+@pytest.mark.long
 def test_an_active_server(tmp_path: Path) -> None:
     """Under hijackers that ignore and that know labels, beside an honest server; the run's folder is left alone."""
     run = trained(tmp_path / "run", rounds=8, cut="hidden")

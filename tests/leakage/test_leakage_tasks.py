@@ -94,6 +94,7 @@ def examined(folder: Path, *knowledge: Knowledge) -> Examined:
     return examine(first(folder), Asked(knowledge, ()))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("task", ["regression", "segmentation"])
 def test_inputs_are_attacked_whatever_the_task(task: str, tmp_path: Path) -> None:
     """Reconstruction is measured; what is about classes is said to be missing, in tables, JSON and sentences."""

@@ -15,6 +15,8 @@ import pytest
 from namespaces import Network, lacking, long_cables  # type: ignore[import-not-found]
 from trial import CONFIG, PATIENCE, Trial, finished, same_as_local, until  # type: ignore[import-not-found]
 
+from cutlayer.errors import ExitCode
+
 WHY_NOT = lacking()
 pytestmark = [pytest.mark.network, pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))]
 HOSTS = ("server", "client-0", "client-1", "client-2")
@@ -79,7 +81,6 @@ eval_every = {rounds}
 SERVER = """
 import json, sys
 from pathlib import Path
-from cutlayer.errors import ExitCode
 from cutlayer.options import RunConfig, read_toml
 from cutlayer.remote.security import ServerSecurity
 from cutlayer.remote.serve import Service, Serving

@@ -360,6 +360,7 @@ def test_time_left(seconds: float, text: str) -> None:
 # ---- a folder -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_tables_are_added_to_a_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Trained in two processes; a cell that another table used already is kept; the report covers both tables."""
     monkeypatch.setitem(SIZES, "smoke", replace(TINY, clients=(1, 2)))
@@ -392,6 +393,7 @@ def test_tables_are_added_to_a_folder(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert imread(out / "table1.png").shape[1] > 1000
 
 
+@pytest.mark.long
 @fashion_mnist
 def test_every_kind_of_cell_can_be_built(tmp_path: Path) -> None:
     Reproduction([], "smoke", tmp_path / "out").check()

@@ -101,6 +101,9 @@ def check_hello(frame: bytes) -> bytes:
 
 def on_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     """asyncio's handler of errors that nobody caught, less what means nothing."""
-    # gRPC wakes all loops of a process for each event; those that come second find nothing to read.
-    if not isinstance(context.get("exception"), BlockingIOError):
+    # gRPC wakes all loops of a process for each event: those that come second find nothing to read, and one that wakes
+    # another finds that loop closed meanwhile.
+    error, poller = context.get("exception"), "PollerCompletionQueue" in repr(context.get("handle"))
+    closed = poller and isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+    if not (closed or isinstance(error, BlockingIOError)):
         loop.default_exception_handler(context)
