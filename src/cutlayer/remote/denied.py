@@ -63,7 +63,7 @@ def _lines(path: Path) -> list[str]:
         return content.decode().splitlines()
     except ValueError as error:
         raise ConfigError(
-            f"{str(path)!r} is no list ({error}): write a name, serial:HEX or sha256:HEX on each line, in UTF-8, "
+            f"{str(path)!r} is not a list ({error}): write a name, serial:HEX or sha256:HEX on each line, in UTF-8, "
             f"{MOST} bytes at most"
         ) from None
 
