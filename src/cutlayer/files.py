@@ -204,7 +204,7 @@ def finite_or_null(value: Any) -> Any:
 
 
 def read_json(path: Path, form: Any = None) -> Any:
-    """The content of a JSON file in its `form` (see `stored`), if one is given; None where there is no file. Raises
+    """The content of a JSON file in its `form` (see `stored`), if one is given; None if there is no file. Raises
     RunFolderError where it is damaged or has another form.
     """
     if not path.exists():

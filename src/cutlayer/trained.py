@@ -183,7 +183,7 @@ class TrainedModel:
     @classmethod
     def read(cls, path: Path) -> TrainedModel:
         """Read it back. Raises RunFolderError where the file is not whole."""
-        with reading(path, "it is no trained model of Cutlayer's, or was changed: restore it, or train anew"):
+        with reading(path, "it is not a trained model of Cutlayer's, or was changed: restore it, or train anew"):
             found = checked(checkpoint.read(path), _Trained)
             about = checked(found.about, _About, "about")
             checked(about.preprocessing, _Preprocessing, "preprocessing")
