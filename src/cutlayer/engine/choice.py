@@ -20,6 +20,7 @@ from cutlayer.algorithms import Algorithm
 from cutlayer.allocator import sharing
 from cutlayer.engine.layout import in_layout, layouts, same, smashed
 from cutlayer.engine.remembered import key, recalled, remember
+from cutlayer.engine.simulated import gradient_bytes
 from cutlayer.engine.stackable import Stackability, bytes_per_row, stackable, unlike_alone
 from cutlayer.engine.stacked import StackedCohort
 from cutlayer.engine.tuning import MARGIN, Timed, Tuner
@@ -240,8 +241,7 @@ class Choice:
         taking_part = max(1.0, config.clients * config.participation)
         chunk = max(1, int(min(limit / 4, _WORTHWHILE) // each))
         if config.device == "cpu":
-            weights = sum(p.nbytes for p in part.parameters() if p.requires_grad)
-            chunk = min(chunk, max(1, _CACHED // max(1, weights)))
+            chunk = min(chunk, max(1, _CACHED // max(1, gradient_bytes(part))))
         return Stacking(way, None if chunk >= config.clients else chunk, keep=each * taking_part <= limit)
 
     # What is possible, and proven

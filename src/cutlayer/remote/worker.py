@@ -360,10 +360,7 @@ class Worker:
         """Take the auxiliary head that the server has fitted. Raises WireError."""
         head = self.client.tail
         assert head is not None, "an algorithm that needs ALIGN has auxiliary heads"
-        tensors = decode_named(body, described(head.state_dict()))
-        if not all(bool(torch.isfinite(t).all()) for t in tensors.values() if t.is_floating_point()):
-            raise WireError("the auxiliary head that the server sends holds NaN or infinite numbers: leave this server")
-        head.load_state_dict(tensors)
+        head.load_state_dict(_finite(decode_named(body, described(head.state_dict())), "the auxiliary head"))
 
     def _take_server(self, message: m.TakeServer, body: memoryview) -> None:
         """Keep the whole model: the server's part with this client's own. Raises WireError, RunFolderError."""
