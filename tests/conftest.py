@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 
 import pytest
 
@@ -11,6 +12,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("CUTLAYER_KEEP_MEMORY", "0")  # a suite of many runs is small, and would stay large
 # Nothing is measured unless a test is about that: what is the quickest differs from run to run, and its last digits.
 os.environ["CUTLAYER_TUNE"] = "off"
+
+# A shell starts what runs in the background with Ctrl-C ignored, and so would be whatever the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 gc.disable()  # until all has been imported and collected
 
