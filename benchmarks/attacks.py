@@ -36,16 +36,17 @@ ATTACKS = {
     "poison:10@0-1": "noise of ten times an update's length",
     "poison:-10@0-1": "the update, times minus ten",
 }
+BOUND: dict[str, Any] = {"screening": "median_bound", "row_multiple": 2.0}
 DEFENCES: dict[str, dict[str, dict[str, Any]]] = {
     "sfl": {
         "mean": {},
         "norm_bound": {"averaging": "norm_bound"},
         "trimmed_mean": {"averaging": "trimmed_mean", "trim": 0.2},
         "median": {"averaging": "median"},
-        "row_bound 2": {"row_bound": 2.0},
-        "row_bound 2, median": {"row_bound": 2.0, "averaging": "median"},
+        "median_bound 2": BOUND,
+        "median_bound 2, median": {**BOUND, "averaging": "median"},
     },
-    "psl": {"none": {}, "row_bound 2": {"row_bound": 2.0}, "row_bound 1": {"row_bound": 1.0}},
+    "psl": {"none": {}, "median_bound 2": BOUND, "median_bound 1": {**BOUND, "row_multiple": 1.0}},
 }
 ONLY_UPDATES = ("poison",)  # have no effect where models stay with their clients
 

@@ -104,7 +104,8 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "lr_warmup": st.floats(0, 0.99),
     "averaging": words("mean", "median", "norm_bound", "trimmed_mean"),
     "attack": st.lists(st.sampled_from(["scale:2@1", "labels@0,2-3"]), unique=True).map(tuple),
-    "row_bound": POSITIVE,
+    "screening": words("none", "median_bound", "length_bound"),
+    "row_multiple": POSITIVE,
     "row_limit": POSITIVE,
     "norm_multiple": POSITIVE,
     "norm_limit": POSITIVE,
@@ -188,8 +189,6 @@ def values(draw: st.DrawFn, algorithms: tuple[str, ...]) -> dict[str, Any]:
         found.pop("gaussian_noise", None)
     if "norm_limit" in found:
         found.pop("norm_multiple", None)
-    if "row_limit" in found:
-        found.pop("row_bound", None)
     if {"usfl"} & {*algorithms} and found.get("average_every") == "gradients":  # which sfl alone has
         found["average_every"] = "step"
     if any(map(u_shaped, algorithms)):
@@ -204,6 +203,8 @@ def has_effect(name: str, chosen: dict[str, Any], algorithms: tuple[str, ...]) -
     own = [traits(a) for a in algorithms]
     if name in CommonConfig.model_fields:
         when = about(CommonConfig.model_fields[name], "when")
+        if name == "screening":
+            when = plugins.find(name, chosen.get(name, "none")).facts["when"]
         return any(
             {
                 "": True,
@@ -222,6 +223,9 @@ def has_effect(name: str, chosen: dict[str, Any], algorithms: tuple[str, ...]) -
     things.append(("partition", chosen.get("partition", "iid")))
     if any(t.averages or t.server_copies for t in own):
         things.append(("averaging", chosen.get("averaging", "mean")))
+    screening = chosen.get("screening", "none")
+    if any(t.split if screening == "length_bound" else t.split and not t.takes_turns for t in own):
+        things.append(("screening", screening))
     things.append(("task", chosen.get("task", "classification")))
     entries = [plugins.find(kind, thing) for kind, thing in things]
     data_format, data = chosen.get("data_format", "auto"), chosen.get("data", "digits")

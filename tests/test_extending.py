@@ -45,6 +45,7 @@ def test_there_is_an_example_of_each_kind() -> None:
         "data_format",
         "partition_scheme",
         "averaging",
+        "screening",
         "codec",
         "defence",
         "attack",

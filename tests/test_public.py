@@ -24,7 +24,7 @@ weights weights_strict start freeze epochs rounds batch client_optimizer client_
 client_clip_grad_norm server_optimizer server_optimizer_options server_lr server_clip_grad_norm accumulate
 server_accumulate param_groups lr_schedule server_lr_schedule lr_warmup averaging logit_adjust tau
 up_codec cache_features down_codec
-row_bound row_limit defences attack engine tune device precision memory_limit eval_every eval_clients judge
+screening defences attack engine tune device precision memory_limit eval_every eval_clients judge
 evaluate_on own_test checkpoint_every keep_best snapshot_every"""
 
 PLAN = """model cut tail_cut algorithms input input_type freeze task target classes label_bytes clients
@@ -95,6 +95,7 @@ THINGS = {
         "step": "lr_decay lr_decay_at",
     },
     "averaging": {"mean": "", "median": "", "norm_bound": "norm_limit norm_multiple", "trimmed_mean": "trim"},
+    "screening": {"length_bound": "row_limit", "median_bound": "row_multiple", "none": ""},
     "codec": {"bfloat16": "", "float16": "", "float8": "", "int8": "", "rand-top-k": "", "raw": "", "top-k": ""},
     "defence": {
         "feature-dropout": "feature_dropout",

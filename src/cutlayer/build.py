@@ -65,9 +65,10 @@ from cutlayer.models.parts import Part, crossing_bytes
 from cutlayer.models.weights import load_weights, read_weights
 from cutlayer.optim import MakeOptimizer, ParamGroup, check_groups, make_optimizer
 from cutlayer.options import RunConfig, default_cut
-from cutlayer.row_bound import RowBound
 from cutlayer.schedules import FunctionSchedule, Schedule, WarmedUp
 from cutlayer.scoring import asking, try_metrics
+from cutlayer.screened import ScreenedCohort
+from cutlayer.screenings import Screening
 from cutlayer.server import Server
 from cutlayer.tasks import Task
 from cutlayer.tasks.own_loss import Loss, with_loss
@@ -201,6 +202,7 @@ class Prepared:
     pace: Pace
     remarks: tuple[str, ...]
     class_counts: list[list[int]]
+    screening: Screening
     attacks: Attacks = field(default_factory=Attacks)
     make_head: Callable[..., nn.Module] | None = None
 
@@ -301,13 +303,11 @@ class Prepared:
         return replace(training, clients=clocked, clock=clock)
 
     def _looked_at(self, cohort: Cohort, engine: str, tell: Tell | None) -> Cohort:
-        """The cohort, whose rows the server bounds if that is wanted; those of clients that nobody here knows it looks
+        """The cohort, whose rows the server screens if that is wanted; those of clients that nobody here knows it looks
         at in any case.
         """
-        c, split = self.config, self.algorithm.traits.split
-        bounded = c.row_bound is not None or c.row_limit is not None
-        watched = split and (bounded or engine == "remote" or bool(self.attacks))
-        return RowBound(cohort, c.row_bound, c.row_limit, tell) if watched else cohort
+        watched = self.screening.active or engine == "remote" or bool(self.attacks)
+        return ScreenedCohort(cohort, self.screening, tell) if watched and self.algorithm.traits.split else cohort
 
     def _kept(self, cohort: Cohort) -> Cohort:
         """The cohort, whose smashed data the server keeps if that is wanted."""
@@ -483,6 +483,7 @@ def prepare(
         pace,
         tuple(filter(None, (attacks.remark(config.clients), held_out, pace.remark, chosen.remark))),
         counts,
+        screening_of(config),
         attacks,
         heads,
     )
@@ -858,6 +859,16 @@ def averaging_rule(config: RunConfig) -> Averaging:
     if not isinstance(rule, Averaging):
         raise ConfigError(f"the averaging rule {config.averaging!r} is not derived from cutlayer.averagings.Averaging")
     with own_code(rule, f"`check` of the averaging rule {config.averaging!r}"):
+        rule.check(config.given)
+    return rule
+
+
+def screening_of(config: RunConfig) -> Screening:
+    """What the server does to rows before it uses them. Raises ConfigError."""
+    rule = config.thing("screening", config.screening)
+    if not isinstance(rule, Screening):
+        raise ConfigError(f"the screening {config.screening!r} is not derived from cutlayer.screenings.Screening")
+    with own_code(rule, f"`check` of the screening {config.screening!r}"):
         rule.check(config.given)
     return rule
 

@@ -28,6 +28,7 @@ _WORDS = {
     "partition": "Partitions",
     "schedule": "Schedules of the learning rates",
     "averaging": "Averaging rules",
+    "screening": "Screenings of rows",
     "model": "Models",
     "data": "Data sets",
     "format": "Formats of your own data",
@@ -71,7 +72,7 @@ def keywords() -> str:
 
 
 _OBJECTS = {"algorithm", "partition", "lr_schedule", "server_lr_schedule", "defences", "algorithms"}
-_OBJECTS |= {"client_optimizer", "server_optimizer", "averaging"}
+_OBJECTS |= {"client_optimizer", "server_optimizer", "averaging", "screening"}
 
 
 def _shown(name: str, annotation: Any) -> str:

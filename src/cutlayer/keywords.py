@@ -69,8 +69,7 @@ class CommonKeywords(TypedDict, total=False):
     up_codec: str
     cache_features: bool
     down_codec: str
-    row_bound: float | None
-    row_limit: float | None
+    screening: Any
     defences: Any
     attack: tuple[str, ...]
     engine: Literal["auto", "local", "stacked"]
@@ -138,6 +137,8 @@ class CommonKeywords(TypedDict, total=False):
     norm_multiple: float
     norm_limit: float | None
     trim: float
+    row_limit: float | None
+    row_multiple: float
     feature_dropout: float
     clip: float | None
     gaussian_noise: float

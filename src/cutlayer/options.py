@@ -340,7 +340,18 @@ class BudgetConfig(_Config):
 class CommonConfig(TracedConfig):
     """What all commands that train share."""
 
-    kinds = ("algorithm", "task", "partition", "schedule", "averaging", "model", "data", "format", "defence")
+    kinds = (
+        "algorithm",
+        "task",
+        "partition",
+        "schedule",
+        "averaging",
+        "screening",
+        "model",
+        "data",
+        "format",
+        "defence",
+    )
 
     data: str = _field("digits", DATA)
     """A data set by name (see `cutlayer list data`), the path of your own, or a function: path/to/file.py:name."""
@@ -456,11 +467,9 @@ class CommonConfig(TracedConfig):
     """The server keeps what a frozen client part gives: each row's smashed data are computed and sent once."""
     down_codec: str = _field("raw", CROSSING, "split")
     """How cut gradients are written (U-shaped: features too), likewise."""
-    row_bound: float | None = _field(None, CROSSING, "together", gt=0)
-    """The server scales down rows (the smashed data of a sample) that are longer than this many times the median of the
-    step, over all clients. Default: no bound."""
-    row_limit: float | None = _field(None, CROSSING, "split", gt=0)
-    """The same, with the length itself in place of a multiple of the median."""
+    screening: str = _field("none", CROSSING, "split")
+    """What the server does to rows (the smashed data of a sample) before it uses them (see `cutlayer list screenings`),
+    or your own: path/to/file.py:name. The server's own choice."""
     defences: tuple[str, ...] = _field((), DEFENCES, "split")
     """Defences of your own: path/to/file.py:name. The built-in ones take part when one of their options is set."""
 
@@ -515,11 +524,11 @@ class CommonConfig(TracedConfig):
         raise TypeError(f"{type(self).__name__} names no algorithms")
 
     def chosen(self) -> list[Entry]:
-        """Algorithms, partition, schedules, averaging rule, task, model, data and defences."""
+        """Algorithms, partition, schedules, averaging rule, screening, task, model, data and defences."""
         found = [plugins.find("algorithm", name) for name in dict.fromkeys(self.algorithm_names())]
         found.append(plugins.find("partition", self.partition))
         found += [plugins.find("schedule", name) for name in (self.lr_schedule, self.server_lr_schedule) if name]
-        found.append(plugins.find("averaging", self.averaging))
+        found += [plugins.find("averaging", self.averaging), plugins.find("screening", self.screening)]
         found += [plugins.find("task", self.task), *_models(self.model), *self.reading()]
         return found + self._defending() + self._own_optimizers() + self._asked_metrics()
 
@@ -558,7 +567,7 @@ class CommonConfig(TracedConfig):
         """Check what concerns several fields, for these algorithms. `given`: what the user set. Raises ConfigError."""
         found = {name: traits(name) for name in algorithms}
         for option in sorted(given & set(CommonConfig.model_fields)):
-            when = about(CommonConfig.model_fields[option], "when") or ""
+            when = _when(option, getattr(self, option))
             if not any(_WHEN[when](t) for t in found.values()):
                 raise _idle(option, getattr(self, option), found, when)
         for entry in self._defending():
@@ -578,6 +587,13 @@ class CommonConfig(TracedConfig):
                     f"{first} = {getattr(self, first)} and {second} = {getattr(self, second)} exclude each other: "
                     "give one"
                 )
+
+
+def _when(option: str, value: Any) -> str:
+    """With which algorithms an option of all runs has an effect: what it names may say more than the option."""
+    if option == "screening":
+        return str(plugins.find("screening", value).facts["when"])
+    return str(about(CommonConfig.model_fields[option], "when") or "")
 
 
 def _idle(option: str, value: Any, found: Mapping[str, Traits], when: str) -> ConfigError:
@@ -776,11 +792,10 @@ class CompareConfig(CommonConfig):
         """
         mine = traits(algorithm)
 
-        def fits(name: str) -> bool:
-            info = CommonConfig.model_fields.get(name)
-            return info is None or _WHEN[about(info, "when") or ""](mine)
+        def fits(name: str, value: Any) -> bool:
+            return name not in CommonConfig.model_fields or _WHEN[_when(name, value)](mine)
 
-        kept = {name: value for name, value in base.items() if fits(name)}
+        kept = {name: value for name, value in base.items() if fits(name, value)}
         plain = {k: v for k, v in {**kept, **over, "algorithm": algorithm}.items() if k in RunConfig.model_fields}
         run = RunConfig.of(plain)
         things = [*run.chosen(), *run.reading(kept), *(self._defending() if mine.split else ())]
@@ -991,8 +1006,8 @@ def _written_out(config: CommonConfig, found: list[Traits]) -> dict[str, Any]:
     dumped = config.model_dump(mode="json")
     drop = {
         name
-        for name, info in CommonConfig.model_fields.items()
-        if not any(_WHEN[about(info, "when") or ""](t) for t in found)
+        for name in CommonConfig.model_fields
+        if not any(_WHEN[_when(name, getattr(config, name))](t) for t in found)
     }
     drop |= {first for first, second in exclusive_pairs() if dumped.get(second)}
     drop |= set(TracedConfig.model_fields) if config.client_device is None else set()
@@ -1006,7 +1021,7 @@ def _written_out(config: CommonConfig, found: list[Traits]) -> dict[str, Any]:
     return {k: dumped[k] for k in order if k not in drop and dumped[k] not in unset.get(k, (None,))}
 
 
-_COMMON_PAIRS = (("epochs", "rounds"), ("row_bound", "row_limit"))
+_COMMON_PAIRS = (("epochs", "rounds"),)
 
 
 def exclusive_pairs() -> list[tuple[str, str]]:
@@ -1038,6 +1053,7 @@ NAMING = {
     "lr_schedule": "schedule",
     "server_lr_schedule": "schedule",
     "averaging": "averaging",
+    "screening": "screening",
     "up_codec": "codec",
     "down_codec": "codec",
     "defences": "defence",
@@ -1073,7 +1089,7 @@ def _from_anywhere(name: str, value: Any) -> Any:
 
 
 # Kinds that may be given as objects of Python.
-_OBJECTS = {"algorithm", "partition", "schedule", "averaging", "defence", "task", "optimizer"}
+_OBJECTS = {"algorithm", "partition", "schedule", "averaging", "screening", "defence", "task", "optimizer"}
 
 
 def by_reference(values: Mapping[str, Any]) -> dict[str, Any]:

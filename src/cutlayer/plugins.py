@@ -62,6 +62,7 @@ KINDS: dict[str, Kind] = {
     "partition": Kind("partition", ("data/partitions",), "cutlayer.partitions"),
     "schedule": Kind("schedule", ("schedules",), "cutlayer.schedules"),
     "averaging": Kind("averaging rule", ("averagings",), "cutlayer.averagings"),
+    "screening": Kind("screening", ("screenings",), "cutlayer.screenings"),
     "codec": Kind("codec", ("wire/codecs",), "cutlayer.codecs", flat=False),
     "defence": Kind("defence", ("defences",), "cutlayer.defences"),
     "attack": Kind("attack", ("attacks",), "cutlayer.attacks", flat=False),

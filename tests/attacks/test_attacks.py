@@ -19,7 +19,7 @@ from cutlayer.folder import RESULT
 from cutlayer.gradients import own
 from cutlayer.remote.sides import remote_training, worker_of
 from cutlayer.remote.transports.memory import MemoryCarrier
-from cutlayer.row_bound import RowBound
+from cutlayer.screened import ScreenedCohort
 
 SIZES = (10, 6, 7, 9)
 EACH = [
@@ -257,7 +257,7 @@ def test_rows_are_looked_at_where_somebody_attacks() -> None:
     with pytest.warns(UserWarning, match="client 1 deviates"):
         found = run(config("psl", "scale:1000@1", participation=1.0, rounds=1))
     cohort: Any = found.training.clients
-    while not isinstance(cohort, RowBound):
+    while not isinstance(cohort, ScreenedCohort):
         cohort = cohort.inner
 
 

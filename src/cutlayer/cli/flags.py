@@ -23,6 +23,7 @@ from cutlayer.errors import CutlayerError
 from cutlayer.folder import CONFIG
 from cutlayer.options import (
     CLIENTS,
+    CROSSING,
     DATA,
     DEFENCES,
     GROUPS,
@@ -42,9 +43,10 @@ _GROUPS = {name or OWN: Group(name or OWN, sort_key=i) for i, name in enumerate(
 # Which options name things, of which kind; several things of a kind can be named.
 _NAMING = {option: kind for option, kind in NAMING.items() if plugins.KINDS[kind].flat}
 _PLACES = {"algorithm": OWN, "partition": CLIENTS, "schedule": TRAINING, "model": MODEL, "data": DATA, "format": DATA}
-_PLACES |= {"defence": DEFENCES, "task": TASK, "metric": TASK, "averaging": TRAINING}
+_PLACES |= {"defence": DEFENCES, "task": TASK, "metric": TASK, "averaging": TRAINING, "screening": CROSSING}
 _PREFIXES = {
-    kind: f"{kind} {{}}" for kind in ("partition", "schedule", "averaging", "model", "format", "task", "metric")
+    kind: f"{kind} {{}}"
+    for kind in ("partition", "schedule", "averaging", "screening", "model", "format", "task", "metric")
 }
 
 

@@ -27,6 +27,7 @@ What = Literal[
     "models",
     "schedules",
     "averagings",
+    "screenings",
     "codecs",
     "defences",
     "attacks",
@@ -37,8 +38,8 @@ What = Literal[
 @command(sort_key=7, name="list")
 def list_(what: What = "all", /) -> None:
     """Name what there is to choose from: algorithms, tasks, metrics, data sets and formats, partitions, models with
-    their cut points, schedules, averaging rules, codecs, defences and attacks, each with its options; and profiles of
-    devices and links with their figures. What installed packages add is listed too.
+    their cut points, schedules, averaging rules, screenings of rows, codecs, defences and attacks, each with its
+    options; and profiles of devices and links with their figures. What installed packages add is listed too.
 
     Parameters
     ----------
@@ -165,6 +166,7 @@ _SHOWN = {
     "models": _print_models,
     "schedules": lambda: _print_kind("schedule", "Schedules of the learning rates", "--lr-schedule"),
     "averagings": lambda: _print_kind("averaging", "Averaging rules", "--averaging"),
+    "screenings": lambda: _print_kind("screening", "Screenings of rows", "--screening"),
     "codecs": lambda: _print_kind("codec", "Codecs", "--up-codec, --down-codec"),
     "defences": lambda: _print_kind("defence", "Defences of the smashed data"),
     "attacks": lambda: _print_kind("attack", "Attacks of simulated clients", "--attack"),

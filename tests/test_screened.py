@@ -1,4 +1,4 @@
-"""Bounds on the rows that clients send: exact, alike in simulations and deployments; and who is named."""
+"""Rows that clients send are bounded: exact, alike in simulations and deployments; and who is named."""
 
 from __future__ import annotations
 
@@ -16,11 +16,18 @@ from torch import Tensor
 from cutlayer import ConfigError, Run, RunConfig
 from cutlayer.cohort import Cohort, CohortAround
 from cutlayer.errors import CutlayerWarning
-from cutlayer.row_bound import RowBound, lengths_of, medians
+from cutlayer.screened import ScreenedCohort
+from cutlayer.screenings import Screening
+from cutlayer.screenings.length_bound import LengthBound
+from cutlayer.screenings.lengths import lengths_of, medians
+from cutlayer.screenings.median_bound import MedianBound
+from cutlayer.screenings.none import NoScreening
 from cutlayer.testing.deployed import in_memory
 from cutlayer.types import CutGradients, Rows, Smashed, TailGradients
 
 SIZES = (10, 6, 7, 9)
+MEDIAN: dict[str, Any] = {"screening": "median_bound"}
+LENGTH: dict[str, Any] = {"screening": "length_bound"}
 
 
 class Sends(CohortAround):
@@ -64,32 +71,40 @@ def rows_of(*lengths: float) -> Rows:
     return scale.view(-1, 1) * along[0], torch.arange(len(lengths)), scale.view(-1, 1, 1) * along[1].view(1, 1, 2)
 
 
-def bounded(inner: Sends, **options: Any) -> RowBound:
+def bounded(inner: Sends, rule: Screening | None = None, tell: Told | None = None) -> ScreenedCohort:
     cohort: Cohort = inner
-    return RowBound(cohort, **{"tell": Told(), **options})
+    return ScreenedCohort(cohort, NoScreening() if rule is None else rule, Told() if tell is None else tell)
+
+
+def times(multiple: float) -> MedianBound:
+    return MedianBound(row_multiple=multiple)
+
+
+def up_to(limit: float) -> LengthBound:
+    return LengthBound(row_limit=limit)
 
 
 def test_rows_are_scaled_down_to_a_multiple_of_the_median() -> None:
     """The clients' medians are 2, 3 and 9: their median is 3. Integers stay."""
     inner = Sends(rows_of(1, 2, 8, 3, 9), (0, 1, 2), (3, 1, 1))
-    found = bounded(inner, multiple=2.0).forward()
+    found = bounded(inner, times(2.0)).forward()
     assert lengths_of(found.rows).tolist() == pytest.approx([1, 2, 6, 3, 6])
     assert torch.equal(found.rows[1], torch.arange(5))
     for before, after in zip(inner.sent.rows, found.rows, strict=True):
         assert torch.equal(before[[0, 1, 3]], after[[0, 1, 3]])
     assert lengths_of(inner.sent.rows).tolist() == pytest.approx([1, 2, 8, 3, 9])  # untouched
-    assert lengths_of(bounded(inner, limit=2.5).forward().rows).tolist() == pytest.approx([1, 2, 2.5, 2.5, 2.5])
-    assert bounded(inner, multiple=100.0).forward() is inner.sent
+    assert lengths_of(bounded(inner, up_to(2.5)).forward().rows).tolist() == pytest.approx([1, 2, 2.5, 2.5, 2.5])
+    assert bounded(inner, times(100.0)).forward() is inner.sent
 
 
 def test_a_client_does_not_gain_weight_by_many_rows() -> None:
     inner = Sends((torch.tensor([[1.0], [1], *[[50]] * 8]),), (0, 1, 2), (1, 1, 8))
-    assert lengths_of(bounded(inner, multiple=1.0).forward().rows).tolist() == [1] * 10
+    assert lengths_of(bounded(inner, times(1.0)).forward().rows).tolist() == [1] * 10
 
 
 def test_rows_that_are_mostly_zeros_are_left() -> None:
     inner = Sends((torch.tensor([[0.0], [0], [5]]),), (0, 1, 2), (1, 1, 1))
-    assert bounded(inner, multiple=1.0).forward() is inner.sent
+    assert bounded(inner, times(1.0)).forward() is inner.sent
 
 
 @pytest.mark.parametrize("numbers", [torch.float32, torch.bfloat16])
@@ -97,7 +112,7 @@ def test_finite_numbers_that_are_huge(numbers: torch.dtype) -> None:
     """Their squares overflow; their row is scaled down all the same."""
     x = torch.ones(3, 8).to(numbers)
     x[2] = 1e38
-    found = bounded(Sends((x,), (0, 1, 2), (1, 1, 1)), multiple=2.0).forward()
+    found = bounded(Sends((x,), (0, 1, 2), (1, 1, 1)), times(2.0)).forward()
     assert lengths_of(found.rows).tolist() == pytest.approx([8**0.5, 8**0.5, 2 * 8**0.5], rel=1e-2)
 
 
@@ -105,7 +120,7 @@ def test_numbers_that_are_not_finite_are_left_to_the_server() -> None:
     for bad in (math.nan, math.inf):
         x = torch.ones(4, 2)
         x[3, 0] = bad
-        found = bounded(Sends((x,), (0, 1, 2, 3), (1, 1, 1, 1)), multiple=0.5).forward()
+        found = bounded(Sends((x,), (0, 1, 2, 3), (1, 1, 1, 1)), times(0.5)).forward()
         assert not bool(torch.isfinite(found.rows[0][3]).all())
 
 
@@ -116,7 +131,7 @@ def test_gradients_go_back_by_the_chain_rule() -> None:
     sent[0][4] *= 9
     sent[1][1] *= 9
     inner = Sends(tuple(sent), (0, 1, 2), (2, 3, 1))
-    cohort = bounded(inner, limit=4.0)
+    cohort = bounded(inner, up_to(4.0))
     rows = cohort.forward().rows
     gradient = tuple(torch.randn(r.shape, generator=generator).double() for r in rows)
 
@@ -144,8 +159,8 @@ def test_gradients_go_back_by_the_chain_rule() -> None:
 def test_gradients_that_clients_send_are_bounded_by_the_multiple() -> None:
     inner = Sends((torch.tensor([[1.0], [2], [50]]),), (0, 1, 2), (1, 1, 1))
     smashed = inner.sent
-    assert bounded(inner, multiple=3.0).tail(smashed).rows[0].flatten().tolist() == [1, 2, 6]
-    assert bounded(inner, limit=3.0).tail(smashed).rows[0].flatten().tolist() == [1, 2, 50]
+    assert bounded(inner, times(3.0)).tail(smashed).rows[0].flatten().tolist() == [1, 2, 6]
+    assert bounded(inner, up_to(3.0)).tail(smashed).rows[0].flatten().tolist() == [1, 2, 50]
 
 
 def test_medians_of_clients() -> None:
@@ -171,7 +186,7 @@ def test_a_client_that_deviates_grossly_is_named_once() -> None:
     assert (happened, facts["client"], facts["others"]) == ("deviates", 2, 1.0)
     assert facts["median"] == pytest.approx(1e30)
     assert "1e+30" in facts["why"]
-    assert "row_bound scales such rows down" in facts["why"]
+    assert "screening = median_bound scales such rows down" in facts["why"]
 
 
 @pytest.mark.parametrize(("lengths", "named"), [((1.0, 99, 1), []), ((1.0, 101, 1), [1]), ((0.0, 5, 0), [])])
@@ -217,12 +232,12 @@ def with_outlier() -> Any:
 @pytest.mark.parametrize(
     ("algorithm", "options"),
     [
-        ("psl", {"row_bound": 1.1}),
-        ("sglr", {"row_bound": 0.8, "phi": 0.5, "average_over": "clients-and-rows"}),
-        ("sfl", {"row_limit": 0.5}),
-        ("sflv1", {"row_bound": 0.9}),
-        ("ssl", {"row_limit": 0.5}),
-        ("ussl", {"row_limit": 0.5, "tail_cut": "3"}),
+        ("psl", {**MEDIAN, "row_multiple": 1.1}),
+        ("sglr", {**MEDIAN, "row_multiple": 0.8, "phi": 0.5, "average_over": "clients-and-rows"}),
+        ("sfl", {**LENGTH, "row_limit": 0.5}),
+        ("sflv1", {**MEDIAN, "row_multiple": 0.9}),
+        ("ssl", {**LENGTH, "row_limit": 0.5}),
+        ("ussl", {**LENGTH, "row_limit": 0.5, "tail_cut": "3"}),
     ],
 )
 def test_simulations_and_deployments_bound_alike(algorithm: str, options: dict[str, Any]) -> None:
@@ -237,7 +252,7 @@ def test_simulations_and_deployments_bound_alike(algorithm: str, options: dict[s
     runs = [Run(c, **run), there.run]
     if algorithm not in ("ssl", "ussl"):
         runs.append(Run(c.model_copy(update={"engine": "stacked"}), **run))
-    without = {name: value for name, value in options.items() if name not in ("row_bound", "row_limit")}
+    without = {name: value for name, value in options.items() if name not in ("screening", "row_multiple", "row_limit")}
     plain = Run(RunConfig(**values, **without), **run)
     for one in (*runs, plain):
         one.run()
@@ -260,18 +275,25 @@ def test_a_deployment_names_who_deviates_and_a_simulation_does_with_a_bound() ->
     with warnings.catch_warnings():
         warnings.simplefilter("error", CutlayerWarning)
         Run(c, **options).run()
-    with pytest.warns(CutlayerWarning, match=r"client 1 deviates: .* they are scaled down \(row_bound\)"):
-        Run(c.model_copy(update={"row_bound": 3.0}), **options).run()
+    with pytest.warns(CutlayerWarning, match=r"client 1 deviates: .* they are screened \(median_bound\)"):
+        Run(c.model_copy(update={**MEDIAN, "row_multiple": 3.0}), **options).run()
 
 
 @pytest.mark.parametrize(
     ("algorithm", "options", "words"),
     [
-        ("fl", {"row_bound": 2.0}, "row_bound = 2.0 has no effect on fl: it belongs to "),
-        ("ssl", {"row_bound": 2.0}, "row_bound = 2.0 has no effect on ssl: it belongs to "),
-        ("fl", {"row_limit": 2.0}, "row_limit = 2.0 has no effect on fl: it belongs to "),
-        ("psl", {"row_limit": 2.0, "row_bound": 2.0}, "row_bound = 2.0 and row_limit = 2.0 exclude each other"),
-        ("psl", {"row_bound": 0.0}, "row_bound = 0.0 is not possible: it must be greater than 0"),
+        ("fl", MEDIAN, "screening = 'median_bound' has no effect on fl: it belongs to "),
+        ("ssl", MEDIAN, "screening = 'median_bound' has no effect on ssl: it belongs to "),
+        ("fl", {**LENGTH, "row_limit": 2.0}, "screening = 'length_bound' has no effect on fl: it belongs to "),
+        ("psl", {"row_limit": 2.0}, "row_limit = 2.0 has no effect on the screening none: it belongs to length_bound"),
+        ("psl", {**MEDIAN, "row_limit": 2.0}, "row_limit = 2.0 has no effect on the screening median_bound: it "),
+        ("psl", {**MEDIAN, "row_multiple": 0.0}, "row_multiple = 0.0 is not possible: it must be greater than 0"),
+        (
+            "psl",
+            LENGTH,
+            "the screening length_bound needs a length: give row_limit, such as 50, or choose median_bound",
+        ),
+        ("psl", {"screening": "median"}, "unknown screening 'median': did you mean 'median_bound'? known: "),
     ],
 )
 def test_errors(algorithm: str, options: dict[str, Any], words: str) -> None:
@@ -283,9 +305,9 @@ def test_errors(algorithm: str, options: dict[str, Any], words: str) -> None:
 def test_nothing_is_looked_at_in_a_simulation_without_the_option() -> None:
     def wrapped(**options: Any) -> bool:
         cohort: Any = Run(algorithm="psl", model="mlp", clients=2, rounds=1, **options).training.clients
-        while hasattr(cohort, "inner") and not isinstance(cohort, RowBound):
+        while hasattr(cohort, "inner") and not isinstance(cohort, ScreenedCohort):
             cohort = cohort.inner
-        return isinstance(cohort, RowBound)
+        return isinstance(cohort, ScreenedCohort)
 
-    assert (wrapped(), wrapped(row_bound=1.0)) == (False, True)
-    assert np.isnan(RowBound(Sends(lone(1.0), (0,), (2,)))._latest).all()
+    assert (wrapped(), wrapped(**MEDIAN)) == (False, True)
+    assert np.isnan(bounded(Sends(lone(1.0), (0,), (2,)))._latest).all()

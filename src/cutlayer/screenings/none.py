@@ -1,0 +1,10 @@
+"""No screening: the server uses rows as they come."""
+
+from __future__ import annotations
+
+from cutlayer.screenings.filtering import Screening, screening
+
+
+@screening("none", title="None")
+class NoScreening(Screening):
+    """Rows are used as they come."""
