@@ -22,9 +22,11 @@ from cutlayer.options import RunConfig
 from cutlayer.testing.algorithm_checks import check_algorithm
 from cutlayer.testing.deployed import in_memory, train_in_memory
 from cutlayer.testing.material import demand_equal, random_source, smooth
+from cutlayer.wire.coded import CodedCohort
 
 ALGORITHMS = ["cl", "fl", "psl", "ssl", "ussl", "sfl", "sflv1", "sflv2", "sflv3", "sglr"]
 WHOLE = ("cl", "fl")
+BENT = ("ussl", "upsl", "usfl")
 FIRST = r"^0\."  # of `smooth` and `stateful`: the client's first layer
 
 
@@ -32,7 +34,7 @@ def run_of(sizes: tuple[int, ...] = (10, 7), model: Any = smooth, **options: Any
     common: dict[str, Any] = {"clients": len(sizes), "partition": "column", "batch": 4, "precision": "float64"}
     if options.get("algorithm") not in WHOLE:
         common["cut"] = "1"
-    if options.get("algorithm") == "ussl":
+    if options.get("algorithm") in BENT:
         common["tail_cut"] = "3"
     return Run(model=model, data=random_source(sizes), **{**common, "rounds": 2, **options})
 
@@ -256,6 +258,51 @@ def test_clients_that_train_nothing_receive_nothing(algorithm: str, engine: str)
     demand_equal(engine, "not what the local engine trains", losses, [e.test_loss for e in trained_locally(options)])
 
 
+@pytest.mark.parametrize("algorithm", BENT)
+def test_every_engine_with_frozen_lower_parts_below_tails_that_train(algorithm: str) -> None:
+    check_algorithm(algorithm, one_client_is_sgd=False, freeze=FIRST)
+
+
+@pytest.mark.parametrize("engine", ["local", "stacked", "remote"])
+@pytest.mark.parametrize("algorithm", BENT)
+def test_frozen_lower_parts_get_no_gradients_and_their_tails_train(algorithm: str, engine: str) -> None:
+    """Only features come down. Every number is what it is where gradients go down for nothing."""
+    options: dict[str, Any] = {
+        "algorithm": algorithm,
+        "freeze": FIRST,
+        "sizes": (8, 6),
+        "clip": 1.0,
+        "gaussian_noise": 0.1,
+    }
+    asked = "local" if engine == "remote" or algorithm == "ussl" else engine
+    run = run_of(**options, engine=asked)
+    assert coded(run).trains
+    if engine == "remote":
+        run = train_in_memory(run.config, model=smooth, data=random_source((8, 6)))
+    else:
+        run.run()
+    ledger, t = run.training.ledger, run.training
+    assert ledger.total("down", kind="cut gradients") == 0
+    assert ledger.total("down", kind="features") == ledger.total("up", kind="cut gradients") > 0
+    stated = expect(t.algorithm, Workload(**vars(t.epoch), flops=t.flops, epochs=2))
+    if algorithm != "ussl":  # whose first client has the model already
+        assert (stated.up, stated.down) == (ledger.total("up"), ledger.total("down"))
+    wasteful = run_of(**options, engine="local")
+    coded(wasteful).lower_trains = True
+    wasteful.run()
+    assert wasteful.training.ledger.total("down", kind="cut gradients") > 0
+    losses = [e.test_loss for e in run.evaluations]
+    demand_equal(engine, "not what gradients for nothing give", losses, [e.test_loss for e in wasteful.evaluations])
+    assert losses[0] != losses[1]
+
+
+def coded(run: Run) -> Any:
+    cohort: Any = run.training.clients
+    while not isinstance(cohort, CodedCohort):
+        cohort = cohort.inner
+    return cohort
+
+
 def trained_locally(options: dict[str, Any]) -> Any:
     run = run_of(**options, engine="local")
     run.run()
@@ -270,12 +317,12 @@ def test_plan_counts_what_a_run_does() -> None:
     from cutlayer.costs.plan import plan
     from cutlayer.options import PlanConfig
 
-    for algorithm, pattern in (("psl", "^0"), ("sfl", "weight"), ("fl", "weight")):
+    for algorithm, pattern in (("psl", "^0"), ("sfl", "weight"), ("fl", "weight"), ("upsl", "^0")):
         run = run_of(algorithm=algorithm, freeze=pattern, sizes=(8, 8), rounds=1, precision="float32")
         run.run()
         config = PlanConfig.of(
             {"algorithms": [algorithm], "cut": "1", "input": [6], "clients": 2, "samples_per_client": 8, "batch": 4,
-             "freeze": pattern}
+             "freeze": pattern, **({"tail_cut": "3"} if algorithm in BENT else {})}
         )  # fmt: skip
         (cost,) = (
             plan(config, smooth).costs if hasattr(plan(config, smooth), "costs") else plan(config, smooth).algorithms

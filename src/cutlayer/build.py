@@ -225,8 +225,13 @@ class Prepared:
 
     @property
     def clients_train(self) -> bool:
-        """Whether the clients' parts have parameters that are trained; if not, no gradients go down."""
+        """Whether the clients' parts have parameters that are trained; if not, they take no steps."""
         return trains(*self.clients.models[0])
+
+    @property
+    def lower_trains(self) -> bool:
+        """Whether what lies below the first cut is trained; if not, no gradients go down."""
+        return trains(self.clients.models[0][0])
 
     @cached_property
     def head(self) -> nn.Module | None:
@@ -262,7 +267,8 @@ class Prepared:
         if self.algorithm.traits.central:
             ledger.add("up", "raw data", 0, _raw_bytes(source, self.clients.rows[0]))
         counts = _counts(source, partition)
-        coded = CodedCohort(cohort, replace(self.coding, carried=engine == "remote"), trains=self.clients_train)
+        trained = {"trains": self.clients_train, "lower_trains": self.lower_trains}
+        coded = CodedCohort(cohort, replace(self.coding, carried=engine == "remote"), **trained)
         metered = MeteredCohort(self._looked_at(coded, engine, tell), ledger, coded.crossed)
         training = Training(
             source,
@@ -337,7 +343,7 @@ class Prepared:
             samples_per_client=sum(map(len, self.partition)) // len(self.partition),
             batch=self.config.batch,
             smashed=up,
-            gradient=down if self.clients_train else 0,
+            gradient=down if self.lower_trains else 0,
             label=train.y[:1].nbytes,
             raw=sum(x.nbytes for x in train.form.rows),
             model=sum(map(model_bytes, self.split.all)),

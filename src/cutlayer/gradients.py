@@ -62,6 +62,14 @@ def summed(gradients: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return total
 
 
+def descending(given: Rows, received: Rows) -> list[tuple[Tensor, Tensor]]:
+    """What a client part `given` back-propagates: (smashed data, its gradient) for each tensor that has a graph. Of
+    `received` there is one per floating point tensor, or none at all where the part trains nothing.
+    """
+    floats = [s for s in given if s.is_floating_point()] if received else []
+    return [(s, g) for s, g in zip(floats, received, strict=True) if s.requires_grad]
+
+
 def own(gradient: Rows, smashed: Smashed, scale: str = "own") -> CutGradients:
     """Every client gets its own slice of `gradient` = dLoss/d(smashed data), each [R, s...].
 

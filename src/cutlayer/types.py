@@ -100,6 +100,10 @@ class CutGradients:
     common: Rows = ()
     active: tuple[int, ...] = ()
 
+    def without_rows(self) -> CutGradients:
+        """For the same clients, whose lower parts train nothing: each takes its step, and no gradient goes down."""
+        return CutGradients((), self.clients, self.sizes, active=self.active)
+
     def for_client(self, client: int, size: int) -> Rows:
         """What `client`, whose batch has `size` rows, back-propagates: each [size, s...]."""
         if client in self.active:

@@ -75,9 +75,9 @@ class HostileCohort(CohortAround):
         return tail if rows is tail.rows else replace(tail, rows=rows)
 
     def backward(self, gradients: CutGradients) -> None:
-        """Hostile clients train on another gradient."""
+        """Hostile clients train on another gradient, where they are sent one."""
         clients, sizes = self._asked
-        if not self._gradient.keys() & set(clients):
+        if not (gradients.own or gradients.common) or not self._gradient.keys() & set(clients):
             self.inner.backward(gradients)
             return
         own = gradients.for_all(clients, sizes)

@@ -61,7 +61,7 @@ class Footing:
 class Measured:
     """A model at a cut. Counts of `parameters` (of the whole and of the client's part); FLOPs per sample; `client` and
     `whole` as they train; `crossing` is what goes up. With a second cut, the `client` has the tail too, and
-    `returning` is what comes down to it.
+    `returning` is what comes down to it. `lower_trains`: something below the first cut is trained.
     """
 
     name: str
@@ -72,6 +72,7 @@ class Measured:
     client: Footing
     whole: Footing
     returning: tuple[Crossing, ...] = ()
+    lower_trains: bool = True
 
     @property
     def smashed(self) -> int:
@@ -80,10 +81,10 @@ class Measured:
 
     @property
     def gradient(self) -> int:
-        """Bytes of one sample that come down: tensors that are not floating point have no gradient, and a part that
-        trains nothing needs none.
+        """Bytes of one sample that come down to the first cut: tensors that are not floating point have no gradient,
+        and a part that trains nothing needs none.
         """
-        if not self.client.trainable:
+        if not self.lower_trains:
             return 0
         return crossing_bytes(c for c in self.crossing if c.differentiable)
 
@@ -285,6 +286,7 @@ class _Measurement:
             flops,
             _footing(sizes, saved, len(self.x)),
             _footing(whole, [k.total for k in self.kept], len(self.x)),
+            lower_trains=bool(trainable),
         )
 
 

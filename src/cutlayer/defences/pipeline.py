@@ -206,7 +206,11 @@ class Guarded:
         return tuple(r.detach() for r in self.sent)
 
     def back(self, gradients: Rows) -> Rows:
-        """From dLoss/d(what was sent), each [R, s...], to the gradients with respect to what the client computed."""
+        """From dLoss/d(what was sent), each [R, s...], to the gradients with respect to what the client computed; none
+        where none came.
+        """
+        if not gradients:
+            return ()
         leaves = [r for r in self.leaves if r.requires_grad]
         sent = [r for r, leaf in zip(self.sent, self.leaves, strict=True) if leaf.requires_grad]
         total: Rows = torch.autograd.grad(sent, leaves, gradients)

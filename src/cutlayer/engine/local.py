@@ -28,7 +28,7 @@ from cutlayer.engine.simulated import (
 )
 from cutlayer.errors import NonFiniteError
 from cutlayer.frozen import load_moving, moving, resting
-from cutlayer.gradients import gradient_of, mean_loss, summed
+from cutlayer.gradients import descending, gradient_of, mean_loss, summed
 from cutlayer.models.parts import Part
 from cutlayer.optim import MakeOptimizer, Stepping, as_tensor, load_optimizer, restore_optimizer
 from cutlayer.scoring import Outputs, evaluation
@@ -78,9 +78,7 @@ class Client:
 
     def backward(self, gradient: Rows) -> None:
         """Back-propagate `gradient` from the cut; gradients add to those the tail has left."""
-        floats = [s for s in self.smashed if s.is_floating_point()]
-        pairs = [(s, g) for s, g in zip(floats, aligned(gradient), strict=True) if s.requires_grad]
-        if pairs:
+        if pairs := descending(self.smashed, aligned(gradient)):
             backward([s for s, _ in pairs], [g for _, g in pairs])
         self.smashed = ()
 

@@ -33,7 +33,7 @@ from cutlayer.engine.stack import Generators, Group, Stack
 from cutlayer.engine.ways import Stacking
 from cutlayer.errors import NonFiniteError
 from cutlayer.frozen import load_resting, resting
-from cutlayer.gradients import client_means, gradient_of, means_of_clients
+from cutlayer.gradients import client_means, descending, gradient_of, means_of_clients
 from cutlayer.optim import MakeOptimizer, rule_of
 from cutlayer.scoring import Outputs, evaluation
 from cutlayer.server import Server, ServerStep, culprits, finite
@@ -125,9 +125,7 @@ class StackedCohort(SimulatedCohort):
         received = gradients.for_all(self._asked, self._sizes)
         for p in self._passes:
             given = self._given(p)
-            floats = [s for s in given if s.is_floating_point()]
-            pairs = [(s, g[p.group.rows]) for s, g in zip(floats, received, strict=True) if s.requires_grad]
-            if pairs:
+            if pairs := descending(given, tuple(g[p.group.rows] for g in received)):
                 backward([s for s, _ in pairs], [g for _, g in pairs])
             del given
             check_weights(p.group)

@@ -21,7 +21,7 @@ from cutlayer.data.samples import Samples
 from cutlayer.engine.simulated import Clients, CohortState, SimulatedCohort, model_bytes
 from cutlayer.engine.stackable import close, drawing, exact
 from cutlayer.errors import ConfigError, NonFiniteError
-from cutlayer.gradients import column, means, spread
+from cutlayer.gradients import column, descending, means, spread
 from cutlayer.optim import MakeOptimizer, Stepping, as_tensor, restore_optimizer, set_lr
 from cutlayer.scoring import Outputs, evaluation
 from cutlayer.server import Server, ServerStep, apart, culprits, finite
@@ -69,15 +69,13 @@ class UnionCohort(SimulatedCohort):
         """The weighted mean of the steps that the clients of the last `forward` would take."""
         received = gradients.for_all(self._asked, self._sizes)
         share = spread(shares(self.masses, self._asked), self._sizes)
-        floats = [s for s in self._given if s.is_floating_point()]
-        pairs = [(s, g * column(share, g)) for s, g in zip(floats, received, strict=True) if s.requires_grad]
+        pairs = descending(self._given, tuple(g * column(share, g) for g in received))
         self._step([s for s, _ in pairs], [g for _, g in pairs])
 
     def backward_together(self, gradients: CutGradients) -> Summed:
         """One step with the gradient of the loss over all rows: the sum of the clients'."""
         received = gradients.for_all(self._asked, self._sizes)
-        floats = [s for s in self._given if s.is_floating_point()]
-        pairs = [(s, g) for s, g in zip(floats, received, strict=True) if s.requires_grad]
+        pairs = descending(self._given, received)
         everybody = tuple(range(len(self.samples)))
         if self._differentiate([s for s, _ in pairs], [g for _, g in pairs]):
             self._stepping.take(self._rate, last=not self._quota[list(self._participants)].any())

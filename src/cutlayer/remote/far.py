@@ -374,9 +374,9 @@ class RemoteCohort:
         ends = np.cumsum(gradients.sizes).tolist()
         spans = {k: slice(end - n, end) for k, n, end in zip(gradients.clients, gradients.sizes, ends, strict=True)}
         for k in self._asked:
-            if k in gradients.active:
+            if gradients.common and k in gradients.active:
                 self._post(k, m.Backward(self._step, "common", len(gradients.common[0])), common)
-            elif k in spans:
+            elif k in spans or k in gradients.active:
                 own = [rows[spans[k]] for rows in gradients.own]
                 self._post(k, m.Backward(self._step, "own", self._sizes[k]), encode(own, self.setup.down))
 
@@ -391,7 +391,7 @@ class RemoteCohort:
 
         def ask(k: int) -> list[Request]:
             give: Request = (m.GiveGradient(self._step), ())
-            if k in gradients.active:
+            if gradients.common and k in gradients.active:
                 return [(m.Backward(self._step, "common", len(gradients.common[0]), hold=True), common), give]
             own = encode([rows[spans[k]] for rows in gradients.own], self.setup.down)
             return [(m.Backward(self._step, "own", self._sizes[k], hold=True), own), give]

@@ -39,7 +39,7 @@ from cutlayer.errors import (
     WireError,
 )
 from cutlayer.folder import LAST
-from cutlayer.frozen import load_moving, moving
+from cutlayer.frozen import load_moving, moving, trains
 from cutlayer.models.parts import Crossing
 from cutlayer.optim import MakeOptimizer, as_tensor, load_optimizer, restore_optimizer
 from cutlayer.remote.allowance import Extent, Purse, statement
@@ -182,7 +182,8 @@ class Worker:
         self.watch = Watch()
         self._warned = self._warned_of_model = False
         self._passes = 0  # backward passes since the watch began
-        self._gradients = [c for c in duty.crossing if c.differentiable]
+        # What comes down: nothing, where the lower part is not trained.
+        self._gradients = [c for c in duty.crossing if c.differentiable and trains(duty.lower)]
         self._tally: Tally | None = None  # of the own test rows that have been judged so far
         self._tallied = 0  # how many these are
 
@@ -478,7 +479,7 @@ class Worker:
         if message.rows != size and not (message.mode == "common" and (message.rows == 1 or message.rows > size)):
             raise WireError(f"a gradient of {message.rows} rows came for a batch of {size}")
         gradient = decode(body, self._gradients, message.rows, self.duty.down)
-        if self.duty.watch != "off" and self.duty.task.targets == "class":
+        if gradient and self.duty.watch != "off" and self.duty.task.targets == "class":
             self._look(gradient if message.mode == "own" else None)
         if message.mode == "common":
             gradient = tuple(g.expand(size, *g.shape[1:]) if len(g) == 1 else g[:size] for g in gradient)

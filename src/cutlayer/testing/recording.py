@@ -20,7 +20,7 @@ class Recording:
     """A cohort as an algorithm sees it. `used` are the verbs that it has asked for, `strangers` what else.
 
     `up` and `down` are the bytes of all tensors that crossed, one by one. Of a model, those called `frozen` do not
-    cross, and no gradients do to clients that do not train (`trains`).
+    cross, and no gradients do to clients whose lower parts do not train (`trains`).
     """
 
     def __init__(self, clients: Cohort, frozen: Collection[str] = (), *, trains: bool = True) -> None:

@@ -19,14 +19,15 @@ from cutlayer.wire.coding import Coding
 class CodedCohort(CohortAround):
     """A cohort whose rows cross as its codecs write them. Without a lossy codec nothing is changed.
 
-    `trains`: clients train something; if not, no gradients go down, and no backward pass is asked for.
+    `trains`: clients train something; if not, no backward pass is asked for. `lower_trains`: their lower parts do; if
+    not, no gradients go down.
     `crossed` lists the bytes of all rows that crossed, oldest first, until whoever counts them empties it. Codecs keep
     nothing: the state is the inner cohort's.
     """
 
-    def __init__(self, inner: Cohort, coding: Coding, *, trains: bool = True) -> None:
+    def __init__(self, inner: Cohort, coding: Coding, *, trains: bool = True, lower_trains: bool = True) -> None:
         super().__init__(inner)
-        self.coding, self.trains = coding, trains
+        self.coding, self.trains, self.lower_trains = coding, trains, lower_trains
         self.crossed: list[Crossed] = []
         self._received: Smashed | None = None
 
@@ -55,6 +56,8 @@ class CodedCohort(CohortAround):
 
     def _down(self, gradients: CutGradients) -> CutGradients:
         """Cut gradients as they are received."""
+        if not self.lower_trains:  # the rest of the client, its tail, has its gradients already
+            return gradients.without_rows()
         own = self._cross("down", self.coding.down, self._supported(gradients), gradients.clients, gradients.sizes)
         common = gradients.common
         if gradients.active:
