@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from cutlayer import Run, RunConfig, scoring
 from cutlayer.data import Source, from_arrays, from_dataset, from_memory, load_whole
 from cutlayer.data import lazy as lazily
+from cutlayer.data.ahead import ReadAhead
+from cutlayer.data.batches import Batches
 from cutlayer.data.lazy import Lazy
 from cutlayer.errors import ConfigError, DataError, RunFolderError
 from cutlayer.leakage.subject import _held_out
@@ -127,6 +130,81 @@ def test_processes_read_the_same_and_end() -> None:
     with pytest.raises(DataError, match=r"x of item 7 of the data set has shape \(5,\)"):
         source.train[:]
     source.close()
+
+
+class Counted:
+    """Makes items with a random transform; `count` says how many, in all processes together."""
+
+    def __init__(self) -> None:
+        self.count = multiprocessing.Value("l", 0)
+
+    def __call__(self, n: int) -> Any:
+        with self.count:
+            self.count.value += 1
+        return jittered(n)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "engine"),
+    [("psl", "local"), ("psl", "stacked"), ("ssl", "local"), ("fl", "local"), ("cse-fsl", "local")],
+)
+def test_what_is_read_ahead_is_what_is_trained_on(algorithm: str, engine: str) -> None:
+    """Bit for bit what this process reads itself, and not an item more."""
+    runs = []
+    for workers in (0, 2):
+        items = Counted()
+        mine = run((Items(40, items), Items(12)), algorithm, engine=engine, data_workers=workers, **NEVER)
+        runs.append((figures(mine.run()), items.count.value))
+    assert runs[0] == runs[1]
+
+
+def test_batches_are_foreseen_as_they_are_drawn() -> None:
+    rows = [np.arange(7), np.arange(7, 10), np.arange(10, 30)]
+    batches, same = (Batches(rows, 4, seed=3) for _ in range(2))
+    for _ in range(5):
+        foreseen = batches.coming([0, 2, 1], [9, 9, 2], 4)
+        for turn in range(4):
+            for k in (0, 2, 1):
+                if k == 1 and turn > 1:
+                    continue
+                expected, sizes, clocks = same.draw([k])
+                found, epochs = foreseen.pop(0)
+                assert torch.equal(found, expected)
+                assert epochs.tolist() == same.epochs([k], sizes, clocks).tolist()
+        assert foreseen == []
+        for k, often in ((0, 4), (2, 4), (1, 2)):  # the same after drawing as before
+            for _ in range(often):
+                batches.draw([k])
+    assert batches.state() == same.state()
+
+
+class Rung:
+    """Answers numbers by their squares, and rings for each; 7 is its end."""
+
+    def __init__(self) -> None:
+        self.bells = [multiprocessing.Event() for _ in range(8)]
+
+    def __call__(self, number: int) -> int:
+        self.bells[number].set()
+        if number == 7:
+            os._exit(3)
+        return number**2
+
+
+def test_workers_answer_before_anybody_waits() -> None:
+    """And in whatever order answers are taken."""
+    rung = Rung()
+    reader = ReadAhead(rung, 1)
+    reader.ask([1, 2, 3, 4])
+    assert all(rung.bells[number].wait(60) for number in (1, 2))
+    assert not rung.bells[4].is_set()  # two at a time, until one is taken
+    assert [reader.take(number) for number in (2, 5, 1)] == [4, 25, 1]
+    reader.close()
+    assert [ReadAhead(rung, 0).take(3), reader.take(3), reader.depth, ReadAhead(rung, 0).depth] == [9, 9, 2, 0]
+    with pytest.raises(DataError, match=r"a process that reads items has ended .* pass fewer data_workers than 1"):
+        reader.take(7)
+    reader.close()
+    assert multiprocessing.active_children() == []
 
 
 def test_random_transforms_differ_from_epoch_to_epoch_and_nothing_else_changes() -> None:
@@ -247,9 +325,9 @@ def test_evaluation_reads_once_and_a_chunk_at_a_time(monkeypatch: pytest.MonkeyP
     taken: list[int] = []
     read = lazily.Items.read
 
-    def counted(self: Any, part: str, at: Tensor, epochs: Any) -> Any:
+    def counted(self: Any, part: str, at: Tensor, *how: Any) -> Any:
         taken.extend([len(at)] if part == "test" else [])
-        return read(self, part, at, epochs)
+        return read(self, part, at, *how)
 
     monkeypatch.setattr(lazily.Items, "read", counted)
     kept = run((Items(40), Items(12)), engine="local").run()

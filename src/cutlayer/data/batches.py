@@ -50,6 +50,7 @@ class Batches:
         self._rows = np.concatenate(rows)
         self._order = self._rows.copy()
         self._epoch = np.full(len(rows), -1, np.int64)
+        self._early: dict[int, tuple[int, np.ndarray]] = {}  # orders of epochs that were looked into before they begin
 
     def draw(
         self, clients: Sequence[int] | np.ndarray, sizes: Sequence[int] | None = None
@@ -75,6 +76,21 @@ class Batches:
             places = np.repeat(begin - ends + found, found) + np.arange(ends[-1])
         self.drawn[who] += 1
         return torch.from_numpy(self._order[places]), found, clocks
+
+    def coming(
+        self, clients: Sequence[int], left: Sequence[int] | np.ndarray, each: int
+    ) -> list[tuple[Tensor, np.ndarray]]:
+        """The next `each` batches of `clients`, or as many as each has `left` [C], which `draw` will give: rows [b] and
+        their epochs [b]. The first batches of all come first, then the second ones.
+        """
+        found = []
+        for turn in range(each):
+            for k, some in zip(clients, left, strict=True):
+                if turn < some:
+                    epoch, at = divmod(int(self.drawn[k]) + turn, int(self.per_epoch[k]))
+                    rows = self._looked_into(k, epoch)[at * self.batch : (at + 1) * self.batch]
+                    found.append((torch.from_numpy(rows), np.full(len(rows), epoch)))
+        return found
 
     def epochs(self, clients: Sequence[int], sizes: np.ndarray, clocks: np.ndarray) -> np.ndarray:
         """In which epoch of its owner each row [R] of the batches is that `draw` gave last."""
@@ -120,10 +136,23 @@ class Batches:
 
     def _shuffle(self, client: int, epoch: int) -> None:
         """Put an epoch of the client in order."""
-        span = slice(self._first[client], self._first[client] + self.counts[client])
-        order = seeds.generator(self.seed, "batches", self.names[client], epoch)
-        self._order[span] = order.permutation(self._rows[span])
+        self._order[self._span(client)] = self._looked_into(client, epoch)
         self._epoch[client] = epoch
+        self._early.pop(client, None)
+
+    def _looked_into(self, client: int, epoch: int) -> np.ndarray:
+        """The client's rows in the order of an epoch, which goes on or has not begun yet."""
+        span = self._span(client)
+        if epoch == self._epoch[client]:
+            return self._order[span]
+        if self._early.get(client, (None,))[0] != epoch:
+            order = seeds.generator(self.seed, "batches", self.names[client], epoch)
+            self._early[client] = epoch, order.permutation(self._rows[span])
+        return self._early[client][1]
+
+    def _span(self, client: int) -> slice:
+        """Where the client's rows are."""
+        return slice(self._first[client], self._first[client] + self.counts[client])
 
 
 @dataclass(frozen=True)

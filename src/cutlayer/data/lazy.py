@@ -1,4 +1,5 @@
-"""Data sets that do not lie in memory: items are read when a batch needs them, each time anew, by torch's DataLoader.
+"""Data sets that do not lie in memory: items are read for each batch, each time anew, by the processes of torch's
+DataLoader while the batches before are trained on, or by this one.
 
 Which items a batch holds, and what random transforms draw for an item, is named by the run's seed, the epoch and the
 row. So it is the same with any number of worker processes, on every engine, and after a run was interrupted.
@@ -6,9 +7,10 @@ row. So it is the same with any number of worker processes, on every engine, and
 
 from __future__ import annotations
 
+import itertools
 import os
-import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, NoReturn
 
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor
 
 from cutlayer import seeds
+from cutlayer.data.ahead import ReadAhead
 from cutlayer.data.arrays import as_array
 from cutlayer.data.conversion import Conversion, divisor
 from cutlayer.data.formats._pictures import one_picture, stack_pictures
@@ -46,13 +49,25 @@ class ItemReading:
     seed: int = 0
 
 
-class _Index(NamedTuple):
-    """An item of a part, in an epoch; whether its label is wanted, or its input."""
+class _Wanted(NamedTuple):
+    """Items of a part: `rows` and `epochs` are the bytes of int64 [R]. Whether their labels are wanted, or inputs."""
 
     part: str
-    epoch: int
-    row: int
-    label: bool = False
+    rows: bytes
+    epochs: bytes
+    labels: bool = False
+
+    @classmethod
+    def of(cls, part: str, rows: np.ndarray, epochs: np.ndarray | None, *, labels: bool = False) -> _Wanted:
+        """The `rows` [R] as they are in `epochs` [R] (None: out of training)."""
+        often = np.full(len(rows), _STILL) if epochs is None else epochs
+        return cls(part, rows.astype(np.int64).tobytes(), often.astype(np.int64).tobytes(), labels)
+
+    @property
+    def items(self) -> list[tuple[int, int]]:
+        """(row, epoch) of each."""
+        rows, epochs = (np.frombuffer(numbers, np.int64).tolist() for numbers in (self.rows, self.epochs))
+        return list(zip(rows, epochs, strict=True))
 
 
 @dataclass(frozen=True)
@@ -63,19 +78,24 @@ class _Refused:
     sentence: str
 
 
-class _Fetch(torch.utils.data.Dataset[Any]):
+class _Fetch:
     """Reads items, in this process or in a worker."""
 
     def __init__(self, parts: Mapping[str, Any], seed: int) -> None:
         self.parts, self.seed = parts, seed
         self.tensors: Callable[[Sequence[Any], Sequence[str]], Inputs] | None = None
 
-    def __getitem__(self, index: _Index) -> tuple[_Index, Any]:
+    def __call__(self, wanted: _Wanted) -> Any:
+        """Tensors of items' inputs, or a list of their labels."""
+        assert self.tensors is not None
         try:
-            x, y = self.pair(index.part, index.row, index.epoch)
-            return index, y if index.label else x
+            pairs = [self.pair(wanted.part, row, epoch) for row, epoch in wanted.items]
+            if wanted.labels:
+                return [as_array(y, "a label") if isinstance(y, Tensor) else y for _, y in pairs]
+            names = [f"item {row} of the {called(wanted.part)}" for row, _ in wanted.items]
+            return self.tensors([x for x, _ in pairs], names)
         except CutlayerError as error:
-            return index, _Refused(type(error), str(error))
+            return _Refused(type(error), str(error))
 
     def pair(self, part: str, row: int, epoch: int = _STILL) -> tuple[Any, Any]:
         """An item as (input, label)."""
@@ -85,29 +105,6 @@ class _Fetch(torch.utils.data.Dataset[Any]):
             item = dataset[row]
         return pair(item, f"item {row} of the {called(part)}")
 
-    def collated(self, found: Sequence[tuple[_Index, Any]]) -> Any:
-        """Tensors of items' inputs, or a list of their labels."""
-        for _, one in found:
-            if isinstance(one, _Refused):
-                return one
-        if found[0][0].label:
-            return [as_array(y, "a label") if isinstance(y, Tensor) else y for _, y in found]
-        assert self.tensors is not None
-        try:
-            return self.tensors([x for _, x in found], [f"item {i.row} of the {called(i.part)}" for i, _ in found])
-        except CutlayerError as error:
-            return _Refused(type(error), str(error))
-
-
-class _Plan(torch.utils.data.Sampler[list[_Index]]):
-    """The batches that are asked for next."""
-
-    def __init__(self) -> None:
-        self.batches: list[list[_Index]] = []
-
-    def __iter__(self) -> Iterator[list[_Index]]:
-        return iter(self.batches)
-
 
 class Items:
     """The items of the data sets `parts`, converted as the first item of the training part asks for.
@@ -116,9 +113,8 @@ class Items:
     """
 
     def __init__(self, parts: Mapping[str, Any], reading: ItemReading) -> None:
-        self._fetch, self._workers = _Fetch(parts, reading.seed), reading.workers
-        self._plan = _Plan()
-        self._loader: torch.utils.data.DataLoader[Any] | None = None
+        self._fetch = _Fetch(parts, reading.seed)
+        self._reader = ReadAhead(self._fetch, reading.workers)
         self.convert: Conversion | None = None
         self.shape: list[int] = []
         self.recipe: dict[str, Any] = {}
@@ -138,12 +134,24 @@ class Items:
         """The samples of a part with the row numbers `at` and targets `y`."""
         return Lazy(self.first, y, self, part, at)
 
-    def read(self, part: str, at: Tensor, epochs: np.ndarray | None) -> Inputs:
-        """The inputs of the rows `at` [R > 0] of a part, as they are in `epochs` [R] (None: out of training)."""
-        often = [_STILL] * len(at) if epochs is None else epochs.tolist()
-        rows = [_Index(part, epoch, row) for epoch, row in zip(often, at.tolist(), strict=True)]
-        size = -(-len(rows) // max(1, self._workers))
-        return _joined(self._load([rows[i : i + size] for i in range(0, len(rows), size)]))
+    @property
+    def ahead(self) -> int:
+        """How many batches it pays to foresee; 0 where nobody would read them meanwhile."""
+        return self._reader.depth
+
+    def foresee(self, part: str, batches: Iterable[tuple[Tensor, np.ndarray]]) -> None:
+        """These batches, each the rows [R] of a part in their epochs [R], are read next, in this order."""
+        self._reader.ask([_Wanted.of(part, at.numpy(), epochs) for at, epochs in batches])
+
+    def read(self, part: str, at: Tensor, epochs: np.ndarray | None, sizes: Sequence[int] = ()) -> Inputs:
+        """The inputs of the rows `at` [R > 0] of a part, as they are in `epochs` [R] (None: out of training). They are
+        batches of `sizes`, which were foreseen (none given: all workers share in them).
+        """
+        share = -(-len(at) // max(1, self._reader.workers))
+        ends = np.cumsum(sizes) if len(sizes) else np.arange(share, len(at) + share, share)
+        rows, often = at.numpy(), np.full(len(at), _STILL) if epochs is None else epochs
+        spans = [slice(start, end) for start, end in itertools.pairwise([0, *ends.tolist()])]
+        return _joined(self._load([_Wanted.of(part, rows[span], often[span]) for span in spans]))
 
     def labels(self, part: str) -> tuple[list[Any] | Array, str]:
         """The labels of all items, and from which attribute they were taken (empty: the items were read)."""
@@ -152,12 +160,13 @@ class Items:
             known = _attribute(dataset, name)
             if known is not None and self._agrees(part, known):
                 return known, name
-        rows = [_Index(part, _STILL, row, label=True) for row in range(len(dataset))]
-        return [y for ys in self._load([rows[i : i + _LABELS] for i in range(0, len(rows), _LABELS)]) for y in ys], ""
+        rows = np.arange(len(dataset))
+        spans = [slice(start, start + _LABELS) for start in range(0, len(rows), _LABELS)]
+        return [y for ys in self._load([_Wanted.of(part, rows[s], None, labels=True) for s in spans]) for y in ys], ""
 
     def close(self) -> None:
         """End the worker processes. They start again when something is read."""
-        self._loader = None
+        self._reader.close()
 
     def _agrees(self, part: str, known: Array) -> bool:
         """Whether the labels of a few items are those that are known: they may go through a transform."""
@@ -165,23 +174,15 @@ class Items:
             few = {row: self._fetch.pair(part, row)[1] for row in {0, len(known) // 2, len(known) - 1}}
         return all(np.array_equal(as_array(y, "a label"), known[row]) for row, y in few.items())
 
-    def _load(self, batches: list[list[_Index]]) -> list[Any]:
-        if self._loader is None:
-            self._loader = torch.utils.data.DataLoader(
-                self._fetch,
-                batch_sampler=self._plan,
-                num_workers=self._workers,
-                collate_fn=self._fetch.collated,
-                persistent_workers=self._workers > 0,
-                worker_init_fn=_obey,
-                generator=torch.Generator(),
-            )
-        self._plan.batches = batches
-        with seeds.restored():
-            found = list(self._loader)
-        for one in found:
-            if isinstance(one, _Refused):
-                raise one.kind(one.sentence)
+    def _load(self, wanted: Sequence[_Wanted]) -> list[Any]:
+        self._reader.ask(wanted)
+        found = []
+        for one in wanted:
+            with seeds.restored() if not self._reader.workers else nullcontext():
+                answer = self._reader.take(one)
+            if isinstance(answer, _Refused):
+                raise answer.kind(answer.sentence)
+            found.append(answer)
         return found
 
     def _tensors_of(self, x: Any) -> Callable[[Sequence[Any], Sequence[str]], Inputs]:
@@ -236,9 +237,18 @@ class Lazy(Samples):
         """The samples at `rows` (an index tensor or a slice), read now."""
         return self._read(rows, None)
 
-    def batch(self, rows: Tensor, epochs: np.ndarray) -> Samples:
-        """The samples at `rows` [R], with random transforms as in these `epochs` [R]."""
-        return self._read(rows, epochs)
+    @property
+    def ahead(self) -> int:
+        """How many batches it pays to foresee."""
+        return self.items.ahead
+
+    def foresee(self, batches: Iterable[tuple[Tensor, np.ndarray]]) -> None:
+        """These batches are asked for next, in this order: worker processes read them meanwhile."""
+        self.items.foresee(self.part, [(self.at[rows], epochs) for rows, epochs in batches])
+
+    def batch(self, rows: Tensor, epochs: np.ndarray, sizes: Sequence[int] = ()) -> Samples:
+        """The samples at `rows` [R], with random transforms as in these `epochs` [R]: foreseen batches of `sizes`."""
+        return self._read(rows, epochs, sizes)
 
     def share(self, rows: Tensor) -> Samples:
         """The samples at `rows`, read when they are asked for."""
@@ -248,12 +258,12 @@ class Lazy(Samples):
         """End the worker processes."""
         self.items.close()
 
-    def _read(self, rows: Tensor | slice, epochs: np.ndarray | None) -> Samples:
+    def _read(self, rows: Tensor | slice, epochs: np.ndarray | None, sizes: Sequence[int] = ()) -> Samples:
         at = self.at[rows] if isinstance(rows, slice) else self.at[rows.cpu()]
         y = self.y[rows] if isinstance(rows, slice) else self.y[rows.to(self.y.device)]
         if not len(at):
             return Samples(_each_like(self.inputs, self.inputs, lambda x, _: x[:0]), y)
-        found = self.items.read(self.part, at, epochs)
+        found = self.items.read(self.part, at, epochs, sizes)
         return Samples(_each_like(found, self.inputs, lambda x, like: x.to(like.device, like.dtype)), y)
 
     def _refuse(self) -> NoReturn:
@@ -387,11 +397,3 @@ def _joined(parts: Sequence[Inputs]) -> Inputs:
         return torch.cat([inputs_of(part)[0] for part in parts])
     made = [torch.cat(tensors) for tensors in zip(*map(inputs_of, parts), strict=True)]
     return dict(zip(first, made, strict=True)) if isinstance(first, Mapping) else tuple(made)
-
-
-def _obey(worker: int) -> None:
-    """A worker process ends when this one ends it: an interrupt from the keyboard, which all of them get, is for this
-    one to handle.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)

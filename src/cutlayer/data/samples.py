@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -39,8 +39,18 @@ class Samples:
     def __len__(self) -> int:
         return len(self.y)
 
-    def batch(self, rows: Tensor, epochs: np.ndarray) -> Samples:
-        """The samples at `rows` [R], to train on in these `epochs` [R] of their owners: random transforms differ."""
+    @property
+    def ahead(self) -> int:
+        """How many batches it pays to foresee; 0: none."""
+        return 0
+
+    def foresee(self, batches: Iterable[tuple[Tensor, np.ndarray]]) -> None:
+        """These batches, each (rows [R], epochs [R]), are asked for next, in this order."""
+
+    def batch(self, rows: Tensor, epochs: np.ndarray, sizes: Sequence[int] = ()) -> Samples:
+        """The samples at `rows` [R], to train on in these `epochs` [R] of their owners: random transforms differ. They
+        are batches of `sizes`, which were foreseen (none given: they were not).
+        """
         return self[rows.to(self.y.device)]
 
     def share(self, rows: Tensor) -> Samples:

@@ -210,15 +210,17 @@ class LocalCohort(SimulatedCohort):
         self._asked = self._willing(clients)
         if not self._asked:
             return Smashed((), torch.empty(0), (), ())
-        sent = [self._forward_one(k) for k in self._asked]
+        self._foresee(self._asked)
+        sent = [self._forward_one(k, len(self._asked)) for k in self._asked]
         rows = tuple(torch.cat([s[i].detach() for s in sent]) for i in range(len(sent[0])))
         self._drift()
         of = [self._clients[k].labels for k in self._asked]
         sizes = tuple(len(y) for y in of)
         return self._smashed(rows, torch.cat(of), self._asked, sizes, labels)
 
-    def _forward_one(self, client: int) -> Rows:
-        batch, _, (clock,) = self._draw([client])
+    def _forward_one(self, client: int, among: int = 1) -> Rows:
+        """A client's smashed data of its next batch; in each step `among` so many draw one."""
+        batch, _, (clock,) = self._draw([client], among)
         return self._clients[client].forward(batch, self.setup.seed, int(clock))
 
     def tail(self, features: Smashed) -> TailGradients:

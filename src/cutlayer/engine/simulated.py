@@ -197,15 +197,30 @@ class SimulatedCohort(ABC):
         left = self._quota[list(asked)] > 0
         return tuple(asked) if left.all() else tuple(k for k, some in zip(asked, left, strict=True) if some)
 
-    def _draw(self, clients: Sequence[int]) -> tuple[Samples, np.ndarray, np.ndarray]:
+    def _draw(self, clients: Sequence[int], among: int = 1) -> tuple[Samples, np.ndarray, np.ndarray]:
         """The next batches of `clients`, one after another: samples [R], sizes [C], and clocks [C] (how many batches
-        each had drawn before)."""
+        each had drawn before). In each step `among` so many draw, one by one.
+        """
+        foreseen = self._foresee(clients, among)
         rows, sizes, clocks = self._batches.draw(clients, None if self._turns is None else self._turns.take(clients))
         self._quota[list(clients)] -= 1
-        batch = self.setup.data.batch(rows, self._batches.epochs(clients, sizes, clocks))
+        batch = self.setup.data.batch(
+            rows, self._batches.epochs(clients, sizes, clocks), sizes.tolist() if foreseen else ()
+        )
         if self._kept is not None:
             self._kept.append(Drawn(batch.rows, sizes, clocks))
         return batch, sizes, clocks
+
+    def _foresee(self, clients: Sequence[int], among: int = 1) -> bool:
+        """Data that are read when they are needed hear which batches of `clients` come next: those of as many steps as
+        it pays to foresee, where `among` so many clients draw one by one in each. Whether they heard.
+        """
+        ahead = self.setup.data.ahead
+        if not ahead or self._turns is not None:
+            return False
+        steps = 1 - (-ahead // max(among, len(clients)))
+        self.setup.data.foresee(self._batches.coming(clients, self._quota[list(clients)], steps))
+        return True
 
     def _smashed(
         self, rows: Rows, y: Tensor, clients: tuple[int, ...], sizes: tuple[int, ...], labels: bool

@@ -398,11 +398,16 @@ class Worker:
 
     def _draw(self, size: int | None = None) -> tuple[Samples, int]:
         self._spend("batches")
+        samples = self.duty.samples
+        foreseen = size is None and samples.ahead > 0
+        if foreseen:
+            samples.foresee(self._batches.coming([0], [self._left], 1 + samples.ahead))
         rows, sizes, clocks = self._batches.draw([0], None if size is None else [size])
         self._drawn = rows
         self._left -= 1
         self._rows_left -= size or 0
-        return self.duty.samples.batch(rows, self._batches.epochs([0], sizes, clocks)), int(clocks[0])
+        batch = samples.batch(rows, self._batches.epochs([0], sizes, clocks), sizes.tolist() if foreseen else ())
+        return batch, int(clocks[0])
 
     def _unfit_forward(self, message: m.Forward) -> str:
         """Why no smashed data are sent: labels stay, a batch is chosen by the client, or the round is over."""
