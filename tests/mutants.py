@@ -536,6 +536,10 @@ MUTANTS = [
     M("rows of the union unweighted", "tasks", "values * weights.to(values) / masses", "values / masses"),
     M("union's shares of rows", "tasks", "for mass in masses_of(weights, sizes)], sizes).to(values)", "for mass in sizes], sizes).to(values)"),
     # What clients on other machines say of it
+    M("refusals are not counted", "client", "self.answers.refused(frame)", "pass"),
+    M("rows sent are not counted", "client", "self.rows += said.rows if", "self.rows += 0 if"),
+    M("no limit is a limit of nothing", "client", "if most is not None:\n                    allowed.add_metric((client.name, item), most)", "allowed.add_metric((client.name, item), most or 0)"),
+    M("epsilon of all that is allowed", "client", "statement(noise, spent, delta).epsilon if spent else 0.0", "statement(noise, 2 * spent, delta).epsilon if spent else 0.0"),
     M("any targets are taken", "worker", "if labels and (odd :=", "if False and (odd :="),
     M("classes below 0 are scored", "worker", "(counted >= 0) & (counted < scored)", "counted < scored"),
     M("a remote client counts its rows", "worker", "mass, own = mass_of(d.task, d.samples.y),", "mass, own = float(len(d.samples.y)),"),

@@ -6,6 +6,8 @@ import json
 import logging
 import os
 import stat
+import urllib.request
+from contextlib import closing
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -17,7 +19,15 @@ import torch
 from cutlayer.build import load_source
 from cutlayer.cli.merging import budget_config
 from cutlayer.defences import dp, of
-from cutlayer.errors import BudgetError, ConfigError, CutlayerError, DiskFullError, RunFolderError, WireError
+from cutlayer.errors import (
+    BudgetError,
+    ConfigError,
+    CutlayerError,
+    DiskFullError,
+    PortInUseError,
+    RunFolderError,
+    WireError,
+)
 from cutlayer.files import private, replace_file
 from cutlayer.options import BudgetConfig, RunConfig
 from cutlayer.remote.allowance import SPENT, Allowance, Extent, most_releases
@@ -25,6 +35,7 @@ from cutlayer.remote.approval import UNCOVERED, fingerprint_of, shown
 from cutlayer.remote.approval import check_approved as approve
 from cutlayer.remote.audit import Audit
 from cutlayer.remote.join import Joining
+from cutlayer.remote.metrics import ClientFigures, Exporter
 from cutlayer.remote.security import ClientSecurity
 from cutlayer.remote.sides import worker_of
 from cutlayer.remote.worker import Worker
@@ -106,6 +117,38 @@ def test_what_is_over_a_budget_is_refused_and_nothing_is_sent(budget: Any, asked
     with pytest.raises(BudgetError, match=said):
         ask(worker, asked)
     assert "max_batches" in budget or worker._batches.drawn.tolist()[0] - drawn[0] <= 1
+
+
+def test_what_prometheus_hears_of_a_client(tmp_path: Path) -> None:
+    """Requests, rows and bytes of this process; the budget over all of them, with epsilon where there is noise."""
+    first = client(tmp_path, budget={"max_passes": 4, "max_epsilon": 50.0}, **NOISY)
+    rounds(first, 1, passes=2)
+    first.close()
+    worker = client(tmp_path, budget={"max_passes": 4, "max_epsilon": 50.0}, **NOISY)
+    rounds(worker, 1, passes=2)
+    with pytest.raises(BudgetError, match="of 4 forward passes"):
+        ask(worker, m.Forward(2))
+    with closing(Exporter(ClientFigures([worker]), 0)) as exporter:
+        with urllib.request.urlopen(f"http://127.0.0.1:{exporter.port}/metrics", timeout=10) as page:
+            text = page.read().decode()
+        with pytest.raises(PortInUseError, match="cannot serve metrics at"):
+            Exporter(ClientFigures([worker]), exporter.port)
+    of, sent = 'client="client-0"', worker.answers.bytes
+    epsilon = worker.budget()["epsilon"][0]
+    assert epsilon == pytest.approx(dp.gaussian(worker.duty.noise.scale, 1.0, 2, 1e-5).epsilon)  # 12 rows, 4 batches
+    for line in (
+        f'cutlayer_client_requests_total{{{of},outcome="answered",request="Forward"}} 2.0',
+        f'cutlayer_client_requests_total{{{of},outcome="refused",request="Forward"}} 1.0',
+        f"cutlayer_client_rows_sent_total{{{of}}} 8.0",
+        f"cutlayer_client_bytes_sent_total{{{of}}} {float(sent)}",
+        f'cutlayer_client_budget_spent{{{of},item="passes"}} 4.0',
+        f'cutlayer_client_budget_allowed{{{of},item="passes"}} 4.0',
+        f'cutlayer_client_budget_spent{{{of},item="epsilon"}} {epsilon}',
+    ):
+        assert line in text, text
+    assert 'item="seconds"' in text
+    assert f'budget_allowed{{{of},item="seconds"}}' not in text  # it has no limit
+    assert sent > 8 * 64 * 4
 
 
 def test_models_and_local_batches_are_counted_too() -> None:

@@ -130,6 +130,7 @@ def join(
     audit: File = None,
     show: Annotated[bool, Parameter(group=NETWORK, negative=())] = False,
     approve: Annotated[str | None, FLAG] = None,
+    prometheus: Annotated[str | None, FLAG] = None,
     log: LogForm = "text",
 ) -> None:
     """Work as a client of a `serve` on another machine: dials out, keeps its data and its model, reconnects by itself.
@@ -174,6 +175,9 @@ def join(
         Contact nobody: say what the study will ask of this client, and what leaves it, with a fingerprint of that.
     approve
         Join only if the fingerprint of what this client is configured to do is this one.
+    prometheus
+        The port of this machine, or host:port, at which this process serves figures for Prometheus: requests by name
+        and outcome, rows and bytes sent, and what is spent and allowed of each client's budget.
     log
         What happens to the connection, on stderr: as text, or as JSON, one object per line.
     """
@@ -208,7 +212,7 @@ def join(
         return
     if approve is not None:
         check_approved(merged, joining, approve)
-    for reason in dict.fromkeys(work(merged, joining)):
+    for reason in dict.fromkeys(work(merged, joining, prometheus)):
         say(reason)
 
 

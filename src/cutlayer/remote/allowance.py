@@ -181,6 +181,17 @@ class Purse:
         self._sent[rows] += 1
         self.spent.releases = max(self.spent.releases, most)
 
+    def standing(self, noise: Noise | None = None, delta: float = 1e-5) -> dict[str, tuple[float, float | None]]:
+        """(spent, allowed; None: without a limit) by item: those of `Account`, and with `noise` epsilon at `delta`."""
+        items = {f.name: (getattr(self.spent, f.name), getattr(self.allowance, f.name)) for f in fields(Account)}
+        if noise is not None:
+            spent, most = self.spent.releases, self.allowance.releases
+            items["epsilon"] = (
+                statement(noise, spent, delta).epsilon if spent else 0.0,
+                statement(noise, most, delta).epsilon if most else (None if most is None else 0.0),
+            )
+        return items
+
     def work(self, seconds: float) -> None:
         """Time was spent on a request, which is not answered yet: what was spent on it is kept first."""
         self.spent.seconds += seconds

@@ -111,6 +111,7 @@ class Hub:
         self._thread: threading.Thread | None = None
         self._pool: ThreadPoolExecutor | None = None
         self._exporter: Any = None
+        self._figures: Any = None
         self._running = False
 
     def start(self) -> int:
@@ -126,9 +127,10 @@ class Hub:
         try:
             port = started.result()
             if self._metrics is not None:
-                from cutlayer.remote.metrics import Exporter
+                from cutlayer.remote.metrics import Exporter, HubFigures
 
-                self._exporter = Exporter(self, self._metrics)
+                self._figures = HubFigures(self)
+                self._exporter = Exporter(self._figures, self._metrics)
         except BaseException:
             self.stop("the server could not start", 0)
             raise
@@ -279,8 +281,8 @@ class Hub:
         for result in results.values():
             if isinstance(result, Lost):
                 self.lost[result.reason] += 1
-        if self._exporter is not None:
-            self._exporter.observe(time.perf_counter() - begin)
+        if self._figures is not None:
+            self._figures.observe(time.perf_counter() - begin)
         return results
 
     def dismiss(self, client: int, sentence: str) -> None:

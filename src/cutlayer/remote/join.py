@@ -6,7 +6,7 @@ import secrets
 import signal
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -57,8 +57,9 @@ class Joining:
         return self.folder / AUDIT if self.audit is None and self.folder is not None else self.audit
 
 
-def join(config: RunConfig, joining: Sequence[Joining]) -> list[str]:
+def join(config: RunConfig, joining: Sequence[Joining], prometheus: str | int | None = None) -> list[str]:
     """Work as these clients, one after another on this thread, until the server says that the run is done; its reasons.
+    `prometheus`: the address at which this process serves its figures, host:port or a port of this machine.
 
     SIGTERM and Ctrl-C end it cleanly: what was kept stays. Raises UsageError before anything is sent; NetworkError,
     RefusedError, WireError as `dial` does.
@@ -66,13 +67,15 @@ def join(config: RunConfig, joining: Sequence[Joining]) -> list[str]:
     stop = threading.Event()
     before = {number: signal.signal(number, _setting(stop)) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        return _work(config, joining, stop)
+        return _work(config, joining, stop, prometheus)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _work(config: RunConfig, joining: Sequence[Joining], stop: threading.Event) -> list[str]:
+def _work(
+    config: RunConfig, joining: Sequence[Joining], stop: threading.Event, prometheus: str | int | None
+) -> list[str]:
     shared: Source | None = None  # what several clients are dealt from is read once
     with ExitStack() as stack:
         workers = []
@@ -86,6 +89,10 @@ def _work(config: RunConfig, joining: Sequence[Joining], stop: threading.Event) 
             stack.callback(_close, worker)
             worker.stop = stop
             workers.append(worker)
+        if prometheus is not None:
+            from cutlayer.remote.metrics import ClientFigures, Exporter
+
+            stack.enter_context(closing(Exporter(ClientFigures(workers), prometheus)))
         diallers = [
             Dialler(
                 j.address, j.security, worker, limits=j.limits, give_up_after=j.give_up_after, keepalive=j.keepalive

@@ -1,6 +1,6 @@
-"""Figures of a hub for Prometheus, on a port of their own: of this machine alone unless told otherwise.
+"""Figures for Prometheus, on a port of their own: of this machine alone unless told otherwise.
 
-They are counted by the hub, and read when they are asked for.
+A hub or a client counts; the figures are read when they are asked for.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from cutlayer.errors import ConfigError, PortInUseError
 from cutlayer.remote.security import split_address
 
 if TYPE_CHECKING:
+    from cutlayer.remote.answers import Answers
     from cutlayer.remote.carrier import Reason
     from cutlayer.remote.counters import ClientTraffic
 
@@ -52,25 +53,18 @@ class Counted(Protocol):
 
 
 class Exporter:
-    """Serves a hub's figures at `address`: host:port, or a port of this machine. Raises ConfigError."""
+    """Serves `figures` at `address`: host:port, or a port of this machine. Raises ConfigError, PortInUseError."""
 
-    def __init__(self, hub: Counted, address: str | int) -> None:
+    def __init__(self, figures: Collector, address: str | int) -> None:
         host, port = split_address(f"127.0.0.1:{address}" if str(address).isdigit() else str(address))
         registry = CollectorRegistry()
-        registry.register(_Figures(hub))
-        self._exchanges = Histogram(
-            "cutlayer_exchange_seconds", "from asking clients to the last answer", buckets=_SECONDS, registry=registry
-        )
+        registry.register(figures)
         try:
             self._server, self._thread = start_http_server(port, host, registry)
         except OSError as error:
             kind = PortInUseError if error.errno == errno.EADDRINUSE else ConfigError
             raise kind(f"cannot serve metrics at {address}: {error.strerror}; choose another address or port") from None
         self.port: int = self._server.server_port
-
-    def observe(self, seconds: float) -> None:
-        """An exchange took so long."""
-        self._exchanges.observe(seconds)
 
     def close(self) -> None:
         """Stop serving."""
@@ -79,9 +73,18 @@ class Exporter:
         self._thread.join(5)
 
 
-class _Figures(Collector):
+class HubFigures(Collector):
+    """Figures of a hub: connections, bytes, refusals, and how long exchanges took."""
+
     def __init__(self, hub: Counted) -> None:
         self._hub = hub
+        self._exchanges = Histogram(
+            "cutlayer_exchange_seconds", "from asking clients to the last answer", buckets=_SECONDS, registry=None
+        )
+
+    def observe(self, seconds: float) -> None:
+        """An exchange took `seconds`."""
+        self._exchanges.observe(seconds)
 
     def collect(self) -> Iterator[Metric]:
         """What there is to say now."""
@@ -109,6 +112,7 @@ class _Figures(Collector):
         for reason, times in hub.lost.items():
             lost.add_metric((reason,), times)
         yield from (size, payload, messages, came, latency, lost)
+        yield from self._exchanges.collect()
         yield from self._admission()
         for name, meaning, figure in hub.gauges():
             yield GaugeMetricFamily(name, meaning, figure)
@@ -125,3 +129,47 @@ class _Figures(Collector):
         for whose, until in self._hub.expiries.items():
             left.add_metric((whose,), (until - now).total_seconds() / 86400)
         yield from (refused, left)
+
+
+class Answering(Protocol):
+    """What is read of a client."""
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+
+    @property
+    def answers(self) -> Answers:
+        """What it was asked since it started."""
+
+    def budget(self) -> Mapping[str, tuple[float, float | None]]:
+        """(spent, allowed; None: without a limit) of each item of its budget, over all its starts."""
+
+
+class ClientFigures(Collector):
+    """Figures of the clients in this process: requests, rows and bytes sent, and the budget of each."""
+
+    def __init__(self, clients: Sequence[Answering]) -> None:
+        self._clients = clients
+
+    def collect(self) -> Iterator[Metric]:
+        """What there is to say now."""
+        requests = CounterMetricFamily(
+            "cutlayer_client_requests", "requests of the server", labels=["client", "request", "outcome"]
+        )
+        rows = CounterMetricFamily("cutlayer_client_rows_sent", "rows of smashed data sent", labels=["client"])
+        size = CounterMetricFamily("cutlayer_client_bytes_sent", "bytes of tensors sent", labels=["client"])
+        spent = GaugeMetricFamily("cutlayer_client_budget_spent", "spent of the budget", labels=["client", "item"])
+        allowed = GaugeMetricFamily(
+            "cutlayer_client_budget_allowed", "the most that the budget allows", labels=["client", "item"]
+        )
+        for client in self._clients:
+            for (request, outcome), count in list(client.answers.requests.items()):
+                requests.add_metric((client.name, request, outcome), count)
+            rows.add_metric((client.name,), client.answers.rows)
+            size.add_metric((client.name,), client.answers.bytes)
+            for item, (so_far, most) in client.budget().items():
+                spent.add_metric((client.name, item), so_far)
+                if most is not None:
+                    allowed.add_metric((client.name, item), most)
+        yield from (requests, rows, size, spent, allowed)

@@ -43,6 +43,7 @@ from cutlayer.frozen import load_moving, moving, trains
 from cutlayer.models.parts import Crossing
 from cutlayer.optim import MakeOptimizer, as_tensor, load_optimizer, restore_optimizer
 from cutlayer.remote.allowance import Extent, Purse, statement
+from cutlayer.remote.answers import Answers
 from cutlayer.remote.audit import Audit
 from cutlayer.remote.carrier import Answer, StoppedError
 from cutlayer.scoring import ROWS_PER_PASS, Outputs, Tally, evaluate, reported
@@ -180,6 +181,7 @@ class Worker:
         # The last step of local training, and its losses.
         self._fitted: tuple[int, list[Local]] | None = None
         self.watch = Watch()
+        self.answers = Answers()  # since this process started
         self._warned = self._warned_of_model = False
         self._passes = 0  # backward passes since the watch began
         # What comes down: nothing, where the lower part is not trained.
@@ -231,6 +233,7 @@ class Worker:
         try:
             answer = self._answered(frame)
         except Exception as error:
+            self.answers.refused(frame)
             if audit is not None:
                 audit.refused(frame, error)
             named = self._named(frame, error)
@@ -238,9 +241,20 @@ class Worker:
         finally:
             if self.duty.purse is not None:
                 self.duty.purse.work(time.perf_counter() - self._began)
+        self.answers.answered(frame, answer)
         if audit is not None:
             audit.answered(frame, answer)
         return answer
+
+    @property
+    def name(self) -> str:
+        """The client's."""
+        return self.duty.name
+
+    def budget(self) -> dict[str, tuple[float, float | None]]:
+        """(spent, allowed; None: without a limit) of each item of its budget; with noise, epsilon too."""
+        d = self.duty
+        return {} if d.purse is None else d.purse.standing(d.noise, d.delta)
 
     def _named(self, frame: Frame, error: Exception) -> CutlayerError:
         """An error by one of Cutlayer's own names; that a client leaves is logged."""
