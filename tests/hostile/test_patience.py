@@ -60,7 +60,7 @@ def test_who_can_never_be_enough_is_not_waited_for(tmp_path: Path) -> None:
 
     def wait() -> None:
         try:
-            waiting._ready()
+            waiting._ready(frozenset())
         except TrainingError as error:
             found.append(error)
 
@@ -78,9 +78,9 @@ def test_who_can_never_be_enough_is_not_waited_for(tmp_path: Path) -> None:
 def test_no_patience_is_no_limit(tmp_path: Path) -> None:
     waiting = service(tmp_path / "run", patience=0.01)
     with pytest.raises(TrainingError, match=r"0 of 3 clients are connected after 0\.01 seconds"):
-        waiting._ready()
+        waiting._ready(frozenset())
     waiting.hub.stop("the test is over", 0)
     endless = service(tmp_path / "other", patience=0)
     threading.Timer(0.05, lambda: (until(lambda: endless.hub.running), endless.hub.stop("over", 0))).start()
     with pytest.raises(TrainingError, match="are connected after 0 seconds"):  # since the hub has stopped
-        endless._ready()
+        endless._ready(frozenset())

@@ -726,7 +726,7 @@ def test_a_client_with_data_of_its_own(tmp_path: Path) -> None:
 
     hub.greet = lambda hello, k: greet(hello, k)
 
-    def ready() -> None:
+    def ready(wanted: frozenset[int]) -> None:
         for k in set(hub.workers) - hub.connected:
             hub.join(k, lambda hello, k=k: greet(hello, k))
 

@@ -23,9 +23,8 @@ from cutlayer.remote.serve import Service, Serving
 from cutlayer.remote.sides import client_name, worker_of
 from cutlayer.remote.worker import Worker
 
-CONFIG = RunConfig.of(
-    {"algorithm": "psl", "data": "digits", "model": "mlp", "clients": 3, "samples_per_client": 20, "rounds": 6}
-)
+STUDY = {"data": "digits", "model": "mlp", "clients": 3, "samples_per_client": 20}
+CONFIG = RunConfig.of({**STUDY, "algorithm": "psl", "rounds": 6})
 
 
 @pytest.fixture(autouse=True)
@@ -36,16 +35,18 @@ def _quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
 class Deployment:
     """A server that trains in this thread, with a list of denied clients, and clients in threads of their own."""
 
-    def __init__(self, out: Path, quorum: float) -> None:
+    def __init__(self, out: Path, quorum: float, config: RunConfig) -> None:
+        self.config = config
         self.deny = out.with_name("deny.txt")
         self.deny.write_text("")
         self._states = out.with_name("states")
-        self.ends: dict[int, BaseException | str] = {}
-        self._stop = threading.Event()
+        self.ends: dict[int, BaseException | str | None] = {}
+        self._stops: dict[int, threading.Event] = {}
+        self._workers: dict[int, Worker] = {}
         self._threads: list[threading.Thread] = []
         faults = FaultConfig.of({"quorum": quorum, "patience": SOON})
         serving = Serving("localhost:0", ServerSecurity(deny=self.deny), faults, metrics="0")
-        self.service = Service(CONFIG, serving, out, listening=self._come)
+        self.service = Service(config, serving, out, listening=self._come)
 
     def say(self, text: str) -> None:
         fresh = self.deny.with_name("fresh")
@@ -56,10 +57,21 @@ class Deployment:
         """Start a client, as a new process would, with the state that it has kept."""
         folder = self._states / str(client)
         folder.mkdir(parents=True, exist_ok=True)
-        worker = worker_of(CONFIG, client, name=client_name(client), run="psl", folder=folder)
+        config = self.config
+        self._workers[client] = worker_of(config, client, name=client_name(client), run=config.algorithm, folder=folder)
+        self.dial(client)
+
+    def dial(self, client: int) -> None:
+        """Connect a client, as it is, (again)."""
         self.ends.pop(client, None)
-        self._threads.append(threading.Thread(target=self._work, args=(client, worker)))
+        self._stops[client] = threading.Event()
+        self._threads.append(threading.Thread(target=self._work, args=(client, self._workers[client])))
         self._threads[-1].start()
+
+    def cut(self, client: int) -> None:
+        """Its connection ends, and it does not dial again by itself."""
+        self._stops[client].set()
+        until(lambda: client in self.ends and client not in self.service.hub.present)
 
     def _come(self, port: int) -> None:
         self.port = port
@@ -69,7 +81,7 @@ class Deployment:
     def _work(self, client: int, worker: Worker) -> None:
         address = f"localhost:{self.port}"
         try:
-            self.ends[client] = dial(address, ClientSecurity(), worker, backoff=QUICK, stop=self._stop)
+            self.ends[client] = dial(address, ClientSecurity(), worker, backoff=QUICK, stop=self._stops[client])
         except BaseException as error:
             self.ends[client] = error
 
@@ -83,15 +95,16 @@ class Deployment:
         return [event for event in map(json.loads, lines) if event["event"] in kinds]
 
     def end(self) -> None:
-        self._stop.set()
+        for stop in self._stops.values():
+            stop.set()
         for thread in self._threads:
             thread.join(SOON)
             assert not thread.is_alive()
 
 
 @contextmanager
-def deployment(out: Path, quorum: float) -> Iterator[Deployment]:
-    made = Deployment(out, quorum)
+def deployment(out: Path, quorum: float, config: RunConfig = CONFIG) -> Iterator[Deployment]:
+    made = Deployment(out, quorum, config)
     try:
         yield made
     finally:
@@ -144,3 +157,26 @@ def test_a_run_that_needs_who_is_denied_ends(tmp_path: Path) -> None:
 
     with deployment(tmp_path / "run", 1.0) as d, pytest.raises(TrainingError, match="1 of 3 clients are denied, 3 are"):
         train()
+
+
+def test_the_holder_of_the_model_has_time_to_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others make up a quorum, but they cannot give the model that it holds: it is waited for, and dials in then."""
+    config = RunConfig.of({**STUDY, "algorithm": "ssl", "rounds": 2})
+    with deployment(tmp_path / "run", 0.6, config) as d, d.service.open() as run:
+        records = iter(run)
+        holder = next(records).clients[0]
+        wait_for, waited = d.service.hub.wait_for, list[frozenset[int]]()
+
+        def called(clients: Any, timeout: float | None = None) -> frozenset[int]:
+            if isinstance(clients, frozenset) and not waited:
+                waited.append(clients)
+                d.dial(holder)
+            return wait_for(clients, timeout)
+
+        monkeypatch.setattr(d.service.hub, "wait_for", called)
+        d.cut(holder)
+        steps = 1 + sum(1 for _ in records)
+    assert waited == [frozenset({holder})]
+    assert run.result is not None
+    assert steps == run.result.steps
+    assert d.ends == dict.fromkeys(range(3), "the run is done")

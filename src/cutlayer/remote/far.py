@@ -103,8 +103,9 @@ class _RemoteState(Stored, rename={"class_counts": "class counts", "twins_optimi
 
 class RemoteCohort:
     """All clients on the other side of a hub. `tell` hears of rounds, of clients that come, give no answer or are
-    excluded; `ready` is called before each round, and comes back when enough clients are there. `can`: the verbs of the
-    seam that it offers.
+    excluded; `ready` is called before each round and comes back when enough clients are there; where the run cannot go
+    on without one of some clients, it is called with these, and one of them has a time to come back. `can`: the verbs
+    of the seam that it offers.
     """
 
     can: ClassVar[frozenset[str]] = CLIENT_VERBS
@@ -115,11 +116,11 @@ class RemoteCohort:
         setup: Remote,
         *,
         tell: Tell | None = None,
-        ready: Callable[[], None] | None = None,
+        ready: Callable[[frozenset[int]], None] | None = None,
     ) -> None:
         self.hub, self.setup = hub, setup
         self._tell = tell or (lambda happened, facts: None)
-        self._ready = ready or (lambda: None)
+        self._ready = ready or (lambda _: None)
         self._step = 0  # numbers exchanges that belong together
         self._quota = np.zeros(len(setup.samples), np.int64)
         self._participants: tuple[int, ...] = ()
@@ -811,9 +812,11 @@ class RemoteCohort:
         """Clients that cannot take part: they are excluded or denied."""
         return self.denied | self.excluded.keys()
 
-    def _wait(self) -> None:
-        """Until enough clients are there; what those who come back have missed is not known. Raises TrainingError."""
-        self._ready()
+    def _wait(self, wanted: Iterable[int] = ()) -> None:
+        """Until enough clients are there, and one of those `wanted` has had its time to come back; what clients that
+        come back have missed is not known. Raises TrainingError.
+        """
+        self._ready(frozenset(wanted))
         new = set(self.hub.arrivals())
         for k in sorted(new):
             self._tell("came", {"client": k})
@@ -847,7 +850,7 @@ class RemoteCohort:
         """
         if self.out >= set(clients):
             raise TrainingError("all clients that could go on are excluded or denied: look at why, in the record")
-        self._wait()
+        self._wait(clients)
         back = self.hub.connected.intersection(clients)
         for k in back & self._posts.keys():
             self._post(k, self._posts[k])

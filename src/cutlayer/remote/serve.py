@@ -139,8 +139,10 @@ class Service:
             return m.Refused("client", f"there is no client {hello.client!r} in this run: they are client-0 to {last}")
         return self._greet_client(hello, self._names[hello.client])
 
-    def _ready(self) -> None:
-        """Listen, once; then wait until enough clients are connected."""
+    def _ready(self, wanted: frozenset[int]) -> None:
+        """Listen, once; then wait until enough clients are connected. Of those `wanted`, without one of whom the run
+        cannot go on, one has a deadline's time to come back: others make up a quorum, but they cannot do its part.
+        """
         clients, faults = self.config.clients, self.serving.faults
         if not self._listening:
             port = self.hub.start()
@@ -165,6 +167,19 @@ class Service:
                 "needed: start the others, or have the server wait longer (patience)"
             )
         self.all_came = True
+        if wanted and not wanted & here:
+            self._wait_for_one(wanted, faults.deadline or faults.patience or math.inf)
+
+    def _wait_for_one(self, wanted: frozenset[int], seconds: float) -> None:
+        """Until one of these clients is there, or none can come, or after these seconds. Raises TrainingError."""
+        end = time.monotonic() + seconds
+        names = [client_name(k) for k in sorted(wanted)]
+        log.info("waiting for one of %s: no other client can do its part", ", ".join(names[:10]))
+        while self.hub.running and not wanted & self.hub.present and not wanted <= self._cohort.out:
+            if time.monotonic() >= end:
+                return
+            self._needed()
+            self.hub.wait_for(wanted, max(0.0, min(_LOOK, end - time.monotonic())))
 
     def _needed(self) -> int:
         """How many clients have to be there. Raises TrainingError where so many can never be there."""

@@ -77,7 +77,7 @@ def remote_training(
     per_batch: float = 0.0,
     most_samples: int | None = None,
     tell: Tell | None = None,
-    ready: Callable[[], None] | None = None,
+    ready: Callable[[frozenset[int]], None] | None = None,
     model: Model | None = None,
     data: Data | None = None,
 ) -> tuple[Training, RemoteCohort, Greet]:

@@ -70,7 +70,7 @@ def in_memory(
     }
     hub = carrier(made)
 
-    def ready() -> None:
+    def ready(wanted: frozenset[int]) -> None:
         for k in set(made) - hub.present - set(gone()):
             if refused := hub.join(k, greet):
                 raise RefusedError(refused.reason, refused.sentence)
