@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from support import ALGORITHMS, u_shaped
 
 from cutlayer import CompareConfig, plugins
+from cutlayer.errors import ConfigError
 from cutlayer.options import CommonConfig, RunConfig, TracedConfig, about, read_toml, traits
 
 NAMES = st.text(st.characters(exclude_categories=("Cs",)), max_size=8)
@@ -195,7 +196,20 @@ def values(draw: st.DrawFn, algorithms: tuple[str, ...]) -> dict[str, Any]:
         found.setdefault("tail_cut", "hidden3")
     if found.get("logit_adjust", "none") == "none":
         found.pop("tau", None)
-    return {k: v for k, v in found.items() if has_effect(k, found, algorithms)}
+    return {k: v for k, v in found.items() if has_effect(k, found, algorithms) and taken(k, v, algorithms)}
+
+
+def taken(name: str, value: Any, algorithms: tuple[str, ...]) -> bool:
+    """Whether all algorithms that have an option of this name take the value: a choice of one is not always one of
+    another that has the option too.
+    """
+    for entry in (plugins.find("algorithm", a) for a in algorithms):
+        if name in entry.option_names:
+            try:
+                entry.checked({name: value})
+            except ConfigError:
+                return False
+    return True
 
 
 def has_effect(name: str, chosen: dict[str, Any], algorithms: tuple[str, ...]) -> bool:
@@ -280,6 +294,7 @@ def test_comparisons(data: st.DataObject) -> None:
     for name in data.draw(st.lists(NAMES.map("v{}".format), max_size=2, unique=True)):
         algorithm = data.draw(st.sampled_from(list(ALGORITHMS)))
         own = data.draw(values((algorithm,)))
+        assume(all(taken(key, value, (algorithm,)) for key, value in options.items() if key not in own))
         chosen = {**options, **own}
         idle = BESIDE_A_TRACE if "trace" in chosen else ()
         own = {key: value for key, value in own.items() if has_effect(key, chosen, (algorithm,)) and key not in idle}
