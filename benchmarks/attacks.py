@@ -15,11 +15,12 @@ import statistics
 import time
 import warnings
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cutlayer import NonFiniteError, Run, Source, load
+import scored
+
+from cutlayer import Run, Source
 
 MARK = "<!-- attacks -->"
 CLIENTS, SAMPLES, EPOCHS, BATCH, RATE, TESTED = 10, 300, 3, 10, 0.003, 1000
@@ -56,12 +57,6 @@ def attacks_on(algorithm: str) -> list[str]:
     return [name for name in ATTACKS if algorithm == "sfl" or not name.startswith(ONLY_UPDATES)]
 
 
-def data(path: str) -> Source:
-    """Fashion-MNIST with a part of its test rows."""
-    found = load(path)
-    return replace(found, test=found.test[:TESTED], validation=found.validation[:0])
-
-
 def accuracy(source: Source, algorithm: str, attack: str, defence: dict[str, Any], seed: int, **options: Any) -> float:
     """Of a run, in percent; nan if it ended with numbers that are not finite."""
     alone = attack.startswith("only ")
@@ -78,12 +73,7 @@ def accuracy(source: Source, algorithm: str, attack: str, defence: dict[str, Any
     run = Run(
         algorithm=algorithm, data=source, model="cnn", attack=named, seed=seed, **{**common, **defence, **options}
     )
-    try:
-        score = run.run().test_score
-    except NonFiniteError:
-        return float("nan")
-    assert score is not None, "an accuracy is always defined"
-    return 100 * score
+    return scored.accuracy(run)
 
 
 def figure(scores: list[float]) -> str:
@@ -116,7 +106,7 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help=f"write the tables to this file, between its lines '{MARK}'")
     asked = parser.parse_args()
     warnings.simplefilter("ignore")
-    source, started, lines = data(asked.data), time.process_time(), list[str]()
+    source, started, lines = scored.data(asked.data, TESTED), time.process_time(), list[str]()
     kept = {}
     if asked.json and asked.json.exists():
         for line in asked.json.read_text(encoding="utf-8").splitlines():

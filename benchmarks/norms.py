@@ -16,13 +16,14 @@ import statistics
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import scored
 import torch
 from torch import Tensor, nn
 
-from cutlayer import NonFiniteError, Run, Source, load
+from cutlayer import Run, Source
 from cutlayer.models.zoo.resnet16 import resnet16
 
 MARK = "<!-- norms -->"
@@ -135,12 +136,7 @@ def accuracy(source: Source, cell: Cell, seed: int, epochs: int, samples: int) -
         eval_every=10**6,
         **reading,
     )
-    try:
-        score = run.run().test_score
-    except NonFiniteError:
-        return float("nan")
-    assert score is not None, "an accuracy is always defined"
-    return 100 * score
+    return scored.accuracy(run)
 
 
 def figure(scores: list[float]) -> str:
@@ -178,8 +174,7 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help=f"write the table to this file, between its lines '{MARK}'")
     asked = parser.parse_args()
     warnings.simplefilter("ignore")
-    whole = load(asked.data)
-    source = replace(whole, test=whole.test[:TESTED], validation=whole.validation[:0])
+    source = scored.data(asked.data, TESTED)
     kept: dict[tuple[Cell, int], float] = {}
     if asked.json and asked.json.exists():
         for line in asked.json.read_text(encoding="utf-8").splitlines():

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from types import FunctionType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -77,6 +77,8 @@ from cutlayer.types import Rows
 from cutlayer.verbs import LEARN, Traits
 from cutlayer.wire import Codec, Coding
 from cutlayer.wire.coded import CodedCohort
+
+R = TypeVar("R", Averaging, Screening)
 
 _TYPICAL = 128  # rows that engines are measured with
 
@@ -861,20 +863,21 @@ def schedules(config: RunConfig) -> tuple[Schedule, Schedule]:
 
 def averaging_rule(config: RunConfig) -> Averaging:
     """How client models are averaged. Raises ConfigError."""
-    rule = config.thing("averaging", config.averaging)
-    if not isinstance(rule, Averaging):
-        raise ConfigError(f"the averaging rule {config.averaging!r} is not derived from cutlayer.averagings.Averaging")
-    with own_code(rule, f"`check` of the averaging rule {config.averaging!r}"):
-        rule.check(config.given)
-    return rule
+    return _rule(config, "averaging", Averaging)
 
 
 def screening_of(config: RunConfig) -> Screening:
     """What the server does to rows before it uses them. Raises ConfigError."""
-    rule = config.thing("screening", config.screening)
-    if not isinstance(rule, Screening):
-        raise ConfigError(f"the screening {config.screening!r} is not derived from cutlayer.screenings.Screening")
-    with own_code(rule, f"`check` of the screening {config.screening!r}"):
+    return _rule(config, "screening", Screening)
+
+
+def _rule(config: RunConfig, kind: str, base: type[R]) -> R:
+    """The thing that the option `kind` names, derived from `base` and checked. Raises ConfigError."""
+    named, form = getattr(config, kind), plugins.KINDS[kind]
+    rule = config.thing(kind, named)
+    if not isinstance(rule, base):
+        raise ConfigError(f"the {form.word} {named!r} is not derived from {form.group}.{base.__name__}")
+    with own_code(rule, f"`check` of the {form.word} {named!r}"):
         rule.check(config.given)
     return rule
 
