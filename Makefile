@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo quick test test-long test-network test-slow check derive reproduce bench bench-remote bench-startup cuts golden clean
+.PHONY: demo quick test test-long test-network test-slow test-random check derive reproduce bench bench-remote bench-startup cuts golden clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Cutlayer needs Python 3.11 or newer: make PYTHON=..."; exit 2; }
@@ -31,6 +31,9 @@ test-network: $(STAMP)   ## servers and clients as processes, killed, stopped, c
 
 test-slow: $(STAMP)   ## what takes minutes: large models, twenty steps on both engines
 	$(BIN)/python -m pytest -n 2 -m slow
+
+test-random: $(STAMP)   ## properties on a thousand new examples each; the other commands try the same ones each time
+	$(BIN)/python -m pytest -n 2 -m hypothesis --hypothesis-profile random
 
 check: $(STAMP)   ## lint, format, types, the direction of imports
 	$(BIN)/ruff check

@@ -5,6 +5,7 @@ import os
 import signal
 
 import pytest
+from hypothesis import settings
 
 # One thread for each process of the suite, and for those that tests start: more of them would wait for one another, and
 # sums differ in their last digits by the number of threads. Before anything imports torch.
@@ -15,6 +16,11 @@ os.environ["CUTLAYER_TUNE"] = "off"
 
 # A shell starts what runs in the background with Ctrl-C ignored, and so would be whatever the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# The same examples each time: what lands is decided by the change, not by luck. `make test-random` looks for new ones.
+settings.register_profile("same", derandomize=True)
+settings.register_profile("random", max_examples=1000, deadline=None)
+settings.load_profile("same")
 
 gc.disable()  # until all has been imported and collected
 

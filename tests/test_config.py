@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tomli_w
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -334,3 +335,16 @@ def test_a_variant_with_another_data_format_leaves_out_the_options_of_the_first(
     runs = config.runs(frozenset(config.model_fields_set))
     assert runs["psl"][0].impute == "mean"
     assert "impute" not in runs["mine"][0].specific
+
+
+def test_a_variant_replaces_a_value_that_its_algorithm_does_not_take() -> None:
+    """U-shaped SFL averages no gradients; a comparison with SFL may ask for them if the variant does not."""
+    options: dict[str, Any] = {"algorithms": ["sfl"], "average_every": "gradients", "local_steps": 1}
+    mine = {"algorithm": "usfl", "tail_cut": "hidden2", "average-every": "step"}
+    config = CompareConfig(**options, variant={"mine": mine})
+    runs = config.runs(frozenset(config.model_fields_set))
+    assert runs["sfl"][0].specific["average_every"] == "gradients"
+    assert runs["mine"][0].specific["average_every"] == "step"
+    del mine["average-every"]
+    with pytest.raises(ConfigError, match="unknown average_every 'gradients'"):
+        CompareConfig(**options, variant={"mine": mine})

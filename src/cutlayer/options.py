@@ -129,11 +129,14 @@ class _Chooser(_Config):
     def _settle(self) -> Self:
         extra = self.__pydantic_extra__
         assert extra is not None, "extra values are allowed"
-        things = self.chosen()
-        settled = _settled(things, extra, type(self))
+        settled = _settled({entry: self.replaced(entry) for entry in self.chosen()}, extra, type(self))
         extra.clear()
         extra.update(settled)
         return self
+
+    def replaced(self, entry: Entry) -> set[str]:
+        """Those options of a chosen thing whose values here never reach it, since others stand in their place."""
+        return set()
 
     def options_of(self, entry: Entry) -> dict[str, Any]:
         """The values of a thing's options: as given, or its defaults."""
@@ -146,17 +149,21 @@ class _Chooser(_Config):
         return dict(self.__pydantic_extra__ or {})
 
 
-def _settled(things: Iterable[Entry], values: Mapping[str, Any], model: type[BaseModel]) -> dict[str, Any]:
-    """`values`, checked and complete. Raises ConfigError for a wrong value, or one of an option that no thing has."""
+def _settled(things: Mapping[Entry, set[str]], values: Mapping[str, Any], model: type[BaseModel]) -> dict[str, Any]:
+    """`values`, checked and complete, of `things` and those options of each that other values replace. Raises
+    ConfigError for a wrong value, or one of an option that no thing has.
+    """
     left, settled = dict(values), dict[str, Any]()
-    for entry in things:
+    for entry, replaced in things.items():
         _refuse_taken(entry, model)
-        mine = {name: values[name] for name in entry.option_names & set(values)}
+        mine = {name: values[name] for name in (entry.option_names - replaced) & set(values)}
         for name, value in entry.checked(mine).items():
             if name not in model.model_fields and (name in mine or name not in settled):
                 settled[name] = value
         for name in mine:
             left.pop(name, None)
+    for name in set.union(set(), *things.values()) & set(left):  # nobody else has it: it stays as it is
+        settled[name] = left.pop(name)
     for name, value in left.items():
         raise _useless(name, value, list(things), model)
     return settled
@@ -718,6 +725,14 @@ class CompareConfig(CommonConfig):
     def _variant_algorithms(self) -> tuple[str, ...]:
         default = RunConfig.model_fields["algorithm"].get_default()
         return tuple(str(v.get("algorithm", default)) for v in self.variant.values())
+
+    def replaced(self, entry: Entry) -> set[str]:
+        """What every variant of an algorithm says for itself, if the algorithm is not compared without one."""
+        if entry.kind != "algorithm" or entry in [plugins.find("algorithm", name) for name in self.algorithms]:
+            return set()
+        variants = zip(self.variant.values(), self._variant_algorithms(), strict=True)
+        own = [set(normalised(v)) for v, name in variants if entry is plugins.find("algorithm", name)]
+        return set.intersection(*own) & entry.option_names if own else set()
 
     def resolved(self) -> dict[str, Any]:
         """The options that decide this comparison, defaults written out, those without effect left out. TOML-ready. A
