@@ -405,7 +405,7 @@ def prepare(
         warnings.warn(CutlayerWarning(note), stacklevel=2)
     source = load_source(config, data, task)
     machines = _traced(config, machines, source)
-    making = _making(config, model, source, task)
+    making = _making(config, model, source, task, _named_cuts(config, algorithm.traits, model))
     make_model = making.make
     whole = make_model("model")
     source = as_the_model_takes(whole, source, dtype_of(config))
@@ -678,10 +678,10 @@ def _counts(source: Source, parts: list[np.ndarray]) -> np.ndarray:
     return np.array([[len(part)] for part in parts], np.int64)
 
 
-def _making(config: RunConfig, model: Model | None, source: Source, task: Task) -> Making:
-    """How the model is made for these data."""
+def _making(config: RunConfig, model: Model | None, source: Source, task: Task, cuts: tuple[str, ...]) -> Making:
+    """How the model is made for these data, to be cut there."""
     shape, width = _input_shape(source), task.width(source.train.y, source.classes)
-    make = _maker(config, model, shape, width)
+    make = _maker(config, model, shape, width, cuts)
     if config.weights is None:
         return Making(make, shape, width)
     weights, path = read_weights(config.weights), config.weights
@@ -694,7 +694,9 @@ def _making(config: RunConfig, model: Model | None, source: Source, task: Task) 
     return Making(loaded, shape, width, weights)
 
 
-def _maker(config: RunConfig, model: Model | None, shape: tuple[int, ...], width: int) -> Callable[..., nn.Module]:
+def _maker(
+    config: RunConfig, model: Model | None, shape: tuple[int, ...], width: int, cuts: tuple[str, ...]
+) -> Callable[..., nn.Module]:
     """A function (*name) -> a model, freshly initialised under the seed called `name`."""
     if isinstance(model, nn.Module):
         if config.start == "independent":
@@ -707,7 +709,10 @@ def _maker(config: RunConfig, model: Model | None, shape: tuple[int, ...], width
 
     def make(*name: str | int) -> nn.Module:
         with seeds.torch_seeded(config.seed, *name):
-            made = build(config.model, shape, width, **own) if model is None else make_own(model, shape, width)
+            if model is None:
+                made = build(config.model, shape, width, at=cuts, **own)
+            else:
+                made = make_own(model, shape, width, at=cuts)
         return _made(made, config)
 
     return make
@@ -730,17 +735,22 @@ def _shape(traits: Traits) -> Shape:
     return "u-shaped" if traits.u_shaped else "split"
 
 
+def _named_cuts(config: RunConfig, traits: Traits, model: Model | None) -> tuple[str, ...]:
+    """The modules after which the model is cut, as far as they are named: none for whole models."""
+    first = None if traits.whole else config.cut or (default_cut(config.model) if model is None else None)
+    return tuple(name for name in (first, config.tail_cut) if name) if first else ()
+
+
 def _cut_names(config: RunConfig, traits: Traits, model: Model | None) -> tuple[str, ...]:
     """Where to cut: nowhere (whole models), once, or twice (U-shaped). Raises ConfigError without a name."""
     if traits.whole:
         return ("output",)
-    first = config.cut or (default_cut(config.model) if model is None else None)
-    if first is None:
+    if not (named := _named_cuts(config, traits, model)):
         raise ConfigError(
             f"{config.algorithm} needs cut: name the module of your model after which it is cut, "
-            "e.g. one of dict(model.named_modules())"
+            "e.g. one of dict(model.named_modules()), or the number of blocks before the cut"
         )
-    return (first,) if config.tail_cut is None else (first, config.tail_cut)
+    return named
 
 
 def _work(config: RunConfig, algorithm: Algorithm, sizes: list[int], rounds: int) -> Work:

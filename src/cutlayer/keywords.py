@@ -112,6 +112,12 @@ class CommonKeywords(TypedDict, total=False):
     hand_over_optimizer: bool
     visit_order: Literal["fixed", "random"]
     server_order: Literal["interleaved", "sequential"]
+    model_head: Literal["auto", "language", "classification"]
+    lora_rank: int
+    lora_alpha: float | None
+    lora_targets: tuple[str, ...]
+    lora_dropout: float
+    lora_sides: Literal["both", "client", "server"]
     auxiliary_weights: tuple[float, ...]
     positive_weight: float
     class_weights: tuple[float, ...]

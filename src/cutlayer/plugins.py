@@ -1,7 +1,8 @@
 """What there is to choose from, and how a thing is found: algorithms, models, data, partitions, codecs, defences.
 
 One thing is one file with one registration. A thing is found by
-1. its name in this package;
+1. its name in this package
+   (a thing that takes an argument by its name and the argument: `hf:path/to/folder`);
 2. the name of an entry point of an installed package, in the group of its kind (`cutlayer.algorithms`, ...);
 3. `path/to/file.py:name` or `package.module:name`;
 4. the object itself, from Python.
@@ -15,6 +16,7 @@ it; nothing that was received is imported.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -72,8 +74,8 @@ KINDS: dict[str, Kind] = {
 
 _PLAIN_KINDS = {"model", "data", "schedule", "optimizer", "metric", "head"}  # a function that is not registered will do
 
-SUPPLIED = frozenset({"input_shape", "classes"})
-"""Parameters of a model's function that the data decide: they are not options."""
+SUPPLIED = frozenset({"input_shape", "classes", "cuts"})
+"""Parameters of a model's function that the data and the cut decide: they are not options."""
 
 _BASES = {"bool": bool, "int": int, "float": float, "str": str}
 _BOUNDS = ("ge", "gt", "le", "lt")
@@ -381,7 +383,22 @@ def names(kind: str) -> list[str]:
 
 def known(kind: str, reference: object) -> bool:
     """Whether `reference` is the name of a thing (not that of a file, a module or anything else)."""
-    return isinstance(reference, str) and (reference in _given[kind] or reference in names(kind))
+    named = isinstance(reference, str) and (reference in _given[kind] or reference in names(kind))
+    return named or (isinstance(reference, str) and bool(argument_of(kind, reference)))
+
+
+def parted(kind: str, reference: str) -> tuple[str, str]:
+    """(name, argument) of a reference such as hf:path/to/folder, whose thing takes an argument; other references are
+    names without one.
+    """
+    name, _, argument = reference.partition(":")
+    takes = argument and name in index(kind) and index(kind)[name].facts.get("argument")
+    return (name, argument) if takes else (reference, "")
+
+
+def argument_of(kind: str, reference: str) -> str:
+    """The argument in a reference such as hf:path/to/folder; empty if there is none."""
+    return parted(kind, reference)[1]
 
 
 def is_reference(text: str) -> bool:
@@ -391,7 +408,11 @@ def is_reference(text: str) -> bool:
 
 
 def absolute(reference: str) -> str:
-    """The reference with the whole path of its file, so that it is found from every working directory."""
+    """The reference with the whole path of its file or folder, so that it is found from every working directory."""
+    for kind in KINDS:
+        name, argument = parted(kind, reference)
+        if argument:
+            return f"{name}:{Path(argument).expanduser().resolve()}"
     place, mark, name = reference.partition(".py:")
     return f"{Path(f'{place}.py').expanduser().resolve()}:{name}" if mark and name else reference
 
@@ -403,6 +424,7 @@ def label(reference: str) -> str:
 
 def registered_name(kind: str, reference: str) -> str:
     """The name that a thing was registered under, wherever it lies: what machines with other paths can compare."""
+    reference, _ = parted(kind, reference)
     entry = None if reference in index(kind) else _registration(load(kind, reference))
     if entry is not None:
         return entry.name
@@ -416,6 +438,9 @@ def find(kind: str, reference: str) -> Entry:
     """
     if reference in _given[kind]:
         return _entry_of(kind, reference, _given[kind][reference])
+    name, argument = parted(kind, reference)
+    if argument:
+        return _renamed(index(kind)[name], reference)
     if reference in index(kind):
         return index(kind)[reference]
     if reference in _entry_points(kind) or is_reference(reference):
@@ -455,9 +480,13 @@ def load(kind: str, reference: str) -> Any:
     """The thing itself: a class or a function. Raises ConfigError where it is unknown or cannot be imported."""
     if reference in _given[kind]:
         return _given[kind][reference]
-    if reference in index(kind):
-        module, _, attribute = index(kind)[reference].where.partition(":")
-        return getattr(importlib.import_module(module), attribute)
+    name, argument = parted(kind, reference)
+    if name in index(kind):
+        if not argument and (wanted := index(kind)[name].facts.get("argument")):
+            raise ConfigError(f"{KINDS[kind].word} {name!r} needs {wanted}: name it with {name}:...")
+        module, _, attribute = index(kind)[name].where.partition(":")
+        thing = getattr(importlib.import_module(module), attribute)
+        return functools.partial(thing, argument) if argument else thing
     if reference in _entry_points(kind):
         return _loaded_entry_point(_entry_points(kind)[reference], KINDS[kind].word)
     if is_reference(reference):
@@ -516,7 +545,7 @@ def _impossible(name: str, value: object, message: str, info: FieldInfo | None) 
 
 def fingerprint(kind: str, reference: str) -> str:
     """SHA-256, in hexadecimal, of the file of a thing that is not this package's; empty for this package's own."""
-    return "" if reference in index(kind) else source_digest(load(kind, reference))
+    return "" if parted(kind, reference)[0] in index(kind) else source_digest(load(kind, reference))
 
 
 def source_digest(thing: Any) -> str:

@@ -290,11 +290,17 @@ class TrainedModel:
             if isinstance(model, nn.Module):
                 made = deep_copy(model)
             elif model is not None:
-                made = make_own(model, a["input_shape"], a["outputs"])
+                made = make_own(model, a["input_shape"], a["outputs"], at=self._cuts)
             else:
                 self._compare_code()
-                made = build(a["model"], a["input_shape"], a["outputs"], **a["model_options"])
+                made = build(a["model"], a["input_shape"], a["outputs"], at=self._cuts, **a["model_options"])
         return made.double() if self._double else made.float()
+
+    @property
+    def _cuts(self) -> tuple[str, ...]:
+        """The modules after which the model was cut: none, one or two."""
+        found = [self.about["cut"], self.about["tail_cut"]]
+        return tuple(cut if isinstance(cut, str) else cut[0] for cut in found if cut)
 
     def _compare_code(self) -> None:
         """Warn if the file of an own model has changed."""

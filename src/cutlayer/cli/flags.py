@@ -168,7 +168,7 @@ def own_things(words: Sequence[str]) -> tuple[list[Entry], list[CutlayerError]]:
     found: dict[tuple[str, str], None] = {}
     for option, values in _named(words):
         for value in values:
-            if (kind := _NAMING.get(option)) and not plugins.index(kind).get(value):
+            if (kind := _NAMING.get(option)) and not plugins.index(kind).get(plugins.parted(kind, value)[0]):
                 found[kind, value] = None
     own, missing = list[Entry](), list[CutlayerError]()
     for kind, value in found:

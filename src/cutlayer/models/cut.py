@@ -30,6 +30,7 @@ from torch import nn
 
 from cutlayer.copies import deep_copy
 from cutlayer.errors import CutError, unknown
+from cutlayer.models.blocks import named_block
 from cutlayer.models.hooks import listen, split_by_hooks
 from cutlayer.models.parts import (
     Arguments,
@@ -67,9 +68,10 @@ _PATIENCE = 1.0  # seconds after which it tries no more
 def cut(model: nn.Module, at: str | Sequence[str], example: Example, *, untie: bool = False) -> Parts:
     """Cut `model` after the module called `at` (client | server), or after two (client | server | tail, U-shaped).
 
-    Names are those of `model.named_modules()`; also "input" (the whole model at the server) and "output" (the whole
-    model at the client). `example` [R >= 2, ...] is a batch of the data, of samples of the shape that will be trained
-    on: a tensor, a tuple of tensors (positional arguments) or a dict of them (keyword arguments).
+    Names are those of `model.named_modules()`; "2" (the end of the second block of a deep model, see `blocks`); "input"
+    (the whole model at the server) and "output" (the whole model at the client). `example` [R >= 2, ...] is a batch of
+    the data, of samples of the shape that will be trained on: a tensor, a tuple of tensors (positional arguments) or a
+    dict of them (keyword arguments).
 
     The parts own copies of the parameters, under their original names, which they share out among them; the model is
     left as it is. A weight that has several names may serve both ends of a U-shape; with `untie`, one that is used on
@@ -281,7 +283,8 @@ def _parts(pieces: list[Part], crossings: list[tuple[Crossing, ...]], method: st
 
 
 def _canonical(model: nn.Module, name: str) -> str:
-    """The first of a module's names."""
+    """The first of a module's names; that of a block which is named by its number."""
+    name = named_block(model, name)
     module = model.get_submodule(name)
     names: Iterator[str] = (first for first, m in model.named_modules() if m is module)
     return next(names)
@@ -295,7 +298,7 @@ def _check(model: nn.Module, names: tuple[str, ...]) -> None:
         raise CutError(f"cut at {names!r}: the second cut must come after the first")
     known = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
     for name in names:
-        if name not in (INPUT, OUTPUT, *known):
+        if named_block(model, name) not in (INPUT, OUTPUT, *known):
             raise CutError(unknown("module", name, [INPUT, *_worth_listing(name, model, known), OUTPUT]))
     for name, module in model.named_modules():
         if getattr(module, "sparse", False) is True:  # nothing here averages, counts or sends sparse gradients

@@ -1,8 +1,8 @@
 """Making a model: one of the zoo, of an installed package, or of the user's own file.
 
 A model is made by a function that is registered with `model`, or by a plain function or `nn.Module` class. It takes no
-arguments, or `input_shape` (of one sample) and `classes` by these names; keyword-only parameters with defaults are its
-options.
+arguments, or `input_shape` (of one sample), `classes` and `cuts` (the modules after which it will be cut) by these
+names; keyword-only parameters with defaults are its options.
 """
 
 from __future__ import annotations
@@ -24,17 +24,29 @@ F = TypeVar("F", bound=Callable[..., nn.Module])
 
 
 def model(
-    name: str, *, title: str = "", summary: str = "", cuts: Sequence[str] = (), default_cut: str | None = None
+    name: str,
+    *,
+    title: str = "",
+    summary: str = "",
+    cuts: Sequence[str] = (),
+    default_cut: str | None = None,
+    argument: str = "",
 ) -> Callable[[F], F]:
     """A decorator that registers a function (or an `nn.Module` class) that makes a model.
 
     `cuts` are its named cut points in the order data flows, and `default_cut` is the one that is used if none is named.
+    `argument` says what follows the name and a colon, for a model that is made of something: the function's first
+    parameter.
     """
-    return register("model", name, title=title, summary=summary, cuts=list(cuts), default_cut=default_cut)
+    facts = {"argument": argument} if argument else {}
+    return register("model", name, title=title, summary=summary, cuts=list(cuts), default_cut=default_cut, **facts)
 
 
-def build(reference: str, input_shape: Sequence[int], classes: int, **options: Any) -> nn.Module:
-    """The model `reference` for samples of `input_shape` (no batch dimension) and `classes` logits: [R, K].
+def build(
+    reference: str, input_shape: Sequence[int], classes: int, *, at: Sequence[str] = (), **options: Any
+) -> nn.Module:
+    """The model `reference` for samples of `input_shape` (no batch dimension) and `classes` logits: [R, K]. `at` are
+    the modules after which it will be cut, if that is known.
 
     `reference` is a name of the zoo or of an entry point, or `path/to/file.py:name` or `package.module:name`. Weights
     are drawn from torch's global generator (see `seeds.torch_seeded`).
@@ -49,7 +61,7 @@ def build(reference: str, input_shape: Sequence[int], classes: int, **options: A
     entry = find("model", reference)
     if odd := sorted(set(options) - entry.option_names):
         raise ConfigError(f"{odd[0]} = {options[odd[0]]!r} has no effect on the model {reference!r}: leave it out")
-    return make(function, input_shape, classes, name=reference, options=entry.checked(options))
+    return make(function, input_shape, classes, name=reference, options=entry.checked(options), at=at)
 
 
 def make(
@@ -59,6 +71,7 @@ def make(
     *,
     name: str = "",
     options: Mapping[str, Any] | None = None,
+    at: Sequence[str] = (),
 ) -> nn.Module:
     """What `function` makes for such samples, given what it asks for by name. Raises ConfigError with the reason."""
     name = name or getattr(function, "__name__", "of your own")
@@ -66,7 +79,8 @@ def make(
         raise ConfigError(f"classes = {classes}: a model gives at least one number; check the targets")
     if not input_shape or min(input_shape) < 1:
         raise ConfigError(f"input shape {tuple(input_shape)}: every dimension must be at least 1; check the data set")
-    arguments = _arguments(function, name, {"input_shape": tuple(input_shape), "classes": classes})
+    supplied = {"input_shape": tuple(input_shape), "classes": classes, "cuts": tuple(at)}
+    arguments = _arguments(function, name, supplied)
     try:
         with warnings.catch_warnings():
             if _on_meta():

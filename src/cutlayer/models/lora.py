@@ -1,0 +1,136 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685) by peft: what they adapt is frozen, and they are all that is trained.
+
+    W x  becomes  W x + (alpha / rank) B A x,   B = 0 in the beginning
+
+so that a model starts as the one that it adapts. Being frozen, that one is shared by all clients (see `frozen`).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from cutlayer.errors import ConfigError
+from cutlayer.models.blocks import named_block
+
+ADAPTER = "default"
+"""What peft calls the one adapter."""
+_ALL = "all-linear"
+_HEADS = ("score", "classifier", "lm_head", "cls")  # what a transformer ends in
+_NEW_HEADS = ("score", "classifier")  # those that start from nothing, and are trained whole
+
+
+@dataclass(frozen=True)
+class Lora:
+    """The options of adapters, as `--model hf:PATH` has them; a `rank` of 0 is none."""
+
+    rank: int
+    alpha: float | None = None
+    targets: tuple[str, ...] = ()
+    dropout: float = 0.0
+    sides: Literal["both", "client", "server"] = "both"
+
+    def check(self) -> None:
+        """Raises ConfigError for options without effect."""
+        idle: dict[str, object] = {
+            "lora_alpha": self.alpha,
+            "lora_targets": self.targets,
+            "lora_dropout": self.dropout,
+            "lora_sides": None if self.sides == "both" else self.sides,
+        }
+        given = [name for name, value in idle.items() if value]
+        if given and not self.rank:
+            raise ConfigError(
+                f"{given[0]} = {idle[given[0]]!r} has no effect without lora_rank: give a rank, such as 8, or leave it "
+                "out"
+            )
+
+
+def adapted(model: nn.Module, lora: Lora, cuts: Sequence[str]) -> nn.Module:
+    """`model` with adapters in it, and all else frozen but a classifier's new head. Their first factor is drawn from
+    torch's global generator. `cuts` tell the sides. Raises ConfigError.
+    """
+    peft = _peft()
+    names = _on_side(model, _targets(peft, model, lora), lora, cuts)
+    heads = [name for name, _ in model.named_children() if name in _NEW_HEADS]
+    config = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=2 * lora.rank if lora.alpha is None else lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=names,
+        modules_to_save=heads or None,
+        fan_in_fan_out=any(_transposed(model.get_submodule(name)) for name in names),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of fan_in_fan_out, which it sets itself layer by layer
+        made: nn.Module = peft.inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    return made
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError:
+        raise ConfigError(
+            "lora_rank needs the package peft, which is not installed: pip install 'cutlayer[lm]'"
+        ) from None
+    return peft
+
+
+def _targets(peft: Any, model: nn.Module, lora: Lora) -> list[str]:
+    """The full names of the layers to adapt. Raises ConfigError."""
+    linear = {name for name, module in model.named_modules() if _adaptable(module)}
+    inner = [name for name in linear if name.partition(".")[0] not in _HEADS]
+    kind = getattr(getattr(model, "config", None), "model_type", "")
+    usual = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind, (_ALL,))
+    wanted = lora.targets or tuple(usual)
+    found = set(inner) if _ALL in wanted else {n for n in linear if any(f".{n}".endswith(f".{w}") for w in wanted)}
+    if not found:
+        short = sorted({name.rpartition(".")[2] for name in inner})
+        raise ConfigError(
+            f"lora_targets = {list(wanted)} match no layer of the model: choose among {', '.join(short)}, or all-linear"
+        )
+    return sorted(found)
+
+
+def _on_side(model: nn.Module, names: list[str], lora: Lora, cuts: Sequence[str]) -> list[str]:
+    """Those of the layers that lie on the side that is to have adapters. Raises ConfigError."""
+    if lora.sides == "both":
+        return names
+    inner = [named_block(model, cut) for cut in cuts]
+    if not inner:
+        raise ConfigError(f"lora_sides = {lora.sides!r} has no effect on a model that is not cut: leave it out")
+    client = set(_up_to(model, inner[0]))
+    if len(inner) > 1:  # U-shaped: the client has the end, too
+        client |= {name for name, _ in model.named_modules()} - set(_up_to(model, inner[1]))
+    chosen = [name for name in names if (name in client) == (lora.sides == "client")]
+    if not chosen:
+        raise ConfigError(
+            f"lora_sides = {lora.sides!r} leaves no layer to adapt: none of {', '.join(names[:3])}... lies on that "
+            f"side of the cut {', '.join(cuts)}; cut elsewhere"
+        )
+    return chosen
+
+
+def _up_to(model: nn.Module, cut: str) -> list[str]:
+    """The names of the modules that come before the cut: registered before, or within."""
+    names = [name for name, _ in model.named_modules()]
+    if cut == "input":
+        return []
+    if cut not in names:  # the cut itself says what is wrong with it
+        return names
+    last = max(i for i, name in enumerate(names) if name == cut or name.startswith(f"{cut}."))
+    return names[: last + 1]
+
+
+def _adaptable(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or _transposed(module)
+
+
+def _transposed(module: nn.Module) -> bool:
+    """Whether it is a linear layer with its weight the other way round, as GPT-2 has them."""
+    return type(module).__name__ == "Conv1D"

@@ -1,0 +1,158 @@
+"""Reading a folder of Hugging Face's transformers: a configuration, and weights as safetensors.
+
+Nothing is downloaded, no code in the folder is run, and pickled weights are not read.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from cutlayer.errors import ConfigError, CutlayerWarning
+from cutlayer.models.parts import one_line
+
+Head = Literal["auto", "language", "classification"]
+_CLASSES = {"language": "AutoModelForCausalLM", "classification": "AutoModelForSequenceClassification"}
+_ENDINGS = {"ForCausalLM": "language", "LMHeadModel": "language", "ForSequenceClassification": "classification"}
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len")
+
+
+def read_folder(folder: str, head: Head, classes: int) -> nn.Module:
+    """The model in `folder`, in float32 and training mode; a classifier gives `classes` scores. On the meta device it
+    has no weights. Raises ConfigError.
+    """
+    transformers = _transformers()
+    path = _checked(folder)
+    with _sentence(folder):
+        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    kind = _head_of(config, folder) if head == "auto" else head
+    if hasattr(config, "use_cache"):
+        config.use_cache = False  # what is kept to generate text is not used in training
+    if kind == "classification":
+        config.num_labels = classes
+        if config.pad_token_id is None:  # where a row ends
+            config.pad_token_id = _first(config.eos_token_id)
+    auto = getattr(transformers, _CLASSES[kind])
+    with _sentence(folder), _quiet(transformers):
+        if torch.empty(0).is_meta or not any(path.glob("*.safetensors")):
+            made: nn.Module = auto.from_config(config, trust_remote_code=False)
+            if not torch.empty(0).is_meta:
+                _say(f"{folder!r} has no weights: the model starts as the seed says")
+        else:
+            made = _loaded(auto, path, config, folder)
+    return made.float().train()
+
+
+def context_of(model: nn.Module) -> int | None:
+    """The longest sequence that a model of transformers takes, as its configuration says; None if nothing says it."""
+    config = next((c for m in model.modules() if (c := getattr(m, "config", None)) is not None), None)
+    lengths = (getattr(config, name, None) for name in _LENGTHS)
+    return next((length for length in lengths if isinstance(length, int)), None)
+
+
+def _loaded(auto: Any, path: Path, config: Any, folder: str) -> nn.Module:
+    made, about = auto.from_pretrained(
+        path,
+        config=config,
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+        dtype=torch.float32,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    fresh = [*about["missing_keys"], *(found[0] for found in about["mismatched_keys"])]
+    if fresh:
+        named = ", ".join(map(repr, fresh[:3])) + (f" and {len(fresh) - 3} more" if len(fresh) > 3 else "")
+        _say(f"{folder!r} has no fitting weights for {named}: there the model starts as the seed says")
+    model: nn.Module = made
+    return model
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise ConfigError(
+            "a model hf:PATH needs the package transformers, which is not installed: pip install 'cutlayer[lm]'"
+        ) from None
+    return transformers
+
+
+def _checked(folder: str) -> Path:
+    """The folder, which has what can be read. Raises ConfigError."""
+    path, where = Path(folder).expanduser(), f"model 'hf:{folder}'"
+    if not path.is_dir():
+        raise ConfigError(
+            f"{where}: there is no folder {folder!r} (from {Path.cwd()}); check the path (nothing is downloaded)"
+        )
+    if not (path / "config.json").is_file():
+        raise ConfigError(f"{where} has no config.json: name a folder that save_pretrained wrote")
+    try:
+        stored = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{where}: config.json is not JSON ({error}); save the model again") from None
+    if not isinstance(stored, dict) or not isinstance(stored.get("model_type"), str):
+        raise ConfigError(f"{where}: config.json names no model_type; save the model again with save_pretrained")
+    pickled = sorted(file.name for pattern in _PICKLED for file in path.glob(pattern))
+    if pickled and not any(path.glob("*.safetensors")):
+        raise ConfigError(
+            f"{where} has pickled weights only ({pickled[0]}), which can run code when they are read: where you trust "
+            "them, convert them with AutoModel.from_pretrained(...).save_pretrained(...), which writes safetensors"
+        )
+    return path
+
+
+def _head_of(config: Any, folder: str) -> str:
+    """What the configuration says that the model ends in. Raises ConfigError."""
+    named = str(_first(config.architectures) or "")
+    for ending, head in _ENDINGS.items():
+        if named.endswith(ending):
+            return head
+    raise ConfigError(
+        f"model 'hf:{folder}' is of the architecture {named or 'unknown'!r}: say what it shall end in with "
+        "model_head = language or classification"
+    )
+
+
+def _first(value: Any) -> Any:
+    return (value[0] if value else None) if isinstance(value, list | tuple) else value
+
+
+def _say(note: str) -> None:
+    warnings.warn(CutlayerWarning(note), stacklevel=4)
+
+
+@contextmanager
+def _sentence(folder: str) -> Iterator[None]:
+    """Turn what transformers raises into one sentence."""
+    try:
+        yield
+    except Exception as error:  # damaged files, unknown architectures, code that would have to be run
+        raise ConfigError(
+            f"model 'hf:{folder}' cannot be read ({one_line(error)}): name a folder of an architecture that the "
+            "installed transformers has, with weights that are whole"
+        ) from None
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Without the library's own lines and bars; what matters of them is said here."""
+    log = transformers.utils.logging
+    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(verbosity)
+        if bars:
+            log.enable_progress_bar()

@@ -1,0 +1,52 @@
+"""A model of Hugging Face's transformers from a folder on this machine: `hf:path/to/folder`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import nn
+
+from cutlayer.models.lora import Lora, adapted
+from cutlayer.models.making import model
+from cutlayer.models.pretrained import read_folder
+from cutlayer.plugins import option
+
+
+@model(
+    "hf",
+    title="Hugging Face folder",
+    summary="hf:PATH, a local folder with config.json and *.safetensors; cut by a module's name or after block 1, 2...",
+    argument="a local folder with config.json and *.safetensors",
+)
+def hf(
+    folder: str,
+    classes: int,
+    *,
+    cuts: Sequence[str] = (),
+    model_head: Literal["auto", "language", "classification"] = option(
+        "auto", help="What the model ends in: scores of tokens, or of classes. auto: what its config.json says."
+    ),
+    lora_rank: int = option(
+        0, ge=0, help="Rank of the LoRA adapters, which are then all that is trained. 0: no adapters."
+    ),
+    lora_alpha: float | None = option(
+        None, gt=0, help="Adapters are scaled by this over their rank. Default: twice the rank."
+    ),
+    lora_targets: tuple[str, ...] = option(
+        (),
+        help="Names of the layers that get adapters, such as q_proj v_proj, or all-linear. Default: those that peft "
+        "adapts in such a model.",
+    ),
+    lora_dropout: float = option(0.0, ge=0, lt=1, help="Dropout before the adapters."),
+    lora_sides: Literal["both", "client", "server"] = option("both", help="Which side of the cut has adapters."),
+) -> nn.Module:
+    """The folder's causal language model, or its classifier of `classes` classes, with adapters if they are asked for.
+
+    `cuts` are the modules after which it is cut: they tell the sides. Nothing is downloaded, no code in the folder is
+    run, and pickled weights are not read. Raises ConfigError.
+    """
+    lora = Lora(lora_rank, lora_alpha, lora_targets, lora_dropout, lora_sides)
+    lora.check()
+    made = read_folder(folder, model_head, classes)
+    return adapted(made, lora, cuts) if lora_rank else made
