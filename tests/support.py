@@ -36,7 +36,7 @@ from cutlayer.types import Step
 ROOT = Path(__file__).parents[1]
 CLASSES = 4
 ALGORITHMS = tuple(plugins.index("algorithm"))
-ZOO = plugins.index("model")
+ZOO = {name: entry for name, entry in plugins.index("model").items() if not entry.facts.get("argument")}
 State = dict[str, Tensor]
 
 

@@ -71,7 +71,13 @@ THINGS = {
         "tokens": "auxiliary_weights balanced_classes class_weights ignore_index label_smoothing next_token",
     },
     "metric": dict.fromkeys(METRICS.split(), ""),
-    "model": {"alexnet": "", "cnn": "", "mlp": "", "resnet16": ""},
+    "model": {
+        "alexnet": "",
+        "cnn": "",
+        "hf": "lora_alpha lora_dropout lora_rank lora_sides lora_targets model_head",
+        "mlp": "",
+        "resnet16": "",
+    },
     "data": {"digits": "", "fashion-mnist": ""},
     "format": {
         "csv": "client_column columns ignore_columns impute label_column",

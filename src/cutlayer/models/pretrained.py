@@ -22,7 +22,6 @@ Head = Literal["auto", "language", "classification"]
 _CLASSES = {"language": "AutoModelForCausalLM", "classification": "AutoModelForSequenceClassification"}
 _ENDINGS = {"ForCausalLM": "language", "LMHeadModel": "language", "ForSequenceClassification": "classification"}
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-_LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 
 def read_folder(folder: str, head: Head, classes: int) -> nn.Module:
@@ -41,24 +40,23 @@ def read_folder(folder: str, head: Head, classes: int) -> nn.Module:
         if config.pad_token_id is None:  # where a row ends
             config.pad_token_id = _first(config.eos_token_id)
     auto = getattr(transformers, _CLASSES[kind])
+    fresh: list[str] = []
+    empty, meta = not any(path.glob("*.safetensors")), torch.empty(0).is_meta
     with _sentence(folder), _quiet(transformers):
-        if torch.empty(0).is_meta or not any(path.glob("*.safetensors")):
+        if empty or meta:
             made: nn.Module = auto.from_config(config, trust_remote_code=False)
-            if not torch.empty(0).is_meta:
-                _say(f"{folder!r} has no weights: the model starts as the seed says")
         else:
-            made = _loaded(auto, path, config, folder)
+            made, fresh = _loaded(auto, path, config)
+    if empty and not meta:
+        _say(f"{folder!r} has no weights: the model starts as the seed says")
+    if fresh:
+        named = ", ".join(map(repr, fresh[:3])) + (f" and {len(fresh) - 3} more" if len(fresh) > 3 else "")
+        _say(f"{folder!r} has no fitting weights for {named}: there the model starts as the seed says")
     return made.float().train()
 
 
-def context_of(model: nn.Module) -> int | None:
-    """The longest sequence that a model of transformers takes, as its configuration says; None if nothing says it."""
-    config = next((c for m in model.modules() if (c := getattr(m, "config", None)) is not None), None)
-    lengths = (getattr(config, name, None) for name in _LENGTHS)
-    return next((length for length in lengths if isinstance(length, int)), None)
-
-
-def _loaded(auto: Any, path: Path, config: Any, folder: str) -> nn.Module:
+def _loaded(auto: Any, path: Path, config: Any) -> tuple[nn.Module, list[str]]:
+    """The model with the folder's weights, and the names of those that it lacks."""
     made, about = auto.from_pretrained(
         path,
         config=config,
@@ -69,12 +67,7 @@ def _loaded(auto: Any, path: Path, config: Any, folder: str) -> nn.Module:
         ignore_mismatched_sizes=True,
         output_loading_info=True,
     )
-    fresh = [*about["missing_keys"], *(found[0] for found in about["mismatched_keys"])]
-    if fresh:
-        named = ", ".join(map(repr, fresh[:3])) + (f" and {len(fresh) - 3} more" if len(fresh) > 3 else "")
-        _say(f"{folder!r} has no fitting weights for {named}: there the model starts as the seed says")
-    model: nn.Module = made
-    return model
+    return made, [*about["missing_keys"], *(found[0] for found in about["mismatched_keys"])]
 
 
 def _transformers() -> Any:
