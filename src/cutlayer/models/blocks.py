@@ -25,11 +25,8 @@ def named_block(model: nn.Module, name: str) -> str:
     if not (name.isascii() and name.isdigit()) or name in dict(model.named_modules(remove_duplicate=False)):
         return name
     blocks, number = blocks_of(model), int(name)
-    if not blocks:
-        raise CutError(
-            f"cut = {name} counts blocks, but {type(model).__name__} has no list of equal layers (an nn.ModuleList): "
-            "name a module"
-        )
+    if not blocks:  # then it is an unknown module, like any other word
+        return name
     if not 1 <= number <= len(blocks):
         raise CutError(
             f"cut = {name} is not possible: the model has the blocks 1 to {len(blocks)} ({blocks[0]} to {blocks[-1]})"
