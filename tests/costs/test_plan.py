@@ -91,6 +91,21 @@ def test_a_plan_is_what_a_run_counts(model: str, at: str) -> None:
             assert found.chosen.measured.flops == run.training.flops
 
 
+@pytest.mark.parametrize("algorithm", ["cl", "fl", "ssl", "psl", "upsl"])
+def test_a_plan_with_a_frozen_client_part_is_what_a_run_counts(algorithm: str) -> None:
+    """Clients receive no gradients and yet wait for the server; a whole model needs none at the cut either."""
+    own: dict[str, Any] = {} if algorithm in ("cl", "fl") else {"cut": "hidden2"}
+    bent: dict[str, Any] = {"tail_cut": "hidden3"} if algorithm == "upsl" else {}
+    frozen = {"model": "mlp", "freeze": "hidden1|hidden2"}
+    e = planned(**frozen, cut="hidden2", **bent, algorithms=(algorithm,), **DIGITS, **FLEET).costs[0].expected
+    options = {"clients": 4, "samples_per_client": 20, "data": "digits", "epochs": 1, "test": 30, **FLEET}
+    run = Run(algorithm=algorithm, **frozen, **own, **bent, **options)
+    result, ledger = run.run(), run.training.ledger
+    assert (e.up + e.once_up, e.down) == (ledger.total("up"), ledger.total("down"))
+    assert (e.client_flops, e.server_flops) == (result.client_flops, result.server_flops)
+    assert e.seconds == pytest.approx(result.virtual_seconds)
+
+
 @pytest.mark.parametrize("options", [{}, {"upload_every": 2, "align_every": 1}])
 @pytest.mark.parametrize(("model", "at"), ZOO[:2])
 def test_a_plan_with_heads_is_what_a_run_counts(model: str, at: str, options: dict[str, int]) -> None:

@@ -126,6 +126,11 @@ class Clock:
             return np.where(bits > 0, np.maximum(bits / rates, shared), 0.0), np.zeros_like(bits)
         return self.attendance.passing(direction, begin, bits, shared)
 
+    def go_on(self, clients: Sequence[int]) -> None:
+        """The server asks `clients` for the next thing, without any bytes worth counting."""
+        at = list(clients)
+        self.ready[at] = np.maximum(self.ready[at], self.server + self.fleet.latency)
+
     @property
     def now(self) -> float:
         """When everybody is through."""
@@ -273,6 +278,8 @@ class ClockedCohort(CohortAround):
         per_row = server.backward if self._tail_done else self.server_flops
         self.clock.serve(float(rows.sum()) * per_row)
         self.clock.download(8.0 * down, 8.0 * leaving)
+        # A client whose part trains nothing receives no gradients, and still waits until it is asked again.
+        self.clock.go_on([client for client in addressed if rows[client] and not down[client]])
         self.clock.compute(rows * self.flops.client.backward)
         self._rows[addressed] = 0
 

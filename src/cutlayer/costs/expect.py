@@ -182,7 +182,7 @@ class _Path:
             serve = size * self.serving / f.server_speed
             back = self._through_tails(size, turns, 1)
             total += turns * float((up + down + own + back + serve + 2 * f.latency).sum())
-        if w.clients > 1:
+        if w.clients > 1 and self.t.moved:
             # Each client passes the model on once an epoch and takes it once, but for the first and last time.
             up = self._up(self.t.moved, w.epochs, together=False)
             down = self._down(self.t.moved, self.t.moved, w.epochs)

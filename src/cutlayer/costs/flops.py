@@ -12,7 +12,7 @@ backward pass is less than twice its forward pass. The paper (Table 4) counts th
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -49,18 +49,20 @@ class Flops:
 @dataclass(frozen=True)
 class ModelFlops:
     """FLOPs per sample of a cut model's parts. `tail` is what comes back to the client in the U-shape (else zero),
-    `head` an auxiliary head, which does not belong to the model.
+    `head` an auxiliary head, which does not belong to the model. `uncut` is the model as one, if it was counted: it
+    computes no gradients of what crosses the cut where nothing before it is trained.
     """
 
     client: Flops
     server: Flops
     tail: Flops = Flops(0.0, 0.0)
     head: Flops = Flops(0.0, 0.0)
+    uncut: Flops | None = field(default=None, compare=False)
 
     @property
     def whole(self) -> Flops:
         """Of the model as one: what a client of federated learning computes."""
-        return self.client + self.server + self.tail
+        return self.uncut or self.client + self.server + self.tail
 
     @property
     def at_client(self) -> Flops:

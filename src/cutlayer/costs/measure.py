@@ -118,7 +118,7 @@ class Measured:
         return replace(
             self,
             client_parameters=self.client_parameters + tail.parameters - tail.client_parameters,
-            flops=ModelFlops(self.flops.client, middle, tail.flops.server),
+            flops=ModelFlops(self.flops.client, middle, tail.flops.server, uncut=self.flops.uncut),
             client=replace(self.client, **{n: getattr(self.client, n) + getattr(last, n) for n in _FOOTING}),
             returning=tail.crossing,
         )
@@ -283,7 +283,7 @@ class _Measurement:
             parts.crossing,
             whole_parameters,
             parameters,
-            flops,
+            replace(flops, uncut=self.counted.whole),
             _footing(sizes, saved, len(self.x)),
             _footing(whole, [k.total for k in self.kept], len(self.x)),
             lower_trains=bool(trainable),
@@ -322,6 +322,11 @@ class _Counted:
     order: list[str] = field(default_factory=list)
     last: list[str] = field(default_factory=list)  # those that give what the model gives
     total: tuple[int, int] = (0, 0)
+
+    @property
+    def whole(self) -> Flops:
+        """Of the model as one, per sample."""
+        return Flops(*(total / self.rows for total in self.total))
 
     def split(self, name: str, server_backward: int) -> ModelFlops:
         """Of both parts, per sample."""
