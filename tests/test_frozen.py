@@ -25,6 +25,7 @@ from cutlayer.testing.material import demand_equal, random_source, smooth
 from cutlayer.wire.coded import CodedCohort
 
 ALGORITHMS = ["cl", "fl", "psl", "ssl", "ussl", "sfl", "sflv1", "sflv2", "sflv3", "sglr"]
+LONG = [a if a in ("cl", "fl", "psl", "ssl", "ussl") else pytest.param(a, marks=pytest.mark.long) for a in ALGORITHMS]
 WHOLE = ("cl", "fl")
 BENT = ("ussl", "upsl", "usfl")
 FIRST = r"^0\."  # of `smooth` and `stateful`: the client's first layer
@@ -49,7 +50,7 @@ def innermost(run: Run) -> Any:
 # ---- The same in every engine --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", LONG)
 def test_every_engine_with_a_part_of_each_model_frozen(algorithm: str) -> None:
     """A layer's weight in the client's part, whose bias is trained, and one of the server's: records, models, bytes
     against tensors, resumption, and what `plan` states.
@@ -58,7 +59,7 @@ def test_every_engine_with_a_part_of_each_model_frozen(algorithm: str) -> None:
 
 
 @pytest.mark.parametrize("algorithm", ["psl", "ssl", "sflv3"])
-@pytest.mark.parametrize("pattern", [r"^[01]\.", r"^0\.|^1\."])
+@pytest.mark.parametrize("pattern", [r"^[01]\.", pytest.param(r"^0\.|^1\.", marks=pytest.mark.long)])
 def test_every_engine_with_clients_that_train_nothing(algorithm: str, pattern: str) -> None:
     """The first layer and the batch normalisation; its buffers go on moving, so that models differ."""
     check_algorithm(algorithm, one_client_is_sgd=False, freeze=pattern)

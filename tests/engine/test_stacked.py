@@ -349,7 +349,7 @@ class Everything(nn.Module):
         return self.out(self.norm(y.mean(2)))
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", [pytest.param("sgd", marks=pytest.mark.long), "adamw"])
 @pytest.mark.parametrize("at", ["conv.0", "conv.5", "norm"])
 @pytest.mark.parametrize("algorithm", ["sglr", "fl", "sflv1"])
 def test_layers_of_all_kinds(algorithm: str, at: str, optimizer: str) -> None:
@@ -370,17 +370,23 @@ def test_layers_of_all_kinds(algorithm: str, at: str, optimizer: str) -> None:
 )
 def test_in_groups_and_within_memory(algorithm: str, way: Way, keep: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two clients at a time; without memory for graphs forward passes run twice: dropout masks, buffers and all."""
-
     computed(monkeypatch, way, chunk=2, keep=keep)
-    cases: list[tuple[Any, Any]] = [(make(Everything), source([9, 9, 6, 6, 3], (2, 8, 8)))]
-    for model, data in cases + ([("alexnet", "digits")] if (way, keep) == ("lowered", False) else []):
-        few = {"test": 30, "validation": 30, "eval_every": 4}
-        own: dict[str, Any] = {"partition": "iid", "samples_per_client": 7, **few} if data == "digits" else {}
-        cut = {} if algorithm == "fl" or data == "digits" else {"cut": "conv.9"}
-        a, b = both(
-            8, algorithm=algorithm, model=model, data=data, clients=5, **{**small(batch=3, rounds=4), **own, **cut}
-        )
-        assert worst(a, b) < 1e-10
+    cut = {} if algorithm == "fl" else {"cut": "conv.9"}
+    a, b = both(
+        8, algorithm=algorithm, model=make(Everything), data=source([9, 9, 6, 6, 3], (2, 8, 8)), clients=5,
+        **small(batch=3, rounds=4, **cut),
+    )  # fmt: skip
+    assert worst(a, b) < 1e-10
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("algorithm", ["sglr", "fl", "sflv1"])
+def test_alexnet_in_groups_and_within_memory(algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    computed(monkeypatch, "lowered", chunk=2, keep=False)
+    few = {"partition": "iid", "samples_per_client": 7, "test": 30, "validation": 30, "eval_every": 4}
+    options = {**small(batch=3, rounds=4), **few}
+    a, b = both(8, algorithm=algorithm, model="alexnet", data="digits", clients=5, **options)
+    assert worst(a, b) < 1e-10
 
 
 def test_memory_limit_decides_what_is_kept() -> None:

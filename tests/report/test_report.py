@@ -245,7 +245,10 @@ def test_unfinished_comparison(tmp_path: Path) -> None:
     assert "not finished: after 4 epochs" in page.text  # sglr: none is done
 
 
-@pytest.mark.parametrize(("clients", "classes"), [(1, 1), (1, 10), (30, 10), (200, 10), (1000, 100)])
+@pytest.mark.parametrize(
+    ("clients", "classes"),
+    [(1, 1), (30, 10), *(pytest.param(*n, marks=pytest.mark.long) for n in [(1, 10), (200, 10), (1000, 100)])],
+)
 def test_any_number_of_clients_and_classes(tmp_path: Path, clients: int, classes: int) -> None:
     make_run(
         tmp_path / "r", clients=clients, classes=classes, class_names=[f"class number {k}" for k in range(classes)]
