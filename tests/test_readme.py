@@ -1,4 +1,4 @@
-"""The README's examples run as they stand: its Python blocks, and its `cutlayer` command lines."""
+"""The examples of README and docs/first-steps.md run as they stand: Python blocks, and `cutlayer` command lines."""
 
 from __future__ import annotations
 
@@ -9,20 +9,30 @@ from pathlib import Path
 import pytest
 from support import ROOT, call
 
-README = (ROOT / "README.md").read_text()
-PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = README + (ROOT / "docs/first-steps.md").read_text(encoding="utf-8")
+PYTHON = re.findall(r"```python\n(.*?)```", PAGES, re.DOTALL)
 # `make` targets are what runs these tests; lines that say how long they take are not for every test run.
 COMMANDS = [
     line.split("  #")[0].strip()
-    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    for block in re.findall(r"```sh\n(.*?)```", PAGES, re.DOTALL)
     for line in block.splitlines()
     if line.startswith("cutlayer ") and "minute" not in line
 ]
 
 
 def test_there_are_examples() -> None:
-    assert len(PYTHON) >= 2
-    assert len(COMMANDS) >= 4
+    assert len(PYTHON) >= 4
+    assert len(COMMANDS) >= 16
+
+
+def test_the_readme_is_for_strangers() -> None:
+    """Short, with five lines of Python, and every file that it links to is there."""
+    assert len(README.splitlines()) <= 120
+    (program,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(program.splitlines()) == 5
+    links = [link.split("#")[0] for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
+    assert [link for link in links if not (ROOT / link).is_file()] == []
 
 
 @pytest.mark.parametrize("number", range(len(PYTHON)))
@@ -39,7 +49,7 @@ def test_commands(tmp_path: Path) -> None:
     """All in one folder, in order: later lines use the runs of earlier ones. The TOML example is there as written. What
     is trained is not looked at: clients have few samples.
     """
-    (config,) = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
+    (config,) = re.findall(r"```toml\n(.*?)```", PAGES, re.DOTALL)
     (tmp_path / "sweep.toml").write_text(config)
     for command in COMMANDS:
         words = shlex.split(command.replace("--seconds 2", "--seconds 0.2"))[1:]
@@ -48,6 +58,7 @@ def test_commands(tmp_path: Path) -> None:
 
 
 def test_it_names_the_commands_that_exist() -> None:
-    """Every `make` target it names is in the Makefile."""
+    """Every `make` target that README and CONTRIBUTING name is in the Makefile."""
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert set(re.findall(r"make ([a-z-]+)", README)) <= targets
+    text = README + (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"(?:`|^)make ([a-z-]+)", text, re.MULTILINE)) <= targets
