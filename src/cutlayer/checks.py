@@ -191,10 +191,11 @@ def check_parts(config: RunConfig, algorithm: Algorithm, split: Parts, cuts: tup
 
 
 def _modest() -> str:
-    """An algorithm that trains with parameters on one side alone."""
+    """The simplest algorithm that trains with parameters on one side alone: the one with the fewest options."""
     entries = plugins.index("algorithm").values()
     modest = [e for e in entries if not (e.facts["client_part"] or e.facts["server_part"])]
-    return next(e.name for e in modest if traits_of(e).split and not traits_of(e).u_shaped)
+    split = [e for e in modest if traits_of(e).split and not traits_of(e).u_shaped]
+    return min(split, key=lambda e: len(e.options)).name
 
 
 def check_trained(config: RunConfig, model: nn.Module) -> None:

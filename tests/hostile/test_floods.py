@@ -38,6 +38,19 @@ def test_names_that_are_made_up_are_counted_together() -> None:
     assert len(brake.over(1e9)) < 300
 
 
+def test_many_clients_of_one_host_are_not_strangers() -> None:
+    """A study's own clients, each once, however many; also while somebody beside them makes up names."""
+    brake = Brake()
+    names = [f"client-{number}" for number in range(1000)]
+    for name in names:
+        assert not brake.blocks("a", name)
+        brake.connect("a", name)
+    for number in range(1000):
+        brake.refuse("a", f"stranger-{number}")
+    assert not any(brake.blocks("a", name) for name in names)
+    assert brake.blocks("a", "another")
+
+
 def ended(raw: Raw) -> str:
     """How the server ends a connection that it does not want."""
     try:

@@ -13,7 +13,7 @@ REFUSALS, CONNECTIONS = 20, 100
 LINES = 3
 """Lines of the log about refusals of one name from one host in a window. More are counted, and said in one."""
 
-_NAMES = 256  # that are told apart, of one host: strangers may make up any number
+_NAMES = 256  # of refused strangers of one host that are told apart: they may make up any number
 
 Key = tuple[str, str]
 """(a host, what somebody there calls itself)."""
@@ -32,18 +32,20 @@ class Brake:
         """Whether this one has come too often. It is counted then."""
         key = self._key(host, name)
         blocked = self._refusals[key] >= REFUSALS or self._connections[key] >= CONNECTIONS
-        self._refusals[key] += blocked
+        if blocked:
+            self._refusals[key] += 1
         return blocked
 
     def refuse(self, host: str, name: str) -> bool:
         """Somebody is refused: whether a line of the log is to say so."""
         key = self._key(host, name)
+        self._names[host] += key not in self._refusals
         self._refusals[key] += 1
         return self._refusals[key] <= LINES
 
     def connect(self, host: str, name: str) -> None:
-        """Somebody is let in."""
-        self._connections[self._key(host, name)] += 1
+        """Somebody is let in: a name of its own, since a study has so many clients and no more."""
+        self._connections[host, name] += 1
 
     def over(self, now: float) -> dict[Key, int]:
         """Where the window is over: how many refusals no line of the log has said, by host and name."""
@@ -56,10 +58,7 @@ class Brake:
         return unsaid
 
     def _key(self, host: str, name: str) -> Key:
-        """Names beyond a number share one key."""
+        """Names beyond a number of refused ones share one key."""
         key = (host, name)
-        if key not in self._refusals and key not in self._connections:
-            if self._names[host] >= _NAMES:
-                return host, ""
-            self._names[host] += 1
-        return key
+        known = key in self._refusals or key in self._connections
+        return key if known or self._names[host] < _NAMES else (host, "")
