@@ -85,6 +85,8 @@ THINGS = {
         "idx": "",
         "images": "resize",
         "npz": "",
+        "text": "client_column completion_column documents label_column loss_on messages_column packing padding_side "
+        "prompt_column sequence_length text_column tokenizer",
     },
     "partition": {
         "column": "",

@@ -36,6 +36,7 @@ from cutlayer.checks import (
     check_single_rows,
     check_start,
     check_starved,
+    check_text,
     check_trained,
     given_for,
 )
@@ -408,6 +409,7 @@ def prepare(
     making = _making(config, model, source, task, _named_cuts(config, algorithm.traits, model))
     make_model = making.make
     whole = make_model("model")
+    check_text(whole, source, task)
     source = as_the_model_takes(whole, source, dtype_of(config))
     first = slice(0, max(2, min(3, len(source.train))))
     given = given_for(whole, source.train[first])
@@ -580,6 +582,8 @@ def load_source(config: RunConfig, data: Data | None, task: Task | None = None) 
         source = fitting(data, task.targets)
     elif data is not None:
         columns = {name: getattr(config, name) for name in {"label_column", "client_column"} & config.given}
+        if config.data_format != "auto":
+            columns = {**reading_options(config), "data_format": config.data_format}
         source = from_memory(data, **held_out, given=config.given, **wanted, **columns)
         _refuse_dealing(config, data, source)
     else:
@@ -637,8 +641,9 @@ def own_source(config: RunConfig, path: str) -> Source:
 
 
 def _where_read(config: RunConfig) -> dict[str, Any]:
-    """How items of data sets are read."""
-    return {"data_in_memory": config.data_in_memory, "data_workers": config.data_workers}
+    """How items of data sets are read, and the folder of the model, where text finds its tokenizer."""
+    folder = plugins.argument_of("model", config.model)
+    return {"data_in_memory": config.data_in_memory, "data_workers": config.data_workers, "model_folder": folder}
 
 
 def reading_options(config: RunConfig) -> dict[str, Any]:

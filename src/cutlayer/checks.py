@@ -55,6 +55,30 @@ def as_the_model_takes(model: nn.Module, source: Source, dtype: torch.dtype) -> 
     return source
 
 
+def check_text(model: nn.Module, source: Source, task: Task) -> None:
+    """Rows of tokens must fit the model's context, its padding and the task. Raises ConfigError."""
+    about = source.preprocessing
+    if about.get("kind") != "text":
+        return
+    if getattr(task, "next_token", False):
+        raise ConfigError(
+            "next_token = True would predict the token after the next one: the targets of text are the tokens that "
+            "follow already; leave it out"
+        )
+    config, length = getattr(model, "config", None), source.train.form.rows[0].shape[1]
+    context = getattr(config, "max_position_embeddings", None)
+    if isinstance(context, int) and length > context:
+        raise ConfigError(
+            f"sequence_length = {length} is more than the {context} tokens that the model looks at: lower it"
+        )
+    padding = getattr(config, "pad_token_id", None)
+    if task.targets != "classes" and padding is not None and padding != about["padding"]:
+        raise ConfigError(
+            f"the model takes token {padding} for padding, the tokenizer token {about['padding']}: name the same "
+            "pad_token in both folders, since a classifier looks for the last token before it"
+        )
+
+
 def _refusal(model: nn.Module, few: Samples) -> str:
     """Why the model does not take these inputs; empty if it does."""
     probe = deep_copy(model).eval()

@@ -131,6 +131,16 @@ class CommonKeywords(TypedDict, total=False):
     ignore_columns: tuple[str, ...]
     impute: Literal["mean", "median", "zero"] | None
     resize: str | None
+    tokenizer: str | None
+    sequence_length: int
+    packing: Literal["auto", "packed", "padded"]
+    padding_side: Literal["right", "left"]
+    loss_on: Literal["auto", "all", "answers"]
+    documents: Literal["file", "paragraph", "line"]
+    text_column: str | None
+    messages_column: str | None
+    prompt_column: str | None
+    completion_column: str | None
     dirichlet_alpha: float
     quantity: Literal["linear", "square", "exponential"]
     shards_per_client: int

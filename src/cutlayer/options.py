@@ -365,9 +365,9 @@ class CommonConfig(TracedConfig):
     data_format: str = _field("auto", DATA)
     """How to read a path (see `cutlayer list formats`), or your own: path/to/file.py:name. auto looks at the file."""
     label_column: str = _field("label", DATA)
-    """The label's column (CSV, Hugging Face)."""
+    """The label's column (CSV, Hugging Face, text)."""
     client_column: str | None = _field(None, DATA)
-    """The column that says whose sample a row is (CSV, Hugging Face), for the partition `column`."""
+    """The column that says whose sample a row is (CSV, Hugging Face, text), for the partition `column`."""
     class_names: tuple[str, ...] = _field((), DATA)
     """All labels, in order, where the data at hand may lack some (a client's own). Default: those in the data."""
     validation: float = _field(0.1, DATA, ge=0)
@@ -1078,7 +1078,7 @@ NAMING = {
     "aux": "head",
 }
 """Options that name things, and of which kind."""
-_PATHS = ("data", "profiles", "trace", "weights")  # options that may name a file or folder
+_PATHS = ("data", "profiles", "tokenizer", "trace", "weights")  # options that may name a file or folder
 
 
 def from_anywhere(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -35,8 +35,8 @@ from cutlayer import plugins
 from cutlayer.data.arrays import ArrayOrTensor, as_array
 from cutlayer.data.finish import finished, finished_whole, named
 from cutlayer.data.formats import detect, find_format, no_effect
-from cutlayer.data.formats.huggingface import Huggingface, from_huggingface
-from cutlayer.data.formats.reader import Columns
+from cutlayer.data.formats.huggingface import Huggingface
+from cutlayer.data.formats.reader import Format, Labelled
 from cutlayer.data.lazy import InMemory, ItemReading
 from cutlayer.data.own import own_code
 from cutlayer.data.pairs import from_pairs
@@ -66,6 +66,7 @@ def load(
     ignored: int | None = None,
     data_in_memory: InMemory = "always",
     data_workers: int = 0,
+    model_folder: str = "",
     **options: Any,
 ) -> Source:
     """Load a built-in data set, a file or folder, or what a function returns.
@@ -81,12 +82,14 @@ def load(
 
     `given` are the options that the user gave: `validation` or `test` among them is an error if the data bring that
     part. `targets`: what the targets are, as a task says: one class per row ("class"), integers of any shape
-    ("classes"), or numbers. Rows of the class `ignored` are left out.
+    ("classes"), or numbers. Rows of the class `ignored` are left out. `model_folder` is the folder of the model, if it
+    has one: text takes the tokenizer there.
 
     Raises DataError if the data are missing, damaged, or not fit for the task; ConfigError if an option is out
     of range or has no effect on these data.
     """
-    found = _read(data, data_format, options, ItemReading(data_in_memory, data_workers, seed))
+    reading = ItemReading(data_in_memory, data_workers, seed)
+    found = _read(data, data_format, options, reading, _Setting(targets, model_folder))
     _refuse_given(found, given, {"validation": validation, "test": test})
     if isinstance(found, Source):
         return _of_classes(found, class_names)
@@ -104,6 +107,7 @@ def load_whole(
     data_workers: int = 0,
     seed: int = 0,
     with_test: bool = False,
+    model_folder: str = "",
     **options: Any,
 ) -> Source:
     """The same with nothing held out: what a client trains on, alone. What the data bring to test with is left out,
@@ -111,7 +115,8 @@ def load_whole(
 
     Data of one class need `class_names`. Raises DataError and ConfigError as `load` does.
     """
-    found = _read(data, data_format, options, ItemReading(data_in_memory, data_workers, seed), alone=True)
+    reading = ItemReading(data_in_memory, data_workers, seed)
+    found = _read(data, data_format, options, reading, _Setting(targets, model_folder), alone=True)
     if isinstance(found, Source):
         whole = _of_classes(found, class_names)
         test = whole.test if with_test else whole.train[:0]
@@ -225,6 +230,8 @@ def from_memory(
     ignored: int | None = None,
     data_in_memory: InMemory = "always",
     data_workers: int = 0,
+    data_format: str = "auto",
+    model_folder: str = "",
     **options: Any,
 ) -> Source:
     """Data in any of these forms:
@@ -235,10 +242,16 @@ def from_memory(
       by part;
     - a list of data sets, one for each client, or a dictionary of them by the clients' names.
 
-    `options` are those of Hugging Face data. Raises DataError and ConfigError as `load` does.
+    `data_format` says how Hugging Face data are read, with the `options` of that format: huggingface (auto), or text.
+    Raises DataError and ConfigError as `load` does.
     """
     name = "arrays" if _arrays_of(data) is not None else "dataset"
-    found = _taken(data, name, "data", options, ItemReading(data_in_memory, data_workers, seed))
+    reading = ItemReading(data_in_memory, data_workers, seed)
+    found: Raw | Source
+    if data_format != "auto":
+        found = _taken_as(data_format, data, name, options, _Setting(targets, model_folder))
+    else:
+        found = _taken(data, name, "data", options, reading)
     _refuse_given(found, given, {"validation": validation, "test": test})
     return found if isinstance(found, Source) else finished(found, validation, test, seed, targets, ignored)
 
@@ -246,8 +259,21 @@ def from_memory(
 # From a name, a path or a function
 
 
+class _Setting(NamedTuple):
+    """What data are read for: the task's targets, and the folder of the model, if it has one."""
+
+    targets: Targets
+    folder: str = ""
+
+
 def _read(
-    data: str, data_format: str, options: Mapping[str, Any], reading: ItemReading, *, alone: bool = False
+    data: str,
+    data_format: str,
+    options: Mapping[str, Any],
+    reading: ItemReading,
+    setting: _Setting,
+    *,
+    alone: bool = False,
 ) -> Raw | Source:
     """What a reader or a function finds; `alone`: in the data of one client. Raises DataError, ConfigError."""
     if data_format != "auto":
@@ -261,7 +287,7 @@ def _read(
             f"{unknown('data set', data, plugins.names('data'))}; there is no file or folder of that name "
             "either; a function of your own is path/to/file.py:name"
         )
-    return _from_path(path, detect(path) if data_format == "auto" else data_format, options, alone=alone)
+    return _from_path(path, detect(path) if data_format == "auto" else data_format, options, setting, alone=alone)
 
 
 def _from_function(data: str, data_format: str, options: Mapping[str, Any], reading: ItemReading) -> Raw | Source:
@@ -275,11 +301,13 @@ def _from_function(data: str, data_format: str, options: Mapping[str, Any], read
         return _taken(function(**own), data.rpartition(":")[2], what, others, reading)
 
 
-def _from_path(path: Path, data_format: str, options: Mapping[str, Any], *, alone: bool) -> Raw | Source:
+def _from_path(
+    path: Path, data_format: str, options: Mapping[str, Any], setting: _Setting, *, alone: bool
+) -> Raw | Source:
     if alone and "client_column" not in plugins.find("format", data_format).option_names:
         options = {name: value for name, value in options.items() if name != "client_column"}
-    reader = find_format(data_format, options)
-    if alone and isinstance(reader, Columns):
+    reader = find_format(data_format, options).set_for(*setting)
+    if alone and isinstance(reader, Labelled):
         reader = reader.alone()
     what = f"data of the format {data_format!r}"
     with own_code(reader, f"reading {what}"), _readable(str(path), what):
@@ -315,6 +343,20 @@ def _taken(
         return _without(options, what, _raw_of_mapping(name, arrays, what))
     _refuse_other(found, what)
     return _raw_of_parts(name, {"train": found}, options, reading)
+
+
+def _taken_as(data_format: str, found: Any, name: str, options: Mapping[str, Any], setting: _Setting) -> Raw:
+    """Hugging Face data, by part or by client too, read as a format reads them. Raises ConfigError for other data."""
+    reader: Format = find_format(data_format, options).set_for(*setting)
+    parts, clients = _parts_of(found) or {"train": found}, _clients_of(found)
+    if _parts_of(found) is None and clients is not None and all(map(_is_hugging, clients.values())):
+        return reader.taken({"train": _joined(clients)}, name, _owning(clients))
+    if not all(map(_is_hugging, parts.values())):
+        raise ConfigError(
+            f"data_format = {data_format!r} has no effect on a {type(found).__name__}: give data sets of Hugging Face, "
+            "or leave it out"
+        )
+    return reader.taken(_splits(parts), name)
 
 
 def _parts_of(found: Any) -> dict[str, Any] | None:
@@ -434,25 +476,38 @@ def _raw_of_parts(
     name: str, parts: Mapping[str, Any], options: Mapping[str, Any], reading: ItemReading | None = None
 ) -> Raw:
     """Data sets by part. `options` are those of Hugging Face data. Raises ConfigError if they have no effect."""
-    train = parts["train"]
-    if not _is_hugging(train):
+    if not _is_hugging(parts["train"]):
         return _without(options, "a data set of pairs (x, label)", from_pairs(parts, name, reading))
+    return Huggingface.of(options).taken(_splits(parts), name)
+
+
+def _splits(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Hugging Face data sets by part, where the training part may have parts itself."""
+    train = parts["train"]
     splits = {**(dict(train) if isinstance(train, dict) else {"train": train}), **parts}
     if isinstance(train, dict):
         splits["train"] = train.get("train", next(iter(train.values())))
-    return from_huggingface(splits, name, Huggingface.of(options))
+    return splits
 
 
 def _raw_of_clients(
     name: str, clients: Mapping[Any, Any], options: Mapping[str, Any], reading: ItemReading | None = None
 ) -> Raw:
     """One data set for each client: their rows, one client's after another's, and whose they are."""
-    owner = np.repeat(np.array(list(clients)), [len(those) for those in clients.values()])
+    raw = _raw_of_parts(name, {"train": _joined(clients)}, options, reading)
+    return dataclasses.replace(raw, client=_owning(clients))
+
+
+def _owning(clients: Mapping[Any, Any]) -> Array:
+    """Whose each row is, one client's after another's."""
+    return np.repeat(np.array(list(clients)), [len(those) for those in clients.values()])
+
+
+def _joined(clients: Mapping[Any, Any]) -> Any:
+    """One data set, one client's rows after another's."""
     if all(map(_is_hugging, clients.values())):
-        together = sys.modules["datasets"].concatenate_datasets(list(clients.values()))
-    else:
-        together = torch.utils.data.ConcatDataset(list(clients.values()))
-    return dataclasses.replace(_raw_of_parts(name, {"train": together}, options, reading), client=owner)
+        return sys.modules["datasets"].concatenate_datasets(list(clients.values()))
+    return torch.utils.data.ConcatDataset(list(clients.values()))
 
 
 def _is_hugging(dataset: Any) -> bool:

@@ -43,11 +43,16 @@ class Huggingface(Columns, Sized):
 
     def read(self, path: Path) -> Raw:
         """A folder written by `save_to_disk`, or a parquet file or folder of them (train*, validation*, test*)."""
-        found, indices = _stored(path)
+        found, indices = stored(path)
         return from_huggingface(found, path.stem, self, indices)
 
+    def taken(self, found: Any, name: str, owners: Array | None = None) -> Raw:
+        """A local `datasets.Dataset`, or a dictionary of them by part."""
+        raw = from_huggingface(found, name, self)
+        return raw if owners is None else dataclasses.replace(raw, client=owners)
 
-def _stored(path: Path) -> tuple[Any, set[str]]:
+
+def stored(path: Path) -> tuple[Any, set[str]]:
     """What a folder or parquet file holds, and the columns that are a saved index. Raises DataError."""
     datasets = import_datasets()
     try:
@@ -62,7 +67,7 @@ def _stored(path: Path) -> tuple[Any, set[str]]:
 
 def table_columns(path: Path) -> dict[str, Cells]:
     """The cells of all columns of numbers and texts, by name: of the test part, or the only one. Raises DataError."""
-    splits = _hf_splits(_stored(path)[0], path.stem)
+    splits = splits_of(stored(path)[0], path.stem)
     dataset = splits.get("test", splits["train"])
     scalars = {column: feature for column, feature in dataset.features.items() if _is_scalar(feature)}
     numbers = {c: _hf_numbers(dataset, c, path.stem, missing=True) for c, f in scalars.items() if _is_numeric(f)}
@@ -112,7 +117,7 @@ def from_huggingface(found: Any, name: str, options: Huggingface, indices: Colle
 
     The input is the only Image, Array or list column; without one, all columns of numbers and texts are a table.
     """
-    splits = _hf_splits(found, name)
+    splits = splits_of(found, name)
     about = splits["train"].features
     saved = {column: "a saved index" for column in about if column in indices or _INDEX.fullmatch(column)}
     columns, left_out = features(list(about), options, name, saved)
@@ -177,7 +182,8 @@ def _sheet(splits: Mapping[str, Any], name: str, options: Columns) -> Sheet:
     return Sheet(name, cells, lambda split, row: f"row {row} (from 0) of {split!r}")
 
 
-def _hf_splits(found: Any, name: str) -> dict[str, Any]:
+def splits_of(found: Any, name: str) -> dict[str, Any]:
+    """The data set of each part: train, and perhaps validation and test. Raises DataError for other parts."""
     if not isinstance(found, dict):
         return {"train": found}
     if len(found) == 1:

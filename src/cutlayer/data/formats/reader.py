@@ -9,7 +9,9 @@ from typing import Any, Literal, Self, TypeVar
 
 from pydantic import PrivateAttr
 
-from cutlayer.data.unsplit import pick
+from cutlayer.data.targets import Targets
+from cutlayer.data.unsplit import Array, Raw, pick
+from cutlayer.errors import ConfigError
 from cutlayer.plugins import Thing, option, register
 
 R = TypeVar("R", bound="Format")
@@ -31,6 +33,18 @@ class Format(Thing):
     def read(self, path: Path) -> Any:
         """A `Raw`; or anything else that a function given to `sources.load` may return, such as (x, y)."""
 
+    def taken(self, found: Any, name: str, owners: Array | None = None) -> Raw:
+        """A local `datasets.Dataset`, or a dictionary of them by part, read as this format reads files of them. `owners`
+        say whose each row is, where the data are those of several clients. Raises ConfigError: most formats cannot.
+        """
+        raise ConfigError(f"data_format = {self.entry.name!r} has no effect on data from Python: leave it out")
+
+    def set_for(self, targets: Targets, folder: str) -> Self:
+        """The same for a task with such targets, and a model that lies in `folder` (empty: in none). By default it does
+        not matter.
+        """
+        return self
+
 
 class Sized(Format):
     """Base of formats of pictures."""
@@ -39,20 +53,13 @@ class Sized(Format):
     """HEIGHTxWIDTH, such as 224x224, that all pictures are scaled to. Default: they must be of one size."""
 
 
-class Columns(Format):
-    """Base of formats whose columns have names: one is the label, and one may say whose sample a row is."""
+class Labelled(Format):
+    """Base of formats whose columns have names: one may be the label, and one may say whose sample a row is."""
 
     label_column: str = option("label")
-    """The label's column (CSV, Hugging Face)."""
+    """The label's column (CSV, Hugging Face, text)."""
     client_column: str | None = option(None)
-    """The column that says whose sample a row is (CSV, Hugging Face), for the partition `column`."""
-    columns: tuple[str, ...] = option(())
-    """The columns that are inputs (CSV, Hugging Face), in this order. Default: all but the label and the client."""
-    ignore_columns: tuple[str, ...] = option(())
-    """Columns that are left out, such as identifiers (CSV, Hugging Face)."""
-    impute: Literal["mean", "median", "zero"] | None = option(None)
-    """What replaces missing numbers of a table (CSV, Hugging Face): a figure of the column's training rows, or 0; a row
-    without a category is in none. Default: missing values are an error."""
+    """The column that says whose sample a row is (CSV, Hugging Face, text), for the partition `column`."""
 
     _alone: bool = PrivateAttr(False)
 
@@ -68,6 +75,18 @@ class Columns(Format):
             return None
         pick("client column", self.client_column, names, f"set client_column to a column of {source}")
         return self.client_column
+
+
+class Columns(Labelled):
+    """Base of formats of tables, or of what is in one column of many."""
+
+    columns: tuple[str, ...] = option(())
+    """The columns that are inputs (CSV, Hugging Face), in this order. Default: all but the label and the client."""
+    ignore_columns: tuple[str, ...] = option(())
+    """Columns that are left out, such as identifiers (CSV, Hugging Face)."""
+    impute: Literal["mean", "median", "zero"] | None = option(None)
+    """What replaces missing numbers of a table (CSV, Hugging Face): a figure of the column's training rows, or 0; a row
+    without a category is in none. Default: missing values are an error."""
 
 
 def data_format(name: str, *, title: str, summary: str, asked_first: bool = False) -> Callable[[type[R]], type[R]]:
