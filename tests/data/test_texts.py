@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,19 @@ from cutlayer.errors import ConfigError, CutlayerError, DataError
 transformers = pytest.importorskip("transformers", reason="needs cutlayer[lm]")
 datasets = pytest.importorskip("datasets", reason="needs cutlayer[datasets]")
 
-WORDS = ["<pad>", "<end>", "<user>", "<assistant>", "a", "b", "c", "d", "e", "f", "g", "h", "i", "j", "k", "l", "m", "n", "o", "p", "q", "r", "s", "t", "u", "v", "w", "x", "y", "z", "user", "assistant", ":", "?"]
+WORDS = [
+    "<pad>",
+    "<end>",
+    "<user>",
+    "<assistant>",
+    *ascii_lowercase,
+    "user",
+    "assistant",
+    ":",
+    "user:",
+    "assistant:",
+    "?",
+]
 CHAT = (
     "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% if m.role == 'assistant' %}<end> {% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"

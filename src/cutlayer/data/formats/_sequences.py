@@ -22,7 +22,7 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Sequences:
-    """Tokenized `ids`, their `targets` and the `mask` (1: a token, 0: filling), [n, T] each; the number of the `document`
+    """Tokens `ids`, their `targets` and the `mask` (1: a token, 0: filling), [n, T] each; the number of the `document`
     that each row comes from, [n] (the first, where several are packed); and how many documents were cut off, or left
     out since nothing of them is learnt.
     """

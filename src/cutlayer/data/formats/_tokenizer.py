@@ -1,4 +1,4 @@
-"""The tokenizer in a folder on this machine, by transformers; nothing is downloaded, and no code in the folder is run."""
+"""The tokenizer in a folder on this machine, by transformers. Nothing is downloaded; no code in the folder is run."""
 
 from __future__ import annotations
 
@@ -101,8 +101,8 @@ class Tokenizer:
         return Tokenized([*tokens.ids, self.end], [*tokens.learnt, True])
 
     def rendered(self, messages: Sequence[Mapping[str, str]], where: str) -> Document:
-        """A conversation as the tokenizer's chat template writes it, of which what the assistant says is learnt; without
-        a template, each message on lines of its own. Raises DataError.
+        """A conversation as the tokenizer's chat template writes it. What the assistant says is learnt. Without a
+        template, each message is on lines of its own. Raises DataError.
         """
         if self._own.chat_template is None:
             return _plain(messages)

@@ -34,8 +34,9 @@ class Format(Thing):
         """A `Raw`; or anything else that a function given to `sources.load` may return, such as (x, y)."""
 
     def taken(self, found: Any, name: str, owners: Array | None = None) -> Raw:
-        """A local `datasets.Dataset`, or a dictionary of them by part, read as this format reads files of them. `owners`
-        say whose each row is, where the data are those of several clients. Raises ConfigError: most formats cannot.
+        """A local `datasets.Dataset`, or a dictionary of them by part, read as this format reads files of them.
+        `owners` say whose each row is, where the data are those of several clients. Raises ConfigError: most formats
+        cannot.
         """
         raise ConfigError(f"data_format = {self.entry.name!r} has no effect on data from Python: leave it out")
 
