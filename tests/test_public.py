@@ -41,6 +41,7 @@ THINGS = {
         "cyclesglr": "alpha alpha_clients average_over average_reduce gradient_scale phi phi_until phi_when "
         "running_statistics server_batch",
         "fl": "local_epochs local_steps",
+        "gas": "answer buffer_batches buffer_models decay fill generate local_epochs local_steps statistics working",
         "gpsl": "local_epochs local_steps",
         "psl": "gradient_scale",
         "ssl": "hand_over hand_over_optimizer visit_order",

@@ -260,7 +260,7 @@ class Prepared:
         """
         config, source, partition = self.config, self.source, self.partition
         server.serve(config.algorithm, self.algorithm.traits.needs, self.clients.rule)
-        server.make_head = self.make_head
+        server.make_head, server.outputs = self.make_head, self.making.outputs
         adjustment = None
         if self.adjusts_at_server:
             adjustment = Adjustment(config.logit_adjust, config.tau, class_counts or self.class_counts)
@@ -272,7 +272,9 @@ class Prepared:
         counts = _counts(source, partition)
         trained = {"trains": self.clients_train, "lower_trains": self.lower_trains}
         coded = CodedCohort(cohort, replace(self.coding, carried=engine == "remote"), **trained)
-        metered = MeteredCohort(self._looked_at(coded, engine, tell), ledger, coded.crossed)
+        asynchronous = self.algorithm.traits.asynchronous
+        looked_at = self._looked_at(coded, engine, tell)
+        metered = MeteredCohort(looked_at, ledger, coded.crossed, asynchronous=asynchronous)
         training = Training(
             source,
             server,
@@ -295,7 +297,7 @@ class Prepared:
             eval_clients=self.pace.clients,
             eval_last=self.pace.last,
             remarks=self.remarks,
-            answers_apart=adjustment is not None and adjustment.apart,
+            answers_apart=adjustment is not None and adjustment.apart and not asynchronous,  # that steps by itself
             head=self.head,
         )
         if self.fleet is None:
@@ -306,8 +308,11 @@ class Prepared:
         if central:  # the server trains, once everybody's data have come
             clock.begin(range(config.clients))
             clock.upload(8.0 * np.array([_raw_bytes(source, p) for p in partition]))
-        clocked = ClockedCohort(metered, clock, training.flops, config.batch, training.server_flops, central=central)
-        if LEARN in self.algorithm.traits.needs:  # what others make up belongs to a step, and is stated with it
+        how: dict[str, Any] = {"central": central, "row_bytes": training.epoch.smashed + training.epoch.label}
+        clocked = ClockedCohort(metered, clock, training.flops, config.batch, training.server_flops, **how)
+        if (
+            asynchronous or LEARN in self.algorithm.traits.needs
+        ):  # what others make up belongs to a step, and is stated with it
             server.made_up = lambda rows: clock.serve(rows * training.flops.server.training)
         return replace(training, clients=clocked, clock=clock)
 
@@ -473,6 +478,7 @@ def prepare(
         rule=averaging_rule(config),
         shifts=_shifts(config, counts, device),
         sampling=config.sampling,
+        carries=algorithm.traits.asynchronous,
     )
     return Prepared(
         config,

@@ -109,6 +109,15 @@ class Cohort(Protocol):
         Without `labels` (U-shaped split) labels stay with the clients.
         """
 
+    def arrivals(self, clients: Sequence[int], count: int) -> tuple[int, ...]:
+        """All of `clients` work on their next batch, each at its own pace: the first `count` whose batches reach the
+        server, in the order of their arrival; `forward` then gives their rows. Those that arrive together come in the
+        order of `clients`. Fewer than `count` if no more of them can come.
+
+        From then on these clients are at work until their models are averaged: an averaging passes over those that have
+        not given theirs, and a round that begins meanwhile leaves their batches as they are.
+        """
+
     def tail(self, features: Smashed) -> TailGradients:
         """U-shaped split: each client finishes the forward pass on its rows of the server's `features`, with its own
         mean loss, and sends dLoss/d(features) back."""
@@ -136,7 +145,8 @@ class Cohort(Protocol):
         local step, over the clients that took it."""
 
     def average(self, weights: Mapping[int, float]) -> tuple[int, ...]:
-        """Client models := sum of weights[k] x model of client k, for everybody (weights are made to sum to one).
+        """Client models := sum of weights[k] x model of client k, for everybody (weights are made to sum to one), but
+        for clients that are at work (`arrivals`) and not among `weights`.
 
         Whose models were there to be averaged: all of `weights`, unless some have gone meanwhile.
         """
@@ -207,6 +217,10 @@ class CohortAround:
     def forward(self, clients: Sequence[int] | None = None, *, labels: bool = True) -> Smashed:
         """Passed on."""
         return self.inner.forward(clients, labels=labels)
+
+    def arrivals(self, clients: Sequence[int], count: int) -> tuple[int, ...]:
+        """Passed on."""
+        return self.inner.arrivals(clients, count)
 
     def tail(self, features: Smashed) -> TailGradients:
         """Passed on."""

@@ -107,6 +107,14 @@ class CommonKeywords(TypedDict, total=False):
     align_batch: int
     align_lr: float
     align_scale: Literal["row", "mean"]
+    working: int | None
+    buffer_batches: int | None
+    buffer_models: int | None
+    answer: Literal["arrival", "full"]
+    generate: Literal["complete", "seen", "never"]
+    fill: Literal["share", "most"]
+    statistics: Literal["growing", "equal"]
+    decay: float
     average_every: Literal["step", "round", "gradients"]
     hand_over: Literal["batch", "epoch"]
     hand_over_optimizer: bool

@@ -156,7 +156,8 @@ class Result(Spent):
     one row per direction and kind, under every convention. `measured_by` says by what the energy of this process's
     machine is measured, or why it is not. `attack` names what hostile clients did in a simulation; scores are then of
     the others. `availability` says, with a trace, what it meant for each client, and for rounds that nobody could be
-    reached for.
+    reached for. `staleness` says, if clients work at their own pace, how old was what each of them sent when the server
+    used it, and how long each has waited.
     """
 
     algorithm: str
@@ -182,6 +183,7 @@ class Result(Spent):
     measured_by: str = "not measured"
     attack: tuple[str, ...] = ()
     availability: dict[str, Any] | None = None
+    staleness: dict[str, Any] | None = None
 
     @property
     def steps_per_second(self) -> float:
@@ -652,6 +654,13 @@ class Run:
         now = clock.read()
         return clock.attendance.summary(now.seconds, now.idle)
 
+    def _staleness(self) -> dict[str, Any] | None:
+        """How old each client's work was when it was used, and how long each client has waited, if that is known."""
+        found = self.training.algorithm.staleness(self.training.server)
+        if found is None or self.training.clock is None:
+            return found
+        return {**found, "idle_seconds": list(self.training.clock.read().idle)}
+
     def _result(self) -> Result:
         ledger = self.training.ledger
         best = max(self.evaluations, key=lambda s: (*self.training.task.rank(s.validation_score), s.round))
@@ -682,6 +691,7 @@ class Run:
             measured_by=self._meter.method,
             attack=self.config.attack,
             availability=self._availability(),
+            staleness=self._staleness(),
         )
 
     def _fairness(self) -> dict[str, Any]:
@@ -721,9 +731,11 @@ class Run:
                 "client_flops": (ledger.passed * flops.client.forward + alone) / clients,
                 "server_flops": self._served * self.training.server_flops,
             }
+        # What other algorithms make up belongs to a step, and is stated with it.
+        made_up = self.training.server.rows_made_up if traits.asynchronous else 0
         return {
             "client_flops": self._at_clients() * flops.at_client.training,
-            "server_flops": self._samples * self.training.server_flops,
+            "server_flops": self._samples * self.training.server_flops + made_up * flops.server.training,
         }
 
     def _at_clients(self) -> float:

@@ -68,6 +68,10 @@ class Server:
         """Makes an auxiliary head as clients have them in the beginning, under a seed's name."""
         self.made_up: Callable[[int], None] = lambda rows: None
         """Hears of how many made-up rows the server has stepped on: no clients send them, or wait for that."""
+        self.outputs = 0
+        """How many scores the model gives a row: in classification, of as many classes."""
+        self.rows_made_up = 0
+        """Rows that the server has stepped on and no clients sent for that step."""
         self.rule: Averaging = WeightedMean()
         self._adjustment: Adjustment | None = None
 
@@ -103,6 +107,7 @@ class Server:
         """
         made_up = Smashed(rows, labels, (), (), weights=self.task.weights(labels))
         losses, _ = self._through(made_up, loss, factor)
+        self.rows_made_up += len(labels)
         self.made_up(len(labels))
         return mean_loss(losses, made_up.weights)
 
@@ -251,7 +256,8 @@ class Server:
     def state(self) -> dict[str, Any]:
         """Model, optimiser, step counter, and the same of every copy, but for what is frozen."""
         kept = {"kept": dict(self.kept)} if self.kept else {}
-        return {**self._own_state(), "model": self.model.state_dict(), **kept}
+        made_up = {"rows_made_up": self.rows_made_up} if self.rows_made_up else {}
+        return {**self._own_state(), "model": self.model.state_dict(), **kept, **made_up}
 
     def _own_state(self) -> dict[str, Any]:
         return {
@@ -269,7 +275,7 @@ class Server:
         load_moving(self.model, own.model)
         restore_optimizer(self._optimizer, own.optimizer, "the server's optimiser")
         self._steps = own.steps
-        self.kept = dict(own.kept)
+        self.kept, self.rows_made_up = dict(own.kept), own.rows_made_up
         self._copies.clear()
         for client, copy in own.copies.items():
             self._copy_of(int(client)).load(copy)
@@ -345,6 +351,7 @@ class _ServerState(Stored):
     steps: Count
     copies: dict[Digits, dict[str, Any]]
     kept: dict[str, Tensor] = msgspec.field(default_factory=dict)
+    rows_made_up: Count = 0
 
 
 def _together(steps: list[ServerStep], smashed: Smashed) -> ServerStep:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 # Of the clients.
 FORWARD = "forward"  # smashed data and labels go up
+ARRIVALS = "arrivals"  # clients work at their own pace: whose next batches are the first to arrive
 TAIL = "tail"  # U-shaped split: features go down, their gradients come up
 BACKWARD = "backward"  # cut gradients go down; every client steps
 BACKWARD_TOGETHER = "backward_together"  # the same; weight gradients go up, and every client steps with their sum
@@ -24,7 +25,7 @@ HAND_OVER = "hand_over"  # the one client model moves on
 STEP_EACH = "step_in_turn"  # one server model, stepped on one client's rows after another's
 STEP_COPIES = "step_copies"  # a copy of the server model per client
 
-CLIENT_VERBS = frozenset({FORWARD, TAIL, BACKWARD, BACKWARD_TOGETHER, LEARN, ALIGN, FIT, AVERAGE, HAND_OVER})
+CLIENT_VERBS = frozenset({FORWARD, ARRIVALS, TAIL, BACKWARD, BACKWARD_TOGETHER, LEARN, ALIGN, FIT, AVERAGE, HAND_OVER})
 SERVER_VERBS = frozenset({STEP_EACH, STEP_COPIES})
 VERBS = CLIENT_VERBS | SERVER_VERBS
 _CONSTANTS = {word: name for name, word in globals().items() if name.isupper() and isinstance(word, str)}
@@ -81,6 +82,11 @@ class Traits:
     def takes_turns(self) -> bool:
         """One client model travels, and one client works at a time."""
         return HAND_OVER in self.needs
+
+    @property
+    def asynchronous(self) -> bool:
+        """Clients work at their own pace, and do not wait for one another; their work goes on from round to round."""
+        return ARRIVALS in self.needs
 
     @property
     def server_copies(self) -> bool:

@@ -43,6 +43,7 @@ from cutlayer.testing import in_memory
 from cutlayer.types import Round, Step
 from cutlayer.verbs import (
     ALIGN,
+    ARRIVALS,
     AVERAGE,
     BACKWARD,
     BACKWARD_TOGETHER,
@@ -70,6 +71,7 @@ OWN: dict[str, dict[str, Any]] = {
     "ssl": {"hand_over": "batch", "hand_over_optimizer": True, "visit_order": "random"},
     "sfl": {"average_every": "step"},
     "fl": {"local_steps": 2},
+    "gas": {"working": 3},
 }
 
 
@@ -350,6 +352,7 @@ NEEDS = {
     **{a: {FORWARD, BACKWARD, AVERAGE} for a in ("sfl", "sflv1", "sflv2", "smofi", "scala", "cyclesfl")},
     "gpsl": {FORWARD, BACKWARD_TOGETHER},
     **{a: {FORWARD, TAIL, BACKWARD} for a in ("upsl", "usglr")},
+    "gas": {FORWARD, ARRIVALS, BACKWARD, AVERAGE},
     "usfl": {FORWARD, TAIL, BACKWARD, AVERAGE},
     "ssl": {FORWARD, BACKWARD, HAND_OVER},
     "ussl": {FORWARD, TAIL, BACKWARD, HAND_OVER},

@@ -50,6 +50,12 @@ class Algorithm(Thing):
         """What an epoch moves and computes; None: not planned."""
         return None
 
+    def staleness(self, server: Server) -> dict[str, Any] | None:
+        """How old what each client sent was when the server used it, plain values, where clients work at their own
+        pace; None: nobody does.
+        """
+        return None
+
     @property
     def needs(self) -> frozenset[str]:
         """The verbs that its round uses: as registered, unless its options change that."""

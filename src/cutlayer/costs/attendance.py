@@ -58,17 +58,17 @@ class Attendance:
         self.rounds[list(clients)] += 1
 
     def passing(
-        self, direction: Literal["up", "down"], times: Array, bits: Array, shared: float
+        self, direction: Literal["up", "down"], times: Array, bits: Array, shared: float, *, notes: bool = True
     ) -> tuple[Array, Array]:
         """Seconds [C] on air and seconds [C] without a link of `bits` [C] that set out at `times` [C] together, and
-        take at least `shared` seconds at the server.
+        take at least `shared` seconds at the server. `notes`: the waiting is counted.
         """
         on_air, waited = np.zeros_like(bits), np.zeros_like(bits)
         for k in np.flatnonzero(bits > 0).tolist():
             most = bits[k] / shared if shared else np.inf
             found = self.trace.passing(direction, k, float(times[k]), float(bits[k]), float(most))
             on_air[k], waited[k] = found
-        self.waited += waited
+        self.waited += waited if notes else 0.0
         return on_air, waited
 
     def summary(self, seconds: float, idle: Sequence[float]) -> dict[str, Any]:

@@ -3,9 +3,11 @@
 Time follows from what the algorithm waits for, and so needs no knowledge of the algorithm: a client does one thing
 after another; what goes up together arrives when the last of it has; what the server sends leaves when it has computed.
 In sequential learning that is a relay, in parallel learning a wait for the slowest in each step, in federated learning
-one in each round. The numbers of the training are not touched.
+one in each round. The numbers of the training are not touched, with one exception: where clients work at their own pace
+(`arrivals`), the clock says whose batch arrives first.
 
-Not reckoned: evaluation, optimiser steps, averaging, and what a client does while others are asked.
+Not reckoned: evaluation, optimiser steps, averaging, and what a client does while others are asked. A batch that
+arrives while models are on their way up to be averaged is taken after them.
 
 Shape legend: C clients.
 """
@@ -26,7 +28,7 @@ from cutlayer.costs.energy import Energy, Use, clients_energy, server_energy
 from cutlayer.costs.fleet import Array, Fleet
 from cutlayer.costs.flops import ModelFlops
 from cutlayer.costs.ledger import MeteredCohort
-from cutlayer.stored import Amount, Count, Stored, checked, sized
+from cutlayer.stored import Amount, Count, Stored, below, checked, sized
 from cutlayer.types import CutGradients, Round, Smashed, Step, TailGradients
 
 
@@ -80,6 +82,27 @@ class Clock:
         self.ready[waking] = woken[waking]
         self.here = at
 
+    def wake(self, clients: Sequence[int]) -> None:
+        """These clients, who have slept, begin to work now, each by itself."""
+        who = list(clients)
+        woken = np.maximum(self.ready[who], self.server)
+        self.asleep[who] += woken - self.ready[who]
+        self.ready[who] = woken
+
+    def arrive(self, flops: Array, bits: Array) -> Array:
+        """When the server would have the `bits` [C] of clients that compute `flops` [C] and then send, each by itself:
+        seconds [C]. Nothing happens yet.
+        """
+        arrives = self.ready + flops / self.fleet.speeds
+        if self.attendance is None:
+            return arrives + np.maximum(bits / self.fleet.up, bits / self.fleet.server_rate) + self.fleet.latency
+        for k in np.flatnonzero(bits > 0).tolist():
+            alone = np.zeros_like(bits)
+            alone[k] = bits[k]
+            seconds, gaps = self._passing("up", arrives, alone, bits[k], notes=False)
+            arrives[k] += seconds[k] + gaps[k]
+        return arrives + self.fleet.latency
+
     def not_before(self, client: int, time: float) -> None:
         """A client cannot begin before `time`."""
         self.ready[client] = max(self.ready[client], time)
@@ -117,14 +140,16 @@ class Clock:
         self.down_bits += bits
         self.down_seconds += seconds
 
-    def _passing(self, direction: Direction, begin: Array, bits: Array, at_server: float) -> tuple[Array, Array]:
+    def _passing(
+        self, direction: Direction, begin: Array, bits: Array, at_server: float, *, notes: bool = True
+    ) -> tuple[Array, Array]:
         """Seconds [C] on air, and without a link, of `bits` [C] that set out at `begin` [C] together, and of which
-        `at_server` pass at the server.
+        `at_server` pass at the server. `notes`: the attendance counts them.
         """
         rates, shared = getattr(self.fleet, direction), at_server / self.fleet.server_rate
         if self.attendance is None:
             return np.where(bits > 0, np.maximum(bits / rates, shared), 0.0), np.zeros_like(bits)
-        return self.attendance.passing(direction, begin, bits, shared)
+        return self.attendance.passing(direction, begin, bits, shared, notes=notes)
 
     def go_on(self, clients: Sequence[int]) -> None:
         """The server asks `clients` for the next thing, without any bytes worth counting."""
@@ -186,6 +211,8 @@ class _ClockedState(Stored):
     inner: dict[str, Any]
     clock: dict[str, Any]
     fitted: list[Count]
+    at_work: list[Count] = msgspec.field(default_factory=list)
+    row_bytes: Amount | None = None
 
 
 class ClockedCohort(CohortAround):
@@ -193,7 +220,8 @@ class ClockedCohort(CohortAround):
 
     Bytes are those of the ledger; FLOPs per sample those of `flops`; `batch` is b, of which only local training makes
     use (its rows do not cross). `central`: the one model is trained by the server, on data that the fleet has sent.
-    `server_flops`: what the server computes for each row of a step.
+    `server_flops`: what the server computes for each row of a step. `row_bytes`: what a row takes on its way up, as far
+    as is known before the first is sent.
     """
 
     def __init__(
@@ -205,8 +233,11 @@ class ClockedCohort(CohortAround):
         server_flops: float,
         *,
         central: bool = False,
+        row_bytes: float = 0.0,
     ) -> None:
         super().__init__(inner)
+        self.metered, self._row_bytes = inner, row_bytes
+        self._at_work: set[int] = set()  # clients that work at their own pace
         self.server_flops = server_flops
         self.ledger = inner.ledger
         self.clock, self.flops, self.batch, self.central = clock, flops, batch, central
@@ -221,12 +252,32 @@ class ClockedCohort(CohortAround):
         """Participants wake up; those that missed an averaging fetch the model."""
         this = self._round = self.inner.begin_round(index, total, lr_factor)
         self._before = self._fitted.copy()
+        if self.metered.asynchronous:  # clients begin to work when they are named
+            return this
         here = range(self.clock.fleet.clients) if self.central else this.clients
         self.clock.begin(here)
         if self.clock.attendance is not None:
             self.clock.attendance.took_part(here)
         self._download()
         return this
+
+    def arrivals(self, clients: Sequence[int], count: int) -> tuple[int, ...]:
+        """Clients that begin to work fetch the model first; then the order is that of the fleet's rates, links and
+        trace, where the clients are simulated.
+        """
+        new = [k for k in clients if k not in self._at_work]
+        if new:
+            self.clock.wake(new)
+            self.metered.begin_work(new)
+            self._download()
+            self._at_work |= set(new)
+            if self.clock.attendance is not None:
+                self.clock.attendance.took_part(new)
+        batches = np.zeros(len(self._rows), np.int64)
+        batches[list(clients)] = 1
+        rows = self._next_rows(batches, draw=False)
+        times = self.clock.arrive(rows * self.flops.client.forward, 8.0 * self._row_bytes * rows)
+        return self.inner.arrivals(sorted(clients, key=times.__getitem__), count)
 
     def forward(self, clients: Sequence[int] | None = None, *, labels: bool = True) -> Smashed:
         """Forward passes, then the uploads; the server waits for the last."""
@@ -236,7 +287,9 @@ class ClockedCohort(CohortAround):
         self._fitted[list(smashed.clients)] += 1
         self._tail_done = False
         self.clock.compute(self._rows * self.flops.client.forward)
-        self._upload()
+        sent = self._upload()
+        if self._at_work and len(smashed):
+            self._row_bytes = sent / len(smashed)
         return smashed
 
     def tail(self, features: Smashed) -> TailGradients:
@@ -305,8 +358,8 @@ class ClockedCohort(CohortAround):
         self.inner.align(heads)
         self._download()
 
-    def _next_rows(self, batches: np.ndarray) -> Array:
-        """Rows [C] of each client's next `batches` [C] batches."""
+    def _next_rows(self, batches: np.ndarray, *, draw: bool = True) -> Array:
+        """Rows [C] of each client's next `batches` [C] batches, which are drawn unless told otherwise."""
         rows = np.zeros(len(batches))
         given = {} if self._round is None else dict(zip(self._round.clients, self._round.sizes, strict=False))
         for client, count in enumerate(batches.tolist()):
@@ -316,7 +369,7 @@ class ClockedCohort(CohortAround):
                 rows[client] = sum([size for size in given[client] if size][start : start + count])
             else:
                 rows[client] = self._dealt(client, before + count) - self._dealt(client, before)
-            self._fitted[client] += count
+            self._fitted[client] += count if draw else 0
         return rows
 
     def fit(self) -> list[Step]:
@@ -344,6 +397,7 @@ class ClockedCohort(CohortAround):
         averaged = self.inner.average(weights)
         self._upload()
         self._download()
+        self._at_work -= set(weights)
         return averaged
 
     def hand_over(self, client: int, *, optimizer: bool) -> None:
@@ -357,7 +411,10 @@ class ClockedCohort(CohortAround):
 
     def state(self) -> dict[str, Any]:
         """The inner cohort's state, and the clock's."""
-        return {**super().state(), "clock": self.clock.state(), "fitted": self._fitted.tolist()}
+        own = {**super().state(), "clock": self.clock.state(), "fitted": self._fitted.tolist()}
+        if not self.metered.asynchronous:
+            return own
+        return {**own, "at_work": sorted(self._at_work), "row_bytes": self._row_bytes}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take a state that `state()` returned. Raises MalformedError."""
@@ -366,6 +423,9 @@ class ClockedCohort(CohortAround):
         super().load({"inner": found.inner})
         self.clock.load(found.clock)
         self._fitted = np.array(found.fitted, np.int64)
+        below(found.at_work, len(self._fitted), "at_work")
+        self._at_work = set(found.at_work)
+        self._row_bytes = self._row_bytes if found.row_bytes is None else found.row_bytes
         self._sent = self._seen()
 
     def _seen(self) -> tuple[Array, Array, int]:
@@ -375,11 +435,12 @@ class ClockedCohort(CohortAround):
         )
         return ledger.trained("up"), ledger.trained("down"), ledger.total("down", convention)
 
-    def _upload(self) -> None:
-        """What has gone up since the last look."""
+    def _upload(self) -> float:
+        """What has gone up since the last look: bytes."""
         up, down, total = self._sent
         self._sent = (self._seen()[0], down, total)
         self.clock.upload(8.0 * (self._sent[0] - up))
+        return float((self._sent[0] - up).sum())
 
     def _download(self) -> None:
         """What has come down since the last look."""

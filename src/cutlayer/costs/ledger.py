@@ -17,6 +17,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
+import msgspec
 import numpy as np
 from msgspec import Meta
 from torch import Tensor
@@ -140,18 +141,22 @@ class _MeteredState(Stored):
     inner: dict[str, Any]
     ledger: dict[str, Any]
     stale: list[Count]
+    at_work: list[Count] = msgspec.field(default_factory=list)
 
 
 class MeteredCohort(CohortAround):
     """A cohort whose crossings go into a ledger. It counts, and changes nothing.
 
     `crossed` is where the inner cohort notes the bytes of rows that have crossed; here they are taken out.
+    `asynchronous`: clients begin to work when `arrivals` names them, and not when a round begins.
     """
 
-    def __init__(self, inner: Cohort, ledger: Ledger, crossed: list[Crossed]) -> None:
+    def __init__(self, inner: Cohort, ledger: Ledger, crossed: list[Crossed], *, asynchronous: bool = False) -> None:
         super().__init__(inner)
+        self.asynchronous = asynchronous
         self.ledger, self._crossed = ledger, crossed
         self._stale: set[int] = set()  # missed an averaging: will fetch the model when they next take part
+        self._at_work: set[int] = set()  # go on with the model that they have until it is averaged
         self._common_seen = False  # in this round
         self._in_step = False  # clients all take the same steps: who has missed one needs the optimiser's state too
         self._waiting = 0  # rows whose clients wait for what becomes of them
@@ -160,8 +165,21 @@ class MeteredCohort(CohortAround):
         """Participants that missed an averaging fetch the averaged model first."""
         this = self.inner.begin_round(index, total, lr_factor)
         self._common_seen = False
-        self._fetch(this.clients)
+        if not self.asynchronous:
+            self._fetch(this.clients)
         return this
+
+    def begin_work(self, clients: Sequence[int]) -> list[int]:
+        """Those of `clients` that are not at work begin: who missed an averaging fetches the model. Which ones."""
+        new = [k for k in clients if k not in self._at_work]
+        self._fetch(new)
+        self._at_work |= set(new)
+        return new
+
+    def arrivals(self, clients: Sequence[int], count: int) -> tuple[int, ...]:
+        """Clients that begin to work fetch the model first."""
+        self.begin_work(clients)
+        return self.inner.arrivals(clients, count)
 
     def forward(self, clients: Sequence[int] | None = None, *, labels: bool = True) -> Smashed:
         """Up: smashed data and labels. A client that missed an averaging in this round has fetched the model before."""
@@ -230,7 +248,8 @@ class MeteredCohort(CohortAround):
         size = self.footprint(averaged[0]).model  # all client models are of one kind
         self.ledger.add("up", "models", averaged, size)
         self.ledger.broadcast("models", averaged, size)
-        self._stale = set(range(len(self.samples))) - set(averaged)
+        self._at_work -= set(weights)
+        self._stale = set(range(len(self.samples))) - set(averaged) - self._at_work
         return averaged
 
     def hand_over(self, client: int, *, optimizer: bool) -> None:
@@ -306,15 +325,17 @@ class MeteredCohort(CohortAround):
 
     def state(self) -> dict[str, Any]:
         """The inner cohort's state, and the ledger's."""
-        return {**super().state(), "ledger": self.ledger.state(), "stale": sorted(self._stale)}
+        at_work = {"at_work": sorted(self._at_work)} if self._at_work else {}
+        return {**super().state(), "ledger": self.ledger.state(), "stale": sorted(self._stale), **at_work}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take a state that `state()` returned. Raises MalformedError."""
         found = checked(state, _MeteredState, "the clients")
         below(found.stale, self.ledger.clients, "stale")
+        below(found.at_work, self.ledger.clients, "at_work")
         super().load({"inner": found.inner})
         self.ledger.load(found.ledger)
-        self._stale = set(found.stale)
+        self._stale, self._at_work = set(found.stale), set(found.at_work)
 
 
 def row_bytes(rows: Tensor) -> int:

@@ -10,7 +10,19 @@ from torch import Tensor
 from cutlayer.cohort import Cohort, CohortAround, Summed
 from cutlayer.errors import ConfigError
 from cutlayer.types import CutGradients, Smashed, Step, TailGradients
-from cutlayer.verbs import ALIGN, AVERAGE, BACKWARD, BACKWARD_TOGETHER, FIT, FORWARD, HAND_OVER, LEARN, TAIL, undeclared
+from cutlayer.verbs import (
+    ALIGN,
+    ARRIVALS,
+    AVERAGE,
+    BACKWARD,
+    BACKWARD_TOGETHER,
+    FIT,
+    FORWARD,
+    HAND_OVER,
+    LEARN,
+    TAIL,
+    undeclared,
+)
 
 
 class BoundedCohort(CohortAround):
@@ -30,6 +42,11 @@ class BoundedCohort(CohortAround):
         """Raises ConfigError if it is not needed."""
         self._check(FORWARD)
         return self.inner.forward(clients, labels=labels)
+
+    def arrivals(self, clients: Sequence[int], count: int) -> tuple[int, ...]:
+        """Raises ConfigError if it is not needed."""
+        self._check(ARRIVALS)
+        return self.inner.arrivals(clients, count)
 
     def tail(self, features: Smashed) -> TailGradients:
         """Raises ConfigError if it is not needed."""

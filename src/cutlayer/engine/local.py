@@ -310,13 +310,13 @@ class LocalCohort(SimulatedCohort):
     def average(self, weights: Mapping[int, float]) -> tuple[int, ...]:
         """All client models := the average of those in `weights`. Optimiser states stay where they are."""
         self._settle()
-        first = self._clients[0].module
-        models = [self._clients[k].module for k in weights]
+        others = self._passed_over(weights)
+        everybody = [client.module for client in self._clients if client.name not in others]
+        first, models = everybody[0], [self._clients[k].module for k in weights]
         average_into(first, models, list(weights.values()), self.setup.rule, self._origin)
         self._begin_from(moving(first))
-        for client in self._clients[1:]:
-            load_moving(client.module, moving(first))
-        self._alike = True
+        for module in everybody[1:]:
+            load_moving(module, moving(first))
         return tuple(weights)
 
     def hand_over(self, client: int, *, optimizer: bool) -> None:

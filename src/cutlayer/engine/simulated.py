@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from cutlayer.data.sampling import Sampling, Turns, dealt
 from cutlayer.frozen import moving, trains
 from cutlayer.optim import MakeOptimizer
 from cutlayer.scoring import ROWS_PER_PASS, OutputsOf, Scores, evaluate, evaluate_together, judged
-from cutlayer.stored import Count, MalformedError, below, fit
+from cutlayer.stored import Count, Digits, MalformedError, below, fit
 from cutlayer.tasks import Task
 from cutlayer.tasks.classification import Classification
 from cutlayer.types import Round, Rows, Smashed, Step
@@ -38,7 +39,8 @@ class Routine:
     passes; `alike` says that all models start equal; `eval_clients` how many models are evaluated (None: all);
     `judge_by` whether each is, their average, or all of them together; `task` what a row's loss is, and how models are
     judged; `class_names` those of the classes, where they have some; `rule` how their models are averaged; `sampling`
-    how many rows a client brings to a step.
+    how many rows a client brings to a step; `carries` that clients work at their own pace, and that their work goes on
+    from one round to the next.
     """
 
     lr: float
@@ -55,6 +57,7 @@ class Routine:
     class_names: tuple[str, ...] = ()
     sampling: Sampling = "fixed"
     rule: Averaging = field(default_factory=WeightedMean)
+    carries: bool = False
 
     def participants(self, index: int, clients: int) -> tuple[int, ...]:
         """The clients of round `index`."""
@@ -138,6 +141,8 @@ class SimulatedCohort(ABC):
         # Auxiliary heads that are not trained here: each client has its own all the same.
         self._heads_apart = setup.shape == "split" and tail is not None and not trains(tail)
         self._holder: int | None = None
+        self._at_work: set[int] = set()  # named by `arrivals`, and not averaged since
+        self._has_average: int | None = None  # has the average that others, which are at work, do not have
         self._kept: list[Drawn] | None = None
         self._origin: State | None = None  # what the models came from, where the averaging rule looks at it
 
@@ -175,15 +180,39 @@ class SimulatedCohort(ABC):
     def begin_round(self, index: int, total: int, lr_factor: float) -> Round:
         """Draw the participants and give each its number of batches: local steps, or local epochs of its own data."""
         s = self.setup
-        self._participants = s.participants(index, len(self._quota))
+        drawn, going_on = s.participants(index, len(self._quota)), self._going_on
+        self._participants = tuple(sorted({*drawn, *going_on}))
         who = np.array(self._participants)
         self._quota[who] = s.quota(self._batches.per_epoch[who])
+        for k, left in going_on.items():
+            self._quota[k] = left
         self._turns = s.turns(index, self._participants, self.samples)
         if self._turns is not None:
             self._quota[who] = list(self._turns.batches.values())
         self._rate = s.lr * lr_factor
         sizes = () if self._turns is None else self._turns.sizes
         return Round(index, total, self._participants, tuple(self._quota[who].tolist()), s.seed, sizes)
+
+    @property
+    def _going_on(self) -> dict[int, int]:
+        """The batches that clients still have to do which are at work."""
+        return {k: int(self._quota[k]) for k in sorted(self._at_work) if self._quota[k]}
+
+    def arrivals(self, clients: Sequence[int], count: int) -> tuple[int, ...]:
+        """All are equally fast here: the first `count` of `clients`. A clock around this cohort names them in the order
+        of their arrival.
+        """
+        self._at_work |= set(clients)
+        if self._has_average in clients:
+            self._has_average = None
+        return tuple(clients[:count])
+
+    def _passed_over(self, averaged: Collection[int]) -> set[int]:
+        """The clients at work that have not given their models to be `averaged`; the others are at work no more."""
+        self._at_work -= set(averaged)
+        self._has_average = next(iter(averaged)) if self._at_work else None
+        self._alike = not self._at_work
+        return self._at_work
 
     def seek(self, client: int, batch: int) -> None:
         """The next batch of `client` is its batch number `batch`."""
@@ -241,6 +270,8 @@ class SimulatedCohort(ABC):
             return [self._holder] if clients is None else list(clients), [self._holder]
         everyone = judged(len(self._quota), self.setup.eval_clients, self.setup.seed)
         everyone = everyone if clients is None else list(clients)
+        if self._has_average is not None:  # what the server has
+            return everyone, [self._has_average]
         return everyone, everyone[:1] if self._alike else everyone
 
     @abstractmethod
@@ -248,20 +279,28 @@ class SimulatedCohort(ABC):
         """One client's parameters and buffers, under the names of the whole model."""
 
     def held(self) -> Held:
-        """The models of all clients: the one that travels, the one that all have, or each client's own."""
-        one = self._alike or self._holder is not None
-        clients = [self._holder or 0] if one else range(len(self._quota))
+        """The models of all clients: the one that travels, the one that all have or will have, or each client's own."""
+        one = self._alike or self._holder is not None or self._has_average is not None
+        clients = [self._has_average or self._holder or 0] if one else range(len(self._quota))
         return Held({k: self.model_state(k) for k in clients}, one)
 
     def _base_state(self) -> dict[str, Any]:
         origin = {} if self._origin is None else {"origin": dict(self._origin)}
-        return {**self._batches.state(), "holder": self._holder, "alike": self._alike, **origin}
+        own = {**self._batches.state(), "holder": self._holder, "alike": self._alike, **origin}
+        if not self._at_work:
+            return own
+        left = {str(k): int(self._quota[k]) for k in sorted(self._at_work)}
+        return {**own, "at_work": left, "has_average": self._has_average}
 
     def _load_base(self, state: CohortState) -> None:
         count = len(self._batches.drawn)
         below([] if state.holder is None else [state.holder], count, "holder")
         self._batches.load(state)
         self._holder, self._alike = state.holder, state.alike
+        below([*map(int, state.at_work), *([] if state.has_average is None else [state.has_average])], count, "at_work")
+        self._at_work, self._has_average = set(map(int, state.at_work)), state.has_average
+        for k, left in state.at_work.items():
+            self._quota[int(k)] = left
         if state.origin is not None:
             if not self.setup.rule.relative:
                 raise MalformedError("it holds 'origin', which the rule of averaging does not look at")
@@ -275,6 +314,8 @@ class CohortState(Clocks, kw_only=True):
     holder: Count | None
     alike: bool
     origin: dict[str, Tensor] | None = None
+    at_work: dict[Digits, Count] = msgspec.field(default_factory=dict)
+    has_average: Count | None = None
 
 
 def model_bytes(module: nn.Module) -> int:

@@ -40,7 +40,7 @@ from cutlayer.server import Server, ServerStep, culprits, finite
 from cutlayer.stored import MalformedError, checked, fit
 from cutlayer.tasks import Task
 from cutlayer.types import CutGradients, Evaluation, Round, Rows, Smashed, Step, TailGradients, masses_of, select
-from cutlayer.verbs import ALIGN, AVERAGE, BACKWARD, FIT, FORWARD, LEARN, SERVER_VERBS, STEP_COPIES, TAIL
+from cutlayer.verbs import ALIGN, ARRIVALS, AVERAGE, BACKWARD, FIT, FORWARD, LEARN, SERVER_VERBS, STEP_COPIES, TAIL
 
 _MERGED_ROWS = 2048
 """Rows of all clients per forward pass in evaluation: bounds memory, and what fits the cache runs twice as fast."""
@@ -63,7 +63,9 @@ class _Pass:
 class StackedCohort(SimulatedCohort):
     """All clients in this process, all at once."""
 
-    can: ClassVar[frozenset[str]] = frozenset({FORWARD, TAIL, BACKWARD, LEARN, ALIGN, FIT, AVERAGE}) | SERVER_VERBS
+    can: ClassVar[frozenset[str]] = (
+        frozenset({FORWARD, ARRIVALS, TAIL, BACKWARD, LEARN, ALIGN, FIT, AVERAGE}) | SERVER_VERBS
+    )
 
     def __init__(self, setup: Clients, how: Stacking | None = None) -> None:
         super().__init__(setup)
@@ -207,9 +209,11 @@ class StackedCohort(SimulatedCohort):
     def average(self, weights: Mapping[int, float]) -> tuple[int, ...]:
         """All client models := the average of those in `weights`. Optimiser states stay where they are."""
         self.settle()
+        others = {k: _copied(self._stack.state_of(k)) for k in self._passed_over(weights)}
         self._stack.average(weights, self.setup.rule, self._origin)
         self._begin_from(self._stack.state_of(0))
-        self._alike = True
+        for k, own in others.items():
+            self._stack.load_one(k, own)
         return tuple(weights)
 
     def evaluate(self, samples: Samples, predict: Predict, clients: Sequence[int] | None = None) -> Evaluation:
@@ -336,6 +340,11 @@ class StackedCohort(SimulatedCohort):
             own = own if len(own) else losses.new_empty(len(asked))
             own[torch.from_numpy(group.at)] = losses
         return _Taken(asked, own, self._sizes, masses_of(task.weights(batch.y), self._sizes))
+
+
+def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state that later steps do not change."""
+    return {name: tensor.clone() for name, tensor in state.items()}
 
 
 class StackedServer(Server):

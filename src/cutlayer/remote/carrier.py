@@ -39,7 +39,11 @@ class Lost:
 
 
 class Carrier(Protocol):
-    """Carries requests to clients, and their answers back."""
+    """Carries requests to clients, and their answers back. `concurrent`: exchanges with different clients may run at
+    the same time, in threads of their own.
+    """
+
+    concurrent: bool
 
     @property
     def connected(self) -> frozenset[int]:

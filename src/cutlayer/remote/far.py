@@ -30,6 +30,7 @@ from cutlayer.gradients import summed
 from cutlayer.models.parts import Crossing
 from cutlayer.remote import announced
 from cutlayer.remote.carrier import Carrier, Lost, Request
+from cutlayer.remote.underway import Underway
 from cutlayer.remote.vetting import Vetting, largest, outlying
 from cutlayer.remote.worker import expected_state, flattened, restore, state_of
 from cutlayer.scoring import ROWS_PER_PASS, Outputs, evaluation, judged
@@ -134,6 +135,11 @@ class RemoteCohort:
         self._waiting: set[int] = set()  # of these, those whose batch still waits for its backward pass
         self._sizes: dict[int, int] = {}
         self._later: dict[int, list[Request]] = {}  # goes out with the next exchange
+        self._underway = Underway(hub)  # forward passes of clients that work at their own pace
+        self._arrived: dict[int, _Came] = {}  # of these, what has come, in order
+        self._forwards: dict[int, int] = {}  # the step of each client's last forward pass
+        self._at_work: set[int] = set()  # have begun from a model that may be old by now, and go on with it
+        self._others_have_it = False  # who is not at work has the average, or gets it before anything else
         self._average: dict[str, Tensor] | None = None
         self._stale: set[int] = set()  # have missed an averaging
         self.excluded: dict[int, str] = {}  # why
@@ -193,7 +199,8 @@ class RemoteCohort:
             self._claims_told = True
             self._tell_claims()
         self._begun = True
-        drawn = s.participants(index, len(s.samples))
+        going_on = {k: int(self._quota[k]) for k in sorted(self._at_work) if self._quota[k]}
+        drawn = tuple(sorted({*s.participants(index, len(s.samples)), *going_on}))
         connected = self.hub.connected
         here = tuple(k for k in drawn if k in connected)
         if not here:  # enough are there, but none of those whose turn it is
@@ -211,11 +218,15 @@ class RemoteCohort:
         self._turns = s.turns(index, here, s.samples)
         if self._turns is not None:
             self._quota[list(here)] = list(self._turns.batches.values())
+        for k, left in going_on.items():
+            self._quota[k] = left
         self._lr_factor = lr_factor
-        self._posts = {k: m.BeginRound(index, total, lr_factor, int(self._quota[k])) for k in here}
+        due = {k: int(self._quota[k]) - (k in self._busy) for k in here}
+        self._posts = {k: m.BeginRound(index, total, lr_factor, batches) for k, batches in due.items() if batches}
         for k, post in self._posts.items():
             self._post(k, post)
-        self._catch_up(here)
+        if not s.carries:
+            self._catch_up(here)
         sizes = () if self._turns is None else self._turns.sizes
         return Round(index, total, here, tuple(self._quota[list(here)].tolist()), s.seed, sizes)
 
@@ -263,6 +274,9 @@ class RemoteCohort:
         def read(client: int, frame: Frame) -> _Came:
             return self._smashed(client, frame, labels)
 
+        if self._arrived.keys() & set(due):
+            asked = [k for k in due if k in self._arrived]
+            return self._received(asked, {k: self._arrived.pop(k) for k in asked}, labels)
         while True:
             connected = self.hub.connected
             asked = [k for k in due if k in connected]
@@ -275,8 +289,13 @@ class RemoteCohort:
             if answers or not due or self.hub.connected:
                 break
             self._come_back(due)
+        self._forwards |= dict.fromkeys(asked, step)
+        return self._received(asked, answers, labels)
+
+    def _received(self, asked: Sequence[int], answers: Mapping[int, _Came], labels: bool) -> Smashed:
+        """What came of the forward pass of the clients that were `asked`."""
         smashed = self._vetted({k: answers[k] for k in asked if k in answers}, labels)
-        self._quota[asked] -= 1
+        self._quota[list(asked)] -= 1
         self._sought.clear()
         self._asked = smashed.clients
         if self._buffered:  # without a step they become different all the same
@@ -285,6 +304,48 @@ class RemoteCohort:
         self._sizes = dict(zip(smashed.clients, smashed.sizes, strict=True))
         self._last = smashed
         return smashed
+
+    def arrivals(self, clients: Sequence[int], count: int) -> tuple[int, ...]:
+        """Those of `clients` that do not work on a batch yet are asked for one; the first `count` whose batches have
+        come, in the order in which they came. Clients may take as long as they like, but those that are gone are not
+        waited for.
+        """
+        self._at_work |= set(clients)
+        while True:
+            self._ask_for_batches(clients)
+            while self._underway.clients and len(self._arrived.keys() & set(clients)) < count:
+                self._take_one()
+            if self._arrived.keys() & set(clients) or self.hub.connected or not clients:
+                return tuple(k for k in self._arrived if k in clients)[:count]
+            self._come_back(clients)
+
+    def _ask_for_batches(self, clients: Sequence[int]) -> None:
+        """Ask for the next batch of those of `clients` that are there and do not work on one."""
+        new = [k for k in clients if k in self.hub.connected - self._busy and self._quota[k] > 0]
+        self._catch_up(new)
+        self._step += 1
+        self._forwards |= dict.fromkeys(new, self._step)
+        ask: Request = (m.Forward(self._step, labels=True), ())
+        requests = {k: [*self._later.pop(k, ()), ask] for k in new}
+
+        def read(client: int, frame: Frame) -> _Came | Frame:
+            return frame if type(frame.message) in _ACKNOWLEDGED else self._smashed(client, frame, labels=True)
+
+        if requests:
+            self._underway.start(requests, read)
+
+    def _take_one(self) -> None:
+        """Wait until one more batch has come, or its client is lost."""
+        client, came = self._underway.take()
+        if isinstance(came, Lost):
+            self._lose(client, came)
+        else:
+            self._arrived[client] = came[-1]
+
+    @property
+    def _busy(self) -> set[int]:
+        """Clients that work on a batch, or whose batch has come and waits: they can be asked nothing else."""
+        return self._underway.clients | self._arrived.keys()
 
     def _next_turn(self, turns: Turns) -> tuple[int, ...]:
         """The clients of the next step for which one of them is connected, if any client is."""
@@ -375,11 +436,12 @@ class RemoteCohort:
         ends = np.cumsum(gradients.sizes).tolist()
         spans = {k: slice(end - n, end) for k, n, end in zip(gradients.clients, gradients.sizes, ends, strict=True)}
         for k in self._asked:
+            step = self._forwards[k]
             if gradients.common and k in gradients.active:
-                self._post(k, m.Backward(self._step, "common", len(gradients.common[0])), common)
+                self._post(k, m.Backward(step, "common", len(gradients.common[0])), common)
             elif k in spans or k in gradients.active:
                 own = [rows[spans[k]] for rows in gradients.own]
-                self._post(k, m.Backward(self._step, "own", self._sizes[k]), encode(own, self.setup.down))
+                self._post(k, m.Backward(step, "own", self._sizes[k]), encode(own, self.setup.down))
 
     def backward_together(self, gradients: CutGradients) -> Summed:
         """Every client of the last `forward` sends its weight gradient; all that are connected step with the sum, and
@@ -509,8 +571,10 @@ class RemoteCohort:
         body = encode_named(self._average)
         for k in here:
             self._post(k, m.TakeModel(self._step), body)
-        self._stale = set(range(len(self.samples))) - set(here)
-        self._alike = True  # who has missed it gets it before anything else
+        self._at_work -= set(weights)
+        self._stale = set(range(len(self.samples))) - set(here) - self._at_work
+        self._alike = not self._at_work  # who has missed it gets it before anything else
+        self._others_have_it = not self._alike
         return tuple(here)
 
     def _vetted_models(self, weights: Mapping[int, float]) -> dict[int, dict[str, Tensor]]:
@@ -581,7 +645,7 @@ class RemoteCohort:
         """
         if isinstance(samples, AtClient):
             return self._tested(samples, predict)
-        if clients is not None and self._holder is None and not self._alike:
+        if clients is not None and self._holder is None and not self._one:
             clients = [k for k in clients if k in self.hub.connected]
             if not clients:
                 return Evaluation({}, 0)
@@ -596,16 +660,18 @@ class RemoteCohort:
         """None if no client answered."""
         everyone = [self._holder] if self._holder is not None else self._judged()
         looked_at = everyone[:1] if self._alike else everyone
+        if self._others_have_it:  # the average is what the server has; who is at work goes on
+            looked_at = sorted(self.hub.connected - self._at_work)[:1]
         if clients is not None:
             everyone = list(clients)
-            looked_at = looked_at if self._alike or self._holder is not None else everyone
+            looked_at = looked_at if self._one or self._holder is not None else everyone
         self._catch_up(looked_at)
 
         def outputs_of(models: Sequence[int], part: Samples, start: int) -> Outputs:
             given = self._outputs(models, part, start, predict)
             return list(given), torch.cat(list(given.values())) if given else torch.empty(0)
 
-        if self.setup.judge_by == "average" and not self._alike and self._holder is None:
+        if self.setup.judge_by == "average" and not self._one and self._holder is None:
             if (one := self._averaged_twin()) is None:
                 return None
             looked_at = looked_at[:1]
@@ -614,7 +680,7 @@ class RemoteCohort:
                 return list(models), outputs_with(one, self.shape, part.rows, predict)
 
         found = self.setup.judge(samples, looked_at, outputs_of)
-        shared = self._alike or self.setup.judge_by != "mean" or (clients is not None and self._holder is not None)
+        shared = self._one or self.setup.judge_by != "mean" or (clients is not None and self._holder is not None)
         return evaluation(found, everyone if shared else list(found), len(samples)) if found else None
 
     def _averaged_twin(self) -> Client | None:
@@ -635,6 +701,8 @@ class RemoteCohort:
     def _tested(self, samples: AtClient, predict: Predict) -> Evaluation:
         """The scores of the client whose test rows these are, who judges the outputs by itself; none if it is gone."""
         k, s = samples.client, self.setup
+        if k in self._at_work:
+            return Evaluation({}, 0)
         if not self.hub.connected:
             self._come_back(range(len(self.samples)))
         if s.judge_by != "mean" and not self._alike and self._holder is None and len(self.samples) > 1:
@@ -704,8 +772,15 @@ class RemoteCohort:
                 )
         return {name: scores[name] for name in like}
 
+    @property
+    def _one(self) -> bool:
+        """Whether one model is judged for all: they have it, or will have it before anything else."""
+        return self._alike or self._others_have_it
+
     def model_state(self, client: int) -> Mapping[str, Tensor]:
         """One client's parameters and buffers, under the names of the whole model."""
+        if client in self._at_work:
+            raise AbsentError(f"client {client} is at work: its model is with it until it is averaged")
         self._catch_up([client])
         models = self._models([client])
         if client not in models:
@@ -714,7 +789,7 @@ class RemoteCohort:
 
     def held(self) -> Held:
         """The average of the client models, where the last that was done to them is averaging; no model otherwise."""
-        if self._average is None or not self._alike:
+        if self._average is None or not self._one:
             return Held({}, False)
         return Held({0: named_as_whole({**resting(self.setup.twin.module), **self._average}, self.shape)}, True)
 
@@ -723,7 +798,7 @@ class RemoteCohort:
         back, and puts it in its place with the next request.
         """
         asks: list[Request] = [(m.Save(self._step, "prepare"), ())]
-        answered = self._all(sorted(self.hub.connected), lambda k: asks, _itself)
+        answered = self._all(sorted(self.hub.connected - self._busy), lambda k: asks, _itself)
         kept = [k for k, said in answered.items() if said and said[-1].message.kept]
         for k in kept:
             self._post(k, m.Save(self._step, "commit"))
@@ -790,7 +865,7 @@ class RemoteCohort:
         """Send the server's part of the model to the connected clients that want it: the bytes that each was sent, of
         those that say that they have kept it.
         """
-        wanting = sorted(self.setup.wanting & self.hub.connected)
+        wanting = sorted((self.setup.wanting & self.hub.connected) - self._busy)
         self._catch_up(wanting)
         body = encode_named(server)
         asks: list[Request] = [(m.TakeServer(self._step, rounds), body), (m.Settle(self._step), ())]

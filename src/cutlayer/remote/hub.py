@@ -76,6 +76,8 @@ class Hub:
     denied has changed, with the names on it.
     """
 
+    concurrent = True
+
     def __init__(
         self,
         address: str,

@@ -89,7 +89,8 @@ def recorded(training: Training) -> tuple[Recording, RecordedServer]:
     t = training
     frozen = {name for part in t.parts.all for name in frozen_names(part)}
     frozen |= {f"auxiliary.{name}" for name in (() if t.head is None else frozen_names(t.head))}
-    clients = Recording(t.clients, frozen, trains=trains(t.parts.client))
+    how = {"trains": trains(t.parts.client), "asynchronous": t.algorithm.traits.asynchronous}
+    clients = Recording(t.clients, frozen, **how)
     server = RecordedServer(t.server)
     for index in range(t.rounds):
         factor, t.server.lr_factor = rate_factors(t, index)

@@ -23,16 +23,25 @@ class Recording:
     cross, and no gradients do to clients whose lower parts do not train (`trains`).
     """
 
-    def __init__(self, clients: Cohort, frozen: Collection[str] = (), *, trains: bool = True) -> None:
-        self._clients = clients
+    def __init__(
+        self, clients: Cohort, frozen: Collection[str] = (), *, trains: bool = True, asynchronous: bool = False
+    ) -> None:
+        self._clients, self._asynchronous = clients, asynchronous
         self._frozen, self._trains = frozen, trains
         self.used: set[str] = set()
         self.strangers: set[str] = set()
         self.up = self.down = 0
         self._late: set[int] = set()  # have missed an averaging
+        self._at_work: set[int] = set()  # clients that work at their own pace
 
     def began(self, clients: Iterable[int]) -> None:
-        """A round has begun with `clients`: those that have missed an averaging are sent the model."""
+        """A round has begun with `clients`: those that have missed an averaging are sent the model, unless clients
+        begin when they are named (`asynchronous`).
+        """
+        if not self._asynchronous:
+            self._fetch(clients)
+
+    def _fetch(self, clients: Iterable[int]) -> None:
         fetching = self._late & set(clients)
         self.down += sum(self._model(k) for k in fetching)
         self._late -= fetching
@@ -57,6 +66,9 @@ class Recording:
     def _count(
         self, name: str, args: tuple[Any, ...], options: Mapping[str, Any], result: Any, holder: int | None
     ) -> None:
+        if name == "arrivals":
+            self._fetch(set(args[0]) - self._at_work)
+            self._at_work |= set(args[0])
         for value in (*args, *options.values()):
             if isinstance(value, CutGradients) and self._trains:
                 self.down += _bytes(value.own) + len(value.active) * _bytes(value.common)
@@ -69,7 +81,8 @@ class Recording:
         if name == "average" and result:
             models = sum(self._model(k) for k in result)
             self.up, self.down = self.up + models, self.down + models
-            self._late = set(range(len(self._clients.samples))) - set(result)
+            self._at_work -= set(result)
+            self._late = set(range(len(self._clients.samples))) - set(result) - self._at_work
         if isinstance(result, Summed) and result.gave:
             size = self._clients.footprint(result.gave[0]).gradient
             self.up, self.down = self.up + len(result.gave) * size, self.down + len(result.took) * size

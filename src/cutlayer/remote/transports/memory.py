@@ -43,6 +43,8 @@ class MemoryCarrier:
     Answers are immediate, so that deadlines and quorums have no effect.
     """
 
+    concurrent = False
+
     def __init__(self, workers: Mapping[int, Responder], limits: Limits | None = None) -> None:
         self.workers = dict(workers)
         self._limits = limits or Limits()
