@@ -251,6 +251,8 @@ def _changing(config: RunConfig, algorithm: Algorithm, split: Parts, rows: Rows)
     """Why smashed data of a row change, and what to do; empty if they do not."""
     if trains(split.client):
         return "the clients' part is trained; freeze it, e.g. with freeze, or cut earlier"
+    if algorithm.traits.asynchronous:
+        return f"the clients of {config.algorithm} work at their own pace; choose {_modest()}"
     if algorithm.traits.u_shaped or LEARN in algorithm.traits.needs:
         return f"the clients of {config.algorithm} train on the batch themselves; choose {_modest()}"
     if defences.of(config).active:
@@ -275,7 +277,14 @@ def _changing(config: RunConfig, algorithm: Algorithm, split: Parts, rows: Rows)
 
 
 def check_starved(config: RunConfig, sizes: list[int]) -> None:
-    """Warns where a client's proportional share of a step is less than one row."""
+    """Warns where a client's proportional share of a step is less than one row. Raises ConfigError where clients do not
+    step together.
+    """
+    if config.sampling != "fixed" and config.traits.asynchronous:
+        raise ConfigError(
+            f"sampling = {config.sampling!r} deals the rows of common steps, but the clients of {config.algorithm} work "
+            "at their own pace: choose fixed"
+        )
     if config.sampling == "proportional" and (few := starved(sizes, config.batch)):
         warnings.warn(
             CutlayerWarning(

@@ -119,6 +119,8 @@ def _print_run_costs(result: Result) -> None:
         )
     drawn = "" if result.measured_joules is None else f"{spending.joules(result.measured_joules)} "
     out.print(f"{text}. Energy of this machine: {drawn}{result.measured_by}.", highlight=False, soft_wrap=True)
+    if result.staleness is not None:
+        out.print(staleness.line(result.staleness), highlight=False, soft_wrap=True)
     if result.availability is not None:
         out.print(availability.line(result.availability), highlight=False, soft_wrap=True)
 
