@@ -282,8 +282,8 @@ def check_starved(config: RunConfig, sizes: list[int]) -> None:
     """
     if config.sampling != "fixed" and config.traits.asynchronous:
         raise ConfigError(
-            f"sampling = {config.sampling!r} deals the rows of common steps, but the clients of {config.algorithm} work "
-            "at their own pace: choose fixed"
+            f"sampling = {config.sampling!r} deals the rows of common steps, but the clients of {config.algorithm} "
+            "work at their own pace: choose fixed"
         )
     if config.sampling == "proportional" and (few := starved(sizes, config.batch)):
         warnings.warn(

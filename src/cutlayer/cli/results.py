@@ -107,7 +107,7 @@ def _score(score: float | None, result: Result) -> str:
 
 def _print_run_costs(result: Result) -> None:
     """Print what was computed, and time and energy if devices and links are named."""
-    from cutlayer.report import availability, spending
+    from cutlayer.report import availability, spending, staleness
 
     text = f"A client computed {spending.flops(result.client_flops)}, the server {spending.flops(result.server_flops)}"
     if result.virtual_seconds is not None:
