@@ -78,13 +78,17 @@ class Gas(LocalWork):
         queue = [k for k in server.kept.get("queue", torch.empty(0)).tolist() if k in left]
         resting = _shuffled(this, [k for k in this.clients if k not in queue])
         done: list[int] = []
+        crowd = working
         while len(done) < models:
-            while resting and len(queue) < working:
+            while resting and len(queue) < crowd:
                 ages.begun(resting[0])
                 queue.append(resting.pop(0))
             arrived = clients.arrivals(queue, 1 if self.answer == "arrival" else full - len(buffer.batches))
+            crowd = working if arrived else len(queue) + 1  # where none of them comes, another client begins
+            if not arrived and not resting:
+                break  # all others wait for the average, or are gone
             if not arrived:
-                break  # all others wait for the average
+                continue
             smashed = clients.forward(arrived)
             queue = [k for k in queue if k in smashed.clients or k not in arrived]  # what others sent was of no use
             if not smashed:

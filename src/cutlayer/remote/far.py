@@ -307,14 +307,15 @@ class RemoteCohort:
 
     def arrivals(self, clients: Sequence[int], count: int) -> tuple[int, ...]:
         """Those of `clients` that do not work on a batch yet are asked for one; the first `count` whose batches have
-        come, in the order in which they came. Clients may take as long as they like, but those that are gone are not
-        waited for.
+        come, in the order in which they came. Those that are gone are not waited for. The next batch is waited for until
+        the deadline; clients that need longer work on, and bring theirs later.
         """
         self._at_work |= set(clients)
         while True:
             self._ask_for_batches(clients)
-            while self._underway.clients and len(self._arrived.keys() & set(clients)) < count:
-                self._take_one()
+            while self._underway.clients & set(clients) and len(self._arrived.keys() & set(clients)) < count:
+                if not self._take_one(clients):
+                    break
             if self._arrived.keys() & set(clients) or self.hub.connected or not clients:
                 return tuple(k for k in self._arrived if k in clients)[:count]
             self._come_back(clients)
@@ -334,13 +335,21 @@ class RemoteCohort:
         if requests:
             self._underway.start(requests, read)
 
-    def _take_one(self) -> None:
-        """Wait until one more batch has come, or its client is lost."""
-        client, came = self._underway.take()
+    def _take_one(self, clients: Collection[int]) -> bool:
+        """Wait until one more batch has come, or its client is lost. False after the deadline, for which `clients` are
+        late.
+        """
+        taken = self._underway.take(self.setup.deadline)
+        if taken is None:
+            for k in sorted(self._underway.clients & set(clients)):
+                self._tell("late", {"client": k, "why": "its next batch has not come by the deadline; it works on"})
+            return False
+        client, came = taken
         if isinstance(came, Lost):
             self._lose(client, came)
         else:
             self._arrived[client] = came[-1]
+        return True
 
     @property
     def _busy(self) -> set[int]:
@@ -563,7 +572,9 @@ class RemoteCohort:
         """
         if not weights:
             return ()
-        models = self._patiently(weights, lambda: self._vetted_models(weights))
+        models = self._vetted_models(weights)
+        if not models and not (self.setup.carries and self.hub.connected):  # where others are at work, they go on
+            models = self._patiently(weights, lambda: self._vetted_models(weights))
         if not models:
             return ()
         here = [k for k in weights if k in models]

@@ -34,9 +34,14 @@ class Underway:
         for k, found in self._carrier.exchange(requests, on_answer=on_answer).items():
             self._came.put((k, found))
 
-    def take(self) -> tuple[int, Result]:
-        """The next client whose answers are there, or that is lost, and these. Raises what went wrong on this side."""
-        client, found = self._came.get()
+    def take(self, seconds: float | None = None) -> tuple[int, Result] | None:
+        """The next client whose answers are there, or that is lost, and these; None if none comes within these seconds.
+        Raises what went wrong on this side.
+        """
+        try:
+            client, found = self._came.get(timeout=seconds)
+        except queue.Empty:
+            return None
         self.clients.discard(client)
         if isinstance(found, BaseException):
             raise found
