@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
 from test_transport import QUICK, SOON  # type: ignore[import-not-found]
 
 from cutlayer.options import FaultConfig, RunConfig

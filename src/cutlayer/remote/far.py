@@ -307,8 +307,8 @@ class RemoteCohort:
 
     def arrivals(self, clients: Sequence[int], count: int) -> tuple[int, ...]:
         """Those of `clients` that do not work on a batch yet are asked for one; the first `count` whose batches have
-        come, in the order in which they came. Those that are gone are not waited for. The next batch is waited for until
-        the deadline; clients that need longer work on, and bring theirs later.
+        come, in the order in which they came. Those that are gone are not waited for. The next batch is waited for
+        until the deadline; clients that need longer work on, and bring theirs later.
         """
         self._at_work |= set(clients)
         while True:
@@ -572,7 +572,7 @@ class RemoteCohort:
         """
         if not weights:
             return ()
-        models = self._vetted_models(weights)
+        models: dict[int, dict[str, Tensor]] | None = self._vetted_models(weights)
         if not models and not (self.setup.carries and self.hub.connected):  # where others are at work, they go on
             models = self._patiently(weights, lambda: self._vetted_models(weights))
         if not models:
