@@ -14,24 +14,29 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from cutlayer import plugins
 from cutlayer.build import Model
 from cutlayer.errors import ConfigError
 from cutlayer.files import replace_file
+from cutlayer.models.lora import adapter_files
 from cutlayer.models.parts import one_line
 from cutlayer.trained import TrainedModel, Whose
 
-Form = Literal["safetensors", "onnx", "torch-export"]
-SUFFIXES: dict[Form, str] = {"safetensors": ".safetensors", "onnx": ".onnx", "torch-export": ".pt2"}
+Form = Literal["safetensors", "onnx", "torch-export", "peft"]
+SUFFIXES: dict[Form, str] = {"safetensors": ".safetensors", "onnx": ".onnx", "torch-export": ".pt2", "peft": ".peft"}
 _ONNX = ("onnx", "onnxscript")
 
 
 def export(trained: TrainedModel, client: Whose, form: Form, path: Path, *, model: Model | None = None) -> list[Path]:
-    """Write the model of `client` to `path`, and what is known of it to a JSON file beside it: both paths.
-    `model`: the module or function that the run was given, if it was given from Python.
+    """Write the model of `client` to `path`, and what is known of it to a JSON file beside it: both paths. The form
+    peft is a folder of the adapters alone, with that file in it. `model`: the module or function that the run was
+    given, if it was given from Python.
 
     Raises ConfigError where there is no such client, or the form cannot hold the model.
     """
     about = {"client": whose_name(client), **trained.about}
+    if form == "peft":
+        return _adapter_folder(trained, client, about, model, path)
     content = _WRITERS[form](trained, client, json.dumps(about), model)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}.json")
@@ -55,6 +60,21 @@ def whose(text: str | None) -> Whose:
 def whose_name(client: Whose) -> str:
     """The name of a client, as `whose` reads it; "all" for the one model that all have."""
     return "all" if client is None else f"client-{client}" if isinstance(client, int) else client
+
+
+def _adapter_folder(
+    trained: TrainedModel, client: Whose, about: dict[str, Any], model: Model | None, path: Path
+) -> list[Path]:
+    """A folder that peft loads onto the base. Raises ConfigError."""
+    name = trained.about["model"] or ""
+    files = adapter_files(trained.model(client, model=model), plugins.argument_of("model", name) or name)
+    files["cutlayer.json"] = (json.dumps(about, indent=1) + "\n").encode()
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"{str(path)!r} is a file, but adapters are a folder: name another place with --out")
+    path.mkdir(parents=True, exist_ok=True)
+    for file, content in files.items():
+        replace_file(path / file, content)
+    return [path / file for file in files]
 
 
 def _named_weights(trained: TrainedModel, client: Whose, about: str, model: Model | None) -> bytes:

@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cutlayer import Run, plugins
 from cutlayer.errors import ConfigError, CutError, CutlayerWarning
+from cutlayer.exporting import export
 from cutlayer.models import build, cut
 from cutlayer.models.blocks import blocks_of
+from cutlayer.trained import find_trained
 
 transformers = pytest.importorskip("transformers", reason="needs cutlayer[lm]")
 pytest.importorskip("peft", reason="needs cutlayer[lm]")
@@ -229,3 +232,49 @@ def test_references(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not plugins.known("model", "mlp:there")
     with pytest.raises(ConfigError, match="needs a local folder"):
         plugins.load("model", "hf")
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for it
+@pytest.mark.parametrize(
+    "name", ["llama", "bert", *(pytest.param(n, marks=pytest.mark.long) for n in ("gpt2", "tied"))]
+)
+def test_an_exported_adapter_does_on_the_uncut_base_what_the_parts_did(
+    folders: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    """By peft itself, which knows nothing of the cut."""
+    from peft import PeftModel
+
+    more: dict[str, Any] = {"untie": True} if name == "tied" else {}
+    run = Run(
+        model=f"hf:{folders[name]}", data=trained_on(name=name), task="classification" if name == "bert" else "tokens",
+        algorithm="psl", cut="1", lora_rank=2, lora_targets=("all-linear",), clients=2, rounds=2, batch=2,
+        client_lr=0.05, client_optimizer="sgd", out=tmp_path / "run", engine="local", **more,
+    )  # fmt: skip
+    run.run()
+    adapter = tmp_path / "adapter"
+    written = export(find_trained(tmp_path / "run"), 1, "peft", adapter)
+    assert sorted(path.name for path in written) == sorted(path.name for path in adapter.iterdir())
+    _, class_name, _ = FAMILIES[name]
+    options = {"num_labels": 3} if name == "bert" else {}
+    plain = getattr(transformers, class_name).from_pretrained(folders[name], **options).eval()
+    x = batch("right")
+    loaded = PeftModel.from_pretrained(plain, adapter).eval()
+    counts = x["attention_mask"].bool() if name != "bert" else torch.ones(len(x["input_ids"]), dtype=torch.bool)
+    with torch.no_grad():
+        theirs, ours = loaded(**x).logits, run.model(1)(**x).logits
+        assert torch.allclose(theirs[counts], ours[counts], atol=1e-6)
+        with loaded.disable_adapter():
+            assert not torch.allclose(loaded(**x).logits[counts], ours[counts], atol=1e-4)
+    learnt = load_file(adapter / "adapter_model.safetensors")
+    assert all("lora" in key or "classifier" in key for key in learnt)
+
+
+def test_a_run_without_adapters_exports_none(folders: dict[str, Path], tmp_path: Path) -> None:
+    run = Run(
+        model=f"hf:{folders['llama']}", data=trained_on(), task="tokens", algorithm="cl", rounds=1, batch=2,
+        out=tmp_path / "run",
+    )  # fmt: skip
+    run.run()
+    with pytest.raises(ConfigError, match="the model has 0 adapters"):
+        export(run.trained(), None, "peft", tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()

@@ -26,7 +26,7 @@ def export(
     client: Annotated[str | None, _FILE] = None,
     best: Annotated[bool, Parameter(group=FILES, negative=())] = False,
     last: Annotated[bool, Parameter(group=FILES, negative=())] = False,
-    format: Annotated[Literal["safetensors", "onnx", "torch-export"] | None, _FILE] = None,
+    format: Annotated[Literal["safetensors", "onnx", "torch-export", "peft"] | None, _FILE] = None,
     out: Annotated[Path | None, _FILE] = None,
     model: Model = None,
 ) -> None:
@@ -44,10 +44,10 @@ def export(
     last
         The model at the end (the default).
     format
-        Named weights (safetensors), or a program: torch-export (.pt2) or onnx (needs the extra `onnx`). Default: what
-        the name of --out says, or safetensors.
+        Named weights (safetensors), or a program: torch-export (.pt2) or onnx (needs the extra `onnx`); or the adapters
+        alone, a folder that peft loads onto the base (peft). Default: what the name of --out says, or safetensors.
     out
-        The file to write. Default: export/WHICH-CLIENT in the folder.
+        The file (or, for peft, the folder) to write. Default: export/WHICH-CLIENT in the folder.
     model
         The model, if the run was given it from Python or its file has moved: path/to/file.py:name.
     """

@@ -7,6 +7,7 @@ so that a model starts as the one that it adapts. Being frozen, that one is shar
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from cutlayer.models.blocks import named_block
 
 ADAPTER = "default"
 """What peft calls the one adapter."""
+_WRAPPED = "base_model.model."  # what peft writes before the names of the base
 _ALL = "all-linear"
 _HEADS = ("score", "classifier", "lm_head", "cls")  # what a transformer ends in
 _NEW_HEADS = ("score", "classifier")  # those that start from nothing, and are trained whole
@@ -69,6 +71,36 @@ def adapted(model: nn.Module, lora: Lora, cuts: Sequence[str]) -> nn.Module:
         warnings.simplefilter("ignore")  # of fan_in_fan_out, which it sets itself layer by layer
         made: nn.Module = peft.inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     return made
+
+
+def adapter_files(model: nn.Module, base: str) -> dict[str, bytes]:
+    """The files of a folder that peft loads onto the whole base model, by name: the adapters of `model`, and a
+    classifier's head. `base` is where the base lies. Raises ConfigError for a model without adapters.
+    """
+    configs = getattr(model, "peft_config", None) or {}
+    if len(configs) != 1:
+        raise ConfigError(
+            f"the model has {len(configs)} adapters by peft, but a folder holds one: "
+            + ("export it with --format safetensors" if not configs else "merge them first")
+        )
+    peft, (name, config) = _peft(), next(iter(configs.items()))
+    from safetensors.torch import save
+
+    injected = not isinstance(model, peft.PeftModel)  # which names its weights as the folder wants them
+    state = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    named = {f"{_WRAPPED if injected else ''}{key}": tensor.contiguous().clone() for key, tensor in state.items()}
+    about = config.to_dict() | {"base_model_name_or_path": base, "inference_mode": True}
+    about |= {"task_type": config.task_type or _task_type(model)}
+    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in about.items()}
+    return {
+        "adapter_config.json": (json.dumps(plain, indent=2, sort_keys=True, default=str) + "\n").encode(),
+        "adapter_model.safetensors": save(named, metadata={"format": "pt"}),
+    }
+
+
+def _task_type(model: nn.Module) -> str:
+    """What peft calls such a model."""
+    return "SEQ_CLS" if any(name in _NEW_HEADS for name, _ in model.named_children()) else "CAUSAL_LM"
 
 
 def _peft() -> Any:
