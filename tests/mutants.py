@@ -106,6 +106,7 @@ AREAS: dict[str, Sequence[str]] = {
     "registry": ("*test_public*", "*test_own_algorithm*", "*bad_input*", "*test_extending*", "*test_testing*"),
     "tasks": ("*test_tasks*", "*seam_operations*"),
     "data": ("*test_sources*",),
+    "contest": ("*test_contest*",),
     "another model": ("*test_another_model*",),
     "client": ("*test_forbidden*", "*test_allowance*", "*test_text*"),
     "copies": ("*test_copies*",),
@@ -163,6 +164,14 @@ MUTANTS = [
     M("only those with rows step together", "skew", "for client in self._clients:\n            client.take(", "for client in [self._clients[k] for k in self._asked]:\n            client.take("),
     M("who was away keeps its optimiser", "skew", "if self._in_step and twin.optimizer is not None:", "if not self._in_step and twin.optimizer is not None:"),
     M("the frozen server answers before it has trained", "skew", "self.train(server, smashed, this, turn, factor)\n        step = server.gradients(smashed, running_statistics=self.running_statistics)", "step = server.gradients(smashed, running_statistics=self.running_statistics)\n        self.train(server, smashed, this, turn, factor)"),
+    # A contest of methods
+    M("the larger of equal rates", "contest", "rate = max(sorted(found), key=found.__getitem__)", "rate = max(sorted(found, reverse=True), key=found.__getitem__)"),
+    M("rates by test accuracy", "contest", "read(folder_of(out, trial, s), trial.at(s)).validation for trial", "read(folder_of(out, trial, s), trial.at(s)).best for trial"),
+    M("the first trial decides", "contest", "if not all(is_trained(folder_of(out, *run)) for run in runs):", "if not any(is_trained(folder_of(out, *run)) for run in runs):"),
+    M("rates are reported on the seed they were tried on", "contest", "replace(cell, seeds=(extent.tuning_seed,))", "replace(cell, seeds=extent.seeds[:1])"),
+    M("trials and runs at once", "contest", "seeds=extent.seeds, trials=trials, turn=1)", "seeds=extent.seeds, trials=trials, turn=0)"),
+    M("no setting stands for another", "contest", "dict(self.tuned_in).get(setting, setting)", "setting"),
+    M("CL is trained in each setting", "contest", "'anywhere' if central else setting", "setting"),
     # Algorithms
     M("SplitLr multiplies by alpha", "algorithms", "clients**self.alpha", "clients * self.alpha"),
     M("SplitLr counts the others", "algorithms", 'self.alpha_clients == "enrolled"', 'self.alpha_clients != "enrolled"'),

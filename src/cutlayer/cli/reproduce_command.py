@@ -41,9 +41,9 @@ def reproduce(
     Parameters
     ----------
     tables
-        Any of table1, table2, table3, table4, fig5 (learning curves of Table 4's methods) and skew (label skew, which
-        is not in the paper), or all, which is the default; and by name alone, since they attack what they train,
-        table5 and leakage (methods, depths of the cut, defences).
+        Any of table1, table2, table3, table4, table6 and fig5 (learning curves of Table 4's methods), or all, which is
+        the default. By name alone: skew (label skew, which is not in the paper: accuracy against bytes), and table5 and
+        leakage (methods, depths of the cut, defences), which attack what they train.
     size
         How much is trained: smoke (a minute, to see that it works), reduced (hours) or full (the paper's models and
         numbers of clients).

@@ -6,11 +6,12 @@ A cell is trained once whichever tables use it. Its name is its folder, so that 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from cutlayer import plugins
-from cutlayer.options import RunConfig, cuts_of, default_cut
+from cutlayer.options import RunConfig, cuts_of, default_cut, traits
+from cutlayer.reproduce.contest import ContestSize, contest
 
 SizeName = Literal["smoke", "reduced", "full"]
 When = tuple[Literal["always", "initial", "final"], float]
@@ -32,12 +33,7 @@ HALVES = {  # with SplitLr, with SplitAvg
     (True, True): "sglr",
 }
 TABLE4_METHODS = ("cl", "fl", "sglr", "sfl", "psl")  # Table 4
-SKEWED_METHODS = ("fl", "psl", "slr", "sfl", "sglr")  # beyond the paper
-SKEWS: dict[str, dict[str, Any]] = {
-    "dirichlet .1": {"partition": "dirichlet", "dirichlet_alpha": 0.1},
-    "dirichlet .5": {"partition": "dirichlet", "dirichlet_alpha": 0.5},
-    "2 shards": {"partition": "shards", "shards_per_client": 2},
-}
+SKEW = "skew"  # the contest beyond the paper
 _DECIDED = ("holds", "does not hold", "within noise")  # verdicts that say something about a model
 LEAKING_PHIS = (0.0, 0.25, 0.5, 0.75, 1.0)  # Table 5
 LEAKING_OTHERS = ("psl", "sfl", "ssl")  # what SGLR is compared with
@@ -103,13 +99,19 @@ SIZES: dict[str, Size] = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One configuration, to be trained once per seed; where it is `examined`, what it leaks is measured, too, at its
-    end and at every snapshot that it keeps.
+    """One configuration, to be trained once with each of `seeds`; where it is `examined`, what it leaks
+    is measured, too, at its end and at every snapshot that it keeps.
+
+    If it has `trials`, its learning rate is that of the trial with the best validation accuracy. A cell is trained once
+    all cells of earlier turns are done, its trials among them.
     """
 
     name: str
     config: RunConfig
     examined: bool = False
+    seeds: tuple[int, ...] = ()
+    trials: tuple[Cell, ...] = ()
+    turn: int = 0
 
     def at(self, seed: int) -> RunConfig:
         """The configuration with that seed."""
@@ -134,6 +136,7 @@ class Study:
     device: str = "cpu"
     options: tuple[tuple[str, Any], ...] = ()
     another_model: bool = False
+    extent: ContestSize = field(default_factory=lambda: contest(SKEW).sizes["smoke"])
 
     def of_model(self, model: str) -> Study:
         """The same with that model in every table."""
@@ -183,10 +186,37 @@ class Study:
         name = f"methods/{algorithm}-rate-{rate:g}"
         return self._cell(name, s.methods_clients, algorithm, own)
 
-    def skewed(self, algorithm: str, skew: str) -> Cell:
-        """A cell beyond the paper: one method on clients whose labels are skewed. All clients are evaluated."""
-        own = {**SKEWS[skew], "eval_clients": None}
-        return self._cell(f"{skew.replace(' ', '-')}/{algorithm}", self.size.skewed_clients, algorithm, own)
+    def contestant(self, setting: str, method: str) -> Cell:
+        """A method of the contest in a setting, at the best of its rates, which its trials find."""
+        extent = self.extent
+        tried = [self._contestant(extent.tuning(setting), method, rate) for rate in extent.rates]
+        trials = tuple(replace(cell, seeds=(extent.tuning_seed,)) for cell in tried)
+        return replace(self._contestant(setting, method), seeds=extent.seeds, trials=trials, turn=1)
+
+    def _contestant(self, setting: str, method: str, rate: float | None = None) -> Cell:
+        """All clients are evaluated, at the end. Centralised learning has all data in one place: it is the same in all
+        settings.
+        """
+        described, extent = contest(SKEW), self.extent
+        chosen = dict(described.methods[method])
+        algorithm = chosen.pop("algorithm")
+        central = traits(algorithm).central
+        own = {n: getattr(extent, n) for n in ("samples_per_client", "epochs", "batch")}
+        own |= {"eval_clients": None, "eval_every": extent.epochs, "keep_best": False, "client_lr": rate, **chosen}
+        own |= {} if central else described.settings[setting].options
+        name = f"{SKEW}/{_slug('anywhere' if central else setting)}/{_slug(method)}"
+        if rate is not None:
+            name += f"/rate-{rate:g}"
+        return self._cell(name, self.size.skewed_clients, algorithm, own)
+
+    def contest(self) -> dict[str, tuple[str, ...]]:
+        """The methods of the contest, by setting, as far as its extent has them."""
+        described, extent = contest(SKEW), self.extent
+        return {
+            name: tuple(m for m in setting.methods if extent.methods is None or m in extent.methods)
+            for name, setting in described.settings.items()
+            if extent.settings is None or name in extent.settings
+        }
 
     def table1(self) -> Iterator[Cell]:
         """SplitLr: alpha by number of clients."""
@@ -207,8 +237,11 @@ class Study:
         yield from (self.method(algorithm, rate) for algorithm in TABLE4_METHODS for rate in self.size.rates)
 
     def skew(self) -> Iterator[Cell]:
-        """The methods under label skew."""
-        yield from (self.skewed(algorithm, skew) for skew in SKEWS for algorithm in SKEWED_METHODS)
+        """The contest: every method in every setting, and its trials."""
+        for setting, methods in self.contest().items():
+            for method in methods:
+                cell = self.contestant(setting, method)
+                yield from (*cell.trials, cell)
 
     def leaking(self, name: str, algorithm: str, *, followed: bool = False, **own: Any) -> Cell:
         """A run that is attacked once it is trained, and where it is `followed` also on the way."""
@@ -268,4 +301,9 @@ class Study:
         }
         config = RunConfig.of({k: v for k, v in options.items() if v is not None})
         config.check(frozenset())
-        return Cell(name, config)
+        return Cell(name, config, seeds=s.seeds)
+
+
+def _slug(name: str) -> str:
+    """A name as that of a folder: "SFL + client" is sfl-client."""
+    return "-".join("".join(c if c.isalnum() or c == "." else " " for c in name.lower()).split())

@@ -26,9 +26,10 @@ from cutlayer.reproduce.cells import (
     LEAKING_PHIS,
     PHASES,
     PHIS,
-    SKEWS,
+    SKEW,
     Cell,
 )
+from cutlayer.reproduce.contest import contest
 from cutlayer.reproduce.outcomes import Outcome, Outcomes
 from cutlayer.reproduce.table6 import Fact
 from cutlayer.text import listed
@@ -389,24 +390,22 @@ def _methods(outcomes: Outcomes) -> list[Claim]:
 
 
 def _skew(outcomes: Outcomes) -> list[Claim]:
-    """Beyond the paper: clients whose labels are skewed."""
-    compared = {
-        ("sglr", "psl"): "SGLR beats PSL under label skew",
-        ("sfl", "psl"): "SFL beats PSL under label skew",
-        ("sglr", "slr"): "SplitAvg helps under label skew (SGLR against SLR)",
-        ("fl", "sglr"): "FL beats SGLR under label skew",
-    }
-    how = (
-        f"with {outcomes.study.size.skewed_clients} clients whose labels are skewed, on average over the kinds of skew"
-    )
+    """Beyond the paper: what the contest says."""
+    study = outcomes.study
+    there = study.contest()
     return [
         Claim(
-            f"skew-{more}-{less}",
-            title,
-            f"{more.upper()} is better than {less.upper()} {how} (not in the paper).",
-            tuple(CellPair(outcomes.study.skewed(more, s), outcomes.study.skewed(less, s), (), s) for s in SKEWS),
+            f"{SKEW}-{c.name}",
+            c.title,
+            c.sentence,
+            tuple(
+                CellPair(study.contestant(s, c.more), study.contestant(s, c.less), (), s)
+                for s in c.settings
+                if {c.more, c.less} <= set(there.get(s, ()))
+            ),
+            c.threshold,
         )
-        for (more, less), title in compared.items()
+        for c in contest(SKEW).claims
     ]
 
 

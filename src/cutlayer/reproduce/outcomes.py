@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -98,10 +98,10 @@ class Outcomes:
 
     def __init__(self, study: Study, out: Path, cells: Iterable[Cell]) -> None:
         self.study, self.out = study, out
-        self.cells = {cell.name: cell for cell in cells}
+        self.cells = {cell.name: settled(out, cell) or cell for cell in cells}
         self._of: dict[str, dict[int, Outcome]] = {}
         for name, cell in self.cells.items():
-            folders = {seed: folder_of(out, cell, seed) for seed in study.size.seeds}
+            folders = {} if cell.trials else {seed: folder_of(out, cell, seed) for seed in cell.seeds}
             self._of[name] = {s: read(folder, cell.at(s)) for s, folder in folders.items() if is_trained(folder)}
 
     def of(self, cell: Cell) -> dict[int, Outcome]:
@@ -114,7 +114,7 @@ class Outcomes:
         """The cell's test accuracy at the best validation accuracy, or what `by` says, over seeds."""
         done = self.of(cell).values()
         mean, std = spread([by(o) for o in done])
-        return Score(mean, std, len(done), len(self.study.size.seeds), sum(o.diverged for o in done), paper)
+        return Score(mean, std, len(done), len(cell.seeds), sum(o.diverged for o in done), paper)
 
     def chosen_rate(self, algorithm: str) -> float | None:
         """The rate of Table 4 for a method: that with the highest best validation accuracy, mean over the seeds that
@@ -131,6 +131,20 @@ class Outcomes:
         """The cell of Table 4 for a method at its chosen rate."""
         rate = self.chosen_rate(algorithm)
         return None if rate is None else self.study.method(algorithm, rate)
+
+
+def settled(out: Path, cell: Cell) -> Cell | None:
+    """The cell at the rate of its trial with the best validation accuracy (the smaller of equals), without trials; None
+    while one of them is not done. Raises RunFolderError where a trial is damaged.
+    """
+    if not cell.trials:
+        return cell
+    runs = [(trial, seed) for trial in cell.trials for seed in trial.seeds]
+    if not all(is_trained(folder_of(out, *run)) for run in runs):
+        return None
+    found = {trial.config.client_lr: read(folder_of(out, trial, s), trial.at(s)).validation for trial, s in runs}
+    rate = max(sorted(found), key=found.__getitem__)
+    return replace(cell, config=cell.config.model_copy(update={"client_lr": rate}), trials=())
 
 
 def read(folder: Path, config: RunConfig) -> Outcome:

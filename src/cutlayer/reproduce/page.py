@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from cutlayer import __version__
-from cutlayer.reproduce.cells import Study
+from cutlayer.reproduce.cells import SKEW, Study
 from cutlayer.reproduce.claims import ClaimVerdict, Difference, points
 from cutlayer.reproduce.findings import Findings
 from cutlayer.reproduce.plots import PLOTS, draw
@@ -50,11 +50,14 @@ def setting(findings: Findings, size: str) -> str:
     models = first if first == fourth else f"{first} ({fourth} in Table 4)"
     if study.another_model:
         models = f"another model than the paper's ({first}, cut after {study.cut})"
-    epochs = dict.fromkeys(cell.config.epochs for cell in findings.outcomes.cells.values()) or [s.epochs]
-    many = "s" * (len(s.seeds) > 1)
+    configs = [cell.config for cell in findings.outcomes.cells.values()]
+    epochs = dict.fromkeys(c.epochs for c in configs) or [s.epochs]
+    samples = dict.fromkeys(str(c.samples_per_client) for c in configs) or [str(s.samples_per_client)]
+    seeds = study.extent.seeds if findings.alone else s.seeds
+    many = "s" * (len(seeds) > 1)
     return (
-        f"Size {size}: {models} on {study.data}, {s.samples_per_client} samples per client, {s.validation} held out "
-        f"for validation, {listed([str(n) for n in epochs])} epochs, seed{many} {listed([str(n) for n in s.seeds])}."
+        f"Size {size}: {models} on {study.data}, {listed(list(samples))} samples per client, {s.validation} held out "
+        f"for validation, {listed([str(n) for n in epochs])} epochs, seed{many} {listed([str(n) for n in seeds])}."
     )
 
 
@@ -66,20 +69,32 @@ def reading(findings: Findings, size: str) -> list[str]:
         {o.best for c in findings.outcomes.cells.values() for o in findings.outcomes.of(c).values() if o.diverged}
     )
     count = f" ({chance[0]:g} %)" if chance else ""
+    of_contest = _CONTEST.format(seeds=len(findings.outcomes.study.extent.seeds), count=count)
+    if findings.alone:
+        return [of_contest]
     smoke = "The size smoke is there to see that everything works: its numbers say nothing about the paper. "
     return [
         smoke
         * (size == "smoke")
         + "Accuracies are test accuracies in percent at the evaluation with the best validation accuracy, as the paper "
-        f"reports them, mean over the models of {models} (label skew: all), mean ± sample standard deviation over "
+        f"reports them, mean over the models of {models}, mean ± sample standard deviation over "
         f"{len(s.seeds)} seeds. The paper's number is beside ours where it has one for the same setting. Where fewer "
         f"seeds are done, that is said; a dash stands for what is not. A run whose numbers became NaN or infinite is "
         f"called diverged, and counts as chance{count} in means and differences.",
         "The paper trains its ResNet16 (an AlexNet in Table 4) on Fashion-MNIST with 10000 images held out for "
         "validation, does not say for how many epochs, and gives neither seeds nor spread: compare the order of the "
         "numbers, not the numbers.",
+        *[f"Label skew: {of_contest}"] * (SKEW in findings.parts),
     ]
 
+
+_CONTEST = (
+    "Accuracies are test accuracies in percent at the end of the training, mean over the models of all clients on the "
+    "global test set (where client models are averaged, they are all the same), mean ± sample standard deviation over "
+    "{seeds} seeds. Every method was tuned over the same rates on another seed, by validation accuracy; test "
+    "accuracies play no part in the choice. Where fewer seeds are done, that is said; a dash stands for what is not. A "
+    "run whose numbers became NaN or infinite is called diverged, and counts as chance{count}."
+)
 
 ANOTHER_MODEL = (
     "The model is the user's choice. The paper's numbers beside ours are of the paper's ResNet16 and AlexNet, and the "
@@ -104,13 +119,14 @@ def _content(findings: Findings, size: str) -> dict[str, Any]:
     done, planned = findings.done
     study = findings.outcomes.study
     return {
+        "title": findings.title,
         "setting": setting(findings, size),
         "notice": ANOTHER_MODEL * study.another_model,
         "unfinished": "" if done == planned else f"{done} of {planned} runs are done",
         "lines": findings.lines,
         "reading": reading(findings, size),
         "test": TEST,
-        "source": paper()["source"],
+        "source": "" if findings.alone else paper()["source"],
         "tables": [_lines(table) for table in findings.tables],
         "verdicts": [_verdict(v, study) for v in findings.verdicts],
         "facts": [{**asdict(f), "word": study.verdict(f.word), "mark": MARKS[f.word]} for f in findings.facts],
@@ -181,6 +197,7 @@ def _data(findings: Findings, size: str) -> dict[str, Any]:
             "data": study.data,
             "device": study.device,
             **asdict(study.size),
+            **({SKEW: asdict(study.extent)} if SKEW in findings.parts else {}),
             **({"options": dict(study.options)} if study.options else {}),
         },
         "another_model": study.another_model,

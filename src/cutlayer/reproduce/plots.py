@@ -39,15 +39,15 @@ from cutlayer.reproduce.cells import (
     LEAKING_PHIS,
     PHASES,
     PHIS,
-    SKEWED_METHODS,
-    SKEWS,
+    SKEW,
     TABLE4_METHODS,
     Cell,
 )
+from cutlayer.reproduce.contest import contest
 from cutlayer.reproduce.findings import Findings
 from cutlayer.reproduce.outcomes import Outcomes, Score
 from cutlayer.reproduce.table6 import FLEET_TEXT, spent
-from cutlayer.reproduce.tables import SECTIONS, paper
+from cutlayer.reproduce.tables import SECTIONS, mean_of, paper
 from cutlayer.reproduce.train import PICTURES, SHOWN, folder_of
 from cutlayer.summary import spread
 
@@ -157,21 +157,45 @@ def _table4(findings: Findings) -> Figure:
 
 
 def _skew(findings: Findings) -> Figure:
+    """Accuracy over traffic, a panel for each setting of the contest."""
     outcomes = findings.outcomes
-    figure = Figure(figsize=(9.6, 4.8), layout="constrained")
-    ax = figure.subplots()
-    for index, method in enumerate(SKEWED_METHODS):
-        scores = [outcomes.score(outcomes.study.skewed(method, skew)) for skew in SKEWS]
-        shift = 0.12 * (index - (len(SKEWED_METHODS) - 1) / 2)
-        x = [i + shift for i in range(len(SKEWS))]
-        look = {"color": look_of_algorithm(method)[0], "linestyle": "none", "marker": MARKERS[index]}
-        _line(ax, (title_of_algorithm(method), x, scores), **look)
-    ax.set_xticks(range(len(SKEWS)), list(SKEWS))
-    ax.set_xlim(-0.5, len(SKEWS) - 0.5)
-    ax.grid(axis="x", visible=False)
-    ax.set_ylabel("test accuracy (%)")
-    _legend(figure, ax)
+    study = outcomes.study
+    settings = study.contest()
+    columns = min(len(settings), 2)
+    rows = math.ceil(len(settings) / columns)
+    figure = Figure(figsize=(6.2 * columns, 1.6 + 3.6 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    looks = _contest_looks(list(dict.fromkeys(m for names in settings.values() for m in names)))
+    for ax, (setting, methods) in zip(axes, settings.items(), strict=False):
+        for method in methods:
+            cell = study.contestant(setting, method)
+            done = [o for o in outcomes.of(cell).values() if not o.diverged]
+            if not done:
+                continue
+            sent = mean_of([o.evaluations[-1] for o in done], "bytes_up")
+            sent += mean_of([o.evaluations[-1] for o in done], "bytes_down_broadcast")
+            _line(ax, (method, [sent / 1e6], [outcomes.score(cell)]), linestyle="none", **looks[method])
+        titled(ax, setting[0].upper() + setting[1:])
+        ax.set_xscale("log")
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        ax.set_xlabel("up + down, wire-broadcast (MB, log)")
+        ax.set_ylabel("test accuracy (%)")
+    for ax in axes[len(settings) :]:
+        ax.axis("off")
+    handles = {label: h for ax in axes for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    known = [m for m in looks if m in handles]
+    figure.legend([handles[m] for m in known], known, loc="outside upper center", ncols=5, fontsize=10)
     return figure
+
+
+def _contest_looks(methods: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The colour of each method's algorithm, and a marker that no other method of that colour has."""
+    looks: dict[str, dict[str, Any]] = {}
+    for method in methods:
+        colour, _ = look_of_algorithm(contest(SKEW).methods[method]["algorithm"])
+        taken = sum(look["color"] == colour for look in looks.values())
+        looks[method] = {"color": colour, "marker": MARKERS[taken % len(MARKERS)]}
+    return looks
 
 
 # ---- leakage --------------------------------------------------------------------------------------------------------
@@ -392,7 +416,14 @@ PLOTS: dict[str, Plot] = {
         lambda f: bool(curves_report(f.outcomes).entries),
         _curves,
     ),
-    "skew": Plot("skew", "Label skew", f"Not in the paper. {_BARS}", _trained("skew"), _skew),
+    SKEW: Plot(
+        SKEW,
+        "Label skew: accuracy over traffic",
+        "All clients together, the whole training; what is the same for several clients is counted once. Sent once per "
+        "receiver, SplitAvg (SGLR, SGL) moves to the traffic of PSL. Bars: one standard deviation over seeds.",
+        _trained(SKEW),
+        _skew,
+    ),
     "table5": Plot(
         "table5",
         "Reconstruction by phi",

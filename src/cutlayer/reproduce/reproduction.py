@@ -16,10 +16,11 @@ from cutlayer.errors import ConfigError, RunFolderError
 from cutlayer.files import replace_file
 from cutlayer.folder import LOCK, Folder, locked
 from cutlayer.leakage import check_installed
-from cutlayer.options import from_anywhere, read_toml
+from cutlayer.options import RunConfig, from_anywhere, read_toml
 from cutlayer.plugins import find, load
-from cutlayer.reproduce.cells import SIZES, Cell, SizeName, Study
-from cutlayer.reproduce.outcomes import Outcome, Outcomes, read
+from cutlayer.reproduce.cells import SIZES, SKEW, SizeName, Study
+from cutlayer.reproduce.contest import contest
+from cutlayer.reproduce.outcomes import Outcome, Outcomes, read, settled
 from cutlayer.reproduce.tables import SECTIONS, cells_of, named
 from cutlayer.reproduce.train import Job, Tell, folder_of, is_done, name_of, train
 
@@ -56,7 +57,13 @@ class Reproduction:
         named_things = from_anywhere({"data": data, "model": model, "cut": cut, "task": task})
         chosen = {name: named_things[name] for name in ("cut", "task") if named_things[name] is not None}
         self.size, self.out = size, out
-        self.study = Study(SIZES[size], named_things["data"], device, tuple({**chosen, **options}.items()))
+        self.study = Study(
+            SIZES[size],
+            named_things["data"],
+            device,
+            tuple({**chosen, **options}.items()),
+            extent=contest(SKEW).sizes[size],
+        )
         if model is not None:
             find("model", model)
             self.study = self.study.of_model(named_things["model"])
@@ -69,10 +76,10 @@ class Reproduction:
     @property
     def jobs(self) -> list[Job]:
         """What was asked for, each cell once, all cells of a seed before those of the next: an interrupted reproduction
-        then has all cells on the seeds it got to.
+        then has all cells on the seeds it got to. Of cells that have turns, those of a turn before those of the next.
         """
-        cells = cells_of(self.study, self.asked).values()
-        return [(cell, seed) for seed in self.study.size.seeds for cell in cells]
+        jobs = [(cell, seed) for cell in cells_of(self.study, self.asked).values() for seed in cell.seeds]
+        return sorted(jobs, key=lambda job: (job[0].turn, job[0].seeds.index(job[1])))
 
     def waiting(self) -> list[Job]:
         """The jobs that are not done yet."""
@@ -93,22 +100,23 @@ class Reproduction:
             check_installed()
         device = self.study.device
         most = workers or (cores() if device == "cpu" else 1)
-        kinds: dict[tuple[str, ...], Cell] = {}
+        kinds: dict[tuple[str, ...], dict[int, RunConfig]] = {}
         named: dict[tuple[str, ...], list[str]] = {}
         needs: dict[str, int] = {}
         for job in sorted(self.waiting(), key=lambda job: -job[0].config.clients):
             c = job[0].config
             # Whole models have no cut to check, so a split one stands for its kind where there is one.
             kind: tuple[str, ...] = (c.model, c.partition, str(c.traits.whole))
-            kinds.setdefault(kind, job[0])
+            for seed in job[0].seeds:
+                kinds.setdefault(kind, {}).setdefault(seed, job[0].at(seed))
             named.setdefault(kind, []).append(name_of(job))
-        for kind, cell in kinds.items():
-            first, *others = (cell.at(seed) for seed in self.study.size.seeds)
+        for kind, configs in kinds.items():
+            first, *others = configs.values()
             training = assemble(first)
             if most > 1:
                 needs |= dict.fromkeys(named[kind], footprint(training, first, most))
             del training
-            if cell.config.partition != "iid":  # with another seed a client may stay without samples
+            if first.partition != "iid":  # with another seed a client may stay without samples
                 for config in others:
                     deal(config)
         if most == 1:
@@ -134,7 +142,8 @@ class Reproduction:
     def outcome(self, job: Job) -> Outcome:
         """What a job that is done came to."""
         cell, seed = job
-        return read(folder_of(self.out, cell, seed), cell.at(seed))
+        done = settled(self.out, cell) or cell
+        return read(folder_of(self.out, done, seed), done.at(seed))
 
     def find(self) -> Findings:
         """Everything there is to say by now. Raises RunFolderError where no run is done, or one is damaged."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -20,15 +21,15 @@ from cutlayer.reproduce.cells import (
     LEAKING_PHIS,
     PHASES,
     PHIS,
-    SKEWED_METHODS,
-    SKEWS,
+    SKEW,
     TABLE4_METHODS,
     Cell,
     Study,
 )
+from cutlayer.reproduce.contest import contest
 from cutlayer.reproduce.outcomes import Outcomes, Score
 from cutlayer.summary import spread
-from cutlayer.text import listed
+from cutlayer.text import format_bytes, listed
 
 DASH = "\N{EN DASH}"
 Rows = dict[str, tuple[float, float, str | None]]  # label -> alpha, phi, phase
@@ -149,20 +150,83 @@ def table6(outcomes: Outcomes) -> list[Table]:
 
 
 def skew(outcomes: Outcomes) -> list[Table]:
-    """The methods on clients whose labels are skewed (beyond the paper)."""
-    study = outcomes.study
-    rows = tuple(
-        (title_of_algorithm(m), tuple(outcomes.score(study.skewed(m, skew)) for skew in SKEWS)) for m in SKEWED_METHODS
-    )
-    config = study.skewed("sglr", next(iter(SKEWS))).config
-    own = config.specific
+    """The contest under label skew (beyond the paper): accuracies, traffic, and how the rates were chosen."""
+    study, extent = outcomes.study, outcomes.study.extent
+    settings = study.contest()
+    methods = list(dict.fromkeys(m for names in settings.values() for m in names))
+
+    def score(setting: str, method: str) -> Score | str:
+        there = method in settings[setting]
+        return outcomes.score(study.contestant(setting, method)) if there else ""
+
+    rows = tuple((m, tuple(score(s, m) for s in settings)) for m in methods)
     text = (
-        f"Not in the paper. {study.size.skewed_clients} clients, {study.model_names[0]}, rate {config.client_lr:g} for "
-        f"all; SLR and SGLR have alpha {own['alpha']:g}, SGLR phi {own['phi']:g}. Dirichlet: each class is dealt to "
-        "the clients in proportions drawn from a Dirichlet distribution, the smaller the number the more skewed; 2 "
-        "shards: each client holds about two classes. Accuracy on the whole test set, mean over all clients' models."
+        f"{study.size.skewed_clients} clients. + client, + both: the logits are adjusted for the gradients that reach "
+        "the clients, or for the server's step too; global: each step's rows are drawn from all data. SLR and SGLR "
+        "have alpha 1, SGLR phi 0.5, neither tuned. Dirichlet: each class is dealt in proportions drawn from a "
+        "Dirichlet distribution, the smaller the number the more skewed, so that clients differ in size too; 2 shards: "
+        "each client holds about two classes. Half take part: five of ten clients, drawn in each round. CL has all "
+        "data in one place and is the same everywhere."
     )
-    return [Table("skew", "Label skew", "method", tuple(SKEWS), rows, text)]
+    sent = tuple((m, _sent(outcomes, next(s for s in settings if m in settings[s]), m)) for m in methods)
+    tuned = tuple(dict.fromkeys(extent.tuning(s) for s in settings))
+    tried = tuple((m, tuple(_tried(outcomes, s, m) for s in tuned)) for m in methods)
+    rates = listed([f"{rate:g}" for rate in extent.rates])
+    others = [f"{s} takes the choice of {extent.tuning(s)}" for s in settings if extent.tuning(s) != s]
+    return [
+        Table("skew", "Label skew: accuracy", "method", tuple(settings), rows, text),
+        Table(
+            "skew-traffic",
+            "Label skew: traffic of a whole training",
+            "method",
+            ("up", "down", "up + down", f"beyond {contest(SKEW).baseline}", "up + down, broadcast"),
+            sent,
+            "All clients together, in the first setting that a method has, mean over seeds. Broadcast: what is the "
+            "same for several clients is counted once.",
+        ),
+        Table(
+            "skew-rates",
+            "Label skew: how rates were chosen",
+            "method",
+            tuned,
+            tried,
+            f"Validation accuracy at the rates {rates}, and the rate that was chosen; on seed {extent.tuning_seed}, "
+            f"which is not reported. {'; '.join(others)}{'.' * bool(others)}".strip(),
+        ),
+    ]
+
+
+def _sent(outcomes: Outcomes, setting: str, method: str) -> tuple[str, ...]:
+    """Up, down, both, both beyond the baseline's, both with broadcast."""
+    own, base = (
+        [o.evaluations[-1] for o in outcomes.of(outcomes.study.contestant(setting, m)).values() if not o.diverged]
+        for m in (method, contest(SKEW).baseline)
+    )
+    if not own:
+        return (DASH,) * 5
+    up, down, broadcast = (mean_of(own, f"bytes_{way}") for way in ("up", "down", "down_broadcast"))
+    more = up + down - mean_of(base, "bytes_up") - mean_of(base, "bytes_down") if base else None
+    beyond = DASH if more is None else "less" if more < 0 else format_bytes(round(more))
+    return (*(format_bytes(round(n)) for n in (up, down, up + down)), beyond, format_bytes(round(up + broadcast)))
+
+
+def mean_of(evaluations: Sequence[Mapping[str, Any]], name: str) -> float:
+    """The mean of a number over evaluations."""
+    return statistics.fmean(e[name] for e in evaluations)
+
+
+def _tried(outcomes: Outcomes, tuned: str, method: str) -> str:
+    """Validation accuracies of the trials in that setting, and the rate that was chosen."""
+    study = outcomes.study
+    of = [s for s, methods in study.contest().items() if study.extent.tuning(s) == tuned and method in methods]
+    if not of:
+        return ""
+    cell = study.contestant(of[0], method)
+    if outcomes.cells[cell.name].trials:
+        return DASH
+    done = [o for trial in cell.trials for o in outcomes.of(trial).values()]
+    found = ["diverged" if o.diverged else f"{o.validation:.1f}" for o in done]
+    return f"{', '.join(found)}: {outcomes.cells[cell.name].config.client_lr:g}"
 
 
 def table5(outcomes: Outcomes) -> list[Table]:
@@ -253,8 +317,10 @@ SECTIONS: dict[str, Chapter] = {
     "table5": Chapter(Study.table5, table5),
     "leakage": Chapter(Study.leakage, leakage),
 }
-BY_NAME = frozenset({"table5", "leakage"})
-"""Parts that `all` does not mean: they need the extra `leakage`, and attack what they train."""
+BY_NAME = frozenset({SKEW, "table5", "leakage"})
+"""Parts that `all` does not mean: `skew` is not the paper's, the others need the extra `leakage`."""
+BEYOND = frozenset({SKEW})
+"""Parts that make a page of their own where nothing of the paper is asked for."""
 
 
 def named(names: Iterable[str]) -> tuple[str, ...]:

@@ -27,7 +27,8 @@ def show(findings: Findings, size: str, console: Console) -> None:
     for table in findings.tables:
         wide.print(_grid(table))
     wide.print(_claims(findings.verdicts, findings.outcomes.study))
-    wide.print(_facts(findings.facts, findings.outcomes.study))
+    if findings.facts:
+        wide.print(_facts(findings.facts, findings.outcomes.study))
     for line in findings.lines:
         wide.print(f"- {line}", highlight=False)
 

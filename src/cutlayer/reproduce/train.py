@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,7 +48,7 @@ def name_of(job: Job) -> str:
 
 def train(out: Path, jobs: Sequence[Job], workers: int, tell: Tell | None = None) -> Iterator[Job]:
     """Train those of `jobs` that are not done yet, `workers` at once, begun in the order given; yields each as it ends.
-    `tell` hears how far each is.
+    `tell` hears how far each is. The jobs of a turn begin once those of the turn before have ended.
 
     A run that was interrupted goes on from its checkpoint. A run whose numbers are no longer finite ends there: that is
     a result too. However this ends, no process stays behind. Raises UsageError as `Run` does, TrainingError where a
@@ -58,17 +59,21 @@ def train(out: Path, jobs: Sequence[Job], workers: int, tell: Tell | None = None
         from cutlayer.leakage.ranks import dcor_library
 
         dcor_library()  # what it compiles on the first use ever is spoiled where two processes do so at once
-    for news in side_by_side(partial(_one, out), waiting, workers, "call the same command again"):
-        if news.ended:
-            yield waiting[news.name]
-        elif tell is not None:
-            tell(waiting[news.name], news.value)
+    for _, turn in groupby(waiting.items(), key=lambda named: named[1][0].turn):
+        for news in side_by_side(partial(_one, out), dict(turn), workers, "call the same command again"):
+            if news.ended:
+                yield waiting[news.name]
+            elif tell is not None:
+                tell(waiting[news.name], news.value)
 
 
 def _one(out: Path, job: Job) -> Generator[Standing, None, None]:
+    from cutlayer.reproduce.outcomes import settled
     from cutlayer.run import Run
 
-    cell, seed = job
+    asked, seed = job
+    cell = settled(out, asked)
+    assert cell is not None  # the trials had an earlier turn
     folder, config = folder_of(out, cell, seed), cell.at(seed)
     if is_trained(folder):
         _examine(folder, cell)
