@@ -26,6 +26,7 @@ from cutlayer.plugins import label
 from cutlayer.run import Record, Result, Run, Spent, Standing, own_objective, own_things, without_own
 from cutlayer.stored import reading, remade
 from cutlayer.summary import mean_of_known, spread
+from cutlayer.sweep import expanded
 from cutlayer.tasks.own_loss import Loss
 from cutlayer.text import attacked
 
@@ -133,7 +134,7 @@ class Comparison:
         self._own = _Own(own_model, own_data, own_loss, own_metrics, quiet=jobs > 1)
         self._model = self._own.made()
         self._warn_of_equal_starts()
-        self.config = CompareConfig.of(overlaid(base, by_reference({**options, **names, **asked})))
+        self.config = expanded(CompareConfig.of(overlaid(base, by_reference({**options, **names, **asked}))))
         self.plan = self.config.runs(frozenset(self.config.model_fields_set))
         self.out = None if out is None else Path(out)
         self._resumed = False

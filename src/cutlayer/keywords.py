@@ -184,3 +184,4 @@ class CompareKeywords(CommonKeywords, total=False):
     algorithms: Any
     seeds: tuple[int, ...]
     variant: dict[str, dict[str, Any]]
+    sweep: dict[str, Any]

@@ -84,6 +84,7 @@ def _optimizer_name(name: Any) -> Any:
 
 OptimizerName = Annotated[str, BeforeValidator(_optimizer_name)]
 ParamGroups = tuple[dict[str, int | float | str], ...]
+SweepTable = dict[str, bool | int | float | str | list[Any] | dict[str, int | float | bool]]
 OptimizerOptions = dict[str, bool | int | float | str | list[float]]
 
 
@@ -717,6 +718,9 @@ class CompareConfig(CommonConfig):
     """One run of each algorithm per seed."""
     variant: dict[str, dict[str, Any]] = _field({}, "")
     """TOML tables [variant.NAME]: further entries, each an algorithm with options of its own."""
+    sweep: SweepTable = _field({}, WHAT)
+    """The TOML table [sweep], or --sweep.phi 0.25,0.5: each entry at all values of these options. how: grid (all
+    combinations), zip (the first values, then the second), or random (draws points, by draw_seed)."""
 
     def algorithm_names(self) -> tuple[str, ...]:
         """Those compared and those of the variants."""
@@ -753,7 +757,7 @@ class CompareConfig(CommonConfig):
 
     def runs(self, given: frozenset[str]) -> dict[str, dict[int, RunConfig]]:
         """The runs to make: entry name -> seed -> configuration. Raises ConfigError."""
-        given = given - {"algorithms", "seeds", "variant"}
+        given = given - {"algorithms", "seeds", "variant", "sweep"}
         base = self.model_dump(include=set(given))
         if not self.algorithms and not self.variant:
             raise _none_named()
@@ -775,7 +779,7 @@ class CompareConfig(CommonConfig):
         self.check_common(self.algorithm_names(), given)
         entries: dict[str, dict[int, RunConfig]] = {}
         for algorithm in self.algorithms:
-            own = self._own(base, algorithm)
+            own = self.fitting(base, algorithm)
             first = RunConfig.of({**own, "algorithm": algorithm})
             first.check(frozenset(own))
             name = plugins.label(algorithm)
@@ -799,7 +803,7 @@ class CompareConfig(CommonConfig):
             warnings.warn(CutlayerWarning(note), stacklevel=2)
         return entries
 
-    def _own(
+    def fitting(
         self, base: Mapping[str, Any], algorithm: str, over: Mapping[str, Any] = MappingProxyType({})
     ) -> dict[str, Any]:
         """Those values of `base` that have an effect on a run of `algorithm` with the values `over` them: all but those
@@ -824,7 +828,7 @@ class CompareConfig(CommonConfig):
                 f"seed = {values['seed']!r} cannot be chosen by a variant: use seeds, which all entries share"
             )
         algorithm = str(values.get("algorithm", RunConfig.model_fields["algorithm"].get_default()))
-        first = RunConfig.of(overlaid(self._own(base, algorithm, values), values))
+        first = RunConfig.of(overlaid(self.fitting(base, algorithm, values), values))
         first.check(frozenset(values))
         return first
 
