@@ -126,7 +126,12 @@ def test_public_names() -> None:
 def test_options() -> None:
     assert list(CommonConfig.model_fields) == COMMON.split()
     assert set(RunConfig.model_fields) - set(CommonConfig.model_fields) == {"algorithm", "seed", "share_server_model"}
-    assert set(CompareConfig.model_fields) - set(CommonConfig.model_fields) == {"algorithms", "seeds", "variant"}
+    assert set(CompareConfig.model_fields) - set(CommonConfig.model_fields) == {
+        "algorithms",
+        "seeds",
+        "variant",
+        "sweep",
+    }
     assert list(PlanConfig.model_fields) == [*FleetConfig.model_fields, *PLAN.split()]
     for config in (CompareConfig, PlanConfig):
         assert all(field.description for field in config.model_fields.values())

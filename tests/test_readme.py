@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
 from support import ROOT, call
+
+from cutlayer import CompareConfig
+from cutlayer.sweep import expanded
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = README + (ROOT / "docs/first-steps.md").read_text(encoding="utf-8")
@@ -46,11 +50,13 @@ def test_python_examples(
 
 
 def test_commands(tmp_path: Path) -> None:
-    """All in one folder, in order: later lines use the runs of earlier ones. The TOML example is there as written. What
-    is trained is not looked at: clients have few samples.
+    """All in one folder, in order: later lines use the runs of earlier ones. The first TOML example is there as written;
+    the others are sweeps that can be made. What is trained is not looked at: clients have few samples.
     """
-    (config,) = re.findall(r"```toml\n(.*?)```", PAGES, re.DOTALL)
+    config, *sweeps = re.findall(r"```toml\n(.*?)```", PAGES, re.DOTALL)
     (tmp_path / "sweep.toml").write_text(config)
+    for sweep in sweeps:
+        assert len(expanded(CompareConfig.of(tomllib.loads(sweep))).variant) > 5
     for command in COMMANDS:
         words = shlex.split(command.replace("--seconds 2", "--seconds 0.2"))[1:]
         few = ["--samples-per-client", "30"] if words[0] in ("run", "compare") else []

@@ -184,4 +184,4 @@ class CompareKeywords(CommonKeywords, total=False):
     algorithms: Any
     seeds: tuple[int, ...]
     variant: dict[str, dict[str, Any]]
-    sweep: dict[str, Any]
+    sweep: dict[str, bool | int | float | str | Any | dict[str, int | float | bool]]
