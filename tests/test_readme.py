@@ -50,8 +50,8 @@ def test_python_examples(
 
 
 def test_commands(tmp_path: Path) -> None:
-    """All in one folder, in order: later lines use the runs of earlier ones. The first TOML example is there as written;
-    the others are sweeps that can be made. What is trained is not looked at: clients have few samples.
+    """All in one folder, in order: later lines use the runs of earlier ones. The first TOML example is there as
+    written; the others are sweeps that can be made. What is trained is not looked at: clients have few samples.
     """
     config, *sweeps = re.findall(r"```toml\n(.*?)```", PAGES, re.DOTALL)
     (tmp_path / "sweep.toml").write_text(config)
