@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS := $(VENV)/.docs
 
-.PHONY: demo quick test test-long test-network test-slow test-random check derive reproduce bench bench-remote bench-startup cuts golden clean
+.PHONY: demo quick test test-long test-network test-slow test-random check derive docs reproduce bench bench-remote bench-startup cuts golden clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Cutlayer needs Python 3.11 or newer: make PYTHON=..."; exit 2; }
@@ -40,6 +41,13 @@ check: $(STAMP)   ## lint, format, types, the direction of imports
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+$(DOCS): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@touch $@
+
+docs: $(DOCS)   ## the documentation as a site in build/docs; a broken link or an undocumented public name is an error
+	$(BIN)/python -m sphinx -q -n -W --keep-going -d build/doctrees docs build/docs
 
 derive: $(STAMP)   ## write what is derived from the registrations: index.json, keywords.py, docs/options.md
 	$(BIN)/python -m cutlayer.derive

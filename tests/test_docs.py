@@ -1,0 +1,80 @@
+"""The documentation's pages hang together: links and anchors lead somewhere, and every page is in the contents.
+
+`make docs` builds the site and is stricter; this needs no Sphinx.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from functools import cache
+from pathlib import Path
+
+import pytest
+from support import ROOT
+
+DOCS = ROOT / "docs"
+PAGES = [*sorted(DOCS.glob("*.md")), *sorted(DOCS.glob("algorithms/*.md"))]
+OUTSIDE = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")]
+
+
+def origin(path: Path) -> Path:
+    """The file whose text a page shows: its own, or one that it includes."""
+    included = re.match(r"```\{include\} (\S+)", path.read_text(encoding="utf-8"))
+    return (path.parent / included[1]).resolve() if included else path
+
+
+@cache
+def read(path: Path) -> str:
+    """A page's text without its code blocks."""
+    text = origin(path).read_text(encoding="utf-8")
+    return re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(path: Path) -> set[str]:
+    """The anchors that GitHub and Sphinx make of a page's headings."""
+    heads = re.findall(r"^#{1,4} (.+)$", read(path), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).strip().replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", [*PAGES, *OUTSIDE], ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    broken = []
+    place = origin(page)
+    for link in re.findall(r"\]\(([^)\s]+)\)", read(page)):
+        if "://" in link:
+            continue
+        name, _, anchor = link.partition("#")
+        target = (place.parent / name).resolve() if name else place
+        if not target.exists() or (anchor and target.suffix == ".md" and anchor not in anchors(target)):
+            broken.append(link)
+    assert not broken
+
+
+def test_every_page_is_in_the_contents() -> None:
+    """Once, in one of the four parts."""
+    listed = re.findall(r"^[\w./-]+$", (DOCS / "index.md").read_text(encoding="utf-8"), re.MULTILINE)
+    pages = {str(page.relative_to(DOCS).with_suffix("")) for page in PAGES if page.parent == DOCS} - {"index"}
+    assert sorted(listed) == sorted(pages | {"api/index"})
+
+
+def test_a_term_is_explained_once() -> None:
+    terms = re.findall(r"^\| ([^|]+) \|", read(DOCS / "glossary.md"), re.MULTILINE)[1:]
+    plain = [term.lower().replace("-", " ") for term in terms]
+    assert plain == sorted(set(plain))
+    assert len(terms) > 80
+
+
+def test_every_extra_is_explained() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    table = (DOCS / "install.md").read_text(encoding="utf-8")
+    assert [name for name in extras if f"`{name}`" not in table] == []
+
+
+def test_modules_that_examples_import_are_in_the_reference() -> None:
+    source = (DOCS / "api_pages.py").read_text(encoding="utf-8")
+    texts = [path.read_text(encoding="utf-8") for path in [*PAGES, ROOT / "README.md"]]
+    used = {name for text in texts for name in re.findall(r"^(?:from|import) (cutlayer[\w.]*)", text, re.MULTILINE)}
+    assert {name for name in used if f'"{name}"' not in source} <= {
+        name for name in used if name.startswith("cutlayer.algorithms.")
+    }
