@@ -54,6 +54,7 @@ AREAS: dict[str, Sequence[str]] = {
     "algorithms": ("*sglr*", "*golden*", "*test_seam*", "*identit*", "*options*", "*test_costs*"),
     "server": ("*seam_operations*", "*golden*", "*test_seam*", "*options*", "*identit*", "*engines*", "*stacked*"),
     "gradients": ("*sglr*", "*golden*", "*test_seam*", "*options*", "*identit*", "*engines*", "*stacked*"),
+    "stopping": ("*test_stopping*",),
     "crew": ("*test_crew*", "*test_footprint*", "*test_progress*"),
     "robust": ("*test_averagings*", "*test_screened*", "*test_screenings*", "*test_attacks*"),
     "skew": ("*test_adjustment*", "*test_sampling*", "*test_in_step*", "*test_cycle*"),
@@ -144,6 +145,12 @@ MUTANTS = [
     M("gradients are kept in the scale of means", "heads", 'if self.align_scale == "row":', 'if self.align_scale == "mean":'),
     M("each fitting starts anew", "heads", "head.load_state_dict(before)", "pass"),
     M("clients send their rows again", "heads", 'if f"{k} labels" not in server.kept', "if True"),
+    # Early stopping
+    M("equal scores count as better", "stopping", "len(ranks) - 1 - ranks.index(max(ranks))", "ranks[::-1].index(max(ranks))"),
+    M("one evaluation too many", "stopping", "ranks.index(max(ranks)) >= self.config", "ranks.index(max(ranks)) > self.config"),
+    M("it goes on when resumed", "stopping", "self._start_round if self._idle else t.rounds", "t.rounds"),
+    M("the last round is not judged anew", "stopping", "if self._whose_at_the_end() is not None:", "if False:"),
+    M("the rounds that were planned", "stopping", "rounds=self.evaluations[-1].round", "rounds=self.training.rounds"),
     # Runs side by side
     M("a warning of each process", "crew", "self._noted.add(text)", "pass"),
     M("only as many jobs as processes", "crew", "if waiting:\n                        member.begin", "if False:\n                        member.begin"),

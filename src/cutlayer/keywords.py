@@ -82,6 +82,7 @@ class CommonKeywords(TypedDict, total=False):
     judge: Literal["mean", "average", "ensemble"]
     evaluate_on: Literal["global", "own", "both"]
     own_test: float
+    stop_after: int | None
     checkpoint_every: int | None
     keep_best: bool
     snapshot_every: int | None

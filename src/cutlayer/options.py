@@ -513,6 +513,9 @@ class CommonConfig(TracedConfig):
     own_test: float = _field(0.2, OUTPUT, shared=True, gt=0, lt=1)
     """Fraction of each client's rows that is held out for evaluate_on, where the data do not say whose the test rows
     are."""
+    stop_after: int | None = _field(None, OUTPUT, ge=1)
+    """Early stopping: end training after this many evaluations in a row without a better primary metric on the
+    validation rows. Default: train to the end."""
     checkpoint_every: int | None = _field(None, OUTPUT, ge=1)
     """Rounds between two checkpoints (there is one at the end too). Default: about once per epoch."""
     keep_best: bool = _field(True, OUTPUT)

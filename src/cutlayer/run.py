@@ -61,6 +61,7 @@ from cutlayer.schedules import Schedule, WarmedUp
 from cutlayer.scoring import RECALL, backward_transfer, fairness, judged, performance_gap, reported
 from cutlayer.stored import Amount, Count, Digits, MalformedError, Metric, Stored, checked, parsed, reading, remade
 from cutlayer.tasks.own_loss import Loss
+from cutlayer.text import spoken
 from cutlayer.trained import Predictions, TrainedModel, Whose, find_trained
 from cutlayer.types import Evaluation, Round, Step
 from cutlayer.verbs import LEARN
@@ -158,6 +159,8 @@ class Result(Spent):
     the others. `availability` says, with a trace, what it meant for each client, and for rounds that nobody could be
     reached for. `staleness` says, if clients work at their own pace, how old was what each of them sent when the server
     used it, and how long each has waited.
+    reached for. `rounds` are those that were trained; `stopped` says in a sentence why training ended before its last
+    round (`stop_after`), and is empty if it did not.
     """
 
     algorithm: str
@@ -184,6 +187,7 @@ class Result(Spent):
     attack: tuple[str, ...] = ()
     availability: dict[str, Any] | None = None
     staleness: dict[str, Any] | None = None
+    stopped: str = ""
 
     @property
     def steps_per_second(self) -> float:
@@ -200,7 +204,7 @@ class Result(Spent):
 class Standing:
     """How far a run is, in plain values that another process can send: `done` of its `rounds`, the loss of the last
     step, the last evaluation and how many there were, seconds of training and of evaluation. `metric` and `share` are
-    the task's; `remarks` say what was read and chosen, a line each.
+    the task's; `remarks` say what was read and chosen, a line each; `stopped` says why a run ended early.
     """
 
     done: int
@@ -213,6 +217,7 @@ class Standing:
     metric: str
     share: bool
     remarks: tuple[str, ...]
+    stopped: str = ""
 
 
 class RunState(Stored):
@@ -279,6 +284,7 @@ class Run:
             raise UsageError("a training that is given has its loss and metrics already: leave loss and metrics out")
         if training is None:
             training = assemble(self.config, self._model, self._data, loss=self._loss, metrics=self._metrics)
+        _refuse_blind(self.config, training)
         self.training = training
         self.result: Result | None = None
         self.evaluations: list[Scores] = []
@@ -356,7 +362,7 @@ class Run:
         t, last = self.training, self._last
         account = (f"Data: {t.source.account}",) if t.source.account else ()
         return Standing(
-            t.rounds if self.result is not None else self._start_round if last is None else last.round,
+            self.result.rounds if self.result is not None else self._start_round if last is None else last.round,
             t.rounds,
             None if last is None else last.loss,
             self.evaluations[-1] if self.evaluations else None,
@@ -366,6 +372,7 @@ class Run:
             t.task.leading,
             t.task.share,
             (*account, *t.remarks),
+            "" if self.result is None else self.result.stopped,
         )
 
     def standings(self) -> Iterator[Standing]:
@@ -419,7 +426,7 @@ class Run:
             folder.write_json(DATA, t.source.described())
             folder.write_json(ENGINE, t.ways.stored())
             folder.write_json(METRIC, {"name": t.task.leading, "share": t.task.share, "maximise": t.task.maximise})
-        for index in range(self._start_round, t.rounds):
+        for index in range(self._start_round, self._start_round if self._idle else t.rounds):
             with self._meter:
                 for record in self._round(index):
                     if folder is not None:
@@ -433,10 +440,16 @@ class Run:
                 )
             if last or (index + 1) % t.eval_every == 0:
                 self._evaluate(index + 1, folder, last=last)
+            if not last and self._idle:
+                last = True
+                if self._whose_at_the_end() is not None:  # as many models are judged as at the end of a whole run
+                    self._evaluate(index + 1, folder, last=True)
             if folder is not None and self.config.snapshot_every and (index + 1) % self.config.snapshot_every == 0:
                 self._snapshot(index + 1, folder)
             if folder is not None and (last or (index + 1) % (self.config.checkpoint_every or t.rounds_per_epoch) == 0):
                 checkpoint.write(folder.path / CHECKPOINT, self._state(index + 1, folder))
+            if last:
+                break
         self.result = self._result()
         if folder is not None:
             self.trained().write(folder.path / LAST)
@@ -531,6 +544,28 @@ class Run:
             for where, found in self.by_client.items():
                 if found is not None:
                     folder.append(CLIENTS, self._line(scores, where, found))
+
+    @property
+    def _idle(self) -> bool:
+        """Whether so many evaluations in a row were no better than the best before them that training stops. It follows
+        from the evaluations alone, so that a resumed run stops where the uninterrupted one does.
+        """
+        if self.config.stop_after is None or not self.evaluations:
+            return False
+        ranks = [self.training.task.rank(scores.validation_score) for scores in self.evaluations]
+        return len(ranks) - 1 - ranks.index(max(ranks)) >= self.config.stop_after
+
+    @property
+    def _stopped(self) -> str:
+        """Why training ended before its last round; empty if it did not."""
+        done, planned, task = self.evaluations[-1].round, self.training.rounds, self.training.task
+        if done >= planned:
+            return ""
+        best = max(self.evaluations, key=lambda s: (*task.rank(s.validation_score), -s.round))
+        return (
+            f"stopped early, after round {done} of {planned}: the {spoken(task.leading)} on the validation rows has "
+            f"not become better since round {best.round} (stop_after = {self.config.stop_after})"
+        )
 
     def _whose_at_the_end(self) -> list[int] | None:
         """The clients whose models the last evaluation judges, if they are more than in the others."""
@@ -673,7 +708,7 @@ class Run:
             test_score=self.evaluations[-1].test_score,
             best_test_score=best.test_score,
             best_round=best.round,
-            rounds=self.training.rounds,
+            rounds=self.evaluations[-1].round,
             steps=self._step,
             samples=self._samples,
             seconds=self._seconds,
@@ -692,6 +727,7 @@ class Run:
             attack=self.config.attack,
             availability=self._availability(),
             staleness=self._staleness(),
+            stopped=self._stopped,
         )
 
     def _fairness(self) -> dict[str, Any]:
@@ -815,6 +851,15 @@ class Run:
         }
         self.training.server.load(state.server)
         self.training.clients.load(state.clients)
+
+
+def _refuse_blind(config: RunConfig, training: Training) -> None:
+    """Raises ConfigError for early stopping without validation rows: test rows must not decide when to stop."""
+    if config.stop_after is not None and not len(training.source.validation):
+        raise ConfigError(
+            f"stop_after = {config.stop_after} needs validation rows to judge by, and there are none: hold some out "
+            "(validation = 0.1), or leave stop_after out"
+        )
 
 
 def rate_factors(training: Training, index: int) -> tuple[float, float]:

@@ -97,6 +97,8 @@ def print_result(result: Result) -> None:
         f"{format_bytes(result.bytes_down)} down",
     )
     out.print(line, highlight=False)
+    if result.stopped:
+        say(f"{title} {result.stopped}")
     _print_run_costs(result)
 
 

@@ -134,7 +134,7 @@ def _compare(comparison: Comparison) -> None:
                 tell(remarks)
             told.update(remarks[:1])
             if progress.ended:
-                monitor.ended(name)
+                monitor.ended(name, progress.standing.stopped)
             else:
                 monitor.show(name, progress.standing)
     print_comparison(comparison.table())

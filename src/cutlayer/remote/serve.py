@@ -113,6 +113,8 @@ class Service:
             yield self.run
             if self._listening:  # else the run was done before
                 self._share()
+                if self.run.result is not None and self.run.result.stopped:
+                    self._tell("stopped early", {"why": self.run.result.stopped})
                 self._cohort.finish()
                 self._tell("done", self._traffic())
                 self.hub.stop("the run is done", GRACE)

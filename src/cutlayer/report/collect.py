@@ -152,6 +152,14 @@ class ReportEntry:
         return self.runs[0].measure
 
     @property
+    def note(self) -> str:
+        """What has to be said of the row: that runs are not finished, or have stopped early."""
+        early = [fact["stopped"] for fact in self.facts if fact.get("stopped")]
+        if self.row.note or not early:
+            return self.row.note
+        return early[0] if len(self.runs) == 1 else f"{len(early)} of {len(self.runs)} runs stopped early (stop_after)"
+
+    @property
     def facts(self) -> list[dict[str, Any]]:
         """The results of the runs that are done."""
         return [run.result for run in self.runs if run.result is not None]
@@ -227,6 +235,7 @@ class _Result(msgspec.Struct):
     fairness: dict[str, dict[str, Number]] = msgspec.field(default_factory=dict)
     bytes: list[dict[str, Any]] = msgspec.field(default_factory=list)
     availability: _Availability | None = None
+    stopped: str = ""
 
 
 def read(folder: Path) -> Report:

@@ -113,7 +113,7 @@ def _row(entry: ReportEntry, measure: Measure) -> dict[str, Any]:
     down, broadcast = row.bytes_down, row.bytes_down_broadcast
     return {
         "title": row.title,
-        "note": row.note,
+        "note": entry.note,
         "seeds": len(row.seeds),
         "score": named + entry.measure.figure(*row.score),
         "best": entry.measure.figure(*row.best_score),
