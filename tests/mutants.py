@@ -109,6 +109,8 @@ AREAS: dict[str, Sequence[str]] = {
     "tasks": ("*test_tasks*", "*seam_operations*"),
     "data": ("*test_sources*",),
     "contest": ("*test_contest*",),
+    "text": ("*test_texts*",),
+    "adapters": ("*test_adapters*", "*test_hf*"),
     "another model": ("*test_another_model*",),
     "client": ("*test_forbidden*", "*test_allowance*", "*test_text*"),
     "copies": ("*test_copies*",),
@@ -577,6 +579,16 @@ MUTANTS = [
     M("remote rows unweighted", "worker", "weights = self.setup.task.weights(y) if labels else None", "weights = None"),
     M("remote tails count their rows", "worker", "loss.item(), client.mass)", "loss.item(), message.rows)"),
     # From tables to data sets
+    # Text
+    M("the last token of an answer is not learnt", "text", "a <= start < b for a, b in answers", "a <= start < b - 1 for a, b in answers"),
+    M("a row's last token has no target", "text", "after = tokens.ids[start : start + length], slice(start + 1, start + 1 + length)", "after = tokens.ids[start : start + length], slice(start + 1, start + length)"),
+    M("rows hold texts of two clients", "text", "groups.setdefault(document.owner, []).append(i)", "groups.setdefault(None, []).append(i)"),
+    M("filled up on the wrong side", "text", "at = slice(length - len(row), None) if left else", "at = slice(length - len(row), None) if not left else"),
+    M("the mask is that of the padding", "text", "= row, follow, 1", "= row, follow, 0"),
+    # Adapters
+    M("adapters on the other side", "adapters", '(name in client) == (lora.sides == "client")', '(name in client) == (lora.sides == "server")'),
+    M("an exported adapter keeps its own names", "adapters", "injected = not isinstance(model, peft.PeftModel)", "injected = False"),
+    M("every client keeps a base of its own", "adapters", "if _place(tensor) not in copies:", "if True:"),
     M("an owner may lose all rows", "data", "pool = np.delete(np.argsort(order), first)", "pool = np.argsort(order)"),
     M("held out from the first owners", "data", "((np.arange(count) + drawn.random()) * len(pool) / count).astype(np.int64)", "np.arange(count)"),
     M("held out without regard to owners", "data", "pool = pool[np.lexsort(keys)]", "pass"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -78,6 +78,7 @@ class _Trained(Stored):
     weights: list[Amount]
     server: dict[str, Tensor]
     clients: dict[Digits, dict[str, Tensor]]
+    shared: dict[str, Tensor] = msgspec.field(default_factory=dict)
 
 
 class _Tensors(Stored):
@@ -158,10 +159,11 @@ class TrainedModel:
     def of(cls, config: RunConfig, training: Training, *, own: bool, evaluation: Mapping[str, Any]) -> TrainedModel:
         """The present one of a training. `own`: its model was given from Python. `evaluation`: the last scores."""
         held, about = training.clients.held(), describe(config, training.source, training.making, own=own)
+        copies: dict[_Place, Tensor] = {}  # what clients share, they share here too
         return cls(
             {**about, "clients": len(training.clients.samples), "evaluation": dict(evaluation)},
             _copied(training.server.model.state_dict()),
-            {k: _copied(_without_head(training.parts, state)) for k, state in held.models.items()},
+            {k: _copied(_without_head(training.parts, state), copies) for k, state in held.models.items()},
             held.everyones,
             tuple(map(float, training.clients.samples)),
         )
@@ -176,9 +178,10 @@ class TrainedModel:
 
     def write(self, path: Path) -> None:
         """Keep it in a file, written whole."""
-        clients = {str(k): dict(state) for k, state in self.clients.items()}
+        shared = _shared(list(self.clients.values()))
+        clients = {str(k): {n: t for n, t in s.items() if n not in shared} for k, s in self.clients.items()}
         about = {"about": self.about, "everyones": self.everyones, "weights": list(self.weights)}
-        checkpoint.write(path, {**about, "server": dict(self.server), "clients": clients})
+        checkpoint.write(path, {**about, "server": dict(self.server), "clients": clients, "shared": shared})
 
     @classmethod
     def read(cls, path: Path) -> TrainedModel:
@@ -188,10 +191,10 @@ class TrainedModel:
             about = checked(found.about, _About, "about")
             checked(about.preprocessing, _Preprocessing, "preprocessing")
             _check_conversion(about.preprocessing.get("conversion", {}))
-            for what, state in (("the server", found.server), *found.clients.items()):
+            for what, state in (("the server", found.server), ("all clients", found.shared), *found.clients.items()):
                 if lacking := [name for name, tensor in state.items() if not all_finite(tensor)]:
                     raise MalformedError(f"{lacking[0]!r} of {what} holds NaN or infinite numbers")
-            clients = {int(k): state for k, state in found.clients.items()}
+            clients = {int(k): {**found.shared, **state} for k, state in found.clients.items()}
             return cls(found.about, found.server, clients, found.everyones, tuple(found.weights))
 
     @property
@@ -394,5 +397,27 @@ def _without_head(split: Parts, state: Mapping[str, Tensor]) -> dict[str, Tensor
     return {name: tensor for name, tensor in state.items() if name in names}
 
 
-def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
+_Place = tuple[int, tuple[int, ...], tuple[int, ...], torch.dtype]
+
+
+def _place(tensor: Tensor) -> _Place:
+    """Where a tensor lies in memory, and how: two that agree in it are one."""
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+
+
+def _copied(state: Mapping[str, Tensor], copies: dict[_Place, Tensor] | None = None) -> dict[str, Tensor]:
+    """Copies on the CPU. `copies` are those made so far, which tensors at the same places share; they must still lie
+    there.
+    """
+    copies = {} if copies is None else copies
+    for tensor in state.values():
+        if _place(tensor) not in copies:
+            copies[_place(tensor)] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    return {name: copies[_place(tensor)] for name, tensor in state.items()}
+
+
+def _shared(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors that are the same in all of several states: the frozen base of all clients."""
+    if len(states) < 2:
+        return {}
+    return {n: t for n, t in states[0].items() if all(n in s and s[n] is t for s in states[1:])}

@@ -1,0 +1,156 @@
+"""Adapters on a frozen base: the same with every engine and over frames; against a loop of peft's own."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cutlayer import Run
+from cutlayer.options import RunConfig
+from cutlayer.testing.deployed import in_memory
+from cutlayer.trained import find_trained
+
+transformers = pytest.importorskip("transformers", reason="needs cutlayer[lm]")
+peft = pytest.importorskip("peft", reason="needs cutlayer[lm]")
+
+VOCABULARY, LENGTH, BLOCKS = 32, 6, 2
+BENT = ("upsl", "usfl")
+EVERY = ("psl", "sfl", "sglr", "ssl", "fl", *BENT)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    transformers.utils.logging.disable_progress_bar()
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=8, intermediate_size=12, num_attention_heads=2, num_key_value_heads=1,
+        num_hidden_layers=BLOCKS, max_position_embeddings=LENGTH, tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    place = tmp_path_factory.mktemp("base")
+    transformers.LlamaForCausalLM(config).save_pretrained(place)
+    return str(place)
+
+
+def rows(count: int) -> dict[str, Tensor]:
+    """Tokens, and those that follow, of which the first are not learnt."""
+    ids = torch.randint(0, VOCABULARY, (count, LENGTH + 1), generator=torch.Generator().manual_seed(0))
+    y = ids[:, 1:].clone()
+    y[:, :2] = -100
+    return {"x": ids[:, :-1], "y": y, "x_test": ids[:2, :-1], "y_test": y[:2]}
+
+
+def options(base: str, algorithm: str, clients: int = 2, **more: Any) -> dict[str, Any]:
+    cuts: dict[str, Any] = {} if algorithm in ("fl", "cl") else {"cut": "1"}
+    cuts |= {"tail_cut": "2"} if algorithm in BENT else {}
+    common = {
+        "model": f"hf:{base}", "task": "tokens", "algorithm": algorithm, "clients": clients, "rounds": 2, "batch": 2,
+        "client_lr": 0.05, "client_optimizer": "sgd", "lora_rank": 2, "engine": "local", "lr_schedule": "constant",
+    }  # fmt: skip
+    return {**common, **cuts, **more}
+
+
+def innermost(run: Run) -> Any:
+    cohort: Any = run.training.clients
+    while hasattr(cohort, "inner"):
+        cohort = cohort.inner
+    return cohort
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for it
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_psl_with_one_client_takes_the_steps_of_peft_on_the_uncut_model(base: str, accumulate: int) -> None:
+    """Each on its own code: peft's model, its own loss with the ignore index, torch's optimiser. Batches of half the
+    rows whose gradients are accumulated are the batch of all.
+    """
+    data = rows(4)
+    x, y = data["x"], data["y"]
+    config = options(base, "psl", clients=1, rounds=4, batch=4 // accumulate, accumulate=accumulate)
+    run = Run(data=data, validation=0, **config)
+    begun = {n: t.clone() for part in run.training.parts.all for n, t in part.state_dict().items() if "lora" in n}
+    losses = [step.loss for step in run]
+
+    model = transformers.LlamaForCausalLM.from_pretrained(base)
+    tuned = peft.get_peft_model(model, peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"]))
+    assert (
+        tuned.load_state_dict({f"base_model.model.{n}": t for n, t in begun.items()}, strict=False).unexpected_keys
+        == []
+    )
+    optimizer = torch.optim.SGD([p for p in tuned.parameters() if p.requires_grad], lr=0.05)
+    theirs = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(tuned(input_ids=x).logits.flatten(0, 1), y.flatten(), ignore_index=-100)
+        loss.backward()
+        optimizer.step()
+        theirs.append(loss.item())
+    pairs = [sum(losses[i : i + accumulate]) / accumulate for i in range(0, len(losses), accumulate)]
+    assert pairs == pytest.approx(theirs, abs=1e-6)
+    assert theirs[0] != pytest.approx(theirs[-1], abs=1e-4)
+    ours = run.model(0).state_dict()
+    for name, tensor in tuned.state_dict().items():
+        assert torch.allclose(tensor, ours[name.removeprefix("base_model.model.")], atol=1e-6), name
+
+
+@pytest.mark.parametrize("algorithm", [a if a == "sfl" else pytest.param(a, marks=pytest.mark.long) for a in EVERY])
+def test_engines_and_clients_of_a_deployment_agree(base: str, algorithm: str) -> None:
+    """Stacked within rounding, where clients are stacked; over frames in memory bit for bit. The base stays."""
+    data, more = rows(10), {"validation": 0}
+    local = Run(data=data, **options(base, algorithm, **more))
+    losses = [step.loss for step in local]
+    parts = [local.training.clients.model_state(k) for k in range(2)]
+    if algorithm != "ssl":
+        stacked = Run(data=data, **options(base, algorithm, engine="stacked", **more))
+        assert [step.loss for step in stacked] == pytest.approx(losses, abs=1e-5)
+        for k, part in enumerate(parts):
+            assert_close(stacked.training.clients.model_state(k), part)
+    remote = in_memory(RunConfig.of(options(base, algorithm, **more)), data=data)
+    assert [step.loss for step in remote.run] == losses
+    for k, part in enumerate(parts):
+        assert_close(remote.model(k), part, atol=0)
+    servers = [run.training.server.state()["model"] for run in (local, remote.run)]
+    assert_close(*servers, atol=0)
+    whole = transformers.LlamaForCausalLM.from_pretrained(base).state_dict()
+    held = {**parts[0], **servers[0]}
+    assert any((t != 0).any() for n, t in held.items() if "lora_B" in n)
+    kept = {n.replace(".base_layer", ""): t for n, t in held.items() if "lora" not in n}
+    assert_close(kept, {n: whole[n] for n in kept}, atol=0)
+    assert remote.run.training.ledger.table() == local.training.ledger.table()
+
+
+def assert_close(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], atol: float = 1e-6) -> None:
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert torch.allclose(found[name], tensor, rtol=0, atol=atol), name
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "engine"),
+    [
+        ("psl", "local"),
+        ("upsl", "stacked"),
+        *(pytest.param(*p, marks=pytest.mark.long) for p in (("psl", "stacked"), ("upsl", "local"), ("fl", "local"))),
+    ],
+)
+def test_all_clients_share_one_base(base: str, tmp_path: Path, algorithm: str, engine: str) -> None:
+    """Its storage is one, and so it is in what is kept of the run."""
+    run = Run(data=rows(20), out=tmp_path / "run", validation=0, **options(base, algorithm, clients=8, engine=engine))
+    cohort = innermost(run)
+    modules = [c.module for c in cohort._clients] if engine == "local" else [cohort._stack.module]
+    places = [
+        {n: p.untyped_storage().data_ptr() for n, p in module.named_parameters() if not p.requires_grad}
+        for module in modules
+    ]
+    assert len(places) == (8 if engine == "local" else 1)
+    assert all(place == places[0] for place in places)
+    run.run()
+    if engine == "stacked":  # the adapters of all, and one base
+        stacked = {name: t.shape[0] for name, t in cohort._stack._moving().items()}
+        assert set(stacked.values()) == {8}
+        assert all("lora" in name for name in stacked)
+    for kept in (run.trained(), find_trained(tmp_path / "run")):
+        frozen = [{n: t.data_ptr() for n, t in state.items() if "lora" not in n} for state in kept.clients.values()]
+        assert all(one == frozen[0] for one in frozen)
+        assert_close(kept.state(3), run.trained().state(3), atol=0)
