@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable
+from typing import Literal
+
+Correction = Literal["none", "holm"]
+"""What is done to the p values of several comparisons: see `paired.holm`."""
 
 
 def mean_of_known(values: Iterable[float | None]) -> float | None:

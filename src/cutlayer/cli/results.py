@@ -21,6 +21,7 @@ _FEW, _ENDS = 12, 5  # so many clients are all shown; else so many at either end
 if TYPE_CHECKING:
     from cutlayer.compare import Row
     from cutlayer.data import Source
+    from cutlayer.report import Wanted
     from cutlayer.run import Result, Run
     from cutlayer.types import Evaluation
 
@@ -143,8 +144,8 @@ def print_comparison(rows: list[Row]) -> None:
         "bytes down",
         "broadcast down",
     )
-    for name in names:
-        table.add_column(name, justify="left" if not name else "right", no_wrap=True)
+    for name in names:  # an entry's name may be long; it is wrapped rather than cut off
+        table.add_column(name, justify="left" if not name else "right", no_wrap=bool(name))
     for row in rows:
         table.add_row(
             row.title,
@@ -199,9 +200,29 @@ def _figure(mean: float | None, std: float | None, row: Row, named: bool) -> str
     return f"{with_unit(row.metric, share=row.share)} " * named + format_figure(mean, std, share=row.share)
 
 
-def write_report(folder: Path) -> None:
-    """Draw the curves, write the page and print the paths of all these files."""
-    from cutlayer.report import write
+def print_differences(folder: Path, wanted: Wanted) -> None:
+    """Print how the entries of a comparison differ from the baseline, if two seeds or more say it."""
+    from cutlayer.report import collect
+    from cutlayer.report.differences import as_text, differences
 
-    for path in write(folder):
+    report = collect.read(folder)
+    found = differences(report, wanted.baseline, correction=wanted.correction, wanted=wanted.difference)
+    if found is None:
+        return
+    table = Table(title=f"Differences to {found.title} in {found.unit}, paired by seed")
+    heads = ["mean", "95 % interval", "p (Holm)" if found.correction == "holm" else "p", "seeds"]
+    heads += [] if found.wanted is None else [f"seeds to find {found.wanted:g}"]
+    table.add_column("")
+    for name in heads:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in as_text(found):
+        table.add_row(*row[: 1 + len(heads)])
+    wide(140).print(table)
+
+
+def write_report(folder: Path, wanted: Wanted | None = None) -> None:
+    """Draw the curves, write the page and what else is `wanted`, and print the paths of all these files."""
+    from cutlayer.report import Wanted, write
+
+    for path in write(folder, wanted or Wanted()):
         say(str(path))

@@ -9,12 +9,13 @@ from pydantic import BaseModel
 
 from cutlayer.cli.application import ConfigFile, Folder, Out
 from cutlayer.cli.flags import command
-from cutlayer.cli.merging import fresh_folder, merged_values, run_config
+from cutlayer.cli.merging import check_positive, fresh_folder, merged_values, run_config
 from cutlayer.cli.progress import Monitor, resumable
-from cutlayer.cli.results import print_clients, print_comparison, print_result, tell, write_report
+from cutlayer.cli.results import print_clients, print_comparison, print_differences, print_result, tell, write_report
 from cutlayer.errors import ConfigError
 from cutlayer.options import CompareConfig, RunConfig
 from cutlayer.plugins import label
+from cutlayer.summary import Correction
 
 if TYPE_CHECKING:
     from cutlayer.compare import Comparison
@@ -91,15 +92,44 @@ def resume(folder: Folder, *, options: BaseModel | None = None, jobs: int = 1) -
 
 
 @command(sort_key=4)
-def report(folder: Folder) -> None:
+def report(
+    folder: Folder,
+    *,
+    csv: bool = False,
+    latex: bool = False,
+    pdf: bool = False,
+    svg: bool = False,
+    baseline: str | None = None,
+    correction: Correction = "none",
+    difference: float | None = None,
+) -> None:
     """Draw the curves and write the page of a run or comparison, finished or not.
 
     Parameters
     ----------
     folder
         The folder of the run or comparison.
+    csv
+        Also write table.csv, steps.csv, evaluations.csv and clients.csv: one row per observation.
+    latex
+        Also write table.tex, the result table for a paper (booktabs).
+    pdf
+        Also write each panel as a PDF of a column's width, readable in black and white.
+    svg
+        The same as SVG.
+    baseline
+        The entry that the others are compared with, seed by seed. Default: the first one.
+    correction
+        What is done to the p values of several comparisons: none, or holm.
+    difference
+        Say how many seeds it would take to find this difference, in the units of the table.
     """
-    write_report(folder)
+    from cutlayer.report import Wanted
+
+    check_positive(difference=difference)
+    wanted = Wanted(csv, latex, pdf, svg, baseline, correction, difference)
+    print_differences(folder, wanted)
+    write_report(folder, wanted)
 
 
 def _train(run: Run) -> None:
@@ -121,6 +151,7 @@ def _train(run: Run) -> None:
 def _compare(comparison: Comparison) -> None:
     """Train all entries with live progress, then print the table and write the pictures and the page."""
     from cutlayer.compare import run_name
+    from cutlayer.report import Wanted
 
     assert comparison.out is not None
     waiting = {run_name(*which): 1.0 for which in comparison.waiting}
@@ -138,4 +169,5 @@ def _compare(comparison: Comparison) -> None:
             else:
                 monitor.show(name, progress.standing)
     print_comparison(comparison.table())
+    print_differences(comparison.out, Wanted())
     write_report(comparison.out)

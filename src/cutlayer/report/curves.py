@@ -66,12 +66,12 @@ def panels(report: Report) -> list[bytes]:
     """Test score over epochs, training loss over epochs, test score over bytes, and where the runs have a clock
     over virtual time and over energy: a PNG each.
     """
-    return [drawn(lambda draw=draw: figure_of(report, [draw])) for draw in _panels(report)]  # type: ignore[misc]
+    return [drawn(lambda draw=draw: figure_of(report, [draw])) for draw in panel_draws(report).values()]  # type: ignore[misc]
 
 
 def overview(report: Report) -> bytes:
     """The panels in one PNG, three to a row."""
-    return drawn(lambda: figure_of(report, _panels(report)))
+    return drawn(lambda: figure_of(report, list(panel_draws(report).values())))
 
 
 def classes(report: Report) -> bytes:
@@ -187,15 +187,13 @@ def _loss_over_epochs(ax: Axes, report: Report) -> None:
         ax.set_yscale("log")
         ax.set_ylim(values.min() / 1.8, values.max() * 1.8)  # the bands' tails would squeeze the lines
     titled(ax, "Training loss over epochs")
-    ax.set_ylabel(f"loss, mean per {window:.2g} epochs" + (" (log)" if ax.get_yscale() == "log" else ""))
+    ax.set_ylabel("training loss" + (" (log)" if ax.get_yscale() == "log" else ""))
     _epochs(ax)
 
 
 def score_over_bytes(ax: Axes, report: Report) -> None:
     """Test score over the bytes of training, each message once per receiver."""
-    score_over(
-        ax, report, lambda e: (e["bytes_up"] + e["bytes_down"]) / 1e6, "traffic", "up + down, wire-unicast (MB, log)"
-    )
+    score_over(ax, report, lambda e: (e["bytes_up"] + e["bytes_down"]) / 1e6, "traffic", "sent up and down (MB, log)")
 
 
 def score_over_time(ax: Axes, report: Report) -> None:
@@ -229,13 +227,18 @@ def score_over(ax: Axes, report: Report, x: Callable[[dict[str, float]], float],
     ax.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _panels(report: Report) -> list[Callable[[Axes, Report], None]]:
-    found: list[Callable[[Axes, Report], None]] = [score_over_epochs, _loss_over_epochs, score_over_bytes]
+def panel_draws(report: Report) -> dict[str, Callable[[Axes, Report], None]]:
+    """What draws each panel that the report has, by name."""
+    found: dict[str, Callable[[Axes, Report], None]] = {
+        "score-over-epochs": score_over_epochs,
+        "loss-over-epochs": _loss_over_epochs,
+        "score-over-bytes": score_over_bytes,
+    }
     last = [run.evaluations[-1] for e in report.entries for run in e.runs]
     if all(e.get("virtual_seconds") is not None for e in last):
-        found.append(score_over_time)
+        found["score-over-time"] = score_over_time
     if all(e.get("clients_marginal_joules") is not None for e in last):
-        found.append(score_over_energy)
+        found["score-over-energy"] = score_over_energy
     return found
 
 

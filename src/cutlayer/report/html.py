@@ -14,6 +14,7 @@ from cutlayer.options import CompareConfig, RunConfig
 from cutlayer.report import availability, spending
 from cutlayer.report.collect import Measure, Report, ReportEntry
 from cutlayer.report.curves import differs, has_classes, loss_window, shown_partition
+from cutlayer.report.differences import Differences, as_text
 from cutlayer.summary import mean_of_known, spread
 from cutlayer.text import format_bytes, format_rate, listed, spoken
 
@@ -21,7 +22,13 @@ _OWN = ("model", "data", "loss", "metrics")
 _CONVENTIONS = ("wire-unicast", "wire-broadcast", "paper")
 
 
-def render(report: Report, panels: list[bytes], classes: bytes, by_client: bytes | None = None) -> str:
+def render(
+    report: Report,
+    panels: list[bytes],
+    classes: bytes,
+    by_client: bytes | None = None,
+    gaps: Differences | None = None,
+) -> str:
     """The page with the three panels of curves and the pictures of the classes and of the clients' scores in it."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(resources.files("cutlayer.report").joinpath("report.html.j2").read_text("utf-8"))
@@ -32,6 +39,8 @@ def render(report: Report, panels: list[bytes], classes: bytes, by_client: bytes
         unfinished=report.unfinished,
         comparison=report.comparison,
         rows=[_row(entry, report.measure) for entry in report.entries],
+        gaps=gaps,
+        gap_rows=[] if gaps is None else as_text(gaps),
         one_seed=all(len(entry.row.seeds) == 1 for entry in report.entries),
         costs=[spending.line(entry) for entry in report.entries if entry.facts],
         clocked=spending.clocked(report),

@@ -15,9 +15,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
 
-# Quantiles of t, as scipy.stats has them, without its second of loading.
-from scipy.special import stdtrit  # type: ignore[import-untyped]
-
+from cutlayer.paired import half_width
 from cutlayer.report.looks import title_of_algorithm
 from cutlayer.reproduce.cells import (
     ALPHAS_WITH_PHI,
@@ -132,7 +130,7 @@ def interval(differences: Sequence[float], threshold: float) -> Difference:
     mean = statistics.fmean(differences) if differences else None
     if mean is None or n < 2:
         return Difference("not measured", mean, seeds=n)
-    half = float(stdtrit(n - 1, 0.975)) * statistics.stdev(differences) / math.sqrt(n)
+    half = half_width(differences)
     low, high = mean - half, mean + half
     word: Word = "holds" if low > threshold else "does not hold" if high < threshold else "within noise"
     return Difference(word, mean, low, high, n)

@@ -1,0 +1,96 @@
+"""What happened as tidy CSV files: one row per observation, one column per variable, for every other tool."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from cutlayer.files import read_records
+from cutlayer.folder import CLIENTS, EVALUATIONS, STEPS
+from cutlayer.report.collect import Report, ReportEntry, StoredRun
+
+Row = dict[str, Any]
+
+
+def tables(report: Report) -> dict[str, bytes]:
+    """File name -> content: the result table, and all steps, evaluations and scores of clients, of every entry and
+    seed. Lists (classes, confusion matrices) stay in the run's JSON lines.
+    """
+    runs = [(entry, run, folder_of(report, entry, run)) for entry in report.entries for run in entry.runs]
+    return {
+        "table.csv": _csv(map(_result, report.entries)),
+        "steps.csv": _csv(_records(runs, STEPS)),
+        "evaluations.csv": _csv(_records(runs, EVALUATIONS)),
+        "clients.csv": _csv(_clients(runs)),
+    }
+
+
+def folder_of(report: Report, entry: ReportEntry, run: StoredRun) -> Path:
+    """Where a run is stored."""
+    return report.folder / entry.name / f"seed-{run.seed}" if report.comparison else report.folder
+
+
+def _result(entry: ReportEntry) -> Row:
+    row = entry.row
+    return {
+        "entry": entry.name,
+        "algorithm": entry.algorithm,
+        "seeds": len(row.seeds),
+        "metric": entry.measure.name,
+        "score": row.score[0],
+        "score_std": row.score[1],
+        "best_score": row.best_score[0],
+        "best_score_std": row.best_score[1],
+        "steps": row.steps,
+        "samples_per_second": row.samples_per_second,
+        "bytes_up": row.bytes_up,
+        "bytes_down": row.bytes_down,
+        "bytes_down_broadcast": row.bytes_down_broadcast,
+    }
+
+
+def _records(runs: Iterable[tuple[ReportEntry, StoredRun, Path]], name: str) -> Iterator[Row]:
+    for entry, run, folder in runs:
+        for record in read_records(folder / name):
+            yield {"entry": entry.name, "seed": run.seed, **_flat(record)}
+
+
+def _clients(runs: Iterable[tuple[ReportEntry, StoredRun, Path]]) -> Iterator[Row]:
+    for entry, run, folder in runs:
+        for record in read_records(folder / CLIENTS):
+            when = {"round": record["round"], "step": record["step"], "rows": record["on"]}
+            for client, scores in record["clients"].items():
+                yield {
+                    "entry": entry.name,
+                    "seed": run.seed,
+                    **when,
+                    "client": run.called(int(client)),
+                    **_flat(scores),
+                }
+
+
+def _flat(record: Row, prefix: str = "") -> Row:
+    """The record's plain values; those of a table in it under both names. How many of a list there are, not which."""
+    found: Row = {}
+    for name, value in record.items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{name}.")
+        elif not isinstance(value, list):
+            found[f"{prefix}{name}"] = value
+        elif name in ("clients", "active"):
+            found[f"{prefix}{name}"] = len(value)
+    return found
+
+
+def _csv(rows: Iterable[Row]) -> bytes:
+    """The rows as UTF-8, with every column that one of them has."""
+    found = list(rows)
+    columns = list(dict.fromkeys(name for row in found for name in row))
+    file = io.StringIO(newline="")
+    writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(found)
+    return file.getvalue().encode()
