@@ -1,4 +1,4 @@
-"""The examples of README and docs/first-steps.md run as they stand: Python blocks, and `cutlayer` command lines."""
+"""The examples of README, first steps and studies run as they stand: Python blocks, and `cutlayer` command lines."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from cutlayer import CompareConfig
 from cutlayer.sweep import expanded
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = README + (ROOT / "docs/first-steps.md").read_text(encoding="utf-8")
+PAGES = README + "".join(
+    (ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("first-steps.md", "studies.md")
+)
 PYTHON = re.findall(r"```python\n(.*?)```", PAGES, re.DOTALL)
 # `make` targets are what runs these tests; lines that say how long they take are not for every test run.
 COMMANDS = [
