@@ -10,6 +10,7 @@ CutlayerError
 │   │   └── FolderInUseError  another process works in that folder (75)
 │   └── RefusedError        one side of a connection does not take the other (2, or 75: see `REFUSALS`)
 ├── NetworkError            the other side of a connection cannot be reached any more (75)
+│   └── LostRankError       another process of the same run is gone (75)
 ├── DistrustError           the server's gradients are not those of the task, says a client's watch (2)
 ├── DiskFullError           a disk is full (3)
 ├── WireError               a message is malformed, too large, of another protocol, or not expected now (1)
@@ -143,6 +144,10 @@ class NetworkError(CutlayerError):
     """The other side of a connection cannot be reached, or cannot be reached any more."""
 
     code = ExitCode.TRY_AGAIN
+
+
+class LostRankError(NetworkError):
+    """Another of the processes that train one run together is gone, or does not answer."""
 
 
 class DistrustError(CutlayerError):

@@ -76,7 +76,8 @@ def own(gradient: Rows, smashed: Smashed, scale: str = "own") -> CutGradients:
     `scale="own"`: as the gradient of the client's own mean loss, so that a client's step does not shrink with C.
     `scale="union"`: as it is, the gradient of the concatenated mean loss. Adam hides the difference, SGD does not.
     """
-    rows = scaled(gradient, smashed.sizes, smashed.masses, scale, sum(smashed.masses))
+    here = smashed.here
+    rows = scaled(gradient, here.sizes, here.masses, scale, sum(smashed.masses))
     return CutGradients(rows, smashed.clients, smashed.sizes)
 
 

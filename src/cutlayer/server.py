@@ -99,7 +99,7 @@ class Server:
         blame (on an accelerator, which a check would stop, the run looks at the losses that come back instead).
         """
         losses, gradient = self._through(smashed, loss, factor)
-        return ServerStep(means(losses, smashed.sizes, smashed.weights), gradient, self._rate(factor))
+        return ServerStep(self._means(losses, smashed), gradient, self._rate(factor))
 
     def step_on(self, rows: Rows, labels: Tensor, factor: float = 1.0, loss: RowLoss | None = None) -> Tensor:
         """One step on rows that the algorithm has made up (resampled, buffered): each [n, s...], labels [n]. The mean
@@ -121,7 +121,18 @@ class Server:
         """
         self._pending = None
         losses, gradient = self._through(smashed, loss, None, evaluating=running_statistics)
-        return ServerStep(means(losses, smashed.sizes, smashed.weights), gradient, 0.0)
+        return ServerStep(self._means(losses, smashed), gradient, 0.0)
+
+    def _means(self, losses: Tensor, smashed: Smashed) -> Tensor:
+        """What a step reports of its rows' losses [R]: [1 + C]."""
+        return means(losses, smashed.sizes, smashed.weights)
+
+    def _mean(self, losses: Tensor, smashed: Smashed) -> Tensor:
+        """The loss of a step, of its rows' losses [R]."""
+        return mean_loss(losses, smashed.weights)
+
+    def _share(self) -> None:
+        """The gradients of a step are there, of the rows that are here."""
 
     def _through(
         self, smashed: Smashed, loss: RowLoss | None, factor: float | None, *, evaluating: bool = False
@@ -130,14 +141,14 @@ class Server:
         outputs = self.forward(smashed, evaluating=evaluating)
         shifts = self._shifts(smashed)
         losses = self._losses(outputs, smashed, loss, shifts.clients if factor is None else shifts.server)
-        mean = mean_loss(losses, smashed.weights)
+        mean = self._mean(losses, smashed)
         if not finite(losses):
             raise NonFiniteError("loss", culprits(smashed, losses.detach()))
         if factor is None or not smashed.clients or shifts.clients is shifts.server:
             gradient = self._backward(smashed, lambda: backward([mean], [torch.ones_like(mean)]), factor)
             return losses.detach(), gradient
         theirs, rows = self._losses(outputs, smashed, loss, shifts.clients), self._pending_rows
-        theirs = mean_loss(theirs, smashed.weights)
+        theirs = self._mean(theirs, smashed)
         gradient = self._backward(smashed, lambda: apart(mean, self._weights, theirs, rows), factor)
         return losses.detach(), gradient
 
@@ -329,6 +340,7 @@ class Server:
             if not finite(g):
                 raise NonFiniteError("cut gradient", culprits(smashed, g.flatten(1).sum(1)))
         if self._optimizer and factor is not None:
+            self._share()
             if not finite(*(p.grad for p in self._weights if p.grad is not None)):
                 raise NonFiniteError("server's weight gradient")
             self._stepping.take(self._rate(factor), last=False)

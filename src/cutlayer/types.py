@@ -12,8 +12,8 @@ are left out.
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -72,6 +72,14 @@ class Smashed:
         """Where the rows of those of `clients` are that sent something."""
         return torch.from_numpy(np.repeat([k in clients for k in self.clients], self.sizes).nonzero()[0])
 
+    @property
+    def here(self) -> Smashed:
+        """What of it lies in this process: all of it, unless several train one run together (`Spread`)."""
+        return self
+
+    def added(self, tensors: Rows) -> None:
+        """Each tensor, a sum over rows that lie here, := the same sum over all rows."""
+
     def only(self, client: int) -> Smashed:
         """The part of one client."""
         at = self.clients.index(client)
@@ -84,6 +92,51 @@ class Smashed:
             (stop - start,),
             weights=None if self.weights is None else self.weights[start:stop],
         )
+
+
+@dataclass(frozen=True)
+class Spread(Smashed):
+    """Smashed data whose rows lie in several processes: `clients` [C] and `sizes` [C] are those of the whole step,
+    `counting` [C] what the rows of each count together; `rows`, `labels` and `weights` are those of `mine`, the clients
+    that are here. `add` sums tensors over the processes, in place.
+
+    Gradients of such rows are those of the rows that are here, too, in `CutGradients` as well.
+    """
+
+    mine: tuple[int, ...] = ()
+    counting: tuple[float, ...] = ()
+    add: Callable[[Rows], None] = lambda tensors: None
+
+    @property
+    def masses(self) -> tuple[float, ...]:
+        """What each client's rows count together: [C]."""
+        return self.counting
+
+    @property
+    def here(self) -> Smashed:
+        """The part of the clients that are here."""
+        sizes = tuple(self.sizes_of(set(self.mine)).values())
+        return Smashed(self.rows, self.labels, self.mine, sizes, weights=self.weights)
+
+    def counted(self, masses: Sequence[float]) -> Spread:
+        """The same, where the rows of each client count `masses` [C] together, and all of a client's alike."""
+        of = dict(zip(self.clients, masses, strict=True))
+        here = self.here
+        each = torch.tensor([of[k] / size for k, size in zip(here.clients, here.sizes, strict=True)])
+        weights = torch.repeat_interleave(each.double(), torch.tensor(here.sizes, dtype=torch.long))
+        return replace(self, counting=tuple(masses), weights=weights)
+
+    def added(self, tensors: Rows) -> None:
+        """Each tensor := its sum over the processes."""
+        self.add(tensors)
+
+    def take(self, rows: Rows, clients: Container[int]) -> Rows:
+        """Of rows that are here, those of `clients`."""
+        return self.here.take(rows, clients)
+
+    def only(self, client: int) -> Smashed:
+        """The part of one client that is here."""
+        return self.here.only(client)
 
 
 @dataclass(frozen=True)
@@ -174,7 +227,8 @@ class Step:
 
     `means` [1 + C] are the mean losses: over the step's rows, then over each client's. They stay on the device until
     somebody reads `loss` or `losses`: a step does not wait for its own numbers. `samples` = R; `active` shared a common
-    cut gradient; `server_lr` is the rate the server stepped with (None without a server).
+    cut gradient; `server_lr` is the rate the server stepped with (None without a server). `mass` is what the rows count
+    together, where that may be another number than theirs.
     """
 
     means: Tensor
@@ -182,6 +236,7 @@ class Step:
     samples: int
     active: tuple[int, ...] = ()
     server_lr: float | None = None
+    mass: float | None = None
 
     @cached_property
     def _read(self) -> tuple[float, ...]:

@@ -108,6 +108,7 @@ def algorithm(
     paper: str = "",
     presets: Mapping[str, Any] | None = None,
     central: bool = False,
+    spreads: bool = False,
     client_part: str = "",
     server_part: str = "",
     colour: str = "",
@@ -116,7 +117,9 @@ def algorithm(
     """Registers an `Algorithm` under `name`.
 
     `needs` are the verbs of `cutlayer.verbs` that its round uses. `presets` are options of all runs whose defaults are
-    others with this algorithm. `central`: everybody's data are gathered first.
+    others with this algorithm. `central`: everybody's data are gathered first. `spreads`: its round leaves the rows of
+    a step to the server's `step` or `step_copies`, to `through_tails`, `gradients.own` and SplitAvg, so that they may
+    lie in several processes; without it each gets them all.
     `client_part` and `server_part` say why the algorithm means nothing where that side has no parameters. `colour`
     (black, blue, green, grey, orange, purple, sky, vermillion, or "#rrggbb") and `line` ("-", "--", "-.", ":") are its
     look in plots; without a colour it gets a free one. Raises ValueError for a word that is not a verb.
@@ -131,6 +134,7 @@ def algorithm(
         needs=found,
         presets=dict(presets or {}),
         central=central,
+        spreads=spreads,
         client_part=client_part,
         server_part=server_part,
         colour=colour,

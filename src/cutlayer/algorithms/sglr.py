@@ -16,7 +16,7 @@ an option: `alpha_clients`, `average_over`, `average_reduce`, `gradient_scale`, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Sequence
 from itertools import count
 from typing import Literal
 
@@ -111,7 +111,7 @@ class SplitAvg(Scaled):
         shared, others = smashed.sizes_of(set(active)), smashed.sizes_of(set(smashed.clients) - set(active))
         shares = _scaled_of(gradient, smashed, shared, share)
         unicast = _scaled_of(gradient, smashed, others, self.gradient_scale)
-        common = tuple(self.average(g, tuple(shared.values())) for g in shares)
+        common = self._common(shares, shared, smashed)
         return CutGradients(unicast, tuple(others), tuple(others.values()), common, active)
 
     def average(self, gradient: Tensor, sizes: tuple[int, ...]) -> Tensor:
@@ -120,21 +120,31 @@ class SplitAvg(Scaled):
         Over clients: [max b_k, s...], row j over the clients that have a row j. Over clients and rows: [1, s...].
         """
         last = channels_last(gradient)
-        rows = as_matrix(gradient, last)
-        longest = max(sizes)
-        if longest == min(sizes):
-            total = rows.view(len(sizes), -1).sum(0).view(longest, -1)
-            each: int | Tensor = len(sizes)
-        else:
-            number = torch.from_numpy(row_numbers(sizes))
-            total = rows.new_zeros(longest, rows.shape[1]).index_add_(0, number.to(rows.device), rows)
-            each = number.bincount().view(-1, 1).to(rows.device, rows.dtype)
+        total = _total(as_matrix(gradient, last), sizes, max(sizes))
+        return as_rows(self._reduced(total, sizes), gradient.shape[1:], last)
+
+    def _common(self, gradient: Rows, shared: dict[int, int], smashed: Smashed) -> Rows:
+        """The same of each tensor, whose rows are those of the active clients, `shared`, that are here."""
+        sizes = tuple(shared.values())
+        if smashed.here is smashed:
+            return tuple(self.average(g, sizes) for g in gradient)
+        here = tuple(smashed.here.sizes_of(shared).values())
+        totals = tuple(_total(as_matrix(g, last=False), here, max(sizes)) for g in gradient)
+        smashed.added(totals)
+        pairs = zip(totals, gradient, strict=True)
+        return tuple(as_rows(self._reduced(total, sizes), g.shape[1:], last=False) for total, g in pairs)
+
+    def _reduced(self, total: Tensor, sizes: tuple[int, ...]) -> Tensor:
+        """From the sums over clients, row by row [max b_k, q], to the common gradient."""
         over_rows = self.average_over == "clients-and-rows"
         if self.average_reduce == "sum":
-            common = total.mean(0, keepdim=True) if over_rows else total
-        else:
-            common = total.sum(0, keepdim=True) / sum(sizes) if over_rows else total / each
-        return as_rows(common, gradient.shape[1:], last)
+            return total.mean(0, keepdim=True) if over_rows else total
+        if over_rows:
+            return total.sum(0, keepdim=True) / sum(sizes)
+        if max(sizes) == min(sizes):
+            return total / len(sizes)
+        each = torch.from_numpy(row_numbers(sizes)).bincount().view(-1, 1)
+        return total / each.to(total.device, total.dtype)
 
     def traffic(self, epoch: Epoch) -> Traffic:
         """As PSL, with one gradient for the active clients."""
@@ -144,10 +154,20 @@ class SplitAvg(Scaled):
         return math.floor(self.phi * clients + 0.5)
 
 
-def _scaled_of(gradient: Rows, smashed: Smashed, sizes: dict[int, int], scale: str) -> Rows:
-    """The rows of some clients, those of `sizes`, in their scale."""
-    masses = smashed.masses_of(sizes)
-    return scaled(smashed.take(gradient, sizes), tuple(sizes.values()), masses, scale, sum(smashed.masses))
+def _scaled_of(gradient: Rows, smashed: Smashed, clients: Container[int], scale: str) -> Rows:
+    """The rows of some clients, in their scale."""
+    here = smashed.here
+    sizes = here.sizes_of(clients)
+    rows = here.take(gradient, sizes)
+    return scaled(rows, tuple(sizes.values()), here.masses_of(sizes), scale, sum(smashed.masses))
+
+
+def _total(rows: Tensor, sizes: Sequence[int], longest: int) -> Tensor:
+    """The sums over clients of their rows [sum b_k, q], row by row: [longest, q]."""
+    if sizes and longest == min(sizes):
+        return rows.view(len(sizes), -1).sum(0).view(longest, -1)
+    number = torch.from_numpy(row_numbers(sizes)).to(rows.device)
+    return rows.new_zeros(longest, rows.shape[1]).index_add_(0, number, rows)
 
 
 @algorithm(
@@ -156,6 +176,7 @@ def _scaled_of(gradient: Rows, smashed: Smashed, sizes: dict[int, int], scale: s
     summary="PSL with the server's rate scaled by C^alpha (SplitLr)",
     paper="arXiv 2112.05929",
     needs={FORWARD, BACKWARD},
+    spreads=True,
     server_part=_SPLITS_LR,
     colour="sky",
 )
@@ -180,6 +201,7 @@ class Slr(SplitLr):
     summary="PSL with one common cut gradient for a random fraction phi of the clients (SplitAvg)",
     paper="arXiv 2112.05929",
     needs={FORWARD, BACKWARD},
+    spreads=True,
     client_part=_SPLITS_AVG,
     colour="sky",
     line="--",
@@ -204,6 +226,7 @@ class Sgl(SplitAvg):
     summary="both: SplitAvg and SplitLr",
     paper="arXiv 2112.05929",
     needs={FORWARD, BACKWARD},
+    spreads=True,
     client_part=_SPLITS_AVG,
     server_part=_SPLITS_LR,
     colour="vermillion",

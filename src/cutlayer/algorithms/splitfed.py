@@ -34,6 +34,7 @@ AVERAGES = "it averages the client models"
     summary="PSL plus averaging of the client models every step or round",
     paper="arXiv 2112.05929",
     needs={FORWARD, BACKWARD, AVERAGE},
+    spreads=True,
     client_part=AVERAGES,
     colour="green",
 )
@@ -83,6 +84,7 @@ class Sfl(Scaled, LocalWork):
     summary="a server copy per client, both sides averaged every round",
     paper="arXiv 2004.12088",
     needs={FORWARD, BACKWARD, AVERAGE, STEP_COPIES},
+    spreads=True,
     client_part=AVERAGES,
     colour="green",
     line="--",
@@ -162,6 +164,7 @@ class SflV2(LocalWork):
     summary="a server copy per client, server copies averaged every round, client models never",
     paper="arXiv 2012.12591",
     needs={FORWARD, BACKWARD, STEP_COPIES},
+    spreads=True,
     server_part="it averages the server copies",
     colour="green",
     line=":",

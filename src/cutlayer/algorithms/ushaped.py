@@ -28,7 +28,7 @@ from cutlayer.gradients import own, spread
 from cutlayer.plugins import option
 from cutlayer.server import Server, ServerStep
 from cutlayer.traffic import Epoch, Traffic
-from cutlayer.types import Round, Smashed, Step, TailGradients
+from cutlayer.types import Round, Smashed, Spread, Step, TailGradients
 from cutlayer.verbs import AVERAGE, BACKWARD, FORWARD, HAND_OVER, TAIL
 
 
@@ -64,6 +64,7 @@ class UShapedSsl(Tour):
     summary="parallel split learning that keeps labels private: the last layers stay with the clients too",
     paper="arXiv 1812.00564",
     needs={FORWARD, TAIL, BACKWARD},
+    spreads=True,
     colour="blue",
     line="--",
 )
@@ -88,6 +89,7 @@ class UShapedPsl(Scaled):
     summary="U-shaped PSL plus averaging of the client models, both ends, every step or round",
     paper="arXiv 1812.00564",
     needs={FORWARD, TAIL, BACKWARD, AVERAGE},
+    spreads=True,
     colour="purple",
     line="--",
 )
@@ -126,6 +128,7 @@ class UShapedSfl(Scaled, LocalWork):
     summary="SGLR that keeps labels private: the last layers stay with the clients too",
     paper="arXiv 2112.05929",
     needs={FORWARD, TAIL, BACKWARD},
+    spreads=True,
     client_part="SplitAvg averages the gradients that reach the lower parts",
     server_part="SplitLr accelerates the server model",
     colour="vermillion",
@@ -164,6 +167,8 @@ def _finished(smashed: Smashed, tail: TailGradients) -> Smashed:
     alike = not tail.masses or tail.masses == tail.sizes
     if alike and tail.clients == smashed.clients:
         return smashed
+    if isinstance(smashed, Spread):
+        return smashed.counted(tail.masses)
     rows = smashed.take(smashed.rows, tail.clients)
     each = [mass / size for mass, size in zip(tail.masses, tail.sizes, strict=True)]
     weights = None if alike else spread(each, tail.sizes)

@@ -28,7 +28,7 @@ from cutlayer.engine.simulated import (
 )
 from cutlayer.errors import NonFiniteError
 from cutlayer.frozen import load_moving, moving, resting
-from cutlayer.gradients import descending, gradient_of, mean_loss, summed
+from cutlayer.gradients import descending, gradient_of, mean_loss
 from cutlayer.models.parts import Part
 from cutlayer.optim import MakeOptimizer, Stepping, as_tensor, load_optimizer, restore_optimizer
 from cutlayer.scoring import Outputs, evaluation
@@ -43,7 +43,8 @@ from cutlayer.verbs import VERBS
 class Client:
     """One client: private data, its part of the model, its optimiser. `tail` is the last part of the model in a
     U-shaped split, or an auxiliary head. `task` says what a row's loss is (default: the cross entropy of its class).
-    `shift` [K] is added to the scores in a loss that is computed here.
+    `shift` [K] is added to the scores in a loss that is computed here. What it draws is named after `called`, its
+    number among all clients (default: `name`).
     """
 
     def __init__(
@@ -54,8 +55,10 @@ class Client:
         make_optimizer: MakeOptimizer,
         task: Task | None = None,
         shift: Tensor | None = None,
+        called: int | None = None,
     ) -> None:
         self.name, self.lower, self.tail = name, lower, tail
+        self.called = name if called is None else called
         self.task, self.shift = task or Classification(), shift
         self.module = nn.ModuleDict({"lower": lower} if tail is None else {"lower": lower, "tail": tail})
         self.weights = list(self.module.parameters())
@@ -72,7 +75,7 @@ class Client:
             self.module.train()
         for p in self.weights:
             p.grad = None
-        with seeds.seeded_for(self.lower, seed, "forward", self.name, clock, device=batch.y.device):
+        with seeds.seeded_for(self.lower, seed, "forward", self.called, clock, device=batch.y.device):
             self.smashed = self.lower(batch.rows)
         return self.smashed
 
@@ -113,7 +116,7 @@ class Client:
         """
         assert self.tail is not None, "only the U-shaped split has tails"
         leaves = tuple(r.detach().requires_grad_(r.is_floating_point()) for r in aligned(features))
-        with seeds.torch_seeded(seed, "tail", self.name, self.clock, device=self.labels.device):
+        with seeds.torch_seeded(seed, "tail", self.called, self.clock, device=self.labels.device):
             loss = self._mean_loss(as_tuple(self.tail(leaves)))
         if not torch.isfinite(loss):
             raise NonFiniteError("loss", (self.name,))
@@ -133,7 +136,7 @@ class Client:
     def learn_alone(self, seed: int, lr: float, *, last: bool) -> Local:
         """A step on the auxiliary head's loss of the batch that was forwarded last. Raises NonFiniteError."""
         assert self.tail is not None, "an algorithm that needs LEARN has auxiliary heads"
-        with seeds.torch_seeded(seed, "auxiliary", self.name, self.clock, device=self.labels.device):
+        with seeds.torch_seeded(seed, "auxiliary", self.called, self.clock, device=self.labels.device):
             outputs = as_tuple(self.tail(self.smashed))
         return self.learn(outputs, lr, last=last)
 
@@ -194,7 +197,14 @@ class LocalCohort(SimulatedCohort):
     def __init__(self, setup: Clients) -> None:
         super().__init__(setup)
         self._clients = [
-            Client(k, *model, setup.make_optimizer, setup.task, None if setup.shifts is None else setup.shifts[k])
+            Client(
+                k,
+                *model,
+                setup.make_optimizer,
+                setup.task,
+                None if setup.shifts is None else setup.shifts[k],
+                setup.called(k),
+            )
             for k, model in enumerate(setup.models)
         ]
         self._asked: tuple[int, ...] = ()  # the clients of the last forward pass
@@ -248,7 +258,7 @@ class LocalCohort(SimulatedCohort):
         for k in self._asked:
             client = self._clients[k]
             client.backward(gradients.for_client(k, len(client.labels)))
-        total = summed([self._clients[k].gradient() for k in self._asked])
+        total = self.setup.summed([self._clients[k].gradient() for k in self._asked], self._clients[0].module)
         last = not self._quota[list(self._participants)].any()
         for client in self._clients:
             client.take(total, self._rate, last=last)
@@ -357,6 +367,14 @@ class LocalCohort(SimulatedCohort):
     def model_state(self, client: int) -> dict[str, Tensor]:
         """One client's parameters and buffers, under the names of the whole model."""
         return named_as_whole(self._clients[client].module.state_dict(), self.shape)
+
+    def take_everyones(self, state: Mapping[str, Tensor]) -> None:
+        """Give all clients the parameters and buffers that `model_state` would give of each."""
+        self._settle()
+        for client in self._clients:
+            self.take_model(client.name, state)
+        self._begin_from(moving(self._clients[0].module))
+        self._alike = True
 
     def take_model(self, client: int, state: Mapping[str, Tensor]) -> None:
         """Give a client the parameters and buffers that `model_state` would give of it."""

@@ -21,6 +21,7 @@ from cutlayer.data.batches import Batches, Clocks, Drawn
 from cutlayer.data.samples import Samples
 from cutlayer.data.sampling import Sampling, Turns, dealt
 from cutlayer.frozen import moving, trains
+from cutlayer.gradients import summed
 from cutlayer.optim import MakeOptimizer
 from cutlayer.scoring import ROWS_PER_PASS, OutputsOf, Scores, evaluate, evaluate_together, judged
 from cutlayer.stored import Count, Digits, MalformedError, below, fit
@@ -112,6 +113,14 @@ class Clients(Routine):
     shifts: Tensor | None = None
     present: Callable[[], Sequence[int]] | None = None
 
+    def called(self, client: int) -> int:
+        """What client number `client` of these is called: its number, unless they are some of more (`OwnClients`)."""
+        return client
+
+    def summed(self, gradients: Sequence[Mapping[str, Tensor]], module: nn.Module) -> dict[str, Tensor]:
+        """The sum of clients' weight gradients, by the names of their `module`."""
+        return summed(gradients)
+
     def participants(self, index: int, clients: int) -> tuple[int, ...]:
         """The clients of round `index`, drawn among those that are present."""
         present = None if self.present is None else self.present()
@@ -130,7 +139,9 @@ class SimulatedCohort(ABC):
 
     def __init__(self, setup: Clients) -> None:
         self.setup = setup
-        self._batches = Batches(setup.rows, setup.batch, setup.seed)
+        self._batches = Batches(
+            setup.rows, setup.batch, setup.seed, [setup.called(k) for k in range(len(setup.rows))]
+        )
         self._quota = np.zeros(len(setup.rows), np.int64)  # batches left in this round
         self._participants: tuple[int, ...] = ()
         self._turns: Turns | None = None  # of this round, where batches are not of b rows
@@ -182,7 +193,7 @@ class SimulatedCohort(ABC):
         s = self.setup
         drawn, going_on = s.participants(index, len(self._quota)), self._going_on
         self._participants = tuple(sorted({*drawn, *going_on}))
-        who = np.array(self._participants)
+        who = np.array(self._participants, np.int64)
         self._quota[who] = s.quota(self._batches.per_epoch[who])
         for k, left in going_on.items():
             self._quota[k] = left
@@ -346,7 +357,8 @@ class Local(NamedTuple):
 def together(taken: Mapping[int, list[Local]], t: int) -> Step:
     """Local step number t of all the clients that took so many, given each client's local steps."""
     here = {k: steps[t] for k, steps in taken.items() if t < len(steps)}
+    rows = sum(step.rows for step in here.values())
     mass = sum(step.mass for step in here.values())
     loss = sum(step.loss * step.mass for step in here.values()) / (mass or 1)
     own = [step.loss for step in here.values()]
-    return Step(torch.tensor([loss, *own], dtype=torch.float64), tuple(here), sum(step.rows for step in here.values()))
+    return Step(torch.tensor([loss, *own], dtype=torch.float64), tuple(here), rows, mass=mass)

@@ -346,6 +346,12 @@ class Stack:
             if name in state:
                 tensor[client] = state[name]
 
+    def load_all(self, state: Mapping[str, Tensor]) -> None:
+        """Give all clients the parameters and buffers in `state`."""
+        for name, tensor in (*self._parameters.items(), *self._buffers.items()):
+            if name in state:
+                tensor.copy_(state[name].expand_as(tensor))
+
     def state_of(self, client: int) -> dict[str, Tensor]:
         """One client's parameters and buffers, under the module's names."""
         tensors = {**self._parameters, **self._buffers}

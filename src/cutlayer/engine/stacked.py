@@ -256,6 +256,14 @@ class StackedCohort(SimulatedCohort):
         own = self._stack.state_of(client)
         return named_as_whole(own, self.shape) if self._lower else own
 
+    def take_everyones(self, state: Mapping[str, Tensor]) -> None:
+        """Give all clients the parameters and buffers that `model_state` would give of each."""
+        self.settle()
+        named = {n: state[name_in_whole(n, self.shape) if self._lower else n] for n in self._stack.state_of(0)}
+        self._stack.load_all(named)
+        self._begin_from(self._stack.state_of(0))
+        self._alike = True
+
     def take_model(self, client: int, state: Mapping[str, Tensor]) -> None:
         """Give a client the parameters and buffers that `model_state` would give of it."""
         own = self._stack.state_of(client)
@@ -304,7 +312,7 @@ class StackedCohort(SimulatedCohort):
         return left
 
     def _stream(self, client: int, name: str = "forward") -> torch.Generator:
-        named = (name, client, self._clocks[client])
+        named = (name, self.setup.called(client), self._clocks[client])
         return seeds.torch_generator(self.setup.seed, *named, device=self._stack.device)
 
     def _given(self, p: _Pass, *, fresh: bool = False) -> Rows:
@@ -361,6 +369,7 @@ class StackedServer(Server):
         task: Task | None = None,
     ) -> None:
         super().__init__(model, make_optimizer, lr, seed, task)
+        self.first = 0  # the number among all clients of the one whose copy is the first
         how = how or Stacking()
         self._rule = rule_of(make_optimizer)
         if self._optimizer is not None:
@@ -459,7 +468,7 @@ class StackedServer(Server):
                     self._stack.load_one(client, self.model.state_dict())
 
     def _stream(self, client: int) -> torch.Generator:
-        copy_seed = seeds.derive(self.seed, "copy", client)
+        copy_seed = seeds.derive(self.seed, "copy", self.first + client)
         name = ("server", int(self._stack.batches[client]))
         return seeds.torch_generator(copy_seed, *name, device=self._stack.device)
 
@@ -555,4 +564,5 @@ def _together(parts: list[_Taken]) -> Step:
     order = sorted(range(len(clients)), key=clients.__getitem__)
     if order != list(range(len(clients))):
         own, masses, clients = own[order], [masses[i] for i in order], [clients[i] for i in order]
-    return Step(means_of_clients(own, masses), tuple(clients), sum(sum(part.sizes) for part in parts))
+    rows = sum(sum(part.sizes) for part in parts)
+    return Step(means_of_clients(own, masses), tuple(clients), rows, mass=float(sum(masses)))

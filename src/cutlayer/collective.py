@@ -1,0 +1,296 @@
+"""Several processes that train one run together: its ranks, as `torchrun` or `srun` starts them.
+
+All ranks run the same program. What one of them lacks it gets in a collective operation, which all of them call in the
+same order: over gloo for what lies on a CPU, over NCCL for what lies on a GPU. Bytes are counted here, as a ring of
+ranks sends them: 2 (R - 1) / R of what is summed, R - 1 times what is gathered.
+
+A rank that ends is noticed by the others in their next collective operation, since its connections close; one that
+hangs, or whose machine is gone, after `TIMEOUT`.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import numpy as np
+
+from cutlayer.errors import ConfigError, CutlayerError, LostRankError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T")
+
+_KNOWN = "known_to_all"
+
+TIMEOUT = 300.0
+"""Seconds after which a rank that doesn't answer counts as lost."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process among those of a launcher: number `rank` of `size`, number `local` of the `beside` on its machine;
+    rank 0 listens at `address`.
+    """
+
+    rank: int
+    size: int
+    local: int
+    beside: int
+    address: str
+
+
+def place(environ: Mapping[str, str] = os.environ) -> Place | None:
+    """What a launcher says in the environment: `torchrun` in RANK and WORLD_SIZE, `srun` in SLURM's variables; None
+    where this process stands alone. Raises ConfigError where that cannot be.
+    """
+    if "RANK" in environ and "WORLD_SIZE" in environ:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        host, port = environ.get("MASTER_ADDR", "127.0.0.1"), environ.get("MASTER_PORT", "29500")
+    elif int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in environ:
+        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_TASKS_HERE")
+        host = environ.get("MASTER_ADDR") or first_host(environ.get("SLURM_STEP_NODELIST", "127.0.0.1"))
+        job = int(environ.get("SLURM_JOB_ID", "0")) + int(environ.get("SLURM_STEP_ID", "0"))
+        port = environ.get("MASTER_PORT") or str(20000 + job % 20000)
+    else:
+        return None
+    rank, size, local, beside = (int(environ.get(name, default)) for name, default in zip(names, "0101", strict=True))
+    if not 0 <= rank < size:
+        raise ConfigError(
+            f"{names[0]} = {rank} is not one of {names[1]} = {size} ranks: start them with torchrun or srun, or unset "
+            "these variables"
+        )
+    return Place(rank, size, local, beside, f"tcp://{host}:{port}") if size > 1 else None
+
+
+def first_host(hosts: str) -> str:
+    """The first of SLURM's list of hosts, such as gpu[03-05,09],login1."""
+    found = re.match(r"([^,\[]*)(?:\[(\w+)[^\]]*\]([^,\[]*))?", hosts)
+    assert found is not None, "the pattern matches anything"
+    return "".join(part or "" for part in found.groups())
+
+
+class World:
+    """This process's place among the ranks, and what they do together. Alone it is rank 0 of 1, and nothing is sent.
+
+    `deterministic`: sums are made of the ranks' parts in the order of the ranks.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank, self.size, self.deterministic = rank, size, False
+        self.sent = 0.0
+        """Bytes that this rank has sent, as a ring of ranks sends them."""
+
+    @property
+    def leads(self) -> bool:
+        """Whether it is the rank that writes and prints."""
+        return self.rank == 0
+
+    @property
+    def several(self) -> bool:
+        """Whether there are others."""
+        return self.size > 1
+
+    def total(self, tensors: Sequence[Tensor]) -> None:
+        """Each tensor := its sum over the ranks. One message for all of a type."""
+        import torch
+
+        for dtype in dict.fromkeys(t.dtype for t in tensors):
+            parts = [t for t in tensors if t.dtype == dtype]
+            flat = torch.cat([t.reshape(-1) for t in parts])
+            for t, part in zip(parts, self._summed(flat).split([t.numel() for t in parts]), strict=True):
+                t.copy_(part.view(t.shape))
+
+    def _summed(self, flat: Tensor) -> Tensor:
+        if not self.several or not flat.numel():
+            return flat
+        if self.deterministic:
+            first, *others = self._gathered(flat)
+            for other in others:
+                first += other
+            return first
+        from torch import distributed
+
+        self.sent += 2 * (self.size - 1) / self.size * flat.nbytes
+        with self._heard():
+            distributed.all_reduce(flat)
+        return flat
+
+    def largest(self, tensor: Tensor) -> None:
+        """The tensor := the largest of each number over the ranks."""
+        if self.several and tensor.numel():
+            from torch import distributed
+
+            self.sent += 2 * (self.size - 1) / self.size * tensor.nbytes
+            with self._heard():
+                distributed.all_reduce(tensor, distributed.ReduceOp.MAX)
+
+    def joined(self, own: np.ndarray, counts: Sequence[int]) -> np.ndarray:
+        """The ranks' `own` numbers [c_r, m], of which there are `counts` [R], one rank after another: [sum c_r, m]."""
+        import torch
+
+        if not self.several:
+            return own
+        mine = torch.zeros(max(counts), own.shape[1], dtype=torch.float64)
+        mine[: len(own)] = torch.from_numpy(np.asarray(own, np.float64))
+        parts = [part[:count] for part, count in zip(self._gathered(mine), counts, strict=True)]
+        found: np.ndarray = torch.cat(parts).numpy()
+        return found
+
+    def rows(self, own: Tensor, counts: Sequence[int]) -> Tensor:
+        """The ranks' `own` rows [c_r, s...], of which there are `counts` [R], one rank after another."""
+        import torch
+
+        if not self.several:
+            return own
+        mine = own.new_zeros(max(counts), *own.shape[1:])
+        mine[: len(own)] = own
+        return torch.cat([part[:count] for part, count in zip(self._gathered(mine), counts, strict=True)])
+
+    def gathered(self, value: T) -> list[T]:
+        """The ranks' values, in their order."""
+        import torch
+
+        if not self.several:
+            return [value]
+        packed = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        sizes = [int(size) for size in self._gathered(torch.tensor([len(packed)]))]
+        rows = self.rows(packed, sizes).split(sizes)
+        return [pickle.loads(part.numpy().tobytes()) for part in rows]  # noqa: S301 (from our own ranks)
+
+    def collected(self, value: T) -> list[T]:
+        """The ranks' values, in their order, on rank 0; on others their own alone."""
+        import torch
+        from torch import distributed
+
+        if not self.several:
+            return [value]
+        packed = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        sizes = [int(size) for size in self._gathered(torch.tensor([len(packed)]))]
+        mine = packed.new_zeros(max(sizes))
+        mine[: len(packed)] = packed
+        found = [torch.empty_like(mine) for _ in sizes] if self.leads else None
+        self.sent += 0 if self.leads else len(mine)
+        with self._heard():
+            distributed.gather(mine, found, dst=0)
+        if found is None:
+            return [value]
+        parts = zip(found, sizes, strict=True)
+        return [pickle.loads(part[:size].numpy().tobytes()) for part, size in parts]  # noqa: S301 (our own ranks)
+
+    def from_rank(self, rank: int, value: T) -> T:
+        """What `rank` has for the value; that of the others is not looked at."""
+        return self.gathered(value if self.rank == rank else None)[rank]  # type: ignore[return-value]
+
+    def first(self, make: Callable[[], T]) -> T:
+        """What `make` gives on rank 0, for all; an error of Cutlayer's there is one everywhere."""
+        found = self.agreed(lambda: make() if self.leads else None)
+        return self.from_rank(0, found)  # type: ignore[return-value]
+
+    def agreed(self, make: Callable[[], T]) -> T:
+        """What `make` gives here, where it fails nowhere. Raises what it raised: here, or on the first rank on which it
+        failed.
+        """
+        failed: CutlayerError | None = None
+        try:
+            made = make()
+        except CutlayerError as error:
+            if not self.several or getattr(error, _KNOWN, False) or isinstance(error, LostRankError):
+                raise
+            failed = error
+        if not self.several:
+            return made
+        for other in (failed, *self.gathered(failed)):
+            if other is not None:
+                setattr(other, _KNOWN, True)  # to all: whoever raises it further doesn't tell them again
+                raise other
+        return made
+
+    def compare(self, what: str, facts: Mapping[str, Any]) -> None:
+        """Raises ConfigError where the ranks do not agree on the facts, by the first that differs."""
+        for rank, theirs in enumerate(self.gathered(dict(facts))):
+            for name in {**facts, **theirs} if theirs != facts else ():
+                mine, other = (repr(each.get(name, "not set")) for each in (facts, theirs))
+                if mine != other:
+                    few, many = sorted((self.rank, rank))
+                    here, there = (mine, other) if self.rank == few else (other, mine)
+                    raise ConfigError(
+                        f"the ranks do not agree on {what}: {name} is {here} on rank {few} and {there} on rank {many}; "
+                        "start all with the same command and the same version"
+                    )
+
+    def _gathered(self, own: Tensor) -> list[Tensor]:
+        import torch
+        from torch import distributed
+
+        self.sent += (self.size - 1) * own.nbytes
+        found = [torch.empty_like(own) for _ in range(self.size)]
+        if own.numel():
+            with self._heard():
+                distributed.all_gather(found, own.contiguous())
+        return found
+
+    @contextmanager
+    def _heard(self) -> Iterator[None]:
+        """Raises LostRankError where a collective operation fails."""
+        try:
+            yield
+        except RuntimeError as error:
+            self._lost(error)
+
+    def _lost(self, error: RuntimeError) -> NoReturn:
+        reason = str(error).strip().splitlines()[0].removeprefix("[").split("] ")[-1]
+        raise LostRankError(
+            f"rank {self.rank} of {self.size} has lost another rank, whose own output says why ({reason[:120]}): start "
+            "the ranks again, with `cutlayer resume` if the run has a folder"
+        ) from error
+
+
+_ALONE = World()
+_current = _ALONE
+
+
+def world() -> World:
+    """The ranks that this process belongs to; a process alone where it has joined none."""
+    return _current
+
+
+@contextmanager
+def joined(where: Place | None, *, store: str = "", timeout: float = TIMEOUT) -> Iterator[World]:
+    """Be one of the ranks meanwhile (with `where` None: alone). `store` is where they meet in place of the address of
+    rank 0 (file:///...). Raises LostRankError where not all come within `timeout` seconds.
+    """
+    global _current  # noqa: PLW0603
+    if where is None:
+        yield _ALONE
+        return
+    import torch
+    from torch import distributed
+
+    from cutlayer.allocator import share_with
+
+    cuda = torch.cuda.is_available() and distributed.is_nccl_available()
+    if cuda:
+        torch.cuda.set_device(where.local % torch.cuda.device_count())
+    share_with(where.beside)
+    found = World(where.rank, where.size)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    limit = timedelta(seconds=timeout)
+    meeting: dict[str, Any] = {"init_method": store or "env://", "timeout": limit}
+    os.environ.setdefault("MASTER_ADDR", where.address.removeprefix("tcp://").rpartition(":")[0])
+    os.environ.setdefault("MASTER_PORT", where.address.rpartition(":")[2])
+    with found._heard():
+        distributed.init_process_group(backend, rank=where.rank, world_size=where.size, **meeting)
+    _current = found
+    try:
+        yield found
+    finally:
+        _current = _ALONE
+        distributed.destroy_process_group()

@@ -1,0 +1,466 @@
+"""Clients that several processes simulate together (`collective`): each rank its own, with a replica of the server.
+
+All ranks run the same algorithm. A step's rows stay where they are if the algorithm and the server's part allow it:
+
+    n = sum of what the rows count; loss_r = sum of the rank's row losses / n; gradients of the server are summed
+
+Otherwise every rank gets the rows of all, and computes the server's step for itself. Client models are averaged as
+sum n_k w_k, summed over the ranks. States are those of a single process: rank 0 has the whole.
+
+Shape legend: R ranks, C clients of a step, c_r those of rank r.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cutlayer.algorithms import Algorithm
+from cutlayer.cohort import Cohort, CohortAround, Crossed, Direction, Held, Predict, Summed
+from cutlayer.collective import World
+from cutlayer.data.samples import Samples
+from cutlayer.engine.layout import smashed as smashed_by
+from cutlayer.engine.shares import OwnClients, spans
+from cutlayer.engine.simulated import Clients
+from cutlayer.engine.union import row_by_row
+from cutlayer.errors import ConfigError
+from cutlayer.frozen import frozen_names
+from cutlayer.gradients import means_of_clients
+from cutlayer.models import Parts
+from cutlayer.options import RunConfig
+from cutlayer.scoring import judged
+from cutlayer.types import CutGradients, Evaluation, Round, Rows, Smashed, Spread, Step, TailGradients
+from cutlayer.verbs import LEARN
+
+State = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Sharing:
+    """Who simulates whom: the clients `whole`, of whom rank r has those of `spans[r]`, and this rank `own`. `apart`:
+    the rows of a step stay where they are; `why` not, where they could.
+    """
+
+    world: World
+    whole: Clients
+    spans: Sequence[range]
+    own: OwnClients
+    apart: bool
+    why: str = ""
+
+    @classmethod
+    def of(cls, world: World, config: RunConfig, algorithm: Algorithm, split: Parts, whole: Clients, example: Rows) -> Sharing:
+        """How the ranks share the clients. Raises ConfigError where they cannot."""
+        refuse(config, algorithm, len(whole.rows), world.size)
+        world.deterministic = config.deterministic
+        found = spans([len(rows) for rows in whole.rows], world.size)
+        own = OwnClients.of(whole, found[world.rank], world.total)
+        why = gathering(config, algorithm, split, example)
+        return cls(world, whole, found, own, not why, why)
+
+    @property
+    def remark(self) -> str:
+        """What was chosen, in a line."""
+        each = sorted({len(span) for span in self.spans})
+        clients = " to ".join(str(n) for n in dict.fromkeys((each[0], each[-1])))
+        how = f"every rank computes the server's steps on the rows of all: {self.why}" if self.why else "the server is data-parallel"
+        return f"{self.world.size} ranks simulate {clients} clients each; {how}"
+
+
+def refuse(config: RunConfig, algorithm: Algorithm, clients: int, ranks: int) -> None:
+    """Raises ConfigError for what several ranks cannot share."""
+    name, traits = config.algorithm, algorithm.traits
+    alone = "start a single process"
+    reasons = {
+        f"{name} gathers all data in one place, and has nothing to share": traits.central,
+        f"the clients of {name} take turns, so that there is nothing to share": traits.takes_turns,
+        f"clients of {name} train on auxiliary heads, which ranks cannot share": LEARN in traits.needs,
+        f"they are more than the {clients} clients": ranks > clients,
+        "attack is not there with several ranks": bool(config.attack),
+        "cache_features is not there with several ranks": config.cache_features,
+        f"judge = {config.judge!r} needs the models of all clients in one place": config.judge != "mean",
+        f"averaging = {config.averaging!r} needs the models of all clients in one place": traits.models_cross
+        and not config.thing("averaging", config.averaging).plain,
+        f"accumulate = {config.accumulate} is not there for {name} with several ranks": traits.gradients_cross
+        and config.accumulate > 1,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            remedy = f"start {clients} ranks at most" if ranks > clients > 1 else alone
+            raise ConfigError(f"{ranks} ranks cannot train this: {reason}; {remedy}")
+
+
+def gathering(config: RunConfig, algorithm: Algorithm, split: Parts, example: Rows) -> str:
+    """Why every rank needs the rows of all clients; empty where each can go on with its own."""
+    traits = algorithm.traits
+    if traits.whole:
+        return ""
+    if not algorithm.entry.facts.get("spreads"):
+        return f"{config.algorithm} does not say that it leaves them where they are"
+    if config.row_bound is not None or config.row_limit is not None:
+        return "rows are bounded by those of all"
+    if traits.server_copies or row_by_row(split.server, smashed_by(split.client, example)):
+        return ""
+    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in split.server.modules()):
+        return "its batch normalisation needs the statistics of all (group normalisation does not)"
+    return "it draws, or what it gives for a row depends on others"
+
+
+class Engine(Protocol):
+    """A rank's engine, as far as its models are read and replaced from outside."""
+
+    @property
+    def masses(self) -> Sequence[float]:
+        """What each client's training rows count together."""
+
+    def settle(self) -> None:
+        """Clients whose batches wait for a step make one."""
+
+    def model_state(self, client: int) -> State:
+        """Parameters and buffers of a client, by its number here."""
+
+    def take_everyones(self, state: State) -> None:
+        """All clients get these parameters and buffers."""
+
+
+class SpreadCohort(CohortAround):
+    """All clients, of whom each rank simulates some: `inner` are this rank's, around its `engine`; what crosses is
+    noted in `noted` there, and of all clients in `crossed` here. What is `frozen` does not move; `example` are rows
+    of smashed data and targets.
+    """
+
+    def __init__(
+        self,
+        inner: Cohort,
+        engine: Engine,
+        sharing: Sharing,
+        noted: list[Crossed],
+        split: Parts,
+        example: tuple[Rows, Tensor],
+    ) -> None:
+        super().__init__(inner)
+        self._engine, self._sharing, self._noted = engine, sharing, noted
+        self._world, self._whole, self._spans = sharing.world, sharing.whole, sharing.spans
+        self._mine = sharing.spans[self._world.rank]
+        self.crossed: list[Crossed] = []
+        self._frozen = {name for part in split.all for name in frozen_names(part)}
+        self._no_rows = tuple(r[:0].detach() for r in smashed_by(split.client, example[0]))
+        self._no_labels = example[1][:0]
+        parts = [part for part in (split.client, split.tail) if part is not None]
+        self._buffers = any(True for part in parts for _ in part.buffers())
+        self._trains = any(p.requires_grad for part in parts for p in part.parameters())
+        self._alike = self._whole.alike
+        self._samples = [len(rows) for rows in self._whole.rows]
+        self._masses = [mass for part in self._world.gathered(list(engine.masses)) for mass in part]
+        self._quota = np.zeros(len(self._samples), np.int64)
+        self._asked: list[tuple[int, ...]] = []  # of the last forward pass, by rank
+        self._sizes: tuple[int, ...] = ()
+
+    @property
+    def samples(self) -> Sequence[int]:
+        """n_k of each client, of all ranks."""
+        return self._samples
+
+    @property
+    def masses(self) -> Sequence[float]:
+        """What the training rows of each client count together."""
+        return self._masses
+
+    def begin_round(self, index: int, total: int, lr_factor: float) -> Round:
+        """Drawn for all clients at once, on every rank the same."""
+        s, now = self._whole, self._sharing.own.now
+        now.participants = who = s.participants(index, len(self._samples))
+        now.turns = s.turns(index, who, self._samples)
+        at = np.array(who, np.int64)
+        self._quota[at] = s.quota(-(-np.array(self._samples, np.int64)[at] // s.batch))
+        if now.turns is not None:
+            self._quota[at] = list(now.turns.batches.values())
+        self.inner.begin_round(index, total, lr_factor)
+        sizes = () if now.turns is None else now.turns.sizes
+        return Round(index, total, who, tuple(self._quota[at].tolist()), s.seed, sizes)
+
+    def _willing(self, clients: Sequence[int] | None) -> tuple[int, ...]:
+        """The clients of all ranks that have rows for the next step."""
+        now = self._sharing.own.now
+        if clients is None and now.turns is not None:
+            return now.turns.together()
+        return tuple(k for k in (now.participants if clients is None else clients) if self._quota[k] > 0)
+
+    def _ours(self, clients: Iterable[int]) -> tuple[int, ...]:
+        """Those of the clients that are on this rank."""
+        return tuple(k for k in clients if k in self._mine)
+
+    def forward(self, clients: Sequence[int] | None = None, *, labels: bool = True) -> Smashed:
+        """Every rank's clients send; what the rows of each count is known to all ranks."""
+        asked = self._willing(clients)
+        if not asked:
+            return Smashed((), torch.empty(0), (), ())
+        self._quota[list(asked)] -= 1
+        self._asked = [tuple(k for k in asked if k in span) for span in self._spans]
+        mine = self._asked[self._world.rank]
+        sent = self.inner.forward(mine, labels=labels)
+        if not mine:
+            sent = self._nothing(labels)
+        table = self._told([sent.sizes, sent.masses, self._bytes("up", mine)])
+        sizes, counting, up = (table[:, i] for i in range(3))
+        everybody = self._everybody
+        self._sizes = tuple(int(size) for size in sizes)
+        self.crossed.append(Crossed("up", everybody, up.astype(np.int64)))
+        self._alike &= self._trains or not self._buffers or len(self._samples) == 1
+        found = Spread(
+            sent.rows,
+            sent.labels,
+            everybody,
+            self._sizes,
+            weights=sent.weights,
+            mine=mine,
+            counting=tuple(counting.tolist()),
+            add=self._world.total,
+        )
+        return found if self._sharing.apart else self._all_of(found, labels)
+
+    def _nothing(self, labels: bool) -> Smashed:
+        """What a rank sends of whose clients none take part."""
+        y = self._no_labels if labels else torch.empty(0, 0)
+        return Smashed(self._no_rows, y, (), (), weights=self._whole.task.weights(y) if labels else None)
+
+    def _all_of(self, found: Spread, labels: bool) -> Smashed:
+        """The rows of all ranks."""
+        counts = self._row_counts
+        rows = tuple(self._world.rows(r, counts) for r in found.rows)
+        y = self._world.rows(found.labels, counts) if labels else torch.empty(len(found), 0)
+        weights = self._whole.task.weights(y) if labels else None
+        return Smashed(rows, y, found.clients, found.sizes, weights=weights)
+
+    @property
+    def _everybody(self) -> tuple[int, ...]:
+        """The clients of the last forward pass, rank by rank."""
+        return tuple(k for part in self._asked for k in part)
+
+    @property
+    def _row_counts(self) -> list[int]:
+        """Rows of each rank in the last forward pass."""
+        sizes = iter(self._sizes)
+        return [sum(next(sizes) for _ in part) for part in self._asked]
+
+    def _told(self, columns: Sequence[Sequence[float] | np.ndarray]) -> np.ndarray:
+        """Numbers [c_r] of this rank's clients in the last forward pass, as columns; those of all: [C, columns]."""
+        own = np.array([np.asarray(column, np.float64) for column in columns]).reshape(len(columns), -1).T
+        return self._world.joined(own, [len(part) for part in self._asked])
+
+    def _bytes(self, direction: Direction, clients: Sequence[int]) -> list[int]:
+        """Bytes that have crossed for each of `clients`, which are here; forgotten after that."""
+        found = dict.fromkeys(clients, 0)
+        for one in self._noted:
+            if one.direction == direction and not one.common:
+                for k, size in zip(one.clients, np.broadcast_to(one.counts, len(one.clients)).tolist(), strict=True):
+                    found[k] += size
+        self._noted[:] = [one for one in self._noted if one.direction != direction or one.common]
+        return list(found.values())
+
+    def tail(self, features: Smashed) -> TailGradients:
+        """Each rank's clients finish their rows."""
+        mine = self._asked[self._world.rank]
+        here = features.here if self._sharing.apart else self._part_of(features, mine)
+        rows = tuple(r for r in here.rows if r.is_floating_point())
+        losses, masses = np.zeros(0), tuple[float, ...]()
+        if mine:
+            tail = self.inner.tail(here)
+            rows, losses, masses = tail.rows, tail.losses.double().cpu().numpy(), tail.masses or tail.sizes
+        table = self._told([losses, masses, self._bytes("up", mine), self._bytes("down", mine)])
+        for direction, column in (("down", 3), ("up", 2)):
+            self.crossed.append(Crossed(direction, self._everybody, table[:, column].astype(np.int64)))
+        if not self._sharing.apart:
+            rows = tuple(self._world.rows(r, self._row_counts) for r in rows)
+        own = torch.from_numpy(table[:, 0].copy()).to(rows[0])
+        masses = tuple(table[:, 1].tolist())
+        return TailGradients(rows, own, self._everybody, self._sizes, masses=masses)
+
+    def _part_of(self, smashed: Smashed, clients: Sequence[int]) -> Smashed:
+        """The rows of some clients, out of those of all."""
+        sizes = smashed.sizes_of(set(clients))
+        rows = smashed.take(smashed.rows, set(clients))
+        return Smashed(rows, smashed.labels[: sum(sizes.values())], tuple(sizes), tuple(sizes.values()))
+
+    def backward(self, gradients: CutGradients) -> None:
+        """Each rank's clients take theirs."""
+        mine = self._asked[self._world.rank]
+        if mine:
+            self.inner.backward(self._own(gradients))
+        self._note_down(gradients)
+        self._alike = len(self._samples) == 1
+
+    def backward_together(self, gradients: CutGradients) -> Summed:
+        """The sum is over the clients of all ranks."""
+        self.inner.backward_together(self._own(gradients))
+        self._note_down(gradients)
+        self._alike &= not self._buffers or len(self._samples) == 1
+        return Summed(self._everybody, tuple(range(len(self._samples))))
+
+    def _own(self, gradients: CutGradients) -> CutGradients:
+        """Those of this rank's clients."""
+        sizes = dict(zip(gradients.clients, gradients.sizes, strict=True))
+        clients, active = self._ours(gradients.clients), self._ours(gradients.active)
+        own = gradients.own
+        if not self._sharing.apart:
+            at = np.repeat([k in self._mine for k in gradients.clients], gradients.sizes).astype(bool)
+            own = tuple(g[torch.from_numpy(at).to(g.device)] for g in own)
+        common = gradients.common if active else ()
+        return CutGradients(own, clients, tuple(sizes[k] for k in clients), common, active)
+
+    def _note_down(self, gradients: CutGradients) -> None:
+        """What went down to all clients; a common gradient is the same on all ranks."""
+        mine = self._asked[self._world.rank]
+        common = max([int(np.max(one.counts)) for one in self._noted if one.common], default=0)
+        table = self._told([self._bytes("down", mine), [common] * len(mine)])
+        self._noted.clear()
+        down = dict(zip(self._everybody, table[:, 0].astype(np.int64).tolist(), strict=True))
+        if down and self._trains:
+            counts = np.array([down[k] for k in gradients.clients], np.int64)
+            self.crossed.append(Crossed("down", gradients.clients, counts))
+            if gradients.active:
+                self.crossed.append(Crossed("down", gradients.active, int(table[:, 1].max()), common=True))
+
+    def fit(self) -> list[Step]:
+        """Each rank's participants train; one record per local step, over the clients of all ranks."""
+        steps = self.inner.fit() if self._ours(self._sharing.own.now.participants) else []
+        plain = [(s.clients, s.means.tolist(), s.samples, s.samples if s.mass is None else s.mass) for s in steps]
+        parts = self._world.gathered(plain)
+        self._alike = len(self._samples) == 1
+        return [_joined([part[t] for part in parts if t < len(part)]) for t in range(max(map(len, parts), default=0))]
+
+    def average(self, weights: Mapping[int, float]) -> tuple[int, ...]:
+        """Each rank's mean, then that of the ranks'."""
+        own = {k: w for k, w in weights.items() if k in self._mine}
+        if own:
+            self.inner.average(own)
+        else:
+            self._engine.settle()
+        state = self._engine.model_state(0)
+        moving = {name: t.clone() for name, t in state.items() if name not in self._frozen}
+        mean_of_means(self._world, moving, sum(own.values()) / sum(weights.values()))
+        self._engine.take_everyones({**state, **moving})
+        self._alike = True
+        return tuple(weights)
+
+    def evaluate(self, samples: Samples, predict: Predict, clients: Sequence[int] | None = None) -> Evaluation:
+        """Each rank judges its own clients' models; models known to be equal are looked at once."""
+        drawn = judged(len(self._samples), self._whole.eval_clients, self._whole.seed)
+        everyone = drawn if clients is None else list(clients)
+        mine = self._ours(everyone[:1] if self._alike else everyone)
+        own = dict(self.inner.evaluate(samples, predict, mine).scores) if mine else {}
+        self.crossed.extend(self._noted)
+        self._noted.clear()
+        found = {k: scores for part in self._world.gathered(own) for k, scores in part.items()}
+        first = next(iter(found.values()))
+        return Evaluation({k: found.get(k, first) for k in everyone}, len(samples))
+
+    def model_state(self, client: int) -> State:
+        """One client's model, on all ranks."""
+        rank = next(r for r, span in enumerate(self._spans) if client in span)
+        own = dict(self.inner.model_state(client)) if client in self._mine else None
+        found = self._world.from_rank(rank, own)
+        assert found is not None, "its rank has it"
+        return found
+
+    def held(self) -> Held:
+        """The models of all clients; where they differ, on rank 0 alone."""
+        if self._alike:
+            return Held({0: self.inner.model_state(self._mine.start)}, True)
+        own = {k: dict(self.inner.model_state(k)) for k in self._mine}
+        return Held({k: state for part in self._world.collected(own) for k, state in part.items()}, False)
+
+    def state(self) -> dict[str, Any]:
+        """That of a single process with all clients; whole on rank 0 alone."""
+        return whole_state(self._world.collected(self.inner.state()), self._alike)
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take this rank's part of a state that `state()` returned, or that of a single process."""
+        part, self._alike = own_state(state, self._mine)
+        self.inner.load(part)
+
+
+def _joined(parts: Sequence[tuple[tuple[int, ...], list[float], int, float]]) -> Step:
+    """One local step of those of several ranks: (clients, means, rows, what these count)."""
+    mass = sum(part[3] for part in parts)
+    loss = sum(part[1][0] * part[3] for part in parts) / (mass or 1)
+    own = [value for part in parts for value in part[1][1:]]
+    clients = tuple(k for part in parts for k in part[0])
+    return Step(torch.tensor([loss, *own], dtype=torch.float64), clients, sum(part[2] for part in parts), mass=mass)
+
+
+def mean_of_means(world: World, state: Mapping[str, Tensor], share: float) -> None:
+    """Each rank's mean (or nothing, with a `share` of 0) := the mean over all ranks, in place; of integers, the
+    largest. The shares add up to 1.
+    """
+    real = [t for t in state.values() if t.is_floating_point() or t.is_complex()]
+    for t in real:
+        t.mul_(share) if share else t.zero_()
+    world.total(real)
+    for t in state.values():
+        if not (t.is_floating_point() or t.is_complex()):
+            if not share:
+                t.fill_(torch.iinfo(t.dtype).min if t.dtype != torch.bool else False)
+            world.largest(t)
+
+
+def whole_state(states: Sequence[Mapping[str, Any]], alike: bool) -> dict[str, Any]:
+    """The states of the ranks' cohorts, as that of a single process with all clients."""
+    first = states[0]
+    if "inner" in first:
+        return {**first, "inner": whole_state([state["inner"] for state in states], alike)}
+    found = {**first, "alike": alike}
+    for name in ("drawn", "clients"):
+        if name in first:
+            found[name] = [one for state in states for one in state[name]]
+    if any("taken" in state for state in states):
+        found["taken"] = [n for s in states for n in s.get("taken", [0] * len(s["drawn"]))]
+    if "stack" in first:
+        found["stack"] = whole_stack([state["stack"] for state in states])
+    return found
+
+
+def own_state(state: Mapping[str, Any], mine: range) -> tuple[dict[str, Any], bool]:
+    """(the part of the clients `mine`, whether all models are known to be equal): the inverse of `whole_state`."""
+    if "inner" in state:
+        inner, alike = own_state(state["inner"], mine)
+        return {**state, "inner": inner}, alike
+    found = dict(state)
+    for name in ("drawn", "clients", "taken"):
+        if isinstance(state.get(name), list):
+            found[name] = state[name][mine.start : mine.stop]
+    if "stack" in state:
+        found["stack"] = own_stack(state["stack"], mine)
+    return found, bool(state.get("alike"))
+
+
+def whole_stack(stacks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The states of the ranks' stacked copies as one. Copies whose optimiser has not stepped have zeros there."""
+    found = {**stacks[0], **{name: any(s[name] for s in stacks) for name in ("clocked", "plain clock")}}
+    for name in ("steps", "batches"):
+        found[name] = [n for stack in stacks for n in stack[name]]
+    for name in ("parameters", "buffers"):
+        found[name] = {key: torch.cat([stack[name][key] for stack in stacks]) for key in stacks[0][name]}
+    kinds = {(key, kind): t for s in stacks for key, own in s["optimizer"].items() for kind, t in own.items()}
+    found["optimizer"] = {}
+    for (key, kind), like in kinds.items():
+        parts = [
+            stack["optimizer"].get(key, {}).get(kind, torch.zeros_like(stack["parameters"][key], dtype=like.dtype))
+            for stack in stacks
+        ]
+        found["optimizer"].setdefault(key, {})[kind] = torch.cat(parts)
+    return found
+
+
+def own_stack(stack: Mapping[str, Any], mine: range) -> dict[str, Any]:
+    """The part of some copies: the inverse of `whole_stack`."""
+    at = slice(mine.start, mine.stop)
+    tensors = {name: {key: t[at] for key, t in stack[name].items()} for name in ("parameters", "buffers")}
+    moments = {key: {kind: t[at] for kind, t in own.items()} for key, own in stack["optimizer"].items()}
+    counts = {name: stack[name][at] for name in ("steps", "batches") if stack.get(name) is not None}
+    return {**stack, **tensors, **counts, "optimizer": moments}

@@ -1,0 +1,247 @@
+"""The server of ranks that keep their rows apart: each has a replica of its model, and all take the same steps.
+
+    loss_r = sum of the rank's row losses / n, n being what all rows of the step count;  gradients are summed over ranks
+
+Copies for clients (SplitFed V1, V3) are on the ranks of their clients; their average is summed over the ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cutlayer.adjustment import Shifts
+from cutlayer.collective import World
+from cutlayer.engine.distributed import Sharing, mean_of_means, own_stack, whole_stack
+from cutlayer.engine.stacked import StackedServer
+from cutlayer.errors import ConfigError, NonFiniteError
+from cutlayer.frozen import load_moving, moving
+from cutlayer.gradients import RowLoss, client_means, column, means_of_clients, spread
+from cutlayer.server import Server, ServerStep
+from cutlayer.types import Rows, Smashed, TailGradients, as_tuple
+
+
+class DataParallel(Server):
+    """What the servers of ranks do besides: call `share_by` once. `example` are rows of smashed data."""
+
+    _sharing: Sharing
+    _example: Rows
+    _total = 1.0  # what all rows of the step count
+
+    def share_by(self, sharing: Sharing, example: Rows) -> None:
+        """Be a replica on one of the ranks."""
+        self._sharing, self._example = sharing, tuple(r[:1].detach() for r in example)
+
+    @property
+    def _world(self) -> World:
+        return self._sharing.world
+
+    def step(self, smashed: Smashed, factor: float = 1.0, loss: RowLoss | None = None) -> ServerStep:
+        """One loss over the rows of all ranks, and one step; the gradient is of the rows that are here."""
+        self._total = sum(smashed.masses) or 1.0
+        losses, gradient = self._through(smashed.here, loss, factor)
+        own = client_means(losses, smashed.here.sizes, smashed.weights) if len(losses) else losses
+        return ServerStep(self._everyones(own, smashed), gradient, self._rate(factor))
+
+    def gradients(
+        self, smashed: Smashed, loss: RowLoss | None = None, *, running_statistics: bool = False
+    ) -> ServerStep:
+        """The same without a step."""
+        self._total = sum(smashed.masses) or 1.0
+        self._pending = None
+        losses, gradient = self._through(smashed.here, loss, None, evaluating=running_statistics)
+        own = client_means(losses, smashed.here.sizes, smashed.weights) if len(losses) else losses
+        return ServerStep(self._everyones(own, smashed), gradient, 0.0)
+
+    def step_on(self, rows: Rows, labels: Tensor, factor: float = 1.0, loss: RowLoss | None = None) -> Tensor:
+        """Raises ConfigError: rows that are made up are not spread."""
+        raise ConfigError(
+            f"{self._algorithm} is registered with spreads = True, but steps on rows that it has made up: leave that "
+            "out of its registration"
+        )
+
+    def step_in_turn(self, smashed: Smashed, order: Sequence[int]) -> ServerStep:
+        """Raises ConfigError: clients whose rows are elsewhere have no turn here."""
+        raise ConfigError(
+            f"{self._algorithm} is registered with spreads = True, but steps on one client's rows after another's: "
+            "leave that out of its registration"
+        )
+
+    def _everyones(self, own: Tensor, smashed: Smashed) -> Tensor:
+        """The mean losses [1 + C] from those of the clients that are here."""
+        counts = [sum(k in span for k in smashed.clients) for span in self._sharing.spans]
+        table = self._world.joined(own.detach().double().cpu().numpy().reshape(-1, 1), counts)
+        return means_of_clients(torch.from_numpy(table[:, 0].copy()), smashed.masses)
+
+    def _mean(self, losses: Tensor, smashed: Smashed) -> Tensor:
+        """This rank's part of the loss."""
+        if smashed.weights is None:
+            return losses.sum() / self._total
+        return (losses * smashed.weights.to(losses.dtype)).sum() / self._total
+
+    def _through(
+        self, smashed: Smashed, loss: RowLoss | None, factor: float | None, *, evaluating: bool = False
+    ) -> tuple[Tensor, Rows]:
+        if len(smashed):
+            return super()._through(smashed, loss, factor, evaluating=evaluating)
+        self.forward(smashed, evaluating=evaluating)
+        return torch.empty(0), self._backward(smashed, lambda: None, factor)
+
+    def forward(self, smashed: Smashed, *, evaluating: bool = False) -> Rows:
+        """The outputs on the rows that are here."""
+        if len(smashed.here):
+            return super().forward(smashed.here, evaluating=evaluating)
+        rows = tuple(r.detach().requires_grad_(r.is_floating_point()) for r in smashed.rows)
+        with torch.no_grad():  # their shapes, of no rows
+            outputs = tuple(o[:0] for o in as_tuple(self.model(self._example)))
+        self._pending = (rows, outputs)
+        return outputs
+
+    def _share(self) -> None:
+        """The gradient of the loss over all rows."""
+        trained = [p for p in self._weights if p.requires_grad]
+        for p in trained:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        self._world.total([p.grad for p in trained if p.grad is not None])
+
+    def backward(self, smashed: Smashed, tail: TailGradients, factor: float = 1.0) -> ServerStep:
+        """U-shaped split: as a single server does, with the rows that are here."""
+        assert self._pending is not None, "backward() follows forward()"
+        masses = dict(zip(tail.clients, tail.masses or tail.sizes, strict=True))
+        total, here = sum(masses.values()) or 1, smashed.here
+        factors = spread([masses[k] / total for k in here.clients], here.sizes)
+        outputs = tuple(o for o in self._pending[1] if o.requires_grad)
+        rows = tuple(r * column(factors, r) for r in tail.rows)
+
+        def back() -> None:
+            if len(here):
+                torch.autograd.backward(outputs, rows)
+
+        gradient = self._backward(here, back, factor)
+        return ServerStep(means_of_clients(tail.losses, tuple(masses.values())), gradient, self._rate(factor))
+
+    def _numbered(self, smashed: Smashed) -> Smashed:
+        """With the numbers that the copies have here."""
+        return smashed
+
+    def step_copies(self, smashed: Smashed) -> ServerStep:
+        """The copies of the clients that are here step."""
+        here = smashed.here
+        if len(here):
+            with self._blamed():
+                step = super().step_copies(self._numbered(here))
+            own, gradient = step.means[1:], step.gradient
+        else:
+            own, gradient = torch.empty(0), tuple(r for r in here.rows if r.is_floating_point())
+        return ServerStep(self._everyones(own, smashed), gradient, self._rate(1.0))
+
+    @contextmanager
+    def _blamed(self) -> Iterator[None]:
+        """Errors name clients as they are called."""
+        yield
+
+    def _own(self, weights: Mapping[int, float]) -> dict[int, float]:
+        """Those of the clients that are here."""
+        mine = self._sharing.own.mine
+        return {k: w for k, w in weights.items() if k in mine}
+
+    def average_copies(self, weights: Mapping[int, float]) -> None:
+        """The copies' average, over all ranks."""
+        own = self._own(weights)
+        if own:
+            self._average_here(own)
+        else:
+            self._settle_copies()
+        state = {name: t.clone() for name, t in moving(self.model).items()}
+        mean_of_means(self._world, state, sum(own.values()) / sum(weights.values()))
+        load_moving(self.model, state)
+        self._spread_average()
+
+    def _average_here(self, weights: Mapping[int, float]) -> None:
+        super().average_copies(weights)
+
+    def _spread_average(self) -> None:
+        """Every copy := the server's model."""
+        for one in self._copies.values():
+            load_moving(one.model, moving(self.model))
+
+    def average_momentum(self, weights: Mapping[int, float]) -> None:
+        """Raises ConfigError: the momenta of other ranks are not here."""
+        raise ConfigError(
+            f"{self._algorithm} is registered with spreads = True, but averages momenta: leave that out of its "
+            "registration"
+        )
+
+    def state(self) -> dict[str, Any]:
+        """That of a single server; whole on rank 0 alone."""
+        own = super().state()
+        copies = self._world.collected(own["copies"])
+        return {**own, "copies": {k: copy for part in copies for k, copy in part.items()}}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take this rank's part of a state that `state()` returned, or that of a single server."""
+        mine = {str(k) for k in self._sharing.own.mine}
+        copies = state.get("copies")
+        own = {k: copy for k, copy in copies.items() if k in mine} if isinstance(copies, dict) else copies
+        super().load({**state, "copies": own})
+
+
+class ReplicaServer(DataParallel, Server):
+    """A replica beside clients that are simulated one after another."""
+
+
+class StackedReplica(DataParallel, StackedServer):
+    """A replica beside stacked clients; the copies for them are stacked, and have their numbers on this rank."""
+
+    def share_by(self, sharing: Sharing, example: Rows) -> None:
+        """Be a replica on one of the ranks."""
+        super().share_by(sharing, example)
+        self.first = sharing.own.mine.start
+
+    def _numbered(self, smashed: Smashed) -> Smashed:
+        return replace(smashed, clients=tuple(k - self.first for k in smashed.clients))
+
+    def _shifts(self, smashed: Smashed) -> Shifts:
+        if not self.traits_of_copies:
+            return super()._shifts(smashed)
+        return super()._shifts(replace(smashed, clients=tuple(k + self.first for k in smashed.clients)))
+
+    @contextmanager
+    def _blamed(self) -> Iterator[None]:
+        try:
+            self.traits_of_copies = True
+            yield
+        except NonFiniteError as error:
+            raise NonFiniteError(error.what, tuple(k + self.first for k in error.clients), error.step) from None
+        finally:
+            self.traits_of_copies = False
+
+    traits_of_copies = False
+
+    def _average_here(self, weights: Mapping[int, float]) -> None:
+        super()._average_here({k - self.first: w for k, w in weights.items()})
+
+    def _settle_copies(self) -> None:
+        super()._settle_copies()
+        self._stack.settle()
+
+    def _spread_average(self) -> None:
+        self._stack.load_all(self.model.state_dict())
+
+    def state(self) -> dict[str, Any]:
+        """That of a single server; whole on rank 0 alone."""
+        own = super().state()
+        return {**own, "stack": whole_stack(self._world.collected(own["stack"]))}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take this rank's part of a state that `state()` returned, or that of a single server."""
+        mine = self._sharing.own.mine
+        stack = state.get("stack")
+        copied = isinstance(stack, dict) and bool(stack.get("steps"))
+        super().load({**state, "stack": own_stack(stack, mine)} if copied else state)
