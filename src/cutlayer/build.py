@@ -11,13 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from types import FunctionType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cutlayer import plugins, seeds
+from cutlayer import __version__, plugins, seeds
 from cutlayer.adjustment import Adjustment, InformedCohort, log_prior
 from cutlayer.algorithms import Algorithm, traffic_of
 from cutlayer.allocator import keep_memory
@@ -41,6 +41,7 @@ from cutlayer.checks import (
     given_for,
 )
 from cutlayer.cohort import Cohort, Tell
+from cutlayer.collective import world
 from cutlayer.copies import deep_copy
 from cutlayer.costs.clock import Clock, ClockedCohort
 from cutlayer.costs.fleet import Fleet, fleet
@@ -53,6 +54,9 @@ from cutlayer.data.samples import Samples
 from cutlayer.data.sampling import per_epoch as steps_per_epoch
 from cutlayer.data.targets import as_indices, fitting
 from cutlayer.engine.choice import Choice, Chosen, Work
+from cutlayer.engine.distributed import Engine, Sharing, SpreadCohort
+from cutlayer.engine.layout import smashed
+from cutlayer.engine.replicas import DataParallel
 from cutlayer.engine.simulated import ClientModel, Clients, Shape, model_bytes
 from cutlayer.engine.simulation import simulate
 from cutlayer.engine.ways import Ways
@@ -254,6 +258,7 @@ class Prepared:
         engine: str,
         tell: Tell | None = None,
         class_counts: Sequence[Sequence[int]] | None = None,
+        around: Callable[[CodedCohort], SpreadCohort] | None = None,
     ) -> Training:
         """The whole, around this cohort and its server: with a ledger, and a clock where the machines are known. `tell`
         hears of clients whose rows are unlike those of the others. `class_counts` replace those that are known here.
@@ -272,9 +277,14 @@ class Prepared:
         counts = _counts(source, partition)
         trained = {"trains": self.clients_train, "lower_trains": self.lower_trains}
         coded = CodedCohort(cohort, replace(self.coding, carried=engine == "remote"), **trained)
-        asynchronous = self.algorithm.traits.asynchronous
-        looked_at = self._looked_at(coded, engine, tell)
-        metered = MeteredCohort(looked_at, ledger, coded.crossed, asynchronous=asynchronous)
+        crossing = coded if around is None else around(coded)
+        metered = MeteredCohort(
+            self._looked_at(crossing, engine, tell),
+            ledger,
+            crossing.crossed,
+            world().total_of,
+            asynchronous=self.algorithm.traits.asynchronous,
+        )
         training = Training(
             source,
             server,
@@ -377,9 +387,30 @@ def assemble(
 
     Raises UsageError (ConfigError, DataError, CutError) with the value, the reason and the remedy.
     """
-    p = prepare(config, model, data, loss=loss, metrics=metrics, ways=ways)
-    cohort, server = simulate(config, p.algorithm, p.chosen, p.attended, p.make_server, p.server_seed, p.attacks)
-    return p.training(cohort, server, p.chosen.ways.engine)
+    ranks = world()
+    if ranks.several:
+        ranks.compare("the configuration", {"version": __version__, **config.resolved()})
+    return ranks.agreed(lambda: _assembled(config, model, data, loss=loss, metrics=metrics, ways=ways))
+
+
+def _assembled(config: RunConfig, model: Model | None, data: Data | None, **given: Any) -> Training:
+    p, ranks, sharing = prepare(config, model, data, **given), world(), None
+    if ranks.several:
+        sharing = Sharing.of(ranks, config, p.algorithm, p.split, p.attended, p.example)
+    cohort, server, engine = simulate(
+        config, p.algorithm, p.chosen, p.attended, p.make_server, p.server_seed, p.attacks, sharing
+    )
+    if sharing is None:
+        return p.training(cohort, server, p.chosen.ways.engine)
+    example = p.example, p.source.train[slice(0, 1)].y
+    if isinstance(server, DataParallel):
+        server.share_by(sharing, smashed(p.split.client, p.example))
+
+    def around(coded: CodedCohort) -> SpreadCohort:
+        return SpreadCohort(coded, cast(Engine, engine), sharing, coded.crossed, p.split, example)
+
+    training = p.training(cohort, server, p.chosen.ways.engine, around=around)
+    return replace(training, remarks=(sharing.remark, *training.remarks))
 
 
 def prepare(
@@ -455,7 +486,7 @@ def prepare(
     width = task.width(source.train.y, source.classes)
     heads = _heads(config, algorithm, split, example, width, given)
     head = None if heads is None else heads("head")
-    chosen = Choice(config, algorithm, split, (make_client, make_server), example, work, typical, head).made(ways)
+    chosen = _chosen(Choice(config, algorithm, split, (make_client, make_server), example, work, typical, head), ways)
     split = chosen.split
     local_epochs, local_steps = algorithm.part_of_round
     setup = Clients(
@@ -503,6 +534,19 @@ def prepare(
         attacks,
         heads,
     )
+
+
+def _chosen(choice: Choice, ways: Ways | None) -> Chosen:
+    """How everything is computed: with several ranks as rank 0 has chosen."""
+    if not world().several:
+        return choice.made(ways)
+
+    def first() -> tuple[dict[str, Any], str]:
+        made = choice.made(ways)
+        return made.ways.stored(), made.remark
+
+    stored, remark = world().first(first)
+    return replace(choice.made(Ways.of(stored)), remark=remark)
 
 
 def _traced(config: RunConfig, machines: Fleet | None, source: Source) -> Fleet | None:

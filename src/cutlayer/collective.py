@@ -123,6 +123,19 @@ class World:
             distributed.all_reduce(flat)
         return flat
 
+    @property
+    def total_of(self) -> Callable[[np.ndarray], np.ndarray] | None:
+        """A function that sums whole numbers over the ranks; None where there are no others."""
+        return self._numbers if self.several else None
+
+    def _numbers(self, numbers: np.ndarray) -> np.ndarray:
+        import torch
+
+        tensor = torch.from_numpy(numbers.astype(np.int64))
+        self.total([tensor])
+        found: np.ndarray = tensor.numpy()
+        return found
+
     def largest(self, tensor: Tensor) -> None:
         """The tensor := the largest of each number over the ranks."""
         if self.several and tensor.numel():

@@ -491,6 +491,8 @@ class CommonConfig(TracedConfig):
     """Which of several equal ways computes the models the quickest here: what was measured before (cached), or is
     measured when the run is built where it was not (on: 1 % of the run at most, or half a second), or by rule (off).
     The variable CUTLAYER_TUNE sets the default."""
+    deterministic: bool = _field(False, OUTPUT)
+    """With several ranks: sums over the ranks are made in their order, so that a run repeats bit for bit."""
     device: str = _field("cpu", OUTPUT)
     """Where everything is computed: cpu, cuda (cuda:1...) or mps."""
     precision: Literal["float32", "float64", "bfloat16", "tf32"] = _field("float32", OUTPUT, shared=True)

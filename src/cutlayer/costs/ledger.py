@@ -14,7 +14,7 @@ message: every addressee receives all its rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -39,6 +39,7 @@ Kind = Literal[
     "server model",
     "weight gradients",
 ]
+_DIRECTIONS: tuple[Direction, ...] = ("up", "down")
 _APART = ("evaluation", "server model")  # what crosses besides training
 Convention = Literal["wire-unicast", "wire-broadcast", "paper"]
 CONVENTIONS: tuple[Convention, ...] = ("wire-unicast", "wire-broadcast", "paper")
@@ -66,6 +67,11 @@ class Ledger:
         if (direction, kind) not in self._bytes:
             self._bytes[direction, kind] = np.zeros(self.clients, np.int64)
         self._bytes[direction, kind][np.asarray(clients)] += counts
+
+    def replace(self, direction: Direction, kind: Kind, counts: np.ndarray) -> None:
+        """The bytes [C] of a kind so far are these."""
+        if counts.any() or (direction, kind) in self._bytes:
+            self._bytes[direction, kind] = counts
 
     def broadcast(self, kind: Kind, clients: Sequence[int], count: int) -> None:
         """The same `count` bytes went down to each of `clients`."""
@@ -147,14 +153,23 @@ class _MeteredState(Stored):
 class MeteredCohort(CohortAround):
     """A cohort whose crossings go into a ledger. It counts, and changes nothing.
 
-    `crossed` is where the inner cohort notes the bytes of rows that have crossed; here they are taken out.
+    `crossed` is where the inner cohort notes the bytes of rows that have crossed; here they are taken out. `total` sums
+    what has crossed in an evaluation over several processes that each evaluate some clients.
     `asynchronous`: clients begin to work when `arrivals` names them, and not when a round begins.
     """
 
-    def __init__(self, inner: Cohort, ledger: Ledger, crossed: list[Crossed], *, asynchronous: bool = False) -> None:
+    def __init__(
+        self,
+        inner: Cohort,
+        ledger: Ledger,
+        crossed: list[Crossed],
+        total: Callable[[np.ndarray], np.ndarray] | None = None,
+        *,
+        asynchronous: bool = False,
+    ) -> None:
         super().__init__(inner)
         self.asynchronous = asynchronous
-        self.ledger, self._crossed = ledger, crossed
+        self.ledger, self._crossed, self._total = ledger, crossed, total
         self._stale: set[int] = set()  # missed an averaging: will fetch the model when they next take part
         self._at_work: set[int] = set()  # go on with the model that they have until it is averaged
         self._common_seen = False  # in this round
@@ -279,13 +294,21 @@ class MeteredCohort(CohortAround):
                 self.ledger.add("down", "evaluation", clients, outputs[0].nbytes)
             return outputs
 
+        before = self._evaluated()
         try:
             found = self.inner.evaluate(samples, metered, clients)
         finally:
             self._count("evaluation")
+        if self._total is not None:
+            for direction, count in zip(_DIRECTIONS, self._total(self._evaluated() - before), strict=True):
+                self.ledger.replace(direction, "evaluation", before[_DIRECTIONS.index(direction)] + count)
         if isinstance(samples, AtClient) and found.scores and self.holder not in (None, samples.client):
             self._lent(self.holder, samples.client)
         return found
+
+    def _evaluated(self) -> np.ndarray:
+        """Bytes that have crossed in evaluations: [2, C]."""
+        return np.stack([self.ledger.of_clients(direction, "evaluation") for direction in _DIRECTIONS])
 
     def _lent(self, holder: int | None, client: int) -> None:
         """The travelling model goes to a client to be tested there."""

@@ -18,6 +18,7 @@ from torch import nn
 
 from cutlayer.algorithms import Algorithm
 from cutlayer.allocator import sharing
+from cutlayer.collective import world
 from cutlayer.engine.layout import in_layout, layouts, same, smashed
 from cutlayer.engine.remembered import key, recalled, remember
 from cutlayer.engine.simulated import gradient_bytes
@@ -126,7 +127,7 @@ class Choice:
         nothing_to_stack = self.traits.takes_turns or self.work.clients == 1
         if config.engine == "local" or (nothing_to_stack and config.engine == "auto"):
             return "local"
-        if config.engine == "auto" and self._one_union_step():
+        if config.engine == "auto" and not world().several and self._one_union_step():
             return "union"
         if config.engine == "auto" and self.traits.gradients_cross:  # equal models: nothing to gain
             return "local"

@@ -13,6 +13,9 @@ from cutlayer.defences.defended import DefendedCohort
 from cutlayer.engine.bounded import BoundedCohort
 from cutlayer.engine.choice import Chosen
 from cutlayer.engine.local import LocalCohort
+from cutlayer.engine.distributed import Sharing
+from cutlayer.engine.replicas import ReplicaServer, StackedReplica
+from cutlayer.engine.shares import NamedCohort
 from cutlayer.engine.simulated import Clients
 from cutlayer.engine.stacked import StackedCohort, StackedServer
 from cutlayer.engine.union import UnionCohort, UnionServer
@@ -32,10 +35,16 @@ def simulate(
     make_server: MakeOptimizer,
     seed: int,
     attacks: Attacks | None = None,
-) -> tuple[Cohort, Server]:
-    """(clients, server), computed as was chosen; some clients attack, where `attacks` says so. Raises ConfigError."""
-    simulated, server = _engine(config, algorithm, chosen, setup, make_server, seed)
+    sharing: Sharing | None = None,
+) -> tuple[Cohort, Server, LocalCohort | StackedCohort | UnionCohort]:
+    """(clients, server, the clients' engine), computed as was chosen; some clients attack, where `attacks` says so.
+    With `sharing` they are the clients of a rank. Raises ConfigError.
+    """
+    setup = setup if sharing is None else sharing.own
+    simulated, server = _engine(config, algorithm, chosen, setup, make_server, seed, sharing)
     cohort = cast(Cohort, simulated)  # its verbs are those that the algorithm needs
+    if sharing is not None:
+        cohort = NamedCohort(cohort, sharing.own.mine)
     protection = defences.of(config)
     if protection.penalised and LEARN in algorithm.traits.needs:
         raise ConfigError(
@@ -53,21 +62,30 @@ def simulate(
         assert not isinstance(simulated, UnionCohort), "hostile clients need models of their own"
         frozen = {name for part in chosen.split.all for name in frozen_names(part)}
         cohort = HostileCohort(cohort, simulated, attacks, frozen=frozen, eval_clients=setup.eval_clients)
-    return BoundedCohort(cohort, config.algorithm, algorithm.traits.needs), server
+    return BoundedCohort(cohort, config.algorithm, algorithm.traits.needs), server, simulated
 
 
 def _engine(
-    config: RunConfig, algorithm: Algorithm, chosen: Chosen, setup: Clients, make_server: MakeOptimizer, seed: int
+    config: RunConfig,
+    algorithm: Algorithm,
+    chosen: Chosen,
+    setup: Clients,
+    make_server: MakeOptimizer,
+    seed: int,
+    sharing: Sharing | None,
 ) -> tuple[LocalCohort | StackedCohort | UnionCohort, Server]:
     lr, copies = config.server_lr or config.client_lr, algorithm.traits.server_copies
     model, ways = chosen.split.server, chosen.ways
     if ways.engine == "stacked":
-        count = len(setup.rows) if copies else 0
-        return StackedCohort(setup, ways.clients), StackedServer(
+        everybody = setup if sharing is None or sharing.apart else sharing.whole
+        count = len(everybody.rows) if copies else 0
+        stacked = StackedReplica if sharing is not None and sharing.apart else StackedServer
+        return StackedCohort(setup, ways.clients), stacked(
             model, make_server, lr, seed, count, ways.copies, setup.task
         )
     if ways.engine == "local":
-        return LocalCohort(setup), Server(model, make_server, lr, seed, setup.task)
+        one = ReplicaServer if sharing is not None and sharing.apart else Server
+        return LocalCohort(setup), one(model, make_server, lr, seed, setup.task)
     union = UnionCohort(setup)
     if copies:
         return union, UnionServer(model, make_server, lr, seed, union.masses, setup.task)
