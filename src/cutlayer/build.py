@@ -270,7 +270,6 @@ class Prepared:
         if self.adjusts_at_server:
             adjustment = Adjustment(config.logit_adjust, config.tau, class_counts or self.class_counts)
             server.adjust(adjustment)
-            cohort = InformedCohort(cohort, adjustment)
         ledger = Ledger(len(self.clients.rows))
         if self.algorithm.traits.central:
             ledger.add("up", "raw data", 0, _raw_bytes(source, self.clients.rows[0]))
@@ -278,8 +277,10 @@ class Prepared:
         trained = {"trains": self.clients_train, "lower_trains": self.lower_trains}
         coded = CodedCohort(cohort, replace(self.coding, carried=engine == "remote"), **trained)
         crossing = coded if around is None else around(coded)
+        # The server's losses are told of the participants of all ranks.
+        told = crossing if adjustment is None else InformedCohort(crossing, adjustment)
         metered = MeteredCohort(
-            self._looked_at(crossing, engine, tell),
+            self._looked_at(told, engine, tell),
             ledger,
             crossing.crossed,
             world().total_of,

@@ -200,10 +200,24 @@ class World:
 
     def from_rank(self, rank: int, value: T) -> T:
         """What `rank` has for the value; that of the others is not looked at."""
-        return self.gathered(value if self.rank == rank else None)[rank]  # type: ignore[return-value]
+        import torch
+        from torch import distributed
+
+        if not self.several:
+            return value
+        own = bytearray(pickle.dumps(value)) if self.rank == rank else bytearray()
+        size = torch.tensor([len(own)])
+        with self._heard():
+            distributed.broadcast(size, src=rank)
+            packed = torch.frombuffer(own, dtype=torch.uint8) if own else torch.empty(int(size), dtype=torch.uint8)
+            distributed.broadcast(packed, src=rank)
+        self.sent += len(packed) + 8 if own else 0
+        return value if own else pickle.loads(packed.numpy().tobytes())  # type: ignore[no-any-return]  # noqa: S301
 
     def first(self, make: Callable[[], T]) -> T:
         """What `make` gives on rank 0, for all; an error of Cutlayer's there is one everywhere."""
+        if not self.several:
+            return make()
         found = self.agreed(lambda: make() if self.leads else None)
         return self.from_rank(0, found)  # type: ignore[return-value]
 
@@ -259,15 +273,20 @@ class World:
             self._lost(error)
 
     def _lost(self, error: RuntimeError) -> NoReturn:
-        reason = str(error).strip().splitlines()[0].removeprefix("[").split("] ")[-1]
+        reason = str(error).strip().splitlines()[0].split("] ", 1)[-1].split(". ")[0]
         raise LostRankError(
-            f"rank {self.rank} of {self.size} has lost another rank, whose own output says why ({reason[:120]}): start "
+            f"rank {self.rank} of {self.size} has lost another rank, whose own output says why ({reason}): start "
             "the ranks again, with `cutlayer resume` if the run has a folder"
         ) from error
 
 
 _ALONE = World()
 _current = _ALONE
+
+
+def is_known(error: BaseException) -> bool:
+    """Whether all ranks have this error, so that it is enough if one of them says it."""
+    return bool(getattr(error, _KNOWN, False))
 
 
 def world() -> World:
@@ -280,7 +299,7 @@ def joined(where: Place | None, *, store: str = "", timeout: float = TIMEOUT) ->
     """Be one of the ranks meanwhile (with `where` None: alone). `store` is where they meet in place of the address of
     rank 0 (file:///...). Raises LostRankError where not all come within `timeout` seconds.
     """
-    global _current  # noqa: PLW0603
+    global _current
     if where is None:
         yield _ALONE
         return

@@ -102,7 +102,8 @@ def _positive(total: Tensor) -> Tensor:
 
 def spread(values: Sequence[float], sizes: Sequence[int]) -> Tensor:
     """One value per client -> one per row: [R], in double precision, on the CPU."""
-    return torch.repeat_interleave(torch.tensor(list(values), dtype=torch.float64), torch.tensor(list(sizes)))
+    each = torch.tensor(list(sizes), dtype=torch.int64)  # of none, too
+    return torch.repeat_interleave(torch.tensor(list(values), dtype=torch.float64), each)
 
 
 def column(values: Tensor, rows: Tensor) -> Tensor:

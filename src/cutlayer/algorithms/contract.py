@@ -12,7 +12,7 @@ requests, tables) is derived from its registration.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from cutlayer import plugins
 from cutlayer.data.own import own_code
@@ -108,7 +108,7 @@ def algorithm(
     paper: str = "",
     presets: Mapping[str, Any] | None = None,
     central: bool = False,
-    spreads: bool = False,
+    spreads: Literal["", "apart", "gathered"] = "",
     client_part: str = "",
     server_part: str = "",
     colour: str = "",
@@ -117,9 +117,10 @@ def algorithm(
     """Registers an `Algorithm` under `name`.
 
     `needs` are the verbs of `cutlayer.verbs` that its round uses. `presets` are options of all runs whose defaults are
-    others with this algorithm. `central`: everybody's data are gathered first. `spreads`: its round leaves the rows of
-    a step to the server's `step` or `step_copies`, to `through_tails`, `gradients.own` and SplitAvg, so that they may
-    lie in several processes; without it each gets them all.
+    others with this algorithm. `central`: everybody's data are gathered first. `spreads` says whether
+    several processes can share the clients. "apart": the round hands the rows of a step only to the server's `step` or
+    `step_copies`, to `through_tails`, `gradients.own` and SplitAvg, so that each process keeps its own rows.
+    "gathered": the round uses them in other ways too, and every process gets them all. Empty: they cannot.
     `client_part` and `server_part` say why the algorithm means nothing where that side has no parameters. `colour`
     (black, blue, green, grey, orange, purple, sky, vermillion, or "#rrggbb") and `line` ("-", "--", "-.", ":") are its
     look in plots; without a colour it gets a free one. Raises ValueError for a word that is not a verb.

@@ -75,6 +75,7 @@ def record(step: ServerStep, smashed: Smashed, active: tuple[int, ...] = ()) -> 
     summary="PSL whose server trains an epoch of mini-batches on the pooled rows before it answers",
     paper="arXiv 2511.18611",
     needs={FORWARD, BACKWARD},
+    spreads="gathered",
     colour="blue",
     line=":",
 )
@@ -101,6 +102,7 @@ class CyclePsl(Cycle):
     summary="SFL whose server trains an epoch of mini-batches on the pooled rows before it answers",
     paper="arXiv 2511.18611",
     needs={FORWARD, BACKWARD, AVERAGE},
+    spreads="gathered",
     client_part=AVERAGES,
     colour="grey",
     line="--",
@@ -131,6 +133,7 @@ class CycleSfl(Cycle, LocalWork):
     summary="SGLR whose server trains an epoch of mini-batches on the pooled rows before it answers",
     paper="arXiv 2511.18611",
     needs={FORWARD, BACKWARD},
+    spreads="gathered",
     client_part="SplitAvg averages the gradients that reach the client models",
     colour="vermillion",
     line=":",

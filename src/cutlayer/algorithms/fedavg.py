@@ -26,6 +26,7 @@ from cutlayer.verbs import AVERAGE, FIT
     summary="federated (FedAvg): whole models trained locally, averaged every round",
     paper="arXiv 1602.05629",
     needs={FIT, AVERAGE},
+    spreads="apart",
     colour="purple",
 )
 class FedAvg(LocalWork):

@@ -29,7 +29,7 @@ from cutlayer.verbs import BACKWARD_TOGETHER, FORWARD
     summary="PSL on rows drawn from all data; all clients step with the sum of their gradients",
     paper="arXiv 2407.15738",
     needs={FORWARD, BACKWARD_TOGETHER},
-    spreads=True,
+    spreads="apart",
     presets={"sampling": "global"},
     client_part="it sums the gradients of the client models",
     colour="blue",

@@ -29,7 +29,7 @@ from cutlayer.verbs import BACKWARD, FORWARD
     summary="parallel split learning: one server step on all clients' smashed data",
     paper="arXiv 2112.05929",
     needs={FORWARD, BACKWARD},
-    spreads=True,
+    spreads="apart",
     colour="blue",
 )
 class Psl(Scaled):

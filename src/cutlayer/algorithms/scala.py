@@ -24,7 +24,7 @@ from cutlayer.verbs import AVERAGE, BACKWARD, FORWARD
     summary="SFL with the logits adjusted to the classes' shares at the server and at each client",
     paper="arXiv 2405.04875",
     needs={FORWARD, BACKWARD, AVERAGE},
-    spreads=True,
+    spreads="apart",
     presets={"logit_adjust": "both"},
     client_part=AVERAGES,
     colour="vermillion",

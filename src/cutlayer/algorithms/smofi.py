@@ -27,6 +27,7 @@ from cutlayer.verbs import AVERAGE, BACKWARD, FORWARD, STEP_COPIES
     summary="SplitFed V1 whose server copies average their momentum in every step",
     paper="arXiv 2511.09828",
     needs={FORWARD, BACKWARD, AVERAGE, STEP_COPIES},
+    spreads="gathered",
     client_part=AVERAGES,
     colour="purple",
     line="--",

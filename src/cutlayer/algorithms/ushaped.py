@@ -64,7 +64,7 @@ class UShapedSsl(Tour):
     summary="parallel split learning that keeps labels private: the last layers stay with the clients too",
     paper="arXiv 1812.00564",
     needs={FORWARD, TAIL, BACKWARD},
-    spreads=True,
+    spreads="apart",
     colour="blue",
     line="--",
 )
@@ -89,7 +89,7 @@ class UShapedPsl(Scaled):
     summary="U-shaped PSL plus averaging of the client models, both ends, every step or round",
     paper="arXiv 1812.00564",
     needs={FORWARD, TAIL, BACKWARD, AVERAGE},
-    spreads=True,
+    spreads="apart",
     colour="purple",
     line="--",
 )
@@ -128,7 +128,7 @@ class UShapedSfl(Scaled, LocalWork):
     summary="SGLR that keeps labels private: the last layers stay with the clients too",
     paper="arXiv 2112.05929",
     needs={FORWARD, TAIL, BACKWARD},
-    spreads=True,
+    spreads="apart",
     client_part="SplitAvg averages the gradients that reach the lower parts",
     server_part="SplitLr accelerates the server model",
     colour="vermillion",

@@ -13,7 +13,7 @@ Shape legend: R ranks, C clients of a step, c_r those of rank r.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,7 +30,6 @@ from cutlayer.engine.simulated import Clients
 from cutlayer.engine.union import row_by_row
 from cutlayer.errors import ConfigError
 from cutlayer.frozen import frozen_names
-from cutlayer.gradients import means_of_clients
 from cutlayer.models import Parts
 from cutlayer.options import RunConfig
 from cutlayer.scoring import judged
@@ -54,7 +53,9 @@ class Sharing:
     why: str = ""
 
     @classmethod
-    def of(cls, world: World, config: RunConfig, algorithm: Algorithm, split: Parts, whole: Clients, example: Rows) -> Sharing:
+    def of(
+        cls, world: World, config: RunConfig, algorithm: Algorithm, split: Parts, whole: Clients, example: Rows
+    ) -> Sharing:
         """How the ranks share the clients. Raises ConfigError where they cannot."""
         refuse(config, algorithm, len(whole.rows), world.size)
         world.deterministic = config.deterministic
@@ -68,7 +69,11 @@ class Sharing:
         """What was chosen, in a line."""
         each = sorted({len(span) for span in self.spans})
         clients = " to ".join(str(n) for n in dict.fromkeys((each[0], each[-1])))
-        how = f"every rank computes the server's steps on the rows of all: {self.why}" if self.why else "the server is data-parallel"
+        how = (
+            f"every rank computes the server's steps on the rows of all: {self.why}"
+            if self.why
+            else "the server is data-parallel"
+        )
         return f"{self.world.size} ranks simulate {clients} clients each; {how}"
 
 
@@ -77,6 +82,9 @@ def refuse(config: RunConfig, algorithm: Algorithm, clients: int, ranks: int) ->
     name, traits = config.algorithm, algorithm.traits
     alone = "start a single process"
     reasons = {
+        f"{name} is not registered with `spreads`": not (
+            algorithm.entry.facts.get("spreads") or traits.central or traits.takes_turns or LEARN in traits.needs
+        ),
         f"{name} gathers all data in one place, and has nothing to share": traits.central,
         f"the clients of {name} take turns, so that there is nothing to share": traits.takes_turns,
         f"clients of {name} train on auxiliary heads, which ranks cannot share": LEARN in traits.needs,
@@ -100,10 +108,10 @@ def gathering(config: RunConfig, algorithm: Algorithm, split: Parts, example: Ro
     traits = algorithm.traits
     if traits.whole:
         return ""
-    if not algorithm.entry.facts.get("spreads"):
-        return f"{config.algorithm} does not say that it leaves them where they are"
-    if config.row_bound is not None or config.row_limit is not None:
-        return "rows are bounded by those of all"
+    if algorithm.entry.facts.get("spreads") == "gathered":
+        return f"a step of {config.algorithm} needs them in one place"
+    if config.screening != "none":
+        return "they are screened together"
     if traits.server_copies or row_by_row(split.server, smashed_by(split.client, example)):
         return ""
     if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in split.server.modules()):
@@ -120,6 +128,9 @@ class Engine(Protocol):
 
     def settle(self) -> None:
         """Clients whose batches wait for a step make one."""
+
+    def no_longer_alike(self) -> None:
+        """The models are not known to be equal any more."""
 
     def model_state(self, client: int) -> State:
         """Parameters and buffers of a client, by its number here."""
@@ -273,8 +284,8 @@ class SpreadCohort(CohortAround):
             tail = self.inner.tail(here)
             rows, losses, masses = tail.rows, tail.losses.double().cpu().numpy(), tail.masses or tail.sizes
         table = self._told([losses, masses, self._bytes("up", mine), self._bytes("down", mine)])
-        for direction, column in (("down", 3), ("up", 2)):
-            self.crossed.append(Crossed(direction, self._everybody, table[:, column].astype(np.int64)))
+        self.crossed.append(Crossed("down", self._everybody, table[:, 3].astype(np.int64)))
+        self.crossed.append(Crossed("up", self._everybody, table[:, 2].astype(np.int64)))
         if not self._sharing.apart:
             rows = tuple(self._world.rows(r, self._row_counts) for r in rows)
         own = torch.from_numpy(table[:, 0].copy()).to(rows[0])
@@ -353,6 +364,8 @@ class SpreadCohort(CohortAround):
         drawn = judged(len(self._samples), self._whole.eval_clients, self._whole.seed)
         everyone = drawn if clients is None else list(clients)
         mine = self._ours(everyone[:1] if self._alike else everyone)
+        if not self._alike:
+            self._engine.no_longer_alike()
         own = dict(self.inner.evaluate(samples, predict, mine).scores) if mine else {}
         self.crossed.extend(self._noted)
         self._noted.clear()

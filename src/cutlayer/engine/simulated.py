@@ -139,9 +139,7 @@ class SimulatedCohort(ABC):
 
     def __init__(self, setup: Clients) -> None:
         self.setup = setup
-        self._batches = Batches(
-            setup.rows, setup.batch, setup.seed, [setup.called(k) for k in range(len(setup.rows))]
-        )
+        self._batches = Batches(setup.rows, setup.batch, setup.seed, [setup.called(k) for k in range(len(setup.rows))])
         self._quota = np.zeros(len(setup.rows), np.int64)  # batches left in this round
         self._participants: tuple[int, ...] = ()
         self._turns: Turns | None = None  # of this round, where batches are not of b rows
@@ -166,6 +164,10 @@ class SimulatedCohort(ABC):
         """All clients have these parameters and buffers now."""
         if self.setup.rule.relative:
             self._origin = {name: tensor.detach().clone() for name, tensor in state.items()}
+
+    def no_longer_alike(self) -> None:
+        """The models are not known to be equal any more: those of others, elsewhere, have changed."""
+        self._alike = len(self._quota) == 1
 
     @property
     def samples(self) -> Sequence[int]:

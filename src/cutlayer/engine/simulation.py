@@ -12,8 +12,8 @@ from cutlayer.cohort import Cohort
 from cutlayer.defences.defended import DefendedCohort
 from cutlayer.engine.bounded import BoundedCohort
 from cutlayer.engine.choice import Chosen
-from cutlayer.engine.local import LocalCohort
 from cutlayer.engine.distributed import Sharing
+from cutlayer.engine.local import LocalCohort
 from cutlayer.engine.replicas import ReplicaServer, StackedReplica
 from cutlayer.engine.shares import NamedCohort
 from cutlayer.engine.simulated import Clients
@@ -80,9 +80,7 @@ def _engine(
         everybody = setup if sharing is None or sharing.apart else sharing.whole
         count = len(everybody.rows) if copies else 0
         stacked = StackedReplica if sharing is not None and sharing.apart else StackedServer
-        return StackedCohort(setup, ways.clients), stacked(
-            model, make_server, lr, seed, count, ways.copies, setup.task
-        )
+        return StackedCohort(setup, ways.clients), stacked(model, make_server, lr, seed, count, ways.copies, setup.task)
     if ways.engine == "local":
         one = ReplicaServer if sharing is not None and sharing.apart else Server
         return LocalCohort(setup), one(model, make_server, lr, seed, setup.task)
