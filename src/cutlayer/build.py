@@ -397,7 +397,7 @@ def assemble(
 def _assembled(config: RunConfig, model: Model | None, data: Data | None, **given: Any) -> Training:
     p, ranks, sharing = prepare(config, model, data, **given), world(), None
     if ranks.several:
-        sharing = Sharing.of(ranks, config, p.algorithm, p.split, p.attended, p.example)
+        sharing = Sharing.of(ranks, config, p.algorithm, p.chosen, p.attended, p.example)
     cohort, server, engine = simulate(
         config, p.algorithm, p.chosen, p.attended, p.make_server, p.server_seed, p.attacks, sharing
     )

@@ -19,16 +19,16 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-import numpy as np
-
 from cutlayer.errors import ConfigError, CutlayerError, LostRankError
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 T = TypeVar("T")
 
 _KNOWN = "known_to_all"
+_UNSET = "start them with torchrun or srun, or unset these variables"
 
 TIMEOUT = 300.0
 """Seconds after which a rank that doesn't answer counts as lost."""
@@ -61,12 +61,12 @@ def place(environ: Mapping[str, str] = os.environ) -> Place | None:
         port = environ.get("MASTER_PORT") or str(20000 + job % 20000)
     else:
         return None
-    rank, size, local, beside = (int(environ.get(name, default)) for name, default in zip(names, "0101", strict=True))
+    numbers = [environ.get(name, default) for name, default in zip(names, "0101", strict=True)]
+    if not all(number.isdecimal() for number in numbers):
+        raise ConfigError(f"{', '.join(names)} = {', '.join(numbers)} are not whole numbers: {_UNSET}")
+    rank, size, local, beside = map(int, numbers)
     if not 0 <= rank < size:
-        raise ConfigError(
-            f"{names[0]} = {rank} is not one of {names[1]} = {size} ranks: start them with torchrun or srun, or unset "
-            "these variables"
-        )
+        raise ConfigError(f"{names[0]} = {rank} is not one of {names[1]} = {size} ranks: {_UNSET}")
     return Place(rank, size, local, beside, f"tcp://{host}:{port}") if size > 1 else None
 
 
@@ -131,7 +131,7 @@ class World:
     def _numbers(self, numbers: np.ndarray) -> np.ndarray:
         import torch
 
-        tensor = torch.from_numpy(numbers.astype(np.int64))
+        tensor = torch.from_numpy(numbers.astype("int64"))
         self.total([tensor])
         found: np.ndarray = tensor.numpy()
         return found
@@ -152,7 +152,7 @@ class World:
         if not self.several:
             return own
         mine = torch.zeros(max(counts), own.shape[1], dtype=torch.float64)
-        mine[: len(own)] = torch.from_numpy(np.asarray(own, np.float64))
+        mine[: len(own)] = torch.as_tensor(own, dtype=torch.float64)
         parts = [part[:count] for part, count in zip(self._gathered(mine), counts, strict=True)]
         found: np.ndarray = torch.cat(parts).numpy()
         return found
@@ -212,7 +212,7 @@ class World:
             packed = torch.frombuffer(own, dtype=torch.uint8) if own else torch.empty(int(size), dtype=torch.uint8)
             distributed.broadcast(packed, src=rank)
         self.sent += len(packed) + 8 if own else 0
-        return value if own else pickle.loads(packed.numpy().tobytes())  # type: ignore[no-any-return]  # noqa: S301
+        return value if own else pickle.loads(packed.numpy().tobytes())  # noqa: S301 (from our own ranks)
 
     def first(self, make: Callable[[], T]) -> T:
         """What `make` gives on rank 0, for all; an error of Cutlayer's there is one everywhere."""
@@ -229,15 +229,14 @@ class World:
         try:
             made = make()
         except CutlayerError as error:
-            if not self.several or getattr(error, _KNOWN, False) or isinstance(error, LostRankError):
+            if not self.several or is_known(error) or isinstance(error, LostRankError):
                 raise
             failed = error
         if not self.several:
             return made
         for other in (failed, *self.gathered(failed)):
             if other is not None:
-                setattr(other, _KNOWN, True)  # to all: whoever raises it further doesn't tell them again
-                raise other
+                raise known(other)
         return made
 
     def compare(self, what: str, facts: Mapping[str, Any]) -> None:
@@ -275,8 +274,8 @@ class World:
     def _lost(self, error: RuntimeError) -> NoReturn:
         reason = str(error).strip().splitlines()[0].split("] ", 1)[-1].split(". ")[0]
         raise LostRankError(
-            f"rank {self.rank} of {self.size} has lost another rank, whose own output says why ({reason}): start "
-            "the ranks again, with `cutlayer resume` if the run has a folder"
+            f"rank {self.rank} of {self.size} has lost another rank, whose own output may say why ({reason}): start "
+            "the ranks again"
         ) from error
 
 
@@ -284,8 +283,17 @@ _ALONE = World()
 _current = _ALONE
 
 
+E = TypeVar("E", bound=Exception)
+
+
+def known(error: E) -> E:
+    """The error, which all ranks raise: it is enough if one of them says it."""
+    setattr(error, _KNOWN, True)
+    return error
+
+
 def is_known(error: BaseException) -> bool:
-    """Whether all ranks have this error, so that it is enough if one of them says it."""
+    """Whether all ranks have this error."""
     return bool(getattr(error, _KNOWN, False))
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from cutlayer.allocator import give_back
 from cutlayer.build import Data, Model, assemble, by_name, deal
+from cutlayer.collective import world
 from cutlayer.crew import checked, packed, side_by_side
 from cutlayer.errors import ConfigError, CutlayerWarning, RunFolderError
 from cutlayer.files import read_json
@@ -82,7 +83,7 @@ class _Own:
     def run(self, config: RunConfig, where: Path | None, model: Model | None) -> Run:
         """The run, or what goes on where the one in `where` stopped."""
         own = {**self.objective, "metrics": self.metrics or ()}
-        if where is not None and (where / CONFIG).exists():
+        if where is not None and world().first(lambda: (where / CONFIG).exists()):
             return Run.resume(where, model=model, data=self.data, **own)
         return Run(config, model=model, data=self.data, out=where, **own)
 
@@ -139,9 +140,13 @@ class Comparison:
         self.out = None if out is None else Path(out)
         self._resumed = False
         self.results: dict[str, dict[int, Result]] = {entry: {} for entry in self.plan}
-        if self.out is not None:
+        if jobs > 1 and world().several:
+            raise ConfigError(
+                f"jobs = {jobs} is not possible with {world().size} ranks, which train each run together: use jobs = 1"
+            )
+        if (where := self.out) is not None:
             _refuse_path_names(self.plan)
-            refuse_used(self.out)
+            world().first(lambda: refuse_used(where))
 
     @classmethod
     def resume(
@@ -156,7 +161,8 @@ class Comparison:
     ) -> Comparison:
         """A comparison that goes on where the one in `out` stopped. Raises RunFolderError where it can't."""
         own: dict[str, Any] = {"model": model, "data": data, "loss": loss, "metrics": metrics}
-        config = CompareConfig.of(without_own(stored_config(Path(out)), Path(out), **own))
+        stored = world().first(lambda: stored_config(Path(out)))
+        config = CompareConfig.of(without_own(stored, Path(out), **own))
         comparison = cls(config, model=model, data=data, loss=loss, metrics=metrics or (), jobs=jobs)
         comparison.out, comparison._resumed = Path(out), True
         return comparison
@@ -202,7 +208,7 @@ class Comparison:
         interrupted comparison then has all entries on the seeds it got to.
         """
         runs = [(entry, seed) for seed in self.config.seeds for entry in self.plan]
-        return [(entry, seed) for entry, seed in runs if not self._has_ended(entry, seed)]
+        return world().first(lambda: [(entry, seed) for entry, seed in runs if not self._has_ended(entry, seed)])
 
     def run(self) -> list[Row]:
         """Train everything and return the table."""
@@ -247,10 +253,8 @@ class Comparison:
     @contextmanager
     def _held(self) -> Iterator[None]:
         """The folder, where there is one, kept from other processes while everything is trained."""
-        for entry, seeds in self.plan.items():
-            for seed in seeds:
-                if (done := _finished(self._where(entry, seed))) is not None:
-                    self._take(entry, seed, done)
+        for (entry, seed), result in world().first(self._finished).items():
+            self._take(entry, seed, result)
         if self.out is None:
             yield
             return
@@ -259,9 +263,15 @@ class Comparison:
             **from_anywhere(self.config.resolved()),
             **own_things(model=own.model, data=own.data, **own.objective),
         }
-        with Folder.reopen(self.out) if self._resumed else Folder.create(self.out, stored) as folder:
+        with Folder.held(self.out, stored, again=self._resumed) as folder:
             yield
             folder.write_json(COMPARISON, {"rows": [asdict(row) for row in self.table()]})
+
+    def _finished(self) -> dict[tuple[str, int], Result]:
+        """The results of the runs that are done already."""
+        runs = [(entry, seed) for entry, seeds in self.plan.items() for seed in seeds]
+        found = {(entry, seed): _finished(self._where(entry, seed)) for entry, seed in runs}
+        return {which: result for which, result in found.items() if result is not None}
 
     def _where(self, entry: str, seed: int) -> Path | None:
         return None if self.out is None else self.out / entry / f"seed-{seed}"

@@ -26,6 +26,7 @@ from typing import Any, Self, TextIO
 
 import tomli_w
 
+from cutlayer.collective import world
 from cutlayer.errors import CutlayerError, FolderInUseError, RunFolderError
 from cutlayer.files import CONFIG as CONFIG
 from cutlayer.files import EVENTS as EVENTS
@@ -66,11 +67,30 @@ LOCK = ".lock"
 
 
 class Folder:
-    """An output folder, locked while this object is open. Use as a context manager."""
+    """An output folder, locked while this object is open. Use as a context manager.
 
-    def __init__(self, path: Path, lock: TextIO) -> None:
+    Without a lock it is another process that writes it (rank 0 of several): here nothing is written.
+    """
+
+    def __init__(self, path: Path, lock: TextIO | None) -> None:
         self.path, self._lock = path, lock
         self._files: dict[str, Lines] = {}
+
+    @classmethod
+    def held(cls, path: Path, config: Mapping[str, Any], *, again: bool) -> Folder:
+        """Make the folder, or open it `again`; of several ranks the first does, for all. Raises what these raise."""
+
+        def made() -> Folder:
+            if not world().leads:
+                return cls(path, None)
+            return cls.reopen(path) if again else cls.create(path, config)
+
+        return world().agreed(made)
+
+    @property
+    def written(self) -> bool:
+        """Whether this process writes it."""
+        return self._lock is not None
 
     @classmethod
     def create(cls, path: Path, config: Mapping[str, Any]) -> Self:
@@ -113,10 +133,13 @@ class Folder:
                 with self._writing(name):
                     self._files.pop(name).close()
         finally:
-            self._lock.close()
+            if self._lock is not None:
+                self._lock.close()
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
         """Add a line of JSON to `name`. Raises DiskFullError or RunFolderError where it cannot."""
+        if not self.written:
+            return
         with self._writing(name):
             if name not in self._files:
                 self._files[name] = Lines(self.path / name)
@@ -124,6 +147,8 @@ class Folder:
 
     def offsets(self) -> dict[str, int]:
         """Bytes in each record file, all of them on disk."""
+        if not self.written:
+            return {}
         for name, file in self._files.items():
             with self._writing(name):
                 file.sync()
@@ -139,6 +164,8 @@ class Folder:
 
     def truncate(self, offsets: Mapping[str, int]) -> None:
         """Forget the records written after `offsets` were taken. Raises RunFolderError where a file holds less."""
+        if not self.written:
+            return
         sizes = {name: (self.path / name).stat().st_size for name in _RECORDS if (self.path / name).exists()}
         for name, length in offsets.items():
             if name not in _RECORDS or length > sizes.get(name, 0):
@@ -151,7 +178,8 @@ class Folder:
 
     def write_text(self, name: str, text: str) -> None:
         """Write a small file atomically."""
-        replace_file(self.path / name, text.encode())
+        if self.written:
+            replace_file(self.path / name, text.encode())
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a small JSON file atomically."""

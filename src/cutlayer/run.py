@@ -22,6 +22,7 @@ from cutlayer import checkpoint, plugins
 from cutlayer.algorithms import steps_of
 from cutlayer.allocator import give_back
 from cutlayer.build import Data, Model, Training, assemble, by_name
+from cutlayer.collective import known, world
 from cutlayer.costs.measured import Meter
 from cutlayer.data.own import own_code
 from cutlayer.engine.ways import Ways
@@ -278,8 +279,8 @@ class Run:
         self._loss, self._metrics, asked = own_objective(loss, metrics)
         self.config = _merged(config, by_reference({**options, **names, **asked}))
         self.out = None if out is None else Path(out)
-        if self.out is not None:
-            refuse_used(self.out)
+        if (where := self.out) is not None:
+            world().first(lambda: refuse_used(where))
         if training is not None and (self._loss is not None or self._metrics):
             raise UsageError("a training that is given has its loss and metrics already: leave loss and metrics out")
         if training is None:
@@ -316,15 +317,14 @@ class Run:
         folder is no run, its checkpoint is broken or was made by another configuration than asked for.
         """
         out = Path(out)
-        stored = stored_config(out)
+        stored = world().first(lambda: stored_config(out))
         model, data, names = by_name(model, data)
         own_loss, own_metrics, asked = own_objective(loss, metrics)
         config = RunConfig.of(without_own(stored, out, model=model, data=data, loss=own_loss, metrics=own_metrics))
         _refuse_other(config, normalised(by_reference({**options, **names, **asked})), out)
         if training is None:
-            run = cls(
-                config, training=assemble(config, model, data, loss=own_loss, metrics=own_metrics, ways=ways_in(out))
-            )
+            ways = world().first(lambda: ways_in(out))
+            run = cls(config, training=assemble(config, model, data, loss=own_loss, metrics=own_metrics, ways=ways))
             run._model, run._data, run._loss, run._metrics = model, data, own_loss, own_metrics
         else:
             run = cls(config, model=model, data=data, loss=own_loss, metrics=own_metrics or (), training=training)
@@ -409,7 +409,7 @@ class Run:
             yield from self._train(None)
             return
         stored = {**from_anywhere(self.config.resolved()), **own_things(**self._own)}
-        with Folder.reopen(self.out) if self._resumed else Folder.create(self.out, stored) as folder:
+        with Folder.held(self.out, stored, again=self._resumed) as folder:
             self._restore(folder)
             yield from self._train(folder)
 
@@ -434,9 +434,11 @@ class Run:
                     yield record
             last = index + 1 == t.rounds
             if last and not self._step:
-                raise ConfigError(
-                    f"the algorithm {self.config.algorithm!r} has yielded no step in {t.rounds} rounds, so nothing was "
-                    "trained: have its round() yield a Step per training step"
+                raise known(
+                    ConfigError(
+                        f"the algorithm {self.config.algorithm!r} has yielded no step in {t.rounds} rounds, so nothing "
+                        "was trained: have its round() yield a Step per training step"
+                    )
                 )
             if last or (index + 1) % t.eval_every == 0:
                 self._evaluate(index + 1, folder, last=last)
@@ -447,12 +449,14 @@ class Run:
             if folder is not None and self.config.snapshot_every and (index + 1) % self.config.snapshot_every == 0:
                 self._snapshot(index + 1, folder)
             if folder is not None and (last or (index + 1) % (self.config.checkpoint_every or t.rounds_per_epoch) == 0):
-                checkpoint.write(folder.path / CHECKPOINT, self._state(index + 1, folder))
+                state = self._state(index + 1, folder)
+                if folder.written:
+                    checkpoint.write(folder.path / CHECKPOINT, state)
             if last:
                 break
         self.result = self._result()
         if folder is not None:
-            self.trained().write(folder.path / LAST)
+            self._write_model(folder, LAST)
             folder.write_json(RESULT, asdict(self.result))
 
     def count_again(self) -> None:
@@ -462,14 +466,21 @@ class Run:
         if self.out is not None:
             replace_file(self.out / RESULT, json.dumps(asdict(self.result), indent=1).encode())
 
+    def _write_model(self, folder: Folder, name: str) -> None:
+        trained = self.trained()
+        if folder.written:
+            trained.write(folder.path / name)
+
     def _snapshot(self, rounds: int, folder: Folder) -> None:
         """Keep the models of those clients whose models are evaluated."""
         clients, holder = self.training.clients, self.training.clients.holder
         everyone = judged(len(clients.samples), self.training.eval_clients, self.config.seed)
         whose = everyone if holder is None else [holder]
+        models = {str(k): dict(clients.model_state(k)) for k in whose}
+        if not folder.written:
+            return
         place = folder.path / SNAPSHOTS
         place.mkdir(exist_ok=True)
-        models = {str(k): dict(clients.model_state(k)) for k in whose}
         checkpoint.write(
             place / f"round-{rounds:06}.safetensors", {"rounds": rounds, "steps": self._step, "models": models}
         )
@@ -494,7 +505,7 @@ class Run:
     def _record(self, step: Step, index: int, client_lr: float) -> Record:
         if not math.isfinite(step.loss):  # where the engine did not look: a look would have stopped the device
             bad = tuple(k for k, x in zip(step.clients, step.losses, strict=True) if not math.isfinite(x))
-            raise NonFiniteError("loss", bad).at(self._step)
+            raise known(NonFiniteError("loss", bad).at(self._step))
         ledger = self.training.ledger
         record = Record(
             self._step,
@@ -538,7 +549,7 @@ class Run:
         self.evaluating += time.perf_counter() - started
         self.by_client = {"global": everyones, "own": own}
         if best and folder is not None:
-            self.trained().write(folder.path / BEST)
+            self._write_model(folder, BEST)
         if folder is not None:
             folder.append(EVALUATIONS, asdict(scores))
             for where, found in self.by_client.items():
@@ -589,7 +600,7 @@ class Run:
             if self.out is None:
                 raise UsageError("the best model is kept in the folder of a run: give the run one, out=...")
             return find_trained(self.out, best=True)
-        if self._resumed and not self._begun and self.out is not None and (self.out / CHECKPOINT).exists():
+        if self._resumed and not self._begun and self.out is not None and _has_checkpoint(self.out):
             self._take(self.out)
         last = asdict(self.evaluations[-1]) if self.evaluations else {}
         return TrainedModel.of(self.config, self.training, own=self._model is not None, evaluation=last)
@@ -701,7 +712,7 @@ class Run:
         best = max(self.evaluations, key=lambda s: (*self.training.task.rank(s.validation_score), s.round))
         return Result(
             algorithm=self.config.algorithm,
-            engine=self.training.engine,
+            engine="distributed" if world().several else self.training.engine,
             metric=self.training.task.leading,
             share=self.training.task.share,
             maximise=self.training.task.maximise,
@@ -805,16 +816,16 @@ class Run:
 
     def _restore(self, folder: Folder) -> None:
         """Take the last checkpoint, where there is one, and forget what was written after it."""
-        if not (folder.path / CHECKPOINT).exists():
+        if not _has_checkpoint(folder.path):
             folder.truncate({})
             return
-        folder.truncate(self._take(folder.path))
+        offsets = world().agreed(lambda: self._take(folder.path))
+        world().first(lambda: folder.truncate(offsets))
 
     def _take(self, out: Path) -> dict[str, int]:
         """Take the last checkpoint in the folder `out`: how long the records were then."""
         path = out / CHECKPOINT
-        with reading(path):
-            state = checked(checkpoint.read(path), RunState)
+        state = world().first(lambda: _checkpoint(path))
         _refuse_other(RunConfig.of(state.config), self.config.resolved(), out)
         mine, theirs = fingerprint(self.training), state.fingerprint
         if different := [what for what in {**mine, **theirs} if mine.get(what) != theirs.get(what)]:
@@ -860,6 +871,16 @@ def _refuse_blind(config: RunConfig, training: Training) -> None:
             f"stop_after = {config.stop_after} needs validation rows to judge by, and there are none: hold some out "
             "(validation = 0.1), or leave stop_after out"
         )
+
+
+def _has_checkpoint(out: Path) -> bool:
+    return world().first(lambda: (out / CHECKPOINT).exists())
+
+
+def _checkpoint(path: Path) -> RunState:
+    """What is in that file. Raises RunFolderError."""
+    with reading(path):
+        return checked(checkpoint.read(path), RunState)
 
 
 def rate_factors(training: Training, index: int) -> tuple[float, float]:

@@ -28,6 +28,7 @@ from cutlayer.cli import (  # noqa: F401  (importing them registers their comman
 )
 from cutlayer.cli.application import HELP
 from cutlayer.cli.flags import COMMANDS, flags_of, own_things
+from cutlayer.cli.launched import said_elsewhere
 from cutlayer.cli.printing import fail, show_warning
 from cutlayer.errors import CutlayerError
 from cutlayer.files import is_full, unwritable
@@ -59,9 +60,13 @@ def main() -> NoReturn:
         own, missing = own_things(words)
         application(own)(words, exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as error:
+        if said_elsewhere(error, words):
+            sys.exit(2)
         # A thing that cannot be found has no flags: then they are not what is wrong.
         fail(str(missing[0]) if missing else _flag_sentence(error, own), 2)
     except CutlayerError as error:
+        if said_elsewhere(error, words):
+            sys.exit(error.exit_code)
         if DEBUG in sys.argv:
             traceback.print_exception(error)
         more = f"; {DEBUG} shows the traceback" if error.__cause__ is not None and DEBUG not in sys.argv else ""

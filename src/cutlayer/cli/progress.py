@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from cutlayer.cli.application import out
 from cutlayer.cli.printing import fail
+from cutlayer.errors import LostRankError
 from cutlayer.text import format_duration, format_score, remaining
 
 if TYPE_CHECKING:
@@ -19,11 +20,13 @@ if TYPE_CHECKING:
 
 @contextmanager
 def resumable(command: str) -> Iterator[None]:
-    """On Ctrl-C, print the command that goes on."""
+    """On Ctrl-C, or where another rank is lost, print the command that goes on."""
     try:
         yield
     except KeyboardInterrupt:
         fail(f"interrupted; go on with: {command}", 130)
+    except LostRankError as error:
+        fail(f"{error}, with any number of them: {command}", error.exit_code)
 
 
 class Monitor:

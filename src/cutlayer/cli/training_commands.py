@@ -9,9 +9,11 @@ from pydantic import BaseModel
 
 from cutlayer.cli.application import ConfigFile, Folder, Out
 from cutlayer.cli.flags import command
+from cutlayer.cli.launched import launched
 from cutlayer.cli.merging import check_positive, fresh_folder, merged_values, run_config
 from cutlayer.cli.progress import Monitor, resumable
 from cutlayer.cli.results import print_clients, print_comparison, print_differences, print_result, tell, write_report
+from cutlayer.collective import world
 from cutlayer.errors import ConfigError
 from cutlayer.options import CompareConfig, RunConfig
 from cutlayer.plugins import label
@@ -33,11 +35,16 @@ def run(*, options: BaseModel | None = None, config: ConfigFile = None, out: Out
     out
         The run folder to make. Default: runs/ALGORITHM-DATA-TIME.
     """
+    with launched() as ranks:
+        _train(ranks.agreed(lambda: _run(options, config, out)))
+
+
+def _run(options: BaseModel | None, config: Path | None, out: Path | None) -> Run:
     from cutlayer.run import Run
 
     merged = run_config(options, config)
-    where = out or fresh_folder(f"{label(merged.algorithm)}-{Path(merged.data).stem}")
-    _train(Run(merged, out=where))
+    where = out or world().first(lambda: fresh_folder(f"{label(merged.algorithm)}-{Path(merged.data).stem}"))
+    return Run(merged, out=where)
 
 
 @command(sort_key=2, options=CompareConfig)
@@ -53,11 +60,16 @@ def compare(*, options: BaseModel | None = None, config: ConfigFile = None, out:
     jobs
         How many runs to train at once, each in a process of its own with its share of the cores.
     """
+    with launched() as ranks:
+        _compare(ranks.agreed(lambda: _comparison(options, config, out, jobs)))
+
+
+def _comparison(options: BaseModel | None, config: Path | None, out: Path | None, jobs: int) -> Comparison:
     from cutlayer.compare import Comparison
 
-    values = merged_values(CompareConfig, options, config)
-    merged = CompareConfig.of(values)
-    _compare(Comparison(merged, out=out or fresh_folder(f"compare-{Path(merged.data).stem}"), jobs=jobs))
+    merged = CompareConfig.of(merged_values(CompareConfig, options, config))
+    where = out or world().first(lambda: fresh_folder(f"compare-{Path(merged.data).stem}"))
+    return Comparison(merged, out=where, jobs=jobs)
 
 
 @command(sort_key=3, options=RunConfig)
@@ -73,22 +85,32 @@ def resume(folder: Folder, *, options: BaseModel | None = None, jobs: int = 1) -
     jobs
         How many runs of a comparison to train at once.
     """
+    from cutlayer.compare import Comparison
+
+    with launched() as ranks:
+        resumed = ranks.agreed(lambda: _resumed(folder, options, jobs))
+        if isinstance(resumed, Comparison):
+            _compare(resumed)
+        else:
+            _train(resumed)
+
+
+def _resumed(folder: Path, options: BaseModel | None, jobs: int) -> Run | Comparison:
     from cutlayer.folder import stored_config
 
     given = {} if options is None else options.model_dump(include=options.model_fields_set)
-    if "algorithms" in stored_config(folder):
+    if "algorithms" in world().first(lambda: stored_config(folder)):
         from cutlayer.compare import Comparison
 
         if given:
             name, value = next(iter(given.items()))
             raise ConfigError(f"{name} = {value!r}: a comparison is resumed as it was started; leave options out")
-        _compare(Comparison.resume(folder, jobs=jobs))
-    else:
-        if jobs != 1:
-            raise ConfigError(f"jobs = {jobs} has no effect here: {str(folder)!r} is a single run; leave it out")
-        from cutlayer.run import Run
+        return Comparison.resume(folder, jobs=jobs)
+    if jobs != 1:
+        raise ConfigError(f"jobs = {jobs} has no effect here: {str(folder)!r} is a single run; leave it out")
+    from cutlayer.run import Run
 
-        _train(Run.resume(folder, **given))
+    return Run.resume(folder, **given)
 
 
 @command(sort_key=4)
@@ -142,6 +164,8 @@ def _train(run: Run) -> None:
                 tell(standing.remarks)
             monitor.show(name, standing)
         monitor.ended(name)
+    if not world().leads:
+        return
     assert run.result is not None
     print_result(run.result)
     print_clients(run)
@@ -168,6 +192,8 @@ def _compare(comparison: Comparison) -> None:
                 monitor.ended(name, progress.standing.stopped)
             else:
                 monitor.show(name, progress.standing)
+    if not world().leads:
+        return
     print_comparison(comparison.table())
     print_differences(comparison.out, Wanted())
     write_report(comparison.out)

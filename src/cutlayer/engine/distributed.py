@@ -24,6 +24,7 @@ from cutlayer.algorithms import Algorithm
 from cutlayer.cohort import Cohort, CohortAround, Crossed, Direction, Held, Predict, Summed
 from cutlayer.collective import World
 from cutlayer.data.samples import Samples
+from cutlayer.engine.choice import Chosen
 from cutlayer.engine.layout import smashed as smashed_by
 from cutlayer.engine.shares import OwnClients, spans
 from cutlayer.engine.simulated import Clients
@@ -42,7 +43,7 @@ State = Mapping[str, Tensor]
 @dataclass(frozen=True, eq=False)
 class Sharing:
     """Who simulates whom: the clients `whole`, of whom rank r has those of `spans[r]`, and this rank `own`. `apart`:
-    the rows of a step stay where they are; `why` not, where they could.
+    the rows of a step stay where they are; `why` says why not. `engine` is what each rank simulates with.
     """
 
     world: World
@@ -51,30 +52,28 @@ class Sharing:
     own: OwnClients
     apart: bool
     why: str = ""
+    engine: str = ""
 
     @classmethod
     def of(
-        cls, world: World, config: RunConfig, algorithm: Algorithm, split: Parts, whole: Clients, example: Rows
+        cls, world: World, config: RunConfig, algorithm: Algorithm, chosen: Chosen, whole: Clients, example: Rows
     ) -> Sharing:
         """How the ranks share the clients. Raises ConfigError where they cannot."""
         refuse(config, algorithm, len(whole.rows), world.size)
         world.deterministic = config.deterministic
         found = spans([len(rows) for rows in whole.rows], world.size)
         own = OwnClients.of(whole, found[world.rank], world.total)
-        why = gathering(config, algorithm, split, example)
-        return cls(world, whole, found, own, not why, why)
+        why = gathering(config, algorithm, chosen.split, example)
+        return cls(world, whole, found, own, not why, why, chosen.ways.engine)
 
     @property
     def remark(self) -> str:
         """What was chosen, in a line."""
         each = sorted({len(span) for span in self.spans})
         clients = " to ".join(str(n) for n in dict.fromkeys((each[0], each[-1])))
-        how = (
-            f"every rank computes the server's steps on the rows of all: {self.why}"
-            if self.why
-            else "the server is data-parallel"
-        )
-        return f"{self.world.size} ranks simulate {clients} clients each; {how}"
+        how = f"every rank computes all of it, because {self.why}" if self.why else "data-parallel"
+        server = "" if self.whole.shape == "whole" else f"; the server: {how}"
+        return f"{self.world.size} ranks simulate {clients} clients each ({self.engine} engine){server}"
 
 
 def refuse(config: RunConfig, algorithm: Algorithm, clients: int, ranks: int) -> None:

@@ -243,5 +243,6 @@ class StackedReplica(DataParallel, StackedServer):
         """Take this rank's part of a state that `state()` returned, or that of a single server."""
         mine = self._sharing.own.mine
         stack = state.get("stack")
-        copied = isinstance(stack, dict) and bool(stack.get("steps"))
-        super().load({**state, "stack": own_stack(stack, mine)} if copied else state)
+        if isinstance(stack, Mapping) and stack.get("steps"):
+            state = {**state, "stack": own_stack(stack, mine)}
+        super().load(state)

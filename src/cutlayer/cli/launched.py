@@ -1,0 +1,56 @@
+"""A command that `torchrun` or `srun` has started several times: its processes train together, and rank 0 speaks."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NoReturn
+
+from cutlayer.collective import Place, World, is_known, joined, place, world
+from cutlayer.errors import ConfigError, CutlayerError, LostRankError
+
+TOGETHER = (["run"], ["compare"], ["resume"])  # the commands that ranks do together
+
+
+@contextmanager
+def launched() -> Iterator[World]:
+    """Be one of the ranks meanwhile, if there are several. Those after the first print errors of their own alone."""
+    where = place()
+    if where is None:
+        yield world()
+        return
+    if where.rank:
+        _fall_silent()
+    signal.signal(signal.SIGTERM, lambda *_: _ended(where))
+    with joined(where) as ranks:
+        try:
+            yield ranks
+        finally:  # what there is to say has been said
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _fall_silent() -> None:
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (to the end)
+    warnings.showwarning = lambda *_, **__: None
+
+
+def _ended(where: Place) -> NoReturn:
+    """A launcher ends all ranks when one is lost; it may do so before this one has noticed."""
+    raise LostRankError(
+        f"rank {where.rank} of {where.size} was told to end, as launchers do when another rank is lost: start the "
+        "ranks again"
+    )
+
+
+def said_elsewhere(error: Exception, words: Sequence[str]) -> bool:
+    """Whether it is rank 0 that says this error of a command line, because all ranks have it."""
+    try:
+        where = place()
+    except ConfigError:
+        return False
+    follows = where is not None and where.rank > 0 and words[:1] in TOGETHER
+    return follows and (is_known(error) or not isinstance(error, CutlayerError))
