@@ -1,0 +1,202 @@
+"""Several ranks train one run: what they come to is what one process comes to, in double precision."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rank import SIZES, Case, Outcome, difference, together, trained
+from support import ALGORITHMS, made, u_shaped
+
+from cutlayer import RunConfig, plugins
+from cutlayer.engine.distributed import refuse
+from cutlayer.engine.shares import spans
+from cutlayer.errors import ConfigError
+
+CLOSE = 1e-10
+SPREAD = [name for name in ALGORITHMS if plugins.find("algorithm", name).facts["spreads"]]
+MOMENTUM = {"server_lr": 0.01, "server_optimizer": "sgd", "server_optimizer_options": {"momentum": 0.5}}
+OWN: dict[str, dict[str, Any]] = {
+    "smofi": MOMENTUM,
+    **{name: {"alpha": 0.5} for name in ("slr", "sglr", "usglr", "cyclesglr")},
+}
+UNLIKE = {"class_weights": [3.0, 1.0, 0.5, 2.0]}
+LINK = {"client_device": "raspberry-pi-4", "up_mbps": 10.0, "down_mbps": 50.0}
+
+
+def case(algorithm: str, **options: Any) -> Case:
+    """A run of that algorithm."""
+    tail = {"cut": "0", "tail_cut": "2"} if u_shaped(algorithm) else {}
+    return {"algorithm": algorithm, **OWN.get(algorithm, {}), **tail, **options}
+
+
+# Whatever the data, the model, or what else is asked for may change in a step that ranks share.
+WIDE: dict[str, Case] = {
+    **{f"{name}, {engine}": case(name, engine=engine) for name in SPREAD for engine in ("auto", "local")},
+    "one takes part": case("sgl", participation=0.2, rounds=10),
+    "two train copies": case("sflv1", participation=0.4, local_steps=2, rounds=10, client_optimizer="adam"),
+    "two with tails": case("usglr", participation=0.4, rounds=12),
+    "two sum gradients": case("gpsl", participation=0.4, rounds=12),
+    "two whole models": case("fl", participation=0.4, local_steps=2, rounds=10),
+    "averaged in each step": case("sfl", participation=0.6, average_every="step"),
+    "one sum for all": case("sgl", average_reduce="sum"),
+    "one mean for all": case("sglr", phi=0.4, average_over="clients-and-rows"),
+    "dropout on both sides": case("psl", own="dropping"),
+    "dropout in copies": case("sflv1", own="dropping"),
+    "dropout in copies, local": case("sflv1", own="dropping", engine="local"),
+    "batch norm on both sides": case("sglr", own="normed"),
+    "batch norm in copies": case("sflv1", own="normed"),
+    "batch norm in whole models": case("fl", own="normed"),
+    "batch norm below": case("sgl", own="norm below"),
+    "batch norm below, averaged": case("sfl", own="norm below", average_every="step"),
+    "two tensors cross": case("sglr", own="residual cut inside"),
+    "images": case("sgl", own="conv cut 2"),
+    "codecs": case("sglr", up_codec="int8", down_codec="float16"),
+    "codecs with tails": case("usglr", up_codec="float16", down_codec="int8"),
+    "a sparse codec": case("psl", up_codec="top-k:0.3"),
+    "noise": case("sgl", defences=["noise"], clip=5.0, gaussian_noise=0.1),
+    "noise, local": case("sgl", defences=["noise"], clip=5.0, gaussian_noise=0.1, engine="local"),
+    "features dropped": case("psl", defences=["feature-dropout"], feature_dropout=0.2),
+    "a penalty": case("sfl", defences=["nopeek"], nopeek=0.1),
+    **{f"weighted rows, {name}": case(name, **UNLIKE) for name in ("sglr", "sflv1", "usglr", "gpsl", "scala", "fl")},
+    "screened": case("psl", screening="median_bound"),
+    "Adam": case("sgl", client_optimizer="adam", server_optimizer="adamw", client_lr=0.01),
+    "clipped": case("sglr", client_clip_grad_norm=0.1, server_clip_grad_norm=0.1),
+    "accumulated": case("sgl", accumulate=2, server_accumulate=2),
+    "accumulated in copies": case("sflv1", accumulate=2, server_accumulate=2),
+    "rows drawn from all": case("psl", sampling="global"),
+    "rows in proportion": case("sglr", sampling="proportional"),
+    "a clock": case("sglr", **LINK),
+    "a clock, with tails": case("usfl", **LINK),
+    "adjusted on both sides": case("sglr", logit_adjust="both", participation=0.6),
+    "adjusted by clients": case("upsl", logit_adjust="client"),
+    "frozen": case("psl", freeze="^0"),
+    "few are judged": case("sgl", eval_clients=2),
+    "own test rows": case("psl", own_test=0.3, evaluate_on="both"),
+    "in the order of ranks": case("sglr", deterministic=True),
+}
+FEW: dict[str, Case] = {
+    name: {**WIDE[name], "rounds": 2}
+    for name in (
+        "cyclesfl, local",
+        "sflv1, auto",
+        "two with tails",
+        "two sum gradients",
+        "one takes part",
+        "noise",
+        "weighted rows, sglr",
+        "in the order of ranks",
+    )
+}
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+    """A few short cases on two ranks."""
+    return dict(zip(FEW, together(2, list(FEW.values()), tmp_path_factory.mktemp("two")), strict=True))
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_two_ranks_give_what_one_process_gives(name: str, few: Mapping[str, Outcome]) -> None:
+    assert difference(trained(FEW[name]), few[name]) <= CLOSE
+
+
+@pytest.mark.network
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_proof(size: int, tmp_path: Path) -> None:
+    """Every algorithm that ranks can share, and everything that changes a step: equal after twenty steps."""
+    found = together(size, list(WIDE.values()), tmp_path)
+    far = {}
+    for (name, options), outcome in zip(WIDE.items(), found, strict=True):
+        alone = trained(options)
+        assert alone.error or len(alone.facts[0]) >= 14, name
+        if (apart := difference(alone, outcome)) > CLOSE:
+            far[name] = apart
+    assert not far
+
+
+@pytest.mark.network
+@pytest.mark.timeout(600)
+def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
+    """Begun by 2 ranks it goes on with 1 or 3, and begun by 1 with 2."""
+    begun = {
+        "sgl": case("sgl", own="norm below", client_optimizer_options={"momentum": 0.9}, client_lr=0.01),
+        "local": case("sglr", engine="local", participation=0.4, client_optimizer="adam", client_lr=0.01),
+        "v1": case("sflv1", client_optimizer="adam", server_optimizer="adam", client_lr=0.01, own="dropping"),
+        "tails": case("usfl", client_optimizer="adam", client_lr=0.01),
+        "cycle": case("cyclesfl", server_optimizer="adam", client_lr=0.01),
+        "whole": case("fl", client_optimizer="adam", client_lr=0.01, local_steps=2),
+    }
+    whole = {name: trained(options) for name, options in begun.items()}
+
+    def part(where: str, **more: Any) -> list[Case]:
+        return [{**options, "out": str(tmp_path / f"{where} {name}"), **more} for name, options in begun.items()]
+
+    def on(size: int, cases: Sequence[Case]) -> list[Outcome]:
+        (folder := tmp_path / f"{size} {len(list(tmp_path.iterdir()))}").mkdir()
+        return [trained(one) for one in cases] if size == 1 else together(size, cases, folder)
+
+    for first, then in ((2, 1), (2, 3), (1, 2)):
+        where = f"{first} {then}"
+        on(first, part(where, stop=3))
+        for name, outcome in zip(begun, on(then, part(where, resume=True)), strict=True):
+            assert not outcome.error, (where, name, outcome.error)
+            close = {
+                key: (whole[name].numbers[key] - t).abs().max() for key, t in outcome.numbers.items() if "." in key
+            }
+            assert max(close.values()) <= CLOSE, (where, name)
+            assert outcome.facts[1:] == whole[name].facts[1:], (where, name)
+
+
+@pytest.mark.network
+def test_in_the_order_of_ranks_it_repeats_bit_for_bit(tmp_path: Path) -> None:
+    cases = [case("sglr", deterministic=True), case("sflv1", deterministic=True)]
+    one, other, again, other_again = together(3, [*cases, *cases], tmp_path)
+    assert difference(one, again) == 0
+    assert difference(other, other_again) == 0
+
+
+@pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS if name not in SPREAD])
+def test_an_algorithm_that_ranks_cannot_share_is_refused(algorithm: str) -> None:
+    with pytest.raises(ConfigError, match="2 ranks cannot train this: .*start a single process"):
+        refuse(RunConfig(algorithm=algorithm), made(algorithm), clients=5, ranks=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"attack": ["0=signs"]}, "attack is not there"),
+        ({"algorithm": "sfl", "averaging": "median"}, "averaging = 'median' needs the models of all clients"),
+        ({"judge": "average"}, "judge = 'average' needs the models of all clients"),
+        ({"algorithm": "gpsl", "accumulate": 2}, "accumulate = 2 is not there for gpsl"),
+        ({"cache_features": True}, "cache_features is not there"),
+    ],
+)
+def test_what_ranks_cannot_share_is_refused(options: dict[str, Any], why: str) -> None:
+    config = RunConfig(**{"algorithm": "psl", **options})
+    with pytest.raises(ConfigError, match=why):
+        refuse(config, made(config.algorithm), clients=5, ranks=2)
+
+
+def test_more_ranks_than_clients_are_refused() -> None:
+    with pytest.raises(ConfigError, match="more than the 3 clients; start 3 ranks at most"):
+        refuse(RunConfig(algorithm="psl"), made("psl"), clients=3, ranks=4)
+
+
+def test_clients_are_shared_by_their_samples() -> None:
+    assert spans([10] * 6, 3) == [range(2), range(2, 4), range(4, 6)]
+    assert spans([90, 1, 1, 1], 2) == [range(1), range(1, 4)]
+    assert spans([1, 1, 90], 3) == [range(1), range(1, 2), range(2, 3)]
+    assert spans(SIZES, 2) == [range(3), range(3, 5)]
+
+
+def test_a_rank_without_rows_has_no_mean_to_give() -> None:
+    """What a step counts is known to all ranks, also to those without rows."""
+    from cutlayer.gradients import spread
+
+    assert spread([], []).shape == (0,)
+    assert torch.equal(spread([0.5, 2.0], [2, 1]), torch.tensor([0.5, 0.5, 2.0], dtype=torch.float64))
