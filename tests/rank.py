@@ -76,10 +76,7 @@ def trained(case: Case) -> Outcome:
     given: dict[str, Any] = {"model": make(model), "data": source(SIZES[: options["clients"]], shape)}
     before = world().sent
     try:
-        if resume:
-            run = Run.resume(options["out"], **given)
-        else:
-            run = Run(**{"cut": cut, **options}, **given)
+        run = Run.resume(options["out"], **given) if resume else Run(**{"cut": cut, **options}, **given)
         records = []
         for record in run:
             records.append(record)

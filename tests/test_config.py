@@ -183,6 +183,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "huber_delta": POSITIVE,
     "engine": words("auto", "local", "stacked"),
     "tune": words("off", "cached", "on"),
+    "deterministic": st.booleans(),
     "device": words("cpu", "cuda", "cuda:1", "mps"),
     "precision": words("float32", "float64", "bfloat16", "tf32"),
     "memory_limit": st.floats(0.1, 100),

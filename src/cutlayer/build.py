@@ -277,6 +277,7 @@ class Prepared:
         trained = {"trains": self.clients_train, "lower_trains": self.lower_trains}
         coded = CodedCohort(cohort, replace(self.coding, carried=engine == "remote"), **trained)
         crossing = coded if around is None else around(coded)
+        asynchronous = self.algorithm.traits.asynchronous
         # The server's losses are told of the participants of all ranks.
         told = crossing if adjustment is None else InformedCohort(crossing, adjustment)
         metered = MeteredCohort(
@@ -284,7 +285,7 @@ class Prepared:
             ledger,
             crossing.crossed,
             world().total_of,
-            asynchronous=self.algorithm.traits.asynchronous,
+            asynchronous=asynchronous,
         )
         training = Training(
             source,

@@ -74,6 +74,7 @@ class CommonKeywords(TypedDict, total=False):
     attack: tuple[str, ...]
     engine: Literal["auto", "local", "stacked"]
     tune: Literal["off", "cached", "on"]
+    deterministic: bool
     device: str
     precision: Literal["float32", "float64", "bfloat16", "tf32"]
     memory_limit: float | None

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import processes
+import pytest
+from support import call
 
 from cutlayer.files import read_json
 
@@ -59,6 +61,7 @@ def launched(folder: Path, *argv: str, size: int = 2) -> list[Ended]:
     return [Ended(code, *(path.read_text() for path in paths)) for code, paths in zip(codes, files, strict=True)]
 
 
+@pytest.mark.network
 def test_rank_0_writes_and_prints(tmp_path: Path) -> None:
     first, second = launched(tmp_path, "run", "--algorithm", "sglr", *SMALL, "--out", "it")
     assert first.code == second.code == 0, first.err + second.err
@@ -70,6 +73,7 @@ def test_rank_0_writes_and_prints(tmp_path: Path) -> None:
     assert (result["engine"], result["steps"]) == ("distributed", 4)
 
 
+@pytest.mark.network
 def test_both_refuse_and_one_says_why(tmp_path: Path) -> None:
     first, second = launched(tmp_path, "run", "--algorithm", "ssl", *SMALL, "--out", "it")
     assert first.code == second.code == 2
@@ -78,8 +82,10 @@ def test_both_refuse_and_one_says_why(tmp_path: Path) -> None:
     assert not (tmp_path / "it").exists()
 
 
-def test_a_flag_that_is_none(tmp_path: Path) -> None:
-    first, second = launched(tmp_path, "run", "--algoritm", "psl")
-    assert first.code == second.code == 2
-    assert "Did you mean --algorithm?" in first.err
-    assert second.err == ""
+def test_what_all_ranks_are_told_one_of_them_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = "run", "--algoritm", "psl"
+    assert "Did you mean --algorithm?" in call(*wrong, code=2).err
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert call(*wrong, code=2).err == ""
+    assert "Did you mean" in call("plan", "--algoritms", "psl", code=2).err  # which ranks don't do together

@@ -162,7 +162,7 @@ def test_in_the_order_of_ranks_it_repeats_bit_for_bit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS if name not in SPREAD])
 def test_an_algorithm_that_ranks_cannot_share_is_refused(algorithm: str) -> None:
-    with pytest.raises(ConfigError, match="2 ranks cannot train this: .*start a single process"):
+    with pytest.raises(ConfigError, match="2 ranks cannot train this: "):
         refuse(RunConfig(algorithm=algorithm), made(algorithm), clients=5, ranks=2)
 
 

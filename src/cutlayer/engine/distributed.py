@@ -81,12 +81,11 @@ def refuse(config: RunConfig, algorithm: Algorithm, clients: int, ranks: int) ->
     name, traits = config.algorithm, algorithm.traits
     alone = "start a single process"
     reasons = {
-        f"{name} is not registered with `spreads`": not (
-            algorithm.entry.facts.get("spreads") or traits.central or traits.takes_turns or LEARN in traits.needs
-        ),
         f"{name} gathers all data in one place, and has nothing to share": traits.central,
         f"the clients of {name} take turns, so that there is nothing to share": traits.takes_turns,
         f"clients of {name} train on auxiliary heads, which ranks cannot share": LEARN in traits.needs,
+        f"clients of {name} work at their own pace, and ranks in step": traits.asynchronous,
+        f"{name} is not registered with `spreads`": not algorithm.entry.facts.get("spreads"),
         f"they are more than the {clients} clients": ranks > clients,
         "attack is not there with several ranks": bool(config.attack),
         "cache_features is not there with several ranks": config.cache_features,
