@@ -84,8 +84,8 @@ def test_both_refuse_and_one_says_why(tmp_path: Path) -> None:
 
 def test_what_all_ranks_are_told_one_of_them_says(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = "run", "--algoritm", "psl"
-    assert "Did you mean --algorithm?" in call(*wrong, code=2).err
+    assert "Did you mean --algorithm?" in call(*wrong, code=2).stderr
     for name, value in {"RANK": "1", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    assert call(*wrong, code=2).err == ""
-    assert "Did you mean" in call("plan", "--algoritms", "psl", code=2).err  # which ranks don't do together
+    assert call(*wrong, code=2).stderr == ""
+    assert "Did you mean" in call("plan", "--algoritms", "psl", code=2).stderr  # which ranks don't do together

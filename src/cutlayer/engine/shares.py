@@ -37,7 +37,7 @@ def spans(samples: Sequence[int], ranks: int) -> list[range]:
 
 
 @dataclass
-class Draw:
+class DrawnRound:
     """What was drawn for the round that runs: who takes part, and with how many rows in which step."""
 
     participants: tuple[int, ...] = ()
@@ -49,7 +49,7 @@ class OwnClients(Clients):
     """The clients `mine` of a rank, out of a setup of all. Who takes part is drawn for all at once (`now`)."""
 
     mine: range
-    now: Draw = field(default_factory=Draw)
+    now: DrawnRound = field(default_factory=DrawnRound)
     total: Callable[[Sequence[Tensor]], None] = lambda tensors: None
 
     @classmethod
