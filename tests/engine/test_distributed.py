@@ -79,16 +79,14 @@ WIDE: dict[str, Case] = {
     "in the order of ranks": case("sglr", deterministic=True),
 }
 FEW: dict[str, Case] = {
-    name: {**WIDE[name], "rounds": 2}
+    name: {**WIDE[name], "rounds": 1}
     for name in (
         "cyclesfl, local",
         "sflv1, auto",
         "two with tails",
         "two sum gradients",
-        "one takes part",
         "noise",
         "weighted rows, sglr",
-        "in the order of ranks",
     )
 }
 
