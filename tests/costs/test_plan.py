@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from cutlayer import ConfigError, CutError, Run, cut
 from cutlayer.costs import breakeven
-from cutlayer.costs.breakeven import BreakEven, Duel, break_evens, bytes_of, sentences
+from cutlayer.costs.breakeven import BreakEven, Duel, break_evens, bytes_of, lines
 from cutlayer.costs.expect import Workload, expect
 from cutlayer.costs.fleet import fleet
 from cutlayer.costs.flops import Flops, ModelFlops, count
@@ -506,15 +506,15 @@ def test_ssl_with_most_of_the_model_costs_more_with_many_clients() -> None:
         return 24 * (6 + 6 + 1) + 2 * (c - 1) * 245 > (c + 1) * 430
 
     assert (found.dearer, found.last) == ("above", max(c for c in range(1, 200) if not dearer(c)))
-    assert str(found) == "SSL costs no more than FL when up to 10 clients share the 24 samples out, and more beyond."
+    assert found.where == "up to 10"
     few = breakeven.clients(duel("ssl"), replace(work, samples_per_client=1000), "wire-broadcast")
-    assert str(few) == "SSL costs more than FL, however many clients share the samples out."
+    assert few.where == "never"
 
 
-def test_break_evens_that_read_alike_are_one_sentence() -> None:
+def test_break_evens_that_read_alike_are_one_line() -> None:
     found = [breakeven.model_size(duel(a), WORK, "wire-unicast") for a in ("psl", "sfl")]
     near = [replace(found[0], last=12_500_000), replace(found[1], last=12_500_321)]
-    assert sentences(near) == ["PSL and SFL cost more than FL for models of up to 12.5 MB, and no more beyond."]
+    assert lines(near) == [("wire-unicast", ["PSL", "SFL"], {"model bytes": "above 12.5 MB"})]
 
 
 def test_the_papers_break_even() -> None:
@@ -526,7 +526,7 @@ def test_the_papers_break_even() -> None:
     size = breakeven.model_size(duel("psl"), replace(work, samples_per_client=500), "paper")
     assert size.exact == 500 * 24_000
     assert breakeven.clients(duel("psl"), replace(work, samples_per_client=500), "paper").last == 6
-    assert str(psl) == "PSL costs no more than FL with up to 8,333 samples per client, and more beyond."
+    assert psl.where == "up to 8,333"
 
 
 @pytest.mark.parametrize("algorithm", ["psl", "sfl", "sglr", "ssl"])
@@ -550,10 +550,11 @@ def test_time_breaks_even_where_it_says(algorithm: str) -> None:
     assert len(kinds) > 1
 
 
-def test_sentences_say_what_is_the_same_once() -> None:
-    texts = sentences([breakeven.samples_per_client(duel(a), WORK, "wire-unicast") for a in ("psl", "sglr", "sfl")])
-    assert texts[0] == "PSL and SGLR cost no more than FL with up to 440 samples per client, and more beyond."
-    assert len(texts) == 2
+def test_a_line_is_there_once_for_all_that_say_the_same() -> None:
+    found = [breakeven.samples_per_client(duel(a), WORK, "wire-unicast") for a in ("psl", "sglr", "sfl")]
+    first, second = lines(found)
+    assert first == ("wire-unicast", ["PSL", "SGLR"], {"samples per client": "up to 440"})
+    assert second[1] == ["SFL"]
 
 
 # ---- large ----------------------------------------------------------------------------------------------------------
@@ -754,8 +755,8 @@ def test_the_command_prints_tables_and_writes_files(tmp_path: Path) -> None:
         "5 clients",
         "SGLR",
         "not known",
-        "costs more than FL",
-        "Time of an epoch",
+        "Where they cost no more than FL",
+        "time on these machines",
         "Of the cuts within 1.00 GB",
     ):
         assert words in printed, words

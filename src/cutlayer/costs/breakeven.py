@@ -27,7 +27,7 @@ from cutlayer.algorithms import Algorithm, traffic_of
 from cutlayer.costs.expect import Expected, Workload, expect
 from cutlayer.costs.fleet import Fleet
 from cutlayer.costs.ledger import CONVENTIONS, Convention
-from cutlayer.text import format_bytes, listed
+from cutlayer.text import format_bytes
 from cutlayer.traffic import Traffic
 
 Quantity = Literal["samples per client", "clients", "model bytes", "time"]
@@ -58,38 +58,28 @@ class BreakEven:
     exact: float | None
     total: int | None = None
 
-    def __str__(self) -> str:
-        """One sentence."""
-        return _sentence([self])
+    @property
+    def where(self) -> str:
+        """The numbers at which it costs no more than the federated one."""
+        if self.last is None:
+            return "never" if self.dearer == "always" else "always"
+        model = self.quantity == "model bytes"
+        if self.dearer == "above":
+            return f"up to {format_bytes(self.last) if model else f'{self.last:,}'}"
+        return f"above {format_bytes(self.last)}" if model else f"from {self.last + 1:,}"
 
 
-def sentences(found: list[BreakEven]) -> list[str]:
-    """One sentence for all that say the same of several algorithms under one convention, in order."""
-    groups: dict[tuple[object, ...], list[BreakEven]] = {}
+def lines(found: Sequence[BreakEven]) -> list[tuple[Convention | None, list[str], dict[Quantity, str]]]:
+    """For a table: under each convention (None: time) the titles of those that cost no more at the same numbers, and
+    at which numbers of each quantity.
+    """
+    cells: dict[tuple[Convention | None, str], dict[Quantity, str]] = {}
     for b in found:
-        last = b.last if b.last is None or b.quantity != "model bytes" else format_bytes(b.last)
-        groups.setdefault((b.convention, b.quantity, b.dearer, last), []).append(b)
-    return [_sentence(group) for group in groups.values()]
-
-
-def _sentence(group: list[BreakEven]) -> str:
-    first, s = group[0], "s" if len(group) == 1 else ""
-    titles = listed([b.title for b in group])
-    verb, more, less = (
-        (f"take{s}", "longer", "no longer") if first.convention is None else (f"cost{s}", "more", "no more")
-    )
-    if first.last is None:
-        what = more if first.dearer == "always" else less
-        whatever = {"model bytes": "large the whole model is", "clients": "many clients share the samples out"}
-        however = whatever.get(first.quantity, "many samples a client has")
-        return f"{titles} {verb} {what} than {first.against}, however {however}."
-    until, then = (less, more) if first.dearer == "above" else (more, less)
-    limit = f"with up to {first.last:,} samples per client"
-    if first.quantity == "model bytes":
-        limit = f"for models of up to {format_bytes(first.last)}"
-    elif first.quantity == "clients":
-        limit = f"when up to {first.last:,} clients share the {first.total:,} samples out"
-    return f"{titles} {verb} {until} than {first.against} {limit}, and {then} beyond."
+        cells.setdefault((b.convention, b.title), {})[b.quantity] = b.where
+    groups: dict[tuple[object, ...], tuple[Convention | None, list[str], dict[Quantity, str]]] = {}
+    for (convention, title), own in cells.items():
+        groups.setdefault((convention, *own.items()), (convention, [], own))[1].append(title)
+    return sorted(groups.values(), key=lambda line: [b.convention for b in found].index(line[0]))
 
 
 @dataclass(frozen=True)

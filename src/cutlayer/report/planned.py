@@ -1,4 +1,4 @@
-"""A plan as people read it: tables and sentences for the terminal, and one picture."""
+"""A plan as people read it: tables for the terminal, and one picture."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cutlayer.costs.breakeven import bytes_of, sentences
+from cutlayer.costs.breakeven import Quantity, bytes_of, lines
 from cutlayer.costs.expect import Workload, expect
 from cutlayer.costs.ledger import CONVENTIONS, Convention
 from cutlayer.costs.plan import Plan, flops_share
@@ -24,16 +24,15 @@ from cutlayer.report.looks import BLUE, VERMILLION, look_of_algorithm, title_of_
 from cutlayer.report.spending import duration, flops, joules
 from cutlayer.text import format_bytes, format_quantity, listed, shortened
 
-_CONVENTIONS: dict[Convention, str] = {
-    "wire-unicast": "Each message once per receiver (wire-unicast)",
-    "wire-broadcast": "What is the same for several clients once (wire-broadcast)",
-    "paper": "As the SGLR paper counts (paper)",
-}
+_COUNTED = (
+    "wire-unicast: each message once per receiver; wire-broadcast: what is the same for several clients once; paper: "
+    "as the SGLR paper counts. All else is as planned."
+)
 _NAMED = 14  # cuts whose names fit below the axis
 
 
 def show(plan: Plan, console: Console) -> None:
-    """Print tables and sentences."""
+    """Print what is planned, and the tables."""
     for line in heading(plan):
         console.print(line, highlight=False, soft_wrap=True)
     if len(plan.cuts) > 1:
@@ -50,16 +49,9 @@ def show(plan: Plan, console: Console) -> None:
     console.print(_computation(plan))
     for line in notes(plan):
         console.print(line, highlight=False, soft_wrap=True)
-    for convention, name in _CONVENTIONS.items():
-        found = [b for b in plan.break_evens if b.convention == convention]
-        if found:
-            console.print(Text(f"\n{name}:", style="bold"))
-        for sentence in sentences(found):
-            console.print(f"  {sentence}", highlight=False, soft_wrap=True)
-    if timed := [b for b in plan.break_evens if b.convention is None]:
-        console.print(Text("\nTime of an epoch on these machines:", style="bold"))
-        for sentence in sentences(timed):
-            console.print(f"  {sentence}", highlight=False, soft_wrap=True)
+    if plan.break_evens:
+        console.print(_break_evens(plan))
+        console.print(_COUNTED, highlight=False, soft_wrap=True)
 
 
 def heading(plan: Plan) -> list[str]:
@@ -177,6 +169,25 @@ def _cuts(plan: Plan) -> Table:
         rows.append([*row, *([] if not budget else ["yes" if cut.strain <= 1 else "no"])])
     title = f"Cuts in the order data flows, with {_title(plan, plan.judged)}, per epoch"
     return _table(title, columns, rows, plan.chosen.measured.name)
+
+
+def _break_evens(plan: Plan) -> Table:
+    """At which numbers each algorithm that cuts the model costs no more than the one that does not."""
+    first = plan.break_evens[0]
+    table = Table(title=f"Where they cost no more than {first.against}", title_justify="left")
+    total = next((b.total for b in plan.break_evens if b.total), None)
+    heads: dict[Quantity, str] = {
+        "samples per client": "samples per client",
+        "clients": f"clients that share {total:,} samples" if total else "clients",
+        "model bytes": "size of the whole model",
+    }
+    for name in ("counted as", "method", *heads.values()):
+        table.add_column(name, justify="right" if name in heads.values() else "left")
+    for convention, titles, cells in lines(plan.break_evens):
+        counted = "time on these machines" if convention is None else convention
+        own: dict[Quantity, str] = {"samples per client": cells["time"]} if convention is None else cells
+        table.add_row(counted, listed(titles), *(own.get(quantity, "") for quantity in heads))
+    return table
 
 
 def _has_budget(config: PlanConfig) -> bool:
