@@ -109,12 +109,15 @@ class Modelled:
 @dataclass(frozen=True, kw_only=True)
 class Spent(Modelled):
     """Also FLOPs of training, of a client in the mean and of the server, and the energy that this process's machine
-    drew. None: not known, not measured.
+    drew. If clients work at their own pace: how many server steps old a batch was when it was used, and how many
+    averagings old a model, in the mean. None: not known, not measured.
     """
 
     client_flops: float | None = None
     server_flops: float | None = None
     measured_joules: float | None = None
+    batch_age: float | None = None
+    model_age: float | None = None
 
 
 @dataclass(frozen=True)
@@ -737,8 +740,10 @@ class Run:
             measured_by=self._meter.method,
             attack=self.config.attack,
             availability=self._availability(),
-            staleness=self._staleness(),
             stopped=self._stopped,
+            staleness=(staleness := self._staleness()),
+            batch_age=None if staleness is None else staleness.get("batch_age"),
+            model_age=None if staleness is None else staleness.get("model_age"),
         )
 
     def _fairness(self) -> dict[str, Any]:

@@ -57,14 +57,17 @@ class Ages:
         self._kept["ages clock"][1] += 1
 
     def summary(self) -> dict[str, Any]:
-        """Plain values; lists have a value for each client, None where it has sent nothing that was used."""
+        """Plain values; lists have a value for each client, None where it has sent nothing that was used. `batch_age`
+        and `model_age` are the means over all batches and models.
+        """
         steps, averagings = self._kept["ages clock"].tolist()
         found: dict[str, Any] = {"server_steps": steps, "averagings": averagings}
-        for what in ("batches", "models"):
+        for what, age in (("batches", "batch_age"), ("models", "model_age")):
             counts, sums, most = (self._of(f"{what} {name}").tolist() for name in ("", "sum", "most"))
+            found[age] = sum(sums) / sum(counts) if any(counts) else None
             found[what] = counts
             found[f"{what}_mean"] = [total / n if n else None for total, n in zip(sums, counts, strict=True)]
-            found[f"{what}_most"] = [age if n else None for age, n in zip(most, counts, strict=True)]
+            found[f"{what}_most"] = [oldest if n else None for oldest, n in zip(most, counts, strict=True)]
         return found
 
     def _of(self, name: str) -> Tensor:

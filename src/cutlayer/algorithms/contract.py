@@ -51,8 +51,8 @@ class Algorithm(Thing):
         return None
 
     def staleness(self, server: Server) -> dict[str, Any] | None:
-        """How old what each client sent was when the server used it, plain values, where clients work at their own
-        pace; None: nobody does.
+        """How old what each client sent was when the server used it, where clients work at their own pace: what
+        `Ages.summary` gives. None: they do not.
         """
         return None
 

@@ -164,8 +164,9 @@ def print_comparison(rows: list[Row]) -> None:
 
 def _print_costs(rows: list[Row]) -> None:
     """Print what was computed, and time and energy if devices and links are named."""
-    from cutlayer.report import availability, spending
+    from cutlayer.report import availability, spending, staleness
 
+    stale = any(row.batch_age is not None for row in rows)
     traced = any(row.reachable is not None for row in rows)
     clocked = any(row.virtual_seconds is not None for row in rows)
     table = Table(title="Costs of training" + (", time and energy modelled" if clocked else ""))
@@ -176,6 +177,11 @@ def _print_costs(rows: list[Row]) -> None:
         table.add_column(name, justify="right")
     for name in availability.HEADS if traced else ():
         table.add_column(name, justify="right")
+    for name in staleness.HEADS if stale else ():
+        table.add_column(name, justify="right")
+    waits = stale and clocked and not traced
+    if waits:
+        table.add_column("a client waits", justify="right")
     table.add_column("this machine drew", justify="right")
     for row in rows:
         modelled = (
@@ -190,6 +196,8 @@ def _print_costs(rows: list[Row]) -> None:
             spending.flops(row.server_flops),
             *(modelled if clocked else ()),
             *(availability.means(row.reachable, row.idle_seconds, row.link_seconds) if traced else ()),
+            *(staleness.means(row.batch_age, row.model_age) if stale else ()),
+            *((staleness.waits(row.idle_seconds),) if waits else ()),
             spending.joules(row.measured_joules, "not measured"),
         )
     wide(140).print(table)

@@ -224,6 +224,18 @@ class _Availability(msgspec.Struct):
     late_seconds: Amount
 
 
+class _Staleness(msgspec.Struct):
+    batches: list[Count]
+    models: list[Count]
+    batches_mean: list[Number]
+    models_mean: list[Number]
+    batches_most: list[Count | None]
+    models_most: list[Count | None]
+    batch_age: Number = None
+    model_age: Number = None
+    idle_seconds: list[Amount] | None = None
+
+
 class _Result(msgspec.Struct):
     steps: Count
     samples: Count
@@ -236,6 +248,7 @@ class _Result(msgspec.Struct):
     bytes: list[dict[str, Any]] = msgspec.field(default_factory=list)
     availability: _Availability | None = None
     stopped: str = ""
+    staleness: _Staleness | None = None
 
 
 def read(folder: Path) -> Report:

@@ -11,7 +11,7 @@ from jinja2 import Environment, StrictUndefined
 
 from cutlayer import plugins
 from cutlayer.options import CompareConfig, RunConfig
-from cutlayer.report import availability, spending
+from cutlayer.report import availability, spending, staleness
 from cutlayer.report.collect import Measure, Report, ReportEntry
 from cutlayer.report.curves import differs, has_classes, loss_window, shown_partition
 from cutlayer.report.differences import Differences, as_text
@@ -46,6 +46,8 @@ def render(
         clocked=spending.clocked(report),
         traced=availability.HEADS if spending.traced(report) else (),
         availability=availability.table(report),
+        stale=staleness.HEADS if spending.stale(report) else (),
+        staleness=staleness.table(report),
         reached=spending.reached(report),
         kinds=[(entry.row.title, rows) for entry in report.entries if (rows := _kinds(entry))],
         pictures=list(zip(map(_embedded, panels), _descriptions(report), strict=False)),

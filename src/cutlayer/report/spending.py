@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from cutlayer.report import availability
+from cutlayer.report import availability, staleness
 from cutlayer.report.collect import Measure, Report, ReportEntry, StoredRun
 from cutlayer.summary import mean_of_known
 from cutlayer.text import format_bytes, format_duration, format_quantity, format_rate
@@ -22,6 +22,11 @@ def clocked(report: Report) -> bool:
 def traced(report: Report) -> bool:
     """Whether the links of any run follow a trace."""
     return any(result.get("reachable") is not None for e in report.entries for result in e.facts)
+
+
+def stale(report: Report) -> bool:
+    """Whether the clients of any run work at their own pace."""
+    return any(result.get("batch_age") is not None for e in report.entries for result in e.facts)
 
 
 def line(entry: ReportEntry) -> dict[str, Any]:
@@ -40,6 +45,8 @@ def line(entry: ReportEntry) -> dict[str, Any]:
         "server": joules(mean("server_joules")),
         "measured": joules(mean("measured_joules"), "not measured"),
         "availability": availability.means(mean("reachable"), mean("idle_seconds"), mean("link_seconds")),
+        "ages": staleness.means(mean("batch_age"), mean("model_age")),
+        "waits": staleness.waits(mean("idle_seconds")),
     }
 
 
