@@ -12,12 +12,14 @@ import pkgutil
 import re
 import sys
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sphinx.util import logging
 from sphinx.util.nodes import make_refnode
+
+log = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent / "api"
 
@@ -54,6 +56,16 @@ def names_of(module: Any) -> list[str]:
     return [name for name, _ in own if not name.startswith("_")]
 
 
+def undocumented(things: Mapping[str, Any]) -> Iterator[str]:
+    """Public classes, functions and methods without a docstring, which Sphinx would leave out."""
+    for name, thing in things.items():
+        if (inspect.isclass(thing) or inspect.isfunction(thing)) and not thing.__doc__:
+            yield name
+        if inspect.isclass(thing):
+            own = (known for known, value in vars(thing).items() if inspect.isfunction(value) and known[0] != "_")
+            yield from (f"{name}.{known}" for known in own if not inspect.getdoc(getattr(thing, known)))
+
+
 def write_pages(app: Any) -> None:
     """Write the pages. A class or function that several modules show is described where it comes first."""
     FOLDER.mkdir(exist_ok=True)
@@ -62,6 +74,8 @@ def write_pages(app: Any) -> None:
     for name in modules():
         module = importlib.import_module(name)
         things = {known: getattr(module, known) for known in names_of(module)}
+        for missing in undocumented(things):
+            log.warning("%s.%s has no docstring", name, missing, type="api", subtype="undocumented")
         repeated = [known for known, thing in things.items() if id(thing) in seen or inspect.ismodule(thing)]
         seen |= {id(thing) for thing in things.values() if callable(thing)}
         hidden = f"   :exclude-members: {', '.join(repeated)}\n" if repeated else ""
@@ -107,9 +121,7 @@ def inline(line: str) -> str:
 
 
 def convert(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
-    """Sphinx hands over each docstring and wants its lines replaced. An empty one is an error."""
-    if not any(lines) and what in ("module", "class", "function", "method", "exception"):
-        logging.getLogger(__name__).warning("%s has no docstring", name, type="api", subtype="undocumented")
+    """Sphinx hands over each docstring and wants its lines replaced."""
     lines[:] = [*as_rst(lines)]
 
 

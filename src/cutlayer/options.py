@@ -308,13 +308,14 @@ class FaultConfig(_Config):
 
     deadline: float = _field(600.0, FAULTS, ge=0)
     """Seconds for a step. After it the server goes on with the clients that have answered, if they are a quorum. 0: no
-    limit. Unless it is given, local training has a minute more for each of its steps."""
+    limit. By default, local training has one more minute for each of its steps."""
     quorum: float = _field(0.5, FAULTS, gt=0, le=1)
     """Fraction of the clients that a step needs after the deadline, and a round to begin."""
     patience: float = _field(3600.0, FAULTS, ge=0)
     """Seconds to wait for missing clients: for all of them at the start, for a quorum later. 0: no limit."""
     most_samples: int | None = _field(None, FAULTS, ge=1)
-    """Samples that a client may say it has; more are refused. Default: 10000 times as many as the others' median."""
+    """The most samples that a client may state; a client that states more is refused. Default: 10000 times as many as
+    the others' median."""
     faulty: Literal["exclude", "readmit", "stop"] = _field("exclude", FAULTS)
     """What happens to a client that sends NaN, wrong shapes or no message at all: it is excluded from the run; or it
     loses its connection and may come back; or the run ends."""
@@ -444,8 +445,8 @@ class CommonConfig(TracedConfig):
     server_clip_grad_norm: float | None = _field(None, TRAINING, "split", gt=0)
     """The same for the server's gradient, or that of each of its copies. Default: no limit."""
     accumulate: int = _field(1, TRAINING, shared=True, ge=1)
-    """Batches per step of a client's optimiser, which steps on the mean of their gradients. Fewer at the end of a round
-    make a step too."""
+    """Batches per step of a client's optimiser, which steps on the mean of their gradients. A round may end with a step
+    on fewer."""
     server_accumulate: int | None = _field(None, TRAINING, "split", ge=1)
     """The same for the server's optimiser. Default: accumulate."""
     param_groups: ParamGroups = _field((), TRAINING, shared=True)
@@ -470,11 +471,11 @@ class CommonConfig(TracedConfig):
     """What that logarithm is multiplied by; 0 changes nothing."""
 
     up_codec: str = _field("raw", CROSSING, "split")
-    """How smashed data are written (U-shaped: gradients too): a codec (see `cutlayer list codecs`), maybe +zstd."""
+    """The codec of smashed data (U-shaped: also of gradients); see `cutlayer list codecs`. May end with +zstd."""
     cache_features: bool = _field(False, CROSSING, "split", shared=True)
     """The server keeps what a frozen client part gives: each row's smashed data are computed and sent once."""
     down_codec: str = _field("raw", CROSSING, "split")
-    """How cut gradients are written (U-shaped: features too), likewise."""
+    """The codec of cut gradients (U-shaped: also of features); see `up_codec`."""
     screening: str = _field("none", CROSSING, "split")
     """What the server does to rows (the smashed data of a sample) before it uses them (see `cutlayer list screenings`),
     or your own: path/to/file.py:name. The server's own choice."""
@@ -488,8 +489,9 @@ class CommonConfig(TracedConfig):
     engine: Literal["auto", "local", "stacked"] = _field("auto", OUTPUT)
     """How clients are simulated: one after another (local), all at once (stacked), at once where possible (auto)."""
     tune: Literal["off", "cached", "on"] = _field("on", OUTPUT)
-    """Which of several equal ways computes the models the quickest here: what was measured before (cached), or is
-    measured when the run is built where it was not (on: 1 % of the run at most, or half a second), or by rule (off).
+    """How to choose the quickest of several equal ways of computing: by measurement (on: an earlier one, or a new one
+    when the run is built, of at most 1 % of the run or half a second), by an earlier measurement only (cached), or by
+    rule (off).
     The variable CUTLAYER_TUNE sets the default."""
     deterministic: bool = _field(False, OUTPUT)
     """With several ranks: sums over the ranks are made in their order, so that a run repeats bit for bit."""

@@ -21,7 +21,7 @@ from cutlayer.verbs import FIT
 @algorithm(
     "cl",
     title="CL",
-    summary="centralised: one model trained on everybody's data",
+    summary="centralised: one model trained on the pooled data of all clients",
     paper="arXiv 2112.05929",
     needs={FIT},
     central=True,

@@ -35,7 +35,7 @@ class SeldomSending(WithHead, LocalWork):
     """Algorithms whose clients send the first of every h batches, and get no gradient back."""
 
     upload_every: int = option(5, ge=1, planned=True)
-    """h: of so many local batches, the first is sent."""
+    """h: the first of every h local batches is sent."""
 
     def local_steps_and_uploads(
         self, server: Server, clients: Cohort, this: Round

@@ -13,13 +13,13 @@ FILES = Group("Files", sort_key=9)
 HELP = """Scalable split learning: train and compare algorithms that split models between clients and a server.
 
 Start with `cutlayer compare`: several algorithms on handwritten digits, ten clients, three seeds. `cutlayer list` shows
-all that there is to choose from, federated and centralised learning among the algorithms. Every option of a command can
-stand in a TOML file too (`--config`), under the same name with underscores; flags win over the file. The resolved
-configuration is stored with the run, and running from it reproduces the run.
+all algorithms (federated and centralised learning are among them), models, data sets and so on. Every option of a
+command can also be given in a TOML file (`--config`), under the same name with underscores; flags win over the file.
+The resolved configuration is stored with the run, and running from it reproduces the run.
 
 Exit codes: 0 done, 1 training failed, 2 wrong input (nothing was written), 3 disk full, 75 not possible now (the same
-command may succeed later), 130 interrupted (after 3 and 130 `cutlayer resume` goes on). With `--debug` an error comes
-with its traceback, such as that of code of yours.
+command may succeed later), 130 interrupted (after 3 and 130 `cutlayer resume` goes on). `--debug` shows the traceback
+of an error, for example of one in your own code.
 """
 # Markup is off: square brackets in names, paths and sentences of others are text.
 out = Console(markup=False)

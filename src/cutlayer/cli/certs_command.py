@@ -30,7 +30,7 @@ def certs(
     Parameters
     ----------
     folder
-        Where to: ca.crt, server.crt, client-0.crt..., each with its .key.
+        The folder to write to: ca.crt, server.crt, client-0.crt..., each with its .key.
     clients
         Number of clients to make certificates and keys for; 0 if they make their own keys. Default: 3.
     tokens
@@ -38,7 +38,7 @@ def certs(
     host
         Names and addresses under which the server is reached. Default: this machine only.
     days
-        How many days they are valid.
+        Days for which certificates are valid.
     request
         The name of a client, or server: makes NAME.key and NAME.csr in the folder, nothing else. The key stays there;
         the .csr goes to the authority.

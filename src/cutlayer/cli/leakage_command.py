@@ -61,10 +61,10 @@ def leakage(
     estimators
         Any of usable, infonce, smile, mine and ksg.
     view
-        What estimators of mutual information look at: two canonical or principal components, random lines (sliced), or
-        the raw tensors, of which their readings are far from true.
+        The projection that estimators of mutual information use: two canonical or principal components, random lines
+        (sliced), or none (raw), which gives readings far from the truth.
     snapshots
-        Also at the snapshots that the runs have kept (snapshot_every).
+        Also examine the snapshots that the runs have kept (snapshot_every).
     hijack
         Also train each run's clients anew, under an honest and under a hijacking server: what an active server would
         have read, and whether clients notice.

@@ -37,9 +37,9 @@ What = Literal[
 
 @command(sort_key=7, name="list")
 def list_(what: What = "all", /) -> None:
-    """Name what there is to choose from: algorithms, tasks, metrics, data sets and formats, partitions, models with
+    """List the available algorithms, tasks, metrics, data sets and formats, partitions, models with
     their cut points, schedules, averaging rules, screenings of rows, codecs, defences and attacks, each with its
-    options; and profiles of devices and links with their figures. What installed packages add is listed too.
+    options; and profiles of devices and links with their figures. Things of installed packages are listed, too.
 
     Parameters
     ----------

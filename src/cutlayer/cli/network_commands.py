@@ -65,23 +65,23 @@ def serve(
     key
         Its private key.
     ca
-        The authority that has made the clients' certificates: they must show one.
+        The authority of the clients' certificates, which clients must show.
     tokens
-        Instead of ca: a TOML file with a line NAME = "TOKEN" for each client.
+        A TOML file with a line NAME = "TOKEN" for each client, in place of ca.
     deny
-        A file with those who are not let in: on each line a client's name, serial:HEX or sha256:HEX of a certificate.
-        It is read again when it changes, as certificate, key, ca and tokens are.
+        A file of refused clients and certificates: on each line a client's name, or serial:HEX or sha256:HEX of a
+        certificate. It is read again when it changes, like certificate, key, ca and tokens.
     insecure
-        No encryption, nobody is asked who they are: on this machine only.
+        No encryption and no authentication: for localhost only.
     keepalive
-        Seconds between pings: a client that vanishes without a word is noticed after one and a half times that. Give a
-        minute where hundreds of clients share few cores.
+        Seconds between pings: a client that vanishes is noticed after one and a half times that. Use a minute if
+        hundreds of clients share few cores.
     message_limit
-        MB that a message may have, such as a model that is averaged; the same for clients. Default: 268.
+        Largest size of a message, such as an averaged model, in MB. Use the same for clients. Default: 268.
     prometheus
         Port (or address:port) to serve figures for Prometheus at.
     log
-        What happens to connections, on stderr: as text, or as JSON, one object per line.
+        Format of the log of connections on stderr: text, or JSON with one object per line.
     """
     from cutlayer.remote.logs import show_log
     from cutlayer.remote.security import ServerSecurity
@@ -140,46 +140,47 @@ def join(
     address
         The server's host:port.
     client
-        Who this is: client-0, client-1... Several names: several clients in this process (with tokens or insecure).
+        This client's name: client-0, client-1... Several names run several clients in this process (with tokens or
+        insecure).
     config
         The server's configuration.
     folder
-        Keeps this client's state, so that it can go on after a restart. Default: nothing is kept.
+        The folder of this client's state, which lets it go on after a restart. Default: no state is kept.
     certificate
         This client's certificate.
     key
         Its private key.
     ca
-        The authority that has made the server's certificate.
+        The authority of the server's certificate.
     token_file
-        Instead of a certificate: a file that holds this client's token.
+        A file with this client's token, in place of a certificate.
     insecure
-        No encryption: on this machine only.
+        No encryption: for localhost only.
     own_data
-        The path of this client's own data, all of which it trains on, but for test rows of its own (evaluate_on).
+        The path of this client's own data. It trains on all rows except its own test rows (evaluate_on).
         Default: its share of the configuration's data.
     give_up_after
         Seconds without a connection after which to give up. Default: never.
     keepalive
-        Seconds between pings: a server that vanishes without a word is noticed after one and a half times that.
+        Seconds between pings: a server that vanishes is noticed after one and a half times that.
     message_limit
-        MB that a message may have, as at the server. Default: 268.
+        Largest size of a message in MB, as at the server. Default: 268.
     watch
-        Look whether the gradients that come are those of the task (a server may send others, to read the inputs), and
-        where they do not look like it: warn, or leave. Gradients that clients share (SplitAvg) are not looked at.
-        Models that come, where the algorithm averages them or hands them over, are looked at, too.
+        Check whether the received gradients look like those of the task (a server may send others, to read the inputs);
+        if not, warn or leave. Received models are checked as well, if the algorithm averages them or hands them over.
+        Gradients that clients share (SplitAvg) are not checked.
     audit
         The file in which this client records what it was asked and what it answered. Default: audit.jsonl in its
         folder.
     show
-        Contact nobody: say what the study will ask of this client, and what leaves it, with a fingerprint of that.
+        Do not connect: show what the study will ask of this client and what leaves it, with a fingerprint.
     approve
-        Join only if the fingerprint of what this client is configured to do is this one.
+        Join only if the fingerprint of this client's configuration is this one (see --show).
     prometheus
         The port of this machine, or host:port, at which this process serves figures for Prometheus: requests by name
         and outcome, rows and bytes sent, and what is spent and allowed of each client's budget.
     log
-        What happens to the connection, on stderr: as text, or as JSON, one object per line.
+        Format of the log of the connection on stderr: text, or JSON with one object per line.
     """
     from cutlayer.build import own_source
     from cutlayer.remote.approval import check_approved, shown

@@ -62,22 +62,22 @@ def calibrate(
     idle_watts: float | None = None,
     out: Out = None,
 ) -> None:
-    """Measure how fast this machine trains, and what it draws, and write a device profile for `--profiles`.
+    """Measure this machine's training speed and power, and write a device profile for `--profiles`.
 
     Parameters
     ----------
     name
-        What the profile is called.
+        Name of the profile.
     batch
         The batch size.
     device
         Where it is trained: cpu, cuda...
     seconds
-        For how long.
+        Seconds to measure.
     watts
-        What a meter at the wall shows meanwhile, where this machine cannot measure its power.
+        Watts shown by a meter at the wall in the meantime, if this machine cannot measure its power.
     idle_watts
-        What it shows while the machine does nothing.
+        Watts shown by the meter while the machine is idle.
     out
         The file to write. Default: print the profile.
     """

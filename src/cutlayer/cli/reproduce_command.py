@@ -33,7 +33,7 @@ def reproduce(
     device: str = "cpu",
     jobs: int | None = None,
 ) -> None:
-    """Train what the SGLR paper's tables are made of and write them beside the paper's, with a verdict on each claim.
+    """Reproduce the SGLR paper's tables: train, write them beside the paper's, and judge each claim.
 
     The same command in the same folder goes on where it was; other tables can be added there. What is trained already
     is never trained again. With --model, a model of your choice takes the place of the paper's in every table.
@@ -52,8 +52,8 @@ def reproduce(
     device
         Where everything is computed, as for `cutlayer run`.
     jobs
-        How many runs at once. Default: as many as there are cores and memory for on the CPU, else 1. 0 trains nothing
-        and writes the report on what is there.
+        Number of runs at once. Default: as many as cores and memory allow on the CPU, otherwise 1. 0 trains nothing and
+        writes the report from existing results.
     """
     from cutlayer.reproduce.reproduction import Reproduction
 

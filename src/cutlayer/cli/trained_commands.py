@@ -30,7 +30,7 @@ def export(
     out: Annotated[Path | None, _FILE] = None,
     model: Model = None,
 ) -> None:
-    """Write the trained model of a run, whole, for other programs; a JSON file beside it says all that is known of it.
+    """Write the whole trained model of a run for other programs, with a JSON file that describes it.
 
     Parameters
     ----------
@@ -82,7 +82,7 @@ def predict(
     out: Annotated[Path | None, _FILE] = None,
     model: Model = None,
 ) -> None:
-    """Say what the trained model of a run makes of new rows, which need no labels.
+    """Predict new rows, which need no labels, with the trained model of a run.
 
     Columns are found by their names, and scaled and encoded as in training. Writes a CSV file: the class and the
     probability of every class, or the numbers.

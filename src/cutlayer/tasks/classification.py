@@ -24,13 +24,13 @@ class OfClasses(Task):
     """Where the scores of a place stand in what the model gives for a row."""
 
     class_weights: tuple[float, ...] = option(())
-    """What a row of each class counts, one number per class. Default: all count 1."""
+    """Weight of a row of each class, one number per class. Default: 1 for all."""
     balanced_classes: bool = option(False)
-    """Classes count in inverse proportion to their frequency in the training data: n / (K n_k)."""
+    """Weight classes in inverse proportion to their frequency in the training data: n / (K n_k)."""
     label_smoothing: float = option(0.0, ge=0, lt=1)
-    """How much of each target is spread evenly over all classes."""
+    """Fraction of each target that is spread evenly over all classes."""
     ignore_index: int | None = option(None)
-    """A class that does not count, such as -100. Default: none."""
+    """A class that is left out of loss and metrics, such as -100. Default: none."""
 
     def check(self, given: frozenset[str]) -> None:
         """Class weights come from one place, and are not negative. Raises ConfigError."""

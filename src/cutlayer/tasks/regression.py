@@ -32,7 +32,7 @@ class Regression(Task):
     """The loss of a number: squared error, absolute error, Huber's (quadratic below huber_delta), or Poisson's (the
     model gives the logarithm of a count)."""
     huber_delta: float = option(1.0, gt=0)
-    """Where Huber's loss becomes linear."""
+    """The error from which Huber's loss is linear."""
 
     def check(self, given: frozenset[str]) -> None:
         """huber_delta belongs to Huber's loss. Raises ConfigError."""
