@@ -164,7 +164,7 @@ def _check_name(name: str) -> None:
         known = {*CommonConfig.model_fields, *(o.name for e in plugins.flat() for o in e.options)}
         near = difflib.get_close_matches(name, known, 1)
         meant = f"did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(f"unknown option {name!r} in sweep: {meant}`cutlayer compare --help` shows all")
+        raise ConfigError(f"unknown option {name!r} in sweep: {meant}`cutlayer compare --help-all` shows all")
 
 
 def _entries(config: CompareConfig) -> dict[str, dict[str, Any]]:

@@ -153,8 +153,8 @@ def test_help_answers_at_once(tmp_path: Path) -> None:
     code = """
 import sys
 from cutlayer.cli import main
-for command in ([], ["run"], ["compare"], ["resume"], ["report"], ["plan"], ["list"]):
-    sys.argv = ["cutlayer", *command, "--help"]
+for command in ([], ["run"], ["compare"], ["resume"], ["report"], ["plan"], ["list"], ["run", "-all"]):
+    sys.argv = ["cutlayer", *command[:1], "--help" + "".join(command[1:])]
     try:
         main()
     except SystemExit as end:
@@ -166,8 +166,16 @@ assert not heavy, heavy
         [sys.executable, "-c", code], cwd=tmp_path, timeout=TIMEOUT, capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
-    for words in ("--alpha", "--algorithms", "--config", "--out", "FOLDER", "Exit codes"):
+    for words in ("--algorithms", "--config", "--out", "FOLDER", "Exit codes"):
         assert words in done.stdout
+    _, short, whole = done.stdout.split("Usage: cutlayer run")
+    flags_of_both = [set(re.findall(r"│ (--[a-z-]+)", text.split("Usage:")[0])) for text in (short, whole)]
+    assert len(flags_of_both[0]) <= 18
+    assert {"--data", "--model", "--client-lr", "--config"} <= flags_of_both[0] < flags_of_both[1]
+    assert {"--alpha", "--up-codec"} <= flags_of_both[1]
+    more = re.search(r"--help-all shows (\d+) more options", short)
+    assert more is not None
+    assert len(flags_of_both[1] - flags_of_both[0]) == int(more[1])
     assert not list(tmp_path.iterdir())
 
 

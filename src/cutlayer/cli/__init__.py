@@ -38,13 +38,14 @@ from cutlayer.plugins import Entry, explain
 __all__ = ["application", "main"]
 
 DEBUG = "--debug"  # of every command: the traceback too
+HELP_ALL = "--help-all"  # of every command: all options, not only those that are needed first
 
 
-def application(own: Sequence[Entry] = ()) -> App:
-    """All commands, with the options of the user's `own` things among their flags."""
+def application(own: Sequence[Entry] = (), *, wide: bool = False) -> App:
+    """All commands, with the options of the user's `own` things among their flags; `wide` help shows all of them."""
     app = App(name="cutlayer", version=__version__, help=HELP, help_format="markdown")
     for command in COMMANDS:
-        command.add_to(app, own)
+        command.add_to(app, own, wide=wide)
     return app
 
 
@@ -56,9 +57,11 @@ def main() -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     words, own, missing = [word for word in sys.argv[1:] if word != DEBUG], list[Entry](), list[CutlayerError]()
+    wide = HELP_ALL in words
+    words = ["--help" if word == HELP_ALL else word for word in words]
     try:
         own, missing = own_things(words)
-        application(own)(words, exit_on_error=False, print_error=False, result_action="return_value")
+        application(own, wide=wide)(words, exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as error:
         if said_elsewhere(error, words):
             sys.exit(2)

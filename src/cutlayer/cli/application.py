@@ -13,9 +13,10 @@ FILES = Group("Files", sort_key=9)
 HELP = """Scalable split learning: train and compare algorithms that split models between clients and a server.
 
 Start with `cutlayer compare`: several algorithms on handwritten digits, ten clients, three seeds. `cutlayer list` shows
-all algorithms (federated and centralised learning are among them), models, data sets and so on. Every option of a
-command can also be given in a TOML file (`--config`), under the same name with underscores; flags win over the file.
-The resolved configuration is stored with the run, and running from it reproduces the run.
+all algorithms (federated and centralised learning are among them), models, data sets and so on. `--help` of a command
+shows what people need first, `--help-all` all options. Every option can also be given in a TOML file (`--config`),
+under the same name with underscores; flags win over the file. The resolved configuration is stored with the run, and
+running from it reproduces the run.
 
 Exit codes: 0 done, 1 training failed, 2 wrong input (nothing was written), 3 disk full, 75 not possible now (the same
 command may succeed later), 130 interrupted (after 3 and 130 `cutlayer resume` goes on). `--debug` shows the traceback

@@ -31,6 +31,7 @@ from cutlayer.options import (
     NAMING,
     TASK,
     TRAINING,
+    CommonConfig,
     PlanConfig,
     about,
     read_toml,
@@ -42,6 +43,9 @@ OWN = "Options of single algorithms"
 _GROUPS = {name or OWN: Group(name or OWN, sort_key=i) for i, name in enumerate(GROUPS)}
 # Which options name things, of which kind; several things of a kind can be named.
 _NAMING = {option: kind for option, kind in NAMING.items() if plugins.KINDS[kind].flat}
+# What people need first: with it alone a first study can be made. `--help` shows these, `--help-all` all of them.
+FIRST = {"algorithm", "algorithms", "seed", "seeds", "data", "clients", "partition", "dirichlet_alpha", "participation"}
+FIRST |= {"model", "cut", "epochs", "batch", "client_optimizer", "client_lr", "server_lr", "device"}
 _PLACES = {"algorithm": OWN, "partition": CLIENTS, "schedule": TRAINING, "model": MODEL, "data": DATA, "format": DATA}
 _PLACES |= {"defence": DEFENCES, "task": TASK, "metric": TASK, "averaging": TRAINING, "screening": CROSSING}
 _PREFIXES = {
@@ -59,12 +63,19 @@ class Command:
     name: str | None
     flags: Mapping[str, type[BaseModel]]
 
-    def add_to(self, app: App, own: Sequence[Entry]) -> None:
-        """Make it a command of `app`, with the options of the user's `own` things among its flags."""
+    def add_to(self, app: App, own: Sequence[Entry], *, wide: bool = False) -> None:
+        """Make it a command of `app`, with the options of the user's `own` things among its flags; its help shows all
+        of them if it is `wide`, else those that are needed first and the user's own.
+        """
         f = self.function
         made = FunctionType(f.__code__, f.__globals__, f.__name__, f.__defaults__, f.__closure__)
         made.__doc__, made.__kwdefaults__ = f.__doc__, f.__kwdefaults__
-        models = {parameter: Annotated[flags_of(c, own) | None, _STAR] for parameter, c in self.flags.items()}
+        models = {
+            parameter: Annotated[flags_of(c, own, wide=wide) | None, _STAR] for parameter, c in self.flags.items()
+        }
+        if not wide and (hidden := sum(map(_hidden, self.flags.values()))):
+            summary, _, rest = (f.__doc__ or "").partition("\n")
+            made.__doc__ = f"{summary}\n\n{' ' * 4}`--help-all` shows {hidden} more options.\n{rest}"
         made.__annotations__ = {**f.__annotations__, **models}
         app.command(made, name=self.name, sort_key=self.sort_key)
 
@@ -85,18 +96,30 @@ def command(
     return decorate
 
 
-def flags_of(config: type[BaseModel], own: Sequence[Entry] = ()) -> type[BaseModel]:
-    """A model of all flags of a command: the fields of `config`, and the options of what it can choose."""
-    return _model_of(config, tuple(own))
+def flags_of(config: type[BaseModel], own: Sequence[Entry] = (), *, wide: bool = True) -> type[BaseModel]:
+    """A model of all flags of a command: the fields of `config`, and the options of what it can choose. Unless it is
+    `wide`, help does not show them all.
+    """
+    return _model_of(config, tuple(own), wide or not issubclass(config, CommonConfig))
+
+
+def _hidden(config: type[BaseModel]) -> int:
+    """How many flags of a command its short help does not show."""
+    return len(set(flags_of(config).model_fields) - FIRST) if issubclass(config, CommonConfig) else 0
 
 
 @cache  # several commands have the same flags
-def _model_of(config: type[BaseModel], own: tuple[Entry, ...]) -> type[BaseModel]:
+def _model_of(config: type[BaseModel], own: tuple[Entry, ...], wide: bool) -> type[BaseModel]:
     fields: dict[str, Any] = {}
+    mine = {option.name for entry in own for option in entry.options}
+
+    def shown(name: str) -> bool:
+        return wide or name in FIRST or name in mine
+
     for name, info in config.model_fields.items():
         group = about(info, "group")
         if group:
-            fields[name] = (_flag(info.annotation, group), info)
+            fields[name] = (_flag(info.annotation, group, shown(name)), info)
     for name, (option, owners) in _options(config, own).items():
         if name in fields:
             continue
@@ -104,7 +127,7 @@ def _model_of(config: type[BaseModel], own: tuple[Entry, ...]) -> type[BaseModel
         whose = _PREFIXES.get(kind, "{}").format(", ".join(e.name for e in owners))
         text = f"{whose}: {option.help}" if kind != "defence" else option.help
         made = replace(option, help=text)
-        fields[name] = (_flag(option.annotation, _PLACES[kind]), made.info)
+        fields[name] = (_flag(option.annotation, _PLACES[kind], shown(name)), made.info)
     settings = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
     model: type[BaseModel] = create_model(config.__name__, __config__=settings, **fields)
     return model
@@ -127,12 +150,12 @@ def _listed(kinds: Iterable[str]) -> Iterator[Entry]:
         yield from plugins.index(kind).values()
 
 
-def _flag(annotation: Any, group: str) -> Any:
-    """The type of a field as that of a flag."""
+def _flag(annotation: Any, group: str, shown: bool) -> Any:
+    """The type of a field as that of a flag, `shown` in help or not."""
     several = get_origin(annotation) is tuple
     mapping = "dict" in str(annotation)
     negative: dict[str, Any] = {"negative": ()} if several or mapping else {}
-    parameter = Parameter(group=_GROUPS[group], consume_multiple=several, **negative)
+    parameter = Parameter(group=_GROUPS[group], consume_multiple=several, show=shown, **negative)
     if mapping:
         return Annotated[annotation, BeforeValidator(_typed), parameter]
     if get_origin(annotation) is Literal:
