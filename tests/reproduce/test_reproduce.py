@@ -582,7 +582,7 @@ def test_interrupted_and_called_again(tmp_path: Path) -> None:
     done = call(*line, cwd=tmp_path)
     assert done.stderr == ""
     assert f"{len(before)}/22 runs are done already" in done.stdout
-    assert re.search(r"^21/22 runs, \S+ seed \d: test accuracy \d+\.\d %, .* left$", done.stdout, re.MULTILINE)
+    assert re.search(r" 21/22 runs, \S+ seed \d: test accuracy \d+\.\d %, .* left$", done.stdout, re.MULTILINE)
     assert {path: path.stat().st_mtime_ns for path in before} == before
     for words in ("Table 1: SplitLr", "paper 81.68", "SplitLr helps", "- Not measured (", "my runs/reproduction.html"):
         assert words in done.stdout

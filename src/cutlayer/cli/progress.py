@@ -120,9 +120,9 @@ class Monitor:
 
 
 def _line(text: str) -> None:
-    """A line of progress where no terminal shows bars."""
+    """A line of progress, with the time of day, where no terminal shows bars: it goes into the log of a batch job."""
     if not out.is_terminal:
-        out.print(text, highlight=False, soft_wrap=True)
+        out.print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", highlight=False, soft_wrap=True)
 
 
 def _score(standing: Standing) -> str:
