@@ -47,7 +47,7 @@ from cutlayer.reproduce.contest import contest
 from cutlayer.reproduce.findings import Findings
 from cutlayer.reproduce.outcomes import Outcomes, Score
 from cutlayer.reproduce.table6 import FLEET_TEXT, spent
-from cutlayer.reproduce.tables import SECTIONS, mean_of, paper
+from cutlayer.reproduce.tables import SECTIONS, paper
 from cutlayer.reproduce.train import PICTURES, SHOWN, folder_of
 from cutlayer.summary import spread
 
@@ -157,45 +157,29 @@ def _table4(findings: Findings) -> Figure:
 
 
 def _skew(findings: Findings) -> Figure:
-    """Accuracy over traffic, a panel for each setting of the contest."""
-    outcomes = findings.outcomes
+    """The accuracy of each method, a panel for each setting of the contest; what it sends is beside its name."""
+    outcomes, traffic = findings.outcomes, findings.table("skew-traffic")
+    assert traffic is not None
     study = outcomes.study
-    settings = study.contest()
-    columns = min(len(settings), 2)
+    settings, sent = study.contest(), {method: values[-1] for method, values in traffic.rows}
+    columns = min(len(settings), 3)
     rows = math.ceil(len(settings) / columns)
-    figure = Figure(figsize=(6.2 * columns, 1.6 + 3.6 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    looks = _contest_looks(list(dict.fromkeys(m for names in settings.values() for m in names)))
-    for ax, (setting, methods) in zip(axes, settings.items(), strict=False):
-        for method in methods:
-            cell = study.contestant(setting, method)
-            done = [o for o in outcomes.of(cell).values() if not o.diverged]
-            if not done:
-                continue
-            sent = mean_of([o.evaluations[-1] for o in done], "bytes_up")
-            sent += mean_of([o.evaluations[-1] for o in done], "bytes_down_broadcast")
-            _line(ax, (method, [sent / 1e6], [outcomes.score(cell)]), linestyle="none", **looks[method])
-        titled(ax, setting[0].upper() + setting[1:])
-        ax.set_xscale("log")
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-        ax.set_xlabel("up + down, wire-broadcast (MB, log)")
-        ax.set_ylabel("test accuracy (%)")
-    for ax in axes[len(settings) :]:
+    figure = Figure(figsize=(3.4 + 3.4 * columns, rows * (1.0 + 0.34 * len(sent))), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    for ax, (setting, methods) in zip(axes.ravel(), settings.items(), strict=False):
+        for y, method in enumerate(sent):
+            score = outcomes.score(study.contestant(setting, method)) if method in methods else None
+            if score is not None and score.mean is not None:
+                colour, _ = look_of_algorithm(contest(SKEW).methods[method]["algorithm"])
+                ax.errorbar([score.mean], [y], xerr=[score.std or 0], fmt="o", color=colour, capsize=3)
+        titled(ax, setting)
+        ax.set_xlabel("test accuracy (%)")
+        ax.set_ylim(len(sent) - 0.5, -0.5)
+    for ax in axes[:, 0]:
+        ax.set_yticks(range(len(sent)), [f"{method}, {bytes_}" for method, bytes_ in sent.items()])
+    for ax in axes.ravel()[len(settings) :]:
         ax.axis("off")
-    handles = {label: h for ax in axes for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    known = [m for m in looks if m in handles]
-    figure.legend([handles[m] for m in known], known, loc="outside upper center", ncols=5, fontsize=10)
     return figure
-
-
-def _contest_looks(methods: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """The colour of each method's algorithm, and a marker that no other method of that colour has."""
-    looks: dict[str, dict[str, Any]] = {}
-    for method in methods:
-        colour, _ = look_of_algorithm(contest(SKEW).methods[method]["algorithm"])
-        taken = sum(look["color"] == colour for look in looks.values())
-        looks[method] = {"color": colour, "marker": MARKERS[taken % len(MARKERS)]}
-    return looks
 
 
 # ---- leakage --------------------------------------------------------------------------------------------------------
@@ -418,9 +402,10 @@ PLOTS: dict[str, Plot] = {
     ),
     SKEW: Plot(
         SKEW,
-        "Label skew: accuracy over traffic",
-        "All clients together, the whole training; what is the same for several clients is counted once. Sent once per "
-        "receiver, SplitAvg (SGLR, SGL) moves to the traffic of PSL. Bars: one standard deviation over seeds.",
+        "Label skew: accuracy and traffic",
+        "Beside the names: bytes up and down of a whole training in the first setting that a method has, all clients "
+        "together; what is the same for several clients is counted once. Sent once per receiver, SplitAvg (SGLR, SGL) "
+        "moves as much as PSL. Bars: one standard deviation over seeds.",
         _trained(SKEW),
         _skew,
     ),
