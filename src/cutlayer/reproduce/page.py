@@ -47,8 +47,8 @@ def setting(findings: Findings, size: str) -> str:
     study = findings.outcomes.study
     s = study.size
     first, fourth = study.model_names
-    models = first if first == fourth else f"{first} ({fourth} in Table 4)"
-    if study.another_model:
+    models = first if first == fourth or findings.alone else f"{first} ({fourth} in Table 4)"
+    if study.another_model and not findings.alone:
         models = f"another model than the paper's ({first}, cut after {study.cut})"
     configs = [cell.config for cell in findings.outcomes.cells.values()]
     epochs = dict.fromkeys(c.epochs for c in configs) or [s.epochs]
@@ -121,7 +121,7 @@ def _content(findings: Findings, size: str) -> dict[str, Any]:
     return {
         "title": findings.title,
         "setting": setting(findings, size),
-        "notice": ANOTHER_MODEL * study.another_model,
+        "notice": ANOTHER_MODEL * (study.another_model and not findings.alone),
         "unfinished": "" if done == planned else f"{done} of {planned} runs are done",
         "lines": findings.lines,
         "reading": reading(findings, size),
