@@ -161,7 +161,11 @@ def _skew(findings: Findings) -> Figure:
     outcomes, traffic = findings.outcomes, findings.table("skew-traffic")
     assert traffic is not None
     study = outcomes.study
-    settings, sent = study.contest(), {method: values[-1] for method, values in traffic.rows}
+    sent = {method: values[-1] for method, values in traffic.rows}
+    cells = {s: [study.contestant(s, m) for m in methods] for s, methods in study.contest().items()}
+    # Centralised learning is the same everywhere: alone it does not begin a setting.
+    begun = [s for s, own in cells.items() if any(outcomes.of(c) and not c.config.traits.central for c in own)]
+    settings = {s: study.contest()[s] for s in begun or cells}
     columns = min(len(settings), 3)
     rows = math.ceil(len(settings) / columns)
     figure = Figure(figsize=(3.4 + 3.4 * columns, rows * (1.0 + 0.34 * len(sent))), layout="constrained")
