@@ -143,6 +143,7 @@ def test_commands() -> None:
         "compare",
         "resume",
         "report",
+        "collect",
         "export",
         "predict",
         "plan",

@@ -13,7 +13,7 @@ from scipy import stats
 from test_report import NAMES, make_comparison, make_run
 
 from cutlayer.errors import RunFolderError
-from cutlayer.report import Wanted, write
+from cutlayer.report import Wanted, collect_studies, write
 from cutlayer.report.collect import read
 from cutlayer.report.differences import differences
 from cutlayer.report.paper import WIDTH, escaped, latex
@@ -87,6 +87,24 @@ def test_a_run_alone(tmp_path: Path) -> None:
     write(tmp_path / "r", Wanted(csv=True, latex=True, svg=True))
     assert {r["seed"] for r in table(tmp_path / "r/steps.csv")} == {"3"}
     assert r"$\Delta$" not in (tmp_path / "r/table.tex").read_text()
+
+
+def test_many_studies_are_gathered(folder: Path, tmp_path: Path) -> None:
+    make_run(tmp_path / "r", seed=3)
+    make_run(tmp_path / "else" / "r", seed=4)
+    out = tmp_path / "all"
+    written = collect_studies([folder, tmp_path / "r", tmp_path / "else/r"], out)
+    assert [path.name for path in written] == ["table.csv", "steps.csv", "evaluations.csv", "clients.csv"]
+    studies = ["c"] * 3 + [str(tmp_path / "r"), str(tmp_path / "else/r")]  # two have one name
+    assert [row["study"] for row in table(out / "table.csv")] == studies
+    steps = table(out / "steps.csv")
+    assert len(steps) == 3 * 3 * 8 + 2 * 8
+    assert [r["seed"] for r in steps if r["study"].endswith("else/r")] == ["4"] * 8
+    with pytest.raises(RunFolderError, match="is there already: choose another --out"):
+        collect_studies([folder], out)
+    with pytest.raises(RunFolderError, match="not a run folder"):
+        collect_studies([folder, tmp_path / "else"], tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_table_for_a_paper(folder: Path) -> None:

@@ -11,6 +11,7 @@ from cutlayer.cli.application import ConfigFile, Folder, Out
 from cutlayer.cli.flags import command
 from cutlayer.cli.launched import launched
 from cutlayer.cli.merging import check_positive, fresh_folder, merged_values, run_config
+from cutlayer.cli.printing import say
 from cutlayer.cli.progress import Monitor, resumable
 from cutlayer.cli.results import print_clients, print_comparison, print_differences, print_result, tell, write_report
 from cutlayer.collective import world
@@ -152,6 +153,25 @@ def report(
     wanted = Wanted(csv, latex, pdf, svg, baseline, correction, difference)
     print_differences(folder, wanted)
     write_report(folder, wanted)
+
+
+@command(sort_key=5)
+def collect(first: Folder, *more: Folder, out: Path) -> None:
+    """Gather the tables of many runs and comparisons into CSV files, each row with the study that it is of.
+
+    Parameters
+    ----------
+    first
+        The folder of a run or comparison.
+    more
+        Further folders.
+    out
+        Where to write table.csv, steps.csv, evaluations.csv and clients.csv.
+    """
+    from cutlayer.report import collect_studies
+
+    for path in collect_studies([first, *more], out):
+        say(str(path))
 
 
 def _train(run: Run) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cutlayer.errors import RunFolderError
 from cutlayer.files import replace_file
 from cutlayer.folder import CLASS_COUNTS, CURVES, PAGE
 from cutlayer.text import format_bytes
@@ -13,7 +15,7 @@ from cutlayer.text import format_bytes
 if TYPE_CHECKING:
     from cutlayer.summary import Correction
 
-__all__ = ["Wanted", "format_bytes", "write"]
+__all__ = ["Wanted", "collect_studies", "format_bytes", "write"]
 
 
 @dataclass(frozen=True)
@@ -64,3 +66,22 @@ def write(folder: Path, wanted: Wanted = Wanted()) -> list[Path]:
     for name, content in contents.items():
         replace_file(report.folder / name, content)
     return [report.folder / name for name in contents]
+
+
+def collect_studies(folders: Sequence[Path], out: Path) -> list[Path]:
+    """Write table.csv, steps.csv, evaluations.csv and clients.csv of several runs and comparisons into `out`, each row
+    with the study that it is of: the name of its folder, or its whole path where two have one name. Returns the paths.
+    Raises RunFolderError where a folder is no run, or `out` holds such files already.
+    """
+    from cutlayer.report import collect, tidy
+
+    reports = {path.resolve(): collect.read(path) for path in folders}
+    names = [path.name for path in reports]
+    called = {str(path) if names.count(path.name) > 1 else path.name: report for path, report in reports.items()}
+    contents = tidy.gathered(called)
+    if there := [name for name in contents if (out / name).exists()]:
+        raise RunFolderError(f"{str(out / there[0])!r} is there already: choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        replace_file(out / name, content)
+    return [out / name for name in contents]

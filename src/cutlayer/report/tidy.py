@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,23 @@ def tables(report: Report) -> dict[str, bytes]:
     """File name -> content: the result table, and all steps, evaluations and scores of clients, of every entry and
     seed. Lists (classes, confusion matrices) stay in the run's JSON lines.
     """
+    return {name: _csv(rows) for name, rows in _rows(report).items()}
+
+
+def gathered(reports: Mapping[str, Report]) -> dict[str, bytes]:
+    """The same of several studies, whose names are the first column."""
+    found = [(study, _rows(report)) for study, report in reports.items()]
+    names = list(found[0][1]) if found else []
+    return {name: _csv({"study": s, **row} for s, rows in found for row in rows[name]) for name in names}
+
+
+def _rows(report: Report) -> dict[str, Iterable[Row]]:
     runs = [(entry, run, folder_of(report, entry, run)) for entry in report.entries for run in entry.runs]
     return {
-        "table.csv": _csv(map(_result, report.entries)),
-        "steps.csv": _csv(_records(runs, STEPS)),
-        "evaluations.csv": _csv(_records(runs, EVALUATIONS)),
-        "clients.csv": _csv(_clients(runs)),
+        "table.csv": map(_result, report.entries),
+        "steps.csv": _records(runs, STEPS),
+        "evaluations.csv": _records(runs, EVALUATIONS),
+        "clients.csv": _clients(runs),
     }
 
 
