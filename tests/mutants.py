@@ -593,6 +593,8 @@ MUTANTS = [
     # Adapters
     M("adapters on the other side", "adapters", '(name in client) == (lora.sides == "client")', '(name in client) == (lora.sides == "server")'),
     M("an exported adapter keeps its own names", "adapters", "injected = not isinstance(model, peft.PeftModel)", "injected = False"),
+    M("a base in bfloat16 becomes float32 again", "adapters", "if not isinstance(module, Halved):", "if True:"),
+    M("no gradient passes a layer in bfloat16", "adapters", "return gradient @ weight.to(gradient.dtype), None, None", "return 0 * gradient @ weight.to(gradient.dtype), None, None"),
     M("every client keeps a base of its own", "adapters", "if _place(tensor) not in copies:", "if True:"),
     M("an owner may lose all rows", "data", "pool = np.delete(np.argsort(order), first)", "pool = np.argsort(order)"),
     M("held out from the first owners", "data", "((np.arange(count) + drawn.random()) * len(pool) / count).astype(np.int64)", "np.arange(count)"),

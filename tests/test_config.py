@@ -98,6 +98,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "lora_alpha": POSITIVE,
     "lora_targets": st.lists(NAMES, max_size=3).map(tuple),
     "lora_dropout": st.floats(0, 0.99),
+    "base_precision": words("float32", "bfloat16"),
     "lora_sides": words("both", "client", "server"),
     "cut": NAMES,
     "tail_cut": NAMES,

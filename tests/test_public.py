@@ -75,7 +75,7 @@ THINGS = {
     "model": {
         "alexnet": "",
         "cnn": "",
-        "hf": "lora_alpha lora_dropout lora_rank lora_sides lora_targets model_head",
+        "hf": "base_precision lora_alpha lora_dropout lora_rank lora_sides lora_targets model_head",
         "mlp": "",
         "resnet16": "",
     },

@@ -66,6 +66,7 @@ from cutlayer.frozen import freeze, load_moving, moving, replica, trains
 from cutlayer.held_out import Pace, own_rows, paced, trained_rows
 from cutlayer.models import Parts, build, cut
 from cutlayer.models import make as make_own
+from cutlayer.models.halved import single
 from cutlayer.models.parts import Part, crossing_bytes
 from cutlayer.models.weights import load_weights, read_weights
 from cutlayer.optim import MakeOptimizer, ParamGroup, check_groups, make_optimizer
@@ -97,8 +98,8 @@ each client, or any other form that `data.from_memory` takes."""
 
 
 def typed(model: nn.Module, config: RunConfig) -> nn.Module:
-    """The model with its real numbers in the run's type (complex ones stay as they are)."""
-    return model.double() if dtype_of(config) == torch.float64 else model.float()
+    """The model with its real numbers in the run's type (complex ones, and a base in bfloat16, stay as they are)."""
+    return model.double() if dtype_of(config) == torch.float64 else single(model)
 
 
 def by_name(model: Model | str | None, data: Data | str | None) -> tuple[Model | None, Data | None, dict[str, str]]:

@@ -21,7 +21,7 @@ from cutlayer.data.samples import Samples, Source, called
 from cutlayer.data.sampling import proportional, starved
 from cutlayer.engine.stackable import close, drawing, exact, jittered
 from cutlayer.errors import ConfigError, CutError, CutlayerWarning
-from cutlayer.frozen import trains
+from cutlayer.frozen import replica, trains
 from cutlayer.models import Parts
 from cutlayer.models.parts import one_line
 from cutlayer.options import RunConfig
@@ -81,7 +81,7 @@ def check_text(model: nn.Module, source: Source, task: Task) -> None:
 
 def _refusal(model: nn.Module, few: Samples) -> str:
     """Why the model does not take these inputs; empty if it does."""
-    probe = deep_copy(model).eval()
+    probe = replica(model).eval()
     try:
         with torch.no_grad():
             called(probe, few.inputs)
@@ -92,7 +92,7 @@ def _refusal(model: nn.Module, few: Samples) -> str:
 
 def given_for(model: nn.Module, samples: Samples) -> torch.Tensor:
     """What the model gives for a few samples, in evaluation mode: its first output, [n, ...]. Raises ConfigError."""
-    probe, shapes = deep_copy(model).eval(), [tuple(x.shape[1:]) for x in samples.rows]
+    probe, shapes = replica(model).eval(), [tuple(x.shape[1:]) for x in samples.rows]
     what = shapes[0] if len(shapes) == 1 else shapes
     try:
         with torch.no_grad(), _sentences("the model does not take these inputs", what):

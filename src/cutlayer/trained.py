@@ -29,6 +29,7 @@ from cutlayer.files import CONFIG
 from cutlayer.folder import BEST, LAST, stored_config
 from cutlayer.models import Parts, build
 from cutlayer.models import make as make_own
+from cutlayer.models.halved import single
 from cutlayer.models.weights import check_fit, fitted, uncompiled
 from cutlayer.options import RunConfig, default_cut
 from cutlayer.scoring import ROWS_PER_PASS
@@ -297,7 +298,7 @@ class TrainedModel:
             else:
                 self._compare_code()
                 made = build(a["model"], a["input_shape"], a["outputs"], at=self._cuts, **a["model_options"])
-        return made.double() if self._double else made.float()
+        return made.double() if self._double else single(made)
 
     @property
     def _cuts(self) -> tuple[str, ...]:

@@ -154,3 +154,37 @@ def test_all_clients_share_one_base(base: str, tmp_path: Path, algorithm: str, e
         frozen = [{n: t.data_ptr() for n, t in state.items() if "lora" not in n} for state in kept.clients.values()]
         assert all(one == frozen[0] for one in frozen)
         assert_close(kept.state(3), run.trained().state(3), atol=0)
+
+
+def test_a_base_in_bfloat16_computes_as_its_rounded_weights_would(base: str, tmp_path: Path) -> None:
+    """The same losses and adapters as with a base that was rounded before, in float32; with engines of every kind."""
+    model = transformers.LlamaForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(p.bfloat16())
+    model.save_pretrained(tmp_path / "rounded")
+    data, more = rows(10), {"validation": 0, "client_lr": 0.5}
+    found = {}
+    for name, place, half, engine in (
+        ("rounded", str(tmp_path / "rounded"), "float32", "local"),
+        ("half", base, "bfloat16", "local"),
+        ("stacked", base, "bfloat16", "stacked"),
+    ):
+        run = Run(data=data, **options(place, "sfl", base_precision=half, engine=engine, **more))
+        begun = {n: t.clone() for n, t in run.training.clients.model_state(0).items() if "lora_A" in n}
+        losses = [step.loss for step in run]
+        state = {**run.training.clients.model_state(0), **run.training.server.state()["model"]}
+        found[name] = (begun, losses, state, run)
+    for name in ("half", "stacked"):
+        begun, losses, state, run = found[name]
+        assert losses == pytest.approx(found["rounded"][1], abs=2e-3)  # adapters begin rounded
+        frozen = {n: p for part in run.training.parts.all for n, p in part.named_parameters() if not p.requires_grad}
+        kept = {n for n, p in frozen.items() if p.dtype == torch.bfloat16}
+        assert kept == {n for n in frozen if "norm" not in n}
+        assert all(t.dtype == torch.float32 for n, t in state.items() if "lora" in n)
+    assert found["half"][3].training.flops == found["rounded"][3].training.flops
+    assert found["half"][1] == pytest.approx(found["stacked"][1], abs=1e-5)
+    trained = found["half"][3].model("average")
+    x = data["x_test"]
+    assert trained(x).logits.dtype == torch.float32
+    assert any(m.weight.dtype == torch.bfloat16 for m in trained.modules() if isinstance(m, nn.Linear))

@@ -93,6 +93,33 @@ def test_the_parts_are_the_model_with_padding_on_either_side(folders: dict[str, 
                 assert torch.allclose(a, b, atol=1e-4, rtol=1e-4), (training, side)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_a_base_in_bfloat16_is_near_the_one_in_float32(folders: dict[str, Path], name: str) -> None:
+    """GPT-2's layers have their weights the other way round; BERT has a head that is trained, and embeddings of more
+    than words.
+    """
+    x, logits = batch("right"), []
+    for precision in ("float32", "bfloat16"):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = build(f"hf:{folders[name]}", (LENGTH,), 3, at=("1",), lora_rank=2, base_precision=precision)
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            for p in adapters(model).values():
+                nn.init.normal_(p, std=0.3)
+        parts = cut(model, "1", x)
+        for part in parts.all:
+            part.eval()  # without dropout
+        logits.append(parts.server(parts.client(x)))
+        logits[-1].square().sum().backward()
+        assert all(p.grad is not None for p in adapters(parts.client).values())
+    halves = {n for n, p in model.named_parameters() if p.dtype == torch.bfloat16}
+    assert {n.rpartition(".")[0].rpartition(".")[2] for n in halves} >= {"wte" if name == "gpt2" else "word_embeddings"}
+    assert logits[1].dtype == torch.float32
+    assert torch.allclose(*logits, atol=0.05)
+    assert not torch.equal(*logits)
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
 def test_engines_agree_and_only_adapters_move(folders: dict[str, Path], name: str) -> None:
     base = build(f"hf:{folders[name]}", (LENGTH,), 3)
@@ -200,6 +227,7 @@ def test_a_folder_without_weights_starts_as_the_seed_says(folders: dict[str, Pat
         (lambda p: (p / "model.safetensors").write_bytes(b"no"), {}, "cannot be read"),
         (lambda p: None, {"lora_rank": 2, "lora_targets": ("nothing",)}, "match no layer of the model: choose among"),
         (lambda p: None, {"lora_alpha": 2.0}, "lora_alpha = 2.0 has no effect without lora_rank"),
+        (lambda p: None, {"base_precision": "bfloat16"}, "base_precision = 'bfloat16' has no effect without lora_rank"),
         (lambda p: None, {"lora_rank": 2, "lora_sides": "client"}, "no effect on a model that is not cut"),
     ],
 )  # fmt: skip

@@ -24,9 +24,9 @@ _ENDINGS = {"ForCausalLM": "language", "LMHeadModel": "language", "ForSequenceCl
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
-def read_folder(folder: str, head: Head, classes: int) -> nn.Module:
-    """The model in `folder`, in float32 and training mode; a classifier gives `classes` scores. On the meta device it
-    has no weights. Raises ConfigError.
+def read_folder(folder: str, head: Head, classes: int, *, half: bool = False) -> nn.Module:
+    """The model in `folder`, in float32 (or, `half`, in bfloat16) and training mode; a classifier gives `classes`
+    scores. On the meta device it has no weights. Raises ConfigError.
     """
     transformers = _transformers()
     path = _checked(folder)
@@ -41,21 +41,22 @@ def read_folder(folder: str, head: Head, classes: int) -> nn.Module:
             config.pad_token_id = _first(config.eos_token_id)
     auto = getattr(transformers, _CLASSES[kind])
     fresh: list[str] = []
+    dtype = torch.bfloat16 if half else torch.float32
     empty, meta = not any(path.glob("*.safetensors")), torch.empty(0).is_meta
     with _sentence(folder), _quiet(transformers):
         if empty or meta:
             made: nn.Module = auto.from_config(config, trust_remote_code=False)
         else:
-            made, fresh = _loaded(auto, path, config)
+            made, fresh = _loaded(auto, path, config, dtype)
     if empty and not meta:
         _say(f"{folder!r} has no weights: the model starts as the seed says")
     if fresh:
         named = ", ".join(map(repr, fresh[:3])) + (f" and {len(fresh) - 3} more" if len(fresh) > 3 else "")
         _say(f"{folder!r} has no fitting weights for {named}: there the model starts as the seed says")
-    return made.float().train()
+    return made.to(dtype).train()
 
 
-def _loaded(auto: Any, path: Path, config: Any) -> tuple[nn.Module, list[str]]:
+def _loaded(auto: Any, path: Path, config: Any, dtype: torch.dtype) -> tuple[nn.Module, list[str]]:
     """The model with the folder's weights, and the names of those that it lacks."""
     made, about = auto.from_pretrained(
         path,
@@ -63,7 +64,7 @@ def _loaded(auto: Any, path: Path, config: Any) -> tuple[nn.Module, list[str]]:
         local_files_only=True,
         trust_remote_code=False,
         use_safetensors=True,
-        dtype=torch.float32,
+        dtype=dtype,
         ignore_mismatched_sizes=True,
         output_loading_info=True,
     )

@@ -7,6 +7,8 @@ from typing import Literal
 
 from torch import nn
 
+from cutlayer.errors import ConfigError
+from cutlayer.models.halved import halve
 from cutlayer.models.lora import Lora, adapted
 from cutlayer.models.making import model
 from cutlayer.models.pretrained import read_folder
@@ -40,6 +42,9 @@ def hf(
     ),
     lora_dropout: float = option(0.0, ge=0, lt=1, help="Dropout before the adapters."),
     lora_sides: Literal["both", "client", "server"] = option("both", help="Which side of the cut has adapters."),
+    base_precision: Literal["float32", "bfloat16"] = option(
+        "float32", help="How the frozen base is kept. bfloat16: half the memory; adapters stay in float32."
+    ),
 ) -> nn.Module:
     """The folder's causal language model, or its classifier of `classes` classes, with adapters if they are asked for.
 
@@ -48,5 +53,15 @@ def hf(
     """
     lora = Lora(lora_rank, lora_alpha, lora_targets, lora_dropout, lora_sides)
     lora.check()
-    made = read_folder(folder, model_head, classes)
-    return adapted(made, lora, cuts) if lora_rank else made
+    if base_precision == "bfloat16" and not lora_rank:
+        raise ConfigError(
+            "base_precision = 'bfloat16' has no effect without lora_rank, since the base is then trained: give a rank, "
+            "such as 8, or leave it out"
+        )
+    made = read_folder(folder, model_head, classes, half=base_precision == "bfloat16")
+    if not lora_rank:
+        return made
+    made = adapted(made, lora, cuts)
+    if base_precision == "bfloat16":
+        halve(made)
+    return made
