@@ -128,6 +128,7 @@ class CommonKeywords(TypedDict, total=False):
     lora_targets: tuple[str, ...]
     lora_dropout: float
     lora_sides: Literal["both", "client", "server"]
+    base_precision: Literal["float32", "bfloat16"]
     auxiliary_weights: tuple[float, ...]
     positive_weight: float
     class_weights: tuple[float, ...]
