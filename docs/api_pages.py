@@ -62,8 +62,12 @@ def undocumented(things: Mapping[str, Any]) -> Iterator[str]:
         if (inspect.isclass(thing) or inspect.isfunction(thing)) and not thing.__doc__:
             yield name
         if inspect.isclass(thing):
-            own = (known for known, value in vars(thing).items() if inspect.isfunction(value) and known[0] != "_")
-            yield from (f"{name}.{known}" for known in own if not inspect.getdoc(getattr(thing, known)))
+            own = (
+                known for known, value in vars(thing).items() if inspect.isfunction(value) and known == value.__name__
+            )
+            yield from (
+                f"{name}.{known}" for known in own if known[0] != "_" and not inspect.getdoc(getattr(thing, known))
+            )
 
 
 def write_pages(app: Any) -> None:

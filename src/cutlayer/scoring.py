@@ -254,7 +254,8 @@ def asking(
         found[name] = _own(name, thing)
     if leading and leading != "loss" and found[plugins.label(leading)].several:
         raise ConfigError(
-            f"primary_metric = {leading!r} is several numbers, of which none is the best: choose one number, such as "
+            f"primary_metric = {leading!r} is several numbers, so it cannot choose the best evaluation: "
+            "give a metric of one number, such as "
             f"{task.primary}"
         )
     return task.asked(found, None if leading is None else plugins.label(leading))

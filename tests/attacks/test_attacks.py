@@ -250,7 +250,7 @@ def test_scores_are_those_of_the_honest() -> None:
     )
     everyone = run(config("psl", "labels@0-3", participation=1.0))
     assert set(everyone.by_client["global"].scores) == {0, 1, 2, 3}  # type: ignore[union-attr]
-    assert everyone.training.remarks[0].endswith("nobody is honest")
+    assert everyone.training.remarks[0].endswith("no client is honest")
 
 
 def test_rows_are_looked_at_where_somebody_attacks() -> None:
@@ -286,7 +286,7 @@ def test_a_comparison_names_what_is_attacked() -> None:
 def test_deployments_refuse() -> None:
     c = config("psl", "sign@1")
     for start in (lambda: worker_of(c, 0, name="client-0"), lambda: remote_training(c, MemoryCarrier({}), [0] * 4)):
-        with pytest.raises(ConfigError, match="attack = sign@1 is for simulations"):
+        with pytest.raises(ConfigError, match="attack = sign@1 simulates hostile clients"):
             start()
 
 

@@ -329,7 +329,7 @@ def test_what_is_not_signed(tmp_path: Path) -> None:
         sign_request(tmp_path / "ca", renamed)
     with pytest.raises(ConfigError, match="no request in PEM"):
         sign_request(tmp_path / "ca", tmp_path / "ca" / "ca.crt")
-    with pytest.raises(ConfigError, match="nobody connects to it"):
+    with pytest.raises(ConfigError, match="no one connects to a client"):
         sign_request(tmp_path / "ca", make_request(tmp_path / "own", "client-2").certificate, hosts=["h"])
     with pytest.raises(ConfigError, match="exists"):
         make_request(tmp_path / "own", "client-0")
@@ -364,7 +364,7 @@ def test_damaged_and_weak_requests(tmp_path: Path) -> None:
     [
         ("--request a --sign a.csr", "two sides' work"),
         ("--request a --clients 2", "clients = 2 has no effect"),
-        ("--request a --days 3", "whoever signs it decides"),
+        ("--request a --days 3", "the authority that signs it decides"),
     ],
 )
 def test_words_that_exclude_each_other(words: str, said: str, tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ def test_a_clients_folder_is_held_while_it_works(trial: Callable[..., Trial]) ->
         ("serve", "connections are encrypted"),
         ("serve --insecure --listen 0.0.0.0:0", "without TLS"),
         ("serve --insecure --quorum 2", "quorum = 2 is not possible"),
-        ("serve --insecure --algorithm cl", "cl has no clients"),
+        ("serve --insecure --algorithm cl", "cl trains one model on the pooled data"),
         ("serve --ca ca.crt", "certificate"),
         ("serve --insecure --keepalive 0.5", "keepalive = 0.5"),
         ("join localhost:1 --client hospital --insecure", "client-0, client-1"),

@@ -204,7 +204,7 @@ def test_lines_of_a_list(line: str, found: DenyList | None, tmp_path: Path) -> N
     if found is not None:
         assert DenyList.read(file) == found
         return
-    with pytest.raises(ConfigError, match=r"line 2: .* names nobody"):
+    with pytest.raises(ConfigError, match=r"line 2: .* names no client"):
         DenyList.read(file)
 
 

@@ -936,7 +936,7 @@ def test_nobody_can_stand_in_for_who_is_gone() -> None:
     next(records)
     hub.breaks_at = m.Evaluate
     hub.gone = set(range(3))
-    with pytest.raises(TrainingError, match="are gone"):
+    with pytest.raises(TrainingError, match="are lost"):
         list(records)
 
 
@@ -972,7 +972,7 @@ def test_a_server_that_begins_anew_is_not_met_with_another_model(tmp_path: Path)
     broken, hub = remote(config)
     crash(broken, 2)
     again, _ = remote(config, workers=hub.workers)
-    with pytest.raises(RefusedError, match="after step 0, of which client-0 kept no state"):
+    with pytest.raises(RefusedError, match="after step 0, but client-0 kept no state"):
         again.run()
 
 

@@ -932,9 +932,9 @@ def test_tokens(pki: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
 
 @pytest.mark.parametrize("address", ["0.0.0.0:0", "192.0.2.1:4747", "split.example.org:4747", "[::]:0"])
 def test_without_tls_only_here(address: str) -> None:
-    with pytest.raises(ConfigError, match="without TLS everybody"):
+    with pytest.raises(ConfigError, match="without TLS, anyone"):
         Hub(address, ServerSecurity(), greet).start()
-    with pytest.raises(ConfigError, match="without TLS everybody"):
+    with pytest.raises(ConfigError, match="without TLS, anyone"):
         dial(address, ClientSecurity(), Echo(0))
 
 

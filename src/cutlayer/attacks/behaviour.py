@@ -133,7 +133,7 @@ class Attacks:
         hostile = self.hostile
         who = f"client {hostile[0]} is" if len(hostile) == 1 else f"clients {', '.join(map(str, hostile))} are"
         honest = clients - len(hostile)
-        whose = f"scores are those of the other {honest}" if honest else "nobody is honest"
+        whose = f"scores are those of the other {honest}" if honest else "no client is honest"
         return f"Attacked: {', '.join(self.named)}; {who} hostile, {whose}"
 
 

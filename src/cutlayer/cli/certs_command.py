@@ -78,7 +78,9 @@ def _check_roles(
     if tokens and (request is not None or sign is not None):
         raise ConfigError("tokens has no effect beside request or sign, which are about certificates: leave it out")
     if request is not None and other_than_default:
-        raise ConfigError("host and days have no effect on a request: whoever signs it decides, leave them out")
+        raise ConfigError(
+            "host and days have no effect on a request: the authority that signs it decides; leave them out"
+        )
 
 
 def _check_alone(show: Path, *others: object, other_than_default: bool) -> None:

@@ -220,7 +220,7 @@ def _row(values: dict[str, str], line: int, where: str) -> _Row:
 def _number(values: dict[str, str], name: str, where: str) -> float:
     """A number of 0 or more; only `to` may be inf."""
     unit = "Mbit/s" if name in ("up", "down") else "seconds"
-    last = ", or inf for a client that can be reached for ever" if name == "to" else ""
+    last = ", or inf for a client that can be reached from then on" if name == "to" else ""
     try:
         number = float(values[name])
     except ValueError:

@@ -40,7 +40,7 @@ NOT_COVERED = (
     "batch normalisation in training mode, which lets a sample change the other rows of its batch",
     "client models that leave the client, as where they are averaged or handed over",
     "several samples of one person: k samples cost k times epsilon",
-    "an observer who can draw the noise again: torch's generator is no cryptographic one, and in a simulation it is "
+    "an observer who can draw the noise again: torch's generator is not cryptographic, and in a simulation it is "
     "seeded by the run's seed (clients on other machines draw from a secret of their own)",
     "whole numbers and masks that cross beside the smashed data",
 )

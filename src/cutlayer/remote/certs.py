@@ -176,7 +176,9 @@ def _certified(
     """What the authority in `folder` says of who is called `name` and holds `key`. Raises ConfigError."""
     _check_name(name)
     if hosts and kind == "client":
-        raise ConfigError(f"hosts have no effect on {name!r}, which is a client: nobody connects to it")
+        raise ConfigError(
+            f"hosts have no effect on {name!r}, which is a client, and no one connects to a client: leave them out"
+        )
     issuer, issuer_key = _authority(folder)
     begin, end = _validity(days)
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])

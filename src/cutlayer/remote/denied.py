@@ -79,6 +79,6 @@ def _entry(text: str, where: str) -> tuple[str, str]:
     elif _NAME.fullmatch(text) and not _HEX.fullmatch(text) and text.isprintable():
         return "name", text
     raise ConfigError(
-        f"{where}: {text[:80]!r} names nobody: write a client's name, serial:HEX or sha256:HEX (64 digits), which "
+        f"{where}: {text[:80]!r} names no client: write a client's name, serial:HEX or sha256:HEX (64 digits), which "
         "`cutlayer certs` prints"
     )

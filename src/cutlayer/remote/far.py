@@ -925,7 +925,7 @@ class RemoteCohort:
             if not self._come_back(clients):
                 gone = ", ".join(map(str, clients))
                 raise AbsentError(
-                    f"clients {gone} are gone, and no others can do their part: the run goes on from its checkpoint "
+                    f"clients {gone} are lost, and no others can do their part: the run goes on from its checkpoint "
                     "when they are back"
                 )
         return found

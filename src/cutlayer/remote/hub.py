@@ -270,7 +270,7 @@ class Hub:
         exchange = Exchange(counts, quorum, on_answer, self._pool, self, voters=voters)
         with self._changed:
             if not self._running:
-                raise NetworkError("the server is not running: nobody can be asked")
+                raise NetworkError("the server is not running, so it cannot ask clients")
             self._exchanges.add(exchange)
         try:
             self.call(self._begin, exchange, requests, deadline)
@@ -314,7 +314,7 @@ class Hub:
                 self._running = False
                 self._changed.notify_all()
             for exchange in list(self._exchanges):
-                exchange.fail(NetworkError("the server has stopped: nobody can be asked any more"))
+                exchange.fail(NetworkError("the server has stopped, so it cannot ask clients"))
 
     async def _serve(self, started: Future[int]) -> None:
         self._loop = asyncio.get_running_loop()

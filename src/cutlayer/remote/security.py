@@ -70,9 +70,7 @@ class ServerSecurity:
         if not self.certificate or not self.key:
             raise ConfigError("a server with TLS needs both its certificate and its key: give the missing one")
         if bool(self.ca) == bool(self.tokens):
-            raise ConfigError(
-                "clients show certificates (ca) or tokens (tokens): give one of the two, so that everybody knows which"
-            )
+            raise ConfigError("clients show either certificates or tokens: give exactly one of ca and tokens")
         files = [path for path in (self.certificate, self.key, self.ca) if path]
         identity = Reread("certificate", files, self._identity, lambda found: found.facts)
         tokens = None if self.tokens is None else _reread("tokens", Tokens.read, self.tokens, lambda found: {})
@@ -362,7 +360,7 @@ def _check_exposure(insecure: bool, address: str, what: str) -> None:
     host, _ = split_address(host_and_port(address, encrypted=not insecure))
     if insecure and not is_loopback(host):
         raise ConfigError(
-            f"without TLS everybody between here and {host} reads {what}: give certificates, or stay on localhost"
+            f"without TLS, anyone between here and {host} can read {what}: give certificates, or use localhost"
         )
 
 
@@ -440,7 +438,9 @@ def _read_pair(certificate: Path, key: Path, purpose: x509.ObjectIdentifier, kin
     try:
         private = serialization.load_pem_private_key(secret, password=None)
     except TypeError:
-        raise ConfigError(f"{str(key)!r} is locked by a password, for which nobody can be asked: unlock it") from None
+        raise ConfigError(
+            f"{str(key)!r} is locked by a password, and there is no prompt for it: remove the password"
+        ) from None
     except ValueError:
         raise ConfigError(f"{str(key)!r} holds no private key in PEM: name a .key of `cutlayer certs`") from None
     if private.public_key() != found[0].public_key():

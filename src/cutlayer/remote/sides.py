@@ -412,8 +412,8 @@ def _check_fitted(config: RunConfig, fitted: Task) -> None:
     found = [name for name in changed if name != by]
     instead = f"give {' and '.join(found)} to server and clients instead" if found else "leave it out"
     raise ConfigError(
-        f"{by} = {getattr(asked, by)} is found out from all training data, but where clients bring their own data, "
-        f"nobody has them all: {instead}"
+        f"{by} = {getattr(asked, by)} is derived from all training data, but clients bring their own data, so no side "
+        f"has all of them: {instead}"
     )
 
 
@@ -493,11 +493,12 @@ def _remotely(config: RunConfig) -> RunConfig:
     """The configuration as both sides build it: models as they are, whatever would be quicker on one's own machine."""
     if config.traits.central:
         raise ConfigError(
-            f"{config.algorithm} has no clients to be remote: it trains one model on everybody's data; choose another"
+            f"{config.algorithm} trains one model on the pooled data, so it has no remote clients; choose another "
+            "algorithm"
         )
     if config.attack:
         raise ConfigError(
-            f"attack = {', '.join(config.attack)} is for simulations: nobody attacks a deployment on purpose; leave it "
+            f"attack = {', '.join(config.attack)} simulates hostile clients and has no place in a deployment; leave it "
             "out, or use `cutlayer run`"
         )
     if config.trace is not None:

@@ -127,8 +127,8 @@ class Vetting:
                 return tuple(sorted(bad))
         raise TrainingError(
             f"no step is possible on what clients {', '.join(map(str, clients))} sent (the largest number is "
-            f"{sizes.max():.3g}), whoever is left out: training has diverged, which is nobody's fault alone; try lower "
-            "rates (client_lr, server_lr)"
+            f"{sizes.max():.3g}), whichever of them is left out: training has diverged; try lower rates (client_lr, "
+            "server_lr)"
         )
 
     def _serves(self, state: Mapping[str, Tensor]) -> bool:

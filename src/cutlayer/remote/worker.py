@@ -778,7 +778,8 @@ class Worker:
             self._take(kept[max(earlier)])
         else:
             raise RunFolderError(
-                f"the run goes on after step {step}, of which {self.duty.name} kept no state: join from its own folder"
+                f"the run goes on after step {step}, but {self.duty.name} kept no state of that step: "
+                "join from its own folder"
             )
 
     def _states(self) -> dict[str, _ClientState]:

@@ -36,8 +36,8 @@ def notes(findings: Sequence[Finding]) -> list[str]:
         said |= dict.fromkeys(f"upper bound: {bound.reason}." for bound in f.upper)
         if any(math.isfinite(bound.nats) for bound in f.upper):
             said[
-                f"{_name(f)}: bounds and attacks are about one sending of a sample; each was sent {f.releases} times, "
-                "which give away at most so many times the bound."
+                f"{_name(f)}: bounds and attacks are for a sample that is sent once; each was sent {f.releases} times, "
+                f"which reveal at most {f.releases} times the bound."
             ] = None
         if f.usable is None and f.samples < LEAST:
             said[
@@ -104,8 +104,8 @@ def active_notes(hijacked: Sequence[Hijacked]) -> list[str]:
 
     said = [
         f"watch: how far labels explain the gradients that a client gets, 0.5 is chance; below {Watch().least:g} it is "
-        "suspicious (notice: so many clients of those that watch; suspect it: the same of the honest server). A "
-        "hijacker shares no gradients, whatever the algorithm."
+        "suspicious (notice: how many of the watching clients are suspicious; suspect it: the same for the honest "
+        "server). A hijacker shares no gradients, in any algorithm."
     ]
     if not any(h.hijacked for h in hijacked):
         said.clear()

@@ -69,8 +69,8 @@ def _check_verbs_and_bytes(candidate: Candidate) -> None:
     for stranger in sorted(clients.strangers):
         fail(
             candidate.name,
-            f"its round uses {stranger!r} of the clients, which is not a verb of the seam: nobody counts what it "
-            f"moves; the verbs are {', '.join(sorted(VERBS))}",
+            f"its round uses {stranger!r} of the clients, which is not a verb of the seam, so its bytes are not "
+            f"counted; the verbs are {', '.join(sorted(VERBS))}",
         )
     ledger = run.training.ledger
     crossings: tuple[tuple[Direction, int], ...] = (("up", clients.up), ("down", clients.down))
