@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+from test_remote import remote  # type: ignore[import-not-found]
 from test_transport import QUICK, SOON  # type: ignore[import-not-found]
 
 from cutlayer.options import FaultConfig, RunConfig
@@ -16,7 +20,8 @@ from cutlayer.remote.security import ClientSecurity, ServerSecurity
 from cutlayer.remote.serve import Service, Serving
 from cutlayer.remote.sides import client_name, worker_of
 from cutlayer.run import Run
-from cutlayer.wire import Frame
+from cutlayer.testing import in_memory
+from cutlayer.wire import Frame, encode
 from cutlayer.wire import messages as m
 
 SLOW = 2
@@ -24,6 +29,7 @@ STUDY: dict[str, Any] = {
     "algorithm": "gas", "data": "digits", "model": "mlp", "clients": 3, "samples_per_client": 20, "test": 30,
     "batch": 5, "local_steps": 2, "working": 3, "buffer_batches": 1, "generate": "seen",
 }  # fmt: skip
+Fault = Callable[[Any, Any], tuple[Any, Any]]
 Before = Callable[[int, m.Message], None]
 
 
@@ -120,3 +126,87 @@ def test_rounds_end_without_a_client_that_hangs(tmp_path: Path) -> None:
     events = (tmp_path / "run" / "events.jsonl").read_text()
     assert '"event": "late", "client": 2' in events
     assert '"excluded"' not in events
+
+
+def _rows(value: float, width: int = 128) -> Fault:
+    def fault(message: Any, body: Any) -> tuple[Any, Any]:
+        rows = torch.full((message.rows, width), value), torch.zeros(message.rows, dtype=torch.int64)
+        return message, encode(rows)
+
+    return fault
+
+
+def _model(value: float) -> Fault:
+    def fault(message: Any, body: Any) -> tuple[Any, Any]:
+        spoilt = torch.frombuffer(bytearray(b"".join(body)), dtype=torch.uint8).clone()
+        spoilt[-4:] = torch.tensor([value]).view(torch.uint8)
+        return message, [spoilt.numpy().tobytes()]
+
+    return fault
+
+
+@pytest.mark.parametrize(
+    ("kind", "fault", "said"),
+    [
+        (m.SmashedUp, _rows(float("nan")), "smashed data of client 1 hold NaN"),
+        (m.SmashedUp, _rows(0.0, width=127), "127"),
+        (m.SmashedUp, _rows(3e38), "smashed data of client 1"),
+        (m.SmashedUp, _rows(1e20), "smashed data of client 1"),
+        (m.ModelUp, _model(float("nan")), "model of client 1"),
+        (m.ModelUp, _model(1e37), "model of client 1"),
+    ],
+)
+def test_who_sends_nonsense_is_named_and_excluded(kind: type[m.Message], fault: Fault, said: str) -> None:
+    """What it sent is in no buffer and no average; the others go on to the last round."""
+    told: list[tuple[str, Mapping[str, Any]]] = []
+    config = RunConfig.of({**STUDY, "rounds": 4, "batch": 8})
+    run, hub = remote(config, tell=lambda happened, facts: told.append((happened, facts)))
+    hub.tamper = lambda client, message, body: (
+        fault(message, body) if client == 1 and isinstance(message, kind) else (message, body)
+    )
+    records = list(run)
+    assert run.result is not None
+    assert run.result.rounds == 4
+    excluded = [facts for happened, facts in told if happened == "excluded"]
+    assert [facts["client"] for facts in excluded] == [1]
+    assert said in excluded[0]["why"]
+    assert all(math.isfinite(record.loss) for record in records)
+    assert run.result.staleness is not None
+    assert run.result.staleness["models"][1] == 0
+    assert min(run.result.staleness["models"][k] for k in (0, 2)) >= 3
+    if kind is m.SmashedUp:
+        assert {k for record in records for k in record.clients} == {0, 2}
+
+
+@pytest.mark.parametrize("living", [True, False])
+def test_a_server_comes_back_to_clients_at_work(living: bool, tmp_path: Path) -> None:
+    """As processes that live on, or as new ones with the states that they have kept: all rounds end."""
+    config = RunConfig.of({**STUDY, "rounds": 5, "checkpoint_every": 1, "buffer_models": 1, "buffer_batches": 2})
+    run, hub = remote(config, tmp_path)
+    steps = iter(run)
+    while next(steps).round < 2:
+        pass
+    steps.close()  # type: ignore[attr-defined]
+    again, hub = remote(config, tmp_path, resume=True, workers=hub.workers if living else None)
+    again.run()
+    assert again.result is not None
+    assert again.result.rounds == 5
+    assert again.result.staleness is not None
+    assert again.result.staleness["averagings"] == 5
+    assert hub.refused == {}
+
+
+def test_the_average_is_judged_where_all_that_have_it_are_gone() -> None:
+    """By the server's own copy, while the connected clients are at work."""
+    config = RunConfig.of({**STUDY, "rounds": 1, "buffer_models": 1})
+    there = in_memory(config)
+    training, cohort = there.run.training, there.cohort
+    this = training.clients.begin_round(0, 1, 1.0)
+    list(training.algorithm.round(training.server, training.clients, this))
+    before = cohort.evaluate(training.source.test, training.server.predict)
+    at_work = set(training.server.kept["queue"].tolist())
+    assert len(at_work) == 2
+    for k in set(range(3)) - at_work:
+        there.carrier.cut(k)
+    after = cohort.evaluate(training.source.test, training.server.predict)
+    assert after.mean("loss") == pytest.approx(before.mean("loss"))

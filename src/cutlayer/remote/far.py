@@ -682,9 +682,14 @@ class RemoteCohort:
             given = self._outputs(models, part, start, predict)
             return list(given), torch.cat(list(given.values())) if given else torch.empty(0)
 
+        one = None
         if self.setup.judge_by == "average" and not self._one and self._holder is None:
             if (one := self._averaged_twin()) is None:
                 return None
+        elif self._others_have_it and not looked_at and self._average is not None:  # those that have it are gone
+            one, looked_at = self.setup.twin, everyone
+            load_moving(one.module, self._average)
+        if one is not None:
             looked_at = looked_at[:1]
 
             def outputs_of(models: Sequence[int], part: Samples, start: int) -> Outputs:
@@ -825,7 +830,7 @@ class RemoteCohort:
             "tests": list(self.setup.tests),
             "class counts": [list(own) for own in self.setup.class_counts],
             "holder": self._holder,
-            "alike": self._alike,
+            "alike": self._one,  # clients at work begin anew from the average
             "average": self._average or {},
             **self._twins_optimizer(),
             "stale": sorted(self._stale | away),

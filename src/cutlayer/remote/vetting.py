@@ -21,7 +21,7 @@ from cutlayer.frozen import load_moving, replica
 from cutlayer.server import Server
 from cutlayer.tasks import Task
 from cutlayer.types import Rows, Smashed, TailGradients, as_tuple
-from cutlayer.verbs import FORWARD, STEP_COPIES, STEP_EACH, TAIL
+from cutlayer.verbs import ARRIVALS, FORWARD, STEP_COPIES, STEP_EACH, TAIL
 
 ROOM = 2.0
 """How much larger than any that went well before numbers may be without a trial."""
@@ -45,6 +45,12 @@ def largest(tensors: Sequence[Tensor]) -> float:
             return size
         found = max(found, size)
     return found
+
+
+def _have_squares(rows: Rows) -> bool:
+    """Whether the squares of all differences of these numbers are finite."""
+    real = [r for r in rows if r.is_floating_point()]
+    return all(2 * largest([r]) < math.sqrt(torch.finfo(r.dtype).max) for r in real)
 
 
 @dataclass
@@ -80,7 +86,13 @@ class Vetting:
         are the largest numbers in each one's rows and targets. Raises TrainingError where it is possible with nobody's,
         or not possible with those whose rows are as usual.
         """
-        return self._culprits(self._rows, smashed.clients, np.array(sizes), lambda who: self._step(_of(smashed, who)))
+
+        def goes(who: Sequence[int]) -> bool:
+            own = _of(smashed, who)
+            # What waits in buffers may go into variances, which are squares.
+            return (ARRIVALS not in self._needs or _have_squares(own.rows)) and self._step(own)
+
+        return self._culprits(self._rows, smashed.clients, np.array(sizes), goes)
 
     def of_tails(self, smashed: Smashed, tail: TailGradients, sizes: Sequence[float]) -> tuple[int, ...]:
         """The same of the gradients that the clients' tails sent back."""
