@@ -58,6 +58,7 @@ AREAS: dict[str, Sequence[str]] = {
     "crew": ("*test_crew*", "*test_footprint*", "*test_progress*"),
     "robust": ("*test_averagings*", "*test_screened*", "*test_screenings*", "*test_attacks*"),
     "skew": ("*test_adjustment*", "*test_sampling*", "*test_in_step*", "*test_cycle*"),
+    "pace": ("*test_gas*", "*test_underway*", "*test_staleness*"),
     "averaging": ("*test_seam*", "*golden*", "*identit*", "*engines*"),
     "studies": ("*test_sweep*", "*test_paired*", "*test_outputs*"),
     "hostile": ("*test_floods*", "*test_hostile_clients*", "*test_patience*"),
@@ -752,6 +753,16 @@ MUTANTS = [
     M("a half line stays", "stored", "_cut(file, before)\n        raise", "raise", after="def append_whole("),
     M("names that follow from each other are the same", "stored", "hashlib.sha256(json.dumps(list(names)).encode())", "hashlib.sha256(', '.join(names).encode(errors='replace'))"),
     M("serve goes on with anything", "stored", "if was != now and name not in moved:", "if was != now and name == 'algorithm':"),
+    M("gas keeps clients that bring nothing", "pace", "if k in smashed.clients or k not in arrived", "if k not in arrived"),
+    M("gas waits for those who do not come", "pace", "crowd = working if arrived else len(queue) + 1", "crowd = working"),
+    M("gas fills up to the rows that came", "pace", "(each - counts[known]).clamp(min=0)", "(counts.max() - counts[known]).clamp(min=0)"),
+    M("gas draws before every label was seen", "pace", 'self.generate == "complete" and len(known)', 'self.generate == "never" and len(known)'),
+    M("gas forgets how the means were apart", "pace", "s * (1 - s) * apart.square()", "s * (1 - s) * apart"),
+    M("batches are as old as the last step", "pace", 'self._count("batches", client, self.steps - since)', 'self._count("batches", client, self.steps)'),
+    M("models age at their owners' averagings", "pace", 'self._of("since averaging")[client] = self._kept["ages clock"][1]', 'self._of("since averaging")[client] = 0'),
+    M("late clients are waited for", "pace", "self._came.get(timeout=seconds)", "self._came.get(timeout=None if seconds is None else 90 + seconds)"),
+    M("all that works is averaged", "pace", "self._at_work -= set(averaged)\n        self._has_average", "self._at_work.clear()\n        self._has_average"),
+    M("variances may be infinite", "pace", "2 * largest([r]) < math.sqrt(", "2 * largest([r]) < ("),
 ]  # fmt: skip
 
 
