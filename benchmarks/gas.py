@@ -27,7 +27,7 @@ import scored
 from cutlayer import Run, Source
 
 MARK = "<!-- gas -->"
-ROUNDS, TESTED, EVERY, GOAL = 25, 2000, 5, 60.0
+ROUNDS, TESTED, EVERY, GOAL = 25, 2000, 5, 75.0
 SKEWS: dict[str, dict[str, Any]] = {
     "2 shards": {"partition": "shards", "shards_per_client": 2},
     "Dirichlet 0.1": {"partition": "dirichlet", "dirichlet_alpha": 0.1},

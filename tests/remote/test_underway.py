@@ -210,3 +210,22 @@ def test_the_average_is_judged_where_all_that_have_it_are_gone() -> None:
         there.carrier.cut(k)
     after = cohort.evaluate(training.source.test, training.server.predict)
     assert after.mean("loss") == pytest.approx(before.mean("loss"))
+
+
+def test_another_begins_where_the_one_at_work_is_gone() -> None:
+    run, hub = remote(RunConfig.of({**STUDY, "rounds": 1, "working": 1, "buffer_models": 1}))
+    gone: list[int] = []
+
+    def cut(client: int, message: Any, body: Any) -> tuple[Any, Any]:
+        if isinstance(message, m.SmashedUp) and not gone:
+            gone.append(client)
+            hub.cut(client)
+        return message, body
+
+    hub.tamper = cut
+    clients = {k for record in run for k in record.clients}
+    assert len(clients) == 1
+    assert clients.isdisjoint(gone)
+    assert run.result is not None
+    assert run.result.staleness is not None
+    assert sum(run.result.staleness["models"]) == 1
