@@ -30,6 +30,10 @@ def trained(algorithm: str = "gas", sizes: tuple[int, ...] = (8, 8, 8), **option
 def test_equally_fast_clients_that_all_work_are_scala(answer: str, engine: str) -> None:
     """Buffers of one batch and one model of each client, nothing drawn: SFL with the same adjustment, in float64."""
     gas = trained(answer=answer, engine=engine, **PLAIN)
+    assert gas.result is not None
+    assert gas.result.staleness is not None
+    assert gas.result.staleness["models_most"] == [0] * 3
+    assert gas.result.staleness["batches_most"] == [1] * 3  # a batch is answered before the server steps
     for name in ("scala", "sfl"):
         sync = trained(name, logit_adjust="client", rounds=3)
         assert difference(server_state(sync), server_state(gas)) < 1e-10
