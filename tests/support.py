@@ -81,6 +81,12 @@ def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, CLASSES))
 
 
+def normed() -> nn.Module:
+    """Features [n, 6] -> scores [n, 4], with what has state and what draws; cuts 0..6."""
+    layers = [nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 8), nn.BatchNorm1d(8)]
+    return nn.Sequential(*layers, nn.Linear(8, 4))
+
+
 def residual() -> nn.Module:
     """Features [n, 6] -> scores [n, 4]; cuts 0, 1.first (two tensors cross), 1."""
     return nn.Sequential(nn.Linear(6, 8), Residual(8), nn.Linear(8, CLASSES))

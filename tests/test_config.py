@@ -100,7 +100,10 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "lora_dropout": st.floats(0, 0.99),
     "base_precision": words("float32", "bfloat16"),
     "lora_sides": words("both", "client", "server"),
-    "cut": NAMES,
+    "cut": NAMES.filter(lambda name: "," not in name),
+    "cut_by": words("profile"),
+    "client_memory": st.lists(POSITIVE, min_size=1, max_size=1).map(tuple),
+    "client_seconds": st.lists(POSITIVE, min_size=1, max_size=1).map(tuple),
     "tail_cut": NAMES,
     "freeze": NAMES,
     "cache_features": st.booleans(),
@@ -210,8 +213,17 @@ def values(draw: st.DrawFn, algorithms: tuple[str, ...]) -> dict[str, Any]:
     found = draw(st.fixed_dictionaries({}, optional=VALUES)) | draw(LENGTH) | draw(LOCAL)
     if "client_device" not in found:
         found = {k: v for k, v in found.items() if k not in TracedConfig.model_fields}
+        found.pop("client_seconds", None)
     for name in BESIDE_A_TRACE if "trace" in found else ("trace_period",):
         found.pop(name, None)
+    if (
+        "client_device" not in found
+        or "cut" in found
+        or any(t.split and not t.mixes_cuts for t in map(traits, algorithms))
+    ):
+        found.pop("cut_by", None)
+    if any(t.split and not t.lower_only for t in map(traits, algorithms)):
+        found = {k: v for k, v in found.items() if k not in ("client_memory", "client_seconds")}
     if "clip" not in found or found.get("gaussian_noise"):
         found.pop("laplace_noise", None)
     if "clip" not in found:
@@ -251,6 +263,8 @@ def has_effect(name: str, chosen: dict[str, Any], algorithms: tuple[str, ...]) -
             {
                 "": True,
                 "split": t.split,
+                "lower": t.lower_only,
+                "mixed": t.mixes_cuts,
                 "together": t.split and not t.takes_turns,
                 "u-shaped": t.u_shaped,
                 "group": not t.central,

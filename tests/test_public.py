@@ -19,7 +19,8 @@ COMMON = """client_device server_device link up_mbps down_mbps latency_ms server
 speed_spread rate_spread stragglers straggler_slowdown profiles trace
 trace_period data data_format label_column client_column class_names
 validation test data_in_memory data_workers
-clients partition samples_per_client participation sampling task metrics primary_metric model cut tail_cut untie
+clients partition samples_per_client participation sampling task metrics primary_metric model cut
+cut_by client_memory client_seconds tail_cut untie
 weights weights_strict start freeze epochs rounds batch client_optimizer client_optimizer_options client_lr
 client_clip_grad_norm server_optimizer server_optimizer_options server_lr server_clip_grad_norm accumulate
 server_accumulate param_groups lr_schedule server_lr_schedule lr_warmup averaging logit_adjust tau

@@ -21,6 +21,7 @@ from cutlayer import __version__, plugins, seeds
 from cutlayer.adjustment import Adjustment, InformedCohort, log_prior
 from cutlayer.algorithms import Algorithm, traffic_of
 from cutlayer.allocator import keep_memory
+from cutlayer.allotted import Allotment, refuse_mixed, remark
 from cutlayer.attacks import Attacks
 from cutlayer.attacks import of as attacks_of
 from cutlayer.attacks.hostile import with_targets
@@ -53,7 +54,8 @@ from cutlayer.data.own import own_code
 from cutlayer.data.samples import Samples
 from cutlayer.data.sampling import per_epoch as steps_per_epoch
 from cutlayer.data.targets import as_indices, fitting
-from cutlayer.engine.choice import Choice, Chosen, Work
+from cutlayer.engine.between import BetweenCohort, Blocks
+from cutlayer.engine.choice import Choice, Chosen, Work, one_by_one
 from cutlayer.engine.distributed import Engine, Sharing, SpreadCohort
 from cutlayer.engine.layout import smashed
 from cutlayer.engine.replicas import DataParallel
@@ -66,6 +68,7 @@ from cutlayer.frozen import freeze, load_moving, moving, replica, trains
 from cutlayer.held_out import Pace, own_rows, paced, trained_rows
 from cutlayer.models import Parts, build, cut
 from cutlayer.models import make as make_own
+from cutlayer.models.depths import Depths, cut_each, one_depth
 from cutlayer.models.halved import single
 from cutlayer.models.parts import Part, crossing_bytes
 from cutlayer.models.weights import load_weights, read_weights
@@ -162,6 +165,15 @@ class Training:
     remarks: tuple[str, ...] = ()
     answers_apart: bool = False
     head: nn.Module | None = None
+    depths: Depths | None = None
+
+    @cached_property
+    def flops_each(self) -> tuple[ModelFlops, ...]:
+        """FLOPs per sample at each client's own cut, [C]; none where all have the same."""
+        if self.depths is None or not self.depths.mixed:
+            return ()
+        found = {name: count(depth.parts, self.example) for name, depth in self.depths.each.items()}
+        return tuple(found[name] for name in self.depths.names)
 
     @cached_property
     def flops(self) -> ModelFlops:
@@ -213,6 +225,17 @@ class Prepared:
     screening: Screening
     attacks: Attacks = field(default_factory=Attacks)
     make_head: Callable[..., nn.Module] | None = None
+    depths: Depths | None = None
+
+    def parts_of(self, client: int) -> Parts:
+        """The model as it is cut for a client: at its own cut."""
+        mixed = self.depths is not None and self.depths.mixed
+        return self.depths.of(client).parts if mixed and self.depths is not None else self.split
+
+    @property
+    def deepest(self) -> int:
+        """The number of the cut after which the server's model begins; 0 where all clients have it."""
+        return list(self.depths.each).index(self.depths.deepest.name) if self.depths is not None else 0
 
     @cached_property
     def clock(self) -> Clock | None:
@@ -234,12 +257,18 @@ class Prepared:
     @property
     def clients_train(self) -> bool:
         """Whether the clients' parts have parameters that are trained; if not, they take no steps."""
-        return trains(*self.clients.models[0])
+        return trains(*self._mixed_parts) if self._mixed_parts else trains(*self.clients.models[0])
 
     @property
     def lower_trains(self) -> bool:
         """Whether what lies below the first cut is trained; if not, no gradients go down."""
-        return trains(self.clients.models[0][0])
+        return trains(*self._mixed_parts) if self._mixed_parts else trains(self.clients.models[0][0])
+
+    @property
+    def _mixed_parts(self) -> list[nn.Module]:
+        """The clients' parts at each cut; none where all have the same."""
+        mixed = self.depths is not None and self.depths.mixed
+        return [depth.parts.client for depth in self.depths.each.values()] if mixed and self.depths else []
 
     @cached_property
     def head(self) -> nn.Module | None:
@@ -279,13 +308,15 @@ class Prepared:
         coded = CodedCohort(cohort, replace(self.coding, carried=engine == "remote"), **trained)
         crossing = coded if around is None else around(coded)
         asynchronous = self.algorithm.traits.asynchronous
+        lifted = self._lifted(crossing)
         # The server's losses are told of the participants of all ranks.
-        told = crossing if adjustment is None else InformedCohort(crossing, adjustment)
+        told = lifted if adjustment is None else InformedCohort(lifted, adjustment)
         metered = MeteredCohort(
             self._looked_at(told, engine, tell),
             ledger,
             crossing.crossed,
-            world().total_of,
+            self.clients.cuts,
+            total=world().total_of,
             asynchronous=asynchronous,
         )
         training = Training(
@@ -312,6 +343,7 @@ class Prepared:
             remarks=self.remarks,
             answers_apart=adjustment is not None and adjustment.apart and not asynchronous,  # that steps by itself
             head=self.head,
+            depths=self.depths,
         )
         if self.fleet is None:
             return training
@@ -322,12 +354,19 @@ class Prepared:
             clock.begin(range(config.clients))
             clock.upload(8.0 * np.array([_raw_bytes(source, p) for p in partition]))
         how: dict[str, Any] = {"central": central, "row_bytes": training.epoch.smashed + training.epoch.label}
+        how["each"] = training.flops_each
         clocked = ClockedCohort(metered, clock, training.flops, config.batch, training.server_flops, **how)
         if (
             asynchronous or LEARN in self.algorithm.traits.needs
         ):  # what others make up belongs to a step, and is stated with it
             server.made_up = lambda rows: clock.serve(rows * training.flops.server.training)
         return replace(training, clients=clocked, clock=clock)
+
+    def _lifted(self, cohort: Cohort) -> Cohort:
+        """The cohort, whose rows go on to the deepest cut where clients have different ones."""
+        blocks = self.clients.beside
+        lr, seed = self.config.client_lr, self.server_seed
+        return BetweenCohort(cohort, blocks, lr, seed) if isinstance(blocks, Blocks) else cohort
 
     def _looked_at(self, cohort: Cohort, engine: str, tell: Tell | None) -> Cohort:
         """The cohort, whose rows the server screens if that is wanted; those of clients that nobody here knows it looks
@@ -464,16 +503,16 @@ def prepare(
     check_output(given, few, task, source.class_names)
     try_metrics(task, given, source.test.y if len(source.test) else few.y, source.class_names)
     check_trained(config, whole)
-    cuts = _cut_names(config, algorithm.traits, model)
-    split = cut(whole, cuts, few.inputs, untie=config.untie)
-    check_parts(config, algorithm, split, cuts)
+    depths = _depths(config, algorithm, whole, model, few, machines)
+    split = depths.deepest.parts
+    check_parts(config, algorithm, split, (depths.deepest.name,))
     check_start(config, algorithm)
     sizes = [len(p) for p in owners]
     rounds, per_epoch = _rounds(config, algorithm, sizes)
     check_starved(config, sizes)
     check_single_rows(config, algorithm, split, sizes, rounds, few.rows)
     check_rate(config, algorithm)
-    for part in split.all:
+    for part in depths.modules:
         part.to(device)
         if isinstance(part, Part) and config.precision == "bfloat16":
             part.narrow_to = torch.bfloat16
@@ -489,11 +528,14 @@ def prepare(
     width = task.width(source.train.y, source.classes)
     heads = _heads(config, algorithm, split, example, width, given)
     head = None if heads is None else heads("head")
-    chosen = _chosen(Choice(config, algorithm, split, (make_client, make_server), example, work, typical, head), ways)
+    choice = Choice(config, algorithm, split, (make_client, make_server), example, work, typical, head)
+    chosen = one_by_one(config, split) if depths.mixed else _chosen(choice, ways)
     split = chosen.split
+    if not depths.mixed:
+        depths = replace(depths, each={name: replace(d, parts=split) for name, d in depths.each.items()})
     local_epochs, local_steps = algorithm.part_of_round
     setup = Clients(
-        _ClientModels(config, split, make_model, len(owners), heads),
+        _ClientModels(config, depths, make_model, len(owners), heads),
         with_targets(source.train, owners, attacks, width if task.targets == "class" else 0),
         owners,
         make_client,
@@ -513,6 +555,8 @@ def prepare(
         shifts=_shifts(config, counts, device),
         sampling=config.sampling,
         carries=algorithm.traits.asynchronous,
+        cuts=depths.numbers,
+        beside=_blocks(config, depths, make_model, make_client) if depths.mixed else None,
     )
     return Prepared(
         config,
@@ -531,11 +575,14 @@ def prepare(
         making,
         {k: samples.to(device) for k, samples in own_tests.items() if k not in attacks.hostile},
         pace,
-        tuple(filter(None, (attacks.remark(config.clients), held_out, pace.remark, chosen.remark))),
+        tuple(
+            filter(None, (attacks.remark(config.clients), held_out, pace.remark, chosen.remark, _told(config, depths)))
+        ),
         counts,
         screening_of(config),
         attacks,
         heads,
+        depths,
     )
 
 
@@ -550,6 +597,62 @@ def _chosen(choice: Choice, ways: Ways | None) -> Chosen:
 
     stored, remark = world().first(first)
     return replace(choice.made(Ways.of(stored)), remark=remark)
+
+
+def _told(config: RunConfig, depths: Depths) -> str:
+    """Which cuts clients have, where that is not what everybody has by name."""
+    return remark(depths.names, config.cut_by)
+
+
+def _depths(
+    config: RunConfig, algorithm: Algorithm, whole: nn.Module, model: Model | None, few: Samples, machines: Fleet | None
+) -> Depths:
+    """The model, cut for all clients. Raises ConfigError without a name, CutError where it cannot be cut there."""
+    traits = algorithm.traits
+    clients = 1 if traits.central else config.clients
+    if traits.whole or traits.u_shaped:
+        cuts = _cut_names(config, traits, model)
+        return one_depth(cuts[0], cut(whole, cuts, few.inputs, untie=config.untie), clients)
+    default = default_cut(config.model) if model is None else None
+    allotment = Allotment(config, whole, few.inputs, few.y[:1].nbytes, machines)
+    names = allotment.cuts(default) or _cut_names(config, traits, model)
+    names = names[:1] * clients if len(set(names)) == 1 else names
+    if len(set(names)) == 1:
+        return one_depth(names[0], cut(whole, names[0], few.inputs, untie=config.untie), clients)
+    if traits.one_cut:
+        raise ConfigError(f"{config.algorithm} needs one cut for all clients: {traits.one_cut}; name one")
+    if world().several:
+        raise ConfigError(
+            f"a list of cuts is not possible with {world().size} ranks: name one cut for all, or start one process"
+        )
+    refuse_mixed(
+        config,
+        {
+            "untie": lambda: config.untie,
+            "attack": lambda: bool(config.attack),
+            "cache_features": lambda: config.cache_features,
+            "judge": lambda: config.judge == "average",
+        },
+    )
+    return cut_each(whole, names, few.inputs)
+
+
+def _blocks(
+    config: RunConfig, depths: Depths, make_model: Callable[..., nn.Module], make_optimizer: MakeOptimizer
+) -> Blocks:
+    """What the server computes for clients whose cut is not the deepest."""
+
+    def make(client: int) -> nn.Module | None:
+        between = depths.of(client).between
+        if between is None:
+            return None
+        made = replica(between)
+        if config.start == "independent":
+            fresh = make_model("model", client).state_dict()
+            load_moving(made, {name: fresh[name] for name in moving(made)})
+        return made
+
+    return Blocks(make, make_optimizer, len(depths.names))
 
 
 def _traced(config: RunConfig, machines: Fleet | None, source: Source) -> Fleet | None:
@@ -795,7 +898,9 @@ def _shape(traits: Traits) -> Shape:
 
 def _named_cuts(config: RunConfig, traits: Traits, model: Model | None) -> tuple[str, ...]:
     """The modules after which the model is cut, as far as they are named: none for whole models."""
-    first = None if traits.whole else config.cut or (default_cut(config.model) if model is None else None)
+    if traits.whole or config.cut_by or len(set(config.cuts)) > 1:  # there is none that all clients have
+        return ()
+    first = config.cuts[0] if config.cuts else default_cut(config.model) if model is None else None
     return tuple(name for name in (first, config.tail_cut) if name) if first else ()
 
 
@@ -851,12 +956,12 @@ class _ClientModels(Sequence[ClientModel]):
     def __init__(
         self,
         config: RunConfig,
-        split: Parts,
+        depths: Depths,
         make_model: Callable[..., nn.Module],
         clients: int,
         make_head: Callable[..., nn.Module] | None,
     ) -> None:
-        self.config, self.split, self.make_model, self.clients = config, split, make_model, clients
+        self.config, self.depths, self.make_model, self.clients = config, depths, make_model, clients
         self.make_head = make_head
 
     def __len__(self) -> int:
@@ -865,7 +970,8 @@ class _ClientModels(Sequence[ClientModel]):
     def __getitem__(self, client: Any) -> Any:
         if not 0 <= client < self.clients:
             raise IndexError(client)
-        ends = [end for end in (self.split.client, self.split.tail) if end is not None]
+        parts = self.depths.of(client).parts
+        ends = [end for end in (parts.client, parts.tail) if end is not None]
         lower, tail = (*replica(nn.ModuleList(ends)), None)[:2]  # together: they may share weights
         if self.config.start == "independent":
             fresh = self.make_model("model", client).state_dict()

@@ -65,6 +65,16 @@ class Footprint:
     gradient: int = 0
 
 
+class Beside(Protocol):
+    """What the server holds of client models, where clients with different cuts leave some blocks to it."""
+
+    def states(self, clients: Sequence[int]) -> Mapping[int, Mapping[str, Tensor]]:
+        """What moves of these blocks, for each of `clients`, under the names that a client's module has for it."""
+
+    def take(self, average: Mapping[str, Tensor]) -> None:
+        """All of them := their part of an average of whole client models."""
+
+
 class Summed(NamedTuple):
     """Whose weight gradients were summed, and who has stepped with the sum."""
 

@@ -40,6 +40,9 @@ class CommonKeywords(TypedDict, total=False):
     task: str
     primary_metric: str | None
     cut: str | None
+    cut_by: Literal["memory", "time", "profile"] | None
+    client_memory: tuple[float, ...]
+    client_seconds: tuple[float, ...]
     tail_cut: str | None
     untie: bool
     weights: str | None

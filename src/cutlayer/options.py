@@ -9,10 +9,11 @@ effect is kept in the resolved configuration.
 from __future__ import annotations
 
 import inspect
+import math
 import re
 import tomllib
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -48,13 +49,16 @@ GROUPS = (
     WHAT, DATA, TASK, CLIENTS, MODEL, TRAINING, "", CROSSING, DEFENCES, ATTACKS, BUDGETS, COSTS, OUTPUT, FAULTS, ALLOWED
 )  # fmt: skip
 
-When = Literal["", "split", "together", "u-shaped", "group", "averages"]
-"""With which algorithms an option has an effect: all; those that cut the model; those whose server gets the rows of
-several clients at once; those whose clients finish the forward pass; those that have a group of clients; those that
-average client models or the server's copies."""
+When = Literal["", "split", "lower", "mixed", "together", "u-shaped", "group", "averages"]
+"""With which algorithms an option has an effect: all; those that cut the model; those whose clients hold what is below
+a cut and no more; those whose clients can have cuts of their own; those whose server gets the rows of several clients
+at once; those whose clients finish the forward pass; those that have a group of clients; those that average client
+models or the server's copies."""
 _WHEN: dict[str, Callable[[Traits], bool]] = {
     "": lambda traits: True,
     "split": lambda traits: traits.split,
+    "lower": lambda traits: traits.lower_only,
+    "mixed": lambda traits: traits.mixes_cuts,
     "together": lambda traits: traits.split and not traits.takes_turns,
     "u-shaped": lambda traits: traits.u_shaped,
     "group": lambda traits: not traits.central,
@@ -404,8 +408,16 @@ class CommonConfig(TracedConfig):
     model: str = _field("cnn", MODEL)
     """A model by name (see `cutlayer list models`), or your own: path/to/file.py:function."""
     cut: str | None = _field(None, MODEL)
-    """The module after which the model is cut. Default: the model's own. Has no effect on algorithms that train
-    whole models."""
+    """The module after which the model is cut; or several, with commas between them (in a file: a list), one for each
+    client. Default: the model's own. Has no effect on algorithms that train whole models."""
+    cut_by: Literal["memory", "time", "profile"] | None = _field(None, MODEL, "mixed")
+    """Choose a cut for each client: the deepest within client_memory, or within client_seconds; or the one whose step
+    is the quickest on its machine and link (profile). Default: the same cut for all, or those of a list."""
+    client_memory: tuple[float, ...] = _field((), MODEL, "lower")
+    """Gigabytes (1e9 bytes) that a client has for training: one number for all, or one for each. Cuts must fit."""
+    client_seconds: tuple[float, ...] = _field((), MODEL, "lower")
+    """Seconds that a step may take a client, with what it sends and receives: one number for all, or one for each. Cuts
+    must fit. Needs client_device."""
     tail_cut: str | None = _field(None, MODEL, "u-shaped")
     """U-shaped split: the module after which the client takes over again."""
     untie: bool = _field(False, MODEL)
@@ -534,6 +546,66 @@ class CommonConfig(TracedConfig):
         """Adam and SGD may be spelled as torch spells them."""
         return name.lower() if isinstance(name, str) and name.isidentifier() else name
 
+    @field_validator("cut", mode="before")
+    @classmethod
+    def _joined(cls, names: Any) -> Any:
+        """A list of names as one text."""
+        several = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+        return ",".join(names) if several else names
+
+    @property
+    def cuts(self) -> tuple[str, ...]:
+        """The cuts that are named: none, one for all clients, or one for each."""
+        return () if self.cut is None else tuple(name.strip() for name in self.cut.split(","))
+
+    def _check_cuts(self, found: Mapping[str, Traits]) -> None:
+        """Raises ConfigError for cuts that are not one for each client, or that an algorithm cannot have. In a
+        comparison, those algorithms that an option has no effect on go without it.
+        """
+        if len(self.cuts) > 1 and not all(self.cuts):
+            raise ConfigError(f"cut = {self.cut!r} names nothing in one place: name a module for each client")
+        for name, given in (("cut", self.cuts), *self._cut_budgets.items()):
+            if len(given) not in (0, 1, self.clients):
+                raise ConfigError(
+                    f"{name} has {len(given)} entries for {self.clients} clients: give one for all, or one for each"
+                )
+        split = {name: t for name, t in found.items() if t.split}
+        cannot = [name for name, t in split.items() if not t.mixes_cuts]
+        listed = len(set(self.cuts)) > 1
+        if cannot and (listed or (self.cut_by and len(cannot) == len(split))):
+            raise ConfigError(
+                f"{'a list of cuts' if listed else f'cut_by = {self.cut_by!r}'} is not possible with "
+                f"{', '.join(cannot)}: {found[cannot[0]].one_cut}; name one cut for all, or choose another algorithm"
+            )
+        self._check_cut_budgets([name for name, t in split.items() if not t.lower_only], alone=len(split))
+
+    @property
+    def _cut_budgets(self) -> dict[str, tuple[float, ...]]:
+        """What each client's cut has to fit into."""
+        return {"client_memory": self.client_memory, "client_seconds": self.client_seconds}
+
+    def _check_cut_budgets(self, unreckoned: Sequence[str], alone: int) -> None:
+        """Raises ConfigError for budgets that cannot be held against anything, or that nothing can keep. Of `alone`
+        algorithms that cut the model, what the clients of those that are `unreckoned` hold is not known.
+        """
+        for name, given in self._cut_budgets.items():
+            if wrong := [value for value in given if not 0 < value < math.inf]:
+                raise ConfigError(f"{name} = {wrong[0]:g} cannot be kept: give numbers above 0")
+            if given and len(unreckoned) == alone:
+                raise ConfigError(
+                    f"{name} = {list(given)} is not possible with {', '.join(unreckoned)}, whose clients hold more "
+                    "than the part below one cut: leave it out, or choose another algorithm"
+                )
+        by = self.cut_by
+        needs = {"memory": "client_memory", "time": "client_seconds"}.get(by or "")
+        if needs and not getattr(self, needs):
+            raise ConfigError(f"cut_by = {by!r} needs {needs}: give one number for all clients, or one for each")
+        if self.client_device is None and (by in ("time", "profile") or self.client_seconds):
+            what = f"cut_by = {by!r}" if by in ("time", "profile") else f"client_seconds = {list(self.client_seconds)}"
+            raise ConfigError(
+                f"{what} needs client_device: name what the clients compute on (see `cutlayer list profiles`)"
+            )
+
     def algorithm_names(self) -> tuple[str, ...]:
         """The algorithms that are trained."""
         raise TypeError(f"{type(self).__name__} names no algorithms")
@@ -581,6 +653,8 @@ class CommonConfig(TracedConfig):
     def check_common(self, algorithms: Iterable[str], given: frozenset[str]) -> None:
         """Check what concerns several fields, for these algorithms. `given`: what the user set. Raises ConfigError."""
         found = {name: traits(name) for name in algorithms}
+        if any(t.split for t in found.values()):
+            self._check_cuts(found)
         for option in sorted(given & set(CommonConfig.model_fields)):
             when = _when(option, getattr(self, option))
             if not any(_WHEN[when](t) for t in found.values()):
@@ -694,7 +768,9 @@ class RunConfig(CommonConfig):
     def resolved(self) -> dict[str, Any]:
         """The options that decide this run, defaults written out, those without effect left out. TOML-ready."""
         default = default_cut(self.model)
-        whole = self if self.cut is not None or default is None else self.model_copy(update={"cut": default})
+        whole = (
+            self if self.cut is not None or self.cut_by or default is None else self.model_copy(update={"cut": default})
+        )
         return _written_out(whole, [self.traits])
 
 
@@ -1047,7 +1123,7 @@ def _written_out(config: CommonConfig, found: list[Traits]) -> dict[str, Any]:
     return {k: dumped[k] for k in order if k not in drop and dumped[k] not in unset.get(k, (None,))}
 
 
-_COMMON_PAIRS = (("epochs", "rounds"),)
+_COMMON_PAIRS = (("epochs", "rounds"), ("cut", "cut_by"))
 
 
 def exclusive_pairs() -> list[tuple[str, str]]:

@@ -23,6 +23,7 @@ from cutlayer.algorithms import steps_of
 from cutlayer.allocator import give_back
 from cutlayer.build import Data, Model, Training, assemble, by_name
 from cutlayer.collective import known, world
+from cutlayer.costs.flops import ModelFlops
 from cutlayer.costs.measured import Meter
 from cutlayer.data.own import own_code
 from cutlayer.engine.ways import Ways
@@ -783,11 +784,24 @@ class Run:
                 "client_flops": (ledger.passed * flops.client.forward + alone) / clients,
                 "server_flops": self._served * self.training.server_flops,
             }
+        if self.training.flops_each:
+            return self._computed_at_own_cuts(self.training.flops_each)
         # What other algorithms make up belongs to a step, and is stated with it.
         made_up = self.training.server.rows_made_up if traits.asynchronous else 0
         return {
             "client_flops": self._at_clients() * flops.at_client.training,
             "server_flops": self._samples * self.training.server_flops + made_up * flops.server.training,
+        }
+
+    def _computed_at_own_cuts(self, each: Sequence[ModelFlops]) -> dict[str, float]:
+        """The same where clients have different cuts, at which a sample takes `each` [C] so many."""
+        training, deepest = self.training, self.training.flops.server.training
+        labels = training.ledger.of_clients("up", "labels")  # every row's has come with it, and says whose it was
+        rows = (labels / training.source.train.y[:1].nbytes).tolist()
+        between = sum(n * (own.server.training - deepest) for n, own in zip(rows, each, strict=True))
+        return {
+            "client_flops": sum(n * own.client.training for n, own in zip(rows, each, strict=True)) / len(each),
+            "server_flops": self._samples * training.server_flops + between,
         }
 
     def _at_clients(self) -> float:

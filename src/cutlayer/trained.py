@@ -31,7 +31,7 @@ from cutlayer.models import Parts, build
 from cutlayer.models import make as make_own
 from cutlayer.models.halved import single
 from cutlayer.models.weights import check_fit, fitted, uncompiled
-from cutlayer.options import RunConfig, default_cut
+from cutlayer.options import RunConfig
 from cutlayer.scoring import ROWS_PER_PASS
 from cutlayer.stored import Amount, Count, Digits, MalformedError, Stored, all_finite, checked, reading, remade
 from cutlayer.types import as_tuple
@@ -159,7 +159,8 @@ class TrainedModel:
     @classmethod
     def of(cls, config: RunConfig, training: Training, *, own: bool, evaluation: Mapping[str, Any]) -> TrainedModel:
         """The present one of a training. `own`: its model was given from Python. `evaluation`: the last scores."""
-        held, about = training.clients.held(), describe(config, training.source, training.making, own=own)
+        cuts = () if training.depths is None else training.depths.names
+        held, about = training.clients.held(), describe(config, training.source, training.making, own=own, cuts=cuts)
         copies: dict[_Place, Tensor] = {}  # what clients share, they share here too
         return cls(
             {**about, "clients": len(training.clients.samples), "evaluation": dict(evaluation)},
@@ -304,6 +305,8 @@ class TrainedModel:
     def _cuts(self) -> tuple[str, ...]:
         """The modules after which the model was cut: none, one or two."""
         found = [self.about["cut"], self.about["tail_cut"]]
+        if any("," in cut for cut in found if cut):  # clients had cuts of their own
+            return ()
         return tuple(cut if isinstance(cut, str) else cut[0] for cut in found if cut)
 
     def _compare_code(self) -> None:
@@ -318,16 +321,18 @@ class TrainedModel:
             )
 
 
-def describe(config: RunConfig, source: Source, making: Making, *, own: bool) -> dict[str, Any]:
-    """What has to be known of a model besides its weights, in plain values."""
+def describe(
+    config: RunConfig, source: Source, making: Making, *, own: bool, cuts: Sequence[str] = ()
+) -> dict[str, Any]:
+    """What has to be known of a model besides its weights, in plain values. `cuts` [C]: each client's."""
     task = plugins.find("task", config.task)
-    cuts = None if config.traits.whole else config.cut or (None if own else default_cut(config.model))
+    cut = ",".join(cuts) if len(set(cuts)) > 1 else cuts[0] if cuts else None
     return {
         "algorithm": config.algorithm,
         "model": None if own else plugins.absolute(config.model),
         "model_options": {} if own else config.options_of(plugins.find("model", config.model)),
         "model_code": "" if own else plugins.fingerprint("model", config.model),
-        "cut": cuts,
+        "cut": None if config.traits.whole else cut,
         "tail_cut": config.tail_cut,
         "input_shape": list(making.input_shape),
         "outputs": making.outputs,

@@ -28,7 +28,8 @@ Rows = tuple[Tensor, ...]
 class Smashed:
     """Smashed data: what `clients` sent up in one step, with the labels. Empty (falsy) when nobody had a batch left.
 
-    `weights` say what each row counts in the mean loss (None: all count 1).
+    `weights` say what each row counts in the mean loss (None: all count 1). Where clients have cuts of their own, rows
+    differ in shape: `rows` is then empty, and `parts` holds those of each cut.
     """
 
     rows: Rows  # each [R, s...]
@@ -37,6 +38,7 @@ class Smashed:
     sizes: tuple[int, ...]  # [C], the b_k
     written: tuple[int, ...] = ()  # [C], bytes that each client's rows came in, where only the carrier can know
     weights: Tensor | None = None  # [R]
+    parts: tuple[Smashed, ...] = ()
 
     def __len__(self) -> int:
         return sum(self.sizes)
@@ -144,7 +146,8 @@ class CutGradients:
     """Cut gradients on their way down: own rows for some clients (unicast), one common gradient for others (broadcast).
 
     `own` holds the rows of `clients` (sizes `sizes`), concatenated; every active client receives `common`:
-    [max b_k, s...], of which a client with fewer rows uses the first b_k; or [1, s...], used for every row.
+    [max b_k, s...], of which a client with fewer rows uses the first b_k; or [1, s...], used for every row. Where
+    clients have cuts of their own, `own` and `common` are empty, and `parts` holds the gradients of each cut.
     """
 
     own: Rows
@@ -152,6 +155,7 @@ class CutGradients:
     sizes: tuple[int, ...]
     common: Rows = ()
     active: tuple[int, ...] = ()
+    parts: tuple[CutGradients, ...] = ()
 
     def without_rows(self) -> CutGradients:
         """For the same clients, whose lower parts train nothing: each takes its step, and no gradient goes down."""
@@ -159,6 +163,9 @@ class CutGradients:
 
     def for_client(self, client: int, size: int) -> Rows:
         """What `client`, whose batch has `size` rows, back-propagates: each [size, s...]."""
+        if self.parts:
+            part = next(p for p in self.parts if client in p.clients or client in p.active)
+            return part.for_client(client, size)
         if client in self.active:
             return tuple(c.expand(size, *c.shape[1:]) if len(c) == 1 else c[:size] for c in self.common)
         at = self.clients.index(client)
@@ -182,6 +189,23 @@ class CutGradients:
             rows = both.index_select(0, torch.from_numpy(at).to(both.device))
             found.append(as_rows(rows, common.shape[1:], last))
         return tuple(found)
+
+
+def by_cut(
+    rows: Mapping[int, Rows], cuts: Sequence[int], written: Mapping[int, int] | None = None
+) -> tuple[Smashed, ...]:
+    """The rows of several clients, whose cuts have the numbers `cuts` [C], as those of each cut; `written` are their
+    bytes, where only the carrier knows them.
+    """
+    groups: dict[int, list[int]] = {}
+    for k in rows:
+        groups.setdefault(cuts[k], []).append(k)
+    found = []
+    for who in groups.values():
+        joined = tuple(torch.cat(tensors) for tensors in zip(*(rows[k] for k in who), strict=True))
+        sizes, counts = tuple(len(rows[k][0]) for k in who), tuple(written[k] for k in who) if written else ()
+        found.append(Smashed(joined, torch.empty(0), tuple(who), sizes, counts))
+    return tuple(found)
 
 
 @dataclass(frozen=True)

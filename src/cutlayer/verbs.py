@@ -74,6 +74,11 @@ class Traits:
         return TAIL in self.needs
 
     @property
+    def lower_only(self) -> bool:
+        """Clients hold what is below one cut, and no more."""
+        return self.split and not self.u_shaped and LEARN not in self.needs
+
+    @property
     def heads_come_down(self) -> bool:
         """Clients have auxiliary heads that the server fits: they are not trained where they are used, nor averaged."""
         return ALIGN in self.needs
@@ -112,6 +117,26 @@ class Traits:
     def server_sees_one_client(self) -> bool:
         """A forward pass of the server has the rows of a single client."""
         return bool(self.needs & {STEP_EACH, STEP_COPIES, HAND_OVER})
+
+    @property
+    def one_cut(self) -> str:
+        """Why all clients must have the same cut, in a sentence without its end; empty if each can have its own."""
+        if self.whole:
+            return "its clients hold whole models"
+        if self.takes_turns:
+            return "one client model travels from client to client"
+        if self.u_shaped:
+            return "its clients hold the last layers too"
+        if self.gradients_cross:
+            return "all clients step with the sum of their weight gradients, so that they hold the same layers"
+        if self.asynchronous:
+            return "its clients work at their own pace, so that some compute while others are averaged"
+        return "its clients train on auxiliary heads, which are made for one cut" if LEARN in self.needs else ""
+
+    @property
+    def mixes_cuts(self) -> bool:
+        """Each client can have a cut of its own."""
+        return not self.one_cut
 
     @property
     def leaving(self) -> dict[str, str]:

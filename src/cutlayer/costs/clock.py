@@ -221,7 +221,8 @@ class ClockedCohort(CohortAround):
     Bytes are those of the ledger; FLOPs per sample those of `flops`; `batch` is b, of which only local training makes
     use (its rows do not cross). `central`: the one model is trained by the server, on data that the fleet has sent.
     `server_flops`: what the server computes for each row of a step. `row_bytes`: what a row takes on its way up, as far
-    as is known before the first is sent.
+    as is known before the first is sent. Where clients have different cuts, `each` [C] are the FLOPs per sample at each
+    client's; the server then also computes what lies between that and the deepest one.
     """
 
     def __init__(
@@ -234,10 +235,15 @@ class ClockedCohort(CohortAround):
         *,
         central: bool = False,
         row_bytes: float = 0.0,
+        each: Sequence[ModelFlops] = (),
     ) -> None:
         super().__init__(inner)
         self.metered, self._row_bytes = inner, row_bytes
         self._at_work: set[int] = set()  # clients that work at their own pace
+        own = each or [flops] * len(inner.samples)
+        self._forward = np.array([f.client.forward for f in own])
+        self._backward = np.array([f.client.backward for f in own])
+        self._between = np.array([f.server.training - flops.server.training for f in own])
         self.server_flops = server_flops
         self.ledger = inner.ledger
         self.clock, self.flops, self.batch, self.central = clock, flops, batch, central
@@ -286,7 +292,7 @@ class ClockedCohort(CohortAround):
         self._rows[list(smashed.clients)] = smashed.sizes
         self._fitted[list(smashed.clients)] += 1
         self._tail_done = False
-        self.clock.compute(self._rows * self.flops.client.forward)
+        self.clock.compute(self._rows * self._forward)
         sent = self._upload()
         if self._at_work and len(smashed):
             self._row_bytes = sent / len(smashed)
@@ -329,11 +335,11 @@ class ClockedCohort(CohortAround):
         addressed = [*gradients.clients, *gradients.active]
         rows[addressed] = self._rows[addressed]
         per_row = server.backward if self._tail_done else self.server_flops
-        self.clock.serve(float(rows.sum()) * per_row)
+        self.clock.serve(float(rows.sum()) * per_row + float(rows @ self._between))
         self.clock.download(8.0 * down, 8.0 * leaving)
         # A client whose part trains nothing receives no gradients, and still waits until it is asked again.
         self.clock.go_on([client for client in addressed if rows[client] and not down[client]])
-        self.clock.compute(rows * self.flops.client.backward)
+        self.clock.compute(rows * self._backward)
         self._rows[addressed] = 0
 
     def learn(self, steps: int) -> list[Step]:

@@ -153,9 +153,10 @@ class _MeteredState(Stored):
 class MeteredCohort(CohortAround):
     """A cohort whose crossings go into a ledger. It counts, and changes nothing.
 
-    `crossed` is where the inner cohort notes the bytes of rows that have crossed; here they are taken out. `total` sums
-    what has crossed in an evaluation over several processes that each evaluate some clients.
-    `asynchronous`: clients begin to work when `arrivals` names them, and not when a round begins.
+    `crossed` is where the inner cohort notes the bytes of rows that have crossed; here they are taken out. `cuts` [C]
+    are the numbers of the clients' cuts, where these differ. `total` sums what has crossed in an evaluation over
+    several processes that each evaluate some clients. `asynchronous`: clients begin to work when `arrivals` names them,
+    and not when a round begins.
     """
 
     def __init__(
@@ -163,13 +164,14 @@ class MeteredCohort(CohortAround):
         inner: Cohort,
         ledger: Ledger,
         crossed: list[Crossed],
-        total: Callable[[np.ndarray], np.ndarray] | None = None,
+        cuts: Sequence[int] = (),
         *,
+        total: Callable[[np.ndarray], np.ndarray] | None = None,
         asynchronous: bool = False,
     ) -> None:
         super().__init__(inner)
         self.asynchronous = asynchronous
-        self.ledger, self._crossed, self._total = ledger, crossed, total
+        self.ledger, self._crossed, self._cuts, self._total = ledger, crossed, cuts, total
         self._stale: set[int] = set()  # missed an averaging: will fetch the model when they next take part
         self._at_work: set[int] = set()  # go on with the model that they have until it is averaged
         self._common_seen = False  # in this round
@@ -260,9 +262,10 @@ class MeteredCohort(CohortAround):
         if not weights:  # nobody has trained
             return ()
         averaged = self.inner.average(weights)
-        size = self.footprint(averaged[0]).model  # all client models are of one kind
-        self.ledger.add("up", "models", averaged, size)
-        self.ledger.broadcast("models", averaged, size)
+        for same in self._by_cut(averaged):
+            size = self.footprint(same[0]).model
+            self.ledger.add("up", "models", same, size)
+            self.ledger.broadcast("models", same, size)
         self._at_work -= set(weights)
         self._stale = set(range(len(self.samples))) - set(averaged) - self._at_work
         return averaged
@@ -320,10 +323,17 @@ class MeteredCohort(CohortAround):
     def _fetch(self, clients: Sequence[int]) -> None:
         """Down: the averaged model, to those of `clients` that have missed it."""
         late = [k for k in clients if k in self._stale]
-        if late:
-            size = self.footprint(late[0])
-            self.ledger.broadcast("models", late, size.model + (size.optimizer if self._in_step else 0))
-            self._stale -= set(late)
+        for same in self._by_cut(late):
+            size = self.footprint(same[0])
+            self.ledger.broadcast("models", same, size.model + (size.optimizer if self._in_step else 0))
+        self._stale -= set(late)
+
+    def _by_cut(self, clients: Sequence[int]) -> list[list[int]]:
+        """Clients whose models are of one kind, and so get the same message: those with the same cut."""
+        groups: dict[int, list[int]] = {}
+        for k in clients:
+            groups.setdefault(self._cuts[k] if self._cuts else 0, []).append(k)
+        return list(groups.values())
 
     def _count(self, kind: Kind, *, up: Kind | None = None, common_rows: int = 0) -> None:
         """Count the rows that have crossed as `kind`, those that went up as `up` if it is given; a common gradient has

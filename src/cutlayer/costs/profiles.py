@@ -87,6 +87,8 @@ class Device(_Profile):
     """Power while it computes, of the whole device."""
     idle_watts: float | None = Field(None, ge=0)
     """Power while it waits."""
+    memory_gb: float | None = Field(None, gt=0)
+    """Gigabytes (1e9 bytes) that training may take; cut_by = profile keeps within it. None: not known."""
     basis: str = "as measured by its owner"
     """The computation that was measured."""
 

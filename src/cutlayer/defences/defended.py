@@ -19,8 +19,7 @@ class DefendedCohort(CohortAround):
     def __init__(self, inner: Cohort, drawn: list[Drawn], defences: Defences) -> None:
         super().__init__(inner)
         self.defences, self._drawn = defences, drawn
-        self._guarded: Guarded | None = None
-        self._asked: tuple[int, ...] = ()
+        self._guarded: list[tuple[tuple[int, ...], Guarded]] = []  # of each cut: whose rows, and what was done to them
 
     def forward(self, clients: Sequence[int] | None = None, *, labels: bool = True) -> Smashed:
         """Smashed data leave the clients protected."""
@@ -30,9 +29,18 @@ class DefendedCohort(CohortAround):
             return smashed
         clocks = [clock for d in self._drawn for clock in d.clocks.tolist()]
         x = [own for d in self._drawn for own in zip(*(rows.split(d.sizes.tolist()) for rows in d.inputs), strict=True)]
-        self._asked = smashed.clients
-        self._guarded = self.defences.step(smashed.rows, x, smashed.clients, smashed.sizes, clocks)
-        return replace(smashed, rows=self._guarded.rows)
+        parts, inputs = (
+            smashed.parts or (smashed,),
+            dict(zip(smashed.clients, zip(x, clocks, strict=True), strict=True)),
+        )
+        self._guarded = [(p.clients, self._protected(p, [inputs[k] for k in p.clients])) for p in parts]
+        sent = tuple(replace(p, rows=g.rows) for p, (_, g) in zip(parts, self._guarded, strict=True))
+        return replace(smashed, parts=sent) if smashed.parts else sent[0]
+
+    def _protected(self, smashed: Smashed, batches: Sequence[tuple[Rows, int]]) -> Guarded:
+        """Rows that are protected, of clients whose `batches` (inputs, clock) they came from."""
+        x, clocks = [own for own, _ in batches], [clock for _, clock in batches]
+        return self.defences.step(smashed.rows, x, smashed.clients, smashed.sizes, clocks)
 
     def backward(self, gradients: CutGradients) -> None:
         """Every client takes its gradient, own or common, back through its defences."""
@@ -44,10 +52,9 @@ class DefendedCohort(CohortAround):
 
     def _back(self, gradients: CutGradients) -> CutGradients:
         """Gradients that have gone back through the defences."""
-        assert self._guarded is not None, "a backward pass follows a forward pass"
-        sizes = self._guarded.sizes
-        own = self._guarded.back(gradients.for_all(self._asked, sizes))
-        return CutGradients(own, self._asked, sizes)
+        assert self._guarded, "a backward pass follows a forward pass"
+        found = tuple(map(_through, gradients.parts or (gradients,), self._guarded))
+        return replace(gradients, parts=found) if gradients.parts else found[0]
 
     def evaluate(self, samples: Samples, predict: Predict, clients: Sequence[int] | None = None) -> Evaluation:
         """Smashed data of held-out samples is protected, too."""
@@ -59,3 +66,10 @@ class DefendedCohort(CohortAround):
             return predict(clients, sent)
 
         return self.inner.evaluate(samples, protected, clients)
+
+
+def _through(gradients: CutGradients, guarded: tuple[tuple[int, ...], Guarded]) -> CutGradients:
+    """Gradients of one cut that have gone back through the defences of its clients."""
+    clients, done = guarded
+    own = done.back(gradients.for_all(clients, done.sizes))
+    return CutGradients(own, clients, done.sizes)

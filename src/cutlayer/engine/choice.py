@@ -352,6 +352,14 @@ class Choice:
         return Timed(tuner.alone(part, rows, batch * at_a_time, data=data), Stacking())
 
 
+def one_by_one(config: RunConfig, split: Parts) -> Chosen:
+    """The local engine, for clients with different cuts: their models cannot be stacked. Warns if another was named."""
+    if config.engine == "stacked":
+        why = "its clients have different cuts, so that their models cannot be stacked"
+        warnings.warn(f"{config.algorithm} runs on the local engine: {why}", CutlayerWarning, stacklevel=3)
+    return Chosen(split, Ways("local"))
+
+
 def memory_limit(config: RunConfig, processes: int | None = None) -> float:
     """Bytes that the clients' forward passes may leave for their backward passes: as asked for, or half of what is free
     now, shared by the `processes` that compute side by side (by default those that do)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import msgspec
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from cutlayer import seeds
 from cutlayer.adjustment import adjusted
-from cutlayer.averaging import average_into
+from cutlayer.averaging import average, average_into
 from cutlayer.cohort import Footprint, Predict, Summed
 from cutlayer.data.samples import Samples
 from cutlayer.eager import backward
@@ -36,7 +37,18 @@ from cutlayer.server import finite
 from cutlayer.stored import Stored, checked, fit, sized
 from cutlayer.tasks import Task
 from cutlayer.tasks.classification import Classification
-from cutlayer.types import CutGradients, Evaluation, Round, Rows, Smashed, Step, TailGradients, aligned, as_tuple
+from cutlayer.types import (
+    CutGradients,
+    Evaluation,
+    Round,
+    Rows,
+    Smashed,
+    Step,
+    TailGradients,
+    aligned,
+    as_tuple,
+    by_cut,
+)
 from cutlayer.verbs import VERBS
 
 
@@ -209,7 +221,7 @@ class LocalCohort(SimulatedCohort):
         ]
         self._asked: tuple[int, ...] = ()  # the clients of the last forward pass
         if setup.alike:
-            self._begin_from(moving(self._clients[0].module))
+            self._begin_from(self._whole([0])[0])
 
     def footprint(self, client: int) -> Footprint:
         """Bytes of the client's model and optimiser state."""
@@ -222,10 +234,14 @@ class LocalCohort(SimulatedCohort):
             return Smashed((), torch.empty(0), (), ())
         self._foresee(self._asked)
         sent = [self._forward_one(k, len(self._asked)) for k in self._asked]
-        rows = tuple(torch.cat([s[i].detach() for s in sent]) for i in range(len(sent[0])))
         self._drift()
         of = [self._clients[k].labels for k in self._asked]
         sizes = tuple(len(y) for y in of)
+        if self.setup.cuts:
+            own = {k: tuple(r.detach() for r in rows) for k, rows in zip(self._asked, sent, strict=True)}
+            smashed = self._smashed((), torch.cat(of), self._asked, sizes, labels)
+            return replace(smashed, parts=by_cut(own, self.setup.cuts))
+        rows = tuple(torch.cat([s[i].detach() for s in sent]) for i in range(len(sent[0])))
         return self._smashed(rows, torch.cat(of), self._asked, sizes, labels)
 
     def _forward_one(self, client: int, among: int = 1) -> Rows:
@@ -320,6 +336,14 @@ class LocalCohort(SimulatedCohort):
     def average(self, weights: Mapping[int, float]) -> tuple[int, ...]:
         """All client models := the average of those in `weights`. Optimiser states stay where they are."""
         self._settle()
+        if (beside := self.setup.beside) is not None:
+            one = average(self._whole(list(weights)), list(weights.values()), self.setup.rule, self._origin)
+            self._begin_from(one)
+            for client in self._clients:
+                load_moving(client.module, {name: one[name] for name in moving(client.module)})
+            beside.take(one)
+            self._alike = True
+            return tuple(weights)
         others = self._passed_over(weights)
         everybody = [client.module for client in self._clients if client.name not in others]
         first, models = everybody[0], [self._clients[k].module for k in weights]
@@ -328,6 +352,11 @@ class LocalCohort(SimulatedCohort):
         for module in everybody[1:]:
             load_moving(module, moving(first))
         return tuple(weights)
+
+    def _whole(self, clients: Sequence[int]) -> list[dict[str, Tensor]]:
+        """What moves of the models of `clients`, with what the server holds of them."""
+        own, beside = {k: moving(self._clients[k].module) for k in clients}, self.setup.beside
+        return list(own.values()) if beside is None else [{**own[k], **s} for k, s in beside.states(clients).items()]
 
     def hand_over(self, client: int, *, optimizer: bool) -> None:
         """The travelling model moves to `client`; before anyone holds it, it is `client`'s own."""
@@ -395,7 +424,8 @@ class LocalCohort(SimulatedCohort):
         clients = [
             {"model": self._own(c), "optimizer": c.optimizer.state_dict() if c.optimizer else {}} for c in self._clients
         ]
-        return {**self._base_state(), "clients": clients, "frozen": resting(self._clients[0].module)}
+        shared = {} if not self.setup.cuts else {n: t for c in self._clients for n, t in resting(c.module).items()}
+        return {**self._base_state(), "clients": clients, "frozen": shared or resting(self._clients[0].module)}
 
     def _own(self, client: Client) -> dict[str, Tensor]:
         """What a client does not share with the others: all but what is frozen, and its head."""
@@ -408,9 +438,12 @@ class LocalCohort(SimulatedCohort):
         sized(found.clients, len(self._clients), "clients")
         self._load_base(found)
         for k, (client, own) in enumerate(zip(self._clients, found.clients, strict=True)):
-            whole = client.module.state_dict() if found.frozen else moving(client.module)
-            fit({**found.frozen, **own.model}, whole, f"the model of client {k}")
-            load_moving(client.module, {**found.frozen, **own.model})
+            frozen = found.frozen
+            if self.setup.cuts:  # what others hold, too
+                frozen = {name: frozen[name] for name in frozen.keys() & resting(client.module).keys()}
+            whole = client.module.state_dict() if frozen else moving(client.module)
+            fit({**frozen, **own.model}, whole, f"the model of client {k}")
+            load_moving(client.module, {**frozen, **own.model})
             restore_optimizer(client.optimizer, own.optimizer, f"the optimiser of client {k}")
 
 

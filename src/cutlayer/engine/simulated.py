@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from cutlayer.averaging import State
 from cutlayer.averagings import Averaging
 from cutlayer.averagings.mean import WeightedMean
-from cutlayer.cohort import Held, draw_participants
+from cutlayer.cohort import Beside, Held, draw_participants
 from cutlayer.data.batches import Batches, Clocks, Drawn
 from cutlayer.data.samples import Samples
 from cutlayer.data.sampling import Sampling, Turns, dealt
@@ -41,7 +41,8 @@ class Routine:
     `judge_by` whether each is, their average, or all of them together; `task` what a row's loss is, and how models are
     judged; `class_names` those of the classes, where they have some; `rule` how their models are averaged; `sampling`
     how many rows a client brings to a step; `carries` that clients work at their own pace, and that their work goes on
-    from one round to the next.
+    from one round to the next. Where clients have different cuts, `cuts` [C] are the numbers of these, and `beside` is
+    what the server holds of the clients' models.
     """
 
     lr: float
@@ -59,6 +60,8 @@ class Routine:
     sampling: Sampling = "fixed"
     rule: Averaging = field(default_factory=WeightedMean)
     carries: bool = False
+    cuts: Sequence[int] = ()
+    beside: Beside | None = None
 
     def participants(self, index: int, clients: int) -> tuple[int, ...]:
         """The clients of round `index`."""
@@ -146,7 +149,8 @@ class SimulatedCohort(ABC):
         self._rate = setup.lr
         self._alike = setup.alike  # all client models are known to be equal
         lower, tail = setup.models[0]
-        self._buffered = not trains(lower, tail) and any(True for _ in lower.buffers())
+        # Blocks at the server move also where nothing of the clients' parts does.
+        self._buffered = bool(setup.cuts) or (not trains(lower, tail) and any(True for _ in lower.buffers()))
         # Auxiliary heads that are not trained here: each client has its own all the same.
         self._heads_apart = setup.shape == "split" and tail is not None and not trains(tail)
         self._holder: int | None = None

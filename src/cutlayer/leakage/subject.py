@@ -148,6 +148,11 @@ def moments(out: Path, snapshots: bool = False) -> list[Moment]:
             "`cutlayer run` to examine it"
         )
     training = assemble(config)
+    if training.depths is not None and training.depths.mixed:
+        raise ConfigError(
+            f"{str(out)!r} is a run whose clients have different cuts ({', '.join(training.depths.each)}): each would "
+            "be attacked at another place; name runs with one cut for all"
+        )
     ours, theirs = fingerprint(training), state.fingerprint
     if ours["data set"] != theirs.get("data set") or ours["model"] != theirs.get("model"):
         raise RunFolderError(

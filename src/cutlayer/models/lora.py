@@ -135,7 +135,10 @@ def _on_side(model: nn.Module, names: list[str], lora: Lora, cuts: Sequence[str]
         return names
     inner = [named_block(model, cut) for cut in cuts]
     if not inner:
-        raise ConfigError(f"lora_sides = {lora.sides!r} has no effect on a model that is not cut: leave it out")
+        raise ConfigError(
+            f"lora_sides = {lora.sides!r} has no effect on a model that is not cut, or not for all clients at one "
+            "place: leave it out"
+        )
     client = set(_up_to(model, inner[0]))
     if len(inner) > 1:  # U-shaped: the client has the end, too
         client |= {name for name, _ in model.named_modules()} - set(_up_to(model, inner[1]))

@@ -36,7 +36,7 @@ from cutlayer.remote.worker import expected_state, flattened, restore, state_of
 from cutlayer.scoring import ROWS_PER_PASS, Outputs, evaluation, judged
 from cutlayer.stored import Amount, Count, Digits, Stored, below, checked, fit, fits, sized
 from cutlayer.tasks import Value
-from cutlayer.types import CutGradients, Evaluation, Round, Rows, Smashed, Step, TailGradients, aligned
+from cutlayer.types import CutGradients, Evaluation, Round, Rows, Smashed, Step, TailGradients, aligned, by_cut
 from cutlayer.verbs import CLIENT_VERBS
 from cutlayer.wire import RAW, Codec, Frame, decode, decode_named, described, encode, encode_named, payload_sizes
 from cutlayer.wire import messages as m
@@ -45,6 +45,14 @@ from cutlayer.wire.tensors import Buffer
 
 _ACKNOWLEDGED = (m.Saved, m.Settled)  # answers to what was posted: they say no more than that it is done
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class End:
+    """What crosses at a cut, and a client that is cut there, of which the server knows shapes and names alone."""
+
+    crossing: Sequence[Crossing]
+    twin: Client
 
 
 @dataclass(frozen=True)
@@ -80,6 +88,11 @@ class Remote(Routine):
     tests: MutableSequence[int] = field(default_factory=list)
     scores: Mapping[str, Value] = field(default_factory=dict)
     class_counts: MutableSequence[list[int]] = field(default_factory=list)
+    ends: Sequence[End] = ()
+
+    def end(self, client: int) -> End:
+        """What crosses at a client's cut, and a client like it."""
+        return self.ends[self.cuts[client]] if self.cuts else End(self.crossing, self.twin)
 
     @cached_property
     def counts_alike(self) -> bool:
@@ -144,7 +157,8 @@ class RemoteCohort:
         self._stale: set[int] = set()  # have missed an averaging
         self.excluded: dict[int, str] = {}  # why
         self.denied: frozenset[int] = frozenset()  # not let in, as long as whoever runs the server says so
-        self._like = described(state_of(setup.twin.module))
+        self._likes: dict[int, dict[str, Crossing]] = {}  # of each cut
+        self._footprints: dict[int, Footprint] = {}  # likewise
         self._begun = False  # a round, in this process
         self._posts: dict[int, m.BeginRound] = {}  # of this round
         self._alike = setup.alike  # all models are known to be equal
@@ -181,15 +195,20 @@ class RemoteCohort:
 
     def footprint(self, client: int) -> Footprint:
         """Bytes of the client's model and optimiser state (which it has once it has stepped)."""
-        return self._footprint
+        cut = self.setup.cuts[client] if self.setup.cuts else 0
+        if cut not in self._footprints:
+            twin = self.setup.end(client).twin
+            state = {} if twin.optimizer is None else expected_state(twin.optimizer)
+            own = twin.footprint()
+            self._footprints[cut] = Footprint(own.model, sum(t.nbytes for t in state.values()), own.gradient)
+        return self._footprints[cut]
 
-    @cached_property
-    def _footprint(self) -> Footprint:
-        """Of every client alike."""
-        twin = self.setup.twin
-        state = {} if twin.optimizer is None else expected_state(twin.optimizer)
-        own = twin.footprint()
-        return Footprint(own.model, sum(t.nbytes for t in state.values()), own.gradient)
+    def _like(self, client: int) -> dict[str, Crossing]:
+        """What a client's model is like."""
+        cut = self.setup.cuts[client] if self.setup.cuts else 0
+        if cut not in self._likes:
+            self._likes[cut] = described(state_of(self.setup.end(client).twin.module))
+        return self._likes[cut]
 
     def begin_round(self, index: int, total: int, lr_factor: float) -> Round:
         """Draw the participants; those that are connected get their number of batches, and a model they missed."""
@@ -379,11 +398,21 @@ class RemoteCohort:
         if not came:
             return Smashed((), torch.empty(0), (), ())
         sizes = tuple(len(one.rows[0]) for one in came.values())
+        if self.setup.cuts:
+            return self._of_each_cut(came, sizes, labels)
         rows = _joined([one.rows for one in came.values()])
         y = rows[-1] if labels else torch.empty(sum(sizes), 0)
         weights = self.setup.task.weights(y) if labels else None
         written = _written(list(came.values()))
         return Smashed(rows[: len(self.setup.crossing)], y, tuple(came), sizes, written, weights)
+
+    def _of_each_cut(self, came: Mapping[int, _Came], sizes: tuple[int, ...], labels: bool) -> Smashed:
+        """The same where clients have different cuts."""
+        own = {k: one.rows[: len(self.setup.end(k).crossing)] for k, one in came.items()}
+        y = torch.cat([one.rows[-1] for one in came.values()]) if labels else torch.empty(sum(sizes), 0)
+        written = dict(zip(came, _written(list(came.values())), strict=False))
+        parts = by_cut(own, self.setup.cuts, written)
+        return Smashed((), y, tuple(came), sizes, (), self.setup.task.weights(y) if labels else None, parts)
 
     def _smashed(self, client: int, frame: Frame, labels: bool) -> _Came:
         """One client's smashed data, and its labels where they were asked for. Raises WireError."""
@@ -392,15 +421,16 @@ class RemoteCohort:
             raise WireError(f"a batch of {n} rows came, where {self._takes[client][0]} were asked for")
         if client not in self._takes and not 0 < n <= s.batch:
             raise WireError(f"a batch of {n} rows came, of at most {s.batch} were agreed")
-        like = [*s.crossing, *([s.targets] if labels else [])]
-        rows = decode(frame.body, like, n, [*[s.up] * len(s.crossing), *([RAW] if labels else [])])
+        crossing = s.end(client).crossing
+        like = [*crossing, *([s.targets] if labels else [])]
+        rows = decode(frame.body, like, n, [*[s.up] * len(crossing), *([RAW] if labels else [])])
         size = (
-            _check_finite(rows[: len(s.crossing)], "smashed data", client),
-            _check_finite(rows[len(s.crossing) :], "targets", client),
+            _check_finite(rows[: len(crossing)], "smashed data", client),
+            _check_finite(rows[len(crossing) :], "targets", client),
         )
         if labels and (odd := s.task.foreign(rows[-1], s.outputs.shape)):
             raise WireError(f"the targets of client {client} hold {odd}: give the client targets of the same task")
-        return _Came(rows, sum(payload_sizes(frame.body)[: len(s.crossing)]) if s.up.zstd else 0, sizes=size)
+        return _Came(rows, sum(payload_sizes(frame.body)[: len(crossing)]) if s.up.zstd else 0, sizes=size)
 
     def tail(self, features: Smashed) -> TailGradients:
         """Each client's tail finishes its rows of `features` with the client's own mean loss."""
@@ -441,6 +471,11 @@ class RemoteCohort:
         """Every client of the last `forward` back-propagates what it is sent; it goes out with the next request."""
         self._alike = len(self.samples) == 1
         self._waiting.clear()
+        for part in gradients.parts or (gradients,):
+            self._post_back(part)
+
+    def _post_back(self, gradients: CutGradients) -> None:
+        """Cut gradients of one kind of client go out with the next request."""
         common: list[Buffer] = encode(gradients.common, self.setup.down) if gradients.active else []
         ends = np.cumsum(gradients.sizes).tolist()
         spans = {k: slice(end - n, end) for k, n, end in zip(gradients.clients, gradients.sizes, ends, strict=True)}
@@ -579,18 +614,34 @@ class RemoteCohort:
             return ()
         here = [k for k in weights if k in models]
         self._average = self._averaged([models[k] for k in here], [weights[k] for k in here])
-        body = encode_named(self._average)
-        for k in here:
-            self._post(k, m.TakeModel(self._step), body)
+        self._post_average(here)
+        if self.setup.beside is not None:
+            self.setup.beside.take(self._average)
         self._at_work -= set(weights)
         self._stale = set(range(len(self.samples))) - set(here) - self._at_work
         self._alike = not self._at_work  # who has missed it gets it before anything else
         self._others_have_it = not self._alike
         return tuple(here)
 
+    def _post_average(self, clients: Iterable[int]) -> None:
+        """Each of `clients` takes its part of the average: all of it, unless clients have different cuts."""
+        assert self._average is not None, "models have been averaged"
+        bodies: dict[int, list[Buffer]] = {}
+        for k in clients:
+            cut = self.setup.cuts[k] if self.setup.cuts else 0
+            if cut not in bodies:
+                bodies[cut] = encode_named({name: self._average[name] for name in self._like(k)})
+            self._post(k, m.TakeModel(self._step), bodies[cut])
+
+    def _completed(self, models: dict[int, dict[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
+        """The clients' models, with what the server holds of them where they have different cuts."""
+        if (beside := self.setup.beside) is None:
+            return models
+        return {k: {**models[k], **blocks} for k, blocks in beside.states(list(models)).items()}
+
     def _vetted_models(self, weights: Mapping[int, float]) -> dict[int, dict[str, Tensor]]:
         """The models of those of `weights` that gave them, less those that spoil the average."""
-        models = self._models([k for k in weights if k not in self.excluded])
+        models = self._completed(self._models([k for k in weights if k not in self.excluded]))
         if self.vet is None or not models:
             return models
         if (before := self._average or self._first) and len(models) > 2:
@@ -645,7 +696,7 @@ class RemoteCohort:
         """What is passed on is what was expected. Raises WireError."""
         model = isinstance(frame.message, m.ModelUp)
         twin = self.setup.twin.optimizer
-        like = self._like if model else described({} if twin is None else expected_state(twin))
+        like = self._like(client) if model else described({} if twin is None else expected_state(twin))
         tensors = decode_named(frame.body, like)
         _check_finite(tuple(tensors.values()), "model" if model else "optimiser state", client)
         return frame.body
@@ -764,9 +815,10 @@ class RemoteCohort:
 
     def _smashed_test(self, client: int, before: list[Request], request: m.OwnForward) -> Rows | None:
         """The smashed data of some of a client's own test rows; `before` is sent first. None if it is gone."""
+        like = self.setup.end(client).crossing
 
         def read(k: int, answer: Frame) -> Rows:
-            return _finite(aligned(decode(answer.body, self.setup.crossing, request.rows, self.setup.up.evaluating)), k)
+            return _finite(aligned(decode(answer.body, like, request.rows, self.setup.up.evaluating)), k)
 
         return self._exchange([client], lambda k: [*before, (request, ())], read, quorum=True).get(client)
 
@@ -801,7 +853,7 @@ class RemoteCohort:
         models = self._models([client])
         if client not in models:
             raise AbsentError(f"client {client} is not connected: its model is with it")
-        return named_as_whole({**resting(self.setup.twin.module), **models[client]}, self.shape)
+        return named_as_whole({**resting(self.setup.end(client).twin.module), **models[client]}, self.shape)
 
     def held(self) -> Held:
         """The average of the client models, where the last that was done to them is averaging; no model otherwise."""
@@ -952,9 +1004,9 @@ class RemoteCohort:
         """Those of `clients` that have missed an averaging get what came of it."""
         if missed := self._stale & set(clients) & self.hub.connected:
             assert self._average is not None, "what was missed is an average"
-            body, twin = encode_named(self._average), self.setup.twin
+            twin = self.setup.twin
             for k in missed:
-                self._post(k, m.TakeModel(self._step), body)
+                self._post_average([k])
                 if self._in_step and twin.optimizer is not None:
                     self._post(k, m.TakeOptimizer(self._step), encode_named(flattened(twin.optimizer)))
             self._stale -= missed
@@ -974,26 +1026,29 @@ class RemoteCohort:
         outputs = [s.outputs]
 
         def ask(
-            request: m.Evaluate, body: Callable[[int], Sequence[Buffer]], like: Sequence[Crossing], codec: Codec
+            request: m.Evaluate,
+            body: Callable[[int], Sequence[Buffer]],
+            like: Callable[[int], Sequence[Crossing]],
+            codec: Codec,
         ) -> dict[int, Rows]:
             def read(k: int, answer: Frame) -> Rows:
-                rows = aligned(decode(answer.body, like, n, codec))
+                rows = aligned(decode(answer.body, like(k), n, codec))
                 return rows if math.isfinite(largest(rows)) else self._judge_by_itself(rows, k, part, predict)
 
             return self._exchange(clients, lambda k: [(request, body(k))], read, quorum=True)
 
         if self.shape == "whole":
-            whole = ask(m.Evaluate(self._step, "whole", n), lambda k: body, outputs, RAW)
+            whole = ask(m.Evaluate(self._step, "whole", n), lambda k: body, lambda k: outputs, RAW)
             return {k: rows[0] for k, rows in whole.items()}
-        smashed = ask(m.Evaluate(self._step, "lower", n, start=start), lambda k: body, s.crossing, s.up.evaluating)
+        lower = m.Evaluate(self._step, "lower", n, start=start)
+        smashed = ask(lower, lambda k: body, lambda k: s.end(k).crossing, s.up.evaluating)
         given = {k: predict([k], rows) for k, rows in smashed.items()}
         if self.shape == "split":
             return {k: rows[0] for k, rows in given.items()}
         clients = list(given)
         tail = m.Evaluate(self._step, "tail", n)
-        return {
-            k: rows[0] for k, rows in ask(tail, lambda k: encode(given[k], s.down.evaluating), outputs, RAW).items()
-        }
+        said = ask(tail, lambda k: encode(given[k], s.down.evaluating), lambda k: outputs, RAW)
+        return {k: rows[0] for k, rows in said.items()}
 
     def _judge_by_itself(self, rows: Rows, client: int, part: Samples, predict: Predict) -> Rows:
         """Whose fault it is that results in evaluation are not finite. Raises NonFiniteError where the average that all
@@ -1008,7 +1063,7 @@ class RemoteCohort:
 
     def _models(self, clients: Sequence[int]) -> dict[int, dict[str, Tensor]]:
         def read(k: int, frame: Frame) -> dict[str, Tensor]:
-            model = decode_named(frame.body, self._like)
+            model = decode_named(frame.body, self._like(k))
             _check_finite(tuple(model.values()), "model", k)
             return model
 

@@ -22,6 +22,7 @@ from cutlayer.cohort import Tell
 from cutlayer.data.samples import AtClient, Samples, Source
 from cutlayer.defences.noise import Noise
 from cutlayer.defences.pipeline import Defences
+from cutlayer.engine.between import Blocks
 from cutlayer.engine.local import Client
 from cutlayer.errors import ConfigError
 from cutlayer.frozen import digest
@@ -32,7 +33,7 @@ from cutlayer.remote import announced
 from cutlayer.remote.allowance import PIECES, SPENT, Allowance, Extent, Purse, statement
 from cutlayer.remote.audit import Audit
 from cutlayer.remote.carrier import Carrier
-from cutlayer.remote.far import Remote, RemoteCohort
+from cutlayer.remote.far import End, Remote, RemoteCohort
 from cutlayer.remote.vetting import Vetting
 from cutlayer.remote.worker import Duty, Keeping, OwnTest, Watching, Worker
 from cutlayer.run import Run
@@ -94,10 +95,13 @@ def remote_training(
             "their clients' machines, and would have to: choose mean or ensemble"
         )
     p = prepare(_remotely(config), model, data)
+    _check_kept(p)
+    ends = _ends(p)
     setup = Remote(
         samples=samples,
-        twin=Client(0, *p.clients.models[0], p.clients.make_optimizer, p.clients.task),
+        twin=ends[p.deepest].twin,
         crossing=p.split.crossing,
+        ends=ends,
         returning=p.split.returning,
         targets=Crossing(tuple(p.source.train.y.shape[1:]), p.source.train.y.dtype),
         outputs=_outputs(p),
@@ -118,10 +122,12 @@ def remote_training(
     lr = config.server_lr or config.client_lr
     server = Server(p.split.server, p.make_server, lr, p.server_seed, p.clients.task)
     probe = (p.source.test if len(p.source.test) else p.source.train)[:_PROBE]
-    cohort.vet = Vetting(server, p.clients.task, p.algorithm.traits.needs, probe, setup.twin.module)
-    ours, shares = terms(p, run), config.share_server_model
+    blocks = p.clients.beside if isinstance(p.clients.beside, Blocks) else None
+    cohort.vet = Vetting(server, p.clients.task, p.algorithm.traits.needs, probe, setup.twin.module, blocks)
+    each, shares = [terms(p, run, client) for client in _first_of_each_cut(p)], config.share_server_model
 
     def greet(hello: m.Hello, client: int) -> m.Welcome | m.Refused:
+        ours = each[setup.cuts[client] if setup.cuts else 0]
         if refused := agree(hello.terms, ours):
             return refused
         if client in cohort.excluded:
@@ -254,6 +260,7 @@ def worker_of(
     if tested and config.judge != "mean" and not config.traits.models_cross:
         raise ConfigError(_others_models(config))
     p = prepare(_remotely(config), model, data if own is None else own, alone=None if own is None else client)
+    _check_kept(p)
     _check_watch(p.clients.task, config, watch)
     if own is not None:
         _check_fitted(config, p.clients.task)
@@ -280,8 +287,8 @@ def worker_of(
             lr=config.client_lr,
             batch=config.batch,
             seed=config.seed,
-            terms=terms(p, run),
-            crossing=p.split.crossing,
+            terms=terms(p, run, client if p.clients.cuts else 0),
+            crossing=p.parts_of(client).crossing,
             returning=p.split.returning,
             up=p.coding.up,
             down=p.coding.down,
@@ -378,7 +385,7 @@ def _own_test(p: Prepared, client: int) -> OwnTest:
 
 def _keeping(p: Prepared, *, own: bool) -> Keeping:
     """What a client has to know to keep the whole model: how it is made, and what the server's part looks like."""
-    about = describe(p.config, p.source, p.making, own=own)
+    about = describe(p.config, p.source, p.making, own=own, cuts=() if p.depths is None else p.depths.names)
     return Keeping({**about, "clients": len(p.partition)}, described(p.split.server.state_dict()), p.clients.shape)
 
 
@@ -417,28 +424,40 @@ def _check_fitted(config: RunConfig, fitted: Task) -> None:
     )
 
 
-def terms(p: Prepared, run: str) -> m.Terms:
-    """What both sides must agree on."""
+def _first_of_each_cut(p: Prepared) -> list[int]:
+    """A client with each of the cuts, in their order; client 0 where all have the same."""
+    return [p.clients.cuts.index(number) for number in range(max(p.clients.cuts) + 1)] if p.clients.cuts else [0]
+
+
+def _ends(p: Prepared) -> list[End]:
+    """What crosses at each of the cuts, and a client that is cut there."""
+    make, task = p.clients.make_optimizer, p.clients.task
+    firsts = _first_of_each_cut(p)
+    return [End(p.parts_of(k).crossing, Client(k, *p.clients.models[k], make, task)) for k in firsts]
+
+
+def terms(p: Prepared, run: str, client: int = 0) -> m.Terms:
+    """What both sides must agree on; where clients have different cuts, the server and this one."""
     config = p.config
-    held = [part for part in p.clients.models[0] if part is not None]
+    held = [part for part in p.clients.models[client] if part is not None]
     return m.Terms(
         run=run,
         algorithm=plugins.registered_name("algorithm", config.algorithm),
         part=fingerprint(*held),
-        crossing=specs(p.split.crossing),
+        crossing=specs(p.parts_of(client).crossing),
         returning=specs(p.split.returning),
         step=m.StepTerms(
             batch=config.batch,
             up=p.coding.up.agreed,
             down=p.coding.down.agreed,
-            options=shared_options(p),
+            options=shared_options(p, client),
         ),
         classes=named(p.source.class_names),
         features=named(feature_names(p.source)),
     )
 
 
-def shared_options(p: Prepared) -> dict[str, str]:
+def shared_options(p: Prepared, client: int = 0) -> dict[str, str]:
     """Options that a client trains by, besides those that terms have fields for: as they and their owners declare.
     Where data lie, how they are protected and what they are computed on is each side's own business.
     """
@@ -458,10 +477,12 @@ def shared_options(p: Prepared) -> dict[str, str]:
         things |= {o.name: getattr(holder, o.name) for o in entry.options if o.shared}
         if code := plugins.fingerprint(kind, reference):
             things[f"code of the {plugins.KINDS[kind].word}"] = code
-    if frozen := digest(*p.clients.models[0]):
+    if p.clients.cuts and p.depths is not None:
+        things["cut"] = p.depths.names[client]
+    if frozen := digest(*p.clients.models[client]):
         things["frozen parameters"] = frozen
     if p.making.weights:
-        held = {name for part in p.clients.models[0] if part is not None for name in part.state_dict()}
+        held = {name for part in p.clients.models[client] if part is not None for name in part.state_dict()}
         things["digest of the client's starting weights"] = digest_of(p.making.weights, held)
     return {name: str(value) for name, value in {**common, **things}.items()}
 
@@ -512,6 +533,15 @@ def _remotely(config: RunConfig) -> RunConfig:
             "with them; leave it out"
         )
     return config.model_copy(update={"engine": "local"})
+
+
+def _check_kept(p: Prepared) -> None:
+    """Raises ConfigError where clients would keep a whole model of which the server holds blocks of their own."""
+    if p.clients.cuts and p.config.share_server_model:
+        raise ConfigError(
+            "share_server_model = True is not possible where clients have different cuts: name one cut for all, or "
+            "leave it out"
+        )
 
 
 def _outputs(p: Prepared) -> Crossing:

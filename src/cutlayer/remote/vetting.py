@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cutlayer.data.samples import Samples
 from cutlayer.eager import backward
+from cutlayer.engine.between import Blocks
 from cutlayer.errors import NonFiniteError, TrainingError
 from cutlayer.frozen import load_moving, replica
 from cutlayer.server import Server
@@ -71,12 +72,20 @@ class Proven:
 
 class Vetting:
     """Tries what clients sent. `needs`: the algorithm's verbs; `probe`: some rows to try models on; `module`: a
-    client's part of the model, "lower" and perhaps "tail".
+    client's part of the model, "lower" and perhaps "tail", at the deepest of their cuts; `blocks` what the server
+    computes for those with other cuts.
     """
 
     def __init__(
-        self, server: Server, task: Task, needs: frozenset[str], probe: Samples, module: nn.ModuleDict
+        self,
+        server: Server,
+        task: Task,
+        needs: frozenset[str],
+        probe: Samples,
+        module: nn.ModuleDict,
+        blocks: Blocks | None = None,
     ) -> None:
+        self._blocks = blocks
         self._server, self._task, self._needs, self._probe = server, task, needs, probe
         self._module = replica(module)
         self._rows, self._tails, self._models = Proven(), Proven(), Proven()
@@ -88,11 +97,25 @@ class Vetting:
         """
 
         def goes(who: Sequence[int]) -> bool:
-            own = _of(smashed, who)
+            own = self._lifted(smashed, who)
             # What waits in buffers may go into variances, which are squares.
-            return (ARRIVALS not in self._needs or _have_squares(own.rows)) and self._step(own)
+            return own is not None and (ARRIVALS not in self._needs or _have_squares(own.rows)) and self._step(own)
 
         return self._culprits(self._rows, smashed.clients, np.array(sizes), goes)
+
+    def _lifted(self, smashed: Smashed, who: Sequence[int]) -> Smashed | None:
+        """The rows of some clients as the server's model gets them: past the blocks that it holds for them. None where
+        a client's blocks do not bear its rows.
+        """
+        if self._blocks is None:
+            return _of(smashed, who)
+        blocks, asked = self._blocks, set(who)
+        own = {k: part.only(k).rows for part in smashed.parts for k in part.clients if k in asked}
+        if not all(blocks.bear(k, rows) for k, rows in own.items()):
+            return None
+        lifted = [blocks.lifted(k, own[k]) for k in smashed.clients if k in own]
+        rows = tuple(torch.cat(tensors) for tensors in zip(*lifted, strict=True))
+        return replace(_of(replace(smashed, rows=(), parts=()), who), rows=rows)
 
     def of_tails(self, smashed: Smashed, tail: TailGradients, sizes: Sequence[float]) -> tuple[int, ...]:
         """The same of the gradients that the clients' tails sent back."""

@@ -29,15 +29,18 @@ class CodedCohort(CohortAround):
         super().__init__(inner)
         self.coding, self.trains, self.lower_trains = coding, trains, lower_trains
         self.crossed: list[Crossed] = []
-        self._received: Smashed | None = None
+        self._received: tuple[Smashed, ...] = ()  # of each cut, where clients have cuts of their own
 
     def forward(self, clients: Sequence[int] | None = None, *, labels: bool = True) -> Smashed:
         """Smashed data go up."""
         smashed = self.inner.forward(clients, labels=labels)
+        received = tuple(map(self._as_received, smashed.parts or (smashed,)))
+        self._received = received if self.coding.up.gradient_on_support else ()
+        return replace(smashed, parts=received) if smashed.parts else received[0]
+
+    def _as_received(self, smashed: Smashed) -> Smashed:
         rows = self._up(smashed)
-        received = smashed if _alike(rows, smashed.rows) else replace(smashed, rows=rows)
-        self._received = received if self.coding.up.gradient_on_support else None
-        return received
+        return smashed if _alike(rows, smashed.rows) else replace(smashed, rows=rows)
 
     def tail(self, features: Smashed) -> TailGradients:
         """Features go down, their gradients up."""
@@ -58,7 +61,15 @@ class CodedCohort(CohortAround):
         """Cut gradients as they are received."""
         if not self.lower_trains:  # the rest of the client, its tail, has its gradients already
             return gradients.without_rows()
-        own = self._cross("down", self.coding.down, self._supported(gradients), gradients.clients, gradients.sizes)
+        received = self._received or (None,) * max(1, len(gradients.parts))
+        if not gradients.parts:
+            return self._one_down(gradients, received[0])
+        return replace(gradients, parts=tuple(map(self._one_down, gradients.parts, received)))
+
+    def _one_down(self, gradients: CutGradients, received: Smashed | None) -> CutGradients:
+        """Those of one cut, whose rows were `received`."""
+        rows = self._supported(gradients, received)
+        own = self._cross("down", self.coding.down, rows, gradients.clients, gradients.sizes)
         common = gradients.common
         if gradients.active:
             common, count = self.coding.common(common)
@@ -66,13 +77,13 @@ class CodedCohort(CohortAround):
         unchanged = _alike(own, gradients.own) and _alike(common, gradients.common)
         return gradients if unchanged else replace(gradients, own=own, common=common)
 
-    def _supported(self, gradients: CutGradients) -> Rows:
+    def _supported(self, gradients: CutGradients, received: Smashed | None) -> Rows:
         """Own cut gradients, zero where the codec sent nothing if it asks for that. A common one is nobody's alone: it
         stays as it is.
         """
-        if self._received is None or not gradients.clients:
+        if received is None or not gradients.clients:
             return gradients.own
-        rows = self._received.take(self._received.rows, gradients.clients)
+        rows = received.take(received.rows, gradients.clients)
         return tuple(torch.where(x != 0, g, torch.zeros_like(g)) for x, g in zip(rows, gradients.own, strict=True))
 
     def evaluate(self, samples: Samples, predict: Predict, clients: Sequence[int] | None = None) -> Evaluation:
