@@ -193,6 +193,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "memory_limit": st.floats(0.1, 100),
     "eval_every": WHOLE,
     "eval_clients": WHOLE,
+    "log_to": st.lists(words("csv", "tensorboard"), unique=True).map(tuple),
     "stop_after": WHOLE,
     "checkpoint_every": WHOLE,
     "snapshot_every": WHOLE,

@@ -26,7 +26,7 @@ client_clip_grad_norm server_optimizer server_optimizer_options server_lr server
 server_accumulate param_groups lr_schedule server_lr_schedule lr_warmup averaging logit_adjust tau
 up_codec cache_features down_codec
 screening defences attack engine tune deterministic device precision memory_limit eval_every eval_clients judge
-evaluate_on own_test stop_after checkpoint_every keep_best snapshot_every"""
+evaluate_on own_test log_to stop_after checkpoint_every keep_best snapshot_every"""
 
 PLAN = """model cut tail_cut algorithms input input_type freeze task target classes label_bytes clients
 samples_per_client batch precision client_optimizer memory_budget energy_budget servers seed"""
@@ -113,6 +113,13 @@ THINGS = {
         "nopeek": "nopeek",
     },
     "attack": {"features": "", "labels": "", "poison": "", "scale": "", "sign": ""},
+    "logger": {
+        "csv": "log_every",
+        "tensorboard": "log_every",
+        "wandb": "log_every wandb_mode wandb_project",
+        "mlflow": "log_every mlflow_experiment mlflow_uri",
+        "trackio": "log_every trackio_project",
+    },
     "optimizer": {},
     "head": {},
 }

@@ -21,6 +21,7 @@ from cutlayer.files import read_json
 from cutlayer.folder import COMPARISON, CONFIG, OWN_FILES, RESULT, Folder, refuse_used, stored_config
 from cutlayer.footprint import footprint, refuse_unless_fitting, room
 from cutlayer.keywords import CompareKeywords
+from cutlayer.loggers import Audience
 from cutlayer.models.weights import renewed
 from cutlayer.options import CompareConfig, RunConfig, by_reference, from_anywhere, overlaid
 from cutlayer.plugins import label
@@ -68,6 +69,7 @@ class _Own:
     data: Data | None
     loss: Loss | None
     metrics: Mapping[str, Any] | None
+    callbacks: Sequence[object]
     quiet: bool
 
     @property
@@ -82,7 +84,7 @@ class _Own:
 
     def run(self, config: RunConfig, where: Path | None, model: Model | None) -> Run:
         """The run, or what goes on where the one in `where` stopped."""
-        own = {**self.objective, "metrics": self.metrics or ()}
+        own = {**self.objective, "metrics": self.metrics or (), "callbacks": self.callbacks}
         if where is not None and world().first(lambda: (where / CONFIG).exists()):
             return Run.resume(where, model=model, data=self.data, **own)
         return Run(config, model=model, data=self.data, out=where, **own)
@@ -111,9 +113,10 @@ class Progress:
 class Comparison:
     """All runs of a comparison: call `run()`, or iterate over (entry, seed, run, record), or over `progress()`.
 
-    With `out` every run has a folder `out/<entry>/seed-<n>`, and an interrupted comparison can be resumed. `jobs` runs
-    are trained at once, each in a process of its own, with its share of the processor's cores; then there are no
-    records to iterate over. Raises UsageError before anything is trained or written.
+    With `out` every run has a folder `out/<entry>/seed-<n>`, and an interrupted comparison can be resumed. `jobs`
+    runs are trained at once, each in a process of its own, with its share of the processor's cores; then there are no
+    records to iterate over. `callbacks` are told of all runs, one after another. Raises UsageError before anything is
+    trained or written.
     """
 
     def __init__(
@@ -124,6 +127,7 @@ class Comparison:
         data: Data | str | None = None,
         loss: Loss | str | None = None,
         metrics: Mapping[str, Any] | Sequence[str] = (),
+        callbacks: Sequence[object] = (),
         out: str | Path | None = None,
         jobs: int = 1,
         **options: Unpack[CompareKeywords],
@@ -132,7 +136,12 @@ class Comparison:
         own_model, own_data, names = by_name(model, data)
         own_loss, own_metrics, asked = own_objective(loss, metrics)
         self.jobs = checked(jobs)
-        self._own = _Own(own_model, own_data, own_loss, own_metrics, quiet=jobs > 1)
+        self._own = _Own(own_model, own_data, own_loss, own_metrics, callbacks, quiet=jobs > 1)
+        if callbacks and jobs > 1:
+            raise ConfigError(
+                f"callbacks are called in this process, and jobs = {jobs} trains in others: use jobs = 1, or a logger "
+                "that is found by name (log_to)"
+            )
         self._model = self._own.made()
         self._warn_of_equal_starts()
         self.config = expanded(CompareConfig.of(overlaid(base, by_reference({**options, **names, **asked}))))
@@ -157,13 +166,16 @@ class Comparison:
         data: Data | None = None,
         loss: Loss | None = None,
         metrics: Mapping[str, Any] | None = None,
+        callbacks: Sequence[object] = (),
         jobs: int = 1,
     ) -> Comparison:
         """A comparison that goes on where the one in `out` stopped. Raises RunFolderError where it can't."""
         own: dict[str, Any] = {"model": model, "data": data, "loss": loss, "metrics": metrics}
         stored = world().first(lambda: stored_config(Path(out)))
         config = CompareConfig.of(without_own(stored, Path(out), **own))
-        comparison = cls(config, model=model, data=data, loss=loss, metrics=metrics or (), jobs=jobs)
+        comparison = cls(
+            config, model=model, data=data, loss=loss, metrics=metrics or (), callbacks=callbacks, jobs=jobs
+        )
         comparison.out, comparison._resumed = Path(out), True
         return comparison
 
@@ -185,6 +197,7 @@ class Comparison:
             first, *others = seeds.values()
             training = assemble(first, self._model, self._own.data, **self._own.objective)
             judged.setdefault(training.task.leading, entry)
+            Audience.of(first, self._own.callbacks)
             for config in others:
                 deal(config, self._own.data)  # with another seed a client may stay without samples
             if self.jobs > 1:

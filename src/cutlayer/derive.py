@@ -35,6 +35,7 @@ _WORDS = {
     "codec": "Codecs",
     "defence": "Defences of the smashed data",
     "attack": "Attacks of simulated clients",
+    "logger": "Loggers",
 }
 
 
@@ -72,7 +73,7 @@ def keywords() -> str:
 
 
 _OBJECTS = {"algorithm", "partition", "lr_schedule", "server_lr_schedule", "defences", "algorithms"}
-_OBJECTS |= {"client_optimizer", "server_optimizer", "averaging", "screening"}
+_OBJECTS |= {"client_optimizer", "server_optimizer", "averaging", "screening", "log_to"}
 
 
 def _shown(name: str, annotation: Any) -> str:

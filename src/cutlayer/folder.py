@@ -10,6 +10,7 @@ events.jsonl             who came, was late or excluded, round by round (runs wi
 checkpoint.safetensors   the state after the last checkpointed round
 last.safetensors         the trained model, once the run is done
 best.safetensors         the model of the best evaluation on the validation set so far
+logs/                    what loggers keep there (`log_to`)
 snapshots/               client models of some rounds, where asked for
 result.json              once the run is done
 """
@@ -37,7 +38,7 @@ from cutlayer.stored import ANEW
 STEPS, EVALUATIONS, CLIENTS = "steps.jsonl", "evaluations.jsonl", "clients.jsonl"
 ALGORITHM, CLASSES, DATA, METRIC = "algorithm.json", "classes.json", "data.json", "metric.json"
 ENGINE = "engine.json"
-SNAPSHOTS = "snapshots"
+SNAPSHOTS, LOGS = "snapshots", "logs"
 LAST, BEST = "last.safetensors", "best.safetensors"
 CHECKPOINT, RESULT, COMPARISON = "checkpoint.safetensors", "result.json", "comparison.json"
 CURVES, CLASS_COUNTS, PAGE = "curves.png", "classes.png", "report.html"
@@ -54,6 +55,7 @@ OWN_FILES = (
     ENGINE,
     EVENTS,
     SNAPSHOTS,
+    LOGS,
     CHECKPOINT,
     LAST,
     BEST,

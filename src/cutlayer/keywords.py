@@ -86,6 +86,7 @@ class CommonKeywords(TypedDict, total=False):
     judge: Literal["mean", "average", "ensemble"]
     evaluate_on: Literal["global", "own", "both"]
     own_test: float
+    log_to: Any
     stop_after: int | None
     checkpoint_every: int | None
     keep_best: bool
@@ -174,6 +175,12 @@ class CommonKeywords(TypedDict, total=False):
     gaussian_noise: float
     laplace_noise: float
     nopeek: float
+    log_every: int
+    mlflow_uri: str | None
+    mlflow_experiment: str
+    trackio_project: str
+    wandb_project: str
+    wandb_mode: Literal["online", "offline"] | None
 
 
 class RunKeywords(CommonKeywords, total=False):

@@ -364,6 +364,7 @@ class CommonConfig(TracedConfig):
         "data",
         "format",
         "defence",
+        "logger",
     )
 
     data: str = _field("digits", DATA)
@@ -529,6 +530,9 @@ class CommonConfig(TracedConfig):
     own_test: float = _field(0.2, OUTPUT, shared=True, gt=0, lt=1)
     """Fraction of each client's rows that is held out for evaluate_on, where the data do not say whose the test rows
     are."""
+    log_to: tuple[str, ...] = _field((), OUTPUT)
+    """Where a run is written to while it trains: loggers (see `cutlayer list loggers`), or your own:
+    path/to/file.py:Name. The run folder has everything anyway."""
     stop_after: int | None = _field(None, OUTPUT, ge=1)
     """Early stopping: end training after this many evaluations in a row without a better primary metric on the
     validation rows. Default: train to the end."""
@@ -611,12 +615,13 @@ class CommonConfig(TracedConfig):
         raise TypeError(f"{type(self).__name__} names no algorithms")
 
     def chosen(self) -> list[Entry]:
-        """Algorithms, partition, schedules, averaging rule, screening, task, model, data and defences."""
+        """Algorithms, partition, schedules, averaging rule, screening, task, model, data, defences, loggers."""
         found = [plugins.find("algorithm", name) for name in dict.fromkeys(self.algorithm_names())]
         found.append(plugins.find("partition", self.partition))
         found += [plugins.find("schedule", name) for name in (self.lr_schedule, self.server_lr_schedule) if name]
         found += [plugins.find("averaging", self.averaging), plugins.find("screening", self.screening)]
         found += [plugins.find("task", self.task), *_models(self.model), *self.reading()]
+        found += [plugins.find("logger", name) for name in dict.fromkeys(self.log_to)]
         return found + self._defending() + self._own_optimizers() + self._asked_metrics()
 
     def reading(self, given: Iterable[str] | None = None) -> list[Entry]:
@@ -1160,6 +1165,7 @@ NAMING = {
     "down_codec": "codec",
     "defences": "defence",
     "attack": "attack",
+    "log_to": "logger",
     "client_optimizer": "optimizer",
     "server_optimizer": "optimizer",
     "aux": "head",
@@ -1191,7 +1197,7 @@ def _from_anywhere(name: str, value: Any) -> Any:
 
 
 # Kinds that may be given as objects of Python.
-_OBJECTS = {"algorithm", "partition", "schedule", "averaging", "screening", "defence", "task", "optimizer"}
+_OBJECTS = {"algorithm", "partition", "schedule", "averaging", "screening", "defence", "task", "optimizer", "logger"}
 
 
 def by_reference(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -67,12 +67,13 @@ KINDS: dict[str, Kind] = {
     "screening": Kind("screening", ("screenings",), "cutlayer.screenings"),
     "codec": Kind("codec", ("wire/codecs",), "cutlayer.codecs", flat=False),
     "defence": Kind("defence", ("defences",), "cutlayer.defences"),
+    "logger": Kind("logger", ("loggers",), "cutlayer.loggers"),
     "attack": Kind("attack", ("attacks",), "cutlayer.attacks", flat=False),
     "optimizer": Kind("optimizer", (), "cutlayer.optimizers", flat=False),  # torch's are known by their names
     "head": Kind("auxiliary head", (), "cutlayer.heads", flat=False),  # an algorithm has one of its own
 }
 
-_PLAIN_KINDS = {"model", "data", "schedule", "optimizer", "metric", "head"}  # a function that is not registered will do
+_PLAIN_KINDS = {"model", "data", "schedule", "optimizer", "metric", "head", "logger"}  # registered or not
 
 SUPPLIED = frozenset({"input_shape", "classes", "cuts"})
 """Parameters of a model's function that the data and the cut decide: they are not options."""

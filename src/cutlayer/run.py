@@ -49,6 +49,7 @@ from cutlayer.folder import (
     ENGINE,
     EVALUATIONS,
     LAST,
+    LOGS,
     METRIC,
     RESULT,
     SNAPSHOTS,
@@ -58,6 +59,7 @@ from cutlayer.folder import (
     stored_config,
 )
 from cutlayer.keywords import RunKeywords
+from cutlayer.loggers import Audience, RunStart
 from cutlayer.options import RunConfig, by_reference, from_anywhere, normalised, overlaid
 from cutlayer.schedules import Schedule, WarmedUp
 from cutlayer.scoring import RECALL, backward_transfer, fairness, judged, performance_gap, reported
@@ -256,13 +258,13 @@ class Snapshot(Stored):
 class Run:
     """One training run: iterate over its records, or call `run()`.
 
-    Options are keywords (docs/options.md) or a ready `config`. What is chosen by name may be an object too: a class or
-    a configured instance of an algorithm, partition, schedule or defence; `model` a module (or a function that makes
-    one); `data` tensors (x, y), a dataset or a Source. `loss` is a function of outputs and targets that replaces the
-    task's loss: it gives the loss of each row, or their mean. `metrics` are names of further metrics, or a dictionary
-    of functions of predictions and targets, or of objects with update, compute and reset. With `out` the run is written
-    to that folder and can be resumed. `training` replaces the simulation that is built from all this (clients on other
-    machines: `remote`).
+    Options are keywords (docs/options.md) or a ready `config`. What is chosen by name may be an object too: a class
+    or a configured instance of an algorithm, partition, schedule or defence; `model` a module (or a function that
+    makes one); `data` tensors (x, y), a dataset or a Source. `loss` is a function of outputs and targets that
+    replaces the task's loss: it gives the loss of each row, or their mean. `metrics` are names of further metrics, or
+    a dictionary of functions of predictions and targets, or of objects with update, compute and reset. `callbacks`
+    are objects with some of the methods of `loggers.Callback`. With `out` the run is written to that folder and can
+    be resumed. `training` replaces the simulation that is built from all this (clients on other machines: `remote`).
 
     Raises UsageError before anything is trained or written; NonFiniteError (with step and client) during training.
     """
@@ -275,6 +277,7 @@ class Run:
         data: Data | str | None = None,
         loss: Loss | str | None = None,
         metrics: Mapping[str, Any] | Sequence[str] = (),
+        callbacks: Sequence[object] = (),
         out: str | Path | None = None,
         training: Training | None = None,
         **options: Unpack[RunKeywords],
@@ -290,6 +293,7 @@ class Run:
         if training is None:
             training = assemble(self.config, self._model, self._data, loss=self._loss, metrics=self._metrics)
         _refuse_blind(self.config, training)
+        self._audience = Audience.of(self.config, callbacks)
         self.training = training
         self.result: Result | None = None
         self.evaluations: list[Scores] = []
@@ -312,13 +316,15 @@ class Run:
         data: Data | str | None = None,
         loss: Loss | str | None = None,
         metrics: Mapping[str, Any] | Sequence[str] = (),
+        callbacks: Sequence[object] = (),
         training: Training | None = None,
         **options: Unpack[RunKeywords],
     ) -> Run:
         """A run that goes on from the last checkpoint in `out` (from the beginning where there is none yet).
 
-        A model, data, loss or metrics that are not found by name must be given again. Raises RunFolderError where the
-        folder is no run, its checkpoint is broken or was made by another configuration than asked for.
+        A model, data, loss or metrics that are not found by name must be given again, callbacks may be. Raises
+        RunFolderError where the folder is no run, its checkpoint is broken or was made by another configuration than
+        asked for.
         """
         out = Path(out)
         stored = world().first(lambda: stored_config(out))
@@ -328,10 +334,22 @@ class Run:
         _refuse_other(config, normalised(by_reference({**options, **names, **asked})), out)
         if training is None:
             ways = world().first(lambda: ways_in(out))
-            run = cls(config, training=assemble(config, model, data, loss=own_loss, metrics=own_metrics, ways=ways))
+            run = cls(
+                config,
+                callbacks=callbacks,
+                training=assemble(config, model, data, loss=own_loss, metrics=own_metrics, ways=ways),
+            )
             run._model, run._data, run._loss, run._metrics = model, data, own_loss, own_metrics
         else:
-            run = cls(config, model=model, data=data, loss=own_loss, metrics=own_metrics or (), training=training)
+            run = cls(
+                config,
+                model=model,
+                data=data,
+                loss=own_loss,
+                metrics=own_metrics or (),
+                callbacks=callbacks,
+                training=training,
+            )
         run.out, run._resumed = out, True
         return run
 
@@ -418,6 +436,28 @@ class Run:
             yield from self._train(folder)
 
     def _train(self, folder: Folder | None) -> Iterator[Record]:
+        try:
+            self._audience.begin(self._start())
+            yield from self._trained_on(folder)
+        finally:
+            self._audience.end(self.result)
+
+    def _start(self) -> RunStart:
+        """What callbacks and loggers hear first."""
+        config, out = self.config, None if self.out is None else self.out.absolute()
+        alone = out is None or not (out.parent.parent / CONFIG).exists()  # else a comparison's folder/entry/seed-0
+        short = f"{plugins.label(config.algorithm)}-seed-{config.seed}" if out is None else out.name
+        return RunStart(
+            name=short if out is None or alone else f"{out.parent.name}-{out.name}",
+            group="" if out is None or alone else out.parent.parent.name,
+            config=from_anywhere(config.resolved()),
+            metric=self.training.task.leading,
+            folder=None if out is None else out / LOGS,
+            steps=self._step,
+            rounds=self._start_round,
+        )
+
+    def _trained_on(self, folder: Folder | None) -> Iterator[Record]:
         t = self.training
         if folder is not None:
             names = list(t.source.class_names)
@@ -435,6 +475,7 @@ class Run:
                 for record in self._round(index):
                     if folder is not None:
                         folder.append(STEPS, asdict(record))
+                    self._audience.step(record)
                     yield record
             last = index + 1 == t.rounds
             if last and not self._step:
@@ -559,6 +600,7 @@ class Run:
             for where, found in self.by_client.items():
                 if found is not None:
                     folder.append(CLIENTS, self._line(scores, where, found))
+        self._audience.evaluate(scores)
 
     @property
     def _idle(self) -> bool:

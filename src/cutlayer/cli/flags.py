@@ -29,6 +29,7 @@ from cutlayer.options import (
     GROUPS,
     MODEL,
     NAMING,
+    OUTPUT,
     TASK,
     TRAINING,
     CommonConfig,
@@ -47,10 +48,17 @@ _NAMING = {option: kind for option, kind in NAMING.items() if plugins.KINDS[kind
 FIRST = {"algorithm", "algorithms", "seed", "seeds", "data", "clients", "partition", "dirichlet_alpha", "participation"}
 FIRST |= {"model", "cut", "epochs", "batch", "client_optimizer", "client_lr", "server_lr", "device"}
 _PLACES = {"algorithm": OWN, "partition": CLIENTS, "schedule": TRAINING, "model": MODEL, "data": DATA, "format": DATA}
-_PLACES |= {"defence": DEFENCES, "task": TASK, "metric": TASK, "averaging": TRAINING, "screening": CROSSING}
+_PLACES |= {
+    "defence": DEFENCES,
+    "task": TASK,
+    "metric": TASK,
+    "averaging": TRAINING,
+    "screening": CROSSING,
+    "logger": OUTPUT,
+}
 _PREFIXES = {
     kind: f"{kind} {{}}"
-    for kind in ("partition", "schedule", "averaging", "screening", "model", "format", "task", "metric")
+    for kind in ("partition", "schedule", "averaging", "screening", "model", "format", "task", "metric", "logger")
 }
 
 

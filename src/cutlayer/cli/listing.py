@@ -31,6 +31,7 @@ What = Literal[
     "codecs",
     "defences",
     "attacks",
+    "loggers",
     "profiles",
 ]
 
@@ -38,8 +39,8 @@ What = Literal[
 @command(sort_key=7, name="list")
 def list_(what: What = "all", /) -> None:
     """List the available algorithms, tasks, metrics, data sets and formats, partitions, models with
-    their cut points, schedules, averaging rules, screenings of rows, codecs, defences and attacks, each with its
-    options; and profiles of devices and links with their figures. Things of installed packages are listed, too.
+    their cut points, schedules, averaging rules, screenings of rows, codecs, defences, attacks and loggers, each with
+    its options; and profiles of devices and links with their figures. Things of installed packages are listed, too.
 
     Parameters
     ----------
@@ -170,5 +171,6 @@ _SHOWN = {
     "codecs": lambda: _print_kind("codec", "Codecs", "--up-codec, --down-codec"),
     "defences": lambda: _print_kind("defence", "Defences of the smashed data"),
     "attacks": lambda: _print_kind("attack", "Attacks of simulated clients", "--attack"),
+    "loggers": lambda: _print_kind("logger", "Loggers", "--log-to"),
     "profiles": _print_profiles,
 }

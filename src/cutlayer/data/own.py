@@ -28,10 +28,10 @@ def own_code(code: object, what: str) -> Iterator[None]:
             raise
         first = str(error).strip().split("\n", 1)[0]
         reason = f"{type(error).__name__}: {first}" if first else type(error).__name__
-        raise ConfigError(f"{what} failed{_place(code, error)} ({reason}): correct its code") from error
+        raise ConfigError(f"{what} failed{place_of(code, error)} ({reason}): correct its code") from error
 
 
-def _place(code: object, error: Exception) -> str:
+def place_of(code: object, error: Exception) -> str:
     """Where it was raised, " at file:line": the last line of the user's file, or of any outside this package."""
     frames = traceback.extract_tb(error.__traceback__)
     mine = [frame for frame in frames if frame.filename == _file_of(code)]
