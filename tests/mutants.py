@@ -55,6 +55,7 @@ AREAS: dict[str, Sequence[str]] = {
     "server": ("*seam_operations*", "*golden*", "*test_seam*", "*options*", "*identit*", "*engines*", "*stacked*"),
     "gradients": ("*sglr*", "*golden*", "*test_seam*", "*options*", "*identit*", "*engines*", "*stacked*"),
     "stopping": ("*test_stopping*",),
+    "loggers": ("*test_loggers*",),
     "crew": ("*test_crew*", "*test_footprint*", "*test_progress*"),
     "robust": ("*test_averagings*", "*test_screened*", "*test_screenings*", "*test_attacks*"),
     "skew": ("*test_adjustment*", "*test_sampling*", "*test_in_step*", "*test_cycle*"),
@@ -148,6 +149,15 @@ MUTANTS = [
     M("gradients are kept in the scale of means", "heads", 'if self.align_scale == "row":', 'if self.align_scale == "mean":'),
     M("each fitting starts anew", "heads", "head.load_state_dict(before)", "pass"),
     M("clients send their rows again", "heads", 'if f"{k} labels" not in server.kept', "if True"),
+    # Loggers and callbacks
+    M("one that failed is told again", "loggers", "self._hearing.pop(who, None)", "pass"),
+    M("a failure is not said", "loggers", "place_of(listener, error)} ({_reason(error)})", "place_of(listener, error)} ()"),
+    M("all steps are written", "loggers", "record.step % listener.log_every == 0", "True"),
+    M("who could not begin hears the end", "loggers", "self._hearing[who] = listener", "self._hearing.update(self._all)"),
+    M("steps that are trained again stay", "loggers", 'int(line["step"]) < run.steps', 'int(line["step"]) <= run.steps'),
+    M("evaluations of the future stay", "loggers", 'int(line["round"]) <= run.rounds', "True"),
+    M("a folder passes for a package", "loggers", "spec is None or spec.origin is None", "spec is None"),
+    M("an interruption is not told", "loggers", "finally:\n            self._audience.end(self.result)", "finally:\n            self._audience.end(self.result) if self.result else None"),
     # Early stopping
     M("equal scores count as better", "stopping", "len(ranks) - 1 - ranks.index(max(ranks))", "ranks[::-1].index(max(ranks))"),
     M("one evaluation too many", "stopping", "ranks.index(max(ranks)) >= self.config", "ranks.index(max(ranks)) > self.config"),

@@ -16,7 +16,6 @@ import pytest
 from cutlayer import Run
 from cutlayer.files import read_records
 from cutlayer.folder import EVALUATIONS, LOGS, STEPS
-from cutlayer.loggers.listening import need
 
 STUDY: dict[str, Any] = {
     "data": "digits", "model": "mlp", "algorithm": "psl", "clients": 2, "samples_per_client": 20, "rounds": 3,
@@ -77,13 +76,13 @@ def test_tensorboard(tmp_path: Path) -> None:
 
 
 def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb", reason="pip install 'cutlayer[wandb]'")
-    need("wandb", "wandb")
+    wandb = pytest.importorskip("wandb", reason="pip install 'cutlayer[wandb]'")
     from wandb.proto.wandb_internal_pb2 import Record
 
     monkeypatch.chdir(tmp_path)
     out = tmp_path / "run"
     trained("wandb", out, wandb_mode="offline", wandb_project="study")
+    wandb.teardown()  # its own process writes the last lines when it ends
     folders = sorted((out / LOGS / "wandb").glob("offline-run-*"))
     assert len({folder.name.rpartition("-")[2] for folder in folders}) == 1, "one run, gone on with"
     found: dict[str, dict[int, float]] = {"train/loss": {}, "test/accuracy": {}}
