@@ -293,7 +293,8 @@ class Run:
         if training is None:
             training = assemble(self.config, self._model, self._data, loss=self._loss, metrics=self._metrics)
         _refuse_blind(self.config, training)
-        self._audience = Audience.of(self.config, callbacks)
+        told = Audience.of(self.config, callbacks)
+        self._audience = told if world().leads else Audience({})
         self.training = training
         self.result: Result | None = None
         self.evaluations: list[Scores] = []
@@ -437,7 +438,7 @@ class Run:
 
     def _train(self, folder: Folder | None) -> Iterator[Record]:
         try:
-            self._audience.begin(self._start())
+            world().agreed(lambda: self._audience.begin(self._start()))
             yield from self._trained_on(folder)
         finally:
             self._audience.end(self.result)
