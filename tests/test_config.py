@@ -193,7 +193,13 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "memory_limit": st.floats(0.1, 100),
     "eval_every": WHOLE,
     "eval_clients": WHOLE,
-    "log_to": st.lists(words("csv", "tensorboard"), unique=True).map(tuple),
+    "log_to": st.lists(words("csv", "tensorboard", "wandb", "mlflow", "trackio"), unique=True).map(tuple),
+    "log_every": WHOLE,
+    "wandb_project": NAMES,
+    "wandb_mode": words("online", "offline"),
+    "mlflow_uri": NAMES,
+    "mlflow_experiment": NAMES,
+    "trackio_project": NAMES,
     "stop_after": WHOLE,
     "checkpoint_every": WHOLE,
     "snapshot_every": WHOLE,
@@ -284,6 +290,7 @@ def has_effect(name: str, chosen: dict[str, Any], algorithms: tuple[str, ...]) -
     if any(t.split if screening == "length_bound" else t.split and not t.takes_turns for t in own):
         things.append(("screening", screening))
     things.append(("task", chosen.get("task", "classification")))
+    things += [("logger", name) for name in chosen.get("log_to", ())]
     entries = [plugins.find(kind, thing) for kind, thing in things]
     data_format, data = chosen.get("data_format", "auto"), chosen.get("data", "digits")
     if data_format != "auto":

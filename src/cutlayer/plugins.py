@@ -67,8 +67,8 @@ KINDS: dict[str, Kind] = {
     "screening": Kind("screening", ("screenings",), "cutlayer.screenings"),
     "codec": Kind("codec", ("wire/codecs",), "cutlayer.codecs", flat=False),
     "defence": Kind("defence", ("defences",), "cutlayer.defences"),
-    "logger": Kind("logger", ("loggers",), "cutlayer.loggers"),
     "attack": Kind("attack", ("attacks",), "cutlayer.attacks", flat=False),
+    "logger": Kind("logger", ("loggers",), "cutlayer.loggers"),
     "optimizer": Kind("optimizer", (), "cutlayer.optimizers", flat=False),  # torch's are known by their names
     "head": Kind("auxiliary head", (), "cutlayer.heads", flat=False),  # an algorithm has one of its own
 }
