@@ -26,7 +26,7 @@ MARK = "<!-- attacks -->"
 CLIENTS, SAMPLES, EPOCHS, BATCH, RATE, TESTED = 10, 300, 3, 10, 0.003, 1000
 
 ATTACKS = {
-    "": "nobody attacks",
+    "": "no attack",
     "only 8": "eight honest clients alone",
     "only 6": "six honest clients alone",
     "scale:1000@0-1": "all that is sent, 1000-fold",

@@ -78,3 +78,19 @@ def test_modules_that_examples_import_are_in_the_reference() -> None:
     assert {name for name in used if f'"{name}"' not in source} <= {
         name for name in used if name.startswith("cutlayer.algorithms.")
     }
+
+
+def test_words_that_readers_stumble_over() -> None:
+    """Pages and help say these things in usual words."""
+    words = {
+        r"mend(?:s|ed)?": "fix",
+        r"such a one": "the noun",
+        r"in earnest": "in a real study",
+        r"whoever": "the party that",
+        r"reckon\w*": "calculate, estimate, assume",
+        r"nobody|somebody|everybody": "client, server, person",
+        r"for ever": "without end",
+    }
+    found = re.compile(rf"(?<![\w:])(?:{'|'.join(words)})(?!\w)", re.IGNORECASE)
+    texts = {page.name: read(page) for page in [*PAGES, *OUTSIDE]}
+    assert {name: hits for name, text in texts.items() if (hits := found.findall(text))} == {}, words

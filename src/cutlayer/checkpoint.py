@@ -35,7 +35,7 @@ def write(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The state in `path`. Raises RunFolderError where the file is no whole checkpoint."""
+    """The state in `path`. Raises RunFolderError if the file is not a complete checkpoint."""
     try:
         with safe_open(path, framework="pt") as file:
             header = (file.metadata() or {})[_HEADER]

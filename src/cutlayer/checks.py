@@ -258,7 +258,7 @@ def _changing(config: RunConfig, algorithm: Algorithm, split: Parts, rows: Rows)
     if defences.of(config).active:
         return "defences change smashed data anew in every step; leave them out"
     if config.client_device is not None:
-        return "the virtual clock reckons with a forward pass in every step; leave client_device out"
+        return "the virtual clock assumes a forward pass in every step; leave client_device out"
     twin = exact(split.client).train()
     before = {name: b.clone() for name, b in twin.named_buffers()}
     wide = jittered(rows)

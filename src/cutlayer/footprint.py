@@ -1,4 +1,4 @@
-"""How much memory a run takes at most, reckoned before it begins, so that several at once are known to fit."""
+"""How much memory a run takes at most, estimated before it begins, so that several at once are known to fit."""
 
 from __future__ import annotations
 

@@ -243,7 +243,7 @@ def traits(algorithm: str) -> Traits:
 
 
 class FleetConfig(_Chooser):
-    """The machines and links that a virtual clock and an energy model reckon with."""
+    """The machines and links of the virtual clock and the energy model."""
 
     client_device: str | None = _field(None, COSTS)
     """What clients compute on, a profile (see `cutlayer list profiles`). Gives every run virtual time and energy."""

@@ -133,7 +133,7 @@ def test_a_clients_folder_is_held_while_it_works(trial: Callable[..., Trial]) ->
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("serve", "connections are encrypted"),
+        ("serve", "TLS is required"),
         ("serve --insecure --listen 0.0.0.0:0", "without TLS"),
         ("serve --insecure --quorum 2", "quorum = 2 is not possible"),
         ("serve --insecure --algorithm cl", "cl trains one model on the pooled data"),

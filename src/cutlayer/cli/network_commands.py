@@ -224,8 +224,8 @@ def _check_network(insecure: bool, **files: Path | None) -> None:
         raise ConfigError(f"insecure and {given[0]} exclude each other: leave one out")
     if not insecure and not given:
         raise ConfigError(
-            "connections are encrypted: give certificate, key and ca (`cutlayer certs` makes them for a trial), or "
-            "--insecure on this machine alone"
+            "TLS is required: give certificate, key and ca (`cutlayer certs` makes them for a trial), or "
+            "--insecure for localhost only"
         )
 
 

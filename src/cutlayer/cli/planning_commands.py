@@ -106,7 +106,7 @@ def calibrate(
 
 
 def _plan(config: PlanConfig, folder: Path | None, as_json: bool) -> None:
-    """Reckon, print, write."""
+    """Calculate, print, write."""
     import json
 
     from cutlayer.costs.plan import plan

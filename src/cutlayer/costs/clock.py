@@ -6,7 +6,7 @@ In sequential learning that is a relay, in parallel learning a wait for the slow
 one in each round. The numbers of the training are not touched, with one exception: where clients work at their own pace
 (`arrivals`), the clock says whose batch arrives first.
 
-Not reckoned: evaluation, optimiser steps, averaging, and what a client does while others are asked. A batch that
+Left out: evaluation, optimiser steps, averaging, and what a client does while others are asked. A batch that
 arrives while models are on their way up to be averaged is taken after them.
 
 Shape legend: C clients.
@@ -360,7 +360,7 @@ class ClockedCohort(CohortAround):
         return taken
 
     def align(self, heads: Mapping[int, Mapping[str, Tensor]]) -> None:
-        """Heads down; how long the server fits them is not reckoned."""
+        """Heads down; the server's time to fit them is left out."""
         self.inner.align(heads)
         self._download()
 

@@ -70,5 +70,5 @@ def clients_energy(fleet: Fleet, use: Use) -> Energy:
 
 
 def server_energy(fleet: Fleet, flops: float) -> float | None:
-    """Joules of the server's computing; None where nothing is known of it. Its waiting is not reckoned."""
+    """Joules of the server's computing; None where nothing is known of it. Its waiting is left out."""
     return None if fleet.server is None else flops / fleet.server_speed * fleet.server.watts

@@ -1,4 +1,4 @@
-"""The clients' machines and links, and the server's: what a virtual clock and a plan reckon with.
+"""The clients' machines and links, and the server's: what a virtual clock and a plan are based on.
 
 Shape legend: C clients.
 """

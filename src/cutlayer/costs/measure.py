@@ -52,7 +52,7 @@ class Footing:
 
     def peak(self, batch: int, optimizer: Optimizer) -> int:
         """Bytes with a batch of `batch` rows under way: the state, gradients, what the optimiser keeps (Adam two
-        numbers per parameter, plain SGD none) and all that is saved. Not reckoned: what is freed again at once.
+        numbers per parameter, plain SGD none) and all that is saved. Left out: what is freed again at once.
         """
         return self.state + self.trainable * (1 + _STATES[optimizer]) + self.fixed + batch * self.per_row
 

@@ -162,8 +162,8 @@ class Plan:
 
 
 def plan(config: PlanConfig, model: nn.Module | Callable[..., nn.Module] | None = None) -> Plan:
-    """Measure the model, reckon, compare. `model` replaces the one named in `config`: a module, which stays as it is,
-    or a function that makes one.
+    """Measure the model, calculate, compare. `model` replaces the one named in `config`: a module, which stays as
+    it is, or a function that makes one.
 
     Raises ConfigError and CutError with the value, the reason and the remedy.
     """

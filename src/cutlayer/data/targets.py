@@ -143,7 +143,7 @@ def fitting(source: Source, targets: Targets) -> Source:
     y = source.train.y
     if targets == "class" and not (source.class_names and y.dim() == 1 and not y.is_floating_point()):
         raise DataError(
-            f"the targets of {source.name} are no named classes, one per row, but {y.dtype} of shape "
+            f"the targets of {source.name} are not named classes, one per row, but {y.dtype} of shape "
             f"{tuple(y.shape)}: give class_names, or choose another task"
         )
     if targets == "classes" and y.is_floating_point():
@@ -156,7 +156,7 @@ def fitting(source: Source, targets: Targets) -> Source:
 
 
 def refused_classes(name: str, class_names: tuple[str, ...]) -> DataError:
-    """Why named classes are no targets of a task that needs numbers."""
+    """Why named classes cannot be targets of a task that needs numbers."""
     return DataError(
         f"the targets of {name} are classes ({', '.join(class_names[:3])}{', ...' if len(class_names) > 3 else ''}), "
         "but this task needs numbers: choose --task classification"

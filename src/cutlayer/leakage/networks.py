@@ -34,7 +34,7 @@ class SkipMLP(nn.Module):
 class Upsampler(nn.Module):
     """[R, c, h, w] -> [R, C, H, W]: convolutions at the code's resolution, pixel shuffle up to the picture's.
 
-    Where H is no multiple of h, what comes out is resized bilinearly.
+    If H is not a multiple of h, the output is resized bilinearly.
     """
 
     def __init__(self, code: Shape, picture: Shape, channels: int = 32) -> None:

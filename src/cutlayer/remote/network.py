@@ -4,9 +4,9 @@ Clients dial out; a stream is one conversation (`wire.conversation`). A message 
 that follow one another (`frames.split`): requests that go out together, and the answers to them. A message costs gRPC
 about as much as 50 kB do.
 
-Hello, alone of all frames, is no message of the stream: it travels in the metadata that opens it. gRPC bounds metadata
-by itself and before it hands anything over, so nobody makes the server hold more than `HELLO_BYTES` before the server
-knows who it is; a stream's messages are not read before that.
+Only the Hello frame is not a message of the stream: it travels in the metadata that opens it. gRPC bounds metadata
+itself, before it hands anything over, so no peer makes the server hold more than `HELLO_BYTES` before the server knows
+its name; a stream's messages are not read before that.
 """
 
 from __future__ import annotations

@@ -119,7 +119,7 @@ def _computation(study: Study) -> Table:
     )
     columns = (*columns, "of FL", "paper, whole training")
     text = (
-        f"Per client and epoch of {study.size.samples_per_client} samples (CL: the one machine that has everybody's "
+        f"Per client and epoch of {study.size.samples_per_client} samples (CL: the one machine that has all clients' "
         "data). FLOPs are counted on the real modules; the paper counts three forward passes, which overstates the "
         "first layers, whose input needs no gradient. "
     )

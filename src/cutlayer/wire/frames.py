@@ -100,7 +100,7 @@ def unpack(data: Buffer, direction: Direction, limits: Limits | None = None) -> 
 
 
 def split(data: Buffer) -> Iterator[memoryview]:
-    """The frames in `data`, one after another; what is no whole frame comes last: `unpack` says what is wrong."""
+    """The frames in `data`, one after another; an incomplete frame comes last: `unpack` says what is wrong."""
     view = memoryview(data).cast("B")
     while len(view) >= PREFIX:
         magic, header_size, body_size = _SIZES.unpack_from(view)
