@@ -191,6 +191,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "device": words("cpu", "cuda", "cuda:1", "mps"),
     "precision": words("float32", "float64", "bfloat16", "tf32"),
     "memory_limit": st.floats(0.1, 100),
+    "client_states": words("auto", "memory", "disk"),
     "eval_every": WHOLE,
     "eval_clients": WHOLE,
     "log_to": st.lists(words("csv", "tensorboard", "wandb", "mlflow", "trackio"), unique=True).map(tuple),

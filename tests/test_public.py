@@ -25,8 +25,8 @@ weights weights_strict start freeze epochs rounds batch client_optimizer client_
 client_clip_grad_norm server_optimizer server_optimizer_options server_lr server_clip_grad_norm accumulate
 server_accumulate param_groups lr_schedule server_lr_schedule lr_warmup averaging logit_adjust tau
 up_codec cache_features down_codec
-screening defences attack engine tune deterministic device precision memory_limit eval_every eval_clients judge
-evaluate_on own_test log_to stop_after checkpoint_every keep_best snapshot_every"""
+ screening defences attack engine tune deterministic device precision memory_limit client_states eval_every
+ eval_clients judge evaluate_on own_test log_to stop_after checkpoint_every keep_best snapshot_every"""
 
 PLAN = """model cut tail_cut algorithms input input_type freeze task target classes label_bytes clients
 samples_per_client batch precision client_optimizer memory_budget energy_budget servers seed"""

@@ -59,8 +59,10 @@ from cutlayer.engine.choice import Choice, Chosen, Work, one_by_one
 from cutlayer.engine.distributed import Engine, Sharing, SpreadCohort
 from cutlayer.engine.layout import smashed
 from cutlayer.engine.replicas import DataParallel
+from cutlayer.engine.shelf import StatesFolder
 from cutlayer.engine.simulated import ClientModel, Clients, Shape, model_bytes
 from cutlayer.engine.simulation import simulate
+from cutlayer.engine.states import placed
 from cutlayer.engine.ways import Ways
 from cutlayer.errors import ConfigError, CutlayerWarning, DataError
 from cutlayer.features import KeptFeatures
@@ -138,7 +140,8 @@ class Training:
     weights. `own_tests` are the rows that each client's model is tested on alone, where it is; `eval_every` and
     `eval_clients` how often and of how many clients models are judged, `eval_last` of how many at the end; `remarks`
     what of that was chosen, a line each. `answers_apart`: the gradients that the server answers with are of another
-    loss than its own. `head` is an auxiliary head, if clients have some.
+    loss than its own. `head` is an auxiliary head, if clients have some. `place` is where the states of clients lie
+    that do not take part (None: in memory).
     """
 
     source: Source
@@ -166,6 +169,7 @@ class Training:
     answers_apart: bool = False
     head: nn.Module | None = None
     depths: Depths | None = None
+    place: StatesFolder | None = None
 
     @cached_property
     def flops_each(self) -> tuple[ModelFlops, ...]:
@@ -344,6 +348,7 @@ class Prepared:
             answers_apart=adjustment is not None and adjustment.apart and not asynchronous,  # that steps by itself
             head=self.head,
             depths=self.depths,
+            place=self.clients.place,
         )
         if self.fleet is None:
             return training
@@ -534,6 +539,7 @@ def prepare(
     if not depths.mixed:
         depths = replace(depths, each={name: replace(d, parts=split) for name, d in depths.each.items()})
     local_epochs, local_steps = algorithm.part_of_round
+    place, on_disk = placed(config, split, algorithm.traits, chosen.ways.engine) if alone is None else (None, "")
     setup = Clients(
         _ClientModels(config, depths, make_model, len(owners), heads),
         with_targets(source.train, owners, attacks, width if task.targets == "class" else 0),
@@ -557,6 +563,7 @@ def prepare(
         carries=algorithm.traits.asynchronous,
         cuts=depths.numbers,
         beside=_blocks(config, depths, make_model, make_client) if depths.mixed else None,
+        place=place,
     )
     return Prepared(
         config,
@@ -576,7 +583,10 @@ def prepare(
         {k: samples.to(device) for k, samples in own_tests.items() if k not in attacks.hostile},
         pace,
         tuple(
-            filter(None, (attacks.remark(config.clients), held_out, pace.remark, chosen.remark, _told(config, depths)))
+            filter(
+                None,
+                (attacks.remark(config.clients), held_out, pace.remark, chosen.remark, _told(config, depths), on_disk),
+            )
         ),
         counts,
         screening_of(config),

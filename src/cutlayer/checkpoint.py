@@ -1,7 +1,7 @@
 """A training state in one safetensors file, written atomically; no pickle anywhere.
 
 A state is a tree of dicts, lists, tuples, tensors and plain JSON values. Tensors become entries of the file, the rest
-of the tree JSON in its header.
+of the tree JSON in its header. Rows that lie in files beside it (`Kept`) are named there.
 """
 
 from __future__ import annotations
@@ -15,17 +15,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from cutlayer.engine.shelf import Kept
 from cutlayer.errors import RunFolderError
-from cutlayer.files import replace_file
-from cutlayer.stored import MalformedError, checked, parsed
+from cutlayer.files import STATES, replace_file
+from cutlayer.stored import Count, MalformedError, checked, parsed
 
 _HEADER = "cutlayer"
+_PLAIN = frozenset({int, float, str, bool, type(None)})
 
 
 def write(path: Path, state: Mapping[str, Any]) -> None:
     """Write `state` to `path`: either the new file is there, whole and on disk, or the old one still is."""
     tensors: dict[str, Tensor] = {}
-    tree = _pack(state, tensors)
+    tree = _pack(state, tensors, path.parent)
     seen: set[int] = set()
     for name, tensor in tensors.items():  # and no two entries may share theirs
         if tensor.data_ptr() in seen:
@@ -41,7 +43,7 @@ def read(path: Path) -> dict[str, Any]:
             header = (file.metadata() or {})[_HEADER]
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         used = set[str]()
-        state = _unpack(parsed(header), tensors, used)
+        state = _unpack(parsed(header), tensors, used, path.parent)
         if lost := sorted(tensors.keys() - used):
             raise MalformedError(f"nothing is said of its tensor {lost[0]!r}")
         return checked(state, dict[str, Any])
@@ -52,8 +54,10 @@ def read(path: Path) -> dict[str, Any]:
     raise RunFolderError(f"{str(path)!r} is not a whole checkpoint ({reason}): start the run anew in another folder")
 
 
-def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """JSON for `value`; its tensors go into `tensors` under numbers."""
+def _pack(value: Any, tensors: dict[str, Tensor], folder: Path) -> Any:
+    """JSON for `value`; its tensors go into `tensors` under numbers. Files lie below `folder`."""
+    if isinstance(value, Kept):
+        return {"kept": [str(value.path.relative_to(folder)), _pack(value.slots, tensors, folder), list(value.order)]}
     if isinstance(value, Tensor):
         name = str(len(tensors))
         flat = value.detach().cpu().contiguous()
@@ -63,33 +67,43 @@ def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(
         value, Mapping
     ):  # as pairs: optimiser states have integer keys, which JSON objects would turn to text
-        return {"dict": [[key, _pack(item, tensors)] for key, item in value.items()]}
+        return {"dict": [[key, _pack(item, tensors, folder)] for key, item in value.items()]}
     if isinstance(value, tuple):
-        return {"tuple": [_pack(item, tensors) for item in value]}
+        return {"tuple": [_pack(item, tensors, folder) for item in value]}
     if isinstance(value, list):
-        return [_pack(item, tensors) for item in value]
+        if _PLAIN.issuperset(map(type, value)):  # numbers of very many clients: they are looked at once
+            return value
+        return [_pack(item, tensors, folder) for item in value]
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise TypeError(f"a checkpoint holds tensors and plain values, not {type(value).__name__}")
 
 
-def _unpack(value: Any, tensors: Mapping[str, Tensor], used: set[str]) -> Any:
+def _unpack(value: Any, tensors: Mapping[str, Tensor], used: set[str], folder: Path) -> Any:
     """The inverse of `_pack`; the names of the tensors go into `used`. Raises MalformedError, KeyError, TypeError or
     ValueError for what `_pack` never gives.
     """
     if isinstance(value, list):
-        return [_unpack(item, tensors, used) for item in value]
+        if _PLAIN.issuperset(map(type, value)):
+            return value
+        return [_unpack(item, tensors, used, folder) for item in value]
     if not isinstance(value, dict):
         return value
     ((kind, content),) = value.items()
     if kind == "tensor":
         used.add(content)
         return tensors[content]
+    if kind == "kept":
+        name, slots, order = checked(content, tuple[str, Any, list[Count]])
+        where, found = Path(name), _unpack(slots, tensors, used, folder)
+        if where.parts[:1] != (STATES,) or ".." in where.parts or not isinstance(found, Tensor):
+            raise MalformedError(f"{name!r} is not a file of its states")
+        return Kept(folder / where, found, tuple(order))
     if kind not in ("tuple", "dict") or not isinstance(content, list):
         raise MalformedError(f"{kind!r} is not a kind of value")
     if kind == "tuple":
-        return tuple(_unpack(item, tensors, used) for item in content)
-    found = {key: _unpack(item, tensors, used) for key, item in content}
+        return tuple(_unpack(item, tensors, used, folder) for item in content)
+    found = {key: _unpack(item, tensors, used, folder) for key, item in content}
     if len(found) != len(content):
         raise MalformedError("a key is there twice")
     return found

@@ -35,11 +35,13 @@ Direction = Literal["up", "down"]
 @dataclass(frozen=True)
 class Held:
     """The client models that can be read without asking a client on another machine, under the names of the whole
-    model: parameters and buffers of each client; or one model, which is `everyones`.
+    model: parameters and buffers of each client; or one model, which is `everyones`. Where there are too many to be
+    read, `models` are those of some clients, and `mean` is the mean of all, weighted by their samples.
     """
 
     models: Mapping[int, Mapping[str, Tensor]]
     everyones: bool
+    mean: Mapping[str, Tensor] | None = None
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ from cutlayer.stored import MalformedError, checked, parsed
 
 CONFIG, EVENTS = "config.toml", "events.jsonl"
 """The file that makes a folder that of a run, and the one that only a run with clients on other machines has."""
+STATES = "states"
+"""The folder in that of a run that holds states of clients."""
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -33,7 +35,15 @@ def replace_file(path: Path, content: bytes) -> None:
         except BaseException:
             fresh.unlink(missing_ok=True)
             raise
-        folder = os.open(path.parent, os.O_RDONLY)
+    except OSError as error:
+        raise unwritable(path, error) from None
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Have the system put on disk which files a folder has. Raises DiskFullError or RunFolderError."""
+    try:
+        folder = os.open(path, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:

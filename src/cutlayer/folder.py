@@ -11,6 +11,7 @@ checkpoint.safetensors   the state after the last checkpointed round
 last.safetensors         the trained model, once the run is done
 best.safetensors         the model of the best evaluation on the validation set so far
 logs/                    what loggers keep there (`log_to`)
+states/                  what differs from client to client, for the checkpoint (client_states = disk)
 snapshots/               client models of some rounds, where asked for
 result.json              once the run is done
 """
@@ -31,7 +32,7 @@ from cutlayer.collective import world
 from cutlayer.errors import CutlayerError, FolderInUseError, RunFolderError
 from cutlayer.files import CONFIG as CONFIG
 from cutlayer.files import EVENTS as EVENTS
-from cutlayer.files import Lines, replace_file, unwritable
+from cutlayer.files import STATES, Lines, replace_file, unwritable
 from cutlayer.options import read_toml
 from cutlayer.stored import ANEW
 
@@ -56,6 +57,7 @@ OWN_FILES = (
     EVENTS,
     SNAPSHOTS,
     LOGS,
+    STATES,
     CHECKPOINT,
     LAST,
     BEST,

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from cutlayer.allocator import free_memory
 from cutlayer.build import Training
 from cutlayer.data.samples import Samples
 from cutlayer.engine.choice import memory_limit
 from cutlayer.engine.stackable import made_per_row
+from cutlayer.engine.states import PER_MODEL, bytes_of_client, weight_bytes
+from cutlayer.engine.states import room as room
 from cutlayer.errors import ConfigError
 from cutlayer.options import RunConfig
 from cutlayer.text import format_bytes
@@ -19,7 +20,6 @@ from cutlayer.types import Rows
 
 _PROCESS = {"cpu": 300_000_000, "cuda": 700_000_000}  # Python with torch; on the GPU, what CUDA keeps there
 _DATA = 3  # what was read, what it was made into, and what each client holds of it
-_MODEL = 7  # weights, gradients, two moments of the optimiser, and a copy of all but the gradients in a checkpoint
 _STEP = 3  # what the forward pass made, its gradients, and what operations need meanwhile
 _PASS = 12  # largest tensors of a forward pass in evaluation, measured: convolutions make copies of their inputs
 _JUDGED = 2048  # rows of a pass in evaluation
@@ -29,15 +29,11 @@ def footprint(training: Training, config: RunConfig, jobs: int = 1) -> int:
     """Bytes that the run takes at most, in a process of its own, beside `jobs` - 1 others; on a GPU, there."""
     process = _PROCESS["cpu" if config.device == "cpu" else "cuda"]
     return (
-        process + _DATA * _of_data(training) + _MODEL * _of_models(training, config) + _of_rows(training, config, jobs)
+        process
+        + _DATA * _of_data(training)
+        + PER_MODEL * _of_models(training, config)
+        + _of_rows(training, config, jobs)
     )
-
-
-def room(device: str) -> int | None:
-    """Bytes that are free where runs on `device` keep theirs; None where the system does not tell."""
-    if device.startswith("cuda"):
-        return int(torch.cuda.mem_get_info(torch.device(device))[0])
-    return free_memory() if device == "cpu" else None
 
 
 def fitting(needs: Mapping[str, int], most: int, free: int | None) -> int:
@@ -73,17 +69,14 @@ def _bytes(samples: Samples) -> int:
 
 
 def _of_models(training: Training, config: RunConfig) -> int:
-    """The weights of all clients, of the server and of its copies; and a whole model, which copies are made of."""
+    """The weights of all clients that are in memory, of the server and of its copies; and a whole model, which copies
+    are made of.
+    """
     parts, traits = training.parts, training.algorithm.traits
-    clients = [part for part in (parts.client, parts.tail) if part is not None]
     held = 1 if traits.central else config.clients
-    return sum(map(_weights, parts.all)) + held * (
-        sum(map(_weights, clients)) + (_weights(parts.server) if traits.server_copies else 0)
-    )
-
-
-def _weights(part: nn.Module) -> int:
-    return sum(t.nbytes for t in part.state_dict().values())
+    if training.place is not None:
+        held = max(1, round(config.participation * held))
+    return sum(map(weight_bytes, parts.all)) + held * bytes_of_client(parts, traits)
 
 
 def _of_rows(training: Training, config: RunConfig, jobs: int) -> int:

@@ -81,6 +81,7 @@ class CommonKeywords(TypedDict, total=False):
     device: str
     precision: Literal["float32", "float64", "bfloat16", "tf32"]
     memory_limit: float | None
+    client_states: Literal["auto", "memory", "disk"]
     eval_every: int | None
     eval_clients: int | None
     judge: Literal["mean", "average", "ensemble"]

@@ -515,6 +515,9 @@ class CommonConfig(TracedConfig):
     memory_limit: float | None = _field(None, OUTPUT, gt=0)
     """Activation memory of the clients in GB. Above it, forward passes are recomputed in the backward pass. Default:
     half of the free memory."""
+    client_states: Literal["auto", "memory", "disk"] = _field("auto", OUTPUT, "group")
+    """Where the states of simulated clients lie that do not take part in a round: in memory, on disk (in the run's
+    folder), or on disk if memory may not hold them (auto). Results are the same. `resume` may change it."""
     eval_every: int | None = _field(None, OUTPUT, ge=1)
     """Rounds between two evaluations (there is one at the end too). Default: about once per epoch; less often where
     evaluation would take more than a fifth of the training."""

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
@@ -70,6 +71,7 @@ from cutlayer.trained import Predictions, TrainedModel, Whose, find_trained
 from cutlayer.types import Evaluation, Round, Step
 from cutlayer.verbs import LEARN
 
+_ANYTIME = frozenset({"client_states"})  # options that may change as a run goes on: they change no number
 _TOLD_EVERY = 0.1  # seconds between two standings of a run
 
 
@@ -333,6 +335,7 @@ class Run:
         own_loss, own_metrics, asked = own_objective(loss, metrics)
         config = RunConfig.of(without_own(stored, out, model=model, data=data, loss=own_loss, metrics=own_metrics))
         _refuse_other(config, normalised(by_reference({**options, **names, **asked})), out)
+        config = _merged(config, {name: value for name, value in options.items() if name in _ANYTIME})
         if training is None:
             ways = world().first(lambda: ways_in(out))
             run = cls(
@@ -856,7 +859,7 @@ class Run:
     def _state(self, rounds: int, folder: Folder) -> dict[str, Any]:
         return {
             "config": from_anywhere(self.config.resolved()),
-            "fingerprint": fingerprint(self.training),
+            "fingerprint": self._fingerprint,
             "code": digests(self.config),
             "rounds": rounds,
             "steps": self._step,
@@ -876,9 +879,16 @@ class Run:
             "clients": self.training.clients.state(),
         }
 
+    @cached_property
+    def _fingerprint(self) -> dict[str, str]:
+        """What checkpoints are compared by: of what does not change as the run goes on."""
+        return fingerprint(self.training)
+
     def _restore(self, folder: Folder) -> None:
         """Take the last checkpoint, where there is one, and forget what was written after it."""
         if not _has_checkpoint(folder.path):
+            if self.training.place is not None:
+                self.training.place.settle(folder.path, begin=True)
             folder.truncate({})
             return
         offsets = world().agreed(lambda: self._take(folder.path))
@@ -887,9 +897,11 @@ class Run:
     def _take(self, out: Path) -> dict[str, int]:
         """Take the last checkpoint in the folder `out`: how long the records were then."""
         path = out / CHECKPOINT
+        if self.training.place is not None:
+            self.training.place.settle(out, begin=False)
         state = world().first(lambda: _checkpoint(path))
         _refuse_other(RunConfig.of(state.config), self.config.resolved(), out)
-        mine, theirs = fingerprint(self.training), state.fingerprint
+        mine, theirs = self._fingerprint, state.fingerprint
         if different := [what for what in {**mine, **theirs} if mine.get(what) != theirs.get(what)]:
             raise RunFolderError(
                 f"the run in {str(out)!r} was made with another {' and '.join(different)} than now: give what "
@@ -1072,7 +1084,7 @@ def refuse_other(out: Path, asked: RunConfig) -> None:
     stored = RunConfig.of(without_own(stored_config(out), out))
     have, want = from_anywhere(stored.resolved()), from_anywhere(asked.resolved())
     paths = all(Path(str(options["data"])).is_absolute() for options in (have, want))
-    moved = frozenset({"data"}) if paths and (out / CHECKPOINT).exists() else frozenset[str]()
+    moved = _ANYTIME | (frozenset({"data"}) if paths and (out / CHECKPOINT).exists() else frozenset[str]())
     for name in dict.fromkeys([*have, *want]):
         was, now = (repr(options[name]) if name in options else "not set" for options in (have, want))
         if was != now and name not in moved:
@@ -1089,7 +1101,7 @@ def _refuse_other(stored: RunConfig, asked: dict[str, Any], out: Path) -> None:
         if name not in have:
             raise ConfigError(f"unknown option {name!r}")
         same = list(value) == have[name] if isinstance(value, tuple) else value == have[name]
-        if not same:
+        if not same and name not in _ANYTIME:
             raise RunFolderError(
                 f"the run in {str(out)!r} was made with {name} = {have[name]!r}, not {value!r}: resume without it, or "
                 "start a new run in another folder"

@@ -80,6 +80,7 @@ class _Trained(Stored):
     server: dict[str, Tensor]
     clients: dict[Digits, dict[str, Tensor]]
     shared: dict[str, Tensor] = msgspec.field(default_factory=dict)
+    mean: dict[str, Tensor] | None = None
 
 
 class _Tensors(Stored):
@@ -147,7 +148,7 @@ class TrainedModel:
     says in plain values how it is made, what its inputs are, and what evaluation it is of.
 
     `clients` holds each client's part; or one, which is `everyones`. `weights` [C] are what the clients' models count
-    in their average.
+    in their average. Where only some of very many clients' parts are kept, `mean` is the average of all.
     """
 
     about: dict[str, Any]
@@ -155,6 +156,7 @@ class TrainedModel:
     clients: Mapping[int, Mapping[str, Tensor]]
     everyones: bool
     weights: tuple[float, ...]
+    mean: Mapping[str, Tensor] | None = None
 
     @classmethod
     def of(cls, config: RunConfig, training: Training, *, own: bool, evaluation: Mapping[str, Any]) -> TrainedModel:
@@ -168,6 +170,7 @@ class TrainedModel:
             {k: _copied(_without_head(training.parts, state), copies) for k, state in held.models.items()},
             held.everyones,
             tuple(map(float, training.clients.samples)),
+            None if held.mean is None else _copied(_without_head(training.parts, held.mean), copies),
         )
 
     @classmethod
@@ -183,7 +186,8 @@ class TrainedModel:
         shared = _shared(list(self.clients.values()))
         clients = {str(k): {n: t for n, t in s.items() if n not in shared} for k, s in self.clients.items()}
         about = {"about": self.about, "everyones": self.everyones, "weights": list(self.weights)}
-        checkpoint.write(path, {**about, "server": dict(self.server), "clients": clients, "shared": shared})
+        mean = {} if self.mean is None else {"mean": dict(self.mean)}
+        checkpoint.write(path, {**about, "server": dict(self.server), "clients": clients, "shared": shared, **mean})
 
     @classmethod
     def read(cls, path: Path) -> TrainedModel:
@@ -193,11 +197,12 @@ class TrainedModel:
             about = checked(found.about, _About, "about")
             checked(about.preprocessing, _Preprocessing, "preprocessing")
             _check_conversion(about.preprocessing.get("conversion", {}))
-            for what, state in (("the server", found.server), ("all clients", found.shared), *found.clients.items()):
+            alone = (("the server", found.server), ("all clients", found.shared), ("the mean", found.mean or {}))
+            for what, state in (*alone, *found.clients.items()):
                 if lacking := [name for name, tensor in state.items() if not all_finite(tensor)]:
                     raise MalformedError(f"{lacking[0]!r} of {what} holds NaN or infinite numbers")
             clients = {int(k): {**found.shared, **state} for k, state in found.clients.items()}
-            return cls(found.about, found.server, clients, found.everyones, tuple(found.weights))
+            return cls(found.about, found.server, clients, found.everyones, tuple(found.weights), found.mean)
 
     @property
     def names(self) -> list[Whose]:
@@ -271,20 +276,29 @@ class TrainedModel:
                 "export from the folder of a client"
             )
         if isinstance(client, int) and client not in self.names:
-            there = ", ".join(f"client-{k}" for k in self.names[:-1][:10])
-            raise ConfigError(f"there is no model of client-{client} here: there are those of {there}")
+            raise ConfigError(f"there is no model of client-{client} here: there are those of {self._listed}")
         if len(self.clients) == 1:
             return next(iter(self.clients.values()))
         if client is None:
             raise ConfigError(
-                f"the models of the {len(self.clients)} clients differ: say whose, client-0 to "
-                f"client-{len(self.clients) - 1}, or average"
+                f"the models of the {len(self.weights)} clients differ: say whose, {self._listed}, or average"
             )
         if isinstance(client, int):
             return self.clients[client]
+        if self.mean is not None:
+            return self.mean
         states = list(self.clients.values())
         alike = {n: t for n, t in states[0].items() if all(torch.equal(t, s[n]) for s in states[1:])}  # what is frozen
         return {**average(states, [self.weights[k] for k in self.clients]), **alike}
+
+    @property
+    def _listed(self) -> str:
+        """Whose models there are, in words."""
+        there = self.names[:-1]
+        if there == list(range(len(there))) and len(there) > 1:
+            return f"client-0 to client-{len(there) - 1}"
+        more = f" and {len(there) - 10} more" if len(there) > 10 else ""
+        return ", ".join(f"client-{k}" for k in there[:10]) + more
 
     def _made(self, model: Model | None) -> nn.Module:
         """The model with weights of no account. Raises ConfigError."""

@@ -20,6 +20,7 @@ from cutlayer.cohort import Beside, Held, draw_participants
 from cutlayer.data.batches import Batches, Clocks, Drawn
 from cutlayer.data.samples import Samples
 from cutlayer.data.sampling import Sampling, Turns, dealt
+from cutlayer.engine.shelf import StatesFolder
 from cutlayer.frozen import moving, trains
 from cutlayer.gradients import summed
 from cutlayer.optim import MakeOptimizer
@@ -106,7 +107,8 @@ class Clients(Routine):
 
     `models` are (lower part, tail or auxiliary head or None) per client; `rows` each client's indices into `data`;
     `shifts` [C, K] what is added to the scores in losses that clients compute (None: nothing). `present` says which
-    clients can take part in the round that begins (None: all).
+    clients can take part in the round that begins (None: all). `place` is where the states of clients lie that are not
+    computed with (None: in memory).
     """
 
     models: Sequence[ClientModel]
@@ -115,6 +117,7 @@ class Clients(Routine):
     make_optimizer: MakeOptimizer
     shifts: Tensor | None = None
     present: Callable[[], Sequence[int]] | None = None
+    place: StatesFolder | None = None
 
     def called(self, client: int) -> int:
         """What client number `client` of these is called: its number, unless they are some of more (`OwnClients`)."""

@@ -80,7 +80,9 @@ def _engine(
         everybody = setup if sharing is None or sharing.apart else sharing.whole
         count = len(everybody.rows) if copies else 0
         stacked = StackedReplica if sharing is not None and sharing.apart else StackedServer
-        return StackedCohort(setup, ways.clients), stacked(model, make_server, lr, seed, count, ways.copies, setup.task)
+        return StackedCohort(setup, ways.clients), stacked(
+            model, make_server, lr, seed, count, ways.copies, setup.task, setup.place
+        )
     if ways.engine == "local":
         one = ReplicaServer if sharing is not None and sharing.apart else Server
         return LocalCohort(setup), one(model, make_server, lr, seed, setup.task)

@@ -8,6 +8,7 @@ its step come to them, and so that memory is bounded.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from cutlayer.engine.descent import Descent, descent
 from cutlayer.engine.kernels import Factors
 from cutlayer.engine.lowering import Choose, Lowered
 from cutlayer.engine.mapping import Draw, Listening, Masked, drawn
+from cutlayer.engine.shelf import repeated, spread_out
 from cutlayer.engine.ways import Stacking
 from cutlayer.frozen import replica
 from cutlayer.optim import MOMENTUM, MakeOptimizer, after_a_step, laid_as, rule_of, set_lr
@@ -42,7 +44,7 @@ class Group:
     """Some clients as one: `clients` [c] with b rows each, their parameters and buffers by name, each [c, ...].
 
     `at` are their positions among the clients of the step, `rows` those of their rows in the merged batch [c * b].
-    `views`: the tensors are views of the stack.
+    `views`: the clients are neighbours, and the tensors views of the stack.
     """
 
     clients: np.ndarray
@@ -85,6 +87,18 @@ class _Piece:
         return {n.removeprefix(self.prefix): t for n, t in self.of(tensors).items()} if self.prefix else tensors
 
 
+class ShelvedState(Stored, rename={"plain_clock": "plain clock"}):
+    """What a stack keeps whose copies lie on disk (`shelved.py`): three shelves, and what a stack in memory keeps."""
+
+    models: dict[str, Any]
+    apart: dict[str, Any]
+    moments: dict[str, Any]
+    clocked: bool
+    steps: list[Count]
+    batches: list[Count]
+    plain_clock: bool = False
+
+
 class _StackState(Stored, rename={"plain_clock": "plain clock"}):
     parameters: dict[str, Tensor]
     buffers: dict[str, Tensor]
@@ -118,11 +132,11 @@ class Stack:
         self.module = replica(module)
         self.count, self.way, self.forms, self._choose = count, how.way, dict(how.forms), choose
         # What is frozen is not stacked: the module's own serves all clients.
-        self._parameters = {n: _repeated(p, count) for n, p in module.named_parameters() if p.requires_grad}
+        self._parameters = {n: repeated(p, count) for n, p in module.named_parameters() if p.requires_grad}
         self._frozen = [p for p in self.module.parameters() if not p.requires_grad]
         frozen = {n: p for n, p in module.named_parameters() if not p.requires_grad}
-        self._apart = {n: _repeated(p, count) for n, p in frozen.items() if apart is not None and n.startswith(apart)}
-        self._buffers = {n: _repeated(b, count) for n, b in module.named_buffers()} | self._apart
+        self._apart = {n: repeated(p, count) for n, p in frozen.items() if apart is not None and n.startswith(apart)}
+        self._buffers = {n: repeated(b, count) for n, b in module.named_buffers()} | self._apart
         self._trained = list(self._parameters)
         self._called = {name: called(name) for name in self._trained}
         self._make_optimizer = make_optimizer
@@ -255,16 +269,24 @@ class Stack:
     def _release(self, due: np.ndarray, lr: float) -> None:
         """A step of the clients `due` on the mean gradient of their batches."""
         group = self._group(due)
-        at = torch.from_numpy(due).to(self.device)
         batches = torch.from_numpy(self._waiting[due]).to(self.device)
         for name, p in group.parameters.items():
             p.grad = None
             if name in self._held:
-                held = self._held[name]
-                p.grad = held[at] / batches.to(held.dtype).view(-1, *[1] * (held.dim() - 1))
-                held[at] = 0.0
+                p.grad = self._sum_of(name, due) / batches.to(p.dtype).view(-1, *[1] * (p.dim() - 1))
+        self._forget_sums(due)
         self._waiting[due] = 0
         self._advance(group, lr)
+
+    def _sum_of(self, name: str, due: np.ndarray) -> Tensor:
+        """What waits of a parameter's gradients for these clients: [c, ...]."""
+        return self._held[name][torch.from_numpy(due).to(self.device)]
+
+    def _forget_sums(self, due: np.ndarray) -> None:
+        """Nothing waits any longer for these clients."""
+        at = torch.from_numpy(due).to(self.device)
+        for held in self._held.values():
+            held[at] = 0.0
 
     def _advance(self, group: Group, lr: float) -> None:
         """Clip, and step."""
@@ -305,15 +327,10 @@ class Stack:
             self._average_by(rule, weights, origin)
             return
         who = torch.tensor(list(weights), device=self.device)
-        share = torch.tensor(list(weights.values()), dtype=torch.float64)
-        share = (share / share.sum()).to(self.device, dtype=None if self.device.type != "mps" else torch.float32)
+        share = shares_of(weights, self.device)
         for tensor in self._moving().values():
             chosen = tensor if len(who) == self.count else tensor[who]
-            if tensor.is_floating_point():
-                mean = (share.to(tensor.dtype) @ chosen.reshape(len(who), -1)).view(tensor.shape[1:])
-            else:
-                mean = chosen.amax(0)
-            tensor.copy_(mean.expand_as(tensor))
+            tensor.copy_(mean_of(chosen, share).expand_as(tensor))
 
     def average_momentum(self, weights: Mapping[int, float]) -> None:
         """The momentum of those in `weights` that have stepped := its weighted mean, where the optimiser has one."""
@@ -339,6 +356,16 @@ class Stack:
         """What is averaged: neither what is not persistent, nor what is apart."""
         tensors = {**self._parameters, **self._buffers}
         return {n: tensors[n] for n in self.module.state_dict() if n in tensors and n not in self._apart}
+
+    @contextmanager
+    def averaged(self, weights: Mapping[int, float], rule: Averaging, origin: State | None) -> Iterator[None]:
+        """All copies are their average meanwhile."""
+        before = copy.deepcopy(self.state())
+        self.average(weights, rule, origin)
+        try:
+            yield
+        finally:
+            self.take(before)
 
     def load_one(self, client: int, state: Mapping[str, Tensor]) -> None:
         """Give one client the parameters and buffers in `state`."""
@@ -380,12 +407,11 @@ class Stack:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take a state that `state()` returned, from a file. Raises MalformedError."""
+        state = self._spread_out(state) if "models" in state else state
         found = checked(state, _StackState, "the copies")
         sized(found.steps, self.count, "steps")
         sized(found.batches or found.steps, self.count, "batches")
-        fit(found.parameters, self._parameters, "the copies")
-        fit(found.buffers, self._buffers, "the copies")
-        self._check_optimizer(found.optimizer)
+        self._check(found.parameters, found.buffers, found.optimizer)
         self.take(state)
 
     def take(self, state: Mapping[str, Any]) -> None:
@@ -401,6 +427,31 @@ class Stack:
         self._plain_clock = state.get("plain clock", False)
         self.steps = np.array(state["steps"], np.int64)
         self.batches = np.array(state.get("batches", state["steps"]), np.int64)
+
+    def _spread_out(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """The state of a stack whose copies lie on disk, as one in memory keeps it. Raises MalformedError."""
+        found = checked(state, ShelvedState, "the copies")
+        parameters: dict[str, Tensor] = {}
+        buffers: dict[str, Tensor] = {}
+        for shelf in (found.models, found.apart):
+            for name, many in spread_out(shelf, self.count, "the copies").items():
+                like = self._buffers.get(name, self._parameters.get(name, many))
+                (buffers if name in self._buffers else parameters)[name] = laid_as(many, like)
+        optimizer: dict[str, dict[str, Tensor]] = {}
+        for name, many in spread_out(found.moments, self.count, "the optimiser of the copies").items():
+            parameter, _, kind = name.rpartition("/")
+            optimizer.setdefault(parameter, {})[kind] = many
+        counted = {"steps": found.steps, "batches": found.batches}
+        clock = {"clocked": found.clocked, "plain clock": found.plain_clock}
+        return {"parameters": parameters, "buffers": buffers, "optimizer": optimizer, **clock, **counted}
+
+    def _check(
+        self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], optimizer: Mapping[str, Any]
+    ) -> None:
+        """Raises MalformedError unless these are the tensors of all copies."""
+        fit(parameters, self._parameters, "the copies")
+        fit(buffers, self._buffers, "the copies")
+        self._check_optimizer(optimizer)
 
     def _check_optimizer(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Of every parameter, what the steps of one client's optimiser leave behind, for all clients. Raises
@@ -565,8 +616,16 @@ class Stack:
                 if name not in self._state:
                     self._state[name] = {kind: torch.zeros_like(self._parameters[name]) for kind in direct.kinds}
                 factor, decay = self._rule.rates_of(self._called[name])
-                moments = {kind: t[span] for kind, t in self._state[name].items()}
+                moments = self._moments(name, span)
                 direct.take(weight.detach(), weight.grad, factors, moments, base * factor, decay, taken)
+                self._put_moments(name, moments, span)
+
+    def _moments(self, name: str, span: slice | Tensor) -> dict[str, Tensor]:
+        """The optimiser's state of a parameter for some clients: kind -> [c, ...]; views for neighbours."""
+        return {kind: t[span] for kind, t in self._state.get(name, {}).items()}
+
+    def _put_moments(self, name: str, moments: Mapping[str, Tensor], span: slice | Tensor) -> None:
+        """Keep the state that neighbours have after a step; here it has been changed in place."""
 
     def _optimize(self, group: Group, at: np.ndarray | None, taken: int, lr: float) -> None:
         """The optimiser's own step for the clients at positions `at` (None: all), who have all taken `taken` steps."""
@@ -589,7 +648,7 @@ class Stack:
         set_lr(optimizer, lr)
         if taken:
             for name, part in slices.items():
-                state = {kind: laid_as(t[span], part) for kind, t in self._state.get(name, {}).items()}
+                state = {kind: laid_as(t, part) for kind, t in self._moments(name, span).items()}
                 clock: dict[str, Any] = {"step": taken}
                 if not self._plain_clock:
                     clock["step"] = torch.tensor(float(taken), device=self._rule.clock_device(part))
@@ -612,6 +671,19 @@ class Stack:
                 if kind not in kinds:
                     kinds[kind] = torch.zeros_like(self._parameters[name], dtype=value.dtype)
                 kinds[kind][span] = value
+
+
+def shares_of(weights: Mapping[int, float], device: torch.device) -> Tensor:
+    """The weights, in order, divided by their sum."""
+    share = torch.tensor(list(weights.values()), dtype=torch.float64)
+    return (share / share.sum()).to(device, dtype=None if device.type != "mps" else torch.float32)
+
+
+def mean_of(rows: Tensor, share: Tensor) -> Tensor:
+    """The weighted mean [...] of tensors [c, ...]; of integers the largest."""
+    if not rows.is_floating_point():
+        return rows.amax(0)
+    return (share.to(rows.dtype) @ rows.reshape(len(rows), -1)).view(rows.shape[1:])
 
 
 def _multiply_out(group: Group) -> None:
@@ -641,15 +713,6 @@ def descend(weight: Tensor, gradient: Tensor, lr: float, weight_decay: float) ->
     if weight_decay:
         weight.mul_(1.0 - lr * weight_decay)
     weight.add_(gradient, alpha=-lr)
-
-
-def _repeated(tensor: Tensor, count: int) -> Tensor:
-    """[...] -> [count, ...], in memory of its own, where each lies as the one did: a kernel with its channels last."""
-    alone = torch.empty_like(tensor)  # dense, whatever the tensor's own strides
-    many = torch.empty_strided(
-        (count, *tensor.shape), (tensor.numel(), *alone.stride()), dtype=tensor.dtype, device=tensor.device
-    )
-    return many.copy_(tensor.detach().expand_as(many))
 
 
 def _owner(module: nn.Module, name: str) -> tuple[dict[str, Any], str, Any]:

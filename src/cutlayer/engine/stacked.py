@@ -8,10 +8,8 @@ why a model cannot be stacked; everything is proved equal to `local`.
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
@@ -23,11 +21,13 @@ from torch import Tensor, nn
 
 from cutlayer import seeds
 from cutlayer.adjustment import Shifts, adjusted
-from cutlayer.cohort import Footprint, Predict
+from cutlayer.cohort import Footprint, Held, Predict
 from cutlayer.data.samples import Samples
 from cutlayer.eager import backward
 from cutlayer.engine.descent import Descent, DirectSteps, descent
 from cutlayer.engine.local import name_in_whole, named_as_whole
+from cutlayer.engine.shelf import StatesFolder
+from cutlayer.engine.shelved import ShelvedStack
 from cutlayer.engine.simulated import Clients, CohortState, SimulatedCohort, gradient_bytes, model_bytes
 from cutlayer.engine.stack import Generators, Group, Stack
 from cutlayer.engine.ways import Stacking
@@ -35,7 +35,7 @@ from cutlayer.errors import NonFiniteError
 from cutlayer.frozen import load_resting, resting
 from cutlayer.gradients import client_means, descending, gradient_of, means_of_clients
 from cutlayer.optim import MakeOptimizer, rule_of
-from cutlayer.scoring import Outputs, evaluation
+from cutlayer.scoring import Outputs, evaluation, judged
 from cutlayer.server import Server, ServerStep, culprits, finite
 from cutlayer.stored import MalformedError, checked, fit
 from cutlayer.tasks import Task
@@ -44,6 +44,7 @@ from cutlayer.verbs import ALIGN, ARRIVALS, AVERAGE, BACKWARD, FIT, FORWARD, LEA
 
 _MERGED_ROWS = 2048
 """Rows of all clients per forward pass in evaluation: bounds memory, and what fits the cache runs twice as fast."""
+_HELD = 256 << 20  # bytes of models of clients on disk that are kept with a trained model
 
 
 class _StackedState(CohortState, kw_only=True):
@@ -76,7 +77,8 @@ class StackedCohort(SimulatedCohort):
         called = str if tail is None else partial(name_in_whole, shape=setup.shape)
         self._lower = pieces[0]
         parts: dict[str, Any] = {"pieces": pieces, "called": called, "apart": "tail." if self._heads_apart else None}
-        self._stack = Stack(first, len(setup.rows), setup.make_optimizer, how, **parts)
+        kind = Stack if setup.place is None else partial(ShelvedStack, setup.place, "clients")
+        self._stack = kind(first, len(setup.rows), setup.make_optimizer, how, **parts)
         if not setup.alike:
             for k, model in enumerate(setup.models):
                 self._stack.load_one(k, _as_one(*model).state_dict())
@@ -221,7 +223,7 @@ class StackedCohort(SimulatedCohort):
         self.settle()
         everyone, models = self._judged(clients)
         if self.setup.judge_by == "average" and not self._alike and self._holder is None:
-            with self._averaged():
+            with self._stack.averaged(dict(enumerate(self.masses)), self.setup.rule, self._origin):
                 return self._scored(samples, predict, everyone, [0])
         return self._scored(samples, predict, everyone, models)
 
@@ -241,16 +243,6 @@ class StackedCohort(SimulatedCohort):
         found = self.setup.judge(samples, models, outputs_of, at_once=at_once, rows_per_pass=_MERGED_ROWS)
         return evaluation(found, everyone, len(samples))
 
-    @contextmanager
-    def _averaged(self) -> Iterator[None]:
-        """All client models are their average meanwhile."""
-        before = copy.deepcopy(self._stack.state())
-        self._stack.average(dict(enumerate(self.masses)), self.setup.rule, self._origin)
-        try:
-            yield
-        finally:
-            self._stack.take(before)
-
     def model_state(self, client: int) -> dict[str, Tensor]:
         """One client's parameters and buffers, under the names of the whole model."""
         own = self._stack.state_of(client)
@@ -263,6 +255,19 @@ class StackedCohort(SimulatedCohort):
         self._stack.load_all(named)
         self._begin_from(self._stack.state_of(0))
         self._alike = True
+
+    def held(self) -> Held:
+        """As for all; but if states lie on disk and all models would take more than 256 MiB, those of as many clients
+        as fit, drawn as for evaluation (fewer, if fewer are evaluated), and the mean of all.
+        """
+        fit = max(2, _HELD // max(1, self._model_bytes))
+        one = self._alike or self._holder is not None or self._has_average is not None
+        if one or not isinstance(self._stack, ShelvedStack) or len(self._quota) <= fit:
+            return super().held()
+        s, mean = self.setup, self._stack.mean_state(self.samples)
+        some = judged(len(self._quota), max(2, min(fit, s.eval_clients or fit)), s.seed)
+        named = named_as_whole(mean, self.shape) if self._lower else mean
+        return Held({k: self.model_state(k) for k in some}, everyones=False, mean=named)
 
     def take_model(self, client: int, state: Mapping[str, Tensor]) -> None:
         """Give a client the parameters and buffers that `model_state` would give of it."""
@@ -367,6 +372,7 @@ class StackedServer(Server):
         copies: int,
         how: Stacking | None = None,
         task: Task | None = None,
+        place: StatesFolder | None = None,
     ) -> None:
         super().__init__(model, make_optimizer, lr, seed, task)
         self.first = 0  # the number among all clients of the one whose copy is the first
@@ -377,7 +383,8 @@ class StackedServer(Server):
         self._named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         if self._optimizer is not None and (how_to_step := self._directly(make_optimizer)) is not None:
             self._stepping.advance = DirectSteps(how_to_step, self._optimizer, self._named, self._rule)
-        self._stack = Stack(model, copies, make_optimizer, how)
+        kind = Stack if place is None or not copies else partial(ShelvedStack, place, "copies")
+        self._stack = kind(model, copies, make_optimizer, how)
 
     def step_copies(self, smashed: Smashed) -> ServerStep:
         """Every client's copy takes one step on that client's rows. Raises ConfigError if copies are not needed."""

@@ -28,6 +28,7 @@ from cutlayer.verbs import CLIENT_VERBS
 
 UNCOVERED = frozenset(
     {
+        "client_states",
         "data",
         "data_format",
         "data_in_memory",
