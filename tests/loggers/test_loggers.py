@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 from support import ROOT, call
 
-from cutlayer import Comparison, ConfigError, Run, TrainingError
+from cutlayer import Comparison, ConfigError, Run, RunConfig, TrainingError
 from cutlayer.errors import CutlayerWarning
 from cutlayer.files import read_records
 from cutlayer.folder import LOGS, STEPS
 from cutlayer.loggers import Callback, Logger, RunStart, logger
 from cutlayer.loggers.listening import need, of_evaluation, of_step
 from cutlayer.plugins import option
+from cutlayer.testing.deployed import in_memory
 
 STUDY: dict[str, Any] = {
     "data": "digits", "model": "mlp", "algorithm": "psl", "clients": 2, "samples_per_client": 20, "rounds": 3,
@@ -310,6 +311,14 @@ def test_a_comparison_tells_of_every_run(tmp_path: Path) -> None:
         assert len(read(tmp_path / "all" / entry / "seed-0" / LOGS / "steps.csv")) == 9
     with pytest.raises(ConfigError, match=r"callbacks are called in this process, and jobs = 2 trains in others"):
         Comparison(callbacks=[hearing], jobs=2)
+
+
+def test_a_server_logs_what_remote_clients_train(tmp_path: Path) -> None:
+    deployed = in_memory(RunConfig.of({**STUDY, "log_to": ("csv",)}), folder=tmp_path)
+    deployed.run.run()
+    records = [str(record["step"]) for record in read_records(tmp_path / "run" / STEPS)]
+    assert [line["step"] for line in read(tmp_path / "run" / LOGS / "steps.csv")] == records
+    assert not list(tmp_path.glob(f"client-*/{LOGS}")), "the clients have the same configuration and log nothing"
 
 
 def test_the_example_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
