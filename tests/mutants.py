@@ -782,6 +782,7 @@ MUTANTS = [
     M("models age at their owners' averagings", "pace", 'self._of("since averaging")[client] = self._kept["ages clock"][1]', 'self._of("since averaging")[client] = 0'),
     M("late clients are waited for", "pace", "self._came.get(timeout=seconds)", "self._came.get(timeout=None if seconds is None else 90 + seconds)"),
     M("all that works is averaged", "pace", "self._at_work -= set(averaged)\n        self._has_average", "self._at_work.clear()\n        self._has_average"),
+    M("who is at work gets the average after a restart", "pace", "sorted((self._stale | away) - at_work.keys())", "sorted(self._stale | away)"),
     M("variances may be infinite", "pace", "2 * largest([r]) < math.sqrt(", "2 * largest([r]) < ("),
 ]  # fmt: skip
 

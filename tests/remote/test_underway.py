@@ -11,14 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+from support import difference
 from test_remote import remote  # type: ignore[import-not-found]
 from test_transport import QUICK, SOON  # type: ignore[import-not-found]
 
+from cutlayer import checkpoint
 from cutlayer.options import FaultConfig, RunConfig
 from cutlayer.remote.dial import dial
 from cutlayer.remote.security import ClientSecurity, ServerSecurity
 from cutlayer.remote.serve import Service, Serving
 from cutlayer.remote.sides import client_name, worker_of
+from cutlayer.remote.transports.memory import MemoryCarrier
 from cutlayer.run import Run
 from cutlayer.testing import in_memory
 from cutlayer.wire import Frame, encode
@@ -229,3 +232,59 @@ def test_another_begins_where_the_one_at_work_is_gone() -> None:
     assert run.result is not None
     assert run.result.staleness is not None
     assert sum(run.result.staleness["models"]) == 1
+
+
+class Noting(MemoryCarrier):
+    """Notes the models that clients join with, the batches of their first round, and who is sent another model."""
+
+    def __init__(self, workers: Mapping[int, Any]) -> None:
+        super().__init__(workers)
+        self.joined: dict[int, dict[str, torch.Tensor]] = {}
+        self.begun: dict[int, int] = {}
+        self.replaced: set[int] = set()
+
+    def join(self, client: int, greet: Any) -> m.Refused | None:
+        refused = super().join(client, greet)
+        module = self.workers[client].client.module  # type: ignore[attr-defined]
+        self.joined[client] = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+        return refused
+
+    def answer(self, client: int, frame: Frame) -> Any:
+        if isinstance(frame.message, m.BeginRound):
+            self.begun.setdefault(client, frame.message.batches)
+        if isinstance(frame.message, m.TakeModel):
+            self.replaced.add(client)
+        return super().answer(client, frame)
+
+
+def test_clients_at_work_go_on_where_they_were_after_a_restart(tmp_path: Path) -> None:
+    """With the model that they kept in passing and the batches that were left then, not with the last average."""
+    config = RunConfig.of(
+        {
+            **STUDY,
+            "clients": 6,
+            "working": 4,
+            "batch": 2,
+            "local_steps": 6,
+            "rounds": 14,
+            "checkpoint_every": 1,
+            "buffer_models": 1,
+        }
+    )
+    there = in_memory(config, folder=tmp_path)
+    for record in (steps := iter(there.run)):
+        if record.round == 9:
+            break
+    steps.close()  # type: ignore[attr-defined]
+    again = in_memory(config, folder=tmp_path, resume=True, carrier=Noting)
+    next(iter(again.run))
+    going_on = {k for k, batches in again.carrier.begun.items() if batches < 6}
+    assert going_on
+    assert going_on <= set(again.carrier.joined)
+    average = again.carrier.joined[next(k for k in range(6) if k not in going_on)]
+    for k in going_on:
+        own = again.carrier.joined[k]
+        states = [checkpoint.read(path) for path in (tmp_path / f"client-{k}").glob("*.safetensors")]
+        assert any(difference(state["model"], own) == 0 for state in states)
+        assert difference(average, own) > 0
+        assert not again.carrier.replaced & going_on

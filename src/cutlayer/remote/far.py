@@ -100,7 +100,10 @@ class Remote(Routine):
         return self.task.weights(torch.zeros(1, *self.targets.shape, dtype=self.targets.dtype)) is None
 
 
-class _RemoteState(Stored, rename={"class_counts": "class counts", "twins_optimizer": "twin's optimizer"}):
+_NAMES = {"class_counts": "class counts", "twins_optimizer": "twin's optimizer", "at_work": "at work"}
+
+
+class _RemoteState(Stored, rename=_NAMES):
     step: Count
     samples: list[Count]
     masses: list[Amount]
@@ -112,6 +115,7 @@ class _RemoteState(Stored, rename={"class_counts": "class counts", "twins_optimi
     excluded: dict[Digits, str]
     class_counts: list[list[Count]] = msgspec.field(default_factory=list)
     handed: list[Tensor] = msgspec.field(default_factory=list)
+    at_work: dict[Digits, Count] = msgspec.field(default_factory=dict)
     twins_optimizer: dict[str, Tensor] | None = None
 
 
@@ -152,6 +156,8 @@ class RemoteCohort:
         self._arrived: dict[int, _Came] = {}  # of these, what has come, in order
         self._forwards: dict[int, int] = {}  # the step of each client's last forward pass
         self._at_work: set[int] = set()  # have begun from a model that may be old by now, and go on with it
+        self._to_keep: dict[int, int] = {}  # of these, those that are to keep their state in passing, after this step
+        self._kept_at: dict[int, int] = {}  # of these, those that have kept it, and the batches that were left then
         self._others_have_it = False  # who is not at work has the average, or gets it before anything else
         self._average: dict[str, Tensor] | None = None
         self._stale: set[int] = set()  # have missed an averaging
@@ -346,7 +352,11 @@ class RemoteCohort:
         self._step += 1
         self._forwards |= dict.fromkeys(new, self._step)
         ask: Request = (m.Forward(self._step, labels=True), ())
-        requests = {k: [*self._later.pop(k, ()), ask] for k in new}
+        requests: dict[int, list[Request]] = {}
+        for k in new:
+            keep = self._to_keep.pop(k, None)
+            saves: list[Request] = [] if keep is None else [(m.Save(keep, "prepare"), ())]
+            requests[k] = [*self._later.pop(k, ()), *saves, ask]
 
         def read(client: int, frame: Frame) -> _Came | Frame:
             return frame if type(frame.message) in _ACKNOWLEDGED else self._smashed(client, frame, labels=True)
@@ -368,7 +378,14 @@ class RemoteCohort:
             self._lose(client, came)
         else:
             self._arrived[client] = came[-1]
+            self._note_kept(client, [frame.message for frame in came[:-1]])
         return True
+
+    def _note_kept(self, client: int, said: Sequence[m.Message]) -> None:
+        """A client at work has said whether it has kept its state, before it drew the batch that has come."""
+        for message in said:
+            if isinstance(message, m.Saved) and message.phase == "prepare" and message.kept:
+                self._kept_at[client] = int(self._quota[client])  # the next prepare puts it in the old one's place
 
     @property
     def _busy(self) -> set[int]:
@@ -618,6 +635,8 @@ class RemoteCohort:
         if self.setup.beside is not None:
             self.setup.beside.take(self._average)
         self._at_work -= set(weights)
+        self._kept_at = {k: left for k, left in self._kept_at.items() if k in self._at_work}
+        self._to_keep = {k: step for k, step in self._to_keep.items() if k in self._at_work}
         self._stale = set(range(len(self.samples))) - set(here) - self._at_work
         self._alike = not self._at_work  # who has missed it gets it before anything else
         self._others_have_it = not self._alike
@@ -873,7 +892,11 @@ class RemoteCohort:
         for k in sorted(answered.keys() - set(kept)):
             why = "its disk is full: it goes on, but after a restart from the state that it kept before"
             self._tell("not kept", {"client": k, "why": why})
-        # Who has kept nothing of this step comes back with an earlier model.
+        # Clients that are busy keep theirs in passing; what they kept before, at work, is what they come back with.
+        self._to_keep = dict.fromkeys(self._at_work & self._busy, self._step)
+        self._kept_at |= {k: int(self._quota[k]) for k in kept if k in self._at_work}
+        at_work = {k: left for k, left in self._kept_at.items() if left}
+        # Others that have kept nothing of this step come back with an earlier model.
         away = set(range(len(self.samples))) - set(kept) if self._average is not None else set()
         return {
             "step": self._step,
@@ -882,10 +905,11 @@ class RemoteCohort:
             "tests": list(self.setup.tests),
             "class counts": [list(own) for own in self.setup.class_counts],
             "holder": self._holder,
-            "alike": self._one,  # clients at work begin anew from the average
+            "alike": self._one,  # but for clients at work
             "average": self._average or {},
             **self._twins_optimizer(),
-            "stale": sorted(self._stale | away),
+            "stale": sorted((self._stale | away) - at_work.keys()),
+            **({"at work": {str(k): left for k, left in sorted(at_work.items())}} if at_work else {}),
             "excluded": {str(k): why for k, why in self.excluded.items()},
             "handed": [torch.frombuffer(bytearray(body), dtype=torch.uint8) for body in self._handed if len(body)],
         }
@@ -896,7 +920,8 @@ class RemoteCohort:
         count = len(self.setup.samples)
         for name in ("samples", "masses", "tests"):
             sized(getattr(found, name), count, name)
-        for name, numbers in (("stale", found.stale), ("excluded", list(map(int, found.excluded)))):
+        excluded, at_work = list(map(int, found.excluded)), list(map(int, found.at_work))
+        for name, numbers in (("stale", found.stale), ("excluded", excluded), ("at work", at_work)):
             below(numbers, count, name)
         below([] if found.holder is None else [found.holder], count, "holder")
         for body in found.handed:
@@ -905,7 +930,12 @@ class RemoteCohort:
             sized(found.class_counts, count, "class counts")
         if found.average:
             fit(found.average, state_of(self.setup.twin.module), "the average")
-        self._step, self._holder, self._alike = found.step, found.holder, found.alike
+        self._step, self._holder = found.step, found.holder
+        self._kept_at = {int(k): left for k, left in found.at_work.items()}
+        self._at_work = set(self._kept_at)
+        for k, left in self._kept_at.items():
+            self._quota[k] = left
+        self._alike, self._others_have_it = found.alike and not self._at_work, bool(self._at_work)
         self.setup.samples[:], self.setup.masses[:] = found.samples, found.masses
         self.setup.tests[:] = found.tests
         self.setup.class_counts[:] = found.class_counts
@@ -968,6 +998,7 @@ class RemoteCohort:
                 self._later[k] = [post for post in self._later[k] if not isinstance(post[0], m.Backward)]
         if self._begun and self._average is not None:
             self._stale |= new
+            self._kept_at = {k: left for k, left in self._kept_at.items() if k not in new}
 
     def _patiently(self, clients: Collection[int], attempt: Callable[[], T | None]) -> T | None:
         """What `attempt` gives. Where all of `clients` are gone (the server's own network is), they are waited for, and
