@@ -62,6 +62,7 @@ AREAS: dict[str, Sequence[str]] = {
     "skew": ("*test_adjustment*", "*test_sampling*", "*test_in_step*", "*test_cycle*"),
     "pace": ("*test_gas*", "*test_underway*", "*test_staleness*"),
     "averaging": ("*test_seam*", "*golden*", "*identit*", "*engines*"),
+    "cuts": ("*test_between*", "*test_allotted*", "*test_mixed_cuts*"),
     "studies": ("*test_sweep*", "*test_paired*", "*test_outputs*"),
     "hostile": ("*test_floods*", "*test_hostile_clients*", "*test_patience*"),
     "local": (
@@ -784,6 +785,14 @@ MUTANTS = [
     M("all that works is averaged", "pace", "self._at_work -= set(averaged)\n        self._has_average", "self._at_work.clear()\n        self._has_average"),
     M("who is at work gets the average after a restart", "pace", "sorted((self._stale | away) - at_work.keys())", "sorted(self._stale | away)"),
     M("variances may be infinite", "pace", "2 * largest([r]) < math.sqrt(", "2 * largest([r]) < ("),
+    M("blocks keep what was averaged for them", "cuts", "            beside.take(one)\n", ""),
+    M("blocks are counted where nobody computes them", "cuts", "+ float(rows @ self._between))", ")"),
+    M("clients that train nothing get gradients", "cuts", "if self.blocks.trains(part.clients[0]) else ()", "if part.clients else ()"),
+    M("the shallowest cut that fits is chosen", "cuts", "return fit[-1].name", "return fit[0].name"),
+    M("all clients get one client's models counted", "cuts", "self._cuts[k] if self._cuts else 0, []", "0, []"),
+    M("blocks forget how far they drew", "cuts", "block.passed = kept.passed", "pass"),
+    M("far clients get the whole average", "cuts", "{name: self._average[name] for name in self._like(k)}", "dict(self._average)"),
+    M("blocks bear everything", "cuts", "return finite(*(t for t in found if t.is_floating_point()))", "return True"),
 ]  # fmt: skip
 
 

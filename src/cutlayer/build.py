@@ -662,7 +662,7 @@ def _blocks(
             load_moving(made, {name: fresh[name] for name in moving(made)})
         return made
 
-    return Blocks(make, make_optimizer, len(depths.names))
+    return Blocks(make, make_optimizer, len(depths.names), lambda client: trains(depths.of(client).parts.client))
 
 
 def _traced(config: RunConfig, machines: Fleet | None, source: Source) -> Fleet | None:

@@ -138,3 +138,41 @@ def test_two_names_of_one_place() -> None:
     nested = make(lambda: nn.Sequential(nn.Sequential(nn.Linear(6, 4), nn.ReLU()), nn.Linear(4, 4)))
     run = train("sfl", nested, [4, 8], (6,), cut=["0.1", "0"])
     assert difference(whole(run), whole(train("sfl", nested, [4, 8], (6,), cut="0"))) == 0.0
+
+
+def uneven() -> nn.Module:
+    """Features [n, 6] -> scores [n, 4]; more crosses at cut 2 than at cut 0."""
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+
+
+def test_each_client_is_counted_at_its_own_cut() -> None:
+    """By hand: 8 numbers of 8 bytes cross for a row of client 0, 16 for one of client 1."""
+    fleet: dict[str, Any] = {"client_device": "raspberry-pi-4", "link": "lte", "server_device": "h100"}
+    sizes, rounds = [12, 8], 2
+    run = train("sfl", make(uneven), sizes, (6,), cut=["0", "2"], rounds=rounds, **fleet)
+    ledger, epochs = run.training.ledger, rounds
+    crossed = [8 * epochs * n * width for n, width in zip(sizes, (8, 16), strict=True)]
+    assert ledger.of_clients("up", "smashed data").tolist() == crossed
+    assert ledger.of_clients("down", "cut gradients").tolist() == crossed
+    models = [8 * 56, 8 * (56 + 144)]
+    assert ledger.of_clients("up", "models").tolist() == [rounds * size for size in models]
+    assert ledger.of_clients("down", "models").tolist() == [rounds * size for size in models]
+    assert run.result.bytes[1]["wire-broadcast"] == rounds * sum(models)  # not alike: a message for each
+    alone = [train("sfl", make(uneven), sizes, (6,), cut=cut, rounds=rounds, **fleet) for cut in ("0", "2")]
+    each = [run.training.flops_each[k].client.training for k in (0, 1)]
+    assert each == [r.training.flops.client.training for r in alone]
+    assert run.result.client_flops == sum(rounds * n * own for n, own in zip(sizes, each, strict=True)) / 2
+    both = run.result.server_flops + 2 * run.result.client_flops
+    for r in alone:  # whoever computes it, it is the same in all
+        assert both == pytest.approx(r.result.server_flops + 2 * r.result.client_flops, rel=0.05)
+    assert alone[0].result.virtual_seconds < run.result.virtual_seconds < alone[1].result.virtual_seconds
+
+
+def test_a_client_that_trains_nothing_gets_no_gradients() -> None:
+    """All that is trained of the model of client 0 lies with the server."""
+    options: dict[str, Any] = {"freeze": r"^0\.", "rounds": 1}
+    run = train("psl", make(uneven), [12, 8], (6,), cut=["0", "2"], **options)
+    assert run.training.ledger.of_clients("down", "cut gradients").tolist() == [0, 8 * 8 * 16]
+    assert difference(whole(run), whole(train("psl", make(uneven), [12, 8], (6,), cut="2", **options))) == 0.0
+    coded = train("psl", make(uneven), [12, 8], (6,), cut=["0", "2"], up_codec="top-k:0.5", **options)
+    assert coded.training.ledger.of_clients("down", "cut gradients")[0] == 0

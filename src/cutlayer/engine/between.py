@@ -69,10 +69,18 @@ class Block:
 
 
 class Blocks:
-    """The blocks that the server computes for its clients: `make(k)` makes those of client k, None if it has none."""
+    """The blocks that the server computes for its clients: `make(k)` makes those of client k, None if it has none;
+    `trains(k)` says whether the part that the client itself has is trained.
+    """
 
-    def __init__(self, make: Callable[[int], nn.Module | None], make_optimizer: MakeOptimizer, clients: int) -> None:
-        self.clients = clients
+    def __init__(
+        self,
+        make: Callable[[int], nn.Module | None],
+        make_optimizer: MakeOptimizer,
+        clients: int,
+        trains: Callable[[int], bool] = lambda client: True,
+    ) -> None:
+        self.clients, self.trains = clients, trains
         self._make, self._make_optimizer = make, make_optimizer
         self._made: dict[int, Block | None] = {}
 
@@ -210,7 +218,8 @@ class BetweenCohort(CohortAround):
             block = self.blocks.of(k)
             assert block is not None, "clients with one cut all have blocks, or none has"
             found.append(block.backward(gradients.for_client(k, size), self._rate, last=not self._left[k]))
-        return CutGradients(_cat(found, ()), tuple(sizes), tuple(sizes.values()))
+        own = _cat(found, ()) if self.blocks.trains(part.clients[0]) else ()  # or no gradients go down
+        return CutGradients(own, tuple(sizes), tuple(sizes.values()))
 
     def evaluate(self, samples: Samples, predict: Predict, clients: Sequence[int] | None = None) -> Evaluation:
         """Held-out rows go through each client's blocks."""

@@ -81,7 +81,7 @@ class CodedCohort(CohortAround):
         """Own cut gradients, zero where the codec sent nothing if it asks for that. A common one is nobody's alone: it
         stays as it is.
         """
-        if received is None or not gradients.clients:
+        if received is None or not gradients.clients or not gradients.own:
             return gradients.own
         rows = received.take(received.rows, gradients.clients)
         return tuple(torch.where(x != 0, g, torch.zeros_like(g)) for x, g in zip(rows, gradients.own, strict=True))
