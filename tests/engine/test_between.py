@@ -165,6 +165,8 @@ def test_each_client_is_counted_at_its_own_cut() -> None:
     both = run.result.server_flops + 2 * run.result.client_flops
     for r in alone:  # whoever computes it, it is the same in all
         assert both == pytest.approx(r.result.server_flops + 2 * r.result.client_flops, rel=0.05)
+    assert run.training.clock is not None
+    assert run.training.clock.state()["server_flops"] == pytest.approx(run.result.server_flops)
     assert alone[0].result.virtual_seconds < run.result.virtual_seconds < alone[1].result.virtual_seconds
 
 
