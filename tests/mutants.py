@@ -56,6 +56,7 @@ AREAS: dict[str, Sequence[str]] = {
     "gradients": ("*sglr*", "*golden*", "*test_seam*", "*options*", "*identit*", "*engines*", "*stacked*"),
     "stopping": ("*test_stopping*",),
     "loggers": ("*test_loggers*",),
+    "markup": ("*test_markup*",),
     "disk": ("*test_shelved*",),
     "crew": ("*test_crew*", "*test_footprint*", "*test_progress*"),
     "robust": ("*test_averagings*", "*test_screened*", "*test_screenings*", "*test_attacks*"),
@@ -151,6 +152,9 @@ MUTANTS = [
     M("gradients are kept in the scale of means", "heads", 'if self.align_scale == "row":', 'if self.align_scale == "mean":'),
     M("each fitting starts anew", "heads", "head.load_state_dict(before)", "pass"),
     M("clients send their rows again", "heads", 'if f"{k} labels" not in server.kept', "if True"),
+    # Notebooks
+    M("foreign text is markup", "markup", '"<td>{escape(cell)}</td>"', '"<td>{cell}</td>"'),
+    M("an early end is not shown", "markup", '[("ended early", self.stopped)] if self.stopped else []', "[]"),
     # Loggers and callbacks
     M("one that failed is told again", "loggers", "self._hearing.pop(who, None)", "pass"),
     M("a failure is not said", "loggers", "place_of(listener, error)} ({_reason(error)})", "place_of(listener, error)} ()"),

@@ -22,6 +22,7 @@ from cutlayer.folder import COMPARISON, CONFIG, OWN_FILES, RESULT, Folder, refus
 from cutlayer.footprint import footprint, refuse_unless_fitting, room
 from cutlayer.keywords import CompareKeywords
 from cutlayer.loggers import Audience
+from cutlayer.markup import html_table
 from cutlayer.models.weights import renewed
 from cutlayer.options import CompareConfig, RunConfig, by_reference, from_anywhere, overlaid
 from cutlayer.plugins import label
@@ -30,7 +31,7 @@ from cutlayer.stored import reading, remade
 from cutlayer.summary import mean_of_known, spread
 from cutlayer.sweep import expanded
 from cutlayer.tasks.own_loss import Loss
-from cutlayer.text import attacked
+from cutlayer.text import attacked, format_bytes, format_figure, with_unit
 
 
 @dataclass(frozen=True)
@@ -258,6 +259,22 @@ class Comparison:
                 else:
                     standings[news.name] = news.value
                 yield Progress(*runs[news.name], standings[news.name], news.ended)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: a line for each entry that has a result."""
+        lines = [
+            (
+                row.title,
+                f"{with_unit(row.metric, share=row.share)}: "
+                + format_figure(row.score_mean, row.score_std, share=row.share),
+                f"{len(row.seeds)} of {len(self.config.seeds)}",
+                format_bytes(round(row.bytes_up)),
+                format_bytes(round(row.bytes_down)),
+            )
+            for row in self.table()
+        ]
+        heads = ("", "test score", "seeds", "sent by clients", "sent to clients")
+        return html_table(f"{len(lines)} of {len(self.plan)} entries have results", heads, lines)
 
     def table(self) -> list[Row]:
         """One row per entry that has a result."""

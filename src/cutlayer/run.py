@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
@@ -61,12 +61,13 @@ from cutlayer.folder import (
 )
 from cutlayer.keywords import RunKeywords
 from cutlayer.loggers import Audience, RunStart
+from cutlayer.markup import html_table
 from cutlayer.options import RunConfig, by_reference, from_anywhere, normalised, overlaid
 from cutlayer.schedules import Schedule, WarmedUp
 from cutlayer.scoring import RECALL, backward_transfer, fairness, judged, performance_gap, reported
 from cutlayer.stored import Amount, Count, Digits, MalformedError, Metric, Stored, checked, parsed, reading, remade
 from cutlayer.tasks.own_loss import Loss
-from cutlayer.text import spoken
+from cutlayer.text import attacked, format_bytes, format_duration, format_figure, spoken
 from cutlayer.trained import Predictions, TrainedModel, Whose, find_trained
 from cutlayer.types import Evaluation, Round, Step
 from cutlayer.verbs import LEARN
@@ -207,6 +208,21 @@ class Result(Spent):
     def samples_per_second(self) -> float:
         """Training samples per second of training."""
         return self.samples / self.seconds
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        figure, unit = partial(format_figure, share=self.share), " %" if self.share else ""
+        lines = [
+            (f"test {spoken(self.metric)}{unit}", figure(self.test_score)),
+            (f"at the best validation, round {self.best_round}", figure(self.best_test_score)),
+            ("rounds", f"{self.rounds:,}"),
+            ("steps", f"{self.steps:,}"),
+            ("training time", format_duration(self.seconds)),
+            ("sent by clients", format_bytes(self.bytes_up)),
+            ("sent to clients", format_bytes(self.bytes_down)),
+        ]
+        lines += [("ended early", self.stopped)] if self.stopped else []
+        return html_table(attacked(plugins.label(self.algorithm), self.attack), (), lines)
 
 
 @dataclass(frozen=True)
@@ -400,6 +416,16 @@ class Run:
             (*account, *t.remarks),
             "" if self.result is None else self.result.stopped,
         )
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the result, or how far the run is."""
+        if self.result is not None:
+            return self.result._repr_html_()
+        now = self.standing
+        lines = [("rounds done", f"{now.done:,} of {now.rounds:,}"), ("engine", self.training.engine)]
+        if now.latest is not None:
+            lines.append((f"test {spoken(now.metric)}", format_figure(now.latest.test_score, share=now.share)))
+        return html_table(f"{plugins.label(self.config.algorithm)}: not finished", (), lines)
 
     def standings(self) -> Iterator[Standing]:
         """Train to the end; how far the run is, a few times a second, at every evaluation and at the end."""
