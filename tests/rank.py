@@ -60,11 +60,11 @@ OWN: dict[str, Any] = {
 
 
 class Outcome(NamedTuple):
-    """What a run came to: exact facts, numbers, bytes that this rank has sent; or the error."""
+    """What a run came to: exact facts, numbers, bytes that this rank had sent at each record; or the error."""
 
     facts: Any = None
     numbers: Any = None
-    sent: float = 0.0
+    sent: tuple[float, ...] = ()
     error: str = ""
 
 
@@ -74,14 +74,14 @@ def trained(case: Case) -> Outcome:
     own, stop, resume = options.pop("own", "mlp cut 2"), options.pop("stop", None), options.pop("resume", False)
     model, shape, cut = OWN[own]
     given: dict[str, Any] = {"model": make(model), "data": source(SIZES[: options["clients"]], shape)}
-    before = world().sent
     try:
         run = Run.resume(options["out"], **given) if resume else Run(**{"cut": cut, **options}, **given)
-        records = []
+        records, sent = [], []
         for record in run:
             records.append(record)
+            sent.append(world().sent)
             if stop is not None and record.round == stop:
-                return Outcome(sent=world().sent - before)
+                return Outcome(sent=tuple(sent))
     except CutlayerError as error:
         return Outcome(error=f"{type(error).__name__}: {error}")
     assert run.result is not None
@@ -100,7 +100,7 @@ def trained(case: Case) -> Outcome:
             **models,
             **server,
         },
-        world().sent - before,
+        tuple(sent),
     )
 
 

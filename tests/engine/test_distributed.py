@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from rank import SIZES, Case, Outcome, difference, together, trained
-from support import ALGORITHMS, made, u_shaped
+from support import ALGORITHMS, CLASSES, made, u_shaped
 
 from cutlayer import RunConfig, plugins
 from cutlayer.engine.distributed import refuse
@@ -84,7 +84,7 @@ FEW: dict[str, Case] = {
         "cyclesfl, local",
         "sflv1, auto",
         "two with tails",
-        "two sum gradients",
+        "gpsl, auto",
         "noise",
         "weighted rows, sglr",
     )
@@ -100,6 +100,21 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
 @pytest.mark.parametrize("name", FEW)
 def test_two_ranks_give_what_one_process_gives(name: str, few: Mapping[str, Outcome]) -> None:
     assert difference(trained(FEW[name]), few[name]) <= CLOSE
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [("noise", 4 * 8), ("sflv1, auto", None), ("gpsl, auto", 6 * 8 + 8 + 8 * 8 + 8)],
+)
+def test_what_a_rank_sends_in_a_step(name: str, own: int | None, few: Mapping[str, Outcome]) -> None:
+    """A ring's part of the server's gradient and of what is `own` to the algorithm: SplitAvg's common gradient, the sum
+    of the clients' gradients; SplitFed V1 sends nothing. Then the six numbers of each client, to the other rank.
+    """
+    server = 8 * CLASSES + CLASSES
+    most = 3  # clients of a rank
+    ring = 0 if own is None else server + own
+    sent = few[name].sent
+    assert sent[1] - sent[0] == 8 * (ring + most * 6)  # 2 (R - 1) / R = 1
 
 
 @pytest.mark.network
