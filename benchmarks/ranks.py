@@ -4,9 +4,9 @@
                                [--pairs 15] [--steps 6] [--write docs/distributed.md]
 
 Each pair times the same number of steps alone, while the other ranks wait for a message, and together. Two quotients
-are given with their quartiles: of wall time, and of CPU seconds (of the process alone; of the busiest rank), which other
-programs on the machine disturb less, but which leave waiting out. Also the bytes that a rank sends in a step, as it
-counts them, and as the formula of docs/distributed.md says.
+are given with their quartiles: of wall time, and of CPU seconds (of the process alone; of the busiest rank). Other
+programs on the machine disturb the second less, but it leaves waiting out. Also the bytes that a rank sends in a step,
+as it counts them, and as the formula of docs/distributed.md says.
 """
 
 from __future__ import annotations
@@ -141,12 +141,11 @@ def quartiles(values: Sequence[float]) -> str:
 def table(found: Sequence[Found], options: argparse.Namespace) -> list[str]:
     """Lines of Markdown."""
     lines = [
-        f"{options.model}, C = {options.clients}, b = {options.batch}, {options.pairs} pairs of {options.steps} steps, "
-        f"{options.ranks} ranks of one thread, {os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}; "
-        f"load of the machine meanwhile: {os.getloadavg()[0]:.1f}.",
+        f"{options.model}, C = {options.clients}, b = {options.batch}; {options.pairs} pairs of {options.steps} steps; "
+        f"{options.ranks} ranks of one thread, {os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}. "
+        f"Other programs used the machine too: its load was {os.getloadavg()[0]:.1f}.",
         "",
-        "| algorithm | ms a step, 1 process | quotient of wall times | quotient of CPU seconds | kB a rank sends in a step "
-        "| formula |",
+        "| algorithm | ms a step, 1 process | quotient of wall times | of CPU seconds | kB a rank sends in a step | formula |",
         "|---|---|---|---|---|---|",
     ]
     for f in found:

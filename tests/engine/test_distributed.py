@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +194,14 @@ def test_what_ranks_cannot_share_is_refused(options: dict[str, Any], why: str) -
     config = RunConfig(**{"algorithm": "psl", **options})
     with pytest.raises(ConfigError, match=why):
         refuse(config, made(config.algorithm), clients=5, ranks=2)
+
+
+def test_an_algorithm_that_does_not_say_how_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    algorithm = made("psl")
+    silent = replace(algorithm.entry, facts={**algorithm.entry.facts, "spreads": ""})
+    monkeypatch.setattr(type(algorithm), "entry", silent)
+    with pytest.raises(ConfigError, match="psl is not registered with `spreads`; start a single process"):
+        refuse(RunConfig(algorithm="psl"), algorithm, clients=5, ranks=2)
 
 
 def test_more_ranks_than_clients_are_refused() -> None:
