@@ -17,6 +17,7 @@ import platform
 import statistics
 import sys
 import tempfile
+import textwrap
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -93,17 +94,16 @@ def busiest(world: World, seconds: float) -> float:
 def measured(world: World, alone: Iterator[Record] | None, run: Run, options: argparse.Namespace) -> tuple[Any, float]:
     """The pairs, and the bytes that this rank sent in a step. `alone` is on rank 0."""
     records, pairs = iter(run), list[Pair]()
-    through(records, 2)
-    if alone is not None:
-        through(alone, 2)
+    through(records, 1)
+    before = world.sent
+    through(records, 1)
+    sent = world.sent - before
     for _ in range(options.pairs):
         once = (0.0, 0.0) if alone is None else through(alone, options.steps)
         world.gathered(None)  # the others wait here
         wall, cpu = through(records, options.steps)
         pairs.append(Pair(once[0], wall, once[1], busiest(world, cpu)))
-    before = world.sent
-    through(records, 1)
-    return pairs, world.sent - before
+    return pairs, sent
 
 
 def formula(run: Run, options: argparse.Namespace) -> float:
@@ -124,6 +124,8 @@ def work(rank: int, options: argparse.Namespace, store: str, pipe: Any) -> None:
     warnings.simplefilter("ignore", CutlayerWarning)
     for number, algorithm in enumerate(options.algorithms):
         alone = iter(run_of(options, algorithm)) if rank == 0 else None
+        if alone is not None:
+            through(alone, 2)  # it begins before there are others
         place = Place(rank, options.ranks, rank, options.ranks, "tcp://127.0.0.1:1")
         with joined(place, store=f"{store}-{number}") as world:
             run = run_of(options, algorithm)
@@ -140,12 +142,16 @@ def quartiles(values: Sequence[float]) -> str:
 
 def table(found: Sequence[Found], options: argparse.Namespace) -> list[str]:
     """Lines of Markdown."""
-    lines = [
+    about = (
         f"{options.model}, C = {options.clients}, b = {options.batch}; {options.pairs} pairs of {options.steps} steps; "
-        f"{options.ranks} ranks of one thread, {os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}. "
-        f"Other programs used the machine too: its load was {os.getloadavg()[0]:.1f}.",
+        f"{options.ranks} ranks of one thread on {os.cpu_count()} cores ({platform.machine()}), torch "
+        f"{torch.__version__}. Other programs used the machine too: its load was {os.getloadavg()[0]:.1f}."
+    )
+    lines = [
+        *textwrap.wrap(about, 120),
         "",
-        "| algorithm | ms a step, 1 process | quotient of wall times | of CPU seconds | kB a rank sends in a step | formula |",
+        "| algorithm | ms a step, 1 process | quotient of wall times | of CPU seconds | kB a rank sends in a step "
+        "| formula |",
         "|---|---|---|---|---|---|",
     ]
     for f in found:
