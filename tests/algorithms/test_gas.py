@@ -157,3 +157,14 @@ def test_rows_without_classes_are_not_drawn() -> None:
 def test_sampling_for_common_steps_is_refused() -> None:
     with pytest.raises(ConfigError, match="work at their own pace: choose fixed"):
         Run(algorithm="gas", data="digits", model="mlp", clients=4, samples_per_client=20, sampling="global")
+
+
+@pytest.mark.parametrize("engine", ["local", "stacked"])
+def test_who_is_at_work_keeps_its_model_when_others_are_averaged(engine: str) -> None:
+    run = trained(local_steps=4, working=3, buffer_models=1, rounds=2, engine=engine)
+    clients = run.training.clients
+    held = clients.held()
+    (average,) = held.models.values()
+    at_work = [k for k in run.training.server.kept["queue"].tolist() if difference(clients.model_state(k), average) > 0]
+    assert held.everyones
+    assert len(at_work) == len(run.training.server.kept["queue"]) > 0
