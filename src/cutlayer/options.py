@@ -969,6 +969,8 @@ class PlanConfig(FleetConfig):
     """Joules that a client may spend in an epoch, marginal: what training itself adds."""
     servers: int = _field(1, COSTS, ge=1)
     """Number of server devices that share the server's work."""
+    ranks: int = _field(1, COSTS, ge=1)
+    """Processes that would simulate the clients together. More than 1: also what each holds in memory and sends."""
     seed: int = _field(0, COSTS, ge=0)
     """Seed for drawing the clients' speeds, rates and stragglers."""
 

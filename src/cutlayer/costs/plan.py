@@ -23,6 +23,7 @@ from torch import nn
 from cutlayer import plugins
 from cutlayer.algorithms import Algorithm, traffic_of
 from cutlayer.costs.breakeven import BreakEven, break_evens
+from cutlayer.costs.divided import PerRank, per_rank
 from cutlayer.costs.expect import Expected, Workload, expect
 from cutlayer.costs.fleet import Fleet, fleet
 from cutlayer.costs.flops import count_head
@@ -117,7 +118,8 @@ class Plan:
     `judged` is the algorithm that cuts are judged by; `cuts` in the order data flows (with one cut named: that one),
     `refused` where the model cannot be cut, with the reasons; `costs` of every algorithm at the `chosen` cut, and what
     each trains there (`works`), but of those that are `not_planned`, since they do not state their traffic; `bests` by
-    quantity (bytes, energy, time), None where no cut fits the budgets; `notes` on the machines' figures.
+    quantity (bytes, energy, time), None where no cut fits the budgets; `notes` on the machines' figures; `ranks` what
+    each rank holds and sends with every algorithm, if there are several.
     """
 
     config: PlanConfig
@@ -133,6 +135,7 @@ class Plan:
     bests: dict[str, str]
     verdict: str
     notes: tuple[str, ...] = ()
+    ranks: tuple[PerRank, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -157,6 +160,7 @@ class Plan:
             "best": self.bests,
             "verdict": self.verdict,
             "notes": list(self.notes),
+            "ranks": [one.row() for one in self.ranks],
             "break_evens": [{**asdict(b), "sentence": str(b)} for b in self.break_evens],
         }
 
@@ -168,6 +172,11 @@ def plan(config: PlanConfig, model: nn.Module | Callable[..., nn.Module] | None 
     Raises ConfigError and CutError with the value, the reason and the remedy.
     """
     config.check(frozenset(config.model_fields_set))
+    if config.ranks > config.clients:
+        raise ConfigError(
+            f"ranks = {config.ranks} are more than the {config.clients} clients that they share: give {config.clients} "
+            "at most"
+        )
     machines = _machines(config)
     title = config.model if model is None else type(model).__name__ if isinstance(model, nn.Module) else "own model"
     net, x = _on_meta(config, model)
@@ -207,6 +216,10 @@ def plan(config: PlanConfig, model: nn.Module | Callable[..., nn.Module] | None 
         bests,
         verdict,
         () if machines is None else machines.notes,
+        tuple(
+            per_rank(name, a, at[name], works[name], config.client_optimizer, config.ranks)
+            for name, a in (algorithms.items() if config.ranks > 1 else ())
+        ),
     )
 
 

@@ -28,6 +28,10 @@ _COUNTED = (
     "wire-unicast: each message once per receiver; wire-broadcast: what is the same for several clients once; paper: "
     "as the SGLR paper counts. All else is as planned."
 )
+_GATHERED = (
+    "Rows of a step: what all clients of a rank save for the backward pass, if none is computed twice. Rows are gathered "
+    "where the server's part has batch normalisation or draws: each rank then computes all of it."
+)
 _NAMED = 14  # cuts whose names fit below the axis
 
 
@@ -47,6 +51,9 @@ def show(plan: Plan, console: Console) -> None:
         console.print(Text(plan.verdict, style="bold"), soft_wrap=True)
     console.print(_communication(plan))
     console.print(_computation(plan))
+    if plan.ranks:
+        console.print(_of_ranks(plan))
+        console.print(_GATHERED, highlight=False, soft_wrap=True)
     for line in notes(plan):
         console.print(line, highlight=False, soft_wrap=True)
     if plan.break_evens:
@@ -132,6 +139,25 @@ def _communication(plan: Plan) -> Table:
         counts = (e.up + e.once_up, e.down, e.down_broadcast, *(bytes_of(e, c) for c in CONVENTIONS))
         rows.append((_title(plan, cost.algorithm), *map(format_bytes, counts)))
     return _table("Communication of all clients, per epoch", columns, rows)
+
+
+def _of_ranks(plan: Plan) -> Table:
+    columns = (
+        "",
+        "clients",
+        "states",
+        "rows of a step",
+        "sent per step",
+        "if rows are gathered",
+        "per averaging",
+        "per epoch",
+    )
+    rows = []
+    for one in plan.ranks:
+        amounts = (one.states, one.rows, *map(round, (one.step, one.gathering, one.averaging, one.epoch)))
+        cells = ("not shared",) * 7 if one.refused else (f"{one.clients:,}", *map(format_bytes, amounts))
+        rows.append((_title(plan, one.algorithm), *cells))
+    return _table(f"One of {plan.config.ranks} ranks", columns, rows)
 
 
 def _computation(plan: Plan) -> Table:

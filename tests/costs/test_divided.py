@@ -1,0 +1,85 @@
+"""What a rank holds and sends is what the formulas say, and what a measured run of ranks sends but for its counts."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from torch import nn
+
+from cutlayer.costs.divided import PerRank
+from cutlayer.costs.plan import Plan, plan
+from cutlayer.errors import ConfigError
+from cutlayer.options import PlanConfig
+
+CLIENTS, BATCH, RANKS, SAMPLES = 7, 3, 2, 10
+AROUND = 2 * (RANKS - 1) / RANKS
+LOWER, UPPER = 4 * (6 * 5 + 5), 4 * (5 * 4 + 4)  # bytes of weights
+
+
+def net() -> nn.Module:
+    """Five numbers cross after the first layer."""
+    return nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+
+
+def planned(*names: str, model: object = net, **options: object) -> Plan:
+    """A plan of these algorithms for several ranks."""
+    base = {"cut": "0", "input": (6,), "clients": CLIENTS, "batch": BATCH, "samples_per_client": SAMPLES}
+    return plan(PlanConfig.of({**base, "ranks": RANKS, "algorithms": names, **options}), model)  # type: ignore[arg-type]
+
+
+def of(name: str, **options: object) -> PerRank:
+    """That of one algorithm."""
+    (found,) = planned(name, **options).ranks
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "step", "averaging"),
+    [
+        ("psl", AROUND * (8 + UPPER), 0.0),
+        ("sglr", AROUND * (8 + UPPER + BATCH * 20), 0.0),
+        ("sfl", AROUND * (8 + UPPER), AROUND * LOWER),
+        ("sflv1", AROUND * 8, AROUND * (LOWER + UPPER)),
+        ("sflv2", AROUND * 8 + (RANKS - 1) * 4 * BATCH * (20 + 8), AROUND * LOWER),
+        ("fl", 0.0, AROUND * (LOWER + UPPER)),
+        ("gpsl", AROUND * (8 + UPPER + LOWER), 0.0),
+    ],
+)
+def test_sent(name: str, step: float, averaging: float) -> None:
+    """By hand, from the sizes of the two layers: 4 clients are on one rank, 3 on the other."""
+    found = of(name)
+    assert (found.clients, found.step, found.averaging) == (4, step, averaging)
+    assert found.epoch == math.ceil(SAMPLES / BATCH) * step + averaging
+
+
+def test_held() -> None:
+    """Weights, gradients and two numbers of Adam for each; the server's once, or for each client too."""
+    assert of("psl").states == 4 * 4 * LOWER + 4 * UPPER
+    assert of("psl", client_optimizer="sgd").states == 2 * (4 * LOWER + UPPER)
+    assert of("fl").states == 4 * 4 * (LOWER + UPPER)
+    assert of("sflv1").states == 4 * (4 * LOWER + 5 * UPPER)
+    assert of("sflv2").rows > of("psl").rows > 0
+    assert of("psl").memory == of("psl").states + of("psl").rows
+
+
+def test_who_cannot_be_shared() -> None:
+    """Those that ranks refuse are named; one process has no table, and ranks without clients are an error."""
+    found = {one.algorithm: one.refused for one in planned("ssl", "cl", "psl").ranks}
+    assert found["psl"] == ""
+    assert "take turns" in found["ssl"]
+    assert "one place" in found["cl"]
+    assert planned("psl", ranks=1).ranks == ()
+    assert planned("psl").as_dict()["ranks"][0]["clients"] == 4
+    with pytest.raises(ConfigError, match="ranks = 8 are more than the 7 clients"):
+        planned("psl", ranks=8)
+
+
+def test_the_network_of_the_paper() -> None:
+    """ResNet16, 1000 clients, batches of 8, 8 ranks: 2 MB a step, where gathering all rows takes 219 MiB."""
+    options = {"model": "resnet16", "cut": "block4", "clients": 1000, "batch": 8, "ranks": 8}
+    apart, gathered = found = plan(PlanConfig.of({**options, "algorithms": ("sglr", "sflv2")})).ranks
+    assert apart.step == pytest.approx(1.9e6, rel=0.2)
+    for one in found:
+        assert one.gathering / 2**20 == pytest.approx(219, rel=0.01)
+    assert gathered.step == gathered.gathering
