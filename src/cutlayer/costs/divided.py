@@ -1,8 +1,8 @@
 """What each of several ranks holds and sends, if they share the clients of one run (see docs/distributed.md).
 
 R ranks have ceil(C / R) clients each, and a replica of the server's part. A sum over the ranks is a ring: each sends
-2 (R - 1) / R of its bytes. Rows that all ranks need go from each rank to the R - 1 others. Left out are the numbers about
-each participant that ranks tell each other in a step: losses, sizes, bytes.
+2 (R - 1) / R of its bytes. Rows that all ranks need go from each rank to the R - 1 others. Left out are the numbers
+about each participant that ranks tell each other in a step: losses, sizes, bytes.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ _COUNT = 8  # bytes of the number of rows of a step
 class PerRank:
     """What one rank of several holds and sends with an algorithm. `clients` it simulates at most; `states` are bytes of
     their weights, gradients and optimisers, and of the server's; `rows` what a step of all of them saves for the
-    backward pass, at most; `step` bytes that it sends in each step, `gathering` what that is if all ranks need the rows of all clients (the
-    server's part has batch normalisation, or draws), `averaging` in each averaging of client models, `epoch` in an epoch
-    without gathering. `refused`: why ranks cannot share it, empty if they can; then all figures are 0.
+    backward pass, at most. Bytes that it sends: `step` in each step; `gathering` in each step if all ranks need the
+    rows of all clients (the server's part has batch normalisation, or draws); `averaging` in each averaging of client
+    models; `epoch` in an epoch, without gathering. `refused`: why ranks cannot share it, empty if they can; then all
+    figures are 0.
     """
 
     algorithm: str
