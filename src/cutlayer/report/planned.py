@@ -29,8 +29,8 @@ _COUNTED = (
     "as the SGLR paper counts. All else is as planned."
 )
 _GATHERED = (
-    "Rows of a step: what all clients of a rank save for the backward pass, if none is computed twice. Rows are gathered "
-    "where the server's part has batch normalisation or draws: each rank then computes all of it."
+    "Rows of a step: what all clients of a rank save for the backward pass, if none is computed twice. Rows are "
+    "gathered where the server's part has batch normalisation or draws: each rank then computes all of it."
 )
 _NAMED = 14  # cuts whose names fit below the axis
 
