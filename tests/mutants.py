@@ -516,7 +516,7 @@ MUTANTS = [
     M("warm-up a round early", "training", "(progress * self.rounds + 1) / (rising + 1)", "(progress * self.rounds + 1) / rising"),
     M("no schedule after the warm-up", "training", "(progress - self.warmup) / (1 - self.warmup)", "progress"),
     M("sums for means", "training", "p.grad.div_(self._waiting)", "pass"),
-    M("stacked sums for means", "training", "held[at] / batches", "held[at] / torch.ones_like(batches)"),
+    M("stacked sums for means", "training", "self._sum_of(name, due) / batches.to", "self._sum_of(name, due) / torch.ones_like(batches).to"),
     M("stacked gradients never forgotten", "training", "held[at] = 0.0", "pass"),
     M("incomplete group never steps", "training", "self._waiting < self.make.accumulate and not last", "self._waiting < self.make.accumulate"),
     M("incomplete stacked group never steps", "training", "(self._waiting[who] >= accumulate) | last", "self._waiting[who] >= accumulate"),
