@@ -30,6 +30,7 @@ CODES = {
     "BudgetError": 2,
     "TrainingError": 1,
     "AbsentError": 75,
+    "LostRankError": 75,
 }
 OF_ITS_OWN = {
     "RefusedError",

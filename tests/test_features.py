@@ -171,7 +171,7 @@ def mixing() -> nn.Module:
         ({"model": stateful, "cut": "3", "freeze": "^[01]", "sizes": (8, 6)}, "draws random numbers (dropout)"),
         ({"model": mixing, "cut": "1"}, "rows influence each other"),
         ({"gaussian_noise": 0.1, "clip": 1.0}, "defences change smashed data anew"),
-        ({"client_device": "raspberry-pi-4", "up_mbps": 10.0, "down_mbps": 10.0}, "the virtual clock reckons"),
+        ({"client_device": "raspberry-pi-4", "up_mbps": 10.0, "down_mbps": 10.0}, "the virtual clock assumes"),
         ({"algorithm": "ussl", "tail_cut": "3"}, "the clients of ussl train on the batch themselves"),
         ({"algorithm": "fl", "cut": None}, "cache_features = True has no effect on fl"),
     ],

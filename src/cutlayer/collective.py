@@ -314,23 +314,26 @@ def joined(where: Place | None, *, store: str = "", timeout: float = TIMEOUT) ->
     import torch
     from torch import distributed
 
-    from cutlayer.allocator import share_with
+    from cutlayer.allocator import share_with, sharing
 
     cuda = torch.cuda.is_available() and distributed.is_nccl_available()
     if cuda:
         torch.cuda.set_device(where.local % torch.cuda.device_count())
-    share_with(where.beside)
-    found = World(where.rank, where.size)
+    found, before = World(where.rank, where.size), sharing()
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     limit = timedelta(seconds=timeout)
     meeting: dict[str, Any] = {"init_method": store or "env://", "timeout": limit}
     os.environ.setdefault("MASTER_ADDR", where.address.removeprefix("tcp://").rpartition(":")[0])
     os.environ.setdefault("MASTER_PORT", where.address.rpartition(":")[2])
-    with found._heard():
-        distributed.init_process_group(backend, rank=where.rank, world_size=where.size, **meeting)
-    _current = found
+    share_with(where.beside)
     try:
-        yield found
+        with found._heard():
+            distributed.init_process_group(backend, rank=where.rank, world_size=where.size, **meeting)
+        _current = found
+        try:
+            yield found
+        finally:
+            _current = _ALONE
+            distributed.destroy_process_group()
     finally:
-        _current = _ALONE
-        distributed.destroy_process_group()
+        share_with(before)

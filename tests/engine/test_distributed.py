@@ -13,6 +13,7 @@ from rank import SIZES, Case, Outcome, difference, together, trained
 from support import ALGORITHMS, CLASSES, made, u_shaped
 
 from cutlayer import RunConfig, plugins
+from cutlayer.allocator import sharing
 from cutlayer.engine.distributed import refuse
 from cutlayer.engine.shares import spans
 from cutlayer.errors import ConfigError
@@ -101,6 +102,12 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
 @pytest.mark.parametrize("name", FEW)
 def test_two_ranks_give_what_one_process_gives(name: str, few: Mapping[str, Outcome]) -> None:
     assert difference(trained(FEW[name]), few[name]) <= CLOSE
+
+
+def test_who_has_left_the_ranks_has_the_machine_alone_again(few: Mapping[str, Outcome]) -> None:
+    """This process was one of two: the memory that is free is all its own now."""
+    assert few
+    assert sharing() == 1
 
 
 @pytest.mark.parametrize(
