@@ -145,7 +145,7 @@ def table(found: Sequence[Found], options: argparse.Namespace) -> list[str]:
     about = (
         f"{options.model}, C = {options.clients}, b = {options.batch}; {options.pairs} pairs of {options.steps} steps; "
         f"{options.ranks} ranks of one thread on {os.cpu_count()} cores ({platform.machine()}), torch "
-        f"{torch.__version__}. Other programs used the machine too: its load was {os.getloadavg()[0]:.1f}."
+        f"{torch.__version__}. The load of the machine, with these ranks, was {os.getloadavg()[0]:.1f}."
     )
     lines = [
         *textwrap.wrap(about, 120),
