@@ -11,9 +11,11 @@ from support import ALGORITHMS, client_state, difference, make, mlp, normed, sam
 from torch import nn
 
 from cutlayer import ConfigError, Run, checkpoint
+from cutlayer.engine.between import Blocks
 from cutlayer.errors import CutError, CutlayerWarning
 from cutlayer.folder import CHECKPOINT
 from cutlayer.models.depths import cut_each
+from cutlayer.optim import make_optimizer
 from cutlayer.options import RunConfig, traits
 from cutlayer.stored import MalformedError
 from cutlayer.trained import load_model
@@ -168,6 +170,24 @@ def test_each_client_is_counted_at_its_own_cut() -> None:
     assert run.training.clock is not None
     assert run.training.clock.state()["server_flops"] == pytest.approx(run.result.server_flops)
     assert alone[0].result.virtual_seconds < run.result.virtual_seconds < alone[1].result.virtual_seconds
+
+
+def test_blocks_say_what_they_cannot_bear_and_stay_as_they_are() -> None:
+    """Rows that become infinite inside; the client without blocks bears all."""
+    sgd = make_optimizer("sgd", 0.1, {})
+    blocks = Blocks(lambda k: nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU()) if k else None, sgd, 2)
+    block = blocks.of(1)
+    assert block is not None
+    (weight,) = block.client.module.parameters()
+    with torch.no_grad():
+        weight.fill_(4.0)
+    rows = torch.ones(3, 2)
+    assert blocks.bear(1, (rows,))
+    assert blocks.bear(0, (rows * 3e38,))
+    assert not blocks.bear(1, (rows * 3e38,))  # 4 * 3e38 + 4 * 3e38
+    assert not blocks.bear(1, (rows * torch.nan,))
+    assert weight.grad is None
+    assert block.passed == 0
 
 
 def test_a_client_that_trains_nothing_gets_no_gradients() -> None:
