@@ -172,10 +172,22 @@ def test_each_client_is_counted_at_its_own_cut() -> None:
     assert alone[0].result.virtual_seconds < run.result.virtual_seconds < alone[1].result.virtual_seconds
 
 
+class OneLayer(nn.Module):
+    """As a part of a model takes it, rows in a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2, bias=False)
+
+    def forward(self, rows: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """[n, 2] -> [n, 2]."""
+        return self.linear(rows[0])
+
+
 def test_blocks_say_what_they_cannot_bear_and_stay_as_they_are() -> None:
     """Rows that become infinite inside; the client without blocks bears all."""
     sgd = make_optimizer("sgd", 0.1, {})
-    blocks = Blocks(lambda k: nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU()) if k else None, sgd, 2)
+    blocks = Blocks(lambda k: OneLayer() if k else None, sgd, 2)
     block = blocks.of(1)
     assert block is not None
     (weight,) = block.client.module.parameters()

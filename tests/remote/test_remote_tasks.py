@@ -96,9 +96,7 @@ def test_nobody_can_balance_classes_that_clients_keep_to_themselves(tmp_path: Pa
     data = table(tmp_path / "two.csv", (X[:, 0] > 0).long())
     own = table(tmp_path / "own.csv", (X[:, 0] > 0.9).long())
     ours = config(data, balanced_classes=True, class_names=("0", "1"))
-    with pytest.raises(
-        ConfigError, match=r"balanced_classes = True is derived .* give class_weights to server and"
-    ):
+    with pytest.raises(ConfigError, match=r"balanced_classes = True is derived .* give class_weights to server and"):
         worker_of(ours, 0, name="client-0", own=own_source(ours, own))
     weighted = config(data, class_weights=(0.5, 2.0), class_names=("0", "1"))
     assert worker_of(weighted, 0, name="client-0", own=own_source(weighted, own)).duty.samples
