@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from cutlayer.compare import Row
     from cutlayer.data import Source
     from cutlayer.report import Wanted
+    from cutlayer.report.collect import Report
     from cutlayer.run import Result, Run
     from cutlayer.types import Evaluation
 
@@ -208,12 +209,10 @@ def _figure(mean: float | None, std: float | None, row: Row, named: bool) -> str
     return f"{with_unit(row.metric, share=row.share)} " * named + format_figure(mean, std, share=row.share)
 
 
-def print_differences(folder: Path, wanted: Wanted) -> None:
+def _print_differences(report: Report, wanted: Wanted) -> None:
     """Print how the entries of a comparison differ from the baseline, if two seeds or more say it."""
-    from cutlayer.report import collect
     from cutlayer.report.differences import as_text, differences
 
-    report = collect.read(folder)
     found = differences(report, wanted.baseline, correction=wanted.correction, wanted=wanted.difference)
     if found is None:
         return
@@ -229,8 +228,12 @@ def print_differences(folder: Path, wanted: Wanted) -> None:
 
 
 def write_report(folder: Path, wanted: Wanted | None = None) -> None:
-    """Draw the curves, write the page and what else is `wanted`, and print the paths of all these files."""
-    from cutlayer.report import Wanted, write
+    """Draw the curves, write the page and what else is `wanted`; print the differences between the entries of a
+    comparison, and the paths of all these files.
+    """
+    from cutlayer.report import Wanted, collect, write
 
-    for path in write(folder, wanted or Wanted()):
+    report, wanted = collect.read(folder), wanted or Wanted()
+    _print_differences(report, wanted)
+    for path in write(report, wanted):
         say(str(path))

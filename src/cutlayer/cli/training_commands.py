@@ -13,7 +13,7 @@ from cutlayer.cli.launched import launched
 from cutlayer.cli.merging import check_positive, fresh_folder, merged_values, run_config
 from cutlayer.cli.printing import say
 from cutlayer.cli.progress import Monitor, resumable
-from cutlayer.cli.results import print_clients, print_comparison, print_differences, print_result, tell, write_report
+from cutlayer.cli.results import print_clients, print_comparison, print_result, tell, write_report
 from cutlayer.collective import world
 from cutlayer.errors import ConfigError
 from cutlayer.options import CompareConfig, RunConfig
@@ -151,7 +151,6 @@ def report(
 
     check_positive(difference=difference)
     wanted = Wanted(csv, latex, pdf, svg, baseline, correction, difference)
-    print_differences(folder, wanted)
     write_report(folder, wanted)
 
 
@@ -195,7 +194,6 @@ def _train(run: Run) -> None:
 def _compare(comparison: Comparison) -> None:
     """Train all entries with live progress, then print the table and write the pictures and the page."""
     from cutlayer.compare import run_name
-    from cutlayer.report import Wanted
 
     assert comparison.out is not None
     waiting = {run_name(*which): 1.0 for which in comparison.waiting}
@@ -215,5 +213,4 @@ def _compare(comparison: Comparison) -> None:
     if not world().leads:
         return
     print_comparison(comparison.table())
-    print_differences(comparison.out, Wanted())
     write_report(comparison.out)

@@ -13,6 +13,7 @@ from cutlayer.folder import CLASS_COUNTS, CURVES, PAGE
 from cutlayer.text import format_bytes
 
 if TYPE_CHECKING:
+    from cutlayer.report.collect import Report
     from cutlayer.summary import Correction
 
 __all__ = ["Wanted", "collect_studies", "format_bytes", "write"]
@@ -34,9 +35,9 @@ class Wanted:
     difference: float | None = None
 
 
-def write(folder: Path, wanted: Wanted = Wanted()) -> list[Path]:
-    """Write curves.png, classes.png and report.html into the folder of a run or comparison, and what else is `wanted`;
-    return their paths.
+def write(folder: Path | Report, wanted: Wanted = Wanted()) -> list[Path]:
+    """Write curves.png, classes.png and report.html into the folder of a run or comparison (or what has been read of
+    it), and what else is `wanted`; return their paths.
 
     Unfinished runs are shown as far as they got. Each file is replaced atomically, and none is touched unless all
     could be made. Raises RunFolderError where `folder` is no run, is damaged, or has no evaluation yet.
@@ -45,7 +46,7 @@ def write(folder: Path, wanted: Wanted = Wanted()) -> list[Path]:
     from cutlayer.report import collect, curves, html, paper, tidy
     from cutlayer.report.differences import differences
 
-    report = collect.read(Path(folder))
+    report = folder if isinstance(folder, collect.Report) else collect.read(Path(folder))
     gaps = differences(report, wanted.baseline, correction=wanted.correction, wanted=wanted.difference)
     panels = curves.panels(report)
     classes = curves.classes(report)
