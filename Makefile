@@ -24,7 +24,7 @@ quick: $(STAMP)   ## half a minute: the seam, the algorithms' identities, each e
 test: $(STAMP)   ## the test suite: minutes
 	$(BIN)/python -m pytest -n 2
 
-test-long: $(STAMP)   ## what takes seconds each: attacks on trained models, the paper's model, a whole reproduction
+test-long: $(STAMP)   ## what takes seconds each: attacks on trained models, the paper's model, a whole reproduction, an installed example, the pages' commands
 	$(BIN)/python -m pytest -n 2 -m 'long and not slow'
 
 test-network: $(STAMP)   ## servers and clients as processes, killed, stopped, cut off and attacked; some of it as root

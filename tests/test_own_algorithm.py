@@ -26,6 +26,7 @@ from cutlayer.folder import ALGORITHM, CHECKPOINT, COMPARISON, RESULT, STEPS
 from cutlayer.report.collect import read
 from cutlayer.report.curves import _looks
 
+pytestmark = pytest.mark.long  # processes, and pip: an example is a package that is installed
 PACKAGE = ROOT / "examples" / "own_algorithm"
 FILE = f"{PACKAGE / 'echopsl.py'}:EchoPsl"
 NAME, TITLE, COLOUR = "echopsl", "EchoPSL", "#8c564b"

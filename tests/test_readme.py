@@ -51,6 +51,7 @@ def test_python_examples(
     assert capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_commands(tmp_path: Path) -> None:
     """All in one folder, in order: later lines use the runs of earlier ones. The first TOML example is there as
     written; the others are sweeps that can be made. What is trained is not looked at: clients have few samples.
