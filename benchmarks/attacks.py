@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pages
 import scored
 
 from cutlayer import Run, Source
@@ -132,8 +133,7 @@ def main() -> None:
     lines.append("")
     print("\n".join(lines), f"\n{time.process_time() - started:.0f} s of one core")
     if asked.write:
-        head, _, tail = asked.write.read_text(encoding="utf-8").split(MARK)
-        asked.write.write_text(MARK.join([head, "\n" + "\n".join(lines) + "\n", tail]), encoding="utf-8")
+        pages.put(asked.write, MARK, lines)
 
 
 if __name__ == "__main__":

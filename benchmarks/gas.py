@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import pages
 import scored
 
 from cutlayer import Run, Source
@@ -177,8 +178,7 @@ def main() -> None:
     lines = list(table(found))
     print("\n".join(lines))
     if asked.write:
-        head, _, tail = asked.write.read_text(encoding="utf-8").split(MARK)
-        asked.write.write_text(MARK.join([head, "\n" + "\n".join(lines) + "\n", tail]), encoding="utf-8")
+        pages.put(asked.write, MARK, lines)
 
 
 if __name__ == "__main__":

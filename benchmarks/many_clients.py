@@ -23,6 +23,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import pages
+
 MARK = "<!-- many clients -->"
 TAKING_PART, BATCH, INPUTS, CLASSES, ROUNDS, CHECKPOINTS = 100, 2, 64, 10, 20, 5
 WIDTHS = {"small": 32, "large": 256}  # numbers that cross the cut: 8.3 and 67 kB of weights per client
@@ -148,8 +150,7 @@ def main() -> None:
     lines = table([row for rows in found.values() for row in rows])
     print("\n".join(lines))
     if asked.write:
-        head, _, tail = asked.write.read_text(encoding="utf-8").split(MARK)
-        asked.write.write_text(MARK.join([head, "\n" + "\n".join(lines) + "\n", tail]), encoding="utf-8")
+        pages.put(asked.write, MARK, lines)
 
 
 if __name__ == "__main__":

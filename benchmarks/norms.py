@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import pages
 import scored
 import torch
 from torch import Tensor, nn
@@ -196,8 +197,7 @@ def main() -> None:
     lines = list(table(found))
     print("\n".join(lines))
     if asked.write:
-        head, _, tail = asked.write.read_text(encoding="utf-8").split(MARK)
-        asked.write.write_text(MARK.join([head, "\n" + "\n".join(lines) + "\n", tail]), encoding="utf-8")
+        pages.put(asked.write, MARK, lines)
 
 
 if __name__ == "__main__":

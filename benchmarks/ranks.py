@@ -24,6 +24,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pages
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
@@ -190,8 +192,7 @@ def main() -> None:
     lines = table(found, options)
     print("\n".join(lines))
     if options.write:
-        head, _, tail = options.write.read_text(encoding="utf-8").split(MARK)
-        options.write.write_text(MARK.join([head, "\n" + "\n".join(lines) + "\n\n", tail]), encoding="utf-8")
+        pages.put(options.write, MARK, [*lines, ""])
 
 
 if __name__ == "__main__":

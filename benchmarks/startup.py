@@ -24,6 +24,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pages
+
 MARK = "<!-- startup -->"
 PICTURE = (1, 28, 28)
 
@@ -344,8 +346,7 @@ def main() -> None:
             print("\n".join(table), flush=True)
             lines += table
     if asked.write:
-        head, _, tail = asked.write.read_text().split(MARK)
-        asked.write.write_text(MARK.join([head, "\n" + "\n".join(lines) + "\n", tail]))
+        pages.put(asked.write, MARK, lines)
 
 
 if __name__ == "__main__":

@@ -615,7 +615,7 @@ MUTANTS = [
     M("sweep: own values are overwritten", "studies", "if name not in values}", "}"),
     M("sweep: entries without effect stay", "studies", "if name in kept}", "}"),
     M("sweep: seed of the draws", "studies", "chance = random.Random(seed)", "chance = random.Random(0)"),
-    M("sweep: no logarithm", "studies", 'if values.get("log"):', "if False:"),
+    M("sweep: no logarithm", "studies", 'values["high"], values.get("log")', 'values["high"], False'),
     M("sweep: idle options pass", "studies", "if option not in used:", "if False:"),
     M("no brake", "hostile", "self._refusals[key] >= REFUSALS", "False"),
     M("remote rows unweighted", "worker", "weights = self.setup.task.weights(y) if labels else None", "weights = None"),

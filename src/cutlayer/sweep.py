@@ -136,16 +136,12 @@ def _drawn(swept: Mapping[str, Any], draws: Any, seed: Any) -> list[Point]:
 def _draw(values: Any, chance: random.Random) -> Any:
     if not isinstance(values, Mapping):
         return chance.choice(values)
-    low, high = values["low"], values["high"]
-    if values.get("log"):
-        drawn = math.exp(chance.uniform(math.log(low), math.log(high)))
-    elif isinstance(low, int) and isinstance(high, int):
+    low, high, log = values["low"], values["high"], values.get("log")
+    whole = isinstance(low, int) and isinstance(high, int)
+    if whole and not log:
         return chance.randint(low, high)
-    else:
-        drawn = chance.uniform(low, high)
-    if isinstance(low, int) and isinstance(high, int):
-        return min(max(round(drawn), low), high)
-    return min(max(float(f"{drawn:.{_DIGITS}g}"), low), high)
+    drawn = math.exp(chance.uniform(math.log(low), math.log(high))) if log else chance.uniform(low, high)
+    return min(max(round(drawn) if whole else float(f"{drawn:.{_DIGITS}g}"), low), high)
 
 
 def _plain(text: str) -> Any:

@@ -1,0 +1,12 @@
+"""Where benchmarks write what they have measured: on a page, between two marks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def put(page: Path, mark: str, lines: Iterable[str]) -> None:
+    """Write `lines` in place of what stands between the two lines `mark` of `page`."""
+    head, _, tail = page.read_text(encoding="utf-8").split(mark)
+    page.write_text(mark.join([head, "\n" + "\n".join(lines) + "\n", tail]), encoding="utf-8")
