@@ -246,33 +246,36 @@ class FleetConfig(_Chooser):
     """The machines and links of the virtual clock and the energy model."""
 
     client_device: str | None = _field(None, COSTS)
-    """What clients compute on, a profile (see `cutlayer list profiles`). Gives every run virtual time and energy."""
+    """The device profile of the clients (see `cutlayer list profiles`). With it, every run reports virtual time and
+    energy."""
     server_device: str | None = _field(None, COSTS)
-    """What the server computes on. Default: its computing takes no time, its energy is not known."""
+    """The device profile of the server. Default: none; server computation then takes no virtual time, and its energy is
+    not known."""
     link: str | None = _field(None, COSTS)
-    """The clients' link, a profile. Default: rates as given, its energy not known."""
+    """The link profile of the clients. Default: none; rates are those given, and the energy of sending is not known."""
     up_mbps: float | None = _field(None, COSTS, gt=0)
-    """A client's rate of sending in Mbit/s. Default: the link's."""
+    """A client's upload rate in Mbit/s. Default: the link's."""
     down_mbps: float | None = _field(None, COSTS, gt=0)
-    """A client's rate of receiving in Mbit/s. Default: the link's."""
+    """A client's download rate in Mbit/s. Default: the link's."""
     latency_ms: float | None = _field(None, COSTS, ge=0)
-    """Milliseconds of latency of each message, one way. Default: the link's."""
+    """One-way latency of each message in milliseconds. Default: the link's."""
     server_mbps: float | None = _field(None, COSTS, gt=0)
-    """What all clients together can send to the server, and receive, in Mbit/s. Default: no limit."""
+    """The server's total rate to and from all clients in Mbit/s, in each direction. Default: no limit."""
     multicast: bool = _field(False, COSTS)
-    """A message that is the same for several clients leaves the server once."""
+    """Send a message that is the same for several clients only once from the server."""
     utilisation: float = _field(1.0, COSTS, gt=0, le=1)
     """Fraction of the profiles' FLOP/s that training reaches."""
     speed_spread: float = _field(0.0, COSTS, ge=0, le=5)
-    """Clients' speeds differ: standard deviation of their logarithm (0.5: most within a factor of 2.7)."""
+    """How much clients differ in speed: the standard deviation of the logarithm (0.5: most lie within a factor of
+    2.7)."""
     rate_spread: float = _field(0.0, COSTS, ge=0, le=5)
-    """Clients' link rates differ: standard deviation of their logarithm."""
+    """How much clients differ in link rate: the standard deviation of the logarithm."""
     stragglers: float = _field(0.0, COSTS, ge=0, le=1)
     """Fraction of the clients that are slower than the rest, in computing and on their link."""
     straggler_slowdown: float = _field(10.0, COSTS, ge=1)
-    """How many times slower stragglers are."""
+    """Factor by which stragglers are slower."""
     profiles: str | None = _field(None, COSTS)
-    """A TOML file with profiles of your own: tables [device.NAME] and [link.NAME]."""
+    """A TOML file with your own profiles, in tables [device.NAME] and [link.NAME]."""
 
     def check_fleet(self, given: frozenset[str]) -> None:
         """Without a client device the rest has no effect. `given` are what the user set. Raises ConfigError."""
@@ -287,10 +290,12 @@ class TracedConfig(FleetConfig):
     """The same, where links may follow a trace."""
 
     trace: str | None = _field(None, COSTS)
-    """A CSV file with the columns client, from, to, up, down: when each client can be reached (virtual seconds), and
-    its rates then (Mbit/s). Takes the place of the link's rates; a round draws from the clients that can be reached."""
+    """A CSV file with the columns client, from, to, up, down: the times at which each client can be reached (virtual
+    seconds), and its rates then (Mbit/s). It replaces the link's rates. Each round draws its participants from the
+    clients that can be reached."""
     trace_period: float | None = _field(None, COSTS, ge=1e-3)
-    """Seconds after which the trace begins anew. Default: never; each client's last row then has to end at inf."""
+    """Seconds after which the trace starts again. Default: it does not repeat, and the last row of each client must end
+    at inf."""
 
     def check_fleet(self, given: frozenset[str]) -> None:
         """The same, and beside a trace some of it has no effect. Raises ConfigError."""
@@ -311,18 +316,19 @@ class FaultConfig(_Config):
     """What a server does about clients that are late, away or faulty: the table [faults] of a file, or flags."""
 
     deadline: float = _field(600.0, FAULTS, ge=0)
-    """Seconds for a step. After it the server goes on with the clients that have answered, if they are a quorum. 0: no
-    limit. By default, local training has one more minute for each of its steps."""
+    """Seconds that a step may take. After that, the server continues with the clients that have answered, if they are a
+    quorum. 0: no limit. By default, local training gets one more minute for each of its steps."""
     quorum: float = _field(0.5, FAULTS, gt=0, le=1)
-    """Fraction of the clients that a step needs after the deadline, and a round to begin."""
+    """Fraction of the clients that must have answered for a step to go on after its deadline, and that must be present
+    to start a round."""
     patience: float = _field(3600.0, FAULTS, ge=0)
-    """Seconds to wait for missing clients: for all of them at the start, for a quorum later. 0: no limit."""
+    """Seconds to wait for missing clients: for all clients at the start, for a quorum later. 0: no limit."""
     most_samples: int | None = _field(None, FAULTS, ge=1)
-    """The most samples that a client may state; a client that states more is refused. Default: 10000 times as many as
-    the others' median."""
+    """The largest number of samples that a client may claim to hold; a client that claims more is refused. Default:
+    10000 times the median of the other clients."""
     faulty: Literal["exclude", "readmit", "stop"] = _field("exclude", FAULTS)
-    """What happens to a client that sends NaN, wrong shapes or no message at all: it is excluded from the run; or it
-    loses its connection and may come back; or the run ends."""
+    """What to do with a client that sends NaN, wrong shapes or an invalid message: exclude it from the run (exclude),
+    disconnect it and let it come back (readmit), or end the run (stop)."""
 
 
 class BudgetConfig(_Config):
@@ -331,23 +337,24 @@ class BudgetConfig(_Config):
     """
 
     max_rounds: int | None = _field(None, ALLOWED, ge=1)
-    """Rounds that the server may begin. Default: twice the study's, and five."""
+    """Rounds that the server may start. Default: twice the study's number of rounds, plus five."""
     max_passes: int | None = _field(None, ALLOWED, ge=0)
-    """Batches of this client's own rows whose smashed data are sent. Default: those of the rounds."""
+    """Batches of this client's own rows whose smashed data it sends. Default: as many as those rounds need."""
     max_batches: int | None = _field(None, ALLOWED, ge=0)
-    """Batches that this client trains on. Default: those of the rounds."""
+    """Batches that this client trains on. Default: as many as those rounds need."""
     max_evaluations: int | None = _field(None, ALLOWED, ge=0)
-    """Requests to evaluate up to 1024 rows. Default: those of an evaluation in each round."""
+    """Requests to evaluate up to 1024 rows. Default: as many as one evaluation per round needs."""
     max_models: int | None = _field(None, ALLOWED, ge=0)
-    """Times that this client gives its model. Default: what the algorithm needs; none if models stay."""
+    """Number of times that this client sends its model. Default: as often as the algorithm needs; never if the
+    algorithm does not collect models."""
     max_seconds: float | None = _field(None, ALLOWED, gt=0)
-    """Seconds of work for the server. Default: no limit."""
+    """Seconds that this client computes for the server. Default: no limit."""
     max_epsilon: float | None = _field(None, ALLOWED, gt=0)
-    """Epsilon that the smashed data of a sample may cost in all; needs noise. Default: no limit."""
+    """Total epsilon that the smashed data of a sample may cost; needs noise. Default: no limit."""
     delta: float = _field(1e-5, ALLOWED, gt=0, lt=1)
-    """The delta at which epsilon is stated, with Gaussian noise."""
+    """The delta for which epsilon is stated, with Gaussian noise."""
     give_model_despite_noise: bool = _field(False, ALLOWED)
-    """Give the model, which has no noise, although noise is added to smashed data."""
+    """Send the model, which has no noise, even though noise is added to smashed data."""
 
 
 class CommonConfig(TracedConfig):
@@ -368,182 +375,193 @@ class CommonConfig(TracedConfig):
     )
 
     data: str = _field("digits", DATA)
-    """A data set by name (see `cutlayer list data`), the path of your own, or a function: path/to/file.py:name."""
+    """The name of a data set (see `cutlayer list data`), the path of your own data, or a function:
+    path/to/file.py:name."""
     data_format: str = _field("auto", DATA)
-    """How to read a path (see `cutlayer list formats`), or your own: path/to/file.py:name. auto looks at the file."""
+    """The format of the file or folder (see `cutlayer list formats`), or your own: path/to/file.py:name. auto: look at
+    the file."""
     label_column: str = _field("label", DATA)
-    """The label's column (CSV, Hugging Face, text)."""
+    """The column with the label (CSV, Hugging Face, text)."""
     client_column: str | None = _field(None, DATA)
-    """The column that says whose sample a row is (CSV, Hugging Face, text), for the partition `column`."""
+    """The column that names the client to which a row belongs (CSV, Hugging Face, text), for the partition `column`."""
     class_names: tuple[str, ...] = _field((), DATA)
-    """All labels, in order, where the data at hand may lack some (a client's own). Default: those in the data."""
+    """All labels, in order, for data that may lack some of them (such as one client's data). Default: the labels found
+    in the data."""
     validation: float = _field(0.1, DATA, ge=0)
-    """Held out of training to choose by: a fraction below 1, or a number of samples."""
+    """Rows held out of training as validation set: a fraction below 1, or a number of samples."""
     test: float = _field(0.2, DATA, gt=0)
-    """Held out for the reported accuracy if the data have no test set: a fraction below 1, or a number of samples."""
+    """Rows held out as test set if the data have none: a fraction below 1, or a number of samples."""
     data_in_memory: Literal["auto", "always", "never"] = _field("auto", DATA)
-    """Whether the items of a map-style Dataset are read once and kept, or for each batch anew, so that random
-    transforms act. auto: kept if they take less than a quarter of the free memory."""
+    """Whether to read the items of a map-style Dataset once and keep them, or to read them again for each batch, so
+    that random transforms take effect. auto: keep them if they take less than a quarter of the free memory."""
     data_workers: int = _field(0, DATA, ge=0)
-    """Worker processes that read the items that are not kept in memory."""
+    """Worker processes that read items that are not kept in memory."""
 
     clients: int = _field(10, CLIENTS, shared=True, ge=1)
     """Number of clients, C."""
     partition: str = _field("iid", CLIENTS)
-    """How samples are dealt to clients (see `cutlayer list partitions`), or your own: path/to/file.py:name."""
+    """How samples are divided among clients (see `cutlayer list partitions`), or your own: path/to/file.py:name."""
     samples_per_client: int | None = _field(None, CLIENTS, ge=1)
     """Samples per client (the mean if sizes differ). Default: all samples. The paper uses 1000."""
     participation: float = _field(1.0, CLIENTS, "group", shared=True, gt=0, le=1)
-    """Fraction of the clients that takes part in a round, drawn afresh each round."""
+    """Fraction of the clients that take part in a round, drawn anew each round."""
     sampling: Literal["fixed", "proportional", "global"] = _field("fixed", CLIENTS, "group", shared=True)
-    """How many rows a client brings to a step: batch (fixed), or its share of clients x batch, by its number of samples
-    (proportional) or as drawn from the data of all (global). With these two all clients end at the same time."""
+    """How many rows a client brings to a step. fixed: `batch` rows. proportional: a share of clients x batch in
+    proportion to its number of samples. global: as many as a draw from all clients' data gives it. With the last two,
+    all clients finish an epoch at the same time."""
 
     task: str = _field("classification", TASK, shared=True)
-    """Loss and metrics (see `cutlayer list tasks`), or your own: path/to/file.py:name."""
+    """The task, with its loss and metrics (see `cutlayer list tasks`), or your own: path/to/file.py:name."""
     metrics: tuple[str, ...] = _field((), TASK)
-    """Further metrics by name (see `cutlayer list metrics`), or your own, functions of predictions and targets:
+    """Additional metrics by name (see `cutlayer list metrics`), or your own functions of predictions and targets:
     path/to/file.py:name."""
     primary_metric: str | None = _field(None, TASK)
-    """The metric that chooses the best evaluation. Default: the task's own (accuracy, rmse, ...)."""
+    """The metric by which the best evaluation is chosen. Default: the task's own (accuracy, rmse, ...)."""
     model: str = _field("cnn", MODEL)
-    """A model by name (see `cutlayer list models`), or your own: path/to/file.py:function."""
+    """The name of a model (see `cutlayer list models`), or your own: path/to/file.py:function."""
     cut: str | None = _field(None, MODEL)
-    """The module after which the model is cut; or several, with commas between them (in a file: a list), one for each
-    client. Default: the model's own. Has no effect on algorithms that train whole models."""
+    """The module after which the model is cut. Several names, separated by commas (in a file: a list), give each client
+    a cut of its own. Default: the model's own cut. Has no effect on algorithms that train whole models."""
     cut_by: Literal["memory", "time", "profile"] | None = _field(None, MODEL, "mixed")
-    """Choose a cut for each client: the deepest within client_memory, or within client_seconds; or the one whose step
-    is the quickest on its machine and link (profile). Default: the same cut for all, or those of a list."""
+    """Choose each client's cut: the deepest within client_memory (memory) or client_seconds (time), or the one with the
+    fastest step on its machine and link (profile). Default: the cuts are those named by `cut`."""
     client_memory: tuple[float, ...] = _field((), MODEL, "lower")
-    """Gigabytes (1e9 bytes) that a client has for training: one number for all, or one for each. Cuts must fit."""
+    """Memory of a client for training in gigabytes (1e9 bytes): one number for all clients, or one for each. Cuts must
+    fit."""
     client_seconds: tuple[float, ...] = _field((), MODEL, "lower")
-    """Seconds that a step may take a client, with what it sends and receives: one number for all, or one for each. Cuts
-    must fit. Needs client_device."""
+    """Seconds that a client's step may take, sending and receiving included: one number for all clients, or one for
+    each. Cuts must fit. Needs client_device."""
     tail_cut: str | None = _field(None, MODEL, "u-shaped")
-    """U-shaped split: the module after which the client takes over again."""
+    """For U-shaped algorithms: the module after which the client takes over again."""
     untie: bool = _field(False, MODEL)
-    """Give each side a copy of a weight that layers on both sides of the cut share (input and output embeddings)."""
+    """If layers on both sides of the cut share a weight (input and output embeddings), give each side its own copy."""
     weights: str | None = _field(None, MODEL)
-    """Starting weights of the whole model: a .safetensors file, or a state dict that torch.save wrote."""
+    """Initial weights of the whole model: a .safetensors file, or a state dict written by torch.save."""
     weights_strict: bool = _field(True, MODEL, shared=True)
-    """The weights must be those of the whole model. False: those that fit by name and shape are taken (a backbone)."""
+    """Require weights for the whole model. False: take those that fit by name and shape (for example a backbone)."""
     start: Literal["equal", "independent"] = _field("equal", MODEL, "group", shared=True)
-    """Client models start equal, or each from its own random initialisation."""
+    """Start all client models from the same weights (equal), or each from its own random initialisation
+    (independent)."""
 
     freeze: str | None = _field(None, MODEL, shared=True)
-    """A regular expression: parameters in whose names it is found are not trained. All clients share them, and they
-    are not sent. Default: those that the model itself says."""
+    """Do not train parameters whose names match this regular expression (anywhere in the name). All clients share them,
+    and they are not sent. Default: the parameters that the model itself freezes."""
 
     epochs: int = _field(20, TRAINING, ge=1)
     """Passes over every client's data."""
     rounds: int | None = _field(None, TRAINING, ge=1)
-    """Number of rounds, instead of epochs. A round is one local epoch unless the algorithm's options say more."""
+    """Number of rounds, instead of epochs. A round is one local epoch unless options of the algorithm say otherwise."""
     batch: int = _field(8, TRAINING, ge=1)
     """Batch size of a client, b (in centralised learning: of the one model)."""
     client_optimizer: OptimizerName = _field("adam", TRAINING, shared=True)
-    """A class of torch.optim: adam, sgd, adamw, rmsprop..., or your own, a class or a function (params, lr):
-    path/to/file.py:name. For whole models: of the whole model."""
+    """The clients' optimiser: a class of torch.optim (adam, sgd, adamw, rmsprop, ...), or your own class or function of
+    (params, lr): path/to/file.py:name. If clients train whole models, it trains the whole model."""
     client_optimizer_options: OptimizerOptions = _field({}, TRAINING, shared=True)
-    """Its further arguments, e.g. --client-optimizer-options.momentum 0.9."""
+    """Further arguments of the clients' optimiser, e.g. --client-optimizer-options.momentum 0.9."""
     client_lr: float = _field(1e-3, TRAINING, shared=True, gt=0)
     """The clients' learning rate, eta_c."""
     client_clip_grad_norm: float | None = _field(None, TRAINING, shared=True, gt=0)
-    """The largest norm of a client's gradient of all its parameters, to which it is scaled down. Default: no limit."""
+    """Scale a client's gradient down to this norm, taken over all its parameters. Default: no limit."""
     server_optimizer: OptimizerName | None = _field(None, TRAINING, "split")
     """The server's optimiser. Default: client_optimizer."""
     server_optimizer_options: OptimizerOptions | None = _field(None, TRAINING, "split")
-    """Its further arguments. Default: client_optimizer_options if the optimiser is the same."""
+    """Further arguments of the server's optimiser. Default: client_optimizer_options if both optimisers are the
+    same."""
     server_lr: float | None = _field(None, TRAINING, "split", gt=0)
-    """The server's learning rate before SplitLr. Default: client_lr."""
+    """The server's learning rate, before SplitLr scales it. Default: client_lr."""
     server_clip_grad_norm: float | None = _field(None, TRAINING, "split", gt=0)
-    """The same for the server's gradient, or that of each of its copies. Default: no limit."""
+    """Scale the server's gradient, or that of each of its copies, down to this norm. Default: no limit."""
     accumulate: int = _field(1, TRAINING, shared=True, ge=1)
-    """Batches per step of a client's optimiser, which steps on the mean of their gradients. A round may end with a step
-    on fewer."""
+    """Batches per optimiser step of a client; the step uses the mean of their gradients. The last step of a round may
+    use fewer."""
     server_accumulate: int | None = _field(None, TRAINING, "split", ge=1)
-    """The same for the server's optimiser. Default: accumulate."""
+    """Batches per optimiser step of the server. Default: accumulate."""
     param_groups: ParamGroups = _field((), TRAINING, shared=True)
-    """Parameters with a factor of the rate or a weight decay of their own, by a regular expression of their names:
-    tables with match, lr, weight_decay; as a flag in JSON, e.g. '{"match": "bias|norm", "weight_decay": 0}'."""
+    """Groups of parameters with their own factor of the learning rate, or their own weight decay: tables with match (a
+    regular expression for names), lr and weight_decay. On the command line in JSON, e.g. '{"match": "bias|norm",
+    "weight_decay": 0}'."""
     lr_schedule: str = _field("step", TRAINING, shared=True)
-    """How the learning rates change over the rounds (see `cutlayer list schedules`), or your own, a class or a function
-    of the progress in [0, 1): path/to/file.py:name."""
+    """How the learning rates change over the rounds (see `cutlayer list schedules`), or your own class or function of
+    the progress in [0, 1): path/to/file.py:name."""
     server_lr_schedule: str | None = _field(None, TRAINING, "split")
     """The server's schedule. Default: lr_schedule."""
     lr_warmup: float = _field(0.0, TRAINING, shared=True, ge=0, lt=1)
-    """Fraction of the rounds in which the rates rise to where the schedules begin; these have the remaining rounds."""
+    """Fraction of the rounds in which the rates rise to their starting values. The schedules cover the remaining
+    rounds."""
 
     averaging: str = _field("mean", TRAINING, "averages")
-    """How client models, and the server's copies, become one (see `cutlayer list averagings`), or your own:
-    path/to/file.py:name. The server's own choice."""
+    """How client models, and copies of the server's model, are averaged (see `cutlayer list averagings`), or your own:
+    path/to/file.py:name. In a deployment, only the server sets it."""
     logit_adjust: Literal["none", "client", "server", "both"] = _field("none", TRAINING, "group", shared=True)
-    """Whose loss adds the logarithm of the classes' shares to the scores, against label skew: client (the gradients
-    that reach a client, with the shares in its own data), server (its own step, with those of all participants), or
-    both. With labels at the clients: client alone."""
+    """Against label skew, add the logarithm of the class shares to the scores in a loss. client: in the gradients that
+    a client receives, with the shares in its own data. server: in the server's own step, with the shares of all
+    participants. both: in both. If labels stay with the clients, only client is possible."""
     tau: float = _field(1.0, TRAINING, "group", shared=True, ge=0)
-    """What that logarithm is multiplied by; 0 changes nothing."""
+    """Factor of that logarithm; 0 changes nothing."""
 
     up_codec: str = _field("raw", CROSSING, "split")
-    """The codec of smashed data (U-shaped: also of gradients); see `cutlayer list codecs`. May end with +zstd."""
+    """The codec of smashed data (U-shaped: also of gradients); see `cutlayer list codecs`. Append +zstd to compress the
+    bytes as well."""
     cache_features: bool = _field(False, CROSSING, "split", shared=True)
-    """The server keeps what a frozen client part gives: each row's smashed data are computed and sent once."""
+    """Keep the outputs of a frozen client part on the server, so that each row's smashed data are computed and sent
+    only once."""
     down_codec: str = _field("raw", CROSSING, "split")
     """The codec of cut gradients (U-shaped: also of features); see `up_codec`."""
     screening: str = _field("none", CROSSING, "split")
-    """What the server does to rows (the smashed data of a sample) before it uses them (see `cutlayer list screenings`),
-    or your own: path/to/file.py:name. The server's own choice."""
+    """What the server does to rows (the smashed data of one sample) before it uses them (see `cutlayer list
+    screenings`), or your own: path/to/file.py:name. In a deployment, only the server sets it."""
     defences: tuple[str, ...] = _field((), DEFENCES, "split")
-    """Defences of your own: path/to/file.py:name. The built-in ones take part when one of their options is set."""
+    """Your own defences: path/to/file.py:name. A built-in defence is active as soon as one of its options is set."""
 
     attack: tuple[str, ...] = _field((), ATTACKS, "group")
-    """What hostile clients do, NAME:PARAMETER@CLIENTS (see `cutlayer list attacks`), such as scale:1e6@3 or
+    """What hostile clients do, as NAME:PARAMETER@CLIENTS (see `cutlayer list attacks`), such as scale:1e6@3 or
     labels@0,4-6, or your own: path/to/file.py:name@3."""
 
     engine: Literal["auto", "local", "stacked"] = _field("auto", OUTPUT)
-    """How clients are simulated: one after another (local), all at once (stacked), at once where possible (auto)."""
+    """How clients are simulated: one after another (local), all at once (stacked), or all at once if possible
+    (auto)."""
     tune: Literal["off", "cached", "on"] = _field("on", OUTPUT)
-    """How to choose the quickest of several equal ways of computing: by measurement (on: an earlier one, or a new one
-    when the run is built, of at most 1 % of the run or half a second), by an earlier measurement only (cached), or by
-    rule (off).
-    The variable CUTLAYER_TUNE sets the default."""
+    """How to choose the fastest of several equivalent ways of computing. on: use an earlier measurement, or measure
+    when the run is built, for at most 1 % of the run or half a second. cached: use an earlier measurement only. off:
+    use fixed rules. The variable CUTLAYER_TUNE sets the default."""
     deterministic: bool = _field(False, OUTPUT)
-    """With several ranks: sums over the ranks are made in their order, so that a run repeats bit for bit."""
+    """With several ranks: add up the ranks' values in a fixed order, so that a run repeats bit for bit."""
     device: str = _field("cpu", OUTPUT)
-    """Where everything is computed: cpu, cuda (cuda:1...) or mps."""
+    """The device that computes: cpu, cuda (cuda:1, ...) or mps."""
     precision: Literal["float32", "float64", "bfloat16", "tf32"] = _field("float32", OUTPUT, shared=True)
-    """Floating point type of models and data; bfloat16: products in mixed precision; tf32: CUDA's faster products."""
+    """Floating point type of models and data. bfloat16: mixed precision. tf32: float32 with CUDA's faster matrix
+    products."""
     memory_limit: float | None = _field(None, OUTPUT, gt=0)
     """Activation memory of the clients in GB. Above it, forward passes are recomputed in the backward pass. Default:
     half of the free memory."""
     client_states: Literal["auto", "memory", "disk"] = _field("auto", OUTPUT, "group")
-    """Where the states of simulated clients lie that do not take part in a round: in memory, on disk (in the run's
-    folder), or on disk if memory may not hold them (auto). Results are the same. `resume` may change it."""
+    """Where to keep the states of simulated clients that do not take part in a round: in memory, on disk (in the run's
+    folder), or on disk if memory may be too small (auto). Results are the same. `resume` may change it."""
     eval_every: int | None = _field(None, OUTPUT, ge=1)
-    """Rounds between two evaluations (there is one at the end too). Default: about once per epoch; less often where
+    """Rounds between two evaluations (the end is always evaluated). Default: about once per epoch, or less often if
     evaluation would take more than a fifth of the training."""
     eval_clients: int | None = _field(None, OUTPUT, ge=1)
-    """Number of clients, drawn once, whose models are evaluated. Default: all; before the last evaluation fewer
-    where evaluation would take more than a fifth of the training, unless eval_every is given."""
+    """Number of clients whose models are evaluated; they are drawn once. Default: all. If evaluation would take more
+    than a fifth of the training, fewer before the last evaluation, unless eval_every is given."""
     judge: Literal["mean", "average", "ensemble"] = _field("mean", OUTPUT)
-    """Whose model the scores are of: the mean of the scores of the clients' models, the score of their average, or that
-    of their ensemble (the mean of their predictions)."""
+    """What the scores measure if the clients' models differ: the mean of the models' scores (mean), the score of the
+    averaged model (average), or the score of the mean of their predictions (ensemble)."""
     evaluate_on: Literal["global", "own", "both"] = _field("global", OUTPUT, shared=True)
-    """The rows that a client's model is tested on: those held out from all clients, those held out from its own, or
-    both."""
+    """The rows that a client's model is tested on: test rows that all clients share (global), test rows of the client's
+    own (own), or both."""
     own_test: float = _field(0.2, OUTPUT, shared=True, gt=0, lt=1)
-    """Fraction of each client's rows that is held out for evaluate_on, where the data do not say whose the test rows
-    are."""
+    """Fraction of each client's rows that is held out for evaluate_on, if the data do not say which client owns a test
+    row."""
     log_to: tuple[str, ...] = _field((), OUTPUT)
-    """Where a run is written to while it trains: loggers (see `cutlayer list loggers`), or your own:
-    path/to/file.py:Name. The run folder has everything anyway."""
+    """Loggers that the run is written to while it trains (see `cutlayer list loggers`), or your own:
+    path/to/file.py:Name. The run folder contains everything in any case."""
     stop_after: int | None = _field(None, OUTPUT, ge=1)
-    """Early stopping: end training after this many evaluations in a row without a better primary metric on the
-    validation rows. Default: train to the end."""
+    """Early stopping: stop after this many evaluations in a row without a better primary metric on the validation rows.
+    Default: train to the end."""
     checkpoint_every: int | None = _field(None, OUTPUT, ge=1)
-    """Rounds between two checkpoints (there is one at the end too). Default: about once per epoch."""
+    """Rounds between two checkpoints (there is always one at the end). Default: about once per epoch."""
     keep_best: bool = _field(True, OUTPUT)
-    """Keep the model of the evaluation that is best on the validation set in the run folder, for `export` and
-    `predict`."""
+    """Keep the model of the best evaluation on the validation set in the run folder, for `export` and `predict`."""
     snapshot_every: int | None = _field(None, OUTPUT, ge=1)
     """Rounds between two snapshots of the client models in the run folder, for `cutlayer leakage`. Default: none."""
 
@@ -720,8 +738,8 @@ class RunConfig(CommonConfig):
     seed: int = _field(0, TRAINING, shared=True, ge=0)
     """Seed of all randomness: splits, partition, initial weights, batches, active clients."""
     share_server_model: bool = _field(False, OUTPUT)
-    """`serve`: at the end, send the server's part to the clients that want it. `join`: want it, and keep the whole
-    model in the folder. Both must say so. In a simulation it has no effect."""
+    """`serve`: at the end, send the server's part to clients that ask for it. `join`: ask for it, and keep the whole
+    model in the folder. Both sides must set it. Has no effect in a simulation."""
 
     @model_validator(mode="before")
     @classmethod
@@ -806,12 +824,13 @@ class CompareConfig(CommonConfig):
     algorithms: tuple[str, ...] = _field(("cl", "fl", "ssl", "psl", "sfl", "sglr"), WHAT)
     """The algorithms to compare."""
     seeds: tuple[int, ...] = _field((0, 1, 2), WHAT)
-    """One run of each algorithm per seed."""
+    """The seeds; each algorithm is trained once per seed."""
     variant: dict[str, dict[str, Any]] = _field({}, "")
-    """TOML tables [variant.NAME]: further entries, each an algorithm with options of its own."""
+    """TOML tables [variant.NAME]: additional entries, each an algorithm with its own options."""
     sweep: SweepTable = _field({}, WHAT)
-    """The TOML table [sweep], or --sweep.phi 0.25,0.5: each entry at all values of these options. how: grid (all
-    combinations), zip (the first values, then the second), or random (draws points, by draw_seed)."""
+    """The TOML table [sweep], or --sweep.phi 0.25,0.5: train each entry with all these values. how: grid (all
+    combinations), zip (the first values of all, then the second) or random (draws combinations, drawn with
+    draw_seed)."""
 
     def algorithm_names(self) -> tuple[str, ...]:
         """Those compared and those of the variants."""
@@ -930,25 +949,25 @@ class PlanConfig(FleetConfig):
     kinds = ("algorithm", "model")
 
     model: str = _field("cnn", WHAT)
-    """A model by name (see `cutlayer list models`), or your own: path/to/file.py:name or package.module:name."""
+    """The name of a model (see `cutlayer list models`), or your own: path/to/file.py:name or package.module:name."""
     cut: str | None = _field(None, WHAT)
-    """The module after which the model is cut, or all. Default: the model's own; all for a model without one."""
+    """The module after which the model is cut, or all. Default: the model's own cut, or all for a model without one."""
     tail_cut: str | None = _field(None, WHAT)
     """For U-shaped algorithms, with one cut: the module after which the client takes over again."""
     algorithms: tuple[str, ...] = _field(("cl", "fl", "ssl", "psl", "sfl", "sglr"), WHAT)
     """The algorithms to plan."""
     input: tuple[int, ...] = _field((1, 28, 28), DATA)
-    """The shape of one sample."""
+    """Shape of one sample."""
     input_type: Literal["float32", "int64"] = _field("float32", DATA)
-    """Real numbers, in the type that precision says, or integers, such as token ids."""
+    """Type of the inputs: real numbers (of the type that precision names), or integers such as token ids."""
     freeze: str | None = _field(None, WHAT)
-    """A regular expression: parameters in whose names it is found are not trained and not sent."""
+    """Do not train or send parameters whose names match this regular expression (anywhere in the name)."""
     task: str = _field("classification", DATA)
-    """What is learnt (see `cutlayer list tasks`), or your own: path/to/file.py:name. It says how many numbers a
-    built-in model gives, and how large a label is."""
+    """The task (see `cutlayer list tasks`), or your own: path/to/file.py:name. It determines the number of outputs of a
+    built-in model and the size of a label."""
     target: tuple[int, ...] | None = _field(None, DATA)
-    """The shape of one sample's target, if it is not one class or number, such as 3 for three quantities. Default: for
-    a class in each place, the input's shape without its channels."""
+    """Shape of one sample's target, if it is not one class or number, such as 3 for three quantities. Default for one
+    class per place: the input's shape without its channels."""
     classes: int = _field(10, DATA, ge=2)
     """Number of classes of a built-in model."""
     label_bytes: int | None = _field(None, DATA, ge=0)
@@ -960,17 +979,18 @@ class PlanConfig(FleetConfig):
     batch: int = _field(8, TRAINING, ge=1)
     """Batch size of a client, b."""
     precision: Literal["float32", "bfloat16", "float16"] = _field("float32", TRAINING)
-    """The type of weights and of what crosses."""
+    """Type of the weights and of what crosses the cut."""
     client_optimizer: Literal["adam", "sgd"] = _field("adam", TRAINING)
-    """What the clients' memory holds besides weights and gradients: adam two numbers per parameter, sgd none."""
+    """The clients' optimiser, for their memory: adam keeps two more numbers per parameter, sgd none."""
     memory_budget: float | None = _field(None, BUDGETS, gt=0)
-    """Gigabytes (1e9 bytes) that a client has for training."""
+    """Memory of a client for training in gigabytes (1e9 bytes)."""
     energy_budget: float | None = _field(None, BUDGETS, gt=0)
-    """Joules that a client may spend in an epoch, marginal: what training itself adds."""
+    """Energy that a client may spend in an epoch in joules; only what training adds to idling counts."""
     servers: int = _field(1, COSTS, ge=1)
     """Number of server devices that share the server's work."""
     ranks: int = _field(1, COSTS, ge=1)
-    """Processes that would simulate the clients together. More than 1: also what each holds in memory and sends."""
+    """Processes that simulate the clients together. With more than 1, the plan also shows what each holds in memory and
+    sends."""
     seed: int = _field(0, COSTS, ge=0)
     """Seed for drawing the clients' speeds, rates and stragglers."""
 
@@ -1075,12 +1095,13 @@ class ReproduceConfig(_Chooser):
     kinds = ("data", "model", "task")
 
     data: str = _field("fashion-mnist", DATA)
-    """A built-in data set, the path of your own, such as a folder of idx files, or a function: path/to/file.py:name."""
+    """The name of a data set, the path of your own data, such as a folder of idx files, or a function:
+    path/to/file.py:name."""
     task: str = _field("classification", TASK)
-    """A task with one class per row that is judged by its accuracy, or your own: path/to/file.py:name."""
+    """A task with one class per row that is scored by accuracy, or your own: path/to/file.py:name."""
     model: str | None = _field(None, MODEL)
-    """A model by name, or your own: path/to/file.py:function. It replaces the size's models in every table. Default:
-    the size's models."""
+    """The name of a model, or your own: path/to/file.py:function. It replaces the models of the chosen size in every
+    table. Default: the models of the size."""
     cut: str | None = _field(None, MODEL)
     """The module after which the model is cut. Default: the model's own."""
 

@@ -31,7 +31,7 @@ from cutlayer.verbs import AVERAGE, FORWARD, LEARN
 @algorithm(
     "ampere",
     title="Ampere",
-    summary="clients train to the end on auxiliary heads, send all smashed data once, and the server trains on them",
+    summary="clients first train on auxiliary heads, then send all smashed data once, and the server trains on them",
     paper="arXiv 2507.07130",
     needs={FORWARD, LEARN, AVERAGE},
     client_part="it trains the client models on auxiliary heads and averages them",
@@ -43,9 +43,9 @@ class Ampere(WithHead):
     """Ampere."""
 
     client_share: float = option(0.5, gt=0, lt=1, shared=False)
-    """The share of rounds in which clients train; in the others the server does."""
+    """Fraction of the rounds in which the clients train. In the others, the server trains."""
     pool_batch: int = option(64, ge=1, shared=False)
-    """Rows of a batch of the server's, from the pooled data of all clients."""
+    """Batch size of the server, which draws from the pooled rows of all clients."""
 
     def round(self, server: Server, clients: Cohort, this: Round) -> Iterator[Step]:
         """One round of Ampere: the clients', or the server's."""

@@ -17,7 +17,8 @@ class Scaled(Algorithm):
     """Algorithms whose server has one loss on the rows of all clients."""
 
     gradient_scale: Literal["own", "union"] = option("own")
-    """A client's cut gradient is that of its own mean loss, or of the mean loss over all rows."""
+    """Whether a client's cut gradient is that of its own mean loss (own) or that of the mean loss over the rows of all
+    clients (union)."""
 
 
 class LocalWork(Algorithm):
@@ -28,7 +29,7 @@ class LocalWork(Algorithm):
     local_epochs: int = option(1, ge=1)
     """Local epochs per round."""
     local_steps: int | None = option(None, ge=1)
-    """Local steps per round instead of epochs; fl with 1 is FedSGD."""
+    """Local steps per round, instead of epochs. With fl, 1 is FedSGD."""
 
     @property
     def part_of_round(self) -> tuple[int, int | None]:
@@ -40,11 +41,11 @@ class Tour(Algorithm):
     """Sequential learning: clients take turns, and the one client model travels."""
 
     hand_over: Literal["batch", "epoch"] = option("epoch")
-    """When the client model moves on."""
+    """When the client model moves to the next client: after each batch, or after a local epoch."""
     hand_over_optimizer: bool = option(False)
-    """The optimiser's state moves on with the client model."""
+    """Also hand over the optimiser's state together with the client model."""
     visit_order: Literal["fixed", "random"] = option("fixed")
-    """The order in which clients are visited in a round."""
+    """The order in which clients take turns in a round: always the same (fixed), or drawn anew each round (random)."""
 
     @property
     def moves_optimizer(self) -> bool:

@@ -40,10 +40,10 @@ class Cycle(Scaled):
     """Algorithms whose server trains an epoch of mini-batches before it answers."""
 
     server_batch: int = option(32, ge=1, shared=False)
-    """Rows of a mini-batch of the server, at most."""
+    """Largest number of rows in a mini-batch of the server."""
     running_statistics: bool = option(True, shared=False)
-    """Batch normalisation of the frozen server uses its running statistics. Otherwise it uses those of all rows, as in
-    the authors' code."""
+    """Let the frozen server's batch normalisation use its running statistics. Otherwise it uses the statistics of all
+    rows, as in the authors' code."""
 
     def cycle(self, server: Server, smashed: Smashed, this: Round, turn: int, factor: float = 1.0) -> ServerStep:
         """Steps 2 and 3: train at rate lr x schedule x `factor`, then the gradients of the frozen server."""
@@ -142,8 +142,8 @@ class CycleSglr(Cycle, SplitAvg, SplitLr):
     """SGLR with a server that trains first."""
 
     alpha: float = option(0.0, ge=0)
-    """Rate exponent: the server's rate is server_lr x C^alpha (eq. 13). Here the mini-batches are no larger with more
-    clients, so that 0 is the default."""
+    """Rate exponent: the server's learning rate is server_lr x C^alpha (eq. 13). The default is 0, since the
+    mini-batches here do not grow with the number of clients."""
 
     def round(self, server: Server, clients: Cohort, this: Round) -> Iterator[Step]:
         """One round (a local epoch) of CycleSGLR."""

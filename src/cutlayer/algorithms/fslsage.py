@@ -35,7 +35,7 @@ from cutlayer.verbs import ALIGN, AVERAGE, FORWARD, LEARN, STEP_EACH
 @algorithm(
     "fsl-sage",
     title="FSL-SAGE",
-    summary="CSE-FSL whose heads estimate the server's gradients: the server fits them and sends them down",
+    summary="CSE-FSL with heads that estimate the server's gradients; the server fits the heads and sends them down",
     paper="arXiv 2505.23182",
     needs={FORWARD, LEARN, ALIGN, AVERAGE, STEP_EACH},
     client_part="it trains the client models on estimated gradients and averages them",
@@ -46,18 +46,18 @@ class FslSage(SeldomSending):
     """FSL-SAGE."""
 
     align_every: int = option(10, ge=1, planned=True)
-    """Rounds from one fitting of the heads to the next; the first round ends with one."""
+    """Rounds between two fittings of the heads. The first is at the end of the first round."""
     align_rows: int = option(1000, ge=1, shared=False)
-    """Rows of each client that the server keeps, the last ones, to fit its head to."""
+    """Number of each client's latest rows that the server keeps to fit its head."""
     align_epochs: int = option(5, ge=1, shared=False)
     """Passes over these rows in a fitting."""
     align_batch: int = option(100, ge=1, shared=False)
-    """Rows of a batch in a fitting."""
+    """Batch size of a fitting."""
     align_lr: float = option(1e-3, gt=0, shared=False)
-    """Adam's rate in a fitting."""
+    """Adam's learning rate in a fitting."""
     align_scale: Literal["row", "mean"] = option("row", shared=False)
-    """Gradients that are compared: of each row's own loss; or of mean losses, over the upload and over the batch of the
-    fitting."""
+    """Which gradients are compared: those of each row's own loss (row), or those of mean losses, over the upload and
+    over the batch of the fitting (mean)."""
 
     def round(self, server: Server, clients: Cohort, this: Round) -> Iterator[Step]:
         """One round of FSL-SAGE."""

@@ -40,7 +40,7 @@ from cutlayer.verbs import ARRIVALS, AVERAGE, BACKWARD, FORWARD
 @algorithm(
     "gas",
     title="GAS",
-    summary="asynchronous SFL: buffers of batches and models, filled up with rows drawn per label",
+    summary="asynchronous SFL with buffers of batches and models; rows drawn for each label fill up the batches",
     paper="arXiv 2409.01251",
     needs={FORWARD, ARRIVALS, BACKWARD, AVERAGE},
     presets={"logit_adjust": "client"},
@@ -52,22 +52,27 @@ class Gas(LocalWork):
     """Generative activation-aided asynchronous split federated learning."""
 
     working: int | None = option(None, ge=1, shared=False)
-    """Clients that work at a time. Default: half of the participants, as in the paper (10 of 20)."""
+    """Number of clients that work at the same time. Default: half of the participants, as in the paper (10 of 20)."""
     buffer_batches: int | None = option(None, ge=1, shared=False)
-    """Batches in the activation buffer when the server steps. Default: as many as clients work at a time."""
+    """Number of batches in the activation buffer at which the server takes a step. Default: the number of clients that
+    work at the same time."""
     buffer_models: int | None = option(None, ge=1, shared=False)
-    """Models in the model buffer when they are averaged. Default: as many as clients work at a time."""
+    """Number of models in the model buffer at which they are averaged. Default: the number of clients that work at the
+    same time."""
     answer: Literal["arrival", "full"] = option("arrival", shared=False)
-    """When a batch is answered: when it arrives, or with all others when the activation buffer is full."""
+    """When a client gets its gradient: as soon as its batch arrives (arrival), or together with all others once the
+    activation buffer is full (full)."""
     generate: Literal["complete", "seen", "never"] = option("complete", shared=False)
-    """When rows are drawn: once there have been rows of every label, of the labels seen so far, or never."""
+    """When rows are drawn: once rows of every label have arrived (complete), for the labels seen so far (seen), or
+    never."""
     fill: Literal["share", "most"] = option("share", shared=False)
-    """Rows of each label in a full buffer: an equal share of the rows that came (of a more frequent label the first
-    ones), or as many as those of the most frequent label."""
+    """Rows of each label in a full buffer. share: an equal share of the received rows; of a more frequent label, the
+    first ones. most: as many as the most frequent label has."""
     statistics: Literal["growing", "equal"] = option("growing", shared=False)
-    """What a row counts in means and variances: the number of server steps before it and 1, or the same for all."""
+    """Weight of a row in means and variances: the number of server steps before it plus 1 (growing), or the same for
+    all (equal)."""
     decay: float = option(1.0, gt=0, le=1, shared=False)
-    """Factor by which earlier rows count less in them with every server step. 1 keeps all."""
+    """Factor by which the weight of earlier rows shrinks with every server step. 1: no decay."""
 
     def round(self, server: Server, clients: Cohort, this: Round) -> Iterator[Step]:
         """One round of GAS: until the model buffer is full."""

@@ -20,8 +20,8 @@ class WithHead(Algorithm):
     """Algorithms whose clients have auxiliary heads."""
 
     aux: str | None = option(None, shared=False)
-    """The auxiliary head: path/to/file.py:make, called with examples of smashed data and the number of classes, gives a
-    module. Default: global average pooling and one linear layer."""
+    """The auxiliary head: path/to/file.py:make, a function of example smashed data and the number of classes that
+    returns a module. Default: global average pooling and one linear layer."""
 
     def head(self, smashed: Rows, classes: int) -> nn.Module:
         """As the option says."""
@@ -35,7 +35,7 @@ class SeldomSending(WithHead, LocalWork):
     """Algorithms whose clients send the first of every h batches, and get no gradient back."""
 
     upload_every: int = option(5, ge=1, planned=True)
-    """h: the first of every h local batches is sent."""
+    """h: a client sends the first of every h local batches."""
 
     def local_steps_and_uploads(
         self, server: Server, clients: Cohort, this: Round

@@ -43,9 +43,9 @@ class SplitLr(Scaled):
     """SplitLr, eq. 13."""
 
     alpha: float = option(1.0, ge=0)
-    """Rate exponent: the server's rate is server_lr x C^alpha (eq. 13)."""
+    """Rate exponent: the server's learning rate is server_lr x C^alpha (eq. 13)."""
     alpha_clients: Literal["participating", "enrolled"] = option("participating")
-    """Which C: the clients in the step, or all enrolled."""
+    """What C counts: the clients that take part in the step, or all enrolled clients."""
 
     def split_lr(self, smashed: Smashed, enrolled: int) -> float:
         """What the server's rate is multiplied with: C^alpha, C being the clients in this step, or all enrolled."""
@@ -61,15 +61,17 @@ class SplitAvg(Scaled):
     """SplitAvg, eq. 14 and 15."""
 
     phi: float = option(0.5, ge=0, le=1, planned=True)
-    """Active fraction: phi x C clients share one common cut gradient in each step."""
+    """Active fraction: in each step, phi x C clients share one common cut gradient."""
     phi_when: Literal["always", "initial", "final"] = option("always")
-    """Average during all of the training, or only its initial or final part (the phased variants)."""
+    """Use SplitAvg during the whole training, or only in its initial or final part (the phased variants)."""
     phi_until: float = option(0.6, ge=0, le=1)
-    """Length of that initial or final part, as a fraction of training."""
+    """Length of the initial or final part, as a fraction of the training."""
     average_over: Literal["clients", "clients-and-rows"] = option("clients")
-    """Average row by row over the active clients, or over all their rows into one gradient for every row."""
+    """Average row by row over the active clients (clients), or over all rows of the active clients into one gradient
+    for every row (clients-and-rows)."""
     average_reduce: Literal["mean", "sum"] = option("mean")
-    """Mean of the clients' gradients, or sum of the concatenated loss's slices (eq. 15 to the letter)."""
+    """Average with the mean of the clients' gradients, or with the sum of the slices of the concatenated loss's
+    gradient (eq. 15 to the letter)."""
 
     def check(self, given: frozenset[str]) -> None:
         """A phase's length needs a phase. Raises ConfigError."""
@@ -223,7 +225,7 @@ class Sgl(SplitAvg):
 @algorithm(
     "sglr",
     title="SGLR",
-    summary="both: SplitAvg and SplitLr",
+    summary="PSL with both SplitAvg and SplitLr",
     paper="arXiv 2112.05929",
     needs={FORWARD, BACKWARD},
     spreads="apart",

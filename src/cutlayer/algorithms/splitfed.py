@@ -42,8 +42,8 @@ class Sfl(Scaled, LocalWork):
     """SplitFed as the SGLR paper writes it."""
 
     average_every: Literal["step", "round", "gradients"] = option("round", planned=True)
-    """When client models are averaged; or, with gradients, never: in each step all clients, whether they have rows in
-    it or not, step with the sum of the clients' gradients of the one loss."""
+    """When client models are averaged: after each step, or at the end of each round. gradients: never; instead, in each
+    step all clients, even those without rows in it, step with the sum of the clients' gradients of the joint loss."""
 
     @property
     def needs(self) -> frozenset[str]:
@@ -81,7 +81,7 @@ class Sfl(Scaled, LocalWork):
 @algorithm(
     "sflv1",
     title="SplitFed V1",
-    summary="a server copy per client, both sides averaged every round",
+    summary="a server copy per client; client models and server copies are averaged every round",
     paper="arXiv 2004.12088",
     needs={FORWARD, BACKWARD, AVERAGE, STEP_COPIES},
     spreads="apart",
@@ -111,7 +111,7 @@ class SflV1(LocalWork):
 @algorithm(
     "sflv2",
     title="SplitFed V2",
-    summary="one server model stepped client by client in random order, client models averaged every round",
+    summary="one server model takes steps client by client in random order; client models are averaged every round",
     paper="arXiv 2004.12088",
     needs={FORWARD, BACKWARD, AVERAGE, STEP_EACH},
     spreads="gathered",
@@ -123,7 +123,8 @@ class SflV2(LocalWork):
     """SplitFed V2."""
 
     server_order: Literal["interleaved", "sequential"] = option("interleaved")
-    """Whose rows the server steps on: a batch of every client in turn, or all batches of a client, then the next's."""
+    """The order of the server's steps: a batch of every client in turn (interleaved), or all batches of one client
+    before those of the next (sequential)."""
 
     def round(self, server: Server, clients: Cohort, this: Round) -> Iterator[Step]:
         """One round of SplitFed V2."""
@@ -162,7 +163,7 @@ class SflV2(LocalWork):
 @algorithm(
     "sflv3",
     title="SplitFed V3",
-    summary="a server copy per client, server copies averaged every round, client models never",
+    summary="a server copy per client; server copies are averaged every round, client models never",
     paper="arXiv 2012.12591",
     needs={FORWARD, BACKWARD, STEP_COPIES},
     spreads="apart",

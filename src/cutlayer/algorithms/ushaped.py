@@ -97,7 +97,7 @@ class UShapedSfl(Scaled, LocalWork):
     """U-shaped SplitFed."""
 
     average_every: Literal["step", "round"] = option("round")
-    """When client models are averaged."""
+    """When client models are averaged: after each step, or at the end of each round."""
 
     def round(self, server: Server, clients: Cohort, this: Round) -> Iterator[Step]:
         """One round of U-shaped SFL."""

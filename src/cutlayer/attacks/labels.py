@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
 @attack("labels", title="Flipped labels", paper="arXiv 1911.11815")
 class Labels(Attack):
-    """Of K classes, class k becomes K - 1 - k in the client's training rows, or in a fraction of them, the parameter.
-    Targets that are not one class per sample are shuffled among these rows instead.
+    """Of K classes, class k becomes K - 1 - k in the client's training rows, or in a fraction of them.
+
+    The parameter is that fraction. Targets that are not one class per sample are shuffled among these rows instead.
     """
 
     def check(self) -> None:

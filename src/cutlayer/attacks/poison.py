@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 
 @attack("poison", title="Poisoned updates", paper="arXiv 1703.02757")
 class Poison(Attack):
-    """With a parameter above 0, the model's update is replaced by Gaussian noise that is as many times as long; with
-    one below 0, by the update itself times the parameter, which undoes what the others have learnt.
+    """The model's update is replaced by Gaussian noise, or by itself times a negative number.
+
+    With a parameter above 0, the noise is as many times as long as the update. With a parameter below 0, the update is
+    multiplied by it, which undoes what the other clients have learnt.
     """
 
     default: ClassVar[float] = 10.0

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
 @attack("features", title="Random features")
 class Features(Attack):
-    """Smashed data are replaced by Gaussian numbers with the mean of the batch's real ones, and their standard
-    deviation times the parameter. A bound on lengths does not see it: the parameter is 1 by default.
+    """Smashed data are replaced by Gaussian numbers with the mean and standard deviation of the batch's real ones.
+
+    The standard deviation is multiplied by the parameter. With the default of 1, a bound on lengths does not notice it.
     """
 
     def rows(self, rows: Rows, draw: torch.Generator) -> Rows:

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
 @attack("scale", title="Scaling", paper="arXiv 1807.00459")
 class Scaling(Attack):
-    """Smashed data are multiplied by the parameter, and so is the model's update where models leave the client. The
-    client trains on the gradients that come as if it had sent what it should.
+    """Smashed data are multiplied by the parameter, and so are updates of models that leave the client.
+
+    The client trains on the gradients that it receives as if it had sent correct data.
     """
 
     default: ClassVar[float] = 1e6

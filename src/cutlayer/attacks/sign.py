@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 
 @attack("sign", title="Flipped sign", paper="arXiv 1811.03761")
 class Sign(Attack):
-    """The client climbs the loss. In split learning it back-propagates the cut gradient times minus the parameter; a
-    client that trains a whole model sends its update times minus the parameter.
+    """The client increases the loss instead of decreasing it.
+
+    In split learning, it back-propagates the cut gradient times minus the parameter. A client that trains a whole model
+    sends its update times minus the parameter.
     """
 
     def gradient(self, gradient: Rows, draw: torch.Generator) -> Rows:

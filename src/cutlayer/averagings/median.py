@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @averaging("median", title="Median", paper="arXiv 1803.01498")
 class CoordinateMedian(Averaging):
-    """Of each number of the models, the median: the mean of the two in the middle if their number is even.
+    """The median of each number over the models; for an even number of models, the mean of the two in the middle.
 
     As in the paper, numbers of samples are not used.
     """

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 @averaging("norm_bound", title="Norm bound", paper="arXiv 1911.07963")
 class NormBound(Averaging):
-    """The weighted mean of the updates, of which those longer than a bound are scaled down to it.
+    """The weighted mean of the updates, after those that are longer than a bound are scaled down to it.
 
     A client's update is its model minus the last average (before the first: minus the model that all started from;
-    where clients started from different models, minus the median of the models that came, number by number). Its
+    where clients started from different models, minus the median of the received models, number by number). Its
     length is the Euclidean norm over all parameters and real buffers. The weights are those of the mean.
     """
 
@@ -26,9 +26,10 @@ class NormBound(Averaging):
     exclusive: ClassVar = (("norm_multiple", "norm_limit"),)
 
     norm_multiple: float = option(1.0, gt=0)
-    """The bound as a multiple of the median length of all updates (of an even number, the shorter in the middle)."""
+    """The bound as a multiple of the median length of all updates (for an even number of updates, of the lower
+    median)."""
     norm_limit: float | None = option(None, gt=0)
-    """The bound as a length, instead of a multiple of the median."""
+    """The bound as a fixed length, instead of a multiple of the median."""
 
     def combine(self, models: Tensor, shares: Tensor, origin: Tensor | None) -> Tensor:
         """The origin and the mean of the bounded updates, added up in double precision."""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @averaging("trimmed_mean", title="Trimmed mean", paper="arXiv 1803.01498")
 class TrimmedMean(Averaging):
-    """Of each number of the models, the mean without the largest and smallest values; all clients count alike.
+    """The mean of each number over the models, without the largest and smallest values; all clients count alike.
 
     As in the paper, numbers of samples are not used: a client could claim any, and would gain weight by it. The number
     of values dropped at each end, trim x K, is rounded up and leaves at least one value, so that a result lies within
@@ -22,7 +22,7 @@ class TrimmedMean(Averaging):
     """
 
     trim: float = option(0.2, ge=0, lt=0.5)
-    """Fraction of the models that is left out at each end, rounded up to whole models."""
+    """Fraction of the values that is left out at each end, rounded up to a whole number of models."""
 
     def dropped(self, models: int) -> int:
         """How many of so many models are left out at each end."""

@@ -15,12 +15,12 @@ from cutlayer.types import Rows
 
 @defence("feature-dropout", title="Feature dropout")
 class FeatureDropout(Defence):
-    """Zeroes numbers of the smashed data at random and scales up the others, so that the mean stays."""
+    """Sets random numbers of the smashed data to zero and scales up the others, so that the mean stays the same."""
 
     order = 10
 
     feature_dropout: float = option(
-        0.0, ge=0, lt=1, help="Zero each number of the smashed data with this probability, also in evaluation."
+        0.0, ge=0, lt=1, help="Set each number of the smashed data to zero with this probability, also in evaluation."
     )
 
     @property

@@ -20,15 +20,15 @@ from cutlayer.types import Rows
 
 @defence("noise", title="Clipping and noise")
 class Noise(Defence):
-    """Clips each sample's smashed data, over all tensors that cross, and adds Gaussian or Laplace noise."""
+    """Clips each sample's smashed data, all tensors together, and adds Gaussian or Laplace noise."""
 
     order = 20
 
     clip: float | None = option(
         None,
         gt=0,
-        help="Clip each sample's smashed data to this length: the Euclidean norm, or with laplace_noise the sum of "
-        "absolute values.",
+        help="Scale each sample's smashed data down to this length: the Euclidean norm, or with laplace_noise the "
+        "sum of absolute values.",
     )
     gaussian_noise: float = option(
         0.0, ge=0, help="Add Gaussian noise to smashed data: its standard deviation, in units of clip."

@@ -27,7 +27,7 @@ class _Open:
 
 @logger("csv")
 class CsvFiles(Logger):
-    """Steps in a wide table, evaluations in a long one: a line for each metric and kind of rows."""
+    """Two CSV files: a row per step, and a row per evaluation, metric and kind of rows."""
 
     _open: _Open | None = None
 

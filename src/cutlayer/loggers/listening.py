@@ -80,7 +80,7 @@ class Logger(Callback, plugins.Thing):
     """Base of loggers. What it needs while a run trains belongs into attributes that begin with an underscore."""
 
     log_every: int = plugins.option(1, ge=1, shared=False)
-    """Steps from one that a logger writes to the next. Evaluations are all written."""
+    """Write every n-th step to the loggers. Evaluations are always written."""
 
 
 L = TypeVar("L", bound=type[Logger])

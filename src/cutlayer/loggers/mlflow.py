@@ -18,11 +18,11 @@ _LONGEST = 6000  # characters of a parameter's value
 
 @logger("mlflow", title="MLflow")
 class Mlflow(Logger):
-    """Options as parameters, figures as metrics; a resumed run goes on in the same MLflow run."""
+    """Logs options as parameters and results as metrics; a resumed run continues the same MLflow run."""
 
     mlflow_uri: str | None = option(None, shared=False)
-    """Where the store is: http://..., sqlite:///file.db, or a folder. Default: as MLflow itself decides, by the
-    variable MLFLOW_TRACKING_URI."""
+    """Address of the store: http://..., sqlite:///file.db, or a folder. Default: as MLflow decides, from the variable
+    MLFLOW_TRACKING_URI."""
     mlflow_experiment: str = option("cutlayer", shared=False)
     """The experiment that runs belong to."""
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @logger("tensorboard")
 class TensorBoard(Logger):
-    """Scalars over steps, and the options as a text. `tensorboard --logdir runs` finds all runs below a folder."""
+    """Logs scalars over steps, and the options as text. `tensorboard --logdir runs` shows all runs below a folder."""
 
     _writer: SummaryWriter | None = None
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @logger("trackio")
 class Trackio(Logger):
-    """One run there for each run here, grouped by comparison; a resumed run goes on in the same one."""
+    """Logs each run as one run of Trackio, grouped by comparison; a resumed run continues the same one."""
 
     trackio_project: str = option("cutlayer", shared=False)
     """The project that runs go to."""

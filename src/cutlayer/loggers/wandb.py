@@ -14,12 +14,13 @@ if TYPE_CHECKING:
 
 @logger("wandb", title="Weights & Biases")
 class Wandb(Logger):
-    """One run there for each run here, grouped by comparison; a resumed run goes on in the same one."""
+    """Logs each run as one run of W&B, grouped by comparison; a resumed run continues the same one."""
 
     wandb_project: str = option("cutlayer", shared=False)
     """The project that runs go to."""
     wandb_mode: Literal["online", "offline"] | None = option(None, shared=False)
-    """Whether runs are sent at once, or kept for `wandb sync`. Default: as the variable WANDB_MODE says, or online."""
+    """Send runs at once (online), or keep them for `wandb sync` (offline). Default: the variable WANDB_MODE, or
+    online."""
 
     _run: Any = None
 

@@ -6,12 +6,12 @@ from cutlayer.plugins import option, register
 from cutlayer.schedules.schedule import Schedule
 
 
-@register("schedule", "linear", title="linear", summary="a straight line, from the base rate to lr_end of it")
+@register("schedule", "linear", title="linear", summary="a straight line, from the base rate to lr_end times it")
 class LinearSchedule(Schedule):
     """Rates fall along a line."""
 
     lr_end: float = option(0.0, ge=0, le=1)
-    """What is left of the rate at the end of the training, as a fraction of the base rate."""
+    """The rate at the end of the training, as a fraction of the base rate."""
 
     def factor(self, progress: float) -> float:
         """From 1 to lr_end."""

@@ -20,11 +20,11 @@ class OneCycleSchedule(Schedule):
     """Rates rise to the base rate and fall to almost nothing. Defaults are those of torch's OneCycleLR."""
 
     lr_peak_at: float = option(0.3, gt=0, lt=1)
-    """Fraction of the rounds at which the rate is highest: the base rate."""
+    """Fraction of the rounds after which the rate reaches its peak, the base rate."""
     lr_first: float = option(1 / 25, gt=0, le=1)
-    """The first rate, as a fraction of the base rate."""
+    """The initial rate, as a fraction of the base rate."""
     lr_last: float = option(4e-6, ge=0, le=1)
-    """The rate at the end of the training, as a fraction of the base rate."""
+    """The final rate, as a fraction of the base rate."""
 
     def check(self, given: frozenset[str]) -> None:
         """It has a warm-up of its own. Raises ConfigError for another one."""

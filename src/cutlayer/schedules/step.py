@@ -7,14 +7,14 @@ from cutlayer.plugins import option, register
 from cutlayer.schedules.schedule import Schedule
 
 
-@register("schedule", "step", title="step", summary="multiplied by lr_decay at each of lr_decay_at (the paper's)")
+@register("schedule", "step", title="step", summary="multiplied by lr_decay at each of lr_decay_at (as in the paper)")
 class StepSchedule(Schedule):
     """Rates fall by a factor at given fractions of the rounds. The paper: by 0.1 at 0.8."""
 
     lr_decay: float = option(0.1, gt=0, le=1)
-    """Factor at each of lr_decay_at."""
+    """Factor of the rate at each point of lr_decay_at."""
     lr_decay_at: tuple[float, ...] = option((0.8,))
-    """Fractions of the rounds at which the rate falls."""
+    """Fractions of the rounds after which the rate falls."""
 
     def check(self, given: frozenset[str]) -> None:
         """Raises ConfigError for a fraction outside (0, 1)."""

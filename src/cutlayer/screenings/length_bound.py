@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 @screening("length_bound", title="Fixed bound")
 class LengthBound(Screening):
-    """Rows that are longer than a fixed length are scaled down to it. It works where clients take turns, too."""
+    """Rows that are longer than a fixed length are scaled down to it. This also works if clients take turns."""
 
     row_limit: float | None = option(None, gt=0, shared=False)
-    """The length that a row may have. It must be given."""
+    """The largest length that a row may have. Required."""
 
     def check(self, given: frozenset[str]) -> None:
         """Raises ConfigError without a length."""

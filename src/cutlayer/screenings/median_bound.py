@@ -25,7 +25,7 @@ class MedianBound(Screening):
     compares: ClassVar[bool] = True
 
     row_multiple: float = option(2.0, gt=0, shared=False)
-    """The bound as a multiple of the median length of the step, over all clients."""
+    """The bound as a multiple of the step's median length over all clients."""
 
     def bound(self, lengths: Tensor, sizes: Sequence[int]) -> float | None:
         """The multiple of the median."""

@@ -1,4 +1,4 @@
-"""No screening: the server uses rows as they come."""
+"""No screening: the server uses rows as it receives them."""
 
 from __future__ import annotations
 
@@ -7,4 +7,4 @@ from cutlayer.screenings.filtering import Screening, screening
 
 @screening("none", title="None")
 class NoScreening(Screening):
-    """Rows are used as they come."""
+    """Rows are used as received."""

@@ -25,7 +25,7 @@ class Binary(Task):
     gives: ClassVar = frozenset({measures.CLASSES, measures.PROBABILITIES, measures.ENTROPY})
 
     positive_weight: float = option(1.0, gt=0)
-    """Factor of the loss of rows of the second class."""
+    """Weight of rows of the second class in the loss."""
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Cross entropy of each row: [R]."""

@@ -30,7 +30,7 @@ class OfClasses(Task):
     label_smoothing: float = option(0.0, ge=0, lt=1)
     """Fraction of each target that is spread evenly over all classes."""
     ignore_index: int | None = option(None)
-    """A class that is left out of loss and metrics, such as -100. Default: none."""
+    """A class that is left out of the loss and the metrics, such as -100. Default: none."""
 
     def check(self, given: frozenset[str]) -> None:
         """Class weights come from one place, and are not negative. Raises ConfigError."""

@@ -27,7 +27,7 @@ class Multilabel(Task):
     gives: ClassVar = frozenset({measures.LABELS, measures.PROBABILITIES})
 
     positive_weights: tuple[float, ...] = option(())
-    """Factor of the loss of labels that are 1: one number for all labels, or one for each."""
+    """Weight in the loss of labels that are 1: one number for all labels, or one for each."""
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The mean over a row's labels: [R]."""

@@ -59,8 +59,8 @@ class Task(Thing):
     _leading: str | None = PrivateAttr(default=None)
 
     auxiliary_weights: tuple[float, ...] = option(())
-    """Weights of the losses of the model's further outputs (auxiliary heads), in order. Default: only the first counts.
-    """
+    """Weights of the losses of the model's further outputs (auxiliary heads), in order. Default: only the first output
+    counts."""
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The loss of each row: outputs [R, ...], targets [R, t...] -> [R]. The mean over what counts within a row."""

@@ -29,10 +29,10 @@ class Regression(Task):
     gives: ClassVar = frozenset({measures.NUMBERS})
 
     loss: Literal["mse", "l1", "huber", "poisson"] = option("mse")
-    """The loss of a number: squared error, absolute error, Huber's (quadratic below huber_delta), or Poisson's (the
-    model gives the logarithm of a count)."""
+    """Loss per number: squared error (mse), absolute error (l1), Huber's (quadratic below huber_delta), or Poisson's
+    (the model outputs the logarithm of a count)."""
     huber_delta: float = option(1.0, gt=0)
-    """The error from which Huber's loss is linear."""
+    """The error above which Huber's loss is linear."""
 
     def check(self, given: frozenset[str]) -> None:
         """huber_delta belongs to Huber's loss. Raises ConfigError."""

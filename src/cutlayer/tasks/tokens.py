@@ -26,10 +26,10 @@ class TokenPrediction(OfClasses):
     gives: ClassVar = frozenset({measures.CLASSES, measures.ENTROPY})
 
     ignore_index: int | None = option(-100)
-    """A target that does not count: tokens of the prompt, padding."""
+    """Target value that does not count, used for tokens of the prompt and for padding."""
     next_token: bool = option(False)
-    """The targets are the inputs themselves, and a place is judged by the token after it: scores 0 to T - 2 against
-    targets 1 to T - 1."""
+    """The targets are the inputs themselves, and each position predicts the token after it: scores 0 to T - 2 are
+    compared with targets 1 to T - 1."""
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The mean over a row's tokens that count: [R]."""

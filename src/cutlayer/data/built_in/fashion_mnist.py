@@ -22,7 +22,7 @@ FASHION_MNIST_CLASSES = (
 @data_set(
     "fashion-mnist",
     title="Fashion-MNIST",
-    summary="70000 pieces of clothing, 28x28, 10 classes (Debian package dataset-fashion-mnist, or a folder of idx "
+    summary="70000 pictures of clothing, 28x28, 10 classes (Debian package dataset-fashion-mnist, or a folder of idx "
     "files)",
 )
 def fashion_mnist() -> Raw:

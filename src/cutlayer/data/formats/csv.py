@@ -28,7 +28,7 @@ _NAMES = (".csv", ".tsv")
 @data_format(
     "csv",
     title="CSV",
-    summary="a .csv or .tsv file (or .gz of one) of numbers and categories with a label column",
+    summary="a .csv or .tsv file (or .gz of one) with columns of numbers and categories and a label column",
 )
 class Csv(Columns):
     """A table: columns of numbers and of categories, a label, and perhaps an owner."""

@@ -20,7 +20,7 @@ _IDX = re.compile(r"(?:.*-)?(train|t10k|test)-(images|labels)[-.]idx[13]-ubyte(?
 @data_format(
     "idx",
     title="idx",
-    summary="a folder with the four idx files of MNIST and its kin, gzipped or not",
+    summary="a folder with four idx files as MNIST has them, gzipped or not",
     asked_first=True,
 )
 class Idx(Format):

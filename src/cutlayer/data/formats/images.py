@@ -32,7 +32,7 @@ _LITTER = (
 @data_format(
     "images",
     title="Images",
-    summary="a folder with one sub-folder of pictures per class (or train/ and test/ of such folders)",
+    summary="a folder with one subfolder of pictures per class (or train/ and test/ with such subfolders)",
 )
 class Images(Sized):
     """A folder of pictures, sorted by class or by part and class."""

@@ -51,16 +51,16 @@ class Sized(Format):
     """Base of formats of pictures."""
 
     resize: str | None = option(None)
-    """HEIGHTxWIDTH, such as 224x224, that all pictures are scaled to. Default: they must be of one size."""
+    """Scale all pictures to HEIGHTxWIDTH, such as 224x224. Default: all pictures must have the same size."""
 
 
 class Labelled(Format):
     """Base of formats whose columns have names: one may be the label, and one may say whose sample a row is."""
 
     label_column: str = option("label")
-    """The label's column (CSV, Hugging Face, text)."""
+    """The column with the label (CSV, Hugging Face, text)."""
     client_column: str | None = option(None)
-    """The column that says whose sample a row is (CSV, Hugging Face, text), for the partition `column`."""
+    """The column that names the client to which a row belongs (CSV, Hugging Face, text), for the partition `column`."""
 
     _alone: bool = PrivateAttr(False)
 
@@ -82,12 +82,12 @@ class Columns(Labelled):
     """Base of formats of tables, or of what is in one column of many."""
 
     columns: tuple[str, ...] = option(())
-    """The columns that are inputs (CSV, Hugging Face), in this order. Default: all but the label and the client."""
+    """The columns used as inputs (CSV, Hugging Face), in this order. Default: all but the label and the client."""
     ignore_columns: tuple[str, ...] = option(())
-    """Columns that are left out, such as identifiers (CSV, Hugging Face)."""
+    """Columns to leave out, such as identifiers (CSV, Hugging Face)."""
     impute: Literal["mean", "median", "zero"] | None = option(None)
-    """What replaces missing numbers of a table (CSV, Hugging Face): a figure of the column's training rows, or 0; a row
-    without a category is in none. Default: missing values are an error."""
+    """Replacement for missing numbers in a table (CSV, Hugging Face): the mean or median of the column's training rows,
+    or zero. A row with a missing category belongs to none. Default: missing values are an error."""
 
 
 def data_format(name: str, *, title: str, summary: str, asked_first: bool = False) -> Callable[[type[R]], type[R]]:

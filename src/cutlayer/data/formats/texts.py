@@ -28,8 +28,8 @@ _Columns = Mapping[str, Sequence[Any]]  # by name
 @data_format(
     "text",
     title="Text",
-    summary="a .txt or .jsonl file, or a folder of them, one for each client; parquet files and Hugging Face data with "
-    "a column of texts or messages (name the format); needs cutlayer[lm]",
+    summary="a .txt or .jsonl file, or a folder with one of them per client; with data_format = text, also parquet and "
+    "Hugging Face data with a column of texts or messages; needs cutlayer[lm]",
 )
 class Text(Labelled):
     """Rows of tokens [T]. The targets of the task `tokens` are the tokens that follow; a task with one label a row
@@ -37,25 +37,27 @@ class Text(Labelled):
     """
 
     tokenizer: str | None = option(None)
-    """The folder of the tokenizer. Default: that of the model (`--model hf:PATH`)."""
+    """Folder of the tokenizer. Default: the model's folder (`--model hf:PATH`)."""
     sequence_length: int = option(128, ge=2)
-    """Tokens in a row, T."""
+    """Number of tokens in a row, T."""
     packing: Literal["auto", "packed", "padded"] = option("auto")
-    """packed: texts end to end; padded: rows of one text each. auto: packed where all is learnt, and no labels."""
+    """packed: join texts end to end and cut them into rows. padded: one text per row. auto: packed if all tokens are
+    learnt and there are no labels."""
     padding_side: Literal["right", "left"] = option("right")
-    """Where rows are filled up."""
+    """The side on which short rows are padded."""
     loss_on: Literal["auto", "all", "answers"] = option("auto")
-    """What is learnt: all tokens, or completions and what the assistant says. auto: answers, where there are some."""
+    """What is learnt: all tokens, or only answers (completions and the assistant's messages). auto: answers, if there
+    are any."""
     documents: Literal["file", "paragraph", "line"] = option("file")
-    """What a document is in a .txt file; paragraphs have empty lines between them."""
+    """What counts as a document in a .txt file. Paragraphs are separated by empty lines."""
     text_column: str | None = option(None)
-    """The column of texts. Default: text, or else messages, or else prompt and completion."""
+    """The column with texts. Default: text, or else messages, or else prompt and completion."""
     messages_column: str | None = option(None)
-    """The column of conversations: lists of a role and a content each."""
+    """The column with conversations: lists of messages, each with a role and a content."""
     prompt_column: str | None = option(None)
-    """The column of prompts. Default: prompt."""
+    """The column with prompts. Default: prompt."""
     completion_column: str | None = option(None)
-    """The column of their completions. Default: completion."""
+    """The column with the completions of the prompts. Default: completion."""
 
     _targets: Targets = PrivateAttr("classes")
     _folder: str = PrivateAttr("")

@@ -12,7 +12,7 @@ from cutlayer.data.partitions.scheme import Indices, Partition, partition_scheme
 from cutlayer.errors import DataError
 
 
-@partition_scheme("column", title="Column", summary="as a column of the data says")
+@partition_scheme("column", title="Column", summary="by a column of the data that names each row's client")
 class Column(Partition):
     """Client k holds the rows with the k-th smallest value of the column."""
 

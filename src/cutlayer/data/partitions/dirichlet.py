@@ -19,7 +19,7 @@ _TRIES = 10
 @partition_scheme(
     "dirichlet",
     title="Dirichlet",
-    summary="per class, shares drawn from Dirichlet(alpha): a small alpha gives skewed labels (Hsu et al., 2019)",
+    summary="shares of each class drawn from Dirichlet(alpha): a small alpha gives skewed labels (Hsu et al., 2019)",
 )
 class Dirichlet(Partition):
     """Deals the same rows as the DirichletPartitioner of flwr-datasets under the same seed.
@@ -30,7 +30,7 @@ class Dirichlet(Partition):
     by_class: ClassVar = True
 
     dirichlet_alpha: float = option(0.5, gt=0)
-    """Label skew: small is skewed (0.1), large is iid (100)."""
+    """Label skew: a small value (0.1) is strongly skewed, a large one (100) is nearly iid."""
 
     def deal(
         self, labels: npt.NDArray[Any], order: Indices, clients: int, seed: int, owners: npt.NDArray[Any] | None

@@ -22,7 +22,7 @@ _GROWTH: dict[str, Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]]]
 @partition_scheme(
     "quantity",
     title="Quantity",
-    summary="labels iid, client sizes growing linearly, with the square, or exponentially",
+    summary="iid labels, with client sizes that grow linearly, with the square, or exponentially",
 )
 class Quantity(Partition):
     """Client k of 1..C holds a share proportional to k, k^2 or exp(k), rounded down; the last takes the remainder.

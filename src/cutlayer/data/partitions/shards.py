@@ -23,7 +23,7 @@ class Shards(Partition):
     """The sizes of shards differ by at most one."""
 
     shards_per_client: int = option(2, ge=1)
-    """Label-sorted shards that each client gets."""
+    """Number of label-sorted shards that each client gets."""
 
     def deal(
         self, labels: npt.NDArray[Any], order: Indices, clients: int, seed: int, owners: npt.NDArray[Any] | None

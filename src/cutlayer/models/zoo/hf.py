@@ -18,7 +18,7 @@ from cutlayer.plugins import option
 @model(
     "hf",
     title="Hugging Face folder",
-    summary="hf:PATH, a local folder with config.json and *.safetensors; cut by a module's name or after block 1, 2...",
+    summary="hf:PATH, a local folder with config.json and *.safetensors; cut at a module or after block 1, 2, ...",
     argument="a local folder with config.json and *.safetensors",
 )
 def hf(
@@ -27,23 +27,23 @@ def hf(
     *,
     cuts: Sequence[str] = (),
     model_head: Literal["auto", "language", "classification"] = option(
-        "auto", help="What the model ends in: scores of tokens, or of classes. auto: what its config.json says."
+        "auto", help="What the model predicts: tokens (language) or classes. auto: what its config.json says."
     ),
     lora_rank: int = option(
-        0, ge=0, help="Rank of the LoRA adapters, which are then all that is trained. 0: no adapters."
+        0, ge=0, help="Rank of the LoRA adapters; then only the adapters are trained. 0: no adapters."
     ),
     lora_alpha: float | None = option(
-        None, gt=0, help="Adapters are scaled by this over their rank. Default: twice the rank."
+        None, gt=0, help="Adapters are scaled by this number divided by their rank. Default: twice the rank."
     ),
     lora_targets: tuple[str, ...] = option(
         (),
-        help="Names of the layers that get adapters, such as q_proj v_proj, or all-linear. Default: those that peft "
-        "adapts in such a model.",
+        help="Names of the layers that get adapters, such as q_proj v_proj, or all-linear. Default: peft's choice for "
+        "this kind of model.",
     ),
-    lora_dropout: float = option(0.0, ge=0, lt=1, help="Dropout before the adapters."),
-    lora_sides: Literal["both", "client", "server"] = option("both", help="Which side of the cut has adapters."),
+    lora_dropout: float = option(0.0, ge=0, lt=1, help="Dropout probability before the adapters."),
+    lora_sides: Literal["both", "client", "server"] = option("both", help="Which side of the cut gets adapters."),
     base_precision: Literal["float32", "bfloat16"] = option(
-        "float32", help="How the frozen base is kept. bfloat16: half the memory; adapters stay in float32."
+        "float32", help="Type of the frozen base's weights. bfloat16: half the memory; adapters stay in float32."
     ),
 ) -> nn.Module:
     """The folder's causal language model, or its classifier of `classes` classes, with adapters if they are asked for.

@@ -34,8 +34,9 @@ _GOLDEN, _FIRST, _SECOND = (c - (1 << 64) for c in (0x9E3779B97F4A7C15, 0xBF5847
 @codec("rand-top-k")
 @dataclass(frozen=True)
 class RandTopK(TopK):
-    """Numbers of each row, the largest more often: `fraction` is kept, `chance` is that of others, e.g.
-    rand-top-k:0.1:0.2.
+    """Numbers of each row, drawn at random, mostly the largest; rand-top-k:0.1:0.2 keeps a tenth.
+
+    `fraction` (0.1) of the numbers is kept. Each is one of the largest with probability 1 - `chance` (0.8).
     """
 
     code = 6

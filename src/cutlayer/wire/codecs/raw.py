@@ -12,7 +12,7 @@ from cutlayer.wire.codecs.writing import Codec, as_it_is, codec
 
 @codec("raw")
 class AsIs(Codec):
-    """The bytes of the numbers themselves: nothing is lost."""
+    """The numbers as they are in memory, without loss."""
 
     code = 0
     lossy = False

@@ -38,7 +38,7 @@ def fraction_of(text: str, example: str) -> float:
 @codec("top-k")
 @dataclass(frozen=True)
 class TopK(Codec):
-    """The largest numbers of each row and their positions; `fraction` of them is kept, e.g. top-k:0.1."""
+    """The largest numbers of each row and their positions; top-k:0.1 keeps a tenth of them."""
 
     code = 5
     fraction: float = 1.0
