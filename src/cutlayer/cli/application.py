@@ -10,17 +10,17 @@ from rich.console import Console
 
 FILES = Group("Files", sort_key=9)
 
-HELP = """Scalable split learning: train and compare algorithms that split models between clients and a server.
+HELP = """Scalable split learning: train and compare algorithms that split a model between clients and a server.
 
-Start with `cutlayer compare`: several algorithms on handwritten digits, ten clients, three seeds. `cutlayer list` shows
-all algorithms (federated and centralised learning are among them), models, data sets and so on. `--help` of a command
-shows what people need first, `--help-all` all options. Every option can also be given in a TOML file (`--config`),
-under the same name with underscores; flags win over the file. The resolved configuration is stored with the run, and
-running from it reproduces the run.
+Start with `cutlayer compare`, which trains several algorithms on handwritten digits with ten clients and three seeds.
+`cutlayer list` shows all algorithms (including federated and centralised learning), models, data sets and so on. Each
+command shows its most common options with `--help` and all options with `--help-all`. You can also write options into
+a TOML file (`--config`), with underscores in place of hyphens; flags override the file. The resolved configuration is
+stored with the run, and running from it reproduces the run.
 
 Exit codes: 0 done, 1 training failed, 2 wrong input (nothing was written), 3 disk full, 75 not possible now (the same
-command may succeed later), 130 interrupted (after 3 and 130 `cutlayer resume` goes on). `--debug` shows the traceback
-of an error, for example of one in your own code.
+command may succeed later), 130 interrupted. After 3 and 130, `cutlayer resume` continues the run. `--debug` shows the
+traceback of an error, for example one in your own code.
 """
 # Markup is off: square brackets in names, paths and sentences of others are text.
 out = Console(markup=False)

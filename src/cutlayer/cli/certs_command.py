@@ -25,28 +25,30 @@ def certs(
     sign: File = None,
     show: File = None,
 ) -> None:
-    """Make an authority, a server's and clients' certificates; or a key with a request, and its certificate from that.
+    """Create certificates for a server and its clients: all at once, or by requests that an authority signs.
 
     Parameters
     ----------
     folder
-        The folder to write to: ca.crt, server.crt, client-0.crt..., each with its .key.
+        The folder to write to: ca.crt, server.crt, client-0.crt, ..., each with its .key.
     clients
-        Number of clients to make certificates and keys for; 0 if they make their own keys. Default: 3.
+        Number of clients to create certificates and keys for; 0 if they create their own keys. Default: 3.
     tokens
-        Instead of clients' certificates, tokens: client-0.token... for them, and tokens.toml for the server.
+        Create tokens instead of client certificates: client-0.token, ... for the clients, and tokens.toml for the
+        server.
     host
-        Names and addresses under which the server is reached. Default: this machine only.
+        Names and addresses at which clients reach the server. Default: this machine only.
     days
-        Days for which certificates are valid.
+        Number of days for which the certificates are valid.
     request
-        The name of a client, or server: makes NAME.key and NAME.csr in the folder, nothing else. The key stays there;
-        the .csr goes to the authority.
+        The name of a client, or server. Only creates NAME.key and NAME.csr in the folder. The key stays there; send
+        the .csr to the authority.
     sign
-        A NAME.csr that you received: the authority in the folder signs NAME.crt. Compare the fingerprints first.
+        A NAME.csr that you received. The authority in the folder signs it and writes NAME.crt. Compare the fingerprints
+        first.
     show
-        A certificate in the folder, such as client-0.crt: prints whose it is, how long it is valid, and what a list of
-        denied ones (`serve --deny`) calls it. Makes nothing.
+        A certificate in the folder, such as client-0.crt. Prints its owner, until when it is valid, and its entry for
+        a list of denied certificates (`serve --deny`). Creates nothing.
     """
     if show is not None:
         _check_alone(show, request, sign, clients, tokens, other_than_default=bool(host) or days != 365)

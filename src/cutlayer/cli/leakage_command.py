@@ -41,33 +41,34 @@ def leakage(
 ) -> None:
     """Measure what the server can learn about private inputs from the smashed data of trained runs.
 
-    Attacks are made with samples that no client has (those held out), on samples that clients trained on. Every
-    estimate of information stands beside what it reads where the answer is known. Needs the extra `leakage`.
+    Attackers learn from held-out samples, which no client has, and attack samples that clients trained on. Each
+    estimate of information is shown together with what the estimator finds on data for which the answer is known. Needs
+    the extra `leakage`.
 
     Parameters
     ----------
     runs
         Run folders.
     out
-        Where leakage.json and leakage.png go. Default: the first run's folder.
+        The folder for leakage.json and leakage.png. Default: the first run's folder.
     clients
-        Number of clients of each run to attack, drawn once.
+        Number of clients to attack in each run; they are drawn once.
     samples
-        Private samples of each client, at most.
+        Largest number of private samples to attack per client.
     auxiliary
-        Samples that the attacker has. Default: all that were held out, up to 1000.
+        Number of samples that the attacker has. Default: all held-out samples, up to 1000.
     knowledge
         What the attacker knows: model (the client part), smashed (only the smashed data, and the server's own part).
     estimators
-        Any of usable, infonce, smile, mine and ksg.
+        The estimators of information: any of usable, infonce, smile, mine and ksg.
     view
-        The projection that estimators of mutual information use: two canonical or principal components, random lines
-        (sliced), or none (raw), which gives readings far from the truth.
+        The projection for estimators of mutual information: two canonical components (cca), two principal components
+        (pca), random lines (random: sliced mutual information), or none (raw), whose estimates are far from the truth.
     snapshots
         Also examine the snapshots that the runs have kept (snapshot_every).
     hijack
-        Also train each run's clients anew, under an honest and under a hijacking server: what an active server would
-        have read, and whether clients notice.
+        Also train the clients of each run again, under an honest and under a hijacking server. This shows what an
+        active server would have read, and whether clients notice it.
     seed
         Seed of the attackers' randomness.
     """

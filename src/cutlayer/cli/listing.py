@@ -38,14 +38,15 @@ What = Literal[
 
 @command(sort_key=7, name="list")
 def list_(what: What = "all", /) -> None:
-    """List the available algorithms, tasks, metrics, data sets and formats, partitions, models with
-    their cut points, schedules, averaging rules, screenings of rows, codecs, defences, attacks and loggers, each with
-    its options; and profiles of devices and links with their figures. Things of installed packages are listed, too.
+    """List everything that you can choose: algorithms, tasks, metrics, data sets, models and so on, with their options.
+
+    Models are listed with their cut points, and profiles of devices and links with their figures. Things from installed
+    packages are listed, too.
 
     Parameters
     ----------
     what
-        Which of them.
+        What to list.
     """
     for name, show in _SHOWN.items():
         if what in ("all", name):

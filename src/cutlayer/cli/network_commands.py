@@ -46,40 +46,41 @@ def serve(
     prometheus: Annotated[str | None, FLAG] = None,
     log: LogForm = "text",
 ) -> None:
-    """Train with clients on other machines: hold the server's part, wait for all clients, go on after a restart.
+    """Train with clients on other machines, as the server: wait for all clients, train, and resume after a restart.
 
-    The same command with the same folder goes on from the last checkpoint; clients reconnect by themselves. Clients
-    are called client-0, client-1 and so on; so are the names in their certificates or in the file of tokens.
+    To resume, run the same command with the same folder; it continues from the last checkpoint, and clients reconnect
+    by themselves. Clients are called client-0, client-1 and so on. Their certificates, or the file of tokens, must use
+    these names.
 
     Parameters
     ----------
     config
-        A TOML file with any of the options above, those about faults in a table [faults]. Clients join with the same
-        one.
+        A TOML file with any of the options above. Those about faults go into a table [faults]. Clients use the same
+        file.
     out
         The run folder. Default: runs/serve-ALGORITHM-DATA.
     listen
-        Address and port.
+        Address and port to listen on.
     certificate
-        The server's certificate (`cutlayer certs` makes one for a trial).
+        The server's certificate (`cutlayer certs` creates one for trying things out).
     key
-        Its private key.
+        The server's private key.
     ca
-        The authority of the clients' certificates, which clients must show.
+        The certificate of the authority that signed the clients' certificates. Clients must present theirs.
     tokens
-        A TOML file with a line NAME = "TOKEN" for each client, in place of ca.
+        A TOML file with a line NAME = "TOKEN" for each client, instead of client certificates.
     deny
-        A file of refused clients and certificates: on each line a client's name, or serial:HEX or sha256:HEX of a
+        A file of clients and certificates to refuse, one per line: a client's name, or serial:HEX or sha256:HEX of a
         certificate. It is read again when it changes, like certificate, key, ca and tokens.
     insecure
         No encryption and no authentication: for localhost only.
     keepalive
-        Seconds between pings: a client that vanishes is noticed after one and a half times that. Use a minute if
-        hundreds of clients share few cores.
+        Seconds between pings. A client that vanishes is noticed after 1.5 times as long. Use a minute if hundreds of
+        clients share few cores.
     message_limit
-        Largest size of a message, such as an averaged model, in MB. Use the same for clients. Default: 268.
+        Largest size of a message, such as an averaged model, in MB. Use the same value for clients. Default: 268.
     prometheus
-        Port (or address:port) to serve figures for Prometheus at.
+        Port (or address:port) at which metrics for Prometheus are served.
     log
         Format of the log of connections on stderr: text, or JSON with one object per line.
     """
@@ -133,52 +134,53 @@ def join(
     prometheus: Annotated[str | None, FLAG] = None,
     log: LogForm = "text",
 ) -> None:
-    """Work as a client of a `serve` on another machine: dials out, keeps its data and its model, reconnects by itself.
+    """Take part as a client in a `serve` on another machine: dial out, keep data and model here, and reconnect alone.
 
     Parameters
     ----------
     address
         The server's host:port.
     client
-        This client's name: client-0, client-1... Several names run several clients in this process (with tokens or
-        insecure).
+        This client's name: client-0, client-1, ... With several names, several clients run in this process (only
+        with --insecure).
     config
         The server's configuration.
     folder
-        The folder of this client's state, which lets it go on after a restart. Default: no state is kept.
+        The folder for this client's state, so that it can continue after a restart. Default: keep no state.
     certificate
         This client's certificate.
     key
-        Its private key.
+        This client's private key.
     ca
-        The authority of the server's certificate.
+        The certificate of the authority that signed the server's certificate.
     token_file
-        A file with this client's token, in place of a certificate.
+        A file with this client's token, instead of a certificate.
     insecure
         No encryption: for localhost only.
     own_data
         The path of this client's own data. It trains on all rows except its own test rows (evaluate_on).
         Default: its share of the configuration's data.
     give_up_after
-        Seconds without a connection after which to give up. Default: never.
+        Give up after this many seconds without a connection. Default: never.
     keepalive
-        Seconds between pings: a server that vanishes is noticed after one and a half times that.
+        Seconds between pings. A server that vanishes is noticed after 1.5 times as long.
     message_limit
-        Largest size of a message in MB, as at the server. Default: 268.
+        Largest size of a message in MB; use the server's value. Default: 268.
     watch
-        Check whether the received gradients look like those of the task (a server may send others, to read the inputs);
-        if not, warn or leave. Received models are checked as well, if the algorithm averages them or hands them over.
-        Gradients that clients share (SplitAvg) are not checked.
+        Check whether received gradients look like gradients of the task (a hostile server may send others to read the
+        inputs); if not, warn or leave. Received models are also checked if the algorithm averages models or hands
+        them over. Gradients that clients share (SplitAvg) are not checked.
     audit
         The file in which this client records what it was asked and what it answered. Default: audit.jsonl in its
         folder.
     show
-        Do not connect: show what the study will ask of this client and what leaves it, with a fingerprint.
+        Do not connect. Instead, show what the study will ask of this client and what will leave it, with a
+        fingerprint.
     approve
-        Join only if the fingerprint of this client's configuration is this one (see --show).
+        Join only if this client's configuration has this fingerprint (see --show).
     prometheus
-        The port of this machine, or host:port, at which this process serves figures for Prometheus: requests by name
-        and outcome, rows and bytes sent, and what is spent and allowed of each client's budget.
+        Port of this machine, or host:port, at which this process serves metrics for Prometheus: requests by name and
+        outcome, rows and bytes sent, and how much of each client's budget is spent.
     log
         Format of the log of the connection on stderr: text, or JSON with one object per line.
     """

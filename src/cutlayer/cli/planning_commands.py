@@ -33,15 +33,15 @@ def plan(
 ) -> None:
     """Estimate what split learning would cost, without training: bytes, FLOPs, memory, time, energy, and the best cut.
 
-    The model is built without values, so that billions of parameters and a million clients take seconds. It may be your
-    own: any function without arguments that returns an nn.Module.
+    The model is built without allocating its weights, so even billions of parameters and a million clients take only
+    seconds. You can name your own model: any function without arguments that returns an nn.Module.
 
     Parameters
     ----------
     config
         A TOML file with any of the options above.
     out
-        A folder to make, for plan.json and plan.png. Default: nothing is written.
+        A folder to create for plan.json and plan.png. Default: write nothing.
     json
         Print JSON instead of tables.
     """
@@ -71,13 +71,13 @@ def calibrate(
     batch
         The batch size.
     device
-        Where it is trained: cpu, cuda...
+        The device to measure: cpu, cuda, ...
     seconds
-        Seconds to measure.
+        Length of the measurement in seconds.
     watts
-        Watts shown by a meter at the wall in the meantime, if this machine cannot measure its power.
+        Power in watts that a wall meter shows during the measurement, if this machine cannot measure its power.
     idle_watts
-        Watts shown by the meter while the machine is idle.
+        Power in watts that the meter shows while the machine is idle.
     out
         The file to write. Default: print the profile.
     """

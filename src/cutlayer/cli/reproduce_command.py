@@ -35,25 +35,25 @@ def reproduce(
 ) -> None:
     """Reproduce the SGLR paper's tables: train, write them beside the paper's, and judge each claim.
 
-    The same command in the same folder goes on where it was; other tables can be added there. What is trained already
-    is never trained again. With --model, a model of your choice takes the place of the paper's in every table.
+    The same command with the same folder continues where it stopped, and can add other tables there. Finished runs are
+    never trained again. With --model, a model of your choice replaces the paper's in every table.
 
     Parameters
     ----------
     tables
         Any of table1, table2, table3, table4, table6 and fig5 (learning curves of Table 4's methods), or all, which is
-        the default. By name alone: skew (label skew, which is not in the paper: accuracy against bytes), and table5 and
-        leakage (methods, depths of the cut, defences), which attack what they train.
+        the default. Three more must be named: skew (accuracy against bytes under label skew, which is not in the
+        paper), and table5 and leakage, which attack the models that they train (methods, depths of the cut, defences).
     size
-        How much is trained: smoke (a minute, to see that it works), reduced (hours) or full (the paper's models and
+        How much to train: smoke (a minute, to see that it works), reduced (hours) or full (the paper's models and
         numbers of clients).
     out
         The folder. Default: runs/reproduce-SIZE.
     device
-        Where everything is computed, as for `cutlayer run`.
+        The device that computes, as for `cutlayer run`.
     jobs
-        Number of runs at once. Default: as many as cores and memory allow on the CPU, otherwise 1. 0 trains nothing and
-        writes the report from existing results.
+        Number of runs to train at the same time. Default: as many as cores and memory allow on the CPU, otherwise 1.
+        With 0, nothing is trained, and the report is written from existing results.
     """
     from cutlayer.reproduce.reproduction import Reproduction
 

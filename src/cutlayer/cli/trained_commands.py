@@ -37,19 +37,20 @@ def export(
     folder
         The folder of a finished run, or of a client on another machine.
     client
-        Whose model: client-0, client-1..., average (of all clients' parts), or all (a file for each client). Not needed
-        where all have the same model.
+        Whose model to write: client-0, client-1, ..., average (of all clients' parts), or all (a file per client). Not
+        needed if all clients have the same model.
     best
-        The model of the evaluation that was best on the validation set.
+        Use the model of the evaluation that was best on the validation set.
     last
-        The model at the end (the default).
+        Use the model at the end of the training (the default).
     format
-        Named weights (safetensors), or a program: torch-export (.pt2) or onnx (needs the extra `onnx`); or the adapters
-        alone, a folder that peft loads onto the base (peft). Default: what the name of --out says, or safetensors.
+        Named weights (safetensors), a program (torch-export, a .pt2 file, or onnx, which needs the extra `onnx`), or
+        only the adapters, in a folder that peft loads onto the base (peft). Default: as the name of --out ends, or
+        safetensors.
     out
         The file (or, for peft, the folder) to write. Default: export/WHICH-CLIENT in the folder.
     model
-        The model, if the run was given it from Python or its file has moved: path/to/file.py:name.
+        The model, if the run received it from Python or its file has moved: path/to/file.py:name.
     """
     from cutlayer.exporting import SUFFIXES, whose, whose_name
     from cutlayer.exporting import export as write
@@ -82,10 +83,10 @@ def predict(
     out: Annotated[Path | None, _FILE] = None,
     model: Model = None,
 ) -> None:
-    """Predict new rows, which need no labels, with the trained model of a run.
+    """Predict new rows with the trained model of a run. The rows need no labels.
 
-    Columns are found by their names, and scaled and encoded as in training. Writes a CSV file: the class and the
-    probability of every class, or the numbers.
+    Columns are found by name, and scaled and encoded as in training. The result is a CSV file with the class and the
+    probability of every class, or with the predicted numbers.
 
     Parameters
     ----------
@@ -94,15 +95,16 @@ def predict(
     data
         New rows in the format of the run's data.
     client
-        Whose model: client-0, client-1..., or average (of all clients' parts). Not needed where all have the same.
+        Whose model to use: client-0, client-1, ..., or average (of all clients' parts). Not needed if all clients have
+        the same model.
     best
-        The model of the evaluation that was best on the validation set.
+        Use the model of the evaluation that was best on the validation set.
     last
-        The model at the end (the default).
+        Use the model at the end of the training (the default).
     out
-        The file to write, .csv, or .npz for arrays. Default: CSV on the standard output.
+        The file to write: .csv, or .npz for arrays. Default: CSV on standard output.
     model
-        The model, if the run was given it from Python or its file has moved: path/to/file.py:name.
+        The model, if the run received it from Python or its file has moved: path/to/file.py:name.
     """
     from cutlayer.data.fresh import read
     from cutlayer.exporting import whose

@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
 @command(sort_key=1, options=RunConfig)
 def run(*, options: BaseModel | None = None, config: ConfigFile = None, out: Out = None) -> None:
-    """Train one algorithm and write a run folder.
+    """Train with one algorithm and write a run folder.
 
     Parameters
     ----------
     config
         A TOML file with any of the options above.
     out
-        The run folder to make. Default: runs/ALGORITHM-DATA-TIME.
+        The run folder to create. Default: runs/ALGORITHM-DATA-TIME.
     """
     with launched() as ranks:
         _train(ranks.agreed(lambda: _run(options, config, out)))
@@ -50,16 +50,16 @@ def _run(options: BaseModel | None, config: Path | None, out: Path | None) -> Ru
 
 @command(sort_key=2, options=CompareConfig)
 def compare(*, options: BaseModel | None = None, config: ConfigFile = None, out: Out = None, jobs: int = 1) -> None:
-    """Train several algorithms over several seeds on the same data and write a table, curves and a page.
+    """Train several algorithms with several seeds on the same data, and write a table, curves and an HTML page.
 
     Parameters
     ----------
     config
         A TOML file with any of the options above; its tables [variant.NAME] add entries with options of their own.
     out
-        The folder to make. Default: runs/compare-DATA-TIME.
+        The folder to create. Default: runs/compare-DATA-TIME.
     jobs
-        How many runs to train at once, each in a process of its own with its share of the cores.
+        Number of runs to train at the same time, each in its own process with its share of the cores.
     """
     with launched() as ranks:
         _compare(ranks.agreed(lambda: _comparison(options, config, out, jobs)))
@@ -77,14 +77,14 @@ def _comparison(options: BaseModel | None, config: Path | None, out: Path | None
 def resume(folder: Folder, *, options: BaseModel | None = None, jobs: int = 1) -> None:
     """Continue an interrupted run or comparison from its last checkpoint.
 
-    Options are not needed; those given must be the run's own.
+    No options are needed. Those that you give must be the same as the run's.
 
     Parameters
     ----------
     folder
         The folder of the run or comparison.
     jobs
-        How many runs of a comparison to train at once.
+        Number of a comparison's runs to train at the same time.
     """
     from cutlayer.compare import Comparison
 
@@ -126,26 +126,26 @@ def report(
     correction: Correction = "none",
     difference: float | None = None,
 ) -> None:
-    """Draw the curves and write the page of a run or comparison, finished or not.
+    """Draw the curves and write the HTML page of a run or comparison, which need not have finished.
 
     Parameters
     ----------
     folder
         The folder of the run or comparison.
     csv
-        Also write table.csv, steps.csv, evaluations.csv and clients.csv: one row per observation.
+        Also write table.csv, steps.csv, evaluations.csv and clients.csv, with one row per observation.
     latex
         Also write table.tex, the result table for a paper (booktabs).
     pdf
-        Also write each panel as a PDF of a column's width, readable in black and white.
+        Also write each panel as a PDF as wide as a column, readable in black and white.
     svg
-        The same as SVG.
+        Also write each panel as an SVG of the same kind.
     baseline
         The entry that the others are compared with, seed by seed. Default: the first one.
     correction
-        What is done to the p values of several comparisons: none, or holm.
+        Correction of the p values for several comparisons: none or holm.
     difference
-        Say how many seeds it would take to find this difference, in the units of the table.
+        Show how many seeds are needed to detect this difference, in the units of the table.
     """
     from cutlayer.report import Wanted
 
@@ -156,7 +156,7 @@ def report(
 
 @command(sort_key=5)
 def collect(first: Folder, *more: Folder, out: Path) -> None:
-    """Gather the tables of many runs and comparisons into CSV files, each row with the study that it is of.
+    """Collect the tables of several runs and comparisons in CSV files; each row names the study it comes from.
 
     Parameters
     ----------
@@ -165,7 +165,7 @@ def collect(first: Folder, *more: Folder, out: Path) -> None:
     more
         Further folders.
     out
-        Where to write table.csv, steps.csv, evaluations.csv and clients.csv.
+        The folder to write table.csv, steps.csv, evaluations.csv and clients.csv to.
     """
     from cutlayer.report import collect_studies
 
