@@ -153,7 +153,7 @@ def test_comparison(tmp_path: Path) -> None:
         "16.3 MB",
     ):
         assert shown in page.text
-    assert "CL, PSL and SGLR compared on digits, dealt to 4 clients" in page.text
+    assert "CL, PSL and SGLR compared on digits, divided among 4 clients" in page.text
     assert "2 seeds" in page.text
     assert "cutlayer compare --config config.toml" in page.text
     assert "smashed data" in page.text
@@ -181,7 +181,7 @@ def test_single_run(tmp_path: Path) -> None:
     assert "cutlayer run --config config.toml" in page.text
     assert "80.00" in page.text
     assert "±" not in page.text
-    assert "One seed" in page.text
+    assert "With one seed" in page.text
     assert "The clients' learning rate" in page.text  # the configuration explains itself
 
 
@@ -196,7 +196,7 @@ def test_single_seed_has_no_spread(tmp_path: Path) -> None:
     page = Page(tmp_path / "c")
     assert "81.00" in page.text
     assert "±" not in page.text
-    assert "no spread is known" in page.text
+    assert "the spread is not known" in page.text
 
 
 NASTY = ["<b>x", "a $\\frac{ $b", "_hidden", "ünïcode 模型", "x" * 90, "{{ 7*7 }}"]
@@ -391,9 +391,9 @@ def test_less_is_better(tmp_path: Path) -> None:
     [
         (
             {},
-            "Mean over the clients of the rmse of (that client&#39;s model, the server&#39;s model) on the whole test",
+            "The rmse of each client&#39;s model with the server&#39;s model on the whole test",
         ),
-        ({"judge": "average", "evaluate_on": "own"}, "the server&#39;s model) on its own test rows."),
+        ({"judge": "average", "evaluate_on": "own"}, "the server&#39;s model on its own test rows."),
         ({"judge": "ensemble"}, "The rmse of the mean of the predictions of"),
     ],
 )

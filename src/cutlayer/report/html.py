@@ -29,7 +29,7 @@ def render(
     by_client: bytes | None = None,
     gaps: Differences | None = None,
 ) -> str:
-    """The page with the three panels of curves and the pictures of the classes and of the clients' scores in it."""
+    """The page as HTML, with the panels of curves and the pictures of the classes and of the clients' scores."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(resources.files("cutlayer.report").joinpath("report.html.j2").read_text("utf-8"))
     partition = shown_partition(report)
@@ -98,9 +98,9 @@ def sentence(report: Report) -> str:
     cut = dict.fromkeys(str(run["cut"]) for run in runs if run.get("cut"))
     whose = f"{clients} client{'s' * (clients != '1')}"
     return (
-        f"{what} on {data}, dealt to {whose} ({how}), with {model}"
+        f"{what} on {data}, divided among {whose} ({how}), with {model}"
         + (f", cut after {' or '.join(cut)}" if cut else "")
-        + f": {length}, batch {value('batch')}, {value('client_optimizer')} at rate {value('client_lr')}, "
+        + f": {length}, batch size {value('batch')}, {value('client_optimizer')} with rate {value('client_lr')}, "
         + (f"{len(seeds)} seeds." if len(seeds) > 1 else f"seed {seeds[0]}.")
     )
 
@@ -146,13 +146,13 @@ _SHOWN_CLIENTS = 40  # a longer table shows the best and the worst
 def _judged(report: Report) -> str:
     """Whose models the scores are of, and on which rows."""
     score, config = report.measure.title, report.entries[0].runs[0].config
+    rows = "its own test rows" if config.get("evaluate_on") == "own" else "the whole test set"
     whose = {
-        "average": f"The {score} of (the average of the clients' models, the server's model)",
-        "ensemble": f"The {score} of the mean of the predictions of (each client's model, the server's model)",
+        "average": f"The {score} of the clients' averaged model with the server's model on {rows}.",
+        "ensemble": f"The {score} of the mean of the predictions of all clients' models on {rows}.",
     }.get(config.get("judge", "mean"))
-    whose = whose or f"Mean over the clients of the {score} of (that client's model, the server's model)"
-    honest = " Models of hostile clients are left out." if config.get("attack") else ""
-    return f"{whose} on {'its own test rows' if config.get('evaluate_on') == 'own' else 'the whole test set'}.{honest}"
+    whose = whose or f"The {score} of each client's model with the server's model on {rows}, averaged over the clients."
+    return f"{whose}{' Models of hostile clients are left out.' if config.get('attack') else ''}"
 
 
 def _fairness(report: Report) -> list[dict[str, str]]:
