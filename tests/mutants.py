@@ -57,6 +57,7 @@ AREAS: dict[str, Sequence[str]] = {
     "stopping": ("*test_stopping*",),
     "loggers": ("*test_loggers*",),
     "markup": ("*test_markup*",),
+    "citations": ("*test_references*", "*test_citing*"),
     "disk": ("*test_shelved*",),
     "ranks": ("*test_collective*", "*test_launched*", "*engine/test_distributed*"),
     "crew": ("*test_crew*", "*test_footprint*", "*test_progress*"),
@@ -156,6 +157,12 @@ MUTANTS = [
     # Notebooks
     M("foreign text is markup", "markup", '"<td>{escape(cell)}</td>"', '"<td>{cell}</td>"'),
     M("an early end is not shown", "markup", '[("ended early", self.stopped)] if self.stopped else []', "[]"),
+    # Citations
+    M("an unknown paper is passed over", "citations", 'if not _key(name) and not name.startswith("@"):', "if False:"),
+    M("options without effect are cited", "citations", "resolved, given = config.resolved(), dict(own or {})", "resolved, given = config.model_dump(), dict(own or {})"),
+    M("a library counts as the data's citation", "citations", 'used["kind"] == "data" and used["paper"]', 'used["kind"] == "data"'),
+    M("an unfinished run says nothing", "citations", "for name in (RESULT, ALGORITHM):", "for name in (RESULT,):"),
+    M("figures are cited unasked", "citations", '["matplotlib"] if (folder / CURVES).exists() else []', '["matplotlib"]'),
     # Loggers and callbacks
     M("one that failed is told again", "loggers", "self._hearing.pop(who, None)", "pass"),
     M("a failure is not said", "loggers", "place_of(listener, error)} ({_reason(error)})", "place_of(listener, error)} ()"),

@@ -151,6 +151,7 @@ def test_commands() -> None:
         "compare",
         "resume",
         "report",
+        "cite",
         "collect",
         "export",
         "predict",

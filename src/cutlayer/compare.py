@@ -26,6 +26,7 @@ from cutlayer.markup import html_table
 from cutlayer.models.weights import renewed
 from cutlayer.options import CompareConfig, RunConfig, by_reference, from_anywhere, overlaid
 from cutlayer.plugins import label
+from cutlayer.references import bibtex
 from cutlayer.run import Record, Result, Run, Spent, Standing, own_objective, own_things, without_own
 from cutlayer.stored import reading, remade
 from cutlayer.summary import mean_of_known, spread
@@ -275,6 +276,11 @@ class Comparison:
         ]
         heads = ("", "test score", "seeds", "sent by clients", "sent to clients")
         return html_table(f"{len(lines)} of {len(self.plan)} entries have results", heads, lines)
+
+    def cite(self) -> str:
+        """BibTeX of what the runs used that have a result: methods, data, models and libraries."""
+        done = [result for results in self.results.values() for result in results.values()]
+        return bibtex(used for result in done for used in result.used)
 
     def table(self) -> list[Row]:
         """One row per entry that has a result."""

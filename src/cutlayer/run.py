@@ -23,6 +23,7 @@ from cutlayer import checkpoint, plugins
 from cutlayer.algorithms import steps_of
 from cutlayer.allocator import give_back
 from cutlayer.build import Data, Model, Training, assemble, by_name
+from cutlayer.citing import used_by
 from cutlayer.collective import known, world
 from cutlayer.costs.flops import ModelFlops
 from cutlayer.costs.measured import Meter
@@ -63,6 +64,7 @@ from cutlayer.keywords import RunKeywords
 from cutlayer.loggers import Audience, RunStart
 from cutlayer.markup import html_table
 from cutlayer.options import RunConfig, by_reference, from_anywhere, normalised, overlaid
+from cutlayer.references import Used, bibtex
 from cutlayer.schedules import Schedule, WarmedUp
 from cutlayer.scoring import RECALL, backward_transfer, fairness, judged, performance_gap, reported
 from cutlayer.stored import Amount, Count, Digits, MalformedError, Metric, Stored, checked, parsed, reading, remade
@@ -168,9 +170,8 @@ class Result(Spent):
     machine is measured, or why it is not. `attack` names what hostile clients did in a simulation; scores are then of
     the others. `availability` says, with a trace, what it meant for each client, and for rounds that nobody could be
     reached for. `staleness` says, if clients work at their own pace, how old was what each of them sent when the server
-    used it, and how long each has waited.
-    reached for. `rounds` are those that were trained; `stopped` says in a sentence why training ended before its last
-    round (`stop_after`), and is empty if it did not.
+    used it, and how long each has waited. `rounds` are those that were trained; `stopped` says in a sentence why
+    training ended before its last round (`stop_after`), and is empty if it did not. `used` is what there is to cite.
     """
 
     algorithm: str
@@ -198,6 +199,11 @@ class Result(Spent):
     availability: dict[str, Any] | None = None
     staleness: dict[str, Any] | None = None
     stopped: str = ""
+    used: list[Used] = field(default_factory=list, repr=False)
+
+    def cite(self) -> str:
+        """BibTeX of what the run used: methods, data, models and libraries, and comments about what has no entry."""
+        return bibtex(self.used)
 
     @property
     def steps_per_second(self) -> float:
@@ -389,6 +395,18 @@ class Run:
         return {"model": self._model, "data": self._data, "loss": self._loss, "metrics": self._metrics}
 
     @property
+    def used(self) -> list[Used]:
+        """What the run uses, as far as there is something to cite."""
+        t, latest = self.training, self.evaluations[-1].test if self.evaluations else {}
+        given = {"model": self._model, "data": self._data}
+        own = {name: _called(thing) for name, thing in given.items() if thing is not None}
+        return used_by(self.config, [t.task.leading, *self.config.metrics, *latest], t.source.cited, own)
+
+    def cite(self) -> str:
+        """BibTeX of what the run uses: methods, data, models and libraries, and comments about what has no entry."""
+        return bibtex(self.used)
+
+    @property
     def rounds(self) -> int:
         """Number of rounds of the whole run."""
         return self.training.rounds
@@ -493,8 +511,8 @@ class Run:
             names = list(t.source.class_names)
             entry = t.algorithm.entry
             meanings = {option.name: option.help for thing in self.config.chosen() for option in thing.options}
-            about = {"title": entry.title, "summary": entry.summary, **entry.facts, "meanings": meanings}
-            folder.write_json(ALGORITHM, about)
+            about = {"title": entry.title, "summary": entry.summary, **entry.facts}
+            folder.write_json(ALGORITHM, {**about, "meanings": meanings, "used": self.used})
             about_clients = {"client_names": self.client_names, "counts": t.counts.tolist()}
             folder.write_json(CLASSES, {"class_names": names, **about_clients})
             folder.write_json(DATA, t.source.described())
@@ -817,6 +835,7 @@ class Run:
             staleness=(staleness := self._staleness()),
             batch_age=None if staleness is None else staleness.get("batch_age"),
             model_age=None if staleness is None else staleness.get("model_age"),
+            used=self.used,
         )
 
     def _fairness(self) -> dict[str, Any]:
@@ -1028,6 +1047,11 @@ def _to_the_end(training: Training, this: Round) -> Iterator[Step]:
         else:
             t.server.end_round()
             return
+
+
+def _called(thing: object) -> str:
+    """What an object from Python is called: a function or class by its name, another by that of its class."""
+    return str(getattr(thing, "__name__", type(thing).__name__))
 
 
 def own_things(**given: object) -> dict[str, bool]:

@@ -11,7 +11,7 @@ from cutlayer.cli.application import ConfigFile, Folder, Out
 from cutlayer.cli.flags import command
 from cutlayer.cli.launched import launched
 from cutlayer.cli.merging import check_positive, fresh_folder, merged_values, run_config
-from cutlayer.cli.printing import say
+from cutlayer.cli.printing import print_exactly, say
 from cutlayer.cli.progress import Monitor, resumable
 from cutlayer.cli.results import print_clients, print_comparison, print_result, tell, write_report
 from cutlayer.collective import world
@@ -171,6 +171,24 @@ def collect(first: Folder, *more: Folder, out: Path) -> None:
 
     for path in collect_studies([first, *more], out):
         say(str(path))
+
+
+@command(sort_key=5)
+def cite(first: Folder, *more: Folder) -> None:
+    """Print BibTeX entries of what runs and comparisons used: methods, data, models, libraries and Cutlayer itself.
+
+    Each entry is printed once. A comment names what is to be cited and has no entry, such as an algorithm of your own.
+
+    Parameters
+    ----------
+    first
+        The folder of a run or comparison, finished or not.
+    more
+        Further folders.
+    """
+    from cutlayer.report import cite as entries
+
+    print_exactly(entries([first, *more]))
 
 
 def _train(run: Run) -> None:

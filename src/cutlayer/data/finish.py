@@ -72,6 +72,7 @@ def finished(
         validation_clients=whose("validation"),
         test_clients=whose("test"),
         preprocessing=_preprocessing(raw, convert, class_names),
+        cited=raw.cited,
     )
     return dataclasses.replace(source, account=account(raw, source))
 
@@ -91,7 +92,7 @@ def finished_whole(raw: Raw, targets: Targets = "class", ignored: int | None = N
     whole = _samples(raw, "train", convert, raw.train.x, y["train"])
     test = _samples(raw, "test", convert, raw.test.x, y["test"]) if raw.test is not None else whole[:0]
     preprocessing = _preprocessing(raw, convert, class_names)
-    source = Source(raw.name, whole, whole[:0], test, class_names, preprocessing=preprocessing)
+    source = Source(raw.name, whole, whole[:0], test, class_names, preprocessing=preprocessing, cited=raw.cited)
     return dataclasses.replace(source, account=account(raw, source))
 
 

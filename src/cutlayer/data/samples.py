@@ -145,7 +145,7 @@ class Source:
     without training rows.
 
     `preprocessing` is what became of the inputs, in plain values that JSON can hold: `preprocessed` does the same to
-    new rows. `account` is one line about what was read, used and left out.
+    new rows. `account` is one line about what was read, used and left out. `cited` is what the data are cited by.
     """
 
     name: str
@@ -159,6 +159,7 @@ class Source:
     test_clients: Tensor | None = None
     preprocessing: Mapping[str, Any] = field(default_factory=dict)
     account: str = ""
+    cited: tuple[str, ...] = ()
 
     def to(self, device: torch.device) -> Source:
         """The same data set on a device."""

@@ -51,7 +51,8 @@ class Raw:
 
     `rows` is what one calls a row (pictures); `left_out` and `remarks` are for the line that says what was used;
     `recipe` is what the reader did to the inputs, in plain values. `several` holds the arrays of each part where a
-    sample's inputs are several: `x` are then the numbers of rows in them (see `several`).
+    sample's inputs are several: `x` are then the numbers of rows in them (see `several`). `cited` are papers, libraries
+    and BibTeX entries that the data are cited by, as `cutlayer.references` takes them.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Raw:
     remarks: tuple[str, ...] = ()
     recipe: Mapping[str, Any] = field(default_factory=dict)
     several: Mapping[str, Any] = field(default_factory=dict)
+    cited: tuple[str, ...] = ()
 
     def owners(self) -> dict[str, Array]:
         """Whose samples the rows of each part are, for the parts of which that is known."""

@@ -18,7 +18,7 @@ from cutlayer.plugins import option
 from cutlayer.types import Rows
 
 
-@defence("noise", title="Clipping and noise")
+@defence("noise", title="Clipping and noise", paper="arXiv 1905.02383, arXiv 1805.06530")
 class Noise(Defence):
     """Clips each sample's smashed data, all tensors together, and adds Gaussian or Laplace noise."""
 

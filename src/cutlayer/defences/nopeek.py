@@ -12,7 +12,7 @@ from cutlayer.defences.protection import Defence, defence
 from cutlayer.plugins import option
 
 
-@defence("nopeek", title="NoPeek")
+@defence("nopeek", title="NoPeek", paper="arXiv 2008.09161")
 class NoPeek(Defence):
     """A penalty on the distance correlation of inputs and smashed data, in the client's loss."""
 

@@ -69,10 +69,10 @@ def drawn(
 D = TypeVar("D", bound=type[Defence])
 
 
-def defence(name: str, *, title: str = "") -> Callable[[D], D]:
+def defence(name: str, *, title: str = "", paper: str = "") -> Callable[[D], D]:
     """A decorator that registers a subclass of `Defence`."""
 
     def decorate(made: D) -> D:
-        return plugins.register("defence", name, title=title, order=made.order)(made)
+        return plugins.register("defence", name, title=title, paper=paper, order=made.order)(made)
 
     return decorate

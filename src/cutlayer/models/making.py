@@ -31,14 +31,17 @@ def model(
     cuts: Sequence[str] = (),
     default_cut: str | None = None,
     argument: str = "",
+    paper: str = "",
+    library: str = "",
 ) -> Callable[[F], F]:
     """A decorator that registers a function (or an `nn.Module` class) that makes a model.
 
     `cuts` are its named cut points in the order data flows, and `default_cut` is the one that is used if none is named.
     `argument` says what follows the name and a colon, for a model that is made of something: the function's first
-    parameter.
+    parameter. `paper` and `library` are what it is cited by (see `cutlayer.references`).
     """
     facts = {"argument": argument} if argument else {}
+    facts |= {"paper": paper, "library": library}
     return register("model", name, title=title, summary=summary, cuts=list(cuts), default_cut=default_cut, **facts)
 
 

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 from cutlayer.errors import RunFolderError
 from cutlayer.files import replace_file
 from cutlayer.folder import CLASS_COUNTS, CURVES, PAGE
+from cutlayer.report.cited import cite
 from cutlayer.text import format_bytes
 
 if TYPE_CHECKING:
     from cutlayer.report.collect import Report
     from cutlayer.summary import Correction
 
-__all__ = ["Wanted", "collect_studies", "format_bytes", "write"]
+__all__ = ["Wanted", "cite", "collect_studies", "format_bytes", "write"]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,13 @@ from cutlayer.plugins import register
 from cutlayer.schedules.schedule import Schedule
 
 
-@register("schedule", "cosine", title="cosine", summary="half a cosine, from the base rate to zero")
+@register(
+    "schedule",
+    "cosine",
+    title="cosine",
+    summary="half a cosine, from the base rate to zero",
+    paper="arXiv 1608.03983",
+)
 class CosineSchedule(Schedule):
     """Rates fall along half a cosine."""
 

@@ -31,6 +31,7 @@ def metric(
     title: str = "",
     upto: int = 0,
     several: bool = False,
+    library: str = "",
 ) -> Callable[[T], T]:
     """Registers a function of what is judged (`Judged`) under `name`; the rest is as in `Metric`."""
     facts: dict[str, Any] = {
@@ -39,6 +40,7 @@ def metric(
         "share": share,
         "upto": upto,
         "several": several,
+        "library": library,
     }
     return plugins.register("metric", name, title=title, **facts)
 
@@ -127,7 +129,7 @@ def dice(judged: Judged) -> float | None:
     return _mean_defined(_f1(judged))
 
 
-@metric("auroc", needs=(PROBABILITIES,), title="AUROC", upto=2)
+@metric("auroc", needs=(PROBABILITIES,), title="AUROC", upto=2, library="scikit-learn")
 def auroc(judged: Judged) -> float | None:
     """Area under the ROC curve: of the second of two classes, else the mean of one class against the rest."""
     from sklearn.metrics import roc_auc_score  # type: ignore[import-untyped]
@@ -135,7 +137,7 @@ def auroc(judged: Judged) -> float | None:
     return _mean_over(judged, roc_auc_score)
 
 
-@metric("average_precision", needs=(PROBABILITIES,), title="Average precision", upto=2)
+@metric("average_precision", needs=(PROBABILITIES,), title="Average precision", upto=2, library="scikit-learn")
 def average_precision(judged: Judged) -> float | None:
     """Average precision: of the second of two classes, else the mean of one class against the rest."""
     from sklearn.metrics import average_precision_score

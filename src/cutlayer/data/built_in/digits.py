@@ -15,6 +15,8 @@ from cutlayer.data.unsplit import Raw, Section
     "digits",
     title="Digits",
     summary="1797 handwritten digits, 8x8, 10 classes (bundled with scikit-learn)",
+    paper="doi 10.24432/C50P49",
+    library="scikit-learn",
 )
 def digits() -> Raw:
     """Pictures [n, 1, 8, 8] in [0, 1]."""

@@ -24,6 +24,7 @@ FASHION_MNIST_CLASSES = (
     title="Fashion-MNIST",
     summary="70000 pictures of clothing, 28x28, 10 classes (Debian package dataset-fashion-mnist, or a folder of idx "
     "files)",
+    paper="arXiv 1708.07747",
 )
 def fashion_mnist() -> Raw:
     """Pictures [n, 1, 28, 28], with the published test set."""

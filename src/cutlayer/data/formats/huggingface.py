@@ -118,6 +118,17 @@ def from_huggingface(found: Any, name: str, options: Huggingface, indices: Colle
     The input is the only Image, Array or list column; without one, all columns of numbers and texts are a table.
     """
     splits = splits_of(found, name)
+    return dataclasses.replace(_read(splits, name, options, indices), cited=cited(splits))
+
+
+def cited(splits: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the data say that they are cited by, and the library that reads them."""
+    citation = splits["train"].info.citation.strip()
+    return ("datasets", citation) if citation else ("datasets",)
+
+
+def _read(splits: Mapping[str, Any], name: str, options: Huggingface, indices: Collection[str]) -> Raw:
+    """The data of each part."""
     about = splits["train"].features
     saved = {column: "a saved index" for column in about if column in indices or _INDEX.fullmatch(column)}
     columns, left_out = features(list(about), options, name, saved)

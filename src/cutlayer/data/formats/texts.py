@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -111,7 +112,8 @@ class Text(Labelled):
                 Document(d.text, d.answers, d.rendered, d.label, owner)
                 for d, owner in zip(parts["train"], owners.tolist(), strict=True)
             ]
-        return self._raw(name, parts, tokenizer)
+        raw = self._raw(name, parts, tokenizer)
+        return dataclasses.replace(raw, cited=(*huggingface.cited(huggingface.splits_of(found, name)), *raw.cited))
 
     def _tokenizer(self) -> Tokenizer:
         self.check(frozenset({"label_column"} if self.label_column != "label" else ()))
@@ -232,6 +234,7 @@ class Text(Labelled):
             remarks=_remarks(made, self.sequence_length),
             recipe={"kind": "text", "padding": tokenizer.padding, "padded": not pack},
             several=several,
+            cited=("transformers",),
         )
 
     def _learnt(self, documents: Sequence[Document]) -> Sequence[Document]:

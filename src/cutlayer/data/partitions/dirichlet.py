@@ -20,6 +20,7 @@ _TRIES = 10
     "dirichlet",
     title="Dirichlet",
     summary="shares of each class drawn from Dirichlet(alpha): a small alpha gives skewed labels (Hsu et al., 2019)",
+    paper="arXiv 1909.06335",
 )
 class Dirichlet(Partition):
     """Deals the same rows as the DirichletPartitioner of flwr-datasets under the same seed.

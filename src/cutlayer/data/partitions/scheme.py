@@ -38,6 +38,6 @@ class Partition(Thing):
         """
 
 
-def partition_scheme(name: str, *, title: str, summary: str) -> Callable[[type[P]], type[P]]:
+def partition_scheme(name: str, *, title: str, summary: str, paper: str = "") -> Callable[[type[P]], type[P]]:
     """A decorator that registers a `Partition` under `name`."""
-    return register("partition", name, title=title, summary=summary)
+    return register("partition", name, title=title, summary=summary, paper=paper)

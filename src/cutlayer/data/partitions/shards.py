@@ -18,6 +18,7 @@ from cutlayer.plugins import option
     "shards",
     title="Shards",
     summary="sorted by label, cut into shards, `shards_per_client` for each client (McMahan et al., 2017)",
+    paper="arXiv 1602.05629",
 )
 class Shards(Partition):
     """The sizes of shards differ by at most one."""

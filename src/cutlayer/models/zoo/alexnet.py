@@ -14,6 +14,7 @@ from cutlayer.models.zoo._layers import conv_block, named, picture_shape
     summary="an AlexNet for 28x28 whose client part is one convolution and one max-pool (paper, Table 4)",
     cuts=("block1", "block2", "conv3", "conv4", "block5", "hidden1", "hidden2"),
     default_cut="block1",
+    paper="doi 10.1145/3065386",
 )
 def alexnet(input_shape: tuple[int, ...], classes: int) -> nn.Module:
     """An AlexNet for small pictures whose first block, one convolution and one max-pool, is the client part.

@@ -20,6 +20,7 @@ from cutlayer.plugins import option
     title="Hugging Face folder",
     summary="hf:PATH, a local folder with config.json and *.safetensors; cut at a module or after block 1, 2, ...",
     argument="a local folder with config.json and *.safetensors",
+    library="transformers",
 )
 def hf(
     folder: str,

@@ -16,6 +16,7 @@ from cutlayer.models.zoo._layers import named, picture_shape
     summary="the paper's ResNet16, cut 9/7 after block4 (inputs resized to 3x32x32)",
     cuts=("stem", "block1", "block2", "block3", "block4", "block5", "block6", "block7"),
     default_cut="block4",
+    paper="arXiv 1512.03385",
 )
 def resnet16(input_shape: tuple[int, ...], classes: int) -> nn.Module:
     """The paper's ResNet16: stem and seven basic blocks of 16, 16, 32, 32, 64, 64, 64 channels.

@@ -13,7 +13,7 @@ from cutlayer.wire.codecs.scaled import ScaledCodec
 from cutlayer.wire.codecs.writing import codec
 
 
-@codec("float8")
+@codec("float8", paper="arXiv 2209.05433")
 class Float8(ScaledCodec):
     """1 byte per number (e4m3) and a scale per row: error about 6 %."""
 

@@ -31,7 +31,7 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _GOLDEN, _FIRST, _SECOND = (c - (1 << 64) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
-@codec("rand-top-k")
+@codec("rand-top-k", paper="arXiv 2305.18469")
 @dataclass(frozen=True)
 class RandTopK(TopK):
     """Numbers of each row, drawn at random, mostly the largest; rand-top-k:0.1:0.2 keeps a tenth.

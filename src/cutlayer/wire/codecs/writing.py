@@ -146,11 +146,11 @@ class Codec(ABC):
 C = TypeVar("C", bound=type[Codec])
 
 
-def codec(name: str, *, title: str = "") -> Callable[[C], C]:
+def codec(name: str, *, title: str = "", paper: str = "") -> Callable[[C], C]:
     """A decorator that registers a subclass of `Codec`."""
 
     def decorate(made: C) -> C:
-        return plugins.register("codec", name, title=title, code=made.code)(made)
+        return plugins.register("codec", name, title=title, paper=paper, code=made.code)(made)
 
     return decorate
 
