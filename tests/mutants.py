@@ -58,6 +58,7 @@ AREAS: dict[str, Sequence[str]] = {
     "loggers": ("*test_loggers*",),
     "markup": ("*test_markup*",),
     "citations": ("*test_references*", "*test_citing*"),
+    "observations": ("*test_observations*",),
     "disk": ("*test_shelved*",),
     "ranks": ("*test_collective*", "*test_launched*", "*engine/test_distributed*"),
     "crew": ("*test_crew*", "*test_footprint*", "*test_progress*"),
@@ -163,6 +164,11 @@ MUTANTS = [
     M("a library counts as the data's citation", "citations", 'used["kind"] == "data" and used["paper"]', 'used["kind"] == "data"'),
     M("an unfinished run says nothing", "citations", "for name in (RESULT, ALGORITHM):", "for name in (RESULT,):"),
     M("figures are cited unasked", "citations", '["matplotlib"] if (folder / CURVES).exists() else []', '["matplotlib"]'),
+    # Tables in Python
+    M("rows lack the columns of others", "observations", "columns = dict.fromkeys(name for row in found for name in row)", "columns = dict.fromkeys(found[0] if found else ())"),
+    M("unknown values stay objects", "observations", "if frame[name].isna().all()]", "if False]"),
+    M("one study is called by its name", "observations", 'tidy.observed(collect.read(Path(first))) if not more else', "False or"),
+    M("of seeds the first is given", "observations", '"seeds": len(row.seeds),', '"seeds": row.seeds[0],'),
     # Loggers and callbacks
     M("one that failed is told again", "loggers", "self._hearing.pop(who, None)", "pass"),
     M("a failure is not said", "loggers", "place_of(listener, error)} ({_reason(error)})", "place_of(listener, error)} ()"),

@@ -24,6 +24,7 @@ from cutlayer.keywords import CompareKeywords
 from cutlayer.loggers import Audience
 from cutlayer.markup import html_table
 from cutlayer.models.weights import renewed
+from cutlayer.observations import Observations
 from cutlayer.options import CompareConfig, RunConfig, by_reference, from_anywhere, overlaid
 from cutlayer.plugins import label
 from cutlayer.references import bibtex
@@ -225,7 +226,7 @@ class Comparison:
         runs = [(entry, seed) for seed in self.config.seeds for entry in self.plan]
         return world().first(lambda: [(entry, seed) for entry, seed in runs if not self._has_ended(entry, seed)])
 
-    def run(self) -> list[Row]:
+    def run(self) -> Observations[Row]:
         """Train everything and return the table."""
         for _ in self.progress():
             pass
@@ -282,9 +283,10 @@ class Comparison:
         done = [result for results in self.results.values() for result in results.values()]
         return bibtex(used for result in done for used in result.used)
 
-    def table(self) -> list[Row]:
-        """One row per entry that has a result."""
-        return [_row(entry, self.plan[entry], results) for entry, results in self.results.items() if results]
+    def table(self) -> Observations[Row]:
+        """One row per entry that has a result; `table().to_pandas()` has the columns of table.csv."""
+        rows = (_row(entry, self.plan[entry], results) for entry, results in self.results.items() if results)
+        return Observations(rows, _plain)
 
     @contextmanager
     def _held(self) -> Iterator[None]:
@@ -344,6 +346,25 @@ def _refuse_path_names(plan: Mapping[str, object]) -> None:
     for entry in plan:
         if "/" in entry or entry.startswith(".") or not entry.strip() or entry in OWN_FILES:
             raise RunFolderError(f"variant {entry!r} cannot name a folder: use letters, digits, spaces and dashes")
+
+
+def _plain(row: Row) -> dict[str, Any]:
+    """A line of the table as it stands in table.csv."""
+    return {
+        "entry": row.entry,
+        "algorithm": row.algorithm,
+        "seeds": len(row.seeds),
+        "metric": row.metric,
+        "score": row.score_mean,
+        "score_std": row.score_std,
+        "best_score": row.best_score_mean,
+        "best_score_std": row.best_score_std,
+        "steps": row.steps,
+        "samples_per_second": row.samples_per_second,
+        "bytes_up": row.bytes_up,
+        "bytes_down": row.bytes_down,
+        "bytes_down_broadcast": row.bytes_down_broadcast,
+    }
 
 
 def _row(entry: str, configs: Mapping[int, RunConfig], results: Mapping[int, Result]) -> Row:

@@ -8,7 +8,7 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
@@ -63,6 +63,7 @@ from cutlayer.folder import (
 from cutlayer.keywords import RunKeywords
 from cutlayer.loggers import Audience, RunStart
 from cutlayer.markup import html_table
+from cutlayer.observations import Observations, flat
 from cutlayer.options import RunConfig, by_reference, from_anywhere, normalised, overlaid
 from cutlayer.references import Used, bibtex
 from cutlayer.schedules import Schedule, WarmedUp
@@ -321,7 +322,7 @@ class Run:
         self._audience = told if world().leads else Audience({})
         self.training = training
         self.result: Result | None = None
-        self.evaluations: list[Scores] = []
+        self.evaluations: Observations[Scores] = self._observed(())
         self._start_round = 0
         self._step = self._samples = 0
         self._served = self._pooled = 0  # rows that the server has stepped on; those of them that no clients sent then
@@ -393,6 +394,11 @@ class Run:
     def _own(self) -> dict[str, object]:
         """What the user gave that is not found by name."""
         return {"model": self._model, "data": self._data, "loss": self._loss, "metrics": self._metrics}
+
+    def _observed(self, evaluations: Iterable[Scores]) -> Observations[Scores]:
+        """Evaluations with the columns of evaluations.csv."""
+        which = {"entry": plugins.label(self.config.algorithm), "seed": self.config.seed}
+        return Observations(evaluations, lambda scores: {**which, **flat(asdict(scores))})
 
     @property
     def used(self) -> list[Used]:
@@ -971,7 +977,7 @@ class Run:
         self._samples, self._seconds = state.samples, state.seconds
         self._served, self._pooled = state.served or (self._samples, 0)
         self._meter.load(state.measured)
-        self.evaluations = [remade(Scores, scores, "evaluations") for scores in state.evaluations]
+        self.evaluations = self._observed(remade(Scores, scores, "evaluations") for scores in state.evaluations)
         for scores in self.evaluations:
             for found in (scores.validation, scores.test, scores.own):
                 checked(found or {}, dict[str, Metric], "evaluations")

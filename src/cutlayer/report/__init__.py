@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cutlayer.errors import RunFolderError
 from cutlayer.files import replace_file
 from cutlayer.folder import CLASS_COUNTS, CURVES, PAGE
+from cutlayer.observations import Observations
 from cutlayer.report.cited import cite
 from cutlayer.text import format_bytes
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from cutlayer.report.collect import Report
     from cutlayer.summary import Correction
 
-__all__ = ["Wanted", "cite", "collect_studies", "format_bytes", "write"]
+__all__ = ["Wanted", "cite", "collect_studies", "format_bytes", "tables", "write"]
 
 
 @dataclass(frozen=True)
@@ -70,17 +71,35 @@ def write(folder: Path | Report, wanted: Wanted = Wanted()) -> list[Path]:
     return [report.folder / name for name in contents]
 
 
-def collect_studies(folders: Sequence[Path], out: Path) -> list[Path]:
-    """Write table.csv, steps.csv, evaluations.csv and clients.csv of several runs and comparisons into `out`, each row
-    with the study that it is of: the name of its folder, or its whole path where two have one name. Returns the paths.
-    Raises RunFolderError where a folder is no run, or `out` holds such files already.
+def tables(first: Path | str, *more: Path | str) -> dict[str, Observations[dict[str, Any]]]:
+    """What the CSV files of a run or a comparison hold, in Python: "table", "steps", "evaluations" and "clients". Each
+    is a list of rows with a method `to_pandas`. Of several folders, together, the first column names the study.
+
+    Raises RunFolderError for a folder that is not a run's or a comparison's, or has no evaluation yet.
     """
+    from cutlayer.report import collect, tidy
+
+    return tidy.observed(collect.read(Path(first))) if not more else _gathered([Path(f) for f in (first, *more)])
+
+
+def _gathered(folders: Sequence[Path]) -> dict[str, Observations[dict[str, Any]]]:
+    """The tables of several studies. Raises RunFolderError."""
     from cutlayer.report import collect, tidy
 
     reports = {path.resolve(): collect.read(path) for path in folders}
     names = [path.name for path in reports]
     called = {str(path) if names.count(path.name) > 1 else path.name: report for path, report in reports.items()}
-    contents = tidy.gathered(called)
+    return tidy.gathered(called)
+
+
+def collect_studies(folders: Sequence[Path], out: Path) -> list[Path]:
+    """Write table.csv, steps.csv, evaluations.csv and clients.csv of several runs and comparisons into `out`, each row
+    with the study that it is of: the name of its folder, or its whole path where two have one name. Returns the paths.
+    Raises RunFolderError where a folder is no run, or `out` holds such files already.
+    """
+    from cutlayer.report import tidy
+
+    contents = {f"{name}.csv": tidy.as_csv(rows) for name, rows in _gathered(folders).items()}
     if there := [name for name in contents if (out / name).exists()]:
         raise RunFolderError(f"{str(out / there[0])!r} is there already: choose another --out")
     out.mkdir(parents=True, exist_ok=True)

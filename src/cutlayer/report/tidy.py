@@ -10,6 +10,7 @@ from typing import Any
 
 from cutlayer.files import read_records
 from cutlayer.folder import CLIENTS, EVALUATIONS, STEPS
+from cutlayer.observations import Observations, flat
 from cutlayer.report.collect import Report, ReportEntry, StoredRun
 
 Row = dict[str, Any]
@@ -19,23 +20,25 @@ def tables(report: Report) -> dict[str, bytes]:
     """File name -> content: the result table, and all steps, evaluations and scores of clients, of every entry and
     seed. Lists (classes, confusion matrices) stay in the run's JSON lines.
     """
-    return {name: _csv(rows) for name, rows in _rows(report).items()}
+    return {f"{name}.csv": as_csv(rows) for name, rows in observed(report).items()}
 
 
-def gathered(reports: Mapping[str, Report]) -> dict[str, bytes]:
-    """The same of several studies, whose names are the first column."""
-    found = [(study, _rows(report)) for study, report in reports.items()]
+def gathered(reports: Mapping[str, Report]) -> dict[str, Observations[Row]]:
+    """The tables of several studies, by their names; the name of the study is the first column."""
+    found = [(study, observed(report)) for study, report in reports.items()]
     names = list(found[0][1]) if found else []
-    return {name: _csv({"study": s, **row} for s, rows in found for row in rows[name]) for name in names}
+    rows = {name: [{"study": s, **row} for s, tables in found for row in tables[name]] for name in names}
+    return {name: Observations(those, dict) for name, those in rows.items()}
 
 
-def _rows(report: Report) -> dict[str, Iterable[Row]]:
+def observed(report: Report) -> dict[str, Observations[Row]]:
+    """The tables by their names: table, steps, evaluations and clients."""
     runs = [(entry, run, folder_of(report, entry, run)) for entry in report.entries for run in entry.runs]
     return {
-        "table.csv": map(_result, report.entries),
-        "steps.csv": _records(runs, STEPS),
-        "evaluations.csv": _records(runs, EVALUATIONS),
-        "clients.csv": _clients(runs),
+        "table": Observations(map(_result, report.entries), dict),
+        "steps": Observations(_records(runs, STEPS), dict),
+        "evaluations": Observations(_records(runs, EVALUATIONS), dict),
+        "clients": Observations(_clients(runs), dict),
     }
 
 
@@ -66,7 +69,7 @@ def _result(entry: ReportEntry) -> Row:
 def _records(runs: Iterable[tuple[ReportEntry, StoredRun, Path]], name: str) -> Iterator[Row]:
     for entry, run, folder in runs:
         for record in read_records(folder / name):
-            yield {"entry": entry.name, "seed": run.seed, **_flat(record)}
+            yield {"entry": entry.name, "seed": run.seed, **flat(record)}
 
 
 def _clients(runs: Iterable[tuple[ReportEntry, StoredRun, Path]]) -> Iterator[Row]:
@@ -79,29 +82,15 @@ def _clients(runs: Iterable[tuple[ReportEntry, StoredRun, Path]]) -> Iterator[Ro
                     "seed": run.seed,
                     **when,
                     "client": run.called(int(client)),
-                    **_flat(scores),
+                    **flat(scores),
                 }
 
 
-def _flat(record: Row, prefix: str = "") -> Row:
-    """The record's plain values; those of a table in it under both names. How many of a list there are, not which."""
-    found: Row = {}
-    for name, value in record.items():
-        if isinstance(value, dict):
-            found |= _flat(value, f"{prefix}{name}.")
-        elif not isinstance(value, list):
-            found[f"{prefix}{name}"] = value
-        elif name in ("clients", "active"):
-            found[f"{prefix}{name}"] = len(value)
-    return found
-
-
-def _csv(rows: Iterable[Row]) -> bytes:
+def as_csv(rows: Observations[Row]) -> bytes:
     """The rows as UTF-8, with every column that one of them has."""
-    found = list(rows)
-    columns = list(dict.fromkeys(name for row in found for name in row))
+    found = rows.rows
     file = io.StringIO(newline="")
-    writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+    writer = csv.DictWriter(file, list(found[0]) if found else [], lineterminator="\n")
     writer.writeheader()
     writer.writerows(found)
     return file.getvalue().encode()
