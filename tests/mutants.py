@@ -168,7 +168,7 @@ MUTANTS = [
     M("rows lack the columns of others", "observations", "columns = dict.fromkeys(name for row in found for name in row)", "columns = dict.fromkeys(found[0] if found else ())"),
     M("unknown values stay objects", "observations", "if frame[name].isna().all()]", "if False]"),
     M("one study is called by its name", "observations", 'tidy.observed(collect.read(Path(first))) if not more else', "False or"),
-    M("of seeds the first is given", "observations", '"seeds": len(row.seeds),', '"seeds": row.seeds[0],'),
+    M("the spread is the mean", "observations", '"score_std": row.score_std,', '"score_std": row.score_mean,'),
     # Loggers and callbacks
     M("one that failed is told again", "loggers", "self._hearing.pop(who, None)", "pass"),
     M("a failure is not said", "loggers", "place_of(listener, error)} ({_reason(error)})", "place_of(listener, error)} ()"),
