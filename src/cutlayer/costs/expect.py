@@ -1,8 +1,8 @@
 """What training costs, without training: closed forms for equal clients, each what ledger and clock would count.
 
 Per algorithm: bytes under every convention, FLOPs, virtual time, energy, for a number of epochs. Every client holds the
-same number of samples, takes part in every round, and computes and sends at its own speed. A million clients are a few
-arrays; the number of steps does not matter.
+same number of samples, takes part in every round, and computes and sends at its own speed; its cut may be its own. A
+million clients are a few arrays; the number of steps does not matter.
 
 Shape legend: C clients.
 """
@@ -10,10 +10,14 @@ Shape legend: C clients.
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from cutlayer.algorithms import Algorithm, traffic_of
 from cutlayer.costs.energy import Energy, Use, clients_energy, server_energy
@@ -30,11 +34,37 @@ class Workload(Epoch):
     flops: ModelFlops
     epochs: int = 1
 
+    def holding(self, samples: int) -> Workload:
+        """The same with so many samples per client."""
+        return replace(self, samples_per_client=samples)
+
+
+@dataclass(frozen=True, eq=False)
+class Mixture:
+    """What is trained where clients have different cuts: `kinds` are the workloads at each cut, whose `clients` are the
+    number of clients that have it; `numbers` [C] say which kind each client is of (only a fleet asks for them). The
+    server's model begins at the last kind's cut, which is the deepest; the server also computes what lies between a
+    client's cut and that one.
+    """
+
+    kinds: tuple[Workload, ...]
+    numbers: npt.NDArray[np.intp]
+
+    @property
+    def clients(self) -> int:
+        """C."""
+        return sum(kind.clients for kind in self.kinds)
+
+    def holding(self, samples: int) -> Mixture:
+        """The same with so many samples per client."""
+        return replace(self, kinds=tuple(kind.holding(samples) for kind in self.kinds))
+
 
 @dataclass(frozen=True)
 class Expected:
     """Costs of `epochs` epochs, of all clients together. `once_*`: at the start, whatever the epochs (raw data of
-    centralised learning). FLOPs: of one client, of the server. Time and energy are None without a fleet.
+    centralised learning). FLOPs: of one client (the mean, if cuts differ), of the server. Time and energy are None
+    without a fleet.
     """
 
     algorithm: str
@@ -60,71 +90,145 @@ class Expected:
         return self.up + self.down_broadcast + self.once_up
 
 
-def expect(algorithm: Algorithm, work: Workload, fleet: Fleet | None = None) -> Expected:
+def expect(algorithm: Algorithm, work: Workload | Mixture, fleet: Fleet | None = None) -> Expected:
     """The costs of training `work` with `algorithm`, on `fleet` if there is one. Raises ConfigError for an algorithm
-    that does not state its traffic.
+    that does not state its traffic, or whose clients cannot have different cuts if they have.
+
+    If an algorithm draws the clients that share a gradient, and the cuts differ, bytes and time are those of the mean.
     """
-    traffic = traffic_of(algorithm, work)
-    if traffic is None:
-        raise ConfigError(
-            f"{algorithm.entry.name} is not planned: it does not say what it moves (a method `traffic`); leave it out"
+    mix = Mixture((work,), np.zeros(0, np.intp)) if isinstance(work, Workload) else work
+    moved = _Moved(algorithm, mix)
+    counted = moved.counted()
+    return counted if fleet is None else _timed(counted, moved, fleet)
+
+
+def plans_mixed(algorithm: Algorithm, epoch: Epoch) -> bool:
+    """Whether `expect` takes a mixture of cuts for an algorithm: its clients can have different ones, and wait for the
+    slowest in each step.
+    """
+    traffic = traffic_of(algorithm, epoch)
+    return algorithm.traits.mixes_cuts and traffic is not None and traffic.pattern == "steps"
+
+
+@dataclass(frozen=True)
+class _Sharing:
+    """Of the clients with the deepest cut: how many receive one common gradient in a step (in the mean), how likely it
+    is that any does in a step, and in an epoch. Whole numbers where nothing depends on which clients are drawn.
+    """
+
+    clients: float
+    some: float
+    ever: float
+
+    @property
+    def saved(self) -> float:
+        """Gradients that need not be sent in a step if the common one is sent once."""
+        return self.clients - self.some
+
+
+def _sharing(drawn: int, deepest: int, clients: int, steps: int) -> _Sharing:
+    """If `drawn` of all `clients` share in each step, drawn anew, where only the `deepest` of them can."""
+    if drawn in (0, clients) or deepest == clients:
+        there = int(drawn > 0)
+        return _Sharing(min(drawn, deepest), there, there)
+    none = _none_of(deepest, drawn, clients)
+    return _Sharing(drawn * deepest / clients, 1 - none, 1 - none**steps)
+
+
+def _none_of(deepest: int, drawn: int, clients: int) -> float:
+    """How likely it is that of `clients`, of whom `drawn` are drawn, none of the `deepest` is."""
+    others = clients - deepest
+    if drawn > others:
+        return 0.0
+    orders = [math.lgamma(n + 1) - math.lgamma(n - drawn + 1) for n in (others, clients)]
+    return math.exp(orders[0] - orders[1])
+
+
+def _whole(count: float) -> int:
+    """A mean is rounded; what is counted exactly stays as it is."""
+    return round(count) if isinstance(count, float) else count
+
+
+class _Moved:
+    """What an algorithm moves for each kind of clients: `traffics` and `costs`, beside `mix.kinds`. Raises ConfigError
+    as `expect` does.
+    """
+
+    def __init__(self, algorithm: Algorithm, mix: Mixture) -> None:
+        self.name, self.mix = algorithm.entry.name, mix
+        stated = [traffic_of(algorithm, replace(kind, clients=mix.clients)) for kind in mix.kinds]
+        self.traffics = [t for t in stated if t is not None]
+        if len(self.traffics) < len(stated):
+            raise ConfigError(
+                f"{self.name} is not planned: it does not say what it moves (a method `traffic`); leave it out"
+            )
+        self.work, self.traffic = mix.kinds[-1], self.traffics[-1]
+        if len(mix.kinds) > 1 and not plans_mixed(algorithm, self.work):
+            raise ConfigError(
+                f"{self.name} is not planned with different cuts: {algorithm.traits.one_cut or 'clients take turns'}; "
+                "leave it out, or name one cut for all"
+            )
+        steps = -(-self.work.samples_per_client // self.work.batch)
+        self.sharing = _sharing(self.traffic.sharing, self.work.clients, mix.clients, steps)
+        self.costs = [self._kind(t, w) for t, w in zip(self.traffics, mix.kinds, strict=True)]
+
+    def counted(self) -> Expected:
+        """Bytes and FLOPs of all kinds together."""
+        kinds, found = self.mix.kinds, self.costs
+        if len(found) == 1:
+            return found[0]
+        counts = {n: sum(getattr(e, n) for e in found) for n in ("up", "down", "down_broadcast", "paper")}
+        at_clients = sum(w.clients * e.client_flops for w, e in zip(kinds, found, strict=True))
+        served = sum(e.server_flops for e in found)
+        return Expected(self.name, **counts, client_flops=at_clients / self.mix.clients, server_flops=served)
+
+    def _kind(self, t: Traffic, w: Workload) -> Expected:
+        """Bytes and FLOPs of the clients of one kind; a gradient can be common to those with the deepest cut alone."""
+        name, c, rows, epochs = self.name, w.clients, w.samples, w.epochs
+        if t.pattern == "gather":
+            work = epochs * rows * w.flops.whole.training
+            raw = rows * (w.raw + w.label)
+            return Expected(name, 0, 0, 0, raw, 0.0, work, once_up=raw)
+        if t.pattern == "rounds":
+            model = epochs * c * t.averaged
+            flops = epochs * w.samples_per_client * w.flops.whole.training
+            return Expected(name, model, model, epochs * t.averaged, 2 * model, flops, 0.0)
+        f, label, gradient = w.flops, w.label * t.labels, w.gradient * t.gradients
+        sent, features = w.smashed + w.returned * t.tails, rows * w.features * t.tails
+        sending = c * w.uploaded(t.every)
+        up, down = sending * (sent + label), rows * gradient
+        broadcast: float = down
+        paper: float = sending * sent + down
+        if w is self.work:
+            common = w.samples_per_client * gradient
+            broadcast, paper = down - self.sharing.saved * common, paper - self.sharing.clients * common
+            paper = paper + self.sharing.ever * gradient
+        down, broadcast, paper = down + features, broadcast + features, paper + features
+        moved = t.averaged + t.summed * -(-w.samples_per_client // w.batch)  # from and to each client in an epoch
+        up, down = up + c * moved, down + c * moved
+        broadcast, paper = broadcast + moved, paper + 2 * c * moved
+        moves = (epochs * c - 1) * t.moved if c > 1 else 0  # the very first client has the model already
+        given = -(-epochs // t.given_every) * c * t.given
+        return Expected(
+            name,
+            epochs * up + moves,
+            epochs * down + moves + given,
+            _whole(epochs * broadcast + moves + given),
+            _whole(epochs * paper + 2 * moves + given),
+            epochs * w.samples_per_client * (f.client.training + f.head.training + f.tail.training * t.tails),
+            epochs * sending * self.serving(w, t),
         )
-    counted = _counted(algorithm.entry.name, traffic, work)
-    return counted if fleet is None else _timed(counted, traffic, work, fleet)
+
+    def serving(self, w: Workload, t: Traffic) -> float:
+        """FLOPs of the server for each sample of a client of one kind."""
+        server = self.work.flops.server
+        own = server.training * t.server_passes + (server.forward if t.answers_apart else 0.0)
+        return own + (w.flops.server.training - server.training)
 
 
-def _counted(name: str, t: Traffic, w: Workload) -> Expected:
-    """Bytes and FLOPs."""
-    c, rows, epochs = w.clients, w.samples, w.epochs
-    if t.pattern == "gather":
-        work = epochs * rows * w.flops.whole.training
-        raw = rows * (w.raw + w.label)
-        return Expected(name, 0, 0, 0, raw, 0.0, work, once_up=raw)
-    if t.pattern == "rounds":
-        model = epochs * c * t.averaged
-        flops = epochs * w.samples_per_client * w.flops.whole.training
-        return Expected(name, model, model, epochs * t.averaged, 2 * model, flops, 0.0)
-    label, gradient = w.label * t.labels, w.gradient * t.gradients
-    sent, features = w.smashed + w.returned * t.tails, rows * w.features * t.tails
-    sending = c * w.uploaded(t.every)
-    up, down = sending * (sent + label), rows * gradient
-    broadcast, paper = down, sending * sent + down
-    if t.sharing:
-        alone = (c - t.sharing) * w.samples_per_client * gradient
-        broadcast = alone + w.samples_per_client * gradient
-        paper = rows * sent + alone + gradient
-    down, broadcast, paper = down + features, broadcast + features, paper + features
-    moved = t.averaged + t.summed * -(-w.samples_per_client // w.batch)  # from and to each client in an epoch
-    up, down = up + c * moved, down + c * moved
-    broadcast, paper = broadcast + moved, paper + 2 * c * moved
-    moves = (epochs * c - 1) * t.moved if c > 1 else 0  # the very first client has the model already
-    given = -(-epochs // t.given_every) * c * t.given
-    return Expected(
-        name,
-        epochs * up + moves,
-        epochs * down + moves + given,
-        epochs * broadcast + moves + given,
-        epochs * paper + 2 * moves + given,
-        epochs * w.samples_per_client * _computing(t, w),
-        epochs * sending * _serving(t, w),
-    )
-
-
-def _computing(t: Traffic, w: Workload) -> float:
-    """FLOPs of a client for each sample."""
-    f = w.flops
-    return f.client.training + f.head.training + f.tail.training * t.tails
-
-
-def _serving(t: Traffic, w: Workload) -> float:
-    """FLOPs of the server for each sample."""
-    server = w.flops.server
-    return server.training * t.server_passes + (server.forward if t.answers_apart else 0.0)
-
-
-def _timed(e: Expected, t: Traffic, w: Workload, fleet: Fleet) -> Expected:
+def _timed(e: Expected, moved: _Moved, fleet: Fleet) -> Expected:
     """With time and energy: what `costs.clock.Clock` would read at the end."""
-    path = _Path(e, t, w, fleet)
+    path = _Path(e, moved, fleet)
     patterns = {
         "gather": path.central,
         "rounds": path.federated,
@@ -132,7 +236,7 @@ def _timed(e: Expected, t: Traffic, w: Workload, fleet: Fleet) -> Expected:
         "steps": path.parallel,
         "local": path.local,
     }
-    seconds = patterns[t.pattern]()
+    seconds = patterns[moved.traffic.pattern]()
     busy = path.flops / fleet.speeds + path.up_seconds + path.down_seconds
     waiting = np.maximum(seconds - busy, 0.0)
     waiting[waiting < 1e-9 * max(seconds, 1.0)] = 0.0
@@ -143,16 +247,29 @@ def _timed(e: Expected, t: Traffic, w: Workload, fleet: Fleet) -> Expected:
 
 
 class _Path:
-    """What each client does along the way: [C] each. Every method adds it up and returns the seconds of the whole."""
+    """What each client does along the way: [C] each. Every method adds it up and returns the seconds of the whole. What
+    depends on a client's cut is one number if all have the same, or [C].
+    """
 
-    def __init__(self, e: Expected, t: Traffic, w: Workload, fleet: Fleet) -> None:
-        self.e, self.t, self.w, self.fleet = e, t, w, fleet
-        self.label, self.gradient = w.label * t.labels, w.gradient * t.gradients
-        self.serving = _serving(t, w)  # FLOPs per sample
-        zeros = np.zeros(w.clients)
-        self.flops = zeros + e.client_flops
+    def __init__(self, e: Expected, moved: _Moved, fleet: Fleet) -> None:
+        self.e, self.moved, self.fleet = e, moved, fleet
+        self.t, self.w, self.clients = moved.traffic, moved.work, moved.mix.clients
+        pairs = list(zip(moved.mix.kinds, moved.traffics, strict=True))
+        self.sent = self._each([w.smashed + w.label * t.labels for w, t in pairs])  # bytes of a sample
+        self.gradient = self._each([w.gradient * t.gradients for w, t in pairs])
+        self.forward = self._each([w.flops.client.forward for w, _ in pairs])  # FLOPs of a sample
+        self.backward = self._each([w.flops.client.backward for w, _ in pairs])
+        self.averaged = self._each([t.averaged for _, t in pairs])
+        served = [moved.serving(w, t) for w, t in pairs]
+        self.serving = served[0] if len(pairs) == 1 else float(self._each(served).mean())  # the mean of all clients
+        zeros = np.zeros(self.clients)
+        self.flops = zeros + self._each([cost.client_flops for cost in moved.costs])
         self.up_bits, self.up_seconds = zeros.copy(), zeros.copy()
         self.down_bits, self.down_seconds = zeros.copy(), zeros.copy()
+
+    def _each(self, of_kinds: Sequence[float]) -> Any:
+        """A number of each kind of clients: the only one, or every client's, [C]."""
+        return of_kinds[0] if len(of_kinds) == 1 else np.array(of_kinds, np.float64)[self.moved.mix.numbers]
 
     def central(self) -> float:
         """Everybody sends its data; then the server computes."""
@@ -165,7 +282,7 @@ class _Path:
         fit = self.flops / w.epochs / f.speeds
         model = self.t.averaged
         up = self._up(model, w.epochs)
-        down = self._down(model, model if f.multicast else model * w.clients, w.epochs)
+        down = self._down(model, model if f.multicast else model * self.clients, w.epochs)
         first = float((fit + up).max())
         between = float((down + fit + up).max())
         return first + (w.epochs - 1) * between + float(down.max()) + 2 * w.epochs * f.latency
@@ -176,13 +293,13 @@ class _Path:
         total = 0.0
         for size, count in self._batches().items():
             turns = count * w.epochs
-            up = self._up(size * (w.smashed + self.label), turns, together=False)
+            up = self._up(size * self.sent, turns, together=False)
             down = self._down(size * self.gradient, size * self.gradient, turns)
             own = size * w.flops.client.training / f.speeds
             serve = size * self.serving / f.server_speed
             back = self._through_tails(size, turns, 1)
             total += turns * float((up + down + own + back + serve + 2 * f.latency).sum())
-        if w.clients > 1 and self.t.moved:
+        if self.clients > 1 and self.t.moved:
             # Each client passes the model on once an epoch and takes it once, but for the first and last time.
             up = self._up(self.t.moved, w.epochs, together=False)
             down = self._down(self.t.moved, self.t.moved, w.epochs)
@@ -203,15 +320,15 @@ class _Path:
         serve: dict[int, float] = {}
         batches = self._batches()
         for size, count in batches.items():
-            up = self._up(size * (w.smashed + self.label), count * w.epochs)
+            up = self._up(size * self.sent, count * w.epochs)
             down = self._down(size * self.gradient, self._leaving(size), count * w.epochs)
-            go[size] = size * w.flops.client.forward / f.speeds + up
-            come[size] = size * w.flops.client.backward / f.speeds + down
-            serve[size] = size * w.clients * self.serving / f.server_speed
-            serve[size] += float(self._through_tails(size, count * w.epochs, w.clients).max())
+            go[size] = size * self.forward / f.speeds + up
+            come[size] = size * self.backward / f.speeds + down
+            serve[size] = size * self.clients * self.serving / f.server_speed
+            serve[size] += float(self._through_tails(size, count * w.epochs, self.clients).max())
         order = list(batches)  # the full batches, then the rest
-        averaged = self.t.averaged
-        rounds = 1 if averaged else w.epochs  # that hang together; an averaging stands between the others
+        averaging = np.any(self.averaged)
+        rounds = 1 if averaging else w.epochs  # that hang together; an averaging stands between the others
         epochs = w.epochs // rounds
         total = float(go[order[0]].max())
         turns: Counter[tuple[int, int]] = Counter()
@@ -226,12 +343,25 @@ class _Path:
         last = come[order[-1]]
         if self.t.summed:
             return self._in_step(batches, go, come, serve)
-        if not averaged:
+        if not averaging:
             return total + between + served + latencies + float(last.max())
-        up = self._up(averaged, w.epochs)
-        down = self._down(averaged, averaged if f.multicast else averaged * w.clients, w.epochs)
-        inside = between + served + latencies + float((last + up).max()) + 2 * f.latency
-        return total + epochs * inside + (epochs - 1) * float((down + go[order[0]]).max()) + float(down.max())
+        up = self._up(self.averaged, w.epochs)
+        down = self._down(self.averaged, self._models_leaving(), w.epochs)
+        at_once = np.broadcast_to(self.averaged, last.shape) == 0  # have nothing to average, and go on
+        gathered = float((last + up)[~at_once].max())
+        inside = between + served + latencies + gathered + 2 * f.latency
+        begun = float((down + go[order[0]])[~at_once].max())
+        total = total + epochs * inside + (epochs - 1) * begun + float(down.max())
+        if not at_once.any():
+            return total
+        later = float((last + go[order[0]])[at_once].max()) - (gathered + 2 * f.latency + begun)
+        at_end = float(last[at_once].max()) - (gathered + 2 * f.latency + float(down.max()))
+        return total + (epochs - 1) * max(later, 0.0) + max(at_end, 0.0)
+
+    def _models_leaving(self) -> int:
+        """Bytes of averaged models that leave the server: one for each kind of clients, or for each client."""
+        pairs = zip(self.moved.mix.kinds, self.moved.traffics, strict=True)
+        return sum(t.averaged * (1 if self.fleet.multicast else w.clients) for w, t in pairs)
 
     def local(self) -> float:
         """Rounds: clients compute and send without waiting; the server trains on what has come, one upload after
@@ -240,8 +370,8 @@ class _Path:
         w, f, t = self.w, self.fleet, self.t
         uploads, busy = self._uploads()
         up, down = self._up(t.averaged, w.epochs), self._down(t.averaged, self._copies() * t.averaged, w.epochs)
-        given = self._down(t.given, t.given * w.clients, -(-w.epochs // t.given_every))
-        now, begins = 0.0, np.zeros(w.clients)
+        given = self._down(t.given, t.given * self.clients, -(-w.epochs // t.given_every))
+        now, begins = 0.0, np.zeros(self.clients)
         for epoch in range(w.epochs):
             server = now
             for sent, serve in uploads:
@@ -258,21 +388,21 @@ class _Path:
         """
         w, f, every = self.w, self.fleet, self.t.every
         sizes = [size for size, count in self._batches().items() for _ in range(count)]
-        busy, found = np.zeros(w.clients), []
-        seconds = {size: self._up(size * (w.smashed + self.label), 0) for size in set(sizes)}
+        busy, found = np.zeros(self.clients), []
+        seconds = {size: self._up(size * self.sent, 0) for size in set(sizes)}
         for number, size in enumerate(sizes):
             work = size * (w.flops.client.training + w.flops.head.training) / f.speeds
             if number % every == 0:
                 forward = size * w.flops.client.forward / f.speeds
-                self._up(size * (w.smashed + self.label), w.epochs)
-                found.append((busy + forward + seconds[size], size * w.clients * self.serving / f.server_speed))
+                self._up(size * self.sent, w.epochs)
+                found.append((busy + forward + seconds[size], size * self.clients * self.serving / f.server_speed))
                 busy = busy + seconds[size]
             busy = busy + work
         return found, busy
 
     def _copies(self) -> int:
         """How often what is the same for all clients leaves the server."""
-        return 1 if self.fleet.multicast else self.w.clients
+        return 1 if self.fleet.multicast else self.clients
 
     def _through_tails(self, size: int, times: int, together: int) -> Array:
         """Seconds [C] from the server's features on until their gradients are with the server again, for a batch of
@@ -280,7 +410,7 @@ class _Path:
         """
         w, f = self.w, self.fleet
         if not self.t.tails:
-            return np.zeros(w.clients)
+            return np.zeros(self.clients)
         up = self._up(size * w.returned, times, together=together > 1)
         down = self._down(size * w.features, size * w.features * together, times)
         return up + down + size * w.flops.tail.training / f.speeds + 2 * f.latency
@@ -292,7 +422,7 @@ class _Path:
         w, f, summed = self.w, self.fleet, self.t.summed
         order, steps = list(batches), w.epochs * sum(batches.values())
         up = self._up(summed, steps)
-        down = self._down(summed, summed if f.multicast else summed * w.clients, steps)
+        down = self._down(summed, summed if f.multicast else summed * self.clients, steps)
         before = [size for size in order for _ in range(batches[size])]
         starts = Counter(itertools.pairwise([*before, order[0]]))  # an epoch's steps, each with the next one
         total = float(go[order[0]].max()) + float(down.max()) - float((down + go[order[0]]).max())
@@ -307,26 +437,33 @@ class _Path:
         found = {self.w.batch: full} if full else {}
         return {**found, **({rest: 1} if rest else {})}
 
-    def _leaving(self, size: int) -> int:
-        """Bytes of cut gradients that leave the server in a step."""
-        copies, sharing = self.w.clients, self.t.sharing
-        if sharing and self.fleet.multicast:
-            copies = self.w.clients - sharing + 1
-        return copies * size * self.gradient
+    def _leaving(self, size: int) -> float:
+        """Bytes of cut gradients that leave the server in a step (in the mean)."""
+        each = [
+            w.clients * w.gradient * t.gradients for w, t in zip(self.moved.mix.kinds, self.moved.traffics, strict=True)
+        ]
+        saved = self.moved.sharing.saved * self.w.gradient * self.t.gradients if self.fleet.multicast else 0
+        return size * (sum(each) - saved)
 
-    def _up(self, count: int, times: int, *, together: bool = True) -> Array:
-        """Seconds [C] that `count` bytes take each client up, all of them `together` or one alone; `times` times."""
+    def _up(self, count: Any, times: int, *, together: bool = True) -> Array:
+        """Seconds [C] that `count` bytes (one number, or [C]) take each client up, all of them `together` or one alone;
+        `times` times.
+        """
         bits = 8.0 * count
-        shared = bits * (self.w.clients if together else 1) / self.fleet.server_rate
-        seconds = np.maximum(bits / self.fleet.up, shared)
-        self.up_bits += times * bits
-        self.up_seconds += times * seconds
-        return seconds
+        at_server = (bits.sum() if isinstance(bits, np.ndarray) else bits * self.clients) if together else bits
+        return self._passing("up", bits, at_server, times)
 
-    def _down(self, count: int, leaving: int, times: int) -> Array:
-        """Seconds [C] that `count` bytes take each client down, while `leaving` leave the server; `times` over."""
-        bits = 8.0 * count
-        seconds = np.maximum(bits / self.fleet.down, 8.0 * leaving / self.fleet.server_rate)
-        self.down_bits += times * bits
-        self.down_seconds += times * seconds
+    def _down(self, count: Any, leaving: float, times: int) -> Array:
+        """Seconds [C] that `count` bytes (one number, or [C]) take each client down, while `leaving` leave the server;
+        `times` over.
+        """
+        return self._passing("down", 8.0 * count, 8.0 * leaving, times)
+
+    def _passing(self, direction: Literal["up", "down"], bits: Any, at_server: Any, times: int) -> Array:
+        """Seconds [C] of `bits` for each client that has some, while `at_server` pass at the server."""
+        taken = np.maximum(bits / getattr(self.fleet, direction), at_server / self.fleet.server_rate)
+        seconds: Array = np.where(bits > 0, taken, 0.0)
+        noted, busy = (getattr(self, f"{direction}_{what}") for what in ("bits", "seconds"))
+        noted += times * bits
+        busy += times * seconds
         return seconds
