@@ -21,7 +21,6 @@ from cutlayer import __version__, plugins, seeds
 from cutlayer.adjustment import Adjustment, InformedCohort, log_prior
 from cutlayer.algorithms import Algorithm, traffic_of
 from cutlayer.allocator import keep_memory
-from cutlayer.allotted import Allotment, refuse_mixed, remark
 from cutlayer.attacks import Attacks
 from cutlayer.attacks import of as attacks_of
 from cutlayer.attacks.hostile import with_targets
@@ -44,6 +43,7 @@ from cutlayer.checks import (
 from cutlayer.cohort import Cohort, Tell
 from cutlayer.collective import world
 from cutlayer.copies import deep_copy
+from cutlayer.costs.allotted import Allotment, refuse_mixed, remark
 from cutlayer.costs.clock import Clock, ClockedCohort
 from cutlayer.costs.fleet import Fleet, fleet
 from cutlayer.costs.flops import ModelFlops, count
@@ -624,7 +624,8 @@ def _depths(
         cuts = _cut_names(config, traits, model)
         return one_depth(cuts[0], cut(whole, cuts, few.inputs, untie=config.untie), clients)
     default = default_cut(config.model) if model is None else None
-    allotment = Allotment(config, whole, few.inputs, few.y[:1].nbytes, machines)
+    dtype = torch.float64 if config.precision == "float64" else torch.float32
+    allotment = Allotment(config, whole, few.inputs, few.y[:1].nbytes, dtype, machines)
     names = allotment.cuts(default) or _cut_names(config, traits, model)
     names = names[:1] * clients if len(set(names)) == 1 else names
     if len(set(names)) == 1:

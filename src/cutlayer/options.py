@@ -421,7 +421,8 @@ class CommonConfig(TracedConfig):
     """The name of a model (see `cutlayer list models`), or your own: path/to/file.py:function."""
     cut: str | None = _field(None, MODEL)
     """The module after which the model is cut. Several names, separated by commas (in a file: a list), give each client
-    a cut of its own. Default: the model's own cut. Has no effect on algorithms that train whole models."""
+    a cut of its own; NAME*20 gives this cut to 20 clients. Default: the model's own cut. Has no effect on algorithms
+    that train whole models."""
     cut_by: Literal["memory", "time", "profile"] | None = _field(None, MODEL, "mixed")
     """Choose each client's cut: the deepest within client_memory (memory) or client_seconds (time), or the one with the
     fastest step on its machine and link (profile). Default: the cuts are those named by `cut`."""
@@ -575,61 +576,12 @@ class CommonConfig(TracedConfig):
     @classmethod
     def _joined(cls, names: Any) -> Any:
         """A list of names as one text."""
-        several = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
-        return ",".join(names) if several else names
+        return _joined(names)
 
     @property
     def cuts(self) -> tuple[str, ...]:
         """The cuts that are named: none, one for all clients, or one for each."""
-        return () if self.cut is None else tuple(name.strip() for name in self.cut.split(","))
-
-    def _check_cuts(self, found: Mapping[str, Traits]) -> None:
-        """Raises ConfigError for cuts that are not one for each client, or that an algorithm cannot have. In a
-        comparison, those algorithms that an option has no effect on go without it.
-        """
-        if len(self.cuts) > 1 and not all(self.cuts):
-            raise ConfigError(f"cut = {self.cut!r} names nothing in one place: name a module for each client")
-        for name, given in (("cut", self.cuts), *self._cut_budgets.items()):
-            if len(given) not in (0, 1, self.clients):
-                raise ConfigError(
-                    f"{name} has {len(given)} entries for {self.clients} clients: give one for all, or one for each"
-                )
-        split = {name: t for name, t in found.items() if t.split}
-        cannot = [name for name, t in split.items() if not t.mixes_cuts]
-        listed = len(set(self.cuts)) > 1
-        if cannot and (listed or (self.cut_by and len(cannot) == len(split))):
-            raise ConfigError(
-                f"{'a list of cuts' if listed else f'cut_by = {self.cut_by!r}'} is not possible with "
-                f"{', '.join(cannot)}: {found[cannot[0]].one_cut}; name one cut for all, or choose another algorithm"
-            )
-        self._check_cut_budgets([name for name, t in split.items() if not t.lower_only], alone=len(split))
-
-    @property
-    def _cut_budgets(self) -> dict[str, tuple[float, ...]]:
-        """What each client's cut has to fit into."""
-        return {"client_memory": self.client_memory, "client_seconds": self.client_seconds}
-
-    def _check_cut_budgets(self, unreckoned: Sequence[str], alone: int) -> None:
-        """Raises ConfigError for budgets that cannot be held against anything, or that nothing can keep. Of `alone`
-        algorithms that cut the model, what the clients of those that are `unreckoned` hold is not known.
-        """
-        for name, given in self._cut_budgets.items():
-            if wrong := [value for value in given if not 0 < value < math.inf]:
-                raise ConfigError(f"{name} = {wrong[0]:g} cannot be kept: give numbers above 0")
-            if given and len(unreckoned) == alone:
-                raise ConfigError(
-                    f"{name} = {list(given)} is not possible with {', '.join(unreckoned)}, whose clients hold more "
-                    "than the part below one cut: leave it out, or choose another algorithm"
-                )
-        by = self.cut_by
-        needs = {"memory": "client_memory", "time": "client_seconds"}.get(by or "")
-        if needs and not getattr(self, needs):
-            raise ConfigError(f"cut_by = {by!r} needs {needs}: give one number for all clients, or one for each")
-        if self.client_device is None and (by in ("time", "profile") or self.client_seconds):
-            what = f"cut_by = {by!r}" if by in ("time", "profile") else f"client_seconds = {list(self.client_seconds)}"
-            raise ConfigError(
-                f"{what} needs client_device: name what the clients compute on (see `cutlayer list profiles`)"
-            )
+        return _named(self.cut)
 
     def algorithm_names(self) -> tuple[str, ...]:
         """The algorithms that are trained."""
@@ -680,7 +632,7 @@ class CommonConfig(TracedConfig):
         """Check what concerns several fields, for these algorithms. `given`: what the user set. Raises ConfigError."""
         found = {name: traits(name) for name in algorithms}
         if any(t.split for t in found.values()):
-            self._check_cuts(found)
+            _check_cuts(self, found, strict=True)
         for option in sorted(given & set(CommonConfig.model_fields)):
             when = _when(option, getattr(self, option))
             if not any(_WHEN[when](t) for t in found.values()):
@@ -702,6 +654,72 @@ class CommonConfig(TracedConfig):
                     f"{first} = {getattr(self, first)} and {second} = {getattr(self, second)} exclude each other: "
                     "give one"
                 )
+
+
+def _joined(names: Any) -> Any:
+    """A list of names as one text."""
+    several = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+    return ",".join(names) if several else names
+
+
+def _named(cut: str | None) -> tuple[str, ...]:
+    """The cuts that an option names; NAME*3 is NAME three times."""
+    found: list[str] = []
+    for name in () if cut is None else cut.split(","):
+        repeated = re.fullmatch(r"(.+?)\s*\*\s*(\d{1,7})", name.strip())
+        found += [repeated[1]] * int(repeated[2]) if repeated else [name.strip()]
+    return tuple(found)
+
+
+def _check_cuts(config: CommonConfig | PlanConfig, found: Mapping[str, Traits], *, strict: bool) -> None:
+    """Raises ConfigError for cuts that are not one for each client, or that an algorithm cannot have (any, if `strict`,
+    else all). In a comparison, those algorithms that an option has no effect on go without it.
+    """
+    cuts, by = config.cuts, config.cut_by
+    if len(cuts) > 1 and not all(cuts):
+        raise ConfigError(f"cut = {config.cut!r} names nothing in one place: name a module for each client")
+    for name, given in (("cut", cuts), *_cut_budgets(config).items()):
+        if len(given) not in (0, 1, config.clients):
+            raise ConfigError(
+                f"{name} has {len(given)} entries for {config.clients} clients: give one for all, or one for each"
+            )
+    split = {name: t for name, t in found.items() if t.split}
+    cannot = [name for name, t in split.items() if not t.mixes_cuts]
+    listed = len(set(cuts)) > 1
+    if cannot and ((listed and strict) or ((by or listed) and len(cannot) == len(split))):
+        raise ConfigError(
+            f"{'a list of cuts' if listed else f'cut_by = {by!r}'} is not possible with "
+            f"{', '.join(cannot)}: {found[cannot[0]].one_cut}; name one cut for all, or choose another algorithm"
+        )
+    _check_cut_budgets(config, [name for name, t in split.items() if not t.lower_only], alone=len(split))
+
+
+def _cut_budgets(config: CommonConfig | PlanConfig) -> dict[str, tuple[float, ...]]:
+    """What each client's cut has to fit into."""
+    return {"client_memory": config.client_memory, "client_seconds": config.client_seconds}
+
+
+def _check_cut_budgets(config: CommonConfig | PlanConfig, unreckoned: Sequence[str], alone: int) -> None:
+    """Raises ConfigError for budgets that cannot be held against anything, or that nothing can keep. Of `alone`
+    algorithms that cut the model, what the clients of those that are `unreckoned` hold is not known.
+    """
+    for name, given in _cut_budgets(config).items():
+        if wrong := [value for value in given if not 0 < value < math.inf]:
+            raise ConfigError(f"{name} = {wrong[0]:g} cannot be kept: give numbers above 0")
+        if given and len(unreckoned) == alone:
+            raise ConfigError(
+                f"{name} = {list(given)} is not possible with {', '.join(unreckoned)}, whose clients hold more "
+                "than the part below one cut: leave it out, or choose another algorithm"
+            )
+    by = config.cut_by
+    needs = {"memory": "client_memory", "time": "client_seconds"}.get(by or "")
+    if needs and not getattr(config, needs):
+        raise ConfigError(f"cut_by = {by!r} needs {needs}: give one number for all clients, or one for each")
+    if config.client_device is None and (by in ("time", "profile") or config.client_seconds):
+        what = f"cut_by = {by!r}" if by in ("time", "profile") else f"client_seconds = {list(config.client_seconds)}"
+        raise ConfigError(
+            f"{what} needs client_device: name what the clients compute on (see `cutlayer list profiles`)"
+        )
 
 
 def _when(option: str, value: Any) -> str:
@@ -951,7 +969,18 @@ class PlanConfig(FleetConfig):
     model: str = _field("cnn", WHAT)
     """The name of a model (see `cutlayer list models`), or your own: path/to/file.py:name or package.module:name."""
     cut: str | None = _field(None, WHAT)
-    """The module after which the model is cut, or all. Default: the model's own cut, or all for a model without one."""
+    """The module after which the model is cut, or all. Several names, separated by commas (in a file: a list), give each
+    client a cut of its own; NAME*20 gives this cut to 20 clients. Default: the model's own cut, or all for a model
+    without one."""
+    cut_by: Literal["memory", "time", "profile"] | None = _field(None, WHAT)
+    """Choose each client's cut, as in a run: the deepest within client_memory (memory) or client_seconds (time), or the
+    one with the fastest step on its machine and link (profile)."""
+    client_memory: tuple[float, ...] = _field((), BUDGETS)
+    """Memory of a client for training in gigabytes (1e9 bytes): one number for all clients, or one for each. Cuts must
+    fit."""
+    client_seconds: tuple[float, ...] = _field((), BUDGETS)
+    """Seconds that a client's step may take, sending and receiving included: one number for all clients, or one for
+    each. Cuts must fit. Needs client_device."""
     tail_cut: str | None = _field(None, WHAT)
     """For U-shaped algorithms, with one cut: the module after which the client takes over again."""
     algorithms: tuple[str, ...] = _field(("cl", "fl", "ssl", "psl", "sfl", "sglr"), WHAT)
@@ -1000,6 +1029,17 @@ class PlanConfig(FleetConfig):
         """Adam and SGD may be spelled as torch spells them."""
         return name.lower() if isinstance(name, str) else name
 
+    @field_validator("cut", mode="before")
+    @classmethod
+    def _joined(cls, names: Any) -> Any:
+        """A list of names as one text."""
+        return _joined(names)
+
+    @property
+    def cuts(self) -> tuple[str, ...]:
+        """The cuts that are named: none, one for all clients, or one for each."""
+        return _named(self.cut)
+
     def chosen(self) -> list[Entry]:
         """The algorithms, with those of their options that `traffic` reads, and the model."""
         return [_planned(plugins.find("algorithm", name)) for name in self.algorithms] + _models(self.model)
@@ -1017,6 +1057,31 @@ class PlanConfig(FleetConfig):
                 f"tail_cut = {self.tail_cut!r} has no effect on {', '.join(self.algorithms)}: it belongs to U-shaped "
                 "algorithms; leave it out or name one of these"
             )
+
+    def _check_own_cuts(self) -> None:
+        """Raises ConfigError for cuts, or budgets of clients' cuts, that a run could not have either, and for what can
+        only be planned with one cut for all.
+        """
+        _check_cuts(self, {name: traits(name) for name in self.algorithms}, strict=False)
+        if self.cut_by is not None and self.cut is not None:
+            raise ConfigError(f"cut = {self.cut} and cut_by = {self.cut_by} exclude each other: give one")
+        if self.cut == "all" and (self.client_memory or self.client_seconds):
+            option = "client_memory" if self.client_memory else "client_seconds"
+            raise ConfigError(
+                f"{option} = {list(getattr(self, option))} has no effect with cut = 'all': choose cut_by, or give "
+                "memory_budget"
+            )
+        if self.cut_by is None and len(set(self.cuts)) < 2:
+            return
+        what = f"cut_by = {self.cut_by!r}" if self.cut_by else "a list of cuts"
+        for option in ("memory_budget", "energy_budget", "tail_cut"):
+            if (value := getattr(self, option)) is not None:
+                raise ConfigError(
+                    f"{option} = {value!r} belongs to one cut for all, and {what} gives each client its own: leave one "
+                    "of them out (client_memory is a budget of each client)"
+                )
+        if self.ranks > 1:
+            raise ConfigError(f"ranks = {self.ranks} is not possible with {what}: leave it out, or name one cut")
 
     def _check_targets(self, given: frozenset[str]) -> None:
         """Raises ConfigError for a task that there is not, or options of targets without effect."""
@@ -1066,6 +1131,7 @@ class PlanConfig(FleetConfig):
         if "classes" in given and not plugins.known("model", self.model):
             raise ConfigError(f"classes = {self.classes} has no effect on a model of your own: leave it out")
         self._check_targets(given)
+        self._check_own_cuts()
         self.check_fleet(given)
         needs = (("servers", "server_device"), ("energy_budget", "client_device"), ("seed", "client_device"))
         for option, needed in needs:

@@ -110,6 +110,11 @@ def plans_mixed(algorithm: Algorithm, epoch: Epoch) -> bool:
     return algorithm.traits.mixes_cuts and traffic is not None and traffic.pattern == "steps"
 
 
+def takes_mean(algorithm: Algorithm, work: Workload | Mixture) -> bool:
+    """Whether costs depend on which clients an algorithm draws to share a gradient, so that `expect` gives a mean."""
+    return isinstance(work, Mixture) and 0 < _Moved(algorithm, work).traffic.sharing < work.clients
+
+
 @dataclass(frozen=True)
 class _Sharing:
     """Of the clients with the deepest cut: how many receive one common gradient in a step (in the mean), how likely it

@@ -192,6 +192,12 @@ def measure_twice(model: nn.Module, name: str, tail: str, x: Tensor) -> Measured
     return first.with_tail(last)
 
 
+def deepest(model: nn.Module, names: Sequence[str], x: Tensor) -> str:
+    """The one of `names`, at which the model can be cut, that comes last as data flows."""
+    inner = [name for name in names if name not in (INPUT, OUTPUT)]
+    return OUTPUT if OUTPUT in names or not inner else _counted(model, x, inner).order[-1]
+
+
 def survey(model: nn.Module, x: Tensor, names: Sequence[str] | None = None) -> Survey:
     """`model` at all its cuts: `names`, by default those of `candidates`. Raises ConfigError as `measure`, CutError
     where it can be cut nowhere.

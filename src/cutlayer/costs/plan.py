@@ -13,21 +13,24 @@ so that a million clients and billions of parameters take seconds. What is not k
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from cutlayer import plugins
 from cutlayer.algorithms import Algorithm, traffic_of
+from cutlayer.costs.allotted import Allotment, remark
 from cutlayer.costs.breakeven import BreakEven, break_evens
 from cutlayer.costs.divided import PerRank, per_rank
-from cutlayer.costs.expect import Expected, Workload, expect
+from cutlayer.costs.expect import Expected, Mixture, Workload, expect, plans_mixed, takes_mean
 from cutlayer.costs.fleet import Fleet, fleet
 from cutlayer.costs.flops import count_head
-from cutlayer.costs.measure import Measured, example, load_model, make, measure, measure_twice, placed, survey
+from cutlayer.costs.measure import Measured, deepest, example, load_model, make, measure, measure_twice, placed, survey
 from cutlayer.data.own import own_code
 from cutlayer.errors import ConfigError
 from cutlayer.frozen import freeze
@@ -37,13 +40,18 @@ from cutlayer.traffic import Epoch
 from cutlayer.verbs import LEARN
 
 GB = 1e9
+_MEAN = (
+    "{titles}: which clients share a gradient is drawn in each step, and only those with the deepest cut can; what is "
+    "broadcast, the paper's convention and, with multicast, the time are means over the draw."
+)
 _ANY = Epoch(2, 2, 1, 1, 1, 1, 1, 1, 1)  # to ask whether an algorithm states its traffic
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What an epoch costs with one algorithm. `memory` is a client's peak in bytes. Joules per client are the mean of
-    all; `server_share` is the part of the time that the server computes. None: not known, or no client device.
+    """What an epoch costs with one algorithm. `memory` is a client's peak in bytes (the largest, if cuts differ).
+    Joules per client are the mean of all; `server_share` is the part of the time that the server computes. None: not
+    known, or no client device.
     """
 
     algorithm: str
@@ -112,6 +120,32 @@ class CutPlan:
 
 
 @dataclass(frozen=True)
+class Kind:
+    """Where clients have different cuts: one of these, the number of `clients` that have it, and what one of them
+    computes in an epoch (FLOPs) and holds (bytes, its peak) with an algorithm that cuts the model.
+    """
+
+    measured: Measured
+    clients: int
+    flops: float
+    memory: int
+
+    def row(self) -> dict[str, Any]:
+        """Plain values; the share is of the whole model's FLOPs."""
+        m = self.measured
+        return {
+            "cut": m.name,
+            "clients": self.clients,
+            "client_parameters": m.client_parameters,
+            "client_flops_share": flops_share(m),
+            "smashed_bytes": m.smashed,
+            "gradient_bytes": m.gradient,
+            "client_flops": self.flops,
+            "client_memory": self.memory,
+        }
+
+
+@dataclass(frozen=True)
 class Plan:
     """What is planned and what it costs.
 
@@ -120,6 +154,9 @@ class Plan:
     each trains there (`works`), but of those that are `not_planned`, since they do not state their traffic; `bests` by
     quantity (bytes, energy, time), None where no cut fits the budgets; `notes` on the machines' figures; `ranks` what
     each rank holds and sends with every algorithm, if there are several.
+
+    Where clients have different cuts, `kinds` are these, the deepest last, which then is the `chosen` one; algorithms
+    that need one cut for all are in `one_cut`, with the reasons. `remark` says which clients have which cut.
     """
 
     config: PlanConfig
@@ -129,13 +166,16 @@ class Plan:
     refused: dict[str, str]
     chosen: CutPlan
     costs: tuple[Cost, ...]
-    works: dict[str, Workload]
+    works: Mapping[str, Workload | Mixture]
     not_planned: tuple[str, ...]
     break_evens: tuple[BreakEven, ...]
     bests: dict[str, str]
     verdict: str
     notes: tuple[str, ...] = ()
     ranks: tuple[PerRank, ...] = ()
+    kinds: tuple[Kind, ...] = ()
+    one_cut: dict[str, str] = field(default_factory=dict)
+    remark: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -154,7 +194,8 @@ class Plan:
             "cut": m.name,
             "judged_by": self.judged,
             "algorithms": [cost.row() for cost in self.costs],
-            "not_planned": list(self.not_planned),
+            "not_planned": [*self.not_planned, *self.one_cut],
+            "clients_at_cuts": [kind.row() for kind in self.kinds],
             "cuts": [cut.row() for cut in self.cuts],
             "refused": self.refused,
             "best": self.bests,
@@ -181,8 +222,13 @@ def plan(config: PlanConfig, model: nn.Module | Callable[..., nn.Module] | None 
     title = config.model if model is None else type(model).__name__ if isinstance(model, nn.Module) else "own model"
     net, x = _on_meta(config, model)
     algorithms, not_planned = _algorithms(config)
+    default = default_cut(config.model) if model is None else None
+    names = _own_cuts(config, net, x, default, machines)
+    if len(set(names)) > 1:
+        mixed = _Mixed(config, names, net, x)
+        return mixed.plan(title, algorithms, not_planned, machines)
     judged = _judged(algorithms)
-    name = config.cut or (default_cut(config.model) if model is None else None) or "all"
+    name = names[0] if names else config.cut or default or "all"
     if config.tail_cut is not None and name == "all":
         raise ConfigError(
             f"tail_cut = {config.tail_cut!r} needs one cut before it: name it with cut, e.g. --cut hidden1"
@@ -209,7 +255,7 @@ def plan(config: PlanConfig, model: nn.Module | Callable[..., nn.Module] | None 
         tuple(cuts),
         found.refused if found else {},
         chosen,
-        tuple(_cost(name, a, at[name], config, machines) for name, a in algorithms.items()),
+        tuple(_cost(name, a, works[name], [at[name]], config, machines) for name, a in algorithms.items()),
         works,
         not_planned,
         tuple(break_evens([(a, works[name]) for name, a in algorithms.items()], machines)),
@@ -220,7 +266,83 @@ def plan(config: PlanConfig, model: nn.Module | Callable[..., nn.Module] | None 
             per_rank(name, a, at[name], works[name], config.client_optimizer, config.ranks)
             for name, a in (algorithms.items() if config.ranks > 1 else ())
         ),
+        remark=remark(names, config.cut_by),
     )
+
+
+def _own_cuts(
+    config: PlanConfig, net: nn.Module, x: torch.Tensor, default: str | None, machines: Fleet | None
+) -> tuple[str, ...]:
+    """The cut of each client, [C], if clients have their own, or if there is something that it has to fit; else empty.
+    Raises ConfigError and CutError as a run does.
+    """
+    budgets = {n: list(given) for n in ("client_memory", "client_seconds") if (given := getattr(config, n))}
+    if config.cut_by is None and len(config.cuts) < 2 and not budgets:
+        return ()
+    dtype = getattr(torch, config.precision)
+    names = Allotment(config, net, x, label_bytes(config), dtype, machines).cuts(default)
+    if not names:
+        option, given = next(iter(budgets.items()))
+        raise ConfigError(f"{option} = {given} needs a cut to hold it against: name one, or choose cut_by")
+    return names
+
+
+class _Mixed:
+    """Clients with the cuts `names` [C], which differ: `kinds` are these, measured, the deepest last."""
+
+    def __init__(self, config: PlanConfig, names: Sequence[str], net: nn.Module, x: torch.Tensor) -> None:
+        self.config, self.names, counts = config, names, Counter(names)
+        measured = {name: measure(net, name, x) for name in counts}
+        last = measured.pop(deepest(net, list(counts), x))
+        self.kinds = [*measured.values(), last]
+        self.counts = [counts[m.name] for m in self.kinds]
+        number = {m.name: i for i, m in enumerate(self.kinds)}
+        self.numbers = np.array([number[name] for name in names])
+
+    def plan(
+        self, title: str, algorithms: dict[str, Algorithm], not_planned: tuple[str, ...], machines: Fleet | None
+    ) -> Plan:
+        """What it costs with each of the algorithms that allow it. Raises ConfigError if none does."""
+        config, last = self.config, self.kinds[-1]
+        fit = {n: a for n, a in algorithms.items() if a.traits.whole or plans_mixed(a, workload(last, config))}
+        if not fit:
+            raise ConfigError(
+                f"{listed(list(algorithms))} cannot be planned with different cuts: name one cut for all, or another "
+                f"algorithm, e.g. --algorithms {RunConfig.model_fields['algorithm'].get_default()}"
+            )
+        works = {n: workload(last, config) if a.traits.whole else self.mixture() for n, a in fit.items()}
+        costs = {n: _cost(n, a, works[n], self.kinds, config, machines) for n, a in fit.items()}
+        judged = _judged(fit)
+        chosen = CutPlan(last, costs[judged], 0.0)
+        drawn = [a.entry.title for n, a in fit.items() if takes_mean(a, works[n])]
+        return Plan(
+            config,
+            title,
+            judged,
+            (chosen,),
+            {},
+            chosen,
+            tuple(costs.values()),
+            works,
+            not_planned,
+            (),
+            {},
+            "",
+            (*(() if machines is None else machines.notes), *([_MEAN.format(titles=listed(drawn))] if drawn else [])),
+            kinds=tuple(map(self._kind, self.kinds, self.counts)),
+            one_cut={n: a.traits.one_cut or "its clients take turns" for n, a in algorithms.items() if n not in fit},
+            remark=remark(self.names, config.cut_by),
+        )
+
+    def mixture(self) -> Mixture:
+        """What `expect` takes."""
+        pairs = zip(self.kinds, self.counts, strict=True)
+        return Mixture(tuple(replace(workload(m, self.config), clients=n) for m, n in pairs), self.numbers)
+
+    def _kind(self, m: Measured, clients: int) -> Kind:
+        c = self.config
+        computed = c.samples_per_client * m.flops.client.training
+        return Kind(m, clients, computed, m.client.peak(c.batch, c.client_optimizer))
 
 
 def workload(m: Measured, config: PlanConfig) -> Workload:
@@ -318,10 +440,18 @@ def _judged(algorithms: dict[str, Algorithm]) -> str:
     return default if default in cutting else (cutting or list(algorithms))[-1]
 
 
-def _cost(name: str, algorithm: Algorithm, m: Measured, config: PlanConfig, machines: Fleet | None) -> Cost:
-    e, traits = expect(algorithm, work_of(algorithm, m, config), machines), algorithm.traits
-    footing = m.whole if traits.whole else m.client
-    memory = 0 if traits.central else footing.peak(config.batch, config.client_optimizer)
+def _cost(
+    name: str,
+    algorithm: Algorithm,
+    work: Workload | Mixture,
+    kinds: Sequence[Measured],
+    config: PlanConfig,
+    machines: Fleet | None,
+) -> Cost:
+    """With clients that hold what one of the `kinds` is at its cut."""
+    e, traits = expect(algorithm, work, machines), algorithm.traits
+    held = [m.whole if traits.whole else m.client for m in kinds]
+    memory = 0 if traits.central else max(own.peak(config.batch, config.client_optimizer) for own in held)
     share = None
     if machines is not None and machines.server is not None and e.seconds:
         share = e.server_flops / machines.server_speed / e.seconds
@@ -338,7 +468,7 @@ def _cost(name: str, algorithm: Algorithm, m: Measured, config: PlanConfig, mach
 
 
 def _cut_plan(name: str, judged: Algorithm, m: Measured, config: PlanConfig, machines: Fleet | None) -> CutPlan:
-    cost = _cost(name, judged, m, config, machines)
+    cost = _cost(name, judged, work_of(judged, m, config), [m], config, machines)
     strains = [0.0]
     if config.memory_budget is not None:
         strains.append(cost.memory / (config.memory_budget * GB))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -15,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cutlayer.costs.breakeven import Quantity, bytes_of, lines
-from cutlayer.costs.expect import Workload, expect
+from cutlayer.costs.expect import Mixture, Workload, expect
 from cutlayer.costs.ledger import CONVENTIONS, Convention
 from cutlayer.costs.plan import Plan, flops_share
 from cutlayer.options import PlanConfig
@@ -47,6 +46,8 @@ def show(plan: Plan, console: Console) -> None:
             rest = list(plan.refused)[3:]
             more = f" and {len(rest) - 5} more" if len(rest) > 5 else ""
             console.print(f"Nor at {', '.join(rest[:5])}{more}.", highlight=False, soft_wrap=True)
+    if plan.kinds:
+        console.print(_kinds(plan))
     if plan.verdict:
         console.print(Text(plan.verdict, style="bold"), soft_wrap=True)
     console.print(_communication(plan))
@@ -67,12 +68,16 @@ def heading(plan: Plan) -> list[str]:
     tensors = listed([f"{_times(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in m.crossing])
     down = "" if m.gradient == m.smashed else f", {format_bytes(m.gradient)} come down"
     share = m.client_parameters / m.parameters if m.parameters else 0.0
+    at = (
+        f"cut after {m.name!r}: the client has {m.client_parameters:,} parameters ({share:.2%}) and "
+        f"{flops_share(m):.2%} of the FLOPs; {format_bytes(m.smashed)} of smashed data go up per sample "
+        f"({tensors}){down}"
+    )
     return [
         f"{plan.title}: {m.parameters:,} parameters ({format_bytes(m.whole.state)}), "
         f"{flops(m.flops.whole.training)} to train on one sample of {_times(c.input)}",
-        f"cut after {m.name!r}: the client has {m.client_parameters:,} parameters ({share:.2%}) and "
-        f"{flops_share(m):.2%} of the FLOPs; {format_bytes(m.smashed)} of smashed data go up per sample "
-        f"({tensors}){down}",
+        *([plan.remark] if plan.remark else []),
+        *([] if plan.kinds else [at]),
         *_tails(plan),
         f"{c.clients:,} {'client' if c.clients == 1 else 'clients'} with {c.samples_per_client:,} samples each, "
         f"batches of {c.batch}{_options(c)}; all figures are one epoch's",
@@ -84,7 +89,9 @@ def _tails(plan: Plan) -> list[str]:
     bent = [cost.algorithm for cost in plan.costs if plan.config.algorithm(cost.algorithm).traits.u_shaped]
     if not bent:
         return []
-    titles, features = listed([_title(plan, name) for name in bent]), format_bytes(plan.works[bent[0]].features)
+    titles, work = listed([_title(plan, name) for name in bent]), plan.works[bent[0]]
+    assert isinstance(work, Workload), "with a second cut, the first is the same for all"
+    features = format_bytes(work.features)
     return [f"{titles}: cut again after {plan.config.tail_cut!r}; {features} of features come down per sample"]
 
 
@@ -102,6 +109,10 @@ def notes(plan: Plan) -> list[str]:
         lines.append(f"{listed(once)}: the raw data and labels go up once, whatever the number of epochs.")
     if plan.not_planned:
         lines.append(f"Not planned, since they do not say what they move: {', '.join(plan.not_planned)}.")
+    for name, reason in plan.one_cut.items():
+        lines.append(f"Not planned with different cuts: {_title(plan, name)}, since {reason}.")
+    if plan.kinds:
+        lines.append("What a client computes is the mean of all clients; its memory is that of the one with the most.")
     if c.client_device is not None:
         clients = f"{c.client_device} over {c.link or 'a link of your own'}"
         server = f"{c.servers} x {c.server_device}" if c.server_device else "a server that takes no time"
@@ -197,6 +208,25 @@ def _cuts(plan: Plan) -> Table:
     return _table(title, columns, rows, plan.chosen.measured.name)
 
 
+def _kinds(plan: Plan) -> Table:
+    """The clients of each cut, with algorithms that cut the model."""
+    columns = ("cut after", "clients", "their parameters", "of FLOPs", "up/sample", "down/sample", "computes", "memory")
+    rows = [
+        (
+            kind.measured.name,
+            f"{kind.clients:,}",
+            f"{kind.measured.client_parameters:,}",
+            f"{flops_share(kind.measured):.2%}",
+            format_bytes(kind.measured.smashed),
+            format_bytes(kind.measured.gradient),
+            flops(kind.flops),
+            format_bytes(kind.memory),
+        )
+        for kind in plan.kinds
+    ]
+    return _table("Clients of each cut, per epoch", columns, rows)
+
+
 def _break_evens(plan: Plan) -> Table:
     """At which numbers each algorithm that cuts the model costs no more than the one that does not."""
     first = plan.break_evens[0]
@@ -275,11 +305,12 @@ def _bytes_over_samples(ax: Axes, plan: Plan) -> None:
     _log_ticks(ax, lambda v: _short(v, "B"))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}" if v < 1e6 else f"{v:.0e}"))
     ax.legend(loc="best", fontsize=10)
-    titled(ax, _plain(shortened(f"Bytes over samples, cut after {plan.chosen.measured.name}", 48)))
+    where = "different cuts" if plan.kinds else f"cut after {plan.chosen.measured.name}"
+    titled(ax, _plain(shortened(f"Bytes over samples, {where}", 48)))
 
 
-def _bytes(config: PlanConfig, algorithm: str, work: Workload, samples: int, convention: Convention) -> int:
-    return bytes_of(expect(config.algorithm(algorithm), replace(work, samples_per_client=samples)), convention)
+def _bytes(config: PlanConfig, algorithm: str, work: Workload | Mixture, samples: int, convention: Convention) -> int:
+    return bytes_of(expect(config.algorithm(algorithm), work.holding(samples)), convention)
 
 
 def _options(config: PlanConfig) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cutlayer.costs.fleet import Fleet
+from cutlayer.costs.fleet import Fleet, FleetOptions
 from cutlayer.costs.measure import Measured, Optimizer, candidates, measure, placed, survey
 from cutlayer.errors import ConfigError
 from cutlayer.models.blocks import named_block
@@ -27,14 +27,15 @@ _SAID = 8  # clients that a remark names
 
 @dataclass(frozen=True, eq=False)
 class Allotment:
-    """What decides the cuts of a run's clients: the `model` as made, an `example` [n >= 2, ...] of its inputs, bytes of
-    a row's `label`, and the machines, where they are known.
+    """What decides the cuts of the clients of a run or a plan: the `model` as made, an `example` [n >= 2, ...] of its
+    inputs, bytes of a row's `label`, the type of the model's real numbers, and the machines, where they are known.
     """
 
-    config: RunConfig
+    config: FleetOptions
     model: nn.Module
     example: object
     label: int
+    dtype: torch.dtype
     fleet: Fleet | None
 
     def cuts(self, default: str | None) -> tuple[str, ...]:
@@ -45,7 +46,8 @@ class Allotment:
         if c.cut_by is not None:
             return tuple(self._chosen(k) for k in range(c.clients))
         named = c.cuts or (() if default is None else (default,))
-        names = named * c.clients if len(named) == 1 else tuple(named_block(self.model, name) for name in named)
+        modules = {name: named_block(self.model, name) for name in set(named)} if len(named) > 1 else {}
+        names = named * c.clients if len(named) == 1 else tuple(modules[name] for name in named)
         for k, name in enumerate(names if c.client_memory or c.client_seconds else ()):
             if why := self._over(k, measured := self._at(name)):
                 raise ConfigError(
@@ -120,7 +122,7 @@ class Allotment:
 
     @cached_property
     def _net(self) -> nn.Module:
-        return placed(self.model, torch.float64 if self.config.precision == "float64" else torch.float32)
+        return placed(self.model, self.dtype)
 
     @cached_property
     def _x(self) -> Tensor:

@@ -1,0 +1,206 @@
+"""Plans of clients whose cuts differ: against real runs, and by brute force."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import call, mlp, source
+
+from cutlayer import ConfigError, CutError, Run
+from cutlayer.costs.expect import Expected, Mixture, expect
+from cutlayer.costs.fleet import fleet
+from cutlayer.costs.plan import Plan, plan
+from cutlayer.options import PlanConfig, RunConfig, traits
+from cutlayer.report.planned import heading, notes
+
+CUTS = ("0", "3", "0", "1", "3")
+COMMON: dict[str, Any] = {"clients": 5, "cut": CUTS, "batch": 4}
+DIFFERENT: dict[str, Any] = {
+    "client_device": "raspberry-pi-zero-2w", "link": "lte", "server_device": "raspberry-pi-5",
+    "speed_spread": 0.7, "rate_spread": 0.5, "stragglers": 0.2,
+}  # fmt: skip
+NARROW: dict[str, Any] = {"multicast": True, "server_mbps": 0.5}
+STATED = ("psl", "slr", "sfl", "sflv1", "sflv2", "sflv3", "scala", "smofi", "sgl", "sglr")  # and can mix cuts
+ROWS = 10  # of each client
+
+
+def planned(**options: Any) -> Plan:
+    config = {**COMMON, "samples_per_client": ROWS, "input": (6,), **options}
+    return plan(PlanConfig.of(config), mlp)
+
+
+def trained(algorithm: str, **options: Any) -> Run:
+    options = {"precision": "float32", "epochs": 1, "partition": "column", **COMMON, **options}
+    run = Run(algorithm=algorithm, model=mlp, data=source([ROWS] * 5, (6,)), **options)
+    run.run()
+    return run
+
+
+def is_what_a_run_counts(e: Expected, run: Run) -> None:
+    result, ledger = run.result, run.training.ledger
+    assert result is not None
+    assert (e.up, e.down) == (ledger.total("up"), ledger.total("down"))
+    assert e.down_broadcast == ledger.total("down", "wire-broadcast")
+    assert e.paper == ledger.total("up", "paper") + ledger.total("down", "paper")
+    assert e.client_flops == pytest.approx(result.client_flops, rel=1e-12)
+    assert e.server_flops == pytest.approx(result.server_flops, rel=1e-12)
+    assert e.seconds == pytest.approx(result.virtual_seconds, rel=1e-9)
+    assert e.clients is not None
+    assert e.clients.total == pytest.approx(result.clients_joules, rel=1e-9)
+    assert e.clients.marginal == pytest.approx(result.clients_marginal_joules, rel=1e-9)
+    assert e.server_joules == pytest.approx(result.server_joules, rel=1e-9)
+
+
+@pytest.mark.parametrize("link", [{}, NARROW], ids=["unicast", "broadcast"])
+@pytest.mark.parametrize("phi", [0.0, 1.0])
+@pytest.mark.long
+def test_a_plan_of_different_cuts_is_what_a_run_counts(phi: float, link: dict[str, Any]) -> None:
+    """Bytes under each convention, FLOPs, time and energy, on machines and links that all differ."""
+    found = planned(algorithms=STATED, phi=phi, **DIFFERENT, **link)
+    for cost in found.costs:
+        own = {"phi": phi} if cost.algorithm in ("sgl", "sglr") else {}
+        is_what_a_run_counts(cost.expected, trained(cost.algorithm, **own, **DIFFERENT, **link))
+
+
+def test_one_plan_of_different_cuts_is_what_runs_count() -> None:
+    found = planned(algorithms=("sfl", "sglr"), phi=1.0, **DIFFERENT, **NARROW)
+    runs = [trained("sfl", **DIFFERENT, **NARROW), trained("sglr", phi=1.0, **DIFFERENT, **NARROW)]
+    for cost, run in zip(found.costs, runs, strict=True):
+        is_what_a_run_counts(cost.expected, run)
+    each = {kind.measured.name: kind for kind in found.kinds}
+    assert tuple(each[name].measured.flops for name in CUTS) == runs[0].training.flops_each
+    assert [(name, kind.clients) for name, kind in each.items()] == [("0", 2), ("1", 1), ("3", 2)]
+    assert found.costs[0].memory == max(kind.memory for kind in found.kinds)
+    assert found.remark in runs[0].training.remarks
+
+
+FROZEN: dict[str, Any] = {"freeze": r"^0\.", "seed": 3}
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "options"),
+    [
+        pytest.param("psl", {"batch": 5}, marks=pytest.mark.long),
+        pytest.param("sfl", {}, marks=pytest.mark.long),
+        pytest.param("sfl", {**FROZEN, **NARROW}, marks=pytest.mark.long),
+        # Clients that train nothing do not wait for the average, and the slowest is one of them.
+        ("sfl", {**FROZEN, "latency_ms": 0.0, "up_mbps": 1e6, "down_mbps": 1e6, "stragglers": 0.4}),
+        pytest.param("sglr", {"phi": 1.0, "batch": 64}, marks=pytest.mark.long),
+    ],
+)
+def test_several_epochs_with_parts_that_train_nothing(algorithm: str, options: dict[str, Any]) -> None:
+    options = {**DIFFERENT, **options}
+    made = planned(algorithms=(algorithm,), **options)
+    (work,) = made.works.values()
+    assert isinstance(work, Mixture)
+    work = replace(work, kinds=tuple(replace(kind, epochs=3) for kind in work.kinds))
+    expected = expect(made.config.algorithm(algorithm), work, fleet(made.config, 5))
+    is_what_a_run_counts(expected, trained(algorithm, **{**options, "epochs": 3}))
+
+
+def test_what_is_shared_between_the_draws_is_the_mean_of_all_draws() -> None:
+    """Two of five clients are drawn in each of three steps; those of them with the deepest cut, clients 1 and 4, share
+    one gradient.
+    """
+    found = planned(algorithms=("psl", "sgl"), phi=0.4)
+    (psl, sgl), (*_, deep) = (cost.expected for cost in found.costs), found.kinds
+    draws = [len({1, 4} & set(drawn)) for drawn in itertools.combinations(range(5), 2)]
+    saved = Fraction(sum(max(n - 1, 0) for n in draws), len(draws)) * ROWS * deep.measured.gradient
+    assert sgl.down == psl.down
+    assert sgl.down_broadcast == round(psl.down_broadcast - saved)
+    alone = Fraction(sum(draws), len(draws)) * ROWS * deep.measured.gradient
+    ever = 1 - Fraction(draws.count(0), len(draws)) ** 3
+    assert sgl.paper == round(psl.paper - alone + ever * deep.measured.gradient)
+    assert any(line.startswith("SGL: which clients share a gradient is drawn") for line in found.notes)
+    assert not planned(algorithms=("psl", "sgl"), phi=1.0).notes
+
+
+@pytest.mark.long
+def test_a_run_that_draws_comes_near_the_mean() -> None:
+    epochs = 30
+    run = trained("sgl", phi=0.4, epochs=epochs)
+    ledger, e = run.training.ledger, planned(algorithms=("sgl",), phi=0.4).costs[0].expected
+    counted = ledger.total("down") - ledger.total("down", "wire-broadcast")
+    assert counted / epochs == pytest.approx(e.down - e.down_broadcast, rel=0.35)
+    assert 0 < counted < epochs * (planned(algorithms=("sgl",), phi=1.0).costs[0].expected.down - e.down_broadcast)
+
+
+def test_who_cannot_have_different_cuts_is_not_planned() -> None:
+    assert all(traits(name).mixes_cuts for name in STATED)
+    found = planned(algorithms=("cl", "fl", "ssl", "cse-fsl", *STATED), **DIFFERENT)
+    assert [cost.algorithm for cost in found.costs] == ["cl", "fl", *STATED]
+    assert set(found.one_cut) == {"ssl", "cse-fsl"}
+    assert found.costs[1] == planned(cut="0", algorithms=("fl",), **DIFFERENT).costs[0]  # whole models have no cut
+    said = "\n".join([*heading(found), *notes(found)])
+    assert "Not planned with different cuts: SSL, since one client model travels" in said
+    assert "Cuts: 0 for clients 0, 2; 3 for clients 1, 4; 1 for client 3" in said
+    with pytest.raises(ConfigError, match="a list of cuts is not possible with ssl, cse-fsl"):
+        planned(algorithms=("ssl", "cse-fsl"))
+
+
+def test_equal_cuts_are_one_cut() -> None:
+    alike, one = planned(cut="3*5", algorithms=("psl", "ssl")), planned(cut="3", algorithms=("psl", "ssl"))
+    assert alike.costs == one.costs
+    assert not alike.kinds
+
+
+def test_cuts_are_chosen_as_in_a_run() -> None:
+    needs = {kind.measured.name: kind.memory / 1e9 for kind in planned(algorithms=("psl",)).kinds}
+    budgets: dict[str, Any] = {"cut": None, "cut_by": "memory"}
+    budgets["client_memory"] = tuple(needs[name] * 1.0001 for name in CUTS)
+    run = trained("psl", client_optimizer="adam", **budgets)
+    assert run.training.depths is not None
+    assert run.training.depths.names == CUTS
+    found = planned(algorithms=("psl",), client_optimizer="adam", **budgets)
+    assert found.remark in run.training.remarks
+    assert found.remark.endswith("(cut_by = memory)")
+
+
+def test_many_clients_are_named_in_short() -> None:
+    assert RunConfig.of({"clients": 5, "cut": "a*2, b ,c * 2"}).cuts == ("a", "a", "b", "c", "c")
+    assert RunConfig.of({"clients": 3, "cut": ["a*2", "b"]}).cuts == ("a", "a", "b")
+    million = planned(clients=1_000_000, cut="0*400000,3*600000", algorithms=("psl", "sglr"), **DIFFERENT)
+    assert [kind.clients for kind in million.kinds] == [400_000, 600_000]
+    ten = planned(clients=10, cut="0*4,3*6", algorithms=("psl", "sglr"))
+    assert [c.expected.unicast for c in million.costs] == [100_000 * c.expected.unicast for c in ten.costs]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"cut": ("0", "3")}, "cut has 2 entries for 5 clients"),
+        ({"cut": ("0", "9", "3", "0", "0")}, "'9'"),
+        ({"cut": "0,,3,0,0"}, "names nothing in one place"),
+        (
+            {"memory_budget": 1.0},
+            "memory_budget = 1.0 belongs to one cut for all, and a list of cuts gives",
+        ),
+        ({"tail_cut": "3", "algorithms": ("psl", "upsl")}, "tail_cut = '3' belongs to one cut for all"),
+        ({"ranks": 2}, "ranks = 2 is not possible with a list of cuts"),
+        ({"cut_by": "memory", "client_memory": (1.0,)}, "exclude each other"),
+        ({"cut": None, "cut_by": "memory"}, "cut_by = 'memory' needs client_memory"),
+        ({"cut": None, "cut_by": "profile"}, "cut_by = 'profile' needs client_device"),
+        ({"cut": "all", "client_memory": (1.0,)}, "client_memory = [1.0] has no effect with cut = 'all'"),
+        ({"cut": None, "client_memory": (1.0,)}, "client_memory = [1.0] needs a cut to hold it against"),
+        ({"client_memory": (1e-9,)}, "cut = '0' of client 0 takes"),
+    ],
+)
+def test_what_cannot_be_planned(options: dict[str, Any], words: str) -> None:
+    with pytest.raises((ConfigError, CutError)) as error:
+        planned(**options)
+    assert words in str(error.value)
+
+
+def test_the_command_takes_a_list(tmp_path: Path) -> None:
+    words = "--model mlp --input 1 8 8 --clients 3 --cut hidden1*2,hidden3 --algorithms fl psl"
+    done = call("plan", *words.split(), "--out", str(tmp_path / "p"), plots=True)
+    assert "Clients of each cut" in done.stdout
+    stored = json.loads((tmp_path / "p" / "plan.json").read_text("utf-8"))
+    assert [(kind["cut"], kind["clients"]) for kind in stored["clients_at_cuts"]] == [("hidden1", 2), ("hidden3", 1)]
+    assert (tmp_path / "p" / "plan.png").stat().st_size > 10_000
