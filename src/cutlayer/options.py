@@ -969,8 +969,8 @@ class PlanConfig(FleetConfig):
     model: str = _field("cnn", WHAT)
     """The name of a model (see `cutlayer list models`), or your own: path/to/file.py:name or package.module:name."""
     cut: str | None = _field(None, WHAT)
-    """The module after which the model is cut, or all. Several names, separated by commas (in a file: a list), give each
-    client a cut of its own; NAME*20 gives this cut to 20 clients. Default: the model's own cut, or all for a model
+    """The module after which the model is cut, or all. Several names, separated by commas (in a file: a list), give
+    each client a cut of its own; NAME*20 gives this cut to 20 clients. Default: the model's own cut, or all for a model
     without one."""
     cut_by: Literal["memory", "time", "profile"] | None = _field(None, WHAT)
     """Choose each client's cut, as in a run: the deepest within client_memory (memory) or client_seconds (time), or the

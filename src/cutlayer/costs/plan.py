@@ -120,7 +120,7 @@ class CutPlan:
 
 
 @dataclass(frozen=True)
-class Kind:
+class CutClients:
     """Where clients have different cuts: one of these, the number of `clients` that have it, and what one of them
     computes in an epoch (FLOPs) and holds (bytes, its peak) with an algorithm that cuts the model.
     """
@@ -173,7 +173,7 @@ class Plan:
     verdict: str
     notes: tuple[str, ...] = ()
     ranks: tuple[PerRank, ...] = ()
-    kinds: tuple[Kind, ...] = ()
+    kinds: tuple[CutClients, ...] = ()
     one_cut: dict[str, str] = field(default_factory=dict)
     remark: str = ""
 
@@ -339,10 +339,10 @@ class _Mixed:
         pairs = zip(self.kinds, self.counts, strict=True)
         return Mixture(tuple(replace(workload(m, self.config), clients=n) for m, n in pairs), self.numbers)
 
-    def _kind(self, m: Measured, clients: int) -> Kind:
+    def _kind(self, m: Measured, clients: int) -> CutClients:
         c = self.config
         computed = c.samples_per_client * m.flops.client.training
-        return Kind(m, clients, computed, m.client.peak(c.batch, c.client_optimizer))
+        return CutClients(m, clients, computed, m.client.peak(c.batch, c.client_optimizer))
 
 
 def workload(m: Measured, config: PlanConfig) -> Workload:
