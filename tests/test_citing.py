@@ -11,10 +11,9 @@ from support import call, mlp, source
 from test_references import parsed
 from torch import nn
 
-from cutlayer import Comparison, Run, RunConfig, RunFolderError
+from cutlayer import Comparison, Run, RunConfig, RunFolderError, cite
 from cutlayer.citing import used_by
 from cutlayer.references import bibtex
-from cutlayer.report import cite
 
 ALWAYS = {"cutlayer", "torch", "numpy"}
 
@@ -91,9 +90,9 @@ def test_runs_and_comparisons_give_their_entries(tmp_path: Path) -> None:
         "% model 'Net' names no paper: cite where it comes from",
         "% data set 'Source' names no paper: cite where it comes from",
     ]
-    assert result.cite() == run.cite() == begun == cite([tmp_path / "run"])
+    assert result.cite() == run.cite() == begun == cite(tmp_path / "run")
     (tmp_path / "run/result.json").unlink()
-    assert cite([str(tmp_path / "run")]) == begun  # not done yet
+    assert cite(str(tmp_path / "run")) == begun  # not done yet
     comparison = Comparison(algorithms=("psl", "ssl"), seeds=(0, 1), out=tmp_path / "both", **options)
     assert set(parsed(comparison.cite())) == ALWAYS
     comparison.run()
@@ -103,18 +102,18 @@ def test_runs_and_comparisons_give_their_entries(tmp_path: Path) -> None:
     assert set(parsed(printed)) == {*wanted, "gawali2020comparison", "mcmahan2017fedavg"}
     assert printed.count("% model 'Net'") == 1
     (tmp_path / "both/curves.png").touch()
-    assert set(parsed(cite([tmp_path / "both"]))) == {*wanted, "matplotlib"}
+    assert set(parsed(cite(tmp_path / "both"))) == {*wanted, "matplotlib"}
 
 
 def test_folders_that_say_nothing_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="not a run folder"):
-        cite([tmp_path])
+        cite(tmp_path)
     (tmp_path / "config.toml").write_text('algorithm = "psl"')
     with pytest.raises(RunFolderError, match="has not begun"):
-        cite([tmp_path])
+        cite(tmp_path)
     (tmp_path / "algorithm.json").write_text(json.dumps({"title": "PSL"}))
     with pytest.raises(RunFolderError, match="does not say what it used, since an older version wrote it"):
-        cite([tmp_path])
+        cite(tmp_path)
     (tmp_path / "algorithm.json").write_text(json.dumps({"used": ["psl"]}))
     with pytest.raises(RunFolderError, match="is damaged"):
-        cite([tmp_path])
+        cite(tmp_path)

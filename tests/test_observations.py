@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from support import mlp, source
 
-from cutlayer import Comparison, ConfigError, Run
+from cutlayer import Comparison, ConfigError, Run, tables
 from cutlayer.observations import Observations, flat
-from cutlayer.report import collect_studies, tables
+from cutlayer.report import collect_studies
 
 OPTIONS: dict[str, Any] = {
     "model": mlp,

@@ -13,7 +13,7 @@ from cutlayer.options import CommonConfig, CompareConfig, FleetConfig, PlanConfi
 
 PUBLIC = """CompareConfig Comparison ConfigError CutError CutlayerError DataError NonFiniteError Parts Predictions
 Record Result Row Run RunConfig RunFolderError Samples Scores Source TrainedModel TrainingError UsageError __version__
-cut cut_points from_arrays from_dataset load load_model partition"""
+cite cut cut_points from_arrays from_dataset load load_model partition tables"""
 
 COMMON = """client_device server_device link up_mbps down_mbps latency_ms server_mbps multicast utilisation
 speed_spread rate_spread stragglers straggler_slowdown profiles trace

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from cutlayer.models.cut import cut_points as cut_points
     from cutlayer.options import CompareConfig as CompareConfig
     from cutlayer.options import RunConfig as RunConfig
+    from cutlayer.report import cite as cite
+    from cutlayer.report import tables as tables
     from cutlayer.run import Record as Record
     from cutlayer.run import Result as Result
     from cutlayer.run import Run as Run
@@ -62,6 +64,7 @@ _HOME = {
         "UsageError",
     ),
     "cutlayer.models": ("Parts", "cut", "cut_points"),
+    "cutlayer.report": ("cite", "tables"),
     "cutlayer.run": ("Record", "Result", "Run", "Scores"),
     "cutlayer.trained": ("Predictions", "TrainedModel", "load_model"),
 }

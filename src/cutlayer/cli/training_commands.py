@@ -188,7 +188,7 @@ def cite(first: Folder, *more: Folder) -> None:
     """
     from cutlayer.report import cite as entries
 
-    print_exactly(entries([first, *more]))
+    print_exactly(entries(first, *more))
 
 
 def _train(run: Run) -> None:

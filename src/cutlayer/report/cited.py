@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,15 @@ from cutlayer.references import bibtex
 from cutlayer.stored import ANEW, reading
 
 
-def cite(folders: Sequence[Path | str]) -> str:
-    """The entries of all that the runs in these folders used, each once; comments name what has none.
+def cite(first: Path | str, *more: Path | str) -> str:
+    """BibTeX of all that the runs in these folders used, each entry once; comments name what has none.
 
     Each is the folder of a run or of a comparison, finished or not. Pages with curves are drawn by matplotlib, and
     differences over two seeds or more rest on scipy. Raises RunFolderError for another folder.
     """
     used: list[dict[str, str]] = []
     libraries: list[str] = []
-    for folder in map(Path, folders):
+    for folder in map(Path, (first, *more)):
         runs = _runs(folder)
         for run in runs:
             used += _used(run)
