@@ -68,8 +68,8 @@ def test_a_table_of_a_model_and_task_of_ones_own(place: Path) -> None:
         assert "label_smoothing = 0.1" in stored
 
     assert "Size smoke: another model than the paper's (net.py:net, cut after 2) on digits" in text
-    assert "The model is the user's choice." in text
-    assert "The model is the user&#39;s choice." in (place / "own/reproduction.html").read_text()
+    assert "The model was chosen by the user." in text
+    assert "The model was chosen by the user." in (place / "own/reproduction.html").read_text()
     assert f"--model {place}/net.py:net --cut 2" in text
     assert data["another_model"] is True
     assert data["settings"]["model"] == data["settings"]["methods_model"] == f"{place}/net.py:net"

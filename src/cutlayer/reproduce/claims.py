@@ -261,7 +261,7 @@ def _is_shared(phi: float, clients: int) -> bool:
     return math.floor(phi * clients + 0.5) > 1
 
 
-_WHERE_SHARED = "on average over all C of which at least two clients are active"
+_WHERE_SHARED = "on average over all C with at least two active clients"
 
 
 def _split_lr(outcomes: Outcomes) -> list[Claim]:
@@ -284,7 +284,7 @@ def _split_lr(outcomes: Outcomes) -> list[Claim]:
         Claim(
             "collapse",
             f"alpha 2 collapses at {most}",
-            f"With {max(several)} clients, alpha 2 loses more than {COLLAPSE:g} points against no SplitLr.",
+            f"With {max(several)} clients, alpha 2 loses more than {COLLAPSE:g} points compared with no SplitLr.",
             collapses,
             COLLAPSE,
             frozenset({most}),
@@ -323,7 +323,8 @@ def _phases(outcomes: Outcomes) -> list[Claim]:
         Claim(
             "full",
             "phi 1 without phases fails",
-            f"SplitAvg with all clients all the time (phi 1) loses more than {FAILURE:g} points against none, {where}.",
+            f"SplitAvg with all clients all the time (phi 1) loses more than {FAILURE:g} points compared with no "
+            f"SplitAvg, {where}.",
             fails,
             FAILURE,
             covered,
@@ -378,7 +379,7 @@ def _methods(outcomes: Outcomes) -> list[Claim]:
             Claim(
                 f"sglr-{other}",
                 f"SGLR comes within {CLOSE:g} points of {other.upper()}",
-                f"SGLR loses less than {CLOSE:g} points against {other.upper()} with {c} clients, {tuned}.",
+                f"SGLR is less than {CLOSE:g} points behind {other.upper()} with {c} clients, {tuned}.",
                 pair("sglr", other),
                 -CLOSE,
             )

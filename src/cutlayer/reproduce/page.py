@@ -72,45 +72,46 @@ def reading(findings: Findings, size: str) -> list[str]:
     of_contest = _CONTEST.format(seeds=len(findings.outcomes.study.extent.seeds), count=count)
     if findings.alone:
         return [of_contest]
-    smoke = "The size smoke is there to see that everything works: its numbers say nothing about the paper. "
+    smoke = "The size smoke only shows that everything works; its numbers say nothing about the paper. "
     return [
         smoke
         * (size == "smoke")
-        + "Accuracies are test accuracies in percent at the evaluation with the best validation accuracy, as the paper "
-        f"reports them, mean over the models of {models}, mean ± sample standard deviation over "
-        f"{len(s.seeds)} seeds. The paper's number is beside ours where it has one for the same setting. Where fewer "
-        f"seeds are done, that is said; a dash stands for what is not. A run whose numbers became NaN or infinite is "
-        f"called diverged, and counts as chance{count} in means and differences.",
+        + "Accuracies are test accuracies in percent at the evaluation with the best validation accuracy, which is "
+        f"what the paper reports. They are means over the models of {models}, shown as mean ± sample standard "
+        f"deviation over {len(s.seeds)} seeds. The paper's number stands beside ours if it has one for the same "
+        "setting. If fewer seeds are done, the table says so; a dash stands for a run that is not done. A run whose "
+        f"numbers became NaN or infinite is called diverged and counts as chance{count} in means and differences.",
         "The paper trains its ResNet16 (an AlexNet in Table 4) on Fashion-MNIST with 10000 images held out for "
-        "validation, does not say for how many epochs, and gives neither seeds nor spread: compare the order of the "
-        "numbers, not the numbers.",
+        "validation, does not say for how many epochs, and gives neither seeds nor spread. Compare the order of the "
+        "numbers, not the numbers themselves.",
         *[f"Label skew: {of_contest}"] * (SKEW in findings.parts),
     ]
 
 
 _CONTEST = (
-    "Accuracies are test accuracies in percent at the end of the training, mean over the models of all clients on the "
-    "global test set (where client models are averaged, they are all the same), mean ± sample standard deviation over "
-    "{seeds} seeds. Every method was tuned over the same rates on another seed, by validation accuracy; test "
-    "accuracies play no part in the choice. Where fewer seeds are done, that is said; a dash stands for what is not. A "
-    "run whose numbers became NaN or infinite is called diverged, and counts as chance{count}."
+    "Accuracies are test accuracies in percent at the end of the training, as means over the models of all clients on "
+    "the global test set (if client models are averaged, they are all the same), shown as mean ± sample standard "
+    "deviation over {seeds} seeds. Every method was tuned over the same rates on another seed, by validation "
+    "accuracy; test accuracies play no part in the choice. If fewer seeds are done, the table says so; a dash stands "
+    "for a run that is not done. A run whose numbers became NaN or infinite is called diverged and counts as "
+    "chance{count}."
 )
 
 ANOTHER_MODEL = (
-    "The model is the user's choice. The paper's numbers beside ours are of the paper's ResNet16 and AlexNet, and the "
-    'claims are the paper\'s: a verdict marked "another model" says whether a claim carries over to this model. Where '
-    "it does not hold, nothing is said about the reproduction of the paper."
+    "The model was chosen by the user. The paper's numbers beside ours are those of its ResNet16 and AlexNet, and the "
+    "claims are the paper's. A verdict marked “another model” says whether a claim carries over to this model; it says "
+    "nothing about the reproduction of the paper."
 )
 
 TEST = (
-    "Each verdict is that of one test. Differences are taken between runs of the same seed (same split of the data, "
-    "partition and initial weights), averaged over all cells that the claim covers; over the seeds they give a "
-    "two-sided 95 % interval of Student's t. A claim holds where the interval lies above its threshold (0 points if it "
-    "names none), does not hold where it lies below, and is within noise where it contains it; fewer than two "
-    "seeds: not measured. Points are those of test accuracy; where a claim is about reconstruction, percent of the "
-    "inputs' variance that the attacker explains, and at equal accuracy means that each of two runs is looked at when "
-    "it first came to the highest test accuracy that both reach. Few seeds make wide intervals. Nothing is corrected "
-    "for there being several claims, nor for the cells of a breakdown."
+    "Each verdict comes from one test. Differences are taken between runs with the same seed (the same split of the "
+    "data, partition and initial weights) and averaged over all cells that the claim covers. From the seeds follows a "
+    "two-sided 95 % interval of Student's t. A claim holds if the interval lies above its threshold (0 points if it "
+    "names none), does not hold if the interval lies below it, and is within noise if the interval contains it. With "
+    "fewer than two seeds, it is not measured. Points are points of test accuracy. For claims about reconstruction, "
+    "they are percent of the inputs' variance that the attacker explains; “at equal accuracy” means that each of the "
+    "two runs is attacked at the time when it first reached the highest test accuracy that both reach. Few seeds "
+    "make wide intervals. There is no correction for the number of claims or of cells in a breakdown."
 )
 
 

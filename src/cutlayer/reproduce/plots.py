@@ -380,12 +380,12 @@ def _claims(findings: Findings) -> Figure:
     return figure
 
 
-_BARS = "Bars: one standard deviation over seeds. What falls far behind leaves below."
+_BARS = "Bars show one standard deviation over seeds. Points far below the others are cut off at the bottom."
 PLOTS: dict[str, Plot] = {
     "claims": Plot(
         "",
         "The claims",
-        "Difference in points with its 95 % interval; the black tick is the claim's threshold.",
+        "The difference in points with its 95 % interval. The black tick is the claim's threshold.",
         lambda f: any(v.overall.low is not None for v in f.verdicts),
         _claims,
     ),
@@ -396,45 +396,45 @@ PLOTS: dict[str, Plot] = {
     "fig5": Plot(
         "fig5",
         "Learning curves of the methods",
-        "Table 4's methods at their chosen rates: means over seeds, bands one standard deviation to either side. "
-        "Traffic is counted once per receiver (wire-unicast), and with what is the same for several clients counted "
-        "once (wire-broadcast). "
+        "Table 4's methods at their chosen rates. Lines are means over seeds, bands one standard deviation on either "
+        "side. Traffic is counted in two ways: once per receiver (wire-unicast), or once for a message that is the "
+        "same for several clients (wire-broadcast). "
         + FLEET_TEXT
-        + " These are our own curves; nothing is said about those in the paper's figure 5.",
+        + " These are our own curves; they are not compared with the paper's figure 5.",
         lambda f: bool(curves_report(f.outcomes).entries),
         _curves,
     ),
     SKEW: Plot(
         SKEW,
         "Label skew: accuracy and traffic",
-        "Beside the names: bytes up and down of a whole training in the first setting that a method has, all clients "
-        "together; what is the same for several clients is counted once. Sent once per receiver, SplitAvg (SGLR, SGL) "
-        "moves as much as PSL. Bars: one standard deviation over seeds.",
+        "Beside each name: bytes up and down of a whole training of all clients, in the method's first setting. A "
+        "message that is the same for several clients is counted once. If it is sent once per receiver, SplitAvg "
+        "(SGLR, SGL) moves as much as PSL. Bars show one standard deviation over seeds.",
         _trained(SKEW),
         _skew,
     ),
     "table5": Plot(
         "table5",
         "Reconstruction by phi",
-        "Bars: one standard deviation over seeds. Whether it is the reconstruction that got harder, or the model that "
-        "got worse, the claims at equal accuracy say.",
+        "Bars show one standard deviation over seeds. The claims at equal accuracy tell whether reconstruction got "
+        "harder or the model got worse.",
         _attacked("table5"),
         _phi,
     ),
     "leakage-defences": Plot(
         "leakage",
         "Privacy and accuracy, by defence",
-        "Each line goes from no defence to the strongest. Bars: one standard deviation over seeds, either way. Down is "
-        "private, right is accurate. Below zero an attacker who was trained for it does worse than one who always "
-        "answers with the mean input.",
+        "Each line goes from no defence to the strongest. Bars show one standard deviation over seeds in both "
+        "directions. Lower is more private, and further right is more accurate. Below zero, a trained attacker does "
+        "worse than one who always answers with the mean input.",
         _attacked("leakage"),
         _defences,
     ),
     "leakage-pictures": Plot(
         "leakage",
         "What the attacker sees",
-        "One client's inputs and their reconstructions by an attacker who knows the client part; of each defence the "
-        "strongest; the first seed.",
+        "One client's inputs, and their reconstructions by an attacker who knows the client part. Each defence is "
+        "shown at its strongest, for the first seed.",
         lambda f: bool(_kept(f)),
         _pictures,
     ),

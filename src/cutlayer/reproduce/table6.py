@@ -25,8 +25,8 @@ from cutlayer.text import format_bytes, format_quantity
 
 FLEET = {"client_device": "raspberry-pi-4", "link": "lte", "server_device": "h100"}
 FLEET_TEXT = (
-    "Modelled: clients are Raspberry Pi 4 on LTE (5.64 Mbit/s up, 12.74 down), the server an H100 at its peak; energy "
-    "is the clients' marginal one, of all together."
+    "Time and energy are modelled: the clients are Raspberry Pi 4 on LTE (5.64 Mbit/s up, 12.74 down), and the server "
+    "is an H100 at its peak. Energy is the marginal energy of all clients together."
 )
 _COMMUNICATING: tuple[formulas.Method, ...] = ("fl", "psl", "sfl", "sglr")
 _SAVED = 94.7  # percent, Table 4's client against federated learning
@@ -184,7 +184,7 @@ def _saved_by_cutting(study: Study, work: Workload) -> Fact:
     papers = alexnet or work
     saved = 100 * (1 - papers.flops.client.three_forwards / papers.flops.whole.three_forwards)
     truly = 100 * (1 - work.flops.client.training / work.flops.whole.training)
-    trained = f"{truly:.1f} % for the {study.model_names[1]} trained here, as truly counted"
+    trained = f"{truly:.1f} % for the {study.model_names[1]} trained here, counted exactly"
     if alexnet is None:
         return Fact(
             "client-compute",
@@ -200,7 +200,8 @@ def _saved_by_cutting(study: Study, work: Workload) -> Fact:
         "a client computes 94.7 % less than in FL",
         "With AlexNet, a client of split learning computes 94.7 % less than one of federated learning (Table 4).",
         round(saved, 1) >= _SAVED,
-        f"{saved:.1f} % as the paper counts (our AlexNet's widths are chosen for it: the paper gives none); {trained}",
+        f"{saved:.1f} % as the paper counts (the paper gives no widths for its AlexNet; ours are chosen to give this "
+        f"number); {trained}",
         "by construction",
     )
 

@@ -58,14 +58,19 @@ class Chapter:
 def table1(outcomes: Outcomes) -> list[Table]:
     """SplitLr: alpha by number of clients (paper, Table 1)."""
     rows: Rows = {f"alpha {alpha:g}": (alpha, 0.0, None) for alpha in ALPHAS}
-    text = "The server's rate is the clients' times C^alpha; alpha 0 is no SplitLr. No SplitAvg."
+    text = (
+        "The server's learning rate is the clients' rate times C^alpha; alpha 0 means no SplitLr. SplitAvg is not used."
+    )
     return [_by_clients(outcomes, "table1", "Table 1: SplitLr", "", rows, text)]
 
 
 def table2(outcomes: Outcomes) -> list[Table]:
     """SplitLr and SplitAvg: alpha and phi by number of clients (paper, Table 2)."""
     rows: Rows = {f"alpha {alpha:g}, phi {phi:g}": (alpha, phi, None) for alpha in ALPHAS_WITH_PHI for phi in PHIS}
-    text = "At each step a random fraction phi of the clients back-propagates one common gradient; phi 0: no SplitAvg."
+    text = (
+        "In each step, a random fraction phi of the clients back-propagates one common gradient; phi 0 means no "
+        "SplitAvg."
+    )
     return [_by_clients(outcomes, "table2", "Table 2: SplitLr and SplitAvg", "", rows, text)]
 
 
@@ -74,7 +79,7 @@ def table3(outcomes: Outcomes) -> list[Table]:
     rows: Rows = {"none": (1.0, 0.0, None)}
     rows |= {phase: (1.0, 1.0, phase) for phase in PHASES}
     text = (
-        "Alpha 1. All clients back-propagate the common gradient (phi 1), during the first or last part of the "
+        "Alpha is 1. All clients back-propagate the common gradient (phi 1) during the first or last part of the "
         "training, all the time (full) or never (none)."
     )
     return [_by_clients(outcomes, "table3", "Table 3: SplitAvg in phases", "when", rows, text)]
@@ -94,12 +99,16 @@ def table4(outcomes: Outcomes) -> list[Table]:
         tried.append((title, tuple(score for pair in each for score in pair)))
     own = outcomes.study.method("sglr", size.rates[0]).config.specific
     text = (
-        f"{size.methods_clients} clients, {outcomes.study.model_names[1]} (paper: AlexNet). Each method has the "
-        f"learning rate of the highest best validation accuracy, mean over seeds, of the same {len(size.rates)} rates: "
-        f"equal tuning effort for all; SGLR's alpha {own['alpha']:g} and phi {own['phi']:g} were not tuned further."
+        f"{size.methods_clients} clients, {outcomes.study.model_names[1]} (paper: AlexNet). Each method uses the "
+        f"learning rate with the highest best validation accuracy (mean over seeds) among the same {len(size.rates)} "
+        f"rates, so all had equal tuning effort; SGLR's alpha {own['alpha']:g} and phi {own['phi']:g} were not tuned "
+        "further."
     )
     columns = tuple(c for rate in size.rates for c in (f"validation, {rate:g}", f"test, {rate:g}"))
-    rates = "Best validation accuracy, by which the rate is chosen, and the test accuracy at it, per learning rate."
+    rates = (
+        "For each learning rate: the best validation accuracy, by which the rate is chosen, and the test accuracy at "
+        "that evaluation."
+    )
     return [
         Table("table4", "Table 4: the methods", "method", ("accuracy", "rate"), tuple(best), text),
         Table("table4-rates", "Table 4: all rates that were tried", "method", columns, tuple(tried), rates),
@@ -119,14 +128,14 @@ def _computation(study: Study) -> Table:
     )
     columns = (*columns, "of FL", "paper, whole training")
     text = (
-        f"Per client and epoch of {study.size.samples_per_client} samples (CL: the one machine that has all clients' "
-        "data). FLOPs are counted on the real modules; the paper counts three forward passes, which overstates the "
-        "first layers, whose input needs no gradient. "
+        f"Per client and epoch of {study.size.samples_per_client} samples (for CL, of the one machine that has all "
+        "clients' data). FLOPs are counted on the real modules. The paper counts three forward passes, which "
+        "overstates the first layers, since their inputs need no gradient. "
     )
     text += (
-        "The paper gives no widths for its AlexNet: ours are chosen for its share."
+        "The paper gives no widths for its AlexNet; ours are chosen to match its share."
         if "AlexNet" in columns
-        else "The paper's numbers are of its AlexNet on Fashion-MNIST."
+        else "The paper's numbers are those of its AlexNet on Fashion-MNIST."
     )
     return Table("table4-compute", "Table 4: computation of a client", "method", columns, rows, text)
 
@@ -139,12 +148,12 @@ def table6(outcomes: Outcomes) -> list[Table]:
     size = study.size
     columns = ("worked example, by formula", "counted as the paper", "wire-unicast", "wire-broadcast")
     text = (
-        "All clients together, per epoch. Worked example of section 4.4: 100 clients, phi .5, 50 000 samples, .024 MB "
-        "of smashed data each, models of 200 and 67 MB; the paper's numbers are the same. The other columns: "
-        f"{size.methods_clients} clients with {size.samples_per_client} samples each, {study.model_names[1]}, as a "
-        "run's ledger counts. The paper leaves out labels and counts SplitAvg's common gradient once per epoch; on a "
-        "wire it is sent in every step: once where it can be broadcast, else once to every active client, and then "
-        "SGLR sends just what PSL sends."
+        "Bytes of all clients together, per epoch. The worked example is that of section 4.4: 100 clients, phi 0.5, "
+        "50 000 samples with 0.024 MB of smashed data each, models of 200 and 67 MB. The paper's numbers for it are "
+        f"the same. The other columns: {size.methods_clients} clients with {size.samples_per_client} samples each, "
+        f"{study.model_names[1]}, as a run's ledger counts. The paper leaves out labels and counts SplitAvg's common "
+        "gradient once per epoch. On a wire, it is sent in every step: once if the network can broadcast, otherwise "
+        "once to every active client. In the latter case, SGLR sends as much as PSL."
     )
     return [Table("table6", "Table 6: communication", "method", columns, tuple(table6.communication(study)), text)]
 
@@ -161,12 +170,12 @@ def skew(outcomes: Outcomes) -> list[Table]:
 
     rows = tuple((m, tuple(score(s, m) for s in settings)) for m in methods)
     text = (
-        f"{study.size.skewed_clients} clients. + client, + both: the logits are adjusted for the gradients that reach "
-        "the clients, or for the server's step too; global: each step's rows are drawn from all data. SLR and SGLR "
-        "have alpha 1, SGLR phi 0.5, neither tuned. Dirichlet: each class is dealt in proportions drawn from a "
-        "Dirichlet distribution, the smaller the number the more skewed, so that clients differ in size too; 2 shards: "
-        "each client holds about two classes. Half take part: five of ten clients, drawn in each round. CL has all "
-        "data in one place and is the same everywhere."
+        f"{study.size.skewed_clients} clients. “+ client” and “+ both”: the logits are adjusted for the gradients "
+        "that clients receive, or also for the server's step. “global”: each step's rows are drawn from all data. "
+        "SLR and SGLR use alpha 1, and SGLR uses phi 0.5; neither is tuned. Dirichlet: each class is divided in "
+        "proportions drawn from a Dirichlet distribution. The smaller its parameter, the stronger the skew; clients "
+        "also differ in size. 2 shards: each client holds about two classes. Half take part: five of ten clients, "
+        "drawn in each round. CL has all data in one place, so its result is the same in all settings."
     )
     sent = tuple((m, _sent(outcomes, next(s for s in settings if m in settings[s]), m)) for m in methods)
     tuned = tuple(dict.fromkeys(extent.tuning(s) for s in settings))
@@ -181,8 +190,8 @@ def skew(outcomes: Outcomes) -> list[Table]:
             "method",
             ("up", "down", "up + down", f"beyond {contest(SKEW).baseline}", "up + down, broadcast"),
             sent,
-            "All clients together, in the first setting that a method has, mean over seeds. Broadcast: what is the "
-            "same for several clients is counted once.",
+            "Bytes of all clients together in the method's first setting, mean over seeds. Broadcast: a message that "
+            "is the same for several clients is counted once.",
         ),
         Table(
             "skew-rates",
@@ -190,7 +199,7 @@ def skew(outcomes: Outcomes) -> list[Table]:
             "method",
             tuned,
             tried,
-            f"Validation accuracy at the rates {rates}, and the rate that was chosen; on seed {extent.tuning_seed}, "
+            f"Validation accuracy at the rates {rates}, and the chosen rate, on seed {extent.tuning_seed}, "
             f"which is not reported. {'; '.join(others)}{'.' * bool(others)}".strip(),
         ),
     ]
@@ -237,10 +246,10 @@ def table5(outcomes: Outcomes) -> list[Table]:
     )
     text = (
         f"SGLR (SLR at phi 0), {study.size.methods_clients} clients, {study.size.leakage_epochs} epochs; accuracy is "
-        "that at their end. Where phi x clients, rounded, is one, nothing is averaged. MSE: the mean squared error of "
-        "a decoder that is trained on samples which no client has, by an attacker that knows the client part; its "
-        "pixels are those of the data set, scaled to [-1, 1]. The paper does not say what its decoder was trained on, "
-        "nor its pixels' scale: compare how the numbers go, not them."
+        "that at the end. If phi x clients, rounded, is one, nothing is averaged. MSE: the mean squared error of a "
+        "decoder, trained on samples that no client has by an attacker that knows the client part, with pixels scaled "
+        "to [-1, 1]. The paper does not say what its decoder was trained on, nor how its pixels are scaled. Compare "
+        "the trend of the numbers, not their values."
     )
     return [Table("table5", "Table 5: reconstruction", "", (*_LEAKS, "paper"), rows, text)]
 
@@ -258,17 +267,17 @@ def leakage(outcomes: Outcomes) -> list[Table]:
     )
     none = (("none", _leaks(outcomes, study.attacked("psl"))),)
     text = (
-        "An attacker that knows the client part trains a decoder on samples which no client has. Explained: 1 - MSE / "
-        "MSE of the mean input, 0 for an attack that has learned nothing; it sees one sending of each sample. Distance "
-        "correlation: the unbiased squared one. At most, once: the least upper bound on the information about an input "
-        "in one sending, in nats; infinite for a client part without noise or coarse codes. Epsilon: differential "
-        "privacy of all sendings of a sample together, at delta 1e-5 (Laplace noise: 0), as far as it goes (see the "
-        f"documentation of leakage); none: nothing is guaranteed. These runs have {study.size.leakage_epochs} epochs; "
-        "accuracy is that at their end."
+        "An attacker that knows the client part trains a decoder on samples that no client has. Explained: 1 - MSE / "
+        "(MSE of the mean input); 0 means that the attack has learned nothing. The attacker sees each sample sent "
+        "once. Distance correlation: the unbiased squared estimate. At most, once: the smallest upper bound on the "
+        "information about an input in one transmission, in nats; infinite for a client part without noise or coarse "
+        "codes. Epsilon: differential privacy of all transmissions of a sample together, at delta 1e-5 (Laplace "
+        "noise: 0); the documentation of leakage states its limits. None: nothing is guaranteed. These runs have "
+        "{study.size.leakage_epochs} epochs; accuracy is that at the end."
     )
     skipped = (
-        " CL and FL send no smashed data. FL sends models, which gradient inversion attacks: another channel, not "
-        "measured here."
+        " CL and FL send no smashed data. FL sends models, which are open to gradient inversion. That is another "
+        "channel and is not measured here."
     )
     return [
         Table("leakage-methods", "Leakage: methods", "method", _LEAKS, methods, text + skipped),
