@@ -66,10 +66,12 @@ def _start(folder: Path, *words: str) -> subprocess.Popen[str]:
     )
 
 
-def _config() -> RunConfig:
-    """The example's, as a local simulation takes it."""
+def _config(cut: str) -> RunConfig:
+    """The example's, as a local simulation takes it, cut there."""
     options = tomllib.loads((EXAMPLE / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
-    return RunConfig.of({k: v for k, v in options.items() if k != "serve" and v != ""} | {"engine": "local"})
+    return RunConfig.of(
+        {k: v for k, v in options.items() if k != "serve" and v != ""} | {"engine": "local", "cut": cut or None}
+    )
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
@@ -80,8 +82,9 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 
 @pytest.mark.network
-def test_the_example_gives_the_simulations_numbers(tmp_path: Path) -> None:
-    process = _start(tmp_path / "f")
+@pytest.mark.parametrize("cut", ["", "hidden1,hidden3,hidden2"], ids=["one cut", "different cuts"])
+def test_the_example_gives_the_simulations_numbers(cut: str, tmp_path: Path) -> None:
+    process = _start(tmp_path / "f", *(["--run-config", f'cut="{cut}"'] if cut else []))
     try:
         said, _ = process.communicate(timeout=PATIENCE)
     finally:
@@ -89,7 +92,7 @@ def test_the_example_gives_the_simulations_numbers(tmp_path: Path) -> None:
     assert process.returncode == 0, said
     assert "client-2" in said  # the table
 
-    local = Run(_config(), out=tmp_path / "local")
+    local = Run(_config(cut), out=tmp_path / "local")
     records = list(local)
     assert local.result is not None
     out = tmp_path / "f" / "run"
@@ -103,6 +106,12 @@ def test_the_example_gives_the_simulations_numbers(tmp_path: Path) -> None:
     )
     assert len(ours) == len(theirs) > 0
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    blocks = [
+        checkpoint.read(folder / "checkpoint.safetensors")["clients"].get("inner", {}).get("blocks", {})
+        for folder in (tmp_path / "local", out)
+    ]
+    assert [list(own) for own in blocks] == [["0", "2"] if cut else []] * 2
+    assert all(torch.equal(a, b) for a, b in zip(*map(_tensors, blocks), strict=True))
 
     clients = json.loads((out / "clients.json").read_text())
     assert [c["client"] for c in clients] == ["client-0", "client-1", "client-2"]
