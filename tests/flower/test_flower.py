@@ -81,8 +81,13 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     return [tensor for part in parts for tensor in _tensors(part)]
 
 
-@pytest.mark.network
-@pytest.mark.parametrize("cut", ["", "hidden1,hidden3,hidden2"], ids=["one cut", "different cuts"])
+@pytest.mark.parametrize(
+    "cut",
+    [
+        pytest.param("", marks=pytest.mark.network, id="one cut"),
+        pytest.param("hidden1,hidden3,hidden2", marks=pytest.mark.slow, id="different cuts"),
+    ],
+)
 def test_the_example_gives_the_simulations_numbers(cut: str, tmp_path: Path) -> None:
     process = _start(tmp_path / "f", *(["--run-config", f'cut="{cut}"'] if cut else []))
     try:
@@ -231,6 +236,7 @@ def test_options_come_from_flower_and_from_a_file(tmp_path: Path) -> None:
     )
     assert (config.algorithm, config.rounds, config.batch, config.cut) == ("psl", 7, 5, None)
     assert config.lr_decay_at == (0.5, 0.9)
+    assert _read(clients=3, model="mlp", cut="hidden1, hidden3*2")[0].cuts == ("hidden1", "hidden3", "hidden3")
     assert config.client_optimizer_options == {"eps": 1e-7}
     assert (hosting.host, hosting.address(5), hosting.out) == ("host", "host:5", None)
 
@@ -262,6 +268,8 @@ def test_where_clients_dial(listen: str, reach: str | None, host: str, address: 
         ({"serve__listen": "nohost"}, "is not an address"),
         ({"config": "/nowhere.toml"}, "cannot read the configuration '/nowhere.toml'"),
         ({"algorithm": "psl", "phi": 0.5}, "phi = 0.5 has no effect on psl"),
+        ({"clients": 3, "cut": "hidden1,hidden3"}, "cut has 2 entries for 3 clients"),
+        ({"clients": 2, "algorithm": "ssl", "cut": "hidden1,hidden3"}, "a list of cuts is not possible with ssl"),
     ],
 )
 def test_wrong_options_are_named(values: dict[str, Any], sentence: str) -> None:
