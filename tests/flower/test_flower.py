@@ -66,8 +66,8 @@ def _start(folder: Path, *words: str) -> subprocess.Popen[str]:
     )
 
 
-def _config(cut: str) -> RunConfig:
-    """The example's, as a local simulation takes it, cut there."""
+def _config(cut: str = "") -> RunConfig:
+    """The example's, as a local simulation takes it; with these cuts, if some are given."""
     options = tomllib.loads((EXAMPLE / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
     return RunConfig.of(
         {k: v for k, v in options.items() if k != "serve" and v != ""} | {"engine": "local", "cut": cut or None}
