@@ -59,6 +59,7 @@ AREAS: dict[str, Sequence[str]] = {
     "markup": ("*test_markup*",),
     "citations": ("*test_references*", "*test_citing*"),
     "observations": ("*test_observations*",),
+    "overwriting": ("*test_overwriting*",),
     "disk": ("*test_shelved*",),
     "ranks": ("*test_collective*", "*test_launched*", "*engine/test_distributed*"),
     "crew": ("*test_crew*", "*test_footprint*", "*test_progress*"),
@@ -169,6 +170,13 @@ MUTANTS = [
     M("unknown values stay objects", "observations", "if frame[name].isna().all()]", "if False]"),
     M("one study is called by its name", "observations", 'tidy.observed(collect.read(Path(first))) if not more else', "False or"),
     M("the spread is the mean", "observations", '"score_std": row.score_std,', '"score_std": row.score_mean,'),
+    # Folders that are replaced
+    M("old results count as this comparison's", "overwriting", "where = None if self._replaces else self._where(entry, seed)", "where = self._where(entry, seed)"),
+    M("a comparison replaces itself", "overwriting", "self._replaces = False\n            yield", "yield"),
+    M("links in a comparison are followed", "overwriting", "run.is_dir() and not run.is_symlink())", "run.is_dir())"),
+    M("all files are a run's", "overwriting", "elif not _DERIVED.fullmatch(name):", "elif False:"),
+    M("every config.toml is a run's", "overwriting", 'if not comparison and "algorithm" not in stored:', "if not stored:"),
+    M("the folder is emptied too early", "overwriting", "world().first(lambda: refuse_used(where, overwrite=overwrite))", "world().first(lambda: Folder.create(where, {}, overwrite=overwrite).close())"),
     # Loggers and callbacks
     M("one that failed is told again", "loggers", "self._hearing.pop(who, None)", "pass"),
     M("a failure is not said", "loggers", "place_of(listener, error)} ({_reason(error)})", "place_of(listener, error)} ()"),

@@ -18,7 +18,7 @@ from cutlayer.collective import world
 from cutlayer.crew import checked, packed, side_by_side
 from cutlayer.errors import ConfigError, CutlayerWarning, RunFolderError
 from cutlayer.files import read_json
-from cutlayer.folder import COMPARISON, CONFIG, OWN_FILES, RESULT, Folder, refuse_used, stored_config
+from cutlayer.folder import COMPARISON, CONFIG, OWN_FILES, RESULT, Folder, stored_config
 from cutlayer.footprint import footprint, refuse_unless_fitting, room
 from cutlayer.keywords import CompareKeywords
 from cutlayer.loggers import Audience
@@ -28,7 +28,7 @@ from cutlayer.observations import Observations
 from cutlayer.options import CompareConfig, RunConfig, by_reference, from_anywhere, overlaid
 from cutlayer.plugins import label
 from cutlayer.references import bibtex
-from cutlayer.run import Record, Result, Run, Spent, Standing, own_objective, own_things, without_own
+from cutlayer.run import Record, Result, Run, Spent, Standing, overwritable, own_objective, own_things, without_own
 from cutlayer.stored import reading, remade
 from cutlayer.summary import mean_of_known, spread
 from cutlayer.sweep import expanded
@@ -116,7 +116,8 @@ class Progress:
 class Comparison:
     """All runs of a comparison: call `run()`, or iterate over (entry, seed, run, record), or over `progress()`.
 
-    With `out` every run has a folder `out/<entry>/seed-<n>`, and an interrupted comparison can be resumed. `jobs`
+    With `out` every run has a folder `out/<entry>/seed-<n>`, and an interrupted comparison can be resumed; with
+    `overwrite` that folder may hold an earlier run or comparison, which is deleted when this one begins. `jobs`
     runs are trained at once, each in a process of its own, with its share of the processor's cores; then there are no
     records to iterate over. `callbacks` are told of all runs, one after another. Raises UsageError before anything is
     trained or written.
@@ -132,6 +133,7 @@ class Comparison:
         metrics: Mapping[str, Any] | Sequence[str] = (),
         callbacks: Sequence[object] = (),
         out: str | Path | None = None,
+        overwrite: bool = False,
         jobs: int = 1,
         **options: Unpack[CompareKeywords],
     ) -> None:
@@ -149,16 +151,15 @@ class Comparison:
         self._warn_of_equal_starts()
         self.config = expanded(CompareConfig.of(overlaid(base, by_reference({**options, **names, **asked}))))
         self.plan = self.config.runs(frozenset(self.config.model_fields_set))
-        self.out = None if out is None else Path(out)
-        self._resumed = False
+        self._resumed, self._replaces = False, overwrite  # until the folder is this comparison's
         self.results: dict[str, dict[int, Result]] = {entry: {} for entry in self.plan}
         if jobs > 1 and world().several:
             raise ConfigError(
                 f"jobs = {jobs} is not possible with {world().size} ranks, which train each run together: use jobs = 1"
             )
-        if (where := self.out) is not None:
+        if out is not None:
             _refuse_path_names(self.plan)
-            world().first(lambda: refuse_used(where))
+        self.out = overwritable(out, overwrite)
 
     @classmethod
     def resume(
@@ -301,13 +302,14 @@ class Comparison:
             **from_anywhere(self.config.resolved()),
             **own_things(model=own.model, data=own.data, **own.objective),
         }
-        with Folder.held(self.out, stored, again=self._resumed) as folder:
+        with Folder.held(self.out, stored, again=self._resumed, overwrite=self._replaces) as folder:
+            self._replaces = False
             yield
             folder.write_json(COMPARISON, {"rows": [asdict(row) for row in self.table()]})
 
     def _finished(self) -> dict[tuple[str, int], Result]:
         """The results of the runs that are done already."""
-        runs = [(entry, seed) for entry, seeds in self.plan.items() for seed in seeds]
+        runs = [(entry, seed) for entry, seeds in self.plan.items() for seed in seeds if not self._replaces]
         found = {(entry, seed): _finished(self._where(entry, seed)) for entry, seed in runs}
         return {which: result for which, result in found.items() if result is not None}
 
@@ -318,7 +320,7 @@ class Comparison:
         return self.plan[entry][seed], self._where(entry, seed)
 
     def _has_ended(self, entry: str, seed: int) -> bool:
-        where = self._where(entry, seed)
+        where = None if self._replaces else self._where(entry, seed)
         return seed in self.results[entry] or (where is not None and (where / RESULT).exists())
 
     def _take(self, entry: str, seed: int, result: Result) -> None:

@@ -21,6 +21,10 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
+import shutil
+import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +33,7 @@ from typing import Any, Self, TextIO
 import tomli_w
 
 from cutlayer.collective import world
-from cutlayer.errors import CutlayerError, FolderInUseError, RunFolderError
+from cutlayer.errors import CutlayerError, CutlayerWarning, FolderInUseError, RunFolderError
 from cutlayer.files import CONFIG as CONFIG
 from cutlayer.files import EVENTS as EVENTS
 from cutlayer.files import STATES, Lines, replace_file, unwritable
@@ -68,6 +72,11 @@ OWN_FILES = (
     PAGE,
 )
 LOCK = ".lock"
+_BEGUN = {LOCK, f".{CONFIG}.new"}  # these two alone: a run that was killed before it began
+_DERIVED = re.compile(
+    r"export|leakage\.(json|png)|(table|steps|evaluations|clients)\.csv|table\.tex|(score|loss)-over-\w+\.(pdf|svg)"
+)
+"""What commands write into the folder of a run by default, besides the run."""
 
 
 class Folder:
@@ -81,13 +90,13 @@ class Folder:
         self._files: dict[str, Lines] = {}
 
     @classmethod
-    def held(cls, path: Path, config: Mapping[str, Any], *, again: bool) -> Folder:
+    def held(cls, path: Path, config: Mapping[str, Any], *, again: bool, overwrite: bool = False) -> Folder:
         """Make the folder, or open it `again`; of several ranks the first does, for all. Raises what these raise."""
 
         def made() -> Folder:
             if not world().leads:
                 return cls(path, None)
-            return cls.reopen(path) if again else cls.create(path, config)
+            return cls.reopen(path) if again else cls.create(path, config, overwrite=overwrite)
 
         return world().agreed(made)
 
@@ -97,14 +106,16 @@ class Folder:
         return self._lock is not None
 
     @classmethod
-    def create(cls, path: Path, config: Mapping[str, Any]) -> Self:
-        """Make the folder with its configuration. Raises RunFolderError where it is in use or holds something, and
-        DiskFullError.
+    def create(cls, path: Path, config: Mapping[str, Any], *, overwrite: bool = False) -> Self:
+        """Make the folder with its configuration; with `overwrite` the run or comparison in it is deleted first.
+        Raises RunFolderError where it is in use or holds something, or something else, and DiskFullError.
         """
-        refuse_used(path)
+        refuse_used(path, overwrite=overwrite)
         try:
             path.mkdir(parents=True, exist_ok=True)
             folder = cls(path, locked(path))
+            if overwrite:
+                _empty(path)
             folder.write_text(CONFIG, tomli_w.dumps(dict(config)))
         except OSError as error:
             raise unwritable(path, error, "choose another --out") from None
@@ -190,17 +201,66 @@ class Folder:
         self.write_text(name, json.dumps(value, indent=1))
 
 
-def refuse_used(path: Path) -> None:
-    """Raises RunFolderError unless `path` is free for a new run: absent, or an empty folder. Writes nothing."""
+def refuse_used(path: Path, *, overwrite: bool = False) -> None:
+    """Raises RunFolderError unless `path` is free for a new run: absent, or an empty folder. With `overwrite` it may
+    also hold a run or a comparison and nothing else. Writes nothing.
+    """
     if path.exists() and not path.is_dir():
         raise RunFolderError(f"{str(path)!r} is a file: choose another --out")
     held = {inside.name for inside in path.iterdir()} if path.is_dir() else set[str]()
     if (path / LOCK).is_file():
         with (path / LOCK).open(encoding="utf-8") as lock:
             _lock(path, lock)  # says who holds it, if somebody does
-    if held - {LOCK, f".{CONFIG}.new"}:  # these two alone: a run that was killed before it began
-        go_on = f", or `cutlayer resume {path}` to finish that run" if CONFIG in held else ""
+    if overwrite:
+        _refuse_other(path, held)
+    elif held - _BEGUN:
+        go_on = f", `cutlayer resume {path}` to finish that run, or --overwrite to replace it" if CONFIG in held else ""
         raise RunFolderError(f"{str(path)!r} already holds files: choose another --out{go_on}")
+
+
+def _refuse_other(path: Path, held: set[str]) -> None:
+    """Raises RunFolderError unless all that the folder holds is of a run or a comparison, so that it may be deleted."""
+    if not held - _BEGUN:
+        return
+    stored = stored_config(path) if CONFIG in held else {}
+    comparison = "algorithms" in stored
+    if not comparison and "algorithm" not in stored:
+        raise RunFolderError(f"{str(path)!r} is not the folder of a run, and is not overwritten: choose another --out")
+    for name in sorted(held - _BEGUN - set(OWN_FILES)):
+        inside = path / name
+        if comparison and inside.is_dir() and not inside.is_symlink():
+            for run in sorted(inside.iterdir()):
+                if not (run.name.startswith("seed-") and run.is_dir() and not run.is_symlink()):
+                    raise _foreign(path, run)
+                _refuse_other(run, {file.name for file in run.iterdir()})
+        elif not _DERIVED.fullmatch(name):
+            raise _foreign(path, inside)
+
+
+def _foreign(path: Path, thing: Path) -> RunFolderError:
+    return RunFolderError(
+        f"{str(path)!r} is not overwritten, since it holds {str(thing.relative_to(path))!r}, which is not part of a "
+        "run: move that elsewhere, or choose another --out"
+    )
+
+
+def _empty(path: Path) -> None:
+    """Delete what a run or a comparison left, and warn of it. The configuration goes last: if this process ends before,
+    the folder is still known for what it is.
+    """
+    there = [file for file in sorted(path.iterdir()) if file.name not in (LOCK, CONFIG)]
+    if (path / CONFIG).exists():
+        stored = stored_config(path)
+        kind = "comparison" if "algorithms" in stored else f"run of {stored.get('algorithm', 'an algorithm')}"
+        begun = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime((path / CONFIG).stat().st_mtime))
+        ended = "finished" if {RESULT, COMPARISON} & {file.name for file in there} else "unfinished"
+        warnings.warn(f"{str(path)!r}: the {ended} {kind} of {begun} is replaced", CutlayerWarning, stacklevel=2)
+    for file in there:
+        if file.is_dir() and not file.is_symlink():
+            shutil.rmtree(file)
+        else:
+            file.unlink()
+    (path / CONFIG).unlink(missing_ok=True)
 
 
 def stored_config(path: Path) -> dict[str, Any]:

@@ -289,7 +289,8 @@ class Run:
     replaces the task's loss: it gives the loss of each row, or their mean. `metrics` are names of further metrics, or
     a dictionary of functions of predictions and targets, or of objects with update, compute and reset. `callbacks`
     are objects with some of the methods of `loggers.Callback`. With `out` the run is written to that folder and can
-    be resumed. `training` replaces the simulation that is built from all this (clients on other machines: `remote`).
+    be resumed; with `overwrite` it may hold an earlier run or comparison, which is deleted when this one begins.
+    `training` replaces the simulation that is built from all this (clients on other machines: `remote`).
 
     Raises UsageError before anything is trained or written; NonFiniteError (with step and client) during training.
     """
@@ -304,15 +305,14 @@ class Run:
         metrics: Mapping[str, Any] | Sequence[str] = (),
         callbacks: Sequence[object] = (),
         out: str | Path | None = None,
+        overwrite: bool = False,
         training: Training | None = None,
         **options: Unpack[RunKeywords],
     ) -> None:
         self._model, self._data, names = by_name(model, data)
         self._loss, self._metrics, asked = own_objective(loss, metrics)
         self.config = _merged(config, by_reference({**options, **names, **asked}))
-        self.out = None if out is None else Path(out)
-        if (where := self.out) is not None:
-            world().first(lambda: refuse_used(where))
+        self.out, self._overwrite = overwritable(out, overwrite), overwrite
         if training is not None and (self._loss is not None or self._metrics):
             raise UsageError("a training that is given has its loss and metrics already: leave loss and metrics out")
         if training is None:
@@ -485,7 +485,7 @@ class Run:
             yield from self._train(None)
             return
         stored = {**from_anywhere(self.config.resolved()), **own_things(**self._own)}
-        with Folder.held(self.out, stored, again=self._resumed) as folder:
+        with Folder.held(self.out, stored, again=self._resumed, overwrite=self._overwrite) as folder:
             self._restore(folder)
             yield from self._train(folder)
 
@@ -1053,6 +1053,17 @@ def _to_the_end(training: Training, this: Round) -> Iterator[Step]:
         else:
             t.server.end_round()
             return
+
+
+def overwritable(out: str | Path | None, overwrite: bool) -> Path | None:
+    """The folder `out`, which a new run or comparison may take. Raises ConfigError and RunFolderError."""
+    if out is None:
+        if overwrite:
+            raise ConfigError("overwrite has no effect without out: name the folder to replace, or leave it out")
+        return None
+    where = Path(out)
+    world().first(lambda: refuse_used(where, overwrite=overwrite))
+    return where
 
 
 def _called(thing: object) -> str:

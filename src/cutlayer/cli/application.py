@@ -29,4 +29,5 @@ err = Console(stderr=True, markup=False)
 # Annotations of parameters that several commands have.
 ConfigFile = Annotated[Path | None, Parameter(name="--config", group=FILES)]
 Out = Annotated[Path | None, Parameter(group=FILES)]
+Overwrite = Annotated[bool, Parameter(group=FILES, negative=())]
 Folder = Annotated[Path, Parameter(group=FILES)]

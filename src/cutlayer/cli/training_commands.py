@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 
-from cutlayer.cli.application import ConfigFile, Folder, Out
+from cutlayer.cli.application import ConfigFile, Folder, Out, Overwrite
 from cutlayer.cli.flags import command
 from cutlayer.cli.launched import launched
 from cutlayer.cli.merging import check_positive, fresh_folder, merged_values, run_config
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 
 @command(sort_key=1, options=RunConfig)
-def run(*, options: BaseModel | None = None, config: ConfigFile = None, out: Out = None) -> None:
+def run(
+    *, options: BaseModel | None = None, config: ConfigFile = None, out: Out = None, overwrite: Overwrite = False
+) -> None:
     """Train with one algorithm and write a run folder.
 
     Parameters
@@ -35,21 +37,31 @@ def run(*, options: BaseModel | None = None, config: ConfigFile = None, out: Out
         A TOML file with any of the options above.
     out
         The run folder to create. Default: runs/ALGORITHM-DATA-TIME.
+    overwrite
+        Replace the run or comparison in the folder --out.
     """
     with launched() as ranks:
-        _train(ranks.agreed(lambda: _run(options, config, out)))
+        _train(ranks.agreed(lambda: _run(options, config, out, overwrite)))
 
 
-def _run(options: BaseModel | None, config: Path | None, out: Path | None) -> Run:
+def _run(options: BaseModel | None, config: Path | None, out: Path | None, overwrite: bool) -> Run:
     from cutlayer.run import Run
 
     merged = run_config(options, config)
+    _refuse_nameless(out, overwrite)
     where = out or world().first(lambda: fresh_folder(f"{label(merged.algorithm)}-{Path(merged.data).stem}"))
-    return Run(merged, out=where)
+    return Run(merged, out=where, overwrite=overwrite)
 
 
 @command(sort_key=2, options=CompareConfig)
-def compare(*, options: BaseModel | None = None, config: ConfigFile = None, out: Out = None, jobs: int = 1) -> None:
+def compare(
+    *,
+    options: BaseModel | None = None,
+    config: ConfigFile = None,
+    out: Out = None,
+    overwrite: Overwrite = False,
+    jobs: int = 1,
+) -> None:
     """Train several algorithms with several seeds on the same data, and write a table, curves and an HTML page.
 
     Parameters
@@ -58,19 +70,29 @@ def compare(*, options: BaseModel | None = None, config: ConfigFile = None, out:
         A TOML file with any of the options above; its tables [variant.NAME] add entries with options of their own.
     out
         The folder to create. Default: runs/compare-DATA-TIME.
+    overwrite
+        Replace the run or comparison in the folder --out.
     jobs
         Number of runs to train at the same time, each in its own process with its share of the cores.
     """
     with launched() as ranks:
-        _compare(ranks.agreed(lambda: _comparison(options, config, out, jobs)))
+        _compare(ranks.agreed(lambda: _comparison(options, config, out, overwrite, jobs)))
 
 
-def _comparison(options: BaseModel | None, config: Path | None, out: Path | None, jobs: int) -> Comparison:
+def _comparison(
+    options: BaseModel | None, config: Path | None, out: Path | None, overwrite: bool, jobs: int
+) -> Comparison:
     from cutlayer.compare import Comparison
 
     merged = CompareConfig.of(merged_values(CompareConfig, options, config))
+    _refuse_nameless(out, overwrite)
     where = out or world().first(lambda: fresh_folder(f"compare-{Path(merged.data).stem}"))
-    return Comparison(merged, out=where, jobs=jobs)
+    return Comparison(merged, out=where, overwrite=overwrite, jobs=jobs)
+
+
+def _refuse_nameless(out: Path | None, overwrite: bool) -> None:
+    if overwrite and out is None:
+        raise ConfigError("--overwrite has no effect without --out: name the folder to replace, or leave it out")
 
 
 @command(sort_key=3, options=RunConfig)
