@@ -17,7 +17,8 @@ class Epoch:
 
     Sizes in bytes: `smashed` and `gradient` of one sample at the cut (up, down), `features` and `returned` at a second
     cut (down, up), `label` and `raw` of one sample, `model` and `client_model` with their buffers, `client_gradient` of
-    what clients train, an auxiliary `head`.
+    what clients train, an auxiliary `head`. A codec may write something for each batch of a client besides its samples
+    (the scales that they share): `smashed_besides` and so on.
     """
 
     clients: int
@@ -33,6 +34,15 @@ class Epoch:
     features: int = 0
     returned: int = 0
     head: int = 0
+    smashed_besides: int = 0
+    gradient_besides: int = 0
+    features_besides: int = 0
+    returned_besides: int = 0
+
+    @property
+    def batches(self) -> int:
+        """Of each client."""
+        return -(-self.samples_per_client // self.batch)
 
     def uploaded(self, every: int) -> int:
         """Samples of a client that go up in an epoch, if the first of each `every` batches does."""

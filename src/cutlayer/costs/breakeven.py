@@ -139,7 +139,7 @@ def clients(duel: Duel, work: Workload, convention: Convention) -> BreakEven:
     more than half of the whole in the client's part, it is the one that costs more above that number.
     """
     n, whole, t = work.samples, work.model, duel.moves(work)
-    s, g = _rows(work, t), work.gradient * t.gradients
+    s, g = _rows(work, t), _back(work, t)
     label = 0 if convention == "paper" else work.label * t.labels
     own, moves = t.averaged, 2 * t.moved
     phi = duel.moves(replace(work, clients=_FAR)).sharing / _FAR
@@ -260,16 +260,24 @@ def _federated(c: int, model: int, convention: Convention) -> int:
     return (c + 1 if convention == "wire-broadcast" else 2 * c) * model
 
 
-def _rows(work: Workload, t: Traffic) -> int:
-    """Bytes of one sample that cross whatever its gradient does: smashed data, and what goes to tails and back."""
-    return work.smashed + (work.features + work.returned) * t.tails
+def _rows(work: Workload, t: Traffic) -> float:
+    """Bytes of one sample that cross whatever its gradient does: smashed data, and what goes to tails and back. It has
+    its share of what codecs write for a whole batch.
+    """
+    tails, besides = work.features + work.returned, work.features_besides + work.returned_besides
+    return work.smashed + tails * t.tails + (work.smashed_besides + besides * t.tails) / work.batch
 
 
-def _linear(duel: Duel, w: Workload, convention: Convention) -> tuple[int, int]:
+def _back(work: Workload, t: Traffic) -> float:
+    """Bytes of one sample's cut gradient, with its share of what codecs write for a whole batch."""
+    return (work.gradient + work.gradient_besides / work.batch) * t.gradients
+
+
+def _linear(duel: Duel, w: Workload, convention: Convention) -> tuple[float, float]:
     """(a, b): all clients' bytes are a x samples per client + b."""
     c, t = w.clients, duel.moves(w)
-    gradient = w.gradient * t.gradients
-    a, b = c * (_rows(w, t) + gradient), 0
+    gradient = _back(w, t)
+    a, b = c * (_rows(w, t) + gradient), 0.0
     if convention != "paper":
         a += c * w.label * t.labels
     if t.sharing and convention == "wire-broadcast":

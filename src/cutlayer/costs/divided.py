@@ -56,22 +56,21 @@ def per_rank(name: str, algorithm: Algorithm, m: Measured, work: Workload, optim
     traits, traffic = algorithm.traits, traffic_of(algorithm, work)
     assert traffic is not None, "only algorithms that state their traffic are planned"
     clients, around = math.ceil(work.clients / ranks), 2 * (ranks - 1) / ranks
-    server = Footing(**{n: getattr(m.whole, n) - getattr(m.client, n) for n in vars(m.client)})
     gathered = algorithm.entry.facts.get("spreads") == "gathered"
-    own, others = (m.whole, None) if traits.whole else (m.client, server)
+    own, others = (m.whole, None) if traits.whole else (m.client, m.server)
     states, rows = clients * _states(own, optimizer), clients * (own.fixed + work.batch * own.per_row)
     step = gathering = averaging = 0.0
     if others is not None:
         states += (clients + 1 if traits.server_copies else 1) * _states(others, optimizer)
         rows += others.fixed + (work.clients if gathered else clients) * work.batch * others.per_row
         step += around * _COUNT
-        gathering = step + (ranks - 1) * clients * work.batch * (work.smashed + work.label)
+        gathering = step + (ranks - 1) * clients * work.batch * (m.smashed + work.label)  # ranks send rows as they are
         if gathered:
             step = gathering
         elif not traits.server_copies:
             step += around * others.trainable
         if traffic.sharing:
-            step += around * work.batch * work.gradient
+            step += around * work.batch * m.gradient
         step += around * traffic.summed
     if traffic.averaged:
         averaging = around * (own.moving + (others.moving if others is not None and traits.server_copies else 0))
@@ -81,7 +80,7 @@ def per_rank(name: str, algorithm: Algorithm, m: Measured, work: Workload, optim
 
 def _states(part: Footing, optimizer: Optimizer) -> int:
     """Bytes of a part's weights, gradients and optimiser."""
-    return part.peak(0, optimizer) - part.fixed
+    return part.state + part.trainable + part.moments(optimizer)
 
 
 def _refused(algorithm: Algorithm) -> str:

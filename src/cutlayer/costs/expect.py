@@ -200,16 +200,19 @@ class _Moved:
             return Expected(name, model, model, epochs * t.averaged, 2 * model, flops, 0.0)
         f, label, gradient = w.flops, w.label * t.labels, w.gradient * t.gradients
         sent, features = w.smashed + w.returned * t.tails, rows * w.features * t.tails
-        sending = c * w.uploaded(t.every)
-        up, down = sending * (sent + label), rows * gradient
+        sending, besides = c * w.uploaded(t.every), w.gradient_besides * t.gradients
+        going = sending * sent + c * -(-w.batches // t.every) * (w.smashed_besides + w.returned_besides * t.tails)
+        common = w.samples_per_client * gradient + w.batches * besides  # that comes down to one client
+        up, down = going + sending * label, c * common
         broadcast: float = down
-        paper: float = sending * sent + down
+        paper: float = going + down
         if w is self.work:
-            common = w.samples_per_client * gradient
+            first = min(w.batch, w.samples_per_client)  # rows
             broadcast, paper = down - self.sharing.saved * common, paper - self.sharing.clients * common
-            paper = paper + self.sharing.ever * gradient
+            paper = paper + self.sharing.ever * ((first * gradient + besides) // first)
+        features += c * w.batches * w.features_besides * t.tails
         down, broadcast, paper = down + features, broadcast + features, paper + features
-        moved = t.averaged + t.summed * -(-w.samples_per_client // w.batch)  # from and to each client in an epoch
+        moved = t.averaged + t.summed * w.batches  # from and to each client in an epoch
         up, down = up + c * moved, down + c * moved
         broadcast, paper = broadcast + moved, paper + 2 * c * moved
         moves = (epochs * c - 1) * t.moved if c > 1 else 0  # the very first client has the model already
@@ -262,6 +265,8 @@ class _Path:
         pairs = list(zip(moved.mix.kinds, moved.traffics, strict=True))
         self.sent = self._each([w.smashed + w.label * t.labels for w, t in pairs])  # bytes of a sample
         self.gradient = self._each([w.gradient * t.gradients for w, t in pairs])
+        self.sent_besides = self._each([w.smashed_besides for w, t in pairs])  # bytes of a batch
+        self.gradient_besides = self._each([w.gradient_besides * t.gradients for w, t in pairs])
         self.forward = self._each([w.flops.client.forward for w, _ in pairs])  # FLOPs of a sample
         self.backward = self._each([w.flops.client.backward for w, _ in pairs])
         self.averaged = self._each([t.averaged for _, t in pairs])
@@ -298,8 +303,8 @@ class _Path:
         total = 0.0
         for size, count in self._batches().items():
             turns = count * w.epochs
-            up = self._up(size * self.sent, turns, together=False)
-            down = self._down(size * self.gradient, size * self.gradient, turns)
+            up = self._up(self._sent(size), turns, together=False)
+            down = self._down(self._cut(size), self._cut(size), turns)
             own = size * w.flops.client.training / f.speeds
             serve = size * self.serving / f.server_speed
             back = self._through_tails(size, turns, 1)
@@ -325,8 +330,8 @@ class _Path:
         serve: dict[int, float] = {}
         batches = self._batches()
         for size, count in batches.items():
-            up = self._up(size * self.sent, count * w.epochs)
-            down = self._down(size * self.gradient, self._leaving(size), count * w.epochs)
+            up = self._up(self._sent(size), count * w.epochs)
+            down = self._down(self._cut(size), self._leaving(size), count * w.epochs)
             go[size] = size * self.forward / f.speeds + up
             come[size] = size * self.backward / f.speeds + down
             serve[size] = size * self.clients * self.serving / f.server_speed
@@ -394,12 +399,12 @@ class _Path:
         w, f, every = self.w, self.fleet, self.t.every
         sizes = [size for size, count in self._batches().items() for _ in range(count)]
         busy, found = np.zeros(self.clients), []
-        seconds = {size: self._up(size * self.sent, 0) for size in set(sizes)}
+        seconds = {size: self._up(self._sent(size), 0) for size in set(sizes)}
         for number, size in enumerate(sizes):
             work = size * (w.flops.client.training + w.flops.head.training) / f.speeds
             if number % every == 0:
                 forward = size * w.flops.client.forward / f.speeds
-                self._up(size * self.sent, w.epochs)
+                self._up(self._sent(size), w.epochs)
                 found.append((busy + forward + seconds[size], size * self.clients * self.serving / f.server_speed))
                 busy = busy + seconds[size]
             busy = busy + work
@@ -416,8 +421,9 @@ class _Path:
         w, f = self.w, self.fleet
         if not self.t.tails:
             return np.zeros(self.clients)
-        up = self._up(size * w.returned, times, together=together > 1)
-        down = self._down(size * w.features, size * w.features * together, times)
+        features = size * w.features + w.features_besides
+        up = self._up(size * w.returned + w.returned_besides, times, together=together > 1)
+        down = self._down(features, features * together, times)
         return up + down + size * w.flops.tail.training / f.speeds + 2 * f.latency
 
     def _in_step(
@@ -444,11 +450,18 @@ class _Path:
 
     def _leaving(self, size: int) -> float:
         """Bytes of cut gradients that leave the server in a step (in the mean)."""
-        each = [
-            w.clients * w.gradient * t.gradients for w, t in zip(self.moved.mix.kinds, self.moved.traffics, strict=True)
-        ]
-        saved = self.moved.sharing.saved * self.w.gradient * self.t.gradients if self.fleet.multicast else 0
-        return size * (sum(each) - saved)
+        pairs = zip(self.moved.mix.kinds, self.moved.traffics, strict=True)
+        own = [(w.clients, (size * w.gradient + w.gradient_besides) * t.gradients) for w, t in pairs]
+        saved = self.moved.sharing.saved * own[-1][1] if self.fleet.multicast else 0
+        return sum(clients * each for clients, each in own) - saved
+
+    def _sent(self, size: int) -> Any:
+        """Bytes of a batch that go up."""
+        return size * self.sent + self.sent_besides
+
+    def _cut(self, size: int) -> Any:
+        """Bytes of a batch's cut gradients."""
+        return size * self.gradient + self.gradient_besides
 
     def _up(self, count: Any, times: int, *, together: bool = True) -> Array:
         """Seconds [C] that `count` bytes (one number, or [C]) take each client up, all of them `together` or one alone;

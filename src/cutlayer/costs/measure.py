@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -28,20 +28,27 @@ from cutlayer.eager import FlopCount
 from cutlayer.errors import ConfigError, CutError
 from cutlayer.models import Crossing, Parts, build
 from cutlayer.models import make as make_own
+from cutlayer.models.blocks import blocks_of
 from cutlayer.models.cut import INPUT, OUTPUT, UnprovedCuts, cut_unproved
-from cutlayer.models.parts import CannotCutError, crossing_bytes, logits, one_line, storage_of
+from cutlayer.models.halved import Halved
+from cutlayer.models.parts import CannotCutError, crossing_bytes, logits, one_line, storage_of, tensors_in
+from cutlayer.models.tape import as_if_compiled
+from cutlayer.wire.codecs import RAW, Codec, payload_bytes
 
 Optimizer = Literal["adam", "sgd"]
 _STATES: dict[Optimizer, int] = {"adam": 2, "sgd": 0}  # numbers that an optimiser keeps per parameter
 _CONTAINERS = (nn.Sequential, nn.ModuleList)
 _META = torch.device("meta")
-_FOOTING = ("state", "trainable", "fixed", "per_row", "moving")
 
 
 @dataclass(frozen=True)
 class Footing:
     """Bytes that training a model (or a part of one) keeps: `state` of parameters and buffers, `trainable` of the
     parameters that have gradients, and what the forward pass saves for the backward pass: `fixed` + `per_row` x rows.
+
+    With checkpointed activations, each block keeps only its inputs and is computed again in the backward pass. Then the
+    forward pass saves `held` + `held_per_row` x rows, and the block under way adds at most `block` + `block_per_row` x
+    rows. Without blocks both are what is saved anyway, and nothing.
     """
 
     state: int
@@ -49,12 +56,44 @@ class Footing:
     fixed: int
     per_row: int
     moving: int  # bytes of the state without frozen parameters: what crosses where models do
+    held: int
+    held_per_row: int
+    block: int
+    block_per_row: int
 
-    def peak(self, batch: int, optimizer: Optimizer) -> int:
-        """Bytes with a batch of `batch` rows under way: the state, gradients, what the optimiser keeps (Adam two
-        numbers per parameter, plain SGD none) and all that is saved. Left out: what is freed again at once.
+    @property
+    def frozen(self) -> int:
+        """Bytes of the parameters that are not trained."""
+        return self.state - self.moving
+
+    def moments(self, optimizer: Optimizer) -> int:
+        """Bytes that the optimiser keeps: two numbers per parameter for Adam, none for plain SGD."""
+        return self.trainable * _STATES[optimizer]
+
+    def saved(self, rows: int, *, checkpointed: bool = False) -> int:
+        """Bytes that are kept for the backward pass of a batch of `rows` rows."""
+        if checkpointed:
+            return self.held + self.block + rows * (self.held_per_row + self.block_per_row)
+        return self.fixed + rows * self.per_row
+
+    def peak(self, batch: int, optimizer: Optimizer, *, checkpointed: bool = False) -> int:
+        """Bytes with a batch of `batch` rows under way: the state, gradients, what the optimiser keeps and all that is
+        saved. Left out: what is freed again at once.
         """
-        return self.state + self.trainable * (1 + _STATES[optimizer]) + self.fixed + batch * self.per_row
+        return self.state + self.trainable + self.moments(optimizer) + self.saved(batch, checkpointed=checkpointed)
+
+    def __add__(self, other: Footing) -> Footing:
+        """Both parts, whose blocks are computed again one at a time."""
+        return self._with(other, 1)
+
+    def __sub__(self, other: Footing) -> Footing:
+        """This part without the `other`, which is in it; blocks are taken to be alike."""
+        return self._with(other, -1)
+
+    def _with(self, other: Footing, sign: int) -> Footing:
+        found = {name: own + sign * getattr(other, name) for name, own in vars(self).items()}
+        largest = {name: max(getattr(self, name), getattr(other, name)) for name in ("block", "block_per_row")}
+        return Footing(**{**found, **largest})
 
 
 @dataclass(frozen=True)
@@ -75,6 +114,11 @@ class Measured:
     lower_trains: bool = True
 
     @property
+    def server(self) -> Footing:
+        """As the server's part trains."""
+        return self.whole - self.client
+
+    @property
     def smashed(self) -> int:
         """Bytes of one sample that go up."""
         return crossing_bytes(self.crossing)
@@ -88,29 +132,46 @@ class Measured:
             return 0
         return crossing_bytes(c for c in self.crossing if c.differentiable)
 
-    def workload(self, *, clients: int, samples_per_client: int, batch: int, label: int, raw: int) -> Workload:
-        """What `expect` takes: an epoch of training this. `label` and `raw` are bytes of one sample."""
+    def workload(
+        self,
+        *,
+        clients: int,
+        samples_per_client: int,
+        batch: int,
+        label: int,
+        raw: int,
+        up: Codec = RAW,
+        down: Codec = RAW,
+    ) -> Workload:
+        """What `expect` takes: an epoch of training this. `label` and `raw` are bytes of one sample; rows go `up` and
+        `down` as these codecs write them. Raises ConfigError for a codec whose bytes depend on the numbers.
+        """
+        gradients = [c for c in self.crossing if c.differentiable] if self.lower_trains else []
+        smashed, gradient = _written(up, self.crossing, batch), _written(down, gradients, batch)
+        features = _written(down, self.returning, batch)
+        returned = _written(up, [c for c in self.returning if c.differentiable], batch)
         return Workload(
             clients=clients,
             samples_per_client=samples_per_client,
             batch=batch,
-            smashed=self.smashed,
-            gradient=self.gradient,
+            smashed=smashed.each,
+            gradient=gradient.each,
             label=label,
             raw=raw,
             model=self.whole.moving,
             client_model=self.client.moving,
             client_gradient=self.client.trainable,
-            features=crossing_bytes(self.returning),
-            returned=crossing_bytes(c for c in self.returning if c.differentiable),
+            features=features.each,
+            returned=returned.each,
             flops=self.flops,
+            smashed_besides=smashed.besides,
+            gradient_besides=gradient.besides,
+            features_besides=features.besides,
+            returned_besides=returned.besides,
         )
 
     def with_tail(self, tail: Measured) -> Measured:
         """The same model with a second cut, where `tail` is cut."""
-        last = replace(
-            tail.whole, **{name: getattr(tail.whole, name) - getattr(tail.client, name) for name in _FOOTING}
-        )
         middle = Flops(
             self.flops.server.forward - tail.flops.server.forward,
             self.flops.server.backward - tail.flops.server.backward,
@@ -119,9 +180,36 @@ class Measured:
             self,
             client_parameters=self.client_parameters + tail.parameters - tail.client_parameters,
             flops=ModelFlops(self.flops.client, middle, tail.flops.server, uncut=self.flops.uncut),
-            client=replace(self.client, **{n: getattr(self.client, n) + getattr(last, n) for n in _FOOTING}),
+            client=self.client + (tail.whole - tail.client),
             returning=tail.crossing,
         )
+
+
+@dataclass(frozen=True)
+class _Written:
+    """Bytes that a codec writes rows in: for each of them, and for a batch besides."""
+
+    each: int
+    besides: int
+
+
+def _written(codec: Codec, crossing: Sequence[Crossing], batch: int) -> _Written:
+    """The bytes of rows of these tensors. Raises ConfigError if they are not known from the tensors' shapes."""
+    if codec.zstd and crossing:
+        raise ConfigError(
+            f"codec {str(codec)!r} cannot be planned, since what zstd saves depends on the numbers: plan "
+            f"{str(codec.plain)!r}, and measure the rest in a run"
+        )
+    one, two, all_ = (
+        sum(payload_bytes(codec, (rows, *c.shape), c.dtype) for c in crossing) for rows in (1, 2, batch)
+    )
+    found = _Written(two - one, 2 * one - two)
+    if all_ != found.besides + batch * found.each:
+        raise ConfigError(
+            f"codec {str(codec)!r} cannot be planned: its bytes do not grow in equal steps with the rows of a batch; "
+            "leave it out, and count them in a run"
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -135,10 +223,12 @@ class Survey:
 # The model
 
 
-def load_model(name: str, shape: Sequence[int], classes: int, **options: Any) -> nn.Module:
+def load_model(
+    name: str, shape: Sequence[int], classes: int, *, at: Sequence[str] = (), **options: Any
+) -> nn.Module:
     """A model on the meta device, found and made as `models.build` does. Raises ConfigError also if it needs values."""
     with _META:
-        return build(name, tuple(shape), classes, **options)
+        return build(name, tuple(shape), classes, at=at, **options)
 
 
 def make(function: Callable[..., nn.Module], shape: Sequence[int], classes: int) -> nn.Module:
@@ -148,19 +238,22 @@ def make(function: Callable[..., nn.Module], shape: Sequence[int], classes: int)
 
 
 def placed(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy on the meta device with its real numbers in `dtype`; tied weights stay tied, the model as it is."""
+    """A copy on the meta device with its real numbers in `dtype`, but for a base that is kept in half the memory; tied
+    weights stay tied, the model as it is.
+    """
     new: dict[int, Any] = {}
 
-    def moved(tensor: Tensor) -> Tensor:
-        return tensor.detach().to(_META, dtype if tensor.is_floating_point() else tensor.dtype)
+    def moved(tensor: Tensor, kept: bool) -> Tensor:
+        return tensor.detach().to(_META, dtype if tensor.is_floating_point() and not kept else tensor.dtype)
 
     for module in model.modules():
+        kept = isinstance(module, Halved)
         for parameter in module._parameters.values():
             if parameter is not None and id(parameter) not in new:
-                new[id(parameter)] = nn.Parameter(moved(parameter), parameter.requires_grad)
+                new[id(parameter)] = nn.Parameter(moved(parameter, kept), parameter.requires_grad)
         for buffer in module._buffers.values():
             if buffer is not None and id(buffer) not in new:
-                new[id(buffer)] = moved(buffer)
+                new[id(buffer)] = moved(buffer, kept)
     return deep_copy(model, new)
 
 
@@ -177,16 +270,17 @@ def measure(model: nn.Module, name: str, x: Tensor) -> Measured:
 
     Raises CutError where it cannot be cut there, ConfigError where it does not take such a batch.
     """
-    _check(model, x)
-    parts = cut_unproved(model, name, x)
-    inner = [] if name in (INPUT, OUTPUT) else [name]
-    return _Measurement(model, x, inner).at(name, parts, lambda: parts)
+    with _runnable(model, x):
+        parts = cut_unproved(model, name, x)
+        inner = [] if name in (INPUT, OUTPUT) else [name]
+        return _Measurement(model, x, inner).at(name, parts, lambda: parts)
 
 
 def measure_twice(model: nn.Module, name: str, tail: str, x: Tensor) -> Measured:
     """`model` cut after `name`, and after `tail` again, from where on it is the client's. Raises as `measure`."""
     first, last = measure(model, name, x), measure(model, tail, x)
-    order = _Measurement(model, x, [n for n in (name, tail) if n not in (INPUT, OUTPUT)]).order
+    with _runnable(model, x):
+        order = _Measurement(model, x, [n for n in (name, tail) if n not in (INPUT, OUTPUT)]).order
     if order[-1:] != [tail] or (name != INPUT and len(order) < 2):
         raise CutError(f"tail_cut = {tail!r} does not come after cut = {name!r}: name a later module")
     return first.with_tail(last)
@@ -202,8 +296,12 @@ def survey(model: nn.Module, x: Tensor, names: Sequence[str] | None = None) -> S
     """`model` at all its cuts: `names`, by default those of `candidates`. Raises ConfigError as `measure`, CutError
     where it can be cut nowhere.
     """
-    _check(model, x)
-    measurement = _Measurement(model, x, candidates(model) if names is None else names)
+    with _runnable(model, x):
+        return _surveyed(model, x, candidates(model) if names is None else names)
+
+
+def _surveyed(model: nn.Module, x: Tensor, names: Sequence[str]) -> Survey:
+    measurement = _Measurement(model, x, names)
     cuts = UnprovedCuts(model, measurement.order, x)
     found: list[Measured] = []
     refused = {name: f"nothing is computed after {name!r}" for name in measurement.counted.last}
@@ -235,6 +333,29 @@ def candidates(model: nn.Module) -> list[str]:
                 yield from inside(child, f"{path}.", True)
 
     return list(inside(model, "", False))
+
+
+@contextlib.contextmanager
+def _runnable(model: nn.Module, x: Tensor) -> Iterator[None]:
+    """In here the model can be run on such a batch. One that looks at values (a transformer, for the marks between
+    packed texts), but not while it is compiled, is told that it is. Raises ConfigError.
+    """
+    with as_if_compiled() if _looks_at_values(model, x) else contextlib.nullcontext():
+        yield
+
+
+def _looks_at_values(model: nn.Module, x: Tensor) -> bool:
+    """Whether the model runs only if it is told that it is compiled. Raises ConfigError if it does not run at all."""
+    try:
+        _check(model, x)
+    except ConfigError as reason:
+        try:
+            with as_if_compiled():
+                _check(model, x)
+        except ConfigError:
+            raise reason from None
+        return True
+    return False
 
 
 def _check(model: nn.Module, x: Tensor) -> None:
@@ -272,7 +393,7 @@ class _Measurement:
         sizes, parameters = _state(parts.client)
         trainable = sizes[1]
         if name in (INPUT, OUTPUT):
-            saved = [0, 0] if name == INPUT else [k.total for k in self.kept]
+            saved = [_Saved() if name == INPUT else k.total for k in self.kept]
             flops = _directly(runnable(), self.x)
         else:
             saved = [k.marks[name] for k in self.kept]
@@ -296,11 +417,23 @@ class _Measurement:
         )
 
 
-def _footing(sizes: tuple[int, int, int], saved: Sequence[int], rows: int) -> Footing:
+def _footing(sizes: tuple[int, int, int], saved: Sequence[_Saved], rows: int) -> Footing:
     """From the sizes that `_state` gives, and what is saved for `rows` rows and for one more."""
     state, trainable, frozen = sizes
-    each = saved[1] - saved[0]
-    return Footing(state, trainable, saved[0] - rows * each, each, state - frozen)
+    few, more = (vars(one) for one in saved)
+    each = {name: more[name] - few[name] for name in few}
+    fixed = {name: few[name] - rows * each[name] for name in few}
+    return Footing(
+        state,
+        trainable,
+        fixed["all"],
+        each["all"],
+        state - frozen,
+        fixed["held"],
+        each["held"],
+        fixed["block"],
+        each["block"],
+    )
 
 
 def _state(module: nn.Module) -> tuple[tuple[int, int, int], int]:
@@ -391,35 +524,78 @@ def _counted(model: nn.Module, x: Tensor, names: Sequence[str]) -> _Counted:
     return found
 
 
+@dataclass(frozen=True)
+class _Saved:
+    """Bytes that are saved for the backward pass: `all`; and if blocks are computed again, what is `held` until then
+    and what the largest `block` adds.
+    """
+
+    all: int = 0
+    held: int = 0
+    block: int = 0
+
+
 @dataclass
 class _Kept:
-    """Bytes that are saved for the backward pass: until each module gave its last output, and in all."""
+    """What is saved until each module gave its last output, and in all."""
 
-    marks: dict[str, int] = field(default_factory=dict)
-    total: int = 0
+    marks: dict[str, _Saved] = field(default_factory=dict)
+    total: _Saved = field(default_factory=_Saved)
 
 
 def _kept(model: nn.Module, x: Tensor, names: Sequence[str]) -> _Kept:
     """What a forward pass saves: every memory once, parameters and buffers not."""
     model = deep_copy(model).train()
-    found = _Kept()
-    seen = {storage_of(t) for t in [*model.parameters(), *model.buffers()]}
-    alive: list[Tensor] = []  # so that no memory is used again
-
-    def save(tensor: Tensor) -> Tensor:
-        alive.append(tensor)
-        if storage_of(tensor) not in seen:
-            seen.add(storage_of(tensor))
-            found.total += tensor.untyped_storage().nbytes()
-        return tensor
-
+    found, saving = _Kept(), _Saving(storage_of(t) for t in [*model.parameters(), *model.buffers()])
+    for name in blocks_of(model):
+        block = model.get_submodule(name)
+        block.register_forward_pre_hook(saving.begin, with_kwargs=True)
+        block.register_forward_hook(saving.end)
     for name in names:
         model.get_submodule(name).register_forward_hook(
-            lambda m, args, out, name=name: found.marks.__setitem__(name, found.total)
+            lambda m, args, out, name=name: found.marks.__setitem__(name, saving.so_far)
         )
-    with _META, torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(save, lambda t: t), _Fused():
+    with _META, torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(saving.save, lambda t: t), _Fused():
         model(x)
+    found.total = saving.so_far
     return found
+
+
+class _Saving:
+    """Adds up what is saved, and what of it would be held if blocks were computed again."""
+
+    def __init__(self, state: Iterable[int]) -> None:
+        self._seen = dict.fromkeys(state, 0)  # bytes by memory; those of the state are there anyway
+        self._held = dict(self._seen)
+        self._within: dict[int, int] | None = None  # what the present block saves
+        self._largest = 0
+        self._alive: list[Tensor] = []  # so that no memory is used again
+
+    @property
+    def so_far(self) -> _Saved:
+        """What has been saved until now."""
+        return _Saved(sum(self._seen.values()), sum(self._held.values()), self._largest)
+
+    def save(self, tensor: Tensor) -> Tensor:
+        """A tensor is saved."""
+        self._note(self._seen, tensor)
+        self._note(self._held if self._within is None else self._within, tensor)
+        return tensor
+
+    def begin(self, block: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+        """A block begins: its inputs are held."""
+        for tensor in tensors_in((args, dict(kwargs))):
+            self._note(self._held, tensor)
+        self._within = {}
+
+    def end(self, block: nn.Module, args: Any, output: Any) -> None:
+        """A block has ended."""
+        added = [size for memory, size in (self._within or {}).items() if memory not in self._held]
+        self._largest, self._within = max(self._largest, sum(added)), None
+
+    def _note(self, place: dict[int, int], tensor: Tensor) -> None:
+        self._alive.append(tensor)
+        place.setdefault(storage_of(tensor), tensor.untyped_storage().nbytes())
 
 
 class _Fused(TorchFunctionMode):
@@ -441,8 +617,13 @@ def _fused(
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
+    enable_gqa: bool = False,
 ) -> Tensor:
-    """[R, heads, n, d] each. Raises where the kernel cannot do what is asked."""
+    """[R, heads, n, d] each; fewer heads of keys and values if `enable_gqa`. Raises where the kernel cannot do what is
+    asked.
+    """
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    if enable_gqa:  # views, so that what is saved is that of the fewer heads
+        key, value = (t[:, :1].expand(-1, query.shape[1], -1, -1) for t in (key, value))
     out: Tensor = kernel(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
     return out

@@ -25,7 +25,7 @@ _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 def read_folder(folder: str, head: Head, classes: int, *, half: bool = False) -> nn.Module:
-    """The model in `folder`, in float32 (or, `half`, in bfloat16) and training mode; a classifier gives `classes`
+    """The model in `folder`, or that of a configuration alone, `folder` being a .json file; in float32 (or, `half`, in bfloat16) and training mode; a classifier gives `classes`
     scores. On the meta device it has no weights. Raises ConfigError.
     """
     transformers = _transformers()
@@ -42,7 +42,7 @@ def read_folder(folder: str, head: Head, classes: int, *, half: bool = False) ->
     auto = getattr(transformers, _CLASSES[kind])
     fresh: list[str] = []
     dtype = torch.bfloat16 if half else torch.float32
-    empty, meta = not any(path.glob("*.safetensors")), torch.empty(0).is_meta
+    empty, meta = not any(path.glob("*.safetensors")), torch.empty(0).is_meta  # a file holds no files
     with _sentence(folder), _quiet(transformers):
         if empty or meta:
             made: nn.Module = auto.from_config(config, trust_remote_code=False)
@@ -82,20 +82,22 @@ def _transformers() -> Any:
 
 
 def _checked(folder: str) -> Path:
-    """The folder, which has what can be read. Raises ConfigError."""
+    """The folder or the configuration file, which has what can be read. Raises ConfigError."""
     path, where = Path(folder).expanduser(), f"model 'hf:{folder}'"
-    if not path.is_dir():
+    alone = path.suffix == ".json" and path.is_file()
+    if not (alone or path.is_dir()):
         raise ConfigError(
             f"{where}: there is no folder {folder!r} (from {Path.cwd()}); check the path (nothing is downloaded)"
         )
-    if not (path / "config.json").is_file():
+    said = path if alone else path / "config.json"
+    if not said.is_file():
         raise ConfigError(f"{where} has no config.json: name a folder that save_pretrained wrote")
     try:
-        stored = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        stored = json.loads(said.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ConfigError(f"{where}: config.json is not JSON ({error}); save the model again") from None
+        raise ConfigError(f"{where}: {said.name} is not JSON ({error}); save the model again") from None
     if not isinstance(stored, dict) or not isinstance(stored.get("model_type"), str):
-        raise ConfigError(f"{where}: config.json names no model_type; save the model again with save_pretrained")
+        raise ConfigError(f"{where}: {said.name} names no model_type; save the model again with save_pretrained")
     pickled = sorted(file.name for pattern in _PICKLED for file in path.glob(pattern))
     if pickled and not any(path.glob("*.safetensors")):
         raise ConfigError(

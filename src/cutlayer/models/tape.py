@@ -72,12 +72,12 @@ def record(model: nn.Module, names: Sequence[str], x: Arguments) -> fx.Graph:
     except CannotCutError as reason:
         if str(reason) != _VALUE:
             raise
-    with _as_if_compiled():
+    with as_if_compiled():
         return _record(model, x)
 
 
 @contextmanager
-def _as_if_compiled() -> Iterator[None]:
+def as_if_compiled() -> Iterator[None]:
     """In here a model that asks whether it is being compiled, to leave out what looks at values, is told that it is."""
     real = torch.compiler.is_compiling
     torch.compiler.is_compiling = lambda: True
