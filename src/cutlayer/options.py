@@ -1009,6 +1009,10 @@ class PlanConfig(FleetConfig):
     """Batch size of a client, b."""
     precision: Literal["float32", "bfloat16", "float16"] = _field("float32", TRAINING)
     """Type of the weights and of what crosses the cut."""
+    up_codec: str = _field("raw", CROSSING)
+    """The codec of smashed data (U-shaped: also of gradients); see `cutlayer list codecs`."""
+    down_codec: str = _field("raw", CROSSING)
+    """The codec of cut gradients (U-shaped: also of features)."""
     client_optimizer: Literal["adam", "sgd"] = _field("adam", TRAINING)
     """The clients' optimiser, for their memory: adam keeps two more numbers per parameter, sgd none."""
     memory_budget: float | None = _field(None, BUDGETS, gt=0)

@@ -30,7 +30,7 @@ from cutlayer.costs.ledger import CONVENTIONS, Convention
 from cutlayer.text import format_bytes
 from cutlayer.traffic import Traffic
 
-Quantity = Literal["samples per client", "clients", "model bytes", "time"]
+Quantity = Literal["samples per client", "clients", "model bytes", "time", "epochs"]
 Side = Literal["below", "above", "always", "never"]
 
 _FAR = 10**15  # clients, samples or bytes that nobody has
@@ -84,7 +84,7 @@ def lines(found: Sequence[BreakEven]) -> list[tuple[Convention | None, list[str]
 
 @dataclass(frozen=True)
 class Duel:
-    """A `split` algorithm against a `federated` one."""
+    """A `split` algorithm against a `federated` one (or, of epochs, any against one that gathers the data)."""
 
     split: Algorithm
     federated: Algorithm
@@ -118,6 +118,30 @@ def break_evens(algorithms: Sequence[tuple[Algorithm, Workload]], fleet: Fleet |
         if fleet is not None:
             found.append(duration(duel, work, fleet))
     return found
+
+
+def data_break_evens(algorithms: Sequence[tuple[Algorithm, Workload]]) -> list[BreakEven]:
+    """All of those `algorithms` that leave the data where they are, against the first that sends them to the server, if
+    there is one: up to how many epochs they move fewer bytes, since data are sent once.
+    """
+    stated = [(a, work, t.pattern) for a, work in algorithms if (t := traffic_of(a, work)) is not None]
+    central = next((a for a, _, pattern in stated if pattern == "gather"), None)
+    if central is None:
+        return []
+    others = [Duel(a, central) for a, _, pattern in stated if pattern != "gather"]
+    works = {a.entry.name: work for a, work, _ in stated}
+    return [epochs(duel, works[duel.split.entry.name], c) for duel in others for c in CONVENTIONS if c != "paper"]
+
+
+def epochs(duel: Duel, work: Workload, convention: Convention) -> BreakEven:
+    """The number of epochs up to which an algorithm moves no more than sending the data does, once."""
+    each = bytes_of(expect(duel.split, work), convention)
+    exact = bytes_of(expect(duel.federated, work), convention) / each if each else math.inf
+
+    def dearer(n: int) -> bool:
+        return _difference(duel, replace(work, epochs=n), convention) > 0
+
+    return _settled(duel, "epochs", convention, dearer, exact)
 
 
 def samples_per_client(duel: Duel, work: Workload, convention: Convention) -> BreakEven:

@@ -304,7 +304,7 @@ class _Path:
         for size, count in self._batches().items():
             turns = count * w.epochs
             up = self._up(self._sent(size), turns, together=False)
-            down = self._down(self._cut(size), self._cut(size), turns)
+            down = self._down(self._back(size), self._back(size), turns)
             own = size * w.flops.client.training / f.speeds
             serve = size * self.serving / f.server_speed
             back = self._through_tails(size, turns, 1)
@@ -331,7 +331,7 @@ class _Path:
         batches = self._batches()
         for size, count in batches.items():
             up = self._up(self._sent(size), count * w.epochs)
-            down = self._down(self._cut(size), self._leaving(size), count * w.epochs)
+            down = self._down(self._back(size), self._leaving(size), count * w.epochs)
             go[size] = size * self.forward / f.speeds + up
             come[size] = size * self.backward / f.speeds + down
             serve[size] = size * self.clients * self.serving / f.server_speed
@@ -459,7 +459,7 @@ class _Path:
         """Bytes of a batch that go up."""
         return size * self.sent + self.sent_besides
 
-    def _cut(self, size: int) -> Any:
+    def _back(self, size: int) -> Any:
         """Bytes of a batch's cut gradients."""
         return size * self.gradient + self.gradient_besides
 

@@ -200,9 +200,7 @@ def _written(codec: Codec, crossing: Sequence[Crossing], batch: int) -> _Written
             f"codec {str(codec)!r} cannot be planned, since what zstd saves depends on the numbers: plan "
             f"{str(codec.plain)!r}, and measure the rest in a run"
         )
-    one, two, all_ = (
-        sum(payload_bytes(codec, (rows, *c.shape), c.dtype) for c in crossing) for rows in (1, 2, batch)
-    )
+    one, two, all_ = (sum(payload_bytes(codec, (rows, *c.shape), c.dtype) for c in crossing) for rows in (1, 2, batch))
     found = _Written(two - one, 2 * one - two)
     if all_ != found.besides + batch * found.each:
         raise ConfigError(
@@ -223,9 +221,7 @@ class Survey:
 # The model
 
 
-def load_model(
-    name: str, shape: Sequence[int], classes: int, *, at: Sequence[str] = (), **options: Any
-) -> nn.Module:
+def load_model(name: str, shape: Sequence[int], classes: int, *, at: Sequence[str] = (), **options: Any) -> nn.Module:
     """A model on the meta device, found and made as `models.build` does. Raises ConfigError also if it needs values."""
     with _META:
         return build(name, tuple(shape), classes, at=at, **options)
@@ -289,7 +285,10 @@ def measure_twice(model: nn.Module, name: str, tail: str, x: Tensor) -> Measured
 def deepest(model: nn.Module, names: Sequence[str], x: Tensor) -> str:
     """The one of `names`, at which the model can be cut, that comes last as data flows."""
     inner = [name for name in names if name not in (INPUT, OUTPUT)]
-    return OUTPUT if OUTPUT in names or not inner else _counted(model, x, inner).order[-1]
+    if OUTPUT in names or not inner:
+        return OUTPUT
+    with _runnable(model, x):
+        return _counted(model, x, inner).order[-1]
 
 
 def survey(model: nn.Module, x: Tensor, names: Sequence[str] | None = None) -> Survey:

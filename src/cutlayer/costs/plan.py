@@ -25,19 +25,32 @@ from torch import nn
 from cutlayer import plugins
 from cutlayer.algorithms import Algorithm, traffic_of
 from cutlayer.costs.allotted import Allotment, remark
-from cutlayer.costs.breakeven import BreakEven, break_evens
+from cutlayer.costs.breakeven import BreakEven, break_evens, data_break_evens
 from cutlayer.costs.divided import PerRank, per_rank
 from cutlayer.costs.expect import Expected, Mixture, Workload, expect, plans_mixed, takes_mean
 from cutlayer.costs.fleet import Fleet, fleet
 from cutlayer.costs.flops import count_head
-from cutlayer.costs.measure import Measured, deepest, example, load_model, make, measure, measure_twice, placed, survey
+from cutlayer.costs.measure import (
+    Footing,
+    Measured,
+    deepest,
+    example,
+    load_model,
+    make,
+    measure,
+    measure_twice,
+    placed,
+    survey,
+)
 from cutlayer.data.own import own_code
 from cutlayer.errors import ConfigError
 from cutlayer.frozen import freeze
+from cutlayer.models.blocks import named_block
 from cutlayer.options import PlanConfig, RunConfig, default_cut
 from cutlayer.text import format_bytes, format_quantity, listed
 from cutlayer.traffic import Epoch
-from cutlayer.verbs import LEARN
+from cutlayer.verbs import LEARN, STEP_EACH
+from cutlayer.wire.codecs import Codec
 
 GB = 1e9
 _MEAN = (
@@ -81,6 +94,58 @@ class Cost:
             "client_joules_total": self.total,
             "server_joules": e.server_joules,
         }
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that one side keeps while a batch is under way: weights that are `frozen` and `trained` (with buffers),
+    `gradients`, what the optimiser keeps (`moments`), and what is saved for the backward pass (`activations`); also if
+    each block is computed again there (`checkpointed`).
+    """
+
+    side: str
+    frozen: int
+    trained: int
+    gradients: int
+    moments: int
+    activations: int
+    checkpointed: int
+
+    @property
+    def total(self) -> int:
+        """Bytes if nothing is computed again."""
+        return self._weights + self.activations
+
+    @property
+    def total_checkpointed(self) -> int:
+        """Bytes if blocks are computed again."""
+        return self._weights + self.checkpointed
+
+    @property
+    def _weights(self) -> int:
+        return self.frozen + self.trained + self.gradients + self.moments
+
+    def row(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**asdict(self), "total": self.total, "total_checkpointed": self.total_checkpointed}
+
+
+@dataclass(frozen=True)
+class Coded:
+    """What an epoch costs with the judged algorithm if rows go up and down by `codecs`, which all come to the same.
+    Bytes of one client's full batch, `up` and `down`; of all clients in an epoch, each message once per receiver
+    (`unicast`); seconds of a step, the mean over an epoch, if the machines are known.
+    """
+
+    codecs: tuple[str, ...]
+    up: int
+    down: int
+    unicast: int
+    seconds: float | None
+
+    def row(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**asdict(self), "codecs": list(self.codecs)}
 
 
 @dataclass(frozen=True)
@@ -153,7 +218,9 @@ class Plan:
     `refused` where the model cannot be cut, with the reasons; `costs` of every algorithm at the `chosen` cut, and what
     each trains there (`works`), but of those that are `not_planned`, since they do not state their traffic; `bests` by
     quantity (bytes, energy, time), None where no cut fits the budgets; `notes` on the machines' figures; `ranks` what
-    each rank holds and sends with every algorithm, if there are several.
+    each rank holds and sends with every algorithm, if there are several; `memory` of both sides with the judged
+    algorithm, and of a client that trains the whole model; `coded` what the judged algorithm sends by each codec;
+    `data_break_evens` against sending the data.
 
     Where clients have different cuts, `kinds` are these, the deepest last, which then is the `chosen` one; algorithms
     that need one cut for all are in `one_cut`, with the reasons. `remark` says which clients have which cut.
@@ -176,6 +243,14 @@ class Plan:
     kinds: tuple[CutClients, ...] = ()
     one_cut: dict[str, str] = field(default_factory=dict)
     remark: str = ""
+    memory: tuple[Memory, ...] = ()
+    coded: tuple[Coded, ...] = ()
+    data_break_evens: tuple[BreakEven, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """Numbers of one sample that are tokens (integers); 0 if they are not."""
+        return math.prod(self.config.input) if self.config.input_type == "int64" else 0
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -202,7 +277,10 @@ class Plan:
             "verdict": self.verdict,
             "notes": list(self.notes),
             "ranks": [one.row() for one in self.ranks],
+            "memory": [one.row() for one in self.memory],
+            "codecs": [one.row() for one in self.coded],
             "break_evens": [{**asdict(b), "sentence": str(b)} for b in self.break_evens],
+            "data_break_evens": [{**asdict(b), "sentence": str(b)} for b in self.data_break_evens],
         }
 
 
@@ -233,7 +311,8 @@ def plan(config: PlanConfig, model: nn.Module | Callable[..., nn.Module] | None 
         raise ConfigError(
             f"tail_cut = {config.tail_cut!r} needs one cut before it: name it with cut, e.g. --cut hidden1"
         )
-    twice = None if config.tail_cut is None else measure_twice(net, name, config.tail_cut, x)
+    name = named_block(net, name)
+    twice = None if config.tail_cut is None else measure_twice(net, name, named_block(net, config.tail_cut), x)
     found = survey(net, x) if name == "all" else None
     once = found.cuts if found else (measure(net, name, x),)
     looked_at = (twice,) if twice is not None and algorithms[judged].traits.u_shaped else once
@@ -248,6 +327,7 @@ def plan(config: PlanConfig, model: nn.Module | Callable[..., nn.Module] | None 
     straight = chosen.measured if found else once[0]
     at = {name: twice if twice is not None and a.traits.u_shaped else straight for name, a in algorithms.items()}
     works = {name: work_of(a, at[name], config) for name, a in algorithms.items()}
+    both = [(a, works[name]) for name, a in algorithms.items()]
     return Plan(
         config,
         title,
@@ -258,7 +338,7 @@ def plan(config: PlanConfig, model: nn.Module | Callable[..., nn.Module] | None 
         tuple(_cost(name, a, works[name], [at[name]], config, machines) for name, a in algorithms.items()),
         works,
         not_planned,
-        tuple(break_evens([(a, works[name]) for name, a in algorithms.items()], machines)),
+        tuple(break_evens(both, machines)),
         bests,
         verdict,
         () if machines is None else machines.notes,
@@ -266,6 +346,9 @@ def plan(config: PlanConfig, model: nn.Module | Callable[..., nn.Module] | None 
             per_rank(name, a, at[name], works[name], config.client_optimizer, config.ranks)
             for name, a in (algorithms.items() if config.ranks > 1 else ())
         ),
+        memory=_memories(algorithms, judged, at, config),
+        coded=_by_codec(algorithms[judged], at[judged], config, machines),
+        data_break_evens=tuple(data_break_evens(both)),
         remark=remark(names, config.cut_by),
     )
 
@@ -345,6 +428,74 @@ class _Mixed:
         return CutClients(m, clients, computed, m.client.peak(c.batch, c.client_optimizer))
 
 
+def _memories(
+    algorithms: dict[str, Algorithm], judged: str, at: dict[str, Measured], config: PlanConfig
+) -> tuple[Memory, ...]:
+    """Of a client and of the server with the judged algorithm, and of a client that trains the whole model."""
+    found, one = [], algorithms[judged]
+    if one.traits.split:
+        m, together = at[judged], traffic_of(one, _ANY)
+        assert together is not None, "only algorithms that state their traffic are judged"
+        in_turn = together.pattern != "steps" or STEP_EACH in one.traits.needs
+        clients = 1 if in_turn else config.clients
+        copies = config.clients if one.traits.server_copies else 1
+        found.append(_memory("client", m.client, config.batch, config))
+        found.append(_memory("server", m.server, clients * config.batch, config, copies))
+    whole = next((name for name, a in algorithms.items() if a.traits.whole and not a.traits.central), None)
+    if whole is not None:
+        found.append(_memory(f"client of {algorithms[whole].entry.title}", at[whole].whole, config.batch, config))
+    return tuple(found)
+
+
+def _memory(side: str, part: Footing, rows: int, config: PlanConfig, copies: int = 1) -> Memory:
+    """What a part keeps with so many rows under way, in so many copies of all that is trained."""
+    return Memory(
+        side,
+        part.frozen,
+        copies * part.moving,
+        copies * part.trainable,
+        copies * part.moments(config.client_optimizer),
+        part.saved(rows),
+        part.saved(rows, checkpointed=True),
+    )
+
+
+def _by_codec(algorithm: Algorithm, m: Measured, config: PlanConfig, machines: Fleet | None) -> tuple[Coded, ...]:
+    """The judged algorithm with each codec of the registry in both directions, then with those that are planned; codecs
+    that come to the same are one.
+    """
+    if not algorithm.traits.split:
+        return ()
+    pairs = {str(codec): (str(codec), str(codec)) for codec in map(_example, plugins.index("codec"))}
+    pairs.setdefault(_planned_codecs(config), (config.up_codec, config.down_codec))
+    found: dict[Coded, list[str]] = {}
+    for label, (up, down) in pairs.items():
+        own = config.model_copy(update={"up_codec": up, "down_codec": down})
+        work = work_of(algorithm, m, own)
+        e, t = expect(algorithm, work, machines), traffic_of(algorithm, work)
+        assert t is not None, "only algorithms that state their traffic are judged"
+        b, turns = config.batch, config.clients if t.pattern == "relay" else 1
+        sent = b * (work.smashed + work.returned * t.tails) + work.smashed_besides + work.returned_besides * t.tails
+        back = (b * work.gradient + work.gradient_besides) * t.gradients
+        back += (b * work.features + work.features_besides) * t.tails
+        seconds = None if e.seconds is None else e.seconds / work.batches / turns
+        found.setdefault(Coded((), sent, back, e.unicast, seconds), []).append(label)
+    most_first = sorted(found.items(), key=lambda item: -item[0].unicast)
+    return tuple(replace(one, codecs=tuple(labels)) for one, labels in most_first)
+
+
+def _example(name: str) -> Codec:
+    """A codec of the registry, with an argument if it takes one."""
+    argument = plugins.load("codec", name).example
+    return Codec.parse(f"{name}:{argument}" if argument else name)
+
+
+def _planned_codecs(config: PlanConfig) -> str:
+    """Those of both directions in words."""
+    up, down = config.up_codec, config.down_codec
+    return up if up == down else f"{up} up, {down} down"
+
+
 def workload(m: Measured, config: PlanConfig) -> Workload:
     """What `expect` takes: an epoch of the model at that cut."""
     item = torch.int64.itemsize if config.input_type == "int64" else getattr(torch, config.precision).itemsize
@@ -354,6 +505,8 @@ def workload(m: Measured, config: PlanConfig) -> Workload:
         batch=config.batch,
         label=label_bytes(config),
         raw=math.prod(config.input) * item,
+        up=Codec.parse(config.up_codec),
+        down=Codec.parse(config.down_codec),
     )
 
 
@@ -394,7 +547,9 @@ def _on_meta(config: PlanConfig, model: nn.Module | Callable[..., nn.Module] | N
     dtype = getattr(torch, config.precision)
     if model is None:
         options = config.options_of(plugins.find("model", config.model))
-        net = load_model(config.model, config.input, _width(config), **options)
+        named = (*config.cuts, config.tail_cut) if len(config.cuts) == 1 else ()
+        cuts = [at for at in named if at not in (None, "all")]
+        net = load_model(config.model, config.input, _width(config), at=cuts, **options)
     else:
         net = model if isinstance(model, nn.Module) else make(model, config.input, _width(config))
     try:

@@ -25,8 +25,9 @@ _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 def read_folder(folder: str, head: Head, classes: int, *, half: bool = False) -> nn.Module:
-    """The model in `folder`, or that of a configuration alone, `folder` being a .json file; in float32 (or, `half`, in bfloat16) and training mode; a classifier gives `classes`
-    scores. On the meta device it has no weights. Raises ConfigError.
+    """The model in `folder` in float32 (or, `half`, in bfloat16) and training mode. A `folder` that is a .json file is
+    a configuration alone. A classifier gives `classes` scores. On the meta device the model has no weights. Raises
+    ConfigError.
     """
     transformers = _transformers()
     path = _checked(folder)

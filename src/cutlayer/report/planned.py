@@ -51,7 +51,11 @@ def show(plan: Plan, console: Console) -> None:
     if plan.verdict:
         console.print(Text(plan.verdict, style="bold"), soft_wrap=True)
     console.print(_communication(plan))
+    if plan.coded:
+        console.print(_by_codec(plan))
     console.print(_computation(plan))
+    if plan.memory:
+        console.print(_memory(plan))
     if plan.ranks:
         console.print(_of_ranks(plan))
         console.print(_GATHERED, highlight=False, soft_wrap=True)
@@ -60,6 +64,8 @@ def show(plan: Plan, console: Console) -> None:
     if plan.break_evens:
         console.print(_break_evens(plan))
         console.print(_COUNTED, highlight=False, soft_wrap=True)
+    if plan.data_break_evens:
+        console.print(_against_data(plan))
 
 
 def heading(plan: Plan) -> list[str]:
@@ -152,6 +158,35 @@ def _communication(plan: Plan) -> Table:
     return _table("Communication of all clients, per epoch", columns, rows)
 
 
+def _by_codec(plan: Plan) -> Table:
+    """What the judged algorithm sends with each codec: per token, if samples are tokens."""
+    timed, batch = plan.config.client_device is not None, plan.config.batch
+    unit, units = ("token", batch * plan.tokens) if plan.tokens else ("sample", batch)
+    columns = ["codec", f"up per {unit}", f"down per {unit}", "up per step", "down per step", "all, per epoch"]
+    columns += ["time of a step"] if timed else []
+    rows = []
+    for one in plan.coded:
+        each = [format_bytes(round(size / units)) for size in (one.up, one.down)]
+        row = [", ".join(one.codecs), *each, *map(format_bytes, (one.up, one.down, one.unicast))]
+        rows.append([*row, *([duration(one.seconds)] if timed else [])])
+    title = f"Rows of a client by codec, with {_title(plan, plan.judged)}; labels and models go as they are"
+    return _table(title, columns, rows)
+
+
+def _memory(plan: Plan) -> Table:
+    """What each side keeps while a batch is under way."""
+    columns = ["", "frozen weights", "trained weights", "gradients", "optimiser", "activations", "together"]
+    again = any(one.checkpointed != one.activations for one in plan.memory)
+    columns += ["checkpointed activations", "together"] if again else []
+    rows = []
+    for one in plan.memory:
+        kept = (one.frozen, one.trained, one.gradients, one.moments, one.activations, one.total)
+        row = [one.side[0].upper() + one.side[1:], *map(format_bytes, kept)]
+        more = (one.checkpointed, one.total_checkpointed)
+        rows.append([*row, *(map(format_bytes, more) if again else ())])
+    return _table(f"Memory with {_title(plan, plan.judged)}", columns, rows)
+
+
 def _of_ranks(plan: Plan) -> Table:
     columns = (
         "",
@@ -232,10 +267,11 @@ def _break_evens(plan: Plan) -> Table:
     first = plan.break_evens[0]
     table = Table(title=f"Where they cost no more than {first.against}", title_justify="left")
     total = next((b.total for b in plan.break_evens if b.total), None)
+    frozen = plan.chosen.measured.whole.frozen
     heads: dict[Quantity, str] = {
         "samples per client": "samples per client",
         "clients": f"clients that share {total:,} samples" if total else "clients",
-        "model bytes": "size of the whole model",
+        "model bytes": f"size of {'all that is trained' if frozen else 'the whole model'}",
     }
     for name in ("counted as", "method", *heads.values()):
         table.add_column(name, justify="right" if name in heads.values() else "left")
@@ -243,6 +279,16 @@ def _break_evens(plan: Plan) -> Table:
         counted = "time on these machines" if convention is None else convention
         own: dict[Quantity, str] = {"samples per client": cells["time"]} if convention is None else cells
         table.add_row(counted, listed(titles), *(own.get(quantity, "") for quantity in heads))
+    return table
+
+
+def _against_data(plan: Plan) -> Table:
+    """Up to how many epochs algorithms move no more than sending the data does."""
+    table = Table(title=f"Where they cost no more than {plan.data_break_evens[0].against}", title_justify="left")
+    for name in ("counted as", "method", "epochs"):
+        table.add_column(name, justify="right" if name == "epochs" else "left")
+    for convention, titles, cells in lines(plan.data_break_evens):
+        table.add_row(convention or "", listed(titles), cells["epochs"])
     return table
 
 
@@ -314,9 +360,10 @@ def _bytes(config: PlanConfig, algorithm: str, work: Workload | Mixture, samples
 
 
 def _options(config: PlanConfig) -> str:
-    """The options of the planned algorithms."""
-    shown = (f"{value:g}" if isinstance(value, float) else str(value) for value in config.specific.values())
-    return "".join(f", {name} {value}" for name, value in zip(config.specific, shown, strict=True))
+    """The options of the planned algorithms and of the model that have a value."""
+    given = {name: value for name, value in config.specific.items() if value not in (None, ())}
+    shown = (f"{value:g}" if isinstance(value, float) else str(value) for value in given.values())
+    return "".join(f", {name} {value}" for name, value in zip(given, shown, strict=True))
 
 
 def _smashed_over_cuts(ax: Axes, plan: Plan) -> None:

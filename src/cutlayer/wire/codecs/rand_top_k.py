@@ -40,6 +40,7 @@ class RandTopK(TopK):
     """
 
     code = 6
+    example = "0.1:0.2"
     chance: float = 0.0
 
     @classmethod

@@ -41,6 +41,7 @@ class TopK(Codec):
     """The largest numbers of each row and their positions; top-k:0.1 keeps a tenth of them."""
 
     code = 5
+    example = "0.1"
     fraction: float = 1.0
     support: bool = field(default=False, kw_only=True)
 

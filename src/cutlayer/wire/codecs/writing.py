@@ -45,6 +45,8 @@ class Codec(ABC):
     """The codec's number in messages."""
     lossy: ClassVar[bool] = True
     """Whether received numbers can differ from those sent."""
+    example: ClassVar[str] = ""
+    """What a table of all codecs gives it as its argument; empty if it takes none."""
 
     zstd: bool = field(default=False, kw_only=True)
 
