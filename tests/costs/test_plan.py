@@ -147,6 +147,74 @@ def test_a_plan_with_tails_is_what_a_run_counts(at: str, tail: str) -> None:
     assert alone.chosen.measured.returning
 
 
+@pytest.mark.parametrize(
+    ("up", "down", "algorithms"),
+    [
+        ("int8", "top-k:0.25", ("psl", "sglr")),
+        ("top-k:0.1", "int8", ("ssl", "cse-fsl")),
+        ("float8", "int8", ("usglr",)),
+    ],
+)
+def test_a_plan_with_codecs_is_what_a_run_counts(up: str, down: str, algorithms: tuple[str, ...]) -> None:
+    """Images have scales per channel, which a batch shares; the last batch is smaller."""
+    codecs = {"up_codec": up, "down_codec": down}
+    tail = {"tail_cut": "block2"} if "usglr" in algorithms else {}
+    found = planned(model="cnn", cut="block1", **tail, **codecs, algorithms=algorithms, **DIGITS, **FLEET)
+    for cost in found.costs:
+        options = {"clients": 4, "samples_per_client": 20, "data": "digits", "epochs": 1, "test": 30, **FLEET}
+        run = Run(algorithm=cost.algorithm, model="cnn", cut="block1", **tail, **codecs, **options)
+        result, ledger, e = run.run(), run.training.ledger, cost.expected
+        assert (e.up, e.down) == (ledger.total("up"), ledger.total("down"))
+        assert e.down_broadcast == ledger.total("down", "wire-broadcast")
+        assert e.paper == ledger.total("up", "paper") + ledger.total("down", "paper")
+        assert e.seconds == pytest.approx(result.virtual_seconds)
+    planned_as = up if up == down else f"{up} up, {down} down"
+    (own,) = (one for one in found.coded if planned_as in one.codecs)
+    judged = next(cost for cost in found.costs if cost.algorithm == found.judged)
+    assert own.unicast == judged.expected.unicast
+    assert [one.unicast for one in found.coded] == sorted((one.unicast for one in found.coded), reverse=True)
+    assert found.coded[0].codecs == ("raw",)
+
+
+def test_what_codecs_write_for_a_batch_decides_a_break_even() -> None:
+    """On both sides of it the order differs, with scales that a batch shares."""
+    found = planned(model="cnn", cut="block1", up_codec="int8", down_codec="int8", algorithms=("fl", "psl"), **DIGITS)
+    config, work = found.config, found.works["psl"]
+    split, whole = config.algorithm("psl"), config.algorithm("fl")
+    (at,) = (b for b in found.break_evens if (b.quantity, b.convention) == ("samples per client", "wire-unicast"))
+    assert at.last is not None
+    assert at.exact == pytest.approx(at.last, abs=work.batch)
+
+    def difference(n: int) -> int:
+        dealt = replace(work, samples_per_client=n)
+        return expect(split, dealt).unicast - expect(whole, dealt).unicast
+
+    assert difference(at.last) <= 0 < difference(at.last + 1)
+
+
+def test_up_to_how_many_epochs_data_cost_more() -> None:
+    found = planned(model="mlp", algorithms=("cl", "fl", "psl"), **DIGITS)
+    raw = {cost.algorithm: cost.expected.unicast for cost in found.costs}
+    for b in found.data_break_evens:
+        if b.convention == "wire-unicast":
+            assert (b.last or 0) == raw["cl"] // raw[b.algorithm]
+            assert b.against_name == "cl"
+    assert not planned(model="mlp", algorithms=("fl", "psl"), **DIGITS).data_break_evens
+
+
+@pytest.mark.parametrize("side", ["client", "server"])
+def test_memory_by_side(side: str) -> None:
+    """The parts by themselves have what the plan says; the server has the rows of all clients."""
+    found = planned(model="mlp", cut="hidden2", algorithms=("fl", "psl"), **DIGITS)
+    memory, m = {one.side: one for one in found.memory}, found.chosen.measured
+    part, rows = (m.client, 8) if side == "client" else (m.server, 4 * 8)
+    own = memory[side]
+    assert (own.frozen, own.gradients, own.moments) == (0, part.trainable, 2 * part.trainable)
+    assert own.activations == own.checkpointed == part.fixed + rows * part.per_row
+    assert own.total == part.peak(rows, "adam")
+    assert memory["client"].trained + memory["server"].trained == memory["client of FL"].trained
+
+
 @pytest.mark.parametrize(("model", "at"), ZOO)
 def test_cuts_without_values_are_those_with_values(model: str, at: str) -> None:
     """The same crossing, parameters, method and FLOPs as the proved cut of a real model."""
