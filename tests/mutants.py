@@ -128,6 +128,8 @@ AREAS: dict[str, Sequence[str]] = {
     "worker": ("*test_remote*", "*test_tasks*"),
     "traffic": ("*test_costs*", "*test_plan*", "*test_testing*"),
     "admission": ("*test_admission*", "*test_serving*"),
+    "certificates": ("*test_transport*",),
+    "complex": ("*test_vetting*", "*property_engines*"),
     "stored": ("*test_errors*", "*test_files*", "*remote/test_names*", "*remote/test_serve*", "*test_stored*"),
 }
 
@@ -803,6 +805,12 @@ MUTANTS = [
     code = ExitCode.TRY_AGAIN""", """Another process works in that folder, perhaps this one's own predecessor, which is about to end.\"\"\"
 
     code = ExitCode.WRONG"""),
+    M("one damaged handshake convicts", "certificates", "found is None or self._diagnosis(address) == found else None", "True else None"),
+    M("complex sums are taken for real ones", "complex", "math.isfinite(as_real(t.detach()).sum())", "math.isfinite(t.detach().sum())"),
+    M("complex weights are counters", "complex", "if not is_continuous(rows): return rows.amax(0)", "if not rows.is_floating_point(): return rows.amax(0)"),
+    M("complex moments are squared", "complex", "if w.is_complex():", "if False:"),
+    M("complex weights are fused", "complex", "if self.fused and not any(p.is_complex() for p in group[\"params\"]):", "if self.fused:"),
+    M("complex NaN is taken from a file", "complex", "tensor.is_floating_point() or tensor.is_complex()) or bool(", "tensor.is_floating_point()) or bool("),
     M("NaN is taken from a file", "stored", "if not all_finite(given) and all_finite(like):", "if False:"),
     M("any shape is taken from a file", "stored", "if (given.shape, given.dtype) != (like.shape, like.dtype):", "if given.dtype != like.dtype:"),
     M("clocks of too few clients are taken", "stored", "if len(values) != count:", "if len(values) > count:"),

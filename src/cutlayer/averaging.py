@@ -13,6 +13,7 @@ from cutlayer.averagings import Averaging
 from cutlayer.data.own import own_code
 from cutlayer.errors import ConfigError
 from cutlayer.frozen import load_moving, moving
+from cutlayer.types import as_real, is_continuous
 
 State = Mapping[str, Tensor]
 
@@ -42,7 +43,7 @@ def average(
     mean: dict[str, Tensor] = {}
     with torch.no_grad():
         for name, first in states[0].items():
-            if first.is_floating_point() or first.is_complex():
+            if is_continuous(first):
                 mean[name] = first * (weights[0] / total)
                 for state, weight in zip(states[1:], weights[1:], strict=True):
                     mean[name].add_(state[name], alpha=weight / total)
@@ -57,7 +58,7 @@ def combined(
     """What a rule makes of K models, whose tensors are [K, ...] each; of integer ones, the median. Raises ConfigError
     for a rule that fails or does not give one model.
     """
-    real = {name: _real(t) for name, t in models.items() if t.is_floating_point() or t.is_complex()}
+    real = {name: as_real(t) for name, t in models.items() if is_continuous(t)}
     found = {name: t.median(0).values for name, t in models.items() if name not in real}
     if not real:
         return found
@@ -67,7 +68,7 @@ def combined(
         matrix = torch.cat([t.reshape(len(t), -1).to(wide) for t in real.values()], 1)  # [K, d]
         start = None
         if rule.relative and origin is not None:
-            start = torch.cat([_real(origin[name]).reshape(-1).to(wide) for name in real])
+            start = torch.cat([as_real(origin[name]).reshape(-1).to(wide) for name in real])
         shares = torch.tensor(list(weights), dtype=torch.float64)
         one = _one(rule, matrix, (shares / shares.sum()).to(matrix.device, wide), start)
         for (name, t), part in zip(real.items(), one.split([t[0].numel() for t in real.values()]), strict=True):
@@ -88,8 +89,3 @@ def _one(rule: Averaging, models: Tensor, shares: Tensor, origin: Tensor | None)
             f"{tuple(models.shape[1:])}"
         )
     return one
-
-
-def _real(tensor: Tensor) -> Tensor:
-    """Complex numbers as pairs of real ones."""
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor

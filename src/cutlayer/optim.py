@@ -313,14 +313,14 @@ class Rule:
         return group.lr, self.weight_decay if group.weight_decay is None else group.weight_decay
 
     def quicken(self, optimizer: torch.optim.Optimizer) -> None:
-        """Have the steps computed as one operation per tensor, if torch has that."""
-        if self.fused:
-            for group in optimizer.param_groups:
+        """Have the steps computed as one operation per tensor, if torch has that: not for complex numbers."""
+        for group in optimizer.param_groups:
+            if self.fused and not any(p.is_complex() for p in group["params"]):
                 group["fused"], group["foreach"] = True, False
 
     def clock_device(self, parameter: Tensor) -> torch.device:
         """Where torch wants this optimiser's step counter."""
-        return parameter.device if self.fused else torch.device("cpu")
+        return parameter.device if self.fused and not parameter.is_complex() else torch.device("cpu")
 
 
 def rule_of(make: MakeOptimizer) -> Rule:

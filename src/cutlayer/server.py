@@ -24,7 +24,7 @@ from cutlayer.optim import MOMENTUM, MakeOptimizer, Stepping, restore_optimizer
 from cutlayer.stored import Count, Digits, Stored, checked, fit
 from cutlayer.tasks import Task
 from cutlayer.tasks.classification import Classification
-from cutlayer.types import Rows, Smashed, TailGradients, as_tuple
+from cutlayer.types import Rows, Smashed, TailGradients, as_real, as_tuple
 from cutlayer.verbs import STEP_COPIES, STEP_EACH, undeclared
 
 
@@ -377,7 +377,7 @@ def finite(*tensors: Tensor) -> bool:
     """Whether all numbers are finite. Said of tensors on an accelerator without looking: that would stop it."""
     for t in tensors:
         # A sum is not finite if a number is not; if it only overflows, a second look tells.
-        if t.device.type == "cpu" and not math.isfinite(t.detach().sum()) and not torch.isfinite(t).all():
+        if t.device.type == "cpu" and not math.isfinite(as_real(t.detach()).sum()) and not torch.isfinite(t).all():
             return False
     return True
 

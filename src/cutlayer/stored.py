@@ -131,7 +131,7 @@ def fits(given: Tensor, like: Tensor, what: str) -> None:
 
 def all_finite(tensor: Tensor) -> bool:
     """Whether all numbers of a tensor are finite."""
-    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
+    return not (tensor.is_floating_point() or tensor.is_complex()) or bool(tensor.isfinite().all())
 
 
 _WRONG = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)

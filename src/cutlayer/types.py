@@ -345,6 +345,16 @@ def aligned(rows: Rows) -> Rows:
     return tuple(r.clone() if r.data_ptr() % 64 or 0 in r.stride() else r for r in rows)
 
 
+def is_continuous(tensor: Tensor) -> bool:
+    """Whether its numbers are real or complex ones: what is trained, averaged and has to be finite."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """Complex numbers as pairs of real ones, [..., 2]; others as they are."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
 def joined(rows: Rows) -> Tensor:
     """All real tensors among `rows`, as one row per sample: [R, d]; all tensors where none is real."""
     real = [r.flatten(1) for r in rows if r.is_floating_point()]

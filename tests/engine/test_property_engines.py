@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from support import ALGORITHMS, client_state, difference, make, server_state, source, u_shaped
@@ -48,12 +49,12 @@ def net(norm: bool, dropout: float) -> nn.Module:
     return nn.Sequential(*block(3), *block(4), nn.Linear(4, 4))
 
 
-def agree(algorithm: str, sizes: Sequence[int], **options: Any) -> None:
+def agree(algorithm: str, sizes: Sequence[int], *, data_shape: tuple[int, ...] = (3,), **options: Any) -> None:
     """Both engines: losses and scores of a run, and in the end all parameters and buffers, but for rounding."""
     runs, losses = [], []
     for engine in ("local", "stacked"):
         run = Run(
-            algorithm=algorithm, data=source(sizes, (3,)), clients=len(sizes), partition="column",
+            algorithm=algorithm, data=source(sizes, data_shape), clients=len(sizes), partition="column",
             precision="float64", client_lr=0.05, lr_schedule="constant", engine=engine, **options,
         )  # fmt: skip
         assert run.training.engine == engine
@@ -131,3 +132,61 @@ def test_unequal_clients_of_the_papers_model() -> None:
     assert len(set(auto.training.clients.samples)) > 1
     first, second = ([record.loss for record in run] for run in (local, auto))
     assert second == pytest.approx(first, rel=1e-10)
+
+
+class Spectral(nn.Module):
+    """Features [n, 6], of which each frequency is multiplied by a complex weight: [n, 6]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, dtype=torch.complex128))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.fft.irfft(torch.fft.rfft(x) * self.weight, n=6)
+
+
+def spectral() -> nn.Module:
+    return nn.Sequential(Spectral(), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), Spectral(), nn.Linear(6, 4))
+
+
+def with_complex_weights(algorithm: str, optimizer: str, **options: Any) -> dict[str, Any]:
+    """The options of a run with complex weights on both sides of the cut."""
+    both = {"client_optimizer": optimizer, **({} if algorithm in ("fl", "cl") else {"server_optimizer": optimizer})}
+    whole = {} if algorithm in ("fl", "cl") else {"cut": "1"}
+    tail = {"tail_cut": "3"} if u_shaped(algorithm) else {}
+    return {"model": make(spectral), "batch": 4, "rounds": 2, **both, **whole, **tail, **options}
+
+
+QUICK_WITH_COMPLEX = [("psl", "adam", {}), ("sfl", "sgd", {}), ("sflv1", "adam", {}), ("fl", "sgd", {"momentum": 0.9})]
+
+
+@pytest.mark.filterwarnings("ignore:the FLOPs")  # torch's counter does not know of Fourier transforms
+@pytest.mark.parametrize(("algorithm", "optimizer", "more"), QUICK_WITH_COMPLEX)
+def test_complex_weights(algorithm: str, optimizer: str, more: dict[str, float]) -> None:
+    agree(
+        algorithm, [6, 9, 4], data_shape=(6,), client_optimizer_options=more,
+        **with_complex_weights(algorithm, optimizer, **OWN.get(algorithm, {})),
+    )  # fmt: skip
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore:the FLOPs")
+@pytest.mark.parametrize("optimizer", ["adam", "sgd", "rmsprop"])
+@pytest.mark.parametrize("algorithm", STACKED)
+def test_complex_weights_with_every_algorithm(algorithm: str, optimizer: str) -> None:
+    eps = {"eps": 1e-3} if optimizer != "sgd" else {"weight_decay": 0.1}
+    test_complex_weights(algorithm, optimizer, eps)
+
+
+@pytest.mark.filterwarnings("ignore:the FLOPs")
+@pytest.mark.parametrize("algorithm", sorted(TAKE_TURNS | IN_STEP | {"cl"}))
+def test_complex_weights_of_models_that_are_not_stacked(algorithm: str) -> None:
+    """The imaginary parts move, too, but for the two frequencies that have none."""
+    options = with_complex_weights(algorithm, "adam")
+    run = Run(algorithm=algorithm, data=source([8, 8], (6,)), clients=2, precision="float64", **options)
+    before = run.model(client="average").state_dict()
+    run.run()
+    after = run.model(client="average").state_dict()
+    for name in ("0.weight", "4.weight"):
+        moved = (after[name] - before[name]).imag.abs()
+        assert moved[1:3].min() > 0

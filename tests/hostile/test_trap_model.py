@@ -99,3 +99,5 @@ def test_what_a_look_at_a_model_sees() -> None:
     assert (passed.passing, passed.name, passed.suspicious) == (0.5, "w", True)
     assert not look_at({**own, "w": half}, {**own, "w": half}).suspicious  # its own is like that, too
     assert look_at({"w": torch.eye(4, 7)}, {"w": torch.ones(4, 7)}).passing == 0.0  # too short to tell
+    turned = look_at({"w": 1j * torch.eye(4, 8)}, {"w": torch.ones(4, 8) + 0j})
+    assert (turned.distance, turned.passing) == (pytest.approx(36**0.5 / 32**0.5), 1.0)

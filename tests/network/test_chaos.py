@@ -37,7 +37,7 @@ ROUNDS = {"sglr": 150, "ssl": 40, "fl": 40, "sfl": 40, "sflv1": 40}
 # Differences of accuracy and loss that are always noise. In few rounds each that a client misses counts more.
 LEAST, LEAST_OF_FEW = (0.02, 0.1), (0.05, 0.2)
 AVERAGING = ("fl", "sfl", "sflv1")
-WAY = 0.005  # seconds that a proxy takes for each piece: without, a run would be over before anything could happen
+WAY, LONG_WAY = 0.005, 0.05  # seconds that a proxy takes for each piece; the second where a run is ahead of its faults
 PATIENT = ("--keepalive", "1")
 pytestmark = pytest.mark.network
 
@@ -134,7 +134,7 @@ class Chaos:
     KINDS = ("kill client", "stall client", "cut", "delay", "flip", "stall server", "kill server")
 
     def __init__(self, folder: Path, algorithm: str, rounds: int, seed: int) -> None:
-        self.algorithm = algorithm
+        self.algorithm, self.rounds, self.way = algorithm, rounds, WAY
         self.trial = Trial(folder, algorithm, rounds, config=KEEPING, clients=CLIENTS)
         self.chance = random.Random(seed)
         port = int(self.trial.address.rpartition(":")[2])
@@ -180,10 +180,24 @@ class Chaos:
         else:
             self.proxies[k].delay(0.05)
             time.sleep(self.chance.uniform(0.5, 2))
-            self.proxies[k].delay(WAY)
+            self.proxies[k].delay(self.way)
 
     def steps(self) -> int:
         return len(self.trial.steps())
+
+    def hold_back(self, share: float) -> None:
+        """Make the ways long where the run has done more than this share of its rounds: faults and rounds then come to
+        their ends together, however fast the machine is.
+        """
+        steps = self.trial.steps()
+        self.way = LONG_WAY if steps and steps[-1]["round"] > share * self.rounds else WAY
+        for proxy in self.proxies:
+            proxy.delay(self.way)
+
+    def ends(self) -> str:
+        """What every process has ended with, and its last words."""
+        named = {"server": self.server, **{f"client-{k}": process for k, process in enumerate(self.clients)}}
+        return "\n".join(f"{n} {p.poll()}: {self.trial.log(n)[-1000:]}" for n, p in named.items())
 
     def stop(self) -> None:
         for process in self.trial.processes:
@@ -203,19 +217,21 @@ def run_chaos(
 
     def wait(condition: Any, what: str) -> None:
         while not condition():
-            assert time.monotonic() < end, f"{what}: {chaos.done}\n{chaos.trial.log('server')[-3000:]}"
+            assert time.monotonic() < end, f"{what}: {chaos.done}\n{chaos.ends()}"
             time.sleep(0.05)
 
     try:
-        for kind in kinds:
+        for number, kind in enumerate(kinds, start=1):
+            chaos.hold_back(number / (len(kinds) + 1))
             begun = chaos.steps()
             wait(lambda begun=begun: chaos.steps() != begun or chaos.over, "a step")
-            assert not chaos.over, f"too short a run for {kinds}: {chaos.trial.log('server')[-3000:]}"
+            assert not chaos.over, f"the run is over before {kind}, fault {number} of {len(kinds)}\n{chaos.ends()}"
             chaos.happen(kind)
             time.sleep(chaos.chance.uniform(0, pause))
+        chaos.hold_back(1.0)
         wait(lambda: chaos.over, "the end")
         for process in (chaos.server, *chaos.clients):
-            assert process.wait(max(1.0, end - time.monotonic())) == 0, chaos.trial.log("server")[-3000:]
+            assert process.wait(max(1.0, end - time.monotonic())) == 0, chaos.ends()
     finally:
         chaos.stop()
     return chaos

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import queue
@@ -12,7 +13,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -866,6 +867,61 @@ def test_who_vanishes_makes_way() -> None:
                 until(lambda: hub.traffic()[0].connections == 2 and hub.present == {0})
                 group.stop.set()
         cable.close()
+
+
+class Damaging:
+    """A way to a port. On the given connections, counted from 0, the last bit of what the client says second is wrong:
+    the server hangs up after the handshake, as if it did not take the certificate.
+    """
+
+    def __init__(self, port: int, damaged: Collection[int]) -> None:
+        self._to, self._damaged = port, damaged
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port, self.came = self._listener.getsockname()[1], 0
+        self._threads: list[threading.Thread] = []
+        self._start(self._accept)
+
+    def _start(self, what: Callable[..., None], *args: Any) -> None:
+        self._threads.append(threading.Thread(target=what, args=args, daemon=True))
+        self._threads[-1].start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                number, self.came = self.came, self.came + 1
+                far = socket.create_connection(("127.0.0.1", self._to))
+                self._start(self._copy, near, far, number in self._damaged)
+                self._start(self._copy, far, near, False)
+
+    def _copy(self, a: socket.socket, b: socket.socket, damaged: bool) -> None:
+        with suppress(OSError):
+            for piece in itertools.count():
+                if not (data := a.recv(1 << 16)):
+                    break
+                b.sendall(data[:-1] + bytes([data[-1] ^ 1]) if damaged and piece == 1 else data)
+        for end in (a, b):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+        a.close()  # the other is what the other direction reads
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for thread in self._threads:
+            thread.join(SOON)
+
+
+def test_a_damaged_handshake_says_nothing_about_certificates(pki: Path) -> None:
+    """One that goes on being damaged looks like a server that refuses."""
+    security = replace(client_tls(pki, "client-0"), server_name="localhost")
+    with serving(server_tls(pki)) as (_, port):
+        for damaged, verdict in (((0,), None), ((0, 1), "does not accept")):
+            way = Damaging(port, damaged)
+            found = security.diagnose(f"127.0.0.1:{way.port}")
+            way.close()
+            assert way.came == 2
+            assert found is None if verdict is None else verdict in (found or "")
 
 
 def test_wrong_certificates(pki: Path, tmp_path: Path) -> None:

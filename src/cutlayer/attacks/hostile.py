@@ -18,7 +18,7 @@ from cutlayer.data.own import own_code
 from cutlayer.data.samples import Samples
 from cutlayer.errors import ConfigError
 from cutlayer.scoring import judged
-from cutlayer.types import CutGradients, Evaluation, Round, Rows, Smashed, TailGradients
+from cutlayer.types import CutGradients, Evaluation, Round, Rows, Smashed, TailGradients, as_real, is_continuous
 
 State = dict[str, Tensor]
 
@@ -146,13 +146,14 @@ class HostileCohort(CohortAround):
             return
         self.engine.settle()
         before, now = self._received[client], self._state_of(client)
-        names = [name for name, tensor in now.items() if tensor.is_floating_point() and name not in self.frozen]
-        update = torch.cat([(now[name].double() - before[name].double()).flatten() for name in names])
+        names = [name for name, tensor in now.items() if is_continuous(tensor) and name not in self.frozen]
+        was = {name: as_real(before[name]).double() for name in names}
+        update = torch.cat([(as_real(now[name]).double() - was[name]).flatten() for name in names])
         for one in self._update[client]:
             (update,) = _asked(one, "update", update, self._draw("update", client))
-        for name, part in zip(names, update.split([now[name].numel() for name in names]), strict=True):
-            new = before[name].double() + part.view(now[name].shape)
-            now[name] = _finite(new, now[name].dtype)
+        for name, part in zip(names, update.split([value.numel() for value in was.values()]), strict=True):
+            new = _finite(was[name] + part.view(was[name].shape), as_real(now[name]).dtype)
+            now[name] = torch.view_as_complex(new) if now[name].is_complex() else new
         self.engine.take_model(client, now)
 
     def _state_of(self, client: int) -> State:

@@ -27,7 +27,7 @@ from torch.nn import functional
 from cutlayer.cohort import Cohort, CohortAround, Summed
 from cutlayer.errors import ConfigError
 from cutlayer.rows import check_rows, flat
-from cutlayer.types import CutGradients, Smashed, joined
+from cutlayer.types import CutGradients, Smashed, as_real, is_continuous, joined
 
 
 class Watch:
@@ -116,9 +116,9 @@ _ALONE = 0.9  # of a row's energy that is in a single weight
 
 def look_at(received: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> ModelLook:
     """Compare a received model with the client's own: tensors of the same names and shapes."""
-    real = [name for name, tensor in own.items() if tensor.is_floating_point()]
-    apart = sum(float((received[n].double() - own[n].double()).square().sum()) for n in real)
-    size = sum(float(own[n].double().square().sum()) for n in real)
+    real = [name for name, tensor in own.items() if is_continuous(tensor)]
+    apart = sum(float((as_real(received[n]).double() - as_real(own[n]).double()).square().sum()) for n in real)
+    size = sum(float(as_real(own[n]).double().square().sum()) for n in real)
     distance = math.sqrt(apart / size) if size else math.sqrt(apart)
     shares = [(_passing(received[n]), _passing(own[n]), n) for n in real if own[n].dim() > 1]
     passing, before, name = max(shares, key=lambda share: share[0] - share[1], default=(0.0, 0.0, ""))
@@ -129,7 +129,7 @@ def _passing(weight: Tensor) -> float:
     """The share of a weight's rows that have nearly all their energy in one entry; 0 for rows that are too short to
     tell.
     """
-    rows = weight.flatten(1).double()
+    rows = weight.flatten(1).abs().double()
     if rows.shape[1] < _SHORTEST:
         return 0.0
     energy = rows.square()

@@ -8,7 +8,7 @@ written to memory and read again, it would cost more than the step itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cutlayer.engine.kernels import Factors
 from cutlayer.optim import MakeOptimizer, Rule, laid_as
+from cutlayer.types import as_real
 
 _BLOCK = 1 << 20  # bytes of weights whose gradient is multiplied out at a time (measured: 0.25 to 1 MiB are alike)
 
@@ -118,7 +119,19 @@ def descent(make: MakeOptimizer, device: torch.device) -> Descent | None:
     optimizer = make([("", torch.zeros(1, requires_grad=True))])
     assert optimizer is not None, "a parameter that is trained has an optimiser"
     known = _KNOWN.get(make.kind)
-    return None if known is None else known(optimizer.defaults, device)
+    found = None if known is None else known(optimizer.defaults, device)
+    return None if found is None else replace(found, step=_in_parts(found.step))
+
+
+def _in_parts(step: Step) -> Step:
+    """The same step, which takes complex numbers as pairs of real ones, as torch's optimisers do."""
+
+    def stepped(w: Tensor, g: Tensor, moments: Moments, lr: float, decay: float, taken: int) -> None:
+        if w.is_complex():
+            w, g, moments = as_real(w), as_real(g), {kind: as_real(t) for kind, t in moments.items()}
+        step(w, g, moments, lr, decay, taken)
+
+    return stepped
 
 
 def _momentum(d: dict[str, Any], device: torch.device) -> Descent | None:

@@ -34,7 +34,7 @@ from cutlayer.frozen import frozen_names
 from cutlayer.models import Parts
 from cutlayer.options import RunConfig
 from cutlayer.scoring import judged
-from cutlayer.types import CutGradients, Evaluation, Round, Rows, Smashed, Spread, Step, TailGradients
+from cutlayer.types import CutGradients, Evaluation, Round, Rows, Smashed, Spread, Step, TailGradients, is_continuous
 from cutlayer.verbs import LEARN
 
 State = Mapping[str, Tensor]
@@ -409,12 +409,12 @@ def mean_of_means(world: World, state: Mapping[str, Tensor], share: float) -> No
     """Each rank's mean (or nothing, with a `share` of 0) := the mean over all ranks, in place; of integers, the
     largest. The shares add up to 1.
     """
-    real = [t for t in state.values() if t.is_floating_point() or t.is_complex()]
+    real = [t for t in state.values() if is_continuous(t)]
     for t in real:
         t.mul_(share) if share else t.zero_()
     world.total(real)
     for t in state.values():
-        if not (t.is_floating_point() or t.is_complex()):
+        if not is_continuous(t):
             if not share:
                 t.fill_(torch.iinfo(t.dtype).min if t.dtype != torch.bool else False)
             world.largest(t)

@@ -22,6 +22,7 @@ from cutlayer.engine.stack import Group, ShelvedState, Stack, mean_of, shares_of
 from cutlayer.engine.ways import Stacking
 from cutlayer.optim import MOMENTUM, MakeOptimizer
 from cutlayer.stored import MalformedError, all_finite, checked, sized
+from cutlayer.types import is_continuous
 
 _AT_ONCE = 1 << 30  # bytes of copies that are averaged in one product; more of them one part after another
 
@@ -144,7 +145,7 @@ class ShelvedStack(Stack):
         for first in range(0, len(who), some):
             part = slice(first, first + some)
             one = mean_of(self._models.take(name, who[part]), share[part])
-            found = found + one if found.is_floating_point() else torch.maximum(found, one)
+            found = found + one if is_continuous(found) else torch.maximum(found, one)
         return found
 
     def average_momentum(self, weights: Mapping[int, float]) -> None:
@@ -174,12 +175,12 @@ class ShelvedStack(Stack):
         """The mean [...] of one tensor of all clients, of which `own` have rows; of integers the largest."""
         one = self._models.common[name][0]
         whole, rest = len(own) == self.count, 1.0 - float(share[own].sum())
-        found = torch.zeros_like(one) if whole else one * rest if one.is_floating_point() else one.clone()
+        found = torch.zeros_like(one) if whole else one * rest if is_continuous(one) else one.clone()
         some = max(1, _AT_ONCE // max(1, one.nbytes))
         for first in range(0, len(own), some):
             who = own[first : first + some]
             mean = mean_of(self._models.take(name, who), torch.from_numpy(share[who]).to(self.device))
-            found = found + mean if one.is_floating_point() else torch.maximum(found, mean)
+            found = found + mean if is_continuous(one) else torch.maximum(found, mean)
         return found
 
     @contextmanager

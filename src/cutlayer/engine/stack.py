@@ -33,7 +33,7 @@ from cutlayer.engine.ways import Stacking
 from cutlayer.frozen import replica
 from cutlayer.optim import MOMENTUM, MakeOptimizer, after_a_step, laid_as, rule_of, set_lr
 from cutlayer.stored import Count, MalformedError, Stored, checked, fit, fits, sized
-from cutlayer.types import Rows, as_tuple
+from cutlayer.types import Rows, as_tuple, is_continuous
 
 Generators = Callable[[int], torch.Generator]
 """Client -> its random stream in this forward pass."""
@@ -681,7 +681,7 @@ def shares_of(weights: Mapping[int, float], device: torch.device) -> Tensor:
 
 def mean_of(rows: Tensor, share: Tensor) -> Tensor:
     """The weighted mean [...] of tensors [c, ...]; of integers the largest."""
-    if not rows.is_floating_point():
+    if not is_continuous(rows):
         return rows.amax(0)
     return (share.to(rows.dtype) @ rows.reshape(len(rows), -1)).view(rows.shape[1:])
 

@@ -24,7 +24,7 @@ from cutlayer.engine.ways import Stacking, Way
 from cutlayer.gradients import gradient_of
 from cutlayer.models.parts import Part, one_line
 from cutlayer.optim import MakeOptimizer
-from cutlayer.types import Rows, as_tuple, channels_last, select
+from cutlayer.types import Rows, as_tuple, channels_last, is_continuous, select
 
 _COPIES = 3
 _EMBEDDING = f"it has {EMBEDDING}"
@@ -228,10 +228,10 @@ def close(pairs: Sequence[tuple[Tensor, Tensor]], single: bool = False) -> bool:
     """Equal but for rounding, in units of the largest value of all (a gradient can be nothing but rounding). `single`:
     something in between is computed in single precision.
     """
-    floats = [(a, b) for a, b in pairs if a.is_floating_point() and a.numel()]
+    floats = [(a, b) for a, b in pairs if is_continuous(a) and a.numel()]
     scale = max((float(a.detach().abs().max()) for a, _ in floats), default=0.0)
     allowed = (1e2 * torch.finfo(torch.float32).eps if single else 1e4 * torch.finfo(torch.float64).eps) * scale
-    return all(torch.equal(a, b) for a, b in pairs if not a.is_floating_point()) and all(
+    return all(torch.equal(a, b) for a, b in pairs if not is_continuous(a)) and all(
         a.shape == b.shape and torch.allclose(a, b, rtol=0.0, atol=allowed) for a, b in floats
     )
 

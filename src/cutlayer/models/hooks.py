@@ -38,7 +38,7 @@ from cutlayer.models.parts import (
     taken_apart,
     tensors_in,
 )
-from cutlayer.types import Rows
+from cutlayer.types import Rows, is_continuous
 
 _REPEATS = 7  # more recordings in training
 _LARGE = 10_000_000  # parameters
@@ -368,7 +368,7 @@ def _reached(model: nn.Module, names: Sequence[str], x: Arguments, training: boo
 
     for name in names:
         model.get_submodule(name).register_forward_hook(cross)
-    parameters = [p.requires_grad_(p.is_floating_point()) for p in model.parameters()]
+    parameters = {i: p.requires_grad_() for i, p in enumerate(model.parameters()) if is_continuous(p)}
     with torch.enable_grad():
         outputs, _ = taken_apart(x.run(model))
     for rows in [*crossed, outputs]:
@@ -377,8 +377,8 @@ def _reached(model: nn.Module, names: Sequence[str], x: Arguments, training: boo
             yield set()
             continue
         seeds = [torch.ones_like(root) for root in roots]
-        found = gradients_of(roots, parameters, seeds)
-        yield {i for i, gradient in enumerate(found) if gradient is not None}
+        found = gradients_of(roots, list(parameters.values()), seeds)
+        yield {i for i, gradient in zip(parameters, found, strict=True) if gradient is not None}
 
 
 def _used(model: nn.Module, names: Sequence[str], k: int, x: Arguments, template: _Template) -> list[int]:

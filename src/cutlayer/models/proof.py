@@ -27,7 +27,7 @@ from cutlayer.models.parts import (
     taken_apart,
 )
 from cutlayer.seeds import torch_seeded
-from cutlayer.types import Rows
+from cutlayer.types import Rows, is_continuous
 
 Result = TypeVar("Result")
 Exchange = tuple[Rows, Rows]  # what a part received and what it gave
@@ -213,13 +213,13 @@ def _tried(run: Callable[[], Result]) -> Result:
 def _compare(given: Sequence[Tensor], expected: Sequence[Tensor], what: str) -> None:
     """Raises CannotCutError unless the tensors are equal, up to rounding of the largest of them."""
     given, expected = [g.detach() for g in given], [e.detach() for e in expected]
-    floats = [e for e in expected if e.is_floating_point() and e.numel()]
+    floats = [e for e in expected if is_continuous(e) and e.numel()]
     largest = max((float(e.abs().nan_to_num(0, 0, 0).max()) for e in floats), default=0.0)
     for g, e in zip(given, expected, strict=True):
         if g.shape != e.shape or g.dtype != e.dtype:
             raise CannotCutError(f"{what} have another shape or type than the whole model's")
         if torch.equal(g, e):
             continue
-        tolerance = _ROUNDING * torch.finfo(e.dtype).eps * largest if e.is_floating_point() else 0.0
+        tolerance = _ROUNDING * torch.finfo(e.dtype).eps * largest if is_continuous(e) else 0.0
         if not torch.isclose(g, e, rtol=0.0, atol=tolerance, equal_nan=True).all():
             raise CannotCutError(f"{what} are not those of the whole model")

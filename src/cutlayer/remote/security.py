@@ -140,13 +140,18 @@ class ClientSecurity:
     def diagnose(self, address: str) -> str | None:
         """Why no TLS connection comes about, as a sentence, if that is the reason why there is none.
 
-        gRPC's own words for it are those of its library, or none; Python's can be told apart.
+        gRPC's own words for it are those of its library, or none; Python's can be told apart. Two handshakes have to
+        come to the same: one can be damaged on its way, or meet a server that stops just now.
         """
+        found = self._diagnosis(address)
+        if found is not None:
+            time.sleep(0.2)
+        return found if found is None or self._diagnosis(address) == found else None
+
+    def _diagnosis(self, address: str) -> str | None:
+        """What one handshake comes to."""
         try:
             said = self._shake_hands(address)
-            if said == _CLOSED:  # as a server would, too, that stops just now
-                time.sleep(0.2)
-                said = self._shake_hands(address)
         except ssl.SSLCertVerificationError as error:
             return (
                 f"the certificate of the server at {address} is not accepted ({error.verify_message}): give ca, the "

@@ -21,7 +21,7 @@ from cutlayer.errors import NonFiniteError, TrainingError
 from cutlayer.frozen import load_moving, replica
 from cutlayer.server import Server
 from cutlayer.tasks import Task
-from cutlayer.types import Rows, Smashed, TailGradients, as_tuple
+from cutlayer.types import Rows, Smashed, TailGradients, as_real, as_tuple, is_continuous
 from cutlayer.verbs import ARRIVALS, FORWARD, STEP_COPIES, STEP_EACH, TAIL
 
 ROOM = 2.0
@@ -35,12 +35,12 @@ STRANGE = 10.0
 
 
 def largest(tensors: Sequence[Tensor]) -> float:
-    """The largest absolute value among real numbers; NaN or infinity where one of them is that."""
+    """The largest absolute value among real numbers and parts of complex ones; NaN or infinity where one is that."""
     found = 0.0
     for tensor in tensors:
-        if not tensor.is_floating_point() or not tensor.numel():
+        if not is_continuous(tensor) or not tensor.numel():
             continue
-        least, most = torch.aminmax(tensor.detach())
+        least, most = torch.aminmax(as_real(tensor.detach()))
         size = max(-least.item(), most.item())
         if not math.isfinite(size):
             return size
@@ -50,7 +50,7 @@ def largest(tensors: Sequence[Tensor]) -> float:
 
 def _have_squares(rows: Rows) -> bool:
     """Whether the squares of all differences of these numbers are finite."""
-    real = [r for r in rows if r.is_floating_point()]
+    real = [r for r in rows if is_continuous(r)]
     return all(2 * largest([r]) < math.sqrt(torch.finfo(r.dtype).max) for r in real)
 
 
@@ -227,9 +227,9 @@ def outlying(models: Mapping[int, Mapping[str, Tensor]], before: Mapping[str, Te
     """The clients whose models have moved from `before` many times as far as the others', by the median of these, of
     two at least: how many times.
     """
-    names = [name for name, tensor in before.items() if tensor.is_floating_point()]
-    was = [before[name] for name in names]
-    moved = {k: _distance([model[name] for name in names], was) for k, model in models.items()}
+    names = [name for name, tensor in before.items() if is_continuous(tensor)]
+    was = [as_real(before[name]) for name in names]
+    moved = {k: _distance([as_real(model[name]) for name in names], was) for k, model in models.items()}
     found = {}
     for k, distance in moved.items() if len(moved) > 2 else ():
         usual = float(np.median([d for other, d in moved.items() if other != k]))

@@ -47,7 +47,7 @@ from cutlayer.remote.answers import Answers
 from cutlayer.remote.audit import Audit
 from cutlayer.remote.carrier import Answer, StoppedError
 from cutlayer.scoring import ROWS_PER_PASS, Outputs, Tally, evaluate, reported
-from cutlayer.stored import Count, checked, fit, reading
+from cutlayer.stored import Count, all_finite, checked, fit, reading
 from cutlayer.tasks import Task, Value
 from cutlayer.text import listed, plain
 from cutlayer.trained import TrainedModel
@@ -833,7 +833,7 @@ def _fits(worker: Worker, message: m.Message) -> str:
 def _finite(tensors: dict[str, Tensor], what: str) -> dict[str, Tensor]:
     """The same tensors. Raises WireError where a number is NaN or infinite."""
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if not all_finite(tensor):
             raise WireError(f"{what} that the server sends holds NaN or infinite numbers in {name!r}: it is not taken")
     return tensors
 
