@@ -209,7 +209,7 @@ MUTANTS = [
     M("the state before is not kept until the next is in place", "disk", "self._held = (*self._held[-1:], slots)", "self._held = (slots,)"),
     M("models from before the run stay behind", "disk", "shelf.move()", "shelf.forget()"),
     M("a killed attempt's files are carried along", "disk", "settle(out, begin=False)", "settle(out, begin=True)"),
-    M("the average forgets those without rows", "disk", "one * rest if one.is_floating_point()", "one * 0.0 if one.is_floating_point()"),
+    M("the average forgets those without rows", "disk", "one * rest if is_continuous(one)", "one * 0.0 if is_continuous(one)"),
     M("the mean of those kept is the average", "disk", "if self.mean is not None:\n            return self.mean", "if False:\n            return self.mean"),
     M("the local engine takes it and does nothing", "disk", 'if engine == "local":\n            raise', 'if False:\n            raise'),
     M("no optimiser on disk", "disk", "self._moments_of.put(_clients_of(span)", "self._moments_of.put(_clients_of(span)[:0]"),
