@@ -35,6 +35,7 @@ def leakage(
         "ksg",
     ),
     view: Literal["cca", "pca", "random", "raw"] = "cca",
+    attacks: Annotated[tuple[str, ...], Parameter(negative=(), consume_multiple=True)] = ("nearest", "inversion"),
     snapshots: bool = False,
     hijack: bool = False,
     seed: int = 0,
@@ -58,12 +59,16 @@ def leakage(
     auxiliary
         Number of samples that the attacker has. Default: all held-out samples, up to 1000.
     knowledge
-        What the attacker knows: model (the client part), smashed (only the smashed data, and the server's own part).
+        What the attacker knows: model (the client part), smashed (only the smashed data, and the server's own part;
+        for tokens also the client part that the run began with).
     estimators
         The estimators of information: any of usable, infonce, smile, mine and ksg.
     view
         The projection for estimators of mutual information: two canonical components (cca), two principal components
         (pca), random lines (random: sliced mutual information), or none (raw), whose estimates are far from the truth.
+    attacks
+        The attacks on tokens: nearest (the token whose smashed data are nearest), inversion (a trained model), search
+        (tokens one after another, of a few rows; slow).
     snapshots
         Also examine the snapshots that the runs have kept (snapshot_every).
     hijack
@@ -83,7 +88,7 @@ def leakage(
     from cutlayer.leakage.assess import Asked, check, examine
     from cutlayer.leakage.subject import moments, subjects
 
-    asked = Asked(tuple(knowledge), tuple(estimators), seed, view)  # type: ignore[arg-type]  # checked there
+    asked = Asked(tuple(knowledge), tuple(estimators), seed, view, tuple(attacks))  # type: ignore[arg-type]  # checked there
     of_runs = [moments(run, snapshots) for run in runs]
     if hijack:
         for found in of_runs:

@@ -68,8 +68,13 @@ class Hijacked:
 
 
 def check_hijackable(moment: Moment) -> None:
-    """Raises ConfigError where labels stay with the clients, or not one real tensor crosses."""
+    """Raises ConfigError where labels stay with the clients, inputs are tokens, or not one real tensor crosses."""
     parts = moment.training.parts
+    if moment.tokens:
+        raise ConfigError(
+            f"{str(moment.out)!r} cannot be hijacked: its inputs are tokens, and the attack is made for real numbers: "
+            "leave hijack out, or name other runs"
+        )
     if parts.tail is not None or len(parts.crossing) != 1 or not parts.crossing[0].differentiable:
         labels = " and labels stay with the clients" if parts.tail is not None else ""
         raise ConfigError(

@@ -26,6 +26,9 @@ from cutlayer.leakage.mutual import UpperBound, View
 from cutlayer.leakage.ranks import Dependence, LabelLeakage, dependence, label_leakage
 from cutlayer.leakage.reconstruct import LEAST as ENOUGH
 from cutlayer.leakage.reconstruct import Knowledge, Reconstructed, Reconstruction, reconstruct
+from cutlayer.leakage.recovery import ATTACKS, Recovered, recover
+from cutlayer.leakage.recovery import LEAST as ENOUGH_ROWS
+from cutlayer.leakage.seen import Words
 from cutlayer.leakage.subject import Subject
 from cutlayer.models.parts import load_own
 from cutlayer.types import as_tuple
@@ -39,13 +42,14 @@ ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
 @dataclass(frozen=True)
 class Asked:
     """What is measured: the attackers' `knowledge`, the `estimators` (each beside what it reads where the answer is
-    known), and what those of mutual information look at (`view`).
+    known), and what those of mutual information look at (`view`); the `attacks` on inputs that are tokens.
     """
 
     knowledge: tuple[Knowledge, ...] = ("model", "smashed")
     estimators: tuple[Estimator, ...] = ("usable", "infonce", "ksg")
     seed: int = 0
     view: View = "cca"
+    attacks: tuple[str, ...] = ("nearest", "inversion")
 
     def __post_init__(self) -> None:
         for name in self.estimators:
@@ -54,6 +58,9 @@ class Asked:
         for known in self.knowledge:
             if known not in get_args(Knowledge):
                 raise ConfigError(unknown("knowledge", known, get_args(Knowledge)))
+        for attack in self.attacks:
+            if attack not in ATTACKS:
+                raise ConfigError(unknown("attack on tokens", attack, ATTACKS))
         if self.view not in get_args(View):
             raise ConfigError(unknown("view", self.view, get_args(View)))
 
@@ -66,6 +73,9 @@ class Finding:
 
     `upper` bounds and attacks are about one sending of a sample; it has been sent `releases` times until then, by a
     client part that changed meanwhile: in all at most so many times the bound.
+
+    Of tokens, what attackers `recovered` is measured, and not what needs real numbers (`attacks`, `usable`,
+    `estimates`, `dependence`).
     """
 
     run: str
@@ -84,10 +94,11 @@ class Finding:
     attacks: dict[str, Reconstruction]
     usable: Usable | None
     estimates: tuple[Calibrated, ...]
-    dependence: Dependence
+    dependence: Dependence | None
     labels: LabelLeakage | None
     privacy: Statement | None
     not_measured: Mapping[str, str] = field(default_factory=dict)
+    recovered: tuple[Recovered, ...] = ()
 
     @property
     def plain(self) -> dict[str, Any]:
@@ -104,8 +115,13 @@ class Examined:
 
 
 def check(subject: Subject, asked: Asked) -> None:
-    """Raises DataError where there are too few samples for what is asked, before anything is measured."""
+    """Raises DataError where there are too few samples for what is asked, before anything is measured; where smashed
+    data of tokens are not a vector for each.
+    """
     s, run = subject, f"client {subject.name} of {str(subject.moment.out)!r}"
+    if s.moment.tokens:
+        _check_tokens(s, run)
+        return
     neural = [name for name in asked.estimators if name != "usable"]
     if neural and len(s.samples) < mutual.LEAST:
         raise DataError(
@@ -119,8 +135,25 @@ def check(subject: Subject, asked: Asked) -> None:
         )
 
 
+def _check_tokens(s: Subject, run: str) -> None:
+    """Raises DataError."""
+    length = Words.of(s.samples.inputs).ids.shape[1]
+    if s.z.dim() != 3 or s.z.shape[1] != length:
+        raise DataError(
+            f"{run} sends smashed data of shape {tuple(s.z.shape[1:])} for {length} tokens, but tokens are looked for "
+            "in one vector for each: name runs that are cut where each token has a vector of its own"
+        )
+    if len(s.auxiliary) < ENOUGH_ROWS:
+        raise DataError(
+            f"{run} is attacked with {len(s.auxiliary)} auxiliary rows of tokens, too few to train an attacker on: "
+            f"give at least {ENOUGH_ROWS}, or train with a larger test or validation set"
+        )
+
+
 def examine(subject: Subject, asked: Asked) -> Examined:
-    """Measure everything that is asked for. Raises DataError where there are too few samples, or tokens."""
+    """Measure everything that is asked for. Raises DataError where there are too few samples."""
+    if subject.moment.tokens:
+        return Examined(_of_tokens(subject, asked), {})
     s, x, z = subject, subject.samples.x, subject.z
     pictures: dict[str, Reconstructed] = {}
     for knowledge in asked.knowledge:
@@ -139,9 +172,23 @@ def examine(subject: Subject, asked: Asked) -> Examined:
             seed=asked.seed,
         )
     read = usable(x, z, seed=asked.seed) if "usable" in asked.estimators and len(x) >= LEAST else None
-    moment = s.moment
     labels, missing = _labels(s, asked.seed)
-    finding = Finding(
+    finding = replace(
+        _about(s, asked),
+        attacks={knowledge: p.report for knowledge, p in pictures.items()},
+        usable=read,
+        estimates=tuple(_calibrated(s, asked, read)),
+        dependence=dependence(x, z, seed=asked.seed),
+        labels=labels,
+        not_measured=missing,
+    )
+    return Examined(finding, pictures)
+
+
+def _about(s: Subject, asked: Asked) -> Finding:
+    """What is known of every subject, before anybody attacks it."""
+    moment = s.moment
+    return Finding(
         run=str(moment.out),
         algorithm=moment.config.algorithm,
         seed=moment.config.seed,
@@ -151,19 +198,32 @@ def examine(subject: Subject, asked: Asked) -> Examined:
         share=moment.training.task.share,
         score=moment.score,
         accuracy=moment.accuracy,
-        samples=len(x),
+        samples=len(s.samples),
         auxiliary=len(s.auxiliary),
         releases=s.releases,
         upper=tuple(_upper(s, asked.seed)),
-        attacks={knowledge: p.report for knowledge, p in pictures.items()},
-        usable=read,
-        estimates=tuple(_calibrated(s, asked, read)),
-        dependence=dependence(x, z, seed=asked.seed),
-        labels=labels,
+        attacks={},
+        usable=None,
+        estimates=(),
+        dependence=None,
+        labels=None,
         privacy=s.statement,
-        not_measured=missing,
     )
-    return Examined(finding, pictures)
+
+
+def _of_tokens(s: Subject, asked: Asked) -> Finding:
+    """Every attack on tokens, by every attacker."""
+    words, counting = Words.of(s.samples.inputs), s.counting(s.samples)
+    found, missing = [], {"information": "inputs are tokens, and its instruments take real numbers"}
+    for knowledge in asked.knowledge:
+        seen = s.seen(begun=knowledge == "smashed", seed=asked.seed)
+        for attack in asked.attacks:
+            made = recover(seen, words, counting, attack, knowledge)
+            if made is None:
+                missing[attack] = "what is sent for a token depends on later ones, so they cannot be found in turn"
+            else:
+                found.append(made)
+    return replace(_about(s, asked), recovered=tuple(found), not_measured=missing)
 
 
 def _calibrated(s: Subject, asked: Asked, read: Usable | None) -> Iterator[Calibrated]:
@@ -189,17 +249,19 @@ def _calibrated(s: Subject, asked: Asked, read: Usable | None) -> Iterator[Calib
 
 
 def _upper(s: Subject, seed: int) -> Iterator[UpperBound]:
-    """Every bound that there is; without noise and codec, that there is none."""
+    """Every bound that there is; without noise and codec, that there is none. Tokens are bounded by their number."""
     config = s.moment.config
     d, codec = defences.of(config), Codec.parse(config.up_codec)
+    if s.moment.tokens:
+        yield mutual.chosen(Words.of(s.samples.inputs).ids.shape[1], s.moment.vocabulary)
     noise = d.get(Noise)
     if noise is not None and noise.scale:
         silent = replace(d, parts=(*d.before(noise), noise.silent))
         with seeds.torch_seeded(seed, "leakage", "dropout"):
-            (clipped,) = silent.fresh((smash(s.bare, s.samples.x, seed, "bare"),))
+            (clipped,) = silent.fresh((smash(s.bare, s.samples.inputs, seed, "bare"),))
         channel = mutual.laplace_channel if noise.laplace_noise else mutual.gaussian_channel
         yield channel(clipped, noise.scale)
-    elif not codec.lossy and all(part.exact for part in d.in_order):
+    elif not (codec.lossy or s.moment.tokens) and all(part.exact for part in d.in_order):
         yield mutual.deterministic(dropout=d.get(FeatureDropout) is not None)
     if codec.lossy:
         size = payload_bytes(codec, s.z.shape, s.z.dtype)

@@ -8,14 +8,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from cutlayer import seeds
+from cutlayer.data.samples import Inputs, each, inputs_of
 from cutlayer.errors import DataError
 
 Client = Callable[[Tensor], Tensor]
+X = TypeVar("X", bound=Inputs)
 
 
 @dataclass(frozen=True)
@@ -69,10 +72,16 @@ class Scale:
 
 
 @torch.no_grad()
-def smash(client: Client, x: Tensor, seed: int, *name: str | int, batch: int = 256) -> Tensor:
+def smash(client: Callable[[X], Tensor], x: X, seed: int, *name: str | int, batch: int = 256) -> Tensor:
     """The client part's output for x [n, ...], batch by batch, with its own random draws seeded by `name`: [n, ...]."""
-    with seeds.torch_seeded(seed, "leakage", "smash", *name, device=x.device):
-        return torch.cat([client(rows) for rows in x.split(batch)])
+    first = inputs_of(x)[0]
+    starts = range(0, len(first), batch)
+    with seeds.torch_seeded(seed, "leakage", "smash", *name, device=first.device):
+        return torch.cat([client(_part(x, slice(a, a + batch))) for a in starts])
+
+
+def _part(x: X, rows: slice) -> X:
+    return cast(X, each(x, lambda t: t[rows]))
 
 
 def is_random(client: Client, x: Tensor, seed: int) -> bool:

@@ -72,7 +72,7 @@ class Estimate:
 class UpperBound:
     """At most this much information about x crosses the cut, in nats per sample; why, and what it rests on."""
 
-    kind: Literal["gaussian channel", "laplace channel", "quantisation", "deterministic"]
+    kind: Literal["gaussian channel", "laplace channel", "quantisation", "tokens", "deterministic"]
     nats: float
     reason: str
 
@@ -389,6 +389,13 @@ def quantised(codes: Tensor, levels: int) -> UpperBound:
         nats,
         f"{d} values of {levels} levels: marginal entropies from {n} samples, {nats / math.log(2):.0f} bits; without "
         f"samples at most {d * math.log2(levels):.0f} bits",
+    )
+
+
+def chosen(tokens: int, vocabulary: int) -> UpperBound:
+    """A row of so many tokens is one of V^T: no more than T log V nats can be learnt of it."""
+    return UpperBound(
+        "tokens", tokens * math.log(vocabulary), f"a row is {tokens} tokens, each of {vocabulary} that there are"
     )
 
 

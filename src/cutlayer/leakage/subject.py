@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cutlayer import checkpoint, defences, seeds
 from cutlayer.build import Training, assemble, deal
-from cutlayer.data.samples import Samples, Source
+from cutlayer.data.samples import Inputs, Samples, Source, each
 from cutlayer.data.sampling import per_epoch as steps_per_epoch
 from cutlayer.defences import dp
 from cutlayer.defences.noise import Noise
@@ -26,6 +26,8 @@ from cutlayer.errors import ConfigError, DataError, RunFolderError
 from cutlayer.files import read_records
 from cutlayer.folder import CHECKPOINT, EVALUATIONS, SNAPSHOTS, stored_config
 from cutlayer.leakage.inputs import Client, smash
+from cutlayer.leakage.recovery import counting_places
+from cutlayer.leakage.seen import Seen, Words
 from cutlayer.models.parts import load_own
 from cutlayer.options import RunConfig
 from cutlayer.plugins import label
@@ -34,6 +36,9 @@ from cutlayer.stored import checked, reading
 from cutlayer.types import Rows, as_tuple
 from cutlayer.wire import Codec
 from cutlayer.wire.coding import written
+
+Sending = Callable[[Inputs], Tensor]
+"""A client part as a function: inputs [R, ...] to smashed data [R, s...]."""
 
 _AUXILIARY = 1000
 
@@ -63,6 +68,18 @@ class Moment:
         return self.training.task.targets == "class"
 
     @property
+    def tokens(self) -> bool:
+        """Whether inputs are tokens, which are recovered or not, and have no squared error."""
+        return not self.training.source.train.form.rows[0].is_floating_point()
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens there are: as many as a language model scores, or as the data have."""
+        source, task = self.training.source, self.training.task
+        most = max(int(part.rows[0].max()) for part in (source.train, source.validation, source.test) if len(part)) + 1
+        return max(most, self.training.making.outputs) if task.targets == "classes" else most
+
+    @property
     def task_title(self) -> str:
         """What targets are: a clause that says why something about classes is not measured."""
         what = {"class": "one class per sample", "classes": "several classes per sample", "numbers": "numbers"}
@@ -79,7 +96,7 @@ class Subject:
 
     It owns `owned` samples; `samples` are n of these, `z` [n, s...] their smashed data as they are sent. `client` makes
     smashed data of any inputs, as the client would send them, `bare` without noise and quantisation; `defence` is what
-    lies between.
+    lies between. `begun` and `begun_bare` are the same with the weights that the run began with.
     `auxiliary` are N samples that no client has. `server` goes from smashed data to the model's outputs (None where it
     has no such part). `fresh` is the client's part with new weights, which takes inputs to smashed data: a guess at the
     architecture.
@@ -90,9 +107,11 @@ class Subject:
     owned: int
     samples: Samples
     z: Tensor
-    client: Client
-    bare: Client
+    client: Sending
+    bare: Sending
     defence: Client
+    begun: Sending
+    begun_bare: Sending
     auxiliary: Samples
     server: nn.Module | None
     fresh: nn.Module
@@ -105,6 +124,29 @@ class Subject:
             return None
         mechanism = dp.laplace if noise.laplace_noise else dp.gaussian
         return mechanism(noise.scale, noise.clip, self.releases, labels=self.labelled)
+
+    def seen(self, *, begun: bool, seed: int) -> Seen:
+        """What an attacker on tokens has who knows the client part, or (`begun`) the one that the run began with."""
+        form, client, bare = self.samples.inputs, self.client, self.bare
+        if begun:
+            client, bare = self.begun, self.begun_bare
+        words = Words.of(self.auxiliary.inputs)
+        return Seen(
+            z=self.z,
+            mask=Words.of(form).mask,
+            auxiliary=words,
+            learnt=self.counting(self.auxiliary),
+            client=lambda words: client(words.given(form)),
+            bare=lambda words: bare(words.given(form)),
+            vocabulary=self.moment.vocabulary,
+            seed=seed,
+        )
+
+    def counting(self, samples: Samples) -> Tensor:
+        """Which places of tokens are not filled up: [n, T] of bool."""
+        training = self.moment.training
+        padding = training.source.preprocessing.get("padding")
+        return counting_places(samples, training.task, None if padding is None else int(padding))
 
     @property
     def labelled(self) -> bool:
@@ -129,7 +171,7 @@ def moments(out: Path, snapshots: bool = False) -> list[Moment]:
     """A run at its last checkpoint; with `snapshots`, at each of these before.
 
     Raises RunFolderError where there are no client models to look at; ConfigError where none of its algorithm ever
-    sends smashed data; DataError where inputs are not one tensor of real numbers per sample.
+    sends smashed data; DataError where inputs are neither one tensor of real numbers per sample nor tokens.
     """
     config = RunConfig.of(without_own(stored_config(out), out, model=None, data=None, loss=None))
     if config.traits.whole:
@@ -182,19 +224,29 @@ def moments(out: Path, snapshots: bool = False) -> list[Moment]:
 
 
 def _check_inputs(out: Path, samples: Samples) -> None:
-    """What attackers look for must be one tensor of real numbers per sample. Raises DataError."""
-    count = len(samples.rows)
-    if count > 1:
+    """What attackers look for must be one tensor of real numbers per sample, or tokens. Raises DataError."""
+    first, *others = samples.rows
+    if not first.is_floating_point() and first.dim() == 2 and _is_mask(samples.inputs, others):
+        return
+    if others:
         raise DataError(
-            f"{str(out)!r} has {count} tensors of inputs per sample: reconstruction and the measures of information "
-            "are about one tensor of real numbers; name runs with such data"
+            f"{str(out)!r} has {1 + len(others)} tensors of inputs per sample: what leaks is measured for one tensor "
+            "of real numbers, or for tokens with an attention mask; name runs with such data"
         )
-    if not samples.x.is_floating_point():
-        kind = str(samples.x.dtype).removeprefix("torch.")
+    if not first.is_floating_point():
+        kind, shape = str(first.dtype).removeprefix("torch."), tuple(first.shape[1:])
         raise DataError(
-            f"{str(out)!r} has inputs of type {kind}, such as tokens: reconstructions are judged by their squared "
-            "error, which only real numbers have; name runs whose inputs are real numbers"
+            f"{str(out)!r} has inputs of type {kind} and shape {shape}: whole numbers are read as tokens, of which a "
+            "sample is one row; name runs whose inputs are real numbers, or rows of tokens"
         )
+
+
+def _is_mask(inputs: Inputs, others: Sequence[Tensor]) -> bool:
+    """Whether all that comes with the first tensor is one mask of its shape."""
+    if not others:
+        return True
+    named = not isinstance(inputs, Mapping) or "mask" in list(inputs)[1]
+    return named and len(others) == 1 and others[0].dim() == 2 and not others[0].is_floating_point()
 
 
 def _moment(
@@ -244,7 +296,8 @@ def _held_out(source: Source, rows: Tensor) -> Samples:
     device, validation = source.test.y.device, rows < len(source.validation)
     first = source.validation[rows[validation].to(device)]
     then = source.test[rows[~validation].to(device) - len(source.validation)]
-    found = Samples(torch.cat([first.x, then.x]), torch.cat([first.y, then.y]))
+    pairs = iter(list(zip(first.rows, then.rows, strict=True)))
+    found = Samples(each(first.inputs, lambda _: torch.cat(next(pairs))), torch.cat([first.y, then.y]))
     at = torch.cat([torch.nonzero(validation)[:, 0], torch.nonzero(~validation)[:, 0]])
     return found[at.argsort().to(device)]
 
@@ -253,20 +306,24 @@ def _subject(
     moment: Moment, name: int, owned: int, private: Samples, known: Samples, server: nn.Module | None, seed: int
 ) -> Subject:
     config, parts = moment.config, moment.training.parts
-    bare, fresh = (_Lower(copy.deepcopy(parts.client)).eval() for _ in range(2))
+    bare, begun, fresh = (_Lower(copy.deepcopy(parts.client)).eval() for _ in range(3))
     load_own(bare.part, moment.model_of(name))
     bare.requires_grad_(False)
+    begun.requires_grad_(False)
     with seeds.torch_seeded(seed, "leakage", "fresh"):
         for module in fresh.modules():
             if callable(reset := getattr(module, "reset_parameters", None)):
                 reset()
     defence = _Defended(defences.of(config), Codec.parse(config.up_codec).plain, config.batch)
 
-    def client(x: Tensor) -> Tensor:
+    def client(x: Inputs) -> Tensor:
         return defence(bare(x))
 
-    z = smash(client, private.x, seed, "private", name)
-    return Subject(moment, name, owned, private, z, client, bare, defence, known, server, fresh)
+    def earlier(x: Inputs) -> Tensor:
+        return defence(begun(x))
+
+    z = smash(client, private.inputs, seed, "private", name)
+    return Subject(moment, name, owned, private, z, client, bare, defence, earlier, begun, known, server, fresh)
 
 
 class _Defended:
@@ -292,7 +349,7 @@ class _Lower(nn.Module):
         super().__init__()
         self.part = part
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Inputs) -> Tensor:
         real = [r for r in self.part(x) if r.is_floating_point()]
         return real[0] if len(real) == 1 else torch.cat([r.flatten(1) for r in real], 1)
 

@@ -23,8 +23,8 @@ _SHOWN = 10  # pictures in a row
 
 
 def tables(findings: Sequence[Finding]) -> list[Table]:
-    """Reconstruction, and information, client by client."""
-    return [_attacks(findings), _information(findings), _known(findings)]
+    """Reconstruction, recovered tokens, and information, client by client."""
+    return [_attacks(findings), _recovered(findings), _information(findings), _known(findings)]
 
 
 def notes(findings: Sequence[Finding]) -> list[str]:
@@ -34,12 +34,12 @@ def notes(findings: Sequence[Finding]) -> list[str]:
     said: dict[str, None] = {}
     for f in findings:
         said |= dict.fromkeys(f"upper bound: {bound.reason}." for bound in f.upper)
-        if any(math.isfinite(bound.nats) for bound in f.upper):
+        if any(math.isfinite(bound.nats) and bound.kind != "tokens" for bound in f.upper):
             said[
                 f"{_name(f)}: bounds and attacks are for a sample that is sent once; each was sent {f.releases} times, "
                 f"which reveal at most {f.releases} times the bound."
             ] = None
-        if f.usable is None and f.samples < LEAST:
+        if f.dependence is not None and f.usable is None and f.samples < LEAST:
             said[
                 f"{_name(f)}: usable information cannot be read: {f.samples} samples are too few to code, {LEAST} "
                 "are needed; train with fewer clients, or more samples per client."
@@ -233,12 +233,35 @@ def _attacks(findings: Sequence[Finding]) -> Table:
     return table
 
 
+def _recovered(findings: Sequence[Finding]) -> Table:
+    table = Table(
+        "run", "test", "attack", "attacker knows", "rows", "tokens", "recovered", "unigram guesser",
+        title="Tokens that the server recovers",
+    )  # fmt: skip
+    for f in findings:
+        score = "" if f.score is None else format_score(f.metric, f.score, share=f.share)
+        for r in f.recovered:
+            table.add_row(
+                _name(f),
+                score,
+                r.attack,
+                {"model": "client part", "smashed": "client part at the start"}[r.knowledge],
+                str(r.rows),
+                str(r.tokens),
+                f"{r.accuracy:.1%}",
+                f"{r.unigram:.1%}",
+            )
+    return table
+
+
 def _information(findings: Sequence[Finding]) -> Table:
     table = Table(
         "run", "at most, once", "usable", "95 %", "bits per value", "distance correlation", "unbiased", "linear R2",
         title="Information about private inputs, nats per sample",
     )  # fmt: skip
     for f in findings:
+        if f.dependence is None:
+            continue
         most = min((bound.nats for bound in f.upper), default=math.inf)
         u = f.usable
         table.add_row(
