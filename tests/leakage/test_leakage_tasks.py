@@ -14,7 +14,7 @@ from torch import nn
 from cutlayer import DataError, Run
 from cutlayer.data.samples import Samples
 from cutlayer.leakage.active import check_hijackable, hijack
-from cutlayer.leakage.assess import Asked, Examined, examine
+from cutlayer.leakage.assess import Asked, Examined, check, examine
 from cutlayer.leakage.fitting import Budget
 from cutlayer.leakage.hijack import Hijack
 from cutlayer.leakage.reconstruct import Knowledge, reconstruct, score
@@ -203,12 +203,13 @@ def test_a_hijacker_that_knows_labels_takes_those_that_do_not_count() -> None:
     assert attacker.gradients(torch.randn(4, 8), torch.tensor([-1, 0, 1, -1])).shape == (4, 8)
 
 
-def test_tokens_and_several_tensors_are_refused(tmp_path: Path) -> None:
+def test_tokens_in_one_vector_and_several_tensors_are_refused(tmp_path: Path) -> None:
     """In one sentence, before anything is measured."""
     words = np.random.default_rng(0).integers(0, 9, (500, 6))
     run = trained(tmp_path, "classification", words, words[:, 0] % 2, "words")
-    with pytest.raises(DataError, match=r"run' has inputs of type int64, such as tokens: .* name runs whose inputs"):
-        moments(run)
+    (moment,) = moments(run)
+    with pytest.raises(DataError, match=r"run' sends smashed data of shape \(48,\) for 6 tokens, .* cut where each"):
+        check(next(iter(subjects(moment, 1, 50, None, 0))), Asked())
     (tmp_path / "pairs.py").write_text(PAIRS)
     both = tmp_path / "both"
     both.mkdir()

@@ -6,6 +6,7 @@ No single number measures leakage; the instruments make a bracket:
 - `mutual`: what no attacker can exceed where noise or quantisation make it finite, and held-out lower estimates;
 - `information`: how much cheaper x is to code for a predictor that sees z;
 - `reconstruct`, `hijack`: how well a passive and an active attacker in fact do, beside attackers that do nothing;
+- `recovery`: how many tokens an attacker recovers, where inputs are tokens;
 - `ranks`: cheap measures that only order; label leakage from cut gradients;
 - `calibration`: what an estimator reads where the answer is known, and whether two readings may be ranked at all;
 - `defences.dp`: what a noise guarantees, whatever the attacker does.
