@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,10 @@ import pytest
 from support import call, mlp, source
 
 from cutlayer import ConfigError, CutError, Run
+from cutlayer.costs.breakeven import bytes_of
 from cutlayer.costs.expect import Expected, Mixture, expect
 from cutlayer.costs.fleet import fleet
+from cutlayer.costs.ledger import CONVENTIONS, Convention
 from cutlayer.costs.plan import Plan, plan
 from cutlayer.options import PlanConfig, RunConfig, traits
 from cutlayer.report.planned import heading, notes
@@ -92,6 +93,9 @@ FROZEN: dict[str, Any] = {"freeze": r"^0\.", "seed": 3}
         # Clients that train nothing do not wait for the average, and the slowest is one of them.
         ("sfl", {**FROZEN, "latency_ms": 0.0, "up_mbps": 1e6, "down_mbps": 1e6, "stragglers": 0.4}),
         pytest.param("sglr", {"phi": 1.0, "batch": 64}, marks=pytest.mark.long),
+        pytest.param(
+            "sglr", {"phi": 1.0, "up_codec": "int8", "down_codec": "top-k:0.5", **NARROW}, marks=pytest.mark.long
+        ),
     ],
 )
 def test_several_epochs_with_parts_that_train_nothing(algorithm: str, options: dict[str, Any]) -> None:
@@ -99,7 +103,7 @@ def test_several_epochs_with_parts_that_train_nothing(algorithm: str, options: d
     made = planned(algorithms=(algorithm,), **options)
     (work,) = made.works.values()
     assert isinstance(work, Mixture)
-    work = replace(work, kinds=tuple(replace(kind, epochs=3) for kind in work.kinds))
+    work = work.varied(epochs=3)
     expected = expect(made.config.algorithm(algorithm), work, fleet(made.config, 5))
     is_what_a_run_counts(expected, trained(algorithm, **{**options, "epochs": 3}))
 
@@ -131,6 +135,31 @@ def test_a_run_that_draws_comes_near_the_mean() -> None:
     assert 0 < counted < epochs * (planned(algorithms=("sgl",), phi=1.0).costs[0].expected.down - e.down_broadcast)
 
 
+def test_on_both_sides_of_a_break_even_of_different_cuts_the_order_differs() -> None:
+    """In samples per client under each convention, and in time; and in epochs against sending the data."""
+    found = planned(algorithms=("cl", "fl", "psl", "sfl", "sglr"), **DIFFERENT)
+    machines = fleet(found.config, 5)
+
+    def cost(name: str, convention: Convention | None, **sizes: int) -> float:
+        e = expect(found.config.algorithm(name), found.works[name].varied(**sizes), machines)
+        assert e.seconds is not None
+        return e.seconds if convention is None else bytes_of(e, convention)
+
+    marks = [*found.break_evens, *found.data_break_evens]
+    assert len(marks) == 3 * (len(CONVENTIONS) + 1) + 4 * 2
+    for b in marks:
+        if b.last is not None:
+            size = "epochs" if b.quantity == "epochs" else "samples_per_client"
+            at, beyond = (
+                cost(b.algorithm, b.convention, **{size: n}) > cost(b.against_name, b.convention, **{size: n})
+                for n in (b.last, b.last + 1)
+            )
+            assert (at, beyond) == ((False, True) if b.dearer == "above" else (True, False))
+    assert {b.quantity for b in marks if b.last is not None} == {"samples per client", "time"}
+    assert all(b.dearer == "always" for b in found.data_break_evens)  # a row of the data is as small as smashed data
+    assert all(b.exact == pytest.approx(b.last, abs=2) for b in marks if b.quantity != "time" and b.exact)
+
+
 def test_who_cannot_have_different_cuts_is_not_planned() -> None:
     assert all(traits(name).mixes_cuts for name in STATED)
     found = planned(algorithms=("cl", "fl", "ssl", "cse-fsl", *STATED), **DIFFERENT)
@@ -142,6 +171,21 @@ def test_who_cannot_have_different_cuts_is_not_planned() -> None:
     assert "Cuts: 0 for clients 0, 2; 3 for clients 1, 4; 1 for client 3" in said
     with pytest.raises(ConfigError, match="a list of cuts is not possible with ssl, cse-fsl"):
         planned(algorithms=("ssl", "cse-fsl"))
+
+
+def test_the_servers_memory_holds_the_blocks() -> None:
+    """By hand, in bytes of float32: Linear 8 x 8 has 72 parameters, Linear 8 x 4 has 36. Clients 0, 2 and 3 leave the
+    former to the server; Adam keeps two numbers for each.
+    """
+    first, second, last, server = planned(algorithms=("psl",)).memory
+    assert [one.side for one in (first, last, server)] == ["client cut after 0", "client cut after 3", "server"]
+    assert server.trained == server.gradients == 4 * (36 + 3 * 72)
+    assert server.moments == 2 * server.gradients
+    one = planned(cut="3", algorithms=("psl",)).memory[1]
+    two, to_one = last.activations - first.activations, last.activations - second.activations
+    assert server.activations == one.activations + 2 * two + to_one
+    frozen = planned(algorithms=("psl",), freeze="^2").memory[-1]
+    assert (frozen.frozen, frozen.trained) == (4 * 72, 4 * 36)
 
 
 def test_equal_cuts_are_one_cut() -> None:

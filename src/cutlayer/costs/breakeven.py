@@ -10,7 +10,8 @@ the active fraction of SplitAvg (SGL, SGLR), else 0, and A = phi C:
 | wire-broadcast | N (s + l) + n g (C - A + [A > 0]) + a (C + 1) w | (C + 1) W |
 | paper | N s + n g (C - A) + g [A > 0] + 2 a C w | 2 C W |
 
-and 2 (C - 1) w more where one model travels (SSL). All are linear in n; with N fixed, in C too but for SplitAvg under
+and 2 (C - 1) w more where one model travels (SSL). Where clients have different cuts, split learning costs the sum over
+them, and only n, the time and epochs are looked at. All are linear in n; with N fixed, in C too but for SplitAvg under
 wire-broadcast, which is quadratic.
 """
 
@@ -24,11 +25,11 @@ from functools import cache
 from typing import Literal, cast
 
 from cutlayer.algorithms import Algorithm, traffic_of
-from cutlayer.costs.expect import Expected, Workload, expect
+from cutlayer.costs.expect import Expected, Mixture, Workload, expect
 from cutlayer.costs.fleet import Fleet
 from cutlayer.costs.ledger import CONVENTIONS, Convention
 from cutlayer.text import format_bytes
-from cutlayer.traffic import Traffic
+from cutlayer.traffic import Pattern, Traffic
 
 Quantity = Literal["samples per client", "clients", "model bytes", "time", "epochs"]
 Side = Literal["below", "above", "always", "never"]
@@ -96,11 +97,11 @@ class Duel:
         return found
 
 
-def break_evens(algorithms: Sequence[tuple[Algorithm, Workload]], fleet: Fleet | None) -> list[BreakEven]:
+def break_evens(algorithms: Sequence[tuple[Algorithm, Workload | Mixture]], fleet: Fleet | None) -> list[BreakEven]:
     """All of those `algorithms` that cut the model, with what they train, against the first that trains whole models in
     rounds, if there is one: under each convention, and in time with a fleet.
     """
-    stated = [(a, work, t.pattern) for a, work in algorithms if (t := traffic_of(a, work)) is not None]
+    stated = [(a, work, pattern) for a, work in algorithms if (pattern := _pattern(a, work))]
     federated = next((a for a, _, pattern in stated if pattern == "rounds"), None)
     if federated is None:
         return []
@@ -110,21 +111,25 @@ def break_evens(algorithms: Sequence[tuple[Algorithm, Workload]], fleet: Fleet |
             continue
         duel = Duel(algorithm, federated)
         for convention in CONVENTIONS:
-            found += [
-                samples_per_client(duel, work, convention),
-                clients(duel, work, convention),
-                model_size(duel, work, convention),
-            ]
+            found.append(samples_per_client(duel, work, convention))
+            if isinstance(work, Workload):
+                found += [clients(duel, work, convention), model_size(duel, work, convention)]
         if fleet is not None:
             found.append(duration(duel, work, fleet))
     return found
 
 
-def data_break_evens(algorithms: Sequence[tuple[Algorithm, Workload]]) -> list[BreakEven]:
+def _pattern(algorithm: Algorithm, work: Workload | Mixture) -> Pattern | None:
+    """Who waits for whom; None for an algorithm that does not state it."""
+    traffic = traffic_of(algorithm, work if isinstance(work, Workload) else work.kinds[-1])
+    return None if traffic is None else traffic.pattern
+
+
+def data_break_evens(algorithms: Sequence[tuple[Algorithm, Workload | Mixture]]) -> list[BreakEven]:
     """All of those `algorithms` that leave the data where they are, against the first that sends them to the server, if
     there is one: up to how many epochs they move fewer bytes, since data are sent once.
     """
-    stated = [(a, work, t.pattern) for a, work in algorithms if (t := traffic_of(a, work)) is not None]
+    stated = [(a, work, pattern) for a, work in algorithms if (pattern := _pattern(a, work))]
     central = next((a for a, _, pattern in stated if pattern == "gather"), None)
     if central is None:
         return []
@@ -133,24 +138,30 @@ def data_break_evens(algorithms: Sequence[tuple[Algorithm, Workload]]) -> list[B
     return [epochs(duel, works[duel.split.entry.name], c) for duel in others for c in CONVENTIONS if c != "paper"]
 
 
-def epochs(duel: Duel, work: Workload, convention: Convention) -> BreakEven:
+def epochs(duel: Duel, work: Workload | Mixture, convention: Convention) -> BreakEven:
     """The number of epochs up to which an algorithm moves no more than sending the data does, once."""
     each = bytes_of(expect(duel.split, work), convention)
     exact = bytes_of(expect(duel.federated, work), convention) / each if each else math.inf
 
     def dearer(n: int) -> bool:
-        return _difference(duel, replace(work, epochs=n), convention) > 0
+        return _difference(duel, work.varied(epochs=n), convention) > 0
 
     return _settled(duel, "epochs", convention, dearer, exact)
 
 
-def samples_per_client(duel: Duel, work: Workload, convention: Convention) -> BreakEven:
+def samples_per_client(duel: Duel, work: Workload | Mixture, convention: Convention) -> BreakEven:
     """The number of samples per client above which a split algorithm costs more than a federated one."""
-    c, (per_sample, fixed) = work.clients, _linear(duel, work, convention)
-    exact = (_federated(c, work.model, convention) - fixed) / per_sample if per_sample else math.inf
+    if isinstance(work, Workload):
+        per_sample, fixed = _linear(duel, work, convention)
+        fixed -= _federated(work.clients, work.model, convention)
+    else:
+        batch = work.kinds[-1].batch
+        first, second = (_difference(duel, work.varied(samples_per_client=n * batch), convention) for n in (1, 2))
+        per_sample, fixed = (second - first) / batch, float(2 * first - second)
+    exact = -fixed / per_sample if per_sample else math.inf
 
     def dearer(n: int) -> bool:
-        return _difference(duel, replace(work, samples_per_client=n), convention) > 0
+        return _difference(duel, work.varied(samples_per_client=n), convention) > 0
 
     return _settled(duel, "samples per client", convention, dearer, exact)
 
@@ -202,7 +213,7 @@ def model_size(duel: Duel, work: Workload, convention: Convention) -> BreakEven:
     return _settled(duel, "model bytes", convention, cheaper, exact, says_cheaper=True)
 
 
-def duration(duel: Duel, work: Workload, fleet: Fleet) -> BreakEven:
+def duration(duel: Duel, work: Workload | Mixture, fleet: Fleet) -> BreakEven:
     """The number of samples per client from which on an epoch takes longer (or shorter) than in federated learning.
 
     Both are linear in the number of whole batches, which gives the point; `expect` then finds it to the sample.
@@ -211,13 +222,13 @@ def duration(duel: Duel, work: Workload, fleet: Fleet) -> BreakEven:
     @cache
     def longer(n: int) -> float:
         """Seconds, but for rounding."""
-        dealt = replace(work, samples_per_client=n)
+        dealt = work.varied(samples_per_client=n)
         found, other = (expect(a, dealt, fleet).seconds for a in (duel.split, duel.federated))
         assert found is not None
         assert other is not None
         return found - other if abs(found - other) > 1e-12 * other else 0.0
 
-    b = work.batch
+    b = work.batch if isinstance(work, Workload) else work.kinds[-1].batch
     slope = (longer(2 * b) - longer(b)) / b
     at_none = longer(b) - slope * b  # of clients without samples, so to speak
     exact = -at_none / slope if slope else math.inf
@@ -275,7 +286,7 @@ def bytes_of(costs: Expected, convention: Convention) -> int:
     return {"wire-unicast": costs.unicast, "wire-broadcast": costs.broadcast, "paper": costs.paper}[convention]
 
 
-def _difference(duel: Duel, work: Workload, convention: Convention) -> int:
+def _difference(duel: Duel, work: Workload | Mixture, convention: Convention) -> int:
     """Bytes that the split algorithm costs more."""
     return bytes_of(expect(duel.split, work), convention) - bytes_of(expect(duel.federated, work), convention)
 

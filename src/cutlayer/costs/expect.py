@@ -34,9 +34,9 @@ class Workload(Epoch):
     flops: ModelFlops
     epochs: int = 1
 
-    def holding(self, samples: int) -> Workload:
-        """The same with so many samples per client."""
-        return replace(self, samples_per_client=samples)
+    def varied(self, **sizes: Any) -> Workload:
+        """The same with other `samples_per_client` or `epochs`."""
+        return replace(self, **sizes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,9 +55,9 @@ class Mixture:
         """C."""
         return sum(kind.clients for kind in self.kinds)
 
-    def holding(self, samples: int) -> Mixture:
-        """The same with so many samples per client."""
-        return replace(self, kinds=tuple(kind.holding(samples) for kind in self.kinds))
+    def varied(self, **sizes: Any) -> Mixture:
+        """The same with other `samples_per_client` or `epochs`."""
+        return replace(self, kinds=tuple(kind.varied(**sizes) for kind in self.kinds))
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,8 @@ def expect(algorithm: Algorithm, work: Workload | Mixture, fleet: Fleet | None =
 
     If an algorithm draws the clients that share a gradient, and the cuts differ, bytes and time are those of the mean.
     """
+    if isinstance(work, Mixture) and algorithm.traits.whole:  # where a model is cut plays no role
+        work = replace(work.kinds[-1], clients=work.clients)
     mix = Mixture((work,), np.zeros(0, np.intp)) if isinstance(work, Workload) else work
     moved = _Moved(algorithm, mix)
     counted = moved.counted()
@@ -112,7 +114,9 @@ def plans_mixed(algorithm: Algorithm, epoch: Epoch) -> bool:
 
 def takes_mean(algorithm: Algorithm, work: Workload | Mixture) -> bool:
     """Whether costs depend on which clients an algorithm draws to share a gradient, so that `expect` gives a mean."""
-    return isinstance(work, Mixture) and 0 < _Moved(algorithm, work).traffic.sharing < work.clients
+    if not isinstance(work, Mixture) or algorithm.traits.whole:
+        return False
+    return 0 < _Moved(algorithm, work).traffic.sharing < work.clients
 
 
 @dataclass(frozen=True)

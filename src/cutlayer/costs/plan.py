@@ -393,11 +393,11 @@ class _Mixed:
                 f"{listed(list(algorithms))} cannot be planned with different cuts: name one cut for all, or another "
                 f"algorithm, e.g. --algorithms {RunConfig.model_fields['algorithm'].get_default()}"
             )
-        works = {n: workload(last, config) if a.traits.whole else self.mixture() for n, a in fit.items()}
-        costs = {n: _cost(n, a, works[n], self.kinds, config, machines) for n, a in fit.items()}
+        work = self.mixture()
+        costs = {n: _cost(n, a, work, self.kinds, config, machines) for n, a in fit.items()}
         judged = _judged(fit)
         chosen = CutPlan(last, costs[judged], 0.0)
-        drawn = [a.entry.title for n, a in fit.items() if takes_mean(a, works[n])]
+        drawn = [a.entry.title for n, a in fit.items() if takes_mean(a, work)]
         return Plan(
             config,
             title,
@@ -406,16 +406,32 @@ class _Mixed:
             {},
             chosen,
             tuple(costs.values()),
-            works,
+            dict.fromkeys(fit, work),
             not_planned,
-            (),
+            tuple(break_evens([(a, work) for a in fit.values()], machines)),
             {},
             "",
             (*(() if machines is None else machines.notes), *([_MEAN.format(titles=listed(drawn))] if drawn else [])),
             kinds=tuple(map(self._kind, self.kinds, self.counts)),
             one_cut={n: a.traits.one_cut or "its clients take turns" for n, a in algorithms.items() if n not in fit},
             remark=remark(self.names, config.cut_by),
+            memory=self.memories(fit[judged]),
+            data_break_evens=tuple(data_break_evens([(a, work) for a in fit.values()])),
         )
+
+    def memories(self, judged: Algorithm) -> tuple[Memory, ...]:
+        """Of the clients at each cut, and of the server, which holds the blocks between each client's cut and the
+        deepest. Frozen parameters are held once.
+        """
+        if not judged.traits.split:
+            return ()
+        c, last, others = self.config, self.kinds[-1], zip(self.kinds[:-1], self.counts, strict=False)
+        clients = [_memory(f"client cut after {m.name}", m.client, c.batch, c) for m in self.kinds]
+        blocks = [_memory("blocks", last.client - m.client, n * c.batch, c, n) for m, n in others]
+        server = _server_memory(judged, last, c)
+        each = ("trained", "gradients", "moments", "activations", "checkpointed")
+        sums = {name: sum(getattr(one, name) for one in (server, *blocks)) for name in each}
+        return (*clients, replace(server, frozen=server.frozen + max(one.frozen for one in blocks), **sums))
 
     def mixture(self) -> Mixture:
         """What `expect` takes."""
@@ -434,17 +450,22 @@ def _memories(
     """Of a client and of the server with the judged algorithm, and of a client that trains the whole model."""
     found, one = [], algorithms[judged]
     if one.traits.split:
-        m, together = at[judged], traffic_of(one, _ANY)
-        assert together is not None, "only algorithms that state their traffic are judged"
-        in_turn = together.pattern != "steps" or STEP_EACH in one.traits.needs
-        clients = 1 if in_turn else config.clients
-        copies = config.clients if one.traits.server_copies else 1
+        m = at[judged]
         found.append(_memory("client", m.client, config.batch, config))
-        found.append(_memory("server", m.server, clients * config.batch, config, copies))
+        found.append(_server_memory(one, m, config))
     whole = next((name for name, a in algorithms.items() if a.traits.whole and not a.traits.central), None)
     if whole is not None:
         found.append(_memory(f"client of {algorithms[whole].entry.title}", at[whole].whole, config.batch, config))
     return tuple(found)
+
+
+def _server_memory(algorithm: Algorithm, m: Measured, config: PlanConfig) -> Memory:
+    """What the server keeps of its part of the model."""
+    together, traits = traffic_of(algorithm, _ANY), algorithm.traits
+    assert together is not None, "only algorithms that state their traffic are judged"
+    in_turn = together.pattern != "steps" or STEP_EACH in traits.needs
+    clients, copies = 1 if in_turn else config.clients, config.clients if traits.server_copies else 1
+    return _memory("server", m.server, clients * config.batch, config, copies)
 
 
 def _memory(side: str, part: Footing, rows: int, config: PlanConfig, copies: int = 1) -> Memory:

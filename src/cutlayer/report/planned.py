@@ -273,6 +273,7 @@ def _break_evens(plan: Plan) -> Table:
         "clients": f"clients that share {total:,} samples" if total else "clients",
         "model bytes": f"size of {'all that is trained' if frozen else 'the whole model'}",
     }
+    heads = {what: title for what, title in heads.items() if any(b.quantity == what for b in plan.break_evens)}
     for name in ("counted as", "method", *heads.values()):
         table.add_column(name, justify="right" if name in heads.values() else "left")
     for convention, titles, cells in lines(plan.break_evens):
@@ -356,7 +357,7 @@ def _bytes_over_samples(ax: Axes, plan: Plan) -> None:
 
 
 def _bytes(config: PlanConfig, algorithm: str, work: Workload | Mixture, samples: int, convention: Convention) -> int:
-    return bytes_of(expect(config.algorithm(algorithm), work.holding(samples)), convention)
+    return bytes_of(expect(config.algorithm(algorithm), work.varied(samples_per_client=samples)), convention)
 
 
 def _options(config: PlanConfig) -> str:
