@@ -155,7 +155,7 @@ def test_interrupted_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(Monitor, "show", interrupted)
     ended = call(*LINE, "--epochs", "400", "--out", "out", "--jobs", "2", cwd=tmp_path, code=130)
-    assert ended.stderr == "error: interrupted; go on with: cutlayer resume out --jobs 2\n"
+    assert ended.stderr == "error: interrupted; continue with: cutlayer resume out --jobs 2\n"
     assert not multiprocessing.active_children()
     assert not list(tmp_path.glob("out/*/*/" + RESULT))
     begun = next(tmp_path.glob("out/*/seed-0/config.toml")).parent  # the other one may not have come so far
@@ -186,7 +186,7 @@ def test_what_cannot_be_sent(tmp_path: Path) -> None:
 def test_runs_that_may_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Refused before anything is written; what is free is asked for once everything is built."""
     monkeypatch.setattr("cutlayer.compare.room", lambda device: 1_000_000_000 if device == "cpu" else None)
-    said = r"jobs = 4 may need more memory than is free: 1\.2\d GB for 4 runs .* 1\.00 GB are left; use jobs = 3"
+    said = r"jobs = 4 may need more memory than is free: 1\.2\d GB for 4 runs .* 1\.00 GB are free; use jobs = 3"
     with pytest.raises(ConfigError, match=said):
         Comparison(**things(), **TINY, out=tmp_path / "out", jobs=5).run()
     assert not (tmp_path / "out").exists()

@@ -59,7 +59,7 @@ def test_how_many_fit() -> None:
         refuse_unless_fitting(needs, 9, 5_000)
     assert str(refused.value) == (
         "jobs = 3 may need more memory than is free: 6.00 kB for 3 runs at once (at most 3.00 kB for large), where "
-        "5.00 kB are left; use jobs = 2"
+        "5.00 kB are free; use jobs = 2"
     )
 
 

@@ -372,7 +372,7 @@ def test_a_models_own_frozen_parameters_count_alike() -> None:
 @pytest.mark.parametrize(
     ("options", "kind", "said"),
     [
-        ({"freeze": "head"}, ConfigError, "freeze = 'head' finds none of the parameters: they are 0.weight, 0.bias"),
+        ({"freeze": "head"}, ConfigError, "freeze = 'head' matches none of the parameters: they are 0.weight, 0.bias"),
         ({"freeze": "("}, ConfigError, "freeze = '(' is not a regular expression"),
         ({"freeze": FIRST, "nopeek": 0.5}, ConfigError, "but nothing of that part is trained"),
         ({"freeze": "."}, ConfigError, "freeze = '.' leaves nothing to train"),
@@ -381,7 +381,7 @@ def test_a_models_own_frozen_parameters_count_alike() -> None:
         (
             {"freeze": "bias", "param_groups": ({"match": "bias", "lr": 2.0},)},
             ConfigError,
-            "finds none of the trained parameters: they are 0.weight, 2.weight, 4.weight",
+            "matches none of the trained parameters: they are 0.weight, 2.weight, 4.weight",
         ),
     ],
 )

@@ -243,7 +243,7 @@ def test_groups_are_torchs(engine: str) -> None:
 @pytest.mark.parametrize(
     ("groups", "said"),
     [
-        ([{"match": "head"}], "match = 'head' finds none of the trained parameters: they are 0.weight, 0.bias, 2."),
+        ([{"match": "head"}], "match = 'head' matches none of the trained parameters: they are 0.weight, 0.bias, 2."),
         ([{"match": "bias"}, {"match": r"2\.bias"}], "that an earlier group has not taken"),
         ([{"match": "("}], "'(' is not a regular expression"),
         ([{"lr": 2}], "names no parameters: give match"),

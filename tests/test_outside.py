@@ -119,7 +119,7 @@ def test_what_is_not_a_thing_is_said(place: Path) -> None:
     for reference, said in (
         ("leaves.py:X", "cannot be imported (SystemExit: 3)"),
         ("own.py:Wods", "did you mean 'Words'? known: Plain, Idle, Odd, Words, Numbers\n"),
-        ("__main__:Lost", "lies in a script that is not running: go on from that script"),
+        ("__main__:Lost", "is in a script that is not running: continue from that script"),
     ):
         assert said in call("run", *SMALL, "--algorithm", reference, "--out", "run", code=2).stderr
     done = call("run", *SMALL, "--partition", "own.py:Words", code=2)

@@ -732,9 +732,9 @@ def _device(config: RunConfig) -> torch.device:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"device = {config.device!r} cannot be used here ({reason}): choose cpu") from None
     if device.type == "mps" and config.precision == "float64":
-        raise ConfigError("precision = 'float64' is not there on mps: choose float32, or device = 'cpu'")
+        raise ConfigError("precision = 'float64' is not available on mps: choose float32, or device = 'cpu'")
     if config.precision == "tf32" and device.type != "cuda":
-        raise ConfigError(f"precision = 'tf32' is CUDA's own and has no effect on {device.type}: choose float32")
+        raise ConfigError(f"precision = 'tf32' works only with CUDA and has no effect on {device.type}: choose float32")
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
     return device
@@ -784,7 +784,7 @@ def _refuse_dealing(config: RunConfig, data: Data, source: Source) -> None:
     """Raises ConfigError if data sets that belong to a client each would be dealt to others."""
     if isinstance(data, list | Mapping) and source.owner_names and config.partition != "column":
         raise ConfigError(
-            f"partition = {config.partition!r} would deal the rows of {len(source.owner_names)} clients anew: pass "
+            f"partition = {config.partition!r} would deal the rows of {len(source.owner_names)} clients again: pass "
             f"partition='column' and clients={len(source.owner_names)}"
         )
 
@@ -829,8 +829,8 @@ def _partition(config: RunConfig, source: Source, task: Task) -> list[np.ndarray
     column, y = source.client_column, source.train.y
     if task.targets != "class" and plugins.load("partition", config.partition).by_class:
         raise ConfigError(
-            f"partition = {config.partition!r} deals classes, but the task {config.task!r} has none to deal: choose "
-            "iid, quantity, shards or column"
+            f"partition = {config.partition!r} divides samples by class, but the task {config.task!r} has no classes: "
+            "choose iid, quantity, shards or column"
         )
     return partition(
         y if y.dim() == 1 else torch.zeros(len(y), dtype=torch.long),
@@ -1029,7 +1029,7 @@ def _raw_bytes(source: Source, rows: np.ndarray) -> int:
 def _rounds(config: RunConfig, algorithm: Algorithm, sizes: list[int]) -> tuple[int, int]:
     """(rounds to do, rounds that make about one epoch). Raises DataError where a client has no sample."""
     if not all(sizes):
-        raise DataError(f"client {sizes.index(0)} has no sample: use fewer clients or another partition")
+        raise DataError(f"client {sizes.index(0)} has no samples: use fewer clients or another partition")
     local_epochs, local_steps = algorithm.part_of_round
     if local_steps:
         fixed = config.sampling == "fixed"

@@ -45,7 +45,7 @@ def read(path: Path) -> dict[str, Any]:
         used = set[str]()
         state = _unpack(parsed(header), tensors, used, path.parent)
         if lost := sorted(tensors.keys() - used):
-            raise MalformedError(f"nothing is said of its tensor {lost[0]!r}")
+            raise MalformedError(f"it does not describe its tensor {lost[0]!r}")
         return checked(state, dict[str, Any])
     except RecursionError:
         reason = "it is nested too deeply"
@@ -105,5 +105,5 @@ def _unpack(value: Any, tensors: Mapping[str, Tensor], used: set[str], folder: P
         return tuple(_unpack(item, tensors, used, folder) for item in content)
     found = {key: _unpack(item, tensors, used, folder) for key, item in content}
     if len(found) != len(content):
-        raise MalformedError("a key is there twice")
+        raise MalformedError("a key occurs twice")
     return found

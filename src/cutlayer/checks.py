@@ -62,20 +62,20 @@ def check_text(model: nn.Module, source: Source, task: Task) -> None:
         return
     if getattr(task, "next_token", False):
         raise ConfigError(
-            "next_token = True would predict the token after the next one: the targets of text are the tokens that "
-            "follow already; leave it out"
+            "next_token = True would predict the token after the next one: the targets of text already are the tokens "
+            "that follow; leave it out"
         )
     config, length = getattr(model, "config", None), source.train.form.rows[0].shape[1]
     context = getattr(config, "max_position_embeddings", None)
     if isinstance(context, int) and length > context:
         raise ConfigError(
-            f"sequence_length = {length} is more than the {context} tokens that the model looks at: lower it"
+            f"sequence_length = {length} is more than the {context} tokens that the model can process: lower it"
         )
     padding = getattr(config, "pad_token_id", None)
     if task.targets != "classes" and padding is not None and padding != about["padding"]:
         raise ConfigError(
-            f"the model takes token {padding} for padding, the tokenizer token {about['padding']}: name the same "
-            "pad_token in both folders, since a classifier looks for the last token before it"
+            f"the model takes token {padding} for padding, but the tokenizer takes token {about['padding']}: name the "
+            "same pad_token in both folders, since a classifier reads the last token before the padding"
         )
 
 
@@ -191,7 +191,9 @@ def check_head(head: nn.Module, what: str, smashed: Rows, given: torch.Tensor) -
             "make one that gives scores as the model does"
         )
     if not any(True for _ in head.parameters()):
-        raise ConfigError(f"{what} has no parameters, so that it cannot learn what the server would say: add a layer")
+        raise ConfigError(
+            f"{what} has no parameters, so it cannot learn to predict the server's gradients: add a layer"
+        )
 
 
 def check_parts(config: RunConfig, algorithm: Algorithm, split: Parts, cuts: tuple[str, ...]) -> None:
@@ -240,8 +242,8 @@ def check_cacheable(config: RunConfig, algorithm: Algorithm, split: Parts, rows:
         )
     if config.cache_features and anew:
         raise ConfigError(
-            "cache_features is not possible: items are read for each batch anew, perhaps with random transforms; pass "
-            "data_in_memory = 'always'"
+            "cache_features is not possible: items are read again for each batch, perhaps with random transforms; "
+            "pass data_in_memory = 'always'"
         )
     if config.cache_features and (why := _changing(config, algorithm, split, rows)):
         raise ConfigError(f"cache_features is not possible: {why}")
@@ -289,7 +291,7 @@ def check_starved(config: RunConfig, sizes: list[int]) -> None:
         warnings.warn(
             CutlayerWarning(
                 f"sampling = 'proportional' leaves client {few[0]} ({sizes[few[0]]} of {sum(sizes)} samples) less than "
-                f"one row of a step's {len(sizes) * config.batch}, so it brings one and is through earlier: choose a "
+                f"one row of a step's {len(sizes) * config.batch}, so it brings one row and finishes earlier: choose a "
                 "larger batch, or sampling = global"
             ),
             stacklevel=3,

@@ -211,8 +211,8 @@ class Comparison:
         if len(judged) > 1:
             (metric, one), (other, two) = list(judged.items())[:2]
             raise ConfigError(
-                f"{one!r} is judged by {metric} and {two!r} by {other}, which cannot stand in one column: give all the "
-                "same primary_metric, or compare them apart"
+                f"{one!r} is scored by {metric} and {two!r} by {other}, which cannot share a column: give all entries "
+                "the same primary_metric, or compare them separately"
             )
         if self.jobs > 1:
             packed(self._own.work, self.jobs)

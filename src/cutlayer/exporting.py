@@ -98,7 +98,7 @@ def _torch_program(trained: TrainedModel, client: Whose, about: str, model: Mode
 def _onnx_program(trained: TrainedModel, client: Whose, about: str, model: Model | None) -> bytes:
     if lacking := [name for name in _ONNX if importlib.util.find_spec(name) is None]:
         raise ConfigError(
-            f"the form onnx needs the packages {' and '.join(_ONNX)} ({lacking[0]} is not installed): pip install "
+            f"the format onnx needs the packages {' and '.join(_ONNX)} ({lacking[0]} is not installed): pip install "
             "'cutlayer[onnx]', or choose --format torch-export"
         )
     whole = trained.model(client, model=model)

@@ -54,7 +54,7 @@ def refuse_unless_fitting(needs: Mapping[str, int], jobs: int, free: int | None)
     together = sum(sorted(needs.values(), reverse=True)[:jobs])
     raise ConfigError(
         f"jobs = {jobs} may need more memory than is free: {format_bytes(together)} for {jobs} runs at once (at most "
-        f"{format_bytes(needs[name])} for {name}), where {format_bytes(free)} are left; use jobs = {fit}"
+        f"{format_bytes(needs[name])} for {name}), where {format_bytes(free)} are free; use jobs = {fit}"
     )
 
 

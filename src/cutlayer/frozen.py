@@ -33,7 +33,7 @@ def freeze(model: nn.Module, pattern: str | None) -> None:
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     chosen = [p for name, p in model.named_parameters(remove_duplicate=False) if found.search(name)]
     if not chosen:
-        raise ConfigError(f"freeze = {pattern!r} finds none of the parameters: they are {', '.join(names) or 'none'}")
+        raise ConfigError(f"freeze = {pattern!r} matches none of the parameters: they are {', '.join(names) or 'none'}")
     for p in chosen:
         p.requires_grad_(False)
 

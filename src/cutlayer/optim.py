@@ -87,7 +87,7 @@ def check_groups(groups: Sequence[ParamGroup], names: Sequence[str]) -> None:
         if not any(group.has(n) and not any(e.has(n) for e in earlier) for n in names):
             taken = " that an earlier group has not taken" if any(map(group.has, names)) else ""
             raise ConfigError(
-                f"param_groups: match = {group.match!r} finds none of the trained parameters{taken}: they are "
+                f"param_groups: match = {group.match!r} matches none of the trained parameters{taken}: they are "
                 f"{', '.join(names) or 'none'}"
             )
 

@@ -677,7 +677,7 @@ def _check_cuts(config: CommonConfig | PlanConfig, found: Mapping[str, Traits], 
     """
     cuts, by = config.cuts, config.cut_by
     if len(cuts) > 1 and not all(cuts):
-        raise ConfigError(f"cut = {config.cut!r} names nothing in one place: name a module for each client")
+        raise ConfigError(f"cut = {config.cut!r} has an empty name: name a module for each client")
     for name, given in (("cut", cuts), *_cut_budgets(config).items()):
         if len(given) not in (0, 1, config.clients):
             raise ConfigError(
@@ -705,7 +705,7 @@ def _check_cut_budgets(config: CommonConfig | PlanConfig, unreckoned: Sequence[s
     """
     for name, given in _cut_budgets(config).items():
         if wrong := [value for value in given if not 0 < value < math.inf]:
-            raise ConfigError(f"{name} = {wrong[0]:g} cannot be kept: give numbers above 0")
+            raise ConfigError(f"{name} = {wrong[0]:g} is not possible: give numbers above 0")
         if given and len(unreckoned) == alone:
             raise ConfigError(
                 f"{name} = {list(given)} is not possible with {', '.join(unreckoned)}, whose clients hold more "

@@ -686,7 +686,7 @@ def _loaded(word: str, reference: str) -> Any:
         ) from error
     if not hasattr(module, name):
         if place == "__main__":
-            raise ConfigError(f"{word} {reference!r} lies in a script that is not running: go on from that script")
+            raise ConfigError(f"{word} {reference!r} is in a script that is not running: continue from that script")
         raise ConfigError(unknown(f"{word} in {place!r}:", name, _defined(module)))
     return getattr(module, name)
 

@@ -993,8 +993,8 @@ def _refuse_blind(config: RunConfig, training: Training) -> None:
     """Raises ConfigError for early stopping without validation rows: test rows must not decide when to stop."""
     if config.stop_after is not None and not len(training.source.validation):
         raise ConfigError(
-            f"stop_after = {config.stop_after} needs validation rows to judge by, and there are none: hold some out "
-            "(validation = 0.1), or leave stop_after out"
+            f"stop_after = {config.stop_after} needs validation rows, and there are none: hold some out (validation = "
+            "0.1), or leave stop_after out"
         )
 
 
@@ -1082,7 +1082,7 @@ def without_own(stored: Mapping[str, Any], out: Path, **given: object) -> dict[s
         if stored.get(f"own_{name}") and thing is None:
             what, them = (name, "them") if name == "metrics" else (f"a {name}", "it")
             raise RunFolderError(
-                f"{str(out)!r} was made with {what} of your own: go on from Python and give {them} again, "
+                f"{str(out)!r} was made with {what} of your own: continue from Python and give {them} again, "
                 f"resume(out, {name}=...)"
             )
     return {k: v for k, v in stored.items() if not k.startswith("own_")}

@@ -72,7 +72,7 @@ def points_of(sweep: Mapping[str, Any]) -> list[Point]:
             raise ConfigError(f"sweep.{idle[0]} has no effect on how = {how!r}: choose random, or leave it out")
         if ranges:
             raise ConfigError(
-                f"sweep.{ranges[0]} = {swept[ranges[0]]!r} is a range, from which how = 'random' alone draws: give a "
+                f"sweep.{ranges[0]} = {swept[ranges[0]]!r} is a range, which only how = 'random' can draw from: give a "
                 "list of values"
             )
     if how == "random":
@@ -130,7 +130,7 @@ def _drawn(swept: Mapping[str, Any], draws: Any, seed: Any) -> list[Point]:
             found.append(point)
         if len(found) == draws:
             return found
-    raise ConfigError(f"sweep.draws = {draws} is more than the {len(found)} points that there are: draw fewer")
+    raise ConfigError(f"sweep.draws = {draws} is more than the {len(found)} possible points: draw fewer")
 
 
 def _draw(values: Any, chance: random.Random) -> Any:

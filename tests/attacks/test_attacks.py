@@ -293,7 +293,7 @@ def test_deployments_refuse() -> None:
 @pytest.mark.parametrize(
     ("algorithm", "named", "words"),
     [
-        ("psl", "scale:2", "'scale:2' does not say who attacks: write NAME:PARAMETER@CLIENTS"),
+        ("psl", "scale:2", "'scale:2' does not name the clients that attack: write NAME:PARAMETER@CLIENTS"),
         ("psl", "scael:2@1", "unknown attack 'scael': did you mean 'scale'?"),
         ("psl", "scale:much@1", "the parameter 'much' is not a finite number"),
         ("psl", "scale:inf@1", "the parameter 'inf' is not a finite number"),

@@ -220,7 +220,7 @@ def test_interrupted_while_others_look(tmp_path: Path) -> None:
             process.send_signal(signal.SIGCONT)
         process.send_signal(signal.SIGINT)
         assert process.wait(TIMEOUT) == 130
-    assert (tmp_path / "said").read_text() == "error: interrupted; go on with: cutlayer resume run\n"
+    assert (tmp_path / "said").read_text() == "error: interrupted; continue with: cutlayer resume run\n"
     call("resume", "run", "--clients", "3", cwd=tmp_path)
     assert json.loads((folder / RESULT).read_text())["rounds"] == LONG["rounds"]
     steps = [record["step"] for record in read_records(folder / STEPS)]

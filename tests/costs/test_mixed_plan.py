@@ -231,7 +231,7 @@ def test_many_clients_are_named_in_short() -> None:
         ({"cut": None, "cut_by": "memory"}, "cut_by = 'memory' needs client_memory"),
         ({"cut": None, "cut_by": "profile"}, "cut_by = 'profile' needs client_device"),
         ({"cut": "all", "client_memory": (1.0,)}, "client_memory = [1.0] has no effect with cut = 'all'"),
-        ({"cut": None, "client_memory": (1.0,)}, "client_memory = [1.0] needs a cut to hold it against"),
+        ({"cut": None, "client_memory": (1.0,)}, "client_memory = [1.0] needs a cut that it can be checked for"),
         ({"client_memory": (1e-9,)}, "cut = '0' of client 0 takes"),
     ],
 )

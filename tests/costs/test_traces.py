@@ -305,7 +305,7 @@ WRONG: Mapping[str, tuple[str, dict[str, Any], str]] = {
     "infinite rate": ("0,0,inf,1,inf\n", {}, "down = 'inf' is not a finite number"),
     "negative": ("0,-5,inf,1,1\n", {}, "from = '-5' is negative: give seconds"),
     "no rate": ("0,0,inf,0,1\n", {}, "up = 0 carries nothing: give a rate above 0"),
-    "no length": ("0,5,5,1,1\n", {}, "from = 5 is not before to = 5: give an interval that lasts"),
+    "no length": ("0,5,5,1,1\n", {}, "from = 5 is not before to = 5: give an interval longer than 0"),
     "backwards": ("0,5,4,1,1\n", {}, "from = 5 is not before to = 4"),
     "overlap": (
         "0,5,inf,1,1\n0,0,6,1,1\n1,0,inf,1,1\n2,0,inf,1,1\n", {},

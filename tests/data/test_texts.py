@@ -241,7 +241,7 @@ def test_padding_of_a_classifier_is_that_of_the_tokenizer(tokenizer: str, tmp_pa
     model.config = dataclasses.make_dataclass("C", [("pad_token_id", int)])(0)  # type: ignore[assignment]
     check_text(model, found, Classification())
     model.config.pad_token_id = 1  # type: ignore[union-attr]
-    with pytest.raises(ConfigError, match="takes token 1 for padding, the tokenizer token 0"):
+    with pytest.raises(ConfigError, match="takes token 1 for padding, but the tokenizer takes token 0"):
         check_text(model, found, Classification())
 
 

@@ -185,7 +185,7 @@ def test_what_goes_wrong_has_a_sentence(federation: Any, tmp_path: Path) -> None
     assert "finished:failed" in said
     assert "unknown algorithm 'sgrl': did you mean 'sgl'?" in said
     said = _ended(federation, "serve.patience=1.5")
-    assert "0 of 3 SuperNodes are there after 1.5 seconds" in said
+    assert "0 of 3 SuperNodes are connected after 1.5 seconds" in said
 
     federation.supernode(0, f'data="{tmp_path / "nowhere"}"')
     begin = time.monotonic()

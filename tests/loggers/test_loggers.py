@@ -113,8 +113,8 @@ def test_one_that_fails_is_left_out_and_said(hook: str) -> None:
     (said,) = [str(w.message) for w in warned]
     place = r" at .*test_loggers\.py:\d+"
     assert re.fullmatch(
-        rf"callback 1 \(Failing\) failed in {hook}{place} \(OSError: the service is away\): it is told nothing more "
-        "of this run, which goes on",
+        rf"callback 1 \(Failing\) failed in {hook}{place} \(OSError: the service is away\): it is not called "
+        "again in this run, which continues",
         said,
     )
     assert failing.calls == 1

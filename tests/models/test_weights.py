@@ -53,7 +53,7 @@ def test_part_of_a_model(weights: dict[str, torch.Tensor], tmp_path: Path) -> No
     ):
         run = started(weights=path, weights_strict=False)
     assert difference(client_state(run), {k: v for k, v in backbone.items() if k.startswith("0")}) == 0
-    assert difference(server_state(run), server_state(started())) == 0  # the rest is as the seed says
+    assert difference(server_state(run), server_state(started())) == 0  # the rest starts as before
 
 
 @pytest.mark.parametrize(

@@ -698,7 +698,7 @@ def damaged(frame: bytes) -> bytes:
         ("other conversation", "another conversation"),
         ("wrong step", "in answer to Forward of step 1"),
         ("not asked", "was not asked for"),
-        ("too large", "16384 are taken"),
+        ("too large", "16384 are accepted"),
         ("far too large", ""),
     ],
 )
@@ -756,7 +756,7 @@ def test_a_first_word_that_is_none(caplog: pytest.LogCaptureFixture) -> None:
         (older, f"protocol 0, this side speaks {m.PROTOCOL}: install the same version"),
         (right[:-1], "cut off"),
         (pack(m.SmashedUp(1, 1)), "before Hello"),
-        (big + bytes(network.HELLO_BYTES), "16384 are taken"),
+        (big + bytes(network.HELLO_BYTES), "16384 are accepted"),
     ]
     with serving() as (hub, port):
         for said, sentence in wrong:
@@ -1280,7 +1280,7 @@ def test_strangers_cannot_fill_the_memory() -> None:
 def test_a_request_that_may_not_be() -> None:
     with serving(limits=Limits(message_bytes=5000)) as (hub, port), Clients(port, INSECURE[1]).add(Echo(0), Echo(1)):
         hub.wait_for(2, SOON)
-        with pytest.raises(WireError, match="TakeModel to client 1 would have 6000 bytes: 5000 are taken"):
+        with pytest.raises(WireError, match="TakeModel to client 1 would have 6000 bytes: 5000 are accepted"):
             hub.exchange({0: step(1), 1: step(1, [bytes(6000)])})
         with pytest.raises(WireError, match="17 requests"):
             hub.exchange({0: [(m.Forward(1), ())] * 17})

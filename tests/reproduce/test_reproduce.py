@@ -568,7 +568,7 @@ def test_interrupted_and_called_again(tmp_path: Path) -> None:
         os.killpg(process.pid, signal.SIGINT)
         assert process.wait(TIMEOUT) == 130
     assert (tmp_path / "said").read_text() == (
-        "error: interrupted; go on with: cutlayer reproduce table1 --size smoke --out 'my runs' --data digits "
+        "error: interrupted; continue with: cutlayer reproduce table1 --size smoke --out 'my runs' --data digits "
         "--device cpu --jobs 2\n"
     )
     assert len(workers) == 2

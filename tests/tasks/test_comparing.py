@@ -46,7 +46,7 @@ def test_tasks_with_other_metrics_do_not_stand_in_one_table() -> None:
     """They are refused before anything is trained; two tasks that are judged by one metric are compared."""
     labels = source((X[:, 0] > 0).long(), "no", "yes")
     variants = {"ranked": {"algorithm": "psl", "primary_metric": "auroc"}}
-    with pytest.raises(ConfigError, match=r"'psl' is judged by accuracy and 'ranked' by auroc, .* same primary_metric"):
+    with pytest.raises(ConfigError, match=r"'psl' is scored by accuracy and 'ranked' by auroc, .* same primary_metric"):
         Comparison(data=labels, model=model(2), algorithms=("psl",), variant=variants, **COMMON).run()
     one = {"binary": {"algorithm": "psl", "task": "binary"}}
     with pytest.raises(

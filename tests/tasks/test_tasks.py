@@ -485,7 +485,7 @@ X = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
 def test_quantities_are_not_classes() -> None:
     y = np.random.default_rng(0).integers(25, 346, 400)
     refused("take .* different values in 400 rows.*--task regression", data=(np.zeros((400, 6)) + y[:, None], y))
-    refused("hold 0.5, which names nothing.*--task regression", data=(X, np.linspace(0, 1, 40) + 0.5))
+    refused("hold 0.5, which is not a class.*--task regression", data=(X, np.linspace(0, 1, 40) + 0.5))
 
 
 def test_classes_are_not_quantities() -> None:

@@ -413,7 +413,7 @@ LIKE = [Crossing((3,), torch.float32), Crossing((), torch.int64)]
         (LIKE, 2, RAW, {"rank": 1}, "2 dimensions"),
         (LIKE, 2, RAW, {"tensors": 1}, "2 tensors are expected"),
         (LIKE, 2, RAW, {"message_bytes": 39}, "tensors of 40 bytes"),
-        (LIKE, 2, RAW, {"message_bytes": 100}, "in 112: 100 are taken"),
+        (LIKE, 2, RAW, {"message_bytes": 100}, "in 112: 100 are accepted"),
     ],
 )
 def test_what_was_expected_and_what_came(
@@ -425,7 +425,7 @@ def test_what_was_expected_and_what_came(
 
 def test_names_are_limited() -> None:
     state = {"a" * 30: torch.zeros(1)}
-    with pytest.raises(WireError, match="30 bytes: 29 are taken"):
+    with pytest.raises(WireError, match="30 bytes: 29 are accepted"):
         decode_named(b"".join(encode_named(state)), described(state), limits=Limits(name_bytes=29))
     with pytest.raises(WireError, match="65535 are possible"):
         encode_named({"a" * 70000: torch.zeros(1)})
@@ -562,7 +562,7 @@ def test_other_protocols_and_other_programs() -> None:
         unpack(b"CUT1" + data[4:], "to server")
     with pytest.raises(WireError, match="another program"):
         unpack(b"HTTP/1.1 400 Bad Request" * 4, "to server")
-    with pytest.raises(WireError, match=r"bytes: \d+ are taken"):
+    with pytest.raises(WireError, match=r"bytes: \d+ are accepted"):
         unpack(data, "to server", Limits(message_bytes=len(data) - 1))
     with pytest.raises(WireError, match="header of"):
         unpack(data, "to server", Limits(header_bytes=3))

@@ -61,7 +61,7 @@ class Ampere(WithHead):
         """How many rounds are the clients'. Raises ConfigError if none would be left for the server."""
         if this.total < 2:
             raise ConfigError(
-                "rounds = 1 is not enough for ampere, which trains the clients' parts first and the server's then: "
+                "rounds = 1 is not enough for ampere, which first trains the clients' parts and then the server's: "
                 "give 2 or more (rounds, epochs)"
             )
         return min(max(1, round(self.client_share * this.total)), this.total - 1)

@@ -158,7 +158,9 @@ def of(config: Any) -> Attacks:
 def _parse(text: str, clients: int) -> tuple[Attack, tuple[int, ...]]:
     body, at, who = text.rpartition("@")
     if not at:
-        raise ConfigError(f"attack {text!r} does not say who attacks: write NAME:PARAMETER@CLIENTS, e.g. scale:1e6@3")
+        raise ConfigError(
+            f"attack {text!r} does not name the clients that attack: write NAME:PARAMETER@CLIENTS, e.g. scale:1e6@3"
+        )
     reference, parameter = _parted(text, body)
     plugins.find("attack", reference)
     kind = plugins.load("attack", reference)

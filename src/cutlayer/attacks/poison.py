@@ -26,7 +26,9 @@ class Poison(Attack):
     def check(self) -> None:
         """0 would be no attack. Raises ConfigError."""
         if not self.parameter:
-            raise ConfigError("the parameter 0 is not possible: give a number above 0 (noise) or below (negated)")
+            raise ConfigError(
+                "the parameter 0 is not possible: give a number above 0 (noise) or below 0 (negated update)"
+            )
 
     def update(self, update: Tensor, draw: torch.Generator) -> Tensor:
         """Noise, or the update negated."""

@@ -74,9 +74,11 @@ def _check_roles(
 ) -> None:
     """Raises ConfigError for options that have no effect together."""
     if request is not None and sign is not None:
-        raise ConfigError(f"request = {request!r} and sign = {str(sign)!r} are two sides' work: give one")
+        raise ConfigError(f"request = {request!r} and sign = {str(sign)!r} belong to two different sides: give one")
     if clients is not None and (request is not None or sign is not None):
-        raise ConfigError(f"clients = {clients} has no effect beside request or sign, which are of one: leave it out")
+        raise ConfigError(
+            f"clients = {clients} has no effect beside request or sign, which concern one certificate: leave it out"
+        )
     if tokens and (request is not None or sign is not None):
         raise ConfigError("tokens has no effect beside request or sign, which are about certificates: leave it out")
     if request is not None and other_than_default:
@@ -88,7 +90,7 @@ def _check_roles(
 def _check_alone(show: Path, *others: object, other_than_default: bool) -> None:
     """Raises ConfigError for options beside `show`, which makes nothing."""
     if other_than_default or any(other is not None and other is not False for other in others):
-        raise ConfigError(f"show = {str(show)!r} makes nothing: leave out what is to be made")
+        raise ConfigError(f"show = {str(show)!r} only prints a certificate: leave out the options that create one")
 
 
 def _shown(path: Path) -> list[str]:

@@ -226,8 +226,8 @@ def _check_network(insecure: bool, **files: Path | None) -> None:
         raise ConfigError(f"insecure and {given[0]} exclude each other: leave one out")
     if not insecure and not given:
         raise ConfigError(
-            "TLS is required: give certificate, key and ca (`cutlayer certs` makes them for a trial), or "
-            "--insecure for localhost only"
+            "TLS is required: pass --certificate, --key and --ca (`cutlayer certs` creates a test set), or --insecure "
+            "for localhost only"
         )
 
 
@@ -246,7 +246,7 @@ def _limits(megabytes: float | None) -> Limits:
     if megabytes is None:
         return Limits()
     if not 1 <= megabytes <= 2000:
-        raise ConfigError(f"message_limit = {megabytes} MB is not possible: gRPC carries up to 2000, give 1 at least")
+        raise ConfigError(f"message_limit = {megabytes} MB is not possible: give 1 to 2000, which is gRPC's limit")
     return Limits(message_bytes=int(megabytes * 1e6))
 
 
@@ -255,4 +255,4 @@ def _check_keepalive(seconds: float) -> None:
     from cutlayer.remote.network import LEAST
 
     if not LEAST <= seconds <= 3600:
-        raise ConfigError(f"keepalive = {seconds} is not possible: it is {LEAST:g} to 3600 seconds")
+        raise ConfigError(f"keepalive = {seconds} is not possible: give {LEAST:g} to 3600 seconds")

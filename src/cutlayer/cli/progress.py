@@ -24,7 +24,7 @@ def resumable(command: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        fail(f"interrupted; go on with: {command}", 130)
+        fail(f"interrupted; continue with: {command}", 130)
     except LostRankError as error:
         fail(f"{error}, with any number of them: {command}", error.exit_code)
 

@@ -61,7 +61,9 @@ def export(
     by_suffix = {suffix: form for form, suffix in SUFFIXES.items()}
     form = format or by_suffix.get(out.suffix if out else ".safetensors")
     if form is None:
-        raise ConfigError(f"the form is not told by {str(out)!r}: name it with --format ({', '.join(SUFFIXES)})")
+        raise ConfigError(
+            f"the format does not follow from the name {str(out)!r}: give it with --format ({', '.join(SUFFIXES)})"
+        )
     everyone = [name for name in trained.names if isinstance(name, int)]
     for who in everyone if client == "all" else [trained.chosen(whose(client))]:
         name = whose_name(who)

@@ -93,8 +93,8 @@ class Allotment:
         assert fleet is not None, "it was checked that there is a client device"
         if fleet.trace is not None or not np.isfinite(fleet.up[client]):
             raise ConfigError(
-                "a step's time cannot be reckoned beside trace, whose rates change: choose cut_by = 'memory', or leave "
-                "trace out"
+                "the time of a step cannot be calculated with trace, whose rates change: choose cut_by = 'memory', or "
+                "leave trace out"
             )
         up, down = rows * (m.smashed + self.label), rows * m.gradient
         computing = rows * m.flops.client.training / fleet.speeds[client]
@@ -129,7 +129,7 @@ class Allotment:
         """A batch on the meta device. Raises ConfigError for inputs that are several tensors."""
         if not isinstance(self.example, Tensor):
             raise ConfigError(
-                "what a cut takes is not known for a model with several inputs: leave cut_by, client_memory and "
+                "what a cut needs is not known for a model with several inputs: leave cut_by, client_memory and "
                 "client_seconds out, and name the cuts"
             )
         return self.example.detach().to("meta")

@@ -76,7 +76,8 @@ def calibrate(
         pass
     if meter.joules is None and watts is None:
         raise ConfigError(
-            f"the power of this machine is {meter.method}: give watts, what a meter at the wall shows while this runs"
+            f"the power of this machine is {meter.method}: give watts, the power that a wall meter shows during the "
+            "measurement"
         )
     with seeds.torch_seeded(0, "calibrate"):
         net = build(model, _SHAPE, 10, **options)

@@ -320,8 +320,8 @@ def plan(config: PlanConfig, model: nn.Module | Callable[..., nn.Module] | None 
     if config.energy_budget is not None and cuts[0].cost.marginal is None:
         link = "a link of your own" if config.link is None else f"link {config.link!r}"
         raise ConfigError(
-            f"energy_budget = {config.energy_budget:g} cannot be held against anything: {link} has no figures for "
-            "energy; name a link that has, such as lte, or leave the budget out"
+            f"energy_budget = {config.energy_budget:g} cannot be checked: {link} has no figures for energy; name a "
+            "link that has, such as lte, or leave the budget out"
         )
     chosen, bests, verdict = _best(algorithms[judged], cuts, config)
     straight = chosen.measured if found else once[0]
@@ -366,7 +366,7 @@ def _own_cuts(
     names = Allotment(config, net, x, label_bytes(config), dtype, machines).cuts(default)
     if not names:
         option, given = next(iter(budgets.items()))
-        raise ConfigError(f"{option} = {given} needs a cut to hold it against: name one, or choose cut_by")
+        raise ConfigError(f"{option} = {given} needs a cut that it can be checked for: name one, or choose cut_by")
     return names
 
 
@@ -578,8 +578,8 @@ def _on_meta(config: PlanConfig, model: nn.Module | Callable[..., nn.Module] | N
     except Exception as error:  # the user's module: anything can come out
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            f"model {config.model!r} cannot be put on the meta device ({reason}): have it hold plain parameters and "
-            "buffers, all of them made when it is made"
+            f"model {config.model!r} cannot be put on the meta device ({reason}): use plain parameters and buffers, "
+            "all of them created in its constructor"
         ) from None
     freeze(net, config.freeze)
     return net, example(config.input, torch.int64 if config.input_type == "int64" else dtype)

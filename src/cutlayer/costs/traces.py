@@ -206,7 +206,7 @@ def _row(values: dict[str, str], line: int, where: str) -> _Row:
     """An interval with its rates in bit/s."""
     begin, end = _number(values, "from", where), _number(values, "to", where)
     if not begin < end:
-        raise ConfigError(f"{where}: from = {begin:g} is not before to = {end:g}: give an interval that lasts")
+        raise ConfigError(f"{where}: from = {begin:g} is not before to = {end:g}: give an interval longer than 0")
     rates = [_number(values, name, where) for name in ("up", "down")]
     for name, rate in zip(("up", "down"), rates, strict=True):
         if rate < _LEAST:

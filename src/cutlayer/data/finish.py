@@ -130,8 +130,8 @@ def named(raw: Raw, class_names: Sequence[str]) -> Raw:
         heard = [own[w] if own else w.decode() if isinstance(w, bytes) else str(w) for w in labels]
         if unheard := sorted(set(heard) - set(numbers)):
             raise DataError(
-                f"{raw.name} has the label {unheard[0]!r}, which is none of class_names = {list(class_names)}: "
-                "correct one of them"
+                f"{raw.name} has the label {unheard[0]!r}, which is not in class_names = {list(class_names)}: correct "
+                "one of them"
             )
         return dataclasses.replace(part, y=np.array([numbers[w] for w in heard]))
 

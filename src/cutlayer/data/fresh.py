@@ -44,7 +44,8 @@ def read(path: Path, about: Mapping[str, Any]) -> New:
         raise DataError(f"there is no file or folder {str(path)!r}: check the path")
     if not preprocessing:
         raise DataError(
-            "what became of the inputs in training is not known: they came as a Source, predict from Python"
+            "how the inputs were preprocessed in training is not known, since they came as a Source: predict from "
+            "Python"
         )
     if about["inputs"]["form"] != "one":
         return New(_several(path, about["inputs"]))
@@ -103,7 +104,7 @@ def _inputs(path: Path, data_format: str, options: Mapping[str, Any]) -> Any:
         return (found.test or found.train).x
     x = found["x"] if isinstance(found, Mapping) else found[0] if isinstance(found, tuple) else None
     if x is None:
-        raise DataError(f"{str(path)!r} has no inputs that can be told from labels: give them as an .npz file")
+        raise DataError(f"{str(path)!r} has no inputs that can be distinguished from labels: give them as an .npz file")
     return x
 
 

@@ -268,7 +268,7 @@ class Lazy(Samples):
 
     def _refuse(self) -> NoReturn:
         raise DataError(
-            "this looks at all inputs at once, but they are read batch by batch: pass data_in_memory = 'always'"
+            "this needs all inputs at once, but they are read batch by batch: pass data_in_memory = 'always'"
         )
 
 

@@ -59,8 +59,8 @@ def _categories(name: str, column: Mapping[str, Any], cells: Cells, *, missing: 
     for row, cell in enumerate(cells):
         if str(cell).strip() not in column["categories"] and not (missing and is_missing(str(cell))):
             raise DataError(
-                f"column {column['name']!r} of {name} has {str(cell)!r} in row {row} (from 0), which is none of the "
-                f"categories of training ({', '.join(column['categories'])}): correct it or remove the row"
+                f"column {column['name']!r} of {name} has {str(cell)!r} in row {row} (from 0), which is not one of the "
+                f"categories in training ({', '.join(column['categories'])}): correct it or remove the row"
             )
     return one_hot(cells, column["categories"])
 

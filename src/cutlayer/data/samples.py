@@ -76,8 +76,7 @@ class Samples:
         """The inputs [n, ...] where they are one tensor. Raises DataError where they are several."""
         if not isinstance(self.inputs, Tensor):
             raise DataError(
-                f"this looks at one tensor of inputs per sample, but the data have {len(self.rows)}: choose data with "
-                "one"
+                f"this needs one input tensor per sample, but the data have {len(self.rows)}: choose data with one"
             )
         return self.inputs
 
@@ -107,7 +106,8 @@ class AtClient(Samples):
     def __getitem__(self, rows: Tensor | slice) -> Samples:
         """Raises DataError: the rows are not here."""
         raise DataError(
-            f"the {self.count} own test rows of client {self.client} are on its machine: only their scores can be asked"
+            f"the {self.count} own test rows of client {self.client} are on its machine: only their scores can be "
+            "requested"
         )
 
 

@@ -408,7 +408,7 @@ def _is_data_set(found: Any) -> bool:
 def _refuse_other(found: Any, what: str) -> None:
     """Raises DataError for anything that is not a data set, with the remedy."""
     if isinstance(found, torch.utils.data.DataLoader):
-        raise DataError(f"{what} gives a DataLoader, whose batches cannot be dealt to clients: give its .dataset")
+        raise DataError(f"{what} gives a DataLoader, whose batches cannot be divided among clients: give its .dataset")
     if hasattr(found, "iloc"):
         raise DataError(
             f"{what} gives a {type(found).__name__}: give the arrays (frame[columns], frame[label]), or save it as "

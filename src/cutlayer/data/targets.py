@@ -67,7 +67,7 @@ def words(values: Array, what: str) -> Array:
         odd = values[~(np.isfinite(values) & (values == np.round(values)))]
         if len(odd):
             raise DataError(
-                f"the {what} hold {odd[0]}, which names nothing: use integers or strings; for a quantity choose "
+                f"the {what} hold {odd[0]}, which is not a class: use integers or strings; for a quantity choose "
                 "--task regression"
             )
         return values.astype(np.int64)
@@ -124,7 +124,7 @@ def as_indices(source: Source, width: int) -> Source:
     def renamed(samples: Samples) -> Samples:
         return dataclasses.replace(samples, y=numbers[samples.y])
 
-    told = _told(source, f"the labels {shown} are taken as classes of the model's {width}")
+    told = _told(source, f"the labels {shown} are accepted as classes of the model's {width}")
     return dataclasses.replace(
         told,
         train=renamed(source.train),

@@ -216,6 +216,6 @@ def _check_delta(delta: float) -> None:
 def _check_epsilon(epsilon: float) -> None:
     if not 0 < epsilon < math.inf:
         raise ConfigError(
-            f"epsilon={epsilon}: no noise of finite scale gives it; ask for an epsilon above 0 (finite: for none, add "
-            "no noise)"
+            f"epsilon={epsilon}: no noise with a finite scale reaches it; give a finite epsilon above 0, or add no "
+            "noise"
         )

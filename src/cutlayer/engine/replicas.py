@@ -61,15 +61,15 @@ class DataParallel(Server):
     def step_on(self, rows: Rows, labels: Tensor, factor: float = 1.0, loss: RowLoss | None = None) -> Tensor:
         """Raises ConfigError: rows that are made up are not spread."""
         raise ConfigError(
-            f"{self._algorithm} is registered with spreads = True, but steps on rows that it has made up: leave that "
-            "out of its registration"
+            f"{self._algorithm} is registered with spreads = True, but takes steps on rows that it has generated: "
+            "leave that out of its registration"
         )
 
     def step_in_turn(self, smashed: Smashed, order: Sequence[int]) -> ServerStep:
         """Raises ConfigError: clients whose rows are elsewhere have no turn here."""
         raise ConfigError(
-            f"{self._algorithm} is registered with spreads = True, but steps on one client's rows after another's: "
-            "leave that out of its registration"
+            f"{self._algorithm} is registered with spreads = True, but takes steps on the rows of one client after "
+            "another: leave that out of its registration"
         )
 
     def _everyones(self, own: Tensor, smashed: Smashed) -> Tensor:

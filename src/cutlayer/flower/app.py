@@ -65,7 +65,7 @@ def serve(grid: Grid, context: Context) -> None:
     """
     if threading.current_thread() is not threading.main_thread():
         raise ConfigError(
-            "Flower's simulation has no nodes that could dial: start a SuperLink and SuperNodes, or simulate with "
+            "Flower's simulation has no nodes that could connect: start a SuperLink and SuperNodes, or simulate with "
             "`cutlayer run`"
         )
     _show_log()
@@ -76,7 +76,7 @@ def serve(grid: Grid, context: Context) -> None:
         with _hearing(signal.default_int_handler):
             _train(grid, config, hosting, out)
     except KeyboardInterrupt:
-        raise TrainingError(f"the run was stopped before its end; {str(out)!r} holds what there was") from None
+        raise TrainingError(f"the run was stopped before its end; {str(out)!r} contains the results so far") from None
 
 
 @client.train()
@@ -145,8 +145,8 @@ def _nodes(grid: Grid, needed: int, patience: float) -> list[int]:
     while len(found := sorted(grid.get_node_ids())) < needed:
         if patience and time.monotonic() - begun > patience:
             raise NetworkError(
-                f"{len(found)} of {needed} SuperNodes are there after {patience:g} seconds: start the others, run with "
-                "fewer clients, or wait longer (serve.patience)"
+                f"{len(found)} of {needed} SuperNodes are connected after {patience:g} seconds: start the others, run "
+                "with fewer clients, or wait longer (serve.patience)"
             )
         time.sleep(0.5)
     return found[:needed]

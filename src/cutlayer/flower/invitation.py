@@ -44,7 +44,8 @@ class Invitation:
             return msgspec.convert(dict(content.config_records[_INVITATION]), cls)
         except (KeyError, msgspec.ValidationError) as error:
             raise WireError(
-                f"this message invites to no run of Cutlayer ({error}): use the same version on server and nodes"
+                f"this message is not an invitation to a run of Cutlayer ({error}): use the same version on server and "
+                "nodes"
             ) from None
 
     def config(self, context: Context) -> RunConfig:
@@ -99,5 +100,5 @@ class Farewell:
             return msgspec.convert({**content.config_records[_END], **content.metric_records[_WORK]}, cls)
         except (KeyError, msgspec.ValidationError) as error:
             raise WireError(
-                f"this reply is none of Cutlayer's ({error}): use the same version on server and nodes"
+                f"this reply is not from Cutlayer ({error}): use the same version on server and nodes"
             ) from None

@@ -64,7 +64,9 @@ class Replies:
             try:
                 came = list(self._grid.pull_messages(list(self._open)))
             except Exception as error:  # whatever Flower's transport raises
-                self._fail(NetworkError(f"the SuperLink answers no more for this run ({error}): was the run stopped?"))
+                self._fail(
+                    NetworkError(f"the SuperLink no longer answers for this run ({error}): was the run stopped?")
+                )
                 return
             for message in came:
                 self._take(message)

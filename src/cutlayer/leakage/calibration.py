@@ -225,4 +225,4 @@ def rank(a: Calibrated, b: Calibrated) -> Ranking:
 
 def _check_level(nats: float) -> None:
     if not 0 < nats < math.inf:
-        raise ConfigError(f"{nats} nats cannot be calibrated with: give a level above 0")
+        raise ConfigError(f"{nats} nats cannot be a level of calibration: give one above 0")

@@ -181,13 +181,13 @@ def moments(out: Path, snapshots: bool = False) -> list[Moment]:
             "split algorithms"
         )
     if not (out / CHECKPOINT).exists():
-        raise RunFolderError(f"{str(out)!r} has no stored client models: let the run come to its first checkpoint")
+        raise RunFolderError(f"{str(out)!r} has no stored client models: let the run reach its first checkpoint")
     with reading(out / CHECKPOINT):
         state = checked(checkpoint.read(out / CHECKPOINT), RunState)
     if state.fingerprint.get("engine") == "remote":
         raise RunFolderError(
-            f"{str(out)!r} has no stored client models, they are with the clients: train the same configuration with "
-            "`cutlayer run` to examine it"
+            f"{str(out)!r} has no stored client models, since they stay with the clients: train the same configuration "
+            "with `cutlayer run` to examine it"
         )
     training = assemble(config)
     if training.depths is not None and training.depths.mixed:

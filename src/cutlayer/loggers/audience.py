@@ -66,7 +66,7 @@ class Audience:
                 raise
             except Exception as error:  # a logger of this package, or what it writes with
                 raise ConfigError(
-                    f"{who} cannot begin ({_reason(error)}): correct that, or leave it out of log_to"
+                    f"{who} cannot start ({_reason(error)}): correct that, or leave it out of log_to"
                 ) from error
             self._hearing[who] = listener
 
@@ -98,8 +98,8 @@ class Audience:
         except Exception as error:  # a user's code, or a service that is away: anything can come out
             self._hearing.pop(who, None)
             warnings.warn(
-                f"{who} failed in {hook}{place_of(listener, error)} ({_reason(error)}): it is told nothing more of "
-                "this run, which goes on",
+                f"{who} failed in {hook}{place_of(listener, error)} ({_reason(error)}): it is not called again in this "
+                "run, which continues",
                 CutlayerWarning,
                 stacklevel=3,
             )
@@ -130,7 +130,6 @@ def _checked(listener: object) -> object:
     """`listener`, which has a hook. Raises ConfigError."""
     if isinstance(listener, type) or not any(callable(getattr(listener, hook, None)) for hook in _HOOKS):
         raise ConfigError(
-            f"{listener!r} cannot be told of a run: give an object with a method {', '.join(_HOOKS[:-1])} or "
-            f"{_HOOKS[-1]}"
+            f"{listener!r} cannot be a callback: give an object with a method {', '.join(_HOOKS[:-1])} or {_HOOKS[-1]}"
         )
     return listener

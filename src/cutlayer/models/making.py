@@ -58,9 +58,7 @@ def build(
     """
     function = load("model", reference)
     if isinstance(function, nn.Module):
-        raise ConfigError(
-            f"model {reference!r} is a module that is made already: name a function or class that makes a new one"
-        )
+        raise ConfigError(f"model {reference!r} is an existing module: name a function or class that makes a new one")
     entry = find("model", reference)
     if odd := sorted(set(options) - entry.option_names):
         raise ConfigError(f"{odd[0]} = {options[odd[0]]!r} has no effect on the model {reference!r}: leave it out")

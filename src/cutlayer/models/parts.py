@@ -157,8 +157,8 @@ def taken_apart(output: Any) -> tuple[Rows, Structure | None]:
     for leaf in leaves:
         if not isinstance(leaf, (*_TENSORS, int, float, str, bool, type(None))):
             raise CannotCutError(
-                f"the model's output holds a {type(leaf).__name__}, which is not a tensor: have it return tensors, "
-                "logits alone, say (a transformer: use_cache=False)"
+                f"the model's output holds a {type(leaf).__name__}, which is not a tensor: have it return tensors, for "
+                "example only logits (a transformer: use_cache=False)"
             )
     places = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, _TENSORS))
     if not places:

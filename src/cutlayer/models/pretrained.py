@@ -50,10 +50,10 @@ def read_folder(folder: str, head: Head, classes: int, *, half: bool = False) ->
         else:
             made, fresh = _loaded(auto, path, config, dtype)
     if empty and not meta:
-        _say(f"{folder!r} has no weights: the model starts as the seed says")
+        _say(f"{folder!r} has no weights: the model starts with random weights, drawn from the seed")
     if fresh:
         named = ", ".join(map(repr, fresh[:3])) + (f" and {len(fresh) - 3} more" if len(fresh) > 3 else "")
-        _say(f"{folder!r} has no fitting weights for {named}: there the model starts as the seed says")
+        _say(f"{folder!r} has no fitting weights for {named}: these start with random weights, drawn from the seed")
     return made.to(dtype).train()
 
 
@@ -102,7 +102,7 @@ def _checked(folder: str) -> Path:
     pickled = sorted(file.name for pattern in _PICKLED for file in path.glob(pattern))
     if pickled and not any(path.glob("*.safetensors")):
         raise ConfigError(
-            f"{where} has pickled weights only ({pickled[0]}), which can run code when they are read: where you trust "
+            f"{where} has pickled weights only ({pickled[0]}), which can run code when they are read: if you trust "
             "them, convert them with AutoModel.from_pretrained(...).save_pretrained(...), which writes safetensors"
         )
     return path
@@ -115,8 +115,8 @@ def _head_of(config: Any, folder: str) -> str:
         if named.endswith(ending):
             return head
     raise ConfigError(
-        f"model 'hf:{folder}' is of the architecture {named or 'unknown'!r}: say what it shall end in with "
-        "model_head = language or classification"
+        f"model 'hf:{folder}' is of the architecture {named or 'unknown'!r}: choose what it predicts with model_head = "
+        "language or classification"
     )
 
 
@@ -136,7 +136,7 @@ def _sentence(folder: str) -> Iterator[None]:
     except Exception as error:  # damaged files, unknown architectures, code that would have to be run
         raise ConfigError(
             f"model 'hf:{folder}' cannot be read ({one_line(error)}): name a folder of an architecture that the "
-            "installed transformers has, with weights that are whole"
+            "installed transformers has, with complete weights"
         ) from None
 
 

@@ -88,7 +88,8 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: str, *, 
         )
     elif fresh := [n for n in wanted if n not in fitting]:
         warnings.warn(
-            f"{len(fitting)} of {len(wanted)} tensors start from {what}; {_listed(fresh)} as the seed says",
+            f"{len(fitting)} of {len(wanted)} tensors start from {what}; {_listed(fresh)} with random weights, drawn "
+            "from the seed",
             CutlayerWarning,
             stacklevel=2,
         )

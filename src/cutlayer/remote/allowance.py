@@ -235,7 +235,7 @@ def _read(path: Path) -> Account:
         spent = Account(rounds=-1)
     if min(asdict(spent).values()) < 0 or spent.seconds != spent.seconds:
         raise RunFolderError(
-            f"{str(path)!r}, which says what this client has answered, is damaged: restore it, or remove it to begin "
-            "its budget anew"
+            f"{str(path)!r}, which says what this client has answered, is damaged: restore it, or remove it to reset "
+            "the budget"
         )
     return spent

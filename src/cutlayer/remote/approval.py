@@ -72,7 +72,7 @@ def check_approved(config: RunConfig, joining: Sequence[Joining], approved: str)
     if found.replace("-", "") != approved.replace("-", "").strip().lower():
         raise ConfigError(
             f"the fingerprint of what {one.name} is configured to do is {found}, but {plain(approved)!r} was approved: "
-            "look at what `cutlayer join --show` says, and approve that if it is meant",
+            "check what `cutlayer join --show` prints, and approve that if it is what you want",
         )
 
 

@@ -702,7 +702,7 @@ class RemoteCohort:
             others = self.hub.connected - {self._holder}
             if not others:
                 raise AbsentError(
-                    f"client {self._holder} holds the model and sends what is wrong, and no other is there"
+                    f"client {self._holder} holds the model and sends wrong data, and no other client is connected"
                 )
             self.hand_over(min(others), optimizer=len(self._handed) > 1)
 
@@ -1023,7 +1023,7 @@ class RemoteCohort:
         TrainingError.
         """
         if self.out >= set(clients):
-            raise TrainingError("all clients that could go on are excluded or denied: look at why, in the record")
+            raise TrainingError("all clients that could continue are excluded or denied: the record says why")
         self._wait(clients)
         back = self.hub.connected.intersection(clients)
         for k in back & self._posts.keys():

@@ -394,7 +394,7 @@ class Hub:
                     "another port"
                 ) from None
             raise ConfigError(
-                f"cannot listen at {self.address}: give an address of this machine, and a port that this user may have"
+                f"cannot listen at {self.address}: give an address of this machine, and a port that this user may use"
             ) from None
 
     async def _end(self, server: Any, reason: str, grace: float, returning: bool) -> None:
@@ -429,7 +429,7 @@ class Hub:
     def _check(self, client: int, asked: Sequence[Request]) -> int:
         """How many answers these requests have. Raises WireError before anything is sent to anybody."""
         if len(asked) > self.limits.asked:
-            raise WireError(f"{len(asked)} requests to client {client} at once: {self.limits.asked} are taken")
+            raise WireError(f"{len(asked)} requests to client {client} at once: {self.limits.asked} are accepted")
         answers = 0
         for message, body in asked:
             answers += type(message) in ANSWERS
@@ -437,7 +437,7 @@ class Hub:
             if size > self.limits.message_bytes:
                 raise WireError(
                     f"{type(message).__name__} to client {client} would have {size} bytes: {self.limits.message_bytes} "
-                    "are taken; raise the limit (--message-limit), or send smaller batches"
+                    "are accepted; raise the limit (--message-limit), or send smaller batches"
                 )
         return answers
 

@@ -95,7 +95,7 @@ def client_options(limits: Limits, keepalive: float, server_name: str | None, *,
 def check_hello(frame: bytes) -> bytes:
     """`frame`, if it is small enough. Raises WireError."""
     if len(frame) > HELLO_BYTES:
-        raise WireError(f"Hello has {len(frame)} bytes: {HELLO_BYTES} are taken; let fewer tensors cross the cut")
+        raise WireError(f"Hello has {len(frame)} bytes: {HELLO_BYTES} are accepted; let fewer tensors cross the cut")
     return frame
 
 

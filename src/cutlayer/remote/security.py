@@ -319,7 +319,7 @@ def read_token(path: Path) -> str:
     token = _read(path).decode(errors="replace").strip()
     if len(token) < TOKEN_LENGTH:
         raise ConfigError(
-            f"{str(path)!r} holds no token of {TOKEN_LENGTH} characters at least: write the client's into it"
+            f"{str(path)!r} holds no token of {TOKEN_LENGTH} characters or more: write the client's token into it"
         )
     return token
 
@@ -327,7 +327,7 @@ def read_token(path: Path) -> str:
 def hash_token(token: str) -> str:
     """What a server's file can hold instead of the token. Raises ConfigError where the token is too short."""
     if len(token) < TOKEN_LENGTH:
-        raise ConfigError(f"a token of {len(token)} characters can be guessed: use {TOKEN_LENGTH} random ones at least")
+        raise ConfigError(f"a token of {len(token)} characters can be guessed: use {TOKEN_LENGTH} random ones or more")
     salt = secrets.token_bytes(16)
     return f"{_HASHED}${salt.hex()}${_digest(salt, token).hex()}"
 
@@ -431,7 +431,9 @@ def _read_authority(path: Path) -> bytes:
     except x509.ExtensionNotFound:
         is_authority = False
     if not is_authority:
-        raise ConfigError(f"{str(path)!r} is a certificate, but no authority's: give ca the authority's own, ca.crt")
+        raise ConfigError(
+            f"{str(path)!r} is a certificate, but not that of an authority: pass the authority's own as ca, ca.crt"
+        )
     return content
 
 

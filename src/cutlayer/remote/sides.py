@@ -255,7 +255,7 @@ def worker_of(
     are not classes, and for a task that is to be fitted to training data which the server does not see.
     """
     if not 0 <= client < config.clients:
-        raise ConfigError(f"client = {client} is none of the {config.clients} clients, 0 to {config.clients - 1}")
+        raise ConfigError(f"client = {client} is not one of the {config.clients} clients, 0 to {config.clients - 1}")
     tested = own is not None and config.evaluate_on != "global"
     if tested and config.judge != "mean" and not config.traits.models_cross:
         raise ConfigError(_others_models(config))
@@ -323,9 +323,8 @@ def _check_promise(config: RunConfig, protection: Defences, budget: BudgetConfig
     if protection.noisy and (traits.models_cross or traits.gradients_cross) and not budget.give_model_despite_noise:
         raise ConfigError(
             f"noise is added to smashed data, but {config.algorithm} has each client give its model or gradient, which "
-            "is made from its rows without noise and tells what the noise hides: choose an algorithm whose models "
-            "stay, or set "
-            "give_model_despite_noise = true in [budget] if that is meant"
+            "is computed from its rows without noise and reveals what the noise hides: choose an algorithm whose "
+            "models stay, or set give_model_despite_noise = true in [budget] if you accept that"
         )
 
 

@@ -834,7 +834,7 @@ def _finite(tensors: dict[str, Tensor], what: str) -> dict[str, Tensor]:
     """The same tensors. Raises WireError where a number is NaN or infinite."""
     for name, tensor in tensors.items():
         if not all_finite(tensor):
-            raise WireError(f"{what} that the server sends holds NaN or infinite numbers in {name!r}: it is not taken")
+            raise WireError(f"{what} that the server sends holds NaN or infinite numbers in {name!r}: it is refused")
     return tensors
 
 

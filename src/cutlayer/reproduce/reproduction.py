@@ -184,7 +184,9 @@ class Reproduction:
         path = self.out / SETTINGS
         if not path.exists():
             if self.out.is_dir() and not all(map(_own, self.out.iterdir())):
-                raise RunFolderError(f"{str(self.out)!r} already holds files, of no reproduction: choose another --out")
+                raise RunFolderError(
+                    f"{str(self.out)!r} already holds files that are not of a reproduction: choose another --out"
+                )
             return []
         stored = {"options": {}, **read_toml(path)}
         for name, have, want in _differences(stored, self.settings):

@@ -82,15 +82,15 @@ def _check_bound(codec: Codec, x: Tensor) -> None:
     if received.shape != x.shape or received.dtype != x.dtype:
         fail(str(codec), f"of {_said(x)} comes {_said(received)}")
     if not torch.isfinite(received).all():
-        fail(str(codec), f"of finite numbers come numbers that are not, in {_said(x)}")
+        fail(str(codec), f"finite numbers become infinite or NaN, in {_said(x)}")
     off = (received.double() - x.double()).abs()
     bound = error_bound(codec, x).broadcast_to(x.shape)
     if (over := off > bound).any():
         worst = (off - bound).masked_fill(~over, -math.inf).argmax()
         fail(
             str(codec),
-            f"a number {float(x.reshape(-1)[worst]):.6g} comes off by {float(off.reshape(-1)[worst]):.3g}, its bound "
-            f"says {float(bound.reshape(-1)[worst]):.3g}, in {_said(x)}",
+            f"a number {float(x.reshape(-1)[worst]):.6g} is off by {float(off.reshape(-1)[worst]):.3g}, its bound says "
+            f"{float(bound.reshape(-1)[worst]):.3g}, in {_said(x)}",
         )
     if not codec.lossy and not torch.equal(received, x):
         fail(str(codec), f"it says that it is not lossy, but numbers come off by {float(off.max()):.3g}, in {_said(x)}")
@@ -110,7 +110,7 @@ def _check_rows(codec: Codec, x: Tensor) -> None:
 def _check_zstd(codec: Codec, x: Tensor) -> None:
     plain, compressed = (_received(replace(codec, zstd=zstd), x)[0] for zstd in (False, True))
     if not torch.equal(plain, compressed):
-        fail(str(codec), f"with zstd other numbers come than without, in {_said(x)}")
+        fail(str(codec), f"with zstd, the numbers differ from those without it, in {_said(x)}")
 
 
 def _check_not_finite(codec: Codec, x: Tensor) -> None:
@@ -119,7 +119,7 @@ def _check_not_finite(codec: Codec, x: Tensor) -> None:
         sent.view(-1)[-1] = bad
         received, _ = _received(codec, sent)
         if torch.isfinite(received).all():
-            fail(str(codec), f"{bad} does not come through: the receiver finds finite numbers alone, in {_said(x)}")
+            fail(str(codec), f"{bad} is lost: the receiver gets only finite numbers, in {_said(x)}")
 
 
 def _check_empty(codec: Codec) -> None:

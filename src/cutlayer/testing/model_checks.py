@@ -73,7 +73,10 @@ def _check_outputs(name: str, model: nn.Module, x: Tensor, classes: int) -> None
             given = copy.deepcopy(model).train(training)(x)
             if not isinstance(given, Tensor) or given.shape != (len(x), classes):
                 said = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
-                fail(name, f"it gives {said} for {len(x)} samples of {classes} classes: ({len(x)}, {classes}) is due")
+                fail(
+                    name,
+                    f"it gives {said} for {len(x)} samples of {classes} classes: ({len(x)}, {classes}) is expected",
+                )
 
 
 def _cuts(reference: object, model: nn.Module, x: Tensor, cuts: Sequence[str] | None) -> Sequence[str]:

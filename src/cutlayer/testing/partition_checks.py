@@ -40,7 +40,7 @@ def check_partition(scheme: Any, *, clients: int = 5, **options: Any) -> None:
     for seed in range(3):
         parts = dealt(seed)
         if (left := _ROWS - len(np.concatenate(parts))) != 0:
-            fail(name, f"it leaves {left} of {_ROWS} rows over")
+            fail(name, f"it leaves {left} of {_ROWS} rows unassigned")
         if not all(np.array_equal(a, b) for a, b in zip(parts, dealt(seed), strict=True)):
             fail(name, f"with the same seed, {seed}, it deals other rows the second time: draw from seeds.generator")
     if limits and (count := len(np.concatenate(dealt(0, 7)))) != 7 * clients:

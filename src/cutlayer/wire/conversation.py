@@ -95,7 +95,7 @@ class _Side:
         size = size_of(data)
         if size > self.limits.message_bytes:
             raise WireError(
-                f"{_name(message)} would have {size} bytes: {self.limits.message_bytes} are taken; raise the "
+                f"{_name(message)} would have {size} bytes: {self.limits.message_bytes} are accepted; raise the "
                 "limit, or send smaller batches"
             )
         self._sent += 1
@@ -153,7 +153,7 @@ class _Side:
             )
         if kind is m.SmashedUp:
             if not 0 < answer.rows <= self.limits.rows:
-                raise WireError(f"Smashed of {answer.rows} rows: 1 to {self.limits.rows} are taken here")
+                raise WireError(f"Smashed of {answer.rows} rows: 1 to {self.limits.rows} are accepted here")
             self._batch = (answer.step, answer.rows)
         else:
             self._check_fits(answer, request)

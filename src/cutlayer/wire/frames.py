@@ -80,7 +80,7 @@ def unpack(data: Buffer, direction: Direction, limits: Limits | None = None) -> 
     size = len(view)
     if size > limits.message_bytes:
         raise WireError(
-            f"a message of {size} bytes: {limits.message_bytes} are taken here; raise the limit (--message-limit), or "
+            f"a message of {size} bytes: {limits.message_bytes} are accepted here; raise the limit (--message-limit), or "
             "send smaller batches"
         )
     if size < PREFIX:
@@ -89,7 +89,7 @@ def unpack(data: Buffer, direction: Direction, limits: Limits | None = None) -> 
     if magic != MAGIC:
         raise WireError(_not_ours(magic))
     if header_size > limits.header_bytes:
-        raise WireError(f"a message with a header of {header_size} bytes: {limits.header_bytes} are taken here")
+        raise WireError(f"a message with a header of {header_size} bytes: {limits.header_bytes} are accepted here")
     start = padded(PREFIX + header_size)
     if size != start + body_size:
         raise WireError(f"a message of {size} bytes says that it has {start + body_size}: it was cut off or run on")

@@ -71,7 +71,7 @@ def decode(
     expected = [(None, Crossing((rows, *c.shape), c.dtype)) for c in like]
     limits = limits or Limits()
     if not 0 <= rows <= limits.rows:
-        raise WireError(f"a message of {rows} rows: 0 to {limits.rows} are taken here")
+        raise WireError(f"a message of {rows} rows: 0 to {limits.rows} are accepted here")
     return tuple(tensor for _, tensor in _decode(body, expected, codec, limits))
 
 
@@ -173,11 +173,11 @@ def _decode(
     whole = sum(math.prod(c.shape) * c.dtype.itemsize for _, c in expected)
     if whole > limits.message_bytes or len(reader.view) > limits.message_bytes:
         raise WireError(
-            f"tensors of {whole} bytes in {len(reader.view)}: {limits.message_bytes} are taken here; raise the limit "
+            f"tensors of {whole} bytes in {len(reader.view)}: {limits.message_bytes} are accepted here; raise the limit "
             "(--message-limit), or send smaller batches"
         )
     if len(expected) > limits.tensors:
-        raise WireError(f"{len(expected)} tensors are expected: {limits.tensors} are taken here")
+        raise WireError(f"{len(expected)} tensors are expected: {limits.tensors} are accepted here")
     (count,) = reader.unpack(_COUNT, "the number of tensors")
     reader.skip()
     if count != len(expected):
@@ -194,7 +194,7 @@ def _decode(
 def _check_name(reader: _Reader, name: str, limits: Limits) -> None:
     (length,) = reader.unpack(_NAME, "a name's length")
     if length > limits.name_bytes:
-        raise WireError(f"a tensor's name of {length} bytes: {limits.name_bytes} are taken here")
+        raise WireError(f"a tensor's name of {length} bytes: {limits.name_bytes} are accepted here")
     came = bytes(reader.take(length, "a name"))
     if came != name.encode():
         shown = came.decode(errors="replace")[:80]
@@ -204,7 +204,7 @@ def _check_name(reader: _Reader, name: str, limits: Limits) -> None:
 def _record(reader: _Reader, what: str, expected: Crossing, codec: Codec, limits: Limits) -> Tensor:
     code, kind, rank = reader.unpack(_START, f"{what}'s description")
     if rank > limits.rank:
-        raise WireError(f"{what} has {rank} dimensions: {limits.rank} are taken here")
+        raise WireError(f"{what} has {rank} dimensions: {limits.rank} are accepted here")
     shape = struct.unpack(f"<{rank}I", reader.take(4 * rank, f"{what}'s dimensions"))
     if code >= len(TYPES) or expected != Crossing(shape, TYPES[_NAMES[code]]):
         came = _NAMES[code] if code < len(TYPES) else f"type {code}"

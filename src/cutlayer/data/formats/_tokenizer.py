@@ -60,8 +60,8 @@ class Tokenizer:
             ) from None
         if not self._own.is_fast:
             raise DataError(
-                f"the tokenizer in {folder!r} does not say where in a text its tokens lie: save it as a fast one, with "
-                "a tokenizer.json"
+                f"the tokenizer in {folder!r} does not give the positions of its tokens in a text: save it as a fast "
+                "tokenizer, with a tokenizer.json"
             )
 
     @property

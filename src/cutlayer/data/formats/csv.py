@@ -115,7 +115,7 @@ def _read(path: Path) -> File:
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path} cannot be read as CSV text in UTF-8 ({error}): convert it") from None
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise DataError(f"{path} is not a sound gzip file ({error}): copy it again") from None
+        raise DataError(f"{path} is not a valid gzip file ({error}): copy it again") from None
     twice = sorted({name for name in header if header.count(name) > 1})
     if twice:
         raise DataError(f"{path} names the column {twice[0]!r} twice: rename one of them")

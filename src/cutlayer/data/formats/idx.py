@@ -84,4 +84,4 @@ def _gunzip(path: Path) -> bytes:
     try:
         return zlib.decompressobj(wbits=31).decompress(path.read_bytes())
     except zlib.error as error:
-        raise DataError(f"{path} is not a sound gzip file ({error}): copy it again") from None
+        raise DataError(f"{path} is not a valid gzip file ({error}): copy it again") from None

@@ -137,7 +137,7 @@ def _refuse_other_classes(folder: Path, parts: dict[str, _Part]) -> None:
 def picture_files(path: Path) -> list[Path]:
     """The picture, or all pictures in a folder, in order. Raises DataError if there are none."""
     if not path.exists():
-        raise DataError(f"{str(path)!r} is not there: name a picture or a folder of them")
+        raise DataError(f"{str(path)!r} does not exist: name a picture or a folder of them")
     files = [path] if path.is_file() else [file for file in sorted(path.rglob("*")) if _counts(file, path)]
     return [file for file in files if file == path or _is_picture(file)]
 

@@ -197,7 +197,7 @@ class Text(Labelled):
                     pick("column", column, names, f"set {name} to a column of {where}")
                 return (kind, *ways[kind].values())
         raise DataError(
-            f"{where} has the columns {', '.join(names)}, and none of texts that could be told: name it with "
+            f"{where} has the columns {', '.join(names)}, and none of them is known to contain texts: name it with "
             "text_column, messages_column, or prompt_column and completion_column"
         )
 

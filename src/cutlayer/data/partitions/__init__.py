@@ -125,7 +125,7 @@ def _dealt(name: str, parts: Sequence[npt.ArrayLike], order: Indices, clients: i
             )
     rows = np.concatenate(hands)
     if len(np.unique(rows)) < len(rows):
-        raise DataError(f"the partition {name!r} gave a row to two clients, or twice to one: deal each row once")
+        raise DataError(f"the partition {name!r} gave a row to two clients, or twice to one: assign each row once")
     if not np.isin(rows, order).all():
-        raise DataError(f"the partition {name!r} gave rows that are not to be dealt: choose among those in `order`")
+        raise DataError(f"the partition {name!r} gave rows that are not available: choose among those in `order`")
     return [np.sort(hand.astype(np.int64)) for hand in hands]
