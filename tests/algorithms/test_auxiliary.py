@@ -260,7 +260,7 @@ BAD = [
     ("text", "gives str: return a torch.nn.Module"),
     ("unfit", r"does not take smashed data of shape \(8,\) \(TypeError.*cut elsewhere"),
     ("narrow", r"gives \(3, 3\) for smashed data of shape \(8,\), but the model \(3, 4\): make one"),
-    ("empty", "has no parameters, so that it cannot learn"),
+    ("empty", "has no parameters, so it cannot learn"),
     ("missing", "'missing'"),
 ]
 

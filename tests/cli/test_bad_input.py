@@ -87,7 +87,7 @@ FLAGS: list[tuple[str, list[str]]] = [
     ("run --up-codec int7", ["up_codec", "'int7'", "did you mean 'int8'"]),
     ("run --down-codec top-k", ["down_codec", "fraction", "top-k:0.1"]),
     ("run --algorithm fl --up-codec int8", ["up_codec = 'int8' has no effect on fl"]),
-    ("run --class-names a b", ["digits", "'0'", "none of class_names"]),
+    ("run --class-names a b", ["digits", "'0'", "not in class_names"]),
     ("serve --insecure --deadline -1", ["deadline = -1", "greater than or equal to 0"]),
     ("serve --insecure --faulty ignore", ["ignore", "exclude", "stop"]),
     ("leakage", ["no run is named"]),

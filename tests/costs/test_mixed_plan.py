@@ -220,7 +220,7 @@ def test_many_clients_are_named_in_short() -> None:
     [
         ({"cut": ("0", "3")}, "cut has 2 entries for 5 clients"),
         ({"cut": ("0", "9", "3", "0", "0")}, "'9'"),
-        ({"cut": "0,,3,0,0"}, "names nothing in one place"),
+        ({"cut": "0,,3,0,0"}, "has an empty name"),
         (
             {"memory_budget": 1.0},
             "memory_budget = 1.0 belongs to one cut for all, and a list of cuts gives",

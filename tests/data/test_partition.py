@@ -407,7 +407,7 @@ def test_a_partition_of_ones_own(own: str) -> None:
         ("Wrong", {}, DataError, ["1 parts for 2 clients"]),
         ("Wrong", {"mistake": "none"}, DataError, ["client 1", "(0,)", "at least one"]),
         ("Wrong", {"mistake": "twice"}, DataError, ["each row once"]),
-        ("Wrong", {"mistake": "beyond"}, DataError, ["not to be dealt"]),
+        ("Wrong", {"mistake": "beyond"}, DataError, ["not available"]),
         ("Wrong", {"mistake": "real"}, DataError, ["client 0", "float64", "row numbers"]),
         ("Wrong", {"mistake": "else"}, ConfigError, ["KeyError: 'else'", "correct"]),
         ("Empty", {}, ConfigError, ["method deal"]),

@@ -224,8 +224,8 @@ def test_a_run_on_text(tokenizer: str, tmp_path: Path) -> None:
     scores.append(Run(data=datasets.Dataset.from_json(data), data_format="text", **common).run().test["perplexity"])
     assert scores[0] == scores[1]
     for options, says in (
-        ({"sequence_length": 9}, "sequence_length = 9 is more than the 8 tokens that the model looks at"),
-        ({"next_token": True}, "the targets of text are the tokens that follow already"),
+        ({"sequence_length": 9}, "sequence_length = 9 is more than the 8 tokens that the model can process"),
+        ({"next_token": True}, "the targets of text already are the tokens that follow"),
     ):
         with pytest.raises(ConfigError, match=says):
             Run(data=data, **common | options).run()
@@ -251,7 +251,7 @@ def test_padding_of_a_classifier_is_that_of_the_tokenizer(tokenizer: str, tmp_pa
         ("", {}, "no rows|no text|columns"),
         ("{", {}, "line 1 of .*t.jsonl is not JSON"),
         ("[1]", {}, "line 1 of .*t.jsonl is a list"),
-        ('{"words": "a"}', {}, "has the columns words, and none of texts"),
+        ('{"words": "a"}', {}, "has the columns words, and none of them"),
         ('{"text": 1}', {}, "'text' of .* has a int in row 0"),
         ('{"text": "a"}\n{"words": "a"}', {}, "'text' of .* is empty in row 1"),
         ('{"messages": "a"}', {}, "row 0 .* holds no messages"),

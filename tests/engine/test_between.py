@@ -112,7 +112,7 @@ def test_who_needs_one_cut_says_why(algorithm: str) -> None:
     [
         ({"cut": ["0", "3"]}, "cut has 2 entries for 4 clients"),
         ({"cut": ["0", "9", "3", "0"]}, "'9'"),
-        ({"cut": "0,,3,0"}, "names nothing in one place"),
+        ({"cut": "0,,3,0"}, "has an empty name"),
         ({"cut": CUTS, "untie": True}, "untie = True is not possible where clients have different cuts"),
         ({"cut": CUTS, "cache_features": True}, "cache_features = True is not possible where"),
         ({"cut": CUTS, "attack": ["scale:1e6@3"]}, "attack = .* is not possible where"),

@@ -429,7 +429,7 @@ def test_bfloat16_is_near_float32() -> None:
     [
         ({"device": "cuda:7"}, "device = 'cuda:7' cannot be used here"),
         ({"device": "abacus"}, "device = 'abacus' cannot be used here"),
-        ({"precision": "tf32"}, "precision = 'tf32' is CUDA's own"),
+        ({"precision": "tf32"}, "precision = 'tf32' works only with CUDA"),
     ],
 )
 def test_devices_and_precisions_that_are_not_there(options: dict[str, Any], reason: str) -> None:

@@ -58,7 +58,7 @@ def test_a_statement_says_what_is_protected_and_what_not():
 @pytest.mark.parametrize(
     ("ask", "sentence"),
     [
-        (lambda: dp.gaussian_for(0, 1, 1), "epsilon=0: no noise of finite scale"),
+        (lambda: dp.gaussian_for(0, 1, 1), "epsilon=0: no noise with a finite scale"),
         (lambda: dp.laplace_for(-1, 1, 1), "epsilon=-1: no noise"),
         (lambda: dp.gaussian_for(1, 1, 1, delta=0), "no Gaussian noise gives delta = 0: use Laplace"),
         (lambda: dp.gaussian(1, 1, 1, delta=1), "delta=1: give a number between 0 and 1"),

@@ -93,7 +93,7 @@ def test_hooks_may_be_missing() -> None:
 
 @pytest.mark.parametrize("callbacks", ["csv", [object()], [Hearing]])
 def test_what_cannot_be_told_is_refused(callbacks: Any) -> None:
-    with pytest.raises(ConfigError, match=r"is not a list of objects|cannot be told of a run"):
+    with pytest.raises(ConfigError, match=r"is not a list of objects|cannot be a callback"):
         Run(**STUDY, callbacks=callbacks)
 
 

@@ -362,7 +362,7 @@ def test_damaged_and_weak_requests(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--request a --sign a.csr", "two sides' work"),
+        ("--request a --sign a.csr", "two different sides"),
         ("--request a --clients 2", "clients = 2 has no effect"),
         ("--request a --days 3", "the authority that signs it decides"),
     ],

@@ -314,7 +314,7 @@ def test_nobody_is_left_to_be_judged(tmp_path: Path) -> None:
     there.carrier.tamper = lambda message: (
         m.ScoresUp(message.step, 1, message.scores) if isinstance(message, m.ScoresUp) else message
     )
-    with pytest.raises(TrainingError, match=r"all clients that could go on are excluded|none of the clients whose"):
+    with pytest.raises(TrainingError, match=r"all clients that could continue are excluded|none of the clients whose"):
         there.run.run()
 
 

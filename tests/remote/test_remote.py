@@ -802,7 +802,7 @@ def test_a_client_whose_disk_is_full_goes_on(tmp_path: Path, caplog: pytest.LogC
 
 def test_labels_that_nobody_knows(tmp_path: Path) -> None:
     np.savez(tmp_path / "own.npz", x=np.zeros((4, 3), np.float32), y=np.array([0, 1, 7, 1]))
-    with pytest.raises(DataError, match="label '7', which is none of"):
+    with pytest.raises(DataError, match="label '7', which is not in"):
         load_whole(str(tmp_path / "own.npz"), class_names=["0", "1"])
 
 

@@ -1054,7 +1054,7 @@ def test_files_are_checked_first(pki: Path, tmp_path: Path) -> None:
     assert "is not the key of" in complaint(server, key=pki / "client-0.key")
     assert "not made for a server" in complaint(server, certificate=pki / "client-0.crt", key=pki / "client-0.key")
     assert "not made for a client" in complaint(client, certificate=pki / "server.crt", key=pki / "server.key")
-    assert "but no authority's" in complaint(client, ca=pki / "client-1.crt")
+    assert "but not that of an authority" in complaint(client, ca=pki / "client-1.crt")
     assert "expired on" in complaint(server, certificate=pki / "old-server.crt", key=pki / "old-server.key")
     assert "exactly one of ca and tokens" in complaint(server, tokens=text)
     assert "exactly one of ca and tokens" in complaint(server, ca=None)

@@ -80,8 +80,8 @@ def unpack(data: Buffer, direction: Direction, limits: Limits | None = None) -> 
     size = len(view)
     if size > limits.message_bytes:
         raise WireError(
-            f"a message of {size} bytes: {limits.message_bytes} are accepted here; raise the limit (--message-limit), or "
-            "send smaller batches"
+            f"a message of {size} bytes: {limits.message_bytes} are accepted here; raise the limit (--message-limit), "
+            "or send smaller batches"
         )
     if size < PREFIX:
         raise WireError(f"{size} bytes are not a message, which has {PREFIX} at least: it was cut off")

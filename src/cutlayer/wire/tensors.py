@@ -173,8 +173,8 @@ def _decode(
     whole = sum(math.prod(c.shape) * c.dtype.itemsize for _, c in expected)
     if whole > limits.message_bytes or len(reader.view) > limits.message_bytes:
         raise WireError(
-            f"tensors of {whole} bytes in {len(reader.view)}: {limits.message_bytes} are accepted here; raise the limit "
-            "(--message-limit), or send smaller batches"
+            f"tensors of {whole} bytes in {len(reader.view)}: {limits.message_bytes} are accepted here; raise the "
+            "limit (--message-limit), or send smaller batches"
         )
     if len(expected) > limits.tensors:
         raise WireError(f"{len(expected)} tensors are expected: {limits.tensors} are accepted here")
