@@ -129,7 +129,7 @@ def test_it_is_trained_stored_and_resumed_as_written_out(tmp_path: Path) -> None
         ({"phi": [0.5], "draws": 3}, "sweep.draws has no effect on how = 'grid'"),
         ({"phi": {"low": 0.1, "high": 0.5}}, "is a range, which only how = 'random' can draw from"),
         ({"how": "random", "phi": [0.1, 0.5]}, "needs draws"),
-        ({"how": "random", "phi": [0.1, 0.5], "draws": 3}, "sweep.draws = 3 is more than the 2 points"),
+        ({"how": "random", "phi": [0.1, 0.5], "draws": 3}, "sweep.draws = 3 is more than the 2 possible points"),
         ({"how": "random", "phi": [0.1, 0.5], "draws": 0}, "at least 1"),
         ({"how": "random", "phi": {"low": 0.5, "high": 0.1}, "draws": 3}, "low below high"),
         ({"how": "random", "phi": {"low": 0, "high": 0.1, "log": True}, "draws": 3}, "has no logarithm"),
