@@ -67,7 +67,7 @@ AREAS: dict[str, Sequence[str]] = {
     "skew": ("*test_adjustment*", "*test_sampling*", "*test_in_step*", "*test_cycle*"),
     "pace": ("*test_gas*", "*test_underway*", "*test_staleness*"),
     "averaging": ("*test_seam*", "*golden*", "*identit*", "*engines*"),
-    "cuts": ("*test_between*", "*test_allotted*", "*test_mixed_cuts*", "*test_mixed_plan*"),
+    "cuts": ("*test_mixed_plan*", "*test_between*", "*test_allotted*", "*test_mixed_cuts*"),
     "studies": ("*test_sweep*", "*test_paired*", "*test_outputs*"),
     "hostile": ("*test_floods*", "*test_hostile_clients*", "*test_patience*"),
     "local": (
@@ -847,10 +847,10 @@ MUTANTS = [
     M("far clients get the whole average", "cuts", "{name: self._average[name] for name in self._like(k)}", "dict(self._average)"),
     M("blocks are planned where nobody computes them", "cuts", "own + (w.flops.server.training - server.training)", "own"),
     M("one planned model for all cuts", "cuts", "(1 if self.fleet.multicast else w.clients)", "(1 if self.fleet.multicast and w is self.w else w.clients)"),
-    M("who averages nothing never is the last", "cuts", "max(at_end, 0.0)", "0.0"),
     M("who averages nothing is never late", "cuts", "(epochs - 1) * max(later, 0.0)", "0.0"),
     M("all planned cuts share gradients", "cuts", "_sharing(self.traffic.sharing, self.work.clients, mix.clients, steps)", "_sharing(self.traffic.sharing, mix.clients, mix.clients, steps)"),
     M("no draw without a deepest cut", "cuts", "math.exp(orders[0] - orders[1])", "0.0"),
+    M("the server's memory without blocks", "cuts", "for one in (server, *blocks)", "for one in (server,)"),
     M("the first cut is planned as the deepest", "cuts", "_counted(model, x, inner).order[-1]", "inner[0]"),
     M("blocks bear everything", "cuts", "return finite(*(t for t in found if t.is_floating_point()))", "return True"),
 ]  # fmt: skip

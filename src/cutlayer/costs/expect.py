@@ -361,7 +361,7 @@ class _Path:
             return total + between + served + latencies + float(last.max())
         up = self._up(self.averaged, w.epochs)
         down = self._down(self.averaged, self._models_leaving(), w.epochs)
-        at_once = np.broadcast_to(self.averaged, last.shape) == 0  # have nothing to average, and go on
+        at_once = np.broadcast_to(self.averaged, last.shape) == 0  # train nothing, and go on without an average
         gathered = float((last + up)[~at_once].max())
         inside = between + served + latencies + gathered + 2 * f.latency
         begun = float((down + go[order[0]])[~at_once].max())
@@ -369,8 +369,7 @@ class _Path:
         if not at_once.any():
             return total
         later = float((last + go[order[0]])[at_once].max()) - (gathered + 2 * f.latency + begun)
-        at_end = float(last[at_once].max()) - (gathered + 2 * f.latency + float(down.max()))
-        return total + (epochs - 1) * max(later, 0.0) + max(at_end, 0.0)
+        return total + (epochs - 1) * max(later, 0.0)
 
     def _models_leaving(self) -> int:
         """Bytes of averaged models that leave the server: one for each kind of clients, or for each client."""
