@@ -28,7 +28,7 @@ PUBLIC = (
     *("cutlayer.algorithms", "cutlayer.algorithms.common", "cutlayer.verbs", "cutlayer.cohort", "cutlayer.server"),
     *("cutlayer.types", "cutlayer.gradients", "cutlayer.traffic", "cutlayer.tasks", "cutlayer.data", "cutlayer.models"),
     *("cutlayer.schedules", "cutlayer.averagings", "cutlayer.screenings", "cutlayer.wire", "cutlayer.defences"),
-    *("cutlayer.attacks", "cutlayer.loggers", "cutlayer.collective"),
+    *("cutlayer.attacks", "cutlayer.loggers", "cutlayer.searches", "cutlayer.collective"),
 )
 """What programs and own things import. The algorithms' modules, whose texts are their pseudocode, come after these."""
 

@@ -75,6 +75,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "impute": words("mean", "median", "zero"),
     "validation": st.floats(0, 1e9),
     "test": POSITIVE,
+    "test_seed": st.integers(0, 2**40),
     "clients": WHOLE,
     "partition": words("iid", "dirichlet", "shards", "quantity", "column"),
     "dirichlet_alpha": POSITIVE,

@@ -49,6 +49,7 @@ def test_there_is_an_example_of_each_kind() -> None:
         "codec",
         "defence",
         "attack",
+        "search",
     ):
         assert any(f"@{name}(" in text for text in FILES.values()), name
     assert any('@register("schedule"' in text for text in FILES.values())

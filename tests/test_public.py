@@ -18,7 +18,7 @@ cite cut cut_points from_arrays from_dataset load load_model partition tables"""
 COMMON = """client_device server_device link up_mbps down_mbps latency_ms server_mbps multicast utilisation
 speed_spread rate_spread stragglers straggler_slowdown profiles trace
 trace_period data data_format label_column client_column class_names
-validation test data_in_memory data_workers
+validation test test_seed data_in_memory data_workers
 clients partition samples_per_client participation sampling task metrics primary_metric model cut
 cut_by client_memory client_seconds tail_cut untie
 weights weights_strict start freeze epochs rounds batch client_optimizer client_optimizer_options client_lr
@@ -121,6 +121,7 @@ THINGS = {
         "mlflow": "log_every mlflow_experiment mlflow_uri",
         "trackio": "log_every trackio_project",
     },
+    "search": {"grid": "", "halving": "eta", "optuna": "eta rungs", "random": ""},
     "optimizer": {},
     "head": {},
 }
@@ -140,6 +141,7 @@ def test_options() -> None:
         "seeds",
         "variant",
         "sweep",
+        "tuning",
     }
     assert list(PlanConfig.model_fields) == [*FleetConfig.model_fields, *PLAN.split()]
     for config in (CompareConfig, PlanConfig):

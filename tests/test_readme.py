@@ -11,6 +11,7 @@ import pytest
 from support import ROOT, call
 
 from cutlayer import CompareConfig
+from cutlayer.effort import Effort
 from cutlayer.sweep import expanded
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -54,12 +55,17 @@ def test_python_examples(
 @pytest.mark.long
 def test_commands(tmp_path: Path) -> None:
     """All in one folder, in order: later lines use the runs of earlier ones. The first TOML example is there as
-    written; the others are sweeps that can be made. What is trained is not looked at: clients have few samples.
+    written; the others are sweeps and a tuning that can be made. What is trained is not looked at: clients have few
+    samples.
     """
     config, *sweeps = re.findall(r"```toml\n(.*?)```", PAGES, re.DOTALL)
     (tmp_path / "sweep.toml").write_text(config)
-    for sweep in sweeps:
-        assert len(expanded(CompareConfig.of(tomllib.loads(sweep))).variant) > 5
+    for text in sweeps:
+        config = CompareConfig.of(tomllib.loads(text))
+        if config.tuning:
+            assert Effort.of(config).trials == 9
+        else:
+            assert len(expanded(config).variant) > 5
     for command in COMMANDS:
         words = shlex.split(command.replace("--seconds 2", "--seconds 0.2"))[1:]
         few = ["--samples-per-client", "30"] if words[0] in ("run", "compare") else []

@@ -744,9 +744,10 @@ def load_source(config: RunConfig, data: Data | None, task: Task | None = None) 
     """The data set of the run, floating point numbers in the run's type. Raises DataError."""
     dtype, task = dtype_of(config), task or config.thing("task", config.task)
     held_out: dict[str, Any] = {"validation": config.validation, "test": config.test, "seed": config.seed}
+    held_out["test_seed"] = config.test_seed
     wanted: dict[str, Any] = {"targets": task.targets, "ignored": task.ignored, **_where_read(config)}
     if isinstance(data, Source):
-        source = fitting(data, task.targets)
+        source = replace(fitting(data, task.targets), test_drawn=False)  # the same rows for every seed
     elif data is not None:
         columns = {name: getattr(config, name) for name in {"label_column", "client_column"} & config.given}
         if config.data_format != "auto":
@@ -762,6 +763,10 @@ def load_source(config: RunConfig, data: Data | None, task: Task | None = None) 
             given=config.given,
             **wanted,
             **reading_options(config),
+        )
+    if config.test_seed is not None and not source.test_drawn:
+        raise ConfigError(
+            f"test_seed = {config.test_seed} has no effect on {source.name}, which has its own test set: leave it out"
         )
     if config.data_workers and config.data_in_memory == "always":
         raise ConfigError(

@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import warnings
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Unpack
 
 from torch import nn
 
 from cutlayer.allocator import give_back
-from cutlayer.build import Data, Model, assemble, by_name, deal
+from cutlayer.build import Data, Model, Training, assemble, by_name, deal, load_source
 from cutlayer.collective import world
-from cutlayer.crew import checked, packed, side_by_side
+from cutlayer.crew import News, checked, packed, turns
+from cutlayer.effort import Effort
+from cutlayer.engine.ways import Ways
 from cutlayer.errors import ConfigError, CutlayerWarning, RunFolderError
-from cutlayer.files import read_json
-from cutlayer.folder import COMPARISON, CONFIG, OWN_FILES, RESULT, Folder, stored_config
+from cutlayer.files import read_json, replace_file
+from cutlayer.folder import (
+    COMPARISON,
+    CONFIG,
+    OWN_FILES,
+    RESULT,
+    TRIALS,
+    TUNING,
+    Folder,
+    stored_config,
+)
 from cutlayer.footprint import footprint, refuse_unless_fitting, room
 from cutlayer.keywords import CompareKeywords
 from cutlayer.loggers import Audience
@@ -34,6 +47,8 @@ from cutlayer.summary import mean_of_known, spread
 from cutlayer.sweep import expanded
 from cutlayer.tasks.own_loss import Loss
 from cutlayer.text import attacked, format_bytes, format_figure, with_unit
+from cutlayer.trials import LegJob, Reached, TrialNews, Trials, train_leg, trial_name
+from cutlayer.tuned import Tuned, read_tuned
 
 
 @dataclass(frozen=True)
@@ -92,25 +107,44 @@ class _Own:
             return Run.resume(where, model=model, data=self.data, **own)
         return Run(config, model=model, data=self.data, out=where, **own)
 
-    def work(self, job: tuple[RunConfig, Path | None]) -> Generator[Standing, None, Result]:
-        """Train one run; how far it is, then its result."""
+    def work(self, job: tuple[RunConfig, Path | None] | LegJob) -> Generator[Standing, None, Result | Reached]:
+        """Train one run, or a leg of a trial; how far it is, then what it comes to."""
         with warnings.catch_warnings():
             if self.quiet:
                 warnings.simplefilter("ignore", CutlayerWarning)
+            if isinstance(job, LegJob):
+                return (yield from self._leg(job, self.made()))
             run = self.run(*job, self.made())
         yield from run.standings()
         assert run.result is not None
         return run.result
 
+    def _leg(self, job: LegJob, model: Model | None) -> Generator[Standing, None, Reached]:
+        """Train a leg of a trial."""
+
+        def make(config: RunConfig, ways: Ways | None) -> Training:
+            return assemble(config, model, self.data, **self.objective, ways=ways)
+
+        return (yield from train_leg(job, make, model, self.data))
+
 
 @dataclass(frozen=True)
 class Progress:
-    """How far the run of `entry` with `seed` is, and whether it has `ended`."""
+    """How far the run of `entry` with `seed` is, and whether it has `ended`; or a trial by which the entry is tuned,
+    counted from 0, and what it `came` to when a part of its training is done.
+    """
 
     entry: str
     seed: int
     standing: Standing
     ended: bool = False
+    trial: int | None = None
+    came: str = ""
+
+    @property
+    def name(self) -> str:
+        """What the run or trial is called."""
+        return run_name(self.entry, self.seed) if self.trial is None else trial_name(self.entry, self.trial)
 
 
 class Comparison:
@@ -119,7 +153,8 @@ class Comparison:
     With `out` every run has a folder `out/<entry>/seed-<n>`, and an interrupted comparison can be resumed; with
     `overwrite` that folder may hold an earlier run or comparison, which is deleted when this one begins. `jobs`
     runs are trained at once, each in a process of its own, with its share of the processor's cores; then there are no
-    records to iterate over. `callbacks` are told of all runs, one after another. Raises UsageError before anything is
+    records to iterate over. `callbacks` are told of all runs, one after another. With `tuning` each entry is tuned
+    first (`tuned` says how); then all seeds are trained with what was chosen. Raises UsageError before anything is
     trained or written.
     """
 
@@ -150,6 +185,8 @@ class Comparison:
         self._model = self._own.made()
         self._warn_of_equal_starts()
         self.config = expanded(CompareConfig.of(overlaid(base, by_reference({**options, **names, **asked}))))
+        self.effort = Effort.of(self.config) if self.config.tuning else None
+        self.tuned: Tuned | None = None
         self.plan = self.config.runs(frozenset(self.config.model_fields_set))
         self._resumed, self._replaces = False, overwrite  # until the folder is this comparison's
         self.results: dict[str, dict[int, Result]] = {entry: {} for entry in self.plan}
@@ -181,6 +218,11 @@ class Comparison:
             config, model=model, data=data, loss=loss, metrics=metrics or (), callbacks=callbacks, jobs=jobs
         )
         comparison.out, comparison._resumed = Path(out), True
+        if (
+            comparison.effort is not None
+            and (tuned := world().first(lambda: read_tuned(Path(out) / TUNING))) is not None
+        ):
+            comparison._settle(comparison.effort, tuned)
         return comparison
 
     def _warn_of_equal_starts(self) -> None:
@@ -195,6 +237,7 @@ class Comparison:
 
     def check(self) -> None:
         """Build every entry once, so that what is wrong is found before the first is trained. Raises UsageError."""
+        self._check_tuning()
         judged: dict[str, str] = {}
         needs: dict[str, int] = {}
         for entry, seeds in self.plan.items():
@@ -240,7 +283,9 @@ class Comparison:
                 "progress(), or use jobs = 1"
             )
         self.check()
-        with self._held():
+        with self._held(), turns(self._own.work, 1, "") as through:
+            for _ in self._tune(through):
+                pass
             for entry, seed in self.waiting:
                 run = self._own.run(*self._job(entry, seed), self._model)
                 for record in run:
@@ -249,19 +294,101 @@ class Comparison:
                 self._take(entry, seed, run.result)
 
     def progress(self) -> Iterator[Progress]:
-        """Train everything; how far each run is, a few times a second, at every evaluation and at its end."""
+        """Train everything, the trials of a tuning first; how far each run is, a few times a second, at every
+        evaluation and at its end.
+        """
         self.check()
         again = "start it again" if self.out is None else f"resume {str(self.out)!r}"
         standings: dict[str, Standing] = {}
-        with self._held():
+        with self._held(), turns(self._own.work, self.jobs, again) as through:
+            yield from self._tune(through)
             runs = {run_name(*which): which for which in self.waiting}
             jobs = {name: self._job(*which) for name, which in runs.items()}
-            for news in side_by_side(self._own.work, jobs, self.jobs, again):
+            for news in through(jobs):
                 if news.ended:
                     self._take(*runs[news.name], news.value)
                 else:
                     standings[news.name] = news.value
                 yield Progress(*runs[news.name], standings[news.name], news.ended)
+
+    @property
+    def waiting_trials(self) -> list[tuple[str, int]]:
+        """(entry, number) of all trials, if the comparison is still to be tuned."""
+        if self.effort is None or self.tuned is not None:
+            return []
+        return [(entry, number) for entry in self.effort.spaces for number in range(self.effort.trials)]
+
+    def _check_tuning(self) -> None:
+        """Raises UsageError for a tuning that cannot be made."""
+        self._share_test_rows()
+        if self.effort is None or self.tuned is not None:
+            return
+        if world().several:
+            raise ConfigError(
+                f"tuning is not possible with {world().size} ranks: tune in one process, without torchrun or srun; "
+                f"once {TUNING} is there, ranks can go on with `cutlayer resume`"
+            )
+        for entry in self.effort.spaces:
+            for point in self.effort.kinds(entry):
+                training = assemble(self.effort.run(entry, point), self._model, self._own.data, **self._own.objective)
+                if not len(training.source.validation):
+                    raise ConfigError(
+                        "tuning needs validation rows to choose by, and there are none: hold some out, such as "
+                        "validation = 0.1"
+                    )
+
+    def _share_test_rows(self) -> None:
+        """Where test rows are drawn by a seed, all runs have those of the trials: a trial would else be trained on rows
+        that a run is tested on.
+        """
+        drawn: dict[tuple[str, str], bool] = {}
+        for entry, runs in self.plan.items() if self.effort is not None else ():
+            first = next(iter(runs.values()))
+            read = first.data, first.data_format
+            if first.test_seed is None and read not in drawn:
+                drawn[read] = load_source(first, self._own.data).test_drawn
+            if self.effort is not None and first.test_seed is None and drawn[read]:
+                shared = {"test_seed": self.effort.seed}
+                self.plan[entry] = {seed: run.model_copy(update=shared) for seed, run in runs.items()}
+
+    @property
+    def _shared_test_seed(self) -> int | None:
+        """The seed that has drawn the test rows of all entries and seeds; None if none has, or not of all."""
+        found = {run.test_seed for runs in self.plan.values() for run in runs.values()}
+        return found.pop() if len(found) == 1 else None
+
+    def _tune(self, through: Callable[[Mapping[str, Any]], Iterator[News]]) -> Iterator[Progress]:
+        """Tune all entries, unless they are; how far the trials are."""
+        if self.effort is None or self.tuned is not None:
+            return
+        with ExitStack() as stack:
+            where = self.out / TRIALS if self.out is not None else Path(stack.enter_context(TemporaryDirectory()))
+            trials = Trials(self.effort, where).train(through)
+            tuned = yield from self._told(trials)
+        tuned = replace(tuned, test_seed=self._shared_test_seed)
+        self._settle(self.effort, tuned)
+        self._share_test_rows()
+        for warning in tuned.warnings:
+            warnings.warn(warning, CutlayerWarning, stacklevel=2)
+        if self.out is not None:
+            replace_file(self.out / TUNING, json.dumps(asdict(tuned), indent=1).encode())
+
+    def _told(self, trials: Generator[TrialNews, None, Tuned]) -> Generator[Progress, None, Tuned]:
+        """What is told of trials as progress of the comparison."""
+        assert self.effort is not None
+        while True:
+            try:
+                news = next(trials)
+            except StopIteration as end:
+                tuned: Tuned = end.value
+                return tuned
+            yield Progress(news.entry, self.effort.seed, news.standing, news.ended, news.number, news.came)
+
+    def _settle(self, effort: Effort, tuned: Tuned) -> None:
+        """Take the values that were chosen."""
+        self.tuned = tuned
+        chosen = effort.chosen({entry: found.values for entry, found in tuned.entries.items()})
+        self.plan = chosen.runs(frozenset(chosen.model_fields_set))
 
     def _repr_html_(self) -> str:
         """What a notebook shows: a line for each entry that has a result."""

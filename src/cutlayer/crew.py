@@ -52,17 +52,32 @@ def side_by_side(work: Work[J], jobs: Mapping[str, J], workers: int, again: str)
     However this ends, no process stays behind. Raises what a job raises, ConfigError for work that cannot be sent to
     another process, TrainingError where a process was ended from outside.
     """
-    workers = min(workers, len(jobs))
-    if workers <= 1:
-        for name, job in jobs.items():
-            came = yield from _told(name, work(job))
-            yield News(name, came, ended=True)
-        return
-    crew = _Crew(packed(work, workers), workers, again)
+    with turns(work, min(workers, len(jobs)), again) as through:
+        yield from through(jobs)
+
+
+@contextmanager
+def turns(work: Work[J], workers: int, again: str) -> Iterator[Callable[[Mapping[str, J]], Iterator[News]]]:
+    """The same for several turns: a function that does jobs, `workers` at once. The processes begin with the first turn
+    and stay until the last.
+    """
+    crew: _Crew | None = None
+
+    def through(jobs: Mapping[str, J]) -> Iterator[News]:
+        nonlocal crew
+        if workers <= 1:
+            for name, job in jobs.items():
+                came = yield from _told(name, work(job))
+                yield News(name, came, ended=True)
+        elif jobs:
+            crew = crew or _Crew(packed(work, workers), workers, again)
+            yield from crew.through(deque(jobs.items()))
+
     try:
-        yield from crew.through(deque(jobs.items()))
+        yield through
     finally:
-        crew.end()
+        if crew is not None:
+            crew.end()
 
 
 def checked(jobs: int) -> int:
@@ -125,7 +140,7 @@ class _Crew:
 
     def through(self, waiting: deque[tuple[str, Any]]) -> Iterator[News]:
         """Hand out what is waiting; what is told, as it comes."""
-        for member in self._members:
+        for member in self._members[: len(waiting)]:
             member.begin(*waiting.popleft())
         while busy := {member.pipe: member for member in self._members if member.job is not None}:
             for pipe in wait(list(busy)):

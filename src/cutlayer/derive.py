@@ -36,6 +36,7 @@ _WORDS = {
     "defence": "Defences of the smashed data",
     "attack": "Attacks of simulated clients",
     "logger": "Loggers",
+    "search": "Searches of a comparison that tunes",
 }
 
 

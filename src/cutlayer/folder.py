@@ -14,6 +14,7 @@ logs/                    what loggers keep there (`log_to`)
 states/                  what differs from client to client, for the checkpoint (client_states = disk)
 snapshots/               client models of some rounds, where asked for
 result.json              once the run is done
+tuning.json, tuning/     of a comparison that tunes: what was chosen, and the trials
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ ENGINE = "engine.json"
 SNAPSHOTS, LOGS = "snapshots", "logs"
 LAST, BEST = "last.safetensors", "best.safetensors"
 CHECKPOINT, RESULT, COMPARISON = "checkpoint.safetensors", "result.json", "comparison.json"
+TUNING, TRIALS = "tuning.json", "tuning"
 CURVES, CLASS_COUNTS, PAGE = "curves.png", "classes.png", "report.html"
 _RECORDS = (STEPS, EVALUATIONS, CLIENTS)
 OWN_FILES = (
@@ -67,6 +69,8 @@ OWN_FILES = (
     BEST,
     RESULT,
     COMPARISON,
+    TUNING,
+    TRIALS,
     CURVES,
     CLASS_COUNTS,
     PAGE,

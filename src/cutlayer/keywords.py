@@ -30,6 +30,7 @@ class CommonKeywords(TypedDict, total=False):
     class_names: tuple[str, ...]
     validation: float
     test: float
+    test_seed: int | None
     data_in_memory: Literal["auto", "always", "never"]
     data_workers: int
     clients: int
@@ -199,3 +200,4 @@ class CompareKeywords(CommonKeywords, total=False):
     seeds: tuple[int, ...]
     variant: dict[str, dict[str, Any]]
     sweep: dict[str, bool | int | float | str | Any | dict[str, int | float | bool]]
+    tuning: dict[str, bool | int | float | str | Any | dict[str, Any]]

@@ -89,6 +89,7 @@ def _optimizer_name(name: Any) -> Any:
 OptimizerName = Annotated[str, BeforeValidator(_optimizer_name)]
 ParamGroups = tuple[dict[str, int | float | str], ...]
 SweepTable = dict[str, bool | int | float | str | list[Any] | dict[str, int | float | bool]]
+TuningTable = dict[str, bool | int | float | str | list[Any] | dict[str, Any]]
 OptimizerOptions = dict[str, bool | int | float | str | list[float]]
 
 
@@ -391,6 +392,8 @@ class CommonConfig(TracedConfig):
     """Rows held out of training as validation set: a fraction below 1, or a number of samples."""
     test: float = _field(0.2, DATA, gt=0)
     """Rows held out as test set if the data have none: a fraction below 1, or a number of samples."""
+    test_seed: int | None = _field(None, DATA, ge=0)
+    """Seed that draws these test rows, so that runs with different seeds can share them. Default: seed."""
     data_in_memory: Literal["auto", "always", "never"] = _field("auto", DATA)
     """Whether to read the items of a map-style Dataset once and keep them, or to read them again for each batch, so
     that random transforms take effect. auto: keep them if they take less than a quarter of the free memory."""
@@ -571,6 +574,17 @@ class CommonConfig(TracedConfig):
     def _lower_case(cls, name: Any) -> Any:
         """Adam and SGD may be spelled as torch spells them."""
         return name.lower() if isinstance(name, str) and name.isidentifier() else name
+
+    @field_validator("tune", mode="before")
+    @classmethod
+    def _not_a_table(cls, value: Any) -> Any:
+        """What is to be tuned stands in another table. Raises ConfigError."""
+        if isinstance(value, Mapping):
+            raise ConfigError(
+                "tune is not a table, since it says how the quickest way to compute is chosen: write the options of a "
+                "comparison that are to be tuned below [tuning]"
+            )
+        return value
 
     @field_validator("cut", mode="before")
     @classmethod
@@ -849,6 +863,10 @@ class CompareConfig(CommonConfig):
     """The TOML table [sweep], or --sweep.phi 0.25,0.5: train each entry with all these values. how: grid (all
     combinations), zip (the first values of all, then the second) or random (draws combinations, drawn with
     draw_seed)."""
+    tuning: TuningTable = _field({}, WHAT)
+    """The TOML table [tuning], or --tuning.client-lr 0.001,0.01: values or ranges from which each entry gets the best
+    by its validation rows, before the seeds are trained. how: grid, random, halving or optuna (see `cutlayer list
+    searches`); trials: as many for each entry; seed: of the tuning alone; by: last or best evaluation."""
 
     def algorithm_names(self) -> tuple[str, ...]:
         """Those compared and those of the variants."""
@@ -885,7 +903,7 @@ class CompareConfig(CommonConfig):
 
     def runs(self, given: frozenset[str]) -> dict[str, dict[int, RunConfig]]:
         """The runs to make: entry name -> seed -> configuration. Raises ConfigError."""
-        given = given - {"algorithms", "seeds", "variant", "sweep"}
+        given = given - {"algorithms", "seeds", "variant", "sweep", "tuning"}
         base = self.model_dump(include=set(given))
         if not self.algorithms and not self.variant:
             raise _none_named()
@@ -948,6 +966,11 @@ class CompareConfig(CommonConfig):
         things = [*run.chosen(), *run.reading(kept), *(self._defending() if mine.split else ())]
         options = {option for entry in things for option in entry.option_names}
         return {name: value for name, value in kept.items() if name in CommonConfig.model_fields or name in options}
+
+    def entry(self, values: Mapping[str, Any]) -> RunConfig:
+        """The configuration of an entry with these `values` of its own, with its algorithm. Raises ConfigError."""
+        given = self.model_fields_set - {"algorithms", "seeds", "variant", "sweep", "tuning"}
+        return self._variant(self.model_dump(include=given), values)
 
     def _variant(self, base: Mapping[str, Any], values: Mapping[str, Any]) -> RunConfig:
         """A variant's configuration: its own `values` over those of `base` that fit it. Raises ConfigError."""
@@ -1265,6 +1288,7 @@ NAMING = {
     "client_optimizer": "optimizer",
     "server_optimizer": "optimizer",
     "aux": "head",
+    "how": "search",
 }
 """Options that name things, and of which kind."""
 _PATHS = ("data", "profiles", "tokenizer", "trace", "weights")  # options that may name a file or folder
@@ -1280,6 +1304,8 @@ def from_anywhere(values: Mapping[str, Any]) -> dict[str, Any]:
 def _from_anywhere(name: str, value: Any) -> Any:
     if name == "variant" and isinstance(value, Mapping):
         return {k: from_anywhere(normalised(v)) if isinstance(v, Mapping) else v for k, v in value.items()}
+    if name == "tuning" and isinstance(value, Mapping):
+        return from_anywhere(normalised(value))
     if name not in NAMING and name not in _PATHS:
         return value
     if isinstance(value, list | tuple):

@@ -45,13 +45,15 @@ _INDEX = "index.json"
 @dataclass(frozen=True)
 class Kind:
     """A kind of thing: the word for it, the modules of this package that register some, its group of entry points.
-    `flat`: its options stand among those of a run (those of a codec are written with its name).
+    `flat`: its options stand among those of a run (those of a codec are written with its name); `tabled`: in a table of
+    their own.
     """
 
     word: str
     places: tuple[str, ...]
     group: str
     flat: bool = True
+    tabled: bool = False
 
 
 KINDS: dict[str, Kind] = {
@@ -69,6 +71,7 @@ KINDS: dict[str, Kind] = {
     "defence": Kind("defence", ("defences",), "cutlayer.defences"),
     "attack": Kind("attack", ("attacks",), "cutlayer.attacks", flat=False),
     "logger": Kind("logger", ("loggers",), "cutlayer.loggers"),
+    "search": Kind("search", ("searches",), "cutlayer.searches", flat=False, tabled=True),
     "optimizer": Kind("optimizer", (), "cutlayer.optimizers", flat=False),  # torch's are known by their names
     "head": Kind("auxiliary head", (), "cutlayer.heads", flat=False),  # an algorithm has one of its own
 }
@@ -322,7 +325,7 @@ def register(kind: str, name: str, *, title: str = "", summary: str = "", **fact
         first = inspect.cleandoc(found.__doc__ or "").split("\n", 1)[0]  # its own: not what a base class says of itself
         where = f"{found.__module__}:{found.__qualname__}"
         try:
-            options = options_of(found) if KINDS[kind].flat else ()
+            options = options_of(found) if KINDS[kind].flat or KINDS[kind].tabled else ()
         except TypeError as error:
             raise ConfigError(f"{KINDS[kind].word} {name!r}: {error}") from None
         facts.setdefault("exclusive", [list(pair) for pair in getattr(found, "exclusive", ())])
@@ -706,7 +709,7 @@ def _entry_of(kind: str, reference: str, thing: Any) -> Entry:
         return _renamed(entry, reference)
     if kind in _PLAIN_KINDS and callable(thing):  # a plain function will do
         try:
-            options = options_of(thing) if KINDS[kind].flat else ()
+            options = options_of(thing) if KINDS[kind].flat or KINDS[kind].tabled else ()
         except (TypeError, NameError) as error:
             raise ConfigError(f"{KINDS[kind].word} {reference!r}: {error}") from None
         return Entry(kind, reference, reference, getattr(thing, "__name__", reference), options=options)

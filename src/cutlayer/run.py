@@ -332,6 +332,7 @@ class Run:
         self.by_client: dict[str, Evaluation | None] = {}
         self._meter = Meter()
         self._resumed = self._begun = False
+        self._until: int | None = None  # rounds after which the run pauses
 
     @classmethod
     def resume(
@@ -423,6 +424,11 @@ class Run:
         return self._step
 
     @property
+    def samples(self) -> int:
+        """Rows that training steps have used so far."""
+        return self._samples
+
+    @property
     def standing(self) -> Standing:
         """How far the run is."""
         t, last = self.training, self._last
@@ -451,8 +457,13 @@ class Run:
             lines.append((f"test {spoken(now.metric)}", format_figure(now.latest.test_score, share=now.share)))
         return html_table(f"{plugins.label(self.config.algorithm)}: not finished", (), lines)
 
-    def standings(self) -> Iterator[Standing]:
-        """Train to the end; how far the run is, a few times a second, at every evaluation and at the end."""
+    def standings(self, until: int | None = None) -> Iterator[Standing]:
+        """Train to the end; how far the run is, a few times a second, at every evaluation and at the end.
+
+        `until`: train no further than this number of rounds, and evaluate and keep a checkpoint there; `resume` goes
+        on.
+        """
+        self._until = until
         told, evaluations = -math.inf, 0
         for _ in self:
             now = time.monotonic()
@@ -524,14 +535,15 @@ class Run:
             folder.write_json(DATA, t.source.described())
             folder.write_json(ENGINE, t.ways.stored())
             folder.write_json(METRIC, {"name": t.task.leading, "share": t.task.share, "maximise": t.task.maximise})
-        for index in range(self._start_round, self._start_round if self._idle else t.rounds):
+        end = t.rounds if self._until is None else min(t.rounds, self._until)
+        for index in range(self._start_round, self._start_round if self._idle else end):
             with self._meter:
                 for record in self._round(index):
                     if folder is not None:
                         folder.append(STEPS, asdict(record))
                     self._audience.step(record)
                     yield record
-            last = index + 1 == t.rounds
+            last, paused = index + 1 == t.rounds, index + 1 == self._until
             if last and not self._step:
                 raise known(
                     ConfigError(
@@ -539,7 +551,7 @@ class Run:
                         "was trained: have its round() yield a Step per training step"
                     )
                 )
-            if last or (index + 1) % t.eval_every == 0:
+            if last or paused or (index + 1) % t.eval_every == 0:
                 self._evaluate(index + 1, folder, last=last)
             if not last and self._idle:
                 last = True
@@ -547,12 +559,15 @@ class Run:
                     self._evaluate(index + 1, folder, last=True)
             if folder is not None and self.config.snapshot_every and (index + 1) % self.config.snapshot_every == 0:
                 self._snapshot(index + 1, folder)
-            if folder is not None and (last or (index + 1) % (self.config.checkpoint_every or t.rounds_per_epoch) == 0):
+            due = (index + 1) % (self.config.checkpoint_every or t.rounds_per_epoch) == 0
+            if folder is not None and (last or paused or due):
                 state = self._state(index + 1, folder)
                 if folder.written:
                     checkpoint.write(folder.path / CHECKPOINT, state)
             if last:
                 break
+        if end < t.rounds and not self._idle:
+            return
         self.result = self._result()
         if folder is not None:
             self._write_model(folder, LAST)
@@ -634,7 +649,11 @@ class Run:
         validation = t.clients.evaluate(held_out, t.server.predict, whose) if len(held_out) else None
         own = self._on_own_rows(whose)
         everyones = (
-            None if self.config.evaluate_on == "own" else t.clients.evaluate(t.source.test, t.server.predict, whose)
+            None
+            if self.config.evaluate_on == "own"
+            else validation
+            if t.source.test is held_out  # a trial sees no test rows
+            else t.clients.evaluate(t.source.test, t.server.predict, whose)
         )
         test = everyones or own
         if test is None:

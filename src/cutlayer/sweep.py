@@ -35,11 +35,11 @@ def expanded(config: CompareConfig) -> CompareConfig:
     if not config.sweep:
         return config
     points = points_of(config.sweep)
-    given = config.model_dump(include=config.model_fields_set - {"algorithms", "variant", "sweep"})
+    given = config.model_dump(include=config.model_fields_set - {"algorithms", "variant", "sweep", "tuning"})
     algorithms, variants = list[str](), dict[str, dict[str, Any]]()
     used = set[str]()
-    for name, values in _entries(config).items():
-        found = {_label(name, point): point for point in (_fitting(config, given, values, p) for p in points)}
+    for name, values in entries_of(config).items():
+        found = {_label(name, point): point for point in (fitting_point(config, given, values, p) for p in points)}
         used |= {option for point in found.values() for option in point}
         for label, point in found.items():
             if label in variants:
@@ -62,8 +62,8 @@ def points_of(sweep: Mapping[str, Any]) -> list[Point]:
     if how not in get_args(How):
         raise ConfigError(unknown("sweep.how", how, get_args(How)))
     for name in set(table) - _OWN:
-        _check_name(name)
-    swept = {name: _values(name, value) for name, value in table.items() if name not in _OWN}
+        check_name(name)
+    swept = {name: values_of(name, value) for name, value in table.items() if name not in _OWN}
     if not swept:
         raise ConfigError("sweep names no option: write e.g. phi = [0.25, 0.5] below [sweep]")
     ranges = [name for name, values in swept.items() if isinstance(values, Mapping)]
@@ -88,17 +88,19 @@ def points_of(sweep: Mapping[str, Any]) -> list[Point]:
     return [dict(zip(swept, values, strict=True)) for values in itertools.product(*swept.values())]
 
 
-def _values(name: str, value: Any) -> list[Any] | Mapping[str, Any]:
-    """The values that an option takes, or the range that they are drawn from. Raises ConfigError."""
+def values_of(name: str, value: Any, table: str = "sweep") -> list[Any] | Mapping[str, Any]:
+    """The values that an option takes in a table of the configuration, or the range that they are drawn from. Raises
+    ConfigError.
+    """
     if isinstance(value, str):  # of a flag
         value = [_plain(text) for text in value.split(",")]
     if isinstance(value, Mapping):
-        return _range(name, value)
+        return _range(f"{table}.{name}", {k: _plain(v) if isinstance(v, str) else v for k, v in value.items()})
     values = [list(v) if isinstance(v, tuple) else v for v in (value if isinstance(value, Sequence) else [value])]
     if not values:
-        raise ConfigError(f"sweep.{name} is an empty list: give values, e.g. [0.25, 0.5]")
+        raise ConfigError(f"{table}.{name} is an empty list: give values, e.g. [0.25, 0.5]")
     if twice := [v for v in values if values.count(v) > 1]:
-        raise ConfigError(f"sweep.{name} names {twice[0]!r} twice: name it once")
+        raise ConfigError(f"{table}.{name} names {twice[0]!r} twice: name it once")
     return values
 
 
@@ -107,11 +109,10 @@ def _range(name: str, value: Mapping[str, Any]) -> Mapping[str, Any]:
     numbers = [n for n in (low, high) if isinstance(n, int | float) and not isinstance(n, bool) and math.isfinite(n)]
     if set(value) - {"low", "high", "log"} or len(numbers) < 2 or numbers[0] >= numbers[1]:
         raise ConfigError(
-            f"sweep.{name} = {dict(value)!r} is not possible: write {{low = 0.001, high = 0.1, log = true}}, low below "
-            "high"
+            f"{name} = {dict(value)!r} is not possible: write {{low = 0.001, high = 0.1, log = true}}, low below high"
         )
     if log and numbers[0] <= 0:
-        raise ConfigError(f"sweep.{name}.low = {low!r} has no logarithm: it must be greater than 0 with log = true")
+        raise ConfigError(f"{name}.low = {low!r} has no logarithm: it must be greater than 0 with log = true")
     return value
 
 
@@ -125,7 +126,7 @@ def _drawn(swept: Mapping[str, Any], draws: Any, seed: Any) -> list[Point]:
     chance = random.Random(seed)
     found: list[Point] = []
     for _ in range(100 * draws):
-        point = {name: _draw(values, chance) for name, values in swept.items()}
+        point = {name: drawn_value(values, chance) for name, values in swept.items()}
         if point not in found:
             found.append(point)
         if len(found) == draws:
@@ -133,7 +134,8 @@ def _drawn(swept: Mapping[str, Any], draws: Any, seed: Any) -> list[Point]:
     raise ConfigError(f"sweep.draws = {draws} is more than the {len(found)} possible points: draw fewer")
 
 
-def _draw(values: Any, chance: random.Random) -> Any:
+def drawn_value(values: Any, chance: random.Random) -> Any:
+    """One of the values, or a number from the range {low, high, log}."""
     if not isinstance(values, Mapping):
         return chance.choice(values)
     low, high, log = values["low"], values["high"], values.get("log")
@@ -141,7 +143,13 @@ def _draw(values: Any, chance: random.Random) -> Any:
     if whole and not log:
         return chance.randint(low, high)
     drawn = math.exp(chance.uniform(math.log(low), math.log(high))) if log else chance.uniform(low, high)
-    return min(max(round(drawn) if whole else float(f"{drawn:.{_DIGITS}g}"), low), high)
+    return min(max(round(drawn), low), high) if whole else rounded(drawn, values)
+
+
+def rounded(number: float, values: Mapping[str, Any]) -> float:
+    """A number that was drawn from a range, with as many digits as are shown."""
+    shown: float = min(max(float(f"{number:.{_DIGITS}g}"), values["low"]), values["high"])
+    return shown
 
 
 def _plain(text: str) -> Any:
@@ -152,25 +160,28 @@ def _plain(text: str) -> Any:
         return text.strip()
 
 
-def _check_name(name: str) -> None:
-    if name in ("algorithm", "algorithms", "variant", "seed", "seeds", "sweep"):
+def check_name(name: str, table: str = "sweep") -> None:
+    """Raises ConfigError for a name in a table of the configuration that is not an option of a run, or one that all
+    entries share.
+    """
+    if name in ("algorithm", "algorithms", "variant", "seed", "seeds", "sweep", "tuning"):
         what = "seeds, which all entries share" if name.startswith("seed") else "algorithms, and variants"
-        raise ConfigError(f"sweep.{name} is not possible: list them as {what}")
+        raise ConfigError(f"{table}.{name} is not possible: list them as {what}")
     if name not in CommonConfig.model_fields and name not in RunConfig.model_fields and not owners_of(name):
         known = {*CommonConfig.model_fields, *(o.name for e in plugins.flat() for o in e.options)}
         near = difflib.get_close_matches(name, known, 1)
         meant = f"did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(f"unknown option {name!r} in sweep: {meant}`cutlayer compare --help-all` shows all")
+        raise ConfigError(f"unknown option {name!r} in {table}: {meant}`cutlayer compare --help-all` shows all")
 
 
-def _entries(config: CompareConfig) -> dict[str, dict[str, Any]]:
+def entries_of(config: CompareConfig) -> dict[str, dict[str, Any]]:
     """The comparison's entries by name, each with its own values."""
     default = RunConfig.model_fields["algorithm"].get_default()
     plain = {plugins.label(algorithm): {"algorithm": algorithm} for algorithm in config.algorithms}
     return {**plain, **{name: {"algorithm": default, **normalised(v)} for name, v in config.variant.items()}}
 
 
-def _fitting(config: CompareConfig, given: Mapping[str, Any], values: Mapping[str, Any], point: Point) -> Point:
+def fitting_point(config: CompareConfig, given: Mapping[str, Any], values: Mapping[str, Any], point: Point) -> Point:
     """What of `point` has an effect on an entry with these `values` of its own."""
     left = {name: value for name, value in point.items() if name not in values}
     kept = config.fitting(overlaid(given, left), str(values["algorithm"]), values)
@@ -179,10 +190,11 @@ def _fitting(config: CompareConfig, given: Mapping[str, Any], values: Mapping[st
 
 def _label(name: str, point: Point) -> str:
     """What the entry at a point is called."""
-    return ", ".join([name, *(f"{option} {_shown(value)}" for option, value in point.items())])
+    return ", ".join([name, *(f"{option} {shown_value(value)}" for option, value in point.items())])
 
 
-def _shown(value: Any) -> str:
+def shown_value(value: Any) -> str:
+    """A value of an option as it stands in the name of an entry."""
     if isinstance(value, str) and "/" in value:  # a path; names of entries are names of folders
         path, _, inside = value.partition(":")
         return ":".join([Path(path).stem, *([inside] if inside else [])])
@@ -194,5 +206,5 @@ def _shown(value: Any) -> str:
 def _idle(option: str, value: Any, config: CompareConfig) -> ConfigError:
     owners = ", ".join(entry.name for entry in owners_of(option))
     what = f"it belongs to {owners}; choose one of these, or leave it out" if owners else "leave it out"
-    entries = ", ".join(_entries(config))
+    entries = ", ".join(entries_of(config))
     return ConfigError(f"sweep.{option} = {value!r} has no effect on any entry of this comparison ({entries}): {what}")

@@ -32,6 +32,7 @@ What = Literal[
     "defences",
     "attacks",
     "loggers",
+    "searches",
     "profiles",
 ]
 
@@ -173,5 +174,6 @@ _SHOWN = {
     "defences": lambda: _print_kind("defence", "Defences of the smashed data"),
     "attacks": lambda: _print_kind("attack", "Attacks of simulated clients", "--attack"),
     "loggers": lambda: _print_kind("logger", "Loggers", "--log-to"),
+    "searches": lambda: _print_kind("search", "Searches of a comparison that tunes", "tuning.how"),
     "profiles": _print_profiles,
 }

@@ -86,6 +86,10 @@ class Monitor:
         self._progress.update(self._tasks[name], completed=standing.done, count=count, note=note)
         self._show_all()
 
+    def note(self, name: str, text: str) -> None:
+        """Without a terminal, print a line about the run of that name."""
+        _line(f"{name}: {text}")
+
     def ended(self, name: str, came: str = "") -> None:
         """The run of that name is done; `came` says to what, if there is more to say than its evaluations did."""
         self._reached[name] = 1.0

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from cutlayer.report import Wanted
     from cutlayer.report.collect import Report
     from cutlayer.run import Result, Run
+    from cutlayer.tuned import Tuned
     from cutlayer.types import Evaluation
 
 
@@ -202,6 +203,21 @@ def _print_costs(rows: list[Row]) -> None:
             spending.joules(row.measured_joules, "not measured"),
         )
     wide(140).print(table)
+
+
+def print_tuning(tuned: Tuned | None, rows: Iterable[Row]) -> None:
+    """Print how each entry was tuned, if the comparison was."""
+    from cutlayer.report import tuning_table
+
+    if tuned is None:
+        return
+    table = Table(title="Tuning, before the seeds were trained")
+    for number, name in enumerate(tuning_table.HEADS):
+        table.add_column(name, justify="right" if number else "left")
+    for line in tuning_table.lines(tuned, {row.entry: row.title for row in rows}):
+        table.add_row(*line)
+    wide(140).print(table)
+    say(tuning_table.sentence(tuned))
 
 
 def _figure(mean: float | None, std: float | None, row: Row, named: bool) -> str:

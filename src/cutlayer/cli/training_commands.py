@@ -13,7 +13,7 @@ from cutlayer.cli.launched import launched
 from cutlayer.cli.merging import check_positive, fresh_folder, merged_values, run_config
 from cutlayer.cli.printing import print_exactly, say
 from cutlayer.cli.progress import Monitor, resumable
-from cutlayer.cli.results import print_clients, print_comparison, print_result, tell, write_report
+from cutlayer.cli.results import print_clients, print_comparison, print_result, print_tuning, tell, write_report
 from cutlayer.collective import world
 from cutlayer.errors import ConfigError
 from cutlayer.options import CompareConfig, RunConfig
@@ -234,23 +234,30 @@ def _train(run: Run) -> None:
 def _compare(comparison: Comparison) -> None:
     """Train all entries with live progress, then print the table and write the pictures and the page."""
     from cutlayer.compare import run_name
+    from cutlayer.trials import trial_name
 
     assert comparison.out is not None
-    waiting = {run_name(*which): 1.0 for which in comparison.waiting}
-    done = sum(map(len, comparison.plan.values())) - len(waiting)
+    trials = {trial_name(*which): 1.0 for which in comparison.waiting_trials}
+    waiting = trials | {run_name(*which): 1.0 for which in comparison.waiting}
+    done = sum(map(len, comparison.plan.values())) + len(trials) - len(waiting)
+    if trials and comparison.effort is not None:
+        tell(comparison.effort.remarks)
     jobs = f" --jobs {comparison.jobs}" if comparison.jobs > 1 else ""
     with Monitor(waiting, done=done) as monitor, resumable(f"cutlayer resume {comparison.out}{jobs}"):
         told = set[str]()
         for progress in comparison.progress():
-            name, remarks = run_name(progress.entry, progress.seed), progress.standing.remarks
+            name, remarks = progress.name, progress.standing.remarks
             if not told.intersection(remarks[:1]):
                 tell(remarks)
             told.update(remarks[:1])
             if progress.ended:
                 monitor.ended(name, progress.standing.stopped)
+            elif progress.came:
+                monitor.note(name, progress.came)
             else:
                 monitor.show(name, progress.standing)
     if not world().leads:
         return
     print_comparison(comparison.table())
+    print_tuning(comparison.tuned, comparison.table())
     write_report(comparison.out)

@@ -24,9 +24,17 @@ from cutlayer.errors import ConfigError, DataError
 
 
 def finished(
-    raw: Raw, validation: float, test: float, seed: int, targets: Targets = "class", ignored: int | None = None
+    raw: Raw,
+    validation: float,
+    test: float,
+    seed: int,
+    targets: Targets = "class",
+    ignored: int | None = None,
+    test_seed: int | None = None,
 ) -> Source:
-    """Check, split and convert what a reader found. Rows of the class `ignored` are left out."""
+    """Check, split and convert what a reader found. Rows of the class `ignored` are left out. `seed` draws the rows
+    that are held out; those of the test, `test_seed` if there is one.
+    """
     _check(raw)
     raw = counting(raw, ignored) if targets == "class" else raw
     y, class_names = encoded(raw, targets)
@@ -42,10 +50,11 @@ def finished(
             raise ConfigError(f"test=0 leaves {raw.name} without a test set: hold some samples out, such as test=0.2")
         count = _count(size, part, len(rows))
         classes = y["train"] if targets == "class" else None
+        drawn = seed if part != "test" or test_seed is None else test_seed
         if "train" in owners:
-            rows, held[part] = _split_owned(rows, classes, owners["train"], count, f"{part}={size}", seed)
+            rows, held[part] = _split_owned(rows, classes, owners["train"], count, f"{part}={size}", drawn)
         else:
-            rows, held[part] = _split(rows, classes, count, seeds.derive(seed, "split", part))
+            rows, held[part] = _split(rows, classes, count, seeds.derive(drawn, "split", part))
     convert = Conversion.of(raw, rows)
 
     def samples(part: str) -> Samples:
@@ -73,6 +82,7 @@ def finished(
         test_clients=whose("test"),
         preprocessing=_preprocessing(raw, convert, class_names),
         cited=raw.cited,
+        test_drawn="test" in held,
     )
     return dataclasses.replace(source, account=account(raw, source))
 

@@ -146,6 +146,7 @@ class Source:
 
     `preprocessing` is what became of the inputs, in plain values that JSON can hold: `preprocessed` does the same to
     new rows. `account` is one line about what was read, used and left out. `cited` is what the data are cited by.
+    `test_drawn`: the test rows were drawn by a seed, since the data brought none.
     """
 
     name: str
@@ -160,6 +161,7 @@ class Source:
     preprocessing: Mapping[str, Any] = field(default_factory=dict)
     account: str = ""
     cited: tuple[str, ...] = ()
+    test_drawn: bool = False
 
     def to(self, device: torch.device) -> Source:
         """The same data set on a device."""

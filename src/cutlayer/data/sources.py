@@ -67,6 +67,7 @@ def load(
     data_in_memory: InMemory = "always",
     data_workers: int = 0,
     model_folder: str = "",
+    test_seed: int | None = None,
     **options: Any,
 ) -> Source:
     """Load a built-in data set, a file or folder, or what a function returns.
@@ -83,7 +84,7 @@ def load(
     `given` are the options that the user gave: `validation` or `test` among them is an error if the data bring that
     part. `targets`: what the targets are, as a task says: one class per row ("class"), integers of any shape
     ("classes"), or numbers. Rows of the class `ignored` are left out. `model_folder` is the folder of the model, if it
-    has one: text takes the tokenizer there.
+    has one: text takes the tokenizer there. `seed` draws what is held out; the test rows, `test_seed` if it is given.
 
     Raises DataError if the data are missing, damaged, or not fit for the task; ConfigError if an option is out
     of range or has no effect on these data.
@@ -93,7 +94,7 @@ def load(
     _refuse_given(found, given, {"validation": validation, "test": test})
     if isinstance(found, Source):
         return _of_classes(found, class_names)
-    return finished(_named(found, class_names, targets, ignored), validation, test, seed, targets, ignored)
+    return finished(_named(found, class_names, targets, ignored), validation, test, seed, targets, ignored, test_seed)
 
 
 def load_whole(
@@ -232,6 +233,7 @@ def from_memory(
     data_workers: int = 0,
     data_format: str = "auto",
     model_folder: str = "",
+    test_seed: int | None = None,
     **options: Any,
 ) -> Source:
     """Data in any of these forms:
@@ -253,7 +255,9 @@ def from_memory(
     else:
         found = _taken(data, name, "data", options, reading)
     _refuse_given(found, given, {"validation": validation, "test": test})
-    return found if isinstance(found, Source) else finished(found, validation, test, seed, targets, ignored)
+    if isinstance(found, Source):
+        return found
+    return finished(found, validation, test, seed, targets, ignored, test_seed)
 
 
 # From a name, a path or a function

@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from cutlayer import plugins
 from cutlayer.errors import RunFolderError
 from cutlayer.files import read_json
-from cutlayer.folder import ALGORITHM, CONFIG, CURVES, RESULT, stored_config
+from cutlayer.folder import ALGORITHM, CONFIG, CURVES, RESULT, TUNING, stored_config
 from cutlayer.references import bibtex
 from cutlayer.stored import ANEW, reading
+from cutlayer.tuned import read_tuned
 
 
 def cite(first: Path | str, *more: Path | str) -> str:
@@ -25,9 +27,18 @@ def cite(first: Path | str, *more: Path | str) -> str:
         runs = _runs(folder)
         for run in runs:
             used += _used(run)
+        used += _searched(folder)
         libraries += ["scipy"] if len({run.name for run in runs}) > 1 else []
         libraries += ["matplotlib"] if (folder / CURVES).exists() else []
     return bibtex(used, libraries)
+
+
+def _searched(folder: Path) -> Iterator[dict[str, str]]:
+    """The search by which a comparison was tuned."""
+    tuned = read_tuned(folder / TUNING)
+    entry = None if tuned is None else plugins.index("search").get(tuned.how)
+    if entry is not None:
+        yield {"kind": "search", "name": entry.name, "paper": str(entry.facts.get("paper") or "")}
 
 
 def _runs(folder: Path) -> list[Path]:

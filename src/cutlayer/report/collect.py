@@ -27,11 +27,13 @@ from cutlayer.folder import (
     METRIC,
     RESULT,
     STEPS,
+    TUNING,
     stored_config,
 )
 from cutlayer.stored import Amount, Count, Metric, Number, form_of, reading
 from cutlayer.summary import mean_of_known, spread
 from cutlayer.text import attacked, format_figure, spoken, with_unit
+from cutlayer.tuned import Tuned, read_tuned
 
 
 @dataclass(frozen=True)
@@ -175,6 +177,8 @@ class Report:
     comparison: bool
     unfinished: str
     """What is still missing, in a sentence; empty where everything is done."""
+    tuned: Tuned | None = None
+    """How the comparison was tuned, if it was."""
 
     @property
     def measure(self) -> Measure:
@@ -301,7 +305,7 @@ def _comparison(folder: Path, config: dict[str, Any]) -> Report:
     if done < expected:
         waiting = f"; not evaluated yet: {', '.join(absent)}" if absent else ""
         unfinished = f"{done} of its {expected} runs are done{waiting}"
-    return Report(folder, config, entries, True, unfinished)
+    return Report(folder, config, entries, True, unfinished, read_tuned(folder / TUNING))
 
 
 def _run(folder: Path) -> StoredRun | None:

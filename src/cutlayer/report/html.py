@@ -11,7 +11,7 @@ from jinja2 import Environment, StrictUndefined
 
 from cutlayer import plugins
 from cutlayer.options import CompareConfig, RunConfig
-from cutlayer.report import availability, spending, staleness
+from cutlayer.report import availability, spending, staleness, tuning_table
 from cutlayer.report.collect import Measure, Report, ReportEntry
 from cutlayer.report.curves import differs, has_classes, loss_window, shown_partition
 from cutlayer.report.differences import Differences, as_text
@@ -40,6 +40,11 @@ def render(
         comparison=report.comparison,
         rows=[_row(entry, report.measure) for entry in report.entries],
         gaps=gaps,
+        tuned=None if report.tuned is None else tuning_table.sentence(report.tuned),
+        tuned_lines=[]
+        if report.tuned is None
+        else tuning_table.lines(report.tuned, {e.name: e.title for e in report.entries}),
+        tuned_warnings=[] if report.tuned is None else report.tuned.warnings,
         gap_rows=[] if gaps is None else as_text(gaps),
         one_seed=all(len(entry.row.seeds) == 1 for entry in report.entries),
         costs=[spending.line(entry) for entry in report.entries if entry.facts],
@@ -82,7 +87,8 @@ def sentence(report: Report) -> str:
 
     def value(name: str, default: str = "?") -> str:
         """The option's value; where variants differ in it, all of its values."""
-        values = dict.fromkeys(_shown(run[name]) for run in [c, *runs] if run.get(name) is not None)
+        tuned = name in _tuned(report)
+        values = dict.fromkeys(_shown(run[name]) for run in [c] * (not tuned) + runs if run.get(name) is not None)
         return " or ".join(values) or default
 
     titles = [entry.title for entry in report.entries]
@@ -286,13 +292,20 @@ def _config(report: Report) -> list[tuple[str, str, str]]:
         return " ".join((text or "").replace("`", "").split())
 
     rows: list[tuple[str, str, str]] = []
+    tuned = _tuned(report)
     for name, value in report.config.items():
         if name == "variant" and isinstance(value, dict):
             for variant, options in value.items():
                 rows.extend((f"variant.{variant}.{key}", _shown(item), meaning(key)) for key, item in options.items())
         else:
-            rows.append((name, _shown(value), meaning(name)))
+            rows.append((name, "chosen by tuning" if name in tuned else _shown(value), meaning(name)))
     return rows
+
+
+def _tuned(report: Report) -> set[str]:
+    """The options whose values were chosen for every entry."""
+    entries = [] if report.tuned is None or report.tuned.untuned else report.tuned.entries.values()
+    return set.intersection(*(set(each.values) for each in entries)) if entries else set()
 
 
 def _shown(value: Any) -> str:

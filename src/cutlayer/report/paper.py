@@ -5,7 +5,7 @@ told apart by colour, dashes and markers, so that they can be read in black and 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import matplotlib
@@ -14,10 +14,12 @@ from matplotlib.backends.backend_pdf import FigureCanvasPdf
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from cutlayer.report import tuning_table
 from cutlayer.report.collect import Report
 from cutlayer.report.curves import panel_draws
 from cutlayer.report.differences import Differences
 from cutlayer.text import format_bytes
+from cutlayer.tuned import Tuned
 
 Format = Literal["pdf", "svg"]
 WIDTH = 3.35
@@ -96,9 +98,26 @@ def latex(report: Report, gaps: Differences | None) -> str:
         cells += [escaped(format_bytes(round(b))).replace(" ", "~") for b in (row.bytes_up, row.bytes_down)]
         lines.append(" & ".join(cells) + r" \\")
     lines += [r"\bottomrule", r"\end{tabular}"]
+    if report.tuned is not None:
+        lines += _tuning(report.tuned, {entry.name: entry.title for entry in report.entries})
     if gaps is not None:
         lines.append(f"% Differences in {gaps.unit}, paired by seed, with 95 % intervals of Student's t.")
     return "\n".join(lines) + "\n"
+
+
+def _tuning(tuned: Tuned, titles: Mapping[str, str]) -> list[str]:
+    """A second table: the values that were chosen, and what was spent to choose them."""
+    heads = ("Method", "Trials", "Epochs", "Rows", "Chosen values", "Validation")
+    lines = [
+        "",
+        f"% {tuning_table.sentence(tuned)}",
+        r"\begin{tabular}{lrrrlr}",
+        r"\toprule",
+        " & ".join(heads) + r" \\",
+        r"\midrule",
+    ]
+    lines += [" & ".join(map(escaped, line)) + r" \\" for line in tuning_table.lines(tuned, titles)]
+    return [*lines, r"\bottomrule", r"\end{tabular}"]
 
 
 def _gap(found: Any) -> str:

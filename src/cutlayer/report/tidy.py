@@ -11,6 +11,7 @@ from typing import Any
 from cutlayer.files import read_records
 from cutlayer.folder import CLIENTS, EVALUATIONS, STEPS
 from cutlayer.observations import Observations, flat
+from cutlayer.report import tuning_table
 from cutlayer.report.collect import Report, ReportEntry, StoredRun
 
 Row = dict[str, Any]
@@ -18,7 +19,7 @@ Row = dict[str, Any]
 
 def tables(report: Report) -> dict[str, bytes]:
     """File name -> content: the result table, and all steps, evaluations and scores of clients, of every entry and
-    seed. Lists (classes, confusion matrices) stay in the run's JSON lines.
+    seed; of a comparison that was tuned, its trials. Lists (classes, confusion matrices) stay in the run's JSON lines.
     """
     return {f"{name}.csv": as_csv(rows) for name, rows in observed(report).items()}
 
@@ -26,20 +27,23 @@ def tables(report: Report) -> dict[str, bytes]:
 def gathered(reports: Mapping[str, Report]) -> dict[str, Observations[Row]]:
     """The tables of several studies, by their names; the name of the study is the first column."""
     found = [(study, observed(report)) for study, report in reports.items()]
-    names = list(found[0][1]) if found else []
-    rows = {name: [{"study": s, **row} for s, tables in found for row in tables[name]] for name in names}
+    names = dict.fromkeys(name for _, tables in found for name in tables)
+    rows = {name: [{"study": s, **row} for s, tables in found for row in tables.get(name, ())] for name in names}
     return {name: Observations(those, dict) for name, those in rows.items()}
 
 
 def observed(report: Report) -> dict[str, Observations[Row]]:
-    """The tables by their names: table, steps, evaluations and clients."""
+    """The tables by their names: table, steps, evaluations and clients; of a comparison that was tuned, also trials."""
     runs = [(entry, run, folder_of(report, entry, run)) for entry in report.entries for run in entry.runs]
-    return {
+    found = {
         "table": Observations(map(_result, report.entries), dict),
         "steps": Observations(_records(runs, STEPS), dict),
         "evaluations": Observations(_records(runs, EVALUATIONS), dict),
         "clients": Observations(_clients(runs), dict),
     }
+    if report.tuned is not None:
+        found["trials"] = Observations(tuning_table.rows(report.tuned), dict)
+    return found
 
 
 def folder_of(report: Report, entry: ReportEntry, run: StoredRun) -> Path:

@@ -1,0 +1,114 @@
+"""How a comparison was tuned: what `tuning.json` holds. Imports nothing heavy, since reports read it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cutlayer.files import read_json
+from cutlayer.stored import Amount, Count, Stored, checked, reading, remade
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial: the values that were tried, what they came to, and what was spent on them."""
+
+    number: int
+    values: dict[str, Any]
+    score: float | None
+    rounds: int
+    epochs: float
+    samples: int
+    diverged: bool = False
+
+
+@dataclass(frozen=True)
+class TunedEntry:
+    """How an entry was tuned: all its trials, the `values` chosen, those of them at an `edge` of what was possible, and
+    what was spent: epochs and rows of all trials together.
+    """
+
+    trials: tuple[Trial, ...]
+    chosen: int
+    values: dict[str, Any]
+    edges: tuple[str, ...]
+    epochs: float
+    samples: int
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """How a comparison was tuned, as written to tuning.json. `test_seed` has drawn the test rows of all seeds; None if
+    the data brought them.
+    """
+
+    how: str
+    trials: int
+    seed: int
+    by: str
+    metric: str
+    share: bool
+    maximise: bool
+    entries: dict[str, TunedEntry]
+    untuned: tuple[str, ...] = ()
+    test_seed: int | None = None
+
+    @property
+    def warnings(self) -> list[str]:
+        """A sentence for each value that was chosen at the edge of those that were possible."""
+        return [
+            f"{entry}: the chosen {name} = {tuned.values[name]!r} is at the edge of the values that were tried, so a "
+            "better one may lie beyond: widen them"
+            for entry, tuned in self.entries.items()
+            for name in tuned.edges
+        ]
+
+
+class _StoredEntry(Stored):
+    trials: list[dict[str, Any]]
+    chosen: Count
+    values: dict[str, Any]
+    edges: list[str]
+    epochs: Amount
+    samples: Count
+
+
+class _StoredTuned(Stored):
+    how: str
+    trials: Count
+    seed: Count
+    by: str
+    metric: str
+    share: bool
+    maximise: bool
+    entries: dict[str, _StoredEntry]
+    untuned: list[str]
+    test_seed: Count | None = None
+
+
+def tuned_of(stored: object) -> Tuned:
+    """What tuning.json says. Raises MalformedError."""
+    form = checked(stored, _StoredTuned)
+    entries = {
+        entry: TunedEntry(
+            tuple(remade(Trial, trial, "trials") for trial in found.trials),
+            found.chosen,
+            found.values,
+            tuple(found.edges),
+            found.epochs,
+            found.samples,
+        )
+        for entry, found in form.entries.items()
+    }
+    plain = {name: getattr(form, name) for name in form.__struct_fields__}
+    return Tuned(**{**plain, "entries": entries, "untuned": tuple(form.untuned)})
+
+
+def read_tuned(path: Path) -> Tuned | None:
+    """What that file says; None if there is none. Raises RunFolderError."""
+    stored = read_json(path)
+    if stored is None:
+        return None
+    with reading(path):
+        return tuned_of(stored)
