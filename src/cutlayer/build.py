@@ -73,6 +73,7 @@ from cutlayer.models import make as make_own
 from cutlayer.models.depths import Depths, cut_each, one_depth
 from cutlayer.models.halved import single
 from cutlayer.models.parts import Part, crossing_bytes
+from cutlayer.models.recomputed import recompute
 from cutlayer.models.weights import load_weights, read_weights
 from cutlayer.optim import MakeOptimizer, ParamGroup, check_groups, make_optimizer
 from cutlayer.options import RunConfig, default_cut
@@ -517,6 +518,7 @@ def prepare(
     check_starved(config, sizes)
     check_single_rows(config, algorithm, split, sizes, rounds, few.rows)
     check_rate(config, algorithm)
+    recompute(depths, whole, config.gradient_checkpointing)
     for part in depths.modules:
         part.to(device)
         if isinstance(part, Part) and config.precision == "bfloat16":

@@ -478,6 +478,9 @@ class CommonConfig(TracedConfig):
     accumulate: int = _field(1, TRAINING, shared=True, ge=1)
     """Batches per optimiser step of a client; the step uses the mean of their gradients. The last step of a round may
     use fewer."""
+    gradient_checkpointing: Literal["none", "client", "server", "both"] = _field("none", TRAINING)
+    """Sides whose blocks (of a transformer, say) keep only their inputs and are computed again in the backward pass:
+    less memory, more time, the same results."""
     server_accumulate: int | None = _field(None, TRAINING, "split", ge=1)
     """Batches per optimiser step of the server. Default: accumulate."""
     param_groups: ParamGroups = _field((), TRAINING, shared=True)

@@ -131,7 +131,7 @@ def _count(module: nn.Module, received: Rows, rows: int, *, first: bool) -> tupl
     with sdpa_kernel(SDPBackend.MATH), FlopCount(display=False) as forward:
         outputs = as_tuple(module(given))
     total = [o.sum() for o in outputs if o.is_floating_point() and o.requires_grad]
-    with FlopCount(display=False) as backward:
+    with sdpa_kernel(SDPBackend.MATH), FlopCount(display=False) as backward:  # in which blocks may run again
         if total:
             torch.autograd.backward(total)
     flops = Flops(forward.get_total_flops() / rows, backward.get_total_flops() / rows)

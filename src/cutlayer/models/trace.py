@@ -67,7 +67,7 @@ class Traced:
         """The parts, which keep the model. Raises CannotCutError."""
         programs = self._programs(names)
         graphs = [[program.graph_of(k) for program in programs] for k in range(len(names) + 1)]
-        parts: list[Part] = [_TracedPart(_Code(training), _Code(evaluating)) for training, evaluating in graphs]
+        parts: list[Part] = [TracedPart(GraphCode(training), GraphCode(evaluating)) for training, evaluating in graphs]
         _share_out(self.model, parts, graphs)
         for k, part in enumerate(parts[:-1]):
             part.crossing_names = programs[0].names_of(k)
@@ -131,13 +131,13 @@ def is_within_layer(model: nn.Module, name: str) -> bool:
     return any(tracer.is_leaf_module(m, n) for n, m in above.items() if not isinstance(m, lists))
 
 
-class _TracedPart(Part):
+class TracedPart(Part):
     """Runs its share of the traced operations."""
 
-    def __init__(self, training: _Code, evaluating: _Code) -> None:
+    def __init__(self, training: GraphCode, evaluating: GraphCode) -> None:
         super().__init__()
         self._codes = {True: training, False: training if training.source == evaluating.source else evaluating}
-        self._draws: tuple[_Code, bool] | None = None
+        self._draws: tuple[GraphCode, bool] | None = None
 
     @property
     def draws(self) -> bool:  # type: ignore[override]
@@ -146,6 +146,15 @@ class _TracedPart(Part):
         if self._draws is None or self._draws[0] is not code:
             self._draws = (code, any(_may_draw(self, node) for node in code.graph.nodes))
         return self._draws[1]
+
+    @property
+    def training_code(self) -> GraphCode:
+        """What it runs in training."""
+        return self._codes[True]
+
+    @training_code.setter
+    def training_code(self, code: GraphCode) -> None:
+        self._codes = {True: code, False: self._codes[False]}
 
     def run_rows(self, rows: Rows) -> Rows:
         return cast(Rows, self._codes[self.training](self, rows))
@@ -156,8 +165,8 @@ def pool_first(part: Part, by_two: Callable[[Tensor], Tensor] | None = None) -> 
     computes poolings by two.
     """
     changed = deep_copy(part)
-    if isinstance(changed, _TracedPart):
-        codes = {code: _Code(_pool_first(part, code.graph, by_two)) for code in set(changed._codes.values())}
+    if isinstance(changed, TracedPart):
+        codes = {code: GraphCode(_pool_first(part, code.graph, by_two)) for code in set(changed._codes.values())}
         changed._codes = {mode: codes[code] for mode, code in changed._codes.items()}
     return changed
 
@@ -226,7 +235,7 @@ def chain_of(part: nn.Module) -> list[tuple[type[nn.Module], str]] | None:
     """A part's layers from first to last, each with its name, if in training it is nothing but a chain of torch's own,
     without hooks, from one tensor to one tensor; else None. An activation written as a function has no name.
     """
-    if not isinstance(part, _TracedPart) or part.copies_rows or part.structure is not None:
+    if not isinstance(part, TracedPart) or part.copies_rows or part.structure is not None:
         return None
     found: list[tuple[type[nn.Module], str]] = []
     previous: fx.Node | None = None
@@ -290,7 +299,7 @@ def _names_a_draw(name: str) -> bool:
     return any(word in name.lower() for word in _DRAWING) or (name.lower().endswith("_") and "norm" in name.lower())
 
 
-class _Code:
+class GraphCode:
     """A graph compiled to a Python function. Immutable, so that copies of a part share it."""
 
     def __init__(self, graph: fx.Graph) -> None:
@@ -305,11 +314,11 @@ class _Code:
     def __call__(self, part: nn.Module, rows: Rows) -> Any:
         return self._function(part, rows)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Code:
+    def __deepcopy__(self, memo: dict[int, Any]) -> GraphCode:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Code, (self.graph,)
+        return GraphCode, (self.graph,)
 
 
 class Root(nn.Module):
