@@ -120,6 +120,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "client_clip_grad_norm": POSITIVE,
     "server_clip_grad_norm": POSITIVE,
     "accumulate": WHOLE,
+    "gradient_checkpointing": st.sampled_from(["none", "client", "server", "both"]),
     "server_accumulate": WHOLE,
     "param_groups": GROUPS,
     "lr_schedule": SCHEDULES,

@@ -23,8 +23,8 @@ clients partition samples_per_client participation sampling task metrics primary
 cut_by client_memory client_seconds tail_cut untie
 weights weights_strict start freeze epochs rounds batch client_optimizer client_optimizer_options client_lr
 client_clip_grad_norm server_optimizer server_optimizer_options server_lr server_clip_grad_norm accumulate
-server_accumulate param_groups lr_schedule server_lr_schedule lr_warmup averaging logit_adjust tau
-up_codec cache_features down_codec
+gradient_checkpointing server_accumulate param_groups lr_schedule server_lr_schedule lr_warmup averaging logit_adjust
+tau up_codec cache_features down_codec
  screening defences attack engine tune deterministic device precision memory_limit client_states eval_every
  eval_clients judge evaluate_on own_test log_to stop_after checkpoint_every keep_best snapshot_every"""
 

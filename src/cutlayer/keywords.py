@@ -62,6 +62,7 @@ class CommonKeywords(TypedDict, total=False):
     server_lr: float | None
     server_clip_grad_norm: float | None
     accumulate: int
+    gradient_checkpointing: Literal["none", "client", "server", "both"]
     server_accumulate: int | None
     param_groups: tuple[dict[str, Any], ...]
     lr_schedule: Any

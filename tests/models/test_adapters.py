@@ -94,6 +94,43 @@ def test_psl_with_one_client_takes_the_steps_of_peft_on_the_uncut_model(base: st
         assert torch.allclose(tensor, ours[name.removeprefix("base_model.model.")], atol=1e-6), name
 
 
+@pytest.mark.parametrize("engine", ["local", "stacked"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_blocks_that_are_computed_again_change_nothing(base: str, engine: str, masked: bool) -> None:
+    """Adapters with dropout, a base in bfloat16, gradients accumulated over two batches: bit for bit. A mask has the
+    model cut in another way.
+    """
+    data: dict[str, Any] = rows(8)
+    if masked:
+        mask = torch.ones_like(data["x"])
+        mask[:, 0] = 0
+        data |= {k: {"input_ids": data[k], "attention_mask": mask[: len(data[k])]} for k in ("x", "x_test")}
+    precision = "float32" if masked else "bfloat16"
+    more = {"validation": 0, "lora_dropout": 0.2, "base_precision": precision, "accumulate": 2, "engine": engine}
+    plain, again = (
+        Run(data=data, **options(base, "sfl", gradient_checkpointing=sides, **more)) for sides in ("none", "both")
+    )
+    assert [step.loss for step in plain] == [step.loss for step in again]
+    assert plain.training.parts.method == ("tape" if masked else "hooks")
+    for k in range(2):
+        assert_close(plain.training.clients.model_state(k), again.training.clients.model_state(k), atol=0)
+    assert_close(plain.training.server.state()["model"], again.training.server.state()["model"], atol=0)
+
+
+@pytest.mark.parametrize("accumulate", [2, 3])
+def test_gradients_of_adapters_accumulate_on_every_engine(base: str, accumulate: int) -> None:
+    data, more = rows(12), {"validation": 0, "accumulate": accumulate, "client_optimizer": "adam"}
+    local, stacked = (Run(data=data, **options(base, "sfl", engine=e, **more)) for e in ("local", "stacked"))
+    losses = [step.loss for step in local]
+    assert [step.loss for step in stacked] == pytest.approx(losses, abs=1e-5)
+    for k in range(2):
+        assert_close(stacked.training.clients.model_state(k), local.training.clients.model_state(k))
+    remote = in_memory(RunConfig.of(options(base, "sfl", **more)), data=data)
+    assert [step.loss for step in remote.run] == losses
+    once = Run(data=data, **options(base, "sfl", validation=0, client_optimizer="adam"))
+    assert [step.loss for step in once] != losses
+
+
 @pytest.mark.parametrize("algorithm", [a if a == "sfl" else pytest.param(a, marks=pytest.mark.long) for a in EVERY])
 def test_engines_and_clients_of_a_deployment_agree(base: str, algorithm: str) -> None:
     """Stacked within rounding, where clients are stacked; over frames in memory bit for bit. The base stays."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -23,6 +24,8 @@ from cutlayer.models.depths import Depths
 from cutlayer.models.trace import ROOT, GraphCode, TracedPart
 from cutlayer.types import Rows
 
+State = dict[str, Any]
+"""Parameters or buffers of a module, by name, as the module holds them."""
 Sides = Literal["none", "client", "server", "both"]
 _checkpoint: Callable[..., Any] = inspect.unwrap(torchs.checkpoint)  # the decorated one loads torch's compiler
 
@@ -74,6 +77,33 @@ def _parts(depths: Depths, sides: Sides) -> list[nn.Module]:
     return [part for part in found if part is not None]
 
 
+def _again(run: Callable[..., Any], places: Sequence[State], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What `run` gives, computed again in the backward pass: with the tensors that are in these `places` now. (In
+    between, copies of a model that is stacked take turns in them.)
+    """
+    held = [(place, dict(place)) for place in places if place]
+    both = partial(_twice, held)
+    return _checkpoint(run, *args, use_reentrant=False, context_fn=both, **kwargs)
+
+
+def _twice(held: Sequence[tuple[State, State]]) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """What surrounds the forward pass and its repetition."""
+    return nullcontext(), _restored(held)
+
+
+@contextmanager
+def _restored(held: Sequence[tuple[State, State]]) -> Iterator[None]:
+    """In here places have the tensors that they had."""
+    now = [(place, dict(place)) for place, _ in held]
+    try:
+        for place, tensors in held:
+            place.update(tensors)
+        yield
+    finally:
+        for place, tensors in now:
+            place.update(tensors)
+
+
 # A part that runs the model's modules
 
 
@@ -84,7 +114,9 @@ class Recomputed:
 def _in_modules(part: nn.Module, model: nn.Module, blocks: Sequence[str]) -> int:
     """Wrap those of the model's blocks that are whole in this part; how many these are."""
     modules = dict(part.named_modules())
-    whole = [modules[name] for name in blocks if name in modules and _is_whole(modules[name], model.get_submodule(name))]
+    whole = [
+        modules[name] for name in blocks if name in modules and _is_whole(modules[name], model.get_submodule(name))
+    ]
     for block in whole:
         block.__class__ = _wrapped(type(block))
     return len(whole)
@@ -103,7 +135,8 @@ def _wrapped(kind: type[nn.Module]) -> type[nn.Module]:
         run = partial(kind.forward, self)
         if not (self.training and is_grad_enabled()):
             return run(*args, **kwargs)
-        return _checkpoint(run, *args, use_reentrant=False, **kwargs)
+        places = [place for module in self.modules() for place in (module._parameters, module._buffers)]
+        return _again(run, places, args, kwargs)
 
     if kind not in _made:
         _made[kind] = type(kind.__name__, (Recomputed, kind), {"forward": forward})
@@ -126,7 +159,7 @@ def _in_graph(part: TracedPart, blocks: Sequence[str]) -> int:
 @dataclass(frozen=True)
 class _Stage:
     """A piece of a graph: what it takes and gives, as numbers of nodes of the whole; `again`: in the backward pass, too.
-    `over` is not needed after it.
+    `over` is not needed after it. It `reads` parameters and buffers of these names.
     """
 
     code: GraphCode
@@ -134,6 +167,7 @@ class _Stage:
     gives: tuple[int, ...]
     over: tuple[int, ...]
     again: bool
+    reads: tuple[str, ...]
 
     def run(self, part: nn.Module, values: list[Any]) -> tuple[Any, ...]:
         """What it gives for what it takes."""
@@ -141,9 +175,11 @@ class _Stage:
         def computed(*taken: Any) -> Any:
             return self.code(part, taken)
 
-        if self.again and is_grad_enabled():
-            return tuple(_checkpoint(computed, *values, use_reentrant=False))
-        return tuple(computed(*values))
+        if not (self.again and is_grad_enabled()):
+            return tuple(computed(*values))
+        owners = {id(owner): owner for name in self.reads if (owner := part.get_submodule(name.rpartition(".")[0]))}
+        places = [place for owner in owners.values() for place in (owner._parameters, owner._buffers)]
+        return tuple(_again(computed, places, values, {}))
 
 
 class Staged(GraphCode):
@@ -185,8 +221,9 @@ def _stages(graph: fx.Graph, blocks: Sequence[str]) -> list[_Stage]:
         )
         gives = [number[node] for node in inside if node.op != "output" and last_use[number[node]] >= end]
         over = [i for i in taken if last_use[i] < end]
-        code = GraphCode(_piece(inside, [nodes[i] for i in taken], [nodes[i] for i in gives]))
-        found.append(_Stage(code, tuple(taken), tuple(gives), tuple(over), again))
+        piece = _piece(inside, [nodes[i] for i in taken], [nodes[i] for i in gives])
+        reads = tuple(str(node.target) for node in piece.nodes if node.op == "get_attr")
+        found.append(_Stage(GraphCode(piece), tuple(taken), tuple(gives), tuple(over), again, reads))
     return found
 
 
