@@ -158,7 +158,7 @@ def _in_graph(part: TracedPart, blocks: Sequence[str]) -> int:
 
 @dataclass(frozen=True)
 class _Stage:
-    """A piece of a graph: what it takes and gives, as numbers of nodes of the whole; `again`: in the backward pass, too.
+    """A piece of a graph: what it takes and gives, as numbers of nodes of the whole; `again`: in the backward pass too.
     `over` is not needed after it. It `reads` parameters and buffers of these names.
     """
 

@@ -157,6 +157,7 @@ class TracedPart(Part):
         self._codes = {True: code, False: self._codes[False]}
 
     def run_rows(self, rows: Rows) -> Rows:
+        """The graph of the present mode: what was received, [R, s...] each, to what it gives, [R, s...] each."""
         return cast(Rows, self._codes[self.training](self, rows))
 
 
@@ -312,6 +313,7 @@ class GraphCode:
         self._function = namespace["forward"]
 
     def __call__(self, part: nn.Module, rows: Rows) -> Any:
+        """What the graph gives, with the tensors of `part`."""
         return self._function(part, rows)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphCode:
