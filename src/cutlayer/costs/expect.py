@@ -213,7 +213,7 @@ class _Moved:
         if w is self.work:
             first = min(w.batch, w.samples_per_client)  # rows
             broadcast, paper = down - self.sharing.saved * common, paper - self.sharing.clients * common
-            paper = paper + self.sharing.ever * ((first * gradient + besides) // first)
+            paper = paper + self.sharing.ever * (gradient + besides // max(first, 1))
         features += c * w.batches * w.features_besides * t.tails
         down, broadcast, paper = down + features, broadcast + features, paper + features
         moved = t.averaged + t.summed * w.batches  # from and to each client in an epoch
