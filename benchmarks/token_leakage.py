@@ -1,0 +1,80 @@
+"""Tokens that a server recovers while language models are tuned: by depth of the cut, codec and noise.
+
+    python benchmarks/language_models.py FOLDER     # texts, tokenizer and base, if they are not there yet
+    python benchmarks/token_leakage.py FOLDER [--seeds 1]
+
+Each setting is a run of `sfl` with adapters on the clients of `language_models.py` for one epoch. Then rows of one
+client are attacked, by an attacker that knows the client part, or the one that the run began with. Results go to
+FOLDER/tokens.jsonl, line by line; a setting that is there already is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from language_models import LANGUAGES, LENGTH
+
+from cutlayer import Run
+from cutlayer.leakage.assess import Asked, examine
+from cutlayer.leakage.subject import moments, subjects
+
+ROWS, RATE = 64, 8e-3
+SETTINGS: dict[str, dict[str, Any]] = {
+    "embedding": {"cut": "model.embed_tokens"},
+    "block 1": {"cut": "1"},
+    "block 2": {"cut": "2"},
+    "block 3": {"cut": "3"},
+    "block 2, int8": {"cut": "2", "up_codec": "int8"},
+    "block 2, top 5 %": {"cut": "2", "up_codec": "top-k:0.05"},
+    "block 2, noise 0.003": {"cut": "2", "clip": 350.0, "gaussian_noise": 0.003},
+    "block 2, noise 0.01": {"cut": "2", "clip": 350.0, "gaussian_noise": 0.01},
+    "block 2, noise 0.03": {"cut": "2", "clip": 350.0, "gaussian_noise": 0.03},
+}
+
+
+def measured(root: Path, setting: str, seed: int) -> dict[str, Any]:
+    """One run, and what is recovered of it."""
+    given: dict[str, Any] = {
+        "model": f"hf:{root}/base", "data": str(root / "clients"), "partition": "column", "clients": len(LANGUAGES),
+        "task": "tokens", "sequence_length": LENGTH, "lora_rank": 8, "lora_targets": ("all-linear",),
+        "algorithm": "sfl", "client_optimizer": "adamw", "client_lr": RATE, "lr_schedule": "cosine", "batch": 4,
+        "epochs": 1, "seed": seed,
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        done = Run(out=f"{folder}/run", **given | SETTINGS[setting]).run()
+        (moment,) = moments(Path(folder) / "run")
+        (subject,) = subjects(moment, 1, ROWS, None, seed)
+        attacks = ("nearest", "inversion", "search")
+        found = examine(subject, Asked(("model",), attacks=attacks, seed=seed)).finding.recovered
+        found += examine(subject, Asked(("smashed",), attacks=attacks[:1], seed=seed)).finding.recovered
+        length = float(subject.z.flatten(1).norm(dim=1).mean())
+    recovered = {f"{r.attack}, {r.knowledge}": r.accuracy for r in found}
+    about = {"setting": setting, "seed": seed, "test": done.test["perplexity"], "norm": length}
+    return {**about, "unigram": found[0].unigram, **recovered}
+
+
+def main() -> None:
+    """Run what is missing; print each line."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--seeds", type=int, default=1)
+    args = parser.parse_args()
+    results = args.folder / "tokens.jsonl"
+    lines = results.read_text().splitlines() if results.is_file() else []
+    done = {(row["setting"], row["seed"]) for row in map(json.loads, lines)}
+    for seed in range(args.seeds):
+        for setting in args.settings:
+            if (setting, seed) not in done:
+                row = measured(args.folder, setting, seed)
+                print(row, flush=True)
+                with results.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()
