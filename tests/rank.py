@@ -32,7 +32,9 @@ DEFAULTS: dict[str, Any] = {
     "checkpoint_every": 1,
 }
 Case = Mapping[str, Any]
-"""Options of a run, and `own`: one of the models here; `stop`: the round in which it is left; `resume`: it goes on."""
+"""Options of a run, with a `model` and `data` by name or `own`: one of the models here; `stop`: the round in which it
+is left; `resume`: it goes on.
+"""
 
 
 def _normed() -> nn.Module:
@@ -73,7 +75,8 @@ def trained(case: Case) -> Outcome:
     options = {**DEFAULTS, **case}
     own, stop, resume = options.pop("own", "mlp cut 2"), options.pop("stop", None), options.pop("resume", False)
     model, shape, cut = OWN[own]
-    given: dict[str, Any] = {"model": make(model), "data": source(SIZES[: options["clients"]], shape)}
+    named = "model" in options  # with data of its own
+    given: dict[str, Any] = {} if named else {"model": make(model), "data": source(SIZES[: options["clients"]], shape)}
     try:
         run = Run.resume(options["out"], **given) if resume else Run(**{"cut": cut, **options}, **given)
         records, sent = [], []

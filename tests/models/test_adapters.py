@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from rank import difference, together, trained
 from torch import Tensor, nn
 
 from cutlayer import Run
@@ -18,7 +20,8 @@ peft = pytest.importorskip("peft", reason="needs cutlayer[lm]")
 
 VOCABULARY, LENGTH, BLOCKS = 32, 6, 2
 BENT = ("upsl", "usfl")
-EVERY = ("psl", "sfl", "sglr", "ssl", "fl", *BENT)
+CUT = ("psl", "sfl", "sglr", "ssl", *BENT)
+EVERY = (*CUT, "fl")
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +158,39 @@ def test_engines_and_clients_of_a_deployment_agree(base: str, algorithm: str) ->
     kept = {n.replace(".base_layer", ""): t for n, t in held.items() if "lora" not in n}
     assert_close(kept, {n: whole[n] for n in kept}, atol=0)
     assert remote.run.training.ledger.table() == local.training.ledger.table()
+
+
+@pytest.mark.parametrize("algorithm", [a if a == "psl" else pytest.param(a, marks=pytest.mark.long) for a in CUT])
+def test_codecs_do_the_same_in_a_deployment(base: str, algorithm: str) -> None:
+    """Activations in int8 and the largest fifth of the gradients: over frames in memory bit for bit, with the same
+    bytes; and they do something.
+    """
+    data, more = rows(10), {"validation": 0, "up_codec": "int8", "down_codec": "top-k:0.2"}
+    local = Run(data=data, **options(base, algorithm, **more))
+    steps = list(local)
+    losses = [step.loss for step in steps]
+    remote = in_memory(RunConfig.of(options(base, algorithm, **more)), data=data)
+    assert [step.loss for step in remote.run] == losses
+    for k in range(2):
+        assert_close(remote.model(k), local.training.clients.model_state(k), atol=0)
+    assert_close(remote.run.training.server.state()["model"], local.training.server.state()["model"], atol=0)
+    assert remote.run.training.ledger.table() == local.training.ledger.table()
+    plain = list(Run(data=data, **options(base, algorithm, validation=0)))
+    assert [step.loss for step in plain] != losses
+    assert steps[-1].bytes_up < plain[-1].bytes_up
+    assert steps[-1].bytes_down < plain[-1].bytes_down
+
+
+@pytest.mark.long
+def test_two_ranks_are_one(base: str, tmp_path: Path) -> None:
+    """Adapters on two processes come to what they come to on one: clients are divided, the base is on both."""
+    made = rows(40)
+    np.savez(tmp_path / "tokens.npz", **made)  # type: ignore[arg-type]
+    more = {"data": str(tmp_path / "tokens.npz"), "partition": "iid", "precision": "float32", "validation": 0}
+    cases = [options(base, algorithm, clients=5, **more) for algorithm in ("psl", "sfl", "sglr", "fl", "usfl")]
+    for alone, both in zip(map(trained, cases), together(2, cases, tmp_path), strict=True):
+        assert sum(both.sent) > 0
+        assert difference(alone, both) < 1e-5
 
 
 def assert_close(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], atol: float = 1e-6) -> None:
