@@ -665,6 +665,7 @@ MUTANTS = [
     M("filled up on the wrong side", "text", "at = slice(length - len(row), None) if left else", "at = slice(length - len(row), None) if not left else"),
     M("the mask is that of the padding", "text", "= row, follow, 1", "= row, follow, 0"),
     # Adapters
+    M("layers of another part are drawn anew", "recovery", 'reset := getattr(type(module), "reset_parameters", None)', 'reset := getattr(module, "reset_parameters", None) and (lambda own: own.reset_parameters())'),
     M("filling counts as text", "recovery", "return ~run", "return torch.ones_like(run)"),
     M("one ignored token at the end is filling", "recovery", "_SAME = 2", "_SAME = 1"),
     M("candidates as they would be sent", "recovery", 'self.smashed(few, "scale", bare=True).double()', 'self.smashed(few, "scale").double()'),

@@ -32,6 +32,8 @@ class Words(nn.Module):
         super().__init__()
         self.embed, self.between, self.head = nn.Embedding(12, 16), nn.Linear(16, 16), nn.Linear(16, 12)
     def forward(self, input_ids):
+        if input_ids.min() < 0:  # as in models of language, which cannot be cut by tracing
+            raise ValueError
         return self.head(torch.relu(self.between(self.embed(input_ids))))
 
 class Masked(Words):
@@ -95,7 +97,7 @@ def test_an_embedding_gives_all_tokens_away(tmp_path: Path) -> None:
 
 
 def test_strong_noise_leaves_the_commonest_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inverting, "_BUDGET", replace(inverting._BUDGET, steps=60))
+    monkeypatch.setattr(inverting, "_BUDGET", replace(inverting._BUDGET, steps=30))
     s = subject(tmp_path, clip=1.0, gaussian_noise=1000.0)
     nearest, inverted = examine(s, Asked(("model",))).finding.recovered
     assert nearest.accuracy < 0.3

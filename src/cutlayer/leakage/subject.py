@@ -312,8 +312,9 @@ def _subject(
     begun.requires_grad_(False)
     with seeds.torch_seeded(seed, "leakage", "fresh"):
         for module in fresh.modules():
-            if callable(reset := getattr(module, "reset_parameters", None)):
-                reset()
+            # asked of the class: what stands for a layer of another part answers with that layer's methods
+            if callable(reset := getattr(type(module), "reset_parameters", None)):
+                reset(module)
     defence = _Defended(defences.of(config), Codec.parse(config.up_codec).plain, config.batch)
 
     def client(x: Inputs) -> Tensor:
