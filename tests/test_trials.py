@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import call
 
 from cutlayer import Comparison, Run, RunConfig
 from cutlayer.build import load_source
@@ -265,6 +266,36 @@ def test_test_rows_by_a_seed_of_their_own() -> None:
     )
     comparison.check()
     assert comparison.plan["psl"][0].test_seed is None
+
+
+@AT_THE_EDGE
+def test_flags(tmp_path: Path) -> None:
+    flags = "--tuning.client-lr.low 1e-3 --tuning.client-lr.high 0.1 --tuning.client-lr.log true --tuning.trials 2"
+    few = "--algorithms psl --seeds 0 --model mlp --clients 2 --samples-per-client 24 --rounds 1 --engine local"
+    words = ("compare", *flags.split(), "--tuning.how", "random", *few.split(), "--out", str(tmp_path / "a"))
+    told = " ".join(call(*words).stdout.split())
+    assert "Tuning: 2 trials of each method (client_lr), random, on seed 1, by the score on the validation rows" in told
+    assert "psl, trial 2: validation accuracy" in told
+    assert "Tuning, before the seeds were trained" in told
+    assert "The data bring no test rows: those that seed 1 draws are the test of all seeds (test_seed)." in told
+    assert stored_config(tmp_path / "a")["tuning"]["client_lr"] == {"low": 0.001, "high": 0.1, "log": True}
+
+
+@pytest.mark.long
+@AT_THE_EDGE
+def test_optuna_is_resumed(tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    tuning = {"how": "optuna", "trials": 3, "rungs": 2, "client_lr": {"low": 1e-4, "high": 0.1, "log": True}}
+    options: dict[str, Any] = {**BOTH, "algorithms": ["psl"], "tuning": tuning}
+    told = Comparison(**options, out=tmp_path / "a").progress()
+    next(news for news in told if news.trial == 1)
+    told.close()  # type: ignore[attr-defined]
+    again = Comparison.resume(tmp_path / "a")
+    again.run()
+    whole = Comparison(**options)
+    whole.run()
+    assert again.tuned == whole.tuned
+    assert scores(again) == scores(whole)
 
 
 @pytest.mark.long

@@ -180,7 +180,7 @@ def _typed(options: Any) -> Any:
     """Options given as flags are texts: those that say true, 0.9 or [0.9, 0.99] become that."""
     if not isinstance(options, Mapping):
         return options
-    return {name: _value(v) if isinstance(v, str) else v for name, v in options.items()}
+    return {name: _value(v) if isinstance(v, str) else _typed(v) for name, v in options.items()}
 
 
 def _value(text: str) -> Any:
