@@ -30,8 +30,8 @@ SMALL: dict[str, Any] = {
     "clients": 2,
     "samples_per_client": 24,
     "rounds": 4,
-    "eval_every": 2,
-    "checkpoint_every": 1,
+    "eval_every": 4,
+    "checkpoint_every": 4,
     "engine": "local",
 }
 HALVED = {"how": "halving", "trials": 2, "eta": 2, "client_lr": [0.0001, 0.001, 0.01, 0.02, 0.03], "phi": [0.5, 1.0]}
