@@ -321,7 +321,7 @@ def test_some_with_other_algorithms(algorithm: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1700)
+@pytest.mark.timeout(3000)
 @pytest.mark.parametrize(("algorithm", "seed"), [("sglr", 1), ("sglr", 2), *((a, 1) for a in LIES if a != "sglr")])
 def test_many_of_each(algorithm: str, seed: int, tmp_path: Path) -> None:
     chance = random.Random(seed)

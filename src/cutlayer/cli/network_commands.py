@@ -13,7 +13,7 @@ from cutlayer.cli.flags import command
 from cutlayer.cli.merging import budget_config, fault_config, run_config
 from cutlayer.cli.printing import say
 from cutlayer.cli.progress import Monitor, resumable
-from cutlayer.cli.results import print_result, tell, tell_of_data, write_report
+from cutlayer.cli.results import print_clients, print_metrics, print_result, tell, tell_of_data, write_report
 from cutlayer.errors import ConfigError
 from cutlayer.options import BudgetConfig, FaultConfig, RunConfig
 from cutlayer.plugins import label
@@ -106,6 +106,8 @@ def serve(
         monitor.ended(name)
     assert service.run.result is not None
     print_result(service.run.result)
+    print_metrics(service.run)
+    print_clients(service.run)
     write_report(where)
 
 

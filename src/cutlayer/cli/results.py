@@ -46,7 +46,8 @@ def print_clients(run: Run) -> None:
 
     task, called = run.training.task, run.client_names
     found = {where: _defined(evaluation, task.leading) for where, evaluation in run.by_client.items()}
-    found = {where: scores for where, scores in found.items() if len(set(scores.values())) > 1}
+    own = len(found.get("own", {})) > 1  # figures that were asked for, also where they are equal
+    found = {where: scores for where, scores in found.items() if own or len(set(scores.values())) > 1}
     if not found:  # one model, or models that are known to be equal
         return
     first = next(iter(found.values()))
@@ -78,6 +79,21 @@ def print_clients(run: Run) -> None:
                 f"Over the classes: performance gap {format_figure(classes['performance_gap'], share=True)}"
                 + ("" if forgotten is None else f", backward transfer {format_figure(forgotten, share=True)}")
             )
+
+
+def print_metrics(run: Run) -> None:
+    """Print what else was measured at the end, if it is one number: what a score has to be compared with."""
+    assert run.result is not None
+    task, scores = run.training.task, run.result.test
+    known = [name for name, metric in task.all_metrics.items() if name in scores and not metric.several]
+    figures = []
+    for name in known:
+        if name != task.leading and not isinstance(scores[name], list | tuple):
+            share = task.all_metrics[name].share
+            unit = "%" * (share and scores[name] is not None)
+            figures.append(f"{spoken(name)} {format_figure(scores[name], share=share)}{unit}")
+    if figures:
+        say(f"Besides: {', '.join(figures)}")
 
 
 def _defined(evaluation: Evaluation | None, metric: str) -> dict[int, float]:
