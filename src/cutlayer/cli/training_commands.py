@@ -13,7 +13,15 @@ from cutlayer.cli.launched import launched
 from cutlayer.cli.merging import check_positive, fresh_folder, merged_values, run_config
 from cutlayer.cli.printing import print_exactly, say
 from cutlayer.cli.progress import Monitor, resumable
-from cutlayer.cli.results import print_clients, print_comparison, print_metrics, print_result, print_tuning, tell, write_report
+from cutlayer.cli.results import (
+    print_clients,
+    print_comparison,
+    print_metrics,
+    print_result,
+    print_tuning,
+    tell,
+    write_report,
+)
 from cutlayer.collective import world
 from cutlayer.errors import ConfigError
 from cutlayer.options import CompareConfig, RunConfig
