@@ -63,6 +63,7 @@ AREAS: dict[str, Sequence[str]] = {
     "disk": ("*test_shelved*",),
     "recomputed": ("*test_recomputed*",),
     "plans": ("*test_plan*",),
+    "products": ("*test_products*",),
     "ranks": ("*test_collective*", "*test_launched*", "*engine/test_distributed*"),
     "crew": ("*test_crew*", "*test_footprint*", "*test_progress*"),
     "robust": ("*test_averagings*", "*test_screened*", "*test_screenings*", "*test_attacks*"),
@@ -173,6 +174,11 @@ MUTANTS = [
     M("a common gradient has no scales", "plans", "paper = paper + self.sharing.ever * ((first * gradient + besides) // first)", "paper = paper + self.sharing.ever * gradient"),
     M("the server has one client's rows", "plans", "clients = 1 if in_turn else config.clients", "clients = 1"),
     M("scales take no time", "plans", "return size * self.sent + self.sent_besides", "return size * self.sent"),
+    # Adapters averaged by their products
+    M("products are not weighted", "products", "columns = (p[:, None, None] * b)", "columns = (torch.ones_like(p)[:, None, None] / len(p) * b)"),
+    M("what a product lacks has no rows", "products", "if rest > 0:", "if False:"),
+    M("rows are as long as their singular values say", "products", "new_first[: v.shape[1]] = scale * (v * sign).T", "new_first[: v.shape[1]] = (v * sign).T"),
+    M("rounding is a direction", "products", "_NOTHING = 1e-9", "_NOTHING = 0.0"),
     # Notebooks
     M("foreign text is markup", "markup", '"<td>{escape(cell)}</td>"', '"<td>{cell}</td>"'),
     M("an early end is not shown", "markup", '[("ended early", self.stopped)] if self.stopped else []', "[]"),

@@ -126,7 +126,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "lr_schedule": SCHEDULES,
     "server_lr_schedule": SCHEDULES,
     "lr_warmup": st.floats(0, 0.99),
-    "averaging": words("mean", "median", "norm_bound", "trimmed_mean"),
+    "averaging": words("mean", "median", "norm_bound", "products", "trimmed_mean"),
     "attack": st.lists(st.sampled_from(["scale:2@1", "labels@0,2-3"]), unique=True).map(tuple),
     "screening": words("none", "median_bound", "length_bound"),
     "row_multiple": POSITIVE,

@@ -105,7 +105,13 @@ THINGS = {
         "onecycle": "lr_first lr_last lr_peak_at",
         "step": "lr_decay lr_decay_at",
     },
-    "averaging": {"mean": "", "median": "", "norm_bound": "norm_limit norm_multiple", "trimmed_mean": "trim"},
+    "averaging": {
+        "mean": "",
+        "median": "",
+        "norm_bound": "norm_limit norm_multiple",
+        "products": "",
+        "trimmed_mean": "trim",
+    },
     "screening": {"length_bound": "row_limit", "median_bound": "row_multiple", "none": ""},
     "codec": {"bfloat16": "", "float16": "", "float8": "", "int8": "", "rand-top-k": "", "raw": "", "top-k": ""},
     "defence": {

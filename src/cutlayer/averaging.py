@@ -62,6 +62,10 @@ def combined(
     found = {name: t.median(0).values for name, t in models.items() if name not in real}
     if not real:
         return found
+    if rule.by_name:
+        for name, one in _by_name(rule, real, weights).items():
+            found[name] = torch.view_as_complex(one) if models[name].is_complex() else one
+        return {name: found[name] for name in models}
     double = any(t.dtype == torch.float64 for t in real.values())
     wide = torch.float64 if double else torch.float32
     with torch.no_grad():
@@ -75,6 +79,21 @@ def combined(
             like = part.reshape(t.shape[1:]).to(t.dtype)
             found[name] = torch.view_as_complex(like) if models[name].is_complex() else like
     return {name: found[name] for name in models}
+
+
+def _by_name(rule: Averaging, models: State, weights: Sequence[float]) -> dict[str, Tensor]:
+    """The rule's result, tensor by tensor. Raises ConfigError."""
+    what = f"`combine_named` of the averaging rule {rule.entry.name!r}"
+    shares = torch.tensor(list(weights), dtype=torch.float64)
+    with torch.no_grad(), own_code(rule, what):
+        found = rule.combine_named(models, shares / shares.sum())
+        shapes = {name: tuple(t.shape) for name, t in found.items()}
+    if wrong := [name for name, t in models.items() if shapes.get(name) != tuple(t.shape[1:])]:
+        raise ConfigError(
+            f"{what} gives a tensor of the shape {shapes.get(wrong[0])} for {wrong[0]!r}: return one of each name, of "
+            f"the shape {tuple(models[wrong[0]].shape[1:])}"
+        )
+    return {name: found[name].to(t.dtype) for name, t in models.items()}
 
 
 def _one(rule: Averaging, models: Tensor, shares: Tensor, origin: Tensor | None) -> Tensor:

@@ -28,6 +28,7 @@ from cutlayer.averagings import Averaging
 from cutlayer.checks import (
     as_the_model_takes,
     check_adjustable,
+    check_averaged,
     check_cacheable,
     check_head,
     check_output,
@@ -509,6 +510,7 @@ def prepare(
     check_output(given, few, task, source.class_names)
     try_metrics(task, given, source.test.y if len(source.test) else few.y, source.class_names)
     check_trained(config, whole)
+    check_averaged(algorithm, averaging_rule(config), whole)
     depths = _depths(config, algorithm, whole, model, few, machines)
     split = depths.deepest.parts
     check_parts(config, algorithm, split, (depths.deepest.name,))

@@ -15,6 +15,7 @@ from torch import nn
 
 from cutlayer import defences, plugins, seeds
 from cutlayer.algorithms import Algorithm, traits_of
+from cutlayer.averagings import Averaging
 from cutlayer.cohort import draw_participants
 from cutlayer.copies import deep_copy
 from cutlayer.data.samples import Samples, Source, called
@@ -27,7 +28,7 @@ from cutlayer.models.parts import one_line
 from cutlayer.options import RunConfig
 from cutlayer.tasks import Task
 from cutlayer.types import Rows, as_tuple
-from cutlayer.verbs import LEARN
+from cutlayer.verbs import AVERAGE, LEARN
 
 _SEEN = 256  # rows that are looked at where not all lie in memory
 _LARGEST_RATE = 30  # as a power of ten: what is more overflows float32 at the first step
@@ -229,6 +230,16 @@ def check_trained(config: RunConfig, model: nn.Module) -> None:
     if any(True for _ in model.parameters()) and not trains(model):
         what = f"freeze = {config.freeze!r}" if config.freeze else "the model, all of whose parameters are frozen,"
         raise ConfigError(f"{what} leaves nothing to train: freeze less")
+
+
+def check_averaged(algorithm: Algorithm, rule: Averaging, model: nn.Module) -> None:
+    """The averaging rule must have an effect on what is trained. Raises ConfigError."""
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    if (AVERAGE in algorithm.traits.needs) and (why := rule.obstacle(names)):
+        raise ConfigError(
+            f"averaging = {rule.entry.name!r} has no effect, since {why}: give lora_rank, or choose another rule, such "
+            "as mean"
+        )
 
 
 def check_cacheable(config: RunConfig, algorithm: Algorithm, split: Parts, rows: Rows, *, anew: bool) -> None:

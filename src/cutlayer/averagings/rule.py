@@ -8,7 +8,7 @@ Shape legend: K models that came, d numbers of a model (parameters and real buff
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from cutlayer import plugins
@@ -22,6 +22,8 @@ class Averaging(plugins.Thing):
 
     relative: ClassVar[bool] = False
     """Whether `combine` looks at `origin`."""
+    by_name: ClassVar[bool] = False
+    """Whether tensors are combined by their names (`combine_named`) instead of all numbers alike (`combine`)."""
 
     def combine(self, models: Tensor, shares: Tensor, origin: Tensor | None) -> Tensor:
         """One model [d] from those of K clients [K, d], whose weights `shares` [K] add up to 1.
@@ -31,10 +33,20 @@ class Averaging(plugins.Thing):
         """
         return shares.to(models.dtype) @ models
 
+    def combine_named(self, models: Mapping[str, Tensor], shares: Tensor) -> dict[str, Tensor]:
+        """The same for a rule that is `by_name`: tensors [K, ...] by their names in the model, to one tensor [...] by
+        each name.
+        """
+        raise TypeError(f"the averaging rule {self.entry.name!r} does not look at names")
+
+    def obstacle(self, names: Sequence[str]) -> str:
+        """Why the rule has no effect on a model that trains parameters of these names, as a clause; empty if it has."""
+        return ""
+
     @property
     def plain(self) -> bool:
         """Whether it is the weighted mean, which engines compute in ways of their own."""
-        return type(self).combine is Averaging.combine
+        return type(self).combine is Averaging.combine and not self.by_name
 
 
 R = TypeVar("R", bound=type[Averaging])

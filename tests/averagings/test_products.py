@@ -1,0 +1,158 @@
+"""Adapters averaged by their products: against the dense mean, and the same on every engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cutlayer import ConfigError, Run, RunConfig
+from cutlayer.averaging import average
+from cutlayer.averagings.products import MeanOfProducts, factors, pairs
+from cutlayer.testing.deployed import in_memory
+
+INPUTS, OUTPUTS, CLIENTS = 7, 5, 3
+SHARES = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
+RULE: Any = MeanOfProducts.of({})
+
+
+def drawn(rank: int, clients: int = CLIENTS, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randn(clients, rank, INPUTS, generator=generator, dtype=torch.float64)
+    return a, torch.randn(clients, OUTPUTS, rank, generator=generator, dtype=torch.float64)
+
+
+def mean_product(a: Tensor, b: Tensor) -> Tensor:
+    return torch.einsum("k,kor,kri->oi", SHARES[: len(a)] / SHARES[: len(a)].sum(), b, a)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4, 5, 6, 9])
+def test_the_product_is_the_nearest_of_its_rank_to_the_mean(rank: int) -> None:
+    """Against a dense decomposition; the mean itself at full rank (5), and of clients whose mean has the rank."""
+    a, b = drawn(rank)
+    mean = mean_product(a, b)
+    new_a, new_b = factors(a, b, SHARES)
+    assert new_a.shape == a.shape[1:]
+    assert new_b.shape == b.shape[1:]
+    u, s, vh = torch.linalg.svd(mean, full_matrices=False)
+    nearest = u[:, :rank] * s[:rank] @ vh[:rank]
+    assert torch.allclose(new_b @ new_a, nearest, atol=1e-12)
+    if rank >= OUTPUTS:
+        assert torch.allclose(new_b @ new_a, mean, atol=1e-12)
+    for fewer in range(1, rank):  # the first rows are the best of fewer
+        best = u[:, :fewer] * s[:fewer] @ vh[:fewer]
+        assert torch.allclose(new_b[:, :fewer] @ new_a[:fewer], best, atol=1e-12)
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_clients_that_agree_keep_their_product(rank: int) -> None:
+    a, b = drawn(rank, 1)
+    new_a, new_b = factors(a.expand(CLIENTS, -1, -1), b.expand(CLIENTS, -1, -1), SHARES)
+    assert torch.allclose(new_b @ new_a, b[0] @ a[0], atol=1e-12)
+    assert new_a.square().sum() == pytest.approx(a.square().sum())  # as long as before
+    again = factors(new_a[None], new_b[None], torch.ones(1))
+    assert torch.allclose(again[0], new_a, atol=1e-12)
+    assert torch.allclose(again[1], new_b, atol=1e-12)
+
+
+@pytest.mark.parametrize("empty", [3, 1])
+def test_directions_that_a_product_lacks_can_still_be_trained(empty: int) -> None:
+    """B is 0 in the beginning, or in some of its columns: then A still has rows, of what the clients' spanned."""
+    a, b = drawn(3, 1)
+    b[:, :, 3 - empty :] = 0
+    new_a, new_b = factors(a.expand(2, -1, -1), b.expand(2, -1, -1), torch.ones(2) / 2)
+    assert torch.allclose(new_b @ new_a, b[0] @ a[0], atol=1e-12)
+    assert not new_b[:, 3 - empty :].any()
+    norms = new_a.norm(dim=1)
+    assert torch.allclose(norms, norms[:1].expand(3))
+    assert torch.linalg.matrix_rank(new_a) == 3
+    inside = new_a @ torch.linalg.pinv(a[0]) @ a[0]
+    assert torch.allclose(inside, new_a, atol=1e-12)
+
+
+def test_the_mean_of_factors_is_another_thing() -> None:
+    a, b = drawn(2)
+    assert not torch.allclose(torch.tensordot(SHARES, b, 1) @ torch.tensordot(SHARES, a, 1), mean_product(a, b))
+
+
+def test_all_else_is_the_mean() -> None:
+    a, b = drawn(2)
+    states = [
+        {"q.lora_A.default.weight": a[k], "q.lora_B.default.weight": b[k], "head": b[k, 0], "seen": torch.tensor(k)}
+        for k in range(CLIENTS)
+    ]
+    found = average(states, SHARES.tolist(), RULE)
+    assert list(found) == list(states[0])
+    assert torch.allclose(found["head"], torch.tensordot(SHARES, b[:, 0], 1))
+    assert found["seen"] == 1
+    wanted = factors(a, b, SHARES)
+    assert torch.equal(found["q.lora_A.default.weight"], wanted[0])
+    assert torch.equal(found["q.lora_B.default.weight"], wanted[1])
+
+
+def test_names() -> None:
+    names = ["a.lora_A.x.weight", "a.lora_B.x.weight", "b.lora_A.x.weight", "lora_A", "lora_B", "lora_Aside"]
+    assert pairs(names) == [("a.lora_A.x.weight", "a.lora_B.x.weight"), ("lora_A", "lora_B")]
+
+
+class Adapted(nn.Module):
+    """A frozen layer with an adapter."""
+
+    def __init__(self, inputs: int, outputs: int, rank: int = 2) -> None:
+        super().__init__()
+        self.base = nn.Linear(inputs, outputs).requires_grad_(False)
+        self.lora_A = nn.Parameter(torch.randn(rank, inputs) / inputs**0.5)
+        self.lora_B = nn.Parameter(torch.zeros(outputs, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.base(x) + 2 * functional.linear(functional.linear(x, self.lora_A), self.lora_B)
+        return found
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(Adapted(INPUTS, 8), nn.Tanh(), Adapted(8, OUTPUTS))
+
+
+def data() -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(24, INPUTS, generator=generator), torch.randint(0, OUTPUTS, (24,), generator=generator)
+    return {"x": x, "y": y, "x_test": x[:4], "y_test": y[:4]}
+
+
+def options(algorithm: str, **more: Any) -> dict[str, Any]:
+    cut = {} if algorithm == "fl" else {"cut": "1"}
+    common = {"clients": CLIENTS, "rounds": 3, "batch": 4, "validation": 0, "client_lr": 0.2, "precision": "float64"}
+    return {"algorithm": algorithm, "averaging": "products", "client_optimizer": "sgd", **common, **cut, **more}
+
+
+@pytest.mark.parametrize("algorithm", ["fl", "sfl"])
+def test_all_engines_average_alike(algorithm: str) -> None:
+    local, stacked = (Run(model=model(), data=data(), **options(algorithm, engine=e)) for e in ("local", "stacked"))
+    losses = [step.loss for step in local]
+    assert [step.loss for step in stacked] == pytest.approx(losses, rel=1e-9)
+    remote = in_memory(RunConfig.of(options(algorithm)), model=model(), data=data())
+    assert [step.loss for step in remote.run] == pytest.approx(losses, rel=1e-12)
+    plain = Run(model=model(), data=data(), **options(algorithm, engine="local", averaging="mean"))
+    assert [step.loss for step in plain] != pytest.approx(losses, rel=1e-9)
+    held = [local.training.clients.model_state(k) for k in range(CLIENTS)]
+    assert all(torch.equal(held[0][name], state[name]) for state in held for name in state)
+
+
+def test_a_model_without_adapters() -> None:
+    with pytest.raises(ConfigError, match="averaging = 'products' has no effect, since the model has no adapters"):
+        Run(model=nn.Sequential(nn.Linear(INPUTS, 4), nn.Linear(4, OUTPUTS)), data=data(), **options("fl"))
+
+
+def test_a_rule_of_ones_own_by_name() -> None:
+    """What it gives is checked."""
+
+    class Odd(MeanOfProducts):
+        def combine_named(self, models: Any, shares: Tensor) -> dict[str, Tensor]:
+            return dict(models)
+
+    with pytest.raises(ConfigError, match=r"gives a tensor of the shape \(2, 3\) for 'w': return one of each name"):
+        average([{"w": torch.zeros(3)}] * 2, [1, 1], Odd.of({}))
