@@ -35,8 +35,10 @@ Direction = Literal["up", "down"]
 @dataclass(frozen=True)
 class Held:
     """The client models that can be read without asking a client on another machine, under the names of the whole
-    model: parameters and buffers of each client; or one model, which is `everyones`. Where there are too many to be
-    read, `models` are those of some clients, and `mean` is the mean of all, weighted by their samples.
+    model.
+
+    They are parameters and buffers of each client, or those of a single model if `everyones` is true. If there are too
+    many to read, `models` are those of some clients, and `mean` is the mean of all, weighted by their samples.
     """
 
     models: Mapping[int, Mapping[str, Tensor]]
@@ -46,8 +48,8 @@ class Held:
 
 @dataclass(frozen=True)
 class Crossed:
-    """Bytes that rows took on their way between `clients` and the server: a number for each client, or the number of
-    one `common` message to all of them.
+    """Bytes of rows on their way between `clients` and the server: a number for each client, or the number for one
+    `common` message to all of them.
     """
 
     direction: Direction
@@ -58,8 +60,8 @@ class Crossed:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of what may move besides the rows: a client model (parameters and buffers), its optimiser's state, the
-    gradient of all that is trained of it.
+    """Bytes of other things that may move: a client model (parameters and buffers), its optimiser's state, and the
+    gradient of its trained parameters.
     """
 
     model: int
@@ -68,7 +70,7 @@ class Footprint:
 
 
 class Beside(Protocol):
-    """What the server holds of client models, where clients with different cuts leave some blocks to it."""
+    """The server's part of client models, if clients have different cuts and the server holds some blocks for them."""
 
     def states(self, clients: Sequence[int]) -> Mapping[int, Mapping[str, Tensor]]:
         """What moves of these blocks, for each of `clients`, under the names that a client's module has for it."""
@@ -85,7 +87,7 @@ class Summed(NamedTuple):
 
 
 class Cohort(Protocol):
-    """A group of clients. Clients are named 0..C-1; C = len(samples)."""
+    """A group of clients. Clients are numbered 0..C-1, with C = len(samples)."""
 
     @property
     def samples(self) -> Sequence[int]:
@@ -93,103 +95,107 @@ class Cohort(Protocol):
 
     @property
     def masses(self) -> Sequence[float]:
-        """What the training samples of each enrolled client count together in a mean: n_k where all count alike."""
+        """The total weight of each enrolled client's training samples in a mean: n_k if all samples count equally."""
 
     @property
     def shape(self) -> Literal["whole", "split", "u-shaped"]:
         """What clients hold: whole models (nothing crosses when they predict), the part below the cut, or the parts
-        below the first and above the second cut."""
+        below the first and above the second cut.
+        """
 
     @property
     def holder(self) -> int | None:
-        """Who holds the one model that travels (sequential learning); None before the first `hand_over`."""
+        """The client that holds the travelling model (sequential learning); None before the first `hand_over`."""
 
     def footprint(self, client: int) -> Footprint:
         """Bytes of the client's model and optimiser state, now."""
 
     def begin_round(self, index: int, total: int, lr_factor: float) -> Round:
-        """Draw who takes part in round `index` of `total`; their rates are their base rates times `lr_factor`."""
+        """Draw the participants of round `index` of `total`. Their rates are the base rates times `lr_factor`."""
 
     def seek(self, client: int, batch: int) -> None:
-        """The next batch of `client` is its batch number `batch`, counted from 0 over all epochs."""
+        """Make batch number `batch` (counted from 0 over all epochs) the next batch of `client`."""
 
     def forward(self, clients: Sequence[int] | None = None, *, labels: bool = True) -> Smashed:
-        """Every participant (or those of `clients`) draws its next batch, runs its model and sends smashed data and
+        """Every participant (or each of `clients`) draws its next batch, runs its model and sends smashed data and
         labels.
 
-        Participants that have done their part of the round stay silent; when all have, the result is empty.
-        Without `labels` (U-shaped split) labels stay with the clients.
+        Participants that have finished their part of the round stay silent. When all have finished, the result is
+        empty. Without `labels` (U-shaped split), labels stay with the clients.
         """
 
     def arrivals(self, clients: Sequence[int], count: int) -> tuple[int, ...]:
-        """All of `clients` work on their next batch, each at its own pace: the first `count` whose batches reach the
-        server, in the order of their arrival; `forward` then gives their rows. Those that arrive together come in the
-        order of `clients`. Fewer than `count` if no more of them can come.
+        """All of `clients` work on their next batch, each at its own pace. Returns the first `count` clients whose
+        batches reach the server, in the order of arrival; `forward` then gives their rows.
 
-        From then on these clients are at work until their models are averaged: an averaging passes over those that have
-        not given theirs, and a round that begins meanwhile leaves their batches as they are.
+        Clients whose batches arrive together come in the order of `clients`. The result is shorter than `count` if no
+        more batches can arrive. From now on, these clients are at work until their models are averaged: an averaging
+        leaves out those that have not sent theirs, and a round that begins in the meantime does not change their
+        batches.
         """
 
     def tail(self, features: Smashed) -> TailGradients:
         """U-shaped split: each client finishes the forward pass on its rows of the server's `features`, with its own
-        mean loss, and sends dLoss/d(features) back."""
+        mean loss, and sends dLoss/d(features) back.
+        """
 
     def backward(self, gradients: CutGradients) -> None:
         """Each client of the last `forward` back-propagates its cut gradient and takes one optimiser step."""
 
     def backward_together(self, gradients: CutGradients) -> Summed:
-        """Each client of the last `forward` back-propagates its cut gradient, a slice of that of the mean loss over all
-        rows, and sends its weight gradient up; every client, whether it takes part or not, takes one optimiser step
-        with their sum. Models that start equal stay equal.
+        """Each client of the last `forward` back-propagates its cut gradient, which is a slice of that of the mean loss
+        over all rows, and sends its weight gradient up. Then every client, whether it takes part or not, takes one
+        optimiser step with the sum of the weight gradients. Models that start equal stay equal.
         """
 
     def learn(self, steps: int) -> list[Step]:
-        """Each participant takes up to `steps` steps of its part of the model on its auxiliary head's loss; nothing
-        crosses. A batch that was sent by the last `forward` and still waits for its gradient is the first of them. One
-        record per local step, over the clients that took it; empty when nobody has a batch left.
+        """Each participant takes up to `steps` steps of its part of the model on the loss of its auxiliary head.
+        Nothing crosses.
+
+        If the batch sent by the last `forward` still waits for its gradient, it is the first one. There is one record
+        per local step, over the clients that took it. The result is empty if no client has a batch left.
         """
 
     def align(self, heads: Mapping[int, Mapping[str, Tensor]]) -> None:
-        """The auxiliary heads of the clients in `heads` := these states, which the server has fitted."""
+        """Replace the auxiliary heads of the clients in `heads` by these states, which the server has fitted."""
 
     def fit(self) -> list[Step]:
-        """Each participant trains its whole model on its part of the round, alone; nothing crosses. One record per
-        local step, over the clients that took it."""
+        """Each participant trains its whole model on its part of the round, by itself. Nothing crosses. There is one
+        record per local step, over the clients that took it.
+        """
 
     def average(self, weights: Mapping[int, float]) -> tuple[int, ...]:
-        """Client models := sum of weights[k] x model of client k, for everybody (weights are made to sum to one), but
-        for clients that are at work (`arrivals`) and not among `weights`.
+        """Every client's model becomes the sum of weights[k] x model of client k (weights are scaled to sum to one).
+        Clients that are at work (`arrivals`) and not among `weights` keep theirs.
 
-        Whose models were there to be averaged: all of `weights`, unless some have gone meanwhile.
+        Returns the clients whose models were averaged: all of `weights`, except those that have left in the meantime.
         """
 
     def hand_over(self, client: int, *, optimizer: bool) -> None:
-        """The one model that travels moves on to `client` (which may hold it already), with its optimiser state if
-        asked.
-        """
+        """The travelling model moves to `client` (which may hold it already), with its optimiser state if requested."""
 
     def evaluate(self, samples: Samples, predict: Predict, clients: Sequence[int] | None = None) -> Evaluation:
-        """The task's metrics of every (client model, server model) on `samples`, in eval mode; training state is left
-        as it was. With `clients`, only of those clients' models.
+        """The task's metrics of every pair of client model and server model on `samples`, in eval mode. The training
+        state does not change. With `clients`, only these clients' models are evaluated.
         """
 
     def model_state(self, client: int) -> Mapping[str, Tensor]:
         """One client's parameters and buffers, under the names of the whole model."""
 
     def held(self) -> Held:
-        """The client models that are at hand."""
+        """The client models that are available without asking other machines."""
 
     def state(self) -> dict[str, Any]:
-        """All that a later `load` needs to go on as if nothing had happened: nested dicts of tensors and plain
+        """All that a later `load` needs to continue as if nothing had happened: nested dicts of tensors and plain
         values.
         """
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Take a state that `state()` returned."""
+        """Restore a state that `state()` returned."""
 
 
 class CohortAround:
-    """A cohort around a cohort: passes everything on. Wrappers say what they do besides."""
+    """A cohort around another cohort, which passes everything on. Subclasses override what they do differently."""
 
     def __init__(self, inner: Cohort) -> None:
         self.inner = inner
@@ -290,8 +296,8 @@ class CohortAround:
 def draw_participants(
     seed: int, index: int, clients: int, fraction: float, present: Sequence[int] | None = None
 ) -> tuple[int, ...]:
-    """The clients of round `index`: max(1, fraction x C rounded half up) of them, drawn without replacement, in
-    order. Of those `present` alone, where they are given; C is then their number.
+    """The clients of round `index`, in order: max(1, fraction x C rounded half up) of them, drawn without replacement.
+    If `present` is given, only these are drawn from, and C is their number.
     """
     if present is not None:
         return tuple(present[k] for k in draw_participants(seed, index, len(present), fraction))

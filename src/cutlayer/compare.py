@@ -53,8 +53,10 @@ from cutlayer.tuned import Tuned, read_tuned
 
 @dataclass(frozen=True)
 class Row(Spent):
-    """One line of the table: an entry over its seeds. Scores are of `metric` (a `share` is in [0, 1]), with sample
-    standard deviations; all else are means over seeds, bytes those of training.
+    """One line of the table: an entry over its seeds.
+
+    Scores are values of `metric` (a `share` is in [0, 1]), with sample standard deviations. All other values are means
+    over seeds. Bytes are those of training.
     """
 
     entry: str
@@ -148,14 +150,14 @@ class Progress:
 
 
 class Comparison:
-    """All runs of a comparison: call `run()`, or iterate over (entry, seed, run, record), or over `progress()`.
+    """All runs of a comparison. Call `run()`, or iterate over (entry, seed, run, record), or over `progress()`.
 
-    With `out` every run has a folder `out/<entry>/seed-<n>`, and an interrupted comparison can be resumed; with
-    `overwrite` that folder may hold an earlier run or comparison, which is deleted when this one begins. `jobs`
-    runs are trained at once, each in a process of its own, with its share of the processor's cores; then there are no
-    records to iterate over. `callbacks` are told of all runs, one after another. With `tuning` each entry is tuned
-    first (`tuned` says how); then all seeds are trained with what was chosen. Raises UsageError before anything is
-    trained or written.
+    With `out`, every run has a folder `out/<entry>/seed-<n>`, and an interrupted comparison can be resumed. With
+    `overwrite`, that folder may hold an earlier run or comparison, which is deleted when this one begins. With `jobs`,
+    that number of runs is trained at the same time, each in its own process with its share of the cores; there are then
+    no records to iterate over. `callbacks` are called for all runs, one after another. With `tuning`, each entry is
+    tuned first (`tuned` has the results); then all seeds are trained with the chosen values. Raises UsageError before
+    anything is trained or written.
     """
 
     def __init__(
@@ -210,7 +212,7 @@ class Comparison:
         callbacks: Sequence[object] = (),
         jobs: int = 1,
     ) -> Comparison:
-        """A comparison that goes on where the one in `out` stopped. Raises RunFolderError where it can't."""
+        """Continue the comparison in `out` where it stopped. Raises RunFolderError if that is not possible."""
         own: dict[str, Any] = {"model": model, "data": data, "loss": loss, "metrics": metrics}
         stored = world().first(lambda: stored_config(Path(out)))
         config = CompareConfig.of(without_own(stored, Path(out), **own))
@@ -236,7 +238,7 @@ class Comparison:
             )
 
     def check(self) -> None:
-        """Build every entry once, so that what is wrong is found before the first is trained. Raises UsageError."""
+        """Build every entry once, so that errors are found before anything is trained. Raises UsageError."""
         self._check_tuning()
         judged: dict[str, str] = {}
         needs: dict[str, int] = {}
@@ -264,8 +266,8 @@ class Comparison:
 
     @property
     def waiting(self) -> list[tuple[str, int]]:
-        """(entry, seed) of the runs that are not done yet, in their order. Seed by seed, not entry by entry: an
-        interrupted comparison then has all entries on the seeds it got to.
+        """(entry, seed) of the runs that are not done yet, in their order. The order goes seed by seed, not entry by
+        entry, so that an interrupted comparison has results of all entries for the seeds that it reached.
         """
         runs = [(entry, seed) for seed in self.config.seeds for entry in self.plan]
         return world().first(lambda: [(entry, seed) for entry, seed in runs if not self._has_ended(entry, seed)])
@@ -294,8 +296,8 @@ class Comparison:
                 self._take(entry, seed, run.result)
 
     def progress(self) -> Iterator[Progress]:
-        """Train everything, the trials of a tuning first; how far each run is, a few times a second, at every
-        evaluation and at its end.
+        """Train everything, the trials of a tuning first, and yield the progress of each run a few times a second, at
+        every evaluation and at its end.
         """
         self.check()
         again = "start it again" if self.out is None else f"resume {str(self.out)!r}"

@@ -33,8 +33,8 @@ from typing import Any, ClassVar
 
 
 class ExitCode(IntEnum):
-    """What a process ends with. WRONG: a person has to do something first. TRY_AGAIN: the same command may succeed
-    later, as it is; the number is that of EX_TEMPFAIL in sysexits.h.
+    """The exit code of a process. WRONG: a person has to do something first. TRY_AGAIN: the same command may succeed
+    later without changes; the number is that of EX_TEMPFAIL in sysexits.h.
     """
 
     DONE = 0
@@ -66,7 +66,7 @@ REFUSALS: Mapping[str, ExitCode] = {
 
 
 class CutlayerWarning(UserWarning):
-    """Something is done in another way than one would expect; the message says why."""
+    """Something is done differently from what one would expect; the message says why."""
 
 
 class CutlayerError(Exception):
@@ -101,7 +101,7 @@ class ConfigError(UsageError):
 
 
 class PortInUseError(ConfigError):
-    """Another program listens at that port, perhaps this server's own predecessor, which is about to end."""
+    """Another program listens at that port. It may be an earlier process of this server that is about to end."""
 
     code = ExitCode.TRY_AGAIN
 
@@ -119,13 +119,13 @@ class RunFolderError(UsageError):
 
 
 class FolderInUseError(RunFolderError):
-    """Another process works in that folder, perhaps this one's own predecessor, which is about to end."""
+    """Another process works in that folder. It may be an earlier process of this run that is about to end."""
 
     code = ExitCode.TRY_AGAIN
 
 
 class RefusedError(UsageError):
-    """One side of a connection does not take the other: another run, model or protocol, a wrong token or certificate.
+    """One side of a connection refuses the other: another run, model or protocol, or a wrong token or certificate.
 
     `reason` is that of the message `Refused`, or "certificate"; the exit code follows from it.
     """
@@ -153,7 +153,7 @@ class LostRankError(NetworkError):
 class DistrustError(CutlayerError):
     """A client's watch says that the server's gradients are not those of the task, and the client was told to leave.
 
-    A person has to look: a client that is started again by itself would give such a server more.
+    A person has to look at this. If the client were restarted automatically, it would give such a server more data.
     """
 
     code = ExitCode.WRONG
@@ -170,8 +170,9 @@ class WireError(CutlayerError):
 
 
 class ForbiddenError(WireError):
-    """The server asks a client for what the client's own configuration does not permit. Nothing was answered, and the
-    client leaves. Starting again does not help: a person must look.
+    """The server asks a client for something that the client's own configuration does not permit.
+
+    Nothing was answered, and the client leaves. Starting again does not help: a person has to look at this.
     """
 
     code = ExitCode.WRONG
@@ -186,13 +187,13 @@ class TrainingError(CutlayerError):
 
 
 class AbsentError(TrainingError):
-    """Clients are missing that the run cannot do without. It goes on from its checkpoint when they are back."""
+    """Clients that the run needs are missing. It continues from its checkpoint when they are back."""
 
     code = ExitCode.TRY_AGAIN
 
 
 class StepLostError(AbsentError):
-    """All `clients` of a step were lost within it, so that it did not happen."""
+    """All `clients` of a step were lost during the step, so it did not happen."""
 
     def __init__(self, clients: tuple[int, ...]) -> None:
         self.clients = clients

@@ -44,9 +44,9 @@ _INDEX = "index.json"
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of thing: the word for it, the modules of this package that register some, its group of entry points.
-    `flat`: its options stand among those of a run (those of a codec are written with its name); `tabled`: in a table of
-    their own.
+    """A kind of thing: the word for it, the modules of this package that register things of this kind, and its group of
+    entry points. `flat`: its options are among those of a run (those of a codec are written with its name instead).
+    `tabled`: its options have a table of their own.
     """
 
     word: str
@@ -87,10 +87,11 @@ _BOUNDS = ("ge", "gt", "le", "lt")
 
 @dataclass(frozen=True)
 class Option:
-    """An option of a thing, as it was declared: enough to make a flag, to check a value, and to write a table.
+    """An option of a thing, as it was declared. This is enough to make a flag, to check a value, and to write a table.
 
-    `base` is bool, int, float or str; `choices` are the only values, where there are some; `many` values make a tuple;
-    `none` is allowed. `shared`: a client that runs elsewhere must have the same value. `planned`: `plan` reads it.
+    `base` is bool, int, float or str. `choices` are the only possible values, if there are any. With `many`, values
+    form a tuple; with `none`, None is allowed. `shared`: a client on another machine must have the same value.
+    `planned`: `plan` reads the option.
     """
 
     name: str
@@ -168,8 +169,8 @@ def option(
 ) -> Any:
     """Declares an option of a thing, as a class attribute: `phi: float = option(0.5, ge=0, le=1)`.
 
-    Its help is `help`, or the string literal below the attribute. `shared=False`: clients on other machines need not
-    know it. `planned=True`: `traffic` reads it, so that `plan` has it too.
+    Its help text is `help`, or the string literal below the attribute. With `shared=False`, clients on other machines
+    need not have the same value. With `planned=True`, `traffic` reads the option, so `plan` has it too.
     """
     return Field(
         default,
@@ -184,9 +185,8 @@ def option(
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """What is known of a thing without importing it.
-
-    `where` is "module:attribute" (or "path.py:attribute"); `facts` are what its registration says besides.
+    """What is known of a thing without importing it. `where` is "module:attribute" (or "path.py:attribute"). `facts`
+    are the other content of its registration.
     """
 
     kind: str
@@ -241,8 +241,8 @@ def _form(entry: Entry) -> type[BaseModel]:
 
 
 class Typed(BaseModel):
-    """Base of what is made from a file's values or from keywords: texts, numbers and truth values are told apart. Only
-    flags, which are all texts, are converted.
+    """Base of models that are made from the values of a file or from keywords. It distinguishes texts, numbers and
+    truth values. Only flags, which are all texts, are converted.
     """
 
     @model_validator(mode="before")
@@ -290,7 +290,7 @@ def _mistyped(value: Any, simple: tuple[str, bool]) -> str:
 
 
 class Thing(Typed):
-    """Base of things that have options: a frozen pydantic model whose fields are made by `option`."""
+    """Base of things that have options: a frozen pydantic model whose fields are declared with `option`."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
@@ -307,7 +307,9 @@ class Thing(Typed):
             raise explain(error, cls) from None
 
     def check(self, given: frozenset[str]) -> None:
-        """Check what concerns several options. `given` differ from their defaults. Raises ConfigError."""
+        """Check conditions that concern several options. `given` are the options that differ from their defaults.
+        Raises ConfigError.
+        """
 
 
 _registered: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}  # by a decorator, in this process
@@ -315,9 +317,10 @@ _given: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}  # objects from
 
 
 def register(kind: str, name: str, *, title: str = "", summary: str = "", **facts: Any) -> Callable[[T], T]:
-    """A decorator that registers a class (a `Thing`) or a function under `name`. `facts` are readable without import.
+    """A decorator that registers a class (a `Thing`) or a function under `name`. `facts` can be read without importing
+    it.
 
-    Kinds have decorators of their own, with the facts that they need: `algorithms.algorithm`, `models.model`, ...
+    Kinds have their own decorators, with the facts that they need: `algorithms.algorithm`, `models.model`, ...
     """
 
     def decorate(thing: T) -> T:
@@ -369,8 +372,8 @@ def flat() -> list[Entry]:
 
 
 def installed() -> list[Entry]:
-    """The things of installed packages whose options stand among those of a run; those that cannot be imported are left
-    out. It imports all of them: for error messages.
+    """The things of installed packages whose options are among those of a run, except those that cannot be imported.
+    This imports all of them, so it is only used for error messages.
     """
     found = []
     for kind, about in KINDS.items():
@@ -392,8 +395,8 @@ def known(kind: str, reference: object) -> bool:
 
 
 def parted(kind: str, reference: str) -> tuple[str, str]:
-    """(name, argument) of a reference such as hf:path/to/folder, whose thing takes an argument; other references are
-    names without one.
+    """(name, argument) of a reference to a thing that takes an argument, such as hf:path/to/folder. Other references
+    are names without an argument.
     """
     name, _, argument = reference.partition(":")
     takes = argument and name in index(kind) and index(kind)[name].facts.get("argument")
@@ -422,12 +425,14 @@ def absolute(reference: str) -> str:
 
 
 def label(reference: str) -> str:
-    """What a thing is called where a path has no place, as in the name of a folder: of file.py:name, the name."""
+    """The short name of a thing, for places where a path is not possible, such as the name of a folder. For
+    file.py:name, it is the name.
+    """
     return reference.rpartition(":")[2]
 
 
 def registered_name(kind: str, reference: str) -> str:
-    """The name that a thing was registered under, wherever it lies: what machines with other paths can compare."""
+    """The name under which a thing was registered, wherever its file is. Machines with different paths can compare it."""
     reference, _ = parted(kind, reference)
     entry = None if reference in index(kind) else _registration(load(kind, reference))
     if entry is not None:
@@ -436,9 +441,8 @@ def registered_name(kind: str, reference: str) -> str:
 
 
 def find(kind: str, reference: str) -> Entry:
-    """What is known of the thing of that name or reference. Imports only what is not this package's own.
-
-    Raises ConfigError with what there is to choose from.
+    """What is known of the thing with that name or reference. Only things from outside this package are imported.
+    Raises ConfigError with the known names.
     """
     if reference in _given[kind]:
         return _entry_of(kind, reference, _given[kind][reference])
@@ -481,7 +485,7 @@ def _meant(kind: str, reference: str) -> str:
 
 
 def load(kind: str, reference: str) -> Any:
-    """The thing itself: a class or a function. Raises ConfigError where it is unknown or cannot be imported."""
+    """The thing itself: a class or a function. Raises ConfigError if it is unknown or cannot be imported."""
     if reference in _given[kind]:
         return _given[kind][reference]
     name, argument = parted(kind, reference)
@@ -530,7 +534,7 @@ _PLAIN = {
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> ConfigError:
-    """One sentence for the first thing that pydantic found wrong: value, reason, remedy."""
+    """One sentence for the first error that pydantic found: value, reason, remedy."""
     first = error.errors()[0]
     name = str(first["loc"][0]) if first["loc"] else ""
     if first["type"] == "extra_forbidden":
@@ -548,7 +552,7 @@ def _impossible(name: str, value: object, message: str, info: FieldInfo | None) 
 
 
 def fingerprint(kind: str, reference: str) -> str:
-    """SHA-256, in hexadecimal, of the file of a thing that is not this package's; empty for this package's own."""
+    """SHA-256, in hexadecimal, of the file of a thing from outside this package; empty for this package's own things."""
     return "" if parted(kind, reference)[0] in index(kind) else source_digest(load(kind, reference))
 
 

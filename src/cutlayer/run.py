@@ -81,8 +81,8 @@ _TOLD_EVERY = 0.1  # seconds between two standings of a run
 
 @dataclass(frozen=True)
 class Record:
-    """One training step, as written to steps.jsonl. Bytes are cumulative, training only, each message once per
-    receiver.
+    """One training step, as written to steps.jsonl. Bytes are cumulative, only those of training, and count each
+    message once per receiver.
     """
 
     step: int
@@ -131,12 +131,13 @@ class Spent(Modelled):
 
 @dataclass(frozen=True)
 class Scores(Modelled):
-    """One evaluation, as written to evaluations.jsonl; time and energy so far.
+    """One evaluation, as written to evaluations.jsonl, with time and energy so far.
 
-    A score is the run's primary metric (an accuracy is in [0, 1]), the mean over the clients' models; None where it is
-    not defined. `test_score_worst` is the worst model's, `test_score_worst_tenth` the mean of the worst tenth of
-    them, `test_score_std` their standard deviation. `own_score` is the mean over the clients' own test rows, where they
-    have some. `validation` and `test` hold all metrics, means likewise.
+    A score is the value of the run's primary metric (an accuracy is in [0, 1]), as the mean over the clients' models.
+    It is None if the metric is not defined. `test_score_worst` is the score of the worst model,
+    `test_score_worst_tenth` the mean over the worst tenth of the models, and `test_score_std` their standard deviation.
+    `own_score` is the mean over the clients' own test rows, if they have any. `validation` and `test` contain all
+    metrics, also as means.
     """
 
     round: int
@@ -161,18 +162,21 @@ class Scores(Modelled):
 
 @dataclass(frozen=True)
 class Result(Spent):
-    """What a finished run comes to.
+    """The result of a finished run.
 
-    `metric` is the primary one, of which the scores are; `share`: it is a fraction in [0, 1]; `maximise`: more of it is
-    better. `test_score` is that of the last evaluation; `best_test_score` that of the evaluation with the best
-    validation score, as the paper reports it. `test` holds all metrics at the end, means over the clients' models;
-    `own` are those on each client's own test rows. `fairness` says how the clients differ in the score. `bytes` holds
-    one row per direction and kind, under every convention. `measured_by` says by what the energy of this process's
-    machine is measured, or why it is not. `attack` names what hostile clients did in a simulation; scores are then of
-    the others. `availability` says, with a trace, what it meant for each client, and for rounds that nobody could be
-    reached for. `staleness` says, if clients work at their own pace, how old was what each of them sent when the server
-    used it, and how long each has waited. `rounds` are those that were trained; `stopped` says in a sentence why
-    training ended before its last round (`stop_after`), and is empty if it did not. `used` is what there is to cite.
+    `metric` is the primary metric, to which the scores belong. If `share` is true, it is a fraction in [0, 1]; if
+    `maximise` is true, larger values are better. `test_score` is the score of the last evaluation. `best_test_score` is
+    the score of the evaluation with the best validation score, which is what the paper reports. `test` contains all
+    metrics at the end, as means over the clients' models; `own` contains those on each client's own test rows.
+    `fairness` describes how the score differs between clients.
+
+    `bytes` has one row per direction and kind, under every convention. `measured_by` says how the energy of this
+    machine is measured, or why it is not. `attack` names what hostile clients did in a simulation; scores then leave
+    these clients out. With a trace, `availability` says what it meant for each client, and for rounds in which no
+    client could be reached. If clients work at their own pace, `staleness` says how old their batches and models were
+    when the server used them, and how long each client waited. `rounds` is the number of trained rounds. `stopped` is a
+    sentence that says why training ended before its last round (`stop_after`), and is empty if it did not. `used` lists
+    what there is to cite.
     """
 
     algorithm: str
@@ -281,18 +285,20 @@ class Snapshot(Stored):
 
 
 class Run:
-    """One training run: iterate over its records, or call `run()`.
+    """One training run. Iterate over it to get its records, or call `run()`.
 
-    Options are keywords (docs/options.md) or a ready `config`. What is chosen by name may be an object too: a class
-    or a configured instance of an algorithm, partition, schedule or defence; `model` a module (or a function that
-    makes one); `data` tensors (x, y), a dataset or a Source. `loss` is a function of outputs and targets that
-    replaces the task's loss: it gives the loss of each row, or their mean. `metrics` are names of further metrics, or
-    a dictionary of functions of predictions and targets, or of objects with update, compute and reset. `callbacks`
-    are objects with some of the methods of `loggers.Callback`. With `out` the run is written to that folder and can
-    be resumed; with `overwrite` it may hold an earlier run or comparison, which is deleted when this one begins.
-    `training` replaces the simulation that is built from all this (clients on other machines: `remote`).
+    Options are keywords (see docs/options.md) or a ready `config`. In place of a name you can pass an object: a class
+    or a configured instance of an algorithm, partition, schedule or defence. `model` can be a module or a function that
+    makes one. `data` can be tensors (x, y), a dataset or a Source. `loss` is a function of outputs and targets that
+    replaces the task's loss; it returns the loss of each row, or their mean. `metrics` are names of additional metrics,
+    or a dictionary of functions of predictions and targets, or of objects with update, compute and reset. `callbacks`
+    are objects with some of the methods of `loggers.Callback`.
 
-    Raises UsageError before anything is trained or written; NonFiniteError (with step and client) during training.
+    With `out`, the run is written to that folder and can be resumed. With `overwrite`, the folder may hold an earlier
+    run or comparison, which is deleted when this one begins. `training` replaces the simulation that is built from all
+    this (for clients on other machines, see `remote`).
+
+    Raises UsageError before anything is trained or written, and NonFiniteError (with step and client) during training.
     """
 
     def __init__(
@@ -347,11 +353,10 @@ class Run:
         training: Training | None = None,
         **options: Unpack[RunKeywords],
     ) -> Run:
-        """A run that goes on from the last checkpoint in `out` (from the beginning where there is none yet).
+        """Continue from the last checkpoint in `out`, or from the beginning if there is none yet.
 
-        A model, data, loss or metrics that are not found by name must be given again, callbacks may be. Raises
-        RunFolderError where the folder is no run, its checkpoint is broken or was made by another configuration than
-        asked for.
+        A model, data, loss or metrics that are not found by name must be passed again; callbacks may be. Raises
+        RunFolderError if the folder is not a run, or if its checkpoint is damaged or belongs to another configuration.
         """
         out = Path(out)
         stored = world().first(lambda: stored_config(out))
@@ -388,7 +393,7 @@ class Run:
 
     @property
     def client_names(self) -> list[str]:
-        """The clients' names, where the data have owners and a client is an owner."""
+        """The clients' names, if the data have owners and each client is an owner."""
         return list(self.training.source.owner_names) if self.config.partition == "column" else []
 
     @property
@@ -430,7 +435,7 @@ class Run:
 
     @property
     def standing(self) -> Standing:
-        """How far the run is."""
+        """The progress of the run."""
         t, last = self.training, self._last
         account = (f"Data: {t.source.account}",) if t.source.account else ()
         return Standing(
@@ -458,10 +463,9 @@ class Run:
         return html_table(f"{plugins.label(self.config.algorithm)}: not finished", (), lines)
 
     def standings(self, until: int | None = None) -> Iterator[Standing]:
-        """Train to the end; how far the run is, a few times a second, at every evaluation and at the end.
+        """Train to the end, and yield the progress a few times a second, at every evaluation and at the end.
 
-        `until`: train no further than this number of rounds, and evaluate and keep a checkpoint there; `resume` goes
-        on.
+        With `until`, stop after this number of rounds, evaluate, and write a checkpoint; `resume` continues from there.
         """
         self._until = until
         told, evaluations = -math.inf, 0
@@ -712,8 +716,8 @@ class Run:
         return all(rank(scores.validation_score) >= rank(s.validation_score) for s in self.evaluations)
 
     def trained(self, *, best: bool = False) -> TrainedModel:
-        """The model as it is now (of a run that is resumed and has not gone on yet: after its last checkpoint), apart
-        from the training; or that of the `best` evaluation, which a run with a folder keeps.
+        """The model as it is now, separate from the training, or with `best` the model of the best evaluation, which a
+        run with a folder keeps. For a resumed run that has not continued yet, it is the model of the last checkpoint.
         """
         if best:
             if self.out is None:
@@ -725,14 +729,15 @@ class Run:
         return TrainedModel.of(self.config, self.training, own=self._model is not None, evaluation=last)
 
     def model(self, client: Whose = None, *, best: bool = False) -> nn.Module:
-        """The whole model in evaluation mode, with its trained weights: client number k's part and the server's; or
-        with the "average" of the clients' parts. `client` is not needed where all have the same part, or one travels.
+        """The whole trained model in evaluation mode: client number k's part and the server's part. `client` can also
+        be "average", for the average of the clients' parts. It is not needed if all clients have the same part or one
+        part travels.
         """
         return self.trained(best=best).model(client, model=self._model)
 
     def predict(self, x: Any, client: Whose = None, *, best: bool = False) -> Predictions:
-        """What that model says of new rows, given as the data of the run were: arrays or tensors, or a table's columns
-        by name. They are scaled and encoded as in training; `Samples` are taken as they are.
+        """Predictions of that model for new rows, given in the form of the run's data: arrays or tensors, or a table's
+        columns by name. They are scaled and encoded as in training; `Samples` are used without changes.
         """
         trained = self.trained(best=best)
         return trained.predict(x, client, model=self._model, device=self.config.device)

@@ -30,9 +30,8 @@ from cutlayer.verbs import STEP_COPIES, STEP_EACH, undeclared
 
 @dataclass(frozen=True)
 class ServerStep:
-    """One loss and its gradient: `gradient` = dLoss/d(smashed data), each [R, s...]; `lr` is the rate stepped with.
-
-    `means` [1 + C] are the mean losses over all rows and over each client's.
+    """One loss and its gradient. `gradient` = dLoss/d(smashed data), each [R, s...]; `lr` is the rate of the step.
+    `means` [1 + C] are the mean losses over all rows and over each client's rows.
     """
 
     means: Tensor
@@ -41,11 +40,10 @@ class ServerStep:
 
 
 class Server:
-    """The server model with its optimiser, and copies of both per client where an algorithm wants them (SplitFed V1,
-    V3).
+    """The server model with its optimiser, and copies of both per client if an algorithm needs them (SplitFed V1, V3).
 
-    `lr` is the base rate; `lr_factor` is the round's schedule factor; a step may have a factor of its own (SplitLr).
-    `task` says what a row's loss is (default: the cross entropy of its class).
+    `lr` is the base rate and `lr_factor` the round's schedule factor; a step may have its own factor (SplitLr). `task`
+    defines the loss of a row (default: the cross entropy of its class).
     """
 
     def __init__(
@@ -76,12 +74,12 @@ class Server:
         self._adjustment: Adjustment | None = None
 
     def adjust(self, adjustment: Adjustment) -> None:
-        """From now on adjust scores in losses, those of the copies too."""
+        """Adjust scores in losses from now on, also in those of the copies."""
         self._adjustment = adjustment
 
     def serve(self, algorithm: str, needs: frozenset[str], rule: Averaging | None = None) -> None:
-        """From now on refuse what the `algorithm` of that name does not state among its `needs`: engines prepare for
-        these alone. `rule` says how copies are averaged (None: by their weighted mean).
+        """From now on, refuse what the `algorithm` of that name does not state among its `needs`, since engines prepare
+        only for these. `rule` says how copies are averaged (None: by their weighted mean).
         """
         self._algorithm, self._needs = algorithm, needs
         self.rule = rule or self.rule
@@ -92,18 +90,19 @@ class Server:
             raise ConfigError(undeclared(self._algorithm, f"server.{method}", verb, self._needs))
 
     def step(self, smashed: Smashed, factor: float = 1.0, loss: RowLoss | None = None) -> ServerStep:
-        """One loss (mean over all rows), its gradients, one optimiser step at rate lr x schedule x `factor`.
+        """One loss (mean over all rows), its gradients, and one optimiser step at rate lr x schedule x `factor`.
 
-        `loss` gives each row's (None: the task does). Where logits are adjusted, the gradient is that of the clients'
-        loss, at the same model. Raises NonFiniteError, before the step is taken, naming the clients whose rows are to
-        blame (on an accelerator, which a check would stop, the run looks at the losses that come back instead).
+        `loss` gives the loss of each row (None: the task's). If logits are adjusted, the gradient is that of the
+        clients' loss, at the same model. Raises NonFiniteError before the step is taken and names the clients whose
+        rows are to blame. (On an accelerator, a check would wait for the device, so the run checks the losses later
+        instead.)
         """
         losses, gradient = self._through(smashed, loss, factor)
         return ServerStep(self._means(losses, smashed), gradient, self._rate(factor))
 
     def step_on(self, rows: Rows, labels: Tensor, factor: float = 1.0, loss: RowLoss | None = None) -> Tensor:
-        """One step on rows that the algorithm has made up (resampled, buffered): each [n, s...], labels [n]. The mean
-        loss. Raises NonFiniteError.
+        """One step on rows that the algorithm has generated (resampled, buffered): each [n, s...], labels [n]. Returns
+        the mean loss. Raises NonFiniteError.
         """
         made_up = Smashed(rows, labels, (), (), weights=self.task.weights(labels))
         losses, _ = self._through(made_up, loss, factor)
@@ -114,10 +113,10 @@ class Server:
     def gradients(
         self, smashed: Smashed, loss: RowLoss | None = None, *, running_statistics: bool = False
     ) -> ServerStep:
-        """One loss (mean over all rows) and its gradients; the server does not step, and `lr` is 0.
+        """One loss (mean over all rows) and its gradients, without a step of the server; `lr` is 0.
 
-        `running_statistics`: batch normalisation uses and keeps its running statistics (evaluation mode; there is no
-        dropout then either). Raises NonFiniteError as `step` does.
+        With `running_statistics`, batch normalisation uses and keeps its running statistics (evaluation mode, also
+        without dropout). Raises NonFiniteError as `step` does.
         """
         self._pending = None
         losses, gradient = self._through(smashed, loss, None, evaluating=running_statistics)
@@ -168,8 +167,8 @@ class Server:
         return self.task.row_losses(outputs, smashed.labels) if loss is None else loss(outputs[0], smashed.labels)
 
     def forward(self, smashed: Smashed, *, evaluating: bool = False) -> Rows:
-        """The server model's outputs on the rows, in training mode (or in evaluation mode); kept for the backward pass
-        to come.
+        """The server model's outputs for the rows, in training mode (or in evaluation mode). They are kept for the
+        backward pass.
         """
         rows = tuple(r.detach().requires_grad_(r.is_floating_point()) for r in smashed.rows)
         if self.model.training == evaluating:
@@ -180,12 +179,12 @@ class Server:
         return outputs
 
     def backward(self, smashed: Smashed, tail: TailGradients, factor: float = 1.0) -> ServerStep:
-        """U-shaped split: go on from the gradients that the clients' tails sent back, and step at rate lr x schedule x
-        `factor`.
+        """U-shaped split: continue from the gradients that the clients' tails sent back, and take a step at rate lr x
+        schedule x `factor`.
 
-        Each client's tail has its own mean loss; weighted by b_k / R (by what the client's rows count, W_k / W) they
-        add up to the mean over all rows, whose gradient this is: rows of several clients are treated as in `step`.
-        Losses and gradient are of the clients whose tails have answered.
+        Each client's tail has its own mean loss. Weighted by b_k / R (or by the weights of the rows, W_k / W), they add
+        up to the mean over all rows, whose gradient this is. Rows of several clients are treated as in `step`. Losses
+        and gradient are those of the clients whose tails have answered.
         """
         assert self._pending is not None, "backward() follows forward()"
         outputs = tuple(o for o in self._pending[1] if o.requires_grad)
@@ -207,10 +206,10 @@ class Server:
             return as_tuple(self.model(rows))
 
     def step_in_turn(self, smashed: Smashed, order: Sequence[int]) -> ServerStep:
-        """One step on each client's rows alone, client after client in `order` (SplitFed V2).
+        """One step on the rows of each client, client after client in `order` (SplitFed V2).
 
-        Each client's slice of the gradient is of its own mean loss, at the weights that met its rows. Raises
-        ConfigError if the algorithm does not need it.
+        Each client's slice of the gradient belongs to its own mean loss, at the weights that its rows were computed
+        with. Raises ConfigError if the algorithm does not need this.
         """
         self._check(STEP_EACH, "step_in_turn")
         done = {client: self.step(smashed.only(client)) for client in order}
@@ -226,9 +225,8 @@ class Server:
         return _together([self._copy_of(k).step(smashed.only(k)) for k in smashed.clients], smashed)
 
     def average_copies(self, weights: Mapping[int, float]) -> None:
-        """Server model := average of the copies of the clients in `weights`; then every copy := server model.
-
-        Raises ConfigError if the algorithm does not need copies.
+        """The server model becomes the average of the copies of the clients in `weights`, and then every copy becomes
+        the server model. Raises ConfigError if the algorithm does not need copies.
         """
         self._check(STEP_COPIES, "average_copies")
         self._settle_copies()
@@ -238,10 +236,9 @@ class Server:
             load_moving(one.model, moving(self.model))
 
     def average_momentum(self, weights: Mapping[int, float]) -> None:
-        """The momentum of the copies of the clients in `weights` := its weighted mean; where the optimiser has none, or
-        has not stepped yet, nothing is done.
-
-        Raises ConfigError if the algorithm does not need copies.
+        """The momentum of the copies of the clients in `weights` becomes its weighted mean. If the optimiser has no
+        momentum, or has not taken a step yet, nothing happens. Raises ConfigError if the algorithm does not need
+        copies.
         """
         self._check(STEP_COPIES, "average_momentum")
         copies = {k: self._copies[k] for k in weights if k in self._copies}
@@ -260,12 +257,12 @@ class Server:
         return next((state[kind] for kind in MOMENTUM if state.get(kind) is not None), None)
 
     def end_round(self) -> None:
-        """The round is over: batches that still wait for their step (`accumulate`) make one."""
+        """End the round: batches that still wait for a step (`accumulate`) are used for one."""
         self._stepping.settle()
         self._settle_copies()
 
     def state(self) -> dict[str, Any]:
-        """Model, optimiser, step counter, and the same of every copy, but for what is frozen."""
+        """Model, optimiser and step counter, and the same of every copy, without frozen parameters."""
         kept = {"kept": dict(self.kept)} if self.kept else {}
         made_up = {"rows_made_up": self.rows_made_up} if self.rows_made_up else {}
         return {**self._own_state(), "model": self.model.state_dict(), **kept, **made_up}
@@ -279,7 +276,7 @@ class Server:
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Take a state that `state()` returned. Raises MalformedError."""
+        """Restore a state that `state()` returned. Raises MalformedError."""
         own, mine = checked(state, _ServerState, "the server"), moving(self.model)
         frozen = {**self.model.state_dict(), **mine} if frozen_names(self.model) & own.model.keys() else mine
         fit(own.model, frozen, "the server's model")
@@ -292,7 +289,7 @@ class Server:
             self._copy_of(int(client)).load(copy)
 
     def trial(self, client: int | None = None) -> Server:
-        """A copy to try steps on (of the one that belongs to `client`, if there is one): this server stays as it is."""
+        """A copy to try steps on (of the copy that belongs to `client`, if there is one). This server does not change."""
         one = self if client is None else self._copies.get(client, self)
         tried = Server(replica(one.model), self._make_optimizer, self.lr, one.seed, self.task)
         tried.load({**one._own_state(), "copies": {}})

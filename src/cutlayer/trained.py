@@ -45,9 +45,11 @@ Whose = int | Literal["average"] | None
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """What a model says of n rows. `outputs` [n, ...] are its own (the first, if it gives several), `values` what the
-    task makes of them. `probabilities` are those of the classes (or labels), `classes` the numbers of the classes that
-    it decided on: None if the task has none. `class_names` names them, if the data did.
+    """The predictions of a model for n rows.
+
+    `outputs` [n, ...] are the model's own (the first if it has several). `values` are the task's predictions.
+    `probabilities` are those of the classes or labels, and `classes` the numbers of the predicted classes; both are
+    None if the task has none. `class_names` are their names, if the data have names.
     """
 
     outputs: Tensor
@@ -58,8 +60,8 @@ class Predictions:
 
     @property
     def labels(self) -> list[Any]:
-        """The names of the classes decided on, or their numbers where they have no names: a list as long as the rows,
-        of lists where a row has several places. Raises ConfigError if there are no classes.
+        """The names of the predicted classes, or their numbers if they have no names: a list with one entry per row, or
+        one list per row if a row has several predictions. Raises ConfigError if there are no classes.
         """
         if self.classes is None:
             raise ConfigError("these predictions are not classes: look at values")
@@ -144,11 +146,13 @@ class _Preprocessing(msgspec.Struct):
 
 @dataclass(frozen=True, eq=False)
 class TrainedModel:
-    """The weights of a model, the clients' parts and the server's apart, under the names of the whole model; `about`
-    says in plain values how it is made, what its inputs are, and what evaluation it is of.
+    """The weights of a model, separately for the clients' parts and the server's part, under the names of the whole
+    model.
 
-    `clients` holds each client's part; or one, which is `everyones`. `weights` [C] are what the clients' models count
-    in their average. Where only some of very many clients' parts are kept, `mean` is the average of all.
+    `about` says in plain values how the model is built, what its inputs are, and to which evaluation the weights
+    belong. `clients` contains each client's part, or a single one if `everyones` is true. `weights` [C] are the
+    clients' weights in the average of their models. If only some of very many clients' parts are kept, `mean` is the
+    average of all.
     """
 
     about: dict[str, Any]
@@ -220,10 +224,9 @@ class TrainedModel:
         return {**self._part(client), **self.server}
 
     def model(self, client: Whose = None, *, model: Model | None = None) -> nn.Module:
-        """The whole model in evaluation mode, with these weights. `model`: the module or function that the run was
-        given, if it was given from Python.
-
-        Raises ConfigError where there is no such client, or the model is not the one that was trained.
+        """The whole model in evaluation mode, with these weights. Pass `model`, the module or function, if the run
+        received it from Python. Raises ConfigError if there is no such client, or if the model is not the one that was
+        trained.
         """
         state = self.state(client)
         made = fitted(uncompiled(self._made(model)), state)
@@ -239,8 +242,9 @@ class TrainedModel:
         model: Model | None = None,
         device: str | torch.device = "cpu",
     ) -> Predictions:
-        """What the model says of new rows, given as the data of the run were: arrays or tensors, or columns by name.
-        They are scaled and encoded as in training; `Samples` and what `data.fresh.read` gives are taken as they are.
+        """The model's predictions for new rows, given in the form of the run's data: arrays or tensors, or columns by
+        name. They are scaled and encoded as in training; `Samples` and results of `data.fresh.read` are used without
+        changes.
         """
         whole = self.model(client, model=model).to(device)
         inputs = x.inputs if isinstance(x, New) else converted(x, self.about["preprocessing"])
@@ -362,11 +366,11 @@ def describe(
 
 
 def load_model(out: str | Path, client: Whose = None, *, best: bool = False, model: Model | None = None) -> nn.Module:
-    """The whole model of a finished run (or of a client's folder), in evaluation mode with its trained weights.
+    """The whole model of a finished run (or of a client's folder), in evaluation mode and with its trained weights.
 
-    `client`: number k (client k's part and the server's), or "average"; not needed where all have the same model or one
-    travels. `best`: of the evaluation that was best on the validation set, instead of the last. `model`: the module or
-    function that the run was given, if it was given from Python.
+    `client` is a number k (client k's part with the server's) or "average". It is not needed if all clients have the
+    same model or one model travels. With `best`, the weights are those of the best evaluation on the validation set,
+    instead of the last. Pass `model`, the module or function, if the run received it from Python.
     """
     return find_trained(Path(out), best=best).model(client, model=model)
 

@@ -26,10 +26,11 @@ Rows = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Smashed:
-    """Smashed data: what `clients` sent up in one step, with the labels. Empty (falsy) when nobody had a batch left.
+    """Smashed data: what `clients` sent up in one step, with the labels. It is empty (falsy) if no client had a batch
+    left.
 
-    `weights` say what each row counts in the mean loss (None: all count 1). Where clients have cuts of their own, rows
-    differ in shape: `rows` is then empty, and `parts` holds those of each cut.
+    `weights` are the weights of the rows in the mean loss (None: all are 1). If clients have their own cuts, rows
+    differ in shape; then `rows` is empty, and `parts` contains the rows of each cut.
     """
 
     rows: Rows  # each [R, s...]
@@ -45,7 +46,7 @@ class Smashed:
 
     @property
     def owner(self) -> Tensor:
-        """[R]: whose row each row is."""
+        """[R]: the client to which each row belongs."""
         return torch.repeat_interleave(torch.tensor(self.clients), torch.tensor(self.sizes))
 
     def sizes_of(self, clients: Container[int]) -> dict[int, int]:
@@ -54,7 +55,7 @@ class Smashed:
 
     @property
     def masses(self) -> tuple[float, ...]:
-        """What each client's rows count together: [C], the b_k where all rows count alike."""
+        """The total weight of each client's rows: [C], the b_k if all rows count equally."""
         return masses_of(self.weights, self.sizes)
 
     def masses_of(self, clients: Container[int]) -> tuple[float, ...]:
@@ -145,9 +146,9 @@ class Spread(Smashed):
 class CutGradients:
     """Cut gradients on their way down: own rows for some clients (unicast), one common gradient for others (broadcast).
 
-    `own` holds the rows of `clients` (sizes `sizes`), concatenated; every active client receives `common`:
-    [max b_k, s...], of which a client with fewer rows uses the first b_k; or [1, s...], used for every row. Where
-    clients have cuts of their own, `own` and `common` are empty, and `parts` holds the gradients of each cut.
+    `own` holds the concatenated rows of `clients` (with `sizes`). Every active client receives `common`: [max b_k,
+    s...], of which a client with fewer rows uses the first b_k, or [1, s...], which is used for every row. If clients
+    have their own cuts, `own` and `common` are empty, and `parts` contains the gradients of each cut.
     """
 
     own: Rows
@@ -158,7 +159,9 @@ class CutGradients:
     parts: tuple[CutGradients, ...] = ()
 
     def without_rows(self) -> CutGradients:
-        """For the same clients, whose lower parts train nothing: each takes its step, and no gradient goes down."""
+        """For the same clients, if their lower parts have nothing to train: each takes its step, and no gradient goes
+        down.
+        """
         return CutGradients((), self.clients, self.sizes, active=self.active)
 
     def for_client(self, client: int, size: int) -> Rows:
@@ -222,10 +225,10 @@ class TailGradients:
 
 @dataclass(frozen=True)
 class Round:
-    """One round of training: a local epoch of every participant, or as many local epochs or steps as were asked for.
+    """One round of training: a local epoch of every participant, or the requested number of local epochs or steps.
 
-    `index` of `total` rounds; `clients` [C] take part, with `batches` [C] to do each; `seed` names all randomness.
-    `sizes` [C][steps]: where batches have other sizes than b, the rows that each client brings to each step.
+    This is round `index` of `total`. `clients` [C] take part, with `batches` [C] each. `seed` names all randomness.
+    `sizes` [C][steps] are the rows that each client brings to each step, if batches have other sizes than b.
     """
 
     index: int
@@ -237,7 +240,7 @@ class Round:
 
     @property
     def steps(self) -> int:
-        """Number of batches of the busiest client; where clients sit out steps, of steps."""
+        """Number of batches of the client with the most; if clients sit out steps, the number of steps."""
         return max(map(len, self.sizes)) if self.sizes else max(self.batches)
 
     def progress(self, step: int) -> float:
@@ -249,10 +252,10 @@ class Round:
 class Step:
     """What one training step reports.
 
-    `means` [1 + C] are the mean losses: over the step's rows, then over each client's. They stay on the device until
-    somebody reads `loss` or `losses`: a step does not wait for its own numbers. `samples` = R; `active` shared a common
-    cut gradient; `server_lr` is the rate the server stepped with (None without a server). `mass` is what the rows count
-    together, where that may be another number than theirs.
+    `means` [1 + C] are the mean losses over the step's rows and over each client's rows. They stay on the device until
+    `loss` or `losses` is read, so a step does not wait for its own numbers. `samples` = R. The clients in `active`
+    shared a common cut gradient. `server_lr` is the rate of the server's step (None without a server). `mass` is the
+    total weight of the rows, if this may differ from their number.
     """
 
     means: Tensor
@@ -279,9 +282,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How models did on held-out samples: `scores` holds, for each client k, the metrics of (client model k, server
-    model) by their names; "loss", the mean loss, is always among them. A metric may say several numbers (one per class)
-    or None (it is not defined on these samples).
+    """Results of models on held-out samples. `scores` contains, for each client k, the metrics of (client model k,
+    server model) by name; "loss", the mean loss, is always among them.
+
+    A metric may have several numbers (one per class), or None (it is not defined on these samples).
     """
 
     scores: Mapping[int, Mapping[str, Any]]
@@ -293,13 +297,11 @@ class Evaluation:
         return tuple(next(iter(self.scores.values())))
 
     def each(self, metric: str) -> dict[int, Any]:
-        """What one metric says of each client's model."""
+        """The values of one metric for each client's model."""
         return {k: scores[metric] for k, scores in self.scores.items()}
 
     def mean(self, metric: str) -> Any:
-        """The mean over the clients of a metric, number by number, of those for which it is defined; None if there are
-        none.
-        """
+        """The mean of a metric over those clients for which it is defined, number by number; None if there are none."""
         return _mean(list(self.each(metric).values()))
 
     @property

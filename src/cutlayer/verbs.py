@@ -45,7 +45,7 @@ LEAVING = ("raw data", "smashed data", "labels", "gradients", "losses", "models"
 
 @dataclass(frozen=True)
 class Traits:
-    """What follows from an algorithm's `needs`; `central`: everybody's data are gathered in one place first."""
+    """What follows from an algorithm's `needs`. `central`: the data of all clients are collected in one place first."""
 
     needs: frozenset[str]
     central: bool = False
@@ -60,7 +60,7 @@ class Traits:
 
     @property
     def whole(self) -> bool:
-        """Clients hold whole models, so that the cut plays no role."""
+        """Clients hold whole models, so the cut plays no role."""
         return not self.needs & {FORWARD, LEARN}
 
     @property
@@ -75,12 +75,14 @@ class Traits:
 
     @property
     def lower_only(self) -> bool:
-        """Clients hold what is below one cut, and no more."""
+        """Clients hold the part below one cut, and nothing else."""
         return self.split and not self.u_shaped and LEARN not in self.needs
 
     @property
     def heads_come_down(self) -> bool:
-        """Clients have auxiliary heads that the server fits: they are not trained where they are used, nor averaged."""
+        """Clients have auxiliary heads that the server fits. The heads are not trained by the clients that use them,
+        and not averaged.
+        """
         return ALIGN in self.needs
 
     @property
@@ -90,7 +92,7 @@ class Traits:
 
     @property
     def asynchronous(self) -> bool:
-        """Clients work at their own pace, and do not wait for one another; their work goes on from round to round."""
+        """Clients work at their own pace and do not wait for each other; their work continues from round to round."""
         return ARRIVALS in self.needs
 
     @property
@@ -105,12 +107,14 @@ class Traits:
 
     @property
     def models_cross(self) -> bool:
-        """Client models leave their clients, who have equal ones after that: they are averaged, or one travels."""
+        """Client models leave their clients, which then have equal ones: models are averaged, or one model travels."""
         return self.averages or self.takes_turns
 
     @property
     def gradients_cross(self) -> bool:
-        """Gradients of the clients' weights leave them, whose models stay equal by taking the same steps."""
+        """Gradients of the clients' weights leave the clients, whose models stay equal because they take the same
+        steps.
+        """
         return BACKWARD_TOGETHER in self.needs
 
     @property
@@ -140,7 +144,9 @@ class Traits:
 
     @property
     def leaving(self) -> dict[str, str]:
-        """What leaves a client during training, by the words of `LEAVING`, and when. What stays is not in it."""
+        """What leaves a client during training, in the words of `LEAVING`, and when. What stays with the client is not
+        listed.
+        """
         if self.central:
             return {"raw data": "every row, once"}
         found: dict[str, str] = {}

@@ -22,7 +22,7 @@ class Scaled(Algorithm):
 
 
 class LocalWork(Algorithm):
-    """Algorithms whose clients work for several epochs or steps between two averagings."""
+    """Algorithms whose clients train for several epochs or steps between two averagings."""
 
     exclusive: ClassVar = (("local_epochs", "local_steps"),)
 
@@ -53,10 +53,10 @@ class Tour(Algorithm):
         return self.hand_over_optimizer
 
     def visits(self, this: Round) -> Iterator[int]:
-        """Whose turn each step of the round is.
+        """Which client's turn each step of the round is.
 
-        `hand_over="epoch"`: a client does all its batches, then the next. `"batch"`: one batch each in turn; clients
-        with fewer batches drop out of the later turns.
+        With `hand_over="epoch"`, a client trains on all its batches, then the next client does. With `"batch"`, each
+        client trains on one batch in turn; clients with fewer batches drop out of later turns.
         """
         batches = dict(zip(this.clients, this.batches, strict=True))
         order = list(this.clients)
@@ -69,8 +69,8 @@ class Tour(Algorithm):
 
 
 def sample_weights(clients: Cohort, who: Iterable[int]) -> dict[int, float]:
-    """FedAvg's weights: n_k for each client of `who` (averaging divides by their sum); where samples count differently,
-    what the client's count together.
+    """FedAvg's weights: n_k for each client of `who` (averaging divides by their sum). If samples have different
+    weights, the total weight of the client's samples.
     """
     masses = clients.masses
     return {k: masses[k] for k in sorted(who)}

@@ -32,27 +32,29 @@ A = TypeVar("A", bound="type[Algorithm]")
 
 
 class Algorithm(Thing):
-    """Base of all algorithms. Options are fields made by `plugins.option`, so an instance is a configured algorithm."""
+    """Base of all algorithms. Options are fields declared with `plugins.option`, so an instance is a configured
+    algorithm.
+    """
 
     def round(self, server: Server, clients: Cohort, this: Round) -> Iterator[Step]:
         """Train one round; yields a record per step."""
         raise ConfigError(f"{type(self).__name__} has no round(): write the generator that trains one round")
 
     def head(self, smashed: Rows, classes: int) -> nn.Module:
-        """The auxiliary head of an algorithm that needs LEARN: from examples of smashed data, each [n, s...], to a
-        module that gives scores [R, K]. By default global average pooling and one linear layer.
+        """The auxiliary head of an algorithm that needs LEARN: a module that takes smashed data, each [n, s...], and
+        gives scores [R, K]. `smashed` are examples. By default, it is global average pooling and one linear layer.
         """
         from cutlayer.models.auxiliary import PooledHead
 
         return PooledHead(smashed, classes)
 
     def traffic(self, epoch: Epoch) -> Traffic | None:
-        """What an epoch moves and computes; None: not planned."""
+        """What an epoch moves and computes, or None if `plan` does not support the algorithm."""
         return None
 
     def staleness(self, server: Server) -> dict[str, Any] | None:
-        """How old what each client sent was when the server used it, where clients work at their own pace: what
-        `Ages.summary` gives. None: they do not.
+        """How old batches and models of each client were when the server used them, if clients work at their own pace:
+        the result of `Ages.summary`. Otherwise None.
         """
         return None
 
@@ -73,23 +75,23 @@ class Algorithm(Thing):
 
     @property
     def averages_every_step(self) -> bool:
-        """Whether all client models are averaged, by their numbers of samples, after every single step of theirs."""
+        """Whether all client models are averaged, weighted by their numbers of samples, after every single step."""
         return False
 
     @property
     def shares_gradients(self) -> bool:
-        """Whether a cut gradient may come down that several clients share."""
+        """Whether a cut gradient that several clients share may come down."""
         return False
 
     @property
     def moves_optimizer(self) -> bool:
         """Whether the optimiser's state may travel with a client model that is handed over. If not, a client refuses to
-        give it.
+        send it.
         """
         return True
 
     def without_sharing(self) -> Algorithm:
-        """The same algorithm with every client's own gradient: what a server can do that wants to steer each client."""
+        """The same algorithm with every client's own gradient, as a server could use it to steer each client."""
         return self
 
     def rate_growth(self, clients: int) -> tuple[str, float]:
@@ -114,16 +116,19 @@ def algorithm(
     colour: str = "",
     line: str = "-",
 ) -> Callable[[A], A]:
-    """Registers an `Algorithm` under `name`.
+    """Registers an `Algorithm` under `name`. `needs` are the verbs of `cutlayer.verbs` that its round uses.
 
-    `needs` are the verbs of `cutlayer.verbs` that its round uses. `presets` are options of all runs whose defaults are
-    others with this algorithm. `central`: everybody's data are gathered first. `spreads` says whether
-    several processes can share the clients. "apart": the round hands the rows of a step only to the server's `step` or
-    `step_copies`, to `through_tails`, `gradients.own` and SplitAvg, so that each process keeps its own rows.
-    "gathered": the round uses them in other ways too, and every process gets them all. Empty: they cannot.
-    `client_part` and `server_part` say why the algorithm means nothing where that side has no parameters. `colour`
+    `presets` are options of all runs that have another default with this algorithm. `central`: the data of all clients
+    are collected first.
+
+    `spreads` says whether several processes can share the clients. "apart": the round hands the rows of a step only to
+    the server's `step` or `step_copies`, to `through_tails`, `gradients.own` and SplitAvg, so each process keeps its
+    own rows. "gathered": the round also uses the rows in other ways, and every process gets all of them. Empty: this is
+    not possible.
+
+    `client_part` and `server_part` say why the algorithm is meaningless if that side has no parameters. `colour`
     (black, blue, green, grey, orange, purple, sky, vermillion, or "#rrggbb") and `line` ("-", "--", "-.", ":") are its
-    look in plots; without a colour it gets a free one. Raises ValueError for a word that is not a verb.
+    look in plots; without a colour, it gets one that is free. Raises ValueError for a word that is not a verb.
     """
     found = sorted(Traits.of(needs, central).needs)
     return plugins.register(

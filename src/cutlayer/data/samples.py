@@ -138,15 +138,14 @@ def inputs_of(x: Inputs) -> Rows:
 class Source:
     """A loaded data set.
 
-    `train` is what the clients share between them; `validation` and `test` are held out from them all.
-    `class_names` names labels 0..K-1 (empty where targets are quantities, or classes without names). `client_column`
-    [len(train)] says whose sample each training row is, where the data say so (None otherwise): a number 0..C-1, whose
-    name is in `owner_names`. `validation_clients` and `test_clients` say the same of the rows held out; -1 is an owner
-    without training rows.
-
-    `preprocessing` is what became of the inputs, in plain values that JSON can hold: `preprocessed` does the same to
-    new rows. `account` is one line about what was read, used and left out. `cited` is what the data are cited by.
-    `test_drawn`: the test rows were drawn by a seed, since the data brought none.
+    `train` contains the rows that are divided among the clients; `validation` and `test` are held out from all of them.
+    `class_names` names the labels 0..K-1; it is empty if targets are quantities or classes without names.
+    `client_column` [len(train)] says to which client each training row belongs, if the data say so (otherwise None): a
+    number 0..C-1, whose name is in `owner_names`. `validation_clients` and `test_clients` say the same for held-out
+    rows; -1 is an owner without training rows. `preprocessing` describes how inputs were preprocessed, in plain values
+    that JSON can hold; `preprocessed` does the same to new rows. `account` is a line about what was read, used and left
+    out. `cited` is what the data are cited by. `test_drawn` is true if the test rows were drawn with a seed because the
+    data brought none.
     """
 
     name: str

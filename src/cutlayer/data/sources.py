@@ -70,24 +70,23 @@ def load(
     test_seed: int | None = None,
     **options: Any,
 ) -> Source:
-    """Load a built-in data set, a file or folder, or what a function returns.
+    """Load a built-in data set, a file or folder, or the result of a function.
 
-    `data` is a name (digits, fashion-mnist, or an entry point), a path, or `path/to/file.py:name` or
-    `package.module:name`: a function without arguments that returns data in any form that `from_memory` takes.
+    `data` is a name (digits, fashion-mnist, or an entry point), a path, or a reference `path/to/file.py:name` or
+    `package.module:name` to a function without arguments that returns data in any form that `from_memory` takes.
+    `data_format` is the name of a format (npz, csv, idx, images, huggingface, or an entry point), a reference
+    `file.py:name` to a `Format`, or auto. `options` are those of the format or of the function, such as `label_column`,
+    `client_column`, `columns`, `ignore_columns` and `impute` for CSV and Hugging Face data. An .npz file names owners
+    in an array `client` (or `client_train`). `class_names` are all labels in order, for data that may lack some of
+    them. Inputs are returned as [n, ...]: pictures as [n, c, h, w], tables as [n, columns].
 
-    `data_format` is the name of a format (npz, csv, idx, images, huggingface, or an entry point), `file.py:name` of a
-    `Format`, or auto. `options` are those of the format or of the function: `label_column`, `client_column`, `columns`,
-    `ignore_columns` and `impute` of CSV and Hugging Face data. An .npz file has its owners in an array `client` (or
-    `client_train`). `class_names`: all labels in order, where the data may lack some. Inputs come as [n, ...]: pictures
-    [n, c, h, w], tables [n, columns].
+    `given` are the options that the user set; `validation` or `test` among them is an error if the data bring that
+    part. `targets` says what the task needs as targets: one class per row ("class"), integers of any shape ("classes"),
+    or numbers. Rows of the class `ignored` are left out. `model_folder` is the model's folder, if it has one; text
+    takes its tokenizer from there. `seed` draws the held-out rows; if `test_seed` is given, it draws the test rows.
 
-    `given` are the options that the user gave: `validation` or `test` among them is an error if the data bring that
-    part. `targets`: what the targets are, as a task says: one class per row ("class"), integers of any shape
-    ("classes"), or numbers. Rows of the class `ignored` are left out. `model_folder` is the folder of the model, if it
-    has one: text takes the tokenizer there. `seed` draws what is held out; the test rows, `test_seed` if it is given.
-
-    Raises DataError if the data are missing, damaged, or not fit for the task; ConfigError if an option is out
-    of range or has no effect on these data.
+    Raises DataError if the data are missing, damaged, or not fit for the task, and ConfigError if an option is out of
+    range or has no effect on these data.
     """
     reading = ItemReading(data_in_memory, data_workers, seed)
     found = _read(data, data_format, options, reading, _Setting(targets, model_folder))
@@ -156,11 +155,11 @@ def from_arrays(
     targets: Targets = "class",
     ignored: int | None = None,
 ) -> Source:
-    """Inputs `x` [n, ...] and labels `y` [n] from memory; the axes stay as they are.
+    """Inputs `x` [n, ...] and labels `y` [n] from memory. The axes are not changed.
 
-    `x_test`, `y_test`: the test set (`test` is then ignored); `x_validation`, `y_validation` likewise. `client` [n]:
-    whose sample each row of `x` is; `client_validation` and `client_test` say it of the other sets.
-    Raises DataError and ConfigError as `load` does.
+    `x_test` and `y_test` are the test set (`test` is then ignored), and `x_validation` and `y_validation` the
+    validation set. `client` [n] says to which client each row of `x` belongs; `client_validation` and `client_test` do
+    so for the other sets. Raises DataError and ConfigError as `load` does.
     """
     arrays = {
         "x": x,
@@ -198,12 +197,11 @@ def from_dataset(
 ) -> Source:
     """A map-style `torch.utils.data.Dataset` of pairs (x, label), or a local `datasets.Dataset` (or DatasetDict).
 
-    x may be a tensor, an array, a number, or a picture (PIL). All items are read once, and kept in memory; with
-    `data_in_memory` "never" those of a `Dataset` are read when a batch needs them, by
-    `data_workers` processes (0: by this one), and with "auto" they are if not all would fit. `seed` names what random
-    transforms draw.
-    `test_dataset`, of the same kind: the test set (`test` is then ignored). What concerns columns is of
-    `datasets.Dataset` only. `given` is as for `load`. Raises DataError and ConfigError as `load` does.
+    x may be a tensor, an array, a number, or a picture (PIL). By default, all items are read once and kept in memory.
+    With `data_in_memory` "never", the items of a `Dataset` are read when a batch needs them, by `data_workers`
+    processes (0: by this one). With "auto", this happens if they would not all fit into memory. `seed` determines what
+    random transforms draw. `test_dataset`, of the same kind, is the test set (`test` is then ignored). Options about
+    columns apply only to `datasets.Dataset`. `given` is as for `load`. Raises DataError and ConfigError as `load` does.
     """
     values = {
         "label_column": label_column,

@@ -66,16 +66,19 @@ _PATIENCE = 1.0  # seconds after which it tries no more
 
 
 def cut(model: nn.Module, at: str | Sequence[str], example: Example, *, untie: bool = False) -> Parts:
-    """Cut `model` after the module called `at` (client | server), or after two (client | server | tail, U-shaped).
+    """Cut `model` after the module called `at` (client | server), or after two modules (client | server | tail,
+    U-shaped).
 
-    Names are those of `model.named_modules()`; "2" (the end of the second block of a deep model, see `blocks`); "input"
-    (the whole model at the server) and "output" (the whole model at the client). `example` [R >= 2, ...] is a batch of
-    the data, of samples of the shape that will be trained on: a tensor, a tuple of tensors (positional arguments) or a
+    Names are those of `model.named_modules()`. "2" is the end of the second block of a deep model (see `blocks`). With
+    "input", the whole model is at the server; with "output", at the client. `example` [R >= 2, ...] is a batch of the
+    data, with samples of the shape that will be trained on: a tensor, a tuple of tensors (positional arguments) or a
     dict of them (keyword arguments).
 
-    The parts own copies of the parameters, under their original names, which they share out among them; the model is
-    left as it is. A weight that has several names may serve both ends of a U-shape; with `untie`, one that is used on
-    both sides of a cut becomes one of its own for each side. Raises CutError, with the reason and names that work.
+    The parts own copies of the parameters under their original names, each parameter in one part. The model itself is
+    not changed. A weight with several names may serve both ends of a U-shape. With `untie`, a weight that is used on
+    both sides of a cut becomes a separate weight on each side.
+
+    Raises CutError with the reason and with names that work.
     """
     names = (at,) if isinstance(at, str) else tuple(at)
     x = _inputs(example)
@@ -98,9 +101,9 @@ def cut(model: nn.Module, at: str | Sequence[str], example: Example, *, untie: b
 
 
 def cut_points(model: nn.Module, example: Example) -> list[str]:
-    """Names at which `model` can be cut in two, in the order of `named_modules()`.
+    """Names of modules after which `model` can be cut in two, in the order of `named_modules()`.
 
-    Direct children are tried first, then the modules inside them, up to 40 names in all.
+    Direct children are tried first, then the modules inside them, up to 40 names in total.
     """
     x = _inputs(example)
     with _undisturbed():

@@ -188,12 +188,12 @@ def crossing_bytes(crossings: Iterable[Crossing]) -> int:
 
 @dataclass(frozen=True)
 class Parts:
-    """A model cut in two, or in three (U-shaped: client, server, and a tail that stays with the client).
+    """A model cut in two parts, or in three (U-shaped: client, server, and a tail that stays with the client).
 
-    `client(x)` takes what the model takes and gives a tuple of tensors, always; `server(rows)` takes it and gives what
-    the model gives: logits [R, K]. With a tail, `server(rows)` gives a tuple and `tail(rows)` the logits. `crossing`
-    describes the tensors from client to server, `returning` those from server to tail. `method` is how the model was
-    cut: "fx", "hooks", "tape" or "whole".
+    `client(x)` takes the model's inputs and always returns a tuple of tensors. `server(rows)` takes this tuple and
+    returns the model's outputs: logits [R, K]. With a tail, `server(rows)` returns a tuple, and `tail(rows)` returns
+    the logits. `crossing` describes the tensors from client to server, `returning` those from server to tail. `method`
+    says how the model was cut: "fx", "hooks", "tape" or "whole".
     """
 
     client: nn.Module

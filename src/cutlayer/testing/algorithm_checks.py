@@ -32,18 +32,18 @@ _EQUAL = 10  # samples of each of two clients, where all have the same number
 
 
 def check_algorithm(algorithm: Any, *, one_client_is_sgd: bool = True, **options: Any) -> None:
-    """Prove that an algorithm keeps what all algorithms promise. `options` are its own, or those of a run.
+    """Test that an algorithm keeps the promises of all algorithms. `options` are its own, or those of a run.
 
-    - Its round asks for the verbs that it needs, for all of them, and for nothing else.
+    - Its round uses all the verbs that it needs, and no others.
     - The bytes of the tensors that cross are those that the ledger counts.
-    - The stacked engine, where it can run the algorithm, and remote clients give what the local engine gives: records,
-      losses, client models, server model, within rounding.
+    - The stacked engine (if it can run the algorithm) and remote clients give what the local engine gives: records,
+      losses, client models and server model, up to rounding.
     - A run that is interrupted and resumed ends bit for bit like one that is not.
-    - What `traffic` states, if it states anything, is what an epoch of equal clients moves and computes.
-    - With a single client it is centralised gradient descent, step by step: only with `one_client_is_sgd`.
+    - If `traffic` states what an epoch of equal clients moves and computes, this is true.
+    - With `one_client_is_sgd`: with a single client, the algorithm is centralised gradient descent, step by step.
 
-    Raises AssertionError, which says what does not hold and by how much; ConfigError for an algorithm that cannot be
-    found, or an option that it does not have.
+    Raises AssertionError, which says what does not hold and by how much, and ConfigError for an algorithm that cannot
+    be found or an option that it does not have.
     """
     candidate = Candidate.of(algorithm, options)
     _check_verbs_and_bytes(candidate)

@@ -21,15 +21,16 @@ _SIZES = (1e-30, 1e-4, 1.0, 1e4, 1e30)
 
 
 def check_codec(reference: str | Codec | type[Codec]) -> None:
-    """Prove that a codec (NAME, NAME:ARGUMENT, a class or an object of it) keeps what all codecs promise.
+    """Test that a codec (NAME, NAME:ARGUMENT, a class or an object of it) keeps the promises of all codecs.
 
-    - What is received is within its bound of what was sent, whatever the magnitudes; the same if it is not `lossy`.
-    - It writes as many bytes as its `size` says; no rows take no bytes.
-    - NaN and infinite numbers are found by the receiver, and finite ones stay finite.
-    - Whoever says that rows are written by themselves (`row_by_row`) gives each client what it gives all together.
+    - What is received is within its bound of what was sent, at any magnitude. If it is not `lossy`, both are equal.
+    - It writes as many bytes as its `size` says; zero rows take no bytes.
+    - The receiver finds NaN and infinite numbers, and finite numbers stay finite.
+    - If the codec says that it writes rows by themselves (`row_by_row`), each client's rows are received as they would
+      be among those of all clients.
     - zstd changes nothing.
 
-    Raises AssertionError, which says what does not hold and by how much; ConfigError for an unknown codec.
+    Raises AssertionError, which says what does not hold and by how much, and ConfigError for an unknown codec.
     """
     made = Codec.parse(reference) if isinstance(reference, str) else reference
     codec = made if isinstance(made, Codec) else made.of(None)

@@ -17,13 +17,13 @@ _SHAPES = ((4,), (2, 3, 3))
 
 
 def check_defence(defence: Any, **options: Any) -> None:
-    """Prove that a defence keeps what all defences promise. `options` are its own.
+    """Test that a defence keeps the promises of all defences. `options` are its own.
 
     - Rows keep their shapes and types, and stay finite.
-    - The same batch of the same client is protected in the same way, whoever else is there.
-    - The way back through it is the derivative: of what is sent, and of its penalty.
+    - A batch of a client is protected in the same way, whichever other clients take part.
+    - The way back through it is the derivative, both of the rows that are sent and of its penalty.
 
-    Raises AssertionError, which says what does not hold and by how much; ConfigError for a defence that cannot be
+    Raises AssertionError, which says what does not hold and by how much, and ConfigError for a defence that cannot be
     found, or has no effect with these options.
     """
     part = _made(defence, options)

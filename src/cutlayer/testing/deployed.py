@@ -24,7 +24,7 @@ C = TypeVar("C", bound=MemoryCarrier)
 
 @dataclass(frozen=True)
 class InMemory(Generic[C]):
-    """A run with its clients, whose requests the `carrier` takes to the `workers`; `greet` lets a client in."""
+    """A run with its clients in one process. The `carrier` takes requests to the `workers`; `greet` lets a client in."""
 
     run: Run
     carrier: C
@@ -55,11 +55,12 @@ def in_memory(
     gone: Callable[[], Collection[int]] = tuple,
     **options: Any,
 ) -> InMemory[C]:
-    """A run that has not begun, with clients of its own or with `workers` of an earlier one.
+    """A run that has not begun, with its own clients or with the `workers` of an earlier one.
 
-    Run and clients are kept in `folder` (`run`, `client-0`, ...), and with `resume` go on from there. All clients join
-    before each round, but for those that are `gone`. `options` are those of `remote.sides.remote_training`.
-    Raises UsageError as a deployment does; RefusedError, when the run begins, for a client that is not let in.
+    The run and the clients are kept in `folder` (`run`, `client-0`, ...), and with `resume` they continue from there.
+    All clients join before each round, except those that are `gone`. `options` are those of
+    `remote.sides.remote_training`. Raises UsageError as a deployment does, and RefusedError, when the run begins, for a
+    client that is not let in.
     """
     places = {k: None if folder is None else folder / client_name(k) for k in range(config.clients)}
     for place in places.values():
@@ -87,7 +88,7 @@ def in_memory(
 
 
 def train_in_memory(config: RunConfig, *, model: Model | None = None, data: Data | None = None) -> Run:
-    """Train a configuration with the clients of a deployment, all of them in this process: the finished run.
+    """Train a configuration with the clients of a deployment, all of them in this process, and return the finished run.
 
     Every request and every answer is written as on a network, and read again by the rules of both sides.
     """

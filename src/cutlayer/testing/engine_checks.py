@@ -16,8 +16,10 @@ ENGINES = ("stacked", "union", "remote")
 
 
 def check_engine(name: str) -> None:
-    """Prove that an engine (one of `ENGINES`) comes to what the local engine does, for all algorithms of this package
-    that it can run. Raises AssertionError as `check_algorithm` does; ConfigError for an unknown engine.
+    """Test that an engine (one of `ENGINES`) gives the results of the local engine, for all algorithms of this package
+    that it can run.
+
+    Raises AssertionError as `check_algorithm` does, and ConfigError for an unknown engine.
     """
     if name not in ENGINES:
         raise ConfigError(unknown("engine to compare with the local one", name, ENGINES))

@@ -28,7 +28,7 @@ def random_samples(n: int, shape: Sequence[int] = (FEATURES,), *, classes: int =
 def random_source(
     sizes: Sequence[int], shape: Sequence[int] = (FEATURES,), *, classes: int = CLASSES, seed: int = 0
 ) -> Source:
-    """A data set whose client column deals `sizes` samples to the clients, in order: use it with the partition
+    """A data set whose client column gives `sizes` samples to the clients, in order. Use it with the partition
     `column`.
     """
     owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(list(sizes)))

@@ -34,15 +34,15 @@ def check_model(
     stacked: bool = True,
     **options: Any,
 ) -> None:
-    """Prove that a model can be trained in parts. `options` are its own.
+    """Test that a model can be trained in parts. `options` are its own.
 
     - It gives `classes` numbers for each sample of `input_shape`.
-    - At all of `cuts` (by default those that it was registered with, or all that are found) the parts give what the
-      whole gives: outputs, gradients and buffers, in training and in evaluation.
+    - At all `cuts` (by default those that it was registered with, or all that are found), the parts give what the whole
+      gives: outputs, gradients and buffers, in training and in evaluation.
     - With `stacked`: the models of several clients, trained all at once, become what they become one by one.
 
-    Raises AssertionError, which says what does not hold and by how much; ConfigError for a model that cannot be found
-    or made.
+    Raises AssertionError, which says what does not hold and by how much, and ConfigError for a model that cannot be
+    found or made.
     """
     name = reference if isinstance(reference, str) else getattr(reference, "__name__", "the model")
     model = _built(reference, input_shape, classes, options)

@@ -16,13 +16,13 @@ _ROWS, _CLASSES = 120, 4
 
 
 def check_partition(scheme: Any, *, clients: int = 5, **options: Any) -> None:
-    """Prove that a partition keeps what all partitions promise. `options` are its own.
+    """Test that a partition keeps the promises of all partitions. `options` are its own.
 
-    - Every client gets a row, none is dealt twice, and none is left over.
-    - The same seed deals the same rows, and another client's number of rows is nobody's order: rows are sorted.
-    - Where `samples_per_client` has an effect, just so many rows are dealt in all.
+    - Every client gets at least one row, no row is assigned twice, and none is left over.
+    - The same seed gives the same rows, and each client's rows are sorted.
+    - If `samples_per_client` has an effect, exactly that number of rows per client is assigned in total.
 
-    Raises AssertionError, which says what does not hold; ConfigError for a partition that cannot be found.
+    Raises AssertionError, which says what does not hold, and ConfigError for a partition that cannot be found.
     """
     reference, values = (scheme, {}) if isinstance(scheme, Partition) else plugins.adopt("partition", scheme)
     name = reference if isinstance(reference, str) else repr(reference)

@@ -30,11 +30,11 @@ def partition(
     samples_per_client: int | None = None,
     **options: Any,
 ) -> list[Indices]:
-    """Deal the training samples with `labels` [n] (integers) to `clients` clients.
+    """Divide the training samples with `labels` [n] (integers) among `clients` clients.
 
-    Returns one ascending int64 array of row numbers per client. No array is empty and no row is in two of them.
-    Together they are all rows, or with `samples_per_client` that number times C, drawn at random (iid: each client
-    gets exactly that number; otherwise it is the mean). The same arguments always give the same result.
+    Returns one ascending int64 array of row numbers per client. No array is empty, and no row is in two of them.
+    Together they are all rows. With `samples_per_client`, they are that number times C rows, drawn at random (iid: each
+    client gets exactly that number; otherwise it is the mean). The same arguments always give the same result.
 
     `how` is a name (iid, dirichlet, shards, quantity, column, or an entry point), `path/to/file.py:name`,
     `package.module:name`, or a `Partition`. `options` are those of the scheme:
@@ -45,7 +45,8 @@ def partition(
         quantity   quantity
         column     none; client_column [n] has exactly `clients` distinct values, client k holds the k-th smallest
 
-    Raises ConfigError for an option out of range or without effect; DataError if these samples cannot be dealt so.
+    Raises ConfigError for an option that is out of range or has no effect, and DataError if these samples cannot be
+    divided in this way.
     """
     name = how if isinstance(how, str) else type(how).__name__
     scheme = _scheme(how, options)
