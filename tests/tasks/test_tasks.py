@@ -507,7 +507,10 @@ def test_classes_are_not_quantities() -> None:
         ("huber_delta = 2 has no effect", {"y": X[:, 0], "task": "regression", "huber_delta": 2.0, "model": 1}),
         ("the targets hold 0.3.*a label is 0 or 1", {"y": torch.full((40, 3), 0.3), "task": "multilabel", "model": 3}),
         ("belongs to .*regression", {"loss": "huber", "model": 2}),
-        ("'dirichlet' deals classes", {"y": X[:, 0], "task": "regression", "partition": "dirichlet", "model": 1}),
+        (
+            "'dirichlet' divides samples by class",
+            {"y": X[:, 0], "task": "regression", "partition": "dirichlet", "model": 1},
+        ),
         ("NaN or infinite", {"y": X[:, 0] / 0, "task": "regression", "model": 1}),
         ("this task needs integers", {"y": X, "task": "segmentation", "model": 1}),
         (r"its target is \(40,\)", {"y": torch.zeros(40, 40).long(), "task": "segmentation", "model": 1}),

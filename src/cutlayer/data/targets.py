@@ -124,7 +124,7 @@ def as_indices(source: Source, width: int) -> Source:
     def renamed(samples: Samples) -> Samples:
         return dataclasses.replace(samples, y=numbers[samples.y])
 
-    told = _told(source, f"the labels {shown} are accepted as classes of the model's {width}")
+    told = _told(source, f"the labels {shown} are taken as classes of the model's {width}")
     return dataclasses.replace(
         told,
         train=renamed(source.train),
