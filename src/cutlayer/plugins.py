@@ -432,7 +432,7 @@ def label(reference: str) -> str:
 
 
 def registered_name(kind: str, reference: str) -> str:
-    """The name under which a thing was registered, wherever its file is. Machines with different paths can compare it."""
+    """The name under which a thing was registered, wherever its file is. Machines with other paths can compare it."""
     reference, _ = parted(kind, reference)
     entry = None if reference in index(kind) else _registration(load(kind, reference))
     if entry is not None:
@@ -552,7 +552,7 @@ def _impossible(name: str, value: object, message: str, info: FieldInfo | None) 
 
 
 def fingerprint(kind: str, reference: str) -> str:
-    """SHA-256, in hexadecimal, of the file of a thing from outside this package; empty for this package's own things."""
+    """SHA-256, in hexadecimal, of the file of a thing from outside this package; empty for this package's things."""
     return "" if parted(kind, reference)[0] in index(kind) else source_digest(load(kind, reference))
 
 

@@ -289,7 +289,7 @@ class Server:
             self._copy_of(int(client)).load(copy)
 
     def trial(self, client: int | None = None) -> Server:
-        """A copy to try steps on (of the copy that belongs to `client`, if there is one). This server does not change."""
+        """A copy to try steps on (of the copy that belongs to `client`, if any). This server does not change."""
         one = self if client is None else self._copies.get(client, self)
         tried = Server(replica(one.model), self._make_optimizer, self.lr, one.seed, self.task)
         tried.load({**one._own_state(), "copies": {}})

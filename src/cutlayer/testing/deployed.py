@@ -24,7 +24,7 @@ C = TypeVar("C", bound=MemoryCarrier)
 
 @dataclass(frozen=True)
 class InMemory(Generic[C]):
-    """A run with its clients in one process. The `carrier` takes requests to the `workers`; `greet` lets a client in."""
+    """A run with its clients in one process. The `carrier` takes requests to `workers`; `greet` lets a client in."""
 
     run: Run
     carrier: C
