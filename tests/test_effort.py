@@ -28,7 +28,7 @@ def test_each_entry_is_tuned_over_the_options_that_it_has() -> None:
     assert "2 trials of each method (client_lr; sglr also phi), grid, on seed 2" in found.remarks[0]
     alone = effort({"phi": [0.5, 1.0]})
     assert alone.untuned == ("psl",)
-    assert alone.remarks[1].startswith("Not tuned: psl, which has none")
+    assert alone.remarks[1] == "Not tuned, since none of these options is left to choose: psl"
     own = {"fixed": {"algorithm": "sglr", "client_lr": 0.3}}
     assert effort({"client_lr": [0.1, 0.2]}, variant=own).untuned == ("fixed",)
 
@@ -116,6 +116,14 @@ def test_wrong_tunings(tuning: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words) as caught:
         effort(tuning)
     assert len(str(caught.value)) < 260
+
+
+def test_trials_may_see_the_own_test_rows_of_another_seed() -> None:
+    found = effort({"client_lr": [0.1, 0.2]}, evaluate_on="both")
+    assert "no trial is trained" not in found.remarks[0]
+    assert found.remarks[1] == found.overlap
+    assert found.overlap.startswith("Each seed tests clients on rows of their own (evaluate_on), some of which trials")
+    assert effort({"client_lr": [0.1, 0.2]}, evaluate_on="own", partition="column").overlap == ""
 
 
 def test_the_table_is_not_called_tune() -> None:

@@ -238,6 +238,8 @@ def test_what_cannot_be_tuned(tmp_path: Path) -> None:
         Comparison(**options, validation=0, tuning={"client_lr": [0.1, 0.2]}).check()
     with pytest.raises(CutError, match=r"unknown module 'hidden9'"):
         Comparison(**options, tuning={"cut": ["hidden1", "hidden9"]}).check()
+    needed = {"algorithms": ["psl"], "seeds": [0], "screening": "length_bound", "tuning": {"row_limit": [5.0, 9.0]}}
+    Comparison(**SMALL, **needed).check()  # the screening needs a limit, which the trials have
     out = tmp_path / "a"
     comparison = Comparison(**options, tuning={"client_lr": [0.01, 0.02]}, out=out)
     told = comparison.progress()

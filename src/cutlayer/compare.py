@@ -244,10 +244,10 @@ class Comparison:
         needs: dict[str, int] = {}
         for entry, seeds in self.plan.items():
             first, *others = seeds.values()
-            training = assemble(first, self._model, self._own.data, **self._own.objective)
+            training, dealt = self._built(entry, first), [*others, first] if self.waiting_trials else others
             judged.setdefault(training.task.leading, entry)
             Audience.of(first, self._own.callbacks)
-            for config in others:
+            for config in dealt:
                 deal(config, self._own.data)  # with another seed a client may stay without samples
             if self.jobs > 1:
                 bytes_of_it = footprint(training, first, self.jobs)
@@ -330,14 +330,23 @@ class Comparison:
                 f"tuning is not possible with {world().size} ranks: tune in one process, without torchrun or srun; "
                 f"once {TUNING} is there, ranks can go on with `cutlayer resume`"
             )
-        for entry in self.effort.spaces:
-            for point in self.effort.kinds(entry):
-                training = assemble(self.effort.run(entry, point), self._model, self._own.data, **self._own.objective)
-                if not len(training.source.validation):
-                    raise ConfigError(
-                        "tuning needs validation rows to choose by, and there are none: hold some out, such as "
-                        "validation = 0.1"
-                    )
+
+    def _built(self, entry: str, first: RunConfig) -> Training:
+        """What the first run of an entry trains, or if the entry is still to be tuned, one of its trials; every kind of
+        trial is built. Raises UsageError.
+        """
+        tuned = self.effort is not None and self.tuned is None and entry in self.effort.spaces
+        if self.effort is None or not tuned:
+            return assemble(first, self._model, self._own.data, **self._own.objective)
+        for point in self.effort.kinds(entry):
+            trial = self.effort.run(entry, point)
+            training = assemble(trial, self._model, self._own.data, **self._own.objective)
+            if not len(training.source.validation):
+                raise ConfigError(
+                    "tuning needs validation rows to choose by, and there are none: hold some out, such as "
+                    "validation = 0.1"
+                )
+        return training
 
     def _share_test_rows(self) -> None:
         """Where test rows are drawn by a seed, all runs have those of the trials: a trial would else be trained on rows

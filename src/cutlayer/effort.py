@@ -110,21 +110,31 @@ class Effort:
         when = "after the last round" if self.by == "last" else "at the best evaluation"
         number = f"{self.trials} trial{'s' * (self.trials > 1)} of each method"
         first = (
-            f"Tuning: {number} ({what}), {self.how}, on seed {self.seed}, by the score on the validation rows {when}; "
-            "no trial is trained or judged on test rows"
+            f"Tuning: {number} ({what}), {self.how}, on seed {self.seed}, by the score on the validation rows {when}"
+        ) + ("" if self.overlap else "; no trial is trained or judged on test rows")
+        idle = f"Not tuned, since none of these options is left to choose: {', '.join(self.untuned)}"
+        return tuple(filter(None, (first, idle if self.untuned else "", self.overlap)))
+
+    @property
+    def overlap(self) -> str:
+        """A sentence about test rows that trials may see; empty if there are none."""
+        entries = [self._entry(name, _first_point(space)) for name, space in self.spaces.items()]
+        if not any(run.evaluate_on != "global" and run.partition != "column" for run in entries):
+            return ""
+        return (
+            "Each seed tests clients on rows of their own (evaluate_on), some of which trials on another seed are "
+            "trained on"
         )
-        idle = f"Not tuned: {', '.join(self.untuned)}, which has none of these options or sets them" * bool(
-            self.untuned
-        )
-        return tuple(filter(None, (first, idle)))
 
     def at_the_edge(self, entry: str, point: Point) -> list[str]:
         """Those options whose value in `point` is the least or the greatest that was possible, if more would be."""
         return [name for name, value in point.items() if _is_edge(name, value, self.spaces[entry].values[name])]
 
     def kinds(self, entry: str) -> Iterator[Point]:
-        """Points that differ in a word, such as a model: what is built of them differs in more than numbers."""
-        first = {name: _first(values) for name, values in self.spaces[entry].values.items()}
+        """A point of the entry, and then those that differ from it in a word, such as a cut: what is built of them
+        differs in more than numbers.
+        """
+        first = _first_point(self.spaces[entry])
         yield first
         for name, values in self.spaces[entry].values.items():
             if not isinstance(values, Mapping):
@@ -149,7 +159,7 @@ class Effort:
     def _check_values(self) -> None:
         """Raises ConfigError for a value that an option cannot have, before anything is trained."""
         for entry, space in self.spaces.items():
-            first = {name: _first(values) for name, values in space.values.items()}
+            first = _first_point(space)
             for name, values in space.values.items():
                 tried = [values["low"], values["high"]] if isinstance(values, Mapping) else values
                 for value in tried:
@@ -218,6 +228,10 @@ def _space(config: CompareConfig, values: Mapping[str, Any], asked: Mapping[str,
 
 def _listed(values: Any) -> Iterable[Any]:
     return () if isinstance(values, Mapping) else values
+
+
+def _first_point(space: Space) -> Point:
+    return {name: _first(values) for name, values in space.values.items()}
 
 
 def _first(values: Any) -> Any:

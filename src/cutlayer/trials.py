@@ -240,6 +240,7 @@ class Trials:
             some.maximise,
             entries,
             effort.untuned,
+            overlap=effort.overlap,
         )
 
     def _chosen(self, course: _Course) -> TunedEntry:

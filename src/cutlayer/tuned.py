@@ -40,7 +40,7 @@ class TunedEntry:
 @dataclass(frozen=True)
 class Tuned:
     """How a comparison was tuned, as written to tuning.json. `test_seed` has drawn the test rows of all seeds; None if
-    the data brought them.
+    the data brought them. `overlap` says which test rows trials may have been trained on; empty if none.
     """
 
     how: str
@@ -53,6 +53,7 @@ class Tuned:
     entries: dict[str, TunedEntry]
     untuned: tuple[str, ...] = ()
     test_seed: int | None = None
+    overlap: str = ""
 
     @property
     def warnings(self) -> list[str]:
@@ -85,6 +86,7 @@ class _StoredTuned(Stored):
     entries: dict[str, _StoredEntry]
     untuned: list[str]
     test_seed: Count | None = None
+    overlap: str = ""
 
 
 def tuned_of(stored: object) -> Tuned:

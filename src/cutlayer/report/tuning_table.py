@@ -36,10 +36,10 @@ def sentence(tuned: Tuned) -> str:
         if tuned.test_seed is not None
         else ""
     )
+    apart = f"{tuned.overlap}." if tuned.overlap else "No trial was trained or judged on test rows."
     return (
         f"{tuned.trials} trial{'s' * (tuned.trials > 1)} of each method ({tuned.how}), on seed {tuned.seed}, which is "
-        f"not reported, by the {spoken(tuned.metric)} on the validation rows {when}. No trial was trained or judged on "
-        f"test rows.{shared}"
+        f"not reported, by the {spoken(tuned.metric)} on the validation rows {when}. {apart}{shared}"
     )
 
 
