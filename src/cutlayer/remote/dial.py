@@ -206,7 +206,7 @@ class Dialler:
             raise RefusedError(message.reason, plain(message.sentence))
         if not isinstance(message, m.Welcome):  # Bye: it stops just now
             raise _AwayError(plain(getattr(message, "reason", "the server stops")), worked=False)
-        log.info("%s: welcome as number %d of %d", self.address, message.index, message.clients)
+        log.info("%s: accepted as client %d of %d", self.address, message.index, message.clients)
         if refused := self.worker.welcome(message):
             await stream.send(m.Failed(message.step, "Refused", refused.sentence))
             await stream.leave()
