@@ -21,7 +21,7 @@ PAGES = README + "".join(
 PYTHON = re.findall(r"```python\n(.*?)```", PAGES, re.DOTALL)
 # `make` targets are what runs these tests; lines that say how long they take are not for every test run.
 COMMANDS = [
-    line.split("  #")[0].strip()
+    line.split("  #")[0].split(" > ")[0].strip()
     for block in re.findall(r"```sh\n(.*?)```", PAGES, re.DOTALL)
     for line in block.splitlines()
     if line.startswith("cutlayer ") and "minute" not in line
