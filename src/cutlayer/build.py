@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from cutlayer import __version__, plugins, seeds
+from cutlayer.adapters import narrow, numbers
 from cutlayer.adjustment import Adjustment, InformedCohort, log_prior
 from cutlayer.algorithms import Algorithm, traffic_of
 from cutlayer.allocator import keep_memory
@@ -87,7 +88,7 @@ from cutlayer.tasks import Task
 from cutlayer.tasks.own_loss import Loss, with_loss
 from cutlayer.traffic import Epoch
 from cutlayer.types import Rows
-from cutlayer.verbs import LEARN, Traits
+from cutlayer.verbs import AVERAGE, BACKWARD_TOGETHER, HAND_OVER, LEARN, Traits
 from cutlayer.wire import Codec, Coding
 from cutlayer.wire.coded import CodedCohort
 
@@ -321,7 +322,7 @@ class Prepared:
             self._looked_at(told, engine, tell),
             ledger,
             crossing.crossed,
-            self.clients.cuts,
+            self.clients.cuts or numbers(self.clients.ranks),
             total=world().total_of,
             asynchronous=asynchronous,
         )
@@ -538,14 +539,15 @@ def prepare(
     heads = _heads(config, algorithm, split, example, width, given)
     head = None if heads is None else heads("head")
     choice = Choice(config, algorithm, split, (make_client, make_server), example, work, typical, head)
-    chosen = one_by_one(config, split) if depths.mixed else _chosen(choice, ways)
+    ranks = _ranks(config, algorithm, whole, mixed=depths.mixed)
+    chosen = one_by_one(config, split, cuts=depths.mixed) if depths.mixed or ranks else _chosen(choice, ways)
     split = chosen.split
     if not depths.mixed:
         depths = replace(depths, each={name: replace(d, parts=split) for name, d in depths.each.items()})
     local_epochs, local_steps = algorithm.part_of_round
     place, on_disk = placed(config, split, algorithm.traits, chosen.ways.engine) if alone is None else (None, "")
     setup = Clients(
-        _ClientModels(config, depths, make_model, len(owners), heads),
+        _ClientModels(config, depths, make_model, len(owners), heads, ranks),
         with_targets(source.train, owners, attacks, width if task.targets == "class" else 0),
         owners,
         make_client,
@@ -556,7 +558,7 @@ def prepare(
         participation=1.0 if algorithm.traits.central else config.participation,
         local_epochs=local_epochs,
         local_steps=local_steps,
-        alike=config.start == "equal",
+        alike=config.start == "equal" and not ranks,
         eval_clients=pace.clients,
         judge_by=config.judge,
         task=task,
@@ -568,6 +570,7 @@ def prepare(
         cuts=depths.numbers,
         beside=_blocks(config, depths, make_model, make_client) if depths.mixed else None,
         place=place,
+        ranks=ranks,
     )
     return Prepared(
         config,
@@ -611,6 +614,33 @@ def _chosen(choice: Choice, ways: Ways | None) -> Chosen:
 
     stored, remark = world().first(first)
     return replace(choice.made(Ways.of(stored)), remark=remark)
+
+
+def _ranks(config: RunConfig, algorithm: Algorithm, whole: nn.Module, *, mixed: bool) -> tuple[int, ...]:
+    """The rank of each client's adapters, if they differ; else nothing. Raises ConfigError."""
+    ranks: tuple[int, ...] = getattr(whole, "client_ranks", ())
+    if not ranks:
+        return ()
+    if len(ranks) != config.clients:
+        raise ConfigError(f"lora_ranks are {len(ranks)} for {config.clients} clients: give one for each")
+    if len(set(ranks)) == 1 or algorithm.traits.central:
+        return ()
+    odd = {
+        "its one model goes from client to client": HAND_OVER in algorithm.traits.needs,
+        "its clients step with the sum of their gradients": BACKWARD_TOGETHER in algorithm.traits.needs,
+        "its clients have auxiliary heads": LEARN in algorithm.traits.needs,
+        "clients have different cuts": mixed,
+        "several processes share the clients": world().several,
+        f"averaging = {config.averaging!r} averages factors, and not their products": (
+            AVERAGE in algorithm.traits.needs and not averaging_rule(config).by_name
+        ),
+    }
+    if reasons := [why for why, there in odd.items() if there]:
+        raise ConfigError(
+            f"lora_ranks = {list(ranks)} is not possible with {config.algorithm}: {reasons[0]}; give one lora_rank"
+            + (", or averaging = 'products'" if "factors" in reasons[0] else "")
+        )
+    return ranks
 
 
 def _told(config: RunConfig, depths: Depths) -> str:
@@ -980,7 +1010,9 @@ class _ClientModels(Sequence[ClientModel]):
         make_model: Callable[..., nn.Module],
         clients: int,
         make_head: Callable[..., nn.Module] | None,
+        ranks: Sequence[int] = (),
     ) -> None:
+        self.ranks = ranks
         self.config, self.depths, self.make_model, self.clients = config, depths, make_model, clients
         self.make_head = make_head
 
@@ -998,6 +1030,8 @@ class _ClientModels(Sequence[ClientModel]):
             for part in (lower, tail):
                 if part is not None:
                     load_moving(part, {name: fresh[name] for name in moving(part)})
+        if self.ranks:
+            narrow(nn.ModuleList([part for part in (lower, tail) if part is not None]), self.ranks[client])
         if self.make_head is not None:
             own = (client,) if self.config.start == "independent" else ()
             return lower, self.make_head("head", *own)

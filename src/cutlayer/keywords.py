@@ -131,6 +131,7 @@ class CommonKeywords(TypedDict, total=False):
     server_order: Literal["interleaved", "sequential"]
     model_head: Literal["auto", "language", "classification"]
     lora_rank: int
+    lora_ranks: tuple[int, ...]
     lora_alpha: float | None
     lora_targets: tuple[str, ...]
     lora_dropout: float

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cutlayer import ConfigError, Run, RunConfig
+from cutlayer.adapters import pairs
 from cutlayer.averaging import average
-from cutlayer.averagings.products import MeanOfProducts, factors, pairs
+from cutlayer.averagings.products import MeanOfProducts, factors
 from cutlayer.testing.deployed import in_memory
 
 INPUTS, OUTPUTS, CLIENTS = 7, 5, 3
@@ -156,3 +157,112 @@ def test_a_rule_of_ones_own_by_name() -> None:
 
     with pytest.raises(ConfigError, match=r"gives a tensor of the shape \(2, 3\) for 'w': return one of each name"):
         average([{"w": torch.zeros(3)}] * 2, [1, 1], Odd.of({}))
+
+
+class Ranked(nn.Sequential):
+    """Adapters of the largest rank; each client has its own."""
+
+    def __init__(self, ranks: tuple[int, ...]) -> None:
+        torch.manual_seed(0)
+        super().__init__(Adapted(INPUTS, 8, max(ranks)), nn.Tanh(), Adapted(8, OUTPUTS, max(ranks)))
+        self.client_ranks = ranks
+
+
+RANKS = (1, 4, 2)
+
+
+def product(state: Any, name: str) -> Tensor:
+    found: Tensor = state[f"{name}lora_B"] @ state[f"{name}lora_A"]
+    return found
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("algorithm", ["fl", "sfl"])
+def test_each_client_has_the_best_adapters_of_its_rank(algorithm: str, optimizer: str) -> None:
+    """After training their ranks are theirs, and after averaging their products are the nearest to the mean; the ledger
+    counts what is not zero.
+    """
+    kinds = {"client_optimizer": optimizer, "client_lr": 0.05}
+    run = Run(model=Ranked(RANKS), data=data(), **options(algorithm, **kinds, rounds=1))
+    assert run.training.engine == "local"
+    clients = run.training.clients
+    averaged: list[Any] = []
+    trained: list[Any] = []
+    real = type(clients).average
+
+    def average(self: Any, weights: Any) -> Any:
+        trained.extend({n: t.clone() for n, t in self.model_state(k).items()} for k in range(CLIENTS))
+        found = real(self, weights)
+        averaged.extend({n: t.clone() for n, t in self.model_state(k).items()} for k in range(CLIENTS))
+        return found
+
+    clients.__class__ = type("Watched", (type(clients),), {"average": average})
+    run.run()
+    names = ["0."] if algorithm == "sfl" else ["0.", "2."]
+    for name in names:
+        for k, rank in enumerate(RANKS):
+            for state in (trained[k], averaged[k]):
+                assert torch.linalg.matrix_rank(product(state, name)) == rank
+                assert not state[f"{name}lora_A"][rank:].any()
+                assert not state[f"{name}lora_B"][:, rank:].any()
+        mean = sum(product(state, name) for state in trained) / CLIENTS
+        u, s, vh = torch.linalg.svd(mean, full_matrices=False)
+        for k, rank in enumerate(RANKS):
+            assert torch.allclose(product(averaged[k], name), u[:, :rank] * s[:rank] @ vh[:rank], atol=1e-12)
+    sizes = {"0.": INPUTS + 8, "2.": 8 + OUTPUTS}
+    each = [8 * rank * sum(sizes[name] for name in names) for rank in RANKS]
+    ledger = run.training.ledger
+    assert ledger.of_clients("up", "models").tolist() == each
+    assert ledger.of_clients("down", "models").tolist() == each
+    assert ledger.total("down", "wire-broadcast", "models") == sum(each)  # no two get the same
+
+
+def test_equal_ranks_are_one_rank() -> None:
+    """As if no client had one of its own; clients of one rank get one message."""
+    same = Run(model=Ranked((2, 2, 2)), data=data(), **options("sfl", engine="local"))
+    plain = Run(model=model(), data=data(), **options("sfl", engine="local"))
+    assert [step.loss for step in same] == [step.loss for step in plain]
+    two = Run(model=Ranked((1, 4, 1)), data=data(), **options("sfl", rounds=1))
+    two.run()
+    each = 8 * (INPUTS + 8)
+    assert two.training.ledger.total("down", "wire-broadcast", "models") == 5 * each
+    assert two.training.ledger.total("down", kind="models") == 6 * each
+
+
+def test_states_of_clients_with_ranks_come_back() -> None:
+    """Each client's own: they are not known to be equal."""
+    begun, other = (Run(model=Ranked(RANKS), data=data(), **options("sfl")) for _ in "ab")
+    begun.run()
+    other.training.clients.load(begun.training.clients.state())
+    states = [[run.training.clients.model_state(k) for k in range(CLIENTS)] for run in (begun, other)]
+    for mine, theirs in zip(*states, strict=True):
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert not torch.equal(states[0][0]["0.lora_A"], states[0][1]["0.lora_A"])
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "more", "words"),
+    [
+        ("sfl", {"averaging": "mean"}, "averages factors, and not their products; give one lora_rank, or averaging"),
+        ("ssl", {"averaging": "mean"}, "its one model goes from client to client"),
+        ("sfl", {"clients": 2}, "lora_ranks are 3 for 2 clients"),
+    ],
+)
+def test_ranks_that_are_not_possible(algorithm: str, more: dict[str, Any], words: str) -> None:
+    given = options(algorithm, **more)
+    if algorithm == "ssl":
+        del given["averaging"]
+    with pytest.raises(ConfigError, match=words):
+        Run(model=Ranked(RANKS), data=data(), **given)
+
+
+def test_clients_on_other_machines_have_one_rank() -> None:
+    with pytest.raises(ConfigError, match="is for simulations: clients on other machines have adapters of one rank"):
+        in_memory(RunConfig.of(options("sfl")), model=Ranked(RANKS), data=data())
+
+
+@pytest.mark.filterwarnings("error")
+def test_other_engines_give_way() -> None:
+    with pytest.warns(UserWarning, match="different ranks of their adapters, so that their models cannot be stacked"):
+        run = Run(model=Ranked(RANKS), data=data(), **options("sfl", engine="stacked"))
+    assert run.training.engine == "local"

@@ -10,7 +10,7 @@ import torch
 from rank import difference, together, trained
 from torch import Tensor, nn
 
-from cutlayer import Run
+from cutlayer import ConfigError, Run
 from cutlayer.options import RunConfig
 from cutlayer.testing.deployed import in_memory
 from cutlayer.trained import find_trained
@@ -118,6 +118,25 @@ def test_blocks_that_are_computed_again_change_nothing(base: str, engine: str, m
     for k in range(2):
         assert_close(plain.training.clients.model_state(k), again.training.clients.model_state(k), atol=0)
     assert_close(plain.training.server.state()["model"], again.training.server.state()["model"], atol=0)
+
+
+def test_ranks_per_client(base: str, tmp_path: Path) -> None:
+    """Adapters of a transformer: bytes are those of each rank, and an exported adapter has its own."""
+    data, more = rows(12), {"validation": 0, "averaging": "products", "lora_rank": 0}
+    run = Run(data=data, **options(base, "sfl", lora_ranks=(1, 3), **more))
+    assert all(step.loss for step in run)
+    # Queries (8 to 8) and values (8 to 4) of one block, in float32, in two rounds.
+    each = [2 * 4 * rank * (8 + 8 + 8 + 4) for rank in (1, 3)]
+    assert run.training.ledger.of_clients("up", "models").tolist() == each
+    for k, rank in enumerate((1, 3)):
+        state = run.training.clients.model_state(k)
+        name = "model.layers.0.self_attn.q_proj.lora_{}.default.weight"
+        product = state[name.format("B")] @ state[name.format("A")]
+        assert torch.linalg.matrix_rank(product.double(), atol=1e-7) == rank
+    with pytest.raises(ConfigError, match="lora_rank = 2 has no effect beside lora_ranks"):
+        Run(data=data, **options(base, "sfl", lora_ranks=(1, 3), averaging="products"))
+    with pytest.raises(ConfigError, match="give ranks of 1 or more"):
+        Run(data=data, **options(base, "sfl", lora_ranks=(0, 3), **more))
 
 
 @pytest.mark.parametrize("accumulate", [2, 3])

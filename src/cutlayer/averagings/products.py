@@ -8,25 +8,25 @@ Here P = sum_k p_k B_k A_k is decomposed into singular values, and the r largest
 
     A = a V^T,   B = U S / a
 
-so that B A is the matrix of rank r that is nearest to P: P itself, if its rank is no larger. The scale a keeps the rows
-of A as long as the clients' were, in the mean. Directions that P lacks (all of them, as long as B is 0) have rows of A
-from what the clients' A span, and B = 0.
+so that B A is the matrix of rank r that is nearest to P: P itself, if its rank is no larger. The first rows of A are
+those of the largest singular values, so that a client whose adapters have a smaller rank takes as many of them
+(`adapters`). The scale a keeps the rows of A as long as the clients' were, in the mean of those that are not zero.
+Directions that P lacks (all of them, as long as B is 0) have rows of A from what the clients' A span, and B = 0.
 
 P is never written down: its factors are those of all clients side by side.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from cutlayer.adapters import pairs
 from cutlayer.averagings.rule import Averaging, averaging
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_FIRST = re.compile(r"(.*\.)?lora_A(\..+)?")
 _NOTHING = 1e-9  # of the largest singular value: in double precision, what is smaller is rounding
 
 
@@ -52,18 +52,6 @@ class MeanOfProducts(Averaging):
         return "" if pairs(names) else "the model has no adapters (lora_A, lora_B)"
 
 
-def pairs(names: Sequence[str]) -> list[tuple[str, str]]:
-    """The names of A and B of each adapter among the names of parameters."""
-    known = set(names)
-    found = []
-    for name in names:
-        if match := _FIRST.fullmatch(name):
-            other = f"{match[1] or ''}lora_B{match[2] or ''}"
-            if other in known:
-                found.append((name, other))
-    return found
-
-
 def factors(first: Tensor, second: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
     """A [r, i] and B [o, r] of the mean of products, from those of K clients, [K, r, i] and [K, o, r]. Rows of A are in
     the order of their singular values.
@@ -84,8 +72,9 @@ def factors(first: Tensor, second: Tensor, shares: Tensor) -> tuple[Tensor, Tens
         mean = torch.tensordot(p, a, 1)
         others = torch.linalg.svd(mean - mean @ v @ v.T, full_matrices=False)[2][:rest]
         v = torch.cat([v, others.T], 1)
-    scale = (torch.tensordot(p, a.square().sum((1, 2)), 1) / rank).sqrt()
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    lengths = a.square().sum(2)  # [K, r], squared
+    scale = (torch.tensordot(p, lengths.sum(1), 1) / torch.tensordot(p, (lengths > 0).sum(1).double(), 1)).sqrt()
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # also for 0 / 0
     sign = torch.sign(v.gather(0, v.abs().argmax(0, keepdim=True)))  # so that it does not depend on the library
     new_first, new_second = torch.zeros_like(a[0]), torch.zeros_like(b[0])
     new_first[: v.shape[1]] = scale * (v * sign).T

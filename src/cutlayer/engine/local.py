@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cutlayer import seeds
+from cutlayer.adapters import beyond, narrow
 from cutlayer.adjustment import adjusted
 from cutlayer.averaging import average, average_into
 from cutlayer.cohort import Footprint, Predict, Summed
@@ -224,8 +225,12 @@ class LocalCohort(SimulatedCohort):
             self._begin_from(self._whole([0])[0])
 
     def footprint(self, client: int) -> Footprint:
-        """Bytes of the client's model and optimiser state."""
-        return self._clients[client].footprint()
+        """Bytes of the client's model and optimiser state, and of its gradient."""
+        size, ranks = self._clients[client].footprint(), self.setup.ranks
+        if not ranks:
+            return size
+        less = beyond(self._clients[client].module, ranks[client])
+        return replace(size, model=size.model - less, gradient=size.gradient - less)
 
     def forward(self, clients: Sequence[int] | None = None, *, labels: bool = True) -> Smashed:
         """Every participant with batches left in this round (or those of `clients`) sends smashed data and labels."""
@@ -351,6 +356,9 @@ class LocalCohort(SimulatedCohort):
         self._begin_from(moving(first))
         for module in everybody[1:]:
             load_moving(module, moving(first))
+        if self.setup.ranks:
+            for client in self._clients:
+                narrow(client.module, self.setup.ranks[client.name])
         return tuple(weights)
 
     def _whole(self, clients: Sequence[int]) -> list[dict[str, Tensor]]:

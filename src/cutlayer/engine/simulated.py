@@ -105,7 +105,8 @@ class Routine:
 class Clients(Routine):
     """How a simulated group of clients is set up; every engine takes one.
 
-    `models` are (lower part, tail or auxiliary head or None) per client; `rows` each client's indices into `data`;
+    `models` are (lower part, tail or auxiliary head or None) per client; `ranks` [C] those of their adapters, if they
+    differ; `rows` each client's indices into `data`;
     `shifts` [C, K] what is added to the scores in losses that clients compute (None: nothing). `present` says which
     clients can take part in the round that begins (None: all). `place` is where the states of clients lie that are not
     computed with (None: in memory).
@@ -118,6 +119,7 @@ class Clients(Routine):
     shifts: Tensor | None = None
     present: Callable[[], Sequence[int]] | None = None
     place: StatesFolder | None = None
+    ranks: Sequence[int] = ()
 
     def called(self, client: int) -> int:
         """What client number `client` of these is called: its number, unless they are some of more (`OwnClients`)."""
@@ -231,7 +233,7 @@ class SimulatedCohort(ABC):
         """The clients at work that have not given their models to be `averaged`; the others are at work no more."""
         self._at_work -= set(averaged)
         self._has_average = next(iter(averaged)) if self._at_work else None
-        self._alike = not self._at_work
+        self._alike = not (self._at_work or self.setup.ranks)
         return self._at_work
 
     def seek(self, client: int, batch: int) -> None:

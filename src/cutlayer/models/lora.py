@@ -35,9 +35,22 @@ class Lora:
     targets: tuple[str, ...] = ()
     dropout: float = 0.0
     sides: Literal["both", "client", "server"] = "both"
+    ranks: tuple[int, ...] = ()
+
+    @property
+    def largest(self) -> int:
+        """The rank of the factors: the largest, if clients have their own `ranks`."""
+        return max(self.ranks, default=self.rank)
 
     def check(self) -> None:
-        """Raises ConfigError for options without effect."""
+        """Raises ConfigError for options without effect, and ranks that are none."""
+        if self.ranks and self.rank:
+            raise ConfigError(
+                f"lora_rank = {self.rank} has no effect beside lora_ranks, which has the rank of each client: leave one "
+                "out"
+            )
+        if self.ranks and min(self.ranks) < 1:
+            raise ConfigError(f"lora_ranks = {list(self.ranks)}: give ranks of 1 or more")
         idle: dict[str, object] = {
             "lora_alpha": self.alpha,
             "lora_targets": self.targets,
@@ -45,7 +58,7 @@ class Lora:
             "lora_sides": None if self.sides == "both" else self.sides,
         }
         given = [name for name, value in idle.items() if value]
-        if given and not self.rank:
+        if given and not self.largest:
             raise ConfigError(
                 f"{given[0]} = {idle[given[0]]!r} has no effect without lora_rank: give a rank, such as 8, or leave it "
                 "out"
@@ -60,8 +73,8 @@ def adapted(model: nn.Module, lora: Lora, cuts: Sequence[str]) -> nn.Module:
     names = _on_side(model, _targets(peft, model, lora), lora, cuts)
     heads = [name for name, _ in model.named_children() if name in _NEW_HEADS]
     config = peft.LoraConfig(
-        r=lora.rank,
-        lora_alpha=2 * lora.rank if lora.alpha is None else lora.alpha,
+        r=lora.largest,
+        lora_alpha=2 * lora.largest if lora.alpha is None else lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=names,
         modules_to_save=heads or None,
@@ -70,6 +83,7 @@ def adapted(model: nn.Module, lora: Lora, cuts: Sequence[str]) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of fan_in_fan_out, which it sets itself layer by layer
         made: nn.Module = peft.inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    made.client_ranks = lora.ranks  # type: ignore[assignment]
     return made
 
 

@@ -535,7 +535,14 @@ def _remotely(config: RunConfig) -> RunConfig:
 
 
 def _check_kept(p: Prepared) -> None:
-    """Raises ConfigError where clients would keep a whole model of which the server holds blocks of their own."""
+    """Raises ConfigError where clients would keep a whole model of which the server holds blocks of their own, and for
+    what only simulated clients can have.
+    """
+    if p.clients.ranks:
+        raise ConfigError(
+            f"lora_ranks = {list(p.clients.ranks)} is for simulations: clients on other machines have adapters of one "
+            "rank; give lora_rank"
+        )
     if p.clients.cuts and p.config.share_server_model:
         raise ConfigError(
             "share_server_model = True is not possible where clients have different cuts: name one cut for all, or "

@@ -33,6 +33,9 @@ def hf(
     lora_rank: int = option(
         0, ge=0, help="Rank of the LoRA adapters; then only the adapters are trained. 0: no adapters."
     ),
+    lora_ranks: tuple[int, ...] = option(
+        (), help="In place of lora_rank: the rank of each client's adapters. Averaging is then that of products."
+    ),
     lora_alpha: float | None = option(
         None, gt=0, help="Adapters are scaled by this number divided by their rank. Default: twice the rank."
     ),
@@ -52,15 +55,15 @@ def hf(
     `cuts` are the modules after which it is cut: they tell the sides. Nothing is downloaded, no code in the folder is
     run, and pickled weights are not read. Raises ConfigError.
     """
-    lora = Lora(lora_rank, lora_alpha, lora_targets, lora_dropout, lora_sides)
+    lora = Lora(lora_rank, lora_alpha, lora_targets, lora_dropout, lora_sides, lora_ranks)
     lora.check()
-    if base_precision == "bfloat16" and not lora_rank:
+    if base_precision == "bfloat16" and not lora.largest:
         raise ConfigError(
             "base_precision = 'bfloat16' has no effect without lora_rank, since the base is then trained: give a rank, "
             "such as 8, or leave it out"
         )
     made = read_folder(folder, model_head, classes, half=base_precision == "bfloat16")
-    if not lora_rank:
+    if not lora.largest:
         return made
     made = adapted(made, lora, cuts)
     if base_precision == "bfloat16":
