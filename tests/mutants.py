@@ -178,6 +178,10 @@ MUTANTS = [
     M("products are not weighted", "products", "columns = (p[:, None, None] * b)", "columns = (torch.ones_like(p)[:, None, None] / len(p) * b)"),
     M("what a product lacks has no rows", "products", "if rest > 0:", "if False:"),
     M("rows are as long as their singular values say", "products", "new_first[: v.shape[1]] = scale * (v * sign).T", "new_first[: v.shape[1]] = (v * sign).T"),
+    M("a smaller rank is lost in averaging", "products", "narrow(client.module, self.setup.ranks[client.name])", "pass"),
+    M("clients of different ranks count as equal", "products", "self._alike = not (self._at_work or self.setup.ranks)", "self._alike = not self._at_work"),
+    M("zeros beyond a rank are sent", "products", "model=size.model - less,", "model=size.model,"),
+    M("clients of different ranks get one message", "products", "self.clients.cuts or numbers(self.clients.ranks),", "self.clients.cuts,"),
     M("rounding is a direction", "products", "_NOTHING = 1e-9", "_NOTHING = 0.0"),
     # Notebooks
     M("foreign text is markup", "markup", '"<td>{escape(cell)}</td>"', '"<td>{cell}</td>"'),

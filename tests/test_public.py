@@ -77,7 +77,7 @@ THINGS = {
     "model": {
         "alexnet": "",
         "cnn": "",
-        "hf": "base_precision lora_alpha lora_dropout lora_rank lora_sides lora_targets model_head",
+        "hf": "base_precision lora_alpha lora_dropout lora_rank lora_ranks lora_sides lora_targets model_head",
         "mlp": "",
         "resnet16": "",
     },

@@ -46,8 +46,7 @@ class Lora:
         """Raises ConfigError for options without effect, and ranks that are none."""
         if self.ranks and self.rank:
             raise ConfigError(
-                f"lora_rank = {self.rank} has no effect beside lora_ranks, which has the rank of each client: leave one "
-                "out"
+                f"lora_rank = {self.rank} has no effect beside lora_ranks, which has that of each client: leave one out"
             )
         if self.ranks and min(self.ranks) < 1:
             raise ConfigError(f"lora_ranks = {list(self.ranks)}: give ranks of 1 or more")
