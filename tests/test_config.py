@@ -96,6 +96,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "completion_column": NAMES,
     "model_head": words("auto", "language", "classification"),
     "lora_rank": st.integers(0, 64),
+    "lora_ranks": st.lists(st.integers(1, 64), max_size=3).map(tuple),
     "lora_alpha": POSITIVE,
     "lora_targets": st.lists(NAMES, max_size=3).map(tuple),
     "lora_dropout": st.floats(0, 0.99),
