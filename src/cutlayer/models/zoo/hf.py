@@ -34,7 +34,8 @@ def hf(
         0, ge=0, help="Rank of the LoRA adapters; then only the adapters are trained. 0: no adapters."
     ),
     lora_ranks: tuple[int, ...] = option(
-        (), help="In place of lora_rank: the rank of each client's adapters. Averaging is then that of products."
+        (),
+        help="The rank of each client's adapters, instead of lora_rank. If models are averaged, use averaging = products.",
     ),
     lora_alpha: float | None = option(
         None, gt=0, help="Adapters are scaled by this number divided by their rank. Default: twice the rank."
