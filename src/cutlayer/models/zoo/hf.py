@@ -35,7 +35,8 @@ def hf(
     ),
     lora_ranks: tuple[int, ...] = option(
         (),
-        help="The rank of each client's adapters, instead of lora_rank. If models are averaged, use averaging = products.",
+        help="The rank of each client's adapters, instead of lora_rank. If models are averaged, use averaging = "
+        "products.",
     ),
     lora_alpha: float | None = option(
         None, gt=0, help="Adapters are scaled by this number divided by their rank. Default: twice the rank."
