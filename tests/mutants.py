@@ -121,6 +121,7 @@ AREAS: dict[str, Sequence[str]] = {
     "registry": ("*test_public*", "*test_own_algorithm*", "*bad_input*", "*test_extending*", "*test_testing*"),
     "tasks": ("*test_tasks*", "*seam_operations*"),
     "data": ("*test_sources*",),
+    "printed": ("*cli/test_results*", "*bad_input*"),
     "contest": ("*test_contest*",),
     "text": ("*test_texts*",),
     "recovery": ("*test_recovery*",),
@@ -847,6 +848,11 @@ MUTANTS = [
     code = ExitCode.TRY_AGAIN""", """Another process works in that folder, perhaps this one's own predecessor, which is about to end.\"\"\"
 
     code = ExitCode.WRONG"""),
+    M("owners' equal scores are hidden", "printed", "if own or len(set(scores.values())) > 1", "if len(set(scores.values())) > 1"),
+    M("no yardstick is printed", "printed", "if name != task.leading and not isinstance(scores[name], list | tuple):", "if False:"),
+    M("parameters by position are no hint", "printed", "p.kind is p.POSITIONAL_OR_KEYWORD and p.default is not p.empty)", "False)"),
+    M("filling in is not told", "data", "if gaps and impute is not None:", "if False:"),
+    M("rows of pairs are the first client's", "data", "np.repeat(np.array(list(pairs)), [len(a) for a in x])", "np.repeat(np.array(list(pairs))[:1], sum(map(len, x)))"),
     M("one damaged handshake convicts", "certificates", "found is None or self._diagnosis(address) == found else None", "True else None"),
     M("complex sums are taken for real ones", "complex", "math.isfinite(as_real(t.detach()).sum())", "math.isfinite(t.detach().sum())"),
     M("complex weights are counters", "complex", "if not is_continuous(rows): return rows.amax(0)", "if not rows.is_floating_point(): return rows.amax(0)"),

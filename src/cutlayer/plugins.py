@@ -361,6 +361,16 @@ def options_of(thing: Any) -> tuple[Option, ...]:
     return tuple(found)
 
 
+def positional(thing: Any) -> frozenset[str]:
+    """The parameters with defaults of a function or a class's constructor that are no options, since they may be given
+    by position.
+    """
+    if not callable(thing):
+        return frozenset()
+    parameters = inspect.signature(thing).parameters.values()
+    return frozenset(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is not p.empty)
+
+
 def index(kind: str) -> dict[str, Entry]:
     """This package's things of a kind, by name."""
     return _index()[kind]

@@ -71,6 +71,7 @@ def holds(sentence: str, *words: str) -> None:
 FLAGS: list[tuple[str, list[str]]] = [
     ("rum", ["rum", 'Did you mean "run"']),
     ("run extra", ["unexpected 'extra'", "--help"]),
+    ("run --keep-best false", ["unexpected 'false'", "--no-NAME"]),
     ("run --lr 0.1", ["'--lr'", "here it is called --client-lr and --server-lr\n"]),
     ("compare --learning-rate 0.1", ["'--learning-rate'", "--client-lr and --server-lr\n"]),
     ("run --batch-size=3", ["'--batch-size'", "here it is called --batch\n"]),
@@ -574,3 +575,9 @@ def test_keywords_are_not_converted() -> None:
         with pytest.raises(ConfigError, match=re.escape(said)):
             made(**options)
     assert RunConfig(clients=np.int64(3), client_lr=1, lr_decay_at=[0.5]).clients == 3
+
+
+def test_a_parameter_of_a_model_that_is_no_option(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text("from torch import nn\ndef make(width=8): return nn.Linear(64, width)\n")
+    done = call("run", "--model", "net.py:make", "--width", "9", cwd=tmp_path, code=2)
+    holds(done.stderr, "'width' is a parameter of net.py:make", "not an option", "(*, width=...)")

@@ -610,6 +610,8 @@ def test_csv_missing_values_are_filled_in_if_asked(tmp_path: Path) -> None:
     refused(lambda: load(path, impute="mode"), "'mode'", error=ConfigError)
     for impute, wanted in (("mean", np.nanmean), ("median", np.nanmedian), ("zero", lambda x: 0.0)):
         source = load(path, impute=impute, validation=0)
+        becomes = "zero" if impute == "zero" else f"the {impute} of their column"
+        assert f"missing numbers become {becomes}: 'x' (3)" in source.account
         conversion = source.preprocessing["conversion"]
         train = source.train.x[:, 0].double() * conversion["std"][0] + conversion["mean"][0]
         filled = conversion["fill"][0]
@@ -1529,3 +1531,17 @@ def test_the_account_says_what_was_used() -> None:
         "scans: 50 rows (1x4x5) in 2 classes; 36 to train, 4 to validate, 10 to test; 5 owners; "
         f"the largest class, 'a', has {float((source.test.y == 0).float().mean()):.1%} of the test rows"
     )
+
+
+def test_arrays_of_each_client() -> None:
+    """A list of (x, y), or a dictionary of them by name: the same as all rows with their owners."""
+    x, y = torch.randn(60, 3, dtype=torch.float64), torch.arange(60) % 2
+    parts = [(x[:20], y[:20]), (x[20:], y[20:])]
+    numbered = from_memory(parts, seed=3)
+    wanted = from_arrays(x, y, client=np.repeat([0, 1], [20, 40]), seed=3)
+    assert torch.equal(numbered.train.x, wanted.train.x)
+    assert torch.equal(numbered.test.x, wanted.test.x)
+    named = from_memory({"b": parts[0], "a": (parts[1][0].numpy(), parts[1][1].numpy())})
+    assert list(named.owner_names) == ["a", "b"]
+    refused(lambda: from_memory([parts[0], (x[:9, :2], y[:9])]), "client 1", "(9, 2)", "rows of one shape")
+    refused(lambda: from_memory([parts[0], (x[:9], y[:8])]), "client 1", "(8,)", "as many of x as of y")

@@ -33,7 +33,7 @@ from cutlayer.cli.printing import fail, show_warning
 from cutlayer.errors import CutlayerError
 from cutlayer.files import is_full, unwritable
 from cutlayer.options import CommonConfig, RunConfig, called_here, owners_of
-from cutlayer.plugins import Entry, explain
+from cutlayer.plugins import Entry, explain, load, positional
 
 __all__ = ["application", "main"]
 
@@ -91,20 +91,27 @@ def _flag_sentence(error: CycloptsError, own: Sequence[Entry]) -> str:
         models = {m.__name__: m for command in COMMANDS for m in command.flags.values()}
         config = next((m for name, m in models.items() if name in cause.title), RunConfig)
         return str(explain(cause, flags_of(config, own)))
-    if isinstance(error, UnknownOptionError) and (sentence := _elsewhere(error)):
+    if isinstance(error, UnknownOptionError) and (sentence := _elsewhere(error, own)):
         return sentence
     if isinstance(error, UnusedCliTokensError):
-        return f"unexpected {' '.join(error.unused_tokens or [])!r}: values follow their option, see `cutlayer --help`"
+        unused = error.unused_tokens or []
+        if unused and {word.lower() for word in unused} <= {"true", "false", "yes", "no", "on", "off"}:
+            return f"unexpected {' '.join(unused)!r}: --NAME switches an option on and --no-NAME off, without a value"
+        return f"unexpected {' '.join(unused)!r}: values follow their option, see `cutlayer --help`"
     return str(error).strip()
 
 
-def _elsewhere(error: UnknownOptionError) -> str:
-    """The sentence for a flag that has another name here, or belongs to an installed thing that is not chosen."""
+def _elsewhere(error: UnknownOptionError, own: Sequence[Entry]) -> str:
+    """The sentence for a flag that has another name here, is a parameter but no option of the user's `own` things, or
+    belongs to an installed thing that is not chosen.
+    """
     flag = (error.token.keyword or error.token.value or "").partition("=")[0]
     name = flag.removeprefix("--").replace("-", "_")
     known = [flag.removeprefix("--").replace("-", "_") for a in error.argument_collection for flag in a.names]
     if sentence := called_here(name, known, flags=True):
         return sentence
+    if near := [entry.name for entry in own if name in positional(load(entry.kind, entry.name))]:
+        return f"{name!r} is a parameter of {near[0]}, but not an option: write it behind a *, as in (*, {name}=...)"
     owners = [e.name for e in owners_of(name) if e.kind in CommonConfig.kinds]
     if not owners or "partition" not in known:  # of a command that chooses no things
         return ""

@@ -240,7 +240,7 @@ def from_memory(
       `from_arrays` takes, by their names;
     - a data set that `from_dataset` takes, (train, test) or (train, validation, test) of such, or a dictionary of them
       by part;
-    - a list of data sets, one for each client, or a dictionary of them by the clients' names.
+    - a list of data sets or of arrays (x, y), one for each client, or a dictionary of them by the clients' names.
 
     `data_format` says how Hugging Face data are read, with the `options` of that format: huggingface (auto), or text.
     Raises DataError and ConfigError as `load` does.
@@ -390,6 +390,8 @@ def _arrays_of(found: Any) -> Mapping[str, Any] | None:
     """
     if _is_hugging(found):
         return None
+    if (pairs := _pairs_of(found)) is not None:
+        return _by_client(pairs)
     if isinstance(found, Mapping):
         return found
     if isinstance(found, tuple) and len(found) == 2 and all(isinstance(f, tuple) and len(f) == 2 for f in found):
@@ -399,6 +401,28 @@ def _arrays_of(found: Any) -> Mapping[str, Any] | None:
     if isinstance(found, tuple) and len(found) == 4:
         return dict(zip(("x", "y", "x_test", "y_test"), found, strict=True))
     return None
+
+
+def _pairs_of(found: Any) -> Mapping[Any, tuple[ArrayOrTensor, ArrayOrTensor]] | None:
+    """The arrays (x, y) of each client: a list of them, or a dictionary by the clients' names; None for anything else."""
+    named = dict(enumerate(found)) if isinstance(found, list) else found
+    if not isinstance(named, Mapping) or not named or not named.keys().isdisjoint(_ARRAYS):
+        return None
+    pairs = [isinstance(f, tuple) and len(f) == 2 and all(hasattr(v, "shape") for v in f) for f in named.values()]
+    return named if all(pairs) else None
+
+
+def _by_client(pairs: Mapping[Any, tuple[ArrayOrTensor, ArrayOrTensor]]) -> dict[str, Any]:
+    """The arrays of all clients, one's rows after another's, and whose they are. Raises DataError."""
+    x, y = ([as_array(pair[i], "xy"[i]) for pair in pairs.values()] for i in (0, 1))
+    for client, a, b in zip(pairs, x, y, strict=True):
+        if a.shape[1:] != x[0].shape[1:] or b.shape[1:] != y[0].shape[1:] or a.shape[:1] != b.shape[:1]:
+            raise DataError(
+                f"client {client!r} has x {a.shape} and y {b.shape}, but the first x {x[0].shape} and y {y[0].shape}: "
+                "give rows of one shape, and as many of x as of y"
+            )
+    owners = np.repeat(np.array(list(pairs)), [len(a) for a in x])
+    return {"x": np.concatenate(x), "y": np.concatenate(y), "client": owners}
 
 
 def _is_data_set(found: Any) -> bool:

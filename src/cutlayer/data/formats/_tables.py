@@ -87,6 +87,7 @@ def table(sheet: Sheet, names: Sequence[str], impute: str | None, owner: Array |
     pieces: dict[str, list[Array]] = {}
     categories: list[int] = []
     columns: list[str] = []
+    gaps: list[str] = []
     for name in names:
         cells = dict(sheet.cells(name))
         numbers = _numbers(sheet, name, cells)
@@ -104,10 +105,15 @@ def table(sheet: Sheet, names: Sequence[str], impute: str | None, owner: Array |
             for part, values in numbers.items():
                 pieces.setdefault(part, []).append(values[:, None])
             _flag(made.remarks, name, numbers["train"], owner)
+            if missing := sum(int(np.isnan(values).sum()) for values in numbers.values()):
+                gaps.append(f"{name!r} ({missing})")
     made.x = {part: np.concatenate(arrays, axis=1) for part, arrays in pieces.items()}
     made.names, made.categories = tuple(columns), tuple(categories)
     if words := [f"{c['name']!r} ({len(c['categories'])})" for c in made.columns if "categories" in c]:
         made.remarks.insert(0, f"one column of 0 and 1 for each category of {', '.join(words)}")
+    if gaps and impute is not None:
+        filled = "zero" if impute == "zero" else f"the {impute} of their column"
+        made.remarks.append(f"missing numbers become {filled}: {', '.join(gaps)}")
     return made
 
 
