@@ -404,7 +404,7 @@ def _arrays_of(found: Any) -> Mapping[str, Any] | None:
 
 
 def _pairs_of(found: Any) -> Mapping[Any, tuple[ArrayOrTensor, ArrayOrTensor]] | None:
-    """The arrays (x, y) of each client: a list of them, or a dictionary by the clients' names; None for anything else."""
+    """The arrays (x, y) of each client: a list of them, or a dictionary by name; None for anything else."""
     named = dict(enumerate(found)) if isinstance(found, list) else found
     if not isinstance(named, Mapping) or not named or not named.keys().isdisjoint(_ARRAYS):
         return None
