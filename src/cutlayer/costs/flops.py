@@ -12,6 +12,7 @@ backward pass is less than twice its forward pass. The paper (Table 4) counts th
 from __future__ import annotations
 
 import warnings
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 import torch
@@ -21,8 +22,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from cutlayer import seeds
 from cutlayer.copies import deep_copy
 from cutlayer.eager import FlopCount
+from cutlayer.models.likeness import Established, of_tensor
 from cutlayer.models.parts import Parts
 from cutlayer.types import Rows, as_tuple
+
+_COUNTED = Established()
 
 
 @dataclass(frozen=True)
@@ -78,32 +82,55 @@ def count(parts: Parts, example: Tensor | Rows, head: nn.Module | None = None) -
     and yet nothing that the counter knows (recurrent layers, say): its figure is then too low.
     """
     rows = as_tuple(example)
-    samples = len(rows[0])
-    found = {}
-    with seeds.restored():
-        for name, module in zip(("client", "server", "tail"), parts.all, strict=False):
-            found[name], rows = _part(name, module, rows, samples)
-            if name == "client" and head is not None:
-                found["head"], _ = _part("head", head, rows, samples)
-    return ModelFlops(**found)
+    found = _COUNTED.of(_key(parts, rows, head), lambda: _counted(parts, rows, head))
+    for name, (_, known) in found.items():
+        _say_unknown(name, known)
+    return ModelFlops(**{name: flops for name, (flops, _) in found.items()})
 
 
 def count_head(head: nn.Module, smashed: Rows) -> Flops:
     """FLOPs per sample of an auxiliary head on smashed data, each [n, s...]."""
     head = head.to(smashed[0].dtype) if smashed[0].is_floating_point() else head
-    return _part("head", head, smashed, len(smashed[0]))[0]
+    flops, known, _ = _part("head", head, smashed, len(smashed[0]))
+    _say_unknown("head", known)
+    return flops
 
 
-def _part(name: str, module: nn.Module, rows: Rows, samples: int) -> tuple[Flops, Rows]:
-    """FLOPs per sample of one part, and what it gives to the next. Warns where they are not known."""
+def _key(parts: Parts, rows: Rows, head: nn.Module | None) -> Hashable | None:
+    """What the FLOPs of parts depend on; None where that is not known."""
+    if parts.likeness is None or head is not None:
+        return None
+    trained = [p.requires_grad for part in parts.all for p in part.parameters()]
+    return parts.likeness, tuple(trained), tuple(map(of_tensor, rows))
+
+
+def _counted(parts: Parts, rows: Rows, head: nn.Module | None) -> dict[str, tuple[Flops, bool]]:
+    """FLOPs per sample of the parts and of a head, by name, and whether they are known."""
+    samples, found = len(rows[0]), {}
+    with seeds.restored():
+        for name, module in zip(("client", "server", "tail"), parts.all, strict=False):
+            flops, known, rows = _part(name, module, rows, samples)
+            found[name] = flops, known
+            if name == "client" and head is not None:
+                flops, known, _ = _part("head", head, rows, samples)
+                found["head"] = flops, known
+    return found
+
+
+def _part(name: str, module: nn.Module, rows: Rows, samples: int) -> tuple[Flops, bool, Rows]:
+    """FLOPs per sample of one part, whether they are known, and what it gives to the next."""
     module = deep_copy(module).train()
     part, rows = _count(module, rows, samples, first=name == "client")
-    if not part.forward and _multiplies(module):
+    return part, bool(part.forward) or not _multiplies(module), rows
+
+
+def _say_unknown(name: str, known: bool) -> None:
+    """Warn where the FLOPs of a part are not known."""
+    if not known:
         what = "auxiliary head" if name == "head" else f"{name} part"
         warnings.warn(
             f"the FLOPs of the {what} are not known: torch's counter knows none of its operations", stacklevel=3
         )
-    return part, rows
 
 
 _WITHOUT_PRODUCTS = (

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -29,6 +29,7 @@ from cutlayer.engine.union import UnionCohort, row_by_row
 from cutlayer.engine.ways import EngineName, Layout, Stacking, Way, Ways
 from cutlayer.errors import ConfigError, CutlayerWarning
 from cutlayer.models import Parts
+from cutlayer.models.likeness import Established, of_tensor
 from cutlayer.optim import ELEMENTWISE, MakeOptimizer, rule_of
 from cutlayer.options import RunConfig
 from cutlayer.types import Rows
@@ -42,6 +43,7 @@ _CACHED = 8 << 20
 # and the longest, in seconds; the share of a run that it may take, and the share up to the usual time.
 _FEWEST, _SHORTEST, _HALF, _LONGEST, _OF_LONG, _OF_SHORT = 5000, 0.02, 0.5, 5.0, 0.01, 0.05
 
+_STACKABLE = Established()
 _ESTIMATED = 16  # rows whose time says how long a run takes, about
 
 Side = Literal["clients", "copies"]
@@ -282,8 +284,20 @@ class Choice:
     def _verdict(self, side: Side, layout: Layout) -> Stackability:
         if (side, layout) not in self._verdicts:
             part, data = self._part(side, layout), side == "clients"
-            self._verdicts[side, layout] = stackable(part, self._rows[side], self._makes[side], data=data)
+            rows, make = self._rows[side], self._makes[side]
+            self._verdicts[side, layout] = _STACKABLE.of(
+                self._key(part, side, layout), lambda: stackable(part, rows, make, data=data)
+            )
         return self._verdicts[side, layout]
+
+    def _key(self, part: nn.Module, side: Side, layout: Layout) -> Hashable | None:
+        """What decides whether a part can be stacked; None where that is not known."""
+        like, make, rows = self.split.likeness, self._makes[side], self._rows[side]
+        if like is None or make.own:
+            return None
+        tensors = [(name, of_tensor(t)) for name, t in (*part.named_parameters(), *part.named_buffers())]
+        steps = make.name, repr(make.options), make.groups, make.clip, make.accumulate
+        return like, side, layout, tuple(tensors), tuple(map(of_tensor, rows)), steps
 
     # Measured
 

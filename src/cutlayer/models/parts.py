@@ -6,7 +6,7 @@ Shape legend: R rows of the batch, s... the shape of one sample's smashed data, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -193,7 +193,8 @@ class Parts:
     `client(x)` takes the model's inputs and always returns a tuple of tensors. `server(rows)` takes this tuple and
     returns the model's outputs: logits [R, K]. With a tail, `server(rows)` returns a tuple, and `tail(rows)` returns
     the logits. `crossing` describes the tensors from client to server, `returning` those from server to tail. `method`
-    says how the model was cut: "fx", "hooks", "tape" or "whole".
+    says how the model was cut: "fx", "hooks", "tape" or "whole". Parts with the same `likeness` compute alike (None:
+    not known).
     """
 
     client: nn.Module
@@ -202,6 +203,7 @@ class Parts:
     crossing: tuple[Crossing, ...]
     method: str
     returning: tuple[Crossing, ...] = ()
+    likeness: Hashable | None = None
 
     @property
     def all(self) -> tuple[nn.Module, ...]:
