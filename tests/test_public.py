@@ -45,6 +45,7 @@ THINGS = {
         "fl": "local_epochs local_steps",
         "gas": "answer buffer_batches buffer_models decay fill generate local_epochs local_steps statistics working",
         "gpsl": "local_epochs local_steps",
+        "gscala": "average_every gradient_scale local_epochs local_steps",
         "psl": "gradient_scale",
         "ssl": "hand_over hand_over_optimizer visit_order",
         "slr": "alpha alpha_clients gradient_scale",

@@ -54,7 +54,7 @@ OTHERWISE: list[tuple[str, dict[str, Any]]] = [
 
 
 # One client alone: its loss has adjusted scores, the server that answers has trained already, or is not asked.
-NOT_SGD = {"scala", "gas", "cyclepsl", "cyclesfl", "cyclesglr", "cse-fsl", "fsl-sage", "ampere"}
+NOT_SGD = {"scala", "gscala", "gas", "cyclepsl", "cyclesfl", "cyclesglr", "cse-fsl", "fsl-sage", "ampere"}
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)

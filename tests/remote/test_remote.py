@@ -349,7 +349,7 @@ def test_a_server_cannot_evade_the_watch_by_sharing() -> None:
 NEEDS = {
     **{a: {FORWARD, BACKWARD} for a in ("psl", "slr", "sgl", "sglr", "sflv3")},
     **{a: {FORWARD, BACKWARD} for a in ("cyclepsl", "cyclesglr")},
-    **{a: {FORWARD, BACKWARD, AVERAGE} for a in ("sfl", "sflv1", "sflv2", "smofi", "scala", "cyclesfl")},
+    **{a: {FORWARD, BACKWARD, AVERAGE} for a in ("sfl", "sflv1", "sflv2", "smofi", "scala", "gscala", "cyclesfl")},
     "gpsl": {FORWARD, BACKWARD_TOGETHER},
     **{a: {FORWARD, TAIL, BACKWARD} for a in ("upsl", "usglr")},
     "gas": {FORWARD, ARRIVALS, BACKWARD, AVERAGE},
