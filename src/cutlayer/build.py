@@ -521,7 +521,8 @@ def prepare(
     check_starved(config, sizes)
     check_single_rows(config, algorithm, split, sizes, rounds, few.rows)
     check_rate(config, algorithm)
-    recompute(depths, whole, config.gradient_checkpointing)
+    depths = recompute(depths, whole, config.gradient_checkpointing)
+    split = depths.deepest.parts
     for part in depths.modules:
         part.to(device)
         if isinstance(part, Part) and config.precision == "bfloat16":

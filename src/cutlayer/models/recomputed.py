@@ -11,7 +11,7 @@ import inspect
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -30,13 +30,14 @@ Sides = Literal["none", "client", "server", "both"]
 _checkpoint: Callable[..., Any] = inspect.unwrap(torchs.checkpoint)  # the decorated one loads torch's compiler
 
 
-def recompute(depths: Depths, model: nn.Module, sides: Sides) -> None:
-    """Have the blocks of `model`, as they are in the parts of these `sides`, computed again in the backward pass.
+def recompute(depths: Depths, model: nn.Module, sides: Sides) -> Depths:
+    """Have the blocks of `model`, as they are in the parts of these `sides`, computed again in the backward pass. The
+    parts, which compute more from now on, have no likeness to others.
 
     Raises ConfigError if there are none, or if computing one twice would count its batches twice.
     """
     if sides == "none":
-        return
+        return depths
     blocks = blocks_of(model)
     _check(model, blocks, sides)
     found = 0
@@ -48,6 +49,8 @@ def recompute(depths: Depths, model: nn.Module, sides: Sides) -> None:
             f"gradient_checkpointing = {sides!r} has no effect: no whole block lies on {where} of the cut; leave it "
             "out, or cut elsewhere"
         )
+    alone = {name: replace(depth, parts=replace(depth.parts, likeness=None)) for name, depth in depths.each.items()}
+    return replace(depths, each=alone)
 
 
 def _check(model: nn.Module, blocks: Sequence[str], sides: Sides) -> None:
