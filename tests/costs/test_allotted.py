@@ -75,7 +75,7 @@ def test_a_device_says_how_much_memory_it_has(tmp_path: Path) -> None:
         ({"cut_by": "profile"}, "cut_by = 'profile' needs client_device"),
         ({"client_seconds": (1.0,)}, "client_seconds = [1.0] needs client_device"),
         ({"client_memory": (1.0, 2.0)}, "client_memory has 2 entries for 3 clients"),
-        ({"client_memory": (0.0,)}, "client_memory = 0 cannot be kept"),
+        ({"client_memory": (0.0,)}, "client_memory = 0 is not possible"),
         ({"cut": "hidden1", "cut_by": "memory", "client_memory": (1.0,)}, "exclude each other"),
         ({"algorithm": "ssl", "cut_by": "memory"}, "one client model travels from client to client"),
         ({"algorithm": "cse-fsl", "client_memory": (1.0,)}, "hold more than the part below one cut"),

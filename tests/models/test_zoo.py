@@ -228,7 +228,7 @@ def test_options_of_a_model_of_ones_own(own: str) -> None:
         ("greedy", {}, ["'features'", "input_shape and classes"]),
         ("broken", {}, ["ValueError: no model for (1, 8, 8)", "correct"]),
         ("number", {}, ["returns a int", "nn.Module"]),
-        ("made", {}, ["made already", "function or class"]),
+        ("made", {}, ["is an existing module", "function or class"]),
         ("wordy", {}, ["'layers'", "dict", "bool, int, float, str"]),
         ("plian", {}, ["'plian'", "did you mean 'plain'"]),
     ],
