@@ -446,7 +446,7 @@ def test_csv_that_cannot_be_read(tmp_path: Path) -> None:
     changed = [*PEOPLE[:5], [5, 1, "user1"]]
     refused(lambda: load(table(tmp_path, changed), client_column="who"), "line 7", "3 fields", "4")
     path = table(tmp_path, PEOPLE)
-    refused(lambda: load(path, client_column="who", label_column="weight"), "0.14", "names nothing")
+    refused(lambda: load(path, client_column="who", label_column="weight"), "0.14", "is not a class")
     refused(lambda: load(table(tmp_path, [])), "people.csv", "no rows")
     refused(lambda: load(table(tmp_path, PEOPLE, "age,age,who,label")), "'age' twice", "rename")
     refused(lambda: load(table(tmp_path, [["a"], ["b"]], "label")), "no feature column")
@@ -1409,7 +1409,7 @@ def test_new_pictures(tmp_path: Path) -> None:
     assert torch.allclose(one, torch.tensor(7 / 255))
     assert torch.equal(preprocessed(kept(source), [tmp_path / "b" / "07.png", str(tmp_path / "b" / "07.png")])[1:], one)
     assert torch.equal(preprocessed(kept(source), [Image.new("RGB", (8, 6), (7, 7, 7))]), one)
-    refused(lambda: preprocessed(kept(source), tmp_path / "nowhere"), "nowhere", "not there")
+    refused(lambda: preprocessed(kept(source), tmp_path / "nowhere"), "nowhere", "does not exist")
     (tmp_path / "empty").mkdir()
     refused(lambda: preprocessed(kept(source), tmp_path / "empty"), "no pictures")
     grey = dict(kept(source), mode="L")
