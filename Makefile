@@ -46,7 +46,7 @@ $(DOCS): $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	@touch $@
 
-docs: $(DOCS)   ## the documentation as a site in build/docs; a broken link or an undocumented public name is an error
+docs: $(DOCS)   ## the documentation as a site in build/docs; runs the tutorials; a broken link, an undocumented public name or a failing cell is an error
 	$(BIN)/python -m sphinx -q -n -W --keep-going -d build/doctrees docs build/docs
 
 derive: $(STAMP)   ## write what is derived from the registrations: index.json, keywords.py, docs/options.md

@@ -18,7 +18,14 @@ project = "Cutlayer"
 author = copyright = "The Cutlayer authors"
 version = release = cutlayer.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx_copybutton"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx_copybutton"]
+nb_execution_mode = "force"  # the tutorials are notebooks: each is run anew, in a folder that is then gone
+nb_execution_in_temp = True
+nb_execution_raise_on_error = True
+nb_execution_timeout = 120
+nb_merge_streams = True
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # for `!cutlayer`
+os.environ |= {"COLUMNS": "130", "TERM": "dumb"}  # what it prints there: wide, and without bold letters
 exclude_patterns: list[str] = []
 myst_heading_anchors = 4
 myst_enable_extensions = ["colon_fence"]

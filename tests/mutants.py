@@ -60,6 +60,7 @@ AREAS: dict[str, Sequence[str]] = {
     "citations": ("*test_references*", "*test_citing*"),
     "observations": ("*test_observations*",),
     "overwriting": ("*test_overwriting*",),
+    "shown": ("*test_shown*",),
     "disk": ("*test_shelved*",),
     "recomputed": ("*test_recomputed*",),
     "plans": ("*test_plan*",),
@@ -205,6 +206,11 @@ MUTANTS = [
     M("all files are a run's", "overwriting", "elif not _DERIVED.fullmatch(name):", "elif False:"),
     M("every config.toml is a run's", "overwriting", 'if not comparison and "algorithm" not in stored:', "if not stored:"),
     M("the folder is emptied too early", "overwriting", "world().first(lambda: refuse_used(where, overwrite=overwrite))", "world().first(lambda: Folder.create(where, {}, overwrite=overwrite).close())"),
+    # What notebooks and logs show
+    M("a longer line shows through", "shown", "{text:<{self._length}}", "{text}"),
+    M("a log has every step", "shown", "keep=standing.evaluations > told", "keep=True"),
+    M("the cause is not shown", "shown", "if self.__cause__ is not None:", "if False:"),
+    M("all rows are shown", "shown", "for row in rows[:_SHOWN]]", "for row in rows]"),
     # Loggers and callbacks
     M("one that failed is told again", "loggers", "self._hearing.pop(who, None)", "pass"),
     M("a failure is not said", "loggers", "place_of(listener, error)} ({_reason(error)})", "place_of(listener, error)} ()"),

@@ -42,6 +42,7 @@ from cutlayer.options import CompareConfig, RunConfig, by_reference, from_anywhe
 from cutlayer.plugins import label
 from cutlayer.references import bibtex
 from cutlayer.run import Record, Result, Run, Spent, Standing, overwritable, own_objective, own_things, without_own
+from cutlayer.shown import ShownLine
 from cutlayer.stored import reading, remade
 from cutlayer.summary import mean_of_known, spread
 from cutlayer.sweep import expanded
@@ -272,10 +273,15 @@ class Comparison:
         runs = [(entry, seed) for seed in self.config.seeds for entry in self.plan]
         return world().first(lambda: [(entry, seed) for entry, seed in runs if not self._has_ended(entry, seed)])
 
-    def run(self) -> Observations[Row]:
-        """Train everything and return the table."""
-        for _ in self.progress():
-            pass
+    def run(self, *, progress: bool = False) -> Observations[Row]:
+        """Train everything and return the table. With `progress` a line says how far it is, in a notebook too."""
+        with ShownLine() as line:
+            for now in self.progress():
+                if progress:
+                    done = sum(map(len, self.results.values()))
+                    name = run_name(now.entry, now.seed)
+                    runs = f"{done} of {sum(map(len, self.plan.values()))} runs done"
+                    line.show(f"{runs}; {name}: {now.standing.line}", keep=now.ended)
         return self.table()
 
     def __iter__(self) -> Iterator[tuple[str, int, Run, Record]]:

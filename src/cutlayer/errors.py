@@ -27,6 +27,7 @@ Every message is one sentence or two: the offending value, the reason, the remed
 from __future__ import annotations
 
 import difflib
+import traceback
 from collections.abc import Iterable, Mapping
 from enum import IntEnum
 from typing import Any, ClassVar
@@ -94,6 +95,14 @@ class UsageError(CutlayerError):
     """The input is wrong. Raised before anything is trained or written."""
 
     code = ExitCode.WRONG
+
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows: the sentence alone, unless an error of the user's own code is behind it. `%tb` still
+        shows where it was raised.
+        """
+        if self.__cause__ is not None:
+            return "".join(traceback.format_exception(self)).splitlines()
+        return [f"{type(self).__name__}: {self}"]
 
 
 class ConfigError(UsageError):

@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from cutlayer.errors import ConfigError
+from cutlayer.markup import html_table
 
 T = TypeVar("T")
+_SHOWN = 20  # rows, in a notebook
 
 
 class Observations(list[T]):
@@ -25,6 +27,14 @@ class Observations(list[T]):
         columns = dict.fromkeys(name for row in found for name in row)
         return [{name: row.get(name) for name in columns} for row in found]
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the first rows."""
+        rows = self.rows
+        caption = f"{len(rows):,} rows" + (f", of which {_SHOWN} are shown" if len(rows) > _SHOWN else "")
+        return html_table(
+            caption, list(rows[0]) if rows else [], [[*map(_cell, row.values())] for row in rows[:_SHOWN]]
+        )
+
     def to_pandas(self) -> Any:
         """A `pandas.DataFrame` with the content of the CSV file. Raises ConfigError if pandas is not installed."""
         try:
@@ -36,6 +46,12 @@ class Observations(list[T]):
         frame = pandas.DataFrame(self.rows)
         unknown = [name for name in frame.columns if frame[name].isna().all()]
         return frame.astype(dict.fromkeys(unknown, float))  # as if it were read from the file: NaN, not objects
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.5g}" if isinstance(value, float) and abs(value) < 1e5 else str(value)
 
 
 def flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

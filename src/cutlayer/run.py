@@ -68,9 +68,10 @@ from cutlayer.options import RunConfig, by_reference, from_anywhere, normalised,
 from cutlayer.references import Used, bibtex
 from cutlayer.schedules import Schedule, WarmedUp
 from cutlayer.scoring import RECALL, backward_transfer, fairness, judged, performance_gap, reported
+from cutlayer.shown import ShownLine
 from cutlayer.stored import Amount, Count, Digits, MalformedError, Metric, Stored, checked, parsed, reading, remade
 from cutlayer.tasks.own_loss import Loss
-from cutlayer.text import attacked, format_bytes, format_duration, format_figure, spoken
+from cutlayer.text import attacked, format_bytes, format_duration, format_figure, format_score, spoken
 from cutlayer.trained import Predictions, TrainedModel, Whose, find_trained
 from cutlayer.types import Evaluation, Round, Step
 from cutlayer.verbs import LEARN
@@ -254,6 +255,18 @@ class Standing:
     share: bool
     remarks: tuple[str, ...]
     stopped: str = ""
+
+    @property
+    def line(self) -> str:
+        """How far it is, in words."""
+        words = [f"round {self.done} of {self.rounds}"]
+        words += [] if self.loss is None else [f"loss {self.loss:.3f}"]
+        if self.latest is not None:
+            words.append(f"test {format_score(self.metric, self.latest.test_score, share=self.share)}")
+        if 0 < self.done < self.rounds and not self.stopped:
+            left = (self.rounds - self.done) * (self.seconds + self.evaluating) / self.done
+            words.append(f"{format_duration(left)} left")
+        return ", ".join(words)
 
 
 class RunState(Stored):
@@ -476,12 +489,22 @@ class Run:
                 yield self.standing
         yield self.standing
 
-    def run(self) -> Result:
-        """Train to the end and return the result."""
+    def run(self, *, progress: bool = False) -> Result:
+        """Train to the end and return the result. With `progress` a line says how far it is, in a notebook too."""
+        if progress:
+            self._show()
         for _ in self:
             pass
         assert self.result is not None
         return self.result
+
+    def _show(self) -> None:
+        """Train to the end, and show how far it is."""
+        title, told = attacked(plugins.label(self.config.algorithm), self.config.attack), 0
+        with ShownLine() as line:
+            for standing in self.standings():
+                line.show(f"{title}: {standing.line}", keep=standing.evaluations > told)
+                told = standing.evaluations
 
     def __iter__(self) -> Iterator[Record]:
         if self.result is not None:

@@ -137,6 +137,8 @@ def test_figures_of_a_columns_width(folder: Path) -> None:
     content = (folder / f"{FIGURES[0]}.svg").read_bytes()
     picture = ET.fromstring(content)
     assert picture.get("width") == f"{72 * WIDTH:g}pt"
+    assert picture.get("class") == "cutlayer"
+    assert b"(prefers-color-scheme: dark) { .cutlayer { filter: invert" in content
     texts = {"".join(node.itertext()).strip() for node in picture.iter("{http://www.w3.org/2000/svg}text")}
     assert {"epochs", "PSL"} <= texts
     dashes = [line.get("style", "") for line in picture.iter("{http://www.w3.org/2000/svg}path")]

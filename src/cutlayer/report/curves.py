@@ -45,6 +45,7 @@ _STYLE: dict[Any, Any] = {
 }
 
 MARKERS = "osD^vP*X<>ph"
+_LARGER = {"*": 1.6, "P": 1.2, "X": 1.2}  # those whose shape is lost at the size of the others
 
 _WINDOWS = 60  # the loss is averaged over windows of 1/60 of the training
 _ANNOTATED = 16  # up to so many clients and classes the cells of the heat map carry their numbers
@@ -177,9 +178,9 @@ def score_over_epochs(ax: Axes, report: Report) -> None:
 
 def _loss_over_epochs(ax: Axes, report: Report) -> None:
     window = loss_window(report)
-    curves = [_loss(entry, label, look, window) for entry, label, look, _ in _looks(report)]
+    curves = [_loss(entry, label, look, marker, window) for entry, label, look, marker in _looks(report)]
     if not report.comparison:  # one line, beside lines for test and validation
-        curves = [replace(curves[0], label="training loss", look=(BLACK, "-"))]
+        curves = [replace(curves[0], label="training loss", look=(BLACK, "-"), marker="")]
     for curve in curves:
         _plot(ax, curve)
     values = np.concatenate([c.mean for c in curves])
@@ -270,7 +271,7 @@ def _scores(
     return _curve(label, look, marker, groups)
 
 
-def _loss(entry: ReportEntry, label: str, look: Look, window: float) -> _Curve:
+def _loss(entry: ReportEntry, label: str, look: Look, marker: str, window: float) -> _Curve:
     """Per seed the mean loss of each window, samples weighted alike; then mean and spread over the seeds."""
     groups: dict[int, list[tuple[float, float]]] = {}
     for run in entry.runs:
@@ -284,7 +285,7 @@ def _loss(entry: ReportEntry, label: str, look: Look, window: float) -> _Curve:
             if weights.sum():
                 mean = float(np.average(losses[finite][own], weights=weights))
                 groups.setdefault(int(index), []).append(((index + 0.5) * window, mean))
-    return _curve(label, look, "", [groups[i] for i in sorted(groups)])
+    return _curve(label, look, marker, [groups[i] for i in sorted(groups)])
 
 
 def _curve(label: str, look: Look, marker: str, groups: list[list[tuple[float, float]]]) -> _Curve:
@@ -297,7 +298,8 @@ def _curve(label: str, look: Look, marker: str, groups: list[list[tuple[float, f
 
 def _plot(ax: Axes, curve: _Curve) -> None:
     colour, style = curve.look
-    few = len(curve.x) <= 12
+    few, step = len(curve.x) <= 12, math.ceil(len(curve.x) / 10)
+    first = MARKERS.find(curve.marker) * step // len(MARKERS) if curve.marker else 0  # not all at the same places
     ax.plot(
         curve.x,
         curve.mean,
@@ -305,10 +307,10 @@ def _plot(ax: Axes, curve: _Curve) -> None:
         linestyle=style,
         label=curve.label,
         marker=curve.marker or ("o" if len(curve.x) == 1 else None),
-        markersize=5.5,
+        markersize=5.5 * _LARGER.get(curve.marker, 1.0),
         markeredgecolor="white",
         markeredgewidth=0.8,
-        markevery=1 if few else math.ceil(len(curve.x) / 10),
+        markevery=1 if few else (first, step),
     )
     known = np.isfinite(curve.std)
     if known.any():

@@ -15,6 +15,7 @@ from cutlayer.report import availability, spending, staleness, tuning_table
 from cutlayer.report.collect import Measure, Report, ReportEntry
 from cutlayer.report.curves import differs, has_classes, loss_window, shown_partition
 from cutlayer.report.differences import Differences, as_text
+from cutlayer.report.looks import DARK
 from cutlayer.summary import mean_of_known, spread
 from cutlayer.text import format_bytes, format_rate, listed, spoken
 
@@ -55,6 +56,7 @@ def render(
         staleness=staleness.table(report),
         reached=spending.reached(report),
         kinds=[(entry.row.title, rows) for entry in report.entries if (rows := _kinds(entry))],
+        dark=DARK,
         pictures=list(zip(map(_embedded, panels), _descriptions(report), strict=False)),
         classes=_embedded(classes),
         by_client=None if by_client is None else _embedded(by_client),

@@ -18,6 +18,7 @@ from cutlayer.report import tuning_table
 from cutlayer.report.collect import Report
 from cutlayer.report.curves import panel_draws
 from cutlayer.report.differences import Differences
+from cutlayer.report.looks import DARK
 from cutlayer.text import format_bytes
 from cutlayer.tuned import Tuned
 
@@ -62,7 +63,7 @@ def _drawn(report: Report, draw: Callable[[Axes, Report], None], kind: Format) -
         lines = ax.get_lines()
         for number, line in enumerate(lines):
             line.set(linestyle=(0, _DASHES[number % len(_DASHES)]) if number % len(_DASHES) else "-", linewidth=1.2)
-            line.set(markersize=3.2, markeredgewidth=0.4)
+            line.set(markersize=0.6 * line.get_markersize(), markeredgewidth=0.4)
         longest = max((len(str(line.get_label())) for line in lines), default=0)
         columns = max(1, min(len(lines), 52 // (longest + 7)))
         figure.set_figheight(2.1 + 0.145 * -(-len(lines) // columns))
@@ -71,7 +72,14 @@ def _drawn(report: Report, draw: Callable[[Axes, Report], None], kind: Format) -
         file = io.BytesIO()
         unsaid: dict[str, Any] = {"Date": None} if kind == "svg" else {"CreationDate": None}
         figure.savefig(file, format=kind, metadata={"Creator": "Cutlayer", **unsaid})
-    return file.getvalue()
+    return file.getvalue() if kind == "pdf" else _darkening(file.getvalue())
+
+
+def _darkening(svg: bytes) -> bytes:
+    """The picture that turns dark where the reader prefers that, and stays opaque, whatever is behind it."""
+    rule = f"@media screen and (prefers-color-scheme: dark) {{ .cutlayer {{ filter: {DARK} }} }}"
+    head, tag, rest = svg.partition(b"<svg ")
+    return head + tag + b'class="cutlayer" ' + rest.replace(b">", f">\n <style>{rule}</style>".encode(), 1)
 
 
 def latex(report: Report, gaps: Differences | None) -> str:
