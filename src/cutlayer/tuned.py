@@ -8,6 +8,7 @@ from typing import Any
 
 from cutlayer.files import read_json
 from cutlayer.stored import Amount, Count, Stored, checked, reading, remade
+from cutlayer.text import listed
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,17 @@ class Tuned:
 
     @property
     def warnings(self) -> list[str]:
-        """A sentence for each value that was chosen at the edge of those that were possible."""
-        return [
-            f"{entry}: the chosen {name} = {tuned.values[name]!r} is at the edge of the values that were tried, so a "
-            "better one may lie beyond: widen them"
-            for entry, tuned in self.entries.items()
-            for name in tuned.edges
-        ]
+        """A sentence for each entry with a value that was chosen at the edge of those that were possible."""
+        return [_at_the_edge(entry, tuned) for entry, tuned in self.entries.items() if tuned.edges]
+
+
+def _at_the_edge(entry: str, tuned: TunedEntry) -> str:
+    chosen = listed([f"{name} = {tuned.values[name]!r}" for name in tuned.edges])
+    several = len(tuned.edges) > 1
+    return (
+        f"{entry}: the chosen {chosen} {'are' if several else 'is'} at the edge of the values that were tried, so "
+        f"{'better ones' if several else 'a better one'} may lie beyond: widen them"
+    )
 
 
 class _StoredEntry(Stored):
