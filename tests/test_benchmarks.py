@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from cutlayer.types import Smashed
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 # Widths of the tests, where a model has some. By hand, dropout draws other numbers than ours.
@@ -106,3 +108,18 @@ def test_cells_are_what_the_rule_says(engines: Any) -> None:
     always = [w for w in cells if (w.clients, w.batch, w.algorithm, w.optimizer) == (10, 32, "sglr", "sgd")]
     assert [w.model for w in always] == MODELS
     assert all(w.gflop <= engines.LIMIT for w in cells if w not in always)
+
+
+def test_averages_of_groups() -> None:
+    """By class: the mean of the gradients of all rows of a class; similar: of rows j of clients with similar labels."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        from split_averages import ByClass, Similar
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+    smashed = Smashed((torch.zeros(6, 1),), torch.tensor([0, 1, 0, 1, 2, 2]), (0, 1, 2), (2, 2, 2))
+    gradient = (torch.arange(6.0).view(6, 1) / 3,)  # of the loss of all three clients: thrice that is their own
+    for kind, expected in ((ByClass, [1.0, 2.0, 1.0, 2.0, 4.5, 4.5]), (Similar, [1.0, 2.0, 1.0, 2.0, 4.0, 5.0])):
+        given = kind(phi=1.0).split_average(gradient, smashed, (0, 1, 2))
+        assert given.own[0].flatten().tolist() == pytest.approx(expected)
+        assert given.clients == (0, 1, 2)
