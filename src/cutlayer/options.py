@@ -393,7 +393,7 @@ class CommonConfig(TracedConfig):
     test: float = _field(0.2, DATA, gt=0)
     """Rows held out as test set if the data have none: a fraction below 1, or a number of samples."""
     test_seed: int | None = _field(None, DATA, ge=0)
-    """Seed that draws these test rows, so that runs with different seeds can share them. Default: seed."""
+    """Seed for drawing the test rows, so that runs with different seeds can share them. Default: seed."""
     data_in_memory: Literal["auto", "always", "never"] = _field("auto", DATA)
     """Whether to read the items of a map-style Dataset once and keep them, or to read them again for each batch, so
     that random transforms take effect. auto: keep them if they take less than a quarter of the free memory."""
@@ -479,8 +479,8 @@ class CommonConfig(TracedConfig):
     """Batches per optimiser step of a client; the step uses the mean of their gradients. The last step of a round may
     use fewer."""
     gradient_checkpointing: Literal["none", "client", "server", "both"] = _field("none", TRAINING)
-    """Sides whose blocks (of a transformer, say) keep only their inputs and are computed again in the backward pass:
-    less memory, more time, the same results."""
+    """Sides whose blocks (for example of a transformer) keep only their inputs and are computed again in the backward
+    pass. This saves memory and takes more time; the results are the same."""
     server_accumulate: int | None = _field(None, TRAINING, "split", ge=1)
     """Batches per optimiser step of the server. Default: accumulate."""
     param_groups: ParamGroups = _field((), TRAINING, shared=True)
@@ -867,9 +867,9 @@ class CompareConfig(CommonConfig):
     combinations), zip (the first values of all, then the second) or random (draws combinations, drawn with
     draw_seed)."""
     tuning: TuningTable = _field({}, WHAT)
-    """The TOML table [tuning], or --tuning.client-lr 0.001,0.01: values or ranges from which each entry gets the best
-    by its validation rows, before the seeds are trained. how: grid, random, halving or optuna (see `cutlayer list
-    searches`); trials: as many for each entry; seed: of the tuning alone; by: last or best evaluation."""
+    """The TOML table [tuning], or --tuning.client-lr 0.001,0.01: values or ranges. Before the seeds are trained, each
+    entry is tuned over them by its score on validation rows. how: grid, random, halving or optuna (see `cutlayer list
+    searches`). trials: the number for each entry. seed: the seed of the tuning. by: last or best evaluation."""
 
     def algorithm_names(self) -> tuple[str, ...]:
         """Those compared and those of the variants."""

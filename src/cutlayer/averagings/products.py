@@ -32,8 +32,9 @@ _NOTHING = 1e-9  # of the largest singular value: in double precision, what is s
 
 @averaging("products", title="Mean of products", paper="arXiv 2505.02795")
 class MeanOfProducts(Averaging):
-    """Adapters (LoRA): the factors nearest to the weighted mean of the clients' products B A, by singular values; all
-    else: the weighted mean.
+    """The weighted mean; for LoRA adapters, the factors nearest to the weighted mean of the clients' products B A.
+
+    The factors come from a singular value decomposition of that mean.
     """
 
     by_name = True

@@ -10,7 +10,7 @@ from cutlayer.searches.searching import Leg, Legs, Search, Space, search
 
 @search("grid", title="Grid")
 class Grid(Search):
-    """All combinations of the values; if there are fewer trials, so many of them, drawn by the seed."""
+    """All combinations of the values, or, if there are fewer trials, that number of them, drawn with the seed."""
 
     def check_space(self, space: Space) -> None:
         """Raises ConfigError for a range."""

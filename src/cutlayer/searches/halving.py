@@ -14,7 +14,7 @@ class Halving(Search):
     """
 
     eta: int = option(3, ge=2)
-    """One in so many trials goes on to the next rung, which is so many times as long."""
+    """One in this many trials continues to the next rung, which is this many times as long."""
 
     def legs(self, space: Space, trials: int, seed: int) -> Legs:
         """Rung by rung."""

@@ -16,15 +16,16 @@ _ASKED = 50  # times that another point is asked for, where the sampler repeats 
 
 @search("optuna", title="Optuna (TPE)", paper="arXiv 1907.10902")
 class Optuna(Search):
-    """Values that follow from what earlier trials came to (TPE); poor trials end early. Needs the extra `tune`.
+    """Values chosen from the results of earlier trials (TPE); poor trials end early. Needs the extra `tune`.
 
     A trial that is worse than most at the end of a rung is not trained further (asynchronous successive halving).
     """
 
     eta: int = option(3, ge=2)
-    """One in so many trials goes on to the next rung, which is so many times as long."""
+    """One in this many trials continues to the next rung, which is this many times as long."""
     rungs: int = option(3, ge=1)
-    """Number of rungs; with eta 3: a ninth, a third and all of the rounds. 1: every trial is trained to the end."""
+    """Number of rungs. With eta 3, three rungs are a ninth, a third and all of the rounds. 1: every trial is trained to
+    the end."""
 
     def check_space(self, space: Space) -> None:
         """Raises ConfigError where the package is missing, or a value is none that it can choose."""

@@ -7,7 +7,7 @@ from cutlayer.searches.searching import Leg, Legs, Search, Space, search
 
 @search("random", title="Random search")
 class RandomSearch(Search):
-    """Points drawn by the seed, from lists or from ranges (uniform, or uniform in the logarithm)."""
+    """Points drawn with the seed, from lists or from ranges (uniform, or uniform in the logarithm)."""
 
     def legs(self, space: Space, trials: int, seed: int) -> Legs:
         """All at once."""
