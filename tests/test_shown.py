@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from typing import Any
 
 import pytest
-from support import mlp, source
+from support import call, mlp, source
 
 from cutlayer import Comparison, ConfigError, DataError, Run, UsageError
 from cutlayer.observations import Observations
@@ -39,6 +40,12 @@ def test_a_log_has_a_line_for_each_evaluation_and_each_run(capsys: pytest.Captur
     assert starts == ["1 of 2 runs done; psl, seed 0", "2 of 2 runs done; ssl, seed 0"]
     Run(algorithm="psl", data=source([8, 8], (6,)), **OPTIONS).run()
     assert capsys.readouterr().err == ""
+
+
+def test_commands_draw_without_the_notebooks_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MPLBACKEND", "module://of_another_environment")
+    assert "iid" in call("list", "partitions").stdout
+    assert "MPLBACKEND" not in os.environ
 
 
 class Terminal(io.StringIO):

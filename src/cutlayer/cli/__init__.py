@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 import traceback
 import warnings
@@ -52,6 +53,7 @@ def application(own: Sequence[Entry] = (), *, wide: bool = False) -> App:
 def main() -> NoReturn:
     """Run the command line: one clear sentence on stderr and an exit code for everything that goes wrong."""
     keep_memory()
+    os.environ.pop("MPLBACKEND", None)  # a notebook's, which may not be installed here: pictures are drawn off screen
     warnings.showwarning = show_warning
     for stream in (sys.stdout, sys.stderr):  # a terminal without Unicode shows ? where it lacks a character
         if isinstance(stream, io.TextIOWrapper):
