@@ -1179,6 +1179,10 @@ class CalibrateConfig(_Chooser):
 
     model: str = _field("cnn", MODEL)
     """The model that is trained (see `cutlayer list models`), or your own: path/to/file.py:function."""
+    input: tuple[Annotated[int, Field(ge=1)], ...] = _field((1, 28, 28), DATA)
+    """Shape of one sample."""
+    input_type: Literal["float32", "int64"] = _field("float32", DATA)
+    """Type of the inputs: real numbers, or integers such as token ids."""
 
     def chosen(self) -> list[Entry]:
         """The model."""

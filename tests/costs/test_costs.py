@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support import client_state, difference, make, mlp, train, u_shaped  # type: ignore[import-not-found]
+from support import call, client_state, difference, make, mlp, train, u_shaped  # type: ignore[import-not-found]
 from torch import nn
 
 from cutlayer import ConfigError, Run, RunFolderError, checkpoint
@@ -607,6 +607,17 @@ def test_calibration_makes_a_profile(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "idle_watts = 3.0" in capsys.readouterr().out
 
 
+def test_calibration_with_a_model_of_ones_own(tmp_path: Path) -> None:
+    """Word numbers in, one number out."""
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n"
+        "def make(): return nn.Sequential(nn.Embedding(2, 4), nn.Flatten(), nn.LazyLinear(3), nn.Linear(3, 1))\n"
+    )
+    words = "calibrate --model net.py:make --input 6 --input-type int64 --seconds 0.1 --watts 1 --out own.toml"
+    call(*words.split(), cwd=tmp_path)
+    assert "net.py:make, batch 8" in Profiles.load(tmp_path / "own.toml").device("this-machine").basis
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -616,6 +627,7 @@ def test_calibration_makes_a_profile(tmp_path: Path, capsys: pytest.CaptureFixtu
         ("--watts 1 --batch 0", ["batch = 0", "greater than 0"]),
         ("--watts 1 --model cmn", ["did you mean 'cnn'"]),
         ("--watts 1 --device cuda:9", ["device = 'cuda:9'"]),
+        ("--watts 1 --model cnn --input 8", ["takes pictures", "shape (8,)"]),
     ],
 )
 def test_bad_calibrations(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, words: str, said: list[str]) -> None:

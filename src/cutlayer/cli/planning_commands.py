@@ -94,6 +94,8 @@ def calibrate(
         seconds=seconds,
         watts=watts,
         idle_watts=idle_watts,
+        shape=chosen.input,
+        kind=chosen.input_type,
         options=chosen.specific,
     )
     spread = f"{found.lowest / 1e9:.3g} to {found.highest / 1e9:.3g}"

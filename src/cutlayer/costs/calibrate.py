@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import tomli_w
 import torch
@@ -23,12 +23,14 @@ from torch import nn
 from cutlayer import seeds
 from cutlayer.allocator import keep_memory
 from cutlayer.costs.flops import count
+from cutlayer.costs.measure import check_takes
 from cutlayer.costs.measured import Meter
 from cutlayer.errors import ConfigError
 from cutlayer.models import build, cut
+from cutlayer.models.parts import logits
 
 _WINDOWS = 10
-_SHAPE = (1, 28, 28)
+_CLASSES = 10
 
 
 @dataclass(frozen=True)
@@ -64,12 +66,15 @@ def calibrate(
     seconds: float,
     watts: float | None,
     idle_watts: float | None,
+    shape: Sequence[int] = (1, 28, 28),
+    kind: Literal["float32", "int64"] = "float32",
     options: Mapping[str, Any] = MappingProxyType({}),
 ) -> Calibration:
-    """Train `model` with its `options` on 28x28 pictures for about `seconds`. `watts` (read from a meter) where nothing
-    measures.
+    """Train `model` with its `options` on samples of a `shape` and `kind` for about `seconds`. `watts` (read from a
+    meter) where nothing measures.
 
-    Raises ConfigError: nothing measures and no watts are given, an unknown model or device.
+    Raises ConfigError: nothing measures and no watts are given, an unknown model or device, a model that does not take
+    the samples.
     """
     meter = Meter()
     with meter:
@@ -80,8 +85,10 @@ def calibrate(
             "measurement"
         )
     with seeds.torch_seeded(0, "calibrate"):
-        net = build(model, _SHAPE, 10, **options)
-        x, y = torch.rand(max(2, batch), *_SHAPE), torch.arange(max(2, batch)) % 10
+        net = build(model, tuple(shape), _CLASSES, **options)
+        rows = torch.rand(max(2, batch), *shape)
+        x, y = rows if kind == "float32" else rows.mul(2).long(), torch.arange(len(rows)) % _CLASSES
+    check_takes(net, x)
     flops = count(cut(net, "output", x), x).whole.training * len(x)
     try:
         net, x, y = net.to(device), x.to(device), y.to(device)
@@ -113,13 +120,19 @@ def _windows(net: nn.Module, x: torch.Tensor, y: torch.Tensor, seconds: float) -
         steps, started = 0, time.perf_counter()
         while (took := time.perf_counter() - started) < seconds or not steps:
             optimizer.zero_grad()
-            nn.functional.cross_entropy(net(x), y).backward()
+            _loss(logits(net(x)), y).backward()
             optimizer.step()
             if x.device.type == "cuda":
                 torch.cuda.synchronize()
             steps += 1
         if window:
             yield steps, took
+
+
+def _loss(outputs: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Cross entropy where the model scores the classes of `y`; else anything that has gradients."""
+    scored = outputs.dim() == 2 and outputs.shape[1] >= _CLASSES
+    return nn.functional.cross_entropy(outputs, y) if scored else outputs.square().mean()
 
 
 @contextmanager

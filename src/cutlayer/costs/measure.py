@@ -346,22 +346,22 @@ def _runnable(model: nn.Module, x: Tensor) -> Iterator[None]:
 def _looks_at_values(model: nn.Module, x: Tensor) -> bool:
     """Whether the model runs only if it is told that it is compiled. Raises ConfigError if it does not run at all."""
     try:
-        _check(model, x)
+        check_takes(model, x)
     except ConfigError as reason:
         try:
             with as_if_compiled():
-                _check(model, x)
+                check_takes(model, x)
         except ConfigError:
             raise reason from None
         return True
     return False
 
 
-def _check(model: nn.Module, x: Tensor) -> None:
+def check_takes(model: nn.Module, x: Tensor) -> None:
     """The model takes such a batch and gives a row of scores per sample. Raises ConfigError."""
     shape, kind = tuple(x.shape[1:]), str(x.dtype).removeprefix("torch.")
     try:
-        with torch.no_grad(), _META:
+        with torch.no_grad(), x.device:  # where it makes tensors of its own, too
             out = logits(deep_copy(model).eval()(x))
     except Exception as error:  # the user's module: anything can come out
         raise ConfigError(
