@@ -90,7 +90,7 @@ def test_files_that_hold_no_weights(tmp_path: Path) -> None:
     (tmp_path / "text.safetensors").write_text("hello")
     save_file({"strange": torch.zeros(2)}, tmp_path / "strange.safetensors")
     for file, message in (
-        ("evil.pt", "cannot be read as a state dict"),
+        ("evil.pt", "cannot be read as a state dict: it is damaged, or holds Python objects"),
         ("list.pt", "holds a list, not a state dict"),
         ("number.pt", "holds 'step', which is not a tensor"),
         ("text.pt", "cannot be read as a state dict"),

@@ -56,12 +56,11 @@ def _safetensors(path: Path) -> dict[str, Any]:
 def _state_dict(path: Path) -> dict[str, Any]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError):
         raise ConfigError(
-            f"weights = {str(path)!r} cannot be read as a state dict ({reason[:120]}): save the model's state_dict() "
-            "alone, with torch.save or as .safetensors (files with other objects are not opened, since they can run "
-            "code)"
+            f"weights = {str(path)!r} cannot be read as a state dict: it is damaged, or holds Python objects other "
+            "than tensors, which are not opened since they can run code; save the model's state_dict() alone, with "
+            "torch.save or as .safetensors"
         ) from None
     while isinstance(found, Mapping) and (key := next((k for k in _WRAPPED if isinstance(found.get(k), Mapping)), "")):
         found = found[key]
