@@ -14,6 +14,7 @@ from torch import Tensor
 from cutlayer import ConfigError, DataError, Run
 from cutlayer.data.samples import Samples
 from cutlayer.leakage import inversion as inverting
+from cutlayer.leakage import prefix_search
 from cutlayer.leakage.active import check_hijackable
 from cutlayer.leakage.assess import Asked, check, examine
 from cutlayer.leakage.recovery import counting_places, recover
@@ -147,6 +148,14 @@ def test_a_decoder_is_read_token_by_token(monkeypatch: pytest.MonkeyPatch) -> No
 
     def encoder(words: Words) -> Tensor:
         return mixing(words, ahead=True)
+
+    monkeypatch.setattr(prefix_search, "_CANDIDATES", 1)  # where the likeliest does not fit, all others are tried
+    again = recover(replace(seen, kept={}), words, every[:8], "search", "model")
+    noisy = replace(seen, kept={}, client=lambda words: mixing(words) + 0.01)
+    under_noise = recover(noisy, words, every[:8], "search", "model")
+    assert again is not None
+    assert under_noise is not None
+    assert again.accuracy == 1 > under_noise.accuracy
 
     both = replace(seen, z=encoder(words), client=encoder, bare=encoder)
     assert recover(both, words, every[:8], "search", "model") is None
