@@ -29,7 +29,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "block 2": {"cut": "2"},
     "block 3": {"cut": "3"},
     "block 2, int8": {"cut": "2", "up_codec": "int8"},
-    "block 2, top 5 %": {"cut": "2", "up_codec": "top-k:0.05"},
+    "block 2, top 25 %": {"cut": "2", "up_codec": "top-k:0.25"},
     "block 2, noise 0.001": {"cut": "2", "clip": 350.0, "gaussian_noise": 0.001},
     "block 2, noise 0.01": {"cut": "2", "clip": 350.0, "gaussian_noise": 0.01},
     "block 2, noise 0.03": {"cut": "2", "clip": 350.0, "gaussian_noise": 0.03},
