@@ -217,6 +217,16 @@ def test_each_client_has_the_best_adapters_of_its_rank(algorithm: str, optimizer
     assert ledger.total("down", "wire-broadcast", "models") == sum(each)  # no two get the same
 
 
+def test_every_client_is_evaluated() -> None:
+    """After averaging too: models of different ranks are not equal."""
+    run = Run(model=Ranked(RANKS), data=data(), **options("fl"))
+    run.run()
+    x, y = data()["x_test"].double(), data()["y_test"]
+    losses = [functional.cross_entropy(run.model(k).eval()(x), y).item() for k in range(CLIENTS)]
+    assert len({round(loss, 6) for loss in losses}) == CLIENTS
+    assert run.evaluations[-1].test_loss == pytest.approx(sum(losses) / CLIENTS)
+
+
 def test_equal_ranks_are_one_rank() -> None:
     """As if no client had one of its own; clients of one rank get one message."""
     same = Run(model=Ranked((2, 2, 2)), data=data(), **options("sfl", engine="local"))
