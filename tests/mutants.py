@@ -173,8 +173,8 @@ MUTANTS = [
     M("a tail is never computed again", "recomputed", "found += [depth.parts.client, depth.parts.tail]", "found += [depth.parts.client]"),
     M("a block's inputs are not held", "recomputed", "for tensor in tensors_in((args, dict(kwargs))):", "for tensor in ():"),
     M("scales of a batch are counted for its rows alone", "plans", "smashed_besides=smashed.besides,", "smashed_besides=0,"),
-    M("a common gradient has no scales", "plans", "paper = paper + self.sharing.ever * ((first * gradient + besides) // first)", "paper = paper + self.sharing.ever * gradient"),
-    M("the server has one client's rows", "plans", "clients = 1 if in_turn else config.clients", "clients = 1"),
+    M("a common gradient has no scales", "plans", "paper = paper + self.sharing.ever * (gradient + besides // max(first, 1))", "paper = paper + self.sharing.ever * gradient"),
+    M("the server has one client's rows", "plans", "clients, copies = 1 if in_turn else config.clients,", "clients, copies = 1,"),
     M("scales take no time", "plans", "return size * self.sent + self.sent_besides", "return size * self.sent"),
     # Adapters averaged by their products
     M("products are not weighted", "products", "columns = (p[:, None, None] * b)", "columns = (torch.ones_like(p)[:, None, None] / len(p) * b)"),
