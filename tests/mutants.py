@@ -8,8 +8,8 @@ occurs once and the first snippet behind it is meant. A mutant that is not found
 changed in the working tree: the tests run on a copy of src.
 
 An area's tests are those whose path under tests/ fits one of its patterns, in their order, until the first failure;
-those that start processes and servers, those of large models, and those marked slow are left out. All must pass once
-without a mutant first.
+those that start processes and servers, those of large models, and those marked slow are left out, unless the area gives
+their path in full. All must pass once without a mutant first.
 
 With --out, results are added to FILE as JSON lines as they come, and a mutant that has one there is not run again:
 begin with another file after a change. --check runs no tests: it looks whether every mutant is found and compiles.
@@ -56,6 +56,8 @@ AREAS: dict[str, Sequence[str]] = {
     "gradients": ("*sglr*", "*golden*", "*test_seam*", "*options*", "*identit*", "*engines*", "*stacked*"),
     "stopping": ("*test_stopping*",),
     "loggers": ("*test_loggers*",),
+    "likeness": ("*test_likeness*",),
+    "gscala": ("*test_gscala*",),
     "markup": ("*test_markup*",),
     "citations": ("*test_references*", "*test_citing*"),
     "observations": ("*test_observations*",),
@@ -135,7 +137,7 @@ AREAS: dict[str, Sequence[str]] = {
     "worker": ("*test_remote*", "*test_tasks*"),
     "traffic": ("*test_costs*", "*test_plan*", "*test_testing*"),
     "admission": ("*test_admission*", "*test_serving*"),
-    "certificates": ("*test_transport*",),
+    "certificates": ("remote/test_transport.py",),
     "complex": ("*test_vetting*", "*property_engines*"),
     "stored": ("*test_errors*", "*test_files*", "*remote/test_names*", "*remote/test_serve*", "*test_stored*"),
 }
@@ -223,7 +225,7 @@ MUTANTS = [
     # Early stopping
     M("equal scores count as better", "stopping", "len(ranks) - 1 - ranks.index(max(ranks))", "ranks[::-1].index(max(ranks))"),
     M("one evaluation too many", "stopping", "ranks.index(max(ranks)) >= self.config", "ranks.index(max(ranks)) > self.config"),
-    M("it goes on when resumed", "stopping", "self._start_round if self._idle else t.rounds", "t.rounds"),
+    M("it goes on when resumed", "stopping", "self._start_round if self._idle else end", "end"),
     M("the last round is not judged anew", "stopping", "if self._whose_at_the_end() is not None:", "if False:"),
     M("the rounds that were planned", "stopping", "rounds=self.evaluations[-1].round", "rounds=self.training.rounds"),
     # Runs side by side
@@ -849,10 +851,17 @@ MUTANTS = [
     M("who is denied is still needed", "admission", "return self.denied | self.excluded.keys()", "return frozenset(self.excluded)"),
     M("one host fills the record", "admission", "self._refusals.total() >= ALL or self._refusals[caller.host] >= EACH", "self._refusals.total() >= ALL"),
     M("windows stay short", "admission", "FIRST if quiet else min(2 * self._window, LONGEST)", "FIRST"),
+    # What was proved of one model, and holds for another
+    M("hooks are not seen", "likeness", "elif not (isinstance(value, dict | set) and not value)", "elif not isinstance(value, dict | set)"),
+    M("any class is known", "likeness", 'if not f"{kind.__module__}.".startswith(_KNOWN):', "if False:"),
+    M("tied weights are like others", "likeness", "yield name, firsts.setdefault(id(p), name), of_tensor(p)", "yield name, name, of_tensor(p)"),
+    M("cuts at other places are alike", "likeness", "taken = (names, x.names,", "taken = (x.names,"),
+    M("recomputing parts are alike", "recomputed", "replace(depth.parts, likeness=None)", "depth.parts"),
+    M("gscala samples as scala", "gscala", 'presets={"logit_adjust": "both", "sampling": "global"}', 'presets={"logit_adjust": "both"}'),
     # What is read back from files, exit codes, and terms
-    M("a folder in use is a person's fault", "stored", """Another process works in that folder, perhaps this one's own predecessor, which is about to end.\"\"\"
+    M("a folder in use is a person's fault", "stored", """Another process works in that folder. It may be an earlier process of this run that is about to end.\"\"\"
 
-    code = ExitCode.TRY_AGAIN""", """Another process works in that folder, perhaps this one's own predecessor, which is about to end.\"\"\"
+    code = ExitCode.TRY_AGAIN""", """Another process works in that folder. It may be an earlier process of this run that is about to end.\"\"\"
 
     code = ExitCode.WRONG"""),
     M("owners' equal scores are hidden", "printed", "if own or len(set(scores.values())) > 1", "if len(set(scores.values())) > 1"),
@@ -1031,7 +1040,8 @@ def is_word(token: str) -> bool:
 def tests_of(area: str) -> list[Path]:
     """The test files of an area, in order."""
     files = [f for f in sorted(TESTS.rglob("test_*.py")) if not any(fnmatch.fnmatch(f.name, p) for p in LEFT_OUT)]
-    fitting = (f for p in AREAS[area] for f in files if fnmatch.fnmatch(f.relative_to(TESTS).as_posix(), p))
+    named = [TESTS / p for p in AREAS[area] if "*" not in p]
+    fitting = (f for p in AREAS[area] for f in [*files, *named] if fnmatch.fnmatch(f.relative_to(TESTS).as_posix(), p))
     found = list(dict.fromkeys(fitting))
     if not found:
         raise SystemExit(f"no test file fits the patterns of {area!r}: correct AREAS")

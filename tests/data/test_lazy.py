@@ -94,7 +94,7 @@ def test_the_same_data_as_in_memory(make: Callable[[int], Any]) -> None:
     kept, read = (from_memory(data, data_in_memory=how) for how in ("always", "never"))
     assert isinstance(read.train, Lazy)
     assert equal(kept, read)
-    assert kept.account == read.account.replace("; items are read for each batch anew", "")
+    assert kept.account == read.account.replace("; items are read again for each batch", "")
     if isinstance(kept.train.inputs, Tensor):
         assert kept.preprocessing == read.preprocessing
 
@@ -380,7 +380,7 @@ def test_what_cannot_be_read_item_by_item() -> None:
     for look in (lambda: source.train.x, lambda: source.train.rows):
         with pytest.raises(DataError, match="pass data_in_memory = 'always'"):
             look()
-    with pytest.raises(ConfigError, match="cache_features is not possible: items are read for each batch anew"):
+    with pytest.raises(ConfigError, match="cache_features is not possible: items are read again for each batch"):
         run((Items(40), Items(12)), cache_features=True, freeze="0", **NEVER)
 
 

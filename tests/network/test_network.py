@@ -141,7 +141,7 @@ def test_a_clients_folder_is_held_while_it_works(trial: Callable[..., Trial]) ->
         ("serve --insecure --keepalive 0.5", "keepalive = 0.5"),
         ("join localhost:1 --client hospital --insecure", "client-0, client-1"),
         ("join localhost --client client-0 --insecure", "host:port"),
-        ("join localhost:1 --client client-99 --insecure", "none of the"),
+        ("join localhost:1 --client client-99 --insecure", "not one of the"),
         ("join localhost:1 --client client-0 --insecure --keepalive nan", "keepalive = nan"),
         ("certs there --clients -1", "0 or greater"),
     ],
