@@ -11,7 +11,7 @@ import torch
 from support import ALGORITHMS, same, source, u_shaped
 from torch import nn
 
-from cutlayer import Comparison, Run, RunFolderError, checkpoint
+from cutlayer import Comparison, Run, RunFolderError, checkpoint, plugins
 from cutlayer.files import read_records
 from cutlayer.folder import BEST, CHECKPOINT, EVALUATIONS, LAST, RESULT, STEPS
 from cutlayer.options import traits
@@ -42,7 +42,9 @@ def options(algorithm: str) -> dict[str, Any]:
         own["tail_cut"] = "4"
     cut = {} if traits(algorithm).whole else {"cut": "3", "start": "independent"}
     if traits(algorithm).gradients_cross:
-        cut |= {"start": "equal", "sampling": "proportional"}  # its model does not train on the single rows of global
+        cut["start"] = "equal"
+    if plugins.index("algorithm")[algorithm].facts["presets"].get("sampling") == "global":
+        cut["sampling"] = "proportional"  # the model does not train on the single rows of global
     if algorithm in ("fl", "sfl", "sflv1"):
         own["local_epochs"] = 2  # rounds that are not epochs
     return {**common, **own, **cut}

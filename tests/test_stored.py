@@ -41,7 +41,7 @@ def options(algorithm: str) -> dict[str, Any]:
     common = {"algorithm": algorithm, "clients": 2, "partition": "column", "batch": 10, "rounds": 1, "client_lr": 0.01}
     if traits(algorithm).u_shaped:
         return {**common, "cut": "2", "tail_cut": "4"}
-    if algorithm == "gpsl":
+    if algorithm in ("gpsl", "gscala"):
         common["sampling"] = "fixed"  # batch normalisation trains with two rows at least
     return common if traits(algorithm).whole else {**common, "cut": "3"}
 

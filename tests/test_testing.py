@@ -321,7 +321,7 @@ class Sociable(Codec):
 
 @pytest.mark.parametrize(
     ("broken", "words"),
-    [(Careless, "its size says"), (Shy, "its bound says"), (Deaf, "nan does not come"), (Sociable, "by themselves")],
+    [(Careless, "its size says"), (Shy, "its bound says"), (Deaf, "nan is lost"), (Sociable, "by themselves")],
 )
 def test_broken_codecs(broken: Any, words: str) -> None:
     with pytest.raises(AssertionError, match=words):

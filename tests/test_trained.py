@@ -217,7 +217,7 @@ def test_exporting_programs(table: Path) -> None:
     rows = torch.randn(7, 3)
     assert torch.allclose(program(rows), load_model(table / "run")(rows), atol=1e-6)
     done = call("export", "run", "--out", "model.bin", cwd=table, code=2)
-    assert "name it with --format (safetensors, onnx, torch-export, peft)" in done.stderr
+    assert "give it with --format (safetensors, onnx, torch-export, peft)" in done.stderr
 
 
 def test_an_onnx_file_gives_what_the_model_gives(table: Path) -> None:

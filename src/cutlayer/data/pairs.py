@@ -38,9 +38,9 @@ def _unread(parts: Mapping[str, Any], name: str, reading: ItemReading, items: It
         rows = np.arange(len(dataset), dtype=np.int64)[:, None]
         sections[part] = Section(rows, as_array(labels, f"the labels of the {called(part)}"))
     remarks = [
-        "items are read for each batch anew"
+        "items are read again for each batch"
         if reading.in_memory == "never"
-        else f"items are read for each batch anew, as all would take {items.nbytes / 1e9:.3g} GB of the free memory; "
+        else f"items are read again for each batch, as all would take {items.nbytes / 1e9:.3g} GB of the free memory; "
         "data_in_memory = 'always' keeps them"
     ]
     if taken:
