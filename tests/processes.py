@@ -134,7 +134,7 @@ def start(
         atexit.register(_forking.close)
     job = {
         "argv": list(argv),
-        "cwd": str(cwd),
+        "cwd": str(cwd.resolve()),
         "env": {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
         "new_session": new_session,
         "namespace": namespace,

@@ -124,7 +124,7 @@ def test_text_is_utf_8_whatever_the_machines_encoding(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "classes.json").read_text("utf-8"))["class_names"] == ["größer", "kleiner"]
     page = (tmp_path / "run" / "report.html").read_text("utf-8")
     assert "Names of the clients in the data: 0 is Köln, 1 is Zürich, 2 is Łódź." in page
-    assert "What was read: data: 60 rows (1 column) in 2 classes" in page
+    assert "Data: data: 60 rows (1 column) in 2 classes" in page
 
 
 class Crowded:

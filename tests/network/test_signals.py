@@ -49,7 +49,7 @@ def test_the_server_is_asked_to_stop(trial: Trial) -> None:
     until(lambda: "listening" in t.log("server"), "listening", t)
     server.send_signal(signal.SIGTERM)
     stopped(t, "server", server, 130)
-    assert "go on with: the same command" in " ".join(t.log("server").split())
+    assert "continue with: the same command" in " ".join(t.log("server").split())
 
     server, clients = t.serve(), [t.join(k) for k in range(3)]
     until(lambda: len(t.steps()) > 20, "twenty steps", t)
