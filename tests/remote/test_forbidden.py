@@ -35,7 +35,10 @@ SMALL: dict[str, Any] = {
     "test": 10,
     "rounds": 2,
 }
-OWN: dict[str, dict[str, Any]] = {"ussl": {"cut": "hidden1", "tail_cut": "hidden2"}, **{a: {"sampling": "fixed"} for a in ("gpsl", "gscala")}}
+OWN: dict[str, dict[str, Any]] = {
+    "ussl": {"cut": "hidden1", "tail_cut": "hidden2"},
+    **{a: {"sampling": "fixed"} for a in ("gpsl", "gscala")},
+}
 
 # Everything that a server could ask, with the fields that decide whether it may.
 REQUESTS: dict[str, m.Message] = {
