@@ -45,6 +45,6 @@ def _display() -> Any:
     shell = sys.modules.get("IPython")
     if shell is None or not hasattr(shell.get_ipython(), "kernel"):
         return None
-    from IPython.display import display  # type: ignore[import-not-found]
+    from IPython.display import display
 
     return display
