@@ -141,7 +141,7 @@ def test_comparison(tmp_path: Path) -> None:
     assert not list(folder.glob(".*.new"))
     page = Page(folder)
     assert page.open == []
-    assert "@media screen and (prefers-color-scheme: dark) { img { filter: invert(.88)" in page.raw
+    assert "@media screen and (prefers-color-scheme: dark) { img { filter: invert(0.88)" in page.raw
     for shown in (
         "81.00 ± 1.42",
         "80.50 ± 2.00",

@@ -22,7 +22,7 @@ PALETTE = {
 }
 BLACK, BLUE, VERMILLION, GREEN = (PALETTE[name] for name in ("black", "blue", "vermillion", "green"))
 COLOURS = tuple(PALETTE.values())
-DARK = "invert(.88) hue-rotate(180deg)"
+DARK = "invert(0.88) hue-rotate(180deg)"
 """The CSS filter of pictures on a dark page: white becomes nearly black, and colours keep their hue."""
 FREE: Look = (PALETTE["grey"], "-.")  # of an algorithm that has none, where only one can be shown
 
