@@ -18,7 +18,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -243,6 +243,29 @@ def traits(algorithm: str) -> Traits:
     return Traits.of(facts["needs"], facts["central"])
 
 
+class _CutConfig(_Chooser):
+    """A configuration with an option `cut`: one name for all clients, or a list of names as one text."""
+
+    if TYPE_CHECKING:
+        cut: str | None
+
+    @field_validator("cut", mode="before", check_fields=False)
+    @classmethod
+    def _joined(cls, names: Any) -> Any:
+        """A list of names as one text."""
+        several = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+        return ",".join(names) if several else names
+
+    @property
+    def cuts(self) -> tuple[str, ...]:
+        """The cuts that are named: none, one for all clients, or one for each; NAME*3 is NAME three times."""
+        found: list[str] = []
+        for name in () if self.cut is None else self.cut.split(","):
+            repeated = re.fullmatch(r"(.+?)\s*\*\s*(\d{1,7})", name.strip())
+            found += [repeated[1]] * int(repeated[2]) if repeated else [name.strip()]
+        return tuple(found)
+
+
 class FleetConfig(_Chooser):
     """The machines and links of the virtual clock and the energy model."""
 
@@ -358,7 +381,7 @@ class BudgetConfig(_Config):
     """Send the model, which has no noise, even though noise is added to smashed data."""
 
 
-class CommonConfig(TracedConfig):
+class CommonConfig(TracedConfig, _CutConfig):
     """What all commands that train share."""
 
     kinds = (
@@ -589,17 +612,6 @@ class CommonConfig(TracedConfig):
             )
         return value
 
-    @field_validator("cut", mode="before")
-    @classmethod
-    def _joined(cls, names: Any) -> Any:
-        """A list of names as one text."""
-        return _joined(names)
-
-    @property
-    def cuts(self) -> tuple[str, ...]:
-        """The cuts that are named: none, one for all clients, or one for each."""
-        return _named(self.cut)
-
     def algorithm_names(self) -> tuple[str, ...]:
         """The algorithms that are trained."""
         raise TypeError(f"{type(self).__name__} names no algorithms")
@@ -671,21 +683,6 @@ class CommonConfig(TracedConfig):
                     f"{first} = {getattr(self, first)} and {second} = {getattr(self, second)} exclude each other: "
                     "give one"
                 )
-
-
-def _joined(names: Any) -> Any:
-    """A list of names as one text."""
-    several = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
-    return ",".join(names) if several else names
-
-
-def _named(cut: str | None) -> tuple[str, ...]:
-    """The cuts that an option names; NAME*3 is NAME three times."""
-    found: list[str] = []
-    for name in () if cut is None else cut.split(","):
-        repeated = re.fullmatch(r"(.+?)\s*\*\s*(\d{1,7})", name.strip())
-        found += [repeated[1]] * int(repeated[2]) if repeated else [name.strip()]
-    return tuple(found)
 
 
 def _check_cuts(config: CommonConfig | PlanConfig, found: Mapping[str, Traits], *, strict: bool) -> None:
@@ -987,7 +984,7 @@ class CompareConfig(CommonConfig):
         return first
 
 
-class PlanConfig(FleetConfig):
+class PlanConfig(FleetConfig, _CutConfig):
     """What split learning would cost, without training."""
 
     kinds = ("algorithm", "model")
@@ -1058,17 +1055,6 @@ class PlanConfig(FleetConfig):
     def _lower_case(cls, name: Any) -> Any:
         """Adam and SGD may be spelled as torch spells them."""
         return name.lower() if isinstance(name, str) else name
-
-    @field_validator("cut", mode="before")
-    @classmethod
-    def _joined(cls, names: Any) -> Any:
-        """A list of names as one text."""
-        return _joined(names)
-
-    @property
-    def cuts(self) -> tuple[str, ...]:
-        """The cuts that are named: none, one for all clients, or one for each."""
-        return _named(self.cut)
 
     def chosen(self) -> list[Entry]:
         """The algorithms, with those of their options that `traffic` reads, and the model."""
