@@ -4,8 +4,8 @@ All ranks run the same program. What one of them lacks it gets in a collective o
 same order: over gloo for what lies on a CPU, over NCCL for what lies on a GPU. Bytes are counted here, as a ring of
 ranks sends them: 2 (R - 1) / R of what is summed, R - 1 times what is gathered.
 
-A rank that ends is noticed by the others in their next collective operation, since its connections close; one that
-hangs, or whose machine is gone, after `TIMEOUT`.
+A rank that ends is noticed by the others in their next collective operation, since its connections close. One that
+hangs, or whose machine is gone, is noticed after `TIMEOUT` seconds, or as many as `joined` is given.
 """
 
 from __future__ import annotations
@@ -13,17 +13,21 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from cutlayer.errors import ConfigError, CutlayerError, LostRankError
+from cutlayer.signs import Signs
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
+    from torch.distributed import Work
 
 T = TypeVar("T")
 
@@ -31,7 +35,7 @@ _KNOWN = "known_to_all"
 _UNSET = "start them with torchrun or srun, or unset these variables"
 
 TIMEOUT = 300.0
-"""Seconds after which a rank that doesn't answer counts as lost."""
+"""Seconds after which a rank that does not answer counts as lost, unless another time is given."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +87,8 @@ class World:
     `deterministic`: sums are made of the ranks' parts in the order of the ranks.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1) -> None:
-        self.rank, self.size, self.deterministic = rank, size, False
+    def __init__(self, rank: int = 0, size: int = 1, signs: Signs | None = None) -> None:
+        self.rank, self.size, self.deterministic, self._signs = rank, size, False, signs
         self.sent = 0.0
         """Bytes that this rank has sent, as a ring of ranks sends them."""
 
@@ -119,8 +123,7 @@ class World:
         from torch import distributed
 
         self.sent += 2 * (self.size - 1) / self.size * flat.nbytes
-        with self._heard():
-            distributed.all_reduce(flat)
+        self._done(partial(distributed.all_reduce, flat), flat)
         return flat
 
     @property
@@ -142,8 +145,7 @@ class World:
             from torch import distributed
 
             self.sent += 2 * (self.size - 1) / self.size * tensor.nbytes
-            with self._heard():
-                distributed.all_reduce(tensor, distributed.ReduceOp.MAX)
+            self._done(partial(distributed.all_reduce, tensor, distributed.ReduceOp.MAX), tensor)
 
     def joined(self, own: np.ndarray, counts: Sequence[int]) -> np.ndarray:
         """The ranks' `own` numbers [c_r, m], of which there are `counts` [R], one rank after another: [sum c_r, m]."""
@@ -191,8 +193,7 @@ class World:
         mine[: len(packed)] = packed
         found = [torch.empty_like(mine) for _ in sizes] if self.leads else None
         self.sent += 0 if self.leads else len(mine)
-        with self._heard():
-            distributed.gather(mine, found, dst=0)
+        self._done(partial(distributed.gather, mine, found, dst=0), mine)
         if found is None:
             return [value]
         parts = zip(found, sizes, strict=True)
@@ -207,10 +208,9 @@ class World:
             return value
         own = bytearray(pickle.dumps(value)) if self.rank == rank else bytearray()
         size = torch.tensor([len(own)])
-        with self._heard():
-            distributed.broadcast(size, src=rank)
-            packed = torch.frombuffer(own, dtype=torch.uint8) if own else torch.empty(int(size), dtype=torch.uint8)
-            distributed.broadcast(packed, src=rank)
+        self._done(partial(distributed.broadcast, size, src=rank), size)
+        packed = torch.frombuffer(own, dtype=torch.uint8) if own else torch.empty(int(size), dtype=torch.uint8)
+        self._done(partial(distributed.broadcast, packed, src=rank), packed)
         self.sent += len(packed) + 8 if own else 0
         return value if own else pickle.loads(packed.numpy().tobytes())  # noqa: S301 (from our own ranks)
 
@@ -259,17 +259,42 @@ class World:
         self.sent += (self.size - 1) * own.nbytes
         found = [torch.empty_like(own) for _ in range(self.size)]
         if own.numel():
-            with self._heard():
-                distributed.all_gather(found, own.contiguous())
+            self._done(partial(distributed.all_gather, found, own.contiguous()), own)
         return found
+
+    def _done(self, operation: Callable[..., Work], tensor: Tensor) -> None:
+        """Do a collective operation on the tensor, with signs of life if it takes long. Raises LostRankError if it
+        fails.
+        """
+        began = time.monotonic()
+        try:
+            work = operation(async_op=True)
+            if self._signs is None or tensor.is_cuda:  # NCCL itself ends what takes too long
+                work.wait()
+            else:
+                _wait(work, self._signs)
+        except RuntimeError as error:
+            if self._signs is not None and time.monotonic() - began > self._signs.limit - self._signs.pause:
+                self._hangs(self._signs.silent(), self._signs.limit, error)
+            self._lost(error)
 
     @contextmanager
     def _heard(self) -> Iterator[None]:
-        """Raises LostRankError where a collective operation fails."""
+        """Raises LostRankError if the ranks cannot be connected."""
         try:
             yield
         except RuntimeError as error:
             self._lost(error)
+
+    def _hangs(self, silent: Sequence[int], seconds: float, error: Exception | None = None) -> None:
+        """Raises LostRankError that names the silent ranks, if there are any."""
+        if not silent:
+            return
+        who = f"rank {silent[0]}" if len(silent) == 1 else f"ranks {', '.join(map(str, silent))}"
+        raise LostRankError(
+            f"rank {self.rank} of {self.size} has had no answer from {who} for {seconds:g} seconds (a process that "
+            "hangs, or a machine that is gone): end what is left of all ranks, and start them again"
+        ) from error
 
     def _lost(self, error: RuntimeError) -> NoReturn:
         reason = str(error).strip().splitlines()[0].split("] ", 1)[-1].split(". ")[0]
@@ -277,6 +302,21 @@ class World:
             f"rank {self.rank} of {self.size} has lost another rank, whose own output may say why ({reason}): start "
             "the ranks again"
         ) from error
+
+
+def _wait(work: Work, signs: Signs) -> None:
+    """Wait for an operation on a CPU, with a sign of life after each pause. Raises RuntimeError if it fails."""
+    pause = timedelta(seconds=signs.pause)
+    while True:
+        try:
+            work.wait(pause)
+        except RuntimeError:
+            if work.is_completed():  # it has failed, or has just come
+                work.wait()
+                return
+            signs.give()
+        else:
+            return
 
 
 _ALONE = World()
@@ -305,7 +345,8 @@ def world() -> World:
 @contextmanager
 def joined(where: Place | None, *, store: str = "", timeout: float = TIMEOUT) -> Iterator[World]:
     """Be one of the ranks meanwhile (with `where` None: alone). `store` is where they meet in place of the address of
-    rank 0 (file:///...). Raises LostRankError where not all come within `timeout` seconds.
+    rank 0 (file:///...). A rank that does not answer for `timeout` seconds counts as lost; at the start, all have
+    `TIMEOUT` seconds if that is longer. Raises LostRankError if not all come.
     """
     global _current
     if where is None:
@@ -319,16 +360,12 @@ def joined(where: Place | None, *, store: str = "", timeout: float = TIMEOUT) ->
     cuda = torch.cuda.is_available() and distributed.is_nccl_available()
     if cuda:
         torch.cuda.set_device(where.local % torch.cuda.device_count())
-    found, before = World(where.rank, where.size), sharing()
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    limit = timedelta(seconds=timeout)
-    meeting: dict[str, Any] = {"init_method": store or "env://", "timeout": limit}
+    before = sharing()
     os.environ.setdefault("MASTER_ADDR", where.address.removeprefix("tcp://").rpartition(":")[0])
     os.environ.setdefault("MASTER_PORT", where.address.rpartition(":")[2])
     share_with(where.beside)
     try:
-        with found._heard():
-            distributed.init_process_group(backend, rank=where.rank, world_size=where.size, **meeting)
+        found = _met(where, store or "env://", "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout)
         _current = found
         try:
             yield found
@@ -337,3 +374,20 @@ def joined(where: Place | None, *, store: str = "", timeout: float = TIMEOUT) ->
             distributed.destroy_process_group()
     finally:
         share_with(before)
+
+
+def _met(where: Place, meeting: str, backend: str, timeout: float) -> World:
+    """All ranks at their meeting place, connected. Raises LostRankError if not all come."""
+    from torch import distributed
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    start = max(timeout, TIMEOUT)
+    alone = World(where.rank, where.size)
+    with alone._heard():
+        store, _, _ = next(rendezvous(meeting, where.rank, where.size, timeout=timedelta(seconds=start)))
+        signs = Signs(PrefixStore("signs", store), where.rank, where.size, timeout)
+        alone._hangs(signs.meet(start), start)
+        limit, own = timedelta(seconds=timeout), PrefixStore("ranks", store)
+        distributed.init_process_group(backend, store=own, rank=where.rank, world_size=where.size, timeout=limit)
+    return World(where.rank, where.size, signs)

@@ -89,3 +89,14 @@ def test_what_all_ranks_are_told_one_of_them_says(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setenv(name, value)
     assert call(*wrong, code=2).stderr == ""
     assert "Did you mean" in call("plan", "--algoritms", "psl", code=2).stderr  # which ranks don't do together
+
+
+@pytest.mark.parametrize(
+    ("seconds", "why"),
+    [
+        ("5", "rank_timeout = 5 has no effect on a single process: leave it out, or start several ranks"),
+        ("0", "rank_timeout = 0.0 is not possible: it must be greater than 0"),
+    ],
+)
+def test_a_time_that_ranks_cannot_have(seconds: str, why: str) -> None:
+    assert why in call("run", "--rank-timeout", seconds, code=2).stderr

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cutlayer import Run
 from cutlayer.files import read_json
 
 PATIENCE = 100.0
@@ -36,6 +38,8 @@ LONG = [
     "--tune",
     "off",
 ]
+PATIENT = 10
+"""Seconds that ranks wait for one that hangs."""
 pytestmark = [pytest.mark.network, pytest.mark.timeout(300)]
 
 
@@ -73,11 +77,15 @@ def said(output: str) -> str:
     return " ".join(output.split())
 
 
-def until_it_trains(folder: Path) -> None:
+def until(holds: Callable[[], bool]) -> None:
     end = time.monotonic() + PATIENCE
-    while not (folder / "checkpoint.safetensors").exists():
+    while not holds():
         assert time.monotonic() < end, "it does not train"
         time.sleep(0.05)
+
+
+def until_it_trains(folder: Path) -> None:
+    until((folder / "checkpoint.safetensors").exists)
 
 
 def records(folder: Path) -> Sequence[str]:
@@ -103,6 +111,49 @@ def test_a_killed_rank(victim: int, tmp_path: Path) -> None:
     assert result is not None
     assert result["rounds"] == 15
     assert result["steps"] == len(records(tmp_path / "it"))
+
+
+def test_a_hung_rank(tmp_path: Path) -> None:
+    """One that pauses is waited for; one that hangs is named, and the run goes on to what it would have come to."""
+    exact = [*LONG, "--precision", "float64"]
+    with torchrun(tmp_path, 2, "run", *exact, "--out", "it", "--rank-timeout", str(PATIENT)) as started:
+        until_it_trains(tmp_path / "it")
+        victim = rank_ids(started)[1]
+        os.kill(victim, signal.SIGSTOP)
+        time.sleep(PATIENT / 3)  # longer than the other rank waits without a sign of life
+        trained = len(records(tmp_path / "it"))
+        os.kill(victim, signal.SIGCONT)
+        until(lambda: len(records(tmp_path / "it")) > trained)
+        os.kill(victim, signal.SIGSTOP)
+        stopped = time.monotonic()
+        output = ""
+        assert started.stdout is not None
+        while "closing signal" not in output:  # torchrun has seen that rank 0 has ended
+            assert time.monotonic() < stopped + 30, output[-3000:]
+            output += started.stdout.readline()
+        os.kill(victim, signal.SIGKILL)  # torchrun asks it to end, and would wait for half a minute
+        rest, _ = started.communicate(timeout=PATIENCE)
+    sentence = f"error: rank 0 of 2 has had no answer from rank 1 for {PATIENT} seconds (a process that hangs, or a "
+    assert sentence in said(output)
+    assert "end what is left of all ranks, and start them again, with any number of them: cutlayer resume it" in said(
+        output
+    )
+    assert re.search(r"exitcode *: 75 \(pid", rest), rest[-3000:]
+
+    with torchrun(tmp_path, 2, "resume", "it") as again:
+        output, _ = again.communicate(timeout=PATIENCE)
+        assert again.returncode == 0, output[-3000:]
+    alone = Run(
+        algorithm="sglr", model="mlp", clients=5, rounds=15, checkpoint_every=1, alpha=0.5, tune="off",
+        precision="float64",
+    )  # fmt: skip
+    losses = [record.loss for record in alone]
+    found = [json.loads(line)["loss"] for line in records(tmp_path / "it")]
+    assert found == pytest.approx(losses, abs=1e-10)
+    result = read_json(tmp_path / "it" / "result.json")
+    assert result is not None
+    assert alone.result is not None
+    assert result["test_score"] == alone.result.test_score
 
 
 def test_a_comparison(tmp_path: Path) -> None:

@@ -10,23 +10,33 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
-from cutlayer.collective import Place, World, is_known, joined, place, world
+from cutlayer.cli.merging import check_positive
+from cutlayer.collective import TIMEOUT, Place, World, is_known, joined, place, world
 from cutlayer.errors import ConfigError, CutlayerError, LostRankError
 
 TOGETHER = (["run"], ["compare"], ["resume"])  # the commands that ranks do together
 
 
 @contextmanager
-def launched() -> Iterator[World]:
-    """Be one of the ranks meanwhile, if there are several. Those after the first print errors of their own alone."""
+def launched(timeout: float | None = None) -> Iterator[World]:
+    """Be one of the ranks meanwhile, if there are several: then one that does not answer for `timeout` seconds counts
+    as lost. Ranks after the first print errors of their own alone. Raises ConfigError for a timeout that is not
+    possible.
+    """
     where = place()
+    check_positive(rank_timeout=timeout)
     if where is None:
+        if timeout is not None:
+            raise ConfigError(
+                f"rank_timeout = {timeout:g} has no effect on a single process: leave it out, or start several ranks "
+                "with torchrun or srun"
+            )
         yield world()
         return
     if where.rank:
         _fall_silent()
     signal.signal(signal.SIGTERM, lambda *_: _ended(where))
-    with joined(where) as ranks:
+    with joined(where, timeout=timeout or TIMEOUT) as ranks:
         try:
             yield ranks
         finally:  # what there is to say has been said

@@ -35,7 +35,12 @@ if TYPE_CHECKING:
 
 @command(sort_key=1, options=RunConfig)
 def run(
-    *, options: BaseModel | None = None, config: ConfigFile = None, out: Out = None, overwrite: Overwrite = False
+    *,
+    options: BaseModel | None = None,
+    config: ConfigFile = None,
+    out: Out = None,
+    overwrite: Overwrite = False,
+    rank_timeout: float | None = None,
 ) -> None:
     """Train with one algorithm and write a run folder.
 
@@ -47,8 +52,10 @@ def run(
         The run folder to create. Default: runs/ALGORITHM-DATA-TIME.
     overwrite
         Replace the run or comparison in the folder --out.
+    rank_timeout
+        With several ranks: seconds after which a rank that does not answer counts as lost. Default: 300.
     """
-    with launched() as ranks:
+    with launched(rank_timeout) as ranks:
         _train(ranks.agreed(lambda: _run(options, config, out, overwrite)))
 
 
@@ -69,6 +76,7 @@ def compare(
     out: Out = None,
     overwrite: Overwrite = False,
     jobs: int = 1,
+    rank_timeout: float | None = None,
 ) -> None:
     """Train several algorithms with several seeds on the same data, and write a table, curves and an HTML page.
 
@@ -82,8 +90,10 @@ def compare(
         Replace the run or comparison in the folder --out.
     jobs
         Number of runs to train at the same time, each in its own process with its share of the cores.
+    rank_timeout
+        With several ranks: seconds after which a rank that does not answer counts as lost. Default: 300.
     """
-    with launched() as ranks:
+    with launched(rank_timeout) as ranks:
         _compare(ranks.agreed(lambda: _comparison(options, config, out, overwrite, jobs)))
 
 
@@ -104,7 +114,9 @@ def _refuse_nameless(out: Path | None, overwrite: bool) -> None:
 
 
 @command(sort_key=3, options=RunConfig)
-def resume(folder: Folder, *, options: BaseModel | None = None, jobs: int = 1) -> None:
+def resume(
+    folder: Folder, *, options: BaseModel | None = None, jobs: int = 1, rank_timeout: float | None = None
+) -> None:
     """Continue an interrupted run or comparison from its last checkpoint.
 
     No options are needed. Those that you give must be the same as the run's.
@@ -115,10 +127,12 @@ def resume(folder: Folder, *, options: BaseModel | None = None, jobs: int = 1) -
         The folder of the run or comparison.
     jobs
         Number of a comparison's runs to train at the same time.
+    rank_timeout
+        With several ranks: seconds after which a rank that does not answer counts as lost. Default: 300.
     """
     from cutlayer.compare import Comparison
 
-    with launched() as ranks:
+    with launched(rank_timeout) as ranks:
         resumed = ranks.agreed(lambda: _resumed(folder, options, jobs))
         if isinstance(resumed, Comparison):
             _compare(resumed)
