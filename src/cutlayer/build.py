@@ -541,7 +541,7 @@ def prepare(
     head = None if heads is None else heads("head")
     choice = Choice(config, algorithm, split, (make_client, make_server), example, work, typical, head)
     ranks = _ranks(config, algorithm, whole, mixed=depths.mixed)
-    chosen = one_by_one(config, split, cuts=depths.mixed) if depths.mixed or ranks else _chosen(choice, ways)
+    chosen = one_by_one(config, split) if depths.mixed else _chosen(choice, ways)
     split = chosen.split
     if not depths.mixed:
         depths = replace(depths, each={name: replace(d, parts=split) for name, d in depths.each.items()})

@@ -184,7 +184,7 @@ def test_each_client_has_the_best_adapters_of_its_rank(algorithm: str, optimizer
     """
     kinds = {"client_optimizer": optimizer, "client_lr": 0.05}
     run = Run(model=Ranked(RANKS), data=data(), **options(algorithm, **kinds, rounds=1))
-    assert run.training.engine == "local"
+    assert run.training.engine == "stacked"
     clients = run.training.clients
     averaged: list[Any] = []
     trained: list[Any] = []
@@ -271,8 +271,30 @@ def test_clients_on_other_machines_have_one_rank() -> None:
         in_memory(RunConfig.of(options("sfl")), model=Ranked(RANKS), data=data())
 
 
-@pytest.mark.filterwarnings("error")
-def test_other_engines_give_way() -> None:
-    with pytest.warns(UserWarning, match="different ranks of their adapters, so that their models cannot be stacked"):
-        run = Run(model=Ranked(RANKS), data=data(), **options("sfl", engine="stacked"))
-    assert run.training.engine == "local"
+@pytest.mark.parametrize(
+    ("algorithm", "more"),
+    [
+        ("sfl", {"client_optimizer": "adamw", "client_lr": 0.05, "client_clip_grad_norm": 0.1}),
+        ("psl", {"client_optimizer": "sgd", "client_optimizer_options": {"momentum": 0.9, "weight_decay": 0.1}}),
+        ("fl", {"accumulate": 2, "client_states": "disk"}),
+    ],
+)
+def test_clients_of_every_rank_are_stacked(algorithm: str, more: dict[str, Any]) -> None:
+    """As one after another: what is filled up stays zero under momentum, decay and clipping, in memory and on disk."""
+    given = options(algorithm, **more)
+    if algorithm == "psl":
+        del given["averaging"]
+    stacked = Run(model=Ranked(RANKS), data=data(), **given, engine="stacked")
+    given.pop("client_states", None)
+    local = Run(model=Ranked(RANKS), data=data(), **given, engine="local")
+    assert [step.loss for step in stacked] == pytest.approx([step.loss for step in local], rel=1e-10)
+    assert (stacked.training.engine, local.training.engine) == ("stacked", "local")
+    for k, rank in enumerate(RANKS):
+        mine, theirs = (run.training.clients.model_state(k) for run in (stacked, local))
+        for name in theirs:
+            assert torch.allclose(mine[name], theirs[name], rtol=0, atol=1e-10)
+        assert not mine["0.lora_A"][rank:].any()
+        assert not mine["0.lora_B"][:, rank:].any()
+        assert torch.linalg.matrix_rank(product(mine, "0.")) == rank
+    assert stacked.evaluations[-1].test_loss == pytest.approx(local.evaluations[-1].test_loss, rel=1e-10)
+    assert stacked.training.ledger.table() == local.training.ledger.table()

@@ -366,13 +366,10 @@ class Choice:
         return Timed(tuner.alone(part, rows, batch * at_a_time, data=data), Stacking())
 
 
-def one_by_one(config: RunConfig, split: Parts, *, cuts: bool) -> Chosen:
-    """The local engine, for clients with different `cuts` (or ranks of their adapters): their models are not stacked.
-    Warns if another was named.
-    """
+def one_by_one(config: RunConfig, split: Parts) -> Chosen:
+    """The local engine, for clients with different cuts: their models are not stacked. Warns if another was named."""
     if config.engine == "stacked":
-        differ = "cuts" if cuts else "ranks of their adapters"
-        why = f"its clients have different {differ}, so that their models cannot be stacked"
+        why = "its clients have different cuts, so that their models cannot be stacked"
         warnings.warn(f"{config.algorithm} runs on the local engine: {why}", CutlayerWarning, stacklevel=3)
     return Chosen(split, Ways("local"))
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from cutlayer import seeds
+from cutlayer.adapters import beyond, narrowed
 from cutlayer.adjustment import Shifts, adjusted
 from cutlayer.cohort import Footprint, Held, Predict
 from cutlayer.data.samples import Samples
@@ -85,6 +86,7 @@ class StackedCohort(SimulatedCohort):
         self._keep = how.keep
         self._model_bytes = model_bytes(first)
         self._gradient_bytes = gradient_bytes(first)
+        self._beyond = {rank: beyond(first, rank) for rank in set(setup.ranks)}  # bytes that are not sent
         self._passes: list[_Pass] = []  # of the last forward pass
         self._asked: tuple[int, ...] = ()
         self._sizes: tuple[int, ...] = ()
@@ -95,7 +97,8 @@ class StackedCohort(SimulatedCohort):
 
     def footprint(self, client: int) -> Footprint:
         """Bytes of the client's model, of its optimiser's state and of its gradient."""
-        return Footprint(self._model_bytes, self._stack.optimizer_bytes(client), self._gradient_bytes)
+        less = self._beyond[self.setup.ranks[client]] if self.setup.ranks else 0
+        return Footprint(self._model_bytes - less, self._stack.optimizer_bytes(client), self._gradient_bytes - less)
 
     def forward(self, clients: Sequence[int] | None = None, *, labels: bool = True) -> Smashed:
         """Every participant with batches left in this round (or those of `clients`) sends smashed data and labels."""
@@ -214,6 +217,8 @@ class StackedCohort(SimulatedCohort):
         others = {k: _copied(self._stack.state_of(k)) for k in self._passed_over(weights)}
         self._stack.average(weights, self.setup.rule, self._origin)
         self._begin_from(self._stack.state_of(0))
+        for k, rank in enumerate(self.setup.ranks):
+            self._stack.load_one(k, narrowed(self._stack.state_of(k), rank))
         for k, own in others.items():
             self._stack.load_one(k, own)
         return tuple(weights)
