@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from cutlayer import checkpoint, plugins, seeds
+from cutlayer.adapters import shrink
 from cutlayer.averaging import average
+from cutlayer.averagings.products import MeanOfProducts
 from cutlayer.build import Making, Model, Training, reading_options
 from cutlayer.copies import deep_copy
 from cutlayer.data.conversion import Conversion
@@ -230,6 +232,8 @@ class TrainedModel:
         """
         state = self.state(client)
         made = fitted(uncompiled(self._made(model)), state)
+        if getattr(made, "client_ranks", ()):  # a client on another machine had adapters of its own rank
+            shrink(made, {name: tuple(t.shape) for name, t in state.items()})
         check_fit(made.state_dict(), state, "the trained weights", "give the model that was trained")
         made.load_state_dict(state)
         return made.eval()
@@ -293,7 +297,9 @@ class TrainedModel:
             return self.mean
         states = list(self.clients.values())
         alike = {n: t for n, t in states[0].items() if all(torch.equal(t, s[n]) for s in states[1:])}  # what is frozen
-        return {**average(states, [self.weights[k] for k in self.clients]), **alike}
+        # The mean of factors whose ranks differ is that of no adapters.
+        rule = MeanOfProducts.of({}) if self.about["model_options"].get("lora_ranks") else None
+        return {**average(states, [self.weights[k] for k in self.clients], rule), **alike}
 
     @property
     def _listed(self) -> str:

@@ -74,6 +74,20 @@ def test_directions_that_a_product_lacks_can_still_be_trained(empty: int) -> Non
     assert torch.allclose(inside, new_a, atol=1e-12)
 
 
+def test_directions_that_nobody_has_do_not_depend_on_rounding() -> None:
+    """Clients of ranks 1 and 2, for one of rank 4: two rows are drawn, orthogonal to the others."""
+    a, b = drawn(4, 2)
+    for k, rank in enumerate((1, 2)):
+        a[k, rank:], b[k, :, rank:] = 0, 0
+    new_a, new_b = factors(a, b, torch.ones(2) / 2)
+    assert torch.allclose(new_b @ new_a, (b @ a).mean(0), atol=1e-12)
+    norms = new_a.norm(dim=1)
+    assert torch.allclose(new_a @ new_a.T, torch.diag(norms.square()), atol=1e-12)
+    assert torch.linalg.matrix_rank(new_a) == 4
+    nudged = factors(a * (1 + 1e-13), b, torch.ones(2) / 2)
+    assert torch.allclose(nudged[0], new_a, atol=1e-11)
+
+
 def test_the_mean_of_factors_is_another_thing() -> None:
     a, b = drawn(2)
     assert not torch.allclose(torch.tensordot(SHARES, b, 1) @ torch.tensordot(SHARES, a, 1), mean_product(a, b))
@@ -264,11 +278,6 @@ def test_ranks_that_are_not_possible(algorithm: str, more: dict[str, Any], words
         del given["averaging"]
     with pytest.raises(ConfigError, match=words):
         Run(model=Ranked(RANKS), data=data(), **given)
-
-
-def test_clients_on_other_machines_have_one_rank() -> None:
-    with pytest.raises(ConfigError, match="is for simulations: clients on other machines have adapters of one rank"):
-        in_memory(RunConfig.of(options("sfl")), model=Ranked(RANKS), data=data())
 
 
 @pytest.mark.parametrize(

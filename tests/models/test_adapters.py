@@ -11,7 +11,10 @@ from rank import difference, together, trained
 from torch import Tensor, nn
 
 from cutlayer import ConfigError, Run
+from cutlayer.adapters import filled
+from cutlayer.exporting import export
 from cutlayer.options import RunConfig
+from cutlayer.remote.sides import share
 from cutlayer.testing.deployed import in_memory
 from cutlayer.trained import find_trained
 
@@ -120,6 +123,17 @@ def test_blocks_that_are_computed_again_change_nothing(base: str, engine: str, m
     assert_close(plain.training.server.state()["model"], again.training.server.state()["model"], atol=0)
 
 
+def exported_ranks(base: str, folder: Path, whole: nn.Module) -> set[tuple[int, int]]:
+    """The ranks of exported adapters by layer; with them, peft computes what `whole` does."""
+    tuned = peft.PeftModel.from_pretrained(transformers.LlamaForCausalLM.from_pretrained(base), folder)
+    x, double = rows(2)["x"], next(whole.parameters()).dtype == torch.float64
+    logits = (tuned.double() if double else tuned)(input_ids=x).logits
+    assert torch.allclose(logits, whole(input_ids=x).logits, rtol=0, atol=1e-6)
+    sizes = {name: len(p) for name, p in tuned.named_parameters() if "lora_A" in name}
+    return {(int(name.partition("layers.")[2][0]), rank) for name, rank in sizes.items()}
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for it
 def test_ranks_per_client(base: str, tmp_path: Path) -> None:
     """Adapters of a transformer: bytes are those of each rank, and an exported adapter has its own."""
     data, more = rows(12), {"validation": 0, "averaging": "products", "lora_rank": 0}
@@ -133,10 +147,46 @@ def test_ranks_per_client(base: str, tmp_path: Path) -> None:
         name = "model.layers.0.self_attn.q_proj.lora_{}.default.weight"
         product = state[name.format("B")] @ state[name.format("A")]
         assert torch.linalg.matrix_rank(product.double(), atol=1e-7) == rank
+        export(run.trained(), k, "peft", tmp_path / str(k))
+        assert exported_ranks(base, tmp_path / str(k), run.model(k)) == {(0, rank), (1, 3)}
+    average, products = run.trained().state("average"), []
+    for k in range(2):
+        state = run.training.clients.model_state(k)
+        products.append(state[name.format("B")] @ state[name.format("A")])
+    u, s, vh = torch.linalg.svd((products[0] + products[1]) / 2, full_matrices=False)
+    assert torch.allclose(average[name.format("B")] @ average[name.format("A")], u[:, :3] * s[:3] @ vh[:3], atol=1e-6)
     with pytest.raises(ConfigError, match="lora_rank = 2 has no effect beside lora_ranks"):
         Run(data=data, **options(base, "sfl", lora_ranks=(1, 3), averaging="products"))
     with pytest.raises(ConfigError, match="give ranks of 1 or more"):
         Run(data=data, **options(base, "sfl", lora_ranks=(0, 3), **more))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for it
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.long
+def test_ranks_on_other_machines(base: str, tmp_path: Path, masked: bool) -> None:
+    """As in a simulation on either engine. What a client exports has its rank, and peft computes the same with it. A
+    mask has the model cut in another way.
+    """
+    data: dict[str, Any] = rows(12)
+    if masked:
+        data |= {k: {"input_ids": data[k], "attention_mask": torch.ones_like(data[k])} for k in ("x", "x_test")}
+    given = options(base, "sfl", lora_rank=0, lora_ranks=(3, 1), averaging="products", validation=0)
+    given |= {"precision": "float64", "share_server_model": True}
+    local, stacked = (Run(data=data, out=tmp_path / e, **{**given, "engine": e}) for e in ("local", "stacked"))
+    losses = [step.loss for step in local]
+    assert [step.loss for step in stacked] == pytest.approx(losses, rel=1e-10)
+    remote = in_memory(RunConfig.of(given), data=data, folder=tmp_path)
+    assert [step.loss for step in remote.run] == pytest.approx(losses, rel=1e-10)
+    share(remote.run, remote.cohort)
+    assert (stacked.training.engine, local.training.parts.method) == ("stacked", "tape" if masked else "hooks")
+    for k, rank in enumerate((3, 1)):
+        theirs = local.training.clients.model_state(k)
+        assert_close(filled(remote.model(k), theirs), theirs, atol=1e-10)
+        for place in (tmp_path / "local", tmp_path / f"client-{k}"):
+            trained = find_trained(place)
+            export(trained, k, "peft", tmp_path / f"peft-{k}")
+            assert exported_ranks(base, tmp_path / f"peft-{k}", trained.model(k)) == {(0, rank), (1, 3)}
 
 
 @pytest.mark.parametrize("accumulate", [2, 3])

@@ -11,7 +11,9 @@ Here P = sum_k p_k B_k A_k is decomposed into singular values, and the r largest
 so that B A is the matrix of rank r that is nearest to P: P itself, if its rank is no larger. The first rows of A are
 those of the largest singular values, so that a client whose adapters have a smaller rank takes as many of them
 (`adapters`). The scale a keeps the rows of A as long as the clients' were, in the mean of those that are not zero.
-Directions that P lacks (all of them, as long as B is 0) have rows of A from what the clients' A span, and B = 0.
+Directions that P lacks (all of them, as long as B is 0) have rows of A from what the mean of the clients' A spans, and
+B = 0. If that does not suffice, because all clients that took part have smaller ranks, further rows are drawn: always
+the same ones, since rounding would choose them otherwise.
 
 P is never written down: its factors are those of all clients side by side.
 """
@@ -71,8 +73,10 @@ def factors(first: Tensor, second: Tensor, shares: Tensor) -> tuple[Tensor, Tens
     rest = (rank if rank <= inputs else inputs) - there
     if rest > 0:  # directions that the product lacks: from what is left of the mean of A
         mean = torch.tensordot(p, a, 1)
-        others = torch.linalg.svd(mean - mean @ v @ v.T, full_matrices=False)[2][:rest]
-        v = torch.cat([v, others.T], 1)
+        _, sizes, others = torch.linalg.svd(mean - mean @ v @ v.T, full_matrices=False)
+        spanned = min(rest, int((sizes > _NOTHING * mean.norm()).sum()))
+        v = torch.cat([v, others[:spanned].T], 1)
+        v = torch.cat([v, _further(v, rest - spanned)], 1)
     lengths = a.square().sum(2)  # [K, r], squared
     scale = (torch.tensordot(p, lengths.sum(1), 1) / torch.tensordot(p, (lengths > 0).sum(1).double(), 1)).sqrt()
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # also for 0 / 0
@@ -81,3 +85,12 @@ def factors(first: Tensor, second: Tensor, shares: Tensor) -> tuple[Tensor, Tens
     new_first[: v.shape[1]] = scale * (v * sign).T
     new_second[:, :there] = u * s * sign[:, :there] / scale
     return new_first.to(first.dtype), new_second.to(second.dtype)
+
+
+def _further(v: Tensor, count: int) -> Tensor:
+    """Columns [i, count] that are orthonormal to those of `v` [i, q] and to each other: always the same for these."""
+    import torch
+
+    drawn = torch.randn(len(v), count, generator=torch.Generator().manual_seed(0), dtype=v.dtype).to(v.device)
+    found: Tensor = torch.linalg.qr(torch.cat([v, drawn], 1))[0][:, v.shape[1] :]
+    return found

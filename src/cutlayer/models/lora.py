@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
+from cutlayer.adapters import pairs
 from cutlayer.errors import ConfigError
 from cutlayer.models.blocks import named_block
 
@@ -101,14 +102,37 @@ def adapter_files(model: nn.Module, base: str) -> dict[str, bytes]:
 
     injected = not isinstance(model, peft.PeftModel)  # which names its weights as the folder wants them
     state = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    state, ranks = _without_zeros(state) if getattr(model, "client_ranks", ()) else (state, {})
     named = {f"{_WRAPPED if injected else ''}{key}": tensor.contiguous().clone() for key, tensor in state.items()}
     about = config.to_dict() | {"base_model_name_or_path": base, "inference_mode": True}
-    about |= {"task_type": config.task_type or _task_type(model)}
+    about |= {"task_type": config.task_type or _task_type(model)} | _patterns(config, ranks)
     plain = {key: sorted(value) if isinstance(value, set) else value for key, value in about.items()}
     return {
         "adapter_config.json": (json.dumps(plain, indent=2, sort_keys=True, default=str) + "\n").encode(),
         "adapter_model.safetensors": save(named, metadata={"format": "pt"}),
     }
+
+
+def _without_zeros(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Adapters without the last rows of A and columns of B that are zero, as those of a client of a smaller rank are in
+    a simulation; and the rank of each layer's.
+    """
+    found, ranks = dict(state), {}
+    for first, second in pairs(list(state)):
+        used = (state[first].ne(0).any(1) | state[second].ne(0).any(0)).nonzero()
+        rank = int(used.max()) + 1 if len(used) else 1
+        found[first], found[second] = state[first][:rank], state[second][:, :rank]
+        ranks[first.partition(".lora_A")[0]] = rank
+    return found, ranks
+
+
+def _patterns(config: Any, ranks: Mapping[str, int]) -> dict[str, Mapping[str, float]]:
+    """What peft is to know of layers whose adapters have another rank: it, and the number that leaves their scale."""
+    own = {layer.removeprefix(_WRAPPED): rank for layer, rank in ranks.items() if rank != config.r}
+    if not own:
+        return {}
+    scale = config.lora_alpha / config.r
+    return {"rank_pattern": own, "alpha_pattern": {layer: scale * rank for layer, rank in own.items()}}
 
 
 def _task_type(model: nn.Module) -> str:

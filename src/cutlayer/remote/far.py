@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cutlayer.adapters import cropped, filled
 from cutlayer.averaging import average
 from cutlayer.cohort import Footprint, Held, Predict, Summed, Tell
 from cutlayer.data.samples import AtClient, Samples
@@ -49,7 +50,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class End:
-    """What crosses at a cut, and a client that is cut there, of which the server knows shapes and names alone."""
+    """What crosses at a cut, and a client of one kind (with one cut, or one rank of adapters), of which the server
+    knows shapes and names alone.
+    """
 
     crossing: Sequence[Crossing]
     twin: Client
@@ -62,7 +65,8 @@ class Remote(Routine):
     `outputs` are a row's target and what the model gives for it; `masses` what each client's samples count together;
     `wanting` are the clients that want the server's part at the end. `tests`: how many test rows of its own each client
     has held out; `scores` are of the kind that it reports of them. `class_counts` [C][K]: what clients say of their
-    classes, where the server adjusts logits by them.
+    classes, where the server adjusts logits by them. Where clients differ in their cuts, or in the ranks of their
+    adapters, `kinds` [C] says how, `ends` [kinds] are those of each kind, and `twin` is of the largest.
 
     `deadline` seconds are given for every exchange (None: as long as it takes), unless fewer than `quorum` (a fraction)
     have answered by then. A client that sends what is no number, of a wrong shape or no message at all is excluded from
@@ -89,10 +93,20 @@ class Remote(Routine):
     scores: Mapping[str, Value] = field(default_factory=dict)
     class_counts: MutableSequence[list[int]] = field(default_factory=list)
     ends: Sequence[End] = ()
+    kinds: Sequence[int] = ()
+
+    def kind(self, client: int) -> int:
+        """Which of the kinds of clients it is of: 0, where all are alike."""
+        return self.kinds[client] if self.kinds else 0
 
     def end(self, client: int) -> End:
         """What crosses at a client's cut, and a client like it."""
-        return self.ends[self.cuts[client]] if self.cuts else End(self.crossing, self.twin)
+        return self.ends[self.kind(client)] if self.kinds else End(self.crossing, self.twin)
+
+    @property
+    def ranked(self) -> bool:
+        """Whether clients differ in the ranks of their adapters."""
+        return bool(self.kinds) and not self.cuts
 
     @cached_property
     def counts_alike(self) -> bool:
@@ -163,7 +177,7 @@ class RemoteCohort:
         self._stale: set[int] = set()  # have missed an averaging
         self.excluded: dict[int, str] = {}  # why
         self.denied: frozenset[int] = frozenset()  # not let in, as long as whoever runs the server says so
-        self._likes: dict[int, dict[str, Crossing]] = {}  # of each cut
+        self._likes: dict[int, dict[str, Crossing]] = {}  # of each kind of clients
         self._footprints: dict[int, Footprint] = {}  # likewise
         self._begun = False  # a round, in this process
         self._posts: dict[int, m.BeginRound] = {}  # of this round
@@ -201,20 +215,20 @@ class RemoteCohort:
 
     def footprint(self, client: int) -> Footprint:
         """Bytes of the client's model and optimiser state (which it has once it has stepped)."""
-        cut = self.setup.cuts[client] if self.setup.cuts else 0
-        if cut not in self._footprints:
+        kind = self.setup.kind(client)
+        if kind not in self._footprints:
             twin = self.setup.end(client).twin
             state = {} if twin.optimizer is None else expected_state(twin.optimizer)
             own = twin.footprint()
-            self._footprints[cut] = Footprint(own.model, sum(t.nbytes for t in state.values()), own.gradient)
-        return self._footprints[cut]
+            self._footprints[kind] = Footprint(own.model, sum(t.nbytes for t in state.values()), own.gradient)
+        return self._footprints[kind]
 
     def _like(self, client: int) -> dict[str, Crossing]:
         """What a client's model is like."""
-        cut = self.setup.cuts[client] if self.setup.cuts else 0
-        if cut not in self._likes:
-            self._likes[cut] = described(state_of(self.setup.end(client).twin.module))
-        return self._likes[cut]
+        kind = self.setup.kind(client)
+        if kind not in self._likes:
+            self._likes[kind] = described(state_of(self.setup.end(client).twin.module))
+        return self._likes[kind]
 
     def begin_round(self, index: int, total: int, lr_factor: float) -> Round:
         """Draw the participants; those that are connected get their number of batches, and a model they missed."""
@@ -638,24 +652,29 @@ class RemoteCohort:
         self._kept_at = {k: left for k, left in self._kept_at.items() if k in self._at_work}
         self._to_keep = {k: step for k, step in self._to_keep.items() if k in self._at_work}
         self._stale = set(range(len(self.samples))) - set(here) - self._at_work
-        self._alike = not self._at_work  # who has missed it gets it before anything else
-        self._others_have_it = not self._alike
+        # Who has missed it gets it before anything else; of another rank, another part of it.
+        self._alike = not (self._at_work or self.setup.ranked)
+        self._others_have_it = bool(self._at_work)
         return tuple(here)
 
     def _post_average(self, clients: Iterable[int]) -> None:
-        """Each of `clients` takes its part of the average: all of it, unless clients have different cuts."""
+        """Each of `clients` takes its part of the average: all of it, unless clients have different cuts or ranks."""
         assert self._average is not None, "models have been averaged"
         bodies: dict[int, list[Buffer]] = {}
         for k in clients:
-            cut = self.setup.cuts[k] if self.setup.cuts else 0
-            if cut not in bodies:
-                bodies[cut] = encode_named({name: self._average[name] for name in self._like(k)})
-            self._post(k, m.TakeModel(self._step), bodies[cut])
+            kind = self.setup.kind(k)
+            if kind not in bodies:
+                own = {n: cropped(self._average[n], like.shape).contiguous() for n, like in self._like(k).items()}
+                bodies[kind] = encode_named(own)
+            self._post(k, m.TakeModel(self._step), bodies[kind])
 
     def _completed(self, models: dict[int, dict[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
-        """The clients' models, with what the server holds of them where they have different cuts."""
+        """The clients' models, with what the server holds of them where they have different cuts, and with factors of
+        the largest rank where their adapters have others.
+        """
         if (beside := self.setup.beside) is None:
-            return models
+            whole = state_of(self.setup.twin.module) if self.setup.ranked else {}
+            return {k: filled(model, whole) for k, model in models.items()} if whole else models
         return {k: {**models[k], **blocks} for k, blocks in beside.states(list(models)).items()}
 
     def _vetted_models(self, weights: Mapping[int, float]) -> dict[int, dict[str, Tensor]]:
@@ -773,7 +792,7 @@ class RemoteCohort:
         """A client with the weighted mean of the models of the connected clients, which they give because the algorithm
         averages them anyway. None if none answered.
         """
-        models = self._models(sorted(self.hub.connected))
+        models = self._completed(self._models(sorted(self.hub.connected)))
         if not models:
             return None
         twin = self.setup.twin

@@ -14,8 +14,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from cutlayer import defences, plugins
+from cutlayer.adapters import numbers, of_rank, shrink
 from cutlayer.algorithms import Algorithm
 from cutlayer.build import Data, Model, Prepared, Training, prepare
 from cutlayer.cohort import Tell
@@ -24,6 +26,7 @@ from cutlayer.defences.noise import Noise
 from cutlayer.defences.pipeline import Defences
 from cutlayer.engine.between import Blocks
 from cutlayer.engine.local import Client
+from cutlayer.engine.simulated import ClientModel
 from cutlayer.errors import ConfigError
 from cutlayer.frozen import digest
 from cutlayer.models.parts import Crossing
@@ -45,6 +48,7 @@ from cutlayer.types import as_tuple
 from cutlayer.verbs import FORWARD
 from cutlayer.wire import agree, described, fingerprint, specs
 from cutlayer.wire import messages as m
+from cutlayer.wire.handshake import CUT, RANK
 from cutlayer.wire.names import named
 
 Greet = Callable[[m.Hello, int], m.Welcome | m.Refused]
@@ -94,14 +98,15 @@ def remote_training(
             f"judge = 'average' needs all client models on one machine, but with {config.algorithm} they never leave "
             "their clients' machines, and would have to: choose mean or ensemble"
         )
-    p = prepare(_remotely(config), model, data)
+    p = _of_own_ranks(prepare(_remotely(config), model, data))
     _check_kept(p)
-    ends = _ends(p)
+    kinds, ends = _kinds(p), _ends(p)
     setup = Remote(
         samples=samples,
-        twin=ends[p.deepest].twin,
+        twin=ends[_largest(p)].twin,
         crossing=p.split.crossing,
         ends=ends,
+        kinds=kinds,
         returning=p.split.returning,
         targets=Crossing(tuple(p.source.train.y.shape[1:]), p.source.train.y.dtype),
         outputs=_outputs(p),
@@ -124,10 +129,10 @@ def remote_training(
     probe = (p.source.test if len(p.source.test) else p.source.train)[:_PROBE]
     blocks = p.clients.beside if isinstance(p.clients.beside, Blocks) else None
     cohort.vet = Vetting(server, p.clients.task, p.algorithm.traits.needs, probe, setup.twin.module, blocks)
-    each, shares = [terms(p, run, client) for client in _first_of_each_cut(p)], config.share_server_model
+    each, shares = [terms(p, run, client) for client in _first_of_each_kind(p)], config.share_server_model
 
     def greet(hello: m.Hello, client: int) -> m.Welcome | m.Refused:
-        ours = each[setup.cuts[client] if setup.cuts else 0]
+        ours = each[setup.kind(client)]
         if refused := agree(hello.terms, ours):
             return refused
         if client in cohort.excluded:
@@ -259,7 +264,8 @@ def worker_of(
     tested = own is not None and config.evaluate_on != "global"
     if tested and config.judge != "mean" and not config.traits.models_cross:
         raise ConfigError(_others_models(config))
-    p = prepare(_remotely(config), model, data if own is None else own, alone=None if own is None else client)
+    alone = None if own is None else client
+    p = _of_own_ranks(prepare(_remotely(config), model, data if own is None else own, alone=alone))
     _check_kept(p)
     _check_watch(p.clients.task, config, watch)
     if own is not None:
@@ -287,7 +293,7 @@ def worker_of(
             lr=config.client_lr,
             batch=config.batch,
             seed=config.seed,
-            terms=terms(p, run, client if p.clients.cuts else 0),
+            terms=terms(p, run, client if _kinds(p) else 0),
             crossing=p.parts_of(client).crossing,
             returning=p.split.returning,
             up=p.coding.up,
@@ -423,20 +429,82 @@ def _check_fitted(config: RunConfig, fitted: Task) -> None:
     )
 
 
-def _first_of_each_cut(p: Prepared) -> list[int]:
-    """A client with each of the cuts, in their order; client 0 where all have the same."""
-    return [p.clients.cuts.index(number) for number in range(max(p.clients.cuts) + 1)] if p.clients.cuts else [0]
+def _of_own_ranks(p: Prepared) -> Prepared:
+    """The same with clients whose adapters have the factors of their own rank alone, where ranks differ."""
+    if not p.clients.ranks:
+        return p
+    models = _OfOwnRanks(p)
+    models.check()
+    return replace(p, clients=replace(p.clients, models=models))
+
+
+class _OfOwnRanks(Sequence[ClientModel]):
+    """Every client's parts, with the factors of its own rank."""
+
+    def __init__(self, p: Prepared) -> None:
+        self._models, self._ranks, self._example = p.clients.models, p.clients.ranks, p.example
+
+    def __len__(self) -> int:
+        return len(self._models)
+
+    def __getitem__(self, client: Any) -> Any:
+        lower, tail = self._models[client]
+        for part in (lower, tail):
+            if part is not None:
+                shrink(part, of_rank(part, self._ranks[client]))
+        return lower, tail
+
+    def check(self) -> None:
+        """Raises ConfigError where a client's lower part does not compute with fewer rows and columns what it computes
+        with zeros in their places.
+        """
+        client = min(range(len(self)), key=self._ranks.__getitem__)
+        given = []
+        for lower, _ in (self._models[client], self[client]):
+            with torch.no_grad():
+                try:
+                    given.append(as_tuple(lower.eval()(self._example)))
+                except RuntimeError:  # its code has the shapes in it
+                    given.append(())
+        if not given[0] or len(given[0]) != len(given[1]) or not all(map(_close, *given)):
+            raise ConfigError(
+                f"lora_ranks = {list(self._ranks)} is not possible on clients on other machines with this model: its "
+                "client part, as it is cut, computes with factors of one rank alone; give one lora_rank"
+            )
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    """Whether results differ by rounding at most."""
+    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-3, atol=1e-5, equal_nan=True)
+
+
+def _kinds(p: Prepared) -> tuple[int, ...]:
+    """Which of the kinds of clients each is of [C]: by its cut, or by the rank of its adapters; nothing if they are
+    alike.
+    """
+    return tuple(p.clients.cuts) or numbers(p.clients.ranks)
+
+
+def _largest(p: Prepared) -> int:
+    """The kind of clients that has all that any has."""
+    return max(numbers(p.clients.ranks)) if p.clients.ranks else p.deepest
+
+
+def _first_of_each_kind(p: Prepared) -> list[int]:
+    """A client of each of the kinds, in their order; client 0 where all are alike."""
+    kinds = _kinds(p)
+    return [kinds.index(number) for number in range(max(kinds) + 1)] if kinds else [0]
 
 
 def _ends(p: Prepared) -> list[End]:
-    """What crosses at each of the cuts, and a client that is cut there."""
+    """What crosses at each of the cuts, and a client of each kind."""
     make, task = p.clients.make_optimizer, p.clients.task
-    firsts = _first_of_each_cut(p)
+    firsts = _first_of_each_kind(p)
     return [End(p.parts_of(k).crossing, Client(k, *p.clients.models[k], make, task)) for k in firsts]
 
 
 def terms(p: Prepared, run: str, client: int = 0) -> m.Terms:
-    """What both sides must agree on; where clients have different cuts, the server and this one."""
+    """What both sides must agree on; where clients have different cuts or ranks, the server and this one."""
     config = p.config
     held = [part for part in p.clients.models[client] if part is not None]
     return m.Terms(
@@ -477,7 +545,9 @@ def shared_options(p: Prepared, client: int = 0) -> dict[str, str]:
         if code := plugins.fingerprint(kind, reference):
             things[f"code of the {plugins.KINDS[kind].word}"] = code
     if p.clients.cuts and p.depths is not None:
-        things["cut"] = p.depths.names[client]
+        things[CUT] = p.depths.names[client]
+    if p.clients.ranks:
+        things[RANK] = p.clients.ranks[client]
     if frozen := digest(*p.clients.models[client]):
         things["frozen parameters"] = frozen
     if p.making.weights:
@@ -535,14 +605,7 @@ def _remotely(config: RunConfig) -> RunConfig:
 
 
 def _check_kept(p: Prepared) -> None:
-    """Raises ConfigError where clients would keep a whole model of which the server holds blocks of their own, and for
-    what only simulated clients can have.
-    """
-    if p.clients.ranks:
-        raise ConfigError(
-            f"lora_ranks = {list(p.clients.ranks)} is for simulations: clients on other machines have adapters of one "
-            "rank; give lora_rank"
-        )
+    """Raises ConfigError where clients would keep a whole model of which the server holds blocks of their own."""
     if p.clients.cuts and p.config.share_server_model:
         raise ConfigError(
             "share_server_model = True is not possible where clients have different cuts: name one cut for all, or "

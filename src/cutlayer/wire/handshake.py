@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import cast
 
 from torch import nn
@@ -15,6 +15,9 @@ from cutlayer.wire.messages import Names, Reason, Refused, StepTerms, TensorSpec
 from cutlayer.wire.names import both
 
 _SAME = "start both with the same configuration"
+CUT, RANK = "cut", "the rank of the client's adapters"
+"""What options are called that the shapes of one client's model follow from."""
+_SHAPING = (CUT, RANK)
 _REMEDIES: dict[str, tuple[Reason, str, str]] = {
     "protocol": ("protocol", "the protocol", "install the same version of cutlayer on both sides"),
     "run": ("run", "the run", "give both sides the same run, or the client the address of its own server"),
@@ -56,18 +59,27 @@ def agree(theirs: Terms, ours: Terms, they: str = "the client", we: str = "the s
 
 def _compared(theirs: Terms, ours: Terms) -> Iterator[tuple[tuple[Reason, str, str], str, str]]:
     """(reason, what, remedy), with both sides' values as texts: of every field, then of every option. What the data
-    are called comes before what follows from it: shapes at the cut, the model.
+    are called, and where the client's model is cut, come before what follows from them: shapes at the cut, the model.
     """
     for field, remedy in _REMEDIES.items():
+        if field == "crossing":
+            yield from _options(theirs, ours, _SHAPING)
         holders = (theirs.step, ours.step) if field in StepTerms.__struct_fields__ else (theirs, ours)
         a, b = (getattr(holder, field) for holder in holders)
         yield remedy, *(both(a, b) if isinstance(a, Names) else _both_short(_shown(a), _shown(b)))
     yield from _options(theirs, ours)
 
 
-def _options(theirs: Terms, ours: Terms) -> Iterator[tuple[tuple[Reason, str, str], str, str]]:
-    """The options. What both sides know comes before what only one has: another task has other options."""
-    both = theirs.step.options, ours.step.options
+def _options(
+    theirs: Terms, ours: Terms, names: Collection[str] | None = None
+) -> Iterator[tuple[tuple[Reason, str, str], str, str]]:
+    """The options, or those of `names`. What both sides know comes before what only one has: another task has other
+    options.
+    """
+    both = [
+        {name: value for name, value in terms.step.options.items() if names is None or name in names}
+        for terms in (theirs, ours)
+    ]
     for name in sorted({*both[0], *both[1]}, key=lambda name: (not all(name in options for options in both), name)):
         a, b = (options.get(name, "not known") for options in both)
         yield ("step", name, _SAME), *_both_short(a, b)
