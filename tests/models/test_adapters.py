@@ -136,11 +136,11 @@ def exported_ranks(base: str, folder: Path, whole: nn.Module) -> set[tuple[int, 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for it
 def test_ranks_per_client(base: str, tmp_path: Path) -> None:
     """Adapters of a transformer: bytes are those of each rank, and an exported adapter has its own."""
-    data, more = rows(12), {"validation": 0, "averaging": "products", "lora_rank": 0}
+    data, more = rows(12), {"validation": 0, "averaging": "products", "lora_rank": 0, "precision": "float64"}
     run = Run(data=data, **options(base, "sfl", lora_ranks=(1, 3), **more))
     assert all(step.loss for step in run)
-    # Queries (8 to 8) and values (8 to 4) of one block, in float32, in two rounds.
-    each = [2 * 4 * rank * (8 + 8 + 8 + 4) for rank in (1, 3)]
+    # Queries (8 to 8) and values (8 to 4) of one block, in float64, in two rounds.
+    each = [2 * 8 * rank * (8 + 8 + 8 + 4) for rank in (1, 3)]
     assert run.training.ledger.of_clients("up", "models").tolist() == each
     for k, rank in enumerate((1, 3)):
         state = run.training.clients.model_state(k)
@@ -154,7 +154,7 @@ def test_ranks_per_client(base: str, tmp_path: Path) -> None:
         state = run.training.clients.model_state(k)
         products.append(state[name.format("B")] @ state[name.format("A")])
     u, s, vh = torch.linalg.svd((products[0] + products[1]) / 2, full_matrices=False)
-    assert torch.allclose(average[name.format("B")] @ average[name.format("A")], u[:, :3] * s[:3] @ vh[:3], atol=1e-6)
+    assert torch.allclose(average[name.format("B")] @ average[name.format("A")], u[:, :3] * s[:3] @ vh[:3], atol=1e-12)
     with pytest.raises(ConfigError, match="lora_rank = 2 has no effect beside lora_ranks"):
         Run(data=data, **options(base, "sfl", lora_ranks=(1, 3), averaging="products"))
     with pytest.raises(ConfigError, match="give ranks of 1 or more"):
