@@ -1,4 +1,4 @@
-"""What a rank holds and sends is what the formulas say, and what a measured run of ranks sends but for its counts."""
+"""What a rank holds and sends is what the formulas say (`engine/test_distributed.py`: and what real ranks send)."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from cutlayer.options import PlanConfig
 
 CLIENTS, BATCH, RANKS, SAMPLES = 7, 3, 2, 10
 AROUND = 2 * (RANKS - 1) / RANKS
+TOLD = (RANKS - 1) * 4 * 6 * 8
+"""Bytes of the six numbers about each client of the largest rank."""
 LOWER, UPPER = 4 * (6 * 5 + 5), 4 * (5 * 4 + 4)  # bytes of weights
 
 
@@ -37,20 +39,43 @@ def of(name: str, **options: object) -> PerRank:
 @pytest.mark.parametrize(
     ("name", "step", "averaging"),
     [
-        ("psl", AROUND * (8 + UPPER), 0.0),
-        ("sglr", AROUND * (8 + UPPER + BATCH * 20), 0.0),
-        ("sfl", AROUND * (8 + UPPER), AROUND * LOWER),
-        ("sflv1", AROUND * 8, AROUND * (LOWER + UPPER)),
-        ("sflv2", AROUND * 8 + (RANKS - 1) * 4 * BATCH * (20 + 8), AROUND * LOWER),
-        ("fl", 0.0, AROUND * (LOWER + UPPER)),
-        ("gpsl", AROUND * (8 + UPPER + LOWER), 0.0),
+        ("psl", TOLD + AROUND * UPPER, 0.0),
+        ("sglr", TOLD + AROUND * (UPPER + BATCH * 20), 0.0),
+        ("sfl", TOLD + AROUND * UPPER, AROUND * LOWER),
+        ("sflv1", TOLD, AROUND * (LOWER + UPPER)),
+        ("gpsl", TOLD + AROUND * (UPPER + LOWER), 0.0),
     ],
 )
 def test_sent(name: str, step: float, averaging: float) -> None:
     """By hand, from the sizes of the two layers: 4 clients are on one rank, 3 on the other."""
     found = of(name)
     assert (found.clients, found.step, found.averaging) == (4, step, averaging)
-    assert found.epoch == math.ceil(SAMPLES / BATCH) * step + averaging
+    last = BATCH - SAMPLES % BATCH  # rows that the last step lacks
+    common = AROUND * 20 if name == "sglr" else 0.0
+    assert found.epoch == math.ceil(SAMPLES / BATCH) * step - last * common + averaging
+
+
+def test_sent_where_rows_are_gathered() -> None:
+    """Five numbers of each client, its rows of five floats, and their labels; server copies are on every rank."""
+    told, rows = (RANKS - 1) * 4 * 5 * 8, (RANKS - 1) * 4 * (20 + 8)
+    for found in (of("sflv2"), of("smofi")):
+        assert found.step == found.gathering == told + BATCH * rows
+        assert found.epoch == 4 * told + SAMPLES * rows + AROUND * LOWER
+    assert of("smofi").states == 4 * 4 * LOWER + 8 * 4 * UPPER
+    assert of("psl").gathering == of("sflv2").step
+
+
+def test_gathered_rows_of_clients_with_tails() -> None:
+    """Labels stay; four numbers of each tail, and the gradients of four features of a row, go to the others."""
+    (found,) = planned("usfl", model=lambda: nn.Sequential(*net(), nn.Linear(4, 4)), tail_cut="1").ranks
+    assert found.gathering == (RANKS - 1) * 4 * (9 * 8 + BATCH * (20 + 16))
+
+
+def test_sent_of_whole_models() -> None:
+    """Nothing in a step."""
+    found = of("fl")
+    assert (found.step, found.gathering) == (0, 0)
+    assert found.epoch == found.averaging == AROUND * (LOWER + UPPER)
 
 
 def test_held() -> None:

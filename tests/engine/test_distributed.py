@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rank import SIZES, Case, Outcome, difference, together, trained
+from rank import DEFAULTS, SIZES, Case, Outcome, difference, together, trained
 from support import ALGORITHMS, CLASSES, made, u_shaped
 
 from cutlayer import RunConfig, plugins
 from cutlayer.allocator import sharing
+from cutlayer.costs.plan import plan
 from cutlayer.engine.distributed import refuse
 from cutlayer.engine.shares import spans
 from cutlayer.errors import ConfigError
+from cutlayer.options import PlanConfig
 
 CLOSE = 1e-10
 SPREAD = [name for name in ALGORITHMS if plugins.find("algorithm", name).facts["spreads"]]
@@ -91,12 +94,29 @@ FEW: dict[str, Case] = {
         "weighted rows, sglr",
     )
 }
+# One of each kind: rows that stay, a common gradient besides, copies on the server, gathered rows, tails.
+PLANNED: dict[str, Case] = {
+    f"planned {name}": {
+        "algorithm": name,
+        **({"cut": "hidden1", "tail_cut": "hidden3"} if u_shaped(name) else {"cut": "hidden2"}),
+        "model": "mlp",
+        "partition": "iid",
+        "samples_per_client": 10,
+        "precision": "float32",
+        "rounds": 2,
+        "eval_every": 2,
+        "checkpoint_every": 2,
+        **OWN.get(name, {}),
+    }
+    for name in ("psl", "sglr", "sflv1", "sflv2", "usfl")
+}
+SHORT = {**FEW, **PLANNED}
 
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     """A few short cases on two ranks."""
-    return dict(zip(FEW, together(2, list(FEW.values()), tmp_path_factory.mktemp("two")), strict=True))
+    return dict(zip(SHORT, together(2, list(SHORT.values()), tmp_path_factory.mktemp("two")), strict=True))
 
 
 @pytest.mark.parametrize("name", FEW)
@@ -123,6 +143,30 @@ def test_what_a_rank_sends_in_a_step(name: str, own: int | None, few: Mapping[st
     ring = 0 if own is None else server + own
     sent = few[name].sent
     assert sent[1] - sent[0] == 8 * (ring + most * 6)  # 2 (R - 1) / R = 1
+
+
+def sends_as_planned(case: Case, outcome: Outcome, ranks: int) -> None:
+    """From the first step of the first round to that of the second, a rank has sent what `plan` says of an epoch."""
+    assert not outcome.error
+    names = ("cut", "tail_cut", "model", "samples_per_client")
+    options = {name: case[name] for name in names if name in case}
+    sizes = {"clients": DEFAULTS["clients"], "batch": DEFAULTS["batch"], "ranks": ranks}
+    (planned,) = plan(PlanConfig.of({**options, **sizes, "input": (1, 8, 8), "algorithms": (case["algorithm"],)})).ranks
+    steps = [after - before for before, after in pairwise(outcome.sent)]
+    assert len(outcome.sent) == 2 * 3  # of 4, 4 and 2 rows
+    assert steps[0] == pytest.approx(planned.step, rel=1e-12)
+    assert outcome.sent[3] - outcome.sent[0] == pytest.approx(planned.epoch, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_ranks_send_what_was_planned(name: str, few: Mapping[str, Outcome]) -> None:
+    sends_as_planned(PLANNED[name], few[name], 2)
+
+
+@pytest.mark.network
+def test_three_ranks_send_what_was_planned(tmp_path: Path) -> None:
+    for case, outcome in zip(PLANNED.values(), together(3, list(PLANNED.values()), tmp_path), strict=True):
+        sends_as_planned(case, outcome, 3)
 
 
 @pytest.mark.network

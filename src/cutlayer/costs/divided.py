@@ -1,8 +1,9 @@
 """What each of several ranks holds and sends, if they share the clients of one run (see docs/distributed.md).
 
 R ranks have ceil(C / R) clients each, and a replica of the server's part. A sum over the ranks is a ring: each sends
-2 (R - 1) / R of its bytes. Rows that all ranks need go from each rank to the R - 1 others. Left out are the numbers
-about each participant that ranks tell each other in a step: losses, sizes, bytes.
+2 (R - 1) / R of its bytes. What all ranks need goes from each rank to the R - 1 others: numbers about each participant
+in every step, and rows if they are gathered. Left out is what ranks tell each other once in a round, at an evaluation
+or in a checkpoint.
 """
 
 from __future__ import annotations
@@ -13,10 +14,15 @@ from typing import Any
 
 from cutlayer.algorithms import Algorithm, traffic_of
 from cutlayer.costs.expect import Workload
-from cutlayer.costs.measure import Footing, Measured, Optimizer
+from cutlayer.costs.measure import Footing, Measured, Optimizer, crossing_bytes
+from cutlayer.traffic import Traffic
 from cutlayer.verbs import LEARN
 
-_COUNT = 8  # bytes of the number of rows of a step
+_NUMBER = 8  # bytes
+_SENT, _LOST, _FINISHED, _TAKEN = 3, 1, 4, 2
+"""Numbers about a participant: its rows, what they count, and bytes up; its loss; of its tail its loss, what its rows
+count, and bytes up and down; bytes down, its own and in common.
+"""
 
 
 @dataclass(frozen=True)
@@ -55,27 +61,40 @@ def per_rank(name: str, algorithm: Algorithm, m: Measured, work: Workload, optim
         return PerRank(name, refused=refused)
     traits, traffic = algorithm.traits, traffic_of(algorithm, work)
     assert traffic is not None, "only algorithms that state their traffic are planned"
-    clients, around = math.ceil(work.clients / ranks), 2 * (ranks - 1) / ranks
+    clients, around, others = math.ceil(work.clients / ranks), 2 * (ranks - 1) / ranks, ranks - 1
     gathered = algorithm.entry.facts.get("spreads") == "gathered"
-    own, others = (m.whole, None) if traits.whole else (m.client, m.server)
+    own, server = (m.whole, None) if traits.whole else (m.client, m.server)
     states, rows = clients * _states(own, optimizer), clients * (own.fixed + work.batch * own.per_row)
-    step = gathering = averaging = 0.0
-    if others is not None:
-        states += (clients + 1 if traits.server_copies else 1) * _states(others, optimizer)
-        rows += others.fixed + (work.clients if gathered else clients) * work.batch * others.per_row
-        step += around * _COUNT
-        gathering = step + (ranks - 1) * clients * work.batch * (m.smashed + work.label)  # ranks send rows as they are
-        if gathered:
-            step = gathering
-        elif not traits.server_copies:
-            step += around * others.trainable
-        if traffic.sharing:
-            step += around * work.batch * m.gradient
-        step += around * traffic.summed
-    if traffic.averaged:
-        averaging = around * (own.moving + (others.moving if others is not None and traits.server_copies else 0))
+    averaging = around * own.moving if traffic.averaged else 0.0
+    if server is None:
+        return PerRank(name, clients, states, rows, averaging=averaging, epoch=averaging)
+    copies = (work.clients if gathered else clients) + 1 if traits.server_copies else 1
+    states += copies * _states(server, optimizer)
+    rows += server.fixed + (work.clients if gathered else clients) * work.batch * server.per_row
+    if traffic.averaged and traits.server_copies and not gathered:  # else each rank has all copies
+        averaging += around * server.moving
+    # What a step sends, whatever its rows, and what it sends for each row of a batch: if rows stay, or are gathered.
+    apart = others * clients * _numbers(traffic) + around * traffic.summed
+    apart += 0 if traits.server_copies else around * server.trainable
+    together = others * clients * _numbers(traffic, gathered=True) + around * traffic.summed
+    shared, moved = around * m.gradient if traffic.sharing else 0.0, others * clients * _row(m, work, traffic)
+    fixed, per_row = (together, moved) if gathered else (apart, shared)
     steps = math.ceil(work.samples_per_client / work.batch)
-    return PerRank(name, clients, states, rows, step, gathering, averaging, steps * step + averaging)
+    epoch = steps * fixed + work.samples_per_client * per_row + averaging
+    step, gathering = fixed + work.batch * per_row, together + work.batch * moved
+    return PerRank(name, clients, states, rows, step, gathering, averaging, epoch)
+
+
+def _numbers(traffic: Traffic, *, gathered: bool = False) -> int:
+    """Bytes of the numbers about a participant in a step. If rows are gathered, each rank computes all losses."""
+    losses = _FINISHED if traffic.tails else 0 if gathered else _LOST
+    return _NUMBER * (_SENT + losses + _TAKEN)
+
+
+def _row(m: Measured, work: Workload, traffic: Traffic) -> int:
+    """Bytes of a row that is gathered, as it is in memory: smashed data and label; with tails, features' gradients."""
+    back = crossing_bytes(c for c in m.returning if c.differentiable) if traffic.tails else 0
+    return m.smashed + (work.label if traffic.labels else 0) + back
 
 
 def _states(part: Footing, optimizer: Optimizer) -> int:
