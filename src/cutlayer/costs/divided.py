@@ -14,7 +14,8 @@ from typing import Any
 
 from cutlayer.algorithms import Algorithm, traffic_of
 from cutlayer.costs.expect import Workload
-from cutlayer.costs.measure import Footing, Measured, Optimizer, crossing_bytes
+from cutlayer.costs.measure import Footing, Measured, Optimizer
+from cutlayer.models.parts import crossing_bytes
 from cutlayer.traffic import Traffic
 from cutlayer.verbs import LEARN
 
