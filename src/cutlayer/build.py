@@ -58,7 +58,7 @@ from cutlayer.data.sampling import per_epoch as steps_per_epoch
 from cutlayer.data.targets import as_indices, fitting
 from cutlayer.engine.between import BetweenCohort, Blocks
 from cutlayer.engine.choice import Choice, Chosen, Work, one_by_one
-from cutlayer.engine.distributed import Engine, Sharing, SpreadCohort
+from cutlayer.engine.distributed import Engine, Sharing, SpreadCohort, refuse
 from cutlayer.engine.layout import smashed
 from cutlayer.engine.replicas import DataParallel
 from cutlayer.engine.shelf import StatesFolder
@@ -444,7 +444,10 @@ def assemble(
 
 
 def _assembled(config: RunConfig, model: Model | None, data: Data | None, **given: Any) -> Training:
-    p, ranks, sharing = prepare(config, model, data, **given), world(), None
+    ranks, sharing = world(), None
+    if ranks.several:
+        refuse(config, config.thing("algorithm", config.algorithm), config.clients, ranks.size)
+    p = prepare(config, model, data, **given)
     if ranks.several:
         sharing = Sharing.of(ranks, config, p.algorithm, p.chosen, p.attended, p.example)
     cohort, server, engine = simulate(

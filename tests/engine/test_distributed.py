@@ -13,8 +13,9 @@ import torch
 from rank import DEFAULTS, SIZES, Case, Outcome, difference, together, trained
 from support import ALGORITHMS, CLASSES, made, u_shaped
 
-from cutlayer import RunConfig, plugins
+from cutlayer import RunConfig, build, plugins
 from cutlayer.allocator import sharing
+from cutlayer.collective import World
 from cutlayer.costs.plan import plan
 from cutlayer.engine.distributed import refuse
 from cutlayer.engine.shares import spans
@@ -239,12 +240,21 @@ def test_an_algorithm_that_ranks_cannot_share_is_refused(algorithm: str) -> None
         ({"judge": "average"}, "judge = 'average' needs the models of all clients"),
         ({"algorithm": "gpsl", "accumulate": 2}, "accumulate = 2 is not there for gpsl"),
         ({"cache_features": True}, "cache_features is not there"),
+        ({"client_states": "disk"}, "client_states = 'disk' has no effect on 2 ranks, .*: leave it out, or run one"),
     ],
 )
 def test_what_ranks_cannot_share_is_refused(options: dict[str, Any], why: str) -> None:
     config = RunConfig(**{"algorithm": "psl", **options})
     with pytest.raises(ConfigError, match=why):
         refuse(config, made(config.algorithm), clients=5, ranks=2)
+
+
+@pytest.mark.parametrize("options", [{"client_states": "disk"}, {"algorithm": "ssl"}])
+def test_it_is_refused_before_anything_is_read(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "world", lambda: World(0, 2))
+    config = RunConfig(**{"algorithm": "psl", "data": "there-is-none", **options})
+    with pytest.raises(ConfigError, match="2 ranks"):
+        build._assembled(config, None, None)
 
 
 def test_an_algorithm_that_does_not_say_how_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,8 +58,7 @@ class Sharing:
     def of(
         cls, world: World, config: RunConfig, algorithm: Algorithm, chosen: Chosen, whole: Clients, example: Rows
     ) -> Sharing:
-        """How the ranks share the clients. Raises ConfigError where they cannot."""
-        refuse(config, algorithm, len(whole.rows), world.size)
+        """How the ranks share the clients of an algorithm that they can share (`refuse`)."""
         world.deterministic = config.deterministic
         found = spans([len(rows) for rows in whole.rows], world.size)
         own = OwnClients.of(whole, found[world.rank], world.total)
@@ -77,8 +76,13 @@ class Sharing:
 
 
 def refuse(config: RunConfig, algorithm: Algorithm, clients: int, ranks: int) -> None:
-    """Raises ConfigError for what several ranks cannot share."""
+    """Raises ConfigError for what several ranks cannot share. It can be called before anything is read or built."""
     name, traits = config.algorithm, algorithm.traits
+    if config.client_states == "disk":
+        raise ConfigError(
+            f"client_states = 'disk' has no effect on {ranks} ranks, which divide the clients among their memories: "
+            "leave it out, or run one process"
+        )
     alone = "start a single process"
     reasons = {
         f"{name} gathers all data in one place, and has nothing to share": traits.central,

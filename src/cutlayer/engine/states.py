@@ -26,12 +26,7 @@ def placed(config: RunConfig, parts: Parts, traits: Traits, engine: EngineName) 
     """
     if config.client_states == "memory" or traits.central or engine == "union":  # in a union all share one model
         return None, ""
-    if world().several:  # each rank has a share of the clients in its own memory
-        if config.client_states == "disk":
-            raise ConfigError(
-                f"client_states = 'disk' has no effect on {world().size} ranks, which divide the clients among their "
-                "memories: leave it out, or run one process"
-            )
+    if world().several:  # each rank has a share of the clients in its own memory; `refuse` refuses the disk
         return None, ""
     if config.client_states == "disk":
         if engine == "local":
