@@ -258,6 +258,7 @@ MUTANTS = [
     M("clients draw by their numbers on the rank", "ranks", "return self.mine[client]", "return client", "class OwnClients"),
     M("gradients are summed on each rank alone", "ranks", "self.total(list(found.values()))", "pass"),
     M("bytes of the rank's own clients", "ranks", "counts = np.array([down[k] for k in gradients.clients], np.int64)", "counts = 0"),
+    M("ranks have states on disk", "ranks", 'if config.client_states == "disk": raise ConfigError( f"client_states = \'disk\' has no effect on {ranks}', 'if False: raise ConfigError( f"client_states = \'disk\' has no effect on {ranks}'),
     M("ranks share anything", "ranks", 'not algorithm.entry.facts.get("spreads")', "False"),
     M("copies that all ranks have are summed", "divided", "and traits.server_copies and not gathered", "and traits.server_copies"),
     M("gathered rows with losses", "divided", "0 if gathered else _LOST", "_LOST"),
