@@ -4,8 +4,9 @@ An algorithm is written once against `Cohort` and runs unchanged on any engine: 
 process, all clients as stacked tensors, remote machines. Wrappers (the ledger, faults, a virtual clock) are cohorts
 around a cohort.
 
-Who takes part is the cohort's business (sampling, drop-outs, deadlines): an algorithm reads it from what comes back and
-never assumes everybody. All that crosses between clients and server crosses here, so that it can be counted here.
+The cohort decides which clients take part (sampling, drop-outs, deadlines). An algorithm reads this from the results
+and never assumes that all clients have answered. All tensors between clients and server pass through here, so they can
+be counted here.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ Predict = Callable[[Sequence[int], Rows], Rows]
 
 
 Tell = Callable[[str, Mapping[str, Any]], None]
-"""Hears what has happened, as a word and as facts."""
+"""Is called with an event, as a word and as facts."""
 
 Direction = Literal["up", "down"]
 
@@ -76,7 +77,7 @@ class Beside(Protocol):
         """What moves of these blocks, for each of `clients`, under the names that a client's module has for it."""
 
     def take(self, average: Mapping[str, Tensor]) -> None:
-        """All of them := their part of an average of whole client models."""
+        """Set all blocks to their part of an average of whole client models."""
 
 
 class Summed(NamedTuple):

@@ -1,8 +1,7 @@
-"""Several processes that train one run together: its ranks, as `torchrun` or `srun` starts them.
-
-All ranks run the same program. What one of them lacks it gets in a collective operation, which all of them call in the
-same order: over gloo for what lies on a CPU, over NCCL for what lies on a GPU. Bytes are counted here, as a ring of
-ranks sends them: 2 (R - 1) / R of what is summed, R - 1 times what is gathered.
+"""Several processes that train one run together: its ranks, as `torchrun` or `srun` starts them. All ranks run the same
+program. They exchange data in collective operations, which all of them call in the same order, over gloo on CPUs and
+over NCCL on GPUs. Bytes are counted as a ring of ranks sends them: 2 (R - 1) / R times the summed bytes, and R - 1
+times the gathered bytes.
 
 A rank that ends is noticed by the others in their next collective operation, since its connections close. One that
 hangs, or whose machine is gone, is noticed after `TIMEOUT` seconds, or as many as `joined` is given.
@@ -52,8 +51,8 @@ class Place:
 
 
 def place(environ: Mapping[str, str] = os.environ) -> Place | None:
-    """What a launcher says in the environment: `torchrun` in RANK and WORLD_SIZE, `srun` in SLURM's variables; None
-    where this process stands alone. Raises ConfigError where that cannot be.
+    """The place that a launcher gives in the environment: `torchrun` in RANK and WORLD_SIZE, `srun` in SLURM's
+    variables. None if this process is alone. Raises ConfigError if the values are impossible.
     """
     if "RANK" in environ and "WORLD_SIZE" in environ:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -82,9 +81,8 @@ def first_host(hosts: str) -> str:
 
 
 class World:
-    """This process's place among the ranks, and what they do together. Alone it is rank 0 of 1, and nothing is sent.
-
-    `deterministic`: sums are made of the ranks' parts in the order of the ranks.
+    """This process's place among the ranks, and their collective operations. A single process is rank 0 of 1 and sends
+    nothing. `deterministic`: sums are added in the order of the ranks.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, signs: Signs | None = None) -> None:
@@ -94,16 +92,16 @@ class World:
 
     @property
     def leads(self) -> bool:
-        """Whether it is the rank that writes and prints."""
+        """Whether this rank writes files and prints."""
         return self.rank == 0
 
     @property
     def several(self) -> bool:
-        """Whether there are others."""
+        """Whether there are other ranks."""
         return self.size > 1
 
     def total(self, tensors: Sequence[Tensor]) -> None:
-        """Each tensor := its sum over the ranks. One message for all of a type."""
+        """Replace each tensor by its sum over the ranks. All tensors of a type are sent as one message."""
         import torch
 
         for dtype in dict.fromkeys(t.dtype for t in tensors):
@@ -128,7 +126,7 @@ class World:
 
     @property
     def total_of(self) -> Callable[[np.ndarray], np.ndarray] | None:
-        """A function that sums whole numbers over the ranks; None where there are no others."""
+        """A function that sums whole numbers over the ranks; None if there are no other ranks."""
         return self._numbers if self.several else None
 
     def _numbers(self, numbers: np.ndarray) -> np.ndarray:
@@ -140,7 +138,7 @@ class World:
         return found
 
     def largest(self, tensor: Tensor) -> None:
-        """The tensor := the largest of each number over the ranks."""
+        """Replace each number of the tensor by its maximum over the ranks."""
         if self.several and tensor.numel():
             from torch import distributed
 
@@ -148,7 +146,7 @@ class World:
             self._done(partial(distributed.all_reduce, tensor, distributed.ReduceOp.MAX), tensor)
 
     def joined(self, own: np.ndarray, counts: Sequence[int]) -> np.ndarray:
-        """The ranks' `own` numbers [c_r, m], of which there are `counts` [R], one rank after another: [sum c_r, m]."""
+        """The `own` numbers [c_r, m] of all ranks, one rank after another: [sum c_r, m]. `counts` [R] are the c_r."""
         import torch
 
         if not self.several:
@@ -160,7 +158,7 @@ class World:
         return found
 
     def rows(self, own: Tensor, counts: Sequence[int]) -> Tensor:
-        """The ranks' `own` rows [c_r, s...], of which there are `counts` [R], one rank after another."""
+        """The `own` rows [c_r, s...] of all ranks, one rank after another. `counts` [R] are the c_r."""
         import torch
 
         if not self.several:
@@ -181,7 +179,7 @@ class World:
         return [pickle.loads(part.numpy().tobytes()) for part in rows]  # noqa: S301 (from our own ranks)
 
     def collected(self, value: T) -> list[T]:
-        """The ranks' values, in their order, on rank 0; on others their own alone."""
+        """On rank 0, the values of all ranks in their order; on other ranks, only their own value."""
         import torch
         from torch import distributed
 
@@ -200,7 +198,7 @@ class World:
         return [pickle.loads(part[:size].numpy().tobytes()) for part, size in parts]  # noqa: S301 (our own ranks)
 
     def from_rank(self, rank: int, value: T) -> T:
-        """What `rank` has for the value; that of the others is not looked at."""
+        """The value on `rank`; the values of other ranks are ignored."""
         import torch
         from torch import distributed
 
@@ -215,15 +213,15 @@ class World:
         return value if own else pickle.loads(packed.numpy().tobytes())  # noqa: S301 (from our own ranks)
 
     def first(self, make: Callable[[], T]) -> T:
-        """What `make` gives on rank 0, for all; an error of Cutlayer's there is one everywhere."""
+        """The result of `make` on rank 0, on all ranks. An error of Cutlayer on rank 0 is raised on all ranks."""
         if not self.several:
             return make()
         found = self.agreed(lambda: make() if self.leads else None)
         return self.from_rank(0, found)  # type: ignore[return-value]
 
     def agreed(self, make: Callable[[], T]) -> T:
-        """What `make` gives here, where it fails nowhere. Raises what it raised: here, or on the first rank on which it
-        failed.
+        """The result of `make` on this rank, if it fails on no rank. Otherwise raises the error of this rank, or of the
+        first rank on which it failed.
         """
         failed: CutlayerError | None = None
         try:
@@ -240,7 +238,7 @@ class World:
         return made
 
     def compare(self, what: str, facts: Mapping[str, Any]) -> None:
-        """Raises ConfigError where the ranks do not agree on the facts, by the first that differs."""
+        """Raises ConfigError if the ranks do not agree on the facts, and names the first fact that differs."""
         for rank, theirs in enumerate(self.gathered(dict(facts))):
             for name in {**facts, **theirs} if theirs != facts else ():
                 mine, other = (repr(each.get(name, "not set")) for each in (facts, theirs))
@@ -311,7 +309,7 @@ def _wait(work: Work, signs: Signs) -> None:
         try:
             work.wait(pause)
         except RuntimeError:
-            if work.is_completed():  # it has failed, or has just come
+            if work.is_completed():  # it has failed, or has just completed
                 work.wait()
                 return
             signs.give()
@@ -338,15 +336,15 @@ def is_known(error: BaseException) -> bool:
 
 
 def world() -> World:
-    """The ranks that this process belongs to; a process alone where it has joined none."""
+    """The ranks that this process has joined; if it has joined none, a single process."""
     return _current
 
 
 @contextmanager
 def joined(where: Place | None, *, store: str = "", timeout: float = TIMEOUT) -> Iterator[World]:
-    """Be one of the ranks meanwhile (with `where` None: alone). `store` is where they meet in place of the address of
-    rank 0 (file:///...). A rank that does not answer for `timeout` seconds counts as lost; at the start, all have
-    `TIMEOUT` seconds if that is longer. Raises LostRankError if not all come.
+    """Inside, this process is one of the ranks (with `where` None: alone). `store` is where they meet in place of the
+    address of rank 0 (file:///...). A rank that does not answer for `timeout` seconds counts as lost; at the start, all
+    have `TIMEOUT` seconds if that is longer. Raises LostRankError if not all come.
     """
     global _current
     if where is None:

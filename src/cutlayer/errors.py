@@ -63,11 +63,12 @@ REFUSALS: Mapping[str, ExitCode] = {
     "excluded": ExitCode.WRONG,
     "certificate": ExitCode.WRONG,
 }
-"""What a client ends with that is refused, or refuses, for each reason of the message `Refused`, and "certificate"."""
+"""The exit code of a client that is refused, or refuses, for each reason of the message `Refused`, and "certificate".
+"""
 
 
 class CutlayerWarning(UserWarning):
-    """Something is done differently from what one would expect; the message says why."""
+    """Something is done in an unexpected way; the message says why."""
 
 
 class CutlayerError(Exception):
@@ -77,11 +78,11 @@ class CutlayerError(Exception):
 
     @property
     def exit_code(self) -> ExitCode:
-        """What the command line ends with."""
+        """The exit code of the command line."""
         return self.code
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """The same error in another process, however its class is made."""
+        """The same error in another process, however its class is constructed."""
         return _again, (type(self), self.args, self.__dict__)
 
 
@@ -145,7 +146,7 @@ class RefusedError(UsageError):
 
     @property
     def exit_code(self) -> ExitCode:
-        """That of the reason."""
+        """The exit code of the reason."""
         return REFUSALS.get(self.reason, self.code)
 
 
@@ -215,8 +216,9 @@ class StepLostError(AbsentError):
 class NonFiniteError(TrainingError):
     """NaN or Inf appeared in a loss or a gradient.
 
-    `what` says where ("loss", "cut gradient", "weight gradient"), `clients` whose rows or weights,
-    `step` at which step of the run (while it is on its way to the run loop: of the client's local steps, if any).
+    `what` says where ("loss", "cut gradient", "weight gradient"), `clients` are those whose rows or weights were
+    affected, and `step` is the step of the run (before the error reaches the run loop: of the client's local steps, if
+    any).
     """
 
     def __init__(self, what: str, clients: tuple[int, ...] = (), step: int | None = None) -> None:

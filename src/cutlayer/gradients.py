@@ -1,8 +1,8 @@
 """Losses and cut gradients: what the server computes and how it is scaled for the clients.
 
 The server's loss is ONE mean over all R rows. A client's own mean loss is over its b_k rows; the two gradients differ
-by the factor R / b_k on its rows (that is C for equal batches). Where rows count differently, both are weighted means,
-and the factor is W / W_k, what all rows count by what the client's do.
+by the factor R / b_k on its rows (that is C for equal batches). If rows have different weights, both are weighted
+means, and the factor is W / W_k: the total weight of all rows divided by that of the client's rows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ RowLoss = Callable[[Tensor, Tensor], Tensor]
 
 
 def mean_loss(losses: Tensor, weights: Tensor | None) -> Tensor:
-    """The loss of a step: sum(w_i l_i) / sum(w_i) over its rows [R] (`weights` None: the mean). 0 where none counts."""
+    """The loss of a step: sum(w_i l_i) / sum(w_i) over its rows [R] (`weights` None: the mean). 0 if all weights are 0."""
     if weights is None:
         return losses.mean()
     weights = weights.to(losses.dtype)
@@ -27,7 +27,7 @@ def mean_loss(losses: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def client_means(values: Tensor, sizes: Sequence[int], weights: Tensor | None = None) -> Tensor:
-    """Mean of a row-wise quantity [R] over each client's rows, weighted by what each row counts: [C]."""
+    """Weighted mean of a row-wise quantity [R] over each client's rows: [C]."""
     if weights is not None:
         parts = zip(values.split(list(sizes)), weights.split(list(sizes)), strict=True)
         return torch.stack([mean_loss(part, counting) for part, counting in parts])
@@ -37,18 +37,20 @@ def client_means(values: Tensor, sizes: Sequence[int], weights: Tensor | None = 
 
 
 def means(losses: Tensor, sizes: Sequence[int], weights: Tensor | None = None) -> Tensor:
-    """What a step reports of its losses [R]: the mean over all rows, then over each client's: [1 + C]."""
+    """The mean losses that a step reports, from the rows' losses [R]: over all rows, then over each client's rows: [1 +
+    C].
+    """
     return torch.cat([mean_loss(losses, weights).view(1), client_means(losses, sizes, weights)])
 
 
 def means_of_clients(own: Tensor, masses: Sequence[float]) -> Tensor:
-    """The same from the clients' own mean losses [C] and what their rows count: [1 + C]."""
+    """The same from the clients' own mean losses [C] and the weights of their rows: [1 + C]."""
     share = torch.tensor(list(masses), dtype=own.dtype, device=own.device) / (sum(masses) or 1)
     return torch.cat([(share @ own).view(1), own])
 
 
 def gradient_of(tensor: Tensor) -> Tensor:
-    """A tensor's gradient; zeros where nothing reached it."""
+    """A tensor's gradient; zeros if it has none."""
     return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
 
 
@@ -63,8 +65,8 @@ def summed(gradients: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def descending(given: Rows, received: Rows) -> list[tuple[Tensor, Tensor]]:
-    """What a client part `given` back-propagates: (smashed data, its gradient) for each tensor that has a graph. Of
-    `received` there is one per floating point tensor, or none at all where the part trains nothing.
+    """The pairs that a client part back-propagates: (smashed data, its gradient) for each tensor in `given` that has a
+    graph. `received` has one gradient per floating point tensor, or is empty if the part trains nothing.
     """
     floats = [s for s in given if s.is_floating_point()] if received else []
     return [(s, g) for s, g in zip(floats, received, strict=True) if s.requires_grad]
@@ -84,8 +86,9 @@ def own(gradient: Rows, smashed: Smashed, scale: str = "own") -> CutGradients:
 def scaled(gradient: Rows, sizes: Sequence[int], masses: Sequence[float], scale: str, total: float) -> Rows:
     """`gradient` [sum b_k, s...] times W / W_k on the rows of client k (`scale="own"`), or as it is (`"union"`).
 
-    `masses` are the W_k, what the rows of each client count: b_k where all rows count alike. `total` is W, of all
-    clients of the step: the gradient may hold the rows of some. A client none of whose rows counts has no gradient.
+    `masses` are the W_k, the total weights of each client's rows (b_k if all rows count equally). `total` is W, over
+    all clients of the step, since `gradient` may have the rows of only some of them. If all rows of a client have
+    weight 0, its gradient is 0.
     """
     if scale == "union" or total == (masses[0] if masses else total):  # one client: W / W_k = 1
         return gradient
@@ -96,7 +99,7 @@ def scaled(gradient: Rows, sizes: Sequence[int], masses: Sequence[float], scale:
 
 
 def _positive(total: Tensor) -> Tensor:
-    """`total`, or 1 where it is 0: a sum of which nothing counts is divided by it."""
+    """`total`, or 1 if it is 0, as the divisor of a sum whose weights may all be 0."""
     return torch.where(total > 0, total, torch.ones_like(total))
 
 

@@ -61,15 +61,18 @@ class Server:
         self._pending: tuple[Rows, Rows] | None = None
         self._algorithm, self._needs = "", frozenset[str]()
         self.kept: dict[str, Tensor] = {}
-        """What the algorithm keeps here from one round to the next, by names of its own: it is part of the state."""
+        """Values that the algorithm keeps from one round to the next, under its own names. They are part of the state.
+        """
         self.make_head: Callable[..., nn.Module] | None = None
-        """Makes an auxiliary head as clients have them in the beginning, under a seed's name."""
+        """Makes an auxiliary head as clients have it at the start, from the seed of that name."""
         self.made_up: Callable[[int], None] = lambda rows: None
-        """Hears of how many made-up rows the server has stepped on: no clients send them, or wait for that."""
+        """Is called with the number of generated rows that the server has stepped on. No clients send them or wait for
+        this step.
+        """
         self.outputs = 0
-        """How many scores the model gives a row: in classification, of as many classes."""
+        """Number of scores that the model gives a row; in classification, the number of classes."""
         self.rows_made_up = 0
-        """Rows that the server has stepped on and no clients sent for that step."""
+        """Number of rows that the server has stepped on without clients sending them for that step."""
         self.rule: Averaging = WeightedMean()
         self._adjustment: Adjustment | None = None
 
@@ -123,15 +126,15 @@ class Server:
         return ServerStep(self._means(losses, smashed), gradient, 0.0)
 
     def _means(self, losses: Tensor, smashed: Smashed) -> Tensor:
-        """What a step reports of its rows' losses [R]: [1 + C]."""
+        """The mean losses that a step reports, from its rows' losses [R]: [1 + C]."""
         return means(losses, smashed.sizes, smashed.weights)
 
     def _mean(self, losses: Tensor, smashed: Smashed) -> Tensor:
-        """The loss of a step, of its rows' losses [R]."""
+        """The loss of a step, from its rows' losses [R]."""
         return mean_loss(losses, smashed.weights)
 
     def _share(self) -> None:
-        """The gradients of a step are there, of the rows that are here."""
+        """Called when the gradients of a step, of the rows in this process, are available."""
 
     def _through(
         self, smashed: Smashed, loss: RowLoss | None, factor: float | None, *, evaluating: bool = False
@@ -158,7 +161,7 @@ class Server:
         return self._pending[0]
 
     def _shifts(self, smashed: Smashed) -> Shifts:
-        """What is added to the scores of the rows, on each side."""
+        """The shifts that are added to the scores of the rows, on each side."""
         return Shifts() if self._adjustment is None else self._adjustment.of(smashed)
 
     def _losses(self, outputs: Rows, smashed: Smashed, loss: RowLoss | None, shift: Tensor | None) -> Tensor:
@@ -230,7 +233,7 @@ class Server:
         """
         self._check(STEP_COPIES, "average_copies")
         self._settle_copies()
-        copies = [self._copy_of(k).model for k in weights]  # whose origin is the model before
+        copies = [self._copy_of(k).model for k in weights]  # averaged as updates of the model before
         average_into(self.model, copies, list(weights.values()), self.rule, moving(self.model))
         for one in self._copies.values():
             load_moving(one.model, moving(self.model))
@@ -371,9 +374,11 @@ def _together(steps: list[ServerStep], smashed: Smashed) -> ServerStep:
 
 
 def finite(*tensors: Tensor) -> bool:
-    """Whether all numbers are finite. Said of tensors on an accelerator without looking: that would stop it."""
+    """Whether all numbers are finite. Tensors on an accelerator are assumed to be finite, since a check would wait for
+    the device.
+    """
     for t in tensors:
-        # A sum is not finite if a number is not; if it only overflows, a second look tells.
+        # A sum is not finite if one of its numbers is not. A second check finds sums that only overflowed.
         if t.device.type == "cpu" and not math.isfinite(as_real(t.detach()).sum()) and not torch.isfinite(t).all():
             return False
     return True
@@ -382,7 +387,7 @@ def finite(*tensors: Tensor) -> bool:
 def culprits(smashed: Smashed, values: Tensor | None = None) -> tuple[int, ...]:
     """The clients whose smashed data are not finite; failing that, those whose row-wise `values` [R] are not."""
 
-    if not smashed.clients:  # rows that are nobody's own
+    if not smashed.clients:  # rows that belong to no client
         return ()
 
     def bad(finite: Tensor) -> list[int]:

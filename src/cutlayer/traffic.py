@@ -1,4 +1,6 @@
-"""What an algorithm moves and computes in an epoch, as it states it itself; `plan` reads nothing else about it."""
+"""What an algorithm sends and computes in an epoch, as the algorithm itself states it. `plan` reads nothing else about
+it.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +8,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 Pattern = Literal["gather", "rounds", "relay", "steps", "local"]
-"""Who waits for whom. gather: the raw data go to the server, which computes alone; rounds: clients train whole models,
-then all wait for the slowest; relay: one client after another; steps: every step waits for the slowest client; local:
-clients train their parts on losses of their own, and all wait for the slowest once a round."""
+"""Which side waits for which. gather: the raw data go to the server, which computes alone; rounds: clients train whole
+models, then all wait for the slowest; relay: one client after another; steps: every step waits for the slowest client;
+local: clients train their parts on losses of their own, and all wait for the slowest once a round.
+"""
 
 
 @dataclass(frozen=True)
@@ -17,8 +20,8 @@ class Epoch:
 
     Sizes in bytes: `smashed` and `gradient` of one sample at the cut (up, down), `features` and `returned` at a second
     cut (down, up), `label` and `raw` of one sample, `model` and `client_model` with their buffers, `client_gradient` of
-    what clients train, an auxiliary `head`. A codec may write something for each batch of a client besides its samples
-    (the scales that they share): `smashed_besides` and so on.
+    what clients train, an auxiliary `head`. A codec may add something for each batch of a client (scales that its
+    samples share): `smashed_besides` and so on.
     """
 
     clients: int
@@ -59,17 +62,17 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Traffic:
-    """What an epoch of equal clients, who all take part in every round, moves and computes.
+    """What is sent and computed in an epoch of equal clients, if all take part in every round.
 
-    With the pattern steps, relay or local the smashed data of every sample go up, with their labels unless `labels` is
+    With the pattern steps, relay or local, the smashed data of every sample go up, with their labels unless `labels` is
     False, and cut gradients come down unless `gradients` is False; `sharing` clients receive one common gradient in a
     step instead of their own. `tails`: the server's features go down in between, and their gradients come up.
     `averaged`: bytes of the model that each client sends and receives once an epoch. `moved`: bytes of the model that
     goes from one client to the next (relay). `server_passes`: how often the server's part trains on each sample.
-    `answers_apart`: the gradients that come down are of another loss than the server's own, so that it goes back to
-    the cut twice. `every`: of that many batches of a client the first goes up (local). `given`: bytes that each client
-    receives besides in every `given_every`th epoch, from the first on (local). `summed`: bytes of the weight gradient
-    that each client sends in every step, and of the sum that each receives.
+    `answers_apart`: the gradients that come down belong to another loss than the server's own, so it back-propagates to
+    the cut twice. `every`: one of this number of batches of a client goes up, the first (local). `given`: additional
+    bytes that each client receives in every `given_every`th epoch, from the first on (local). `summed`: bytes of the
+    weight gradient that each client sends in every step, and of the sum that each receives.
     """
 
     pattern: Pattern

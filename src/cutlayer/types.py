@@ -37,7 +37,7 @@ class Smashed:
     labels: Tensor  # [R, t...]
     clients: tuple[int, ...]  # [C]
     sizes: tuple[int, ...]  # [C], the b_k
-    written: tuple[int, ...] = ()  # [C], bytes that each client's rows came in, where only the carrier can know
+    written: tuple[int, ...] = ()  # [C], bytes in which each client's rows arrived, if only the carrier knows them
     weights: Tensor | None = None  # [R]
     parts: tuple[Smashed, ...] = ()
 
@@ -59,29 +59,33 @@ class Smashed:
         return masses_of(self.weights, self.sizes)
 
     def masses_of(self, clients: Container[int]) -> tuple[float, ...]:
-        """What the rows of those of `clients` that sent something count together, in order."""
+        """The total weight of the rows of each of `clients` that sent something, in order."""
         return tuple(mass for k, mass in zip(self.clients, self.masses, strict=True) if k in clients)
 
     def take(self, rows: Rows, clients: Container[int]) -> Rows:
-        """Of rows shaped as the smashed data, [R, s...] each, those of `clients`."""
+        """The rows of `clients`, from rows shaped as the smashed data, [R, s...] each."""
         return tuple(select(r, self._at(clients)) for r in rows)
 
     def among(self, rows: Tensor, clients: Container[int]) -> Tensor:
-        """The inverse: rows of `clients` alone, at their places among those of all [R, s...]; the others are 0."""
+        """The inverse: the rows of `clients` at their places among the rows of all clients [R, s...]. All other rows
+        are 0.
+        """
         everyones = rows.new_zeros(len(self), *rows.shape[1:])
         return everyones.index_copy_(0, self._at(clients).to(rows.device), rows)
 
     def _at(self, clients: Container[int]) -> Tensor:
-        """Where the rows of those of `clients` are that sent something."""
+        """The positions of the rows of those of `clients` that sent something."""
         return torch.from_numpy(np.repeat([k in clients for k in self.clients], self.sizes).nonzero()[0])
 
     @property
     def here(self) -> Smashed:
-        """What of it lies in this process: all of it, unless several train one run together (`Spread`)."""
+        """The part that lies in this process. This is all of it, unless several processes train one run together
+        (`Spread`).
+        """
         return self
 
     def added(self, tensors: Rows) -> None:
-        """Each tensor, a sum over rows that lie here, := the same sum over all rows."""
+        """Replace each tensor, a sum over the rows in this process, by the same sum over all rows."""
 
     def only(self, client: int) -> Smashed:
         """The part of one client."""
@@ -100,10 +104,9 @@ class Smashed:
 @dataclass(frozen=True)
 class Spread(Smashed):
     """Smashed data whose rows lie in several processes: `clients` [C] and `sizes` [C] are those of the whole step,
-    `counting` [C] what the rows of each count together; `rows`, `labels` and `weights` are those of `mine`, the clients
-    that are here. `add` sums tensors over the processes, in place.
-
-    Gradients of such rows are those of the rows that are here, too, in `CutGradients` as well.
+    `counting` [C] the total weight of each client's rows; `rows`, `labels` and `weights` are those of `mine`, the
+    clients in this process. `add` sums tensors over the processes, in place. Gradients, also in `CutGradients`, are
+    those of the rows in this process.
     """
 
     mine: tuple[int, ...] = ()
@@ -112,17 +115,17 @@ class Spread(Smashed):
 
     @property
     def masses(self) -> tuple[float, ...]:
-        """What each client's rows count together: [C]."""
+        """The total weight of each client's rows: [C]."""
         return self.counting
 
     @property
     def here(self) -> Smashed:
-        """The part of the clients that are here."""
+        """The part of the clients in this process."""
         sizes = tuple(self.sizes_of(set(self.mine)).values())
         return Smashed(self.rows, self.labels, self.mine, sizes, weights=self.weights)
 
     def counted(self, masses: Sequence[float]) -> Spread:
-        """The same, where the rows of each client count `masses` [C] together, and all of a client's alike."""
+        """The same, if the rows of each client have the total weight `masses` [C], and equal weights within a client."""
         of = dict(zip(self.clients, masses, strict=True))
         here = self.here
         each = torch.tensor([of[k] / size for k, size in zip(here.clients, here.sizes, strict=True)])
@@ -134,11 +137,11 @@ class Spread(Smashed):
         self.add(tensors)
 
     def take(self, rows: Rows, clients: Container[int]) -> Rows:
-        """Of rows that are here, those of `clients`."""
+        """The rows of `clients` among those in this process."""
         return self.here.take(rows, clients)
 
     def only(self, client: int) -> Smashed:
-        """The part of one client that is here."""
+        """The part of one client in this process."""
         return self.here.only(client)
 
 
@@ -146,8 +149,8 @@ class Spread(Smashed):
 class CutGradients:
     """Cut gradients on their way down: own rows for some clients (unicast), one common gradient for others (broadcast).
 
-    `own` holds the concatenated rows of `clients` (with `sizes`). Every active client receives `common`: [max b_k,
-    s...], of which a client with fewer rows uses the first b_k, or [1, s...], which is used for every row. If clients
+    `own` holds the concatenated rows of `clients` (with `sizes`). Every active client receives `common`. If it is [max
+    b_k, s...], a client with fewer rows uses the first b_k. If it is [1, s...], it is used for every row. If clients
     have their own cuts, `own` and `common` are empty, and `parts` contains the gradients of each cut.
     """
 
@@ -220,7 +223,7 @@ class TailGradients:
     clients: tuple[int, ...]
     sizes: tuple[int, ...]
     written: tuple[int, ...] = ()  # as in Smashed
-    masses: tuple[float, ...] = ()  # [C], what each client's rows count together; empty: the b_k
+    masses: tuple[float, ...] = ()  # [C], the total weight of each client's rows; empty: the b_k
 
 
 @dataclass(frozen=True)
@@ -320,8 +323,8 @@ def _mean(values: Sequence[Any]) -> Any:
 
 
 def as_tuple(given: Any) -> Rows:
-    """What a part of a model gave, as several tensors: one, a tuple or list, or a dictionary or an output with names
-    (as Hugging Face's), whose `logits` (or `out`) come first.
+    """The output of a part of a model as a tuple of tensors. It may be one tensor, a tuple or list, or a dictionary or
+    output with names (as in Hugging Face), of which `logits` (or `out`) come first.
     """
     if isinstance(given, Tensor):
         return (given,)
@@ -334,21 +337,21 @@ def as_tuple(given: Any) -> Rows:
 
 
 def masses_of(weights: Tensor | None, sizes: Sequence[int]) -> tuple[float, ...]:
-    """What each client's rows count together: [C], from each row's weight [R] (None: 1) and the b_k."""
+    """The total weight of each client's rows: [C], from each row's weight [R] (None: 1) and the b_k."""
     if weights is None:
         return tuple(sizes)
     return tuple(part.sum().item() for part in weights.double().split(list(sizes)))
 
 
 def aligned(rows: Rows) -> Rows:
-    """The same numbers where memory begins at a multiple of 64 bytes, copied if need be: kernels round differently by
-    where numbers lie, and what came over a network lies anywhere.
+    """The same numbers at a memory address that is a multiple of 64 bytes, copied if necessary. Kernels round
+    differently for other addresses, and tensors from a network may lie at any address.
     """
     return tuple(r.clone() if r.data_ptr() % 64 or 0 in r.stride() else r for r in rows)
 
 
 def is_continuous(tensor: Tensor) -> bool:
-    """Whether its numbers are real or complex ones: what is trained, averaged and has to be finite."""
+    """Whether its numbers are real or complex. Only such tensors are trained and averaged, and must be finite."""
     return tensor.is_floating_point() or tensor.is_complex()
 
 
@@ -358,13 +361,15 @@ def as_real(tensor: Tensor) -> Tensor:
 
 
 def joined(rows: Rows) -> Tensor:
-    """All real tensors among `rows`, as one row per sample: [R, d]; all tensors where none is real."""
+    """All real tensors among `rows`, as one row per sample: [R, d]. If none is real, all tensors."""
     real = [r.flatten(1) for r in rows if r.is_floating_point()]
     return torch.cat(real or [r.flatten(1).float() for r in rows], 1)
 
 
 def as_matrix(rows: Tensor, last: bool) -> Tensor:
-    """[R, s...] -> [R, numbers of a row], with an image's channels `last` or first: a view, where they lie so."""
+    """[R, s...] -> [R, numbers of a row], with an image's channels `last` or first. It is a view if memory has this
+    layout.
+    """
     return (rows.permute(0, 2, 3, 1) if last else rows).reshape(len(rows), math.prod(rows.shape[1:]))
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 # Of the clients.
 FORWARD = "forward"  # smashed data and labels go up
-ARRIVALS = "arrivals"  # clients work at their own pace: whose next batches are the first to arrive
+ARRIVALS = "arrivals"  # clients work at their own pace: those whose next batches arrive first
 TAIL = "tail"  # U-shaped split: features go down, their gradients come up
 BACKWARD = "backward"  # cut gradients go down; every client steps
 BACKWARD_TOGETHER = "backward_together"  # the same; weight gradients go up, and every client steps with their sum
