@@ -25,14 +25,14 @@ def average_into(
     rule: Averaging | None = None,
     origin: State | None = None,
 ) -> None:
-    """target := the average of `models`, of which it may be one. What is frozen stays as it is."""
+    """Set `target` to the average of `models`, which may include it. Frozen parameters stay as they are."""
     load_moving(target, average([moving(m) for m in models], weights, rule, origin))
 
 
 def average(
     states: Sequence[State], weights: Sequence[float], rule: Averaging | None = None, origin: State | None = None
 ) -> dict[str, Tensor]:
-    """sum_k (w_k / sum w) states[k], name by name; or what another `rule` makes of them, given their `origin`.
+    """sum_k (w_k / sum w) states[k], name by name; or the result of another `rule`, given their `origin`.
 
     Real and complex buffers (batch normalisation's running statistics) are averaged like parameters; integer ones (its
     batch counter) take the largest value.
@@ -55,8 +55,8 @@ def average(
 def combined(
     models: State, weights: Sequence[float], rule: Averaging, origin: State | None = None
 ) -> dict[str, Tensor]:
-    """What a rule makes of K models, whose tensors are [K, ...] each; of integer ones, the median. Raises ConfigError
-    for a rule that fails or does not give one model.
+    """The result of a rule for K models, whose tensors are [K, ...] each; for integer tensors, the median. Raises
+    ConfigError if the rule fails or does not return one model.
     """
     real = {name: as_real(t) for name, t in models.items() if is_continuous(t)}
     found = {name: t.median(0).values for name, t in models.items() if name not in real}

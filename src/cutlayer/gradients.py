@@ -19,7 +19,9 @@ RowLoss = Callable[[Tensor, Tensor], Tensor]
 
 
 def mean_loss(losses: Tensor, weights: Tensor | None) -> Tensor:
-    """The loss of a step: sum(w_i l_i) / sum(w_i) over its rows [R] (`weights` None: the mean). 0 if all weights are 0."""
+    """The loss of a step: sum(w_i l_i) / sum(w_i) over its rows [R] (`weights` None: the mean). 0 if all
+    weights are 0.
+    """
     if weights is None:
         return losses.mean()
     weights = weights.to(losses.dtype)

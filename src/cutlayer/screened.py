@@ -1,4 +1,4 @@
-"""A cohort whose server looks at the rows that clients send: they are screened, and clients that deviate are named.
+"""A cohort whose server examines the rows that clients send. The rows are screened, and clients that deviate are named.
 
 Shape legend: C clients of a step, R rows of all of them.
 """
@@ -26,9 +26,8 @@ GROSS = 100.0
 
 
 class ScreenedCohort(CohortAround):
-    """A cohort whose rows are what `rule` makes of those that clients send.
-
-    Rows are looked at in any case: `tell` hears of a client that deviates grossly, once (default: a warning is given).
+    """A cohort in which `rule` screens the rows that clients send. Even without a rule, rows are examined: if a client
+    deviates grossly, `tell` is called once (default: a warning).
     """
 
     def __init__(self, inner: Cohort, rule: Screening, tell: Tell | None = None) -> None:
@@ -53,7 +52,7 @@ class ScreenedCohort(CohortAround):
         return smashed if self._back is None else replace(smashed, rows=rows)
 
     def tail(self, features: Smashed) -> TailGradients:
-        """So are gradients of features, where rows are compared with each other."""
+        """Gradients of features are screened, too, if rows are compared with each other."""
         tail = self.inner.tail(features)
         if not self.rule.compares:
             return tail
@@ -76,7 +75,7 @@ class ScreenedCohort(CohortAround):
         self.inner.load(state)
 
     def _through(self, gradients: CutGradients) -> CutGradients:
-        """Own gradients, back through the screening; what clients share stays."""
+        """Own gradients after the backward pass through the screening; shared gradients stay as they are."""
         if self._back is None or not gradients.clients:
             return gradients
         at = np.full(sum(gradients.sizes), -1)  # where each row was in the forward pass
@@ -98,7 +97,7 @@ class ScreenedCohort(CohortAround):
                 self._tell("deviates", self._facts(k, float(self._latest[k]), others))
 
     def _facts(self, client: int, median: float, others: float) -> dict[str, Any]:
-        """What is told of a client that deviates."""
+        """The facts about a client that deviates."""
         name = self.rule.entry.name
         remedy = f"they are screened ({name})" if self.rule.active else "screening = median_bound scales such rows down"
         why = (

@@ -125,7 +125,9 @@ class Spread(Smashed):
         return Smashed(self.rows, self.labels, self.mine, sizes, weights=self.weights)
 
     def counted(self, masses: Sequence[float]) -> Spread:
-        """The same, if the rows of each client have the total weight `masses` [C], and equal weights within a client."""
+        """The same, if the rows of each client have the total weight `masses` [C], and equal weights within a
+        client.
+        """
         of = dict(zip(self.clients, masses, strict=True))
         here = self.here
         each = torch.tensor([of[k] / size for k, size in zip(here.clients, here.sizes, strict=True)])

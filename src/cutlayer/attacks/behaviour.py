@@ -1,12 +1,12 @@
-"""What an attack is: what a hostile client sends instead of what it should. Simulations only.
+"""What an attack is: the values that a hostile client sends instead of the correct ones. Simulations only.
 
 A configuration names attacks with the clients that make them: `attack = ["scale:1e6@3", "labels@0,4-6"]`, that is
 NAME:PARAMETER@CLIENTS. An attack of your own is a subclass of `Attack` under `@attack("name")`, in a file that the
 configuration names: `path/to/file.py:Name:2.5@3`.
 
-A hostile client behaves as all others do but for what its attack says: it draws the same batches, and what it sends has
-the same shape and size. Draws are named by client, round and step, so that every engine draws the same. Numbers that
-overflow become the largest ones of their type: a client would be found out by numbers that are not finite.
+Apart from its attack, a hostile client behaves like all others: it draws the same batches, and its messages have the
+same shapes and sizes. Draws are named by client, round and step, so every engine draws the same numbers. Numbers that
+overflow become the largest ones of their type, since a client that sends numbers that are not finite would be noticed.
 
 Shape legend: b rows of a client's batch, s... the shape of one row, d numbers of a model (parameters and real buffers).
 """
@@ -39,7 +39,7 @@ _MEANT = {
 
 @dataclass(frozen=True)
 class Attack:
-    """Base of attacks: a client that does as it should. A subclass says what it does instead.
+    """Base of attacks: an honest client. A subclass says what the client does instead.
 
     `parameter` is the number after the attack's name; without one it is the class's `default`.
     """
@@ -53,16 +53,18 @@ class Attack:
         """Raises ConfigError if the parameter is not possible."""
 
     def rows(self, rows: Rows, draw: torch.Generator) -> Rows:
-        """What is sent instead of smashed data (U-shape: of the gradients of features, too): real rows, [b, s...]."""
+        """The rows that are sent instead of smashed data (in the U-shape, also instead of gradients of features): real
+        rows, [b, s...].
+        """
         return rows
 
     def gradient(self, gradient: Rows, draw: torch.Generator) -> Rows:
-        """What the client trains on instead of the cut gradient that came: each [b, s...]."""
+        """The gradient that the client uses instead of the received cut gradient: each [b, s...]."""
         return gradient
 
     def update(self, update: Tensor, draw: torch.Generator) -> Tensor:
-        """What the client has done to the model when it is averaged or moves on, instead of what it did: [d], float64.
-        An update is the client's model minus the one that it had received.
+        """The update that the client sends when its model is averaged or moves on, instead of the true one: [d],
+        float64. An update is the client's model minus the model that it had received.
         """
         return update
 
@@ -71,7 +73,7 @@ class Attack:
         return targets
 
     def acts_on(self, traits: Traits) -> frozenset[str]:
-        """Those of "rows", "gradient", "update" and "targets" that it changes with an algorithm of these traits."""
+        """Which of "rows", "gradient", "update" and "targets" it changes, with an algorithm of these traits."""
         possible = {
             "rows": traits.split,
             "gradient": BACKWARD in traits.needs,
@@ -82,7 +84,7 @@ class Attack:
 
     @property
     def changes(self) -> tuple[str, ...]:
-        """Those that its class defines."""
+        """The methods that its class defines."""
         return tuple(name for name in _ACTS if getattr(type(self), name) is not getattr(Attack, name))
 
 
@@ -100,8 +102,8 @@ def attack(name: str, *, title: str = "", paper: str = "") -> Callable[[A], A]:
 
 @dataclass(frozen=True)
 class Attacks:
-    """The attacks of a run: for each hostile client, what it does, in the order in which it was named. `acts` holds
-    what of an attack has an effect, by its position in `named`; `seed` names all draws.
+    """The attacks of a run: for each hostile client, what it does, in the order in which it was named. `acts` lists the
+    effective parts of each attack, by its position in `named`; `seed` names all draws.
     """
 
     seed: int = 0
@@ -127,7 +129,7 @@ class Attacks:
         return found
 
     def remark(self, clients: int) -> str:
-        """A line about a run with so many clients; empty if nobody attacks."""
+        """A line about a run with this number of clients; empty if no client attacks."""
         if not self:
             return ""
         hostile = self.hostile

@@ -1,4 +1,4 @@
-"""Simulated clients of which some are hostile: a cohort around a cohort."""
+"""Simulated clients, some of them hostile: a cohort around a cohort."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ class Changeable(Protocol):
     """An engine's cohort, whose models can be changed from outside."""
 
     def settle(self) -> None:
-        """Clients whose batches wait for a step make one."""
+        """Clients whose batches still wait for a step take this step."""
 
     def take_model(self, client: int, state: Mapping[str, Tensor]) -> None:
-        """Give a client the parameters and buffers that `model_state` would give of it."""
+        """Give a client these parameters and buffers, in the form that `model_state` returns."""
 
 
 class HostileCohort(CohortAround):
     """A simulated cohort some of whose clients attack. `engine` is the innermost cohort; what is `frozen` does not
-    move. Scores are those of the honest clients' models: of `eval_clients` that are drawn, as many as are honest.
+    move. Scores are those of the honest clients among the `eval_clients` that are drawn.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class HostileCohort(CohortAround):
         return tail if rows is tail.rows else replace(tail, rows=rows)
 
     def backward(self, gradients: CutGradients) -> None:
-        """Hostile clients train on another gradient, where they are sent one."""
+        """Hostile clients use another gradient, if they receive one."""
         clients, sizes = self._asked
         if not (gradients.own or gradients.common) or not self._gradient.keys() & set(clients):
             self.inner.backward(gradients)
@@ -126,7 +126,7 @@ class HostileCohort(CohortAround):
     def _changed(
         self, what: str, by: Mapping[int, list[Attack]], rows: Rows, clients: Sequence[int], sizes: Sequence[int]
     ) -> Rows:
-        """Rows [R, s...] of which those of hostile clients are as their attacks have them."""
+        """Rows [R, s...] in which attacks have replaced the rows of hostile clients."""
         if not by.keys() & set(clients):
             return rows
         changed, start = [r.clone() for r in rows], 0
@@ -141,7 +141,7 @@ class HostileCohort(CohortAround):
         return tuple(changed)
 
     def _leave(self, client: int) -> None:
-        """A model is about to leave a client: a hostile one changes what it has done to it."""
+        """Called before a model leaves a client: a hostile client changes its update."""
         if client not in self._update:
             return
         self.engine.settle()
@@ -161,7 +161,7 @@ class HostileCohort(CohortAround):
 
 
 def with_targets(samples: Samples, owners: Sequence[np.ndarray], attacks: Attacks, classes: int) -> Samples:
-    """Training samples of which the rows of hostile clients have the targets that their attacks say. `owners` are each
+    """Training samples in which the rows of hostile clients have the targets of their attacks. `owners` are each
     client's rows; `classes` is 0 if targets are not one class per sample. Raises ConfigError.
     """
     by = attacks.by("targets")
@@ -175,7 +175,7 @@ def with_targets(samples: Samples, owners: Sequence[np.ndarray], attacks: Attack
 
 
 def _asked(attack: Attack, what: str, given: Tensor | Rows, draw: torch.Generator, *classes: int) -> Rows:
-    """What an attack makes of tensors. Raises ConfigError if it fails, or gives others than it should."""
+    """The tensors that an attack returns. Raises ConfigError if it fails, or if their shapes or types are wrong."""
     name = f"`{what}` of the attack {attack.entry.name!r}"
     with own_code(attack, name), torch.no_grad():
         found = getattr(attack, what)(given, *classes, draw)
@@ -188,6 +188,6 @@ def _asked(attack: Attack, what: str, given: Tensor | Rows, draw: torch.Generato
 
 
 def _finite(numbers: Tensor, dtype: torch.dtype) -> Tensor:
-    """In that type, without overflow."""
+    """The numbers in this type, without overflow."""
     limit = torch.finfo(dtype).max
     return numbers.clamp(-limit, limit).to(dtype)

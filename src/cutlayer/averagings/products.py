@@ -29,7 +29,7 @@ from cutlayer.averagings.rule import Averaging, averaging
 if TYPE_CHECKING:
     from torch import Tensor
 
-_NOTHING = 1e-9  # of the largest singular value: in double precision, what is smaller is rounding
+_NOTHING = 1e-9  # of the largest singular value: in double precision, smaller values are rounding errors
 
 
 @averaging("products", title="Mean of products", paper="arXiv 2505.02795")
@@ -71,7 +71,7 @@ def factors(first: Tensor, second: Tensor, shares: Tensor) -> tuple[Tensor, Tens
     there = min(rank, int((s > _NOTHING * max(float(s[0]), 1e-300)).sum()))
     u, s, v = left @ u[:, :there], s[:there], right @ vh[:there].T  # [o, q], [q], [i, q]
     rest = (rank if rank <= inputs else inputs) - there
-    if rest > 0:  # directions that the product lacks: from what is left of the mean of A
+    if rest > 0:  # directions that the product lacks: from the rest of the mean of A
         mean = torch.tensordot(p, a, 1)
         _, sizes, others = torch.linalg.svd(mean - mean @ v @ v.T, full_matrices=False)
         spanned = min(rest, int((sizes > _NOTHING * mean.norm()).sum()))

@@ -3,7 +3,7 @@
 A rule of your own is a subclass of `Averaging` under `@averaging("name")`, in a file that the configuration names:
 `averaging = "path/to/file.py:Name"`. Its options are declared with `plugins.option`.
 
-Shape legend: K models that came, d numbers of a model (parameters and real buffers, in the order of its state).
+Shape legend: K received models, d numbers of a model (parameters and real buffers, in the order of its state).
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ class Averaging(plugins.Thing):
     relative: ClassVar[bool] = False
     """Whether `combine` looks at `origin`."""
     by_name: ClassVar[bool] = False
-    """Whether tensors are combined by their names (`combine_named`) instead of all numbers alike (`combine`)."""
+    """Whether tensors are combined by their names (`combine_named`), instead of all numbers in the same way
+    (`combine`).
+    """
 
     def combine(self, models: Tensor, shares: Tensor, origin: Tensor | None) -> Tensor:
         """One model [d] from those of K clients [K, d], whose weights `shares` [K] add up to 1.
@@ -45,7 +47,7 @@ class Averaging(plugins.Thing):
 
     @property
     def plain(self) -> bool:
-        """Whether it is the weighted mean, which engines compute in ways of their own."""
+        """Whether it is the weighted mean, which engines compute in their own way."""
         return type(self).combine is Averaging.combine and not self.by_name
 
 

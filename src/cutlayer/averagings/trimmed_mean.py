@@ -25,7 +25,7 @@ class TrimmedMean(Averaging):
     """Fraction of the values that is left out at each end, rounded up to a whole number of models."""
 
     def dropped(self, models: int) -> int:
-        """How many of so many models are left out at each end."""
+        """How many of this number of models are left out at each end."""
         return min(math.ceil(self.trim * models - 1e-9), (models - 1) // 2)
 
     def combine(self, models: Tensor, shares: Tensor, origin: Tensor | None) -> Tensor:

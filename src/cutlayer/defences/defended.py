@@ -38,7 +38,7 @@ class DefendedCohort(CohortAround):
         return replace(smashed, parts=sent) if smashed.parts else sent[0]
 
     def _protected(self, smashed: Smashed, batches: Sequence[tuple[Rows, int]]) -> Guarded:
-        """Rows that are protected, of clients whose `batches` (inputs, clock) they came from."""
+        """The protected rows of clients, from their `batches` (inputs, clock)."""
         x, clocks = [own for own, _ in batches], [clock for _, clock in batches]
         return self.defences.step(smashed.rows, x, smashed.clients, smashed.sizes, clocks)
 
@@ -51,7 +51,7 @@ class DefendedCohort(CohortAround):
         return self.inner.backward_together(self._back(gradients))
 
     def _back(self, gradients: CutGradients) -> CutGradients:
-        """Gradients that have gone back through the defences."""
+        """The gradients after the backward pass through the defences."""
         assert self._guarded, "a backward pass follows a forward pass"
         found = tuple(map(_through, gradients.parts or (gradients,), self._guarded))
         return replace(gradients, parts=found) if gradients.parts else found[0]
@@ -69,7 +69,7 @@ class DefendedCohort(CohortAround):
 
 
 def _through(gradients: CutGradients, guarded: tuple[tuple[int, ...], Guarded]) -> CutGradients:
-    """Gradients of one cut that have gone back through the defences of its clients."""
+    """The gradients of one cut after the backward pass through the defences of its clients."""
     clients, done = guarded
     own = done.back(gradients.for_all(clients, done.sizes))
     return CutGradients(own, clients, done.sizes)

@@ -7,13 +7,13 @@ one".
 
 Composition: batches are shuffled epochs without replacement, so a sample is released exactly once per epoch; within an
 epoch the rows of different samples are different data (parallel composition), over T epochs T releases compose.
-Sampling does NOT amplify: the server sees every row by itself, and knows that each sample comes once per epoch.
+Sampling does NOT amplify: the server sees every single row, and knows that each sample is sent once per epoch.
 
 - Gaussian: T releases of deviation sigma are one of deviation sigma / sqrt(T), adaptive or not (Dong, Roth & Su,
   arXiv 1905.02383, corollary 3.3), whose epsilon at a delta is exact (Balle & Wang, arXiv 1805.06530, theorem 8).
 - Laplace of scale s: T 2 clip / s, delta 0 (Dwork & Roth 2014, theorems 3.6 and 3.14).
 
-What the statement is about, and what not, is in `Statement.protects` and `Statement.not_covered`: read them.
+`Statement.protects` and `Statement.not_covered` say what the statement covers and what it does not: read them.
 """
 
 from __future__ import annotations
@@ -143,8 +143,8 @@ def sampled_gaussian(multiplier: float, rate: float, steps: int, delta: float = 
     """What `steps` noisy SUMS over Poisson samples (each sample with probability `rate`) cost; add-or-remove adjacency.
 
     `multiplier` is sigma / sensitivity. This is the setting of DP-SGD and of published numbers, to compare with. It is
-    NOT a statement about smashed data: that goes up row by row, and in shuffled epochs. With rate = 1 both settings
-    meet. Accountants: Mironov et al., arXiv 1908.10530 (RDP); Gopi et al., arXiv 2106.02848 (PRV, error 0.01).
+    NOT a statement about smashed data, which are sent row by row and in shuffled epochs. With rate = 1, both settings
+    are equal. Accountants: Mironov et al., arXiv 1908.10530 (RDP); Gopi et al., arXiv 2106.02848 (PRV, error 0.01).
     Raises ConfigError: multiplier <= 0, rate outside (0, 1], steps < 1, delta outside (0, 1).
     """
     _check_delta(delta)
@@ -183,7 +183,7 @@ def _epsilon(mu: float, delta: float) -> float:
 
 
 def _solve(rising: Callable[[float], float]) -> float:
-    """Where a function that rises from below 0, on the positive axis, crosses it."""
+    """The zero, on the positive axis, of a rising function that starts below 0."""
     from scipy.optimize import brentq  # type: ignore[import-untyped]
 
     high = 1.0

@@ -25,7 +25,7 @@ class FeatureDropout(Defence):
 
     @property
     def exact(self) -> bool:
-        """What is kept is exact."""
+        """The kept features are exact."""
         return True
 
     @property
@@ -39,5 +39,5 @@ class FeatureDropout(Defence):
 
 
 def _kept(probability: float, shape: Sequence[int], draw: torch.Generator) -> Tensor:
-    """Factors: 0 with this probability, else what keeps the mean."""
+    """Factors: 0 with this probability, otherwise the factor that preserves the mean."""
     return (torch.rand(tuple(shape), generator=draw) >= probability) / (1 - probability)

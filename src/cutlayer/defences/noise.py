@@ -1,7 +1,5 @@
-"""Smashed data is clipped, and noise is added.
-
-Noise is stated in units of the clip, and the kind of noise decides by which norm is clipped. Together they are
-differentially private, as `dp` states it.
+"""Smashed data are clipped, and noise is added. The noise is given in units of the clip, and the kind of noise decides
+which norm is clipped. Together they are differentially private, as `dp` states.
 """
 
 from __future__ import annotations
@@ -60,7 +58,7 @@ class Noise(Defence):
         return quiet
 
     def check(self, given: frozenset[str]) -> None:
-        """Noise has a meaning relative to what it hides. Raises ConfigError."""
+        """Noise only has a meaning relative to the length of the rows that it hides. Raises ConfigError."""
         for name in ("gaussian_noise", "laplace_noise"):
             if getattr(self, name) and self.clip is None:
                 raise ConfigError(f"{name} = {getattr(self, name)!r} needs clip, its unit: give e.g. clip = 1.0")
@@ -89,7 +87,7 @@ class Noise(Defence):
 def _shortened(rows: Tensor, factor: Tensor) -> Tensor:
     if rows.element_size() >= 4:
         return rows * factor.to(rows.dtype)
-    slack = 1 - torch.finfo(rows.dtype).eps  # what rounding to few digits may add again
+    slack = 1 - torch.finfo(rows.dtype).eps  # rounding to few digits may increase the norm again
     return (rows.float() * torch.where(factor < 1, factor * slack, factor)).to(rows.dtype)
 
 

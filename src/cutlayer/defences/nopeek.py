@@ -1,6 +1,6 @@
 """NoPeek (Vepakomma et al. 2020, arXiv 2008.09161): a penalty on the distance correlation of inputs and smashed data.
 
-What is sent is not changed; the client learns to send what tells less of its inputs.
+The sent data are not changed; the client learns to send data that tell less about its inputs.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class NoPeek(Defence):
 
 def distance_correlation(x: Tensor, z: Tensor) -> Tensor:
     """Distance correlation, in [0, 1], of rows x [n, d] and z [n, m], by the biased estimator, differentiable in z
-    (Szekely et al. 2007). 0 where one of them does not vary.
+    (Szekely et al. 2007). 0 if one of them is constant.
     """
     a, b = (_centred(r.double()) for r in (x, z))
     product = (a.square().mean() * b.square().mean()).sqrt()

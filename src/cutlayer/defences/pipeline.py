@@ -1,9 +1,7 @@
-"""All defences of a run's clients, one after another: what is done to smashed data before it is sent.
-
-The client's own backward pass goes through all of them, and their penalties are added. The precision of what is sent,
-another defence, is the codec's (`up_codec`); averaged gradients, `phi`, are SplitAvg's.
-
-Draws are named by client and batch, so that every engine, and a client on another machine, draws the same.
+"""All defences of a run's clients, one after another, which change smashed data before they are sent. The client's own
+backward pass goes through all of them, and their penalties are added. Two related options belong elsewhere: the
+precision of sent rows to the codec (`up_codec`), and averaged gradients (`phi`) to SplitAvg. Draws are named by client
+and batch, so every engine, and a client on another machine, draws the same numbers.
 
 Shape legend: R rows of all clients, b_k those of client k, s... the shape of one row.
 """
@@ -80,8 +78,8 @@ def _made(reference: str, values: dict[str, Any]) -> Defence:
 @dataclass(frozen=True)
 class Defences:
     """The defences of all clients; `seed` names what they draw. `secret`: it is a client's own secret. Then the draws
-    are named by the rows, too, as for own test rows: a server that has the same batch sent twice, by other weights,
-    gets other noise, so that no difference is free of it.
+    are also named by the rows, as for own test rows. If a server requests the same batch twice with other weights, it
+    gets other noise, so the difference is not free of noise.
     """
 
     seed: int = 0
@@ -90,7 +88,7 @@ class Defences:
 
     @cached_property
     def in_order(self) -> tuple[Defence, ...]:
-        """Those that do anything, as they are applied."""
+        """The defences that have an effect, in the order in which they are applied."""
         return tuple(sorted((p for p in self.parts if p.active), key=lambda p: p.order))
 
     @property
@@ -101,12 +99,12 @@ class Defences:
 
     @property
     def noisy(self) -> bool:
-        """Whether one adds noise, or hides features in a way of which no more is known than that."""
+        """Whether a defence adds noise, or hides features in an unknown way."""
         return any(not p.exact for p in self.in_order)
 
     @property
     def active(self) -> bool:
-        """Whether any does anything."""
+        """Whether any defence has an effect."""
         return bool(self.in_order)
 
     def get(self, kind: type[D]) -> D | None:
@@ -114,7 +112,7 @@ class Defences:
         return next((p for p in self.in_order if isinstance(p, kind)), None)
 
     def before(self, part: Defence) -> tuple[Defence, ...]:
-        """Those that are applied before `part`."""
+        """The defences that are applied before `part`."""
         return self.in_order[: self.in_order.index(part)]
 
     def step(
@@ -144,15 +142,15 @@ class Defences:
             return self._sent(rows, sizes, [self._draw("evaluation", k, start) for k in clients])
 
     def own_test(self, rows: Rows, client: int) -> Rows:
-        """Smashed data of test rows that are the client's own. What is drawn is named by the rows: the same rows are
-        sent the same again, and those of another model with other noise, so that no difference is free of it.
+        """Smashed data of test rows that are the client's own. Draws are named by the rows. The same rows are sent with
+        the same noise again, and rows of another model with other noise, so the difference is not free of noise.
         """
         with torch.no_grad():
             return self._sent(rows, [len(rows[0])], [self._draw("own test", client, _digest(rows))])
 
     def fresh(self, rows: Rows) -> Rows:
-        """The same for anyone's rows, with draws of torch's global generator: what an attacker who knows the defences
-        can do as often as it likes.
+        """The same for any rows, with draws of torch's global generator. An attacker who knows the defences can do this
+        as often as it likes.
         """
         return self._sent(rows, [len(rows[0])], [torch.default_generator])
 
@@ -160,7 +158,7 @@ class Defences:
         return seeds.torch_generator(self.seed, "defence", *name)
 
     def _sent(self, rows: Rows, sizes: Sequence[int], draws: Sequence[torch.Generator]) -> Rows:
-        """Floating point rows after all defences; others as they are."""
+        """Floating point rows after all defences; other rows unchanged."""
         real = [i for i, r in enumerate(rows) if r.is_floating_point()]
         sent = tuple(rows[i] for i in real)
         for part in self.in_order:
@@ -178,7 +176,7 @@ def _digest(rows: Rows) -> str:
 
 
 def _protected(part: Defence, rows: Rows, sizes: Sequence[int], draws: Sequence[torch.Generator]) -> Rows:
-    """What a defence sends instead of `rows`. Raises ConfigError if it fails, or sends tensors of other shapes."""
+    """The tensors that a defence sends instead of `rows`. Raises ConfigError if it fails, or if their shapes differ."""
     what = f"`protect` of the defence {part.entry.name!r}"
     with own_code(part, what):
         sent = tuple(part.protect(rows, sizes, draws))
@@ -192,7 +190,7 @@ def _protected(part: Defence, rows: Rows, sizes: Sequence[int], draws: Sequence[
 
 @dataclass(frozen=True)
 class Guarded:
-    """The smashed data of one step as they are `sent`, each [R, s...], and the way back through what was done."""
+    """The smashed data of one step as they are `sent`, each [R, s...], and the backward pass through the defences."""
 
     leaves: Rows
     sent: Rows
@@ -206,8 +204,8 @@ class Guarded:
         return tuple(r.detach() for r in self.sent)
 
     def back(self, gradients: Rows) -> Rows:
-        """From dLoss/d(what was sent), each [R, s...], to the gradients with respect to what the client computed; none
-        where none came.
+        """Turns gradients with respect to the sent rows, each [R, s...], into gradients with respect to the computed
+        rows; None stays None.
         """
         if not gradients:
             return ()

@@ -19,15 +19,15 @@ from cutlayer.types import Rows
 
 
 class Defence(plugins.Thing):
-    """Base of defences. What a subclass does not define has no effect."""
+    """Base of defences. A method that a subclass does not define has no effect."""
 
     order: ClassVar[int] = 100
     """Defences are applied in this order, smallest first: features are dropped at 10, noise is added at 20."""
 
     @property
     def exact(self) -> bool:
-        """Whether some features are still sent exactly, or as a continuous function of themselves. Then no bound on
-        what they tell of the inputs is finite. By default that is not known.
+        """Whether some features are still sent exactly, or as a continuous function of themselves. Then there is no
+        finite bound on what they tell about the inputs. By default, this is not known.
         """
         return False
 

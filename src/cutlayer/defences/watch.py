@@ -1,14 +1,14 @@
 """What a client can do to notice a server that does not train the task.
 
 It rests on the observation of the Gradients Scrutinizer (Fu et al., NDSS 2023): under the task, gradients of rows with
-the same label resemble each other more than those of different labels; a hijacker ignores labels. Theirs is a score of
-means, spread and overlap. But inputs of one class are alike, so a hijacker's gradients for them are alike too. The
-score here is therefore about what labels explain beyond the smashed rows' own likeness, which the client knows.
+the same label resemble each other more than those of different labels; a hijacker ignores labels. Their score consists
+of means, spread and overlap. But inputs of one class are similar, so a hijacker's gradients for them are similar, too.
+Therefore the score here measures what labels explain beyond the similarity of the smashed rows, which the client knows.
 
 Limits: an attacker that mixes in the task's gradient evades it; so does one that knows of the test (SplitSpy, ibid.,
-evades the older SplitGuard, arXiv 2108.09052). Gradients that are averaged over clients or rows, or noisy, carry no
-labels of their own: an honest server then looks suspicious, so only rows that were sent for the client alone may be
-observed.
+evades the older SplitGuard, arXiv 2108.09052). Gradients that are averaged over clients or rows, or noisy, have no
+labels of their own. With them, an honest server would look suspicious, so only gradients for this client's own rows may
+be observed.
 
 Shape legend: R rows, s... one sample's smashed data.
 """
@@ -35,7 +35,7 @@ class Watch:
 
     In each batch the cosines of all pairs of gradients are regressed (quadratically) on the cosines of the pairs of
     smashed rows; `score` is the probability that a same-label pair lies higher above that curve than a pair of
-    different labels: about 0.5 where labels play no part. Below `least` after at least `after` batches the server is
+    different labels: about 0.5 if labels play no part. Below `least` after at least `after` batches the server is
     `suspicious`. Honest servers have been seen as low as 0.65 (clients with two labels each), hijackers as high as
     0.75. A suspicion is not a proof, and the absence of one is not either.
     """
@@ -53,8 +53,8 @@ class Watch:
     def observe(self, gradients: Tensor, rows: Tensor, labels: Tensor) -> None:
         """Note one batch: gradients [R, s...] received for smashed rows [R, s...] with labels [R].
 
-        Batches that lack pairs of either kind tell nothing and are left out, and so are rows whose class does not count
-        (below 0). Raises DataError: unequal numbers of rows, NaN.
+        Batches that lack pairs of either kind are left out, as are rows whose class does not count (below 0). Raises
+        DataError: unequal numbers of rows, NaN.
         """
         check_rows(1, "to watch", gradients=gradients, rows=rows, labels=labels)
         if bool((labels < 0).any()):
@@ -83,7 +83,7 @@ class Watch:
 
     @property
     def suspicious(self) -> bool:
-        """Whether enough was seen and it does not look like the task's gradients."""
+        """Whether enough batches were seen and their gradients do not look like those of the task."""
         return self.observed >= self._after and self.score < self.least
 
 
@@ -91,7 +91,7 @@ class Watch:
 class ModelLook:
     """What a client sees of a model that it is to take: its `distance` from the client's own, in units of the own
     model's norm; and of the weight `name`, in which they are most, the share of rows that pass a single input on
-    (`passing`), where in the client's own model it is `own`.
+    (`passing`), compared with the share in the client's own model (`own`).
 
     An average of models that started alike, or a model that was trained elsewhere, is about as near as training went:
     distances below 1 have been seen, and no such rows in dense layers. A model that is made to read inputs has rows
@@ -106,7 +106,7 @@ class ModelLook:
 
     @property
     def suspicious(self) -> bool:
-        """Whether no honest training is known to give such a model."""
+        """Whether no honest training is known to produce this kind of model."""
         return self.distance > _FAR or self.passing > max(_PASSING, self.own + _PASSING)
 
 
@@ -140,14 +140,14 @@ _SHORTEST = 8
 
 
 def _cosines(rows: Tensor) -> Tensor:
-    """Of all pairs of rows [R, s...]: [R, R]."""
+    """The cosines of all pairs of rows [R, s...]: [R, R]."""
     directions = functional.normalize(flat(rows), dim=1)
     return directions @ directions.T
 
 
 class WatchedCohort(CohortAround):
     """Simulated clients that watch the server, each for itself: `watches` by client. Gradients that a client shares
-    with others it does not look at.
+    with others are not examined.
     """
 
     def __init__(self, inner: Cohort) -> None:

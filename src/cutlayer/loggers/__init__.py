@@ -1,4 +1,4 @@
-"""What is told of a run while it trains: callbacks of the user's, and loggers, one file each."""
+"""How a run reports while it trains: the user's callbacks, and loggers, one file each."""
 
 from cutlayer.loggers.audience import Audience
 from cutlayer.loggers.listening import Callback, Logger, RunStart, logger

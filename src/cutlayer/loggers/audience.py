@@ -1,4 +1,4 @@
-"""Those who are told of one run, in order, and what becomes of one that fails."""
+"""The loggers and callbacks of one run, in order, and what happens if one of them fails."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Audience:
     """The loggers and callbacks of one run, by what they are called in messages.
 
     One that fails when the run begins ends it, with a ConfigError, before anything is trained. One that fails later is
-    told nothing more: a warning says so in a line, and training goes on. An error of Cutlayer's own that a callback
-    raises ends the run at any time.
+    not called again: a warning says so, and training continues. An error of Cutlayer's own that a callback raises ends
+    the run at any time.
     """
 
     def __init__(self, listeners: Mapping[str, object]) -> None:
@@ -44,7 +44,9 @@ class Audience:
 
     @classmethod
     def of(cls, config: Choosing, callbacks: Sequence[object] = ()) -> Self:
-        """The loggers that the configuration names, then `callbacks`. Raises ConfigError for what cannot be told."""
+        """The loggers that the configuration names, then `callbacks`. Raises ConfigError for an object without
+        hooks.
+        """
         if isinstance(callbacks, str) or not isinstance(callbacks, Sequence):
             raise ConfigError(
                 f"callbacks = {callbacks!r} is not a list of objects: give callbacks=[...], and name loggers with "
@@ -57,7 +59,9 @@ class Audience:
         return cls(named | {f"callback {n} ({type(c).__name__})": _checked(c) for n, c in enumerate(callbacks, 1)})
 
     def begin(self, run: RunStart) -> None:
-        """Tell all that the run begins. Raises ConfigError where one fails; the others have then heard of an end."""
+        """Tell all that the run begins. Raises ConfigError if one fails; the others are then told that the run has
+        ended.
+        """
         for who, listener in self._all.items():
             try:
                 with own_code(listener, who):
@@ -71,18 +75,18 @@ class Audience:
             self._hearing[who] = listener
 
     def step(self, record: Record) -> None:
-        """Tell of a step all that want to hear of it."""
+        """Report a step to all that listen to steps."""
         for who, listener in self._told():
             if not isinstance(listener, Logger) or record.step % listener.log_every == 0:
                 self._try(who, listener, "on_step", record)
 
     def evaluate(self, scores: Scores) -> None:
-        """Tell of an evaluation."""
+        """Report an evaluation."""
         for who, listener in self._told():
             self._try(who, listener, "on_evaluate", scores)
 
     def end(self, result: Result | None) -> None:
-        """Tell of the end all that have heard of the beginning."""
+        """Report the end to all that were told of the beginning."""
         for who, listener in self._told():
             self._try(who, listener, "on_end", result)
         self._hearing.clear()
@@ -95,7 +99,7 @@ class Audience:
             _tell(listener, hook, what)
         except CutlayerError:
             raise
-        except Exception as error:  # a user's code, or a service that is away: anything can come out
+        except Exception as error:  # a user's code, or a service that is not available: any error is possible
             self._hearing.pop(who, None)
             warnings.warn(
                 f"{who} failed in {hook}{place_of(listener, error)} ({_reason(error)}): it is not called again in this "

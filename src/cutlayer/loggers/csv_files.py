@@ -32,7 +32,7 @@ class CsvFiles(Logger):
     _open: _Open | None = None
 
     def on_begin(self, run: RunStart) -> None:
-        """Open both files; what they say of steps and rounds that are trained again is taken out."""
+        """Open both files, without the lines of steps and rounds that are trained again."""
         place = run.place("the logger 'csv'")
         self._open = _Open(
             _opened(place / "steps.csv", _STEPS, lambda line: int(line["step"]) < run.steps),
@@ -45,7 +45,7 @@ class CsvFiles(Logger):
         csv.writer(self._open.steps).writerow([getattr(record, name) for name in _STEPS])
 
     def on_evaluate(self, scores: Scores) -> None:
-        """Lines of evaluations.csv, and both files up to date for those who read along."""
+        """Write lines of evaluations.csv, and flush both files for readers."""
         assert self._open is not None, "the run has begun"
         write = csv.writer(self._open.evaluations).writerow
         for name, value in of_evaluation(scores).items():

@@ -1,8 +1,8 @@
-"""What is told of a run: the hooks of a callback, and what a logger is besides.
+"""How a run reports: the hooks of a callback, and what a logger adds to them.
 
-A callback is any object with some of the methods `on_begin`, `on_step`, `on_evaluate` and `on_end`. A logger is one
-that can be named: a subclass of `Logger` under `@logger("name")`, whose options are declared with `plugins.option`, or
-a plain class with these methods. Each run has a logger of its own.
+A callback is any object with some of the methods `on_begin`, `on_step`, `on_evaluate` and `on_end`. A logger is a
+callback with a name: a subclass of `Logger` under `@logger("name")`, whose options are declared with `plugins.option`,
+or a plain class with these methods. Each run has its own logger.
 """
 
 from __future__ import annotations
@@ -23,12 +23,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunStart:
-    """What a callback hears first.
-
-    `name` tells the run from others, `group` is that of a comparison's folder (empty outside of one); `config` are its
-    options, and `metric` is its primary metric. `folder` is where loggers keep files, in the run's own folder; None if
-    the run has none. `steps` and `rounds` are those that were done before: 0, or those of the checkpoint that a resumed
-    run goes on from. What was told of later ones is told again.
+    """What a callback is told first. `name` distinguishes the run from others, `group` is the name of a comparison's
+    folder (empty for other runs); `config` are its options, and `metric` is its primary metric. `folder` is where
+    loggers keep files, in the run's own folder; None if the run has none. `steps` and `rounds` are those that are
+    already done: 0, or those of the checkpoint from which a resumed run continues. Later ones are reported again.
     """
 
     name: str
@@ -59,11 +57,11 @@ class RunStart:
 
 
 class Callback:
-    """Base of callbacks, for those who like one: its hooks do nothing."""
+    """An optional base of callbacks, whose hooks do nothing."""
 
     def on_begin(self, run: RunStart) -> None:
-        """Training begins, or goes on. An exception here ends the run; after a later one the run goes on without this
-        callback.
+        """Training begins, or continues. An exception here ends the run. After a later exception, the run continues
+        without this callback.
         """
 
     def on_step(self, record: Record) -> None:
@@ -77,7 +75,7 @@ class Callback:
 
 
 class Logger(Callback, plugins.Thing):
-    """Base of loggers. What it needs while a run trains belongs into attributes that begin with an underscore."""
+    """Base of loggers. State during a run belongs in attributes that begin with an underscore."""
 
     log_every: int = plugins.option(1, ge=1, shared=False)
     """Write every n-th step to the loggers. Evaluations are always written."""
@@ -92,7 +90,7 @@ def logger(name: str, *, title: str = "") -> Callable[[L], L]:
 
 
 def need(module: str, name: str, package: str = "", extra: str = "") -> None:
-    """Raises ConfigError where the `module` that the logger called `name` writes with is not installed."""
+    """Raises ConfigError if the `module` that the logger called `name` needs is not installed."""
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:  # without a file: a folder of that name, such as one with logs
         raise ConfigError(
@@ -109,13 +107,13 @@ _OF_RUNS = (
 
 
 def of_step(record: Record) -> dict[str, float]:
-    """The figures of a step, by names such as train/loss; without those that it does not have."""
+    """The figures of a step, by names such as train/loss; missing ones are left out."""
     return _known("train", {name: getattr(record, name) for name in _OF_STEPS})
 
 
 def of_evaluation(scores: Scores) -> dict[str, float]:
-    """The figures of an evaluation, by names such as test/accuracy, validation/loss and run/bytes_up. Metrics that are
-    several numbers, such as a confusion matrix, are left out, and so is what is not defined.
+    """The figures of an evaluation, by names such as test/accuracy, validation/loss and run/bytes_up. Metrics with
+    several numbers, such as a confusion matrix, and undefined metrics are left out.
     """
     found = _known("run", {name: getattr(scores, name) for name in _OF_RUNS})
     for rows in ("validation", "test", "own"):

@@ -35,7 +35,7 @@ class Mlflow(Logger):
         need("mlflow", "mlflow", "mlflow-skinny")
 
     def on_begin(self, run: RunStart) -> None:
-        """Begin a run in the experiment, or go on with the one that a resumed run has."""
+        """Begin a run in the experiment, or continue the one of a resumed run."""
         from mlflow import MlflowClient
         from mlflow.entities import Param
 
@@ -54,18 +54,18 @@ class Mlflow(Logger):
         return made
 
     def on_step(self, record: Record) -> None:
-        """Keep the figures of the step, at the number of steps that are done, until there are some to be sent."""
+        """Keep the figures of the step, at the number of completed steps, until there are enough to send."""
         self._note(of_step(record), record.step + 1)
         if len(self._waiting) >= _AT_ONCE:
             self._send()
 
     def on_evaluate(self, scores: Scores) -> None:
-        """Send the figures of the evaluation, and all that wait."""
+        """Send the figures of the evaluation, and all figures that wait."""
         self._note(of_evaluation(scores), scores.step)
         self._send()
 
     def on_end(self, result: Result | None) -> None:
-        """Send what waits, and say how the run ended."""
+        """Send all figures that wait, and how the run ended."""
         self._send()
         self._client.set_terminated(self._run, "KILLED" if result is None else "FINISHED")
 

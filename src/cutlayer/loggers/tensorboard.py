@@ -24,7 +24,7 @@ class TensorBoard(Logger):
         need("tensorboard", "tensorboard")
 
     def on_begin(self, run: RunStart) -> None:
-        """Open a file; what earlier ones say of steps that are trained again is not shown."""
+        """Open a file. Entries of earlier files about steps that are trained again are not shown."""
         from torch.utils.tensorboard.writer import SummaryWriter
 
         place = run.place("the logger 'tensorboard'") / "tensorboard"
@@ -37,7 +37,7 @@ class TensorBoard(Logger):
             self._add(name, value, record.step + 1)
 
     def on_evaluate(self, scores: Scores) -> None:
-        """The figures of the evaluation, written for those who look."""
+        """The figures of the evaluation, flushed for readers."""
         for name, value in of_evaluation(scores).items():
             self._add(name, value, scores.step)
         assert self._writer is not None, "the run has begun"

@@ -42,9 +42,9 @@ class Wandb(Logger):
             mode=self.wandb_mode,
             config=dict(run.config),
             dir=None if run.folder is None else str(run.place("wandb")),
-            settings=wandb.Settings(console="off", quiet=True),  # what is printed is the progress, not theirs
+            settings=wandb.Settings(console="off", quiet=True),  # only Cutlayer's progress is printed
         )
-        self._run.define_metric("*", step_metric="step")  # steps that are trained again replace what was before
+        self._run.define_metric("*", step_metric="step")  # steps that are trained again replace earlier ones
 
     def on_step(self, record: Record) -> None:
         """The figures of the step, at the number of steps that are done."""

@@ -42,5 +42,5 @@ class OneCycleSchedule(Schedule):
 
 
 def _between(start: float, end: float, done: float) -> float:
-    """On half a cosine from `start` to `end`, of which the fraction `done` is behind."""
+    """The value on half a cosine from `start` to `end`, after the fraction `done` of it."""
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * done))

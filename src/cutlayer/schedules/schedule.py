@@ -14,7 +14,7 @@ _COUNTING = {"round", "step", "epoch"}  # names of a function's first parameter 
 
 
 class Schedule(Thing):
-    """Base of schedules: what multiplies the base rates. Options of a schedule live with it."""
+    """Base of schedules, whose factor multiplies the base rates. A schedule declares its own options."""
 
     @property
     def called(self) -> str:
@@ -32,7 +32,7 @@ class Schedule(Thing):
 
 class FunctionSchedule(Schedule):
     """A schedule that is a plain function, progress -> factor; or round -> factor, if its first parameter is called
-    `round`, `step` or `epoch`: then it gets the number of rounds that are done.
+    `round`, `step` or `epoch`: then it receives the number of completed rounds.
     """
 
     function: Callable[..., Any]
@@ -45,12 +45,12 @@ class FunctionSchedule(Schedule):
         return self.name
 
     def factor(self, progress: float) -> float:
-        """What the function gives. Raises ConfigError unless that is a number of at least 0."""
+        """The function's result. Raises ConfigError unless it is a number of at least 0."""
         first = next(iter(inspect.signature(self.function).parameters), "")
         done: float = round(progress * self.rounds) if first in _COUNTING else progress
         try:
             factor = float(self.function(done))
-        except Exception as error:  # the user's function: anything can come out
+        except Exception as error:  # the user's function: any error is possible
             raise ConfigError(
                 f"the schedule {self.name!r} fails at {done} ({type(error).__name__}: {error}): correct the function"
             ) from None
@@ -69,8 +69,8 @@ class FunctionSchedule(Schedule):
 
 
 class WarmedUp(Schedule):
-    """Rates rise in equal steps during the first rounds (a fraction `warmup` of them); `then` has the rounds after
-    that as if they were all.
+    """Rates rise in equal steps during the first rounds (a fraction `warmup` of them); `then` is applied to the rounds
+    after that, as if they were the whole training.
     """
 
     then: Schedule

@@ -1,17 +1,15 @@
-"""What a screening is: what the server makes of the rows that clients send, before it uses them.
-
-A row is what crosses of one sample, over all real tensors; its length is the Euclidean norm. A screening of your own is
-a subclass of `Screening` under `@screening("name")`, in a file that the configuration names:
-`screening = "path/to/file.py:Name"`. It defines one of two methods, and its options with `plugins.option`:
+"""What a screening is: a change that the server makes to received rows before it uses them. A row consists of all real
+tensors that cross for one sample; its length is the Euclidean norm. A screening of your own is a subclass of
+`Screening` under `@screening("name")`, in a file that the configuration names: `screening = "path/to/file.py:Name"`. It
+defines one of two methods, and its options with `plugins.option`:
 
 - `bound`: the length B that rows may have. A longer row z is used as z' = c z, c = B / |z|, as if its client had
   clipped it. The gradient that goes back to that client is that with respect to z, by the chain rule with B fixed:
 
       dL/dz = c (g - (g.u) u),   g = dL/dz',   u = z / |z|
 
-- `screen`: any rows in place of those that came. Autograd finds the gradient that goes back.
-
-What a client shares with others (a common gradient) has no row of its own and stays as it is.
+- `screen`: any rows in place of the received ones. Autograd computes the gradient that goes back. A gradient that
+  several clients share (a common gradient) does not belong to one row and stays as it is.
 
 Shape legend: R rows of a step, n of them that are meant, s... the shape of one row.
 """
@@ -33,14 +31,16 @@ from cutlayer.types import Rows
 
 
 class Back(Protocol):
-    """How gradients of screened rows go back to what was sent."""
+    """The backward pass from screened rows to sent rows."""
 
     def __call__(self, own: Rows, at: Sequence[int]) -> Rows:
-        """The gradients [n, s...] of what was sent, from those of the screened rows; `at`: which rows these are."""
+        """The gradients [n, s...] with respect to the sent rows, from those of the screened rows; `at`: which rows
+        these are.
+        """
 
 
 class Screened(NamedTuple):
-    """Rows that were screened, and how gradients go back through it; None if nothing was changed."""
+    """Screened rows, and the backward pass through the screening; None if nothing was changed."""
 
     rows: Rows
     back: Back | None = None
@@ -50,7 +50,7 @@ class Screening(plugins.Thing):
     """Base of screenings. One that defines neither `bound` nor `screen` changes nothing."""
 
     compares: ClassVar[bool] = False
-    """Whether a row is judged by the others of its step. Such a screening has no effect where clients take turns. In
+    """Whether a row is compared with the others of its step. Then the screening has no effect if clients take turns. In
     the U-shaped split it is applied to the gradients that clients send, too.
     """
 
@@ -58,19 +58,19 @@ class Screening(plugins.Thing):
         """The length that rows may have: one number, or one for each row [R]; 0 drops a row, None bounds nothing.
 
         `lengths` [R] are those of the rows of a step, in double precision, one client after another; `sizes` are the
-        clients' numbers of rows. What is returned counts as fixed: gradients do not pass through it.
+        clients' numbers of rows. The result counts as fixed: gradients do not pass through it.
         """
         return None
 
     def screen(self, rows: Rows, sizes: Sequence[int]) -> Rows:
-        """What the server uses in place of the rows, each [R, s...], one client after another, `sizes` of each; of the
-        same shapes and types, differentiable in those of real numbers. Detach what counts as fixed.
+        """The rows that the server uses instead of these, each [R, s...], one client after another, `sizes` of each.
+        They have the same shapes and types, and are differentiable in the real ones. Detach values that count as fixed.
         """
         return rows
 
     @property
     def active(self) -> bool:
-        """Whether it does anything."""
+        """Whether it has an effect."""
         return self._bounds or self._screens
 
     @property
@@ -89,7 +89,7 @@ class Screening(plugins.Thing):
         return Screened(rows) if found is None else _bounded(rows, lengths, found)
 
     def _bound(self, lengths: Tensor, sizes: Sequence[int]) -> Tensor | None:
-        """What `bound` gives, as a number for each row [R]. Raises ConfigError."""
+        """The result of `bound`, as a number for each row [R]. Raises ConfigError."""
         what = f"`bound` of the screening {self.entry.name!r}"
         with own_code(self, what):
             given = self.bound(lengths, sizes)
@@ -110,7 +110,7 @@ def _shown(found: Tensor) -> str:
 
 @dataclass(frozen=True)
 class _Scaled:
-    """Rows [n] of a step that were too long: where they are, their factors [n], and of what direction they were."""
+    """Rows [n] of a step that were too long: their positions, factors [n] and directions."""
 
     at: Sequence[int]
     factors: Tensor
@@ -133,7 +133,7 @@ class _Scaled:
 
 
 def _bounded(rows: Rows, lengths: Tensor, bound: Tensor) -> Screened:
-    """Rows of which those longer than `bound` [R] are scaled down to it."""
+    """The rows, after those longer than `bound` [R] are scaled down to it."""
     long = ((lengths > bound) & torch.isfinite(lengths)).nonzero().flatten()
     if not len(long):
         return Screened(rows)
@@ -151,7 +151,7 @@ def _bounded(rows: Rows, lengths: Tensor, bound: Tensor) -> Screened:
 
 @dataclass(frozen=True)
 class _Graph:
-    """Rows that a function has made of those that came, with their graph."""
+    """Rows that a function has made from the received ones, with their graph."""
 
     sent: Rows
     used: Rows
@@ -169,7 +169,7 @@ class _Graph:
 
 
 def _through_autograd(rule: Screening, rows: Rows, sizes: Sequence[int]) -> Screened:
-    """What `screen` gives. Raises ConfigError."""
+    """The result of `screen`. Raises ConfigError."""
     what = f"`screen` of the screening {rule.entry.name!r}"
     leaves = tuple(r.detach().clone().requires_grad_() if r.is_floating_point() else r for r in rows)
     with own_code(rule, what), torch.enable_grad():

@@ -1,4 +1,4 @@
-"""How long rows are. A row is what crosses of one sample, over all real tensors; its length is the Euclidean norm.
+"""The lengths of rows. A row consists of all real tensors that cross for one sample; its length is the Euclidean norm.
 
 Shape legend: C clients of a step, R rows of all of them, n numbers of a row.
 """
@@ -27,7 +27,7 @@ def lengths_of(rows: Rows) -> Tensor:
 
 
 def _lengths(rows: Tensor) -> Tensor:
-    """[R, n] -> [R]. Squares of large numbers overflow in single precision: a second look is in double."""
+    """[R, n] -> [R]. Squares of large numbers overflow in single precision; these are computed again in double."""
     lengths: Tensor = torch.linalg.vector_norm(rows if rows.element_size() >= 4 else rows.float(), dim=1).double()
     if not bool(torch.isfinite(lengths).all()):
         lengths = torch.linalg.vector_norm(rows.double(), dim=1)

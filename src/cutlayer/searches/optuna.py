@@ -11,7 +11,7 @@ from cutlayer.plugins import option
 from cutlayer.searches.searching import Leg, Legs, Search, Space, search
 from cutlayer.sweep import Point, rounded
 
-_ASKED = 50  # times that another point is asked for, where the sampler repeats one
+_ASKED = 50  # attempts to get another point if the sampler repeats one
 
 
 @search("optuna", title="Optuna (TPE)", paper="arXiv 1907.10902")
@@ -28,7 +28,7 @@ class Optuna(Search):
     the end."""
 
     def check_space(self, space: Space) -> None:
-        """Raises ConfigError where the package is missing, or a value is none that it can choose."""
+        """Raises ConfigError if the package is missing, or if Optuna cannot choose a value of this type."""
         if importlib.util.find_spec("optuna") is None:
             raise ConfigError(
                 "how = 'optuna' needs the package optuna, which is not installed: pip install 'cutlayer[tune]'"

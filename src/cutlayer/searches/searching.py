@@ -1,11 +1,10 @@
-"""What a search is: which values are tried next, given what the values tried so far came to.
+"""What a search is: it chooses the next values to try, given the scores of the values tried so far.
 
 A search of your own is a subclass of `Search` under `@search("name")`, in a file that the configuration names:
 `how = "path/to/file.py:Name"` below [tuning]. It is a generator: it yields the legs to train next, all of which may be
-trained at once, and is sent one score for each of them. It ends when it wants nothing more.
-
-A search must follow from its arguments and from the scores alone. An interrupted comparison runs it again from the
-beginning and answers it from what was trained already, so a search has no state to store.
+trained at once, and is sent one score for each of them. It ends when it has nothing more to try. A search must depend
+only on its arguments and on the scores. An interrupted comparison runs it again from the beginning and sends it the
+scores of the legs that are already trained, so a search has no state to store.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ _LISTED = 100_000  # points of a finite space that are drawn from a list of them
 @dataclass(frozen=True)
 class Leg:
     """A part of a trial's training: up to that `share` of its rounds, in (0, 1], with the values of `point`. A trial
-    goes on from where its last leg ended; legs of one trial have the same point.
+    continues where its last leg ended; legs of one trial have the same point.
     """
 
     trial: int
@@ -62,7 +61,7 @@ class Space:
         return [dict(zip(self.values, values, strict=True)) for values in itertools.product(*lists)]
 
     def drawn(self, count: int, seed: int) -> list[Point]:
-        """So many different points. Each option's values are drawn by the seed and the option's name alone, so that
+        """This number of different points. Each option's values depend only on the seed and the option's name, so
         methods with the same options try the same values.
         """
         if not self.ranges and self.size <= _LISTED:
@@ -91,7 +90,7 @@ class Search(plugins.Thing):
     """Base of searches."""
 
     def legs(self, space: Space, trials: int, seed: int) -> Legs:
-        """What to train: yields legs, is sent their scores. `trials` points are tried, numbered from 0.
+        """Yields the legs to train, and is sent their scores. `trials` points are tried, numbered from 0.
 
         `seed` is the one of the tuning. Raises ConfigError for a space that cannot be searched this way.
         """
@@ -101,7 +100,7 @@ class Search(plugins.Thing):
         """Raises ConfigError for a space that cannot be searched this way."""
 
     def trials_of(self, space: Space) -> float | None:
-        """How many trials the space itself asks for; None if that has to be said."""
+        """The number of trials that the space itself determines; None if it must be given."""
         return None
 
 

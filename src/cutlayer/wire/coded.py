@@ -1,4 +1,4 @@
-"""Rows that cross go through the codecs: a cohort around a cohort."""
+"""Applies codecs to the rows that cross: a cohort around a cohort."""
 
 from __future__ import annotations
 
@@ -17,19 +17,17 @@ from cutlayer.wire.coding import Coding
 
 
 class CodedCohort(CohortAround):
-    """A cohort whose rows cross as its codecs write them. Without a lossy codec nothing is changed.
-
-    `trains`: clients train something; if not, no backward pass is asked for. `lower_trains`: their lower parts do; if
-    not, no gradients go down.
-    `crossed` lists the bytes of all rows that crossed, oldest first, until whoever counts them empties it. Codecs keep
-    nothing: the state is the inner cohort's.
+    """A cohort whose rows are received as its codecs write them. Without a lossy codec, nothing is changed. `trains`:
+    clients train something; if not, no backward pass is requested. `lower_trains`: their lower parts train; if not, no
+    gradients go down. `crossed` lists the bytes of all rows that crossed, oldest first, until the counter empties it.
+    Codecs have no state, so the state is the inner cohort's.
     """
 
     def __init__(self, inner: Cohort, coding: Coding, *, trains: bool = True, lower_trains: bool = True) -> None:
         super().__init__(inner)
         self.coding, self.trains, self.lower_trains = coding, trains, lower_trains
         self.crossed: list[Crossed] = []
-        self._received: tuple[Smashed, ...] = ()  # of each cut, where clients have cuts of their own
+        self._received: tuple[Smashed, ...] = ()  # of each cut, if clients have their own cuts
 
     def forward(self, clients: Sequence[int] | None = None, *, labels: bool = True) -> Smashed:
         """Smashed data go up."""
@@ -49,12 +47,12 @@ class CodedCohort(CohortAround):
         return replace(tail, rows=self._up(tail))
 
     def backward(self, gradients: CutGradients) -> None:
-        """Own cut gradients go down one by one, a common one is written once."""
+        """Own cut gradients are written one by one, a common one is written once."""
         if self.trains:
             self.inner.backward(self._down(gradients))
 
     def backward_together(self, gradients: CutGradients) -> Summed:
-        """The same; weight gradients go as they are."""
+        """The same; weight gradients are not changed."""
         return self.inner.backward_together(self._down(gradients)) if self.trains else Summed()
 
     def _down(self, gradients: CutGradients) -> CutGradients:
@@ -67,7 +65,7 @@ class CodedCohort(CohortAround):
         return replace(gradients, parts=tuple(map(self._one_down, gradients.parts, received)))
 
     def _one_down(self, gradients: CutGradients, received: Smashed | None) -> CutGradients:
-        """Those of one cut, whose rows were `received`."""
+        """The gradients of one cut, whose rows were `received`."""
         rows = self._supported(gradients, received)
         own = self._cross("down", self.coding.down, rows, gradients.clients, gradients.sizes)
         common = gradients.common
@@ -78,8 +76,8 @@ class CodedCohort(CohortAround):
         return gradients if unchanged else replace(gradients, own=own, common=common)
 
     def _supported(self, gradients: CutGradients, received: Smashed | None) -> Rows:
-        """Own cut gradients, zero where the codec sent nothing if it asks for that. A common one is nobody's alone: it
-        stays as it is.
+        """Own cut gradients, with zeros where the codec sent nothing, if it requires this. A common gradient belongs to
+        several clients and stays as it is.
         """
         if received is None or not gradients.clients or not gradients.own:
             return gradients.own
@@ -108,7 +106,9 @@ class CodedCohort(CohortAround):
         self.inner.load(state)
 
     def _up(self, sent: Smashed | TailGradients) -> Rows:
-        """What clients sent, as it is received. Where it was carried, only the carrier may know its bytes."""
+        """The rows that clients sent, as they are received. If another machine sent them, only the carrier may know
+        their bytes.
+        """
         return self._cross("up", self.coding.up, sent.rows, sent.clients, sent.sizes, sent.written)
 
     def _cross(

@@ -1,4 +1,4 @@
-"""What codecs do to rows on their way between clients and server, and the bytes that these take.
+"""How codecs change rows between clients and server, and how many bytes the rows take.
 
 Every client's rows are written by themselves, as they are when clients are on other machines. A common gradient is
 written once.
@@ -23,8 +23,8 @@ from cutlayer.wire.codecs import RAW, Codec, compressed, payload_bytes, raw_byte
 
 @dataclass(frozen=True)
 class Coding:
-    """The codecs of what goes `up` (smashed data; in the U-shaped split also gradients) and `down` (cut gradients,
-    features). `carried`: whoever carries the rows applies them; here their bytes are counted alone.
+    """The codecs for rows that go `up` (smashed data; in the U-shaped split also gradients) and `down` (cut gradients,
+    features). `carried`: the carrier of the rows applies the codecs, and only the bytes are counted here.
     """
 
     up: Codec = RAW
@@ -34,7 +34,7 @@ class Coding:
     def rows(self, codec: Codec, rows: Rows, sizes: Sequence[int]) -> tuple[Rows, np.ndarray]:
         """Concatenated rows, each [R, s...], as they are received; bytes [C] of each client's b_k = `sizes` rows."""
         counts = np.zeros(len(sizes), np.int64)
-        if not sizes:  # of nobody: all clients get the common gradient
+        if not sizes:  # of no single client: all clients get the common gradient
             return rows, counts
         received = []
         for tensor in rows:
@@ -47,13 +47,13 @@ class Coding:
                 parts = [written(codec, part, decode=not self.carried) for part in tensor.split(list(sizes))]
                 counts += [size for _, size in parts]
                 received.append(tensor if self.carried else torch.cat([part for part, _ in parts]))
-            else:  # what is written together comes out the same
+            else:  # writing the rows together gives the same result
                 counts += [payload_bytes(codec, (size, *tensor.shape[1:]), tensor.dtype) for size in sizes]
                 received.append(tensor if self.carried else written(codec, tensor)[0])
         return tuple(received), counts
 
     def common(self, rows: Rows) -> tuple[Rows, int]:
-        """A common gradient as it goes down, each [max b_k, s...] or [1, s...], and its bytes."""
+        """A common gradient as it is received, each [max b_k, s...] or [1, s...], and its bytes."""
         coded, counts = self.rows(self.down, rows, [len(rows[0])] if rows else [])
         return coded, int(counts.sum())
 

@@ -1,12 +1,12 @@
-"""Which message may come when: both sides of one conversation, without any input or output of their own.
+"""Which message is allowed when: both sides of one conversation, without any input or output.
 
-A conversation is one connection of one client. It begins with Hello and Welcome (or Refused); then the server asks and
-the client answers in the order it was asked; several requests may be on their way at once. Bye and Failed end it.
+A conversation is one connection of one client. It begins with Hello and Welcome (or Refused); then the server sends
+requests and the client answers them in order; several requests may be open at once. Bye and Failed end it.
 
 Each side numbers its frames 0, 1, 2...; the server chooses the conversation's own number, random, which every frame
-from Welcome on carries. A frame that was repeated, lost, overtaken, or that belongs to another conversation, is
-refused, and so is every answer that is not the one waited for. After a WireError on receiving, nothing more can be said
-or heard: close the connection. After one on sending, Failed or Bye can still be sent.
+from Welcome on carries. A frame that was repeated, lost or reordered, or that belongs to another conversation, is
+refused, as is every answer other than the expected one. After a WireError on receiving, nothing more can be sent or
+received: close the connection. After one on sending, Failed or Bye can still be sent.
 """
 
 from __future__ import annotations
@@ -36,21 +36,22 @@ ANSWERS: dict[type[m.Message], type[Any]] = {
     m.GiveScores: m.ScoresUp,
     m.Save: m.Saved,
 }
-"""What each request may be answered with. Other messages of the server have no answer."""
+"""The possible answers to each request. Other messages of the server have no answer."""
 
 
 _REQUESTS = frozenset(get_args(m.FromServer)) - {m.Welcome, m.Refused, m.Bye}
-"""What the server may say while a conversation is open, but for its end."""
+"""The messages that the server may send while a conversation is open, except those that end it."""
 
 
 class _Side:
-    """What both sides keep: numbers of frames, the requests that wait for their answers, how far it has come.
+    """The state of both sides: numbers of frames, the requests that wait for their answers, and the phase of the
+    conversation.
 
-    `state` is "new" (before Hello), "greeted" (before Welcome), "open", or "closed". `encrypted`: the connection is, so
-    that what is sent needs no checksum.
+    `state` is "new" (before Hello), "greeted" (before Welcome), "open", or "closed". `encrypted`: the connection is
+    encrypted, so frames need no checksum.
     """
 
-    _direction: m.Direction  # of what is received
+    _direction: m.Direction  # of received frames
     _they: str
 
     def __init__(self, limits: Limits | None = None, *, encrypted: bool = False) -> None:
@@ -63,7 +64,7 @@ class _Side:
         self._batch: tuple[int, int] | None = None  # (step, rows) of the last forward pass, until its backward pass
 
     def receive(self, data: Buffer) -> Frame:
-        """The frame in `data`, if it is one that may come now. Raises WireError, and closes this side."""
+        """The frame in `data`, if it is allowed now. Otherwise raises WireError and closes this side."""
         try:
             if self.state == "closed":
                 raise WireError(f"a message came from {self._they} after the end of the conversation")
@@ -83,11 +84,11 @@ class _Side:
         return frame
 
     def send(self, message: Any, body: Sequence[Buffer] = ()) -> bytes:
-        """The frame of `message`, to be sent next. Raises WireError where it may not be said now, and sends nothing."""
+        """The frame of `message`, to be sent next. Raises WireError if the message is not allowed now."""
         return b"".join(self.parts(message, body))
 
     def parts(self, message: Any, body: Sequence[Buffer] = ()) -> list[Buffer]:
-        """The frame that `send` gives, as buffers that follow one another. Raises WireError."""
+        """The frame that `send` returns, as consecutive buffers. Raises WireError."""
         if self.state == "closed":
             raise WireError(f"{_name(message)} cannot be sent after the end of the conversation")
         self._say(message)
@@ -112,7 +113,7 @@ class _Side:
         raise NotImplementedError
 
     def _ask(self, request: Any) -> None:
-        """Note a request of the server, if it may come now."""
+        """Note a request of the server, if it is allowed now."""
         step = getattr(request, "step", self._step)
         if step < self._step:
             raise WireError(f"{_name(request)} of step {step} follows step {self._step}: steps only go on")
@@ -126,7 +127,7 @@ class _Side:
         self._step = step
 
     def _check_batch(self, request: m.Tail | m.Backward) -> None:
-        """The rows must be those of the last forward pass, which has been answered and not gone back yet."""
+        """The rows must be those of the last forward pass, which was answered and has not had its backward pass yet."""
         if self._batch is None or self._batch[0] != request.step:
             raise WireError(f"{_name(request)} of step {request.step} has no forward pass that it belongs to")
         rows = self._batch[1]
@@ -139,7 +140,7 @@ class _Side:
             self._batch = None
 
     def _answer(self, answer: Any) -> None:
-        """Take the oldest request from those that wait, if this is its answer."""
+        """Remove the oldest open request, if this is its answer."""
         kind = type(answer)
         if kind is m.Failed:
             self.state = "closed"
@@ -160,7 +161,7 @@ class _Side:
         self.asked.popleft()
 
     def _check_fits(self, answer: Any, request: Any) -> None:
-        """What an answer repeats of its request must be what that said."""
+        """Values that an answer repeats from its request must be equal."""
         asked_rows = getattr(request, "rows", 0)
         if asked_rows and hasattr(answer, "rows") and answer.rows != asked_rows:
             raise WireError(f"{_name(answer)} has {answer.rows} rows, {_name(request)} had {asked_rows}")
@@ -252,7 +253,7 @@ _SAID: dict[str, tuple[type[m.Message], ...]] = {
     "open": get_args(m.FromClient),
     "closed": (),
 }
-"""What a client may say, by the state of its side; Hello apart."""
+"""The messages that a client may send, by the state of its side, except Hello."""
 
 
 def _name(message: m.Message) -> str:

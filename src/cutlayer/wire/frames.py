@@ -3,9 +3,9 @@
     "CUT3" | u32 length of header | u64 length of body | u64 conversation | u64 number | u64 checksum |
     header (the message in MessagePack) | zeros up to a multiple of 16 | body
 
-All integers are little-endian. The checksum (XXH3) is over all the rest: it finds what was damaged on the way; it does
-not find what was forged. An encrypted connection finds both, so there the sender gives none: 0. `conversation` and
-`number` say where the frame belongs (see `conversation.py`).
+All integers are little-endian. The checksum (XXH3) is over all the rest. It detects damage on the way, but not forgery.
+An encrypted connection detects both, so there the sender gives no checksum: 0. `conversation` and `number` say where
+the frame belongs (see `conversation.py`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _DECODERS: dict[Direction, msgspec.msgpack.Decoder[Any]] = {
 
 
 class Frame(NamedTuple):
-    """A message that came: the bytes of its tensors (a view of the frame), and where it belongs."""
+    """A received message, with the bytes of its tensors (a view of the frame) and its place in the conversation."""
 
     message: Any
     body: memoryview
@@ -45,9 +45,8 @@ class Frame(NamedTuple):
 
 
 def pack(message: Message, body: Sequence[Buffer] = (), number: int = 0, conversation: int = 0) -> bytes:
-    """The frame of `message` with the buffers that `tensors.encode` gave, and a checksum. The body is copied once.
-
-    Raises WireError where the message breaks a bound that the receiver would refuse it for.
+    """The frame of `message` with the buffers from `tensors.encode`, and a checksum. The body is copied once. Raises
+    WireError if the message exceeds a bound, so that the receiver would refuse it.
     """
     return b"".join(parts(message, body, number, conversation))
 
@@ -55,7 +54,7 @@ def pack(message: Message, body: Sequence[Buffer] = (), number: int = 0, convers
 def parts(
     message: Message, body: Sequence[Buffer] = (), number: int = 0, conversation: int = 0, *, checksum: bool = True
 ) -> list[Buffer]:
-    """The frame that `pack` gives, as buffers that follow one another; the body is not copied. Raises WireError."""
+    """The frame that `pack` returns, as consecutive buffers; the body is not copied. Raises WireError."""
     try:
         header = _ENCODER.encode(message)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
@@ -72,7 +71,7 @@ def parts(
 def unpack(data: Buffer, direction: Direction, limits: Limits | None = None) -> Frame:
     """The message in a frame that goes in `direction`, and its body, which is not copied.
 
-    Raises WireError where `data` is not exactly one whole, undamaged frame of this protocol within the limits, with a
+    Raises WireError unless `data` is exactly one whole, undamaged frame of this protocol within the limits, with a
     message that goes in this direction.
     """
     limits = limits or Limits()
@@ -100,7 +99,9 @@ def unpack(data: Buffer, direction: Direction, limits: Limits | None = None) -> 
 
 
 def split(data: Buffer) -> Iterator[memoryview]:
-    """The frames in `data`, one after another; an incomplete frame comes last: `unpack` says what is wrong."""
+    """The frames in `data`, one after another. An incomplete frame comes last, and `unpack` says what is wrong
+    with it.
+    """
     view = memoryview(data).cast("B")
     while len(view) >= PREFIX:
         magic, header_size, body_size = _SIZES.unpack_from(view)
@@ -125,7 +126,7 @@ def _checksum(place: Buffer, rest: Sequence[Buffer]) -> int:
     state = xxhash.xxh3_64(place)
     for buffer in rest:
         state.update(buffer)
-    return state.intdigest() or 1  # 0 says that there is none
+    return state.intdigest() or 1  # 0 means that there is none
 
 
 def _not_ours(magic: bytes) -> str:

@@ -1,4 +1,4 @@
-"""Do both sides mean the same run? Each compares the other's terms with its own, and says what differs."""
+"""Checks that both sides mean the same run: each compares the other's terms with its own, and says what differs."""
 
 from __future__ import annotations
 
@@ -47,9 +47,8 @@ _REMEDIES: dict[str, tuple[Reason, str, str]] = {
 
 
 def agree(theirs: Terms, ours: Terms, they: str = "the client", we: str = "the server") -> Refused | None:
-    """None where the terms are the same; or the first difference, with both values and the remedy.
-
-    Either side can ask: the server with a Hello's terms, the client with those of Welcome (and the names changed).
+    """None if the terms are equal, otherwise the first difference, with both values and the remedy. Both sides use it:
+    the server with the terms of Hello, the client with those of Welcome (and the names exchanged).
     """
     for (reason, what, remedy), a, b in _compared(theirs, ours):
         if a != b:
@@ -86,8 +85,8 @@ def _options(
 
 
 def fingerprint(*modules: nn.Module) -> str:
-    """SHA-256, in hexadecimal, of what makes models interchangeable: names, shapes and types of all parameters and
-    buffers, the layers with their settings, and the code that a cut has made. Weights don't count.
+    """SHA-256, in hexadecimal, of everything that makes models interchangeable: names, shapes and types of all
+    parameters and buffers, the layers with their settings, and the code that a cut has produced, but not the weights.
     """
     digest = hashlib.sha256()
     for module in modules:
@@ -113,7 +112,9 @@ def _shown(value: object) -> str:
 
 
 def _both_short(a: str, b: str) -> tuple[str, str]:
-    """Two texts in a sentence, different if they are: from the beginning, or from a little before where they differ."""
+    """Two texts for a sentence, shortened so that they still differ: from the beginning, or from shortly before the
+    difference.
+    """
     short = _short(a), _short(b)
     if short[0] != short[1] or a == b:
         return short

@@ -1,4 +1,4 @@
-"""What a receiver accepts at most: every size is compared with these before anything is allocated for it."""
+"""The limits of a receiver: every size is compared with them before memory is allocated for it."""
 
 from __future__ import annotations
 

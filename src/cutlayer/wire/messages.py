@@ -1,7 +1,6 @@
-"""The messages between a server and its clients: what each says besides the tensors that travel behind it.
-
-Everything has a type and a bound, so that a message that can be read is well formed. A change of any field, its meaning
-or its bounds needs a new PROTOCOL.
+"""The messages between a server and its clients, without the tensors that travel behind them. Every field has a type
+and a bound, so a message that can be read is well formed. A change of a field, its meaning or its bounds needs a new
+PROTOCOL.
 
 Shape legend: R = `rows` of the message, s... one sample's shape at the cut, f... at the second cut, K classes.
 "Behind it" says which tensors follow; `step` numbers the steps of a run, from 0.
@@ -27,10 +26,10 @@ Size = Annotated[int, Meta(ge=0, le=(1 << 32) - 1)]
 Name = Annotated[str, Meta(max_length=256)]
 Text = Annotated[str, Meta(max_length=4096)]
 Factor = Annotated[float, Meta(ge=0, le=1e300)]  # not NaN
-Mass = Annotated[float, Meta(ge=0, le=1e300)]  # what rows count in a weighted mean: their number, if all count alike
+Mass = Annotated[float, Meta(ge=0, le=1e300)]  # total weight of rows in a mean: their number, if all count equally
 Shape = Annotated[list[Size], Meta(max_length=16)]
 Sizes = Annotated[list[Size], Meta(max_length=1 << 16)]
-LocalStep = tuple[float, Size, Mass]  # (mean loss, rows, what these count together)
+LocalStep = tuple[float, Size, Mass]  # (mean loss, rows, total weight of these)
 Score = float | Annotated[list[float | None], Meta(max_length=1 << 16)] | None  # None: not defined
 Scalar = bool | int | float | Text | None
 Option = (
@@ -65,7 +64,7 @@ class Struct(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Message(msgspec.Struct, forbid_unknown_fields=True, tag_field="type"):
-    """Base of all messages. Each has a tag, which is what it is called on the wire and in error messages."""
+    """Base of all messages. Each has a tag, which is its name on the wire and in error messages."""
 
     @classmethod
     def called(cls) -> str:
@@ -81,8 +80,8 @@ class TensorSpec(Struct):
 
 
 class StepTerms(Struct):
-    """What a step means: rows per batch, the codecs of what goes up and down, and all other `options` that both sides
-    train by, as texts.
+    """The definition of a step: rows per batch, the codecs for both directions, and all other `options` of the
+    training, as texts.
     """
 
     batch: Size
@@ -92,8 +91,8 @@ class StepTerms(Struct):
 
 
 class Names(Struct):
-    """What numbers in the data stand for, in order (see `names.named`): how many names there are (0: none are known),
-    a digest of all, and the first of them.
+    """The names behind the numbers in the data, in order (see `names.named`): how many there are (0: none are known), a
+    digest of all, and the first of them.
     """
 
     count: Count = 0
@@ -103,12 +102,12 @@ class Names(Struct):
 
 class Terms(Struct):
     """What both sides must agree on, word for word, before anything is trained (see `handshake.agree`). `classes` and
-    `features`: what the labels and the columns of the data are called.
+    `features`: the names of the labels and of the columns of the data.
     """
 
     run: Name
     algorithm: Name
-    part: Name  # the fingerprint of what the client holds
+    part: Name  # the fingerprint of the client's part of the model
     crossing: Annotated[list[TensorSpec], Meta(max_length=256)]
     returning: Annotated[list[TensorSpec], Meta(max_length=256)]
     step: StepTerms
@@ -121,11 +120,11 @@ class Terms(Struct):
 
 
 class Hello(Message, tag="Hello"):
-    """The first message: who the client is, and what it takes the run to be. It has `samples` training samples (n_k),
-    which count `mass` together, and a state after `step` steps (0: a fresh one). `wants_server`: it would like to have
-    the server's part of the model at the end. `tests`: a client with data of its own has held out so many test rows of
-    them, of which it reports the `metrics` (0: it has none). `counts`: how many of its training samples are of each
-    class, where the server adjusts logits by it.
+    """The first message: the client's name and its terms of the run. The client has `samples` training samples (n_k)
+    with the total weight `mass`, and a state after `step` steps (0: a fresh one). `wants_server`: it requests the
+    server's part of the model at the end. `tests`: the number of test rows that a client with its own data has held
+    out, for which it reports the `metrics` (0: none). `counts`: the number of its training samples of each class, if
+    the server adjusts logits by them.
     """
 
     client: Name
@@ -139,7 +138,7 @@ class Hello(Message, tag="Hello"):
     metrics: Annotated[list[Name], Meta(max_length=256)] = []
     counts: Annotated[list[Count], Meta(max_length=1 << 16)] = []
 
-    def __repr__(self) -> str:  # goes to logs: without the token
+    def __repr__(self) -> str:  # is written to logs, so without the token
         return f"Hello(client={self.client!r}, samples={self.samples}, step={self.step}, terms={self.terms})"
 
 
@@ -151,7 +150,7 @@ class SmashedUp(Message, tag="Smashed"):
 
 
 class TailUp(Message, tag="TailGradients"):
-    """Answers Tail: the mean loss over the rows, which count `mass` together. Behind it: dLoss/d(features), each
+    """Answers Tail: the mean loss over the rows, whose total weight is `mass`. Behind it: dLoss/d(features), each
     [R, f...].
     """
 
@@ -162,13 +161,13 @@ class TailUp(Message, tag="TailGradients"):
 
 
 class Settled(Message, tag="Settled"):
-    """Answers Settle: all that was asked before is done."""
+    """Answers Settle: all earlier requests are done."""
 
     step: Count
 
 
 class Fitted(Message, tag="Fitted"):
-    """Answers Fit and Learn: (mean loss, rows, what these count) of each local step."""
+    """Answers Fit and Learn: (mean loss, rows, their total weight) of each local step."""
 
     step: Count
     losses: Annotated[list[LocalStep], Meta(max_length=1 << 16)]
@@ -187,13 +186,13 @@ class OptimizerUp(Message, tag="Optimizer"):
 
 
 class GradientUp(Message, tag="Gradient"):
-    """Answers GiveGradient. Behind it: the gradient of what is trained, named tensors."""
+    """Answers GiveGradient. Behind it: the gradient of the trained parameters, named tensors."""
 
     step: Count
 
 
 class EvaluationRows(Message, tag="EvaluationRows"):
-    """Answers Evaluate and OwnForward: what the client's part gives in evaluation mode. Behind it: tensors of R
+    """Answers Evaluate and OwnForward: the outputs of the client's part in evaluation mode. Behind it: tensors of R
     rows.
     """
 
@@ -211,7 +210,7 @@ class ScoresUp(Message, tag="Scores"):
 
 class Saved(Message, tag="Saved"):
     """Answers Save: the state after `step` steps is written beside the old one (prepare), or in its place (commit).
-    `kept`: false where the client's disk is full: it goes on with what it kept before.
+    `kept`: false if the client's disk is full; it keeps the state that it saved before.
     """
 
     step: Count
@@ -220,7 +219,7 @@ class Saved(Message, tag="Saved"):
 
 
 class Failed(Message, tag="Failed"):
-    """The client cannot go on: the last that it says. `kind` is the name of the error, e.g. NonFiniteError."""
+    """The client cannot continue. This is its last message. `kind` is the name of the error, such as NonFiniteError."""
 
     step: Count
     kind: Name
@@ -231,7 +230,8 @@ class Failed(Message, tag="Failed"):
 
 
 class Welcome(Message, tag="Welcome"):
-    """Answers a Hello that was accepted: the client is number `index` of `clients`, the run goes on after `step` steps.
+    """Answers a Hello that was accepted: the client is number `index` of `clients`, and the run continues after `step`
+    steps.
 
     `terms` are the server's own, for the client to check in turn; `config` the options that the client needs.
     `shares_server`: the server will send its part of the model at the end, to clients that want it.
@@ -246,7 +246,7 @@ class Welcome(Message, tag="Welcome"):
 
 
 class Refused(Message, tag="Refused"):
-    """Answers a Hello that was not: what is wrong, and what to do about it. The last that the server says."""
+    """Answers a Hello that was refused: the reason and the remedy. This is the server's last message."""
 
     reason: Reason
     sentence: Text
@@ -283,7 +283,7 @@ class Backward(Message, tag="Backward"):
     """Back-propagate and step. Behind it: cut gradients, each [R, s...].
 
     `own`: R is the client's batch. `common`: the one gradient that several clients share; a client uses the first rows,
-    or the only one for each of its rows. Has no answer of its own: whoever answers the next request, which may be
+    or the only one for each of its rows. Has no answer of its own: a client that answers the next request, which may be
     Settle, has done this. `hold`: do not step; GiveGradient follows.
     """
 
@@ -294,14 +294,14 @@ class Backward(Message, tag="Backward"):
 
 
 class Settle(Message, tag="Settle"):
-    """Say when all that was asked before is done."""
+    """Answer when all earlier requests are done."""
 
     step: Count
 
 
 class Fit(Message, tag="Fit"):
-    """Train the whole model alone, for the batches of this round; `step` is the first of the local steps. `sizes`: of
-    how many rows each batch is, where the server says that.
+    """Train the whole model alone, for the batches of this round; `step` is the first of the local steps. `sizes`: the
+    number of rows of each batch, if the server determines it.
     """
 
     step: Count
@@ -309,9 +309,9 @@ class Fit(Message, tag="Fit"):
 
 
 class Learn(Message, tag="Learn"):
-    """Train the part of the model on the auxiliary head's loss for so many batches; one that was sent and waits for its
-    gradient is the first. `step` is the first of the local steps. Answered as Fit is. `sizes`: of how many rows
-    each batch that is drawn is, where the server says that.
+    """Train the part of the model on the auxiliary head's loss for this number of batches. A batch that was sent and
+    waits for its gradient is the first. `step` is the first of the local steps. Answered as Fit is. `sizes`: the number
+    of rows of each drawn batch, if the server determines it.
     """
 
     step: Count
@@ -326,7 +326,7 @@ class TakeHead(Message, tag="TakeHead"):
 
 
 class GiveGradient(Message, tag="GiveGradient"):
-    """Send the weight gradient of the backward pass that is held."""
+    """Send the weight gradient of the backward pass whose step is on hold."""
 
     step: Count
 
@@ -375,9 +375,9 @@ class TakeOptimizer(Message, tag="TakeOptimizer"):
 
 
 class Evaluate(Message, tag="Evaluate"):
-    """Run a part of the model in evaluation mode, leaving the state of training as it is. Behind it: tensors of R rows,
-    what the part receives: samples for `lower` and `whole`, features for `tail`. `start`: number of the first row in
-    its data set, by which a client's noise is named.
+    """Run a part of the model in evaluation mode, without changing the state of training. Behind it: the part's inputs
+    of R rows (samples for `lower` and `whole`, features for `tail`). `start`: number of the first row in its data set,
+    which names the client's noise.
     """
 
     step: Count
@@ -397,8 +397,8 @@ class OwnForward(Message, tag="OwnForward"):
 
 
 class OwnFinish(Message, tag="OwnFinish"):
-    """Judge the client's own test rows, R of them from number `start` on. Behind it: what the server's part gives for
-    their smashed data, outputs or, in the U-shaped split, features. Has no answer.
+    """Judge the client's own test rows, R of them from number `start` on. Behind it: the outputs of the server's part
+    for their smashed data (in the U-shaped split, features). Has no answer.
     """
 
     step: Count
@@ -413,8 +413,8 @@ class GiveScores(Message, tag="GiveScores"):
 
 
 class Save(Message, tag="Save"):
-    """Keep the state after `step` steps, in two phases, so that all clients keep it or none: first write it beside the
-    old one, then, when all have, put it in its place.
+    """Save the state after `step` steps, in two phases, so that all clients save it or none. First write it beside the
+    old one; when all clients have done so, replace the old one.
     """
 
     step: Count
@@ -422,7 +422,7 @@ class Save(Message, tag="Save"):
 
 
 class Bye(Message, tag="Bye"):
-    """The end: the last that the server says."""
+    """The end of the run. This is the server's last message."""
 
     reason: Text
 
@@ -470,12 +470,12 @@ Direction = Literal["to server", "to client"]
 
 
 def failed(step: int, error: BaseException) -> Failed:
-    """What a client says of an error that it cannot go on from, shortened to what a message holds."""
+    """A client's message about an error after which it cannot continue, shortened to the limit of a message."""
     return Failed(step, type(error).__name__[:256], str(error)[:4096])
 
 
 def specs(crossings: Iterable[Crossing]) -> list[TensorSpec]:
-    """What crosses, as messages say it. Raises WireError for a type that does not travel."""
+    """The form of a crossing tensor in messages. Raises WireError for a type that cannot be sent."""
     names = {dtype: name for name, dtype in TYPES.items()}
     found = []
     for c in crossings:

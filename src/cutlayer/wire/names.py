@@ -1,7 +1,6 @@
-"""What the numbers in the data stand for, as a term of the handshake: names of classes and of features, in order.
-
-A Hello has little room. Of a long list it has the first names, the number of all, and a digest of all; what is compared
-is the number and the digest, what is shown are the names around the first difference.
+"""The names of classes and features behind the numbers in the data, in order, as a term of the handshake. A Hello has
+little space. For a long list, it has the first names, the number of all names, and a digest of all. Numbers and digests
+are compared, and the names around the first difference are shown.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from cutlayer.wire.messages import Names
 _ROOM = 3000  # bytes of names in a Hello, of each kind
 _LONGEST = 200  # bytes of one name in a Hello
 _WIDTH = 60  # characters of one name in a sentence
-_AROUND = 3  # names that are shown before and behind the first difference
+_AROUND = 3  # names that are shown before and after the first difference
 
 
 def named(names: Sequence[str]) -> Names:
@@ -35,7 +34,7 @@ def _digest(names: Sequence[str]) -> str:
 
 
 def _cut(name: str) -> str:
-    """The name, or its beginning: what can be written in UTF-8."""
+    """The name, or its beginning, as far as it can be written in UTF-8."""
     data = name.encode("utf-8", "replace")
     return data.decode() if len(data) <= _LONGEST else data[:_LONGEST].decode("utf-8", "ignore") + "..."
 

@@ -1,13 +1,12 @@
-"""Tensors as bytes: no pickle, and nothing is allocated before it is known to be what was expected.
-
-A body is a sequence of records, all integers little-endian, everything padded with zeros to multiples of 16 bytes, so
-that tensors can be used where they lie:
+"""Tensors as bytes: no pickle, and no memory is allocated before the content is known to be as expected. A body is a
+sequence of records. All integers are little-endian, and everything is padded with zeros to multiples of 16 bytes, so
+that tensors can be used in place:
 
     u32 number of tensors | pad
     per tensor:  (named tensors: u16 length | name in UTF-8)
                  u8 type | u8 codec | u8 rank | rank x u32 dimensions | u64 length | pad | payload | pad
 
-The receiver knows which types, dimensions, names and codec must come, and says what came instead.
+The receiver knows which types, dimensions, names and codec to expect, and says what it received instead.
 """
 
 from __future__ import annotations
@@ -43,15 +42,15 @@ _CODES = {dtype: code for code, dtype in enumerate(TYPES.values())}
 _ZSTD = 0x80
 _COUNT, _NAME, _START, _LENGTH = (struct.Struct(f) for f in ("<I", "<H", "<BBB", "<Q"))
 
-if sys.byteorder != "little":  # numbers are sent as they lie in memory
+if sys.byteorder != "little":  # numbers are sent as they are in memory
     raise ImportError("cutlayer.wire needs a machine that stores the low byte of a number first")
 
 
 def encode(tensors: Sequence[Tensor], codec: Codecs = RAW) -> list[Buffer]:
-    """The body of `tensors`, each of any shape, as buffers that follow one another.
+    """The body of `tensors`, each of any shape, as consecutive buffers.
 
     Without a lossy codec they share the tensors' memory: join or send them before a tensor changes. Raises WireError
-    for a tensor that is not dense or of a type that does not travel.
+    for a tensor that is not dense or of a type that cannot be sent.
     """
     return _encode([(None, tensor) for tensor in tensors], codec)
 
@@ -66,7 +65,7 @@ def decode(
 ) -> Rows:
     """The tensors in `body`, which must be `rows` rows of each of `like`: each [rows, *shape].
 
-    Raw tensors share the memory of `body` if it is writable. Raises WireError where anything else came.
+    Raw tensors share the memory of `body` if it is writable. Raises WireError for any other content.
     """
     expected = [(None, Crossing((rows, *c.shape), c.dtype)) for c in like]
     limits = limits or Limits()
@@ -79,20 +78,21 @@ def decode_named(
     body: Buffer, like: Mapping[str, Crossing], codec: Codecs = RAW, limits: Limits | None = None
 ) -> dict[str, Tensor]:
     """The named tensors in `body`, which must be those of `like` (whole shapes), in its order, each exactly once.
-
-    Raises WireError where anything else came.
+    Raises WireError for any other content.
     """
     found = _decode(body, list(like.items()), codec, limits or Limits())
     return {name: tensor for name, tensor in found if name is not None}
 
 
 def described(tensors: Mapping[str, Tensor]) -> dict[str, Crossing]:
-    """What `decode_named` must be told to receive tensors like these."""
+    """The argument of `decode_named` for receiving tensors like these."""
     return {name: Crossing(tuple(t.shape), t.dtype) for name, t in tensors.items()}
 
 
 def payload_sizes(body: Buffer) -> list[int]:
-    """Bytes of each tensor's payload, in a body of unnamed tensors that has been decoded: behind zstd, what came."""
+    """Bytes of each tensor's payload in a body of unnamed tensors that has been decoded; with zstd, the compressed
+    bytes.
+    """
     reader = _Reader(body)
     (count,) = reader.unpack(_COUNT, "the number of tensors")
     reader.skip()
@@ -108,7 +108,7 @@ def payload_sizes(body: Buffer) -> list[int]:
 
 
 def encoded_bytes(like: Sequence[Crossing], rows: int, codec: Codecs = RAW) -> int | None:
-    """Bytes of the body of `rows` rows of each of `like`; None where zstandard makes that a question of the numbers."""
+    """Bytes of the body of `rows` rows of each of `like`; None if they depend on the numbers, because of zstandard."""
     expected = [(None, Crossing((rows, *c.shape), c.dtype)) for c in like]
     return _encoded_bytes(expected, codec)
 
@@ -149,7 +149,7 @@ def _encode(tensors: Sequence[tuple[str | None, Tensor]], codec: Codecs) -> list
 
 
 def _head(name: str | None, dtype: torch.dtype, shape: tuple[int, ...], codec: Codec, length: int) -> bytes:
-    """All of a record before its payload."""
+    """The part of a record before its payload."""
     if len(shape) > 255 or any(d >= 1 << 32 for d in shape):
         raise WireError(f"a tensor of shape {shape} cannot be sent: 255 dimensions below 2^32 are possible")
     text = name.encode() if name is not None else b""
@@ -161,14 +161,14 @@ def _head(name: str | None, dtype: torch.dtype, shape: tuple[int, ...], codec: C
 
 
 def _code(codec: Codec, dtype: torch.dtype) -> int:
-    """What a message says of how a tensor of this type is written."""
+    """The code in a message for how a tensor of this type is written."""
     return (codec.code if codec.applies(dtype) else RAW.code) | _ZSTD * codec.zstd
 
 
 def _decode(
     body: Buffer, expected: Sequence[tuple[str | None, Crossing]], codec: Codecs, limits: Limits
 ) -> Iterator[tuple[str | None, Tensor]]:
-    """Tensor by tensor: what was decoded before a fault is thrown away with the generator."""
+    """Tensor by tensor: after a fault, the tensors decoded so far are dropped with the generator."""
     reader = _Reader(body)
     whole = sum(math.prod(c.shape) * c.dtype.itemsize for _, c in expected)
     if whole > limits.message_bytes or len(reader.view) > limits.message_bytes:
@@ -227,7 +227,9 @@ def _record(reader: _Reader, what: str, expected: Crossing, codec: Codec, limits
 
 
 def _decompressed(payload: memoryview, size: int, what: str) -> memoryview:
-    """`size` bytes. What the frame declares is checked first: zstandard believes that, whatever bound it is given."""
+    """`size` bytes. The size that the frame declares is checked first, since zstandard trusts it regardless of its own
+    bound.
+    """
     try:
         declared = zstandard.get_frame_parameters(payload).content_size
         if declared != size:
@@ -242,7 +244,7 @@ def _decompressed(payload: memoryview, size: int, what: str) -> memoryview:
 
 
 class _Reader:
-    """Takes bytes from a body, one piece after another. Raises WireError where it ends too early."""
+    """Takes bytes from a body, one piece after another. Raises WireError if the body ends too early."""
 
     def __init__(self, body: Buffer) -> None:
         self.view, self.at = memoryview(body).cast("B"), 0

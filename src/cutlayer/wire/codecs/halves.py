@@ -36,16 +36,16 @@ class Half(Codec):
     def write(self, x: Tensor) -> list[Tensor]:
         """x in 2 bytes; a finite number beyond the largest one becomes that one, not Inf."""
         y, largest = x.to(self.half), torch.finfo(self.half).max
-        if torch.isfinite(y.sum(dtype=torch.float32)):  # usual, and quick to see
+        if torch.isfinite(y.sum(dtype=torch.float32)):  # the usual case, and fast to check
             return [y]
         return [torch.where(torch.isfinite(x), x.clamp(-largest, largest), x).to(self.half)]
 
     def read(self, payload: memoryview, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Back to the type that was sent."""
+        """Converted back to the type that was sent."""
         return as_tensor(payload, shape, self.half).to(dtype)
 
     def bound(self, x: Tensor) -> Tensor:
-        """Half a unit in the last place, or what lies beyond the largest number."""
+        """Half a unit in the last place, or the distance to the largest number."""
         size, half = x.double().abs(), torch.finfo(self.half)
         rounding = size * (half.eps / 2 * 1.01) + max(half.tiny * half.eps, torch.finfo(torch.float32).tiny)
         return torch.where(size > half.max, size - half.max, rounding)

@@ -5,8 +5,8 @@ each is one of the k largest with probability 1 - CHANCE, else one of the others
 small numbers are trained too. With a chance of 0 this is top-k, bit for bit.
 
 The draws come from the bytes of the row: a simulation and a deployment draw the same, and nothing has to be kept to
-resume. The other side of that coin: runs whose numbers differ in the last digit (on another device, in another engine)
-draw differently. Held-out samples are written as top-k does, and so are rows that hold NaN or Inf.
+resume. But runs whose numbers differ in the last digit (on another device, in another engine) draw differently.
+Held-out samples, and rows with NaN or Inf, are written as by top-k.
 
 With rand-top-k:FRACTION:CHANCE:support the gradient comes back only where a number was received, as in the paper. Then
 `down_codec = "top-k:FRACTION"` sends it in fewer bytes without loss; the paper saves its positions, which both sides
@@ -100,7 +100,7 @@ def _chance_of(text: str) -> float:
 
 
 def _seeds(flat: Tensor) -> Tensor:
-    """A number per row [n], of the row's bits and where they stand."""
+    """A number per row [n], from the row's bits and their positions."""
     bits = flat.view(_BITS[flat.element_size()]).long()
     return _mixed(bits + _GOLDEN * _counting(flat.shape[1], flat.device)).sum(1)
 

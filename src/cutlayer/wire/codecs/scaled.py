@@ -1,7 +1,8 @@
-"""What codecs of one byte per number share: scales, then the numbers in units of their scale.
+"""The common form of codecs with one byte per number: scales, then the numbers in units of their scale.
 
-Scales are float32 (float64 for float64 tensors). A group of numbers has one scale, made of the largest of them. If that
-is below 2^10 times the smallest normal number (1.2e-35 in float32), zeros are sent. NaN and Inf go through the group.
+Scales are float32 (float64 for float64 tensors). A group of numbers has one scale, computed from the largest of them.
+If that is below 2^10 times the smallest normal number (1.2e-35 in float32), zeros are sent. NaN and Inf go through the
+group.
 """
 
 from __future__ import annotations
@@ -16,15 +17,16 @@ from torch import Tensor
 
 from cutlayer.wire.codecs.writing import Codec, as_tensor
 
-_NEGLIGIBLE = 1024  # in smallest normal numbers: scales made of less would lose digits, or be flushed to zero
+_NEGLIGIBLE = 1024  # in smallest normal numbers: scales from smaller numbers would lose digits, or be flushed to zero
 
 
 class ScaledCodec(Codec):
     """Scales, then one byte per number: one scale per row, or one in all for a tensor of one dimension."""
 
     largest: ClassVar[float]
-    """The largest code, a hair more: the largest number divided by its scale must not round up to beyond it, nor the
-    product on the other side overflow."""
+    """Slightly more than the largest code: the largest number divided by its scale must not round up beyond it, and the
+    product on the other side must not overflow.
+    """
 
     def row_by_row(self, dimensions: int) -> bool:
         """If each row has a scale."""
@@ -53,7 +55,7 @@ class ScaledCodec(Codec):
         return self.decoded(as_tensor(payload[stop:], shape, torch.int8), scale).to(dtype)
 
     def scale(self, x: Tensor) -> Tensor:
-        """Scales: NaN or Inf where one of the numbers is, 0 where all are negligible."""
+        """Scales: NaN or Inf if one of the numbers is, 0 if all are negligible."""
         largest = self.maxima(x.abs())
         scale = largest / self.largest
         return scale.masked_fill_(largest < _NEGLIGIBLE * torch.finfo(x.dtype).tiny, 0)
@@ -64,7 +66,7 @@ class ScaledCodec(Codec):
         return largest.view(self.groups(sizes.shape))
 
     def bound(self, x: Tensor) -> Tensor:
-        """The error of the coding, and what rounding to the tensor's own type adds."""
+        """The error of the coding, plus that of rounding to the tensor's own type."""
         computed = computed_in(x.dtype)
         own, info = torch.finfo(x.dtype), torch.finfo(computed)
         size, scale = x.double().abs(), self.scale(x.to(computed)).double()
@@ -80,7 +82,7 @@ class ScaledCodec(Codec):
 
     @abstractmethod
     def coding_error(self, size: Tensor, scale: Tensor) -> Tensor:
-        """At most how far a number of this size is from what its byte says."""
+        """An upper bound on the distance of a number of this size from the value of its byte."""
 
 
 def computed_in(dtype: torch.dtype) -> torch.dtype:

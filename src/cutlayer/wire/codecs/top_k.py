@@ -1,7 +1,7 @@
 """Only the largest numbers of each row: top-k:FRACTION.
 
-Of m numbers per row, k = ceil(FRACTION m) are sent with their positions; the others are received as zeros. Nothing is
-dropped that is larger than what is kept; NaN and Inf count as the largest.
+Of m numbers per row, k = ceil(FRACTION m) are sent with their positions; the others are received as zeros. No dropped
+number is larger than a kept one; NaN and Inf count as the largest.
 
 The gradient of the rows comes back in full. With top-k:FRACTION:support it is set to zero where nothing, or a zero, was
 received.
@@ -25,7 +25,7 @@ SUPPORT = ":support"
 
 
 def fraction_of(text: str, example: str) -> float:
-    """A fraction above 0 and up to 1, of what is kept of a row. Raises ConfigError."""
+    """The kept fraction of a row, above 0 and at most 1. Raises ConfigError."""
     try:
         fraction = float(text)
     except ValueError:
@@ -77,7 +77,7 @@ class TopK(Codec):
         rows, k, position = self._kept(x.shape)
         flat = x.reshape(rows, -1)
         chosen = self.chosen(flat, k)
-        # Marked and found again, they are in order: quicker than sorting.
+        # Marking the positions and reading the marks gives them in order, which is faster than sorting.
         mark = torch.zeros(flat.shape, dtype=torch.bool, device=x.device).scatter_(1, chosen, True)
         at = mark.nonzero()[:, 1].view(rows, k)
         return [flat.gather(1, at), at.to(position)]
@@ -87,7 +87,7 @@ class TopK(Codec):
         return flat.abs().topk(k, sorted=False).indices
 
     def read(self, payload: memoryview, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """The inverse of `write`: zero where nothing was kept."""
+        """The inverse of `write`: dropped numbers are zero."""
         rows, k, position = self._kept(shape)
         m, stop = math.prod(shape[1:]), rows * k * dtype.itemsize
         values = as_tensor(payload[:stop], (rows, k), dtype)
@@ -100,7 +100,7 @@ class TopK(Codec):
         return torch.zeros(rows, m, dtype=dtype).scatter_(1, at, values).view(tuple(shape))
 
     def bound(self, x: Tensor) -> Tensor:
-        """The smallest number kept: what is dropped is no larger."""
+        """The smallest kept number: dropped numbers are not larger."""
         rows, k, _ = self._kept(x.shape)
         flat = x.double().abs().view(rows, -1)
         kept = flat.topk(k).values[:, -1:] if k < flat.shape[1] else torch.zeros(rows, 1, dtype=torch.float64)

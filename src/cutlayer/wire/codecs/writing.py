@@ -1,8 +1,8 @@
 """How the numbers of a tensor are written: as they are, or in fewer bytes with a bound on the error.
 
 A codec applies to one tensor at a time, and only to the types that it names: all other tensors are written as they
-are. NaN and Inf must come through: a received tensor holds one if, and only if, the sent tensor held one, so that a
-check for NaN on the other side finds it.
+are. NaN and Inf must be preserved: a received tensor has one if and only if the sent tensor had one, so that a check
+for NaN on the other side finds it.
 
 A codec of your own is a subclass of `Codec` under `@codec("name")`, in a file that the configuration names:
 `up_codec = "path/to/file.py:Name"`, or `path/to/file.py:Name:ARGUMENT`. Both sides of a deployment name it, and compare
@@ -27,7 +27,8 @@ from cutlayer.data.own import own_code
 from cutlayer.errors import ConfigError, WireError
 
 OWN = 0x7F
-"""What messages say of a codec that is not this package's: which one it is, both sides know from their configurations.
+"""The number in messages for a codec from outside this package. Both sides know from their configurations which codec
+it is.
 """
 _ZSTD = "+zstd"
 
@@ -46,7 +47,7 @@ class Codec(ABC):
     lossy: ClassVar[bool] = True
     """Whether received numbers can differ from those sent."""
     example: ClassVar[str] = ""
-    """What a table of all codecs gives it as its argument; empty if it takes none."""
+    """The argument that a table of all codecs uses for it; empty if it takes none."""
 
     zstd: bool = field(default=False, kw_only=True)
 
@@ -94,17 +95,17 @@ class Codec(ABC):
 
     @property
     def evaluating(self) -> Codec:
-        """What rows of held-out samples are written with: the same without zstd."""
+        """The codec for rows of held-out samples: the same without zstd."""
         return self.plain
 
     @property
     def gradient_on_support(self) -> bool:
-        """Whether the gradient of rows written by the codec is set to zero where nothing but a zero was received."""
+        """Whether the gradient of rows written by the codec is set to zero where only a zero was received."""
         return False
 
     @property
     def agreed(self) -> str:
-        """What both sides of a deployment compare: the name and, of a codec of your own, what its file holds."""
+        """The text that both sides of a deployment compare: the name and, for your own codec, a digest of its file."""
         if self.code != OWN:
             return str(self)
         return f"{self} (file {plugins.source_digest(type(self))[:16] or 'unknown'})"
@@ -116,25 +117,23 @@ class Codec(ABC):
         return dtype.is_floating_point and dtype.itemsize >= 2
 
     def row_by_row(self, dimensions: int) -> bool:
-        """Whether the rows of a tensor with so many dimensions are written independently of each other.
-
-        If so, a simulation writes the rows of all clients together, which is quicker. By default not.
+        """Whether the rows of a tensor with this number of dimensions are written independently of each other. Then a
+        simulation writes the rows of all clients together, which is faster. By default, they are not.
         """
         return False
 
     @abstractmethod
     def size(self, shape: Sequence[int], dtype: torch.dtype) -> int:
-        """Bytes that a tensor of this shape and type takes: the same whatever its numbers."""
+        """Bytes of a tensor of this shape and type, independent of its numbers."""
 
     @abstractmethod
     def write(self, x: Tensor) -> list[Tensor]:
-        """The tensors whose bytes, one after another, are what is sent: `size` bytes in all."""
+        """The tensors whose bytes are sent, one after another: `size` bytes in all."""
 
     @abstractmethod
     def read(self, payload: memoryview, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """The tensor [shape] of type `dtype` in a payload of `size` bytes, which come from the other side.
-
-        Raises WireError for bytes that `write` never gives.
+        """The tensor [shape] of type `dtype` in a received payload of `size` bytes. Raises WireError for bytes that
+        `write` never produces.
         """
 
     @abstractmethod
@@ -158,7 +157,7 @@ def codec(name: str, *, title: str = "", paper: str = "") -> Callable[[C], C]:
 
 
 def name_of(code: int) -> str:
-    """What a codec's number in a message stands for."""
+    """The meaning of a codec's number in a message."""
     return next((e.name for e in plugins.index("codec").values() if e.facts["code"] == code), f"codec {code}")
 
 
@@ -172,7 +171,7 @@ def _parted(text: str) -> tuple[str, str | None]:
     return name, argument if colon else None
 
 
-# Tensors by a codec, or as they are where it does not apply
+# Tensors written by a codec, or unchanged if it does not apply
 
 
 def payload_bytes(codec: Codec, shape: Sequence[int], dtype: torch.dtype) -> int:
@@ -184,8 +183,8 @@ def payload_bytes(codec: Codec, shape: Sequence[int], dtype: torch.dtype) -> int
 def write(codec: Codec, tensor: Tensor) -> list[Tensor]:
     """The payload of `tensor`, before zstandard: contiguous tensors on the CPU, whose bytes follow one another.
 
-    They share the memory of `tensor` where nothing had to be changed. Raises ConfigError if a codec of your own writes
-    another number of bytes than it says.
+    They share the memory of `tensor` if nothing had to be changed. Raises ConfigError if your own codec writes another
+    number of bytes than it states.
     """
     x = tensor.detach()
     if not x.numel() or not codec.applies(x.dtype):
@@ -210,7 +209,7 @@ def raw_bytes(piece: Tensor) -> memoryview:
 
 
 def compressed(payload: bytes) -> bytes:
-    """A payload behind zstd. What it declares is its own size."""
+    """A payload compressed by zstd, which declares its size."""
     return zstandard.ZstdCompressor(level=1).compress(payload)
 
 
@@ -218,7 +217,7 @@ def read(codec: Codec, payload: memoryview, shape: Sequence[int], dtype: torch.d
     """The tensor [shape] of type `dtype` that was written as `payload`, which has `payload_bytes` bytes.
 
     A tensor that was written as it is shares the payload's memory where that is writable and aligned. Raises WireError
-    for a payload that `write` never gives: truth values other than 0 and 1, positions beyond a row or not in order.
+    for a payload that `write` never produces: truth values other than 0 and 1, positions outside a row or not in order.
     """
     if not payload or not codec.applies(dtype):
         return as_it_is(payload, shape, dtype)
@@ -235,7 +234,7 @@ def error_bound(codec: Codec, tensor: Tensor) -> Tensor:
 
 
 def as_tensor(data: memoryview, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A tensor with memory of its own, copied from `data`, bytes of just that shape and type."""
+    """A tensor with its own memory, copied from `data`, the bytes of this shape and type."""
     if not data:
         return torch.empty(tuple(shape), dtype=dtype)
     return torch.from_numpy(np.frombuffer(data, np.uint8).copy()).view(dtype).view(tuple(shape))
