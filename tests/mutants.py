@@ -321,7 +321,7 @@ MUTANTS = [
     M("SLR with phi", "algorithms", "own(step.gradient, smashed, self.gradient_scale)", "SplitAvg.split_average(Sglr(), step.gradient, smashed, smashed.clients)", "class Slr("),
     M("SGL with alpha", "algorithms", "server.step(smashed)", "server.step(smashed, float(len(smashed.clients)))", "class Sgl("),
     # Server
-    M("server's loss is a sum", "server", "return mean_loss(losses, smashed.weights)", "return losses.sum()", "The loss of a step, of its rows' losses [R]."),
+    M("server's loss is a sum", "server", "return mean_loss(losses, smashed.weights)", "return losses.sum()", "The loss of a step, from its rows' losses [R]."),
     M("server steps without SplitLr", "server", "self._stepping.take(self._rate(factor)", "self._stepping.take(self._rate(1.0)"),
     M("server steps without its schedule", "server", "self.lr * self.lr_factor * factor", "self.lr * factor"),
     M("server's gradients add up", "server", "p.grad = None", "pass", "def _backward(self, smashed"),
@@ -642,7 +642,7 @@ MUTANTS = [
     M("counts predicted as logarithms", "tasks", 'return outputs.exp() if self.loss == "poisson" else outputs', "return outputs"),
     M("less is better for all metrics", "tasks", "(1 if self.maximise else -1)", "-1"),
     M("not a number is the best score", "tasks", "return defined, (score or 0.0)", "return True, (score or 0.0)"),
-    M("loss of a step unweighted", "tasks", "return mean_loss(losses, smashed.weights)", "return losses.mean()", "The loss of a step, of its rows' losses [R]."),
+    M("loss of a step unweighted", "tasks", "return mean_loss(losses, smashed.weights)", "return losses.mean()", "The loss of a step, from its rows' losses [R]."),
     M("loss of a step by rows", "tasks", "(losses * weights).sum() / _positive(weights.sum())", "(losses * weights).sum() / len(losses)"),
     M("nothing divided by nothing", "tasks", "return torch.where(total > 0, total, torch.ones_like(total))", "return total", "def _positive("),
     M("losses of clients unweighted", "tasks", "client_means(losses, sizes, weights)])", "client_means(losses, sizes)])"),

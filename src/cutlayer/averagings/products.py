@@ -8,12 +8,12 @@ Here P = sum_k p_k B_k A_k is decomposed into singular values, and the r largest
 
     A = a V^T,   B = U S / a
 
-so that B A is the matrix of rank r that is nearest to P: P itself, if its rank is no larger. The first rows of A are
-those of the largest singular values, so that a client whose adapters have a smaller rank takes as many of them
-(`adapters`). The scale a keeps the rows of A as long as the clients' were, in the mean of those that are not zero.
-Directions that P lacks (all of them, as long as B is 0) have rows of A from what the mean of the clients' A spans, and
-B = 0. If that does not suffice, because all clients that took part have smaller ranks, further rows are drawn: always
-the same ones, since rounding would choose them otherwise.
+so that B A is the matrix of rank r that is nearest to P: P itself, if its rank is no larger. The first rows of A belong
+to the largest singular values, so a client whose adapters have a smaller rank takes only the first rows (`adapters`).
+The scale a keeps the rows of A as long as the clients' were, in the mean of those that are not zero. Directions that P
+lacks (all of them, as long as B is 0) have rows of A from what the mean of the clients' A spans, and B = 0. If these
+are not enough, because all participants have smaller ranks, further rows are drawn. They are always the same ones,
+since otherwise rounding would choose them.
 
 P is never written down: its factors are those of all clients side by side.
 """

@@ -57,8 +57,8 @@ def agree(theirs: Terms, ours: Terms, they: str = "the client", we: str = "the s
 
 
 def _compared(theirs: Terms, ours: Terms) -> Iterator[tuple[tuple[Reason, str, str], str, str]]:
-    """(reason, what, remedy), with both sides' values as texts: of every field, then of every option. What the data
-    are called, and where the client's model is cut, come before what follows from them: shapes at the cut, the model.
+    """(reason, what, remedy), with both sides' values as texts: of every field, then of every option. The names of the
+    data and the client's cut come before terms that follow from them: shapes at the cut, the model.
     """
     for field, remedy in _REMEDIES.items():
         if field == "crossing":
@@ -72,9 +72,7 @@ def _compared(theirs: Terms, ours: Terms) -> Iterator[tuple[tuple[Reason, str, s
 def _options(
     theirs: Terms, ours: Terms, names: Collection[str] | None = None
 ) -> Iterator[tuple[tuple[Reason, str, str], str, str]]:
-    """The options, or those of `names`. What both sides know comes before what only one has: another task has other
-    options.
-    """
+    """The options, or those of `names`. Options that both sides have come first, since another task has other options."""
     both = [
         {name: value for name, value in terms.step.options.items() if names is None or name in names}
         for terms in (theirs, ours)
