@@ -72,7 +72,9 @@ def _compared(theirs: Terms, ours: Terms) -> Iterator[tuple[tuple[Reason, str, s
 def _options(
     theirs: Terms, ours: Terms, names: Collection[str] | None = None
 ) -> Iterator[tuple[tuple[Reason, str, str], str, str]]:
-    """The options, or those of `names`. Options that both sides have come first, since another task has other options."""
+    """The options, or those of `names`. Options that both sides have come first, since another task has other
+    options.
+    """
     both = [
         {name: value for name, value in terms.step.options.items() if names is None or name in names}
         for terms in (theirs, ours)
