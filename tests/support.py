@@ -76,6 +76,21 @@ class Tagger(nn.Module):
         return scores
 
 
+class Adapted(nn.Module):
+    """A frozen layer with an adapter, which begins with zeros."""
+
+    def __init__(self, inputs: int, outputs: int, rank: int = 2) -> None:
+        super().__init__()
+        self.base = nn.Linear(inputs, outputs).requires_grad_(False)
+        self.lora_A = nn.Parameter(torch.randn(rank, inputs) / inputs**0.5)
+        self.lora_B = nn.Parameter(torch.zeros(outputs, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        low = nn.functional.linear(x, self.lora_A)
+        found: Tensor = self.base(x) + 2 * nn.functional.linear(low, self.lora_B)
+        return found
+
+
 def mlp() -> nn.Module:
     """Features [n, 6] -> scores [n, 4]; cuts 0..4."""
     return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, CLASSES))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from cutlayer import __version__, plugins, seeds
-from cutlayer.adapters import narrow, numbers
+from cutlayer.adapters import narrow, numbers, of_rank, shrink
 from cutlayer.adjustment import Adjustment, InformedCohort, log_prior
 from cutlayer.algorithms import Algorithm, traffic_of
 from cutlayer.allocator import keep_memory
@@ -88,7 +88,7 @@ from cutlayer.tasks import Task
 from cutlayer.tasks.own_loss import Loss, with_loss
 from cutlayer.traffic import Epoch
 from cutlayer.types import Rows
-from cutlayer.verbs import AVERAGE, BACKWARD_TOGETHER, HAND_OVER, LEARN, Traits
+from cutlayer.verbs import AVERAGE, LEARN, Traits
 from cutlayer.wire import Codec, Coding
 from cutlayer.wire.coded import CodedCohort
 
@@ -173,10 +173,16 @@ class Training:
     head: nn.Module | None = None
     depths: Depths | None = None
     place: StatesFolder | None = None
+    adapter_ranks: Sequence[int] = ()
 
     @cached_property
     def flops_each(self) -> tuple[ModelFlops, ...]:
-        """FLOPs per sample at each client's own cut, [C]; none where all have the same."""
+        """FLOPs per sample at each client's own cut, or with adapters of its own rank, [C]; none where all have the
+        same.
+        """
+        if self.adapter_ranks:
+            of = {rank: count(_of_rank(self.parts, rank), self.example) for rank in set(self.adapter_ranks)}
+            return tuple(of[rank] for rank in self.adapter_ranks)
         if self.depths is None or not self.depths.mixed:
             return ()
         found = {name: count(depth.parts, self.example) for name, depth in self.depths.each.items()}
@@ -352,6 +358,7 @@ class Prepared:
             head=self.head,
             depths=self.depths,
             place=self.clients.place,
+            adapter_ranks=self.clients.ranks,
         )
         if self.fleet is None:
             return training
@@ -630,9 +637,7 @@ def _ranks(config: RunConfig, algorithm: Algorithm, whole: nn.Module, *, mixed: 
     if len(set(ranks)) == 1 or algorithm.traits.central:
         return ()
     odd = {
-        "its one model goes from client to client": HAND_OVER in algorithm.traits.needs,
-        "its clients step with the sum of their gradients": BACKWARD_TOGETHER in algorithm.traits.needs,
-        "its clients have auxiliary heads": LEARN in algorithm.traits.needs,
+        algorithm.traits.one_rank: bool(algorithm.traits.one_rank),
         "clients have different cuts": mixed,
         "several processes share the clients": world().several,
         f"averaging = {config.averaging!r} averages factors, and not their products": (
@@ -645,6 +650,16 @@ def _ranks(config: RunConfig, algorithm: Algorithm, whole: nn.Module, *, mixed: 
             + (", or averaging = 'products'" if "factors" in reasons[0] else "")
         )
     return ranks
+
+
+def _of_rank(parts: Parts, rank: int) -> Parts:
+    """The parts, of which the client's have adapters of that rank."""
+    client, tail = (None if part is None else replica(part) for part in (parts.client, parts.tail))
+    for part in (client, tail):
+        if part is not None:
+            shrink(part, of_rank(part, rank))
+    assert client is not None, "there always is one"
+    return replace(parts, client=client, tail=tail, likeness=None)
 
 
 def _told(config: RunConfig, depths: Depths) -> str:

@@ -8,7 +8,7 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
@@ -920,7 +920,8 @@ class Run:
         if traits.central:
             return {"client_flops": 0.0, "server_flops": self._samples * flops.whole.training}
         if traits.whole:
-            return {"client_flops": each * flops.whole.training, "server_flops": 0.0}
+            own = self._of_ranks(lambda f: f.whole.training) or flops.whole.training
+            return {"client_flops": each * own, "server_flops": 0.0}
         if LEARN in traits.needs:
             ledger, clients = self.training.ledger, self.config.clients
             alone = ledger.learnt * (flops.client.backward + flops.head.training)
@@ -928,12 +929,13 @@ class Run:
                 "client_flops": (ledger.passed * flops.client.forward + alone) / clients,
                 "server_flops": self._served * self.training.server_flops,
             }
-        if self.training.flops_each:
+        if self.training.flops_each and not self.training.adapter_ranks:
             return self._computed_at_own_cuts(self.training.flops_each)
         # What other algorithms make up belongs to a step, and is stated with it.
         made_up = self.training.server.rows_made_up if traits.asynchronous else 0
         return {
-            "client_flops": self._at_clients() * flops.at_client.training,
+            "client_flops": self._at_clients()
+            * (self._of_ranks(lambda f: f.at_client.training) or flops.at_client.training),
             "server_flops": self._samples * self.training.server_flops + made_up * flops.server.training,
         }
 
@@ -947,6 +949,15 @@ class Run:
             "client_flops": sum(n * own.client.training for n, own in zip(rows, each, strict=True)) / len(each),
             "server_flops": self._samples * training.server_flops + between,
         }
+
+    def _of_ranks(self, figure: Callable[[ModelFlops], float]) -> float:
+        """The mean of a figure over the rows of clients whose adapters have ranks of their own, by the samples that
+        they have; 0 where all have the same rank.
+        """
+        each, samples = self.training.flops_each, self.training.clients.samples
+        if not self.training.adapter_ranks:
+            return 0.0
+        return math.fsum(n * figure(own) for n, own in zip(samples, each, strict=True)) / (sum(samples) or 1)
 
     def _at_clients(self) -> float:
         """Rows that a client has computed, in the mean: those that the server has kept, once."""

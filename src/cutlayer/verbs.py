@@ -138,6 +138,17 @@ class Traits:
         return "its clients train on auxiliary heads, which are made for one cut" if LEARN in self.needs else ""
 
     @property
+    def one_rank(self) -> str:
+        """Why the adapters of all clients must have the same rank, in a sentence without its end; empty if those of
+        each client can have their own.
+        """
+        if HAND_OVER in self.needs:
+            return "its one model goes from client to client"
+        if BACKWARD_TOGETHER in self.needs:
+            return "its clients step with the sum of their gradients"
+        return "its clients have auxiliary heads" if LEARN in self.needs else ""
+
+    @property
     def mixes_cuts(self) -> bool:
         """Each client can have a cut of its own."""
         return not self.one_cut

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import Adapted
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -111,20 +112,6 @@ def test_all_else_is_the_mean() -> None:
 def test_names() -> None:
     names = ["a.lora_A.x.weight", "a.lora_B.x.weight", "b.lora_A.x.weight", "lora_A", "lora_B", "lora_Aside"]
     assert pairs(names) == [("a.lora_A.x.weight", "a.lora_B.x.weight"), ("lora_A", "lora_B")]
-
-
-class Adapted(nn.Module):
-    """A frozen layer with an adapter."""
-
-    def __init__(self, inputs: int, outputs: int, rank: int = 2) -> None:
-        super().__init__()
-        self.base = nn.Linear(inputs, outputs).requires_grad_(False)
-        self.lora_A = nn.Parameter(torch.randn(rank, inputs) / inputs**0.5)
-        self.lora_B = nn.Parameter(torch.zeros(outputs, rank))
-
-    def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.base(x) + 2 * functional.linear(functional.linear(x, self.lora_A), self.lora_B)
-        return found
 
 
 def model() -> nn.Module:

@@ -61,7 +61,7 @@ def run(folder: Path, algorithm: str, **options: Any) -> Run:
         "validation": 0,
         **MACHINES,
     }
-    if algorithm == "upsl":
+    if algorithm in ("upsl", "usfl"):
         cuts["tail_cut"] = "2"
     else:
         options.pop("tail_cut", None)
@@ -101,6 +101,34 @@ def test_a_plan_of_a_configuration_is_what_a_run_counts(
         assert e.paper == ledger.total("up", "paper") + ledger.total("down", "paper")
         assert (e.client_flops, e.server_flops) == (result.client_flops, result.server_flops)
         assert e.seconds == pytest.approx(result.virtual_seconds)
+
+
+@pytest.mark.parametrize(
+    ("algorithms", "options"),
+    [
+        pytest.param(("cl", "fl", "sfl"), {}, marks=pytest.mark.long),
+        pytest.param(("psl", "upsl"), {"tail_cut": "2", "up_codec": "int8"}, marks=pytest.mark.long),
+        pytest.param(("usfl", "sglr"), {"tail_cut": "2", "phi": 0.7}, marks=pytest.mark.long),
+    ],
+)
+def test_ranks_per_client_are_what_a_run_counts(
+    folder: Path, algorithms: tuple[str, ...], options: dict[str, Any]
+) -> None:
+    """Bytes, FLOPs, time and energy, on machines and links that differ."""
+    ranks = {"lora_rank": 0, "lora_ranks": (1, 4, 1), "speed_spread": 0.7, "rate_spread": 0.5}
+    found = planned(f"hf:{folder}", algorithms=algorithms, **options, **ranks, **MACHINES)
+    for cost in found.costs:
+        own = {n: v for n, v in options.items() if n != "phi" or cost.algorithm == "sglr"}
+        own |= {"averaging": "products"} if cost.algorithm in ("fl", "sfl", "usfl") else {}
+        real = run(folder, cost.algorithm, **own, **ranks)
+        result, ledger, e = real.run(), real.training.ledger, cost.expected
+        assert (e.up + e.once_up, e.down) == (ledger.total("up"), ledger.total("down")), cost.algorithm
+        assert e.down_broadcast == ledger.total("down", "wire-broadcast")
+        assert e.paper == ledger.total("up", "paper") + ledger.total("down", "paper")
+        assert (e.client_flops, e.server_flops) == pytest.approx((result.client_flops, result.server_flops), rel=1e-12)
+        assert e.seconds == pytest.approx(result.virtual_seconds, rel=1e-9)
+        joules = None if e.clients is None else e.clients.total
+        assert joules == (None if result.clients_joules is None else pytest.approx(result.clients_joules, rel=1e-9))
 
 
 def test_fewer_heads_of_keys_take_less_memory_and_no_scores_are_kept(folder: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import Adapted
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -20,20 +21,6 @@ from cutlayer.testing.deployed import in_memory
 from cutlayer.trained import find_trained
 
 INPUTS, HIDDEN, OUTPUTS, RANKS = 7, 8, 5, (1, 4, 2)
-
-
-class Adapted(nn.Module):
-    """A frozen layer with an adapter."""
-
-    def __init__(self, inputs: int, outputs: int, rank: int) -> None:
-        super().__init__()
-        self.base = nn.Linear(inputs, outputs).requires_grad_(False)
-        self.lora_A = nn.Parameter(torch.randn(rank, inputs) / inputs**0.5)
-        self.lora_B = nn.Parameter(torch.zeros(outputs, rank))
-
-    def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.base(x) + 2 * functional.linear(functional.linear(x, self.lora_A), self.lora_B)
-        return found
 
 
 class Ranked(nn.Sequential):

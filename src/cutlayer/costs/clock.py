@@ -243,6 +243,8 @@ class ClockedCohort(CohortAround):
         own = each or [flops] * len(inner.samples)
         self._forward = np.array([f.client.forward for f in own])
         self._backward = np.array([f.client.backward for f in own])
+        self._tails = np.array([f.tail.training for f in own])
+        self._whole = np.array([f.whole.training for f in own])
         self._between = np.array([f.server.training - flops.server.training for f in own])
         self.server_flops = server_flops
         self.ledger = inner.ledger
@@ -282,7 +284,7 @@ class ClockedCohort(CohortAround):
         batches = np.zeros(len(self._rows), np.int64)
         batches[list(clients)] = 1
         rows = self._next_rows(batches, draw=False)
-        times = self.clock.arrive(rows * self.flops.client.forward, 8.0 * self._row_bytes * rows)
+        times = self.clock.arrive(rows * self._forward, 8.0 * self._row_bytes * rows)
         return self.inner.arrivals(sorted(clients, key=times.__getitem__), count)
 
     def forward(self, clients: Sequence[int] | None = None, *, labels: bool = True) -> Smashed:
@@ -305,7 +307,7 @@ class ClockedCohort(CohortAround):
         sizes[list(features.clients)] = features.sizes
         self.clock.serve(float(sizes.sum()) * self.flops.server.forward)
         self._download()
-        self.clock.compute(sizes * self.flops.tail.training)
+        self.clock.compute(sizes * self._tails)
         self._upload()
         self._tail_done = True
         return tail
@@ -385,7 +387,7 @@ class ClockedCohort(CohortAround):
         batches = np.zeros(len(self._rows), np.int64)
         batches[list(self._round.clients)] = self._round.batches
         rows = self._next_rows(batches)
-        work = rows * self.flops.whole.training
+        work = rows * self._whole
         if self.central:
             self.clock.serve(float(work.sum()))
         else:

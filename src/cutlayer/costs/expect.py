@@ -45,10 +45,14 @@ class Mixture:
     number of clients that have it; `numbers` [C] say which kind each client is of (only a fleet asks for them). The
     server's model begins at the last kind's cut, which is the deepest; the server also computes what lies between a
     client's cut and that one.
+
+    `ranked`: all have one cut, and the kinds differ in the rank of the clients' adapters, the last has the largest.
+    Then a workload's `model` has that rank throughout.
     """
 
     kinds: tuple[Workload, ...]
     numbers: npt.NDArray[np.intp]
+    ranked: bool = False
 
     @property
     def clients(self) -> int:
@@ -96,7 +100,8 @@ def expect(algorithm: Algorithm, work: Workload | Mixture, fleet: Fleet | None =
 
     If an algorithm draws the clients that share a gradient, and the cuts differ, bytes and time are those of the mean.
     """
-    if isinstance(work, Mixture) and algorithm.traits.whole:  # where a model is cut plays no role
+    one = algorithm.traits.central or (algorithm.traits.whole and not (isinstance(work, Mixture) and work.ranked))
+    if isinstance(work, Mixture) and one:  # where a model is cut plays no role
         work = replace(work.kinds[-1], clients=work.clients)
     mix = Mixture((work,), np.zeros(0, np.intp)) if isinstance(work, Workload) else work
     moved = _Moved(algorithm, mix)
@@ -114,7 +119,7 @@ def plans_mixed(algorithm: Algorithm, epoch: Epoch) -> bool:
 
 def takes_mean(algorithm: Algorithm, work: Workload | Mixture) -> bool:
     """Whether costs depend on which clients an algorithm draws to share a gradient, so that `expect` gives a mean."""
-    if not isinstance(work, Mixture) or algorithm.traits.whole:
+    if not isinstance(work, Mixture) or work.ranked or algorithm.traits.whole:
         return False
     return 0 < _Moved(algorithm, work).traffic.sharing < work.clients
 
@@ -172,13 +177,19 @@ class _Moved:
                 f"{self.name} is not planned: it does not say what it moves (a method `traffic`); leave it out"
             )
         self.work, self.traffic = mix.kinds[-1], self.traffics[-1]
-        if len(mix.kinds) > 1 and not plans_mixed(algorithm, self.work):
+        if mix.ranked and algorithm.traits.one_rank:
+            raise ConfigError(
+                f"{self.name} is not planned with different ranks of adapters: {algorithm.traits.one_rank}; leave it "
+                "out, or give one lora_rank"
+            )
+        if len(mix.kinds) > 1 and not mix.ranked and not plans_mixed(algorithm, self.work):
             raise ConfigError(
                 f"{self.name} is not planned with different cuts: {algorithm.traits.one_cut or 'clients take turns'}; "
                 "leave it out, or name one cut for all"
             )
         steps = -(-self.work.samples_per_client // self.work.batch)
-        self.sharing = _sharing(self.traffic.sharing, self.work.clients, mix.clients, steps)
+        deepest = mix.clients if mix.ranked else self.work.clients
+        self.sharing = _sharing(self.traffic.sharing, deepest, mix.clients, steps)
         self.costs = [self._kind(t, w) for t, w in zip(self.traffics, mix.kinds, strict=True)]
 
     def counted(self) -> Expected:
@@ -273,6 +284,7 @@ class _Path:
         self.gradient_besides = self._each([w.gradient_besides * t.gradients for w, t in pairs])
         self.forward = self._each([w.flops.client.forward for w, _ in pairs])  # FLOPs of a sample
         self.backward = self._each([w.flops.client.backward for w, _ in pairs])
+        self.tail = self._each([w.flops.tail.training for w, _ in pairs])
         self.averaged = self._each([t.averaged for _, t in pairs])
         served = [moved.serving(w, t) for w, t in pairs]
         self.serving = served[0] if len(pairs) == 1 else float(self._each(served).mean())  # the mean of all clients
@@ -294,9 +306,8 @@ class _Path:
         """Rounds: the slowest in computing and sending, then the slowest in receiving; computing goes on from there."""
         w, f = self.w, self.fleet
         fit = self.flops / w.epochs / f.speeds
-        model = self.t.averaged
-        up = self._up(model, w.epochs)
-        down = self._down(model, model if f.multicast else model * self.clients, w.epochs)
+        up = self._up(self.averaged, w.epochs)
+        down = self._down(self.averaged, self._models_leaving(), w.epochs)
         first = float((fit + up).max())
         between = float((down + fit + up).max())
         return first + (w.epochs - 1) * between + float(down.max()) + 2 * w.epochs * f.latency
@@ -427,7 +438,8 @@ class _Path:
         features = size * w.features + w.features_besides
         up = self._up(size * w.returned + w.returned_besides, times, together=together > 1)
         down = self._down(features, features * together, times)
-        return up + down + size * w.flops.tail.training / f.speeds + 2 * f.latency
+        seconds: Array = up + down + size * self.tail / f.speeds + 2 * f.latency
+        return seconds
 
     def _in_step(
         self, batches: dict[int, int], go: dict[int, Array], come: dict[int, Array], serve: dict[int, float]

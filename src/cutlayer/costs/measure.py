@@ -282,6 +282,20 @@ def measure_twice(model: nn.Module, name: str, tail: str, x: Tensor) -> Measured
     return first.with_tail(last)
 
 
+def measure_whole(model: nn.Module, x: Tensor) -> tuple[Footing, Flops]:
+    """What the uncut model keeps and computes per sample."""
+    with _runnable(model, x):
+        found = _Measurement(model, x, [])
+        return found.whole, found.counted.whole
+
+
+def names_of_client(model: nn.Module, name: str, tail: str | None, x: Tensor) -> set[str]:
+    """The names of the parameters that a client has with these cuts. Raises CutError."""
+    with _runnable(model, x):
+        found = {n for n, _ in cut_unproved(model, name, x).client.named_parameters()}
+        return found | ({n for n, _ in cut_unproved(model, tail, x).server.named_parameters()} if tail else set())
+
+
 def deepest(model: nn.Module, names: Sequence[str], x: Tensor) -> str:
     """The one of `names`, at which the model can be cut, that comes last as data flows."""
     inner = [name for name in names if name not in (INPUT, OUTPUT)]
@@ -387,6 +401,11 @@ class _Measurement:
         self.kept = [_kept(model, torch.cat([x, x[:1]]) if more else x, names) for more in (False, True)]
         self.order = self.counted.order
 
+    @property
+    def whole(self) -> Footing:
+        """What the uncut model keeps."""
+        return _footing(_state(self.model)[0], [k.total for k in self.kept], len(self.x))
+
     def at(self, name: str, parts: Parts, runnable: Callable[[], Parts]) -> Measured:
         """The model cut after `name`. `parts` are looked at; `runnable` gives some that can be run, if need be."""
         sizes, parameters = _state(parts.client)
@@ -403,15 +422,14 @@ class _Measurement:
                 flops = self.counted.split(name, backward)
             else:
                 flops = _directly(runnable(), self.x)
-        whole, whole_parameters = _state(self.model)
         return Measured(
             name,
             parts.crossing,
-            whole_parameters,
+            _state(self.model)[1],
             parameters,
             replace(flops, uncut=self.counted.whole),
             _footing(sizes, saved, len(self.x)),
-            _footing(whole, [k.total for k in self.kept], len(self.x)),
+            self.whole,
             lower_trains=bool(trainable),
         )
 

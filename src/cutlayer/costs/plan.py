@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -23,7 +23,9 @@ import torch
 from torch import nn
 
 from cutlayer import plugins
+from cutlayer.adapters import of_rank, shrink
 from cutlayer.algorithms import Algorithm, traffic_of
+from cutlayer.copies import deep_copy
 from cutlayer.costs.allotted import Allotment, remark
 from cutlayer.costs.breakeven import BreakEven, break_evens, data_break_evens
 from cutlayer.costs.divided import PerRank, per_rank
@@ -39,6 +41,8 @@ from cutlayer.costs.measure import (
     make,
     measure,
     measure_twice,
+    measure_whole,
+    names_of_client,
     placed,
     survey,
 )
@@ -57,6 +61,7 @@ _MEAN = (
     "{titles}: which clients share a gradient is drawn in each step, and only those with the deepest cut can; what is "
     "broadcast, the paper's convention and, with multicast, the time are means over the draw."
 )
+_ONE_RANK = "Adapters of all clients have the largest rank here, {}: name a cut for those of each client's own rank"
 _ANY = Epoch(2, 2, 1, 1, 1, 1, 1, 1, 1)  # to ask whether an algorithm states its traffic
 
 
@@ -186,20 +191,23 @@ class CutPlan:
 
 @dataclass(frozen=True)
 class CutClients:
-    """Where clients have different cuts: one of these, the number of `clients` that have it, and what one of them
-    computes in an epoch (FLOPs) and holds (bytes, its peak) with an algorithm that cuts the model.
+    """Where clients have different cuts, or adapters of different ranks: one of these, the number of `clients` that
+    have it, and what one of them computes in an epoch (FLOPs) and holds (bytes, its peak) with the judged algorithm.
+    `rank` is that of the adapters, where ranks differ.
     """
 
     measured: Measured
     clients: int
     flops: float
     memory: int
+    rank: int | None = None
 
     def row(self) -> dict[str, Any]:
         """Plain values; the share is of the whole model's FLOPs."""
         m = self.measured
         return {
             "cut": m.name,
+            **({} if self.rank is None else {"rank": self.rank}),
             "clients": self.clients,
             "client_parameters": m.client_parameters,
             "client_flops_share": flops_share(m),
@@ -223,7 +231,8 @@ class Plan:
     `data_break_evens` against sending the data.
 
     Where clients have different cuts, `kinds` are these, the deepest last, which then is the `chosen` one; algorithms
-    that need one cut for all are in `one_cut`, with the reasons. `remark` says which clients have which cut.
+    that need one cut for all are in `one_cut`, with the reasons. `remark` says which clients have which cut. Where the
+    adapters of clients have different ranks, `kinds` are the clients of each rank, the largest last.
     """
 
     config: PlanConfig
@@ -303,10 +312,15 @@ def plan(config: PlanConfig, model: nn.Module | Callable[..., nn.Module] | None 
     default = default_cut(config.model) if model is None else None
     names = _own_cuts(config, net, x, default, machines)
     if len(set(names)) > 1:
+        if len(set(_ranks(config, net))) > 1:
+            raise ConfigError("lora_ranks are not possible with different cuts: name one cut for all, or one lora_rank")
         mixed = _Mixed(config, names, net, x)
         return mixed.plan(title, algorithms, not_planned, machines)
-    judged = _judged(algorithms)
     name = names[0] if names else config.cut or default or "all"
+    ranks = _ranks(config, net)
+    if len(set(ranks)) > 1 and name != "all":
+        return _Ranked(config, ranks, net, x, named_block(net, name)).plan(title, algorithms, not_planned, machines)
+    judged = _judged(algorithms)
     if config.tail_cut is not None and name == "all":
         raise ConfigError(
             f"tail_cut = {config.tail_cut!r} needs one cut before it: name it with cut, e.g. --cut hidden1"
@@ -317,12 +331,7 @@ def plan(config: PlanConfig, model: nn.Module | Callable[..., nn.Module] | None 
     once = found.cuts if found else (measure(net, name, x),)
     looked_at = (twice,) if twice is not None and algorithms[judged].traits.u_shaped else once
     cuts = [_cut_plan(judged, algorithms[judged], m, config, machines) for m in looked_at]
-    if config.energy_budget is not None and cuts[0].cost.marginal is None:
-        link = "a link of your own" if config.link is None else f"link {config.link!r}"
-        raise ConfigError(
-            f"energy_budget = {config.energy_budget:g} cannot be checked: {link} has no figures for energy; name a "
-            "link that has, such as lte, or leave the budget out"
-        )
+    _check_energy(cuts[0], config)
     chosen, bests, verdict = _best(algorithms[judged], cuts, config)
     straight = chosen.measured if found else once[0]
     at = {name: twice if twice is not None and a.traits.u_shaped else straight for name, a in algorithms.items()}
@@ -347,10 +356,20 @@ def plan(config: PlanConfig, model: nn.Module | Callable[..., nn.Module] | None 
             for name, a in (algorithms.items() if config.ranks > 1 else ())
         ),
         memory=_memories(algorithms, judged, at, config),
-        coded=_by_codec(algorithms[judged], at[judged], config, machines),
+        coded=_by_codec(algorithms[judged], lambda own: work_of(algorithms[judged], at[judged], own), config, machines),
         data_break_evens=tuple(data_break_evens(both)),
-        remark=remark(names, config.cut_by),
+        remark=_ONE_RANK.format(max(ranks)) if len(set(ranks)) > 1 else remark(names, config.cut_by),
     )
+
+
+def _check_energy(cut: CutPlan, config: PlanConfig) -> None:
+    """Raises ConfigError for a budget of energy of which nothing is known."""
+    if config.energy_budget is not None and cut.cost.marginal is None:
+        link = "a link of your own" if config.link is None else f"link {config.link!r}"
+        raise ConfigError(
+            f"energy_budget = {config.energy_budget:g} cannot be checked: {link} has no figures for energy; name a "
+            "link that has, such as lte, or leave the budget out"
+        )
 
 
 def _own_cuts(
@@ -368,6 +387,14 @@ def _own_cuts(
         option, given = next(iter(budgets.items()))
         raise ConfigError(f"{option} = {given} needs a cut that it can be checked for: name one, or choose cut_by")
     return names
+
+
+def _ranks(config: PlanConfig, net: nn.Module) -> tuple[int, ...]:
+    """The rank of each client's adapters, [C], if they have their own. Raises ConfigError."""
+    ranks: tuple[int, ...] = getattr(net, "client_ranks", ())
+    if ranks and len(ranks) != config.clients:
+        raise ConfigError(f"lora_ranks are {len(ranks)} for {config.clients} clients: give one for each")
+    return ranks
 
 
 class _Mixed:
@@ -444,6 +471,105 @@ class _Mixed:
         return CutClients(m, clients, computed, m.client.peak(c.batch, c.client_optimizer))
 
 
+class _Ranked:
+    """Clients whose adapters have `ranks` [C], which differ, all cut after `name`. The server's adapters have the
+    largest rank; a whole model has a client's rank throughout.
+    """
+
+    def __init__(self, config: PlanConfig, ranks: Sequence[int], net: nn.Module, x: torch.Tensor, name: str) -> None:
+        self.config, self.ranks, self.net, self.x, self.name = config, sorted(set(ranks)), net, x, name
+        self.tail = None if config.tail_cut is None else named_block(net, config.tail_cut)
+        self.counts = [ranks.count(rank) for rank in self.ranks]
+        self.numbers = np.array([self.ranks.index(rank) for rank in ranks])
+        self._kinds: dict[bool, list[Measured]] = {}
+
+    def plan(
+        self, title: str, algorithms: dict[str, Algorithm], not_planned: tuple[str, ...], machines: Fleet | None
+    ) -> Plan:
+        """What it costs with each of the algorithms that allow it. Raises ConfigError if none does."""
+        config = self.config
+        if config.ranks > 1:
+            raise ConfigError(
+                f"ranks = {config.ranks} processes cannot share clients whose adapters have different ranks: leave it "
+                "out, or give one lora_rank"
+            )
+        fit = {n: a for n, a in algorithms.items() if not a.traits.one_rank}
+        if not fit:
+            raise ConfigError(
+                f"{listed(list(algorithms))} cannot be planned with different ranks of adapters: give one lora_rank, "
+                f"or name another algorithm, e.g. --algorithms {RunConfig.model_fields['algorithm'].get_default()}"
+            )
+        both = [(a, self.work(a, config)) for a in fit.values()]
+        works = dict(zip(fit, (work for _, work in both), strict=True))
+        costs = {n: _cost(n, a, works[n], self.kinds(a), config, machines) for n, a in fit.items()}
+        judged = _judged(fit)
+        one = fit[judged]
+        at = CutPlan(self.kinds(one)[-1], costs[judged], _strain(costs[judged], config))
+        _check_energy(at, config)
+        chosen, bests, verdict = _best(one, [at], config)
+        return Plan(
+            config,
+            title,
+            judged,
+            (chosen,),
+            {},
+            chosen,
+            tuple(costs.values()),
+            works,
+            not_planned,
+            tuple(break_evens(both, machines)),
+            bests,
+            verdict,
+            () if machines is None else machines.notes,
+            kinds=tuple(map(self._kind, self.kinds(one), self.counts, self.ranks)),
+            one_cut={n: a.traits.one_rank for n, a in algorithms.items() if n not in fit},
+            memory=self._memories(
+                one, next((a for a in fit.values() if a.traits.whole and not a.traits.central), None)
+            ),
+            coded=_by_codec(one, lambda own: self.work(one, own), config, machines),
+            data_break_evens=tuple(data_break_evens(both)),
+        )
+
+    def work(self, algorithm: Algorithm, config: PlanConfig) -> Mixture:
+        """What `expect` takes."""
+        pairs = zip(self.kinds(algorithm), self.counts, strict=True)
+        return Mixture(tuple(replace(workload(m, config), clients=n) for m, n in pairs), self.numbers, ranked=True)
+
+    def kinds(self, algorithm: Algorithm) -> list[Measured]:
+        """The model with each of the ranks, at the cut or cuts that an algorithm has."""
+        bent = algorithm.traits.u_shaped
+        if bent not in self._kinds:
+            tail = self.tail if bent else None
+            owned = names_of_client(self.net, self.name, tail, self.x)
+            self._kinds[bent] = [self._measured(rank, owned, tail) for rank in self.ranks]
+        return self._kinds[bent]
+
+    def _measured(self, rank: int, owned: Collection[str], tail: str | None) -> Measured:
+        own, whole = deep_copy(self.net), deep_copy(self.net)
+        shrink(own, {name: shape for name, shape in of_rank(own, rank).items() if name in owned})
+        shrink(whole, of_rank(whole, rank))
+        m = measure(own, self.name, self.x) if tail is None else measure_twice(own, self.name, tail, self.x)
+        held, computed = measure_whole(whole, self.x)
+        return replace(m, whole=held, flops=replace(m.flops, uncut=computed))
+
+    def _kind(self, m: Measured, clients: int, rank: int) -> CutClients:
+        c = self.config
+        computed = c.samples_per_client * m.flops.at_client.training
+        return CutClients(m, clients, computed, m.client.peak(c.batch, c.client_optimizer), rank)
+
+    def _memories(self, judged: Algorithm, whole: Algorithm | None) -> tuple[Memory, ...]:
+        """Of the clients of each rank, and of the server; of a client with the whole model and the largest rank."""
+        c, found = self.config, []
+        if judged.traits.split:
+            kinds = self.kinds(judged)
+            pairs = zip(kinds, self.ranks, strict=True)
+            found += [_memory(f"client of rank {rank}", m.client, c.batch, c) for m, rank in pairs]
+            found.append(_server_memory(judged, kinds[-1], c))
+        if whole is not None:
+            found.append(_memory(f"client of {whole.entry.title}", self.kinds(whole)[-1].whole, c.batch, c))
+        return tuple(found)
+
+
 def _memories(
     algorithms: dict[str, Algorithm], judged: str, at: dict[str, Measured], config: PlanConfig
 ) -> tuple[Memory, ...]:
@@ -481,9 +607,14 @@ def _memory(side: str, part: Footing, rows: int, config: PlanConfig, copies: int
     )
 
 
-def _by_codec(algorithm: Algorithm, m: Measured, config: PlanConfig, machines: Fleet | None) -> tuple[Coded, ...]:
-    """The judged algorithm with each codec of the registry in both directions, then with those that are planned; codecs
-    that come to the same are one.
+def _by_codec(
+    algorithm: Algorithm,
+    work_with: Callable[[PlanConfig], Workload | Mixture],
+    config: PlanConfig,
+    machines: Fleet | None,
+) -> tuple[Coded, ...]:
+    """The judged algorithm, which trains what `work_with` says, with each codec of the registry in both directions,
+    then with those that are planned; codecs that come to the same are one.
     """
     if not algorithm.traits.split:
         return ()
@@ -492,8 +623,9 @@ def _by_codec(algorithm: Algorithm, m: Measured, config: PlanConfig, machines: F
     found: dict[Coded, list[str]] = {}
     for label, (up, down) in pairs.items():
         own = config.model_copy(update={"up_codec": up, "down_codec": down})
-        work = work_of(algorithm, m, own)
-        e, t = expect(algorithm, work, machines), traffic_of(algorithm, work)
+        all_of_it = work_with(own)
+        work = all_of_it if isinstance(all_of_it, Workload) else all_of_it.kinds[-1]  # the same at the cut
+        e, t = expect(algorithm, all_of_it, machines), traffic_of(algorithm, work)
         assert t is not None, "only algorithms that state their traffic are judged"
         b, turns = config.batch, config.clients if t.pattern == "relay" else 1
         sent = b * (work.smashed + work.returned * t.tails) + work.smashed_besides + work.returned_besides * t.tails
@@ -645,12 +777,17 @@ def _cost(
 
 def _cut_plan(name: str, judged: Algorithm, m: Measured, config: PlanConfig, machines: Fleet | None) -> CutPlan:
     cost = _cost(name, judged, work_of(judged, m, config), [m], config, machines)
+    return CutPlan(m, cost, _strain(cost, config))
+
+
+def _strain(cost: Cost, config: PlanConfig) -> float:
+    """The largest share of a budget that it takes."""
     strains = [0.0]
     if config.memory_budget is not None:
         strains.append(cost.memory / (config.memory_budget * GB))
     if config.energy_budget is not None and cost.marginal is not None:
         strains.append(cost.marginal / config.energy_budget)
-    return CutPlan(m, cost, max(strains))
+    return max(strains)
 
 
 def _best(judged: Algorithm, cuts: list[CutPlan], config: PlanConfig) -> tuple[CutPlan, dict[str, str], str]:

@@ -83,7 +83,7 @@ def heading(plan: Plan) -> list[str]:
         f"{plan.title}: {m.parameters:,} parameters ({format_bytes(m.whole.state)}), "
         f"{flops(m.flops.whole.training)} to train on one sample of {_times(c.input)}",
         *([plan.remark] if plan.remark else []),
-        *([] if plan.kinds else [at]),
+        *([] if plan.kinds and not ranked(plan) else [at]),
         *_tails(plan),
         f"{c.clients:,} {'client' if c.clients == 1 else 'clients'} with {c.samples_per_client:,} samples each, "
         f"batches of {c.batch}{_options(c)}; all figures are one epoch's",
@@ -116,7 +116,8 @@ def notes(plan: Plan) -> list[str]:
     if plan.not_planned:
         lines.append(f"Not planned, since they do not say what they move: {', '.join(plan.not_planned)}.")
     for name, reason in plan.one_cut.items():
-        lines.append(f"Not planned with different cuts: {_title(plan, name)}, since {reason}.")
+        differ = "ranks of adapters" if ranked(plan) else "cuts"
+        lines.append(f"Not planned with different {differ}: {_title(plan, name)}, since {reason}.")
     if plan.kinds:
         lines.append("What a client computes is the mean of all clients; its memory is that of the one with the most.")
     if c.client_device is not None:
@@ -244,11 +245,21 @@ def _cuts(plan: Plan) -> Table:
 
 
 def _kinds(plan: Plan) -> Table:
-    """The clients of each cut, with algorithms that cut the model."""
-    columns = ("cut after", "clients", "their parameters", "of FLOPs", "up/sample", "down/sample", "computes", "memory")
+    """The clients of each cut, with algorithms that cut the model; or of each rank, with the judged algorithm."""
+    by_rank = ranked(plan)
+    columns = (
+        "rank" if by_rank else "cut after",
+        "clients",
+        "their parameters",
+        "of FLOPs",
+        "up/sample",
+        "down/sample",
+        "computes",
+        "memory",
+    )
     rows = [
         (
-            kind.measured.name,
+            kind.measured.name if kind.rank is None else str(kind.rank),
             f"{kind.clients:,}",
             f"{kind.measured.client_parameters:,}",
             f"{flops_share(kind.measured):.2%}",
@@ -259,7 +270,12 @@ def _kinds(plan: Plan) -> Table:
         )
         for kind in plan.kinds
     ]
-    return _table("Clients of each cut, per epoch", columns, rows)
+    return _table(f"Clients of each {'rank' if by_rank else 'cut'}, per epoch", columns, rows)
+
+
+def ranked(plan: Plan) -> bool:
+    """Whether the adapters of clients have different ranks."""
+    return any(kind.rank is not None for kind in plan.kinds)
 
 
 def _break_evens(plan: Plan) -> Table:
@@ -352,7 +368,7 @@ def _bytes_over_samples(ax: Axes, plan: Plan) -> None:
     _log_ticks(ax, lambda v: _short(v, "B"))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}" if v < 1e6 else f"{v:.0e}"))
     ax.legend(loc="best", fontsize=10)
-    where = "different cuts" if plan.kinds else f"cut after {plan.chosen.measured.name}"
+    where = "different cuts" if plan.kinds and not ranked(plan) else f"cut after {plan.chosen.measured.name}"
     titled(ax, _plain(shortened(f"Bytes over samples, {where}", 48)))
 
 
