@@ -1,4 +1,4 @@
-"""What is learnt: the loss of a row, what a row counts, and how predictions are judged. One task, one file."""
+"""Tasks: the loss of a row, the weight of a row, and the metrics of predictions. One task, one file."""
 
 from cutlayer.tasks.judging import Judged, Metric, Value
 from cutlayer.tasks.measures import metric

@@ -16,12 +16,12 @@ from cutlayer.tasks.objective import Task, task
 
 
 class OfClasses(Task):
-    """Tasks whose loss is the cross entropy of scores with classes, wherever they stand."""
+    """Tasks whose loss is the cross entropy of scores with classes, for rows, pixels or tokens."""
 
     wants_scores: ClassVar = True
     loss_options: ClassVar = frozenset({"label_smoothing"})
     scores_axis: ClassVar[int] = 0
-    """Where the scores of a place stand in what the model gives for a row."""
+    """The position of the class dimension in the model's output for a row."""
 
     class_weights: tuple[float, ...] = option(())
     """Weight of a row of each class, one number per class. Default: 1 for all."""
@@ -40,7 +40,7 @@ class OfClasses(Task):
             raise ConfigError(f"class_weights = {self.class_weights} holds a negative number: weights are 0 or more")
 
     def fitted(self, targets: Tensor, classes: int) -> Self:
-        """With the class weights of these targets, where they are to be balanced."""
+        """With the class weights of these targets, if classes are to be balanced."""
         if not self.balanced_classes:
             return self
         counted = targets[self._counting(targets)].flatten()
@@ -55,7 +55,7 @@ class OfClasses(Task):
         return self.ignore_index
 
     def width(self, targets: Tensor, classes: int) -> int:
-        """A score for each class: those that have names, or 0 to the largest target that counts."""
+        """A score for each class: for those that have names, or for 0 to the largest target that counts."""
         return classes or int(targets[self._counting(targets)].max()) + 1
 
     def probabilities(self, outputs: Tensor) -> Tensor | None:
@@ -77,7 +77,7 @@ class OfClasses(Task):
             return functional.cross_entropy(
                 scores, targets, reduction="none", ignore_index=ignored, label_smoothing=self.label_smoothing
             )
-        # torch weighs the smoothed part class by class; what the place counts is divided out again.
+        # torch weighs the smoothed part class by class; the weight of the place is divided out again.
         weighted = functional.cross_entropy(
             scores,
             targets,
@@ -92,7 +92,7 @@ class OfClasses(Task):
         return weighted / torch.where(counts > 0, counts, torch.ones_like(counts))
 
     def counts(self, targets: Tensor) -> Tensor | None:
-        """What each place counts: [R, t...], in double precision; None where all count 1."""
+        """The weight of each place: [R, t...], in double precision; None if all are 1."""
         if not self.class_weights and self.ignore_index is None:
             return None
         counting = self._counting(targets)
@@ -102,12 +102,12 @@ class OfClasses(Task):
         return torch.where(counting, each[torch.where(counting, targets, torch.zeros_like(targets))], 0.0)
 
     def counted(self, predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Those places that count, one row for each."""
+        """The places that count, one row for each."""
         counting = self._counting(targets)
         return predictions[counting], targets[counting]
 
     def told_apart(self, given: tuple[int, ...]) -> int:
-        """As many classes as there are scores."""
+        """The number of scores."""
         return given[self.scores_axis]
 
     def mixable(self, outputs: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ class OfClasses(Task):
         return mean.clamp(min=torch.finfo(mean.dtype).tiny).log()
 
     def foreign(self, targets: Tensor, given: tuple[int, ...]) -> str:
-        """Classes that the model does not score."""
+        """Targets that are classes without a score."""
         scored, counted = given[self.scores_axis], targets[self._counting(targets)]
         within = bool(((counted >= 0) & (counted < scored)).all())
         return "" if within else f"other classes than 0 to {scored - 1}"
@@ -157,7 +157,7 @@ class Classification(OfClasses):
     gives: ClassVar = frozenset({measures.CLASSES, measures.PROBABILITIES, measures.ENTROPY})
 
     def check(self, given: frozenset[str]) -> None:
-        """Named classes are 0 and more: what does not count is none of them. Raises ConfigError."""
+        """Named classes are numbered from 0, so the ignored class must not be one of them. Raises ConfigError."""
         super().check(given)
         if self.ignore_index is not None and self.ignore_index >= 0:
             raise ConfigError(

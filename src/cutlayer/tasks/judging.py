@@ -1,4 +1,4 @@
-"""How a model is judged: what it gave for the held-out samples, and the metrics that look at it.
+"""How a model is judged: its outputs for the held-out samples, and the metrics that use them.
 
 Shape legend: n samples (or places, where a task judges each pixel or token), K classes.
 """
@@ -17,16 +17,14 @@ from torch import Tensor
 from cutlayer.errors import ConfigError
 
 Value = float | tuple["Value", ...] | None
-"""What a metric says: a number, several (one per class, or a matrix), or None where it is not defined."""
+"""The value of a metric: a number, several (one per class, or a matrix), or None if it is not defined."""
 
 
 @dataclass(frozen=True)
 class Judged:
-    """What one model gave for all held-out samples that count.
-
-    `predictions` [n, ...] are what the task makes of the model's outputs (`Task.predictions`); `targets` [n, ...];
-    `loss` is the weighted mean loss. `names` are those of the classes, where there are some; `classes` is how many the
-    model tells apart (0: it does not).
+    """The results of one model for all held-out samples that count. `predictions` [n, ...] are computed by the task
+    from the model's outputs (`Task.predictions`); `targets` [n, ...]; `loss` is the weighted mean loss. `names` are
+    those of the classes, if there are any; `classes` is the number of classes that the model distinguishes (0: none).
     """
 
     predictions: Tensor
@@ -37,7 +35,7 @@ class Judged:
 
     @cached_property
     def decided(self) -> Tensor:
-        """The class of each row: of the largest score, or 1 where a probability is above 0.5."""
+        """The class of each row: that of the largest score, or 1 if a probability is above 0.5."""
         given = self.predictions
         if given.dim() > self.targets.dim():
             return given.argmax(1)
@@ -54,10 +52,10 @@ class Judged:
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure of merit. `maximise`: more is better. `share`: it is a fraction in [0, 1], shown in per cent. `default`:
-    it is reported without being asked for, given at most `upto` classes (0: however many). `needs`: what a task must
-    give it, one of these words (empty: any task will do). `several`: it says more than one number, so that it cannot
-    choose the best evaluation.
+    """A metric. `maximise`: larger is better. `share`: it is a fraction in [0, 1], shown in percent. `default`: it is
+    reported by default, for at most `upto` classes (0: any number). `needs`: what a task must provide for it, one of
+    these words (empty: any task is suitable). `several`: it has more than one number, so it cannot choose the best
+    evaluation.
     """
 
     of: Callable[[Judged], Value]
@@ -69,12 +67,12 @@ class Metric:
     several: bool = False
 
     def reported(self, judged: Judged) -> bool:
-        """Whether it is reported of this without being asked for."""
+        """Whether it is reported by default for these results."""
         return self.default and (not self.upto or judged.classes <= self.upto)
 
 
 def as_value(given: Any, name: str) -> Value:
-    """What a metric of one's own gave, as a plain value; None for what is not finite. Raises ConfigError."""
+    """The result of a user's metric, as a plain value; None if it is not finite. Raises ConfigError."""
     if isinstance(given, Tensor):
         given = given.detach().cpu()
     if not isinstance(given, bool | int | float | None) and hasattr(given, "tolist"):

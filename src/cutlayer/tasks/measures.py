@@ -1,7 +1,6 @@
-"""Measures that tasks share: of classes, of labels, of probabilities and of numbers. A task names its own by default;
-any other that it can give can be asked for with `metrics`.
-
-A measure is None where it is not defined, such as the area under a curve of a class that no sample has.
+"""Measures that tasks share: of classes, of labels, of probabilities and of numbers. A task names its default measures.
+Any other that suits the task can be requested with `metrics`. A measure is None if it is not defined, such as the area
+under the curve of a class without samples.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from cutlayer.tasks.judging import Judged, Metric, Value
 T = TypeVar("T", bound=Callable[..., Any])
 
 CLASSES, LABELS, PROBABILITIES, NUMBERS, ENTROPY = "classes", "labels", "probabilities", "numbers", "entropy"
-"""What tasks give: one class per row, several labels per row, probabilities, numbers, a loss that is an entropy."""
+"""What tasks provide: one class per row, several labels per row, probabilities, numbers, a loss that is an entropy."""
 
 
 def metric(
@@ -33,7 +32,7 @@ def metric(
     several: bool = False,
     library: str = "",
 ) -> Callable[[T], T]:
-    """Registers a function of what is judged (`Judged`) under `name`; the rest is as in `Metric`."""
+    """Registers a function of a model's results (`Judged`) under `name`; the rest is as in `Metric`."""
     facts: dict[str, Any] = {
         "needs": list(needs),
         "maximise": maximise,
@@ -58,7 +57,7 @@ def as_metric(of: Callable[[Judged], Value], *, default: bool = True) -> Metric:
 
 
 def entry_of(of: Any) -> plugins.Entry:
-    """What was said of a measure when it was registered."""
+    """The facts with which a measure was registered."""
     found: plugins.Entry = of.entry
     return found
 
@@ -106,7 +105,7 @@ def macro_f1(judged: Judged) -> float | None:
 
 @metric("confusion", needs=(CLASSES,), title="Confusion matrix", share=False, upto=20, several=True)
 def confusion(judged: Judged) -> Value:
-    """How many samples of each class (rows) were taken for each class (columns)."""
+    """How many samples of each class (rows) were assigned to each class (columns)."""
     return tuple(tuple(map(float, row)) for row in judged.confusion.tolist())
 
 
@@ -175,7 +174,7 @@ def perplexity(judged: Judged) -> float | None:
 
 
 def _flat(rows: Tensor) -> Tensor:
-    """[n, t...] -> [n, numbers of a row]: a single number may stand alone or in a column."""
+    """[n, t...] -> [n, numbers of a row]; single numbers may be [n] or [n, 1]."""
     return rows.reshape(len(rows), -1)
 
 
@@ -189,7 +188,7 @@ def _labelled(judged: Judged) -> bool:
 
 
 def _counts(judged: Judged) -> tuple[Tensor, Tensor, Tensor]:
-    """Per class (or label): how many samples are found, have it, and are said to have it."""
+    """Per class (or label): how many samples are correctly predicted, have it, and are predicted to have it."""
     if _labelled(judged):
         said, true = judged.predictions.flatten(1) > 0.5, judged.targets.flatten(1) > 0.5
         return (said & true).sum(0), true.sum(0), said.sum(0)
@@ -213,7 +212,7 @@ def _mean_defined(values: Value) -> float | None:
 
 
 def _mean_over(judged: Judged, score: Callable[..., Any]) -> float | None:
-    """The mean of scikit-learn's `score` over all questions; None where one has but one answer."""
+    """The mean of scikit-learn's `score` over all questions; None if a question has only one answer."""
     if not bool(torch.isfinite(judged.predictions).all()):
         return None
     found = []
@@ -237,4 +236,4 @@ def _questions(judged: Judged) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 OF_ROWS = chosen(accuracy, majority, balanced_accuracy, macro_f1, auroc, average_precision, recall, confusion)
-"""What is reported where every row has one class."""
+"""The default metrics if every row has one class."""

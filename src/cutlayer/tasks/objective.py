@@ -1,13 +1,13 @@
-"""What a task is: the loss of each row, what a row counts in the mean, and metrics. One task, one file.
+"""What a task is: the loss of each row, the weight of a row in the mean, and metrics. One task, one file.
 
     @task("counts", title="Counts", targets="numbers")
     class Counts(Task):
         def losses(self, outputs, targets): ...
 
-The loss of a step is sum(w_i l_i) / sum(w_i) over its rows; a client's own mean loss is the same over its rows, so that
-all that algorithms do with means holds with weights. Where all rows count alike, w_i = 1 and nothing is multiplied.
-
-Shape legend: R rows, K classes (or numbers that the model gives per row), t... the shape of one row's target.
+The loss of a step is sum(w_i l_i) / sum(w_i) over its rows; a client's own mean loss is the same over its rows, so
+everything that algorithms do with means also holds with weights. If all rows count equally, w_i = 1 and nothing is
+multiplied. Shape legend: R rows, K classes (or numbers that the model gives per row), t... the shape of one row's
+target.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ class Task(Thing):
     """How predictions are judged, by name."""
 
     loss_options: ClassVar[frozenset[str]] = frozenset()
-    """Options that the loss alone reads: they have no effect with a loss of one's own."""
+    """Options that only the loss reads: they have no effect with the user's own loss."""
     gives: ClassVar[frozenset[str] | None] = None
-    """What it gives metrics (`measures.CLASSES`, ...). None: what tasks with its targets give as a rule."""
+    """What it provides for metrics (`measures.CLASSES`, ...). None: what tasks with its targets usually provide."""
 
     wants_scores: ClassVar[bool] = False
-    """Whether outputs are scores whose softmax are probabilities, so that a model must not take the softmax itself."""
+    """Whether the softmax of the outputs are probabilities, so that a model must not apply the softmax itself."""
 
     _asked: dict[str, Metric] = PrivateAttr(default_factory=dict)
     _leading: str | None = PrivateAttr(default=None)
@@ -67,11 +67,13 @@ class Task(Thing):
         raise ConfigError(f"{type(self).__name__} has no losses(): write what each row's loss is")
 
     def weights(self, targets: Tensor) -> Tensor | None:
-        """What each row counts in the mean: [R], not negative. None: all rows count alike."""
+        """The weight of each row in the mean: [R], not negative. None: all rows count equally."""
         return None
 
     def row_losses(self, outputs: Rows, targets: Tensor) -> Tensor:
-        """The loss of each row from all that the model gives, [R, ...] each: the first, and the weighted others."""
+        """The loss of each row from all outputs of the model, [R, ...] each: that of the first, and the weighted losses
+        of the others.
+        """
         if len(self.auxiliary_weights) >= len(outputs):
             raise ConfigError(
                 f"auxiliary_weights has {len(self.auxiliary_weights)} numbers, but the model gives {len(outputs) - 1} "
@@ -83,29 +85,29 @@ class Task(Thing):
         return total
 
     def predictions(self, outputs: Tensor) -> Tensor:
-        """What metrics look at: outputs [n, ...] -> [n, ...]. By default the outputs themselves."""
+        """The predictions for metrics: outputs [n, ...] -> [n, ...]. By default, the outputs themselves."""
         return outputs
 
     def counted(self, predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Predictions and targets that metrics look at. By default all of them."""
+        """The predictions and targets that metrics use. By default, all of them."""
         return predictions, targets
 
     def told_apart(self, given: tuple[int, ...]) -> int:
-        """How many classes a model tells apart; `given` is the shape of what it gives for a row. 0: none."""
+        """The number of classes that a model distinguishes; `given` is the shape of its output for a row. 0: none."""
         return 0
 
     def occurrences(self, targets: Tensor, scored: int) -> Tensor | None:
-        """How many of the targets [n] that count are of each of the `scored` classes: [K]. None: a row has no single
+        """The number of the targets [n] that count, for each of the `scored` classes: [K]. None: a row has no single
         class.
         """
         return None
 
     def mixable(self, outputs: Tensor) -> Tensor:
-        """What of several models' outputs is averaged in an ensemble. By default the outputs themselves."""
+        """The values that an ensemble averages over models, from outputs. By default, the outputs themselves."""
         return outputs
 
     def unmixed(self, mean: Tensor) -> Tensor:
-        """The outputs of a model that gives such an average: the inverse of `mixable`."""
+        """The outputs that belong to this average: the inverse of `mixable`."""
         return mean
 
     def probabilities(self, outputs: Tensor) -> Tensor | None:
@@ -113,11 +115,11 @@ class Task(Thing):
         return None
 
     def decided(self, outputs: Tensor) -> Tensor | None:
-        """The class of every row or place, for predictions: outputs [n, ...] -> [n, t...]. None: there are none."""
+        """The class of every row or place, for predictions: outputs [n, ...] -> [n, t...]. None: no classes."""
         return None
 
     def scores(self, judged: Judged) -> dict[str, Value]:
-        """The metrics that are reported of a model: those by default, and those asked for."""
+        """The metrics that are reported for a model: the defaults and the requested ones."""
         return {
             name: metric.of(judged)
             for name, metric in self.all_metrics.items()
@@ -126,12 +128,12 @@ class Task(Thing):
 
     @property
     def all_metrics(self) -> Mapping[str, Metric]:
-        """Its own metrics and those asked for, by name."""
+        """Its own metrics and the requested ones, by name."""
         return {**self.metrics, **self._asked}
 
     @property
     def leading(self) -> str:
-        """The metric that chooses the best evaluation: the one asked for, or the task's primary one."""
+        """The metric that chooses the best evaluation: the requested one, or the task's primary one."""
         return self._leading or self.primary
 
     @property
@@ -147,12 +149,12 @@ class Task(Thing):
 
     @property
     def ignored(self) -> int | None:
-        """The class whose rows do not count, where there is one."""
+        """The class whose rows do not count, if there is one."""
         return None
 
     @property
     def maximise(self) -> bool:
-        """Whether more of the leading metric is better."""
+        """Whether larger values of the leading metric are better."""
         metric = self.all_metrics.get(self.leading)
         return metric is not None and metric.maximise
 
@@ -163,18 +165,18 @@ class Task(Thing):
         return metric is not None and metric.share
 
     def rank(self, score: float | None) -> tuple[bool, float]:
-        """A score of the leading metric as something that is larger where it is better; undefined ones are worst."""
+        """A score of the leading metric as a number that is larger if it is better. Undefined scores are the worst."""
         defined = score is not None and math.isfinite(score)
         return defined, (score or 0.0) * (1 if self.maximise else -1) if defined else 0.0
 
     def width(self, targets: Tensor, classes: int) -> int:
-        """How many numbers a model gives per row (per place, where targets have places): what a model that is made for
-        the data is told as `classes`.
+        """The number of outputs of a model per row (per place, if targets have places). A model that is made for the
+        data receives it as `classes`.
         """
         return classes
 
     def fitted(self, targets: Tensor, classes: int) -> Self:
-        """The task as these training targets want it (class weights by their frequency). By default as it is."""
+        """The task, fitted to these training targets (class weights by frequency). By default unchanged."""
         return self
 
     def check_outputs(self, outputs: Tensor, targets: Tensor, names: Sequence[str]) -> None:
@@ -197,8 +199,8 @@ class Task(Thing):
             )
 
     def foreign(self, targets: Tensor, given: tuple[int, ...]) -> str:
-        """What is wrong with targets [R, t...] that came from elsewhere, a clause; empty where nothing is. `given` is
-        the shape of what the model gives for a row.
+        """What is wrong with received targets [R, t...], as a clause; empty if nothing is wrong. `given` is the shape
+        of the model's output for a row.
         """
         if targets.is_floating_point() and not bool(torch.isfinite(targets).all()):
             return "NaN or infinite numbers"
@@ -206,17 +208,17 @@ class Task(Thing):
 
     @property
     def targets(self) -> Targets:
-        """What its targets are, as it was registered."""
+        """The kind of its targets, as registered."""
         kind: Targets = self.entry.facts["targets"]
         return kind
 
 
 def task(name: str, *, targets: Targets, title: str = "", summary: str = "") -> Callable[[T], T]:
-    """Registers a `Task` under `name`. `targets`: what a data set's targets are to it."""
+    """Registers a `Task` under `name`. `targets`: how it reads a data set's targets."""
     return plugins.register("task", name, title=title, summary=summary, targets=targets)
 
 
 def mean_of_counting(losses: Tensor, counts: Tensor) -> Tensor:
-    """The mean of `losses` [R, t...], weighted by `counts` [R, t...], over each row: [R]. 0 where nothing counts."""
+    """The mean of `losses` [R, t...], weighted by `counts` [R, t...], over each row: [R]. 0 if all weights are 0."""
     total = counts.flatten(1).sum(1)
     return (losses * counts).flatten(1).sum(1) / torch.where(total > 0, total, torch.ones_like(total))

@@ -1,4 +1,4 @@
-"""A loss of one's own, a function (outputs, targets) of Python, in the place of a task's."""
+"""The user's own loss, a Python function of (outputs, targets), in place of a task's loss."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class RowLoss:
-    """The loss of each row, from a function that gives them, or only their mean: then it is asked row by row."""
+    """The loss of each row, from a function that returns them, or only their mean; then it is called row by row."""
 
     def __init__(self, loss: Loss) -> None:
         self._loss = loss
@@ -35,7 +35,7 @@ class RowLoss:
         return self._loss(output[None], target[None]).reshape(())
 
     def prove(self, outputs: Tensor, targets: Tensor) -> None:
-        """Find out what the function gives, from a few rows. Raises ConfigError with value, reason and remedy."""
+        """Find out what the function returns, from a few rows. Raises ConfigError with value, reason and remedy."""
         rows = outputs.detach().clone().requires_grad_()
         with torch.enable_grad():
             found = self._tried(rows, targets)
@@ -61,7 +61,7 @@ class RowLoss:
     def _tried(self, outputs: Tensor, targets: Tensor) -> Tensor:
         try:
             found = self._loss(outputs, targets)
-        except Exception as error:  # the user's function: anything can come out
+        except Exception as error:  # the user's function: any error is possible
             reason = (str(error).strip().splitlines() or [""])[0]
             raise ConfigError(
                 f"the loss cannot be computed from outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)} "
@@ -74,7 +74,7 @@ class RowLoss:
         return found
 
     def _batched(self, outputs: Tensor, targets: Tensor, singly: Tensor) -> bool:
-        """Whether all rows can be asked at once, each by itself, with the same result."""
+        """Whether all rows can be computed at once (by vmap), with the same result."""
         try:
             found = torch.vmap(self._one, randomness="different")(outputs, targets)
         except Exception:  # it branches on its values, say
@@ -83,8 +83,8 @@ class RowLoss:
 
 
 def with_loss(task: Task, loss: Loss, given: frozenset[str]) -> Task:
-    """The task with this loss in the place of its own. Raises ConfigError for options `given` that the task's own loss
-    alone reads.
+    """The task with this loss in place of its own. Raises ConfigError for options `given` that only the task's own loss
+    reads.
     """
     if not callable(loss):
         raise ConfigError(f"loss = {loss!r} cannot be called: give a function of (outputs, targets)")
@@ -104,7 +104,7 @@ def with_loss(task: Task, loss: Loss, given: frozenset[str]) -> Task:
             return rows(outputs, targets)
 
         def check_outputs(self, outputs: Tensor, targets: Tensor, names: Sequence[str]) -> None:
-            """What the task checks, and what the loss gives. Raises ConfigError."""
+            """Checks what the task checks, and what the loss returns. Raises ConfigError."""
             if type(task).check_outputs is not Task.check_outputs:
                 super().check_outputs(outputs, targets, names)
             rows.prove(outputs, targets)

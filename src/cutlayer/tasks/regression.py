@@ -15,7 +15,7 @@ from cutlayer.tasks.objective import Task, task
 
 
 def _flat(rows: Tensor) -> Tensor:
-    """[n, t...] -> [n, numbers of a row]: a single number may stand alone or in a column."""
+    """[n, t...] -> [n, numbers of a row]; single numbers may be [n] or [n, 1]."""
     return rows.reshape(len(rows), -1)
 
 
@@ -64,7 +64,7 @@ class Regression(Task):
         return self.predictions(outputs)
 
     def unmixed(self, mean: Tensor) -> Tensor:
-        """What the model would have given for them."""
+        """The outputs of the model that belong to them."""
         return mean.log() if self.loss == "poisson" else mean
 
     def width(self, targets: Tensor, classes: int) -> int:

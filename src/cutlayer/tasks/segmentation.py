@@ -32,7 +32,7 @@ class Segmentation(OfClasses):
         return each.flatten(1).mean(1) if counts is None else mean_of_counting(each, counts.to(each.dtype))
 
     def weights(self, targets: Tensor) -> Tensor | None:
-        """What a row's pixels count together: [R]."""
+        """The total weight of a row's pixels: [R]."""
         counts = self.counts(targets)
         return None if counts is None else counts.flatten(1).sum(1)
 

@@ -38,7 +38,7 @@ class TokenPrediction(OfClasses):
         return each.mean(1) if counts is None else mean_of_counting(each, counts.to(each.dtype))
 
     def weights(self, targets: Tensor) -> Tensor | None:
-        """What a row's tokens count together: [R]."""
+        """The total weight of a row's tokens: [R]."""
         counts = self.counts(targets[:, 1:] if self.next_token else targets)
         return None if counts is None else counts.sum(1)
 
@@ -47,7 +47,7 @@ class TokenPrediction(OfClasses):
         return outputs.argmax(2)
 
     def counted(self, predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """The tokens that count, each beside what it is judged by."""
+        """The tokens that count, each with its target."""
         return super().counted(*self._aligned(predictions, targets))
 
     def check_outputs(self, outputs: Tensor, targets: Tensor, names: Sequence[str]) -> None:

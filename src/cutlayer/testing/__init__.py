@@ -1,4 +1,4 @@
-"""Proofs for things of your own: an algorithm, a codec, a model, a partition or a defence, in three lines of test.
+"""Tests for your own algorithm, codec, model, partition or defence, in three lines.
 
     from cutlayer.testing import check_algorithm
 
@@ -6,8 +6,8 @@
         check_algorithm("path/to/mine.py:Mine", strength=0.5)
 
 A thing is given by its name, as path/to/file.py:name or package.module:name, or as the class or the configured object
-itself. Models and data are made here: small, random, in double precision. What does not hold is an AssertionError
-whose sentence says which property it is, and how far off.
+itself. Models and data are made here: small, random, in double precision. If a property does not hold, an
+AssertionError says which property it is, and how large the difference is.
 
 `train_in_memory` trains with the clients of a deployment, all of them in this process.
 """

@@ -28,7 +28,7 @@ from cutlayer.testing.material import demand_equal, fail, random_source, smooth,
 from cutlayer.testing.recording import RecordedServer, Recording
 from cutlayer.verbs import VERBS
 
-_EQUAL = 10  # samples of each of two clients, where all have the same number
+_EQUAL = 10  # samples of each of two clients, if all have the same number
 
 
 def check_algorithm(algorithm: Any, *, one_client_is_sgd: bool = True, **options: Any) -> None:
@@ -36,10 +36,10 @@ def check_algorithm(algorithm: Any, *, one_client_is_sgd: bool = True, **options
 
     - Its round uses all the verbs that it needs, and no others.
     - The bytes of the tensors that cross are those that the ledger counts.
-    - The stacked engine (if it can run the algorithm) and remote clients give what the local engine gives: records,
+    - The stacked engine (if it can run the algorithm) and remote clients give the results of the local engine: records,
       losses, client models and server model, up to rounding.
     - A run that is interrupted and resumed ends bit for bit like one that is not.
-    - If `traffic` states what an epoch of equal clients moves and computes, this is true.
+    - If `traffic` states what an epoch of equal clients sends and computes, the statement is true.
     - With `one_client_is_sgd`: with a single client, the algorithm is centralised gradient descent, step by step.
 
     Raises AssertionError, which says what does not hold and by how much, and ConfigError for an algorithm that cannot
@@ -130,7 +130,7 @@ def _interrupt(run: Run, steps: int) -> None:
 
 
 def _kept(folder: Path) -> dict[str, Any]:
-    """What is left of a run in its folder, but for the time that it took."""
+    """The content of a run's folder, without the times."""
     state = checkpoint.read(folder / CHECKPOINT)
     return {
         "records": [timeless(r) for r in read_records(folder / STEPS)],
@@ -143,7 +143,7 @@ def _kept(folder: Path) -> dict[str, Any]:
 
 
 def _check_traffic(candidate: Candidate) -> None:
-    """As `plan` asks: with those options alone that `traffic` reads."""
+    """As in `plan`: only with the options that `traffic` reads."""
     planned = {o.name for o in candidate.entry.options if o.planned} & set(candidate.options)
     asked = replace(candidate, options={name: candidate.options[name] for name in planned})
     epochs = 2 * asked.algorithm.part_of_round[0]

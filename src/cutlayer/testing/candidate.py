@@ -1,4 +1,4 @@
-"""An algorithm under test, and what its runs come to."""
+"""An algorithm under test, and the results of its runs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _UNTIMED = {"seconds"}  # fields of records that no two runs share
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run has come to: the `parts` that are compared."""
+    """The result of a run: the `parts` that are compared."""
 
     parts: dict[str, Any]
 
@@ -55,7 +55,7 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """What it is called in a sentence."""
+        """Its name in a sentence."""
         return f"{self.entry.title} ({self.reference})"
 
     @cached_property
@@ -65,7 +65,7 @@ class Candidate:
 
     @property
     def engines(self) -> list[str]:
-        """Those that can run it, besides the local one."""
+        """The engines that can run it, except the local one."""
         needs, found = self.traits.needs, []
         if self.traits.central:
             return []
@@ -81,7 +81,7 @@ class Candidate:
         return RunConfig.of({**options, **self.options, "algorithm": self.reference, "clients": clients})
 
     def run(self, engine: str, *, out: Path | None = None) -> Run:
-        """A run of clients of unequal sizes, some of which take part, with everything that has state."""
+        """A run of clients of unequal sizes, with partial participation and everything that has state."""
         return Run(self._stateful(engine), model=stateful, data=random_source(SIZES), out=out)
 
     def _stateful(self, engine: str) -> RunConfig:
@@ -99,11 +99,11 @@ class Candidate:
 
     @cached_property
     def local(self) -> Trained:
-        """What the local engine, the reference, comes to."""
+        """The result of the local engine, the reference."""
         return trained(self.run("local"))
 
     def check_engine(self, engine: str) -> None:
-        """Raises AssertionError unless an engine comes to what the local one does."""
+        """Raises AssertionError unless an engine gives the result of the local one."""
         if engine == "union":
             self.demand_alike(engine, trained(self.descent("auto")), trained(self.descent("local")))
         elif engine == "remote":
@@ -121,14 +121,14 @@ class Candidate:
         return {"cut": cut, "tail_cut": tail} if self.traits.u_shaped else {"cut": cut}
 
     def demand_alike(self, engine: str, found: Trained, local: Trained) -> None:
-        """Raises AssertionError where another engine has not come to what the local one has."""
+        """Raises AssertionError if the result differs from that of the local engine."""
         for what in local.parts:
             sentence = f"the {engine} engine comes to other {what} than the local one"
             demand_equal(self.name, sentence, found.parts[what], local.parts[what])
 
 
 def trained(run: Run, model_of: Callable[[int], Any] | None = None) -> Trained:
-    """Train to the end. Where one model travels, it is the holder's."""
+    """Train to the end. If one model travels, the result has the holder's model."""
     records = [timeless(asdict(record)) for record in run]
     t = run.training
     losses = [record.pop("loss") for record in records] + [e.test_loss for e in run.evaluations]

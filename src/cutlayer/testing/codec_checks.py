@@ -23,7 +23,7 @@ _SIZES = (1e-30, 1e-4, 1.0, 1e4, 1e30)
 def check_codec(reference: str | Codec | type[Codec]) -> None:
     """Test that a codec (NAME, NAME:ARGUMENT, a class or an object of it) keeps the promises of all codecs.
 
-    - What is received is within its bound of what was sent, at any magnitude. If it is not `lossy`, both are equal.
+    - Received numbers are within its bound of the sent ones, at any magnitude. If it is not `lossy`, both are equal.
     - It writes as many bytes as its `size` says; zero rows take no bytes.
     - The receiver finds NaN and infinite numbers, and finite numbers stay finite.
     - If the codec says that it writes rows by themselves (`row_by_row`), each client's rows are received as they would
@@ -56,7 +56,7 @@ def _tensors() -> Iterator[Tensor]:
 
 
 def _received(codec: Codec, x: Tensor) -> tuple[Tensor, int]:
-    """What comes of x [n, ...], and the bytes that it took."""
+    """The received form of x [n, ...], and its bytes."""
     try:
         body = b"".join(encode([x], codec))
     except ConfigError as error:
@@ -98,7 +98,7 @@ def _check_bound(codec: Codec, x: Tensor) -> None:
 
 
 def _check_rows(codec: Codec, x: Tensor) -> None:
-    """Rows of two clients: together as one after another."""
+    """Rows of two clients give the same together as one after another."""
     if len(x) < 2 or not codec.applies(x.dtype):
         return
     together, _ = Coding(up=codec.plain).rows(codec.plain, (x,), [1, len(x) - 1])

@@ -21,7 +21,7 @@ def check_defence(defence: Any, **options: Any) -> None:
 
     - Rows keep their shapes and types, and stay finite.
     - A batch of a client is protected in the same way, whichever other clients take part.
-    - The way back through it is the derivative, both of the rows that are sent and of its penalty.
+    - The backward pass through it is the derivative, both of the sent rows and of its penalty.
 
     Raises AssertionError, which says what does not hold and by how much, and ConfigError for a defence that cannot be
     found, or has no effect with these options.

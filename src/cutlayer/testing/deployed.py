@@ -24,7 +24,7 @@ C = TypeVar("C", bound=MemoryCarrier)
 
 @dataclass(frozen=True)
 class InMemory(Generic[C]):
-    """A run with its clients in one process. The `carrier` takes requests to `workers`; `greet` lets a client in."""
+    """A run with its clients in one process. The `carrier` passes requests to `workers`; `greet` admits a client."""
 
     run: Run
     carrier: C
@@ -55,12 +55,10 @@ def in_memory(
     gone: Callable[[], Collection[int]] = tuple,
     **options: Any,
 ) -> InMemory[C]:
-    """A run that has not begun, with its own clients or with the `workers` of an earlier one.
-
-    The run and the clients are kept in `folder` (`run`, `client-0`, ...), and with `resume` they continue from there.
-    All clients join before each round, except those that are `gone`. `options` are those of
-    `remote.sides.remote_training`. Raises UsageError as a deployment does, and RefusedError, when the run begins, for a
-    client that is not let in.
+    """A run that has not begun, with its own clients or with the `workers` of an earlier one. The run and the clients
+    are stored in `folder` (`run`, `client-0`, ...), and with `resume` they continue from there. All clients join before
+    each round, except those in `gone`. `options` are those of `remote.sides.remote_training`. Raises UsageError as a
+    deployment does, and RefusedError, when the run begins, for a client that is not let in.
     """
     places = {k: None if folder is None else folder / client_name(k) for k in range(config.clients)}
     for place in places.values():
@@ -76,7 +74,7 @@ def in_memory(
             if refused := hub.join(k, greet):
                 raise RefusedError(refused.reason, refused.sentence)
 
-    samples = [0] * config.clients  # they say it when they join
+    samples = [0] * config.clients  # they state it when they join
     training, cohort, greet = remote_training(config, hub, samples, ready=ready, model=model, data=data, **options)
     if resume:
         assert folder is not None, "only what was kept can be resumed"

@@ -35,7 +35,7 @@ def check_engine(name: str) -> None:
 
 
 def _variants(entry: Entry) -> Iterator[dict[str, Any]]:
-    """An algorithm's options one by one: what can be counted is 1, what can be chosen is each choice."""
+    """An algorithm's options one by one: numbers are set to 1, and choices to each of their values."""
     yield {}
     for option in entry.options:
         values = option.choices or ((1,) if option.base == "int" else ())

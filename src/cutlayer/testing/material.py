@@ -1,4 +1,4 @@
-"""What the checks are made with: small random data and models, and how far two results are apart."""
+"""Material for the checks: small random data and models, and the difference between two results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from cutlayer.data.samples import Samples, Source
 CLASSES = 4
 FEATURES = 6
 ROUNDING = 1e-9
-"""What two ways to compute the same may differ by, of the largest number: a million roundings of double precision."""
+"""The allowed relative difference between two computations of the same, relative to the largest number: a million
+roundings of double precision.
+"""
 
 
 def random_samples(n: int, shape: Sequence[int] = (FEATURES,), *, classes: int = CLASSES, seed: int = 0) -> Samples:
@@ -58,8 +60,8 @@ def stateful() -> nn.Module:
 
 
 def apart(a: Any, b: Any, at: str = "") -> tuple[float, str]:
-    """How far two results are apart, and where: nested dicts, sequences, tensors and plain values. Infinitely far where
-    they are not alike, or not numbers.
+    """The difference between two results, and where it is: nested dicts, sequences, tensors and plain values. It is
+    infinite if their forms differ, or if they are not numbers.
     """
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return (_gap(a, b) if a.shape == b.shape else math.inf), at
@@ -78,7 +80,7 @@ def apart(a: Any, b: Any, at: str = "") -> tuple[float, str]:
 
 
 def _gap(a: Tensor, b: Tensor) -> float:
-    """The largest difference; infinite where a number is NaN in one alone."""
+    """The largest difference; infinite if a number is NaN in only one of them."""
     if torch.equal(a, b) or not a.numel():
         return 0.0
     gap = (a.double() - b.double()).abs()

@@ -37,9 +37,9 @@ def check_model(
     """Test that a model can be trained in parts. `options` are its own.
 
     - It gives `classes` numbers for each sample of `input_shape`.
-    - At all `cuts` (by default those that it was registered with, or all that are found), the parts give what the whole
-      gives: outputs, gradients and buffers, in training and in evaluation.
-    - With `stacked`: the models of several clients, trained all at once, become what they become one by one.
+    - At all `cuts` (by default those that it was registered with, or all that are found), the parts give the same as
+      the whole: outputs, gradients and buffers, in training and in evaluation.
+    - With `stacked`: the models of several clients, trained all at once, become the same as when trained one by one.
 
     Raises AssertionError, which says what does not hold and by how much, and ConfigError for a model that cannot be
     found or made.

@@ -1,4 +1,4 @@
-"""Who asks the seam for what, and the bytes of the tensors that cross: counted apart from the ledger."""
+"""Records the requests to the seam, and the bytes of the tensors that cross, independently of the ledger."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from cutlayer.types import CutGradients, Smashed, TailGradients
 from cutlayer.verbs import CLIENT_VERBS, SERVER_VERBS
 
 _OPEN = frozenset({"samples", "masses", "shape", "holder"})
-"""What an algorithm may look at besides: it moves nothing."""
+"""Attributes that an algorithm may also read, since they send nothing."""
 
 
 class Recording:
-    """A cohort as an algorithm sees it. `used` are the verbs that it has asked for, `strangers` what else.
-
-    `up` and `down` are the bytes of all tensors that crossed, one by one. Of a model, those called `frozen` do not
-    cross, and no gradients do to clients whose lower parts do not train (`trains`).
+    """A cohort as an algorithm sees it. `used` are the verbs that the algorithm has used, `strangers` its other
+    requests. `up` and `down` are the bytes of all tensors that crossed, one by one. Tensors of a model named in
+    `frozen` do not cross, and neither do gradients to clients whose lower parts do not train (`trains`).
     """
 
     def __init__(
@@ -99,7 +98,7 @@ class Recording:
 
 
 class RecordedServer:
-    """Has `server` note which of its verbs are `used`, and the `rows` that have gone through a model of its."""
+    """Makes `server` record which of its verbs are `used`, and the number of `rows` that passed through its models."""
 
     def __init__(self, server: Server) -> None:
         self.used: set[str] = set()
