@@ -1,1 +1,1 @@
-"""Clients on other machines: the server's cohort, and what runs where the data are."""
+"""Clients on other machines: the server's cohort, and the client's side."""

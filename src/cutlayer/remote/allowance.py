@@ -1,8 +1,7 @@
-"""How much a client answers, by its own configuration: counted over restarts, and refused beyond.
-
-What the study asks for follows from the client's own file: its rounds, and the batches of a round. A client answers
-that, with room for what is repeated after restarts (`ROOM`), and no more, unless its table [budget] says otherwise.
-What was spent is kept in the client's folder, so that a restart does not begin anew.
+"""How many requests a client answers, by its own configuration. They are counted over restarts, and refused beyond the
+limit. The client's own file determines the requests of the study: its rounds, and the batches of a round. A client
+answers these, with room for repetitions after restarts (`ROOM`), unless its table [budget] says otherwise. The client's
+folder keeps what was spent, so a restart does not begin at zero.
 """
 
 from __future__ import annotations
@@ -23,16 +22,16 @@ from cutlayer.options import BudgetConfig
 from cutlayer.text import format_duration
 
 ROOM = (2, 5)
-"""Times the study's rounds, and rounds more: for those that are repeated after restarts and faults."""
+"""A factor of the study's rounds, and a number of additional rounds, for repetitions after restarts and faults."""
 
 PIECES = 100
-"""Requests to evaluate in a round, where the server's test rows are not known: each has up to 1024 rows."""
+"""Requests to evaluate in a round, if the number of the server's test rows is not known: each has up to 1024 rows."""
 
 
 @dataclass(frozen=True)
 class Extent:
-    """What the client's own configuration says of the training: its rounds (None: they depend on other clients' data),
-    the batches of one, requests to evaluate in each, models that are given in each; whether smashed data are sent.
+    """The training by the client's own configuration: its rounds (None: they depend on other clients' data), and for
+    each round its batches, requests to evaluate, and models sent; and whether smashed data are sent.
     """
 
     rounds: int | None
@@ -49,9 +48,9 @@ class Extent:
 
 @dataclass(frozen=True)
 class Allowance:
-    """The most that a client answers: rounds begun, forward passes whose smashed data are sent, batches trained on,
-    requests to evaluate, models given; seconds of work, times that a sample is sent (None: no limit). `total`: rounds
-    of the study that a server may speak of (None: any).
+    """The limits of a client: rounds begun, forward passes whose smashed data are sent, batches trained on, requests to
+    evaluate, models sent, seconds of work, and times that a sample is sent (None: no limit). `total`: rounds of the
+    study that a server may announce (None: any number).
     """
 
     rounds: int
@@ -65,7 +64,9 @@ class Allowance:
 
     @classmethod
     def of(cls, study: Extent, budget: BudgetConfig, noise: Noise | None = None) -> Allowance:
-        """What the table [budget] says, and where it says nothing, what the study needs, with room for restarts."""
+        """The limits of the table [budget]; for those that it does not give, what the study needs, with room for
+        restarts.
+        """
         known = study.rounds if study.rounds is not None else (budget.max_rounds or 1 << 20)
         rounds = budget.max_rounds or ROOM[0] * known + ROOM[1]
         return cls(
@@ -85,7 +86,7 @@ def _either(given: int | None, derived: int) -> int:
 
 
 def statement(noise: Noise, releases: int, delta: float) -> dp.Statement:
-    """What the noise guarantees if every sample is sent so often."""
+    """The guarantee of the noise if every sample is sent this number of times."""
     assert noise.clip is not None, "noise needs a clip"
     if noise.laplace_noise:
         return dp.laplace(noise.scale, noise.clip, releases)
@@ -93,7 +94,7 @@ def statement(noise: Noise, releases: int, delta: float) -> dp.Statement:
 
 
 def most_releases(noise: Noise | None, budget: BudgetConfig) -> int:
-    """How often a sample can be sent before its epsilon is above the budget's."""
+    """How often a sample can be sent before its epsilon exceeds the budget."""
     if noise is None or budget.max_epsilon is None or statement(noise, 1, budget.delta).epsilon > budget.max_epsilon:
         return 0
     low, high = 1, 2
@@ -129,18 +130,18 @@ _WORDS = {
     "models": "models given",
 }
 SPENT = "spent.json"
-_SIZE = 512  # bytes of the file: it is written over in place
+_SIZE = 512  # bytes of the file, which is overwritten in place
 
 
 class Purse:
-    """What a client may still answer: an allowance, and what is spent of it, kept at `path` (None: in this process
-    alone). `name` is the client's, `samples` how many it has.
+    """What a client may still answer: an allowance, and how much of it is spent, stored at `path` (None: only in this
+    process). `name` is the client's, `samples` the number of its samples.
     """
 
     def __init__(self, name: str, allowance: Allowance, samples: int, path: Path | None = None) -> None:
-        """Raises RunFolderError where what was kept cannot be read."""
+        """Raises RunFolderError if the stored account cannot be read."""
         self.name, self.allowance, self.spent = name, allowance, Account()
-        self._sent = np.zeros(samples, np.int64)  # how often each sample was, in this process
+        self._sent = np.zeros(samples, np.int64)  # how often each sample was sent in this process
         self._file: int | None = None
         self._path = path
         if path is not None:
@@ -160,7 +161,7 @@ class Purse:
         setattr(self.spent, what, spent + count)
 
     def check_total(self, rounds: int) -> None:
-        """Raises BudgetError for a server that speaks of more rounds than the study has."""
+        """Raises BudgetError if a server announces more rounds than the study has."""
         total = self.allowance.total
         if total is not None and rounds > total:
             raise BudgetError(
@@ -169,7 +170,7 @@ class Purse:
             )
 
     def send(self, rows: np.ndarray) -> None:
-        """The smashed data of these samples are sent once more. Raises BudgetError where that is once too often."""
+        """The smashed data of these samples are sent once more. Raises BudgetError if that exceeds the limit."""
         most = self._before + int(self._sent[rows].max(initial=0)) + 1
         limit = self.allowance.releases
         if limit is not None and most > limit:
@@ -193,12 +194,12 @@ class Purse:
         return items
 
     def work(self, seconds: float) -> None:
-        """Time was spent on a request, which is not answered yet: what was spent on it is kept first."""
+        """Note the time spent on a request, and store it before the request is answered."""
         self.spent.seconds += seconds
         self._keep()
 
     def check_time(self, more: float = 0.0) -> None:
-        """Raises BudgetError once the time is spent, `more` seconds included."""
+        """Raises BudgetError if the time is spent, including `more` seconds."""
         limit = self.allowance.seconds
         if limit is not None and self.spent.seconds + more > limit:
             raise BudgetError(
@@ -207,7 +208,7 @@ class Purse:
             )
 
     def close(self) -> None:
-        """Keep what is spent, on the disk."""
+        """Store what is spent on the disk."""
         if self._file is not None:
             self._keep()
             os.fsync(self._file)
@@ -224,7 +225,7 @@ class Purse:
 
 
 def _read(path: Path) -> Account:
-    """What was spent. Raises RunFolderError where the file is damaged."""
+    """What was spent. Raises RunFolderError if the file is damaged."""
     try:
         found: Any = json.loads(path.read_text("utf-8") or "{}")
         counts = {f.name: int(found.get(f.name, 0)) for f in fields(Account) if f.name != "seconds"}

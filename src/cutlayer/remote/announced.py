@@ -1,4 +1,4 @@
-"""What clients say that they have: the numbers of samples, by which averages and rounds are weighted."""
+"""The numbers of samples that clients announce, which weight averages and rounds."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from statistics import median
 
 MULTIPLE = 10_000
-"""Times the others' median that a client may have, unless a number is given."""
+"""The most samples that a client may have, as a multiple of the others' median, unless a number is given."""
 
 
 def impossible(samples: int, mass: float, most: int | None, *, alike: bool) -> str | None:
-    """Why a client cannot have so many samples, which count so much together; None if it can. `most`: as many as are
-    allowed; `alike`: each counts 1.
+    """Why a client cannot have this number of samples with this total weight; None if it can. `most`: the allowed
+    number; `alike`: each sample has weight 1.
     """
     if not samples:
         return "has no training samples: give it some, or run without it"
@@ -36,6 +36,6 @@ def excessive(client: int, masses: Mapping[int, float], samples: Mapping[int, in
 
 
 def shares(masses: Mapping[int, float]) -> dict[int, float]:
-    """What part of the whole each client has."""
+    """The share of the whole that each client has."""
     whole = sum(masses.values()) or 1.0
     return {k: mass / whole for k, mass in masses.items()}

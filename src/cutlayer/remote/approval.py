@@ -1,8 +1,7 @@
-"""What a study will do with a client, in words and before anybody is contacted, and a fingerprint to approve it by.
-
-The fingerprint covers what decides what leaves the client and who gets it: all options that both sides must agree on
-(the server's are compared with them word for word when the client joins), the defences, the budget, the client's part
-of the model, and how the server proves who it is. It does not cover the data, nor where and how they are computed on.
+"""Shows what a study will do with a client, before any server is contacted, with a fingerprint to approve it. The
+fingerprint covers everything that decides what leaves the client and where it goes: all options that both sides must
+agree on (the server's are compared with them word for word when the client joins), the defences, the budget, the
+client's part of the model, and how the server proves its identity. It does not cover the data or the computing device.
 """
 
 from __future__ import annotations
@@ -40,11 +39,13 @@ UNCOVERED = frozenset(
         *(name for name, field in RunConfig.model_fields.items() if about(field, "group") == COSTS),
     }
 )
-"""Options that say where the data are, and where and how fast they are computed on: they change nothing that leaves."""
+"""Options for the place of the data and for the computing device and its speed. They do not change what leaves the
+client.
+"""
 
 
 def fingerprint_of(config: RunConfig, joining: Joining, terms: Mapping[str, Any]) -> str:
-    """The fingerprint of what a client is configured to do; `terms` are those of the handshake, as plain values."""
+    """The fingerprint of a client's configuration; `terms` are those of the handshake, as plain values."""
     options = {name: value for name, value in config.resolved().items() if name not in UNCOVERED}
     covered = {
         "options": options,
@@ -62,8 +63,8 @@ def fingerprint_of(config: RunConfig, joining: Joining, terms: Mapping[str, Any]
 
 
 def check_approved(config: RunConfig, joining: Sequence[Joining], approved: str) -> None:
-    """Raises ConfigError where a client is configured to do something else than what was approved, and for several
-    clients, which have several fingerprints.
+    """Raises ConfigError if the client's configuration differs from the approved one, or for several clients, which
+    have several fingerprints.
     """
     if len(joining) > 1:
         raise ConfigError(f"{len(joining)} clients have {len(joining)} fingerprints: approve and start each by itself")
@@ -77,7 +78,7 @@ def check_approved(config: RunConfig, joining: Sequence[Joining], approved: str)
 
 
 def shown(config: RunConfig, joining: Sequence[Joining]) -> Iterator[str]:
-    """What the study will ask of each client, and what leaves it, in lines. Raises UsageError as `join` does."""
+    """The requests of the study to each client, and what leaves it, as lines. Raises UsageError as `join` does."""
     for one in joining:
         worker = _alone(config, one)
         yield f"{one.name} for the server at {one.address}: {worker.duty.terms.algorithm}"
@@ -89,7 +90,7 @@ def shown(config: RunConfig, joining: Sequence[Joining]) -> Iterator[str]:
 
 
 def _alone(config: RunConfig, joining: Joining) -> Worker:
-    """The client, which keeps and contacts nothing."""
+    """The client, without storing anything or contacting a server."""
     shared = None if joining.data is not None else load_source(config, None)
     return made(config, joining, shared, noise_seed=0, alone=True)
 
@@ -99,7 +100,7 @@ def _fingerprint(config: RunConfig, joining: Joining, worker: Worker) -> str:
 
 
 def _trust(security: ClientSecurity) -> dict[str, str]:
-    """How the server proves who it is, and what this client shows."""
+    """How the server proves its identity, and what this client shows."""
     shows = "a certificate" if security.certificate else "a token" if security.token else "nothing"
     return {
         "authority": _digest(security.ca) if security.ca else "none",
@@ -158,7 +159,7 @@ def _most(a: Allowance) -> str:
 
 
 def _size(what: str, worker: Worker) -> str:
-    """Of one row or model, and of all that is sent, before codecs."""
+    """The size of one row or model, and of everything that is sent, before codecs."""
     d = worker.duty
     assert d.study is not None
     if what == "smashed data":

@@ -1,7 +1,6 @@
-"""A client's own record of what it was asked and what it answered: JSON lines, appended as they happen.
-
-Each line goes to the system at once, so that what was answered is in the record even if the process is killed. The file
-is opened for appending alone and readable by its owner alone.
+"""A client's own record of requests and answers: JSON lines, appended as they happen. Each line is passed to the system
+at once, so every answer is in the record even if the process is killed. The file is opened only for appending, and only
+its owner can read it.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ AUDIT = "audit.jsonl"
 
 
 class Audit:
-    """Appends to the file at `path`: what the server at `address` asks of the client `name`, and what it is answered.
-    Raises DiskFullError or RunFolderError where it cannot: what cannot be recorded is not answered.
+    """Appends to the file at `path`: the requests of the server at `address` to the client `name`, and its answers.
+    Raises DiskFullError or RunFolderError if it cannot: a request that cannot be recorded is not answered.
     """
 
     def __init__(self, path: Path, name: str, address: str) -> None:
@@ -51,7 +50,7 @@ class Audit:
         self._write({"event": what, **facts})
 
     def close(self) -> None:
-        """Put all on the disk."""
+        """Flush everything to the disk."""
         os.fsync(self._file)
         os.close(self._file)
 

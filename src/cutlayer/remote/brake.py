@@ -1,4 +1,6 @@
-"""Slows down whoever dials again and again: a server does not read what comes too often, and writes few lines of it."""
+"""Slows down repeated connections: a server does not read connections that come too often, and logs few lines about
+them.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +10,21 @@ WINDOW = 10.0
 """Seconds after which all counts begin anew."""
 
 REFUSALS, CONNECTIONS = 20, 100
-"""How often one name may be refused, or come, from one host in a window. What follows is turned away unread."""
+"""How often one name may be refused, or connect, from one host in a window. Later connections are refused unread."""
 
 LINES = 3
-"""Lines of the log about refusals of one name from one host in a window. More are counted, and said in one."""
+"""Lines of the log about refusals of one name from one host in a window. Further ones are counted, and reported in one
+line.
+"""
 
-_NAMES = 256  # of refused strangers of one host that are told apart: they may make up any number
+_NAMES = 256  # of refused strangers of one host that are counted separately: they may invent any number of names
 
 Key = tuple[str, str]
-"""(a host, what somebody there calls itself)."""
+"""(host, the name that a peer there claims)."""
 
 
 class Brake:
-    """Counts who comes and who is refused. `now`, seconds of any clock, is given with everything."""
+    """Counts connections and refusals. `now`, seconds of any clock, is an argument of each method."""
 
     def __init__(self) -> None:
         self._end = 0.0
@@ -29,7 +33,7 @@ class Brake:
         self._names: Counter[str] = Counter()
 
     def blocks(self, host: str, name: str) -> bool:
-        """Whether this one has come too often. It is counted then."""
+        """Count this connection; whether it is one too many."""
         key = self._key(host, name)
         blocked = self._refusals[key] >= REFUSALS or self._connections[key] >= CONNECTIONS
         if blocked:
@@ -37,18 +41,18 @@ class Brake:
         return blocked
 
     def refuse(self, host: str, name: str) -> bool:
-        """Somebody is refused: whether a line of the log is to say so."""
+        """Count a refusal; whether it is logged."""
         key = self._key(host, name)
         self._names[host] += key not in self._refusals
         self._refusals[key] += 1
         return self._refusals[key] <= LINES
 
     def connect(self, host: str, name: str) -> None:
-        """Somebody is let in: a name of its own, since a study has so many clients and no more."""
+        """Count an admitted client, under its own name, since the number of clients is bounded."""
         self._connections[host, name] += 1
 
     def over(self, now: float) -> dict[Key, int]:
-        """Where the window is over: how many refusals no line of the log has said, by host and name."""
+        """If the window is over: the number of refusals that were not logged, by host and name."""
         if now < self._end:
             return {}
         unsaid = {key: count - LINES for key, count in self._refusals.items() if count > LINES}

@@ -9,14 +9,13 @@ _STUCK = 0.5  # seconds after which a message that is being written counts as st
 
 
 class WriteBudget:
-    """Bytes of messages that are packed and being written. A single message goes out however large it is.
-
-    A stuck message gives its share back after a while: clients that do not read must not hold up the others.
+    """Bytes of messages that are packed and being written. A single message of any size may be written. A stuck message
+    returns its share after a while, since clients that do not read must not delay the others.
     """
 
     def __init__(self, total: int) -> None:
         self._total, self._used = total, 0
-        self._held: dict[int, tuple[int, float]] = {}  # (bytes, until when they count), the oldest first
+        self._held: dict[int, tuple[int, float]] = {}  # (bytes, time until which they count), the oldest first
         self._last = 0
         self._freed = asyncio.Event()
 

@@ -1,4 +1,4 @@
-"""Who dials a server: its name, its address, and the certificate that it has shown."""
+"""The peer that connects to a server: its name, its address, and its certificate."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from cryptography.hazmat.primitives import hashes
 
 from cutlayer.text import plain, shortened
 
-_SHOWN = 100  # characters of what a stranger says
+_SHOWN = 100  # characters of a stranger's text
 
 
 @dataclass(frozen=True)
 class Caller:
-    """Who dials. `name` is what it calls itself, and has been proven only where the server has let it in; `serial` and
-    `sha256` are those of its certificate, in hexadecimal digits; empty where it has shown none.
+    """The peer. `name` is the name that it claims, which is proven only if the server has admitted it. `serial` and
+    `sha256` are those of its certificate, in hexadecimal digits; they are empty if it has shown none.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Caller:
 
     @classmethod
     def of(cls, name: str, peer: str, context: Mapping[str, Iterable[bytes]]) -> Caller:
-        """Somebody at gRPC's `peer`, whose certificate is in gRPC's "auth context"."""
+        """The peer at gRPC's address `peer`, whose certificate is in gRPC's "auth context"."""
         address = unquote(peer)
         with suppress(ValueError):
             for pem in context.get("x509_pem_cert", ()):
@@ -46,14 +46,14 @@ class Caller:
 
     @property
     def facts(self) -> dict[str, str]:
-        """What a record says of it, without what there is not."""
+        """The facts for a record, without empty ones."""
         name, subject = (plain(shortened(text, _SHOWN)) for text in (self.name, self.subject))
         shown = {"name": name, "address": self.address, "subject": subject}
         return {n: v for n, v in {**shown, "serial": self.serial, "sha256": self.sha256}.items() if v}
 
 
 def described(certificate: x509.Certificate) -> dict[str, Any]:
-    """What tells a certificate from all others, and until when it is valid."""
+    """The facts that identify a certificate, and the end of its validity."""
     return {
         "subject": certificate.subject.rfc4514_string(),
         "serial": f"{certificate.serial_number:x}",

@@ -1,7 +1,7 @@
-"""What lies between the server's cohort and its clients: requests go out, answers or losses come back.
+"""The interface between the server's cohort and its clients: requests go out, answers or losses come back.
 
 `RemoteCohort` (`far.py`) asks a `Carrier`; at the other end a `Responder` answers, which is a `Worker` (`worker.py`)
-outside of tests. How the bytes travel is the business of a transport (see `transports`).
+outside of tests. A transport decides how the bytes travel (see `transports`).
 """
 
 from __future__ import annotations
@@ -26,11 +26,10 @@ class StoppedError(CutlayerError):
 
 @dataclass(frozen=True)
 class Lost:
-    """A client that did not answer all its requests: why, as a word and as a sentence; `kind` is the name of the
-    client's error if it has "failed".
-
-    A "late" client stays connected: it has received, or is receiving, all its requests in order, and its answers are
-    thrown away. All others are no longer connected, and it is not known how far they came.
+    """A client that did not answer all its requests: the reason as a word and as a sentence; `kind` is the name of the
+    client's error if it has "failed". A "late" client stays connected: it has received, or is receiving, all its
+    requests in order, and its answers are discarded. All others are no longer connected, and it is not known how far
+    they got.
     """
 
     reason: Reason
@@ -40,17 +39,17 @@ class Lost:
 
 class Carrier(Protocol):
     """Carries requests to clients, and their answers back. `concurrent`: exchanges with different clients may run at
-    the same time, in threads of their own.
+    the same time, each in its own thread.
     """
 
     concurrent: bool
 
     @property
     def connected(self) -> frozenset[int]:
-        """Clients that can be asked something now."""
+        """Clients that can receive requests now."""
 
     def arrivals(self) -> Mapping[int, m.Hello]:
-        """Clients that have come, or come back, since the last call; they are connected from then on."""
+        """Clients that have connected, or reconnected, since the last call. From then on they can receive requests."""
 
     def exchange(
         self,
@@ -61,22 +60,22 @@ class Carrier(Protocol):
         voters: Collection[int] | None = None,
         on_answer: Callable[[int, Frame], Any],
     ) -> Mapping[int, list[Any] | Lost]:
-        """Send each client its requests, in order. Returns what `on_answer` makes of the answers of the clients that
-        gave them all, or why there are none. If it raises WireError, the client is lost for "garbage".
+        """Send each client its requests, in order. Returns for each client the result of `on_answer` for its answers,
+        or why there are none. If it raises WireError, the client is lost for "garbage".
         """
 
     def dismiss(self, client: int, sentence: str) -> None:
-        """Close the connection of a client that has said something impossible: it is not connected any more then."""
+        """Close the connection of a client that has sent something impossible."""
 
 
 class Responder(Protocol):
     """A client's end. All methods are called on one thread, one after another."""
 
     def hello(self) -> m.Hello:
-        """Who it is; asked at each connection."""
+        """The client's Hello, for each connection."""
 
     def welcome(self, welcome: m.Welcome) -> m.Refused | None:
-        """Check the server's terms in turn."""
+        """Check the server's terms."""
 
     def handle(self, frame: Frame) -> Answer | None:
         """Answer a request; None if it has no answer."""

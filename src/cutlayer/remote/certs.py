@@ -1,9 +1,7 @@
-"""Certificates for a federation of one's own: an authority, and what it certifies for the server and its clients.
-
-ECDSA on P-256. The authority's key (`ca.key`) stays where the certificates are made; a client needs `ca.crt` and its
-own `NAME.crt` and `NAME.key`. A client's certificate names the client, and that is who it is to the server.
-
-Keys need not travel: whoever uses one makes it with a request (PKCS #10), and the authority signs that.
+"""Certificates for your own federation: an authority, and its certificates for the server and the clients. ECDSA on
+P-256. The authority's key (`ca.key`) stays on the machine that makes the certificates. A client needs `ca.crt` and its
+own `NAME.crt` and `NAME.key`. A client's certificate contains its name, which is its identity for the server. Keys need
+not be sent: each party makes its own key with a request (PKCS #10), and the authority signs the request.
 """
 
 from __future__ import annotations
@@ -41,16 +39,15 @@ _PURPOSE = {"server": ExtendedKeyUsageOID.SERVER_AUTH, "client": ExtendedKeyUsag
 
 
 class Pair(NamedTuple):
-    """Where a certificate and its private key lie."""
+    """The paths of a certificate and its private key."""
 
     certificate: Path
     key: Path
 
 
 def make_ca(folder: Path, *, days: int = 3650) -> Pair:
-    """A new authority in `folder`: ca.crt and ca.key. Raises ConfigError where there is one, or nothing can be written.
-
-    It certifies servers and clients, no further authorities.
+    """A new authority in `folder`: ca.crt and ca.key. It certifies servers and clients, but no further authorities.
+    Raises ConfigError if there is one already, or if the files cannot be written.
     """
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"Cutlayer authority {secrets.token_hex(4)}")])
@@ -65,10 +62,8 @@ def make_certificate(
     folder: Path, name: str, kind: Kind = "client", *, hosts: Sequence[str] = (), days: int = 365
 ) -> Pair:
     """A certificate by the authority in `folder` for the server, which is reached under `hosts` (names and addresses;
-    this machine's own alone unless told), or for the client that is called `name`.
-
-    Raises ConfigError where the authority is missing, the name is taken or cannot name a file, or nothing can be
-    written.
+    by default only those of this machine), or for the client called `name`. Raises ConfigError if the authority is
+    missing, if the name is taken or is not a valid file name, or if the files cannot be written.
     """
     key = ec.generate_private_key(ec.SECP256R1())
     return _write(folder, name, _certified(folder, name, kind, key.public_key(), hosts, days), key)
@@ -76,9 +71,7 @@ def make_certificate(
 
 def make_tokens(folder: Path, names: Sequence[str]) -> tuple[Path, list[Path]]:
     """A token for each of `names` in `folder`: NAME.token for the client, and tokens.toml with the hashes for the
-    server.
-
-    Raises ConfigError where a name is taken or cannot name a file, or nothing can be written.
+    server. Raises ConfigError if a name is taken or is not a valid file name, or if the files cannot be written.
     """
     for name in names:
         _check_name(name)
@@ -91,10 +84,9 @@ def make_tokens(folder: Path, names: Sequence[str]) -> tuple[Path, list[Path]]:
 
 
 def make_request(folder: Path, name: str) -> Pair:
-    """A new key in `folder` for who is called `name`, NAME.key, with a request for its certificate, NAME.csr.
-
-    The key stays there; the request has no secrets. Raises ConfigError where the name is taken or cannot name a file,
-    or nothing can be written.
+    """A new key NAME.key in `folder` for the party called `name`, with a request for its certificate, NAME.csr. The key
+    stays there; the request has no secrets. Raises ConfigError if the name is taken or is not a valid file name, or if
+    the files cannot be written.
     """
     _check_name(name)
     key = ec.generate_private_key(ec.SECP256R1())
@@ -106,11 +98,10 @@ def make_request(folder: Path, name: str) -> Pair:
 
 
 def sign_request(folder: Path, path: Path, *, hosts: Sequence[str] = (), days: int = 365) -> Path:
-    """NAME.crt by the authority in `folder` for the request NAME.csr at `path`: the server's, reached under `hosts`,
-    where the name is `server`, else a client's. Name and key are all that is taken from the request.
-
-    Raises ConfigError where the request cannot be read, is damaged, asks for another name than its file's or has a weak
-    key, and as `make_certificate` does.
+    """NAME.crt by the authority in `folder` for the request NAME.csr at `path`. If the name is `server`, it is the
+    certificate of the server, which is reached under `hosts`; otherwise it is a client's. Only the name and the key are
+    taken from the request. Raises ConfigError if the request cannot be read, is damaged, is for another name than its
+    file's or has a weak key, and as `make_certificate` does.
     """
     request = _read_request(path)
     name = next((str(a.value) for a in request.subject.get_attributes_for_oid(NameOID.COMMON_NAME)), "")
@@ -137,8 +128,8 @@ def key_fingerprint(path: Path) -> str:
 
 
 def read_certificate(path: Path) -> dict[str, Any]:
-    """Whose a certificate is (`subject`), what tells it from all others (`serial`, `sha256`), and until when it is
-    valid (`expires`). Raises ConfigError.
+    """The owner of a certificate (`subject`), its identity (`serial`, `sha256`), and the end of its validity
+    (`expires`). Raises ConfigError.
     """
     try:
         return described(x509.load_pem_x509_certificate(path.read_bytes()))
@@ -149,7 +140,7 @@ def read_certificate(path: Path) -> dict[str, Any]:
 
 
 def _read_request(path: Path) -> x509.CertificateSigningRequest:
-    """Whose signature is right: it was made by who holds the key. Raises ConfigError."""
+    """A request with a valid signature, which only the owner of the key can make. Raises ConfigError."""
     try:
         request = x509.load_pem_x509_csr(path.read_bytes())
         sound = request.is_signature_valid
@@ -173,7 +164,9 @@ def _check_name(name: str) -> None:
 def _certified(
     folder: Path, name: str, kind: Kind, key: PublicKey, hosts: Sequence[str], days: int
 ) -> x509.Certificate:
-    """What the authority in `folder` says of who is called `name` and holds `key`. Raises ConfigError."""
+    """The certificate by the authority in `folder` for the party called `name`, which holds `key`. Raises
+    ConfigError.
+    """
     _check_name(name)
     if hosts and kind == "client":
         raise ConfigError(
@@ -211,7 +204,7 @@ def _builder(
 
 
 def _validity(days: int) -> tuple[datetime, datetime]:
-    """From a little while ago, for `days` days; what has negative days has expired already."""
+    """Valid from shortly before now, for `days` days. A certificate with negative days has expired already."""
     now = datetime.now(UTC)
     return now - _EARLIER, now + timedelta(days=days)
 
@@ -278,7 +271,7 @@ def _pem(made: x509.Certificate | x509.CertificateSigningRequest) -> bytes:
 
 
 def _write_files(folder: Path, files: Mapping[Path, tuple[bytes, int]]) -> None:
-    """Contents and modes, where nothing of that name is. Raises ConfigError."""
+    """Write contents with their modes, if no file has this name. Raises ConfigError."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         taken = next((path for path in files if path.exists()), None)
@@ -295,7 +288,7 @@ def _write_files(folder: Path, files: Mapping[Path, tuple[bytes, int]]) -> None:
 
 
 def _write_new(path: Path, content: bytes, mode: int) -> None:
-    """Atomically, and only where nothing is: readable to nobody else at any moment."""
+    """Write atomically, and only if the file does not exist. At no time can others read it."""
     fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         try:
@@ -303,6 +296,6 @@ def _write_new(path: Path, content: bytes, mode: int) -> None:
             file.flush()
             os.fchmod(file.fileno(), mode)
             os.fsync(file.fileno())
-            os.link(fresh, path)  # unlike a rename, this fails where something is
+            os.link(fresh, path)  # unlike a rename, this fails if the file exists
         finally:
             fresh.unlink()

@@ -1,4 +1,4 @@
-"""What has crossed between the server and one client, counted where the bytes go out and come in."""
+"""The traffic between the server and one client, counted where bytes are sent and received."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass
 class ClientTraffic:
-    """What has crossed between the server and one client, over all its connections.
+    """The traffic between the server and one client, over all its connections.
 
     `sent` and `received`: bytes of whole messages; `payload_sent` and `payload_received`: bytes of the tensors in them.
     `latency`: seconds from the last answered request to its answer. TLS and HTTP/2 overhead is not included.
@@ -24,5 +24,5 @@ class ClientTraffic:
 
     @property
     def reconnects(self) -> int:
-        """How often the client has come back."""
+        """How often the client has reconnected."""
         return max(0, self.connections - 1)

@@ -1,4 +1,4 @@
-"""The list of those whom a server does not let in, whatever they show: names, and certificates."""
+"""The list of clients and certificates that a server always refuses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cutlayer.errors import ConfigError
 from cutlayer.remote.caller import Caller
 
 MOST = 1 << 20
-"""Bytes that such a file has at most."""
+"""The largest size of the file in bytes."""
 
 _CERTIFICATE = re.compile(r"(serial|sha256):([0-9A-Fa-f:]+)")
 _HEX = re.compile(r"[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){7,}|[0-9A-Fa-f]{32,}")  # a number whose kind was forgotten
@@ -19,7 +19,7 @@ _NAME = re.compile(r"[^\s:]{1,256}")
 
 @dataclass(frozen=True)
 class DenyList:
-    """Who is not let in: clients by their `names`, certificates by their `serials` and fingerprints (`sha256`)."""
+    """Refused clients by their `names`, and certificates by their `serials` and fingerprints (`sha256`)."""
 
     names: frozenset[str] = frozenset()
     serials: frozenset[str] = frozenset()
@@ -41,7 +41,7 @@ class DenyList:
         return len(self.names) + len(self.serials) + len(self.sha256)
 
     def why(self, caller: Caller) -> str | None:
-        """Why somebody is not let in; None if it is not denied."""
+        """Why a peer is refused; None if it is not denied."""
         if caller.name in self.names:
             return f"client {caller.facts['name']!r} is on this server's list of denied ones: ask who runs the server"
         if caller.sha256 in self.sha256 or caller.serial in self.serials:
@@ -69,7 +69,9 @@ def _lines(path: Path) -> list[str]:
 
 
 def _entry(text: str, where: str) -> tuple[str, str]:
-    """(kind, what) of an entry. Raises ConfigError: a line that means nothing would let in who should stay out."""
+    """(kind, value) of an entry. Raises ConfigError, because a line without a meaning would admit a client that should
+    be refused.
+    """
     if certificate := _CERTIFICATE.fullmatch(text):
         kind, digits = certificate[1], certificate[2].replace(":", "").lower()
         if kind == "sha256" and len(digits) == 64:

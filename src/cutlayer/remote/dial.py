@@ -1,7 +1,7 @@
-"""A client's end: it dials out, answers what it is asked, and dials again when the network or the server goes away.
+"""A client's end: it connects, answers requests, and reconnects when the network or the server fails.
 
 Everything runs on the thread that calls `dial`, compute included; gRPC's own threads answer pings meanwhile. Several
-clients of one process share a thread (`dial_all`) and are served in turn: who waits costs nothing, so that a thousand
+clients of one process share a thread (`dial_all`) and are served in turn. A waiting client costs nothing, so a thousand
 can wait. For more than one at a time, start several processes.
 """
 
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 STOPPED = "stopped here"
 """What `dial` returns when its `stop` was set."""
 
-_GREETING = 20.0  # seconds for Welcome, besides those that the server waits for an earlier stream of ours to end
+_GREETING = 20.0  # seconds for Welcome, in addition to the server's wait for the end of our earlier stream
 _LEAVING = 5.0
 _TICK = 0.2
 _DAMAGED = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.OUT_OF_RANGE)
@@ -49,8 +49,8 @@ _TOO_LARGE = "message larger than max"  # what RESOURCE_EXHAUSTED says then; els
 
 @dataclass(frozen=True)
 class Backoff:
-    """Seconds before dialling again: `first`, then `factor` times as long, up to `most`; each time up to half of that
-    less, at random, so that clients of a server that restarts do not come all at once.
+    """Seconds before dialling again: `first`, then `factor` times as long, up to `most`. Each time, up to half of it is
+    taken away at random, so that the clients of a restarted server do not all connect at once.
     """
 
     first: float = 0.5
@@ -58,7 +58,7 @@ class Backoff:
     most: float = 30.0
 
     def delay(self, failures: int) -> float:
-        """After so many failures in a row (1, 2...)."""
+        """The pause after this number of failures in a row (1, 2...)."""
         longest = min(self.most, self.first * self.factor ** min(failures - 1, 64))
         return longest * (1 - random.random() / 2)
 
@@ -74,18 +74,19 @@ def dial(
     give_up_after: float | None = None,
     keepalive: float = network.KEEPALIVE,
 ) -> str:
-    """Work for the server at `address` until it says Bye; its reason. `STOPPED` where `stop` was set.
-
-    Dials again when the connection breaks; where that fails for `give_up_after` seconds on end, raises NetworkError.
-    Raises ConfigError where files are wrong; RefusedError where one side does not take the other; WireError where one
-    side says what it must not; and what `worker` raises, after telling the server.
+    """Work for the server at `address` until it sends Bye, and return its reason (`STOPPED` if `stop` was set).
+    Reconnects when the connection breaks; if this fails for `give_up_after` seconds, raises NetworkError. Raises
+    ConfigError if files are wrong, RefusedError if one side refuses the other, WireError if one side sends a message
+    that is not allowed, and any error of `worker`, after telling the server.
     """
     dialler = Dialler(address, security, worker, limits, backoff, give_up_after, keepalive)
     return dial_all([dialler], stop)[0]
 
 
 def dial_all(diallers: Sequence[Dialler], stop: threading.Event | None = None) -> list[str]:
-    """Work as several clients, on this one thread, as `dial` does; their reasons. The first error ends them all."""
+    """Work as several clients on this one thread, as `dial` does, and return their reasons. The first error ends them
+    all.
+    """
     return asyncio.run(_dial_all(diallers, stop or threading.Event()))
 
 
@@ -113,7 +114,7 @@ class _AwayError(Exception):
 
 
 class Dialler:
-    """Dials one server for one worker, again and again; the options are those of `dial`."""
+    """Connects one worker to one server, repeatedly; the options are those of `dial`."""
 
     def __init__(
         self,
@@ -143,7 +144,7 @@ class Dialler:
             self._call.cancel()
 
     async def run(self) -> str:
-        """Work, and dial again, until Bye; its reason, or STOPPED."""
+        """Work, and reconnect, until Bye; its reason, or STOPPED."""
         failures, last_well = 0, time.monotonic()
         while not self._stopped.is_set():
             try:
@@ -168,7 +169,7 @@ class Dialler:
         return STOPPED
 
     async def _work(self) -> str:
-        """One connection, from Hello to Bye. Raises _AwayError where it ends otherwise."""
+        """One connection, from Hello to Bye. Raises _AwayError if it ends in another way."""
         if self._credentials is None:
             channel = grpc.aio.insecure_channel(self.address, self._options)
         else:
@@ -244,15 +245,15 @@ class _Stream:
     def __init__(self, channel: Any, side: ClientSide, hello: m.Hello, instance: str) -> None:
         self.side = side
         self.worked = self.welcome = False
-        self._came: deque[memoryview] = deque()  # frames that came together
-        self._said: list[Buffer] = []  # answers to those of them that are done
+        self._came: deque[memoryview] = deque()  # frames that arrived together
+        self._said: list[Buffer] = []  # answers to those requests among them that are done
         method = channel.stream_stream(f"/{network.SERVICE}/{network.METHOD}")
         metadata = ((network.HELLO, network.check_hello(self.side.send(hello))), (network.INSTANCE, instance))
         self.call = method(metadata=metadata)
 
     @property
     def more(self) -> bool:
-        """Whether frames that came together with the last one wait to be received."""
+        """Whether frames that arrived together with the last one are still to be processed."""
         return bool(self._came)
 
     @contextmanager
@@ -276,7 +277,9 @@ class _Stream:
         return frame
 
     async def say(self, parts: Sequence[Buffer] | None) -> None:
-        """Send an answer, together with all that answers requests that came together: each message costs by itself."""
+        """Send an answer. Answers to requests that arrived together are sent together, since each message has a
+        cost.
+        """
         if parts is not None:
             if self._said and size_of(self._said) + size_of(parts) > self.side.limits.message_bytes:
                 await self._flush()
@@ -285,12 +288,12 @@ class _Stream:
             await self._flush()
 
     async def send(self, message: Any) -> None:
-        """Send a message now, behind what waits."""
+        """Send a message now, after those that wait."""
         self._said += self.side.parts(message)
         await self._flush()
 
     async def leave(self) -> None:
-        """Say no more, and wait until the server ends the call, too: what was said before has arrived then."""
+        """Send no more, and wait until the server ends the call, too. Then all earlier messages have arrived."""
         try:
             with self.within(_LEAVING):
                 await self.call.done_writing()
@@ -304,5 +307,5 @@ class _Stream:
 
     async def _flush(self) -> None:
         data, self._said = b"".join(self._said), []
-        with suppress(asyncio.InvalidStateError):  # the call has ended: reading says why
+        with suppress(asyncio.InvalidStateError):  # the call has ended: reading gives the reason
             await self.call.write(data)

@@ -1,6 +1,5 @@
-"""One exchange: the same moment of training for several clients. Who has answered, who is lost, is it over?
-
-Everything here happens on the thread of the hub's loop, except `wait`.
+"""One exchange: one moment of training with several clients. It tracks which clients have answered or are lost, and
+whether it is over. Everything here happens on the thread of the hub's loop, except `wait`.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ class Body:
 
     @property
     def buffers(self) -> Sequence[Buffer]:
-        """The buffers; joined once where several clients get them."""
+        """The buffers, joined once if several clients receive them."""
         if self.users > 1:
             self.keep()
         return self._buffers
 
     def keep(self) -> None:
-        """Copy what is shared with tensors, which may change once an exchange is over."""
+        """Copy buffers that share memory with tensors, which may change after the exchange."""
         if len(self._buffers) != 1 or not isinstance(self._buffers[0], bytes):
             self._buffers = [b"".join(self._buffers)]
 
@@ -52,14 +51,16 @@ class Hooks(Protocol):
         """Run `function` on the loop, soon."""
 
     def garbled(self, client: int, sentence: str) -> None:
-        """The client has said something that cannot be what was agreed."""
+        """The client has sent something that contradicts the agreed terms."""
 
     def keep_bodies(self, exchange: Exchange) -> None:
-        """The exchange ends: what it has not sent yet must not depend on tensors any more."""
+        """The exchange ends: messages that it has not sent yet must no longer depend on tensors."""
 
 
 class Exchange:
-    """Collects what clients answer. `counts`: how many each owes; `voters`: who counts for the quorum (None: all)."""
+    """Collects the answers of clients. `counts`: how many answers each owes; `voters`: the clients that count for the
+    quorum (None: all).
+    """
 
     def __init__(
         self,
@@ -75,7 +76,7 @@ class Exchange:
         self.error: BaseException | None = None
         self.timer: asyncio.TimerHandle | None = None
         self._answers: dict[int, list[Any]] = {k: [None] * n for k, n in counts.items()}
-        self._due = dict(counts)  # answers to come
+        self._due = dict(counts)  # missing answers
         self._decoding = dict.fromkeys(counts, 0)
         self._unsent = dict.fromkeys(counts, 0)
         self._quorum, self._on_answer, self._pool = quorum, on_answer, pool
@@ -83,13 +84,13 @@ class Exchange:
         self._hub = hub
         self._expired = self._ended = False
         self.over = not counts
-        """Is nothing that comes of interest any more?"""
+        """Whether further answers are ignored."""
         self._done = threading.Lock()  # held until the end: wakes whoever waits at half the cost of an Event
         if counts:
             self._done.acquire()
 
     def wait(self) -> dict[int, list[Any] | Lost]:
-        """All results; from another thread, once. Raises what went wrong on this side."""
+        """All results; called from another thread, once. Raises an error of this side."""
         self._done.acquire()
         if self.error is not None:
             raise self.error
@@ -108,7 +109,7 @@ class Exchange:
             self._settle(client)
 
     def answered(self, client: int, slot: int, frame: Frame) -> None:
-        """The client has given one of its answers."""
+        """The client has sent one of its answers."""
         if client in self.results:
             return
         self._due[client] -= 1
@@ -127,7 +128,7 @@ class Exchange:
             self._finish(client, lost)
 
     def fail(self, error: BaseException) -> None:
-        """Something is wrong on this side: end at once."""
+        """An error on this side: end at once."""
         if not self._ended:
             self.error = error
             self._end()
@@ -172,14 +173,14 @@ class Exchange:
         self.over = True
         self._hub.keep_bodies(self)
         for client in [k for k in self._answers if k not in self.results]:
-            if self._due[client] or self._unsent[client]:  # others are being decoded, and came in time
+            if self._due[client] or self._unsent[client]:  # others arrived in time and are being decoded
                 self.lose(client, Lost("late", f"client {client} had not answered when the deadline passed"))
 
     def _end(self) -> None:
-        if self._ended:  # given up on from outside, and then its clients were lost
+        if self._ended:  # ended from outside, and then its clients were lost
             return
         self.over = self._ended = True
         if self.timer is not None:
-            self.timer.cancel()  # it would hold all answers until the deadline
+            self.timer.cancel()  # it would keep all answers until the deadline
         self._hub.keep_bodies(self)
         self._done.release()

@@ -1,8 +1,7 @@
-"""The server's cohort of clients on other machines: the seam, spoken over a wire.
-
-Every verb is one exchange: requests to all clients that it concerns, answers from those that give one. Who does not
-answer in time, or is gone, did not take part: algorithms read that from what comes back. A backward pass is sent
-together with the next request, so that a step costs one journey there and back.
+"""The server's cohort of clients on other machines: the seam over a network. Every verb is one exchange: requests to
+all clients concerned, and the answers that arrive. A client that does not answer in time, or is gone, did not take
+part; algorithms read this from the results. A backward pass is sent together with the next request, so a step costs one
+round trip.
 """
 
 from __future__ import annotations
@@ -44,14 +43,14 @@ from cutlayer.wire import messages as m
 from cutlayer.wire.conversation import ANSWERS
 from cutlayer.wire.tensors import Buffer
 
-_ACKNOWLEDGED = (m.Saved, m.Settled)  # answers to what was posted: they say no more than that it is done
+_ACKNOWLEDGED = (m.Saved, m.Settled)  # answers to posted requests: they only say that these are done
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class End:
-    """What crosses at a cut, and a client of one kind (with one cut, or one rank of adapters), of which the server
-    knows shapes and names alone.
+    """The tensors that cross at a cut, and a client of one kind (with one cut, or one rank of adapters), of which the
+    server knows only shapes and names.
     """
 
     crossing: Sequence[Crossing]
@@ -61,17 +60,17 @@ class End:
 @dataclass(frozen=True)
 class Remote(Routine):
     """How a group of clients is set up, as the server sees it. `samples` are n_k; `twin` is a client like theirs, of
-    which the server knows shapes and names alone; `crossing` and `returning` go up and down at the cuts; `targets` and
-    `outputs` are a row's target and what the model gives for it; `masses` what each client's samples count together;
-    `wanting` are the clients that want the server's part at the end. `tests`: how many test rows of its own each client
-    has held out; `scores` are of the kind that it reports of them. `class_counts` [C][K]: what clients say of their
-    classes, where the server adjusts logits by them. Where clients differ in their cuts, or in the ranks of their
-    adapters, `kinds` [C] says how, `ends` [kinds] are those of each kind, and `twin` is of the largest.
+    which the server knows only shapes and names; `crossing` and `returning` go up and down at the cuts; `targets` and
+    `outputs` are a row's target and output; `masses` the total weights of each client's samples; `wanting` are the
+    clients that want the server's part at the end. `tests`: the number of own test rows that each client has held out;
+    `scores` have the form of the scores that it reports for them. `class_counts` [C][K]: the samples per class that
+    clients announce, if the server adjusts logits by them. If clients differ in their cuts, or in the ranks of their
+    adapters, `kinds` [C] says how, `ends` [kinds] belong to each kind, and `twin` is of the largest.
 
-    `deadline` seconds are given for every exchange (None: as long as it takes), unless fewer than `quorum` (a fraction)
-    have answered by then. A client that sends what is no number, of a wrong shape or no message at all is excluded from
-    the run; or it may come back ("readmit"), or ends the run ("stop"). Local training has `per_batch` seconds more for
-    each step. A client may have `most_samples` (None: many times what the others have).
+    Every exchange has `deadline` seconds (None: no limit), and longer if fewer than `quorum` (a fraction) have answered
+    by then. A client that sends NaN, a wrong shape or an invalid message is excluded from the run; or it may return
+    ("readmit"), or it ends the run ("stop"). Local training has `per_batch` seconds more for each step. A client may
+    have `most_samples` (None: many times those of the others).
     """
 
     samples: MutableSequence[int]
@@ -96,11 +95,11 @@ class Remote(Routine):
     kinds: Sequence[int] = ()
 
     def kind(self, client: int) -> int:
-        """Which of the kinds of clients it is of: 0, where all are alike."""
+        """The kind of a client: 0 if all are alike."""
         return self.kinds[client] if self.kinds else 0
 
     def end(self, client: int) -> End:
-        """What crosses at a client's cut, and a client like it."""
+        """The tensors that cross at a client's cut, and a client like it."""
         return self.ends[self.kind(client)] if self.kinds else End(self.crossing, self.twin)
 
     @property
@@ -110,7 +109,7 @@ class Remote(Routine):
 
     @cached_property
     def counts_alike(self) -> bool:
-        """Whether every row counts 1."""
+        """Whether every row has weight 1."""
         return self.task.weights(torch.zeros(1, *self.targets.shape, dtype=self.targets.dtype)) is None
 
 
@@ -134,10 +133,10 @@ class _RemoteState(Stored, rename=_NAMES):
 
 
 class RemoteCohort:
-    """All clients on the other side of a hub. `tell` hears of rounds, of clients that come, give no answer or are
-    excluded; `ready` is called before each round and comes back when enough clients are there; where the run cannot go
-    on without one of some clients, it is called with these, and one of them has a time to come back. `can`: the verbs
-    of the seam that it offers.
+    """All clients on the other side of a hub. `tell` is called for rounds, and for clients that connect, do not answer
+    or are excluded. `ready` is called before each round and returns when enough clients are connected. If the run needs
+    one of certain clients, `ready` is called with these and gives them time to return. `can`: the verbs of the seam
+    that it offers.
     """
 
     can: ClassVar[frozenset[str]] = CLIENT_VERBS
@@ -158,37 +157,37 @@ class RemoteCohort:
         self._participants: tuple[int, ...] = ()
         self._lr_factor = 1.0  # of this round
         self._in_step = False  # all clients take the same steps, and so does the twin
-        self._turns: Turns | None = None  # of this round, where batches are not of b rows
-        self._takes: dict[int, list[int]] = {}  # the sizes of the batches that clients are asked for now
+        self._turns: Turns | None = None  # of this round, if batches do not have b rows
+        self._takes: dict[int, list[int]] = {}  # the sizes of the batches that are now requested
         self._holder: int | None = None
         self._asked: tuple[int, ...] = ()  # of the last forward pass
-        self._sought: dict[int, int] = {}  # client -> number of the batch that it is asked for next
+        self._sought: dict[int, int] = {}  # client -> number of the batch that is requested next
         self._waiting: set[int] = set()  # of these, those whose batch still waits for its backward pass
         self._sizes: dict[int, int] = {}
         self._later: dict[int, list[Request]] = {}  # goes out with the next exchange
         self._underway = Underway(hub)  # forward passes of clients that work at their own pace
-        self._arrived: dict[int, _Came] = {}  # of these, what has come, in order
+        self._arrived: dict[int, _Came] = {}  # of these, the results that have arrived, in order
         self._forwards: dict[int, int] = {}  # the step of each client's last forward pass
-        self._at_work: set[int] = set()  # have begun from a model that may be old by now, and go on with it
-        self._to_keep: dict[int, int] = {}  # of these, those that are to keep their state in passing, after this step
-        self._kept_at: dict[int, int] = {}  # of these, those that have kept it, and the batches that were left then
-        self._others_have_it = False  # who is not at work has the average, or gets it before anything else
+        self._at_work: set[int] = set()  # have begun from a model that may be old by now, and continue with it
+        self._to_keep: dict[int, int] = {}  # of these, those that are to save their state in between, after this step
+        self._kept_at: dict[int, int] = {}  # of these, those that have saved it, and the batches that were left then
+        self._others_have_it = False  # clients that are not at work have the average, or get it before anything else
         self._average: dict[str, Tensor] | None = None
         self._stale: set[int] = set()  # have missed an averaging
         self.excluded: dict[int, str] = {}  # why
-        self.denied: frozenset[int] = frozenset()  # not let in, as long as whoever runs the server says so
+        self.denied: frozenset[int] = frozenset()  # refused, as long as the server's operator says so
         self._likes: dict[int, dict[str, Crossing]] = {}  # of each kind of clients
         self._footprints: dict[int, Footprint] = {}  # likewise
         self._begun = False  # a round, in this process
         self._posts: dict[int, m.BeginRound] = {}  # of this round
         self._alike = setup.alike  # all models are known to be equal
         self._claims_told = False  # what clients have
-        self._faulty: set[int] = set()  # have sent what is wrong since the round began
+        self._faulty: set[int] = set()  # have sent something wrong since the round began
         self._handed: Sequence[Buffer] = ()  # the travelling model, and its optimiser's state, as its holder got them
         self._last = Smashed((), torch.empty(0), (), ())  # of the last forward pass
-        self._named: set[int] = set()  # whose models are known to have moved much further than the others'
+        self._named: set[int] = set()  # clients known to have models that moved much further than the others'
         self.vet: Vetting | None = None
-        """Tries what clients send."""
+        """Tests what clients send."""
         twin = setup.twin
         self._first = {name: t.clone() for name, t in state_of(twin.module).items()} if setup.alike else None
         self._buffered = not trains(twin.module) and any(True for _ in twin.module.buffers())
@@ -200,7 +199,7 @@ class RemoteCohort:
 
     @property
     def masses(self) -> Sequence[float]:
-        """What the training samples of each enrolled client count together, as it says."""
+        """The total weight of each enrolled client's training samples, as announced."""
         return self.setup.masses
 
     @property
@@ -210,7 +209,7 @@ class RemoteCohort:
 
     @property
     def holder(self) -> int | None:
-        """Who holds the one model that travels."""
+        """The client that holds the travelling model."""
         return self._holder
 
     def footprint(self, client: int) -> Footprint:
@@ -224,14 +223,14 @@ class RemoteCohort:
         return self._footprints[kind]
 
     def _like(self, client: int) -> dict[str, Crossing]:
-        """What a client's model is like."""
+        """The form of a client's model."""
         kind = self.setup.kind(client)
         if kind not in self._likes:
             self._likes[kind] = described(state_of(self.setup.end(client).twin.module))
         return self._likes[kind]
 
     def begin_round(self, index: int, total: int, lr_factor: float) -> Round:
-        """Draw the participants; those that are connected get their number of batches, and a model they missed."""
+        """Draw the participants. Those that are connected get their number of batches, and a model that they missed."""
         s = self.setup
         self._wait()
         if not self._claims_told:
@@ -242,7 +241,7 @@ class RemoteCohort:
         drawn = tuple(sorted({*s.participants(index, len(s.samples)), *going_on}))
         connected = self.hub.connected
         here = tuple(k for k in drawn if k in connected)
-        if not here:  # enough are there, but none of those whose turn it is
+        if not here:  # enough clients are connected, but none of those whose turn it is
             here = tuple(sorted(connected))[: len(drawn)]
         facts = {"drawn": len(drawn), "connected": len(connected), "needed": self._needed(here)}
         self._tell("round", {"round": index, "participants": list(here), **facts})
@@ -270,7 +269,7 @@ class RemoteCohort:
         return Round(index, total, here, tuple(self._quota[list(here)].tolist()), s.seed, sizes)
 
     def _tell_claims(self) -> None:
-        """Say what part of the whole each client has. Raises TrainingError where an absurd claim ends it."""
+        """Tell the share of the whole that each client has. Raises TrainingError if an absurd claim ends the run."""
         for k in sorted(self._known):
             if why := self.claims_too_much(k, self.samples[k], self.masses[k]):
                 if self.setup.faulty == "stop":
@@ -286,11 +285,11 @@ class RemoteCohort:
 
     @property
     def _known(self) -> set[int]:
-        """Clients of whom it is known what they have, without those that are excluded."""
+        """Clients whose numbers of samples are known, without the excluded ones."""
         return {k for k, n in enumerate(self.samples) if n and k not in self.excluded}
 
     def claims_too_much(self, client: int, samples: int, mass: float) -> str | None:
-        """Why a client cannot have so much more than the others; None if it can."""
+        """Why a client cannot have this many more samples than the others; None if it can."""
         if self.setup.most_samples is not None:
             return None
         known = self._known - {client}
@@ -302,11 +301,13 @@ class RemoteCohort:
         self._sought[client] = batch
 
     def forward(self, clients: Sequence[int] | None = None, *, labels: bool = True) -> Smashed:
-        """Every participant with batches left in this round (or those of `clients`) sends smashed data and labels."""
+        """Every participant (or each of `clients`) that has batches left in this round sends smashed data and
+        labels.
+        """
         wanted = self._participants if clients is None else clients
         if clients is None and self._turns is not None:
             wanted = self._next_turn(self._turns)
-        # A model that travels has one holder, and nobody else's forward pass would be of it.
+        # A travelling model has one holder, and only that client's forward pass uses it.
         due = [k for k in wanted if self._quota[k] > 0 and self._holder in (None, k)]
         self._tell_sizes(dict.fromkeys(due, 1))
 
@@ -332,12 +333,12 @@ class RemoteCohort:
         return self._received(asked, answers, labels)
 
     def _received(self, asked: Sequence[int], answers: Mapping[int, _Came], labels: bool) -> Smashed:
-        """What came of the forward pass of the clients that were `asked`."""
+        """The result of the forward pass of the clients that were `asked`."""
         smashed = self._vetted({k: answers[k] for k in asked if k in answers}, labels)
         self._quota[list(asked)] -= 1
         self._sought.clear()
         self._asked = smashed.clients
-        if self._buffered:  # without a step they become different all the same
+        if self._buffered:  # they become different even without a step
             self._alike = len(self.samples) == 1
         self._waiting = set(self._asked)
         self._sizes = dict(zip(smashed.clients, smashed.sizes, strict=True))
@@ -345,9 +346,9 @@ class RemoteCohort:
         return smashed
 
     def arrivals(self, clients: Sequence[int], count: int) -> tuple[int, ...]:
-        """Those of `clients` that do not work on a batch yet are asked for one; the first `count` whose batches have
-        come, in the order in which they came. Those that are gone are not waited for. The next batch is waited for
-        until the deadline; clients that need longer work on, and bring theirs later.
+        """Request a batch from those of `clients` that do not work on one yet. Returns the first `count` clients whose
+        batches arrive, in the order of arrival. It does not wait for clients that are gone, and for each next batch
+        only until the deadline. Clients that need longer continue, and send theirs later.
         """
         self._at_work |= set(clients)
         while True:
@@ -360,7 +361,7 @@ class RemoteCohort:
             self._come_back(clients)
 
     def _ask_for_batches(self, clients: Sequence[int]) -> None:
-        """Ask for the next batch of those of `clients` that are there and do not work on one."""
+        """Request the next batch of those of `clients` that are connected and do not work on one."""
         new = [k for k in clients if k in self.hub.connected - self._busy and self._quota[k] > 0]
         self._catch_up(new)
         self._step += 1
@@ -379,7 +380,7 @@ class RemoteCohort:
             self._underway.start(requests, read)
 
     def _take_one(self, clients: Collection[int]) -> bool:
-        """Wait until one more batch has come, or its client is lost. False after the deadline, for which `clients` are
+        """Wait until one more batch has arrived, or its client is lost. False after the deadline; then `clients` are
         late.
         """
         taken = self._underway.take(self.setup.deadline)
@@ -396,14 +397,14 @@ class RemoteCohort:
         return True
 
     def _note_kept(self, client: int, said: Sequence[m.Message]) -> None:
-        """A client at work has said whether it has kept its state, before it drew the batch that has come."""
+        """A client at work has answered whether it has saved its state, before it drew the batch that has arrived."""
         for message in said:
             if isinstance(message, m.Saved) and message.phase == "prepare" and message.kept:
-                self._kept_at[client] = int(self._quota[client])  # the next prepare puts it in the old one's place
+                self._kept_at[client] = int(self._quota[client])  # the next prepare replaces the old one by it
 
     @property
     def _busy(self) -> set[int]:
-        """Clients that work on a batch, or whose batch has come and waits: they can be asked nothing else."""
+        """Clients that work on a batch, or whose batch has arrived and waits. They cannot receive other requests."""
         return self._underway.clients | self._arrived.keys()
 
     def _next_turn(self, turns: Turns) -> tuple[int, ...]:
@@ -413,7 +414,7 @@ class RemoteCohort:
         return wanted
 
     def _vetted(self, came: dict[int, _Came], labels: bool) -> Smashed:
-        """What came, less the rows of clients with which no step of the server is possible."""
+        """The received rows, without those of clients that make a step of the server impossible."""
         smashed = self._together(came, labels)
         if self.vet is None or not came:
             return smashed
@@ -425,7 +426,7 @@ class RemoteCohort:
         return self._together({k: one for k, one in came.items() if k not in spoilers}, labels)
 
     def _together(self, came: Mapping[int, _Came], labels: bool) -> Smashed:
-        """What several clients sent, one after another."""
+        """The rows of several clients, one after another."""
         if not came:
             return Smashed((), torch.empty(0), (), ())
         sizes = tuple(len(one.rows[0]) for one in came.values())
@@ -438,7 +439,7 @@ class RemoteCohort:
         return Smashed(rows[: len(self.setup.crossing)], y, tuple(came), sizes, written, weights)
 
     def _of_each_cut(self, came: Mapping[int, _Came], sizes: tuple[int, ...], labels: bool) -> Smashed:
-        """The same where clients have different cuts."""
+        """The same if clients have different cuts."""
         own = {k: one.rows[: len(self.setup.end(k).crossing)] for k, one in came.items()}
         y = torch.cat([one.rows[-1] for one in came.values()]) if labels else torch.empty(sum(sizes), 0)
         written = dict(zip(came, _written(list(came.values())), strict=False))
@@ -446,7 +447,7 @@ class RemoteCohort:
         return Smashed((), y, tuple(came), sizes, (), self.setup.task.weights(y) if labels else None, parts)
 
     def _smashed(self, client: int, frame: Frame, labels: bool) -> _Came:
-        """One client's smashed data, and its labels where they were asked for. Raises WireError."""
+        """One client's smashed data, and its labels if they were requested. Raises WireError."""
         s, n = self.setup, frame.message.rows
         if client in self._takes and n != self._takes[client][0]:
             raise WireError(f"a batch of {n} rows came, where {self._takes[client][0]} were asked for")
@@ -491,7 +492,7 @@ class RemoteCohort:
         return self._finished({k: answers[k] for k in features.clients if k in answers})
 
     def _finished(self, answers: Mapping[int, _Came]) -> TailGradients:
-        """What the tails of several clients sent back."""
+        """The results of the tails of several clients."""
         who, came = tuple(answers), list(answers.values())
         rows = _joined([one.rows for one in came])
         losses = torch.tensor([one.loss for one in came], dtype=rows[0].dtype)
@@ -499,14 +500,14 @@ class RemoteCohort:
         return TailGradients(rows, losses, who, tuple(self._sizes[k] for k in who), _written(came), masses)
 
     def backward(self, gradients: CutGradients) -> None:
-        """Every client of the last `forward` back-propagates what it is sent; it goes out with the next request."""
+        """Every client of the last `forward` back-propagates its gradient, which is sent with the next request."""
         self._alike = len(self.samples) == 1
         self._waiting.clear()
         for part in gradients.parts or (gradients,):
             self._post_back(part)
 
     def _post_back(self, gradients: CutGradients) -> None:
-        """Cut gradients of one kind of client go out with the next request."""
+        """Cut gradients of one kind of client are sent with the next request."""
         common: list[Buffer] = encode(gradients.common, self.setup.down) if gradients.active else []
         ends = np.cumsum(gradients.sizes).tolist()
         spans = {k: slice(end - n, end) for k, n, end in zip(gradients.clients, gradients.sizes, ends, strict=True)}
@@ -519,8 +520,8 @@ class RemoteCohort:
                 self._post(k, m.Backward(step, "own", self._sizes[k]), encode(own, self.setup.down))
 
     def backward_together(self, gradients: CutGradients) -> Summed:
-        """Every client of the last `forward` sends its weight gradient; all that are connected step with the sum, and
-        those that are not get the model that came of it when they next take part.
+        """Every client of the last `forward` sends its weight gradient. All connected clients step with the sum. Other
+        clients get the resulting model when they next take part.
         """
         self._waiting.clear()
         ends = np.cumsum(gradients.sizes).tolist()
@@ -584,7 +585,7 @@ class RemoteCohort:
         return [together(taken, t) for t in range(max(map(len, taken.values()), default=0))]
 
     def align(self, heads: Mapping[int, Mapping[str, Tensor]]) -> None:
-        """Each client of `heads` takes its head, with the next request. A client that is gone keeps the one it has."""
+        """Each client of `heads` receives its head with the next request. A client that is gone keeps its old head."""
         for k in heads.keys() & self.hub.connected:
             self._post(k, m.TakeHead(self._step), encode_named(heads[k]))
 
@@ -607,15 +608,15 @@ class RemoteCohort:
         return self._local_steps(client, frame, int(self._quota[client]))
 
     def _at_most_b(self, steps: Sequence[Local]) -> bool:
-        """Whether all of a client's batches, whose sizes it chose, are possible."""
+        """Whether a client's batches, whose sizes it chose itself, are possible."""
         return self._turns is not None or all(0 < step.rows <= self.setup.batch for step in steps)
 
     def _tell_sizes(self, batches: Mapping[int, int]) -> None:
-        """Note of how many rows the next batches of each client are, where they are not of b."""
+        """Note the sizes of each client's next batches, if they do not have b rows."""
         self._takes = {} if self._turns is None else {k: self._turns.some(k, n) for k, n in batches.items()}
 
     def _local_steps(self, client: int, frame: Frame, asked: int) -> list[Local]:
-        """The local steps that a client was asked for. Raises WireError."""
+        """The local steps that were requested from a client. Raises WireError."""
         steps = [Local(*step) for step in frame.message.losses]
         told = self._takes.get(client)
         fits = [step.rows for step in steps][-len(told) :] == told if told else self._at_most_b(steps)
@@ -627,19 +628,19 @@ class RemoteCohort:
         return steps
 
     def _check_mass(self, client: int, rows: int, mass: float) -> None:
-        """What rows count together is what was announced, or part of it. Raises WireError."""
+        """Check that the total weight of rows is the announced one, or part of it. Raises WireError."""
         whole = rows if self.setup.counts_alike else self.masses[client] * (1 + 1e-6)
         if not 0 <= mass <= whole or (self.setup.counts_alike and mass != rows):
             raise WireError(f"{rows} rows of client {client} count {mass:g} together, it says, of at most {whole:g}")
 
     def average(self, weights: Mapping[int, float]) -> tuple[int, ...]:
-        """The weighted mean of the models of `weights`, for everybody: now, or when they next take part; whose models
-        came. Nothing where nobody has trained.
+        """Send the weighted mean of the models of `weights` to all clients: now, or when they next take part. Returns
+        the clients whose models arrived. Does nothing if no client has trained.
         """
         if not weights:
             return ()
         models: dict[int, dict[str, Tensor]] | None = self._vetted_models(weights)
-        if not models and not (self.setup.carries and self.hub.connected):  # where others are at work, they go on
+        if not models and not (self.setup.carries and self.hub.connected):  # others that are at work continue
             models = self._patiently(weights, lambda: self._vetted_models(weights))
         if not models:
             return ()
@@ -652,13 +653,15 @@ class RemoteCohort:
         self._kept_at = {k: left for k, left in self._kept_at.items() if k in self._at_work}
         self._to_keep = {k: step for k, step in self._to_keep.items() if k in self._at_work}
         self._stale = set(range(len(self.samples))) - set(here) - self._at_work
-        # Who has missed it gets it before anything else; of another rank, another part of it.
+        # Clients that have missed it get it before anything else, each the part of its own rank.
         self._alike = not (self._at_work or self.setup.ranked)
         self._others_have_it = bool(self._at_work)
         return tuple(here)
 
     def _post_average(self, clients: Iterable[int]) -> None:
-        """Each of `clients` takes its part of the average: all of it, unless clients have different cuts or ranks."""
+        """Each of `clients` receives its part of the average: all of it, unless clients have different cuts or
+        ranks.
+        """
         assert self._average is not None, "models have been averaged"
         bodies: dict[int, list[Buffer]] = {}
         for k in clients:
@@ -669,8 +672,8 @@ class RemoteCohort:
             self._post(k, m.TakeModel(self._step), bodies[kind])
 
     def _completed(self, models: dict[int, dict[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
-        """The clients' models, with what the server holds of them where they have different cuts, and with factors of
-        the largest rank where their adapters have others.
+        """The clients' models, including blocks that the server holds for them if they have different cuts, and with
+        factors of the largest rank if their adapters have different ranks.
         """
         if (beside := self.setup.beside) is None:
             whole = state_of(self.setup.twin.module) if self.setup.ranked else {}
@@ -678,7 +681,7 @@ class RemoteCohort:
         return {k: {**models[k], **blocks} for k, blocks in beside.states(list(models)).items()}
 
     def _vetted_models(self, weights: Mapping[int, float]) -> dict[int, dict[str, Tensor]]:
-        """The models of those of `weights` that gave them, less those that spoil the average."""
+        """The models that clients of `weights` sent, without those that spoil the average."""
         models = self._completed(self._models([k for k in weights if k not in self.excluded]))
         if self.vet is None or not models:
             return models
@@ -695,9 +698,9 @@ class RemoteCohort:
         return models
 
     def hand_over(self, client: int, *, optimizer: bool) -> None:
-        """The travelling model moves to `client`; before anyone holds it, it is `client`'s own. Where `client` is not
-        connected, but others are, it stays where it is; where its holder is excluded, it goes on as it came to that
-        one. Raises TrainingError where its holder does not come back.
+        """The travelling model moves to `client`; before any client holds it, it is `client`'s own model. If `client`
+        is not connected, but others are, the model stays where it is. If its holder is excluded, it moves on as that
+        holder received it. Raises TrainingError if its holder does not return.
         """
         holder = self._holder
         if not self.hub.connected:
@@ -714,7 +717,7 @@ class RemoteCohort:
         self._holder = client
 
     def _move_on(self) -> None:
-        """If the holder of the travelling model is unfit, another client gets it as that one got it."""
+        """If the holder of the travelling model is unfit, another client gets the model as the holder received it."""
         if self._holder in self._unfit:
             if not self.hub.connected:
                 self._come_back(range(len(self.samples)))
@@ -727,11 +730,13 @@ class RemoteCohort:
 
     @property
     def _unfit(self) -> set[int]:
-        """Clients that are excluded, or have sent what is wrong since the round began: they are not asked again."""
+        """Clients that are excluded, or have sent something wrong since the round began. They receive no further
+        requests.
+        """
         return {*self.excluded, *self._faulty}
 
     def _given(self, client: int, frame: Frame) -> Buffer:
-        """What is passed on is what was expected. Raises WireError."""
+        """Check that the state to pass on is as expected. Raises WireError."""
         model = isinstance(frame.message, m.ModelUp)
         twin = self.setup.twin.optimizer
         like = self._like(client) if model else described({} if twin is None else expected_state(twin))
@@ -740,8 +745,8 @@ class RemoteCohort:
         return frame.body
 
     def evaluate(self, samples: Samples, predict: Predict, clients: Sequence[int] | None = None) -> Evaluation:
-        """Every connected client's model with the server: the held-out inputs go to the client, what it gives comes
-        back.
+        """Evaluate every connected client's model with the server: the held-out inputs go to the client, and its
+        outputs come back.
         """
         if isinstance(samples, AtClient):
             return self._tested(samples, predict)
@@ -760,7 +765,7 @@ class RemoteCohort:
         """None if no client answered."""
         everyone = [self._holder] if self._holder is not None else self._judged()
         looked_at = everyone[:1] if self._alike else everyone
-        if self._others_have_it:  # the average is what the server has; who is at work goes on
+        if self._others_have_it:  # the server has the average; clients at work continue
             looked_at = sorted(self.hub.connected - self._at_work)[:1]
         if clients is not None:
             everyone = list(clients)
@@ -775,7 +780,7 @@ class RemoteCohort:
         if self.setup.judge_by == "average" and not self._one and self._holder is None:
             if (one := self._averaged_twin()) is None:
                 return None
-        elif self._others_have_it and not looked_at and self._average is not None:  # those that have it are gone
+        elif self._others_have_it and not looked_at and self._average is not None:  # the clients that have it are gone
             one, looked_at = self.setup.twin, everyone
             load_moving(one.module, self._average)
         if one is not None:
@@ -789,7 +794,7 @@ class RemoteCohort:
         return evaluation(found, everyone if shared else list(found), len(samples)) if found else None
 
     def _averaged_twin(self) -> Client | None:
-        """A client with the weighted mean of the models of the connected clients, which they give because the algorithm
+        """A client with the weighted mean of the models of the connected clients, which they send because the algorithm
         averages them anyway. None if none answered.
         """
         models = self._completed(self._models(sorted(self.hub.connected)))
@@ -800,11 +805,13 @@ class RemoteCohort:
         return twin
 
     def _averaged(self, models: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
-        """The average of models that all came from the last one."""
+        """The average of models that all started from the last average."""
         return average(models, weights, self.setup.rule, self._average or self._first)
 
     def _tested(self, samples: AtClient, predict: Predict) -> Evaluation:
-        """The scores of the client whose test rows these are, who judges the outputs by itself; none if it is gone."""
+        """The scores of the client that owns these test rows. It computes them itself from the outputs. None if it is
+        gone.
+        """
         k, s = samples.client, self.setup
         if k in self._at_work:
             return Evaluation({}, 0)
@@ -825,8 +832,8 @@ class RemoteCohort:
         return Evaluation(scores, len(samples) if scores else 0)
 
     def _lend(self, client: int) -> None:
-        """Where one model travels, `client` gets it as it is now, to be tested with: its own is replaced when the model
-        comes to it in any case.
+        """If one model travels, `client` gets its present state for the test. The client's own model would be replaced
+        anyway when the travelling model reaches it.
         """
         if self._holder is None or self._holder == client or client not in self.hub.connected:
             return
@@ -836,8 +843,8 @@ class RemoteCohort:
             self._post(client, m.TakeModel(self._step), encode_named(models[holder]))
 
     def _smashed_tests(self, client: int, count: int, predict: Predict) -> list[Request] | None:
-        """Have a client send the smashed data of its own `count` test rows, and send the outputs back: what is still to
-        be sent. None if it is gone.
+        """Have a client send the smashed data of its own `count` test rows, and send the outputs back. Returns the
+        requests that are still to be sent; None if the client is gone.
         """
         finish: list[Request] = []
         for start in range(0, count, ROWS_PER_PASS):
@@ -861,7 +868,7 @@ class RemoteCohort:
         return self._exchange([client], lambda k: [*before, (request, ())], read, quorum=True).get(client)
 
     def _scores(self, client: int, frame: Frame) -> dict[str, Value]:
-        """What a client says of its model on its own test rows. Raises WireError where that is not what was agreed."""
+        """A client's scores of its model on its own test rows. Raises WireError if their form is not as agreed."""
         found, like = frame.message.scores, self.setup.scores
         if frame.message.rows != self.setup.tests[client] or found.keys() != like.keys():
             raise WireError(
@@ -880,7 +887,7 @@ class RemoteCohort:
 
     @property
     def _one(self) -> bool:
-        """Whether one model is judged for all: they have it, or will have it before anything else."""
+        """Whether one model is judged for all clients: they have it, or will receive it before anything else."""
         return self._alike or self._others_have_it
 
     def model_state(self, client: int) -> Mapping[str, Tensor]:
@@ -894,14 +901,14 @@ class RemoteCohort:
         return named_as_whole({**resting(self.setup.end(client).twin.module), **models[client]}, self.shape)
 
     def held(self) -> Held:
-        """The average of the client models, where the last that was done to them is averaging; no model otherwise."""
+        """The average of the client models, if averaging was the last change to them; otherwise no model."""
         if self._average is None or not self._one:
             return Held({}, False)
         return Held({0: named_as_whole({**resting(self.setup.twin.module), **self._average}, self.shape)}, True)
 
     def state(self) -> dict[str, Any]:
-        """What the server keeps; every connected client has written its own state beside its old one when this is
-        back, and puts it in its place with the next request.
+        """The server's state. When this returns, every connected client has written its own state beside its old one.
+        It replaces the old one with the next request.
         """
         asks: list[Request] = [(m.Save(self._step, "prepare"), ())]
         answered = self._all(sorted(self.hub.connected - self._busy), lambda k: asks, _itself)
@@ -911,11 +918,12 @@ class RemoteCohort:
         for k in sorted(answered.keys() - set(kept)):
             why = "its disk is full: it goes on, but after a restart from the state that it kept before"
             self._tell("not kept", {"client": k, "why": why})
-        # Clients that are busy keep theirs in passing; what they kept before, at work, is what they come back with.
+        # Busy clients save theirs in between; a state that they saved before, at work, is the one that they return
+        # with.
         self._to_keep = dict.fromkeys(self._at_work & self._busy, self._step)
         self._kept_at |= {k: int(self._quota[k]) for k in kept if k in self._at_work}
         at_work = {k: left for k, left in self._kept_at.items() if left}
-        # Others that have kept nothing of this step come back with an earlier model.
+        # Others that have saved nothing of this step return with an earlier model.
         away = set(range(len(self.samples))) - set(kept) if self._average is not None else set()
         return {
             "step": self._step,
@@ -924,7 +932,7 @@ class RemoteCohort:
             "tests": list(self.setup.tests),
             "class counts": [list(own) for own in self.setup.class_counts],
             "holder": self._holder,
-            "alike": self._one,  # but for clients at work
+            "alike": self._one,  # except for clients at work
             "average": self._average or {},
             **self._twins_optimizer(),
             "stale": sorted((self._stale | away) - at_work.keys()),
@@ -934,7 +942,7 @@ class RemoteCohort:
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Take a state that `state()` returned: before clients join, who then go back to the same step."""
+        """Take a state that `state()` returned, before clients join. They then go back to the same step."""
         found = checked(state, _RemoteState, "the clients")
         count = len(self.setup.samples)
         for name in ("samples", "masses", "tests"):
@@ -975,12 +983,12 @@ class RemoteCohort:
         return {"twin's optimizer": {} if optimizer is None else flattened(optimizer)}
 
     def finish(self) -> None:
-        """Send what has been posted: the last of all."""
+        """Send the posted requests, at the very end."""
         self._all((), lambda k: [], _nothing)
 
     def share(self, server: Mapping[str, Tensor], rounds: int) -> dict[int, int]:
-        """Send the server's part of the model to the connected clients that want it: the bytes that each was sent, of
-        those that say that they have kept it.
+        """Send the server's part of the model to the connected clients that want it. Returns the bytes sent to each
+        client that confirmed that it has saved the model.
         """
         wanting = sorted((self.setup.wanting & self.hub.connected) - self._busy)
         self._catch_up(wanting)
@@ -991,7 +999,7 @@ class RemoteCohort:
 
     @property
     def fresh(self) -> bool:
-        """Nothing has been trained, here or before."""
+        """Whether nothing has been trained, in this process or before."""
         return not self._begun and self._step == 0
 
     @property
@@ -1005,14 +1013,14 @@ class RemoteCohort:
         return self.denied | self.excluded.keys()
 
     def _wait(self, wanted: Iterable[int] = ()) -> None:
-        """Until enough clients are there, and one of those `wanted` has had its time to come back; what clients that
-        come back have missed is not known. Raises TrainingError.
+        """Wait until enough clients are connected, and one of those `wanted` has had time to return. It is not known
+        what returning clients have missed. Raises TrainingError.
         """
         self._ready(frozenset(wanted))
         new = set(self.hub.arrivals())
         for k in sorted(new):
             self._tell("came", {"client": k})
-            # A forward pass does not outlive its connection, so its backward pass has lost its meaning.
+            # A forward pass ends with its connection, so its backward pass has no meaning any more.
             if k in self._later:
                 self._later[k] = [post for post in self._later[k] if not isinstance(post[0], m.Backward)]
         if self._begun and self._average is not None:
@@ -1020,11 +1028,9 @@ class RemoteCohort:
             self._kept_at = {k: left for k, left in self._kept_at.items() if k not in new}
 
     def _patiently(self, clients: Collection[int], attempt: Callable[[], T | None]) -> T | None:
-        """What `attempt` gives. Where all of `clients` are gone (the server's own network is), they are waited for, and
-        it is made again: a client that has done its part, but could not say so, says it then. None where all of them
-        have sent what is wrong, but not all clients of the run.
-
-        Raises TrainingError where none of them comes back.
+        """The result of `attempt`. If all of `clients` are gone (because the server's own network failed), wait for
+        them and try again: a client that had done its part, but could not answer, answers then. None if all of them
+        have sent something wrong, but not all clients of the run. Raises TrainingError if none of them returns.
         """
         while not (found := attempt()):
             if set(clients) <= self._unfit and len(self._unfit) < len(self.samples):
@@ -1038,8 +1044,8 @@ class RemoteCohort:
         return found
 
     def _come_back(self, clients: Iterable[int]) -> frozenset[int]:
-        """Wait until enough clients are there; those of `clients` that are, who now know the round. Raises
-        TrainingError.
+        """Wait until enough clients are connected. Returns those of `clients` that are, which now know the round.
+        Raises TrainingError.
         """
         if self.out >= set(clients):
             raise TrainingError("all clients that could continue are excluded or denied: the record says why")
@@ -1051,7 +1057,7 @@ class RemoteCohort:
         return back
 
     def _catch_up(self, clients: Collection[int]) -> None:
-        """Those of `clients` that have missed an averaging get what came of it."""
+        """Those of `clients` that have missed an averaging get its result."""
         if missed := self._stale & set(clients) & self.hub.connected:
             assert self._average is not None, "what was missed is an average"
             twin = self.setup.twin
@@ -1062,14 +1068,16 @@ class RemoteCohort:
             self._stale -= missed
 
     def _judged(self) -> list[int]:
-        """Whose models are evaluated: all that are asked for and connected; failing that, all that are connected."""
+        """The clients whose models are evaluated: all requested clients that are connected, or if there are none, all
+        connected clients.
+        """
         asked = judged(len(self.samples), self.setup.eval_clients, self.setup.seed)
         connected = self.hub.connected
         return [k for k in asked if k in connected] or sorted(connected)
 
     def _outputs(self, clients: Sequence[int], part: Samples, start: int, predict: Predict) -> dict[int, Tensor]:
-        """The outputs [n, ...] of each client's model, with the server's where there is one, on held-out rows from
-        number `start` on.
+        """The outputs [n, ...] of each client's model, with the server's if there is one, on held-out rows from number
+        `start` on.
         """
         s, n = self.setup, len(part)
         body = encode(part.rows)
@@ -1101,8 +1109,8 @@ class RemoteCohort:
         return {k: rows[0] for k, rows in said.items()}
 
     def _judge_by_itself(self, rows: Rows, client: int, part: Samples, predict: Predict) -> Rows:
-        """Whose fault it is that results in evaluation are not finite. Raises NonFiniteError where the average that all
-        have gives such results here, too; otherwise WireError.
+        """Find out why results of an evaluation are not finite. Raises NonFiniteError if the average, which all clients
+        have, gives such results on this side, too; otherwise WireError.
         """
         if self._alike and self._average is not None:
             twin = self.setup.twin
@@ -1135,8 +1143,8 @@ class RemoteCohort:
         quorum: bool = False,
         batches: int = 0,
     ) -> dict[int, T]:
-        """What `read` makes of the one answer that each of `clients` gives to what it is asked; `quorum`: not all are
-        needed; `batches`: they train on so many first.
+        """The result of `read` for the one answer that each of `clients` gives; `quorum`: not all are needed;
+        `batches`: the number of batches that they train on first.
         """
         answered = self._all(clients, ask, read, quorum=quorum, batches=batches)
         return {k: answers[0] for k, answers in answered.items()}
@@ -1150,12 +1158,12 @@ class RemoteCohort:
         quorum: bool = False,
         batches: int = 0,
     ) -> dict[int, list[T]]:
-        """Ask `clients`, and send what has been posted for anybody. Raises NonFiniteError and WireError where a client
-        is faulty and that ends the run.
+        """Send requests to `clients`, and all posted requests. Raises NonFiniteError and WireError if a client is
+        faulty and this ends the run.
         """
         posted, self._later = self._later, {}
         asked = {k: ask(k) for k in clients}
-        for k in posted.keys() - asked.keys():  # whoever fails in a backward pass must be heard of
+        for k in posted.keys() - asked.keys():  # a client that fails in a backward pass must be noticed
             if any(isinstance(message, m.Backward) for message, _ in posted[k]):
                 posted[k].append((m.Settle(self._step), ()))
         requests = {k: [*posted.get(k, []), *asked.get(k, [])] for k in {*clients, *posted}}
@@ -1182,16 +1190,16 @@ class RemoteCohort:
         return {k: found[k] for k in clients if k in found}
 
     def _check_divergence(self, answered: Mapping[int, list[Any] | Lost]) -> None:
-        """Raises NonFiniteError where several clients, and all that are left, have failed by numbers at once: that is
-        not the fault of each.
+        """Raises NonFiniteError if several clients, and all that are left, have failed with such numbers at once, since
+        then it is not the fault of each client.
         """
         failed = [k for k, came in answered.items() if isinstance(came, Lost) and came.kind == NonFiniteError.__name__]
         if len(failed) > 1 and len(failed) == len(answered):
             raise NonFiniteError("weight gradient or loss", tuple(sorted(failed)))
 
     def _lose(self, client: int, lost: Lost) -> None:
-        """A client has not answered. Raises NonFiniteError or WireError where it is faulty and that ends the run."""
-        if client in self.excluded:  # which has been said
+        """A client has not answered. Raises NonFiniteError or WireError if it is faulty and this ends the run."""
+        if client in self.excluded:  # which was reported already
             return
         faulty = lost.reason == "garbage" or lost.kind == NonFiniteError.__name__
         if faulty and self.setup.faulty == "stop":
@@ -1204,7 +1212,7 @@ class RemoteCohort:
             self._exclude(client, lost.sentence)
 
     def _expel(self, client: int, what: str, size: float) -> None:
-        """A client has sent numbers with which training cannot go on. Raises NonFiniteError where that ends the run."""
+        """A client has sent numbers with which training cannot continue. Raises NonFiniteError if this ends the run."""
         if self.setup.faulty == "stop":
             raise NonFiniteError(f"step with the {what}", (client,))
         self._dismiss(
@@ -1214,7 +1222,7 @@ class RemoteCohort:
         )
 
     def _dismiss(self, client: int, why: str) -> None:
-        """Close the connection of a client that has said something impossible, and exclude it if that is asked for."""
+        """Close the connection of a client that has sent something impossible, and exclude it if so configured."""
         self._later.pop(client, None)
         self._faulty.add(client)
         self.hub.dismiss(client, why)
@@ -1227,7 +1235,7 @@ class RemoteCohort:
         self._tell("excluded", {"client": client, "why": why})
 
     def _name_outlying(self, found: Mapping[int, float]) -> None:
-        """Say, once, whose model has moved much further than those of the others."""
+        """Report, once, clients whose models have moved much further than those of the others."""
         for k in found.keys() - self._named:
             self._tell("deviates", {"client": k, "what": "model", "times": float(f"{found[k]:.3g}")})
         self._named = set(found)
@@ -1235,8 +1243,8 @@ class RemoteCohort:
 
 @dataclass(frozen=True)
 class _Came:
-    """What a client has sent: its rows, the bytes that those were written in where codecs make that a question of the
-    numbers, its loss, what its rows count together, the largest numbers in rows and targets.
+    """What a client has sent: its rows, their bytes (if these depend on the numbers, because of the codec), its loss,
+    the total weight of its rows, and the largest numbers in rows and targets.
     """
 
     rows: Rows
@@ -1247,7 +1255,7 @@ class _Came:
 
 
 def _alike(value: Value, like: Value) -> bool:
-    """Whether a score is of the kind of another: one number, or as many."""
+    """Whether two scores have the same form: one number, or the same number of values."""
     if value is None or not isinstance(like, tuple):
         return not isinstance(value, tuple)
     return isinstance(value, tuple) and len(value) == len(like)
@@ -1269,7 +1277,7 @@ def _finite(rows: Rows, client: int) -> Rows:
 
 
 def _check_finite(tensors: Sequence[Tensor], what: str, client: int) -> float:
-    """The largest number. Raises WireError where one is NaN or infinite."""
+    """The largest number. Raises WireError if one is NaN or infinite."""
     size = largest(tensors)
     if not math.isfinite(size):
         raise WireError(f"the {what} of client {client} hold NaN or infinite numbers: look at its data and its rate")
@@ -1281,4 +1289,4 @@ def _itself(client: int, frame: Frame) -> Frame:
 
 
 def _nothing(client: int, frame: Frame) -> None:
-    """Of an answer that says no more than that it is done."""
+    """Reads an answer that only says that a request is done."""

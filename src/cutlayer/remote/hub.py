@@ -1,13 +1,14 @@
-"""The server's end of all connections: the trainer asks several clients at once and waits for their answers.
+"""The server's end of all connections: the trainer sends requests to several clients at once and waits for their
+answers.
 
 Training is synchronous, in its own thread; gRPC runs on an asyncio loop in another. All state of connections belongs to
 the loop's thread; the two meet in `Exchange`.
 
-A client cannot hold up the others, or the server:
+A client cannot delay the others, or the server:
 - Every client has its own stream and its own queue (`ClientLink`). Messages that a client does not read stay in its
   queue, which is bounded: beyond `limits.message_bytes`, or `limits.asked` outstanding answers, its stream is closed.
-- Messages are packed when they are written, and few at a time (`WriteBudget`).
-- A client that vanishes without a word is detected by pings.
+- Messages are packed when they are written, and only a few at a time (`WriteBudget`).
+- A client that disappears without closing its connection is detected by pings.
 """
 
 from __future__ import annotations
@@ -51,18 +52,18 @@ from cutlayer.wire.tensors import size_of
 
 log = logging.getLogger(__name__)
 Admit = Callable[[m.Hello, str | None], m.Welcome | m.Refused]
-"""(what a client says, the name that its certificate or token proves) -> whether it is let in."""
+"""(a client's Hello, the name that its certificate or token proves) -> whether it is admitted."""
 Tell = Callable[[str, Mapping[str, Any]], None]
-"""Hears what has happened, as a word and as facts, on the loop's thread."""
+"""Is called with an event, as a word and as facts, on the loop's thread."""
 Gauge = tuple[str, str, float]
-"""A figure for Prometheus: its name, what it means, its value."""
+"""A figure for Prometheus: its name, its meaning, its value."""
 T = TypeVar("T")
 
-_LOOK = 1.0  # seconds between looks at files that may have changed
+_LOOK = 1.0  # seconds between checks of files that may have changed
 _STREAMS = 4096
 _SHOWN = 100  # characters of a stranger's name in the log
 _TOO_OFTEN = "too many connections and refusals of this name from this address: wait some seconds, and try again"
-_SOON = 10.0  # seconds in which the loop does what it is asked to
+_SOON = 10.0  # seconds in which the loop must complete a request
 
 
 class Hub:
@@ -71,9 +72,9 @@ class Hub:
     token proves, and equals `hello.client`; it is None without security.
 
     `keepalive` seconds pass between pings. `metrics` is the address at which figures for Prometheus are served:
-    host:port, or a port that only this machine reaches; `gauges` gives those that are not the hub's own. `tell` hears
-    who came and who was refused, and which files were read again. `changed` is called when the list of those who are
-    denied has changed, with the names on it.
+    host:port, or a port that only this machine reaches; `gauges` returns those that are not the hub's own. `tell` is
+    called for connections, refusals, and files that were read again. `changed` is called when the deny list has
+    changed, with the names on it.
     """
 
     concurrent = True
@@ -104,7 +105,7 @@ class Hub:
         self._changed = threading.Condition()
         self._exchanges: set[Exchange] = set()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._waiting: dict[str, asyncio.Event] = {}  # who waits for an earlier stream of its name to end
+        self._waiting: dict[str, asyncio.Event] = {}  # clients that wait for the end of an earlier stream of their name
         self._brake = Brake()
         self._budget = WriteBudget(max(self.limits.message_bytes, 1 << 20))
         self._gate: Gate
@@ -174,7 +175,7 @@ class Hub:
 
     @property
     def connected(self) -> frozenset[int]:
-        """Clients that can be asked something now. One that has come back is among them after `arrivals`."""
+        """Clients that can receive requests now. One that has reconnected is among them after `arrivals`."""
         with self._changed:
             return frozenset(k for k, link in self._links.items() if link.open and link.admitted)
 
@@ -214,12 +215,12 @@ class Hub:
 
     @property
     def refused(self) -> Mapping[str, int]:
-        """How often somebody was refused, by reason."""
+        """The number of refusals, by reason."""
         return dict(self._visits.refused)
 
     @property
     def expiries(self) -> Mapping[str, datetime]:
-        """Until when certificates are valid: the server's, the clients' authority, those of connected clients."""
+        """The ends of validity of certificates: the server's, the clients' authority, those of connected clients."""
         with self._changed:
             callers = [link.caller for link in self._links.values() if link.open]
         return {**self._gate.expiries, **{c.name: c.expires for c in callers if c.expires is not None}}
@@ -259,7 +260,7 @@ class Hub:
 
         The exchange ends when every client has answered (or has been sent everything, if nothing is to be answered) or
         is lost, or when `deadline` seconds have passed and `quorum` clients (of `voters`, if given) have answered.
-        Later answers are thrown away. With `on_answer`, its result replaces each answer; it is called on other threads
+        Later answers are discarded. With `on_answer`, its result replaces each answer; it is called on other threads
         while further answers arrive. If it raises WireError, the client has said "garbage" and its stream is closed.
 
         A body that is the same object for several clients is joined once. Buffers may change after the return.
@@ -288,7 +289,7 @@ class Hub:
         return results
 
     def dismiss(self, client: int, sentence: str) -> None:
-        """Close the connection of a client that has said something impossible: it is not connected any more then."""
+        """Close the connection of a client that has sent something impossible."""
         done: Future[None] = Future()
 
         def close() -> None:
@@ -334,7 +335,7 @@ class Hub:
         self._visits.close()
 
     async def _keep_looking(self) -> None:
-        """Read again the files that have changed, and end the streams of those who are denied now."""
+        """Read again the files that have changed, and end the streams of clients that are now denied."""
         while True:
             await asyncio.sleep(_LOOK)
             self._visits.look(self._loop.time())
@@ -353,7 +354,7 @@ class Hub:
             self._on_denied(self._gate.denied.names)
 
     def _cut_denied(self) -> None:
-        """End the streams of clients that are denied. They dial again, and are told why then."""
+        """End the streams of clients that are denied. They connect again, and are then told the reason."""
         for link in list(self._links.values()):
             if link.open and (why := self._gate.denied.why(link.caller)):
                 log.warning("client %d is cut off: %s", link.index, why)
@@ -361,7 +362,7 @@ class Hub:
                 self._cut(link, Lost("gone", f"client {link.index}: {why}"), grpc.StatusCode.PERMISSION_DENIED)
 
     def _record(self, happened: str, facts: Mapping[str, Any]) -> None:
-        """Tell whoever keeps the record; that its disk is full must not end a stream."""
+        """Pass an event to the record. If its disk is full, this must not end a stream."""
         if self._tell is None:
             return
         try:
@@ -427,7 +428,7 @@ class Hub:
             log.debug("%s came after the end", function)
 
     def _check(self, client: int, asked: Sequence[Request]) -> int:
-        """How many answers these requests have. Raises WireError before anything is sent to anybody."""
+        """How many answers these requests have. Raises WireError before anything is sent to any client."""
         if len(asked) > self.limits.asked:
             raise WireError(f"{len(asked)} requests to client {client} at once: {self.limits.asked} are accepted")
         answers = 0
@@ -458,14 +459,14 @@ class Hub:
             exchange.timer = self._loop.call_later(deadline, exchange.expire)
 
     def _give_up(self, link: ClientLink, outs: list[Out], why: str) -> None:
-        """Close the stream of a client that has not taken what it was sent before."""
+        """Close the stream of a client that has not read earlier messages."""
         lost = Lost("gone", f"{why}; its connection was closed")
         for out in outs:
             out.exchange.lose(link.index, lost)
         self._cut(link, lost, grpc.StatusCode.UNAVAILABLE)
 
     def keep_bodies(self, exchange: Exchange) -> None:
-        """Copy what `exchange` has not written yet."""
+        """Copy the messages that `exchange` has not written yet."""
         for link in self._links.values():
             for out in link.outbox:
                 if out.exchange is exchange:
@@ -492,7 +493,7 @@ class Hub:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(lost.sentence)[:TEXT])
 
     async def _handshake(self, context: Any) -> ClientLink | None:
-        """Let a client in, or not. Nothing that it sends is read before."""
+        """Admit a client, or refuse it. Nothing that it sends is read before."""
         link, size = await self._arrived(context)
         try:
             identity = self._gate.identity(link.hello.client, link.hello.token, context.auth_context())
@@ -523,7 +524,7 @@ class Hub:
         return link
 
     async def _arrived(self, context: Any) -> tuple[ClientLink, int]:
-        """A link for the Hello that came with a new stream, and the bytes of that Hello."""
+        """A link for the Hello of a new stream, and the bytes of that Hello."""
         metadata = dict(context.invocation_metadata() or ())
         side = ServerSide(self.limits, encrypted=self._gate.credentials is not None)
         data = metadata.get(network.HELLO, b"")
@@ -543,12 +544,14 @@ class Hub:
         return link, len(data)
 
     async def _slow_down(self, context: Any, caller: Caller) -> None:
-        """Turn away, before anything costs much, whoever has come too often."""
+        """Refuse a peer that has connected too often, before this costs much."""
         if self._brake.blocks(caller.host, caller.name):
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, _TOO_OFTEN)
 
     async def _welcome(self, link: ClientLink, identity: str | None) -> int | None:
-        """Welcome a client whose name is reserved, and give it its number; the bytes of that. None: it is refused."""
+        """Welcome a client whose name is reserved, and give it its number. Returns the bytes of this; None if it is
+        refused.
+        """
         answer = self._admit(link.hello, identity)
         if isinstance(answer, m.Welcome) and answer.index in self._links:
             answer = m.Refused("client", f"number {answer.index} is taken: give each client a name of its own")
@@ -567,8 +570,8 @@ class Hub:
             raise
 
     async def _make_way(self, link: ClientLink) -> None:
-        """Reserve the client's name. If a stream of that name is open, wait for its end, as long as it can take to
-        notice that it is dead: only the last that came waits. Raises StrangerError.
+        """Reserve the client's name. If a stream of that name is open, wait for its end, as long as it may take to
+        notice that it is dead. Only the latest connection waits. Raises StrangerError.
         """
         name = link.hello.client
         taken = StrangerError(
@@ -578,13 +581,13 @@ class Hub:
         )
         end = self._loop.time() + network.patience(self.keepalive)
         if name in self._names and (before := self._waiting.pop(name, None)):
-            before.set()  # whoever of that name has waited until now gives up
+            before.set()  # an earlier waiting connection of that name gives up
         mine = self._waiting[name] = asyncio.Event()
         try:
             while name in self._names:
                 old = self._names[name]
                 if old is not None and link.instance and old.instance == link.instance:
-                    # The same process dials once at a time: it has given up the old stream.
+                    # The same process has one connection at a time: it has given up the old stream.
                     self._cut(old, Lost("gone", f"client {old.index} has dialled anew"), grpc.StatusCode.ABORTED)
                     continue
                 if old is None or mine.is_set() or self._loop.time() > end:
@@ -622,7 +625,7 @@ class Hub:
         """End a stream from this side, even if the client does not read."""
         self._unlink(link, lost)
         task = self._loop.create_task(link.abort(lost, code))
-        self._tasks.add(task)  # a task that nobody holds may vanish
+        self._tasks.add(task)  # a task without a reference may be collected
         task.add_done_callback(self._tasks.discard)
 
     def garbled(self, client: int, sentence: str) -> None:
@@ -634,7 +637,7 @@ class Hub:
 
 
 async def _first_of(*events: asyncio.Event, timeout: float) -> None:
-    """Wait until one of the events happens, or for so many seconds."""
+    """Wait until one of the events happens, or for this number of seconds."""
     waits = [asyncio.ensure_future(event.wait()) for event in events]
     try:
         await asyncio.wait(waits, timeout=max(0.0, timeout), return_when=asyncio.FIRST_COMPLETED)

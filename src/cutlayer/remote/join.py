@@ -32,11 +32,11 @@ from cutlayer.wire.limits import Limits
 
 @dataclass(frozen=True)
 class Joining:
-    """How a client joins: the server's `address`, its name (`client-<k>`), what it trusts and shows, the folder that
-    keeps its state, data of its own (None: its share of the configuration's), seconds of trying after which it gives up
-    (None: never), and between pings; `watch`: what to do where the server's gradients do not look like the task's;
-    `limits` bound messages; `budget` is the most that it answers; `audit` is the file in which it records what it was
-    asked (None: one in the folder, if there is one).
+    """How a client joins: the server's `address`, its name (`client-<k>`), the credentials that it trusts and shows,
+    the folder for its state, its own data (None: its share of the configuration's), the seconds after which it gives up
+    (None: never), and the seconds between pings; `watch`: the reaction if the server's gradients do not look like the
+    task's; `limits` bound messages; `budget` limits its answers; `audit` is the file for its record of requests (None:
+    a file in the folder, if there is one).
     """
 
     address: str
@@ -53,16 +53,15 @@ class Joining:
 
     @property
     def record(self) -> Path | None:
-        """Where the client records what it was asked."""
+        """The path of the client's record of requests."""
         return self.folder / AUDIT if self.audit is None and self.folder is not None else self.audit
 
 
 def join(config: RunConfig, joining: Sequence[Joining], prometheus: str | int | None = None) -> list[str]:
-    """Work as these clients, one after another on this thread, until the server says that the run is done; its reasons.
-    `prometheus`: the address at which this process serves its figures, host:port or a port of this machine.
-
-    SIGTERM and Ctrl-C end it cleanly: what was kept stays. Raises UsageError before anything is sent; NetworkError,
-    RefusedError, WireError as `dial` does.
+    """Work as these clients, one after another on this thread, until the server says that the run is done. Returns the
+    server's reasons. `prometheus`: the address at which this process serves its figures, host:port or a port of this
+    machine. SIGTERM and Ctrl-C end it cleanly, and saved states remain. Raises UsageError before anything is sent;
+    NetworkError, RefusedError, WireError as `dial` does.
     """
     stop = threading.Event()
     before = {number: signal.signal(number, _setting(stop)) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -76,7 +75,7 @@ def join(config: RunConfig, joining: Sequence[Joining], prometheus: str | int | 
 def _work(
     config: RunConfig, joining: Sequence[Joining], stop: threading.Event, prometheus: str | int | None
 ) -> list[str]:
-    shared: Source | None = None  # what several clients are dealt from is read once
+    shared: Source | None = None  # data that are dealt to several clients are read once
     with ExitStack() as stack:
         workers = []
         for j in joining:
@@ -103,8 +102,8 @@ def _work(
 
 
 def made(config: RunConfig, joining: Joining, shared: Source | None, *, noise_seed: int, alone: bool = False) -> Worker:
-    """The client that joins so, on its own data or its part of those that are `shared`; `alone`: it keeps nothing and
-    records nothing, and is only looked at. Raises UsageError.
+    """The client that joins in this way, with its own data or its part of the `shared` data. With `alone`, it stores
+    and records nothing, and is only examined. Raises UsageError.
     """
     record = None if alone else joining.record
     own = {"own": joining.data} if joining.data is not None else {"data": shared}
@@ -132,7 +131,7 @@ def _close(worker: Worker) -> None:
 
 
 def _secret(folder: Path | None) -> int:
-    """What names the draws of this client's defence: nobody else knows it. Kept in its folder, since noise drawn anew
+    """The secret that names the draws of this client's defence. It is stored in the client's folder, since other noise
     for the same batch after a restart would be a second release.
     """
     if folder is None:

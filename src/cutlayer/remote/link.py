@@ -1,6 +1,5 @@
-"""The server's end of one client's stream: what is written to it, and what comes back.
-
-Everything here happens on the thread of the hub's loop.
+"""The server's end of one client's stream: messages written to it and received from it. Everything here happens on the
+thread of the hub's loop.
 """
 
 from __future__ import annotations
@@ -31,16 +30,14 @@ GREETING = 20.0
 """Seconds that a client has to take the answer to its Hello."""
 
 TEXT = 1000
-"""Characters of a sentence that ends a stream: it travels in a header."""
+"""Characters of the message that ends a stream, which is sent in a header."""
 
 _BROKEN = (grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError)
 
 
 class ClientLink:
-    """One client's stream, with the `caller` at its other end. `open`: from Welcome on; `admitted`: may be asked;
-    `reported`: was among the arrivals.
-
-    Messages wait in `outbox`; `due` are the answers that the client owes.
+    """One client's stream, with the `caller` at its other end. `open`: from Welcome on; `admitted`: can receive
+    requests; `reported`: was among the arrivals. Messages wait in `outbox`; `due` are the answers that the client owes.
     """
 
     def __init__(self, hello: m.Hello, instance: str, side: ServerSide, context: Any) -> None:
@@ -56,9 +53,9 @@ class ClientLink:
         self.sending: asyncio.Task[None] | None = None
 
     def stuck(self, outs: list[Out]) -> str | None:
-        """Why `outs` cannot be queued: the client has not taken what it was sent before. None if they can."""
+        """Why `outs` cannot be queued: the client has not read earlier messages. None if they can."""
         limits, owing = self.side.limits, len(self.side.asked)
-        if self.outbox:  # most often everything has been written
+        if self.outbox:  # usually everything has been written
             unsent = sum(out.body.size for out in self.outbox)
             owing += sum(out.slot is not None for out in self.outbox)
             if unsent + sum(out.body.size for out in outs) > limits.message_bytes:
@@ -74,7 +71,7 @@ class ClientLink:
             self.sending = asyncio.get_running_loop().create_task(self._send(budget))
 
     async def listen(self) -> Lost:
-        """Take what the client says until its stream ends; how that came about. Raises WireError."""
+        """Read the client's messages until its stream ends; returns the reason for the end. Raises WireError."""
         while True:
             data = await self.context.read()
             if data is grpc.aio.EOF:
@@ -82,7 +79,7 @@ class ClientLink:
             self.traffic.received += len(data)
             for part in split(data):
                 if not self.open or self.side.state == "closed":
-                    break  # it has been cut, or Bye has been said, and that crossed an answer
+                    break  # it was cut, or Bye was sent at the same time as an answer
                 frame = self.side.receive(part)
                 if isinstance(frame.message, m.Failed):
                     kind, sentence = plain(frame.message.kind), plain(frame.message.sentence)
@@ -91,13 +88,13 @@ class ClientLink:
                 self._take(frame)
 
     async def greet(self, answer: m.Welcome | m.Refused) -> int:
-        """Answer the client's Hello; the bytes of that. Raises TimeoutError, WireError, gRPC's errors."""
+        """Answer the client's Hello. Returns the bytes of the answer. Raises TimeoutError, WireError, gRPC's errors."""
         data = self.side.send(answer)
         await asyncio.wait_for(self.context.write(data), GREETING)
         return len(data)
 
     async def say_bye(self, reason: str) -> None:
-        """Say Bye once everything is written, and wait until the client has left."""
+        """Send Bye after everything is written, and wait until the client has left."""
         while self.outbox or self.sending:
             await asyncio.sleep(0.02)
         if self.side.state == "open":
@@ -108,7 +105,7 @@ class ClientLink:
         await self.ended.wait()
 
     def lose(self, lost: Lost) -> None:
-        """Tell the exchanges that wait for this client, and forget what was to be written."""
+        """Tell the exchanges that wait for this client, and drop messages that were not written."""
         waiting = {exchange for exchange, *_ in self.due}
         waiting |= {out.exchange for out in [*self.outbox, *self.writing]}
         for exchange in waiting:
@@ -127,7 +124,7 @@ class ClientLink:
         """Write what is in the outbox, in order."""
         try:
             while self.outbox:
-                count, size = self._how_many()  # they stay there, to be found, until they are packed
+                count, size = self._how_many()  # they stay there, and can be found, until they are packed
                 share = await budget.take(size)
                 try:
                     if self.ended.is_set():
@@ -156,7 +153,7 @@ class ClientLink:
         return count, size
 
     def _packed(self) -> list[bytes]:
-        """The messages that are being written, as few runs of bytes, each within the limit."""
+        """The messages that are being written, as few pieces of bytes, each within the limit."""
         runs: list[bytes] = []
         run: list[Buffer] = []
         filled = 0
@@ -173,7 +170,9 @@ class ClientLink:
         return runs
 
     def _parts(self, out: Out) -> list[Buffer]:
-        """One message as buffers, noted in what is due; nothing if it may not be sent, which its exchange hears of."""
+        """One message as buffers; its answer is added to `due`. Empty if it may not be sent; then its exchange
+        is told.
+        """
         try:
             parts = self.side.parts(out.message, out.body.buffers)
         except WireError as error:

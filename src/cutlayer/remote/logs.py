@@ -22,19 +22,19 @@ def show_log(form: Literal["text", "json"]) -> None:
 
 
 class _TextLines(logging.Formatter):
-    """One line per event: what others say, who may be strangers, makes no line of its own and drives no terminal."""
+    """One line per event: text of others, who may be strangers, cannot add lines or control the terminal."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # logging's own name
         """The line, control characters escaped."""
         return plain(super().formatMessage(record))
 
     def formatException(self, ei: Any) -> str:  # noqa: N802  # logging's own name
-        """The traceback, whose error may quote what others say."""
+        """The traceback, whose error may quote text of others."""
         return plain_lines(super().formatException(ei))
 
 
 class _JsonLines(logging.Formatter):
-    """One JSON object per line: time, level, logger, message, and the facts that came with it."""
+    """One JSON object per line: time, level, logger, message, and its facts."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The line."""

@@ -1,6 +1,5 @@
-"""Figures for Prometheus, on a port of their own: of this machine alone unless told otherwise.
-
-A hub or a client counts; the figures are read when they are asked for.
+"""Figures for Prometheus, on their own port, by default only on the loopback address. A hub or a client counts; the
+figures are read when they are requested.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 
 
 class Counted(Protocol):
-    """What is read of a hub."""
+    """The attributes of a hub that are read."""
 
     @property
     def present(self) -> frozenset[int]:
@@ -38,11 +37,11 @@ class Counted(Protocol):
 
     @property
     def refused(self) -> Mapping[str, int]:
-        """How often somebody was refused, by reason."""
+        """The number of refusals, by reason."""
 
     @property
     def expiries(self) -> Mapping[str, datetime]:
-        """Until when certificates are valid, by whose they are."""
+        """The ends of validity of certificates, by owner."""
 
     @property
     def gauges(self) -> Callable[[], Sequence[tuple[str, str, float]]]:
@@ -118,7 +117,7 @@ class HubFigures(Collector):
             yield GaugeMetricFamily(name, meaning, figure)
 
     def _admission(self) -> Iterator[Metric]:
-        """Who was refused, and how long certificates are still valid."""
+        """Refusals, and how long certificates are still valid."""
         refused = CounterMetricFamily("cutlayer_refused", "connections that were refused", labels=["reason"])
         for reason, count in self._hub.refused.items():
             refused.add_metric((reason,), count)
@@ -132,7 +131,7 @@ class HubFigures(Collector):
 
 
 class Answering(Protocol):
-    """What is read of a client."""
+    """The attributes of a client that are read."""
 
     @property
     def name(self) -> str:
@@ -140,7 +139,7 @@ class Answering(Protocol):
 
     @property
     def answers(self) -> Answers:
-        """What it was asked since it started."""
+        """The requests that it received since it started."""
 
     def budget(self) -> Mapping[str, tuple[float, float | None]]:
         """(spent, allowed; None: without a limit) of each item of its budget, over all its starts."""
