@@ -12,15 +12,14 @@ from cutlayer.errors import ConfigError
 
 T = TypeVar("T")
 News = tuple[str, Mapping[str, Any]]
-"""What has happened, as a word and as facts."""
+"""An event, as a word and as facts."""
 
 
 class Reread(Generic[T]):
-    """What `read` makes of the files at `paths`: `value`. `look` reads again if one of them has changed.
-
-    Files that cannot be read, or say what cannot be, change nothing: the last good value stays, and `news` says so once
-    for each state of the files. A good change is news, too: the word `what`, with the facts that `facts` finds in it.
-    The first reading raises ConfigError. Any thread may look.
+    """The result of `read` for the files at `paths`: `value`. `look` reads again if one of them has changed. If files
+    cannot be read, or are invalid, the last good value stays, and `news` is called once for each state of the files.
+    After a good change, `news` is called with the word `what` and the facts from `facts`. The first reading raises
+    ConfigError. Any thread may call `look`.
     """
 
     def __init__(
@@ -29,7 +28,7 @@ class Reread(Generic[T]):
         self.news: deque[News] = deque()
         self._what, self._paths, self._read, self._facts = what, tuple(paths), read, facts
         self._lock = threading.Lock()
-        self._seen = self._state()  # before reading: a change in the meantime is one that is still to be seen
+        self._seen = self._state()  # before reading, so that a change in the meantime is noticed later
         self.value = read()
 
     def look(self) -> T:
@@ -50,7 +49,7 @@ class Reread(Generic[T]):
             self.news.append((self._what, self._facts(self.value)))
 
     def _state(self) -> tuple[object, ...]:
-        """What changes with the files: a file that was replaced has another number, one that was written a new time."""
+        """A value that changes with the files: a replaced file has another inode, a rewritten one another time."""
         states: list[object] = []
         for path in self._paths:
             try:

@@ -1,7 +1,6 @@
-"""Who may talk to whom: mutual TLS, TLS with a token per client, or nothing at all on one's own machine.
-
-Files are read and checked before anything starts, so that what is wrong with them is a sentence and not a failed
-handshake. TLS is 1.2 or newer (gRPC's own floor).
+"""Authentication: mutual TLS, TLS with a token per client, or nothing on the same machine. Files are read and checked
+before anything starts, so that errors in them lead to a clear message and not to a failed handshake. TLS is 1.2 or
+newer (gRPC's own floor).
 """
 
 from __future__ import annotations
@@ -35,7 +34,9 @@ from cutlayer.remote.reread import News, Reread
 from cutlayer.remote.transports import host_and_port
 
 TOKEN_LENGTH = 20
-"""Characters that a token has at least. Tokens are made by `make_token`, not thought up: their hashes are quick."""
+"""The minimum length of a token. Tokens come from `make_token` and are not invented by people, so a fast hash is
+enough.
+"""
 
 T = TypeVar("T")
 
@@ -45,9 +46,9 @@ _CLOSED = "it hung up after the handshake"
 
 @dataclass(frozen=True)
 class ServerSecurity:
-    """What the server shows, and what it asks of clients: a certificate by the authority in the file `ca` (mutual TLS),
-    or the token that the file `tokens` (TOML: name = token, or its hash) has for them, or, without files, nothing.
-    `deny` is a file with those who are not let in, whatever they show (`denied.DenyList`).
+    """The server's credentials, and those that it requires from clients: a certificate by the authority in the file
+    `ca` (mutual TLS), or the token that the file `tokens` (TOML: name = token, or its hash) has for them, or, without
+    files, nothing. `deny` is a file with clients and certificates that are always refused (`denied.DenyList`).
     """
 
     certificate: Path | None = None
@@ -77,7 +78,7 @@ class ServerSecurity:
         return Gate(identity, tokens, denied)
 
     def _identity(self) -> Identity:
-        """What the server shows now, and which authority it asks clients for. Raises ConfigError."""
+        """The server's present credentials, and the authority that it requires of clients. Raises ConfigError."""
         assert self.certificate, "only a server with TLS has an identity"
         assert self.key
         chain, key = _read_pair(self.certificate, self.key, ExtendedKeyUsageOID.SERVER_AUTH, "server")
@@ -92,8 +93,8 @@ class ServerSecurity:
 
 @dataclass(frozen=True)
 class Identity:
-    """What a server shows in a handshake: gRPC's `configuration`, with the `facts` that tell its certificate from
-    others. `expiries`: until when its certificate and the clients' authority are valid.
+    """A server's credentials in a handshake: gRPC's `configuration`, with the `facts` that identify its certificate.
+    `expiries`: the ends of validity of its certificate and of the clients' authority.
     """
 
     configuration: Any
@@ -103,10 +104,9 @@ class Identity:
 
 @dataclass(frozen=True)
 class ClientSecurity:
-    """What a client trusts, and what it shows: the authority `ca` of the server's certificate, and a certificate with
-    its key, or a token. Without any of them: nothing, on one's own machine only.
-
-    `server_name`: the name in the server's certificate, where that is not the address's (a tunnel).
+    """The credentials that a client trusts and shows: the authority `ca` of the server's certificate, and a certificate
+    with its key, or a token. Without any of them: nothing, only on the same machine. `server_name`: the name in the
+    server's certificate, if it differs from the address (a tunnel).
     """
 
     ca: Path | None = None
@@ -138,10 +138,9 @@ class ClientSecurity:
         return grpc.ssl_channel_credentials(authority, key, chain)
 
     def diagnose(self, address: str) -> str | None:
-        """Why no TLS connection comes about, as a sentence, if that is the reason why there is none.
-
-        gRPC's own words for it are those of its library, or none; Python's can be told apart. Two handshakes have to
-        come to the same: one can be damaged on its way, or meet a server that stops just now.
+        """Why TLS fails, as a sentence, if it is the reason for a failed connection. gRPC's own messages come from its
+        library or are missing, but Python's errors can be distinguished. Two handshakes must give the same result,
+        since one can be damaged on its way, or meet a server that is just stopping.
         """
         found = self._diagnosis(address)
         if found is not None:
@@ -149,7 +148,7 @@ class ClientSecurity:
         return found if found is None or self._diagnosis(address) == found else None
 
     def _diagnosis(self, address: str) -> str | None:
-        """What one handshake comes to."""
+        """The result of one handshake."""
         try:
             said = self._shake_hands(address)
         except ssl.SSLCertVerificationError as error:
@@ -176,7 +175,9 @@ class ClientSecurity:
         )
 
     def _shake_hands(self, address: str) -> str:
-        """Open a TLS connection; what the server said to our certificate, "" where it took it. Raises OSError."""
+        """Open a TLS connection. Returns the server's objection to our certificate, "" if it accepted it. Raises
+        OSError.
+        """
         host, port = split_address(address)
         context = ssl.create_default_context(cafile=None if self.insecure else self.ca)
         if self.insecure:
@@ -188,7 +189,8 @@ class ClientSecurity:
             socket.create_connection((host, port), timeout=5) as raw,
             context.wrap_socket(raw, server_hostname=self.server_name or host) as tls,
         ):
-            # The server judges our certificate after the handshake. gRPC just hangs up; else it is the first to speak.
+            # The server checks our certificate after the handshake. If it refuses, gRPC just closes; otherwise it sends
+            # first.
             try:
                 return "" if tls.recv(1) else _CLOSED
             except (ConnectionError, ssl.SSLEOFError):
@@ -196,7 +198,7 @@ class ClientSecurity:
 
 
 class Tokens:
-    """Who may come with which token. What is kept of them are salted hashes."""
+    """The clients' tokens, stored as salted hashes."""
 
     def __init__(self, entries: Mapping[str, str]) -> None:
         self._entries = {name: _entry(name, text) for name, text in entries.items()}
@@ -217,15 +219,15 @@ class Tokens:
         return cls(found)
 
     def __contains__(self, shown: tuple[str, str]) -> bool:
-        """Is (name, token) one of them? Takes as long where it is not."""
+        """Whether (name, token) is one of them. Takes the same time if it is not."""
         name, token = shown
         salt, digest = self._entries.get(name, self._nobody)
         return hmac.compare_digest(_digest(salt, token), digest) and name in self._entries
 
 
 class Gate:
-    """What an open server asks of whoever comes. All files are read again when they change: at each new handshake, at
-    each `look`. `credentials` are gRPC's, None for none; `certified`: clients show certificates.
+    """An open server's checks of connecting clients. All files are read again when they change: at each new handshake,
+    and at each `look`. `credentials` are gRPC's, None for none; `certified`: clients show certificates.
     """
 
     def __init__(
@@ -240,7 +242,7 @@ class Gate:
             self.credentials = grpc.dynamic_ssl_server_credentials(first, self._renewed, self.certified)
 
     def _renewed(self) -> Any:
-        """gRPC asks at each handshake, on its own threads, one at a time: None where nothing is new."""
+        """Called by gRPC at each handshake, on its own threads, one at a time. None if nothing is new."""
         assert self._identity is not None
         found = self._identity.look()
         if found is self._shown:
@@ -250,16 +252,16 @@ class Gate:
 
     @property
     def denied(self) -> DenyList:
-        """Who is not let in, as it was read last."""
+        """The deny list, as it was read last."""
         return DenyList() if self._denied is None else self._denied.value
 
     @property
     def expiries(self) -> Mapping[str, datetime]:
-        """Until when the server's certificate and the clients' authority are valid."""
+        """The ends of validity of the server's certificate and of the clients' authority."""
         return {} if self._identity is None else self._identity.value.expiries
 
     def look(self) -> list[News]:
-        """Read again what has changed; what there is to say of that, and of what handshakes have found."""
+        """Read changed files again. Returns the news about them, and about what handshakes have found."""
         news: list[News] = []
         for watched in (self._identity, self._tokens, self._denied):
             if watched is not None:
@@ -269,9 +271,8 @@ class Gate:
         return news
 
     def identity(self, name: str, token: str, certificate: Mapping[str, Iterable[bytes]]) -> str | None:
-        """Who it is that calls itself `name`, None where that cannot be known. Raises StrangerError.
-
-        `certificate` is gRPC's description of the caller's (the "auth context").
+        """The identity of the peer that claims the name `name`; None if it cannot be known. `certificate` is gRPC's
+        description of the peer's certificate (the "auth context"). Raises StrangerError.
         """
         if self._tokens is not None:
             if (name, token) not in self._tokens.look():
@@ -294,7 +295,7 @@ class Gate:
         return name
 
     def check(self, caller: Caller) -> None:
-        """Raises StrangerError for who is denied."""
+        """Raises StrangerError for a peer that is denied."""
         if self._denied is not None and (why := self._denied.look().why(caller)):
             raise StrangerError("excluded", why)
 
@@ -314,7 +315,7 @@ def make_token() -> str:
 
 
 def read_token(path: Path) -> str:
-    """The token in a client's file. Raises ConfigError where the file cannot be read, or holds none."""
+    """The token in a client's file. Raises ConfigError if the file cannot be read, or has no token."""
     _warn_if_open(path)
     token = _read(path).decode(errors="replace").strip()
     if len(token) < TOKEN_LENGTH:
@@ -325,7 +326,7 @@ def read_token(path: Path) -> str:
 
 
 def hash_token(token: str) -> str:
-    """What a server's file can hold instead of the token. Raises ConfigError where the token is too short."""
+    """The text that a server's file can have instead of the token. Raises ConfigError if the token is too short."""
     if len(token) < TOKEN_LENGTH:
         raise ConfigError(f"a token of {len(token)} characters can be guessed: use {TOKEN_LENGTH} random ones or more")
     salt = secrets.token_bytes(16)
@@ -344,7 +345,7 @@ def split_address(address: str) -> tuple[str, int]:
 
 
 def is_loopback(host: str) -> bool:
-    """Does `host` mean this machine, whatever a name server says?"""
+    """Whether `host` means this machine, independent of any name server."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -352,12 +353,12 @@ def is_loopback(host: str) -> bool:
 
 
 def _reread(what: str, read: Callable[[Path], T], path: Path, facts: Callable[[T], Mapping[str, Any]]) -> Reread[T]:
-    """What is read of one file. Raises ConfigError."""
+    """The content of one file. Raises ConfigError."""
     return Reread(what, [path], lambda: read(path), facts)
 
 
 def _denied(found: DenyList) -> dict[str, Any]:
-    """What a record says of a list."""
+    """The facts about a list for a record."""
     return {"entries": len(found), "names": sorted(found.names)[:100]}
 
 
@@ -370,7 +371,7 @@ def _check_exposure(insecure: bool, address: str, what: str) -> None:
 
 
 def _entry(name: str, text: str) -> tuple[bytes, bytes]:
-    """(salt, hash) of a token, or of what `hash_token` made of it."""
+    """(salt, hash) of a token, or of the result of `hash_token`."""
     kind, *rest = text.split("$")
     if kind != _HASHED or not rest:
         try:
@@ -403,13 +404,13 @@ def _warn_if_open(path: Path) -> None:
     try:
         mode = path.stat().st_mode
     except OSError:
-        return  # reading it says what is wrong
+        return  # reading it reports the error
     if stat.S_IMODE(mode) & 0o077:
         warnings.warn(f"others on this machine may read {str(path)!r}: chmod 600 it", CutlayerWarning, stacklevel=5)
 
 
 def _read_certificates(path: Path) -> tuple[list[x509.Certificate], bytes]:
-    """The certificates in a file, the first of which is in force now, with the file's content."""
+    """The certificates in a file and its content. The first certificate must be valid now."""
     content = _read(path)
     try:
         found = x509.load_pem_x509_certificates(content)
@@ -438,7 +439,7 @@ def _read_authority(path: Path) -> bytes:
 
 
 def _read_pair(certificate: Path, key: Path, purpose: x509.ObjectIdentifier, kind: str) -> tuple[bytes, bytes]:
-    """(certificate chain, private key), which belong together, for this purpose."""
+    """(certificate chain, private key), after checking that they belong together and suit this purpose."""
     found, chain = _read_certificates(certificate)
     _warn_if_open(key)
     secret = _read(key)

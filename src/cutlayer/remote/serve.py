@@ -1,4 +1,4 @@
-"""The server of a remote run: waits for its clients, trains, keeps checkpoints, and goes on after a restart."""
+"""The server of a remote run: waits for its clients, trains, writes checkpoints, and continues after a restart."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ from cutlayer.wire import messages as m
 from cutlayer.wire.limits import Limits
 
 log = logging.getLogger("cutlayer.server")
-_RETURN = 90.0  # seconds that clients have to dial a server again that has restarted: three times their longest pause
+_RETURN = 90.0  # seconds that clients have to reconnect to a restarted server: three times their longest pause
 _PER_BATCH = 60.0  # seconds that local training has for each of its steps, unless a deadline is given
-_LOOK = 1.0  # seconds between looks whether enough clients can still come
-GRACE = 5.0  # seconds that clients have to hear of the end (the unit files of deploy/ wait longer)
+_LOOK = 1.0  # seconds between checks whether enough clients can still connect
+GRACE = 5.0  # seconds that clients have to learn of the end (the unit files of deploy/ wait longer)
 
 
 @dataclass(frozen=True)
 class Serving:
-    """How a server serves: the `address` that it listens at, who may come, what it does about faults; `metrics` is the
+    """How a server serves: the `address` at which it listens, its security, and its policy for faults; `metrics` is the
     address (or port) of figures for Prometheus; `keepalive` seconds pass between pings; `limits` bound messages.
     """
 
@@ -51,10 +51,9 @@ class Serving:
 
 
 class Service:
-    """A run whose clients dial in. Iterate over `run` inside of `open()`.
-
-    `listening(port)` is called once, when clients may come. `all_came`: all of them have. A folder that holds a run is
-    gone on with: the constructor raises RunFolderError if `config` is not that run's. How it is served may change.
+    """A run whose clients connect over a network. Iterate over `run` inside of `open()`. `listening(port)` is called
+    once, when clients can connect. `all_came`: all of them have connected. If the folder has a run, this run continues:
+    the constructor raises RunFolderError if `config` is not that run's. How it is served may change.
     """
 
     def __init__(
@@ -66,7 +65,7 @@ class Service:
         self._listening = self._returned = False
         self._rounds_begun = 0
         resumed = (out / CONFIG).exists()
-        if resumed:  # before anything is read, and before anybody can come
+        if resumed:  # before anything is read, and before any client can connect
             refuse_other(out, config)
         self._on_listening = listening
         self.hub = Hub(
@@ -95,14 +94,14 @@ class Service:
         )
         if resumed:
             self.run = Run.resume(out, training=training)
-            self._returned = (out / CHECKPOINT).exists()  # which says how many samples everybody has
+            self._returned = (out / CHECKPOINT).exists()  # which has the numbers of samples of all clients
         else:
             self.run = Run(config, out=out, training=training)
 
     @contextmanager
     def open(self) -> Iterator[Run]:
-        """The run, with a clean end on SIGTERM, in a folder that its owner alone can read. Unless the run is done,
-        clients dial again until the server is back.
+        """The run, with a clean end on SIGTERM, in a folder that only its owner can read. Unless the run is done,
+        clients reconnect until the server is back.
         """
         with private(*([self.out] if self.out.is_dir() else [])):
             yield from self._open()
@@ -111,7 +110,7 @@ class Service:
         before = signal.signal(signal.SIGTERM, _interrupt)
         try:
             yield self.run
-            if self._listening:  # else the run was done before
+            if self._listening:  # otherwise the run was done before
                 self._share()
                 if self.run.result is not None and self.run.result.stopped:
                     self._tell("stopped early", {"why": self.run.result.stopped})
@@ -128,22 +127,24 @@ class Service:
             signal.signal(signal.SIGTERM, before)
 
     def _share(self) -> None:
-        """Give the server's part to the clients that want it, if it is shared; count that in the ledger and result."""
+        """Send the server's part to the clients that want it, if it is shared, and count this in the ledger and the
+        result.
+        """
         if not self.config.share_server_model:
             return
         sent = share(self.run, self._cohort)
         self._tell("shared", {"clients": sorted(sent), "bytes_each": max(sent.values(), default=0)})
 
     def _greet(self, hello: m.Hello, identity: str | None) -> m.Welcome | m.Refused:
-        """Who says Hello is client `client-<k>`, known by that name."""
+        """The name in a Hello must be `client-<k>`."""
         if hello.client not in self._names:
             last = client_name(self.config.clients - 1)
             return m.Refused("client", f"there is no client {hello.client!r} in this run: they are client-0 to {last}")
         return self._greet_client(hello, self._names[hello.client])
 
     def _ready(self, wanted: frozenset[int]) -> None:
-        """Listen, once; then wait until enough clients are connected. Of those `wanted`, without one of whom the run
-        cannot go on, one has a deadline's time to come back: others make up a quorum, but they cannot do its part.
+        """Listen, once; then wait until enough clients are connected. If the run needs one of those `wanted`, it has
+        the time of a deadline to return: others may form a quorum, but they cannot do its part.
         """
         clients, faults = self.config.clients, self.serving.faults
         if not self._listening:
@@ -155,7 +156,7 @@ class Service:
                 self._on_listening(port)
         need = self._needed()
         if self._returned and need == clients:
-            # They dial again by themselves; those who are dead must not hold up a run that went on without them before.
+            # They reconnect by themselves. Dead clients must not delay a run that continued without them before.
             self._returned = False
             if len(self._wait_for(need, min(_RETURN, faults.patience or _RETURN))) < need:
                 need = math.ceil(faults.quorum * clients)
@@ -173,7 +174,9 @@ class Service:
             self._wait_for_one(wanted, faults.deadline or faults.patience or math.inf)
 
     def _wait_for_one(self, wanted: frozenset[int], seconds: float) -> None:
-        """Until one of these clients is there, or none can come, or after these seconds. Raises TrainingError."""
+        """Wait until one of these clients is connected, or none can connect, or for these seconds. Raises
+        TrainingError.
+        """
         end = time.monotonic() + seconds
         names = [client_name(k) for k in sorted(wanted)]
         log.info("waiting for one of %s: no other client can do its part", ", ".join(names[:10]))
@@ -184,7 +187,7 @@ class Service:
             self.hub.wait_for(wanted, max(0.0, min(_LOOK, end - time.monotonic())))
 
     def _needed(self) -> int:
-        """How many clients have to be there. Raises TrainingError where so many can never be there."""
+        """The number of clients that must be connected. Raises TrainingError if this number can never be reached."""
         clients, quorum = self.config.clients, math.ceil(self.serving.faults.quorum * self.config.clients)
         able = clients - len(self._cohort.out)
         need = quorum if self.all_came or self._cohort.out else clients
@@ -196,8 +199,8 @@ class Service:
         return need
 
     def _wait_for(self, need: int, seconds: float) -> frozenset[int]:
-        """The clients that are there once so many are, or after these seconds. Raises TrainingError as soon as they can
-        never be so many, which a list of denied ones can change at any time.
+        """The connected clients, when they are this many, or after these seconds. Raises TrainingError as soon as this
+        number can never be reached, which a change of the deny list can cause at any time.
         """
         end = time.monotonic() + seconds
         while True:
@@ -211,7 +214,7 @@ class Service:
         return {"traffic": {client_name(k): asdict(t) for k, t in sorted(self.hub.traffic().items())}}
 
     def _deny(self, names: frozenset[str]) -> None:
-        """Those of the run's clients who are called so are denied from now on, all others are not."""
+        """From now on, the run's clients with these names are denied, and all others are not."""
         if strangers := sorted(names - self._names.keys()):
             log.warning(
                 "the list of denied clients has %d names that no client of this run has, such as %.64r",
@@ -233,16 +236,16 @@ class Service:
         ]
 
     def _entry(self, happened: str, facts: Mapping[str, Any]) -> dict[str, Any]:
-        """What has happened, as the run's record holds it."""
+        """The events in the run's record."""
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         return {"time": now, "step": self.run.steps, "event": happened, **facts}
 
     def _record(self, happened: str, facts: Mapping[str, Any]) -> None:
-        """Add to the run's record what the hub has logged."""
+        """Add an event of the hub to the run's record."""
         append_line(self.out / EVENTS, json.dumps(self._entry(happened, facts)))
 
     def _tell(self, happened: str, facts: Mapping[str, Any]) -> None:
-        """Log what has happened, and add it to the run's record."""
+        """Log an event, and add it to the run's record."""
         entry = self._entry(happened, facts)
         append_line(self.out / EVENTS, json.dumps(entry))
         if happened == "round":
@@ -252,12 +255,12 @@ class Service:
 
 
 def _how_out(cohort: RemoteCohort) -> str:
-    """Why clients cannot take part, in a word or two."""
+    """Why clients cannot take part, in one or two words."""
     return " or ".join(filter(None, ["excluded" if cohort.excluded else "", "denied" if cohort.denied else ""]))
 
 
 def _sentence(happened: str, facts: Mapping[str, Any]) -> str:
-    """An event as a line for people: what is single, and not long; a reason without the name that it begins with."""
+    """An event as a line for people: short, single values; a reason without the name that it begins with."""
     single = {n: v for n, v in facts.items() if n not in ("client", "why") and isinstance(v, int | float | str)}
     shown = [f"{n} {v}" for n, v in single.items()]
     who, why = "", str(facts.get("why", ""))

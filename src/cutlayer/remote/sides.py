@@ -1,7 +1,6 @@
-"""From a configuration to a remote run's two sides: the server's training, and a client's worker.
-
-Both sides build from the same configuration, and both check that they mean the same (`wire.handshake`). A client keeps
-its share of the data, or data of its own, and its part of the model; the rest is let go.
+"""Builds a remote run's two sides from a configuration: the server's training, and a client's worker. Both sides use
+the same configuration, and both check this (`wire.handshake`). A client keeps its share of the data, or its own data,
+and its part of the model, and releases the rest.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ _TESTED = "Each client's model is tested on its own rows; a client with data of 
 
 
 def client_name(client: int) -> str:
-    """What client number `client` is called, in certificates too."""
+    """The name of client number `client`, also in certificates."""
     return f"{_NAME}{client}"
 
 
@@ -86,11 +85,10 @@ def remote_training(
     model: Model | None = None,
     data: Data | None = None,
 ) -> tuple[Training, RemoteCohort, Greet]:
-    """The server's side: a training, its cohort at the other end of `hub`, and what greets client k with a Welcome or a
-    Refused. `samples` are the clients' n_k; where one is 0, it is what the client says when it joins.
-
-    Raises UsageError as `assemble` does; ConfigError for centralised learning, which has no clients, and where client
-    models would have to leave their machines only to be judged.
+    """The server's side: a training whose cohort uses `hub`, and the function that greets client k with a Welcome or a
+    Refused. `samples` are the clients' n_k; 0 means the number that the client announces when it joins. Raises
+    UsageError as `assemble` does; ConfigError for centralised learning, which has no clients, and if client models
+    would have to leave their machines only to be judged.
     """
     chosen: Algorithm = config.thing("algorithm", config.algorithm)
     if config.judge == "average" and not (chosen.traits.models_cross or config.traits.central):
@@ -146,7 +144,7 @@ def remote_training(
             return m.Refused("client", f"client {client} {sentence}")
         if not cohort.fresh and (sentence := cohort.claims_too_much(client, hello.samples, hello.mass)):
             return m.Refused("client", sentence)
-        if not samples[client] or cohort.fresh:  # before anything is trained a client may come again with other data
+        if not samples[client] or cohort.fresh:  # before anything is trained, a client may return with other data
             samples[client], setup.masses[client] = hello.samples, hello.mass
         if (hello.samples, hello.mass) != (samples[client], setup.masses[client]):
             sentence = f"client {client} has {hello.samples} samples, {samples[client]} were announced"
@@ -167,8 +165,8 @@ def remote_training(
 
 
 class OwnTests(Mapping[int, Samples]):
-    """Each client's own test rows: those that a client with data of its own has held out (`counts` says how many), or
-    those that the server has `dealt`. `like` is a sample of their kind.
+    """Each client's own test rows: those that a client with its own data has held out (`counts` says how many), or
+    those that the server has `dealt`. `like` is a sample of their form.
     """
 
     def __init__(self, dealt: Mapping[int, Samples], counts: Sequence[int], like: Samples) -> None:
@@ -188,14 +186,14 @@ class OwnTests(Mapping[int, Samples]):
 
 
 def _reported(p: Prepared) -> dict[str, Value]:
-    """The scores that clients report of their own test rows, with values of their kind: those of an arbitrary model."""
+    """The form of the scores that clients report for their own test rows, with the values of an arbitrary model."""
     targets, outputs = (p.source.test if len(p.source.test) else p.source.train).y, _outputs(p)
     nothing = torch.zeros(len(p.example[0]), *outputs.shape, dtype=outputs.dtype, device=targets.device)
     return reported(try_metrics(p.clients.task, nothing, targets, p.source.class_names))
 
 
 def _unfit_tests(config: RunConfig, setup: Remote, hello: m.Hello, *, fresh: bool, client: int) -> m.Refused | None:
-    """Why a client cannot be tested on rows of its own as it says; None if it can."""
+    """Why a client cannot be tested on its own rows as it states; None if it can."""
     if not fresh and hello.tests != setup.tests[client]:
         sentence = f"client {client} has {hello.tests} test rows of its own, {setup.tests[client]} were announced"
         return m.Refused("client", sentence + ": give it the data of this run")
@@ -214,7 +212,9 @@ def _unfit_tests(config: RunConfig, setup: Remote, hello: m.Hello, *, fresh: boo
 
 
 def _unfit_counts(setup: Remote, hello: m.Hello, *, fresh: bool, client: int) -> m.Refused | None:
-    """Why the class counts that a client announces cannot be right, or are not those of this run; None if they can."""
+    """Why the class counts that a client announces cannot be right, or are not those of this run; None if they can be
+    right.
+    """
     known = setup.class_counts[client] if setup.class_counts else []
     if len(hello.counts) != len(known) or sum(hello.counts) > hello.samples:
         sentence = (
@@ -250,14 +250,14 @@ def worker_of(
     budget: BudgetConfig | None = None,
     audit: Audit | None = None,
 ) -> Worker:
-    """A client's side: client number `client` of the configuration, with its share of the data, or with data of its
-    `own`. What its defences draw is named by `noise_seed`: by default the configuration's seed, as in a simulation,
-    which the server knows, so that it could subtract the noise. If clients are tested on rows of their own, those of
-    `own` data are the test rows that the data bring, or a share that is held out of them.
-    `budget` says how much it answers at most, by its own file; in `audit` it records what it was asked.
+    """A client's side: client number `client` of the configuration, with its share of the data, or with its `own` data.
+    The draws of its defences are named by `noise_seed`. By default this is the configuration's seed, as in a
+    simulation; but the server knows this seed and could subtract the noise. If clients are tested on their own rows,
+    those of `own` data are the data's test rows, or a share that is held out. `budget` limits its answers, by its own
+    file; it records requests in `audit`.
 
     Raises UsageError as `assemble` does; ConfigError for a number that is not a client's, for a watch over targets that
-    are not classes, and for a task that is to be fitted to training data which the server does not see.
+    are not classes, and for a task that must be fitted to training data that the server does not see.
     """
     if not 0 <= client < config.clients:
         raise ConfigError(f"client = {client} is not one of the {config.clients} clients, 0 to {config.clients - 1}")
@@ -275,7 +275,7 @@ def worker_of(
     budget = budget or BudgetConfig()
     noise = protection.get(Noise)
     noise = noise if noise is not None and noise.scale else None
-    if noise_seed is not None:  # otherwise the server can draw the noise, too, and nothing is promised
+    if noise_seed is not None:  # otherwise the server can draw the same noise, and there is no guarantee
         _check_promise(config, protection, budget)
     _check_epsilon(budget, noise)
     test = _own_test(p, client) if tested else None
@@ -322,8 +322,8 @@ def worker_of(
 
 
 def _check_promise(config: RunConfig, protection: Defences, budget: BudgetConfig) -> None:
-    """Raises ConfigError where models would leave that tell what the noise on smashed data hides: before anything is
-    sent.
+    """Raises ConfigError, before anything is sent, if models would leave that reveal what the noise on smashed data
+    hides.
     """
     traits = config.traits
     if protection.noisy and (traits.models_cross or traits.gradients_cross) and not budget.give_model_despite_noise:
@@ -335,7 +335,7 @@ def _check_promise(config: RunConfig, protection: Defences, budget: BudgetConfig
 
 
 def _check_epsilon(budget: BudgetConfig, noise: Noise | None) -> None:
-    """Raises ConfigError for a limit to epsilon that nothing could keep."""
+    """Raises ConfigError for a limit on epsilon that cannot be kept."""
     if budget.max_epsilon is None:
         return
     if noise is None:
@@ -351,8 +351,8 @@ def _check_epsilon(budget: BudgetConfig, noise: Noise | None) -> None:
 
 
 def study_of(p: Prepared, samples: int, test: OwnTest | None, *, dealt: bool) -> Extent:
-    """What the configuration says of the training of a client with so many samples. `dealt`: its data are a share of
-    the configuration's, so that everybody's sizes and the server's test rows are known.
+    """The training of a client with this number of samples, by the configuration. `dealt`: its data are a share of the
+    configuration's, so the sizes of all clients and the server's test rows are known.
     """
     config, traits = p.config, p.algorithm.traits
     quota = _quota(p, samples)
@@ -366,8 +366,8 @@ def study_of(p: Prepared, samples: int, test: OwnTest | None, *, dealt: bool) ->
 
 
 def _rows(p: Prepared, samples: int) -> int | None:
-    """The rows that a client with so many samples trains on in a round, at most, where the server says how many make a
-    batch; else None.
+    """The most rows that a client with this number of samples trains on in a round, if the server determines the batch
+    sizes; otherwise None.
     """
     c = p.clients
     if c.sampling == "fixed":
@@ -376,7 +376,7 @@ def _rows(p: Prepared, samples: int) -> int | None:
 
 
 def _quota(p: Prepared, samples: int) -> int:
-    """The batches that a client with so many samples trains on in a round, at most."""
+    """The most batches that a client with this number of samples trains on in a round."""
     clients = p.clients
     if clients.sampling != "fixed":  # a batch may be a single row
         return clients.local_steps or clients.local_epochs * samples
@@ -384,19 +384,19 @@ def _quota(p: Prepared, samples: int) -> int:
 
 
 def _own_test(p: Prepared, client: int) -> OwnTest:
-    """What a client with data of its own is tested on."""
+    """The test rows of a client with its own data."""
     return OwnTest(p.own_tests[client], list(_reported(p)), p.clients.shape, _outputs(p), p.source.class_names)
 
 
 def _keeping(p: Prepared, *, own: bool) -> Keeping:
-    """What a client has to know to keep the whole model: how it is made, and what the server's part looks like."""
+    """The facts that a client needs to keep the whole model: how it is made, and the form of the server's part."""
     about = describe(p.config, p.source, p.making, own=own, cuts=() if p.depths is None else p.depths.names)
     return Keeping({**about, "clients": len(p.partition)}, described(p.split.server.state_dict()), p.clients.shape)
 
 
 def share(run: Run, cohort: RemoteCohort) -> dict[int, int]:
-    """Give the server's part of a finished run to the clients that want it, and count that: the bytes that each was
-    sent.
+    """Send the server's part of a finished run to the clients that want it, and count this. Returns the bytes sent to
+    each.
     """
     sent = cohort.share(run.training.server.model.state_dict(), run.rounds)
     for client, count in sent.items():
@@ -406,7 +406,9 @@ def share(run: Run, cohort: RemoteCohort) -> dict[int, int]:
 
 
 def _check_watch(task: Task, config: RunConfig, watch: Watching) -> None:
-    """A watch compares gradients by class, and models with the client's own. Raises ConfigError."""
+    """Check that a watch is possible: it compares gradients by class, and models with the client's own. Raises
+    ConfigError.
+    """
     if watch != "off" and task.targets != "class" and not config.traits.models_cross:
         raise ConfigError(
             f"watch = {watch!r} has nothing to look at: it compares gradients by class, and the targets of the task "
@@ -415,7 +417,7 @@ def _check_watch(task: Task, config: RunConfig, watch: Watching) -> None:
 
 
 def _check_fitted(config: RunConfig, fitted: Task) -> None:
-    """What a task finds out from the training data must be the same for all. Raises ConfigError."""
+    """Check that values that a task derives from the training data are the same for all. Raises ConfigError."""
     asked: Task = config.thing("task", config.task)
     changed = [o.name for o in asked.entry.options if getattr(asked, o.name) != getattr(fitted, o.name)]
     if not changed:
@@ -430,7 +432,7 @@ def _check_fitted(config: RunConfig, fitted: Task) -> None:
 
 
 def _of_own_ranks(p: Prepared) -> Prepared:
-    """The same with clients whose adapters have the factors of their own rank alone, where ranks differ."""
+    """The same with clients whose adapters have only the factors of their own rank, if ranks differ."""
     if not p.clients.ranks:
         return p
     models = _OfOwnRanks(p)
@@ -455,8 +457,8 @@ class _OfOwnRanks(Sequence[ClientModel]):
         return lower, tail
 
     def check(self) -> None:
-        """Raises ConfigError where a client's lower part does not compute with fewer rows and columns what it computes
-        with zeros in their places.
+        """Raises ConfigError if a client's lower part does not compute the same with fewer rows and columns as with
+        zeros in their places.
         """
         client = min(range(len(self)), key=self._ranks.__getitem__)
         given = []
@@ -464,7 +466,7 @@ class _OfOwnRanks(Sequence[ClientModel]):
             with torch.no_grad():
                 try:
                     given.append(as_tuple(lower.eval()(self._example)))
-                except RuntimeError:  # its code has the shapes in it
+                except RuntimeError:  # its code contains the shapes
                     given.append(())
         if not given[0] or len(given[0]) != len(given[1]) or not all(map(_close, *given)):
             raise ConfigError(
@@ -474,37 +476,37 @@ class _OfOwnRanks(Sequence[ClientModel]):
 
 
 def _close(one: Tensor, other: Tensor) -> bool:
-    """Whether results differ by rounding at most."""
+    """Whether results differ only by rounding."""
     return one.shape == other.shape and torch.allclose(one, other, rtol=1e-3, atol=1e-5, equal_nan=True)
 
 
 def _kinds(p: Prepared) -> tuple[int, ...]:
-    """Which of the kinds of clients each is of [C]: by its cut, or by the rank of its adapters; nothing if they are
-    alike.
-    """
+    """The kind of each client [C], by its cut or by the rank of its adapters; empty if all are alike."""
     return tuple(p.clients.cuts) or numbers(p.clients.ranks)
 
 
 def _largest(p: Prepared) -> int:
-    """The kind of clients that has all that any has."""
+    """The kind of clients that has everything that any kind has."""
     return max(numbers(p.clients.ranks)) if p.clients.ranks else p.deepest
 
 
 def _first_of_each_kind(p: Prepared) -> list[int]:
-    """A client of each of the kinds, in their order; client 0 where all are alike."""
+    """A client of each kind, in order; client 0 if all are alike."""
     kinds = _kinds(p)
     return [kinds.index(number) for number in range(max(kinds) + 1)] if kinds else [0]
 
 
 def _ends(p: Prepared) -> list[End]:
-    """What crosses at each of the cuts, and a client of each kind."""
+    """The tensors that cross at each of the cuts, and a client of each kind."""
     make, task = p.clients.make_optimizer, p.clients.task
     firsts = _first_of_each_kind(p)
     return [End(p.parts_of(k).crossing, Client(k, *p.clients.models[k], make, task)) for k in firsts]
 
 
 def terms(p: Prepared, run: str, client: int = 0) -> m.Terms:
-    """What both sides must agree on; where clients have different cuts or ranks, the server and this one."""
+    """The terms on which both sides must agree; if clients have different cuts or ranks, those of the server and this
+    client.
+    """
     config = p.config
     held = [part for part in p.clients.models[client] if part is not None]
     return m.Terms(
@@ -525,8 +527,9 @@ def terms(p: Prepared, run: str, client: int = 0) -> m.Terms:
 
 
 def shared_options(p: Prepared, client: int = 0) -> dict[str, str]:
-    """Options that a client trains by, besides those that terms have fields for: as they and their owners declare.
-    Where data lie, how they are protected and what they are computed on is each side's own business.
+    """The options that affect a client's training, except those that have their own fields in the terms. Options and
+    their owners declare this. Each side decides itself where its data are, how they are protected and on which device
+    they are computed.
     """
     config = p.config
     common = {n: getattr(config, n) for n, f in RunConfig.model_fields.items() if about(f, "shared")}
@@ -539,7 +542,7 @@ def shared_options(p: Prepared, client: int = 0) -> dict[str, str]:
     things: dict[str, Any] = {}
     for kind, _, reference in (("algorithm", "algorithm", config.algorithm), *named):
         entry = plugins.find(kind, reference)
-        # A task may have found out options from the data: both sides must have found the same.
+        # A task may have derived options from the data: both sides must have derived the same.
         holder = p.clients.task if kind == "task" else config
         things |= {o.name: getattr(holder, o.name) for o in entry.options if o.shared}
         if code := plugins.fingerprint(kind, reference):
@@ -557,8 +560,8 @@ def shared_options(p: Prepared, client: int = 0) -> dict[str, str]:
 
 
 def feature_names(source: Source) -> list[str]:
-    """What the columns of the inputs are called, in order, if they have names: those of a table, one for each category
-    where a column of text became several; of inputs that are several tensors by name, these names.
+    """The names of the columns of the inputs, in order, if they have names. For a table, a text column has one name per
+    category. For inputs of several named tensors, these are the names of the tensors.
     """
     columns = source.preprocessing.get("columns", ())
     if columns:
@@ -573,14 +576,14 @@ def _columns_of(column: Mapping[str, Any]) -> list[str]:
 
 
 def _listed(names: Sequence[str], limit: int = 3000) -> str:
-    """The names in a text that a message can hold: of very many the first, and a digest of all."""
+    """The names as a text that fits into a message: if there are very many, the first ones and a digest of all."""
     text = ", ".join(names)
     digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
     return text if len(text) <= limit else f"{text[: limit - 100]}... ({len(names)} in all, SHA-256 {digest})"
 
 
 def _remotely(config: RunConfig) -> RunConfig:
-    """The configuration as both sides build it: models as they are, whatever would be quicker on one's own machine."""
+    """The configuration as both sides use it: models unchanged, even if another form were faster on one machine."""
     if config.traits.central:
         raise ConfigError(
             f"{config.algorithm} trains one model on the pooled data, so it has no remote clients; choose another "
@@ -605,7 +608,7 @@ def _remotely(config: RunConfig) -> RunConfig:
 
 
 def _check_kept(p: Prepared) -> None:
-    """Raises ConfigError where clients would keep a whole model of which the server holds blocks of their own."""
+    """Raises ConfigError if clients would keep a whole model while the server holds blocks for them."""
     if p.clients.cuts and p.config.share_server_model:
         raise ConfigError(
             "share_server_model = True is not possible where clients have different cuts: name one cut for all, or "
@@ -614,7 +617,7 @@ def _check_kept(p: Prepared) -> None:
 
 
 def _outputs(p: Prepared) -> Crossing:
-    """What the model gives for a row."""
+    """The form of the model's output for a row."""
     with torch.no_grad():
         probe = [part.eval() for part in p.split.all]
         rows = probe[0](p.example)

@@ -1,4 +1,4 @@
-"""Requests that are under way to single clients, side by side: what comes back is taken in the order of its arrival."""
+"""Requests to single clients that are open at the same time. Answers are taken in the order of their arrival."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ Result = list[Any] | Lost
 
 
 class Underway:
-    """An exchange for each client that is asked, over a carrier. `clients` are those whose answers are not taken yet.
-
-    A carrier that is not `concurrent` has all new requests answered at once, in the order in which they are given.
+    """An exchange for each client with an open request, over a carrier. `clients` are those whose answers are not taken
+    yet. With a carrier that is not `concurrent`, all new requests are answered at once, in the given order.
     """
 
     def __init__(self, carrier: Carrier) -> None:
@@ -25,7 +24,7 @@ class Underway:
         self._came: queue.SimpleQueue[tuple[int, Result | BaseException]] = queue.SimpleQueue()
 
     def start(self, requests: Mapping[int, Sequence[Request]], on_answer: Callable[[int, Frame], Any]) -> None:
-        """Ask these clients, each by itself, and do not wait; see `Carrier.exchange`."""
+        """Send requests to these clients, each in its own exchange, without waiting; see `Carrier.exchange`."""
         self.clients |= requests.keys()
         if self._carrier.concurrent:
             for k, asked in requests.items():
@@ -35,8 +34,8 @@ class Underway:
             self._came.put((k, found))
 
     def take(self, seconds: float | None = None) -> tuple[int, Result] | None:
-        """The next client whose answers are there, or that is lost, and these; None if none comes within these seconds.
-        Raises what went wrong on this side.
+        """The next client that has answered or is lost, with its answers; None if there is none within these seconds.
+        Raises an error of this side.
         """
         try:
             client, found = self._came.get(timeout=seconds)
@@ -50,7 +49,7 @@ class Underway:
     def _ask(self, client: int, asked: Sequence[Request], on_answer: Callable[[int, Frame], Any]) -> None:
         try:
             found = self._carrier.exchange({client: asked}, on_answer=on_answer)[client]
-        except BaseException as error:  # whoever takes it raises it
+        except BaseException as error:  # raised when it is taken
             self._came.put((client, error))
         else:
             self._came.put((client, found))

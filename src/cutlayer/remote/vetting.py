@@ -1,7 +1,6 @@
-"""Whether what clients sent can be trained on: tried on a copy of the server, before anybody is told anything.
-
-Numbers can be finite and still so large that the step ends in infinities, for all. Only whoever sends numbers that are
-larger than any that went well before can do that, so that nothing is tried in most steps.
+"""Tests, on a copy of the server and before any client receives a result, whether received data can be trained on.
+Numbers can be finite and still so large that the step ends in infinities for all clients. This is only possible with
+numbers that are larger than all numbers that worked before, so most steps need no test.
 """
 
 from __future__ import annotations
@@ -25,17 +24,17 @@ from cutlayer.types import Rows, Smashed, TailGradients, as_real, as_tuple, is_c
 from cutlayer.verbs import ARRIVALS, FORWARD, STEP_COPIES, STEP_EACH, TAIL
 
 ROOM = 2.0
-"""How much larger than any that went well before numbers may be without a trial."""
+"""The factor by which numbers may exceed all that worked before without a test."""
 
 TAME = 32.0
-"""No step on numbers up to this size is tried."""
+"""Steps on numbers up to this size are not tested."""
 
 STRANGE = 10.0
-"""A client whose model has moved so many times as far as the others' (their median) is named."""
+"""A client is named if its model has moved this many times as far as the others' (their median)."""
 
 
 def largest(tensors: Sequence[Tensor]) -> float:
-    """The largest absolute value among real numbers and parts of complex ones; NaN or infinity where one is that."""
+    """The largest absolute value among real numbers and parts of complex ones; NaN or infinity if one of them is."""
     found = 0.0
     for tensor in tensors:
         if not is_continuous(tensor) or not tensor.numel():
@@ -56,24 +55,24 @@ def _have_squares(rows: Rows) -> bool:
 
 @dataclass
 class Proven:
-    """The largest numbers of one kind that went well."""
+    """The largest numbers of one kind that worked."""
 
     sizes: np.ndarray = field(default_factory=lambda: np.full(1, TAME / ROOM))
 
     def exceeded(self, sizes: np.ndarray) -> np.ndarray:
-        """Which of the clients' numbers [C, n] are larger than can be taken without a trial: [C]."""
+        """Which of the clients have numbers [C, n] that are too large to accept without a test: [C]."""
         found: np.ndarray = (sizes > ROOM * self.sizes).astype(bool).max(axis=1)
         return found
 
     def grow(self, sizes: np.ndarray) -> None:
-        """These went well."""
+        """Note that these numbers worked."""
         self.sizes = np.maximum(self.sizes, sizes.max(0))
 
 
 class Vetting:
-    """Tries what clients sent. `needs`: the algorithm's verbs; `probe`: some rows to try models on; `module`: a
-    client's part of the model, "lower" and perhaps "tail", at the deepest of their cuts; `blocks` what the server
-    computes for those with other cuts.
+    """Tests received data. `needs`: the algorithm's verbs; `probe`: some rows for testing models; `module`: a client's
+    part of the model, "lower" and perhaps "tail", at the deepest of their cuts; `blocks`: the layers that the server
+    computes for clients with other cuts.
     """
 
     def __init__(
@@ -91,21 +90,21 @@ class Vetting:
         self._rows, self._tails, self._models = Proven(), Proven(), Proven()
 
     def of_rows(self, smashed: Smashed, sizes: Sequence[tuple[float, float]]) -> tuple[int, ...]:
-        """The clients without whose rows the server's step is possible; none where it is possible with all. `sizes`
-        are the largest numbers in each one's rows and targets. Raises TrainingError where it is possible with nobody's,
-        or not possible with those whose rows are as usual.
+        """The clients whose rows must be left out so that the server's step is possible; none if it is possible with
+        all rows. `sizes` are the largest numbers in each client's rows and targets. Raises TrainingError if it is not
+        possible with any client's rows, or with those of the usual size.
         """
 
         def goes(who: Sequence[int]) -> bool:
             own = self._lifted(smashed, who)
-            # What waits in buffers may go into variances, which are squares.
+            # Rows that wait in buffers may enter variances, which are squares.
             return own is not None and (ARRIVALS not in self._needs or _have_squares(own.rows)) and self._step(own)
 
         return self._culprits(self._rows, smashed.clients, np.array(sizes), goes)
 
     def _lifted(self, smashed: Smashed, who: Sequence[int]) -> Smashed | None:
-        """The rows of some clients as the server's model gets them: past the blocks that it holds for them. None where
-        a client's blocks do not bear its rows.
+        """The rows of some clients as the server's model receives them, after the blocks that it holds for them. None
+        if a client's blocks fail on its rows.
         """
         if self._blocks is None:
             return _of(smashed, who)
@@ -118,7 +117,7 @@ class Vetting:
         return replace(_of(replace(smashed, rows=(), parts=()), who), rows=rows)
 
     def of_tails(self, smashed: Smashed, tail: TailGradients, sizes: Sequence[float]) -> tuple[int, ...]:
-        """The same of the gradients that the clients' tails sent back."""
+        """The same for the gradients that the clients' tails sent back."""
 
         def goes(who: Sequence[int]) -> bool:
             return self._back(_of(smashed, who), _tail_of(tail, who))
@@ -128,7 +127,9 @@ class Vetting:
     def of_models(
         self, models: Mapping[int, Mapping[str, Tensor]], mean: Callable[[Sequence[int]], Mapping[str, Tensor]]
     ) -> tuple[int, ...]:
-        """The clients without whose models their average is of use: `mean` gives that of some."""
+        """The clients whose models must be left out so that the average is usable: `mean` computes the average
+        of some.
+        """
         sizes = np.array([[largest(list(model.values()))] for model in models.values()])
 
         def goes(who: Sequence[int]) -> bool:
@@ -149,7 +150,7 @@ class Vetting:
         suspects = [clients[i] for i in order if strange[i]]
         bad = [k for k in suspects if not goes([k])]
         rest = [k for k in clients if k not in bad]
-        while rest and not goes(rest):  # each goes alone, but not all together
+        while rest and not goes(rest):  # each one works alone, but not all together
             left = [k for k in suspects if k in rest]
             if not left:
                 break
@@ -171,7 +172,7 @@ class Vetting:
         return _all_finite(list(state.values())) and self._fits(state)
 
     def _fits(self, state: Mapping[str, Tensor] | None = None) -> bool:
-        """Whether a step on the probe is possible from a model (None: the one that clients begin with)."""
+        """Whether a step on the probe is possible from a model (None: the clients' initial model)."""
         module = replica(self._module)
         if state is not None:
             load_moving(module, state)
@@ -213,7 +214,7 @@ class Vetting:
         return _all_finite([t for step in taken for t in (step.means, *step.gradient)]) and _all_finite(server.moved)
 
     def _back(self, smashed: Smashed, tail: TailGradients) -> bool:
-        """Whether the server can go back from these gradients, and forward once more."""
+        """Whether the server can back-propagate these gradients, and compute forward once more."""
         server = self._server.trial()
         try:
             server.forward(smashed)
@@ -224,8 +225,8 @@ class Vetting:
 
 
 def outlying(models: Mapping[int, Mapping[str, Tensor]], before: Mapping[str, Tensor]) -> dict[int, float]:
-    """The clients whose models have moved from `before` many times as far as the others', by the median of these, of
-    two at least: how many times.
+    """The clients whose models have moved from `before` many times as far as the others' (their median, of at least
+    two), with the factor.
     """
     names = [name for name, tensor in before.items() if is_continuous(tensor)]
     was = [as_real(before[name]) for name in names]

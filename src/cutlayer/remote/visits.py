@@ -1,4 +1,4 @@
-"""A server's record of who came and who was refused, which floods cannot swell."""
+"""A server's record of connections and refusals, whose size floods cannot increase."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ from cutlayer.remote.caller import Caller
 from cutlayer.text import plain
 
 EACH, ALL = 5, 50
-"""Events that are recorded in a window of time: of refusals of one host, or connections of one client, and of refusals
-in all. More are counted."""
+"""Limits on recorded events in a window of time: for refusals of one host, or connections of one client, and for all
+refusals. Further ones are counted.
+"""
 
 FIRST, LONGEST = 60.0, 3600.0
-"""Seconds of a window: as long as something happens, each is twice as long as the one before, up to the longest."""
+"""Seconds of a window: as long as events continue, each window is twice as long as the one before, up to the
+longest.
+"""
 
 _WHY = 500  # characters of a reason
 
 
 class Visits:
-    """Who came and who was refused, told to `tell` as a word and facts; `refused` counts the refusals by reason.
-
-    What is told is bounded, whatever strangers do: `EACH` and `ALL` events in a window of time, and one that says how
-    many more there were. `now`, seconds of any clock, is given with everything.
+    """Passes connections and refusals to `tell`, as a word and facts; `refused` counts the refusals by reason. The
+    number of events is bounded, whatever strangers do: `EACH` and `ALL` events in a window of time, and one with the
+    number of further ones. `now`, seconds of any clock, is an argument of each method.
     """
 
     def __init__(self, tell: Callable[[str, Mapping[str, Any]], None]) -> None:
@@ -35,7 +37,7 @@ class Visits:
         self._more: Counter[str] = Counter()
 
     def refuse(self, caller: Caller, reason: str, why: str, now: float) -> None:
-        """Somebody was not let in."""
+        """A peer was refused."""
         self.look(now)
         self.refused[reason] += 1
         if self._refusals.total() >= ALL or self._refusals[caller.host] >= EACH:
@@ -45,7 +47,7 @@ class Visits:
         self._tell("refused", {"reason": reason, "why": plain(why[:_WHY]), **caller.facts})
 
     def connect(self, caller: Caller, client: int, now: float) -> None:
-        """Somebody was let in as client number `client`."""
+        """A peer was admitted as client number `client`."""
         self.look(now)
         if self._connects[client] >= EACH:
             self._more["connected"] += 1
@@ -54,7 +56,7 @@ class Visits:
         self._tell("connected", {"client": client, **caller.facts})
 
     def look(self, now: float) -> None:
-        """Say how many events were not told, if the window is over."""
+        """Report the number of events that were left out, if the window is over."""
         if now < self._end:
             return
         if self._more:
@@ -66,5 +68,5 @@ class Visits:
             counts.clear()
 
     def close(self) -> None:
-        """Say what was not told yet: the end."""
+        """Report at the end what was left out."""
         self.look(self._end)

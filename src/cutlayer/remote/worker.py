@@ -1,8 +1,8 @@
-"""What runs where the data are: one client, which answers a fixed list of requests and never runs code that it is sent.
+"""The client's side: one client, which answers a fixed list of requests and never runs code that it receives.
 
 It holds its data, its part of the model and its optimiser, and nothing of the server's part. It refuses every request
 that its own algorithm does not need (`_SERVED`): the model leaves it only if the algorithm averages models or hands
-them over. Between rounds its state can be written beside the old one (prepare) and put in its place (commit), so that
+them over. Between rounds, its state can be written beside the old one (prepare) and then replace it (commit), so that
 all clients keep the same round or none does.
 """
 
@@ -73,13 +73,13 @@ from cutlayer.wire.tensors import Buffer
 log = logging.getLogger(__name__)
 
 Watching = Literal["off", "warn", "leave"]
-_BLIND = 100  # backward passes after which a watch that has seen nothing says so
+_BLIND = 100  # backward passes after which a watch reports that it has seen nothing
 
 
 @dataclass(frozen=True)
 class Keeping:
-    """For a client that wants to keep the whole model: what is known `about` it (see `trained`), the names, shapes and
-    types of the `server`'s part, and what the client holds.
+    """For a client that wants to keep the whole model: facts `about` it (see `trained`), the names, shapes and types of
+    the `server`'s part, and what the client holds.
     """
 
     about: Mapping[str, Any]
@@ -89,8 +89,8 @@ class Keeping:
 
 @dataclass(frozen=True)
 class OwnTest:
-    """For a client with data of its own that is tested on some of them: the `samples` that it has held out, the
-    `metrics` that it reports of them, what clients hold, what the model gives for a row (`outputs`), the `names` of the
+    """For a client that is tested on some of its own data: the `samples` that it has held out, the `metrics` that it
+    reports for them, what clients hold, the form of the model's output for a row (`outputs`), and the `names` of the
     classes. The samples and their targets stay here.
     """
 
@@ -103,17 +103,17 @@ class OwnTest:
 
 @dataclass(frozen=True)
 class Duty:
-    """What a client is set up with: its name and number, private data, its parts of the model, the terms that both
-    sides agree on. `folder` keeps its state (None: nothing is kept). `watch`: what to do if the gradients do not look
+    """The setup of a client: its name and number, private data, its parts of the model, and the terms on which both
+    sides agree. `folder` is for its state (None: nothing is stored). `watch`: the reaction if the gradients do not look
     like the task's. `shares`: the algorithm may send a gradient that several clients share. `needs`: the verbs that the
-    algorithm uses; requests that serve other verbs are refused. `whole`: the client wants the server's part at the end,
-    to keep the whole model in its folder. `own_test`: it is tested on rows of its own. `seeks`: the server may name the
-    batch that it wants (cache_features). `moves_optimizer`: the optimiser's state travels with the model. `quota`: the
-    batches of a round by the client's own configuration (None: not known); `study` all that it says of the training.
-    `purse`: what it may still answer; `audit`: its record of what it was asked. `noise`: the noise that smashed data
-    get, whose epsilon is stated at `delta`. `rows`: the server says how many rows a batch has, and a round has at most
-    so many (None: batches are of b rows). `shift` [K] is added to the scores in losses that are computed here;
-    `class_counts` [K] are for a server that adjusts logits by them.
+    algorithm uses; requests for other verbs are refused. `whole`: the client wants the server's part at the end, to
+    keep the whole model in its folder. `own_test`: it is tested on its own rows. `seeks`: the server may request a
+    batch by its number (cache_features). `moves_optimizer`: the optimiser's state travels with the model. `quota`: the
+    batches of a round by the client's own configuration (None: not known); `study`: the training by that configuration.
+    `purse`: what it may still answer; `audit`: its record of requests. `noise`: the noise on smashed data, whose
+    epsilon is stated at `delta`. `rows`: the server determines the rows of a batch, and a round has at most this number
+    (None: batches have b rows). `shift` [K] is added to the scores in losses that are computed here; `class_counts` [K]
+    are for a server that adjusts logits by them.
     """
 
     name: str
@@ -158,8 +158,8 @@ class Duty:
 
 
 class Worker:
-    """One client. `handle` answers one request; requests come in order. `stop`: set, it ends local training between two
-    batches.
+    """One client. `handle` answers one request; requests come in order. If `stop` is set, local training ends between
+    two batches.
     """
 
     def __init__(self, duty: Duty) -> None:
@@ -170,13 +170,13 @@ class Worker:
         self._quota = 0  # batches of this round
         self._left = 0  # of these, those that have not been drawn
         self._drawn = torch.empty(0, dtype=torch.int64)  # the numbers of the last batch's rows
-        self._rows_left = 0  # that batches may have, where the server says how many
+        self._rows_left = 0  # that batches may have, if the server determines them
         self._pending: _Pending = "nothing"  # what the last batch waits for
         self._began = 0.0  # when the last request came
         self.stop: threading.Event | None = None
-        self.steps = 0  # of the run, at the last state that was kept
-        self._seen = 0  # the step of the last request: how far this process has come
-        self._joined = False  # it has been welcome before, if only to wait
+        self.steps = 0  # of the run, at the last saved state
+        self._seen = 0  # the step of the last request: the progress of this process
+        self._joined = False  # it was welcomed before, even if it only waited
         self._guarded: Guarded | None = None
         # The last step of local training, and its losses.
         self._fitted: tuple[int, list[Local]] | None = None
@@ -184,13 +184,13 @@ class Worker:
         self.answers = Answers()  # since this process started
         self._warned = self._warned_of_model = False
         self._passes = 0  # backward passes since the watch began
-        # What comes down: nothing, where the lower part is not trained.
+        # What comes down: nothing, if the lower part is not trained.
         self._gradients = [c for c in duty.crossing if c.differentiable and trains(duty.lower)]
         self._tally: Tally | None = None  # of the own test rows that have been judged so far
-        self._tallied = 0  # how many these are
+        self._tallied = 0  # their number
 
     def hello(self) -> m.Hello:
-        """Who this is, and what it takes the run to be."""
+        """The Hello, with this client's name and its terms of the run."""
         d = self.duty
         mass, own = mass_of(d.task, d.samples.y), d.own_test
         return m.Hello(
@@ -207,7 +207,7 @@ class Worker:
         )
 
     def welcome(self, welcome: m.Welcome) -> m.Refused | None:
-        """Check the server's terms in turn, and go back to the state that the run goes on from."""
+        """Check the server's terms, and return to the state from which the run continues."""
         if refused := agree(welcome.terms, self.duty.terms, "the server", "the client"):
             return refused
         if welcome.index != self.duty.index:
@@ -225,8 +225,9 @@ class Worker:
         return None
 
     def handle(self, frame: Frame) -> Answer | None:
-        """Answer a request; None if it has no answer. Raises CutlayerError alone, whatever was asked: ForbiddenError
-        for what this client does not permit, WireError for what cannot be answered, NonFiniteError, DistrustError.
+        """Answer a request; None if it has no answer. For any request, raises only CutlayerError: ForbiddenError for
+        requests that this client does not permit, WireError for those that cannot be answered, NonFiniteError,
+        DistrustError.
         """
         audit = self.duty.audit
         self._began = time.perf_counter()
@@ -257,12 +258,12 @@ class Worker:
         return {} if d.purse is None else d.purse.standing(d.noise, d.delta)
 
     def _named(self, frame: Frame, error: Exception) -> CutlayerError:
-        """An error by one of Cutlayer's own names; that a client leaves is logged."""
+        """The error as one of Cutlayer's own; logs that the client leaves."""
         if isinstance(error, (ForbiddenError, DistrustError)):
             log.error("%s leaves: %s", self.duty.name, error)
         if isinstance(error, CutlayerError):
             return error
-        return WireError(  # of torch, or of code of the user's own
+        return WireError(  # of torch, or of the user's own code
             f"{type(frame.message).__name__} cannot be answered ({type(error).__name__}: {plain(error)}): look at what "
             "the server sends, and at this client's data and model"
         )
@@ -302,7 +303,7 @@ class Worker:
         self._left, self._rows_left = message.batches, self.duty.rows or 0
 
     def _too_long(self, message: m.BeginRound) -> str:
-        """Why a round is not begun: it is longer than this client's own configuration says."""
+        """Why a round is refused: it is longer than in this client's own configuration."""
         quota = self.duty.quota
         if quota is None or message.batches <= quota:
             return ""
@@ -312,20 +313,20 @@ class Worker:
         )
 
     def _tell_privacy(self) -> None:
-        """Log what the smashed data that were sent so far cost, where noise is added to them."""
+        """Log the privacy cost of the smashed data sent so far, if noise is added to them."""
         if sentence := self.privacy:
             log.info("%s: %s", self.duty.name, sentence)
 
     @property
     def privacy(self) -> str:
-        """What the smashed data that were sent so far cost; empty where no noise is added, or nothing was sent."""
+        """The privacy cost of the smashed data sent so far; empty if no noise is added, or nothing was sent."""
         d = self.duty
         if d.noise is None or d.purse is None or not d.purse.spent.releases:
             return ""
         return f"privacy spent so far: {statement(d.noise, d.purse.spent.releases, d.delta)}"
 
     def close(self) -> None:
-        """The end of this process: what was spent is kept, and logged."""
+        """The end of this process: what was spent is stored and logged."""
         self._tell_privacy()
         if self.duty.purse is not None:
             self.duty.purse.close()
@@ -338,7 +339,7 @@ class Worker:
         return m.Settled(message.step), ()
 
     def _spend(self, what: str, count: int = 1) -> None:
-        """Raises BudgetError where that is more than this client answers."""
+        """Raises BudgetError if this exceeds the client's budget."""
         if self.duty.purse is not None:
             self.duty.purse.spend(what, count)
 
@@ -357,7 +358,7 @@ class Worker:
         load_moving(module, received)
 
     def _look_at_model(self, received: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-        """Watch a model that is to replace this client's. Raises DistrustError where the client is to leave."""
+        """Watch a model that is to replace this client's. Raises DistrustError if the client is to leave."""
         look = look_at(received, own)
         if not look.suspicious or self._warned_of_model:
             return
@@ -394,7 +395,7 @@ class Worker:
         log.info("%s: the whole model is kept in %s", d.name, d.folder)
 
     def _unmoved(self, message: m.Message) -> str:
-        """Why an optimiser's state does not cross."""
+        """Why an optimiser's state is not sent."""
         if self.duty.moves_optimizer or (isinstance(message, m.TakeOptimizer) and self.duty.traits.gradients_cross):
             return ""
         return (
@@ -424,7 +425,7 @@ class Worker:
         return batch, int(clocks[0])
 
     def _unfit_forward(self, message: m.Forward) -> str:
-        """Why no smashed data are sent: labels stay, a batch is chosen by the client, or the round is over."""
+        """Why no smashed data are sent: labels stay here, the client chooses its batches, or the round is over."""
         if message.labels and self.duty.traits.u_shaped:
             return f" with labels, which stay with the clients in {self.duty.terms.algorithm}: do not join this server"
         if message.batch is not None and not self.duty.seeks:
@@ -435,7 +436,7 @@ class Worker:
         return self._unfit_sizes([] if message.take is None else [message.take], 1) or self._unfit_round(message)
 
     def _unfit_sizes(self, sizes: Sequence[int], batches: int) -> str:
-        """Why batches of these sizes are not drawn (none: the client chooses them)."""
+        """Why batches of these sizes are not drawn (without sizes: the client chooses them)."""
         if self.duty.rows is None:
             return f" of {sizes[0]} rows, but a client draws batches of {self.duty.batch} (sampling)" if sizes else ""
         if len(sizes) != batches or not all(sizes) or sum(sizes) > self._rows_left:
@@ -446,7 +447,7 @@ class Worker:
         return ""
 
     def _unfit_round(self, message: m.Message) -> str:
-        """Why nothing is trained now: no round was begun, or all its batches were drawn."""
+        """Why nothing is trained now: no round has begun, or all its batches were drawn."""
         if self._left > 0:
             return ""
         begun = f"after all {self._quota} batches of the round" if self._quota else "without a round begun"
@@ -467,7 +468,7 @@ class Worker:
         return f" on {message.batches} batches, where {most} are left of the round: it trains on those, no others"
 
     def _done(self, step: int) -> bool:
-        """Whether the local training of that step was done before: its answer was lost on its way."""
+        """Whether the local training of that step was already done, and only its answer was lost."""
         return self._fitted is not None and self._fitted[0] == step
 
     def _forward(self, message: m.Forward, body: memoryview) -> Answer:
@@ -528,8 +529,8 @@ class Worker:
         self.client.take(gradient, self.duty.lr * message.lr_factor, last=message.last)
 
     def _look(self, own: Rows | None) -> None:
-        """Watch a gradient that came for this client alone (None: it is shared). Raises DistrustError where the client
-        is to leave.
+        """Watch a gradient that is only for this client (None: it is shared). Raises DistrustError if the client is to
+        leave.
         """
         self._passes += 1
         if own is not None:
@@ -603,14 +604,16 @@ class Worker:
         return taken
 
     def _pause(self) -> None:
-        """Between two batches of local training. Raises StoppedError where this process is to end."""
+        """Called between two batches of local training. Raises StoppedError if this process is to end."""
         if self.stop is not None and self.stop.is_set():
             raise StoppedError("stopped between two batches")
         if self.duty.purse is not None:
             self.duty.purse.check_time(time.perf_counter() - self._began)
 
     def _unfit_part(self, message: m.Evaluate) -> str:
-        """Why a part of the model is not evaluated: the client has no such part, or sends its outputs in other ways."""
+        """Why a part of the model is not evaluated: the client does not have this part, or sends its outputs in another
+        way.
+        """
         traits = self.duty.traits
         parts = ["whole"] if traits.whole else ["lower", "tail"] if traits.u_shaped else ["lower"]
         if message.part in parts:
@@ -644,7 +647,7 @@ class Worker:
 
     @property
     def _own_test(self) -> OwnTest:
-        """Raises ForbiddenError for a client that is not tested on rows of its own."""
+        """Raises ForbiddenError for a client that is not tested on its own rows."""
         if self.duty.own_test is None:
             raise ForbiddenError(
                 "the server asks about test rows of the client's own, of which this client has held out none "
@@ -653,8 +656,8 @@ class Worker:
         return self.duty.own_test
 
     def _own_rows(self, message: m.OwnForward | m.OwnFinish) -> Samples:
-        """The own test rows that are asked about. They are asked about in fixed pieces, so that no row is sent with
-        other noise because of its neighbours. Raises WireError.
+        """The requested own test rows. They are requested in fixed pieces, so that no row is sent with other noise
+        because of its neighbours. Raises WireError.
         """
         own, start = self._own_test, message.start
         if own.shape == "whole":
@@ -709,7 +712,7 @@ class Worker:
         return m.ScoresUp(message.step, len(own.samples), as_scores(reported(found[d.index]))), ()
 
     def _own_outputs(self, models: Sequence[int], part: Samples, start: int) -> Outputs:
-        """What this client's whole model gives for own test rows."""
+        """The outputs of this client's whole model for own test rows."""
         self.client.stepping.settle()
         self.client.module.eval()
         return models, as_tuple(self.client.lower(part.rows))[0]
@@ -717,13 +720,13 @@ class Worker:
     def _save(self, message: m.Save, body: memoryview) -> Answer:
         folder = self.duty.folder
         if folder is not None:
-            self._commit(folder)  # at "prepare", too: the server has gone on from what was prepared before
+            self._commit(folder)  # at "prepare", too: the server has continued from the state prepared before
         if message.phase == "commit":
             self.steps = message.step
         elif folder is not None:
             try:
                 checkpoint.write(folder / _PREPARED, self._state(message.step))
-            except DiskFullError as error:  # the state in memory is as good as ever: the next checkpoint may find room
+            except DiskFullError as error:  # the state in memory is still good: the next checkpoint may find space
                 log.error(
                     "%s: %s; until then it goes on, but after a restart only from its state before this one",
                     self.duty.name,
@@ -733,7 +736,7 @@ class Worker:
         return m.Saved(message.step, message.phase), ()
 
     def _commit(self, folder: Path) -> None:
-        """Put the prepared state, if there is one, in the place of the one that was kept before."""
+        """Replace the saved state by the prepared one, if there is one."""
         if (folder / _PREPARED).exists():
             (folder / _PREPARED).replace(folder / _KEPT)
 
@@ -748,14 +751,12 @@ class Worker:
         }
 
     def _return_to(self, step: int) -> None:
-        """Take the state that the run goes on from after `step` steps.
-
-        Who has only lost the connection goes on as it is. Where the server has gone back to an earlier step, or this
-        process is new, it is the state that was kept after that very step; failing that, where the run went on without
-        it, the last that it has kept before. Raises RunFolderError where there is none such, or where one that both
-        sides kept is of a later step: it is not overwritten.
-
-        A state of a later step was prepared for a checkpoint that the server never wrote: it is forgotten.
+        """Take the state from which the run continues after `step` steps. A client that only lost its connection
+        continues as it is. If the server has returned to an earlier step, or this process is new, it takes the state
+        saved after exactly that step; if the run continued without this client, the last state that it saved before.
+        Raises RunFolderError if there is no such state, or if a state that both sides saved is of a later step, which
+        is not overwritten. A state of a later step that was only prepared belongs to a checkpoint that the server never
+        wrote, and is dropped.
         """
         if (self._joined or self._seen) and self._seen <= step:
             return
@@ -770,7 +771,7 @@ class Worker:
         if folder is not None and any(at > step for at in kept):
             (folder / _PREPARED).unlink(missing_ok=True)
         if step == self._seen == 0 and step not in kept:
-            if folder is not None:  # to go back to, should the server begin anew before it has kept anything
+            if folder is not None:  # to return to if the server begins again before it has saved anything
                 checkpoint.write(folder / _KEPT, self._state(step))
         elif step in kept:
             self._take(kept[step])
@@ -789,7 +790,7 @@ class Worker:
         return {path.name: self._stored(path) for path in paths if path.exists()}
 
     def _stored(self, path: Path) -> _ClientState:
-        """A state of this client. Raises RunFolderError where the file holds something else."""
+        """A state of this client. Raises RunFolderError if the file contains something else."""
         with reading(path, _BACK):
             found = checked(checkpoint.read(path), _ClientState)
             found.check(1)
@@ -826,12 +827,12 @@ _DUE: dict[_Pending, str] = {
 
 
 def _fits(worker: Worker, message: m.Message) -> str:
-    """Nothing is against it."""
+    """No objection."""
     return ""
 
 
 def _finite(tensors: dict[str, Tensor], what: str) -> dict[str, Tensor]:
-    """The same tensors. Raises WireError where a number is NaN or infinite."""
+    """The same tensors. Raises WireError if a number is NaN or infinite."""
     for name, tensor in tensors.items():
         if not all_finite(tensor):
             raise WireError(f"{what} that the server sends holds NaN or infinite numbers in {name!r}: it is refused")
@@ -840,9 +841,9 @@ def _finite(tensors: dict[str, Tensor], what: str) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class _Served:
-    """How a request is answered, and which verbs of the seam it serves: one of them must be among the algorithm's
-    needs. Without verbs it is permitted whatever the algorithm needs. `unfit` says why this very request is not
-    permitted, as the end of a sentence; empty if it is.
+    """How a request is answered, and which verbs of the seam it serves. One of them must be among the algorithm's
+    needs; without verbs, it is always permitted. `unfit` says why this particular request is not permitted, as the end
+    of a sentence; it is empty if it is permitted.
     """
 
     method: Callable[[Worker, Any, memoryview], Answer | None]
@@ -876,7 +877,7 @@ _SERVED: dict[type[m.Message], _Served] = {
 
 
 def as_scores(scores: Mapping[str, Value]) -> dict[str, m.Score]:
-    """Scores as a message holds them."""
+    """Scores in the form of a message."""
     return {name: _numbers(value) if isinstance(value, tuple) else value for name, value in scores.items()}
 
 
@@ -885,7 +886,7 @@ def _numbers(values: Sequence[Value]) -> list[float | None]:
 
 
 def state_of(module: nn.Module) -> dict[str, Tensor]:
-    """A module's parameters and buffers by name, without what is frozen: all that crosses."""
+    """A module's parameters and buffers by name, without frozen ones: everything that is sent."""
     return {name: tensor.detach() for name, tensor in moving(module).items()}
 
 
@@ -895,15 +896,14 @@ def flattened(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def _values(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """An optimiser's state, flat."""
+    """An optimiser's state as a flat mapping."""
     state = optimizer.state_dict()["state"]
     return {f"{number}/{name}": v for number, values in state.items() for name, v in values.items() if v is not None}
 
 
 def restore(optimizer: torch.optim.Optimizer, body: Buffer) -> None:
-    """Take the state that `flattened` gave of an optimiser of the same kind, whose parameters have the same shapes.
-
-    Raises WireError where it is not one, or holds NaN.
+    """Take a state from `flattened` of an optimiser of the same kind, whose parameters have the same shapes. Raises
+    WireError if the state is not of this form, or contains NaN.
     """
     expected = _values(_stepped(optimizer))
     like = described({key: as_tensor(value) for key, value in expected.items()})
@@ -916,7 +916,7 @@ def restore(optimizer: torch.optim.Optimizer, body: Buffer) -> None:
 
 
 def expected_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """What the state looks like once steps have been taken: that of a copy of the optimiser after one step."""
+    """The form of the state after steps were taken: that of a copy of the optimiser after one step."""
     return flattened(_stepped(optimizer))
 
 

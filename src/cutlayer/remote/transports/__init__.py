@@ -1,8 +1,8 @@
 """Transports: how requests reach the clients, by the scheme of an address.
 
-`memory://` is for clients in the server's own process (`memory.py`): what crosses is encoded and decoded as on a
-network. `grpc://` and `grpcs://` (gRPC without and with TLS) reach other machines: `hub.py` is the server's end and
-`dial.py` the client's. An address without a scheme is gRPC's, with TLS if certificates or tokens are given.
+`memory://` is for clients in the server's own process (`memory.py`): messages are encoded and decoded as on a network.
+`grpc://` and `grpcs://` (gRPC without and with TLS) reach other machines: `hub.py` is the server's end and `dial.py`
+the client's. An address without a scheme is gRPC's, with TLS if certificates or tokens are given.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """`memory://`: clients in the server's own process, without a network.
 
-Every request and every answer becomes a frame and is read again, by both sides' rules of a conversation: what is tested
-here is what crosses a network. All is done on the caller's thread, one client after another, so a run is the same each
-time and a failure has one traceback.
+Every request and every answer becomes a frame and is read again, by both sides' rules of a conversation, so tests here
+cover what crosses a network. Everything is done on the caller's thread, one client after another, so a run is the same
+each time and a failure has one traceback.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from cutlayer.wire.limits import Limits
 from cutlayer.wire.tensors import Buffer, size_of
 
 Greet = Callable[[m.Hello, int], m.Welcome | m.Refused]
-"""(what a client says, its number) -> whether it is let in."""
+"""(a client's Hello, its number) -> whether it is admitted."""
 
 
 @dataclass
 class _Line:
-    """One client's connection: both sides of its conversation. `admitted`: may be asked."""
+    """One client's connection: both sides of its conversation. `admitted`: can receive requests."""
 
     server: ServerSide
     client: ClientSide
@@ -40,7 +40,7 @@ class MemoryCarrier:
 
     A worker's NonFiniteError or WireError is reported to the server and ends the client's connection, as over a
     network. Any other error is raised: it belongs to this process, and its traceback says more than a lost client.
-    Answers are immediate, so that deadlines and quorums have no effect.
+    Answers are immediate, so deadlines and quorums have no effect.
     """
 
     concurrent = False
@@ -73,12 +73,12 @@ class MemoryCarrier:
         return None
 
     def cut(self, client: int, lost: Lost | None = None) -> None:
-        """End a client's connection; `lost` is what the server hears of it."""
+        """End a client's connection; `lost` is what the server is told."""
         if self._lines.pop(client, None) is not None:
             self._endings[client] = lost or Lost("gone", f"client {client} is gone: its connection has ended")
 
     def dismiss(self, client: int, sentence: str) -> None:
-        """Close the connection of a client that has said something impossible."""
+        """Close the connection of a client that has sent something impossible."""
         self.cut(client, Lost("garbage", sentence, WireError.__name__))
 
     @property
@@ -88,7 +88,7 @@ class MemoryCarrier:
 
     @property
     def connected(self) -> frozenset[int]:
-        """Clients that can be asked something now. A client that has come back is among them after `arrivals`."""
+        """Clients that can receive requests now. A client that has reconnected is among them after `arrivals`."""
         return frozenset(k for k, line in self._lines.items() if line.admitted)
 
     def arrivals(self) -> dict[int, m.Hello]:
@@ -115,7 +115,7 @@ class MemoryCarrier:
         return {k: self._exchange_one(k, asked, on_answer) for k, asked in requests.items()}
 
     def answer(self, client: int, frame: Frame) -> Answer | None:
-        """What a client answers. Tests override this to make faults; a `cut` in it loses the answer."""
+        """A client's answer. Tests override this to simulate faults; a `cut` in it loses the answer."""
         return self.workers[client].handle(frame)
 
     def _exchange_one(
@@ -129,7 +129,7 @@ class MemoryCarrier:
             answer = self._ask(client, message, body)
             if isinstance(answer, Lost):
                 self.cut(client, answer)
-                # As over a network: all answers are there, so nothing waits for what a client says later.
+                # As over a network: all answers are here, so nothing waits for later messages of a client.
                 return found if len(found) == owed else answer
             if answer is None:
                 continue
