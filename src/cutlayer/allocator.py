@@ -1,9 +1,8 @@
-"""Keeping freed memory in the process: a large, free gain on the CPU.
-
-The C library hands big blocks back to the system as soon as they are freed; every large activation then costs a page
-fault per 4 kB at every step. Three settings of glibc's malloc keep them. The price is that the process stays as large
-as it once was, until `give_back`. The command line sets this up at its start, and whatever trains on the CPU does so
-when it is built; `CUTLAYER_KEEP_MEMORY=0` switches it off.
+"""Keeps freed memory in the process, which makes training on the CPU much faster. The C library returns big blocks to
+the system as soon as they are freed; every large activation then costs a page fault per 4 kB at every step. Three
+settings of glibc's malloc keep them. The price is that the process keeps its largest size until `give_back`. The
+command line sets this up at its start, and everything that trains on the CPU does so when it is built;
+`CUTLAYER_KEEP_MEMORY=0` switches it off.
 
 Also here: how much memory is free, and with how many other processes this one shares it.
 """
@@ -22,31 +21,33 @@ _processes = 1
 
 
 def keep_memory() -> bool:
-    """Set the allocator up, once; whether it is. Does nothing off Linux and glibc, or where it is switched off."""
+    """Set the allocator up, once. Returns whether it is set up. Does nothing without Linux and glibc, or if it is
+    switched off.
+    """
     return os.environ.get("CUTLAYER_KEEP_MEMORY", "1") != "0" and _set_up()
 
 
 def give_back() -> None:
-    """Hand the memory that is free now back to the system, if it was kept: training is over."""
+    """Return free memory to the system, if it was kept, after training."""
     libc = _libc()
     if libc is not None and keep_memory():
         libc.malloc_trim(0)
 
 
 def share_with(processes: int) -> None:
-    """This process is one of so many that compute side by side."""
+    """This process is one of this number that compute at the same time."""
     global _processes
     _processes = processes
 
 
 def sharing() -> int:
-    """How many processes compute side by side, this one included."""
+    """The number of processes that compute at the same time, including this one."""
     return _processes
 
 
 def free_memory() -> int | None:
-    """Bytes that programs can still take: what the system has available, and what its control groups leave to this
-    process. None where the system does not tell.
+    """Bytes that programs can still use: the available memory of the system, and the limits of its control groups for
+    this process. None if the system does not tell.
     """
     try:
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
@@ -90,7 +91,7 @@ def _set_up() -> bool:
 
 @cache
 def _libc() -> ctypes.CDLL | None:
-    """glibc; None where it is not."""
+    """glibc; None if there is none."""
     if not sys.platform.startswith("linux"):
         return None
     try:

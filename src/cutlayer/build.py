@@ -1,6 +1,5 @@
-"""From a configuration to the things that train: data, partition, cut model, server, cohort. Writes nothing.
-
-Everything that can be wrong with an input is found here, before a run folder exists.
+"""Builds from a configuration everything that trains: data, partition, cut model, server, cohort. It writes nothing.
+All errors in the input are found here, before a run folder exists.
 """
 
 from __future__ import annotations
@@ -94,7 +93,7 @@ from cutlayer.wire.coded import CodedCohort
 
 R = TypeVar("R", Averaging, Screening)
 
-_TYPICAL = 128  # rows that engines are measured with
+_TYPICAL = 128  # rows for measuring engines
 
 Model = nn.Module | Callable[..., nn.Module]
 """A module, or a function that makes one (needed for independent starts), without arguments or with `input_shape` and
@@ -117,15 +116,15 @@ def by_name(model: Model | str | None, data: Data | str | None) -> tuple[Model |
 
 
 def dtype_of(config: RunConfig) -> torch.dtype:
-    """The type that weights and data are stored in; lower precisions are those of products only."""
+    """The type of stored weights and data; lower precisions only apply to products."""
     return torch.float64 if config.precision == "float64" else torch.float32
 
 
 @dataclass(frozen=True, eq=False)
 class Making:
     """How the whole model is made: `make(*name)` makes it anew under the seed called `name`, for inputs of
-    `input_shape` (the first, where a sample has several) and as many `outputs` as the task wants. `weights` are those
-    that it starts from, where they were named.
+    `input_shape` (the first, if a sample has several) and the number of `outputs` that the task needs. `weights` are
+    its initial weights, if they were given.
     """
 
     make: Callable[..., nn.Module]
@@ -136,15 +135,15 @@ class Making:
 
 @dataclass(frozen=True, eq=False)
 class Training:
-    """All that a run needs: the cohort counts into `ledger`; `rounds` to do; `counts` [C, K] samples per class;
-    `engine` says how clients are simulated, `ways` how that computes; `clock` runs if the machines are known. `parts`
+    """Everything that a run needs: the cohort counts into `ledger`; `rounds` to do; `counts` [C, K] samples per class;
+    `engine` says how clients are simulated, and `ways` how it computes; `clock` runs if the machines are known. `parts`
     is the model as cut, with an `example` [n, ...] of its inputs; `schedules` are the clients' and the server's;
-    `epoch` is one of equal clients who hold as much together. `making` makes the whole model, without its trained
-    weights. `own_tests` are the rows that each client's model is tested on alone, where it is; `eval_every` and
-    `eval_clients` how often and of how many clients models are judged, `eval_last` of how many at the end; `remarks`
-    what of that was chosen, a line each. `answers_apart`: the gradients that the server answers with are of another
-    loss than its own. `head` is an auxiliary head, if clients have some. `place` is where the states of clients lie
-    that do not take part (None: in memory).
+    `epoch` is an epoch of equal clients with the same total number of samples. `making` makes the whole model, without
+    its trained weights. `own_tests` are the rows on which only that client's model is tested, if there are any;
+    `eval_every` and `eval_clients` say how often and for how many clients models are judged, `eval_last` for how many
+    at the end; `remarks` say which of this was chosen, a line each. `answers_apart`: the gradients that the server
+    sends belong to another loss than its own. `head` is an auxiliary head, if clients have one. `place` is the place of
+    the states of clients that do not take part (None: in memory).
     """
 
     source: Source
@@ -177,8 +176,8 @@ class Training:
 
     @cached_property
     def flops_each(self) -> tuple[ModelFlops, ...]:
-        """FLOPs per sample at each client's own cut, or with adapters of its own rank, [C]; none where all have the
-        same.
+        """FLOPs per sample at each client's own cut, or with adapters of its own rank, [C]; empty if all have
+        the same.
         """
         if self.adapter_ranks:
             of = {rank: count(_of_rank(self.parts, rank), self.example) for rank in set(self.adapter_ranks)}
@@ -201,8 +200,8 @@ class Training:
 
     @property
     def server_flops(self) -> float:
-        """What the server computes for each sample. Gradients of a loss of the clients' own take a second way back to
-        the cut, about as much as a forward pass.
+        """The server's FLOPs for each sample. Gradients of the clients' own loss need a second backward pass to the
+        cut, about as much as a forward pass.
         """
         server = self.flops.server
         return server.training * self.server_passes + (server.forward if self.answers_apart else 0.0)
@@ -210,11 +209,10 @@ class Training:
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """All but the cohort and its server: what a simulation, a remote run's server and each of its clients start from.
-
-    `owners` are the rows of each client of the cohort (in cl: of the one that holds all), `partition` those of each
-    client that the configuration names. `class_counts` [C][K] are there where logits are adjusted. `make_head` makes an
-    auxiliary head under a seed's name, if clients have some.
+    """Everything except the cohort and its server: the starting point of a simulation, of a remote run's server and of
+    each of its clients. `owners` are the rows of each client of the cohort (in cl: of the one that holds all),
+    `partition` those of each client that the configuration names. `class_counts` [C][K] are given if logits are
+    adjusted. `make_head` makes an auxiliary head from a seed's name, if clients have one.
     """
 
     config: RunConfig
@@ -247,17 +245,17 @@ class Prepared:
 
     @property
     def deepest(self) -> int:
-        """The number of the cut after which the server's model begins; 0 where all clients have it."""
+        """The number of the cut after which the server's model begins; 0 if all clients have it."""
         return list(self.depths.each).index(self.depths.deepest.name) if self.depths is not None else 0
 
     @cached_property
     def clock(self) -> Clock | None:
-        """The clock that will run, where the machines are known."""
+        """The clock of the run, if the machines are known."""
         return None if self.fleet is None else Clock(self.fleet)
 
     @property
     def attended(self) -> Clients:
-        """The clients, of whom those take part that can be reached, where a trace says who can."""
+        """The clients; with a trace, only reachable ones take part."""
         if self.clock is None or self.clock.attendance is None or self.algorithm.traits.central:
             return self.clients
         return replace(self.clients, present=self.clock.present)
@@ -274,18 +272,18 @@ class Prepared:
 
     @property
     def lower_trains(self) -> bool:
-        """Whether what lies below the first cut is trained; if not, no gradients go down."""
+        """Whether anything below the first cut is trained; if not, no gradients go down."""
         return trains(*self._mixed_parts) if self._mixed_parts else trains(self.clients.models[0][0])
 
     @property
     def _mixed_parts(self) -> list[nn.Module]:
-        """The clients' parts at each cut; none where all have the same."""
+        """The clients' parts at each cut; empty if all have the same."""
         mixed = self.depths is not None and self.depths.mixed
         return [depth.parts.client for depth in self.depths.each.values()] if mixed and self.depths else []
 
     @cached_property
     def head(self) -> nn.Module | None:
-        """An auxiliary head as clients have it in the beginning; None if they have none."""
+        """An auxiliary head as clients have it at the start; None if they have none."""
         return None if self.make_head is None else self.make_head("head")
 
     @property
@@ -303,8 +301,9 @@ class Prepared:
         class_counts: Sequence[Sequence[int]] | None = None,
         around: Callable[[CodedCohort], SpreadCohort] | None = None,
     ) -> Training:
-        """The whole, around this cohort and its server: with a ledger, and a clock where the machines are known. `tell`
-        hears of clients whose rows are unlike those of the others. `class_counts` replace those that are known here.
+        """The whole training, around this cohort and its server: with a ledger, and with a clock if the machines are
+        known. `tell` is called for clients whose rows differ strongly from those of the others. `class_counts` replace
+        those that are known here.
         """
         config, source, partition = self.config, self.source, self.partition
         server.serve(config.algorithm, self.algorithm.traits.needs, self.clients.rule)
@@ -365,7 +364,7 @@ class Prepared:
         clock = self.clock
         assert clock is not None, "the machines are known"
         central = self.algorithm.traits.central
-        if central:  # the server trains, once everybody's data have come
+        if central:  # the server trains after all data have arrived
             clock.begin(range(config.clients))
             clock.upload(8.0 * np.array([_raw_bytes(source, p) for p in partition]))
         how: dict[str, Any] = {"central": central, "row_bytes": training.epoch.smashed + training.epoch.label}
@@ -373,25 +372,23 @@ class Prepared:
         clocked = ClockedCohort(metered, clock, training.flops, config.batch, training.server_flops, **how)
         if (
             asynchronous or LEARN in self.algorithm.traits.needs
-        ):  # what others make up belongs to a step, and is stated with it
+        ):  # rows that other algorithms generate belong to a step, and are stated with it
             server.made_up = lambda rows: clock.serve(rows * training.flops.server.training)
         return replace(training, clients=clocked, clock=clock)
 
     def _lifted(self, cohort: Cohort) -> Cohort:
-        """The cohort, whose rows go on to the deepest cut where clients have different ones."""
+        """The cohort, whose rows are computed up to the deepest cut if clients have different ones."""
         blocks = self.clients.beside
         lr, seed = self.config.client_lr, self.server_seed
         return BetweenCohort(cohort, blocks, lr, seed) if isinstance(blocks, Blocks) else cohort
 
     def _looked_at(self, cohort: Cohort, engine: str, tell: Tell | None) -> Cohort:
-        """The cohort, whose rows the server screens if that is wanted; those of clients that nobody here knows it looks
-        at in any case.
-        """
+        """The cohort, whose rows the server screens if so configured. Rows of remote clients are always examined."""
         watched = self.screening.active or engine == "remote" or bool(self.attacks)
         return ScreenedCohort(cohort, self.screening, tell) if watched and self.algorithm.traits.split else cohort
 
     def _kept(self, cohort: Cohort) -> Cohort:
-        """The cohort, whose smashed data the server keeps if that is wanted."""
+        """The cohort, whose smashed data the server keeps if so configured."""
         c = self.config
         return KeptFeatures(cohort, c.batch, c.seed, self.example[0].device) if c.cache_features else cohort
 
@@ -407,7 +404,7 @@ class Prepared:
         )
 
     def _epoch(self) -> Epoch:
-        """An epoch of equal clients who hold as much together."""
+        """An epoch of equal clients with the same total number of samples."""
         train, client = self.source.train, [p for p in (self.split.client, self.split.tail) if p is not None]
         up, down = (
             crossing_bytes(self.split.crossing),
@@ -440,7 +437,7 @@ def assemble(
     ways: Ways | None = None,
 ) -> Training:
     """Build everything for a simulation. `model`, `data` and `loss` replace those named in `config`; `metrics` are
-    reported, too. `ways` says how a run that goes on was computed so far.
+    reported, too. `ways` says how a continued run was computed so far.
 
     Raises UsageError (ConfigError, DataError, CutError) with the value, the reason and the remedy.
     """
@@ -483,7 +480,7 @@ def prepare(
     metrics: Mapping[str, Any] | None = None,
     ways: Ways | None = None,
 ) -> Prepared:
-    """Build all but the cohort; `alone`: the data are this client's own, all of them. Raises UsageError as `assemble`
+    """Build everything except the cohort; `alone`: all data are this client's own. Raises UsageError as `assemble`
     does.
     """
     algorithm: Algorithm = config.thing("algorithm", config.algorithm)
@@ -615,7 +612,7 @@ def prepare(
 
 
 def _chosen(choice: Choice, ways: Ways | None) -> Chosen:
-    """How everything is computed: with several ranks as rank 0 has chosen."""
+    """How everything is computed; with several ranks, as chosen by rank 0."""
     if not world().several:
         return choice.made(ways)
 
@@ -628,7 +625,7 @@ def _chosen(choice: Choice, ways: Ways | None) -> Chosen:
 
 
 def _ranks(config: RunConfig, algorithm: Algorithm, whole: nn.Module, *, mixed: bool) -> tuple[int, ...]:
-    """The rank of each client's adapters, if they differ; else nothing. Raises ConfigError."""
+    """The rank of each client's adapters, if they differ; otherwise empty. Raises ConfigError."""
     ranks: tuple[int, ...] = getattr(whole, "client_ranks", ())
     if not ranks:
         return ()
@@ -663,14 +660,14 @@ def _of_rank(parts: Parts, rank: int) -> Parts:
 
 
 def _told(config: RunConfig, depths: Depths) -> str:
-    """Which cuts clients have, where that is not what everybody has by name."""
+    """The clients' cuts, if they are not one cut for all by its name."""
     return remark(depths.names, config.cut_by)
 
 
 def _depths(
     config: RunConfig, algorithm: Algorithm, whole: nn.Module, model: Model | None, few: Samples, machines: Fleet | None
 ) -> Depths:
-    """The model, cut for all clients. Raises ConfigError without a name, CutError where it cannot be cut there."""
+    """The model, cut for all clients. Raises ConfigError without a name, CutError if it cannot be cut there."""
     traits = algorithm.traits
     clients = 1 if traits.central else config.clients
     if traits.whole or traits.u_shaped:
@@ -704,7 +701,7 @@ def _depths(
 def _blocks(
     config: RunConfig, depths: Depths, make_model: Callable[..., nn.Module], make_optimizer: MakeOptimizer
 ) -> Blocks:
-    """What the server computes for clients whose cut is not the deepest."""
+    """The blocks that the server computes for clients whose cut is not the deepest."""
 
     def make(client: int) -> nn.Module | None:
         between = depths.of(client).between
@@ -720,7 +717,7 @@ def _blocks(
 
 
 def _traced(config: RunConfig, machines: Fleet | None, source: Source) -> Fleet | None:
-    """The machines with their links as a trace says, where there is one. Raises ConfigError."""
+    """The machines, with the links of a trace, if there is one. Raises ConfigError."""
     if machines is None or config.trace is None:
         return machines
     names = source.owner_names if config.partition == "column" else ()
@@ -730,7 +727,7 @@ def _traced(config: RunConfig, machines: Fleet | None, source: Source) -> Fleet 
 def _occurrences(
     config: RunConfig, task: Task, source: Source, owners: list[np.ndarray], given: Sequence[int]
 ) -> list[list[int]]:
-    """How often each client has each class, [C][K], where logits are adjusted; `given` is the shape of a row's outputs.
+    """How often each client has each class, [C][K], if logits are adjusted; `given` is the shape of a row's outputs.
     Raises ConfigError.
     """
     if config.logit_adjust == "none" or not config.tau:
@@ -745,7 +742,7 @@ def _occurrences(
 
 
 def _shifts(config: RunConfig, counts: list[list[int]], device: torch.device) -> Tensor | None:
-    """What clients add to the scores in losses of their own, [C, K]."""
+    """The shifts that clients add to the scores in their own losses, [C, K]."""
     if not counts or config.logit_adjust == "server":
         return None
     return log_prior(torch.tensor(counts, dtype=torch.float64), config.tau).to(device, dtype_of(config))
@@ -759,7 +756,7 @@ def _forward_flops(split: Parts, example: Rows) -> float:
 
 
 def _objective(config: RunConfig, task: Task, loss: Loss | None, metrics: Mapping[str, Any] | None) -> Task:
-    """The task with a loss of the user's own, and with the metrics asked for. Raises ConfigError."""
+    """The task with the user's own loss, and with the requested metrics. Raises ConfigError."""
     if loss is not None:
         task = with_loss(task, loss, config.given)
     return asking(task, config.metrics, config.primary_metric, metrics, config.options_of)
@@ -777,7 +774,7 @@ def _codecs(config: RunConfig) -> tuple[Codec, Codec]:
 
 
 def _device(config: RunConfig) -> torch.device:
-    """The device asked for, set up as the precision wants it. Raises ConfigError where there is none such."""
+    """The requested device, set up for the precision. Raises ConfigError if there is no such device."""
     try:
         device = torch.device(config.device)
         torch.zeros(1, device=device)
@@ -839,7 +836,7 @@ def load_source(config: RunConfig, data: Data | None, task: Task | None = None) 
 
 
 def _refuse_dealing(config: RunConfig, data: Data, source: Source) -> None:
-    """Raises ConfigError if data sets that belong to a client each would be dealt to others."""
+    """Raises ConfigError if data sets that each belong to a client would be dealt to others."""
     if isinstance(data, list | Mapping) and source.owner_names and config.partition != "column":
         raise ConfigError(
             f"partition = {config.partition!r} would deal the rows of {len(source.owner_names)} clients again: pass "
@@ -848,8 +845,8 @@ def _refuse_dealing(config: RunConfig, data: Data, source: Source) -> None:
 
 
 def own_source(config: RunConfig, path: str) -> Source:
-    """A client's own data, read as the configuration says, all of them to train on; test rows that they bring are kept
-    where the client is tested on rows of its own. Raises DataError, ConfigError.
+    """A client's own data, read as the configuration says, all of them for training. Their test rows are kept if the
+    client is tested on its own rows. Raises DataError, ConfigError.
     """
     task: Task = config.thing("task", config.task)
     return load_whole(
@@ -866,13 +863,13 @@ def own_source(config: RunConfig, path: str) -> Source:
 
 
 def _where_read(config: RunConfig) -> dict[str, Any]:
-    """How items of data sets are read, and the folder of the model, where text finds its tokenizer."""
+    """How items of data sets are read, and the folder of the model, which has the tokenizer for text."""
     folder = plugins.argument_of("model", config.model)
     return {"data_in_memory": config.data_in_memory, "data_workers": config.data_workers, "model_folder": folder}
 
 
 def reading_options(config: RunConfig) -> dict[str, Any]:
-    """Options of whatever reads the data, as far as they differ from their defaults: only some formats have them."""
+    """The options of the data's format, as far as they differ from their defaults: only some formats have them."""
     names = {"label_column", "client_column"}.union(*(entry.option_names for entry in config.reading()))
     return {name: getattr(config, name) for name in names & config.given}
 
@@ -902,14 +899,14 @@ def _partition(config: RunConfig, source: Source, task: Task) -> list[np.ndarray
 
 
 def _counts(source: Source, parts: list[np.ndarray]) -> np.ndarray:
-    """Samples of each class that each client holds, [C, K]; of all together, [C, 1], where no class has a name."""
+    """Samples of each class that each client holds, [C, K]; all samples, [C, 1], if classes have no names."""
     if source.classes and source.train.y.dim() == 1:
         return class_counts(source.train.y, parts, source.classes)
     return np.array([[len(part)] for part in parts], np.int64)
 
 
 def _making(config: RunConfig, model: Model | None, source: Source, task: Task, cuts: tuple[str, ...]) -> Making:
-    """How the model is made for these data, to be cut there."""
+    """How the model is made for these data and this cut."""
     shape, width = _input_shape(source), task.width(source.train.y, source.classes)
     make = _maker(config, model, shape, width, cuts)
     if config.weights is None:
@@ -949,13 +946,13 @@ def _maker(
 
 
 def _made(model: nn.Module, config: RunConfig) -> nn.Module:
-    """A model in the run's type, with what is to be frozen frozen. Raises ConfigError."""
+    """A model in the run's type, with the configured parameters frozen. Raises ConfigError."""
     freeze(model, config.freeze)
     return typed(model, config)
 
 
 def _input_shape(source: Source) -> tuple[int, ...]:
-    """The shape of one sample's inputs; of the first, where a sample has several."""
+    """The shape of one sample's inputs; of the first, if a sample has several."""
     return tuple(source.train.form.rows[0].shape[1:])
 
 
@@ -966,8 +963,8 @@ def _shape(traits: Traits) -> Shape:
 
 
 def _named_cuts(config: RunConfig, traits: Traits, model: Model | None) -> tuple[str, ...]:
-    """The modules after which the model is cut, as far as they are named: none for whole models."""
-    if traits.whole or config.cut_by or len(set(config.cuts)) > 1:  # there is none that all clients have
+    """The modules after which the model is cut, as far as they are named; none for whole models."""
+    if traits.whole or config.cut_by or len(set(config.cuts)) > 1:  # no cut is common to all clients
         return ()
     first = config.cuts[0] if config.cuts else default_cut(config.model) if model is None else None
     return tuple(name for name in (first, config.tail_cut) if name) if first else ()
@@ -1018,8 +1015,8 @@ def _optimizers(config: RunConfig) -> tuple[MakeOptimizer, MakeOptimizer]:
 
 
 class _ClientModels(Sequence[ClientModel]):
-    """Every client's (lower part, tail or auxiliary head), made when asked for: equal copies, or each initialised by
-    itself. `make_head` makes a head from a seed's name, where the algorithm has some.
+    """Every client's (lower part, tail or auxiliary head), made on demand: equal copies, or each initialised
+    separately. `make_head` makes a head from a seed's name, if the algorithm has heads.
     """
 
     def __init__(
@@ -1060,8 +1057,8 @@ class _ClientModels(Sequence[ClientModel]):
 def _heads(
     config: RunConfig, algorithm: Algorithm, split: Parts, example: Rows, classes: int, given: Tensor
 ) -> Callable[..., nn.Module] | None:
-    """A function (*name) -> an auxiliary head, where the algorithm needs some; what the whole model gives is shaped as
-    `given`. Raises ConfigError for heads that do not fit.
+    """A function (*name) -> an auxiliary head, if the algorithm needs one; `given` is the shape of the whole model's
+    output. Raises ConfigError for heads that do not fit.
     """
     if LEARN not in algorithm.traits.needs:
         return None
@@ -1084,12 +1081,12 @@ def _heads(
 
 
 def _raw_bytes(source: Source, rows: np.ndarray) -> int:
-    """What centralised learning uploads once: the training inputs and labels."""
+    """The data that centralised learning uploads once: the training inputs and labels."""
     return len(rows) * (sum(x.nbytes for x in source.train.form.rows) + source.train.y[:1].nbytes)
 
 
 def _rounds(config: RunConfig, algorithm: Algorithm, sizes: list[int]) -> tuple[int, int]:
-    """(rounds to do, rounds that make about one epoch). Raises DataError where a client has no sample."""
+    """(rounds to do, rounds of about one epoch). Raises DataError if a client has no sample."""
     if not all(sizes):
         raise DataError(f"client {sizes.index(0)} has no samples: use fewer clients or another partition")
     local_epochs, local_steps = algorithm.part_of_round
@@ -1114,7 +1111,7 @@ def averaging_rule(config: RunConfig) -> Averaging:
 
 
 def screening_of(config: RunConfig) -> Screening:
-    """What the server does to rows before it uses them. Raises ConfigError."""
+    """The screening of rows before the server uses them. Raises ConfigError."""
     return _rule(config, "screening", Screening)
 
 
@@ -1130,7 +1127,7 @@ def _rule(config: RunConfig, kind: str, base: type[R]) -> R:
 
 
 def _schedule(config: RunConfig, name: str) -> Schedule:
-    """The schedule of that name, or what a plain function makes of the progress."""
+    """The schedule of that name, or one from a plain function of the progress."""
     made = config.thing("schedule", name)
     if isinstance(made, FunctionType):
         options = config.options_of(plugins.find("schedule", name))

@@ -1,6 +1,5 @@
-"""What can be wrong with a model, a cut and a batch size, found before anything is trained or written.
-
-Every check raises ConfigError or CutError with the value, the reason and the remedy.
+"""Checks of the model, the cut and the batch size, before anything is trained or written. Every check raises
+ConfigError or CutError with the value, the reason and the remedy.
 """
 
 from __future__ import annotations
@@ -30,13 +29,13 @@ from cutlayer.tasks import Task
 from cutlayer.types import Rows, as_tuple
 from cutlayer.verbs import AVERAGE, LEARN
 
-_SEEN = 256  # rows that are looked at where not all lie in memory
-_LARGEST_RATE = 30  # as a power of ten: what is more overflows float32 at the first step
+_SEEN = 256  # rows that are checked if not all are in memory
+_LARGEST_RATE = 30  # as a power of ten: larger rates overflow float32 at the first step
 
 
 def as_the_model_takes(model: nn.Module, source: Source, dtype: torch.dtype) -> Source:
-    """Whole numbers as they are where the model takes them (it embeds tokens), and as real numbers otherwise. Raises
-    ConfigError for tokens that a model which embeds has no row for.
+    """Whole numbers unchanged if the model takes them (it embeds tokens), and as real numbers otherwise. Raises
+    ConfigError for tokens without a row in the model's embedding.
     """
     if all(x.is_floating_point() for x in source.train.form.rows):
         return source
@@ -57,7 +56,7 @@ def as_the_model_takes(model: nn.Module, source: Source, dtype: torch.dtype) -> 
 
 
 def check_text(model: nn.Module, source: Source, task: Task) -> None:
-    """Rows of tokens must fit the model's context, its padding and the task. Raises ConfigError."""
+    """Check that rows of tokens fit the model's context, its padding and the task. Raises ConfigError."""
     about = source.preprocessing
     if about.get("kind") != "text":
         return
@@ -92,7 +91,7 @@ def _refusal(model: nn.Module, few: Samples) -> str:
 
 
 def given_for(model: nn.Module, samples: Samples) -> torch.Tensor:
-    """What the model gives for a few samples, in evaluation mode: its first output, [n, ...]. Raises ConfigError."""
+    """The model's first output for a few samples, in evaluation mode: [n, ...]. Raises ConfigError."""
     probe, shapes = replica(model).eval(), [tuple(x.shape[1:]) for x in samples.rows]
     what = shapes[0] if len(shapes) == 1 else shapes
     try:
@@ -114,7 +113,7 @@ def given_for(model: nn.Module, samples: Samples) -> torch.Tensor:
 
 
 def check_output(outputs: torch.Tensor, samples: Samples, task: Task, names: Sequence[str]) -> None:
-    """What the model gives for samples must fit the task and their targets; `names` are those of the classes. Raises
+    """Check that the model's outputs fit the task and the targets; `names` are those of the classes. Raises
     ConfigError; warns of a softmax at the end.
     """
     with torch.no_grad():
@@ -123,7 +122,7 @@ def check_output(outputs: torch.Tensor, samples: Samples, task: Task, names: Seq
 
 
 def _warn_of_probabilities(outputs: torch.Tensor, task: Task) -> None:
-    """A model that ends in softmax or sigmoid learns badly from losses that want raw scores."""
+    """Warn of a model that ends in softmax or sigmoid, which learns badly from losses that expect raw scores."""
     if not task.wants_scores:
         return
     within = bool(((outputs >= 0) & (outputs <= 1)).all())
@@ -144,7 +143,7 @@ def _warn_of_probabilities(outputs: torch.Tensor, task: Task) -> None:
 
 @contextmanager
 def _sentences(what: str, value: object) -> Iterator[None]:
-    """Turn whatever a user's module raises into one sentence."""
+    """Turn any error of a user's module into one sentence."""
     try:
         yield
     except Exception as error:  # the user's module: anything can come out
@@ -153,7 +152,7 @@ def _sentences(what: str, value: object) -> Iterator[None]:
 
 
 def check_adjustable(config: RunConfig, task: Task, targets: torch.Tensor, given: Sequence[int]) -> None:
-    """Logits can be adjusted where every row has one class; `given` is the shape of a row's outputs. Raises
+    """Check that logits can be adjusted: every row has one class; `given` is the shape of a row's outputs. Raises
     ConfigError.
     """
     if len(given) != 1 or task.occurrences(targets[:0], given[0]) is None:
@@ -164,7 +163,7 @@ def check_adjustable(config: RunConfig, task: Task, targets: torch.Tensor, given
 
 
 def check_start(config: RunConfig, algorithm: Algorithm) -> None:
-    """Clients that all take the same steps must start equal. Raises ConfigError."""
+    """Check that clients that all take the same steps start equal. Raises ConfigError."""
     if algorithm.traits.gradients_cross and config.start != "equal":
         raise ConfigError(
             f"start = {config.start!r} is not possible with {config.algorithm}, whose clients all step with one sum of "
@@ -173,8 +172,8 @@ def check_start(config: RunConfig, algorithm: Algorithm) -> None:
 
 
 def check_head(head: nn.Module, what: str, smashed: Rows, given: torch.Tensor) -> None:
-    """An auxiliary head must take smashed data and give scores as the model does, which are shaped as `given`. `what`
-    is called so in a sentence. Raises ConfigError.
+    """Check that an auxiliary head takes smashed data and returns scores of the model's shape `given`. `what` is its
+    name in a sentence. Raises ConfigError.
     """
     shapes = ", ".join(str(tuple(r.shape[1:])) for r in smashed)
     try:
@@ -198,7 +197,7 @@ def check_head(head: nn.Module, what: str, smashed: Rows, given: torch.Tensor) -
 
 
 def check_parts(config: RunConfig, algorithm: Algorithm, split: Parts, cuts: tuple[str, ...]) -> None:
-    """The algorithm must have something to act on on both sides. Raises CutError."""
+    """Check that both sides have something on which the algorithm can act. Raises CutError."""
     facts = algorithm.entry.facts
     for part, reason, side in (
         (split.client, facts["client_part"], "client"),
@@ -218,7 +217,7 @@ def check_parts(config: RunConfig, algorithm: Algorithm, split: Parts, cuts: tup
 
 
 def _modest() -> str:
-    """The simplest algorithm that trains with parameters on one side alone: the one with the fewest options."""
+    """The simplest algorithm that trains with parameters on only one side: the one with the fewest options."""
     entries = plugins.index("algorithm").values()
     modest = [e for e in entries if not (e.facts["client_part"] or e.facts["server_part"])]
     split = [e for e in modest if traits_of(e).split and not traits_of(e).u_shaped]
@@ -226,14 +225,14 @@ def _modest() -> str:
 
 
 def check_trained(config: RunConfig, model: nn.Module) -> None:
-    """Something must be left to train. Raises ConfigError."""
+    """Check that something is left to train. Raises ConfigError."""
     if any(True for _ in model.parameters()) and not trains(model):
         what = f"freeze = {config.freeze!r}" if config.freeze else "the model, all of whose parameters are frozen,"
         raise ConfigError(f"{what} leaves nothing to train: freeze less")
 
 
 def check_averaged(algorithm: Algorithm, rule: Averaging, model: nn.Module) -> None:
-    """The averaging rule must have an effect on what is trained. Raises ConfigError."""
+    """Check that the averaging rule has an effect on the trained parameters. Raises ConfigError."""
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     if (AVERAGE in algorithm.traits.needs) and (why := rule.obstacle(names)):
         raise ConfigError(
@@ -243,8 +242,8 @@ def check_averaged(algorithm: Algorithm, rule: Averaging, model: nn.Module) -> N
 
 
 def check_cacheable(config: RunConfig, algorithm: Algorithm, split: Parts, rows: Rows, *, anew: bool) -> None:
-    """What the server is to keep (`cache_features`) must be the same in every epoch; items that are read `anew` need
-    not be. Raises ConfigError.
+    """Check that rows that the server keeps (`cache_features`) are the same in every epoch; items that are read `anew`
+    may differ. Raises ConfigError.
     """
     if config.cache_features and config.sampling != "fixed":
         raise ConfigError(
@@ -261,7 +260,7 @@ def check_cacheable(config: RunConfig, algorithm: Algorithm, split: Parts, rows:
 
 
 def _changing(config: RunConfig, algorithm: Algorithm, split: Parts, rows: Rows) -> str:
-    """Why smashed data of a row change, and what to do; empty if they do not."""
+    """Why smashed data of a row change, and the remedy; empty if they do not change."""
     if trains(split.client):
         return "the clients' part is trained; freeze it, e.g. with freeze, or cut earlier"
     if algorithm.traits.asynchronous:
@@ -290,8 +289,8 @@ def _changing(config: RunConfig, algorithm: Algorithm, split: Parts, rows: Rows)
 
 
 def check_starved(config: RunConfig, sizes: list[int]) -> None:
-    """Warns where a client's proportional share of a step is less than one row. Raises ConfigError where clients do not
-    step together.
+    """Warns if a client's proportional share of a step is less than one row. Raises ConfigError if clients do not step
+    together.
     """
     if config.sampling != "fixed" and config.traits.asynchronous:
         raise ConfigError(
@@ -312,7 +311,9 @@ def check_starved(config: RunConfig, sizes: list[int]) -> None:
 def check_single_rows(
     config: RunConfig, algorithm: Algorithm, split: Parts, sizes: list[int], rounds: int, example: Rows
 ) -> None:
-    """Batch normalisation over features cannot train on one row: find that out now. Raises ConfigError."""
+    """Check that batch normalisation over features never gets a single row, on which it cannot train. Raises
+    ConfigError.
+    """
     alone = _with_single_rows(config, sizes)
     if not alone:
         return
@@ -351,11 +352,11 @@ def _with_single_rows(config: RunConfig, sizes: list[int]) -> list[int]:
 def _alone_in_union(
     config: RunConfig, algorithm: Algorithm, sizes: list[int], alone: list[int], rounds: int
 ) -> int | None:
-    """A client whose one row is at some step all that the server gets from everybody; None if there is none."""
+    """A client whose single row is in some step the only one that the server receives; None if there is none."""
     if algorithm.traits.whole:
         return None
     _, local_steps = algorithm.part_of_round
-    if config.trace is not None:  # whoever can be reached may be alone
+    if config.trace is not None:  # any reachable client may be the only one
         return alone[0]
     for index in range(rounds if config.participation < 1 else 1):
         here = draw_participants(config.seed, index, len(sizes), config.participation)
@@ -374,7 +375,7 @@ def _alone_in_union(
 
 
 def check_rate(config: RunConfig, algorithm: Algorithm) -> None:
-    """The server's rate must stay a number. Raises ConfigError."""
+    """Check that the server's rate stays finite. Raises ConfigError."""
     base, (option, powers) = config.server_lr or config.client_lr, algorithm.rate_growth(config.clients)
     if powers and math.log10(base) + powers > _LARGEST_RATE:
         raise ConfigError(

@@ -1,7 +1,7 @@
 """Deep copies of modules, equal to those of `copy.deepcopy` in a quarter of its time.
 
-A module has a dozen dictionaries, most of them empty. Cutting a model and proving that its parts are the whole takes
-dozens of copies, which for a small model took longer than all that is computed.
+A module has a dozen dictionaries, most of them empty. Cutting a model and checking its parts against the whole takes
+dozens of copies, which for a small model took longer than the computation itself.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SPECIAL = ("__deepcopy__", "__getnewargs__", "__getnewargs_ex__")
 
 
 def deep_copy(thing: T, memo: dict[int, Any] | None = None) -> T:
-    """What `copy.deepcopy(thing, memo)` gives."""
+    """The result of `copy.deepcopy(thing, memo)`."""
     copied: T = _copied(thing, {} if memo is None else memo)
     return copied
 
@@ -54,7 +54,7 @@ def _module(module: nn.Module, state: dict[str, Any], memo: dict[int, Any]) -> n
 
 @lru_cache(maxsize=1024)
 def _is_plain(kind: Any) -> bool:
-    """Whether Python makes an object of the class anew and gives it a copy of its state."""
+    """Whether Python copies objects of the class by making a new object with a copy of the state."""
     return (
         not any(hasattr(kind, name) for name in _SPECIAL)
         and kind.__new__ is object.__new__
@@ -65,7 +65,7 @@ def _is_plain(kind: Any) -> bool:
 
 
 def _dictionary(thing: dict[Any, Any], memo: dict[int, Any]) -> Any:
-    if type(thing) is OrderedDict and thing.__dict__:  # a state dict has more than its items
+    if type(thing) is OrderedDict and thing.__dict__:  # a state dict also has attributes
         return copy.deepcopy(thing, memo)
     made = memo[id(thing)] = type(thing)()
     for key, value in thing.items():

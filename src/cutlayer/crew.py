@@ -1,6 +1,5 @@
-"""Several jobs side by side, each in a process of its own; what they tell and what they come to arrives here.
-
-With one worker the jobs run in this process, one after another: the caller sees no difference.
+"""Several jobs at the same time, each in its own process. Their progress and their results arrive here. With one
+worker, the jobs run in this process, one after another, and the caller sees no difference.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ from cutlayer.errors import ConfigError, CutlayerError, CutlayerWarning, Trainin
 
 J = TypeVar("J")
 Work = Callable[[J], Generator[object, None, object]]
-"""Does a job: yields what is to be told on the way, returns what it comes to. All these cross between processes."""
+"""Does a job: yields its progress, and returns its result. Both are sent between processes."""
 
-_PATIENCE = 10.0  # seconds that a process has to end by itself
+_PATIENCE = 10.0  # seconds in which a process must end by itself
 _READY, _TOLD, _NOTED, _ENDED, _FAILED = "ready", "told", "noted", "ended", "failed"
 
 
@@ -39,7 +38,7 @@ class ElsewhereError(Exception):
 
 @dataclass(frozen=True)
 class News:
-    """What the job called `name` tells or, where it has `ended`, what it came to."""
+    """The progress of the job called `name` or, if it has `ended`, its result."""
 
     name: str
     value: Any
@@ -47,10 +46,9 @@ class News:
 
 
 def side_by_side(work: Work[J], jobs: Mapping[str, J], workers: int, again: str) -> Iterator[News]:
-    """Do `jobs`, `workers` at once, begun in the order given. `again` says how to go on after an interruption.
-
-    However this ends, no process stays behind. Raises what a job raises, ConfigError for work that cannot be sent to
-    another process, TrainingError where a process was ended from outside.
+    """Do `jobs`, `workers` at once, started in the given order. `again` says how to continue after an interruption. No
+    process remains, however this ends. Raises the error of a job, ConfigError for work that cannot be sent to another
+    process, TrainingError if a process was ended from outside.
     """
     with turns(work, min(workers, len(jobs)), again) as through:
         yield from through(jobs)
@@ -81,8 +79,8 @@ def turns(work: Work[J], workers: int, again: str) -> Iterator[Callable[[Mapping
 
 
 def checked(jobs: int) -> int:
-    """`jobs`, a number of runs to train at once. Raises ConfigError. Ends this process if it is one of a crew and is
-    only importing the script that began it all.
+    """`jobs`, a number of runs to train at once. Raises ConfigError. Ends this process if it belongs to a crew and is
+    only importing the script that started the crew.
     """
     if jobs < 1:
         raise ConfigError(f"jobs = {jobs} is not possible: give how many runs to train at once, 1 or more")
@@ -92,10 +90,10 @@ def checked(jobs: int) -> int:
 
 
 def packed(work: Work[J], jobs: int) -> bytes:
-    """`work` as bytes for another process. Raises ConfigError where it holds what cannot be sent."""
+    """`work` as bytes for another process. Raises ConfigError if it contains something that cannot be sent."""
     try:
         return pickle.dumps(work)
-    except Exception as error:  # an object of the user's: anything can come out
+    except Exception as error:  # a user's object: any error is possible
         raise ConfigError(_unsendable(f"jobs = {jobs}", error)) from None
 
 
@@ -122,13 +120,13 @@ def _told(name: str, steps: Generator[object, None, object]) -> Generator[News, 
 
 
 class _Crew:
-    """The processes and what each works on."""
+    """The processes and their jobs."""
 
     def __init__(self, work: bytes, size: int, again: str) -> None:
         self._again, self._members = again, list[_Member]()
         self._noted = set[str]()
         threads = max(1, cores() // size)
-        atexit.register(self.end)  # before Python waits for processes that are left
+        atexit.register(self.end)  # before Python waits for remaining processes
         try:
             with _deaf():
                 self._members.extend(_Member(threads, size) for _ in range(size))
@@ -139,7 +137,7 @@ class _Crew:
             raise
 
     def through(self, waiting: deque[tuple[str, Any]]) -> Iterator[News]:
-        """Hand out what is waiting; what is told, as it comes."""
+        """Hand out waiting jobs, and yield their messages as they arrive."""
         for member in self._members[: len(waiting)]:
             member.begin(*waiting.popleft())
         while busy := {member.pipe: member for member in self._members if member.job is not None}:
@@ -163,7 +161,7 @@ class _Crew:
             warnings.warn(text, CutlayerWarning, stacklevel=4)
 
     def end(self) -> None:
-        """End all processes, whatever they are at."""
+        """End all processes, whatever they are doing."""
         for member in self._members:
             member.process.terminate()
         deadline = time.monotonic() + _PATIENCE
@@ -176,23 +174,23 @@ class _Crew:
 
 
 class _Member:
-    """A process that does one job after another. (An executor of the standard library would let the job at work go on
-    after Ctrl-C; its pool would wait for ever for a process that was killed.)
+    """A process that does one job after another. (An executor of the standard library would let the present job
+    continue after Ctrl-C; its pool would wait without end for a process that was killed.)
     """
 
     def __init__(self, threads: int, size: int) -> None:
         context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
         self.pipe, theirs = context.Pipe()
-        # No daemon: those may have no processes of their own, which read lazy data.
+        # Not a daemon: daemons may not have child processes, which read lazy data.
         self.process = context.Process(target=_live, args=(theirs, threads, size))
         self.process.start()
-        theirs.close()  # else its end would not be noticed here
+        theirs.close()  # otherwise its end would not be noticed here
         self.job: str | None = None
         self._ready = False
 
     def send(self, packed: bytes) -> None:
-        """Say what is to be done with each job, or send a job. A process that is gone is noticed by `heard`, which
-        first gets what it said before.
+        """Send the work for all jobs, or a job. If the process is gone, `heard` notices it, after its earlier
+        messages.
         """
         with suppress(OSError):
             self.pipe.send_bytes(packed)
@@ -203,7 +201,7 @@ class _Member:
         self.send(pickle.dumps(job))
 
     def heard(self, again: str) -> tuple[str, Any]:
-        """The next message, with its kind. Raises what the job raised."""
+        """The next message, with its kind. Raises the error of the job."""
         try:
             kind, value = self.pipe.recv()
         except (EOFError, OSError):
@@ -230,7 +228,7 @@ class _Member:
 
 @contextmanager
 def _deaf() -> Iterator[None]:
-    """Processes started in here ignore Ctrl-C, from their first moment: it is their parent that ends them."""
+    """Processes started in here ignore Ctrl-C from their first moment, since their parent ends them."""
     if threading.current_thread() is not threading.main_thread():  # where Python doesn't let us, and no Ctrl-C arrives
         yield
         return
@@ -257,7 +255,7 @@ def _live(pipe: Connection, threads: int, size: int) -> None:
         try:
             came = _passed_on(pipe, work(job))
         except Exception as error:
-            if ending.is_set():  # a library has made another exception of the one that ends this process
+            if ending.is_set():  # a library has converted the exception that ends this process
                 sys.exit(1)
             if not isinstance(error, CutlayerError):
                 raise
@@ -268,7 +266,7 @@ def _live(pipe: Connection, threads: int, size: int) -> None:
 
 
 def _bound(threads: int) -> None:
-    """Have torch compute with at most so many threads, whether it is imported already or will be."""
+    """Make torch compute with at most this number of threads, whether it is imported already or later."""
     asked = os.environ.get("OMP_NUM_THREADS", "")
     os.environ["OMP_NUM_THREADS"] = str(min(threads, int(asked)) if asked.isdigit() else threads)
     if (torch := sys.modules.get("torch")) is not None:
@@ -276,7 +274,7 @@ def _bound(threads: int) -> None:
 
 
 def _end_in_order() -> threading.Event:
-    """Have this process end on SIGTERM, and when its parent is gone; the event says that it is ending."""
+    """Make this process end on SIGTERM, and when its parent is gone; the event is set when it is ending."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     ending = threading.Event()
@@ -291,19 +289,19 @@ def _end_in_order() -> threading.Event:
         ending.set()
         sys.exit(1)
 
-    # An orderly end gives back what libraries hold in the system, such as semaphores.
+    # An orderly end releases system resources of libraries, such as semaphores.
     signal.signal(signal.SIGTERM, end)
     threading.Thread(target=watch, daemon=True).start()
     return ending
 
 
 def _unpacked(pipe: Connection) -> Work[Any]:
-    """The work that the parent sends; where it cannot be found again here, the parent is told."""
+    """The work that the parent sends. If it cannot be loaded here, the parent is told."""
     try:
         work: Work[Any] = pickle.loads(pipe.recv_bytes())  # noqa: S301 (from our own parent)
     except EOFError:
         sys.exit(0)
-    except Exception as error:  # a module of the user's: anything can come out
+    except Exception as error:  # a user's module: any error is possible
         pipe.send((_FAILED, (ConfigError(_unsendable("jobs > 1", error)), None)))
         sys.exit(1)
     pipe.send((_READY, None))
@@ -311,7 +309,7 @@ def _unpacked(pipe: Connection) -> Work[Any]:
 
 
 def _passed_on(pipe: Connection, steps: Generator[object, None, object]) -> object:
-    """Send what is told on the way; what it comes to."""
+    """Send the progress of a job; returns its result."""
     while True:
         try:
             told = next(steps)

@@ -1,14 +1,13 @@
-"""Clients whose cuts differ: the server computes for each what lies between its own cut and the deepest one.
-
-With that, an algorithm sees what it would see if every client's cut were the deepest: the client's part and its blocks
-at the server are together the client's model. So an algorithm with mixed cuts computes what it computes with the
-deepest cut for all, and an algorithm that does not depend on the cut computes what it does with any. Averaging is by
-parameter name: of each parameter over all clients, whether the client holds it or the server does.
+"""Clients whose cuts differ: the server computes for each the layers between its own cut and the deepest one. An
+algorithm then sees the same as if every client's cut were the deepest: the client's part and its blocks at the server
+together are the client's model. So an algorithm with mixed cuts gives the same as with the deepest cut for all, and an
+algorithm that does not depend on the cut gives the same as with any cut. Averaging is by parameter name: of each
+parameter over all clients, whether the client holds it or the server does.
 
     forward    client k: s_k = f(w_k; x_k) up;      server: z_k = h(u_k; s_k)      the algorithm gets z
     backward   server: dLoss/ds_k, u_k steps;       client k: dLoss/ds_k down, w_k steps
 
-The blocks u_k are the client's own, and step as the client does: same optimiser, rate and schedule.
+The blocks u_k belong to the client, and step as the client does: same optimiser, rate and schedule.
 
 Shape legend: R rows of all clients, b_k those of client k, s... the shape of one.
 """
@@ -36,7 +35,7 @@ from cutlayer.types import CutGradients, Evaluation, Round, Rows, Smashed, as_tu
 
 
 class Block:
-    """What the server computes for one client, with an optimiser of its own."""
+    """The blocks of one client at the server, with their own optimiser."""
 
     def __init__(self, client: int, module: nn.Module, make_optimizer: MakeOptimizer) -> None:
         self.client = Client(client, module, None, make_optimizer)
@@ -44,7 +43,7 @@ class Block:
         self._received: Rows = ()
 
     def forward(self, rows: Rows, seed: int) -> Rows:
-        """A client's smashed data, each [b_k, s...], to what the deepest cut would give, in training mode."""
+        """Compute a client's smashed data, each [b_k, s...], up to the deepest cut, in training mode."""
         own = self.client
         own.module.train()
         for p in own.weights:
@@ -56,7 +55,7 @@ class Block:
         return tuple(r.detach() for r in own.smashed)
 
     def backward(self, gradient: Rows, lr: float, *, last: bool) -> Rows:
-        """Take a step, and give the gradient at the client's own cut, each [b_k, s...]. Raises NonFiniteError."""
+        """Take a step, and return the gradient at the client's own cut, each [b_k, s...]. Raises NonFiniteError."""
         self.client.backward(gradient)
         self.client.step(lr, last=last)
         leaves, self._received = [r for r in self._received if r.requires_grad], ()
@@ -92,7 +91,7 @@ class Blocks:
         return self._made[client]
 
     def states(self, clients: Sequence[int]) -> dict[int, dict[str, Tensor]]:
-        """What moves of each client's blocks, under the names that a client's module has for it."""
+        """The part of each client's blocks that is averaged, under the names in a client's module."""
         found = {}
         for k in clients:
             block = self.of(k)
@@ -102,25 +101,27 @@ class Blocks:
         return found
 
     def take(self, average: Mapping[str, Tensor]) -> None:
-        """All blocks := their part of an average of whole client models."""
+        """Set all blocks to their part of an average of whole client models."""
         for k in range(self.clients):
             if (block := self.of(k)) is not None:
                 module = block.client.module
                 load_moving(module, {name: average[name] for name in moving(module)})
 
     def lifted(self, client: int, rows: Rows) -> Rows:
-        """What the deepest cut would give for a client's rows, in evaluation mode."""
+        """A client's rows computed up to the deepest cut, in evaluation mode."""
         block = self.of(client)
         return rows if block is None else block.predict(rows)
 
     def bear(self, client: int, rows: Rows) -> bool:
-        """Whether a client's blocks give finite numbers for its rows, forward and back, before they take them."""
+        """Whether a client's blocks give finite numbers for its rows, forward and backward, tested before they are
+        used.
+        """
         block = self.of(client)
         if block is None:
             return True
         module = replica(block.client.lower).train()
         leaves = tuple(r.detach().requires_grad_(r.is_floating_point()) for r in rows)
-        with seeds.torch_seeded(0, "between"):  # what is drawn here is no part of the run
+        with seeds.torch_seeded(0, "between"):  # draws here are not part of the run
             given = as_tuple(module(leaves))
         if grown := [r for r in given if r.requires_grad]:
             backward(grown, [torch.ones_like(r) / len(r) for r in grown])
@@ -138,7 +139,7 @@ class Blocks:
         return found
 
     def load(self, state: Mapping[int, _OneBlock]) -> None:
-        """Take what `state` gave. Raises MalformedError."""
+        """Take a state from `state`. Raises MalformedError."""
         there = {k: block for k in range(self.clients) if (block := self.of(k)) is not None}
         if state.keys() != there.keys():
             raise MalformedError(
@@ -164,7 +165,7 @@ class _BetweenState(Stored):
 
 
 class BetweenCohort(CohortAround):
-    """A cohort whose clients seem to have the deepest cut: the server computes their `blocks` for them. `lr` is the
+    """A cohort whose clients appear to have the deepest cut: the server computes their `blocks` for them. `lr` is the
     clients' base rate.
     """
 
@@ -177,7 +178,7 @@ class BetweenCohort(CohortAround):
 
     def begin_round(self, index: int, total: int, lr_factor: float) -> Round:
         """Blocks step at the clients' rate."""
-        self.blocks.states(range(self.blocks.clients))  # what the round before has left undone is done first
+        self.blocks.states(range(self.blocks.clients))  # unfinished steps of the round before come first
         this = self.inner.begin_round(index, total, lr_factor)
         self._rate, self._left = self.lr * lr_factor, dict(zip(this.clients, this.batches, strict=True))
         return this
@@ -197,8 +198,8 @@ class BetweenCohort(CohortAround):
         return replace(smashed, rows=rows, parts=())
 
     def backward(self, gradients: CutGradients) -> None:
-        """Gradients at the deepest cut go back through the blocks, which step. Clients with the deepest cut get what is
-        common to them; the others' gradients are their own.
+        """Gradients at the deepest cut go back through the blocks, which step. Clients with the deepest cut get their
+        common gradient; the others get their own gradients.
         """
         self.inner.backward(
             replace(_nothing(gradients), parts=tuple(self._back(p, gradients) for p in self._last.parts))
@@ -238,7 +239,7 @@ class BetweenCohort(CohortAround):
         return {**self.inner.model_state(client), **self.named(client)}
 
     def held(self) -> Held:
-        """The clients' parts that are at hand, with their blocks."""
+        """The clients' parts that are available here, with their blocks."""
         held = self.inner.held()
         return Held({k: {**state, **self.named(k)} for k, state in held.models.items()}, held.everyones)
 
@@ -262,12 +263,12 @@ class BetweenCohort(CohortAround):
 
 
 def _nothing(gradients: CutGradients) -> CutGradients:
-    """For the same clients, nothing of its own."""
+    """For the same clients, no own gradients."""
     return CutGradients((), gradients.clients, gradients.sizes, (), gradients.active)
 
 
 def _cat(rows: Sequence[Rows], like: Rows) -> Rows:
-    """The rows of several clients, one after another; none of the kind of `like` where there are no clients."""
+    """The rows of several clients, one after another; without clients, no rows, in the form of `like`."""
     if not rows:
         return tuple(r[:0] for r in like)
     return tuple(torch.cat(tensors) for tensors in zip(*rows, strict=True))

@@ -1,4 +1,4 @@
-"""Simulated clients answer what clients on other machines would: the verbs that the algorithm needs, and no others."""
+"""Simulated clients answer the same as clients on other machines: only the verbs that the algorithm needs."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from cutlayer.verbs import (
 
 
 class BoundedCohort(CohortAround):
-    """A cohort that refuses verbs which the algorithm called `name` does not state among its `needs`: the choice of the
-    engine and the checks before training rest on them.
+    """A cohort that refuses verbs that the algorithm called `name` does not state among its `needs`, since the choice
+    of the engine and the checks before training depend on them.
     """
 
     def __init__(self, inner: Cohort, name: str, needs: frozenset[str]) -> None:

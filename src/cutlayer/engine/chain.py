@@ -1,7 +1,6 @@
-"""A chain of dense layers and activations of several clients as one node of autograd, its backward pass by hand.
-
-For small layers, what autograd and the interception of operations take is longer than the products. The numbers are
-those of the layers one by one; the proof (`stackable.py`) looks at this way as at any other.
+"""A chain of dense layers and activations of several clients as one node of autograd, with its own backward pass. For
+small layers, autograd and the interception of operations take longer than the products. The numbers are those of the
+layers one by one; the proof (`stackable.py`) checks this way like any other.
 
 Shape legend: c clients in the group, b rows each, i inputs, o outputs.
 """
@@ -19,7 +18,7 @@ from cutlayer.engine.kernels import Factors, Leave, fetch
 from cutlayer.models.trace import chain_of
 
 _Map = tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]
-# Activations in place, and their gradients by what they gave.
+# Activations in place, and their gradients from their outputs.
 _MAPS: dict[type[nn.Module], _Map] = {
     nn.ReLU: (torch.relu_, lambda g, y: torch.ops.aten.threshold_backward(g, y, 0)),
     nn.Tanh: (torch.tanh_, lambda g, y: torch.ops.aten.tanh_backward(g, y)),
@@ -45,7 +44,7 @@ class Chain:
 
     @classmethod
     def of(cls, part: nn.Module, trained: Sequence[str]) -> Chain | None:
-        """That of a part whose parameters `trained` are all it uses; None where it is something else."""
+        """The chain of a part that uses only the parameters `trained`; None if it is something else."""
         if getattr(part, "narrow_to", None) is not None or (chain := chain_of(part)) is None:
             return None
         layers: list[Dense] = []
@@ -64,7 +63,7 @@ class Chain:
         return cls(tuple(layers), flattens) if names and sorted(names) == sorted(trained) else None
 
     def takes(self, x: Tensor) -> bool:
-        """Whether each row is one line: a dense layer takes each of several lines by itself."""
+        """Whether each row is one line: a dense layer treats several lines separately."""
         return self.flattens or x.dim() == 2
 
     def __call__(self, x: Tensor, parameters: Mapping[str, Tensor], leave: Leave | None) -> Tensor:
