@@ -1038,6 +1038,9 @@ class PlanConfig(FleetConfig, _CutConfig):
     """The codec of cut gradients (U-shaped: also of features)."""
     client_optimizer: Literal["adam", "sgd"] = _field("adam", TRAINING)
     """The clients' optimiser, for their memory: adam keeps two more numbers per parameter, sgd none."""
+    gradient_checkpointing: Literal["none", "client", "server", "both"] = _field("none", TRAINING)
+    """Sides whose blocks (for example of a transformer) keep only their inputs and are computed again in the backward
+    pass: less memory, and more computation and time."""
     memory_budget: float | None = _field(None, BUDGETS, gt=0)
     """Memory of a client for training in gigabytes (1e9 bytes)."""
     energy_budget: float | None = _field(None, BUDGETS, gt=0)

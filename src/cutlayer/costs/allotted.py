@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cutlayer.costs.fleet import Fleet, FleetOptions
-from cutlayer.costs.measure import Measured, Optimizer, candidates, measure, placed, survey
+from cutlayer.costs.measure import Measured, Optimizer, at_client, candidates, measure, placed, survey
 from cutlayer.errors import ConfigError
 from cutlayer.models.blocks import named_block
 from cutlayer.options import RunConfig, cuts_of
@@ -85,7 +85,7 @@ class Allotment:
     def _memory(self, m: Measured) -> int:
         """Bytes that a client's training takes, at most."""
         kind: Optimizer = "sgd" if self.config.client_optimizer == "sgd" else "adam"
-        return m.client.peak(self.config.batch, kind)
+        return m.client.peak(self.config.batch, kind, checkpointed=at_client(self.config.gradient_checkpointing))
 
     def _seconds(self, client: int, m: Measured) -> float:
         """What a step takes a client alone: its own computing, the server's, up and down. Raises ConfigError."""
@@ -109,7 +109,7 @@ class Allotment:
         c = self.config
         named = cuts_of(c.model) if known("model", c.model) else ()
         names = named if named and set(named) <= {n for n, _ in self.model.named_modules()} else candidates(self.model)
-        return list(survey(self._net, self._x, names).cuts)
+        return list(survey(self._net, self._x, names, c.gradient_checkpointing).cuts)
 
     @cached_property
     def _measured(self) -> dict[str, Measured]:
@@ -117,7 +117,7 @@ class Allotment:
 
     def _at(self, name: str) -> Measured:
         if name not in self._measured:
-            self._measured[name] = measure(self._net, name, self._x)
+            self._measured[name] = measure(self._net, name, self._x, self.config.gradient_checkpointing)
         return self._measured[name]
 
     @cached_property

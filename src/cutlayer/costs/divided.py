@@ -14,8 +14,9 @@ from typing import Any
 
 from cutlayer.algorithms import Algorithm, traffic_of
 from cutlayer.costs.expect import Workload
-from cutlayer.costs.measure import Footing, Measured, Optimizer
+from cutlayer.costs.measure import Footing, Measured, Optimizer, at_client, at_server
 from cutlayer.models.parts import crossing_bytes
+from cutlayer.models.recomputed import Sides
 from cutlayer.traffic import Traffic
 from cutlayer.verbs import LEARN
 
@@ -56,8 +57,18 @@ class PerRank:
         return {**asdict(self), "memory": self.memory}
 
 
-def per_rank(name: str, algorithm: Algorithm, m: Measured, work: Workload, optimizer: Optimizer, ranks: int) -> PerRank:
-    """What each of `ranks` ranks holds and sends with the algorithm called `name`."""
+def per_rank(
+    name: str,
+    algorithm: Algorithm,
+    m: Measured,
+    work: Workload,
+    optimizer: Optimizer,
+    ranks: int,
+    sides: Sides = "none",
+) -> PerRank:
+    """What each of `ranks` ranks holds and sends with the algorithm called `name`, if blocks of these `sides` are
+    computed again in the backward pass.
+    """
     if refused := _refused(algorithm):
         return PerRank(name, refused=refused)
     traits, traffic = algorithm.traits, traffic_of(algorithm, work)
@@ -65,13 +76,14 @@ def per_rank(name: str, algorithm: Algorithm, m: Measured, work: Workload, optim
     clients, around, others = math.ceil(work.clients / ranks), 2 * (ranks - 1) / ranks, ranks - 1
     gathered = algorithm.entry.facts.get("spreads") == "gathered"
     own, server = (m.whole, None) if traits.whole else (m.client, m.server)
-    states, rows = clients * _states(own, optimizer), clients * (own.fixed + work.batch * own.per_row)
+    states, rows = clients * _states(own, optimizer), clients * own.saved(work.batch, checkpointed=at_client(sides))
     averaging = around * own.moving if traffic.averaged else 0.0
     if server is None:
         return PerRank(name, clients, states, rows, averaging=averaging, epoch=averaging)
     copies = (work.clients if gathered else clients) + 1 if traits.server_copies else 1
     states += copies * _states(server, optimizer)
-    rows += server.fixed + (work.clients if gathered else clients) * work.batch * server.per_row
+    under_way = (work.clients if gathered else clients) * work.batch
+    rows += server.saved(under_way, checkpointed=at_server(sides))
     if traffic.averaged and traits.server_copies and not gathered:  # else each rank has all copies
         averaging += around * server.moving
     # What a step sends, whatever its rows, and what it sends for each row of a batch: if rows stay, or are gathered.

@@ -13,6 +13,7 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -30,8 +31,10 @@ from cutlayer.models import Crossing, Parts, build
 from cutlayer.models import make as make_own
 from cutlayer.models.blocks import blocks_of
 from cutlayer.models.cut import INPUT, OUTPUT, UnprovedCuts, cut_unproved
+from cutlayer.models.depths import one_depth
 from cutlayer.models.halved import Halved
 from cutlayer.models.parts import CannotCutError, crossing_bytes, logits, one_line, storage_of, tensors_in
+from cutlayer.models.recomputed import Sides, recompute
 from cutlayer.models.tape import as_if_compiled
 from cutlayer.wire.codecs import RAW, Codec, payload_bytes
 
@@ -100,7 +103,8 @@ class Footing:
 class Measured:
     """A model at a cut. Counts of `parameters` (of the whole and of the client's part); FLOPs per sample; `client` and
     `whole` as they train; `crossing` is what goes up. With a second cut, the `client` has the tail too, and
-    `returning` is what comes down to it. `lower_trains`: something below the first cut is trained.
+    `returning` is what comes down to it. `lower_trains`: something below the first cut is trained. `again`: some
+    blocks are computed again in the backward pass.
     """
 
     name: str
@@ -112,6 +116,7 @@ class Measured:
     whole: Footing
     returning: tuple[Crossing, ...] = ()
     lower_trains: bool = True
+    again: bool = False
 
     @property
     def server(self) -> Footing:
@@ -170,18 +175,19 @@ class Measured:
             returned_besides=returned.besides,
         )
 
-    def with_tail(self, tail: Measured) -> Measured:
-        """The same model with a second cut, where `tail` is cut."""
-        middle = Flops(
-            self.flops.server.forward - tail.flops.server.forward,
-            self.flops.server.backward - tail.flops.server.backward,
-        )
+    def with_tail(self, tail: Measured, beyond: Measured | None = None) -> Measured:
+        """The same model with a second cut, where `tail` is cut; `beyond` is that with the FLOPs which it has in what
+        comes after the first cut here, if they are others.
+        """
+        after = (beyond or tail).flops.server
+        middle = Flops(self.flops.server.forward - after.forward, self.flops.server.backward - after.backward)
         return replace(
             self,
             client_parameters=self.client_parameters + tail.parameters - tail.client_parameters,
             flops=ModelFlops(self.flops.client, middle, tail.flops.server, uncut=self.flops.uncut),
             client=self.client + (tail.whole - tail.client),
             returning=tail.crossing,
+            again=self.again or tail.again,
         )
 
 
@@ -261,32 +267,48 @@ def example(shape: Sequence[int], dtype: torch.dtype, rows: int = 2) -> Tensor:
     return torch.zeros(rows, *shape, dtype=dtype, device=_META)
 
 
-def measure(model: nn.Module, name: str, x: Tensor) -> Measured:
+def measure(model: nn.Module, name: str, x: Tensor, sides: Sides = "none") -> Measured:
     """`model` (on the meta device, as `x` [R >= 2, ...]) cut after the module called `name`, or at "input" or "output".
+    The FLOPs are those with blocks of these `sides` computed again in the backward pass, where there are some.
 
     Raises CutError where it cannot be cut there, ConfigError where it does not take such a batch.
     """
     with _runnable(model, x):
         parts = cut_unproved(model, name, x)
         inner = [] if name in (INPUT, OUTPUT) else [name]
-        return _Measurement(model, x, inner).at(name, parts, lambda: parts)
+        return _Measurement(model, x, inner, sides).at(name, parts, lambda: parts)
 
 
-def measure_twice(model: nn.Module, name: str, tail: str, x: Tensor) -> Measured:
+def measure_twice(model: nn.Module, name: str, tail: str, x: Tensor, sides: Sides = "none") -> Measured:
     """`model` cut after `name`, and after `tail` again, from where on it is the client's. Raises as `measure`."""
-    first, last = measure(model, name, x), measure(model, tail, x)
+    plain: Sides = "none"
+    again: Sides = "server"  # with one cut, what comes after it
+    first, last = measure(model, name, x, sides), measure(model, tail, x, again if at_client(sides) else plain)
+    beyond = (
+        last if at_client(sides) == at_server(sides) else measure(model, tail, x, again if at_server(sides) else plain)
+    )
     with _runnable(model, x):
-        order = _Measurement(model, x, [n for n in (name, tail) if n not in (INPUT, OUTPUT)]).order
+        order = _Measurement(model, x, [n for n in (name, tail) if n not in (INPUT, OUTPUT)], plain).order
     if order[-1:] != [tail] or (name != INPUT and len(order) < 2):
         raise CutError(f"tail_cut = {tail!r} does not come after cut = {name!r}: name a later module")
-    return first.with_tail(last)
+    return first.with_tail(last, beyond)
 
 
-def measure_whole(model: nn.Module, x: Tensor) -> tuple[Footing, Flops]:
+def measure_whole(model: nn.Module, x: Tensor, sides: Sides = "none") -> tuple[Footing, Flops]:
     """What the uncut model keeps and computes per sample."""
     with _runnable(model, x):
-        found = _Measurement(model, x, [])
-        return found.whole, found.counted.whole
+        found = _Measurement(model, x, [], sides)
+        return found.whole, found.uncut
+
+
+def at_client(sides: Sides) -> bool:
+    """Whether the client's blocks are computed again in the backward pass."""
+    return sides in ("client", "both")
+
+
+def at_server(sides: Sides) -> bool:
+    """Whether the server's blocks are."""
+    return sides in ("server", "both")
 
 
 def names_of_client(model: nn.Module, name: str, tail: str | None, x: Tensor) -> set[str]:
@@ -305,16 +327,16 @@ def deepest(model: nn.Module, names: Sequence[str], x: Tensor) -> str:
         return _counted(model, x, inner).order[-1]
 
 
-def survey(model: nn.Module, x: Tensor, names: Sequence[str] | None = None) -> Survey:
-    """`model` at all its cuts: `names`, by default those of `candidates`. Raises ConfigError as `measure`, CutError
-    where it can be cut nowhere.
+def survey(model: nn.Module, x: Tensor, names: Sequence[str] | None = None, sides: Sides = "none") -> Survey:
+    """`model` at all its cuts: `names`, by default those of `candidates`; `sides` as for `measure`. Raises ConfigError
+    as `measure`, CutError where it can be cut nowhere.
     """
     with _runnable(model, x):
-        return _surveyed(model, x, candidates(model) if names is None else names)
+        return _surveyed(model, x, candidates(model) if names is None else names, sides)
 
 
-def _surveyed(model: nn.Module, x: Tensor, names: Sequence[str]) -> Survey:
-    measurement = _Measurement(model, x, names)
+def _surveyed(model: nn.Module, x: Tensor, names: Sequence[str], sides: Sides) -> Survey:
+    measurement = _Measurement(model, x, names, sides)
     cuts = UnprovedCuts(model, measurement.order, x)
     found: list[Measured] = []
     refused = {name: f"nothing is computed after {name!r}" for name in measurement.counted.last}
@@ -395,8 +417,8 @@ class _Measurement:
     without those that end where one above them does.
     """
 
-    def __init__(self, model: nn.Module, x: Tensor, names: Sequence[str]) -> None:
-        self.model, self.x = model, x
+    def __init__(self, model: nn.Module, x: Tensor, names: Sequence[str], sides: Sides) -> None:
+        self.model, self.x, self.sides = model, x, sides
         self.counted = _counted(model, x, names)
         self.kept = [_kept(model, torch.cat([x, x[:1]]) if more else x, names) for more in (False, True)]
         self.order = self.counted.order
@@ -406,10 +428,18 @@ class _Measurement:
         """What the uncut model keeps."""
         return _footing(_state(self.model)[0], [k.total for k in self.kept], len(self.x))
 
+    @cached_property
+    def uncut(self) -> Flops:
+        """FLOPs of the uncut model per sample, which a client computes alone."""
+        if not at_client(self.sides):
+            return self.counted.whole
+        parts, again = _recomputed(UnprovedCuts(self.model, (OUTPUT,), self.x).at(OUTPUT), self.model, "client")
+        return _directly(parts, self.x).client if again else self.counted.whole
+
     def at(self, name: str, parts: Parts, runnable: Callable[[], Parts]) -> Measured:
         """The model cut after `name`. `parts` are looked at; `runnable` gives some that can be run, if need be."""
         sizes, parameters = _state(parts.client)
-        trainable = sizes[1]
+        trainable, again = sizes[1], False
         if name in (INPUT, OUTPUT):
             saved = [_Saved() if name == INPUT else k.total for k in self.kept]
             flops = _directly(runnable(), self.x)
@@ -422,16 +452,28 @@ class _Measurement:
                 flops = self.counted.split(name, backward)
             else:
                 flops = _directly(runnable(), self.x)
+        if self.sides != "none":
+            parts, again = _recomputed(runnable(), self.model, self.sides)
+            flops = _directly(parts, self.x) if again else flops
         return Measured(
             name,
             parts.crossing,
             _state(self.model)[1],
             parameters,
-            replace(flops, uncut=self.counted.whole),
+            replace(flops, uncut=self.uncut),
             _footing(sizes, saved, len(self.x)),
             self.whole,
             lower_trains=bool(trainable),
+            again=again,
         )
+
+
+def _recomputed(parts: Parts, model: nn.Module, sides: Sides) -> tuple[Parts, bool]:
+    """The parts, with their blocks on these sides computed again in the backward pass; whether there are some."""
+    try:
+        return recompute(one_depth("", parts, 1), model, sides).deepest.parts, True
+    except ConfigError:
+        return parts, False
 
 
 def _footing(sizes: tuple[int, int, int], saved: Sequence[_Saved], rows: int) -> Footing:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -35,6 +35,8 @@ from cutlayer.costs.flops import count_head
 from cutlayer.costs.measure import (
     Footing,
     Measured,
+    Survey,
+    at_client,
     deepest,
     example,
     load_model,
@@ -50,6 +52,7 @@ from cutlayer.data.own import own_code
 from cutlayer.errors import ConfigError
 from cutlayer.frozen import freeze
 from cutlayer.models.blocks import named_block
+from cutlayer.models.recomputed import Sides, check_blocks, none_whole
 from cutlayer.options import PlanConfig, RunConfig, default_cut
 from cutlayer.text import format_bytes, format_quantity, listed
 from cutlayer.traffic import Epoch
@@ -317,7 +320,7 @@ def plan(config: PlanConfig, model: nn.Module | Callable[..., nn.Module] | None 
         mixed = _Mixed(config, names, net, x)
         return mixed.plan(title, algorithms, not_planned, machines)
     name = names[0] if names else config.cut or default or "all"
-    ranks = _ranks(config, net)
+    ranks, sides = _ranks(config, net), config.gradient_checkpointing
     if len(set(ranks)) > 1 and name != "all":
         return _Ranked(config, ranks, net, x, named_block(net, name)).plan(title, algorithms, not_planned, machines)
     judged = _judged(algorithms)
@@ -326,9 +329,10 @@ def plan(config: PlanConfig, model: nn.Module | Callable[..., nn.Module] | None 
             f"tail_cut = {config.tail_cut!r} needs one cut before it: name it with cut, e.g. --cut hidden1"
         )
     name = named_block(net, name)
-    twice = None if config.tail_cut is None else measure_twice(net, name, named_block(net, config.tail_cut), x)
-    found = survey(net, x) if name == "all" else None
-    once = found.cuts if found else (measure(net, name, x),)
+    twice = None if config.tail_cut is None else measure_twice(net, name, named_block(net, config.tail_cut), x, sides)
+    found = _with_blocks(survey(net, x, sides=sides), sides) if name == "all" else None
+    once = found.cuts if found else (measure(net, name, x, sides),)
+    _check_blocks(config, (*once, *(() if twice is None else (twice,))), algorithms.values())
     looked_at = (twice,) if twice is not None and algorithms[judged].traits.u_shaped else once
     cuts = [_cut_plan(judged, algorithms[judged], m, config, machines) for m in looked_at]
     _check_energy(cuts[0], config)
@@ -352,7 +356,7 @@ def plan(config: PlanConfig, model: nn.Module | Callable[..., nn.Module] | None 
         verdict,
         () if machines is None else machines.notes,
         tuple(
-            per_rank(name, a, at[name], works[name], config.client_optimizer, config.ranks)
+            per_rank(name, a, at[name], works[name], config.client_optimizer, config.ranks, sides)
             for name, a in (algorithms.items() if config.ranks > 1 else ())
         ),
         memory=_memories(algorithms, judged, at, config),
@@ -370,6 +374,25 @@ def _check_energy(cut: CutPlan, config: PlanConfig) -> None:
             f"energy_budget = {config.energy_budget:g} cannot be checked: {link} has no figures for energy; name a "
             "link that has, such as lte, or leave the budget out"
         )
+
+
+def _check_blocks(config: PlanConfig, measured: Iterable[Measured], algorithms: Iterable[Algorithm]) -> None:
+    """Raises ConfigError where gradient_checkpointing has no effect, as a run does."""
+    sides = config.gradient_checkpointing
+    whole = at_client(sides) and any(a.traits.whole for a in algorithms)  # has all blocks
+    if sides != "none" and not whole and not any(m.again for m in measured):
+        raise ConfigError(
+            f"gradient_checkpointing = {sides!r} has no effect: {none_whole(sides)}; leave it out, or cut elsewhere"
+        )
+
+
+def _with_blocks(found: Survey, sides: Sides) -> Survey:
+    """The cuts at which a run could compute blocks of these sides again."""
+    if sides == "none":
+        return found
+    cuts = tuple(m for m in found.cuts if m.again)
+    lacking = {m.name: none_whole(sides) for m in found.cuts if not m.again}
+    return Survey(cuts or found.cuts, {**found.refused, **(lacking if cuts else {})})
 
 
 def _own_cuts(
@@ -402,7 +425,8 @@ class _Mixed:
 
     def __init__(self, config: PlanConfig, names: Sequence[str], net: nn.Module, x: torch.Tensor) -> None:
         self.config, self.names, counts = config, names, Counter(names)
-        measured = {name: measure(net, name, x) for name in counts}
+        measured = {name: measure(net, name, x, config.gradient_checkpointing) for name in counts}
+        _check_blocks(config, measured.values(), ())
         last = measured.pop(deepest(net, list(counts), x))
         self.kinds = [*measured.values(), last]
         self.counts = [counts[m.name] for m in self.kinds]
@@ -468,7 +492,7 @@ class _Mixed:
     def _kind(self, m: Measured, clients: int) -> CutClients:
         c = self.config
         computed = c.samples_per_client * m.flops.client.training
-        return CutClients(m, clients, computed, m.client.peak(c.batch, c.client_optimizer))
+        return CutClients(m, clients, computed, _peak(m.client, c))
 
 
 class _Ranked:
@@ -500,6 +524,7 @@ class _Ranked:
                 f"or name another algorithm, e.g. --algorithms {RunConfig.model_fields['algorithm'].get_default()}"
             )
         both = [(a, self.work(a, config)) for a in fit.values()]
+        _check_blocks(config, [m for kinds in self._kinds.values() for m in kinds], fit.values())
         works = dict(zip(fit, (work for _, work in both), strict=True))
         costs = {n: _cost(n, a, works[n], self.kinds(a), config, machines) for n, a in fit.items()}
         judged = _judged(fit)
@@ -545,17 +570,21 @@ class _Ranked:
         return self._kinds[bent]
 
     def _measured(self, rank: int, owned: Collection[str], tail: str | None) -> Measured:
-        own, whole = deep_copy(self.net), deep_copy(self.net)
+        own, whole, sides = deep_copy(self.net), deep_copy(self.net), self.config.gradient_checkpointing
         shrink(own, {name: shape for name, shape in of_rank(own, rank).items() if name in owned})
         shrink(whole, of_rank(whole, rank))
-        m = measure(own, self.name, self.x) if tail is None else measure_twice(own, self.name, tail, self.x)
-        held, computed = measure_whole(whole, self.x)
+        m = (
+            measure(own, self.name, self.x, sides)
+            if tail is None
+            else measure_twice(own, self.name, tail, self.x, sides)
+        )
+        held, computed = measure_whole(whole, self.x, sides)
         return replace(m, whole=held, flops=replace(m.flops, uncut=computed))
 
     def _kind(self, m: Measured, clients: int, rank: int) -> CutClients:
         c = self.config
         computed = c.samples_per_client * m.flops.at_client.training
-        return CutClients(m, clients, computed, m.client.peak(c.batch, c.client_optimizer), rank)
+        return CutClients(m, clients, computed, _peak(m.client, c), rank)
 
     def _memories(self, judged: Algorithm, whole: Algorithm | None) -> tuple[Memory, ...]:
         """Of the clients of each rank, and of the server; of a client with the whole model and the largest rank."""
@@ -592,6 +621,12 @@ def _server_memory(algorithm: Algorithm, m: Measured, config: PlanConfig) -> Mem
     in_turn = together.pattern != "steps" or STEP_EACH in traits.needs
     clients, copies = 1 if in_turn else config.clients, config.clients if traits.server_copies else 1
     return _memory("server", m.server, clients * config.batch, config, copies)
+
+
+def _peak(part: Footing, config: PlanConfig) -> int:
+    """Bytes that a client's training takes, at most."""
+    checkpointed = at_client(config.gradient_checkpointing)
+    return part.peak(config.batch, config.client_optimizer, checkpointed=checkpointed)
 
 
 def _memory(side: str, part: Footing, rows: int, config: PlanConfig, copies: int = 1) -> Memory:
@@ -714,6 +749,8 @@ def _on_meta(config: PlanConfig, model: nn.Module | Callable[..., nn.Module] | N
             "all of them created in its constructor"
         ) from None
     freeze(net, config.freeze)
+    if config.gradient_checkpointing != "none":
+        check_blocks(net, config.gradient_checkpointing)
     return net, example(config.input, torch.int64 if config.input_type == "int64" else dtype)
 
 
@@ -759,7 +796,7 @@ def _cost(
     """With clients that hold what one of the `kinds` is at its cut."""
     e, traits = expect(algorithm, work, machines), algorithm.traits
     held = [m.whole if traits.whole else m.client for m in kinds]
-    memory = 0 if traits.central else max(own.peak(config.batch, config.client_optimizer) for own in held)
+    memory = 0 if traits.central else max(_peak(own, config) for own in held)
     share = None
     if machines is not None and machines.server is not None and e.seconds:
         share = e.server_flops / machines.server_speed / e.seconds

@@ -38,23 +38,27 @@ def recompute(depths: Depths, model: nn.Module, sides: Sides) -> Depths:
     """
     if sides == "none":
         return depths
-    blocks = blocks_of(model)
-    _check(model, blocks, sides)
-    found = 0
+    check_blocks(model, sides)
+    blocks, found = blocks_of(model), 0
     for part in _parts(depths, sides):
         found += _in_graph(part, blocks) if isinstance(part, TracedPart) else _in_modules(part, model, blocks)
     if not found:
-        where = "either side" if sides == "both" else f"the {sides}'s side"
         raise ConfigError(
-            f"gradient_checkpointing = {sides!r} has no effect: no whole block lies on {where} of the cut; leave it "
-            "out, or cut elsewhere"
+            f"gradient_checkpointing = {sides!r} has no effect: {none_whole(sides)}; leave it out, or cut elsewhere"
         )
     alone = {name: replace(depth, parts=replace(depth.parts, likeness=None)) for name, depth in depths.each.items()}
     return replace(depths, each=alone)
 
 
-def _check(model: nn.Module, blocks: Sequence[str], sides: Sides) -> None:
-    """Raises ConfigError."""
+def none_whole(sides: Sides) -> str:
+    """Why nothing is computed again, in a sentence without its end."""
+    where = "either side" if sides == "both" else f"the {sides}'s side"
+    return f"no whole block lies on {where} of the cut"
+
+
+def check_blocks(model: nn.Module, sides: Sides) -> None:
+    """Raises ConfigError for a model without blocks, and for one in which computing them again changes something."""
+    blocks = blocks_of(model)
     if not blocks:
         raise ConfigError(
             f"gradient_checkpointing = {sides!r} has no effect on {type(model).__name__}, which has no blocks (an "

@@ -16,6 +16,7 @@ from rich.text import Text
 from cutlayer.costs.breakeven import Quantity, bytes_of, lines
 from cutlayer.costs.expect import Mixture, Workload, expect
 from cutlayer.costs.ledger import CONVENTIONS, Convention
+from cutlayer.costs.measure import at_client
 from cutlayer.costs.plan import Plan, flops_share
 from cutlayer.options import PlanConfig
 from cutlayer.report.curves import _plain, drawn, titled
@@ -28,7 +29,7 @@ _COUNTED = (
     "as the SGLR paper counts. All else is as planned."
 )
 _GATHERED = (
-    "Rows of a step: what all clients of a rank save for the backward pass, if none is computed twice. Rows are "
+    "Rows of a step: what all clients of a rank save for the backward pass. Rows are "
     "gathered where the server's part has batch normalisation or draws: each rank then computes all of it."
 )
 _NAMED = 14  # cuts whose names fit below the axis
@@ -107,8 +108,14 @@ def notes(plan: Plan) -> list[str]:
     optimizer = "Adam's two moments" if c.client_optimizer == "adam" else "no state of plain SGD"
     lines = [
         f"Memory of a client: weights, gradients, {optimizer}, and what the forward pass of one batch saves for the "
-        "backward pass."
+        f"backward pass{', of which blocks keep only their inputs' if at_client(c.gradient_checkpointing) else ''}."
     ]
+    if c.gradient_checkpointing != "none":
+        whose = {"client": "Blocks of the client", "server": "Blocks of the server", "both": "All blocks"}
+        lines.append(
+            f"{whose[c.gradient_checkpointing]} are computed again in the backward pass, which is in the computation "
+            "and the time (gradient_checkpointing)."
+        )
     if not m.flops.whole.forward and m.parameters:
         lines.append("FLOPs: none of the model's operations is known to torch's counter, so that 0 means not known.")
     if once := [_title(plan, cost.algorithm) for cost in plan.costs if cost.expected.once_up]:
