@@ -29,8 +29,8 @@ tau up_codec cache_features down_codec
  eval_clients judge evaluate_on own_test log_to stop_after checkpoint_every keep_best snapshot_every"""
 
 PLAN = """model cut cut_by client_memory client_seconds tail_cut algorithms input input_type freeze task target classes
-label_bytes clients samples_per_client batch precision up_codec down_codec client_optimizer memory_budget energy_budget
-servers ranks seed"""
+label_bytes clients samples_per_client batch precision up_codec down_codec client_optimizer gradient_checkpointing
+memory_budget energy_budget servers ranks seed"""
 
 METRICS = """accuracy majority recall balanced_accuracy class_gap macro_f1 confusion iou miou dice auroc
 average_precision mae rmse r2 perplexity"""
