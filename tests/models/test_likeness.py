@@ -85,7 +85,7 @@ def test_a_cut_is_proved_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut again, the parts are those of the new model; at another place and for an own class there is a new proof."""
     proofs: list[int] = []
     prove = CUT.prove
-    monkeypatch.setattr(CUT, "_PROVED", Established())
+    monkeypatch.setattr(CUT, "_MOULDS", Established())
     monkeypatch.setattr(CUT, "prove", lambda *args, **kwargs: proofs.append(1) or prove(*args, **kwargs))
     x = torch.randn(5, 3)
     for _ in range(3):

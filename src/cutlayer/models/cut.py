@@ -7,7 +7,7 @@ The cut lies after the last operation that is executed inside the named module. 
 tracing with `torch.fx` (`trace.py`), replaying (`hooks.py`) and tracing by running (`tape.py`). A result is accepted
 only after the proof: in training and in evaluation, for two batch sizes, the parts give the logits, the gradients of
 all parameters and the buffers (batch norm statistics) that the whole model gives. Where a process cuts a model of
-torch's own layers again, at the same place (`likeness.py`), the first proof holds.
+torch's own layers again, at the same place (`likeness.py`), the first proof holds and its parts serve as a mould.
 
 What the named module may be: executed at least once; where it is executed several times, its last time counts (tracing
 only). What follows may be free of parameters, but not empty: that is what "output" is for.
@@ -22,7 +22,8 @@ import difflib
 import math
 import random
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -34,6 +35,7 @@ from cutlayer.errors import CutError, unknown
 from cutlayer.models.blocks import named_block
 from cutlayer.models.hooks import listen, split_by_hooks
 from cutlayer.models.likeness import Established, likeness, of_tensor
+from cutlayer.models.mould import Mould
 from cutlayer.models.parts import (
     Arguments,
     CannotCutError,
@@ -54,7 +56,6 @@ from cutlayer.seeds import torch_seeded
 
 INPUT, OUTPUT = "input", "output"
 Result = TypeVar("Result")
-Crossings = tuple[list[tuple[Crossing, ...]], Hashable | None]  # at each cut, and the key of what was proved
 Split = Callable[[nn.Module, Sequence[str], Arguments], list[Part]]
 Method = tuple[str, Split]
 _METHODS: tuple[Method, ...] = (
@@ -62,7 +63,7 @@ _METHODS: tuple[Method, ...] = (
     ("hooks", split_by_hooks),
     ("tape", split_by_tape),
 )
-_PROVED = Established()
+_MOULDS = Established()
 _ROWS = 4  # rows of the example that are used: enough for batch statistics
 _TRIES = 40  # names that `cut_points` tries
 _HINTS = 8  # names that an error message tries
@@ -172,8 +173,8 @@ class UnprovedCuts:
         def pieces(split: Callable[[str], list[Part]]) -> Callable[[], list[Part]]:
             return lambda: split(name if name in (INPUT, OUTPUT) else _canonical(self.model, name))
 
-        def crossings(found: list[Part], method: str) -> Crossings:
-            return describe(self.model, found, self.x, name == INPUT), None
+        def crossings(found: list[Part]) -> list[tuple[Crossing, ...]]:
+            return describe(self.model, found, self.x, name == INPUT)
 
         with _undisturbed(), torch.device("meta"):
             return _first_that_works(self.model, (name,), self.x, [(m, pieces(s)) for m, s in methods], crossings)
@@ -222,17 +223,20 @@ def _cut_as_it_is(model: nn.Module, names: tuple[str, ...], x: Arguments, method
     def pieces(split: Split) -> Callable[[], list[Part]]:
         return lambda: split(deep_copy(model), inner, x)
 
-    like = likeness(model)
+    def crossings(found: list[Part]) -> list[tuple[Crossing, ...]]:
+        return prove(model, found, x, inputs_may_cross=names[0] == INPUT)
+
+    def parts() -> Parts:
+        tried = methods if inner else (("whole", split_by_hooks),)
+        if x.names is not None and len(tried) == 3:  # masks are looked at in replays, which then cannot be stacked
+            tried = (tried[0], tried[2], tried[1])
+        return _first_that_works(model, names, x, [(method, pieces(split)) for method, split in tried], crossings)
+
+    if (like := likeness(model)) is None:
+        return parts()
     taken = (names, x.names, *map(of_tensor, x.rows), torch.is_grad_enabled(), torch.get_default_dtype())
-
-    def crossings(found: list[Part], method: str) -> Crossings:
-        key = None if like is None else (like, taken, method)
-        return _PROVED.of(key, lambda: prove(model, found, x, inputs_may_cross=names[0] == INPUT)), key
-
-    tried = methods if inner else (("whole", split_by_hooks),)
-    if x.names is not None and len(tried) == 3:  # masks are looked at in replays, which then cannot be stacked
-        tried = (tried[0], tried[2], tried[1])
-    return _first_that_works(model, names, x, [(method, pieces(split)) for method, split in tried], crossings)
+    key = (like, taken)
+    return _MOULDS.of(key, lambda: Mould(replace(parts(), likeness=key), model)).cast(model)
 
 
 def _first_that_works(
@@ -240,7 +244,7 @@ def _first_that_works(
     names: Sequence[str],
     x: Arguments,
     methods: Sequence[tuple[str, Callable[[], list[Part]]]],
-    crossings: Callable[[list[Part], str], Crossings],
+    crossings: Callable[[list[Part]], list[tuple[Crossing, ...]]],
 ) -> Parts:
     """The parts of the first of `methods` whose pieces pass what `crossings` asks of them. Raises CannotCutError with
     the reasons of every method.
@@ -250,7 +254,7 @@ def _first_that_works(
         try:
             pieces = [PassThrough()] * (names[0] == INPUT) + split() + [PassThrough()] * (names[-1] == OUTPUT)
             _finish(model, pieces, x)
-            return _parts(pieces, *crossings(pieces, method), method)
+            return _parts(pieces, crossings(pieces), method)
         except CannotCutError as reason:
             reasons.append((method, reason))
     if shared := [reason for _, reason in reasons if isinstance(reason, SharedWeightError)]:
@@ -286,11 +290,11 @@ def _share(model: nn.Module, client: nn.Module, tail: nn.Module) -> None:
                     owner._parameters[key] = first.setdefault(id(parameter), own)
 
 
-def _parts(pieces: list[Part], crossings: list[tuple[Crossing, ...]], like: Hashable | None, method: str) -> Parts:
+def _parts(pieces: list[Part], crossings: list[tuple[Crossing, ...]], method: str) -> Parts:
     client, server, *tail = pieces
     if tail:
-        return Parts(client, server, tail[0], crossings[0], method, crossings[1], like)
-    return Parts(client, server, None, crossings[0], method, likeness=like)
+        return Parts(client, server, tail[0], crossings[0], method, crossings[1])
+    return Parts(client, server, None, crossings[0], method)
 
 
 def _canonical(model: nn.Module, name: str) -> str:
