@@ -1,7 +1,6 @@
-"""Which engine simulates the clients, and how it computes: by rule, or as measured; always as proven.
-
-`stacked` is taken where it applies, `local` else, with the reason. What is measured is only which of several equal ways
-is the quickest on the model's own shapes (`tuning.py`).
+"""Chooses the engine that simulates the clients, and how it computes: by rule or by measurement, and only in proven
+ways. `stacked` is used if possible, otherwise `local`, with the reason. Measurements only decide which of several equal
+ways is the fastest for the model's own shapes (`tuning.py`).
 """
 
 from __future__ import annotations
@@ -35,23 +34,23 @@ from cutlayer.options import RunConfig
 from cutlayer.types import Rows
 from cutlayer.verbs import BACKWARD, LEARN, STEP_EACH
 
-# Bytes of results that a group of clients may make in a forward pass: beyond this, larger groups are no quicker.
+# Bytes of results of a group of clients in a forward pass: beyond this, larger groups are not faster.
 _WORTHWHILE = 256 << 20
-# Bytes of weights that a group may have on the CPU: what the cache holds until the backward pass is back (measured).
+# Bytes of weights of a group on the CPU, which stay in the cache until the backward pass (measured).
 _CACHED = 8 << 20
 # Rows that a run trains on below which nothing is measured; the shortest time in which something can be, the usual one,
 # and the longest, in seconds; the share of a run that it may take, and the share up to the usual time.
 _FEWEST, _SHORTEST, _HALF, _LONGEST, _OF_LONG, _OF_SHORT = 5000, 0.02, 0.5, 5.0, 0.01, 0.05
 
 _STACKABLE = Established()
-_ESTIMATED = 16  # rows whose time says how long a run takes, about
+_ESTIMATED = 16  # rows whose time gives an estimate for the whole run
 
 Side = Literal["clients", "copies"]
 
 
 @dataclass(frozen=True)
 class Work:
-    """How much a run computes: `clients` are enrolled, `taking_part` of them at a time; `rows` it trains on in all."""
+    """The size of a run: `clients` are enrolled, `taking_part` of them at a time; `rows` are all training rows."""
 
     clients: int
     taking_part: int
@@ -60,7 +59,7 @@ class Work:
 
 @dataclass(frozen=True, eq=False)
 class Chosen:
-    """The parts as they are computed, and how; `remark` says what was measured, if something was."""
+    """The parts as they are computed, and how; `remark` says what was measured, if anything."""
 
     split: Parts
     ways: Ways
@@ -68,9 +67,9 @@ class Chosen:
 
 
 class Choice:
-    """What can be chosen for a run. `optimizers` are the clients' and the server's; `example`, each [n, s...], are a
-    few rows for the proofs, `typical` some more to measure with: values matter, since processors guess what comes next.
-    `head` is an auxiliary head, if clients have some.
+    """The possible choices for a run. `optimizers` are the clients' and the server's; `example`, each [n, s...], are a
+    few rows for the proofs, `typical` some more for measurements: values matter, since processors predict branches.
+    `head` is an auxiliary head, if clients have one.
     """
 
     def __init__(
@@ -97,8 +96,8 @@ class Choice:
         self._verdicts: dict[tuple[Side, Layout], Stackability] = {}
 
     def made(self, stored: Ways | None = None) -> Chosen:
-        """As `stored`, where a run goes on; else the engine by rule and, where that is worth its time, the quickest
-        ways. Warns where a model cannot be stacked. Raises ConfigError where the engine asked for lacks a verb.
+        """As `stored`, if a run is continued; otherwise the engine by rule and, if that is worth the time, the fastest
+        ways. Warns if a model cannot be stacked. Raises ConfigError if the requested engine lacks a verb.
         """
         engine = self._engine()
         if stored is not None and self._proven(stored, engine):
@@ -149,7 +148,7 @@ class Choice:
         return ("clients", "copies") if self.traits.server_copies else ("clients",)
 
     def _unfit(self) -> str:
-        """Why this algorithm or its optimisers cannot be stacked, whatever the model; empty where they can."""
+        """Why this algorithm or its optimisers cannot be stacked with any model; empty if they can."""
         if lacking := sorted(self.traits.needs - StackedCohort.can):
             return f"it needs {', '.join(lacking)}, which the stacked engine cannot do"
         if self.traits.needs >= {LEARN, BACKWARD} and not rule_of(self._makes["clients"]).plain:
@@ -163,7 +162,7 @@ class Choice:
         return ""
 
     def _unstackable(self) -> str:
-        """Why the model cannot be stacked; empty where it can."""
+        """Why the model cannot be stacked; empty if it can."""
         for side in self._stacked:
             if reason := self._verdict(side, "plain").reason:
                 return f"the model's {'client' if side == 'clients' else 'server'} part cannot be stacked: {reason}"
@@ -189,18 +188,20 @@ class Choice:
         return self._common_ways(ways) if side == "clients" else ways
 
     def _common_ways(self, ways: tuple[Way, ...]) -> tuple[Way, ...]:
-        """Those of the clients' ways in which their tails can be computed too."""
+        """The clients' ways in which their tails can be computed, too."""
         return ways if self._tail is None else tuple(way for way in ways if way in self._of_tail.ways)
 
     def _one_union_step(self) -> bool:
-        """Whether every step is followed by averaging, from equal models, with rules that make both one step."""
+        """Whether every step is followed by averaging, from equal models, with rules that allow to compute both as one
+        step.
+        """
         make, make_server, copies = self._makes["clients"], self._makes["copies"], self.traits.server_copies
         together = self.traits.gradients_cross
         if not (self.averages_every_step or together) or self.traits.needs - UnionCohort.can:
             return False
         if together and not (self.averages_every_step or self.config.attack):  # all take the same steps
             return row_by_row(self.split.client, self.example)
-        if not self._means or self.config.attack:  # each client's own model is looked at, or changed
+        if not self._means or self.config.attack:  # each client's own model is read or changed
             return False
         if self.config.start != "equal" or not rule_of(make).plain:
             return False
@@ -211,7 +212,7 @@ class Choice:
         return row_by_row(self.split.client, self.example)
 
     def _by_rule(self, engine: EngineName) -> Ways:
-        """What is mostly the quickest."""
+        """The usually fastest layout."""
         low, up = layouts(self.split.client)[0], layouts(self.split.server)[0]
         pairs: list[tuple[Layout, Layout]] = [(low, up), ("plain", up), (low, "plain")]
         tried = [Ways(engine, *pair) for pair in pairs if self._possible(*pair)]
@@ -226,8 +227,8 @@ class Choice:
         )
 
     def _usual(self, side: Side, layout: Layout) -> Way:
-        """The way that is mostly the quickest. On the CPU, convolutions are computed client by client anyway, unless
-        one product does it; then so is the rest.
+        """The usually fastest way. On the CPU, convolutions are computed client by client anyway, unless they can be
+        one product; then everything else is, too.
         """
         ways = self._ways_of(side, layout)
         if self.device.type != "cpu" or "each" not in ways:
@@ -237,7 +238,9 @@ class Choice:
         return "lowered" if "lowered" in ways and (one_product or not kinds) else "each"
 
     def _stacking(self, side: Side, way: Way) -> Stacking:
-        """So many clients at a time, and their forward passes kept or run twice, that memory suffices."""
+        """The number of clients at a time, and whether forward passes are kept or run twice, so that memory
+        suffices.
+        """
         part, config = self._plain[side], self.config
         limit = memory_limit(config)
         each = max(1, bytes_per_row(part, self._rows[side]) * config.batch)
@@ -247,10 +250,12 @@ class Choice:
             chunk = min(chunk, max(1, _CACHED // max(1, gradient_bytes(part))))
         return Stacking(way, None if chunk >= config.clients else chunk, keep=each * taking_part <= limit)
 
-    # What is possible, and proven
+    # Possible and proven ways
 
     def _possible(self, client: Layout, server: Layout) -> bool:
-        """Whether the parts can be tried in these layouts. The local engine, asked for by name, takes them as made."""
+        """Whether the parts can be tried in these layouts. If the local engine is requested by name, it uses them
+        unchanged.
+        """
         config = self.config
         if (client, server) == ("plain", "plain"):
             return True
@@ -260,12 +265,12 @@ class Choice:
         return self._tail is None and fit
 
     def _laid_out(self, ways: Ways) -> bool:
-        """Whether the parts in these layouts give what they gave."""
+        """Whether the parts in these layouts give the same results."""
         changed = (self._part("clients", ways.client_layout), self._part("copies", ways.server_layout))
         return same(self.split.client, self.split.server, changed, self.example)
 
     def _proven(self, ways: Ways, engine: EngineName) -> bool:
-        """Whether these ways, chosen for that engine, give what the plain ones give."""
+        """Whether these ways, chosen for that engine, give the same results as the plain ones."""
         if ways.engine != engine or not self._possible(ways.client_layout, ways.server_layout):
             return False
         if engine == "stacked" and not all(self._stacks(side, ways) for side in self._stacked):
@@ -291,7 +296,7 @@ class Choice:
         return self._verdicts[side, layout]
 
     def _key(self, part: nn.Module, side: Side, layout: Layout) -> Hashable | None:
-        """What decides whether a part can be stacked; None where that is not known."""
+        """The facts that decide whether a part can be stacked; None if they are not known."""
         like, make, rows = self.split.likeness, self._makes[side], self._rows[side]
         if like is None or make.own:
             return None
@@ -303,11 +308,11 @@ class Choice:
 
     @cached_property
     def _measured(self) -> dict[Side, Rows]:
-        """Rows to measure with, of both sides."""
+        """Rows for measurements, of both sides."""
         return {"clients": self._typical, "copies": smashed(self.split.client, self._typical)}
 
     def _subject(self) -> dict[str, Any]:
-        """What a measurement depends on, the machine apart."""
+        """Everything on which a measurement depends, except the machine."""
         c, parts = self.config, self._plain.values()
         return {
             "layers": [(n, type(m).__name__, m.extra_repr()) for part in parts for n, m in part.named_modules()],
@@ -329,7 +334,7 @@ class Choice:
         return max(min(_LONGEST, _OF_LONG * run), min(_HALF, _OF_SHORT * run))
 
     def _quickest(self, tuner: Tuner, ruled: Ways) -> Ways:
-        """The quickest pair of layouts, and ways, that are proven; what the rule says is measured first."""
+        """The fastest proven pair of layouts, and ways; the choice of the rule is measured first."""
         first: dict[Side, Layout] = {"clients": ruled.client_layout, "copies": ruled.server_layout}
         timed: dict[Side, dict[Layout, Timed]] = {
             side: {layout: self._side(tuner, side, layout, ruled)} for side, layout in first.items()
@@ -375,8 +380,9 @@ def one_by_one(config: RunConfig, split: Parts) -> Chosen:
 
 
 def memory_limit(config: RunConfig, processes: int | None = None) -> float:
-    """Bytes that the clients' forward passes may leave for their backward passes: as asked for, or half of what is free
-    now, shared by the `processes` that compute side by side (by default those that do)."""
+    """Bytes that the clients' forward passes may leave for their backward passes: as configured, or half of the free
+    memory, shared by the `processes` that compute at the same time (by default the actual number).
+    """
     if config.memory_limit is not None:
         return config.memory_limit * 1e9
     return _half_of_what_is_free(config) / (sharing() if processes is None else processes)

@@ -1,6 +1,5 @@
-"""Convolutions whose kernels differ from client to client: several ways to compute the same, for a group of clients.
-
-Which is quickest depends on shapes, on how images lie in memory and on the processor: `tuning.py` tries them.
+"""Convolutions whose kernels differ from client to client: several ways to compute the same for a group of clients. The
+fastest depends on shapes, on the memory layout of images and on the processor: `tuning.py` tries them.
 
 Shape legend: c clients in the group, b rows each, n = c * b, i inputs, o outputs, s... the size of an image (1, 2 or 3
 numbers), s'... that of the output, l its positions, k... the kernel.
@@ -40,7 +39,7 @@ class Geometry:
 
     @classmethod
     def of(cls, dims: int, stride: Any, padding: Any, dilation: Any, groups: int) -> Geometry:
-        """From the arguments of torch's functions: a number serves all dimensions."""
+        """From the arguments of torch's functions: one number applies to all dimensions."""
         one, two, three = (
             (v,) * dims if isinstance(v, int) else (*v,) * (dims // len(v)) for v in (stride, padding, dilation)
         )
@@ -49,7 +48,7 @@ class Geometry:
     def columns(self, x: Tensor, clients: int, kernel: tuple[int, ...]) -> tuple[Tensor, tuple[int, ...]]:
         """The inputs under each element of the kernel: [n, i, h, w] -> [c, i*k*k, b*l], and the output's (h', w').
 
-        Shifted copies of whole images: five times as quick as the library's `unfold`.
+        Shifted copies of whole images: five times as fast as the library's `unfold`.
         """
         (n, inputs, *image), (top, left) = x.shape, self.padding
         size = [
@@ -83,7 +82,7 @@ def forms(
 
 
 def rule(possible: Mapping[str, Form], weight: Tensor, last: bool) -> str:
-    """Which form is taken where none was measured; `last`: images lie with their channels last."""
+    """The form that is used if none was measured; `last`: images have their channels last in memory."""
     inputs, outputs = weight[0, 0].numel(), weight.shape[1]
     if "columns" in possible and last and inputs <= _FEW_INPUTS and outputs >= _MANY_OUTPUTS:
         return "columns"
@@ -143,7 +142,7 @@ class ColumnConvolution(torch.autograd.Function):
         ctx.columns = None
         g = gradient.permute(0, 2, 3, 1).reshape(len(columns), columns.shape[2], -1)  # [c, b*l, o]
         by_weight = by_bias = None
-        if ctx.needs_input_grad[1]:  # this way round: four times as quick as g^T columns^T
+        if ctx.needs_input_grad[1]:  # in this order: four times as fast as g^T columns^T
             by_weight = torch.bmm(columns, g).transpose(1, 2).reshape(ctx.shape).to(ctx.dtype)
         if ctx.needs_input_grad[2]:
             by_bias = g.sum(1, dtype=ctx.dtype)
@@ -154,7 +153,7 @@ class DenseConvolution(torch.autograd.Function):
     """A convolution as the library's own, client by client.
 
     x [n, i, s...], weight [c, o, i/groups, k...], bias [c, o] or None -> [n, o, s'...]. `alike`: all weights are equal,
-    so that one convolution serves all rows, and the input's gradient too.
+    so one convolution computes all rows, and also the input's gradient.
     """
 
     @staticmethod
@@ -173,7 +172,7 @@ class DenseConvolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
-        """Client by client; the input's in one where the weights are alike."""
+        """Client by client; the input's gradient in one convolution if the weights are equal."""
         x, weight = ctx.x, ctx.weight
         ctx.x = ctx.weight = None
         g = gradients[0].contiguous(memory_format=torch.channels_last if channels_last(x) else torch.contiguous_format)
@@ -196,7 +195,7 @@ class DenseConvolution(torch.autograd.Function):
 
 
 def _stacked_as(parts: Sequence[Tensor], like: Tensor) -> Tensor:
-    """[...] each -> [c, ...], in the type of `like`, and as that lies in memory."""
+    """[...] each -> [c, ...], in the type and memory layout of `like`."""
     if parts[0].dtype != like.dtype:
         parts = [part.to(like.dtype) for part in parts]
     return torch.stack(list(parts), out=torch.empty_like(like))
@@ -211,7 +210,7 @@ def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geome
 def _convolution_backward(
     g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The library's gradients of input, weight and bias (those that are needed)."""
+    """The library's gradients of input, weight and bias (only the needed ones)."""
     shape = [len(weight)] if needs[2] else None
     stride, padding, dilation = (list(v) for v in (geometry.stride, geometry.padding, geometry.dilation))
     found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(

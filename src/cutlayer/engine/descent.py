@@ -1,8 +1,8 @@
 """torch's elementwise optimisers applied to stacked tensors directly, without an optimiser object for each step.
 
-The numbers are torch's own: its fused kernels where it has some on this device, else its formulas. A gradient that was
-left as two factors is multiplied out for a few clients at a time, so that it is used while it is still in the cache:
-written to memory and read again, it would cost more than the step itself.
+The numbers are torch's own: from its fused kernels if they exist on this device, otherwise from its formulas. A
+gradient that was left as two factors is multiplied out for a few clients at a time, so that it is used while it is in
+the cache. Writing it to memory and reading it again would cost more than the step itself.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from cutlayer.types import as_real
 _BLOCK = 1 << 20  # bytes of weights whose gradient is multiplied out at a time (measured: 0.25 to 1 MiB are alike)
 
 Moments = Mapping[str, Tensor]
-"""An optimiser's state of a parameter: kind -> as the parameter, [c, ...]."""
+"""An optimiser's state of a parameter: kind -> tensor in the parameter's shape, [c, ...]."""
 Step = Callable[[Tensor, Tensor, Moments, float, float, int], None]
 """(weights, gradients, moments, rate, weight decay, steps taken before): one step, in place."""
 
 
 @dataclass(frozen=True)
 class Descent:
-    """How an optimiser steps: its state's `kinds`, all of them zero at the beginning, and the `step` itself.
+    """How an optimiser steps: its state's `kinds`, all zero at the start, and the `step` itself.
 
     `clocked`: its state counts steps.
     """
@@ -41,7 +41,7 @@ class Descent:
         self, weight: Tensor, gradient: Tensor | None, factors: Sequence[Factors], moments: Moments, lr: float,
         decay: float, taken: int,
     ) -> None:  # fmt: skip
-        """One step of stacked weights [c, ...], in place, from the sum of their gradient and of what was left as
+        """One step of stacked weights [c, ...], in place, from the sum of their gradient and of gradients left as
         factors.
         """
         if not factors:
@@ -67,7 +67,7 @@ class Descent:
 
 
 def _total(gradient: Tensor | None, factors: Sequence[Factors], weight: Tensor) -> Tensor:
-    """The gradient and the products of factors, added up, as the weight lies in memory."""
+    """The sum of the gradient and the products of factors, in the memory layout of the weight."""
     total = factors[0].product()
     for part in factors[1:]:
         total += part.product()
@@ -113,7 +113,7 @@ class DirectSteps:
 
 
 def descent(make: MakeOptimizer, device: torch.device) -> Descent | None:
-    """How the optimisers that `make` makes step; None for those that only torch's own objects can."""
+    """How the optimisers from `make` step; None for those that only torch's own objects can compute."""
     if make.own:
         return None
     optimizer = make([("", torch.zeros(1, requires_grad=True))])
@@ -137,7 +137,7 @@ def _in_parts(step: Step) -> Step:
 def _momentum(d: dict[str, Any], device: torch.device) -> Descent | None:
     """SGD with momentum, plain or Nesterov's."""
     if not d["momentum"]:
-        return None  # no state: that is gradient descent, which has a way of its own
+        return None  # no state: this is gradient descent, which has its own way
 
     def step(w: Tensor, g: Tensor, moments: Moments, lr: float, decay: float, taken: int) -> None:
         torch._fused_sgd_(

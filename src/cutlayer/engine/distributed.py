@@ -4,7 +4,7 @@ All ranks run the same algorithm. A step's rows stay where they are if the algor
 
     n = sum of what the rows count; loss_r = sum of the rank's row losses / n; gradients of the server are summed
 
-Otherwise every rank gets the rows of all, and computes the server's step for itself. Client models are averaged as
+Otherwise every rank gets the rows of all ranks, and computes the server's step itself. Client models are averaged as
 sum n_k w_k, summed over the ranks. States are those of a single process: rank 0 has the whole.
 
 Shape legend: R ranks, C clients of a step, c_r those of rank r.
@@ -42,8 +42,8 @@ State = Mapping[str, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Sharing:
-    """Who simulates whom: the clients `whole`, of whom rank r has those of `spans[r]`, and this rank `own`. `apart`:
-    the rows of a step stay where they are; `why` says why not. `engine` is what each rank simulates with.
+    """The assignment of clients: of the clients `whole`, rank r has those of `spans[r]`, and this rank has `own`.
+    `apart`: the rows of a step stay on their ranks; `why` says why not. `engine` is the engine of each rank.
     """
 
     world: World
@@ -76,7 +76,9 @@ class Sharing:
 
 
 def refuse(config: RunConfig, algorithm: Algorithm, clients: int, ranks: int) -> None:
-    """Raises ConfigError for what several ranks cannot share. It can be called before anything is read or built."""
+    """Raises ConfigError for options that several ranks cannot share. It can be called before anything is read or
+    built.
+    """
     name, traits = config.algorithm, algorithm.traits
     if config.client_states == "disk":
         raise ConfigError(
@@ -106,7 +108,7 @@ def refuse(config: RunConfig, algorithm: Algorithm, clients: int, ranks: int) ->
 
 
 def gathering(config: RunConfig, algorithm: Algorithm, split: Parts, example: Rows) -> str:
-    """Why every rank needs the rows of all clients; empty where each can go on with its own."""
+    """Why every rank needs the rows of all clients; empty if each can continue with its own."""
     traits = algorithm.traits
     if traits.whole:
         return ""
@@ -126,13 +128,13 @@ class Engine(Protocol):
 
     @property
     def masses(self) -> Sequence[float]:
-        """What each client's training rows count together."""
+        """The total weight of each client's training rows."""
 
     def settle(self) -> None:
-        """Clients whose batches wait for a step make one."""
+        """Clients whose batches still wait for a step take this step."""
 
     def no_longer_alike(self) -> None:
-        """The models are not known to be equal any more."""
+        """Note that the models may differ from now on."""
 
     def model_state(self, client: int) -> State:
         """Parameters and buffers of a client, by its number here."""
@@ -142,9 +144,9 @@ class Engine(Protocol):
 
 
 class SpreadCohort(CohortAround):
-    """All clients, of whom each rank simulates some: `inner` are this rank's, around its `engine`; what crosses is
-    noted in `noted` there, and of all clients in `crossed` here. What is `frozen` does not move; `example` are rows
-    of smashed data and targets.
+    """All clients, with each rank simulating some: `inner` are this rank's, around its `engine`; their traffic is noted
+    in `noted`, and that of all clients in `crossed`. Tensors in `frozen` are not sent; `example` are rows of smashed
+    data and targets.
     """
 
     def __init__(
@@ -181,7 +183,7 @@ class SpreadCohort(CohortAround):
 
     @property
     def masses(self) -> Sequence[float]:
-        """What the training rows of each client count together."""
+        """The total weight of each client's training rows."""
         return self._masses
 
     def begin_round(self, index: int, total: int, lr_factor: float) -> Round:
@@ -205,11 +207,11 @@ class SpreadCohort(CohortAround):
         return tuple(k for k in (now.participants if clients is None else clients) if self._quota[k] > 0)
 
     def _ours(self, clients: Iterable[int]) -> tuple[int, ...]:
-        """Those of the clients that are on this rank."""
+        """The clients that are on this rank."""
         return tuple(k for k in clients if k in self._mine)
 
     def forward(self, clients: Sequence[int] | None = None, *, labels: bool = True) -> Smashed:
-        """Every rank's clients send; what the rows of each count is known to all ranks."""
+        """Every rank's clients send; the weights of each client's rows are known to all ranks."""
         asked = self._willing(clients)
         if not asked:
             return Smashed((), torch.empty(0), (), ())
@@ -238,7 +240,7 @@ class SpreadCohort(CohortAround):
         return found if self._sharing.apart else self._all_of(found, labels)
 
     def _nothing(self, labels: bool) -> Smashed:
-        """What a rank sends of whose clients none take part."""
+        """The values that a rank sends if none of its clients take part."""
         y = self._no_labels if labels else torch.empty(0, 0)
         return Smashed(self._no_rows, y, (), (), weights=self._whole.task.weights(y) if labels else None)
 
@@ -267,7 +269,7 @@ class SpreadCohort(CohortAround):
         return self._world.joined(own, [len(part) for part in self._asked])
 
     def _bytes(self, direction: Direction, clients: Sequence[int]) -> list[int]:
-        """Bytes that have crossed for each of `clients`, which are here; forgotten after that."""
+        """Bytes that have crossed for each of `clients` on this rank; they are reset afterwards."""
         found = dict.fromkeys(clients, 0)
         for one in self._noted:
             if one.direction == direction and not one.common:
@@ -327,7 +329,7 @@ class SpreadCohort(CohortAround):
         return CutGradients(own, clients, tuple(sizes[k] for k in clients), common, active)
 
     def _note_down(self, gradients: CutGradients) -> None:
-        """What went down to all clients; a common gradient is the same on all ranks."""
+        """The gradients that went down to all clients; a common gradient is the same on all ranks."""
         mine = self._asked[self._world.rank]
         common = max([int(np.max(one.counts)) for one in self._noted if one.common], default=0)
         table = self._told([self._bytes("down", mine), [common] * len(mine)])
@@ -362,7 +364,7 @@ class SpreadCohort(CohortAround):
         return tuple(weights)
 
     def evaluate(self, samples: Samples, predict: Predict, clients: Sequence[int] | None = None) -> Evaluation:
-        """Each rank judges its own clients' models; models known to be equal are looked at once."""
+        """Each rank judges its own clients' models; models known to be equal are judged once."""
         drawn = judged(len(self._samples), self._whole.eval_clients, self._whole.seed)
         everyone = drawn if clients is None else list(clients)
         mine = self._ours(everyone[:1] if self._alike else everyone)
@@ -384,14 +386,14 @@ class SpreadCohort(CohortAround):
         return found
 
     def held(self) -> Held:
-        """The models of all clients; where they differ, on rank 0 alone."""
+        """The models of all clients; if they differ, only on rank 0."""
         if self._alike:
             return Held({0: self.inner.model_state(self._mine.start)}, True)
         own = {k: dict(self.inner.model_state(k)) for k in self._mine}
         return Held({k: state for part in self._world.collected(own) for k, state in part.items()}, False)
 
     def state(self) -> dict[str, Any]:
-        """That of a single process with all clients; whole on rank 0 alone."""
+        """The state of a single process with all clients; complete only on rank 0."""
         return whole_state(self._world.collected(self.inner.state()), self._alike)
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -401,7 +403,7 @@ class SpreadCohort(CohortAround):
 
 
 def _joined(parts: Sequence[tuple[tuple[int, ...], list[float], int, float]]) -> Step:
-    """One local step of those of several ranks: (clients, means, rows, what these count)."""
+    """One local step from those of several ranks: (clients, means, rows, their total weight)."""
     mass = sum(part[3] for part in parts)
     loss = sum(part[1][0] * part[3] for part in parts) / (mass or 1)
     own = [value for part in parts for value in part[1][1:]]
@@ -410,7 +412,7 @@ def _joined(parts: Sequence[tuple[tuple[int, ...], list[float], int, float]]) ->
 
 
 def mean_of_means(world: World, state: Mapping[str, Tensor], share: float) -> None:
-    """Each rank's mean (or nothing, with a `share` of 0) := the mean over all ranks, in place; of integers, the
+    """Replace each rank's mean (or nothing, with a `share` of 0) by the mean over all ranks, in place; integers by the
     largest. The shares add up to 1.
     """
     real = [t for t in state.values() if is_continuous(t)]

@@ -1,8 +1,8 @@
 """Linear layers whose weights differ from client to client: forward and backward, for all clients of a group at once.
 
-The gradient of a linear layer's stacked weight is as large as the weight: at small batches, writing it and reading it
-again costs more than computing it. Where the optimiser's rule allows it, a backward pass here leaves the two factors of
-that gradient instead (`Factors`), and the step multiplies them right into the weight.
+The gradient of a linear layer's stacked weight is as large as the weight: at small batches, writing and reading it
+costs more than computing it. If the optimiser's rule allows it, a backward pass here leaves the two factors of that
+gradient instead (`Factors`), and the step multiplies them directly into the weight.
 
 Shape legend: c clients in the group, b rows each, i inputs, o outputs.
 """
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-_NEAR = 1 << 20  # bytes that stay close to a core anyway
+_NEAR = 1 << 20  # bytes that stay in a core's cache anyway
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,12 @@ class Factors:
 
     @property
     def device(self) -> torch.device:
-        """Where the factors are."""
+        """The device of the factors."""
         return self.g.device
 
     @property
     def bound(self) -> Tensor:
-        """No less than the norm of the product, and far cheaper: the product of the factors' norms."""
+        """The product of the factors' norms: an upper bound of the norm of the product that is much cheaper."""
         bound: Tensor = torch.linalg.vector_norm(self.g.detach()) * torch.linalg.vector_norm(self.x.detach())
         return bound
 
@@ -64,8 +64,8 @@ Leave = Callable[[Tensor, Factors], None]
 class Linear(torch.autograd.Function):
     """x [c, rows, i], weight [c, o, i], bias [c, o] or None -> [c, rows, o].
 
-    `alike`: all weights are equal, so that one product serves all rows. With `leave`, the weight's gradient is left
-    there as factors.
+    `alike`: all weights are equal, so one product computes all rows. With `leave`, the weight's gradient is left there
+    as factors.
     """
 
     @staticmethod
@@ -107,12 +107,12 @@ class Linear(torch.autograd.Function):
 
 
 def fetch(weight: Tensor) -> None:
-    """Bring weights that have left the cache back in one quick sweep: products of small matrices fetch them slowly."""
+    """Read weights that have left the cache once in order, since products of small matrices fetch them slowly."""
     if weight.nbytes > _NEAR and weight.device.type == "cpu":
         weight.sum()
 
 
 def autocast(x: Tensor) -> torch.dtype | None:
-    """The type that automatic mixed precision computes products in here; None where it is off."""
+    """The type in which automatic mixed precision computes products here; None if it is off."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None

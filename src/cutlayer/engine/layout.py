@@ -1,12 +1,13 @@
-"""The same model in other layouts, some of them quicker on the CPU.
+"""The same model in other layouts, some of them faster on the CPU.
 
     plain    as it was made
     pooled   max pooling before `relu`: they commute, gradients included; behind it `relu` has a quarter of the work;
              pooling by two as elementwise maxima (`pooling.py`)
     last     that, and images with their channels last in memory, as torch's CPU library likes them best, mostly
 
-All are exact but for the order of sums. A layout is used only if, on a few rows in training mode, both parts then give
-what they gave (some take their inputs' memory for granted: `view`). `CUTLAYER_LAYOUT=plain` leaves all as they are.
+All are exact except for the order of sums. A layout is used only if both parts give the same results with it, on a few
+rows in training mode (some models rely on their inputs' memory layout: `view`). `CUTLAYER_LAYOUT=plain` leaves all
+models as they are.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ from cutlayer.models.parts import Part
 from cutlayer.models.trace import pool_first
 from cutlayer.types import Rows, as_tuple, channels_last
 
-_MANY = 12  # channels from which they had better come last (measured)
+_MANY = 12  # number of channels from which channels last is faster (measured)
 
 
 def layouts(part: nn.Module) -> tuple[Layout, ...]:
-    """Those that a part can be tried in, the one that is mostly the quickest first."""
+    """The layouts that can be tried for a part, the usually fastest first."""
     if os.environ.get("CUTLAYER_LAYOUT") == "plain" or not isinstance(part, Part):
         return ("plain",)
     images = [m for m in part.modules() if isinstance(m, nn.Conv2d)]
@@ -56,8 +57,8 @@ def in_layout(part: nn.Module, layout: Layout) -> nn.Module:
 
 
 def same(client: nn.Module, server: nn.Module, changed: tuple[nn.Module, nn.Module], example: Rows) -> bool:
-    """Whether both parts give what they gave when they are `changed`; `example`, each [n, ...], is a batch of the
-    client's. The server's rows come as the client's part then gives them: with their channels last, maybe.
+    """Whether both parts give the same results when they are `changed`; `example`, each [n, ...], is a batch of the
+    client's. The server receives the rows in the layout of the changed client part, possibly with channels last.
     """
     lower, upper = changed
     if lower is not client and not _same(client, lower, example, example):
@@ -71,7 +72,7 @@ def same(client: nn.Module, server: nn.Module, changed: tuple[nn.Module, nn.Modu
 
 
 def smashed(client: nn.Module, example: Rows) -> Rows:
-    """What the client part gives for `example`; nothing is drawn, no statistics are kept."""
+    """The outputs of the client part for `example`, without draws and without updating statistics."""
     with torch.no_grad():
         return as_tuple(deep_copy(client).eval()(example))
 

@@ -55,9 +55,9 @@ from cutlayer.verbs import VERBS
 
 class Client:
     """One client: private data, its part of the model, its optimiser. `tail` is the last part of the model in a
-    U-shaped split, or an auxiliary head. `task` says what a row's loss is (default: the cross entropy of its class).
-    `shift` [K] is added to the scores in a loss that is computed here. What it draws is named after `called`, its
-    number among all clients (default: `name`).
+    U-shaped split, or an auxiliary head. `task` defines the loss of a row (default: the cross entropy of its class).
+    `shift` [K] is added to the scores in a loss that is computed here. Its draws are named after `called`, its number
+    among all clients (default: `name`).
     """
 
     def __init__(
@@ -93,13 +93,13 @@ class Client:
         return self.smashed
 
     def backward(self, gradient: Rows) -> None:
-        """Back-propagate `gradient` from the cut; gradients add to those the tail has left."""
+        """Back-propagate `gradient` from the cut; gradients are added to those of the tail."""
         if pairs := descending(self.smashed, aligned(gradient)):
             backward([s for s, _ in pairs], [g for _, g in pairs])
         self.smashed = ()
 
     def step(self, lr: float, *, last: bool) -> None:
-        """One optimiser step at rate `lr`, if no further batches belong to it; `last`: there are none left in this
+        """One optimiser step at rate `lr`, if no further batches belong to it; `last`: no batches are left in this
         round. Raises NonFiniteError instead, naming the client.
         """
         if self.optimizer is None:
@@ -109,7 +109,7 @@ class Client:
         self.stepping.take(lr, last=last)
 
     def gradient(self) -> dict[str, Tensor]:
-        """The gradient of every parameter that is trained, by its name. Raises NonFiniteError, naming the client."""
+        """The gradient of every trained parameter, by its name. Raises NonFiniteError, naming the client."""
         found = {name: gradient_of(p) for name, p in self.module.named_parameters() if p.requires_grad}
         if not finite(*found.values()):
             raise NonFiniteError("weight gradient", (self.name,))
@@ -124,8 +124,8 @@ class Client:
         self.step(lr, last=last)
 
     def finish(self, features: Rows, seed: int) -> tuple[Tensor, list[Tensor]]:
-        """U-shaped split: the tail goes on from `features`, each [b, f...]: the mean loss over the rows, and its
-        gradients with respect to them. Raises NonFiniteError, naming the client.
+        """U-shaped split: the tail continues from `features`, each [b, f...]. Returns the mean loss over the rows, and
+        its gradients with respect to the features. Raises NonFiniteError, naming the client.
         """
         assert self.tail is not None, "only the U-shaped split has tails"
         leaves = tuple(r.detach().requires_grad_(r.is_floating_point()) for r in aligned(features))
@@ -155,7 +155,7 @@ class Client:
 
     @property
     def mass(self) -> float:
-        """What the rows of the batch count together."""
+        """The total weight of the rows of the batch."""
         return mass_of(self.task, self.labels)
 
     def _mean_loss(self, outputs: Rows) -> Tensor:
@@ -173,8 +173,8 @@ class Client:
 
 
 def _named(lower: nn.Module, tail: nn.Module | None) -> list[tuple[str, Tensor]]:
-    """A client's parameters under the names of the whole model; an auxiliary head's are auxiliary.NAME. One that both
-    ends share has its first name.
+    """A client's parameters under the names of the whole model; an auxiliary head's are auxiliary.NAME. A parameter
+    that both ends share has its first name.
     """
     parts = [(lower, "")] if tail is None else [(lower, ""), (tail, "" if isinstance(tail, Part) else "auxiliary.")]
     named = [(f"{prefix}{name}", p) for part, prefix in parts for name, p in part.named_parameters()]
@@ -197,7 +197,7 @@ def named_as_whole(state: Mapping[str, Tensor], shape: Shape) -> dict[str, Tenso
 
 
 def name_in_whole(name: str, shape: Shape) -> str:
-    """The name in the whole model of what a client's module calls lower.NAME or tail.NAME."""
+    """The name in the whole model of a client's lower.NAME or tail.NAME."""
     part, _, own = name.partition(".")
     return own if part == "lower" or shape == "u-shaped" else f"auxiliary.{own}"
 
@@ -233,7 +233,9 @@ class LocalCohort(SimulatedCohort):
         return replace(size, model=size.model - less, gradient=size.gradient - less)
 
     def forward(self, clients: Sequence[int] | None = None, *, labels: bool = True) -> Smashed:
-        """Every participant with batches left in this round (or those of `clients`) sends smashed data and labels."""
+        """Every participant (or each of `clients`) that has batches left in this round sends smashed data and
+        labels.
+        """
         self._asked = self._willing(clients)
         if not self._asked:
             return Smashed((), torch.empty(0), (), ())
@@ -250,7 +252,7 @@ class LocalCohort(SimulatedCohort):
         return self._smashed(rows, torch.cat(of), self._asked, sizes, labels)
 
     def _forward_one(self, client: int, among: int = 1) -> Rows:
-        """A client's smashed data of its next batch; in each step `among` so many draw one."""
+        """A client's smashed data of its next batch; in each step, `among` clients draw one."""
         batch, _, (clock,) = self._draw([client], among)
         return self._clients[client].forward(batch, self.setup.seed, int(clock))
 
@@ -334,12 +336,12 @@ class LocalCohort(SimulatedCohort):
         return taken
 
     def begin_round(self, index: int, total: int, lr_factor: float) -> Round:
-        """As for all; what the round before has left undone is done first, at its rate."""
+        """As for all; unfinished steps of the round before come first, at its rate."""
         self._settle()
         return super().begin_round(index, total, lr_factor)
 
     def average(self, weights: Mapping[int, float]) -> tuple[int, ...]:
-        """All client models := the average of those in `weights`. Optimiser states stay where they are."""
+        """Set all client models to the average of those in `weights`. Optimiser states are not averaged."""
         self._settle()
         if (beside := self.setup.beside) is not None:
             one = average(self._whole(list(weights)), list(weights.values()), self.setup.rule, self._origin)
@@ -362,12 +364,12 @@ class LocalCohort(SimulatedCohort):
         return tuple(weights)
 
     def _whole(self, clients: Sequence[int]) -> list[dict[str, Tensor]]:
-        """What moves of the models of `clients`, with what the server holds of them."""
+        """The averaged part of the models of `clients`, with the blocks that the server holds for them."""
         own, beside = {k: moving(self._clients[k].module) for k in clients}, self.setup.beside
         return list(own.values()) if beside is None else [{**own[k], **s} for k, s in beside.states(clients).items()]
 
     def hand_over(self, client: int, *, optimizer: bool) -> None:
-        """The travelling model moves to `client`; before anyone holds it, it is `client`'s own."""
+        """The travelling model moves to `client`; before any client holds it, it is `client`'s own model."""
         if self._holder is not None and self._holder != client:
             self._settle()
             giver, taker = self._clients[self._holder], self._clients[client]
@@ -377,7 +379,7 @@ class LocalCohort(SimulatedCohort):
         self._holder = client
 
     def evaluate(self, samples: Samples, predict: Predict, clients: Sequence[int] | None = None) -> Evaluation:
-        """Every client model with the server, one after another; models known to be equal are looked at once."""
+        """Every client model with the server, one after another; models known to be equal are judged once."""
         self._settle()
         everyone, models = self._judged(clients)
         averaged = self._average() if self._averages else None
@@ -391,7 +393,7 @@ class LocalCohort(SimulatedCohort):
 
     @property
     def _averages(self) -> bool:
-        """Whether the clients' average is judged, and is not what each of them has."""
+        """Whether the clients' average is judged, and differs from the clients' models."""
         return self.setup.judge_by == "average" and not self._alike and self._holder is None
 
     def _average(self) -> Client:
@@ -406,7 +408,7 @@ class LocalCohort(SimulatedCohort):
         return named_as_whole(self._clients[client].module.state_dict(), self.shape)
 
     def take_everyones(self, state: Mapping[str, Tensor]) -> None:
-        """Give all clients the parameters and buffers that `model_state` would give of each."""
+        """Give all clients these parameters and buffers, in the form that `model_state` returns."""
         self._settle()
         for client in self._clients:
             self.take_model(client.name, state)
@@ -414,7 +416,7 @@ class LocalCohort(SimulatedCohort):
         self._alike = True
 
     def take_model(self, client: int, state: Mapping[str, Tensor]) -> None:
-        """Give a client the parameters and buffers that `model_state` would give of it."""
+        """Give a client these parameters and buffers, in the form that `model_state` returns."""
         module = self._clients[client].module
         load_moving(module, {name: state[name_in_whole(name, self.shape)] for name in moving(module)})
 
@@ -436,7 +438,7 @@ class LocalCohort(SimulatedCohort):
         return {**self._base_state(), "clients": clients, "frozen": shared or resting(self._clients[0].module)}
 
     def _own(self, client: Client) -> dict[str, Tensor]:
-        """What a client does not share with the others: all but what is frozen, and its head."""
+        """The tensors that a client does not share with others: all except frozen ones, and its head."""
         head = {n: t for n, t in resting(client.module).items() if self._heads_apart and n.startswith("tail.")}
         return {**moving(client.module), **head}
 
@@ -447,7 +449,7 @@ class LocalCohort(SimulatedCohort):
         self._load_base(found)
         for k, (client, own) in enumerate(zip(self._clients, found.clients, strict=True)):
             frozen = found.frozen
-            if self.setup.cuts:  # what others hold, too
+            if self.setup.cuts:  # tensors that others hold, too
                 frozen = {name: frozen[name] for name in frozen.keys() & resting(client.module).keys()}
             whole = client.module.state_dict() if frozen else moving(client.module)
             fit({**frozen, **own.model}, whole, f"the model of client {k}")

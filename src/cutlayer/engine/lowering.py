@@ -3,10 +3,8 @@
 The module runs ONCE, on the rows of all clients (client after client, b each). Only the operations that touch a
 parameter are replaced: a linear layer with stacked weights [c, out, in] becomes a batched matrix product, and so on
 (`kernels.py`); everything else runs at its native speed on all rows. An operation on a stacked tensor that is not known
-here raises NotStackableError, and the caller takes another way.
-
-A module that mixes rows by hand (`x.mean(0)`) would run without an error and wrongly: callers compare with the plain
-loop before they trust (`proof.py`).
+here raises NotStackableError, and the caller uses another way. A module that mixes rows itself (`x.mean(0)`) would run
+without an error but give wrong results, so callers first compare it with the plain loop (`proof.py`).
 
 Shape legend: c clients in the group, b rows each.
 """
@@ -34,7 +32,7 @@ EMBEDDING = "an embedding with norms, frequencies or sparse gradients"
 
 
 Choose = Callable[[Mapping[str, Form], str, Tensor, Tensor, Tensor | None], str]
-"""(possible forms, the one that is taken unmeasured, x, weight, bias) -> the one to take."""
+"""(possible forms, the default, x, weight, bias) -> the form to use."""
 
 
 class NotStackableError(Exception):
@@ -49,9 +47,9 @@ class Lowered(TorchFunctionMode):
     """While active, operations on the stacked tensors run for all clients at once.
 
     `stacked` are the parameters and buffers by name, each [c, ...]; `generators` gives client i's random stream
-    (dropout); `alike` says that all clients' parameters are equal; `frozen` are those that all clients share, which
-    are not stacked; `channels_last` how images lie in memory; `leave` takes gradients as factors. `chosen` are the
-    forms of operations, by the name of their weight; `choose` is asked for what is missing there.
+    (dropout); `alike` says that all clients' parameters are equal; `frozen` are those that all clients share, which are
+    not stacked; `channels_last` is the memory layout of images; `leave` receives gradients as factors. `chosen` are the
+    forms of operations, by the name of their weight; `choose` decides missing ones.
     """
 
     def __init__(
@@ -79,7 +77,7 @@ class Lowered(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Replace what touches a stacked tensor, or what must differ per client."""
+        """Replace operations that use a stacked tensor, or that must differ per client."""
         kwargs = kwargs or {}
         handler = _HANDLERS.get(func)
         if handler is not None and handler in _ALWAYS:
@@ -93,7 +91,7 @@ class Lowered(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _handled(self, handler: Callable[..., Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-        """What a handler gives; beside stacked tensors, a frozen one is the same for every client."""
+        """The result of a handler; a frozen tensor beside stacked ones is the same for every client."""
 
         def spread(a: Any) -> Any:
             return a.unsqueeze(0).expand(self.clients, *a.shape) if id(a) in self._frozen else a
@@ -101,7 +99,9 @@ class Lowered(TorchFunctionMode):
         return handler(self, *map(spread, args), **{name: spread(a) for name, a in kwargs.items()})
 
     def _touched(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
-        """The name of a stacked tensor among the arguments, those in lists (an LSTM's weights) too; else nothing."""
+        """The name of a stacked tensor among the arguments, also in lists (an LSTM's weights); empty if there
+        is none.
+        """
         for a in (*args, *kwargs.values()):
             if id(a) in self._stacked:
                 return self._stacked[id(a)]
@@ -118,7 +118,7 @@ class Lowered(TorchFunctionMode):
     def computed(
         self, possible: Mapping[str, Form], otherwise: str, x: Tensor, weight: Tensor, bias: Tensor | None
     ) -> Tensor:
-        """The operation on `weight` in the form that was chosen for it; in the form `otherwise`, where none was."""
+        """The operation on `weight` in its chosen form, or in the form `otherwise` if none was chosen."""
         name = self._stacked.get(id(weight), "")
         if self._choose is not None and name and name not in self._chosen:
             self._chosen[name] = self._choose(possible, otherwise, x, weight, bias)
@@ -242,7 +242,7 @@ def _embedding(
 
 
 def _dropout(mode: Lowered, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    """Every client draws its own mask, the one that it would draw alone."""
+    """Every client draws its own mask, the same as it would draw alone."""
     if not training or p == 0.0:
         return input
     return _drop(mode, input, input.shape, p, inplace)
@@ -277,7 +277,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Attention touches no parameter; only its dropout must know the clients."""
+    """Attention has no parameters here; only its dropout must know the clients."""
     if not dropout_p:
         return functional.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa

@@ -1,7 +1,7 @@
-"""What `torch.func.vmap` lacks: dropout, with the masks that each client would draw alone, and embeddings' padding.
-
-In `torch.func.vmap` nothing may draw. So the masks are drawn before, in the order and the layout in which the module
-would draw them: one run of a single client says which they are, and is remembered for batches of the same shape.
+"""Adds to `torch.func.vmap` what it lacks: dropout, with the masks that each client would draw alone, and embeddings'
+padding. Inside `torch.func.vmap`, nothing may be drawn. So the masks are drawn before, in the order and the layout in
+which the module would draw them. One run of a single client finds out which they are, and is remembered for batches of
+the same shape.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ class Draw:
     p: float
 
     def by(self, generator: torch.Generator) -> Tensor:
-        """The mask that `generator` gives, of zeros and ones."""
+        """A mask of zeros and ones from `generator`."""
         mask = torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=self.device)
         return mask.bernoulli_(1 - self.p, generator=generator)
 
 
 class _Replaced(TorchFunctionMode):
-    """While active, dropout multiplies with the masks that `mask` gives, and the padding of embeddings is not trained
-    (which vmap forgets).
+    """While active, dropout multiplies with masks from `mask`, and the padding of embeddings is not trained (which vmap
+    would do).
     """
 
     def mask(self, like: Tensor, size: Sequence[int], p: float) -> Tensor:
@@ -48,13 +48,13 @@ class _Replaced(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Replace what drops; look into torch's attention, which does so within."""
+        """Replace dropout, also inside torch's attention."""
         handler = _HANDLERS.get(func)
         return func(*args, **(kwargs or {})) if handler is None else handler(self, *args, **(kwargs or {}))
 
 
 class Listening(_Replaced):
-    """Notes which masks are drawn, and drops nothing."""
+    """Records which masks are drawn, without dropping anything."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -180,7 +180,7 @@ _many_heads = types.FunctionType(
 
 
 def _attention_of_many_heads(mode: _Replaced, *args: Any, **kwargs: Any) -> Any:
-    """torch's own function, whose inner operations this mode sees too."""
+    """torch's own function, whose inner operations this mode also intercepts."""
     with mode:
         return _many_heads(*args, **kwargs)
 

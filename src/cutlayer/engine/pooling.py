@@ -1,8 +1,6 @@
-"""Max pooling by two as elementwise maxima: the library's result and gradient, ties included, two or three times as
-quick on the CPU where channels come first, or are few.
-
-The library compares number by number, and the processor guesses wrongly half of the time; it keeps 8 bytes of an index
-for every output, too.
+"""Max pooling by two as elementwise maxima: the same result and gradient as the library's, including ties, but two or
+three times as fast on the CPU if channels come first, or are few. The library compares number by number, so the
+processor's branch prediction fails half of the time, and it stores an index of 8 bytes for every output.
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ from torch.nn import functional
 
 from cutlayer.types import channels_last
 
-_MANY = 12  # channels from which the library is quicker where they come last (measured)
+_MANY = 12  # number of channels from which the library is faster with channels last (measured)
 
 
 def pool_by_two(x: Tensor) -> Tensor:
@@ -27,8 +25,8 @@ def pool_by_two(x: Tensor) -> Tensor:
 
 
 class PoolByTwo(torch.autograd.Function):
-    """The larger of two neighbours in a row and, in a picture, then of two in a column. Of equal ones the first gets
-    the gradient: that is the first in reading order, as in the library.
+    """The larger of two neighbours in a row and, in an image, then of two in a column. If they are equal, the first in
+    reading order gets the gradient, as in the library.
     """
 
     @staticmethod
@@ -60,12 +58,12 @@ def _share(g: Tensor, largest: Tensor, first: Tensor, to: tuple[Tensor, Tensor],
 
 
 def _in_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Those at even and at odd places in their row; the last of an odd number is left out."""
+    """The numbers at even and at odd places in their row; the last of an odd number is left out."""
     end = x.shape[-1] // 2 * 2
     return x[..., 0:end:2], x[..., 1:end:2]
 
 
 def _in_columns(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Those at even and at odd places in their column."""
+    """The numbers at even and at odd places in their column."""
     end = x.shape[2] // 2 * 2
     return x[:, :, 0:end:2], x[:, :, 1:end:2]

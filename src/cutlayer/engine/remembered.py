@@ -1,4 +1,4 @@
-"""What was measured on this machine, kept in the user's cache folder: one small file per model, shapes and machine."""
+"""Measurements of this machine in the user's cache folder: one small file per model, shapes and machine."""
 
 from __future__ import annotations
 
@@ -20,13 +20,15 @@ from cutlayer.stored import MalformedError, parsed
 
 
 def key(subject: Mapping[str, Any]) -> str:
-    """Names what is measured: `subject`, on this processor, with this version of torch and as many threads."""
+    """The name of a measurement: `subject`, on this processor, with this version of torch and this number of
+    threads.
+    """
     machine = {"processor": _processor(), "torch": torch.__version__, "threads": torch.get_num_threads()}
     return hashlib.sha256(json.dumps({**machine, **subject}, sort_keys=True).encode()).hexdigest()
 
 
 def recalled(name: str) -> Ways | None:
-    """What was remembered under `name`; None where nothing was, or where it cannot be read."""
+    """The value stored under `name`; None if there is none, or if it cannot be read."""
     try:
         return Ways.of(parsed((_folder() / f"{name}.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, MalformedError):
@@ -34,7 +36,7 @@ def recalled(name: str) -> Ways | None:
 
 
 def remember(name: str, ways: Ways) -> None:
-    """Keep it for later runs; where the folder cannot be written to, they measure again."""
+    """Store it for later runs; if the folder cannot be written, they measure again."""
     try:
         _folder().mkdir(parents=True, exist_ok=True)
         replace_file(_folder() / f"{name}.json", json.dumps(ways.stored(), indent=1).encode())
@@ -47,7 +49,7 @@ def _folder() -> Path:
 
 
 def _processor() -> str:
-    """The processor's name, where the system tells."""
+    """The processor's name, if the system tells it."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text(encoding="utf-8", errors="replace").splitlines():

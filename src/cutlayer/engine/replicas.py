@@ -1,8 +1,6 @@
-"""The server of ranks that keep their rows apart: each has a replica of its model, and all take the same steps.
-
-    loss_r = sum of the rank's row losses / n, n being what all rows of the step count;  gradients are summed over ranks
-
-Copies for clients (SplitFed V1, V3) are on the ranks of their clients; their average is summed over the ranks.
+"""The server of ranks that keep their rows apart: each has a replica of its model, and all take the same steps. loss_r
+= sum of the rank's row losses / n, n being the total weight of the step's rows; gradients are summed over ranks Copies
+for clients (SplitFed V1, V3) are on the ranks of their clients; their average is summed over the ranks.
 """
 
 from __future__ import annotations
@@ -27,11 +25,11 @@ from cutlayer.types import Rows, Smashed, TailGradients, as_tuple
 
 
 class DataParallel(Server):
-    """What the servers of ranks do besides: call `share_by` once. `example` are rows of smashed data."""
+    """The additional part of a rank's server: call `share_by` once. `example` are rows of smashed data."""
 
     _sharing: Sharing
     _example: Rows
-    _total = 1.0  # what all rows of the step count
+    _total = 1.0  # total weight of the step's rows
 
     def share_by(self, sharing: Sharing, example: Rows) -> None:
         """Be a replica on one of the ranks."""
@@ -42,7 +40,7 @@ class DataParallel(Server):
         return self._sharing.world
 
     def step(self, smashed: Smashed, factor: float = 1.0, loss: RowLoss | None = None) -> ServerStep:
-        """One loss over the rows of all ranks, and one step; the gradient is of the rows that are here."""
+        """One loss over the rows of all ranks, and one step; the gradient is of the rows on this rank."""
         self._total = sum(smashed.masses) or 1.0
         losses, gradient = self._through(smashed.here, loss, factor)
         own = client_means(losses, smashed.here.sizes, smashed.weights) if len(losses) else losses
@@ -59,21 +57,21 @@ class DataParallel(Server):
         return ServerStep(self._everyones(own, smashed), gradient, 0.0)
 
     def step_on(self, rows: Rows, labels: Tensor, factor: float = 1.0, loss: RowLoss | None = None) -> Tensor:
-        """Raises ConfigError: rows that are made up are not spread."""
+        """Raises ConfigError: generated rows are not divided among ranks."""
         raise ConfigError(
             f"{self._algorithm} is registered with spreads = True, but takes steps on rows that it has generated: "
             "leave that out of its registration"
         )
 
     def step_in_turn(self, smashed: Smashed, order: Sequence[int]) -> ServerStep:
-        """Raises ConfigError: clients whose rows are elsewhere have no turn here."""
+        """Raises ConfigError: clients whose rows are on other ranks cannot take turns here."""
         raise ConfigError(
             f"{self._algorithm} is registered with spreads = True, but takes steps on the rows of one client after "
             "another: leave that out of its registration"
         )
 
     def _everyones(self, own: Tensor, smashed: Smashed) -> Tensor:
-        """The mean losses [1 + C] from those of the clients that are here."""
+        """The mean losses [1 + C] from those of this rank's clients."""
         counts = [sum(k in span for k in smashed.clients) for span in self._sharing.spans]
         table = self._world.joined(own.detach().double().cpu().numpy().reshape(-1, 1), counts)
         return means_of_clients(torch.from_numpy(table[:, 0].copy()), smashed.masses)
@@ -93,7 +91,7 @@ class DataParallel(Server):
         return torch.empty(0), self._backward(smashed, lambda: None, factor)
 
     def forward(self, smashed: Smashed, *, evaluating: bool = False) -> Rows:
-        """The outputs on the rows that are here."""
+        """The outputs for this rank's rows."""
         if len(smashed.here):
             return super().forward(smashed.here, evaluating=evaluating)
         rows = tuple(r.detach().requires_grad_(r.is_floating_point()) for r in smashed.rows)
@@ -111,7 +109,7 @@ class DataParallel(Server):
         self._world.total([p.grad for p in trained if p.grad is not None])
 
     def backward(self, smashed: Smashed, tail: TailGradients, factor: float = 1.0) -> ServerStep:
-        """U-shaped split: as a single server does, with the rows that are here."""
+        """U-shaped split: as a single server does, with this rank's rows."""
         assert self._pending is not None, "backward() follows forward()"
         masses = dict(zip(tail.clients, tail.masses or tail.sizes, strict=True))
         total, here = sum(masses.values()) or 1, smashed.here
@@ -127,11 +125,11 @@ class DataParallel(Server):
         return ServerStep(means_of_clients(tail.losses, tuple(masses.values())), gradient, self._rate(factor))
 
     def _numbered(self, smashed: Smashed) -> Smashed:
-        """With the numbers that the copies have here."""
+        """With the numbers of the copies on this rank."""
         return smashed
 
     def step_copies(self, smashed: Smashed) -> ServerStep:
-        """The copies of the clients that are here step."""
+        """The copies of this rank's clients step."""
         here = smashed.here
         if len(here):
             with self._blamed():
@@ -143,11 +141,11 @@ class DataParallel(Server):
 
     @contextmanager
     def _blamed(self) -> Iterator[None]:
-        """Errors name clients as they are called."""
+        """Errors use the clients' global numbers."""
         yield
 
     def _own(self, weights: Mapping[int, float]) -> dict[int, float]:
-        """Those of the clients that are here."""
+        """The losses of this rank's clients."""
         mine = self._sharing.own.mine
         return {k: w for k, w in weights.items() if k in mine}
 
@@ -167,12 +165,12 @@ class DataParallel(Server):
         super().average_copies(weights)
 
     def _spread_average(self) -> None:
-        """Every copy := the server's model."""
+        """Set every copy to the server's model."""
         for one in self._copies.values():
             load_moving(one.model, moving(self.model))
 
     def average_momentum(self, weights: Mapping[int, float]) -> None:
-        """Raises ConfigError: the momenta of other ranks are not here."""
+        """Raises ConfigError: the momenta of other ranks are not available."""
         raise ConfigError(
             f"{self._algorithm} is registered with spreads = True, but averages momenta: leave that out of its "
             "registration"

@@ -1,7 +1,6 @@
-"""The clients of one rank: which they are, how they are set up, and what they are called among all clients.
-
-A rank simulates its own clients as an engine simulates any: they have numbers 0..c-1 there. What they draw is named
-after their numbers among all clients, and outside the engine they are called by these.
+"""The clients of one rank: their choice, their setup, and their numbers among all clients. A rank simulates its own
+clients like any engine, with numbers 0..c-1. Their draws are named after their numbers among all clients, which are
+also used outside the engine.
 """
 
 from __future__ import annotations
@@ -25,7 +24,9 @@ from cutlayer.types import CutGradients, Evaluation, Round, Rows, Smashed, Step,
 
 
 def spans(samples: Sequence[int], ranks: int) -> list[range]:
-    """The clients of each rank: neighbours, at least one, with about as many of the `samples` [C] on each."""
+    """The clients of each rank: consecutive ones, at least one, with about the same number of `samples` [C] on each
+    rank.
+    """
     ends = np.cumsum(samples)
     found, first = [], 0
     for rank in range(ranks):
@@ -38,7 +39,7 @@ def spans(samples: Sequence[int], ranks: int) -> list[range]:
 
 @dataclass
 class DrawnRound:
-    """What was drawn for the round that runs: who takes part, and with how many rows in which step."""
+    """The draws for the present round: the participants, and their rows in each step."""
 
     participants: tuple[int, ...] = ()
     turns: Turns | None = None
@@ -46,7 +47,7 @@ class DrawnRound:
 
 @dataclass(frozen=True, kw_only=True)
 class OwnClients(Clients):
-    """The clients `mine` of a rank, out of a setup of all. Who takes part is drawn for all at once (`now`)."""
+    """The clients `mine` of a rank, from a setup of all. Participants are drawn for all ranks at once (`now`)."""
 
     mine: range
     now: DrawnRound = field(default_factory=DrawnRound)
@@ -65,11 +66,11 @@ class OwnClients(Clients):
         return self.mine[client]
 
     def participants(self, index: int, clients: int) -> tuple[int, ...]:
-        """Those that were drawn, by their numbers here."""
+        """The drawn clients, by their numbers on this rank."""
         return tuple(k - self.mine.start for k in self.now.participants if k in self.mine)
 
     def turns(self, index: int, clients: Sequence[int], samples: Sequence[int]) -> Turns | None:
-        """Their part of what was dealt."""
+        """Their part of the drawn sizes."""
         if self.now.turns is None:
             return None
         sizes = dict(zip(self.now.participants, self.now.turns.sizes, strict=True))
@@ -97,14 +98,14 @@ class Models(Sequence[ClientModel]):
     @overload
     def __getitem__(self, client: slice) -> Sequence[ClientModel]: ...
     def __getitem__(self, client: int | slice) -> ClientModel | Sequence[ClientModel]:
-        """That of a client, by its number here. Raises IndexError."""
+        """The model of a client, by its number on this rank. Raises IndexError."""
         if isinstance(client, slice):
             return [self._whole[k] for k in self._mine[client]]
         return self._whole[self._mine[client]]
 
 
 class NamedCohort(CohortAround):
-    """A rank's engine, whose clients are called by their numbers among all, `mine`, outside."""
+    """A rank's engine, whose clients have outside it their numbers among all clients, `mine`."""
 
     def __init__(self, inner: Cohort, mine: range) -> None:
         super().__init__(inner)
@@ -130,7 +131,7 @@ class NamedCohort(CohortAround):
             raise NonFiniteError(error.what, self._called(error.clients), error.step) from None
 
     def footprint(self, client: int) -> Footprint:
-        """As the engine's; of clients that are on other ranks, that of the first that is here."""
+        """As the engine's; for clients on other ranks, that of the first client on this rank."""
         return self.inner.footprint(client - self.mine.start if client in self.mine else 0)
 
     def begin_round(self, index: int, total: int, lr_factor: float) -> Round:
