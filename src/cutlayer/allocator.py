@@ -1,8 +1,9 @@
-"""Keeps freed memory in the process, which makes training on the CPU much faster. The C library returns big blocks to
-the system as soon as they are freed; every large activation then costs a page fault per 4 kB at every step. Three
-settings of glibc's malloc keep them. The price is that the process keeps its largest size until `give_back`. The
-command line sets this up at its start, and everything that trains on the CPU does so when it is built;
-`CUTLAYER_KEEP_MEMORY=0` switches it off.
+"""Keeps freed memory in the process, which makes training on the CPU much faster.
+
+The C library returns big blocks to the system as soon as they are freed; every large activation then costs a page fault
+per 4 kB at every step. Three settings of glibc's malloc keep them. The price is that the process keeps its largest size
+until `give_back`. The command line sets this up at its start, and everything that trains on the CPU does so when it is
+built; `CUTLAYER_KEEP_MEMORY=0` switches it off.
 
 Also here: how much memory is free, and with how many other processes this one shares it.
 """

@@ -1,5 +1,6 @@
-"""Builds from a configuration everything that trains: data, partition, cut model, server, cohort. It writes nothing.
-All errors in the input are found here, before a run folder exists.
+"""Builds from a configuration everything that trains: data, partition, cut model, server, cohort.
+
+It writes nothing. All errors in the input are found here, before a run folder exists.
 """
 
 from __future__ import annotations
@@ -210,9 +211,11 @@ class Training:
 @dataclass(frozen=True, eq=False)
 class Prepared:
     """Everything except the cohort and its server: the starting point of a simulation, of a remote run's server and of
-    each of its clients. `owners` are the rows of each client of the cohort (in cl: of the one that holds all),
-    `partition` those of each client that the configuration names. `class_counts` [C][K] are given if logits are
-    adjusted. `make_head` makes an auxiliary head from a seed's name, if clients have one.
+    each of its clients.
+
+    `owners` are the rows of each client of the cohort (in cl: of the one that holds all), `partition` those of each
+    client that the configuration names. `class_counts` [C][K] are given if logits are adjusted. `make_head` makes an
+    auxiliary head from a seed's name, if clients have one.
     """
 
     config: RunConfig

@@ -1,5 +1,6 @@
-"""Checks of the model, the cut and the batch size, before anything is trained or written. Every check raises
-ConfigError or CutError with the value, the reason and the remedy.
+"""Checks of the model, the cut and the batch size, before anything is trained or written.
+
+Every check raises ConfigError or CutError with the value, the reason and the remedy.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Several processes that train one run together: its ranks, as `torchrun` or `srun` starts them. All ranks run the same
-program. They exchange data in collective operations, which all of them call in the same order, over gloo on CPUs and
-over NCCL on GPUs. Bytes are counted as a ring of ranks sends them: 2 (R - 1) / R times the summed bytes, and R - 1
-times the gathered bytes.
+"""Several processes that train one run together: its ranks, as `torchrun` or `srun` starts them.
+
+All ranks run the same program. They exchange data in collective operations, which all of them call in the same order,
+over gloo on CPUs and over NCCL on GPUs. Bytes are counted as a ring of ranks sends them: 2 (R - 1) / R times the summed
+bytes, and R - 1 times the gathered bytes.
 
 A rank that ends is noticed by the others in their next collective operation, since its connections close. One that
 hangs, or whose machine is gone, is noticed after `TIMEOUT` seconds, or as many as `joined` is given.
@@ -82,7 +83,9 @@ def first_host(hosts: str) -> str:
 
 class World:
     """This process's place among the ranks, and their collective operations. A single process is rank 0 of 1 and sends
-    nothing. `deterministic`: sums are added in the order of the ranks.
+    nothing.
+
+    `deterministic`: sums are added in the order of the ranks.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, signs: Signs | None = None) -> None:

@@ -1,5 +1,6 @@
-"""Several jobs at the same time, each in its own process. Their progress and their results arrive here. With one
-worker, the jobs run in this process, one after another, and the caller sees no difference.
+"""Several jobs at the same time, each in its own process. Their progress and their results arrive here.
+
+With one worker, the jobs run in this process, one after another, and the caller sees no difference.
 """
 
 from __future__ import annotations
@@ -46,9 +47,10 @@ class News:
 
 
 def side_by_side(work: Work[J], jobs: Mapping[str, J], workers: int, again: str) -> Iterator[News]:
-    """Do `jobs`, `workers` at once, started in the given order. `again` says how to continue after an interruption. No
-    process remains, however this ends. Raises the error of a job, ConfigError for work that cannot be sent to another
-    process, TrainingError if a process was ended from outside.
+    """Do `jobs`, `workers` at once, started in the given order. `again` says how to continue after an interruption.
+
+    No process remains, however this ends. Raises the error of a job, ConfigError for work that cannot be sent to
+    another process, TrainingError if a process was ended from outside.
     """
     with turns(work, min(workers, len(jobs)), again) as through:
         yield from through(jobs)

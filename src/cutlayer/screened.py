@@ -26,8 +26,9 @@ GROSS = 100.0
 
 
 class ScreenedCohort(CohortAround):
-    """A cohort in which `rule` screens the rows that clients send. Even without a rule, rows are examined: if a client
-    deviates grossly, `tell` is called once (default: a warning).
+    """A cohort in which `rule` screens the rows that clients send.
+
+    Even without a rule, rows are examined: if a client deviates grossly, `tell` is called once (default: a warning).
     """
 
     def __init__(self, inner: Cohort, rule: Screening, tell: Tell | None = None) -> None:

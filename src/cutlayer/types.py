@@ -105,8 +105,9 @@ class Smashed:
 class Spread(Smashed):
     """Smashed data whose rows lie in several processes: `clients` [C] and `sizes` [C] are those of the whole step,
     `counting` [C] the total weight of each client's rows; `rows`, `labels` and `weights` are those of `mine`, the
-    clients in this process. `add` sums tensors over the processes, in place. Gradients, also in `CutGradients`, are
-    those of the rows in this process.
+    clients in this process. `add` sums tensors over the processes, in place.
+
+    Gradients, also in `CutGradients`, are those of the rows in this process.
     """
 
     mine: tuple[int, ...] = ()

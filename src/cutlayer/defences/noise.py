@@ -1,5 +1,7 @@
-"""Smashed data are clipped, and noise is added. The noise is given in units of the clip, and the kind of noise decides
-which norm is clipped. Together they are differentially private, as `dp` states.
+"""Smashed data are clipped, and noise is added.
+
+The noise is given in units of the clip, and the kind of noise decides which norm is clipped. Together they are
+differentially private, as `dp` states.
 """
 
 from __future__ import annotations

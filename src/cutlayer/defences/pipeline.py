@@ -1,7 +1,9 @@
-"""All defences of a run's clients, one after another, which change smashed data before they are sent. The client's own
-backward pass goes through all of them, and their penalties are added. Two related options belong elsewhere: the
-precision of sent rows to the codec (`up_codec`), and averaged gradients (`phi`) to SplitAvg. Draws are named by client
-and batch, so every engine, and a client on another machine, draws the same numbers.
+"""All defences of a run's clients, one after another, which change smashed data before they are sent.
+
+The client's own backward pass goes through all of them, and their penalties are added. Two related options belong
+elsewhere: the precision of sent rows to the codec (`up_codec`), and averaged gradients (`phi`) to SplitAvg.
+
+Draws are named by client and batch, so every engine, and a client on another machine, draws the same numbers.
 
 Shape legend: R rows of all clients, b_k those of client k, s... the shape of one row.
 """

@@ -1,7 +1,8 @@
-"""Clients whose cuts differ: the server computes for each the layers between its own cut and the deepest one. An
-algorithm then sees the same as if every client's cut were the deepest: the client's part and its blocks at the server
-together are the client's model. So an algorithm with mixed cuts gives the same as with the deepest cut for all, and an
-algorithm that does not depend on the cut gives the same as with any cut. Averaging is by parameter name: of each
+"""Clients whose cuts differ: the server computes for each the layers between its own cut and the deepest one.
+
+An algorithm then sees the same as if every client's cut were the deepest: the client's part and its blocks at the
+server together are the client's model. So an algorithm with mixed cuts gives the same as with the deepest cut for all,
+and an algorithm that does not depend on the cut gives the same as with any cut. Averaging is by parameter name: of each
 parameter over all clients, whether the client holds it or the server does.
 
     forward    client k: s_k = f(w_k; x_k) up;      server: z_k = h(u_k; s_k)      the algorithm gets z

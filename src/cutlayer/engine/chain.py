@@ -1,6 +1,7 @@
-"""A chain of dense layers and activations of several clients as one node of autograd, with its own backward pass. For
-small layers, autograd and the interception of operations take longer than the products. The numbers are those of the
-layers one by one; the proof (`stackable.py`) checks this way like any other.
+"""A chain of dense layers and activations of several clients as one node of autograd, with its own backward pass.
+
+For small layers, autograd and the interception of operations take longer than the products. The numbers are those of
+the layers one by one; the proof (`stackable.py`) checks this way like any other.
 
 Shape legend: c clients in the group, b rows each, i inputs, o outputs.
 """

@@ -1,6 +1,8 @@
 """Chooses the engine that simulates the clients, and how it computes: by rule or by measurement, and only in proven
-ways. `stacked` is used if possible, otherwise `local`, with the reason. Measurements only decide which of several equal
-ways is the fastest for the model's own shapes (`tuning.py`).
+ways.
+
+`stacked` is used if possible, otherwise `local`, with the reason. Measurements only decide which of several equal ways
+is the fastest for the model's own shapes (`tuning.py`).
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Convolutions whose kernels differ from client to client: several ways to compute the same for a group of clients. The
-fastest depends on shapes, on the memory layout of images and on the processor: `tuning.py` tries them.
+"""Convolutions whose kernels differ from client to client: several ways to compute the same for a group of clients.
+
+The fastest depends on shapes, on the memory layout of images and on the processor: `tuning.py` tries them.
 
 Shape legend: c clients in the group, b rows each, n = c * b, i inputs, o outputs, s... the size of an image (1, 2 or 3
 numbers), s'... that of the output, l its positions, k... the kernel.

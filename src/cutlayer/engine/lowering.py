@@ -3,8 +3,10 @@
 The module runs ONCE, on the rows of all clients (client after client, b each). Only the operations that touch a
 parameter are replaced: a linear layer with stacked weights [c, out, in] becomes a batched matrix product, and so on
 (`kernels.py`); everything else runs at its native speed on all rows. An operation on a stacked tensor that is not known
-here raises NotStackableError, and the caller uses another way. A module that mixes rows itself (`x.mean(0)`) would run
-without an error but give wrong results, so callers first compare it with the plain loop (`proof.py`).
+here raises NotStackableError, and the caller uses another way.
+
+A module that mixes rows itself (`x.mean(0)`) would run without an error but give wrong results, so callers first
+compare it with the plain loop (`proof.py`).
 
 Shape legend: c clients in the group, b rows each.
 """

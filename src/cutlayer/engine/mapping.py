@@ -1,7 +1,9 @@
 """Adds to `torch.func.vmap` what it lacks: dropout, with the masks that each client would draw alone, and embeddings'
-padding. Inside `torch.func.vmap`, nothing may be drawn. So the masks are drawn before, in the order and the layout in
-which the module would draw them. One run of a single client finds out which they are, and is remembered for batches of
-the same shape.
+padding.
+
+Inside `torch.func.vmap`, nothing may be drawn. So the masks are drawn before, in the order and the layout in which the
+module would draw them. One run of a single client finds out which they are, and is remembered for batches of the same
+shape.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Max pooling by two as elementwise maxima: the same result and gradient as the library's, including ties, but two or
-three times as fast on the CPU if channels come first, or are few. The library compares number by number, so the
-processor's branch prediction fails half of the time, and it stores an index of 8 bytes for every output.
+three times as fast on the CPU if channels come first, or are few.
+
+The library compares number by number, so the processor's branch prediction fails half of the time, and it stores an
+index of 8 bytes for every output.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""The server of ranks that keep their rows apart: each has a replica of its model, and all take the same steps. loss_r
-= sum of the rank's row losses / n, n being the total weight of the step's rows; gradients are summed over ranks Copies
-for clients (SplitFed V1, V3) are on the ranks of their clients; their average is summed over the ranks.
+"""The server of ranks that keep their rows apart: each has a replica of its model, and all take the same steps.
+
+    loss_r = sum of the rank's row losses / n, n = weight of all rows of the step; gradients are summed over ranks
+
+Copies for clients (SplitFed V1, V3) are on the ranks of their clients; their average is summed over the ranks.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""The clients of one rank: their choice, their setup, and their numbers among all clients. A rank simulates its own
-clients like any engine, with numbers 0..c-1. Their draws are named after their numbers among all clients, which are
-also used outside the engine.
+"""The clients of one rank: their choice, their setup, and their numbers among all clients.
+
+A rank simulates its own clients like any engine, with numbers 0..c-1. Their draws are named after their numbers among
+all clients, which are also used outside the engine.
 """
 
 from __future__ import annotations

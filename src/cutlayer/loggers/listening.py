@@ -23,10 +23,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunStart:
-    """What a callback is told first. `name` distinguishes the run from others, `group` is the name of a comparison's
-    folder (empty for other runs); `config` are its options, and `metric` is its primary metric. `folder` is where
-    loggers keep files, in the run's own folder; None if the run has none. `steps` and `rounds` are those that are
-    already done: 0, or those of the checkpoint from which a resumed run continues. Later ones are reported again.
+    """What a callback is told first.
+
+    `name` distinguishes the run from others, `group` is the name of a comparison's folder (empty for other runs);
+    `config` are its options, and `metric` is its primary metric. `folder` is where loggers keep files, in the run's own
+    folder; None if the run has none. `steps` and `rounds` are those that are already done: 0, or those of the
+    checkpoint from which a resumed run continues. Later ones are reported again.
     """
 
     name: str

@@ -1,7 +1,9 @@
 """How many requests a client answers, by its own configuration. They are counted over restarts, and refused beyond the
-limit. The client's own file determines the requests of the study: its rounds, and the batches of a round. A client
-answers these, with room for repetitions after restarts (`ROOM`), unless its table [budget] says otherwise. The client's
-folder keeps what was spent, so a restart does not begin at zero.
+limit.
+
+The client's own file determines the requests of the study: its rounds, and the batches of a round. A client answers
+these, with room for repetitions after restarts (`ROOM`), unless its table [budget] says otherwise. The client's folder
+keeps what was spent, so a restart does not begin at zero.
 """
 
 from __future__ import annotations

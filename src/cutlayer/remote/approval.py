@@ -1,6 +1,7 @@
-"""Shows what a study will do with a client, before any server is contacted, with a fingerprint to approve it. The
-fingerprint covers everything that decides what leaves the client and where it goes: all options that both sides must
-agree on (the server's are compared with them word for word when the client joins), the defences, the budget, the
+"""Shows what a study will do with a client, before any server is contacted, with a fingerprint to approve it.
+
+The fingerprint covers everything that decides what leaves the client and where it goes: all options that both sides
+must agree on (the server's are compared with them word for word when the client joins), the defences, the budget, the
 client's part of the model, and how the server proves its identity. It does not cover the data or the computing device.
 """
 

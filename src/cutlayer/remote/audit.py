@@ -1,6 +1,7 @@
-"""A client's own record of requests and answers: JSON lines, appended as they happen. Each line is passed to the system
-at once, so every answer is in the record even if the process is killed. The file is opened only for appending, and only
-its owner can read it.
+"""A client's own record of requests and answers: JSON lines, appended as they happen.
+
+Each line is passed to the system at once, so every answer is in the record even if the process is killed. The file is
+opened only for appending, and only its owner can read it.
 """
 
 from __future__ import annotations

@@ -9,8 +9,9 @@ _STUCK = 0.5  # seconds after which a message that is being written counts as st
 
 
 class WriteBudget:
-    """Bytes of messages that are packed and being written. A single message of any size may be written. A stuck message
-    returns its share after a while, since clients that do not read must not delay the others.
+    """Bytes of messages that are packed and being written. A single message of any size may be written.
+
+    A stuck message returns its share after a while, since clients that do not read must not delay the others.
     """
 
     def __init__(self, total: int) -> None:

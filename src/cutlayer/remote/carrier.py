@@ -27,9 +27,10 @@ class StoppedError(CutlayerError):
 @dataclass(frozen=True)
 class Lost:
     """A client that did not answer all its requests: the reason as a word and as a sentence; `kind` is the name of the
-    client's error if it has "failed". A "late" client stays connected: it has received, or is receiving, all its
-    requests in order, and its answers are discarded. All others are no longer connected, and it is not known how far
-    they got.
+    client's error if it has "failed".
+
+    A "late" client stays connected: it has received, or is receiving, all its requests in order, and its answers are
+    discarded. All others are no longer connected, and it is not known how far they got.
     """
 
     reason: Reason

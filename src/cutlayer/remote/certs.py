@@ -1,7 +1,9 @@
-"""Certificates for your own federation: an authority, and its certificates for the server and the clients. ECDSA on
-P-256. The authority's key (`ca.key`) stays on the machine that makes the certificates. A client needs `ca.crt` and its
-own `NAME.crt` and `NAME.key`. A client's certificate contains its name, which is its identity for the server. Keys need
-not be sent: each party makes its own key with a request (PKCS #10), and the authority signs the request.
+"""Certificates for your own federation: an authority, and its certificates for the server and the clients.
+
+ECDSA on P-256. The authority's key (`ca.key`) stays on the machine that makes the certificates. A client needs `ca.crt`
+and its own `NAME.crt` and `NAME.key`. A client's certificate contains its name, which is its identity for the server.
+
+Keys need not be sent: each party makes its own key with a request (PKCS #10), and the authority signs the request.
 """
 
 from __future__ import annotations
@@ -46,8 +48,10 @@ class Pair(NamedTuple):
 
 
 def make_ca(folder: Path, *, days: int = 3650) -> Pair:
-    """A new authority in `folder`: ca.crt and ca.key. It certifies servers and clients, but no further authorities.
-    Raises ConfigError if there is one already, or if the files cannot be written.
+    """A new authority in `folder`: ca.crt and ca.key.
+
+    It certifies servers and clients, but no further authorities. Raises ConfigError if there is one already, or if the
+    files cannot be written.
     """
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"Cutlayer authority {secrets.token_hex(4)}")])
@@ -62,8 +66,10 @@ def make_certificate(
     folder: Path, name: str, kind: Kind = "client", *, hosts: Sequence[str] = (), days: int = 365
 ) -> Pair:
     """A certificate by the authority in `folder` for the server, which is reached under `hosts` (names and addresses;
-    by default only those of this machine), or for the client called `name`. Raises ConfigError if the authority is
-    missing, if the name is taken or is not a valid file name, or if the files cannot be written.
+    by default only those of this machine), or for the client called `name`.
+
+    Raises ConfigError if the authority is missing, if the name is taken or is not a valid file name, or if the files
+    cannot be written.
     """
     key = ec.generate_private_key(ec.SECP256R1())
     return _write(folder, name, _certified(folder, name, kind, key.public_key(), hosts, days), key)
@@ -71,7 +77,9 @@ def make_certificate(
 
 def make_tokens(folder: Path, names: Sequence[str]) -> tuple[Path, list[Path]]:
     """A token for each of `names` in `folder`: NAME.token for the client, and tokens.toml with the hashes for the
-    server. Raises ConfigError if a name is taken or is not a valid file name, or if the files cannot be written.
+    server.
+
+    Raises ConfigError if a name is taken or is not a valid file name, or if the files cannot be written.
     """
     for name in names:
         _check_name(name)
@@ -84,9 +92,10 @@ def make_tokens(folder: Path, names: Sequence[str]) -> tuple[Path, list[Path]]:
 
 
 def make_request(folder: Path, name: str) -> Pair:
-    """A new key NAME.key in `folder` for the party called `name`, with a request for its certificate, NAME.csr. The key
-    stays there; the request has no secrets. Raises ConfigError if the name is taken or is not a valid file name, or if
-    the files cannot be written.
+    """A new key NAME.key in `folder` for the party called `name`, with a request for its certificate, NAME.csr.
+
+    The key stays there; the request has no secrets. Raises ConfigError if the name is taken or is not a valid file
+    name, or if the files cannot be written.
     """
     _check_name(name)
     key = ec.generate_private_key(ec.SECP256R1())
@@ -100,8 +109,10 @@ def make_request(folder: Path, name: str) -> Pair:
 def sign_request(folder: Path, path: Path, *, hosts: Sequence[str] = (), days: int = 365) -> Path:
     """NAME.crt by the authority in `folder` for the request NAME.csr at `path`. If the name is `server`, it is the
     certificate of the server, which is reached under `hosts`; otherwise it is a client's. Only the name and the key are
-    taken from the request. Raises ConfigError if the request cannot be read, is damaged, is for another name than its
-    file's or has a weak key, and as `make_certificate` does.
+    taken from the request.
+
+    Raises ConfigError if the request cannot be read, is damaged, is for another name than its file's or has a weak key,
+    and as `make_certificate` does.
     """
     request = _read_request(path)
     name = next((str(a.value) for a in request.subject.get_attributes_for_oid(NameOID.COMMON_NAME)), "")

@@ -75,6 +75,7 @@ def dial(
     keepalive: float = network.KEEPALIVE,
 ) -> str:
     """Work for the server at `address` until it sends Bye, and return its reason (`STOPPED` if `stop` was set).
+
     Reconnects when the connection breaks; if this fails for `give_up_after` seconds, raises NetworkError. Raises
     ConfigError if files are wrong, RefusedError if one side refuses the other, WireError if one side sends a message
     that is not allowed, and any error of `worker`, after telling the server.

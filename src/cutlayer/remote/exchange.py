@@ -1,5 +1,7 @@
 """One exchange: one moment of training with several clients. It tracks which clients have answered or are lost, and
-whether it is over. Everything here happens on the thread of the hub's loop, except `wait`.
+whether it is over.
+
+Everything here happens on the thread of the hub's loop, except `wait`.
 """
 
 from __future__ import annotations

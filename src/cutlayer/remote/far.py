@@ -1,7 +1,8 @@
-"""The server's cohort of clients on other machines: the seam over a network. Every verb is one exchange: requests to
-all clients concerned, and the answers that arrive. A client that does not answer in time, or is gone, did not take
-part; algorithms read this from the results. A backward pass is sent together with the next request, so a step costs one
-round trip.
+"""The server's cohort of clients on other machines: the seam over a network.
+
+Every verb is one exchange: requests to all clients concerned, and the answers that arrive. A client that does not
+answer in time, or is gone, did not take part; algorithms read this from the results. A backward pass is sent together
+with the next request, so a step costs one round trip.
 """
 
 from __future__ import annotations
@@ -1030,7 +1031,9 @@ class RemoteCohort:
     def _patiently(self, clients: Collection[int], attempt: Callable[[], T | None]) -> T | None:
         """The result of `attempt`. If all of `clients` are gone (because the server's own network failed), wait for
         them and try again: a client that had done its part, but could not answer, answers then. None if all of them
-        have sent something wrong, but not all clients of the run. Raises TrainingError if none of them returns.
+        have sent something wrong, but not all clients of the run.
+
+        Raises TrainingError if none of them returns.
         """
         while not (found := attempt()):
             if set(clients) <= self._unfit and len(self._unfit) < len(self.samples):

@@ -60,8 +60,10 @@ class Joining:
 def join(config: RunConfig, joining: Sequence[Joining], prometheus: str | int | None = None) -> list[str]:
     """Work as these clients, one after another on this thread, until the server says that the run is done. Returns the
     server's reasons. `prometheus`: the address at which this process serves its figures, host:port or a port of this
-    machine. SIGTERM and Ctrl-C end it cleanly, and saved states remain. Raises UsageError before anything is sent;
-    NetworkError, RefusedError, WireError as `dial` does.
+    machine.
+
+    SIGTERM and Ctrl-C end it cleanly, and saved states remain. Raises UsageError before anything is sent; NetworkError,
+    RefusedError, WireError as `dial` does.
     """
     stop = threading.Event()
     before = {number: signal.signal(number, _setting(stop)) for number in (signal.SIGTERM, signal.SIGINT)}

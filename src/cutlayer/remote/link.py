@@ -1,5 +1,6 @@
-"""The server's end of one client's stream: messages written to it and received from it. Everything here happens on the
-thread of the hub's loop.
+"""The server's end of one client's stream: messages written to it and received from it.
+
+Everything here happens on the thread of the hub's loop.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ _BROKEN = (grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError)
 
 class ClientLink:
     """One client's stream, with the `caller` at its other end. `open`: from Welcome on; `admitted`: can receive
-    requests; `reported`: was among the arrivals. Messages wait in `outbox`; `due` are the answers that the client owes.
+    requests; `reported`: was among the arrivals.
+
+    Messages wait in `outbox`; `due` are the answers that the client owes.
     """
 
     def __init__(self, hello: m.Hello, instance: str, side: ServerSide, context: Any) -> None:

@@ -1,5 +1,6 @@
-"""Figures for Prometheus, on their own port, by default only on the loopback address. A hub or a client counts; the
-figures are read when they are requested.
+"""Figures for Prometheus, on their own port, by default only on the loopback address.
+
+A hub or a client counts; the figures are read when they are requested.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""The settings that both ends of a connection share: one bidirectional stream of opaque messages, over gRPC. Clients
-open the connection; a stream is one conversation (`wire.conversation`). A message of the stream is one frame, or
-several consecutive ones (`frames.split`): requests that are sent together, and the answers to them. A message costs
+"""The settings that both ends of a connection share: one bidirectional stream of opaque messages, over gRPC.
+
+Clients open the connection; a stream is one conversation (`wire.conversation`). A message of the stream is one frame,
+or several consecutive ones (`frames.split`): requests that are sent together, and the answers to them. A message costs
 gRPC about as much as 50 kB.
 
 Only the Hello frame is not a message of the stream: it travels in the metadata that opens it. gRPC bounds metadata

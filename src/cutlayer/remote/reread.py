@@ -16,10 +16,11 @@ News = tuple[str, Mapping[str, Any]]
 
 
 class Reread(Generic[T]):
-    """The result of `read` for the files at `paths`: `value`. `look` reads again if one of them has changed. If files
-    cannot be read, or are invalid, the last good value stays, and `news` is called once for each state of the files.
-    After a good change, `news` is called with the word `what` and the facts from `facts`. The first reading raises
-    ConfigError. Any thread may call `look`.
+    """The result of `read` for the files at `paths`: `value`. `look` reads again if one of them has changed.
+
+    If files cannot be read, or are invalid, the last good value stays, and `news` is called once for each state of the
+    files. After a good change, `news` is called with the word `what` and the facts from `facts`. The first reading
+    raises ConfigError. Any thread may call `look`.
     """
 
     def __init__(

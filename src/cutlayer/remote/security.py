@@ -1,6 +1,7 @@
-"""Authentication: mutual TLS, TLS with a token per client, or nothing on the same machine. Files are read and checked
-before anything starts, so that errors in them lead to a clear message and not to a failed handshake. TLS is 1.2 or
-newer (gRPC's own floor).
+"""Authentication: mutual TLS, TLS with a token per client, or nothing on the same machine.
+
+Files are read and checked before anything starts, so that errors in them lead to a clear message and not to a failed
+handshake. TLS is 1.2 or newer (gRPC's own floor).
 """
 
 from __future__ import annotations
@@ -105,8 +106,9 @@ class Identity:
 @dataclass(frozen=True)
 class ClientSecurity:
     """The credentials that a client trusts and shows: the authority `ca` of the server's certificate, and a certificate
-    with its key, or a token. Without any of them: nothing, only on the same machine. `server_name`: the name in the
-    server's certificate, if it differs from the address (a tunnel).
+    with its key, or a token. Without any of them: nothing, only on the same machine.
+
+    `server_name`: the name in the server's certificate, if it differs from the address (a tunnel).
     """
 
     ca: Path | None = None
@@ -139,8 +141,10 @@ class ClientSecurity:
 
     def diagnose(self, address: str) -> str | None:
         """Why TLS fails, as a sentence, if it is the reason for a failed connection. gRPC's own messages come from its
-        library or are missing, but Python's errors can be distinguished. Two handshakes must give the same result,
-        since one can be damaged on its way, or meet a server that is just stopping.
+        library or are missing, but Python's errors can be distinguished.
+
+        Two handshakes must give the same result, since one can be damaged on its way, or meet a server that is just
+        stopping.
         """
         found = self._diagnosis(address)
         if found is not None:
@@ -271,8 +275,9 @@ class Gate:
         return news
 
     def identity(self, name: str, token: str, certificate: Mapping[str, Iterable[bytes]]) -> str | None:
-        """The identity of the peer that claims the name `name`; None if it cannot be known. `certificate` is gRPC's
-        description of the peer's certificate (the "auth context"). Raises StrangerError.
+        """The identity of the peer that claims the name `name`; None if it cannot be known.
+
+        `certificate` is gRPC's description of the peer's certificate (the "auth context"). Raises StrangerError.
         """
         if self._tokens is not None:
             if (name, token) not in self._tokens.look():

@@ -51,9 +51,11 @@ class Serving:
 
 
 class Service:
-    """A run whose clients connect over a network. Iterate over `run` inside of `open()`. `listening(port)` is called
-    once, when clients can connect. `all_came`: all of them have connected. If the folder has a run, this run continues:
-    the constructor raises RunFolderError if `config` is not that run's. How it is served may change.
+    """A run whose clients connect over a network. Iterate over `run` inside of `open()`.
+
+    `listening(port)` is called once, when clients can connect. `all_came`: all of them have connected. If the folder
+    has a run, this run continues: the constructor raises RunFolderError if `config` is not that run's. How it is served
+    may change.
     """
 
     def __init__(

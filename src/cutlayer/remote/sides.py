@@ -1,6 +1,7 @@
-"""Builds a remote run's two sides from a configuration: the server's training, and a client's worker. Both sides use
-the same configuration, and both check this (`wire.handshake`). A client keeps its share of the data, or its own data,
-and its part of the model, and releases the rest.
+"""Builds a remote run's two sides from a configuration: the server's training, and a client's worker.
+
+Both sides use the same configuration, and both check this (`wire.handshake`). A client keeps its share of the data, or
+its own data, and its part of the model, and releases the rest.
 """
 
 from __future__ import annotations
@@ -86,9 +87,10 @@ def remote_training(
     data: Data | None = None,
 ) -> tuple[Training, RemoteCohort, Greet]:
     """The server's side: a training whose cohort uses `hub`, and the function that greets client k with a Welcome or a
-    Refused. `samples` are the clients' n_k; 0 means the number that the client announces when it joins. Raises
-    UsageError as `assemble` does; ConfigError for centralised learning, which has no clients, and if client models
-    would have to leave their machines only to be judged.
+    Refused. `samples` are the clients' n_k; 0 means the number that the client announces when it joins.
+
+    Raises UsageError as `assemble` does; ConfigError for centralised learning, which has no clients, and if client
+    models would have to leave their machines only to be judged.
     """
     chosen: Algorithm = config.thing("algorithm", config.algorithm)
     if config.judge == "average" and not (chosen.traits.models_cross or config.traits.central):

@@ -15,7 +15,9 @@ Result = list[Any] | Lost
 
 class Underway:
     """An exchange for each client with an open request, over a carrier. `clients` are those whose answers are not taken
-    yet. With a carrier that is not `concurrent`, all new requests are answered at once, in the given order.
+    yet.
+
+    With a carrier that is not `concurrent`, all new requests are answered at once, in the given order.
     """
 
     def __init__(self, carrier: Carrier) -> None:

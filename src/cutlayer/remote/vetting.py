@@ -1,4 +1,5 @@
 """Tests, on a copy of the server and before any client receives a result, whether received data can be trained on.
+
 Numbers can be finite and still so large that the step ends in infinities for all clients. This is only possible with
 numbers that are larger than all numbers that worked before, so most steps need no test.
 """

@@ -23,9 +23,10 @@ _WHY = 500  # characters of a reason
 
 
 class Visits:
-    """Passes connections and refusals to `tell`, as a word and facts; `refused` counts the refusals by reason. The
-    number of events is bounded, whatever strangers do: `EACH` and `ALL` events in a window of time, and one with the
-    number of further ones. `now`, seconds of any clock, is an argument of each method.
+    """Passes connections and refusals to `tell`, as a word and facts; `refused` counts the refusals by reason.
+
+    The number of events is bounded, whatever strangers do: `EACH` and `ALL` events in a window of time, and one with
+    the number of further ones. `now`, seconds of any clock, is an argument of each method.
     """
 
     def __init__(self, tell: Callable[[str, Mapping[str, Any]], None]) -> None:

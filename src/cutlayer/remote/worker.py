@@ -751,12 +751,15 @@ class Worker:
         }
 
     def _return_to(self, step: int) -> None:
-        """Take the state from which the run continues after `step` steps. A client that only lost its connection
-        continues as it is. If the server has returned to an earlier step, or this process is new, it takes the state
-        saved after exactly that step; if the run continued without this client, the last state that it saved before.
-        Raises RunFolderError if there is no such state, or if a state that both sides saved is of a later step, which
-        is not overwritten. A state of a later step that was only prepared belongs to a checkpoint that the server never
-        wrote, and is dropped.
+        """Take the state from which the run continues after `step` steps.
+
+        A client that only lost its connection continues as it is. If the server has returned to an earlier step, or
+        this process is new, it takes the state saved after exactly that step; if the run continued without this client,
+        the last state that it saved before. Raises RunFolderError if there is no such state, or if a state that both
+        sides saved is of a later step, which is not overwritten.
+
+        A state of a later step that was only prepared belongs to a checkpoint that the server never wrote, and is
+        dropped.
         """
         if (self._joined or self._seen) and self._seen <= step:
             return
@@ -902,8 +905,9 @@ def _values(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def restore(optimizer: torch.optim.Optimizer, body: Buffer) -> None:
-    """Take a state from `flattened` of an optimiser of the same kind, whose parameters have the same shapes. Raises
-    WireError if the state is not of this form, or contains NaN.
+    """Take a state from `flattened` of an optimiser of the same kind, whose parameters have the same shapes.
+
+    Raises WireError if the state is not of this form, or contains NaN.
     """
     expected = _values(_stepped(optimizer))
     like = described({key: as_tensor(value) for key, value in expected.items()})

@@ -1,15 +1,17 @@
-"""What a screening is: a change that the server makes to received rows before it uses them. A row consists of all real
-tensors that cross for one sample; its length is the Euclidean norm. A screening of your own is a subclass of
-`Screening` under `@screening("name")`, in a file that the configuration names: `screening = "path/to/file.py:Name"`. It
-defines one of two methods, and its options with `plugins.option`:
+"""What a screening is: a change that the server makes to received rows before it uses them.
+
+A row consists of all real tensors that cross for one sample; its length is the Euclidean norm. A screening of your own
+is a subclass of `Screening` under `@screening("name")`, in a file that the configuration names:
+`screening = "path/to/file.py:Name"`. It defines one of two methods, and its options with `plugins.option`:
 
 - `bound`: the length B that rows may have. A longer row z is used as z' = c z, c = B / |z|, as if its client had
   clipped it. The gradient that goes back to that client is that with respect to z, by the chain rule with B fixed:
 
       dL/dz = c (g - (g.u) u),   g = dL/dz',   u = z / |z|
 
-- `screen`: any rows in place of the received ones. Autograd computes the gradient that goes back. A gradient that
-  several clients share (a common gradient) does not belong to one row and stays as it is.
+- `screen`: any rows in place of the received ones. Autograd computes the gradient that goes back.
+
+A gradient that several clients share (a common gradient) does not belong to one row and stays as it is.
 
 Shape legend: R rows of a step, n of them that are meant, s... the shape of one row.
 """

@@ -2,9 +2,10 @@
 
 A search of your own is a subclass of `Search` under `@search("name")`, in a file that the configuration names:
 `how = "path/to/file.py:Name"` below [tuning]. It is a generator: it yields the legs to train next, all of which may be
-trained at once, and is sent one score for each of them. It ends when it has nothing more to try. A search must depend
-only on its arguments and on the scores. An interrupted comparison runs it again from the beginning and sends it the
-scores of the legs that are already trained, so a search has no state to store.
+trained at once, and is sent one score for each of them. It ends when it has nothing more to try.
+
+A search must depend only on its arguments and on the scores. An interrupted comparison runs it again from the beginning
+and sends it the scores of the legs that are already trained, so a search has no state to store.
 """
 
 from __future__ import annotations

@@ -22,9 +22,11 @@ Value = float | tuple["Value", ...] | None
 
 @dataclass(frozen=True)
 class Judged:
-    """The results of one model for all held-out samples that count. `predictions` [n, ...] are computed by the task
-    from the model's outputs (`Task.predictions`); `targets` [n, ...]; `loss` is the weighted mean loss. `names` are
-    those of the classes, if there are any; `classes` is the number of classes that the model distinguishes (0: none).
+    """The results of one model for all held-out samples that count.
+
+    `predictions` [n, ...] are computed by the task from the model's outputs (`Task.predictions`); `targets` [n, ...];
+    `loss` is the weighted mean loss. `names` are those of the classes, if there are any; `classes` is the number of
+    classes that the model distinguishes (0: none).
     """
 
     predictions: Tensor

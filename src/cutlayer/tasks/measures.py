@@ -1,6 +1,7 @@
 """Measures that tasks share: of classes, of labels, of probabilities and of numbers. A task names its default measures.
-Any other that suits the task can be requested with `metrics`. A measure is None if it is not defined, such as the area
-under the curve of a class without samples.
+Any other that suits the task can be requested with `metrics`.
+
+A measure is None if it is not defined, such as the area under the curve of a class without samples.
 """
 
 from __future__ import annotations

@@ -6,8 +6,9 @@
 
 The loss of a step is sum(w_i l_i) / sum(w_i) over its rows; a client's own mean loss is the same over its rows, so
 everything that algorithms do with means also holds with weights. If all rows count equally, w_i = 1 and nothing is
-multiplied. Shape legend: R rows, K classes (or numbers that the model gives per row), t... the shape of one row's
-target.
+multiplied.
+
+Shape legend: R rows, K classes (or numbers that the model gives per row), t... the shape of one row's target.
 """
 
 from __future__ import annotations

@@ -55,10 +55,11 @@ def in_memory(
     gone: Callable[[], Collection[int]] = tuple,
     **options: Any,
 ) -> InMemory[C]:
-    """A run that has not begun, with its own clients or with the `workers` of an earlier one. The run and the clients
-    are stored in `folder` (`run`, `client-0`, ...), and with `resume` they continue from there. All clients join before
-    each round, except those in `gone`. `options` are those of `remote.sides.remote_training`. Raises UsageError as a
-    deployment does, and RefusedError, when the run begins, for a client that is not let in.
+    """A run that has not begun, with its own clients or with the `workers` of an earlier one.
+
+    The run and the clients are stored in `folder` (`run`, `client-0`, ...), and with `resume` they continue from there.
+    All clients join before each round, except those in `gone`. `options` are those of `remote.sides.remote_training`.
+    Raises UsageError as a deployment does, and RefusedError, when the run begins, for a client that is not let in.
     """
     places = {k: None if folder is None else folder / client_name(k) for k in range(config.clients)}
     for place in places.values():

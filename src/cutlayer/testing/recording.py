@@ -18,8 +18,10 @@ _OPEN = frozenset({"samples", "masses", "shape", "holder"})
 
 class Recording:
     """A cohort as an algorithm sees it. `used` are the verbs that the algorithm has used, `strangers` its other
-    requests. `up` and `down` are the bytes of all tensors that crossed, one by one. Tensors of a model named in
-    `frozen` do not cross, and neither do gradients to clients whose lower parts do not train (`trains`).
+    requests.
+
+    `up` and `down` are the bytes of all tensors that crossed, one by one. Tensors of a model named in `frozen` do not
+    cross, and neither do gradients to clients whose lower parts do not train (`trains`).
     """
 
     def __init__(

@@ -17,10 +17,11 @@ from cutlayer.wire.coding import Coding
 
 
 class CodedCohort(CohortAround):
-    """A cohort whose rows are received as its codecs write them. Without a lossy codec, nothing is changed. `trains`:
-    clients train something; if not, no backward pass is requested. `lower_trains`: their lower parts train; if not, no
-    gradients go down. `crossed` lists the bytes of all rows that crossed, oldest first, until the counter empties it.
-    Codecs have no state, so the state is the inner cohort's.
+    """A cohort whose rows are received as its codecs write them. Without a lossy codec, nothing is changed.
+
+    `trains`: clients train something; if not, no backward pass is requested. `lower_trains`: their lower parts train;
+    if not, no gradients go down. `crossed` lists the bytes of all rows that crossed, oldest first, until the counter
+    empties it. Codecs have no state, so the state is the inner cohort's.
     """
 
     def __init__(self, inner: Cohort, coding: Coding, *, trains: bool = True, lower_trains: bool = True) -> None:

@@ -45,8 +45,9 @@ class Frame(NamedTuple):
 
 
 def pack(message: Message, body: Sequence[Buffer] = (), number: int = 0, conversation: int = 0) -> bytes:
-    """The frame of `message` with the buffers from `tensors.encode`, and a checksum. The body is copied once. Raises
-    WireError if the message exceeds a bound, so that the receiver would refuse it.
+    """The frame of `message` with the buffers from `tensors.encode`, and a checksum. The body is copied once.
+
+    Raises WireError if the message exceeds a bound, so that the receiver would refuse it.
     """
     return b"".join(parts(message, body, number, conversation))
 

@@ -47,8 +47,9 @@ _REMEDIES: dict[str, tuple[Reason, str, str]] = {
 
 
 def agree(theirs: Terms, ours: Terms, they: str = "the client", we: str = "the server") -> Refused | None:
-    """None if the terms are equal, otherwise the first difference, with both values and the remedy. Both sides use it:
-    the server with the terms of Hello, the client with those of Welcome (and the names exchanged).
+    """None if the terms are equal, otherwise the first difference, with both values and the remedy.
+
+    Both sides use it: the server with the terms of Hello, the client with those of Welcome (and the names exchanged).
     """
     for (reason, what, remedy), a, b in _compared(theirs, ours):
         if a != b:

@@ -1,6 +1,7 @@
-"""The messages between a server and its clients, without the tensors that travel behind them. Every field has a type
-and a bound, so a message that can be read is well formed. A change of a field, its meaning or its bounds needs a new
-PROTOCOL.
+"""The messages between a server and its clients, without the tensors that travel behind them.
+
+Every field has a type and a bound, so a message that can be read is well formed. A change of a field, its meaning or
+its bounds needs a new PROTOCOL.
 
 Shape legend: R = `rows` of the message, s... one sample's shape at the cut, f... at the second cut, K classes.
 "Behind it" says which tensors follow; `step` numbers the steps of a run, from 0.

@@ -1,6 +1,7 @@
-"""The names of classes and features behind the numbers in the data, in order, as a term of the handshake. A Hello has
-little space. For a long list, it has the first names, the number of all names, and a digest of all. Numbers and digests
-are compared, and the names around the first difference are shown.
+"""The names of classes and features behind the numbers in the data, in order, as a term of the handshake.
+
+A Hello has little space. For a long list, it has the first names, the number of all names, and a digest of all. Numbers
+and digests are compared, and the names around the first difference are shown.
 """
 
 from __future__ import annotations

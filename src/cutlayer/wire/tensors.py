@@ -1,6 +1,7 @@
-"""Tensors as bytes: no pickle, and no memory is allocated before the content is known to be as expected. A body is a
-sequence of records. All integers are little-endian, and everything is padded with zeros to multiples of 16 bytes, so
-that tensors can be used in place:
+"""Tensors as bytes: no pickle, and no memory is allocated before the content is known to be as expected.
+
+A body is a sequence of records. All integers are little-endian, and everything is padded with zeros to multiples of 16
+bytes, so that tensors can be used in place:
 
     u32 number of tensors | pad
     per tensor:  (named tensors: u16 length | name in UTF-8)
@@ -78,6 +79,7 @@ def decode_named(
     body: Buffer, like: Mapping[str, Crossing], codec: Codecs = RAW, limits: Limits | None = None
 ) -> dict[str, Tensor]:
     """The named tensors in `body`, which must be those of `like` (whole shapes), in its order, each exactly once.
+
     Raises WireError for any other content.
     """
     found = _decode(body, list(like.items()), codec, limits or Limits())

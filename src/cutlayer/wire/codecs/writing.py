@@ -117,8 +117,9 @@ class Codec(ABC):
         return dtype.is_floating_point and dtype.itemsize >= 2
 
     def row_by_row(self, dimensions: int) -> bool:
-        """Whether the rows of a tensor with this number of dimensions are written independently of each other. Then a
-        simulation writes the rows of all clients together, which is faster. By default, they are not.
+        """Whether the rows of a tensor with this number of dimensions are written independently of each other.
+
+        Then a simulation writes the rows of all clients together, which is faster. By default, they are not.
         """
         return False
 
@@ -132,8 +133,9 @@ class Codec(ABC):
 
     @abstractmethod
     def read(self, payload: memoryview, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """The tensor [shape] of type `dtype` in a received payload of `size` bytes. Raises WireError for bytes that
-        `write` never produces.
+        """The tensor [shape] of type `dtype` in a received payload of `size` bytes.
+
+        Raises WireError for bytes that `write` never produces.
         """
 
     @abstractmethod
