@@ -22,6 +22,9 @@ settings.register_profile("same", derandomize=True)
 settings.register_profile("random", max_examples=1000, deadline=None)
 settings.load_profile("same")
 
+# No power cut comes between two tests: what they write need not be on disk when they go on. A tenth of their time.
+os.fsync = lambda fd: None
+
 gc.disable()  # until all has been imported and collected
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from cutlayer.errors import DiskFullError, RunFolderError
-from cutlayer.files import append_line, put_whole, replace_file, unwritable
+from cutlayer.files import Lines, append_line, put_whole, replace_file, unwritable
 from cutlayer.folder import STEPS, Folder
 from cutlayer.remote.audit import Audit
 
@@ -62,6 +62,31 @@ def fill(path: Path, *, flush: bool, then: type[Exception] | None = None) -> Non
             folder.offsets()
         if then is not None:
             raise then
+
+
+def test_a_file_is_on_disk_before_it_takes_the_place_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power cut there is the old file or the new one, whole."""
+    done: list[str] = []
+
+    def sync(file: int) -> None:
+        done.append(f"sync {Path(os.readlink(f'/proc/self/fd/{file}')).name}")
+
+    def replace(here: Path, there: Path) -> None:
+        done.append(f"replace {there.name}")
+        rename(here, there)
+
+    rename = os.replace
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "replace", replace)
+    replace_file(tmp_path / "state", b"new")
+    assert done == ["sync .state.new", "replace state", f"sync {tmp_path.name}"]
+    with Lines(tmp_path / "steps") as lines:
+        lines.add("1")
+        lines.sync()
+        assert (tmp_path / "steps").read_text(encoding="utf-8") == "1\n"
+    assert done[3:] == ["sync steps"]
 
 
 def test_nothing_is_left_of_a_file_that_cannot_be_put_in_place(tmp_path: Path) -> None:
