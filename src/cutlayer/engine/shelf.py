@@ -1,11 +1,11 @@
-"""Tensors of many clients in memory-mapped safetensors files, of which only those rows exist that differ.
+"""Tensors of many clients in memory-mapped safetensors files, which only have the rows that differ.
 
 A shelf holds the same tensors for every client: one file per tensor, [S, ...], a row for each client that has values of
 its own. All other clients have the `common` row, which is kept in memory once. A row is written when a client's values
-first differ from the common ones, and given up when all clients get a common row again. Files grow as rows are needed.
+first differ from the common ones, and released when all clients get a common row again. Files grow as rows are needed.
 
 Rows that a checkpoint refers to are not overwritten: a client that changes gets another row, and the old one is free
-once a later checkpoint has been written. So a checkpoint writes what has changed since the last one, and no more.
+once a later checkpoint has been written. So a checkpoint only writes changes since the last one.
 
 Shape legend: C clients, c of them that are asked for, S rows of a file.
 """
@@ -31,7 +31,7 @@ from cutlayer.errors import CutlayerError
 from cutlayer.files import STATES, sync_folder, unwritable
 from cutlayer.stored import MalformedError, Stored, checked, fits
 
-_HEADER = 4096  # bytes before the numbers: of one length, so that it can be written anew as the file grows
+_HEADER = 4096  # bytes of the header: of fixed length, so that it can be rewritten as the file grows
 _FEWEST = 64  # rows by which a file grows, at least
 _BLOCK = 64 << 20  # bytes of rows that are read or written at a time
 _NAMES = {
@@ -42,8 +42,8 @@ _NAMES = {
 
 
 class StatesFolder:
-    """Where files of states lie: in the folder of the run once `settle` names it; until then in a folder of the
-    system's for temporary files, which is removed when the files leave it or with this object.
+    """The place of the files of states: the folder of the run after `settle` has named it; before that, a temporary
+    folder, which is removed when the files leave it or with this object.
     """
 
     def __init__(self) -> None:
@@ -52,8 +52,8 @@ class StatesFolder:
         self.shelves: weakref.WeakSet[Shelf] = weakref.WeakSet()
 
     def settle(self, run: Path, *, begin: bool) -> None:
-        """From now on files lie in the folder of this run. If it is to `begin`, those that there are go there, and what
-        an attempt before it has left there is removed; else its own state is about to be loaded from there.
+        """From now on, files are in the folder of this run. If the run is to `begin`, existing files move there, and
+        files of an earlier attempt are removed; otherwise the run's own state is about to be loaded from there.
 
         Raises DiskFullError, or RunFolderError if the folder cannot be written to.
         """
@@ -89,15 +89,15 @@ class StatesFolder:
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """Rows of a file, for a checkpoint: those at `slots` [n]; a row's dimensions lie in memory in this `order`."""
+    """Rows of a file, for a checkpoint: those at `slots` [n]; `order` is the order of a row's dimensions in memory."""
 
     path: Path
     slots: Tensor
     order: tuple[int, ...]
 
     def rows(self, row: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """The rows, each of the shape and type of `row`, some at a time: where they belong among the n, and the rows.
-        Raises MalformedError where the file does not have them.
+        """The rows, each of the shape and type of `row`, some at a time: (their places among the n, the rows). Raises
+        MalformedError if the file does not have them.
         """
         if sorted(self.order) != list(range(row.dim())):
             raise MalformedError(f"{list(self.order)} is not an order of {row.dim()} dimensions")
@@ -112,8 +112,8 @@ class Kept:
 
 
 class _File:
-    """One tensor of the clients, [S, ...], as a safetensors file that is mapped into memory; rows lie in memory as
-    `row` [...] does.
+    """One tensor of the clients, [S, ...], as a safetensors file that is mapped into memory; rows have the memory
+    layout of `row` [...].
     """
 
     def __init__(self, path: Path, row: Tensor) -> None:
@@ -159,7 +159,7 @@ class _File:
                 raise unwritable(self.path, error) from None
 
     def rest(self) -> None:
-        """Leave the rows to the system's cache of files: they are not used for a while."""
+        """Let the system drop the rows from memory, since they are not used for a while."""
         if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED)
 
@@ -186,7 +186,7 @@ class _File:
         self._map[:_HEADER] = self._header(capacity)
 
     def _header(self, capacity: int) -> bytes:
-        """That of a safetensors file with one tensor, its dimensions in the order in which they lie in memory."""
+        """The header of a safetensors file with one tensor, its dimensions in memory order."""
         shape = [capacity, *(self._row.shape[i] for i in self.order)]
         ends = [0, capacity * self._row.nbytes]
         text = json.dumps({"rows": {"dtype": _NAMES[self._row.dtype], "shape": shape, "data_offsets": ends}}).encode()
@@ -209,12 +209,12 @@ class Shelf:
         self._files: dict[str, _File] = {}
         self._slots = np.full(clients, -1, np.int64)  # the row of each client; -1: the common one
         self._capacity = 0
-        self._held: tuple[np.ndarray, ...] = ()  # slots of the last checkpoint, and of the one that is being written
+        self._held: tuple[np.ndarray, ...] = ()  # slots of the last checkpoint, and of the one being written
         place.shelves.add(self)
 
     @property
     def own(self) -> np.ndarray:
-        """The clients that have rows of their own."""
+        """The clients that have their own rows."""
         return np.flatnonzero(self._slots >= 0)
 
     @property
@@ -242,7 +242,7 @@ class Shelf:
         return rows
 
     def put(self, clients: np.ndarray, tensors: Mapping[str, Tensor]) -> None:
-        """Some clients' own values [c, ...] of some of the tensors. Raises DiskFullError or RunFolderError."""
+        """Store some clients' own values [c, ...] of some of the tensors. Raises DiskFullError or RunFolderError."""
         if not tensors or not len(clients):
             return
         self._make_room(clients, tensors)
@@ -252,17 +252,17 @@ class Shelf:
                 self._files[name].rows[at] = rows.detach().to("cpu")
 
     def set_common(self, rows: Mapping[str, Tensor]) -> None:
-        """All clients have these tensors, [...] each, and none of their own."""
+        """Give all clients these common tensors, [...] each, instead of their own."""
         for name, row in rows.items():
             self.common[name].copy_(row)
         self.drop()
 
     def drop(self, clients: np.ndarray | None = None) -> None:
-        """These clients (None: all) have the common tensors again."""
+        """Give these clients (None: all) the common tensors again."""
         self._slots[slice(None) if clients is None else clients] = -1
 
     def spread(self, whole: Mapping[str, Tensor], common: Mapping[str, Tensor] | None = None) -> None:
-        """Take whole tensors [C, ...]: clients that are as the first one, or as the `common` rows, get none."""
+        """Take whole tensors [C, ...]: clients that equal the first one, or the `common` rows, get no rows."""
         self.set_common({name: t[0] for name, t in whole.items()} if common is None else common)
         some = max(1, _BLOCK // max(1, self.row_bytes))
         for first in range(0, len(self._slots), some):
@@ -274,12 +274,12 @@ class Shelf:
             self.put(first + at, {name: t[part][torch.from_numpy(at)] for name, t in whole.items()})
 
     def rest(self) -> None:
-        """Nothing is used for a while: what is in memory may be needed elsewhere."""
+        """Nothing is used for a while: release memory for others."""
         for file in self._files.values():
             file.rest()
 
     def aside(self) -> Callable[[], None]:
-        """A function that brings back the values of now. Until then no row of now is overwritten."""
+        """A function that restores the present values. Until it is called, no present row is overwritten."""
         common, slots, held = {n: t.clone() for n, t in self.common.items()}, self._slots.copy(), self._held
         self._held = (*held, slots[slots >= 0])
 
@@ -291,7 +291,7 @@ class Shelf:
         return back
 
     def move(self) -> None:
-        """The place has another folder: the files go there. Raises DiskFullError or RunFolderError."""
+        """Move the files to the place's new folder. Raises DiskFullError or RunFolderError."""
         some = max(1, _BLOCK // max(1, self.row_bytes))
         before, self._files = self._files, {}
         for name, old in before.items():
@@ -308,8 +308,8 @@ class Shelf:
     # Checkpoints
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint: the common tensors, who has own ones, and where these are. They stay as they are until the
-        checkpoint after the next one is made.
+        """For a checkpoint: the common tensors, the clients with own ones, and the places of these. They stay unchanged
+        until the checkpoint after the next one is made.
         """
         own = self.own
         slots = self._slots[own]
@@ -348,7 +348,7 @@ class Shelf:
     # Inside
 
     def _adopt(self, own: np.ndarray, slots: np.ndarray) -> None:
-        """The files are those of the run that goes on: its rows stay where they are. Raises MalformedError."""
+        """The files belong to the continued run: its rows stay in place. Raises MalformedError."""
         files = [self._file(name) for name, one in self.common.items() if one.numel()]
         if min(file.capacity for file in files) <= slots.max():
             raise MalformedError(f"{str(files[0].path.parent)!r} lacks rows that the checkpoint refers to")
@@ -362,13 +362,13 @@ class Shelf:
         return place / f"{self.name}-{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}.safetensors"
 
     def _file(self, name: str) -> _File:
-        """The file of a tensor. Raises MalformedError for one that is another's."""
+        """The file of a tensor. Raises MalformedError for a file of another tensor."""
         if name not in self._files:
             self._files[name] = _File(self._path(name), self.common[name][0].cpu())
         return self._files[name]
 
     def _make_room(self, clients: np.ndarray, filled: Iterable[str]) -> None:
-        """Rows that may be written for these clients; what is not to be `filled` is as it was."""
+        """Rows that may be written for these clients; rows that will not be `filled` keep their values."""
         slots = self._slots[clients]
         fixed = np.zeros(self._capacity, bool)
         for held in self._held:
@@ -388,7 +388,7 @@ class Shelf:
                 self._files[name].rows[at] = rows.cpu()
 
     def _more(self, rows: int) -> np.ndarray:
-        """Room for at least so many more rows: their slots."""
+        """Reserve space for at least this number of further rows: their slots."""
         before = self._capacity
         capacity = before + max(rows, _FEWEST, before // 4)
         try:
@@ -398,7 +398,7 @@ class Shelf:
         except CutlayerError:
             if before:
                 raise
-            for file in self._files.values():  # nothing was in them
+            for file in self._files.values():  # they were empty
                 file.path.unlink(missing_ok=True)
             raise
         self._capacity = capacity
@@ -406,7 +406,7 @@ class Shelf:
 
 
 def shelved(state: Mapping[str, Any], clients: int, what: str) -> _ShelfState:
-    """A shelf's state, whole. Raises MalformedError."""
+    """A shelf's complete state. Raises MalformedError."""
     found = checked(state, _ShelfState, what)
     own = found.own
     if not isinstance(own, Tensor) or own.dtype != torch.int64 or own.dim() != 1:
@@ -422,7 +422,7 @@ def shelved(state: Mapping[str, Any], clients: int, what: str) -> _ShelfState:
 
 
 def _unlike(rows: Tensor, one: Tensor) -> np.ndarray:
-    """Which of the rows [n, ...] are not `one` [1, ...], bit by bit."""
+    """Which of the rows [n, ...] differ from `one` [1, ...], bit by bit."""
     rows, one = (t.detach().cpu().reshape(len(t), -1).contiguous().view(torch.uint8) for t in (rows, one))
     found: np.ndarray = (rows != one).any(1).numpy()
     return found
@@ -440,7 +440,7 @@ def spread_out(state: Mapping[str, Any], clients: int, what: str) -> dict[str, T
 
 
 def repeated(tensor: Tensor, count: int) -> Tensor:
-    """[...] -> [count, ...], in memory of its own, where each lies as the one did: a kernel with its channels last."""
+    """[...] -> [count, ...], in its own memory, each with the same layout (a kernel with its channels last)."""
     alone = torch.empty_like(tensor)  # dense, whatever the tensor's own strides
     many = torch.empty_strided(
         (count, *tensor.shape), (tensor.numel(), *alone.stride()), dtype=tensor.dtype, device=tensor.device

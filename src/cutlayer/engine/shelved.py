@@ -1,8 +1,7 @@
-"""The stack whose copies lie on disk: only those that are computed with are in memory.
+"""The stack whose copies are on disk: only those in use are in memory.
 
-A copy that has never been trained, or has just been given an average, has no place of its own: all of these have the
-common tensors (`shelf.py`). Groups are always copied out and put back; they are stepped as those of a stack in memory
-are, to the bit.
+A copy that was never trained, or has just received an average, has no row: all of these have the common tensors
+(`shelf.py`). Groups are always copied out and back. Their steps equal those of a stack in memory bit for bit.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ from cutlayer.optim import MOMENTUM, MakeOptimizer
 from cutlayer.stored import MalformedError, all_finite, checked, sized
 from cutlayer.types import is_continuous
 
-_AT_ONCE = 1 << 30  # bytes of copies that are averaged in one product; more of them one part after another
+_AT_ONCE = 1 << 30  # bytes of copies that are averaged in one product; larger ones in several parts
 
 
 class ShelvedStack(Stack):
-    """`count` copies of `module` as `Stack` has them, in files at `place` whose names begin with `name`."""
+    """`count` copies of `module` as in `Stack`, in files at `place` whose names begin with `name`."""
 
     def __init__(
         self,
@@ -45,7 +44,7 @@ class ShelvedStack(Stack):
         self.steps, self.batches, self._waiting = (np.zeros(count, np.int64) for _ in range(3))
         device, moving = self.device, self._moving()
         self._models = Shelf(place, f"{name}-models", count, device)
-        self._others = Shelf(place, f"{name}-apart", count, device)  # what no averaging changes
+        self._others = Shelf(place, f"{name}-apart", count, device)  # the tensors that no averaging changes
         self._moments_of = Shelf(place, f"{name}-moments", count, device)
         self._sums = Shelf(place, f"{name}-sums", count, device)  # of the gradients of batches that wait
         for own in (self._parameters, self._buffers):
@@ -68,7 +67,7 @@ class ShelvedStack(Stack):
             shelf.put(group.clients, {n: t for n, t in tensors.items() if n in shelf.common})
 
     def settle(self) -> None:
-        """Clients whose batches wait make their step; then no client is computed with for a while."""
+        """Clients whose batches wait take their step; after that, no client is used for a while."""
         super().settle()
         for shelf in self._shelves:
             shelf.rest()
@@ -126,7 +125,9 @@ class ShelvedStack(Stack):
     # Moving models
 
     def average(self, weights: Mapping[int, float], rule: Averaging | None = None, origin: State | None = None) -> None:
-        """All copies := the mean of those in `weights`, or what another `rule` makes of them: the common tensors."""
+        """Set all copies to the mean of those in `weights`, or to the result of another `rule`, as the common
+        tensors.
+        """
         who = np.array(list(weights), np.int64)
         names = list(self._models.common)
         if rule is not None and not rule.plain:
@@ -149,7 +150,9 @@ class ShelvedStack(Stack):
         return found
 
     def average_momentum(self, weights: Mapping[int, float]) -> None:
-        """The momentum of those in `weights` that have stepped := its weighted mean, where the optimiser has one."""
+        """Set the momentum of those in `weights` that have stepped to its weighted mean, if the optimiser has
+        momentum.
+        """
         stepped = {client: weight for client, weight in weights.items() if self.steps[client]}
         total = sum(stepped.values())
         if len(stepped) < 2 or not total > 0:
@@ -172,7 +175,7 @@ class ShelvedStack(Stack):
         return {**self.state_of(0), **means}
 
     def _mean_of_all(self, name: str, own: np.ndarray, share: np.ndarray) -> Tensor:
-        """The mean [...] of one tensor of all clients, of which `own` have rows; of integers the largest."""
+        """The mean [...] of one tensor over all clients (`own` have rows); for integers, the largest."""
         one = self._models.common[name][0]
         whole, rest = len(own) == self.count, 1.0 - float(share[own].sum())
         found = torch.zeros_like(one) if whole else one * rest if is_continuous(one) else one.clone()
@@ -185,7 +188,7 @@ class ShelvedStack(Stack):
 
     @contextmanager
     def averaged(self, weights: Mapping[int, float], rule: Averaging, origin: State | None) -> Iterator[None]:
-        """All copies are their average meanwhile."""
+        """Inside, all copies are their average."""
         back = self._models.aside()
         self.average(weights, rule, origin)
         try:
@@ -194,7 +197,7 @@ class ShelvedStack(Stack):
             back()
 
     def load_all(self, state: Mapping[str, Tensor]) -> None:
-        """Give all clients the parameters and buffers in `state`: no client has its own of the shelves they are on."""
+        """Give all clients the parameters and buffers in `state`; then no client has its own rows of these."""
         for shelf in (self._models, self._others):
             if rows := {name: state[name] for name in shelf.common if name in state}:
                 shelf.set_common({**{name: one[0] for name, one in shelf.common.items()}, **rows})
@@ -213,7 +216,7 @@ class ShelvedStack(Stack):
     # Checkpoints
 
     def state(self) -> dict[str, Any]:
-        """The common tensors, and where those of clients are that differ from them."""
+        """The common tensors, and the places of clients' tensors that differ from them."""
         for name in self._state:
             self._kinds(name)
         return {
@@ -259,12 +262,12 @@ class ShelvedStack(Stack):
         super()._check(one, own, {n: {kind: t[:1] for kind, t in kinds.items()} for n, kinds in optimizer.items()})
 
     def _count(self, clocked: bool, plain_clock: bool, steps: Sequence[int], batches: Sequence[int]) -> None:
-        """What is counted is as it was when the state was kept."""
+        """Restore the counters of the state."""
         self._clocked, self._plain_clock = clocked, plain_clock
         self.steps, self.batches = np.array(steps, np.int64), np.array(batches, np.int64)
 
     def take(self, state: Mapping[str, Any]) -> None:
-        """Take the state of a stack in memory: copies that are as the first one have the common tensors."""
+        """Take the state of a stack in memory: copies that equal the first one get the common tensors."""
         for name, kinds in state["optimizer"].items():
             self._state[name] = {kind: torch.zeros_like(t[:1]) for kind, t in kinds.items()}
             self._kinds(name)

@@ -1,4 +1,6 @@
-"""What every simulated cohort has in common: private data, batches, who takes part, who holds the travelling model."""
+"""The common part of all simulated cohorts: private data, batches, participants, and the holder of the travelling
+model.
+"""
 
 from __future__ import annotations
 
@@ -37,13 +39,13 @@ ClientModel = tuple[nn.Module, nn.Module | None]  # (lower part, tail or auxilia
 
 @dataclass(frozen=True, kw_only=True)
 class Routine:
-    """How clients train, wherever they are. `lr` is the base rate; a round is `local_steps` batches or `local_epochs`
+    """How clients train, simulated or remote. `lr` is the base rate; a round is `local_steps` batches or `local_epochs`
     passes; `alike` says that all models start equal; `eval_clients` how many models are evaluated (None: all);
-    `judge_by` whether each is, their average, or all of them together; `task` what a row's loss is, and how models are
-    judged; `class_names` those of the classes, where they have some; `rule` how their models are averaged; `sampling`
-    how many rows a client brings to a step; `carries` that clients work at their own pace, and that their work goes on
-    from one round to the next. Where clients have different cuts, `cuts` [C] are the numbers of these, and `beside` is
-    what the server holds of the clients' models.
+    `judge_by` whether each model is judged, their average, or all of them together; `task` defines the loss of a row
+    and the metrics; `class_names` are the names of the classes, if any; `rule` says how models are averaged; `sampling`
+    how many rows a client brings to a step; `carries` that clients work at their own pace, and that their work
+    continues from one round to the next. If clients have different cuts, `cuts` [C] are their numbers, and `beside` are
+    the blocks that the server holds for the clients' models.
     """
 
     lr: float
@@ -69,12 +71,12 @@ class Routine:
         return draw_participants(self.seed, index, clients, self.participation)
 
     def quota(self, per_epoch: np.ndarray) -> np.ndarray:
-        """Batches that clients have to do in a round, who have `per_epoch` [C] in an epoch of their own data."""
+        """The clients' batches in a round, if they have `per_epoch` [C] in an epoch of their own data."""
         return np.full_like(per_epoch, self.local_steps) if self.local_steps else self.local_epochs * per_epoch
 
     def turns(self, index: int, clients: Sequence[int], samples: Sequence[int]) -> Turns | None:
-        """The sizes of the batches of round `index`, in which `clients` take part, where they are not b; `samples` [C]
-        are those of all clients.
+        """The sizes of the batches of round `index`, in which `clients` take part, if they are not b; `samples` [C] are
+        those of all clients.
         """
         if self.sampling == "fixed":
             return None
@@ -97,19 +99,18 @@ class Routine:
 
     @property
     def routine(self) -> dict[str, Any]:
-        """These fields alone, by name: to set others up alike."""
+        """Only these fields, by name, for setting up others in the same way."""
         return {f.name: getattr(self, f.name) for f in fields(Routine)}
 
 
 @dataclass(frozen=True)
 class Clients(Routine):
-    """How a simulated group of clients is set up; every engine takes one.
+    """The setup of a simulated group of clients, for every engine.
 
     `models` are (lower part, tail or auxiliary head or None) per client; `ranks` [C] those of their adapters, if they
-    differ; `rows` each client's indices into `data`;
-    `shifts` [C, K] what is added to the scores in losses that clients compute (None: nothing). `present` says which
-    clients can take part in the round that begins (None: all). `place` is where the states of clients lie that are not
-    computed with (None: in memory).
+    differ; `rows` each client's indices into `data`; `shifts` [C, K] are added to the scores in losses that clients
+    compute (None: nothing). `present` says which clients can take part in the coming round (None: all). `place` is the
+    place of the states of clients that are not in use (None: in memory).
     """
 
     models: Sequence[ClientModel]
@@ -122,7 +123,9 @@ class Clients(Routine):
     ranks: Sequence[int] = ()
 
     def called(self, client: int) -> int:
-        """What client number `client` of these is called: its number, unless they are some of more (`OwnClients`)."""
+        """The global number of client number `client`: the same, unless these are part of a larger group
+        (`OwnClients`).
+        """
         return client
 
     def summed(self, gradients: Sequence[Mapping[str, Tensor]], module: nn.Module) -> dict[str, Tensor]:
@@ -130,7 +133,7 @@ class Clients(Routine):
         return summed(gradients)
 
     def participants(self, index: int, clients: int) -> tuple[int, ...]:
-        """The clients of round `index`, drawn among those that are present."""
+        """The clients of round `index`, drawn from those that are present."""
         present = None if self.present is None else self.present()
         return draw_participants(self.seed, index, clients, self.participation, present)
 
@@ -150,22 +153,22 @@ class SimulatedCohort(ABC):
         self._batches = Batches(setup.rows, setup.batch, setup.seed, [setup.called(k) for k in range(len(setup.rows))])
         self._quota = np.zeros(len(setup.rows), np.int64)  # batches left in this round
         self._participants: tuple[int, ...] = ()
-        self._turns: Turns | None = None  # of this round, where batches are not of b rows
+        self._turns: Turns | None = None  # of this round, if batches do not have b rows
         self._rate = setup.lr
         self._alike = setup.alike  # all client models are known to be equal
         lower, tail = setup.models[0]
-        # Blocks at the server move also where nothing of the clients' parts does.
+        # Blocks at the server are averaged even if no tensor of the clients' parts is.
         self._buffered = bool(setup.cuts) or (not trains(lower, tail) and any(True for _ in lower.buffers()))
-        # Auxiliary heads that are not trained here: each client has its own all the same.
+        # Auxiliary heads that are not trained here: each client still has its own.
         self._heads_apart = setup.shape == "split" and tail is not None and not trains(tail)
         self._holder: int | None = None
         self._at_work: set[int] = set()  # named by `arrivals`, and not averaged since
-        self._has_average: int | None = None  # has the average that others, which are at work, do not have
+        self._has_average: int | None = None  # has the average, unlike others that are at work
         self._kept: list[Drawn] | None = None
-        self._origin: State | None = None  # what the models came from, where the averaging rule looks at it
+        self._origin: State | None = None  # the models' origin, if the averaging rule uses it
 
     def keep_batches(self) -> list[Drawn]:
-        """A list that every batch is added to from now on; whoever reads it empties it."""
+        """A list to which every batch is added from now on; its reader empties it."""
         self._kept = []
         return self._kept
 
@@ -175,7 +178,7 @@ class SimulatedCohort(ABC):
             self._origin = {name: tensor.detach().clone() for name, tensor in state.items()}
 
     def no_longer_alike(self) -> None:
-        """The models are not known to be equal any more: those of others, elsewhere, have changed."""
+        """Note that the models may differ now, because those of other processes have changed."""
         self._alike = len(self._quota) == 1
 
     @property
@@ -186,7 +189,7 @@ class SimulatedCohort(ABC):
 
     @cached_property
     def masses(self) -> Sequence[float]:
-        """What the training rows of each enrolled client count together."""
+        """The total weight of each enrolled client's training rows."""
         return [mass_of(self.setup.task, self.setup.data.y, rows) for rows in self.setup.rows]
 
     @property
@@ -196,7 +199,7 @@ class SimulatedCohort(ABC):
 
     @property
     def holder(self) -> int | None:
-        """Who holds the one model that travels."""
+        """The client that holds the travelling model."""
         return self._holder
 
     def begin_round(self, index: int, total: int, lr_factor: float) -> Round:
@@ -217,12 +220,12 @@ class SimulatedCohort(ABC):
 
     @property
     def _going_on(self) -> dict[int, int]:
-        """The batches that clients still have to do which are at work."""
+        """The remaining batches of clients that are at work."""
         return {k: int(self._quota[k]) for k in sorted(self._at_work) if self._quota[k]}
 
     def arrivals(self, clients: Sequence[int], count: int) -> tuple[int, ...]:
-        """All are equally fast here: the first `count` of `clients`. A clock around this cohort names them in the order
-        of their arrival.
+        """All clients are equally fast here: the first `count` of `clients`. A clock around this cohort names them in
+        the order of their arrival.
         """
         self._at_work |= set(clients)
         if self._has_average in clients:
@@ -230,7 +233,7 @@ class SimulatedCohort(ABC):
         return tuple(clients[:count])
 
     def _passed_over(self, averaged: Collection[int]) -> set[int]:
-        """The clients at work that have not given their models to be `averaged`; the others are at work no more."""
+        """The clients at work that have not sent their models to be `averaged`; the others are no longer at work."""
         self._at_work -= set(averaged)
         self._has_average = next(iter(averaged)) if self._at_work else None
         self._alike = not (self._at_work or self.setup.ranks)
@@ -250,7 +253,7 @@ class SimulatedCohort(ABC):
 
     def _draw(self, clients: Sequence[int], among: int = 1) -> tuple[Samples, np.ndarray, np.ndarray]:
         """The next batches of `clients`, one after another: samples [R], sizes [C], and clocks [C] (how many batches
-        each had drawn before). In each step `among` so many draw, one by one.
+        each had drawn before). In each step, `among` clients draw, one by one.
         """
         foreseen = self._foresee(clients, among)
         rows, sizes, clocks = self._batches.draw(clients, None if self._turns is None else self._turns.take(clients))
@@ -263,8 +266,8 @@ class SimulatedCohort(ABC):
         return batch, sizes, clocks
 
     def _foresee(self, clients: Sequence[int], among: int = 1) -> bool:
-        """Data that are read when they are needed hear which batches of `clients` come next: those of as many steps as
-        it pays to foresee, where `among` so many clients draw one by one in each. Whether they heard.
+        """Tell lazily read data the next batches of `clients`, for as many steps as is useful; `among` is the number of
+        clients that draw one by one in each. Returns whether the data use this.
         """
         ahead = self.setup.data.ahead
         if not ahead or self._turns is not None:
@@ -276,23 +279,27 @@ class SimulatedCohort(ABC):
     def _smashed(
         self, rows: Rows, y: Tensor, clients: tuple[int, ...], sizes: tuple[int, ...], labels: bool
     ) -> Smashed:
-        """What clients send of a batch: with its targets `y` [R, t...], or without `labels` (which stay with them)."""
+        """The smashed data that clients send: with targets `y` [R, t...], or without `labels` (which stay with
+        them).
+        """
         if not labels:
             return Smashed(rows, torch.empty(sum(sizes), 0), clients, sizes)
         return Smashed(rows, y, clients, sizes, weights=self.setup.task.weights(y))
 
     def _drift(self) -> None:
-        """After a forward pass: clients that take no step become different all the same if they have buffers."""
+        """After a forward pass: clients with buffers become different even without a step."""
         if self._buffered:
             self._alike = len(self._quota) == 1
 
     def _judged(self, clients: Sequence[int] | None = None) -> tuple[list[int], list[int]]:
-        """(whose scores are asked for, whose models are looked at): models known to be equal are looked at once."""
+        """(clients whose scores are requested, clients whose models are judged): models known to be equal are judged
+        once.
+        """
         if self._holder is not None:
             return [self._holder] if clients is None else list(clients), [self._holder]
         everyone = judged(len(self._quota), self.setup.eval_clients, self.setup.seed)
         everyone = everyone if clients is None else list(clients)
-        if self._has_average is not None:  # what the server has
+        if self._has_average is not None:  # the server's copy
             return everyone, [self._has_average]
         return everyone, everyone[:1] if self._alike else everyone
 
@@ -301,7 +308,7 @@ class SimulatedCohort(ABC):
         """One client's parameters and buffers, under the names of the whole model."""
 
     def held(self) -> Held:
-        """The models of all clients: the one that travels, the one that all have or will have, or each client's own."""
+        """The models of all clients: the travelling model, the common model, or each client's own."""
         one = self._alike or self._holder is not None or self._has_average is not None
         clients = [self._has_average or self._holder or 0] if one else range(len(self._quota))
         return Held({k: self.model_state(k) for k in clients}, one)
@@ -331,7 +338,7 @@ class SimulatedCohort(ABC):
 
 
 class CohortState(Clocks, kw_only=True):
-    """What all cohorts of a simulation keep."""
+    """The state that all simulated cohorts have."""
 
     holder: Count | None
     alike: bool
@@ -341,24 +348,24 @@ class CohortState(Clocks, kw_only=True):
 
 
 def model_bytes(module: nn.Module) -> int:
-    """Bytes of a model's parameters and buffers, as they cross: tied weights once, frozen ones never."""
+    """Bytes of a model's parameters and buffers as they are sent: tied weights once, frozen ones never."""
     return sum({t.data_ptr(): t.nbytes for t in moving(module).values()}.values())
 
 
 def gradient_bytes(module: nn.Module) -> int:
-    """Bytes of the gradient of all that is trained of a model: tied weights once."""
+    """Bytes of the gradient of a model's trained parameters: tied weights once."""
     return sum(p.nbytes for p in module.parameters() if p.requires_grad)
 
 
 def mass_of(task: Task, targets: Tensor, rows: np.ndarray | None = None) -> float:
-    """What targets [n, t...] (or those of `rows`) count together in a mean: n where all count alike."""
+    """The total weight of targets [n, t...] (or those of `rows`) in a mean: n if all count equally."""
     own = targets if rows is None else targets[torch.from_numpy(rows).to(targets.device)]
     weights = task.weights(own)
     return float(len(own)) if weights is None else weights.double().sum().item()
 
 
 class Local(NamedTuple):
-    """A local step of a client: its mean loss, its rows, what they count together."""
+    """A local step of a client: its mean loss, its rows, their total weight."""
 
     loss: float
     rows: int
@@ -366,7 +373,7 @@ class Local(NamedTuple):
 
 
 def together(taken: Mapping[int, list[Local]], t: int) -> Step:
-    """Local step number t of all the clients that took so many, given each client's local steps."""
+    """Local step number t of all clients that took this many, given each client's local steps."""
     here = {k: steps[t] for k, steps in taken.items() if t < len(steps)}
     rows = sum(step.rows for step in here.values())
     mass = sum(step.mass for step in here.values())

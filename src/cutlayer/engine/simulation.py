@@ -1,4 +1,4 @@
-"""From what was chosen to the cohort and the server that simulate: the engine, what is done to its rows, its bounds."""
+"""Builds the simulating cohort and server from the choices: the engine, and the wrappers for its rows and bounds."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def simulate(
     attacks: Attacks | None = None,
     sharing: Sharing | None = None,
 ) -> tuple[Cohort, Server, LocalCohort | StackedCohort | UnionCohort]:
-    """(clients, server, the clients' engine), computed as was chosen; some clients attack, where `attacks` says so.
-    With `sharing` they are the clients of a rank. Raises ConfigError.
+    """(clients, server, the clients' engine), computed as chosen; some clients attack if `attacks` says so. With
+    `sharing`, they are the clients of a rank. Raises ConfigError.
     """
     setup = setup if sharing is None else sharing.own
     simulated, server = _engine(config, algorithm, chosen, setup, make_server, seed, sharing)

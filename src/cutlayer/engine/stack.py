@@ -1,9 +1,9 @@
 """C copies of one module as stacked tensors [C, ...]: forward passes, optimiser steps, averages, states, all at once.
 
-Clients with batches of the same size that stand next to each other form a group; a group runs as one. Its parameters
-are views of the stacked tensors where its clients are neighbours, else copies, written back after the step. Groups are
-no larger than `chunk` clients, so that a group's weights are still in the processor's cache when its backward pass and
-its step come to them, and so that memory is bounded.
+Consecutive clients with batches of the same size form a group, which runs as one. Its parameters are views of the
+stacked tensors if its clients are neighbours, otherwise copies, which are written back after the step. Groups have at
+most `chunk` clients, so that a group's weights are still in the processor's cache for its backward pass and its step,
+and so that memory is bounded.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Group:
     """Some clients as one: `clients` [c] with b rows each, their parameters and buffers by name, each [c, ...].
 
     `at` are their positions among the clients of the step, `rows` those of their rows in the merged batch [c * b].
-    `views`: the clients are neighbours, and the tensors views of the stack.
+    `views`: the clients are neighbours, and the tensors are views of the stack.
     """
 
     clients: np.ndarray
@@ -70,8 +70,8 @@ class Group:
 
 @dataclass(frozen=True)
 class _Piece:
-    """What is computed at a time: the module, or one of its children, whose names begin with `prefix`; its dense layers
-    as one node, if it is nothing else.
+    """The part that is computed at a time: the module, or one of its children, whose names begin with `prefix`; as one
+    node if it consists only of dense layers.
     """
 
     module: nn.Module
@@ -79,7 +79,7 @@ class _Piece:
     chain: Chain | None
 
     def of(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Those of the module's tensors that are the piece's, under the module's names."""
+        """The piece's tensors, under the module's names."""
         return {n: t for n, t in tensors.items() if n.startswith(self.prefix)} if self.prefix else tensors
 
     def bare(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -88,7 +88,9 @@ class _Piece:
 
 
 class ShelvedState(Stored, rename={"plain_clock": "plain clock"}):
-    """What a stack keeps whose copies lie on disk (`shelved.py`): three shelves, and what a stack in memory keeps."""
+    """The state of a stack whose copies are on disk (`shelved.py`): three shelves, and the counters of a stack in
+    memory.
+    """
 
     models: dict[str, Any]
     apart: dict[str, Any]
@@ -110,10 +112,10 @@ class _StackState(Stored, rename={"plain_clock": "plain clock"}):
 
 
 class Stack:
-    """`count` copies of `module`, stacked, computed as `how` says. `choose` is asked for the forms of operations for
-    which `how` has none. `pieces` are the children of `module` that are computed one at a time (one without a name: all
-    of it); `called` says under which name the optimiser knows a parameter. Of what is frozen, parameters whose names
-    begin with `apart` are each copy's own all the same.
+    """`count` copies of `module`, stacked, computed as `how` says. `choose` decides the forms of operations for which
+    `how` has none. `pieces` are the children of `module` that are computed one at a time (one without a name: all of
+    it); `called` says under which name the optimiser knows a parameter. Frozen parameters whose names begin with
+    `apart` are still each copy's own.
     """
 
     def __init__(
@@ -131,7 +133,7 @@ class Stack:
         how = how or Stacking()
         self.module = replica(module)
         self.count, self.way, self.forms, self._choose = count, how.way, dict(how.forms), choose
-        # What is frozen is not stacked: the module's own serves all clients.
+        # Frozen parameters are not stacked: all clients use the module's own.
         self._parameters = {n: repeated(p, count) for n, p in module.named_parameters() if p.requires_grad}
         self._frozen = [p for p in self.module.parameters() if not p.requires_grad]
         frozen = {n: p for n, p in module.named_parameters() if not p.requires_grad}
@@ -149,7 +151,7 @@ class Stack:
         self._clocked = False  # the optimiser counts steps
         self._plain_clock = False  # in a number of Python's, not in a tensor
         self._held: dict[str, Tensor] = {}  # parameter -> sums [C, ...] of the gradients of the batches that wait
-        self._waiting = np.zeros(count, np.int64)  # how many those are
+        self._waiting = np.zeros(count, np.int64)  # their number
         self._lr = 0.0  # of the last of them
         self.watch: AbstractContextManager[Any] = nullcontext()  # sees the module's operations (for the proof)
         self.steps = np.zeros(count, np.int64)  # optimiser steps that each client has taken
@@ -166,7 +168,7 @@ class Stack:
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors are."""
+        """The device of the tensors."""
         tensors = (*self._parameters.values(), *self._buffers.values(), *self._frozen)
         return tensors[0].device if tensors else torch.device("cpu")
 
@@ -207,8 +209,8 @@ class Stack:
         """The group's modules (of each, this `piece`) in training mode on their rows: each [c * b, ...] -> each
         [c * b, ...].
 
-        `alike`: all its clients' models are known to be equal. `fresh`: gradients of the step before are forgotten.
-        Raises NotStackableError where the module does with its parameters what has no stacked form.
+        `alike`: all its clients' models are known to be equal. `fresh`: gradients of the step before are dropped.
+        Raises NotStackableError if the module uses its parameters in a way that has no stacked form.
         """
         if not self.module.training:  # setting the mode walks through all modules
             self.module.train()
@@ -220,7 +222,7 @@ class Stack:
 
     @contextmanager
     def rehearsal(self, group: Group) -> Iterator[None]:
-        """Forward passes in here leave no trace in the group's buffers: the real one is still to come."""
+        """Forward passes in here do not change the group's buffers, since the real one follows later."""
         real = group.buffers
         group.buffers = {name: b.clone() for name, b in real.items()}
         try:
@@ -235,8 +237,8 @@ class Stack:
             return self._run(self._pieces[piece], self._group(np.asarray(clients)), rows, _no_generator, False)
 
     def step(self, group: Group, lr: float, *, last: np.ndarray) -> None:
-        """One optimiser step of the group's clients at rate `lr`, from the gradients of its tensors: of those for whom
-        no further batches belong to the step. `last` [c]: whether there are none left in this round.
+        """One optimiser step at rate `lr`, from the gradients of the group's tensors, for clients that have no further
+        batches in the step. `last` [c]: whether no batches are left in this round.
         """
         who, accumulate = group.clients, self._make_optimizer.accumulate
         self.batches[who] += 1
@@ -250,7 +252,9 @@ class Stack:
             self._release(due, lr)
 
     def settle(self) -> None:
-        """Clients whose batches wait for a step make one: models are about to be read, or the round is over."""
+        """Clients whose batches still wait take their step, because models are about to be read, or the round
+        is over.
+        """
         due = np.flatnonzero(self._waiting)
         for start in range(0, len(due), self.chunk):
             self._release(due[start : start + self.chunk], self._lr)
@@ -279,7 +283,7 @@ class Stack:
         self._advance(group, lr)
 
     def _sum_of(self, name: str, due: np.ndarray) -> Tensor:
-        """What waits of a parameter's gradients for these clients: [c, ...]."""
+        """The waiting gradients of a parameter for these clients: [c, ...]."""
         return self._held[name][torch.from_numpy(due).to(self.device)]
 
     def _forget_sums(self, due: np.ndarray) -> None:
@@ -320,8 +324,8 @@ class Stack:
     # Moving models
 
     def average(self, weights: Mapping[int, float], rule: Averaging | None = None, origin: State | None = None) -> None:
-        """All copies := the weighted mean of those in `weights`, integer buffers their largest value; or what another
-        `rule` makes of them, given their `origin`.
+        """Set all copies to the weighted mean of those in `weights`, and integer buffers to their largest value; or to
+        the result of another `rule`, given their `origin`.
         """
         if rule is not None and not rule.plain:
             self._average_by(rule, weights, origin)
@@ -346,14 +350,14 @@ class Stack:
                 tensor[who] = torch.tensordot(factors, tensor[who], 1).expand(len(who), *tensor.shape[1:])
 
     def _average_by(self, rule: Averaging, weights: Mapping[int, float], origin: State | None) -> None:
-        """All copies := what a rule makes of those in `weights`."""
+        """Set all copies to the result of a rule for those in `weights`."""
         tensors, who = self._moving(), torch.tensor(list(weights), device=self.device)
         models = {name: tensor[who] for name, tensor in tensors.items()}
         for name, one in combined(models, list(weights.values()), rule, origin).items():
             tensors[name].copy_(one.expand_as(tensors[name]))
 
     def _moving(self) -> dict[str, Tensor]:
-        """What is averaged: neither what is not persistent, nor what is apart."""
+        """The tensors that are averaged: all that are persistent and not apart."""
         tensors = {**self._parameters, **self._buffers}
         return {n: tensors[n] for n in self.module.state_dict() if n in tensors and n not in self._apart}
 
@@ -429,7 +433,7 @@ class Stack:
         self.batches = np.array(state.get("batches", state["steps"]), np.int64)
 
     def _spread_out(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """The state of a stack whose copies lie on disk, as one in memory keeps it. Raises MalformedError."""
+        """The state of a stack whose copies are on disk, in the form of a stack in memory. Raises MalformedError."""
         found = checked(state, ShelvedState, "the copies")
         parameters: dict[str, Tensor] = {}
         buffers: dict[str, Tensor] = {}
@@ -454,9 +458,7 @@ class Stack:
         self._check_optimizer(optimizer)
 
     def _check_optimizer(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Of every parameter, what the steps of one client's optimiser leave behind, for all clients. Raises
-        MalformedError.
-        """
+        """The optimiser's state of every parameter for all clients, from that of one client. Raises MalformedError."""
         alone = {name: p[:1].clone().requires_grad_() for name, p in self._parameters.items()} if state else {}
         optimizer = self._make_optimizer(alone.items()) if alone else None
         like = None if optimizer is None else after_a_step(optimizer)
@@ -483,7 +485,7 @@ class Stack:
         return self._take(clients, torch.from_numpy(clients).to(self.device), False)
 
     def _take(self, clients: np.ndarray, at: slice | Tensor, views: bool) -> Group:
-        # `.data`: a step of one group must not make autograd think that another group's tensors have changed.
+        # `.data`: autograd must not take a step of one group for a change of another group's tensors.
         parameters = {n: p[at].data.requires_grad_() for n, p in self._parameters.items()}
         return Group(clients, views, parameters, {n: b[at].data for n, b in self._buffers.items()})
 
@@ -583,12 +585,12 @@ class Stack:
         return self._drawn[key]
 
     def _install(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put these tensors in the places of the module's own parameters and buffers (or its own back)."""
+        """Replace the module's own parameters and buffers by these tensors (or restore its own)."""
         for places, key, own, name in self._places:
             places[key] = tensors.get(name, own)
 
     def _descend(self, group: Group, base: float) -> None:
-        """Plain gradient descent: w <- (1 - lr * decay) w - lr g, factors multiplied right into the weights."""
+        """Plain gradient descent: w <- (1 - lr * decay) w - lr g, factors multiplied directly into the weights."""
         with torch.no_grad():
             for name in self._trained:
                 factor, weight_decay = self._rule.rates_of(self._called[name])
@@ -625,7 +627,7 @@ class Stack:
         return {kind: t[span] for kind, t in self._state.get(name, {}).items()}
 
     def _put_moments(self, name: str, moments: Mapping[str, Tensor], span: slice | Tensor) -> None:
-        """Keep the state that neighbours have after a step; here it has been changed in place."""
+        """Store the state of neighbours after a step; here it was changed in place."""
 
     def _optimize(self, group: Group, at: np.ndarray | None, taken: int, lr: float) -> None:
         """The optimiser's own step for the clients at positions `at` (None: all), who have all taken `taken` steps."""
@@ -662,7 +664,7 @@ class Stack:
                 self._keep(name, optimizer.state[part], before[name], span)
 
     def _keep(self, name: str, state: Mapping[str, Any], before: Mapping[str, Any], span: slice | Tensor) -> None:
-        """Write an optimiser's state of some clients into the stacked state, where it is not a view of it."""
+        """Write an optimiser's state of some clients into the stacked state, if it is not a view of it."""
         kinds = self._state.setdefault(name, {})
         for kind, value in state.items():
             if kind == "step":
@@ -680,14 +682,14 @@ def shares_of(weights: Mapping[int, float], device: torch.device) -> Tensor:
 
 
 def mean_of(rows: Tensor, share: Tensor) -> Tensor:
-    """The weighted mean [...] of tensors [c, ...]; of integers the largest."""
+    """The weighted mean [...] of tensors [c, ...]; for integers, the largest."""
     if not is_continuous(rows):
         return rows.amax(0)
     return (share.to(rows.dtype) @ rows.reshape(len(rows), -1)).view(rows.shape[1:])
 
 
 def _multiply_out(group: Group) -> None:
-    """Gradients that were left as factors, as gradients."""
+    """Gradients that were left as factors, multiplied out."""
     for name, factors in group.factors.items():
         p = group.parameters[name]
         for part in factors:
@@ -716,7 +718,7 @@ def descend(weight: Tensor, gradient: Tensor, lr: float, weight_decay: float) ->
 
 
 def _owner(module: nn.Module, name: str) -> tuple[dict[str, Any], str, Any]:
-    """(dictionary, key, value) of the place that holds the parameter or buffer `name`."""
+    """(dictionary, key, value) of the place of the parameter or buffer `name`."""
     prefix, _, key = name.rpartition(".")
     owner = module.get_submodule(prefix)
     places: dict[str, Any] = owner._parameters if key in owner._parameters else owner._buffers

@@ -1,8 +1,9 @@
-"""Before a model is trusted to the stacked engine: do several copies, run as one, give what each gives alone?
+"""Checks, before the stacked engine is used for a model, that several copies run as one give the same as each alone.
 
 Three copies with different weights, on a few different rows: outputs, all gradients and buffers in training mode
-(dropout masks included), outputs in evaluation mode, compared in double precision, where rounding is no excuse. What
-differs, draws by itself, or cannot be run so, is named. What depends on values that these rows don't have is not seen.
+(dropout masks included), outputs in evaluation mode, compared in double precision, so that rounding cannot hide an
+error. Operations that differ, draw random numbers themselves, or cannot be run in this way are named. Behaviour that
+depends on values that these rows do not have is not seen.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ _EMBEDDING = f"it has {EMBEDDING}"
 
 @dataclass(frozen=True)
 class Stackability:
-    """In which `ways` a module can be stacked, the first being the one to take unmeasured; without any, why not:
-    `reason`, a clause. `unlowered` and `unmapped` say why not in these ways.
+    """The `ways` in which a module can be stacked, with the default first; if there are none, `reason` says why, as a
+    clause. `unlowered` and `unmapped` say why these ways are not possible.
     """
 
     ways: tuple[Way, ...] = ()
@@ -55,7 +56,7 @@ def stackable(module: nn.Module, rows: Rows, make_optimizer: MakeOptimizer, *, d
     each: tuple[Way, ...] = () if apart else ("each",)
     if not unlowered:
         return Stackability(("lowered", *each))
-    if unlowered == _EMBEDDING:  # vmap takes it, and ignores what makes it special
+    if unlowered == _EMBEDDING:  # vmap accepts it, but ignores what makes it special
         return Stackability(each, apart and unlowered, unlowered)
     unmapped = obstacle("mapped")
     if not unmapped:
@@ -65,8 +66,8 @@ def stackable(module: nn.Module, rows: Rows, make_optimizer: MakeOptimizer, *, d
 
 
 def unlike_alone(make: MakeOptimizer) -> str:
-    """Why steps of an optimiser on stacked tensors are not every copy's own steps, as a clause; empty if they are:
-    several parameters and copies, which have taken different numbers of steps, in double precision.
+    """Why steps of an optimiser on stacked tensors differ from every copy's own steps, as a clause; empty if they are
+    equal. Tested with several parameters and copies, which have taken different numbers of steps, in double precision.
     """
     make = replace(make, groups=(), clip=None, accumulate=1)
     noise = torch.Generator().manual_seed(0)
@@ -87,7 +88,7 @@ def unlike_alone(make: MakeOptimizer) -> str:
                 assert optimizer is not None, "there are parameters"
                 optimizer.step()
         pairs = [(p, stack.state_of(k)[name]) for k, c in enumerate(copies) for name, p in c.state_dict().items()]
-    except Exception as error:  # a user's optimiser can raise anything
+    except Exception as error:  # a user's optimiser can raise any error
         return f"it cannot step stacked tensors ({one_line(error)})"
     return "" if close(pairs) else "it does not step stacked tensors as it steps each alone"
 
@@ -102,7 +103,7 @@ class _SomeShapes(nn.Module):
 
 
 def exact(module: nn.Module) -> nn.Module:
-    """A copy that computes in double precision, where rounding is no excuse."""
+    """A copy that computes in double precision, so that rounding cannot hide an error."""
     twin = deep_copy(module).double()
     if isinstance(twin, Part):
         twin.narrow_to = None
@@ -110,13 +111,14 @@ def exact(module: nn.Module) -> nn.Module:
 
 
 def bytes_per_row(module: nn.Module, rows: Rows) -> int:
-    """Bytes that a forward pass of `module` makes per row, if nothing of it is freed: an upper bound of what waits for
-    the backward pass."""
+    """Bytes that a forward pass of `module` produces per row, if nothing is freed: an upper bound of the memory until
+    the backward pass.
+    """
     return made_per_row(module, rows)[0]
 
 
 def made_per_row(module: nn.Module, rows: Rows) -> tuple[int, int]:
-    """Bytes that a forward pass of `module` makes per row: all together, and in its largest tensor."""
+    """Bytes that a forward pass of `module` produces per row: in total, and in its largest tensor."""
     counted = _Counted()
     module = deep_copy(module).train()
     with torch.random.fork_rng(devices=[]), torch.no_grad(), counted:
@@ -125,8 +127,8 @@ def made_per_row(module: nn.Module, rows: Rows) -> tuple[int, int]:
 
 
 def jittered(rows: Rows) -> Rows:
-    """Rows in double precision with a little noise: where two values are equal, as in the background of a picture,
-    which of them is the maximum is a matter of rounding.
+    """Rows in double precision with a little noise: if two values are equal, as in the background of an image, rounding
+    decides which of them is the maximum.
     """
     noise = torch.Generator().manual_seed(1)
     made = []
@@ -141,7 +143,7 @@ def jittered(rows: Rows) -> Rows:
 
 
 def _obstacle(module: nn.Module, rows: Rows, make_optimizer: MakeOptimizer, way: Way, data: bool) -> str:
-    """Why it cannot be stacked this way; empty where it can."""
+    """Why it cannot be stacked this way; empty if it can."""
     copies = [exact(module) for _ in range(_COPIES)]
     noise = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -159,13 +161,13 @@ def _obstacle(module: nn.Module, rows: Rows, make_optimizer: MakeOptimizer, way:
         prefix, _, key = error.name.rpartition(".")
         owner = type(module.get_submodule(prefix)).__name__
         return f"{owner} {prefix!r} uses its {key!r} in {error.operation!r}" if key else f"it has {error.operation}"
-    except Exception as error:  # a user's module can raise anything; whatever it is, the local engine runs it
+    except Exception as error:  # a user's module can raise any error; the local engine can still run it
         reason = str(error).strip().splitlines()
         return f"{reason[0] if reason else type(error).__name__}"
 
 
 def _difference(stack: Stack, copies: list[nn.Module], rows: Rows) -> str:
-    """What differs between the stack and its copies run one by one; empty where nothing does."""
+    """The difference between the stack and its copies run one by one; empty if there is none."""
     size = len(rows[0]) // len(copies)
     (group,) = stack.groups(range(len(copies)), torch.full((len(copies),), size).numpy())
     stack.watch = log = _Log()
@@ -204,7 +206,7 @@ def _difference(stack: Stack, copies: list[nn.Module], rows: Rows) -> str:
 
 @contextmanager
 def drawing(device: torch.device) -> Iterator[list[str]]:
-    """A list that is filled, at the end, if anything in here drew from torch's global generators."""
+    """A list that is filled at the end if anything in here drew from torch's global generators."""
     found: list[str] = []
     kinds = {"cpu", device.type}
 
@@ -225,8 +227,8 @@ def run_alone(module: nn.Module, rows: Rows, seed: int, mode: AbstractContextMan
 
 
 def close(pairs: Sequence[tuple[Tensor, Tensor]], single: bool = False) -> bool:
-    """Equal but for rounding, in units of the largest value of all (a gradient can be nothing but rounding). `single`:
-    something in between is computed in single precision.
+    """Equal except for rounding, relative to the largest of all values (a gradient can consist only of rounding
+    errors). `single`: something in between is computed in single precision.
     """
     floats = [(a, b) for a, b in pairs if is_continuous(a) and a.numel()]
     scale = max((float(a.detach().abs().max()) for a, _ in floats), default=0.0)
@@ -237,7 +239,7 @@ def close(pairs: Sequence[tuple[Tensor, Tensor]], single: bool = False) -> bool:
 
 
 class _Log(TorchFunctionMode):
-    """Writes down the tensors that operations give."""
+    """Records the tensors that operations return."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -249,7 +251,7 @@ class _Log(TorchFunctionMode):
     ) -> Any:
         """Call, and note the result."""
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor):  # only noted: asking it anything would be one more operation
+        if isinstance(result, Tensor):  # only recorded: asking it anything would be another operation
             self.made.append((getattr(func, "__name__", str(func)), result))
             with torch._C.DisableTorchFunction():
                 self.single |= result.dtype in (torch.float32, torch.bfloat16, torch.float16)
@@ -257,7 +259,7 @@ class _Log(TorchFunctionMode):
 
 
 class _Counted(TorchFunctionMode):
-    """Adds up the bytes of the tensors that operations give (views of others count again)."""
+    """Adds up the bytes of the tensors that operations return (views of others count again)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -275,7 +277,7 @@ class _Counted(TorchFunctionMode):
 
 
 def _first_mixing(together: _Log, alone: _Log, span: slice) -> str:
-    """The first operation that gives clients together other rows than alone."""
+    """The first operation whose rows differ between clients together and clients alone."""
     for (name, a), (_, b) in zip(together.made, alone.made, strict=False):
         if not a.dim() or not b.dim():
             continue

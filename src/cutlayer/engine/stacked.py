@@ -1,9 +1,9 @@
 """The fast engine: all clients at once, their models as stacked tensors.
 
-A few kernels serve all clients of a step; their tails (U-shaped split), their auxiliary heads, and the server's copies
-of SplitFed V1 and V3 are stacked in the same way.
-Algorithms in which clients take turns (ssl, ussl) have nothing to stack: the local engine runs them. `proof.py` says
-why a model cannot be stacked; everything is proved equal to `local`.
+A few kernels compute all clients of a step. Their tails (U-shaped split), their auxiliary heads, and the server's
+copies of SplitFed V1 and V3 are stacked in the same way. Algorithms in which clients take turns (ssl, ussl) have
+nothing to stack: the local engine runs them. `proof.py` says why a model cannot be stacked; everything is proved equal
+to `local`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ from cutlayer.types import CutGradients, Evaluation, Round, Rows, Smashed, Step,
 from cutlayer.verbs import ALIGN, ARRIVALS, AVERAGE, BACKWARD, FIT, FORWARD, LEARN, SERVER_VERBS, STEP_COPIES, TAIL
 
 _MERGED_ROWS = 2048
-"""Rows of all clients per forward pass in evaluation: bounds memory, and what fits the cache runs twice as fast."""
+"""Rows of all clients per forward pass in evaluation. This bounds memory, and rows that fit into the cache run twice as
+fast.
+"""
 _HELD = 256 << 20  # bytes of models of clients on disk that are kept with a trained model
 
 
@@ -59,7 +61,7 @@ class _Pass:
 
     group: Group
     inputs: Rows
-    given: Rows = ()  # with its graph; empty where it was not kept
+    given: Rows = ()  # with its graph; empty if it was not kept
 
 
 class StackedCohort(SimulatedCohort):
@@ -101,7 +103,9 @@ class StackedCohort(SimulatedCohort):
         return Footprint(self._model_bytes - less, self._stack.optimizer_bytes(client), self._gradient_bytes - less)
 
     def forward(self, clients: Sequence[int] | None = None, *, labels: bool = True) -> Smashed:
-        """Every participant with batches left in this round (or those of `clients`) sends smashed data and labels."""
+        """Every participant (or each of `clients`) that has batches left in this round sends smashed data and
+        labels.
+        """
         asked = self._willing(clients)
         if not asked:
             return Smashed((), torch.empty(0), (), ())
@@ -179,8 +183,8 @@ class StackedCohort(SimulatedCohort):
         return _Taken(asked, own, self._sizes, masses_of(self.setup.task.weights(self._targets), self._sizes))
 
     def _through_tail(self, group: Group, rows: Rows, targets: Tensor, draw: str) -> Tensor:
-        """Forward and backward pass of a group's tails (or heads) with their clients' own mean losses [c]. What they
-        draw is called `draw`. Raises NonFiniteError, naming the clients.
+        """Forward and backward pass of a group's tails (or heads) with their clients' own mean losses [c]. Their draws
+        are named `draw`. Raises NonFiniteError, naming the clients.
         """
         stream = partial(self._stream, name=draw)
         alike = self._alike and not self._heads_apart
@@ -189,7 +193,7 @@ class StackedCohort(SimulatedCohort):
         return descend(group, adjusted(outputs, shift, self.setup.task), targets, self.setup.task)
 
     def fit(self) -> list[Step]:
-        """Each participant takes all its local steps of this round: group by group, for the cache's sake."""
+        """Each participant takes all its local steps of this round: group by group, to make use of the cache."""
         everybody, alike = self._participants, self._alike
         steps: list[list[_Taken]] = []
         for start in range(0, len(everybody), self._stack.chunk):
@@ -207,12 +211,12 @@ class StackedCohort(SimulatedCohort):
         return [_together(parts) for parts in steps]
 
     def begin_round(self, index: int, total: int, lr_factor: float) -> Round:
-        """As for all; what the round before has left undone is done first, at its rate."""
+        """As for all; unfinished steps of the round before come first, at its rate."""
         self.settle()
         return super().begin_round(index, total, lr_factor)
 
     def average(self, weights: Mapping[int, float]) -> tuple[int, ...]:
-        """All client models := the average of those in `weights`. Optimiser states stay where they are."""
+        """Set all client models to the average of those in `weights`. Optimiser states are not averaged."""
         self.settle()
         others = {k: _copied(self._stack.state_of(k)) for k in self._passed_over(weights)}
         self._stack.average(weights, self.setup.rule, self._origin)
@@ -224,7 +228,7 @@ class StackedCohort(SimulatedCohort):
         return tuple(weights)
 
     def evaluate(self, samples: Samples, predict: Predict, clients: Sequence[int] | None = None) -> Evaluation:
-        """Every client model with the server; models known to be equal are looked at once."""
+        """Every client model with the server; models known to be equal are judged once."""
         self.settle()
         everyone, models = self._judged(clients)
         if self.setup.judge_by == "average" and not self._alike and self._holder is None:
@@ -254,7 +258,7 @@ class StackedCohort(SimulatedCohort):
         return named_as_whole(own, self.shape) if self._lower else own
 
     def take_everyones(self, state: Mapping[str, Tensor]) -> None:
-        """Give all clients the parameters and buffers that `model_state` would give of each."""
+        """Give all clients these parameters and buffers, in the form that `model_state` returns."""
         self.settle()
         named = {n: state[name_in_whole(n, self.shape) if self._lower else n] for n in self._stack.state_of(0)}
         self._stack.load_all(named)
@@ -262,7 +266,7 @@ class StackedCohort(SimulatedCohort):
         self._alike = True
 
     def held(self) -> Held:
-        """As for all; but if states lie on disk and all models would take more than 256 MiB, those of as many clients
+        """As for all; but if states are on disk and all models would take more than 256 MiB, those of as many clients
         as fit, drawn as for evaluation (fewer, if fewer are evaluated), and the mean of all.
         """
         fit = max(2, _HELD // max(1, self._model_bytes))
@@ -275,7 +279,7 @@ class StackedCohort(SimulatedCohort):
         return Held({k: self.model_state(k) for k in some}, everyones=False, mean=named)
 
     def take_model(self, client: int, state: Mapping[str, Tensor]) -> None:
-        """Give a client the parameters and buffers that `model_state` would give of it."""
+        """Give a client these parameters and buffers, in the form that `model_state` returns."""
         own = self._stack.state_of(client)
         named = {name: state[name_in_whole(name, self.shape) if self._lower else name] for name in own}
         self._stack.load_one(client, named)
@@ -286,9 +290,9 @@ class StackedCohort(SimulatedCohort):
         self._stack.settle()
 
     def _end_passes(self) -> None:
-        """Forward passes that nothing has come of leave their buffers (running statistics) to the copies."""
+        """Forward passes without a step still pass their buffers (running statistics) to the copies."""
         for p in self._passes:
-            if not p.given:  # it was a rehearsal
+            if not p.given:  # it was only a test
                 with torch.no_grad():
                     how: dict[str, Any] = {"alike": self._alike, "piece": self._lower}
                     self._stack.forward(p.group, p.inputs, self._stream, **how)
@@ -326,8 +330,8 @@ class StackedCohort(SimulatedCohort):
         return seeds.torch_generator(self.setup.seed, *named, device=self._stack.device)
 
     def _given(self, p: _Pass, *, fresh: bool = False) -> Rows:
-        """What a pass that waits gave, with its graph, for the one time that it is needed; `fresh`: where it has to be
-        computed for that, gradients so far are forgotten.
+        """The outputs of a waiting pass with their graph, for the single use; `fresh`: if they must be computed again,
+        earlier gradients are dropped.
         """
         given, p.given = p.given, ()
         if given:
@@ -336,7 +340,7 @@ class StackedCohort(SimulatedCohort):
         return self._stack.forward(p.group, p.inputs, self._stream, **how)
 
     def _run(self, p: _Pass) -> Rows:
-        """A group's forward pass; what it gives, without its graph."""
+        """A group's forward pass; returns its outputs without the graph."""
         if self._keep or not self._stack.trains:
             p.given = self._stack.forward(p.group, p.inputs, self._stream, alike=self._alike, piece=self._lower)
             if not self._stack.trains:  # no step will write them back
@@ -380,7 +384,7 @@ class StackedServer(Server):
         place: StatesFolder | None = None,
     ) -> None:
         super().__init__(model, make_optimizer, lr, seed, task)
-        self.first = 0  # the number among all clients of the one whose copy is the first
+        self.first = 0  # the global number of the client whose copy is the first
         how = how or Stacking()
         self._rule = rule_of(make_optimizer)
         if self._optimizer is not None:
@@ -403,7 +407,7 @@ class StackedServer(Server):
             rows = tuple(r[group.rows].detach().requires_grad_(r.is_floating_point()) for r in smashed.rows)
             try:
                 losses, gradient = self._learn(group, rows, smashed, shifts)
-            except NonFiniteError as error:  # the rows that came may be to blame
+            except NonFiniteError as error:  # the received rows may be the cause
                 raise NonFiniteError(error.what, culprits(smashed) or error.clients) from None
             own[torch.from_numpy(group.at)] = losses.to(own.dtype)
             parts.append(gradient)
@@ -416,7 +420,7 @@ class StackedServer(Server):
     def _learn(self, group: Group, rows: Rows, smashed: Smashed, shifts: Shifts) -> tuple[Tensor, Rows]:
         """A group's own mean losses [c] and the gradients of its `rows`; those of its copies are left in the stack.
 
-        Where the clients' loss is another, theirs comes first, from a forward pass of its own that leaves no trace.
+        If the clients' loss differs, it comes first, from a separate forward pass that changes nothing.
         """
         targets = smashed.labels[group.rows]
 
@@ -434,12 +438,13 @@ class StackedServer(Server):
         return of(shifts.server), gradient
 
     def _directly(self, make: MakeOptimizer) -> Descent | None:
-        """How the optimiser steps without its object, where no look at its state would stop an accelerator."""
+        """How the optimiser steps without its object, if reading its state does not make an accelerator wait."""
         on_cpu = all(p.device.type == "cpu" for _, p in self._named)
         return descent(make, torch.device("cpu")) if on_cpu else None
 
     def average_copies(self, weights: Mapping[int, float]) -> None:
-        """Server model := average of the copies of the clients in `weights`; then every copy := server model.
+        """Set the server model to the average of the copies of the clients in `weights`, and then every copy to the
+        server model.
 
         Raises ConfigError if copies are not needed.
         """
@@ -450,14 +455,14 @@ class StackedServer(Server):
         self.model.load_state_dict(self._stack.state_of(0))
 
     def average_momentum(self, weights: Mapping[int, float]) -> None:
-        """The momentum of the copies of the clients in `weights` := its weighted mean, where there is one. Raises
+        """Set the momentum of the copies of the clients in `weights` to its weighted mean, if there is momentum. Raises
         ConfigError if copies are not needed.
         """
         self._check(STEP_COPIES, "average_momentum")
         self._stack.average_momentum(weights)
 
     def end_round(self) -> None:
-        """Batches that wait for their step make one, in the copies too."""
+        """Batches that wait for their step are used for one, in the copies too."""
         super().end_round()
         self._stack.settle()
 
@@ -524,7 +529,7 @@ def descend(group: Group, outputs: Rows, targets: Tensor, task: Task) -> Tensor:
 
 
 def merged(parts: Sequence[Rows], groups: Sequence[Group]) -> Rows:
-    """What the groups gave, [c * b, s...] each, as one: in the order of the merged batch."""
+    """The outputs of the groups, [c * b, s...] each, in the order of the merged batch."""
     if len(parts) == 1:
         return parts[0]
     whole = tuple(torch.cat(of) for of in zip(*parts, strict=True))
@@ -536,11 +541,11 @@ def merged(parts: Sequence[Rows], groups: Sequence[Group]) -> Rows:
 
 
 def check_weights(group: Group, what: str = "weight gradient") -> None:
-    """Raises NonFiniteError, naming the clients, where a weight gradient is not finite."""
+    """Raises NonFiniteError, naming the clients, if a weight gradient is not finite."""
     left = [f for factors in group.factors.values() for f in factors]
     gradients = group.gradients
     if not (left or gradients) or (left or gradients)[0].device.type != "cpu":
-        return  # a look would stop an accelerator
+        return  # a check would make an accelerator wait
     norms = [*(f.bound for f in left), *(torch.linalg.vector_norm(g) for g in gradients)]
     if all(math.isfinite(n) for n in norms):
         return
@@ -550,17 +555,17 @@ def check_weights(group: Group, what: str = "weight gradient") -> None:
         for i, k in enumerate(group.clients)
         if not all(torch.isfinite(torch.linalg.vector_norm(g[i])) for g in gradients)
     ]
-    if bad:  # else only the sum over all clients overflowed
+    if bad:  # otherwise only the sum over all clients overflowed
         raise NonFiniteError(what, tuple(bad))
 
 
 def _as_one(lower: nn.Module, tail: nn.Module | None) -> nn.Module:
-    """A client's parts as one module, as the local engine names them; the lower part where it is all."""
+    """A client's parts as one module, with the local engine's names; only the lower part if there are no others."""
     return lower if tail is None else nn.ModuleDict({"lower": lower, "tail": tail})
 
 
 class _Taken(NamedTuple):
-    """A local step of some clients: their own mean losses [C], their rows, what these count together."""
+    """A local step of some clients: their own mean losses [C], their rows, the total weights of these."""
 
     clients: tuple[int, ...]
     own: Tensor

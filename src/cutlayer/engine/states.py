@@ -1,4 +1,4 @@
-"""Where the states of simulated clients lie: in memory, or on disk where memory would not hold them."""
+"""The place of the states of simulated clients: in memory, or on disk if memory is too small."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ the gradients in a checkpoint."""
 
 
 def placed(config: RunConfig, parts: Parts, traits: Traits, engine: EngineName) -> tuple[StatesFolder | None, str]:
-    """Where the states of clients lie that are not computed with (None: in memory), as `client_states` says; and a line
-    if they may take more memory than is free. Raises ConfigError if they were to lie on disk and cannot.
+    """The place of the states of clients that are not in use (None: in memory), as `client_states` says; and a line if
+    they may take more memory than is free. Raises ConfigError if they should be on disk and cannot.
     """
     if config.client_states == "memory" or traits.central or engine == "union":  # in a union all share one model
         return None, ""
@@ -59,7 +59,7 @@ def weight_bytes(part: nn.Module) -> int:
 
 
 def room(device: str) -> int | None:
-    """Bytes that are free where runs on `device` keep theirs; None where the system does not tell."""
+    """Free bytes of the memory that runs on `device` use; None if the system does not tell."""
     if device.startswith("cuda"):
         return int(torch.cuda.mem_get_info(torch.device(device))[0])
     return free_memory() if device == "cpu" else None

@@ -1,6 +1,7 @@
-"""Which of several equal ways is quickest here: tried on the model's real shapes when a run is built, in bounded time.
+"""Finds the fastest of several equal ways, by trying them on the model's real shapes when a run is built, in bounded
+time.
 
-A way counts as quicker than the one that is taken by rule only by a margin, so that noise does not decide.
+A way must be faster than the rule's choice by a margin, so that noise does not decide.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from cutlayer.engine.ways import Stacking
 from cutlayer.optim import MakeOptimizer
 from cutlayer.types import Rows, as_tuple, select
 
-MARGIN = 0.93  # of the rule's time, below which another way is taken
-_REPEATS, _ENOUGH = 4, 0.2  # times that something is tried, once at least; seconds that are enough
+MARGIN = 0.93  # of the rule's time, below which another way is used
+_REPEATS, _ENOUGH = 4, 0.2  # number of trials, at least one; seconds that are enough
 _FEW_CLIENTS = 8  # copies that are tried together
 _FEW_ROWS = 256  # rows of a model that is tried alone
 
@@ -36,12 +37,12 @@ class Timed(NamedTuple):
 
 
 class Tuner:
-    """Tries ways until `budget` seconds are over; what comes later counts as slow."""
+    """Tries ways until `budget` seconds are over; later ways count as slow."""
 
     def __init__(self, budget: float, device: torch.device) -> None:
         self._device = device
         alone = device.type == "cpu" and torch.get_num_threads() == 1
-        self._clock = time.process_time if alone else time.perf_counter  # other processes do not disturb the former
+        self._clock = time.process_time if alone else time.perf_counter  # other processes do not affect CPU time
         self._began = time.perf_counter()
         self._until = self._began + budget
 
@@ -56,7 +57,7 @@ class Tuner:
         return time.perf_counter() - self._began
 
     def seconds(self, work: Callable[[], object], repeats: int = _REPEATS) -> float:
-        """The least of a few times that `work` takes; infinite once it is late."""
+        """The shortest of a few times of `work`; infinite after the time is over."""
         if self.late:
             return float("inf")
         warm_up, times = self._once(work), list[float]()
@@ -100,7 +101,7 @@ class Tuner:
     def _form(
         self, possible: Mapping[str, Form], otherwise: str, x: Tensor, weight: Tensor, bias: Tensor | None
     ) -> str:
-        """The quickest form of an operation, forward and backward."""
+        """The fastest form of an operation, forward and backward."""
         if len(possible) < 2:
             return otherwise
         leaves = [None if t is None else t.detach().requires_grad_(t.requires_grad) for t in (x, weight, bias)]
@@ -127,8 +128,8 @@ class Tuner:
 
 
 def _batches(rows: Rows, count: int, *, data: bool) -> Iterator[Rows]:
-    """Batches of `count` rows, going on where the one before ended, over and over: a processor guesses what it has seen
-    before. Where each row lies in memory stays.
+    """Endless batches of `count` rows, each continuing where the one before ended, since a processor predicts values
+    that it has seen before. The memory layout of each row stays.
     """
     first = 0
     while True:
@@ -139,7 +140,7 @@ def _batches(rows: Rows, count: int, *, data: bool) -> Iterator[Rows]:
 
 
 def _back(given: Iterable[Tensor]) -> None:
-    """A backward pass from what a model gave, if it can be trained."""
+    """A backward pass from a model's outputs, if it can be trained."""
     pairs = [(g, torch.full_like(g, 1e-3)) for g in given if g.requires_grad]
     if pairs:
         torch.autograd.backward([g for g, _ in pairs], [w for _, w in pairs])

@@ -1,9 +1,9 @@
 """The exact shortcut for one local step followed by averaging: one step on the union of all batches.
 
 With plain gradient descent from equal models, sum_k p_k (w - eta g_k) = w - eta sum_k p_k g_k, p_k = n_k / n: FedAvg
-and SplitFed V1 with one local step, and SFL averaged at every step, need one model, not one per client. That holds
-where a row's result does not depend on other rows and nothing is drawn or kept in buffers (no batch normalisation, no
-dropout); `row_by_row` finds out.
+and SplitFed V1 with one local step, and SFL averaged at every step, need one model, not one per client. This holds if a
+row's result does not depend on other rows and nothing is drawn or kept in buffers (no batch normalisation, no dropout);
+`row_by_row` finds out.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class UnionCohort(SimulatedCohort):
         return Summed(self._asked, everybody)
 
     def begin_round(self, index: int, total: int, lr_factor: float) -> Round:
-        """As for all; what the round before has left undone is done first, at its rate."""
+        """As for all; unfinished steps of the round before come first, at its rate."""
         self._stepping.settle()
         return super().begin_round(index, total, lr_factor)
 
@@ -147,7 +147,7 @@ class UnionCohort(SimulatedCohort):
             self._optimizer.step()
 
     def _differentiate(self, outputs: list[Tensor], gradients: list[Tensor]) -> bool:
-        """Leave the model's gradients with its weights; whether there are some. Raises NonFiniteError."""
+        """Leave the model's gradients with its weights; returns whether there are any. Raises NonFiniteError."""
         self._given = ()
         if not outputs or self._optimizer is None:
             return False
@@ -206,19 +206,19 @@ class UnionServer(Server):
             apart((losses * each).sum(), self._weights, (theirs * each).sum(), rows)
 
         gradient = self._backward(smashed, back, 1.0)
-        share = torch.where(share > 0, share, torch.ones_like(share))  # a client whose rows never count
+        share = torch.where(share > 0, share, torch.ones_like(share))  # a client whose rows always have weight 0
         own = tuple(g / column(share, g) for g in gradient)
         return ServerStep(means(losses.detach(), smashed.sizes, smashed.weights), own, self._rate(1.0))
 
     def average_copies(self, weights: Mapping[int, float]) -> None:
-        """Done already, by the weights n_k / n, but for a step that waits for more batches."""
+        """Done already, by the weights n_k / n, except for a step that waits for more batches."""
         self._check(STEP_COPIES, "average_copies")
         self._stepping.settle()
         check_done(weights, self._masses, self._asked)
 
 
 def row_by_row(part: nn.Module, rows: Rows) -> bool:
-    """Whether, on these rows in training mode, what a part gives for a row depends on it alone, and nothing is drawn
+    """Whether, on these rows in training mode, a part's output for a row depends only on that row, and nothing is drawn
     or kept.
     """
     if list(part.buffers()):
@@ -236,13 +236,13 @@ def row_by_row(part: nn.Module, rows: Rows) -> bool:
 
 
 def shares(masses: Sequence[float], clients: Sequence[int]) -> list[float]:
-    """p_k = n_k / n of each of `clients`, n their sum (of what their rows count)."""
+    """p_k = n_k / n of each of `clients`, n being their sum (by the weights of their rows)."""
     counts = [masses[k] for k in clients]
     return [count / sum(counts) for count in counts]
 
 
 def check_done(weights: Mapping[int, float], masses: Sequence[float], asked: Sequence[int]) -> None:
-    """The averaging that is asked for must be the one that was done. Raises ConfigError."""
+    """Check that the requested averaging is the one that was done. Raises ConfigError."""
     total = sum(weights.values())
     done = dict(zip(asked, shares(masses, asked), strict=True))
     same = weights.keys() == done.keys() and all(abs(w / total - done[k]) < 1e-9 for k, w in weights.items())

@@ -1,6 +1,6 @@
-"""How a run computes its models: what was chosen among forms that give the same numbers but for the order of sums.
+"""How a run computes its models: the choice among forms that give the same numbers except for the order of sums.
 
-Stored with the run, so that a resumed run computes as the uninterrupted one does, wherever it goes on.
+It is stored with the run, so that a resumed run computes like an uninterrupted one on any machine.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class Stacking:
     """How copies of a model are computed together.
 
     `way`: its operations lowered to stacked ones, the whole mapped by `torch.func.vmap`, or each copy by itself.
-    `chunk`: so many clients at a time (None: all). `keep`: what the forward passes of all of them leave for the
-    backward passes fits into memory (else they run twice). `forms`: of operations, by the name of their weight, as
-    measured; by rule, where none is given.
+    `chunk`: the number of clients at a time (None: all). `keep`: the results of all their forward passes fit into
+    memory until the backward passes (otherwise they run twice). `forms`: the measured forms of operations, by the name
+    of their weight; missing ones follow the rule.
     """
 
     way: Way = "lowered"
@@ -34,8 +34,8 @@ class Stacking:
 
 @dataclass(frozen=True)
 class Ways:
-    """The engine; how the images of the clients' and of the server's part lie in memory (`layout.py`); how the clients'
-    copies and the server's are computed, where the engine stacks them.
+    """The engine; the layouts of the clients' and of the server's part (`layout.py`); how the clients' copies and the
+    server's are computed, if the engine stacks them.
     """
 
     engine: EngineName = "local"
@@ -50,7 +50,7 @@ class Ways:
 
     @classmethod
     def of(cls, stored: Mapping[str, Any]) -> Self:
-        """From what `stored` gave. Raises MalformedError where it is something else."""
+        """From the result of `stored`. Raises MalformedError for anything else."""
         found = checked(stored, form_of(cls, whole=True))
         stacked = {name: remade(Stacking, stored[name], name, whole=True) for name in ("clients", "copies")}
         return cls(found.engine, found.client_layout, found.server_layout, **stacked)
