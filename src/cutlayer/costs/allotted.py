@@ -1,6 +1,6 @@
-"""Which cut each client has: as named, or chosen for its memory, or for its machine and link; and whether it fits.
+"""The cut of each client: named, or chosen for its memory, or for its machine and link; and whether it fits.
 
-What a cut takes is measured on the meta device, as `plan` does it. Nothing is trained.
+The costs of a cut are measured on the meta device, as in `plan`. Nothing is trained.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _SAID = 8  # clients that a remark names
 
 @dataclass(frozen=True, eq=False)
 class Allotment:
-    """What decides the cuts of the clients of a run or a plan: the `model` as made, an `example` [n >= 2, ...] of its
-    inputs, bytes of a row's `label`, the type of the model's real numbers, and the machines, where they are known.
+    """The facts that decide the clients' cuts in a run or a plan: the `model` as made, an `example` [n >= 2, ...] of
+    its inputs, bytes of a row's `label`, the type of the model's real numbers, and the machines, if they are known.
     """
 
     config: FleetOptions
@@ -39,7 +39,7 @@ class Allotment:
     fleet: Fleet | None
 
     def cuts(self, default: str | None) -> tuple[str, ...]:
-        """The cut of each client, [C]; `default` where none is named. Raises ConfigError for a cut that does not fit a
+        """The cut of each client, [C]; `default` if none is named. Raises ConfigError for a cut that does not fit a
         client, or if none does; CutError for names at which the model cannot be cut.
         """
         c = self.config
@@ -83,12 +83,14 @@ class Allotment:
         return ""
 
     def _memory(self, m: Measured) -> int:
-        """Bytes that a client's training takes, at most."""
+        """The most bytes that a client's training takes."""
         kind: Optimizer = "sgd" if self.config.client_optimizer == "sgd" else "adam"
         return m.client.peak(self.config.batch, kind, checkpointed=at_client(self.config.gradient_checkpointing))
 
     def _seconds(self, client: int, m: Measured) -> float:
-        """What a step takes a client alone: its own computing, the server's, up and down. Raises ConfigError."""
+        """The seconds of a step for a single client: its own computing, the server's, up and down. Raises
+        ConfigError.
+        """
         fleet, rows = self.fleet, self.config.batch
         assert fleet is not None, "it was checked that there is a client device"
         if fleet.trace is not None or not np.isfinite(fleet.up[client]):
@@ -141,7 +143,7 @@ def _own(budget: Sequence[float], client: int) -> float | None:
 
 
 def remark(names: Sequence[str], by: str | None) -> str:
-    """Who has which cut, in a line; empty where all have one that was named."""
+    """The clients' cuts in a line; empty if all have one that was named."""
     if len(set(names)) < 2 and by is None:
         return ""
     groups: dict[str, list[int]] = {}
@@ -158,7 +160,7 @@ def _listed(clients: Sequence[int]) -> str:
 
 
 def refuse_mixed(config: RunConfig, conditions: Mapping[str, Callable[[], bool]]) -> None:
-    """Raises ConfigError for an option of a run whose clients have different cuts that only one cut for all allows."""
+    """Raises ConfigError for options that need one cut for all, in a run whose clients have different cuts."""
     for option, holds in conditions.items():
         if holds():
             raise ConfigError(

@@ -1,4 +1,5 @@
-"""Who can be reached when a round begins, and how long messages wait for a link: what a trace does to a clock.
+"""The reachable clients at the start of a round, and the time that messages wait for a link: the effect of a trace on a
+clock.
 
 Shape legend: C clients.
 """
@@ -23,7 +24,7 @@ _ROUNDING = 1e-9
 
 class Attendance:
     """Follows a trace, and counts: how often each client took part, how long its messages waited for a link [C]; how
-    many rounds began late because nobody could be reached, and by how much in all.
+    many rounds began late because no client could be reached, and the total delay.
     """
 
     def __init__(self, trace: Trace) -> None:
@@ -33,7 +34,7 @@ class Attendance:
         self.late_rounds, self.late_seconds = 0, 0.0
 
     def present(self, time: float) -> tuple[tuple[int, ...], float]:
-        """The clients that can be reached at `time`, or when the first of them can be; and that time."""
+        """The clients that can be reached at `time`, or at the first later time when any can; and that time."""
         waits = self.trace.waits(time)
         late = float(waits.min())
         here = tuple(int(k) for k in np.flatnonzero(waits <= late + _ROUNDING * late))
@@ -60,7 +61,7 @@ class Attendance:
     def passing(
         self, direction: Literal["up", "down"], times: Array, bits: Array, shared: float, *, notes: bool = True
     ) -> tuple[Array, Array]:
-        """Seconds [C] on air and seconds [C] without a link of `bits` [C] that set out at `times` [C] together, and
+        """Seconds [C] on air and seconds [C] without a link of `bits` [C] that are sent together at `times` [C], and
         take at least `shared` seconds at the server. `notes`: the waiting is counted.
         """
         on_air, waited = np.zeros_like(bits), np.zeros_like(bits)
@@ -72,7 +73,7 @@ class Attendance:
         return on_air, waited
 
     def summary(self, seconds: float, idle: Sequence[float]) -> dict[str, Any]:
-        """What came of it after `seconds`, plain values: lists have a value for each client."""
+        """The counts after `seconds`, as plain values: lists have a value for each client."""
         return {
             "reachable": self.trace.share(seconds).tolist(),
             "idle_seconds": list(idle),

@@ -1,7 +1,8 @@
-"""Where split learning and federated learning cost the same: in closed form, checked with `expect` on both sides.
+"""The points at which split learning and federated learning cost the same: in closed form, checked with `expect` on
+both sides.
 
 Per epoch, with C clients, n samples of each, N = C n; s, g, l bytes of a sample's smashed data, cut gradient and
-label; W and w bytes of the model and of the client's part; a = 1 where client models are averaged (SFL), else 0; phi
+label; W and w bytes of the model and of the client's part; a = 1 if client models are averaged (SFL), else 0; phi
 the active fraction of SplitAvg (SGL, SGLR), else 0, and A = phi C:
 
 | convention | split | federated |
@@ -10,9 +11,9 @@ the active fraction of SplitAvg (SGL, SGLR), else 0, and A = phi C:
 | wire-broadcast | N (s + l) + n g (C - A + [A > 0]) + a (C + 1) w | (C + 1) W |
 | paper | N s + n g (C - A) + g [A > 0] + 2 a C w | 2 C W |
 
-and 2 (C - 1) w more where one model travels (SSL). Where clients have different cuts, split learning costs the sum over
-them, and only n, the time and epochs are looked at. All are linear in n; with N fixed, in C too but for SplitAvg under
-wire-broadcast, which is quadratic.
+and 2 (C - 1) w more if one model travels (SSL). If clients have different cuts, split learning costs the sum over them,
+and only n, the time and epochs are examined. All are linear in n. With N fixed, they are also linear in C, except
+SplitAvg under wire-broadcast, which is quadratic.
 """
 
 from __future__ import annotations
@@ -34,18 +35,18 @@ from cutlayer.traffic import Pattern, Traffic
 Quantity = Literal["samples per client", "clients", "model bytes", "time", "epochs"]
 Side = Literal["below", "above", "always", "never"]
 
-_FAR = 10**15  # clients, samples or bytes that nobody has
+_FAR = 10**15  # more clients, samples or bytes than anything has
 
 
 @dataclass(frozen=True)
 class BreakEven:
-    """Up to which number of `quantity` (all else as planned) `algorithm` costs less than federated learning, or from
-    where on.
+    """The number of `quantity` (all else as planned) up to which, or from which on, `algorithm` costs less than
+    federated learning.
 
     `exact` is the closed form. `last` is the last whole number before the order changes; `dearer` says on which side
     of it `algorithm` costs more: "above" or "below" it, or "always", "never" (`last` is then None). `against` is the
     title of the federated algorithm, `against_name` its name.
-    `convention` is None for time; `total` is the number of all clients' samples where it is kept.
+    `convention` is None for time; `total` is the number of all clients' samples if it is fixed.
     """
 
     algorithm: str
@@ -91,7 +92,7 @@ class Duel:
     federated: Algorithm
 
     def moves(self, work: Workload) -> Traffic:
-        """What the split algorithm moves in an epoch."""
+        """The traffic of the split algorithm in an epoch."""
         found = traffic_of(self.split, work)
         assert found is not None, "only planned algorithms are compared"
         return found
@@ -120,7 +121,7 @@ def break_evens(algorithms: Sequence[tuple[Algorithm, Workload | Mixture]], flee
 
 
 def _pattern(algorithm: Algorithm, work: Workload | Mixture) -> Pattern | None:
-    """Who waits for whom; None for an algorithm that does not state it."""
+    """The waiting pattern; None for an algorithm that does not state it."""
     traffic = traffic_of(algorithm, work if isinstance(work, Workload) else work.kinds[-1])
     return None if traffic is None else traffic.pattern
 
@@ -139,7 +140,7 @@ def data_break_evens(algorithms: Sequence[tuple[Algorithm, Workload | Mixture]])
 
 
 def epochs(duel: Duel, work: Workload | Mixture, convention: Convention) -> BreakEven:
-    """The number of epochs up to which an algorithm moves no more than sending the data does, once."""
+    """The number of epochs up to which an algorithm sends at most the bytes of sending the data once."""
     each = bytes_of(expect(duel.split, work), convention)
     exact = bytes_of(expect(duel.federated, work), convention) / each if each else math.inf
 
@@ -192,7 +193,7 @@ def clients(duel: Duel, work: Workload, convention: Convention) -> BreakEven:
     exact = (constant + math.sqrt(constant**2 + 4 * rise * curved)) / (2 * rise) if rise > 0 else math.inf
 
     def difference(c: int) -> int:
-        # A part of a sample is fine where only bytes are counted.
+        # A part of a sample is fine if only bytes are counted.
         dealt = replace(work, clients=c, samples_per_client=cast(int, Fraction(n, c)))
         return _difference(duel, dealt, convention)
 
@@ -221,7 +222,7 @@ def duration(duel: Duel, work: Workload | Mixture, fleet: Fleet) -> BreakEven:
 
     @cache
     def longer(n: int) -> float:
-        """Seconds, but for rounding."""
+        """Seconds, without rounding."""
         dealt = work.varied(samples_per_client=n)
         found, other = (expect(a, dealt, fleet).seconds for a in (duel.split, duel.federated))
         assert found is not None
@@ -230,7 +231,7 @@ def duration(duel: Duel, work: Workload | Mixture, fleet: Fleet) -> BreakEven:
 
     b = work.batch if isinstance(work, Workload) else work.kinds[-1].batch
     slope = (longer(2 * b) - longer(b)) / b
-    at_none = longer(b) - slope * b  # of clients without samples, so to speak
+    at_none = longer(b) - slope * b  # as if clients had no samples
     exact = -at_none / slope if slope else math.inf
     first = longer(1) > 0
     return _settled(
@@ -255,8 +256,8 @@ def _settled(
 ) -> BreakEven:
     """The break-even near the closed form's `exact`, found by asking `changed(n)`: has the order changed at n?
 
-    Active clients are whole numbers and so are samples: the change may lie a little beside the closed form. What
-    changes is that the algorithm becomes cheaper (`says_cheaper`) or dearer.
+    Active clients are whole numbers and so are samples: the change may lie a little beside the closed form. At the
+    change, the algorithm becomes cheaper (`says_cheaper`) or more expensive.
     """
     who = duel.split.entry.name, duel.split.entry.title, duel.federated.entry.title, duel.federated.entry.name
     if changed(1):
@@ -287,7 +288,7 @@ def bytes_of(costs: Expected, convention: Convention) -> int:
 
 
 def _difference(duel: Duel, work: Workload | Mixture, convention: Convention) -> int:
-    """Bytes that the split algorithm costs more."""
+    """The additional bytes of the split algorithm."""
     return bytes_of(expect(duel.split, work), convention) - bytes_of(expect(duel.federated, work), convention)
 
 
@@ -296,15 +297,15 @@ def _federated(c: int, model: int, convention: Convention) -> int:
 
 
 def _rows(work: Workload, t: Traffic) -> float:
-    """Bytes of one sample that cross whatever its gradient does: smashed data, and what goes to tails and back. It has
-    its share of what codecs write for a whole batch.
+    """Bytes of one sample that cross independent of its gradient: smashed data, and the tensors for tails and back. It
+    includes the sample's share of the bytes that codecs write for a whole batch.
     """
     tails, besides = work.features + work.returned, work.features_besides + work.returned_besides
     return work.smashed + tails * t.tails + (work.smashed_besides + besides * t.tails) / work.batch
 
 
 def _back(work: Workload, t: Traffic) -> float:
-    """Bytes of one sample's cut gradient, with its share of what codecs write for a whole batch."""
+    """Bytes of one sample's cut gradient, with its share of the bytes that codecs write for a whole batch."""
     return (work.gradient + work.gradient_besides / work.batch) * t.gradients
 
 

@@ -1,9 +1,9 @@
-"""How fast this machine trains, and what it draws meanwhile: a device profile for this machine.
+"""Measures this machine's training speed and power, as a device profile.
 
 A model of the zoo is trained on random rows in float32, as a client would train it, for some seconds. FLOP/s are the
-counted FLOPs divided by the time, so that the profile needs no `utilisation`; they are the profile's float32 rate, and
-its rates in other precisions stay unknown. Power is measured if the machine can measure it (`measured.py`); otherwise
-it is what a meter at the wall shows.
+counted FLOPs divided by the time, so the profile needs no `utilisation`. They are the profile's float32 rate, and its
+rates in other precisions stay unknown. Power is measured if the machine can measure it (`measured.py`); otherwise it
+comes from a meter at the wall.
 """
 
 from __future__ import annotations
@@ -71,10 +71,10 @@ def calibrate(
     options: Mapping[str, Any] = MappingProxyType({}),
 ) -> Calibration:
     """Train `model` with its `options` on samples of a `shape` and `kind` for about `seconds`. `watts` (read from a
-    meter) where nothing measures.
+    meter) are for machines that cannot measure power.
 
-    Raises ConfigError: nothing measures and no watts are given, an unknown model or device, a model that does not take
-    the samples.
+    Raises ConfigError if power cannot be measured and no watts are given, for an unknown model or device, and for a
+    model that does not take the samples.
     """
     meter = Meter()
     with meter:
@@ -130,7 +130,7 @@ def _windows(net: nn.Module, x: torch.Tensor, y: torch.Tensor, seconds: float) -
 
 
 def _loss(outputs: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Cross entropy where the model scores the classes of `y`; else anything that has gradients."""
+    """Cross entropy if the model scores the classes of `y`; otherwise any loss with gradients."""
     scored = outputs.dim() == 2 and outputs.shape[1] >= _CLASSES
     return nn.functional.cross_entropy(outputs, y) if scored else outputs.square().mean()
 
@@ -148,7 +148,7 @@ def _no_tf32() -> Iterator[None]:
 
 
 def _idle(meter: Meter, seconds: float = 3.0) -> float:
-    """Watts while nothing is done."""
+    """Watts while the machine is idle."""
     before = meter.joules or 0.0
     with meter:
         time.sleep(seconds)

@@ -1,13 +1,13 @@
-"""A virtual clock around a cohort: how long a training would take on a fleet of clients, and what their energy is.
+"""A virtual clock around a cohort: the time and energy of a training on a fleet of clients.
 
-Time follows from what the algorithm waits for, and so needs no knowledge of the algorithm: a client does one thing
-after another; what goes up together arrives when the last of it has; what the server sends leaves when it has computed.
-In sequential learning that is a relay, in parallel learning a wait for the slowest in each step, in federated learning
-one in each round. The numbers of the training are not touched, with one exception: where clients work at their own pace
-(`arrivals`), the clock says whose batch arrives first.
+Time follows from the algorithm's requests, without knowledge of the algorithm: a client does one thing after another;
+messages that go up together have arrived when the last one has; the server sends when it has computed. In sequential
+learning this makes a relay, in parallel learning a wait for the slowest client in each step, in federated learning a
+wait in each round. The numbers of the training are not changed, with one exception: if clients work at their own pace
+(`arrivals`), the clock decides whose batch arrives first.
 
-Left out: evaluation, optimiser steps, averaging, and what a client does while others are asked. A batch that
-arrives while models are on their way up to be averaged is taken after them.
+Left out: evaluation, optimiser steps, averaging, and the work of a client while others receive requests. A batch that
+arrives while models are on their way to be averaged is taken after them.
 
 Shape legend: C clients.
 """
@@ -45,23 +45,23 @@ class Reading:
 
 
 class Clock:
-    """Who has worked, sent, received and waited until when. Times in seconds, arrays [C]."""
+    """The times until which each side has worked, sent, received and waited, in seconds: arrays [C]."""
 
     def __init__(self, fleet: Fleet) -> None:
         self.fleet = fleet
         zeros = np.zeros(fleet.clients)
-        self.ready = zeros.copy()  # when each client is through with what it was asked for
-        self.server = 0.0  # when the server is
+        self.ready = zeros.copy()  # when each client has finished its requests
+        self.server = 0.0  # when the server has finished
         self.server_flops = 0.0
         self.flops, self.asleep = zeros.copy(), zeros.copy()
         self.up_bits, self.up_seconds = zeros.copy(), zeros.copy()
         self.down_bits, self.down_seconds = zeros.copy(), zeros.copy()
-        self.here = np.zeros(fleet.clients, bool)  # takes part in the round that runs
+        self.here = np.zeros(fleet.clients, bool)  # takes part in the present round
         self.attendance = None if fleet.trace is None else Attendance(fleet.trace)
 
     def present(self) -> tuple[int, ...]:
-        """The clients that can take part in the round that the server begins now, or, where none can be reached, as
-        soon as one can: the clock moves on, and all sleep until then.
+        """The clients that can take part in the round that begins now. If none can be reached, the clock moves on to
+        the time when one can, and all clients sleep until then.
         """
         if self.attendance is None:
             return tuple(range(self.fleet.clients))
@@ -73,7 +73,7 @@ class Clock:
         return clients
 
     def begin(self, clients: Sequence[int]) -> None:
-        """A round with `clients`: those that were not asked for the last one wake up now."""
+        """A round with `clients`: those that did not take part in the last one wake up now."""
         at = np.zeros_like(self.here)
         at[list(clients)] = True
         waking = at & ~self.here
@@ -83,15 +83,15 @@ class Clock:
         self.here = at
 
     def wake(self, clients: Sequence[int]) -> None:
-        """These clients, who have slept, begin to work now, each by itself."""
+        """These sleeping clients begin to work now, each separately."""
         who = list(clients)
         woken = np.maximum(self.ready[who], self.server)
         self.asleep[who] += woken - self.ready[who]
         self.ready[who] = woken
 
     def arrive(self, flops: Array, bits: Array) -> Array:
-        """When the server would have the `bits` [C] of clients that compute `flops` [C] and then send, each by itself:
-        seconds [C]. Nothing happens yet.
+        """When the server would have the `bits` [C] of clients that compute `flops` [C] and then send, each separately:
+        seconds [C]. This changes nothing.
         """
         arrives = self.ready + flops / self.fleet.speeds
         if self.attendance is None:
@@ -129,7 +129,7 @@ class Clock:
         self.server = max(self.server, float(self.ready[who].max()) + self.fleet.latency)
 
     def download(self, bits: Array, at_server: float) -> None:
-        """The server sends `bits` [C] together, of which `at_server` leave it (one copy of what is multicast)."""
+        """The server sends `bits` [C] together; `at_server` is what leaves it (multicast messages once)."""
         who = bits > 0
         if not who.any():
             return
@@ -143,8 +143,8 @@ class Clock:
     def _passing(
         self, direction: Direction, begin: Array, bits: Array, at_server: float, *, notes: bool = True
     ) -> tuple[Array, Array]:
-        """Seconds [C] on air, and without a link, of `bits` [C] that set out at `begin` [C] together, and of which
-        `at_server` pass at the server. `notes`: the attendance counts them.
+        """Seconds [C] on air, and without a link, of `bits` [C] that are sent together at `begin` [C]; `at_server` bits
+        pass at the server. `notes`: the attendance counts them.
         """
         rates, shared = getattr(self.fleet, direction), at_server / self.fleet.server_rate
         if self.attendance is None:
@@ -152,21 +152,21 @@ class Clock:
         return self.attendance.passing(direction, begin, bits, shared, notes=notes)
 
     def go_on(self, clients: Sequence[int]) -> None:
-        """The server asks `clients` for the next thing, without any bytes worth counting."""
+        """The server sends `clients` the next request, whose bytes are not counted."""
         at = list(clients)
         self.ready[at] = np.maximum(self.ready[at], self.server + self.fleet.latency)
 
     @property
     def now(self) -> float:
-        """When everybody is through."""
+        """The time when all have finished."""
         return max(self.server, float(self.ready.max()))
 
     def read(self) -> Reading:
-        """The time and the energy so far. Clients of the round that runs have waited for the others until now."""
+        """The time and the energy so far. Clients of the present round have waited for the others until now."""
         busy = self.asleep + self.flops / self.fleet.speeds + self.up_seconds + self.down_seconds
         until = np.where(self.here, self.now, self.ready)
         waiting = np.maximum(until - busy, 0.0)
-        waiting[waiting < 1e-9 * max(self.now, 1.0)] = 0.0  # what rounding leaves is no waiting
+        waiting[waiting < 1e-9 * max(self.now, 1.0)] = 0.0  # rounding errors do not count as waiting
         use = Use(self.flops, self.up_bits, self.up_seconds, self.down_bits, self.down_seconds, waiting)
         joules = clients_energy(self.fleet, use), server_energy(self.fleet, self.server_flops)
         return Reading(self.now, *joules, idle=tuple(waiting.tolist()))
@@ -216,13 +216,13 @@ class _ClockedState(Stored):
 
 
 class ClockedCohort(CohortAround):
-    """A cohort that tells a clock what another one does, and changes nothing else.
+    """A cohort that reports another cohort's work to a clock, and changes nothing else.
 
-    Bytes are those of the ledger; FLOPs per sample those of `flops`; `batch` is b, of which only local training makes
-    use (its rows do not cross). `central`: the one model is trained by the server, on data that the fleet has sent.
-    `server_flops`: what the server computes for each row of a step. `row_bytes`: what a row takes on its way up, as far
-    as is known before the first is sent. Where clients have different cuts, `each` [C] are the FLOPs per sample at each
-    client's; the server then also computes what lies between that and the deepest one.
+    Bytes are those of the ledger; FLOPs per sample those of `flops`; `batch` is b, which only local training uses (its
+    rows do not cross). `central`: the one model is trained by the server, on data that the fleet has sent.
+    `server_flops`: the server's FLOPs for each row of a step. `row_bytes`: bytes of a row on its way up, as far as
+    known before the first is sent. If clients have different cuts, `each` [C] are the FLOPs per sample at each client's
+    cut; the server then also computes the layers between that cut and the deepest one.
     """
 
     def __init__(
@@ -249,7 +249,7 @@ class ClockedCohort(CohortAround):
         self.server_flops = server_flops
         self.ledger = inner.ledger
         self.clock, self.flops, self.batch, self.central = clock, flops, batch, central
-        self._rows = np.zeros(len(inner.samples))  # of the step that runs
+        self._rows = np.zeros(len(inner.samples))  # of the present step
         self._tail_done = False
         self._round: Round | None = None
         self._fitted = np.zeros(len(inner.samples), np.int64)  # batches of local training so far
@@ -318,7 +318,7 @@ class ClockedCohort(CohortAround):
         self._passes(gradients, *self._down_since())
 
     def backward_together(self, gradients: CutGradients) -> Summed:
-        """The same; then weight gradients go up, and everybody waits for their sum."""
+        """The same; then weight gradients go up, and all clients wait for their sum."""
         before = self.ledger.of_clients("down", "weight gradients")
         summed = self.inner.backward_together(gradients)
         sums = self.ledger.of_clients("down", "weight gradients") - before
@@ -345,7 +345,7 @@ class ClockedCohort(CohortAround):
         self._rows[addressed] = 0
 
     def learn(self, steps: int) -> list[Step]:
-        """Local training of client parts and their heads; nobody waits, and the server trains on what was sent.
+        """Local training of client parts and their heads; no client waits, and the server trains on the sent rows.
         A batch that was sent before has had its forward pass.
         """
         self.clock.serve(float(self._rows.sum()) * self.server_flops)
@@ -381,7 +381,7 @@ class ClockedCohort(CohortAround):
         return rows
 
     def fit(self) -> list[Step]:
-        """Local training of whole models; nobody waits."""
+        """Local training of whole models; no client waits."""
         steps = self.inner.fit()
         assert self._round is not None
         batches = np.zeros(len(self._rows), np.int64)
@@ -401,7 +401,7 @@ class ClockedCohort(CohortAround):
         return epochs * n + rest * self.batch
 
     def average(self, weights: Mapping[int, float]) -> tuple[int, ...]:
-        """Models up, the average down: everybody waits for the last."""
+        """Models up, the average down: all clients wait for the last."""
         averaged = self.inner.average(weights)
         self._upload()
         self._download()
@@ -409,7 +409,7 @@ class ClockedCohort(CohortAround):
         return averaged
 
     def hand_over(self, client: int, *, optimizer: bool) -> None:
-        """The next client begins when the last is through and the model has come."""
+        """The next client begins when the last has finished and the model has arrived."""
         before = self.holder
         self.inner.hand_over(client, optimizer=optimizer)
         if before is not None and before != client:
@@ -444,19 +444,19 @@ class ClockedCohort(CohortAround):
         return ledger.trained("up"), ledger.trained("down"), ledger.total("down", convention)
 
     def _upload(self) -> float:
-        """What has gone up since the last look: bytes."""
+        """Bytes that have gone up since the last call."""
         up, down, total = self._sent
         self._sent = (self._seen()[0], down, total)
         self.clock.upload(8.0 * (self._sent[0] - up))
         return float((self._sent[0] - up).sum())
 
     def _download(self) -> None:
-        """What has come down since the last look."""
+        """Bytes that have come down since the last call."""
         down, leaving = self._down_since()
         self.clock.download(8.0 * down, 8.0 * leaving)
 
     def _down_since(self) -> tuple[Array, float]:
-        """Bytes [C] that have come down since the last look, and how many left the server."""
+        """Bytes [C] that have come down since the last call, and how many left the server."""
         up, down, total = self._sent
         _, now, now_total = self._seen()
         self._sent = (up, now, now_total)

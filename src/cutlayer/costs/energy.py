@@ -1,10 +1,10 @@
-"""Energy: modelled from FLOPs, bytes and waiting; or measured, where the machine can. The two are never added.
+"""Energy: modelled from FLOPs, bytes and waiting, or measured if the machine can. The two are never added.
 
 The model, per client: E = FLOPs x J/FLOP + idle power x waiting + sum over directions of (P0 + a R) x time on air, with
-P0 the power of the whole device while its radio works and a R what the rate R adds to it.
+P0 the power of the whole device while its radio works and a R the addition of the rate R to it.
 
-- `marginal`: what the training itself adds: computing, and the rate's share of the radio;
-- `total`: also P0 on air and waiting. Where a profile does not know a figure, neither energy nor total is known (None).
+- `marginal`: the addition of the training itself: computing, and the rate's share of the radio;
+- `total`: also P0 on air and waiting. If a profile lacks a figure, the energies that depend on it are not known (None).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cutlayer.costs.fleet import Array, Fleet
 
 @dataclass(frozen=True)
 class Use:
-    """What each client has done so far: [C] each. FLOPs, bits, and seconds on air and waiting."""
+    """The work of each client so far: [C] each. FLOPs, bits, and seconds on air and waiting."""
 
     flops: Array
     up_bits: Array
@@ -29,7 +29,7 @@ class Use:
 
 @dataclass(frozen=True)
 class Energy:
-    """Joules of all clients together, modelled. None: a profile does not know."""
+    """Joules of all clients together, modelled. None: a profile lacks a figure."""
 
     computing: float
     radio_rate: float | None
@@ -38,18 +38,18 @@ class Energy:
 
     @property
     def marginal(self) -> float | None:
-        """What the training itself adds."""
+        """The energy that the training itself adds."""
         return None if self.radio_rate is None else self.computing + self.radio_rate
 
     @property
     def total(self) -> float | None:
-        """What the devices draw while they train."""
+        """The energy that the devices use while they train."""
         parts = (self.computing, self.radio_rate, self.radio_base, self.waiting)
         return None if None in parts else math.fsum(p for p in parts if p is not None)
 
 
 def clients_energy(fleet: Fleet, use: Use) -> Energy:
-    """Joules of all clients for what they have done."""
+    """Joules of all clients for their work."""
     link, device = fleet.link, fleet.client
     # A device slowed down computes longer at the same power: FLOPs / speed x watts.
     computing = float((use.flops / fleet.speeds).sum() * device.watts)
@@ -70,5 +70,5 @@ def clients_energy(fleet: Fleet, use: Use) -> Energy:
 
 
 def server_energy(fleet: Fleet, flops: float) -> float | None:
-    """Joules of the server's computing; None where nothing is known of it. Its waiting is left out."""
+    """Joules of the server's computing; None if its profile is not known. Its waiting is left out."""
     return None if fleet.server is None else flops / fleet.server_speed * fleet.server.watts

@@ -1,4 +1,4 @@
-"""What training costs, without training: closed forms for equal clients, each what ledger and clock would count.
+"""The costs of training, without training: closed forms for equal clients, which equal the counts of ledger and clock.
 
 Per algorithm: bytes under every convention, FLOPs, virtual time, energy, for a number of epochs. Every client holds the
 same number of samples, takes part in every round, and computes and sends at its own speed; its cut may be its own. A
@@ -29,7 +29,7 @@ from cutlayer.traffic import Epoch, Traffic
 
 @dataclass(frozen=True, kw_only=True)
 class Workload(Epoch):
-    """What is trained: an epoch's sizes, FLOPs of one sample, and how many epochs."""
+    """The training: an epoch's sizes, FLOPs of one sample, and the number of epochs."""
 
     flops: ModelFlops
     epochs: int = 1
@@ -41,10 +41,10 @@ class Workload(Epoch):
 
 @dataclass(frozen=True, eq=False)
 class Mixture:
-    """What is trained where clients have different cuts: `kinds` are the workloads at each cut, whose `clients` are the
-    number of clients that have it; `numbers` [C] say which kind each client is of (only a fleet asks for them). The
-    server's model begins at the last kind's cut, which is the deepest; the server also computes what lies between a
-    client's cut and that one.
+    """The training if clients have different cuts: `kinds` are the workloads at each cut, whose `clients` are the
+    number of clients that have it; `numbers` [C] are the kinds of the clients (only needed with a fleet). The server's
+    model begins at the last kind's cut, which is the deepest; the server also computes the layers between a client's
+    cut and that one.
 
     `ranked`: all have one cut, and the kinds differ in the rank of the clients' adapters, the last has the largest.
     Then a workload's `model` has that rank throughout.
@@ -66,7 +66,7 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Expected:
-    """Costs of `epochs` epochs, of all clients together. `once_*`: at the start, whatever the epochs (raw data of
+    """Costs of `epochs` epochs, of all clients together. `once_*`: at the start, independent of the epochs (raw data of
     centralised learning). FLOPs: of one client (the mean, if cuts differ), of the server. Time and energy are None
     without a fleet.
     """
@@ -90,7 +90,7 @@ class Expected:
 
     @property
     def broadcast(self) -> int:
-        """Up and down, what is the same for several once."""
+        """Up and down, messages that are the same for several clients once."""
         return self.up + self.down_broadcast + self.once_up
 
 
@@ -101,7 +101,7 @@ def expect(algorithm: Algorithm, work: Workload | Mixture, fleet: Fleet | None =
     If an algorithm draws the clients that share a gradient, and the cuts differ, bytes and time are those of the mean.
     """
     one = algorithm.traits.central or (algorithm.traits.whole and not (isinstance(work, Mixture) and work.ranked))
-    if isinstance(work, Mixture) and one:  # where a model is cut plays no role
+    if isinstance(work, Mixture) and one:  # the cut plays no role
         work = replace(work.kinds[-1], clients=work.clients)
     mix = Mixture((work,), np.zeros(0, np.intp)) if isinstance(work, Workload) else work
     moved = _Moved(algorithm, mix)
@@ -126,8 +126,8 @@ def takes_mean(algorithm: Algorithm, work: Workload | Mixture) -> bool:
 
 @dataclass(frozen=True)
 class _Sharing:
-    """Of the clients with the deepest cut: how many receive one common gradient in a step (in the mean), how likely it
-    is that any does in a step, and in an epoch. Whole numbers where nothing depends on which clients are drawn.
+    """For the clients with the deepest cut: how many receive one common gradient in a step (in the mean), and the
+    probabilities that any does in a step and in an epoch. Whole numbers if nothing depends on which clients are drawn.
     """
 
     clients: float
@@ -141,7 +141,7 @@ class _Sharing:
 
 
 def _sharing(drawn: int, deepest: int, clients: int, steps: int) -> _Sharing:
-    """If `drawn` of all `clients` share in each step, drawn anew, where only the `deepest` of them can."""
+    """The same if `drawn` of all `clients` are drawn in each step to share, but only the `deepest` of them can."""
     if drawn in (0, clients) or deepest == clients:
         there = int(drawn > 0)
         return _Sharing(min(drawn, deepest), there, there)
@@ -150,7 +150,7 @@ def _sharing(drawn: int, deepest: int, clients: int, steps: int) -> _Sharing:
 
 
 def _none_of(deepest: int, drawn: int, clients: int) -> float:
-    """How likely it is that of `clients`, of whom `drawn` are drawn, none of the `deepest` is."""
+    """The probability that none of the `deepest` is drawn, if `drawn` of `clients` are."""
     others = clients - deepest
     if drawn > others:
         return 0.0
@@ -159,13 +159,13 @@ def _none_of(deepest: int, drawn: int, clients: int) -> float:
 
 
 def _whole(count: float) -> int:
-    """A mean is rounded; what is counted exactly stays as it is."""
+    """A mean is rounded; exact counts stay as they are."""
     return round(count) if isinstance(count, float) else count
 
 
 class _Moved:
-    """What an algorithm moves for each kind of clients: `traffics` and `costs`, beside `mix.kinds`. Raises ConfigError
-    as `expect` does.
+    """The traffic of an algorithm for each kind of clients: `traffics` and `costs`, in the order of `mix.kinds`. Raises
+    ConfigError as `expect` does.
     """
 
     def __init__(self, algorithm: Algorithm, mix: Mixture) -> None:
@@ -203,7 +203,7 @@ class _Moved:
         return Expected(self.name, **counts, client_flops=at_clients / self.mix.clients, server_flops=served)
 
     def _kind(self, t: Traffic, w: Workload) -> Expected:
-        """Bytes and FLOPs of the clients of one kind; a gradient can be common to those with the deepest cut alone."""
+        """Bytes and FLOPs of the clients of one kind; only clients with the deepest cut can share a gradient."""
         name, c, rows, epochs = self.name, w.clients, w.samples, w.epochs
         if t.pattern == "gather":
             work = epochs * rows * w.flops.whole.training
@@ -250,7 +250,7 @@ class _Moved:
 
 
 def _timed(e: Expected, moved: _Moved, fleet: Fleet) -> Expected:
-    """With time and energy: what `costs.clock.Clock` would read at the end."""
+    """With time and energy: the final values of `costs.clock.Clock`."""
     path = _Path(e, moved, fleet)
     patterns = {
         "gather": path.central,
@@ -270,8 +270,8 @@ def _timed(e: Expected, moved: _Moved, fleet: Fleet) -> Expected:
 
 
 class _Path:
-    """What each client does along the way: [C] each. Every method adds it up and returns the seconds of the whole. What
-    depends on a client's cut is one number if all have the same, or [C].
+    """The work of each client: [C] each. Every method adds it up and returns the seconds of the whole. Values that
+    depend on a client's cut are one number if all have the same, or [C].
     """
 
     def __init__(self, e: Expected, moved: _Moved, fleet: Fleet) -> None:
@@ -298,12 +298,14 @@ class _Path:
         return of_kinds[0] if len(of_kinds) == 1 else np.array(of_kinds, np.float64)[self.moved.mix.numbers]
 
     def central(self) -> float:
-        """Everybody sends its data; then the server computes."""
+        """All clients send their data; then the server computes."""
         arrived = self._up(self.w.samples_per_client * (self.w.raw + self.w.label), 1)
         return float(arrived.max()) + self.fleet.latency + self.e.server_flops / self.fleet.server_speed
 
     def federated(self) -> float:
-        """Rounds: the slowest in computing and sending, then the slowest in receiving; computing goes on from there."""
+        """Rounds: the slowest in computing and sending, then the slowest in receiving; computing continues from
+        there.
+        """
         w, f = self.w, self.fleet
         fit = self.flops / w.epochs / f.speeds
         up = self._up(self.averaged, w.epochs)
@@ -325,7 +327,7 @@ class _Path:
             back = self._through_tails(size, turns, 1)
             total += turns * float((up + down + own + back + serve + 2 * f.latency).sum())
         if self.clients > 1 and self.t.moved:
-            # Each client passes the model on once an epoch and takes it once, but for the first and last time.
+            # Each client passes the model on once an epoch and takes it once, except for the first and last time.
             up = self._up(self.t.moved, w.epochs, together=False)
             down = self._down(self.t.moved, self.t.moved, w.epochs)
             total += w.epochs * float((up + down + 2 * f.latency).sum())
@@ -353,7 +355,7 @@ class _Path:
             serve[size] += float(self._through_tails(size, count * w.epochs, self.clients).max())
         order = list(batches)  # the full batches, then the rest
         averaging = np.any(self.averaged)
-        rounds = 1 if averaging else w.epochs  # that hang together; an averaging stands between the others
+        rounds = 1 if averaging else w.epochs  # that are connected; between the others there is an averaging
         epochs = w.epochs // rounds
         total = float(go[order[0]].max())
         turns: Counter[tuple[int, int]] = Counter()
@@ -372,7 +374,7 @@ class _Path:
             return total + between + served + latencies + float(last.max())
         up = self._up(self.averaged, w.epochs)
         down = self._down(self.averaged, self._models_leaving(), w.epochs)
-        at_once = np.broadcast_to(self.averaged, last.shape) == 0  # train nothing, and go on without an average
+        at_once = np.broadcast_to(self.averaged, last.shape) == 0  # train nothing, and continue without an average
         gathered = float((last + up)[~at_once].max())
         inside = between + served + latencies + gathered + 2 * f.latency
         begun = float((down + go[order[0]])[~at_once].max())
@@ -388,8 +390,8 @@ class _Path:
         return sum(t.averaged * (1 if self.fleet.multicast else w.clients) for w, t in pairs)
 
     def local(self) -> float:
-        """Rounds: clients compute and send without waiting; the server trains on what has come, one upload after
-        another; the slowest of all in computing and sending; the models.
+        """Rounds: clients compute and send without waiting; the server trains on the uploads, one after another; the
+        slowest of all in computing and sending; the models.
         """
         w, f, t = self.w, self.fleet, self.t
         uploads, busy = self._uploads()
@@ -407,7 +409,7 @@ class _Path:
         return max(now, float(begins.max()))
 
     def _uploads(self) -> tuple[list[tuple[Array, float]], Array]:
-        """A round's uploads: when each client has sent it, counted from its beginning [C], and how long the server
+        """A round's uploads: the time of each client's upload since the start of the round [C], and how long the server
         trains on it; and how long clients compute and send [C].
         """
         w, f, every = self.w, self.fleet, self.t.every
@@ -425,7 +427,7 @@ class _Path:
         return found, busy
 
     def _copies(self) -> int:
-        """How often what is the same for all clients leaves the server."""
+        """How often a message that is the same for all clients leaves the server."""
         return 1 if self.fleet.multicast else self.clients
 
     def _through_tails(self, size: int, times: int, together: int) -> Array:
@@ -444,7 +446,7 @@ class _Path:
     def _in_step(
         self, batches: dict[int, int], go: dict[int, Array], come: dict[int, Array], serve: dict[int, float]
     ) -> float:
-        """The same where all wait for the sum of their gradients in every step; `batches` by size, in order."""
+        """The same if all wait for the sum of their gradients in every step; `batches` by size, in order."""
         w, f, summed = self.w, self.fleet, self.t.summed
         order, steps = list(batches), w.epochs * sum(batches.values())
         up = self._up(summed, steps)
@@ -493,7 +495,7 @@ class _Path:
         return self._passing("down", 8.0 * count, 8.0 * leaving, times)
 
     def _passing(self, direction: Literal["up", "down"], bits: Any, at_server: Any, times: int) -> Array:
-        """Seconds [C] of `bits` for each client that has some, while `at_server` pass at the server."""
+        """Seconds [C] of each client's `bits`, while `at_server` bits pass at the server."""
         taken = np.maximum(bits / getattr(self.fleet, direction), at_server / self.fleet.server_rate)
         seconds: Array = np.where(bits > 0, taken, 0.0)
         noted, busy = (getattr(self, f"{direction}_{what}") for what in ("bits", "seconds"))

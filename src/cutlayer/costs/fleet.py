@@ -25,16 +25,16 @@ MBPS = 1e6  # bit/s
 
 
 FleetOptions = RunConfig | PlanConfig
-"""What says what the machines and links are, and names the draw of the clients' differences."""
+"""The options that define the machines and links, and the seed of the clients' differences."""
 
 
 @dataclass(frozen=True)
 class Fleet:
-    """C clients and a server. `server_speed` is infinite where nothing is known of the server: it then takes no time.
+    """C clients and a server. `server_speed` is infinite if the server has no profile: it then takes no time.
 
-    `server_rate` is what all clients together can send to (or receive from) the server; with `multicast` a message that
-    is the same for several clients passes there once. `notes` say which devices have no rate for the precision. With a
-    `trace` the links are as it says: `up` and `down` are not known then (NaN).
+    `server_rate` is the rate at which all clients together can send to (or receive from) the server; with `multicast`,
+    a message that is the same for several clients counts there once. `notes` say which devices have no rate for the
+    precision. With a `trace`, the links follow it, and `up` and `down` are not known (NaN).
     """
 
     client: Device
@@ -58,7 +58,7 @@ class Fleet:
 
 def fleet(options: FleetOptions, clients: int) -> Fleet | None:
     """The fleet that the options describe, with the devices' rates in the options' precision; None without a client
-    device. A trace is for the caller to read, once the clients' names are known.
+    device. The caller reads a trace, when the clients' names are known.
 
     Raises ConfigError: an unknown profile, or a link without rates.
     """
@@ -103,7 +103,7 @@ def _rate(device: Device, precision: Precision) -> float:
 
 
 def _notes(client: Device, server: Device | None, precision: Precision) -> tuple[str, ...]:
-    """A sentence for each device whose float32 rate stands in for that of `precision`."""
+    """A sentence for each device whose float32 rate is used for `precision`."""
     devices = {device.name: device for device in (client, server) if device is not None}
     return tuple(
         f"{name} has no known rate in {precision}: its float32 rate, {format_quantity(d.flops_per_second, 'FLOP/s')}, "

@@ -1,8 +1,8 @@
 """How much a cut model computes: floating point operations of each part, forward and backward, per sample.
 
 Counted by torch's own counter (`torch.utils.flop_counter`) while the real modules run: one multiply-add is two FLOPs;
-matrix products, convolutions and attention count, what is elementwise (activations, normalisation, pooling, optimiser
-steps) does not. Works on the meta device too, where nothing is computed or allocated.
+matrix products, convolutions and attention count; elementwise operations (activations, normalisation, pooling,
+optimiser steps) do not. This also works on the meta device, where nothing is computed or allocated.
 
 The client part's first layer has no gradient of its input to compute, the server's has (the cut gradient), so a part's
 backward pass is less than twice its forward pass. The paper (Table 4) counts three times the forward pass instead:
@@ -43,7 +43,7 @@ class Flops:
 
     @property
     def three_forwards(self) -> float:
-        """What the paper counts for training: three times the forward pass."""
+        """The paper's count for training: three times the forward pass."""
         return 3 * self.forward
 
     def __add__(self, other: Flops) -> Flops:
@@ -52,9 +52,9 @@ class Flops:
 
 @dataclass(frozen=True)
 class ModelFlops:
-    """FLOPs per sample of a cut model's parts. `tail` is what comes back to the client in the U-shape (else zero),
-    `head` an auxiliary head, which does not belong to the model. `uncut` is the model as one, if it was counted: it
-    computes no gradients of what crosses the cut where nothing before it is trained.
+    """FLOPs per sample of a cut model's parts. `tail` is the client's last part in the U-shape (else zero), `head` an
+    auxiliary head, which does not belong to the model. `uncut` is the whole model, if it was counted: it computes no
+    gradients at the cut if nothing before the cut is trained.
     """
 
     client: Flops
@@ -65,12 +65,12 @@ class ModelFlops:
 
     @property
     def whole(self) -> Flops:
-        """Of the model as one: what a client of federated learning computes."""
+        """The whole model: the FLOPs of a client of federated learning."""
         return self.uncut or self.client + self.server + self.tail
 
     @property
     def at_client(self) -> Flops:
-        """Of all that a client of split learning computes."""
+        """All parts of a client of split learning."""
         return self.client + self.tail
 
 
@@ -78,8 +78,8 @@ def count(parts: Parts, example: Tensor | Rows, head: nn.Module | None = None) -
     """FLOPs per sample of `parts` on rows like `example`, each [n, ...] (two or more; on the parts' own device), and of
     an auxiliary `head`.
 
-    The parts are run on copies, in training mode, so that nothing of theirs changes. Warns where a part has parameters
-    and yet nothing that the counter knows (recurrent layers, say): its figure is then too low.
+    Copies of the parts are run in training mode, so the parts do not change. Warns if a part has parameters but no
+    operation that the counter knows (recurrent layers, say): its figure is then too low.
     """
     rows = as_tuple(example)
     found = _COUNTED.of(_key(parts, rows, head), lambda: _counted(parts, rows, head))
@@ -97,7 +97,7 @@ def count_head(head: nn.Module, smashed: Rows) -> Flops:
 
 
 def _key(parts: Parts, rows: Rows, head: nn.Module | None) -> Hashable | None:
-    """What the FLOPs of parts depend on; None where that is not known."""
+    """Everything on which the FLOPs of parts depend; None if it is not known."""
     if parts.likeness is None or head is not None:
         return None
     trained = [p.requires_grad for part in parts.all for p in part.parameters()]
@@ -118,14 +118,14 @@ def _counted(parts: Parts, rows: Rows, head: nn.Module | None) -> dict[str, tupl
 
 
 def _part(name: str, module: nn.Module, rows: Rows, samples: int) -> tuple[Flops, bool, Rows]:
-    """FLOPs per sample of one part, whether they are known, and what it gives to the next."""
+    """FLOPs per sample of one part, whether they are known, and its outputs for the next part."""
     module = deep_copy(module).train()
     part, rows = _count(module, rows, samples, first=name == "client")
     return part, bool(part.forward) or not _multiplies(module), rows
 
 
 def _say_unknown(name: str, known: bool) -> None:
-    """Warn where the FLOPs of a part are not known."""
+    """Warn if the FLOPs of a part are not known."""
     if not known:
         what = "auxiliary head" if name == "head" else f"{name} part"
         warnings.warn(
@@ -144,17 +144,17 @@ _WITHOUT_PRODUCTS = (
 
 
 def _multiplies(part: nn.Module) -> bool:
-    """Whether a part has parameters of other layers than those that look up or scale."""
+    """Whether a part has parameters of layers other than lookups and scalings."""
     idle = {id(p) for m in part.modules() if isinstance(m, _WITHOUT_PRODUCTS) for p in m.parameters(recurse=False)}
     return any(id(p) not in idle for p in part.parameters())
 
 
 def _count(module: nn.Module, received: Rows, rows: int, *, first: bool) -> tuple[Flops, Rows]:
-    """FLOPs per sample of one part, and what it gives to the next. The `first` part receives data: no gradients."""
+    """FLOPs per sample of one part, and its outputs for the next. The `first` part receives data, without gradients."""
     given = tuple(r.detach() for r in received)
     if not first:
         given = tuple(r.requires_grad_() if r.is_floating_point() else r for r in given)
-    # The counter does not know the CPU's own attention; as plain products it is known, and they are as many.
+    # The counter does not know the CPU's own attention. Plain products have the same count, and are known.
     with sdpa_kernel(SDPBackend.MATH), FlopCount(display=False) as forward:
         outputs = as_tuple(module(given))
     total = [o.sum() for o in outputs if o.is_floating_point() and o.requires_grad]

@@ -1,14 +1,14 @@
 """The ledger of bytes, and the cohort that fills it at the seam.
 
-Counted are the values that cross, as the bytes that codecs write them in; without one, their tensors' own (elements x
-bytes per element). A deployment that sends the same tensors adds its framing, nothing else. Two conventions are
-truthful, the third is there to compare with:
+It counts the values that cross, as the bytes that codecs write; without a codec, their tensors' own bytes (elements x
+bytes per element). A deployment sends the same tensors and only adds its framing. Two conventions describe real
+traffic, the third is for comparison:
 - `wire-unicast`: a message to several clients counts once per client that receives it;
 - `wire-broadcast`: a message that is the same for several clients counts once (wireless broadcast, multicast);
 - `paper`: as Table 6 of arXiv 2112.05929 counts: no labels, models once per client, and of all common gradients of an
   epoch (here: a round) one sample's.
-Evaluation, and a server's part that is given away at the end, are counted apart from training. A common gradient is one
-message: every addressee receives all its rows.
+Evaluation, and a server's part that is sent at the end, are counted separately from training. A common gradient is one
+message: every receiver gets all its rows.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ Kind = Literal[
     "weight gradients",
 ]
 _DIRECTIONS: tuple[Direction, ...] = ("up", "down")
-_APART = ("evaluation", "server model")  # what crosses besides training
+_APART = ("evaluation", "server model")  # traffic other than training
 Convention = Literal["wire-unicast", "wire-broadcast", "paper"]
 CONVENTIONS: tuple[Convention, ...] = ("wire-unicast", "wire-broadcast", "paper")
 
 
 class Ledger:
-    """Bytes per client, direction and kind. With auxiliary heads also rows, of all clients together: `passed` have gone
+    """Bytes per client, direction and kind. With auxiliary heads also rows, of all clients together: `passed` went
     through their parts, `learnt` back from their heads.
     """
 
     def __init__(self, clients: int) -> None:
         self.clients = clients
         self._bytes: dict[tuple[str, str], np.ndarray] = {}
-        self._saved: dict[str, int] = {}  # per kind: what broadcasting saves against unicast
+        self._saved: dict[str, int] = {}  # per kind: the savings of broadcast against unicast
         self.passed = self.learnt = 0
         self._common = 0  # bytes of common gradients, once per receiver
         self._common_once = 0  # those that the paper counts
@@ -69,7 +69,7 @@ class Ledger:
         self._bytes[direction, kind][np.asarray(clients)] += counts
 
     def replace(self, direction: Direction, kind: Kind, counts: np.ndarray) -> None:
-        """The bytes [C] of a kind so far are these."""
+        """Set the bytes [C] of a kind so far."""
         if counts.any() or (direction, kind) in self._bytes:
             self._bytes[direction, kind] = counts
 
@@ -87,16 +87,16 @@ class Ledger:
         self._common_once += once
 
     def trained(self, direction: Direction) -> np.ndarray:
-        """Bytes [C] of all training (everything but what is counted apart) that each client sent or received."""
+        """Bytes [C] of all training (without separately counted kinds) that each client sent or received."""
         kinds = [c for (d, k), c in self._bytes.items() if d == direction and k not in _APART]
         return np.sum(kinds, 0) if kinds else np.zeros(self.clients, np.int64)
 
     def of_clients(self, direction: Direction, kind: Kind) -> np.ndarray:
-        """Bytes [C] that each client sent ("up") or received ("down"); a broadcast is received by every addressee."""
+        """Bytes [C] that each client sent ("up") or received ("down"); every receiver of a broadcast counts it."""
         return self._bytes.get((direction, kind), np.zeros(self.clients, np.int64)).copy()
 
     def total(self, direction: Direction, convention: Convention = "wire-unicast", kind: Kind | None = None) -> int:
-        """Bytes of all clients, of one kind, or of all training (everything but what is counted apart)."""
+        """Bytes of all clients, of one kind, or of all training (without separately counted kinds)."""
         kinds = [k for d, k in self._bytes if d == direction and (k == kind or (kind is None and k not in _APART))]
         return sum(self._total(direction, k, convention) for k in kinds)
 
@@ -153,10 +153,10 @@ class _MeteredState(Stored):
 class MeteredCohort(CohortAround):
     """A cohort whose crossings go into a ledger. It counts, and changes nothing.
 
-    `crossed` is where the inner cohort notes the bytes of rows that have crossed; here they are taken out. `cuts` [C]
-    are the numbers of the clients' cuts, where these differ. `total` sums what has crossed in an evaluation over
-    several processes that each evaluate some clients. `asynchronous`: clients begin to work when `arrivals` names them,
-    and not when a round begins.
+    The inner cohort adds the bytes of rows that have crossed to `crossed`; here they are taken out. `cuts` [C]
+    are the numbers of the clients' cuts, where these differ. `total` sums the bytes of an evaluation over several
+    processes that each evaluate some clients. `asynchronous`: clients begin to work when `arrivals` names them, and not
+    when a round begins.
     """
 
     def __init__(
@@ -173,10 +173,10 @@ class MeteredCohort(CohortAround):
         self.asynchronous = asynchronous
         self.ledger, self._crossed, self._cuts, self._total = ledger, crossed, cuts, total
         self._stale: set[int] = set()  # missed an averaging: will fetch the model when they next take part
-        self._at_work: set[int] = set()  # go on with the model that they have until it is averaged
+        self._at_work: set[int] = set()  # continue with their present model until it is averaged
         self._common_seen = False  # in this round
         self._in_step = False  # clients all take the same steps: who has missed one needs the optimiser's state too
-        self._waiting = 0  # rows whose clients wait for what becomes of them
+        self._waiting = 0  # rows whose clients wait for their result
 
     def begin_round(self, index: int, total: int, lr_factor: float) -> Round:
         """Participants that missed an averaging fetch the averaged model first."""
@@ -187,7 +187,9 @@ class MeteredCohort(CohortAround):
         return this
 
     def begin_work(self, clients: Sequence[int]) -> list[int]:
-        """Those of `clients` that are not at work begin: who missed an averaging fetches the model. Which ones."""
+        """Those of `clients` that are not at work begin, and fetch the model if they missed an averaging. Returns these
+        clients.
+        """
         new = [k for k in clients if k not in self._at_work]
         self._fetch(new)
         self._at_work |= set(new)
@@ -225,8 +227,8 @@ class MeteredCohort(CohortAround):
             self._count("cut gradients", common_rows=len(gradients.common[0]) if gradients.active else 0)
 
     def backward_together(self, gradients: CutGradients) -> Summed:
-        """Down: cut gradients; up: the weight gradients of those whom they were for; down: their sum, to everybody (to
-        those who were away the model when they next take part).
+        """Down: cut gradients; up: the weight gradients of their receivers; down: their sum, to all clients (clients
+        that were away get the model when they next take part).
         """
         try:
             summed = self.inner.backward_together(gradients)
@@ -259,7 +261,7 @@ class MeteredCohort(CohortAround):
         """Up: the models of those averaged; down: the average, to the same clients (to others when they next take
         part).
         """
-        if not weights:  # nobody has trained
+        if not weights:  # no client has trained
             return ()
         averaged = self.inner.average(weights)
         for same in self._by_cut(averaged):
@@ -274,15 +276,15 @@ class MeteredCohort(CohortAround):
         """Up from the holder, down to the next: the client model, and its optimiser's state if that goes too."""
         holder = self.inner.holder
         self.inner.hand_over(client, optimizer=optimizer)
-        if holder is not None and holder != client == self.inner.holder:  # else it was not there to take it
+        if holder is not None and holder != client == self.inner.holder:  # otherwise it was not connected
             size = self.footprint(holder)
             count = size.model + (size.optimizer if optimizer else 0)
             self.ledger.add("up", "models", holder, count)
             self.ledger.add("down", "models", client, count)
 
     def evaluate(self, samples: Samples, predict: Predict, clients: Sequence[int] | None = None) -> Evaluation:
-        """Up: smashed data of the held-out samples and their labels; U-shaped: no labels, but features down. Samples
-        that stay with their client keep their labels there: outputs go down in their place.
+        """Up: smashed data of the held-out samples and their labels; U-shaped: no labels, but features down. If samples
+        stay with their client, so do their labels, and outputs go down instead.
         """
         stay = isinstance(samples, AtClient)
 
@@ -314,7 +316,7 @@ class MeteredCohort(CohortAround):
         return np.stack([self.ledger.of_clients(direction, "evaluation") for direction in _DIRECTIONS])
 
     def _lent(self, holder: int | None, client: int) -> None:
-        """The travelling model goes to a client to be tested there."""
+        """The travelling model goes to a client for a test there."""
         assert holder is not None, "somebody holds it"
         size = self.footprint(holder).model
         self.ledger.add("up", "evaluation", holder, size)
@@ -329,7 +331,7 @@ class MeteredCohort(CohortAround):
         self._stale -= set(late)
 
     def _by_cut(self, clients: Sequence[int]) -> list[list[int]]:
-        """Clients whose models are of one kind, and so get the same message: those with the same cut."""
+        """Clients whose models have the same form, so that they get the same message: those with the same cut."""
         groups: dict[int, list[int]] = {}
         for k in clients:
             groups.setdefault(self._cuts[k] if self._cuts else 0, []).append(k)

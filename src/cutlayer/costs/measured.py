@@ -1,7 +1,7 @@
-"""Energy that this machine drew while it trained: measured, where it can tell, by zeus (RAPL, NVML); never guessed.
+"""Energy that this machine used while training, measured by zeus if possible (RAPL, NVML), and never guessed.
 
-What is measured is the whole processor package and each GPU, whatever else they do meanwhile. It is the energy of the
-*simulation*: what clients and server would draw is modelled (`energy.py`), and the two are never added.
+The measurement covers the whole processor package and each GPU, including other work on them. It is the energy of the
+*simulation*. The energy of clients and server is modelled (`energy.py`), and the two are never added.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class _MeterState(Stored):
 
 
 class Meter:
-    """Measures between entering and leaving, any number of times. `joules` is None where nothing measures."""
+    """Measures between entering and leaving, any number of times. `joules` is None if nothing can be measured."""
 
     def __init__(self) -> None:
         self.joules: float | None = None
@@ -55,7 +55,7 @@ class Meter:
         return {"joules": self.joules}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from what was measured before."""
+        """Continue from an earlier measurement."""
         self.joules = checked(state, _MeterState, "measured").joules
 
 
@@ -75,7 +75,7 @@ def _monitor() -> tuple[Any, str]:
     logging.getLogger("zeus").setLevel(logging.ERROR)
     try:
         monitor = ZeusMonitor()
-    except Exception as error:  # a driver's: anything can come out
+    except Exception as error:  # of a driver: any error is possible
         return None, f"not measured: {str(error).strip().splitlines()[0]}"
     found = [name for name, there in (("RAPL", monitor.cpu_indices), ("NVML", monitor.gpu_indices)) if there]
     return (monitor, f"measured by {' and '.join(found)} (zeus)") if found else (None, _NOTHING)

@@ -1,8 +1,8 @@
 """Device and link profiles: figures with their sources, the built-in ones and the user's own (TOML).
 
-Units: FLOP/s, watts, bits per second, seconds. A figure that a profile lacks is None, and whatever depends on it is not
-known either: nothing is made up. The one exception is a device's rate in another precision than float32: the float32
-rate stands in for it, and the output says so.
+Units: FLOP/s, watts, bits per second, seconds. A figure that a profile lacks is None, and everything that depends on it
+is not known either. The only exception is a device's rate in another precision than float32: the float32 rate is used
+instead, and the output says so.
 """
 
 from __future__ import annotations
@@ -152,20 +152,20 @@ class Profiles(BaseModel):
         return cls(devices=devices, links=links)
 
     def device(self, name: str) -> Device:
-        """The device called `name`. Raises ConfigError with the names there are."""
+        """The device called `name`. Raises ConfigError with the known names."""
         if name not in self.devices:
             raise ConfigError(unknown("device profile", name, self.devices))
         return self.devices[name]
 
     def link(self, name: str) -> Link:
-        """The link called `name`. Raises ConfigError with the names there are."""
+        """The link called `name`. Raises ConfigError with the known names."""
         if name not in self.links:
             raise ConfigError(unknown("link profile", name, self.links))
         return self.links[name]
 
 
 def _named(table: Mapping[str, Any], kind: str, where: str) -> list[tuple[str, Mapping[str, Any]]]:
-    """The tables [kind.NAME] by name. Raises ConfigError where figures stand outside of one."""
+    """The tables [kind.NAME] by name. Raises ConfigError for figures outside of these tables."""
     named = table.get(kind, {})
     if not isinstance(named, Mapping):
         raise ConfigError(f"{where}: {kind} = {named!r} is not a table: give each {kind} one of its own, [{kind}.NAME]")

@@ -1,9 +1,9 @@
-"""Traces: when each client can be reached, and how fast its link is then, read from a CSV file.
+"""Traces: the times when each client can be reached, with the speed of its link, read from a CSV file.
 
-A row says that `client` (its number, or its name where the data name the clients) can be reached in [from, to), in
-virtual seconds, and sends `up` and receives `down` Mbit/s meanwhile. Where a client has no row, it cannot be reached.
-After the period everything begins anew; without one, each client's last row has to last for ever (`to` is inf), so that
-nobody waits in vain.
+A row says that `client` (its number, or its name if the data name the clients) can be reached in [from, to), in virtual
+seconds, and then sends `up` and receives `down` Mbit/s. At times without a row, the client cannot be reached. The trace
+repeats after the period. Without a period, each client's last row must have no end (`to` is inf), so that a run never
+waits without end.
 
 Shape legend: C clients.
 """
@@ -28,14 +28,14 @@ from cutlayer.text import shortened
 
 COLUMNS = ("client", "from", "to", "up", "down")
 _MBPS = 1e6  # bit/s
-_SHOWN = 40  # letters of a wrong value
+_SHOWN = 40  # shown characters of a wrong value
 _DIGITS = 9  # of a client's number
 _LEAST = 1e-9  # Mbit/s
 _ROUNDING = 1e-9  # the fraction of an interval that rounding may add to a message
 
 
 class Passing(NamedTuple):
-    """What a message takes: seconds on air, and seconds without a link before it and in between."""
+    """The time of a message: seconds on air, and seconds without a link before it and in between."""
 
     on_air: float
     waited: float
@@ -58,14 +58,14 @@ class Reachable:
 
 @dataclass(frozen=True)
 class Trace:
-    """When each of C clients can be reached; anew after each `period` (inf: once, and then for ever)."""
+    """The times when each of C clients can be reached, repeated after each `period` (inf: no repetition)."""
 
     clients: tuple[Reachable, ...]
     period: float = math.inf
 
     @property
     def digest(self) -> str:
-        """Names what the trace says."""
+        """A name for the content of the trace."""
         return hashlib.sha256(repr((self.clients, self.period)).encode()).hexdigest()
 
     def waits(self, time: float) -> npt.NDArray[np.float64]:
@@ -75,7 +75,7 @@ class Trace:
     def passing(
         self, direction: Literal["up", "down"], client: int, time: float, bits: float, most: float = math.inf
     ) -> Passing:
-        """What `bits` to or from a client take from `time` on, at no more than `most` bit/s."""
+        """The time of `bits` to or from a client from `time` on, at no more than `most` bit/s."""
         one = self.clients[client]
         rates = getattr(one, direction)
         on_air, waited, now, left = 0.0, 0.0, time, bits
@@ -96,7 +96,9 @@ class Trace:
         raise AssertionError("a client's last interval has no end")
 
     def _periods(self, one: Reachable, rates: Sequence[float], bits: float, most: float) -> tuple[int, float]:
-        """How many whole periods `bits` take, but for the last, wherever in it one begins; and the bits that pass."""
+        """How many whole periods `bits` take before the last one, for any start within a period; and the bits that pass
+        in them.
+        """
         lengths = (end - begin for begin, end in zip(one.begins, one.ends, strict=True))
         each = math.fsum(length * min(rate, most) for length, rate in zip(lengths, rates, strict=True))
         many = max(0, math.floor(bits / each) - 1)
@@ -139,8 +141,8 @@ class _Row(NamedTuple):
 
 
 def read_trace(path: str, clients: int, names: Sequence[str] = (), period: float | None = None) -> Trace:
-    """The trace in that file, for `clients` of which some data know the `names`. Raises ConfigError with the value, the
-    reason and the remedy.
+    """The trace in that file, for `clients`, whose `names` come from the data, if it has any. Raises ConfigError with
+    the value, the reason and the remedy.
     """
     rows: dict[int, list[_Row]] = {}
     numbers = {name: number for number, name in enumerate(names)}
@@ -185,7 +187,7 @@ def _whole(path: str, head: Sequence[str], rows: list[tuple[int, list[str]]]) ->
 
 
 def _client(text: str, clients: int, names: Mapping[str, int], where: str) -> int:
-    """Which client is meant: by its name in the data, or else by its number."""
+    """The number of a client, given by its name in the data or by its number."""
     if text in names:
         return names[text]
     if text.isascii() and text.isdecimal() and len(text) <= _DIGITS and int(text) < clients:
@@ -232,7 +234,9 @@ def _number(values: dict[str, str], name: str, where: str) -> float:
 
 
 def _ordered(path: str, client: str, rows: list[_Row], period: float | None) -> Reachable:
-    """One client's intervals in order. Raises ConfigError where two overlap, or it can never be reached in the end."""
+    """One client's intervals in order. Raises ConfigError if two overlap, or if the client can no longer be reached at
+    the end.
+    """
     rows = sorted(rows, key=lambda row: row.begin)
     for one, other in itertools.pairwise(rows):
         if other.begin < one.end:
