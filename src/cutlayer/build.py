@@ -72,6 +72,7 @@ from cutlayer.frozen import freeze, load_moving, moving, replica, trains
 from cutlayer.held_out import Pace, own_rows, paced, trained_rows
 from cutlayer.models import Parts, build, cut
 from cutlayer.models import make as make_own
+from cutlayer.models.blocks import places
 from cutlayer.models.depths import Depths, cut_each, one_depth
 from cutlayer.models.halved import single
 from cutlayer.models.parts import Part, crossing_bytes
@@ -674,12 +675,12 @@ def _depths(
     traits = algorithm.traits
     clients = 1 if traits.central else config.clients
     if traits.whole or traits.u_shaped:
-        cuts = _cut_names(config, traits, model)
+        cuts = _cut_names(config, traits, model, whole)
         return one_depth(cuts[0], cut(whole, cuts, few.inputs, untie=config.untie), clients)
     default = default_cut(config.model) if model is None else None
     dtype = torch.float64 if config.precision == "float64" else torch.float32
     allotment = Allotment(config, whole, few.inputs, few.y[:1].nbytes, dtype, machines)
-    names = allotment.cuts(default) or _cut_names(config, traits, model)
+    names = allotment.cuts(default) or _cut_names(config, traits, model, whole)
     names = names[:1] * clients if len(set(names)) == 1 else names
     if len(set(names)) == 1:
         return one_depth(names[0], cut(whole, names[0], few.inputs, untie=config.untie), clients)
@@ -973,14 +974,13 @@ def _named_cuts(config: RunConfig, traits: Traits, model: Model | None) -> tuple
     return tuple(name for name in (first, config.tail_cut) if name) if first else ()
 
 
-def _cut_names(config: RunConfig, traits: Traits, model: Model | None) -> tuple[str, ...]:
+def _cut_names(config: RunConfig, traits: Traits, model: Model | None, whole: nn.Module) -> tuple[str, ...]:
     """Where to cut: nowhere (whole models), once, or twice (U-shaped). Raises ConfigError without a name."""
     if traits.whole:
         return ("output",)
     if not (named := _named_cuts(config, traits, model)):
         raise ConfigError(
-            f"{config.algorithm} needs cut: name the module of your model after which it is cut, "
-            "e.g. one of dict(model.named_modules()), or the number of blocks before the cut"
+            f"{config.algorithm} needs cut: name the module of your model after which it is cut ({places(whole)})"
         )
     return named
 

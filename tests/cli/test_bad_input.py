@@ -425,7 +425,7 @@ def test_models_that_do_not_fit_the_data(model: nn.Module, words: list[str], tmp
 
 def test_names_of_a_model_of_ones_own() -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4))
-    holds(sentence_of(lambda: own(model, cut=None)), "psl needs cut", "named_modules")
+    holds(sentence_of(lambda: own(model, cut=None)), "psl needs cut", "its modules are '0', '1' and those inside them")
     holds(sentence_of(lambda: own(model, cut="00"), UsageError), "'00'", "did you mean '0'")
     holds(
         sentence_of(lambda: own(model, cut="1"), UsageError), "'1'", "nothing is computed after", "Names that work: 0"

@@ -117,7 +117,7 @@ def test_nothing_has_to_be_trained_for_table_6(place: Path) -> None:
     [
         (
             "--model net.py:net",
-            "net.py:net' does not say where it is cut: name a module of it with --cut",
+            "net.py:net' does not say where it is cut: name a module of it with --cut (its modules are '",
         ),
         ("--model net.py:net --cut 9", "'9'"),
         ("--model net.py:net --cut 2 --width 0", "width = 0"),

@@ -401,14 +401,15 @@ def check_takes(model: nn.Module, x: Tensor) -> None:
             out = logits(deep_copy(model).eval()(x))
     except Exception as error:  # the user's module: anything can come out
         raise ConfigError(
-            f"the model does not take samples of shape {shape} and type {kind} ({one_line(error)}): give what it "
-            "takes, e.g. --input 3 32 32, or --input 128 --input-type int64 for token ids"
+            f"the model does not take samples of shape {shape} and type {kind} ({one_line(error)}): choose a "
+            "model that does, or what it takes: other data, or with plan and calibrate e.g. --input 3 32 32 (token "
+            "ids: --input 128 --input-type int64)"
         ) from None
     if not isinstance(out, Tensor) or out.dim() < 1 or len(out) != len(x):
         given = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
         raise ConfigError(
             f"the model turns {len(x)} samples of shape {shape} into {given}, not into a row of scores per sample: "
-            "check --input, or have it return [rows, classes]"
+            "check the samples' shape, or have it return [rows, classes]"
         )
 
 

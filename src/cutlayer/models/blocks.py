@@ -9,6 +9,8 @@ from torch import nn
 
 from cutlayer.errors import CutError
 
+_SHOWN = 8  # names in a sentence
+
 
 def blocks_of(model: nn.Module) -> list[str]:
     """The names of a model's blocks, in order; empty if it has none."""
@@ -32,6 +34,16 @@ def named_block(model: nn.Module, name: str) -> str:
             f"cut = {name} is not possible: the model has the blocks 1 to {len(blocks)} ({blocks[0]} to {blocks[-1]})"
         )
     return blocks[number - 1]
+
+
+def places(model: nn.Module) -> str:
+    """Where a model can be told to be cut, in words: its first modules, and the numbers of its blocks."""
+    names = [repr(name) for name, _ in model.named_children()]
+    shown = [*names[:_SHOWN], *["..."] * (len(names) > _SHOWN)]
+    listed = f"its modules are {', '.join(shown)} and those inside them" if names else "it has no modules in it"
+    if (blocks := len(blocks_of(model))) > 1:
+        listed += f"; 1 to {blocks - 1} is the number of its blocks before the cut"
+    return listed
 
 
 def _alike(module: nn.Module) -> bool:

@@ -16,6 +16,7 @@ from cutlayer.costs.fleet import fleet
 from cutlayer.costs.measure import example, load_model, measure, placed
 from cutlayer.errors import ConfigError
 from cutlayer.models import build
+from cutlayer.models.blocks import places
 from cutlayer.options import RunConfig, default_cut, traits
 from cutlayer.plugins import find, is_reference
 from cutlayer.report.looks import title_of_algorithm
@@ -81,11 +82,6 @@ def _alexnet(study: Study) -> Workload | None:
 
 
 def _work(config: RunConfig, cut: str | None, options: dict[str, Any]) -> Workload:
-    if cut is None:
-        raise ConfigError(
-            f"model {config.model!r} does not say where it is cut: name a module of it with --cut, e.g. one of "
-            "dict(model.named_modules())"
-        )
     source = load_source(config, None)
     train = source.train.form
     if len(train.rows) > 1:
@@ -98,6 +94,10 @@ def _work(config: RunConfig, cut: str | None, options: dict[str, Any]) -> Worklo
     width = config.thing("task", config.task).width(source.train.y, source.classes)
     made = build if is_reference(config.model) else load_model  # a user's own may read the values of its tensors
     net = placed(made(config.model, shape, width, **options), x.dtype)
+    if cut is None:
+        raise ConfigError(
+            f"model {config.model!r} does not say where it is cut: name a module of it with --cut ({places(net)})"
+        )
     return measure(net, cut, example(shape, x.dtype)).workload(
         clients=config.clients,
         samples_per_client=config.samples_per_client or 0,
