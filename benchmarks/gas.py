@@ -1,6 +1,6 @@
 """GAS against synchronous learning under label skew, with clients of unequal speed: the shape of its paper's table 1.
 
-    python benchmarks/gas.py [--seeds 0 1 2] [--rounds N] [--json FILE] [--write docs/algorithms/gas.md]
+    python benchmarks/gas.py [--seeds 0 1 2] [--skews NAME ...] [--rounds N] [--json FILE] [--write docs/algorithms/gas.md]
 
 20 clients share Fashion-MNIST by shards (two classes each) or by a Dirichlet distribution of 0.1; ten of them work at a
 time, 20 local steps of 32 rows, SGD with momentum 0.9, rate 0.01, weight decay 0.0005 and gradients clipped at 10. A
@@ -147,6 +147,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument("--skews", nargs="+", default=list(SKEWS), choices=list(SKEWS))
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--model", default="cnn", help="alexnet is the paper's")
     parser.add_argument("--data", default="/usr/share/datasets/fashion-mnist", help="the folder of Fashion-MNIST")
@@ -164,7 +165,7 @@ def main() -> None:
                 kept[Cell(**row["cell"]), row["seed"]] = Outcome(**row["outcome"])
     found: dict[Cell, list[Outcome]] = {}
     for seed in asked.seeds:
-        for cell in (Cell(way, skew) for way in asked.ways for skew in SKEWS):
+        for cell in (Cell(way, skew) for way in asked.ways for skew in asked.skews):
             if (cell, seed) not in kept:
                 started = time.process_time()
                 kept[cell, seed] = outcome(source, cell, seed, **size)
