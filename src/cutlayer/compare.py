@@ -82,8 +82,8 @@ class Row(Spent):
 
 @dataclass(frozen=True)
 class _Own:
-    """What the user gave that is not found by name, for all runs; `work` is what a worker does for each run. `quiet`:
-    without the warnings of building it, which whoever checked the comparison has heard.
+    """The user's objects that cannot be found by name, for all runs; `work` is what a worker does for each run.
+    `quiet`: without the warnings of building it, which were already given when the comparison was checked.
     """
 
     model: Model | None
@@ -104,14 +104,14 @@ class _Own:
         return self.model if renewing is None else renewing
 
     def run(self, config: RunConfig, where: Path | None, model: Model | None) -> Run:
-        """The run, or what goes on where the one in `where` stopped."""
+        """The run, or the continuation of the one in `where`."""
         own = {**self.objective, "metrics": self.metrics or (), "callbacks": self.callbacks}
         if where is not None and world().first(lambda: (where / CONFIG).exists()):
             return Run.resume(where, model=model, data=self.data, **own)
         return Run(config, model=model, data=self.data, out=where, **own)
 
     def work(self, job: tuple[RunConfig, Path | None] | LegJob) -> Generator[Standing, None, Result | Reached]:
-        """Train one run, or a leg of a trial; how far it is, then what it comes to."""
+        """Train one run, or a leg of a trial: yields its progress, and returns its result."""
         with warnings.catch_warnings():
             if self.quiet:
                 warnings.simplefilter("ignore", CutlayerWarning)
@@ -133,8 +133,8 @@ class _Own:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far the run of `entry` with `seed` is, and whether it has `ended`; or a trial by which the entry is tuned,
-    counted from 0, and what it `came` to when a part of its training is done.
+    """The progress of the run of `entry` with `seed`, and whether it has `ended`; or of a trial with which the entry is
+    tuned, counted from 0, with what it `came` to when a part of its training is done.
     """
 
     entry: str
@@ -146,7 +146,7 @@ class Progress:
 
     @property
     def name(self) -> str:
-        """What the run or trial is called."""
+        """The name of the run or trial."""
         return run_name(self.entry, self.seed) if self.trial is None else trial_name(self.entry, self.trial)
 
 
@@ -229,7 +229,7 @@ class Comparison:
         return comparison
 
     def _warn_of_equal_starts(self) -> None:
-        """Warns of a module from Python that cannot be made anew for every seed."""
+        """Warns of a module from Python that cannot be initialised again for every seed."""
         if isinstance(self._model, nn.Module):
             warnings.warn(
                 "all seeds start from the same weights, those of the model that was given: some of its layers have no "
@@ -249,7 +249,7 @@ class Comparison:
             judged.setdefault(training.task.leading, entry)
             Audience.of(first, self._own.callbacks)
             for config in dealt:
-                deal(config, self._own.data)  # with another seed a client may stay without samples
+                deal(config, self._own.data)  # with another seed, a client may get no samples
             if self.jobs > 1:
                 bytes_of_it = footprint(training, first, self.jobs)
                 needs |= {run_name(e, seed): bytes_of_it for e, seed in self.waiting if e == entry}
@@ -355,8 +355,8 @@ class Comparison:
         return training
 
     def _share_test_rows(self) -> None:
-        """Where test rows are drawn by a seed, all runs have those of the trials: a trial would else be trained on rows
-        that a run is tested on.
+        """If test rows are drawn by a seed, all runs use those of the trials. Otherwise a trial could be trained on
+        rows on which a run is tested.
         """
         drawn: dict[tuple[str, str], bool] = {}
         for entry, runs in self.plan.items() if self.effort is not None else ():
@@ -375,7 +375,7 @@ class Comparison:
         return found.pop() if len(found) == 1 else None
 
     def _tune(self, through: Callable[[Mapping[str, Any]], Iterator[News]]) -> Iterator[Progress]:
-        """Tune all entries, unless they are; how far the trials are."""
+        """Tune all entries, unless this is done; yields the progress of the trials."""
         if self.effort is None or self.tuned is not None:
             return
         with ExitStack() as stack:
@@ -391,7 +391,7 @@ class Comparison:
             replace_file(self.out / TUNING, json.dumps(asdict(tuned), indent=1).encode())
 
     def _told(self, trials: Generator[TrialNews, None, Tuned]) -> Generator[Progress, None, Tuned]:
-        """What is told of trials as progress of the comparison."""
+        """The progress of trials as progress of the comparison."""
         assert self.effort is not None
         while True:
             try:
@@ -402,7 +402,7 @@ class Comparison:
             yield Progress(news.entry, self.effort.seed, news.standing, news.ended, news.number, news.came)
 
     def _settle(self, effort: Effort, tuned: Tuned) -> None:
-        """Take the values that were chosen."""
+        """Use the chosen values."""
         self.tuned = tuned
         chosen = effort.chosen({entry: found.values for entry, found in tuned.entries.items()})
         self.plan = chosen.runs(frozenset(chosen.model_fields_set))
@@ -435,7 +435,7 @@ class Comparison:
 
     @contextmanager
     def _held(self) -> Iterator[None]:
-        """The folder, where there is one, kept from other processes while everything is trained."""
+        """The folder, if there is one, locked against other processes during the training."""
         for (entry, seed), result in world().first(self._finished).items():
             self._take(entry, seed, result)
         if self.out is None:
@@ -468,13 +468,13 @@ class Comparison:
         return seed in self.results[entry] or (where is not None and (where / RESULT).exists())
 
     def _take(self, entry: str, seed: int, result: Result) -> None:
-        """Note a result; the seeds keep their order, whichever is done first."""
+        """Note a result; the seeds keep their order, whichever ends first."""
         found = {**self.results[entry], seed: result}
         self.results[entry] = {s: found[s] for s in self.config.seeds if s in found}
 
 
 def run_name(entry: str, seed: int) -> str:
-    """What a run of a comparison is called."""
+    """The name of a run of a comparison."""
     return f"{entry}, seed {seed}"
 
 
@@ -495,7 +495,7 @@ def _refuse_path_names(plan: Mapping[str, object]) -> None:
 
 
 def _plain(row: Row) -> dict[str, Any]:
-    """A line of the table as it stands in table.csv."""
+    """A line of the table as in table.csv."""
     return {
         "entry": row.entry,
         "algorithm": row.algorithm,

@@ -1,4 +1,5 @@
-"""What there is to choose from, and how a thing is found: algorithms, models, data, partitions, codecs, defences.
+"""The registry of everything that can be chosen by name ("things"): algorithms, models, data, partitions, codecs,
+defences.
 
 One thing is one file with one registration. A thing is found by
 1. its name in this package
@@ -7,10 +8,10 @@ One thing is one file with one registration. A thing is found by
 3. `path/to/file.py:name` or `package.module:name`;
 4. the object itself, from Python.
 
-`index.json` holds what the registrations of this package say, so that the command line's help imports no torch. It is
-derived: `python -m cutlayer.derive` writes it, a test keeps it true, and where it is out of date the files are
-imported instead, which is slower and never wrong. A file is only ever read because the operator of this machine named
-it; nothing that was received is imported.
+`index.json` has the content of this package's registrations, so that the command line's help does not import torch. It
+is derived: `python -m cutlayer.derive` writes it, and a test checks it. If it is out of date, the files are imported
+instead, which is slower but always right. A file is only read because the operator of this machine named it; received
+data are never imported.
 """
 
 from __future__ import annotations
@@ -138,7 +139,7 @@ class Option:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values, without what is as by default."""
+        """Plain values, without defaults."""
         plain = {f: getattr(self, f) for f in self.__dataclass_fields__}
         unset: dict[str, Any] = {
             f: () if f == "choices" else {} if f == "bounds" else info.default
@@ -185,8 +186,8 @@ def option(
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """What is known of a thing without importing it. `where` is "module:attribute" (or "path.py:attribute"). `facts`
-    are the other content of its registration.
+    """The facts about a thing that are known without importing it. `where` is "module:attribute" (or
+    "path.py:attribute"). `facts` are the other content of its registration.
     """
 
     kind: str
@@ -274,7 +275,7 @@ _WORDS = {"bool": "true or false", "int": "a whole number", "float": "a number"}
 
 
 def _mistyped(value: Any, simple: tuple[str, bool]) -> str:
-    """What a value, or one of many, has to be but is not; empty if it may be right."""
+    """What a value, or one of many, should be but is not; empty if it may be right."""
     base, many = simple
     if many:
         several = isinstance(value, list | tuple)
@@ -325,7 +326,7 @@ def register(kind: str, name: str, *, title: str = "", summary: str = "", **fact
 
     def decorate(thing: T) -> T:
         found: Any = thing
-        first = inspect.cleandoc(found.__doc__ or "").split("\n", 1)[0]  # its own: not what a base class says of itself
+        first = inspect.cleandoc(found.__doc__ or "").split("\n", 1)[0]  # its own docstring, not that of a base class
         where = f"{found.__module__}:{found.__qualname__}"
         try:
             options = options_of(found) if KINDS[kind].flat or KINDS[kind].tabled else ()
@@ -362,7 +363,7 @@ def options_of(thing: Any) -> tuple[Option, ...]:
 
 
 def positional(thing: Any) -> frozenset[str]:
-    """The parameters with defaults of a function or a class's constructor that are no options, since they may be given
+    """The parameters with defaults of a function or a class's constructor that are not options, since they may be given
     by position.
     """
     if not callable(thing):
@@ -377,7 +378,7 @@ def index(kind: str) -> dict[str, Entry]:
 
 
 def flat() -> list[Entry]:
-    """This package's things whose options stand among those of a run."""
+    """This package's things whose options are among those of a run."""
     return [entry for name, kind in KINDS.items() if kind.flat for entry in index(name).values()]
 
 
@@ -394,7 +395,7 @@ def installed() -> list[Entry]:
 
 
 def names(kind: str) -> list[str]:
-    """All that can be named: this package's things, then those of installed packages."""
+    """Everything that can be named: this package's things, then those of installed packages."""
     return [*index(kind), *(name for name in _entry_points(kind) if name not in index(kind))]
 
 
@@ -451,7 +452,7 @@ def registered_name(kind: str, reference: str) -> str:
 
 
 def find(kind: str, reference: str) -> Entry:
-    """What is known of the thing with that name or reference. Only things from outside this package are imported.
+    """The entry of the thing with that name or reference. Only things from outside this package are imported.
     Raises ConfigError with the known names.
     """
     if reference in _given[kind]:
@@ -540,7 +541,7 @@ _PLAIN = {
     **dict.fromkeys(("bool_type", "bool_parsing"), "it must be true or false"),
     "string_type": "it must be a text",
     "tuple_type": "it must be a list",
-}  # where pydantic's own words are about parsing
+}  # if pydantic's own message is about parsing
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> ConfigError:
@@ -608,7 +609,7 @@ def _index() -> dict[str, dict[str, Entry]]:
 
 
 def stored_index() -> dict[str, dict[str, Entry]] | None:
-    """What `index.json` says; None if it is missing, or older than a file that could register something."""
+    """The content of `index.json`; None if it is missing, or older than a file that could register something."""
     try:
         stored = json.loads((_PACKAGE / _INDEX).read_bytes())
     except (OSError, ValueError):
@@ -622,7 +623,7 @@ def stored_index() -> dict[str, dict[str, Entry]] | None:
 
 
 def scan() -> dict[str, dict[str, Entry]]:
-    """What this package's files register, by importing them all."""
+    """The registrations of this package's files, found by importing them all."""
     found: dict[str, dict[str, Entry]] = {}
     for kind in KINDS:
         modules = _modules(kind)
@@ -634,7 +635,7 @@ def scan() -> dict[str, dict[str, Entry]]:
 
 
 def write_index() -> Path:
-    """Write `index.json` from what the files register."""
+    """Write `index.json` from the registrations of the files."""
     things = [entry.as_json() for kind in scan().values() for entry in kind.values()]
     path = _PACKAGE / _INDEX
     path.write_text(json.dumps({"digest": _digest(), "things": things}, indent=1) + "\n", encoding="utf-8")
@@ -653,7 +654,7 @@ def _entry_points(kind: str) -> dict[str, EntryPoint]:
 def _loaded_entry_point(point: EntryPoint, word: str) -> Any:
     try:
         return point.load()
-    except Exception as error:  # somebody else's package: anything can come out
+    except Exception as error:  # another package: any error is possible
         reason = f"{type(error).__name__}: {error}"
         raise ConfigError(
             f"the {word} {point.name!r} of an installed package cannot be imported ({reason}): update or uninstall it"
@@ -662,7 +663,7 @@ def _loaded_entry_point(point: EntryPoint, word: str) -> Any:
 
 @cache
 def _module_of(place: str) -> types.ModuleType:
-    """The module of a file (given as an absolute path) or of a dotted name. What lies beside it can be imported."""
+    """The module of a file (given as an absolute path) or of a dotted name. It can import files in its folder."""
     folder = str(Path(place).parent if place.endswith(".py") else Path.cwd())
     sys.path.insert(0, folder)
     try:
@@ -709,13 +710,13 @@ def _loaded(word: str, reference: str) -> Any:
 
 
 def _defined(module: types.ModuleType) -> list[str]:
-    """What a module defines itself, without what it imports."""
+    """The objects that a module defines itself, without imported ones."""
     named = {name: getattr(thing, "__module__", None) for name, thing in vars(module).items()}
     return [name for name, owner in named.items() if owner == module.__name__ and not name.startswith("_")]
 
 
 def _entry_of(kind: str, reference: str, thing: Any) -> Entry:
-    """The entry of a thing that is not this package's, under the name by which it was asked for."""
+    """The entry of a thing from outside this package, under the name by which it was requested."""
     entry = _registration(thing)
     if entry is not None and entry.kind != kind:
         raise ConfigError(f"{reference!r} is {_one(entry.kind)}, not {_one(kind)}")
@@ -738,7 +739,7 @@ def _one(kind: str) -> str:
 
 
 def _registration(thing: Any) -> Entry | None:
-    """The thing's own: a class that is derived from a registered one is another thing."""
+    """The thing's own registration: a class that is derived from a registered one is another thing."""
     found: Entry | None = getattr(thing, "__dict__", {}).get("entry")
     return found
 
@@ -756,7 +757,7 @@ def _dotted(text: str) -> bool:
 
 
 def _plain(name: str, annotation: Any) -> tuple[str, tuple[str, ...], bool, bool]:
-    """(base, choices, many, none) of a type. Raises TypeError where no flag could have it."""
+    """(base, choices, many, none) of a type. Raises TypeError if a flag cannot have this type."""
     none = many = False
     if get_origin(annotation) in (typing.Union, types.UnionType):
         parts = [p for p in get_args(annotation) if p is not type(None)]
@@ -784,11 +785,11 @@ def _plain(name: str, annotation: Any) -> tuple[str, tuple[str, ...], bool, bool
 
 
 def _choices(annotation: Any) -> list[str]:
-    """The words of a Literal, also inside of a union."""
+    """The words of a Literal, also inside a union."""
     return [word for part in get_args(annotation) for word in ([part] if isinstance(part, str) else _choices(part))]
 
 
 def listing(kind: str) -> Iterable[Entry]:
-    """All that can be named, for tables: entries of installed packages are imported for that."""
+    """Everything that can be named, for tables: entries of installed packages are imported for this."""
     for name in names(kind):
         yield find(kind, name)

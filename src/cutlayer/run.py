@@ -76,8 +76,8 @@ from cutlayer.trained import Predictions, TrainedModel, Whose, find_trained
 from cutlayer.types import Evaluation, Round, Step
 from cutlayer.verbs import LEARN
 
-_ANYTIME = frozenset({"client_states"})  # options that may change as a run goes on: they change no number
-_TOLD_EVERY = 0.1  # seconds between two standings of a run
+_ANYTIME = frozenset({"client_states"})  # options that may change when a run continues, since they change no number
+_TOLD_EVERY = 0.1  # seconds between two reports of a run's progress
 
 
 @dataclass(frozen=True)
@@ -101,10 +101,10 @@ class Record:
 
 @dataclass(frozen=True, kw_only=True)
 class Modelled:
-    """Virtual time, and modelled energy of all clients together and of the server, where the run has a client device.
-    Means over the clients: `idle_seconds` that one waits in the rounds that it takes part in; with a trace also
-    `link_seconds`, of these for its link, and `reachable`, the fraction of the time in which it can be reached. None:
-    not known.
+    """Virtual time, and modelled energy of all clients together and of the server, if the run has a client device.
+    Means over the clients: `idle_seconds` that a client waits in the rounds in which it takes part; with a trace also
+    `link_seconds`, the part of these for its link, and `reachable`, the fraction of the time in which it can be
+    reached. None: not known.
     """
 
     virtual_seconds: float | None = None
@@ -119,8 +119,8 @@ class Modelled:
 @dataclass(frozen=True, kw_only=True)
 class Spent(Modelled):
     """Also FLOPs of training, of a client in the mean and of the server, and the energy that this process's machine
-    drew. If clients work at their own pace: how many server steps old a batch was when it was used, and how many
-    averagings old a model, in the mean. None: not known, not measured.
+    used. If clients work at their own pace: the mean age of a batch when it was used, in server steps, and of a model,
+    in averagings. None: not known, not measured.
     """
 
     client_flops: float | None = None
@@ -270,7 +270,7 @@ class Standing:
 
 
 class RunState(Stored):
-    """What a checkpoint of a run holds."""
+    """The content of a run's checkpoint."""
 
     config: dict[str, Any]
     fingerprint: dict[str, str]
@@ -344,7 +344,7 @@ class Run:
         self.evaluations: Observations[Scores] = self._observed(())
         self._start_round = 0
         self._step = self._samples = 0
-        self._served = self._pooled = 0  # rows that the server has stepped on; those of them that no clients sent then
+        self._served = self._pooled = 0  # rows of the server's steps; those of them that no client sent for the step
         self._last: Record | None = None
         self._seconds = 0.0
         self.evaluating = 0.0
@@ -411,7 +411,7 @@ class Run:
 
     @property
     def _own(self) -> dict[str, object]:
-        """What the user gave that is not found by name."""
+        """The user's objects that cannot be found by name."""
         return {"model": self._model, "data": self._data, "loss": self._loss, "metrics": self._metrics}
 
     def _observed(self, evaluations: Iterable[Scores]) -> Observations[Scores]:
@@ -421,7 +421,7 @@ class Run:
 
     @property
     def used(self) -> list[Used]:
-        """What the run uses, as far as there is something to cite."""
+        """The parts of the run that have something to cite."""
         t, latest = self.training, self.evaluations[-1].test if self.evaluations else {}
         given = {"model": self._model, "data": self._data}
         own = {name: _called(thing) for name, thing in given.items() if thing is not None}
@@ -535,9 +535,9 @@ class Run:
             self._audience.end(self.result)
 
     def _start(self) -> RunStart:
-        """What callbacks and loggers hear first."""
+        """What callbacks and loggers are told first."""
         config, out = self.config, None if self.out is None else self.out.absolute()
-        alone = out is None or not (out.parent.parent / CONFIG).exists()  # else a comparison's folder/entry/seed-0
+        alone = out is None or not (out.parent.parent / CONFIG).exists()  # otherwise a comparison's folder/entry/seed-0
         short = f"{plugins.label(config.algorithm)}-seed-{config.seed}" if out is None else out.name
         return RunStart(
             name=short if out is None or alone else f"{out.parent.name}-{out.name}",
@@ -601,7 +601,7 @@ class Run:
             folder.write_json(RESULT, asdict(self.result))
 
     def count_again(self) -> None:
-        """Write the result anew with what has crossed since the end."""
+        """Write the result again, with the traffic since the end."""
         assert self.result is not None, "the run is finished"
         self.result = replace(self.result, bytes=self.training.ledger.table())
         if self.out is not None:
@@ -644,7 +644,7 @@ class Run:
             started = time.perf_counter()
 
     def _record(self, step: Step, index: int, client_lr: float) -> Record:
-        if not math.isfinite(step.loss):  # where the engine did not look: a look would have stopped the device
+        if not math.isfinite(step.loss):  # if the engine did not check, because that would have made the device wait
             bad = tuple(k for k, x in zip(step.clients, step.losses, strict=True) if not math.isfinite(x))
             raise known(NonFiniteError("loss", bad).at(self._step))
         ledger = self.training.ledger
@@ -704,8 +704,8 @@ class Run:
 
     @property
     def _idle(self) -> bool:
-        """Whether so many evaluations in a row were no better than the best before them that training stops. It follows
-        from the evaluations alone, so that a resumed run stops where the uninterrupted one does.
+        """Whether training stops, because enough evaluations in a row were not better than the best before them. This
+        depends only on the evaluations, so a resumed run stops where the uninterrupted one does.
         """
         if self.config.stop_after is None or not self.evaluations:
             return False
@@ -725,7 +725,7 @@ class Run:
         )
 
     def _whose_at_the_end(self) -> list[int] | None:
-        """The clients whose models the last evaluation judges, if they are more than in the others."""
+        """The clients whose models the last evaluation judges, if they are more than in earlier ones."""
         t = self.training
         if t.eval_last == t.eval_clients or t.clients.holder is not None:
             return None
@@ -766,7 +766,7 @@ class Run:
         return trained.predict(x, client, model=self._model, device=self.config.device)
 
     def _on_own_rows(self, whose: list[int] | None) -> Evaluation | None:
-        """Every judged client's model on the rows that are its own; a client without some, or one that is gone, is left
+        """Every judged client's model on the client's own rows. Clients without own rows, or that are gone, are left
         out. None if all are.
         """
         t, everyone = self.training, sorted(self.training.own_tests)
@@ -819,7 +819,7 @@ class Run:
         )
 
     def _virtual(self) -> dict[str, float | None]:
-        """What the clock says."""
+        """The values of the clock."""
         if self.training.clock is None:
             return {}
         now = self.training.clock.read()
@@ -833,14 +833,14 @@ class Run:
         }
 
     def _of_links(self, seconds: float) -> dict[str, float | None]:
-        """What the trace has meant so far, in the mean over the clients."""
+        """The effect of the trace so far, as the mean over the clients."""
         found = None if self.training.clock is None else self.training.clock.attendance
         if found is None:
             return {}
         return {"link_seconds": float(found.waited.mean()), "reachable": float(found.trace.share(seconds).mean())}
 
     def _availability(self) -> dict[str, Any] | None:
-        """What the trace has meant for each client."""
+        """The effect of the trace on each client."""
         clock = self.training.clock
         if clock is None or clock.attendance is None:
             return None
@@ -901,7 +901,7 @@ class Run:
         return found
 
     def _by_class(self, where: str, evaluation: Evaluation) -> dict[str, float | None]:
-        """How the clients differ over the classes, and what has been forgotten of these."""
+        """How the clients differ over the classes, and how much of these was forgotten."""
         each = evaluation.each(RECALL).values() if RECALL in evaluation.metrics else ()
         judged_on = [s.own if where == "own" else s.test for s in self.evaluations]
         history = [(found or {}).get(RECALL) for found in judged_on]
@@ -909,7 +909,7 @@ class Run:
 
     @property
     def _trained(self) -> int:
-        """Rows that have been trained on: by clients, where they do so by themselves, or else in steps with them."""
+        """Rows used for training: by clients, if they train by themselves, otherwise in steps with them."""
         learnt = self.training.ledger.learnt
         return learnt + self._pooled if learnt else self._samples
 
@@ -931,7 +931,7 @@ class Run:
             }
         if self.training.flops_each and not self.training.adapter_ranks:
             return self._computed_at_own_cuts(self.training.flops_each)
-        # What other algorithms make up belongs to a step, and is stated with it.
+        # Rows that other algorithms generate belong to a step, and are stated with it.
         made_up = self.training.server.rows_made_up if traits.asynchronous else 0
         return {
             "client_flops": self._at_clients()
@@ -940,9 +940,9 @@ class Run:
         }
 
     def _computed_at_own_cuts(self, each: Sequence[ModelFlops]) -> dict[str, float]:
-        """The same where clients have different cuts, at which a sample takes `each` [C] so many."""
+        """The same if clients have different cuts, at which a sample takes `each` [C] FLOPs."""
         training, deepest = self.training, self.training.flops.server.training
-        labels = training.ledger.of_clients("up", "labels")  # every row's has come with it, and says whose it was
+        labels = training.ledger.of_clients("up", "labels")  # the smashed data of every row came with its client
         rows = (labels / training.source.train.y[:1].nbytes).tolist()
         between = sum(n * (own.server.training - deepest) for n, own in zip(rows, each, strict=True))
         return {
@@ -960,7 +960,7 @@ class Run:
         return math.fsum(n * figure(own) for n, own in zip(samples, each, strict=True)) / (sum(samples) or 1)
 
     def _at_clients(self) -> float:
-        """Rows that a client has computed, in the mean: those that the server has kept, once."""
+        """The mean number of rows that a client has computed; rows that the server has kept count once."""
         clients = self.training.clients
         computed = clients.computed if isinstance(clients, KeptFeatures) else self._samples
         return computed / self.config.clients
@@ -990,11 +990,11 @@ class Run:
 
     @cached_property
     def _fingerprint(self) -> dict[str, str]:
-        """What checkpoints are compared by: of what does not change as the run goes on."""
+        """The values by which checkpoints are compared, which do not change when a run continues."""
         return fingerprint(self.training)
 
     def _restore(self, folder: Folder) -> None:
-        """Take the last checkpoint, where there is one, and forget what was written after it."""
+        """Take the last checkpoint, if there is one, and remove records that were written after it."""
         if not _has_checkpoint(folder.path):
             if self.training.place is not None:
                 self.training.place.settle(folder.path, begin=True)
@@ -1004,7 +1004,7 @@ class Run:
         world().first(lambda: folder.truncate(offsets))
 
     def _take(self, out: Path) -> dict[str, int]:
-        """Take the last checkpoint in the folder `out`: how long the records were then."""
+        """Take the last checkpoint in the folder `out`. Returns the lengths of the records at that time."""
         path = out / CHECKPOINT
         if self.training.place is not None:
             self.training.place.settle(out, begin=False)
@@ -1028,7 +1028,7 @@ class Run:
         return state.offsets
 
     def _load(self, state: RunState) -> None:
-        """Go on from a state that was kept. Raises MalformedError."""
+        """Continue from a stored state. Raises MalformedError."""
         if state.rounds > self.training.rounds:
             raise MalformedError(f"{state.rounds} of {self.training.rounds} rounds are done")
         self._start_round, self._step = state.rounds, state.steps
@@ -1061,19 +1061,19 @@ def _has_checkpoint(out: Path) -> bool:
 
 
 def _checkpoint(path: Path) -> RunState:
-    """What is in that file. Raises RunFolderError."""
+    """The content of that file. Raises RunFolderError."""
     with reading(path):
         return checked(checkpoint.read(path), RunState)
 
 
 def rate_factors(training: Training, index: int) -> tuple[float, float]:
-    """What round `index` multiplies the clients' and the server's base rates with. Raises ConfigError."""
+    """The factors of the clients' and the server's base rates in round `index`. Raises ConfigError."""
     clients, server = training.schedules
     return _factor(clients, index / training.rounds), _factor(server, index / training.rounds)
 
 
 def _factor(schedule: Schedule, progress: float) -> float:
-    """The schedule's factor. Raises ConfigError for what no rate can be multiplied with."""
+    """The schedule's factor. Raises ConfigError if it is not a valid factor of a rate."""
     what = f"the schedule {schedule.called!r}"
     with own_code(schedule.then if isinstance(schedule, WarmedUp) else schedule, what):
         factor = schedule.factor(progress)
@@ -1094,8 +1094,8 @@ def round_of(training: Training, index: int) -> Iterator[Step]:
 
 
 def _to_the_end(training: Training, this: Round) -> Iterator[Step]:
-    """The steps of a round, whose end the server is told. After a step that all its clients were lost in, the round
-    begins again with the batches that are left.
+    """The steps of a round; the server is told its end. After a step in which all clients were lost, the round begins
+    again with the remaining batches.
     """
     t, left = training, dict(zip(this.clients, this.batches, strict=True))
     while True:
@@ -1125,17 +1125,17 @@ def overwritable(out: str | Path | None, overwrite: bool) -> Path | None:
 
 
 def _called(thing: object) -> str:
-    """What an object from Python is called: a function or class by its name, another by that of its class."""
+    """The name of an object from Python: that of a function or class, or of the object's class."""
     return str(getattr(thing, "__name__", type(thing).__name__))
 
 
 def own_things(**given: object) -> dict[str, bool]:
-    """What a stored configuration says about what is not found by name (model, data, loss, metrics)."""
+    """The text in a stored configuration for objects that cannot be found by name (model, data, loss, metrics)."""
     return {f"own_{name}": True for name, thing in given.items() if thing is not None}
 
 
 def without_own(stored: Mapping[str, Any], out: Path, **given: object) -> dict[str, Any]:
-    """The options in `stored`. Raises RunFolderError where it needs a thing of one's own and none is given."""
+    """The options in `stored`. Raises RunFolderError if it needs a user's object that is not given."""
     for name, thing in given.items():
         if stored.get(f"own_{name}") and thing is None:
             what, them = (name, "them") if name == "metrics" else (f"a {name}", "it")
@@ -1180,7 +1180,7 @@ def _means(found: Evaluation) -> dict[str, Any]:
 
 
 def digests(config: RunConfig) -> dict[str, str]:
-    """Digests of the files of the user's own things that a run chooses, by their names."""
+    """Digests of the files of the user's own classes and functions in a run, by their names."""
     found = {plugins.absolute(e.name): plugins.fingerprint(e.kind, e.name) for e in config.chosen()}
     return {name: digest for name, digest in found.items() if digest}
 
@@ -1194,7 +1194,7 @@ def _merged(config: RunConfig | None, options: dict[str, Any]) -> RunConfig:
 
 
 def ways_in(out: Path) -> Ways | None:
-    """How a run in that folder is computed; None where it had not begun."""
+    """How a run in that folder is computed; None if it had not begun."""
     if not (out / ENGINE).exists():
         return None
     with reading(out / ENGINE, "it says how the run is computed; restore the file, or start a new run"):
@@ -1202,9 +1202,9 @@ def ways_in(out: Path) -> Ways | None:
 
 
 def refuse_other(out: Path, asked: RunConfig) -> None:
-    """Raises RunFolderError where the configuration `asked`, a whole one, is not that of the run in the folder `out`.
+    """Raises RunFolderError if the complete configuration `asked` is not that of the run in the folder `out`.
 
-    Where the data lie may have changed once there is a checkpoint, which compares what they hold.
+    The path of the data may have changed if there is a checkpoint, which compares their content.
     """
     stored = RunConfig.of(without_own(stored_config(out), out))
     have, want = from_anywhere(stored.resolved()), from_anywhere(asked.resolved())
@@ -1220,7 +1220,7 @@ def refuse_other(out: Path, asked: RunConfig) -> None:
 
 
 def _refuse_other(stored: RunConfig, asked: dict[str, Any], out: Path) -> None:
-    """Raises RunFolderError where one of the options `asked` differs from what the run in `out` was made with."""
+    """Raises RunFolderError if one of the options `asked` differs from that of the run in `out`."""
     have = from_anywhere(stored.model_dump(mode="json"))
     for name, value in from_anywhere(asked).items():
         if name not in have:
