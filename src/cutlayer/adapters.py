@@ -2,9 +2,9 @@
 
     W x + s B A x,   A [r, i], B [o, r]
 
-In a simulation, all clients have factors of the largest rank. Of a client with a smaller one, the further rows of A and
-columns of B are zero. Gradient descent leaves them zero: the gradient of the one is a multiple of the other. They are
-not sent. A client on another machine has factors of its own rank alone.
+In a simulation, all clients have factors of the largest rank. For a client with a smaller rank, the further rows of A
+and columns of B are zero. Gradient descent leaves them zero, since the gradient of each is a multiple of the other.
+They are not sent. A client on another machine only has factors of its own rank.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _replace(module: nn.Module, name: str, tensor: Tensor) -> None:
     place, _, leaf = name.rpartition(".")
     owner = module.get_submodule(place)
     setattr(owner, leaf, nn.Parameter(tensor, requires_grad=getattr(owner, leaf).requires_grad))
-    if isinstance(owner, nn.Linear):  # what it says of itself
+    if isinstance(owner, nn.Linear):  # its own parameter
         owner.out_features, owner.in_features = tensor.shape
 
 
@@ -99,6 +99,6 @@ def beyond(module: nn.Module, rank: int) -> int:
 
 
 def numbers(ranks: Sequence[int]) -> tuple[int, ...]:
-    """Which of the ranks each client has, [C]: clients with one number get the same models."""
+    """The number of each client's rank, [C]: clients with the same number get the same models."""
     order = sorted(set(ranks))
     return tuple(order.index(rank) for rank in ranks)

@@ -1,4 +1,5 @@
-"""Logit adjustment: each side's loss is told how frequent the classes are, so that the model need not learn it.
+"""Logit adjustment: each side's loss takes the frequencies of the classes into account, so that the model need not
+learn them.
 
 P_k(y) = n_k(y) / n_k is the share of class y among client k's training rows, P_S(y) the same over all participants of
 the round. Scores z [R, K] enter a loss as z + tau log P; predictions use z itself.
@@ -6,8 +7,8 @@ the round. Scores z [R, K] enter a loss as z + tau log P; predictions use z itse
     the server steps on            mean CE(z + tau log P_S, y)
     client k is sent the gradient  d/ds_k CE(z + tau log P_k, y_k)
 
-Both are taken at the same server model, before its step. log P^tau is log(P^tau + 1e-12), so that a class that is
-absent has a number. Rule: Zhang et al., arXiv 2405.04875 and 2409.01251; for one model: Menon et al., arXiv 2007.07314.
+Both are taken at the same server model, before its step. log P^tau is log(P^tau + 1e-12), so that an absent class has a
+finite number. Rule: Zhang et al., arXiv 2405.04875 and 2409.01251; for one model: Menon et al., arXiv 2007.07314.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ _ABSENT = 1e-12
 
 
 class Shifts(NamedTuple):
-    """What is added to the scores of some rows, [K] or [R, K], in the server's loss and in the clients'; None: nothing.
-    Where both are the same object, one loss does for both.
+    """The shifts of the scores of some rows, [K] or [R, K], in the server's loss and in the clients'; None: no shift.
+    If both are the same object, one loss is enough for both.
     """
 
     server: Tensor | None = None
@@ -37,7 +38,7 @@ class Shifts(NamedTuple):
 
 class Adjustment:
     """Shifts by the class counts [C][K] of all clients, for the losses of one `side` or both. The counts may still
-    change (clients that join): they are read when a round begins.
+    change when clients join, so they are read when a round begins.
     """
 
     def __init__(self, side: Side, tau: float, counts: Sequence[Sequence[int]]) -> None:
@@ -51,7 +52,7 @@ class Adjustment:
         self._clients = log_prior(counts, self.tau)
 
     def of(self, smashed: Smashed) -> Shifts:
-        """The shifts of the rows of a step; of rows that are nobody's own, the server's alone."""
+        """The shifts of the rows of a step; rows that belong to no client only have the server's."""
         server = None if self.side == "client" else self._server
         if self.side == "server" or not smashed.clients:
             return Shifts(server)
@@ -62,13 +63,15 @@ class Adjustment:
 
     @property
     def apart(self) -> bool:
-        """Whether the two sides have different losses, as far as is known (of clients that join nothing yet)."""
+        """Whether the two sides have different losses, as far as known (counts of clients that have not joined are
+        missing).
+        """
         known = any(map(sum, self.counts))
         return self.side != "both" or not (known and bool((self._clients == self._server).all()))
 
 
 def log_prior(counts: Tensor, tau: float) -> Tensor:
-    """tau log P of class counts [..., K], in double precision; of no rows at all, that of equal shares."""
+    """tau log P of class counts [..., K], in double precision; without any rows, that of equal shares."""
     counts = counts.double()
     total = counts.sum(-1, keepdim=True)
     shares = torch.where(total > 0, counts / total.clamp(min=1), torch.full_like(counts, 1 / counts.shape[-1]))
@@ -76,7 +79,7 @@ def log_prior(counts: Tensor, tau: float) -> Tensor:
 
 
 def adjusted(outputs: Rows, shift: Tensor | None, task: Task) -> Rows:
-    """What a model gives, [R, K] each, with `shift` added to the scores that the loss reads."""
+    """A model's outputs, [R, K] each, with `shift` added to the scores that the loss reads."""
     if shift is None:
         return outputs
     read = 1 + len(task.auxiliary_weights)
@@ -84,7 +87,7 @@ def adjusted(outputs: Rows, shift: Tensor | None, task: Task) -> Rows:
 
 
 class InformedCohort(CohortAround):
-    """A cohort whose `adjustment` hears who takes part in each round."""
+    """A cohort that tells `adjustment` the participants of each round."""
 
     def __init__(self, inner: Cohort, adjustment: Adjustment) -> None:
         super().__init__(inner)
@@ -97,7 +100,7 @@ class InformedCohort(CohortAround):
         return this
 
     def state(self) -> dict[str, Any]:
-        """The inner cohort's: priors follow from who takes part."""
+        """The inner cohort's, since priors follow from the participants."""
         return self.inner.state()
 
     def load(self, state: Mapping[str, Any]) -> None:

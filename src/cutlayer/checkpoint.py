@@ -1,7 +1,7 @@
 """A training state in one safetensors file, written atomically; no pickle anywhere.
 
 A state is a tree of dicts, lists, tuples, tensors and plain JSON values. Tensors become entries of the file, the rest
-of the tree JSON in its header. Rows that lie in files beside it (`Kept`) are named there.
+of the tree JSON in its header. Rows in other files beside it (`Kept`) are named there.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _PLAIN = frozenset({int, float, str, bool, type(None)})
 
 
 def write(path: Path, state: Mapping[str, Any]) -> None:
-    """Write `state` to `path`: either the new file is there, whole and on disk, or the old one still is."""
+    """Write `state` to `path`: afterwards, either the new file is completely on disk, or the old one still is."""
     tensors: dict[str, Tensor] = {}
     tree = _pack(state, tensors, path.parent)
     seen: set[int] = set()
@@ -61,7 +61,7 @@ def _pack(value: Any, tensors: dict[str, Tensor], folder: Path) -> Any:
     if isinstance(value, Tensor):
         name = str(len(tensors))
         flat = value.detach().cpu().contiguous()
-        # The file format wants tensors with memory of their own; only views need a copy for that.
+        # The file format needs tensors with their own memory; only views need a copy for this.
         tensors[name] = flat if flat.nbytes == flat.untyped_storage().nbytes() else flat.clone()
         return {"tensor": name}
     if isinstance(
@@ -71,7 +71,7 @@ def _pack(value: Any, tensors: dict[str, Tensor], folder: Path) -> Any:
     if isinstance(value, tuple):
         return {"tuple": [_pack(item, tensors, folder) for item in value]}
     if isinstance(value, list):
-        if _PLAIN.issuperset(map(type, value)):  # numbers of very many clients: they are looked at once
+        if _PLAIN.issuperset(map(type, value)):  # numbers of very many clients: they are checked once
             return value
         return [_pack(item, tensors, folder) for item in value]
     if value is None or isinstance(value, (bool, int, float, str)):
@@ -81,7 +81,7 @@ def _pack(value: Any, tensors: dict[str, Tensor], folder: Path) -> Any:
 
 def _unpack(value: Any, tensors: Mapping[str, Tensor], used: set[str], folder: Path) -> Any:
     """The inverse of `_pack`; the names of the tensors go into `used`. Raises MalformedError, KeyError, TypeError or
-    ValueError for what `_pack` never gives.
+    ValueError for anything that `_pack` never produces.
     """
     if isinstance(value, list):
         if _PLAIN.issuperset(map(type, value)):

@@ -1,4 +1,4 @@
-"""What a run used, as far as there is something to cite: `references` makes BibTeX of it."""
+"""The parts of a run that have something to cite; `references` makes BibTeX of them."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _OPTIMIZERS = {
 def used_by(
     config: RunConfig, metrics: Iterable[str], data: Iterable[str] = (), own: Mapping[str, str] | None = None
 ) -> list[Used]:
-    """What a run used, in plain values that its folder keeps: the things that its options choose, the `metrics` that
-    were reported, and what the `data` are cited by. `own` says what the model and the data are called that came as
-    objects from Python.
+    """What a run used, in plain values that its folder keeps: the things that its options choose, the reported
+    `metrics`, and the citations of the `data`. `own` are the names of a model and data that were given as objects from
+    Python.
     """
     resolved, given = config.resolved(), dict(own or {})
     found = [_noted(entry) for entry in _entries(config, resolved, given)]
@@ -47,12 +47,12 @@ def used_by(
 
 
 def _is(used: Used, kind: str) -> bool:
-    """Whether this is what is cited for the model or the data. Libraries that read data are not."""
+    """Whether this is the citation of the model or the data. Libraries that read data are not."""
     return used["kind"] == kind and bool(used["paper"] or used["own"])
 
 
 def _entries(config: RunConfig, resolved: Mapping[str, Any], own: Iterable[str]) -> Iterator[Entry]:
-    """The things that the options choose, as far as they have an effect and there is something to say of them."""
+    """The things that the options choose, if they have an effect and a citation."""
     yield plugins.find("algorithm", config.algorithm)
     for option, kind in NAMING.items():
         value = resolved.get(option)
@@ -66,7 +66,9 @@ def _entries(config: RunConfig, resolved: Mapping[str, Any], own: Iterable[str])
 
 
 def _entry(kind: str, name: str) -> Entry | None:
-    """The thing that a value names; None for a path, a name of torch's, and for what is looked at elsewhere."""
+    """The thing that a value names; None for a path, for torch's own names, and for options that are handled
+    elsewhere.
+    """
     if kind == "codec":
         return getattr(type(Codec.parse(name)), "entry", None)
     if kind in ("attack", "defence", "head"):
@@ -76,7 +78,7 @@ def _entry(kind: str, name: str) -> Entry | None:
 
 
 def _says(entry: Entry) -> bool:
-    """Whether a thing has a paper or a library, or is of the user's own making."""
+    """Whether a thing has a paper or a library, or is the user's own."""
     return bool(entry.facts.get("paper") or entry.facts.get("library")) or _is_own(entry)
 
 

@@ -78,7 +78,7 @@ _OBJECTS |= {"client_optimizer", "server_optimizer", "averaging", "screening", "
 
 
 def _shown(name: str, annotation: Any) -> str:
-    """A type as it is written in a program. What can be an object too is Any."""
+    """A type as it is written in a program. Options that also accept objects are Any."""
     if name in _OBJECTS:
         return "Any"
     if name == "param_groups":
@@ -166,7 +166,7 @@ def _default(value: Any) -> str:
 
 
 def leaving() -> str:
-    """The table of docs/security.md: what each algorithm takes from a client, and what it brings."""
+    """The table of docs/security.md: what each algorithm takes from a client, and what the client receives."""
     lines = [f"| algorithm | {' | '.join(LEAVING)} | arrives |", "|" + "---|" * (len(LEAVING) + 2)]
     for entry in plugins.index("algorithm").values():
         traits = traits_of(entry)
@@ -182,7 +182,7 @@ def security(text: str) -> str:
 
 
 def write() -> list[Path]:
-    """Write all that is derived; the paths."""
+    """Write all derived files, and return their paths."""
     paths = [plugins.write_index()]
     for path, text in ((KEYWORDS, keywords()), (OPTIONS, options())):
         if path.parent.is_dir():  # there are no docs beside an installed package

@@ -1,8 +1,8 @@
 """torch's optimisers, its backward pass and its counter of FLOPs, without torch's compiler.
 
-Every method that torch.compile must not trace imports the whole compiler at its first call: half a second of CPU time
-and tens of MB, in a process that compiles nothing. The subclasses made here have the same methods without that
-decoration. torch's own classes stay as they are, so that whoever compiles finds them unchanged.
+Every method that torch.compile must not trace imports the whole compiler at its first call. This costs half a second of
+CPU time and tens of MB in a process that compiles nothing. The subclasses made here have the same methods without that
+decorator. torch's own classes are not changed, so programs that compile are not affected.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _DECORATED = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
 @functools.cache
 def eager(kind: Callable[..., torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
     """A class of torch.optim whose steps, numbers, states and hooks are those of `kind`, and that loads no compiler.
-    `kind` itself where torch has changed so that this cannot be made.
+    Returns `kind` itself if torch has changed so that this is not possible.
     """
     plain = {name: getattr(getattr(kind, name, None), "__wrapped__", None) for name in _DECORATED}
     decorated = getattr(kind, "step", None)
@@ -37,7 +37,7 @@ def eager(kind: Callable[..., torch.optim.Optimizer]) -> Callable[..., torch.opt
 
 
 def _without_gradients(step: Callable[..., Any]) -> Callable[..., Any]:
-    """What torch's decoration of a step does where nothing is compiled."""
+    """The effect of torch's decorator of a step if nothing is compiled."""
 
     @functools.wraps(step)
     def stepped(self: torch.optim.Optimizer, closure: Callable[[], float] | None = None) -> float | None:
@@ -79,7 +79,7 @@ def _alike(tensors: Sequence[Tensor], gradients: Sequence[Tensor]) -> bool:
 
 
 class FlopCount(FlopCounterMode):
-    """torch's counter of FLOPs. What it counts is the same, and it loads no compiler."""
+    """torch's counter of FLOPs, with the same counts, but without loading the compiler."""
 
     def __enter__(self) -> Self:
         """Start to count."""

@@ -1,7 +1,8 @@
-"""What a comparison tunes: its table [tuning], read and checked against its entries; the same effort for all of them.
+"""The tuning of a comparison: its table [tuning], read and checked against its entries, with the same effort for all of
+them.
 
-An entry is tuned over those of the options that have an effect on it and that it does not set itself. All entries that
-are tuned have the same number of trials.
+An entry is tuned over the options that have an effect on it and that it does not set itself. All tuned entries have the
+same number of trials.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ from cutlayer.searches import Search, Space
 from cutlayer.sweep import Point, check_name, entries_of, fitting_point, values_of
 
 By = Literal["last", "best"]
-"""The evaluation of a trial that it is judged by: that after its last round, or that with the best score."""
+"""The evaluation by which a trial is judged: the one after its last round, or the one with the best score."""
 _OWN = {"how", "trials", "seed", "by"}
-# What is not the methods' own: what they are judged on, how long they train, what is computed besides.
+# Options that do not belong to the methods: their test data, the length of training, additional computations.
 _SHARED_GROUPS = {DATA, TASK, COSTS, ATTACKS, OUTPUT}
 _SHARED_KINDS = {"data", "format", "partition", "task", "metric", "logger"}
 _SHARED = {"clients", "partition", "samples_per_client"}
 _LENGTHS = {"epochs", "rounds"}
-_NEAR = 0.02  # of a range: so close to its end is at its end
+_NEAR = 0.02  # of a range: a value this close to its end counts as its end
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Effort:
 
     @classmethod
     def of(cls, config: CompareConfig) -> Effort:
-        """What the table [tuning] of a comparison without a sweep says. Raises ConfigError."""
+        """The content of the table [tuning] of a comparison without a sweep. Raises ConfigError."""
         table = normalised(config.tuning)
         how, search, own = _search(table)
         asked = dict(_dimensions({name: value for name, value in table.items() if name not in _OWN | own}))
@@ -98,7 +99,7 @@ class Effort:
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """What is tuned and how, a line each."""
+        """The tuned options and the way of tuning, a line each."""
         options = list(dict.fromkeys(name for space in self.spaces.values() for name in space.values))
         least = [name for name in options if all(name in space.values for space in self.spaces.values())]
         more = [
@@ -127,7 +128,9 @@ class Effort:
         )
 
     def at_the_edge(self, entry: str, point: Point) -> list[str]:
-        """Those options whose value in `point` is the least or the greatest that was possible, if more would be."""
+        """The options whose value in `point` is at an end of the possible values, if values beyond it would be
+        valid.
+        """
         return [name for name, value in point.items() if _is_edge(name, value, self.spaces[entry].values[name])]
 
     def kinds(self, entry: str) -> Iterator[Point]:
@@ -197,7 +200,7 @@ def _dimensions(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _check_tunable(name: str) -> None:
-    """Raises ConfigError for what is not a method's own."""
+    """Raises ConfigError for options that do not belong to a method."""
     check_name(name, "tuning")
     if name in _LENGTHS:
         raise ConfigError(
@@ -239,7 +242,7 @@ def _first(values: Any) -> Any:
 
 
 def _trials(table: Mapping[str, Any], search: Search, how: str, spaces: Mapping[str, Space]) -> int:
-    """How many trials each entry has. Raises ConfigError where they could not all have as many."""
+    """The number of trials of each entry. Raises ConfigError if not all entries can have this number."""
     sizes = {entry: space.size for entry, space in spaces.items()}
     trials = table.get("trials")
     if trials is None:

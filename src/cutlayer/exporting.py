@@ -1,4 +1,4 @@
-"""Trained models for other programs: named weights, or a program of PyTorch or ONNX; and what is known of them."""
+"""Trained models for other programs: named weights, or a program of PyTorch or ONNX, with a description."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _ONNX = ("onnx", "onnxscript")
 
 
 def export(trained: TrainedModel, client: Whose, form: Form, path: Path, *, model: Model | None = None) -> list[Path]:
-    """Write the model of `client` to `path`, and what is known of it to a JSON file beside it: both paths. The form
+    """Write the model of `client` to `path`, and its description to a JSON file beside it. Returns both paths. The form
     peft is a folder of the adapters alone, with that file in it. `model`: the module or function that the run was
     given, if it was given from Python.
 
-    Raises ConfigError where there is no such client, or the form cannot hold the model.
+    Raises ConfigError if there is no such client, or if the model is not possible in this form.
     """
     about = {"client": whose_name(client), **trained.about}
     if form == "peft":
@@ -137,7 +137,7 @@ def _dynamic(args: tuple[Tensor, ...], kwargs: dict[str, Tensor], shapes: list[d
 
 @contextlib.contextmanager
 def _exporting(what: str) -> Any:
-    """Turn what goes wrong in an export into a sentence; its warnings are about torch's own code."""
+    """Turn errors of an export into a sentence; its warnings are about torch's own code."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

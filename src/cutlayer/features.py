@@ -1,8 +1,8 @@
-"""Smashed data that the server keeps: what a frozen client part gives for a row is computed and sent once.
+"""Smashed data that the server keeps: a frozen client part's outputs for a row are computed and sent once.
 
-Only for a client part that gives a row the same in every epoch (`checks.check_cacheable`). The server knows which rows
-of its own a client would draw next, since the order of an epoch depends on names alone; a batch of which it has all
-rows is not asked for.
+Only for a client part whose outputs for a row are the same in every epoch (`checks.check_cacheable`). The server knows
+which rows a client would draw next, since the order of an epoch depends only on names. It does not request a batch if
+it has all its rows.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cutlayer.types import Round, Rows, Smashed
 
 @dataclass
 class _Kept:
-    """What a client's rows have given so far: `seen` [n], and tensors [n, ...] of rows, labels and perhaps weights."""
+    """The results of a client's rows so far: `seen` [n], and tensors [n, ...] of rows, labels and perhaps weights."""
 
     seen: np.ndarray
     tensors: tuple[Tensor, ...]
@@ -75,7 +75,7 @@ class KeptFeatures(CohortAround):
         return this
 
     def forward(self, clients: Sequence[int] | None = None, *, labels: bool = True) -> Smashed:
-        """Those whose next batch is not known send it; the others' is there."""
+        """Clients whose next batch is not known send it; the others' batches are here."""
         wanted = self._here if clients is None else clients
         asked = [k for k in wanted if self._left.get(k, 0) > 0]
         drawn = {k: self._next(k) for k in asked}
@@ -102,7 +102,7 @@ class KeptFeatures(CohortAround):
         return at
 
     def _keep(self, came: Smashed, drawn: Mapping[int, np.ndarray]) -> dict[int, tuple[Tensor, ...]]:
-        """Keep what came; each client's part of it."""
+        """Store the received rows, each client's part separately."""
         weights = () if came.weights is None else (came.weights,)
         self._width = len(came.rows)
         parts = [t.split(list(came.sizes)) for t in (*came.rows, came.labels, *weights)]

@@ -17,15 +17,15 @@ from cutlayer.errors import CutlayerError, CutlayerWarning, DiskFullError, RunFo
 from cutlayer.stored import MalformedError, checked, parsed
 
 CONFIG, EVENTS = "config.toml", "events.jsonl"
-"""The file that makes a folder that of a run, and the one that only a run with clients on other machines has."""
+"""The file that identifies the folder of a run, and the one that only a run with clients on other machines has."""
 STATES = "states"
-"""The folder in that of a run that holds states of clients."""
+"""The folder for states of clients, in the folder of a run."""
 
 
 def replace_file(path: Path, content: bytes) -> None:
     """Put `content` at `path` atomically: a reader sees the old file or the new one, also after a power cut.
 
-    Raises DiskFullError, or RunFolderError where the folder cannot be written to; then nothing is left of `content`.
+    Raises DiskFullError, or RunFolderError if the folder cannot be written; then nothing of `content` remains.
     """
     fresh = path.with_name(f".{path.name}.new")
     try:
@@ -41,7 +41,7 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Have the system put on disk which files a folder has. Raises DiskFullError or RunFolderError."""
+    """Make the system write to disk which files a folder has. Raises DiskFullError or RunFolderError."""
     try:
         folder = os.open(path, os.O_RDONLY)
         try:
@@ -53,7 +53,7 @@ def sync_folder(path: Path) -> None:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write a new file and have the system put it on disk."""
+    """Write a new file, and make the system write it to disk."""
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
         put_whole(file, content)
@@ -64,8 +64,8 @@ def _write(path: Path, content: bytes) -> None:
 
 @contextmanager
 def private(*folders: Path) -> Iterator[None]:
-    """What is made meanwhile is its owner's alone, whatever the umask: folders have the mode 0700, files 0600. Those of
-    `folders` are made, and they and the files in them get these modes if they were there before.
+    """Inside, new folders have the mode 0700 and files 0600, whatever the umask. The `folders` are made; if they exist
+    already, they and their files get these modes.
     """
     before = os.umask(0o077)
     try:
@@ -78,7 +78,7 @@ def private(*folders: Path) -> Iterator[None]:
 
 
 def _take_away(folder: Path) -> None:
-    """Others' permissions to a folder of ours, and to the files in it."""
+    """Remove the permissions of others for a folder of ours, and for the files in it."""
     for path in (folder, *folder.iterdir()):
         mode = path.lstat().st_mode
         if stat.S_IMODE(mode) & 0o077 and not stat.S_ISLNK(mode):
@@ -94,7 +94,7 @@ def _take_away(folder: Path) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add a line to a text file. Raises DiskFullError or RunFolderError where it cannot."""
+    """Add a line to a text file. Raises DiskFullError or RunFolderError if that is not possible."""
     try:
         with Lines(path) as file:
             file.add(line)
@@ -103,8 +103,8 @@ def append_line(path: Path, line: str) -> None:
 
 
 class Lines:
-    """Adds lines to a text file, several at a time. The file has whole lines, also where the disk is full: of what
-    finds no room nothing is left. A context manager; every method raises OSError.
+    """Adds lines to a text file, several at a time. The file only has whole lines, even if the disk is full: a line
+    without space is removed completely. A context manager; every method raises OSError.
     """
 
     def __init__(self, path: Path) -> None:
@@ -124,17 +124,17 @@ class Lines:
             self.flush()
 
     def flush(self) -> None:
-        """Write what waits."""
+        """Write waiting lines."""
         data, self._waiting = bytes(self._waiting), bytearray()
         append_whole(self._file, data)
 
     def sync(self) -> None:
-        """Put all on disk."""
+        """Flush everything to disk."""
         self.flush()
         os.fsync(self._file)
 
     def close(self) -> None:
-        """Write what waits, and close."""
+        """Write waiting lines, and close."""
         try:
             self.flush()
         finally:
@@ -156,7 +156,7 @@ def append_whole(file: int, data: bytes) -> None:
 
 
 def put_whole(file: int, data: bytes) -> None:
-    """Write `data` at the beginning of an open file; where that finds no room the file is as long as before. Raises
+    """Write `data` at the beginning of an open file; if there is no space, the file keeps its length. Raises
     OSError.
     """
     before, done = os.fstat(file).st_size, 0
@@ -180,7 +180,7 @@ def is_full(error: OSError) -> bool:
 
 
 def unwritable(path: Path, error: OSError, remedy: str = "make the folder writable") -> CutlayerError:
-    """What to raise for an error while `path` was written: a DiskFullError, or a RunFolderError with the `remedy`."""
+    """The error to raise for an error while writing `path`: a DiskFullError, or a RunFolderError with the `remedy`."""
     if not is_full(error):
         return RunFolderError(f"cannot write {str(path)!r}: {error.strerror}; {remedy}")
     run = next((folder for folder in path.absolute().parents if (folder / CONFIG).is_file()), None)
@@ -198,7 +198,7 @@ def _shown(folder: Path) -> Path:
 
 
 def _disk(path: Path) -> str:
-    """The disk that holds `path`, by its mount point, and what is free on it."""
+    """The disk of `path`, by its mount point, and its free space."""
     folders = [folder for folder in path.absolute().parents if folder.is_dir()]
     mount = next(folder for folder in folders if os.path.ismount(folder))
     return f"the disk at {str(mount)!r}, with {shutil.disk_usage(folders[0]).free} bytes free,"
@@ -215,7 +215,7 @@ def finite_or_null(value: Any) -> Any:
 
 def read_json(path: Path, form: Any = None) -> Any:
     """The content of a JSON file in its `form` (see `stored`), if one is given; None if there is no file. Raises
-    RunFolderError where it is damaged or has another form.
+    RunFolderError if it is damaged or has another form.
     """
     if not path.exists():
         return None
@@ -232,7 +232,7 @@ def read_records(path: Path, form: Any = None) -> Iterator[dict[str, Any]]:
     """The records of a .jsonl file, each in its `form`, if one is given; a line that is still being written, or was cut
     by a crash, is left out.
 
-    Raises RunFolderError where a whole line is not a JSON object, or has another form.
+    Raises RunFolderError if a whole line is not a JSON object, or has another form.
     """
     if not path.exists():
         return

@@ -76,7 +76,7 @@ OWN_FILES = (
     PAGE,
 )
 LOCK = ".lock"
-_BEGUN = {LOCK, f".{CONFIG}.new"}  # these two alone: a run that was killed before it began
+_BEGUN = {LOCK, f".{CONFIG}.new"}  # only these two files: a run that was killed before it began
 _DERIVED = re.compile(
     r"export|leakage\.(json|png)|(table|steps|evaluations|clients)\.csv|table\.tex|(score|loss)-over-\w+\.(pdf|svg)"
 )
@@ -86,7 +86,7 @@ _DERIVED = re.compile(
 class Folder:
     """An output folder, locked while this object is open. Use as a context manager.
 
-    Without a lock it is another process that writes it (rank 0 of several): here nothing is written.
+    Without a lock, another process (rank 0 of several) writes to it, and this one writes nothing.
     """
 
     def __init__(self, path: Path, lock: TextIO | None) -> None:
@@ -95,7 +95,7 @@ class Folder:
 
     @classmethod
     def held(cls, path: Path, config: Mapping[str, Any], *, again: bool, overwrite: bool = False) -> Folder:
-        """Make the folder, or open it `again`; of several ranks the first does, for all. Raises what these raise."""
+        """Make the folder, or open it `again`; with several ranks, the first does this for all. Raises their errors."""
 
         def made() -> Folder:
             if not world().leads:
@@ -112,7 +112,7 @@ class Folder:
     @classmethod
     def create(cls, path: Path, config: Mapping[str, Any], *, overwrite: bool = False) -> Self:
         """Make the folder with its configuration; with `overwrite` the run or comparison in it is deleted first.
-        Raises RunFolderError where it is in use or holds something, or something else, and DiskFullError.
+        Raises RunFolderError if it is in use, is not empty or has other content, and DiskFullError.
         """
         refuse_used(path, overwrite=overwrite)
         try:
@@ -127,7 +127,7 @@ class Folder:
 
     @classmethod
     def reopen(cls, path: Path) -> Self:
-        """Open a folder that a run left. Raises RunFolderError where there is none, or another process holds it."""
+        """Open the folder of an earlier run. Raises RunFolderError if there is none, or if another process uses it."""
         if not (path / CONFIG).is_file():
             raise RunFolderError(f"{str(path)!r} is not a run folder: it has no {CONFIG}; name the folder of a run")
         try:
@@ -146,7 +146,7 @@ class Folder:
                 raise
 
     def close(self) -> None:
-        """Close all files and release the lock. Raises DiskFullError where the last records find no room."""
+        """Close all files and release the lock. Raises DiskFullError if there is no space for the last records."""
         try:
             for name in list(self._files):
                 with self._writing(name):
@@ -156,7 +156,7 @@ class Folder:
                 self._lock.close()
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
-        """Add a line of JSON to `name`. Raises DiskFullError or RunFolderError where it cannot."""
+        """Add a line of JSON to `name`. Raises DiskFullError or RunFolderError if that is not possible."""
         if not self.written:
             return
         with self._writing(name):
@@ -165,7 +165,7 @@ class Folder:
             self._files[name].add(json.dumps(record))
 
     def offsets(self) -> dict[str, int]:
-        """Bytes in each record file, all of them on disk."""
+        """Bytes in each record file, after flushing them to disk."""
         if not self.written:
             return {}
         for name, file in self._files.items():
@@ -182,7 +182,7 @@ class Folder:
             raise unwritable(self.path / name, error) from None
 
     def truncate(self, offsets: Mapping[str, int]) -> None:
-        """Forget the records written after `offsets` were taken. Raises RunFolderError where a file holds less."""
+        """Remove the records written after `offsets` were taken. Raises RunFolderError if a file is shorter."""
         if not self.written:
             return
         sizes = {name: (self.path / name).stat().st_size for name in _RECORDS if (self.path / name).exists()}
@@ -214,7 +214,7 @@ def refuse_used(path: Path, *, overwrite: bool = False) -> None:
     held = {inside.name for inside in path.iterdir()} if path.is_dir() else set[str]()
     if (path / LOCK).is_file():
         with (path / LOCK).open(encoding="utf-8") as lock:
-            _lock(path, lock)  # says who holds it, if somebody does
+            _lock(path, lock)  # names the process that uses it, if there is one
     if overwrite:
         _refuse_other(path, held)
     elif held - _BEGUN:
@@ -223,7 +223,9 @@ def refuse_used(path: Path, *, overwrite: bool = False) -> None:
 
 
 def _refuse_other(path: Path, held: set[str]) -> None:
-    """Raises RunFolderError unless all that the folder holds is of a run or a comparison, so that it may be deleted."""
+    """Raises RunFolderError unless everything in the folder belongs to a run or a comparison, so that it may be
+    deleted.
+    """
     if not held - _BEGUN:
         return
     stored = stored_config(path) if CONFIG in held else {}
@@ -249,8 +251,8 @@ def _foreign(path: Path, thing: Path) -> RunFolderError:
 
 
 def _empty(path: Path) -> None:
-    """Delete what a run or a comparison left, and warn of it. The configuration goes last: if this process ends before,
-    the folder is still known for what it is.
+    """Delete the files of a run or a comparison, and warn of it. The configuration is deleted last: if this process
+    ends before, the folder can still be recognised.
     """
     there = [file for file in sorted(path.iterdir()) if file.name not in (LOCK, CONFIG)]
     if (path / CONFIG).exists():
@@ -268,14 +270,14 @@ def _empty(path: Path) -> None:
 
 
 def stored_config(path: Path) -> dict[str, Any]:
-    """The configuration stored in a run folder. Raises RunFolderError where there is none."""
+    """The configuration stored in a run folder. Raises RunFolderError if there is none."""
     if not (path / CONFIG).is_file():
         raise RunFolderError(f"{str(path)!r} is not a run folder: it has no {CONFIG}; name the folder of a run")
     return read_toml(path / CONFIG)
 
 
 def locked(path: Path) -> TextIO:
-    """The folder's lock file, locked. Raises FolderInUseError where another process holds it."""
+    """The folder's lock file, locked. Raises FolderInUseError if another process has the lock."""
     lock = (path / LOCK).open("a+", encoding="utf-8")
     try:
         _lock(path, lock)
@@ -289,7 +291,7 @@ def locked(path: Path) -> TextIO:
 
 
 def _lock(path: Path, lock: TextIO) -> None:
-    """Lock the open file, without waiting. Raises FolderInUseError where another process holds it."""
+    """Lock the open file, without waiting. Raises FolderInUseError if another process has the lock."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

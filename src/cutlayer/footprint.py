@@ -1,4 +1,4 @@
-"""How much memory a run takes at most, estimated before it begins, so that several at once are known to fit."""
+"""An upper estimate of a run's memory before it begins, so that several runs at once are known to fit."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from cutlayer.options import RunConfig
 from cutlayer.text import format_bytes
 from cutlayer.types import Rows
 
-_PROCESS = {"cpu": 300_000_000, "cuda": 700_000_000}  # Python with torch; on the GPU, what CUDA keeps there
-_DATA = 3  # what was read, what it was made into, and what each client holds of it
-_STEP = 3  # what the forward pass made, its gradients, and what operations need meanwhile
+_PROCESS = {"cpu": 300_000_000, "cuda": 700_000_000}  # Python with torch; on the GPU, CUDA's own memory
+_DATA = 3  # the read data, the converted data, and each client's part
+_STEP = 3  # the forward pass's tensors, their gradients, and temporary memory of operations
 _PASS = 12  # largest tensors of a forward pass in evaluation, measured: convolutions make copies of their inputs
 _JUDGED = 2048  # rows of a pass in evaluation
 
 
 def footprint(training: Training, config: RunConfig, jobs: int = 1) -> int:
-    """Bytes that the run takes at most, in a process of its own, beside `jobs` - 1 others; on a GPU, there."""
+    """The most bytes of the run, in its own process beside `jobs` - 1 others; with a GPU, the GPU's memory."""
     process = _PROCESS["cpu" if config.device == "cpu" else "cuda"]
     return (
         process
@@ -37,7 +37,7 @@ def footprint(training: Training, config: RunConfig, jobs: int = 1) -> int:
 
 
 def fitting(needs: Mapping[str, int], most: int, free: int | None) -> int:
-    """How many runs at once fit for certain, at least 1 and at most `most`. `needs` are the bytes of each run."""
+    """How many runs certainly fit at once, at least 1 and at most `most`. `needs` are the bytes of each run."""
     largest = sorted(needs.values(), reverse=True)
     if free is None:
         return most
@@ -45,7 +45,7 @@ def fitting(needs: Mapping[str, int], most: int, free: int | None) -> int:
 
 
 def refuse_unless_fitting(needs: Mapping[str, int], jobs: int, free: int | None) -> None:
-    """Raises ConfigError where `jobs` runs at once may not find room. One alone is always tried."""
+    """Raises ConfigError if `jobs` runs at once may not fit. A single run is always tried."""
     jobs = min(jobs, len(needs))
     fit = fitting(needs, jobs, free)
     if free is None or fit >= jobs:
@@ -80,7 +80,7 @@ def _of_models(training: Training, config: RunConfig) -> int:
 
 
 def _of_rows(training: Training, config: RunConfig, jobs: int) -> int:
-    """What a training step of all participants makes, or a pass of evaluation, whichever is more."""
+    """The memory of a training step of all participants, or of a pass of evaluation, whichever is more."""
     parts, rows = training.parts, training.example
     client, widest = made_per_row(parts.client, rows)
     crossing = _forward(parts.client, rows)
@@ -90,7 +90,7 @@ def _of_rows(training: Training, config: RunConfig, jobs: int) -> int:
     alone = training.algorithm.traits.central or training.algorithm.traits.takes_turns
     batch = config.batch * (1 if alone else max(1, round(config.participation * config.clients)))
     below = batch * client
-    if training.engine == "stacked":  # runs forward passes twice where they would take more
+    if training.engine == "stacked":  # runs forward passes twice if they would take more
         below = min(below, round(memory_limit(config, jobs)))
     step = _STEP * (below + batch * sum(made for made, _ in above))
     judged = min(_JUDGED, max(map(len, (training.source.test, training.source.validation)), default=0))

@@ -17,7 +17,7 @@ from cutlayer.trained import Predictions
 def as_csv(found: Predictions, names: Sequence[str] = ()) -> str:
     """A line per row: its number (from 1) or name; the label and the probability of each class, or the numbers.
 
-    Raises ConfigError where a row has predictions for many places.
+    Raises ConfigError if a row has predictions for many places.
     """
     columns: dict[str, Sequence[Any]] = {"row": list(names) or list(range(1, len(found.outputs) + 1))}
     if (found.classes is not None and found.classes.dim() > 1) or found.values.dim() > 2:
@@ -46,7 +46,7 @@ def _numbers(what: str, values: Tensor, names: Sequence[str]) -> dict[str, list[
 
 
 def as_archive(found: Predictions) -> bytes:
-    """An .npz archive with the arrays values, probabilities and classes, as far as there are some, and class_names."""
+    """An .npz archive with the arrays values, probabilities, classes and class_names, as far as they exist."""
     arrays = {"values": found.values, "probabilities": found.probabilities, "classes": found.classes}
     plain: dict[str, Any] = {name: tensor.numpy() for name, tensor in arrays.items() if tensor is not None}
     written = io.BytesIO()

@@ -1,7 +1,7 @@
-"""Parameters that are not trained (`requires_grad` is False): one copy serves every client, and it never moves.
+"""Parameters that are not trained (`requires_grad` is False): all clients share one copy, which is never sent.
 
-A model's state is in two parts: what is frozen, and what moves (trained parameters, and all buffers). Averages,
-hand-overs, messages and the checkpoint of each client hold what moves alone.
+A model's state has two parts: the frozen part, and the moving part (trained parameters, and all buffers). Averages,
+hand-overs, messages and the checkpoint of each client only have the moving part.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def frozen_names(module: nn.Module) -> set[str]:
 
 
 def moving(module: nn.Module) -> dict[str, Tensor]:
-    """A module's state without what is frozen."""
+    """The moving part of a module's state."""
     frozen = frozen_names(module)
     return {name: tensor for name, tensor in module.state_dict().items() if name not in frozen}
 
@@ -61,23 +61,23 @@ def resting(module: nn.Module) -> dict[str, Tensor]:
 
 
 def load_moving(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Take a state that `moving` gave of such a module; what is frozen stays, unless it is in `state` too."""
+    """Take a state from `moving` of the same kind of module; the frozen part stays, unless it is in `state` too."""
     module.load_state_dict({**resting(module), **state} if frozen_names(module) else dict(state))
 
 
 def load_resting(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Take what `resting` gave of such a module: for all that share it."""
+    """Take a state from `resting` of the same kind of module, for all that share it."""
     if state:
         module.load_state_dict({**moving(module), **state})
 
 
 def replica(module: M) -> M:
-    """A copy that shares what is frozen with the original."""
+    """A copy that shares the frozen part with the original."""
     return deep_copy(module, {id(p): p for p in module.parameters() if not p.requires_grad})
 
 
 def digest(*modules: nn.Module | None) -> str:
-    """SHA-256, in hexadecimal, of the names and numbers of all that is frozen; empty if nothing is."""
+    """SHA-256, in hexadecimal, of the names and numbers of the frozen part; empty if nothing is frozen."""
     found = hashlib.sha256()
     some = False
     for module in modules:

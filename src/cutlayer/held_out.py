@@ -1,4 +1,6 @@
-"""What a run is judged on and how often: each client's own test rows, and evaluations that do not dwarf training."""
+"""The test rows and the frequency of evaluation: each client's own test rows, and evaluations that cost less than
+training.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,10 @@ from cutlayer.data.samples import Samples
 from cutlayer.errors import DataError
 from cutlayer.options import RunConfig
 
-_FREE, _FREE_FLOPS = 500_000, 20e9  # rows of all evaluations together, and their FLOPs, that are never too many
-_SHARE = 0.2  # of training that evaluation may take, unasked
-_TRAINING = 3  # forward passes that a training step on a row is worth
-_AT_THE_END = 300_000  # rows of the last evaluation that are not too many
+_FREE, _FREE_FLOPS = 500_000, 20e9  # rows of all evaluations together, and their FLOPs, that are always acceptable
+_SHARE = 0.2  # of training that evaluation may take by default
+_TRAINING = 3  # forward passes that cost as much as a training step on a row
+_AT_THE_END = 300_000  # rows of the last evaluation that are always acceptable
 _FEWEST = 5  # clients' models, of those that are not all evaluated, if there can be some evaluations then
 _POINTS = 4  # evaluations before the last one that are worth more than more models in each
 
@@ -27,9 +29,9 @@ _POINTS = 4  # evaluations before the last one that are worth more than more mod
 def own_rows(
     config: RunConfig, source: Source, parts: list[np.ndarray], alone: int | None = None
 ) -> tuple[list[np.ndarray], Mapping[int, Samples], str]:
-    """(the rows that each client trains on, each client's own test rows, what was done, in a line). Where the data say
-    whose the test rows are, and a client is an owner, they are the owner's; else a share of the client's own rows.
-    `alone`: the data are those of this client, all of them, and so are the test rows that they bring.
+    """(each client's training rows, each client's own test rows, a line about them). If the data name the owners of
+    test rows, and clients are owners, these are used; otherwise a share of the client's own rows. `alone`: all data,
+    including their test rows, belong to this client.
 
     Raises DataError for a client with too few rows.
     """
@@ -97,10 +99,10 @@ def paced(
     per_epoch: int,
     flops: Callable[[], float],
 ) -> Pace:
-    """How often and on how many clients' models a run is evaluated: as asked for, or so that evaluation takes less than
-    a fifth of the training. The last evaluation is of all clients' models, unless they are very many. That is judged by
-    rows that pass through models, not by a clock, so that it does not depend on the machine. `flops`: those of a row's
-    forward pass.
+    """How often and for how many clients' models a run is evaluated: as configured, or so that evaluation takes less
+    than a fifth of the training. The last evaluation covers all clients' models, unless there are very many. The cost
+    is counted in rows that pass through models, not in time, so it does not depend on the machine. `flops`: those of a
+    row's forward pass.
     """
     every, clients = config.eval_every or per_epoch, config.eval_clients
     if config.eval_every is not None or config.evaluate_on == "own":
@@ -111,7 +113,7 @@ def paced(
     judged = 1 if one_model and config.judge != "ensemble" else min(clients or len(sizes), len(sizes))
     allowed = _SHARE * _TRAINING * trained_rows(config, algorithm, sizes, rounds)
     wanted = math.ceil(rounds / every) * judged * held_out
-    if wanted > allowed:  # only then it matters how large the model is
+    if wanted > allowed:  # the size of the model only matters here
         allowed = max(allowed, min(_FREE, _FREE_FLOPS / max(1.0, flops())))
     if wanted <= allowed:
         return Pace(every, clients, clients)
@@ -135,7 +137,7 @@ def _shared_out(models: int, most: int, times: int) -> tuple[int, int]:
 
 
 def _remark(some: int, last: int, judged: int, clients: int, every: int) -> str:
-    """What is left out, in a line."""
+    """The omissions, in a line."""
     asked = "(eval_clients, eval_every)"
     at_the_end = f"{last} of {clients} clients' models" if last < judged else f"all {judged} models"
     if not some:
@@ -151,7 +153,7 @@ def _remark(some: int, last: int, judged: int, clients: int, every: int) -> str:
 
 
 def trained_rows(config: RunConfig, algorithm: Algorithm, sizes: list[int], rounds: int) -> float:
-    """Rows that are trained on in all rounds, about."""
+    """The approximate number of training rows in all rounds."""
     local_epochs, local_steps = algorithm.part_of_round
     each = local_steps * config.batch * len(sizes) if local_steps else (local_epochs or 1) * sum(sizes)
     return rounds * each * (1.0 if algorithm.traits.central else config.participation)

@@ -28,7 +28,7 @@ class Observations(list[T]):
         return [{name: row.get(name) for name in columns} for row in found]
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: the first rows."""
+        """The display in a notebook: the first rows."""
         rows = self.rows
         caption = f"{len(rows):,} rows" + (f", of which {_SHOWN} are shown" if len(rows) > _SHOWN else "")
         return html_table(

@@ -1,4 +1,4 @@
-"""Optimisers by name or of one's own, and what comes before a step: accumulation, clipping, groups of parameters."""
+"""Optimisers by name or the user's own, and the preparation of a step: accumulation, clipping, groups of parameters."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from cutlayer.stored import Amount, Count, MalformedError, Stored, all_finite, c
 Named = Iterable[tuple[str, Tensor]]
 """Parameters with their names in the whole model."""
 
-# LBFGS wants a closure, SparseAdam sparse gradients, Muon matrices only: none of them fits any model's step here.
+# LBFGS needs a closure, SparseAdam sparse gradients, Muon only matrices: none of them suits the steps here.
 _UNFIT = {"optimizer", "lbfgs", "sparseadam", "muon"}
 
-# How an optimiser is computed is the engine's business.
+# The engine decides how an optimiser is computed.
 _OURS = {"params", "lr", "foreach", "fused", "capturable", "differentiable"}
 
 # Optimisers whose rule is elementwise, so that one step on stacked tensors is every client's own step. The others
@@ -31,7 +31,7 @@ _OURS = {"params", "lr", "foreach", "fused", "capturable", "differentiable"}
 ELEMENTWISE = {"adadelta", "adagrad", "adam", "adamax", "adamw", "radam", "rmsprop", "rprop", "sgd"}
 
 MOMENTUM = ("momentum_buffer", "exp_avg")
-"""What optimisers call the mean of past gradients."""
+"""The optimisers' names for the mean of past gradients."""
 
 
 def optimizers() -> dict[str, type[torch.optim.Optimizer]]:
@@ -103,11 +103,11 @@ def _check_pattern(option: str, pattern: str) -> None:
 
 @dataclass(frozen=True)
 class MakeOptimizer:
-    """Makes the optimiser of a model's parameters, and says what comes before its steps.
+    """Makes the optimiser of a model's parameters, and says how its steps are prepared.
 
-    `kind` is called with parameters, the rate `lr` and `options`. `own`: it is the user's. `groups` have rates and
-    weight decays of their own. A step is taken after `accumulate` batches, on the mean of their gradients, whose norm
-    is clipped to `clip`.
+    `kind` is called with parameters, the rate `lr` and `options`. `own`: it is the user's. `groups` have their own
+    rates and weight decays. A step is taken after `accumulate` batches, on the mean of their gradients, whose norm is
+    clipped to `clip`.
     """
 
     name: str
@@ -126,7 +126,7 @@ class MakeOptimizer:
             return None
         optimizer = self.made(self._grouped(trained))
         for group in optimizer.param_groups:
-            if "lr_factor" not in group and group["lr"] != self.lr:  # a user's optimiser has groups of its own
+            if "lr_factor" not in group and group["lr"] != self.lr:  # a user's optimiser has its own groups
                 group["lr_factor"] = group["lr"] / self.lr
         return optimizer
 
@@ -136,7 +136,7 @@ class MakeOptimizer:
         return kind(params, self.lr, **self.options)
 
     def _grouped(self, trained: list[tuple[str, Tensor]]) -> list[Any]:
-        """Parameters, or groups of them where some have their own rate or weight decay."""
+        """Parameters, or groups of them if some have their own rate or weight decay."""
         if not self.groups:
             return [p for _, p in trained]
         members: dict[ParamGroup | None, list[Tensor]] = {}
@@ -197,8 +197,8 @@ def _check_options(kind: Callable[..., Any], name: str, options: Mapping[str, An
 
 
 def _probed(make: MakeOptimizer) -> dict[str, Any]:
-    """The optimiser's defaults, after one idle step: it also loads what torch or the user's own optimiser loads at the
-    first one, so that no run's clock counts it. Raises ConfigError.
+    """The optimiser's defaults, after one idle step. This step also imports everything that torch or the user's own
+    optimiser imports at the first step, so that no run's clock counts it. Raises ConfigError.
     """
     shapes = ((2, 2), (2,)) if make.own else ((1,),)
     probes = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
@@ -223,7 +223,7 @@ def _probed(make: MakeOptimizer) -> dict[str, Any]:
 
 
 class Stepping:
-    """The optimiser of one model's parameters, and what comes before its steps."""
+    """The optimiser of one model's parameters, with the preparation of its steps."""
 
     def __init__(self, make: MakeOptimizer, named: Named) -> None:
         named = list(named)
@@ -236,8 +236,8 @@ class Stepping:
         self._lr = 0.0  # of the last of them
 
     def take(self, lr: float, *, last: bool) -> None:
-        """The gradients of a batch are there: step at rate `lr`, unless more batches belong to the step. `last`: there
-        are no more.
+        """Use the gradients of a batch: step at rate `lr`, unless more batches belong to the step. `last`: there are no
+        more.
         """
         if self._waiting:
             self._add_held()
@@ -248,7 +248,7 @@ class Stepping:
         self._step(lr)
 
     def settle(self) -> None:
-        """Step if there are batches that wait: the model is about to be read, or the round is over."""
+        """Step if batches wait, because the model is about to be read, or the round is over."""
         if self._waiting:
             for p in self.weights:
                 p.grad = None
@@ -277,7 +277,9 @@ class Stepping:
         return not any(g["momentum"] or g["nesterov"] or g["maximize"] for g in self.optimizer.param_groups)
 
     def _descend(self, lr: float) -> None:
-        """torch's step of plain gradient descent, to the bit: for a small model its bookkeeping takes longer."""
+        """torch's step of plain gradient descent, bit for bit, without torch's bookkeeping, which takes longer for a
+        small model.
+        """
         assert self.optimizer is not None, "who steps has parameters that are trained"
         with torch.no_grad():
             for group in self.optimizer.param_groups:
@@ -294,7 +296,7 @@ class Stepping:
 
 @dataclass(frozen=True)
 class Rule:
-    """What the stacked engine needs to know of an optimiser whose rule is elementwise.
+    """The facts about an elementwise optimiser that the stacked engine needs.
 
     `plain`: gradient descent and nothing else, w <- w - lr (g + weight_decay w). `fused`: torch has it as one operation
     per tensor, here.
@@ -313,18 +315,18 @@ class Rule:
         return group.lr, self.weight_decay if group.weight_decay is None else group.weight_decay
 
     def quicken(self, optimizer: torch.optim.Optimizer) -> None:
-        """Have the steps computed as one operation per tensor, if torch has that: not for complex numbers."""
+        """Compute the steps as one operation per tensor, if torch can; not for complex numbers."""
         for group in optimizer.param_groups:
             if self.fused and not any(p.is_complex() for p in group["params"]):
                 group["fused"], group["foreach"] = True, False
 
     def clock_device(self, parameter: Tensor) -> torch.device:
-        """Where torch wants this optimiser's step counter."""
+        """The device on which torch needs this optimiser's step counter."""
         return parameter.device if self.fused and not parameter.is_complex() else torch.device("cpu")
 
 
 def rule_of(make: MakeOptimizer) -> Rule:
-    """The rule of the optimisers that `make` makes. Nothing is known of the user's own."""
+    """The rule of the optimisers from `make`. None for the user's own."""
     if make.own:
         return Rule(False, 0.0, False, make)
     optimizer = make([("", torch.zeros(1, requires_grad=True))])
@@ -341,8 +343,8 @@ class _OptimizerState(Stored):
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer | None, state: Mapping[str, Any], what: str) -> None:
-    """Take a `state_dict()` from a file; `optimizer` is None where nothing is trained. Raises MalformedError where it
-    is not the state of such an optimiser.
+    """Take a `state_dict()` from a file; `optimizer` is None if nothing is trained. Raises MalformedError if it is not
+    the state of this kind of optimiser.
     """
     if optimizer is not None:
         _check_state(optimizer, checked(state, _OptimizerState, what), what)
@@ -362,7 +364,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
 
 
 def _check_state(optimizer: torch.optim.Optimizer, given: _OptimizerState, what: str) -> None:
-    """Groups are as they were made, but for the rate; what is kept of each parameter is what a step leaves behind."""
+    """Check that groups are as they were made, except for the rate, and that the state of each parameter has the form
+    of one after a step.
+    """
     groups = optimizer.state_dict()["param_groups"]
     if [{**group, "lr": 0} for group in given.param_groups] != [{**group, "lr": 0} for group in groups]:
         raise MalformedError(f"{what} has other groups of parameters, or other settings, than it is made with")
@@ -391,8 +395,8 @@ def _check_value(value: Any, like: Any, what: str) -> None:
 
 
 def after_a_step(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]] | None:
-    """What an optimiser of torch's own keeps of each parameter after a step: that of a copy. None if it is another's,
-    of which nothing is known.
+    """The state that torch's own optimiser has of each parameter after a step, from a copy. None for other optimisers,
+    whose state is not known.
     """
     if not type(optimizer).__module__.startswith("torch.optim"):
         return None
@@ -407,8 +411,8 @@ def after_a_step(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]] 
 
 
 def laid_as(tensor: Tensor, like: Tensor) -> Tensor:
-    """The tensor, its numbers in memory in the order of those of `like` where they have one shape. torch's fused steps
-    walk through memory and do not look at strides: a checkpoint's moments would meet other weights.
+    """The tensor in the memory layout of `like`, if they have the same shape. torch's fused steps go through memory
+    without looking at strides, so a checkpoint's moments would be applied to other weights.
     """
     if tensor.shape != like.shape or tensor.stride() == like.stride():
         return tensor
@@ -416,13 +420,13 @@ def laid_as(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def as_tensor(value: Any) -> Tensor:
-    """A value of an optimiser's state as it crosses: numbers of Python's are of their own precision."""
+    """A value of an optimiser's state as it is sent: Python's numbers keep their precision."""
     if isinstance(value, Tensor):
         return value
     return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the rate of the next step; groups of parameters may have a factor of their own."""
+    """Set the rate of the next step; groups of parameters may have their own factor."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_factor", 1.0)

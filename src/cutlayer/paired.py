@@ -1,6 +1,6 @@
-"""Paired differences over seeds: their interval, their p value, corrections for several of them, and how many seeds a
-wanted difference would need. Student's t throughout: differences of runs with the same seed share data, partition and
-initial weights, so what they share cancels.
+"""Paired differences over seeds: their interval, their p value, corrections for several of them, and the number of
+seeds that a given difference would need. Student's t is used throughout. Runs with the same seed share data, partition
+and initial weights, so their common variation cancels in differences.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from scipy.special import stdtr, stdtrit  # type: ignore[import-untyped]
 
 LEVEL = 0.95  # of intervals
-POWER = 0.8  # the chance that a wanted difference is found, with the seeds that it needs
+POWER = 0.8  # the probability of finding a given difference with the calculated number of seeds
 MOST_SEEDS = 10_000
 
 
 @dataclass(frozen=True)
 class Paired:
-    """The mean of paired differences with its two-sided interval, and the chance `p` of one at least as large if the
-    true mean is 0. None where there are fewer than two pairs.
+    """The mean of paired differences with its two-sided interval, and the probability `p` of one at least as large if
+    the true mean is 0. None if there are fewer than two pairs.
     """
 
     pairs: int
@@ -39,7 +39,7 @@ def half_width(values: Sequence[float], level: float = LEVEL) -> float:
 
 
 def paired(differences: Sequence[float]) -> Paired:
-    """What differences of pairs, one per seed, say."""
+    """The statistics of paired differences, one per seed."""
     n = len(differences)
     mean = statistics.fmean(differences) if differences else None
     if mean is None or n < 2:
@@ -51,8 +51,8 @@ def paired(differences: Sequence[float]) -> Paired:
 
 
 def holm(values: Sequence[float | None]) -> list[float | None]:
-    """The p values after Holm's correction (Scandinavian Journal of Statistics, 1979), in the order given: each is
-    below a level only if, over all of them together, the chance of one false claim is. None stays None.
+    """The p values after Holm's correction (Scandinavian Journal of Statistics, 1979), in the order given: the
+    probability of any false claim among all of them is below the level. None stays None.
     """
     order = sorted((p, i) for i, p in enumerate(values) if p is not None)
     found: list[float | None] = [None] * len(values)
@@ -64,8 +64,8 @@ def holm(values: Sequence[float | None]) -> list[float | None]:
 
 
 def seeds_needed(std: float, wanted: float) -> int | None:
-    """With how many seeds a true difference `wanted` is told from 0 in four of five studies, if paired differences vary
-    by `std`. None: with more than ten thousand.
+    """The number of seeds with which a true difference `wanted` is found in four of five studies, if paired differences
+    have the standard deviation `std`. None: more than ten thousand.
     """
     if wanted <= 0:
         raise ValueError(f"a wanted difference must be greater than 0, not {wanted}")

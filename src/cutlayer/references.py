@@ -1,7 +1,8 @@
 """The entries of `references.bib`, and BibTeX of what was used.
 
 What a registration says of its `paper` ("arXiv 2112.05929", "doi 10.24432/C50P49", several of them with commas, or a
-whole BibTeX entry) and `library` is all that is known. Nothing is made up: what has no entry is named in a comment.
+whole BibTeX entry) and `library` is all that is known. Nothing is invented: a thing without an entry is named in a
+comment.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from cutlayer.plugins import KINDS
 _REFERENCES = Path(__file__).with_name("references.bib")
 _ALWAYS = ("torch", "numpy")
 _IDENTIFIER = re.compile(r"(arxiv|doi) \S+", re.I)
-_BROUGHT = ("model", "data")  # what most people bring along, and which is of somebody
+_BROUGHT = ("model", "data")  # libraries that most users have anyway
 
 Used = dict[str, str]
 """What was used: its `kind`, `name`, `paper` and `library`; `own` is "yes" if it is not of this package."""
 
 
 def bibtex(used: Iterable[Mapping[str, str]], libraries: Iterable[str] = ()) -> str:
-    """The entries of all that was `used`, each once, and of `libraries` besides torch and numpy; comments name what is
-    to be cited and has no entry here.
+    """The entries of all that was `used`, each once, and of `libraries` besides torch and numpy; comments name things
+    that should be cited and have no entry here.
     """
     every = list(used)
     wanted = dict.fromkeys(named for thing in every for named in _papers(thing.get("paper", "")))
@@ -44,7 +45,7 @@ def references() -> dict[str, str]:
 
 
 def _papers(text: str) -> list[str]:
-    """What a registration names as its papers: a BibTeX entry, or identifiers."""
+    """The papers of a registration: a BibTeX entry, or identifiers."""
     parts = [part.strip() for part in text.split(",")]
     return parts if all(_IDENTIFIER.fullmatch(part) for part in parts) else [text.strip()] if text.strip() else []
 
@@ -61,7 +62,7 @@ def _key(name: str) -> str:
 
 
 def _unsaid(thing: Mapping[str, str]) -> Iterator[str]:
-    """Comments about a thing of which there is something to cite that is not known here."""
+    """Comments about a thing with a citation that is not known here."""
     word = KINDS[thing["kind"]].word if thing["kind"] in KINDS else thing["kind"]
     what = " ".join(f"{word} {thing['name']!r}".split())
     papers = _papers(thing.get("paper", ""))

@@ -1,7 +1,7 @@
-"""Evaluation: whose models are looked at, and how their outputs on held-out samples are scored.
+"""Evaluation: the choice of models, and the scores of their outputs on held-out samples.
 
-Every engine evaluates through `evaluate` and only says how it gets the outputs of some clients' models for a chunk of
-samples. What a good output is, is decided here alone.
+Every engine evaluates through `evaluate` and only provides the outputs of some clients' models for a chunk of samples.
+The quality of outputs is only judged here.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ from cutlayer.types import Evaluation
 ROWS_PER_PASS = 1024
 """Samples per forward pass: bounds memory, changes no result."""
 
-_READ = 256_000_000  # bytes of inputs that are read at a time where they do not lie in memory
-_TRIED = 2_000_000  # numbers of outputs that metrics are tried on
+_READ = 256_000_000  # bytes of inputs that are read at a time if they are not in memory
+_TRIED = 2_000_000  # numbers of outputs for trying metrics
 
 RECALL = "recall"
-"""The metric that says how much of each class is found."""
+"""The metric with the recall of each class."""
 
 Scores = dict[int, dict[str, Value]]
 """The metrics of each client's model, by name; "loss" is the mean loss."""
 
 Outputs = tuple[Sequence[int], Tensor]
-"""The clients that gave outputs, and their outputs [C * n, ...], one client after another."""
+"""The clients with outputs, and their outputs [C * n, ...], one client after another."""
 
 OutputsOf = Callable[[Sequence[int], Samples, int], Outputs]
 """(clients, n samples, number of the first of these samples) -> the outputs of these clients' models."""
 
 
 class Tally:
-    """Gathers what several models give over chunks of samples. A model that misses a chunk is dropped.
+    """Gathers the outputs of several models over chunks of samples. A model that misses a chunk is dropped.
 
     `names` are those of the classes.
     """
@@ -61,7 +61,7 @@ class Tally:
 
     @property
     def models(self) -> list[int]:
-        """The clients whose models have given outputs for all chunks so far."""
+        """The clients whose models have outputs for all chunks so far."""
         return list(self._losses)
 
     def add(self, models: Sequence[int], outputs: Tensor, targets: Tensor) -> None:
@@ -110,7 +110,7 @@ def evaluate(
     found: Scores = {}
     step = max(1, at_once or len(models))
     groups = [Tally(task, models[first : first + step], names) for first in range(0, len(models), step)]
-    if not samples.in_memory:  # what has to be read is read once, for all models
+    if not samples.in_memory:  # data that must be read are read once for all models
         rows_per_pass = max(1, min(rows_per_pass, _READ // max(1, sum(x.nbytes for x in samples.form.rows))))
     for together in [[tally] for tally in groups] if samples.in_memory else [groups]:
         for start in range(0, len(samples), rows_per_pass):
@@ -134,9 +134,8 @@ def evaluate_together(
     rows_per_pass: int = ROWS_PER_PASS,
     names: tuple[str, ...] = (),
 ) -> Scores:
-    """Judge the ensemble of the clients' models `models`: what is judged of a sample is the mean of their predictions.
-    A client that gives no outputs for a chunk is left out of it. All have the same scores: those of the first are
-    given.
+    """Judge the ensemble of the clients' models `models`: the mean of their predictions for a sample is judged. A
+    client without outputs for a chunk is left out of it. All have the same scores, so those of the first are returned.
     """
     sums: dict[int, Tensor] = {}
     counts: Counter[int] = Counter()
@@ -160,7 +159,7 @@ def evaluate_together(
 
 
 def reported(scores: Mapping[str, Value]) -> dict[str, Value]:
-    """Scores as they are kept of each client: without matrices."""
+    """Scores as they are stored for each client: without matrices."""
     return {name: value for name, value in scores.items() if not _matrix(value)}
 
 
@@ -177,8 +176,8 @@ def judged(clients: int, count: int | None, seed: int) -> list[int]:
 
 
 def evaluation(found: Mapping[int, Mapping[str, Value]], everyone: Sequence[int], samples: int) -> Evaluation:
-    """The scores of `everyone`, where `found` holds those of the models looked at. Models known to be equal are looked
-    at once: a client that is not in `found` has the first model's scores.
+    """The scores of `everyone`, if `found` has those of the judged models. Models known to be equal are judged once: a
+    client that is not in `found` has the first model's scores.
     """
     only = next(iter(found.values()))
     return Evaluation({k: found.get(k, only) for k in everyone}, samples)
@@ -208,9 +207,9 @@ def fairness(scores: Iterable[float | None], *, maximise: bool) -> Fairness:
 
 
 def performance_gap(recalls: Iterable[Value]) -> float | None:
-    """How far the clients' models fall apart over the classes: mean over classes l of max over clients k of
+    """How far the clients' models differ over the classes: mean over classes l of max over clients k of
     |min(0, A_l - A_kl)|, A_kl being the recall of class l by client k's model and A_l its mean over the clients. None
-    where no recall is defined.
+    if no recall is defined.
     """
     found = []
     for each in zip(*(several for several in recalls if isinstance(several, tuple | list)), strict=True):
@@ -221,7 +220,7 @@ def performance_gap(recalls: Iterable[Value]) -> float | None:
 
 
 def backward_transfer(recalls: Sequence[Value]) -> float | None:
-    """What later training did to what was known before: mean over classes of the recall in the last evaluation minus
+    """The effect of later training on earlier knowledge: mean over classes of the recall in the last evaluation minus
     the highest in those before it. Less than 0: forgotten. None before the second evaluation.
     """
     known = [several for several in recalls if isinstance(several, tuple | list)]
@@ -240,7 +239,7 @@ def asking(
     own: Mapping[str, Any] | None = None,
     options_of: Callable[[plugins.Entry], Mapping[str, Any]] = lambda entry: entry.defaults,
 ) -> Task:
-    """The task with the metrics asked for: by name or as file.py:name, and a user's `own` by their names; `leading`
+    """The task with the requested metrics: by name or as file.py:name, and a user's `own` by their names; `leading`
     chooses the best evaluation. Raises ConfigError for a name that is unknown or that the task cannot give.
     """
     wanted = [*names, *([leading] if leading and leading not in (own or {}) and leading not in _labels(names) else [])]
@@ -266,7 +265,7 @@ def _labels(names: Iterable[str]) -> list[str]:
 
 
 def _found(task: Task, name: str, options_of: Callable[[plugins.Entry], Mapping[str, Any]]) -> Metric:
-    """The metric of that name or reference: the task's own, or one that it can give. Raises ConfigError."""
+    """The metric of that name or reference: the task's own, or one that suits the task. Raises ConfigError."""
     if name in task.metrics:
         return task.metrics[name]
     if not plugins.known("metric", name) and not plugins.is_reference(name):
@@ -315,7 +314,7 @@ def _own(name: str, thing: Any) -> Metric:
 
 
 def _computed(thing: Any, judged: Judged) -> Any:
-    """What an object that gathers batches makes of all of them."""
+    """The result of an object that gathers batches, over all of them."""
     fresh = copy.deepcopy(thing)
     fresh.reset()
     fresh.update(judged.predictions, judged.targets)
@@ -323,7 +322,7 @@ def _computed(thing: Any, judged: Judged) -> Any:
 
 
 def try_metrics(task: Task, outputs: Tensor, targets: Tensor, names: tuple[str, ...]) -> dict[str, Value]:
-    """Compute all metrics of held-out targets [n, ...] and a few rows' outputs, repeated: what fails does so before
+    """Compute all metrics of held-out targets [n, ...] and a few rows' outputs, repeated: so that errors occur before
     anything is trained. Returns the metrics. Raises ConfigError.
     """
     count = max(len(outputs), min(len(targets), 1000, _TRIED // max(1, outputs[0].numel())))

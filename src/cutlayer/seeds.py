@@ -1,8 +1,8 @@
-"""Randomness is born here, and only here.
+"""All randomness comes from here.
 
-Every random decision has a name: (seed, "active", round, step), (seed, "batches", client, epoch), and so on. A seed
-is derived from the name alone, so a decision does not depend on the engine that asks, on the order of asking,
-or on what was drawn before; a resumed run draws what the uninterrupted one would have drawn.
+Every random decision has a name: (seed, "active", round, step), (seed, "batches", client, epoch), and so on. A seed is
+derived only from the name, so a decision does not depend on the engine, on the order of decisions, or on earlier draws.
+A resumed run draws the same numbers as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ if hasattr(os, "register_at_fork"):  # a child process must not wait for a threa
 
 
 def alone() -> contextlib.AbstractContextManager[object]:
-    """Only one thread of the process is in a body like this: for what changes or draws from a state that all threads
-    share, such as torch's global generator. A thread that is in one may enter another.
+    """Only one thread of the process is in a body of this kind at a time. It protects state that all threads share,
+    such as torch's global generator. A thread that is in one body may enter another.
     """
     return _ALONE
 
@@ -54,9 +54,9 @@ def torch_generator(seed: int, *name: str | int, device: torch.device | None = N
 @contextlib.contextmanager
 def torch_seeded(seed: int, *name: str | int, device: torch.device | None = None) -> Iterator[None]:
     """Run the body under torch's global generator of `device` (default: the CPU's) seeded by `name`; the caller's
-    global state comes back after.
+    global state is restored afterwards.
 
-    Modules such as dropout draw from the global generator; it is touched here alone, and in `seed_all`.
+    Modules such as dropout draw from the global generator; only this function and `seed_all` change it.
     """
     import torch
 
@@ -67,7 +67,7 @@ def torch_seeded(seed: int, *name: str | int, device: torch.device | None = None
         return
     with alone():
         before = torch.get_rng_state()
-        # Not torch.manual_seed: without a GPU it queues the seed, with a stack trace, for a GPU that never comes.
+        # Not torch.manual_seed: without a GPU, it stores the seed with a stack trace for a GPU that never exists.
         torch.default_generator.manual_seed(derive(seed, *name))
         try:
             yield
@@ -78,14 +78,16 @@ def torch_seeded(seed: int, *name: str | int, device: torch.device | None = None
 def seeded_for(
     module: object, seed: int, *name: str | int, device: torch.device | None = None
 ) -> contextlib.AbstractContextManager[None]:
-    """`torch_seeded` for a forward pass of `module`; nothing, if it says that it draws nothing (`draws`)."""
+    """`torch_seeded` for a forward pass of `module`; does nothing if the module states that it draws nothing
+    (`draws`).
+    """
     return torch_seeded(seed, *name, device=device) if getattr(module, "draws", True) else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
 def streams(device: torch.device) -> Iterator[Callable[[torch.Generator], None]]:
-    """A function that has torch's global generator of `device` draw what the generator given to it would; the caller's
-    global state comes back after the body.
+    """A function that makes torch's global generator of `device` draw the numbers of the generator given to it; the
+    caller's global state is restored after the body.
     """
     import torch
 
@@ -99,7 +101,7 @@ def streams(device: torch.device) -> Iterator[Callable[[torch.Generator], None]]
 
 @contextlib.contextmanager
 def restored() -> Iterator[None]:
-    """The global generators of torch (the CPU's), NumPy and Python come back after the body."""
+    """The global generators of torch (the CPU's), NumPy and Python are restored after the body."""
     import torch
 
     with alone():

@@ -8,7 +8,9 @@ from typing import Any, Self
 
 
 class ShownLine:
-    """The line; a context manager. `show` replaces its text; with `keep` the text also goes where lines stay."""
+    """The line, as a context manager. `show` replaces its text; with `keep`, the text also remains as a line of its
+    own.
+    """
 
     def __init__(self) -> None:
         self._notebook, self._length = _display(), 0
@@ -22,7 +24,7 @@ class ShownLine:
             sys.stderr.write("\n")
 
     def show(self, text: str, *, keep: bool = False) -> None:
-        """Show `text` in the place of what was shown before."""
+        """Show `text` in place of the last text."""
         if self._notebook is not None:
             self._in_notebook({"text/plain": text})
         elif sys.stderr.isatty():
@@ -41,7 +43,7 @@ class ShownLine:
 
 
 def _display() -> Any:
-    """What displays things in the notebook that this process belongs to; None outside of one."""
+    """The display function of the notebook that this process belongs to; None outside a notebook."""
     shell = sys.modules.get("IPython")
     if shell is None or not hasattr(shell.get_ipython(), "kernel"):
         return None

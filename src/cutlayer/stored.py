@@ -1,8 +1,8 @@
-"""What is read back from a file is checked here, before anything is made of it: types, ranges, keys, shapes, depth.
+"""Checks the content of stored files before it is used: types, ranges, keys, shapes, depth.
 
-A thing that is stored declares its form as a class (`Stored`); `checked` compares. Tensors are compared with those that
-they will replace (`fit`). Whoever opens the file does it within `reading`, which says what is wrong with which file.
-Imports nothing heavy.
+Stored objects declare their form as a class (`Stored`), which `checked` compares. Tensors are compared with those that
+they will replace (`fit`). Files are opened within `reading`, which reports what is wrong with which file. Imports
+nothing heavy.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ ANEW = (
 
 
 class MalformedError(Exception):
-    """Something that was read back does not have its form; `reading` makes a sentence about the file of it."""
+    """Stored content does not have its form; `reading` turns this into a sentence about the file."""
 
 
 class Stored(msgspec.Struct, forbid_unknown_fields=True):
@@ -48,7 +48,7 @@ class Stored(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def checked(value: object, form: type[T], what: str = "") -> T:
-    """`value` in its form: nothing is converted, but for whole numbers where a float belongs. Raises MalformedError."""
+    """`value` in its form: nothing is converted, except whole numbers for floats. Raises MalformedError."""
     try:
         return msgspec.convert(value, form)
     except msgspec.ValidationError as error:
@@ -56,7 +56,7 @@ def checked(value: object, form: type[T], what: str = "") -> T:
     except RecursionError:
         sentence = "it is nested too deeply"
     except (AttributeError, RuntimeError, TypeError, ValueError):  # tensors, asked to be a mapping or a number
-        msgspec.inspect.type_info(form)  # which raises if it is the form that is wrong
+        msgspec.inspect.type_info(form)  # which raises if the form itself is wrong
         sentence = "a tensor, where a plain value belongs"
     raise MalformedError(f"{what}: {sentence}" if what else sentence)
 
@@ -139,8 +139,8 @@ _WRONG = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeE
 
 @contextmanager
 def reading(path: Path, remedy: str = ANEW) -> Iterator[None]:
-    """Whatever goes wrong with what is read from `path` becomes a RunFolderError with the remedy. Besides
-    MalformedError these are the errors of things that have no form, such as an optimiser of the user's own.
+    """Turns any error of content read from `path` into a RunFolderError with the remedy: MalformedError, and errors of
+    objects without a form, such as the user's own optimiser.
     """
     try:
         yield

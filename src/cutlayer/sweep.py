@@ -1,7 +1,7 @@
 """Sweeps: the same comparison at many values of its options, each point an entry of its own.
 
-A sweep is expanded before anything is built: what is trained, stored and resumed is a comparison with a variant for
-each algorithm and point, whose values are written out.
+A sweep is expanded before anything is built. A comparison is trained, stored and resumed that has a variant for each
+algorithm and point, with all values written out.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from cutlayer.options import CommonConfig, CompareConfig, RunConfig, normalised,
 How = Literal["grid", "zip", "random"]
 """All combinations; the first values, then the second ones, and so on; values drawn at random."""
 _OWN = {"how", "draws", "draw_seed"}
-_DIGITS = 3  # of a number that is drawn: what an entry is called is what it was trained with
+_DIGITS = 3  # of a drawn number, so that the name of an entry has the exact value of its training
 Point = dict[str, Any]
 
 
 def expanded(config: CompareConfig) -> CompareConfig:
     """The same comparison without a sweep, but with a variant for each entry and point.
 
-    An entry has the swept options that have an effect on it, and only those that it does not set itself; what comes to
-    the same is trained once. Raises ConfigError for a sweep that cannot be made.
+    An entry has the swept options that have an effect on it, and only those that it does not set itself; equal variants
+    are trained once. Raises ConfigError for a sweep that is not possible.
     """
     if not config.sweep:
         return config
@@ -117,7 +117,7 @@ def _range(name: str, value: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _drawn(swept: Mapping[str, Any], draws: Any, seed: Any) -> list[Point]:
-    """So many points, with every option's value drawn for itself; none twice. Raises ConfigError."""
+    """This number of different points, with every option's value drawn independently. Raises ConfigError."""
     for name, value, least in (("draws", draws, 1), ("draw_seed", seed, 0)):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ConfigError(
@@ -147,13 +147,13 @@ def drawn_value(values: Any, chance: random.Random) -> Any:
 
 
 def rounded(number: float, values: Mapping[str, Any]) -> float:
-    """A number that was drawn from a range, with as many digits as are shown."""
+    """A number drawn from a range, rounded to the shown digits."""
     shown: float = min(max(float(f"{number:.{_DIGITS}g}"), values["low"]), values["high"])
     return shown
 
 
 def _plain(text: str) -> Any:
-    """What a word of the command line says: a number, true, or itself."""
+    """The value of a word of the command line: a number, true, or the word itself."""
     try:
         return json.loads(text.strip().lower())
     except ValueError:
@@ -182,19 +182,19 @@ def entries_of(config: CompareConfig) -> dict[str, dict[str, Any]]:
 
 
 def fitting_point(config: CompareConfig, given: Mapping[str, Any], values: Mapping[str, Any], point: Point) -> Point:
-    """What of `point` has an effect on an entry with these `values` of its own."""
+    """The options of `point` that have an effect on an entry with these own `values`."""
     left = {name: value for name, value in point.items() if name not in values}
     kept = config.fitting(overlaid(given, left), str(values["algorithm"]), values)
     return {name: value for name, value in left.items() if name in kept}
 
 
 def _label(name: str, point: Point) -> str:
-    """What the entry at a point is called."""
+    """The name of the entry at a point."""
     return ", ".join([name, *(f"{option} {shown_value(value)}" for option, value in point.items())])
 
 
 def shown_value(value: Any) -> str:
-    """A value of an option as it stands in the name of an entry."""
+    """A value of an option in the form for the name of an entry."""
     if isinstance(value, str) and "/" in value:  # a path; names of entries are names of folders
         path, _, inside = value.partition(":")
         return ":".join([Path(path).stem, *([inside] if inside else [])])

@@ -1,4 +1,4 @@
-"""Quantities as people read them, and foreign text made harmless."""
+"""Quantities for people, and foreign text made harmless."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ _UNITS = ("B", "kB", "MB", "GB", "TB", "PB", "EB")
 
 
 def plain(text: object) -> str:
-    """Foreign text on one line that drives no terminal: control characters, line breaks, invisible characters and those
-    that turn the direction of writing are shown as escapes (\\n, \\x1b, \\u202e). Doing it twice changes nothing more.
+    """Foreign text on one line that cannot control a terminal: control characters, line breaks, invisible characters
+    and those that turn the direction of writing are shown as escapes (\\n, \\x1b, \\u202e). Doing it twice changes
+    nothing more.
 
-    For everything that another machine says, before it is printed, logged, stored or raised.
+    Use it for all text of another machine, before it is printed, logged, stored or raised.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
@@ -42,7 +43,7 @@ def format_quantity(value: float, unit: str) -> str:
     if value == 0:
         return f"0 {unit}"
     power = math.floor(math.log10(abs(value)) / 3 + 1e-9)
-    if abs(value) >= 999.5 * 1000.0**power:  # it would be printed as 1000 of its unit
+    if abs(value) >= 999.5 * 1000.0**power:  # otherwise it would be printed as 1000 of its unit
         power += 1
     power = min(max(power, -3), len(_PREFIXES) - 4)
     return f"{format_rate(value / 1000.0**power)} {_PREFIXES[power + 3]}{unit}"
@@ -78,7 +79,9 @@ def format_rate(value: float) -> str:
 
 
 def format_figure(mean: float | None, std: float | None = None, *, share: bool) -> str:
-    """A score without its unit, with its spread where there is one: a fraction in per cent, 87.31 ± 0.42; else 53.1."""
+    """A score without its unit, with its spread if there is one: a fraction in percent, 87.31 ± 0.42; otherwise
+    53.1.
+    """
     if mean is None:
         return "not defined"
     scale, form = (100, ".2f") if share else (1, ".4g")
@@ -96,7 +99,7 @@ def spoken(metric: str) -> str:
 
 
 def with_unit(metric: str, *, share: bool) -> str:
-    """What stands above a column or beside an axis: "accuracy (%)", "rmse"."""
+    """The label of a column or an axis: "accuracy (%)", "rmse"."""
     return f"{spoken(metric)} (%)" if share else spoken(metric)
 
 
@@ -106,7 +109,7 @@ def listed(names: list[str]) -> str:
 
 
 def shortened(text: str, length: int) -> str:
-    """`text`, cut with an ellipsis where it is longer than `length`."""
+    """`text`, cut with an ellipsis if it is longer than `length`."""
     return text if len(text) <= length else text[: length - 1] + "…"
 
 

@@ -1,4 +1,5 @@
-"""A trained model that stands alone: its weights, how it is made, what becomes of new rows, how outputs are read.
+"""A trained model with everything that its use needs: weights, construction, preprocessing of new rows, meaning of
+outputs.
 
 A run keeps it in its folder, for its last and its best evaluation; a client on another machine keeps it in its own, if
 the server shares its part. `load_model` reads it back.
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from cutlayer.tasks import Task
 
 Whose = int | Literal["average"] | None
-"""Whose model: that of client k, the average of all clients' models, or (None) the only one there is."""
+"""The owner of a model: client k, the average of all clients' models, or (None) the only model."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +89,7 @@ class _Trained(Stored):
 
 
 class _Tensors(Stored):
-    """The `inputs` of a model, as `_specs` says them."""
+    """The `inputs` of a model, in the form of `_specs`."""
 
     form: Literal["named", "one", "several"]
     names: list[str]
@@ -101,7 +102,7 @@ class _OneTensor(Stored):
 
 
 class _About(Stored):
-    """What `describe` says, and what is added to it."""
+    """The description from `describe`, with additions."""
 
     algorithm: str
     model: str | None
@@ -138,7 +139,7 @@ def _check_conversion(stored: Mapping[str, Any]) -> None:
 
 
 class _Preprocessing(msgspec.Struct):
-    """What every kind of preprocessing has; kinds of one's own may say more."""
+    """The common fields of all kinds of preprocessing; the user's own kinds may have more."""
 
     kind: str = ""
     shape: list[Count] = msgspec.field(default_factory=list)
@@ -169,7 +170,7 @@ class TrainedModel:
         """The present one of a training. `own`: its model was given from Python. `evaluation`: the last scores."""
         cuts = () if training.depths is None else training.depths.names
         held, about = training.clients.held(), describe(config, training.source, training.making, own=own, cuts=cuts)
-        copies: dict[_Place, Tensor] = {}  # what clients share, they share here too
+        copies: dict[_Place, Tensor] = {}  # clients share the same tensors here, too
         return cls(
             {**about, "clients": len(training.clients.samples), "evaluation": dict(evaluation)},
             _copied(training.server.model.state_dict()),
@@ -188,7 +189,7 @@ class TrainedModel:
         return cls(whole, _copied(server), {client: _copied(own)}, everyones=False, weights=())
 
     def write(self, path: Path) -> None:
-        """Keep it in a file, written whole."""
+        """Write it to a file, atomically."""
         shared = _shared(list(self.clients.values()))
         clients = {str(k): {n: t for n, t in s.items() if n not in shared} for k, s in self.clients.items()}
         about = {"about": self.about, "everyones": self.everyones, "weights": list(self.weights)}
@@ -197,7 +198,7 @@ class TrainedModel:
 
     @classmethod
     def read(cls, path: Path) -> TrainedModel:
-        """Read it back. Raises RunFolderError where the file is not whole."""
+        """Read it from a file. Raises RunFolderError if the file is not complete."""
         with reading(path, "it is not a trained model of Cutlayer's, or was changed: restore it, or train anew"):
             found = checked(checkpoint.read(path), _Trained)
             about = checked(found.about, _About, "about")
@@ -218,11 +219,11 @@ class TrainedModel:
         return [*(range(len(self.weights)) if self.everyones else sorted(self.clients)), "average"]
 
     def chosen(self, client: Whose) -> Whose:
-        """Whose model it is, said in full where nobody is named but only one client's is here."""
+        """The owner of the model; if none is named and only one client's model is here, that client."""
         return next(iter(self.clients)) if client is None and len(self.clients) == 1 and not self.everyones else client
 
     def state(self, client: Whose = None) -> dict[str, Tensor]:
-        """The weights of the whole model, by name. Raises ConfigError where there is no such client."""
+        """The weights of the whole model, by name. Raises ConfigError if there is no such client."""
         return {**self._part(client), **self.server}
 
     def model(self, client: Whose = None, *, model: Model | None = None) -> nn.Module:
@@ -262,14 +263,14 @@ class TrainedModel:
 
     @property
     def task(self) -> Task:
-        """The task that it was trained for. Raises ConfigError where it cannot be found here."""
+        """The task for which it was trained. Raises ConfigError if the task cannot be found here."""
         made = plugins.load("task", self.about["task"])
         task: Task = made.of(self.about["task_options"])
         return task
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The names of the classes, in order; none where they have none."""
+        """The names of the classes, in order; empty if they have none."""
         return tuple(self.about["class_names"])
 
     @property
@@ -297,13 +298,13 @@ class TrainedModel:
             return self.mean
         states = list(self.clients.values())
         alike = {n: t for n, t in states[0].items() if all(torch.equal(t, s[n]) for s in states[1:])}  # what is frozen
-        # The mean of factors whose ranks differ is that of no adapters.
+        # The mean of factors with different ranks does not belong to any adapters.
         rule = MeanOfProducts.of({}) if self.about["model_options"].get("lora_ranks") else None
         return {**average(states, [self.weights[k] for k in self.clients], rule), **alike}
 
     @property
     def _listed(self) -> str:
-        """Whose models there are, in words."""
+        """The available models, in words."""
         there = self.names[:-1]
         if there == list(range(len(there))) and len(there) > 1:
             return f"client-0 to client-{len(there) - 1}"
@@ -311,7 +312,7 @@ class TrainedModel:
         return ", ".join(f"client-{k}" for k in there[:10]) + more
 
     def _made(self, model: Model | None) -> nn.Module:
-        """The model with weights of no account. Raises ConfigError."""
+        """The model with arbitrary weights. Raises ConfigError."""
         a = self.about
         if model is None and a["model"] is None:
             raise ConfigError("this run was given its model from Python: give it again, model=...")
@@ -348,7 +349,7 @@ class TrainedModel:
 def describe(
     config: RunConfig, source: Source, making: Making, *, own: bool, cuts: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """What has to be known of a model besides its weights, in plain values. `cuts` [C]: each client's."""
+    """The facts about a model that are needed besides its weights, in plain values. `cuts` [C]: each client's."""
     task = plugins.find("task", config.task)
     cut = ",".join(cuts) if len(set(cuts)) > 1 else cuts[0] if cuts else None
     return {
@@ -382,7 +383,7 @@ def load_model(out: str | Path, client: Whose = None, *, best: bool = False, mod
 
 
 def find_trained(out: Path, *, best: bool = False) -> TrainedModel:
-    """The trained model in a folder. Raises RunFolderError with the reason and the remedy where there is none."""
+    """The trained model in a folder. Raises RunFolderError with the reason and the remedy if there is none."""
     path = out / (BEST if best else LAST)
     if path.is_file():
         return TrainedModel.read(path)
@@ -431,7 +432,7 @@ _Place = tuple[int, tuple[int, ...], tuple[int, ...], torch.dtype]
 
 
 def _place(tensor: Tensor) -> _Place:
-    """Where a tensor lies in memory, and how: two that agree in it are one."""
+    """The memory and layout of a tensor: two tensors with the same value are one."""
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 

@@ -1,8 +1,8 @@
-"""Trials: runs by which a comparison tunes its methods. What was trained once is never trained again.
+"""Trials: runs with which a comparison tunes its methods. Nothing is trained twice.
 
-A trial is a run on the tuning's own seed whose test rows are its validation rows: what is held out to test the study
-takes no part. Its folder holds `trial.json`, what it came to at the end of each leg. An interrupted search is run again
-from its beginning and answered from these files; the leg that was interrupted goes on from its checkpoint.
+A trial is a run with the tuning's own seed, whose test rows are its validation rows. The study's test rows are not
+used. Its folder has `trial.json` with its result at the end of each leg. An interrupted search runs again from its
+beginning and is answered from these files; an interrupted leg continues from its checkpoint.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from cutlayer.text import format_score
 from cutlayer.tuned import Trial, Tuned, TunedEntry
 
 TRIAL = "trial.json"
-_HEAVY = (CHECKPOINT, LAST, STATES)  # what a trial needs no more when it is over
+_HEAVY = (CHECKPOINT, LAST, STATES)  # files that a trial no longer needs when it is over
 
 
 @dataclass(frozen=True)
 class Reached:
-    """What a trial came to at the end of a leg: its score on the validation rows (None: not defined), after so many
-    rounds, epochs and rows; or, `diverged`, that its numbers were no longer finite.
+    """The result of a trial at the end of a leg: its score on the validation rows (None: not defined), and the rounds,
+    epochs and rows so far; or, `diverged`, that its numbers were no longer finite.
     """
 
     score: float | None
@@ -55,7 +55,7 @@ class Reached:
 
     @property
     def answer(self) -> float | None:
-        """The score as a search is told it: larger is better."""
+        """The score for a search: larger is better."""
         if self.score is None:
             return None
         return self.score if self.maximise else -self.score
@@ -63,7 +63,7 @@ class Reached:
 
 @dataclass(frozen=True)
 class LegJob:
-    """A leg to train: the configuration of the trial, its folder, the part of its rounds, what it is judged by."""
+    """A leg to train: the configuration of the trial, its folder, the share of its rounds, and how it is judged."""
 
     config: RunConfig
     where: Path
@@ -89,7 +89,7 @@ class _Kept(msgspec.Struct):
 
 @dataclass
 class _Course:
-    """The search of one entry: what it asks for now, and what all legs so far came to."""
+    """The search of one entry: its present requests, and the results of all legs so far."""
 
     entry: str
     legs: Generator[list[Leg], Any, None]
@@ -104,7 +104,7 @@ class _Course:
 
 @dataclass(frozen=True)
 class TrialNews:
-    """How far trial `number` of `entry` is, what it `came` to at the end of a leg, or that it is over."""
+    """The progress of trial `number` of `entry`, its result (`came`) at the end of a leg, or that it is over."""
 
     entry: str
     number: int
@@ -122,7 +122,8 @@ class Trials:
         self._told = set[tuple[str, int]]()  # entry and number of those that are over
 
     def train(self, through: Callable[[Mapping[str, Any]], Iterator[News]]) -> Generator[TrialNews, None, Tuned]:
-        """Train what the searches ask for; how far each trial is. `through` does jobs and tells what they come to.
+        """Train the legs that the searches request, and yield the progress of each trial. `through` does jobs and
+        yields their results.
 
         Raises TrainingError if all trials of an entry diverged, RunFolderError for folders of another tuning.
         """
@@ -178,7 +179,7 @@ class Trials:
         yield TrialNews(course.entry, number, standing, ended=True)
 
     def _advance(self, course: _Course, answers: list[float | None] | None) -> bool:
-        """Have the search say what to train next; False if it wants nothing more. Raises ConfigError."""
+        """Ask the search for the next legs; False if it has no more. Raises ConfigError."""
         search = self._effort.search
         with own_code(search, f"the search {self._effort.how!r}"):
             try:
@@ -209,7 +210,7 @@ class Trials:
         return self._where / entry / f"trial-{number}"
 
     def _kept(self, entry: str, leg: Leg) -> dict[str, Reached]:
-        """What is known of a trial already. Raises RunFolderError if it had other values."""
+        """The stored results of a trial. Raises RunFolderError if it had other values."""
         path = self._folder(entry, leg.trial) / TRIAL
         kept = read_json(path, _Kept)
         if kept is None:
@@ -268,14 +269,16 @@ class Trials:
 
 
 def trial_name(entry: str, number: int) -> str:
-    """What a trial is called."""
+    """The name of a trial."""
     return f"{entry}, trial {number + 1}"
 
 
 def train_leg(
     job: LegJob, make: Callable[[RunConfig, Ways | None], Training], model: Model | None, data: Data | None
 ) -> Generator[Standing, None, Reached]:
-    """Train a trial to the end of a leg, from where it is; how far it is, then what it came to. `make` builds it."""
+    """Train a trial to the end of a leg, from its present state: yields its progress, and returns its result. `make`
+    builds it.
+    """
     begun = (job.where / CONFIG).exists()
     training = make(job.config, ways_in(job.where) if begun else None)
     training = replace(training, source=_without_test(training.source))
@@ -298,7 +301,7 @@ def train_leg(
 
 
 def _ended(reached: Reached) -> Standing:
-    """How far a trial is that was over before."""
+    """The progress of a trial that was over before."""
     rounds = max(1, reached.rounds)
     return Standing(rounds, rounds, None, None, 0, 0.0, 0.0, reached.metric, reached.share, ())
 
@@ -313,7 +316,7 @@ def _key(share: float) -> str:
 
 
 def _said(reached: Reached, point: Point) -> str:
-    """What a trial came to, for a line of progress."""
+    """The result of a trial, for a line of progress."""
     values = ", ".join(f"{name} {shown_value(value)}" for name, value in point.items())
     if reached.diverged:
         return f"diverged ({values})"

@@ -13,7 +13,7 @@ from cutlayer.text import listed
 
 @dataclass(frozen=True)
 class Trial:
-    """One trial: the values that were tried, what they came to, and what was spent on them."""
+    """One trial: its values, its result, and its cost."""
 
     number: int
     values: dict[str, Any]
@@ -26,8 +26,8 @@ class Trial:
 
 @dataclass(frozen=True)
 class TunedEntry:
-    """How an entry was tuned: all its trials, the `values` chosen, those of them at an `edge` of what was possible, and
-    what was spent: epochs and rows of all trials together.
+    """How an entry was tuned: all its trials, the `values` chosen, those of them at an `edge` of the possible values,
+    and the cost: epochs and rows of all trials together.
     """
 
     trials: tuple[Trial, ...]
@@ -41,7 +41,7 @@ class TunedEntry:
 @dataclass(frozen=True)
 class Tuned:
     """How a comparison was tuned, as written to tuning.json. `test_seed` has drawn the test rows of all seeds; None if
-    the data brought them. `overlap` says which test rows trials may have been trained on; empty if none.
+    the data have their own. `overlap` says which test rows trials may have been trained on; empty if none.
     """
 
     how: str
@@ -95,7 +95,7 @@ class _StoredTuned(Stored):
 
 
 def tuned_of(stored: object) -> Tuned:
-    """What tuning.json says. Raises MalformedError."""
+    """The content of tuning.json. Raises MalformedError."""
     form = checked(stored, _StoredTuned)
     entries = {
         entry: TunedEntry(
@@ -113,7 +113,7 @@ def tuned_of(stored: object) -> Tuned:
 
 
 def read_tuned(path: Path) -> Tuned | None:
-    """What that file says; None if there is none. Raises RunFolderError."""
+    """The content of that file; None if there is none. Raises RunFolderError."""
     stored = read_json(path)
     if stored is None:
         return None
