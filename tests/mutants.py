@@ -728,6 +728,7 @@ MUTANTS = [
     M("stacked clients get adapters of the largest rank", "adapter ranks", "self._stack.load_one(k, narrowed(self._stack.state_of(k), rank))", "self._stack.load_one(k, self._stack.state_of(k))"),
     M("rounding chooses directions that no client has", "adapter ranks", "(sizes > _NOTHING * mean.norm())", "(sizes > -1.0)"),
     M("one client's model is tested for all ranks", "adapter ranks", "(self._at_work or self.setup.ranked)", "self._at_work"),
+    M("filling hides that an encoder looks ahead", "recovery", "last = (there[longest] * places).amax(1)", "last = torch.full_like(longest, len(places) - 1)"),
     M("a plan forgets that a client's blocks keep less", "checkpointed plan", "return part.peak(config.batch, config.client_optimizer, checkpointed=checkpointed)", "return part.peak(config.batch, config.client_optimizer)"),
     M("a plan computes no block again", "checkpointed plan", "flops = _directly(parts, self.x) if again else flops", "flops = flops"),
     M("a tail is computed again on the server's side", "checkpointed plan", "after = (beyond or tail).flops.server", "after = tail.flops.server"),

@@ -161,6 +161,23 @@ def test_a_decoder_is_read_token_by_token(monkeypatch: pytest.MonkeyPatch) -> No
     assert recover(both, words, every[:8], "search", "model") is None
 
 
+def test_an_encoder_is_known_though_its_rows_are_filled_up() -> None:
+    """What stands behind a text, and is masked, has no influence."""
+
+    def masked(words: Words) -> Tensor:
+        own = torch.randn(VOCABULARY, WIDTH, generator=torch.Generator().manual_seed(0))[words.ids]
+        assert words.mask is not None
+        counts = words.mask[..., None]
+        return own + (own * counts).sum(1, keepdim=True) / counts.sum(1, keepdim=True)
+
+    ids = torch.randint(0, VOCABULARY, (48, LENGTH), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[:, 4:] = 0
+    words, known = Words(ids[:8], mask[:8]), Words(ids[8:], mask[8:])
+    seen = Seen(masked(words), words.mask, known, known.mask != 0, masked, masked, VOCABULARY, 0)
+    assert recover(seen, words, mask[:8] != 0, "search", "model") is None
+
+
 def test_filling_is_told_from_text() -> None:
     """By the mask; by the token that fills, where nothing is learnt; by equal tokens at the end."""
     ids, targets = torch.tensor([[5, 3, 3, 0, 0], [0, 4, 0, 0, 2]]), torch.full((2, 5), -100)

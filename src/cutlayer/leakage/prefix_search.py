@@ -58,9 +58,14 @@ def _is_exact(seen: Seen) -> bool:
 
 def looks_ahead(seen: Seen) -> bool:
     """Whether what is sent at a place depends on a later token, as in an encoder: the search is then not possible."""
-    few = seen.auxiliary[:8]
-    other = few.ids.clone()
-    other[:, -1] = (other[:, -1] + 1) % seen.vocabulary
-    before = seen.smashed(few, "before", bare=True)[:, :-1]
-    after = seen.smashed(Words(other, few.mask), "before", bare=True)[:, :-1]
-    return not torch.allclose(before, after, atol=1e-5 * float(before.abs().max()))
+    known = seen.auxiliary
+    there = torch.ones_like(known.ids) if known.mask is None else (known.mask != 0).long()
+    longest = there.sum(1).argsort(descending=True)[:8]
+    few, places = known[longest], torch.arange(known.ids.shape[1], device=known.ids.device)
+    last = (there[longest] * places).amax(1)  # what a row is filled up with has no influence
+    changed = places == last[:, None]
+    before = seen.smashed(few, "before", bare=True)
+    other = torch.where(changed, (few.ids + 1) % seen.vocabulary, few.ids)
+    after = seen.smashed(Words(other, few.mask), "before", bare=True)
+    earlier = places < last[:, None]
+    return not torch.allclose(before[earlier], after[earlier], atol=1e-5 * float(before.abs().max()))
