@@ -42,7 +42,7 @@ def _split(source: Source) -> str:
 
 
 def _largest(source: Source) -> str:
-    """The accuracy of always answering the same: what any other accuracy is judged by."""
+    """The accuracy of always giving the same answer, as a reference for other accuracies."""
     tested = source.test if len(source.test) else source.train
     if tested.y.dim() != 1 or tested.y.is_floating_point() or bool((tested.y < 0).any()):
         return ""

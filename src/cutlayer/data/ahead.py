@@ -1,7 +1,7 @@
-"""Requests that worker processes answer in the order in which they are asked, ahead of when the answers are needed.
+"""Requests that worker processes answer in order, before the answers are needed.
 
 The processes are those of torch's DataLoader, which keeps `_EACH` requests per worker in flight. The list of requests
-may grow while they work: that is what its samplers cannot do, so that each worker hears of its requests by a pipe.
+may grow while they work. Samplers cannot do this, so each worker receives its requests through a pipe.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from torch.multiprocessing import Pipe
 from cutlayer.errors import DataError
 
 Answer = Callable[[Any], Any]
-"""What a worker makes of a request."""
+"""A worker's answer to a request."""
 
 _EACH = 2  # requests of each worker that are answered, or being answered, before the first of them is needed
-_LOOK = 5.0  # seconds between a waiting worker's looks whether its parent is still there
+_LOOK = 5.0  # seconds between a waiting worker's checks that its parent still exists
 
 
 class ReadAhead:
@@ -35,17 +35,17 @@ class ReadAhead:
         self._senders: list[Connection] = []
         self._sent: deque[Hashable] = deque()  # the workers have them
         self._waiting: dict[Hashable, None] = {}  # in order
-        self._ready: dict[Hashable, Any] = {}  # answers that nobody has taken yet
-        self._count = 0  # requests that were ever sent to the workers that run
+        self._ready: dict[Hashable, Any] = {}  # answers that were not taken yet
+        self._count = 0  # requests that were sent to the present workers
 
     @property
     def depth(self) -> int:
-        """How many requests it pays to ask ahead; 0 where nobody would answer them meanwhile."""
+        """The useful number of requests in advance; 0 if no worker would answer them in the meantime."""
         return _EACH * self.workers
 
     def ask(self, requests: Iterable[Hashable]) -> None:
-        """These are wanted next, in this order, after those that were asked for before. Those are left out, and all
-        are if many answers wait to be taken.
+        """Request these next, in this order, after earlier requests. Repeated requests are left out, and all are if
+        many answers wait to be taken.
         """
         if not self.workers or len(self._ready) > 2 * self.depth:
             return
@@ -55,7 +55,7 @@ class ReadAhead:
         self._send()
 
     def take(self, request: Hashable) -> Any:
-        """The answer to a request, asked for before or not. Raises DataError if a worker process has ended."""
+        """The answer to a request, requested in advance or not. Raises DataError if a worker process has ended."""
         if not self.workers:
             return self._answer(request)
         if request in self._waiting or not (request in self._ready or request in self._sent):
@@ -66,7 +66,7 @@ class ReadAhead:
         return self._ready.pop(request)
 
     def close(self) -> None:
-        """End the worker processes, and forget what was asked. They start again with the next request."""
+        """End the worker processes, and drop open requests. They start again with the next request."""
         for sender in self._senders:
             try:
                 sender.send(None)
@@ -102,7 +102,7 @@ class ReadAhead:
             request = next(iter(self._waiting))
             del self._waiting[request]
             self._sent.append(request)
-            with contextlib.suppress(OSError):  # if the worker has ended: that is noticed where its answer is taken
+            with contextlib.suppress(OSError):  # if the worker has ended: this is noticed when its answer is taken
                 self._senders[self._count % self.workers].send(request)
             self._count += 1
 
@@ -124,7 +124,7 @@ class ReadAhead:
 
 
 class _Answers(torch.utils.data.IterableDataset[Any]):
-    """What a worker answers: one request after another, from a pipe of its own."""
+    """A worker's loop: one request after another, from its own pipe."""
 
     def __init__(self, answer: Answer, receivers: Sequence[Connection], senders: Sequence[Connection]) -> None:
         self.answer, self.receivers, self.senders, self.parent = answer, receivers, senders, os.getpid()
@@ -153,8 +153,8 @@ def _unchanged(answer: Any) -> Any:
 
 
 def _obey(worker: int) -> None:
-    """A worker process ends when this one ends it: an interrupt from the keyboard, which all of them get, is for this
-    one to handle.
+    """A worker process only ends when this one ends it. All processes receive a keyboard interrupt, and this one
+    handles it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,4 +1,4 @@
-"""What users call arrays, as NumPy has them."""
+"""Users' array-like values as NumPy arrays."""
 
 from __future__ import annotations
 

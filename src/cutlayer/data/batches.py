@@ -1,4 +1,4 @@
-"""Which samples make up the clients' next batches."""
+"""The samples of the clients' next batches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cutlayer.types import Rows
 
 
 class Clocks(Stored, kw_only=True):
-    """How far clients are in their sequences: batches drawn, and rows taken where batches are not of one size."""
+    """The progress of clients in their sequences: batches drawn, and rows taken if batches have different sizes."""
 
     drawn: list[Count]
     taken: list[Count] | None = None
@@ -28,14 +28,14 @@ class Clocks(Stored, kw_only=True):
 
 
 class Batches:
-    """Every client's endless sequence of batches: epoch after epoch, each in an order of its own.
+    """Every client's endless sequence of batches: epoch after epoch, each in its own order.
 
     An epoch deals every one of a client's n samples once; its last batch has the n mod b samples that remain. The order
-    of epoch e depends on (seed, client, e) alone, so all algorithms and engines see the same batches. The clients'
-    orders lie one behind another in one array: drawing for hundreds of clients is a few operations on arrays.
+    of epoch e depends only on (seed, client, e), so all algorithms and engines see the same batches. The clients'
+    orders are stored one after another in one array, so drawing for hundreds of clients takes a few array operations.
 
-    Batches of given sizes take the next rows of that same sequence, whatever the batch size: the last of an epoch and
-    the first of the next may be in one batch. A client has batches of one kind or the other.
+    Batches of given sizes take the next rows of the same sequence, independent of the batch size: the last of an epoch
+    and the first of the next may be in one batch. A client has batches of one kind or the other.
     """
 
     def __init__(self, rows: Sequence[np.ndarray], batch: int, seed: int, names: Sequence[int] | None = None) -> None:
@@ -43,20 +43,20 @@ class Batches:
         self.names = list(range(len(rows))) if names is None else list(names)
         self.counts = np.array([len(r) for r in rows], np.int64)  # samples of each client, n
         self.per_epoch = -(-self.counts // batch)  # batches in an epoch: ceil(n / b)
-        # Batches drawn so far: the clients' clocks, and all the state there is.
+        # Batches drawn so far: the clients' clocks, which are the whole state.
         self.drawn = np.zeros(len(rows), np.int64)
         self.taken = np.zeros(len(rows), np.int64)  # rows drawn so far in batches of given sizes
         self._first = np.concatenate([[0], np.cumsum(self.counts)])[:-1]
         self._rows = np.concatenate(rows)
         self._order = self._rows.copy()
         self._epoch = np.full(len(rows), -1, np.int64)
-        self._early: dict[int, tuple[int, np.ndarray]] = {}  # orders of epochs that were looked into before they begin
+        self._early: dict[int, tuple[int, np.ndarray]] = {}  # orders of epochs that were needed before the epochs begin
 
     def draw(
         self, clients: Sequence[int] | np.ndarray, sizes: Sequence[int] | None = None
     ) -> tuple[Tensor, np.ndarray, np.ndarray]:
         """The next batches of `clients`: indices [R], one client after another, sizes [C] and clocks [C] (how many
-        batches each had drawn before). `sizes` [C]: of how many rows (None: of b, and the rest of an epoch).
+        batches each had drawn before). `sizes` [C]: their numbers of rows (None: b, and the rest of an epoch).
         """
         who = np.asarray(clients, np.int64)
         if sizes is not None:
@@ -93,7 +93,7 @@ class Batches:
         return found
 
     def epochs(self, clients: Sequence[int], sizes: np.ndarray, clocks: np.ndarray) -> np.ndarray:
-        """In which epoch of its owner each row [R] of the batches is that `draw` gave last."""
+        """For each row [R] of the last batches from `draw`: the epoch of its owner."""
         who = np.asarray(clients, np.int64)
         if not self.taken[who].any():
             return np.repeat(clocks // self.per_epoch[who], sizes)
@@ -103,7 +103,7 @@ class Batches:
         return epochs
 
     def state(self) -> dict[str, list[int]]:
-        """How far the clients are."""
+        """The progress of the clients."""
         taken = {"taken": self.taken.tolist()} if self.taken.any() else {}
         return {"drawn": self.drawn.tolist(), **taken}
 
@@ -141,7 +141,7 @@ class Batches:
         self._early.pop(client, None)
 
     def _looked_into(self, client: int, epoch: int) -> np.ndarray:
-        """The client's rows in the order of an epoch, which goes on or has not begun yet."""
+        """The client's rows in the order of an epoch, which is in progress or has not begun yet."""
         span = self._span(client)
         if epoch == self._epoch[client]:
             return self._order[span]

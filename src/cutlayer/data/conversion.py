@@ -1,4 +1,6 @@
-"""From arrays to tensors, as the top of `sources` says; what was done is kept, so that it can be done to new rows."""
+"""Converts arrays to tensors, as described at the top of `sources`. The conversion is stored, so that it can be applied
+to new rows.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +22,14 @@ _FILL: dict[str, Callable[[Array], Array]] = {
     "zero": lambda x: np.zeros(x.shape[1]),
 }
 IMPUTE = tuple(_FILL)
-"""What missing values can be replaced by, column by column: figures of the training part."""
+"""The replacements for missing values, column by column: figures of the training part."""
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What becomes of inputs [n, ...]. `divisor`: of whole-number pixels (255 or 65535; None: they are not scaled);
+    """The conversion of inputs [n, ...]. `divisor`: of whole-number pixels (255 or 65535; None: they are not scaled);
     `symmetric`: then from [0, 1] to [-1, 1]. `real`: other whole numbers become float32 too. A table has a `mean` and a
-    deviation `std` for each column, and a value to `fill` in where one is missing, if that was asked for.
+    deviation `std` for each column, and a value to `fill` in for missing ones, if requested.
     """
 
     divisor: int | None = None
@@ -39,14 +41,14 @@ class Conversion:
 
     @classmethod
     def of(cls, raw: Raw, rows: npt.NDArray[np.int64]) -> Self:
-        """That of `raw`. The figures of a table are those of its training rows `rows`."""
+        """The conversion of `raw`. The figures of a table come from its training rows `rows`."""
         if not raw.columns:
             return cls(divisor=divisor(raw.train.x), symmetric=raw.symmetric)
         train = raw.train.x[rows].astype(np.float64)  # [n, columns]
         fill = None if raw.impute is None else _fill(raw, train)
         train = train if fill is None else _filled(train, fill)
         mean, std = train.mean(0), train.std(0)
-        # The mean and deviation of a constant column carry rounding errors, which the division would blow up.
+        # The mean and deviation of a constant column have rounding errors, which the division would enlarge.
         constant = train.min(0) == train.max(0)
         mean[constant], std[constant] = train[0, constant], 1
         mean[list(raw.categories)], std[list(raw.categories)] = 0, 1
@@ -54,7 +56,7 @@ class Conversion:
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> Self:
-        """What `plain` gave, perhaps by way of JSON."""
+        """From the result of `plain`, possibly read from JSON."""
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in plain.items()}
         return cls(**values)
 

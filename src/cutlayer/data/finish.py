@@ -1,4 +1,6 @@
-"""From what a reader found to a data set: checked, labels counted from 0, split three ways, converted to tensors."""
+"""Makes a data set from the result of a reader: checks it, numbers labels from 0, splits it three ways, converts it to
+tensors.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +34,8 @@ def finished(
     ignored: int | None = None,
     test_seed: int | None = None,
 ) -> Source:
-    """Check, split and convert what a reader found. Rows of the class `ignored` are left out. `seed` draws the rows
-    that are held out; those of the test, `test_seed` if there is one.
+    """Check, split and convert the result of a reader. Rows of the class `ignored` are left out. `seed` draws the
+    held-out rows; if there is a `test_seed`, it draws the test rows.
     """
     _check(raw)
     raw = counting(raw, ignored) if targets == "class" else raw
@@ -88,7 +90,7 @@ def finished(
 
 
 def finished_whole(raw: Raw, targets: Targets = "class", ignored: int | None = None) -> Source:
-    """Check and convert what a reader found, with nothing held out but the test part that it may have. Data of one
+    """Check and convert the result of a reader, without holding out rows, except for its own test part. Data of one
     class need class names.
     """
     _check(raw)
@@ -107,7 +109,7 @@ def finished_whole(raw: Raw, targets: Targets = "class", ignored: int | None = N
 
 
 def _samples(raw: Raw, part: str, convert: Conversion, x: Array, y: Array) -> Samples:
-    """The samples with inputs `x` of a part (or their numbers in what the part reads) and targets `y`."""
+    """The samples with inputs `x` of a part (or their numbers, if the part is read lazily) and targets `y`."""
     several, targets = raw.several.get(part), torch.from_numpy(y)
     if isinstance(several, Items):
         return several.samples(part, torch.from_numpy(x[:, 0]), targets)
@@ -115,7 +117,7 @@ def _samples(raw: Raw, part: str, convert: Conversion, x: Array, y: Array) -> Sa
 
 
 def _preprocessing(raw: Raw, convert: Conversion, class_names: tuple[str, ...]) -> dict[str, Any]:
-    """What becomes of new rows, in plain values."""
+    """The conversion of new rows, in plain values."""
     shape = list(raw.train.x.shape[1:])
     if isinstance(items := raw.several.get("train"), Items) and items.convert is not None:
         shape, convert = items.shape, items.convert
@@ -127,7 +129,7 @@ def _refuse_single(raw: Raw, name: str) -> NoReturn:
 
 
 def named(raw: Raw, class_names: Sequence[str]) -> Raw:
-    """The same with labels counted as `class_names` name them. Raises DataError for a label that they lack."""
+    """The same with labels numbered by `class_names`. Raises DataError for a label that they lack."""
     numbers = {name: number for number, name in enumerate(class_names)}
     if len(numbers) < max(2, len(class_names)):
         raise ConfigError(f"class_names = {list(class_names)}: name at least two, each once")
@@ -183,7 +185,7 @@ def _check_numbers(x: Array, where: str, columns: tuple[str, ...], *, missing: b
         raise DataError(f"the inputs of {where} are of type {x.dtype}: give integers or real numbers")
     if x.dtype.kind != "f":
         return
-    with np.errstate(over="ignore"):  # what overflows in float32 is reported below
+    with np.errstate(over="ignore"):  # overflow in float32 is reported below
         single = x.astype(np.float32, copy=False)
         bad = np.isinf(single) if missing else ~np.isfinite(single)
     if bad.any():
@@ -196,7 +198,7 @@ def _check_numbers(x: Array, where: str, columns: tuple[str, ...], *, missing: b
 
 
 def _count(size: float, option: str, rows: int) -> int:
-    """How many of `rows` samples the fraction or number `size` stands for."""
+    """The number of samples, of `rows`, that the fraction or number `size` means."""
     if not size >= 0 or (size >= 1 and size != int(min(size, 2**62))):
         raise ConfigError(f"{option}={size} is neither a fraction below 1 nor a whole number of samples: fix it")
     count = int(size) if size >= 1 else round(size * rows)

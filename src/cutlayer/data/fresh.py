@@ -1,4 +1,6 @@
-"""New rows for a trained model: files and folders as the run's data were, without labels; or what Python brings."""
+"""New rows for a trained model: files and folders in the form of the run's data, without labels; or objects from
+Python.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +26,7 @@ from cutlayer.errors import DataError
 
 @dataclass(frozen=True)
 class New:
-    """New rows as a model takes them; what each is called (its number, if it has no name of its own), and what to say
-    of how they were read.
-    """
+    """New rows in the form that a model takes; the name of each (or its number), and remarks on how they were read."""
 
     inputs: Inputs
     names: tuple[str, ...] = ()
@@ -35,7 +35,7 @@ class New:
 
 def read(path: Path, about: Mapping[str, Any]) -> New:
     """The rows in a file or folder, read in the format of the data that a model was trained on, and converted as these
-    were. Labels are not looked at. `about` is what is known of the model (see `trained.describe`).
+    were. Labels are ignored. `about` is the description of the model (see `trained.describe`).
 
     Raises DataError: missing, damaged, or not such rows.
     """
@@ -94,7 +94,7 @@ def _is_text(path: Path) -> bool:
 
 
 def _inputs(path: Path, data_format: str, options: Mapping[str, Any]) -> Any:
-    """The inputs of what a format reads, which then needs labels too."""
+    """The inputs of data in a format, which then need labels, too."""
     name = detect(path) if data_format == "auto" else data_format
     having = {k: v for k, v in options.items() if k in find_format(name, {}).entry.option_names}
     reader = find_format(name, having)
@@ -110,8 +110,8 @@ def _inputs(path: Path, data_format: str, options: Mapping[str, Any]) -> Any:
 
 def converted(x: Any, preprocessing: Mapping[str, Any]) -> Inputs:
     """New rows from Python as a model takes them: an array or tensor [n, ...] as those of training were given; of a
-    table its columns by name (a mapping or a data frame); pictures. `Samples`, several tensors, and rows of which no
-    preprocessing is known are taken as they are. Raises DataError.
+    table its columns by name (a mapping or a data frame); pictures. `Samples`, several tensors, and rows without known
+    preprocessing are used unchanged. Raises DataError.
     """
     if isinstance(x, Samples):
         return x[:].inputs

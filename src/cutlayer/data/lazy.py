@@ -1,8 +1,8 @@
-"""Data sets that do not lie in memory: items are read for each batch, each time anew, by the processes of torch's
-DataLoader while the batches before are trained on, or by this one.
+"""Data sets that are not in memory: items are read again for each batch, by the processes of torch's DataLoader during
+the training on earlier batches, or by this process.
 
-Which items a batch holds, and what random transforms draw for an item, is named by the run's seed, the epoch and the
-row. So it is the same with any number of worker processes, on every engine, and after a run was interrupted.
+The items of a batch, and the draws of random transforms for an item, depend on the run's seed, the epoch and the row.
+So they are the same with any number of worker processes, on every engine, and after an interruption.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from cutlayer.types import Rows
 InMemory = Literal["auto", "always", "never"]
 """Whether all items are read once and kept; auto: if they fit."""
 
-_SHARE = 4  # all items may take this part of the free memory
+_SHARE = 4  # the share of the free memory that all items may take
 _LABELS = 64  # items whose labels a worker reads at a time
-_STILL = -1  # the epoch of reading that is not training
+_STILL = -1  # the epoch for reading outside of training
 
 
 @dataclass(frozen=True)
 class ItemReading:
     """How the items of data sets are read: whether all are kept `in_memory`, and how many `workers` (processes) read
-    those that are not. `seed` names what random transforms draw.
+    those that are not. `seed` names the draws of random transforms.
     """
 
     in_memory: InMemory = "always"
@@ -50,7 +50,9 @@ class ItemReading:
 
 
 class _Wanted(NamedTuple):
-    """Items of a part: `rows` and `epochs` are the bytes of int64 [R]. Whether their labels are wanted, or inputs."""
+    """Items of a part: `rows` and `epochs` are the bytes of int64 [R]. Also whether their labels are requested, or
+    their inputs.
+    """
 
     part: str
     rows: bytes
@@ -72,7 +74,7 @@ class _Wanted(NamedTuple):
 
 @dataclass(frozen=True)
 class _Refused:
-    """An error in a worker process, as what crosses to this one."""
+    """An error in a worker process, in the form that is sent to this one."""
 
     kind: type[CutlayerError]
     sentence: str
@@ -107,9 +109,9 @@ class _Fetch:
 
 
 class Items:
-    """The items of the data sets `parts`, converted as the first item of the training part asks for.
+    """The items of the data sets `parts`, converted like the first item of the training part.
 
-    `shape` is that of an input as it was read, `convert` what is done to it; None where an input is several tensors.
+    `shape` is that of an input as it was read, `convert` its conversion; None if an input has several tensors.
     """
 
     def __init__(self, parts: Mapping[str, Any], reading: ItemReading) -> None:
@@ -136,16 +138,16 @@ class Items:
 
     @property
     def ahead(self) -> int:
-        """How many batches it pays to foresee; 0 where nobody would read them meanwhile."""
+        """The useful number of batches to announce; 0 if no process would read them in the meantime."""
         return self._reader.depth
 
     def foresee(self, part: str, batches: Iterable[tuple[Tensor, np.ndarray]]) -> None:
-        """These batches, each the rows [R] of a part in their epochs [R], are read next, in this order."""
+        """Read these batches next, in this order; each has the rows [R] of a part in their epochs [R]."""
         self._reader.ask([_Wanted.of(part, at.numpy(), epochs) for at, epochs in batches])
 
     def read(self, part: str, at: Tensor, epochs: np.ndarray | None, sizes: Sequence[int] = ()) -> Inputs:
         """The inputs of the rows `at` [R > 0] of a part, as they are in `epochs` [R] (None: out of training). They are
-        batches of `sizes`, which were foreseen (none given: all workers share in them).
+        batches of `sizes`, which were announced (without sizes: all workers share the reading).
         """
         share = -(-len(at) // max(1, self._reader.workers))
         ends = np.cumsum(sizes) if len(sizes) else np.arange(share, len(at) + share, share)
@@ -154,7 +156,7 @@ class Items:
         return _joined(self._load([_Wanted.of(part, rows[span], often[span]) for span in spans]))
 
     def labels(self, part: str) -> tuple[list[Any] | Array, str]:
-        """The labels of all items, and from which attribute they were taken (empty: the items were read)."""
+        """The labels of all items, and the attribute with the labels (empty: the items were read)."""
         dataset = self._fetch.parts[part]
         for name in ("targets", "labels"):
             known = _attribute(dataset, name)
@@ -169,7 +171,7 @@ class Items:
         self._reader.close()
 
     def _agrees(self, part: str, known: Array) -> bool:
-        """Whether the labels of a few items are those that are known: they may go through a transform."""
+        """Whether the labels of a few items equal the known ones, since labels may go through a transform."""
         with seeds.restored():
             few = {row: self._fetch.pair(part, row)[1] for row in {0, len(known) // 2, len(known) - 1}}
         return all(np.array_equal(as_array(y, "a label"), known[row]) for row, y in few.items())
@@ -204,9 +206,9 @@ class Items:
 
 @dataclass(frozen=True)
 class Lazy(Samples):
-    """Samples whose inputs are read when they are asked for: those at the places `at` in a part of `items`.
+    """Samples whose inputs are read on demand: those at the places `at` in a part of `items`.
 
-    `inputs` are those of the first item only; they tell the shape, the type and the device of what is read.
+    `inputs` are only those of the first item, with the shape, type and device of all.
     """
 
     items: Items
@@ -215,7 +217,7 @@ class Lazy(Samples):
 
     @property
     def in_memory(self) -> bool:
-        """They do not lie in memory."""
+        """They are not in memory."""
         return False
 
     @property
@@ -239,19 +241,19 @@ class Lazy(Samples):
 
     @property
     def ahead(self) -> int:
-        """How many batches it pays to foresee."""
+        """The useful number of batches to announce."""
         return self.items.ahead
 
     def foresee(self, batches: Iterable[tuple[Tensor, np.ndarray]]) -> None:
-        """These batches are asked for next, in this order: worker processes read them meanwhile."""
+        """These batches are requested next, in this order, so worker processes read them in advance."""
         self.items.foresee(self.part, [(self.at[rows], epochs) for rows, epochs in batches])
 
     def batch(self, rows: Tensor, epochs: np.ndarray, sizes: Sequence[int] = ()) -> Samples:
-        """The samples at `rows` [R], with random transforms as in these `epochs` [R]: foreseen batches of `sizes`."""
+        """The samples at `rows` [R], with random transforms as in these `epochs` [R]: announced batches of `sizes`."""
         return self._read(rows, epochs, sizes)
 
     def share(self, rows: Tensor) -> Samples:
-        """The samples at `rows`, read when they are asked for."""
+        """The samples at `rows`, read on demand."""
         return replace(self, y=self.y[rows.to(self.y.device)], at=self.at[rows.cpu()])
 
     def close(self) -> None:
@@ -307,7 +309,7 @@ def _several(xs: Sequence[Any], names: Sequence[str]) -> Inputs:
 
 @dataclass(frozen=True)
 class _Alike:
-    """Makes tensors, and refuses those that differ from the first item's."""
+    """Makes tensors, and refuses those whose form differs from the first item's."""
 
     tensors: Callable[[Sequence[Any], Sequence[str]], Inputs]
     first: Sequence[tuple[torch.Size, torch.dtype]]
@@ -337,18 +339,18 @@ def pair(item: Any, what: str) -> tuple[Any, Any]:
 
 
 def called(part: str) -> str:
-    """What messages call the data set of a part."""
+    """The name of a part's data set in messages."""
     return "data set" if part == "train" else f"{part} data set"
 
 
 def too_large(items: Items) -> bool:
-    """Whether all items would take more of the free memory than they may."""
+    """Whether all items would exceed their share of the free memory."""
     free = _free_memory()
     return free is not None and items.nbytes >= free / _SHARE
 
 
 def _free_memory() -> float | None:
-    """Bytes that are free or can be freed; None where the system does not tell."""
+    """Bytes that are free or can be freed; None if the system does not tell."""
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
             return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
@@ -361,9 +363,7 @@ def _free_memory() -> float | None:
 
 
 def _attribute(dataset: Any, name: str) -> Array | None:
-    """The labels of all items that a data set holds as an attribute; of parts of data sets, those of what they are
-    parts of.
-    """
+    """The labels of all items in an attribute of a data set; for subsets, those of the whole data set."""
     if isinstance(dataset, torch.utils.data.ConcatDataset):
         found = [_attribute(one, name) for one in dataset.datasets]
         known = [one for one in found if one is not None]
@@ -381,7 +381,7 @@ def _attribute(dataset: Any, name: str) -> Array | None:
 
 
 def _each_like(x: Inputs, like: Inputs, change: Callable[[Tensor, Tensor], Tensor]) -> Inputs:
-    """Inputs of the same form, each tensor changed as the one in its place in `like` asks for."""
+    """Inputs of the same form, each tensor converted like its counterpart in `like`."""
     made = [change(*both) for both in zip(inputs_of(x), inputs_of(like), strict=True)]
     if isinstance(like, Tensor):
         return made[0]

@@ -1,4 +1,4 @@
-"""Code that users bring: whatever it raises becomes one sentence."""
+"""Users' own code: any error becomes one sentence."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _PACKAGE = str(Path(__file__).parents[1])
 def own_code(code: object, what: str) -> Iterator[None]:
     """Turn an exception of `code`, called `what`, into a ConfigError with the reason and the place.
 
-    Errors that Cutlayer raises on purpose pass as they are, and so does whatever this package's own code raises.
+    Errors that Cutlayer raises on purpose, and errors of this package's own code, pass unchanged.
     """
     try:
         yield
     except CutlayerError:
         raise
-    except Exception as error:  # the user's code: anything can be raised
+    except Exception as error:  # the user's code: any error is possible
         if str(getattr(code, "__module__", "")).startswith("cutlayer."):
             raise
         first = str(error).strip().split("\n", 1)[0]
@@ -32,11 +32,13 @@ def own_code(code: object, what: str) -> Iterator[None]:
 
 
 def place_of(code: object, error: Exception) -> str:
-    """Where it was raised, " at file:line": the last line of the user's file, or of any outside this package."""
+    """The place of the error, " at file:line": the last line of the user's file, or of any file outside this
+    package.
+    """
     frames = traceback.extract_tb(error.__traceback__)
     mine = [frame for frame in frames if frame.filename == _file_of(code)]
     found = mine or [frame for frame in frames if not frame.filename.startswith(_PACKAGE)]
-    # Without a frame of the user's, such as of a wrong signature, the call itself has failed.
+    # Without a frame of the user's code (as for a wrong signature), the call itself has failed.
     return f" at {_short(found[-1].filename)}:{found[-1].lineno}" if found else ""
 
 

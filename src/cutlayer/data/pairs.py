@@ -19,7 +19,7 @@ from cutlayer.errors import DataError
 
 def from_pairs(parts: Mapping[str, Any], name: str, reading: ItemReading | None = None) -> Raw:
     """The pairs (x, label) of a map-style Dataset for each part. x: a tensor, an array, a number or a picture (PIL).
-    All are read now, unless `reading` says otherwise.
+    All items are read now, unless `reading` says otherwise.
     """
     for part, dataset in parts.items():
         _check_length(dataset, called(part))
@@ -31,7 +31,7 @@ def from_pairs(parts: Mapping[str, Any], name: str, reading: ItemReading | None 
 
 
 def _unread(parts: Mapping[str, Any], name: str, reading: ItemReading, items: Items) -> Raw:
-    """Pairs whose inputs are read when they are needed: the inputs here are the numbers of items."""
+    """Pairs whose inputs are read on demand: here, the inputs are the numbers of items."""
     sections, taken = {}, ""
     for part, dataset in parts.items():
         labels, taken = items.labels(part)

@@ -1,4 +1,4 @@
-"""New rows, treated as those of the training data were: what `Source.preprocessing` (and a run's data.json) tells."""
+"""Preprocesses new rows like the training data, as described in `Source.preprocessing` (and a run's data.json)."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 def preprocessed(preprocessing: Mapping[str, Any], data: Any) -> Tensor:
     """The inputs [n, ...] of new rows, as a model takes them that was trained on data with this `preprocessing`.
 
-    `data`: for a table the path of a CSV file, or a mapping of columns to their cells (labels and other columns are not
-    looked at); for pictures a path, a folder, or PIL pictures; otherwise an array [n, ...] or the path of an .npz file.
-    Raises DataError for what does not fit the training data, with the value, the reason and the remedy.
+    `data`: for a table the path of a CSV file, or a mapping of columns to their cells (labels and other columns are
+    ignored); for pictures a path, a folder, or PIL pictures; otherwise an array [n, ...] or the path of an .npz file.
+    Raises DataError for rows that do not fit the training data, with the value, the reason and the remedy.
     """
     kind = preprocessing.get("kind", "arrays")
     read = {"table": _table, "pictures": _pictures}.get(kind, _arrays)

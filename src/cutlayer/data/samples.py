@@ -1,4 +1,4 @@
-"""What a data set is, once loaded: tensors, split three ways."""
+"""What a loaded data set is: tensors, split three ways."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cutlayer.errors import DataError
 from cutlayer.types import Rows
 
 Inputs = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
-"""What a model is called with: one tensor, several as arguments, or several by the names of arguments. Rows first."""
+"""The arguments of a model: one tensor, several as arguments, or several by the names of arguments. Rows first."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,12 @@ class Samples:
 
     @property
     def in_memory(self) -> bool:
-        """Whether all inputs lie in memory. If not (see `lazy`), only batches have `rows` and `x`."""
+        """Whether all inputs are in memory. If not (see `lazy`), only batches have `rows` and `x`."""
         return True
 
     @property
     def form(self) -> Samples:
-        """The first sample alone: what shape and type the inputs have."""
+        """The first sample, with the shape and type of the inputs."""
         return self[:1]
 
     def __len__(self) -> int:
@@ -41,24 +41,24 @@ class Samples:
 
     @property
     def ahead(self) -> int:
-        """How many batches it pays to foresee; 0: none."""
+        """The useful number of batches to announce; 0: none."""
         return 0
 
     def foresee(self, batches: Iterable[tuple[Tensor, np.ndarray]]) -> None:
-        """These batches, each (rows [R], epochs [R]), are asked for next, in this order."""
+        """These batches, each (rows [R], epochs [R]), are requested next, in this order."""
 
     def batch(self, rows: Tensor, epochs: np.ndarray, sizes: Sequence[int] = ()) -> Samples:
         """The samples at `rows` [R], to train on in these `epochs` [R] of their owners: random transforms differ. They
-        are batches of `sizes`, which were foreseen (none given: they were not).
+        are batches of `sizes`, which were announced (without sizes: they were not).
         """
         return self[rows.to(self.y.device)]
 
     def share(self, rows: Tensor) -> Samples:
-        """The samples at `rows` as a whole of their own: one client's."""
+        """The samples at `rows` as a separate set: one client's."""
         return self[rows]
 
     def close(self) -> None:
-        """End the processes that read samples, where there are some; they start again when something is read."""
+        """End the processes that read samples, if there are any; they start again when something is read."""
 
     def __getitem__(self, rows: Tensor | slice) -> Samples:
         """The samples at `rows` (an index tensor or a slice)."""
@@ -73,7 +73,7 @@ class Samples:
 
     @property
     def x(self) -> Tensor:
-        """The inputs [n, ...] where they are one tensor. Raises DataError where they are several."""
+        """The inputs [n, ...] if they are one tensor. Raises DataError if they are several."""
         if not isinstance(self.inputs, Tensor):
             raise DataError(
                 f"this needs one input tensor per sample, but the data have {len(self.rows)}: choose data with one"
@@ -93,8 +93,8 @@ class Samples:
 
 @dataclass(frozen=True)
 class AtClient(Samples):
-    """Test rows that stay on the machine of their `client`: their number, `count`, is all that is known here. `inputs`
-    and `y` tell shapes and types, and have no rows.
+    """Test rows that stay on the machine of their `client`: only their number `count` is known here. `inputs` and `y`
+    have the shapes and types, without rows.
     """
 
     client: int
@@ -121,7 +121,7 @@ def each(x: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
 
 
 def called(model: Callable[..., Any], x: Inputs) -> Any:
-    """What a model gives for inputs: one argument, several, or several by name."""
+    """A model's outputs for inputs: one argument, several, or several by name."""
     if isinstance(x, Tensor):
         return model(x)
     return model(**x) if isinstance(x, Mapping) else model(*x)
@@ -144,7 +144,7 @@ class Source:
     number 0..C-1, whose name is in `owner_names`. `validation_clients` and `test_clients` say the same for held-out
     rows; -1 is an owner without training rows. `preprocessing` describes how inputs were preprocessed, in plain values
     that JSON can hold; `preprocessed` does the same to new rows. `account` is a line about what was read, used and left
-    out. `cited` is what the data are cited by. `test_drawn` is true if the test rows were drawn with a seed because the
+    out. `cited` are the citations of the data. `test_drawn` is true if the test rows were drawn with a seed because the
     data brought none.
     """
 
@@ -168,12 +168,12 @@ class Source:
         return replace(self, **parts)
 
     def close(self) -> None:
-        """End the processes that read samples, where there are some."""
+        """End the processes that read samples, if there are any."""
         for part in (self.train, self.validation, self.test):
             part.close()
 
     def real(self, dtype: torch.dtype) -> Source:
-        """The same data set with inputs that are whole numbers as real ones."""
+        """The same data set with whole-number inputs as real numbers."""
 
         def change(samples: Samples) -> Samples:
             real = each(samples.inputs, lambda x: x if x.is_floating_point() else x.to(dtype))
@@ -189,7 +189,7 @@ class Source:
         )
 
     def described(self) -> dict[str, Any]:
-        """What is known of the data besides the rows, in plain values, for the folder of a run."""
+        """The facts about the data without the rows, in plain values, for the folder of a run."""
         return {
             "name": self.name,
             "account": self.account,
@@ -199,5 +199,5 @@ class Source:
 
     @property
     def classes(self) -> int:
-        """Number of classes K that have names; 0 where the targets are not named classes."""
+        """Number of named classes K; 0 if the targets are not named classes."""
         return len(self.class_names)

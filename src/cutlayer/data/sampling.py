@@ -1,8 +1,6 @@
-"""How many rows each client brings to each step of a round: b rows each, in proportion to its data, or as drawn.
-
-With `fixed` sampling every client takes batches of b rows until its local epoch is over; nothing here is needed. With
-the other two a step has B = C b rows of C clients together, and all clients are through with their data at the same
-time:
+"""The number of rows that each client brings to each step of a round: b rows, in proportion to its data, or as drawn.
+With `fixed` sampling, every client takes batches of b rows until its local epoch is over; nothing here is needed. With
+the other two, a step has B = C b rows of C clients together, and all clients finish their data at the same time:
 
     proportional   client k brings b_k rows, in proportion to n_k
     global         an epoch's list that has client k n_k times is shuffled and cut into blocks of B; client k brings as
@@ -24,8 +22,8 @@ Sampling = Literal["fixed", "proportional", "global"]
 
 
 def proportional(samples: Sequence[int], batch: int) -> np.ndarray:
-    """b_k [C]: C x `batch` rows in proportion to `samples` [C], by the largest remainders; one at least, and at most
-    all that a client has.
+    """b_k [C]: C x `batch` rows in proportion to `samples` [C], by the largest remainders; at least one, and at most
+    all rows of a client.
     """
     counts = np.asarray(samples, np.float64)
     total = min(len(counts) * batch, int(counts.sum()))
@@ -47,8 +45,8 @@ def starved(samples: Sequence[int], batch: int) -> list[int]:
 
 
 def blocks(samples: Sequence[int], batch: int, seed: int, index: int) -> Iterator[np.ndarray]:
-    """Rows [C] of each client in the steps of round `index`: those of one epoch after another, of which C x `batch`
-    make a step and each begins anew.
+    """Rows [C] of each client in the steps of round `index`: those of one epoch after another. C x `batch` rows make a
+    step, and each epoch begins with a new step.
     """
     owners, size = np.repeat(np.arange(len(samples)), samples), len(samples) * batch
     for epoch in count():
@@ -63,7 +61,9 @@ def per_epoch(samples: Sequence[int], batch: int) -> int:
 
 
 class Turns:
-    """The sizes of the batches of a round, step by step (0: the client sits the step out), and who is where."""
+    """The sizes of the batches of a round, step by step (0: the client does not take part in the step), and the
+    progress of each client.
+    """
 
     def __init__(self, sizes: dict[int, list[int]]) -> None:
         self._sizes, self._at = sizes, dict.fromkeys(sizes, 0)
@@ -80,7 +80,7 @@ class Turns:
         return tuple(tuple(own) for own in self._sizes.values())
 
     def together(self) -> tuple[int, ...]:
-        """The clients that bring rows to the next step to which any client brings some; empty at the end."""
+        """The clients that bring rows to the next non-empty step; empty at the end."""
         longest = max(map(len, self._sizes.values()), default=0)
         while self._turn < longest:
             turn, self._turn = self._turn, self._turn + 1
@@ -91,11 +91,11 @@ class Turns:
         return ()
 
     def take(self, clients: Sequence[int]) -> list[int]:
-        """The sizes of the next batches of `clients`, who have some left."""
+        """The sizes of the next batches of `clients`, which have some left."""
         return [self.some(k, 1)[0] for k in clients]
 
     def some(self, client: int, batches: int) -> list[int]:
-        """The sizes of a client's next batches, at most so many."""
+        """The sizes of a client's next batches, at most this number."""
         found: list[int] = []
         own = self._sizes[client]
         while len(found) < batches and self._at[client] < len(own):

@@ -1,5 +1,5 @@
 """Inputs of several arrays per sample (a dictionary or a tuple). Readers number the rows, which are then checked, dealt
-and split like any inputs; at the end the arrays' rows take the places of the numbers.
+and split like other inputs. At the end, the arrays' rows replace the numbers.
 """
 
 from __future__ import annotations

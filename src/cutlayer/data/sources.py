@@ -262,7 +262,7 @@ def from_memory(
 
 
 class _Setting(NamedTuple):
-    """What data are read for: the task's targets, and the folder of the model, if it has one."""
+    """The purpose of reading: the task's targets, and the folder of the model, if it has one."""
 
     targets: Targets
     folder: str = ""
@@ -277,7 +277,7 @@ def _read(
     *,
     alone: bool = False,
 ) -> Raw | Source:
-    """What a reader or a function finds; `alone`: in the data of one client. Raises DataError, ConfigError."""
+    """The result of a reader or a function; `alone`: for the data of one client. Raises DataError, ConfigError."""
     if data_format != "auto":
         plugins.find("format", data_format)  # an unknown name is an error now
     path = Path(data).expanduser()
@@ -326,14 +326,14 @@ def _readable(data: str, what: str) -> Iterator[None]:
         raise DataError(f"{data!r} cannot be read as {what}: {reason}; name another data_format or path") from None
 
 
-# From what a function or a format returns, or what lies in memory
+# From the result of a function or a format, or from memory
 
 
 def _taken(
     found: Any, name: str, what: str, options: Mapping[str, Any], reading: ItemReading | None = None
 ) -> Raw | Source:
-    """`found` in any of the forms that `load` describes. `options` are those that only some of these have; `reading` is
-    for data sets of items.
+    """`found` in any of the forms that `load` describes. `options` are options that only some of these have; `reading`
+    is for data sets of items.
     """
     if isinstance(found, (Raw, Source)):
         return _without(options, what, found)
@@ -413,7 +413,7 @@ def _pairs_of(found: Any) -> Mapping[Any, tuple[ArrayOrTensor, ArrayOrTensor]] |
 
 
 def _by_client(pairs: Mapping[Any, tuple[ArrayOrTensor, ArrayOrTensor]]) -> dict[str, Any]:
-    """The arrays of all clients, one's rows after another's, and whose they are. Raises DataError."""
+    """The arrays of all clients, one client's rows after another's, and their owners. Raises DataError."""
     x, y = ([as_array(pair[i], "xy"[i]) for pair in pairs.values()] for i in (0, 1))
     for client, a, b in zip(pairs, x, y, strict=True):
         if a.shape[1:] != x[0].shape[1:] or b.shape[1:] != y[0].shape[1:] or a.shape[:1] != b.shape[:1]:
@@ -508,7 +508,7 @@ def _raw_of_parts(
 
 
 def _splits(parts: Mapping[str, Any]) -> dict[str, Any]:
-    """Hugging Face data sets by part, where the training part may have parts itself."""
+    """Hugging Face data sets by part; the training part may have parts itself."""
     train = parts["train"]
     splits = {**(dict(train) if isinstance(train, dict) else {"train": train}), **parts}
     if isinstance(train, dict):
@@ -519,13 +519,13 @@ def _splits(parts: Mapping[str, Any]) -> dict[str, Any]:
 def _raw_of_clients(
     name: str, clients: Mapping[Any, Any], options: Mapping[str, Any], reading: ItemReading | None = None
 ) -> Raw:
-    """One data set for each client: their rows, one client's after another's, and whose they are."""
+    """One data set for each client: their rows, one client's after another's, and their owners."""
     raw = _raw_of_parts(name, {"train": _joined(clients)}, options, reading)
     return dataclasses.replace(raw, client=_owning(clients))
 
 
 def _owning(clients: Mapping[Any, Any]) -> Array:
-    """Whose each row is, one client's after another's."""
+    """The owner of each row, one client's rows after another's."""
     return np.repeat(np.array(list(clients)), [len(those) for those in clients.values()])
 
 
@@ -537,7 +537,7 @@ def _joined(clients: Mapping[Any, Any]) -> Any:
 
 
 def _is_hugging(dataset: Any) -> bool:
-    hugging = sys.modules.get("datasets")  # whoever holds such a data set has imported the package
+    hugging = sys.modules.get("datasets")  # if there is such a data set, the package is imported
     return hugging is not None and isinstance(dataset, (hugging.Dataset, hugging.DatasetDict))
 
 
@@ -545,7 +545,7 @@ def _is_hugging(dataset: Any) -> bool:
 
 
 def _refuse_given(found: Raw | Source, given: frozenset[str], sizes: Mapping[str, float]) -> None:
-    """A part that the data bring is not held out of the rest."""
+    """Check the options of a part that the data have themselves, so that it is not held out of the rest."""
     for part, size in sizes.items():
         if part in given and getattr(found, part) is not None:
             raise ConfigError(

@@ -1,7 +1,7 @@
-"""Rows drawn to be held out, of each class in proportion, as scikit-learn's `train_test_split` draws them.
+"""Draws rows to hold out, in proportion to the classes, as scikit-learn's `train_test_split` does.
 
-Its module loads pandas and most of scipy, which costs more than torch itself; the draws are these few lines. Splits are
-the same to the last row.
+Its module loads pandas and most of scipy, which costs more than torch itself, while the draws are only a few lines. All
+rows of the splits are the same.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ Rows = npt.NDArray[np.int64]
 
 
 def held_out(rows: int, count: int, classes: Rows | None, state: int) -> Rows:
-    """Which `count` of `rows` rows are held out, in no order. The shares of the `classes` [rows] are kept, unless a
-    class has too few rows to be in both halves.
+    """The `count` held-out rows of `rows`, in no particular order. The shares of the `classes` [rows] are kept, unless
+    a class has too few rows to be in both halves.
     """
     drawn = np.random.RandomState(state)
     found = None if classes is None else np.unique(classes, return_inverse=True, return_counts=True)
@@ -30,7 +30,7 @@ def held_out(rows: int, count: int, classes: Rows | None, state: int) -> Rows:
 
 
 def _shares(sizes: Rows, count: int, drawn: np.random.RandomState) -> Rows:
-    """`count` rows shared out in proportion to the `sizes`: the largest remainders are rounded up, ties by lot."""
+    """`count` rows divided in proportion to the `sizes`: the largest remainders are rounded up, ties at random."""
     exact = sizes / sizes.sum() * count
     shares = np.floor(exact)
     remainders = exact - shares

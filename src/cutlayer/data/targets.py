@@ -1,4 +1,6 @@
-"""What targets mean: classes by name, classes by number, or quantities; and which of these the numbers look like."""
+"""The meaning of targets: classes by name, classes by number, or quantities; and checks of which of these they look
+like.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +18,14 @@ from cutlayer.errors import DataError
 Targets = Literal["class", "classes", "numbers"]
 """One class per row, which may have a name; integers of any shape, taken as they are; numbers."""
 
-_USUAL = -100  # what libraries use for a target that does not count
-_MANY = 20  # classes: as many are no slip, if their rows are few
+_USUAL = -100  # used by libraries for a target that does not count
+_MANY = 20  # classes: this many with few rows each are a sign of a quantity
 _ROWS_PER_CLASS = 4
 
 
 def encoded(raw: Raw, targets: Targets) -> tuple[dict[str, Array], tuple[str, ...]]:
-    """The targets of every part, and the names of the K classes where there are some: classes as their ranks 0..K-1
-    among all labels, other integers as they are (int64), numbers as float32. Raises DataError.
+    """The targets of every part, and the names of the K classes, if any: classes as their ranks 0..K-1 among all
+    labels, other integers unchanged (int64), numbers as float32. Raises DataError.
     """
     if targets == "class":
         return _ranks(raw)
@@ -79,8 +81,8 @@ def words(values: Array, what: str) -> Array:
 
 
 def counting(raw: Raw, ignored: int | None) -> Raw:
-    """The same without the rows whose label says that they do not count. Raises DataError where there are such rows
-    and nobody has said so.
+    """The same without the rows whose label says that they do not count. Raises DataError if there are such rows
+    without the option for them.
     """
     keep = {part: _counts(section.y, _USUAL if ignored is None else ignored) for part, section in raw.parts().items()}
     left_out = sum(int((~mask).sum()) for mask in keep.values())
@@ -106,9 +108,9 @@ def _counts(labels: Array, ignored: int) -> npt.NDArray[np.bool_]:
 
 
 def as_indices(source: Source, width: int) -> Source:
-    """The same with integer labels as the numbers of classes, where a model that scores `width` classes has them all:
-    labels 1, 3 and 7 of ten are those classes, and not the first three. Other integers stay names, and the account says
-    which classes they become.
+    """The same with integer labels as class numbers, if a model with `width` scores has all of them: labels 1, 3 and 7
+    of ten are these classes, and not the first three. Other integers stay names, and the account says which classes
+    they become.
     """
     names = source.class_names
     if not all(name.lstrip("-").isdecimal() and str(int(name)) == name for name in names):
@@ -139,7 +141,7 @@ def _told(source: Source, remark: str) -> Source:
 
 
 def fitting(source: Source, targets: Targets) -> Source:
-    """The same source, where its targets are what a task wants. Raises DataError."""
+    """The same source, if its targets suit the task. Raises DataError."""
     y = source.train.y
     if targets == "class" and not (source.class_names and y.dim() == 1 and not y.is_floating_point()):
         raise DataError(
@@ -164,7 +166,7 @@ def refused_classes(name: str, class_names: tuple[str, ...]) -> DataError:
 
 
 def _refuse_quantity(raw: Raw, labels: Array, classes: int) -> None:
-    """Raises DataError where the labels look like measurements: numbers, most of them rare."""
+    """Raises DataError if the labels look like measurements: numbers, most of them rare."""
     if labels.dtype.kind in "iuf" and classes > _MANY and classes * _ROWS_PER_CLASS > len(labels):
         raise DataError(
             f"the labels of {raw.name} take {classes} different values in {len(labels)} rows, from {labels.min()} to "
@@ -190,7 +192,7 @@ def _numbers(values: Array, name: str) -> Array:
             f"the targets of {name} are of type {values.dtype}: this task needs numbers; for names choose --task "
             "classification"
         )
-    with np.errstate(over="ignore"):  # what overflows in float32 is reported below
+    with np.errstate(over="ignore"):  # overflow in float32 is reported below
         found = values.astype(np.float32)
     if not np.isfinite(found).all():
         row = int(np.argwhere(~np.isfinite(found))[0][0])

@@ -1,4 +1,4 @@
-"""What a reader finds: plain arrays, and which of them are inputs, labels and owners."""
+"""The result of a reader: plain arrays, and their roles as inputs, labels and owners."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SPLITS = {
     "test": "test",
     "testing": "test",
 }
-"""What folders and splits are called, in lower case, and which part of the data each name means."""
+"""The names of folders and splits, in lower case, and the part of the data that each means."""
 
 
 def part_called(name: str) -> str | None:
@@ -41,18 +41,18 @@ class Section:
 
 @dataclass(frozen=True)
 class Raw:
-    """What a reader found: the training part, and a validation and a test part where the data bring their own.
+    """The result of a reader: the training part, and a validation and a test part if the data have their own.
 
-    `client` [len(train.y)] says whose sample each training row is; `validation_client` and `test_client` say it of the
-    rows of the other parts. `class_names` is set where labels are already 0..K-1; otherwise labels are mapped to their
-    rank among all labels. `columns` names the columns of a table (x [n, columns]), which `sources` standardises, except
-    those at `categories`, which are 0 or 1; it is empty for everything else. Missing values (NaN) of a table are
-    filled in as `impute` says. `symmetric` asks for 8-bit inputs in [-1, 1] instead of [0, 1].
+    `client` [len(train.y)] gives the owner of each training row; `validation_client` and `test_client` do so for the
+    other parts. `class_names` is set if labels are already 0..K-1; otherwise labels are mapped to their rank among all
+    labels. `columns` names the columns of a table (x [n, columns]), which `sources` standardises, except those at
+    `categories`, which are 0 or 1; it is empty for everything else. Missing values (NaN) of a table are filled in as
+    `impute` says. `symmetric` asks for 8-bit inputs in [-1, 1] instead of [0, 1].
 
-    `rows` is what one calls a row (pictures); `left_out` and `remarks` are for the line that says what was used;
-    `recipe` is what the reader did to the inputs, in plain values. `several` holds the arrays of each part where a
-    sample's inputs are several: `x` are then the numbers of rows in them (see `several`). `cited` are papers, libraries
-    and BibTeX entries that the data are cited by, as `cutlayer.references` takes them.
+    `rows` is the word for rows (pictures); `left_out` and `remarks` are for the line about the data; `recipe` describes
+    the reader's changes to the inputs, in plain values. `several` has the arrays of each part if a sample has several
+    inputs: `x` are then the numbers of rows in them (see `several`). `cited` are papers, libraries and BibTeX entries
+    for citing the data, as `cutlayer.references` takes them.
     """
 
     name: str
@@ -75,7 +75,7 @@ class Raw:
     cited: tuple[str, ...] = ()
 
     def owners(self) -> dict[str, Array]:
-        """Whose samples the rows of each part are, for the parts of which that is known."""
+        """The owners of the rows of each part, for parts with known owners."""
         every = {"train": self.client, "validation": self.validation_client, "test": self.test_client}
         return {name: owner for name, owner in every.items() if owner is not None}
 

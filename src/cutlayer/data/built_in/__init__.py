@@ -13,7 +13,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 def data_set(name: str, *, title: str = "", summary: str = "", paper: str = "", library: str = "") -> Callable[[F], F]:
     """A decorator that registers a function that returns a data set, in any form that `sources.load` takes.
 
-    The function takes no arguments but its options: keyword-only parameters with defaults. `paper` and `library` are
+    The function takes no arguments except its options: keyword-only parameters with defaults. `paper` and `library` are
     what the data are cited by (see `cutlayer.references`).
     """
     return register("data", name, title=title, summary=summary, paper=paper, library=library)

@@ -26,7 +26,7 @@ def digits() -> Raw:
 
 
 def _bundled() -> Path:
-    """scikit-learn's file of the digits. Reading it needs nothing of scikit-learn, whose import takes a second."""
+    """scikit-learn's file of the digits. It is read without importing scikit-learn, which would take a second."""
     found = importlib.util.find_spec("sklearn")
     assert found is not None, "it is among the requirements"
     assert found.origin is not None, "and a package of files"

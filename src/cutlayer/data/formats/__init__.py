@@ -1,6 +1,6 @@
-"""Formats of data on disk. One format is one file; each reads a path to plain arrays.
+"""Formats of data on disk. One format is one file, which reads a path into plain arrays.
 
-Nothing is ever unpickled and nothing is ever downloaded.
+Nothing is ever unpickled or downloaded.
 """
 
 from __future__ import annotations

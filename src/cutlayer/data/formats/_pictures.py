@@ -22,7 +22,9 @@ _ORIENTATION = 0x0112  # the EXIF tag
 
 @dataclass(frozen=True)
 class Pictures:
-    """Pictures `x` [n, c, h, w] of each part, as bytes or in 16 bits, what was done to them, and remarks on that."""
+    """Pictures `x` [n, c, h, w] of each part, as bytes or in 16 bits, with the changes to them, and remarks on
+    these.
+    """
 
     x: dict[str, Array]
     recipe: dict[str, Any]
@@ -68,7 +70,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def one_picture(name: str, picture: Image, recipe: Mapping[str, Any], *, resized: bool = True) -> Array:
-    """A picture [c, h, w] as those were that `recipe` tells of. Raises DataError for another size if it is not to be
+    """A picture [c, h, w] in the form of those of `recipe`. Raises DataError for another size if it is not to be
     `resized`.
     """
     size = (recipe["size"][0], recipe["size"][1])
@@ -117,7 +119,7 @@ def _deep(name: str, pixels: Array, size: tuple[int, int] | None) -> Array:
 
 
 def _notes(picture: Image) -> list[str]:
-    """What is worth a remark."""
+    """Remarks on the pictures."""
     found = []
     if picture.getexif().get(_ORIENTATION, 1) != 1:
         found.append("pictures turned upright by their EXIF orientation:")

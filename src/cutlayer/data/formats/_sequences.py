@@ -1,7 +1,7 @@
 """Rows of equal length from the tokens of documents: packed end to end, or one document (or a part of it) each.
 
-A row's targets are the tokens after its own: targets[t] is what follows token t, or -100 where that is not learnt. Rows
-are filled up at one end; what fills them is not learnt.
+A row's targets are the next tokens: targets[t] is the token after token t, or -100 if it is not learnt. Rows are padded
+at one end, and padding is not learnt.
 
 Shape legend: n rows, T tokens in a row.
 """
@@ -24,7 +24,7 @@ IGNORED = -100
 class Sequences:
     """Tokens `ids`, their `targets` and the `mask` (1: a token, 0: filling), [n, T] each; the number of the `document`
     that each row comes from, [n] (the first, where several are packed); and how many documents were cut off, or left
-    out since nothing of them is learnt.
+    out because none of their tokens are learnt.
     """
 
     ids: Array
@@ -36,7 +36,7 @@ class Sequences:
 
 
 def packed(documents: Sequence[Tokenized], length: int, padding: int) -> Sequences:
-    """One document's tokens after another's, in rows of `length`; the last row is filled up on the right."""
+    """The tokens of all documents one after another, in rows of `length`; the last row is padded on the right."""
     stream = Tokenized([i for d in documents for i in d.ids], [x for d in documents for x in d.learnt])
     owner = [number for number, d in enumerate(documents) for _ in d.ids]
     rows = [(_row(stream, a, length), owner[a]) for a in range(0, len(owner) - 1, length)]
@@ -52,8 +52,8 @@ def padded(
     whole: bool = False,
     every: bool = False,
 ) -> Sequences:
-    """Rows of one document each, filled up on one side. One that is longer goes on in further rows; where it is to be
-    `whole`, its end is left out. Rows of which nothing is learnt are left out, unless `every` are wanted.
+    """Rows of one document each, padded on one side. A longer document continues in further rows; with `whole`, its end
+    is left out. Rows without learnt tokens are left out, unless `every` row is requested.
     """
     rows, cut_off, empty = list[tuple[_Row, int]](), 0, 0
     for number, document in enumerate(documents):
@@ -73,11 +73,11 @@ def together(parts: Sequence[Sequences]) -> Sequences:
     return Sequences(ids, targets, mask, document, sum(p.cut_off for p in parts), sum(p.empty for p in parts))
 
 
-_Row = tuple[list[int], list[int]]  # tokens, and what follows each
+_Row = tuple[list[int], list[int]]  # tokens, and the token after each
 
 
 def _row(tokens: Tokenized, start: int, length: int) -> _Row:
-    """At most `length` tokens from `start` on, and what follows each."""
+    """At most `length` tokens from `start` on, and the token after each."""
     ids, after = tokens.ids[start : start + length], slice(start + 1, start + 1 + length)
     follow = [i if x else IGNORED for i, x in zip(tokens.ids[after], tokens.learnt[after], strict=True)]
     return ids, follow + [IGNORED] * (len(ids) - len(follow))

@@ -1,4 +1,4 @@
-"""Columns with names, made the inputs of a table: numbers, and one column of 0 and 1 for each category of text."""
+"""Turns columns with names into the inputs of a table: numbers, and one column of 0 and 1 for each category of text."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _FILL = "fill it in, leave the column out with ignore_columns, or pass impute (m
 @dataclass
 class Inputs:
     """The inputs of a table: `x` [n, columns] of each part, the names of the columns, which of them are `categories`,
-    what the reader did to each column of the file, and what is worth a remark.
+    the changes to each column of the file, and remarks.
     """
 
     x: dict[str, Array]
@@ -37,8 +37,8 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Sheet:
-    """What a file of columns holds: `cells` of a column in each part; `place` says where a row of a part stands in
-    the file called `name`. `decimal_comma`: whether 1,5 can be a number.
+    """The content of a file of columns: `cells` of a column in each part; `place` gives the position of a row of a part
+    in the file called `name`. `decimal_comma`: whether 1,5 can be a number.
     """
 
     name: str
@@ -50,8 +50,8 @@ class Sheet:
 def features(
     names: Sequence[str], options: Columns, name: str, indices: Mapping[str, str] | None = None
 ) -> tuple[list[str], tuple[str, ...]]:
-    """The columns among `names` that are inputs, and what is left out of the others. `indices`: columns that only
-    count or name the rows, with what they are. Raises DataError for columns that are not there, ConfigError.
+    """The columns among `names` that are inputs, and those that are left out. `indices`: columns that only count or
+    name the rows, with their kind. Raises DataError for columns that are not there, ConfigError.
     """
     label, client = options.label_column, options.owner_among(names, name)
     pick("label column", label, names, f"set label_column to a column of {name}")
@@ -126,7 +126,7 @@ def raw_table(
     left_out: tuple[str, ...],
     class_names: tuple[str, ...] | None = None,
 ) -> Raw:
-    """What was found in a file of columns."""
+    """The result for a file of columns."""
     parts = {part: Section(inputs.x[part], y) for part, y in labels.items()}
     return Raw(
         name,
@@ -147,14 +147,14 @@ def raw_table(
 
 
 def one_hot(texts: Cells, categories: Sequence[str]) -> Array:
-    """[n, categories]: 1 where the text is the category; a missing or unknown text has none."""
+    """[n, categories]: 1 if the text is the category; a missing or unknown text has none."""
     words = np.array([str(text).strip() for text in texts], dtype=np.str_)
     hot: Array = words[:, None] == np.array(list(categories), dtype=np.str_)[None]
     return hot.astype(np.float64)
 
 
 def as_numbers(texts: Cells, *, decimal_comma: bool) -> Array | None:
-    """The cells as numbers, NaN where one is missing; None if some are not numbers."""
+    """The cells as numbers, NaN for missing ones; None if some are not numbers."""
     if isinstance(texts, np.ndarray) and texts.dtype.kind in "fiub":
         return texts.astype(np.float64)
     words = ["nan" if is_missing(text) else text.strip() for text in texts]
@@ -176,7 +176,7 @@ def is_number(text: str) -> bool:
 
 
 def is_missing(text: str) -> bool:
-    """Whether a text stands for a value that is not known."""
+    """Whether a text means a missing value."""
     return text.strip().lower() in _MISSING
 
 
@@ -199,7 +199,7 @@ def _numbers(sheet: Sheet, name: str, cells: Mapping[str, Cells]) -> dict[str, A
 
 
 def _refuse_missing(sheet: Sheet, name: str, cells: Mapping[str, Cells], impute: str | None) -> None:
-    """A text that stands for no value, in a column of numbers or categories."""
+    """A text that means a missing value, in a column of numbers or categories."""
     if impute is not None:
         return
     for part, texts in cells.items():

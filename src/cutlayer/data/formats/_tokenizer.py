@@ -18,8 +18,8 @@ _MARKS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", 
 
 @dataclass(frozen=True)
 class Document:
-    """A text. `answers` are the parts of it that are learnt (None: all of it); `rendered` by a chat template, it has
-    its marks already. `label` and `owner` are those of its row.
+    """A text. `answers` are the learnt parts (None: all of it). If it is `rendered` by a chat template, it has its
+    marks already. `label` and `owner` are those of its row.
     """
 
     text: str
@@ -37,7 +37,7 @@ class Tokenized(NamedTuple):
 
 
 class Tokenizer:
-    """What makes tokens of texts. `folder` holds it. Raises DataError."""
+    """The tokenizer in `folder`. Raises DataError."""
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
@@ -53,7 +53,7 @@ class Tokenizer:
                 self._own = transformers.AutoTokenizer.from_pretrained(
                     path, local_files_only=True, trust_remote_code=False
                 )
-        except Exception as error:  # damaged files, unknown kinds, code that would have to be run
+        except Exception as error:  # damaged files, unknown kinds, code that would need to run
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise DataError(
                 f"the tokenizer in {folder!r} cannot be read ({reason}): save it again with tokenizer.save_pretrained"
@@ -66,7 +66,7 @@ class Tokenizer:
 
     @property
     def padding(self) -> int:
-        """The token that fills rows: that of padding, or else that of the end, or else 0."""
+        """The token for padding rows: the padding token, or else the end token, or else 0."""
         found = self._own.pad_token_id
         return int(found if found is not None else self.end or 0)
 
@@ -76,8 +76,8 @@ class Tokenizer:
         return None if self._own.eos_token_id is None else int(self._own.eos_token_id)
 
     def tokens(self, documents: Sequence[Document], *, ended: bool) -> list[Tokenized]:
-        """Those of each document. The tokenizer's own marks are added where a chat template has not done so, and where
-        `ended`, the token that ends a text, which is learnt.
+        """The tokens of each document. The tokenizer's own marks are added unless a chat template has done so. With
+        `ended`, the token that ends a text is added, and learnt.
         """
         found: list[Tokenized | None] = [None] * len(documents)
         for rendered in (False, True):
@@ -101,8 +101,8 @@ class Tokenizer:
         return Tokenized([*tokens.ids, self.end], [*tokens.learnt, True])
 
     def rendered(self, messages: Sequence[Mapping[str, str]], where: str) -> Document:
-        """A conversation as the tokenizer's chat template writes it. What the assistant says is learnt. Without a
-        template, each message is on lines of its own. Raises DataError.
+        """A conversation as the tokenizer's chat template writes it. The assistant's messages are learnt. Without a
+        template, each message is on its own lines. Raises DataError.
         """
         if self._own.chat_template is None:
             return _plain(messages)
@@ -125,7 +125,7 @@ class Tokenizer:
             return ""
         try:
             return str(self._own.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=opened))
-        except Exception as error:  # what a template may raise
+        except Exception as error:  # possible errors of a template
             raise DataError(
                 f"the chat template in {self.folder!r} refuses {where} ({str(error).splitlines()[0]}): correct the "
                 "messages"
@@ -143,7 +143,7 @@ def _plain(messages: Sequence[Mapping[str, str]]) -> Document:
 
 
 def _learnt(ids: list[int], places: Sequence[tuple[int, int]], answers: Spans | None) -> Tokenized:
-    """The tokens that begin within an answer; a mark, which lies nowhere in the text, does not."""
+    """The tokens that begin within an answer, without marks, which have no place in the text."""
     if answers is None:
         return Tokenized(ids, [True] * len(ids))
     return Tokenized(ids, [any(a <= start < b for a, b in answers) and end > start for start, end in places])

@@ -21,7 +21,7 @@ from cutlayer.data.unsplit import Array, Raw, pick
 from cutlayer.errors import DataError
 
 _SEPARATORS = ",;\t"
-_SAMPLE = 1 << 16  # characters from which the separator is told
+_SAMPLE = 1 << 16  # characters from which the separator is recognised
 _NAMES = (".csv", ".tsv")
 
 
@@ -141,7 +141,7 @@ def _plain_name(path: Path) -> str:
 
 
 def _separator(path: Path, file: TextIO) -> str:
-    """What divides the first lines into equally many fields, and into most; separators within quotes do not count."""
+    """The separator that divides the first lines into equal and most fields; separators within quotes do not count."""
     if _plain_name(path).lower().endswith(".tsv"):
         return "\t"
     sample = file.read(_SAMPLE)
@@ -184,13 +184,13 @@ def _words(file: File, column: str) -> list[str]:
 
 
 def _identifiers(file: File, column: str) -> Array:
-    """Owners: integers where all are written as such ("10" sorts after "9"), and texts otherwise: 01 is not 1."""
+    """Owners: integers if all are written as such ("10" sorts after "9"), otherwise texts: 01 is not 1."""
     words = _words(file, column)
     return np.array(words, dtype=np.int64 if all(map(_is_integer, words)) else np.str_)
 
 
 def _labels(file: File, column: str) -> Array:
-    """Labels: integers or numbers where all are written as such, and texts otherwise."""
+    """Labels: integers or numbers if all are written as such, otherwise texts."""
     words = _words(file, column)
     if all(map(_is_integer, words)):
         return np.array(words, dtype=np.int64)

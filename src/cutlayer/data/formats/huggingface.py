@@ -53,7 +53,7 @@ class Huggingface(Columns, Sized):
 
 
 def stored(path: Path) -> tuple[Any, set[str]]:
-    """What a folder or parquet file holds, and the columns that are a saved index. Raises DataError."""
+    """The content of a folder or parquet file, and the columns that are a saved index. Raises DataError."""
     datasets = import_datasets()
     try:
         if path.is_dir() and next(path.rglob("*.parquet"), None) is None:
@@ -87,8 +87,8 @@ def import_datasets() -> Any:
 
 
 def _parquet(path: Path) -> tuple[dict[str, Any], set[str]]:
-    """One data set per part, and the columns that pandas saved as an index. Parts are told by file or folder names that
-    begin with train, validation or test.
+    """One data set per part, and the columns that pandas saved as an index. Parts are recognised by file or folder
+    names that begin with train, validation or test.
     """
     # Read with pyarrow, not with datasets.load_dataset: that one copies everything to a cache first.
     import pyarrow  # type: ignore[import-untyped]
@@ -122,7 +122,7 @@ def from_huggingface(found: Any, name: str, options: Huggingface, indices: Colle
 
 
 def cited(splits: Mapping[str, Any]) -> tuple[str, ...]:
-    """What the data say that they are cited by, and the library that reads them."""
+    """The citations in the data, and the library that reads them."""
     citation = splits["train"].info.citation.strip()
     return ("datasets", citation) if citation else ("datasets",)
 

@@ -80,7 +80,9 @@ def read_idx_file(path: Path, dims: int) -> Array:
 
 
 def _gunzip(path: Path) -> bytes:
-    """What a gzip file holds; of a truncated one, what could be unpacked (its length is checked by the caller)."""
+    """The content of a gzip file; for a truncated one, the part that could be unpacked (the caller checks its
+    length).
+    """
     try:
         return zlib.decompressobj(wbits=31).decompress(path.read_bytes())
     except zlib.error as error:

@@ -26,7 +26,7 @@ _LITTER = (
     ".txt", ".md", ".json", ".xml", ".csv", ".tsv", ".yaml", ".yml", ".html", ".log", ".ini", ".db", ".url",
     ".md5", ".sha256", ".license",
 )  # fmt: skip
-"""Suffixes of what lies beside pictures: texts about them, and what systems leave behind."""
+"""Suffixes of other files beside pictures: texts about them, and files of the system."""
 
 
 @data_format(
@@ -111,7 +111,7 @@ def _is_picture(file: Path) -> bool:
 
 
 def _refuse_loss(folder: Path, pictures: int, ignored: Iterable[Path]) -> None:
-    """Raises DataError if more than a quarter of the files would be left out that may be data."""
+    """Raises DataError if more than a quarter of the files that may be data would be left out."""
     lost = [file for file in ignored if file.suffix.lower() not in _LITTER]
     if 3 * len(lost) > pictures:
         raise DataError(
@@ -121,7 +121,7 @@ def _refuse_loss(folder: Path, pictures: int, ignored: Iterable[Path]) -> None:
 
 
 def _refuse_other_classes(folder: Path, parts: dict[str, _Part]) -> None:
-    """Raises DataError for a part without any class of the training part, and for classes told by case alone."""
+    """Raises DataError for a part without any class of the training part, and for classes that only differ in case."""
     names = {name for part in parts.values() for name in part.labels}
     for part, found in parts.items():
         if not set(found.labels) & set(parts["train"].labels):

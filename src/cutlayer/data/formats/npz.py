@@ -69,9 +69,9 @@ _PARTS = {"": "", "train": "_train", "val": "_validation", "validation": "_valid
 
 
 def _known(path: Path, found: Mapping[str, Array]) -> tuple[dict[str, Array], list[str]]:
-    """The arrays by the names that `Npz.read` gives them, and the names of those that are left out.
+    """The arrays by the names in `Npz.read`, and the names of those that are left out.
 
-    Raises DataError for two arrays in one role, and for one that is left out but called like one in some role.
+    Raises DataError for two arrays with the same role, and for a left-out array whose name resembles that of a role.
     """
     arrays: dict[str, Array] = {}
     called: dict[str, str] = {}

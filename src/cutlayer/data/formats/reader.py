@@ -1,4 +1,4 @@
-"""What a data format is: a class that recognises a path and reads it, with options of its own."""
+"""What a data format is: a class that recognises a path and reads it, with its own options."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ class Format(Thing):
 
     def taken(self, found: Any, name: str, owners: Array | None = None) -> Raw:
         """A local `datasets.Dataset`, or a dictionary of them by part, read as this format reads files of them.
-        `owners` say whose each row is, where the data are those of several clients. Raises ConfigError: most formats
-        cannot.
+        `owners` give the owner of each row, if the data belong to several clients. Raises ConfigError: most formats
+        cannot do this.
         """
         raise ConfigError(f"data_format = {self.entry.name!r} has no effect on data from Python: leave it out")
 
     def set_for(self, targets: Targets, folder: str) -> Self:
-        """The same for a task with such targets, and a model that lies in `folder` (empty: in none). By default it does
-        not matter.
+        """The same for a task with such targets, and a model in `folder` (empty: none). By default, this has no
+        effect.
         """
         return self
 
@@ -79,7 +79,7 @@ class Labelled(Format):
 
 
 class Columns(Labelled):
-    """Base of formats of tables, or of what is in one column of many."""
+    """Base of formats of tables, or of inputs in one of several columns."""
 
     columns: tuple[str, ...] = option(())
     """The columns used as inputs (CSV, Hugging Face), in this order. Default: all but the label and the client."""

@@ -1,4 +1,4 @@
-"""Text: documents, conversations and answers, made tokens by the tokenizer of a model's folder."""
+"""Text: documents, conversations and answers, turned into tokens by the tokenizer of a model's folder."""
 
 from __future__ import annotations
 
@@ -65,17 +65,17 @@ class Text(Labelled):
 
     @classmethod
     def fits(cls, path: Path) -> bool:
-        """A .txt or .jsonl file, or a folder with some in it and nothing else to learn from."""
+        """A .txt or .jsonl file, or a folder with such files and no other data."""
         return path.suffix.lower() in _SUFFIXES if path.is_file() else bool(_files(path))
 
     def set_for(self, targets: Targets, folder: str) -> Self:
-        """Labels are wanted where a row has one; the tokenizer is that of the model's folder if none is named."""
+        """Labels are used if a row has one; the tokenizer is that of the model's folder if none is named."""
         copy = self.model_copy()
         copy._targets, copy._folder = targets, folder
         return copy
 
     def check(self, given: frozenset[str]) -> None:
-        """What cannot be together. Raises ConfigError."""
+        """Check for options that exclude each other. Raises ConfigError."""
         if "label_column" in given and self._targets == "classes":
             raise ConfigError(
                 f"label_column = {self.label_column!r} has no effect on text whose tokens are learnt: choose --task "
@@ -179,7 +179,7 @@ class Text(Labelled):
         return Document(text, answers, label=label, owner=owner)
 
     def _kind(self, names: Sequence[str], where: str) -> tuple[str, ...]:
-        """What a row is (text, messages or prompt), and in which columns. Raises DataError."""
+        """The kind of a row (text, messages or prompt), and its columns. Raises DataError."""
         ways = {
             "text": {"text_column": self.text_column or "text"},
             "messages": {"messages_column": self.messages_column or "messages"},
@@ -202,7 +202,7 @@ class Text(Labelled):
         )
 
     def _raw(self, name: str, parts: Mapping[str, Sequence[Document]], tokenizer: Tokenizer) -> Raw:
-        """The rows of the documents of each part. Raises DataError where there are none."""
+        """The rows of the documents of each part. Raises DataError if there are none."""
         parts = {part: self._learnt(parts[part]) for part in _ORDER if part in parts}
         if "train" not in parts:
             raise DataError(f"{name} has the parts {', '.join(parts)}, but none to train on: add train")
@@ -238,7 +238,7 @@ class Text(Labelled):
         )
 
     def _learnt(self, documents: Sequence[Document]) -> Sequence[Document]:
-        """The documents with what `loss_on` says. Raises ConfigError."""
+        """The documents with the learnt parts of `loss_on`. Raises ConfigError."""
         if self._targets == "classes" and self.loss_on == "auto":
             return documents
         if self.loss_on == "answers" and any(d.answers is None for d in documents):
@@ -264,7 +264,7 @@ class Text(Labelled):
 
 
 def _files(path: Path) -> list[Path]:
-    """The files of text in a folder and its parts; none if other data lie there too."""
+    """The files of text in a folder and its parts; none if there are other data, too."""
     found = [f for f in sorted(path.rglob("*")) if f.is_file() and not f.name.startswith((".", "README", "LICENSE"))]
     texts = [file for file in found if file.suffix.lower() in _SUFFIXES]
     return texts if len(texts) == len(found) else []
@@ -294,7 +294,7 @@ def _blocks(lines: Sequence[str]) -> Iterator[list[str]]:
 
 def _objects(text: str, file: Path) -> list[Mapping[str, Any]]:
     found = list[Mapping[str, Any]]()
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: U+2028 may stand in a string
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: a string may contain U+2028
         if not line.strip():
             continue
         try:

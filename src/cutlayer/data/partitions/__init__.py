@@ -1,6 +1,6 @@
-"""Whose sample is whose: the training set dealt to the clients. One scheme is one file.
+"""Divides the training set among the clients. One scheme is one file.
 
-Every built-in scheme deals all rows: none is lost where the samples do not divide evenly.
+Every built-in scheme deals all rows: none is lost if the samples do not divide evenly.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def _check(rows: int, clients: int, samples_per_client: int | None) -> None:
 
 
 def _dealt(name: str, parts: Sequence[npt.ArrayLike], order: Indices, clients: int) -> list[Indices]:
-    """What a scheme returned, as ascending row numbers. Raises DataError where it is not a partition of `order`."""
+    """The result of a scheme as ascending row numbers. Raises DataError if it is not a partition of `order`."""
     hands = [np.asarray(part) for part in parts]
     if len(hands) != clients:
         raise DataError(f"the partition {name!r} gave {len(hands)} parts for {clients} clients: return one part each")

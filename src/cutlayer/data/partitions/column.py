@@ -1,4 +1,4 @@
-"""Clients as a column of the data says."""
+"""Clients by a column of the data."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class Quantity(Partition):
         return np.split(order, np.cumsum(sizes)[:-1])
 
     def _sizes(self, rows: int, clients: int) -> Indices:
-        """How many of `rows` rows each client gets. Less than 1 where the units overflow."""
+        """How many of `rows` rows each client gets. Less than 1 if the units overflow."""
         with np.errstate(over="ignore", invalid="ignore"):  # exp(710) overflows
             units = _GROWTH[self.quantity](np.linspace(1, clients, clients))
             sizes: Indices = (units / units.sum() * rows).astype(np.int64)

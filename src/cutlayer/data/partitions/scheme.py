@@ -1,4 +1,4 @@
-"""What a partition is: a class with options of its own and one method, `deal`."""
+"""What a partition is: a class with its own options and one method, `deal`."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ P = TypeVar("P", bound="Partition")
 class Partition(Thing):
     """Says whose sample is whose. Its options are its fields, declared with `plugins.option`.
 
-    `limits_samples`: whether the option `samples_per_client` has an effect on it. `by_class`: whether it deals classes,
-    so that targets which are none cannot be dealt.
+    `limits_samples`: whether the option `samples_per_client` has an effect on it. `by_class`: whether it deals by
+    classes, so that it needs targets that are classes.
     """
 
     limits_samples: ClassVar[bool] = True
@@ -31,10 +31,10 @@ class Partition(Thing):
     ) -> Sequence[npt.ArrayLike]:
         """The row numbers of each of `clients` clients, every client at least one and no row twice.
 
-        `labels` [n] are those of all rows (quantities in a regression; all 0 where a row has several targets). `order`
-        are the rows to deal, shuffled: all of them, or those that `samples_per_client` leaves. `owners` [n] says whose
-        sample each row is, if the data say so. Draw random numbers from `seeds.generator(seed, ...)`
-        only. Raises DataError if these samples cannot be dealt this way.
+        `labels` [n] are those of all rows (numbers in a regression; all 0 if a row has several targets). `order` are
+        the rows to deal, shuffled: all of them, or those that `samples_per_client` leaves. `owners` [n] gives the owner
+        of each row, if the data do. Draw random numbers from `seeds.generator(seed, ...)` only. Raises DataError if
+        these samples cannot be dealt this way.
         """
 
 
