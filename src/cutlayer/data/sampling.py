@@ -1,10 +1,11 @@
 """The number of rows that each client brings to each step of a round: b rows, in proportion to its data, or as drawn.
+
 With `fixed` sampling, every client takes batches of b rows until its local epoch is over; nothing here is needed. With
 the other two, a step has B = C b rows of C clients together, and all clients finish their data at the same time:
 
     proportional   client k brings b_k rows, in proportion to n_k
-    global         an epoch's list that has client k n_k times is shuffled and cut into blocks of B; client k brings as
-                   many rows as it is in the block: what drawing from the pooled data would bring (arXiv 2407.15738)
+    global         an epoch's list that has client k n_k times is shuffled and cut into blocks of B; client k brings one
+                   row for each time that it is in the block, as in draws from the pooled data (arXiv 2407.15738)
 """
 
 from __future__ import annotations

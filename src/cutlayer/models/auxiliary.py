@@ -1,4 +1,4 @@
-"""Auxiliary heads: what lets a client part train on a loss of its own, without the server's gradients."""
+"""Auxiliary heads, with which a client part trains on its own loss, without the server's gradients."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from cutlayer.types import Rows
 class PooledHead(nn.Module):
     """Global average pooling over all but the first feature dimension, then one linear layer: [R, s...] -> [R, K].
 
-    It looks at the first floating point tensor that crosses. The default of arXiv 2507.15816 (CSE-FSL) and its kin.
+    It uses the first floating point tensor that crosses. This is the default of arXiv 2507.15816 (CSE-FSL) and similar
+    methods.
     """
 
     def __init__(self, smashed: Rows, classes: int) -> None:
-        """`smashed` are examples of what crosses, each [n, s...]."""
+        """`smashed` are examples of smashed data, each [n, s...]."""
         super().__init__()
         self.at = next(i for i, r in enumerate(smashed) if r.is_floating_point())
         example = smashed[self.at]

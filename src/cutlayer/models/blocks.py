@@ -1,4 +1,4 @@
-"""The blocks of a model by their numbers, as cuts of deep models are said: "2" is the end of the second block.
+"""The blocks of a model by their numbers, which name cuts of deep models: "2" is the end of the second block.
 
 The blocks are the longest `nn.ModuleList` of layers of one class: the decoder or encoder layers of a transformer.
 """
@@ -20,9 +20,9 @@ def blocks_of(model: nn.Module) -> list[str]:
 
 
 def named_block(model: nn.Module, name: str) -> str:
-    """The module that `name` means: a number that is not a module's name stands for the last of that many blocks.
+    """The module that `name` means: a number that is not a module's name means the last of that many blocks.
 
-    Raises CutError where the model has fewer blocks.
+    Raises CutError if the model has fewer blocks.
     """
     if not (name.isascii() and name.isdigit()) or name in dict(model.named_modules(remove_duplicate=False)):
         return name

@@ -1,16 +1,16 @@
-"""Cutting a model in two or three at named modules, and proving that the parts are the whole.
+"""Cuts a model in two or three at named modules, and proves that the parts together equal the whole.
 
     parts = cut(model, "block4", example)
     logits = parts.server(parts.client(x))          # == model(x)
 
 The cut lies after the last operation that is executed inside the named module. Three methods are tried in order:
 tracing with `torch.fx` (`trace.py`), replaying (`hooks.py`) and tracing by running (`tape.py`). A result is accepted
-only after the proof: in training and in evaluation, for two batch sizes, the parts give the logits, the gradients of
-all parameters and the buffers (batch norm statistics) that the whole model gives. Where a process cuts a model of
-torch's own layers again, at the same place (`likeness.py`), the first proof holds and its parts serve as a mould.
+only after the proof: in training and in evaluation, for two batch sizes, the parts give the same logits, gradients of
+all parameters and buffers (batch norm statistics) as the whole model. If a process cuts a model of torch's own layers
+again at the same place (`likeness.py`), the first proof is still valid, and its parts are reused as a template.
 
-What the named module may be: executed at least once; where it is executed several times, its last time counts (tracing
-only). What follows may be free of parameters, but not empty: that is what "output" is for.
+The named module must be executed at least once. If it is executed several times, the last time counts (only with
+tracing). The layers after it may have no parameters, but there must be some; otherwise use "output".
 
 Shape legend: R rows of the batch, s... the shape of one sample's smashed data, K classes.
 """
@@ -64,7 +64,7 @@ _METHODS: tuple[Method, ...] = (
     ("tape", split_by_tape),
 )
 _MOULDS = Established()
-_ROWS = 4  # rows of the example that are used: enough for batch statistics
+_ROWS = 4  # used rows of the example: enough for batch statistics
 _TRIES = 40  # names that `cut_points` tries
 _HINTS = 8  # names that an error message tries
 _PATIENCE = 1.0  # seconds after which it tries no more
@@ -128,10 +128,11 @@ def _inputs(example: Example) -> Arguments:
 
 
 def cut_unproved(model: nn.Module, at: str, example: Example) -> Parts:
-    """Cut in two a model on the meta device, which has shapes and no values, and so no proof: tracing, then replaying.
+    """Cut a model on the meta device in two. It has shapes but no values, so there is no proof: tracing, then
+    replaying.
 
-    `example` [R >= 2, ...] is on the meta device too. All else as `cut`: crossings, parameters and refusals are those
-    of the same model with values, but for what only values can tell.
+    `example` [R >= 2, ...] is on the meta device too. Everything else is as in `cut`: crossings, parameters and
+    refusals are those of the same model with values, except for facts that only values show.
     """
     _check(model, (at,))
     cuts = UnprovedCuts(model, (at,), example)
@@ -142,12 +143,12 @@ def cut_unproved(model: nn.Module, at: str, example: Example) -> Parts:
 
 
 class UnprovedCuts:
-    """Cuts of one model on the meta device, each as `cut_unproved` makes it. What they share is done once."""
+    """Cuts of one model on the meta device, each as from `cut_unproved`. Common work is done once."""
 
     def __init__(self, model: nn.Module, names: Sequence[str], example: Example) -> None:
         self.model, self.x = model, _inputs(example).first(_ROWS)
         inner = [_canonical(model, name) for name in names if name not in (INPUT, OUTPUT)]
-        # To see inside torch's own layers changes the trace, and may make it impossible.
+        # Looking inside torch's own layers changes the trace, and may make it impossible.
         self._names = {within: [n for n in inner if is_within_layer(model, n) == within] for within in (True, False)}
         self._traced: dict[bool, Traced | CannotCutError] = {}
         self._heard: dict[bool, list[Any]] | CannotCutError | None = None
@@ -159,7 +160,7 @@ class UnprovedCuts:
         return self._first(name, ("fx", lambda n: self._trace(n).split([n])), ("hooks", lambda n: self._replay([n])))
 
     def look(self, name: str) -> Parts:
-        """As `at`, sooner: where tracing works the parts only hold what they own, and cannot be run."""
+        """As `at`, but faster: if tracing works, the parts only have their parameters, and cannot be run."""
         inner = _canonical(self.model, name)
         with _undisturbed(), torch.device("meta"), contextlib.suppress(CannotCutError):
             owners, crossing = self._trace(inner).look(inner)
@@ -228,7 +229,7 @@ def _cut_as_it_is(model: nn.Module, names: tuple[str, ...], x: Arguments, method
 
     def parts() -> Parts:
         tried = methods if inner else (("whole", split_by_hooks),)
-        if x.names is not None and len(tried) == 3:  # masks are looked at in replays, which then cannot be stacked
+        if x.names is not None and len(tried) == 3:  # replays read the values of masks, and then cannot be stacked
             tried = (tried[0], tried[2], tried[1])
         return _first_that_works(model, names, x, [(method, pieces(split)) for method, split in tried], crossings)
 
@@ -246,7 +247,7 @@ def _first_that_works(
     methods: Sequence[tuple[str, Callable[[], list[Part]]]],
     crossings: Callable[[list[Part]], list[tuple[Crossing, ...]]],
 ) -> Parts:
-    """The parts of the first of `methods` whose pieces pass what `crossings` asks of them. Raises CannotCutError with
+    """The parts of the first of `methods` whose parts pass the checks of `crossings`. Raises CannotCutError with
     the reasons of every method.
     """
     reasons: list[tuple[str, CannotCutError]] = []
@@ -265,7 +266,7 @@ def _first_that_works(
 
 
 def _finish(model: nn.Module, pieces: list[Part], x: Arguments) -> None:
-    """Tell the parts their places, and have the ends of a U-shape share what they have in common."""
+    """Tell the parts their places, and make the ends of a U-shape share their common parameters."""
     for i, piece in enumerate(pieces):
         piece.is_last_part = i == len(pieces) - 1
         piece.train(model.training)
@@ -278,7 +279,7 @@ def _finish(model: nn.Module, pieces: list[Part], x: Arguments) -> None:
 
 
 def _share(model: nn.Module, client: nn.Module, tail: nn.Module) -> None:
-    """Parameters that are one and the same in the model are so again, at the client's two ends."""
+    """Parameters that are shared in the model are shared again between the client's two ends."""
     first: dict[int, nn.Parameter] = {}
     for name, parameter, _ in state_names(model):
         module, _, key = name.rpartition(".")
@@ -298,7 +299,7 @@ def _parts(pieces: list[Part], crossings: list[tuple[Crossing, ...]], method: st
 
 
 def _canonical(model: nn.Module, name: str) -> str:
-    """The first of a module's names; that of a block which is named by its number."""
+    """The first of a module's names; for a block's number, the name of the block."""
     name = named_block(model, name)
     module = model.get_submodule(name)
     names: Iterator[str] = (first for first, m in model.named_modules() if m is module)
@@ -316,7 +317,7 @@ def _check(model: nn.Module, names: tuple[str, ...]) -> None:
         if named_block(model, name) not in (INPUT, OUTPUT, *known):
             raise CutError(unknown("module", name, [INPUT, *_worth_listing(name, model, known), OUTPUT]))
     for name, module in model.named_modules():
-        if getattr(module, "sparse", False) is True:  # nothing here averages, counts or sends sparse gradients
+        if getattr(module, "sparse", False) is True:  # sparse gradients are not averaged, counted or sent here
             raise CutError(
                 f"{type(module).__name__} {name!r} has sparse gradients, which are not supported: make it with "
                 "sparse=False"
@@ -331,7 +332,7 @@ def _worth_listing(name: str, model: nn.Module, known: list[str]) -> list[str]:
 
 
 def _alternatives(model: nn.Module, names: tuple[str, ...], x: Arguments) -> list[str]:
-    """A few names that work: around the one that does not, then among the direct children."""
+    """A few names that work: near the given one, then among the direct children."""
     near = [up for name in names if "." in name for up in (name.rpartition(".")[0],)]
     tried = [name for name in (*near, *(child for child, _ in model.named_children())) if name not in names]
     return _working(model, list(dict.fromkeys(tried))[:_HINTS], x, _METHODS, _PATIENCE)
@@ -340,7 +341,7 @@ def _alternatives(model: nn.Module, names: tuple[str, ...], x: Arguments) -> lis
 def _working(
     model: nn.Module, names: Iterable[str], x: Arguments, methods: Sequence[Method], seconds: float = math.inf
 ) -> list[str]:
-    """Those of `names` that work, as far as they can be tried in so many seconds."""
+    """Those of `names` that work, as far as they can be tried in this number of seconds."""
     working, begin = set(), time.monotonic()
     for name in names:
         if time.monotonic() - begin > seconds:
@@ -361,7 +362,7 @@ def _quoted(names: tuple[str, ...]) -> str:
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Run the body with gradients on; the states of the global generators come back after."""
+    """Run the body with gradients on; the states of the global generators are restored afterwards."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch_seeded(0, "cut"), torch.enable_grad():

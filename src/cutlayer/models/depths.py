@@ -1,4 +1,4 @@
-"""Cuts of several depths: each client has its own, and the deepest of them says where the server's model begins.
+"""Cuts of several depths: each client has its own, and the server's model begins at the deepest of them.
 
     depths = cut_each(model, ["block1", "block3", "block1"], example)     # client 0, 1 and 2
     between = depths.of(0).between                                          # block1 | between | block3
@@ -33,13 +33,13 @@ class Depth:
 
 @dataclass(frozen=True, eq=False)
 class Depths:
-    """The cuts of all clients: `names` [C] of modules, and what the model is at `each` of them."""
+    """The cuts of all clients: `names` [C] of modules, and the cut model at `each` of them."""
 
     names: tuple[str, ...]
     each: Mapping[str, Depth]
 
     def of(self, client: int) -> Depth:
-        """Where a client's model is cut."""
+        """The cut of a client's model."""
         return self.each[self.names[client]]
 
     @property
@@ -54,7 +54,7 @@ class Depths:
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """Which of the cuts each client has, [C]; none where all have the same."""
+        """The number of each client's cut, [C]; empty if all have the same."""
         order = list(self.each)
         return tuple(order.index(name) for name in self.names) if self.mixed else ()
 
@@ -71,8 +71,8 @@ def one_depth(name: str, parts: Parts, clients: int) -> Depths:
 
 
 def cut_each(model: nn.Module, names: Sequence[str], example: Example) -> Depths:
-    """Cut `model` for clients whose cuts are `names` [C]. Each result is proved as `models.cut` does it, and so is that
-    a client's part, the blocks between and the server's part are the whole.
+    """Cut `model` for clients whose cuts are `names` [C]. Each result is proved as in `models.cut`. It is also proved
+    that a client's part, the blocks between and the server's part together equal the whole.
 
     Raises CutError for a name at which the model cannot be cut, and for cuts of which none comes after all the others.
     """
@@ -95,12 +95,12 @@ def cut_each(model: nn.Module, names: Sequence[str], example: Example) -> Depths
 
 
 def _between(model: nn.Module, name: str, deepest: str, example: Example) -> nn.Module:
-    """The blocks between two cuts. Raises CutError where the second does not come after the first."""
+    """The blocks between two cuts. Raises CutError if the second does not come after the first."""
     return cut(model, (name, deepest), example).server
 
 
 def _check(own: Parts, between: nn.Module, deep: Parts, name: str, deepest: str, example: Example) -> None:
-    """The three parts, which were cut apart from each other, fit together. Raises CutError."""
+    """Check that the three parts, which were cut separately, fit together. Raises CutError."""
     x = _few(example)
     modules = (own.client, between, deep.server, deep.client)
     modes = [module.training for module in modules]

@@ -1,8 +1,8 @@
-"""A frozen base in bfloat16: half the memory, and products in the type of what is multiplied.
+"""A frozen base in bfloat16: half the memory, with products in the type of the inputs.
 
 A layer keeps its frozen weight in bfloat16 and converts it when it is used, in the forward pass and again in the
 backward pass, so that no converted copy outlives a product. In mixed precision (`precision = "bfloat16"`) nothing is
-converted at all. Operations of torch's own would keep a converted weight of every layer until the backward pass.
+converted at all. torch's own operations would keep a converted weight of every layer until the backward pass.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _flops(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
 
 @cache
 def _operations() -> None:
-    """Makes the two operations known to torch: tracing, gradients, `vmap`, mixed precision and the counter of FLOPs."""
+    """Registers the two operations with torch: tracing, gradients, `vmap`, mixed precision and the counter of FLOPs."""
     from torch.utils.flop_counter import register_flop_formula
 
     library = torch.library
@@ -93,7 +93,7 @@ def half_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def half_rows(weight: Tensor, ids: Tensor) -> Tensor:
-    """The rows [..., d] of the frozen `weight` [n, d] at `ids` [...]; in float32, where they are kept in bfloat16."""
+    """The rows [..., d] of the frozen `weight` [n, d] at `ids` [...]; in float32, if they are stored in bfloat16."""
     made: Tensor = torch.ops.cutlayer.half_rows(weight, ids)
     return made
 
@@ -113,7 +113,8 @@ class _Embedding(Halved, nn.Embedding):
 
 
 def halve(model: nn.Module) -> None:
-    """Keep the frozen weights of the model's linear layers and embeddings in bfloat16; all else becomes float32.
+    """Store the frozen weights of the model's linear layers and embeddings in bfloat16; everything else becomes
+    float32.
 
     Layers with a frozen weight of another class stay in float32.
     """
@@ -127,7 +128,7 @@ def halve(model: nn.Module) -> None:
 
 
 def single(model: nn.Module) -> nn.Module:
-    """The model with its real numbers in float32, but for what `halve` keeps in bfloat16."""
+    """The model with its real numbers in float32, except those that `halve` stores in bfloat16."""
     for module in model.modules():
         if not isinstance(module, Halved):
             module._apply(lambda t: t.float() if t.is_floating_point() else t, recurse=False)
@@ -143,7 +144,7 @@ def _kind_of(module: nn.Module) -> type[nn.Module] | None:
 
 
 def _conv1d(kind: type[nn.Module]) -> type[nn.Module]:
-    """GPT-2's linear layer, whose weight is the other way round."""
+    """GPT-2's linear layer, whose weight is transposed."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
         return half_linear(x, self.weight.t(), self.bias)

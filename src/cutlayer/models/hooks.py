@@ -1,11 +1,12 @@
-"""Cutting by replaying: a part runs the model's own `forward`, with the other parts' layers missing.
+"""Cutting by replaying: a part runs the model's own `forward`, without the other parts' layers.
 
-The first part stops where the cut module gives its output (a forward hook raises). A later part runs from the start
-with a made-up input: stand-ins give made-up tensors of the recorded shapes for the layers of earlier parts, and the
-cut module gives what was received. Nothing of the made-up values may reach the result: the proof follows them.
-A layer whose result depends on neither the data nor parameters (rotary positions) runs again in later parts.
+The first part stops when the cut module returns its output (a forward hook raises). A later part runs from the start
+with a made-up input: stand-ins return made-up tensors of the recorded shapes for the layers of earlier parts, and the
+cut module returns the received tensors. Made-up values must not reach the result, which the proof checks. A layer whose
+result depends on neither the data nor parameters (rotary positions) runs again in later parts.
 
-Of what the cut module gives, only the tensors that the later part uses cross, and one that comes twice crosses once.
+Of the cut module's output, only the tensors that the later part uses cross, and a tensor that occurs twice crosses
+once.
 
 Works for models that `torch.fx` cannot trace (Hugging Face's, `nn.TransformerEncoder`, control flow on shapes).
 """
@@ -49,7 +50,7 @@ def split_by_hooks(
 ) -> list[Part]:
     """The parts of `model` cut after each of `names` (none: the whole model as one part). Raises CannotCutError.
 
-    `heard` is what `listen(model, x)` gave, for who cuts the same model again and again.
+    `heard` is the result of `listen(model, x)`, for repeated cuts of the same model.
     """
     record = _Record(model, names, x, heard or listen(model, x))
     owners = _owners(model, names, x, record)
@@ -59,7 +60,9 @@ def split_by_hooks(
 
 
 class _Reached(BaseException):
-    """The module to stop at gave its output. Not an Exception: the user's code must not catch it."""
+    """The module at which to stop has returned its output. Not an Exception, so that the user's code does not
+    catch it.
+    """
 
     def __init__(self, output: Any) -> None:
         super().__init__()
@@ -75,7 +78,7 @@ def _stop(module: nn.Module, args: Any, output: Any) -> None:
 
 @dataclass(frozen=True)
 class _Made:
-    """Where a recorded output had a tensor: its shape for a batch of `batch` rows, and its type."""
+    """A tensor in a recorded output: its shape for a batch of `batch` rows, and its type."""
 
     shape: tuple[int, ...]
     larger: tuple[int, ...]
@@ -91,19 +94,19 @@ class _Made:
 
 @dataclass
 class _Call:
-    """One execution of a module: its parent call, when it began and ended, and what it gave."""
+    """One execution of a module: its parent call, its start and end, and its output."""
 
     name: str
     parent: _Call | None
     start: int
     end: int = -1
     output: Any = None
-    final: bool = False  # it gave what the model gives
-    fixed: bool = False  # what it gave depends on neither the data nor parameters, and it drew nothing
+    final: bool = False  # its output is the model's output
+    fixed: bool = False  # its output depends on neither the data nor parameters, and it drew nothing
 
 
 class _Record:
-    """Which modules run in which part, in training and in evaluation, and what they give."""
+    """The modules that run in each part, in training and in evaluation, with their outputs."""
 
     def __init__(self, model: nn.Module, names: Sequence[str], x: Arguments, heard: dict[bool, list[_Call]]) -> None:
         self.names, self.inputs = names, x
@@ -120,7 +123,9 @@ class _Record:
         self.outputs: list[_Template] = outputs[0]
 
     def runs_again(self, name: str, k: int) -> bool:
-        """Whether module `name`, of an earlier part, gives the same for all data, so that part k can run it again."""
+        """Whether module `name`, of an earlier part, has the same output for all data, so that part k can run
+        it again.
+        """
         found = [call for calls in self.calls.values() for call in calls if call.name == name]
         return all(call.fixed for call in found) and any(self.made_up(name, k).values())
 
@@ -134,12 +139,12 @@ class _Record:
         )
 
     def containers(self) -> set[str]:
-        """Modules that are never executed themselves but hold some that are: lists of layers."""
+        """Modules that are never executed themselves but contain executed ones: lists of layers."""
         run = {call.name for calls in self.calls.values() for call in calls}
         return {up for name in run for up in _above(name)} - run
 
     def made_up(self, name: str, k: int) -> dict[bool, list[Any]]:
-        """What the stand-in for `name` gives in part k, call by call, by mode."""
+        """The outputs of the stand-in for `name` in part k, call by call, by mode."""
         return {
             t: [c.output for c in calls if c.name == name and self._stands_in(t, c, k)]
             for t, calls in self.calls.items()
@@ -167,12 +172,12 @@ class _Record:
 
 
 def listen(model: nn.Module, x: Arguments) -> dict[bool, list[_Call]]:
-    """Which modules run, in training and in evaluation, and what they give. Raises CannotCutError."""
+    """The executed modules, in training and in evaluation, with their outputs. Raises CannotCutError."""
     return {training: _calls(model, training, x) for training in (True, False)}
 
 
 def _calls(model: nn.Module, training: bool, x: Arguments) -> list[_Call]:
-    model = deep_copy(model).train(training)  # one copy for all: copies of many layers take their time
+    model = deep_copy(model).train(training)  # one copy for all, since copying many layers takes time
     small, large = (_listen(model, batch) for batch in (x, x.with_one_more()))
     outputs = taken_apart(small[-1].output)[0]
     for call in small:
@@ -188,7 +193,7 @@ def _calls(model: nn.Module, training: bool, x: Arguments) -> list[_Call]:
 
 
 def _template(a: _Call, b: _Call, batch: int) -> _Template:
-    """What a call gave, with descriptions in place of tensors."""
+    """The output of a call, with descriptions in place of tensors."""
     (left, spec), (right, other) = pytree.tree_flatten(a.output), pytree.tree_flatten(b.output)
     if spec != other:
         return _Template(None, (), f"what {a.name!r} gives depends on the batch")
@@ -260,7 +265,7 @@ class _Template:
         return tuple(tensors[i] for i in self.crossing)
 
     def fill(self, rows: Rows, replay: _Replay) -> Any:
-        """The output again, made of received tensors, and of made-up ones where nothing was sent."""
+        """The output again, from received tensors, and from made-up ones if nothing was sent."""
         received = dict(zip(self.crossing, rows, strict=True))
         tensors = [received[i] if i in received else self.made[i].make(replay) for i in self.first]
         filled = iter(tensors)
@@ -268,13 +273,13 @@ class _Template:
 
 
 def _repeats(model: nn.Module) -> int:
-    """How often to listen again for layers that are skipped by chance: large models are given less time."""
+    """The number of further recordings to find layers that are skipped at random: fewer for large models."""
     return _REPEATS if sum(p.numel() for p in model.parameters()) < _LARGE else 1
 
 
 @contextlib.contextmanager
 def _buffers_restored(model: nn.Module) -> Iterator[None]:
-    """After the body, the model's buffers are what they were before."""
+    """Restores the model's buffers after the body."""
     before = [(m, n, b, b.clone()) for m in model.modules() for n, b in m._buffers.items() if b is not None]
     try:
         yield
@@ -286,7 +291,7 @@ def _buffers_restored(model: nn.Module) -> Iterator[None]:
 
 
 def _listen(model: nn.Module, x: Arguments, follow: bool = True) -> list[_Call]:
-    """The calls of one forward of the model, in order of their ends; `follow`: and which are fixed."""
+    """The calls of one forward pass of the model, in order of their ends; with `follow`, also which are fixed."""
     clock, stack, done = iter(range(10**9)), [], []  # type: ignore[var-annotated]
     watch, states = _Watch(), []
 
@@ -315,7 +320,7 @@ def _listen(model: nn.Module, x: Arguments, follow: bool = True) -> list[_Call]:
             for tensor in (*model.parameters(), *(rows := tuple(row.clone() for row in x.rows))):
                 watch.mark(tensor)
             x.give(model, rows)
-    except Exception as error:  # the user's code: anything can come out
+    except Exception as error:  # the user's code: any error is possible
         raise CannotCutError(f"its forward fails on the example ({one_line(error)})") from error
     finally:
         for handle in handles:
@@ -323,11 +328,13 @@ def _listen(model: nn.Module, x: Arguments, follow: bool = True) -> list[_Call]:
     return done
 
 
-# Who owns which parameter
+# The owners of parameters
 
 
 def _owners(model: nn.Module, names: Sequence[str], x: Arguments, record: _Record) -> dict[str, int]:
-    """The part of every name of the state: parameters by which part's gradients reach them, buffers by who runs."""
+    """The part of every name of the state: parameters by the part whose gradients reach them, buffers by the part that
+    runs their module.
+    """
     used: dict[int, set[int]] = {}
     for training in (True, False):
         for k, parameters in enumerate(_reached(model, names, x, training)):
@@ -339,7 +346,7 @@ def _owners(model: nn.Module, names: Sequence[str], x: Arguments, record: _Recor
     for name, tensor, _ in state_names(model):
         parts = used.get(position.get(id(tensor), -1), set())
         if len(parts) > 1:
-            parts = parts & _runners(record, name)  # the two ends of a U-shape may share what each names apart
+            parts = parts & _runners(record, name)  # the two ends of a U-shape may share a parameter under two names
             aliases = [n for n, t, _ in state_names(model) if t is tensor]
             if len(parts) != 1 or len(names) < 2 or used[position[id(tensor)]] != {0, 2} or len(aliases) < 2:
                 raise SharedWeightError(aliases, tensor)
@@ -360,7 +367,7 @@ def _reached(model: nn.Module, names: Sequence[str], x: Arguments, training: boo
     crossed: list[Rows] = []
 
     def cross(module: nn.Module, args: Any, output: Any) -> Any:
-        """Keep what crosses, and go on with a copy that has no history."""
+        """Keep the crossing tensors, and continue with a copy without history."""
         leaves, spec = pytree.tree_flatten(output)
         crossed.append(tuple(leaf for leaf in leaves if isinstance(leaf, Tensor)))
         fresh = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
@@ -382,7 +389,7 @@ def _reached(model: nn.Module, names: Sequence[str], x: Arguments, training: boo
 
 
 def _used(model: nn.Module, names: Sequence[str], k: int, x: Arguments, template: _Template) -> list[int]:
-    """Of the tensors that the k-th cut module gives, those that what the next part gives depends on."""
+    """The tensors of the k-th cut module's output on which the next part's output depends."""
     if template.trouble or len(template.crossing) < 2:
         return list(template.crossing)
     return [i for i in template.crossing if any(_reaches(model, names, k, x, i, t) for t in (True, False))]
@@ -395,7 +402,7 @@ def _needed(model: nn.Module, names: Sequence[str], k: int, x: Arguments) -> lis
 
 
 def _bypasses(model: nn.Module, name: str, x: Arguments, i: int, training: bool) -> bool:
-    """Whether input `i` reaches the end of the model otherwise than through what the module called `name` gives."""
+    """Whether input `i` reaches the end of the model by another way than the output of the module called `name`."""
     model, watch = deep_copy(model).train(training), _Watch()
 
     def forget(module: nn.Module, args: Any, output: Any) -> Any:
@@ -409,17 +416,17 @@ def _bypasses(model: nn.Module, name: str, x: Arguments, i: int, training: bool)
 
 
 def _apart(watch: _Watch, run: Any, *args: Any) -> Any:
-    """What `run` gives, without the watch seeing it."""
+    """The result of `run`, hidden from the watch."""
     with torch._C.DisableTorchFunction():
         return run(*args)
 
 
 def _reaches(model: nn.Module, names: Sequence[str], k: int, x: Arguments, i: int, training: bool) -> bool:
-    """Whether tensor `i` of what the k-th cut module gives reaches the end of the part after it."""
+    """Whether tensor `i` of the k-th cut module's output reaches the end of the part after it."""
     model, watch = deep_copy(model).train(training), _Watch()
 
     def follow(module: nn.Module, args: Any, output: Any) -> Any:
-        """Go on with copies, which share no memory, and follow one of them."""
+        """Continue with copies that share no memory, and follow one of them."""
         leaves, spec = pytree.tree_flatten(output)
         same = {id(leaf): leaf.clone() for leaf in leaves if isinstance(leaf, Tensor)}
         fresh = [same.get(id(leaf), leaf) for leaf in leaves]
@@ -441,7 +448,7 @@ def _reaches(model: nn.Module, names: Sequence[str], k: int, x: Arguments, i: in
 
 @dataclass
 class _Replay:
-    """One run of a part: what was received, and what made-up tensors look like."""
+    """One run of a part: the received tensors, and the form of made-up tensors."""
 
     sent_dtype: torch.dtype  # of the first tensor received, when the model was cut
     batch: int = 0
@@ -462,7 +469,7 @@ class _Replay:
         return self.calls[name]
 
     def make(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A made-up tensor. Its type follows the model's, should that have been converted (to float64, say)."""
+        """A made-up tensor. Its type follows the model's, if the model was converted (to float64, say)."""
         dtype = self.sent_now if dtype == self.sent_dtype else dtype
         made = torch.full(tuple(shape), self.fill, dtype=dtype, device=self.device)
         if self.watch is not None:
@@ -481,7 +488,7 @@ class _Watch(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self._storages: set[int] = set()
-        self._kept: list[Tensor] = []  # so that no storage is freed and another one put in its place
+        self._kept: list[Tensor] = []  # so that no storage is freed and reused
 
     def mark(self, tensor: Tensor) -> None:
         if not tensor.is_nested:
@@ -518,7 +525,7 @@ class _StandIn(nn.Module):
     ) -> None:
         super().__init__()
         self._name, self._outputs, self._replay, self._runs_again = name, outputs, replay, runs_again
-        self.__dict__["_shell"] = _without_values(module)  # not a child: its placeholders are nobody's state
+        self.__dict__["_shell"] = _without_values(module)  # not a child: its placeholders are not part of any state
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         made_up, i = self._outputs[self.training], self._replay.next_call(self._name)
@@ -546,7 +553,7 @@ class _StandIn(nn.Module):
 
 
 class _Injector(_StandIn):
-    """Takes the place of the cut module: gives what was received."""
+    """Takes the place of the cut module: returns the received tensors."""
 
     def __init__(self, name: str, module: nn.Module, template: _Template, replay: _Replay) -> None:
         super().__init__(name, module, {}, replay)
@@ -558,7 +565,7 @@ class _Injector(_StandIn):
 
 
 class _ReplayedPart(Part):
-    """Part k of a model that is run as it is."""
+    """Part k of a model that runs unchanged."""
 
     _model: nn.Module
 
@@ -570,13 +577,13 @@ class _ReplayedPart(Part):
         self._stop_at = names[k] if k < len(names) else None
         self._template = record.outputs[k] if k < len(names) else None
         self._given = self._template.dimensions(names[k]) if self._template is not None else ()
-        self._passed_on = record.sent[k] if k < len(names) else []  # inputs that cross as they are
+        self._passed_on = record.sent[k] if k < len(names) else []  # inputs that cross unchanged
         self._received = record.sent[k - 1] if k else []
         self.crossing_names = _in_words(names[k], self._template, record, k) if self._template is not None else ()
         self._replay: _Replay | None = None
         if k:
             name, before = names[k - 1], record.outputs[k - 1]
-            before.dimensions(name)  # raises where nothing can be sent
+            before.dimensions(name)  # raises if nothing can be sent
             self._replay = _Replay(before.made[before.crossing[0]].dtype)
             _replace(model, name, _Injector(name, model.get_submodule(name), before, self._replay))
         _remove_foreign(model, k, record, owners, self._replay)
@@ -622,7 +629,7 @@ class _ReplayedPart(Part):
     def train(self, mode: bool = True) -> Any:
         self.training = mode
         if "_model" in self.__dict__:
-            self._model.train(mode)  # the user's own train() decides what it means
+            self._model.train(mode)  # the user's own train() decides its meaning
         return self
 
 
@@ -633,7 +640,7 @@ def make_up_with(part: Part, fill: int) -> None:
 
 
 def uses_made_up(part: Part, rows: Rows) -> bool:
-    """Whether made-up values reach what the part gives: a mask, say, that the model computes from its input."""
+    """Whether made-up values reach the part's output: a mask, say, that the model computes from its input."""
     if not isinstance(part, _ReplayedPart) or part._replay is None:
         return False
     part._replay.watch = watch = _Watch()
@@ -668,7 +675,7 @@ def _above(name: str) -> Iterator[str]:
 
 
 def _in_words(name: str, template: _Template, record: _Record, k: int) -> tuple[str, ...]:
-    """What crosses, in words."""
+    """The crossing tensors, in words."""
     many = len(template.made) > 1
     names = record.inputs.names
     inputs = [f"input {i}" if names is None else names[i] for i in record.sent[k]]
@@ -676,12 +683,12 @@ def _in_words(name: str, template: _Template, record: _Record, k: int) -> tuple[
 
 
 def _only_borrowed(name: str, k: int, record: _Record) -> bool:
-    """Whether a module of part k runs in an earlier part too: then a stand-in serves the earlier calls."""
+    """Whether a module of part k runs in an earlier part too: then a stand-in answers the earlier calls."""
     return k > 0 and any(outputs for outputs in record.made_up(name, k).values())
 
 
 def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put `new` wherever the module called `name` is, also under other names."""
+    """Replace the module called `name` by `new`, also under its other names."""
     old = model.get_submodule(name)
     for parent in list(model.modules()):
         for child, module in parent._modules.items():
@@ -690,7 +697,7 @@ def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
 
 
 def _disown(model: nn.Module, k: int, owners: dict[str, int]) -> None:
-    """Turn what is left of other parts' parameters into constants outside the state."""
+    """Turn remaining parameters of other parts into constants outside the state."""
     for prefix, module in model.named_modules():
         dot = f"{prefix}." if prefix else ""
         for name, parameter in list(module._parameters.items()):

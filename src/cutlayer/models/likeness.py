@@ -1,8 +1,8 @@
-"""What a module computes, as a key: with equal keys, what was found out about one module holds for the other.
+"""A key for what a module computes: if two keys are equal, results about one module are valid for the other.
 
-A comparison builds the same small model dozens of times, and to prove its cut each time took longer than to train it.
-There is a key only where it can hold all that matters: classes of torch and of this package, plain attributes, no
-hooks. The values of parameters do not belong to it, but for whether they are finite, and whether all of them are zero.
+A comparison builds the same small model dozens of times, and proving its cut each time took longer than training it. A
+key only exists if it can include everything that matters: classes of torch and of this package, plain attributes, no
+hooks. The values of parameters are not part of it, except whether they are finite, and whether all of them are zero.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from torch import Tensor, nn
 
 Value = TypeVar("Value")
 
-_KNOWN = ("torch.nn.modules.", "cutlayer.models.")  # packages whose classes look at nothing but their attributes
+_KNOWN = ("torch.nn.modules.", "cutlayer.models.")  # packages whose classes only depend on their attributes
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 _STATE = ("_parameters", "_buffers", "_modules")
 _MOST = 512  # keys that are kept
 
 
 class UnknownError(Exception):
-    """A module has something that a key cannot hold. Never leaves this file."""
+    """A module has something that a key cannot include. Never leaves this file."""
 
 
 def likeness(module: nn.Module) -> Hashable | None:
-    """The key of a module; None where it has something that a key cannot hold."""
+    """The key of a module; None if it has something that a key cannot include."""
     try:
         return tuple(_described(module))
     except UnknownError:
@@ -35,15 +35,15 @@ def likeness(module: nn.Module) -> Hashable | None:
 
 
 def of_tensor(tensor: Tensor) -> Hashable:
-    """Shape, type and place of a tensor, and how it lies in memory."""
+    """Shape, type, device and memory layout of a tensor."""
     return tuple(tensor.shape), tensor.dtype, tensor.stride(), str(tensor.device), tensor.requires_grad
 
 
 class Established(dict[Hashable, Any]):
-    """What was found out, by key. Nothing is kept of a failure."""
+    """Stored results, by key. Failures are not stored."""
 
     def of(self, key: Hashable | None, find: Callable[[], Value]) -> Value:
-        """What `find` gives, or gave for the same key. Without a key nothing is kept."""
+        """The result of `find`, or its earlier result for the same key. Without a key, nothing is stored."""
         if key is None:
             return find()
         if key not in self:
@@ -56,7 +56,7 @@ class Established(dict[Hashable, Any]):
 
 
 def _described(module: nn.Module) -> Iterator[Hashable]:
-    """Every module with its attributes, then every tensor; those that have several names are told by the first."""
+    """Every module with its attributes, then every tensor; a tensor with several names has the first."""
     firsts: dict[int, str] = {}
     for name, m in module.named_modules(remove_duplicate=False):
         yield name, type(m), firsts.setdefault(id(m), name), _attributes(m)
@@ -68,7 +68,7 @@ def _described(module: nn.Module) -> Iterator[Hashable]:
 
 
 def _attributes(module: nn.Module) -> Hashable:
-    """What a module has beside its parameters, buffers and modules. Raises UnknownError."""
+    """A module's attributes other than its parameters, buffers and modules. Raises UnknownError."""
     kind = type(module)
     if not f"{kind.__module__}.".startswith(_KNOWN):
         raise UnknownError
@@ -84,7 +84,7 @@ def _attributes(module: nn.Module) -> Hashable:
 def _plain(value: Any) -> Hashable:
     """A value as part of a key. Raises UnknownError."""
     if type(value) in _PLAIN:
-        return type(value), repr(value) if isinstance(value, float | complex) else value  # a nan is like another
+        return type(value), repr(value) if isinstance(value, float | complex) else value  # all NaNs are equal here
     if type(value) in (tuple, list, torch.Size):
         return type(value), tuple(map(_plain, value))
     if type(value) is set and all(type(item) is str for item in value):  # names of buffers that are not stored

@@ -1,8 +1,8 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) by peft: what they adapt is frozen, and they are all that is trained.
+"""Low-rank adapters (LoRA, arXiv 2106.09685) by peft: the adapted model is frozen, and only adapters are trained.
 
-    W x  becomes  W x + (alpha / rank) B A x,   B = 0 in the beginning
+W x becomes W x + (alpha / rank) B A x, with B = 0 at the start, so that the model begins as the adapted one.
 
-so that a model starts as the one that it adapts. Being frozen, that one is shared by all clients (see `frozen`).
+All clients share the frozen model (see `frozen`).
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from cutlayer.errors import ConfigError
 from cutlayer.models.blocks import named_block
 
 ADAPTER = "default"
-"""What peft calls the one adapter."""
-_WRAPPED = "base_model.model."  # what peft writes before the names of the base
+"""peft's name for the one adapter."""
+_WRAPPED = "base_model.model."  # peft's prefix of the names of the base
 _ALL = "all-linear"
-_HEADS = ("score", "classifier", "lm_head", "cls")  # what a transformer ends in
-_NEW_HEADS = ("score", "classifier")  # those that start from nothing, and are trained whole
+_HEADS = ("score", "classifier", "lm_head", "cls")  # the last layers of a transformer
+_NEW_HEADS = ("score", "classifier")  # new layers, which are trained completely
 
 
 @dataclass(frozen=True)
 class Lora:
-    """The options of adapters, as `--model hf:PATH` has them; a `rank` of 0 is none."""
+    """The options of adapters in `--model hf:PATH`; a `rank` of 0 means no adapters."""
 
     rank: int
     alpha: float | None = None
@@ -44,7 +44,7 @@ class Lora:
         return max(self.ranks, default=self.rank)
 
     def check(self) -> None:
-        """Raises ConfigError for options without effect, and ranks that are none."""
+        """Raises ConfigError for options without effect, and for invalid ranks."""
         if self.ranks and self.rank:
             raise ConfigError(
                 f"lora_rank = {self.rank} has no effect beside lora_ranks, which has that of each client: leave one out"
@@ -66,8 +66,8 @@ class Lora:
 
 
 def adapted(model: nn.Module, lora: Lora, cuts: Sequence[str]) -> nn.Module:
-    """`model` with adapters in it, and all else frozen but a classifier's new head. Their first factor is drawn from
-    torch's global generator. `cuts` tell the sides. Raises ConfigError.
+    """`model` with adapters, and everything else frozen except a classifier's new head. The adapters' first factor is
+    drawn from torch's global generator. `cuts` determine the sides. Raises ConfigError.
     """
     peft = _peft()
     names = _on_side(model, _targets(peft, model, lora), lora, cuts)
@@ -89,7 +89,7 @@ def adapted(model: nn.Module, lora: Lora, cuts: Sequence[str]) -> nn.Module:
 
 def adapter_files(model: nn.Module, base: str) -> dict[str, bytes]:
     """The files of a folder that peft loads onto the whole base model, by name: the adapters of `model`, and a
-    classifier's head. `base` is where the base lies. Raises ConfigError for a model without adapters.
+    classifier's head. `base` is the path of the base. Raises ConfigError for a model without adapters.
     """
     configs = getattr(model, "peft_config", None) or {}
     if len(configs) != 1:
@@ -100,7 +100,7 @@ def adapter_files(model: nn.Module, base: str) -> dict[str, bytes]:
     peft, (name, config) = _peft(), next(iter(configs.items()))
     from safetensors.torch import save
 
-    injected = not isinstance(model, peft.PeftModel)  # which names its weights as the folder wants them
+    injected = not isinstance(model, peft.PeftModel)  # which names its weights as in the folder
     state = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     state, ranks = _without_zeros(state) if getattr(model, "client_ranks", ()) else (state, {})
     named = {f"{_WRAPPED if injected else ''}{key}": tensor.contiguous().clone() for key, tensor in state.items()}
@@ -114,8 +114,8 @@ def adapter_files(model: nn.Module, base: str) -> dict[str, bytes]:
 
 
 def _without_zeros(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Adapters without the last rows of A and columns of B that are zero, as those of a client of a smaller rank are in
-    a simulation; and the rank of each layer's.
+    """Adapters without their last zero rows of A and columns of B (which a client with a smaller rank has in a
+    simulation), and the rank of each layer.
     """
     found, ranks = dict(state), {}
     for first, second in pairs(list(state)):
@@ -127,7 +127,7 @@ def _without_zeros(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict
 
 
 def _patterns(config: Any, ranks: Mapping[str, int]) -> dict[str, Mapping[str, float]]:
-    """What peft is to know of layers whose adapters have another rank: it, and the number that leaves their scale."""
+    """peft's settings for layers whose adapters have another rank: the rank, and the alpha that keeps their scale."""
     own = {layer.removeprefix(_WRAPPED): rank for layer, rank in ranks.items() if rank != config.r}
     if not own:
         return {}
@@ -136,7 +136,7 @@ def _patterns(config: Any, ranks: Mapping[str, int]) -> dict[str, Mapping[str, f
 
 
 def _task_type(model: nn.Module) -> str:
-    """What peft calls such a model."""
+    """peft's word for this kind of model."""
     return "SEQ_CLS" if any(name in _NEW_HEADS for name, _ in model.named_children()) else "CAUSAL_LM"
 
 
@@ -167,7 +167,7 @@ def _targets(peft: Any, model: nn.Module, lora: Lora) -> list[str]:
 
 
 def _on_side(model: nn.Module, names: list[str], lora: Lora, cuts: Sequence[str]) -> list[str]:
-    """Those of the layers that lie on the side that is to have adapters. Raises ConfigError."""
+    """The layers on the side that gets adapters. Raises ConfigError."""
     if lora.sides == "both":
         return names
     inner = [named_block(model, cut) for cut in cuts]
@@ -177,7 +177,7 @@ def _on_side(model: nn.Module, names: list[str], lora: Lora, cuts: Sequence[str]
             "place: leave it out"
         )
     client = set(_up_to(model, inner[0]))
-    if len(inner) > 1:  # U-shaped: the client has the end, too
+    if len(inner) > 1:  # U-shaped: the client also has the end
         client |= {name for name, _ in model.named_modules()} - set(_up_to(model, inner[1]))
     chosen = [name for name in names if (name in client) == (lora.sides == "client")]
     if not chosen:
@@ -193,7 +193,7 @@ def _up_to(model: nn.Module, cut: str) -> list[str]:
     names = [name for name, _ in model.named_modules()]
     if cut == "input":
         return []
-    if cut not in names:  # the cut itself says what is wrong with it
+    if cut not in names:  # the cut itself reports the error
         return names
     last = max(i for i, name in enumerate(names) if name == cut or name.startswith(f"{cut}."))
     return names[: last + 1]
@@ -204,5 +204,5 @@ def _adaptable(module: nn.Module) -> bool:
 
 
 def _transposed(module: nn.Module) -> bool:
-    """Whether it is a linear layer with its weight the other way round, as GPT-2 has them."""
+    """Whether it is a linear layer with a transposed weight, as in GPT-2."""
     return type(module).__name__ == "Conv1D"

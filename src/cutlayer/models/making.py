@@ -37,8 +37,8 @@ def model(
     """A decorator that registers a function (or an `nn.Module` class) that makes a model.
 
     `cuts` are its named cut points in the order data flows, and `default_cut` is the one that is used if none is named.
-    `argument` says what follows the name and a colon, for a model that is made of something: the function's first
-    parameter. `paper` and `library` are what it is cited by (see `cutlayer.references`).
+    `argument` describes the text after the name and a colon, for a model that is made from something: the function's
+    first parameter. `paper` and `library` are its citations (see `cutlayer.references`).
     """
     facts = {"argument": argument} if argument else {}
     facts |= {"paper": paper, "library": library}
@@ -53,8 +53,8 @@ def build(
 
     `reference` is a name of the zoo or of an entry point, or `path/to/file.py:name` or `package.module:name`. Weights
     are drawn from torch's global generator (see `seeds.torch_seeded`).
-    Raises ConfigError: unknown model or option, fewer than two classes, samples that the model cannot take, or whatever
-    a user's own function raises.
+    Raises ConfigError: unknown model or option, fewer than two classes, samples that the model cannot take, or any
+    error of a user's own function.
     """
     function = load("model", reference)
     if isinstance(function, nn.Module):
@@ -74,7 +74,9 @@ def make(
     options: Mapping[str, Any] | None = None,
     at: Sequence[str] = (),
 ) -> nn.Module:
-    """What `function` makes for such samples, given what it asks for by name. Raises ConfigError with the reason."""
+    """The result of `function` for samples of this form, called with its named parameters. Raises ConfigError with the
+    reason.
+    """
     name = name or getattr(function, "__name__", "of your own")
     if classes < 1:
         raise ConfigError(f"classes = {classes}: a model gives at least one number; check the targets")
@@ -89,7 +91,7 @@ def make(
             made = function(**(arguments | dict(options or {})))
     except CutlayerError:
         raise
-    except Exception as error:  # the user's code: anything can be raised
+    except Exception as error:  # the user's code: any error is possible
         raise ConfigError(_cannot(name, one_line(error))) from error
     if not isinstance(made, nn.Module):
         raise ConfigError(f"model {name!r} returns a {type(made).__name__}: have it return an nn.Module")
@@ -97,7 +99,7 @@ def make(
 
 
 def _arguments(function: Callable[..., Any], name: str, supplied: dict[str, Any]) -> dict[str, Any]:
-    """Those of `supplied` that the function has parameters for, and the defaults that it declares with `option`.
+    """The values of `supplied` for which the function has parameters, and the defaults that it declares with `option`.
 
     Raises ConfigError for other mandatory parameters.
     """

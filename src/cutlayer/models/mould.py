@@ -1,7 +1,6 @@
-"""The parts of one model as a mould for those of the models that are like it.
-
-Seeds, algorithms and values of an option that are compared train the same model from other weights. Tracing it anew for
-each of them took longer than some of the trainings.
+"""The parts of one model as a template for those of equal models. In a comparison of seeds, algorithms or values of an
+option, the same model is trained from other weights. Tracing it again for each of them took longer than some of the
+trainings.
 """
 
 from __future__ import annotations
@@ -17,10 +16,10 @@ from cutlayer.models.parts import Parts, state_names
 
 
 class Mould:
-    """Parts without the values of what they have from their model: what is kept of them is small."""
+    """Parts without the values of their model's tensors, so that little memory is kept."""
 
     def __init__(self, parts: Parts, model: nn.Module) -> None:
-        """Takes the shape of `parts`, which are a cut of `model` and stay as they are."""
+        """Takes the form of `parts`, which are a cut of `model` and are not changed."""
         known = {name for name, _, _ in state_names(model)}
         names = {id(tensor): name for part in parts.all for name, tensor, _ in state_names(part) if name in known}
         places: dict[int, Any] = {tensor: torch.empty(0) for tensor in names}
@@ -28,7 +27,7 @@ class Mould:
         self._parts = _copied(parts, places)
 
     def cast(self, model: nn.Module) -> Parts:
-        """The parts of a model that is like the first one, with copies of its parameters and buffers."""
+        """The parts of a model that equals the first one in form, with copies of its parameters and buffers."""
         state = {name: tensor for name, tensor, _ in state_names(model)}
         return _copied(self._parts, {id(place): deep_copy(state[name]) for name, place in self._filled})
 

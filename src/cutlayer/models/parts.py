@@ -1,4 +1,4 @@
-"""What a cut yields: the parts of a model, and what crosses between them.
+"""The result of a cut: the parts of a model, and the tensors that cross between them.
 
 Shape legend: R rows of the batch, s... the shape of one sample's smashed data, K classes.
 """
@@ -23,24 +23,24 @@ Example = Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]
 class Part(nn.Module):
     """One part of a cut model. Owns its parameters under the names that they have in the whole model.
 
-    Called with the rows that the part before it gave (each [R, s...]) or, being first, with the batch itself: a tensor
-    [R, ...], a tuple of them, or a mapping of keyword arguments.
-    Gives the tuple of tensors that cross to the next part (each [R, s...]) or, being last, what the whole model gives
-    (the logits [R, K], where its output carries some).
+    The first part is called with the batch: a tensor [R, ...], a tuple of them, or a mapping of keyword arguments.
+    Other parts are called with the rows of the part before (each [R, s...]). A part returns the tuple of tensors that
+    cross to the next part (each [R, s...]); the last part returns the whole model's output (the logits [R, K], if the
+    output has some).
     """
 
-    # Names that a model's own children will hardly have: a part owns them as attributes.
+    # Names that a model's own children are unlikely to have: a part has them as attributes.
     is_last_part = False
-    copies_rows = False  # set where the part works in place on what it receives, which is not its own
-    images_channels_last = False  # set where its images lie in memory with their channels last
+    copies_rows = False  # set if the part changes its received tensors in place, which it does not own
+    images_channels_last = False  # set if its images have their channels last in memory
     narrow_to: torch.dtype | None = None  # the type of its products in mixed precision
     argument_names: tuple[str, ...] | None = None  # of the first part, whose batch is a mapping
-    crossing_names: tuple[str, ...] = ()  # of what it gives, in words
-    structure: Structure | None = None  # of the last part's output, where that is not one tensor
-    draws = True  # unless it is known that in training nothing in it draws random numbers
+    crossing_names: tuple[str, ...] = ()  # of its output, in words
+    structure: Structure | None = None  # of the last part's output, if that is not one tensor
+    draws = True  # unless it is known that nothing in it draws random numbers in training
 
     def forward(self, received: Example) -> Any:
-        """Rows [R, s...] each (or the batch) to rows [R, s...] each (or what the whole model gives)."""
+        """Rows [R, s...] each (or the batch) to rows [R, s...] each (or the whole model's output)."""
         rows = self._as_rows(received)
         rows = tuple(row.clone() for row in rows) if self.copies_rows else rows
         if self.narrow_to is None:
@@ -62,12 +62,12 @@ class Part(nn.Module):
         return tuple(received)
 
     def run_rows(self, rows: Rows) -> Rows:
-        """The part's computation: what it received, [R, s...] each, to what it gives, [R, s...] each."""
+        """The part's computation: received tensors, [R, s...] each, to its outputs, [R, s...] each."""
         raise NotImplementedError
 
 
 class PassThrough(Part):
-    """A part without layers: gives what it received."""
+    """A part without layers: returns the received tensors."""
 
     def run_rows(self, rows: Rows) -> Rows:
         """The same rows."""
@@ -76,14 +76,16 @@ class PassThrough(Part):
 
 @dataclass(frozen=True)
 class Arguments:
-    """A batch as a model takes it: its tensors, and the `names` of keyword arguments if it is given by name."""
+    """A batch in the form that a model takes: its tensors, and the `names` of keyword arguments if it is given
+    by name.
+    """
 
     rows: Rows
     names: tuple[str, ...] | None = None
 
     @classmethod
     def of(cls, example: Example) -> Arguments:
-        """The batch `example`, apart from its history."""
+        """The batch `example`, without its history."""
         if isinstance(example, Tensor):
             return cls((example.detach(),))
         if isinstance(example, Mapping):
@@ -94,11 +96,11 @@ class Arguments:
         return len(self.rows[0])
 
     def run(self, model: nn.Module) -> Any:
-        """What `model` gives for a copy of this batch."""
+        """The output of `model` for a copy of this batch."""
         return self.give(model, tuple(row.clone() for row in self.rows))
 
     def give(self, model: nn.Module, rows: Rows) -> Any:
-        """What `model` gives for `rows`, which take the places of this batch's."""
+        """The output of `model` for `rows` in place of this batch's."""
         return model(*rows) if self.names is None else model(**dict(zip(self.names, rows, strict=True)))
 
     def first(self, rows: int) -> Arguments:
@@ -114,19 +116,19 @@ class Arguments:
         return Arguments(tuple(torch.cat([row.flip(0), row[:2]]) for row in self.rows), self.names)
 
     def may_cross(self, i: int) -> bool:
-        """Whether tensor `i` says where samples lie, not what they are: a mask, positions or lengths."""
+        """Whether tensor `i` describes positions, not content: a mask, positions or lengths."""
         if self.rows[i].dtype == torch.bool:
             return True
         return self.names is not None and any(word in self.names[i] for word in ("mask", "position", "length"))
 
     def sealed(self) -> list[int]:
-        """The tensors that must not cross as they are."""
+        """The tensors that must not cross unchanged."""
         return [i for i in range(len(self.rows)) if not self.may_cross(i)]
 
 
 @dataclass(frozen=True)
 class Structure:
-    """How a model's output is made of tensors, and of values that are always the same."""
+    """The structure of a model's output: tensors, and values that are always the same."""
 
     spec: Any
     constants: tuple[Any, ...]  # by leaf; None where the leaf is a tensor
@@ -147,8 +149,8 @@ _TENSORS = (Tensor, fx.Proxy)
 
 
 def taken_apart(output: Any) -> tuple[Rows, Structure | None]:
-    """The tensors of a model's output (of its logits, where it carries some), and how they make it; None where it is
-    one tensor. Raises CannotCutError.
+    """The tensors of a model's output (of its logits, if it has some), and their structure; None if it is one tensor.
+    Raises CannotCutError.
     """
     output = logits(output)
     if isinstance(output, _TENSORS):
@@ -169,7 +171,7 @@ def taken_apart(output: Any) -> tuple[Rows, Structure | None]:
 
 @dataclass(frozen=True)
 class Crossing:
-    """One tensor that crosses a cut: its shape without the batch dimension, its type, and what it is, in words."""
+    """One tensor that crosses a cut: its shape without the batch dimension, its type, and a description."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -216,7 +218,7 @@ class CannotCutError(Exception):
 
 
 class SharedWeightError(CannotCutError):
-    """A parameter is used on both sides of the cut; `names` are those that it has in the model."""
+    """A parameter is used on both sides of the cut; `names` are its names in the model."""
 
     def __init__(self, names: Iterable[str], parameter: Tensor) -> None:
         self.names = tuple(names)
@@ -240,7 +242,7 @@ def one_line(error: BaseException, limit: int = 160) -> str:
 
 
 def logits(output: Any) -> Any:
-    """A model's output, or its `logits` where the output carries them under that name (as Hugging Face's do)."""
+    """A model's output, or its `logits` if the output has this field (as in Hugging Face)."""
     if isinstance(output, (Tensor, fx.Proxy)):
         return output
     return getattr(output, "logits", output)
@@ -252,12 +254,12 @@ def tensors_in(value: Any) -> Rows:
 
 
 def storage_of(tensor: Tensor) -> int:
-    """Which memory a tensor lies in. Not its address: on the meta device every address is 0."""
+    """The identity of a tensor's memory. This is not its address, since on the meta device every address is 0."""
     return int(tensor.untyped_storage()._cdata)
 
 
 def batch_dimension(shape: tuple[int, ...], larger: tuple[int, ...], batch: int) -> int | None:
-    """Which dimension is the batch, given a tensor's shape for `batch` rows and for one row more; None if none is."""
+    """The batch dimension, given a tensor's shape for `batch` rows and for one row more; None if there is none."""
     if len(shape) != len(larger):
         return None
     sizes = list(zip(shape, larger, strict=True))
@@ -279,12 +281,12 @@ def state_names(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
 
 
 def load_own(part: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Give a part its share of a whole model's state, which has more names."""
+    """Load a part's share of a whole model's state, which has more names."""
     part.load_state_dict({name: state[name] for name in part.state_dict()})
 
 
 def fill_owners(names: Iterable[str], owners: dict[str, int], parts: int) -> dict[str, int]:
-    """Owners for all `names`: state that no part uses goes with the state named before it (or else after it)."""
+    """Owners for all `names`: unused state belongs to the owner of the name before it (or else after it)."""
     names = list(names)
     first = next((owners[name] for name in names if name in owners), parts - 1)
     filled, last = {}, first

@@ -13,11 +13,11 @@ from cutlayer.copies import deep_copy
 from cutlayer.errors import CutError
 from cutlayer.models.parts import Arguments, one_line
 
-_WRAPPED = "_orig_mod"  # what torch.compile calls the model that it wraps
+_WRAPPED = "_orig_mod"  # torch.compile's name for the wrapped model
 
 
 def prepared(model: nn.Module, names: Sequence[str], x: Arguments) -> tuple[nn.Module, tuple[str, ...]]:
-    """A copy without gradients and without what torch.compile did to it, and `names` as they are in it.
+    """A copy without gradients and without torch.compile's wrapper, and `names` as they are in it.
 
     Lazy layers are initialised with the batch. Raises CutError for a scripted model, or one that cannot be copied.
     """
@@ -44,7 +44,7 @@ def prepared(model: nn.Module, names: Sequence[str], x: Arguments) -> tuple[nn.M
 
 
 def untied(model: nn.Module, names: Sequence[str]) -> nn.Module:
-    """A copy in which each of `names`, which are one parameter's, is a parameter of its own, in a layer of its own."""
+    """A copy in which each of the `names` of one parameter is a separate parameter in a separate layer."""
     model = deep_copy(model)
     seen: set[int] = set()
     for name in names:
@@ -85,7 +85,7 @@ def _copied(model: nn.Module) -> nn.Module:
     memo.update((id(b), empty(device=b.device, dtype=b.dtype)) for b in buffers)
     try:
         return deep_copy(model, memo)
-    except Exception as error:  # the user's classes: anything can come out
+    except Exception as error:  # the user's classes: any error is possible
         raise CutError(
             f"cannot cut {type(model).__name__}: the model cannot be copied ({one_line(error)}); give it as it is when "
             "new, without results of a forward pass in it"
@@ -97,7 +97,7 @@ def _initialise(model: nn.Module, x: Arguments) -> None:
     try:
         with torch.no_grad():
             x.run(model)
-    except Exception as error:  # the user's code: anything can come out
+    except Exception as error:  # the user's code: any error is possible
         raise CutError(
             f"cannot cut {type(model).__name__}: its lazy layers cannot be initialised with the example "
             f"({one_line(error)}); give samples that the model takes"

@@ -35,15 +35,15 @@ def read_folder(folder: str, head: Head, classes: int, *, half: bool = False) ->
         config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     kind = _head_of(config, folder) if head == "auto" else head
     if hasattr(config, "use_cache"):
-        config.use_cache = False  # what is kept to generate text is not used in training
+        config.use_cache = False  # the cache for generating text is not used in training
     if kind == "classification":
         config.num_labels = classes
-        if config.pad_token_id is None:  # where a row ends
+        if config.pad_token_id is None:  # the end of a row
             config.pad_token_id = _first(config.eos_token_id)
     auto = getattr(transformers, _CLASSES[kind])
     fresh: list[str] = []
     dtype = torch.bfloat16 if half else torch.float32
-    empty, meta = not any(path.glob("*.safetensors")), torch.empty(0).is_meta  # a file holds no files
+    empty, meta = not any(path.glob("*.safetensors")), torch.empty(0).is_meta  # a file has no files in it
     with _sentence(folder), _quiet(transformers):
         if empty or meta:
             made: nn.Module = auto.from_config(config, trust_remote_code=False)
@@ -58,7 +58,7 @@ def read_folder(folder: str, head: Head, classes: int, *, half: bool = False) ->
 
 
 def _loaded(auto: Any, path: Path, config: Any, dtype: torch.dtype) -> tuple[nn.Module, list[str]]:
-    """The model with the folder's weights, and the names of those that it lacks."""
+    """The model with the folder's weights, and the names of missing ones."""
     made, about = auto.from_pretrained(
         path,
         config=config,
@@ -83,7 +83,7 @@ def _transformers() -> Any:
 
 
 def _checked(folder: str) -> Path:
-    """The folder or the configuration file, which has what can be read. Raises ConfigError."""
+    """The folder or the configuration file, after checking that it can be read. Raises ConfigError."""
     path, where = Path(folder).expanduser(), f"model 'hf:{folder}'"
     alone = path.suffix == ".json" and path.is_file()
     if not (alone or path.is_dir()):
@@ -109,7 +109,7 @@ def _checked(folder: str) -> Path:
 
 
 def _head_of(config: Any, folder: str) -> str:
-    """What the configuration says that the model ends in. Raises ConfigError."""
+    """The head of the model by its configuration. Raises ConfigError."""
     named = str(_first(config.architectures) or "")
     for ending, head in _ENDINGS.items():
         if named.endswith(ending):
@@ -133,7 +133,7 @@ def _sentence(folder: str) -> Iterator[None]:
     """Turn what transformers raises into one sentence."""
     try:
         yield
-    except Exception as error:  # damaged files, unknown architectures, code that would have to be run
+    except Exception as error:  # damaged files, unknown architectures, code that would need to run
         raise ConfigError(
             f"model 'hf:{folder}' cannot be read ({one_line(error)}): name a folder of an architecture that the "
             "installed transformers has, with complete weights"
@@ -142,7 +142,7 @@ def _sentence(folder: str) -> Iterator[None]:
 
 @contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """Without the library's own lines and bars; what matters of them is said here."""
+    """Without the library's own messages and progress bars; important ones are reported here."""
     log = transformers.utils.logging
     verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()

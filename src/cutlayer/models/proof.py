@@ -1,7 +1,7 @@
-"""The proof that the parts of a cut model are the whole.
+"""The proof that the parts of a cut model together equal the whole.
 
-Equal means bit for bit, or within rounding: a tensor arrives contiguous where the whole model may have used a strided
-one, and a tensor used several times has its gradients added in another order.
+Equal means bit for bit, or within rounding: a received tensor is contiguous, while the whole model may have used a
+strided one, and the gradients of a tensor used several times are added in another order.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from cutlayer.seeds import torch_seeded
 from cutlayer.types import Rows, is_continuous
 
 Result = TypeVar("Result")
-Exchange = tuple[Rows, Rows]  # what a part received and what it gave
+Exchange = tuple[Rows, Rows]  # a part's received tensors and its outputs
 
 _NO_LOGITS = "the model does not return logits with a row for every sample"
 _MADE_UP = "something computed from the input before the cut (a mask, say) is used after it, beside the cut's output"
@@ -40,7 +40,9 @@ _ROUNDING = 1000  # units of the last place, of the largest value compared
 def prove(
     model: nn.Module, parts: Sequence[Part], x: Arguments, inputs_may_cross: bool = False
 ) -> list[tuple[Crossing, ...]]:
-    """What crosses each cut, after the proof that `parts` are `model`. Raises CannotCutError where they are not."""
+    """The tensors that cross each cut, after the proof that `parts` equal `model`. Raises CannotCutError if they do
+    not.
+    """
     check_names(model, parts)
     crossings = _check_crossings(parts, x, inputs_may_cross)
     other = x.shuffled()
@@ -55,7 +57,7 @@ def prove(
 def describe(
     model: nn.Module, parts: Sequence[Part], x: Arguments, inputs_may_cross: bool = False
 ) -> list[tuple[Crossing, ...]]:
-    """What crosses each cut, after those checks of `prove` that need no values. Raises CannotCutError."""
+    """The tensors that cross each cut, after the checks of `prove` that need no values. Raises CannotCutError."""
     check_names(model, parts)
     crossings = _check_crossings(parts, x, inputs_may_cross)
     exchanges = _tried(partial(_forward, deep_copy(list(parts)), x, training=False))
@@ -66,7 +68,7 @@ def describe(
 
 
 def protect(parts: Sequence[Part], x: Arguments) -> None:
-    """Have those parts copy what they receive which would otherwise write to it."""
+    """Make parts that would write to received tensors copy them first."""
     for training in (True, False):
         rows: Rows = tuple(row.clone() for row in x.rows)
         for part in parts:
@@ -79,14 +81,16 @@ def protect(parts: Sequence[Part], x: Arguments) -> None:
 
 
 def check_names(model: nn.Module, parts: Sequence[nn.Module]) -> None:
-    """Raises CannotCutError unless the parts share out the model's state among them."""
+    """Raises CannotCutError unless each tensor of the model's state belongs to exactly one part."""
     names = [name for part in parts for name in part.state_dict()]
     if sorted(names) != sorted(model.state_dict()):
         raise CannotCutError("the parts do not hold exactly the model's parameters and buffers")
 
 
 def _check_crossings(parts: Sequence[Part], x: Arguments, inputs_may_cross: bool) -> list[tuple[Crossing, ...]]:
-    """Every tensor that crosses has the batch first; none is the input itself; received tensors are not written to."""
+    """Check that every crossing tensor has the batch first, that none is the input itself, and that received tensors
+    are not changed.
+    """
     parts = deep_copy(list(parts))
     crossings = []
     batch = tuple(row.clone() for row in x.rows)  # kept, so that its memory is not used again
@@ -105,7 +109,7 @@ def _check_crossings(parts: Sequence[Part], x: Arguments, inputs_may_cross: bool
 
 
 def _check_run(model: nn.Module, parts: Sequence[Part], x: Arguments, training: bool) -> None:
-    """Logits, gradients and buffers of the parts against those of the whole, for one batch."""
+    """Compare logits, gradients and buffers of the parts with those of the whole, for one batch."""
     mode = "training" if training else "evaluation"
     whole = deep_copy(model).train(training)
     whole.zero_grad(set_to_none=True)
@@ -172,7 +176,7 @@ def _compare_state(whole: nn.Module, parts: Sequence[nn.Module], mode: str) -> N
 
 
 def _check_without_gradients(model: nn.Module, parts: Sequence[Part], x: Arguments) -> None:
-    """Some modules take a faster path in evaluation when no gradients are asked for."""
+    """Also compare without gradients, when some modules use a faster path in evaluation."""
     with torch.no_grad(), torch_seeded(1, "proof"):
         expected, _ = taken_apart(x.run(deep_copy(model).eval()))
     with torch.no_grad(), torch_seeded(1, "proof"):
@@ -181,7 +185,7 @@ def _check_without_gradients(model: nn.Module, parts: Sequence[Part], x: Argumen
 
 
 def _check_made_up(parts: Sequence[Part], x: Arguments) -> None:
-    """What a part makes up in place of earlier layers must not reach its result."""
+    """Check that a part's made-up values in place of earlier layers do not reach its result."""
     for training in (True, False):
         copies = deep_copy(list(parts))
         with torch_seeded(1, "proof"):

@@ -1,4 +1,5 @@
-"""Gradient checkpointing (arXiv 1604.06174): blocks keep their inputs, and are computed again in the backward pass.
+"""Gradient checkpointing (arXiv 1604.06174): blocks only keep their inputs, and are computed again in the backward
+pass.
 
 The blocks are those of `blocks`: the layers of a transformer, say. Results are the same, with the same dropout masks. A
 part that runs the model's own modules has its blocks wrapped; one that runs a traced graph has the graph divided into
@@ -25,14 +26,14 @@ from cutlayer.models.trace import ROOT, GraphCode, TracedPart
 from cutlayer.types import Rows
 
 State = dict[str, Any]
-"""Parameters or buffers of a module, by name, as the module holds them."""
+"""Parameters or buffers of a module, by name, in the module's own dictionary."""
 Sides = Literal["none", "client", "server", "both"]
 _checkpoint: Callable[..., Any] = inspect.unwrap(torchs.checkpoint)  # the decorated one loads torch's compiler
 
 
 def recompute(depths: Depths, model: nn.Module, sides: Sides) -> Depths:
-    """Have the blocks of `model`, as they are in the parts of these `sides`, computed again in the backward pass. The
-    parts, which compute more from now on, have no likeness to others.
+    """Make the blocks of `model`, in the parts of these `sides`, compute again in the backward pass. The changed parts
+    have no likeness to others.
 
     Raises ConfigError if there are none, or if computing one twice would count its batches twice.
     """
@@ -57,7 +58,7 @@ def none_whole(sides: Sides) -> str:
 
 
 def check_blocks(model: nn.Module, sides: Sides) -> None:
-    """Raises ConfigError for a model without blocks, and for one in which computing them again changes something."""
+    """Raises ConfigError for a model without blocks, and for one in which computing them again changes the results."""
     blocks = blocks_of(model)
     if not blocks:
         raise ConfigError(
@@ -85,8 +86,8 @@ def _parts(depths: Depths, sides: Sides) -> list[nn.Module]:
 
 
 def _again(run: Callable[..., Any], places: Sequence[State], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """What `run` gives, computed again in the backward pass: with the tensors that are in these `places` now. (In
-    between, copies of a model that is stacked take turns in them.)
+    """The result of `run`, computed again in the backward pass with the tensors that are now in these `places`. (In
+    between, copies of a stacked model take turns in them.)
     """
     held = [(place, dict(place)) for place in places if place]
     both = partial(_twice, held)
@@ -94,13 +95,13 @@ def _again(run: Callable[..., Any], places: Sequence[State], args: Sequence[Any]
 
 
 def _twice(held: Sequence[tuple[State, State]]) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """What surrounds the forward pass and its repetition."""
+    """The contexts for the forward pass and its repetition."""
     return nullcontext(), _restored(held)
 
 
 @contextmanager
 def _restored(held: Sequence[tuple[State, State]]) -> Iterator[None]:
-    """In here places have the tensors that they had."""
+    """In here, places have their earlier tensors."""
     now = [(place, dict(place)) for place, _ in held]
     try:
         for place, tensors in held:
@@ -119,7 +120,7 @@ class Recomputed:
 
 
 def _in_modules(part: nn.Module, model: nn.Module, blocks: Sequence[str]) -> int:
-    """Wrap those of the model's blocks that are whole in this part; how many these are."""
+    """Wrap the model's blocks that are complete in this part; returns their number."""
     modules = dict(part.named_modules())
     whole = [
         modules[name] for name in blocks if name in modules and _is_whole(modules[name], model.get_submodule(name))
@@ -136,7 +137,7 @@ def _is_whole(block: nn.Module, of_model: nn.Module) -> bool:
 
 
 def _wrapped(kind: type[nn.Module]) -> type[nn.Module]:
-    """A class of layers that do the same, again in the backward pass."""
+    """A class of layers that do the same, and again in the backward pass."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         run = partial(kind.forward, self)
@@ -157,7 +158,7 @@ _made: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def _in_graph(part: TracedPart, blocks: Sequence[str]) -> int:
-    """Divide the graph that the part runs in training; how many blocks it has."""
+    """Divide the part's training graph; returns the number of its blocks."""
     code = Staged(part.training_code.graph, tuple(blocks))
     part.training_code = code
     return sum(stage.again for stage in code.stages)
@@ -165,8 +166,8 @@ def _in_graph(part: TracedPart, blocks: Sequence[str]) -> int:
 
 @dataclass(frozen=True)
 class _Stage:
-    """A piece of a graph: what it takes and gives, as numbers of nodes of the whole; `again`: in the backward pass too.
-    `over` is not needed after it. It `reads` parameters and buffers of these names.
+    """A piece of a graph: its inputs and outputs, as numbers of nodes of the whole; `again`: it is also computed in the
+    backward pass. `over` are nodes that are not needed after it. It `reads` parameters and buffers of these names.
     """
 
     code: GraphCode
@@ -177,7 +178,7 @@ class _Stage:
     reads: tuple[str, ...]
 
     def run(self, part: nn.Module, values: list[Any]) -> tuple[Any, ...]:
-        """What it gives for what it takes."""
+        """Its outputs for its inputs."""
 
         def computed(*taken: Any) -> Any:
             return self.code(part, taken)
@@ -190,7 +191,7 @@ class _Stage:
 
 
 class Staged(GraphCode):
-    """A graph that is run stage by stage: the `blocks` in it, and what lies between them."""
+    """A graph that runs stage by stage: its `blocks`, and the pieces between them."""
 
     def __init__(self, graph: fx.Graph, blocks: tuple[str, ...]) -> None:
         super().__init__(graph)
@@ -198,7 +199,7 @@ class Staged(GraphCode):
         self.stages = _stages(graph, blocks)
 
     def __call__(self, part: nn.Module, rows: Rows) -> Any:
-        """What the graph gives for the rows."""
+        """The outputs of the graph for the rows."""
         known: dict[int, Any] = {0: rows}
         *stages, last = self.stages
         for stage in stages:
@@ -213,7 +214,7 @@ class Staged(GraphCode):
 
 
 def _stages(graph: fx.Graph, blocks: Sequence[str]) -> list[_Stage]:
-    """The graph's stages, in order. The last one gives what the graph gives."""
+    """The graph's stages, in order. The last one returns the graph's outputs."""
     nodes = list(graph.nodes)
     number = {node: i for i, node in enumerate(nodes)}
     last_use = {i: max((number[user] for user in node.users), default=i) for i, node in enumerate(nodes)}
@@ -240,7 +241,7 @@ def _spans(nodes: Sequence[fx.Node], blocks: Sequence[str]) -> list[tuple[int, i
     for i, node in enumerate(nodes):
         if node.op not in ("get_attr", "output") and (block := _block_of(node, blocks)):
             within.setdefault(block, []).append(i)
-    spans, at = [], 1  # node 0 is what the part receives
+    spans, at = [], 1  # node 0 is the part's input
     for places in sorted(within.values()):
         first, end = places[0], places[-1] + 1
         if first < at:  # it overlaps with another one
@@ -260,7 +261,7 @@ def _block_of(node: fx.Node, blocks: Iterable[str]) -> str:
 
 
 def _piece(inside: Sequence[fx.Node], takes: Sequence[fx.Node], gives: Sequence[fx.Node]) -> fx.Graph:
-    """A graph of some nodes, from a tuple of what they take to a tuple of what they give."""
+    """A graph of some nodes, from a tuple of their inputs to a tuple of their outputs."""
     graph = fx.Graph()
     rows = graph.placeholder("rows")
     made: dict[fx.Node, Any] = {node: graph.call_function(operator.getitem, (rows, i)) for i, node in enumerate(takes)}

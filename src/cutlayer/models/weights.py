@@ -1,4 +1,4 @@
-"""Starting weights from a file, whether weights fit a model, and new weights for a module that is there already."""
+"""Initial weights from a file, checks that weights fit a model, and new weights for an existing module."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from cutlayer.copies import deep_copy
 from cutlayer.errors import ConfigError, CutlayerWarning
 from cutlayer.models.prepared import untied
 
-_WRAPPED = ("state_dict", "model_state_dict", "model")  # what training scripts keep a state dict under
-_PREFIX = "module."  # what DataParallel puts before every name
+_WRAPPED = ("state_dict", "model_state_dict", "model")  # keys under which training scripts store a state dict
+_PREFIX = "module."  # DataParallel's prefix of every name
 
 
 def read_weights(path: str) -> dict[str, Tensor]:
     """The named tensors in a .safetensors file, or in a state dict that `torch.save` wrote. No code in the file is run.
 
-    Raises ConfigError where it is missing, damaged or something else.
+    Raises ConfigError if it is missing, damaged or something else.
     """
     place = Path(path).expanduser()
     if not place.is_file():
@@ -72,8 +72,8 @@ def _state_dict(path: Path) -> dict[str, Any]:
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: str, *, strict: bool) -> None:
-    """Give `model` the weights of the file `path`: all, or (not `strict`) those that fit by name and shape, which is
-    said in a warning. Raises ConfigError with what does not fit.
+    """Load the weights of the file `path` into `model`: all, or (not `strict`) those that fit by name and shape, with a
+    warning. Raises ConfigError with the weights that do not fit.
     """
     model = uncompiled(model)
     wanted, what = model.state_dict(), f"the weights in {path!r}"
@@ -96,8 +96,8 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: str, *, 
 
 
 def check_fit(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str, remedy: str) -> None:
-    """Do the weights `given` fit a model that has those `wanted`, by name and shape? Raises ConfigError with the first
-    that does not.
+    """Check that the weights `given` fit a model with the weights `wanted`, by name and shape. Raises ConfigError with
+    the first that does not.
     """
     if shapes := [n for n in wanted if n in given and not _fits(wanted[n], given[n])]:
         name = shapes[0]
@@ -112,7 +112,7 @@ def check_fit(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], what: s
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
-    """The model that torch.compile wraps, if it does: names of weights are its own."""
+    """The model inside torch.compile's wrapper, if there is one, so that weights have the model's own names."""
     while (inner := model._modules.get("_orig_mod")) is not None:
         model = inner
     return model
@@ -120,7 +120,7 @@ def uncompiled(model: nn.Module) -> nn.Module:
 
 def fitted(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
     """The same; or, where `weights` have different numbers for the names of one parameter, as they do after a cut that
-    unties it, a copy in which each name has a parameter of its own.
+    unties it, a copy in which each name has its own parameter.
     """
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -148,8 +148,8 @@ def digest_of(weights: Mapping[str, Tensor], names: Collection[str]) -> str:
 
 
 def renewed(module: nn.Module) -> Callable[[], nn.Module] | None:
-    """A function that makes a copy with weights drawn anew; None if a layer cannot draw its own (it has weights, but no
-    `reset_parameters`).
+    """A function that makes a copy with newly drawn weights; None if a layer cannot draw its own (it has weights, but
+    no `reset_parameters`).
     """
     if any(_holds(layer) and _reset_of(layer) is None for layer in module.modules()):
         return None
@@ -165,7 +165,7 @@ def renewed(module: nn.Module) -> Callable[[], nn.Module] | None:
 
 
 def _holds(layer: nn.Module) -> bool:
-    """Whether a layer has weights or a state of its own, not counting those of layers within it."""
+    """Whether a layer has its own weights or state, not counting those of layers inside it."""
     return any(t is not None for t in (*layer._parameters.values(), *layer._buffers.values()))
 
 

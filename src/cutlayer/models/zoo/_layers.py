@@ -1,4 +1,4 @@
-"""What the models of the zoo share. Shape legend: R rows of the batch, h x w one picture."""
+"""Common layers of the built-in models. Shape legend: R rows of the batch, h x w one picture."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ def conv_block(inputs: int, outputs: int, kernel: int = 3, pool: bool = False) -
 
 
 def picture_shape(model: str, shape: tuple[int, ...], smallest: int) -> tuple[int, int, int]:
-    """`shape` as (channels, height, width); ConfigError where it is not a picture of at least smallest x smallest."""
+    """`shape` as (channels, height, width). Raises ConfigError if it is not a picture of at least smallest x
+    smallest.
+    """
     if len(shape) != 3:
         raise ConfigError(
             f"model {model!r} takes pictures (channels, height, width), these samples have shape {shape}: use 'mlp', "
