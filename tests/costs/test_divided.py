@@ -14,8 +14,8 @@ from cutlayer.options import PlanConfig
 
 CLIENTS, BATCH, RANKS, SAMPLES = 7, 3, 2, 10
 AROUND = 2 * (RANKS - 1) / RANKS
-TOLD = (RANKS - 1) * 4 * 6 * 8
-"""Bytes of the six numbers about each client of the largest rank."""
+TOLD = AROUND * CLIENTS * 12
+"""Bytes of the clients' losses beside the gradient."""
 LOWER, UPPER = 4 * (6 * 5 + 5), 4 * (5 * 4 + 4)  # bytes of weights
 
 
@@ -42,7 +42,7 @@ def of(name: str, **options: object) -> PerRank:
         ("psl", TOLD + AROUND * UPPER, 0.0),
         ("sglr", TOLD + AROUND * (UPPER + BATCH * 20), 0.0),
         ("sfl", TOLD + AROUND * UPPER, AROUND * LOWER),
-        ("sflv1", TOLD, AROUND * (LOWER + UPPER)),
+        ("sflv1", (RANKS - 1) * 4 * 8, AROUND * (LOWER + UPPER)),
         ("gpsl", TOLD + AROUND * (UPPER + LOWER), 0.0),
     ],
 )
@@ -56,19 +56,25 @@ def test_sent(name: str, step: float, averaging: float) -> None:
 
 
 def test_sent_where_rows_are_gathered() -> None:
-    """Five numbers of each client, its rows of five floats, and their labels; server copies are on every rank."""
-    told, rows = (RANKS - 1) * 4 * 5 * 8, (RANKS - 1) * 4 * (20 + 8)
+    """Rows of five floats, and their labels; server copies are on every rank."""
+    rows = (RANKS - 1) * 4 * (20 + 8)
     for found in (of("sflv2"), of("smofi")):
-        assert found.step == found.gathering == told + BATCH * rows
-        assert found.epoch == 4 * told + SAMPLES * rows + AROUND * LOWER
+        assert found.step == found.gathering == BATCH * rows
+        assert found.epoch == SAMPLES * rows + AROUND * LOWER
     assert of("smofi").states == 4 * 4 * LOWER + 8 * 4 * UPPER
     assert of("psl").gathering == of("sflv2").step
 
 
 def test_gathered_rows_of_clients_with_tails() -> None:
-    """Labels stay; four numbers of each tail, and the gradients of four features of a row, go to the others."""
+    """Labels stay; the loss of each tail, and the gradients of four features of a row, go to the others."""
     (found,) = planned("usfl", model=lambda: nn.Sequential(*net(), nn.Linear(4, 4)), tail_cut="1").ranks
-    assert found.gathering == (RANKS - 1) * 4 * (9 * 8 + BATCH * (20 + 16))
+    assert found.gathering == (RANKS - 1) * 4 * (8 + BATCH * (20 + 16))
+
+
+def test_losses_go_by_themselves_where_no_gradient_goes() -> None:
+    """The server's part is frozen."""
+    found = of("psl", freeze="^1")
+    assert found.step == (RANKS - 1) * 4 * 8
 
 
 def test_sent_of_whole_models() -> None:

@@ -62,6 +62,13 @@ WIDE: dict[str, Case] = {
     "images": case("sgl", own="conv cut 2"),
     "codecs": case("sglr", up_codec="int8", down_codec="float16"),
     "codecs with tails": case("usglr", up_codec="float16", down_codec="int8"),
+    "compressed": case("sglr", up_codec="int8+zstd", down_codec="float16+zstd"),
+    "compressed with tails": case("usfl", up_codec="float16+zstd", down_codec="int8+zstd"),
+    "weighted and compressed": case("usglr", up_codec="int8+zstd", down_codec="int8+zstd", **UNLIKE),
+    "rows drawn, with tails": case("upsl", sampling="global"),
+    "rows drawn for copies": case("sflv1", sampling="proportional"),
+    "rows drawn for whole models": case("fl", sampling="global"),
+    "several epochs, whole models": case("fl", local_epochs=2),
     "a sparse codec": case("psl", up_codec="top-k:0.3"),
     "noise": case("sgl", defences=["noise"], clip=5.0, gaussian_noise=0.1),
     "noise, local": case("sgl", defences=["noise"], clip=5.0, gaussian_noise=0.1, engine="local"),
@@ -136,14 +143,13 @@ def test_who_has_left_the_ranks_has_the_machine_alone_again(few: Mapping[str, Ou
     [("noise", 4 * 8), ("sflv1, auto", None), ("gpsl, auto", 6 * 8 + 8 + 8 * 8 + 8)],
 )
 def test_what_a_rank_sends_in_a_step(name: str, own: int | None, few: Mapping[str, Outcome]) -> None:
-    """A ring's part of the server's gradient and of what is `own` to the algorithm: SplitAvg's common gradient, the sum
-    of the clients' gradients; SplitFed V1 sends nothing. Then the six numbers of each client, to the other rank.
+    """A ring's part of the server's gradient with the loss of each client, and of what is `own` to the algorithm:
+    SplitAvg's common gradient, the sum of the clients' gradients. SplitFed V1 sends the losses alone.
     """
-    server = 8 * CLASSES + CLASSES
+    server = 8 * CLASSES + CLASSES + len(SIZES)
     most = 3  # clients of a rank
-    ring = 0 if own is None else server + own
     sent = few[name].sent
-    assert sent[1] - sent[0] == 8 * (ring + most * 6)  # 2 (R - 1) / R = 1
+    assert sent[1] - sent[0] == 8 * (most if own is None else server + own)  # 2 (R - 1) / R = 1
 
 
 def sends_as_planned(case: Case, outcome: Outcome, ranks: int) -> None:

@@ -1,9 +1,9 @@
 """What each of several ranks holds and sends, if they share the clients of one run (see docs/distributed.md).
 
 R ranks have ceil(C / R) clients each, and a replica of the server's part. A sum over the ranks is a ring: each sends
-2 (R - 1) / R of its bytes. What all ranks need goes from each rank to the R - 1 others: numbers about each participant
-in every step, and rows if they are gathered. Left out is what ranks tell each other once in a round, at an evaluation
-or in a checkpoint.
+2 (R - 1) / R of its bytes. What all ranks need goes from each rank to the R - 1 others: the participants' losses, and
+rows if they are gathered. Losses go along with the server's gradient if that is summed. Left out is what ranks tell
+each other once in a round, at an evaluation or in a checkpoint, and about rows that are weighted or compressed.
 """
 
 from __future__ import annotations
@@ -20,11 +20,8 @@ from cutlayer.models.recomputed import Sides
 from cutlayer.traffic import Traffic
 from cutlayer.verbs import LEARN
 
-_NUMBER = 8  # bytes
-_SENT, _LOST, _FINISHED, _TAKEN = 3, 1, 4, 2
-"""Numbers about a participant: its rows, what they count, and bytes up; its loss; of its tail its loss, what its rows
-count, and bytes up and down; bytes down, its own and in common.
-"""
+_LOSS = 8  # bytes of a participant's loss in a message of its own
+_LOSS_ALONG = 12  # along with gradients in single precision, as three parts
 
 
 @dataclass(frozen=True)
@@ -87,21 +84,16 @@ def per_rank(
     if traffic.averaged and traits.server_copies and not gathered:  # else each rank has all copies
         averaging += around * server.moving
     # What a step sends, whatever its rows, and what it sends for each row of a batch: if rows stay, or are gathered.
-    apart = others * clients * _numbers(traffic) + around * traffic.summed
-    apart += 0 if traits.server_copies else around * server.trainable
-    together = others * clients * _numbers(traffic, gathered=True) + around * traffic.summed
+    along = server.trainable and not (traits.server_copies or traffic.tails)
+    apart = around * (traffic.summed + (0 if traits.server_copies else server.trainable))
+    apart += around * work.clients * _LOSS_ALONG if along else others * clients * _LOSS
+    together = around * traffic.summed + (others * clients * _LOSS if traffic.tails else 0)
     shared, moved = around * m.gradient if traffic.sharing else 0.0, others * clients * _row(m, work, traffic)
     fixed, per_row = (together, moved) if gathered else (apart, shared)
     steps = math.ceil(work.samples_per_client / work.batch)
     epoch = steps * fixed + work.samples_per_client * per_row + averaging
     step, gathering = fixed + work.batch * per_row, together + work.batch * moved
     return PerRank(name, clients, states, rows, step, gathering, averaging, epoch)
-
-
-def _numbers(traffic: Traffic, *, gathered: bool = False) -> int:
-    """Bytes of the numbers about a participant in a step. If rows are gathered, each rank computes all losses."""
-    losses = _FINISHED if traffic.tails else 0 if gathered else _LOST
-    return _NUMBER * (_SENT + losses + _TAKEN)
 
 
 def _row(m: Measured, work: Workload, traffic: Traffic) -> int:

@@ -7,6 +7,9 @@ All ranks run the same algorithm. A step's rows stay where they are if the algor
 Otherwise every rank gets the rows of all ranks, and computes the server's step itself. Client models are averaged as
 sum n_k w_k, summed over the ranks. States are those of a single process: rank 0 has the whole.
 
+Ranks tell each other as little as possible, since each message waits for the slowest. How many rows a client brings to
+a step, and what its rows take as bytes, each rank works out for the clients of all.
+
 Shape legend: R ranks, C clients of a step, c_r those of rank r.
 """
 
@@ -21,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from cutlayer.algorithms import Algorithm
-from cutlayer.cohort import Cohort, CohortAround, Crossed, Direction, Held, Predict, Summed
+from cutlayer.cohort import CohortAround, Crossed, Direction, Held, Predict, Summed
 from cutlayer.collective import World
 from cutlayer.data.samples import Samples
 from cutlayer.engine.choice import Chosen
@@ -34,8 +37,11 @@ from cutlayer.frozen import frozen_names
 from cutlayer.models import Parts
 from cutlayer.options import RunConfig
 from cutlayer.scoring import judged
+from cutlayer.stored import sized
 from cutlayer.types import CutGradients, Evaluation, Round, Rows, Smashed, Spread, Step, TailGradients, is_continuous
 from cutlayer.verbs import LEARN
+from cutlayer.wire.codecs import payload_bytes
+from cutlayer.wire.coded import CodedCohort
 
 State = Mapping[str, Tensor]
 
@@ -64,6 +70,12 @@ class Sharing:
         own = OwnClients.of(whole, found[world.rank], world.total)
         why = gathering(config, algorithm, chosen.split, example)
         return cls(world, whole, found, own, not why, why, chosen.ways.engine)
+
+    def by_rank(self, clients: Sequence[int]) -> list[tuple[int, ...]]:
+        """Those of `clients` that each rank has, in their order."""
+        who = np.asarray(clients, np.int64)
+        ranks = np.searchsorted([span.stop for span in self.spans], who, side="right")
+        return [tuple(who[ranks == rank].tolist()) for rank in range(len(self.spans))]
 
     @property
     def remark(self) -> str:
@@ -151,7 +163,7 @@ class SpreadCohort(CohortAround):
 
     def __init__(
         self,
-        inner: Cohort,
+        inner: CodedCohort,
         engine: Engine,
         sharing: Sharing,
         noted: list[Crossed],
@@ -160,20 +172,25 @@ class SpreadCohort(CohortAround):
     ) -> None:
         super().__init__(inner)
         self._engine, self._sharing, self._noted = engine, sharing, noted
+        self._coding, self._sends_back = inner.coding, inner.lower_trains
         self._world, self._whole, self._spans = sharing.world, sharing.whole, sharing.spans
         self._mine = sharing.spans[self._world.rank]
         self.crossed: list[Crossed] = []
         self._frozen = {name for part in split.all for name in frozen_names(part)}
         self._no_rows = tuple(r[:0].detach() for r in smashed_by(split.client, example[0]))
         self._no_labels = example[1][:0]
+        self._weighted = sharing.whole.task.weights(example[1]) is not None
         parts = [part for part in (split.client, split.tail) if part is not None]
         self._buffers = any(True for part in parts for _ in part.buffers())
         self._trains = any(p.requires_grad for part in parts for p in part.parameters())
         self._alike = self._whole.alike
         self._samples = [len(rows) for rows in self._whole.rows]
         self._masses = [mass for part in self._world.gathered(list(engine.masses)) for mass in part]
+        self._counts = np.array(self._samples, np.int64)
         self._quota = np.zeros(len(self._samples), np.int64)
+        self._drawn = np.zeros(len(self._samples), np.int64)  # batches of all clients so far
         self._asked: list[tuple[int, ...]] = []  # of the last forward pass, by rank
+        self._everybody: tuple[int, ...] = ()  # the same, rank by rank
         self._sizes: tuple[int, ...] = ()
 
     @property
@@ -215,26 +232,27 @@ class SpreadCohort(CohortAround):
         asked = self._willing(clients)
         if not asked:
             return Smashed((), torch.empty(0), (), ())
-        self._quota[list(asked)] -= 1
-        self._asked = [tuple(k for k in asked if k in span) for span in self._spans]
+        self._asked = self._sharing.by_rank(asked)
+        self._everybody = everybody = tuple(k for part in self._asked for k in part)
         mine = self._asked[self._world.rank]
+        self._sizes = sizes = self._drawn_by(everybody)
         sent = self.inner.forward(mine, labels=labels)
         if not mine:
             sent = self._nothing(labels)
-        table = self._told([sent.sizes, sent.masses, self._bytes("up", mine)])
-        sizes, counting, up = (table[:, i] for i in range(3))
-        everybody = self._everybody
-        self._sizes = tuple(int(size) for size in sizes)
-        self.crossed.append(Crossed("up", everybody, up.astype(np.int64)))
+        assert sent.sizes == self._here(sizes), "all ranks know what each client brings"
+        assert self._weighted or sent.weights is None, "all ranks know whether rows count alike"
+        up = self._bytes("up", sent.rows, everybody, sizes)
+        self.crossed.append(Crossed("up", everybody, up))
+        counting = sent.masses if labels and self._weighted and self._sharing.apart else None
         self._alike &= self._trains or not self._buffers or len(self._samples) == 1
         found = Spread(
             sent.rows,
             sent.labels,
             everybody,
-            self._sizes,
+            sizes,
             weights=sent.weights,
             mine=mine,
-            counting=tuple(counting.tolist()),
+            counting=sizes if counting is None else tuple(self._told([counting])[:, 0].tolist()),
             add=self._world.total,
         )
         return found if self._sharing.apart else self._all_of(found, labels)
@@ -253,11 +271,6 @@ class SpreadCohort(CohortAround):
         return Smashed(rows, y, found.clients, found.sizes, weights=weights)
 
     @property
-    def _everybody(self) -> tuple[int, ...]:
-        """The clients of the last forward pass, rank by rank."""
-        return tuple(k for part in self._asked for k in part)
-
-    @property
     def _row_counts(self) -> list[int]:
         """Rows of each rank in the last forward pass."""
         sizes = iter(self._sizes)
@@ -268,15 +281,43 @@ class SpreadCohort(CohortAround):
         own = np.array([np.asarray(column, np.float64) for column in columns]).reshape(len(columns), -1).T
         return self._world.joined(own, [len(part) for part in self._asked])
 
-    def _bytes(self, direction: Direction, clients: Sequence[int]) -> list[int]:
-        """Bytes that have crossed for each of `clients` on this rank; they are reset afterwards."""
-        found = dict.fromkeys(clients, 0)
-        for one in self._noted:
-            if one.direction == direction and not one.common:
-                for k, size in zip(one.clients, np.broadcast_to(one.counts, len(one.clients)).tolist(), strict=True):
-                    found[k] += size
+    def _drawn_by(self, clients: Sequence[int]) -> tuple[int, ...]:
+        """The rows of the next batches of `clients`, which draw them now."""
+        who, turns, batch = np.array(clients, np.int64), self._sharing.own.now.turns, self._whole.batch
+        at = self._drawn[who] % -(-self._counts[who] // batch) * batch
+        self._drawn[who] += 1
+        self._quota[who] -= 1
+        if turns is not None:
+            return tuple(turns.take(clients))
+        return tuple(np.minimum(batch, self._counts[who] - at).tolist())
+
+    def _here(self, values: Sequence[int]) -> tuple[int, ...]:
+        """Those of this rank's clients, out of those of all in the last forward pass."""
+        first = sum(map(len, self._asked[: self._world.rank]))
+        return tuple(values[first : first + len(self._asked[self._world.rank])])
+
+    def _bytes(self, direction: Direction, rows: Rows, clients: Sequence[int], sizes: Sequence[int]) -> np.ndarray:
+        """Bytes [C] that have crossed for each of `clients` with `sizes` [C] rows, which were shaped as `rows`; of
+        those that are here they are noted, and forgotten now. What zstd has written only they can say.
+        """
+        codec = self._coding.up if direction == "up" else self._coding.down
+        mine = [one for one in self._noted if one.direction == direction and not one.common]
         self._noted[:] = [one for one in self._noted if one.direction != direction or one.common]
-        return list(found.values())
+        if codec.zstd:
+            return self._written(mine, clients)
+        kinds, which = np.unique(np.array(sizes, np.int64), return_inverse=True)
+        each = [sum(payload_bytes(codec, (size, *r.shape[1:]), r.dtype) for r in rows) for size in kinds.tolist()]
+        return np.array(each, np.int64)[which]
+
+    def _written(self, mine: Sequence[Crossed], clients: Sequence[int]) -> np.ndarray:
+        """Bytes [C] of `clients`, of the last forward pass, of which each rank has noted those of its own."""
+        here = dict.fromkeys(self._asked[self._world.rank], 0)
+        for one in mine:
+            for k, size in zip(one.clients, np.broadcast_to(one.counts, len(one.clients)).tolist(), strict=True):
+                here[k] += size
+        table = self._told([list(here.values())])
+        everyones = dict(zip(self._everybody, table[:, 0].astype(np.int64).tolist(), strict=True))
+        return np.array([everyones[k] for k in clients], np.int64)
 
     def tail(self, features: Smashed) -> TailGradients:
         """Each rank's clients finish their rows."""
@@ -287,14 +328,15 @@ class SpreadCohort(CohortAround):
         if mine:
             tail = self.inner.tail(here)
             rows, losses, masses = tail.rows, tail.losses.double().cpu().numpy(), tail.masses or tail.sizes
-        table = self._told([losses, masses, self._bytes("up", mine), self._bytes("down", mine)])
-        self.crossed.append(Crossed("down", self._everybody, table[:, 3].astype(np.int64)))
-        self.crossed.append(Crossed("up", self._everybody, table[:, 2].astype(np.int64)))
+        table = self._told([losses, masses] if self._weighted else [losses])
+        down = self._bytes("down", here.rows, self._everybody, self._sizes)
+        up = self._bytes("up", rows, self._everybody, self._sizes)
+        self.crossed += [Crossed("down", self._everybody, down), Crossed("up", self._everybody, up)]
         if not self._sharing.apart:
             rows = tuple(self._world.rows(r, self._row_counts) for r in rows)
         own = torch.from_numpy(table[:, 0].copy()).to(rows[0])
-        masses = tuple(table[:, 1].tolist())
-        return TailGradients(rows, own, self._everybody, self._sizes, masses=masses)
+        everyones = tuple(table[:, 1].tolist()) if self._weighted else self._sizes
+        return TailGradients(rows, own, self._everybody, self._sizes, masses=everyones)
 
     def _part_of(self, smashed: Smashed, clients: Sequence[int]) -> Smashed:
         """The rows of some clients, out of those of all."""
@@ -330,20 +372,30 @@ class SpreadCohort(CohortAround):
 
     def _note_down(self, gradients: CutGradients) -> None:
         """The gradients that went down to all clients; a common gradient is the same on all ranks."""
-        mine = self._asked[self._world.rank]
-        common = max([int(np.max(one.counts)) for one in self._noted if one.common], default=0)
-        table = self._told([self._bytes("down", mine), [common] * len(mine)])
+        if not self._trains:
+            return
+        own = gradients.own if self._sends_back else ()
+        down = self._bytes("down", own, gradients.clients, gradients.sizes)
+        self.crossed.append(Crossed("down", gradients.clients, down))
+        if gradients.active:
+            self.crossed.append(Crossed("down", gradients.active, self._common_bytes(gradients), common=True))
+
+    def _common_bytes(self, gradients: CutGradients) -> int:
+        """Bytes of the common gradient, once."""
+        codec, noted = self._coding.down, max((int(np.max(one.counts)) for one in self._noted if one.common), default=0)
         self._noted.clear()
-        down = dict(zip(self._everybody, table[:, 0].astype(np.int64).tolist(), strict=True))
-        if down and self._trains:
-            counts = np.array([down[k] for k in gradients.clients], np.int64)
-            self.crossed.append(Crossed("down", gradients.clients, counts))
-            if gradients.active:
-                self.crossed.append(Crossed("down", gradients.active, int(table[:, 1].max()), common=True))
+        if not self._sends_back:
+            return 0
+        if codec.zstd:
+            return max(self._world.gathered(noted))
+        return sum(payload_bytes(codec, r.shape, r.dtype) for r in gradients.common)
 
     def fit(self) -> list[Step]:
         """Each rank's participants train; one record per local step, over the clients of all ranks."""
-        steps = self.inner.fit() if self._ours(self._sharing.own.now.participants) else []
+        everybody = list(self._sharing.own.now.participants)
+        self._drawn[everybody] += self._quota[everybody]
+        self._quota[everybody] = 0
+        steps = self.inner.fit() if self._ours(everybody) else []
         plain = [(s.clients, s.means.tolist(), s.samples, s.samples if s.mass is None else s.mass) for s in steps]
         parts = self._world.gathered(plain)
         self._alike = len(self._samples) == 1
@@ -400,6 +452,7 @@ class SpreadCohort(CohortAround):
         """Take this rank's part of a state that `state()` returned, or that of a single process."""
         part, self._alike = own_state(state, self._mine)
         self.inner.load(part)
+        self._drawn[:] = drawn_of(state, len(self._samples))
 
 
 def _joined(parts: Sequence[tuple[tuple[int, ...], list[float], int, float]]) -> Step:
@@ -454,6 +507,15 @@ def own_state(state: Mapping[str, Any], mine: range) -> tuple[dict[str, Any], bo
     if "stack" in state:
         found["stack"] = own_stack(state["stack"], mine)
     return found, bool(state.get("alike"))
+
+
+def drawn_of(state: Mapping[str, Any], clients: int) -> Sequence[int]:
+    """The batches that each client has drawn, out of such a state. Raises MalformedError."""
+    while "inner" in state:
+        state = state["inner"]
+    sized(state["drawn"], clients, "drawn")
+    drawn: Sequence[int] = state["drawn"]
+    return drawn
 
 
 def whole_stack(stacks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

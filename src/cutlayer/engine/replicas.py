@@ -2,7 +2,8 @@
 
     loss_r = sum of the rank's row losses / n, n = weight of all rows of the step; gradients are summed over ranks
 
-Copies for clients (SplitFed V1, V3) are on the ranks of their clients; their average is summed over the ranks.
+The clients' losses, which all ranks report, go along with the gradients, in one message. Copies for clients (SplitFed
+V1, V3) are on the ranks of their clients; their average is summed over the ranks.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ class DataParallel(Server):
     _sharing: Sharing
     _example: Rows
     _total = 1.0  # total weight of the step's rows
+    _step: Smashed | None = None  # whose losses go along with the gradients
+    _losses_here = torch.empty(0)  # the mean losses [c_r] of its clients that are here
+    _heard: tuple[Tensor, ...] = ()  # those of all its clients [C], once they are known
 
     def share_by(self, sharing: Sharing, example: Rows) -> None:
         """Be a replica on one of the ranks."""
@@ -43,20 +47,29 @@ class DataParallel(Server):
 
     def step(self, smashed: Smashed, factor: float = 1.0, loss: RowLoss | None = None) -> ServerStep:
         """One loss over the rows of all ranks, and one step; the gradient is of the rows on this rank."""
-        self._total = sum(smashed.masses) or 1.0
-        losses, gradient = self._through(smashed.here, loss, factor)
-        own = client_means(losses, smashed.here.sizes, smashed.weights) if len(losses) else losses
-        return ServerStep(self._everyones(own, smashed), gradient, self._rate(factor))
+        own, gradient = self._together(smashed, loss, factor)
+        return ServerStep(own, gradient, self._rate(factor))
 
     def gradients(
         self, smashed: Smashed, loss: RowLoss | None = None, *, running_statistics: bool = False
     ) -> ServerStep:
         """The same without a step."""
-        self._total = sum(smashed.masses) or 1.0
         self._pending = None
-        losses, gradient = self._through(smashed.here, loss, None, evaluating=running_statistics)
-        own = client_means(losses, smashed.here.sizes, smashed.weights) if len(losses) else losses
-        return ServerStep(self._everyones(own, smashed), gradient, 0.0)
+        own, gradient = self._together(smashed, loss, None, evaluating=running_statistics)
+        return ServerStep(own, gradient, 0.0)
+
+    def _together(
+        self, smashed: Smashed, loss: RowLoss | None, factor: float | None, *, evaluating: bool = False
+    ) -> tuple[Tensor, Rows]:
+        """(mean losses [1 + C] of the clients of all ranks, gradients of the rows that are here)."""
+        self._open(smashed)
+        try:
+            _, gradient = self._through(smashed.here, loss, factor, evaluating=evaluating)
+        finally:
+            self._step = None
+        if not self._heard:  # nothing of the server's is trained now
+            return self._told(self._losses_here, smashed), gradient
+        return means_of_clients(self._heard[0], smashed.masses), gradient
 
     def step_on(self, rows: Rows, labels: Tensor, factor: float = 1.0, loss: RowLoss | None = None) -> Tensor:
         """Raises ConfigError: generated rows are not divided among ranks."""
@@ -72,14 +85,23 @@ class DataParallel(Server):
             "another: leave that out of its registration"
         )
 
-    def _everyones(self, own: Tensor, smashed: Smashed) -> Tensor:
-        """The mean losses [1 + C] from those of this rank's clients."""
-        counts = [sum(k in span for k in smashed.clients) for span in self._sharing.spans]
-        table = self._world.joined(own.detach().double().cpu().numpy().reshape(-1, 1), counts)
+    def _open(self, smashed: Smashed) -> None:
+        self._total, self._step = sum(smashed.masses) or 1.0, smashed
+        self._losses_here, self._heard = torch.empty(0), ()
+
+    def _told(self, own: Tensor, smashed: Smashed) -> Tensor:
+        """The mean losses [1 + C] from those of the clients that are here, in a message of their own."""
+        table = self._world.joined(own.double().cpu().numpy().reshape(-1, 1), self._present(smashed))
         return means_of_clients(torch.from_numpy(table[:, 0].copy()), smashed.masses)
 
+    def _present(self, smashed: Smashed) -> list[int]:
+        """How many clients of the step each rank has."""
+        return [len(part) for part in self._sharing.by_rank(smashed.clients)]
+
     def _mean(self, losses: Tensor, smashed: Smashed) -> Tensor:
-        """This rank's part of the loss."""
+        """This rank's part of the loss. The server's own, which is reported, comes first."""
+        if self._step is not None and not len(self._losses_here):
+            self._losses_here = client_means(losses.detach(), smashed.sizes, smashed.weights)
         if smashed.weights is None:
             return losses.sum() / self._total
         return (losses * smashed.weights.to(losses.dtype)).sum() / self._total
@@ -103,12 +125,24 @@ class DataParallel(Server):
         return outputs
 
     def _share(self) -> None:
-        """The gradient of the loss over all rows."""
+        """The gradient of the loss over all rows, and the losses of all clients."""
         trained = [p for p in self._weights if p.requires_grad]
         for p in trained:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-        self._world.total([p.grad for p in trained if p.grad is not None])
+        gradients = [p.grad for p in trained if p.grad is not None]
+        losses = [] if self._step is None else [self._packed(self._step, gradients[0])]
+        self._world.total([*gradients, *losses])
+        if losses:
+            self._heard = (unpacked(losses[0]).cpu(),)
+
+    def _packed(self, smashed: Smashed, like: Tensor) -> Tensor:
+        """The losses of the clients that are here, zeros for others: their sum over the ranks has the losses of all."""
+        present, own = self._present(smashed), self._losses_here
+        first = sum(present[: self._world.rank])
+        losses = torch.zeros(sum(present), dtype=torch.float64, device=like.device)
+        losses[first : first + len(own)] = own
+        return packed(losses, like.dtype)
 
     def backward(self, smashed: Smashed, tail: TailGradients, factor: float = 1.0) -> ServerStep:
         """U-shaped split: as a single server does, with this rank's rows."""
@@ -139,7 +173,7 @@ class DataParallel(Server):
             own, gradient = step.means[1:], step.gradient
         else:
             own, gradient = torch.empty(0), tuple(r for r in here.rows if r.is_floating_point())
-        return ServerStep(self._everyones(own, smashed), gradient, self._rate(1.0))
+        return ServerStep(self._told(own, smashed), gradient, self._rate(1.0))
 
     @contextmanager
     def _blamed(self) -> Iterator[None]:
@@ -190,6 +224,24 @@ class DataParallel(Server):
         copies = state.get("copies")
         own = {k: copy for k, copy in copies.items() if k in mine} if isinstance(copies, dict) else copies
         super().load({**state, "copies": own})
+
+
+def packed(numbers: Tensor, dtype: torch.dtype) -> Tensor:
+    """Doubles [n] as tensors of gradients are, exactly: [n], or in single precision three parts of each, [3, n]. With
+    zeros in the place of all but one, they can be added up. (Doubles beyond single precision's range become infinite.)
+    """
+    if dtype != torch.float32:
+        return numbers
+    parts, rest = [], numbers
+    for _ in range(3):  # of 24 bits; a double has 53
+        parts.append(rest.float())
+        rest = torch.where(parts[-1].isfinite(), rest - parts[-1].double(), 0.0)
+    return torch.stack(parts)
+
+
+def unpacked(parts: Tensor) -> Tensor:
+    """What was `packed`: [n]."""
+    return parts if parts.dim() == 1 else parts.double().sum(0)
 
 
 class ReplicaServer(DataParallel, Server):
