@@ -40,7 +40,7 @@ from cutlayer.run import Record
 MARK = "<!-- ranks -->"
 EPOCH = 20  # batches that a client has
 IMAGE = (1, 28, 28)
-NUMBERS = 6  # of each client that all ranks hear of: rows and what they count, loss, bytes up and down (own, common)
+LOSS, LOSS_ALONG = 8, 12  # bytes of a client's loss: in a message of its own, along with a gradient
 
 
 class Pair(NamedTuple):
@@ -115,9 +115,10 @@ def formula(run: Run, options: argparse.Namespace) -> float:
     traits, ring = training.algorithm.traits, 2 * (ranks - 1) / ranks
     if traits.whole:
         return 0.0
+    losses = (ranks - 1) * most * LOSS if traits.server_copies else ring * options.clients * LOSS_ALONG
     server = 0 if traits.server_copies else gradient_bytes(training.parts.server)
     common = options.batch * training.epoch.gradient if hasattr(training.algorithm, "split_average") else 0
-    return ring * (server + common) + (ranks - 1) * most * NUMBERS * 8
+    return ring * (server + common) + losses
 
 
 def work(rank: int, options: argparse.Namespace, store: str, pipe: Any) -> None:

@@ -17,10 +17,12 @@ from cutlayer import RunConfig, build, plugins
 from cutlayer.allocator import sharing
 from cutlayer.collective import World
 from cutlayer.costs.plan import plan
-from cutlayer.engine.distributed import refuse
+from cutlayer.engine.distributed import drawn_of, refuse
+from cutlayer.engine.replicas import packed, unpacked
 from cutlayer.engine.shares import spans
 from cutlayer.errors import ConfigError
 from cutlayer.options import PlanConfig
+from cutlayer.stored import MalformedError
 
 CLOSE = 1e-10
 SPREAD = [name for name in ALGORITHMS if plugins.find("algorithm", name).facts["spreads"]]
@@ -261,6 +263,23 @@ def test_it_is_refused_before_anything_is_read(options: dict[str, Any], monkeypa
     config = RunConfig(**{"algorithm": "psl", "data": "there-is-none", **options})
     with pytest.raises(ConfigError, match="2 ranks"):
         build._assembled(config, None, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_losses_go_along_with_gradients_exactly(dtype: torch.dtype) -> None:
+    """Also next to those of other ranks, for which there are zeros."""
+    own = torch.tensor([1 / 3, 1e-20, -2.5, 1e30, float("inf")], dtype=torch.float64)
+    here, there = packed(torch.cat([own, torch.zeros(2)]), dtype), packed(torch.cat([torch.zeros(5), own[:2]]), dtype)
+    assert here.dtype == there.dtype == dtype
+    assert torch.equal(unpacked(here + there), torch.cat([own, own[:2]]))
+    assert unpacked(packed(torch.tensor([float("nan")], dtype=torch.float64), dtype)).isnan().all()
+
+
+def test_clients_drawn_batches_are_checked_and_found() -> None:
+    """Whatever is wrapped around the cohort that has drawn them."""
+    assert drawn_of({"inner": {"inner": {"drawn": [1, 2]}}}, 2) == [1, 2]
+    with pytest.raises(MalformedError, match="drawn"):
+        drawn_of({"drawn": [1, 2]}, 3)
 
 
 def test_an_algorithm_that_does_not_say_how_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
