@@ -201,7 +201,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
         "sgl": case("sgl", own="norm below", client_optimizer_options={"momentum": 0.9}, client_lr=0.01),
         "local": case("sglr", engine="local", participation=0.4, client_optimizer="adam", client_lr=0.01),
         "v1": case("sflv1", client_optimizer="adam", server_optimizer="adam", client_lr=0.01, own="dropping"),
-        "within epochs": case("sflv1", local_steps=1, client_lr=0.01),
+        "within epochs": case("sflv1", local_steps=2, client_optimizer="adam", client_lr=0.01),
         "tails": case("usfl", client_optimizer="adam", client_lr=0.01),
         "cycle": case("cyclesfl", server_optimizer="adam", client_lr=0.01),
         "whole": case("fl", client_optimizer="adam", client_lr=0.01, local_steps=2),
