@@ -1,4 +1,4 @@
-"""The command line. Heavy imports happen inside the commands: `--help` and `list` answer at once."""
+"""The command line. Heavy imports are inside the commands, so `--help` and `list` answer at once."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ def application(own: Sequence[Entry] = (), *, wide: bool = False) -> App:
 
 
 def main() -> NoReturn:
-    """Run the command line: one clear sentence on stderr and an exit code for everything that goes wrong."""
+    """Run the command line. Every error gives one clear sentence on stderr and an exit code."""
     keep_memory()
     os.environ.pop("MPLBACKEND", None)  # a notebook's, which may not be installed here: pictures are drawn off screen
     warnings.showwarning = show_warning
-    for stream in (sys.stdout, sys.stderr):  # a terminal without Unicode shows ? where it lacks a character
+    for stream in (sys.stdout, sys.stderr):  # a terminal without Unicode shows ? for missing characters
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     words, own, missing = [word for word in sys.argv[1:] if word != DEBUG], list[Entry](), list[CutlayerError]()
@@ -67,7 +67,7 @@ def main() -> NoReturn:
     except CycloptsError as error:
         if said_elsewhere(error, words):
             sys.exit(2)
-        # A thing that cannot be found has no flags: then they are not what is wrong.
+        # A thing that cannot be found has no flags, so the flags are not the error.
         fail(str(missing[0]) if missing else _flag_sentence(error, own), 2)
     except CutlayerError as error:
         if said_elsewhere(error, words):
@@ -104,8 +104,8 @@ def _flag_sentence(error: CycloptsError, own: Sequence[Entry]) -> str:
 
 
 def _elsewhere(error: UnknownOptionError, own: Sequence[Entry]) -> str:
-    """The sentence for a flag that has another name here, is a parameter but no option of the user's `own` things, or
-    belongs to an installed thing that is not chosen.
+    """The sentence for a flag that has another name here, that is a parameter but not an option of the user's `own`
+    things, or that belongs to an installed thing that is not chosen.
     """
     flag = (error.token.keyword or error.token.value or "").partition("=")[0]
     name = flag.removeprefix("--").replace("-", "_")

@@ -22,7 +22,7 @@ Exit codes: 0 done, 1 training failed, 2 wrong input (nothing was written), 3 di
 command may succeed later), 130 interrupted. After 3 and 130, `cutlayer resume` continues the run. `--debug` shows the
 traceback of an error, for example one in your own code.
 """
-# Markup is off: square brackets in names, paths and sentences of others are text.
+# Markup is off: square brackets in names, paths and others' messages are text.
 out = Console(markup=False)
 err = Console(stderr=True, markup=False)
 

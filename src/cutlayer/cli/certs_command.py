@@ -88,7 +88,7 @@ def _check_roles(
 
 
 def _check_alone(show: Path, *others: object, other_than_default: bool) -> None:
-    """Raises ConfigError for options beside `show`, which makes nothing."""
+    """Raises ConfigError for other options together with `show`, which creates nothing."""
     if other_than_default or any(other is not None and other is not False for other in others):
         raise ConfigError(f"show = {str(show)!r} only prints a certificate: leave out the options that create one")
 

@@ -1,7 +1,7 @@
-"""Flags, derived: from the options that all runs have, and from those of everything that can be chosen.
+"""Flags, derived from the options of all runs, and from those of everything that can be chosen.
 
-A thing of this package or of an installed one is known before anything is parsed; a thing of the user's own is looked
-for among the words of the command line and in the file that `--config` names, so that its options are flags too.
+Things of this package or of installed ones are known before parsing. The user's own things are searched for in the
+words of the command line and in the file of `--config`, so that their options are flags, too.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ from cutlayer.plugins import Entry
 _STAR = Parameter(name="*")
 OWN = "Options of single algorithms"
 _GROUPS = {name or OWN: Group(name or OWN, sort_key=i) for i, name in enumerate(GROUPS)}
-# Which options name things, of which kind; several things of a kind can be named.
+# The options that name things, with their kinds; several things of a kind can be named.
 _NAMING = {option: kind for option, kind in NAMING.items() if plugins.KINDS[kind].flat}
-# What people need first: with it alone a first study can be made. `--help` shows these, `--help-all` all of them.
+# The options for a first study. `--help` shows these, `--help-all` all of them.
 FIRST = {"algorithm", "algorithms", "seed", "seeds", "data", "clients", "partition", "dirichlet_alpha", "participation"}
 FIRST |= {"model", "cut", "epochs", "batch", "client_optimizer", "client_lr", "server_lr", "device"}
 _PLACES = {"algorithm": OWN, "partition": CLIENTS, "schedule": TRAINING, "model": MODEL, "data": DATA, "format": DATA}
@@ -64,7 +64,7 @@ _PREFIXES = {
 
 @dataclass(frozen=True)
 class Command:
-    """A command: its function, and whose fields the flags of its parameters in `flags` are made of."""
+    """A command: its function, and the classes whose fields become the flags of its parameters in `flags`."""
 
     function: FunctionType
     sort_key: int
@@ -73,7 +73,7 @@ class Command:
 
     def add_to(self, app: App, own: Sequence[Entry], *, wide: bool = False) -> None:
         """Make it a command of `app`, with the options of the user's `own` things among its flags; its help shows all
-        of them if it is `wide`, else those that are needed first and the user's own.
+        of them if it is `wide`, otherwise the most important ones and the user's own.
         """
         f = self.function
         made = FunctionType(f.__code__, f.__globals__, f.__name__, f.__defaults__, f.__closure__)
@@ -94,7 +94,7 @@ COMMANDS: list[Command] = []
 def command(
     sort_key: int, name: str | None = None, **flags: type[BaseModel]
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Registers a function as a command. A parameter named in `flags` gets a model of what was given as flags."""
+    """Registers a function as a command. A parameter named in `flags` gets a model of the given flags."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         assert isinstance(function, FunctionType), "commands are plain functions"
@@ -105,8 +105,8 @@ def command(
 
 
 def flags_of(config: type[BaseModel], own: Sequence[Entry] = (), *, wide: bool = True) -> type[BaseModel]:
-    """A model of all flags of a command: the fields of `config`, and the options of what it can choose. Unless it is
-    `wide`, help does not show them all.
+    """A model of all flags of a command: the fields of `config`, and the options of everything that it can choose.
+    Unless it is `wide`, help does not show all of them.
     """
     return _model_of(config, tuple(own), wide or not issubclass(config, CommonConfig))
 
@@ -142,7 +142,7 @@ def _model_of(config: type[BaseModel], own: tuple[Entry, ...], wide: bool) -> ty
 
 
 def _options(config: type[BaseModel], own: Sequence[Entry]) -> dict[str, tuple[plugins.Option, list[Entry]]]:
-    """Every option of what can be chosen, with those that have it."""
+    """Every option of everything that can be chosen, with the things that have it."""
     kinds: tuple[str, ...] = getattr(config, "kinds", ())
     found: dict[str, tuple[plugins.Option, list[Entry]]] = {}
     for entry in (*_listed(kinds), *(e for e in own if e.kind in kinds)):
@@ -172,12 +172,12 @@ def _flag(annotation: Any, group: str, shown: bool) -> Any:
 
 
 def _lowered(word: Any) -> Any:
-    """Words to choose from are in lower case, whatever the spelling."""
+    """Choices are converted to lower case."""
     return word.lower() if isinstance(word, str) else word
 
 
 def _typed(options: Any) -> Any:
-    """Options given as flags are texts: those that say true, 0.9 or [0.9, 0.99] become that."""
+    """Options given as flags are texts: those with true, 0.9 or [0.9, 0.99] become these values."""
     if not isinstance(options, Mapping):
         return options
     return {name: _value(v) if isinstance(v, str) else _typed(v) for name, v in options.items()}
@@ -193,8 +193,8 @@ def _value(text: str) -> Any:
 
 
 def own_things(words: Sequence[str]) -> tuple[list[Entry], list[CutlayerError]]:
-    """The user's own things that a command line names, itself or in its configuration file; and why those that cannot
-    be found cannot, which is left to the command to say.
+    """The user's own things that a command line names, directly or in its configuration file; and the reasons for those
+    that cannot be found, which the command reports.
     """
     found: dict[tuple[str, str], None] = {}
     for option, values in _named(words):

@@ -1,4 +1,4 @@
-"""A command that `torchrun` or `srun` has started several times: its processes train together, and rank 0 speaks."""
+"""A command that `torchrun` or `srun` has started several times: its processes train together, and rank 0 prints."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from cutlayer.cli.merging import check_positive
 from cutlayer.collective import TIMEOUT, Place, World, is_known, joined, place, world
 from cutlayer.errors import ConfigError, CutlayerError, LostRankError
 
-TOGETHER = (["run"], ["compare"], ["resume"])  # the commands that ranks do together
+TOGETHER = (["run"], ["compare"], ["resume"])  # the commands that ranks run together
 
 
 @contextmanager
 def launched(timeout: float | None = None) -> Iterator[World]:
-    """Be one of the ranks meanwhile, if there are several: then one that does not answer for `timeout` seconds counts
-    as lost. Ranks after the first print errors of their own alone. Raises ConfigError for a timeout that is not
-    possible.
+    """Inside, be one of the ranks, if there are several. A rank that does not answer for `timeout` seconds counts as
+    lost. Ranks after the first only print their own errors. Raises ConfigError for a timeout that is not possible.
     """
     where = place()
     check_positive(rank_timeout=timeout)
@@ -39,7 +38,7 @@ def launched(timeout: float | None = None) -> Iterator[World]:
     with joined(where, timeout=timeout or TIMEOUT) as ranks:
         try:
             yield ranks
-        finally:  # what there is to say has been said
+        finally:  # the error was already printed
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
@@ -57,7 +56,7 @@ def _ended(where: Place) -> NoReturn:
 
 
 def said_elsewhere(error: Exception, words: Sequence[str]) -> bool:
-    """Whether it is rank 0 that says this error of a command line, because all ranks have it."""
+    """Whether rank 0 reports this error of a command line, because all ranks have it."""
     try:
         where = place()
     except ConfigError:

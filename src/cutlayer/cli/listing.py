@@ -1,4 +1,4 @@
-"""`list`: what there is to choose from."""
+"""`list`: everything that can be chosen."""
 
 from __future__ import annotations
 

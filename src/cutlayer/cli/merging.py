@@ -1,4 +1,4 @@
-"""From a file and flags to one checked configuration, and the checks that several commands share."""
+"""Merges a file and flags into one checked configuration, and has the checks that several commands share."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def run_config(options: BaseModel | None, config: Path | None) -> RunConfig:
 
 
 def fault_config(flags: BaseModel | None, config: Path | None) -> FaultConfig:
-    """What is done about faults: the file's table [faults] with the flags over it. Raises ConfigError."""
+    """The policy for faults: the file's table [faults] with the flags over it. Raises ConfigError."""
     return FaultConfig.of(_table("faults", "deadline = 30", flags, config))
 
 
 def budget_config(flags: BaseModel | None, config: Path | None) -> BudgetConfig:
-    """What a server may ask of a client: the file's table [budget] with the flags over it. Raises ConfigError."""
+    """The limits for a server's requests: the file's table [budget] with the flags over it. Raises ConfigError."""
     return BudgetConfig.of(_table("budget", "max_rounds = 30", flags, config))
 
 

@@ -93,7 +93,7 @@ def serve(
     _check_keepalive(keepalive)
     show_log(log)
     security = ServerSecurity(certificate, key, ca, tokens, deny)
-    security.open(listen)  # says what is wrong before a folder is made
+    security.open(listen)  # reports errors before a folder is made
     limits = _limits(message_limit)
     serving = Serving(listen, security, fault_config(faults, config), prometheus, keepalive, limits)
     where = out or Path("runs") / f"serve-{label(merged.algorithm)}-{Path(merged.data).stem}"
@@ -234,7 +234,7 @@ def _check_network(insecure: bool, **files: Path | None) -> None:
 
 
 def _check_shared(clients: int, own_data: str | None, identity: Path | None) -> None:
-    """Raises ConfigError for what several clients in one process cannot share."""
+    """Raises ConfigError for options that several clients in one process cannot share."""
     if identity is not None:
         raise ConfigError(f"{clients} clients cannot share one certificate or token: start one process for each")
     if own_data is not None:

@@ -1,4 +1,4 @@
-"""`plan` and `calibrate`: what training would cost, and how fast this machine is."""
+"""`plan` and `calibrate`: the costs of training, and the speed of this machine."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from cutlayer.text import plain, plain_lines
 
 
 def say(what: str) -> None:
-    """Print a line, or lines; what they quote drives no terminal."""
+    """Print a line, or lines; quoted text cannot control the terminal."""
     out.print(plain_lines(what), highlight=False, soft_wrap=True)
 
 
@@ -25,7 +25,7 @@ def print_exactly(text: str) -> None:
 
 
 def print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
-    """Print a table whose cells are folded where the terminal is narrow."""
+    """Print a table whose cells are folded if the terminal is narrow."""
     table = Table(title=title, title_justify="left", show_lines=False)
     for column in columns:
         table.add_column(column, overflow="fold")
@@ -35,7 +35,7 @@ def print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]
 
 
 def wide(width: int) -> Console:
-    """A console for tables. Where the output is piped or logged it has this width, so that no number is cut off."""
+    """A console for tables. If the output is piped or logged, it has this width, so that no number is cut off."""
     return out if out.is_terminal else Console(width=width, markup=False)
 
 

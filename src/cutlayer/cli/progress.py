@@ -1,4 +1,4 @@
-"""Live progress of training, and what Ctrl-C says."""
+"""Live progress of training, and the message after Ctrl-C."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class Monitor:
 
     @property
     def _left(self) -> str:
-        """The time that is left for all runs, as far as that can be told."""
+        """The remaining time for all runs, as far as it can be estimated."""
         made = sum(
             w * (self._reached[n] - self._began.get(n, 0.0)) for n, w in self._weights.items() if n in self._reached
         )
@@ -124,7 +124,7 @@ class Monitor:
 
 
 def _line(text: str) -> None:
-    """A line of progress, with the time of day, where no terminal shows bars: it goes into the log of a batch job."""
+    """A line of progress, with the time of day, if there is no terminal for bars: for the log of a batch job."""
     if not out.is_terminal:
         out.print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", highlight=False, soft_wrap=True)
 
@@ -136,7 +136,7 @@ def _score(standing: Standing) -> str:
 
 
 def _times(standing: Standing) -> str:
-    """How long training and evaluation have taken and, as far as that tells, what is left."""
+    """The time of training and evaluation so far, and an estimate of the remaining time."""
     assert standing.latest is not None
     done, spent = standing.latest.round, standing.seconds + standing.evaluating
     text = f" ({format_duration(spent)}, evaluation {format_duration(standing.evaluating)}"

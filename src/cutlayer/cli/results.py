@@ -1,4 +1,4 @@
-"""What `run`, `compare` and `serve` print and write at their end."""
+"""The output of `run`, `compare` and `serve` at their end."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cutlayer.cli.printing import say, wide
 from cutlayer.text import attacked, format_bytes, format_figure, spoken, with_unit
 
 _ROWS = {"global": "all test rows", "own": "its own test rows"}
-_FEW, _ENDS = 12, 5  # so many clients are all shown; else so many at either end
+_FEW, _ENDS = 12, 5  # up to this number, all clients are shown; otherwise this many at either end
 
 if TYPE_CHECKING:
     from cutlayer.compare import Row
@@ -29,24 +29,24 @@ if TYPE_CHECKING:
 
 
 def tell_of_data(source: Source) -> None:
-    """Print the line that says what was read, used and left out."""
+    """Print the line about the data that were read, used and left out."""
     if source.account:
         say(f"Data: {source.account}")
 
 
 def tell(remarks: Iterable[str]) -> None:
-    """Print what was read, and what of evaluation was chosen, a line each."""
+    """Print the line about the data, and the choices for evaluation, a line each."""
     for remark in remarks:
         say(remark)
 
 
 def print_clients(run: Run) -> None:
-    """Print how the clients' models did at the end: all if they are few, else the best and the worst."""
+    """Print the final scores of the clients' models: all if they are few, otherwise the best and the worst."""
     from cutlayer.scoring import fairness
 
     task, called = run.training.task, run.client_names
     found = {where: _defined(evaluation, task.leading) for where, evaluation in run.by_client.items()}
-    own = len(found.get("own", {})) > 1  # figures that were asked for, also where they are equal
+    own = len(found.get("own", {})) > 1  # requested figures, even if they are equal
     found = {where: scores for where, scores in found.items() if own or len(set(scores.values())) > 1}
     if not found:  # one model, or models that are known to be equal
         return
@@ -82,7 +82,7 @@ def print_clients(run: Run) -> None:
 
 
 def print_metrics(run: Run) -> None:
-    """Print what else was measured at the end, if it is one number: what a score has to be compared with."""
+    """Print the other final measurements that are single numbers, for comparison with the score."""
     assert run.result is not None
     task, scores = run.training.task, run.result.test
     known = [name for name, metric in task.all_metrics.items() if name in scores and not metric.several]
@@ -97,12 +97,12 @@ def print_metrics(run: Run) -> None:
 
 
 def _defined(evaluation: Evaluation | None, metric: str) -> dict[int, float]:
-    """Each client's score, where it is defined."""
+    """Each client's score, if it is defined."""
     return {} if evaluation is None else {k: s for k, s in evaluation.each(metric).items() if s is not None}
 
 
 def print_result(result: Result) -> None:
-    """Print what a run has reached and what it cost."""
+    """Print the result of a run and its costs."""
     title = attacked(plugins.find("algorithm", result.algorithm).title, result.attack)
     line = Text.assemble(
         "\n",
@@ -237,12 +237,12 @@ def print_tuning(tuned: Tuned | None, rows: Iterable[Row]) -> None:
 
 
 def _figure(mean: float | None, std: float | None, row: Row, named: bool) -> str:
-    """A score, with its metric where rows differ in it."""
+    """A score, with its metric if rows differ in it."""
     return f"{with_unit(row.metric, share=row.share)} " * named + format_figure(mean, std, share=row.share)
 
 
 def _print_differences(report: Report, wanted: Wanted) -> None:
-    """Print how the entries of a comparison differ from the baseline, if two seeds or more say it."""
+    """Print the differences between the entries of a comparison and the baseline, if there are at least two seeds."""
     from cutlayer.report.differences import as_text, differences
 
     found = differences(report, wanted.baseline, correction=wanted.correction, wanted=wanted.difference)

@@ -1,4 +1,4 @@
-"""`export` and `predict`: what a run leaves behind, and what it says of new rows."""
+"""`export` and `predict`: the trained model of a run, and its predictions for new rows."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def _with_model(trained: TrainedModel, model: str | None) -> TrainedModel:
 
 
 def _which(trained: TrainedModel, client: str | None, *, best: bool) -> str:
-    """A line that says which weights these are."""
+    """A line that says which weights are used."""
     from cutlayer.exporting import whose, whose_name
 
     of = trained.about["evaluation"]

@@ -1,7 +1,7 @@
-"""What an active server would have learned: a run's clients, trained anew under a server that hijacks them.
+"""What an active server would have learned: a run's clients are trained again under a server that hijacks them.
 
-Each time from the same start, with the run's own algorithm, data, defence and number of rounds: under the honest
-server, and under a `HijackingServer` without and with labels. All clients watch, which shows what their watch is worth.
+Each training has the same start and the run's own algorithm, data, defence and number of rounds: under the honest
+server, and under a `HijackingServer` without and with labels. All clients watch, which shows how useful their watch is.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _KNOWING = "hijacker that knows labels"
 
 @dataclass(frozen=True)
 class Watched:
-    """What one client's watch said at the end: its `score` over the last `batches` (None: it saw no gradient of its
-    own).
+    """The final state of one client's watch: its `score` over the last `batches` (None: it saw no gradient of
+    its own).
     """
 
     client: int
@@ -40,10 +40,10 @@ class Watched:
 
 @dataclass(frozen=True)
 class Hijacked:
-    """What the hijacker read of `samples` private inputs of one client after `rounds` rounds, beside an attacker who
-    answers with the mean input, as in `Reconstruction`; what the clients' watches said of it, and of an honest server.
-    `labelled`: its critic saw the labels. Where labels are not classes no critic sees them, and no client watches:
-    `not_measured` says what is missing, and why.
+    """The hijacker's reconstruction of `samples` private inputs of one client after `rounds` rounds, beside an attacker
+    who answers with the mean input, as in `Reconstruction`; and the scores of the clients' watches for it and for an
+    honest server. `labelled`: its critic saw the labels. If labels are not classes, no critic sees them and no client
+    watches: `not_measured` says what is missing, and why.
     """
 
     run: str
@@ -63,12 +63,14 @@ class Hijacked:
 
     @property
     def plain(self) -> dict[str, Any]:
-        """For JSON, which has no infinity: null stands for it."""
+        """For JSON, which has no infinity: null means infinity."""
         return dict(finite_or_null(asdict(self)))
 
 
 def check_hijackable(moment: Moment) -> None:
-    """Raises ConfigError where labels stay with the clients, inputs are tokens, or not one real tensor crosses."""
+    """Raises ConfigError if labels stay with the clients, if inputs are tokens, or if the number of crossing real
+    tensors is not one.
+    """
     parts = moment.training.parts
     if moment.tokens:
         raise ConfigError(
@@ -86,9 +88,10 @@ def check_hijackable(moment: Moment) -> None:
 def hijack(
     moment: Moment, samples: int, auxiliary: int | None, seed: int, tell: Callable[[str], None] = lambda _: None
 ) -> list[tuple[Hijacked, dict[str, Tensor]]]:
-    """Train the run's clients anew, under an honest and under two hijacking servers, without labels and with them
-    (where labels are not classes, only under one that ignores them), for as many rounds as it had; what came of each,
-    and the first `inputs` and `reconstructions` [at most 64, ...], on the CPU. `tell` hears what is done.
+    """Train the run's clients again for the same number of rounds, under an honest and under two hijacking servers,
+    without labels and with them (if labels are not classes, only under one that ignores them). Returns the results of
+    each, and the first `inputs` and `reconstructions` [at most 64, ...], on the CPU. `tell` is called with the
+    progress.
 
     Raises ConfigError as `check_hijackable` does; DataError as `Hijack` does.
     """
@@ -105,7 +108,7 @@ def hijack(
 def _hijacked(
     moment: Moment, before: Subject, labelled: bool, honest: tuple[Watched, ...], seed: int, tell: Callable[[str], None]
 ) -> tuple[Hijacked, dict[str, Tensor]]:
-    """Under one hijacking server; `before` is the victim as the run left it."""
+    """The result under one hijacking server; `before` is the victim at the end of the run."""
     kind = "knows labels" if labelled else "ignores labels"
     tell(f"{moment.out}: {moment.rounds} rounds under a hijacking server that {kind}")
     training, known = assemble(moment.config), before.auxiliary
@@ -144,13 +147,13 @@ def _why(name: str, moment: Moment) -> str:
 
 
 def _trained(moment: Moment, training: Training, server: Server) -> tuple[Watched, ...]:
-    """Train the clients with that server until the moment; what their watches say then (nothing, where labels are not
-    classes).
+    """Train the clients with that server until the moment. Returns the results of their watches (empty if labels are
+    not classes).
     """
     clients = WatchedCohort(training.clients) if moment.classes else training.clients
     algorithm = training.algorithm
     if isinstance(server, HijackingServer) and algorithm.shares_gradients:
-        algorithm = algorithm.without_sharing()  # a server that means harm does not average
+        algorithm = algorithm.without_sharing()  # a hostile server does not average
     watched = replace(training, clients=clients, server=server, algorithm=algorithm)
     for index in range(moment.rounds):
         for _ in round_of(watched, index):

@@ -1,4 +1,4 @@
-"""The whole battery on one client of a trained run, and what several runs say beside each other."""
+"""All measurements on one client of a trained run, and comparisons of several runs."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
 
 @dataclass(frozen=True)
 class Asked:
-    """What is measured: the attackers' `knowledge`, the `estimators` (each beside what it reads where the answer is
-    known), and what those of mutual information look at (`view`); the `attacks` on inputs that are tokens.
+    """The measurements: the attackers' `knowledge`, the `estimators` (each beside its readings for known answers), and
+    the projection for mutual information (`view`); the `attacks` on inputs that are tokens.
     """
 
     knowledge: tuple[Knowledge, ...] = ("model", "smashed")
@@ -67,15 +67,15 @@ class Asked:
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found of one client after `rounds` rounds. `score` is the run's leading `metric` on the test samples
-    (`share`: a fraction), `accuracy` in [0, 1] the same where it is one. `not_measured` says of measures about classes
-    why they are missing.
+    """The results for one client after `rounds` rounds. `score` is the run's leading `metric` on the test samples
+    (`share`: a fraction), `accuracy` in [0, 1] the same where it is one. `not_measured` says why measures about classes
+    are missing.
 
-    `upper` bounds and attacks are about one sending of a sample; it has been sent `releases` times until then, by a
-    client part that changed meanwhile: in all at most so many times the bound.
+    `upper` bounds and attacks are about a single release of a sample. It was sent `releases` times so far, by a client
+    part that changed in between, so the total is at most this number times the bound.
 
-    Of tokens, what attackers `recovered` is measured, and not what needs real numbers (`attacks`, `usable`,
-    `estimates`, `dependence`).
+    For tokens, the share that attackers `recovered` is measured, and not the measures that need real numbers
+    (`attacks`, `usable`, `estimates`, `dependence`).
     """
 
     run: str
@@ -115,8 +115,8 @@ class Examined:
 
 
 def check(subject: Subject, asked: Asked) -> None:
-    """Raises DataError where there are too few samples for what is asked, before anything is measured; where smashed
-    data of tokens are not a vector for each.
+    """Raises DataError, before anything is measured, if there are too few samples, or if smashed data of tokens are not
+    one vector for each.
     """
     s, run = subject, f"client {subject.name} of {str(subject.moment.out)!r}"
     if s.moment.tokens:
@@ -151,7 +151,7 @@ def _check_tokens(s: Subject, run: str) -> None:
 
 
 def examine(subject: Subject, asked: Asked) -> Examined:
-    """Measure everything that is asked for. Raises DataError where there are too few samples."""
+    """Do all requested measurements. Raises DataError if there are too few samples."""
     if subject.moment.tokens:
         return Examined(_of_tokens(subject, asked), {})
     s, x, z = subject, subject.samples.x, subject.z
@@ -186,7 +186,7 @@ def examine(subject: Subject, asked: Asked) -> Examined:
 
 
 def _about(s: Subject, asked: Asked) -> Finding:
-    """What is known of every subject, before anybody attacks it."""
+    """The facts about every subject, before any attack."""
     moment = s.moment
     return Finding(
         run=str(moment.out),
@@ -227,8 +227,8 @@ def _of_tokens(s: Subject, asked: Asked) -> Finding:
 
 
 def _calibrated(s: Subject, asked: Asked, read: Usable | None) -> Iterator[Calibrated]:
-    """Each estimator beside its readings of known answers of the same size; `read` is what usable information has
-    read, where there were samples enough.
+    """Each estimator beside its readings of known answers of the same size; `read` is the reading of usable
+    information, if there were enough samples.
     """
 
     def by_code(x: Tensor, z: Tensor, seed: int) -> float:
@@ -240,7 +240,7 @@ def _calibrated(s: Subject, asked: Asked, read: Usable | None) -> Iterator[Calib
 
     for name in asked.estimators:
         if name == "usable":
-            if read is not None:  # one level alone: it is the slow one
+            if read is not None:  # only one level, because it is slow
                 yield calibrated(name, by_code, read.nats, (max(read.nats, 0.5),))
             continue
         found = mutual.estimate(s.samples.x, s.z, method=name, view=asked.view, seed=asked.seed)
@@ -249,7 +249,9 @@ def _calibrated(s: Subject, asked: Asked, read: Usable | None) -> Iterator[Calib
 
 
 def _upper(s: Subject, seed: int) -> Iterator[UpperBound]:
-    """Every bound that there is; without noise and codec, that there is none. Tokens are bounded by their number."""
+    """All available bounds; without noise and codec, the statement that there is none. Tokens are bounded by their
+    number.
+    """
     config = s.moment.config
     d, codec = defences.of(config), Codec.parse(config.up_codec)
     if s.moment.tokens:
@@ -269,8 +271,8 @@ def _upper(s: Subject, seed: int) -> Iterator[UpperBound]:
 
 
 def _labels(s: Subject, seed: int) -> tuple[LabelLeakage | None, dict[str, str]]:
-    """Where labels stay with the client: what the gradients that it sends give away; and why what is about classes is
-    not measured.
+    """If labels stay with the client: what the gradients that it sends reveal; and why measures about classes are
+    missing.
     """
     if not s.moment.classes:
         whose = s.moment.task_title

@@ -1,13 +1,12 @@
-"""What an estimator reads where the answer is known, and whether two readings may be ranked.
+"""The readings of an estimator for known answers, and whether two readings may be ranked.
 
-Known answers, of the sizes of the run at hand:
-- "pairs": x and z are Gaussian vectors whose leading coordinates are correlated one to one;
-- "channel": x is Gaussian with the data's own covariance (pictures stay smooth), z = A x + N(0, s^2) with A the client
-  part's Jacobian at the mean input, or a random matrix of its shape; I(x; z) = 1/2 log det(1 + A Cov(x) A^T / s^2).
-The strength (correlation, or s) is set so that the true information is a wanted number of nats.
+Known answers, of the sizes of the run at hand: - "pairs": x and z are Gaussian vectors whose leading coordinates are
+correlated one to one; - "channel": x is Gaussian with the data's own covariance (pictures stay smooth), z = A x + N(0,
+s^2) with A the client part's Jacobian at the mean input, or a random matrix of its shape; I(x; z) = 1/2 log det(1 + A
+Cov(x) A^T / s^2). The strength (correlation, or s) is set so that the true information has a given number of nats.
 
-The error of an estimator is how far its reading is from the truth there. It is mostly bias: it shrinks little with
-seeds, and for high-dimensional data and strong leakage it is large. Two runs are ranked only where they differ by more.
+The error of an estimator is the distance of its reading from this truth. It is mostly bias: it hardly shrinks with more
+seeds, and is large for high-dimensional data and strong leakage. Two runs are ranked only if they differ by more.
 
 Shape legend: n samples, d values of x, m values of z.
 """
@@ -43,11 +42,11 @@ class Known:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A reading (nats) beside what the same estimator reads where the answer is known.
+    """A reading (nats) beside the same estimator's readings for known answers.
 
-    `error` is the largest absolute error among `known`; `reliable` where that is below half of the largest truth.
-    Where the estimator has them: `null`, what it reads after z's rows are shuffled, `cap`, the most that it could read,
-    and `warning`, why not to trust it.
+    `error` is the largest absolute error among `known`; it is `reliable` if that is below half of the largest truth. If
+    the estimator has them: `null` is its reading after z's rows are shuffled, `cap` its largest possible reading, and
+    `warning` a reason not to trust it.
     """
 
     name: str
@@ -86,9 +85,8 @@ def calibrate(
     """Read (x [n, ...], z [n, ...]), then known answers of the same sizes, with the same estimator.
 
     `levels` are the true informations in nats; by default the reading itself and twice that (at least 0.5 and 1), since
-    a reading may be far too low. `reading`, where it has been taken already. With `client` its Jacobian makes the
-    channel. Costs 1 + 2 len(levels) estimates.
-    Raises ConfigError for a level <= 0; DataError as the estimator does.
+    a reading may be far too low. `reading` is given if it was already taken. With `client`, its Jacobian makes the
+    channel. Costs 1 + 2 len(levels) estimates. Raises ConfigError for a level <= 0; DataError as the estimator does.
     """
     check_real(x, "x")
     check_real(z, "z")
@@ -137,8 +135,8 @@ def channel(
 ) -> tuple[Tensor, Tensor, float]:
     """Gaussian a [n, d] with the covariance of x [n, ...], and b = matrix a + noise [n, m], with I(a; b) = `nats`.
 
-    The covariance is the samples' (its rank is below n). `matrix` [m, d] is random where not given. Raises ConfigError
-    for nats <= 0, or where x or the matrix lets nothing through.
+    The covariance is the samples' (its rank is below n). `matrix` [m, d] is random if it is not given. Raises
+    ConfigError for nats <= 0, or if x or the matrix lets nothing through.
     """
     _check_level(nats)
     rows = flat(x).cpu()
@@ -174,7 +172,7 @@ def _noise(power: Tensor, nats: float) -> float:
 
 
 def jacobian(client: Client, at: Tensor) -> Tensor:
-    """The client part's derivative at one input `at` [...]: [m, d]; its random draws, if any, are held still.
+    """The client part's derivative at one input `at` [...]: [m, d]; its random draws, if any, are kept fixed.
 
     A module must be in evaluation mode: batch normalisation would normalise the one row to 0.
     """
@@ -190,7 +188,7 @@ def jacobian(client: Client, at: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Which of two runs leaks more: 1 the first, -1 the second, 0 not told apart; and why, in one sentence."""
+    """Which of two runs leaks more: 1 the first, -1 the second, 0 not distinguishable; and why, in one sentence."""
 
     order: Literal[-1, 0, 1]
     difference: float
@@ -199,9 +197,9 @@ class Ranking:
 
 
 def rank(a: Calibrated, b: Calibrated) -> Ranking:
-    """Rank two runs read by the same estimator; refuses where they differ by no more than the larger error.
+    """Rank two runs read by the same estimator, if they differ by more than the larger error.
 
-    Raises ConfigError where the two are not comparable: other estimators, dimensions or sample sizes.
+    Raises ConfigError if the two are not comparable: other estimators, dimensions or sample sizes.
     """
     if (a.name, a.samples) != (b.name, b.samples) or a.dimensions[0] != b.dimensions[0]:
         raise ConfigError(

@@ -15,9 +15,9 @@ from cutlayer import seeds
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """How long something is trained: at most `steps` Adam steps of `batch` rows at rate `lr`.
+    """The budget of a training: at most `steps` Adam steps of `batch` rows at rate `lr`.
 
-    Every `check_every` steps it is judged on held-out rows; after `patience` judgements without a better one it stops.
+    Every `check_every` steps it is judged on held-out rows; after `patience` judgements without improvement, it stops.
     """
 
     steps: int = 1000
@@ -37,7 +37,8 @@ def fit(
     *name: str | int,
     device: torch.device | None = None,
 ) -> int:
-    """Train `module` in place and leave the weights that `judge` liked best (lowest); the number of steps made.
+    """Train `module` in place and keep the weights with the best (lowest) value of `judge`. Returns the number of
+    steps.
 
     `loss` maps row numbers [batch] out of `rows` to a scalar; `judge` is called without gradients, in evaluation mode.
     """

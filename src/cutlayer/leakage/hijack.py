@@ -1,15 +1,15 @@
-"""An active attack: a server that does not train the task, but its own reading of the clients.
+"""An active attack: a server that does not train the task, but its own ability to read the clients' data.
 
 Feature-space hijacking (Pasquini, Ateniese & Bernaschi, arXiv 2012.02670): the server does not train the task. On
 auxiliary data it trains an autoencoder, x -> f~(x) -> x, and a discriminator that tells f~(x) from the clients'
 smashed data. The gradients that it sends down make the clients' smashed data look like f~(x) to the discriminator; its
 decoder then reads them. As in the paper's code the discriminator is a Wasserstein critic with gradient penalty
-(Gulrajani et al., arXiv 1704.00028). Two things that any attacker can do are added: the autoencoder is trained ahead,
-so that the clients are not bent towards a moving target, and the critic may see the labels (`classes`), which go up in
-clear: codes of a class then come to lie where the attacker's own codes of that class lie, and the gradients depend on
-labels as an honest server's do.
+(Gulrajani et al., arXiv 1704.00028). Two improvements are added, which any attacker can make: the autoencoder is
+trained in advance, so that the clients do not follow a moving target, and the critic may see the labels (`classes`),
+which go up unprotected: codes of a class then come to lie where the attacker's own codes of that class lie, and the
+gradients depend on labels as an honest server's do.
 
-What a client can do to notice it: `watch`.
+A client can notice it with `watch`.
 
 Shape legend: R rows, s... one sample's smashed data.
 """
@@ -40,7 +40,7 @@ LEAST = 100  # auxiliary samples
 
 
 class Hijack:
-    """A malicious server: gives gradients of its own for given smashed rows, and reads them.
+    """A malicious server: returns its own gradients for smashed rows, and reconstructs their inputs.
 
     Raises DataError: fewer than 100 auxiliary samples, NaN, tokens.
     """
@@ -60,9 +60,9 @@ class Hijack:
     ) -> None:
         """`auxiliary` are N samples of the clients' kind, `code` is the shape s... of smashed data.
 
-        `labelled`: the critic sees labels, too, which are classes. `nonnegative` where the client part ends in a ReLU:
-        codes that it cannot take would never be reached. The autoencoder makes `ahead` steps of `batch` rows before it
-        begins, then one with each of the critic's `critic_steps` per call of `gradients`.
+        `labelled`: the critic sees labels, too, which are classes. `nonnegative` if the client part ends in a ReLU: it
+        could never reach other codes. The autoencoder makes `ahead` steps of `batch` rows before it begins, then one
+        with each of the critic's `critic_steps` per call of `gradients`.
         """
         check_real(auxiliary.x, "the auxiliary inputs")
         check_rows(LEAST, "for an attacker's auxiliary data", auxiliary=auxiliary.x, labels=auxiliary.y)
@@ -98,7 +98,7 @@ class Hijack:
 
     @torch.no_grad()
     def reconstruct(self, z: Tensor) -> Tensor:
-        """What the attacker takes the inputs of smashed data z [n, s...] for: [n, ...]."""
+        """The attacker's reconstruction of the inputs of smashed data z [n, s...]: [n, ...]."""
         self._check(z)
         low, high = self._x.amin(), self._x.amax()
         return torch.cat(
@@ -116,7 +116,7 @@ class Hijack:
         return self._seen(code.detach(), self._y[chosen])
 
     def _seen(self, code: Tensor, labels: Tensor) -> Tensor:
-        """Codes [R, s...], and where labels count, a plane for each class: [R, channels + classes, ...]."""
+        """Codes [R, s...], and if labels are used, a plane for each class: [R, channels + classes, ...]."""
         if not self._classes:
             return code
         ones = functional.one_hot(labels.clamp(0, self._classes - 1), self._classes).to(code)
@@ -144,8 +144,8 @@ class Hijack:
 
 
 class HijackingServer(Server):
-    """In the place of a server: whatever the algorithm asks of it, its gradients are the attacker's. It has no model,
-    and so no losses to report (zeros stand for them).
+    """Takes the place of a server: for every request of the algorithm, it returns the attacker's gradients. It has no
+    model, and so no losses to report (it reports zeros).
     """
 
     def __init__(self, attacker: Hijack) -> None:
@@ -159,7 +159,7 @@ class HijackingServer(Server):
         return ServerStep(torch.zeros(1 + len(smashed.sizes)), (gradient,), 0.0)
 
     def step_copies(self, smashed: Smashed) -> ServerStep:
-        """Copies of the server are the attacker's business: it makes one step on all rows together."""
+        """The attacker has no copies of the server: it makes one step on all rows together."""
         return self.step(smashed)
 
     def average_copies(self, weights: Any) -> None:

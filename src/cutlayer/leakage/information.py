@@ -1,20 +1,19 @@
-"""Usable information: how many nats cheaper x is to code for a predictor that sees z.
+"""Usable information: the reduction in the coding cost of x, in nats, for a predictor that sees z.
 
 V-information (Xu et al., arXiv 2002.10689): I_V(z -> x) = H_V(x) - H_V(x | z), where H_V is the least expected coding
-cost -log q(x) that a predictor of the family V reaches. V here: Gaussian predictive densities,
-- without z: a mean and a covariance;
-- with z: a mean that depends on z (a network's or a ridge regression's), or does not, and the residuals' covariance.
-Covariances are diagonal, shrunk full (Ledoit & Wolf), or low-rank plus diagonal (factor analysis); each side takes what
-codes best on validation rows (z is used only where it saves more than a standard error there), and the cost is that of
-test rows.
+cost -log q(x) that a predictor of the family V reaches. V here: Gaussian predictive densities, - without z: a mean and
+a covariance; - with z: a mean that depends on z (a network's or a ridge regression's), or does not, and the residuals'
+covariance. Covariances are diagonal, shrunk full (Ledoit & Wolf), or low-rank plus diagonal (factor analysis); each
+side uses the predictor that codes best on validation rows (z is used only if it saves more than a standard error
+there), and the cost is that of test rows.
 
-What it bounds: the cost with z is that of a predictor that was really found, so better predictors exist and the
+What it bounds: the cost with z is that of a predictor that was really found, so better predictors may exist, and the
 CONDITIONAL cost is an upper bound. For Gaussian x the drop is then a lower estimate of I(x; z), up to the error of the
 marginal's fit. For other x it is not a bound on I(x; z): the marginal cost of a Gaussian exceeds x's entropy, and a z
 that only says which cluster x is in may save more than the clusters' entropy.
 
-Continuous values have no coding cost without a resolution, and pixels that never change have no density: what is coded
-is x + N(0, resolution^2), drawn once. By the data-processing inequality that can only lower the information.
+Continuous values have no coding cost without a resolution, and pixels that never change have no density: the coded
+value is x + N(0, resolution^2), drawn once. By the data-processing inequality that can only lower the information.
 
 Shape legend: n samples, d values of x.
 """
@@ -48,9 +47,9 @@ class Usable:
     """The drop in held-out coding cost of x when z is known.
 
     `nats` per sample (may be below 0 by chance) with a 95 % interval `low`..`high` from resampling test samples: it
-    tells how sure the mean over samples is, not how much better another training would do. `bits_per_dimension` is
-    nats / (d ln 2). `cost` and `cost_given_z` are nats per sample at `resolution` (in units of x); `marginal`, `mean`
-    and `residual` name what coded best.
+    shows the uncertainty of the mean over samples, not how much better another training would be. `bits_per_dimension`
+    is nats / (d ln 2). `cost` and `cost_given_z` are nats per sample at `resolution` (in units of x); `marginal`,
+    `mean` and `residual` name what coded best.
     """
 
     nats: float
@@ -109,7 +108,8 @@ def usable(
     for name, rows in fits.items():
         code = _best(rows, means[name][judges], floor, marginal)
         saved = marginal.cost(around[judges]) - code.cost(means[name][judges])
-        # Within a standard error of the judges' mean a predictor is noise, and would only cost more on the test rows.
+        # Within a standard error of the validation mean, a predictor is noise, and would only cost more on the test
+        # rows.
         if saved.mean() > saved.std() / math.sqrt(len(saved)):
             chosen[name] = code
     best = min(chosen, key=lambda name: chosen[name].judged)
@@ -150,7 +150,7 @@ class _Code:
 
 
 def _best(rows: Array, judges: Array, floor: float, prior: _Code | None = None) -> _Code:
-    """The covariance, fitted to rows [n, d], under which the rows that judge cost least. Variances are at least
+    """The covariance, fitted to rows [n, d], with the lowest cost on the validation rows. Variances are at least
     `floor`.
 
     With `prior`, mixtures of the best one with the prior's covariance compete too: few rows fit a covariance badly.
@@ -238,7 +238,7 @@ def _ridge(z: Tensor, target: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
 def _network(
     z: Tensor, target: Tensor, shape: torch.Size, train: Tensor, judges: Tensor, seed: int, budget: Budget
 ) -> Tensor:
-    """The predictions [n, d] of a decoder trained on squared error, stopped early by the rows that judge."""
+    """The predictions [n, d] of a decoder trained on squared error, with early stopping by the validation rows."""
     z = Scale.of(flat(z)[train])(flat(z)).view(z.shape)
     mean = target[train].mean(0)
     wanted = (target - mean).view(-1, *shape)

@@ -1,4 +1,4 @@
-"""Checked inputs, splits and scales that the instruments share.
+"""The instruments' common checks of inputs, splits and scales.
 
 Shape legend: n samples, d = number of values of one sample.
 """
@@ -52,8 +52,8 @@ def width(t: Tensor) -> int:
 class Scale:
     """An affine map to mean 0, deviation 1, fitted on some rows.
 
-    Values that hardly vary (below a tenth of the root mean square deviation) are divided by that tenth: one row in
-    which a pixel that was always black is white would otherwise weigh more than all the rest.
+    Values that hardly vary (below a tenth of the root mean square deviation) are divided by that tenth. Otherwise a
+    single row with a white pixel where all others are black would weigh more than everything else.
     """
 
     mean: Tensor  # [d]

@@ -1,7 +1,7 @@
 """Tokens by a trained inversion model: smashed data to scores of tokens, learnt on auxiliary text.
 
 The attacker sends its own text through the client part, with fresh noise each time, and trains a network on these
-pairs. A token is read from what was sent at its place and at two places on either side.
+pairs. A token is predicted from the smashed data at its place and at two places on either side.
 
 Shape legend: as in `seen`; h hidden values, m tokens.
 """

@@ -9,8 +9,8 @@ Estimators, on pairs (a, b) of few dimensions (see `calibration` for what they r
 MINE's expression is a lower bound for infinitely many test rows only: for few, the logarithm of a mean reads low and
 the estimate high. No estimator of this kind can certify more than O(ln N) (McAllester & Stratos, arXiv 1811.04251).
 
-Views: high-dimensional x and z are first projected on k dimensions each. Projecting never adds information, so what
-bounds the projections from below bounds x and z from below.
+Views: high-dimensional x and z are first projected on k dimensions each. Projecting never adds information, so a lower
+bound for the projections is also a lower bound for x and z.
 - "random": the mean over random k-dimensional subspaces (k-sliced mutual information, Goldfeld et al., arXiv
   2206.08526); it is a quantity of its own, usually far below that of x and z;
 - "pca": the leading principal components of each; "cca": the leading canonical pairs (of principal components);
@@ -40,7 +40,7 @@ from cutlayer.rows import check_rows, flat
 Method = Literal["ksg", "infonce", "smile", "mine"]
 View = Literal["random", "pca", "cca", "raw"]
 
-LEAST = 100  # samples: below, a fifth of them tests nothing
+LEAST = 100  # samples: with fewer, a fifth of them is too few for a test
 NEURAL = Budget(steps=600, batch=128, lr=3e-3, check_every=50, patience=4)
 _CLIP = 5.0  # SMILE's tau
 
@@ -49,10 +49,9 @@ _CLIP = 5.0  # SMILE's tau
 class Estimate:
     """A held-out reading, in nats.
 
-    `nats` is the mean over the view's slices, `null` what the same procedure reads after z's rows are shuffled (about
-    0; what it exceeds 0 by is noise), `cap` the most that this estimator could read (None: no cap). `bound` says
-    whether the expected reading is a lower bound on the view's information. `warning` is None or a reason not to trust
-    it.
+    `nats` is the mean over the view's slices, `null` the same procedure's reading after z's rows are shuffled (about 0;
+    the rest is noise), `cap` the largest possible reading of this estimator (None: no cap). `bound` says whether the
+    expected reading is a lower bound on the view's information. `warning` is None or a reason not to trust it.
     """
 
     method: Method
@@ -70,7 +69,9 @@ class Estimate:
 
 @dataclass(frozen=True)
 class UpperBound:
-    """At most this much information about x crosses the cut, in nats per sample; why, and what it rests on."""
+    """An upper bound on the information about x that crosses the cut, in nats per sample, with the reason and the
+    assumptions.
+    """
 
     kind: Literal["gaussian channel", "laplace channel", "quantisation", "tokens", "deterministic"]
     nats: float
@@ -266,7 +267,7 @@ def _neural(a: Tensor, b: Tensor, method: Method, parts: Split, seed: int, budge
         for weight, saved in zip(critics.parameters(), kept, strict=True):
             weight.copy_(saved)
         readings = _reading(critics(a[:, test], b[:, test]), method)
-    # A critic that found nothing on validation is worth no more than the constant one, whose reading is 0.
+    # A critic that found nothing on validation is not better than the constant one, whose reading is 0.
     return torch.where(best > 0, readings, torch.zeros_like(readings)).double().cpu().numpy()
 
 
@@ -362,7 +363,7 @@ def laplace_channel(f: Tensor, scale: float) -> UpperBound:
 
 
 def bits_sent(size: int, samples: int, codec: str) -> UpperBound:
-    """No more than the bits that `samples` samples were written in, `size` bytes together: in nats per sample."""
+    """At most the bits of `samples` samples, which were written in `size` bytes together: in nats per sample."""
     nats = 8 * size / samples * math.log(2)
     return UpperBound("quantisation", nats, f"{8 * size / samples:.0f} bits cross per sample, written by {codec}")
 
@@ -393,14 +394,16 @@ def quantised(codes: Tensor, levels: int) -> UpperBound:
 
 
 def chosen(tokens: int, vocabulary: int) -> UpperBound:
-    """A row of so many tokens is one of V^T: no more than T log V nats can be learnt of it."""
+    """A row of T tokens is one of V^T, so at most T log V nats can be learnt about it."""
     return UpperBound(
         "tokens", tokens * math.log(vocabulary), f"a row is {tokens} tokens, each of {vocabulary} that there are"
     )
 
 
 def deterministic(*, dropout: bool = False) -> UpperBound:
-    """Without noise and without quantisation there is no finite bound. Nor with `dropout`: what it keeps is exact."""
+    """Without noise and quantisation, there is no finite bound. With `dropout` there is none either, since the kept
+    values are exact.
+    """
     what = "keeps some features exactly" if dropout else "is a deterministic continuous map"
     return UpperBound(
         "deterministic",

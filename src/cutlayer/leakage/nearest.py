@@ -1,8 +1,8 @@
-"""Tokens by their nearest candidate: which token's own smashed data lie nearest to those at its place.
+"""Tokens by their nearest candidate: the token whose own smashed data are nearest to those at its place.
 
-The candidates at a place are what the client part sends there for rows that hold one token throughout. After an
-embedding they are the embeddings, with their positions; after decoder blocks they lack the context of the true row,
-which the blocks mix in. The attack needs the client part alone: no training and no text.
+The candidates at a place are the client part's outputs there for rows that repeat one token. After an embedding they
+are the embeddings, with their positions; after decoder blocks they lack the context of the true row, which the blocks
+mix in. The attack only needs the client part: no training and no text.
 
 Shape legend: as in `seen`.
 """

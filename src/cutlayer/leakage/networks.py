@@ -86,9 +86,9 @@ class Classifier(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Inputs [R, ...] -> codes of the smashed data's shape [R, ...]: what an attacker takes for the client part.
+    """Inputs [R, ...] -> codes of the smashed data's shape [R, ...]: an attacker's guess at the client part.
 
-    For pictures and spatial smashed data two convolutions, for anything else a perceptron. `nonnegative` where the
+    For pictures and spatial smashed data, it has two convolutions, otherwise it is a perceptron. `nonnegative` if the
     observed smashed data are (as after a ReLU).
     """
 

@@ -1,9 +1,9 @@
 """Tokens one after another: each candidate is sent after the tokens found so far, and the nearest is kept.
 
-In a decoder, what is sent at a place depends on the tokens up to there alone. An attacker that has found those before
-it can try every token at the place and compare exactly (Nikolaou et al., arXiv 2510.15511). Here the likeliest tokens
-by the inversion model are tried first; without noise and codec, all others where none of them fits exactly. The attack
-is slow, at least n T m passes of a row for n rows, and so it reads only a few rows.
+In a decoder, the smashed data at a place only depend on the tokens up to there. An attacker that has found the earlier
+tokens can try every token at the place and compare exactly (Nikolaou et al., arXiv 2510.15511). Here the likeliest
+tokens by the inversion model are tried first, and without noise and codec all others if none of these fits exactly. The
+attack is slow, at least n T m passes of a row for n rows, so it reads only a few rows.
 
 Shape legend: as in `seen`; m candidates at a place.
 """
@@ -38,8 +38,8 @@ def prefix_search(seen: Seen) -> Tensor:
 
 
 def _nearest_at(seen: Seen, words: Words, t: int, candidates: Tensor, z: Tensor) -> tuple[int, float]:
-    """Which of m candidates [m] at place `t` of one row of words gives what lies nearest to z [d]; its squared distance
-    from it.
+    """Which of m candidates [m] at place `t` of one row of words gives the output nearest to z [d]; with its squared
+    distance.
     """
     ids = words.ids.repeat(len(candidates), 1)
     ids[:, t] = candidates
@@ -57,7 +57,9 @@ def _is_exact(seen: Seen) -> bool:
 
 
 def looks_ahead(seen: Seen) -> bool:
-    """Whether what is sent at a place depends on a later token, as in an encoder: the search is then not possible."""
+    """Whether the smashed data at a place depend on a later token, as in an encoder. Then the search is not
+    possible.
+    """
     known = seen.auxiliary
     there = torch.ones_like(known.ids) if known.mask is None else (known.mask != 0).long()
     longest = there.sum(1).argsort(descending=True)[:8]

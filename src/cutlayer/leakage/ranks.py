@@ -1,4 +1,4 @@
-"""Cheap measures that order runs, and what cut gradients tell about labels.
+"""Cheap measures that order runs, and the information of cut gradients about labels.
 
 None of them is an amount of information. Distance correlation: Szekely, Rizzo & Bakirov 2007 (biased: independent data
 of high dimension read far above 0) and Szekely & Rizzo 2014 (unbiased, squared); split learning uses the biased one as
@@ -28,7 +28,7 @@ Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Dependence:
-    """How much z goes with x.
+    """How strongly z depends on x.
 
     `distance_correlation` in [0, 1], biased; `unbiased_squared` the unbiased squared one: 0 in expectation for
     independent data, and below 0 by chance. `linear_r2`: the share of x's held-out variance that a ridge regression on
@@ -103,12 +103,13 @@ def _cka(x: Tensor, z: Tensor) -> float:
 
 @dataclass(frozen=True)
 class LabelLeakage:
-    """How well labels are read off cut gradients, where they are meant to stay private.
+    """How well labels can be read from cut gradients, if they are meant to stay private.
 
     AUCs are one class against the rest, averaged over classes; 0.5 is chance. `norm_auc`: by the gradient's norm alone
     (whichever direction is right for a class: below 0.5 counts as above). `cosine_auc`: by the cosine with the gradient
     of ONE sample of the class whose label the attacker knows. `cluster_accuracy`: K-means on directions without any
-    label, clusters matched to classes in the best way; `majority` is what always guessing the commonest class gives.
+    label, with the best match of clusters to classes; `majority` is the accuracy of always guessing the most frequent
+    class.
     """
 
     norm_auc: float

@@ -3,16 +3,16 @@ data.
 
 Auxiliary data are of the clients' distribution and share no sample with them. What the attacker knows:
 - "model": the client part. It makes pairs (z, x) at will, with fresh noise each time, and trains a decoder on them
-  (He, Zhang & Lee, ACSAC 2019: "black box" with query access). A server that receives client models, or one that
-  belongs to a client too, is in this place.
+  (He, Zhang & Lee, ACSAC 2019: "black box" with query access). A server that receives client models, or that also
+  controls a client, has this knowledge.
 - "smashed": only the smashed data observed, their labels, and its own server part. It trains a surrogate client part on
   auxiliary data so that the server part solves the task on its output (PCAT, Gao & Zhang, USENIX Security 2023) and so
   that that output is distributed as the observed smashed data. SDAR (Zhu et al., arXiv 2310.10483) does the latter with
-  a discriminator; here it is the mean and the deviation of every value, class by class (over all rows where labels are
-  not classes): weaker, but it cannot diverge. The decoder is trained on the surrogate's output. Without a server part
-  only the matching is left.
+  a discriminator; here it is the mean and the deviation of every value, class by class (over all rows if labels are not
+  classes): weaker, but it cannot diverge. The decoder is trained on the surrogate's output. Without a server part only
+  the matching is left.
 
-What is reported is what THIS attacker reached with this budget: a lower bound on what can be done, never a guarantee.
+The report is the result of THIS attacker with this budget: a lower bound on possible attacks, never a guarantee.
 
 Shape legend: n targets, N auxiliary samples, s... one sample's smashed data.
 """
@@ -52,11 +52,11 @@ _JITTER = 0.3
 
 @dataclass(frozen=True)
 class Quality:
-    """How near reconstructions are to the inputs.
+    """The distance of reconstructions from the inputs.
 
     `mse` in squared units of x; `psnr` in dB, 10 log10(range^2 / mse) with the auxiliary data's range; `ssim` the mean
-    structural similarity (Wang et al. 2004), None where x are not pictures of at least 3x3; `accuracy` of a classifier
-    that was trained on true auxiliary inputs, None where labels are not classes.
+    structural similarity (Wang et al. 2004), None if x are not pictures of at least 3x3; `accuracy` of a classifier
+    that was trained on true auxiliary inputs, None if labels are not classes.
     """
 
     mse: float
@@ -74,7 +74,7 @@ class Reconstruction:
     """The attack beside attackers that do nothing: all of them guess the same n targets.
 
     `mean_input` answers with the mean auxiliary input, `nearest` with the auxiliary input whose smashed data (by the
-    client part, or by the surrogate) lie nearest. `true_accuracy` is the classifier's on the true inputs (None where
+    client part, or by the surrogate) lie nearest. `true_accuracy` is the classifier's on the true inputs (None if
     labels are not classes). `explained` is 1 - mse / mse of the mean input: 0 for an attack that learned nothing, 1 for
     a perfect one.
     """
@@ -120,10 +120,10 @@ def reconstruct(
 
     "model" needs `client` (deterministic or with noise of its own; only called). "smashed" may have `server` (smashed
     data to the model's outputs; not trained here) and `surrogate` (the attacker's guess at the client part's
-    architecture, fresh weights; trained in place; by default a small network fitted to the shapes) and `defence`: what
-    is done to the client part's output before it is sent, such as noise, since a defence's settings are not a secret. x
-    serves for scoring only; so does y where labels stay with the clients (not `labelled`). Raises DataError: fewer than
-    100 auxiliary samples, shapes that differ, NaN, tokens; ConfigError: no `client`.
+    architecture, fresh weights; trained in place; by default a small network fitted to the shapes) and `defence`: the
+    changes to the client part's output before it is sent, such as noise, since a defence's settings are not a secret. x
+    is only used for scoring, as is y if labels stay with the clients (not `labelled`). Raises DataError: fewer than 100
+    auxiliary samples, shapes that differ, NaN, tokens; ConfigError: no `client`.
     """
     task = task or Classification()
     if knowledge not in get_args(Knowledge):
@@ -183,7 +183,7 @@ def score(
 
 
 def _halves(auxiliary: Samples, seed: int) -> tuple[Samples, Samples]:
-    """What attackers train on, and what they choose by."""
+    """The attackers' training rows, and their validation rows."""
     parts = split(len(auxiliary), seed, "auxiliary", shares=(0.8, 0.2))
     device = auxiliary.x.device
     return auxiliary[parts.train.to(device)], auxiliary[parts.validation.to(device)]
@@ -240,7 +240,7 @@ class Judge:
 
 
 def _classed(samples: Samples) -> Samples:
-    """Those whose class counts."""
+    """The rows whose class counts."""
     return samples[(samples.y >= 0).nonzero()[:, 0]] if bool((samples.y < 0).any()) else samples
 
 

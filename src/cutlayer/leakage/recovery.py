@@ -1,12 +1,13 @@
 """How many input tokens an honest-but-curious server recovers from smashed data.
 
-Each attack in `ATTACKS` maps what the attacker has (`seen.Seen`) to a token for each place. What the attacker knows:
-- "model": the client part as it is, adapters included, as a server has that averages client models;
+Each attack in `ATTACKS` maps the attacker's observations (`seen.Seen`) to a token for each place. What the attacker
+knows:
+- "model": the present client part with its adapters, which a server that averages client models has;
 - "smashed": the client part that the run began with, such as the public base without the clients' adapters, and the
   smashed data.
 
-Places that are filled up count nowhere. Beside each attack stands the unigram guesser, who always answers with the
-commonest auxiliary token. What is reported is what these attacks reached: a lower bound on what can be done.
+Padding is never counted. Each attack is compared with the unigram guesser, who always answers with the most frequent
+auxiliary token. The report is the result of these attacks: a lower bound on possible attacks.
 
 Shape legend: as in `seen`.
 """
@@ -31,10 +32,10 @@ ATTACKS: dict[str, Callable[[Seen], Tensor]] = {
     "inversion": inversion,
     "search": prefix_search,
 }
-"""Attacks on tokens by name: from what the attacker has to tokens [n, T], or to those of the first rows."""
+"""Attacks on tokens by name: from the attacker's observations to tokens [n, T], or to those of the first rows."""
 
 LEAST = 20  # auxiliary rows
-_SAME = 2  # equal tokens at a row's end of which nothing is learnt: filling, where nothing says what fills rows
+_SAME = 2  # equal unlearnt tokens at a row's end count as padding, if the padding token is not known
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,10 @@ def _share(right: Tensor) -> float:
 
 
 def counting_places(samples: Samples, task: Task, padding: int | None) -> Tensor:
-    """Which places hold a token of the text, and not what a row was filled up with: [n, T] of bool.
+    """Which places have a token of the text, and not padding: [n, T] of bool.
 
-    A mask says it. Without one, filling stands at a row's end: the token `padding`, of which nothing is learnt; where
-    it is not known, at least two equal tokens of which nothing is learnt.
+    A mask says it. Without one, padding is at a row's end: the token `padding`, which is not learnt; if that token is
+    not known, at least two equal tokens that are not learnt.
     """
     words = Words.of(samples.inputs)
     if words.mask is not None:
@@ -88,6 +89,6 @@ def counting_places(samples: Samples, task: Task, padding: int | None) -> Tensor
 
 
 def _counts(task: Task, targets: Tensor) -> Tensor | None:
-    """Which targets [n, T] count; None where all do."""
+    """Which targets [n, T] count; None if all do."""
     ignored = getattr(task, "ignore_index", None)
     return None if ignored is None else targets != ignored

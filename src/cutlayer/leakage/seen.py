@@ -1,4 +1,4 @@
-"""What an attacker on tokens has to go by.
+"""The observations of an attacker on tokens.
 
 Shape legend: n attacked rows, N auxiliary rows, R rows of any, T tokens in a row, d values that are sent for a token,
 V tokens of the vocabulary.
@@ -21,7 +21,7 @@ ROWS = 128  # that go through a client part at once
 
 @dataclass(frozen=True)
 class Words:
-    """Rows of tokens: `ids` [R, T], and the `mask` [R, T] that the model is given with them (0: filled up), if any."""
+    """Rows of tokens: `ids` [R, T], and the `mask` [R, T] that the model receives with them (0: padding), if any."""
 
     ids: Tensor
     mask: Tensor | None = None
@@ -38,11 +38,11 @@ class Words:
         return Words(self.ids[rows], None if self.mask is None else self.mask[rows])
 
     def split(self, rows: int = ROWS) -> Iterator[Words]:
-        """The same rows, so many at a time."""
+        """The same rows, this number at a time."""
         return (self[a : a + rows] for a in range(0, len(self), rows))
 
     def given(self, form: Inputs) -> Inputs:
-        """What a model is given, in the form of other inputs of it."""
+        """The model's input, in the form of its other inputs."""
         rows = (self.ids,) if self.mask is None else (self.ids, self.mask)
         if isinstance(form, Mapping):
             return dict(zip(form, rows, strict=True))
@@ -50,7 +50,7 @@ class Words:
 
 
 Reading = Callable[[Words], Tensor]
-"""A client part as a function: words [R, T] to what is sent of them [R, T, d]."""
+"""A client part as a function: words [R, T] to their smashed data [R, T, d]."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What is examined: one client of a trained run, as its smashed data show it to the server.
+"""The subject of an examination: one client of a trained run, as its smashed data show it to the server.
 
 Shape legend: n private training samples of the client, N auxiliary samples, s... one sample's smashed data.
 """
@@ -45,8 +45,8 @@ _AUXILIARY = 1000
 
 @dataclass(frozen=True)
 class Moment:
-    """A run after `rounds` rounds: its configuration, its parts, the models of its clients, what its leading metric was
-    on the test samples at the last evaluation until then (None: there was none).
+    """A run after `rounds` rounds: its configuration, its parts, the models of its clients, the value of its leading
+    metric on the test samples at the last evaluation so far (None: there was none).
     """
 
     out: Path
@@ -64,7 +64,7 @@ class Moment:
 
     @property
     def classes(self) -> bool:
-        """Whether each sample's label is one class, so that labels can be told apart."""
+        """Whether each sample's label is one class, so that labels can be distinguished."""
         return self.training.task.targets == "class"
 
     @property
@@ -74,19 +74,19 @@ class Moment:
 
     @property
     def vocabulary(self) -> int:
-        """How many tokens there are: as many as a language model scores, or as the data have."""
+        """The number of tokens: those that a language model scores, or that the data have."""
         source, task = self.training.source, self.training.task
         most = max(int(part.rows[0].max()) for part in (source.train, source.validation, source.test) if len(part)) + 1
         return max(most, self.training.making.outputs) if task.targets == "classes" else most
 
     @property
     def task_title(self) -> str:
-        """What targets are: a clause that says why something about classes is not measured."""
+        """The kind of targets, as a clause that says why measures about classes are missing."""
         what = {"class": "one class per sample", "classes": "several classes per sample", "numbers": "numbers"}
         return f"the targets of the task {label(self.config.task)!r} are {what[self.training.task.targets]}"
 
     def model_of(self, client: int) -> dict[str, Tensor]:
-        """The model that meets this client's data: its own, or the one that travels."""
+        """The model that sees this client's data: its own, or the travelling one."""
         return self.models[client] if client in self.models else next(iter(self.models.values()))
 
 
@@ -118,7 +118,7 @@ class Subject:
 
     @property
     def statement(self) -> dp.Statement | None:
-        """What its noise guarantees over all epochs (None: it adds no noise)."""
+        """The guarantee of its noise over all epochs (None: it adds no noise)."""
         noise = defences.of(self.moment.config).get(Noise)
         if noise is None or noise.clip is None or not noise.scale:
             return None
@@ -143,14 +143,14 @@ class Subject:
         )
 
     def counting(self, samples: Samples) -> Tensor:
-        """Which places of tokens are not filled up: [n, T] of bool."""
+        """Which places of tokens are not padding: [n, T] of bool."""
         training = self.moment.training
         padding = training.source.preprocessing.get("padding")
         return counting_places(samples, training.task, None if padding is None else int(padding))
 
     @property
     def labelled(self) -> bool:
-        """Do labels go up with the smashed data?"""
+        """Whether labels go up with the smashed data."""
         return self.moment.training.parts.tail is None
 
     @property
@@ -170,8 +170,8 @@ class Subject:
 def moments(out: Path, snapshots: bool = False) -> list[Moment]:
     """A run at its last checkpoint; with `snapshots`, at each of these before.
 
-    Raises RunFolderError where there are no client models to look at; ConfigError where none of its algorithm ever
-    sends smashed data; DataError where inputs are neither one tensor of real numbers per sample nor tokens.
+    Raises RunFolderError if there are no client models to examine; ConfigError if its algorithm never sends smashed
+    data; DataError if inputs are neither one tensor of real numbers per sample nor tokens.
     """
     config = RunConfig.of(without_own(stored_config(out), out, model=None, data=None, loss=None))
     if config.traits.whole:
@@ -224,7 +224,7 @@ def moments(out: Path, snapshots: bool = False) -> list[Moment]:
 
 
 def _check_inputs(out: Path, samples: Samples) -> None:
-    """What attackers look for must be one tensor of real numbers per sample, or tokens. Raises DataError."""
+    """Check that inputs are one tensor of real numbers per sample, or tokens. Raises DataError."""
     first, *others = samples.rows
     if not first.is_floating_point() and first.dim() == 2 and _is_mask(samples.inputs, others):
         return
@@ -242,7 +242,7 @@ def _check_inputs(out: Path, samples: Samples) -> None:
 
 
 def _is_mask(inputs: Inputs, others: Sequence[Tensor]) -> bool:
-    """Whether all that comes with the first tensor is one mask of its shape."""
+    """Whether the only other tensor besides the first is one mask of its shape."""
     if not others:
         return True
     named = not isinstance(inputs, Mapping) or "mask" in list(inputs)[1]
@@ -264,9 +264,9 @@ def _moment(
 
 def subjects(moment: Moment, clients: int, samples: int, auxiliary: int | None, seed: int) -> Iterator[Subject]:
     """Up to `clients` of the moment's clients, each with up to `samples` of its private samples; all attacked with the
-    same `auxiliary` samples, drawn of those that were held out (None: up to 1000).
+    same `auxiliary` samples, drawn from the held-out ones (None: up to 1000).
 
-    Raises DataError where fewer are held out.
+    Raises DataError if fewer are held out.
     """
     config = moment.config
     source = moment.training.source
@@ -282,7 +282,7 @@ def subjects(moment: Moment, clients: int, samples: int, auxiliary: int | None, 
     known = _held_out(source, torch.from_numpy(drawn))
     rows = deal(config, source)
     order = seeds.generator(seed, "leakage", "clients").permutation(config.clients).tolist()
-    travels = moment.training.clients.holder is not None  # the one model meets everybody's data
+    travels = moment.training.clients.holder is not None  # the one model sees the data of all clients
     chosen = sorted([k for k in order if travels or k in moment.models][:clients])
     server = _served(moment)
     for k in chosen:
@@ -328,8 +328,8 @@ def _subject(
 
 
 class _Defended:
-    """What a client does to smashed data [n, s...] before they are sent: its defences, and its codec, which writes a
-    batch at a time. A gradient goes through the codec as if it did nothing.
+    """A client's changes to smashed data [n, s...] before they are sent: its defences, and its codec, which writes a
+    batch at a time. A gradient passes through the codec unchanged.
     """
 
     def __init__(self, defences: Defences, codec: Codec, batch: int) -> None:

@@ -1,8 +1,8 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) by peft: the adapted model is frozen, and only adapters are trained.
 
-W x becomes W x + (alpha / rank) B A x, with B = 0 at the start, so that the model begins as the adapted one.
+    W x  becomes  W x + (alpha / rank) B A x,   B = 0 at the start
 
-All clients share the frozen model (see `frozen`).
+so that the model begins as the adapted one. All clients share the frozen model (see `frozen`).
 """
 
 from __future__ import annotations

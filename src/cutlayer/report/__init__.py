@@ -23,9 +23,9 @@ __all__ = ["Wanted", "cite", "collect_studies", "format_bytes", "tables", "write
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is written besides the page, and how entries are compared: with a `baseline` (default: the first entry), a
-    `correction` of the p values for their number, and the `difference` (in the units of the table) that a study of
-    this kind should find, for which the seeds are counted.
+    """The files besides the page, and the comparison of entries: with a `baseline` (default: the first entry), a
+    `correction` of the p values for their number, and the `difference` (in the units of the table) for which the needed
+    seeds are calculated.
     """
 
     csv: bool = False
@@ -38,11 +38,11 @@ class Wanted:
 
 
 def write(folder: Path | Report, wanted: Wanted = Wanted()) -> list[Path]:
-    """Write curves.png, classes.png and report.html into the folder of a run or comparison (or what has been read of
-    it), and what else is `wanted`; return their paths.
+    """Write curves.png, classes.png and report.html into the folder of a run or comparison (or the content read from
+    it), and the other files `wanted`; return their paths.
 
-    Unfinished runs are shown as far as they got. Each file is replaced atomically, and none is touched unless all
-    could be made. Raises RunFolderError where `folder` is no run, is damaged, or has no evaluation yet.
+    Unfinished runs are shown as far as they got. Each file is replaced atomically, and no file is changed unless all
+    could be made. Raises RunFolderError if `folder` is not a run, is damaged, or has no evaluation yet.
     """
     # Imported here: the command line reads format_bytes from this package, and `--help` should not load matplotlib.
     from cutlayer.report import collect, curves, html, paper, tidy
@@ -72,8 +72,8 @@ def write(folder: Path | Report, wanted: Wanted = Wanted()) -> list[Path]:
 
 
 def tables(first: Path | str, *more: Path | str) -> dict[str, Observations[dict[str, Any]]]:
-    """What the CSV files of a run or a comparison hold, in Python: "table", "steps", "evaluations" and "clients". Each
-    is a list of rows with a method `to_pandas`. Of several folders, together, the first column names the study.
+    """The content of the CSV files of a run or a comparison, in Python: "table", "steps", "evaluations" and "clients".
+    Each is a list of rows with a method `to_pandas`. Of several folders, together, the first column names the study.
 
     Raises RunFolderError for a folder that is not a run's or a comparison's, or has no evaluation yet.
     """
@@ -94,8 +94,8 @@ def _gathered(folders: Sequence[Path]) -> dict[str, Observations[dict[str, Any]]
 
 def collect_studies(folders: Sequence[Path], out: Path) -> list[Path]:
     """Write table.csv, steps.csv, evaluations.csv and clients.csv of several runs and comparisons into `out`, each row
-    with the study that it is of: the name of its folder, or its whole path where two have one name. Returns the paths.
-    Raises RunFolderError where a folder is no run, or `out` holds such files already.
+    with its study: the name of its folder, or its whole path if two have the same name. Returns the paths. Raises
+    RunFolderError if a folder is not a run, or if `out` already has files of these names.
     """
     from cutlayer.report import tidy
 

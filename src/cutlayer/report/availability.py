@@ -1,4 +1,6 @@
-"""What a trace meant for the clients of a run: how much of the time they could be reached, and how long they waited."""
+"""The effect of a trace on the clients of a run: how much of the time they could be reached, and how long they
+waited.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +12,19 @@ from cutlayer.summary import mean_of_known
 from cutlayer.text import format_duration
 
 HEADS = ("a client can be reached", "waits", "of that for its link")
-"""What `means` gives."""
-_SHOWN = 40  # a longer table shows those that could be reached least and most
+"""The columns of `means`."""
+_SHOWN = 40  # a longer table shows the clients that could be reached least and most
 
 
 def means(reachable: float | None, idle: float | None, link: float | None) -> tuple[str, str, str]:
-    """A client's means, as text; an en dash where a run had no trace."""
+    """A client's means, as text; an en dash if a run had no trace."""
     if reachable is None or idle is None or link is None:
         return ("\N{EN DASH}",) * 3
     return _percent(reachable), format_duration(idle), format_duration(link)
 
 
 def line(found: Mapping[str, Any]) -> str:
-    """What a trace meant for one run, in sentences."""
+    """The effect of a trace on one run, in sentences."""
     reachable = found["reachable"]
     least = min(range(len(reachable)), key=lambda k: (reachable[k], k))
     mean = means(*(mean_of_known(found[name]) for name in ("reachable", "idle_seconds", "link_seconds")))

@@ -16,7 +16,7 @@ from cutlayer.tuned import read_tuned
 
 
 def cite(first: Path | str, *more: Path | str) -> str:
-    """BibTeX of all that the runs in these folders used, each entry once; comments name what has none.
+    """BibTeX of all that the runs in these folders used, each entry once; comments name things without one.
 
     Each is the folder of a run or of a comparison, finished or not. Pages with curves are drawn by matplotlib, and
     differences over two seeds or more rest on scipy. Raises RunFolderError for another folder.
@@ -51,7 +51,7 @@ def _runs(folder: Path) -> list[Path]:
 
 
 def _used(run: Path) -> Iterator[dict[str, str]]:
-    """What a run noted: at its end, or if it has none yet, at its beginning. Raises RunFolderError."""
+    """The notes of a run at its end or, if it has none yet, at its beginning. Raises RunFolderError."""
     for name in (RESULT, ALGORITHM):
         with reading(run / name):
             noted: Any = (read_json(run / name) or {}).get("used")

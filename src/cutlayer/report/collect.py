@@ -1,4 +1,4 @@
-"""What a folder holds, in the form that pictures and page need: Report > ReportEntry > StoredRun.
+"""The content of a folder, in the form that pictures and page need: Report > ReportEntry > StoredRun.
 
 A single run is a report of one entry with one run. Nothing here imports torch: a report must open at once.
 """
@@ -63,7 +63,7 @@ class Measure:
         return self.figure(score) + (" %" if self.share and score is not None else "")
 
     def rank(self, score: float | None) -> tuple[bool, float]:
-        """Larger where it is better; what is not defined is worst."""
+        """A value that is larger if the score is better; undefined scores are the worst."""
         if score is None or not math.isfinite(score):
             return False, 0.0
         return True, score if self.maximise else -score
@@ -71,7 +71,7 @@ class Measure:
 
 @dataclass(frozen=True)
 class StoredRun:
-    """One run folder: evaluations and result as stored; of the steps what is drawn, one item per step."""
+    """One run folder: evaluations and result as stored; for the steps the drawn values, one item per step."""
 
     seed: int
     config: dict[str, Any]
@@ -85,9 +85,9 @@ class StoredRun:
     result: dict[str, Any] | None
     measure: Measure = Measure()
     scores: dict[str, dict[int, float]] = field(default_factory=dict)
-    """Each client's score in the last evaluation, by the kind of test rows ("global", "own"), where it is defined."""
+    """Each client's score in the last evaluation, by the kind of test rows ("global", "own"), if it is defined."""
     meanings: dict[str, str] = field(default_factory=dict)
-    """What the options of the things that it has chosen mean."""
+    """The meaning of the options of its chosen things."""
     client_names: list[str] = field(default_factory=list)
     account: str = ""
 
@@ -150,12 +150,12 @@ class ReportEntry:
 
     @property
     def measure(self) -> Measure:
-        """What its scores are of."""
+        """The metric of its scores."""
         return self.runs[0].measure
 
     @property
     def note(self) -> str:
-        """What has to be said of the row: that runs are not finished, or have stopped early."""
+        """A remark on the row: that runs are not finished, or have stopped early."""
         early = [fact["stopped"] for fact in self.facts if fact.get("stopped")]
         if self.row.note or not early:
             return self.row.note
@@ -169,20 +169,20 @@ class ReportEntry:
 
 @dataclass(frozen=True)
 class Report:
-    """All there is to report."""
+    """The whole content of a report."""
 
     folder: Path
     config: dict[str, Any]
     entries: list[ReportEntry]
     comparison: bool
     unfinished: str
-    """What is still missing, in a sentence; empty where everything is done."""
+    """What is still missing, in a sentence; empty if everything is done."""
     tuned: Tuned | None = None
     """How the comparison was tuned, if it was."""
 
     @property
     def measure(self) -> Measure:
-        """What its scores are of; a plain score where entries differ in it."""
+        """The metric of its scores; a plain score if entries differ in it."""
         found = {entry.measure for entry in self.entries}
         return found.pop() if len(found) == 1 else Measure("score", share=False)
 
@@ -256,7 +256,7 @@ class _Result(msgspec.Struct):
 
 
 def read(folder: Path) -> Report:
-    """Read a run or comparison folder. Raises RunFolderError where there is nothing to report."""
+    """Read a run or comparison folder. Raises RunFolderError if there is nothing to report."""
     config = stored_config(folder)
     with reading(folder):
         comparison = "algorithms" in config or any(folder.glob(f"*/seed-*/{CONFIG}"))
@@ -309,7 +309,7 @@ def _comparison(folder: Path, config: dict[str, Any]) -> Report:
 
 
 def _run(folder: Path) -> StoredRun | None:
-    """The run in `folder`; None where it has no evaluation yet."""
+    """The run in `folder`; None if it has no evaluation yet."""
     evaluations = list(read_records(folder / EVALUATIONS, _Evaluation))
     if not evaluations:
         return None
@@ -374,7 +374,7 @@ def _either(row: dict[str, Any], name: str, before: str) -> tuple[float | None, 
 
 
 def _measured(title: str, runs: list[StoredRun]) -> ResultRow:
-    """The row that the runs themselves give: of those that are done, or of all as far as they got where none is."""
+    """The row from the runs themselves: from those that are done or, if none is, from all as far as they got."""
     done = [run for run in runs if run.result is not None]
     used = done or runs
     facts = [_facts(run) for run in used]
@@ -403,7 +403,7 @@ def _measured(title: str, runs: list[StoredRun]) -> ResultRow:
 
 
 def _facts(run: StoredRun) -> dict[str, float | None]:
-    """Costs of one run: of the whole where it is done, else up to its last evaluation."""
+    """Costs of one run: of the whole if it is done, otherwise up to its last evaluation."""
     last = run.evaluations[-1]
     whole = run.result or {**last, "steps": last["step"], "samples": sum(run.samples[: last["step"]])}
     seconds = whole["seconds"]

@@ -1,4 +1,4 @@
-"""The pictures: learning curves and who holds which classes. Drawn off screen, without pyplot's global figures."""
+"""The pictures: learning curves, and the classes of each client. Drawn off screen, without pyplot's global figures."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ _STYLE: dict[Any, Any] = {
 }
 
 MARKERS = "osD^vP*X<>ph"
-_LARGER = {"*": 1.6, "P": 1.2, "X": 1.2}  # those whose shape is lost at the size of the others
+_LARGER = {"*": 1.6, "P": 1.2, "X": 1.2}  # markers whose shape cannot be seen at the size of the others
 
 _WINDOWS = 60  # the loss is averaged over windows of 1/60 of the training
-_ANNOTATED = 16  # up to so many clients and classes the cells of the heat map carry their numbers
+_ANNOTATED = 16  # up to this number of clients and classes, the cells of the heat map show their numbers
 
 
 @dataclass(frozen=True)
@@ -81,13 +81,13 @@ def classes(report: Report) -> bytes:
 
 
 def clients(report: Report) -> bytes | None:
-    """Every client's score, the best first, as dots in one PNG; None where the clients' models do not differ."""
+    """Every client's score, the best first, as dots in one PNG; None if the clients' models do not differ."""
     entries = [(e, label, look) for e, label, look, _ in _looks(report) if differs(e.runs[0])]
     return drawn(lambda: _clients_figure(report, entries)) if entries else None
 
 
 def differs(run: StoredRun) -> bool:
-    """Whether the clients' models have scores of their own."""
+    """Whether the clients' models have separate scores."""
     return any(len(set(scores.values())) > 1 for scores in run.scores.values())
 
 
@@ -121,7 +121,9 @@ def _clients_figure(report: Report, entries: list[tuple[ReportEntry, str, Look]]
 
 
 def shown_partition(report: Report) -> StoredRun:
-    """The run whose partition is drawn: seeds differ in theirs, entries of a comparison as a rule do not."""
+    """The run whose partition is drawn: seeds have different partitions, entries of a comparison usually have
+    the same.
+    """
     return report.entries[0].runs[0]
 
 
@@ -157,7 +159,7 @@ def figure_of(report: Report, draws: Sequence[Callable[[Axes, Report], None]]) -
     widths = [len(str(label)) + 10 for label in handles]
     columns = len(handles) if sum(widths) <= 60 * across else max(1, 60 * across // max(widths))
     lines = math.ceil(len(handles) / columns)
-    figure.set_figheight(5.0 * rows + 0.26 * (lines - 1))  # room for the legend's further lines
+    figure.set_figheight(5.0 * rows + 0.26 * (lines - 1))  # space for further lines of the legend
     figure.legend(
         handles=list(handles.values()),
         labels=list(map(str, handles)),
@@ -204,7 +206,7 @@ def score_over_time(ax: Axes, report: Report) -> None:
 
 def score_over_energy(ax: Axes, report: Report) -> None:
     """Test score over the clients' modelled energy."""
-    # Total energy where it is known of every run, else what is: marginal.
+    # Total energy if it is known for every run, otherwise marginal energy.
     known = all(run.evaluations[-1].get("clients_joules") is not None for e in report.entries for run in e.runs)
     name, kind = ("clients_joules", "total") if known else ("clients_marginal_joules", "marginal")
     score_over(ax, report, lambda e: e[name], "energy", f"all clients' energy, {kind} (J, log)")
@@ -213,7 +215,7 @@ def score_over_energy(ax: Axes, report: Report) -> None:
 def score_over(ax: Axes, report: Report, x: Callable[[dict[str, float]], float], over: str, label: str) -> None:
     """Test score over a quantity of an evaluation, on a logarithmic axis called `label`."""
     for curve in _score_curves(report, x):
-        crossed = curve.x > 0  # nothing has been spent yet: has no place on a log axis
+        crossed = curve.x > 0  # nothing was spent yet, so it has no place on a log axis
         _plot(ax, replace(curve, x=curve.x[crossed], mean=curve.mean[crossed], std=curve.std[crossed]))
     _named_scores(ax, report, over)
     ax.set_xscale("log")
@@ -277,7 +279,7 @@ def _loss(entry: ReportEntry, label: str, look: Look, marker: str, window: float
     for run in entry.runs:
         epochs, losses, samples = np.array(run.epochs), np.array(run.losses), np.array(run.samples, float)
         finite = np.isfinite(losses)
-        # Half a step's rounding must not open another window, hence the tiny shift to the left.
+        # The tiny shift to the left avoids another window because of rounding.
         windows = np.floor(np.maximum(epochs[finite] / window - 1e-9, 0)).astype(int) if window else np.zeros(0, int)
         for index in np.unique(windows):
             own = windows == index
@@ -334,7 +336,7 @@ def _looks(report: Report) -> list[tuple[ReportEntry, str, Look, str]]:
     spare = [(c, s) for s in ("-", "--", "-.", ":") for c in COLOURS]
     for e in report.entries:
         if e.name not in plain:
-            # A free colour first, then a free style of any colour, then, beyond 32 entries, again from the start.
+            # A free colour first, then a free style of any colour; after 32 entries, from the start again.
             colours = {look[0] for look in plain.values()}
             free = [k for k in spare if k[0] not in colours] or [k for k in spare if k not in plain.values()] or spare
             plain[e.name] = free[0]
@@ -413,7 +415,7 @@ def has_classes(run: StoredRun) -> bool:
 
 
 def _sizes_figure(run: StoredRun) -> Figure:
-    """Samples per client alone, where they have no classes."""
+    """Only samples per client, if they have no classes."""
     totals = np.array(run.counts, int).reshape(len(run.counts), -1).sum(axis=1)
     clients = len(totals)
     figure = Figure(figsize=(9.6, min(max(2.2, 1.4 + 0.3 * clients), 7.0)), layout="constrained")
@@ -437,7 +439,7 @@ def _rows_and_columns(cells: Axes, names: list[str], clients: int) -> None:
     cells.set_title("Training samples per class and client", loc="left", fontweight="bold")
     cells.set_xlabel("class")
     cells.set_ylabel("client")
-    every = math.ceil(len(names) / 25)  # more labels than that run into each other
+    every = math.ceil(len(names) / 25)  # more labels would overlap
     shown = range(0, len(names), every)
     long = max((len(n) for n in names), default=0) * len(shown) > 70
     cells.set_xticks(list(shown))

@@ -12,8 +12,8 @@ from cutlayer.summary import Correction
 
 @dataclass(frozen=True)
 class Gap:
-    """One entry minus the baseline, over the seeds that both have ended: scores at the end, in points where they are
-    shares. `p` is corrected, if that was asked for; `needed` seeds would find the wanted difference.
+    """One entry minus the baseline, over the seeds that both have finished: final scores, in points if they are shares.
+    `p` is corrected, if requested; `needed` is the number of seeds that would find the given difference.
     """
 
     entry: str
@@ -25,7 +25,7 @@ class Gap:
 
 @dataclass(frozen=True)
 class Differences:
-    """All gaps; `unit` is what they are in."""
+    """All gaps, with their `unit`."""
 
     baseline: str
     title: str
@@ -38,8 +38,8 @@ class Differences:
 def differences(
     report: Report, baseline: str | None = None, *, correction: Correction = "none", wanted: float | None = None
 ) -> Differences | None:
-    """The comparison's entries against `baseline`, by default the first one; None where no two entries have two seeds
-    in common. Raises RunFolderError for a baseline that is not there.
+    """The comparison's entries against `baseline`, by default the first one; None if no two entries have two seeds in
+    common. Raises RunFolderError for an unknown baseline.
     """
     names = [entry.name for entry in report.entries]
     if baseline is not None and baseline not in names:

@@ -83,12 +83,12 @@ def render(
 
 
 def sentence(report: Report) -> str:
-    """What was trained on what and how, in one sentence, from the configuration."""
+    """The training in one sentence, from the configuration."""
     c = report.config
     runs = [run.config for entry in report.entries for run in entry.runs]
 
     def value(name: str, default: str = "?") -> str:
-        """The option's value; where variants differ in it, all of its values."""
+        """The option's value; if variants differ in it, all of its values."""
         tuned = name in _tuned(report)
         values = dict.fromkeys(_shown(run[name]) for run in [c] * (not tuned) + runs if run.get(name) is not None)
         return " or ".join(values) or default
@@ -152,7 +152,7 @@ _SHOWN_CLIENTS = 40  # a longer table shows the best and the worst
 
 
 def _judged(report: Report) -> str:
-    """Whose models the scores are of, and on which rows."""
+    """The models and rows of the scores."""
     score, config = report.measure.title, report.entries[0].runs[0].config
     rows = "its own test rows" if config.get("evaluate_on") == "own" else "the whole test set"
     whose = {
@@ -207,7 +207,7 @@ def _clients(report: Report) -> dict[str, Any] | None:
 
 
 def _figures(report: Report) -> list[tuple[str, list[str]]]:
-    """Every metric that is one number: its name, and what it is at the end of each entry, the mean over seeds."""
+    """Every metric that is one number: its name, and its final value for each entry, as the mean over seeds."""
     names = dict.fromkeys(m for e in report.entries for r in e.runs for m in r.evaluations[-1].get("test") or {})
     lines = []
     for name in names:
@@ -247,8 +247,8 @@ def _or_dash(value: float | None, form: Any) -> str:
 
 
 def _kinds(entry: ReportEntry) -> list[dict[str, str]]:
-    """Bytes by direction and kind, mean over the runs that are done; what was not sent in a run counts as zero. What a
-    run of an older version did not count is not known.
+    """Bytes by direction and kind, mean over the runs that are done; kinds that were not sent in a run count as zero.
+    Kinds that a run of an older version did not count are not known.
     """
     results = [run.result for run in entry.runs if run.result is not None]
     uncounted = {c for result in results for row in result["bytes"] for c in _CONVENTIONS if c not in row}

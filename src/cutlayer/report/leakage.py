@@ -1,4 +1,4 @@
-"""What an examination found: tables for the terminal, JSON, and a grid of pictures."""
+"""The results of an examination: tables for the terminal, JSON, and a grid of pictures."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def tables(findings: Sequence[Finding]) -> list[Table]:
 
 
 def notes(findings: Sequence[Finding]) -> list[str]:
-    """What the numbers rest on: each sentence once."""
+    """The assumptions behind the numbers: each sentence once."""
     from cutlayer.leakage.information import LEAST  # here, not above: it needs torch
 
     said: dict[str, None] = {}
@@ -66,7 +66,7 @@ def _missing(run: str, not_measured: Mapping[str, str]) -> list[str]:
 
 
 def as_json(findings: Sequence[Finding], sentences: Sequence[str], hijacked: Sequence[Hijacked] = ()) -> str:
-    """Everything, for programs; null stands for infinity."""
+    """Everything, for programs; null means infinity."""
     found = {
         "findings": [f.plain for f in findings],
         "comparisons": list(sentences),
@@ -76,7 +76,7 @@ def as_json(findings: Sequence[Finding], sentences: Sequence[str], hijacked: Seq
 
 
 def active(hijacked: Sequence[Hijacked]) -> Table:
-    """What hijacking servers read, and what clients notice."""
+    """The reconstructions of hijacking servers, and what clients notice."""
     table = Table(
         "run", "hijacker", "MSE", "mean input", "explained", "watch", "notice", "watch, honest server", "suspect it",
         title="An active server: feature-space hijacking, and what the clients' watch says",
@@ -97,7 +97,7 @@ def active(hijacked: Sequence[Hijacked]) -> Table:
 
 
 def active_notes(hijacked: Sequence[Hijacked]) -> list[str]:
-    """What the table of an active server rests on."""
+    """The assumptions behind the table of an active server."""
     if not hijacked:
         return []
     from cutlayer.defences.watch import Watch  # here, not above: it needs torch
@@ -138,7 +138,7 @@ def _suspicious(watched: Sequence[Watched]) -> str:
 def pictures(
     examined: Sequence[Examined], hijacked: Sequence[tuple[Hijacked, Mapping[str, Tensor]]] = ()
 ) -> bytes | None:
-    """A PNG: inputs, and below them what attackers made of their smashed data. None where inputs are no pictures."""
+    """A PNG: inputs, and below them the attackers' reconstructions. None if inputs are not pictures."""
     shown = [e for e in examined if e.pictures and _are_pictures(next(iter(e.pictures.values())).inputs)]
     if not shown:
         return None

@@ -24,11 +24,11 @@ BLACK, BLUE, VERMILLION, GREEN = (PALETTE[name] for name in ("black", "blue", "v
 COLOURS = tuple(PALETTE.values())
 DARK = "invert(0.88) hue-rotate(180deg)"
 """The CSS filter of pictures on a dark page: white becomes nearly black, and colours keep their hue."""
-FREE: Look = (PALETTE["grey"], "-.")  # of an algorithm that has none, where only one can be shown
+FREE: Look = (PALETTE["grey"], "-.")  # of an algorithm without one, if only one can be shown
 
 
 def look_of(facts: Mapping[str, Any]) -> Look | None:
-    """The look that a registration states; None where it states none."""
+    """The look that a registration states; None if it states none."""
     colour = facts.get("colour") or ""
     return (PALETTE.get(colour, colour), facts.get("line") or "-") if colour else None
 

@@ -1,5 +1,5 @@
-r"""For a paper: the result table in LaTeX (booktabs), and each panel as a figure of a column's width, whose lines are
-told apart by colour, dashes and markers, so that they can be read in black and white.
+r"""For a paper: the result table in LaTeX (booktabs), and each panel as a figure of a column's width, whose lines
+differ in colour, dashes and markers, so that they can be read in black and white.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ _STYLE: dict[Any, Any] = {
     "grid.linewidth": 0.4,
     "legend.frameon": False,
     "lines.linewidth": 1.2,
-    "pdf.fonttype": 42,  # letters as letters: what publishers ask for
+    "pdf.fonttype": 42,  # letters as text, as publishers require
     "svg.fonttype": "none",
-    "svg.hashsalt": "cutlayer",  # the same picture from the same folder
+    "svg.hashsalt": "cutlayer",  # equal files for equal folders
 }
 _DASHES = ((), (4, 1.5), (1, 1.2), (5, 1.2, 1, 1.2), (7, 2), (3, 1, 1, 1, 1, 1), (2, 2))
 
@@ -76,7 +76,7 @@ def _drawn(report: Report, draw: Callable[[Axes, Report], None], kind: Format) -
 
 
 def _darkening(svg: bytes) -> bytes:
-    """The picture that turns dark where the reader prefers that, and stays opaque, whatever is behind it."""
+    """The picture with a dark variant for readers who prefer dark pages, and with an opaque background."""
     rule = f"@media screen and (prefers-color-scheme: dark) {{ .cutlayer {{ filter: {DARK} }} }}"
     head, tag, rest = svg.partition(b"<svg ")
     return head + tag + b'class="cutlayer" ' + rest.replace(b">", f">\n <style>{rule}</style>".encode(), 1)
@@ -114,7 +114,7 @@ def latex(report: Report, gaps: Differences | None) -> str:
 
 
 def _tuning(tuned: Tuned, titles: Mapping[str, str]) -> list[str]:
-    """A second table: the values that were chosen, and what was spent to choose them."""
+    """A second table: the chosen values, and the cost of choosing them."""
     heads = ("Method", "Trials", "Epochs", "Rows", "Chosen values", "Validation")
     lines = [
         "",

@@ -1,4 +1,4 @@
-"""A plan as people read it: tables for the terminal, and one picture."""
+"""A plan for people: tables for the terminal, and one picture."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _NAMED = 14  # cuts whose names fit below the axis
 
 
 def show(plan: Plan, console: Console) -> None:
-    """Print what is planned, and the tables."""
+    """Print the description of the plan, and the tables."""
     for line in heading(plan):
         console.print(line, highlight=False, soft_wrap=True)
     if len(plan.cuts) > 1:
@@ -70,7 +70,7 @@ def show(plan: Plan, console: Console) -> None:
 
 
 def heading(plan: Plan) -> list[str]:
-    """What is planned, in sentences."""
+    """The description of the plan, in sentences."""
     m, c = plan.chosen.measured, plan.config
     tensors = listed([f"{_times(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in m.crossing])
     down = "" if m.gradient == m.smashed else f", {format_bytes(m.gradient)} come down"
@@ -103,7 +103,7 @@ def _tails(plan: Plan) -> list[str]:
 
 
 def notes(plan: Plan) -> list[str]:
-    """What one must know to read the tables."""
+    """Explanations for reading the tables."""
     c, m = plan.config, plan.chosen.measured
     optimizer = "Adam's two moments" if c.client_optimizer == "adam" else "no state of plain SGD"
     lines = [
@@ -140,7 +140,7 @@ def notes(plan: Plan) -> list[str]:
 
 
 def picture(plan: Plan) -> bytes:
-    """Bytes over samples per client with the break-evens; with several cuts also what each means. One PNG."""
+    """Bytes over samples per client with the break-evens; with several cuts also the costs of each. One PNG."""
     return drawn(lambda: _figure(plan))
 
 
@@ -167,7 +167,7 @@ def _communication(plan: Plan) -> Table:
 
 
 def _by_codec(plan: Plan) -> Table:
-    """What the judged algorithm sends with each codec: per token, if samples are tokens."""
+    """The bytes of the judged algorithm with each codec: per token, if samples are tokens."""
     timed, batch = plan.config.client_device is not None, plan.config.batch
     unit, units = ("token", batch * plan.tokens) if plan.tokens else ("sample", batch)
     columns = ["codec", f"up per {unit}", f"down per {unit}", "up per step", "down per step", "all, per epoch"]
@@ -182,7 +182,7 @@ def _by_codec(plan: Plan) -> Table:
 
 
 def _memory(plan: Plan) -> Table:
-    """What each side keeps while a batch is under way."""
+    """The memory of each side during a batch."""
     columns = ["", "frozen weights", "trained weights", "gradients", "optimiser", "activations", "together"]
     again = any(one.checkpointed != one.activations for one in plan.memory)
     columns += ["checkpointed activations", "together"] if again else []
@@ -286,7 +286,7 @@ def ranked(plan: Plan) -> bool:
 
 
 def _break_evens(plan: Plan) -> Table:
-    """At which numbers each algorithm that cuts the model costs no more than the one that does not."""
+    """The numbers at which each algorithm that cuts the model costs at most as much as the one that does not."""
     first = plan.break_evens[0]
     table = Table(title=f"Where they cost no more than {first.against}", title_justify="left")
     total = next((b.total for b in plan.break_evens if b.total), None)
@@ -307,7 +307,7 @@ def _break_evens(plan: Plan) -> Table:
 
 
 def _against_data(plan: Plan) -> Table:
-    """Up to how many epochs algorithms move no more than sending the data does."""
+    """The number of epochs up to which algorithms send at most the bytes of sending the data."""
     table = Table(title=f"Where they cost no more than {plan.data_break_evens[0].against}", title_justify="left")
     for name in ("counted as", "method", "epochs"):
         table.add_column(name, justify="right" if name == "epochs" else "left")
@@ -429,7 +429,7 @@ def _over_cuts(ax: Axes, plan: Plan, values: Sequence[float], colour: str) -> No
 
 
 def _log_ticks(ax: Axes, text: Callable[[float], str]) -> None:
-    """Numbers at powers of ten; where fewer than two of them are in sight, at 1, 2 and 5 too."""
+    """Numbers at powers of ten; if fewer than two of them are visible, also at 1, 2 and 5."""
     low, high = ax.get_ylim()
     decades = math.log10(high / low)
     if decades < 2:

@@ -1,4 +1,4 @@
-"""Computation, time and energy of a report's entries, as text; and what it takes to reach a score."""
+"""Computation, time and energy of a report's entries, as text; and the costs of reaching a score."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def line(entry: ReportEntry) -> dict[str, Any]:
 
 
 def reached(report: Report) -> dict[str, Any] | None:
-    """What each entry takes to reach the score that all reach at their best, rounded to what is easier: a fraction to a
-    whole percent, anything else to two digits.
+    """The costs of each entry to reach the score that all entries reach at their best, rounded in the easier direction:
+    a fraction to a whole percent, anything else to two digits.
     """
     if len(report.entries) < 2 or min(map(len, (r.evaluations for e in report.entries for r in e.runs))) < 2:
         return None

@@ -1,4 +1,4 @@
-"""How old was what clients sent when the server used it, where clients work at their own pace."""
+"""The age of clients' batches and models when the server used them, if clients work at their own pace."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from cutlayer.report.collect import Report
 from cutlayer.text import format_duration
 
 HEADS = ("age of a batch", "of a model")
-"""What `means` gives: counted in server steps and in averagings."""
+"""The columns of `means`, counted in server steps and in averagings."""
 _SHOWN = 40  # a longer table shows the oldest and the newest
 _DASH = "\N{EN DASH}"
 
 
 def means(batch_age: float | None, model_age: float | None) -> tuple[str, str]:
-    """The mean ages of all batches and models, as text; an en dash where clients wait for one another."""
+    """The mean ages of all batches and models, as text; an en dash if clients wait for one another."""
     return _figure(batch_age), _figure(model_age)
 
 
@@ -26,7 +26,7 @@ def waits(idle: float | None) -> str:
 
 
 def line(found: Mapping[str, Any]) -> str:
-    """What it came to in one run, in a sentence or two."""
+    """The ages in one run, in one or two sentences."""
     batches, models = (
         f"{_figure(found[f'{one}_age'])} (at most {_most(found[f'{all_}_most'])})"
         for one, all_ in (("batch", "batches"), ("model", "models"))
@@ -54,7 +54,7 @@ def table(report: Report) -> dict[str, Any] | None:
 
 
 def _cells(found: Mapping[str, Any], client: int) -> list[str]:
-    """What one client sent, and how old it was: count, mean and most, of batches and of models."""
+    """The number and ages of one client's batches and models: count, mean and largest."""
     kinds = [(f"{what}", f"{what}_mean", f"{what}_most") for what in ("batches", "models")]
     return [
         text

@@ -1,4 +1,4 @@
-"""What happened as tidy CSV files: one row per observation, one column per variable, for every other tool."""
+"""The records as tidy CSV files for other tools: one row per observation, one column per variable."""
 
 from __future__ import annotations
 

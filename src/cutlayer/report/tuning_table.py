@@ -1,4 +1,4 @@
-"""How a comparison was tuned: the table of it, and one row per trial."""
+"""The tuning of a comparison: its table, and one row per trial."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ HEADS = ("method", "trials", "epochs trained", "rows trained", "chosen values", 
 
 
 def lines(tuned: Tuned, titles: Mapping[str, str]) -> list[tuple[str, ...]]:
-    """A line for each entry, called by its title: what was spent on it, and what was chosen."""
+    """A line for each entry, with its title: the cost of its tuning, and the chosen values."""
     found: list[tuple[str, ...]] = [
         (
             titles.get(entry, entry),
@@ -29,7 +29,7 @@ def lines(tuned: Tuned, titles: Mapping[str, str]) -> list[tuple[str, ...]]:
 
 
 def sentence(tuned: Tuned) -> str:
-    """What the table is of, in a sentence or two."""
+    """The description of the table, in one or two sentences."""
     when = "after the last round" if tuned.by == "last" else "at the best evaluation"
     shared = (
         f" The data bring no test rows: those that seed {tuned.test_seed} draws are the test of all seeds (test_seed)."

@@ -1,1 +1,1 @@
-"""The paper's tables, trained anew: cells, training, outcomes, tables, claims, plots, pages."""
+"""The paper's tables, reproduced: cells, training, outcomes, tables, claims, plots, pages."""

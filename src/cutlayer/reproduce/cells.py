@@ -1,6 +1,6 @@
-"""What the paper's tables need trained: cells, one configuration each, at three sizes.
+"""The trainings for the paper's tables: cells, one configuration each, at three sizes.
 
-A cell is trained once whichever tables use it. Its name is its folder, so that a later call finds it again.
+A cell is trained once, even if several tables use it. Its name is its folder, so that a later call finds it again.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ HALVES = {  # with SplitLr, with SplitAvg
 }
 TABLE4_METHODS = ("cl", "fl", "sglr", "sfl", "psl")  # Table 4
 SKEW = "skew"  # the contest beyond the paper
-_DECIDED = ("holds", "does not hold", "within noise")  # verdicts that say something about a model
+_DECIDED = ("holds", "does not hold", "within noise")  # verdicts about a model
 LEAKING_PHIS = (0.0, 0.25, 0.5, 0.75, 1.0)  # Table 5
-LEAKING_OTHERS = ("psl", "sfl", "ssl")  # what SGLR is compared with
+LEAKING_OTHERS = ("psl", "sfl", "ssl")  # compared with SGLR
 LEAKING_METHODS = (*LEAKING_OTHERS, "sglr")
 # Defences of PSL, by kind and strength. With the reduced size's model smashed data are some 25 long (Euclidean norm),
 # or some 700 (sum of absolute values).
@@ -99,8 +99,8 @@ SIZES: dict[str, Size] = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One configuration, to be trained once with each of `seeds`; where it is `examined`, what it leaks
-    is measured, too, at its end and at every snapshot that it keeps.
+    """One configuration, to be trained once with each of `seeds`. If it is `examined`, its leakage is measured, too, at
+    its end and at every snapshot.
 
     If it has `trials`, its learning rate is that of the trial with the best validation accuracy. A cell is trained once
     all cells of earlier turns are done, its trials among them.
@@ -119,7 +119,7 @@ class Cell:
 
     @property
     def weight(self) -> int:
-        """Samples that one of its runs trains on: what it costs, about."""
+        """The training samples of one of its runs, as an estimate of its cost."""
         return (self.config.samples_per_client or 0) * self.config.clients * self.config.epochs
 
 
@@ -144,24 +144,26 @@ class Study:
 
     @property
     def cut(self) -> str | None:
-        """Where the model of Tables 1 to 3 is cut."""
+        """The cut of the model of Tables 1 to 3."""
         chosen = dict(self.options).get("cut")
         return default_cut(self.size.model) if chosen is None else str(chosen)
 
     @property
     def cuts(self) -> tuple[str, ...]:
-        """The depths that are compared: the named cuts of the model; of one that names none, the only known cut."""
+        """The compared depths: the named cuts of the model, or its only known cut if it names none."""
         named = cuts_of(self.size.model)
         known = () if self.cut is None else (self.cut,)
         return named if set(known) <= set(named) else (*known, *named)
 
     def verdict(self, word: str) -> str:
-        """How a verdict is shown: one about another model is not one about the paper's."""
+        """The display of a verdict: a verdict about another model is not one about the paper's."""
         return f"another model: {word}" if self.another_model and word in _DECIDED else word
 
     @property
     def model_names(self) -> tuple[str, str]:
-        """What pages call the model of Tables 1 to 3 and that of Table 4: of a user's own file, without the folder."""
+        """The names in pages for the model of Tables 1 to 3 and that of Table 4; for a user's own file, without the
+        folder.
+        """
         return self.size.model.rpartition("/")[2], self.size.methods_model.rpartition("/")[2]
 
     def grid(self, clients: int, alpha: float, phi: float, phase: str | None = None) -> Cell:
@@ -244,7 +246,7 @@ class Study:
                 yield from (*cell.trials, cell)
 
     def leaking(self, name: str, algorithm: str, *, followed: bool = False, **own: Any) -> Cell:
-        """A run that is attacked once it is trained, and where it is `followed` also on the way."""
+        """A run that is attacked after training and, if it is `followed`, also during training."""
         s = self.size
         every = max(1, s.leakage_epochs // s.leakage_moments)
         options = {"epochs": s.leakage_epochs, "eval_every": every, "eval_clients": None, **own}

@@ -2,8 +2,8 @@
 
 A claim is that one set of cells is better than another by more than a threshold. Differences are taken between runs of
 the same seed (same split, partition and initial weights), averaged over the pairs of cells that the claim covers; the
-verdict is read off the two-sided 95 % interval of Student's t over the seeds. What is compared is accuracy, or how much
-of the inputs an attacker explains.
+verdict is read off the two-sided 95 % interval of Student's t over the seeds. The compared quantity is accuracy, or the
+share of the inputs that an attacker explains.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from cutlayer.reproduce.table6 import Fact
 from cutlayer.text import listed
 
 Gap = Callable[[Outcome, Outcome], float | None]
-"""What the first of two runs of one seed has more than the second, in points; None where it was not measured."""
+"""The difference between two runs of one seed (first minus second), in points; None if it was not measured."""
 
 Word = Literal["holds", "does not hold", "within noise", "not measured"]
 WORDS: tuple[Word, ...] = ("holds", "does not hold", "within noise", "not measured")
@@ -56,7 +56,7 @@ def explained(more: Outcome, less: Outcome) -> float | None:
 
 
 def explained_at_equal_accuracy(more: Outcome, less: Outcome) -> float | None:
-    """The same when each of the two first came to the test accuracy that both reach."""
+    """The same at the time when each of the two first reached the test accuracy that both reach."""
     if more.reached is None or less.reached is None:
         return None
     both = min(more.reached, less.reached)
@@ -66,9 +66,9 @@ def explained_at_equal_accuracy(more: Outcome, less: Outcome) -> float | None:
 
 @dataclass(frozen=True)
 class CellPair:
-    """Two cells that a claim compares: `more` is claimed to have more of what is compared.
+    """Two cells that a claim compares: `more` is claimed to have more of the compared quantity.
 
-    `row` and `column` are its labels in the breakdown. If there are several row labels, each gets a row of its own too.
+    `row` and `column` are its labels in the breakdown. If there are several row labels, each also gets its own row.
     """
 
     more: Cell
@@ -80,8 +80,8 @@ class CellPair:
 @dataclass(frozen=True)
 class Claim:
     """A claim: that `more` has more than `less` by more than `threshold` points, on average over the pairs in the
-    `covered` columns (all where there are none); the other columns are only shown. `loss`: the difference is what the
-    cells that the claim speaks of lose. `gap` says what is compared.
+    `covered` columns (all if there are none); the other columns are only shown. `loss`: the difference is the loss of
+    the claim's cells. `gap` is the compared quantity.
     """
 
     name: str
@@ -137,7 +137,7 @@ def interval(differences: Sequence[float], threshold: float) -> Difference:
 
 
 def claims(outcomes: Outcomes) -> list[Claim]:
-    """What is claimed, in terms of the cells of the parts that `outcomes` has. Table 4's are those at the chosen
+    """The claims about the cells of the parts in `outcomes`. Table 4's are those at the chosen
     rates.
     """
     makers: dict[str, Callable[[Outcomes], list[Claim]]] = {
@@ -156,7 +156,7 @@ def claims(outcomes: Outcomes) -> list[Claim]:
 def summary(
     verdicts: Sequence[ClaimVerdict], counted: Sequence[Fact] = (), *, another_model: bool = False
 ) -> list[str]:
-    """What came out, in five lines: the verdicts, and what counting settles."""
+    """The results in five lines: the verdicts, and the claims that counting settles."""
     model = " with another model" * another_model
     meaning = {
         "holds": f"Holds{model}",
@@ -192,7 +192,7 @@ def _signed(value: float) -> str:
 
 
 def _counted(verdict: ClaimVerdict) -> str:
-    """A claim's title with its difference, where one is known."""
+    """A claim's title with its difference, if it is known."""
     mean = verdict.overall.mean if verdict.overall.verdict != "not measured" else None
     return verdict.claim.title + ("" if mean is None else f" ({'loss ' * verdict.claim.loss}{_signed(mean)})")
 
@@ -389,7 +389,7 @@ def _methods(outcomes: Outcomes) -> list[Claim]:
 
 
 def _skew(outcomes: Outcomes) -> list[Claim]:
-    """Beyond the paper: what the contest says."""
+    """Beyond the paper: the contest."""
     study = outcomes.study
     there = study.contest()
     return [

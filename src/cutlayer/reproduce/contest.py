@@ -1,8 +1,7 @@
 """A contest: methods against each other in several settings, as a JSON file of this folder describes it.
 
 Every method has the same learning rates to choose from. It is tuned on one seed by the accuracy on validation data, in
-the setting itself or in one that stands for it, and then trained with the chosen rate on other seeds. Only these are
-reported.
+the setting itself or in a similar one, and then trained with the chosen rate on other seeds. Only these are reported.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ContestSize:
-    """How much of a contest is trained: rows per client, epochs, rows per batch, the rates that are tried, the seed
-    that they are tried on, the seeds that are reported, the setting in which each setting's rates are tried (one that
-    is not named: in itself), and the settings and methods that are compared (None: all).
+    """The extent of a contest: rows per client, epochs, rows per batch, the rates to try, the seed for trying them, the
+    reported seeds, the setting in which each setting's rates are tried (by default itself), and the compared settings
+    and methods (None: all).
     """
 
     samples_per_client: int
@@ -60,7 +59,7 @@ class ContestClaim:
 
 @dataclass(frozen=True)
 class Contest:
-    """What is compared: methods and settings by name, claims, and what each size takes. Traffic is compared with that
+    """The comparison: methods and settings by name, claims, and the extent of each size. Traffic is compared with that
     of the method `baseline`.
     """
 

@@ -1,4 +1,4 @@
-"""All that a reproduction has to say, in the form that pages, plots and terminal show."""
+"""All results of a reproduction, in the form that pages, plots and terminal show."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from cutlayer.reproduce.tables import BEYOND, SECTIONS, Table
 
 @dataclass(frozen=True)
 class Findings:
-    """Tables, verdicts, what counting settles, and five lines about all of it, from the outcomes of the `parts` asked
-    for (see `SECTIONS`).
+    """Tables, verdicts, claims that counting settles, and a summary of five lines, from the outcomes of the requested
+    `parts` (see `SECTIONS`).
     """
 
     outcomes: Outcomes
@@ -28,22 +28,22 @@ class Findings:
 
     @property
     def done(self) -> tuple[int, int]:
-        """How many runs are done, of how many."""
+        """The numbers of finished runs and of all runs."""
         cells = self.outcomes.cells.values()
         return sum(len(self.outcomes.of(c)) for c in cells), sum(len(c.seeds) for c in cells)
 
     @property
     def alone(self) -> bool:
-        """Nothing of the paper was asked for."""
+        """Whether no part of the paper was requested."""
         return set(self.parts) <= BEYOND
 
     @property
     def title(self) -> str:
-        """What pages are called."""
+        """The title of the pages."""
         return contest(SKEW).about if self.alone else "Reproduction of SGLR's tables"
 
     def table(self, name: str) -> Table | None:
-        """The table of that name, where it was asked for."""
+        """The table of that name, if it was requested."""
         return next((t for t in self.tables if t.name == name), None)
 
 

@@ -1,7 +1,7 @@
-"""The paper's own cost model: Table 6 and section 4.4 of arXiv 2112.05929, to the letter.
+"""The paper's own cost model: Table 6 and section 4.4 of arXiv 2112.05929, taken literally.
 
-Per epoch. Bytes are in whatever unit the sizes are given in (the paper: MB). What it leaves out, the truthful ledger
-counts: labels, and the common gradient of every step but the first (`costs/ledger.py`, convention "paper"). Its time of
+Per epoch. Bytes are in whatever unit the sizes are given in (the paper: MB). The ledger counts what this model leaves
+out: labels, and the common gradient of every step but the first (`costs/ledger.py`, convention "paper"). Its time of
 PSL lacks a division by C ("sic" below).
 """
 

@@ -1,4 +1,4 @@
-"""What the trained cells came to, read from their folders. Imports no torch and needs no steps.jsonl."""
+"""The results of the trained cells, read from their folders. Imports no torch and needs no steps.jsonl."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Outcome:
     `best` is the test accuracy at the evaluation with the best validation accuracy (`validation`), which is what the
     paper reports; `last` that at the end; `chance` is 100 over the number of classes. A run that diverged counts as
     chance.
-    `result` is the run's result.json, None where it diverged; `leakage` what was found when it was examined, at each
-    moment at which that was done, the end being the last.
+    `result` is the run's result.json, None if it diverged; `leakage` are the results of its examinations, at each
+    examined moment, the end being the last.
     """
 
     best: float
@@ -41,7 +41,7 @@ class Outcome:
 
     @property
     def explained(self) -> float | None:
-        """Percent of the inputs' variance that the attacker explains at the end; None where nobody looked."""
+        """Percent of the inputs' variance that the attacker explains at the end; None if it was not examined."""
         return _explained(self.leakage[-1]) if self.leakage else None
 
     @property
@@ -51,12 +51,12 @@ class Outcome:
 
     @property
     def reached(self) -> float | None:
-        """The highest test accuracy, in percent, of the moments that were examined."""
+        """The highest test accuracy, in percent, at the examined moments."""
         return max((100 * found["accuracy"] for found in self.leakage), default=None)
 
     def explained_at(self, accuracy: float) -> float | None:
-        """The same when the run first came to that test accuracy: linear between the moments that were examined. None
-        where it never came to it, or had left it behind (by more than half a point) before anyone looked.
+        """The same at the time when the run first reached that test accuracy: linear between the examined moments. None
+        if it never reached it, or had exceeded it by more than half a point before the first examination.
         """
         before: tuple[float, float] | None = None
         for found in self.leakage:
@@ -69,7 +69,7 @@ class Outcome:
         return None
 
 
-_NEAR = 0.5  # points of accuracy that count as none
+_NEAR = 0.5  # points of accuracy that count as no difference
 
 
 def _explained(found: dict[str, Any]) -> float:
@@ -91,9 +91,9 @@ class Score:
 
 
 class Outcomes:
-    """Everything that is finished of `study` in the folder `out`.
+    """All finished parts of `study` in the folder `out`.
 
-    Raises RunFolderError where a run is damaged, or was made with another configuration than the study's.
+    Raises RunFolderError if a run is damaged, or was made with another configuration than the study's.
     """
 
     def __init__(self, study: Study, out: Path, cells: Iterable[Cell]) -> None:
@@ -105,13 +105,13 @@ class Outcomes:
             self._of[name] = {s: read(folder, cell.at(s)) for s, folder in folders.items() if is_trained(folder)}
 
     def of(self, cell: Cell) -> dict[int, Outcome]:
-        """Seed -> outcome of what is done of `cell`."""
+        """Seed -> outcome of the finished runs of `cell`."""
         return self._of.get(cell.name, {})
 
     def score(
         self, cell: Cell, paper: float | None = None, by: Callable[[Outcome], float] = attrgetter("best")
     ) -> Score:
-        """The cell's test accuracy at the best validation accuracy, or what `by` says, over seeds."""
+        """The cell's test accuracy at the best validation accuracy, or the value of `by`, over seeds."""
         done = self.of(cell).values()
         mean, std = spread([by(o) for o in done])
         return Score(mean, std, len(done), len(cell.seeds), sum(o.diverged for o in done), paper)
@@ -135,7 +135,7 @@ class Outcomes:
 
 def settled(out: Path, cell: Cell) -> Cell | None:
     """The cell at the rate of its trial with the best validation accuracy (the smaller of equals), without trials; None
-    while one of them is not done. Raises RunFolderError where a trial is damaged.
+    while one of them is not done. Raises RunFolderError if a trial is damaged.
     """
     if not cell.trials:
         return cell
@@ -148,7 +148,7 @@ def settled(out: Path, cell: Cell) -> Cell | None:
 
 
 def read(folder: Path, config: RunConfig) -> Outcome:
-    """The outcome of a run that is done. Raises RunFolderError where it is damaged, or was not made with `config`."""
+    """The outcome of a finished run. Raises RunFolderError if it is damaged, or was not made with `config`."""
     with reading(folder, "remove that folder to have its run trained anew"):
         return _read(folder, config)
 

@@ -43,7 +43,7 @@ def files(findings: Findings, size: str) -> dict[str, bytes]:
 
 
 def setting(findings: Findings, size: str) -> str:
-    """What was trained, in a sentence."""
+    """The training, in a sentence."""
     study = findings.outcomes.study
     s = study.size
     first, fourth = study.model_names
@@ -62,7 +62,7 @@ def setting(findings: Findings, size: str) -> str:
 
 
 def reading(findings: Findings, size: str) -> list[str]:
-    """How the numbers come about: paragraphs that hold for all tables."""
+    """The origin of the numbers: paragraphs for all tables."""
     s = findings.outcomes.study.size
     models = "all clients" if s.eval_clients is None else f"{s.eval_clients} clients"
     chance = sorted(
@@ -116,7 +116,7 @@ TEST = (
 
 
 def _content(findings: Findings, size: str) -> dict[str, Any]:
-    """What both pages are filled with."""
+    """The content of both pages."""
     done, planned = findings.done
     study = findings.outcomes.study
     return {
@@ -144,7 +144,7 @@ def _lines(table: Table) -> dict[str, Any]:
 
 
 def _command(findings: Findings, size: str) -> str:
-    """The command that made it; with a model of the user's choice, what was chosen too."""
+    """The command that made it; with a model of the user's choice, also the choices."""
     study = findings.outcomes.study
     words = ["cutlayer", "reproduce", *findings.parts, "--size", size]
     if study.another_model:

@@ -51,7 +51,7 @@ from cutlayer.reproduce.tables import SECTIONS, paper
 from cutlayer.reproduce.train import PICTURES, SHOWN, folder_of
 from cutlayer.summary import spread
 
-_RANGE = 14.0  # points below the median accuracy that a plot shows; what has collapsed leaves it at the bottom
+_RANGE = 14.0  # points below the median accuracy that a plot shows; collapsed runs are below the bottom
 _STRAIGHT = 2.0  # points up to which the axis of differences is linear
 
 Line = tuple[str, Sequence[float], Sequence[Score]]  # label, x, scores
@@ -71,7 +71,7 @@ class Plot:
 
 
 def draw(findings: Findings) -> dict[str, bytes]:
-    """Name of a plot -> PNG, for what was asked for and has something to show."""
+    """Name of a plot -> PNG, for requested plots with something to show."""
     asked = {name: plot for name, plot in PLOTS.items() if plot.part in ("", *findings.parts)}
     return {n: drawn(partial(plot.figure, findings)) for n, plot in asked.items() if plot.ready(findings)}
 
@@ -157,7 +157,7 @@ def _table4(findings: Findings) -> Figure:
 
 
 def _skew(findings: Findings) -> Figure:
-    """The accuracy of each method, a panel for each setting of the contest; what it sends is beside its name."""
+    """The accuracy of each method, with a panel for each setting of the contest; its traffic is beside its name."""
     outcomes, traffic = findings.outcomes, findings.table("skew-traffic")
     assert traffic is not None
     study = outcomes.study
@@ -190,7 +190,7 @@ def _skew(findings: Findings) -> Figure:
 
 
 def _phi(findings: Findings) -> Figure:
-    """Table 5, ours beside the paper's: the scales of the two have nothing in common."""
+    """Table 5, ours beside the paper's, on different scales."""
     outcomes, theirs = findings.outcomes, paper()["table5"]
     figure = Figure(figsize=(10.8, 4.4), layout="constrained")
     ours, papers = figure.subplots(1, 2)
@@ -215,7 +215,7 @@ def _phi(findings: Findings) -> Figure:
 
 
 def _defences(findings: Findings) -> Figure:
-    """What each defence hides, and what it costs: a line from no defence to the strongest."""
+    """The effect and the cost of each defence: a line from no defence to the strongest."""
     outcomes = findings.outcomes
     study = outcomes.study
     lines: dict[str, list[Cell]] = {
@@ -242,9 +242,7 @@ def _defences(findings: Findings) -> Figure:
 
 
 def _kept(findings: Findings) -> dict[str, Path]:
-    """By what was trained: where the pictures kept of the first seed are, inputs and reconstructions [n, channels, h,
-    w].
-    """
+    """The pictures of the first seed, by cell: inputs and reconstructions [n, channels, h, w]."""
     outcomes = findings.outcomes
     study = outcomes.study
     cells = {title_of_algorithm(m): study.attacked(m) for m in LEAKING_METHODS}
@@ -259,7 +257,7 @@ def _kept(findings: Findings) -> dict[str, Path]:
 
 
 def _pictures(findings: Findings) -> Figure:
-    """A row of inputs, and below it what was made of their smashed data; inputs again where they are others."""
+    """A row of inputs, and below it their reconstructions; inputs again if they differ."""
     rows: list[tuple[str, Any, Any]] = []
     last = None
     for label, path in _kept(findings).items():
@@ -285,7 +283,7 @@ def _pictures(findings: Findings) -> Figure:
 
 
 def _over_broadcast_bytes(ax: Axes, report: Report) -> None:
-    """As over bytes, with what is the same for several clients counted once."""
+    """As over bytes, with messages that are the same for several clients counted once."""
     total = "up + down, wire-broadcast (MB, log)"
     score_over(ax, report, lambda e: (e["bytes_up"] + e["bytes_down_broadcast"]) / 1e6, "traffic, broadcast", total)
 
@@ -445,7 +443,7 @@ PLOTS: dict[str, Plot] = {
 
 
 def _line(ax: Axes, line: Line, **look: Any) -> None:
-    """Means with bars of one standard deviation, what is unknown left out."""
+    """Means with bars of one standard deviation, without unknown ones."""
     label, x, scores = line
     means = [math.nan if s.mean is None else s.mean for s in scores]
     stds = [s.std or 0.0 for s in scores]

@@ -1,4 +1,4 @@
-"""A reproduction: a folder in which cells are trained, and the report on what is there."""
+"""A reproduction: a folder in which cells are trained, and the report on their results."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ SETTINGS = "reproduction.toml"
 
 
 class Reproduction:
-    """What was asked for: tables at a size, on a data set and device, in the folder `out`.
+    """The request: tables at a size, on a data set and device, in the folder `out`.
 
-    `model` replaces the size's models, `cut` says where it is cut, `task` how it is judged; `options` are those of the
-    data set, the model and the task.
+    `model` replaces the size's models, `cut` is its cut, `task` its task; `options` are those of the data set, the
+    model and the task.
 
-    Raises ConfigError for an unknown table or model, and for a task that the tables cannot show; RunFolderError where
-    `out` is of other settings, or holds other things. Nothing is written before `train`.
+    Raises ConfigError for an unknown table or model, and for a task that the tables cannot show; RunFolderError if
+    `out` has other settings or other content. Nothing is written before `train`.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Reproduction:
         cut: str | None = None,
         task: str | None = None,
     ) -> None:
-        # The same folder, from wherever the command is called.
+        # The same folder, independent of the working directory.
         named_things = from_anywhere({"data": data, "model": model, "cut": cut, "task": task})
         chosen = {name: named_things[name] for name in ("cut", "task") if named_things[name] is not None}
         self.size, self.out = size, out
@@ -75,8 +75,9 @@ class Reproduction:
 
     @property
     def jobs(self) -> list[Job]:
-        """What was asked for, each cell once, all cells of a seed before those of the next: an interrupted reproduction
-        then has all cells on the seeds it got to. Of cells that have turns, those of a turn before those of the next.
+        """The requested runs, each cell once, all cells of a seed before those of the next, so that an interrupted
+        reproduction has all cells for the seeds that it reached. Among cells with turns, those of a turn come before
+        those of the next.
         """
         jobs = [(cell, seed) for cell in cells_of(self.study, self.asked).values() for seed in cell.seeds]
         return sorted(jobs, key=lambda job: (job[0].turn, job[0].seeds.index(job[1])))
@@ -86,15 +87,16 @@ class Reproduction:
         return [job for job in self.jobs if not is_done(self.out, *job)]
 
     def check(self, workers: int | None = 1) -> int:
-        """That the data are there, every kind of cell can be built, what is done fits, and so do `workers` runs at once
-        into the memory; their number, by default as many as there are cores and memory for. Raises UsageError.
+        """Check that the data exist, that every kind of cell can be built, that finished runs fit the request, and that
+        `workers` runs at once fit into memory. Returns their number, by default as many as cores and memory allow.
+        Raises UsageError.
         """
         from cutlayer.allocator import give_back
         from cutlayer.build import assemble, deal
         from cutlayer.footprint import fitting, footprint, refuse_unless_fitting, room
         from cutlayer.reproduce.table6 import trained_work
 
-        trained_work(self.study)  # what a model that cannot be measured costs is known now, not after the training
+        trained_work(self.study)  # a model whose cost cannot be measured is noticed now, not after the training
         self.outcomes()
         if any(cell.examined for cell, _ in self.waiting()):
             check_installed()
@@ -116,7 +118,7 @@ class Reproduction:
             if most > 1:
                 needs |= dict.fromkeys(named[kind], footprint(training, first, most))
             del training
-            if first.partition != "iid":  # with another seed a client may stay without samples
+            if first.partition != "iid":  # with another seed, a client may get no samples
                 for config in others:
                     deal(config)
         if most == 1:
@@ -129,24 +131,24 @@ class Reproduction:
         return most
 
     def train(self, workers: int, tell: Tell | None = None) -> Iterator[Job]:
-        """Train what is waiting, `workers` runs at once; yields each job as it ends, and tells `tell` how far each is.
-        Raises CutlayerError.
+        """Train waiting jobs, `workers` runs at once; yields each job as it ends, and calls `tell` with the progress of
+        each. Raises CutlayerError.
         """
         with self._held():
             yield from train(self.out, self.waiting(), workers, tell)
 
     def outcomes(self) -> Outcomes:
-        """What is there by now, for all tables that were ever asked for in this folder."""
+        """The results so far, for all tables that were ever requested in this folder."""
         return Outcomes(self.study, self.out, cells_of(self.study, self.parts).values())
 
     def outcome(self, job: Job) -> Outcome:
-        """What a job that is done came to."""
+        """The result of a finished job."""
         cell, seed = job
         done = settled(self.out, cell) or cell
         return read(folder_of(self.out, done, seed), done.at(seed))
 
     def find(self) -> Findings:
-        """Everything there is to say by now. Raises RunFolderError where no run is done, or one is damaged."""
+        """All findings so far. Raises RunFolderError if no run is done, or if one is damaged."""
         from cutlayer.reproduce.findings import find
 
         findings = find(self.outcomes(), self.parts)
@@ -158,7 +160,7 @@ class Reproduction:
         return findings
 
     def write(self, findings: Findings) -> list[Path]:
-        """Write the report; the paths written. Raises RunFolderError where the folder cannot be written to."""
+        """Write the report; returns the written paths. Raises RunFolderError if the folder cannot be written."""
         from cutlayer.reproduce.page import files
 
         contents = files(findings, self.size)
@@ -171,14 +173,18 @@ class Reproduction:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What all runs of a folder must agree in, TOML-ready: size, data, device, and what the size stands for."""
+        """The settings that all runs of a folder share, ready for TOML: size, data, device, and the meaning of the
+        size.
+        """
         size = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.study.size).items() if v is not None}
         options = {k: list(v) if isinstance(v, tuple) else v for k, v in self.study.options if v is not None}
         study = {"size": self.size, "data": self.study.data, "device": self.study.device}
         return {**study, "options": options, "settings": size}
 
     def _stored(self) -> list[str]:
-        """The tables asked for in this folder before. Raises RunFolderError where the folder is not for us."""
+        """The tables that were requested in this folder before. Raises RunFolderError if the folder is not a
+        reproduction's.
+        """
         if self.out.exists() and not self.out.is_dir():
             raise RunFolderError(f"{str(self.out)!r} is a file: choose another --out")
         path = self.out / SETTINGS
@@ -198,7 +204,7 @@ class Reproduction:
 
     @contextmanager
     def _held(self) -> Iterator[None]:
-        """The folder, with its settings in it, kept from other processes. Raises RunFolderError."""
+        """The folder with its settings, locked against other processes. Raises RunFolderError."""
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             folder = Folder(self.out, locked(self.out))
@@ -212,8 +218,8 @@ class Reproduction:
 
 
 def check_task(task: str) -> None:
-    """The tables hold accuracies of classes, in percent, and deal classes to clients. Raises ConfigError for a task
-    that is judged by something else.
+    """Check the task: the tables show accuracies of classes in percent, and deal classes to clients. Raises ConfigError
+    for a task with another metric.
     """
     judged = load("task", task)
     if judged.primary == "accuracy" and find("task", task).facts["targets"] == "class":
@@ -226,7 +232,7 @@ def check_task(task: str) -> None:
 
 
 def _own(path: Path) -> bool:
-    """Whether a file or folder is one that reproductions make."""
+    """Whether reproductions make this file or folder."""
     return path.name in ("runs", LOCK, f".{SETTINGS}.new") or path.stem == Path(SETTINGS).stem or path.suffix == ".png"
 
 

@@ -1,4 +1,4 @@
-"""What Tables 4 and 6 say of costs: counted and modelled, not trained. No seed changes these numbers.
+"""The costs in Tables 4 and 6: counted and modelled, not trained. They do not depend on seeds.
 
 The closed forms are those of `costs/expect.py`, which tests hold equal to the ledger and the clock of real runs.
 """
@@ -35,7 +35,7 @@ _SAVED = 94.7  # percent, Table 4's client against federated learning
 
 @dataclass(frozen=True)
 class Fact:
-    """A claim that counting settles: it holds or does not, without a test."""
+    """A claim that counting settles, without a test."""
 
     name: str
     title: str
@@ -46,7 +46,7 @@ class Fact:
 
     @property
     def word(self) -> str:
-        """The verdict. What a choice of ours makes true is not a finding, nor is a number of another model than the
+        """The verdict. A result of our own choices is not a finding, and neither is a number of another model than the
         claim's.
         """
         if self.settled_by:
@@ -55,7 +55,7 @@ class Fact:
 
 
 def of_method(study: Study, method: str, epochs: int = 1) -> Expected:
-    """Costs of Table 4's setting at one method, for so many epochs."""
+    """Costs of Table 4's setting with one method, for this number of epochs."""
     config = study.method(method, study.size.rates[0]).config
     machines = fleet(config.model_copy(update=FLEET), config.clients)
     algorithm = config.thing("algorithm", method)
@@ -64,7 +64,7 @@ def of_method(study: Study, method: str, epochs: int = 1) -> Expected:
 
 @cache
 def trained_work(study: Study) -> Workload:
-    """An epoch of Table 4's setting with the model that is trained. Raises ConfigError where it cannot be measured."""
+    """An epoch of Table 4's setting with the trained model. Raises ConfigError if it cannot be measured."""
     config = study.method("sglr", study.size.rates[0]).config
     return _work(config, config.cut or default_cut(config.model), config.options_of(find("model", config.model)))
 
@@ -92,7 +92,7 @@ def _work(config: RunConfig, cut: str | None, options: dict[str, Any]) -> Worklo
     x = train.rows[0]
     shape = tuple(x.shape[1:])
     width = config.thing("task", config.task).width(source.train.y, source.classes)
-    made = build if is_reference(config.model) else load_model  # a user's own may read the values of its tensors
+    made = build if is_reference(config.model) else load_model  # a user's own model may read the values of its tensors
     net = placed(made(config.model, shape, width, **options), x.dtype)
     if cut is None:
         raise ConfigError(
@@ -127,7 +127,7 @@ def computation(study: Study) -> tuple[tuple[str, ...], list[tuple[str, tuple[st
 
 
 def _per_client(method: str, w: Workload, *, counted: bool) -> float:
-    """FLOPs per epoch of whoever trains there: a client, or in centralised learning the one machine."""
+    """FLOPs per epoch of a client, or in centralised learning of the one machine."""
     of_method = traits(method)
     part = w.flops.whole if of_method.whole else w.flops.at_client
     each = part.training if counted else part.three_forwards
@@ -179,7 +179,9 @@ def facts(study: Study) -> list[Fact]:
 
 
 def _saved_by_cutting(study: Study, work: Workload) -> Fact:
-    """Claim 7: what a client need not compute, as the paper counts for AlexNet, and truly for the trained model."""
+    """Claim 7: the computation that a client saves, by the paper's count for AlexNet, and by the true count for the
+    trained model.
+    """
     alexnet = _alexnet(study)
     papers = alexnet or work
     saved = 100 * (1 - papers.flops.client.three_forwards / papers.flops.whole.three_forwards)
@@ -207,7 +209,7 @@ def _saved_by_cutting(study: Study, work: Workload) -> Fact:
 
 
 def _against(mine: int, theirs: int) -> str:
-    """Two numbers of bytes, to the byte where three digits do not tell them apart."""
+    """Two numbers of bytes, exact if three digits do not distinguish them."""
     texts = [format_bytes(n) for n in (mine, theirs)]
     if texts[0] == texts[1] and mine != theirs:
         texts = [f"{n:,} B" for n in (mine, theirs)]
@@ -215,7 +217,7 @@ def _against(mine: int, theirs: int) -> str:
 
 
 def _until(even: float) -> str:
-    """Up to which number of samples SGLR sends less, where it sends as much at `even`."""
+    """The number of samples up to which SGLR sends less, if both send the same at `even`."""
     if even == math.inf:
         return "below it at any number of samples"
     most = math.ceil(even) - 1
@@ -223,7 +225,7 @@ def _until(even: float) -> str:
 
 
 def _break_even(study: Study, w: Workload, other: str, convention: str) -> float:
-    """Samples per client from which SGLR sends more than `other` in an epoch; infinite where it never does."""
+    """Samples per client from which SGLR sends more than `other` in an epoch; infinite if it never does."""
 
     def gap(samples: int) -> int:
         methods = (study.method(m, study.size.rates[0]).config.thing("algorithm", m) for m in ("sglr", other))

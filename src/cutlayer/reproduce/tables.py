@@ -49,7 +49,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Chapter:
-    """What one name on the command line asks for: the cells to train and the tables made of them."""
+    """The meaning of one name on the command line: the cells to train, and the tables made from them."""
 
     cells: Callable[[Study], Iterator[Cell]]
     tables: Callable[[Outcomes], list[Table]]
@@ -86,7 +86,7 @@ def table3(outcomes: Outcomes) -> list[Table]:
 
 
 def table4(outcomes: Outcomes) -> list[Table]:
-    """The methods at the rates chosen for them (paper, Table 4), and all rates that were tried."""
+    """The methods at their chosen rates (paper, Table 4), and all tried rates."""
     size, theirs = outcomes.study.size, paper()["table4"]
     best, tried = [], []
     for method in TABLE4_METHODS:
@@ -255,7 +255,7 @@ def table5(outcomes: Outcomes) -> list[Table]:
 
 
 def leakage(outcomes: Outcomes) -> list[Table]:
-    """What methods, depths of the cut and defences change (beyond the paper)."""
+    """The effect of methods, depths of the cut and defences (beyond the paper)."""
     study = outcomes.study
     cuts = study.cuts
     methods = tuple((title_of_algorithm(m), _leaks(outcomes, study.attacked(m))) for m in LEAKING_METHODS)
@@ -290,7 +290,7 @@ _LEAKS = ("accuracy", "MSE", "explained", "SSIM", "classified", "distance correl
 
 
 def _leaks(outcomes: Outcomes, cell: Cell) -> tuple[Score | str, ...]:
-    """What was found of a cell, over its seeds."""
+    """The results of a cell, over its seeds."""
     found = [o.leakage[-1] for o in outcomes.of(cell).values() if o.leakage]
     attacks = [f["attacks"]["model"] for f in found]
 
@@ -329,11 +329,13 @@ SECTIONS: dict[str, Chapter] = {
 BY_NAME = frozenset({SKEW, "table5", "leakage"})
 """Parts that `all` does not mean: `skew` is not the paper's, the others need the extra `leakage`."""
 BEYOND = frozenset({SKEW})
-"""Parts that make a page of their own where nothing of the paper is asked for."""
+"""Parts that make their own page if no part of the paper is requested."""
 
 
 def named(names: Iterable[str]) -> tuple[str, ...]:
-    """The parts asked for, in the order of the paper; none and `all` are all. Raises ConfigError for unknown ones."""
+    """The requested parts, in the order of the paper; no parts, or `all`, mean all. Raises ConfigError for unknown
+    ones.
+    """
     asked = set(names) or {"all"}
     for name in asked:
         if name not in {*SECTIONS, "all"}:
@@ -347,7 +349,7 @@ def cells_of(study: Study, names: Sequence[str]) -> dict[str, Cell]:
 
 
 def shown(score: Score | str) -> str:
-    """Our side of a cell: 84.12 ± 0.31; a dash where nothing is known; what is peculiar in brackets."""
+    """Our side of a cell: 84.12 ± 0.31; a dash if nothing is known; peculiarities in brackets."""
     if isinstance(score, str):
         return score
     if score.mean is None:
@@ -363,7 +365,7 @@ def shown(score: Score | str) -> str:
 
 
 def paper_of(score: Score | str) -> str:
-    """The paper's side of a cell; empty where it has no number."""
+    """The paper's side of a cell; empty if it has no number."""
     return "" if isinstance(score, str) or score.paper is None else f"{score.paper:.2f}"
 
 

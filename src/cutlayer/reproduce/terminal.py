@@ -1,4 +1,4 @@
-"""What a reproduction shows in the terminal: tables and verdicts."""
+"""The terminal output of a reproduction: tables and verdicts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cutlayer.reproduce.page import setting
 from cutlayer.reproduce.table6 import Fact
 from cutlayer.reproduce.tables import Table, paper_of, shown
 
-_WIDTH = 160  # where no terminal listens: cut-off numbers help nobody
+_WIDTH = 160  # without a terminal, so that no numbers are cut off
 _STYLES = {"holds": "green", "does not hold": "red", "within noise": "yellow", "not measured": "dim"}
 
 

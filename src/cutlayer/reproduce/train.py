@@ -1,4 +1,4 @@
-"""Train cells, several at once, each in a folder of its own; what is done is never done again."""
+"""Trains cells, several at once, each in its own folder; finished runs are never trained again."""
 
 from __future__ import annotations
 
@@ -25,40 +25,40 @@ SHOWN = 10  # pictures that are kept
 
 
 def folder_of(out: Path, cell: Cell, seed: int) -> Path:
-    """Where the run of `cell` with `seed` is."""
+    """The folder of the run of `cell` with `seed`."""
     return out / "runs" / cell.name / f"seed-{seed}"
 
 
 def is_trained(folder: Path) -> bool:
-    """The run in `folder` has come to its end, or to numbers that are none."""
+    """Whether the run in `folder` has reached its end, or its numbers are no longer finite."""
     return (folder / RESULT).exists() or (folder / DIVERGED).exists()
 
 
 def is_done(out: Path, cell: Cell, seed: int) -> bool:
-    """The run of `cell` with `seed` is trained, and examined where that is asked for."""
+    """Whether the run of `cell` with `seed` is trained, and examined if requested."""
     folder = folder_of(out, cell, seed)
     return is_trained(folder) and (not cell.examined or (folder / EXAMINED).exists() or (folder / DIVERGED).exists())
 
 
 def name_of(job: Job) -> str:
-    """What a job is called."""
+    """The name of a job."""
     cell, seed = job
     return f"{cell.name} with seed {seed}"
 
 
 def train(out: Path, jobs: Sequence[Job], workers: int, tell: Tell | None = None) -> Iterator[Job]:
-    """Train those of `jobs` that are not done yet, `workers` at once, begun in the order given; yields each as it ends.
-    `tell` hears how far each is. The jobs of a turn begin once those of the turn before have ended.
+    """Train those of `jobs` that are not done yet, `workers` at once, started in the given order; yields each as it
+    ends. `tell` is called with the progress of each. The jobs of a turn begin when those of the turn before have ended.
 
-    A run that was interrupted goes on from its checkpoint. A run whose numbers are no longer finite ends there: that is
-    a result too. However this ends, no process stays behind. Raises UsageError as `Run` does, TrainingError where a
-    process was ended from outside.
+    An interrupted run continues from its checkpoint. A run whose numbers are no longer finite ends there: this is a
+    result, too. No process remains, however this ends. Raises UsageError as `Run` does, TrainingError if a process was
+    ended from outside.
     """
     waiting = {name_of(job): job for job in jobs if not is_done(out, *job)}
     if workers > 1 and any(cell.examined for cell, _ in waiting.values()):
         from cutlayer.leakage.ranks import dcor_library
 
-        dcor_library()  # what it compiles on the first use ever is spoiled where two processes do so at once
+        dcor_library()  # its compilation on the very first use fails if two processes do it at once
     for _, turn in groupby(waiting.items(), key=lambda named: named[1][0].turn):
         for news in side_by_side(partial(_one, out), dict(turn), workers, "call the same command again"):
             if news.ended:
@@ -91,8 +91,8 @@ def _one(out: Path, job: Job) -> Generator[Standing, None, None]:
 
 
 def _examine(folder: Path, cell: Cell) -> None:
-    """Attack one client of the run, at its end and at its snapshots, where that is asked for. The first pictures of the
-    end are kept.
+    """Attack one client of the run, at its end and at its snapshots, if requested. The first pictures of the end are
+    stored.
     """
     if not cell.examined:
         return
