@@ -1,4 +1,4 @@
-"""Cheap measures that order runs, and the information of cut gradients about labels.
+"""Cheap measures that order runs, and the leakage of labels through cut gradients.
 
 None of them is an amount of information. Distance correlation: Szekely, Rizzo & Bakirov 2007 (biased: independent data
 of high dimension read far above 0) and Szekely & Rizzo 2014 (unbiased, squared); split learning uses the biased one as
