@@ -43,8 +43,14 @@ def planned(**options: Any) -> Plan:
     return plan(PlanConfig.of(config), model)
 
 
-@pytest.mark.parametrize("link", [{}, NARROW], ids=["unicast", "broadcast"])
-@pytest.mark.parametrize("algorithm", ["fl", "psl", "sfl", "sflv1", "smofi", "sglr", "upsl", "usfl"])
+@pytest.mark.parametrize(
+    ("algorithm", "link"),
+    [
+        *(("fl", NARROW), ("sfl", NARROW), ("sglr", NARROW), ("usfl", {})),
+        *(pytest.param(a, {}, marks=pytest.mark.long) for a in ("fl", "psl", "sfl", "sflv1", "smofi", "sglr", "upsl")),
+        *(pytest.param(a, NARROW, marks=pytest.mark.long) for a in ("psl", "sflv1", "smofi", "upsl", "usfl")),
+    ],
+)
 def test_a_plan_is_what_a_run_counts(algorithm: str, link: dict[str, Any]) -> None:
     """Bytes under each convention, FLOPs, time and energy, on machines and links that all differ."""
     own: dict[str, Any] = {"tail_cut": "3"} if algorithm in ("upsl", "usfl") else {}
