@@ -1,6 +1,6 @@
 """GAS against synchronous learning under label skew, with clients of unequal speed: the shape of its paper's table 1.
 
-    python benchmarks/gas.py [--seeds 0 1 2] [--skews NAME ...] [--rounds N] [--json FILE] [--write docs/algorithms/gas.md]
+    python benchmarks/gas.py [--seeds 0 1 2] [--skews NAME ...] [--rounds N] [--json FILE] [--write FILE]
 
 20 clients share Fashion-MNIST by shards (two classes each) or by a Dirichlet distribution of 0.1; ten of them work at a
 time, 20 local steps of 32 rows, SGD with momentum 0.9, rate 0.01, weight decay 0.0005 and gradients clipped at 10. A

@@ -1,6 +1,6 @@
 """What the tests would notice: small slips are put into copies of the code, one at a time, and its tests run on each.
 
-    python tests/mutants.py [--only NAME...] [--area AREA...] [--jobs N] [--out FILE] [--check]
+    python tests/mutants.py [--only NAME...] [--area AREA...] [--jobs N] [--out FILE] [--hints FILE] [--check]
 
 A mutant is a snippet of the code and what it is replaced by. The snippet is looked for in all of src/cutlayer and must
 occur once, however its lines are broken, so that code may move from file to file; where `after` is given, that text
@@ -12,7 +12,8 @@ those that start processes and servers, those of large models, and those marked 
 their path in full. All must pass once without a mutant first.
 
 With --out, results are added to FILE as JSON lines as they come, and a mutant that has one there is not run again:
-begin with another file after a change. --check runs no tests: it looks whether every mutant is found and compiles.
+begin with another file after a change. With --hints, the results of an earlier run, the test that noticed a mutant then
+is tried first, which is enough for most of them. --check runs no tests: it looks whether every mutant is found and compiles.
 """
 
 # ruff: noqa: E501 (a mutant is a line)
@@ -962,6 +963,7 @@ def main() -> int:
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="results as JSON lines; what is there is not run again"
     )
+    parser.add_argument("--hints", type=Path, metavar="FILE", help="results of an earlier run, as --out writes them")
     parser.add_argument("--check", action="store_true", help="run no tests")
     options = parser.parse_args()
     chosen = [
@@ -986,8 +988,9 @@ def main() -> int:
             return 2
         keep(options.out, results, {"name": "", "areas": sorted(passed | new), **unchanged})
     left = [m for m in chosen if results.get(m.name, {}).get("outcome") not in ("killed", "survived")]
+    hints = {name: result["by"] for name, result in earlier(options.hints).items() if result["outcome"] == "killed"}
     with ThreadPoolExecutor(options.jobs) as pool:
-        for done in as_completed([pool.submit(judge, m) for m in left]):
+        for done in as_completed([pool.submit(judge, m, hints.get(m.name)) for m in left]):
             result = done.result()
             keep(options.out, results, result)
             say(f"{result['outcome']:9} {result['seconds']:6.1f} s  {result['area']}: {result['name']}  {result['by']}")
@@ -1025,11 +1028,13 @@ def summary(results: Sequence[dict[str, Any]]) -> int:
     return 0 if len(of["killed"]) == len(results) else 1
 
 
-def judge(mutant: Mutant) -> dict[str, Any]:
-    """Run the tests of a mutant's area on it."""
+def judge(mutant: Mutant, hint: str | None) -> dict[str, Any]:
+    """Run the tests of a mutant's area on it, but first the one that `hint` names."""
     found = {"outcome": "unusable", "seconds": 0.0, "by": fault_of(mutant)}
     if not found["by"]:
-        found = run_tests(mutant, tests_of(mutant.area))
+        found = run_tests(mutant, [hint]) if hint else found
+        if found["outcome"] != "killed":
+            found = run_tests(mutant, tests_of(mutant.area))
     return {"name": mutant.name, "area": mutant.area, **found}
 
 
@@ -1087,8 +1092,8 @@ def tests_of(area: str) -> list[Path]:
     return found
 
 
-def run_tests(mutant: Mutant | None, files: Sequence[Path], limit: float = 1200.0) -> dict[str, Any]:
-    """Run test files on a copy of the code, changed by `mutant`: what became of it, in how long, and by which test."""
+def run_tests(mutant: Mutant | None, files: Sequence[Path | str], limit: float = 1200.0) -> dict[str, Any]:
+    """Run test files, or single tests, on a copy of the code, changed by `mutant`: what became of it, in how long, and by which test."""
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
         copy = Path(folder, "src")
         shutil.copytree(PACKAGE, copy / "cutlayer")
