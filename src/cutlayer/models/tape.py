@@ -1,9 +1,9 @@
-"""Tracing by running: every operation of two runs is written down, and what differs between them follows the batch.
+"""Tracing by running: every operation of two runs is recorded, and values that differ between them depend on the batch.
 
 The runs have different numbers of rows, and one is in double precision. A number that grows with the batch becomes a
-multiple of the batch size, and a type that changed becomes the model's type. Whatever else differs is a reason not to
-cut: control flow that depends on the data, a number drawn by hand. Other sizes, such as the length of a sequence, are
-those of the example from then on.
+multiple of the batch size, and a type that changed becomes the model's type. Any other difference is a reason not to
+cut: control flow that depends on the data, or a random number that the model draws itself. Other sizes, such as the
+length of a sequence, are fixed to those of the example.
 
 Works for models that `torch.fx` cannot trace, in the time of a few forward passes. Masks and positions that the model
 computes beside the cut cross, or are computed again.
@@ -38,11 +38,11 @@ _VALUE = "the way that it computes depends on values of the data"
 _DRAWN = "it draws random numbers that a trace would freeze"
 _BATCH = "what it computes depends on the size of the batch in an unknown way"
 
-# Turning values into Python's numbers: what follows may depend on them.
+# Turning values into Python's numbers: later operations may depend on them.
 _REVEALING = frozenset({"__bool__", "__int__", "__float__", "__complex__", "__index__", "__contains__", "__array__"})
 _REVEALING |= {"item", "tolist", "numpy", "is_nonzero", "equal", "allclose"}
 _RANDOM = ("rand", "dropout", "bernoulli", "normal", "multinomial", "uniform", "exponential", "poisson")
-# Operations whose results have sizes that values decide, and those that read sizes.
+# Operations whose results have sizes that depend on values, and those that read sizes.
 _SHAPING = frozenset({"nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "_unique2", "bincount"})
 _SHAPING |= {"repeat_interleave", "_pack_padded_sequence"}
 _SIZES = frozenset(["size", "numel", "nelement", "__len__", "__iter__", "unbind", "split", "chunk", "tensor_split"])
@@ -78,7 +78,9 @@ def record(model: nn.Module, names: Sequence[str], x: Arguments) -> fx.Graph:
 
 @contextmanager
 def as_if_compiled() -> Iterator[None]:
-    """In here a model that asks whether it is being compiled, to leave out what looks at values, is told that it is."""
+    """In here, a model that asks whether it is being compiled is told that it is, so that it leaves out operations that
+    read values.
+    """
     real = torch.compiler.is_compiling
     torch.compiler.is_compiling = lambda: True
     try:
@@ -93,7 +95,7 @@ def _record(model: nn.Module, x: Arguments) -> fx.Graph:
     try:
         second = _recorded(deep_copy(model).double(), _doubled(other))
         graph = _Writer(first, second, len(x), len(other), root).written()
-    except CannotCutError:  # a model with types of its own: they are frozen
+    except CannotCutError:  # a model with its own types: they are fixed
         graph = _Writer(first, _recorded(model, other), len(x), len(other), root).written()
     adopt_constants(model, root, graph)
     return graph
@@ -103,12 +105,12 @@ def _doubled(x: Arguments) -> Arguments:
     return Arguments(tuple(row.double() if row.is_floating_point() else row for row in x.rows), x.names)
 
 
-# What a run leaves
+# The record of a run
 
 
 @dataclass(frozen=True)
 class _Made:
-    """What operation `step` gave; `path` leads to a tensor in it."""
+    """The result of operation `step`; `path` leads to a tensor in it."""
 
     step: int
     path: tuple[int, ...] = ()
@@ -121,7 +123,7 @@ class _Input:
 
 @dataclass(frozen=True)
 class _State:
-    """A parameter or buffer of the model, or a constant that was there before."""
+    """A parameter or buffer of the model, or an existing constant."""
 
     name: str
 
@@ -133,13 +135,13 @@ class _Device:
 
 @dataclass
 class _Step:
-    """One operation: a function, or the name of a method, on what was made before; within which modules."""
+    """One operation: a function, or the name of a method, on earlier results; and the modules around it."""
 
     target: Any
     args: Any
     kwargs: Any
     modules: tuple[str, ...]
-    detached: bool = False  # made without gradients, where its operands have some
+    detached: bool = False  # computed without gradients although its operands have some
     single: bool = True  # it gave one tensor
 
 
@@ -147,13 +149,13 @@ class _Step:
 class _Tape:
     steps: list[_Step] = field(default_factory=list)
     outputs: tuple[Any, ...] = ()
-    aliases: dict[Any, Any] = field(default_factory=dict)  # what a conversion gave that had nothing to convert
+    aliases: dict[Any, Any] = field(default_factory=dict)  # results of conversions that had nothing to convert
     constants: list[Tensor] = field(default_factory=list)
     buffers: list[tuple[str, _Made]] = field(default_factory=list)  # those that were given a new tensor
 
 
 def _recorded(model: nn.Module, x: Arguments) -> _Tape:
-    """What a run of a copy of the model leaves. Raises CannotCutError."""
+    """The record of a run of a copy of the model. Raises CannotCutError."""
     root = Root(deep_copy(model), x)
     rows = tuple(row.clone() for row in x.rows)
     recorder = _Recorder(root, rows)
@@ -205,7 +207,7 @@ class _Applied:
 
 @contextmanager
 def _functions_noted(recorder: _Recorder) -> Iterator[None]:
-    """In here the recorder hears of every use of an autograd.Function, which torch would not tell it."""
+    """In here, the recorder notices every use of an autograd.Function, which torch does not report."""
     real = torch.autograd.Function.__dict__["apply"]
 
     def apply(kind: Any, *args: Any, **kwargs: Any) -> Any:
@@ -225,7 +227,7 @@ def _functions_noted(recorder: _Recorder) -> Iterator[None]:
 
 
 class _Recorder(TorchFunctionMode):
-    """Writes down every operation while it is active."""
+    """Records every operation while it is active."""
 
     def __init__(self, root: Root, rows: Rows) -> None:
         super().__init__()
@@ -249,11 +251,11 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Call, and write down what has tensors for its result or its operands."""
+        """Call, and record operations with tensors in their result or operands."""
         return self._noted(func, None, args, dict(kwargs or {}))
 
     def hear(self, run: Any, target: Any, args: Any, kwargs: Any) -> Any:
-        """Call `run`, unheard, and write down `target` for it."""
+        """Call `run` without recording it, and record `target` instead."""
         with torch._C.DisableTorchFunction():
             return self._noted(run, target, args, kwargs)
 
@@ -280,7 +282,7 @@ class _Recorder(TorchFunctionMode):
         return result
 
     def finish(self, outputs: Rows) -> None:
-        """Note what the model gives, and the buffers that it put new tensors in the place of."""
+        """Record the model's output, and the buffers that it replaced by new tensors."""
         self.tape.outputs = tuple(self._convert(output) for output in outputs)
         for name, old in self._named:
             module, _, key = name.rpartition(".")
@@ -335,10 +337,10 @@ class _Recorder(TorchFunctionMode):
         )
 
     def _remember(self, value: Any, made: _Made, why: str, new: bool) -> None:
-        """Know the tensors of a result again."""
+        """Register the tensors of a result, to recognise them later."""
         if isinstance(value, Tensor):
             if id(value) in self._state and not new:
-                return  # a parameter stays one, whatever gave it back
+                return  # a parameter stays one, whichever operation returned it
             self._known[id(value)] = made
             if why:
                 self._uncertain[id(value)] = why
@@ -349,7 +351,7 @@ class _Recorder(TorchFunctionMode):
             self._trouble = self._trouble or f"an operation gives a {type(value).__name__}, which no tape can hold"
 
     def _convert(self, value: Any) -> Any:
-        """An operand in terms of what was made before. Raises CannotCutError."""
+        """An operand in terms of earlier results. Raises CannotCutError."""
         if isinstance(value, Tensor):
             return self._of_tensor(value)
         if isinstance(value, (tuple, list)):
@@ -364,14 +366,14 @@ class _Recorder(TorchFunctionMode):
         if isinstance(value, (*_PLAIN, torch.dtype)):
             return value
         if callable(value) and not isinstance(value, type) and hasattr(value, "__name__"):
-            return value  # an activation that is handed to a layer
+            return value  # an activation function passed to a layer
         raise CannotCutError(f"an operation takes a {type(value).__name__}, which no tape can hold")
 
     def _of_tensor(self, tensor: Tensor) -> Any:
         if id(tensor) in self._known:
             return self._known[id(tensor)]
         if id(tensor) in self._state:
-            names = self._state[id(tensor)]  # that of the module which runs now, if there are several
+            names = self._state[id(tensor)]  # that of the running module, if there are several
             return _State(next((n for n in names if n.rpartition(".")[0] in self.inside), names[0]))
         if tensor.requires_grad and not tensor.is_leaf:
             where = f" in {self.inside[-1]!r}" if self.inside else ""
@@ -397,10 +399,10 @@ class _Writer:
         self.inputs = [self.graph.placeholder(f"x{i}") for i in range(len(root.inputs.rows))]
         self.made: list[fx.Node] = []
         self.state: dict[str, fx.Node] = {}
-        self.shared: dict[Any, fx.Node] = {}  # sizes, types and the device, by what they are
+        self.shared: dict[Any, fx.Node] = {}  # sizes, types and the device, by their values
 
     def written(self) -> fx.Graph:
-        """The graph. Raises CannotCutError where the runs differ in more than sizes."""
+        """The graph. Raises CannotCutError if the runs differ in more than sizes."""
         self._check_alike()
         buffers: dict[int, list[tuple[str, _Made]]] = {}
         for name, made in self.first.buffers:
@@ -459,9 +461,7 @@ class _Writer:
         return self._lift_value(a, b)
 
     def _reconciled(self, a: Any, b: Any) -> Any:
-        """The earlier of two references, where one run had nothing to convert and the other had. Raises
-        CannotCutError.
-        """
+        """The earlier of two references, if one run had nothing to convert and the other had. Raises CannotCutError."""
         for tape, later, earlier in ((self.first, a, b), (self.second, b, a)):
             while later != earlier and later in tape.aliases:
                 later = tape.aliases[later]
@@ -506,7 +506,7 @@ class _Writer:
         return node
 
     def _picked(self, node: fx.Node, i: int, step: _Step) -> fx.Node:
-        """Element `i` of what a step gave, right behind it."""
+        """Element `i` of a step's result, directly after it."""
         with self.graph.inserting_after(node):
             element = self._call(operator.getitem, (node, i), step.modules)
         if not step.detached:
@@ -525,7 +525,7 @@ class _Writer:
         return rows if factor == 1 else self._once(("rows", factor), operator.mul, (rows, factor))
 
     def _dtype(self) -> Any:
-        """The model's type: that of the first tensor of real numbers that is at hand."""
+        """The model's type: that of the first available tensor of real numbers."""
         floats = [i for i, row in enumerate(self.root.inputs.rows) if row.is_floating_point()]
         if floats:
             return self._once("dtype", getattr, (self.inputs[floats[0]], "dtype"))

@@ -1,11 +1,12 @@
-"""Cutting by tracing: `torch.fx` or the tape (`tape.py`) writes down every operation; each part gets its share.
+"""Cutting by tracing:
 
-A trace freezes whether the model is training (functional dropout does), so there are two, and a part runs the one
-of its mode; both use the same parameters, under the names they have in the whole model.
+`torch.fx` or the tape (`tape.py`) records every operation, and each part gets its share.
 
-What one part needs from an earlier one crosses, except what it can make itself: parameters and constants, sizes
-(the batch size is read off a tensor that crosses), and tensors made of sizes and constants alone, such as positions.
-Where a later part uses something made of a mask alone, the mask crosses, and that part makes the rest itself.
+A trace is only valid for training or for evaluation (because of functional dropout), so there are two, and a part runs
+the one of its mode. Both use the same parameters, under their names in the whole model. Values that a part needs from
+an earlier one cross, except those that it can compute itself: parameters and constants, sizes (the batch size is read
+from a crossing tensor), and tensors that only depend on sizes and constants, such as positions. If a later part uses
+something that only depends on a mask, the mask crosses, and that part computes the rest itself.
 """
 
 from __future__ import annotations
@@ -44,9 +45,9 @@ from cutlayer.types import Rows
 _OPERATIONS = ("call_module", "call_function", "call_method")
 ROOT = "model."  # the prefix of every name in a trace of a `Root`
 
-# Reading these off a tensor says nothing about its values, so their results need not cross.
+# These attributes do not depend on a tensor's values, so their results need not cross.
 _SHAPE_METHODS = frozenset({"size", "dim", "ndimension", "numel", "nelement", "__len__"})
-_SAME_FOR_ALL = -1  # in place of the batch's dimension: a tensor [1, s...] that all rows share
+_SAME_FOR_ALL = -1  # instead of the batch's dimension: a tensor [1, s...] that all rows share
 _SHAPE_ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device"})
 
 
@@ -56,7 +57,7 @@ def split_by_trace(model: nn.Module, names: Sequence[str], x: Arguments) -> list
 
 
 class Traced:
-    """A model's two traces, each made once and cut as often as one likes, after any of `names`, which they see."""
+    """A model's two traces, each made once and cut any number of times, after any of the visible `names`."""
 
     def __init__(self, model: nn.Module, names: Sequence[str], x: Arguments, trace: Trace | None = None) -> None:
         self.model, self.names, self.x = model, names, x
@@ -71,12 +72,12 @@ class Traced:
         _share_out(self.model, parts, graphs)
         for k, part in enumerate(parts[:-1]):
             part.crossing_names = programs[0].names_of(k)
-        # Modules without state may serve several parts, and must not be put in training mode by one for the others.
+        # Several parts may share modules without state, and one part must not set the mode for the others.
         return [deep_copy(part) for part in parts]
 
     def look(self, name: str) -> tuple[list[nn.Module], tuple[Crossing, ...]]:
-        """What each part of a cut after `name` would own, in modules that cannot be run, and what would cross. Takes a
-        fraction of `split`'s time. Raises CannotCutError.
+        """The parameters of each part of a cut after `name`, in modules that cannot be run, and the crossing tensors.
+        Takes a fraction of `split`'s time. Raises CannotCutError.
         """
         program = self._programs([name])[0]
         owners = [nn.Module(), nn.Module()]
@@ -89,7 +90,7 @@ class Traced:
 
     def _programs(self, names: Sequence[str]) -> list[_Program]:
         """One for training, one for evaluation, between which the same tensors cross."""
-        for merge in (True, False):  # what is one tensor in evaluation may be two in training
+        for merge in (True, False):  # one tensor in evaluation may be two in training
             programs = self._in_both_modes(names, merge)
             if all(programs[0].describe(b) == programs[1].describe(b) for b in range(len(names))):
                 return programs
@@ -105,7 +106,7 @@ class Traced:
         return programs
 
     def run(self) -> None:
-        """Trace, if that has not been done. Raises CannotCutError."""
+        """Trace, if this was not done yet. Raises CannotCutError."""
         was_training = self.model.training
         for training in (True, False):
             self.model.train(training)
@@ -124,7 +125,7 @@ class Traced:
 
 
 def is_within_layer(model: nn.Module, name: str) -> bool:
-    """Whether the module called `name` lies in one of torch's own layers, which a trace shows as one operation."""
+    """Whether the module called `name` is inside one of torch's own layers, which a trace shows as one operation."""
     tracer, path = _Tracer(()), name.split(".")[:-1]
     above = {".".join(path[:i]): model.get_submodule(".".join(path[:i])) for i in range(1, len(path) + 1)}
     lists = (nn.ModuleList, nn.ModuleDict)  # never executed themselves
@@ -141,7 +142,7 @@ class TracedPart(Part):
 
     @property
     def draws(self) -> bool:  # type: ignore[override]
-        """Whether an operation in training may draw random numbers: all but those known not to."""
+        """Whether an operation in training may draw random numbers: all except those known not to."""
         code = self._codes[True]
         if self._draws is None or self._draws[0] is not code:
             self._draws = (code, any(_may_draw(self, node) for node in code.graph.nodes))
@@ -149,7 +150,7 @@ class TracedPart(Part):
 
     @property
     def training_code(self) -> GraphCode:
-        """What it runs in training."""
+        """The graph for training."""
         return self._codes[True]
 
     @training_code.setter
@@ -157,13 +158,13 @@ class TracedPart(Part):
         self._codes = {True: code, False: self._codes[False]}
 
     def run_rows(self, rows: Rows) -> Rows:
-        """The graph of the present mode: what was received, [R, s...] each, to what it gives, [R, s...] each."""
+        """The graph of the present mode: from received tensors, [R, s...] each, to outputs, [R, s...] each."""
         return cast(Rows, self._codes[self.training](self, rows))
 
 
 def pool_first(part: Part, by_two: Callable[[Tensor], Tensor] | None = None) -> Part:
-    """A copy of a part in which max pooling comes before `relu`, where it came right behind: the same numbers. `by_two`
-    computes poolings by two.
+    """A copy of a part in which max pooling comes before `relu` instead of directly after it, with the same numbers.
+    `by_two` computes poolings by two.
     """
     changed = deep_copy(part)
     if isinstance(changed, TracedPart):
@@ -189,7 +190,7 @@ def _pool_first(part: nn.Module, graph: fx.Graph, by_two: Callable[[Tensor], Ten
 
 
 def _swap(graph: fx.Graph, relu: fx.Node, pool: fx.Node) -> None:
-    """Pooling first, unless somebody else sees what comes between."""
+    """Pooling first, unless another operation uses the value in between."""
     source = relu.args[0]
     if isinstance(source, fx.Node) and len(relu.users) == len(source.users) == 1:
         pool.replace_input_with(relu, source)
@@ -200,7 +201,7 @@ def _swap(graph: fx.Graph, relu: fx.Node, pool: fx.Node) -> None:
 
 
 def _is_by_two(part: nn.Module, node: fx.Node) -> bool:
-    """Whether a max pooling takes pairs, or squares of 2 x 2, each number in one of them."""
+    """Whether a max pooling has disjoint pairs, or squares of 2 x 2."""
     if node.op == "call_module":
         layer = part.get_submodule(str(node.target))
         given = [getattr(layer, name) for name in ("kernel_size", "stride", "padding", "dilation", "ceil_mode")]
@@ -233,8 +234,8 @@ def _is_relu(part: nn.Module, node: fx.Node) -> bool:
 
 
 def chain_of(part: nn.Module) -> list[tuple[type[nn.Module], str]] | None:
-    """A part's layers from first to last, each with its name, if in training it is nothing but a chain of torch's own,
-    without hooks, from one tensor to one tensor; else None. An activation written as a function has no name.
+    """A part's layers from first to last, each with its name, if in training it is only a chain of torch's own layers,
+    without hooks, from one tensor to one tensor; otherwise None. An activation written as a function has no name.
     """
     if not isinstance(part, TracedPart) or part.copies_rows or part.structure is not None:
         return None
@@ -259,7 +260,7 @@ def chain_of(part: nn.Module) -> list[tuple[type[nn.Module], str]] | None:
 
 
 def _layer_of(part: nn.Module, node: fx.Node) -> tuple[type[nn.Module], str] | None:
-    """(kind, name) of the layer that a node runs."""
+    """(kind, name) of a node's layer."""
     if node.op == "call_module":
         layer = part.get_submodule(str(node.target))
         hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
@@ -279,7 +280,7 @@ _DRAWING = ("drop", "rand", "bernoulli", "normal_", "uniform", "multinomial", "e
 
 
 def _may_draw(part: nn.Module, node: fx.Node) -> bool:
-    """Whether an operation may draw random numbers: one of torch's own whose name does not say so does not."""
+    """Whether an operation may draw random numbers. One of torch's own operations does so only if its name says it."""
     if node.op == "call_module":
         return any(map(_layer_may_draw, part.get_submodule(str(node.target)).modules()))
     if node.op == "call_method":
@@ -313,7 +314,7 @@ class GraphCode:
         self._function = namespace["forward"]
 
     def __call__(self, part: nn.Module, rows: Rows) -> Any:
-        """What the graph gives, with the tensors of `part`."""
+        """The outputs of the graph, with the tensors of `part`."""
         return self._function(part, rows)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphCode:
@@ -324,7 +325,7 @@ class GraphCode:
 
 
 class Root(nn.Module):
-    """The model as a function of the batch's tensors alone, giving those of its output. Optional arguments keep their
+    """The model as a function from the batch's tensors to those of its output. Optional arguments keep their
     defaults.
     """
 
@@ -334,7 +335,7 @@ class Root(nn.Module):
     def __init__(self, model: nn.Module, inputs: Arguments) -> None:
         super().__init__()
         self.model = model
-        self.__dict__["inputs"] = inputs  # not a tensor, whatever nn.Module thinks
+        self.__dict__["inputs"] = inputs  # not a tensor, even if nn.Module takes it for one
 
     def give(self, rows: Rows) -> Rows:
         """The tensors of the model's output for the batch's tensors `rows`."""
@@ -342,7 +343,7 @@ class Root(nn.Module):
 
 
 def _with_arguments(root: Root) -> Root:
-    """The same with a `forward` that has an argument per tensor, as torch.fx wants it."""
+    """The same with a `forward` that has an argument per tensor, as torch.fx requires."""
     arguments = ", ".join(f"x{i}" for i in range(len(root.inputs.rows)))
     namespace: dict[str, Any] = {}
     exec(f"def forward(self, {arguments}):\n    return self.give(({arguments},))", namespace)
@@ -351,10 +352,10 @@ def _with_arguments(root: Root) -> Root:
 
 
 class _Tracer(fx.Tracer):
-    """Treats torch's own layers as single operations, except those that a cut lies inside.
+    """Treats torch's own layers as single operations, except those with a cut inside.
 
-    While torch.fx traces, it changes how all modules of the process are called. What other threads call meanwhile runs
-    as it is.
+    While torch.fx traces, it changes how all modules of the process are called. Modules called by other threads run as
+    usual.
     """
 
     proxy_buffer_attributes = True  # so that slices of a buffer may have traced sizes
@@ -384,7 +385,7 @@ class _Tracer(fx.Tracer):
 
 @dataclass(frozen=True)
 class _Seen:
-    """What a value was when the graph ran: a tensor's shape and type, or the value itself."""
+    """A value when the graph ran: a tensor's shape and type, or the value itself."""
 
     value: Any
 
@@ -397,13 +398,13 @@ class _Seen:
 class _Meta:
     shape: tuple[int, ...]
     dtype: torch.dtype
-    raw: bool  # it lies in the memory of an input that must not cross
-    place: Any = field(compare=False)  # where it lies, and how: equal for two that are one and the same
+    raw: bool  # it shares the memory of an input that must not cross
+    place: Any = field(compare=False)  # its memory and layout, equal for two references to the same tensor
 
 
 @dataclass(frozen=True)
 class _Ran:
-    """A trace, and what its operations gave for a batch and for one row more."""
+    """A trace, and the results of its operations for a batch and for one row more."""
 
     graph: fx.Graph
     seen: dict[fx.Node, _Seen]
@@ -425,7 +426,7 @@ class _Program:
         self.kinds: dict[fx.Node, set[str]] = {}
         self._sort_out()
         self.part = self._assign()
-        self.same: dict[fx.Node, fx.Node] = {}  # what need not cross -> the same tensor, which does
+        self.same: dict[fx.Node, fx.Node] = {}  # a tensor that need not cross -> the same tensor, which crosses
         self.crossing = [self._crossing(b) for b in range(len(names))]
         if merge:
             self.crossing = [[n for n in nodes if self._first_of_its_kind(n, nodes)] for nodes in self.crossing]
@@ -435,7 +436,7 @@ class _Program:
         return [(self.seen[n].value, self._batch_dimension(n)) for n in self.crossing[boundary]]
 
     def names_of(self, boundary: int) -> tuple[str, ...]:
-        """What the tensors that cross after part `boundary` are, in words."""
+        """A description of the tensors that cross after part `boundary`."""
         return tuple(self._name_of(n, self.names[boundary]) for n in self.crossing[boundary])
 
     def _name_of(self, node: fx.Node, cut: str) -> str:
@@ -468,7 +469,7 @@ class _Program:
             raise CannotCutError(f"{self.names[1]!r} does not come after {self.names[0]!r}")
         part = {node: sum(end < i for end in ends) for i, node in enumerate(self.nodes)}
         for node in self.nodes:
-            if self._picks_from_tuple(node):  # that is the work of the part whose tuple it is
+            if self._picks_from_tuple(node):  # this belongs to the part that has the tuple
                 part[node] = part[node.args[0]]
         self._mask_early(part)
         self._unpack(part)
@@ -496,7 +497,7 @@ class _Program:
         return self.seen[node].is_tensor and self.seen[node].value.dtype == torch.bool
 
     def _unpack(self, part: dict[fx.Node, int]) -> None:
-        """Where a later part uses a whole tuple of tensors (a recurrent state), have it use the elements."""
+        """If a later part uses a whole tuple of tensors (a recurrent state), make it use the elements."""
         for node in self.nodes:
             for user in list(node.users):
                 used_later = user in part and part[user] > part[node]
@@ -526,7 +527,7 @@ class _Program:
             return False
         return _holds_tensors(self.seen[source].value)
 
-    # What crosses
+    # Crossing tensors
 
     def _crossing(self, boundary: int) -> list[fx.Node]:
         needed: set[fx.Node] = set()
@@ -570,7 +571,7 @@ class _Program:
         known = self.of_input(node) and not self.made_by_all(node)
         return known and not dtype.is_floating_point and dtype != torch.bool
 
-    # What a part can make itself. Kinds are worked out in the order of execution: inputs are known before results.
+    # Values that a part can compute itself. Kinds are determined in the order of execution: inputs before results.
 
     def _sort_out(self) -> None:
         for node in self.nodes:
@@ -586,15 +587,17 @@ class _Program:
                 kinds.add("of input")
 
     def from_sizes(self, node: fx.Node) -> bool:
-        """Whether a value that is not a tensor follows from shapes alone."""
+        """Whether a value that is not a tensor only depends on shapes."""
         return "from sizes" in self.kinds[node]
 
     def made_by_all(self, node: fx.Node) -> bool:
-        """Whether a tensor is made of sizes, constants and inputs that may cross, so that each part can make it."""
+        """Whether a tensor only depends on sizes, constants and inputs that may cross, so that each part can compute
+        it.
+        """
         return "made by all" in self.kinds[node]
 
     def of_input(self, node: fx.Node) -> bool:
-        """Whether a tensor follows from the input alone: no parameters, no randomness."""
+        """Whether a tensor only depends on the input, without parameters and randomness."""
         return "of input" in self.kinds[node]
 
     def _is_from_sizes(self, node: fx.Node) -> bool:
@@ -627,7 +630,7 @@ class _Builder:
         self.graph = fx.Graph()
         self.made: dict[fx.Node, Any] = {}
         self.first: Any = None  # the first tensor received, [R, s...]
-        self.batch: Any = None  # R, once it is needed
+        self.batch: Any = None  # R, when it is needed
 
     def build(self) -> fx.Graph:
         self._receive(self.graph.placeholder("rows"))
@@ -667,7 +670,7 @@ class _Builder:
         return tuple(given)
 
     def _for_every_row(self, value: fx.Node, dimensions: int) -> fx.Node:
-        """[1, s...] -> [R, s...]: rows of different clients must not share what one client gave."""
+        """[1, s...] -> [R, s...]: rows of different clients must not share one client's tensor."""
         like = self.made[self.program.inputs[0]] if self.k == 0 else self.first
         rows = self.graph.call_method("size", (like, 0))
         return self.graph.call_method("expand", (value, rows, *[-1] * (dimensions - 1)))
@@ -682,7 +685,7 @@ class _Builder:
         return any(n not in self.made and not self._is_mine(n) for n in node.all_input_nodes)
 
     def _is_mine(self, node: fx.Node) -> bool:
-        """Whether this part computes with a parameter or constant, not only asks for its type."""
+        """Whether this part computes with a parameter or constant, instead of only reading its type."""
         users = [user for user in node.users if self.program.part[user] == self.k]
         return node.op == "get_attr" and any(not self.program.from_sizes(user) for user in users)
 
@@ -736,13 +739,13 @@ def _trace(model: nn.Module, names: Sequence[str], x: Arguments) -> fx.Graph:
 
 @contextlib.contextmanager
 def following(tracer: str) -> Iterator[None]:
-    """Turns whatever goes wrong in the body, which traces the user's code, into a reason."""
+    """Turns any error in the body, which traces the user's code, into a reason."""
     before = random.getstate(), _numpy_state(), torch.get_rng_state()
     try:
         yield
     except CannotCutError:
         raise
-    except Exception as error:  # the user's code: anything can come out
+    except Exception as error:  # the user's code: any error is possible
         raise CannotCutError(f"{tracer} cannot follow it ({one_line(error)})") from error
     drawn = random.getstate() != before[0] or _numpy_state() != before[1]
     if drawn or not torch.equal(torch.get_rng_state(), before[2]):
@@ -750,7 +753,7 @@ def following(tracer: str) -> Iterator[None]:
 
 
 def adopt_constants(model: nn.Module, root: nn.Module, graph: fx.Graph) -> None:
-    """Tensors made while tracing (they depend on no input) become buffers of the model that are not in its state."""
+    """Tensors made while tracing, which depend on no input, become buffers of the model that are not in its state."""
     for node in graph.nodes:
         if node.op == "get_attr" and not _exists(model, _without_root(node)):
             value = _attribute(root, str(node.target))
@@ -768,7 +771,7 @@ def _numpy_state() -> bytes:
 
 
 def _run(model: nn.Module, graph: fx.Graph, x: Arguments) -> dict[fx.Node, _Seen]:
-    """What every operation gives for the batch `x`, without changing the model."""
+    """The results of all operations for the batch `x`, without changing the model."""
     recorder = _Recorder(deep_copy(Root(model, x)), graph)
     try:
         with torch.no_grad():
@@ -787,7 +790,7 @@ class _Recorder(fx.Interpreter):
         """Run for a batch, and remember."""
         rows = [row.clone() for row in x.rows]
         self._sealed = {storage_of(rows[i]) for i in x.sealed()}
-        self._kept: list[Any] = []  # so that no memory is used twice
+        self._kept: list[Any] = []  # so that no memory is reused
         self.run(*rows, enable_io_processing=False)
         self._kept.clear()
 
@@ -827,7 +830,7 @@ def _last_inside(nodes: Sequence[fx.Node], name: str) -> int:
 
 
 def _with_sources(node: fx.Node) -> set[fx.Node]:
-    """A node and everything that it is computed from."""
+    """A node and everything on which it depends."""
     found: set[fx.Node] = set()
     pending = [node]
     while pending:
@@ -864,16 +867,16 @@ def _without_root(node: fx.Node) -> Any:
     return node.target
 
 
-# Sharing out the state
+# Dividing the state
 
 Named = dict[str, tuple[Tensor, bool]]  # every name of the state: its tensor, and whether the state dict has it
 
 
 def _share_out(model: nn.Module, parts: Sequence[nn.Module], graphs: Sequence[Sequence[fx.Graph]]) -> None:
-    """Give every part the state that its graphs name; what no graph names goes with its neighbours."""
+    """Give every part the state that its graphs name; unnamed state goes with its neighbours."""
     named = {name: (tensor, persistent) for name, tensor, persistent in state_names(model)}
     owner: dict[int, int] = {}
-    ends: dict[int, set[str]] = {}  # of a tensor that both ends of a U-shape use: its names at the second
+    ends: dict[int, set[str]] = {}  # for a tensor that both ends of a U-shape use: its names at the second
     for k, part in enumerate(parts):
         for target, is_module in _targets(graphs[k]):
             for tensor in _attach(model, part, target, is_module, named, owner, k):
@@ -890,7 +893,7 @@ def _share_out(model: nn.Module, parts: Sequence[nn.Module], graphs: Sequence[Se
 
 
 def _names_below(target: str, is_module: bool, named: Named, tensor: Tensor) -> set[str]:
-    """The names of a tensor that a graph's `target` stands for."""
+    """The names of the tensor that a graph's `target` means."""
     if not is_module:
         return {target}
     return {name for name, (t, _) in named.items() if t is tensor and name.startswith(f"{target}.")}
@@ -937,7 +940,9 @@ def _attach(
 
 
 def _refuse_if_shared(named: Named, name: str, tensor: Tensor, owner: dict[int, int], k: int) -> None:
-    """Raises SharedWeightError, but for the two ends of a U-shape: they are one client's, under names of their own."""
+    """Raises SharedWeightError, except for the two ends of a U-shape: they belong to one client, under their
+    own names.
+    """
     first = owner.get(id(tensor), k)
     if first == k:
         return
