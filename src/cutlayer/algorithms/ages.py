@@ -1,8 +1,8 @@
-"""How old is what clients have sent when it is used: of algorithms whose clients work at their own pace.
+"""The age of clients' batches and models when they are used, in algorithms whose clients work at their own pace.
 
-A batch is as old as the number of server steps between the client's last download before it (a gradient or a model) and
-the step that uses it. A model is as old as the number of averagings between the one that it began from and its own; in
-synchronous learning both are 0. Counts are tensors [C] in what the server keeps, so that a checkpoint holds them.
+The age of a batch is the number of server steps between the client's last download before it (a gradient or a model)
+and the step that uses it. The age of a model is the number of averagings between the one from which it began and its
+own. In synchronous learning, both are 0. Counts are tensors [C] in the server's `kept`, so that a checkpoint has them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Ages:
         self.answered(client)
 
     def answered(self, client: int) -> None:
-        """The client has got its gradient."""
+        """The client has received its gradient."""
         self._of("since step")[client] = self._kept["ages clock"][0]
 
     def since(self, client: int) -> int:
@@ -44,7 +44,7 @@ class Ages:
         return int(self._of("since step")[client])
 
     def stepped(self, used: Iterable[tuple[int, int]]) -> None:
-        """The server has stepped on batches, each (client, server steps before the download that it came of)."""
+        """The server has stepped on batches, each (client, server steps before the download on which it is based)."""
         for client, since in used:
             self._count("batches", client, self.steps - since)
         self._kept["ages clock"][0] += 1

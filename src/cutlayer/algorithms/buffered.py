@@ -1,4 +1,4 @@
-"""Batches that wait at the server until there are enough for a step, where clients work at their own pace.
+"""Batches that wait at the server until there are enough for a step, if clients work at their own pace.
 
 Shape legend: R rows in the buffer, s... the shape of one row's smashed data.
 """
@@ -16,21 +16,21 @@ from cutlayer.types import Rows, Smashed, Step
 
 
 class Batch(NamedTuple):
-    """Whose batch it is, and how many server steps there were before the client's last download."""
+    """The client of a batch, and the number of server steps before its last download."""
 
     client: int
     since: int
 
 
 class Buffer:
-    """The activation buffer, kept in `kept`: rows, labels, and whose they are. `told` batches are in a record."""
+    """The activation buffer in `kept`: rows, labels, and their clients. `told` batches are in a record."""
 
     def __init__(self, kept: dict[str, Tensor]) -> None:
         self._kept = kept
         about = kept.get("buffer about", torch.empty(0, 2, dtype=torch.int64)).tolist()
         self.batches = [Batch(*one) for one in about]
         self.told = len(self.batches)
-        self._losses: list[Tensor] = []  # of the batches that are in no record yet
+        self._losses: list[Tensor] = []  # of the batches that are not in a record yet
         self._sizes: list[int] = []
 
     @property
@@ -45,7 +45,7 @@ class Buffer:
         return self._kept["buffer labels"]
 
     def add(self, smashed: Smashed, since: Sequence[int], losses: Tensor) -> None:
-        """Batches come in, with the clients' mean losses [C]."""
+        """Add received batches, with the clients' mean losses [C]."""
         self.batches += map(Batch, smashed.clients, since)
         self._losses += losses.detach().unbind()
         self._sizes += smashed.sizes
@@ -56,7 +56,7 @@ class Buffer:
         self._kept["buffer about"] = torch.tensor(self.batches, dtype=torch.int64)
 
     def record(self, lr: float) -> Step:
-        """What the batches since the last record have come to, each client's together."""
+        """The results of the batches since the last record, summed up for each client."""
         owners, losses = [one.client for one in self.batches[self.told :]], torch.stack(self._losses)
         clients = list(dict.fromkeys(owners))
         sizes = torch.tensor(self._sizes, dtype=losses.dtype, device=losses.device)

@@ -1,4 +1,4 @@
-"""CL: centralised learning. The yardstick: one model that sees everybody's data.
+"""CL: centralised learning. The reference for comparisons: one model that sees the data of all clients.
 
 One round (an epoch):
     for each batch of the pooled data:  w <- w - eta dLoss/dw

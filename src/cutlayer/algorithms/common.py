@@ -1,4 +1,4 @@
-"""What several algorithms share: options, weights of an averaging, and the order of visits."""
+"""Common parts of several algorithms: options, weights of an averaging, and the order of visits."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""What an algorithm is: one round, written against the seam; its options; what it needs; what it moves.
+"""What an algorithm is: one round, written against the seam; its options; its needs; its traffic.
 
     @algorithm("psl", title="PSL", needs={FORWARD, BACKWARD}, paper="arXiv 2112.05929")
     class Psl(Algorithm):
         def round(self, server, clients, this): ...
 
-An algorithm keeps nothing between rounds except what the server and the cohort keep: that is why a checkpoint between
-rounds is complete. Everything else about it (flags, checks, the engine that can run it, the client's list of permitted
-requests, tables) is derived from its registration.
+An algorithm has no state between rounds except that of the server and the cohort, so a checkpoint between rounds is
+complete. Everything else about it (flags, checks, the engine that can run it, the client's list of permitted requests,
+tables) is derived from its registration.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Algorithm(Thing):
         return PooledHead(smashed, classes)
 
     def traffic(self, epoch: Epoch) -> Traffic | None:
-        """What an epoch moves and computes, or None if `plan` does not support the algorithm."""
+        """What is sent and computed in an epoch, or None if `plan` does not support the algorithm."""
         return None
 
     def staleness(self, server: Server) -> dict[str, Any] | None:
@@ -149,7 +149,9 @@ def algorithm(
 
 
 def steps_of(algorithm: Algorithm, server: Server, clients: Cohort, this: Round) -> Iterator[Step]:
-    """The steps of one round. Raises ConfigError for whatever an algorithm from outside raises, or yields besides."""
+    """The steps of one round. Raises ConfigError if an algorithm from outside this package fails, or yields anything
+    else.
+    """
     from cutlayer.types import Step
 
     what = f"the algorithm {algorithm.entry.name!r}"
@@ -164,7 +166,7 @@ def steps_of(algorithm: Algorithm, server: Server, clients: Cohort, this: Round)
 
 
 def traffic_of(algorithm: Algorithm, epoch: Epoch) -> Traffic | None:
-    """What the algorithm states that an epoch moves and computes; None: not planned. Raises ConfigError."""
+    """The algorithm's statement of what is sent and computed in an epoch; None: not planned. Raises ConfigError."""
     what = f"`traffic` of the algorithm {algorithm.entry.name!r}"
     with own_code(algorithm, what):
         found = algorithm.traffic(epoch)
@@ -176,5 +178,5 @@ def traffic_of(algorithm: Algorithm, epoch: Epoch) -> Traffic | None:
 
 
 def traits_of(entry: plugins.Entry) -> Traits:
-    """What follows from a registered algorithm's needs."""
+    """The traits of a registered algorithm."""
     return Traits.of(entry.facts["needs"], entry.facts["central"])

@@ -5,7 +5,7 @@ Client k has an auxiliary head a_k beside its part w_k of the model. One round:
        of every h batches it sends the first:  s_k = f(w_k; x), y, as they are before that step
     2. the one server, upload by upload as they arrive:  v <- v - eta_s dCE(g(v; s_k), y)/dv
     3. w <- sum_k (n_k / n) w_k;  a <- sum_k (n_k / n) a_k
-No gradient comes down, and clients wait for the server in step 3 only.
+No gradient comes down, and clients only wait for the server in step 3.
 """
 
 from __future__ import annotations

@@ -54,18 +54,19 @@ class Cycle(Scaled):
     def train(self, server: Server, smashed: Smashed, this: Round, turn: int, factor: float) -> None:
         """An epoch of the server on the rows of all clients, in the order of step `turn` of the round.
 
-        Mini-batches are as equal as can be, since batch normalisation could not train on a last one of a single row.
+        Mini-batches are as equal as possible, since batch normalisation could not train on a last one with a single
+        row.
         """
         draw = seeds.torch_generator(this.seed, "cycle", this.index, turn)
         order = torch.randperm(len(smashed), generator=draw)
         for drawn in order.tensor_split(-(-len(order) // self.server_batch)):
-            at = drawn.sort().values  # who is in a mini-batch is random, their order in it has no meaning
+            at = drawn.sort().values  # the rows of a mini-batch are random, their order has no meaning
             rows, labels = tuple(select(r, at) for r in smashed.rows), smashed.labels[at.to(smashed.labels.device)]
             server.step_on(rows, labels, factor)
 
 
 def record(step: ServerStep, smashed: Smashed, active: tuple[int, ...] = ()) -> Step:
-    """What a step reports: the losses that the clients were answered with."""
+    """The record of a step: the losses whose gradients the clients received."""
     return Step(step.means, smashed.clients, len(smashed), active, step.lr)
 
 

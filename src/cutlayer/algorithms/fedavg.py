@@ -33,7 +33,7 @@ class FedAvg(LocalWork):
     """Federated averaging."""
 
     def round(self, server: Server, clients: Cohort, this: Round) -> Iterator[Step]:
-        """One round of FedAvg. The weights are those of the clients that did train."""
+        """One round of FedAvg. The weights are those of the clients that trained."""
         steps = clients.fit()
         yield from steps
         clients.average(sample_weights(clients, {k for step in steps for k in step.clients}))

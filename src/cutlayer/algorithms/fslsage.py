@@ -5,7 +5,7 @@ CSE-FSL with other heads: client k's head a_k is not a classifier in its own rig
 which the server fits and the client only uses. One round is that of CSE-FSL, but
     1. a client steps w_k alone:  w_k <- w_k - eta_c (ds/dw_k)^T g^(s, y)
     2. the server keeps (s, y, g) of each upload, for each client the last 1000 rows
-    3. w <- sum_k (n_k / n) w_k;  heads stay apart
+    3. w <- sum_k (n_k / n) w_k; heads are not averaged
     4. every tenth round, for each client:  a_k <- argmin sum |g^(s, y) - g|^2 over its rows, in a few epochs of
        batches; a_k goes down
 """
@@ -71,7 +71,7 @@ class FslSage(SeldomSending):
             clients.align({k: self._fitted(server, k, this) for k in sorted(trained)})
 
     def traffic(self, epoch: Epoch) -> Traffic:
-        """As CSE-FSL, but heads come down in every tenth round alone."""
+        """As CSE-FSL, but heads only come down in every tenth round."""
         return Traffic(
             "local",
             gradients=False,
@@ -122,7 +122,7 @@ class FslSage(SeldomSending):
                 optimizer.step()
 
     def estimate(self, head: nn.Module, task: Task, rows: Rows, labels: Tensor) -> Rows:
-        """What the head takes for the gradients of its loss by the `rows`: each [n, s...], with a graph."""
+        """The gradients of the head's loss with respect to the `rows`: each [n, s...], with a graph."""
         leaves = tuple(r.detach().requires_grad_(r.is_floating_point()) for r in rows)
         losses, weights = task.row_losses(as_tuple(head(leaves)), labels), task.weights(labels)
         loss = losses.sum() if weights is None else (losses * weights.to(losses.dtype)).sum()
@@ -134,7 +134,7 @@ class FslSage(SeldomSending):
 
 
 def _kept(server: Server, client: int, what: str) -> Rows:
-    """The tensors of that kind that the server keeps of a client."""
+    """The tensors of that kind that the server keeps for a client."""
     prefix = f"{client} {what} "
     names = [name for name in server.kept if name.startswith(prefix)]
     return tuple(server.kept[name] for name in sorted(names, key=lambda name: int(name.removeprefix(prefix))))

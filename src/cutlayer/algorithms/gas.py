@@ -1,7 +1,7 @@
 """GAS: generative activation-aided asynchronous split federated learning (arXiv 2409.01251).
 
-P_k are the shares of the classes at client k (`cutlayer.adjustment`). Of all participants some work at a time, each at
-its own pace. As things arrive at the server:
+P_k are the shares of the classes at client k (`cutlayer.adjustment`). Some of the participants work at a time, each at
+its own pace. Whenever something arrives at the server:
     a batch of client k   G_k = d/ds_k mean CE(g(v; s_k) + tau log P_k, y_k) goes back, and
                           w_k <- w_k - eta (ds_k/dw_k)^T G_k at the client, which goes on;
                           (s_k, y_k) enters the activation buffer
@@ -10,7 +10,7 @@ its own pace. As things arrive at the server:
                           v <- v - eta dv mean CE(g(v; s), y) on all of them; empty it
     local steps done      w_k enters the model buffer; a client that rests begins from the last average
     model buffer full     w <- sum n_k w_k / sum n_k of the models in it, which ends the round; others go on
-The rows that were drawn train the server alone.
+The drawn rows only train the server.
 """
 
 from __future__ import annotations
@@ -89,13 +89,13 @@ class Gas(LocalWork):
                 ages.begun(resting[0])
                 queue.append(resting.pop(0))
             arrived = clients.arrivals(queue, 1 if self.answer == "arrival" else full - len(buffer.batches))
-            crowd = working if arrived else len(queue) + 1  # where none of them comes, another client begins
+            crowd = working if arrived else len(queue) + 1  # if none of them arrives, another client begins
             if not arrived and not resting:
                 break  # all others wait for the average, or are gone
             if not arrived:
                 continue
             smashed = clients.forward(arrived)
-            queue = [k for k in queue if k in smashed.clients or k not in arrived]  # what others sent was of no use
+            queue = [k for k in queue if k in smashed.clients or k not in arrived]  # the others' models were not usable
             if not smashed:
                 continue
             losses = server.gradients(smashed)
@@ -132,7 +132,7 @@ class Gas(LocalWork):
     def filled(
         self, rows: Rows, labels: Tensor, gaussians: LabelGaussians, draw: torch.Generator
     ) -> tuple[Rows, Tensor]:
-        """Rows [R, s...] and labels [R] of which all known labels are equally frequent."""
+        """Rows [R, s...] and labels [R] in which all known labels are equally frequent."""
         known = gaussians.known
         if self.generate == "complete" and len(known) < gaussians.labels:
             return rows, labels
@@ -146,7 +146,7 @@ class Gas(LocalWork):
         return both, torch.cat([labels[real], made.to(labels)])
 
     def staleness(self, server: Server) -> dict[str, Any]:
-        """How old batches were when the server stepped on them, and models when they were averaged."""
+        """The ages of batches when the server stepped on them, and of models when they were averaged."""
         return Ages(server.kept, 0).summary()
 
 
@@ -156,7 +156,7 @@ def _shuffled(this: Round, clients: Sequence[int]) -> list[int]:
 
 
 def _check(server: Server, rows: Rows) -> None:
-    """Raises ConfigError for rows of which no Gaussian per label can be made."""
+    """Raises ConfigError for rows that do not allow a Gaussian per label."""
     if server.task.targets != "class":
         raise ConfigError("gas draws rows for each class, and this task has no classes: set generate = never")
     if not all(r.is_floating_point() for r in rows):

@@ -13,24 +13,24 @@ from cutlayer.types import Rows
 
 
 class LabelGaussians:
-    """Weighted means and variances [K, s...] of all rows of each label so far, kept in `kept`."""
+    """Weighted means and variances [K, s...] of all rows of each label so far, in `kept`."""
 
     def __init__(self, kept: dict[str, Tensor], labels: int) -> None:
         self._kept, self.labels = kept, labels
 
     @property
     def weights(self) -> Tensor:
-        """What the rows of each label count together: [K]."""
+        """The total weight of the rows of each label: [K]."""
         return self._kept.get("gaussians weight", torch.zeros(self.labels, dtype=torch.float64))
 
     @property
     def known(self) -> Tensor:
-        """The labels of which there have been rows, in order."""
+        """The labels that have had rows, in order."""
         return (self.weights > 0).nonzero()[:, 0]
 
     def update(self, rows: Rows, labels: Tensor, weight: float = 1.0, decay: float = 1.0) -> None:
-        """Add rows, each [R, s...], with `labels` [R], which count `weight` each; what was added before counts `decay`
-        times what it did.
+        """Add rows, each [R, s...], with `labels` [R] and the weight `weight` each. The weights of earlier rows are
+        multiplied by `decay`.
         """
         labels = labels.cpu()
         new = torch.bincount(labels, minlength=self.labels).double() * weight  # [K]
@@ -42,7 +42,9 @@ class LabelGaussians:
         self._kept["gaussians weight"] = total
 
     def _update_one(self, i: int, rows: Tensor, labels: Tensor, share: Tensor) -> None:
-        """The mean and the variance of one of the tensors that cross; `share` [K] is what the new rows count in all."""
+        """Update the mean and the variance of one of the crossing tensors; `share` [K] is the share of the new rows in
+        the total weight.
+        """
         counts = torch.bincount(labels, minlength=self.labels).clamp(min=1)
         zeros = rows.new_zeros(self.labels, *rows.shape[1:])  # [K, s...]
         mean = zeros.index_add(0, labels, rows) / column(counts, zeros)
@@ -63,5 +65,5 @@ class LabelGaussians:
         return tuple(found)
 
     def _of(self, what: str, i: int, like: Tensor) -> Tensor:
-        """What was kept of a tensor that crosses, [K, s...]; zeros if nothing was."""
+        """The stored values of a crossing tensor, [K, s...]; zeros if there are none."""
         return self._kept.get(f"gaussians {what} {i}", like).to(like.device)

@@ -1,9 +1,9 @@
 """GSCALA: SCALA whose batches are drawn from the data of all clients together.
 
-SCALA (arXiv 2405.04875) tells each side's loss how frequent the classes are there; its clients bring equally many rows
-to each step, or as many as their sizes say. Here a step's rows are drawn as GPSL draws them (arXiv 2407.15738): from
-all data, without replacement. So the server sees the classes as they are among the participants, and large clients are
-neither left behind nor trained on twice.
+SCALA (arXiv 2405.04875) adjusts each side's loss by the frequencies of the classes there. Its clients bring equal
+numbers of rows to each step, or numbers in proportion to their sizes. Here a step's rows are drawn as in GPSL (arXiv
+2407.15738): from all data, without replacement. So the server sees the classes with their frequencies among the
+participants, and all rows of large clients are used exactly once.
 
 One step of B = C b rows, P_k being the shares of the classes at client k and P_S those of all participants:
     1. draw B rows from the data of all participants; every client k with rows among them: s_k = f(w_k; x_k); upload

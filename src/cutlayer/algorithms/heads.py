@@ -1,4 +1,6 @@
-"""What algorithms share whose clients train on the loss of an auxiliary head: the head, and when something goes up."""
+"""Common parts of algorithms whose clients train on the loss of an auxiliary head: the head, and the times of
+uploads.
+"""
 
 from __future__ import annotations
 
@@ -40,8 +42,8 @@ class SeldomSending(WithHead, LocalWork):
     def local_steps_and_uploads(
         self, server: Server, clients: Cohort, this: Round
     ) -> Generator[tuple[Smashed, ServerStep, Step]]:
-        """A round: the server steps on one client's upload after another's, as they arrive; every client takes h local
-        steps, of which what it has sent is the first.
+        """A round: the server steps on the clients' uploads in the order of arrival. Every client takes h local steps,
+        the first of them on the batch that it has sent.
         """
         for turn in count():
             if not (smashed := clients.forward()):

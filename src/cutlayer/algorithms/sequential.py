@@ -5,7 +5,7 @@ One round: clients take turns; in client k's turn
     1. client k: s = f(w_c, x); upload (s, y)
     2. server: loss; w_s <- w_s - eta_s dLoss/dw_s
     3. client k: back-propagate dLoss/ds; w_c <- w_c - eta_c dLoss/dw_c
-A turn is one batch or a whole local epoch. There is one client model; evaluation looks at its holder.
+A turn is one batch or a whole local epoch. There is one client model; evaluation uses its holder.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class SplitLr(Scaled):
     """What C counts: the clients that take part in the step, or all enrolled clients."""
 
     def split_lr(self, smashed: Smashed, enrolled: int) -> float:
-        """What the server's rate is multiplied with: C^alpha, C being the clients in this step, or all enrolled."""
+        """The factor of the server's rate: C^alpha, C being the clients in this step, or all enrolled."""
         clients = enrolled if self.alpha_clients == "enrolled" else len(smashed.clients)
         return float(clients**self.alpha)
 
@@ -83,11 +83,11 @@ class SplitAvg(Scaled):
 
     @property
     def shares_gradients(self) -> bool:
-        """Where somebody is active."""
+        """Whether any client is active."""
         return self.phi > 0
 
     def without_sharing(self) -> Algorithm:
-        """Nobody is active."""
+        """No client is active."""
         return self.model_copy(update={"phi": 0.0})
 
     def draw_active(self, clients: tuple[int, ...], this: Round, turn: int) -> tuple[int, ...]:
@@ -126,7 +126,7 @@ class SplitAvg(Scaled):
         return as_rows(self._reduced(total, sizes), gradient.shape[1:], last)
 
     def _common(self, gradient: Rows, shared: dict[int, int], smashed: Smashed) -> Rows:
-        """The same of each tensor, whose rows are those of the active clients, `shared`, that are here."""
+        """The same for each tensor, whose rows are those of the active clients, `shared`, in this process."""
         sizes = tuple(shared.values())
         if smashed.here is smashed:
             return tuple(self.average(g, sizes) for g in gradient)

@@ -6,7 +6,7 @@ sflv2  one server model, stepped on one client's rows after another's, in random
        by client (server_order); client models averaged per round
 sflv3  V1's mirror: server copies averaged per round, client models never   (Gawali et al., arXiv 2012.12591)
 
-V1 computes exactly what FedAvg computes, whatever the cut.
+V1 computes exactly the same as FedAvg, with any cut.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ class SflV2(LocalWork):
         return trained
 
     def traffic(self, epoch: Epoch) -> Traffic | None:
-        """As SFL; client by client the time depends on the order that is drawn, and nothing is stated."""
+        """As SFL. Client by client, the time depends on the drawn order, so there is no statement."""
         return Traffic("steps", averaged=epoch.client_model) if self.server_order == "interleaved" else None
 
 
@@ -185,7 +185,7 @@ class SflV3(LocalWork):
 
 
 def in_step(server: Server, clients: Cohort) -> Iterator[Step]:
-    """A round whose clients all step with the sum of their gradients of the one loss."""
+    """A round in which all clients step with the sum of their gradients of the one loss."""
     while smashed := clients.forward():
         step = server.step(smashed)
         clients.backward_together(own(step.gradient, smashed, "union"))
@@ -198,7 +198,7 @@ def _shuffled(this: Round, turn: int, clients: Iterable[int]) -> list[int]:
 
 
 def _with_server_copies(server: Server, clients: Cohort) -> Generator[Step, None, set[int]]:
-    """Every client trains with the server copy of its own. Returns the clients that did."""
+    """Every client trains with its own copy of the server. Returns the clients that trained."""
     trained: set[int] = set()
     while smashed := clients.forward():
         step = server.step_copies(smashed)

@@ -154,15 +154,15 @@ class UShapedSglr(SplitAvg, SplitLr):
 
 
 def through_tails(server: Server, clients: Cohort, smashed: Smashed, factor: float = 1.0) -> tuple[Smashed, ServerStep]:
-    """Steps 2 to 4: what of `smashed` its clients have finished, and the server's step on it."""
+    """Steps 2 to 4: the part of `smashed` that its clients have finished, and the server's step on it."""
     features = replace(smashed, rows=server.forward(smashed))
     tail = clients.tail(features)
     return _finished(smashed, tail), server.backward(smashed, tail, factor)
 
 
 def _finished(smashed: Smashed, tail: TailGradients) -> Smashed:
-    """The smashed data of the clients whose tails have answered. What their rows count is known by now, but not of each
-    row: all of a client's count alike.
+    """The smashed data of the clients whose tails have answered. Their total weights are known by now, but not the
+    weight of each row, so all rows of a client count equally.
     """
     alike = not tail.masses or tail.masses == tail.sizes
     if alike and tail.clients == smashed.clients:

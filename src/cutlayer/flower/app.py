@@ -48,7 +48,7 @@ from cutlayer.text import format_score
 
 log = logging.getLogger(__name__)
 CLIENTS = "clients.json"
-"""In the run folder: how each client's work ended, and the bytes of its stream."""
+"""In the run folder: the end of each client's work, and the bytes of its stream."""
 
 _GIVE_UP_AFTER = 60.0  # seconds without the server after which a client ends
 _FAREWELL = 30.0  # seconds for the replies after the end of the run
@@ -61,7 +61,7 @@ client = ClientApp()
 def serve(grid: Grid, context: Context) -> None:
     """Run one training: read and check, wait for nodes, invite them, train, collect their replies.
 
-    Raises UsageError before any node hears of the run; TrainingError, NetworkError where it cannot be finished.
+    Raises UsageError before any node is told of the run; TrainingError, NetworkError if it cannot be finished.
     """
     if threading.current_thread() is not threading.main_thread():
         raise ConfigError(
@@ -93,7 +93,7 @@ def join(message: Message, context: Context) -> Message:
 
 
 def _train(grid: Grid, config: RunConfig, hosting: Hosting, out: Path) -> None:
-    """Everything is built, and so checked, before nodes are looked for; they are told once the server listens."""
+    """Everything is built, and so checked, before nodes are searched for. They are told when the server listens."""
     tokens = [make_token() for _ in range(config.clients)]
     with TemporaryDirectory(prefix="cutlayer-") as folder:  # of mode 0700
         ca, certificate, key, hashes = (
@@ -104,7 +104,7 @@ def _train(grid: Grid, config: RunConfig, hosting: Hosting, out: Path) -> None:
 
         def invite(port: int) -> None:
             authority = ca.read_text("utf-8")
-            for secret in (ca, certificate, key, hashes):  # the server has read them, and nobody else is to
+            for secret in (ca, certificate, key, hashes):  # only the server reads them, and it has done so
                 secret.unlink()
             options, address = json.dumps(config.resolved()), hosting.address(port)
             invitations = [
@@ -127,7 +127,7 @@ def _train(grid: Grid, config: RunConfig, hosting: Hosting, out: Path) -> None:
 
 
 def _make_secrets(folder: Path, hashes: Path, hosting: Hosting, tokens: Sequence[str]) -> None:
-    """A server's certificate by an authority that makes no other, and the hashes of the clients' tokens."""
+    """A server's certificate by an authority for this certificate only, and the hashes of the clients' tokens."""
     days = math.ceil(hosting.hours / 24)
     authority = make_ca(folder, days=days)
     make_certificate(folder, "server", "server", hosts=[hosting.host], days=days)
@@ -139,7 +139,7 @@ def _make_secrets(folder: Path, hashes: Path, hosting: Hosting, tokens: Sequence
 
 
 def _nodes(grid: Grid, needed: int, patience: float) -> list[int]:
-    """So many SuperNodes that are there. Raises NetworkError where there are too few in time."""
+    """This number of available SuperNodes. Raises NetworkError if there are too few in time."""
     begun = time.monotonic()
     log.info("waiting for %d SuperNodes", needed)
     while len(found := sorted(grid.get_node_ids())) < needed:
@@ -182,7 +182,7 @@ def _tell(run: Run, told: int) -> int:
 
 
 def _report(service: Service, replies: Replies, nodes: Sequence[int], out: Path) -> None:
-    """Pictures, page, and what became of each client."""
+    """Pictures, page, and the end of each client's work."""
     traffic = service.hub.traffic()
     clients = [
         {
@@ -219,7 +219,7 @@ def _work(invitation: Invitation, context: Context) -> Farewell:
 
 
 def _worker(invitation: Invitation, context: Context) -> Worker:
-    """The client that this node is, with the node's own data or its share of the configuration's."""
+    """This node's client, with the node's own data or its share of the configuration's."""
     config, number = invitation.config(context), client_number(invitation.client)
     path = normalised(context.node_config).get("own_data")
     own = None if path is None else own_source(config, str(path))
@@ -229,7 +229,7 @@ def _worker(invitation: Invitation, context: Context) -> Worker:
 
 @contextmanager
 def _hearing(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
-    """Flower stops its apps by signals: they are heard by `handler` meanwhile."""
+    """Flower stops its apps by signals: inside, `handler` receives them."""
     before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
@@ -239,7 +239,7 @@ def _hearing(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
 
 
 def _show_log() -> None:
-    """What Cutlayer logs goes to standard output, which Flower collects (`flwr run --stream`)."""
+    """Cutlayer's log goes to standard output, which Flower collects (`flwr run --stream`)."""
     logger = logging.getLogger("cutlayer")
     logger.setLevel(logging.INFO)
     if not logger.handlers:

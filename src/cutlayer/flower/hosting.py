@@ -1,7 +1,7 @@
-"""What Flower's run configuration says: options of a run, and how its streams are served.
+"""Flower's run configuration: options of a run, and how its streams are served.
 
-Flower's configuration is flat, knows numbers, texts and truth values, and takes overrides only of names that the app
-lists. So tables come as dotted names, and an empty text stands for "not given".
+Flower's configuration is flat, knows numbers, texts and truth values, and only allows overrides of names that the app
+lists. So tables are given as dotted names, and an empty text means "not given".
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ class Hosting(FaultConfig):
 
     @property
     def host(self) -> str:
-        """The name or address that the server's certificate is made for."""
+        """The name or address of the server's certificate."""
         return split_address(self._reached(0))[0]
 
     def address(self, port: int) -> str:
-        """Where clients dial, when the server listens at `port`."""
+        """The address to which clients connect, if the server listens at `port`."""
         return self._reached(port)
 
     def _reached(self, port: int) -> str:
@@ -65,8 +65,8 @@ class Hosting(FaultConfig):
 
 
 def read(values: Mapping[str, Any]) -> tuple[RunConfig, Hosting]:
-    """The run, and how it is hosted, of Flower's run configuration: options of `cutlayer run`, over those of the file
-    that `config` names, if any; and the table `serve`. Raises ConfigError.
+    """The run and its hosting from Flower's run configuration: options of `cutlayer run`, over those of the file in
+    `config`, if any; and the table `serve`. Raises ConfigError.
     """
     tables: dict[str, Any] = {}
     for key, value in values.items():

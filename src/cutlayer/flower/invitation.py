@@ -1,4 +1,4 @@
-"""What Flower's messages carry: an invitation to a run, and how that went at a node. No tensor is in them."""
+"""The content of Flower's messages: an invitation to a run, and the end of the work at a node. They have no tensors."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ from cutlayer.options import NAMING, RunConfig, normalised
 
 _INVITATION, _END, _WORK = "cutlayer-invitation", "cutlayer-end", "cutlayer-work"
 _CODE = {option: kind for option, kind in NAMING.items() if option != "algorithms"}  # a run has one
-"""Options that name things, and of which kind: what is imported for them is named by the node itself, or built in."""
+"""Options that name things, with their kinds. Things that are imported for them are named by the node itself, or built
+in.
+"""
 _OF_THE_NODE = ("device", *_CODE)
 
 
 @dataclass(frozen=True)
 class Invitation:
-    """Who the node is in this run (`client-<k>`), where to dial, the authority (PEM) that the server's certificate must
-    be by, the token that proves the client, the run's options as JSON, and seconds of trying after which it gives up.
+    """The node's name in this run (`client-<k>`), the server's address, the authority (PEM) of the server's
+    certificate, the token that proves the client, the run's options as JSON, and the seconds after which it gives up.
     """
 
     client: str
@@ -39,7 +41,7 @@ class Invitation:
 
     @classmethod
     def of(cls, content: RecordDict) -> Self:
-        """What a message invites to. Raises WireError where it is no invitation."""
+        """The invitation in a message. Raises WireError if it is not an invitation."""
         try:
             return msgspec.convert(dict(content.config_records[_INVITATION]), cls)
         except (KeyError, msgspec.ValidationError) as error:
@@ -49,11 +51,11 @@ class Invitation:
             ) from None
 
     def config(self, context: Context) -> RunConfig:
-        """The run's configuration at this node: what the node says of itself (`--node-config`: device, data, algorithm,
-        ...) is put over what the server says.
+        """The run's configuration at this node: the node's own settings (`--node-config`: device, data, algorithm, ...)
+        override the server's.
 
-        Raises ConfigError, also where the server names a file or a module that the node does not name: nothing that
-        a message names is imported.
+        Raises ConfigError, also if the server names a file or a module that the node does not name: code named in a
+        message is never imported.
         """
         node: Mapping[str, Any] = normalised(context.node_config)
         own = {name: node[name] for name in _OF_THE_NODE if name in node}
@@ -77,7 +79,7 @@ def _refuse_code(name: str, value: object) -> None:
 
 
 def _is_code(kind: str, reference: str) -> bool:
-    if kind == "codec":  # NAME:ARGUMENT is none
+    if kind == "codec":  # NAME:ARGUMENT is not a reference
         return ":" in reference and not plugins.known(kind, reference.partition(":")[0])
     return plugins.is_reference(reference)
 
@@ -95,7 +97,7 @@ class Farewell:
 
     @classmethod
     def of(cls, content: RecordDict) -> Self:
-        """What a reply says. Raises WireError where it is no farewell."""
+        """The content of a reply. Raises WireError if it is not a farewell."""
         try:
             return msgspec.convert({**content.config_records[_END], **content.metric_records[_WORK]}, cls)
         except (KeyError, msgspec.ValidationError) as error:

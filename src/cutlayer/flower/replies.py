@@ -1,4 +1,4 @@
-"""The ClientApps' replies, which come while the run trains: listened for on a thread of its own."""
+"""The ClientApps' replies, which arrive while the run trains, received on a separate thread."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _TICK = 1.0  # seconds between questions to the SuperLink
 
 
 class Replies:
-    """Listens for what the nodes reply. Use as a context manager.
+    """Receives the nodes' replies. Use as a context manager.
 
-    `give_up(reason)` is called, on this object's thread, when the run cannot go on: a ClientApp has failed before
-    `begun()`, so that nobody takes its place, or the SuperLink answers no more, as when the run was stopped. `trouble`
-    says why. Once the run has begun, its own rules say how many clients it needs.
+    `give_up(reason)` is called on this object's thread if the run cannot continue: a ClientApp failed before `begun()`,
+    so there is no replacement, or the SuperLink no longer answers, for example because the run was stopped. `trouble`
+    gives the reason. After the run has begun, its own rules decide how many clients it needs.
     """
 
     def __init__(self, grid: Grid, begun: Callable[[], bool], give_up: Callable[[str], None]) -> None:
@@ -44,10 +44,10 @@ class Replies:
         self._thread.start()
 
     def wait(self, seconds: float) -> None:
-        """Until all replies have come, or nobody listens any more; so long at most."""
+        """Wait until all replies have arrived, or this object has stopped, at most this long."""
         end = time.monotonic() + seconds
         while self._thread.is_alive() and not self._all.is_set() and time.monotonic() < end:
-            self._all.wait(_TICK)  # in short turns: a signal is heard between two of them
+            self._all.wait(_TICK)  # in short pauses, so that a signal is handled between two of them
 
     def __enter__(self) -> Self:
         return self

@@ -1,12 +1,12 @@
-"""Cutting by tracing:
-
-`torch.fx` or the tape (`tape.py`) records every operation, and each part gets its share.
+"""Cutting by tracing: `torch.fx` or the tape (`tape.py`) records every operation, and each part gets its share.
 
 A trace is only valid for training or for evaluation (because of functional dropout), so there are two, and a part runs
-the one of its mode. Both use the same parameters, under their names in the whole model. Values that a part needs from
-an earlier one cross, except those that it can compute itself: parameters and constants, sizes (the batch size is read
-from a crossing tensor), and tensors that only depend on sizes and constants, such as positions. If a later part uses
-something that only depends on a mask, the mask crosses, and that part computes the rest itself.
+the one of its mode. Both use the same parameters, under their names in the whole model.
+
+Values that a part needs from an earlier one cross, except those that it can compute itself: parameters and constants,
+sizes (the batch size is read from a crossing tensor), and tensors that only depend on sizes and constants, such as
+positions. If a later part uses something that only depends on a mask, the mask crosses, and that part computes the
+rest itself.
 """
 
 from __future__ import annotations
