@@ -1,4 +1,4 @@
-"""Architectures that people train, small and with random weights: what `cuts.py` cuts."""
+"""Common architectures, small and with random weights, which `cuts.py` cuts."""
 
 # ruff: noqa: E501
 from __future__ import annotations
@@ -135,7 +135,7 @@ class Inception(nn.Module):
 
 
 class SqueezeExcite(nn.Module):
-    """Channels weighted by what all of the picture says."""
+    """Channels weighted by features of the whole picture."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -737,7 +737,7 @@ _UNTIED = ("T5", "BART", "GPT-2, untied")
 
 
 def hugging_face() -> Iterator[Architecture]:
-    """Those of transformers; none where it is not installed."""
+    """The models of transformers; none if it is not installed."""
     try:
         import transformers
     except ImportError:

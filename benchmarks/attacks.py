@@ -1,4 +1,4 @@
-"""What hostile clients do to training, and which defences help: attack by defence, over seeds.
+"""The effect of hostile clients on training, and of defences: attack by defence, over seeds.
 
     python benchmarks/attacks.py [--seeds 0 1 2] [--only sfl] [--json FILE] [--write docs/security.md]
 
@@ -50,7 +50,7 @@ DEFENCES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "psl": {"none": {}, "median_bound 2": BOUND, "median_bound 1": {**BOUND, "row_multiple": 1.0}},
 }
-ONLY_UPDATES = ("poison",)  # have no effect where models stay with their clients
+ONLY_UPDATES = ("poison",)  # have no effect if models stay with their clients
 
 
 def attacks_on(algorithm: str) -> list[str]:
@@ -59,7 +59,7 @@ def attacks_on(algorithm: str) -> list[str]:
 
 
 def accuracy(source: Source, algorithm: str, attack: str, defence: dict[str, Any], seed: int, **options: Any) -> float:
-    """Of a run, in percent; nan if it ended with numbers that are not finite."""
+    """The score of a run, in percent; nan if it ended with numbers that are not finite."""
     alone = attack.startswith("only ")
     named = (attack,) if attack and not alone else ()
     options |= {"clients": int(attack.removeprefix("only "))} if alone else {}

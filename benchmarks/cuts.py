@@ -1,4 +1,4 @@
-"""At which models can `cutlayer.cut` cut, how, and which engine runs the parts? Writes the table of docs/models.md.
+"""Which models `cutlayer.cut` can cut, how, and which engine runs the parts. Writes the table of docs/models.md.
 
     python benchmarks/cuts.py --write docs/models.md     # all; minutes
     python benchmarks/cuts.py llama swin                 # those whose names contain one of the words
@@ -33,13 +33,13 @@ from cutlayer.optim import MakeOptimizer, make_optimizer
 from cutlayer.seeds import torch_seeded
 from cutlayer.types import Rows, as_tuple
 
-_CLIENTS = 8  # whose steps are timed, together and one by one
-_SECONDS = 3.0  # that a model's timing may take
+_CLIENTS = 8  # clients whose steps are timed, together and one by one
+_SECONDS = 3.0  # seconds for a model's timing
 
 
 @dataclass(frozen=True)
 class Found:
-    """What came of one cut; `trouble` is why it is refused, or what is wrong with it."""
+    """The result of one cut; `trouble` is the reason of a refusal, or the error in the parts."""
 
     of: Architecture
     seconds: float
@@ -129,7 +129,7 @@ def _engine(parts: Parts, example: Any) -> tuple[str, float | None]:
 
 
 def _one_by_one(part: torch.nn.Module, rows: Rows, make: MakeOptimizer) -> Callable[[], None]:
-    """A step of each client with a module and an optimiser of its own."""
+    """A step of each client with its own module and optimiser."""
     twins = [copy.deepcopy(part).train() for _ in range(_CLIENTS)]
     steps = [make(twin.named_parameters()) for twin in twins]
 
@@ -184,7 +184,7 @@ def _page(found: list[Found]) -> str:
 
 
 def main() -> None:
-    """Look at all models, or at those that are named."""
+    """Examine all models, or the named ones."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("words", nargs="*", help="only models whose names contain one of these")
     parser.add_argument("--write", type=Path, help="write the page here")

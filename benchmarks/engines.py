@@ -11,10 +11,11 @@ same run, the worst cells first.
     python benchmarks/engines.py --profile "lenet5 sglr C=10 b=32"
     python benchmarks/engines.py --compare BEFORE.jsonl AFTER.jsonl
 
-On the CPU: CPU seconds of the process on one thread, so that other tenants of the machine disturb little; freed memory
-is kept in the process (cutlayer.allocator) for all contestants alike. On CUDA: seconds, the device awaited.
+On the CPU: CPU seconds of the process on one thread, so that other programs on the machine have little effect; freed
+memory is kept in the process (cutlayer.allocator) for all contestants alike. On CUDA: seconds, including the wait for
+the device.
 
-Which cells there are (`cells`): every model with SGLR and SGD at every (C, b) of SIZES; every light model with the
+The cells (`cells`): every model with SGLR and SGD at every (C, b) of SIZES; every light model with the
 other algorithms at (10, 8) and (100, 8); every model with momentum and Adam at (10, 32), the MLP at every size; the
 growth to C = 1000; FedAvg and SplitFed V1 averaged at each step. Cells of more than LIMIT GFLOP a step are left out,
 except for each model's (10, 32) with SGD.
@@ -56,11 +57,11 @@ from cutlayer.types import Round, Step
 
 EPOCH = 16  # batches that a client has (the paper: 125)
 STEPS = 4  # steps that are timed at a time; also those between two averagings
-LONG = 5.0  # GFLOP of a step: beyond, one step is timed at a time
-HEAVY = 20.0  # GFLOP of a step: beyond, a client has STEPS batches only
-VERY_HEAVY = 150.0  # GFLOP of a step: beyond, two rounds suffice
-LIMIT = 400.0  # GFLOP of a step: beyond, a cell is left out
-RATE = 1e-3  # learning rate of clients; SGLR's server steps with it too, whatever C is
+LONG = 5.0  # GFLOP of a step: above, one step is timed at a time
+HEAVY = 20.0  # GFLOP of a step: above, a client only has STEPS batches
+VERY_HEAVY = 150.0  # GFLOP of a step: above, two rounds are enough
+LIMIT = 400.0  # GFLOP of a step: above, a cell is left out
+RATE = 1e-3  # learning rate of clients, and of SGLR's server for any C
 ROUNDS = 50  # at most
 Thunk = Callable[[int], None]  # trains so many steps
 Row = dict[str, Any]
@@ -78,7 +79,7 @@ CONTESTANTS = ("ceiling", "loop", "local", "fast")
 
 @dataclass(frozen=True)
 class Workload:
-    """One line of the table. A client has so many `batches`; FedAvg and SplitFed average after `local_steps` steps."""
+    """One line of the table. A client has `batches` batches; FedAvg and SplitFed average after `local_steps` steps."""
 
     model: str
     algorithm: str
@@ -106,17 +107,17 @@ class Workload:
 
     @property
     def steps(self) -> int:
-        """Steps that are timed at a time: whole rounds, where models are averaged."""
+        """Steps that are timed at a time: whole rounds, if models are averaged."""
         return 1 if self.gflop > LONG and self.algorithm not in AVERAGING else STEPS
 
     @property
     def epoch(self) -> int:
-        """Batches that a client has, fewer where a step is long."""
+        """Batches of a client, fewer if a step is long."""
         return STEPS if self.gflop > HEAVY else self.batches
 
     @property
     def config(self) -> RunConfig:
-        """The run, but for its engine."""
+        """The run, without its engine."""
         name, more = OPTIMIZERS[self.optimizer]
         options: dict[str, Any] = {"client_optimizer_options": more} if more else {}
         if self.algorithm != "fl":
@@ -173,8 +174,8 @@ MEMORY = [Workload("lenet5", "sglr", 50, 32), Workload("cnn", "sglr", 100, 8), W
 
 @dataclass(frozen=True)
 class Material:
-    """What all contestants of a cell start from: the same model and the same rows, in the same order. `by_hand` alone:
-    rows that are as good, without the package's data sets (to measure the memory that a script would take).
+    """The common start of all contestants of a cell: the same model and the same rows, in the same order. With
+    `by_hand`, similar rows without the package's data sets (to measure the memory of a script).
     """
 
     w: Workload
@@ -195,7 +196,7 @@ class Material:
         return from_arrays(x, y, validation=0, test=20, targets=targets)
 
     def engine(self, name: str) -> Engine:
-        """An engine of ours."""
+        """One of our engines."""
         config = RunConfig.of({**self.w.config.model_dump(exclude_unset=True), "engine": name})
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", CutlayerWarning)  # the table names the engine that was chosen
@@ -203,7 +204,7 @@ class Material:
 
     @functools.cached_property
     def given(self) -> Given:
-        """What a loop starts from, and the ceiling: batches that are gathered on the device."""
+        """The start of a loop and of the ceiling: batches that are gathered on the device."""
         w, config = self.w, self.w.config
         name, more = OPTIMIZERS[w.optimizer]
         lower, upper = (self.net, nn.Sequential()) if w.algorithm == "fl" else w.net.halves(self.net)
@@ -252,7 +253,7 @@ class Material:
 
 
 class Engine:
-    """An engine of ours at its next step; nothing is evaluated."""
+    """One of our engines at its next step, without evaluations."""
 
     def __init__(self, training: Training) -> None:
         self.training = training
@@ -272,7 +273,7 @@ def endless(training: Training) -> Iterator[Step]:
 
 
 def turns(w: Workload) -> Iterator[Sequence[int]]:
-    """Whose batches each step of an epoch takes: all clients', or (SSL) one client's, all its batches in turn."""
+    """The clients whose batches each step of an epoch uses: all, or (SSL) one client with all its batches in turn."""
     if w.algorithm == "ssl":
         yield from ([k] for k in range(w.clients) for _ in range(w.epoch))
     else:
@@ -321,7 +322,7 @@ def awaited() -> float:
 
 
 def measure(w: Workload, seconds: float) -> Row:
-    """One line of the table; what went wrong, if something did."""
+    """One line of the table, with the error, if there was one."""
     several = torch.get_num_threads() > 1  # CPU time would count them all
     clock = awaited if w.device != "cpu" else time.perf_counter if several else time.process_time
     row: Row = {"cell": str(w), **vars(w), "rows": w.rows, "gflop": round(w.gflop, 3), "steps": w.steps}
@@ -330,7 +331,7 @@ def measure(w: Workload, seconds: float) -> Row:
         material = Material.of(w)
         thunks = {name: material.contestant(name) for name in CONTESTANTS}
         times = interleave(thunks, w, seconds, clock)
-    except Exception as error:  # one cell that fails must not cost the others
+    except Exception as error:  # one failing cell must not affect the others
         return {**row, "error": f"{type(error).__name__}: {error}"}
     fast = thunks["fast"]
     assert isinstance(fast, Engine), "the default engine is ours"
@@ -387,8 +388,8 @@ def peak_memory(w: Workload) -> Row:
 
 
 def memory_of(name: str, model: str, algorithm: str, clients: str, batch: str) -> None:
-    """Print this process's peak memory in MB after some steps (of this process alone: Linux tells)."""
-    # Few batches: the rows are held twice while an engine is built, which is not what is asked here.
+    """Print this process's own peak memory in MB after some steps (on Linux)."""
+    # Few batches: the rows are in memory twice while an engine is built, which should not be measured here.
     w = Workload(model, algorithm, int(clients), int(batch), batches=STEPS)
     Material.of(w, by_hand=name in ("ceiling", "loop")).contestant(name)(2 * w.steps)
     (peak,) = (
@@ -401,7 +402,7 @@ def memory_of(name: str, model: str, algorithm: str, clients: str, batch: str) -
 
 
 def processor() -> str:
-    """The processor's name, where the system tells."""
+    """The processor's name, if the system tells it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
@@ -440,12 +441,12 @@ def line(row: Row) -> str:
 
 
 def worst_first(rows: Iterable[Row]) -> list[Row]:
-    """Rows that failed, then the others by how fast the default engine is beside the loop."""
+    """Failed rows, then the others by the ratio of the default engine to the loop."""
     return sorted(rows, key=lambda r: 0.0 if "error" in r else r["fast/loop"][1])
 
 
 def summary(rows: Sequence[Row]) -> list[str]:
-    """What the whole table comes to, a line each."""
+    """The summary of the table, in lines."""
     good = [r for r in rows if "error" not in r]
     if not good:
         return ["No cell was measured."]
@@ -483,7 +484,7 @@ def summary(rows: Sequence[Row]) -> list[str]:
 
 
 def growth(rows: Sequence[Row]) -> list[str]:
-    """What a sample costs with 1000 clients beside 10, where both were measured."""
+    """The cost of a sample with 1000 clients relative to 10, if both were measured."""
     cost = {r["cell"]: 1 / r["samples/s"] for r in rows}
     pairs = [(name, name.replace("C=1000 ", "C=10 ")) for name in cost if "C=1000 " in name]
     return [f"{many}: a sample costs {cost[many] / cost[few]:.2f} times what it costs with C = 10."
@@ -517,7 +518,7 @@ def compare(before: Path, after: Path) -> list[str]:
 
 
 def chosen(options: argparse.Namespace) -> list[Workload]:
-    """The cells that were asked for."""
+    """The requested cells."""
     if options.quick:
         return QUICK
     found = cells() if options.device == "cpu" else [replace(w, device=options.device) for w in CUDA]

@@ -4,10 +4,10 @@
     python benchmarks/language_models.py FOLDER [--fortunes /usr/share/games/fortunes] [--seeds 3] [--rates 0.002 ...]
 
 Texts are Debian's fortune cookies. A byte-level BPE vocabulary and a model of about a million parameters are trained on
-the English ones; then LoRA adapters, and nothing else, on those of the clients, of whom each has one language. Each
+the English ones; then only LoRA adapters are trained on the texts of the clients, each of which has one language. Each
 algorithm is run with seed 0 at all rates; the one with the lowest validation perplexity is run with the other seeds.
-All have the same rates to choose from. Results go to FOLDER/results.jsonl, line by line; a run that is there already is
-not repeated.
+All have the same rates to choose from. Results go to FOLDER/results.jsonl, line by line; existing runs are not
+repeated.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def cookies(folder: Path) -> Iterator[str]:
 
 
 def some(folder: Path, size: int) -> list[str]:
-    """Fortunes of so many bytes in all, drawn from the whole of a folder."""
+    """Fortunes of this number of bytes in all, drawn from the whole folder."""
     every, taken, count = list(cookies(folder)), [], 0
     for i in torch.randperm(len(every), generator=torch.Generator().manual_seed(0)).tolist():
         if count < size:
@@ -120,7 +120,7 @@ def tuned(root: Path, way: str, rate: float, seed: int, **options: Any) -> dict[
 
 
 def main() -> None:
-    """Run what is missing; print the table."""
+    """Run missing ones; print the table."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--fortunes", type=Path, default=Path("/usr/share/games/fortunes"))

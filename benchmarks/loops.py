@@ -1,9 +1,10 @@
-"""Training by hand, which the engines are measured against: split learning and its relatives as a good engineer would
-write them for one process, and centralised training of the same model, which is the ceiling.
+"""Training by hand, as a reference for the engines: split learning and related methods as a good engineer would write
+them for one process, and centralised training of the same model, which is the ceiling.
 
-Batches are gathered beforehand. There is no bookkeeping: no losses are read, no numbers checked, nothing is copied that
-need not be. PSL and SGLR run ONE server pass over the smashed data of all clients, laid end to end. The optimisers are
-torch's, as it chooses to compute them. What is drawn at random (active clients, the order of visits) was drawn before.
+Batches are gathered beforehand. There is no bookkeeping: no losses are read, no numbers are checked, and nothing is
+copied without need. PSL and SGLR run ONE server pass over the smashed data of all clients, laid end to end. The
+optimisers are torch's, as it chooses to compute them. Random draws (active clients, the order of visits) were made
+before.
 
 Shape legend: C clients, b rows of each, R = C x b rows.
 """
@@ -23,12 +24,12 @@ MakeOptimizer = Callable[..., torch.optim.Optimizer]  # (parameters, lr=...)
 
 @dataclass(frozen=True)
 class Given:
-    """What a loop starts from.
+    """The start of a loop.
 
-    A client's `batch` has b rows. `batches` are the rows [R, ...] and targets of each step, client after client; where
-    clients take turns, those of one client, whose number `turns` has. `active` are the clients that share a cut
-    gradient in each step, `orders` the order in which a server visits them. `server_lr` is the rate that the server
-    steps with; clients are averaged after `local_steps` steps.
+    A client's `batch` has b rows. `batches` are the rows [R, ...] and targets of each step, client after client; if
+    clients take turns, those of one client, whose number is in `turns`. `active` are the clients that share a cut
+    gradient in each step, `orders` the order in which a server visits them. `server_lr` is the server's rate; clients
+    are averaged after `local_steps` steps.
     """
 
     client: nn.Sequential
@@ -192,7 +193,7 @@ def through(
     x: Tensor,
     y: Tensor,
 ) -> None:
-    """One client's step with a server of its own, or in its turn: both sides step."""
+    """One client's step with its own server, or in its turn: both sides step."""
     smashed = lower(x)
     received = smashed.detach().requires_grad_()
     server.zero_grad()
@@ -204,7 +205,7 @@ def through(
 
 
 def average(nets: Sequence[nn.Module]) -> None:
-    """Every model := the mean of all (a batch normalisation's counter is the same in all)."""
+    """Set every model to the mean of all (a batch normalisation's counter is the same in all)."""
     with torch.no_grad():
         for same in zip(*([*m.parameters(), *m.buffers()] for m in nets), strict=True):
             if same[0].is_floating_point():

@@ -1,12 +1,12 @@
-"""Clients whose states lie in memory or on disk: seconds per round, a checkpoint, and the peak of memory.
+"""Clients whose states are in memory or on disk: seconds per round, a checkpoint, and the peak of memory.
 
     python benchmarks/many_clients.py [--clients 1000 10000 100000] [--repeats 3] [--json FILE]
         [--write docs/many-clients.md]
 
 PSL with Adam; 100 clients take part in each round, with one batch of two rows. So rounds of all sizes compute the same,
-and what grows with the number of clients shows. Each run is a process of its own with one thread; runs in memory and on
-disk take turns. A round's time is that of its training; a checkpoint's lies between the end of a round's training and
-the beginning of the next one's.
+and costs that grow with the number of clients become visible. Each run is a separate process with one thread; runs in
+memory and on disk take turns. A round's time is that of its training; a checkpoint's lies between the end of a round's
+training and the beginning of the next one's.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ WHERE = ("memory", "disk")
 
 
 def status(name: str) -> int:
-    """Bytes that the system says of this process: VmHWM is the most that was in memory, mapped files included."""
+    """Bytes of this process by the system: VmHWM is the peak in memory, including mapped files."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
@@ -75,7 +75,7 @@ def measure(clients: int, where: str, size: str, folder: Path) -> dict[str, Any]
         "clients": clients,
         "where": where,
         "size": size,
-        "rounds": training[1:],  # the first sets up what the others use
+        "rounds": training[1:],  # the first one creates what the others use
         "checkpoints": checkpoints,
         "built": built,
         "before": before,
@@ -86,7 +86,7 @@ def measure(clients: int, where: str, size: str, folder: Path) -> dict[str, Any]
 
 
 def measured_apart(clients: int, where: str, size: str) -> dict[str, Any]:
-    """The same in a process of its own."""
+    """The same in a separate process."""
     with tempfile.TemporaryDirectory(prefix="many-clients-") as folder:
         command = [sys.executable, __file__, "--one", str(clients), where, size, folder]
         done = subprocess.run(
@@ -135,7 +135,7 @@ def main() -> None:
         clients, where, size, folder = asked.one
         print(json.dumps(measure(int(clients), where, size, Path(folder))))
         return
-    # Large parts of very many clients lie on disk alone: in memory they may not fit.
+    # Large parts of very many clients are only measured on disk, since they may not fit into memory.
     cells = [(clients, where, "small") for clients in asked.clients for where in WHERE]
     cells += [(clients, "disk", "large") for clients in asked.large]
     found: dict[tuple[int, str, str], list[dict[str, Any]]] = {cell: [] for cell in cells}

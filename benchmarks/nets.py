@@ -1,5 +1,5 @@
-"""The models that the benchmark trains: what people use, each as a sequence of named parts that is cut after one of
-them. Plain torch, or the package's own zoo; small enough that one processor core can train them.
+"""The models of the benchmark: common ones, each as a sequence of named parts that is cut after one of them. They are
+plain torch, or the package's built-in models, and small enough for one processor core.
 
 Shape legend: R rows of the batch, h x w one picture, T steps or tokens, D channels or the width of a token, K classes.
 """
@@ -23,10 +23,10 @@ Kind = Literal["convolutional", "transformer", "dense", "recurrent"]
 
 @dataclass(frozen=True)
 class Net:
-    """A model of the benchmark: `make` makes it anew, for samples of `shape`; it is cut after its part called `cut`.
+    """A model of the benchmark: `make` makes it, for samples of `shape`; it is cut after its part called `cut`.
 
-    `tokens` is the size of the vocabulary, where samples are token numbers; `per_pixel` says that each pixel has a
-    class. `light` models are small enough to train hundreds of copies, and are measured with all algorithms.
+    `tokens` is the size of the vocabulary, if samples are token numbers; `per_pixel` says that each pixel has a class.
+    `light` models are small enough to train hundreds of copies, and are measured with all algorithms.
     """
 
     make: Callable[[], nn.Sequential]
@@ -67,7 +67,7 @@ def named(**children: nn.Module) -> nn.Sequential:
 
 
 def zoo(name: str, shape: tuple[int, ...]) -> Callable[[], nn.Sequential]:
-    """What makes a model of the package's own zoo."""
+    """A function that makes a built-in model of the package."""
 
     def make() -> nn.Sequential:
         made = build(name, shape, CLASSES)
@@ -212,7 +212,7 @@ class Recurrent(nn.Module):
 
 
 class At(nn.Module):
-    """What stands at one place of a sequence: [R, T, D] -> [R, D]."""
+    """The value at one place of a sequence: [R, T, D] -> [R, D]."""
 
     def __init__(self, place: int) -> None:
         super().__init__()

@@ -4,8 +4,8 @@
 
 Clients hold 500 samples of Fashion-MNIST each. ResNet16 is trained as SGLR trains it (Adam, rate 0.001, batch 8), with
 {batch norm, group norm, frozen statistics} x phi {0, 0.5, 1} x alpha {0, 1} x C {5, 10}, and with SplitAvg over clients
-and rows. Frozen statistics are those of normally distributed noise in the untrained network: a batch norm that looks at
-no batch. Scores are the mean over the clients' models of the accuracy on the first 1000 test images, at the end.
+and rows. Frozen statistics are those of normally distributed noise in the untrained network: a batch norm that does not
+use any batch. Scores are the mean over the clients' models of the accuracy on the first 1000 test images, at the end.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SAMPLES, EPOCHS, BATCH, RATE, TESTED = 500, 12, 8, 0.001, 1000
 
 @dataclass(frozen=True)
 class Cell:
-    """One training, but for its seed."""
+    """One training, without its seed."""
 
     norm: str
     clients: int
@@ -43,7 +43,7 @@ class Cell:
 
 
 def cells() -> Iterator[Cell]:
-    """Those that answer most come first."""
+    """The most informative ones come first."""
     for clients in (10, 5):
         for alpha in (1.0, 0.0):
             for norm in ("batch", "group", "frozen"):
@@ -92,7 +92,7 @@ def make(norm: str) -> nn.Module:
     if norm == "frozen":
         for part in model.modules():
             if isinstance(part, nn.BatchNorm2d):
-                part.momentum = None  # the statistics of all that it sees
+                part.momentum = None  # the statistics of all its inputs
         with torch.no_grad():
             model.train()(torch.randn(64, 1, 28, 28))
     if norm != "batch":
@@ -119,7 +119,7 @@ MODELS = {"batch": batch, "group": group, "frozen": frozen}
 
 
 def accuracy(source: Source, cell: Cell, seed: int, epochs: int, samples: int) -> float:
-    """Of a run, in percent; nan if it ended with numbers that are not finite."""
+    """The score of a run, in percent; nan if it ended with numbers that are not finite."""
     reading = {"average_over": cell.over} if cell.phi else {}
     run = Run(
         algorithm="sglr",

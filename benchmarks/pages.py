@@ -1,4 +1,4 @@
-"""Where benchmarks write what they have measured: on a page, between two marks."""
+"""Writes the measurements of benchmarks to a page, between two marks."""
 
 from __future__ import annotations
 

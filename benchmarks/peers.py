@@ -1,4 +1,4 @@
-"""FedAvg of other simulators beside ours in one process: pfl-research and BlazeFL, where they are installed.
+"""FedAvg of other simulators beside ours in one process: pfl-research and BlazeFL, if they are installed.
 
     pip install pfl blazefl tqdm                                  # BlazeFL from Python 3.12 on
     pip install --ignore-requires-python blazefl==2.0.3 tqdm     # before: its FedAvg runs on Python 3.11, too
@@ -60,7 +60,7 @@ class Pfl:
         self.judging = NNEvalHyperParams(local_batch_size=w.batch)
 
     def __call__(self, steps: int) -> None:
-        """Train so many steps, whole rounds: a later `run` goes on where the last one ended."""
+        """Train this number of steps, whole rounds; a later `run` continues where the last one ended."""
         from pfl.algorithm.base import NNAlgorithmParams
 
         self.rounds += steps // STEPS
@@ -79,7 +79,7 @@ class Pfl:
 
 
 class WithLoss(nn.Module):
-    """A model with the two methods that pfl-research wants."""
+    """A model with the two methods that pfl-research requires."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class WithLoss(nn.Module):
         return functional.cross_entropy(self.net(x), y)
 
     def metrics(self, x: Tensor, y: Tensor) -> dict[str, Any]:
-        """None: nothing is judged."""
+        """None: nothing is evaluated."""
         return {}
 
 
@@ -112,7 +112,7 @@ class Blaze:
         )  # fmt: skip
 
     def __call__(self, steps: int) -> None:
-        """Train so many steps, whole rounds."""
+        """Train this number of steps, whole rounds."""
         for _ in range(steps // STEPS):
             self.trainer.local_process(self.server.downlink_package(), self.server.sample_clients())
             for package in self.trainer.uplink_package():
@@ -147,11 +147,11 @@ class Loaders:
 
 
 PEERS: dict[str, tuple[str, Callable[..., Any]]] = {"pfl-research": ("pfl", Pfl), "BlazeFL": ("blazefl", Blaze)}
-"""Title -> (the package to import, what drives it)."""
+"""Title -> (the package to import, the class that drives it)."""
 
 
 def installed() -> dict[str, Callable[..., Any]]:
-    """The peers that can be imported; of each of the others a line says that it is not there."""
+    """The peers that can be imported; a line names each missing one."""
     found = {}
     for title, (package, make) in PEERS.items():
         if importlib.util.find_spec(package) is None:

@@ -1,4 +1,4 @@
-"""What ranks gain: one process of one thread against R ranks of one thread each, interleaved in one run.
+"""The gain from ranks: one process of one thread against R ranks of one thread each, in turns in one run.
 
     python benchmarks/ranks.py [--ranks 2] [--clients 100] [--batch 8] [--model cnn] [--algorithms sglr psl fl]
                                [--pairs 15] [--steps 6] [--write docs/distributed.md]
@@ -81,7 +81,7 @@ def run_of(options: argparse.Namespace, algorithm: str) -> Run:
 
 
 def through(records: Iterator[Record], steps: int) -> tuple[float, float]:
-    """Seconds and CPU seconds of so many steps."""
+    """Seconds and CPU seconds of this number of steps."""
     begin, cpu = time.perf_counter(), time.process_time()
     for _ in range(steps):
         next(records)
@@ -122,13 +122,13 @@ def formula(run: Run, options: argparse.Namespace) -> float:
 
 
 def work(rank: int, options: argparse.Namespace, store: str, pipe: Any) -> None:
-    """One of the ranks. The first tells what was measured."""
+    """One of the ranks. The first one returns the measurements."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", CutlayerWarning)
     for number, algorithm in enumerate(options.algorithms):
         alone = iter(run_of(options, algorithm)) if rank == 0 else None
         if alone is not None:
-            through(alone, 2)  # it begins before there are others
+            through(alone, 2)  # it begins before the others exist
         place = Place(rank, options.ranks, rank, options.ranks, "tcp://127.0.0.1:1")
         with joined(place, store=f"{store}-{number}") as world:
             run = run_of(options, algorithm)

@@ -1,8 +1,8 @@
-"""Data that are read while a run trains: what it gains that worker processes read the next batches meanwhile.
+"""Data that are read while a run trains: the gain from worker processes that read the next batches in advance.
 
     python benchmarks/reading.py [--workers 2] [--pause 5] [--repeats 3]
 
-An item takes some milliseconds before it is there, as from a slow disk or a network. Runs train on 8 items in a step
+Reading an item takes some milliseconds, as from a slow disk or a network. Runs train on 8 items in a step
 (PSL, two clients of 4 rows each; SSL, one client of 8 rows), and the model is so slow that a step computes as long as
 the workers take to read its items. The table says how long a step takes, the shortest of the repeats: in one process;
 with workers that read a step's items when they are needed; with workers that read ahead, as runs do. The ratio is of

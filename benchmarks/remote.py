@@ -1,8 +1,8 @@
-"""How fast, and how large, the remote engine's exchange is: against a bare gRPC stream that moves the same bytes.
+"""The speed and memory of the remote engine's exchange, compared with a bare gRPC stream that moves the same bytes.
 
     python benchmarks/remote.py [exchange] [memory] [enrolled] [training] [--write docs/benchmarks.md]
 
-Everything is real: processes of their own on this machine's loopback, mutual TLS, certificates made for the run.
+Everything is real: separate processes on this machine's loopback, mutual TLS, certificates made for the run.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ TRAINING_CLIENTS, BATCH = 50, 32
 EXCHANGES = [(8, MB), (2, MB), (8, 100 * KB), (2, 100 * KB)]  # clients, bytes each way per client and step
 
 
-# The reference: one message down and one up per client and step, and nothing besides.
+# The reference: one message down and one up per client and step, and nothing else.
 
 
 def bare_server(pki: Path, clients: int, size: int, pipe: Connection) -> None:
@@ -126,7 +126,7 @@ def bare_threads(pki: Path, clients: int, size: int, pipe: Connection) -> None:
 
 
 def bare_client(pki: Path, client: int, port: int, size: int) -> None:
-    """Give back as many bytes as come."""
+    """Return the same number of bytes as received."""
     payload = os.urandom(size)
     key, certificate, ca = (
         (pki / name).read_bytes() for name in (f"client-{client}.key", f"client-{client}.crt", "ca.crt")
@@ -143,7 +143,7 @@ def bare_client(pki: Path, client: int, port: int, size: int) -> None:
     asyncio.run(main())
 
 
-# Ours: what a step of training says, a backward pass and the next forward pass, with tensors of nothing computed.
+# Ours: the messages of a training step, a backward pass and the next forward pass, without computation.
 
 
 class Idle:
@@ -154,7 +154,7 @@ class Idle:
         self._payload = os.urandom(size)
 
     def hello(self) -> m.Hello:
-        """Who it is."""
+        """The Hello."""
         return self._hello
 
     def welcome(self, welcome: m.Welcome) -> m.Refused | None:
@@ -195,7 +195,7 @@ class Steps:
 
 
 def greet(hello: m.Hello, _: str | None) -> m.Welcome | m.Refused:
-    """Everybody is welcome who means the same."""
+    """Admit every client with the same terms."""
     return agree(hello.terms, TERMS) or m.Welcome(int(hello.client.split("-")[1]), 1 << 16, 0, TERMS)
 
 
@@ -228,12 +228,12 @@ def hub_clients(pki: Path, clients: Sequence[int], port: int, size: int) -> None
 
 
 def shown(pki: Path, client: int) -> ClientSecurity:
-    """What a client trusts and shows."""
+    """A client's credentials."""
     return ClientSecurity(pki / "ca.crt", pki / f"client-{client}.crt", pki / f"client-{client}.key")
 
 
 def resident() -> tuple[int, int]:
-    """(now, at most so far) bytes of this process in memory."""
+    """(present, peak) bytes of this process in memory."""
     lines = dict(line.split(":") for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
     return int(lines["VmRSS"].split()[0]) * 1024, int(lines["VmHWM"].split()[0]) * 1024
 
@@ -272,7 +272,7 @@ class Contestant:
         assert self._receive() == "ready"
 
     def seconds(self, steps: int) -> float:
-        """How long so many steps take."""
+        """The time of this number of steps."""
         return float(self.ask(steps))
 
     def ask(self, what: int) -> Any:
@@ -281,7 +281,7 @@ class Contestant:
         return self._receive()
 
     def processor_seconds(self) -> float:
-        """What all its processes together have computed so far."""
+        """The CPU seconds of all its processes so far."""
         fields = [
             Path(f"/proc/{p.pid}/stat").read_text(encoding="utf-8").rsplit(")")[-1].split() for p in self._processes
         ]
@@ -348,7 +348,7 @@ def exchange(pki: Path, clients: int, size: int, seconds: float) -> dict[str, An
 
 
 def memory(pki: Path, clients: int, size: int) -> dict[str, Any]:
-    """One line of the table: what ten steps take besides what the server's process had before the first of them."""
+    """One line of the table: the memory of ten steps in addition to that of the server's process before the first."""
     ours = Contestant(hub_server, hub_client, pki, clients, size)
     try:
         before, _ = ours.ask(MEMORY)

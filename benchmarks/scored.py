@@ -1,4 +1,4 @@
-"""What benchmarks of accuracy share: the data, and the score of a run."""
+"""Common parts of benchmarks of accuracy: the data, and the score of a run."""
 
 from __future__ import annotations
 
