@@ -181,7 +181,7 @@ def _serve(control: socket.socket) -> dict[str, Any] | None:
                 pid, status = statuses.pop(descriptor)
                 os.close(descriptor)
                 code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-                with suppress(BrokenPipeError):  # nobody waits for it any more
+                with suppress(BrokenPipeError):  # no process waits for it any more
                     os.write(status, str(code).encode())
                 os.close(status)
 

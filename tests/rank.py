@@ -118,7 +118,7 @@ def difference(one: Outcome, other: Outcome) -> float:
 
 
 def together(size: int, cases: Sequence[Case], folder: Path) -> list[Outcome]:
-    """What the cases come to on `size` ranks, of which this process is the first."""
+    """The results of the cases on `size` ranks; this process is the first."""
     store = f"file://{folder / 'store'}"
     (folder / "cases.json").write_text(json.dumps(list(cases)), encoding="utf-8")
     here = [Path(__file__).parent]

@@ -19,7 +19,7 @@ ALWAYS = {"cutlayer", "torch", "numpy"}
 
 
 def keys(config: RunConfig, **given: Any) -> set[str]:
-    """The entries that a configuration leads to, besides those of every run."""
+    """The entries of a configuration, without those of every run."""
     return set(parsed(bibtex(used_by(config, given.pop("metrics", ()), **given)))) - ALWAYS
 
 
@@ -62,7 +62,7 @@ def test_data_of_others_are_cited_as_they_say() -> None:
 
 
 class Net(nn.Sequential):
-    """A model of one's own."""
+    """The user's own model."""
 
     def __init__(self) -> None:
         super().__init__(*mlp())

@@ -34,7 +34,7 @@ GROUPS = st.lists(
     st.fixed_dictionaries({"match": NAMES}, optional={"lr": POSITIVE, "weight_decay": st.floats(0, 1)}), max_size=2
 ).map(tuple)
 
-# Something for every option but rounds, epochs and their like, of which only one may be there.
+# A value for every option except rounds, epochs and similar ones, which exclude each other.
 VALUES: dict[str, st.SearchStrategy[Any]] = {
     "client_device": NAMES,
     "server_device": NAMES,

@@ -1,4 +1,4 @@
-"""The page on extending runs as it stands: its files are written, its commands and programs run, its errors come."""
+"""The page on extending runs unchanged: its files are written, its commands and programs run, its errors occur."""
 
 from __future__ import annotations
 

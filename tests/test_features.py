@@ -97,8 +97,8 @@ def test_a_remote_run_is_resumed_with_what_was_kept(tmp_path: Path) -> None:
 
 
 def test_a_remote_client_is_told_which_batch_is_missing() -> None:
-    """The last batch of its first epoch is lost: of the next epochs it computes only those that have rows of it, and
-    is told which these are, since it has not drawn the others.
+    """The last batch of its first epoch is lost. In the next epochs, it only computes batches with rows of that batch,
+    and is told which these are, since it has not drawn the others.
     """
 
     def losses(run: Run) -> tuple[list[float], list[int]]:

@@ -153,7 +153,7 @@ def test_text_is_utf_8_whatever_the_machines_encoding(tmp_path: Path) -> None:
 
 
 class Crowded:
-    """A disk with room for so many more bytes, for everything that is written by way of the system's calls."""
+    """A disk with space for this number of further bytes, for everything written by system calls."""
 
     def __init__(self, room: int, patch: pytest.MonkeyPatch) -> None:
         self.room = room

@@ -1,4 +1,4 @@
-"""Optimisers: clipping, accumulation, groups of parameters, and optimisers of one's own, in every engine."""
+"""Optimisers: clipping, accumulation, groups of parameters, and the user's own optimisers, in every engine."""
 
 from __future__ import annotations
 

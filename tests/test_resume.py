@@ -55,7 +55,7 @@ def new(algorithm: str, out: Path | None) -> Run:
 
 
 def without_times(path: Path) -> list[dict[str, Any]]:
-    """Records but for the one field that cannot be equal: how long it took."""
+    """Records without the only field that cannot be equal: the time."""
     return [{k: v for k, v in r.items() if k != "seconds"} for r in read_records(path)]
 
 

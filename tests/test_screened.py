@@ -31,7 +31,7 @@ LENGTH: dict[str, Any] = {"screening": "length_bound"}
 
 
 class Sends(CohortAround):
-    """Sends what it is told, and keeps what it gets."""
+    """Sends the given rows, and stores the received gradients."""
 
     def __init__(self, rows: Rows, clients: Sequence[int], sizes: Sequence[int], enrolled: int = 4) -> None:
         self.sent = Smashed(rows, torch.zeros(sum(sizes)), tuple(clients), tuple(sizes))

@@ -1,4 +1,4 @@
-"""State files that are well-formed but wrong: an error with a name, or a state that is taken exactly as it stands."""
+"""State files that are well-formed but wrong: an error with a name, or a state that is taken unchanged."""
 
 from __future__ import annotations
 

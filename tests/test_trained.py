@@ -52,7 +52,7 @@ def test_a_model_predicts_as_it_was_judged(algorithm: str, engine: str, tmp_path
 
 @pytest.mark.parametrize("algorithm", ["psl", "sflv3", "fl", "ssl"])
 def test_the_average_of_the_clients(algorithm: str) -> None:
-    """Weighted by their samples; where there is one model, it is that model, and nobody needs to be named."""
+    """Weighted by their samples; if there is one model, it is that model, and no client needs to be named."""
     run = trained_run(algorithm)
     names = run.trained().names
     assert names == [0, 1, 2, "average"]

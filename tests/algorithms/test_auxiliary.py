@@ -67,7 +67,7 @@ def empty(smashed, classes):
 
 @pytest.fixture
 def heads(tmp_path: Path) -> Path:
-    """A file with heads of one's own."""
+    """A file with the user's own heads."""
     path = tmp_path / "heads.py"
     path.write_text(HEADS)
     return path

@@ -1,4 +1,4 @@
-"""GAS: what it comes to when nobody is faster than another, and what it makes up."""
+"""GAS: its result when all clients are equally fast, and the rows that it generates."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_nothing_is_drawn_before_every_label_was_seen() -> None:
 
 
 def test_the_clock_decides_who_comes_first() -> None:
-    """A slow client brings fewer batches, and older ones; nobody is slower than another without stragglers."""
+    """A slow client brings fewer batches, and older ones; without stragglers, all clients are equally fast."""
     options = {"local_steps": 4, "working": 3, "buffer_models": 1, "rounds": 6}
     found = trained(**options, **SLOW).result
     even = trained(**options, **FLEET).result

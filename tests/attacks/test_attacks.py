@@ -68,7 +68,7 @@ def hostile(found: Run) -> Any:
 
 @pytest.mark.parametrize(("algorithm", "named"), EACH)
 def test_engines_are_attacked_alike_and_no_byte_more_moves(algorithm: str, named: str) -> None:
-    """And the attack changes what comes out."""
+    """And the attack changes the result."""
     local, stacked = (run(config(algorithm, named, engine=engine)) for engine in ("local", "stacked"))
     honest = run(config(algorithm, engine="local"))
     assert [one.training.engine for one in (local, stacked)] == ["local", "stacked"]

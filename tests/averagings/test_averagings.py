@@ -172,7 +172,7 @@ def test_one_of_five_moves_a_bounded_mean_by_its_share_of_the_bound(hostile: lis
 
 
 def test_updates_are_scaled_down_to_the_bound() -> None:
-    """Lengths 3, 1 and 10, of which the median is 3; weights 1, 2 and 1."""
+    """Lengths 3, 1 and 10 with the median 3; weights 1, 2 and 1."""
     origin = {"a": torch.tensor([1.0, 1.0]), "b": torch.tensor(2.0)}
     updates = [torch.tensor([3.0, 0, 0]), torch.tensor([0.0, 1, 0]), torch.tensor([0.0, 6, 8])]
     models = {
@@ -188,7 +188,7 @@ def test_updates_are_scaled_down_to_the_bound() -> None:
     assert moved(norm_multiple=2.0) == pytest.approx([0.75, 0.5 + 0.9, 1.2])
     assert moved(norm_limit=0.5) == pytest.approx([0.125, 0.25 + 0.075, 0.1])
     alone = combined({"w": torch.ones(3, 2)}, [1, 1, 1], rule("norm_bound"), {"w": torch.ones(2)})
-    assert alone["w"].tolist() == [1, 1]  # nobody has moved
+    assert alone["w"].tolist() == [1, 1]  # no client has moved
 
 
 def test_complex_numbers_and_counters() -> None:

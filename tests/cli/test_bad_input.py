@@ -247,7 +247,7 @@ def test_a_study_that_was_not_approved_is_not_joined(desk: Desk) -> None:
     code, out, err = desk.main(*JOIN, "--folder", "state", "--show")
     assert (code, err) == (0, "")
     assert re.search(r"fingerprint: (\w{4}-){7}\w{4}$", out.strip())
-    assert not list(desk.cwd.iterdir())  # nothing is kept, and nobody was contacted
+    assert not list(desk.cwd.iterdir())  # nothing is stored, and no server was contacted
     holds(desk.refused(*JOIN, "--max-rounds", "0"), "max_rounds", "0")
     holds(desk.refused(*JOIN, "--config", desk.toml("[budget]\nmax_round = 3\n")), "max_round")
 
@@ -302,7 +302,7 @@ def test_an_owner_of_one_row_is_not_lost_to_the_hold_out(desk: Desk) -> None:
 
 
 def test_a_client_without_samples_on_a_later_seed_is_found_before_the_first_is_trained(desk: Desk) -> None:
-    """On one seed everybody gets samples; on another the partition leaves a client without."""
+    """With one seed, all clients get samples; with another, the partition leaves a client without any."""
     path = npz(desk.files / "skewed.npz", X, Y)
     skew: dict[str, Any] = {"partition": "dirichlet", "dirichlet_alpha": 0.15, "clients": 8}
     fits: dict[int, bool] = {}

@@ -184,7 +184,7 @@ assert not heavy, heavy
 
 @pytest.mark.network
 def test_killed_between_checkpoints_and_resumed(tmp_path: Path) -> None:
-    """kill -9; the resumed run ends as the same run made in this process, which nobody disturbed."""
+    """kill -9; the resumed run ends like the same run made in this process without interruption."""
     with started("run", *TINY, *flags(LONG), "--out", "killed", cwd=tmp_path) as process:
         stopped_when(process, lambda: between_checkpoints(tmp_path / "killed"))
         process.kill()
@@ -203,7 +203,9 @@ def test_killed_between_checkpoints_and_resumed(tmp_path: Path) -> None:
 
 @pytest.mark.network
 def test_interrupted_while_others_look(tmp_path: Path) -> None:
-    """While a run works nobody else may have its folder, but its report can be written. Ctrl-C names the way on."""
+    """While a run works, no other process may use its folder, but its report can be written. Ctrl-C names the command
+    that continues.
+    """
     folder = tmp_path / "run"
     with started("run", *TINY, "--algorithm", "psl", *flags(LONG), "--out", "run", cwd=tmp_path) as process:
         stopped_when(process, lambda: between_checkpoints(folder))

@@ -63,7 +63,7 @@ def test_the_ledgers_paper_convention_is_the_papers_formula(method: str) -> None
 
 
 def test_flops_of_the_zoo_by_hand() -> None:
-    """Forward: 2 x multiply-adds. Backward: as much for the weights, and for the input, but for the first layer."""
+    """Forward: 2 x multiply-adds. Backward: as much for the weights, and for the input, except in the first layer."""
     picture = torch.rand(4, 1, 28, 28)
     mlp = count(cut(build("mlp", (1, 28, 28), 10), "hidden2", picture), picture)
     first, second = 2 * 784 * 128, 2 * 128 * 128

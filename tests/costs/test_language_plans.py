@@ -132,8 +132,8 @@ def test_ranks_per_client_are_what_a_run_counts(
 
 
 def test_fewer_heads_of_keys_take_less_memory_and_no_scores_are_kept(folder: Path) -> None:
-    """What is saved grows with the tokens, but for a mask of their square; a block holds its inputs if it is computed
-    again.
+    """The saved memory grows with the tokens, except a mask with their square; a block keeps its inputs if it is
+    computed again.
     """
     kept = []
     for tokens in (8, 16):

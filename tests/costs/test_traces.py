@@ -217,7 +217,7 @@ def _cut(algorithm: str) -> dict[str, Any]:
     return {} if algorithm in ("cl", "fl") else {"cut": "0"}
 
 
-# The clients take turns, for a second or two each; half a second belongs to nobody.
+# The clients take turns, for a second or two each; half a second belongs to no client.
 TURNS = "0,0.5,2,0.02,0.02\n1,1,3,0.01,0.02\n2,2.5,3.5,0.04,0.01\n"
 
 

@@ -1,4 +1,4 @@
-"""Partitions: nobody's sample is lost or shared, the same seed gives the same deal, and skew is what it says."""
+"""Partitions: no sample is lost or shared, the same seed gives the same result, and skew is as stated."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def cases(draw: st.DrawFn) -> tuple[np.ndarray, int, int]:
 
 
 def dealt_right(parts: list[np.ndarray], rows: int, clients: int) -> None:
-    """Disjoint, complete, nobody empty, ascending, int64."""
+    """Disjoint, complete, no client empty, ascending, int64."""
     assert len(parts) == clients
     assert all(len(part) > 0 and part.dtype == np.int64 and np.all(np.diff(part) > 0) for part in parts)
     assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(rows))

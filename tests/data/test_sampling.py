@@ -173,7 +173,7 @@ def test_the_clock_knows_the_rows_of_local_training() -> None:
 
 
 def test_what_is_refused() -> None:
-    """Starved clients are told of; kept features need batches that come again; single rows need a model for them."""
+    """Starved clients are reported; kept features need batches that repeat; single rows need a suitable model."""
     with pytest.warns(CutlayerWarning, match=r"leaves client 1 \(1 of 41 samples\) less than one row of a step's 8"):
         train("psl", make(mlp), [40, 1], (6,), cut="2", sampling="proportional", rounds=1)
     with pytest.raises(ConfigError, match="cache_features is not possible with sampling = 'global'"):

@@ -96,7 +96,7 @@ def test_documents_of_a_text(tokenizer: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_rows_are_filled_up_on_either_side(tokenizer: str, tmp_path: Path, side: str) -> None:
-    """On the left a model is told which places are filled up; on the right none of its tokens look at them."""
+    """On the left, a model is told which places are padding; on the right, none of its tokens attend to them."""
     data = lines(tmp_path / "t.jsonl", [{"text": "a b c"}, {"text": "d e f g h"}])
     found = whole(data, tokenizer, sequence_length=4, packing="padded", padding_side=side).train
     if side == "right":
@@ -147,7 +147,7 @@ def test_one_file_for_each_client(tokenizer: str, tmp_path: Path) -> None:
     assert found.owner_names == ("anna", "ben")
     assert found.client_column is not None
     own = {"anna": {*"abcdefg"}, "ben": {*"xyz"}}
-    for x, who in zip(found.train.x, found.client_column.tolist(), strict=True):  # nobody's row holds another's text
+    for x, who in zip(found.train.x, found.client_column.tolist(), strict=True):  # no row has another client's text
         assert set(said(x).split()) <= own[found.owner_names[who]] | {"<end>", "<pad>"}
     assert said(found.test.x[0]) == "i j k"
 

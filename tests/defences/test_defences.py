@@ -155,7 +155,7 @@ def test_distance_correlation_is_the_librarys() -> None:
 
 
 def test_nopeek_adds_the_penaltys_slope() -> None:
-    """Each client's own, whoever else is there; equal samples have no slope, and no NaN."""
+    """Each client's own, with any other clients; equal samples have no slope, and no NaN."""
     g = torch.Generator().manual_seed(0)
     x = [torch.randn(n, 4, generator=g) for n in (6, 5)]
     z = torch.randn(11, 3, generator=g)

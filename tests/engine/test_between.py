@@ -165,7 +165,7 @@ def test_each_client_is_counted_at_its_own_cut() -> None:
     assert each == [r.training.flops.client.training for r in alone]
     assert run.result.client_flops == sum(rounds * n * own for n, own in zip(sizes, each, strict=True)) / 2
     both = run.result.server_flops + 2 * run.result.client_flops
-    for r in alone:  # whoever computes it, it is the same in all
+    for r in alone:  # it is the same on either side
         assert both == pytest.approx(r.result.server_flops + 2 * r.result.client_flops, rel=0.05)
     assert run.training.clock is not None
     assert run.training.clock.state()["server_flops"] == pytest.approx(run.result.server_flops)

@@ -51,7 +51,7 @@ class Functional(nn.Module):
 
 
 class Seen(nn.Module):
-    """Somebody else sees what comes between the convolution and the pooling: the activation, or what it changes."""
+    """Another operation uses the value between the convolution and the pooling: the activation, or its input."""
 
     def __init__(self, activation: bool) -> None:
         super().__init__()

@@ -53,7 +53,7 @@ def net(norm: bool, dropout: float) -> nn.Module:
 
 
 def agree(algorithm: str, sizes: Sequence[int], *, data_shape: tuple[int, ...] = (3,), **options: Any) -> None:
-    """Both engines: losses and scores of a run, and in the end all parameters and buffers, but for rounding."""
+    """Both engines: losses and scores of a run, and in the end all parameters and buffers, up to rounding."""
     runs, losses = [], []
     for engine in ("local", "stacked"):
         run = Run(
@@ -139,7 +139,7 @@ def test_unequal_clients_of_the_papers_model() -> None:
 
 
 class Spectral(nn.Module):
-    """Features [n, 6], of which each frequency is multiplied by a complex weight: [n, 6]."""
+    """Features [n, 6], each frequency multiplied by a complex weight: [n, 6]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -185,7 +185,7 @@ def test_complex_weights_with_every_algorithm(algorithm: str, optimizer: str) ->
 @pytest.mark.filterwarnings("ignore:the FLOPs")
 @pytest.mark.parametrize("algorithm", sorted(TAKE_TURNS | IN_STEP | {"cl"}))
 def test_complex_weights_of_models_that_are_not_stacked(algorithm: str) -> None:
-    """The imaginary parts move, too, but for the two frequencies that have none."""
+    """The imaginary parts move, too, except those of the two frequencies that have none."""
     options = with_complex_weights(algorithm, "adam")
     run = Run(algorithm=algorithm, data=source([8, 8], (6,)), clients=2, precision="float64", **options)
     before = run.model(client="average").state_dict()

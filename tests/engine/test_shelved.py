@@ -62,7 +62,7 @@ def made(where: str, algorithm: str, **more: Any) -> Run:
 
 
 def scores(run: Run) -> list[dict[str, Any]]:
-    """All evaluations, but for the time that they took."""
+    """All evaluations, without their times."""
     return [{k: v for k, v in asdict(one).items() if "seconds" not in k} for one in run.evaluations]
 
 
@@ -260,7 +260,7 @@ def test_auto_goes_by_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_local_engine_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It refuses what it cannot do, whoever chose it; and where memory may be short, it does not claim the disk."""
+    """It refuses what it cannot do, however it was chosen; and if memory may be short, it does not claim the disk."""
     for algorithm, engine in (("psl", "local"), ("ssl", "auto")):
         with pytest.raises(ConfigError, match=f"no effect on the local engine, which runs {algorithm} here"):
             made("disk", algorithm, engine=engine)

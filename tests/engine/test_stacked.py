@@ -39,7 +39,7 @@ algorithms = pytest.mark.parametrize(("algorithm", "options"), STACKED, ids=[f"{
 
 
 def both(steps: int, other: str = "stacked", **options: Any) -> tuple[Run, Run]:
-    """The same run on two engines, so many steps long; records are compared on the way."""
+    """The same run on two engines for this number of steps; records are compared on the way."""
     runs = tuple(Run(engine=engine, **options) for engine in ("local", other.replace("union", "auto")))
     assert [run.training.engine for run in runs] == ["local", other]
     for (a, b), _ in zip(zip(*runs, strict=True), range(steps), strict=False):
@@ -99,7 +99,7 @@ def test_small_models(
 
 
 def zoo(steps: int, algorithm: str, options: dict[str, Any], name: str) -> float:
-    """Batch normalisation (buffers too) and dropout (masks too), default cuts, 4 clients of which 3 take part."""
+    """Batch normalisation (buffers too) and dropout (masks too), default cuts, 3 of 4 clients take part."""
     a, b = both(
         steps, algorithm=algorithm, model=name, data="digits", clients=4, samples_per_client=7, batch=3, rounds=7,
         participation=0.75, precision="float64", test=30, eval_every=100, **options,
@@ -177,7 +177,7 @@ def test_a_rule_that_is_not_elementwise(algorithm: str, engine: str, side: str) 
 
 @pytest.mark.parametrize("algorithm", ["sglr", "fl", "sflv1"])
 def test_gradient_ascent(algorithm: str) -> None:
-    """Gradient descent, but for its sign."""
+    """Gradient descent with the other sign."""
     cut = {} if algorithm == "fl" else {"cut": "2"}
     a, b = both(
         6, algorithm=algorithm, model=make(mlp), data=source([10, 5, 7], (6,)), clients=3,

@@ -245,7 +245,9 @@ def test_a_folder_whose_ways_are_broken_is_refused(tmp_path: Path) -> None:
     [(1.0, 0.05), (20.0, 0.5), (100.0, 1.0), (10_000.0, 5.0), (float("inf"), 5.0)],
 )
 def test_what_measuring_may_take(run: float, budget: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a run of so many seconds: 5 % up to half a second, then 1 %, and never more than 5 s; of few rows nothing."""
+    """For a run of this number of seconds: 5 % up to half a second, then 1 %, and never more than 5 s; nothing for few
+    rows.
+    """
     clock, found = Given(server=run / (3 * 24 * 3) * 8 / 2, server_last=1.0), list[float]()
 
     def budgeted(made: choice.Choice) -> float:

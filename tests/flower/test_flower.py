@@ -38,7 +38,7 @@ def _one_thread(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def _alive(folder: Path) -> list[str]:
-    """Commands of the federation in `folder`, whoever started them."""
+    """Commands of the federation in `folder`, started by any process."""
     mark = f"FLWR_HOME={folder.resolve() / 'flwr'}\0".encode()
     found = []
     for process in Path("/proc").iterdir():
@@ -207,7 +207,7 @@ def test_what_goes_wrong_has_a_sentence(federation: Any, tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_a_run_that_is_stopped_ends_on_both_sides(federation: Any, tmp_path: Path) -> None:
-    """`flwr stop`: the ServerApp says Bye, the ClientApp hears it, and nobody waits for the other."""
+    """`flwr stop`: the ServerApp sends Bye, the ClientApp receives it, and neither waits for the other."""
     federation.supernode(0)
     out, until = tmp_path / "f" / "run", time.monotonic() + PATIENCE
     options = ("--run-config", f'clients=1 rounds=100000 serve.out="{out}"')
@@ -367,7 +367,7 @@ def test_a_node_names_its_own_task(tmp_path: Path) -> None:
 
 
 def test_flowers_simulation_is_refused() -> None:
-    """It runs the ServerApp on a thread, and ClientApps where nobody could dial."""
+    """It runs the ServerApp on a thread, and ClientApps where they cannot connect."""
     from flwr.app import Context, RecordDict
     from flwr.superlink.grid import HttpGrid
 

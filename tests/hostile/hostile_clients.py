@@ -66,7 +66,7 @@ def _crossing(worker: Worker, tail: bool) -> Any:
 
 
 def model_times(factor: float) -> Callable[[Worker, Any, Any], Any]:
-    """A model whose weights are so many times as large."""
+    """A model whose weights are multiplied by this factor."""
 
     def forge(worker: Worker, message: Any, body: Any) -> Any:
         found = decode_named(b"".join(body), described(worker.client.module.state_dict()))
@@ -298,7 +298,7 @@ def crowd(place: Place, streams: int) -> None:
     honest = threading.Thread(target=lambda: asyncio.run(dial_on(place, 2, worker)))
     with place.channel(2) as channel:
         grpc.channel_ready_future(channel).result(timeout=60)
-        for name in ("other classes", "no samples"):  # as long as nobody of that name is there
+        for name in ("other classes", "no samples"):  # as long as no client of that name is connected
             say(name, *greet(channel, GREETINGS[name](hello)))
         honest.start()
         there.wait(60)

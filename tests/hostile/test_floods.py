@@ -39,7 +39,7 @@ def test_names_that_are_made_up_are_counted_together() -> None:
 
 
 def test_many_clients_of_one_host_are_not_strangers() -> None:
-    """A study's own clients, each once, however many; also while somebody beside them makes up names."""
+    """A study's own clients, each once, in any number; also while another peer invents names."""
     brake = Brake()
     names = [f"client-{number}" for number in range(1000)]
     for name in names:

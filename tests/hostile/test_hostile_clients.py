@@ -78,7 +78,7 @@ def rows_of(value: float) -> Callable[..., Any]:
 
 
 def model_times(factor: float) -> Callable[..., Any]:
-    """A model whose weights are so many times as large."""
+    """A model whose weights are multiplied by this factor."""
 
     def forge(attacked: Attacked, message: Any, body: Any) -> Any:
         module = attacked.hub.workers[CULPRIT].client.module
@@ -150,7 +150,7 @@ def test_who_leaves_within_a_step_of_its_own() -> None:
 
 
 def test_all_at_once_are_nobodys_fault() -> None:
-    """The training has diverged: the run ends with that sentence, and nobody is excluded."""
+    """The training has diverged: the run ends with this error, and no client is excluded."""
     attacked = Attacked("psl", m.SmashedUp, rows_of(3e38))
     attacked.hub.tamper = lambda client, message, body: (
         rows_of(3e38)(attacked, message, body) if isinstance(message, m.SmashedUp) else (message, body)
@@ -204,7 +204,7 @@ def test_a_run_that_is_to_stop_names_it() -> None:
 @pytest.mark.parametrize("algorithm", AVERAGES)
 @pytest.mark.parametrize("begin", [2])
 def test_a_poisoned_average(algorithm: str, begin: int) -> None:
-    """The model is finite, and so is the average: but nobody could go on from it, and nobody gets it."""
+    """The model is finite, and so is the average. But no client could continue from it, and none receives it."""
     poisoned = Attacked(algorithm, m.ModelUp, model_times(1e37), begin)
     same(poisoned, Attacked(algorithm, m.ModelUp, model_times(NAN), begin))
     assert poisoned.all("excluded") == [CULPRIT]
@@ -221,7 +221,7 @@ def test_a_model_that_is_far_from_the_others_is_named() -> None:
 
 
 def test_the_average_is_judged_by_the_server_where_a_client_says_it_is_no_number() -> None:
-    """It is the client that lies here; nobody else is blamed."""
+    """The client lies here, and no other client is blamed."""
 
     def forge(attacked: Attacked, message: Any, body: Any) -> Any:
         return message, encode([torch.full((message.rows, 10), NAN)])
@@ -276,7 +276,7 @@ def test_rows_count_what_was_announced(algorithm: str, kind: Any, mass: float) -
 
 
 def claiming(algorithm: str, samples: int, mass: float | None = None, **options: Any) -> Attacked:
-    """A run whose culprit says that it has so many samples."""
+    """A run whose culprit claims this number of samples."""
     attacked = Attacked(algorithm, m.Hello, lambda a, message, body: (message, body), **options)
     worker = attacked.hub.workers[CULPRIT]
     own = worker.hello
@@ -317,10 +317,10 @@ def test_numbers_that_contradict_themselves(samples: int, mass: float, why: str)
 
 
 def test_sizes_that_are_unequal_in_earnest() -> None:
-    """Ten rows against ten thousand are no reason to refuse anybody."""
+    """Ten rows against ten thousand are no reason to refuse a client."""
     assert announced.excessive(1, {0: 10.0, 1: 10_000.0}, {0: 10, 1: 10_000}) is None
     assert announced.excessive(1, {0: 10.0, 1: 100_001.0}, {0: 10, 1: 100_001}) is not None
-    assert announced.excessive(0, {0: 1e12}, {0: 10**12}) is None  # nobody to compare it with
+    assert announced.excessive(0, {0: 1e12}, {0: 10**12}) is None  # no client to compare it with
 
 
 @pytest.mark.parametrize(("faulty", "error"), [("stop", "median"), ("readmit", "")])

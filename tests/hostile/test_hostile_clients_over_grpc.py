@@ -138,7 +138,7 @@ SAID = {
     "failed": "",
 }
 CODES = {OVERSIZED: "RESOURCE_EXHAUSTED", "failed": "OK"}  # it has said itself that it cannot go on
-TIMES = 2  # each is tried, but for the large one
+TIMES = 2  # each is tested, except the large one
 GROWTH = 100 << 20  # bytes that the server may need for all of it
 
 

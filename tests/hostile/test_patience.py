@@ -1,4 +1,4 @@
-"""A server waits for nobody for ever, and not at all for those who cannot come back."""
+"""A server does not wait without end, and does not wait at all for clients that cannot return."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def service(out: Path, **faults: object) -> Service:
 
 
 def test_limits_without_being_asked(tmp_path: Path) -> None:
-    """Local training has longer by its steps, unless somebody has said how long a step may take."""
+    """Local training has more time by its steps, unless the time of a step is configured."""
     assert (FaultConfig.of({}).deadline, FaultConfig.of({}).patience) == (600, 3600)
     setup = service(tmp_path / "a")._cohort.setup
     assert (setup.deadline, setup.per_batch) == (600, 60)

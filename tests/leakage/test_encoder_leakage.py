@@ -15,7 +15,7 @@ WORDS = [f"{a}{b}" for a in ("ka", "lo", "mi", "nu", "pe", "ri", "so", "tu") for
 
 
 def text(row: int) -> str:
-    """Three to nine words, of which the first ones are common."""
+    """Three to nine words; the first words of the vocabulary are common."""
     generator = torch.Generator().manual_seed(row)
     length = int(torch.randint(3, 10, (1,), generator=generator))
     return " ".join(WORDS[int(k)] for k in torch.randint(0, len(WORDS), (2, length), generator=generator).amin(0))

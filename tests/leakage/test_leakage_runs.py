@@ -54,7 +54,7 @@ def subject(folder: Path, **options: Any) -> Subject:
 
 
 def test_a_subject_is_what_the_run_left(tmp_path: Path) -> None:
-    """The models are the trained ones, targets are the client's own, the attacker's are nobody's."""
+    """The models are the trained ones, targets are the client's own, and the attacker's rows belong to no client."""
     run = Run(RunConfig.of(SMALL), out=tmp_path / "run")
     run.run()
     (moment,) = moments(tmp_path / "run")

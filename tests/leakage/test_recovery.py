@@ -55,7 +55,7 @@ def load():
 
 
 def texts(rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of which low ones are common, and those that follow; every other row is filled up with 0 behind three."""
+    """Tokens, with low ones more common, and the next tokens; every other row is padded with 0 after three."""
     found = np.random.default_rng(0).integers(1, VOCABULARY, (2, rows, LENGTH)).min(0)
     follow = np.roll(found, -1, 1)
     follow[:, -1] = -100
@@ -195,7 +195,7 @@ def test_filling_is_told_from_text() -> None:
 
 
 def test_a_mask_goes_along(tmp_path: Path) -> None:
-    """Rows that are filled up on the left, and a model that is told so."""
+    """Rows that are padded on the left, and a model that is told so."""
     (tmp_path / "masked.py").write_text(MASKED)
     s = subject(
         tmp_path,

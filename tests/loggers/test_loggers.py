@@ -32,7 +32,7 @@ FIND, BEFORE = importlib.util.find_spec, set(sys.modules)
 
 
 class Hearing:
-    """Notes what it hears."""
+    """Records its calls."""
 
     def __init__(self) -> None:
         self.heard: list[tuple[str, Any]] = []
@@ -237,7 +237,7 @@ def test_it_is_said_before_anything_is_trained(name: str, tmp_path: Path, monkey
 
 
 def test_what_is_used_is_imported_and_nothing_else() -> None:
-    """The figures come from the records; whoever logs nowhere imports no logger's library."""
+    """The figures come from the records; without loggers, no logger's library is imported."""
     run = Run(**STUDY)
     record = next(iter(run))
     assert of_step(record)["train/loss"] == record.loss

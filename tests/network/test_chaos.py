@@ -1,4 +1,4 @@
-"""Whatever can happen to processes and connections happens, by a seeded schedule, while a run goes on over TLS. One
+"""All kinds of faults of processes and connections happen, by a seeded schedule, during a run over TLS. One
 client is hostile besides: it is excluded, and dials again and again.
 """
 

@@ -153,7 +153,9 @@ def test_wrong_words(words: str, said: str, tmp_path: Path) -> None:
 
 @pytest.mark.network
 def test_tokens_that_were_made_let_clients_in(trial: Callable[..., Trial]) -> None:
-    """`cutlayer certs --tokens`: the server has hashes, each client its token; whoever shows another's is refused."""
+    """`cutlayer certs --tokens`: the server has hashes, each client its token; a client with another's token is
+    refused.
+    """
     t = trial("psl", 2)
     made = call("certs", "tk", "--clients", "3", "--tokens", cwd=t.folder)
     assert (t.folder / "tk" / "client-2.token").stat().st_mode & 0o077 == 0

@@ -1,4 +1,4 @@
-"""Names of classes and features are terms of the handshake: nobody trains on permuted labels or columns."""
+"""Names of classes and features are terms of the handshake: no client trains on permuted labels or columns."""
 
 from __future__ import annotations
 

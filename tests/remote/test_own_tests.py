@@ -159,7 +159,7 @@ def test_own_scores_are_those_of_the_simulation(
 
 
 def test_targets_and_outputs_stay(tmp_path: Path) -> None:
-    """Where the model is whole, scores are all that leaves; where it is cut, smashed data leave besides, unlabelled."""
+    """If the model is whole, only scores leave; if it is cut, smashed data without labels leave, too."""
     sites = Sites(tmp_path, named=True)
     _, hub = deployed(sites, algorithm="fl", evaluate_on="own", rounds=1)
     scores = [(message, size) for message, size in hub.heard if isinstance(message, m.ScoresUp)]

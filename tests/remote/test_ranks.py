@@ -24,7 +24,7 @@ INPUTS, HIDDEN, OUTPUTS, RANKS = 7, 8, 5, (1, 4, 2)
 
 
 class Ranked(nn.Sequential):
-    """Adapters of the largest rank, of which each client has its own."""
+    """Adapters of the largest rank; each client has its own rank."""
 
     def __init__(self, ranks: tuple[int, ...] = RANKS) -> None:
         rank = max(ranks)

@@ -218,7 +218,7 @@ def test_bytes_of_a_codec_of_ones_own() -> None:
 
 
 def test_codecs_of_pictures() -> None:
-    """Scales of int8 are those of a client's channels, whoever else is there; also where all clients are stacked."""
+    """Scales of int8 are those of a client's channels, with any other clients; also if all clients are stacked."""
     codecs = {"up_codec": "int8", "down_codec": "int8+zstd"}
     config = RunConfig.of({**SMALL, "model": "cnn", "algorithm": "sglr", **codecs})
     same(config)
@@ -255,7 +255,7 @@ def test_a_client_that_is_gone_takes_no_part() -> None:
 
 @pytest.mark.parametrize("rounds", [1, 2])
 def test_a_fault_in_a_last_backward_pass_is_heard_of(rounds: int) -> None:
-    """A client is through with its round, but not with its last step: nobody asks it for anything meanwhile."""
+    """A client has finished its round, but not its last step: it receives no requests in the meantime."""
     config = RunConfig.of({**SMALL, "algorithm": "psl", "partition": "quantity", "rounds": rounds, "batch": 4})
     run, hub = remote(config, faulty="stop")
     sizes = [len(hub.workers[k].duty.samples.y) for k in range(3)]
@@ -422,7 +422,7 @@ REQUESTS: list[tuple[m.Message, set[str]]] = [
 
 @pytest.mark.parametrize(("request_", "serves"), REQUESTS)
 def test_a_client_refuses_what_its_algorithm_does_not_need(request_: m.Message, serves: set[str]) -> None:
-    """And is left as it was; the server hears why."""
+    """And stays as it was; the server is told the reason."""
     name = type(request_).__name__
     config = RunConfig.of({**SMALL, "algorithm": "psl"})
     worker = bound_to(CLIENT_VERBS - serves, worker_of(config, 0, name="client-0"))
@@ -455,7 +455,7 @@ def test_every_request_is_served_or_refused() -> None:
 
 
 def test_a_refusal_reaches_the_server() -> None:
-    """A server that asks a client of PSL for its model loses that client, and hears the sentence."""
+    """A server that requests the model of a client in PSL loses that client, and is told the reason."""
     told: list[tuple[str, Mapping[str, Any]]] = []
     config = RunConfig.of({**SMALL, "algorithm": "psl"})
     workers = {k: bound_to(NEEDS["psl"], worker_of(config, k, name=f"client-{k}")) for k in range(3)}
@@ -478,7 +478,7 @@ def test_a_watch_that_sees_nothing_says_so(caplog: pytest.LogCaptureFixture) -> 
 
 
 def test_noise_is_the_clients_secret(tmp_path: Path) -> None:
-    """What a client adds is drawn from a seed that it keeps, and nobody else has; the same after a restart."""
+    """A client's noise is drawn from a seed that only it has; it is the same after a restart."""
     options = {**SMALL, "algorithm": "psl", "clip": 1.0, "gaussian_noise": 1.0}
     config = RunConfig.of(options)
 
@@ -547,7 +547,7 @@ def test_what_is_ones_own_may_differ() -> None:
 
 
 def test_a_state_of_another_run_is_not_overwritten(tmp_path: Path) -> None:
-    """The server comes with an empty folder, the client with what it kept: it is told so, and keeps it."""
+    """The server starts with an empty folder, the client with its saved state: it is told so, and keeps the state."""
     config = RunConfig.of({**SMALL, "algorithm": "psl"})
     run, _ = remote(config, tmp_path)
     run.run()
@@ -941,7 +941,7 @@ def test_nobody_can_stand_in_for_who_is_gone() -> None:
 
 
 def crash(run: Run, steps: int) -> None:
-    """Train so many steps, and stop in the midst of it."""
+    """Train this number of steps, and stop in the middle."""
     records = iter(run)
     for _ in range(steps):
         next(records)

@@ -1,4 +1,4 @@
-"""A run whose server is told, while it trains, whom to let in."""
+"""A run whose server is told during training which clients to admit."""
 
 from __future__ import annotations
 

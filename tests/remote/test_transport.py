@@ -430,7 +430,7 @@ def test_quorum() -> None:
         threading.Timer(0.3, group.workers[2].pause.set).start()
         assert bodies(hub.exchange({k: step(2) for k in range(3)}, deadline=0.01, quorum=5)) == dict.fromkeys(
             range(3), b"x"
-        )  # a quorum that cannot be: everybody is waited for
+        )  # an impossible quorum: it waits for all clients
 
 
 def test_only_voters_make_a_quorum() -> None:
@@ -563,7 +563,7 @@ def test_a_client_comes_back_when_the_network_does() -> None:
             assert bodies(hub.exchange({k: step(1) for k in (0, 1)})) == {0: b"x", 1: b"x"}
             cable.cut()
             until(lambda: hub.traffic()[0].connections == 2 and 0 in hub.present)
-            # Nothing is sent to it that belongs to what it has missed, until whoever trains has noticed.
+            # It receives nothing that belongs to messages that it missed, until the trainer has noticed.
             assert hub.connected == {1}
             lost = hub.exchange({k: step(2) for k in (0, 1)})[0]
             assert isinstance(lost, Lost)
@@ -664,7 +664,7 @@ def test_a_clients_error_is_heard_on_both_sides(number: int, kind: str, sentence
         assert type(ended).__name__ == kind
         assert sentence in str(ended)
         again = hub.exchange({k: [(m.Forward(number + 1), ())] for k in (0, 1)})[0]
-        assert again == results[0]  # said again to whoever asks later
+        assert again == results[0]  # repeated for later questions
 
 
 def test_a_client_refuses_a_server() -> None:

@@ -1,4 +1,6 @@
-"""Clients that work at their own pace, over gRPC: batches are taken in the order of their arrival, and nobody waits."""
+"""Clients that work at their own pace, over gRPC: batches are taken in the order of their arrival, and no
+client waits.
+"""
 
 from __future__ import annotations
 

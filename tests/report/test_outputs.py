@@ -1,4 +1,4 @@
-"""What a report gives besides its page: differences to a baseline, tidy CSV, a table and figures for a paper."""
+"""The other outputs of a report: differences to a baseline, tidy CSV, a table and figures for a paper."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_latex_takes_it(folder: Path, tmp_path: Path) -> None:
 
 
 def test_figures_of_a_columns_width(folder: Path) -> None:
-    """Letters stay letters; each line has dashes of its own, so that it is told apart without colours."""
+    """Letters stay text; each line has its own dashes, so that it can be distinguished without colours."""
     first = write(folder, Wanted(pdf=True, svg=True))
     assert [path.name for path in first[3:]] == [f"{name}.{kind}" for kind in ("pdf", "svg") for name in FIGURES]
     assert (folder / f"{FIGURES[0]}.pdf").read_bytes().startswith(b"%PDF")

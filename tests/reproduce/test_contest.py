@@ -57,7 +57,7 @@ def test_every_method_is_tuned_alike(size: SizeName) -> None:
 
 
 def test_a_contest_differs_from_another_in_its_description_only() -> None:
-    """Two methods of a setting train with the same options, but for those that the file gives."""
+    """Two methods of a setting train with the same options, except those that the file gives."""
     asked = study()
     first, second = (asked.contestant("2 shards", m).config.resolved() for m in ("PSL", "PSL + client"))
     assert {name for name in first if first[name] != second[name]} == {"logit_adjust"}

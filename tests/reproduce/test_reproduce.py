@@ -190,7 +190,7 @@ def test_rates_are_chosen_by_validation_alone(tmp_path: Path) -> None:
     verdicts = by_name(judge(outcomes))
     assert verdicts["sglr-fl"].overall.mean == pytest.approx(-1.0)
     assert verdicts["sglr-fl"].overall.verdict == "holds"  # within 1.5 points
-    assert "splitlr" not in verdicts  # nobody asked for Table 1
+    assert "splitlr" not in verdicts  # Table 1 was not requested
 
 
 def test_a_rate_is_chosen_once_all_rates_have_a_seed(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Schedules: what they multiply the rates with, warm-up, functions of one's own."""
+"""Schedules: their factors of the rates, warm-up, the user's own functions."""
 
 from __future__ import annotations
 

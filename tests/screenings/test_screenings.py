@@ -1,4 +1,4 @@
-"""Screenings of one's own: a bound or any function of rows, the chain rule in both, and what they may not give."""
+"""The user's own screenings: a bound or any function of rows, the chain rule in both, and results that are refused."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_what_is_not_a_screening(rule: Screening, words: str) -> None:
 
 @screening("damped", title="Damped")
 class Damped(Screening):
-    """Rows of which numbers above a limit grow as their logarithm."""
+    """Rows whose numbers above a limit grow as their logarithm."""
 
     compares: ClassVar[bool] = False
 

@@ -48,7 +48,7 @@ def test_how_clients_differ() -> None:
 
 
 def test_how_clients_differ_over_the_classes() -> None:
-    """Means 0.4, 0.5 and 0.2; the best are 0.5, 0.4 and 0.0 above them; nobody has samples of the last class."""
+    """Means 0.4, 0.5 and 0.2; the best are 0.5, 0.4 and 0.0 above them; no client has samples of the last class."""
     recalls = [(0.1, 0.9, 0.2, None), (0.9, 0.3, None, None), (0.2, 0.3, None, None)]
     assert performance_gap(recalls) == pytest.approx((0.5 + 0.4 + 0.0) / 3)
     assert performance_gap([(0.3, 0.5)] * 4) == 0

@@ -1,4 +1,4 @@
-"""The page on evaluation runs as it stands: its files are written, its commands and programs run."""
+"""The page on evaluation runs unchanged: its files are written, its commands and programs run."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def test_classes_as_scikit_learn_has_them(k: int) -> None:
 
 
 def test_how_far_classes_are_behind_the_best() -> None:
-    """3 of 4, 1 of 2, 0 of 1 are found, and nobody has the last class: 0, 0.25 and 0.75 behind."""
+    """3 of 4, 1 of 2, 0 of 1 are found, and no client has the last class: 0, 0.25 and 0.75 behind."""
     said, y = torch.tensor([0, 0, 0, 1, 1, 0, 0]), torch.tensor([0, 0, 0, 0, 1, 1, 2])
     outputs = torch.nn.functional.one_hot(said, 4).float()
     assert judge(Classification(), outputs, y, "class_gap")["class_gap"] == pytest.approx((0.25 + 0.75) / 3)

@@ -24,7 +24,7 @@ ENGINES: dict[str, dict[str, Any]] = {
 
 
 def case(task: str) -> tuple[Any, dict[str, Any], Source]:
-    """A model, options and data: quantities with Huber's loss, or tags of which padding does not count."""
+    """A model, options and data: numbers with Huber's loss, or tags without the padding."""
     draw = torch.Generator().manual_seed(0)
     if task == "regression":
         x = torch.randn(72, 6, generator=draw)

@@ -1,4 +1,4 @@
-"""A client and a server of which one speaks the protocol before: each is told both numbers, and what to do."""
+"""A client and a server, one of them with the earlier protocol: each is told both numbers, and the remedy."""
 
 from __future__ import annotations
 

@@ -162,7 +162,7 @@ def test_shapes_types_and_exact_sizes(
 def test_errors_stay_within_the_bound(
     shape: tuple[int, ...], dtype: torch.dtype, codec: Codec, exponent: int, spread: bool, seed: int
 ) -> None:
-    """Whatever the magnitudes are: the smallest, the largest, all at once."""
+    """For all magnitudes: the smallest, the largest, all at once."""
     x = numbers(shape, dtype, seed, 10.0**exponent)
     if spread:  # numbers of very different magnitudes in one tensor
         largest = torch.finfo(dtype).max
@@ -572,7 +572,7 @@ def test_other_protocols_and_other_programs() -> None:
 
 
 def changed(**fields: Any) -> m.Terms:
-    """TERMS but for some fields."""
+    """TERMS with some other fields."""
     terms = copy.deepcopy(TERMS)
     for name, value in fields.items():
         setattr(terms.step if hasattr(terms.step, name) else terms, name, value)
@@ -755,7 +755,7 @@ def test_only_an_open_connection_needs_checksums() -> None:
     plain, sealed = (pack_hello(encrypted) for encrypted in (False, True))
     assert plain[32:40] != sealed[32:40] == bytes(8)
     assert plain[:32] + plain[40:] == sealed[:32] + sealed[40:]
-    for data in (plain, sealed):  # whoever receives it need not know which it is
+    for data in (plain, sealed):  # the receiver need not know which it is
         assert ServerSide().receive(data).message.client == "ada"
     for data, refused in ((plain, True), (sealed, False)):
         damaged = data.replace(b"ada", b"eda")
