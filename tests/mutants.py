@@ -133,7 +133,7 @@ AREAS: dict[str, Sequence[str]] = {
     "text": ("*test_texts*",),
     "recovery": ("*test_recovery*",),
     "checkpointed plan": ("*test_checkpointed_plan*",),
-    "adapter ranks": ("*averagings/test_products*", "*remote/test_ranks*", "*test_ranked_plan*"),
+    "adapter ranks": ("*averagings/test_products*", "*remote/test_adapter_ranks*", "*test_ranked_plan*"),
     "adapters": ("*test_adapters*", "*test_hf*"),
     "another model": ("*test_another_model*",),
     "client": ("*test_forbidden*", "*test_allowance*", "*test_text*"),

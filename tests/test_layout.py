@@ -16,13 +16,15 @@ PACKAGE = Path(cutlayer.__file__).parent
 def twice(places: Iterable[tuple[str, Path]]) -> Mapping[str, list[str]]:
     found = defaultdict(list)
     for name, path in places:
-        found[name].append(str(path.relative_to(PACKAGE)))
+        found[name].append(str(path.relative_to(ROOT)))
     return {name: sorted(paths) for name, paths in found.items() if len(paths) > 1}
 
 
 def test_no_file_name_is_there_twice() -> None:
     own = (path for path in PACKAGE.rglob("*.py") if path.name not in ("__init__.py", "__main__.py"))
     assert not twice((path.name, path) for path in own)
+    tests = (path for folder in ("tests", "examples") for path in (ROOT / folder).rglob("test_*.py"))
+    assert not twice((path.name, path) for path in tests)  # pytest imports them all as top-level modules
 
 
 def test_no_public_class_name_is_there_twice() -> None:

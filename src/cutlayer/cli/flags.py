@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import FunctionType
-from typing import Annotated, Any, Literal, get_origin
+from typing import Annotated, Any, Literal, get_origin, get_type_hints
 
 from cyclopts import App, Group, Parameter
 from pydantic import BaseModel, BeforeValidator, ConfigDict, create_model
@@ -47,6 +47,7 @@ _NAMING = {option: kind for option, kind in NAMING.items() if plugins.KINDS[kind
 # The options for a first study. `--help` shows these, `--help-all` all of them.
 FIRST = {"algorithm", "algorithms", "seed", "seeds", "data", "clients", "partition", "dirichlet_alpha", "participation"}
 FIRST |= {"model", "cut", "epochs", "batch", "client_optimizer", "client_lr", "server_lr", "device"}
+RARE = {"rank_timeout"}  # parameters of commands that only `--help-all` shows
 _PLACES = {"algorithm": OWN, "partition": CLIENTS, "schedule": TRAINING, "model": MODEL, "data": DATA, "format": DATA}
 _PLACES |= {
     "defence": DEFENCES,
@@ -81,10 +82,13 @@ class Command:
         models = {
             parameter: Annotated[flags_of(c, own, wide=wide) | None, _STAR] for parameter, c in self.flags.items()
         }
-        if not wide and (hidden := sum(map(_hidden, self.flags.values()))):
+        rare = set() if wide or not self.flags else RARE & set(f.__kwdefaults__ or ())
+        if not wide and (hidden := len(rare) + sum(map(_hidden, self.flags.values()))):
             summary, _, rest = (f.__doc__ or "").partition("\n")
             made.__doc__ = f"{summary}\n\n{' ' * 4}`--help-all` shows {hidden} more options.\n{rest}"
-        made.__annotations__ = {**f.__annotations__, **models}
+        types = get_type_hints(f, include_extras=True) if rare else {}
+        unseen = {name: Annotated[types[name], Parameter(show=False)] for name in rare}
+        made.__annotations__ = {**f.__annotations__, **models, **unseen}
         app.command(made, name=self.name, sort_key=self.sort_key)
 
 
