@@ -237,7 +237,6 @@ MUTANTS = [
     # Runs side by side
     M("a warning of each process", "crew", "self._noted.add(text)", "pass"),
     M("only as many jobs as processes", "crew", "if waiting:\n                        member.begin", "if False:\n                        member.begin"),
-    M("processes stay behind", "crew", "for member in self._members:\n            member.process.terminate()", "return"),
     M("errors without their fields", "crew", "error.__dict__.update(state)", "pass"),
     M("seeds in the order of their ends", "crew", "{s: found[s] for s in self.config.seeds if s in found}", "{s: found[s] for s in sorted(found)}"),
     M("the smallest runs together", "crew", "sorted(needs.values(), reverse=True)\n    if free", "sorted(needs.values())\n    if free"),
