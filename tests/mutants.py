@@ -445,7 +445,7 @@ MUTANTS = [
     M("evaluation is training", "ledger", "(kind is None and k not in _APART)", "kind is None"),
     M("labels cross in the U-shape's evaluation", "ledger", 'if self.shape == "u-shaped":', "if False:", "def metered("),
     M("tied weights cross twice", "ledger", "sum({t.data_ptr(): t.nbytes for t in moving(module).values()}.values())", "sum(t.nbytes for t in moving(module).values())"),
-    M("optimizer's clock weighs nothing", "ledger", "(8 if self._plain_clock else 4) * len(self._state) if self._clocked else 0", "0"),
+    M("optimizer's clock weighs nothing", "stack", "(8 if self._plain_clock else 4) * len(self._state) if self._clocked else 0", "0"),
     M("own gradients through the wrong codec", "coding", "self._cross(\"down\", self.coding.down, rows", "self._cross(\"down\", self.coding.up, rows"),
     # The clock, energy, the fleet
     M("server waits for all", "clock", "self.ready[who].max()", "self.ready.max()"),

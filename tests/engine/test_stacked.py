@@ -17,8 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cutlayer import Run, Samples, Source
 from cutlayer.engine.choice import Choice
+from cutlayer.engine.stackable import stackable
 from cutlayer.engine.ways import Stacking, Way
 from cutlayer.errors import ConfigError, CutlayerWarning
+from cutlayer.optim import make_optimizer
 
 STACKED: list[tuple[str, dict[str, Any]]] = [
     ("fl", {"local_steps": 3}),
@@ -736,6 +738,17 @@ def test_what_cannot_be_computed_together_is_computed_each_by_itself(layer: nn.M
     assert run.training.ways.clients.way == "each"
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "adagrad", "rprop", "sgd"])
+def test_clients_weigh_what_they_weigh_alone(optimizer: str) -> None:
+    """Models, gradients and optimisers, whose clocks are kept once for all."""
+    a, b = both(
+        3, algorithm="sglr", model=with_layer(nn.BatchNorm1d(8)).double(), data=source([8, 8, 8], (6,)), cut="1",
+        clients=3, **small(client_optimizer=optimizer),
+    )  # fmt: skip
+    for client in range(3):
+        assert simulated(a).footprint(client) == simulated(b).footprint(client)
+
+
 @pytest.mark.parametrize("special", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}])
 def test_what_makes_an_embedding_special_is_kept(special: dict[str, Any]) -> None:
     """A normalised one changes its weights in place: only a client of its own can do that."""
@@ -753,6 +766,8 @@ def test_what_makes_an_embedding_special_is_kept(special: dict[str, Any]) -> Non
     a.run()
     b.run()
     assert worst(a, b) < 1e-10
+    found = stackable(net, (x[:4],), make_optimizer("sgd", 0.1, {}), data=True)
+    assert found.unlowered == "it has an embedding with norms, frequencies or sparse gradients"  # found out at once
 
 
 def test_rows_mixed_in_evaluation_alone() -> None:
