@@ -595,8 +595,6 @@ MUTANTS = [
     M("sums for means", "training", "p.grad.div_(self._waiting)", "pass"),
     M("stacked sums for means", "training", "self._sum_of(name, due) / batches.to", "self._sum_of(name, due) / torch.ones_like(batches).to"),
     M("stacked gradients never forgotten", "training", "held[at] = 0.0", "pass"),
-    M("incomplete group never steps", "training", "self._waiting < self.make.accumulate and not last", "self._waiting < self.make.accumulate"),
-    M("incomplete stacked group never steps", "training", "(self._waiting[who] >= accumulate) | last", "self._waiting[who] >= accumulate"),
     M("server forgets what waits", "training", "self._stepping.settle()\n        self._settle_copies()", "self._settle_copies()"),
     M("stack clips all clients together", "training", "torch.linalg.vector_norm(norms, dim=0)", "torch.linalg.vector_norm(norms)"),
     M("the last group that matches", "training", "next((group for group in self.groups if group.has(name)), None)", "next((group for group in self.groups[::-1] if group.has(name)), None)"),
