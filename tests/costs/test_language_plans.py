@@ -74,9 +74,9 @@ def run(folder: Path, algorithm: str, **options: Any) -> Run:
 @pytest.mark.parametrize(
     ("algorithms", "options"),
     [
-        (("cl", "fl", "psl"), {}),
-        (("sfl", "sglr"), {"up_codec": "int8", "down_codec": "top-k:0.25"}),
-        (("upsl",), {"up_codec": "float8", "down_codec": "int8", "tail_cut": "2", "base_precision": "bfloat16"}),
+        (("fl", "psl"), {"base_precision": "bfloat16"}),
+        pytest.param(("cl", "sfl", "sglr"), {"up_codec": "int8", "down_codec": "top-k:0.25"}, marks=pytest.mark.long),
+        pytest.param(("upsl",), {"up_codec": "float8", "down_codec": "int8", "tail_cut": "2"}, marks=pytest.mark.long),
     ],
 )
 def test_a_plan_of_a_configuration_is_what_a_run_counts(
@@ -131,6 +131,7 @@ def test_ranks_per_client_are_what_a_run_counts(
         assert joules == (None if result.clients_joules is None else pytest.approx(result.clients_joules, rel=1e-9))
 
 
+@pytest.mark.long
 def test_fewer_heads_of_keys_take_less_memory_and_no_scores_are_kept(folder: Path) -> None:
     """The saved memory grows with the tokens, except a mask with their square; a block keeps its inputs if it is
     computed again.
@@ -145,6 +146,7 @@ def test_fewer_heads_of_keys_take_less_memory_and_no_scores_are_kept(folder: Pat
     assert few.held_per_row + few.block_per_row < few.per_row <= few.held_per_row + 3 * few.block_per_row
 
 
+@pytest.mark.long
 def test_memory_of_both_sides(folder: Path) -> None:
     """By hand: parameters, gradients, Adam's moments; the server has the rows of all clients."""
     found = planned(f"hf:{folder}", algorithms=("fl", "sfl"))
@@ -166,6 +168,7 @@ def test_memory_of_both_sides(folder: Path) -> None:
     assert any("int64" not in line and "lora_rank 2" in line for line in heading(found))
 
 
+@pytest.mark.long
 def test_codecs_that_cannot_be_planned(folder: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be planned, since what zstd saves depends on the numbers"):
         planned(f"hf:{folder}", up_codec="int8+zstd")
