@@ -18,12 +18,14 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from cutlayer import Run, RunConfig, Samples, Source, cli, plugins
 from cutlayer.algorithms import Algorithm, traits_of
+from cutlayer.costs.expect import Expected
 from cutlayer.data.batches import Batches
 from cutlayer.engine.local import LocalCohort
 from cutlayer.engine.simulated import Clients
@@ -160,6 +162,22 @@ def train(algorithm: Any, model: nn.Module, sizes: Sequence[int], shape: tuple[i
     run = Run(algorithm=algorithm, model=model, data=source(sizes, shape), **{**defaults, **options})
     run.run()
     return run
+
+
+def is_what_a_run_counts(e: Expected, run: Run) -> None:
+    """Bytes under each convention, FLOPs, time and energy of a plan are those of a run that has ended."""
+    result, ledger = run.result, run.training.ledger
+    assert result is not None
+    assert (e.up, e.down) == (ledger.total("up"), ledger.total("down"))
+    assert e.down_broadcast == ledger.total("down", "wire-broadcast")
+    assert e.paper == ledger.total("up", "paper") + ledger.total("down", "paper")
+    assert e.client_flops == pytest.approx(result.client_flops, rel=1e-12)
+    assert e.server_flops == pytest.approx(result.server_flops, rel=1e-12)
+    assert e.seconds == pytest.approx(result.virtual_seconds, rel=1e-9)
+    assert e.clients is not None
+    assert e.clients.total == pytest.approx(result.clients_joules, rel=1e-9)
+    assert e.clients.marginal == pytest.approx(result.clients_marginal_joules, rel=1e-9)
+    assert e.server_joules == pytest.approx(result.server_joules, rel=1e-9)
 
 
 def simulated(run: Run) -> Any:

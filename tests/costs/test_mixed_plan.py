@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import call, mlp, source
+from support import call, is_what_a_run_counts, mlp, source
 
 from cutlayer import ConfigError, CutError, Run
 from cutlayer.costs.breakeven import bytes_of
-from cutlayer.costs.expect import Expected, Mixture, expect
+from cutlayer.costs.expect import Mixture, expect
 from cutlayer.costs.fleet import fleet
 from cutlayer.costs.ledger import CONVENTIONS, Convention
 from cutlayer.costs.plan import Plan, plan
@@ -41,21 +41,6 @@ def trained(algorithm: str, **options: Any) -> Run:
     run = Run(algorithm=algorithm, model=mlp, data=source([ROWS] * 5, (6,)), **options)
     run.run()
     return run
-
-
-def is_what_a_run_counts(e: Expected, run: Run) -> None:
-    result, ledger = run.result, run.training.ledger
-    assert result is not None
-    assert (e.up, e.down) == (ledger.total("up"), ledger.total("down"))
-    assert e.down_broadcast == ledger.total("down", "wire-broadcast")
-    assert e.paper == ledger.total("up", "paper") + ledger.total("down", "paper")
-    assert e.client_flops == pytest.approx(result.client_flops, rel=1e-12)
-    assert e.server_flops == pytest.approx(result.server_flops, rel=1e-12)
-    assert e.seconds == pytest.approx(result.virtual_seconds, rel=1e-9)
-    assert e.clients is not None
-    assert e.clients.total == pytest.approx(result.clients_joules, rel=1e-9)
-    assert e.clients.marginal == pytest.approx(result.clients_marginal_joules, rel=1e-9)
-    assert e.server_joules == pytest.approx(result.server_joules, rel=1e-9)
 
 
 @pytest.mark.parametrize("link", [{}, NARROW], ids=["unicast", "broadcast"])
