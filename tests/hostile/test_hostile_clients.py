@@ -335,6 +335,17 @@ def test_what_becomes_of_an_inventor(faulty: str, error: str) -> None:
     assert attacked.all("excluded") == []
 
 
+def test_the_travelling_model_moves_on_as_an_excluded_holder_received_it() -> None:
+    """The others train with what they had trained so far, as in a run without that client."""
+    attacked = Attacked("ssl", m.SmashedUp, rows_of(3e38))
+    without = Attacked("ssl", m.Hello, lambda a, message, body: (message, body))
+    without.hub.gone.add(CULPRIT)
+    assert [(r.loss, r.clients) for r in attacked.run] == [(r.loss, r.clients) for r in without.run]
+    ((mine,), (other,)) = attacked.models(), without.models()
+    assert difference(mine, other) == 0
+    assert attacked.all("excluded") == [CULPRIT]
+
+
 def test_the_travelling_model_outlives_its_holder_and_the_server(tmp_path: Path) -> None:
     """What the excluded holder was given is in the checkpoint."""
     attacked = Attacked("ssl", m.SmashedUp, rows_of(3e38), 5, folder=tmp_path, checkpoint_every=1)
