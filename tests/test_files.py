@@ -64,6 +64,20 @@ def fill(path: Path, *, flush: bool, then: type[Exception] | None = None) -> Non
             raise then
 
 
+def test_records_shorter_than_a_checkpoint_says_are_left_as_they_are(tmp_path: Path) -> None:
+    with Folder.create(tmp_path / "run", {}) as folder:
+        for step in range(2):
+            folder.append(STEPS, {"step": step})
+            if not step:
+                before = folder.offsets()
+        whole = folder.offsets()
+        with pytest.raises(RunFolderError, match=rf"has {whole[STEPS]} bytes, where the checkpoint says"):
+            folder.truncate({STEPS: whole[STEPS] + 1})
+        assert folder.offsets() == whole
+        folder.truncate(before)
+    assert (tmp_path / "run" / STEPS).read_text() == '{"step": 0}\n'
+
+
 def test_a_file_is_on_disk_before_it_takes_the_place_of_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save
@@ -16,6 +17,7 @@ from support import ALGORITHMS, call, same, source
 from torch import Tensor, nn
 
 from cutlayer import Run, checkpoint
+from cutlayer.data.batches import Batches, Clocks
 from cutlayer.engine.remembered import recalled, remember
 from cutlayer.engine.ways import Ways
 from cutlayer.errors import RunFolderError
@@ -69,6 +71,15 @@ def test_tensors_fit_those_that_they_replace(given: dict[str, Tensor], says: str
         fit(given, {"w": torch.ones(2)}, "the model")
     masked = {"w": torch.tensor([0.0, float("-inf")])}  # such as the mask of an attention
     fit(masked, masked, "the model")
+
+
+@pytest.mark.parametrize("drawn", [[3], [3, 4, 5]])
+def test_every_client_has_a_clock_of_its_own(drawn: list[int]) -> None:
+    batches = Batches([np.arange(7), np.arange(7, 10)], 4, seed=0)
+    with pytest.raises(MalformedError, match=rf"drawn has {len(drawn)} entries, not one for each of 2 clients"):
+        batches.load(Clocks(drawn=drawn))
+    batches.load(Clocks(drawn=[3, 4]))
+    assert batches.drawn.tolist() == [3, 4]
 
 
 def deep() -> list[Any]:
@@ -316,7 +327,7 @@ WRONG = [
     (RESUME, "checkpoint.safetensors", without("server")),
     (RESUME, "checkpoint.safetensors", having("rounds", value=-1)),
     (RESUME, "checkpoint.safetensors", having("rounds", value=99)),
-    (RESUME, "checkpoint.safetensors", having("offsets", "steps.jsonl", value=1 << 40)),
+    (RESUME, "checkpoint.safetensors", having("offsets", "steps.jsonl", value=1 << 20)),
     (RESUME, "checkpoint.safetensors", having("clients", value={"inner": {}, "ledger": {}, "stale": [9]})),
     (RESUME, "checkpoint.safetensors", having("config", "client_lr", value=-1)),
     (RESUME, "engine.json", having("clients", "chunk", value=-5)),
