@@ -71,6 +71,12 @@ def test_a_file_that_lacks_a_numbered_class_is_refused(kind: str, tmp_path: Path
     assert isinstance(answer(here, there, {"class_names": ["0", "1", "2"]}), m.Welcome)
 
 
+def test_names_with_commas_are_names(tmp_path: Path) -> None:
+    here, there = arrays(tmp_path / "a.npz", ["k, l", "m"]), arrays(tmp_path / "b.npz", ["k", "l, m"])
+    assert "is 'k', 'l, m' for the client and 'k, l', 'm' for the server" in refused(answer(here, there))
+    assert isinstance(answer(here, here), m.Welcome)
+
+
 def test_columns_of_categories_are_compared_with_their_categories(tmp_path: Path) -> None:
     header = "u,v,ward,label"
     here = table(tmp_path / "a.csv", header, ["x", "y"], words="kmn")
